@@ -1,0 +1,1 @@
+"""What every room may use: errors for people, units, estimates, files, progress."""

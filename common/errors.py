@@ -1,0 +1,34 @@
+"""The one exception that people see: what is wrong, where, and a hint."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class KvtuneError(Exception):
+    """A mistake or a limit that the user can act on; the command line prints it and exits with 2.
+
+    Args:
+        message: one line that says what is wrong.
+        hint: one line that says what to do about it.
+        where: file, or file:line, that the message is about.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None, where: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.where = where
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}" if self.where else self.message
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """A "did you mean" sentence for an unknown name, or the list of what is known."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name.lower(), names, n=count, cutoff=0.5)
+    if close:
+        return "Did you mean " + " or ".join(repr(c) for c in close) + "?"
+    return "Known: " + ", ".join(names) + "."

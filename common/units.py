@@ -1,0 +1,59 @@
+"""Units: bytes with GB and GiB kept apart, token counts, times. One formatter for all of them."""
+
+from __future__ import annotations
+
+import re
+
+from kvtune.common.errors import KvtuneError
+
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+KB, MB, GB = 10**3, 10**6, 10**9
+
+_BYTE_UNITS = {
+    "b": 1, "kb": KB, "mb": MB, "gb": GB, "tb": 10**12,
+    "kib": KIB, "mib": MIB, "gib": GIB, "tib": 2**40,
+}  # fmt: skip
+_QUANTITY = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*")
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from ``16GB`` (10^9) or ``16GiB`` (2^30). A bare number is refused: it has no unit."""
+    match = _QUANTITY.fullmatch(text)
+    if match is None or match[2].lower() not in _BYTE_UNITS:
+        raise KvtuneError(
+            f"{text!r} is no amount of memory with a unit",
+            hint="write for example 16GB (10^9 bytes each) or 16GiB (2^30 bytes each).",
+        )
+    return int(float(match[1]) * _BYTE_UNITS[match[2].lower()])
+
+
+def parse_tokens(text: str) -> int:
+    """Tokens from ``8192``, ``32k`` (1024 each) or ``1m``."""
+    match = _QUANTITY.fullmatch(text)
+    scale = {"": 1, "k": 1024, "m": 1024**2}
+    if match is None or match[2].lower() not in scale or float(match[1]) <= 0:
+        raise KvtuneError(
+            f"{text!r} is no number of tokens", hint="write for example 8192 or 32k (k is 1024)."
+        )
+    return int(float(match[1]) * scale[match[2].lower()])
+
+
+def format_bytes(count: float) -> str:
+    """Binary units, the ones that device memory is counted in: ``14.96 GiB``."""
+    for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if abs(count) >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def format_tokens(count: float) -> str:
+    """``52 812 tokens``, with thin groups of three so that long counts can be read."""
+    return f"{int(count):,}".replace(",", " ") + " tokens"
+
+
+def format_seconds(seconds: float) -> str:
+    """``7.0 us``, ``9.7 ms``, ``2.31 s``."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if abs(seconds) >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"

@@ -1,0 +1,1 @@
+"""What the hardware and the model are: GPU profiles and model shapes."""

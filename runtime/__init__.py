@@ -1,0 +1,1 @@
+"""A policy live on the real model."""

@@ -1,0 +1,1 @@
+"""What a policy costs and loses: replay, Gram tables, memory and latency."""

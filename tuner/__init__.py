@@ -1,0 +1,1 @@
+"""Which budgets to choose: allocation, baselines, the study and validation."""
