@@ -1,0 +1,1 @@
+"""How a budget is split over layers and heads, one file each."""

@@ -1,0 +1,1 @@
+"""What serving stacks take, one file each."""

@@ -1,0 +1,1 @@
+"""Storage formats, one file each; a new file here is found by itself."""

@@ -1,0 +1,27 @@
+"""16 bits an element: the model's own precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvtune.policies.format import Format, Role
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Bf16(Format):
+    """Stored as the model gives it; two bytes an element (bf16 or fp16 alike)."""
+
+    name = "bf16"
+    source = "the uncompressed cache"
+
+    def footprint(self, tokens: int, head_dim: int, role: Role) -> int:
+        """Two bytes an element."""
+        return 2 * tokens * head_dim
+
+    def roundtrip(self, tensor: Tensor, counts: Tensor, role: Role) -> Tensor:
+        """Nothing is lost."""
+        return tensor

@@ -1,0 +1,122 @@
+"""Integer codes with a scale and an offset a group: keys per channel, values per token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from kvtune.policies.format import Format, Role
+from kvtune.policies.registry import parameter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_GROUP_BYTES = 4  # a scale and an offset, 16 bits each
+
+
+@dataclass(frozen=True)
+class Grouped(Format):
+    """Asymmetric round-to-nearest codes; key outliers live in channels, so keys group along tokens.
+
+    keys:   groups of ``group`` consecutive kept tokens of one channel
+    values: groups of ``group`` consecutive channels of one token
+    code = round((x - min) / scale), scale = (max - min) / (2^bits - 1)
+
+    Source: Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", ICML
+    2024, arXiv 2402.02750. Differs: what stays of the prompt is quantised to its end, without a
+    residual window (generated tokens stay in 16 bits), and a last group may be short.
+    ``exact_first`` leaves the first kept tokens, the sinks, in 16 bits, whose keys would widen
+    every group they are in (Hooper et al., "KVQuant", NeurIPS 2024, arXiv 2401.18079, 3.5).
+    """
+
+    source = "Liu et al., ICML 2024, arXiv 2402.02750"
+    bits: ClassVar[int]
+
+    group: int = parameter(64, "elements that share a scale", unit="elements", low=2)
+    exact_first: int = parameter(0, "first kept tokens left in 16 bits", unit="tokens", low=0)
+
+    @property
+    def label(self) -> str:
+        """``int4``, ``int2+4`` where the first four tokens are exact."""
+        return self.name + (f"+{self.exact_first}" if self.exact_first else "")
+
+    def footprint(self, tokens: int, head_dim: int, role: Role) -> int:
+        """Packed codes, rounded up to bytes a group, scales, and the tokens left exact."""
+        exact = min(tokens, self.exact_first)
+        along, across = self._axes(tokens - exact, head_dim, role)
+        whole, rest = divmod(along, self.group)
+        row = whole * self._group_bytes(self.group) + (self._group_bytes(rest) if rest else 0)
+        return 2 * exact * head_dim + across * row
+
+    def roundtrip(self, tensor: Tensor, counts: Tensor, role: Role) -> Tensor:
+        """Quantise and dequantise group by group, in float32 with 16-bit scales."""
+        import torch
+
+        exact, coded = tensor[..., : self.exact_first, :], tensor[..., self.exact_first :, :]
+        real = torch.arange(coded.shape[-2], device=tensor.device) < (
+            counts[..., None] - self.exact_first
+        )
+        if role == "keys":
+            coded, real = coded.transpose(-1, -2), real[..., None, :]
+        else:
+            real = real[..., None]
+        stored = self._quantise(coded.float(), real.expand(coded.shape))
+        stored = stored.transpose(-1, -2) if role == "keys" else stored
+        return torch.cat([exact, stored.to(tensor.dtype)], dim=-2)
+
+    def _quantise(self, rows: Tensor, real: Tensor) -> Tensor:
+        """Groups along the last axis, which is padded to whole groups for the while."""
+        import torch
+        import torch.nn.functional as F
+
+        length = rows.shape[-1]
+        if length == 0:
+            return rows
+        padding = (0, -length % self.group)
+        grouped = F.pad(rows, padding).unflatten(-1, (-1, self.group))
+        inside = F.pad(real, padding).unflatten(-1, (-1, self.group))
+        low = grouped.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)
+        high = grouped.masked_fill(~inside, -torch.inf).amax(-1, keepdim=True)
+        low = low.half().float()
+        scale = ((high - low) / (2**self.bits - 1)).half().float()
+        step = torch.where(scale > 0, scale, 1.0)  # a constant group has no spread
+        codes = ((grouped - low) / step).round().clamp(0, 2**self.bits - 1)
+        return (codes * step + low).flatten(-2)[..., :length]
+
+    def _axes(self, tokens: int, head_dim: int, role: Role) -> tuple[int, int]:
+        return (tokens, head_dim) if role == "keys" else (head_dim, tokens)
+
+    def _group_bytes(self, elements: int) -> int:
+        return -(-elements * self.bits // 8) + _GROUP_BYTES
+
+
+@dataclass(frozen=True)
+class Int8(Grouped):
+    """8 bits an element; see ``Grouped``."""
+
+    name = "int8"
+    bits = 8
+
+
+@dataclass(frozen=True)
+class Int4(Grouped):
+    """4 bits an element; see ``Grouped``."""
+
+    name = "int4"
+    bits = 4
+
+
+@dataclass(frozen=True)
+class Int3(Grouped):
+    """3 bits an element; see ``Grouped``."""
+
+    name = "int3"
+    bits = 3
+
+
+@dataclass(frozen=True)
+class Int2(Grouped):
+    """2 bits an element; see ``Grouped``."""
+
+    name = "int2"
+    bits = 2

@@ -1,0 +1,82 @@
+"""Which tokens a KV head keeps: the contract of a method, and the base of all that score tokens.
+
+Life of a method: it is built from published hyper-parameters (a frozen dataclass); a driver,
+replay or live, gathers what ``needs`` names; ``keep`` is called once a layer when the prompt is
+complete. A method only chooses. Gathering, storing, counting bytes and checking are shared.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
+
+from kvtune.policies.registry import find, registered
+from kvtune.policies.signals import Needs, Signals
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PACKAGE = "kvtune.policies.methods"
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Chooses which prompt tokens stay."""
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+
+    @property
+    def needs(self) -> Needs:
+        """The signals that ``keep`` reads."""
+        return Needs()
+
+    @abstractmethod
+    def keep(self, signals: Signals, budget: int) -> Tensor:
+        """Token indices to keep, ``[H, min(budget, P)]`` int64, ascending; changes nothing.
+
+        Safe with a budget of 0 or beyond the prompt.
+        """
+
+
+@dataclass(frozen=True)
+class ScoredMethod(Method):
+    """Keeps the tokens of highest score, after those protected by their place."""
+
+    @abstractmethod
+    def scores(self, signals: Signals) -> Tensor:
+        """How much each token is worth to each KV head, ``[H, P]`` float32, finite."""
+
+    def protected(self, budget: int) -> tuple[int, int]:
+        """How many tokens at the prompt's start and at its end are kept whatever their score."""
+        return 0, 0
+
+    def keep(self, signals: Signals, budget: int) -> Tensor:
+        """The protected tokens, then the highest scores; of equal scores the more recent token."""
+        budget = min(budget, signals.prompt_tokens)
+        newest_first = self.ranked(signals, budget).flip(-1)
+        best = newest_first.argsort(dim=-1, descending=True, stable=True)[:, :budget]
+        return (signals.prompt_tokens - 1 - best).sort(-1).values
+
+    def ranked(self, signals: Signals, budget: int) -> Tensor:
+        """A copy of the scores, ``[H, P]``, the protected tokens at infinity."""
+        scores = signals.once(repr(self), partial(self.scores, signals))
+        first, last = self.protected(budget)
+        first = min(first, budget)
+        last = min(last, budget - first)
+        ranked = scores.clone()
+        ranked[:, :first] = float("inf")
+        ranked[:, scores.shape[-1] - last :] = float("inf")
+        return ranked
+
+
+def find_method(name: str) -> type[Method]:
+    """The method called ``name``."""
+    return find(PACKAGE, Method, name)  # type: ignore[type-abstract]
+
+
+def methods() -> dict[str, type[Method]]:
+    """Every method, by name."""
+    return dict(registered(PACKAGE, Method))  # type: ignore[type-abstract]

@@ -1,0 +1,1 @@
+"""Eviction methods, one file each; a new file here is found by itself."""

@@ -1,0 +1,110 @@
+"""A policy: what is done to every KV head of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.allocator import Allocator
+from kvtune.policies.allocators.as_given import AsGiven
+from kvtune.policies.option import Option
+from kvtune.policies.signals import Needs, Signals
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_LENGTH_BYTES = 4  # an int32 a KV head: ragged heads must know their length
+
+
+@dataclass(frozen=True)
+class Policy:
+    """An option for every (layer, KV head), and the allocator that may move budgets.
+
+    Args:
+        name: for tables and plots.
+        heads: options, ``[L][H]``.
+        allocator: re-splits the options' budgets; as given unless said.
+    """
+
+    name: str
+    heads: tuple[tuple[Option, ...], ...]
+    allocator: Allocator = AsGiven()
+
+    @staticmethod
+    def uniform(
+        option: Option,
+        layers: int,
+        kv_heads: int,
+        *,
+        name: str = "",
+        allocator: Allocator | None = None,
+    ) -> Policy:
+        """The same option everywhere."""
+        heads = ((option,) * kv_heads,) * layers
+        return Policy(name or option.label, heads, allocator or AsGiven())
+
+    @property
+    def layers(self) -> int:
+        """L."""
+        return len(self.heads)
+
+    @property
+    def kv_heads(self) -> int:
+        """H."""
+        return len(self.heads[0])
+
+    def options(self) -> Iterator[Option]:
+        """All options, layer by layer."""
+        return (option for layer in self.heads for option in layer)
+
+    @property
+    def needs(self) -> Needs:
+        """The signals that its methods read."""
+        needs = Needs()
+        for option in set(self.options()):
+            needs |= option.method.needs
+        return needs
+
+    def check_fits(self, layers: int, kv_heads: int) -> None:
+        """Refuse a policy made for another model's shape."""
+        ragged = {len(layer) for layer in self.heads}
+        if self.layers != layers or ragged != {kv_heads}:
+            raise KvtuneError(
+                f"the policy {self.name!r} is for {self.layers} layers of "
+                f"{'/'.join(map(str, sorted(ragged)))} KV heads, the model has {layers} of {kv_heads}",
+                hint="search again for this model, or give the policy a uniform option.",
+            )
+
+    def budgets(self, prompt_tokens: int) -> NDArray[np.int64]:
+        """Tokens each head may keep, ``[L, H]``, as far as it is known before the prompt."""
+        import numpy as np
+
+        given = [[o.budget.resolve(prompt_tokens) for o in layer] for layer in self.heads]
+        return self.allocator.plan(np.array(given, np.int64), prompt_tokens)
+
+    def split(self, layer: int, budgets: list[int], signals: Signals) -> list[int]:
+        """One layer's budgets ``[H]`` when its prompt has been seen."""
+        return self.allocator.split(budgets, [o.method for o in self.heads[layer]], signals)
+
+    def footprint(self, prompt_tokens: int, head_dim: int) -> int:
+        """Bytes of the compressed prompt: codes, scales and a length a head; without torch.
+
+        An allocator that waits for the prompt keeps the sum of tokens; the bytes are then those
+        of the budgets before it.
+        """
+        return footprint(self, self.budgets(prompt_tokens), head_dim)
+
+
+def footprint(policy: Policy, tokens: NDArray[np.int64], head_dim: int) -> int:
+    """Bytes of a policy whose heads keep ``tokens`` ``[L, H]`` tokens; exact."""
+    kept = zip(policy.options(), tokens.flat, strict=True)
+    payload = sum(option.footprint(int(count), head_dim) for option, count in kept)
+    return payload + _LENGTH_BYTES * policy.layers * policy.kv_heads
+
+
+def generated_bytes_per_token(layers: int, kv_heads: int, head_dim: int) -> int:
+    """Bytes that each generated token adds: it stays in 16 bits, keys and values."""
+    return 2 * 2 * layers * kv_heads * head_dim
