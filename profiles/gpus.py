@@ -1,0 +1,260 @@
+"""GPU profiles: every number with its unit, kind, source and date; found by name or detected."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from kvtune.common.errors import KvtuneError, nearest
+from kvtune.common.units import GIB, MIB
+from kvtune.profiles.strict import Located, library, parse
+
+FigureKind = Literal["datasheet", "measured", "assumed"]
+MemoryKind = Literal["hbm", "gddr"]
+
+_UNITS = {
+    "memory_nominal": "GiB",
+    "memory_visible": "MiB",
+    "bandwidth": "GB/s",
+    "bf16": "TFLOP/s",
+    "fp8": "TFLOP/s",
+    "int8": "TOP/s",
+    "l2": "MiB",
+    "pcie": "GB/s",
+    "power": "W",
+    "context": "MiB",
+}
+_NOT_EVERYWHERE = ("fp8", "int8")
+_DATE = re.compile(r"\d{4}-\d{2}(-\d{2})?")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number and where it is from.
+
+    Args:
+        value: the number, in ``unit``.
+        unit: as written in the file; each key has exactly one that is allowed.
+        kind: read in a datasheet, measured on a card, or assumed.
+        source: document, page or command.
+        date: year and month, or day, of the source.
+    """
+
+    value: float
+    unit: str
+    kind: FigureKind
+    source: str
+    date: str
+
+
+@dataclass(frozen=True)
+class GpuProfile:
+    """What kvtune knows of a GPU. Figures carry their source; properties are in base units.
+
+    Args:
+        slug: canonical name, for example ``rtx-4090``.
+        name: name for people.
+        aliases: other names it is found by.
+        device_names: what the driver calls the card.
+        vendor: ``nvidia`` or ``amd``.
+        architecture: for example ``ada``.
+        memory_kind: ``hbm`` or ``gddr``; their achieved bandwidths differ.
+        memory_nominal: what the box says, GiB.
+        memory_visible: total that the runtime reports to a process, MiB.
+        bandwidth: peak memory bandwidth, GB/s.
+        bf16: dense bf16 rate with fp32 accumulation, TFLOP/s.
+        l2: last-level cache on the die, MiB.
+        pcie: host link a direction, GB/s.
+        power: board power, W.
+        context: device memory of a process before its first tensor, MiB.
+        fp8: dense fp8 rate, TFLOP/s; None where the card has no fp8.
+        int8: dense int8 rate, TOP/s; None where unknown.
+    """
+
+    slug: str
+    name: str
+    aliases: tuple[str, ...]
+    device_names: tuple[str, ...]
+    vendor: str
+    architecture: str
+    memory_kind: MemoryKind
+    memory_nominal: Figure
+    memory_visible: Figure
+    bandwidth: Figure
+    bf16: Figure
+    l2: Figure
+    pcie: Figure
+    power: Figure
+    context: Figure
+    fp8: Figure | None = None
+    int8: Figure | None = None
+
+    @property
+    def visible_bytes(self) -> int:
+        """Memory that a process can see, less than what the box says."""
+        return int(self.memory_visible.value * MIB)
+
+    @property
+    def nominal_bytes(self) -> int:
+        """Memory that the box says."""
+        return int(self.memory_nominal.value * GIB)
+
+    @property
+    def bandwidth_bytes_per_s(self) -> float:
+        """Peak memory bandwidth."""
+        return self.bandwidth.value * 1e9
+
+    @property
+    def bf16_flop_per_s(self) -> float:
+        """Dense bf16 rate with fp32 accumulation."""
+        return self.bf16.value * 1e12
+
+    @property
+    def fp8_flop_per_s(self) -> float | None:
+        """Dense fp8 rate, None where the card has none."""
+        return None if self.fp8 is None else self.fp8.value * 1e12
+
+    @property
+    def l2_bytes(self) -> int:
+        """Last-level cache on the die."""
+        return int(self.l2.value * MIB)
+
+    @property
+    def pcie_bytes_per_s(self) -> float:
+        """Host link, one direction."""
+        return self.pcie.value * 1e9
+
+    @property
+    def context_bytes(self) -> int:
+        """Device memory of a process before its first tensor."""
+        return int(self.context.value * MIB)
+
+
+def list_gpus() -> tuple[GpuProfile, ...]:
+    """Every known profile, by name."""
+    return _profiles()
+
+
+def find_gpu(name: str) -> GpuProfile:
+    """The profile of a GPU by name, alias or the driver's name; ``4090``, ``RTX-4090``, ``h100``.
+
+    Raises:
+        KvtuneError: no such profile; the message names the nearest ones.
+    """
+    known = _names()
+    key = _normal(name)
+    if key in known:
+        return known[key]
+    raise KvtuneError(
+        f"no GPU is known as {name!r}. {nearest(key, known)}", hint="kvtune gpus lists them."
+    )
+
+
+def detect_gpu(index: int = 0) -> GpuProfile | None:
+    """The profile of the GPU in this machine, None without one (or without its driver).
+
+    Raises:
+        KvtuneError: there is a GPU, but no profile of it.
+    """
+    device = detected_name(index)
+    if device is None:
+        return None
+    for profile in _profiles():
+        if device in profile.device_names:
+            return profile
+    raise KvtuneError(
+        f"this machine's GPU, {device!r}, has no profile. {nearest(_normal(device), _names())}",
+        hint="name a similar GPU with --gpu; kvtune gpus lists them.",
+    )
+
+
+def detected_name(index: int = 0) -> str | None:
+    """What NVML calls the GPU, None where there is no NVML or no such GPU."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no driver, no library, a container without devices: all mean no GPU
+        return None
+    try:
+        name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(index))
+        return name.decode() if isinstance(name, bytes) else str(name)
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def parse_gpu(slug: str, text: str, file: str) -> GpuProfile:
+    """One profile from YAML text; strict.
+
+    Raises:
+        KvtuneError: a key is unknown, missing, of the wrong kind or unit; with file, line, key.
+    """
+    return _profile(slug, parse(text, file))
+
+
+def _profile(slug: str, document: Located) -> GpuProfile:
+    texts = ("name", "vendor", "architecture")
+    fields = document.mapping((*texts, "memory_kind", "figures"), ("aliases", "device_names"))
+    required = [key for key in _UNITS if key not in _NOT_EVERYWHERE]
+    records = fields["figures"].mapping(required, _NOT_EVERYWHERE)
+    figures: dict[str, Any] = {key: _figure(key, record) for key, record in records.items()}
+    if figures["memory_visible"].value * MIB > figures["memory_nominal"].value * GIB:
+        records["memory_visible"].fail("is more than memory_nominal; are GB and GiB mixed?")
+    return GpuProfile(
+        slug=slug,
+        memory_kind=cast(MemoryKind, fields["memory_kind"].text(("hbm", "gddr"))),
+        name=fields["name"].text(),
+        vendor=fields["vendor"].text(("nvidia", "amd")),
+        architecture=fields["architecture"].text(),
+        aliases=fields["aliases"].texts() if "aliases" in fields else (),
+        device_names=fields["device_names"].texts() if "device_names" in fields else (),
+        **figures,
+    )
+
+
+def _figure(key: str, record: Located) -> Figure:
+    """The record of one number; its unit must be the one that the key has."""
+    fields = record.mapping(("value", "unit", "kind", "source", "date"))
+    unit = fields["unit"].text()
+    if unit != _UNITS[key]:
+        fields["unit"].fail(f"is {unit!r}, but {key} is given in {_UNITS[key]}")
+    date = str(fields["date"].value)
+    if not _DATE.fullmatch(date):
+        fields["date"].fail(f"must be a date like 2024-11, not {date!r}")
+    return Figure(
+        value=fields["value"].positive(),
+        unit=unit,
+        kind=cast(FigureKind, fields["kind"].text(("datasheet", "measured", "assumed"))),
+        source=fields["source"].text(),
+        date=date,
+    )
+
+
+@functools.cache
+def _profiles() -> tuple[GpuProfile, ...]:
+    return tuple(_profile(slug, document) for slug, document in library("gpus"))
+
+
+@functools.cache
+def _names() -> dict[str, GpuProfile]:
+    known: dict[str, GpuProfile] = {}
+    for profile in _profiles():
+        for name in dict.fromkeys(
+            _normal(n) for n in (profile.slug, *profile.aliases, *profile.device_names)
+        ):
+            if name in known:
+                raise KvtuneError(f"two GPUs answer to {name!r}", where="profiles/gpus")
+            known[name] = profile
+    return known
+
+
+def _normal(name: str) -> str:
+    """Lower case with hyphens, without the vendor's and the brand's words."""
+    key = re.sub(r"[\s_]+", "-", name.strip().lower())
+    for word in ("nvidia-", "amd-", "geforce-", "instinct-"):
+        key = key.removeprefix(word)
+    return key

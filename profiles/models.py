@@ -1,0 +1,142 @@
+"""The model shapes that kvtune knows by name: one YAML table a family, found by name or alias."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from kvtune.common.errors import KvtuneError, nearest
+from kvtune.profiles.model_config import shape_from_config
+from kvtune.profiles.shape import (
+    Experts,
+    LatentAttention,
+    ModelShape,
+    ParameterCounts,
+    alternating_windows,
+)
+from kvtune.profiles.strict import Located, library
+
+__all__ = [
+    "Experts",
+    "LatentAttention",
+    "ModelShape",
+    "ParameterCounts",
+    "find_model",
+    "list_models",
+    "shape_from_config",
+    "shape_from_record",
+]
+
+_COUNTS = (
+    "layers", "query_heads", "kv_heads", "head_dim", "hidden_size", "intermediate_size",
+    "vocab_size", "max_context",
+)  # fmt: skip
+_REQUIRED = (*_COUNTS, "tied_embeddings", "source")
+_OPTIONAL = (
+    "aliases", "window", "full_every", "latent", "experts", "biases", "query_key_norm",
+    "norms_per_layer", "sinks", "other_parameters",
+)  # fmt: skip
+_SUFFIXES = ("-instruct", "-it", "-chat", "-hf", "-base", "-pt")
+
+
+def list_models() -> tuple[ModelShape, ...]:
+    """Every known shape, by name."""
+    return _models()
+
+
+def find_model(name: str) -> ModelShape:
+    """The shape of a model by name, alias or hub id; case and an ``-instruct`` do not matter.
+
+    Raises:
+        KvtuneError: no such model; the message names the nearest ones.
+    """
+    known = _names()
+    key = _normal(name)
+    for suffix in ("", *_SUFFIXES):
+        if key.endswith(suffix) and key.removesuffix(suffix) in known:
+            return known[key.removesuffix(suffix)]
+    raise KvtuneError(
+        f"no model is known as {name!r}. {nearest(key, known)}",
+        hint="kvtune models lists them; a folder with a config.json works too.",
+    )
+
+
+def shape_from_record(name: str, record: Located) -> ModelShape:
+    """One strict record of a family table.
+
+    Raises:
+        KvtuneError: a key is unknown, missing or of the wrong kind; with file, line and key.
+    """
+    fields = record.mapping(_REQUIRED, _OPTIONAL)
+    counts = {key: fields[key].count() for key in _COUNTS}
+    if counts["query_heads"] % counts["kv_heads"]:
+        fields["kv_heads"].fail(f"must divide query_heads ({counts['query_heads']})")
+    window = fields["window"].count() if "window" in fields else None
+    full_every = fields["full_every"].count(2) if "full_every" in fields else None
+    return ModelShape(
+        name=name,
+        **counts,
+        tied_embeddings=fields["tied_embeddings"].flag(),
+        windows=alternating_windows(counts["layers"], window, full_every),
+        source=fields["source"].text(),
+        **_optional_fields(fields),
+    )
+
+
+def _optional_fields(fields: dict[str, Located]) -> dict[str, Any]:
+    return {key: read(fields[key]) for key, read in _READERS.items() if key in fields}
+
+
+def _latent(record: Located) -> LatentAttention:
+    keys = ("kv_lora_rank", "rope_dim", "nope_dim", "value_dim")
+    fields = record.mapping(keys, ("query_lora_rank",))
+    return LatentAttention(**{key: entry.count() for key, entry in fields.items()})
+
+
+def _experts(record: Located) -> Experts:
+    numbers, flags = ("shared_size", "dense_layers"), ("biases", "score_correction")
+    fields = record.mapping(("count", "active", "intermediate_size"), (*numbers, *flags))
+    if fields["active"].count() > fields["count"].count():
+        fields["active"].fail("must not be above the number of experts")
+    values: dict[str, Any] = {
+        key: entry.flag() if key in flags else entry.count(0 if key in numbers else 1)
+        for key, entry in fields.items()
+    }
+    return Experts(**values)
+
+
+_READERS: dict[str, Callable[[Located], object]] = {
+    "aliases": lambda entry: entry.texts(),
+    "latent": _latent,
+    "experts": _experts,
+    "biases": lambda entry: entry.text(("none", "qkv", "all")),
+    "query_key_norm": lambda entry: entry.flag(),
+    "norms_per_layer": lambda entry: entry.count(),
+    "sinks": lambda entry: entry.flag(),
+    "other_parameters": lambda entry: entry.count(0),
+}
+
+
+@functools.cache
+def _models() -> tuple[ModelShape, ...]:
+    records = [entry for _, table in library("models") for entry in table.entries()]
+    shapes = [shape_from_record(name, record) for name, record in records]
+    return tuple(sorted(shapes, key=lambda shape: shape.name))
+
+
+@functools.cache
+def _names() -> dict[str, ModelShape]:
+    known: dict[str, ModelShape] = {}
+    for shape in _models():
+        for name in (shape.name, *shape.aliases):
+            if _normal(name) in known:
+                raise KvtuneError(f"two models answer to {name!r}", where="profiles/models")
+            known[_normal(name)] = shape
+    return known
+
+
+def _normal(name: str) -> str:
+    """Lower case, without the organisation, with hyphens only."""
+    last = name.strip().lower().rstrip("/").rsplit("/", 1)[-1]
+    return last.replace("_", "-").replace(" ", "-").removeprefix("meta-")
