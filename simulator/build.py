@@ -1,0 +1,74 @@
+"""Builds Gram tables from a trace: every option replayed on every layer of every sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kvtune.common.progress import Progress, Silent
+from kvtune.policies.option import Option
+from kvtune.simulator.replay import LayerReplay, replay_options
+from kvtune.simulator.tables import Floats, SampleFacts, Tables
+from kvtune.traces.trace import Trace
+
+DEFAULT_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class _Cell:
+    sample: int
+    layer: int
+
+
+def build_tables(
+    trace: Trace,
+    options: Sequence[Option],
+    *,
+    block: int = DEFAULT_BLOCK,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Tables:
+    """Tables of a trace's samples, one exact factor a sample.
+
+    Args:
+        trace: captured with probes.
+        options: what to replay; each is replayed on every KV head.
+        block: positions whose responses are summed before squaring.
+        device: where the arithmetic runs.
+        progress: told of every (sample, layer).
+    """
+    layers, heads = trace.geometry.layers, trace.geometry.kv_heads
+    cells = [_Cell(s, layer) for s in range(len(trace.samples)) for layer in range(layers)]
+    rows: list[list[Floats]] = [[] for _ in trace.samples]
+    for cell in (progress or Silent()).track(cells, "replaying options", len(cells)):
+        part = trace.layer(trace.samples[cell.sample].id, cell.layer)
+        rows[cell.sample].append(layer_features(LayerReplay.of(part, device), options, block))
+    factor = np.stack([np.concatenate(row) for row in rows])  # [n, I, O, S * C / block]
+    first = trace.samples[0]
+    return Tables(
+        model=trace.model_name,
+        layers=layers,
+        kv_heads=heads,
+        head_dim=trace.geometry.head_dim,
+        prompt_tokens=len(first.token_ids) - first.observed,
+        options=tuple(options),
+        samples=tuple(SampleFacts(s.id, s.split, s.kind) for s in trace.samples),
+        loss=(factor**2).sum(-1),
+        factor=factor,
+        group=np.arange(len(trace.samples)),
+    )
+
+
+@torch.no_grad()
+def layer_features(layer: LayerReplay, options: Sequence[Option], block: int) -> Floats:
+    """Block-summed responses of one layer, ``[H, O, S * C / block]``, square root of nats/token.
+
+    KL a token is about 1 / (2 C) of the mean over probes of the summed squares, so a feature is
+    a response over the square root of 2 C S.
+    """
+    responses = replay_options(layer, options, block)
+    probes, observed = layer.probes.shape[:2]
+    return (responses.flatten(2) / (2 * observed * probes) ** 0.5).cpu().numpy()

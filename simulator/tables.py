@@ -1,0 +1,174 @@
+"""Gram tables: what every option costs every KV head, and how heads add up.
+
+For a configuration that gives head i the option o_i, the second-order KL divergence a token is
+
+    sum_i loss[i, o_i]  +  | sum_i factor[i, o_i] |^2 - sum_i | factor[i, o_i] |^2
+
+``loss`` holds each head's own term, measured exactly; ``factor`` spans the terms between heads.
+Both are kept sample by sample (factors sample group by sample group once compacted), so that
+intervals can be resampled and search, selection and evaluation never share a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtune.policies.option import Option
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SampleFacts:
+    """Where one sample's numbers belong: its id, its split and the kind of text."""
+
+    id: str
+    split: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Losses of options, in nats of KL divergence a token.
+
+    Args:
+        model: whose trace they were made of.
+        layers: L.
+        kv_heads: H; heads are numbered layer by layer, I = L * H.
+        head_dim: D.
+        prompt_tokens: P of the samples.
+        options: what may be done to a head, O of them, the same for all heads.
+        samples: n of them.
+        loss: own terms, ``[n, I, O]`` nats/token.
+        factor: ``[g, I, O, r]``, square root of nats/token; ``[n, ...]`` until compacted.
+        group: which factor each sample uses, ``[n]``.
+        weight: of a head's own squared factor in the sum over heads; 1 unless heads were mapped
+            onto a model with another number of them.
+    """
+
+    model: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    prompt_tokens: int
+    options: tuple[Option, ...]
+    samples: tuple[SampleFacts, ...]
+    loss: Floats
+    factor: Floats
+    group: NDArray[np.int64]
+    weight: float = 1.0
+
+    @property
+    def heads(self) -> int:
+        """I, all KV heads of all layers."""
+        return self.layers * self.kv_heads
+
+    def of_split(self, split: str) -> Tables:
+        """The samples of one split alone."""
+        rows = [row for row, sample in enumerate(self.samples) if sample.split == split]
+        return self.subset(rows)
+
+    def subset(self, rows: Sequence[int]) -> Tables:
+        """Some of the samples."""
+        picked = np.asarray(rows, int)
+        groups, index = np.unique(self.group[picked], return_inverse=True)
+        return replace(
+            self,
+            samples=tuple(self.samples[row] for row in rows),
+            loss=self.loss[picked],
+            factor=self.factor[groups],
+            group=index.astype(np.int64),
+        )
+
+    def with_options(self, columns: Sequence[int]) -> Tables:
+        """Some of the options."""
+        picked = np.asarray(columns, int)
+        return replace(
+            self,
+            options=tuple(self.options[column] for column in columns),
+            loss=self.loss[:, :, picked],
+            factor=self.factor[:, :, picked],
+        )
+
+    def sample_weights(self) -> Floats:
+        """Every kind of text counts alike, however many samples it has; sums to one, ``[n]``."""
+        kinds = [sample.kind for sample in self.samples]
+        count = {kind: kinds.count(kind) for kind in kinds}
+        return np.array([1 / (len(count) * count[kind]) for kind in kinds], np.float32)
+
+    def footprints(self, prompt_tokens: int, head_dim: int) -> NDArray[np.int64]:
+        """Bytes of one head under each option, ``[O]``, at any prompt length."""
+        return np.array(
+            [o.footprint(o.budget.resolve(prompt_tokens), head_dim) for o in self.options], np.int64
+        )
+
+    def by_sample(self, choice: NDArray[np.int64], cross: float = 1.0) -> Floats:
+        """Loss of one configuration on every sample, ``[n]`` nats/token.
+
+        Args:
+            choice: option of each head, ``[I]``.
+            cross: how much of the terms between heads to count.
+        """
+        head = np.arange(self.heads)
+        own = self.loss[:, head, choice].sum(1)
+        picked = self.factor[:, head, choice]  # [g, I, r]
+        between = (picked.sum(1) ** 2).sum(-1) - self.weight * (picked**2).sum((1, 2))
+        return np.maximum(own + cross * between[self.group], 0)
+
+
+def compact(tables: Tables, group: Sequence[int], rank: int) -> Tables:
+    """Share one rank-``rank`` factor among the samples of a group; own terms stay exact.
+
+    Args:
+        tables: with one factor a sample.
+        group: group number of each sample, ``[n]``, from 0 without gaps.
+        rank: columns kept of each group's factor.
+    """
+    numbers = np.asarray(group, np.int64)
+    factors = [
+        low_rank(tables.factor[tables.group[numbers == g]], rank) for g in range(numbers.max() + 1)
+    ]
+    return replace(tables, factor=np.stack(factors), group=numbers)
+
+
+def low_rank(factors: Floats, rank: int, weights: Floats | None = None) -> Floats:
+    """One ``[I, O, rank]`` factor whose products are the (weighted) mean of several factors'.
+
+    The singular directions come from the smaller Gram matrix, between features; the mean over
+    samples of U_n U_n^T is what one wants, so samples' features stand side by side.
+    """
+    count, heads, options, features = factors.shape
+    weights = np.full(count, 1 / count, np.float32) if weights is None else weights
+    scaled = factors * np.sqrt(weights)[:, None, None, None]
+    side = scaled.transpose(1, 2, 0, 3).reshape(heads * options, count * features)
+    values, vectors = np.linalg.eigh((side.T @ side).astype(np.float64))
+    top = vectors[:, np.argsort(values)[::-1][:rank]].astype(np.float32)
+    projected = side @ top
+    if projected.shape[1] < rank:
+        projected = np.pad(projected, ((0, 0), (0, rank - projected.shape[1])))
+    return projected.reshape(heads, options, rank)
+
+
+def onto(tables: Tables, model: str, layers: int, kv_heads: int, head_dim: int) -> Tables:
+    """A stand-in for a model whose weights are not at hand: heads matched by relative depth.
+
+    Losses are scaled so that a uniform policy loses what it loses on the source model.
+    """
+    layer = (np.arange(layers) * tables.layers) // layers
+    rank = (np.arange(kv_heads) * tables.kv_heads) // kv_heads
+    source = (layer[:, None] * tables.kv_heads + rank).ravel()
+    share = np.float32(tables.heads / len(source))
+    return replace(
+        tables,
+        model=model,
+        layers=layers,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        loss=tables.loss[:, source] * share,
+        factor=tables.factor[:, source] * share,
+        weight=tables.weight / float(share),
+    )
