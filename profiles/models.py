@@ -69,7 +69,7 @@ def shape_from_record(name: str, record: Located) -> ModelShape:
         KvtuneError: a key is unknown, missing or of the wrong kind; with file, line and key.
     """
     fields = record.mapping(_REQUIRED, _OPTIONAL)
-    counts = {key: fields[key].count() for key in _COUNTS}
+    counts: dict[str, Any] = {key: fields[key].count() for key in _COUNTS}
     if counts["query_heads"] % counts["kv_heads"]:
         fields["kv_heads"].fail(f"must divide query_heads ({counts['query_heads']})")
     window = fields["window"].count() if "window" in fields else None
