@@ -164,7 +164,7 @@ def overhead_bytes(shape: ModelShape, gpu: GpuProfile, weight_format: WeightForm
     return Estimate(
         context + graphs + 0.01 * loaded,
         0.75 * context + 0.5 * graphs,
-        1.35 * context + 4 * graphs + 0.03 * loaded,
+        1.2 * context + 2.5 * graphs + 0.03 * loaded,
         "B",
         "assumed",
     )

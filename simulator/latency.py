@@ -1,0 +1,236 @@
+"""How long a decode step and a prefill take: bytes, floors and formats, each with its interval.
+
+Datasheet tier: no measurement of the card is needed, and none is claimed. A step is the sum over
+layers of attention and matrices, the output matrix and the host's share. Arrays go in and come
+out; nothing here loops over configurations, and torch is not imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Union
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Estimate, Tier
+from kvtune.profiles.gpus import GpuProfile
+from kvtune.profiles.shape import ModelShape
+from kvtune.simulator import latency_priors as priors
+from kvtune.simulator import latency_terms as parts
+from kvtune.simulator.latency_priors import FloatArray
+from kvtune.simulator.weights import WeightFormat, check_format
+
+Execution = Literal["graph", "eager"]
+CacheBytes = Union[npt.ArrayLike, Mapping[float, npt.ArrayLike]]  # noqa: UP007 (runtime, 3.10)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Times of many configurations, in seconds, all of one tier.
+
+    Args:
+        value_s: likely times, any shape.
+        low_s: lower ends of the 10-90 % intervals, same shape.
+        high_s: upper ends, same shape.
+        tier: how they were come by.
+    """
+
+    value_s: FloatArray
+    low_s: FloatArray
+    high_s: FloatArray
+    tier: Tier = "datasheet"
+
+    def at(self, *index: int) -> Estimate:
+        """One of them."""
+        value, low, high = (float(part[index]) for part in (self.value_s, self.low_s, self.high_s))
+        return Estimate(value, low, high, "s", self.tier)
+
+
+def decode_step(
+    shape: ModelShape,
+    gpu: GpuProfile,
+    weight_format: WeightFormat,
+    batch: int,
+    cache_bytes_per_sequence: float | Mapping[float, float],
+    execution: Execution = "graph",
+) -> Estimate:
+    """One decode step of a batch, in seconds; see :func:`decode_steps`."""
+    times = decode_steps(shape, gpu, weight_format, batch, cache_bytes_per_sequence, execution)
+    return times.at()
+
+
+def decode_steps(
+    shape: ModelShape,
+    gpu: GpuProfile,
+    weight_format: WeightFormat,
+    batch: npt.ArrayLike,
+    cache_bytes_per_sequence: CacheBytes,
+    execution: Execution = "graph",
+) -> Times:
+    """Decode steps of many configurations: one new token for each sequence of the batch.
+
+    Args:
+        shape: the model.
+        gpu: the card.
+        weight_format: how the matrices are stored.
+        batch: sequences, at least 1; broadcast against the bytes.
+        cache_bytes_per_sequence: bytes of cache that a step reads for one sequence, over all
+            layers, scales and indices included. A plain array is bf16; a mapping gives the bytes
+            by bits a number, for example ``{16: recent, 4: older}``, since narrow formats are
+            read less efficiently.
+        execution: ``graph`` (one launch a step) or ``eager`` (host-bound).
+
+    Returns:
+        Times of the broadcast shape.
+
+    Raises:
+        KvtuneError: a batch below 1, negative bytes, an unknown format or execution.
+    """
+    check_format(weight_format)
+    sequences, cache = _configurations(batch, cache_bytes_per_sequence)
+    device = [
+        parts.larger(
+            parts.cache_read(gpu, sequences, cache),
+            parts.decode_attention(shape, gpu, sequences, cache),
+        ),
+        parts.floor(priors.ATTENTION_FLOOR_S, shape.layers),
+        parts.floor(priors.ATTENTION_PER_SEQUENCE_S, shape.layers * sequences),
+        parts.matrices(shape, gpu, weight_format, sequences, logits=sequences),
+        parts.floor(parts.layer_floor(shape), shape.layers),
+    ]
+    return _with_host(device, shape, execution)
+
+
+def prefill(
+    shape: ModelShape,
+    gpu: GpuProfile,
+    weight_format: WeightFormat,
+    prompt_tokens: int,
+    batch: int = 1,
+    execution: Execution = "graph",
+) -> Estimate:
+    """The prefill of a batch of prompts, in seconds; see :func:`prefills`."""
+    return prefills(shape, gpu, weight_format, prompt_tokens, batch, execution).at()
+
+
+def prefills(
+    shape: ModelShape,
+    gpu: GpuProfile,
+    weight_format: WeightFormat,
+    prompt_tokens: npt.ArrayLike,
+    batch: npt.ArrayLike = 1,
+    execution: Execution = "graph",
+) -> Times:
+    """Prefills of many configurations: dense attention over the whole prompt, no cache policy.
+
+    Args:
+        shape: the model.
+        gpu: the card.
+        weight_format: how the matrices are stored; int8 and int4 are widened and computed in bf16.
+        prompt_tokens: P, at least 1; broadcast against ``batch``.
+        batch: prompts, at least 1.
+        execution: ``graph`` or ``eager``; the host is waited for only in short prompts.
+
+    Returns:
+        Times of the broadcast shape.
+
+    Raises:
+        KvtuneError: a number below 1, an unknown format or execution.
+    """
+    check_format(weight_format)
+    prompt, sequences = np.broadcast_arrays(
+        _at_least(prompt_tokens, 1, "prompt tokens"), _at_least(batch, 1, "batch")
+    )
+    device = [
+        parts.matrices(shape, gpu, weight_format, prompt * sequences, logits=sequences),
+        parts.prompt_attention(shape, gpu, prompt, sequences),
+        parts.floor(priors.ATTENTION_FLOOR_S, shape.layers),
+        parts.floor(parts.layer_floor(shape), shape.layers),
+    ]
+    return _with_host(device, shape, execution)
+
+
+# --- baselines, to be printed beside ours ----------------------------------------------------
+
+
+def roofline_decode_steps(
+    shape: ModelShape,
+    gpu: GpuProfile,
+    weight_format: WeightFormat,
+    batch: npt.ArrayLike,
+    cache_bytes_per_sequence: CacheBytes,
+) -> FloatArray:
+    """Pure roofline, seconds: all bytes at the sheet's bandwidth, or all operations at its rate."""
+    sequences, cache = _configurations(batch, cache_bytes_per_sequence)
+    moved = _bytes_moved(shape, weight_format, sequences, cache)
+    operations = 2.0 * shape.active_parameters * sequences
+    return np.maximum(
+        moved / gpu.bandwidth_bytes_per_s, operations / parts.matrix_rate(gpu, weight_format)
+    )
+
+
+def scaled_decode_steps(
+    shape: ModelShape,
+    gpu: GpuProfile,
+    weight_format: WeightFormat,
+    batch: npt.ArrayLike,
+    cache_bytes_per_sequence: CacheBytes,
+) -> FloatArray:
+    """All bytes at 0.8 x bandwidth and 3 us an operation, seconds, as serving simulators assume.
+
+    Five operations a layer (query-key-value, attention, output, two of the feed-forward) and one
+    output matrix.
+    """
+    sequences, cache = _configurations(batch, cache_bytes_per_sequence)
+    moved = _bytes_moved(shape, weight_format, sequences, cache)
+    operations = 5 * shape.layers + 1
+    return np.asarray(moved / (0.8 * gpu.bandwidth_bytes_per_s) + 3e-6 * operations)
+
+
+# --- inputs and the host -----------------------------------------------------------------------
+
+
+def _configurations(
+    batch: npt.ArrayLike, cache_bytes: CacheBytes
+) -> tuple[FloatArray, dict[float, FloatArray]]:
+    """Batch sizes and bytes by bits, broadcast against each other."""
+    by_bits = cache_bytes if isinstance(cache_bytes, Mapping) else {16.0: cache_bytes}
+    if not by_bits or min(by_bits) <= 0:
+        raise KvtuneError("cache bytes by bits need at least one width above zero")
+    arrays = np.broadcast_arrays(
+        _at_least(batch, 1, "batch"), *(_at_least(v, 0, "cache bytes") for v in by_bits.values())
+    )
+    return arrays[0], dict(zip(map(float, by_bits), arrays[1:], strict=True))
+
+
+def _at_least(values: npt.ArrayLike, minimum: float, name: str) -> FloatArray:
+    array = np.asarray(values, dtype=np.float64)
+    if not np.all(array >= minimum):  # also false for nan
+        raise KvtuneError(f"{name} must be at least {minimum:g}")
+    return array
+
+
+def _bytes_moved(
+    shape: ModelShape,
+    weight_format: WeightFormat,
+    sequences: FloatArray,
+    cache: dict[float, FloatArray],
+) -> FloatArray:
+    """Weights once and every sequence's cache."""
+    weights = parts.weight_bytes_read(shape, weight_format, sequences)
+    return np.asarray(weights + sequences * np.sum(list(cache.values()), axis=0))
+
+
+def _with_host(device: list[parts.Term], shape: ModelShape, execution: Execution) -> Times:
+    """Graph: the host's launch and sampler are added. Eager: the slower of host and GPU counts."""
+    if execution == "graph":
+        return Times(*parts.total([*device, parts.floor(priors.GRAPH_HOST_S)]))
+    if execution != "eager":
+        raise KvtuneError(f"execution is graph or eager, not {execution!r}")
+    host = parts.floor(priors.EAGER_HOST_LAYER_S, shape.layers)
+    step = parts.floor(priors.EAGER_HOST_STEP_S)
+    waiting = parts.Term(*(a + b for a, b in zip(host, step, strict=True)))
+    return Times(*parts.larger(parts.total(device), waiting))

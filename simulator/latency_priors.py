@@ -1,0 +1,78 @@
+"""What the datasheet tier assumes: achieved shares of the sheet's figures, floors, intervals.
+
+The three numbers of a prior are the likely value and the ends of its 10-90 % interval.
+Efficiencies are shares of the datasheet's figure; floors are seconds.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+
+
+class Prior(NamedTuple):
+    """A likely value and the ends of its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+# Decode attention, from a fit over published kernel tables of eight GPUs (one head geometry, one
+# engine): t = floor + bytes / (efficiency x bandwidth) + sequences x per_sequence, a layer.
+# The floor's low end is 7 us, as seen under CUDA graphs on an H100.
+ATTENTION_EFFICIENCY = Prior(0.88, 0.81, 0.95)
+ATTENTION_FLOOR_S = Prior(18e-6, 7e-6, 45e-6)
+ATTENTION_PER_SEQUENCE_S = Prior(0.05e-6, 0.0, 0.12e-6)
+ATTENTION_COMPUTE = Prior(0.60, 0.45, 0.75)  # FlashAttention-2: 50-73 % of A100; -3: 75 % of H100
+
+# Matrix-vector products by kind of memory, same fit.
+GEMV_EFFICIENCY = {"hbm": Prior(0.80, 0.70, 0.90), "gddr": Prior(0.88, 0.82, 0.94)}
+
+# Large matrix products: 68-87 % of the dense peak on most cards (ml-engineering, accelerators).
+GEMM_EFFICIENCY = Prior(0.75, 0.63, 0.87)
+
+# What is left of the bf16 efficiency when weights are narrower. Low ends: gpt-fast on an A100
+# (68.5 % in bf16, 52 % in int8, 42 % in int4); high ends: kernels of the Marlin kind.
+WEIGHT_FORMAT_FACTOR = {
+    "bf16": Prior(1.0, 1.0, 1.0),
+    "fp8": Prior(0.87, 0.76, 0.98),
+    "int8": Prior(0.86, 0.76, 0.97),
+    "int4": Prior(0.76, 0.61, 0.93),
+}
+
+# The same for the cache, by bits a number. Eight bits: published tables give 1.2-1.85x over bf16
+# above 64 MB a layer, 0.9-1.4x below; fewer bits: reports from half to all of the bf16 speed.
+CACHE_BITS = np.array([2.0, 3.0, 4.0, 8.0, 16.0])
+CACHE_FACTOR = {
+    "value": np.array([0.32, 0.44, 0.55, 0.78, 1.0]),
+    "low": np.array([0.15, 0.22, 0.30, 0.60, 1.0]),
+    "high": np.array([0.60, 0.70, 0.80, 0.93, 1.0]),
+}
+
+# Kernels of a layer other than attention (projections, norms, rotary, activation): floors.
+OTHER_KERNELS_S = Prior(15e-6, 8e-6, 28e-6)
+ROUTING_KERNELS_S = Prior(12e-6, 6e-6, 30e-6)  # more of them in a mixture of experts
+
+# The host. A replayed graph costs one launch and the sampler; eager mode costs the host's own
+# time a layer, whatever the GPU does meanwhile: 2.1-2.8 ms for an unfused loop on one H100 host,
+# about 1 ms in an eager serving engine (vllm issue 42058), less on fast hosts.
+GRAPH_HOST_S = Prior(150e-6, 50e-6, 400e-6)
+EAGER_HOST_LAYER_S = Prior(1.2e-3, 0.5e-3, 2.8e-3)
+EAGER_HOST_STEP_S = Prior(1e-3, 0.3e-3, 3e-3)
+
+# What the terms do not explain. With it a datasheet-only card is within about 15 % in the median
+# and 30 % at the 90th percentile.
+UNEXPLAINED = 0.2
+
+
+def cache_factor(bits: float, end: str) -> float:
+    """Efficiency of reading a cache of so many bits a number, over that of bf16.
+
+    Between the listed widths linear in log2(bits); held beyond them.
+    """
+    return float(np.interp(np.log2(bits), np.log2(CACHE_BITS), CACHE_FACTOR[end]))
