@@ -1,0 +1,216 @@
+"""Capturing a trace: what every head attends to, and how much the model's output would mind.
+
+For each sample the prompt is run without gradients and its q, k, v are kept; the observed tokens
+are then run on it with a graph through them alone. Labels drawn from the model's own predictions
+give Fisher probes: the gradient of sum_t log p(y_t) with respect to each layer's attention output
+before the output projection. S of them tell what a change of that output costs in KL divergence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from kvtune.common.progress import Progress, Silent
+from kvtune.traces.passes import full_cache_handler, run_observed, run_prompt
+from kvtune.traces.samples import Sample
+from kvtune.traces.signals import column_sums
+from kvtune.traces.trace import Trace, open_trace
+from kvtune.traces.writer import CaptureSettings, TraceWriter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvtune.traces.models import LoadedModel
+
+_LOGITS_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """What the prompt pass leaves, per layer."""
+
+    cache: list[tuple[Tensor, Tensor]]  # k, v [1, H, P, D] on the model's device
+    queries: list[Tensor]  # [Hq, P or fewer, D] on the CPU
+    sums: list[Tensor]  # [Hq, P]; empty unless asked for
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """What the observed pass leaves, per layer and for the model's output."""
+
+    rows: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # q, k, v, output of one copy [., C, D]
+    probes: list[Tensor]  # [S, C, Hq, D]
+    target_logprob: list[float]
+    predicted: list[int]
+
+
+def capture(
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    out_dir: Path,
+    *,
+    probes: int,
+    seed: int = 0,
+    workload_description: str = "",
+    progress: Progress | None = None,
+    queries: Literal["all", "observed"] | int = "all",
+    signals: Iterable[str] = (),
+) -> Trace:
+    """Capture samples into ``out_dir``, continuing what an interrupted call began there.
+
+    Args:
+        loaded: the model.
+        samples: what to run; ids must differ.
+        out_dir: folder of the trace; samples finished there are not run again.
+        probes: S, Fisher probes a sample.
+        seed: draws the probes' labels, each sample from its own stream.
+        workload_description: goes into the manifest.
+        progress: a bar over the samples.
+        queries: which queries to store: all N, the C observed, or the last so many.
+        signals: ``column_sums`` asks for the prompt's attention mass a key.
+
+    Raises:
+        KvtuneError: the folder holds another trace or cannot be written; unknown signal.
+    """
+    progress = progress or Silent()
+    settings = CaptureSettings.of(
+        loaded, samples, probes, seed, workload_description, queries, tuple(signals)
+    )
+    writer = TraceWriter(Path(out_dir), settings)
+    waiting = [(i, s) for i, s in enumerate(samples) if not writer.finished(s)]
+    if waiting and len(waiting) < len(samples):
+        progress.note(f"{len(samples) - len(waiting)} samples are already captured")
+    for index, sample in progress.track(waiting, "capturing attention", len(waiting)):
+        _capture_sample(loaded, sample, index, settings, writer)
+    writer.close()
+    return open_trace(Path(out_dir))
+
+
+def _capture_sample(
+    loaded: LoadedModel, sample: Sample, index: int, settings: CaptureSettings, writer: TraceWriter
+) -> None:
+    prompt = _run_prompt(loaded, sample, settings)
+    observed = _run_observed(loaded, sample, settings, prompt)
+    with writer.sample(index, sample) as folder:
+        for layer in range(loaded.geometry.layers):
+            folder.write_layer(layer, _tensors(prompt, observed, layer))
+        folder.finish(observed.target_logprob, observed.predicted)
+
+
+def _run_prompt(loaded: LoadedModel, sample: Sample, settings: CaptureSettings) -> _Prompt:
+    result = _Prompt([], [], [])
+    tail = settings.stored_queries(sample) - sample.observed  # prompt queries to keep
+    geometry = loaded.geometry
+
+    def keep(layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        result.cache.append((k, v))
+        result.queries.append(q[0, :, q.shape[2] - tail :].cpu())
+        if "column_sums" in settings.signals:
+            window = geometry.windows[layer]
+            result.sums.append(column_sums(q[0], k[0], geometry.scale, window).cpu())
+
+    run_prompt(loaded, sample.token_ids[: sample.prompt], keep)
+    return result
+
+
+def _run_observed(
+    loaded: LoadedModel, sample: Sample, settings: CaptureSettings, prompt: _Prompt
+) -> _Observed:
+    """One forward over the observed tokens, then the S probes through its graph."""
+    import torch
+
+    attend = full_cache_handler(prompt.cache)
+    rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    outputs: list[Tensor] = []
+
+    def handler(
+        layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        output = attend(layer, q, k, v, scale, window)
+        if not output.requires_grad:
+            output.requires_grad_(True)  # the first layer: everything after hangs on it
+        outputs.append(output)
+        rows.append(tuple(x[0].detach() for x in (q, k, v, output)))  # type: ignore[arg-type]
+        return output
+
+    copies = _copies(loaded, sample.observed, settings.probes)
+    observed_ids = sample.token_ids[sample.prompt :]
+    with torch.inference_mode(False), torch.enable_grad():
+        logits = run_observed(loaded, observed_ids, sample.prompt, handler, copies)
+        log_p = logits[0].detach().float().log_softmax(-1)  # [C, vocabulary]
+        labels = _draw_labels(log_p, settings.probes, settings.seed, sample.id)
+        probes = _probes(logits, outputs, log_p, labels)
+    targets = torch.tensor(sample.targets, device=log_p.device)[:, None]
+    return _Observed(
+        rows, probes, log_p.gather(1, targets)[:, 0].tolist(), log_p.argmax(-1).tolist()
+    )
+
+
+def _copies(loaded: LoadedModel, observed: int, probes: int) -> int:
+    """Rows that the observed pass is run with: probes that one backward pass yields together.
+
+    On a CPU one: arithmetic bounds it, and S backward passes through one graph cost S + 1 passes
+    where S copies would cost 2 S. On a GPU as many as the logits leave room for: a small model's
+    backward pass there is bound by kernel launches, which the copies share.
+    """
+    if loaded.device == "cpu":
+        return 1
+    a_copy = observed * loaded.geometry.vocab_size * 4
+    most = max(1, min(probes, _LOGITS_BYTES // a_copy))
+    return next(n for n in range(most, 0, -1) if probes % n == 0)
+
+
+def _draw_labels(log_p: Tensor, probes: int, seed: int, sample_id: str) -> Tensor:
+    """Labels from the model's own predictions [S, C], on the CPU so that a seed means the same."""
+    import torch
+
+    stream = hashlib.sha256(f"{seed}/{sample_id}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(stream[:8], "big") >> 1)
+    drawn = torch.multinomial(log_p.exp().cpu(), probes, replacement=True, generator=generator)
+    return drawn.T.to(log_p.device)
+
+
+def _probes(logits: Tensor, outputs: list[Tensor], log_p: Tensor, labels: Tensor) -> list[Tensor]:
+    """Gradients of sum_t log p(y_t) at every layer's attention output, [S, C, Hq, D] a layer.
+
+    d log p(y) / d logits = onehot(y) - p is written down, so that no graph of the softmax over
+    the vocabulary is kept.
+    """
+    import torch
+
+    copies = logits.shape[0]
+    p = log_p.exp()
+    pieces: list[list[Tensor]] = [[] for _ in outputs]
+    for first in range(0, len(labels), copies):
+        some = labels[first : first + copies]
+        one = torch.ones_like(some, dtype=p.dtype)[..., None]
+        slope = (-p).expand(copies, -1, -1).scatter_add(2, some[..., None], one)  # [., C, vocab]
+        more = first + copies < len(labels)
+        grads = torch.autograd.grad(
+            logits, outputs, grad_outputs=slope.to(logits.dtype), retain_graph=more
+        )
+        for piece, grad in zip(pieces, grads, strict=True):
+            piece.append(grad.transpose(1, 2))  # [copies, C, Hq, D]
+    return [torch.cat(piece) for piece in pieces]
+
+
+def _tensors(prompt: _Prompt, observed: _Observed, layer: int) -> dict[str, Tensor]:
+    """One layer's shard: q, k, v over the sequence, output, probes and signals."""
+    import torch
+
+    q, k, v, output = observed.rows[layer]
+    keys, values = prompt.cache[layer]
+    tensors = {
+        "q": torch.cat([prompt.queries[layer], q.cpu()], dim=1),  # [Hq, N or fewer, D]
+        "k": torch.cat([keys[0], k], dim=1),  # [H, N, D]
+        "v": torch.cat([values[0], v], dim=1),  # [H, N, D]
+        "output": output,  # [Hq, C, D]
+        "probes": observed.probes[layer],  # [S, C, Hq, D]
+    }
+    if prompt.sums:
+        tensors["column_sums"] = prompt.sums[layer]  # [Hq, P]
+    return tensors

@@ -1,0 +1,179 @@
+"""A model's attention in numbers: layers, heads, windows and rotary positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kvtune.common.errors import KvtuneError
+
+
+@dataclass(frozen=True)
+class Rope:
+    """One rotary embedding, enough to turn a key back or to another position.
+
+    Args:
+        kind: transformers' ``rope_type``: ``default``, ``linear``, ``llama3``, ``yarn``...
+        theta: base of the frequencies.
+        scaling: the other rope parameters, as (name, value) pairs.
+        attention_factor: cos and sin are multiplied by it.
+        inverse_frequencies: radians a position for each pair (i, i + D/2) of dimensions [D/2].
+    """
+
+    kind: str
+    theta: float
+    scaling: tuple[tuple[str, Any], ...]
+    attention_factor: float
+    inverse_frequencies: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The attention shape of a model.
+
+    Args:
+        layers: L.
+        query_heads: Hq.
+        kv_heads: H.
+        head_dim: D.
+        scale: factor of the scores before the softmax.
+        windows: per layer, sliding window in tokens, or None for full attention [L].
+        ropes: the distinct rotary embeddings; empty for models without.
+        rope_of_layer: per layer, index into ``ropes``, or None [L].
+        vocab_size: rows of the output head.
+        max_context: longest context in tokens that the model was made for.
+    """
+
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    windows: tuple[int | None, ...]
+    ropes: tuple[Rope, ...]
+    rope_of_layer: tuple[int | None, ...]
+    vocab_size: int
+    max_context: int
+
+    @property
+    def group(self) -> int:
+        """G: query heads that share one KV head."""
+        return self.query_heads // self.kv_heads
+
+    def rope_at(self, layer: int) -> Rope | None:
+        """The rotary embedding of a layer."""
+        index = self.rope_of_layer[layer]
+        return None if index is None else self.ropes[index]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form that goes into a manifest; ``geometry_from_dict`` reads it."""
+        return asdict(self)
+
+
+def geometry_from_dict(fields: Mapping[str, Any]) -> Geometry:
+    """Read what ``Geometry.as_dict`` wrote, also after JSON turned tuples into lists."""
+    ropes = tuple(_rope_from_dict(rope) for rope in fields["ropes"])
+    given = {**fields, "ropes": ropes}
+    for name in ("windows", "rope_of_layer"):
+        given[name] = tuple(fields[name])
+    return Geometry(**given)
+
+
+def _rope_from_dict(fields: Mapping[str, Any]) -> Rope:
+    scaling = tuple((name, _tuples(value)) for name, value in fields["scaling"])
+    frequencies = tuple(fields["inverse_frequencies"])
+    return Rope(**{**fields, "scaling": scaling, "inverse_frequencies": frequencies})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def read_geometry(model: Any) -> Geometry:
+    """The geometry of a transformers causal language model.
+
+    Raises:
+        KvtuneError: its attention is not plain multi-head or grouped-query softmax attention.
+    """
+    config = model.config.get_text_config()
+    attentions = _attention_modules(model)
+    layers = config.num_hidden_layers
+    if sorted(attentions) != list(range(layers)):
+        raise KvtuneError(
+            f"{len(attentions)} of {layers} layers of {type(model).__name__} have an attention "
+            "that kvtune can capture",
+            hint="models with plain softmax attention work: Llama, Qwen, Mistral, Gemma-3.",
+        )
+    first = attentions[0]
+    query_heads = config.num_attention_heads
+    head_dim = int(getattr(first, "head_dim", 0) or config.hidden_size // query_heads)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    ropes, rope_of_layer = _ropes(model, config, kinds)
+    return Geometry(
+        layers=layers,
+        query_heads=query_heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or query_heads,
+        head_dim=head_dim,
+        scale=float(getattr(first, "scaling", head_dim**-0.5)),
+        windows=_windows(config, layers),
+        ropes=ropes,
+        rope_of_layer=rope_of_layer,
+        vocab_size=config.vocab_size,
+        max_context=config.max_position_embeddings,
+    )
+
+
+def _attention_modules(model: Any) -> dict[int, Any]:
+    """Attention modules by layer: those with query, key and value projections and an index."""
+    found = {}
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        projected = hasattr(module, "k_proj") or hasattr(module, "qkv_proj")
+        if isinstance(index, int) and projected:
+            found[index] = module
+    return found
+
+
+def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return (window,) * layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _ropes(
+    model: Any, config: Any, kinds: list[str]
+) -> tuple[tuple[Rope, ...], tuple[int | None, ...]]:
+    """Rotary facts as the model's own module computed them; one a layer kind where they differ."""
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    parameters = getattr(config, "rope_parameters", None)
+    if rotary is None or not parameters:
+        return (), (None,) * len(kinds)
+    if hasattr(rotary, "inv_freq"):
+        rope = _rope(parameters, rotary.inv_freq, rotary.attention_scaling)
+        return (rope,), (0,) * len(kinds)
+    names = sorted(set(kinds))
+    ropes = tuple(
+        _rope(
+            parameters[name],
+            getattr(rotary, f"{name}_inv_freq"),
+            getattr(rotary, f"{name}_attention_scaling"),
+        )
+        for name in names
+    )
+    return ropes, tuple(names.index(kind) for kind in kinds)
+
+
+def _rope(parameters: Mapping[str, Any], inverse_frequencies: Any, factor: float) -> Rope:
+    rest = {k: v for k, v in parameters.items() if k not in ("rope_type", "rope_theta")}
+    return Rope(
+        kind=str(parameters.get("rope_type", "default")),
+        theta=float(parameters["rope_theta"]),
+        scaling=tuple((name, _tuples(rest[name])) for name in sorted(rest)),
+        attention_factor=float(factor),
+        inverse_frequencies=tuple(float(f) for f in inverse_frequencies.detach().cpu().tolist()),
+    )

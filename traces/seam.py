@@ -1,0 +1,166 @@
+"""The one place where kvtune meets a model: transformers' registered attention function.
+
+Post-RoPE q, k, v come in and the attention output before the output projection goes out. Capture
+and the live cache both install a handler here; no model's forward is patched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kvtune.common.errors import KvtuneError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+NAME = "kvtune"
+"""The attention implementation's name in ``model.config._attn_implementation``."""
+
+_TILE_QUERIES = 512
+
+
+class Handler(Protocol):
+    """What answers a layer's attention while it is installed by ``attending``."""
+
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """Attention output of one layer.
+
+        Args:
+            layer: the layer's index.
+            q: post-RoPE queries [B, Hq, T, D].
+            k: post-RoPE keys of the same tokens [B, H, T, D].
+            v: values of the same tokens [B, H, T, D].
+            scale: factor of the scores before the softmax.
+            window: a query at position i sees keys in (i - window, i]; None means all before.
+
+        Returns:
+            Output before the output projection [B, Hq, T, D].
+        """
+        ...
+
+
+_handler: ContextVar[Handler | None] = ContextVar("kvtune_attention_handler", default=None)
+
+
+@contextmanager
+def attending(handler: Handler) -> Iterator[None]:
+    """Let ``handler`` answer every attention of this thread's models until the block ends."""
+    token = _handler.set(handler)
+    try:
+        yield
+    finally:
+        _handler.reset(token)
+
+
+def register() -> None:
+    """Make ``attn_implementation="kvtune"`` known to transformers. Safe to call again."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    """Causal attention of the last T of N positions, without an N x N tensor.
+
+    Args:
+        q: queries of the last T positions [B, Hq, T, D].
+        k: keys of all N positions [B, H, N, D], N >= T.
+        v: values of all N positions [B, H, N, D].
+        scale: factor of the scores before the softmax.
+        window: a query at position i sees keys in (i - window, i]; None means all before.
+
+    Returns:
+        Output [B, Hq, T, D].
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    if window is not None and window < keys:
+        return _windowed(q, k, v, scale, window)
+    if queries == keys:
+        return _sdpa(q, k, v, scale, causal=queries > 1)
+    return _tail(q, k, v, scale, None)
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+    """Tiles of queries, each with only the keys that its window can reach."""
+    import torch
+
+    queries, keys = q.shape[2], k.shape[2]
+    tiles = []
+    for start in range(0, queries, _TILE_QUERIES):
+        stop = min(start + _TILE_QUERIES, queries)
+        last = keys - queries + stop
+        first = max(0, last - (stop - start) - window + 1)
+        reach = slice(first, last)
+        tiles.append(_tail(q[:, :, start:stop], k[:, :, reach], v[:, :, reach], scale, window))
+    return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=2)
+
+
+def _tail(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    """Attention of the last T of the given keys' positions, with a T x N mask."""
+    import torch
+
+    queries, keys = q.shape[2], k.shape[2]
+    if queries == 1 and (window is None or window >= keys):
+        return _sdpa(q, k, v, scale)
+    at = torch.arange(keys - queries, keys, device=q.device)[:, None]
+    key = torch.arange(keys, device=q.device)[None, :]
+    seen = key <= at
+    if window is not None:
+        seen &= key > at - window
+    return _sdpa(q, k, v, scale, mask=seen)  # [T, N]
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, mask: Tensor | None = None
+) -> Tensor:
+    import torch.nn.functional as F
+
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and mask is not None:
+        # CUDA has no fused kernel for grouped heads together with a mask.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        grouped = False
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **extras: Any,
+) -> tuple[Tensor, None]:
+    """The function that transformers calls: hand over to the handler, return [B, T, Hq, D]."""
+    if attention_mask is not None:
+        raise KvtuneError("kvtune runs unpadded sequences and builds no attention masks")
+    for extra in ("softcap", "s_aux", "position_bias"):
+        if extras.get(extra) is not None:
+            raise KvtuneError(
+                f"this model's attention uses {extra!r}, which kvtune does not know yet",
+                hint="models with plain softmax attention work: Llama, Qwen, Mistral, Gemma-3.",
+            )
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    layer: int = getattr(module, "layer_idx")  # noqa: B009 - nn.Module types attributes loosely
+    handler = _handler.get()
+    if handler is None:
+        output = causal_attention(query, key, value, scale, sliding_window)
+    else:
+        output = handler(layer, query, key, value, scale, sliding_window)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
+    """The mask function that transformers calls: the handler alone decides what is seen."""
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise KvtuneError("kvtune runs unpadded sequences; an attention mask with gaps was given")

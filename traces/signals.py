@@ -1,0 +1,58 @@
+"""Attention statistics that policies ask for, computed in tiles and never as an N x N tensor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvtune.common.errors import KvtuneError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SIGNALS = ("column_sums",)
+"""What capture can record beside q, k, v, output and probes."""
+
+_TILE_BYTES = 2**26
+
+
+def check_signals(signals: tuple[str, ...]) -> None:
+    """Refuse names of signals that capture does not know."""
+    for name in signals:
+        if name not in SIGNALS:
+            raise KvtuneError(f"{name!r} is no signal", hint=nearest(name, SIGNALS))
+
+
+def column_sums(q: Tensor, k: Tensor, scale: float, window: int | None) -> Tensor:
+    """Attention that every key receives, summed over all queries: H2O's score.
+
+    Tiles of queries see all their keys, so each tile's softmax is exact in one go.
+
+    Args:
+        q: queries [Hq, P, D].
+        k: keys [H, P, D].
+        scale: factor of the scores before the softmax.
+        window: sliding window in tokens, or None.
+
+    Returns:
+        Sums [Hq, P] in float32; they add up to P a head.
+    """
+    import torch
+
+    query_heads, tokens, _ = q.shape
+    group = query_heads // k.shape[0]
+    sums = torch.zeros(k.shape[0], group, tokens, device=q.device)
+    tile = max(1, min(tokens, _TILE_BYTES // (4 * query_heads * tokens)))
+    at = torch.arange(tokens, device=q.device)
+    for start in range(0, tokens, tile):
+        stop = min(start + tile, tokens)
+        first = 0 if window is None else max(0, start - window + 1)
+        rows = (
+            q[:, start:stop].reshape(-1, group, stop - start, q.shape[2]).float()
+        )  # [H, G, tile, D]
+        scores = rows @ k[:, None, first:stop].float().transpose(-1, -2) * scale
+        hidden = at[None, first:stop] > at[start:stop, None]
+        if window is not None:
+            hidden = hidden | (at[None, first:stop] <= at[start:stop, None] - window)
+        mass = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        sums[:, :, first:stop] += mass.sum(-2)
+    return sums.flatten(0, 1)

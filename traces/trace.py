@@ -1,0 +1,322 @@
+"""Reading a trace: samples, and one layer at a time, each shard checked when first read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvtune.common.errors import KvtuneError, nearest
+from kvtune.common.files import inside
+from kvtune.traces.geometry import Geometry, geometry_from_dict
+from kvtune.traces.samples import Sample
+from kvtune.traces.writer import ENTRY, FORMAT, MANIFEST
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_AGAIN = "the file is damaged; remove the trace's folder and capture again."
+_CONTINUE = "run the same capture again; it continues where it stopped."
+
+
+@dataclass(frozen=True)
+class SampleRecord(Sample):
+    """A captured sample and what the full-cache model made of it.
+
+    Args:
+        target_logprob: log-probability of every row's target, in nats [C].
+        predicted: the most probable token of every row [C].
+        folder: the sample's folder inside the trace.
+        shards: file name -> sha256, bytes and tensors.
+    """
+
+    target_logprob: tuple[float, ...] = ()
+    predicted: tuple[int, ...] = ()
+    folder: str = ""
+    shards: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False, hash=False)
+
+    @property
+    def answer_accuracy(self) -> float:
+        """Share of answer digits that the full-cache model predicts, given those before; or nan."""
+        rows = [t for t, asked in enumerate(self.answer_mask) if asked]
+        hits = sum(self.predicted[t] == self.targets[t] for t in rows)
+        return hits / len(rows) if rows else float("nan")
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """One layer of one sample. Tensors that were not asked for are not held.
+
+    Args:
+        sample_id: whose.
+        layer: which.
+        prompt_tokens: P.
+        observed: C.
+        scale: factor of the scores before the softmax.
+        window: sliding window in tokens, or None.
+        tensors: by name, as captured.
+    """
+
+    sample_id: str
+    layer: int
+    prompt_tokens: int
+    observed: int
+    scale: float
+    window: int | None
+    tensors: Mapping[str, Tensor] = field(repr=False)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A tensor by name.
+
+        Raises:
+            KvtuneError: it was not recorded or not asked for.
+        """
+        if name not in self.tensors:
+            raise KvtuneError(
+                f"layer {self.layer} of sample {self.sample_id} has no {name!r} loaded",
+                hint="name it when loading, and capture with the signals that are needed.",
+            )
+        return self.tensors[name]
+
+    @property
+    def q(self) -> Tensor:
+        """Post-RoPE queries of the last ``queries`` positions [Hq, Q, D], C <= Q <= N."""
+        return self["q"]
+
+    @property
+    def k(self) -> Tensor:
+        """Post-RoPE keys [H, N, D]."""
+        return self["k"]
+
+    @property
+    def v(self) -> Tensor:
+        """Values [H, N, D]."""
+        return self["v"]
+
+    @property
+    def output(self) -> Tensor:
+        """Full-cache attention output at the observed positions [Hq, C, D]."""
+        return self["output"]
+
+    @property
+    def probes(self) -> Tensor:
+        """Fisher probes: gradients at the attention output [S, C, Hq, D]."""
+        return self["probes"]
+
+    @property
+    def column_sums(self) -> Tensor:
+        """Attention that every prompt key got from all prompt queries [Hq, P]."""
+        return self["column_sums"]
+
+    @property
+    def first_query(self) -> int:
+        """Position of the first stored query."""
+        return self.prompt_tokens + self.observed - self.q.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """A captured trace, read only.
+
+    Args:
+        root: its folder.
+        manifest: the manifest as written.
+        samples: all samples, in order.
+    """
+
+    root: Path
+    manifest: Mapping[str, Any] = field(repr=False)
+    samples: tuple[SampleRecord, ...] = field(repr=False)
+    _checked: set[str] = field(default_factory=set, repr=False)
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """The captured model's geometry."""
+        return geometry_from_dict(self.manifest["model"]["geometry"])
+
+    @property
+    def fingerprint(self) -> str:
+        """The captured model's fingerprint."""
+        return str(self.manifest["model"]["fingerprint"])
+
+    @property
+    def probes(self) -> int:
+        """S."""
+        return int(self.manifest["probes"])
+
+    @property
+    def content_sha256(self) -> str:
+        """Hash of all that the trace holds: manifest and, through it, every shard."""
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+
+    def of_split(self, split: str) -> tuple[SampleRecord, ...]:
+        """The samples of one split."""
+        return tuple(s for s in self.samples if s.split == split)
+
+    def sample(self, sample_id: str) -> SampleRecord:
+        """A sample by id."""
+        for sample in self.samples:
+            if sample.id == sample_id:
+                return sample
+        hint = nearest(sample_id, (s.id for s in self.samples))
+        raise KvtuneError(f"no sample {sample_id!r}", where=str(self.root), hint=hint)
+
+    def require_model(self, fingerprint: str) -> None:
+        """Refuse to go on with another model than the captured one."""
+        if fingerprint != self.fingerprint:
+            raise KvtuneError(
+                f"the trace is of another model ({self.manifest['model']['name']}, fingerprint "
+                f"{self.fingerprint[:12]}, not {fingerprint[:12]})",
+                where=str(self.root),
+                hint="capture a trace of this model, or give the model that was captured.",
+            )
+
+    def layer(
+        self,
+        sample_id: str,
+        layer: int,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        names: Iterable[str] | None = None,
+    ) -> LayerTrace:
+        """Load one layer of one sample.
+
+        Args:
+            sample_id: whose.
+            layer: which.
+            device: where the tensors go.
+            dtype: what they are cast to; None means float32.
+            names: which tensors; None means all.
+
+        Raises:
+            KvtuneError: unknown sample, layer or name; missing, truncated or altered shard.
+        """
+        import torch
+
+        record = self.sample(sample_id)
+        geometry = self.geometry
+        if not 0 <= layer < geometry.layers:
+            hint = f"the model has layers 0 to {geometry.layers - 1}."
+            raise KvtuneError(f"no layer {layer}", where=str(self.root), hint=hint)
+        path = self._shard(record, layer)
+        loaded = _read_tensors(path, names)
+        to = torch.float32 if dtype is None else dtype
+        return LayerTrace(
+            sample_id=sample_id,
+            layer=layer,
+            prompt_tokens=record.prompt,
+            observed=record.observed,
+            scale=geometry.scale,
+            window=geometry.windows[layer],
+            tensors={name: t.to(device=device, dtype=to) for name, t in loaded.items()},
+        )
+
+    def verify(self) -> None:
+        """Check every shard of the trace against its hash."""
+        for record in self.samples:
+            for layer in range(self.geometry.layers):
+                self._shard(record, layer)
+
+    def _shard(self, record: SampleRecord, layer: int) -> Path:
+        """The shard's path, its content checked when it is first asked for."""
+        name = f"layer-{layer:02d}.safetensors"
+        path = inside(self.root, f"{record.folder}/{name}")
+        if str(path) not in self._checked:
+            data = _read_bytes(path)
+            wanted = record.shards.get(name, {}).get("sha256")
+            if hashlib.sha256(data).hexdigest() != wanted:
+                raise KvtuneError("does not match its sha256", where=str(path), hint=_AGAIN)
+            self._checked.add(str(path))
+        return path
+
+
+def open_trace(root: Path) -> Trace:
+    """Open a captured trace.
+
+    Raises:
+        KvtuneError: no trace, an unfinished one, a newer format, or a damaged manifest.
+    """
+    path = Path(root) / MANIFEST
+    if not path.is_file():
+        raise KvtuneError(f"holds no trace ({MANIFEST} is missing)", where=str(root))
+    manifest = _json(path, _read_bytes(path))
+    if manifest.get("format") != FORMAT:
+        raise KvtuneError(
+            f"trace format {manifest.get('format')!r}; this kvtune reads {FORMAT}",
+            where=str(path),
+            hint="capture again with this kvtune.",
+        )
+    try:
+        entries, planned = manifest["samples"], manifest["workload"]["samples"]
+        if len(entries) < planned:
+            raise KvtuneError(
+                f"the capture was interrupted ({len(entries)} of {planned} samples)",
+                where=str(root),
+                hint=_CONTINUE,
+            )
+        samples = tuple(_record(Path(root), entry) for entry in entries)
+        geometry_from_dict(manifest["model"]["geometry"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise KvtuneError("is no trace manifest", where=str(path), hint=_AGAIN) from error
+    return Trace(Path(root), manifest, samples)
+
+
+def _record(root: Path, entry: Mapping[str, Any]) -> SampleRecord:
+    path = inside(root, f"{entry['folder']}/{ENTRY}")
+    data = _read_bytes(path)
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise KvtuneError("does not match its sha256", where=str(path), hint=_AGAIN)
+    found = _json(path, data)
+    sample = found["sample"]
+    for name in ("token_ids", "needle_of_row"):
+        sample[name] = tuple(sample[name])
+    return SampleRecord(
+        **sample,
+        target_logprob=tuple(found["target_logprob"]),
+        predicted=tuple(found["predicted"]),
+        folder=entry["folder"],
+        shards=found["shards"],
+    )
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise KvtuneError(
+            f"cannot be read: {error.strerror}", where=str(path), hint=_AGAIN
+        ) from error
+
+
+def _json(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise KvtuneError("is no JSON", where=str(path), hint=_AGAIN) from error
+    if not isinstance(value, dict):
+        raise KvtuneError("is no JSON object", where=str(path), hint=_AGAIN)
+    return value
+
+
+def _read_tensors(path: Path, names: Iterable[str] | None) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as shard:
+            known = set(shard.keys())
+            wanted = known if names is None else list(names)
+            for name in wanted:
+                if name not in known:
+                    raise KvtuneError(
+                        f"holds no tensor {name!r}",
+                        where=str(path),
+                        hint="capture again with the signal; it holds " + ", ".join(sorted(known)),
+                    )
+            return {name: shard.get_tensor(name) for name in wanted}
+    except (OSError, SafetensorError) as error:
+        raise KvtuneError(f"cannot be read: {error}", where=str(path), hint=_AGAIN) from error
