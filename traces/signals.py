@@ -38,7 +38,7 @@ def column_sums(q: Tensor, k: Tensor, scale: float, window: int | None) -> Tenso
     """
     import torch
 
-    query_heads, tokens, _ = q.shape
+    query_heads, tokens, head_dim = q.shape
     group = query_heads // k.shape[0]
     sums = torch.zeros(k.shape[0], group, tokens, device=q.device)
     tile = max(1, min(tokens, _TILE_BYTES // (4 * query_heads * tokens)))
@@ -46,9 +46,7 @@ def column_sums(q: Tensor, k: Tensor, scale: float, window: int | None) -> Tenso
     for start in range(0, tokens, tile):
         stop = min(start + tile, tokens)
         first = 0 if window is None else max(0, start - window + 1)
-        rows = (
-            q[:, start:stop].reshape(-1, group, stop - start, q.shape[2]).float()
-        )  # [H, G, tile, D]
+        rows = q[:, start:stop].reshape(-1, group, stop - start, head_dim).float()
         scores = rows @ k[:, None, first:stop].float().transpose(-1, -2) * scale
         hidden = at[None, first:stop] > at[start:stop, None]
         if window is not None:

@@ -193,17 +193,24 @@ class TraceWriter:
 
 def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Fields that make two traces different ones; versions and wording do not."""
-    identity = {
-        "format": lambda h: h["format"],
-        "model": lambda h: h["model"]["fingerprint"],
-        "dtype": lambda h: h["dtype"]["model"],
-        "probes": lambda h: h["probes"],
-        "seed": lambda h: h["seed"],
-        "queries": lambda h: h["queries"],
-        "signals": lambda h: h["signals"],
-        "workload": lambda h: h["workload"]["content_sha256"],
+    paths = {
+        "format": ("format",),
+        "model": ("model", "fingerprint"),
+        "dtype": ("dtype", "model"),
+        "probes": ("probes",),
+        "seed": ("seed",),
+        "queries": ("queries",),
+        "signals": ("signals",),
+        "workload": ("workload", "content_sha256"),
     }
-    return [name for name, read in identity.items() if read(found) != read(wanted)]
+    return [name for name, path in paths.items() if _at(found, path) != _at(wanted, path)]
+
+
+def _at(header: dict[str, Any], path: tuple[str, ...]) -> Any:
+    value: Any = header
+    for key in path:
+        value = value[key]
+    return value
 
 
 @dataclass
