@@ -102,7 +102,12 @@ def footprint(policy: Policy, tokens: NDArray[np.int64], head_dim: int) -> int:
     """Bytes of a policy whose heads keep ``tokens`` ``[L, H]`` tokens; exact."""
     kept = zip(policy.options(), tokens.flat, strict=True)
     payload = sum(option.footprint(int(count), head_dim) for option, count in kept)
-    return payload + _LENGTH_BYTES * policy.layers * policy.kv_heads
+    return payload + footprint_of_lengths(policy.layers, policy.kv_heads)
+
+
+def footprint_of_lengths(layers: int, kv_heads: int) -> int:
+    """Bytes that a ragged cache takes to know each head's length."""
+    return _LENGTH_BYTES * layers * kv_heads
 
 
 def generated_bytes_per_token(layers: int, kv_heads: int, head_dim: int) -> int:

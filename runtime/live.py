@@ -9,7 +9,7 @@ row is the full cache, which the others are measured against.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,11 +20,11 @@ from torch.nn.utils.rnn import pad_sequence
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.compress import Compressed, attend, compress, merge
 from kvtune.policies.option import Option
-from kvtune.policies.policy import Policy
-from kvtune.policies.signals import Signals
+from kvtune.policies.policy import Policy, footprint_of_lengths
+from kvtune.runtime.prompts import Prompt, refuse_window
 from kvtune.traces.models import LoadedModel
-from kvtune.traces.seam import attending
-from kvtune.traces.trace import LayerTrace, SampleRecord, Trace
+from kvtune.traces.passes import run_observed
+from kvtune.traces.samples import Sample
 
 
 @dataclass(frozen=True)
@@ -51,52 +51,47 @@ class LiveRun:
 
 
 def run_live(
-    loaded: LoadedModel, trace: Trace, sample: SampleRecord, policies: Sequence[Policy]
+    loaded: LoadedModel, sample: Sample, prompt: Prompt, policies: Sequence[Policy]
 ) -> list[LiveRun]:
     """Run one sample's observed tokens under every policy, in one batch with the full cache.
 
+    Args:
+        loaded: the model.
+        sample: what it reads.
+        prompt: the sample's prompt, freshly run or from a trace of the same model.
+        policies: for this model's shape.
+
     Raises:
-        KvtuneError: the trace is another model's, or a policy has another shape.
+        KvtuneError: a policy has another shape, or makes the output NaN.
     """
-    trace.require_model(loaded.fingerprint)
-    geometry = trace.geometry
+    geometry = loaded.geometry
     for policy in policies:
         policy.check_fits(geometry.layers, geometry.kv_heads)
     rows = [Policy.uniform(Option(), geometry.layers, geometry.kv_heads), *policies]
-    cache = _BatchCache(trace, sample, rows, loaded.device)
-    logits = _observed_logits(loaded, sample, cache, len(rows))
-    targets = torch.as_tensor(_targets(sample), device=logits.device)
-    return [_measure(logits, targets, row, cache) for row in range(1, len(rows))]
+    cache = _BatchCache(prompt, rows, [policy.budgets(sample.prompt) for policy in rows])
+    observed = sample.token_ids[sample.prompt :]
+    with torch.no_grad():
+        logits = run_observed(loaded, observed, sample.prompt, cache, copies=len(rows))
+        targets = torch.tensor(sample.targets, device=logits.device)
+        return [_measure(logits, targets, row, cache) for row in range(1, len(rows))]
 
 
-@dataclass
 class _BatchCache:
     """Answers attention layer by layer; row b of the batch sees policy b's compressed prompt."""
 
-    trace: Trace
-    sample: SampleRecord
-    policies: list[Policy]
-    device: str
-    kept: list[list[Tensor]] = field(default_factory=list)
-    footprint_bytes: list[int] = field(default_factory=list)
-    budgets: list[NDArray[np.int64]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        prompt = len(self.sample.token_ids) - self.sample.observed
-        heads = self.policies[0].layers * self.policies[0].kv_heads
-        self.budgets = [policy.budgets(prompt) for policy in self.policies]
-        self.kept = [[] for _ in self.policies]
-        self.footprint_bytes = [4 * heads for _ in self.policies]
+    def __init__(
+        self, prompt: Prompt, policies: list[Policy], budgets: list[NDArray[np.int64]]
+    ) -> None:
+        self.prompt, self.policies, self.budgets = prompt, policies, budgets
+        self.kept: list[list[Tensor]] = [[] for _ in policies]
+        self.footprint_bytes = [footprint_of_lengths(p.layers, p.kv_heads) for p in policies]
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Tensor:
         """Attention of one layer, as the seam asks for it."""
-        if window is not None and window < len(self.sample.token_ids):
-            raise KvtuneError(f"layer {layer} attends to a sliding window; only full layers can run")
-        signals = prompt_signals(
-            self.trace.layer(self.sample.id, layer, device=self.device), scale
-        )
+        signals = self.prompt(layer)
+        refuse_window(layer, window, signals.prompt_tokens + q.shape[2])
         parts = [
             compress(policy, layer, budgets[layer].tolist(), signals)
             for policy, budgets in zip(self.policies, self.budgets, strict=True)
@@ -105,15 +100,6 @@ class _BatchCache:
             self.kept[row].append(part.counts)
             self.footprint_bytes[row] += part.footprint_bytes
         return _answer(q, k, v, parts, scale)
-
-
-def prompt_signals(layer: LayerTrace, scale: float) -> Signals:
-    """What the methods may look at, of one layer's recorded prompt."""
-    prompt = layer.prompt_tokens
-    observed = layer.k.shape[1] - prompt
-    return Signals(
-        layer.q[:, :-observed], layer.k[:, :prompt], layer.v[:, :prompt], scale, layer.column_sums
-    )
 
 
 def _answer(q: Tensor, k: Tensor, v: Tensor, parts: list[Compressed], scale: float) -> Tensor:
@@ -126,35 +112,15 @@ def _answer(q: Tensor, k: Tensor, v: Tensor, parts: list[Compressed], scale: flo
     place = torch.arange(keys.shape[1], device=q.device)
     visible = (place < counts[..., None])[:, :, None, None]
     prompt = attend(
-        queries, keys.transpose(1, 2)[:, :, None], values.transpose(1, 2)[:, :, None], visible, scale
+        queries,
+        keys.transpose(1, 2)[:, :, None],
+        values.transpose(1, 2)[:, :, None],
+        visible,
+        scale,
     )
     causal = torch.ones(observed, observed, dtype=torch.bool, device=q.device).tril()
     recent = attend(queries, k.float()[:, :, None], v.float()[:, :, None], causal, scale)
     return merge(prompt, recent).flatten(1, 2).to(q.dtype)
-
-
-@torch.no_grad()
-def _observed_logits(
-    loaded: LoadedModel, sample: SampleRecord, cache: _BatchCache, rows: int
-) -> Tensor:
-    """Logits at the observed positions, ``[B, C, vocabulary]``."""
-    first = len(sample.token_ids) - sample.observed
-    tokens = torch.as_tensor(sample.token_ids, device=loaded.device)[first:]
-    positions = torch.arange(first, len(sample.token_ids), device=loaded.device)
-    with attending(cache):
-        result = loaded.model(
-            input_ids=tokens.expand(rows, -1),
-            position_ids=positions.expand(rows, -1),
-            use_cache=False,
-        )
-    logits: Tensor = result.logits
-    return logits
-
-
-def _targets(sample: SampleRecord) -> NDArray[np.int64]:
-    """The token after each observed position; the last has none and repeats itself."""
-    observed = np.asarray(sample.token_ids[-sample.observed :], np.int64)
-    return np.append(observed[1:], observed[-1])
 
 
 def _measure(logits: Tensor, targets: Tensor, row: int, cache: _BatchCache) -> LiveRun:

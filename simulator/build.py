@@ -44,16 +44,16 @@ def build_tables(
     cells = [_Cell(s, layer) for s in range(len(trace.samples)) for layer in range(layers)]
     rows: list[list[Floats]] = [[] for _ in trace.samples]
     for cell in (progress or Silent()).track(cells, "replaying options", len(cells)):
-        part = trace.layer(trace.samples[cell.sample].id, cell.layer)
+        part = trace.layer(trace.samples[cell.sample].id, cell.layer, device)
         rows[cell.sample].append(layer_features(LayerReplay.of(part, device), options, block))
     factor = np.stack([np.concatenate(row) for row in rows])  # [n, I, O, S * C / block]
     first = trace.samples[0]
     return Tables(
-        model=trace.model_name,
+        model=str(trace.manifest["model"]["name"]),
         layers=layers,
         kv_heads=heads,
         head_dim=trace.geometry.head_dim,
-        prompt_tokens=len(first.token_ids) - first.observed,
+        prompt_tokens=first.prompt,
         options=tuple(options),
         samples=tuple(SampleFacts(s.id, s.split, s.kind) for s in trace.samples),
         loss=(factor**2).sum(-1),

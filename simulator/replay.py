@@ -9,13 +9,15 @@ labels drawn from the model; its square is, in the mean, twice the KL divergence
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from kvtune.policies.compress import Compressed, Kept, attend, merge, select, store
+from kvtune.policies.compress import Compressed, Kept, attend, merge, store
+from kvtune.policies.format import Format, Role
+from kvtune.policies.method import Method
 from kvtune.policies.option import Option
 from kvtune.policies.signals import Signals
 from kvtune.traces.trace import LayerTrace
@@ -44,14 +46,18 @@ class LayerReplay:
         """Split a layer's trace into its prompt and its observed tokens."""
         keys, values, queries = (x.to(device).float() for x in (trace.k, trace.v, trace.q))
         heads, prompt = keys.shape[0], trace.prompt_tokens
-        observed = keys.shape[1] - prompt
-        sums = None if trace.column_sums is None else trace.column_sums.to(device)
+        first = queries.shape[1] - trace.observed
+        sums = trace.tensors.get("column_sums")
         signals = Signals(
-            queries[:, :-observed], keys[:, :prompt], values[:, :prompt], trace.scale, sums
+            queries[:, :first],
+            keys[:, :prompt],
+            values[:, :prompt],
+            trace.scale,
+            None if sums is None else sums.to(device),
         )
         return LayerReplay(
             signals,
-            queries[:, -observed:].unflatten(0, (heads, -1)),
+            queries[:, first:].unflatten(0, (heads, -1)),
             keys[:, prompt:],
             values[:, prompt:],
             trace.probes.to(device).float().unflatten(2, (heads, -1)),
@@ -74,38 +80,81 @@ class LayerReplay:
         )
 
     def output(self, prompt: Compressed) -> Tensor:
-        """Attention output over a compressed prompt and the observed tokens, ``[H, G, C, D]``."""
-        position = torch.arange(prompt.keys.shape[1], device=self.keys.device)
-        visible = (position < prompt.counts[:, None])[:, None, None]
-        part = attend(
-            self.queries, prompt.keys[:, None], prompt.values[:, None], visible, self.signals.scale
-        )
-        return merge(part, self.recent)
+        """Attention output over a compressed prompt and the observed tokens, ``[..., H, G, C, D]``.
+
+        Leading dimensions of the prompt, a batch of options, are kept.
+        """
+        position = torch.arange(prompt.keys.shape[-2], device=self.keys.device)
+        visible = (position < prompt.counts[..., None])[..., None, None, :]
+        keys, values = prompt.keys.unsqueeze(-3), prompt.values.unsqueeze(-3)
+        return merge(attend(self.queries, keys, values, visible, self.signals.scale), self.recent)
 
     def response(self, prompt: Compressed, block: int) -> Tensor:
-        """How the drawn labels' log-likelihood responds, ``[H, S, C / block]`` nats.
+        """How the drawn labels' log-likelihood responds, ``[..., H, S, C / block]`` nats.
 
         Summed over a KV head's queries and over blocks of ``block`` positions: a lost token errs
         the same way at many positions, and squaring them one by one would not see it.
         """
         change = self.output(prompt) - self.full
-        by_position = torch.einsum("hgtd,sthgd->hst", change, self.probes)
+        by_position = torch.einsum("...hgtd,sthgd->...hst", change, self.probes)
         whole = by_position[..., : by_position.shape[-1] // block * block]
         return whole.unflatten(-1, (-1, block)).sum(-1)
 
 
 def replay_options(layer: LayerReplay, options: Sequence[Option], block: int) -> Tensor:
-    """Responses of every KV head to every option, ``[H, O, S, C / block]`` nats."""
-    heads, prompt = layer.signals.keys.shape[:2]
-    chosen, responses = {}, []
-    for option in options:
-        budget = option.budget.resolve(prompt)
-        rows = [option] * heads
-        if (option.method, budget) not in chosen:
-            chosen[option.method, budget] = select(rows, [budget] * heads, layer.signals)
-        kept = chosen[option.method, budget]
-        responses.append(layer.response(store(rows, kept, layer.signals), block))
-    return torch.stack(responses, 1)
+    """Responses of every KV head to every option, ``[H, O, S, C / block]`` nats.
+
+    Options that keep equally many tokens in the same formats run as one batch.
+    """
+    prompt = layer.signals.prompt_tokens
+    batches: dict[tuple[int, Format, Format], list[int]] = {}
+    for column, option in enumerate(options):
+        shape = (option.budget.resolve(prompt), option.keys, option.values)
+        batches.setdefault(shape, []).append(column)
+    stored = _Stored(layer.signals)
+    responses: dict[int, Tensor] = {}
+    for (budget, keys, values), columns in batches.items():
+        methods = tuple(options[column].method for column in columns)
+        batch = layer.response(stored.compressed(methods, budget, keys, values), block)
+        responses.update(zip(columns, batch, strict=True))
+    return torch.stack([responses[column] for column in range(len(options))], 1)
+
+
+@dataclass
+class _Stored:
+    """Choices and stored tensors of one layer, each worked out once and shared by options."""
+
+    signals: Signals
+    chosen: dict[tuple[Method, int], Tensor] = field(default_factory=dict)
+    tensors: dict[tuple[tuple[Method, ...], int, Format, Role], Tensor] = field(
+        default_factory=dict
+    )
+
+    def compressed(
+        self, methods: tuple[Method, ...], budget: int, keys: Format, values: Format
+    ) -> Compressed:
+        """All methods' prompts of one budget and format: ``[methods, H, n, D]``."""
+        key_rows = self._tensor(methods, budget, keys, "keys")
+        counts = torch.full(key_rows.shape[:2], key_rows.shape[2], device=key_rows.device)
+        value_rows = self._tensor(methods, budget, values, "values")
+        return Compressed(key_rows, value_rows, counts, 0)
+
+    def _tensor(self, methods: tuple[Method, ...], budget: int, form: Format, role: Role) -> Tensor:
+        name = (methods, budget, form, role)
+        if name not in self.tensors:
+            at = torch.stack([self._choice(method, budget) for method in methods])
+            whole = self.signals.keys if role == "keys" else self.signals.values
+            rows = whole.expand(len(methods), *whole.shape).gather(
+                -2, at[..., None].expand(*at.shape, whole.shape[-1])
+            )
+            counts = torch.full(rows.shape[:2], rows.shape[2], device=rows.device)
+            self.tensors[name] = form.roundtrip(rows, counts, role)
+        return self.tensors[name]
+
+    def _choice(self, method: Method, budget: int) -> Tensor:
+        if (method, budget) not in self.chosen:
+            self.chosen[method, budget] = method.keep(self.signals, budget)
+        return self.chosen[method, budget]
 
 
 def _everything(signals: Signals) -> Kept:

@@ -54,6 +54,10 @@ class Problem:
             footprint=self.footprint[columns],
         )
 
+    def shrunk(self, shrinkage: float) -> Problem:
+        """The same problem with another share of its cross terms."""
+        return replace(self, shrinkage=shrinkage)
+
     def tied(self, size: int) -> Problem:
         """Neighbouring heads, ``size`` of them (a layer's), must choose alike."""
         factor = self.factor.reshape(-1, size, *self.factor.shape[1:]).sum(1)
@@ -194,7 +198,12 @@ def _best_single(gain: Floats, spend: NDArray[np.int64], slack: int) -> list[tup
 
 
 def _best_pair(
-    problem: Problem, gain: Floats, spend: NDArray[np.int64], step: Floats, slack: int, keep: int = 64
+    problem: Problem,
+    gain: Floats,
+    spend: NDArray[np.int64],
+    step: Floats,
+    slack: int,
+    keep: int = 64,
 ) -> list[tuple[int, int]]:
     """One head gives bytes up, another takes them; screened without, ranked with, their product."""
     options = gain.shape[1]

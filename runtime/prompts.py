@@ -1,0 +1,74 @@
+"""Where a live run's prompt comes from: run now on the model, or read back from a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.signals import Needs, Signals
+from kvtune.traces.models import LoadedModel
+from kvtune.traces.passes import run_prompt
+from kvtune.traces.samples import Sample
+from kvtune.traces.signals import column_sums
+from kvtune.traces.trace import LayerTrace, SampleRecord, Trace
+
+Prompt = Callable[[int], Signals]
+"""Gives a layer's prompt, as methods may see it."""
+
+
+def refuse_window(layer: int, window: int | None, tokens: int) -> None:
+    """A sliding-window layer forgets by itself; compressing it is not supported yet."""
+    if window is not None and window < tokens:
+        raise KvtuneError(
+            f"layer {layer} attends to a sliding window of {window} of {tokens} tokens",
+            hint="use samples no longer than the window; only full attention can be compressed.",
+        )
+
+
+def traced_prompt(trace: Trace, sample: SampleRecord, device: str) -> Prompt:
+    """The prompt that a trace recorded: nothing is run again."""
+    return lambda layer: layer_signals(trace.layer(sample.id, layer, device=device))
+
+
+def layer_signals(layer: LayerTrace) -> Signals:
+    """What methods may look at, of one traced layer; its prompt queries may be a tail."""
+    refuse_window(layer.layer, layer.window, layer.prompt_tokens)
+    prompt, observed = layer.prompt_tokens, layer.observed
+    return Signals(
+        layer.q[:, : layer.q.shape[1] - observed],
+        layer.k[:, :prompt],
+        layer.v[:, :prompt],
+        layer.scale,
+        layer.tensors.get("column_sums"),
+    )
+
+
+@dataclass
+class _Kept:
+    """Collects each layer's signals while the prompt runs, no more than ``needs`` asks for."""
+
+    needs: Needs
+    scale: float
+    windows: tuple[int | None, ...]
+    layers: list[Signals] = field(default_factory=list)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        refuse_window(layer, self.windows[layer], q.shape[2])
+        tail = min(self.needs.window, q.shape[2])
+        sums = None
+        if self.needs.column_sums:
+            sums = column_sums(q[0], k[0], self.scale, self.windows[layer])
+        queries = q[0, :, q.shape[2] - tail :].clone()  # a view would keep all queries alive
+        self.layers.append(Signals(queries.float(), k[0].float(), v[0].float(), self.scale, sums))
+
+
+@torch.no_grad()
+def fresh_prompt(loaded: LoadedModel, sample: Sample, needs: Needs) -> Prompt:
+    """Run the prompt on the model now and keep its cache and the signals asked for."""
+    kept = _Kept(needs, loaded.geometry.scale, loaded.geometry.windows)
+    run_prompt(loaded, sample.token_ids[: sample.prompt], kept)
+    return kept.layers.__getitem__

@@ -1,0 +1,54 @@
+"""Replay of whole policies: exact for one configuration, on every sample asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from kvtune.common.progress import Progress, Silent
+from kvtune.policies.compress import compress
+from kvtune.policies.policy import Policy
+from kvtune.simulator.build import DEFAULT_BLOCK
+from kvtune.simulator.replay import LayerReplay
+from kvtune.simulator.tables import Floats
+from kvtune.traces.trace import SampleRecord, Trace
+
+
+def replay_policies(
+    trace: Trace,
+    samples: Sequence[SampleRecord],
+    policies: Sequence[Policy],
+    *,
+    block: int = DEFAULT_BLOCK,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Floats:
+    """Predicted KL of every policy on every sample, ``[policies, samples]`` nats/token.
+
+    Raises:
+        KvtuneError: a policy has another shape than the traced model.
+    """
+    for policy in policies:
+        policy.check_fits(trace.geometry.layers, trace.geometry.kv_heads)
+    steps = (progress or Silent()).track(samples, "replaying policies", len(samples))
+    return np.stack([_replay_sample(trace, s, policies, block, device) for s in steps], 1)
+
+
+@torch.no_grad()
+def _replay_sample(
+    trace: Trace, sample: SampleRecord, policies: Sequence[Policy], block: int, device: str
+) -> Floats:
+    prompt = sample.prompt
+    budgets = [policy.budgets(prompt) for policy in policies]
+    totals: list[torch.Tensor | float] = [0.0] * len(policies)
+    probes = 1
+    for index in range(trace.geometry.layers):
+        layer = LayerReplay.of(trace.layer(sample.id, index, device), device)
+        probes = layer.probes.shape[0]
+        for row, policy in enumerate(policies):
+            part = compress(policy, index, budgets[row][index].tolist(), layer.signals)
+            totals[row] = totals[row] + layer.response(part, block).sum(0)
+    losses = [float((torch.as_tensor(total) ** 2).sum()) for total in totals]
+    return np.array(losses, np.float32) / (2 * sample.observed * probes)

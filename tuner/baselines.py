@@ -1,0 +1,86 @@
+"""What a plan has to beat: one rule for all heads, its budget tuned to use the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from kvtune.policies.allocator import Allocator
+from kvtune.policies.allocators.adakv import AdaKV
+from kvtune.policies.allocators.as_given import AsGiven
+from kvtune.policies.allocators.pyramid import Pyramid
+from kvtune.policies.format import Format
+from kvtune.policies.formats.bf16 import Bf16
+from kvtune.policies.formats.grouped import Int2, Int3, Int4, Int8
+from kvtune.policies.method import Method
+from kvtune.policies.methods.h2o import H2O
+from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.methods.streaming_llm import StreamingLLM
+from kvtune.policies.option import Budget, Option
+from kvtune.policies.policy import Policy
+
+PRECISIONS: tuple[Format, ...] = (Bf16(), Int8(), Int4(), Int3(), Int2())
+FAMILIES: dict[str, tuple[Allocator, tuple[Method, ...]]] = {
+    "uniform": (AsGiven(), (SnapKV(), H2O(), StreamingLLM())),
+    "pyramid": (Pyramid(), (SnapKV(), H2O())),
+    "adakv": (AdaKV(), (SnapKV(), H2O())),
+}
+
+
+def candidates(
+    family: str, budget_bytes: int, prompt_tokens: int, layers: int, kv_heads: int, head_dim: int
+) -> list[Policy]:
+    """A family's policies, every method in every precision, each filling ``budget_bytes``."""
+    allocator, methods = FAMILIES[family]
+    shape = (prompt_tokens, layers, kv_heads, head_dim)
+    filled = [
+        fill(Option(method, keys=form, values=form), allocator, budget_bytes, *shape)
+        for method in methods
+        for form in PRECISIONS
+    ]
+    return [policy for policy in filled if policy is not None]
+
+
+def fill(
+    option: Option,
+    allocator: Allocator,
+    budget_bytes: int,
+    prompt_tokens: int,
+    layers: int,
+    kv_heads: int,
+    head_dim: int,
+) -> Policy | None:
+    """The option everywhere with the largest budget that fits, to the token of a single head.
+
+    None where not even one token a head fits, or where everything fits with room to spare: a
+    wider precision is then the fairer candidate.
+    """
+
+    def policy(tokens: int, extra: int) -> Policy:
+        flat = [tokens + (head < extra) for head in range(layers * kv_heads)]
+        heads = tuple(
+            tuple(replace(option, budget=Budget(tokens=n)) for n in flat[at : at + kv_heads])
+            for at in range(0, len(flat), kv_heads)
+        )
+        name = f"{allocator.name} {option.method.name} {option.keys.label}"
+        return Policy(name.replace("as_given", "uniform"), heads, allocator)
+
+    def takes(tokens: int, extra: int = 0) -> int:
+        return policy(tokens, extra).footprint(prompt_tokens, head_dim)
+
+    if takes(1) > budget_bytes:
+        return None
+    tokens = _largest(lambda n: takes(n) <= budget_bytes, 1, prompt_tokens)
+    if tokens == prompt_tokens:
+        return replace(policy(tokens, 0), name=f"uniform full {option.keys.label}")
+    return policy(
+        tokens, _largest(lambda n: takes(tokens, n) <= budget_bytes, 0, layers * kv_heads)
+    )
+
+
+def _largest(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest number in ``[low, high]`` that fits, by bisection; ``low`` is known to."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
