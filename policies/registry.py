@@ -43,7 +43,14 @@ def find(package: str, base: type[T], name: str) -> type[T]:
     return kinds[name]
 
 
-def parameter(default: Any, doc: str, *, unit: str = "", low: float | None = None) -> Any:
+def parameter(
+    default: Any,
+    doc: str,
+    *,
+    unit: str = "",
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
     """A dataclass field that documents itself: YAML, ``kvtune policies`` and tests read it.
 
     Args:
@@ -51,5 +58,6 @@ def parameter(default: Any, doc: str, *, unit: str = "", low: float | None = Non
         doc: one line on what it does.
         unit: for example ``tokens``.
         low: smallest value allowed.
+        high: largest value allowed.
     """
-    return field(default=default, metadata={"doc": doc, "unit": unit, "low": low})
+    return field(default=default, metadata={"doc": doc, "unit": unit, "low": low, "high": high})

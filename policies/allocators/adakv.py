@@ -24,7 +24,7 @@ class AdaKV(Allocator):
     name = "adakv"
     source = "Feng et al., arXiv 2407.11550"
 
-    safeguard: float = parameter(0.2, "share of its budget that a head is sure of", low=0)
+    safeguard: float = parameter(0.2, "share of its budget that a head is sure of", low=0, high=1)
 
     def split(
         self, budgets: Sequence[int], methods: Sequence[Method], signals: Signals

@@ -30,7 +30,9 @@ class H2O(ScoredMethod):
     name = "h2o"
     source = "Zhang et al., NeurIPS 2023, arXiv 2306.14048"
 
-    recent_share: float = parameter(0.5, "share of the budget kept for the newest tokens", low=0)
+    recent_share: float = parameter(
+        0.5, "share of the budget kept for the newest tokens", low=0, high=1
+    )
 
     @property
     def needs(self) -> Needs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from kvtune.common.errors import KvtuneError
 from kvtune.policies.method import ScoredMethod
 from kvtune.policies.registry import parameter
 from kvtune.policies.signals import Needs, Signals
@@ -37,6 +38,10 @@ class SnapKV(ScoredMethod):
     recent: int | None = parameter(
         None, "newest tokens always kept; the whole window unless given", unit="tokens", low=0
     )
+
+    def __post_init__(self) -> None:
+        if self.kernel % 2 == 0:
+            raise KvtuneError(f"snapkv pools over an odd kernel, not {self.kernel}")
 
     @property
     def needs(self) -> Needs:

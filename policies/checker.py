@@ -1,0 +1,171 @@
+"""Typed reading of a YAML tree that collects every problem instead of stopping at the first."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import Field, dataclass, fields
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from kvtune.common.errors import KvtuneError, nearest
+from kvtune.policies.yaml_tree import Node
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: its line, what is wrong, what to do."""
+
+    line: int
+    message: str
+    hint: str | None = None
+
+
+class PolicyFileError(KvtuneError):
+    """All mistakes of a file; reads like the first, and says where the others are."""
+
+    def __init__(self, file: str, problems: Collection[Problem]) -> None:
+        """Name the file and its mistakes, one at least."""
+        self.problems = sorted(problems, key=lambda problem: problem.line)
+        first, rest = self.problems[0], self.problems[1:]
+        more = ""
+        if rest:
+            lines = ", ".join(map(str, dict.fromkeys(problem.line for problem in rest[:20])))
+            more = f"{len(rest)} more problem{'s' * (len(rest) > 1)}, line {lines}."
+        hint = " ".join(filter(None, (first.hint, more))) or None
+        super().__init__(first.message, hint=hint, where=f"{file}:{first.line}")
+
+
+class Checker:
+    """Reads values; a value that is wrong becomes None and a problem."""
+
+    def __init__(self) -> None:
+        """Start without problems."""
+        self.problems: list[Problem] = []
+
+    def problem(self, node: Node, message: str, hint: str | None = None) -> None:
+        """Note a mistake."""
+        at = f"{node.path}: " if node.path else ""
+        self.problems.append(Problem(node.line, at + message, hint))
+
+    def mapping(
+        self, node: Node, known: Iterable[str] | None = None, required: Iterable[str] = ()
+    ) -> dict[str, Node]:
+        """The entries whose keys are known; unknown and missing keys are problems."""
+        if not isinstance(node.value, dict):
+            self.problem(node, f"must be a mapping of keys to values, not {_show(node)}")
+            return {}
+        entries: dict[str, Node] = dict(node.value)
+        for key in required:
+            if key not in entries:
+                self.problem(node, f"the key {key!r} is missing")
+        if known is not None:
+            names = list(known)
+            for key in [key for key in entries if key not in names]:
+                entry, hint = entries.pop(key), nearest(key, names) if names else None
+                self.problem(Node(None, entry.line, node.path), f"{key!r} is no key here", hint)
+        return entries
+
+    def sequence(self, node: Node) -> list[Node]:
+        """The items of a list."""
+        if not isinstance(node.value, list):
+            self.problem(node, f"must be a list, not {_show(node)}")
+            return []
+        return list(node.value)
+
+    def value(
+        self, node: Node, hint: Any, low: float | None = None, high: float | None = None
+    ) -> Any:
+        """A value of the annotated type within bounds; None if it is not."""
+        try:
+            value = _admit(node.value, hint)
+        except TypeError:
+            self.problem(node, f"must be {_words(hint)}, not {_show(node)}")
+            return None
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if low is not None and value < low:
+                self.problem(node, f"must be at least {low:g}, not {value}")
+            if high is not None and value > high:
+                self.problem(node, f"must be at most {high:g}, not {value}")
+        return value
+
+    def name(self, node: Node, known: Collection[str], what: str) -> str | None:
+        """A text that names something known."""
+        if not isinstance(node.value, str):
+            self.problem(node, f"must be the name of a {what}, not {_show(node)}")
+        elif node.value not in known:
+            hint = nearest(node.value, known) if known else None
+            self.problem(node, f"unknown {what} {node.value!r}", hint)
+        else:
+            return node.value
+        return None
+
+    def component(self, node: Node, kinds: Mapping[str, type[T]], what: str) -> T | None:
+        """A method, format or allocator: its name, or a mapping of ``name`` and parameters."""
+        given: dict[str, Node] = {}
+        naming: Node | None = node
+        if isinstance(node.value, dict):
+            given = self.mapping(node, required=["name"])
+            naming = given.pop("name", None)
+        name = self.name(naming, kinds, what) if naming else None
+        return self._build(node, kinds[name], given, f"{what} {name!r}") if name else None
+
+    def _build(self, node: Node, kind: type[T], given: dict[str, Node], what: str) -> T | None:
+        parameters: dict[str, Field[Any]] = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+        hints, values, before = get_type_hints(kind), {}, len(self.problems)
+        for key, entry in given.items():
+            if key not in parameters:
+                hint = nearest(key, parameters) if parameters else f"the {what} has no parameters."
+                self.problem(
+                    Node(None, entry.line, node.path), f"{key!r} is no key of {what}", hint
+                )
+                continue
+            bounds = parameters[key].metadata
+            values[key] = self.value(entry, hints[key], bounds.get("low"), bounds.get("high"))
+        if len(self.problems) > before:
+            return None
+        try:
+            return kind(**values)
+        except KvtuneError as error:
+            self.problem(node, error.message, error.hint)
+            return None
+
+
+def _show(node: Node) -> str:
+    kinds = {dict: "a mapping", list: "a list", type(None): "nothing"}
+    return kinds.get(type(node.value)) or f"{node.value!r}"[:60]
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _admit(value: Any, hint: Any) -> Any:
+    """``value`` as the annotated type; whole numbers may stand for floats, nothing else changes.
+
+    Raises:
+        TypeError: it is of another type.
+    """
+    if isinstance(value, (dict, list)):
+        raise TypeError
+    for choice in _choices(hint):
+        if get_origin(choice) is Literal and isinstance(value, str) and value in get_args(choice):
+            return value
+        if choice is type(value) and not (choice is float and not math.isfinite(value)):
+            return value
+        if choice is float and type(value) is int:
+            return float(value)
+    raise TypeError
+
+
+def _words(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    parts = [
+        " or ".join(map(str, get_args(choice)))
+        if get_origin(choice) is Literal
+        else names.get(choice, "nothing")
+        for choice in _choices(hint)
+    ]
+    return " or ".join(parts)
