@@ -146,7 +146,7 @@ def _biases(config: _Config) -> Biases:
 
 def _windows(config: _Config, layers: int) -> tuple[int | None, ...]:
     """A layer's window: listed types first, then a pattern, then one window for all or some."""
-    window = config.count("sliding_window") if config.has("sliding_window") else None
+    window = config.count("sliding_window", 0, minimum=0) or None
     types = config.values.get("layer_types")
     if isinstance(types, list):
         if len(types) != layers:

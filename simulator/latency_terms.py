@@ -84,7 +84,7 @@ def prompt_attention(
 ) -> Term:
     """Causal attention over whole prompts; sliding layers see no more than their window."""
     pairs = np.zeros(np.shape(prompt), dtype=np.float64)
-    for window in set(shape.windows):
+    for window in dict.fromkeys(shape.windows):
         seen = prompt if window is None else np.minimum(prompt, window)
         count = shape.windows.count(window)
         pairs = pairs + count * (seen * (seen + 1) / 2 + (prompt - seen) * seen)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate, exact
@@ -98,7 +97,7 @@ def memory_budget(
     *,
     context_tokens: int,
     batch: int = 1,
-    weights: WeightFormat | Literal["auto"] | None = None,
+    weights: str | None = None,
 ) -> MemoryBudget:
     """Split a memory limit (None: all that the card shows) into weights, overhead and cache.
 
@@ -108,10 +107,10 @@ def memory_budget(
         limit_bytes: the most that may be used, in bytes.
         context_tokens: longest sequence; the prefill peak is taken for a prompt of this length.
         batch: sequences at a time.
-        weights: a format, or ``auto`` for the widest that leaves a useful cache.
+        weights: a format; None or ``auto`` for the widest that leaves a useful cache.
 
     Raises:
-        KvtuneError: the limit is above what the card shows, or nothing useful fits in it.
+        KvtuneError: the limit is above what the card shows, the format is unknown, or nothing fits.
     """
     if context_tokens < 1 or batch < 1:
         raise KvtuneError("context and batch must be at least 1")

@@ -1,0 +1,250 @@
+"""The memory model: what weights take, what is left for the cache, errors that say what fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from kvtune.common.errors import KvtuneError
+from kvtune.common.units import GB, GIB, parse_bytes
+from kvtune.profiles.gpus import find_gpu, list_gpus
+from kvtune.profiles.models import find_model, list_models
+from kvtune.simulator.memory import (
+    MemoryBudget,
+    memory_budget,
+    overhead_bytes,
+    peak_memory,
+    prefill_peak_bytes,
+    required_bytes,
+)
+from kvtune.simulator.weights import WEIGHT_FORMATS, bits_per_weight, weight_bytes
+
+LLAMA, SMOL, CARD = find_model("llama-8b"), find_model("smollm2-135m"), find_gpu("4090")
+SHAPES = st.sampled_from(list_models())
+CARDS = st.sampled_from(list_gpus())
+FORMATS = st.sampled_from(WEIGHT_FORMATS)
+
+
+def budget(limit: str | None, **changes: Any) -> MemoryBudget:
+    settings = {"context_tokens": 8192, **changes}
+    return memory_budget(LLAMA, CARD, parse_bytes(limit) if limit else None, **settings)
+
+
+# --- weights -----------------------------------------------------------------------------------
+
+
+def test_bf16_weights_are_two_bytes_each_and_exact() -> None:
+    weights = weight_bytes(LLAMA, "bf16")
+    assert weights.value == 2 * 8_030_261_248
+    assert weights.tier == "exact"
+    assert weights.low == weights.high == weights.value
+
+
+def test_four_bit_weights_pay_for_scales_and_zero_points() -> None:
+    assert bits_per_weight(LLAMA, "int4") == 4.25
+    assert 8 < bits_per_weight(LLAMA, "int8") < 8.01
+
+
+def test_embedding_and_output_matrix_stay_at_sixteen_bits() -> None:
+    tables = 2 * 128_256 * 4096
+    matrices = 32 * (2 * 4096 * 128 * (32 + 8) + 3 * 4096 * 14336)
+    norms = 65 * 4096
+    expected = 2 * (tables + norms) + matrices * 4.25 / 8
+    assert weight_bytes(LLAMA, "int4").value == expected
+    assert 5.7e9 < expected < 5.9e9  # published AWQ and GPTQ files: 5.73 GB
+
+
+@settings(deadline=None, derandomize=True)
+@given(SHAPES)
+def test_wider_formats_take_more(shape: Any) -> None:
+    sizes = [weight_bytes(shape, name).value for name in ("int4", "int8", "fp8", "bf16")]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[1] < sizes[3]
+
+
+# --- the budget --------------------------------------------------------------------------------
+
+
+def test_sixteen_gb_cannot_hold_bf16_weights_so_eight_bits_are_chosen_with_a_reason() -> None:
+    result = budget("16GB")
+    assert result.weight_format == "fp8"
+    assert "bf16 ones take 14.96 GiB of 14.90 GiB" in result.reason
+    assert result.limit_bytes == 16 * GB
+    assert result.cache_tokens > 30_000
+
+
+def test_gb_and_gib_are_not_the_same() -> None:
+    difference = budget("16GiB").cache_bytes - budget("16GB").cache_bytes
+    assert difference == pytest.approx(16 * GIB - 16 * GB, abs=1)
+
+
+def test_a_card_without_fp8_gets_int8() -> None:
+    ampere = memory_budget(LLAMA, find_gpu("3090"), 16 * GB, context_tokens=8192)
+    assert ampere.weight_format == "int8"
+    assert "fp8" not in ampere.reason
+
+
+def test_the_users_format_is_kept() -> None:
+    result = budget("16GB", weights="int4")
+    assert (result.weight_format, result.reason) == ("int4", "int4 weights, as asked for")
+    assert result.cache_bytes > budget("16GB").cache_bytes
+
+
+def test_without_a_limit_all_that_the_card_shows_is_used() -> None:
+    result = budget(None)
+    assert result.limit_bytes == CARD.visible_bytes
+    assert result.weight_format == "bf16"
+
+
+def test_a_gigabyte_is_enough_for_the_small_model() -> None:
+    result = memory_budget(SMOL, CARD, GIB, context_tokens=1024)
+    assert result.weight_format == "bf16"
+    assert result.cache_tokens > 4 * 1024
+    assert result.share_that_fits == 1
+
+
+@settings(deadline=None, derandomize=True)
+@given(SHAPES, CARDS, st.integers(1, 200_000), st.integers(1, 64), st.floats(0.05, 1))
+def test_the_parts_add_up_to_the_limit(
+    shape: Any, card: Any, context: int, batch: int, share: float
+) -> None:
+    limit = int(share * card.visible_bytes)
+    try:
+        result = memory_budget(shape, card, limit, context_tokens=context, batch=batch)
+    except KvtuneError:
+        assume(False)
+    parts = (result.weights, result.overhead, result.prefill, result.cache)
+    assert sum(part.value for part in parts) == pytest.approx(limit)
+    for part in parts:
+        assert 0 <= part.low <= part.value <= part.high
+        assert part.unit == "B"
+    tokens = result.cache_tokens // batch
+    assert batch * shape.kv_bytes(tokens) <= result.cache_bytes + 1
+    assert batch * shape.kv_bytes(tokens + 1) + batch > result.cache_bytes
+    assert tokens >= min(context, 1024)
+    assert 0 < result.share_that_fits <= 1
+
+
+@settings(deadline=None, derandomize=True)
+@given(SHAPES, CARDS, FORMATS, st.integers(1, 100_000), st.integers(1, 32))
+def test_the_smallest_limit_is_enough_and_a_byte_less_is_not(
+    shape: Any, card: Any, name: Any, context: int, batch: int
+) -> None:
+    need = required_bytes(shape, card, name, context, batch)
+    assume(need <= card.visible_bytes)
+    settings = {"context_tokens": context, "batch": batch, "weights": name}
+    assert memory_budget(shape, card, need, **settings).weight_format == name
+    with pytest.raises(KvtuneError, match="does not fit"):
+        memory_budget(shape, card, need - 1, **settings)
+
+
+def test_the_peak_with_the_budgets_cache_is_the_limit() -> None:
+    result = budget("16GB", batch=4)
+    peak = peak_memory(LLAMA, CARD, "fp8", result.cache_bytes_per_sequence, 8192, batch=4)
+    assert peak.value == pytest.approx(16 * GB, abs=4)
+    assert peak.low < peak.value < peak.high
+    assert peak.tier == "assumed"
+
+
+@settings(deadline=None, derandomize=True)
+@given(SHAPES, CARDS, FORMATS, st.integers(1, 100_000), st.integers(1, 32), st.integers(1, 10**9))
+def test_the_peak_grows_with_all_that_is_asked_for(
+    shape: Any, card: Any, name: Any, context: int, batch: int, cache: int
+) -> None:
+    base = peak_memory(shape, card, name, cache, context, batch).value
+    assert base < peak_memory(shape, card, name, cache + 1, context, batch).value
+    assert base <= peak_memory(shape, card, name, cache, context + 1, batch).value
+    assert base < peak_memory(shape, card, name, cache, context, batch + 1).value
+
+
+def test_the_prefill_peak_holds_one_layers_cache_and_not_all() -> None:
+    longer = prefill_peak_bytes(LLAMA, 65536).value - prefill_peak_bytes(LLAMA, 32768).value
+    a_layer, residual = 32768 * 2 * 8 * 128 * 2, 32768 * 4096 * 2
+    assert longer == a_layer + 2 * residual
+    assert longer < LLAMA.kv_bytes(32768)
+
+
+def test_a_latent_layer_is_held_as_latents() -> None:
+    shape = find_model("deepseek-v3")
+    longer = prefill_peak_bytes(shape, 65536).value - prefill_peak_bytes(shape, 32768).value
+    assert longer == 32768 * 2 * (512 + 64) + 2 * 32768 * 7168 * 2
+
+
+def test_a_large_batch_of_decode_steps_can_be_the_peak() -> None:
+    assert prefill_peak_bytes(SMOL, 16, batch=512).value > prefill_peak_bytes(SMOL, 16).value
+
+
+def test_overhead_holds_the_context_and_follows_the_model() -> None:
+    small, large = (overhead_bytes(shape, CARD, "bf16") for shape in (SMOL, LLAMA))
+    assert CARD.context_bytes < small.value < large.value < 1.5 * GIB
+
+
+def test_the_dictionary_is_complete_and_plain() -> None:
+    result = budget("16GB").as_dict()
+    fields = {field.name for field in dataclasses.fields(MemoryBudget)}
+    assert fields | {"share_that_fits"} == set(result)
+    assert result["cache"] == budget("16GB").cache.as_dict()
+
+
+# --- what does not fit -------------------------------------------------------------------------
+
+
+def hint_of(**arguments: Any) -> str:
+    with pytest.raises(KvtuneError) as caught:
+        memory_budget(**{"shape": LLAMA, "gpu": CARD, "context_tokens": 8192, **arguments})
+    return f"{caught.value} | {caught.value.hint}"
+
+
+@pytest.mark.parametrize("size", [100 * 10**6, 2 * GB, 6 * GB])
+@pytest.mark.parametrize("group", [1, 2])
+def test_the_limit_in_the_hint_works_when_typed_back(size: int, group: int) -> None:
+    said = re.search(
+        r"smallest limit that works is ([\d.]+GB) \(([\d.]+GiB)\), with (\w+) weights",
+        hint_of(limit_bytes=size),
+    )
+    assert said is not None
+    limit = parse_bytes(said[group])
+    assert memory_budget(LLAMA, CARD, limit, context_tokens=8192).weight_format == said[3]
+    with pytest.raises(KvtuneError):
+        memory_budget(LLAMA, CARD, int(limit - 0.02 * GIB), context_tokens=8192)
+
+
+def test_a_chosen_format_that_does_not_fit_names_one_that_does() -> None:
+    said = hint_of(limit_bytes=16 * GB, weights="bf16")
+    assert "bf16 weights 14.96 GiB" in said
+    assert "fp8 weights fit in this limit; bf16 ones need 17." in said
+    assert "16.00 GB (14.90 GiB)" in said
+
+
+def test_a_limit_above_what_the_card_shows_is_refused_with_the_most_that_works() -> None:
+    said = hint_of(limit_bytes=24 * GIB)
+    assert "more than the 25.25 GB (23.52 GiB) that RTX 4090 shows" in said
+    assert "its box says 24 GiB" in said
+    most = re.search(r"at most ([\d.]+GiB) \(([\d.]+GB)\)", said)
+    assert most is not None
+    for text in most.groups():
+        assert budget(text).limit_bytes <= CARD.visible_bytes
+
+
+def test_a_model_that_no_limit_can_hold_says_so() -> None:
+    said = hint_of(shape=find_model("deepseek-v3"))
+    assert "no limit on this GPU is enough" in said
+    assert "smallest limit" not in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"limit_bytes": 0}, "above zero"),
+        ({"context_tokens": 0}, "at least 1"),
+        ({"batch": 0}, "at least 1"),
+        ({"weights": "fp88"}, "'fp88' is no weight format. Did you mean 'fp8'"),
+    ],
+)
+def test_bad_input_is_refused(changes: dict[str, Any], says: str) -> None:
+    assert says in hint_of(**changes)
