@@ -37,7 +37,8 @@ class Format(ABC):
 
         Args:
             tensor: rows of tokens; of row r only the first ``counts[r]`` tokens are real.
-            counts: ``[...]`` int64. What lies beyond is never looked at; its output is undefined.
+            counts: ``[...]`` int64. What lies beyond never
+                matters; its output is finite and otherwise undefined.
             role: keys or values, which may be grouped along different axes.
         """
 

@@ -75,8 +75,9 @@ class Grouped(Format):
         padding = (0, -length % self.group)
         grouped = F.pad(rows, padding).unflatten(-1, (-1, self.group))
         inside = F.pad(real, padding).unflatten(-1, (-1, self.group))
-        low = grouped.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)
-        high = grouped.masked_fill(~inside, -torch.inf).amax(-1, keepdim=True)
+        some = inside.any(-1, keepdim=True)  # a group of padding alone must stay finite
+        low = grouped.masked_fill(~inside, torch.inf).amin(-1, keepdim=True).where(some, 0)
+        high = grouped.masked_fill(~inside, -torch.inf).amax(-1, keepdim=True).where(some, 0)
         low = low.half().float()
         scale = ((high - low) / (2**self.bits - 1)).half().float()
         step = torch.where(scale > 0, scale, 1.0)  # a constant group has no spread
