@@ -22,7 +22,7 @@ from kvtune.simulator.latency import (
     scaled_decode_steps,
 )
 from kvtune.simulator.latency_priors import CACHE_BITS, CACHE_FACTOR, cache_factor
-from kvtune.simulator.latency_terms import prompt_attention
+from kvtune.simulator.latency_terms import cache_read, matrices, prompt_attention
 from kvtune.simulator.weights import WEIGHT_FORMATS, WeightFormat
 
 LLAMA, H100 = find_model("llama-8b"), find_gpu("h100")
@@ -236,3 +236,21 @@ def test_bad_input_is_refused(arguments: dict[str, Any], says: str) -> None:
     good = {"batch": 1, "cache_bytes_per_sequence": 1.0, "weight_format": "bf16"}
     with pytest.raises(KvtuneError, match=says):
         decode_steps(shape=LLAMA, gpu=H100, **{**good, **arguments})
+
+
+def test_reading_a_narrow_cache_has_both_ends_of_both_efficiencies() -> None:
+    size, bandwidth = 1e9, H100.bandwidth_bytes_per_s
+    term = cache_read(H100, np.array(1.0), {4.0: np.array(size)})
+    assert float(term.value) == pytest.approx(size / (0.88 * 0.55 * bandwidth))
+    assert float(term.low) == pytest.approx(size / (0.95 * 0.80 * bandwidth))
+    assert float(term.high) == pytest.approx(size / (0.81 * 0.30 * bandwidth))
+
+
+@pytest.mark.parametrize(("name", "achieved"), [("a100", 0.80), ("4090", 0.88)])
+def test_weights_are_read_at_the_share_of_the_cards_kind_of_memory(
+    name: str, achieved: float
+) -> None:
+    card, one = find_gpu(name), np.array(1.0)
+    read = 2 * (LLAMA.parameters - 128_256 * 4096)
+    term = matrices(LLAMA, card, "bf16", one, logits=one)
+    assert float(term.value) == pytest.approx(read / (achieved * card.bandwidth_bytes_per_s))
