@@ -1,0 +1,166 @@
+"""What a search is asked and what it answers, as plain frozen data: no torch, no Optuna."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from kvtune.common.estimate import Estimate
+from kvtune.policies.policy import Policy
+from kvtune.profiles.gpus import GpuProfile
+from kvtune.profiles.models import ModelShape
+from kvtune.simulator.memory import MemoryBudget
+
+Source = Literal["own trace", "stand-in"]
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """A model, a GPU, a memory limit, and how hard to look.
+
+    Args:
+        model: a known name, a Hugging Face folder or id, or a GGUF file.
+        shape: the model's shape.
+        gpu: the card's profile.
+        memory_bytes: device memory that everything together may take.
+        run_dir: where config, journal, policy and result go; resumed if it holds this search.
+        weights: weight format, or "auto" for the widest that fits.
+        context_tokens: prompt tokens of each sequence.
+        generated_tokens: tokens each sequence generates, cached in 16 bits.
+        sequences: how many at once; None lets the search choose as many as ``largest_kl`` allows.
+        largest_kl: quality loss that is acceptable, nats/token.
+        trials: of the outer study.
+        seed: of everything drawn.
+        stand_in: use the packaged tables even where weights are at hand.
+        device: for capture and live runs, "cpu" or "cuda"; None picks CUDA if there is one.
+        workload: "small" (six samples of 1024 tokens, sized for a laptop) or "full" (2048 tokens).
+        texts: the user's own .txt or .jsonl files, searched and evaluated on instead.
+    """
+
+    model: str
+    shape: ModelShape
+    gpu: GpuProfile
+    memory_bytes: int
+    run_dir: Path
+    weights: str = "auto"
+    context_tokens: int = 8192
+    generated_tokens: int = 256
+    sequences: int | None = None
+    largest_kl: float = 0.02
+    trials: int = 60
+    seed: int = 0
+    stand_in: bool = False
+    device: str | None = None
+    workload: Literal["small", "full"] = "small"
+    texts: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A quality figure and whose it is.
+
+    Args:
+        kl: nats/token, with a 95 % bootstrap interval over held-out samples, and tier.
+        source: the model's own trace, or a stand-in mapped onto it.
+        stand_in: the stand-in's name, or "".
+        samples: held-out samples behind the figure.
+    """
+
+    kl: Estimate
+    source: Source
+    stand_in: str = ""
+    samples: int = 0
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """One plan of the Pareto front: loss against sequences that fit, with what it takes.
+
+    Args:
+        kl: predicted on the selection samples, nats/token.
+        sequences: that fit at once under the limit.
+        prompt_bytes: of one compressed prompt.
+        share: of the bf16 bytes of the same prompt.
+        time_per_token: of a decode step with all sequences, seconds.
+        tokens_per_second: of all sequences together.
+        parameters: what the study chose.
+        chosen: whether this is the plan.
+    """
+
+    kl: float
+    sequences: int
+    prompt_bytes: int
+    share: float
+    time_per_token: Estimate
+    tokens_per_second: Estimate
+    parameters: dict[str, Any]
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
+class Rival:
+    """The plan, or what it is compared with, at equal bytes.
+
+    Args:
+        name: for example ``uniform h2o int4``.
+        family: kvtune, layers, greedy, uniform, pyramid or adakv.
+        predicted: KL on held-out samples before anything ran live.
+        live: the same measured live; None where no weights are at hand.
+        prompt_bytes: of one compressed prompt.
+        perplexity_change: live, ratio minus one; None likewise.
+        retrieval_accuracy: live, share of needle digits right; None likewise.
+    """
+
+    name: str
+    family: str
+    predicted: Estimate
+    live: Estimate | None
+    prompt_bytes: int
+    perplexity_change: Estimate | None = None
+    retrieval_accuracy: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """All that a search found.
+
+    Args:
+        request: what was asked.
+        budget: device memory, weights, overhead and what is left for the cache.
+        front: most sequences last.
+        policy: the chosen plan.
+        prompt_bytes: of one compressed prompt.
+        sequences: that fit at once with it.
+        share: of the bf16 bytes of the same prompt.
+        quality: of the plan, the best tier there is.
+        predicted: of the plan, before live.
+        rivals: the plan first, then the baselines.
+        memory: peak of everything together, bytes.
+        latency: of one decode step of all sequences, seconds.
+        prefill: of one prompt, seconds.
+        full_cache_sequences: that would fit uncompressed.
+        full_cache_accuracy: retrieval accuracy of the uncompressed model, live; or None.
+        counters: proof that the policy fired: tokens kept and offered, heads compressed.
+        notes: automatic choices, each with its reason.
+        provenance: versions, seeds, hashes.
+    """
+
+    request: SearchRequest
+    budget: MemoryBudget
+    front: tuple[FrontPoint, ...]
+    policy: Policy
+    prompt_bytes: int
+    sequences: int
+    share: float
+    quality: Quality
+    predicted: Quality
+    rivals: tuple[Rival, ...]
+    memory: Estimate
+    latency: Estimate
+    prefill: Estimate
+    full_cache_sequences: int
+    full_cache_accuracy: Estimate | None = None
+    counters: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict)
