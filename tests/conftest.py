@@ -1,0 +1,130 @@
+"""What all tests share: tiny models made here, so that none of them needs a download."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "real_model: needs SmolLM2 in the model store, or pip once")
+
+
+def tiny_tokenizer() -> Any:
+    """One token a byte; texts begin with <s> when special tokens are added."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0, "</s>": 1} | {c: i for i, c in enumerate(alphabet, start=2)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    ends = {"bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **ends
+    )
+
+
+TINY: dict[str, Any] = {
+    "vocab_size": 258,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "initializer_range": 0.3,  # sharp enough that attention and predictions are not uniform
+}
+"""Fields of a tiny model's configuration: 3 layers, 4 query heads on 2 KV heads."""
+
+
+def tiny_network(config: Any, seed: int = 0) -> Any:
+    """A randomly initialised causal language model in fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_fields() -> dict[str, Any]:
+    """Fields of a tiny model's configuration, for any architecture."""
+    return dict(TINY)
+
+
+@pytest.fixture(scope="session")
+def make_network() -> Callable[..., Any]:
+    """A function that makes a random network of a configuration, always the same for a seed."""
+    return tiny_network
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The byte tokenizer of the tiny models."""
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tokenizer: Any) -> Any:
+    """A random 3-layer Llama with grouped queries, loaded as load_model would: do not change it."""
+    from transformers import LlamaConfig
+
+    from kvtune.traces.models import wrap
+
+    return wrap(tiny_network(LlamaConfig(**TINY)), tokenizer, name="tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def make_samples() -> Callable[..., list[Any]]:
+    """A function that makes samples of random tokens, every third row an answer digit."""
+    import random
+
+    from kvtune.traces.samples import Sample
+
+    def make(
+        count: int, tokens: int = 48, observed: int = 12, splits: Sequence[str] = ("search",)
+    ) -> list[Any]:
+        rng = random.Random(count)  # noqa: S311
+        return [
+            Sample(
+                id=f"random-{index}",
+                split=splits[index % len(splits)],  # type: ignore[arg-type]
+                kind="prose",
+                token_ids=tuple(rng.randrange(2, 258) for _ in range(tokens)),
+                next_token=rng.randrange(2, 258),
+                observed=observed,
+                needle_of_row=tuple(0 if row % 3 == 0 else -1 for row in range(observed)),
+            )
+            for index in range(count)
+        ]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_trace(
+    tiny_model: Any,
+    make_samples: Callable[..., list[Any]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Any:
+    """A captured trace of the tiny model: 2 search and 2 evaluate samples, S = 3. Read only."""
+    from kvtune.traces.capture import capture
+
+    samples = make_samples(4, splits=("search", "evaluate"))
+    folder = tmp_path_factory.mktemp("trace")
+    return capture(tiny_model, samples, folder, probes=3, signals=("column_sums",))
