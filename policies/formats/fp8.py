@@ -33,6 +33,8 @@ class Fp8(Format):
         """Scale, cast to e4m3, cast back."""
         import torch
 
+        if tensor.numel() == 0:
+            return tensor
         real = torch.arange(tensor.shape[-2], device=tensor.device) < counts[..., None]
         largest = tensor.abs().masked_fill(~real[..., None], 0).amax((-1, -2), keepdim=True)
         scale = largest.float().clamp_min(torch.finfo(torch.float32).tiny) / _LARGEST_E4M3

@@ -1,0 +1,146 @@
+"""Every registered method, format and allocator against the suite that the package ships."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtune.common.errors import KvtuneError
+from kvtune.policies import testing as suite
+from kvtune.policies.allocator import allocators
+from kvtune.policies.document import Pattern, PolicyDocument, read_policy, write_policy
+from kvtune.policies.format import Format, Role, formats
+from kvtune.policies.method import Method, methods
+from kvtune.policies.option import Option
+
+GOLDEN = Path(__file__).parent / "golden" / "policies.json"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Thousands of tiny operations: a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def every_variant(kinds: dict[str, type[Any]]) -> list[Any]:
+    return [
+        pytest.param(thing, id=repr(thing).split("(")[0] + str(number))
+        for kind in kinds.values()
+        for number, thing in enumerate(dict.fromkeys(suite.variants(kind)))
+    ]
+
+
+def name_of(check: Any) -> str:
+    return str(check.__name__)
+
+
+cases = st.builds(
+    suite.Case,
+    prompt_tokens=st.integers(1, 90),
+    budget=st.integers(0, 100),
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 3, 4]),
+    seed=st.integers(0, 2**16),
+)
+
+
+@pytest.mark.parametrize("check", suite.METHOD_CHECKS, ids=name_of)
+@pytest.mark.parametrize("method", every_variant(methods()))
+def test_method_at_the_corners(method: Method, check: suite.MethodCheck) -> None:
+    for case in suite.METHOD_CASES:
+        check(method, case)
+
+
+@pytest.mark.parametrize("check", suite.METHOD_CHECKS, ids=name_of)
+@pytest.mark.parametrize("name", methods())
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(case=cases)
+def test_method_anywhere(name: str, check: suite.MethodCheck, case: suite.Case) -> None:
+    check(methods()[name](), case)
+
+
+@pytest.mark.parametrize("role", ["keys", "values"])
+@pytest.mark.parametrize("check", suite.FORMAT_CHECKS, ids=name_of)
+@pytest.mark.parametrize("form", every_variant(formats()))
+def test_format(form: Format, check: suite.FormatCheck, role: Role) -> None:
+    check(form, role)
+
+
+@pytest.mark.parametrize("check", suite.ALLOCATOR_CHECKS, ids=name_of)
+@pytest.mark.parametrize("allocator", every_variant(allocators()))
+def test_allocator(allocator: Any, check: suite.AllocatorCheck) -> None:
+    for case in suite.METHOD_CASES:
+        check(allocator, case)
+
+
+@pytest.mark.parametrize("thing", every_variant(methods() | formats() | allocators()))
+def test_everything_registered_can_be_written_in_a_policy(thing: Any) -> None:
+    field = {**dict.fromkeys(methods(), "method"), **dict.fromkeys(formats(), "keys")}
+    if thing.name in allocators():
+        pattern = Pattern(Option(), allocator=thing)
+    else:
+        pattern = Pattern(Option(**{field[thing.name]: thing}))
+    document = PolicyDocument(pattern)
+    assert read_policy(write_policy(document)) == document
+
+
+@pytest.mark.parametrize("kind", [*methods().values(), *formats().values(), *allocators().values()])
+def test_everything_registered_names_its_source(kind: type[Any]) -> None:
+    assert kind.source
+    assert kind.__doc__
+
+
+def test_names_are_not_shared_between_registries() -> None:
+    names = [*methods(), *formats(), *allocators()]
+    assert len(set(names)) == len(names)
+
+
+def test_choices_are_the_golden_ones() -> None:
+    golden = json.loads(GOLDEN.read_text())
+    assert suite.golden() == golden, f"if this is meant, remake it: {golden['remake']}"
+
+
+def test_choices_are_the_same_in_another_process() -> None:
+    printed = subprocess.run(
+        [sys.executable, "-m", "kvtune.policies.testing"],
+        env={**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout
+    assert json.loads(printed) == suite.golden()
+
+
+def test_reading_a_policy_and_counting_its_bytes_imports_no_torch() -> None:
+    program = (
+        "import sys\n"
+        "from kvtune.policies.document import read_policy\n"
+        "text = 'kvtune_policy: 1\\npolicy: {method: h2o, budget: 9, keys: int4}\\n'\n"
+        "print(read_policy(text).bind(2, 3).footprint(64, 64))\n"
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)\n"
+    )
+    ran = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", program], capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_an_unknown_name_is_refused_with_the_nearest() -> None:
+    from kvtune.policies.method import find_method
+
+    with pytest.raises(KvtuneError, match="unknown method 'snapkw'") as caught:
+        find_method("snapkw")
+    assert "'snapkv'" in (caught.value.hint or "")
