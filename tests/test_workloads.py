@@ -1,0 +1,229 @@
+"""Workloads: deterministic, exactly sized, answerable, and disjoint between splits."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtune.common.errors import KvtuneError
+from kvtune.traces import texts, workloads
+from kvtune.traces.needles import WORDS, number_of, words_of
+from kvtune.traces.samples import SPLITS, content_hash
+from kvtune.traces.workloads import Workload, build
+
+EVERY = {"prose": 2, "code": 2, "retrieval": 2, "recall": 1}
+
+
+def everywhere(**sizes: Any) -> Workload:
+    """Samples of every kind in every split, sized for a tokenizer of one token a byte."""
+    return Workload(dict.fromkeys(SPLITS, EVERY), **{"tokens": 1500, "observed": 300, **sizes})
+
+
+@pytest.fixture(scope="module")
+def samples(tokenizer: Any) -> list[Any]:
+    return build(everywhere(), tokenizer)
+
+
+def test_samples_have_exactly_the_asked_sizes(samples: list[Any]) -> None:
+    assert len(samples) == 3 * sum(EVERY.values())
+    assert len({sample.id for sample in samples}) == len(samples)
+    for sample in samples:
+        assert len(sample.token_ids) == 1500
+        assert sample.observed == len(sample.targets) == len(sample.answer_mask) == 300
+        assert sample.token_ids[0] == 0  # this tokenizer begins texts with <s>
+
+
+def test_equal_seeds_make_equal_samples_and_others_do_not(
+    samples: list[Any], tokenizer: Any
+) -> None:
+    assert content_hash(build(everywhere(), tokenizer)) == content_hash(samples)
+    assert content_hash(build(everywhere(seed=1), tokenizer)) != content_hash(samples)
+
+
+def test_more_samples_of_one_split_leave_the_others_as_they_were(tokenizer: Any) -> None:
+    few = build(Workload({"search": EVERY}, tokens=1500, observed=300), tokenizer)
+    more = {"search": {k: n + 1 for k, n in EVERY.items()}, "evaluate": EVERY}
+    many = {s.id: s for s in build(Workload(more, tokens=1500, observed=300), tokenizer)}
+    assert all(many[sample.id] == sample for sample in few)
+
+
+def runs(items: list[Any], length: int) -> set[tuple[Any, ...]]:
+    return {tuple(items[i : i + length]) for i in range(len(items) - length + 1)}
+
+
+@pytest.mark.parametrize("source", [texts.prose, texts.code], ids=["prose", "code"])
+def test_no_run_of_words_is_in_two_splits(source: Any) -> None:
+    found = {
+        split: set().union(*(runs(texts.words(d.text), texts.SHARED_WORDS) for d in documents))
+        for split, documents in source().items()
+    }
+    assert all(len(r) > 5000 for r in found.values())
+    for one, other in combinations(SPLITS, 2):
+        assert not found[one] & found[other]
+
+
+@pytest.mark.parametrize("kind", ["prose", "code"])
+def test_no_run_of_tokens_is_in_samples_of_two_splits(samples: list[Any], kind: str) -> None:
+    """100 tokens are 100 characters here, some 20 words."""
+    found = {
+        split: set().union(
+            *(runs(s.token_ids, 100) for s in samples if s.split == split and s.kind == kind)
+        )
+        for split in SPLITS
+    }
+    for one, other in combinations(SPLITS, 2):
+        assert not found[one] & found[other]
+
+
+def test_samples_of_one_split_do_not_overlap_either(samples: list[Any]) -> None:
+    for split in SPLITS:
+        first, second = (s for s in samples if s.split == split and s.kind == "prose")
+        assert not runs(first.token_ids, 200) & runs(second.token_ids, 200)
+
+
+def test_needle_words_are_of_one_split_each() -> None:
+    assert sorted(w for split in SPLITS for w in words_of(split)) == sorted(set(WORDS))
+
+
+@given(st.integers(), st.integers(2, 9))
+def test_needle_numbers_are_of_one_split_each(seed: int, digits: int) -> None:
+    for index, split in enumerate(SPLITS):
+        number = number_of(split, digits, random.Random(seed))  # noqa: S311
+        assert len(number) == digits
+        assert int(number) % len(SPLITS) == index
+
+
+NEEDLE = re.compile(r"The special magic number for (\w+) is (\d{7})\.\n")
+PAIR = re.compile(r"^(\w+ \w+): (\d{4})\n", re.MULTILINE)
+
+
+@pytest.mark.parametrize(("kind", "pattern"), [("retrieval", NEEDLE), ("recall", PAIR)])
+def test_every_question_is_answered_in_the_prompt(
+    samples: list[Any], tokenizer: Any, kind: str, pattern: re.Pattern[str]
+) -> None:
+    for sample in (s for s in samples if s.kind == kind):
+        prompt = tokenizer.decode(sample.token_ids[: sample.prompt])
+        observed = tokenizer.decode([*sample.token_ids[sample.prompt :], sample.next_token])
+        hidden, asked = dict(pattern.findall(prompt)), dict(pattern.findall(observed))
+        answers = [""] * sample.needles
+        for needle, target in zip(sample.needle_of_row, sample.targets, strict=True):
+            if needle >= 0:
+                answers[needle] += tokenizer.decode([target])
+        assert sample.needles >= 3
+        assert set(answers) <= {asked[key] for key in asked if hidden.get(key) == asked[key]}
+
+
+@pytest.mark.parametrize(("observed", "needles"), [(70, 1), (130, 2), (300, 5), (600, 8)])
+def test_as_many_needles_are_asked_for_as_fit(tokenizer: Any, observed: int, needles: int) -> None:
+    workload = Workload({"search": {"retrieval": 3}}, tokens=2000, observed=observed)
+    found = [sample.needles for sample in build(workload, tokenizer)]
+    assert all(abs(count - needles) <= 1 for count in found)
+
+
+def test_too_small_an_observed_part_for_any_question_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(KvtuneError, match="no question fits"):
+        build(Workload({"search": {"retrieval": 1}}, tokens=500, observed=20), tokenizer)
+
+
+def test_needles_lie_at_different_depths(tokenizer: Any) -> None:
+    workload = Workload({"search": {"retrieval": 6}}, tokens=2000, observed=600)
+    depths = [
+        match.start()
+        for sample in build(workload, tokenizer)
+        for match in NEEDLE.finditer(tokenizer.decode(sample.token_ids[: sample.prompt]))
+    ]
+    assert min(depths) < 400
+    assert max(depths) > 1000
+
+
+def write_texts(folder: Path, count: int) -> Path:
+    rng = random.Random(0)  # noqa: S311
+    lines = [json.dumps({"text": " ".join(rng.choices(WORDS, k=200))}) for _ in range(count)]
+    (folder / "mine.jsonl").write_text("\n".join(lines) + "\n\n")
+    return folder / "mine.jsonl"
+
+
+def user_samples(tokenizer: Any, path: Path, count: int = 2) -> list[Any]:
+    counts: Any = {split: {"user": count} for split in SPLITS}
+    return build(Workload(counts, tokens=400, observed=50, files=(path,)), tokenizer)
+
+
+@pytest.mark.parametrize("count", [1, 30])
+def test_the_users_jsonl_is_cut_into_disjoint_samples(
+    tokenizer: Any, tmp_path: Path, count: int
+) -> None:
+    path = write_texts(tmp_path, 30)
+    if count == 1:  # one long text
+        joined = "\n".join(
+            json.loads(line)["text"] for line in path.read_text().split("\n") if line
+        )
+        path = tmp_path / "mine.txt"
+        path.write_text(joined)
+    found = user_samples(tokenizer, path)
+    assert [s.kind for s in found] == ["user"] * 6
+    for one, other in combinations(found, 2):
+        assert not runs(one.token_ids, 100) & runs(other.token_ids, 100)
+
+
+def test_too_little_text_says_how_much_there_is(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(KvtuneError, match=r"enough for \d+ samples of 400 tokens, not 9999"):
+        user_samples(tokenizer, write_texts(tmp_path, 30), count=9999)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "where"),
+    [
+        ("a.jsonl", '{"text": "x"}\n{"txt": "y"}\n', ":2"),
+        ("a.jsonl", '{"text": "x"}\n\n{"text": 3}\n', ":3"),
+        ("a.jsonl", "no json\n", ":1"),
+        ("a.jsonl", "[]\n", ":1"),
+        ("a.csv", "x", ""),
+    ],
+)
+def test_a_users_mistake_is_named_with_file_and_line(
+    tokenizer: Any, tmp_path: Path, name: str, text: str, where: str
+) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(KvtuneError) as caught:
+        user_samples(tokenizer, path)
+    assert caught.value.where == f"{path}{where}"
+
+
+def test_unreadable_user_files_are_one_clear_error(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(KvtuneError, match="cannot be read"):
+        user_samples(tokenizer, tmp_path / "none.txt")
+    (tmp_path / "latin.txt").write_bytes("für".encode("latin-1"))
+    with pytest.raises(KvtuneError, match="UTF-8"):
+        user_samples(tokenizer, tmp_path / "latin.txt")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"counts": {"serch": {"prose": 1}}}, "no split"),
+        ({"counts": {"search": {"pros": 1}}}, "no kind"),
+        ({"counts": {"search": {"prose": -1}}}, "-1 prose"),
+        ({"counts": {}, "tokens": 10, "observed": 10}, "10 observed of 10"),
+        ({"counts": {"search": {"user": 1}}}, "without a file"),
+    ],
+)
+def test_wrong_workloads_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(KvtuneError, match=message):
+        Workload(**fields)
+
+
+def test_the_ready_made_workloads_hold_what_they_are_for() -> None:
+    small, standard = workloads.small(), workloads.standard()
+    assert sum(n for kinds in small.counts.values() for n in kinds.values()) == 6
+    assert sum(standard.counts["search"].values()) == 14
+    assert "search: 1 prose, 1 code, 1 retrieval" in small.describe()
+    assert json.loads(json.dumps(standard.as_dict()))["tokens"] == 2048
