@@ -1,0 +1,53 @@
+"""The command line as a whole: names, order and what ``kvtune`` alone prints."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.main import get_command
+
+import kvtune
+from kvtune.cli import estimate, gpus, models, policies
+
+_ABOUT = """\
+What may be done to the KV cache, head by head, and what it costs.
+
+Start with: kvtune search --model llama-8b --gpu 4090 --mem 16GB
+"""
+
+
+def build() -> Any:
+    """The click command that runs kvtune; no command's own work is imported for it."""
+    app = typer.Typer(
+        name="kvtune",
+        help=_ABOUT,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+    app.callback(invoke_without_command=True)(_alone)
+    for module in (estimate, gpus, models):
+        app.command(name=module.__name__.rsplit(".", 1)[-1])(module.command)
+    app.add_typer(policies.app, name="policies")
+    return get_command(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvtune {kvtune.__version__}")
+        raise typer.Exit
+
+
+def _alone(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+_alone.__doc__ = _ABOUT

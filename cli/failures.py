@@ -1,0 +1,64 @@
+"""How a command ends when it does not end well: one line, a hint, an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import typer
+
+from kvtune.common.errors import KvtuneError
+
+MISTAKE, CLOSED, INTERRUPTED = 2, 141, 130
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+"""Base of what typer raises for wrong options; newer and older releases keep it elsewhere."""
+
+
+def exit_code(command: Callable[[], object]) -> int:
+    """Run a command and turn what it raises into words on stderr and an exit code.
+
+    Errors that are no user's mistake keep their traceback.
+    """
+    try:
+        code = command()
+        sys.stdout.flush()
+    except KvtuneError as error:
+        return _say(str(error), error.hint)
+    except USAGE_ERROR as error:
+        return _say(_usage(error), _usage_hint(error))
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        return _closed_pipe()
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _say(f"{error.filename}: {error.strerror}", None)
+    return code if isinstance(code, int) else 0
+
+
+def _say(message: str, hint: str | None) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"\nhint: {hint}", file=sys.stderr)
+    return MISTAKE
+
+
+def _usage(error: Exception) -> str:
+    """Typer's message on one line, without the full stop that ours do not have either."""
+    message = getattr(error, "format_message", error.__str__)()
+    return " ".join(str(message).split()).removesuffix(".")
+
+
+def _usage_hint(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "kvtune"
+    return f"{command} --help lists what it takes."
+
+
+def _closed_pipe() -> int:
+    """The reader has gone (``kvtune gpus | head -1``); nothing more may be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return CLOSED

@@ -1,0 +1,87 @@
+"""``kvtune gpus``: the cards that are known, and one card's figures with their sources."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvtune.cli.options import Json
+from kvtune.cli.output import Output, speaking, table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kvtune.profiles.gpus import Figure, GpuProfile
+
+_FIGURES = (
+    "memory_nominal", "memory_visible", "bandwidth", "bf16", "fp8", "int8", "l2", "pcie", "power",
+    "context",
+)  # fmt: skip
+
+
+def command(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="A card, to see all its figures and their sources."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Known GPUs, or one GPU's figures and sources."""
+    with speaking(as_json, quiet=as_json) as output:
+        _one(output, name) if name else _all(output)
+
+
+def _all(output: Output) -> None:
+    from kvtune.profiles.gpus import list_gpus
+
+    rows = [_row(gpu) for gpu in list_gpus()]
+    columns = ("name", "card", "memory it shows", "bandwidth", "bf16 TFLOP/s", "fp8 TFLOP/s")
+    output.show(table("", columns, rows, left=(0, 1)), "", "kvtune gpus NAME tells the sources.")
+    output.finish("gpus", {"gpus": [_plain(gpu) for gpu in list_gpus()]})
+
+
+def _row(gpu: GpuProfile) -> tuple[str, ...]:
+    from kvtune.common.units import GIB
+
+    fp8 = f"{gpu.fp8.value:g}" if gpu.fp8 else "-"
+    return (
+        gpu.slug,
+        gpu.name,
+        f"{gpu.visible_bytes / GIB:.2f} GiB",
+        f"{gpu.bandwidth.value:g} {gpu.bandwidth.unit}",
+        f"{gpu.bf16.value:g}",
+        fp8,
+    )
+
+
+def _one(output: Output, name: str) -> None:
+    from kvtune.profiles.gpus import find_gpu
+
+    gpu = find_gpu(name)
+    output.show(_sources(gpu), "", "also called: " + (", ".join(gpu.aliases) or "-"))
+    output.finish("gpus", {"gpus": [_plain(gpu)]})
+
+
+def _sources(gpu: GpuProfile) -> Table:
+    rows = [
+        (key.replace("_", " "), f"{f.value:g} {f.unit}", f.kind, f.date, f.source)
+        for key, f in _figures(gpu).items()
+    ]
+    return table(gpu.name, ("figure", "value", "kind", "date", "source"), rows, left=(0, 2, 3, 4))
+
+
+def _figures(gpu: GpuProfile) -> dict[str, Figure]:
+    return {key: figure for key in _FIGURES if (figure := getattr(gpu, key)) is not None}
+
+
+def _plain(gpu: GpuProfile) -> dict[str, Any]:
+    return {
+        "name": gpu.slug,
+        "card": gpu.name,
+        "aliases": gpu.aliases,
+        "vendor": gpu.vendor,
+        "architecture": gpu.architecture,
+        "visible_bytes": gpu.visible_bytes,
+        "figures": _figures(gpu),
+    }

@@ -1,0 +1,154 @@
+"""Options into what they mean, checked before anything is written or run."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvtune.common.errors import KvtuneError
+from kvtune.common.units import format_tokens, parse_bytes, parse_tokens
+from kvtune.profiles.gpus import GpuProfile, detect_gpu, find_gpu
+from kvtune.profiles.models import ModelShape, find_model, shape_from_config
+
+POLICY_FILE = "policy.yaml"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be served, on what, in how much memory.
+
+    Args:
+        model: as the loader takes it: a known name, a path or a Hub id.
+        shape: its shape.
+        gpu: the card.
+        memory_bytes: that everything together may take.
+        context_tokens: prompt tokens of a sequence.
+        generated_tokens: tokens that each sequence generates.
+    """
+
+    model: str
+    shape: ModelShape
+    gpu: GpuProfile
+    memory_bytes: int
+    context_tokens: int
+    generated_tokens: int
+
+
+def read_target(
+    model: str, gpu: str | None, mem: str | None, context: str, generated: str
+) -> Target:
+    """The options that say what is served.
+
+    Raises:
+        KvtuneError: one of them is unknown, has no unit, or is more than the model takes.
+    """
+    name, shape = read_model(model)
+    card = read_gpu(gpu)
+    memory = card.visible_bytes if mem is None else parse_bytes(mem)
+    tokens = (read_context(context, shape), parse_tokens(generated))
+    return Target(name, shape, card, memory, *tokens)
+
+
+def read_model(name: str) -> tuple[str, ModelShape]:
+    """What the loader is to be given, and the shape.
+
+    Raises:
+        KvtuneError: neither a known name nor a path or Hub id with a configuration.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        from kvtune.cli.gguf_shape import shape_from_gguf
+
+        return str(path), shape_from_gguf(path)
+    if path.exists():
+        return str(path), shape_from_config(path)
+    if _looks_like_path(name):
+        hint = "give a folder with a config.json, a .gguf file, or a name of kvtune models."
+        raise KvtuneError("there is no such model", where=name, hint=hint)
+    try:
+        shape = find_model(name)
+    except KvtuneError:
+        if name.count("/") != 1:
+            raise
+        return name, _hub_shape(name)
+    return (name if "/" in name else shape.name), shape
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _hub_shape(name: str) -> ModelShape:
+    """The shape of a model on the Hub, of which only the configuration is fetched."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return shape_from_config(hf_hub_download(name, "config.json", etag_timeout=5))
+    except (OSError, ValueError) as error:
+        raise KvtuneError(
+            f"no model is known as {name!r}, nor could its configuration be fetched from the Hub",
+            hint="kvtune models lists the known ones; a folder with a config.json works too.",
+        ) from error
+
+
+def read_gpu(name: str | None) -> GpuProfile:
+    """The named card, else this machine's.
+
+    Raises:
+        KvtuneError: unknown, or none named and none found.
+    """
+    found = detect_gpu() if name is None else find_gpu(name)
+    if found is None:
+        raise KvtuneError(
+            "this machine has no GPU that its driver reports, and none was named",
+            hint="name one: --gpu 4090; kvtune gpus lists them.",
+        )
+    return found
+
+
+def read_context(text: str, shape: ModelShape) -> int:
+    """Prompt tokens, no more than the model takes."""
+    tokens = parse_tokens(text)
+    if tokens > shape.max_context:
+        raise KvtuneError(
+            f"{shape.name} takes {format_tokens(shape.max_context)}, not {format_tokens(tokens)}",
+            hint=f"--context {shape.max_context} is the most.",
+        )
+    return tokens
+
+
+def read_texts(texts: list[Path] | None) -> tuple[Path, ...]:
+    """The user's own text files, which must be there."""
+    for path in texts or ():
+        if path.suffix not in (".txt", ".jsonl"):
+            raise KvtuneError("is neither .txt nor .jsonl", where=str(path))
+        if not path.is_file():
+            raise KvtuneError("there is no such file", where=str(path))
+    return tuple(texts or ())
+
+
+def read_policy_path(path: Path) -> Path:
+    """The policy file itself, also where its run directory was named."""
+    return path / POLICY_FILE if path.is_dir() else path
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Refuse a folder that could not be made or written, without making it.
+
+    Raises:
+        KvtuneError: it, or the folder it would be made in, cannot be written.
+    """
+    place = folder.expanduser().absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise KvtuneError(
+            f"{place} is a file, not a folder", where=str(folder), hint=_other(option)
+        )
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise KvtuneError("cannot write here", where=str(place), hint=_other(option))
+
+
+def _other(option: str) -> str:
+    return f"choose another folder with {option}."

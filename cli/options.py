@@ -1,0 +1,99 @@
+"""Options that several commands share, each declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Json = Annotated[
+    bool, typer.Option("--json", help="One JSON object on stdout (docs/json.md), nothing else.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the answer.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="NAME",
+        help="A known name (kvtune models), a Hugging Face folder or id, or a GGUF file.",
+    ),
+]
+Gpu = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu", "-g", metavar="NAME", help="A known card (kvtune gpus); left out: this machine's."
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--mem",
+        metavar="SIZE",
+        help="Memory for everything together, with its unit: 16GB (10^9) or 16GiB (2^30); "
+        "left out: all that the card shows.",
+    ),
+]
+Context = Annotated[
+    str,
+    typer.Option(
+        "--context", metavar="TOKENS", help="Prompt tokens of a sequence: 8192 or 32k (k is 1024)."
+    ),
+]
+Generated = Annotated[
+    str,
+    typer.Option(
+        "--generated",
+        metavar="TOKENS",
+        help="Tokens that each sequence generates, kept in 16 bits.",
+    ),
+]
+Sequences = Annotated[
+    int | None,
+    typer.Option(
+        "--batch",
+        metavar="N",
+        min=1,
+        help="Sequences at once; left out: as many as --max-kl allows.",
+    ),
+]
+Batch = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Sequences at once.")]
+Weights = Annotated[
+    str,
+    typer.Option(
+        "--weights",
+        metavar="FORMAT",
+        help="Weight format: bf16, fp8, int8, int4, or auto for the widest that fits.",
+    ),
+]
+Seed = Annotated[
+    int, typer.Option("--seed", metavar="N", min=0, help="Of everything that is drawn.")
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="Where the model runs: cpu or cuda; left out: a GPU if any.",
+    ),
+]
+Workload = Annotated[
+    Literal["small", "full"],
+    typer.Option(
+        "--workload",
+        help="small: six samples of 1024 tokens, for two CPU cores; full: of 2048, for a GPU.",
+    ),
+]
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help="Your own .txt or .jsonl file, instead of the built-in texts; repeatable.",
+    ),
+]
+PolicyFile = Annotated[
+    Path,
+    typer.Argument(metavar="POLICY", help="A policy file, or the run directory that holds one."),
+]

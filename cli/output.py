@@ -1,0 +1,137 @@
+"""Where words go: answers to stdout, talk to stderr; with --json one object alone on stdout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import kvtune
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from kvtune.common.progress import Progress
+
+WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a command says, and where.
+
+    Args:
+        stdout: the process's own stdout.
+        as_json: one object on stdout; tables go to stderr.
+        quiet: no progress, and no tables beside JSON.
+    """
+
+    stdout: TextIO
+    as_json: bool
+    quiet: bool
+
+    @property
+    def progress(self) -> Progress:
+        """Bars on stderr, or nothing."""
+        from kvtune.common.progress import Bars, Silent
+
+        return Silent() if self.quiet else Bars()
+
+    def show(self, *parts: Table | str) -> None:
+        """Print tables and sentences, for people."""
+        if self.as_json and self.quiet:
+            return
+        stream = sys.stderr if self.as_json else self.stdout
+        console = _console(stream)
+        with console.capture() as capture:
+            for part in parts:
+                console.print(part)
+        lines = capture.get().splitlines()
+        print("\n".join(line.rstrip() for line in lines), file=stream, flush=True)
+
+    def finish(self, command: str, answer: Mapping[str, Any]) -> None:
+        """Print the command's JSON object, if it was asked for."""
+        if self.as_json:
+            whole = {"command": command, "kvtune": kvtune.__version__, **answer}
+            print(json.dumps(plain(whole), indent=2, allow_nan=False), file=self.stdout)
+
+
+@contextmanager
+def speaking(as_json: bool, quiet: bool) -> Iterator[Output]:
+    """The output of one command; with JSON, what others print on stdout goes to stderr."""
+    stdout = sys.stdout
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        yield Output(stdout, as_json, quiet)
+
+
+def _console(stream: TextIO) -> Console:
+    from rich.console import Console
+
+    console = Console(file=stream, markup=False, highlight=False, emoji=False)
+    console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+    return console
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON takes it: figures by ``as_dict``, dataclasses as objects, nan as null."""
+    if hasattr(value, "as_dict"):
+        return plain(value.as_dict())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(entry) for entry in value]
+    return _scalar(value)
+
+
+def _scalar(value: Any) -> Any:
+    if hasattr(value, "item"):  # a NumPy scalar
+        value = value.item()
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    left: Sequence[int] = (0,),
+    caption: str = "",
+) -> Table:
+    """A table that reads as well in a file as on a terminal.
+
+    Args:
+        title: one line above it.
+        columns: headings.
+        rows: their cells.
+        left: columns of words; the others hold figures and align to the right.
+        caption: one line below it.
+    """
+    from rich.table import Table
+
+    made = Table(
+        title=title,
+        title_justify="left",
+        caption=caption or None,
+        caption_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+        title_style="bold",
+        caption_style="",
+        header_style="underline",
+    )
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index in left else "right")
+    for row in rows:
+        made.add_row(*row)
+    return made

@@ -1,0 +1,145 @@
+"""``kvtune policies``: methods, formats and allocators, their parameters and sources."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+
+from kvtune.cli.options import Json
+from kvtune.cli.output import speaking, table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+app = typer.Typer(help="What may be done to a cache; show NAME explains.")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One method, format or allocator, as it declares itself.
+
+    Args:
+        name: as in a policy file.
+        kind: method, format or allocator.
+        summary: its docstring's first line.
+        description: the whole docstring.
+        source: where it was published.
+        parameters: name, type, default, unit, low, high, doc of each.
+    """
+
+    name: str
+    kind: str
+    summary: str
+    description: str
+    source: str
+    parameters: tuple[dict[str, Any], ...]
+
+
+@app.callback(invoke_without_command=True)
+def listed(context: typer.Context, as_json: Json = False) -> None:
+    """What may be done to a cache; show NAME explains."""
+    if context.invoked_subcommand is not None:
+        return
+    parts = list(known_parts())
+    rows = [(p.name, p.kind, _brief(p), p.source) for p in parts]
+    with speaking(as_json, quiet=as_json) as output:
+        columns = ("name", "kind", "parameters", "source")
+        output.show(table("", columns, rows, left=(0, 1, 2, 3)), "")
+        output.show("kvtune policies show NAME explains one and its parameters.")
+        output.finish("policies", {"policies": parts})
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name that kvtune policies lists.")],
+    as_json: Json = False,
+) -> None:
+    """Explain one: idea, source, parameters."""
+    from kvtune.common.errors import KvtuneError, nearest
+
+    parts = {part.name: part for part in known_parts()}
+    if name not in parts:
+        raise KvtuneError(
+            f"no policy is known as {name!r}. {nearest(name, parts)}",
+            hint="kvtune policies lists them.",
+        )
+    part = parts[name]
+    with speaking(as_json, quiet=as_json) as output:
+        output.show(f"{part.name} ({part.kind})", "", part.description)
+        if part.parameters:
+            output.show("", _parameters(part))
+        output.finish("policies show", {"policies": [part]})
+
+
+def known_parts() -> Iterator[Part]:
+    """Everything registered, methods first."""
+    from kvtune.policies.allocator import allocators
+    from kvtune.policies.format import formats
+    from kvtune.policies.method import methods
+
+    kinds: dict[str, dict[str, type[Any]]] = {
+        "method": dict(methods()), "format": dict(formats()), "allocator": dict(allocators())
+    }  # fmt: skip
+    for kind, found in kinds.items():
+        for name in sorted(found):
+            yield _part(kind, name, found[name])
+
+
+def _part(kind: str, name: str, cls: type[Any]) -> Part:
+    description = inspect.getdoc(cls) or ""
+    summary = description.split("\n", 1)[0]
+    hints = get_type_hints(cls)
+    parameters = tuple(_parameter(f, hints[f.name]) for f in dataclasses.fields(cls))
+    return Part(name, kind, summary, description, cls.source, parameters)
+
+
+def _parameter(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
+    known = field.metadata
+    return {
+        "name": field.name,
+        "type": _type_name(hint),
+        "default": field.default,
+        "unit": known.get("unit", ""),
+        "low": known.get("low"),
+        "high": known.get("high"),
+        "doc": known.get("doc", ""),
+    }
+
+
+def _type_name(hint: Any) -> str:
+    """``int``, ``int or none``, ``max or mean``."""
+    if get_origin(hint) is None:
+        return "none" if hint is type(None) else getattr(hint, "__name__", str(hint))
+    return " or ".join(arg if isinstance(arg, str) else _type_name(arg) for arg in get_args(hint))
+
+
+def _brief(part: Part) -> str:
+    """``window 32 tokens, kernel 7 tokens``."""
+    shown = (f"{p['name']} {_default(p)}" for p in part.parameters)
+    return ", ".join(shown) or "-"
+
+
+def _default(parameter: dict[str, Any]) -> str:
+    default, unit = parameter["default"], parameter["unit"]
+    if default is None:
+        return "none"
+    text = f"{default:g}" if isinstance(default, float) else str(default)
+    return f"{text} {unit}".strip()
+
+
+def _parameters(part: Part) -> Table:
+    rows = [(p["name"], p["type"], _default(p), _range(p), p["doc"]) for p in part.parameters]
+    columns = ("parameter", "type", "default", "range", "what it does")
+    return table("", columns, rows, left=(0, 1, 2, 3, 4))
+
+
+def _range(parameter: dict[str, Any]) -> str:
+    low, high = parameter["low"], parameter["high"]
+    if low is None and high is None:
+        return "-"
+    return f"{'' if low is None else f'{low:g}'}..{'' if high is None else f'{high:g}'}"

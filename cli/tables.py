@@ -1,0 +1,55 @@
+"""Tables that several commands print."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvtune.cli.output import table
+from kvtune.cli.words import count, figure, percent
+from kvtune.common.estimate import Estimate, exact
+from kvtune.common.units import GB, GIB
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kvtune.cli.cost import Cost
+    from kvtune.simulator.memory import MemoryBudget
+
+
+def budget_table(budget: MemoryBudget, quality: str) -> Table:
+    """Where the memory goes: GiB with intervals, and what is left for the cache in tokens too."""
+    parts = (
+        (f"{budget.gpu} shows", exact(budget.device_bytes, "B"), ""),
+        ("limit", exact(budget.limit_bytes, "B"), f"{budget.limit_bytes / GB:.2f} GB"),
+        (f"- {budget.weight_format} weights", budget.weights, budget.reason),
+        ("- overhead", budget.overhead, "context, graphs, allocator"),
+        ("- prefill", budget.prefill, "activations, one layer uncompressed"),
+        ("= left for the cache", budget.cache, f"{count(budget.cache_tokens)} tokens of bf16"),
+    )
+    return table(
+        f"Memory of {budget.model} on {budget.gpu}",
+        ("", "GiB", "interval", "tier", ""),
+        [(name, *_gib(part), words) for name, part, words in parts],
+        left=(0, 2, 3, 4),
+        caption=f"quality: {quality}",
+    )
+
+
+def _gib(part: Estimate) -> tuple[str, str, str]:
+    interval = "" if part.tier == "exact" else f"[{part.low / GIB:.2f}, {part.high / GIB:.2f}]"
+    return f"{part.value / GIB:.2f}", interval, part.tier
+
+
+def cost_table(title: str, rows: dict[str, Cost], caption: str) -> Table:
+    """What each policy takes: a column each, a figure a row."""
+    shown = [
+        ("bytes of one prompt", [figure(exact(c.prompt_bytes, "B")) for c in rows.values()]),
+        ("share of bf16", [percent(c.share) for c in rows.values()]),
+        ("sequences that fit", [count(c.sequences_that_fit) for c in rows.values()]),
+        ("peak memory", [figure(c.memory) for c in rows.values()]),
+        ("prefill of one prompt", [figure(c.prefill) for c in rows.values()]),
+        ("time per token", [figure(c.latency) for c in rows.values()]),
+        ("tokens/s together", [figure(c.tokens_per_second) for c in rows.values()]),
+    ]
+    columns = ("", *rows)
+    return table(title, columns, [(name, *cells) for name, cells in shown], caption=caption)

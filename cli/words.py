@@ -1,0 +1,38 @@
+"""Figures in words: every one with its interval and tier, in the unit people read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvtune.common.estimate import Estimate
+from kvtune.common.units import format_bytes, format_seconds
+
+
+def figure(estimate: Estimate | None, *, tier: bool = True) -> str:
+    """``0.0029 [0.0021, 0.0040] live``; ``-`` for a figure that there is not."""
+    if estimate is None:
+        return "-"
+    show = _SHOWN.get(estimate.unit, _digits)
+    text = show(estimate.value)
+    if estimate.tier != "exact" and (estimate.low, estimate.high) != (estimate.value,) * 2:
+        text += f" [{show(estimate.low)}, {show(estimate.high)}]"
+    return f"{text} {estimate.tier}" if tier else text
+
+
+def percent(share: float) -> str:
+    """``6.2 %``, with as many digits as small shares need."""
+    value = 100 * share
+    return f"{value:.0f} %" if value >= 99.5 else f"{value:.3g} %"
+
+
+def count(number: float) -> str:
+    """Whole numbers in groups of three."""
+    return f"{round(number):,}".replace(",", " ")
+
+
+def _digits(value: float) -> str:
+    """Three digits that count; whole numbers from a thousand on."""
+    return count(value) if abs(value) >= 1000 else f"{value:.3g}"
+
+
+_SHOWN: dict[str, Callable[[float], str]] = {"B": format_bytes, "s": format_seconds}
