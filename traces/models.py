@@ -233,15 +233,21 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 def _read(folder: str, dtype: str, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
     import transformers
+    from safetensors import SafetensorError
 
     options = {"trust_remote_code": trust_remote_code}
+    unreadable = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
     try:
         with _quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation=seam.NAME, **options
+                folder,
+                dtype=dtype,
+                attn_implementation=seam.NAME,
+                use_safetensors=True,  # never a pickle
+                **options,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except unreadable as error:
         raise KvtuneError(
             f"the model cannot be loaded: {_first_line(error)}",
             where=folder,
