@@ -41,7 +41,7 @@ def hf_reference(loaded: Any, sample: Any, labels: torch.Tensor) -> tuple[Any, l
     for row in labels:
         total = log_p.gather(1, row[:, None]).sum()
         grads = torch.autograd.grad(total, inputs, retain_graph=True)
-        probes.append([g[0, sample.prompt :].unflatten(-1, (heads, size)) for g in grads])
+        probes.append([g[0, sample.prompt :].reshape(-1, heads, size) for g in grads])
     return log_p.detach(), [torch.stack(of_layer) for of_layer in zip(*probes, strict=True)]
 
 
@@ -88,8 +88,8 @@ def test_the_observed_pass_while_capturing_has_the_full_models_logits_to_the_bit
     seen: list[torch.Tensor] = []
     attend = full_cache_handler(prompt_cache(tiny_model, sample.token_ids[: sample.prompt]))
 
-    def recording(*given: Any) -> torch.Tensor:
-        seen.append(attend(*given).requires_grad_())
+    def recording(layer: int, *given: Any) -> torch.Tensor:
+        seen.append(attend(layer, *given).requires_grad_())
         return seen[-1]
 
     observed = sample.token_ids[sample.prompt :]

@@ -26,7 +26,7 @@ class Handler(Protocol):
     """What answers a layer's attention while it is installed by ``attending``."""
 
     def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, /
     ) -> Tensor:
         """Attention output of one layer.
 

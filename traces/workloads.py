@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from kvtune.common.errors import KvtuneError, nearest
 from kvtune.traces import texts
 from kvtune.traces.needles import Codec, Passage, recall, retrieval
 from kvtune.traces.samples import KINDS, SPLITS, Kind, Sample, Split
 
-Counts = Mapping[Split, Mapping[Kind, int]]
+Counts = Mapping[str, Mapping[str, int]]
+"""Samples a split and kind; the names are checked."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Workload:
 
 def small(seed: int = 0) -> Workload:
     """Six samples of 1024 tokens, sized for two CPU cores and 4 GB of memory."""
-    each: Mapping[Kind, int] = {"prose": 1, "code": 1, "retrieval": 1}
+    each = {"prose": 1, "code": 1, "retrieval": 1}
     return Workload({"search": each, "evaluate": each}, tokens=1024, observed=128, seed=seed)
 
 
@@ -101,7 +102,7 @@ def build(workload: Workload, tokenizer: Any) -> list[Sample]:
         sample
         for split, kinds in workload.counts.items()
         for kind, count in kinds.items()
-        for sample in _samples(workload, codec, split, kind, count)
+        for sample in _samples(workload, codec, cast(Split, split), cast(Kind, kind), count)
     ]
 
 
