@@ -1,0 +1,88 @@
+"""A per-head policy as an engine sees it that decides by layer, or once for all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal
+
+from kvtune.policies.exporter import Line, Plan
+from kvtune.policies.format import Format, Role
+from kvtune.policies.option import Option
+
+_MANY_TOKENS = 2**16
+
+
+def bits(form: Format, head_dim: int, role: Role) -> float:
+    """Bits an element, scales left out: the format's own, else what its bytes come to."""
+    stated = getattr(form, "bits", None)
+    if stated is not None:
+        return float(stated)
+    return 8 * form.footprint(_MANY_TOKENS, head_dim, role) // (_MANY_TOKENS * head_dim)
+
+
+@dataclass(frozen=True)
+class Flat:
+    """What some heads have in common, in the mean where they differ.
+
+    Args:
+        key_formats: names, each once.
+        value_formats: names, each once.
+        key_bits: mean over heads.
+        value_bits: mean over heads.
+    """
+
+    key_formats: tuple[str, ...]
+    value_formats: tuple[str, ...]
+    key_bits: float
+    value_bits: float
+
+
+def flatten(options: Sequence[Option], head_dim: int) -> Flat:
+    """The formats of some heads together."""
+    return Flat(
+        tuple(dict.fromkeys(option.keys.name for option in options)),
+        tuple(dict.fromkeys(option.values.name for option in options)),
+        fmean(bits(option.keys, head_dim, "keys") for option in options),
+        fmean(bits(option.values, head_dim, "values") for option in options),
+    )
+
+
+Reach = Literal["all", "window", "sinks", "scored"]
+
+
+def reach(option: Option, context_tokens: int) -> Reach:
+    """What a head's method looks like from outside: everything, a window, sinks and one, scores."""
+    if option.budget.resolve(context_tokens) >= context_tokens:
+        return "all"
+    sinks = getattr(option.method, "sinks", None)
+    if option.method.name == "full" or sinks == 0:
+        return "window"
+    return "scored" if sinks is None else "sinks"
+
+
+def dropped_methods(plan: Plan) -> dict[str, int]:
+    """Methods that evict, with the number of heads that use each below the full context."""
+    counts: dict[str, int] = {}
+    for option in plan.policy.options():
+        if reach(option, plan.context_tokens) != "all":
+            counts[option.method.name] = counts.get(option.method.name, 0) + 1
+    return counts
+
+
+def lost_refinements(plan: Plan) -> list[Line]:
+    """Lines on what no engine with one format for many heads knows: allocators, exact sinks."""
+    lines = []
+    if (allocator := plan.policy.allocator.name) != "as_given":
+        detail = "dropped; budgets are read as the policy names them"
+        lines.append(Line(f"allocator {allocator}", "not expressible", detail))
+    exact = max(
+        getattr(form, "exact_first", 0)
+        for option in plan.policy.options()
+        for form in (option.keys, option.values)
+    )
+    if exact:
+        detail = f"the first {exact} tokens are stored like the rest"
+        lines.append(Line("exact_first", "not expressible", detail))
+    return lines

@@ -1,0 +1,413 @@
+"""Exporters: honest reports, refusals, and the files themselves against golden ones."""
+
+from __future__ import annotations
+
+import configparser
+import importlib.util
+import json
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.allocators.adakv import AdaKV
+from kvtune.policies.allocators.pyramid import Pyramid
+from kvtune.policies.document import (
+    ModelFacts,
+    Pattern,
+    PolicyDocument,
+    Provenance,
+    Quality,
+    Serving,
+)
+from kvtune.policies.exporter import Export, exporters, find_exporter, write_export
+from kvtune.policies.exporters import llama_cpp, vllm
+from kvtune.policies.format import formats
+from kvtune.policies.formats.fp8 import Fp8
+from kvtune.policies.formats.grouped import Int2, Int4, Int8
+from kvtune.policies.method import methods
+from kvtune.policies.methods.full import Full
+from kvtune.policies.methods.h2o import H2O
+from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.methods.streaming_llm import StreamingLLM
+from kvtune.policies.option import ALL, Budget, Option
+from kvtune.policies.policy import Policy
+
+GOLDEN = Path(__file__).parent / "golden"
+FACTS = ModelFacts("tiny", 4, 2, 64)
+NAMES = sorted(exporters())
+
+
+def golden_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("remake_exports", GOLDEN / "remake_exports.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def document(*rows: tuple[Option, ...], **more: Any) -> PolicyDocument:
+    policy = Policy("test", rows)
+    return PolicyDocument(policy, FACTS, serving=Serving(context_tokens=1024, batch=2), **more)
+
+
+def uniform(option: Option) -> PolicyDocument:
+    return document(*[(option, option)] * 4)
+
+
+def export(name: str, what: PolicyDocument, **more: Any) -> Export:
+    return find_exporter(name)().export(what, model="models/tiny", **more)
+
+
+def statuses(made: Export) -> dict[str, str]:
+    return {line.field: line.status for line in made.report}
+
+
+def vllm_config(made: Export) -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(made.files["vllm.yaml"])
+    return loaded
+
+
+def preset(made: Export) -> dict[str, str]:
+    parser = configparser.ConfigParser()
+    parser.read_string(made.files["llama-preset.ini"].replace("version = 1", ""))
+    return dict(parser["kvtune"])
+
+
+STAND_IN = Provenance(Quality("stand-in", "smollm2-135m"))
+
+
+# Every exporter
+
+
+def test_exporters_are_found() -> None:
+    assert {"transformers", "vllm", "llama-cpp"} <= set(NAMES)
+    with pytest.raises(KvtuneError, match="unknown exporter 'vlm'"):
+        find_exporter("vlm")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_are_the_golden_ones(name: str) -> None:
+    golden = golden_module()
+    made = golden.golden_files(golden.exports()[name])
+    kept = {path.name: path.read_text() for path in (GOLDEN / "exports" / name).iterdir()}
+    assert made == kept, "if this is meant: python tests/golden/remake_exports.py"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stand_in_is_refused_unless_allowed_and_then_said_in_every_file(name: str) -> None:
+    what = replace(uniform(Option()), provenance=STAND_IN)
+    with pytest.raises(KvtuneError, match="stand-in"):
+        export(name, what)
+    for file, text in export(name, what, allow_stand_in=True).files.items():
+        assert "quality: stand-in (smollm2-135m)" in text, file
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_file_names_stack_version_and_proof(name: str) -> None:
+    kind = exporters()[name]
+    for file, text in export(name, uniform(Option())).files.items():
+        assert f"{kind.stack} {kind.stack_version}" in text, file
+        assert f"proof: {kind.proof}" in text, file
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_full_cache_is_kept_everywhere(name: str) -> None:
+    made = export(name, uniform(Option()), strict=True)
+    assert {line.status for line in made.report} == {"kept"}
+
+
+@pytest.mark.parametrize("name", ["vllm", "llama-cpp"])
+def test_strict_refuses_what_is_lost(name: str) -> None:
+    what = uniform(Option(SnapKV(), Budget(256), Int4(), Int2()))
+    with pytest.raises(KvtuneError, match="cannot keep method snapkv"):
+        export(name, what, strict=True)
+    assert "not expressible" in export(name, what).files["REPORT.txt"]
+
+
+option_strategy = st.builds(
+    Option,
+    st.sampled_from([kind() for kind in methods().values()]),
+    st.sampled_from([ALL, Budget(0), Budget(1), Budget(100), Budget(9999), Budget(share=0.3)]),
+    st.sampled_from([kind() for kind in formats().values()]),
+    st.sampled_from([kind() for kind in formats().values()]),
+)
+rows_strategy = st.lists(st.tuples(option_strategy, option_strategy), min_size=4, max_size=4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(rows=rows_strategy)
+def test_any_policy_exports_and_each_lost_method_and_format_is_reported(
+    name: str, rows: Any
+) -> None:
+    made = export(name, document(*rows))
+    text = made.files["REPORT.txt"]
+    limits = exporters()[name].limits
+    for option in (option for row in rows for option in row):
+        if option.budget.resolve(1024) < 1024 and option.method.name not in limits.methods:
+            assert re.search(rf"(not expressible|approximated): +method {option.method.name}", text)
+        for role, form, known in (
+            ("keys", option.keys, limits.key_formats),
+            ("values", option.values, limits.value_formats),
+        ):  # fmt: skip
+            if form.name not in known:
+                assert re.search(rf"not expressible: .*{role} [^,]*{form.name}", text)
+    assert export(name, document(*rows)) == made
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_policy_within_the_limits_loses_nothing(name: str, data: st.DataObject) -> None:
+    """Approximations are allowed; dropping is not."""
+    limits = exporters()[name].limits
+    keys = formats()[data.draw(st.sampled_from(sorted(limits.key_formats)))]()
+    values = formats()[data.draw(st.sampled_from(sorted(limits.value_formats)))]()
+    kind = methods()[data.draw(st.sampled_from(sorted(limits.methods)))]
+    budget = ALL if limits.distinct_budgets == 0 else Budget(256)
+    option = Option(kind(), budget, keys, values if limits.keys_differ_from_values else keys)
+    wide = option if limits.formats == "engine" else Option()
+    made = export(name, document((option,) * 2, (wide,) * 2, (option,) * 2, (option,) * 2))
+    assert "not expressible" not in statuses(made).values()
+
+
+def test_what_is_open_is_asked_for_or_assumed_aloud() -> None:
+    pattern = PolicyDocument(Pattern(Option()))
+    with pytest.raises(KvtuneError, match="which model"):
+        export("vllm", pattern)
+    made = export("vllm", pattern, facts=FACTS)
+    assert statuses(made)["context"] == "approximated"
+    assert vllm_config(made)["max-model-len"] == 4096
+    assert vllm_config(export("vllm", pattern, facts=FACTS, context_tokens=77))[
+        "max-model-len"
+    ] == 77  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_cannot_break_out_of_a_comment(name: str) -> None:
+    rows = ((Option(),) * 2,) * 4
+    what = PolicyDocument(Policy("x\nevil = 1\r\n\u2028evil\x00", rows), FACTS)
+    for file, text in export(name, what).files.items():
+        assert not re.search(r"^\s*evil", text, re.MULTILINE), file
+        assert "\x00" not in text
+    with pytest.raises(KvtuneError, match="characters"):
+        find_exporter(name)().export(what, model="a\nb = 1")
+
+
+def test_files_are_written_whole(tmp_path: Path) -> None:
+    made = export("vllm", uniform(Option()))
+    paths = write_export(made, tmp_path / "out")
+    assert {path.name: path.read_text() for path in paths} == made.files
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(made.files)
+    write_export(made, tmp_path / "out")
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(KvtuneError, match="cannot write"):
+        write_export(made, blocked)
+    with pytest.raises(KvtuneError, match="leads out"):
+        write_export(replace(made, files={"../x": ""}), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["vllm", "llama-cpp"])
+def test_refinements_that_are_lost_are_reported(name: str) -> None:
+    option = Option(SnapKV(), Budget(256), Int4(exact_first=4), Int4())
+    policy = Policy.uniform(option, 4, 2, allocator=AdaKV())
+    found = statuses(export(name, PolicyDocument(policy, FACTS)))
+    assert found["allocator adakv"] == found["exact_first"] == "not expressible"
+
+
+# vLLM
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "dtype", "status"),
+    [
+        (Int8(), Int8(), "int8_per_token_head", "approximated"),
+        (Int4(), Int4(), "int4_per_token_head", "approximated"),
+        (Fp8(), Fp8(), "fp8", "approximated"),
+        (Fp8(), Int4(), "turboquant_k8v4", "not expressible"),
+        (Int2(), Int2(), "turboquant_3bit_nc", "not expressible"),
+    ],
+)
+def test_vllm_takes_the_nearest_dtype(keys: Any, values: Any, dtype: str, status: str) -> None:
+    made = export("vllm", uniform(Option(keys=keys, values=values)))
+    assert vllm_config(made)["kv-cache-dtype"] == dtype
+    assert "kv-cache-dtype-skip-layers" not in vllm_config(made)
+    assert statuses(made)[f"keys {keys.name}, values {values.name}"] == status
+
+
+def test_vllm_leaves_wide_layers_out_of_the_dtype() -> None:
+    narrow, wide = Option(keys=Int4(), values=Int4()), Option()
+    config = vllm_config(
+        export("vllm", document((wide,) * 2, (narrow,) * 2, (narrow,) * 2, (wide,) * 2))
+    )
+    assert config["kv-cache-dtype-skip-layers"] == ["0", "3"]
+    assert config["kv-cache-dtype"] == "int4_per_token_head"
+
+
+def test_vllm_windows_are_by_layer_and_of_one_size() -> None:
+    small, large, all_tokens = (Option(Full(), Budget(n)) for n in (100, 300, 5000))
+    rows = ((small, small), (large, large), (all_tokens, small), (all_tokens,) * 2)
+    made = export("vllm", document(*rows))
+    config = vllm_config(made)
+    kinds = ["sliding_attention"] * 2 + ["full_attention"] * 2
+    assert config["hf-overrides"] == {"sliding_window": 300, "layer_types": kinds}
+    assert config["max-num-batched-tokens"] == 512
+    assert statuses(made)["window"] == "approximated"
+    assert statuses(made)["window sizes"] == "not expressible"
+    assert statuses(made)["method full, 5 of 8 heads"] == "not expressible"
+
+
+def test_vllm_never_windows_what_needs_sinks() -> None:
+    made = export("vllm", uniform(Option(StreamingLLM(), Budget(256))))
+    assert "hf-overrides" not in vllm_config(made)
+    plain = export("vllm", uniform(Option(StreamingLLM(sinks=0), Budget(256))))
+    assert vllm_config(plain)["hf-overrides"]["sliding_window"] == 256
+
+
+GOOD_VLLM: dict[str, Any] = {
+    "model": "m", "max-model-len": 64, "max-num-seqs": 4, "kv-cache-dtype": "fp8",
+    "kv-cache-dtype-skip-layers": ["0"], "max-num-batched-tokens": 512,
+    "hf-overrides": {"sliding_window": 8, "layer_types": ["full_attention"] * 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"calculate_kv_scales": True},
+        {"kv-cache-dtype": "int4"},
+        {"kv-cache-dtype-skip-layers": ["2"]},
+        {"kv-cache-dtype-skip-layers": [0]},
+        {"max-model-len": 0},
+        {"max-num-batched-tokens": 2},
+        {"hf-overrides": {"sliding_window": 8, "layer_types": ["full_attention"]}},
+        {"hf-overrides": {"sliding_window": 8, "layer_types": ["bogus"] * 2}},
+        {"hf-overrides": {"sliding_window": 0, "layer_types": ["full_attention"] * 2}},
+    ],
+    ids=str,
+)
+def test_vllm_mirror_refuses_what_vllm_would_not_check(wrong: dict[str, Any]) -> None:
+    vllm.check(GOOD_VLLM, 2)
+    with pytest.raises(ValueError, match=r"."):
+        vllm.check(GOOD_VLLM | wrong, 2)
+
+
+def test_vllm_bytes_follow_its_allocation() -> None:
+    bf16 = export("vllm", uniform(Option()))
+    assert "this export 2.00 MiB" in bf16.files["REPORT.txt"]  # 4 x 2 x 1024 x 64 x 4 B
+    eight = export("vllm", uniform(Option(keys=Fp8(), values=Fp8())))
+    assert "this export 1.00 MiB" in eight.files["REPORT.txt"]
+    wider = ModelFacts("wider", 8, 2, 64)
+    rows = ((Option(keys=Fp8(), values=Int4()),) * 2,) * 8
+    turbo = PolicyDocument(Policy("x", rows), wider, serving=Serving(context_tokens=1024))
+    # four layers at 512 KiB, exempted by the stack itself, and four at (96 + 8) / 256 of that
+    assert "this export 2.81 MiB" in export("vllm", turbo).files["REPORT.txt"]
+
+
+# llama.cpp
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "types", "status"),
+    [
+        (Int8(), Int4(), ("q8_0", "q4_0"), ("approximated", "approximated")),
+        (Fp8(), Int2(), ("q8_0", "q4_0"), ("not expressible", "not expressible")),
+    ],
+)
+def test_llama_cpp_types_keys_and_values_apart(
+    keys: Any, values: Any, types: tuple[str, str], status: tuple[str, str]
+) -> None:
+    made = export("llama-cpp", uniform(Option(keys=keys, values=values)))
+    assert (preset(made)["cache-type-k"], preset(made)["cache-type-v"]) == types
+    found = statuses(made)
+    assert (found[f"keys {keys.name}"], found[f"values {values.name}"]) == status
+
+
+def test_llama_cpp_turns_flash_attention_on_for_quantised_values() -> None:
+    assert preset(export("llama-cpp", uniform(Option(values=Int8()))))["flash-attn"] == "on"
+    assert preset(export("llama-cpp", uniform(Option(keys=Int8()))))["flash-attn"] == "auto"
+
+
+def test_llama_cpp_keeps_sinks_when_the_context_shifts() -> None:
+    made = export("llama-cpp", uniform(Option(StreamingLLM(sinks=6), Budget(256))))
+    assert preset(made)["keep"] == "6"
+    assert preset(made)["context-shift"] == "true"
+    assert statuses(made)["method streaming_llm"] == "approximated"
+    assert "keep" not in preset(export("llama-cpp", uniform(Option(H2O(), Budget(256)))))
+
+
+def test_llama_cpp_mixed_heads_get_enough_bits_in_the_mean() -> None:
+    row = (Option(keys=Int8()), Option(keys=Int2()))  # 5 bits in the mean
+    assert preset(export("llama-cpp", document(*[row] * 4)))["cache-type-k"] == "q5_0"
+
+
+def test_llama_cpp_needs_whole_blocks() -> None:
+    what = replace(uniform(Option(keys=Int4(), values=Int4())), model=ModelFacts("odd", 4, 2, 80))
+    made = export("llama-cpp", what)
+    assert preset(made)["cache-type-k"] == preset(made)["cache-type-v"] == "f16"
+    assert statuses(made)["keys int4"] == "not expressible"
+
+
+def test_llama_cpp_flags_say_what_the_preset_says() -> None:
+    made = export("llama-cpp", uniform(Option(StreamingLLM(), Budget(256), Int4(), Int4())))
+    line = shlex.split(made.files["llama-server.txt"].splitlines()[-1])
+    assert line[0] == "llama-server"
+    said = {key: value for key, value in preset(made).items() if value != "true"}
+    pairs = dict(zip(line[1::2], line[2::2], strict=False))
+    assert {
+        f"--{key}": value for key, value in said.items() if key != "keep"
+    }.items() <= pairs.items()
+    assert line[line.index("--keep") + 1] == "4"
+    assert "--context-shift" in line
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"hf-overrides": 1},
+        {"cache-type-k": "q2_K"},
+        {"cache-type-v": "q8_0", "flash-attn": "auto"},
+        {"cache-type-k": "q8_0"},
+    ],
+    ids=str,
+)
+def test_llama_cpp_mirror_refuses_what_the_server_would(wrong: dict[str, Any]) -> None:
+    good: dict[str, Any] = {
+        "model": "m",
+        "cache-type-k": "f16",
+        "cache-type-v": "f16",
+        "flash-attn": "on",
+    }
+    llama_cpp.check(good, 80)
+    head_dim = 80 if wrong == {"cache-type-k": "q8_0"} else 64
+    with pytest.raises(ValueError, match=r"."):
+        llama_cpp.check(good | wrong, head_dim)
+
+
+# transformers (that it runs is tested in test_exporters_transformers.py)
+
+
+@pytest.mark.parametrize(
+    ("allocator", "status"), [(Pyramid(), "approximated"), (AdaKV(), "not expressible")]
+)
+def test_transformers_allocators(allocator: Any, status: str) -> None:
+    option = Option(SnapKV(), Budget(share=0.25))
+    policy = Policy.uniform(option, 4, 2, name="x", allocator=allocator)
+    what = PolicyDocument(policy, FACTS, serving=Serving(context_tokens=1024))
+    made = export("transformers", what)
+    assert statuses(made)[f"allocator {allocator.name}"] == status
+    plain = json.loads(made.files["kv_cache.json"])
+    budgets = [[plain["options"][name]["budget"] for name in row] for row in plain["heads"]]
+    expected = policy.budgets(1024).tolist() if status == "approximated" else [[0.25] * 2] * 4
+    assert budgets == expected
