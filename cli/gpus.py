@@ -10,7 +10,7 @@ from kvtune.cli.options import Json
 from kvtune.cli.output import Output, speaking, table
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
     from kvtune.profiles.gpus import Figure, GpuProfile
 
@@ -63,7 +63,7 @@ def _one(output: Output, name: str) -> None:
     output.finish("gpus", {"gpus": [_plain(gpu)]})
 
 
-def _sources(gpu: GpuProfile) -> Table:
+def _sources(gpu: GpuProfile) -> RenderableType:
     rows = [
         (key.replace("_", " "), f"{f.value:g} {f.unit}", f.kind, f.date, f.source)
         for key, f in _figures(gpu).items()

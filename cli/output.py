@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import kvtune
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+    from rich.console import Console, RenderableType
 
     from kvtune.common.progress import Progress
 
@@ -44,7 +43,7 @@ class Output:
 
         return Silent() if self.quiet else Bars()
 
-    def show(self, *parts: Table | str) -> None:
+    def show(self, *parts: RenderableType) -> None:
         """Print tables and sentences, for people."""
         if self.as_json and self.quiet:
             return
@@ -107,7 +106,7 @@ def table(
     *,
     left: Sequence[int] = (0,),
     caption: str = "",
-) -> Table:
+) -> RenderableType:
     """A table that reads as well in a file as on a terminal.
 
     Args:
@@ -117,21 +116,15 @@ def table(
         left: columns of words; the others hold figures and align to the right.
         caption: one line below it.
     """
+    from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
-    made = Table(
-        title=title,
-        title_justify="left",
-        caption=caption or None,
-        caption_justify="left",
-        box=None,
-        padding=(0, 2, 0, 0),
-        title_style="bold",
-        caption_style="",
-        header_style="underline",
-    )
+    made = Table(box=None, padding=(0, 2, 0, 0), header_style="underline")
+    made.show_header = any(columns)
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index in left else "right")
     for row in rows:
         made.add_row(*row)
-    return made
+    above = [Text(title, style="bold")] if title else []
+    return Group(*above, made, *([caption] if caption else []))

@@ -14,7 +14,7 @@ from kvtune.cli.options import Json
 from kvtune.cli.output import speaking, table
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
 app = typer.Typer(help="What may be done to a cache; show NAME explains.")
 
@@ -132,7 +132,7 @@ def _default(parameter: dict[str, Any]) -> str:
     return f"{text} {unit}".strip()
 
 
-def _parameters(part: Part) -> Table:
+def _parameters(part: Part) -> RenderableType:
     rows = [(p["name"], p["type"], _default(p), _range(p), p["doc"]) for p in part.parameters]
     columns = ("parameter", "type", "default", "range", "what it does")
     return table("", columns, rows, left=(0, 1, 2, 3, 4))

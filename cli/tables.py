@@ -10,13 +10,13 @@ from kvtune.common.estimate import Estimate, exact
 from kvtune.common.units import GB, GIB
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
     from kvtune.cli.cost import Cost
     from kvtune.simulator.memory import MemoryBudget
 
 
-def budget_table(budget: MemoryBudget, quality: str) -> Table:
+def budget_table(budget: MemoryBudget, quality: str) -> RenderableType:
     """Where the memory goes: GiB with intervals, and what is left for the cache in tokens too."""
     parts = (
         (f"{budget.gpu} shows", exact(budget.device_bytes, "B"), ""),
@@ -40,7 +40,7 @@ def _gib(part: Estimate) -> tuple[str, str, str]:
     return f"{part.value / GIB:.2f}", interval, part.tier
 
 
-def cost_table(title: str, rows: dict[str, Cost], caption: str) -> Table:
+def cost_table(title: str, rows: dict[str, Cost], caption: str) -> RenderableType:
     """What each policy takes: a column each, a figure a row."""
     shown = [
         ("bytes of one prompt", [figure(exact(c.prompt_bytes, "B")) for c in rows.values()]),

@@ -1,0 +1,99 @@
+"""``kvtune capture``: record what every head attends to, for replay of any policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvtune.cli import options
+from kvtune.cli.output import speaking, table
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from kvtune.traces.trace import Trace
+
+_PROBES = {"cpu": 4, "cuda": 16}
+
+
+def command(
+    model: options.Model,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the trace.")],
+    workload: options.Workload = "small",
+    text: options.Texts = None,
+    probes: Annotated[
+        int | None,
+        typer.Option(
+            "--probes", metavar="S", min=1, help="Fisher probes a sample; 4 on a CPU, 16 on a GPU."
+        ),
+    ] = None,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Record an attention trace of a model."""
+    from kvtune.cli.inputs import check_writable, read_model, read_texts
+
+    check_writable(out, "--out")
+    texts, name = read_texts(text), read_model(model)[0]
+    with speaking(as_json, quiet) as output:
+        from kvtune.cli.workloads import named_workload
+        from kvtune.traces.capture import capture
+        from kvtune.traces.models import load_model
+        from kvtune.traces.workloads import build
+
+        plan = named_workload(workload, seed, texts)
+        loaded = load_model(name, device=device or best_device(), progress=output.progress)
+        trace = capture(
+            loaded,
+            build(plan, loaded.tokenizer),
+            out,
+            probes=probes or _PROBES[loaded.device.split(":", 1)[0]],
+            seed=seed,
+            workload_description=plan.describe(),
+            signals=("column_sums",),
+            progress=output.progress,
+        )
+        output.show(_summary(trace), "", f"next: kvtune simulate POLICY.yaml --trace {out}")
+        output.finish("capture", _answer(trace))
+
+
+def best_device() -> str:
+    """``cuda`` if there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _summary(trace: Trace) -> RenderableType:
+    facts = trace.manifest
+    rows = [
+        ("model", f"{facts['model']['name']}, fingerprint {trace.fingerprint[:12]}"),
+        ("workload", facts["workload"]["description"]),
+        ("probes", f"{trace.probes} a sample"),
+        ("dtype", facts["dtype"]["reason"]),
+        ("trace", str(trace.root)),
+    ]
+    return table("Captured", ("", ""), rows, left=(0, 1))
+
+
+def _answer(trace: Trace) -> dict[str, Any]:
+    facts = trace.manifest
+    return {
+        "trace": str(trace.root),
+        "sha256": trace.content_sha256,
+        "model": facts["model"],
+        "dtype": facts["dtype"],
+        "probes": trace.probes,
+        "seed": facts["seed"],
+        "workload": facts["workload"],
+        "samples": [
+            {"id": s.id, "split": s.split, "kind": s.kind, "tokens": len(s.token_ids),
+             "observed": s.observed, "answer_accuracy": s.answer_accuracy}
+            for s in trace.samples
+        ],
+        "versions": facts["versions"],
+    }  # fmt: skip

@@ -1,0 +1,99 @@
+"""``kvtune search``: the best plan for a model, a card and a memory limit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvtune.cli import options
+from kvtune.cli.output import Output, speaking
+
+if TYPE_CHECKING:
+    from kvtune.tuner.request import SearchRequest, SearchResult
+
+
+def command(
+    model: options.Model,
+    gpu: options.Gpu = None,
+    mem: options.Memory = None,
+    context: options.Context = "8192",
+    generated: options.Generated = "256",
+    batch: options.Sequences = None,
+    weights: options.Weights = "auto",
+    max_kl: Annotated[
+        float,
+        typer.Option("--max-kl", metavar="NATS", min=0, help="Acceptable loss, nats a token."),
+    ] = 0.02,
+    trials: Annotated[
+        int, typer.Option("--trials", metavar="N", min=1, help="Trials of the outer study.")
+    ] = 60,
+    workload: options.Workload = "small",
+    text: options.Texts = None,
+    stand_in: Annotated[
+        bool, typer.Option("--stand-in", help="Use the packaged tables even if weights are here.")
+    ] = False,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--run-dir",
+            metavar="DIR",
+            help="Where everything goes, and is taken up again; left out: "
+            "kvtune-runs/<model>-<gpu>-<mem>.",
+        ),
+    ] = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """The best plan for a GPU and a memory limit."""
+    from kvtune.cli.inputs import check_writable, read_target, read_texts
+    from kvtune.tuner.request import SearchRequest
+
+    target = read_target(model, gpu, mem, context, generated)
+    folder = run_dir or default_run_dir(target.shape.name, target.gpu.slug, mem or "all")
+    check_writable(folder, "--run-dir")
+    request = SearchRequest(
+        model=target.model,
+        shape=target.shape,
+        gpu=target.gpu,
+        memory_bytes=target.memory_bytes,
+        run_dir=folder,
+        weights=weights,
+        context_tokens=target.context_tokens,
+        generated_tokens=target.generated_tokens,
+        sequences=batch,
+        largest_kl=max_kl,
+        trials=trials,
+        seed=seed,
+        stand_in=stand_in,
+        device=device,
+        workload=workload,
+        texts=read_texts(text),
+    )
+    with speaking(as_json, quiet) as output:
+        _search(request, output)
+
+
+def default_run_dir(model: str, gpu: str, mem: str) -> Path:
+    """``kvtune-runs/llama-3.1-8b-rtx-4090-16gb`` below the current folder."""
+    parts = (model, gpu, mem.replace(" ", "").lower())
+    return Path("kvtune-runs") / "-".join(part.replace("/", "-") for part in parts)
+
+
+def _search(request: SearchRequest, output: Output) -> None:
+    from kvtune.cli import search_json, search_report
+
+    output.show(search_report.first_words(request))
+    result = _run(request, output)
+    output.show(*search_report.tables(result))
+    output.finish("search", search_json.answer(result))
+
+
+def _run(request: SearchRequest, output: Output) -> SearchResult:
+    """The search itself; what it needs takes seconds to import, so nothing else imports it."""
+    from kvtune.tuner.search import run_search
+
+    return run_search(request, output.progress)

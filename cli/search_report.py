@@ -1,0 +1,139 @@
+"""What ``kvtune search`` prints: budget, front, plan beside baselines, files and next steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvtune.cli.inputs import POLICY_FILE
+from kvtune.cli.output import table
+from kvtune.cli.tables import budget_table
+from kvtune.cli.words import count, figure, percent
+from kvtune.common.units import format_bytes, format_tokens
+from kvtune.simulator.memory import memory_budget
+from kvtune.tuner.request import FrontPoint, Quality, Rival, SearchRequest, SearchResult
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def first_words(request: SearchRequest) -> RenderableType:
+    """The memory budget, which is known before the long work.
+
+    Raises:
+        KvtuneError: the model does not fit, or the limit is beyond the card.
+    """
+    budget = memory_budget(
+        request.shape,
+        request.gpu,
+        request.memory_bytes,
+        context_tokens=request.context_tokens,
+        batch=request.sequences or 1,
+        weights=request.weights,
+    )
+    return budget_table(budget, "known after the search")
+
+
+def tables(result: SearchResult) -> list[RenderableType]:
+    """Everything after the search, in the order it is read."""
+    return [
+        *("", _front(result)),
+        *("", _rivals(result)),
+        *("", _plan(result)),
+        *(["", *(f"note: {note}" for note in result.notes)] if result.notes else []),
+        *("", _files(result)),
+    ]
+
+
+def quality_words(quality: Quality) -> str:
+    """``stand-in (smollm2-135m)`` or ``own trace``."""
+    return f"stand-in ({quality.stand_in})" if quality.source == "stand-in" else quality.source
+
+
+def _caption(result: SearchResult) -> str:
+    return f"quality: {quality_words(result.quality)}"
+
+
+def _front(result: SearchResult) -> RenderableType:
+    columns = ("", "at once", "KL nats/token", "bytes of bf16", "time per token", "tokens/s")
+    return table(
+        f"Pareto front at {format_tokens(result.request.context_tokens)} of prompt",
+        columns,
+        [_point(point) for point in result.front],
+        caption=f"{_caption(result)}, predicted on selection samples; * is the plan",
+    )
+
+
+def _point(point: FrontPoint) -> tuple[str, ...]:
+    return (
+        "*" if point.chosen else "",
+        count(point.sequences),
+        f"{point.kl:.3g} table",
+        percent(point.share),
+        figure(point.time_per_token),
+        figure(point.tokens_per_second, tier=False),
+    )
+
+
+def _rivals(result: SearchResult) -> RenderableType:
+    live = any(rival.live for rival in result.rivals)
+    accuracy = any(rival.retrieval_accuracy for rival in result.rivals)
+    columns = ["policy", "bytes", "predicted KL, nats/token"]
+    columns += ["live KL"] * live + ["perplexity", "retrieval"] * accuracy
+    rows = [_rival(rival, live, accuracy) for rival in result.rivals]
+    samples = f", {result.quality.samples} held-out samples" if result.quality.samples else ""
+    full = result.full_cache_accuracy
+    recalled = f"; retrieval of the full cache: {figure(full, tier=False)}" if full else ""
+    return table(
+        "The plan beside others at equal bytes",
+        columns,
+        rows,
+        caption=f"{_caption(result)}{samples}, 95 % intervals{recalled}",
+    )
+
+
+def _rival(rival: Rival, live: bool, accuracy: bool) -> list[str]:
+    cells = [rival.name, format_bytes(rival.prompt_bytes), figure(rival.predicted)]
+    if live:
+        cells.append(figure(rival.live, tier=False))
+    if accuracy:
+        change = rival.perplexity_change
+        cells.append("-" if change is None else f"{100 * change.value:+.2g} %")
+        cells.append(figure(rival.retrieval_accuracy, tier=False))
+    return cells
+
+
+def _plan(result: SearchResult) -> RenderableType:
+    rows = [
+        ("loss", f"{figure(result.quality.kl)}, nats/token"),
+        ("prompt", f"{format_bytes(result.prompt_bytes)}, {percent(result.share)} of bf16"),
+        ("sequences at once", f"{result.sequences}; uncompressed {result.full_cache_sequences}"),
+        ("peak memory", figure(result.memory)),
+        ("time per token", figure(result.latency)),
+        ("prefill of a prompt", figure(result.prefill)),
+    ]
+    if result.counters:
+        fired = ", ".join(f"{count(n)} {what}" for what, n in result.counters.items())
+        rows.append(("fired live", fired.replace("_", " ")))
+    return table("The plan", ("", ""), rows, left=(0, 1), caption=_caption(result))
+
+
+def _files(result: SearchResult) -> str:
+    folder = result.request.run_dir
+    policy = folder / POLICY_FILE
+    lines = [
+        f"policy: {policy}   (edit it freely; every mistake is told with its line)",
+        f"result: {folder / 'result.json'}",
+        "",
+        "next: " + _next(result, str(policy)),
+    ]
+    return "\n".join(lines)
+
+
+def _next(result: SearchResult, policy: str) -> str:
+    """What helps most now: real weights where a stand-in stood, else the serving stack."""
+    if result.quality.source == "stand-in":
+        return (
+            f"kvtune search --model PATH/TO/{result.request.shape.name} for quality of the model "
+            f"itself,\n      or kvtune export {policy} --to vllm --out DIR --allow-stand-in"
+        )
+    return f"kvtune export {policy} --to transformers --out DIR"

@@ -1,0 +1,42 @@
+"""What a policy is costed for: the options given, else what its file says it was planned for."""
+
+from __future__ import annotations
+
+from kvtune.cli.inputs import Target, read_target
+from kvtune.policies.document import PolicyDocument, Serving
+from kvtune.simulator.memory import MemoryBudget, memory_budget
+
+
+def planned_for(
+    document: PolicyDocument,
+    *,
+    model: str | None,
+    gpu: str | None,
+    mem: str | None,
+    context: str | None,
+    generated: str,
+    batch: int | None,
+    weights: str | None,
+) -> tuple[Target, MemoryBudget]:
+    """What is served and the memory budget for it.
+
+    Raises:
+        KvtuneError: something is unknown, missing, or does not fit.
+    """
+    served = document.serving or Serving()
+    target = read_target(
+        model or (document.model.name if document.model else ""),
+        gpu or served.gpu or None,
+        mem,
+        context or str(served.context_tokens or 8192),
+        generated,
+    )
+    budget = memory_budget(
+        target.shape,
+        target.gpu,
+        target.memory_bytes,
+        context_tokens=target.context_tokens,
+        batch=batch or served.batch or 1,
+        weights=weights or served.weights or "auto",
+    )
+    return target, budget

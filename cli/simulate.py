@@ -1,0 +1,128 @@
+"""``kvtune simulate``: one policy replayed on a trace, with its memory and time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from kvtune.cli import options
+from kvtune.cli.output import Output, speaking
+
+if TYPE_CHECKING:
+    from kvtune.cli.cost import Cost
+    from kvtune.cli.replayed import Replayed
+    from kvtune.policies.document import PolicyDocument
+    from kvtune.traces.trace import Trace
+
+_HINT = "capture one first: kvtune capture --model NAME --out DIR, then --trace DIR."
+
+
+def command(
+    policy: options.PolicyFile,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", metavar="DIR", help="What kvtune capture wrote.")
+    ] = None,
+    split: Annotated[
+        Literal["search", "select", "evaluate", "all"],
+        typer.Option("--split", help="Samples to replay; evaluate are those held out."),
+    ] = "evaluate",
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", metavar="NAME", help="Left out: the file's own.")
+    ] = None,
+    gpu: options.Gpu = None,
+    mem: options.Memory = None,
+    context: Annotated[
+        str | None, typer.Option("--context", metavar="TOKENS", help="Left out: the file's own.")
+    ] = None,
+    generated: options.Generated = "256",
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch", metavar="N", min=1, help="Left out: the file's own, else 1."),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", metavar="FORMAT", help="Left out: the file's own.")
+    ] = None,
+    device: options.Device = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Replay one policy on a trace: loss, memory, time."""
+    from kvtune.cli.cost import policy_cost
+    from kvtune.cli.inputs import read_policy_path
+    from kvtune.cli.serving import planned_for
+    from kvtune.policies.document import read_policy
+
+    document = read_policy(read_policy_path(policy))
+    recorded = _open(trace)
+    target, budget = planned_for(
+        document,
+        model=model or (None if document.model else str(recorded.manifest["model"]["name"])),
+        gpu=gpu, mem=mem, context=context, generated=generated, batch=batch, weights=weights,
+    )  # fmt: skip
+    bound = document.bind(target.shape.layers, target.shape.kv_heads)
+    cost = policy_cost(bound, target.shape, target.gpu, budget, target.generated_tokens)
+    with speaking(as_json, quiet) as output:
+        from kvtune.cli.capture import best_device
+        from kvtune.cli.replayed import replay
+
+        found = replay(
+            recorded, bound, target.shape.name, split, device or best_device(), output.progress
+        )
+        _report(output, document, found, cost, budget.batch, budget.context_tokens)
+        answer = _answer(document, found, cost) | {"gpu": target.gpu.slug, "budget": budget}
+        output.finish("simulate", answer)
+
+
+def _open(folder: Path | None) -> Trace:
+    from kvtune.common.errors import KvtuneError
+    from kvtune.traces.trace import open_trace
+
+    if folder is None:
+        raise KvtuneError("a policy is simulated on a trace, and none was given", hint=_HINT)
+    return open_trace(folder)
+
+
+def _report(
+    output: Output,
+    document: PolicyDocument,
+    found: Replayed,
+    cost: Cost,
+    batch: int,
+    context: int,
+) -> None:
+    from kvtune.cli.output import table
+    from kvtune.cli.tables import cost_table
+    from kvtune.cli.words import figure
+
+    losses = zip(found.samples, found.kl, strict=True)
+    rows: list[tuple[str, ...]] = [(s.id, s.kind, f"{loss:.3g}") for s, loss in losses]
+    rows.append(("mean over kinds", "", figure(found.estimate)))
+    name = document.policy.name or "policy"
+    output.show(
+        table(
+            f"Loss of {name} on {found.trace}",
+            ("sample", "kind", "KL nats/token"),
+            rows,
+            left=(0, 1),
+            caption=f"quality: {found.quality}, 95 % bootstrap interval",
+        ),
+        "",
+        cost_table(
+            f"Costs at {context} tokens, {batch} at once",
+            {name: cost},
+            f"quality: {found.quality}",
+        ),
+    )
+
+
+def _answer(document: PolicyDocument, found: Replayed, cost: Cost) -> dict[str, Any]:
+    from kvtune.policies.document import as_plain
+
+    return {
+        "policy": as_plain(document),
+        "quality": found.as_dict(),
+        "trace": {"path": found.trace, "model": found.model, "sha256": found.sha256},
+        **vars(cost),
+    }
