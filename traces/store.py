@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.files import atomic, cache_dir, sha256, write_json
@@ -136,10 +139,13 @@ def _from_index(folder: Path) -> Path:
 
 
 def _from_hub(folder: Path) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
 
     if os.environ.get("HF_HUB_OFFLINE"):
         raise LookupError("HF_HUB_OFFLINE is set")
+    if not getproxies():
+        # The Hub's client tries for half a minute where there is no network at all.
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
     path = hf_hub_download(
         HUB_REPOSITORY, GGUF, revision=HUB_REVISION, local_dir=folder, etag_timeout=5
     )
