@@ -7,10 +7,9 @@ from dataclasses import fields
 from decimal import Decimal
 from typing import Any
 
-import yaml
-
 from kvtune.policies.document_parts import VERSION, Pattern, PolicyDocument, Provenance
 from kvtune.policies.option import Budget, Option
+from kvtune.policies.yaml_tree import flow
 
 _HEADER = """\
 # A KV-cache policy for kvtune: which prompt tokens each KV head keeps, and how they are stored.
@@ -137,18 +136,10 @@ def _lines(document: PolicyDocument) -> Iterator[str]:
         if key in ("options", "layers", "provenance") and value:
             yield f"{key}:"
             for name, entry in value.items():
-                yield f"  {_flow(name)}: {_flow(entry)}"
+                yield f"  {flow(name)}: {flow(entry)}"
         elif key == "heads":
             yield "heads:"
             for layer, row in enumerate(value):
-                yield f"  - {_flow(row)}  # layer {layer}"
+                yield f"  - {flow(row)}  # layer {layer}"
         else:
-            yield f"{key}: {_flow(value)}"
-
-
-def _flow(value: Any) -> str:
-    """One line of YAML."""
-    text: str = yaml.safe_dump(
-        value, default_flow_style=True, width=float("inf"), sort_keys=False, allow_unicode=True
-    )
-    return text.removesuffix("...\n").strip()
+            yield f"{key}: {flow(value)}"

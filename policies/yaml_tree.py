@@ -18,7 +18,7 @@ from kvtune.common.errors import KvtuneError
 LARGEST_FILE = 2**20
 DEEPEST = 16
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
+_INTEGER = re.compile(r"[-+]?[0-9]{1,100}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _WORDS = {
     "": None, "~": None, "null": None, "true": True, "false": False,
@@ -72,6 +72,30 @@ def parse(text: str, file: str) -> Node:
         where = file if mark is None else f"{file}:{mark.line + 1}"
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise KvtuneError(f"this is no valid YAML: {problem}", where=where) from error
+
+
+def flow(value: Any) -> str:
+    """One line of YAML that ``parse``, and readers of YAML 1.1, read back equal."""
+    text: str = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=True, width=float("inf"), sort_keys=False,
+        allow_unicode=True,
+    )  # fmt: skip
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that only YAML 1.2 takes for numbers, such as 1e5."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = None if isinstance(_scalar(text), str) else "'"
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _text)
 
 
 class _Builder:

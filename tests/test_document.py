@@ -105,7 +105,9 @@ provenances = st.builds(
     kvtune=words,
     trace=words,
     seed=st.none() | st.integers(0, 2**31),
-    memory=st.dictionaries(words, st.integers() | st.floats(allow_nan=False) | words, max_size=3),
+    memory=st.dictionaries(
+        words, st.integers() | st.floats(allow_nan=False, allow_infinity=False) | words, max_size=3
+    ),
 )
 servings = st.builds(Serving, words, st.none() | st.integers(1, 10**6), st.none() | st.just(4))
 
@@ -139,7 +141,7 @@ def test_what_is_written_reads_back_equal(document: PolicyDocument) -> None:
     assert write_policy(read_policy(text)) == text
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(documents())
 def test_plain_form_is_what_the_yaml_holds(document: PolicyDocument) -> None:
     plain = as_plain(document)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from kvtune.policies.exporter import EngineLimits, Export, Exporter, Line, Plan, bytes_line, comment
 from kvtune.policies.flatten import Flat, dropped_methods, flatten, lost_refinements, reach
+from kvtune.policies.yaml_tree import flow
 
 DTYPES = {
     "fp8": (8, 8),
@@ -248,7 +247,4 @@ def _line(key: str, value: Any) -> str:
     """One key; only the overrides, a mapping, take several lines."""
     if isinstance(value, dict):
         return f"{key}:\n" + "".join("  " + _line(*entry) for entry in value.items())
-    text: str = yaml.safe_dump(
-        value, default_flow_style=True, width=float("inf"), allow_unicode=True
-    )
-    return f"{key}: " + text.removesuffix("...\n").strip() + "\n"
+    return f"{key}: {flow(value)}\n"
