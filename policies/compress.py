@@ -89,7 +89,7 @@ def compress(policy: Policy, layer: int, budgets: Sequence[int], signals: Signal
 
 
 def attend(
-    queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float
+    queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention over one part of a cache, to be merged with others by its log-sum-exp.
 
@@ -97,19 +97,24 @@ def attend(
         queries: ``[..., Q, D]``.
         keys: ``[..., n, D]``.
         values: ``[..., n, D]``.
-        visible: broadcasts to ``[..., Q, n]``; False is masked.
+        visible: broadcasts to ``[..., Q, n]``; False is masked. None where all is visible.
         scale: multiplies the logits.
 
     Returns:
         output ``[..., Q, D]`` and log-sum-exp ``[..., Q]``; minus infinity where nothing is
         visible, with an output of zero.
     """
-    logits = (queries @ keys.transpose(-1, -2) * scale).masked_fill(~visible, -torch.inf)
-    if logits.shape[-1] == 0:
-        return torch.zeros_like(queries), queries.new_full(queries.shape[:-1], -torch.inf)
-    total = logits.logsumexp(-1)
-    weights = (logits - total[..., None]).exp().nan_to_num(0.0)
-    return weights @ values, total
+    weights = (queries * scale) @ keys.transpose(-1, -2)
+    if weights.shape[-1] == 0:
+        empty = weights.sum(-1)
+        return empty[..., None].expand(*empty.shape, values.shape[-1]), empty - torch.inf
+    if visible is not None:
+        weights.masked_fill_(~visible, -torch.inf)
+    largest = weights.amax(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).min)
+    weights.sub_(largest).exp_()  # in place: this is most of what replay does
+    total = weights.sum(-1, keepdim=True)
+    output = (weights @ values) / total.clamp_min(torch.finfo(weights.dtype).tiny)
+    return output, (total.log() + largest)[..., 0]
 
 
 def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:

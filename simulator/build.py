@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +18,10 @@ from kvtune.simulator.tables import Floats, SampleFacts, Tables
 from kvtune.traces.trace import Trace
 
 DEFAULT_BLOCK = 16
+_REPLAYED = ("q", "k", "v", "probes")
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -43,9 +50,16 @@ def build_tables(
     layers, heads = trace.geometry.layers, trace.geometry.kv_heads
     cells = [_Cell(s, layer) for s in range(len(trace.samples)) for layer in range(layers)]
     rows: list[list[Floats]] = [[] for _ in trace.samples]
+
+    names = (*_REPLAYED, *trace.manifest["signals"])
+
+    def load(cell: _Cell) -> LayerReplay:
+        part = trace.layer(trace.samples[cell.sample].id, cell.layer, device, names=names)
+        return LayerReplay.of(part, device)
+
+    parts = ahead(load, cells)
     for cell in (progress or Silent()).track(cells, "replaying options", len(cells)):
-        part = trace.layer(trace.samples[cell.sample].id, cell.layer, device)
-        rows[cell.sample].append(layer_features(LayerReplay.of(part, device), options, block))
+        rows[cell.sample].append(layer_features(next(parts), options, block))
     factor = np.stack([np.concatenate(row) for row in rows])  # [n, I, O, S * C / block]
     first = trace.samples[0]
     return Tables(
@@ -60,6 +74,18 @@ def build_tables(
         factor=factor,
         group=np.arange(len(trace.samples)),
     )
+
+
+def ahead(load: Callable[[T], R], items: Iterable[T], depth: int = 2) -> Iterator[R]:
+    """Load items in order, a few ahead of their use, so that reading and arithmetic overlap."""
+    with ThreadPoolExecutor(1) as reader:
+        waiting: deque[Future[R]] = deque()
+        for item in items:
+            waiting.append(reader.submit(load, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 @torch.no_grad()

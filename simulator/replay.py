@@ -9,7 +9,7 @@ labels drawn from the model; its square is, in the mean, twice the KL divergence
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from kvtune.policies.compress import Compressed, Kept, attend, merge, store
 from kvtune.policies.format import Format, Role
-from kvtune.policies.method import Method
 from kvtune.policies.option import Option
 from kvtune.policies.signals import Signals
 from kvtune.traces.trace import LayerTrace
@@ -84,8 +83,11 @@ class LayerReplay:
 
         Leading dimensions of the prompt, a batch of options, are kept.
         """
-        position = torch.arange(prompt.keys.shape[-2], device=self.keys.device)
-        visible = (position < prompt.counts[..., None])[..., None, None, :]
+        kept = prompt.keys.shape[-2]
+        visible = None
+        if bool((prompt.counts < kept).any()):
+            position = torch.arange(kept, device=self.keys.device)
+            visible = (position < prompt.counts[..., None])[..., None, None, :]
         keys, values = prompt.keys.unsqueeze(-3), prompt.values.unsqueeze(-3)
         return merge(attend(self.queries, keys, values, visible, self.signals.scale), self.recent)
 
@@ -104,57 +106,35 @@ class LayerReplay:
 def replay_options(layer: LayerReplay, options: Sequence[Option], block: int) -> Tensor:
     """Responses of every KV head to every option, ``[H, O, S, C / block]`` nats.
 
-    Options that keep equally many tokens in the same formats run as one batch.
+    Options that keep equally many tokens run as one batch.
     """
     prompt = layer.signals.prompt_tokens
-    batches: dict[tuple[int, Format, Format], list[int]] = {}
+    batches: dict[int, list[int]] = {}
     for column, option in enumerate(options):
-        shape = (option.budget.resolve(prompt), option.keys, option.values)
-        batches.setdefault(shape, []).append(column)
-    stored = _Stored(layer.signals)
+        batches.setdefault(option.budget.resolve(prompt), []).append(column)
     responses: dict[int, Tensor] = {}
-    for (budget, keys, values), columns in batches.items():
-        methods = tuple(options[column].method for column in columns)
-        batch = layer.response(stored.compressed(methods, budget, keys, values), block)
-        responses.update(zip(columns, batch, strict=True))
+    for budget, columns in batches.items():
+        prompts = _store_batch(layer.signals, [options[column] for column in columns], budget)
+        responses.update(zip(columns, layer.response(prompts, block), strict=True))
     return torch.stack([responses[column] for column in range(len(options))], 1)
 
 
-@dataclass
-class _Stored:
-    """Choices and stored tensors of one layer, each worked out once and shared by options."""
+def _store_batch(signals: Signals, options: Sequence[Option], budget: int) -> Compressed:
+    """One budget's options on all heads, ``[O, H, n, D]``; what options share is done once."""
+    methods = list(dict.fromkeys(option.method for option in options))
+    at = torch.stack([method.keep(signals, budget) for method in methods])[..., None]
+    rows = [methods.index(option.method) for option in options]
+    counts = torch.full(at.shape[:2], at.shape[2], device=at.device)
 
-    signals: Signals
-    chosen: dict[tuple[Method, int], Tensor] = field(default_factory=dict)
-    tensors: dict[tuple[tuple[Method, ...], int, Format, Role], Tensor] = field(
-        default_factory=dict
-    )
+    def stored(whole: Tensor, forms: list[Format], role: Role) -> Tensor:
+        kept = whole.expand(len(methods), *whole.shape)
+        kept = kept.gather(-2, at.expand(*at.shape[:3], whole.shape[-1]))  # [M, H, n, D]
+        back = {form: form.roundtrip(kept, counts, role) for form in dict.fromkeys(forms)}
+        return torch.stack([back[form][row] for form, row in zip(forms, rows, strict=True)])
 
-    def compressed(
-        self, methods: tuple[Method, ...], budget: int, keys: Format, values: Format
-    ) -> Compressed:
-        """All methods' prompts of one budget and format: ``[methods, H, n, D]``."""
-        key_rows = self._tensor(methods, budget, keys, "keys")
-        counts = torch.full(key_rows.shape[:2], key_rows.shape[2], device=key_rows.device)
-        value_rows = self._tensor(methods, budget, values, "values")
-        return Compressed(key_rows, value_rows, counts, 0)
-
-    def _tensor(self, methods: tuple[Method, ...], budget: int, form: Format, role: Role) -> Tensor:
-        name = (methods, budget, form, role)
-        if name not in self.tensors:
-            at = torch.stack([self._choice(method, budget) for method in methods])
-            whole = self.signals.keys if role == "keys" else self.signals.values
-            rows = whole.expand(len(methods), *whole.shape).gather(
-                -2, at[..., None].expand(*at.shape, whole.shape[-1])
-            )
-            counts = torch.full(rows.shape[:2], rows.shape[2], device=rows.device)
-            self.tensors[name] = form.roundtrip(rows, counts, role)
-        return self.tensors[name]
-
-    def _choice(self, method: Method, budget: int) -> Tensor:
-        if (method, budget) not in self.chosen:
-            self.chosen[method, budget] = method.keep(self.signals, budget)
-        return self.chosen[method, budget]
+    keys = stored(signals.keys, [option.keys for option in options], "keys")
+    values = stored(signals.values, [option.values for option in options], "values")
+    return Compressed(keys, values, counts[rows], 0)
 
 
 def _everything(signals: Signals) -> Kept:

@@ -213,7 +213,7 @@ class Trace:
             observed=record.observed,
             scale=geometry.scale,
             window=geometry.windows[layer],
-            tensors={name: t.to(device=device, dtype=to) for name, t in loaded.items()},
+            tensors={name: t.to(device).to(to) for name, t in loaded.items()},  # cast there: less moves
         )
 
     def verify(self) -> None:
