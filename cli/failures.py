@@ -23,6 +23,8 @@ def exit_code(command: Callable[[], object]) -> int:
     try:
         code = command()
         sys.stdout.flush()
+        if code == INTERRUPTED:  # newer releases of typer catch it and only return the code
+            raise KeyboardInterrupt
     except KvtuneError as error:
         return _say(str(error), error.hint)
     except USAGE_ERROR as error:

@@ -123,7 +123,8 @@ def table(
     made = Table(box=None, padding=(0, 2, 0, 0), header_style="underline")
     made.show_header = any(columns)
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index in left else "right")
+        words = index in left
+        made.add_column(column, justify="left" if words else "right", no_wrap=not words)
     for row in rows:
         made.add_row(*row)
     above = [Text(title, style="bold")] if title else []

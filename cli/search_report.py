@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING
 from kvtune.cli.inputs import POLICY_FILE
 from kvtune.cli.output import table
 from kvtune.cli.tables import budget_table
-from kvtune.cli.words import count, figure, percent
-from kvtune.common.units import format_bytes, format_tokens
+from kvtune.cli.words import accuracy, count, figure, percent
+from kvtune.common.units import MIB, format_bytes, format_tokens
 from kvtune.simulator.memory import memory_budget
+from kvtune.traces.models import KNOWN
 from kvtune.tuner.request import FrontPoint, Quality, Rival, SearchRequest, SearchResult
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+STAND_IN = KNOWN[0]
 
 
 def first_words(request: SearchRequest) -> RenderableType:
@@ -30,7 +33,13 @@ def first_words(request: SearchRequest) -> RenderableType:
         batch=request.sequences or 1,
         weights=request.weights,
     )
-    return budget_table(budget, "known after the search")
+    return budget_table(budget, _expected_quality(request))
+
+
+def _expected_quality(request: SearchRequest) -> str:
+    """Whose quality it will be; the search itself has the last word."""
+    own = request.model in KNOWN or "/" in request.model or request.model.endswith(".gguf")
+    return "own trace, to come" if own and not request.stand_in else f"stand-in ({STAND_IN})"
 
 
 def tables(result: SearchResult) -> list[RenderableType]:
@@ -76,29 +85,32 @@ def _point(point: FrontPoint) -> tuple[str, ...]:
 
 def _rivals(result: SearchResult) -> RenderableType:
     live = any(rival.live for rival in result.rivals)
-    accuracy = any(rival.retrieval_accuracy for rival in result.rivals)
-    columns = ["policy", "bytes", "predicted KL, nats/token"]
-    columns += ["live KL"] * live + ["perplexity", "retrieval"] * accuracy
-    rows = [_rival(rival, live, accuracy) for rival in result.rivals]
-    samples = f", {result.quality.samples} held-out samples" if result.quality.samples else ""
+    retrieval = any(rival.retrieval_accuracy for rival in result.rivals)
+    tiers = sorted({rival.predicted.tier for rival in result.rivals})
+    columns = ["policy", "MiB", f"predicted KL ({', '.join(tiers)})"]
+    columns += ["live KL"] * live + ["perplexity"] * live + ["retrieval"] * retrieval
     full = result.full_cache_accuracy
-    recalled = f"; retrieval of the full cache: {figure(full, tier=False)}" if full else ""
+    captions = [
+        f"{_caption(result)}, {result.quality.samples} held-out samples",
+        "KL in nats/token with 95 % intervals, MiB of one prompt",
+        *([f"retrieval of the full cache: {accuracy(full)}"] if full else []),
+    ]
     return table(
         "The plan beside others at equal bytes",
         columns,
-        rows,
-        caption=f"{_caption(result)}{samples}, 95 % intervals{recalled}",
+        [_rival(rival, live, retrieval) for rival in result.rivals],
+        caption="\n".join(captions),
     )
 
 
-def _rival(rival: Rival, live: bool, accuracy: bool) -> list[str]:
-    cells = [rival.name, format_bytes(rival.prompt_bytes), figure(rival.predicted)]
+def _rival(rival: Rival, live: bool, retrieval: bool) -> list[str]:
+    cells = [rival.name, f"{rival.prompt_bytes / MIB:.2f}", figure(rival.predicted, tier=False)]
     if live:
-        cells.append(figure(rival.live, tier=False))
-    if accuracy:
         change = rival.perplexity_change
+        cells.append(figure(rival.live, tier=False))
         cells.append("-" if change is None else f"{100 * change.value:+.2g} %")
-        cells.append(figure(rival.retrieval_accuracy, tier=False))
+    if retrieval:
+        cells.append(accuracy(rival.retrieval_accuracy))
     return cells
 
 

@@ -15,6 +15,7 @@ def figure(estimate: Estimate | None, *, tier: bool = True) -> str:
     show = _SHOWN.get(estimate.unit, _digits)
     text = show(estimate.value)
     if estimate.tier != "exact" and (estimate.low, estimate.high) != (estimate.value,) * 2:
+        show = _SHOWN.get(estimate.unit, _two_digits)
         text += f" [{show(estimate.low)}, {show(estimate.high)}]"
     return f"{text} {estimate.tier}" if tier else text
 
@@ -25,6 +26,14 @@ def percent(share: float) -> str:
     return f"{value:.0f} %" if value >= 99.5 else f"{value:.3g} %"
 
 
+def accuracy(estimate: Estimate | None) -> str:
+    """``89 [84, 92] %``; ``-`` for one that there is not."""
+    if estimate is None:
+        return "-"
+    value, low, high = (round(100 * end) for end in (estimate.value, estimate.low, estimate.high))
+    return f"{value} [{low}, {high}] %"
+
+
 def count(number: float) -> str:
     """Whole numbers in groups of three."""
     return f"{round(number):,}".replace(",", " ")
@@ -33,6 +42,10 @@ def count(number: float) -> str:
 def _digits(value: float) -> str:
     """Three digits that count; whole numbers from a thousand on."""
     return count(value) if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _two_digits(value: float) -> str:
+    return _digits(value) if abs(value) >= 100 else f"{value:.2g}"
 
 
 _SHOWN: dict[str, Callable[[float], str]] = {"B": format_bytes, "s": format_seconds}

@@ -1,0 +1,378 @@
+"""The command line: light help, one line for every mistake, JSON alone on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import kvtune
+from kvtune.__main__ import main
+from kvtune.cli.app import build
+
+ROOT = Path(kvtune.__file__).parent
+COMMANDS = sorted(build().commands)
+UNIFORM = "kvtune_policy: 1\npolicy: {method: snapkv, budget: 25%, keys: int4, values: int4}\n"
+CARD = ("--gpu", "4090")
+SMOL = ("--model", "smollm2-135m", *CARD)
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        parsed: dict[str, Any] = json.loads(self.out, parse_constant=_no_constant)
+        return parsed
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs kvtune in an empty folder of its own."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def run(*words: object) -> Ran:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        return Ran(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    path = tmp_path / "policy.yaml"
+    path.write_text(UNIFORM)
+    return path
+
+
+def python(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Another Python process; text on both streams unless said otherwise."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    return subprocess.run([sys.executable, *words], check=False, **options)  # noqa: S603
+
+
+# --- help and version --------------------------------------------------------------------------
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = f"""
+import json, sys
+from kvtune.__main__ import main
+codes = [main(words) for words in [[], ["--help"], ["--version"]]]
+codes += [main([name, "--help"]) for name in {COMMANDS!r}] + [main(["policies", "show", "--help"])]
+heavy = {{"torch", "transformers", "optuna", "textual", "numpy", "scipy", "gguf"}}
+print(json.dumps([codes, sorted(heavy & set(sys.modules))]), file=sys.stderr)
+"""
+    done = python("-c", code)
+    codes, heavy = json.loads(done.stderr)
+    assert heavy == []
+    assert set(codes) == {0}
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("words", [("estimate", *SMOL), ("models",), ("policies",), ("gpus",)])
+def test_lists_and_estimates_need_no_torch(words: tuple[str, ...]) -> None:
+    code = f"""
+import sys
+from kvtune.__main__ import main
+assert main({list(words)!r}) == 0
+print(*({{"torch", "transformers", "optuna", "textual"}} & set(sys.modules)), file=sys.stderr)
+"""
+    done = python("-c", code)
+    assert (done.returncode, done.stderr.split()) == (0, [])
+
+
+def test_python_m_runs_the_same_command() -> None:
+    done = python("-m", "kvtune", "--version", cwd=ROOT.anchor)
+    assert done.stdout == f"kvtune {kvtune.__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_takes_json_and_is_documented(name: str, run: Run) -> None:
+    assert "--json" in run(name, "--help").out
+    headings = (ROOT / "docs" / "json.md").read_text(encoding="utf-8").splitlines()
+    assert f"## kvtune {name}" in headings
+
+
+# --- mistakes ----------------------------------------------------------------------------------
+
+MISTAKES = {
+    "no command of that name": (("serch",), "No such command 'serch'", "kvtune --help"),
+    "no such option": (("gpus", "--jsn"), "No such option: --jsn", "kvtune gpus --help"),
+    "an option is missing": (("estimate",), "--model", "kvtune estimate --help"),
+    "no number": (("estimate", *SMOL, "--batch", "x"), "--batch", "kvtune estimate --help"),
+    "unknown model": (("search", "--model", "lama-8b", *CARD), "'llama-8b'", "kvtune models"),
+    "no such folder": (("search", "--model", "./nowhere", *CARD), "no such model", "config.json"),
+    "no such GGUF": (("search", "--model", "a.gguf", *CARD), "no such file", None),
+    "unknown GPU": (("search", "--model", "llama-8b", "--gpu", "h1000"), "'h100'", "kvtune gpus"),
+    "memory without a unit": (("search", *SMOL, "--mem", "16"), "unit", "16GB"),
+    "less memory than the weights": (
+        ("search", "--model", "llama-8b", *CARD, "--mem", "2GB"), "does not fit", "smallest limit",
+    ),
+    "chosen weights do not fit": (
+        ("search", "--model", "llama-8b", *CARD, "--mem", "16GB", "--weights", "bf16"),
+        "does not fit", "fp8 weights fit",
+    ),
+    "more memory than the card": (("search", *SMOL, "--mem", "40GB"), "23.52 GiB", "at most"),
+    "unknown weight format": (("search", *SMOL, "--weights", "int5"), "'int4'", None),
+    "more context than the model": (("search", *SMOL, "--context", "32k"), "8 192", "8192"),
+    "no context": (("estimate", *SMOL, "--context", "long"), "number of tokens", "32k"),
+    "unknown policy": (("policies", "show", "snapkx"), "'snapkv'", "kvtune policies"),
+    "no policy file": (("simulate", "none.yaml", "--trace", "t"), "none.yaml", "kvtune search"),
+    "text is missing": (("search", *SMOL, "--text", "no.txt"), "no.txt", None),
+    "text of another kind": (("search", *SMOL, "--text", "no.pdf"), ".jsonl", None),
+    "run directory is below a file": (
+        ("search", *SMOL, "--run-dir", "/dev/null/run"), "is a file", "--run-dir",
+    ),
+    "trace would be below a file": (
+        ("capture", "--model", "smollm2-135m", "--out", "/dev/null/t"), "is a file", "--out",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_with_a_hint_and_writes_nothing(name: str, run: Run) -> None:
+    words, said, hint = MISTAKES[name]
+    ran = run(*words)
+    assert_one_error(ran, said, hint)
+    assert list(Path.cwd().iterdir()) == []
+
+
+def assert_one_error(ran: Ran, said: str, hint: str | None = None) -> None:
+    lines = ran.err.splitlines()
+    assert ran.code == 2
+    assert ran.out == ""
+    assert lines[0].startswith("error: ")
+    assert said in lines[0]
+    assert len(lines) == 1 or (lines[1] == "" and lines[2].startswith("hint: "))
+    assert len(lines) <= 3
+    assert hint is None or hint in lines[2]
+
+
+def test_without_a_gpu_one_must_be_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvtune.cli.inputs.detect_gpu", lambda: None)
+    assert_one_error(run("estimate", "--model", "llama-8b"), "no GPU", "--gpu 4090")
+
+
+def test_a_wrong_type_in_a_policy_is_told_with_its_line(run: Run, policy: Path) -> None:
+    policy.write_text(UNIFORM.replace("25%", "[1]"))
+    assert_one_error(run("export", policy, "--to", "vllm", "--out", "o"), f"{policy}:2")
+
+
+def test_a_policy_needs_a_trace_to_be_simulated_on(run: Run, policy: Path) -> None:
+    assert_one_error(run("simulate", policy, *CARD), "none was given", "kvtune capture")
+
+
+def test_an_unknown_stack_is_told_the_known_ones(run: Run, policy: Path) -> None:
+    ran = run("export", policy, "--to", "vlm", "--out", "o")
+    assert_one_error(ran, "'vlm'", "'vllm'")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_unwritable_folder_is_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "shut").mkdir(mode=0o500)
+    ran = run("search", *SMOL, "--run-dir", tmp_path / "shut" / "run")
+    assert_one_error(ran, "cannot write here", "--run-dir")
+
+
+# --- endings that are no mistakes --------------------------------------------------------------
+
+
+def test_an_interrupt_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvtune.profiles.models.list_models", interrupted)
+    again = "interrupted; run the same command again to go on\n"
+    assert run("models") == Ran(130, "", again)
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    """The reader leaves before the first byte."""
+    read, write = os.pipe()
+    os.close(read)
+    done = python("-m", "kvtune", "models", stdout=write)
+    os.close(write)
+    assert done.stderr == ""
+    assert done.returncode != 0
+
+
+def test_no_colour_when_it_is_not_wanted() -> None:
+    """Even where the environment forces a terminal."""
+    environment = {**os.environ, "NO_COLOR": "1", "FORCE_COLOR": "1"}
+    done = python("-m", "kvtune", "gpus", env=environment)
+    assert "RTX 4090" in done.stdout
+    assert "\x1b[3" not in done.stdout
+
+
+def test_an_error_of_ours_keeps_its_plain_traceback(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("kvtune.profiles.models.list_models", broken)
+    with pytest.raises(ZeroDivisionError):
+        run("models")
+
+
+# --- answers -----------------------------------------------------------------------------------
+
+
+ANSWERS = {
+    "gpus": ("gpus",),
+    "gpus of one name": ("gpus", "h100"),
+    "models": ("models",),
+    "policies": ("policies",),
+    "policies show": ("policies", "show", "pyramid"),
+    "estimate": ("estimate", *SMOL, "--mem", "1GiB"),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_json_is_alone_on_stdout(name: str, run: Run) -> None:
+    answer = run(*ANSWERS[name], "--json").json
+    assert answer["command"] == name.removesuffix(" of one name")
+    assert answer["kvtune"] == kvtune.__version__
+
+
+@pytest.mark.parametrize(
+    "words", [("gpus",), ("models",), ("policies",), ("gpus", "4090"), ("estimate", *SMOL)]
+)
+def test_tables_stay_within_a_hundred_columns(words: tuple[str, ...], run: Run) -> None:
+    lines = run(*words).out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert all(line == line.rstrip() for line in lines)
+
+
+def test_every_registered_policy_is_listed_with_its_source(run: Run) -> None:
+    from kvtune.policies.allocator import allocators
+    from kvtune.policies.format import formats
+    from kvtune.policies.method import methods
+
+    listed = {(p["name"], p["kind"]): p for p in run("policies", "--json").json["policies"]}
+    kinds = {"method": methods(), "format": formats(), "allocator": allocators()}
+    assert listed.keys() == {(name, kind) for kind, found in kinds.items() for name in found}
+    assert all(part["source"] and part["summary"] for part in listed.values())
+
+
+def test_parameters_carry_unit_default_and_doc(run: Run) -> None:
+    (snapkv,) = run("policies", "show", "snapkv", "--json").json["policies"]
+    window = next(p for p in snapkv["parameters"] if p["name"] == "window")
+    assert (window["default"], window["unit"], window["low"]) == (32, "tokens", 1)
+    assert window["doc"]
+
+
+def test_estimate_sets_a_policy_beside_the_full_cache(run: Run, policy: Path) -> None:
+    answer = run("estimate", *SMOL, "--policy", policy, "--json").json
+    full, ours = answer["policies"]
+    assert (full["name"], full["share"], full["prompt_bytes"]) == ("full cache", 1, 8192 * 23040)
+    assert ours["share"] == pytest.approx(0.0703, abs=1e-4)
+    assert ours["latency"]["value"] < full["latency"]["value"]
+    assert ours["sequences_that_fit"] > 8 * full["sequences_that_fit"]
+
+
+def test_the_estimate_of_bytes_is_the_policys_own(run: Run, policy: Path) -> None:
+    from kvtune.policies.document import read_policy
+
+    ours = run("estimate", *SMOL, "--policy", policy, "--json").json["policies"][1]
+    assert ours["prompt_bytes"] == read_policy(policy).bind(30, 3).footprint(8192, 64)
+
+
+def test_export_writes_files_and_reports_every_line(run: Run, policy: Path, tmp_path: Path) -> None:
+    words = ("export", policy, "--to", "vllm", "--model", "smollm2-135m", "--out", tmp_path / "o")
+    answer = run(*words, "--json").json
+    assert all(Path(file).is_file() for file in answer["files"])
+    lost = {line["field"] for line in answer["report"] if line["status"] == "not expressible"}
+    assert any("snapkv" in field for field in lost)
+    assert "not expressible" in run(*words).out
+
+
+def test_strict_export_refuses_and_writes_nothing(run: Run, policy: Path, tmp_path: Path) -> None:
+    words = ("export", policy, "--to", "vllm", "--model", "smollm2-135m", "--out", tmp_path / "o")
+    assert_one_error(run(*words, "--strict"), "cannot keep", "--strict")
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_stand_ins_plan_is_exported_only_when_allowed(
+    run: Run, policy: Path, tmp_path: Path
+) -> None:
+    facts = "model: {name: smollm2-135m, layers: 30, kv_heads: 3, head_dim: 64}\n"
+    source = "provenance: {quality: {source: stand-in, stand_in: other}}\n"
+    policy.write_text(UNIFORM + facts + source)
+    words = ("export", policy, "--to", "llama-cpp", "--out", tmp_path / "o")
+    assert_one_error(run(*words), "stand-in", "--allow-stand-in")
+    assert not (tmp_path / "o").exists()
+    files = run(*words, "--allow-stand-in", "--json").json["files"]
+    assert any("stand-in (other)" in Path(file).read_text() for file in files)
+
+
+# --- a tiny model, from capture to replay ------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a Hugging Face folder."""
+    folder: Path = tmp_path_factory.mktemp("models") / "tiny-llama"
+    implementation = tiny_model.model.config._attn_implementation
+    tiny_model.model.save_pretrained(folder)
+    tiny_model.model.config._attn_implementation = implementation
+    tiny_model.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_is_captured_and_a_policy_simulated(
+    run: Run, tiny_folder: Path, policy: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text("\n\n".join(f"{n}: {n * n} apples, {n**3 % 97} pears." for n in range(4000)))
+    trace = tmp_path / "trace"
+    made = run(
+        "capture", "--model", tiny_folder, "--text", text, "--out", trace, "--device", "cpu",
+        "--json", "--quiet",
+    )  # fmt: skip
+    assert made.code == 0, made.err
+    assert {sample["kind"] for sample in made.json["samples"]} == {"user"}
+    words = ("simulate", policy, "--trace", trace, "--model", tiny_folder, *CARD, "--context", 512)
+    ran = run(*words, "--device", "cpu", "--json")
+    quality = ran.json["quality"]
+    assert (quality["tier"], quality["source"]) == ("replay", "own trace")
+    low, high = quality["interval"]
+    assert 0 < low <= quality["kl_nats_per_token"] <= high
+    assert ran.json["latency"]["tier"] == "datasheet"
+    assert "replaying" in ran.err
+
+
+def test_a_trace_of_another_shape_is_refused(run: Run, tiny_trace: Any, policy: Path) -> None:
+    ran = run("simulate", policy, "--trace", tiny_trace.root, *SMOL, "--device", "cpu")
+    assert_one_error(ran, "another model", "capture")
+
+
+def test_a_truncated_shard_is_told(
+    run: Run, tiny_trace: Any, tiny_folder: Path, policy: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    copy = shutil.copytree(tiny_trace.root, tmp_path / "trace")
+    for shard in copy.rglob("layer-01.safetensors"):
+        shard.write_bytes(shard.read_bytes()[:-9])
+    words = ("simulate", policy, "--trace", copy, "--model", tiny_folder, *CARD, "--context", 512)
+    ran = run(*words, "--device", "cpu", "--quiet")
+    assert_one_error(ran, "layer-01.safetensors", "capture again")

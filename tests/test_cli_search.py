@@ -1,0 +1,212 @@
+"""What ``kvtune search`` prints, on made-up results: the search itself is tested elsewhere.
+
+Remake the golden texts with ``KVTUNE_REMAKE_GOLDEN=1 pytest tests/test_cli_search.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from kvtune.__main__ import main
+from kvtune.common.estimate import Estimate
+from kvtune.common.progress import Progress
+from kvtune.policies.document import (
+    ModelFacts,
+    PolicyDocument,
+    Provenance,
+    as_plain,
+    read_policy,
+    write_policy,
+)
+from kvtune.policies.document import Quality as FileQuality
+from kvtune.policies.formats.grouped import Int4
+from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.option import Budget, Option
+from kvtune.policies.policy import Policy
+from kvtune.simulator.memory import memory_budget
+from kvtune.tuner.request import FrontPoint, Quality, Rival, SearchRequest, SearchResult
+
+GOLDEN = Path(__file__).parent / "golden" / "cli"
+WORDS = ["search", "--model", "llama-8b", "--gpu", "4090", "--mem", "16GB", "--run-dir", "run"]
+
+
+def kl(value: float, tier: Any = "replay") -> Estimate:
+    return Estimate(value, 0.75 * value, 1.4 * value, "nats/token", tier)
+
+
+def seconds(value: float) -> Estimate:
+    return Estimate(value, 0.8 * value, 1.25 * value, "s", "datasheet")
+
+
+def rival(name: str, family: str, loss: float, live: bool) -> Rival:
+    ratio = Estimate(0.9 - loss, 0.85 - loss, 0.93 - loss, "share", "live")
+    change = Estimate(loss, loss / 2, 2 * loss, "ratio", "live")
+    measured = (kl(1.2 * loss, "live"), 64_000_000, change, ratio)
+    return Rival(name, family, kl(loss), *(measured if live else (None, 64_000_000)))
+
+
+def result_of(request: SearchRequest, live: bool) -> SearchResult:
+    """Plain figures; ``live`` as if weights had been at hand."""
+    option = Option(SnapKV(), Budget(share=0.25), Int4(), Int4())
+    policy = Policy.uniform(option, request.shape.layers, request.shape.kv_heads, name="plan")
+    source: Literal["own trace", "stand-in"] = "own trace" if live else "stand-in"
+    stand_in = "" if live else "smollm2-135m"
+    found = Quality(kl(0.0103, "live" if live else "replay"), source, stand_in, samples=8)
+    names = {
+        "kvtune plan": ("kvtune", 0.0086), "per layer": ("layers", 0.015),
+        "greedy per head": ("greedy", 0.012), "uniform h2o int4": ("uniform", 0.077),
+        "pyramid snapkv int4": ("pyramid", 0.081), "adakv snapkv int4": ("adakv", 0.078),
+    }  # fmt: skip
+    budget = memory_budget(
+        request.shape, request.gpu, request.memory_bytes, context_tokens=request.context_tokens
+    )
+    document = PolicyDocument(
+        policy,
+        ModelFacts(request.shape.name, policy.layers, policy.kv_heads, request.shape.head_dim),
+        Provenance(FileQuality(source, stand_in, found.kl), kvtune="0.1.0"),
+    )
+    request.run_dir.mkdir(exist_ok=True)
+    (request.run_dir / "policy.yaml").write_text(write_policy(document))
+    return SearchResult(
+        request=request,
+        budget=budget,
+        front=tuple(point(n, n == 48) for n in (4, 48, 96)),
+        policy=policy,
+        prompt_bytes=64_000_000,
+        sequences=48,
+        share=0.0596,
+        quality=found,
+        predicted=Quality(kl(0.0086), source, stand_in, samples=8),
+        rivals=tuple(rival(name, *figures, live) for name, figures in names.items()),
+        memory=Estimate(15.1e9, 14.2e9, 15.8e9, "B", "assumed"),
+        latency=seconds(0.0312),
+        prefill=seconds(0.64),
+        full_cache_sequences=5,
+        full_cache_accuracy=Estimate(0.94, 0.91, 0.96, "share", "live") if live else None,
+        counters={"tokens_kept": 51200, "tokens_offered": 409600} if live else {},
+        notes=("fp8 weights: the widest that leave room for a cache",),
+        provenance={"seed": request.seed, "kvtune": "0.1.0"},
+    )
+
+
+def point(sequences: int, chosen: bool) -> FrontPoint:
+    rate = Estimate(1540.0, 1230.0, 1920.0, "tokens/s", "datasheet")
+    loss, share = 2e-4 * sequences, 2.86 / sequences
+    return FrontPoint(
+        loss, sequences, 64_000_000, share, seconds(0.0312), rate, {"split": "heads"}, chosen
+    )
+
+
+@pytest.fixture(params=[False, True], ids=["stand-in", "live"])
+def live(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> bool:
+    """Puts a made-up search in the place of the real one."""
+    stub = types.ModuleType("kvtune.tuner.search")
+
+    def run_search(asked: SearchRequest, progress: Progress) -> SearchResult:
+        print("a library chatters on stdout")
+        list(progress.track(range(2), "searching", 2))
+        return result_of(asked, request.param)
+
+    stub.run_search = run_search  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "kvtune.tuner.search", stub)
+    monkeypatch.chdir(tmp_path)
+    return bool(request.param)
+
+
+def test_the_tables_are_the_golden_ones(live: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(WORDS) == 0
+    text = capsys.readouterr().out.replace("a library chatters on stdout\n", "")
+    path = GOLDEN / f"search-{'live' if live else 'stand-in'}.txt"
+    if os.environ.get("KVTUNE_REMAKE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+def test_every_table_names_the_quality_and_fits_a_page(
+    live: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(WORDS)
+    lines = capsys.readouterr().out.splitlines()
+    words = "own trace" if live else "stand-in (smollm2-135m)"
+    quality = [line for line in lines if line.startswith("quality: ")]
+    assert quality[0] == "quality: stand-in (smollm2-135m)"  # said before the search: no weights
+    assert len(quality[1:]) == 3
+    assert all(line.startswith(f"quality: {words}") for line in quality[1:])
+    assert max(map(len, lines)) <= 100
+
+
+def test_the_budget_is_said_before_the_search(
+    live: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(WORDS)
+    out = capsys.readouterr().out
+    assert out.index("left for the cache") < out.index("a library chatters")
+
+
+def test_json_holds_the_plan_and_nothing_else_is_on_stdout(
+    live: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*WORDS, "--json"])
+    captured = capsys.readouterr()
+    answer = json.loads(captured.out)
+    assert answer["plan"] == json.loads(json.dumps(as_plain(read_policy(Path("run/policy.yaml")))))
+    for key in ("value", "interval", "unit", "tier"):
+        assert key in answer["memory"]
+        assert key in answer["latency"]
+    assert answer["quality"]["kl_nats_per_token"] == 0.0103
+    assert answer["quality"]["source"] == ("own trace" if live else "stand-in")
+    assert answer["quality"]["stand_in"] == (None if live else "smollm2-135m")
+    assert {rival["family"] for rival in answer["baselines"]} >= {"uniform", "pyramid", "adakv"}
+    assert [point["chosen"] for point in answer["front"]] == [False, True, False]
+    assert "searching ..." in captured.err
+    assert "left for the cache" in captured.err
+
+
+def test_quiet_json_talks_not_at_all(live: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*WORDS, "--json", "--quiet"])
+    captured = capsys.readouterr()
+    assert captured.err == "a library chatters on stdout\n"
+    assert json.loads(captured.out)["run_dir"] == "run"
+
+
+def test_every_documented_key_is_there(live: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    import re
+
+    import kvtune
+
+    page = (Path(kvtune.__file__).parent / "docs" / "json.md").read_text(encoding="utf-8")
+    section = page.split("## kvtune search\n", 1)[1].split("\n## ", 1)[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    documented = {key for row in rows for key in re.findall(r"`(\w+)`", row)}
+    main([*WORDS, "--json", "--quiet"])
+    assert json.loads(capsys.readouterr().out).keys() == documented | {"command", "kvtune"}
+
+
+def test_the_request_is_what_was_asked(
+    live: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[SearchRequest] = []
+
+    def run_search(request: SearchRequest, progress: Progress) -> SearchResult:
+        asked.append(request)
+        return result_of(request, live)
+
+    monkeypatch.setattr(sys.modules["kvtune.tuner.search"], "run_search", run_search)
+    text = tmp_path / "mine.txt"
+    text.write_text("words")
+    main([*WORDS[:7], "--context", "16k", "--batch", "4", "--max-kl", "0.1", "--text", str(text)])
+    (request,) = asked
+    assert (request.shape.name, request.gpu.slug) == ("llama-3.1-8b", "rtx-4090")
+    assert request.memory_bytes == 16 * 10**9
+    assert (request.context_tokens, request.sequences) == (16384, 4)
+    assert request.largest_kl == 0.1
+    assert request.texts == (text,)
+    assert request.run_dir == Path("kvtune-runs/llama-3.1-8b-rtx-4090-16gb")
