@@ -80,6 +80,13 @@ def test_labels_follow_the_models_own_predictions(tiny_model: Any) -> None:
     assert not labels[:, 1].any()
 
 
+def test_every_seed_and_sample_has_its_own_labels() -> None:
+    log_p = torch.zeros(9, 50).log_softmax(-1)
+    drawn = [room._draw_labels(log_p, 4, seed, name) for seed in (0, 1) for name in "ab"]
+    assert torch.equal(drawn[0], room._draw_labels(log_p, 4, 0, "a"))
+    assert len({tuple(labels.flatten().tolist()) for labels in drawn}) == 4
+
+
 def test_the_observed_pass_while_capturing_has_the_full_models_logits_to_the_bit(
     tiny_model: Any, make_samples: Make
 ) -> None:

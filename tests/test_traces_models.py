@@ -132,6 +132,14 @@ def test_a_folder_with_damaged_weights_is_one_clear_error(folder: Path, tmp_path
         load_model(tmp_path)
 
 
+def test_pickled_weights_are_refused(folder: Path, tiny_model: Any, tmp_path: Path) -> None:
+    for path in folder.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    torch.save(tiny_model.model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(KvtuneError, match="cannot be loaded"):
+        load_model(tmp_path)
+
+
 def test_a_file_that_is_no_gguf_is_one_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,6 +173,13 @@ def test_the_users_jsonl_is_cut_into_disjoint_samples(
         assert not runs(one.token_ids, 100) & runs(other.token_ids, 100)
 
 
+def test_pieces_of_a_text_make_up_the_text() -> None:
+    text = "".join(f"line {number}\n" for number in range(103)) + "the end"
+    pieces = list(texts._pieces(texts.Document("mine", text)))
+    assert len(pieces) > 10
+    assert "".join(piece.text for piece in pieces) == text
+
+
 def test_too_little_text_says_how_much_there_is(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(KvtuneError, match=r"enough for \d+ samples of 400 tokens, not 9999"):
         user_samples(tokenizer, write_texts(tmp_path, 30), count=9999)
