@@ -68,10 +68,10 @@ def read_model(name: str) -> tuple[str, ModelShape]:
         raise KvtuneError("there is no such model", where=name, hint=hint)
     try:
         shape = find_model(name)
-    except KvtuneError:
+    except KvtuneError as unknown:
         if name.count("/") != 1:
             raise
-        return name, _hub_shape(name)
+        return name, _hub_shape(name, unknown)
     return (name if "/" in name else shape.name), shape
 
 
@@ -79,17 +79,19 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def _hub_shape(name: str) -> ModelShape:
+def _hub_shape(name: str, unknown: KvtuneError) -> ModelShape:
     """The shape of a model on the Hub, of which only the configuration is fetched."""
+    import logging
+
     from huggingface_hub import hf_hub_download
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
     try:
-        return shape_from_config(hf_hub_download(name, "config.json", etag_timeout=5))
+        file = hf_hub_download(name, "config.json", etag_timeout=5)
     except (OSError, ValueError) as error:
-        raise KvtuneError(
-            f"no model is known as {name!r}, nor could its configuration be fetched from the Hub",
-            hint="kvtune models lists the known ones; a folder with a config.json works too.",
-        ) from error
+        message = f"{unknown.message} Nor could its configuration be fetched from the Hub"
+        raise KvtuneError(message, hint=unknown.hint) from error
+    return shape_from_config(file)
 
 
 def read_gpu(name: str | None) -> GpuProfile:

@@ -192,6 +192,25 @@ def test_an_unwritable_folder_is_refused(run: Run, tmp_path: Path) -> None:
     assert_one_error(ran, "cannot write here", "--run-dir")
 
 
+def test_a_hub_id_that_is_not_known_is_told_the_nearest(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    ran = run("estimate", "--model", "some/llama-9b", *CARD)
+    assert_one_error(ran, "'llama-8b'", "kvtune models")
+
+
+def test_a_damaged_gguf_is_told(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    ran = run("estimate", "--model", tmp_path / "cut.gguf", *CARD)
+    assert_one_error(ran, "no readable GGUF", "Hugging Face folder")
+
+
 # --- endings that are no mistakes --------------------------------------------------------------
 
 
@@ -294,6 +313,34 @@ def test_the_estimate_of_bytes_is_the_policys_own(run: Run, policy: Path) -> Non
 
     ours = run("estimate", *SMOL, "--policy", policy, "--json").json["policies"][1]
     assert ours["prompt_bytes"] == read_policy(policy).bind(30, 3).footprint(8192, 64)
+
+
+def test_a_gguf_file_tells_its_shape(run: Run, tmp_path: Path) -> None:
+    """The same as the shape of the same numbers in a config.json."""
+    import gguf
+    import numpy as np
+
+    from kvtune.cli.gguf_shape import shape_from_gguf
+
+    path = tmp_path / "mine.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(3)
+    writer.add_context_length(1024)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_tensor("token_embd.weight", np.zeros((258, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    shape = shape_from_gguf(path)
+    assert (shape.layers, shape.query_heads, shape.kv_heads, shape.head_dim) == (3, 4, 2, 8)
+    assert (shape.vocab_size, shape.max_context, shape.tied_embeddings) == (258, 1024, True)
+    answer = run("estimate", "--model", path, *CARD, "--context", 512, "--json").json
+    assert answer["model"] == "mine"
+    assert answer["budget"]["full_cache_bytes"] == 512 * 2 * 2 * 3 * 2 * 8
 
 
 def test_export_writes_files_and_reports_every_line(run: Run, policy: Path, tmp_path: Path) -> None:
