@@ -287,7 +287,11 @@ def test_every_registered_policy_is_listed_with_its_source(run: Run) -> None:
     from kvtune.policies.method import methods
 
     listed = {(p["name"], p["kind"]): p for p in run("policies", "--json").json["policies"]}
-    kinds = {"method": methods(), "format": formats(), "allocator": allocators()}
+    kinds: dict[str, dict[str, Any]] = {
+        "method": methods(),
+        "format": formats(),
+        "allocator": allocators(),
+    }
     assert listed.keys() == {(name, kind) for kind, found in kinds.items() for name in found}
     assert all(part["source"] and part["summary"] for part in listed.values())
 

@@ -22,8 +22,9 @@ DATA = (".yaml", ".yml", ".tcss", ".safetensors", ".json", ".npz", ".txt", ".ini
 def settings() -> dict[str, Any]:
     """pyproject's setuptools table, as setuptools itself reads it."""
     pyprojecttoml = pytest.importorskip("setuptools.config.pyprojecttoml")
-    read: dict[str, Any] = pyprojecttoml.read_configuration(ROOT / "pyproject.toml", expand=False)
-    return read["tool"]["setuptools"]
+    read = pyprojecttoml.read_configuration(ROOT / "pyproject.toml", expand=False)
+    found: dict[str, Any] = read["tool"]["setuptools"]
+    return found
 
 
 def shipped_folders() -> list[Path]:
