@@ -1,0 +1,173 @@
+"""``kvtune validate``: the model really runs with a policy; predicted beside measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+
+import typer
+
+from kvtune.cli import options
+from kvtune.cli.output import speaking, table
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from kvtune.common.estimate import Estimate
+    from kvtune.common.progress import Progress
+    from kvtune.policies.document import PolicyDocument
+    from kvtune.policies.policy import Policy
+    from kvtune.traces.models import LoadedModel
+    from kvtune.traces.samples import Sample
+
+
+class Validation(Protocol):
+    """What a live run of one policy has found.
+
+    Args:
+        live: KL from the full cache, nats/token, tier live.
+        perplexity_change: ratio minus one.
+        retrieval_accuracy: share of needle digits right; None without needles.
+        full_cache_accuracy: the same of the uncompressed model.
+        prompt_bytes: counted while compressing, one prompt.
+        samples: that were run.
+        counters: proof that the policy fired.
+    """
+
+    live: Estimate
+    perplexity_change: Estimate | None
+    retrieval_accuracy: Estimate | None
+    full_cache_accuracy: Estimate | None
+    prompt_bytes: int
+    samples: int
+    counters: Mapping[str, int]
+
+
+def command(
+    policy: options.PolicyFile,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", metavar="NAME", help="Left out: the file's own.")
+    ] = None,
+    workload: options.Workload = "small",
+    text: options.Texts = None,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Run the model with a policy: predicted beside measured."""
+    from kvtune.cli.inputs import read_policy_path, read_texts
+    from kvtune.policies.document import read_policy
+
+    document, texts = read_policy(read_policy_path(policy)), read_texts(text)
+    name = _model(document, model)
+    with speaking(as_json, quiet) as output:
+        from kvtune.cli.capture import best_device
+        from kvtune.traces.models import load_model
+
+        loaded = load_model(name, device=device or best_device(), progress=output.progress)
+        bound = document.bind(loaded.geometry.layers, loaded.geometry.kv_heads)
+        samples = _samples(loaded, workload, seed, texts)
+        found = _run(bound, loaded, samples, output.progress)
+        planned = bound.footprint(samples[0].prompt, loaded.geometry.head_dim)
+        output.show(_report(document, bound, found, planned))
+        answer = _answer(document, found, planned) | {"device": loaded.device}
+        output.finish("validate", answer)
+
+
+def _model(document: PolicyDocument, asked: str | None) -> str:
+    """What to load: what was asked for, else what the file is for.
+
+    Raises:
+        KvtuneError: neither says, or only a name whose weights must be given.
+    """
+    from kvtune.cli.inputs import read_model
+    from kvtune.common.errors import KvtuneError
+    from kvtune.traces.models import KNOWN
+
+    name = asked or (document.model.name if document.model else None)
+    if name is None:
+        raise KvtuneError("the policy file names no model", hint="name one with --model.")
+    loadable, shape = read_model(name)
+    if loadable == shape.name and loadable not in KNOWN:
+        raise KvtuneError(
+            f"the weights of {name} are not at hand, and only a live run validates",
+            hint="--model PATH gives a folder or GGUF file with its weights.",
+        )
+    return loadable
+
+
+def _samples(
+    loaded: LoadedModel, workload: Literal["small", "full"], seed: int, texts: Sequence[Path]
+) -> list[Sample]:
+    """The held-out samples of a workload; no others are made."""
+    from dataclasses import replace
+
+    from kvtune.cli.workloads import named_workload
+    from kvtune.traces.workloads import build
+
+    plan = named_workload(workload, seed, texts)
+    held_out = {"evaluate": plan.counts["evaluate"]}
+    return build(replace(plan, counts=held_out), loaded.tokenizer)
+
+
+def _run(
+    policy: Policy, loaded: LoadedModel, samples: list[Sample], progress: Progress
+) -> Validation:
+    from kvtune.tuner.validate import validate_policy
+
+    found: Validation = validate_policy(policy, loaded, samples, progress=progress)
+    return found
+
+
+def _predicted(document: PolicyDocument) -> Estimate | None:
+    """What the file says that was predicted, if it says so."""
+    quality = document.provenance.quality if document.provenance else None
+    return quality.kl_nats_per_token if quality else None
+
+
+def _report(
+    document: PolicyDocument, policy: Policy, found: Validation, planned: int
+) -> RenderableType:
+    from kvtune.cli.words import accuracy, count, figure
+    from kvtune.common.units import format_bytes
+
+    change = found.perplexity_change
+    rows = [
+        ("KL nats/token", figure(_predicted(document)), figure(found.live)),
+        ("bytes of one prompt", format_bytes(planned), format_bytes(found.prompt_bytes)),
+        ("perplexity", "", "-" if change is None else f"{100 * change.value:+.2g} %"),
+        ("retrieval", "", accuracy(found.retrieval_accuracy)),
+        ("retrieval, full cache", "", accuracy(found.full_cache_accuracy)),
+        *((what.replace("_", " "), "", count(n)) for what, n in found.counters.items()),
+    ]
+    return table(
+        f"{policy.name}, live",
+        ("", "predicted", "measured"),
+        rows,
+        caption=f"quality: own model, live, {found.samples} held-out samples, 95 % intervals",
+    )
+
+
+def _answer(document: PolicyDocument, found: Validation, planned: int) -> dict[str, Any]:
+    from kvtune.policies.document import as_plain
+
+    return {
+        "policy": as_plain(document),
+        "quality": {
+            "kl_nats_per_token": found.live.value,
+            "interval": [found.live.low, found.live.high],
+            "tier": found.live.tier,
+            "source": "own trace",
+            "stand_in": None,
+            "samples": found.samples,
+        },
+        "predicted": _predicted(document),
+        "perplexity_change": found.perplexity_change,
+        "retrieval_accuracy": found.retrieval_accuracy,
+        "full_cache_accuracy": found.full_cache_accuracy,
+        "prompt_bytes": planned,
+        "counted_bytes": found.prompt_bytes,
+        "counters": found.counters,
+    }
