@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from kvtune.policies.format import Format, Role
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
@@ -19,73 +20,107 @@ from kvtune.policies.signals import Signals
 
 @dataclass(frozen=True)
 class Kept:
-    """Which tokens of a layer stay.
+    """Which tokens of a layer stay, under several policies at once.
 
     Args:
-        indices: ``[H, n]`` int64 ascending; of row h only the first ``counts[h]`` are real.
-        counts: ``[H]`` int64.
+        indices: ``[B, H, n]`` int64 ascending; of a row only the first ``counts`` are real.
+        counts: ``[B, H]`` int64.
+        sizes: the counts once more as plain numbers, so that nobody waits for the device.
     """
 
     indices: Tensor
     counts: Tensor
+    sizes: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """One layer's prompt as a reader sees it.
+    """One layer's prompt as a reader sees it, under one policy ``[H, ...]`` or several ``[B, H]``.
 
     Args:
-        keys: ``[H, n, D]``, read back from storage; padded like ``Kept.indices``.
-        values: ``[H, n, D]``.
-        counts: ``[H]`` int64.
-        footprint_bytes: payload and scales of all heads.
+        keys: ``[..., H, n, D]``, read back from storage; padded like ``Kept.indices``.
+        values: ``[..., H, n, D]``.
+        counts: ``[..., H]`` int64.
+        footprint_bytes: payload and scales of all heads, of each policy.
     """
 
     keys: Tensor
     values: Tensor
     counts: Tensor
-    footprint_bytes: int
+    footprint_bytes: tuple[int, ...]
 
 
-def select(options: Sequence[Option], budgets: Sequence[int], signals: Signals) -> Kept:
-    """Ask each head's method for its tokens; heads that share a choice ask once."""
-    chosen = {
-        (option.method, budget): option.method.keep(signals, budget)
-        for option, budget in set(zip(options, budgets, strict=True))
-    }
-    rows = [
-        chosen[option.method, budget][head]
-        for head, (option, budget) in enumerate(zip(options, budgets, strict=True))
+Rows = Sequence[Sequence[Option]]  # [B][H]
+
+
+def select(rows: Rows, budgets: Sequence[Sequence[int]], signals: Signals) -> Kept:
+    """Ask each head's method for its tokens; heads and policies that share a choice ask once."""
+    asked = [
+        [(option.method, budget) for option, budget in zip(options, wanted, strict=True)]
+        for options, wanted in zip(rows, budgets, strict=True)
     ]
-    counts = torch.tensor([len(row) for row in rows], device=signals.keys.device)
-    return Kept(pad_sequence(rows, batch_first=True), counts)
+    chosen = {
+        (method, budget): method.keep(signals, budget).unbind()
+        for method, budget in {choice for choices in asked for choice in choices}
+    }
+    lists = [chosen[choice][head] for choices in asked for head, choice in enumerate(choices)]
+    heads = len(asked[0])
+    sizes = [len(row) for row in lists]
+    counts = torch.tensor(sizes, device=signals.keys.device).unflatten(0, (-1, heads))
+    indices = pad_sequence(lists, batch_first=True).unflatten(0, (-1, heads))
+    by_policy = tuple(tuple(sizes[at : at + heads]) for at in range(0, len(sizes), heads))
+    return Kept(indices, counts, by_policy)
 
 
-def store(options: Sequence[Option], kept: Kept, signals: Signals) -> Compressed:
-    """Gather what stays and pass it through each head's formats."""
-    at = kept.indices[..., None].expand(-1, -1, signals.keys.shape[-1])
-    keys, values = signals.keys.gather(-2, at), signals.values.gather(-2, at)
-    for form in {option.keys for option in options}:
-        rows = [head for head, option in enumerate(options) if option.keys == form]
-        keys[rows] = form.roundtrip(keys[rows], kept.counts[rows], "keys")
-    for form in {option.values for option in options}:
-        rows = [head for head, option in enumerate(options) if option.values == form]
-        values[rows] = form.roundtrip(values[rows], kept.counts[rows], "values")
-    head_dim = keys.shape[-1]
-    counted = zip(options, kept.counts.tolist(), strict=True)
-    return Compressed(
-        keys,
-        values,
-        kept.counts,
-        sum(option.footprint(count, head_dim) for option, count in counted),
+def store(rows: Rows, kept: Kept, signals: Signals) -> Compressed:
+    """Gather what stays and pass it through each head's formats, all heads of a format at once."""
+    keys = _stored(signals.keys, kept, [o.keys for options in rows for o in options], "keys")
+    values = _stored(
+        signals.values, kept, [o.values for options in rows for o in options], "values"
     )
+    head_dim = keys.shape[-1]
+    footprint = tuple(
+        sum(option.footprint(count, head_dim) for option, count in zip(options, sizes, strict=True))
+        for options, sizes in zip(rows, kept.sizes, strict=True)
+    )
+    return Compressed(keys, values, kept.counts, footprint)
+
+
+def _stored(whole: Tensor, kept: Kept, forms: Sequence[Format], role: Role) -> Tensor:
+    """``[B, H, n, D]`` of ``[H, P, D]``, each (policy, head) row in its own format."""
+    heads, prompt, head_dim = whole.shape
+    start = torch.arange(heads, device=whole.device)[:, None] * prompt
+    at = (kept.indices + start).flatten()
+    tensor = whole.reshape(-1, head_dim)[at].view(len(forms), -1, head_dim)
+    counts = kept.counts.flatten()
+    for form in dict.fromkeys(forms):
+        mine = [row for row, other in enumerate(forms) if other == form]
+        if len(mine) == len(forms):
+            tensor = form.roundtrip(tensor, counts, role)
+            break
+        some = torch.tensor(mine, device=whole.device)
+        tensor[some] = form.roundtrip(tensor[some], counts[some], role)
+    return tensor.unflatten(0, (-1, heads))
+
+
+def compress_together(
+    policies: Sequence[Policy], layer: int, budgets: Sequence[Sequence[int]], signals: Signals
+) -> Compressed:
+    """One layer under several policies, ``[B, H, ...]``; ``budgets`` ``[B][H]`` are as planned."""
+    rows = [policy.heads[layer] for policy in policies]
+    final = [
+        policy.split(layer, list(planned), signals)
+        for policy, planned in zip(policies, budgets, strict=True)
+    ]
+    return store(rows, select(rows, final, signals), signals)
 
 
 def compress(policy: Policy, layer: int, budgets: Sequence[int], signals: Signals) -> Compressed:
-    """One layer of a policy, ``budgets`` ``[H]`` being its planned tokens; changes nothing."""
-    options = policy.heads[layer]
-    final = policy.split(layer, list(budgets), signals)
-    return store(options, select(options, final, signals), signals)
+    """One layer of one policy, ``[H, ...]``; changes nothing."""
+    several = compress_together([policy], layer, [budgets], signals)
+    return Compressed(
+        several.keys[0], several.values[0], several.counts[0], several.footprint_bytes
+    )
 
 
 def attend(

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.compress import Compressed, attend, compress, merge
+from kvtune.policies.compress import Compressed, attend, compress_together, merge
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.runtime.prompts import Prompt, refuse_window
@@ -83,7 +82,7 @@ class _BatchCache:
         self, prompt: Prompt, policies: list[Policy], budgets: list[NDArray[np.int64]]
     ) -> None:
         self.prompt, self.policies, self.budgets = prompt, policies, budgets
-        self.kept: list[list[Tensor]] = [[] for _ in policies]
+        self.kept: list[Tensor] = []  # [B, H] a layer
         self.footprint_bytes = [footprint_of_lengths(p.layers, p.kv_heads) for p in policies]
 
     def __call__(
@@ -92,35 +91,24 @@ class _BatchCache:
         """Attention of one layer, as the seam asks for it."""
         signals = self.prompt(layer)
         refuse_window(layer, window, signals.prompt_tokens + q.shape[2])
-        parts = [
-            compress(policy, layer, budgets[layer].tolist(), signals)
-            for policy, budgets in zip(self.policies, self.budgets, strict=True)
-        ]
-        for row, part in enumerate(parts):
-            self.kept[row].append(part.counts)
-            self.footprint_bytes[row] += part.footprint_bytes
-        return _answer(q, k, v, parts, scale)
+        planned = [budgets[layer].tolist() for budgets in self.budgets]
+        part = compress_together(self.policies, layer, planned, signals)
+        self.kept.append(part.counts)
+        for row, taken in enumerate(part.footprint_bytes):
+            self.footprint_bytes[row] += taken
+        return _answer(q, k, v, part, scale)
 
 
-def _answer(q: Tensor, k: Tensor, v: Tensor, parts: list[Compressed], scale: float) -> Tensor:
+def _answer(q: Tensor, k: Tensor, v: Tensor, prompt: Compressed, scale: float) -> Tensor:
     """Merge each row's compressed prompt with the observed tokens; float32 inside."""
     heads, observed = k.shape[1], k.shape[2]
     queries = q.float().unflatten(1, (heads, -1))  # [B, H, G, C, D]
-    keys = pad_sequence([p.keys.transpose(0, 1) for p in parts], batch_first=True)  # [B, n, H, D]
-    values = pad_sequence([p.values.transpose(0, 1) for p in parts], batch_first=True)
-    counts = torch.stack([part.counts for part in parts])  # [B, H]
-    place = torch.arange(keys.shape[1], device=q.device)
-    visible = (place < counts[..., None])[:, :, None, None]
-    prompt = attend(
-        queries,
-        keys.transpose(1, 2)[:, :, None],
-        values.transpose(1, 2)[:, :, None],
-        visible,
-        scale,
-    )
+    place = torch.arange(prompt.keys.shape[2], device=q.device)
+    visible = (place < prompt.counts[..., None])[:, :, None, None]
+    past = attend(queries, prompt.keys[:, :, None], prompt.values[:, :, None], visible, scale)
     causal = torch.ones(observed, observed, dtype=torch.bool, device=q.device).tril()
     recent = attend(queries, k.float()[:, :, None], v.float()[:, :, None], causal, scale)
-    return merge(prompt, recent).flatten(1, 2).to(q.dtype)
+    return merge(past, recent).flatten(1, 2).to(q.dtype)
 
 
 def _measure(logits: Tensor, targets: Tensor, row: int, cache: _BatchCache) -> LiveRun:
@@ -138,6 +126,6 @@ def _measure(logits: Tensor, targets: Tensor, row: int, cache: _BatchCache) -> L
         full_nll=nll(full).cpu().numpy(),
         correct=(ours.argmax(-1) == targets).cpu().numpy(),
         full_correct=(full.argmax(-1) == targets).cpu().numpy(),
-        kept=torch.stack(cache.kept[row]).cpu().numpy(),
+        kept=torch.stack(cache.kept, 1)[row].cpu().numpy(),
         footprint_bytes=cache.footprint_bytes[row],
     )

@@ -15,7 +15,7 @@ from kvtune.common.progress import Progress, Silent
 from kvtune.policies.option import Option
 from kvtune.simulator.replay import LayerReplay, replay_options
 from kvtune.simulator.tables import Floats, SampleFacts, Tables
-from kvtune.traces.trace import Trace
+from kvtune.traces.trace import SampleRecord, Trace
 
 DEFAULT_BLOCK = 16
 _REPLAYED = ("q", "k", "v", "probes")
@@ -34,6 +34,7 @@ def build_tables(
     trace: Trace,
     options: Sequence[Option],
     *,
+    samples: Sequence[SampleRecord] | None = None,
     block: int = DEFAULT_BLOCK,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -43,25 +44,27 @@ def build_tables(
     Args:
         trace: captured with probes.
         options: what to replay; each is replayed on every KV head.
+        samples: some of the trace's; all of them unless given.
         block: positions whose responses are summed before squaring.
         device: where the arithmetic runs.
         progress: told of every (sample, layer).
     """
+    samples = trace.samples if samples is None else samples
     layers, heads = trace.geometry.layers, trace.geometry.kv_heads
-    cells = [_Cell(s, layer) for s in range(len(trace.samples)) for layer in range(layers)]
-    rows: list[list[Floats]] = [[] for _ in trace.samples]
+    cells = [_Cell(s, layer) for s in range(len(samples)) for layer in range(layers)]
+    rows: list[list[Floats]] = [[] for _ in samples]
 
     names = (*_REPLAYED, *trace.manifest["signals"])
 
     def load(cell: _Cell) -> LayerReplay:
-        part = trace.layer(trace.samples[cell.sample].id, cell.layer, device, names=names)
+        part = trace.layer(samples[cell.sample].id, cell.layer, device, names=names)
         return LayerReplay.of(part, device)
 
     parts = ahead(load, cells)
     for cell in (progress or Silent()).track(cells, "replaying options", len(cells)):
         rows[cell.sample].append(layer_features(next(parts), options, block))
     factor = np.stack([np.concatenate(row) for row in rows])  # [n, I, O, S * C / block]
-    first = trace.samples[0]
+    first = samples[0]
     return Tables(
         model=str(trace.manifest["model"]["name"]),
         layers=layers,
@@ -69,10 +72,10 @@ def build_tables(
         head_dim=trace.geometry.head_dim,
         prompt_tokens=first.prompt,
         options=tuple(options),
-        samples=tuple(SampleFacts(s.id, s.split, s.kind) for s in trace.samples),
+        samples=tuple(SampleFacts(s.id, s.split, s.kind) for s in samples),
         loss=(factor**2).sum(-1),
         factor=factor,
-        group=np.arange(len(trace.samples)),
+        group=np.arange(len(samples)),
     )
 
 

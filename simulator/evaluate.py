@@ -8,12 +8,14 @@ import numpy as np
 import torch
 
 from kvtune.common.progress import Progress, Silent
-from kvtune.policies.compress import compress
+from kvtune.policies.compress import compress_together
 from kvtune.policies.policy import Policy
 from kvtune.simulator.build import DEFAULT_BLOCK
 from kvtune.simulator.replay import LayerReplay
 from kvtune.simulator.tables import Floats
 from kvtune.traces.trace import SampleRecord, Trace
+
+_TOGETHER = 8  # policies a batch: enough to keep a GPU busy, few enough for a laptop's memory
 
 
 def replay_policies(
@@ -40,15 +42,18 @@ def replay_policies(
 def _replay_sample(
     trace: Trace, sample: SampleRecord, policies: Sequence[Policy], block: int, device: str
 ) -> Floats:
-    prompt = sample.prompt
-    budgets = [policy.budgets(prompt) for policy in policies]
-    totals: list[torch.Tensor | float] = [0.0] * len(policies)
+    budgets = [policy.budgets(sample.prompt) for policy in policies]
+    total: torch.Tensor | float = 0.0
     probes = 1
     for index in range(trace.geometry.layers):
         layer = LayerReplay.of(trace.layer(sample.id, index, device), device)
         probes = layer.probes.shape[0]
-        for row, policy in enumerate(policies):
-            part = compress(policy, index, budgets[row][index].tolist(), layer.signals)
-            totals[row] = totals[row] + layer.response(part, block).sum(0)
-    losses = [float((torch.as_tensor(total) ** 2).sum()) for total in totals]
-    return np.array(losses, np.float32) / (2 * sample.observed * probes)
+        planned = [budget[index].tolist() for budget in budgets]
+        pieces = []
+        for at in range(0, len(policies), _TOGETHER):
+            some = slice(at, at + _TOGETHER)
+            part = compress_together(policies[some], index, planned[some], layer.signals)
+            pieces.append(layer.response(part, block).sum(1))  # over heads: [B, S, C / block]
+        total = total + torch.cat(pieces)
+    losses: Floats = (torch.as_tensor(total) ** 2).sum((1, 2)).cpu().numpy()
+    return losses / (2 * sample.observed * probes)

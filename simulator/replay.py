@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kvtune.policies.compress import Compressed, Kept, attend, merge, store
+from kvtune.policies.compress import Compressed, attend, merge
 from kvtune.policies.format import Format, Role
 from kvtune.policies.option import Option
 from kvtune.policies.signals import Signals
@@ -74,9 +74,9 @@ class LayerReplay:
     @cached_property
     def full(self) -> Tensor:
         """Attention output over the uncompressed cache, ``[H, G, C, D]``."""
-        return self.output(
-            store([Option()] * len(self.keys), _everything(self.signals), self.signals)
-        )
+        whole = self.signals
+        counts = torch.full(whole.keys.shape[:1], whole.prompt_tokens, device=whole.keys.device)
+        return self.output(Compressed(whole.keys, whole.values, counts, ()))
 
     def output(self, prompt: Compressed) -> Tensor:
         """Attention output over a compressed prompt and the observed tokens, ``[..., H, G, C, D]``.
@@ -134,13 +134,4 @@ def _store_batch(signals: Signals, options: Sequence[Option], budget: int) -> Co
 
     keys = stored(signals.keys, [option.keys for option in options], "keys")
     values = stored(signals.values, [option.values for option in options], "values")
-    return Compressed(keys, values, counts[rows], 0)
-
-
-def _everything(signals: Signals) -> Kept:
-    heads, prompt = signals.keys.shape[:2]
-    device = signals.keys.device
-    return Kept(
-        torch.arange(prompt, device=device).expand(heads, -1),
-        torch.full((heads,), prompt, device=device),
-    )
+    return Compressed(keys, values, counts[rows], ())

@@ -208,7 +208,7 @@ def test_it_keeps_reads_and_counts_as_kvtune_does(
     cache.update(keys[None], values[None], 0)
     cache.layers[0].compress(queries[None], 0.25)
     assert kv_cache.prompt_lengths(cache) == [expected.counts.tolist()]
-    assert kv_cache.prompt_bytes(cache) == expected.footprint_bytes + 4 * HEADS
+    assert kv_cache.prompt_bytes(cache) == sum(expected.footprint_bytes) + 4 * HEADS
     for head, (stored_keys, stored_values) in enumerate(cache.layers[0].stored):
         count = int(expected.counts[head])
         torch.testing.assert_close(stored_keys.read()[0], expected.keys[head, :count])

@@ -285,7 +285,7 @@ def test_predicted_bytes_are_the_counted_ones(rows: list[Any], data: st.DataObje
         stored = compress(policy, layer, budgets[layer].tolist(), signals)
         assert stored.counts.tolist() == budgets[layer].tolist()
         assert stored.keys.isfinite().all()
-        counted += stored.footprint_bytes
+        counted += sum(stored.footprint_bytes)
     lengths = 4 * policy.layers * policy.kv_heads
     assert policy.footprint(tokens, 16) == counted + lengths == footprint(policy, budgets, 16)
 
