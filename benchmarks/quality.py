@@ -26,8 +26,6 @@ from proxies import predictions
 from scipy.stats import spearmanr
 
 from kvtune import __version__
-from kvtune.policies.formats.bf16 import Bf16
-from kvtune.policies.formats.grouped import Int2, Int3, Int4
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
@@ -46,26 +44,12 @@ from kvtune.traces.trace import Trace
 from kvtune.traces.workloads import Workload, build
 from kvtune.tuner.allocate import Problem, score, solve
 from kvtune.tuner.baselines import FAMILIES, candidates
-from kvtune.tuner.options import SMALL, Menu
+from kvtune.tuner.options import FULL, SMALL
 from kvtune.tuner.quality import bootstrap, mean_over_kinds
 
 SHARES = (0.03, 0.06, 0.12, 0.25)
 CURVE = (0.015, *SHARES, 0.5)  # where the baselines are measured
 KINDS = ("prose", "code", "retrieval")
-TOKENS_16_TO_896 = tuple(n / 1792 for n in (16, 32, 48, 64, 128, 256, 448, 896))
-RICH = Menu(
-    (SnapKV(), SnapKV(recent=8), H2O(), StreamingLLM()),
-    TOKENS_16_TO_896,
-    (
-        (Bf16(), Bf16()),
-        (Int4(), Int4()),
-        (Int4(), Int2()),
-        (Int3(), Int3()),
-        (Int2(), Int2()),
-        (Int4(exact_first=4), Int2(exact_first=4)),
-        (Int2(exact_first=4), Int2(exact_first=4)),
-    ),
-)
 
 
 @dataclass
@@ -442,8 +426,8 @@ def run(arguments: argparse.Namespace) -> None:
     bench.record("capture_seconds", time.monotonic() - started)
     time_small_tables(bench, trace)
     started = time.monotonic()
-    tables = build_tables(trace, RICH.options(), device=loaded.device)
-    bench.record("rich_tables_seconds", [len(RICH.options()), time.monotonic() - started])
+    tables = build_tables(trace, FULL.options(), device=loaded.device)
+    bench.record("rich_tables_seconds", [len(FULL.options()), time.monotonic() - started])
     bench.record("score_microseconds", score_microseconds(tables.of_split("search")))
     compare(bench, tables)
     line = ranking(bench, trace)

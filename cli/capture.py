@@ -40,10 +40,9 @@ def command(
     check_writable(out, "--out")
     texts, name = read_texts(text), read_model(model)[0]
     with speaking(as_json, quiet) as output:
-        from kvtune.cli.workloads import named_workload
         from kvtune.traces.capture import capture
         from kvtune.traces.models import load_model
-        from kvtune.traces.workloads import build
+        from kvtune.traces.workloads import build, named_workload
 
         plan = named_workload(workload, seed, texts)
         loaded = load_model(name, device=device or best_device(), progress=output.progress)

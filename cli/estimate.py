@@ -11,9 +11,9 @@ from kvtune.cli import options
 from kvtune.cli.output import speaking
 
 if TYPE_CHECKING:
-    from kvtune.cli.cost import Cost
     from kvtune.cli.inputs import Target
     from kvtune.policies.document import PolicyDocument
+    from kvtune.simulator.cost import Cost
     from kvtune.simulator.memory import MemoryBudget
 
 
@@ -64,7 +64,7 @@ def _document(path: Path | None) -> PolicyDocument | None:
 def _costs(
     target: Target, budget: MemoryBudget, document: PolicyDocument | None
 ) -> dict[str, Cost]:
-    from kvtune.cli.cost import full_cost, policy_cost
+    from kvtune.simulator.cost import full_cost, policy_cost
 
     asked = (target.shape, target.gpu, budget, target.generated_tokens)
     costs = {"full cache": full_cost(*asked)}

@@ -11,9 +11,9 @@ from kvtune.cli import options
 from kvtune.cli.output import Output, speaking
 
 if TYPE_CHECKING:
-    from kvtune.cli.cost import Cost
     from kvtune.cli.replayed import Replayed
     from kvtune.policies.document import PolicyDocument
+    from kvtune.simulator.cost import Cost
     from kvtune.traces.trace import Trace
 
 _HINT = "capture one first: kvtune capture --model NAME --out DIR, then --trace DIR."
@@ -49,10 +49,10 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Replay one policy on a trace: loss, memory, time."""
-    from kvtune.cli.cost import policy_cost
     from kvtune.cli.inputs import read_policy_path
     from kvtune.cli.serving import planned_for
     from kvtune.policies.document import read_policy
+    from kvtune.simulator.cost import policy_cost
 
     document = read_policy(read_policy_path(policy))
     recorded = _open(trace)

@@ -12,7 +12,7 @@ from kvtune.common.units import GB, GIB
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from kvtune.cli.cost import Cost
+    from kvtune.simulator.cost import Cost
     from kvtune.simulator.memory import MemoryBudget
 
 

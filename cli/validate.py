@@ -104,8 +104,7 @@ def _samples(
     """The held-out samples of a workload; no others are made."""
     from dataclasses import replace
 
-    from kvtune.cli.workloads import named_workload
-    from kvtune.traces.workloads import build
+    from kvtune.traces.workloads import build, named_workload
 
     plan = named_workload(workload, seed, texts)
     held_out = {"evaluate": plan.counts["evaluate"]}

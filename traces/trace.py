@@ -213,7 +213,9 @@ class Trace:
             observed=record.observed,
             scale=geometry.scale,
             window=geometry.windows[layer],
-            tensors={name: t.to(device).to(to) for name, t in loaded.items()},  # cast there: less moves
+            tensors={
+                name: t.to(device).to(to) for name, t in loaded.items()
+            },  # cast there: less moves
         )
 
     def verify(self) -> None:

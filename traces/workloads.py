@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from kvtune.common.errors import KvtuneError, nearest
 from kvtune.traces import texts
@@ -71,6 +71,9 @@ class Workload:
         return {**asdict(self), "files": [str(path) for path in self.files]}
 
 
+_USER_SAMPLES = {"small": 3, "full": 8}
+
+
 def small(seed: int = 0) -> Workload:
     """Six samples of 1024 tokens, sized for two CPU cores and 4 GB of memory."""
     each = {"prose": 1, "code": 1, "retrieval": 1}
@@ -85,6 +88,17 @@ def standard(seed: int = 0) -> Workload:
         "evaluate": {"prose": 4, "code": 4, "retrieval": 8},
     }
     return Workload(counts, seed=seed)
+
+
+def named_workload(
+    name: Literal["small", "full"], seed: int, texts: Sequence[Path] = ()
+) -> Workload:
+    """``small`` or ``full``; with texts of the user's, cut from those alone."""
+    workload = small(seed) if name == "small" else standard(seed)
+    if not texts:
+        return workload
+    each: Mapping[Kind, int] = {"user": _USER_SAMPLES[name]}
+    return replace(workload, counts=dict.fromkeys(workload.counts, each), files=tuple(texts))
 
 
 def build(workload: Workload, tokenizer: Any) -> list[Sample]:

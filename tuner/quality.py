@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,12 +22,16 @@ def mean_over_kinds(values: ArrayLike, kinds: Sequence[str]) -> float:
 def bootstrap(values: ArrayLike, kinds: Sequence[str], seed: int = 0) -> NDArray[np.float64]:
     """Means over samples redrawn within each kind, ``[draws]``.
 
-    The same seed redraws the same samples, so two policies' draws can be compared pair by pair.
+    Kinds with a single sample each have no spread of their own; then all samples are redrawn
+    together, which is wider and honest. The same seed redraws the same samples, so two policies'
+    draws can be compared pair by pair.
     """
     array, labels = np.asarray(values, float), np.asarray(kinds)
+    if min(Counter(kinds).values()) < 2:
+        labels = np.full(len(array), "all")
     rng = np.random.default_rng(seed)
     draws = []
-    for kind in sorted(set(kinds)):
+    for kind in sorted(set(labels)):
         rows = np.flatnonzero(labels == kind)
         draws.append(array[rng.choice(rows, (_DRAWS, len(rows)))].mean(1))
     return np.mean(draws, 0)
