@@ -1,0 +1,167 @@
+"""The plan beside what it has to beat, at equal bytes, on samples no choice was made on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Estimate
+from kvtune.common.progress import Progress
+from kvtune.policies.policy import Policy, footprint_of_lengths
+from kvtune.tuner.allocate import Choice, Problem, solve
+from kvtune.tuner.baselines import FAMILIES, candidates
+from kvtune.tuner.quality import estimate
+from kvtune.tuner.request import Rival
+from kvtune.tuner.sources import QualitySource
+from kvtune.tuner.study import Candidate, Solver
+
+if TYPE_CHECKING:
+    from kvtune.tuner.validate import Validation
+
+
+def stand_in_rivals(
+    source: QualitySource,
+    solver: Solver,
+    policy: Policy,
+    chosen: Candidate,
+    predicted: Estimate,
+    progress: Progress,
+) -> tuple[list[Rival], None]:
+    """From tables alone: allocations predicted, simple families read off their live curves."""
+    question = solver.question
+    share = chosen.prompt_bytes / question.full_bytes
+    rivals = [Rival("kvtune plan", "kvtune", predicted, None, chosen.prompt_bytes)]
+    budget = chosen.prompt_bytes - footprint_of_lengths(1, source.tables.heads)
+    for family, choice in _allocations(solver.fit, source.tables.kv_heads, budget).items():
+        spent = solver.fit.spent(choice) + footprint_of_lengths(1, source.tables.heads)
+        rivals.append(Rival(_NAMES[family], family, _held_out(source, choice), None, spent))
+    for family in FAMILIES:
+        if (point := _on_curve(source.curves.get(family, []), share)) is not None:
+            name, figure = point
+            rivals.append(Rival(name, family, figure, None, chosen.prompt_bytes))
+    return rivals, None
+
+
+def live_rivals(
+    source: QualitySource,
+    solver: Solver,
+    policy: Policy,
+    chosen: Candidate,
+    predicted: Estimate,
+    progress: Progress,
+) -> tuple[list[Rival], Validation | None]:
+    """On the model itself: every family's best by replay, then all of them live."""
+    from kvtune.runtime.prompts import traced_prompt
+    from kvtune.simulator.evaluate import replay_policies
+    from kvtune.tuner.validate import validate_policies
+
+    trace, loaded, tables = source.trace, source.loaded, source.tables
+    assert trace is not None  # noqa: S101 - own traces come with their model
+    assert loaded is not None  # noqa: S101
+    samples = trace.of_split("evaluate")
+    kinds = [sample.kind for sample in samples]
+    budget = policy.footprint(tables.prompt_tokens, tables.head_dim)
+    shape = (tables.prompt_tokens, tables.layers, tables.kv_heads, tables.head_dim)
+    simple = [(f, p) for f in FAMILIES for p in candidates(f, budget, *shape)]
+    losses = replay_policies(
+        trace, samples, [p for _, p in simple], device=loaded.device, progress=progress
+    )
+    best = [_best_of(family, simple, losses.mean(1)) for family in FAMILIES]
+    rows: list[tuple[str, Policy, Estimate]] = [("kvtune", policy, predicted)]
+    rows += [
+        (family, _as_policy(source, choice, _NAMES[family]), _held_out(source, choice))
+        for family, choice in _own_allocations(source, budget).items()
+    ]
+    rows += [
+        (simple[i][0], simple[i][1], _calibrated(source, losses[i], kinds))
+        for i in best
+        if i is not None
+    ]
+    found = validate_policies(
+        [p for _, p, _ in rows],
+        loaded,
+        samples,
+        lambda sample: traced_prompt(trace, trace.sample(sample.id), loaded.device),
+        progress=progress,
+    )
+    return [
+        Rival(
+            name=p.name,
+            family=family,
+            predicted=guess,
+            live=live.live,
+            prompt_bytes=live.prompt_bytes,
+            perplexity_change=live.perplexity_change,
+            retrieval_accuracy=live.retrieval_accuracy,
+        )
+        for (family, p, guess), live in zip(rows, found, strict=True)
+    ], found[0]
+
+
+_NAMES = {"layers": "best per layer", "greedy": "greedy per head"}
+
+
+def _allocations(problem: Problem, kv_heads: int, budget: int) -> dict[str, Choice]:
+    """One option a layer, and each head for itself without the terms between heads."""
+    try:
+        return {
+            "layers": np.repeat(solve(problem.tied(kv_heads), budget), kv_heads),
+            "greedy": solve(problem.shrunk(0.0), budget),
+        }
+    except KvtuneError:  # a layer's smallest option may not fit where a head's does
+        return {}
+
+
+def _own_allocations(source: QualitySource, budget: int) -> dict[str, Choice]:
+    tables = source.tables
+    footprint = tables.footprints(tables.prompt_tokens, tables.head_dim)
+    problem = Problem.of(tables.of_split("search"), footprint)
+    room = budget - footprint_of_lengths(1, tables.heads)
+    return _allocations(problem, tables.kv_heads, room)
+
+
+def _held_out(source: QualitySource, choice: Choice) -> Estimate:
+    tables = source.tables.of_split("evaluate")
+    return _calibrated(source, tables.by_sample(choice), [s.kind for s in tables.samples], "table")
+
+
+def _calibrated(
+    source: QualitySource, losses: Any, kinds: Sequence[str], tier: Any = "replay"
+) -> Estimate:
+    return source.calibration.apply(estimate(losses, kinds, tier))
+
+
+def _as_policy(source: QualitySource, choice: Choice, name: str) -> Policy:
+    rows = choice.reshape(-1, source.tables.kv_heads)
+    return Policy(name, tuple(tuple(source.tables.options[o] for o in row) for row in rows))
+
+
+def _best_of(family: str, simple: Sequence[tuple[str, Policy]], losses: Any) -> int | None:
+    """Chosen by the very samples it is shown on: generous to the family."""
+    mine = [i for i, (other, _) in enumerate(simple) if other == family]
+    return min(mine, key=lambda i: losses[i], default=None)
+
+
+def _on_curve(points: Sequence[dict[str, Any]], share: float) -> tuple[str, Estimate] | None:
+    """A family's loss at a share, straight between measured points in logarithms; else nothing."""
+    at = [point["at"] for point in points]
+    if not points or not at[0] <= share <= at[-1]:
+        return None
+    column = np.log(at)
+
+    def between(values: Sequence[float]) -> float:
+        return float(np.exp(np.interp(np.log(share), column, np.log(np.maximum(values, 1e-9)))))
+
+    nearest = min(points, key=lambda point: abs(np.log(point["at"] / share)))
+    low, high = zip(*(point["kl_interval"] for point in points), strict=True)
+    figure = Estimate(
+        between([point["kl"] for point in points]),
+        between(low),
+        between(high),
+        "nats/token",
+        "interpolated",
+    )
+    return nearest["name"], figure

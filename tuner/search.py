@@ -1,0 +1,348 @@
+"""The search, first to last: room for the cache, quality, study, rivals, live runs, files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import kvtune
+from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Estimate
+from kvtune.common.files import atomic, write_json, write_text
+from kvtune.common.progress import Progress, Silent
+from kvtune.policies.document import (
+    ModelFacts,
+    PolicyDocument,
+    Provenance,
+    Serving,
+    write_policy,
+)
+from kvtune.policies.document import Quality as WrittenQuality
+from kvtune.policies.policy import Policy
+from kvtune.simulator.cost import Cost, policy_cost
+from kvtune.simulator.memory import MemoryBudget, memory_budget
+from kvtune.tuner.quality import estimate
+from kvtune.tuner.request import (
+    FrontPoint,
+    Quality,
+    Rival,
+    SearchRequest,
+    SearchResult,
+)
+from kvtune.tuner.rivals import live_rivals, stand_in_rivals
+from kvtune.tuner.sources import QualitySource, has_weights, own_trace, stand_in
+from kvtune.tuner.study import Candidate, Question, Solver, front, pick, run_study
+
+_FINALISTS = 4
+
+
+def run_search(request: SearchRequest, progress: Progress | None = None) -> SearchResult:
+    """Find the best plan, check it, and leave everything in the run directory.
+
+    Raises:
+        KvtuneError: nothing fits, the shape cannot be searched, or a file cannot be written.
+    """
+    progress = progress or Silent()
+    _refuse_unknown_layers(request)
+    budget = memory_budget(
+        request.shape,
+        request.gpu,
+        request.memory_bytes,
+        context_tokens=request.context_tokens,
+        batch=request.sequences or 1,
+        weights=request.weights,
+    )
+    _record_config(request)
+    source, notes = _quality_source(request, progress)
+    question = _question(request, budget, source)
+    solver = Solver.of(question)
+    candidates = run_study(
+        solver,
+        trials=request.trials,
+        seed=request.seed,
+        journal=request.run_dir / f"study-{_study_key(request, source)}.journal",
+        progress=progress,
+    )
+    if not candidates:
+        raise KvtuneError(
+            f"no plan fits {request.sequences or 1} sequences of {request.context_tokens} tokens",
+            hint="raise --mem, shorten --context, lower --batch or take narrower --weights.",
+        )
+    expected = [replace(c, kl=source.calibration.value(c.kl)) for c in candidates]
+    chosen = _choose(request, solver, source, expected, progress)
+    result = _result(request, budget, source, solver, expected, chosen, notes, progress)
+    _write(result)
+    return result
+
+
+def _refuse_unknown_layers(request: SearchRequest) -> None:
+    if request.shape.latent is not None or any(request.shape.windows):
+        raise KvtuneError(
+            f"{request.shape.name} has sliding-window or latent layers, which search cannot plan "
+            "yet",
+            hint="kvtune estimate tells what its uncompressed cache takes.",
+        )
+
+
+def _quality_source(
+    request: SearchRequest, progress: Progress
+) -> tuple[QualitySource, tuple[str, ...]]:
+    """The model's own trace where its weights are at hand, else the packaged stand-in."""
+    if not has_weights(request):
+        reason = "asked for" if request.stand_in else f"no weights of {request.shape.name} at hand"
+        source = stand_in(request.shape)
+        return source, (f"quality: stand-in ({source.stand_in}), because {reason}.",)
+    try:
+        return own_trace(request, progress), ()
+    except KvtuneError as error:
+        from kvtune.traces.models import KNOWN
+
+        if request.model not in KNOWN:
+            raise
+        source = stand_in(request.shape)
+        return source, (f"quality: stand-in ({source.stand_in}), because {error}.",)
+
+
+def _question(request: SearchRequest, budget: MemoryBudget, source: QualitySource) -> Question:
+    shape = request.shape
+    generated = shape.kv_bytes(request.context_tokens + request.generated_tokens)
+    return Question(
+        tables=source.tables,
+        head_dim=shape.head_dim,
+        prompt_tokens=request.context_tokens,
+        cache_bytes=budget.cache_bytes,
+        generated_bytes=generated - shape.kv_bytes(request.context_tokens),
+        sequences=request.sequences,
+    )
+
+
+def _choose(
+    request: SearchRequest,
+    solver: Solver,
+    source: QualitySource,
+    expected: Sequence[Candidate],
+    progress: Progress,
+) -> Candidate:
+    """The front's best, or with selection samples at hand the best of the finalists run live."""
+    best = pick(front(expected), request.largest_kl)
+    selection = source.trace.of_split("select") if source.trace else ()
+    if not selection or source.loaded is None:
+        return best
+    rest = sorted((c for c in expected if c.sequences == best.sequences), key=lambda c: c.kl)
+    finalists = list({c.choice.tobytes(): c for c in reversed(rest[:_FINALISTS])}.values())
+    if len(finalists) < 2:
+        return best
+    from kvtune.runtime.prompts import traced_prompt
+    from kvtune.tuner.validate import validate_policies
+
+    trace, device = source.trace, source.loaded.device
+    found = validate_policies(
+        [solver.policy(c) for c in finalists],
+        source.loaded,
+        selection,
+        lambda sample: traced_prompt(trace, trace.sample(sample.id), device),
+        progress=progress,
+    )
+    return min(zip(finalists, found, strict=True), key=lambda pair: pair[1].live.value)[0]
+
+
+def _result(
+    request: SearchRequest,
+    budget: MemoryBudget,
+    source: QualitySource,
+    solver: Solver,
+    expected: Sequence[Candidate],
+    chosen: Candidate,
+    notes: tuple[str, ...],
+    progress: Progress,
+) -> SearchResult:
+    policy = solver.policy(chosen)
+    cost = _cost(request, budget, policy, chosen.sequences)
+    predicted = _predicted(source, chosen)
+    compare = live_rivals if source.loaded else stand_in_rivals
+    rivals, validation = compare(source, solver, policy, chosen, predicted.kl, progress)
+    quality = predicted
+    if validation is not None:
+        quality = replace(predicted, kl=validation.live)
+    generated = request.context_tokens + request.generated_tokens
+    return SearchResult(
+        request=request,
+        budget=budget,
+        front=_front_points(request, budget, solver, expected, chosen),
+        policy=policy,
+        prompt_bytes=cost.prompt_bytes,
+        sequences=chosen.sequences,
+        share=cost.share,
+        quality=quality,
+        predicted=predicted,
+        rivals=tuple(rivals),
+        memory=cost.memory,
+        latency=cost.latency,
+        prefill=cost.prefill,
+        full_cache_sequences=budget.cache_bytes // request.shape.kv_bytes(generated),
+        full_cache_accuracy=validation.full_cache_accuracy if validation else None,
+        counters=validation.counters if validation else {},
+        notes=(*notes, *_notes(request, budget, source, chosen, quality)),
+        provenance={"kvtune": kvtune.__version__, "seed": request.seed, **source.provenance},
+    )
+
+
+def _predicted(source: QualitySource, chosen: Candidate) -> Quality:
+    """The plan's loss on held-out samples, from the tables, moved onto the calibration's line."""
+    held_out = source.tables.of_split("evaluate")
+    kinds = [sample.kind for sample in held_out.samples]
+    raw = estimate(held_out.by_sample(chosen.choice), kinds, "table")
+    return Quality(
+        kl=source.calibration.apply(raw),
+        source="stand-in" if source.stand_in else "own trace",
+        stand_in=source.stand_in,
+        samples=len(kinds),
+    )
+
+
+def _cost(request: SearchRequest, budget: MemoryBudget, policy: Policy, sequences: int) -> Cost:
+    """Memory and time with that many sequences at once."""
+    at_once = replace(budget, batch=sequences)
+    return policy_cost(policy, request.shape, request.gpu, at_once, request.generated_tokens)
+
+
+def _front_points(
+    request: SearchRequest,
+    budget: MemoryBudget,
+    solver: Solver,
+    expected: Sequence[Candidate],
+    chosen: Candidate,
+) -> tuple[FrontPoint, ...]:
+    points = []
+    for candidate in {c.number: c for c in (*front(expected), chosen)}.values():
+        cost = _cost(request, budget, solver.policy(candidate), candidate.sequences)
+        points.append(
+            FrontPoint(
+                kl=candidate.kl,
+                sequences=candidate.sequences,
+                prompt_bytes=cost.prompt_bytes,
+                share=cost.share,
+                time_per_token=cost.latency,
+                tokens_per_second=cost.tokens_per_second,
+                parameters=candidate.parameters,
+                chosen=candidate.number == chosen.number,
+            )
+        )
+    return tuple(sorted(points, key=lambda point: (point.sequences, -point.kl)))
+
+
+def _notes(
+    request: SearchRequest,
+    budget: MemoryBudget,
+    source: QualitySource,
+    chosen: Candidate,
+    quality: Quality,
+) -> tuple[str, ...]:
+    """Automatic choices, each with its reason."""
+    prompt = source.tables.prompt_tokens
+    notes = [f"weights: {budget.reason}"]
+    if request.sequences is None:
+        notes.append(
+            f"sequences: {chosen.sequences}, the most whose loss on selection stays within "
+            f"{request.largest_kl:g} nats a token."
+        )
+    if prompt != request.context_tokens:
+        notes.append(
+            f"context: quality was measured on prompts of {prompt} tokens; budgets are shares of "
+            f"the prompt and are carried over to {request.context_tokens}."
+        )
+    if quality.kl.value > request.largest_kl:
+        notes.append(
+            f"loss: {quality.kl.value:.3g} nats a token on held-out samples is above --max-kl "
+            f"{request.largest_kl:g}; fewer sequences (--batch) or more --mem lower it."
+        )
+    return tuple(notes)
+
+
+def _study_key(request: SearchRequest, source: QualitySource) -> str:
+    """A journal belongs to one question; another limit or model begins another."""
+    asked = asdict(replace(request, run_dir=Path(), trials=0, shape=None, gpu=None))  # type: ignore[arg-type]
+    names = [request.shape.name, request.gpu.slug, source.provenance.get("trace", "stand-in")]
+    text = json.dumps([asked, names, kvtune.__version__], default=str, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _record_config(request: SearchRequest) -> None:
+    asked = {
+        **asdict(replace(request, shape=None, gpu=None)),  # type: ignore[arg-type]
+        "shape": request.shape.name,
+        "gpu": request.gpu.slug,
+        "run_dir": request.run_dir.name,
+        "kvtune": kvtune.__version__,
+    }
+    with atomic(request.run_dir / "config.json") as file:
+        file.write_text(json.dumps(asked, indent=2, default=str) + "\n")
+
+
+def _write(result: SearchResult) -> None:
+    """The policy and the result, each whole or not at all."""
+    run_dir = result.request.run_dir
+    write_text(run_dir / "policy.yaml", write_policy(_document(result)))
+    write_json(run_dir / "result.json", result_as_plain(result))
+
+
+def _document(result: SearchResult) -> PolicyDocument:
+    request, quality = result.request, result.quality
+    written = WrittenQuality(quality.source, quality.stand_in, quality.kl)
+    return PolicyDocument(
+        policy=result.policy,
+        model=ModelFacts(
+            request.shape.name,
+            request.shape.layers,
+            request.shape.kv_heads,
+            request.shape.head_dim,
+        ),
+        provenance=Provenance(
+            quality=written,
+            kvtune=kvtune.__version__,
+            trace=str(result.provenance.get("trace", "")),
+            seed=request.seed,
+            memory=result.memory.as_dict(),
+            latency=result.latency.as_dict(),
+        ),
+        serving=Serving(
+            weights=result.budget.weight_format,
+            context_tokens=request.context_tokens,
+            batch=result.sequences,
+            gpu=request.gpu.slug,
+        ),
+    )
+
+
+def result_as_plain(result: SearchResult) -> dict[str, Any]:
+    """The result as JSON data; the policy lies beside it as YAML."""
+    return {
+        "kvtune": kvtune.__version__,
+        "model": result.request.shape.name,
+        "gpu": result.request.gpu.slug,
+        "policy": "policy.yaml",
+        "budget": result.budget.as_dict(),
+        "front": [_plain(point) for point in result.front],
+        "rivals": [_plain(rival) for rival in result.rivals],
+        "quality": _plain(result.quality),
+        "predicted": _plain(result.predicted),
+        "memory": result.memory.as_dict(),
+        "latency": result.latency.as_dict(),
+        "prefill": result.prefill.as_dict(),
+        "sequences": result.sequences,
+        "full_cache_sequences": result.full_cache_sequences,
+        "prompt_bytes": result.prompt_bytes,
+        "share": result.share,
+        "counters": result.counters,
+        "notes": list(result.notes),
+        "provenance": result.provenance,
+    }
+
+
+def _plain(record: FrontPoint | Rival | Quality) -> dict[str, Any]:
+    fields = vars(record).items()
+    return {k: v.as_dict() if isinstance(v, Estimate) else v for k, v in fields}

@@ -1,0 +1,164 @@
+"""Where quality comes from: the model's own trace, or packaged tables that stand in for it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from kvtune.common.errors import KvtuneError
+from kvtune.common.files import cache_dir
+from kvtune.common.progress import Progress
+from kvtune.profiles.shape import ModelShape
+from kvtune.simulator.calibration import NONE, Calibration
+from kvtune.simulator.tables import Tables, onto
+from kvtune.simulator.tables_file import load_tables, save_tables
+from kvtune.tuner.options import FULL, SMALL
+from kvtune.tuner.request import SearchRequest
+
+if TYPE_CHECKING:
+    from kvtune.traces.models import LoadedModel
+    from kvtune.traces.trace import Trace
+
+STAND_IN = "smollm2-135m"
+_PROBES = {"small": 4, "full": 16}
+
+
+@dataclass(frozen=True)
+class QualitySource:
+    """Tables to search on, and what is needed to check the answer.
+
+    Args:
+        tables: every split.
+        calibration: from predicted to live.
+        stand_in: name of the model that stands in, or "" where the tables are the model's own.
+        loaded: the model, where its weights are at hand.
+        trace: its trace, likewise.
+        curves: a stand-in's baselines, live: family -> measured points.
+        provenance: versions, seeds and hashes.
+    """
+
+    tables: Tables
+    calibration: Calibration
+    stand_in: str = ""
+    loaded: LoadedModel | None = None
+    trace: Trace | None = None
+    curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def packaged_tables() -> tuple[Tables, dict[str, Any]]:
+    """The tables of SmolLM2-135M that the package ships, measured on a GPU."""
+    path = resources.files("kvtune.tuner") / "data" / f"{STAND_IN}.safetensors"
+    with resources.as_file(path) as file:
+        return load_tables(file)
+
+
+def stand_in(shape: ModelShape) -> QualitySource:
+    """The packaged tables, mapped onto another model's heads by relative depth and rank."""
+    tables, provenance = packaged_tables()
+    return QualitySource(
+        tables=onto(tables, shape.name, shape.layers, shape.kv_heads, shape.head_dim),
+        calibration=Calibration(**provenance["calibration"]),
+        stand_in=STAND_IN,
+        curves=provenance["baselines"],
+        provenance={"stand_in": {k: v for k, v in provenance.items() if k != "baselines"}},
+    )
+
+
+def has_weights(request: SearchRequest) -> bool:
+    """Whether the request names something that can be loaded."""
+    from kvtune.traces.models import KNOWN
+
+    return not request.stand_in and (request.model in KNOWN or request.model != request.shape.name)
+
+
+def own_trace(request: SearchRequest, progress: Progress) -> QualitySource:
+    """Load the model, capture its trace, build its tables; what is finished is used again.
+
+    Raises:
+        KvtuneError: the weights cannot be had, or do not fit the shape.
+    """
+    from kvtune.traces.capture import capture
+    from kvtune.traces.models import load_model
+    from kvtune.traces.samples import content_hash
+    from kvtune.traces.workloads import build, named_workload
+
+    loaded = load_model(request.model, device=request.device or best_device(), progress=progress)
+    progress.note(f"running in {loaded.dtype_reason}")
+    _check_shape(loaded, request.shape)
+    workload = named_workload(request.workload, request.seed, request.texts)
+    samples = build(workload, loaded.tokenizer)
+    probes = _PROBES[request.workload]
+    key = _key(loaded.fingerprint, content_hash(samples), probes, request.seed, loaded.dtype)
+    trace = capture(
+        loaded,
+        samples,
+        cache_dir() / "traces" / f"{request.shape.name}-{key}",
+        probes=probes,
+        seed=request.seed,
+        workload_description=workload.describe(),
+        signals=("column_sums",),
+        queries=workload.observed + 64,
+        progress=progress,
+    )
+    tables = _own_tables(request, trace, key, loaded.device, progress)
+    provenance = {
+        "trace": trace.content_sha256,
+        "workload": workload.describe(),
+        "probes": probes,
+        "dtype": loaded.dtype,
+        "device": loaded.device,
+    }
+    return QualitySource(
+        tables, _borrowed_calibration(), loaded=loaded, trace=trace, provenance=provenance
+    )
+
+
+def best_device() -> str:
+    """``cuda`` if there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _own_tables(
+    request: SearchRequest, trace: Trace, key: str, device: str, progress: Progress
+) -> Tables:
+    from kvtune.simulator.build import build_tables
+
+    options = (SMALL if request.workload == "small" else FULL).options()
+    menu = hashlib.sha256(repr(options).encode()).hexdigest()[:12]
+    path = cache_dir() / "tables" / f"{request.shape.name}-{key}-{menu}.safetensors"
+    if not path.exists():
+        tables = build_tables(trace, options, device=device, progress=progress)
+        save_tables(tables, path, {"trace": trace.content_sha256})
+        return tables
+    tables, provenance = load_tables(path)
+    if provenance.get("trace") != trace.content_sha256:
+        raise KvtuneError("these tables are of another trace", where=str(path), hint="remove it.")
+    progress.note("the trace and its tables are used again")
+    return tables
+
+
+def _borrowed_calibration() -> Calibration:
+    """The packaged model's line: how far live runs leave predictions hardly differs by model."""
+    try:
+        return Calibration(**packaged_tables()[1]["calibration"])
+    except (KvtuneError, KeyError, FileNotFoundError):
+        return NONE
+
+
+def _check_shape(loaded: LoadedModel, shape: ModelShape) -> None:
+    ours = (loaded.geometry.layers, loaded.geometry.kv_heads, loaded.geometry.head_dim)
+    if ours != (shape.layers, shape.kv_heads, shape.head_dim):
+        raise KvtuneError(
+            f"{loaded.name} has (layers, KV heads, head_dim) {ours}, not {shape.name}'s",
+            hint="name the model by the path of its weights alone.",
+        )
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).hexdigest()[:12]

@@ -1,0 +1,142 @@
+"""Validation: the model really runs with a policy, on samples that no choice was made on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvtune.common.estimate import Estimate
+from kvtune.common.progress import Progress, Silent
+from kvtune.policies.policy import Policy
+from kvtune.policies.signals import Needs
+from kvtune.runtime.live import LiveRun, run_live
+from kvtune.runtime.prompts import Prompt, fresh_prompt
+from kvtune.traces.models import LoadedModel
+from kvtune.traces.samples import Sample
+from kvtune.tuner.quality import estimate
+
+_TOGETHER = 6  # policies a batch beside the full cache, for a laptop's memory
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What live runs of one policy have found.
+
+    Args:
+        live: KL from the full cache, nats/token, tier live.
+        perplexity_change: ratio to the full cache's, minus one.
+        retrieval_accuracy: share of needle digits right; None without needles.
+        full_cache_accuracy: the same of the uncompressed model.
+        prompt_bytes: of one prompt, counted while compressing; the mean over samples.
+        samples: that were run.
+        counters: proof that the policy fired.
+    """
+
+    live: Estimate
+    perplexity_change: Estimate | None
+    retrieval_accuracy: Estimate | None
+    full_cache_accuracy: Estimate | None
+    prompt_bytes: int
+    samples: int
+    counters: dict[str, int] = field(default_factory=dict)
+
+
+def validate_policy(
+    policy: Policy,
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    *,
+    progress: Progress | None = None,
+) -> Validation:
+    """Run one policy live: prompt, compression, observed tokens, all now."""
+    needs = policy.needs
+
+    def fresh(sample: Sample) -> Prompt:
+        return fresh_prompt(loaded, sample, needs)
+
+    return validate_policies([policy], loaded, samples, fresh, progress=progress)[0]
+
+
+def validate_policies(
+    policies: Sequence[Policy],
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    prompt_of: Callable[[Sample], Prompt],
+    *,
+    progress: Progress | None = None,
+) -> list[Validation]:
+    """Run several policies live on the same samples.
+
+    Args:
+        policies: for the model's shape.
+        loaded: the model.
+        samples: held out.
+        prompt_of: gives a sample's prompt, from a trace or run afresh.
+        progress: told of every sample and batch of policies.
+    """
+    batches = [policies[at : at + _TOGETHER] for at in range(0, len(policies), _TOGETHER)]
+    steps = [(sample, batch) for sample in samples for batch in range(len(batches))]
+    runs: list[list[LiveRun]] = [[] for _ in policies]
+    for sample, batch in (progress or Silent()).track(steps, "running live", len(steps)):
+        found = run_live(loaded, sample, prompt_of(sample), batches[batch])
+        for row, run in enumerate(found, start=batch * _TOGETHER):
+            runs[row].append(run)
+    return [summarise(row, samples) for row in runs]
+
+
+def summarise(runs: Sequence[LiveRun], samples: Sequence[Sample]) -> Validation:
+    """Figures of one policy over its samples."""
+    kinds = [sample.kind for sample in samples]
+    change = estimate([float((r.nll - r.full_nll).mean()) for r in runs], kinds, "live", "")
+    asked = [np.array(sample.answer_mask) for sample in samples]
+    needles = sum(sample.needles for sample in samples)
+
+    def accuracy(correct: list[np.ndarray]) -> Estimate | None:
+        hits = [row[mask] for row, mask in zip(correct, asked, strict=True)]
+        return _share(np.concatenate(hits), needles) if needles else None
+
+    return Validation(
+        live=estimate([float(run.kl.mean()) for run in runs], kinds, "live"),
+        perplexity_change=_through_exp(change),
+        retrieval_accuracy=accuracy([run.correct for run in runs]),
+        full_cache_accuracy=accuracy([run.full_correct for run in runs]),
+        prompt_bytes=round(float(np.mean([run.footprint_bytes for run in runs]))),
+        samples=len(samples),
+        counters=_counters(runs, samples),
+    )
+
+
+def union_of_needs(policies: Sequence[Policy]) -> Needs:
+    """The signals that any of the policies reads."""
+    needs = Needs()
+    for policy in policies:
+        needs |= policy.needs
+    return needs
+
+
+def _through_exp(change: Estimate) -> Estimate:
+    """A difference of log-perplexities as a ratio minus one."""
+    value, low, high = (float(np.expm1(x)) for x in (change.value, change.low, change.high))
+    return Estimate(value, low, high, "ratio - 1", "live")
+
+
+def _share(hits: np.ndarray, trials: int) -> Estimate:
+    """A share with its Wilson 95 % interval; the digits of one needle are no separate trials."""
+    share, z = float(hits.mean()), 1.96
+    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    reach = z / (1 + z * z / trials)
+    reach *= float(np.sqrt(share * (1 - share) / trials + z * z / (4 * trials**2)))
+    return Estimate(share, max(centre - reach, 0.0), min(centre + reach, 1.0), "share", "live")
+
+
+def _counters(runs: Sequence[LiveRun], samples: Sequence[Sample]) -> dict[str, int]:
+    offered = sum(run.kept.size * s.prompt for run, s in zip(runs, samples, strict=True))
+    evicting = sum(int((run.kept < s.prompt).sum()) for run, s in zip(runs, samples, strict=True))
+    return {
+        "tokens_offered": offered,
+        "tokens_kept": int(sum(run.kept.sum() for run in runs)),
+        "heads_run": sum(run.kept.size for run in runs),
+        "heads_that_evicted": evicting,
+    }
