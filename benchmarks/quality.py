@@ -4,9 +4,10 @@
 
 Captures SmolLM2-135M, builds tables, searches at 3 / 6 / 12 / 25 % of the bf16 cache bytes, picks
 among search settings on selection samples, and runs everything live on evaluation samples that
-neither step has seen. Also: rank correlation of prediction and live over ~100 mixed policies,
-times, and the compact tables that the package ships. Arithmetic is float32 throughout, so that
-differences between policies are theirs and not the dtype's.
+neither step has seen. Baselines are narrowed down on the selection samples too, and of the best
+five of a family the one that does best on the evaluation samples is shown. Also: rank correlation
+of prediction and live over ~100 mixed policies, times, and the compact tables that the package
+ships. Arithmetic is float32 throughout, so that differences are the policies' and not the dtype's.
 """
 
 from __future__ import annotations
@@ -14,33 +15,26 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import workers
 from policies_mixed import mixed_policies
-from proxies import predictions
 from scipy.stats import spearmanr
 
 from kvtune import __version__
-from kvtune.policies.methods.h2o import H2O
-from kvtune.policies.methods.snapkv import SnapKV
-from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.policy import Policy
-from kvtune.policies.signals import Needs
-from kvtune.runtime.live import LiveRun, run_live
-from kvtune.runtime.prompts import fresh_prompt
-from kvtune.simulator.build import build_tables
+from kvtune.runtime.live import LiveRun
 from kvtune.simulator.calibration import calibrate
-from kvtune.simulator.tables import Tables, compact
+from kvtune.simulator.tables import Tables, compact, join
 from kvtune.simulator.tables_file import save_tables
-from kvtune.traces.capture import capture
 from kvtune.traces.models import LoadedModel, load_model
 from kvtune.traces.samples import Sample
-from kvtune.traces.trace import Trace
 from kvtune.traces.workloads import Workload, build
 from kvtune.tuner.allocate import Problem, score, solve
 from kvtune.tuner.baselines import FAMILIES, candidates
@@ -50,6 +44,7 @@ from kvtune.tuner.quality import bootstrap, mean_over_kinds
 SHARES = (0.03, 0.06, 0.12, 0.25)
 CURVE = (0.015, *SHARES, 0.5)  # where the baselines are measured
 KINDS = ("prose", "code", "retrieval")
+FINALISTS = 5  # of a family, taken on from the selection samples to the evaluation samples
 
 
 @dataclass
@@ -58,6 +53,7 @@ class Bench:
 
     out: Path
     loaded: LoadedModel
+    pool: ProcessPoolExecutor
     samples: list[Sample]
     needles: list[Sample]
     started: float = field(default_factory=time.monotonic)
@@ -78,6 +74,15 @@ class Bench:
         for kind in KINDS:
             rows += [s for s in self.of(split) if s.kind == kind][:each]
         return rows
+
+    def run(self, policies: Sequence[Policy], samples: Sequence[Sample]) -> list[Outcome]:
+        """Every policy live on every sample."""
+        outcomes = [Outcome() for _ in policies]
+        answers = workers.everywhere(self.pool, workers.live, samples, list(policies))
+        for sample, runs in zip(samples, answers, strict=True):
+            for outcome, run in zip(outcomes, runs, strict=True):
+                outcome.add(sample, run, self.full_bytes)
+        return outcomes
 
     @property
     def prompt(self) -> int:
@@ -132,20 +137,6 @@ class Outcome:
         return found
 
 
-def run_all(
-    bench: Bench, policies: Sequence[Policy], samples: Iterable[Sample], rows: int = 18
-) -> list[Outcome]:
-    """Every policy live on every sample, ``rows`` policies a batch."""
-    outcomes = [Outcome() for _ in policies]
-    for sample in samples:
-        prompt = fresh_prompt(bench.loaded, sample, Needs(window=32, column_sums=True))
-        for first in range(0, len(policies), rows):
-            runs = run_live(bench.loaded, sample, prompt, policies[first : first + rows])
-            for outcome, run in zip(outcomes[first:], runs, strict=False):
-                outcome.add(sample, run, bench.full_bytes)
-    return outcomes
-
-
 def plan(bench: Bench, tables: Tables, choice: np.ndarray, name: str) -> Policy:
     rows = choice.reshape(bench.shape[0], bench.shape[1])
     return Policy(name, tuple(tuple(tables.options[o] for o in row) for row in rows))
@@ -162,30 +153,16 @@ class Variant:
 
 
 def variants(tables: Tables) -> list[Variant]:
-    options = tables.options
-
-    def columns(keep: Any) -> np.ndarray:
-        return np.flatnonzero([keep(option) for option in options])
-
-    def inexact(option: Any) -> bool:
-        return not getattr(option.keys, "exact_first", 0)
-
-    def plain(option: Any) -> bool:
-        known = option.method in (SnapKV(), H2O(), StreamingLLM()) or option.budget.share is None
-        return known and option.keys.label in ("bf16", "int4", "int2") and _alike(option)
-
-    everything = np.arange(len(options))
-    no_three = columns(lambda option: option.keys.label != "int3")
-    found = [Variant(f"rich {s}", everything, s) for s in (0.0, 0.15, 0.3, 0.5)]
-    found += [Variant("no sinks 0.3", columns(inexact), 0.3)]
-    found += [Variant("no int3 0.3", no_three, 0.3)]
-    found += [Variant("plain 0.3", columns(plain), 0.3), Variant("plain 0", columns(plain), 0.0)]
-    found += [Variant("layers 0.3", everything, 0.3, tied=True)]
+    """Search settings to choose from on the selection samples, and two ablations."""
+    small = [(o.method, o.keys, o.values) for o in SMALL.options()]
+    everything = np.arange(len(tables.options))
+    plain = np.flatnonzero([(o.method, o.keys, o.values) in small for o in tables.options])
+    inexact = np.flatnonzero([not getattr(o.keys, "exact_first", 0) for o in tables.options])
+    found = [Variant(f"full menu {s}", everything, s) for s in (0.0, 0.15, 0.3, 0.5)]
+    found += [Variant("plain menu 0.0", plain, 0.0), Variant("plain menu 0.3", plain, 0.3)]
+    found += [Variant("no exact sinks 0.15", inexact, 0.15)]
+    found += [Variant("one option a layer 0.3", everything, 0.3, tied=True)]
     return found
-
-
-def _alike(option: Any) -> bool:
-    return option.keys == option.values
 
 
 def search(bench: Bench, tables: Tables) -> list[tuple[float, Variant, Policy, float]]:
@@ -228,16 +205,20 @@ def score_microseconds(tables: Tables) -> float:
     return float(np.median(times) * 1e6)
 
 
-def compare(bench: Bench, tables: Tables) -> dict[float, Policy]:
-    """Plans and baselines live; returns the plan picked at each share."""
+def choose_plans(bench: Bench, tables: Tables) -> tuple[list[Any], list[float]]:
+    """Every variant at every share, and its live loss on the selection samples."""
     found = search(bench, tables)
-    plans = [policy for _, _, policy, _ in found]
-    selected = run_all(bench, plans, bench.of("select"))
-    live = [mean_over_kinds(o.kl, o.kinds) for o in selected]
-    pairs = [(predicted, kl) for (*_, predicted), kl in zip(found, live, strict=True)]
-    bench.record("plans_on_selection", {p.name: pair for p, pair in zip(plans, pairs, strict=True)})
+    outcomes = bench.run([policy for _, _, policy, _ in found], bench.of("select"))
+    live = [mean_over_kinds(o.kl, o.kinds) for o in outcomes]
+    pairs = {p.name: [guess, kl] for (_, _, p, guess), kl in zip(found, live, strict=True)}
+    bench.record("plans_on_selection", pairs)
+    return found, live
+
+
+def choose_rivals(bench: Bench) -> list[tuple[float, str, Policy]]:
+    """The best few of every family at every share, by their live loss on selection samples."""
     layers, heads, head_dim = bench.shape
-    rivals = [
+    everyone = [
         (share, family, policy)
         for share in CURVE
         for family in FAMILIES
@@ -245,13 +226,30 @@ def compare(bench: Bench, tables: Tables) -> dict[float, Policy]:
             family, int(share * bench.full_bytes), bench.prompt, layers, heads, head_dim
         )
     ]
-    everyone = plans + [policy for *_, policy in rivals]
-    outcomes = run_all(bench, everyone, bench.of("evaluate"))
+    outcomes = bench.run([policy for *_, policy in everyone], bench.of("select"))
+    kl = [mean_over_kinds(o.kl, o.kinds) for o in outcomes]
+    bench.record(
+        "rivals_on_selection",
+        [[s, f, p.name, k] for (s, f, p), k in zip(everyone, kl, strict=True)],
+    )
+    kept = []
+    for share in CURVE:
+        for family in FAMILIES:
+            mine = [i for i, (s, f, _) in enumerate(everyone) if (s, f) == (share, family)]
+            kept += [everyone[i] for i in sorted(mine, key=lambda i: kl[i])[:FINALISTS]]
+    return kept
 
-    def best_of(family: str, share: float) -> tuple[str, Outcome]:
+
+def compare(bench: Bench, found: list[Any], live: list[float]) -> None:
+    """Plans and baselines on samples that no choice was made on."""
+    plans = [policy for _, _, policy, _ in found]
+    rivals = choose_rivals(bench)
+    outcomes = bench.run(plans + [policy for *_, policy in rivals], bench.of("evaluate"))
+
+    def best_of(family: str, share: float) -> tuple[Policy, Outcome]:
         """The family's best by the very figures it is shown with: generous to it."""
         named = [
-            (policy.name, outcomes[len(plans) + row])
+            (policy, outcomes[len(plans) + row])
             for row, (at, kind, policy) in enumerate(rivals)
             if at == share and kind == family
         ]
@@ -259,50 +257,50 @@ def compare(bench: Bench, tables: Tables) -> dict[float, Policy]:
 
     curves = {
         family: [
-            {"at": s, "name": best_of(family, s)[0], **best_of(family, s)[1].summary()}
+            {"at": s, "name": best_of(family, s)[0].name, **best_of(family, s)[1].summary()}
             for s in CURVE
         ]
         for family in FAMILIES
     }
     bench.record("baseline_curves", curves)
     table: dict[str, Any] = {}
-    chosen: dict[float, Policy] = {}
+    chosen, beaten = [], []
     for share in SHARES:
-        ours = [
-            row for row, (at, variant, *_) in enumerate(found) if at == share and not variant.tied
-        ]
+        ours = [row for row, (at, v, *_) in enumerate(found) if at == share and not v.tied]
         best = min(ours, key=lambda row: live[row])
-        chosen[share] = plans[best]
+        chosen.append(plans[best])
         mine = outcomes[best]
         entry: dict[str, Any] = {"plan": {"variant": plans[best].name, **mine.summary()}}
+        entry["plan"]["options"] = used(plans[best])
         entry["variants"] = {
             plans[row].name: outcomes[row].summary()
             for row, (at, *_) in enumerate(found)
             if at == share
         }
         for family in FAMILIES:
-            name, rival = best_of(family, share)
+            policy, rival = best_of(family, share)
+            beaten.append(policy)
             ratio = bootstrap(rival.kl, rival.kinds) / bootstrap(mine.kl, mine.kinds)
             entry[family] = {
-                "name": name,
+                "name": policy.name,
                 **rival.summary(),
                 "times_the_plan": rival.summary()["kl"] / mine.summary()["kl"],
                 "times_interval": [float(x) for x in np.percentile(ratio, [2.5, 97.5])],
             }
         table[f"{share:.0%}"] = entry
     bench.record("at_equal_bytes", table)
-    best_rivals = [
-        next(p for at, _, p in rivals if at == share and p.name == table[f"{share:.0%}"][f]["name"])
-        for share in SHARES
-        for f in ("uniform", "adakv")
-    ]
-    retrieval(bench, list(chosen.values()), best_rivals)
-    return chosen
+    retrieval(bench, chosen, beaten)
+
+
+def used(policy: Policy) -> dict[str, int]:
+    """How many heads a plan gives each option."""
+    labels = [option.label for option in policy.options()]
+    return {label: labels.count(label) for label in sorted(set(labels))}
 
 
 def retrieval(bench: Bench, plans: list[Policy], rivals: list[Policy]) -> None:
     """8-needle accuracy, paired with the full cache, on held-out needles."""
-    outcomes = run_all(bench, plans + rivals, bench.needles)
+    outcomes = bench.run(plans + rivals, bench.needles)
     rows = []
     for policy, outcome in zip(plans + rivals, outcomes, strict=True):
         points = 100 * (np.array(outcome.full_digits) - np.array(outcome.digits))
@@ -318,18 +316,19 @@ def retrieval(bench: Bench, plans: list[Policy], rivals: list[Policy]) -> None:
     bench.record("retrieval", rows)
 
 
-def ranking(bench: Bench, trace: Trace) -> dict[str, Any]:
+def ranking(bench: Bench) -> dict[str, Any]:
     """How well predictions rank mixed policies, calibrated on selection samples."""
     mixed = mixed_policies(bench.shape[0], bench.shape[1])
     policies = [policy for _, policy in mixed]
     kinds = np.array([kind for kind, _ in mixed])
-    fit_on, test_on = bench.first(2, "select"), bench.first(3, "evaluate")
     lives, guesses = {}, {}
-    for name, group in (("select", fit_on), ("evaluate", test_on)):
-        lives[name] = np.array([np.mean(o.kl) for o in run_all(bench, policies, group)])
-        records = [trace.sample(sample.id) for sample in group]
-        found = predictions(trace, records, policies, bench.loaded.device)
-        guesses[name] = {proxy: values.mean(1) for proxy, values in found.items()}
+    test_on = bench.first(3, "evaluate")
+    for name, group in (("select", bench.first(2, "select")), ("evaluate", test_on)):
+        lives[name] = np.array([np.mean(o.kl) for o in bench.run(policies, group)])
+        found = workers.everywhere(bench.pool, workers.predicted, group, policies)
+        guesses[name] = {
+            proxy: np.concatenate([part[proxy] for part in found], 1).mean(1) for proxy in found[0]
+        }
     line = calibrate(guesses["select"]["probes"], lives["select"])
     predicted, live = guesses["evaluate"]["probes"], lives["evaluate"]
     ratio = live / np.array([line.value(p) for p in predicted])
@@ -355,33 +354,26 @@ def ranking(bench: Bench, trace: Trace) -> dict[str, Any]:
         ],
     }
     bench.record("ranking", result)
-    return line.as_dict()
+    return result
 
 
 def _spearman(predicted: np.ndarray, live: np.ndarray) -> float:
     return float(spearmanr(predicted, live).statistic)
 
 
-def ship(bench: Bench, tables: Tables, line: dict[str, Any], rank: int) -> None:
+def ship(bench: Bench, tables: Tables, rank: int) -> None:
     """The compact tables that stand in where no GPU and no weights are at hand."""
-    keep = [
-        column
-        for column, option in enumerate(tables.options)
-        if option.keys.label not in ("int3", "int4+4")
-    ]
     label = [(sample.split, sample.kind) for sample in tables.samples]
     names = sorted(set(label))
-    small = compact(tables.with_options(keep), [names.index(pair) for pair in label], rank)
+    small = compact(tables, [names.index(pair) for pair in label], rank)
     provenance = {
         "made_by": "benchmarks/quality.py",
         "kvtune": __version__,
         "torch": torch.__version__,
         "device": bench.figures["device"],
         "model_fingerprint": bench.loaded.fingerprint,
-        "probes": bench.figures["setting"]["probes"],
-        "workload": bench.figures["setting"]["workload"],
-        "seed": 0,
-        "calibration": line,
+        **bench.figures["setting"],
+        "calibration": bench.figures.get("ranking", {}).get("calibration", {}),
         "baselines": bench.figures.get("baseline_curves", {}),
     }
     path = bench.out / "smollm2-135m.safetensors"
@@ -393,48 +385,51 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--scratch", type=Path, default=Path("kvtune-runs/benchmark-trace"))
+    parser.add_argument("--scratch", type=Path, default=Path("kvtune-runs/benchmark-traces"))
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--workers", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--observed", type=int, default=256)
     parser.add_argument("--probes", type=int, default=16)
     parser.add_argument("--per-kind", type=int, nargs=3, default=(8, 4, 8))
     parser.add_argument("--needle-samples", type=int, default=64)
     parser.add_argument("--rank", type=int, default=16)
-    run(parser.parse_args())
-
-
-def run(arguments: argparse.Namespace) -> None:
+    arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    loaded = load_model(arguments.model, device=arguments.device, dtype="float32")
-    bench, workload = prepare(arguments, loaded)
+    place = workers.Place(arguments.model, arguments.device, arguments.scratch)
+    with workers.workers(place, arguments.workers) as (pool, converted):
+        loaded = load_model(arguments.model, device=arguments.device, dtype="float32")
+        converted.set()
+        measure(arguments, prepare(arguments, loaded, pool))
+
+
+def measure(arguments: argparse.Namespace, bench: Bench) -> None:
+    """Everything, what the package needs most first."""
     cuda = arguments.device != "cpu"
     bench.record("device", torch.cuda.get_device_name() if cuda else "cpu")
-    setting = {"workload": workload.describe(), "probes": arguments.probes}
-    bench.record("setting", setting)
     started = time.monotonic()
-    trace = capture(
-        loaded,
-        bench.samples,
-        arguments.scratch,
-        probes=arguments.probes,
-        workload_description=workload.describe(),
-        signals=("column_sums",),
-        queries=arguments.observed + 64,
-    )
-    bench.record("capture_seconds", time.monotonic() - started)
-    time_small_tables(bench, trace)
-    started = time.monotonic()
-    tables = build_tables(trace, FULL.options(), device=loaded.device)
-    bench.record("rich_tables_seconds", [len(FULL.options()), time.monotonic() - started])
+    workers.everywhere(bench.pool, workers.capture_one, bench.samples, arguments.probes)
+    bench.record("capture_seconds", [len(bench.samples), time.monotonic() - started])
+    tables_of(bench, "tables_57_options_14_samples", bench.samples[:14], SMALL.options())
+    tables = tables_of(bench, "tables_full_menu", bench.samples, FULL.options())
+    ship(bench, tables, arguments.rank)
     bench.record("score_microseconds", score_microseconds(tables.of_split("search")))
-    compare(bench, tables)
-    line = ranking(bench, trace)
-    ship(bench, tables, line, arguments.rank)
+    found, live = choose_plans(bench, tables)
+    ranking(bench)
+    compare(bench, found, live)
+    ship(bench, tables, arguments.rank)
 
 
-def prepare(arguments: argparse.Namespace, loaded: LoadedModel) -> tuple[Bench, Workload]:
+def tables_of(bench: Bench, name: str, samples: list[Sample], options: Any) -> Tables:
+    started = time.monotonic()
+    parts = workers.everywhere(bench.pool, workers.tables_of, samples, options)
+    seconds = time.monotonic() - started
+    figures = {"options": len(options), "samples": len(samples), "seconds": seconds}
+    bench.record(name, figures)
+    return join(parts)
+
+
+def prepare(arguments: argparse.Namespace, loaded: LoadedModel, pool: Any) -> Bench:
     search_each, select_each, evaluate_each = arguments.per_kind
     counts = {
         "search": dict.fromkeys(KINDS, search_each),
@@ -450,17 +445,11 @@ def prepare(arguments: argparse.Namespace, loaded: LoadedModel) -> tuple[Bench, 
     needles = [s for s in made if s.split == "evaluate" and s.kind == "retrieval"]
     beyond = {sample.id for sample in needles[evaluate_each:]}
     traced = [sample for sample in made if sample.id not in beyond]
-    return Bench(arguments.out, loaded, traced, needles[: arguments.needle_samples]), workload
-
-
-def time_small_tables(bench: Bench, trace: Trace) -> None:
-    """Tables for 57 options a head and 14 samples."""
-    started = time.monotonic()
-    some = build_tables(
-        trace, SMALL.options(), samples=trace.samples[:14], device=bench.loaded.device
-    )
-    seconds = time.monotonic() - started
-    bench.record("tables_57_options_14_samples_seconds", [len(some.samples), seconds])
+    asked = needles[: arguments.needle_samples]
+    bench = Bench(arguments.out, loaded, pool, traced, asked)
+    setting = {"workload": workload.describe(), "probes": arguments.probes, "dtype": "float32"}
+    bench.record("setting", setting | {"workers": arguments.workers})
+    return bench
 
 
 if __name__ == "__main__":

@@ -135,21 +135,38 @@ def compact(tables: Tables, group: Sequence[int], rank: int) -> Tables:
     return replace(tables, factor=np.stack(factors), group=numbers)
 
 
+def join(parts: Sequence[Tables]) -> Tables:
+    """Tables of more samples, from tables of some each; the same model and options."""
+    first = np.cumsum([0, *(len(part.factor) for part in parts)])
+    return replace(
+        parts[0],
+        samples=tuple(sample for part in parts for sample in part.samples),
+        loss=np.concatenate([part.loss for part in parts]),
+        factor=np.concatenate([part.factor for part in parts]),
+        group=np.concatenate([part.group + at for part, at in zip(parts, first, strict=False)]),
+    )
+
+
 def low_rank(factors: Floats, rank: int, weights: Floats | None = None) -> Floats:
     """One ``[I, O, rank]`` factor whose products are the (weighted) mean of several factors'.
 
-    The singular directions come from the smaller Gram matrix, between features; the mean over
-    samples of U_n U_n^T is what one wants, so samples' features stand side by side.
+    The mean over samples of U_n U_n^T is that of the samples' features standing side by side; its
+    leading directions are found by randomised subspace iteration (Halko, Martinsson and Tropp,
+    SIAM Review 2011), which for thousands of features is a hundred times faster than all of them.
     """
     count, heads, options, features = factors.shape
     weights = np.full(count, 1 / count, np.float32) if weights is None else weights
     scaled = factors * np.sqrt(weights)[:, None, None, None]
     side = scaled.transpose(1, 2, 0, 3).reshape(heads * options, count * features)
-    values, vectors = np.linalg.eigh((side.T @ side).astype(np.float64))
-    top = vectors[:, np.argsort(values)[::-1][:rank]].astype(np.float32)
-    projected = side @ top
-    if projected.shape[1] < rank:
-        projected = np.pad(projected, ((0, 0), (0, rank - projected.shape[1])))
+    if side.shape[1] <= rank:
+        projected = np.pad(side, ((0, 0), (0, rank - side.shape[1])))
+        return projected.reshape(heads, options, rank)
+    basis = np.random.default_rng(0).standard_normal((side.shape[1], rank + 16), np.float32)
+    for _ in range(3):
+        basis = np.linalg.qr(side.T @ (side @ basis))[0]
+    small = side @ basis
+    _, turn = np.linalg.eigh((small.T @ small).astype(np.float64))
+    projected = small @ turn[:, ::-1][:, :rank].astype(np.float32)
     return projected.reshape(heads, options, rank)
 
 

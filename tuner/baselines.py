@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from kvtune.policies.allocator import Allocator
@@ -19,24 +19,41 @@ from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
 
-PRECISIONS: tuple[Format, ...] = (Bf16(), Int8(), Int4(), Int3(), Int2())
+Stored = tuple[Method, Format]
+
+_SCORING: tuple[Method, ...] = (SnapKV(), H2O(), H2O(recent_share=0.1))
+PRECISIONS: tuple[Format, ...] = (
+    Bf16(),
+    Int8(),
+    *(kind(exact_first=sinks) for kind in (Int4, Int3, Int2) for sinks in (0, 4)),
+)
 FAMILIES: dict[str, tuple[Allocator, tuple[Method, ...]]] = {
-    "uniform": (AsGiven(), (SnapKV(), H2O(), StreamingLLM())),
-    "pyramid": (Pyramid(), (SnapKV(), H2O())),
-    "adakv": (AdaKV(), (SnapKV(), H2O())),
+    "uniform": (AsGiven(), (*_SCORING, StreamingLLM())),
+    "pyramid": (Pyramid(), _SCORING),
+    "adakv": (AdaKV(), _SCORING),
 }
 
 
 def candidates(
-    family: str, budget_bytes: int, prompt_tokens: int, layers: int, kv_heads: int, head_dim: int
+    family: str,
+    budget_bytes: int,
+    prompt_tokens: int,
+    layers: int,
+    kv_heads: int,
+    head_dim: int,
+    only: Collection[Stored] | None = None,
 ) -> list[Policy]:
-    """A family's policies, every method in every precision, each filling ``budget_bytes``."""
+    """A family's policies, every method in every precision, each filling ``budget_bytes``.
+
+    ``only`` narrows them to some methods and precisions.
+    """
     allocator, methods = FAMILIES[family]
     shape = (prompt_tokens, layers, kv_heads, head_dim)
     filled = [
         fill(Option(method, keys=form, values=form), allocator, budget_bytes, *shape)
         for method in methods
         for form in PRECISIONS
+        if only is None or (method, form) in only
     ]
     return [policy for policy in filled if policy is not None]
 

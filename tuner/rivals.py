@@ -1,4 +1,8 @@
-"""The plan beside what it has to beat, at equal bytes, on samples no choice was made on."""
+"""The plan beside what it has to beat, at equal bytes, on samples no choice was made on.
+
+Baselines are picked by replay on those very samples, which is generous to them: the uniform ones
+in every method and precision, pyramid and AdaKV in those that did best there.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from kvtune.common.estimate import Estimate
 from kvtune.common.progress import Progress
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.tuner.allocate import Choice, Problem, solve
-from kvtune.tuner.baselines import FAMILIES, candidates
+from kvtune.tuner.baselines import FAMILIES, Stored, candidates
 from kvtune.tuner.quality import estimate
 from kvtune.tuner.request import Rival
 from kvtune.tuner.sources import QualitySource
@@ -65,21 +69,26 @@ def live_rivals(
     kinds = [sample.kind for sample in samples]
     budget = policy.footprint(tables.prompt_tokens, tables.head_dim)
     shape = (tables.prompt_tokens, tables.layers, tables.kv_heads, tables.head_dim)
-    simple = [(f, p) for f in FAMILIES for p in candidates(f, budget, *shape)]
-    losses = replay_policies(
-        trace, samples, [p for _, p in simple], device=loaded.device, progress=progress
-    )
-    best = [_best_of(family, simple, losses.mean(1)) for family in FAMILIES]
+
+    def replay(policies: Sequence[Policy]) -> Any:
+        return replay_policies(trace, samples, policies, device=loaded.device, progress=progress)
+
+    uniform = candidates("uniform", budget, *shape)
+    losses = replay(uniform)
+    ranked = np.argsort(losses.mean(1))
+    simple = [("uniform", uniform[ranked[0]], losses[ranked[0]])]
+    promising = {_stored_by(uniform[i]) for i in ranked[:_PROMISING]}
+    for family in ("pyramid", "adakv"):
+        if tried := candidates(family, budget, *shape, only=promising):
+            losses = replay(tried)
+            best = int(losses.mean(1).argmin())
+            simple.append((family, tried[best], losses[best]))
     rows: list[tuple[str, Policy, Estimate]] = [("kvtune", policy, predicted)]
     rows += [
         (family, _as_policy(source, choice, _NAMES[family]), _held_out(source, choice))
         for family, choice in _own_allocations(source, budget).items()
     ]
-    rows += [
-        (simple[i][0], simple[i][1], _calibrated(source, losses[i], kinds))
-        for i in best
-        if i is not None
-    ]
+    rows += [(family, p, _calibrated(source, loss, kinds)) for family, p, loss in simple]
     found = validate_policies(
         [p for _, p, _ in rows],
         loaded,
@@ -101,6 +110,7 @@ def live_rivals(
     ], found[0]
 
 
+_PROMISING = 4  # methods and precisions that the other families try, of the uniform ones
 _NAMES = {"layers": "best per layer", "greedy": "greedy per head"}
 
 
@@ -139,10 +149,9 @@ def _as_policy(source: QualitySource, choice: Choice, name: str) -> Policy:
     return Policy(name, tuple(tuple(source.tables.options[o] for o in row) for row in rows))
 
 
-def _best_of(family: str, simple: Sequence[tuple[str, Policy]], losses: Any) -> int | None:
-    """Chosen by the very samples it is shown on: generous to the family."""
-    mine = [i for i, (other, _) in enumerate(simple) if other == family]
-    return min(mine, key=lambda i: losses[i], default=None)
+def _stored_by(policy: Policy) -> Stored:
+    option = policy.heads[0][0]
+    return option.method, option.keys
 
 
 def _on_curve(points: Sequence[dict[str, Any]], share: float) -> tuple[str, Estimate] | None:
