@@ -28,6 +28,11 @@ from policies_mixed import mixed_policies
 from scipy.stats import spearmanr
 
 from kvtune import __version__
+from kvtune.policies.method import Method
+from kvtune.policies.methods.h2o import H2O
+from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.methods.streaming_llm import StreamingLLM
+from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.runtime.live import LiveRun
 from kvtune.simulator.calibration import calibrate
@@ -152,17 +157,31 @@ class Variant:
     tied: bool = False
 
 
+METHOD_SETS = {
+    "all methods": None,
+    "three methods": (SnapKV(), H2O(), StreamingLLM()),
+    "short windows": (SnapKV(window=16, recent=8), H2O(recent_share=0.1), StreamingLLM()),
+    "no short windows": (SnapKV(), H2O(), H2O(recent_share=0.1), StreamingLLM()),
+    "H2O and sinks": (H2O(), H2O(recent_share=0.1), StreamingLLM()),
+}
+
+
 def variants(tables: Tables) -> list[Variant]:
-    """Search settings to choose from on the selection samples, and two ablations."""
-    small = [(o.method, o.keys, o.values) for o in SMALL.options()]
+    """Search settings to choose from on the selection samples, and an ablation."""
+    found = []
+    for name, methods in METHOD_SETS.items():
+        for exact in (True, False):
+            columns = np.flatnonzero([_admitted(o, methods, exact) for o in tables.options])
+            for shrinkage in (0.0, 0.2, 0.4):
+                label = f"{name}{'' if exact else ', no exact sinks'}, cross terms {shrinkage}"
+                found.append(Variant(label, columns, shrinkage))
     everything = np.arange(len(tables.options))
-    plain = np.flatnonzero([(o.method, o.keys, o.values) in small for o in tables.options])
-    inexact = np.flatnonzero([not getattr(o.keys, "exact_first", 0) for o in tables.options])
-    found = [Variant(f"full menu {s}", everything, s) for s in (0.0, 0.15, 0.3, 0.5)]
-    found += [Variant("plain menu 0.0", plain, 0.0), Variant("plain menu 0.3", plain, 0.3)]
-    found += [Variant("no exact sinks 0.15", inexact, 0.15)]
-    found += [Variant("one option a layer 0.3", everything, 0.3, tied=True)]
-    return found
+    return [*found, Variant("one option a layer", everything, 0.2, tied=True)]
+
+
+def _admitted(option: Option, methods: tuple[Method, ...] | None, exact: bool) -> bool:
+    known = methods is None or option.budget.share is None or option.method in methods
+    return known and (exact or not getattr(option.keys, "exact_first", 0))
 
 
 def search(bench: Bench, tables: Tables) -> list[tuple[float, Variant, Policy, float]]:
@@ -393,7 +412,7 @@ def main() -> None:
     parser.add_argument("--probes", type=int, default=16)
     parser.add_argument("--per-kind", type=int, nargs=3, default=(8, 4, 8))
     parser.add_argument("--needle-samples", type=int, default=64)
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rank", type=int, default=11)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     place = workers.Place(arguments.model, arguments.device, arguments.scratch)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,28 +20,7 @@ if TYPE_CHECKING:
     from kvtune.policies.policy import Policy
     from kvtune.traces.models import LoadedModel
     from kvtune.traces.samples import Sample
-
-
-class Validation(Protocol):
-    """What a live run of one policy has found.
-
-    Args:
-        live: KL from the full cache, nats/token, tier live.
-        perplexity_change: ratio minus one.
-        retrieval_accuracy: share of needle digits right; None without needles.
-        full_cache_accuracy: the same of the uncompressed model.
-        prompt_bytes: counted while compressing, one prompt.
-        samples: that were run.
-        counters: proof that the policy fired.
-    """
-
-    live: Estimate
-    perplexity_change: Estimate | None
-    retrieval_accuracy: Estimate | None
-    full_cache_accuracy: Estimate | None
-    prompt_bytes: int
-    samples: int
-    counters: Mapping[str, int]
+    from kvtune.tuner.validate import Validation
 
 
 def command(
@@ -116,8 +95,7 @@ def _run(
 ) -> Validation:
     from kvtune.tuner.validate import validate_policy
 
-    found: Validation = validate_policy(policy, loaded, samples, progress=progress)
-    return found
+    return validate_policy(policy, loaded, samples, progress=progress)
 
 
 def _predicted(document: PolicyDocument) -> Estimate | None:

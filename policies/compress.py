@@ -100,7 +100,8 @@ def _stored(whole: Tensor, kept: Kept, forms: Sequence[Format], role: Role) -> T
             break
         some = torch.tensor(mine, device=whole.device)
         tensor[some] = form.roundtrip(tensor[some], counts[some], role)
-    return tensor.unflatten(0, (-1, heads))
+    by_policy: Tensor = tensor.unflatten(0, (-1, heads))
+    return by_policy
 
 
 def compress_together(

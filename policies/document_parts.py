@@ -123,7 +123,7 @@ class Pattern:
 
     option: Option
     layers: tuple[tuple[int, tuple[Option, ...]], ...] = ()
-    allocator: Allocator = AsGiven()  # noqa: RUF009
+    allocator: Allocator = AsGiven()
     name: str = ""
 
     def bind(self, layers: int, kv_heads: int) -> Policy:

@@ -55,4 +55,4 @@ def find_format(name: str) -> type[Format]:
 
 def formats() -> dict[str, type[Format]]:
     """Every format, by name."""
-    return dict(registered(PACKAGE, Format))  # type: ignore[type-abstract]
+    return dict(registered(PACKAGE, Format))

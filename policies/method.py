@@ -79,4 +79,4 @@ def find_method(name: str) -> type[Method]:
 
 def methods() -> dict[str, type[Method]]:
     """Every method, by name."""
-    return dict(registered(PACKAGE, Method))  # type: ignore[type-abstract]
+    return dict(registered(PACKAGE, Method))

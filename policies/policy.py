@@ -72,9 +72,10 @@ class Policy:
         """Refuse a policy made for another model's shape."""
         ragged = {len(layer) for layer in self.heads}
         if self.layers != layers or ragged != {kv_heads}:
+            ours = "/".join(map(str, sorted(ragged)))
             raise KvtuneError(
-                f"the policy {self.name!r} is for {self.layers} layers of "
-                f"{'/'.join(map(str, sorted(ragged)))} KV heads, the model has {layers} of {kv_heads}",
+                f"the policy {self.name!r} is for {self.layers} layers of {ours} KV heads, "
+                f"the model has {layers} of {kv_heads}",
                 hint="search again for this model, or give the policy a uniform option.",
             )
 

@@ -28,15 +28,16 @@ def registered(package: str, base: type[T]) -> MappingProxyType[str, type[T]]:
             importlib.import_module(f"{package}.{module.name}"), inspect.isclass
         ):
             name = kind.__dict__.get("name")
-            if issubclass(kind, base) and isinstance(name, str):
-                if found.setdefault(name, kind) is not kind:
-                    raise ValueError(f"{kind} and {found[name]} are both called {name!r}")
+            if not issubclass(kind, base) or not isinstance(name, str):
+                continue
+            if found.setdefault(name, kind) is not kind:
+                raise ValueError(f"{kind} and {found[name]} are both called {name!r}")
     return MappingProxyType(found)
 
 
 def find(package: str, base: type[T], name: str) -> type[T]:
     """The class called ``name``; an unknown name is refused with the nearest known ones."""
-    kinds = registered(package, base)
+    kinds = registered(package, base)  # type: ignore[arg-type]
     if name not in kinds:
         what = package.rsplit(".", 1)[-1].rstrip("s")
         raise KvtuneError(f"unknown {what} {name!r}", hint=nearest(name, kinds))

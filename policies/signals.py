@@ -77,7 +77,8 @@ class Signals:
         return self._by_kv_head(self.recorded_column_sums.float())
 
     def _by_kv_head(self, tensor: Tensor) -> Tensor:
-        return tensor.unflatten(0, (self.keys.shape[0], -1))
+        split: Tensor = tensor.unflatten(0, (self.keys.shape[0], -1))
+        return split
 
     def _attend(self, window: int, end: int | None = None) -> Tensor:
         """Rows ``end - window`` to ``end`` of the causal attention matrix, ``[H, G, W, P]``."""

@@ -100,4 +100,5 @@ def layer_features(layer: LayerReplay, options: Sequence[Option], block: int) ->
     """
     responses = replay_options(layer, options, block)
     probes, observed = layer.probes.shape[:2]
-    return (responses.flatten(2) / (2 * observed * probes) ** 0.5).cpu().numpy()
+    features: Floats = (responses.flatten(2) / (2 * observed * probes) ** 0.5).cpu().numpy()
+    return features

@@ -55,5 +55,6 @@ def _replay_sample(
             part = compress_together(policies[some], index, planned[some], layer.signals)
             pieces.append(layer.response(part, block).sum(1))  # over heads: [B, S, C / block]
         total = total + torch.cat(pieces)
-    losses: Floats = (torch.as_tensor(total) ** 2).sum((1, 2)).cpu().numpy()
-    return losses / (2 * sample.observed * probes)
+    squares = (torch.as_tensor(total) ** 2).sum((1, 2))
+    losses: Floats = (squares / (2 * sample.observed * probes)).cpu().numpy()
+    return losses

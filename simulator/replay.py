@@ -100,7 +100,8 @@ class LayerReplay:
         change = self.output(prompt) - self.full
         by_position = torch.einsum("...hgtd,sthgd->...hst", change, self.probes)
         whole = by_position[..., : by_position.shape[-1] // block * block]
-        return whole.unflatten(-1, (-1, block)).sum(-1)
+        blocks: Tensor = whole.unflatten(-1, (-1, block))
+        return blocks.sum(-1)
 
 
 def replay_options(layer: LayerReplay, options: Sequence[Option], block: int) -> Tensor:

@@ -117,7 +117,8 @@ class Tables:
         own = self.loss[:, head, choice].sum(1)
         picked = self.factor[:, head, choice]  # [g, I, r]
         between = (picked.sum(1) ** 2).sum(-1) - self.weight * (picked**2).sum((1, 2))
-        return np.maximum(own + cross * between[self.group], 0)
+        loss: Floats = np.maximum(own + cross * between[self.group], 0)
+        return loss
 
 
 def compact(tables: Tables, group: Sequence[int], rank: int) -> Tables:

@@ -97,7 +97,7 @@ def named_workload(
     workload = small(seed) if name == "small" else standard(seed)
     if not texts:
         return workload
-    each: Mapping[Kind, int] = {"user": _USER_SAMPLES[name]}
+    each: Mapping[str, int] = {"user": _USER_SAMPLES[name]}
     return replace(workload, counts=dict.fromkeys(workload.counts, each), files=tuple(texts))
 
 

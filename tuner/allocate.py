@@ -45,7 +45,7 @@ class Problem:
         loss = np.einsum("n,nio->io", weights, tables.loss)
         return Problem(loss, low_rank(tables.factor, rank, grouped), footprint, shrinkage)
 
-    def allowing(self, columns: Sequence[int] | NDArray[np.bool_]) -> Problem:
+    def allowing(self, columns: Sequence[int] | NDArray[np.bool_ | np.integer]) -> Problem:
         """The same heads with fewer options."""
         return replace(
             self,
@@ -86,7 +86,8 @@ def score(problem: Problem, choices: Choice) -> Floats:
     for head, picked in enumerate(np.ascontiguousarray(choices.T)):
         own += alone[head].take(picked)
         total += problem.factor[head].take(picked, 0)
-    return own + problem.shrinkage * np.einsum("br,br->b", total, total)
+    cross: Floats = np.einsum("br,br->b", total, total)
+    return own + problem.shrinkage * cross
 
 
 def solve(problem: Problem, budget: int) -> Choice:

@@ -8,7 +8,7 @@ from itertools import product
 
 from kvtune.policies.format import Format
 from kvtune.policies.formats.bf16 import Bf16
-from kvtune.policies.formats.grouped import Int2, Int3, Int4
+from kvtune.policies.formats.grouped import Int2, Int4
 from kvtune.policies.method import Method
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
@@ -53,16 +53,13 @@ SMALL = Menu(METHODS, SMALL_SHARES, alike((Bf16(), Int4(), Int2())))
 """57 options: three methods, six budgets, three precisions, and all tokens in each precision."""
 
 FULL = Menu(
-    (SnapKV(), SnapKV(recent=8), H2O(), StreamingLLM()),
-    (1 / 112, 1 / 56, 3 / 112, 1 / 28, 1 / 14, 1 / 7, 1 / 4, 1 / 2),
+    (SnapKV(), SnapKV(window=16, recent=8), H2O(), H2O(recent_share=0.1), StreamingLLM()),
+    tuple(n / 1792 for n in (16, 24, 32, 48, 64, 96, 128, 192, 256, 448, 896)),
     (
         (Bf16(), Bf16()),
         (Int4(), Int4()),
-        (Int4(), Int2()),
-        (Int3(), Int3()),
         (Int2(), Int2()),
         (Int4(exact_first=4), Int2(exact_first=4)),
-        (Int2(exact_first=4), Int2(exact_first=4)),
     ),
 )
-"""231 options, 16 to 896 tokens of a prompt of 1792; for a GPU."""
+"""224 options, 16 to 896 tokens of a prompt of 1792; for a GPU."""

@@ -34,7 +34,8 @@ def bootstrap(values: ArrayLike, kinds: Sequence[str], seed: int = 0) -> NDArray
     for kind in sorted(set(labels)):
         rows = np.flatnonzero(labels == kind)
         draws.append(array[rng.choice(rows, (_DRAWS, len(rows)))].mean(1))
-    return np.mean(draws, 0)
+    mean: NDArray[np.float64] = np.mean(draws, 0)
+    return mean
 
 
 def estimate(

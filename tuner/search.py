@@ -129,8 +129,8 @@ def _choose(
 ) -> Candidate:
     """The front's best, or with selection samples at hand the best of the finalists run live."""
     best = pick(front(expected), request.largest_kl)
-    selection = source.trace.of_split("select") if source.trace else ()
-    if not selection or source.loaded is None:
+    trace, loaded = source.trace, source.loaded
+    if trace is None or loaded is None or not (selection := trace.of_split("select")):
         return best
     rest = sorted((c for c in expected if c.sequences == best.sequences), key=lambda c: c.kl)
     finalists = list({c.choice.tobytes(): c for c in reversed(rest[:_FINALISTS])}.values())
@@ -139,12 +139,11 @@ def _choose(
     from kvtune.runtime.prompts import traced_prompt
     from kvtune.tuner.validate import validate_policies
 
-    trace, device = source.trace, source.loaded.device
     found = validate_policies(
         [solver.policy(c) for c in finalists],
-        source.loaded,
+        loaded,
         selection,
-        lambda sample: traced_prompt(trace, trace.sample(sample.id), device),
+        lambda sample: traced_prompt(trace, trace.sample(sample.id), loaded.device),
         progress=progress,
     )
     return min(zip(finalists, found, strict=True), key=lambda pair: pair[1].live.value)[0]

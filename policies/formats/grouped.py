@@ -82,7 +82,8 @@ class Grouped(Format):
         scale = ((high - low) / (2**self.bits - 1)).half().float()
         step = torch.where(scale > 0, scale, 1.0)  # a constant group has no spread
         codes = ((grouped - low) / step).round().clamp(0, 2**self.bits - 1)
-        return (codes * step + low).flatten(-2)[..., :length]
+        back: Tensor = (codes * step + low).flatten(-2)
+        return back[..., :length]
 
     def _axes(self, tokens: int, head_dim: int, role: Role) -> tuple[int, int]:
         return (tokens, head_dim) if role == "keys" else (head_dim, tokens)
