@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +13,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "real_model: needs SmolLM2 in the model store, or pip once")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny tensors are faster so, and the machine may be shared."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def tiny_tokenizer() -> Any:
@@ -128,3 +139,55 @@ def tiny_trace(
     samples = make_samples(4, splits=("search", "evaluate"))
     folder = tmp_path_factory.mktemp("trace")
     return capture(tiny_model, samples, folder, probes=3, signals=("column_sums",))
+
+
+@pytest.fixture(scope="session")
+def make_tables() -> Callable[..., Any]:
+    """A function that makes plausible tables: smaller options lose more, heads differ, texts too.
+
+    The uncompressed option loses nothing; heads err partly alike, so that cross terms matter.
+    """
+    import numpy as np
+
+    from kvtune.policies.formats.bf16 import Bf16
+    from kvtune.policies.formats.grouped import Int2, Int4
+    from kvtune.policies.methods.h2o import H2O
+    from kvtune.policies.methods.streaming_llm import StreamingLLM
+    from kvtune.simulator.tables import SampleFacts, Tables
+    from kvtune.tuner.options import Menu, alike
+
+    menu = Menu(
+        (H2O(), StreamingLLM()), (1 / 16, 1 / 8, 1 / 4, 1 / 2), alike((Bf16(), Int4(), Int2()))
+    )
+    options = menu.options()
+
+    def make(
+        layers: int = 3, kv_heads: int = 2, count: int = 6, features: int = 7, seed: int = 0
+    ) -> Tables:
+        rng = np.random.default_rng(seed)
+        heads, prompt, head_dim = layers * kv_heads, 256, 16
+        full = options[0].footprint(prompt, head_dim)
+        share = [o.footprint(o.budget.resolve(prompt), head_dim) / full for o in options]
+        size = 0.02 * (1 / np.array(share) - 1) ** 0.7 * rng.uniform(0.7, 1.3, len(options))
+        alike_ = rng.standard_normal(features)
+        shape = (count, heads, len(options), features)
+        noise = 0.4 * alike_ + rng.standard_normal(shape)
+        factor = noise * size[:, None] * rng.lognormal(0, 0.7, (heads, 1, 1)) / features**0.5
+        splits, kinds = ("search", "select", "evaluate"), ("prose", "code")
+        factor = factor.astype(np.float32)
+        return Tables(
+            model="made-up",
+            layers=layers,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            prompt_tokens=prompt,
+            options=options,
+            samples=tuple(
+                SampleFacts(f"sample-{n}", splits[n % 3], kinds[n // 3 % 2]) for n in range(count)
+            ),
+            loss=(factor**2).sum(-1),
+            factor=factor,
+            group=np.arange(count),
+        )
+
+    return make
