@@ -28,10 +28,9 @@ def random_problem(
     rng = np.random.default_rng(seed)
     footprint = np.sort(rng.integers(10, 1000, options))
     size = (1 / np.sqrt(footprint / 1000)) * rng.uniform(0.5, 1.5, (heads, options))
-    factor = 0.1 * size[..., None] * (0.3 + rng.standard_normal((heads, options, rank)))
-    factor = np.asarray(factor, np.float32)
-    loss = np.asarray((factor**2).sum(-1), np.float32)
-    return Problem(loss, factor, footprint, shrinkage)
+    drawn = 0.1 * size[..., None] * (0.3 + rng.standard_normal((heads, options, rank)))
+    factor = drawn.astype(np.float32)
+    return Problem((factor**2).sum(-1), factor, footprint, shrinkage)
 
 
 def budget_at(problem: Problem, share: float) -> int:

@@ -170,7 +170,7 @@ def run_study(
     Args:
         solver: the question.
         trials: how many in all, those found in the journal included.
-        seed: of the sampler; the same seed gives the same candidates.
+        seed: of the sampler; the same seed gives the same candidates, interrupted or not.
         journal: file that finished trials are recorded to and resumed from.
         progress: told of every trial.
     """
@@ -178,8 +178,7 @@ def run_study(
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     directions = ["minimize"] if solver.question.sequences else ["minimize", "maximize"]
-    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=16)
-    brain = optuna.create_study(directions=directions, sampler=sampler)
+    brain = optuna.create_study(directions=directions)
     record = _Journal(journal, directions)
     brain.add_trials(record.trials)
     candidates = [c for t in brain.trials if (c := _recall(solver, t)) is not None]
@@ -187,6 +186,7 @@ def run_study(
     if remaining:
         _enqueue_defaults(brain, solver.question, skip=len(brain.trials))
     for _ in (progress or Silent()).track(remaining, "searching", len(remaining)):
+        brain.sampler = _sampler(seed, len(brain.trials))
         trial = brain.ask()
         parameters = suggest(trial, solver.question)
         candidate = solver.answer(trial.number, parameters)
@@ -200,6 +200,14 @@ def run_study(
             candidates.append(candidate)
         record.add(brain.trials[trial.number])
     return candidates
+
+
+def _sampler(seed: int, number: int) -> optuna.samplers.BaseSampler:
+    """A trial's own: its draws must not depend on how many were drawn since the last start."""
+    import optuna
+
+    stream = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    return optuna.samplers.TPESampler(seed=stream, n_startup_trials=16)
 
 
 def _recall(solver: Solver, trial: optuna.trial.FrozenTrial) -> Candidate | None:

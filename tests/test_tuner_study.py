@@ -1,0 +1,204 @@
+"""The study: the same seed the same answer, resumed or not, and nothing that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtune.policies.policy import footprint_of_lengths
+from kvtune.simulator.tables import Tables
+from kvtune.tuner.study import Candidate, Question, Solver, front, pick, run_study
+
+Make = Callable[..., Tables]
+FULL_PROMPT = 2 * 2 * 256 * 16 * 6
+GENERATED = 4096
+
+
+@pytest.fixture(scope="module")
+def tables(make_tables: Make) -> Tables:
+    return make_tables()
+
+
+def question(tables: Tables, room: float = 3.0, sequences: int | None = None) -> Question:
+    """Room for so many uncompressed prompts."""
+    return Question(tables, 16, 256, int(room * FULL_PROMPT), GENERATED, sequences)
+
+
+def facts(candidates: list[Candidate]) -> list[Any]:
+    return [
+        (c.number, c.parameters, c.choice.tolist(), c.kl, c.sequences, c.prompt_bytes)
+        for c in candidates
+    ]
+
+
+class StopsAt:
+    """Progress that is interrupted before item ``at``."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def track(self, items: Any, label: str, total: int | None = None) -> Iterator[Any]:
+        for index, item in enumerate(items):
+            if index == self.at:
+                raise KeyboardInterrupt
+            yield item
+
+    def note(self, message: str) -> None:
+        self.said = message
+
+
+def recorded(journal: Path) -> int:
+    """Trials in a journal."""
+    return journal.read_text().count('"state":')
+
+
+@pytest.mark.parametrize("sequences", [None, 6])
+def test_the_same_seed_gives_the_same_candidates(tables: Tables, sequences: int | None) -> None:
+    solver = Solver.of(question(tables, sequences=sequences))
+    first = facts(run_study(solver, trials=24, seed=5))
+    assert facts(run_study(solver, trials=24, seed=5)) == first
+    assert facts(run_study(solver, trials=24, seed=6)) != first
+
+
+@pytest.mark.parametrize("cut", [1, 5, 14, 22])
+def test_a_resumed_study_is_the_uninterrupted_one(tables: Tables, tmp_path: Path, cut: int) -> None:
+    """Cut among the trials given, among the random ones, and where Optuna models what it saw."""
+    solver = Solver.of(question(tables))
+    whole = run_study(solver, trials=26, seed=1)
+    journal = tmp_path / "deep" / "study.journal"
+    with pytest.raises(KeyboardInterrupt):
+        run_study(solver, trials=26, seed=1, journal=journal, progress=StopsAt(cut))
+    assert facts(run_study(solver, trials=26, seed=1, journal=journal)) == facts(whole)
+
+
+def test_trials_that_failed_are_remembered_as_such(tables: Tables, tmp_path: Path) -> None:
+    tight = question(tables, room=0.2, sequences=3)
+    solver = Solver.of(tight)
+    whole = run_study(solver, trials=26, seed=1)
+    assert 0 < len(whole) < 26
+    journal = tmp_path / "study.journal"
+    with pytest.raises(KeyboardInterrupt):
+        run_study(solver, trials=26, seed=1, journal=journal, progress=StopsAt(18))
+    assert facts(run_study(solver, trials=26, seed=1, journal=journal)) == facts(whole)
+
+
+def test_a_finished_study_adds_no_trial(tables: Tables, tmp_path: Path) -> None:
+    solver, journal = Solver.of(question(tables)), tmp_path / "study.journal"
+    first = run_study(solver, trials=12, journal=journal)
+    assert facts(run_study(solver, trials=12, journal=journal, progress=StopsAt(0))) == facts(first)
+    assert recorded(journal) == 12
+    assert len(run_study(solver, trials=15, journal=journal)) == 15
+
+
+@pytest.mark.parametrize("room", [0.3, 1.0, 4.0])
+def test_candidates_fit_the_room_and_say_what_they_take(tables: Tables, room: float) -> None:
+    asked = question(tables, room)
+    solver = Solver.of(asked)
+    candidates = run_study(solver, trials=20)
+    assert candidates
+    for candidate in candidates:
+        each = candidate.prompt_bytes + GENERATED
+        assert candidate.sequences * each <= asked.cache_bytes
+        assert solver.policy(candidate).footprint(256, 16) == candidate.prompt_bytes
+        assert candidate.prompt_bytes - footprint_of_lengths(1, 6) <= asked.prompt_budget(
+            candidate.sequences
+        )
+
+
+def test_candidates_are_judged_on_the_selection_samples(tables: Tables) -> None:
+    solver = Solver.of(question(tables))
+    judges = tables.of_split("select")
+    for candidate in run_study(solver, trials=6):
+        expected = judges.sample_weights() @ judges.by_sample(candidate.choice)
+        assert candidate.kl == pytest.approx(float(expected))
+    alone = tables.of_split("search")
+    unjudged = Solver.of(question(alone))
+    assert [s.split for s in unjudged.check.samples] == ["search", "search"]
+
+
+def test_held_out_samples_change_nothing(tables: Tables) -> None:
+    rows = [row for row, s in enumerate(tables.samples) if s.split != "evaluate"]
+    without = run_study(Solver.of(question(tables.subset(rows))), trials=10)
+    assert facts(without) == facts(run_study(Solver.of(question(tables)), trials=10))
+
+
+def test_a_trials_parameters_are_kept_to(tables: Tables) -> None:
+    solver = Solver.of(question(tables, room=2.0))
+    common = {"sequences": 4, "shrinkage": 0.4}
+    parameters = {"h2o": False, "streaming_llm": True, "least_bits": 4, "split": "layers"}
+    candidate = solver.answer(0, {**parameters, **common})
+    assert candidate is not None
+    options = [tables.options[o] for o in candidate.choice]
+    for option in options:
+        assert option.method.name != "h2o"
+        assert "2" not in option.keys.label
+    rows = candidate.choice.reshape(3, 2)
+    assert (rows[:, 0] == rows[:, 1]).all()
+
+
+def test_most_sequences_fit_and_one_more_does_not(tables: Tables) -> None:
+    for room in (0.1, 1.0, 7.3):
+        asked = question(tables, room)
+        most = asked.most_sequences
+        smallest = int(tables.footprints(256, 16).min()) * tables.heads
+        assert asked.prompt_budget(most) >= smallest
+        assert asked.prompt_budget(most + 1) < smallest
+
+
+@pytest.mark.parametrize("sequences", [None, 2])
+def test_where_nothing_fits_there_are_no_candidates(
+    tables: Tables, tmp_path: Path, sequences: int | None
+) -> None:
+    solver = Solver.of(Question(tables, 16, 256, 3000, GENERATED, sequences))
+    assert run_study(solver, trials=6, journal=tmp_path / "study.journal") == []
+    assert run_study(solver, trials=6, journal=tmp_path / "study.journal") == []
+
+
+# The front
+
+
+def candidate(number: int, kl: float, sequences: int) -> Candidate:
+    return Candidate(number, {}, np.zeros(1, int), kl, sequences, 0)
+
+
+points = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=20)
+
+
+@settings(deadline=None, derandomize=True)
+@given(points)
+def test_the_front_holds_exactly_what_nothing_beats(given_: list[tuple[int, int]]) -> None:
+    candidates = [candidate(n, kl / 10, sequences) for n, (kl, sequences) in enumerate(given_)]
+    found = front(candidates)
+    assert {(c.kl, c.sequences) for c in found} == {
+        (c.kl, c.sequences)
+        for c in candidates
+        if not any(
+            o.kl <= c.kl
+            and o.sequences >= c.sequences
+            and (o.kl, o.sequences) != (c.kl, c.sequences)
+            for o in candidates
+        )
+    }
+    assert [c.sequences for c in found] == sorted({c.sequences for c in found})
+    assert [c.kl for c in found] == sorted({c.kl for c in found})
+
+
+@settings(deadline=None, derandomize=True)
+@given(points, st.integers(0, 10))
+def test_the_pick_has_most_sequences_within_the_limit(
+    given_: list[tuple[int, int]], limit: int
+) -> None:
+    candidates = [candidate(n, kl / 10, sequences) for n, (kl, sequences) in enumerate(given_)]
+    chosen = pick(front(candidates), limit / 10)
+    within = [c for c in candidates if c.kl <= limit / 10]
+    if within:
+        assert chosen.kl <= limit / 10
+        assert chosen.sequences == max(c.sequences for c in within)
+    else:
+        assert chosen.kl == min(c.kl for c in candidates)
