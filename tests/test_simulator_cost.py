@@ -1,0 +1,61 @@
+"""What a policy costs: its footprint to the byte, and more of everything for more tokens."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.formats.grouped import Int2, Int4
+from kvtune.policies.methods.h2o import H2O
+from kvtune.policies.option import Budget, Option
+from kvtune.policies.policy import Policy, footprint_of_lengths
+from kvtune.profiles.gpus import find_gpu
+from kvtune.profiles.models import find_model
+from kvtune.simulator.cost import cache_bytes_by_bits, full_cost, policy_cost
+from kvtune.simulator.memory import memory_budget
+
+
+def test_a_policys_cost_grows_with_what_it_keeps_and_is_its_footprint() -> None:
+    shape, gpu = find_model("llama-8b"), find_gpu("4090")
+    rows = []
+    for context, share in product((2048, 8192), (1 / 16, 1 / 4, 1.0)):
+        budget = memory_budget(shape, gpu, 16 * 10**9, context_tokens=context)
+        option = Option(H2O(), Budget(share=share), Int4(), Int2())
+        policy = Policy.uniform(option, shape.layers, shape.kv_heads)
+        cost = policy_cost(policy, shape, gpu, budget, 256)
+        assert cost.prompt_bytes == policy.footprint(context, shape.head_dim)
+        generated = shape.kv_bytes(context + 256) - shape.kv_bytes(context)
+        assert cost.sequence_bytes == cost.prompt_bytes + generated
+        assert cost.sequences_that_fit == budget.cache_bytes // cost.sequence_bytes
+        by_bits = cache_bytes_by_bits(policy, shape, context)
+        assert set(by_bits) == {4.0, 2.0}
+        lengths = footprint_of_lengths(shape.layers, shape.kv_heads)
+        assert sum(by_bits.values()) + lengths == cost.prompt_bytes
+        assert cost.tokens_per_second.value == pytest.approx(1 / cost.latency.value)
+        assert cost.tokens_per_second.low < cost.tokens_per_second.high
+        rows.append((context, share, cost))
+        full = full_cost(shape, gpu, budget, 256)
+        assert full.share == 1
+        assert cost.share < 0.3 < full.share
+        assert cost.memory.value < full.memory.value
+        assert cost.latency.value < full.latency.value
+    for (c1, s1, one), (c2, s2, other) in product(rows, rows):
+        if c1 <= c2 and s1 <= s2 and (c1, s1) != (c2, s2):
+            assert one.prompt_bytes < other.prompt_bytes
+            assert one.latency.value < other.latency.value
+            assert one.memory.value < other.memory.value
+            assert one.sequences_that_fit >= other.sequences_that_fit
+
+
+def test_an_uncompressed_policy_costs_the_full_cache_and_its_lengths() -> None:
+    shape, gpu = find_model("llama-8b"), find_gpu("4090")
+    budget = memory_budget(shape, gpu, 16 * 10**9, context_tokens=4096, batch=2)
+    policy = Policy.uniform(Option(), shape.layers, shape.kv_heads)
+    ours, full = policy_cost(policy, shape, gpu, budget, 64), full_cost(shape, gpu, budget, 64)
+    lengths = footprint_of_lengths(shape.layers, shape.kv_heads)
+    assert ours.prompt_bytes == full.prompt_bytes + lengths
+    assert ours.prefill == full.prefill
+    with pytest.raises(KvtuneError, match="31 layers"):
+        policy_cost(Policy.uniform(Option(), 31, 8), shape, gpu, budget, 64)
