@@ -1,0 +1,270 @@
+"""The search, first to last: on made-up packaged tables, and on a tiny model of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.document import read_policy
+from kvtune.policies.policy import Policy
+from kvtune.profiles.gpus import find_gpu
+from kvtune.profiles.model_config import shape_from_config
+from kvtune.profiles.models import find_model
+from kvtune.simulator.memory import memory_budget
+from kvtune.simulator.tables import Tables
+from kvtune.tuner import sources
+from kvtune.tuner.request import SearchRequest, SearchResult
+from kvtune.tuner.search import run_search
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Make = Callable[..., Tables]
+KEYS = {
+    "kvtune", "model", "gpu", "policy", "budget", "front", "rivals", "quality", "predicted",
+    "memory", "latency", "prefill", "sequences", "full_cache_sequences", "prompt_bytes", "share",
+    "counters", "notes", "provenance",
+}  # fmt: skip
+
+
+def curve(name: str, factor: float) -> list[dict[str, Any]]:
+    """A baseline's live losses, falling with bytes, over any share that a search may choose."""
+    return [
+        {"at": at, "name": f"{name} {at}", "kl": factor * (1 - at) / at / 1000,
+         "kl_interval": [0.5 * factor * (1 - at) / at / 1000, 2 * factor * (1 - at) / at / 1000]}
+        for at in (0.001, 0.01, 0.1, 0.5, 1.0)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def packaged(make_tables: Make, monkeypatch: pytest.MonkeyPatch) -> Tables:
+    """Small made-up tables in the place of those that the package ships."""
+    tables = make_tables(layers=4, kv_heads=3, count=12)
+    about = {
+        "calibration": {"intercept": 0.2, "slope": 1.0, "spread": 0.1, "runs": 20},
+        "baselines": {name: curve(name, 3.0) for name in ("uniform", "pyramid", "adakv")},
+        "gpu": "made up",
+    }
+    monkeypatch.setattr(sources, "packaged_tables", lambda: (tables, about))
+    return tables
+
+
+def llama(run_dir: Path, **changes: Any) -> SearchRequest:
+    shape = find_model("llama-8b")
+    asked = SearchRequest(
+        shape.name, shape, find_gpu("4090"), 16 * 10**9, run_dir, largest_kl=0.1, trials=12
+    )
+    return replace(asked, **changes)
+
+
+def files(run_dir: Path) -> tuple[Any, Policy, dict[str, int]]:
+    """The result, the plan, and how many trials each journal holds."""
+    result = json.loads((run_dir / "result.json").read_text())
+    policy = read_policy(run_dir / "policy.yaml").policy
+    assert isinstance(policy, Policy)
+    journals = {p.name: p.read_text().count('"state":') for p in run_dir.glob("*.journal")}
+    return result, policy, journals
+
+
+def check_front(result: SearchResult, written: Any) -> None:
+    front = result.front
+    assert [p.sequences for p in front] == sorted(p.sequences for p in front)
+    assert [p.chosen for p in front].count(True) == 1
+    unchosen = [p for p in front if not p.chosen]
+    assert [p.kl for p in unchosen] == sorted(p.kl for p in unchosen)
+    for point, plain in zip(front, written["front"], strict=True):
+        assert plain["prompt_bytes"] == point.prompt_bytes
+        assert plain["time_per_token"]["tier"] == point.time_per_token.tier
+
+
+def check_room(result: SearchResult) -> None:
+    """The plan's sequences fit with all that they generate."""
+    request, shape = result.request, result.request.shape
+    generated = shape.kv_bytes(request.context_tokens + request.generated_tokens)
+    each = result.prompt_bytes + generated - shape.kv_bytes(request.context_tokens)
+    assert result.sequences * each <= result.budget.cache_bytes
+    assert result.prompt_bytes == result.policy.footprint(request.context_tokens, shape.head_dim)
+
+
+# The stand-in
+
+
+def test_a_stand_in_search_leaves_a_plan_that_reads_back(packaged: Tables, tmp_path: Path) -> None:
+    result = run_search(llama(tmp_path))
+    written, policy, journals = files(tmp_path)
+    assert written.keys() == KEYS
+    assert policy.heads == result.policy.heads
+    assert (policy.layers, policy.kv_heads) == (32, 8)
+    assert list(journals.values()) == [12]
+    check_front(result, written)
+    check_room(result)
+    assert result.sequences > result.full_cache_sequences
+    assert result.quality.source == "stand-in"
+    assert written["quality"]["stand_in"] == "smollm2-135m"
+    assert written["quality"]["kl"]["tier"] == "table"
+    document = read_policy(tmp_path / "policy.yaml")
+    assert document.provenance is not None
+    assert document.provenance.quality is not None
+    assert document.provenance.quality.source == "stand-in"
+    assert "smollm2-135m" in " ".join(result.notes)
+    assert json.loads((tmp_path / "config.json").read_text())["shape"] == "llama-3.1-8b"
+
+
+def test_rivals_take_the_same_bytes_and_the_plan_is_first(packaged: Tables, tmp_path: Path) -> None:
+    result = run_search(llama(tmp_path))
+    assert [r.family for r in result.rivals][:1] == ["kvtune"]
+    assert {r.family for r in result.rivals} == {
+        "kvtune", "layers", "greedy", "uniform", "pyramid", "adakv",
+    }  # fmt: skip
+    for rival in result.rivals:
+        assert 0.8 * result.prompt_bytes <= rival.prompt_bytes <= result.prompt_bytes
+        assert rival.live is None
+        assert rival.predicted.low <= rival.predicted.value <= rival.predicted.high
+    curves = [r for r in result.rivals if r.family == "uniform"]
+    share, interpolated = result.share, curves[0].predicted.value
+    assert interpolated == pytest.approx(0.003 * (1 - share) / share, rel=0.5)
+
+
+def test_searching_again_resumes_and_gives_the_same_plan(packaged: Tables, tmp_path: Path) -> None:
+    first = run_search(llama(tmp_path))
+    before = files(tmp_path)
+    again = run_search(llama(tmp_path))
+    assert files(tmp_path) == before
+    assert again.policy == first.policy
+    more = run_search(llama(tmp_path, trials=15))
+    assert list(files(tmp_path)[2].values()) == [15]
+    assert more.sequences >= first.sequences
+
+
+def test_another_limit_begins_another_study(packaged: Tables, tmp_path: Path) -> None:
+    run_search(llama(tmp_path, trials=4))
+    run_search(llama(tmp_path, trials=4, memory_bytes=15 * 10**9))
+    assert list(files(tmp_path)[2].values()) == [4, 4]
+
+
+def test_asked_sequences_are_planned_for(packaged: Tables, tmp_path: Path) -> None:
+    few = run_search(llama(tmp_path / "few", sequences=6))
+    many = run_search(llama(tmp_path / "many", sequences=60))
+    assert (few.sequences, many.sequences) == (6, 60)
+    assert few.prompt_bytes > many.prompt_bytes
+    assert few.predicted.kl.value < many.predicted.kl.value
+    assert len(few.front) == len(many.front) == 1
+    check_room(many)
+
+
+def test_what_cannot_fit_is_one_clear_error(packaged: Tables, tmp_path: Path) -> None:
+    with pytest.raises(KvtuneError, match="no plan fits 9 sequences") as caught:
+        run_search(llama(tmp_path, sequences=9, generated_tokens=100_000, trials=3))
+    assert caught.value.hint is not None
+    assert not (tmp_path / "policy.yaml").exists()
+
+
+def test_shapes_that_cannot_be_planned_are_refused_before_anything_is_written(
+    packaged: Tables, tmp_path: Path
+) -> None:
+    shape = find_model("gemma3-27b")
+    with pytest.raises(KvtuneError, match="sliding-window"):
+        run_search(llama(tmp_path / "run", model=shape.name, shape=shape))
+    assert not (tmp_path / "run").exists()
+
+
+# A model of its own
+
+
+@pytest.fixture(scope="module")
+def saved_model(
+    make_network: Callable[..., Any],
+    tiny_fields: dict[str, Any],
+    tokenizer: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A tiny model as users have theirs: a folder with weights and a tokenizer."""
+    from transformers import LlamaConfig
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    make_network(LlamaConfig(**tiny_fields)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def own(
+    saved_model: Path, packaged: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> SearchRequest:
+    """A search on the tiny model, with room for four uncompressed prompts."""
+    from kvtune.traces import workloads
+    from kvtune.traces.workloads import Workload
+
+    each = {"prose": 1, "code": 1}
+    counts = dict.fromkeys(("search", "select", "evaluate"), each)
+    little = Workload(counts, tokens=96, observed=16)
+    monkeypatch.setattr(workloads, "named_workload", lambda *_: little)
+    monkeypatch.setenv("KVTUNE_CACHE", str(tmp_path / "cache"))
+    shape, gpu = shape_from_config(saved_model), find_gpu("4090")
+    sizes = {"context_tokens": 80, "weights": "bf16"}
+    used = memory_budget(shape, gpu, 10**10, **sizes)  # type: ignore[arg-type]
+    limit = 10**10 - used.cache_bytes + 4 * shape.kv_bytes(80)
+    return SearchRequest(
+        str(saved_model), shape, gpu, limit, tmp_path / "run", **sizes,  # type: ignore[arg-type]
+        generated_tokens=4, largest_kl=0.5, trials=10, device="cpu",
+    )  # fmt: skip
+
+
+def test_a_models_own_search_runs_the_plan_and_its_rivals_live(
+    own: SearchRequest, tmp_path: Path
+) -> None:
+    result = run_search(own)
+    written, policy, _ = files(own.run_dir)
+    assert written.keys() == KEYS
+    assert (policy.layers, policy.kv_heads) == (3, 2)
+    assert result.quality.source == "own trace"
+    assert (result.quality.kl.tier, result.predicted.kl.tier) == ("live", "table")
+    assert result.quality.samples == 2
+    assert result.quality.kl == result.rivals[0].live
+    check_front(result, written)
+    check_room(result)
+    families = [r.family for r in result.rivals]
+    assert families[0] == "kvtune"
+    assert set(families) >= {"uniform", "adakv", "pyramid", "greedy"}
+    for rival in result.rivals:
+        assert rival.live is not None
+        assert rival.live.tier == "live"
+        assert rival.live.value > 0
+        assert rival.prompt_bytes <= 1.02 * result.prompt_bytes
+    assert result.counters["tokens_offered"] == 2 * 80 * 6
+    assert 0 < result.counters["tokens_kept"] <= result.counters["tokens_offered"]
+    assert written["provenance"]["trace"] == result.provenance["trace"]
+
+
+def test_a_second_search_uses_trace_and_tables_again(
+    own: SearchRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvtune.simulator import build
+    from kvtune.traces import capture
+
+    first = run_search(own)
+    before = files(own.run_dir)
+    monkeypatch.setattr(capture, "run_prompt", lambda *_: pytest.fail("captured again"))
+    monkeypatch.setattr(build, "build_tables", lambda *_, **__: pytest.fail("built again"))
+    again = run_search(own)
+    assert again.policy.heads == first.policy.heads
+    assert files(own.run_dir)[1:] == before[1:]
+    shape = own.shape
+    other = run_search(replace(own, memory_bytes=own.memory_bytes + shape.kv_bytes(80)))
+    assert other.budget.cache_bytes > first.budget.cache_bytes
+
+
+def test_weights_of_another_shape_are_refused(own: SearchRequest) -> None:
+    with pytest.raises(KvtuneError, match="head_dim"):
+        run_search(replace(own, shape=replace(own.shape, kv_heads=1)))
+
+
+def test_a_stand_in_can_be_asked_for_where_weights_are_at_hand(own: SearchRequest) -> None:
+    result = run_search(replace(own, stand_in=True))
+    assert result.quality.source == "stand-in"
+    assert "asked for" in " ".join(result.notes)
