@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvtune.cli.inputs import POLICY_FILE
@@ -63,22 +64,49 @@ def _caption(result: SearchResult) -> str:
 
 
 def _front(result: SearchResult) -> RenderableType:
-    columns = ("", "at once", "KL nats/token", "bytes of bf16", "time per token", "tokens/s")
-    return table(
-        f"Pareto front at {format_tokens(result.request.context_tokens)} of prompt",
-        columns,
-        [_point(point) for point in result.front],
-        caption=f"{_caption(result)}, predicted on selection samples; * is the plan",
+    tier = result.latency.tier
+    columns = (
+        "",
+        "at once",
+        "KL, table",
+        "of bf16",
+        f"time per token, {tier}",
+        f"tokens/s, {tier}",
     )
+    return table(
+        f"Pareto front, prompts of {format_tokens(result.request.context_tokens)}, KL in nats",
+        columns,
+        [_point(point) for point in _thinned(result.front)],
+        left=(0,),
+        caption=f"{_caption(result)}, predicted on {_judged_on(result)} samples; * is the plan"
+        + ("; result.json holds every point" if len(result.front) > _ROWS else ""),
+    )
+
+
+def _judged_on(result: SearchResult) -> str:
+    """The small workload has no selection samples of its own."""
+    small = result.quality.source == "own trace" and result.request.workload == "small"
+    return "the search's own" if small else "selection"
+
+
+_ROWS = 16  # more do not fit a screen; the step from one point to the next is small by then
+
+
+def _thinned(front: Sequence[FrontPoint]) -> list[FrontPoint]:
+    """The ends, the plan, and points evenly between them."""
+    if len(front) <= _ROWS:
+        return list(front)
+    evenly = {round(i * (len(front) - 1) / (_ROWS - 1)) for i in range(_ROWS)}
+    return [point for i, point in enumerate(front) if i in evenly or point.chosen]
 
 
 def _point(point: FrontPoint) -> tuple[str, ...]:
     return (
         "*" if point.chosen else "",
         count(point.sequences),
-        f"{point.kl:.3g} table",
+        f"{point.kl:.3g}",
         percent(point.share),
-        figure(point.time_per_token),
+        figure(point.time_per_token, tier=False),
         figure(point.tokens_per_second, tier=False),
     )
 

@@ -23,11 +23,21 @@ def replay_policies(
     samples: Sequence[SampleRecord],
     policies: Sequence[Policy],
     *,
+    every: int = 1,
     block: int = DEFAULT_BLOCK,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Floats:
     """Predicted KL of every policy on every sample, ``[policies, samples]`` nats/token.
+
+    Args:
+        trace: captured with probes.
+        samples: of the trace.
+        policies: for its model's shape.
+        every: 1 replays all layers; 3 every third, a rough figure that serves to screen many.
+        block: positions whose responses are summed before squaring.
+        device: where the arithmetic runs.
+        progress: told of every sample.
 
     Raises:
         KvtuneError: a policy has another shape than the traced model.
@@ -35,17 +45,23 @@ def replay_policies(
     for policy in policies:
         policy.check_fits(trace.geometry.layers, trace.geometry.kv_heads)
     steps = (progress or Silent()).track(samples, "replaying policies", len(samples))
-    return np.stack([_replay_sample(trace, s, policies, block, device) for s in steps], 1)
+    layers = range(every // 2, trace.geometry.layers, every)
+    return np.stack([_replay_sample(trace, s, policies, layers, block, device) for s in steps], 1)
 
 
 @torch.no_grad()
 def _replay_sample(
-    trace: Trace, sample: SampleRecord, policies: Sequence[Policy], block: int, device: str
+    trace: Trace,
+    sample: SampleRecord,
+    policies: Sequence[Policy],
+    layers: range,
+    block: int,
+    device: str,
 ) -> Floats:
     budgets = [policy.budgets(sample.prompt) for policy in policies]
     total: torch.Tensor | float = 0.0
     probes = 1
-    for index in range(trace.geometry.layers):
+    for index in layers:
         layer = LayerReplay.of(trace.layer(sample.id, index, device), device)
         probes = layer.probes.shape[0]
         planned = [budget[index].tolist() for budget in budgets]

@@ -70,15 +70,16 @@ def live_rivals(
     budget = policy.footprint(tables.prompt_tokens, tables.head_dim)
     shape = (tables.prompt_tokens, tables.layers, tables.kv_heads, tables.head_dim)
 
-    def replay(policies: Sequence[Policy]) -> Any:
-        return replay_policies(trace, samples, policies, device=loaded.device, progress=progress)
+    def replay(policies: Sequence[Policy], every: int = 1) -> Any:
+        return replay_policies(
+            trace, samples, policies, every=every, device=loaded.device, progress=progress
+        )
 
     uniform = candidates("uniform", budget, *shape)
-    losses = replay(uniform)
-    ranked = np.argsort(losses.mean(1))
-    simple = [("uniform", uniform[ranked[0]], losses[ranked[0]])]
-    promising = {_stored_by(uniform[i]) for i in ranked[:_PROMISING]}
-    for family in ("pyramid", "adakv"):
+    ranked = np.argsort(replay(uniform, every=5).mean(1))
+    promising = {_stored_by(uniform[row]) for row in ranked[:_PROMISING]}
+    simple = []
+    for family in FAMILIES:
         if tried := candidates(family, budget, *shape, only=promising):
             losses = replay(tried)
             best = int(losses.mean(1).argmin())
@@ -89,28 +90,38 @@ def live_rivals(
         for family, choice in _own_allocations(source, budget).items()
     ]
     rows += [(family, p, _calibrated(source, loss, kinds)) for family, p, loss in simple]
+    run = [row for row in rows if loaded.device != "cpu" or row[0] in _LIVE_ON_CPU]
     found = validate_policies(
-        [p for _, p, _ in rows],
+        [p for _, p, _ in run],
         loaded,
         samples,
         lambda sample: traced_prompt(trace, trace.sample(sample.id), loaded.device),
         progress=progress,
     )
-    return [
-        Rival(
-            name=p.name,
-            family=family,
-            predicted=guess,
-            live=live.live,
-            prompt_bytes=live.prompt_bytes,
-            perplexity_change=live.perplexity_change,
-            retrieval_accuracy=live.retrieval_accuracy,
-        )
-        for (family, p, guess), live in zip(rows, found, strict=True)
-    ], found[0]
+    lives = dict(zip((family for family, *_ in run), found, strict=True))
+    shown = [_rival(source, family, p, guess, lives.get(family)) for family, p, guess in rows]
+    return shown, found[0]
 
 
-_PROMISING = 4  # methods and precisions that the other families try, of the uniform ones
+def _rival(
+    source: QualitySource, family: str, policy: Policy, guess: Estimate, live: Validation | None
+) -> Rival:
+    if live is None:
+        planned = policy.footprint(source.tables.prompt_tokens, source.tables.head_dim)
+        return Rival(policy.name, family, guess, None, planned)
+    return Rival(
+        name=policy.name,
+        family=family,
+        predicted=guess,
+        live=live.live,
+        prompt_bytes=live.prompt_bytes,
+        perplexity_change=live.perplexity_change,
+        retrieval_accuracy=live.retrieval_accuracy,
+    )
+
+
+_LIVE_ON_CPU = ("kvtune", "uniform", "adakv")  # a run costs seconds there; the rest is replayed
+_PROMISING = 3  # methods and precisions that the other families try, of the uniform ones
 _NAMES = {"layers": "best per layer", "greedy": "greedy per head"}
 
 
