@@ -31,7 +31,7 @@ def first_words(request: SearchRequest) -> RenderableType:
         request.gpu,
         request.memory_bytes,
         context_tokens=request.context_tokens,
-        batch=request.sequences or 1,
+        batch=1,
         weights=request.weights,
     )
     return budget_table(budget, _expected_quality(request))

@@ -7,21 +7,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import kvtune
 from kvtune.common.errors import KvtuneError
-from kvtune.common.estimate import Estimate
-from kvtune.common.files import atomic, write_json, write_text
 from kvtune.common.progress import Progress, Silent
-from kvtune.policies.document import (
-    ModelFacts,
-    PolicyDocument,
-    Provenance,
-    Serving,
-    write_policy,
-)
-from kvtune.policies.document import Quality as WrittenQuality
 from kvtune.policies.policy import Policy
 from kvtune.simulator.cost import Cost, policy_cost
 from kvtune.simulator.memory import MemoryBudget, memory_budget
@@ -29,11 +18,11 @@ from kvtune.tuner.quality import estimate
 from kvtune.tuner.request import (
     FrontPoint,
     Quality,
-    Rival,
     SearchRequest,
     SearchResult,
 )
 from kvtune.tuner.rivals import live_rivals, stand_in_rivals
+from kvtune.tuner.run_directory import record_config, write_result
 from kvtune.tuner.sources import QualitySource, has_weights, own_trace, stand_in
 from kvtune.tuner.study import Candidate, Question, Solver, front, pick, run_study
 
@@ -53,10 +42,10 @@ def run_search(request: SearchRequest, progress: Progress | None = None) -> Sear
         request.gpu,
         request.memory_bytes,
         context_tokens=request.context_tokens,
-        batch=request.sequences or 1,
+        batch=1,  # how many fit, compressed, is the study's to find
         weights=request.weights,
     )
-    _record_config(request)
+    record_config(request)
     source, notes = _quality_source(request, progress)
     question = _question(request, budget, source)
     solver = Solver.of(question)
@@ -75,7 +64,7 @@ def run_search(request: SearchRequest, progress: Progress | None = None) -> Sear
     expected = [replace(c, kl=source.calibration.value(c.kl)) for c in candidates]
     chosen = _choose(request, solver, source, expected, progress)
     result = _result(request, budget, source, solver, expected, chosen, notes, progress)
-    _write(result)
+    write_result(result)
     return result
 
 
@@ -268,80 +257,3 @@ def _study_key(request: SearchRequest, source: QualitySource) -> str:
     names = [request.shape.name, request.gpu.slug, source.provenance.get("trace", "stand-in")]
     text = json.dumps([asked, names, kvtune.__version__], default=str, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
-def _record_config(request: SearchRequest) -> None:
-    asked = {
-        **asdict(replace(request, shape=None, gpu=None)),  # type: ignore[arg-type]
-        "shape": request.shape.name,
-        "gpu": request.gpu.slug,
-        "run_dir": request.run_dir.name,
-        "kvtune": kvtune.__version__,
-    }
-    with atomic(request.run_dir / "config.json") as file:
-        file.write_text(json.dumps(asked, indent=2, default=str) + "\n")
-
-
-def _write(result: SearchResult) -> None:
-    """The policy and the result, each whole or not at all."""
-    run_dir = result.request.run_dir
-    write_text(run_dir / "policy.yaml", write_policy(_document(result)))
-    write_json(run_dir / "result.json", result_as_plain(result))
-
-
-def _document(result: SearchResult) -> PolicyDocument:
-    request, quality = result.request, result.quality
-    written = WrittenQuality(quality.source, quality.stand_in, quality.kl)
-    return PolicyDocument(
-        policy=result.policy,
-        model=ModelFacts(
-            request.shape.name,
-            request.shape.layers,
-            request.shape.kv_heads,
-            request.shape.head_dim,
-        ),
-        provenance=Provenance(
-            quality=written,
-            kvtune=kvtune.__version__,
-            trace=str(result.provenance.get("trace", "")),
-            seed=request.seed,
-            memory=result.memory.as_dict(),
-            latency=result.latency.as_dict(),
-        ),
-        serving=Serving(
-            weights=result.budget.weight_format,
-            context_tokens=request.context_tokens,
-            batch=result.sequences,
-            gpu=request.gpu.slug,
-        ),
-    )
-
-
-def result_as_plain(result: SearchResult) -> dict[str, Any]:
-    """The result as JSON data; the policy lies beside it as YAML."""
-    return {
-        "kvtune": kvtune.__version__,
-        "model": result.request.shape.name,
-        "gpu": result.request.gpu.slug,
-        "policy": "policy.yaml",
-        "budget": result.budget.as_dict(),
-        "front": [_plain(point) for point in result.front],
-        "rivals": [_plain(rival) for rival in result.rivals],
-        "quality": _plain(result.quality),
-        "predicted": _plain(result.predicted),
-        "memory": result.memory.as_dict(),
-        "latency": result.latency.as_dict(),
-        "prefill": result.prefill.as_dict(),
-        "sequences": result.sequences,
-        "full_cache_sequences": result.full_cache_sequences,
-        "prompt_bytes": result.prompt_bytes,
-        "share": result.share,
-        "counters": result.counters,
-        "notes": list(result.notes),
-        "provenance": result.provenance,
-    }
-
-
-def _plain(record: FrontPoint | Rival | Quality) -> dict[str, Any]:
-    fields = vars(record).items()
-    return {k: v.as_dict() if isinstance(v, Estimate) else v for k, v in fields}
