@@ -127,6 +127,7 @@ def report(arguments: Any, entrants: list[Any], outcomes: list[Outcome]) -> None
             "rivals": sorted(rows, key=lambda row: row["kl"]),
         }
     figures = {"samples": len(outcomes[0].kl), "device": arguments.device, "at_equal_bytes": table}
+    arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "plan-against-rivals.json"
     path.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -52,6 +52,18 @@ METHODS: tuple[Method, ...] = (SnapKV(), H2O(), StreamingLLM())
 SMALL = Menu(METHODS, SMALL_SHARES, alike((Bf16(), Int4(), Int2())))
 """57 options: three methods, six budgets, three precisions, and all tokens in each precision."""
 
+LAPTOP = Menu(
+    METHODS,
+    SMALL_SHARES,
+    (
+        (Bf16(), Bf16()),
+        (Int4(), Int4()),
+        (Int4(exact_first=4), Int4(exact_first=4)),
+        (Int4(exact_first=4), Int2(exact_first=4)),
+    ),
+)
+"""76 options, sinks in 16 bits among them, that two CPU cores replay in half a minute."""
+
 FULL = Menu(
     (SnapKV(), SnapKV(window=16, recent=8), H2O(), H2O(recent_share=0.1), StreamingLLM()),
     tuple(n / 1792 for n in (16, 24, 32, 48, 64, 96, 128, 192, 256, 448, 896)),
@@ -59,7 +71,8 @@ FULL = Menu(
         (Bf16(), Bf16()),
         (Int4(), Int4()),
         (Int2(), Int2()),
+        (Int4(exact_first=4), Int4(exact_first=4)),
         (Int4(exact_first=4), Int2(exact_first=4)),
     ),
 )
-"""224 options, 16 to 896 tokens of a prompt of 1792; for a GPU."""
+"""280 options, 16 to 896 tokens of a prompt of 1792; for a GPU."""

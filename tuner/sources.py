@@ -15,7 +15,7 @@ from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.calibration import NONE, Calibration
 from kvtune.simulator.tables import Tables, onto
 from kvtune.simulator.tables_file import load_tables, save_tables
-from kvtune.tuner.options import FULL, SMALL
+from kvtune.tuner.options import FULL, LAPTOP
 from kvtune.tuner.request import SearchRequest
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _own_tables(
 ) -> Tables:
     from kvtune.simulator.build import build_tables
 
-    options = (SMALL if request.workload == "small" else FULL).options()
+    options = (LAPTOP if request.workload == "small" else FULL).options()
     menu = hashlib.sha256(repr(options).encode()).hexdigest()[:12]
     path = cache_dir() / "tables" / f"{request.shape.name}-{key}-{menu}.safetensors"
     if not path.exists():
