@@ -78,6 +78,8 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--per-kind", type=int, default=3)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS))
+    parser.add_argument("--name", default="plan-against-rivals")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     tables, _ = packaged_tables()
@@ -85,7 +87,9 @@ def main() -> None:
     evaluate = {"prose": 8, "code": 8, "retrieval": 64}  # the workload the tables come from
     made = build(Workload({"evaluate": evaluate}), loaded.tokenizer)
     samples = [
-        s for kind in KINDS for s in [s for s in made if s.kind == kind][: arguments.per_kind]
+        s
+        for kind in arguments.kinds
+        for s in [s for s in made if s.kind == kind][: arguments.per_kind]
     ]
     layers, heads, head_dim = tables.layers, tables.kv_heads, tables.head_dim
     full = 4 * tables.heads * head_dim * tables.prompt_tokens
@@ -128,7 +132,7 @@ def report(arguments: Any, entrants: list[Any], outcomes: list[Outcome]) -> None
         }
     figures = {"samples": len(outcomes[0].kl), "device": arguments.device, "at_equal_bytes": table}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "plan-against-rivals.json"
+    path = arguments.out / f"{arguments.name}.json"
     path.write_text(json.dumps(figures, indent=1) + "\n")
 
 

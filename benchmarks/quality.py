@@ -133,6 +133,12 @@ class Outcome:
             "kl": mean_over_kinds(self.kl, self.kinds),
             "kl_interval": [float(low), float(high)],
             "share": float(np.mean(self.share)),
+            "kl_by_kind": {
+                kind: float(
+                    np.mean([x for x, k in zip(self.kl, self.kinds, strict=True) if k == kind])
+                )
+                for kind in sorted(set(self.kinds))
+            },
         }
         if self.digits:
             found["digits"] = float(np.mean(self.digits))

@@ -9,7 +9,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from kvtune.common.errors import KvtuneError
-from kvtune.common.files import cache_dir
+from kvtune.common.files import cache_dir, sha256
 from kvtune.common.progress import Progress
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.calibration import NONE, Calibration
@@ -51,8 +51,15 @@ class QualitySource:
 
 def packaged_tables() -> tuple[Tables, dict[str, Any]]:
     """The tables of SmolLM2-135M that the package ships, measured on a GPU."""
-    path = resources.files("kvtune.tuner") / "data" / f"{STAND_IN}.safetensors"
-    with resources.as_file(path) as file:
+    folder = resources.files("kvtune.tuner") / "data"
+    wanted = (folder / "SHA256SUMS").read_text().split()[0]
+    with resources.as_file(folder / f"{STAND_IN}.safetensors") as file:
+        if sha256(file) != wanted:
+            raise KvtuneError(
+                "the packaged tables do not match their hash",
+                where=str(file),
+                hint="install kvtune again.",
+            )
         return load_tables(file)
 
 
