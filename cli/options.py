@@ -82,7 +82,7 @@ Workload = Annotated[
     Literal["small", "full"],
     typer.Option(
         "--workload",
-        help="small: six samples of 1024 tokens, for two CPU cores; full: of 2048, for a GPU.",
+        help="small: nine samples of 1024 tokens, for two CPU cores; full: of 2048, for a GPU.",
     ),
 ]
 Texts = Annotated[

@@ -78,15 +78,9 @@ def _front(result: SearchResult) -> RenderableType:
         columns,
         [_point(point) for point in _thinned(result.front)],
         left=(0,),
-        caption=f"{_caption(result)}, predicted on {_judged_on(result)} samples; * is the plan"
+        caption=f"{_caption(result)}, predicted on selection samples; * is the plan"
         + ("; result.json holds every point" if len(result.front) > _ROWS else ""),
     )
-
-
-def _judged_on(result: SearchResult) -> str:
-    """The small workload has no selection samples of its own."""
-    small = result.quality.source == "own trace" and result.request.workload == "small"
-    return "the search's own" if small else "selection"
 
 
 _ROWS = 16  # more do not fit a screen; the step from one point to the next is small by then

@@ -34,7 +34,7 @@ class SearchRequest:
         seed: of everything drawn.
         stand_in: use the packaged tables even where weights are at hand.
         device: for capture and live runs, "cpu" or "cuda"; None picks CUDA if there is one.
-        workload: "small" (six samples of 1024 tokens, sized for a laptop) or "full" (2048 tokens).
+        workload: "small" (nine samples of 1024 tokens, sized for a laptop) or "full" (2048 tokens).
         texts: the user's own .txt or .jsonl files, searched and evaluated on instead.
     """
 
