@@ -76,7 +76,7 @@ def live_rivals(
         )
 
     uniform = candidates("uniform", budget, *shape)
-    ranked = np.argsort(replay(uniform, every=5).mean(1))
+    ranked = np.argsort(replay(uniform, every=6).mean(1))
     promising = {_stored_by(uniform[row]) for row in ranked[:_PROMISING]}
     simple = []
     for family in FAMILIES:
@@ -121,7 +121,7 @@ def _rival(
 
 
 _LIVE_ON_CPU = ("kvtune", "uniform", "adakv")  # a run costs seconds there; the rest is replayed
-_PROMISING = 3  # methods and precisions that the other families try, of the uniform ones
+_PROMISING = 2  # methods and precisions that the other families try, of the uniform ones
 _NAMES = {"layers": "best per layer", "greedy": "greedy per head"}
 
 

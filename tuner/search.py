@@ -116,11 +116,13 @@ def _choose(
     expected: Sequence[Candidate],
     progress: Progress,
 ) -> Candidate:
-    """The front's best, or with selection samples at hand the best of the finalists run live."""
+    """The front's best, or the best of the finalists run live on the selection samples."""
     best = pick(front(expected), request.largest_kl)
     trace, loaded = source.trace, source.loaded
     if trace is None or loaded is None or not (selection := trace.of_split("select")):
         return best
+    if loaded.device == "cpu" and request.sequences is None:
+        return best  # a live run costs seconds there, and neighbours on the front differ little
     rest = sorted((c for c in expected if c.sequences == best.sequences), key=lambda c: c.kl)
     finalists = list({c.choice.tobytes(): c for c in reversed(rest[:_FINALISTS])}.values())
     if len(finalists) < 2:
