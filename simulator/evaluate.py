@@ -45,7 +45,8 @@ def replay_policies(
     for policy in policies:
         policy.check_fits(trace.geometry.layers, trace.geometry.kv_heads)
     steps = (progress or Silent()).track(samples, "replaying policies", len(samples))
-    layers = range(every // 2, trace.geometry.layers, every)
+    depth = trace.geometry.layers
+    layers = range(min(every // 2, depth - 1), depth, every)  # one at least, of a shallow model
     return np.stack([_replay_sample(trace, s, policies, layers, block, device) for s in steps], 1)
 
 
