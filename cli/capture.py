@@ -41,7 +41,7 @@ def command(
     texts, name = read_texts(text), read_model(model)[0]
     with speaking(as_json, quiet) as output:
         from kvtune.traces.capture import capture
-        from kvtune.traces.models import load_model
+        from kvtune.traces.models import best_device, load_model
         from kvtune.traces.workloads import build, named_workload
 
         plan = named_workload(workload, seed, texts)
@@ -58,13 +58,6 @@ def command(
         )
         output.show(_summary(trace), "", f"next: kvtune simulate POLICY.yaml --trace {out}")
         output.finish("capture", _answer(trace))
-
-
-def best_device() -> str:
-    """``cuda`` if there is one."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _summary(trace: Trace) -> RenderableType:

@@ -64,8 +64,8 @@ def command(
     bound = document.bind(target.shape.layers, target.shape.kv_heads)
     cost = policy_cost(bound, target.shape, target.gpu, budget, target.generated_tokens)
     with speaking(as_json, quiet) as output:
-        from kvtune.cli.capture import best_device
         from kvtune.cli.replayed import replay
+        from kvtune.traces.models import best_device
 
         found = replay(
             recorded, bound, target.shape.name, split, device or best_device(), output.progress

@@ -42,8 +42,7 @@ def command(
     document, texts = read_policy(read_policy_path(policy)), read_texts(text)
     name = _model(document, model)
     with speaking(as_json, quiet) as output:
-        from kvtune.cli.capture import best_device
-        from kvtune.traces.models import load_model
+        from kvtune.traces.models import best_device, load_model
 
         loaded = load_model(name, device=device or best_device(), progress=output.progress)
         bound = document.bind(loaded.geometry.layers, loaded.geometry.kv_heads)

@@ -151,6 +151,13 @@ def _sampled_bytes(weight: Tensor) -> bytes:
     return values.contiguous().numpy().tobytes()
 
 
+def best_device() -> str:
+    """``cuda`` if there is one, else ``cpu``."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _device(device: str) -> str:
     import torch
 

@@ -89,7 +89,7 @@ def own_trace(request: SearchRequest, progress: Progress) -> QualitySource:
         KvtuneError: the weights cannot be had, or do not fit the shape.
     """
     from kvtune.traces.capture import capture
-    from kvtune.traces.models import load_model
+    from kvtune.traces.models import best_device, load_model
     from kvtune.traces.samples import content_hash
     from kvtune.traces.workloads import build, named_workload
 
@@ -122,13 +122,6 @@ def own_trace(request: SearchRequest, progress: Progress) -> QualitySource:
     return QualitySource(
         tables, _borrowed_calibration(), loaded=loaded, trace=trace, provenance=provenance
     )
-
-
-def best_device() -> str:
-    """``cuda`` if there is one."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _own_tables(
