@@ -120,6 +120,18 @@ def read_context(text: str, shape: ModelShape) -> int:
     return tokens
 
 
+def read_context_range(text: str, shape: ModelShape) -> tuple[int, int | None]:
+    """``8192`` as (8192, None), ``4k-64k`` as its two ends, shortest first."""
+    shortest, dash, longest = text.partition("-")
+    ends = (read_context(shortest, shape), read_context(longest, shape) if dash else None)
+    if ends[1] is not None and ends[1] < ends[0]:
+        raise KvtuneError(
+            f"--context {text} ends below its start",
+            hint=f"write --context {longest}-{shortest}.",
+        )
+    return ends
+
+
 def read_texts(texts: list[Path] | None) -> tuple[Path, ...]:
     """The user's own text files, which must be there."""
     for path in texts or ():

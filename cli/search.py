@@ -18,7 +18,15 @@ def command(
     model: options.Model,
     gpu: options.Gpu = None,
     mem: options.Memory = None,
-    context: options.Context = "8192",
+    context: Annotated[
+        str,
+        typer.Option(
+            "--context",
+            metavar="TOKENS",
+            help="Prompt tokens of a sequence: 8192 or 32k (k is 1024); 4k-64k lets the search "
+            "choose among doublings.",
+        ),
+    ] = "8192",
     generated: options.Generated = "256",
     batch: options.Sequences = None,
     weights: options.Weights = "auto",
@@ -49,10 +57,16 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """The best plan for a GPU and a memory limit."""
-    from kvtune.cli.inputs import check_writable, read_target, read_texts
+    from kvtune.cli.inputs import (
+        check_writable,
+        read_context_range,
+        read_target,
+        read_texts,
+    )
     from kvtune.tuner.request import SearchRequest
 
-    target = read_target(model, gpu, mem, context, generated)
+    target = read_target(model, gpu, mem, context.partition("-")[0], generated)
+    context_tokens, longest_context = read_context_range(context, target.shape)
     folder = run_dir or default_run_dir(target.shape.name, target.gpu.slug, mem or "all")
     check_writable(folder, "--run-dir")
     request = SearchRequest(
@@ -62,7 +76,8 @@ def command(
         memory_bytes=target.memory_bytes,
         run_dir=folder,
         weights=weights,
-        context_tokens=target.context_tokens,
+        context_tokens=context_tokens,
+        longest_context=longest_context,
         generated_tokens=target.generated_tokens,
         sequences=batch,
         largest_kl=max_kl,

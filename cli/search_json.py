@@ -23,6 +23,7 @@ def answer(result: SearchResult) -> dict[str, Any]:
         "memory": result.memory,
         "latency": result.latency,
         "prefill": result.prefill,
+        "context_tokens": result.context_tokens,
         "sequences": result.sequences,
         "full_cache_sequences": result.full_cache_sequences,
         "prompt_bytes": result.prompt_bytes,

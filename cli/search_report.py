@@ -30,7 +30,7 @@ def first_words(request: SearchRequest) -> RenderableType:
         request.shape,
         request.gpu,
         request.memory_bytes,
-        context_tokens=request.context_tokens,
+        context_tokens=request.contexts[-1],
         batch=1,
         weights=request.weights,
     )
@@ -67,6 +67,7 @@ def _front(result: SearchResult) -> RenderableType:
     tier = result.latency.tier
     columns = (
         "",
+        *(["context"] if _chose_context(result) else []),
         "at once",
         "KL, table",
         "of bf16",
@@ -74,13 +75,23 @@ def _front(result: SearchResult) -> RenderableType:
         f"tokens/s, {tier}",
     )
     return table(
-        f"Pareto front, prompts of {format_tokens(result.request.context_tokens)}, KL in nats",
+        f"Pareto front, prompts of {_prompts(result)}, KL in nats",
         columns,
-        [_point(point) for point in _thinned(result.front)],
+        [_point(point, _chose_context(result)) for point in _thinned(result.front)],
         left=(0,),
         caption=f"{_caption(result)}, predicted on selection samples; * is the plan"
         + ("; result.json holds every point" if len(result.front) > _ROWS else ""),
     )
+
+
+def _chose_context(result: SearchResult) -> bool:
+    return len(result.request.contexts) > 1
+
+
+def _prompts(result: SearchResult) -> str:
+    contexts = result.request.contexts
+    whole = format_tokens(contexts[-1])
+    return f"{contexts[0]} to {whole}" if _chose_context(result) else whole
 
 
 _ROWS = 16  # more do not fit a screen; the step from one point to the next is small by then
@@ -94,9 +105,10 @@ def _thinned(front: Sequence[FrontPoint]) -> list[FrontPoint]:
     return [point for i, point in enumerate(front) if i in evenly or point.chosen]
 
 
-def _point(point: FrontPoint) -> tuple[str, ...]:
+def _point(point: FrontPoint, context: bool) -> tuple[str, ...]:
     return (
         "*" if point.chosen else "",
+        *([count(point.context_tokens)] if context else []),
         count(point.sequences),
         f"{point.kl:.3g}",
         percent(point.share),
@@ -140,7 +152,7 @@ def _plan(result: SearchResult) -> RenderableType:
     rows = [
         ("loss", f"{figure(result.quality.kl)}, nats/token"),
         ("prompt", f"{format_bytes(result.prompt_bytes)}, {percent(result.share)} of bf16"),
-        ("sequences at once", f"{result.sequences}; uncompressed {result.full_cache_sequences}"),
+        ("prompts at once", _at_once(result)),
         ("peak memory", figure(result.memory)),
         ("time per token", figure(result.latency)),
         ("prefill of a prompt", figure(result.prefill)),
@@ -149,6 +161,11 @@ def _plan(result: SearchResult) -> RenderableType:
         fired = ", ".join(f"{count(n)} {what}" for what, n in result.counters.items())
         rows.append(("fired live", fired.replace("_", " ")))
     return table("The plan", ("", ""), rows, left=(0, 1), caption=_caption(result))
+
+
+def _at_once(result: SearchResult) -> str:
+    tokens = format_tokens(result.context_tokens)
+    return f"{result.sequences} of {tokens}; uncompressed {result.full_cache_sequences}"
 
 
 def _files(result: SearchResult) -> str:

@@ -79,6 +79,7 @@ def result_of(request: SearchRequest, live: bool) -> SearchResult:
         budget=budget,
         front=tuple(point(n, n == 48) for n in (4, 48, 96)),
         policy=policy,
+        context_tokens=request.context_tokens,
         prompt_bytes=64_000_000,
         sequences=48,
         share=0.0596,
@@ -100,7 +101,7 @@ def point(sequences: int, chosen: bool) -> FrontPoint:
     rate = Estimate(1540.0, 1230.0, 1920.0, "tokens/s", "datasheet")
     loss, share = 2e-4 * sequences, 2.86 / sequences
     return FrontPoint(
-        loss, sequences, 64_000_000, share, seconds(0.0312), rate, {"split": "heads"}, chosen
+        loss, 8192, sequences, 64_000_000, share, seconds(0.0312), rate, {"split": "heads"}, chosen
     )
 
 
@@ -210,3 +211,17 @@ def test_the_request_is_what_was_asked(
     assert request.largest_kl == 0.1
     assert request.texts == (text,)
     assert request.run_dir == Path("kvtune-runs/llama-3.1-8b-rtx-4090-16gb")
+    assert request.contexts == (16384,)
+    main([*WORDS[:7], "--context", "3k-13k"])
+    assert asked[1].contexts == (3072, 6144, 12288, 13312)
+
+
+@pytest.mark.parametrize(
+    ("context", "told"),
+    [("64k-4k", "write --context 4k-64k"), ("4k-", "no number"), ("8k-999k", "is the most")],
+)
+def test_a_wrong_range_of_contexts_is_told(
+    live: bool, capsys: pytest.CaptureFixture[str], context: str, told: str
+) -> None:
+    assert main([*WORDS[:7], "--context", context]) == 2
+    assert told in capsys.readouterr().err

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 Make = Callable[..., Tables]
 KEYS = {
     "kvtune", "model", "gpu", "policy", "budget", "front", "rivals", "quality", "predicted",
-    "memory", "latency", "prefill", "sequences", "full_cache_sequences", "prompt_bytes", "share",
+    "memory", "latency", "prefill", "context_tokens", "sequences", "full_cache_sequences", "prompt_bytes", "share",
     "counters", "notes", "provenance",
 }  # fmt: skip
 
@@ -85,10 +85,10 @@ def check_front(result: SearchResult, written: Any) -> None:
 def check_room(result: SearchResult) -> None:
     """The plan's sequences fit with all that they generate."""
     request, shape = result.request, result.request.shape
-    generated = shape.kv_bytes(request.context_tokens + request.generated_tokens)
-    each = result.prompt_bytes + generated - shape.kv_bytes(request.context_tokens)
+    generated = shape.kv_bytes(result.context_tokens + request.generated_tokens)
+    each = result.prompt_bytes + generated - shape.kv_bytes(result.context_tokens)
     assert result.sequences * each <= result.budget.cache_bytes
-    assert result.prompt_bytes == result.policy.footprint(request.context_tokens, shape.head_dim)
+    assert result.prompt_bytes == result.policy.footprint(result.context_tokens, shape.head_dim)
 
 
 # The stand-in
@@ -155,6 +155,20 @@ def test_asked_sequences_are_planned_for(packaged: Tables, tmp_path: Path) -> No
     assert few.predicted.kl.value < many.predicted.kl.value
     assert len(few.front) == len(many.front) == 1
     check_room(many)
+
+
+def test_the_context_can_be_chosen_too(packaged: Tables, tmp_path: Path) -> None:
+    """With four sequences fixed, looser quality buys longer prompts, never beyond the range."""
+    found = [
+        run_search(llama(tmp_path / f"{kl}", sequences=4, longest_context=65536, largest_kl=kl))
+        for kl in (1e-4, 1.0)
+    ]
+    short, long = (result.context_tokens for result in found)
+    assert 8192 <= short < long <= 65536
+    for result in found:
+        assert {point.context_tokens for point in result.front} <= set(result.request.contexts)
+        assert result.budget.context_tokens == result.context_tokens
+        check_room(result)
 
 
 def test_what_cannot_fit_is_one_clear_error(packaged: Tables, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def tables(make_tables: Make) -> Tables:
 
 def question(tables: Tables, room: float = 3.0, sequences: int | None = None) -> Question:
     """Room for so many uncompressed prompts."""
-    return Question(tables, 16, 256, int(room * FULL_PROMPT), GENERATED, sequences)
+    return Question(tables, 16, {256: int(room * FULL_PROMPT)}, GENERATED, sequences)
 
 
 def facts(candidates: list[Candidate]) -> list[Any]:
@@ -108,10 +108,10 @@ def test_candidates_fit_the_room_and_say_what_they_take(tables: Tables, room: fl
     assert candidates
     for candidate in candidates:
         each = candidate.prompt_bytes + GENERATED
-        assert candidate.sequences * each <= asked.cache_bytes
+        assert candidate.sequences * each <= asked.rooms[256]
         assert solver.policy(candidate).footprint(256, 16) == candidate.prompt_bytes
         assert candidate.prompt_bytes - footprint_of_lengths(1, 6) <= asked.prompt_budget(
-            candidate.sequences
+            256, candidate.sequences
         )
 
 
@@ -134,7 +134,7 @@ def test_held_out_samples_change_nothing(tables: Tables) -> None:
 
 def test_a_trials_parameters_are_kept_to(tables: Tables) -> None:
     solver = Solver.of(question(tables, room=2.0))
-    common = {"sequences": 4, "shrinkage": 0.4}
+    common = {"context": 256, "sequences": 4, "shrinkage": 0.4}
     parameters = {"h2o": False, "streaming_llm": True, "least_bits": 4, "split": "layers"}
     candidate = solver.answer(0, {**parameters, **common})
     assert candidate is not None
@@ -149,26 +149,71 @@ def test_a_trials_parameters_are_kept_to(tables: Tables) -> None:
 def test_most_sequences_fit_and_one_more_does_not(tables: Tables) -> None:
     for room in (0.1, 1.0, 7.3):
         asked = question(tables, room)
-        most = asked.most_sequences
+        most = asked.most_sequences(256)
         smallest = int(tables.footprints(256, 16).min()) * tables.heads
-        assert asked.prompt_budget(most) >= smallest
-        assert asked.prompt_budget(most + 1) < smallest
+        assert asked.prompt_budget(256, most) >= smallest
+        assert asked.prompt_budget(256, most + 1) < smallest
 
 
 @pytest.mark.parametrize("sequences", [None, 2])
 def test_where_nothing_fits_there_are_no_candidates(
     tables: Tables, tmp_path: Path, sequences: int | None
 ) -> None:
-    solver = Solver.of(Question(tables, 16, 256, 3000, GENERATED, sequences))
+    solver = Solver.of(Question(tables, 16, {256: 3000}, GENERATED, sequences))
     assert run_study(solver, trials=6, journal=tmp_path / "study.journal") == []
     assert run_study(solver, trials=6, journal=tmp_path / "study.journal") == []
+
+
+# The context as a choice
+
+
+def several(tables: Tables, sequences: int | None = None) -> Question:
+    """Longer prompts leave a little less room, as their prefill takes more."""
+    rooms = {context: int(3 * FULL_PROMPT - 10 * context) for context in (256, 512, 1024)}
+    return Question(tables, 16, rooms, GENERATED, sequences)
+
+
+@pytest.mark.parametrize("sequences", [None, 3])
+def test_the_study_tries_every_context_and_stays_within_its_room(
+    tables: Tables, sequences: int | None
+) -> None:
+    asked = several(tables, sequences)
+    solver = Solver.of(asked)
+    candidates = run_study(solver, trials=30)
+    assert {c.context for c in candidates} == set(asked.contexts)
+    for candidate in candidates:
+        assert candidate.parameters["context"] == candidate.context
+        each = candidate.prompt_bytes + GENERATED
+        assert candidate.sequences * each <= asked.rooms[candidate.context]
+        assert solver.policy(candidate).footprint(candidate.context, 16) == candidate.prompt_bytes
+        assert sequences in (None, candidate.sequences)
+
+
+def test_a_longer_context_loses_more_at_as_many_sequences(tables: Tables) -> None:
+    solver = Solver.of(several(tables))
+    given_ = {"least_bits": 2, "split": "heads", "shrinkage": 0.0, "sequences": 4}
+    losses = []
+    for context in (256, 512, 1024):
+        candidate = solver.answer(0, {**given_, "context": context})
+        assert candidate is not None
+        losses.append(solver.problems[context].shrunk(0.0).value(candidate.choice))
+    assert losses == sorted(losses)
+    assert losses[0] < losses[-1]
+
+
+def test_a_study_of_contexts_resumes_as_if_uninterrupted(tables: Tables, tmp_path: Path) -> None:
+    solver, journal = Solver.of(several(tables)), tmp_path / "study.journal"
+    whole = run_study(solver, trials=24, seed=2)
+    with pytest.raises(StoppedError):
+        run_study(solver, trials=24, seed=2, journal=journal, progress=StopsAt(19))
+    assert facts(run_study(solver, trials=24, seed=2, journal=journal)) == facts(whole)
 
 
 # The front
 
 
 def candidate(number: int, kl: float, sequences: int) -> Candidate:
-    return Candidate(number, {}, np.zeros(1, int), kl, sequences, 0)
+    return Candidate(number, {}, np.zeros(1, int), kl, 1024, sequences, 0)
 
 
 points = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=20)

@@ -26,7 +26,8 @@ class SearchRequest:
         memory_bytes: device memory that everything together may take.
         run_dir: where config, journal, policy and result go; resumed if it holds this search.
         weights: weight format, or "auto" for the widest that fits.
-        context_tokens: prompt tokens of each sequence.
+        context_tokens: prompt tokens of each sequence; the fewest, where the search may choose.
+        longest_context: the most that the search may choose, in doublings; None to choose nothing.
         generated_tokens: tokens each sequence generates, cached in 16 bits.
         sequences: how many at once; None lets the search choose as many as ``largest_kl`` allows.
         largest_kl: quality loss that is acceptable, nats/token.
@@ -45,6 +46,7 @@ class SearchRequest:
     run_dir: Path
     weights: str = "auto"
     context_tokens: int = 8192
+    longest_context: int | None = None
     generated_tokens: int = 256
     sequences: int | None = None
     largest_kl: float = 0.02
@@ -54,6 +56,15 @@ class SearchRequest:
     device: str | None = None
     workload: Literal["small", "full"] = "small"
     texts: tuple[Path, ...] = ()
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """Prompt lengths to choose from: doublings of the shortest, and the longest."""
+        longest = self.longest_context or self.context_tokens
+        steps = [self.context_tokens]
+        while 2 * steps[-1] < longest:
+            steps.append(2 * steps[-1])
+        return tuple(dict.fromkeys((*steps, longest)))
 
 
 @dataclass(frozen=True)
@@ -75,10 +86,11 @@ class Quality:
 
 @dataclass(frozen=True)
 class FrontPoint:
-    """One plan of the Pareto front: loss against sequences that fit, with what it takes.
+    """One plan of the Pareto front: loss against tokens at once, with what it takes.
 
     Args:
         kl: predicted on the selection samples, nats/token.
+        context_tokens: prompt tokens of each sequence.
         sequences: that fit at once under the limit.
         prompt_bytes: of one compressed prompt.
         share: of the bf16 bytes of the same prompt.
@@ -89,6 +101,7 @@ class FrontPoint:
     """
 
     kl: float
+    context_tokens: int
     sequences: int
     prompt_bytes: int
     share: float
@@ -127,9 +140,10 @@ class SearchResult:
 
     Args:
         request: what was asked.
-        budget: device memory, weights, overhead and what is left for the cache.
-        front: most sequences last.
+        budget: device memory, weights, overhead and what is left for the cache, at that context.
+        front: most tokens at once last.
         policy: the chosen plan.
+        context_tokens: prompt tokens of each sequence, chosen where that was left open.
         prompt_bytes: of one compressed prompt.
         sequences: that fit at once with it.
         share: of the bf16 bytes of the same prompt.
@@ -150,6 +164,7 @@ class SearchResult:
     budget: MemoryBudget
     front: tuple[FrontPoint, ...]
     policy: Policy
+    context_tokens: int
     prompt_bytes: int
     sequences: int
     share: float

@@ -36,11 +36,12 @@ def stand_in_rivals(
 ) -> tuple[list[Rival], None]:
     """From tables alone: allocations predicted, simple families read off their live curves."""
     question = solver.question
-    share = chosen.prompt_bytes / question.full_bytes
+    problem = solver.problems[chosen.context]
+    share = chosen.prompt_bytes / question.full_bytes(chosen.context)
     rivals = [Rival("kvtune plan", "kvtune", predicted, None, chosen.prompt_bytes)]
     budget = chosen.prompt_bytes - footprint_of_lengths(1, source.tables.heads)
-    for family, choice in _allocations(solver.fit, source.tables.kv_heads, budget).items():
-        spent = solver.fit.spent(choice) + footprint_of_lengths(1, source.tables.heads)
+    for family, choice in _allocations(problem, source.tables.kv_heads, budget).items():
+        spent = problem.spent(choice) + footprint_of_lengths(1, source.tables.heads)
         rivals.append(Rival(_NAMES[family], family, _held_out(source, choice), None, spent))
     for family in FAMILIES:
         if (point := _on_curve(source.curves.get(family, []), share)) is not None:

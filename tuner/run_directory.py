@@ -61,7 +61,7 @@ def _document(result: SearchResult) -> PolicyDocument:
         ),
         serving=Serving(
             weights=result.budget.weight_format,
-            context_tokens=request.context_tokens,
+            context_tokens=result.context_tokens,
             batch=result.sequences,
             gpu=request.gpu.slug,
         ),
@@ -83,6 +83,7 @@ def result_as_plain(result: SearchResult) -> dict[str, Any]:
         "memory": result.memory.as_dict(),
         "latency": result.latency.as_dict(),
         "prefill": result.prefill.as_dict(),
+        "context_tokens": result.context_tokens,
         "sequences": result.sequences,
         "full_cache_sequences": result.full_cache_sequences,
         "prompt_bytes": result.prompt_bytes,

@@ -26,6 +26,7 @@ from kvtune.tuner.run_directory import record_config, write_result
 from kvtune.tuner.sources import QualitySource, has_weights, own_trace, stand_in
 from kvtune.tuner.study import Candidate, Question, Solver, front, pick, run_study
 
+Budgets = dict[int, MemoryBudget]  # by context
 _FINALISTS = 4
 
 
@@ -37,17 +38,10 @@ def run_search(request: SearchRequest, progress: Progress | None = None) -> Sear
     """
     progress = progress or Silent()
     _refuse_unknown_layers(request)
-    budget = memory_budget(
-        request.shape,
-        request.gpu,
-        request.memory_bytes,
-        context_tokens=request.context_tokens,
-        batch=1,  # how many fit, compressed, is the study's to find
-        weights=request.weights,
-    )
+    budgets = _budgets(request)
     record_config(request)
     source, notes = _quality_source(request, progress)
-    question = _question(request, budget, source)
+    question = _question(request, budgets, source)
     solver = Solver.of(question)
     candidates = run_study(
         solver,
@@ -63,7 +57,7 @@ def run_search(request: SearchRequest, progress: Progress | None = None) -> Sear
         )
     expected = [replace(c, kl=source.calibration.value(c.kl)) for c in candidates]
     chosen = _choose(request, solver, source, expected, progress)
-    result = _result(request, budget, source, solver, expected, chosen, notes, progress)
+    result = _result(request, budgets, source, solver, expected, chosen, notes, progress)
     write_result(result)
     return result
 
@@ -96,14 +90,31 @@ def _quality_source(
         return source, (f"quality: stand-in ({source.stand_in}), because {error}.",)
 
 
-def _question(request: SearchRequest, budget: MemoryBudget, source: QualitySource) -> Question:
+def _budgets(request: SearchRequest) -> Budgets:
+    """Room for caches at every context; weights are the ones that serve the longest."""
+    budgets: Budgets = {}
+    weights = request.weights
+    for context in reversed(request.contexts):
+        budgets[context] = memory_budget(
+            request.shape,
+            request.gpu,
+            request.memory_bytes,
+            context_tokens=context,
+            batch=1,  # how many fit, compressed, is the study's to find
+            weights=weights,
+        )
+        weights = budgets[context].weight_format
+    reason = budgets[request.contexts[-1]].reason
+    return {context: replace(budget, reason=reason) for context, budget in budgets.items()}
+
+
+def _question(request: SearchRequest, budgets: Budgets, source: QualitySource) -> Question:
     shape = request.shape
     generated = shape.kv_bytes(request.context_tokens + request.generated_tokens)
     return Question(
         tables=source.tables,
         head_dim=shape.head_dim,
-        prompt_tokens=request.context_tokens,
-        cache_bytes=budget.cache_bytes,
+        rooms={context: budget.cache_bytes for context, budget in budgets.items()},
         generated_bytes=generated - shape.kv_bytes(request.context_tokens),
         sequences=request.sequences,
     )
@@ -123,7 +134,8 @@ def _choose(
         return best
     if loaded.device == "cpu" and request.sequences is None:
         return best  # a live run costs seconds there, and neighbours on the front differ little
-    rest = sorted((c for c in expected if c.sequences == best.sequences), key=lambda c: c.kl)
+    same = (c for c in expected if (c.context, c.sequences) == (best.context, best.sequences))
+    rest = sorted(same, key=lambda c: c.kl)
     finalists = list({c.choice.tobytes(): c for c in reversed(rest[:_FINALISTS])}.values())
     if len(finalists) < 2:
         return best
@@ -142,7 +154,7 @@ def _choose(
 
 def _result(
     request: SearchRequest,
-    budget: MemoryBudget,
+    budgets: Budgets,
     source: QualitySource,
     solver: Solver,
     expected: Sequence[Candidate],
@@ -150,7 +162,7 @@ def _result(
     notes: tuple[str, ...],
     progress: Progress,
 ) -> SearchResult:
-    policy = solver.policy(chosen)
+    policy, budget = solver.policy(chosen), budgets[chosen.context]
     cost = _cost(request, budget, policy, chosen.sequences)
     predicted = _predicted(source, chosen)
     compare = live_rivals if source.loaded else stand_in_rivals
@@ -158,12 +170,13 @@ def _result(
     quality = predicted
     if validation is not None:
         quality = replace(predicted, kl=validation.live)
-    generated = request.context_tokens + request.generated_tokens
+    longest = chosen.context + request.generated_tokens
     return SearchResult(
         request=request,
         budget=budget,
-        front=_front_points(request, budget, solver, expected, chosen),
+        front=_front_points(request, budgets, solver, expected, chosen),
         policy=policy,
+        context_tokens=chosen.context,
         prompt_bytes=cost.prompt_bytes,
         sequences=chosen.sequences,
         share=cost.share,
@@ -173,7 +186,7 @@ def _result(
         memory=cost.memory,
         latency=cost.latency,
         prefill=cost.prefill,
-        full_cache_sequences=budget.cache_bytes // request.shape.kv_bytes(generated),
+        full_cache_sequences=budget.cache_bytes // request.shape.kv_bytes(longest),
         full_cache_accuracy=validation.full_cache_accuracy if validation else None,
         counters=validation.counters if validation else {},
         notes=(*notes, *_notes(request, budget, source, chosen, quality)),
@@ -202,17 +215,19 @@ def _cost(request: SearchRequest, budget: MemoryBudget, policy: Policy, sequence
 
 def _front_points(
     request: SearchRequest,
-    budget: MemoryBudget,
+    budgets: Budgets,
     solver: Solver,
     expected: Sequence[Candidate],
     chosen: Candidate,
 ) -> tuple[FrontPoint, ...]:
     points = []
     for candidate in {c.number: c for c in (*front(expected), chosen)}.values():
+        budget = budgets[candidate.context]
         cost = _cost(request, budget, solver.policy(candidate), candidate.sequences)
         points.append(
             FrontPoint(
                 kl=candidate.kl,
+                context_tokens=candidate.context,
                 sequences=candidate.sequences,
                 prompt_bytes=cost.prompt_bytes,
                 share=cost.share,
@@ -222,7 +237,7 @@ def _front_points(
                 chosen=candidate.number == chosen.number,
             )
         )
-    return tuple(sorted(points, key=lambda point: (point.sequences, -point.kl)))
+    return tuple(sorted(points, key=lambda p: (p.context_tokens * p.sequences, -p.kl)))
 
 
 def _notes(
@@ -235,15 +250,15 @@ def _notes(
     """Automatic choices, each with its reason."""
     prompt = source.tables.prompt_tokens
     notes = [f"weights: {budget.reason}"]
-    if request.sequences is None:
+    if request.sequences is None or len(request.contexts) > 1:
         notes.append(
-            f"sequences: {chosen.sequences}, the most whose loss on selection stays within "
-            f"{request.largest_kl:g} nats a token."
+            f"at once: {chosen.sequences} of {chosen.context} tokens, the most whose loss on "
+            f"selection stays within {request.largest_kl:g} nats a token."
         )
-    if prompt != request.context_tokens:
+    if prompt != chosen.context:
         notes.append(
             f"context: quality was measured on prompts of {prompt} tokens; budgets are shares of "
-            f"the prompt and are carried over to {request.context_tokens}."
+            f"the prompt and are carried over to {chosen.context}."
         )
     if quality.kl.value > request.largest_kl:
         notes.append(

@@ -6,8 +6,8 @@ goes on where it was. A trial is solved on the search samples and judged on the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,35 +34,37 @@ class Question:
     Args:
         tables: quality of options on the model, every split.
         head_dim: of the model that will run, which a stand-in's tables may differ from.
-        prompt_tokens: P that a sequence's cache is planned for.
-        cache_bytes: room for all sequences' caches.
+        rooms: bytes left for all sequences' caches, by the context P of a sequence in tokens;
+            of several contexts the study chooses.
         generated_bytes: that each sequence's generated tokens take, in 16 bits.
         sequences: how many at once; None lets the study choose.
     """
 
     tables: Tables
     head_dim: int
-    prompt_tokens: int
-    cache_bytes: int
+    rooms: Mapping[int, int]
     generated_bytes: int
     sequences: int | None = None
 
     @property
-    def full_bytes(self) -> int:
-        """Bytes of one uncompressed prompt, bf16."""
-        return 2 * 2 * self.prompt_tokens * self.head_dim * self.tables.heads
+    def contexts(self) -> list[int]:
+        """Those that the study may choose, shortest first."""
+        return sorted(self.rooms)
 
-    def prompt_budget(self, sequences: int) -> int:
+    def full_bytes(self, context: int) -> int:
+        """Bytes of one uncompressed prompt, bf16."""
+        return 2 * 2 * context * self.head_dim * self.tables.heads
+
+    def prompt_budget(self, context: int, sequences: int) -> int:
         """Bytes that each sequence's compressed prompt may take."""
         lengths = footprint_of_lengths(1, self.tables.heads)
-        return self.cache_bytes // sequences - self.generated_bytes - lengths
+        return self.rooms[context] // sequences - self.generated_bytes - lengths
 
-    @property
-    def most_sequences(self) -> int:
+    def most_sequences(self, context: int) -> int:
         """As many as fit with every head on its smallest option."""
-        smallest = int(self.tables.footprints(self.prompt_tokens, self.head_dim).min())
+        smallest = int(self.tables.footprints(context, self.head_dim).min())
         each = smallest * self.tables.heads + footprint_of_lengths(1, self.tables.heads)
-        return int(self.cache_bytes // (each + self.generated_bytes))
+        return int(self.rooms[context] // (each + self.generated_bytes))
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Candidate:
         parameters: what Optuna chose.
         choice: option of each head, ``[I]``.
         kl: predicted on the selection samples, nats/token.
+        context: prompt tokens of each sequence.
         sequences: that fit at once.
         prompt_bytes: of one compressed prompt, lengths included.
     """
@@ -82,8 +85,14 @@ class Candidate:
     parameters: dict[str, Any]
     choice: Choice
     kl: float
+    context: int
     sequences: int
     prompt_bytes: int
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Prompt tokens of all sequences together: what memory is spent on."""
+        return self.context * self.sequences
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ class Solver:
     """The question with its tables reduced once, ready for many trials."""
 
     question: Question
-    fit: Problem
+    problems: Mapping[int, Problem]
     check: Tables
 
     @staticmethod
@@ -99,16 +108,19 @@ class Solver:
         """Fit on the search samples; judge on the selection samples, if there are any."""
         tables = question.tables
         splits = {sample.split for sample in tables.samples}
-        footprint = tables.footprints(question.prompt_tokens, question.head_dim)
-        fit = Problem.of(tables.of_split("search"), footprint, rank=rank)
-        return Solver(question, fit, tables.of_split("select" if "select" in splits else "search"))
+        footprints = {c: tables.footprints(c, question.head_dim) for c in question.contexts}
+        fit = Problem.of(tables.of_split("search"), footprints[question.contexts[0]], rank=rank)
+        problems = {context: replace(fit, footprint=f) for context, f in footprints.items()}
+        check = tables.of_split("select" if "select" in splits else "search")
+        return Solver(question, problems, check)
 
     def answer(self, number: int, parameters: dict[str, Any]) -> Candidate | None:
         """Solve one trial; None where its options cannot fit."""
         columns = np.flatnonzero([_allowed(o, parameters) for o in self.question.tables.options])
-        sequences = parameters["sequences"]
-        budget = self.question.prompt_budget(sequences)
-        problem = self.fit.allowing(columns).shrunk(parameters["shrinkage"])
+        context, sequences = parameters["context"], parameters["sequences"]
+        budget = self.question.prompt_budget(context, sequences)
+        whole = self.problems[context]
+        problem = whole.allowing(columns).shrunk(parameters["shrinkage"])
         heads = self.question.tables.kv_heads
         by_layer = parameters["split"] == "layers"
         try:
@@ -117,8 +129,8 @@ class Solver:
             return None
         choice = columns[np.repeat(picked, heads) if by_layer else picked]
         kl = float(self.check.sample_weights() @ self.check.by_sample(choice))
-        spent = self.fit.spent(choice) + footprint_of_lengths(1, self.question.tables.heads)
-        return Candidate(number, parameters, choice, kl, sequences, spent)
+        spent = whole.spent(choice) + footprint_of_lengths(1, self.question.tables.heads)
+        return Candidate(number, parameters, choice, kl, context, sequences, spent)
 
     def policy(self, candidate: Candidate, name: str = "kvtune plan") -> Policy:
         """The candidate as a policy, budgets as shares of the prompt."""
@@ -170,10 +182,19 @@ def suggest(trial: optuna.Trial, question: Question) -> dict[str, Any]:
     chosen["least_bits"] = trial.suggest_categorical("least_bits", least)
     chosen["split"] = trial.suggest_categorical("split", list(SPLITS))
     chosen["shrinkage"] = trial.suggest_float("shrinkage", 0.0, 0.8)
+    context = question.contexts[0]
+    if len(question.contexts) > 1:
+        context = trial.suggest_categorical("context", question.contexts)
+    chosen["context"] = context
     chosen["sequences"] = question.sequences or trial.suggest_int(
-        "sequences", 1, max(question.most_sequences, 1), log=True
+        _sequences_at(context), 1, max(question.most_sequences(context), 1), log=True
     )
     return chosen
+
+
+def _sequences_at(context: int) -> str:
+    """A context's own parameter: how many sequences fit depends on it."""
+    return f"sequences of {context} tokens"
 
 
 def _switches(question: Question) -> list[str]:
@@ -205,7 +226,8 @@ def run_study(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    directions = ["minimize"] if solver.question.sequences else ["minimize", "maximize"]
+    fixed = solver.question.sequences and len(solver.question.contexts) == 1
+    directions = ["minimize"] if fixed else ["minimize", "maximize"]
     brain = optuna.create_study(directions=directions)
     record = _Journal(journal, directions)
     brain.add_trials(record.trials)
@@ -221,7 +243,7 @@ def run_study(
         if candidate is None:
             brain.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
-            values = [candidate.kl, candidate.sequences][: len(directions)]
+            values = [candidate.kl, candidate.tokens_at_once][: len(directions)]
             trial.set_user_attr("parameters", parameters)
             trial.set_user_attr("prompt_bytes", candidate.prompt_bytes)
             brain.tell(trial, values)
@@ -245,24 +267,33 @@ def _recall(solver: Solver, trial: optuna.trial.FrozenTrial) -> Candidate | None
 
 
 def _enqueue_defaults(brain: optuna.Study, question: Question, skip: int) -> None:
-    """Start from the strong default, per head, over the range of sequences.
+    """Start from the strong default, per head, over the range of contexts and sequences.
 
     All families with their published hyper-parameters: of thirty settings run live on SmolLM2's
     selection samples, those without our variants did best at 3, 6, 12 and 25 % of the bytes
     (``plans_on_selection`` in ``benchmarks/results/quality-h100.json``).
     """
-    most = max(question.most_sequences, 1)
-    ladder = sorted({int(n) for n in np.geomspace(1, most, 8).round()})
-    steps: Sequence[dict[str, int]] = (
-        [{}] if question.sequences else [{"sequences": n} for n in ladder]
-    )
     methods = {o.method.name for o in question.tables.options} - {"full"}
     least = min(_bits(f) for o in question.tables.options for f in (o.keys, o.values))
     default: dict[str, Any] = dict.fromkeys(methods, True)
     default |= {name: name != "variants" for name in _switches(question)}
     default |= {"least_bits": least, "split": "heads"}
-    for step in steps[skip:]:
+    for step in _ladder(question)[skip:]:
         brain.enqueue_trial({**default, "shrinkage": 0.4, **step})
+
+
+def _ladder(question: Question) -> list[dict[str, int]]:
+    """Steps from one sequence to as many as fit, eight in all or five a context."""
+    several = len(question.contexts) > 1
+    count = max(8 // len(question.contexts), 5)
+    steps = []
+    for context in question.contexts:
+        here = {"context": context} if several else {}
+        most = max(question.most_sequences(context), 1)
+        numbers = sorted({int(n) for n in np.geomspace(1, most, count).round()})
+        name = _sequences_at(context)
+        steps += [here] if question.sequences else [{**here, name: n} for n in numbers]
+    return steps
 
 
 class _Journal:
@@ -291,15 +322,17 @@ class _Journal:
 
 
 def front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Candidates that no other beats in both predicted loss and sequences, most sequences last."""
+    """Candidates that no other beats in both predicted loss and tokens at once, most last."""
     best: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (-c.sequences, c.kl, c.number)):
+    for candidate in sorted(candidates, key=lambda c: (-c.tokens_at_once, c.kl, c.number)):
         if not best or candidate.kl < best[-1].kl:
             best.append(candidate)
     return best[::-1]
 
 
 def pick(front_: Sequence[Candidate], largest_kl: float) -> Candidate:
-    """The candidate with most sequences within ``largest_kl``; else the one that loses least."""
+    """The candidate with most tokens at once within ``largest_kl``; else the least loss."""
     within = [candidate for candidate in front_ if candidate.kl <= largest_kl]
-    return max(within, key=lambda c: c.sequences) if within else min(front_, key=lambda c: c.kl)
+    if within:
+        return max(within, key=lambda c: c.tokens_at_once)
+    return min(front_, key=lambda c: c.kl)
