@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from kvtune.policies.method import Method
 from kvtune.policies.registry import find, registered
-from kvtune.policies.signals import Signals
+from kvtune.policies.signals import Needs, Signals
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,13 +19,37 @@ PACKAGE = "kvtune.policies.allocators"
 
 @dataclass(frozen=True)
 class Allocator:
-    """Moves tokens between heads; what it is given in all, it gives back in all."""
+    """Moves tokens between heads; what it is given in all, it gives back in all.
+
+    Called in this order: ``plan`` before the prompt, ``settle`` when the whole model has seen it,
+    ``split`` layer by layer as it is compressed.
+    """
 
     name: ClassVar[str]
     source: ClassVar[str]
 
+    @property
+    def needs(self) -> Needs:
+        """The signals that it reads itself, beside what the methods need."""
+        return Needs()
+
     def plan(self, budgets: NDArray[np.int64], prompt_tokens: int) -> NDArray[np.int64]:
         """Budgets ``[L, H]`` in tokens, re-split when only the prompt's length is known."""
+        return budgets
+
+    def settle(
+        self,
+        budgets: NDArray[np.int64],
+        methods: Sequence[Sequence[Method]],
+        prompt: Callable[[int], Signals],
+    ) -> NDArray[np.int64]:
+        """Budgets ``[L, H]``, re-split over the whole model when all of its prompt has been seen.
+
+        Args:
+            budgets: as planned.
+            methods: of every head, ``[L][H]``.
+            prompt: gives a layer's signals; asked only by those that compare layers.
+        """
         return budgets
 
     def split(

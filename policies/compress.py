@@ -5,14 +5,15 @@ Methods choose, formats store; here their choices meet the tensors, and the byte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kvtune.policies.format import Format, Role
+from kvtune.policies.method import Method
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
@@ -26,11 +27,14 @@ class Kept:
         indices: ``[B, H, n]`` int64 ascending; of a row only the first ``counts`` are real.
         counts: ``[B, H]`` int64.
         sizes: the counts once more as plain numbers, so that nobody waits for the device.
+        merged: keys and values ``[n, D]`` of the rows, counted through ``[B, H]``, whose method
+            stores others than the kept tokens' own.
     """
 
     indices: Tensor
     counts: Tensor
     sizes: tuple[tuple[int, ...], ...]
+    merged: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,16 +64,33 @@ def select(rows: Rows, budgets: Sequence[Sequence[int]], signals: Signals) -> Ke
         for options, wanted in zip(rows, budgets, strict=True)
     ]
     chosen = {
-        (method, budget): method.keep(signals, budget).unbind()
-        for method, budget in {choice for choices in asked for choice in choices}
+        (method, budget): method.keep(signals, budget)
+        for method, budget in dict.fromkeys(choice for choices in asked for choice in choices)
     }
-    lists = [chosen[choice][head] for choices in asked for head, choice in enumerate(choices)]
+    merged = {choice: choice[0].merge(signals, kept) for choice, kept in chosen.items()}
+    rows_of = [(choice, head) for choices in asked for head, choice in enumerate(choices)]
+    lists = [chosen[choice][head] for choice, head in rows_of]
     heads = len(asked[0])
     sizes = [len(row) for row in lists]
     counts = torch.tensor(sizes, device=signals.keys.device).unflatten(0, (-1, heads))
     indices = pad_sequence(lists, batch_first=True).unflatten(0, (-1, heads))
     by_policy = tuple(tuple(sizes[at : at + heads]) for at in range(0, len(sizes), heads))
-    return Kept(indices, counts, by_policy)
+    instead = {
+        row: (both[0][head], both[1][head])
+        for row, (choice, head) in enumerate(rows_of)
+        if (both := merged[choice]) is not None
+    }
+    return Kept(indices, counts, by_policy, instead)
+
+
+def kept_of(method: Method, signals: Signals, budget: int) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[H, n, D]`` that one method stores of all heads, before any format."""
+    at = method.keep(signals, budget)
+    merged = method.merge(signals, at)
+    if merged is not None:
+        return merged
+    wide = at[..., None].expand(*at.shape, signals.keys.shape[-1])
+    return signals.keys.gather(1, wide), signals.values.gather(1, wide)
 
 
 def store(rows: Rows, kept: Kept, signals: Signals) -> Compressed:
@@ -92,6 +113,9 @@ def _stored(whole: Tensor, kept: Kept, forms: Sequence[Format], role: Role) -> T
     start = torch.arange(heads, device=whole.device)[:, None] * prompt
     at = (kept.indices + start).flatten()
     tensor = whole.reshape(-1, head_dim)[at].view(len(forms), -1, head_dim)
+    for row, both in kept.merged.items():
+        instead = both[0 if role == "keys" else 1]
+        tensor[row, : len(instead)] = instead
     counts = kept.counts.flatten()
     for form in dict.fromkeys(forms):
         mine = [row for row, other in enumerate(forms) if other == form]

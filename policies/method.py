@@ -2,7 +2,8 @@
 
 Life of a method: it is built from published hyper-parameters (a frozen dataclass); a driver,
 replay or live, gathers what ``needs`` names; ``keep`` is called once a layer when the prompt is
-complete. A method only chooses. Gathering, storing, counting bytes and checking are shared.
+complete, and then ``merge``, for the few methods that write what they drop into what they keep. A
+method only chooses. Gathering, storing, counting bytes and checking are shared.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from kvtune.policies.registry import find, registered
 from kvtune.policies.signals import Needs, Signals
+from kvtune.policies.work import LayerShape, Work, work_of_choice, work_of_signals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,10 +25,20 @@ PACKAGE = "kvtune.policies.methods"
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """Chooses which prompt tokens stay."""
+    """Chooses which prompt tokens stay.
+
+    ``heads_are_alike`` says that a head's choice does not depend on its number: permuting the
+    heads permutes the choice. ``looks_ahead`` marks references that see the observed tokens.
+    """
 
     name: ClassVar[str]
     source: ClassVar[str]
+    heads_are_alike: ClassVar[bool] = True
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether it reads what no server could: a bound for others, not a policy to serve."""
+        return self.needs.future or self.needs.probes
 
     @property
     def needs(self) -> Needs:
@@ -39,6 +51,22 @@ class Method(ABC):
 
         Safe with a budget of 0 or beyond the prompt.
         """
+
+    def merge(self, signals: Signals, kept: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Keys and values to store instead of the kept tokens' own; None keeps them as they are.
+
+        Args:
+            signals: as ``keep`` was given them.
+            kept: what ``keep`` returned, ``[H, n]``.
+
+        Returns:
+            Keys and values ``[H, n, D]`` in the dtypes of the signals'.
+        """
+        return None
+
+    def work(self, shape: LayerShape, budget: int) -> Work:
+        """What one layer's choice costs beside the prompt's own pass: signals, ranking, moving."""
+        return work_of_signals(self.needs, shape) + work_of_choice(shape, budget)
 
 
 @dataclass(frozen=True)

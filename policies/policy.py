@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -62,8 +62,8 @@ class Policy:
 
     @property
     def needs(self) -> Needs:
-        """The signals that its methods read."""
-        needs = Needs()
+        """The signals that its methods and its allocator read."""
+        needs = self.allocator.needs
         for option in set(self.options()):
             needs |= option.method.needs
         return needs
@@ -85,6 +85,16 @@ class Policy:
 
         given = [[o.budget.resolve(prompt_tokens) for o in layer] for layer in self.heads]
         return self.allocator.plan(np.array(given, np.int64), prompt_tokens)
+
+    def settle(self, prompt_tokens: int, prompt: Callable[[int], Signals]) -> NDArray[np.int64]:
+        """Tokens each head may keep, ``[L, H]``, when the whole model has seen the prompt.
+
+        Args:
+            prompt_tokens: P.
+            prompt: gives a layer's signals; most allocators do not ask.
+        """
+        methods = [[option.method for option in layer] for layer in self.heads]
+        return self.allocator.settle(self.budgets(prompt_tokens), methods, prompt)
 
     def split(self, layer: int, budgets: list[int], signals: Signals) -> list[int]:
         """One layer's budgets ``[H]`` when its prompt has been seen."""

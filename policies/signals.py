@@ -6,12 +6,20 @@ which, and that is what keeps the two alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.rotary import Rope, turn
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
+
+QUERIES_LEFT_OUT = 4
+"""First prompt queries that the query moments leave out: they are outliers."""
 
 
 @dataclass(frozen=True)
@@ -21,14 +29,43 @@ class Needs:
     Args:
         window: how many of the last prompt queries it looks at; 0 for none.
         column_sums: whether it needs the attention that every key drew over the whole prompt.
+        query_moments: mean and covariance of the prompt's queries before RoPE.
+        reconstruction: the attention that a pass repeating the prompt pays to it.
+        calibration: what was measured on the model once, before any prompt.
+        future: the observed tokens themselves; only references that look ahead.
+        probes: how the loss responds to the observed tokens' attention output; likewise.
     """
 
     window: int = 0
     column_sums: bool = False
+    query_moments: bool = False
+    reconstruction: bool = False
+    calibration: bool = False
+    future: bool = False
+    probes: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         """What two methods need together."""
-        return Needs(max(self.window, other.window), self.column_sums or other.column_sums)
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return Needs(*(max(pair) for pair in pairs))
+
+
+@dataclass(frozen=True)
+class Future:
+    """What comes after the prompt in the full-cache run.
+
+    Args:
+        queries: of the observed tokens, ``[Hq, C, D]``.
+        keys: likewise ``[H, C, D]``.
+        values: likewise ``[H, C, D]``.
+        probes: gradients of drawn labels' log-likelihood at the attention output,
+            ``[S, C, Hq, D]``.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    probes: Tensor | None = None
 
 
 @dataclass
@@ -42,6 +79,16 @@ class Signals:
         scale: what ``q @ k`` is multiplied with before the softmax.
         recorded_column_sums: ``[Hq, P]`` float32, each key's attention summed over all prompt
             queries, where capture recorded it.
+        layer: which layer this is.
+        rope: its rotary positions; None for a model without.
+        recorded_query_moments: mean ``[Hq, D]`` and covariance ``[Hq, D, D]`` float32 of the
+            queries before RoPE, where the driver kept no more of them.
+        reconstruction: ``[H, P]`` float32, the most attention that any query of a pass repeating
+            the prompt pays to each key.
+        head_scores: ``[Hq]`` float32, how much each query head looks at what it is about to copy,
+            measured on the model once.
+        layer_error: relative error of this layer's output under a tiny cache, likewise.
+        future: the observed tokens, for references that look ahead.
     """
 
     queries: Tensor
@@ -49,18 +96,73 @@ class Signals:
     values: Tensor
     scale: float
     recorded_column_sums: Tensor | None = None
-    _memo: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    layer: int = 0
+    rope: Rope | None = None
+    recorded_query_moments: tuple[Tensor, Tensor] | None = None
+    reconstruction: Tensor | None = None
+    head_scores: Tensor | None = None
+    layer_error: float | None = None
+    future: Future | None = None
+    _memo: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @staticmethod
+    def recorded(
+        tensors: Mapping[str, Tensor], prompt: int, scale: float, layer: int, rope: Rope | None
+    ) -> Signals:
+        """The signals of a recorded layer, by the names that capture gives its tensors.
+
+        Args:
+            tensors: ``q`` ``[Hq, Q, D]`` (all or a tail that ends with the observed ones), ``k``
+                and ``v`` ``[H, N, D]``, and the signals that were asked for.
+            prompt: P; the tokens after it were observed.
+            scale: factor of the scores before the softmax.
+            layer: which.
+            rope: its rotary positions.
+        """
+        queries, keys, values = tensors["q"], tensors["k"], tensors["v"]
+        first = queries.shape[1] - (keys.shape[1] - prompt)
+        error = tensors.get("layer_error")
+        return Signals(
+            queries[:, :first],
+            keys[:, :prompt],
+            values[:, :prompt],
+            scale,
+            tensors.get("column_sums"),
+            layer=layer,
+            rope=rope,
+            reconstruction=tensors.get("reconstruction"),
+            head_scores=tensors.get("head_scores"),
+            layer_error=None if error is None else float(error),
+            future=Future(
+                queries[:, first:], keys[:, prompt:], values[:, prompt:], tensors.get("probes")
+            ),
+        )
 
     @property
     def prompt_tokens(self) -> int:
         """P, the number of tokens that a choice is made among."""
         return self.keys.shape[-2]
 
-    def once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+    def once(self, name: str, compute: Callable[[], T]) -> T:
         """Compute a derived signal at the first asking and keep it."""
         if name not in self._memo:
             self._memo[name] = compute()
-        return self._memo[name]
+        found: T = self._memo[name]
+        return found
+
+    def given(self, name: str) -> Any:
+        """A signal that only a driver can provide.
+
+        Raises:
+            KvtuneError: it was not recorded.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise KvtuneError(
+                f"the signal {name!r} of layer {self.layer} was not recorded",
+                hint="capture the trace again with the signals that the policy needs.",
+            )
+        return value
 
     def window_attention(self, window: int) -> Tensor:
         """Attention of the last ``window`` prompt queries over all keys, ``[H, G, W, P]`` float32.
@@ -75,6 +177,19 @@ class Signals:
         if self.recorded_column_sums is None:
             return self.once("columns", lambda: self._sum_columns())
         return self._by_kv_head(self.recorded_column_sums.float())
+
+    def query_moments(self) -> tuple[Tensor, Tensor]:
+        """Mean ``[H, G, D]`` and covariance ``[H, G, D, D]`` of the queries before RoPE.
+
+        The first few queries are left out, unless there are no others. The covariance is the
+        biased one.
+        """
+        mean, covariance = self.recorded_query_moments or self.once("moments", self._moments)
+        return self._by_kv_head(mean), self._by_kv_head(covariance)
+
+    def future_attention(self) -> Tensor:
+        """Attention of the observed queries over prompt and observed keys, ``[H, G, C, P]``."""
+        return self.once("future", self._look_ahead)
 
     def _by_kv_head(self, tensor: Tensor) -> Tensor:
         split: Tensor = tensor.unflatten(0, (self.keys.shape[0], -1))
@@ -104,3 +219,28 @@ class Signals:
         for end in range(self.prompt_tokens, 0, -tile):
             sums += self._attend(min(tile, end), end).sum(-2)
         return sums
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        import torch
+
+        if self.queries.shape[-2] < self.prompt_tokens:
+            raise ValueError("query moments need all prompt queries; a tail was recorded")
+        first = min(QUERIES_LEFT_OUT, self.prompt_tokens - 1)
+        queries = self.queries[:, first:].float()
+        if self.rope is not None:
+            at = torch.arange(first, self.prompt_tokens, device=queries.device)
+            queries = turn(queries, -at, self.rope) / self.rope.attention_factor
+        mean = queries.mean(1)
+        centred = queries - mean[:, None]
+        return mean, centred.transpose(-1, -2) @ centred / queries.shape[1]
+
+    def _look_ahead(self) -> Tensor:
+        import torch
+
+        future: Future = self.given("future")
+        rows = self._by_kv_head(future.queries.float())
+        keys = torch.cat((self.keys, future.keys), 1).float()
+        logits = rows @ keys.transpose(-1, -2).unsqueeze(1) * self.scale
+        later = torch.ones(rows.shape[2], rows.shape[2], device=rows.device).triu(1).bool()
+        logits[..., self.prompt_tokens :].masked_fill_(later, -torch.inf)
+        return logits.softmax(-1)[..., : self.prompt_tokens]

@@ -67,7 +67,7 @@ def run_live(
     for policy in policies:
         policy.check_fits(geometry.layers, geometry.kv_heads)
     rows = [Policy.uniform(Option(), geometry.layers, geometry.kv_heads), *policies]
-    cache = _BatchCache(prompt, rows, [policy.budgets(sample.prompt) for policy in rows])
+    cache = _BatchCache(prompt, rows, [policy.settle(sample.prompt, prompt) for policy in rows])
     observed = sample.token_ids[sample.prompt :]
     with torch.no_grad():
         logits = run_observed(loaded, observed, sample.prompt, cache, copies=len(rows))

@@ -37,13 +37,8 @@ def traced_prompt(trace: Trace, sample: SampleRecord, device: str) -> Prompt:
 def layer_signals(layer: LayerTrace) -> Signals:
     """What methods may look at, of one traced layer; its prompt queries may be a tail."""
     refuse_window(layer.layer, layer.window, layer.prompt_tokens)
-    prompt, observed = layer.prompt_tokens, layer.observed
-    return Signals(
-        layer.q[:, : layer.q.shape[1] - observed],
-        layer.k[:, :prompt],
-        layer.v[:, :prompt],
-        layer.scale,
-        layer.tensors.get("column_sums"),
+    return Signals.recorded(
+        layer.tensors, layer.prompt_tokens, layer.scale, layer.layer, layer.rope
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from kvtune.common.progress import Progress, Silent
 from kvtune.policies.compress import compress_together
 from kvtune.policies.policy import Policy
+from kvtune.policies.signals import Signals
 from kvtune.simulator.build import DEFAULT_BLOCK
 from kvtune.simulator.replay import LayerReplay
 from kvtune.simulator.tables import Floats
@@ -59,7 +60,11 @@ def _replay_sample(
     block: int,
     device: str,
 ) -> Floats:
-    budgets = [policy.budgets(sample.prompt) for policy in policies]
+
+    def prompt(index: int) -> Signals:
+        return LayerReplay.of(trace.layer(sample.id, index, device), device).signals
+
+    budgets = [policy.settle(sample.prompt, prompt) for policy in policies]
     total: torch.Tensor | float = 0.0
     probes = 1
     for index in layers:

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kvtune.policies.compress import Compressed, attend, merge
+from kvtune.policies.compress import Compressed, attend, kept_of, merge
 from kvtune.policies.format import Format, Role
 from kvtune.policies.option import Option
 from kvtune.policies.signals import Signals
@@ -43,22 +43,16 @@ class LayerReplay:
     @staticmethod
     def of(trace: LayerTrace, device: str = "cpu") -> LayerReplay:
         """Split a layer's trace into its prompt and its observed tokens."""
-        keys, values, queries = (x.to(device).float() for x in (trace.k, trace.v, trace.q))
-        heads, prompt = keys.shape[0], trace.prompt_tokens
-        first = queries.shape[1] - trace.observed
-        sums = trace.tensors.get("column_sums")
-        signals = Signals(
-            queries[:, :first],
-            keys[:, :prompt],
-            values[:, :prompt],
-            trace.scale,
-            None if sums is None else sums.to(device),
+        tensors = {name: tensor.to(device).float() for name, tensor in trace.tensors.items()}
+        signals = Signals.recorded(
+            tensors, trace.prompt_tokens, trace.scale, trace.layer, trace.rope
         )
+        future, heads = signals.given("future"), signals.keys.shape[0]
         return LayerReplay(
             signals,
-            queries[:, first:].unflatten(0, (heads, -1)),
-            keys[:, prompt:],
-            values[:, prompt:],
+            future.queries.unflatten(0, (heads, -1)),
+            future.keys,
+            future.values,
             trace.probes.to(device).float().unflatten(2, (heads, -1)),
         )
 
@@ -123,16 +117,18 @@ def replay_options(layer: LayerReplay, options: Sequence[Option], block: int) ->
 def _store_batch(signals: Signals, options: Sequence[Option], budget: int) -> Compressed:
     """One budget's options on all heads, ``[O, H, n, D]``; what options share is done once."""
     methods = list(dict.fromkeys(option.method for option in options))
-    at = torch.stack([method.keep(signals, budget) for method in methods])[..., None]
+    kept = [kept_of(method, signals, budget) for method in methods]
+    keys, values = (torch.stack(tensors) for tensors in zip(*kept, strict=True))  # [M, H, n, D]
     rows = [methods.index(option.method) for option in options]
-    counts = torch.full(at.shape[:2], at.shape[2], device=at.device)
+    counts = torch.full(keys.shape[:2], keys.shape[2], device=keys.device)
 
     def stored(whole: Tensor, forms: list[Format], role: Role) -> Tensor:
-        kept = whole.expand(len(methods), *whole.shape)
-        kept = kept.gather(-2, at.expand(*at.shape[:3], whole.shape[-1]))  # [M, H, n, D]
-        back = {form: form.roundtrip(kept, counts, role) for form in dict.fromkeys(forms)}
+        back = {form: form.roundtrip(whole, counts, role) for form in dict.fromkeys(forms)}
         return torch.stack([back[form][row] for form, row in zip(forms, rows, strict=True)])
 
-    keys = stored(signals.keys, [option.keys for option in options], "keys")
-    values = stored(signals.values, [option.values for option in options], "values")
-    return Compressed(keys, values, counts[rows], ())
+    return Compressed(
+        stored(keys, [option.keys for option in options], "keys"),
+        stored(values, [option.values for option in options], "values"),
+        counts[rows],
+        (),
+    )

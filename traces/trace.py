@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvtune.common.errors import KvtuneError, nearest
 from kvtune.common.files import inside
-from kvtune.traces.geometry import Geometry, geometry_from_dict
+from kvtune.traces.geometry import Geometry, Rope, geometry_from_dict
 from kvtune.traces.samples import Sample
 from kvtune.traces.writer import ENTRY, FORMAT, MANIFEST
 
@@ -60,6 +60,7 @@ class LayerTrace:
         scale: factor of the scores before the softmax.
         window: sliding window in tokens, or None.
         tensors: by name, as captured.
+        rope: its rotary positions, or None.
     """
 
     sample_id: str
@@ -69,6 +70,7 @@ class LayerTrace:
     scale: float
     window: int | None
     tensors: Mapping[str, Tensor] = field(repr=False)
+    rope: Rope | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         """A tensor by name.
@@ -213,6 +215,7 @@ class Trace:
             observed=record.observed,
             scale=geometry.scale,
             window=geometry.windows[layer],
+            rope=geometry.rope_at(layer),
             tensors={
                 name: t.to(device).to(to) for name, t in loaded.items()
             },  # cast there: less moves

@@ -1,0 +1,62 @@
+"""Rotary positions of stored keys and queries: turned on, back, or to their mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Rope(Protocol):
+    """One rotary embedding: pairs (i, i + R/2) of the first R dimensions turn together."""
+
+    @property
+    def inverse_frequencies(self) -> Sequence[float]:
+        """Radians a position for each pair, ``[R / 2]``."""
+        ...
+
+    @property
+    def attention_factor(self) -> float:
+        """What the model multiplies cos and sin with (YaRN and its kin)."""
+        ...
+
+
+def turn(vectors: Tensor, positions: Tensor, rope: Rope) -> Tensor:
+    """Rotate post-RoPE vectors by ``positions`` steps; negative steps turn back.
+
+    Exact for every fixed frequency table; the attention factor is left as it is.
+
+    Args:
+        vectors: ``[..., T, D]`` float32.
+        positions: steps, broadcasts to ``[..., T]``.
+        rope: of the layer.
+    """
+    cos, sin = _waves(positions, rope)
+    return _apply(vectors, cos, sin)
+
+
+def mean_turn(vectors: Tensor, first: int, count: int, rope: Rope) -> Tensor:
+    """The mean of ``vectors`` ``[..., D]`` rotated to ``count`` positions from ``first`` on."""
+    import torch
+
+    at = torch.arange(first, first + count, device=vectors.device)
+    cos, sin = _waves(at, rope)
+    return _apply(vectors, cos.mean(0), sin.mean(0))
+
+
+def _waves(positions: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    import torch
+
+    frequencies = torch.tensor(rope.inverse_frequencies, device=positions.device)
+    angles = positions[..., None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def _apply(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    import torch
+
+    half = cos.shape[-1]
+    left, right, rest = vectors.split((half, half, vectors.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin, rest), dim=-1)

@@ -1,0 +1,80 @@
+"""What choosing tokens costs, declared so that latency and memory models can read it; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvtune.policies.signals import Needs
+
+_SCORE_BYTES = 4
+_KV_BYTES = 2
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One layer at one prompt length.
+
+    Args:
+        prompt_tokens: P.
+        query_heads: Hq.
+        kv_heads: H.
+        head_dim: D.
+    """
+
+    prompt_tokens: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one layer of one prompt, beside the prompt's own pass.
+
+    Args:
+        flops: floating-point operations.
+        moved_bytes: read from and written to device memory.
+        state_bytes: held from the prompt on, beside the cache itself.
+        passes: extra forward passes over the prompt, of the whole model.
+    """
+
+    flops: float = 0.0
+    moved_bytes: float = 0.0
+    state_bytes: int = 0
+    passes: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        """Both, one after the other."""
+        return Work(
+            self.flops + other.flops,
+            self.moved_bytes + other.moved_bytes,
+            self.state_bytes + other.state_bytes,
+            self.passes + other.passes,
+        )
+
+
+def work_of_signals(needs: Needs, shape: LayerShape) -> Work:
+    """What it takes to compute the signals that a method names.
+
+    Look-ahead signals are no part of any real run and cost nothing here.
+    """
+    tokens, heads, size = shape.prompt_tokens, shape.query_heads, shape.head_dim
+    keys = shape.kv_heads * tokens * size * _KV_BYTES
+    rows = min(needs.window, tokens)
+    total = Work()
+    if rows:
+        total += Work(2.0 * rows * tokens * size * heads, keys + 3 * rows * tokens * heads * 4.0)
+    if needs.column_sums:  # exp(q k) once more below the diagonal, row sums being known
+        total += Work(1.0 * heads * size * tokens**2, keys + heads * tokens * 4.0)
+    if needs.query_moments:
+        total += Work(2.0 * heads * tokens * size**2, heads * tokens * size * 2.0)
+    if needs.reconstruction:
+        total += Work(4.0 * heads * size * tokens**2, 2.0 * keys, passes=1.0)
+    return total
+
+
+def work_of_choice(shape: LayerShape, budget: int) -> Work:
+    """Ranking every token of every KV head, reading what stays and writing it elsewhere."""
+    scores = shape.kv_heads * shape.prompt_tokens * _SCORE_BYTES
+    kept = 4 * shape.kv_heads * min(budget, shape.prompt_tokens) * shape.head_dim * _KV_BYTES
+    return Work(moved_bytes=4.0 * scores + kept)
