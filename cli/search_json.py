@@ -7,6 +7,7 @@ from typing import Any
 from kvtune.cli.inputs import POLICY_FILE
 from kvtune.policies.document import as_plain, read_policy
 from kvtune.tuner.request import FrontPoint, Quality, Rival, SearchResult
+from kvtune.tuner.run_directory import policy_file
 
 
 def answer(result: SearchResult) -> dict[str, Any]:
@@ -54,4 +55,4 @@ def _point(point: FrontPoint) -> dict[str, Any]:
 
 
 def _rival(rival: Rival) -> dict[str, Any]:
-    return dict(vars(rival))
+    return vars(rival) | {"policy": policy_file(rival)}

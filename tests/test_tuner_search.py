@@ -28,7 +28,7 @@ Make = Callable[..., Tables]
 KEYS = {
     "kvtune", "model", "gpu", "policy", "budget", "front", "rivals", "quality", "predicted",
     "memory", "latency", "prefill", "context_tokens", "sequences", "full_cache_sequences", "prompt_bytes", "share",
-    "counters", "notes", "provenance",
+    "full_cache_accuracy", "counters", "notes", "provenance",
 }  # fmt: skip
 
 

@@ -123,6 +123,8 @@ class Rival:
         prompt_bytes: of one compressed prompt.
         perplexity_change: live, ratio minus one; None likewise.
         retrieval_accuracy: live, share of needle digits right; None likewise.
+        by_kind: predicted on held-out samples by kind of text; empty where it is off a curve.
+        policy: what each head gets; None likewise.
     """
 
     name: str
@@ -132,6 +134,8 @@ class Rival:
     prompt_bytes: int
     perplexity_change: Estimate | None = None
     retrieval_accuracy: Estimate | None = None
+    by_kind: dict[str, float] = field(default_factory=dict)
+    policy: Policy | None = None
 
 
 @dataclass(frozen=True)

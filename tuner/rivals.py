@@ -7,6 +7,7 @@ in every method and precision, pyramid and AdaKV in those that did best there.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from kvtune.common.progress import Progress
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.tuner.allocate import Choice, Problem, solve
 from kvtune.tuner.baselines import FAMILIES, Stored, candidates
+from kvtune.tuner.explore.record import by_kind
 from kvtune.tuner.quality import estimate
 from kvtune.tuner.request import Rival
 from kvtune.tuner.sources import QualitySource
@@ -38,11 +40,12 @@ def stand_in_rivals(
     question = solver.question
     problem = solver.problems[chosen.context]
     share = chosen.prompt_bytes / question.full_bytes(chosen.context)
-    rivals = [Rival("kvtune plan", "kvtune", predicted, None, chosen.prompt_bytes)]
+    plan = Rival("kvtune plan", "kvtune", predicted, None, chosen.prompt_bytes, policy=policy)
+    rivals = [replace(plan, by_kind=_held_out_by_kind(source, chosen.choice))]
     budget = chosen.prompt_bytes - footprint_of_lengths(1, source.tables.heads)
     for family, choice in _allocations(problem, source.tables.kv_heads, budget).items():
         spent = problem.spent(choice) + footprint_of_lengths(1, source.tables.heads)
-        rivals.append(Rival(_NAMES[family], family, _held_out(source, choice), None, spent))
+        rivals.append(_allocated(source, family, choice, spent))
     for family in FAMILIES:
         if (point := _on_curve(source.curves.get(family, []), share)) is not None:
             name, figure = point
@@ -85,35 +88,60 @@ def live_rivals(
             losses = replay(tried)
             best = int(losses.mean(1).argmin())
             simple.append((family, tried[best], losses[best]))
-    rows: list[tuple[str, Policy, Estimate]] = [("kvtune", policy, predicted)]
+    plan = Rival(policy.name, "kvtune", predicted, None, budget, policy=policy)
+    rows = [replace(plan, by_kind=_held_out_by_kind(source, chosen.choice))]
     rows += [
-        (family, _as_policy(source, choice, _NAMES[family]), _held_out(source, choice))
+        _allocated(source, family, choice, _own_bytes(source, choice))
         for family, choice in _own_allocations(source, budget).items()
     ]
-    rows += [(family, p, _calibrated(source, loss, kinds)) for family, p, loss in simple]
-    run = [row for row in rows if loaded.device != "cpu" or row[0] in _LIVE_ON_CPU]
+    rows += [_simple(source, family, p, loss, kinds) for family, p, loss in simple]
+    run = [row for row in rows if loaded.device != "cpu" or row.family in _LIVE_ON_CPU]
     found = validate_policies(
-        [p for _, p, _ in run],
+        [row.policy for row in run if row.policy is not None],
         loaded,
         samples,
         lambda sample: traced_prompt(trace, trace.sample(sample.id), loaded.device),
         progress=progress,
     )
-    lives = dict(zip((family for family, *_ in run), found, strict=True))
-    shown = [_rival(source, family, p, guess, lives.get(family)) for family, p, guess in rows]
-    return shown, found[0]
+    lives = dict(zip((row.family for row in run), found, strict=True))
+    return [_measured(row, lives.get(row.family)) for row in rows], found[0]
 
 
-def _rival(
-    source: QualitySource, family: str, policy: Policy, guess: Estimate, live: Validation | None
+def _allocated(source: QualitySource, family: str, choice: Choice, spent: int) -> Rival:
+    """What another way to allocate the same options came to."""
+    name = _NAMES[family]
+    return Rival(
+        name=name,
+        family=family,
+        predicted=_held_out(source, choice),
+        live=None,
+        prompt_bytes=spent,
+        by_kind=_held_out_by_kind(source, choice),
+        policy=_as_policy(source, choice, name),
+    )
+
+
+def _simple(
+    source: QualitySource, family: str, policy: Policy, losses: Any, kinds: Sequence[str]
 ) -> Rival:
-    if live is None:
-        planned = policy.footprint(source.tables.prompt_tokens, source.tables.head_dim)
-        return Rival(policy.name, family, guess, None, planned)
+    """One rule for all heads, replayed."""
     return Rival(
         name=policy.name,
         family=family,
-        predicted=guess,
+        predicted=_calibrated(source, losses, kinds),
+        live=None,
+        prompt_bytes=policy.footprint(source.tables.prompt_tokens, source.tables.head_dim),
+        by_kind=by_kind(losses, kinds, source.calibration.value),
+        policy=policy,
+    )
+
+
+def _measured(rival: Rival, live: Validation | None) -> Rival:
+    """The same with what live runs have found, if it was run."""
+    if live is None:
+        return rival
+    return replace(
+        rival,
         live=live.live,
         prompt_bytes=live.prompt_bytes,
         perplexity_change=live.perplexity_change,
@@ -148,6 +176,18 @@ def _own_allocations(source: QualitySource, budget: int) -> dict[str, Choice]:
 def _held_out(source: QualitySource, choice: Choice) -> Estimate:
     tables = source.tables.of_split("evaluate")
     return _calibrated(source, tables.by_sample(choice), [s.kind for s in tables.samples], "table")
+
+
+def _held_out_by_kind(source: QualitySource, choice: Choice) -> dict[str, float]:
+    tables = source.tables.of_split("evaluate")
+    kinds = [sample.kind for sample in tables.samples]
+    return by_kind(tables.by_sample(choice), kinds, source.calibration.value)
+
+
+def _own_bytes(source: QualitySource, choice: Choice) -> int:
+    tables = source.tables
+    footprint = tables.footprints(tables.prompt_tokens, tables.head_dim)
+    return int(footprint[choice].sum()) + footprint_of_lengths(1, tables.heads)
 
 
 def _calibrated(

@@ -17,6 +17,7 @@ from kvtune.policies.document import (
     write_policy,
 )
 from kvtune.policies.document import Quality as WrittenQuality
+from kvtune.policies.policy import Policy
 from kvtune.tuner.request import FrontPoint, Quality, Rival, SearchRequest, SearchResult
 
 
@@ -34,9 +35,14 @@ def record_config(request: SearchRequest) -> None:
 
 
 def write_result(result: SearchResult) -> None:
-    """Write ``policy.yaml`` and ``result.json``."""
+    """Write ``policy.yaml``, the baselines' policies and ``result.json``."""
     run_dir = result.request.run_dir
-    write_text(run_dir / "policy.yaml", write_policy(_document(result)))
+    document = _document(result)
+    write_text(run_dir / "policy.yaml", write_policy(document))
+    for rival in result.rivals[1:]:
+        if rival.policy is not None:
+            text = write_policy(_baseline_document(document, rival, rival.policy))
+            write_text(run_dir / str(policy_file(rival)), text)
     write_json(run_dir / "result.json", result_as_plain(result))
 
 
@@ -68,6 +74,23 @@ def _document(result: SearchResult) -> PolicyDocument:
     )
 
 
+def _baseline_document(plan: PolicyDocument, rival: Rival, policy: Policy) -> PolicyDocument:
+    """A baseline's policy, with the plan's provenance and its own loss."""
+    made = plan.provenance
+    assert made is not None  # noqa: S101 - written above
+    assert made.quality is not None  # noqa: S101
+    quality = replace(made.quality, kl_nats_per_token=rival.live or rival.predicted)
+    provenance = replace(made, quality=quality, memory={}, latency={})
+    return replace(plan, policy=replace(policy, name=rival.name), provenance=provenance)
+
+
+def policy_file(rival: Rival) -> str | None:
+    """Where a rival's policy lies in the run directory; None of one that has none."""
+    if rival.family == "kvtune":
+        return "policy.yaml"
+    return f"baselines/{rival.family}.yaml" if rival.policy is not None else None
+
+
 def result_as_plain(result: SearchResult) -> dict[str, Any]:
     """The result as JSON data; the policy lies beside it as YAML."""
     return {
@@ -77,7 +100,7 @@ def result_as_plain(result: SearchResult) -> dict[str, Any]:
         "policy": "policy.yaml",
         "budget": result.budget.as_dict(),
         "front": [_plain(point) for point in result.front],
-        "rivals": [_plain(rival) for rival in result.rivals],
+        "rivals": [_plain(rival) | {"policy": policy_file(rival)} for rival in result.rivals],
         "quality": _plain(result.quality),
         "predicted": _plain(result.predicted),
         "memory": result.memory.as_dict(),
@@ -88,6 +111,7 @@ def result_as_plain(result: SearchResult) -> dict[str, Any]:
         "full_cache_sequences": result.full_cache_sequences,
         "prompt_bytes": result.prompt_bytes,
         "share": result.share,
+        "full_cache_accuracy": _value(result.full_cache_accuracy),
         "counters": result.counters,
         "notes": list(result.notes),
         "provenance": result.provenance,
@@ -95,5 +119,8 @@ def result_as_plain(result: SearchResult) -> dict[str, Any]:
 
 
 def _plain(record: FrontPoint | Rival | Quality) -> dict[str, Any]:
-    fields = vars(record).items()
-    return {k: v.as_dict() if isinstance(v, Estimate) else v for k, v in fields}
+    return {name: _value(value) for name, value in vars(record).items()}
+
+
+def _value(value: Any) -> Any:
+    return value.as_dict() if isinstance(value, Estimate) else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from kvtune.common.progress import Progress, Silent
 from kvtune.policies.policy import Policy
 from kvtune.simulator.cost import Cost, policy_cost
 from kvtune.simulator.memory import MemoryBudget, memory_budget
+from kvtune.tuner.explore.facts import Facts
+from kvtune.tuner.explore.record import Recorder, selection_split
 from kvtune.tuner.quality import estimate
 from kvtune.tuner.request import (
     FrontPoint,
@@ -43,12 +46,14 @@ def run_search(request: SearchRequest, progress: Progress | None = None) -> Sear
     source, notes = _quality_source(request, progress)
     question = _question(request, budgets, source)
     solver = Solver.of(question)
+    facts = _facts(request, budgets, source)
     candidates = run_study(
         solver,
         trials=request.trials,
         seed=request.seed,
-        journal=request.run_dir / f"study-{_study_key(request, source)}.journal",
+        journal=request.run_dir / f"study-{facts.study}.journal",
         progress=progress,
+        found=Recorder(request.run_dir, facts, source.tables, source.calibration).add,
     )
     if not candidates:
         raise KvtuneError(
@@ -190,7 +195,12 @@ def _result(
         full_cache_accuracy=validation.full_cache_accuracy if validation else None,
         counters=validation.counters if validation else {},
         notes=(*notes, *_notes(request, budget, source, chosen, quality)),
-        provenance={"kvtune": kvtune.__version__, "seed": request.seed, **source.provenance},
+        provenance={
+            "kvtune": kvtune.__version__,
+            "seed": request.seed,
+            "study": _study_key(request, source),
+            **source.provenance,
+        },
     )
 
 
@@ -266,6 +276,30 @@ def _notes(
             f"{request.largest_kl:g}; fewer sequences (--batch) or more --mem lower it."
         )
     return tuple(notes)
+
+
+def _facts(request: SearchRequest, budgets: Budgets, source: QualitySource) -> Facts:
+    """What all plans share, for those who look at them."""
+    samples = source.tables.samples
+    splits = Counter(sample.split for sample in samples)
+    return Facts(
+        study=_study_key(request, source),
+        kvtune=kvtune.__version__,
+        shape=request.shape,
+        gpu=request.gpu.slug,
+        memory_bytes=request.memory_bytes,
+        weights=budgets[request.contexts[-1]].weight_format,
+        generated_tokens=request.generated_tokens,
+        largest_kl=request.largest_kl,
+        trials=request.trials,
+        seed=request.seed,
+        source="stand-in" if source.stand_in else "own trace",
+        stand_in=source.stand_in,
+        kinds=tuple(sorted({sample.kind for sample in samples})),
+        selection_samples=splits[selection_split(source.tables)],
+        held_out_samples=splits["evaluate"],
+        options=source.tables.options,
+    )
 
 
 def _study_key(request: SearchRequest, source: QualitySource) -> str:

@@ -6,7 +6,7 @@ goes on where it was. A trial is solved on the search samples and judged on the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,6 +213,7 @@ def run_study(
     seed: int = 0,
     journal: Path | None = None,
     progress: Progress | None = None,
+    found: Callable[[Candidate], None] = lambda _: None,
 ) -> list[Candidate]:
     """Search; every finished trial's candidate, in order.
 
@@ -222,6 +223,7 @@ def run_study(
         seed: of the sampler; the same seed gives the same candidates, interrupted or not.
         journal: file that finished trials are recorded to and resumed from.
         progress: told of every trial.
+        found: told of every candidate, those of the journal first.
     """
     import optuna
 
@@ -231,7 +233,11 @@ def run_study(
     brain = optuna.create_study(directions=directions)
     record = _Journal(journal, directions)
     brain.add_trials(record.trials)
-    candidates = [c for t in brain.trials if (c := _recall(solver, t)) is not None]
+    candidates = []
+    for candidate in (_recall(solver, trial) for trial in brain.trials):
+        if candidate is not None:
+            candidates.append(candidate)
+            found(candidate)
     remaining = range(len(brain.trials), trials)
     if remaining:
         _enqueue_defaults(brain, solver.question, skip=len(brain.trials))
@@ -248,6 +254,7 @@ def run_study(
             trial.set_user_attr("prompt_bytes", candidate.prompt_bytes)
             brain.tell(trial, values)
             candidates.append(candidate)
+            found(candidate)
         record.add(brain.trials[trial.number])
     return candidates
 

@@ -1,0 +1,140 @@
+"""Reads a run directory again and again, only what is new each time."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kvtune.common.errors import KvtuneError
+from kvtune.tuner.explore.facts import Facts, read_facts
+from kvtune.tuner.explore.outcome import Outcome, read_outcome
+from kvtune.tuner.explore.plans import Plans, columns
+from kvtune.tuner.explore.record import PLANS_FILE
+from kvtune.tuner.explore.study import State, Study
+
+_SILENCE_S = 300  # a search that wrote nothing for so long is taken as stopped
+
+
+class StudyReader:
+    """One run directory; ``read`` gives a snapshot, and costs little where nothing is new.
+
+    Args:
+        folder: the run directory.
+        now: the clock, seconds since the epoch.
+    """
+
+    def __init__(self, folder: Path, now: Callable[[], float] = time.time) -> None:
+        self.folder, self.path, self.now = folder, folder / PLANS_FILE, now
+        self._forget()
+        self._outcome: tuple[tuple[int, int], Outcome] | None = None
+
+    def _forget(self) -> None:
+        """Begin again, as for another file."""
+        self._at = 0
+        self._inode: int | None = None
+        self._line = 0
+        self._facts: Facts | None = None
+        self._records: list[dict[str, Any]] = []
+        self._plans: Plans | None = None
+
+    def read(self) -> Study:
+        """The study as it is now.
+
+        Raises:
+            KvtuneError: no study here, damaged, of a newer version, or gone.
+        """
+        changed = self._read_lines()
+        if self._facts is None:
+            raise KvtuneError(
+                "the study has not begun to write its plans yet", where=str(self.folder)
+            )
+        if changed or self._plans is None:
+            self._plans = self._columns(self._facts)
+        outcome = self._read_outcome(self._facts)
+        return Study(self.folder, self._facts, self._plans, outcome, self._state(outcome))
+
+    def _columns(self, facts: Facts) -> Plans:
+        heads = facts.shape.layers * facts.shape.kv_heads
+        try:
+            return columns(self._records, heads, len(facts.kinds))
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(self.path) from error
+
+    def _read_lines(self) -> bool:
+        """Parse the lines that were not there before; whether there were any."""
+        try:
+            about = self.path.stat()
+            if about.st_size < self._at or self._inode not in (None, about.st_ino):
+                self._forget()
+            self._inode = about.st_ino
+            with self.path.open("rb") as file:
+                file.seek(self._at)
+                text = file.read()
+        except FileNotFoundError as error:
+            raise _no_study(self.folder) from error
+        except OSError as error:
+            raise KvtuneError(f"cannot read: {error.strerror}", where=str(self.path)) from error
+        whole = text[: text.rfind(b"\n") + 1]  # the last line may be half written
+        self._at += len(whole)
+        for line in whole.splitlines():
+            self._parse(line)
+        return bool(whole)
+
+    def _parse(self, line: bytes) -> None:
+        self._line += 1
+        try:
+            record = json.loads(line)
+            if self._facts is None:
+                self._facts = read_facts(record)
+            else:
+                self._records.append(record)
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(self.path, self._line) from error
+        except KvtuneError as error:
+            raise KvtuneError(error.message, where=str(self.path), hint=error.hint) from error
+
+    def _read_outcome(self, facts: Facts) -> Outcome | None:
+        """The result, if it is this study's; one of an earlier search in the folder is none."""
+        path = self.folder / "result.json"
+        try:
+            about = os.stat(path)
+        except OSError:
+            return None
+        stamp = (about.st_mtime_ns, about.st_ino)
+        if self._outcome is None or self._outcome[0] != stamp:
+            self._outcome = (stamp, read_outcome(path))
+        found = self._outcome[1]
+        return found if found.study == facts.study else None
+
+    def _state(self, outcome: Outcome | None) -> State:
+        if outcome is not None:
+            return "finished"
+        silent = self.now() - self.path.stat().st_mtime
+        return "running" if silent < _SILENCE_S else "stopped"
+
+
+def _no_study(folder: Path) -> KvtuneError:
+    if (folder / "result.json").exists():
+        return KvtuneError(
+            "this run was made before plans were recorded",
+            where=str(folder),
+            hint="run the same search again; it takes up what it has.",
+        )
+    return KvtuneError(
+        "there is no study here" if folder.is_dir() else "there is no such folder",
+        where=str(folder),
+        hint="kvtune search --model llama-8b --gpu 4090 --mem 16GB begins one.",
+    )
+
+
+def _damaged(path: Path, line: int | None = None) -> KvtuneError:
+    where = f"{path}:{line}" if line else str(path)
+    return KvtuneError(
+        "this study is damaged",
+        where=where,
+        hint="run the same search again; its journal holds every trial.",
+    )

@@ -1,0 +1,86 @@
+"""Writes ``plans.jsonl`` while a search runs, so that others can look at it meanwhile."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtune.common.errors import KvtuneError
+from kvtune.tuner.explore.facts import Facts
+from kvtune.tuner.explore.plans import Plan, write_line
+from kvtune.tuner.quality import estimate
+
+if TYPE_CHECKING:
+    from kvtune.simulator.calibration import Calibration
+    from kvtune.simulator.tables import Tables
+    from kvtune.tuner.study import Candidate
+
+PLANS_FILE = "plans.jsonl"
+
+
+class Recorder:
+    """Appends one line a plan; a search that is taken up again writes the file anew.
+
+    Args:
+        folder: the run directory.
+        facts: the first line.
+        tables: every split, to judge plans by kind of text.
+        calibration: from predicted to live.
+    """
+
+    def __init__(
+        self, folder: Path, facts: Facts, tables: Tables, calibration: Calibration
+    ) -> None:
+        self.path, self.facts, self.calibration = folder / PLANS_FILE, facts, calibration
+        self.selection = tables.of_split(selection_split(tables))
+        self.held_out = tables.of_split("evaluate")
+        self._write("w", json.dumps(facts.as_plain()) + "\n")
+
+    def add(self, candidate: Candidate) -> None:
+        """Write one plan; its loss as the study predicted it, before calibration."""
+        loss = self.selection.by_sample(candidate.choice)
+        kinds = [sample.kind for sample in self.selection.samples]
+        plan = Plan(
+            trial=candidate.number,
+            context_tokens=candidate.context,
+            sequences=candidate.sequences,
+            prompt_bytes=candidate.prompt_bytes,
+            kl=self.calibration.apply(estimate(loss, kinds, "table")),
+            by_kind=self._by_kind(self.selection, loss),
+            held_out=self._by_kind(self.held_out, self.held_out.by_sample(candidate.choice)),
+            heads=candidate.choice.astype(np.uint16),
+            parameters=candidate.parameters,
+        )
+        self._write("a", write_line(plan))
+
+    def _by_kind(self, tables: Tables, loss: NDArray[np.float32]) -> tuple[float, ...]:
+        value = self.calibration.value
+        means = by_kind(loss, [sample.kind for sample in tables.samples])
+        return tuple(value(means[kind]) if kind in means else 0.0 for kind in self.facts.kinds)
+
+    def _write(self, mode: str, text: str) -> None:
+        try:
+            with self.path.open(mode, encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise KvtuneError(f"cannot write: {error.strerror}", where=str(self.path)) from error
+
+
+def selection_split(tables: Tables) -> str:
+    """The split that plans are judged on: selection, where there is one."""
+    return "select" if any(s.split == "select" for s in tables.samples) else "search"
+
+
+def by_kind(
+    losses: NDArray[np.floating] | Sequence[float],
+    kinds: Sequence[str],
+    moved: Callable[[float], float] = float,
+) -> dict[str, float]:
+    """Means by kind of text, each through ``moved`` (a calibration)."""
+    array, labels = np.asarray(losses, float), np.asarray(kinds)
+    return {kind: moved(float(array[labels == kind].mean())) for kind in sorted(set(kinds))}

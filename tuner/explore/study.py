@@ -1,0 +1,123 @@
+"""A study at one moment, frozen: what screens and reports are drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Estimate
+from kvtune.policies.document import (
+    ModelFacts,
+    PolicyDocument,
+    Provenance,
+    Quality,
+    Serving,
+    read_policy,
+)
+from kvtune.policies.policy import Policy
+from kvtune.tuner.explore.facts import Facts
+from kvtune.tuner.explore.outcome import Baseline, Outcome
+from kvtune.tuner.explore.plans import Plan, Plans
+
+State = Literal["running", "finished", "stopped"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a run directory holds.
+
+    Args:
+        folder: the run directory.
+        facts: what all plans share.
+        plans: one a finished trial that fits, in the order of finishing.
+        outcome: the result, once the search has finished.
+        state: running, finished, or stopped before its end.
+    """
+
+    folder: Path
+    facts: Facts
+    plans: Plans
+    outcome: Outcome | None
+    state: State
+
+    @cached_property
+    def chosen(self) -> int | None:
+        """Row of the plan that was chosen, or would be now; None of no plan."""
+        if not len(self.plans):
+            return None
+        if self.outcome is not None:
+            wanted = self.outcome.parameters
+            rows = [row for row, p in enumerate(self.plans.parameters) if p == wanted]
+            if rows:
+                return rows[0]
+        return self._best_so_far()
+
+    def _best_so_far(self) -> int:
+        """Most tokens at once within the acceptable loss; else the least loss."""
+        loss = self.plans.kl[:, 0]
+        within = np.flatnonzero(loss <= self.facts.largest_kl)
+        if not len(within):
+            return int(loss.argmin())
+        tokens = (self.plans.context_tokens * self.plans.sequences)[within]
+        return int(within[np.lexsort((loss[within], -tokens))[0]])
+
+    @cached_property
+    def option_counts(self) -> NDArray[np.float64]:
+        """How many heads of each plan take each option, ``[n, O]``."""
+        count, width = len(self.plans), len(self.facts.options)
+        flat = self.plans.heads.astype(np.int64) + width * np.arange(count)[:, None]
+        found = np.bincount(flat.ravel(), minlength=count * width)
+        return found.reshape(count, width).astype(np.float64)
+
+    def using(self, options: Iterable[bool]) -> NDArray[np.bool_]:
+        """Which plans give some head one of the marked options, ``[n]``."""
+        heads = self.option_counts @ np.array(list(options), np.float64)
+        return np.asarray(heads > 0, np.bool_)
+
+    def policy(self, plan: Plan) -> Policy:
+        """The plan as a policy."""
+        options, heads = self.facts.options, self.facts.shape.kv_heads
+        rows = plan.heads.reshape(-1, heads)
+        name = f"kvtune plan {plan.trial}"
+        return Policy(name, tuple(tuple(options[o] for o in row) for row in rows))
+
+    def baseline_policy(self, baseline: Baseline) -> Policy | None:
+        """The policy of a baseline, where its file is there."""
+        if not baseline.policy:
+            return None
+        shape = self.facts.shape
+        try:
+            return read_policy(self.folder / baseline.policy).bind(shape.layers, shape.kv_heads)
+        except KvtuneError:
+            return None
+
+    def quality(self, plan: Plan) -> Estimate:
+        """The plan's loss at the best tier there is: held out if it is the chosen one."""
+        chosen = self.chosen
+        if self.outcome is None or chosen is None or self.plans.trial[chosen] != plan.trial:
+            return plan.kl
+        return self.outcome.quality
+
+    def document(self, plan: Plan, weights: str) -> PolicyDocument:
+        """The plan as a policy file, with where it comes from."""
+        facts, shape = self.facts, self.facts.shape
+        source: Literal["own trace", "stand-in"] = "stand-in" if facts.stand_in else "own trace"
+        trace = str((self.outcome.provenance if self.outcome else {}).get("trace", ""))
+        return PolicyDocument(
+            policy=self.policy(plan),
+            model=ModelFacts(shape.name, shape.layers, shape.kv_heads, shape.head_dim),
+            provenance=Provenance(
+                quality=Quality(source, facts.stand_in, self.quality(plan)),
+                kvtune=facts.kvtune,
+                trace=trace,
+                seed=facts.seed,
+            ),
+            serving=Serving(weights, plan.context_tokens, plan.sequences, facts.gpu),
+        )

@@ -1,0 +1,185 @@
+"""Memory and time of all plans at once, at any context, batch, card and memory limit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtune.common.estimate import Estimate, Tier
+from kvtune.policies.option import Option
+from kvtune.policies.policy import footprint_of_lengths
+from kvtune.profiles.gpus import GpuProfile
+from kvtune.profiles.shape import ModelShape
+from kvtune.simulator.cost import bits
+from kvtune.simulator.latency import decode_steps
+from kvtune.simulator.memory import MemoryBudget, memory_budget, peak_memory
+from kvtune.tuner.explore.facts import Facts
+from kvtune.tuner.explore.plans import Floats, Integers
+from kvtune.tuner.explore.study import Study
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where plans are to run.
+
+    Args:
+        gpu: the card.
+        memory_bytes: that everything together may take.
+        weights: a format, or ``auto``.
+        context_tokens: prompt tokens of a sequence; None for each plan's own.
+        sequences: at once; None for each plan's own.
+    """
+
+    gpu: GpuProfile
+    memory_bytes: int
+    weights: str
+    context_tokens: int | None = None
+    sequences: int | None = None
+
+    @staticmethod
+    def asked(facts: Facts) -> Setting:
+        """The one that the search was for."""
+        return Setting(facts.card, facts.memory_bytes, facts.weights)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What n plans take and how fast they run; each a column of rows value, low, high, ``[n, 3]``.
+
+    Args:
+        context_tokens: of a sequence, ``[n]``.
+        sequences: at once, ``[n]``.
+        prompt_bytes: of one compressed prompt, ``[n]``.
+        share: of the bf16 bytes of the same prompt, ``[n]``.
+        tokens_that_fit: prompt tokens at once in what is left for the cache, ``[n]``.
+        memory: peak of everything together, bytes.
+        step_s: one decode step of all sequences, seconds.
+        tokens_per_s: of all sequences together.
+        fits: whether the peak is within the limit, ``[n]``.
+        time_tier: of the seconds.
+        budgets: where the memory goes, by context.
+    """
+
+    context_tokens: Integers
+    sequences: Integers
+    prompt_bytes: Integers
+    share: Floats
+    tokens_that_fit: Integers
+    memory: Floats
+    step_s: Floats
+    tokens_per_s: Floats
+    fits: NDArray[np.bool_]
+    time_tier: Tier
+    budgets: dict[int, MemoryBudget]
+
+    def estimate(self, column: str, row: int) -> Estimate:
+        """One figure with its interval and tier."""
+        units = {"memory": "B", "step_s": "s", "tokens_per_s": "tokens/s"}
+        tier: Tier = "assumed" if column == "memory" else self.time_tier
+        value, low, high = (float(end) for end in getattr(self, column)[row])
+        return Estimate(value, low, high, units[column], tier)
+
+
+def figures_of(study: Study, setting: Setting) -> Figures:
+    """Recompute every plan's memory and time; a few milliseconds for thousands of plans.
+
+    Raises:
+        KvtuneError: the model does not fit, or the limit is beyond the card.
+    """
+    plans, facts = study.plans, study.facts
+    contexts = _or_own(setting.context_tokens, plans.context_tokens)
+    sequences = _or_own(setting.sequences, plans.sequences)
+    return figures(facts, facts.options, study.option_counts, contexts, sequences, setting)
+
+
+def figures(
+    facts: Facts,
+    options: Sequence[Option],
+    counts: Floats,
+    contexts: Integers,
+    sequences: Integers,
+    setting: Setting,
+) -> Figures:
+    """The same for any policies, given as how many heads take each option, ``[n, O]``."""
+    shape = facts.shape
+    rooms = {int(c): _room(shape, setting, int(c)) for c in np.unique(contexts)}
+    stored = _bytes_by_bits(options, counts, contexts, shape.head_dim)
+    lengths = footprint_of_lengths(shape.layers, shape.kv_heads)
+    prompt = sum(stored.values(), np.zeros(len(counts))) + lengths
+    generated = shape.kv_bytes_per_token() * facts.generated_tokens
+    held = prompt + generated
+    stored[16.0] = stored.get(16.0, np.zeros(len(counts))) + generated
+    first = next(iter(rooms.values()), None)
+    weights = first.weight_format if first else "bf16"
+    steps = decode_steps(shape, setting.gpu, weights, np.maximum(sequences, 1), dict(stored))
+    time = np.stack([steps.value_s, steps.low_s, steps.high_s], axis=-1).reshape(-1, 3)
+    memory = _peaks(shape, setting, rooms, contexts, sequences, held)
+    room = np.array([rooms[int(c)].cache_bytes for c in contexts], np.float64)
+    return Figures(
+        context_tokens=contexts,
+        sequences=sequences,
+        prompt_bytes=prompt.astype(np.int64),
+        share=prompt / np.maximum(contexts * shape.kv_bytes_per_token(), 1),
+        tokens_that_fit=(room // held).astype(np.int64) * contexts,
+        memory=memory,
+        step_s=time,
+        tokens_per_s=sequences[:, None] / time[:, [0, 2, 1]],
+        fits=memory[:, 0] <= setting.memory_bytes,
+        time_tier=steps.tier,
+        budgets=rooms,
+    )
+
+
+def _or_own(asked: int | None, own: Integers) -> Integers:
+    return own if asked is None else np.full(len(own), asked, np.int64)
+
+
+def _room(shape: ModelShape, setting: Setting, context: int) -> MemoryBudget:
+    return memory_budget(
+        shape,
+        setting.gpu,
+        setting.memory_bytes,
+        context_tokens=context,
+        weights=setting.weights,
+    )
+
+
+def _bytes_by_bits(
+    options: Sequence[Option], counts: Floats, contexts: Integers, head_dim: int
+) -> dict[float, Floats]:
+    """Bytes of one compressed prompt of each plan, by bits an element, ``[n]`` each."""
+    widths = sorted({bits(form) for o in options for form in (o.keys, o.values)})
+    found: dict[float, Any] = {width: np.zeros(len(counts)) for width in widths}
+    for context in np.unique(contexts):
+        rows = contexts == context
+        table = np.zeros((len(options), len(widths)))
+        for index, option in enumerate(options):
+            tokens = option.budget.resolve(int(context))
+            for form, role in ((option.keys, "keys"), (option.values, "values")):
+                size = form.footprint(tokens, head_dim, role)  # type: ignore[arg-type]
+                table[index, widths.index(bits(form))] += size
+        for width, column in zip(widths, (counts[rows] @ table).T, strict=True):
+            found[width][rows] = column
+    return found
+
+
+def _peaks(
+    shape: ModelShape,
+    setting: Setting,
+    rooms: dict[int, MemoryBudget],
+    contexts: Integers,
+    sequences: Integers,
+    held: Floats,
+) -> Floats:
+    """Peak memory, ``[n, 3]``: what does not depend on the plan, and its cache."""
+    peaks = np.zeros((len(held), 3))
+    pairs = np.stack([contexts, sequences], axis=-1)
+    for context, batch in np.unique(pairs, axis=0):
+        weights = rooms[int(context)].weight_format
+        rest = peak_memory(shape, setting.gpu, weights, 0, int(context), int(batch))
+        peaks[(pairs == (context, batch)).all(1)] = (rest.value, rest.low, rest.high)
+    return peaks + (held * sequences)[:, None]
