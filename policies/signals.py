@@ -6,7 +6,7 @@ which, and that is what keeps the two alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+
+ALL_QUERIES = 2**31 - 1
+"""A window that spans every prompt."""
 
 QUERIES_LEFT_OUT = 4
 """First prompt queries that the query moments leave out: they are outliers."""
@@ -158,10 +161,7 @@ class Signals:
         """
         value = getattr(self, name)
         if value is None:
-            raise KvtuneError(
-                f"the signal {name!r} of layer {self.layer} was not recorded",
-                hint="capture the trace again with the signals that the policy needs.",
-            )
+            raise self._missing(name)
         return value
 
     def window_attention(self, window: int) -> Tensor:
@@ -178,6 +178,16 @@ class Signals:
             return self.once("columns", lambda: self._sum_columns())
         return self._by_kv_head(self.recorded_column_sums.float())
 
+    def attention_tiles(self, tile: int = 256) -> Iterator[tuple[int, Tensor]]:
+        """The whole attention matrix, ``tile`` rows at a time, so that it is never held at once.
+
+        Yields:
+            the position of the first row, and the rows ``[H, G, T, P]`` float32; last rows first.
+        """
+        for end in range(self.prompt_tokens, 0, -tile):
+            rows = min(tile, end)
+            yield end - rows, self._attend(rows, end)
+
     def query_moments(self) -> tuple[Tensor, Tensor]:
         """Mean ``[H, G, D]`` and covariance ``[H, G, D, D]`` of the queries before RoPE.
 
@@ -190,6 +200,23 @@ class Signals:
     def future_attention(self) -> Tensor:
         """Attention of the observed queries over prompt and observed keys, ``[H, G, C, P]``."""
         return self.once("future", self._look_ahead)
+
+    def probes(self) -> Tensor:
+        """Gradients at the observed tokens' attention output, ``[S, C, Hq, D]``.
+
+        Raises:
+            KvtuneError: they were not recorded.
+        """
+        future: Future = self.given("future")
+        if future.probes is None:
+            raise self._missing("probes")
+        return future.probes
+
+    def _missing(self, name: str) -> KvtuneError:
+        return KvtuneError(
+            f"the signal {name!r} of layer {self.layer} was not recorded",
+            hint="capture the trace again with the signals that the policy needs.",
+        )
 
     def _by_kv_head(self, tensor: Tensor) -> Tensor:
         split: Tensor = tensor.unflatten(0, (self.keys.shape[0], -1))
@@ -209,15 +236,14 @@ class Signals:
         column = torch.arange(self.prompt_tokens, device=logits.device)
         return logits.masked_fill(column > row[:, None], -torch.inf).softmax(-1)
 
-    def _sum_columns(self, tile: int = 256) -> Tensor:
-        """Tile by tile, so that no P x P matrix is ever held."""
+    def _sum_columns(self) -> Tensor:
         import torch
 
         sums = torch.zeros(
             (*self._by_kv_head(self.queries).shape[:2], self.prompt_tokens), device=self.keys.device
         )
-        for end in range(self.prompt_tokens, 0, -tile):
-            sums += self._attend(min(tile, end), end).sum(-2)
+        for _, rows in self.attention_tiles():
+            sums += rows.sum(-2)
         return sums
 
     def _moments(self) -> tuple[Tensor, Tensor]:

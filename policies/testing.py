@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -28,7 +29,8 @@ from kvtune.common.errors import KvtuneError
 from kvtune.policies.allocator import Allocator
 from kvtune.policies.format import Format, Role, formats
 from kvtune.policies.method import Method, ScoredMethod, methods
-from kvtune.policies.signals import Signals
+from kvtune.policies.signals import Future, Signals
+from kvtune.policies.work import LayerShape
 
 T = TypeVar("T")
 
@@ -63,6 +65,16 @@ METHOD_CASES = (
     Case(33, 0), Case(33, 1, kv_heads=3), Case(33, 6), Case(47, 34, group=3), Case(47, 40),
     Case(101, 100, group=4), Case(101, 101), Case(101, 500), Case(301, 64, kv_heads=3, group=3),
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlainRope:
+    """A rotary embedding as signals carry it."""
+
+    inverse_frequencies: tuple[float, ...]
+    attention_factor: float = 1.0
+
+
 TOKENS = (0, 1, 2, 7, 31, 64, 65, 130)
 
 
@@ -77,15 +89,74 @@ def make_signals(case: Case) -> Signals:
     shape = (case.prompt_tokens, case.head_dim)
     queries = uniform(case.seed, case.kv_heads * case.group, *shape)
     keys, values = uniform(case.seed + 1, 2, case.kv_heads, *shape)
-    return Signals(queries, keys, values, case.head_dim**-0.5)
+    return Signals(
+        queries,
+        keys,
+        values,
+        case.head_dim**-0.5,
+        layer=case.seed % 5,
+        rope=PlainRope(tuple(100.0 ** (-pair / 4) for pair in range(case.head_dim // 2))),
+        reconstruction=uniform(case.seed + 2, case.kv_heads, case.prompt_tokens).square(),
+        head_scores=uniform(case.seed + 3, case.kv_heads * case.group).square(),
+        layer_error=0.1 + case.seed % 7 / 10,
+        future=make_future(case),
+    )
+
+
+def make_future(case: Case, observed: int = 7, probes: int = 3) -> Future:
+    """Observed tokens after the prompt, and probes at them."""
+    shape = (observed, case.head_dim)
+    keys, values = uniform(case.seed + 5, 2, case.kv_heads, *shape)
+    gradients = uniform(case.seed + 6, probes, observed, case.kv_heads * case.group, case.head_dim)
+    queries = uniform(case.seed + 4, case.kv_heads * case.group, *shape)
+    return Future(queries, keys, values, gradients)
 
 
 def lean_signals(method: Method, full: Signals) -> Signals:
     """Only what the method says that it needs: a shorter tail of queries, recorded sums."""
-    window = min(method.needs.window, full.prompt_tokens)
+    needs = method.needs
+    window = min(needs.window, full.prompt_tokens)
     tail = full.queries[:, full.prompt_tokens - window :]
-    sums = full.column_sums().flatten(0, 1) if method.needs.column_sums else None
-    return Signals(tail, full.keys, full.values, full.scale, sums)
+    moments = tuple(part.flatten(0, 1) for part in full.query_moments())
+    future = full.future
+    if future is not None and not needs.probes:
+        future = replace(future, probes=None)
+    return Signals(
+        tail,
+        full.keys,
+        full.values,
+        full.scale,
+        full.column_sums().flatten(0, 1) if needs.column_sums else None,
+        layer=full.layer,
+        rope=full.rope,
+        recorded_query_moments=(moments[0], moments[1]) if needs.query_moments else None,
+        reconstruction=full.reconstruction if needs.reconstruction else None,
+        head_scores=full.head_scores if needs.calibration else None,
+        layer_error=full.layer_error if needs.calibration else None,
+        future=future if needs.future else None,
+    )
+
+
+def permuted_signals(full: Signals, order: Tensor) -> Signals:
+    """The same layer with its KV heads, and their groups of query heads, in another order."""
+    group = full.queries.shape[0] // len(order)
+    queries = (order[:, None] * group + torch.arange(group)).flatten()
+    future = full.given("future")
+    return replace(
+        full,
+        queries=full.queries[queries],
+        keys=full.keys[order],
+        values=full.values[order],
+        reconstruction=full.given("reconstruction")[order],
+        head_scores=full.given("head_scores")[queries],
+        future=Future(
+            future.queries[queries],
+            future.keys[order],
+            future.values[order],
+            full.probes()[:, :, queries],
+        ),
+        _memo={},
+    )
 
 
 def variants(kind: type[T]) -> Iterator[T]:
@@ -164,13 +235,12 @@ def choice_is_the_same_again(method: Method, case: Case) -> None:
 
 def heads_choose_alone(method: Method, case: Case) -> None:
     """Permuting the heads permutes the choice."""
+    if not method.heads_are_alike:
+        return
     signals = make_signals(case)
     order = torch.arange(case.kv_heads - 1, -1, -1)
-    grouped = signals.queries.reshape(case.kv_heads, case.group, *signals.queries.shape[1:])
-    queries = grouped[order].flatten(0, 1)
-    permuted = Signals(queries, signals.keys[order], signals.values[order], signals.scale)
     kept = method.keep(signals, case.budget)
-    assert torch.equal(method.keep(permuted, case.budget), kept[order])
+    assert torch.equal(method.keep(permuted_signals(signals, order), case.budget), kept[order])
 
 
 def needs_are_honest(method: Method, case: Case) -> None:
@@ -178,6 +248,34 @@ def needs_are_honest(method: Method, case: Case) -> None:
     full = make_signals(case)
     lean = lean_signals(method, full)
     assert torch.equal(method.keep(lean, case.budget), method.keep(full, case.budget))
+
+
+def merging_changes_only_what_is_kept(method: Method, case: Case) -> None:
+    """One finite key and value for every kept token; nothing in the signals changes."""
+    signals, fresh = make_signals(case), make_signals(case)
+    kept = method.keep(signals, case.budget)
+    merged = method.merge(signals, kept)
+    if merged is None:
+        return
+    for stored, whole in zip(merged, (signals.keys, signals.values), strict=True):
+        assert stored.shape == (*kept.shape, case.head_dim)
+        assert stored.dtype == whole.dtype
+        assert stored.isfinite().all()
+    assert torch.equal(signals.keys, fresh.keys)
+    assert torch.equal(signals.values, fresh.values)
+    for first, again in zip(merged, method.merge(signals, kept) or (), strict=True):
+        assert torch.equal(first, again)
+
+
+def work_is_declared(method: Method, case: Case) -> None:
+    """Costs are finite and never negative, and no prompt costs less for being longer."""
+    shape = LayerShape(case.prompt_tokens, case.kv_heads * case.group, case.kv_heads, case.head_dim)
+    ours = method.work(shape, case.budget)
+    longer = method.work(replace(shape, prompt_tokens=2 * case.prompt_tokens), case.budget)
+    for each in fields(ours):
+        value = getattr(ours, each.name)
+        assert math.isfinite(value)
+        assert 0 <= value <= getattr(longer, each.name)
 
 
 MethodCheck = Callable[[Method, Case], None]
@@ -188,6 +286,8 @@ METHOD_CHECKS: tuple[MethodCheck, ...] = (
     choice_is_the_same_again,
     heads_choose_alone,
     needs_are_honest,
+    merging_changes_only_what_is_kept,
+    work_is_declared,
 )
 
 # Formats
@@ -270,6 +370,25 @@ def planning_moves_but_never_makes_tokens(allocator: Allocator, case: Case) -> N
     assert (planned == allocator.plan(given.copy(), case.prompt_tokens)).all()
 
 
+def settling_moves_but_never_makes_tokens(allocator: Allocator, case: Case) -> None:
+    """The same over all layers when the whole prompt has been seen."""
+    ceiling = min(case.budget, case.prompt_tokens)
+    given = np.random.default_rng(case.seed).integers(0, ceiling + 1, (3, case.kv_heads))
+    method = next(kind() for kind in methods().values() if issubclass(kind, ScoredMethod))
+    rows = [[method] * case.kv_heads] * 3
+
+    def prompt(layer: int) -> Signals:
+        return make_signals(replace(case, seed=case.seed + layer))
+
+    settled = allocator.settle(given.copy(), rows, prompt)
+    assert settled.shape == given.shape
+    assert settled.dtype == np.int64
+    assert settled.sum() == given.sum()
+    assert settled.min() >= 0
+    assert settled.max() <= case.prompt_tokens
+    assert (settled == allocator.settle(given.copy(), rows, prompt)).all()
+
+
 def splitting_moves_but_never_makes_tokens(allocator: Allocator, case: Case) -> None:
     """The same for one layer whose prompt has been seen, under every scoring method."""
     ceiling = min(case.budget, case.prompt_tokens)
@@ -289,6 +408,7 @@ def splitting_moves_but_never_makes_tokens(allocator: Allocator, case: Case) -> 
 AllocatorCheck = Callable[[Allocator, Case], None]
 ALLOCATOR_CHECKS: tuple[AllocatorCheck, ...] = (
     planning_moves_but_never_makes_tokens,
+    settling_moves_but_never_makes_tokens,
     splitting_moves_but_never_makes_tokens,
 )
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from kvtune.common.errors import KvtuneError
 from kvtune.policies.method import ScoredMethod
+from kvtune.policies.pooling import check_kernel, pooled
 from kvtune.policies.registry import parameter
 from kvtune.policies.signals import Needs, Signals
 
@@ -19,14 +19,16 @@ class SnapKV(ScoredMethod):
     """The end of the prompt already shows which keys generation will use.
 
     score[j] = mean over the last ``window`` queries of attention[q, j], pooled over ``kernel``
-               neighbours, then mean over the head group
+               neighbours before the window, then mean over the head group
     keep = last ``recent`` tokens + highest scores of the rest
 
     Source: Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation", NeurIPS
     2024, arXiv 2404.14469; defaults are the paper's (window 32, kernel 7, max pooling). Differs
-    from the authors' code: one choice a KV head, not a query head. ``recent`` below ``window`` is
-    our variant for budgets as small as the window.
-    Cost: O(Hq W P D) once a prompt.
+    from the authors' code: one choice a KV head, not a query head (which stores G times as much);
+    their sum over the window is a mean here, which ranks alike. A prompt no longer than the window
+    is kept whole as far as the budget reaches. ``recent`` below ``window`` is our variant for
+    budgets as small as the window. kvpress: ``window: 64, kernel: 5, pooling: mean``.
+    Cost: O(Hq W P D) once a prompt; no state.
     """
 
     name = "snapkv"
@@ -40,8 +42,7 @@ class SnapKV(ScoredMethod):
     )
 
     def __post_init__(self) -> None:
-        if self.kernel % 2 == 0:
-            raise KvtuneError(f"snapkv pools over an odd kernel, not {self.kernel}")
+        check_kernel("snapkv", self.kernel)
 
     @property
     def needs(self) -> Needs:
@@ -54,8 +55,5 @@ class SnapKV(ScoredMethod):
 
     def scores(self, signals: Signals) -> Tensor:
         """Pooled attention of the observation window."""
-        import torch.nn.functional as F
-
         drawn = signals.window_attention(self.window).mean(-2)
-        pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d
-        return pool(drawn, self.kernel, stride=1, padding=self.kernel // 2).mean(1)
+        return pooled(drawn, self.kernel, self.pooling, self.protected(0)[1]).mean(1)
