@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.signals import Needs, Signals
+from kvtune.traces.geometry import Geometry
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.passes import run_prompt
 from kvtune.traces.samples import Sample
@@ -47,23 +48,24 @@ class _Kept:
     """Collects each layer's signals while the prompt runs, no more than ``needs`` asks for."""
 
     needs: Needs
-    scale: float
-    windows: tuple[int | None, ...]
+    geometry: Geometry
     layers: list[Signals] = field(default_factory=list)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        refuse_window(layer, self.windows[layer], q.shape[2])
+        geometry = self.geometry
+        refuse_window(layer, geometry.windows[layer], q.shape[2])
         tail = min(self.needs.window, q.shape[2])
         sums = None
         if self.needs.column_sums:
-            sums = column_sums(q[0], k[0], self.scale, self.windows[layer])
+            sums = column_sums(q[0], k[0], geometry.scale, geometry.windows[layer])
         queries = q[0, :, q.shape[2] - tail :].clone()  # a view would keep all queries alive
-        self.layers.append(Signals(queries.float(), k[0].float(), v[0].float(), self.scale, sums))
+        whole = queries.float(), k[0].float(), v[0].float(), geometry.scale, sums
+        self.layers.append(Signals(*whole, layer=layer, rope=geometry.rope_at(layer)))
 
 
 @torch.no_grad()
 def fresh_prompt(loaded: LoadedModel, sample: Sample, needs: Needs) -> Prompt:
     """Run the prompt on the model now and keep its cache and the signals asked for."""
-    kept = _Kept(needs, loaded.geometry.scale, loaded.geometry.windows)
+    kept = _Kept(needs, loaded.geometry)
     run_prompt(loaded, sample.token_ids[: sample.prompt], kept)
     return kept.layers.__getitem__

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from kvtune.policies.method import ScoredMethod
+from kvtune.policies.decode import DecodeMethod, DecodeState
 from kvtune.policies.registry import parameter
+from kvtune.policies.rotary import turn
 from kvtune.policies.signals import Signals
 
 if TYPE_CHECKING:
@@ -14,29 +15,56 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class StreamingLLM(ScoredMethod):
+class StreamingLLM(DecodeMethod):
     """Softmax dumps surplus mass on the first tokens: keep a few of them and the newest ones.
 
-    keep = first ``sinks`` + last ``budget - sinks``.
+    keep = first ``sinks`` + last ``budget - sinks``; while decoding, the window rolls.
+
+    ``positions``: ``kept`` leaves every key at the position it was computed at; ``reindexed``
+    numbers positions inside the cache, as the authors do. They store keys before RoPE and turn all
+    of them at each step. Attention depends on differences alone, and only the sinks' distance to
+    the query differs between the two, so that turning the sinks by the number of evicted tokens
+    gives the same logits.
 
     Source: Xiao et al., "Efficient Streaming Language Models with Attention Sinks", ICLR 2024,
-    arXiv 2309.17453. Differs from the authors' code: keys keep their original RoPE positions
-    (theirs re-number positions inside the cache), and the prompt is trimmed once, when complete.
-    Cost: none. Needs no signal.
+    arXiv 2309.17453; 4 sinks as published. Differs from the authors' code: the prompt runs dense
+    and is trimmed when complete. The default keeps positions, which is what serving stacks can do.
+    Cost: none, or O(sinks D) a token and KV head when re-indexed. State: none.
     """
 
     name = "streaming_llm"
     source = "Xiao et al., ICLR 2024, arXiv 2309.17453"
 
     sinks: int = parameter(4, "first tokens that are always kept", unit="tokens", low=0)
+    positions: Literal["kept", "reindexed"] = parameter(
+        "kept", "where keys appear: at their own positions, or renumbered inside the cache"
+    )
 
     def protected(self, budget: int) -> tuple[int, int]:
         """The sinks."""
         return self.sinks, 0
 
-    def scores(self, signals: Signals) -> Tensor:
-        """Recency."""
-        import torch
+    def statistics(self, signals: Signals) -> dict[str, Tensor]:
+        """None: a token's place says all."""
+        return {}
 
-        heads, tokens, _ = signals.keys.shape
-        return torch.arange(tokens, device=signals.keys.device).float().expand(heads, -1)
+    def worth(self, state: DecodeState) -> Tensor:
+        """Recency."""
+        return state.positions.float()
+
+    def shift(self, state: DecodeState) -> Tensor | None:
+        """The sinks move up to the window by as many positions as tokens have left between."""
+        if self.positions == "kept":
+            return None
+        gap = state.now + 1 - state.live.sum(-1, keepdim=True)
+        return gap * (state.positions < self.sinks)
+
+    def merge(self, signals: Signals, kept: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The sinks' keys turned to where they appear, of a prompt that is trimmed once."""
+        if self.positions == "kept" or signals.rope is None:
+            return None
+        gap = signals.prompt_tokens - kept.shape[-1]
+        wide = kept[..., None].expand(*kept.shape, signals.keys.shape[-1])
+        keys, values = signals.keys.gather(1, wide), signals.values.gather(1, wide)
+        turned = turn(keys.float(), gap * (kept < self.sinks), signals.rope)
+        return turned.to(keys.dtype), values

@@ -1,0 +1,228 @@
+"""A cache of slots: one layer's entries under a method, while tokens are generated.
+
+An entry keeps its slot until it leaves, and the next token takes a free one: nothing is moved.
+Replay and live generation step this same object. Several policies that share a method, and all
+their heads, step together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.decode import FREE, DecodeMethod, DecodeState
+from kvtune.policies.method import Method
+from kvtune.policies.rotary import turn
+from kvtune.policies.signals import Signals
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is kept of a layer's prompt, to open a cache with.
+
+    Args:
+        positions: of the kept tokens, ``[B, H, n]`` int64; of a row only the first few are real.
+        sizes: how many, ``[B, H]``.
+        keys: ``[B, H, n, D]``, as read back from storage.
+        values: likewise.
+    """
+
+    positions: Tensor
+    sizes: NDArray[np.int64]
+    keys: Tensor
+    values: Tensor
+
+
+def prompt_of(
+    method: Method, signals: Signals, budgets: NDArray[np.int64], evicts: bool = True
+) -> Prompt:
+    """A layer's prompt trimmed by one method, in full precision, ``[B, H, ...]``.
+
+    Args:
+        method: chooses.
+        signals: of the whole layer.
+        budgets: ``[B, H]``.
+        evicts: whether the method goes on evicting; if not, what it merges is stored merged.
+    """
+    tokens = signals.prompt_tokens
+    whole = evicts and isinstance(method, DecodeMethod) and not method.trims_prompt
+    sizes = np.full_like(budgets, tokens) if whole else budgets.clip(0, tokens)
+    rows, heads = sizes.shape
+    longest = int(sizes.max(initial=0))
+    shape = (rows, heads, longest)
+    positions = torch.zeros(shape, dtype=torch.int64, device=signals.keys.device)
+    keys = signals.keys.new_zeros(*shape, signals.keys.shape[-1])
+    values = torch.zeros_like(keys)
+    for budget in np.unique(sizes).tolist():
+        at = method.keep(signals, budget)
+        wide = at[..., None].expand(*at.shape, keys.shape[-1])
+        both = None if evicts else method.merge(signals, at)
+        stored = both or (signals.keys.gather(1, wide), signals.values.gather(1, wide))
+        for row, head in np.argwhere(sizes == budget).tolist():
+            positions[row, head, :budget] = at[head]
+            keys[row, head, :budget], values[row, head, :budget] = (x[head] for x in stored)
+    return Prompt(positions, sizes, keys, values)
+
+
+class SlotCache:
+    """Entries of some heads of one layer, for several policies that share a method.
+
+    Life: built when the prompt is complete; ``step`` once a generated token. ``check_integrity``
+    holds the books against the slots.
+    """
+
+    def __init__(
+        self,
+        method: DecodeMethod | None,
+        prompt: Prompt,
+        signals: Signals,
+        budgets: NDArray[np.int64],
+        room: int,
+        heads: Sequence[int] | None = None,
+    ) -> None:
+        """Take over a prompt.
+
+        Args:
+            method: evicts; None for a cache that only grows.
+            prompt: of these heads.
+            signals: of the whole layer.
+            budgets: entries that may stay, ``[B, H]``; not read without a method.
+            room: tokens that will be generated at most.
+            heads: which of the layer's KV heads these are; all unless given.
+        """
+        self.method, self.budgets = method, budgets
+        self.scale, self.rope = signals.scale, signals.rope
+        self.sizes = prompt.sizes.copy()
+        self.peak = self.sizes.copy()
+        self.evicted = np.zeros_like(self.sizes)
+        self.entry_steps = np.zeros_like(self.sizes)  # summed over steps: mean occupancy
+        self._drops: tuple[bytes, Tensor] | None = None
+        if method is not None:
+            method.check_heads(budgets)
+        numbers = list(range(signals.keys.shape[0])) if heads is None else list(heads)
+        slots = self._slots(room)
+        self.keys, self.values = (_widened(x, slots) for x in (prompt.keys, prompt.values))
+        self.state = self._open(prompt, signals, numbers, slots)
+
+    def _slots(self, room: int) -> int:
+        """Slots that are ever needed at once, over all rows."""
+        grown = self.sizes + room
+        if self.method is not None:
+            pairs = zip(self.sizes.flat, self.budgets.flat, strict=True)
+            most = [self.method.most(int(held), int(budget)) for held, budget in pairs]
+            grown = np.minimum(grown, np.array(most).reshape(grown.shape))
+        return int(grown.max(initial=1))
+
+    def _open(self, prompt: Prompt, signals: Signals, heads: list[int], slots: int) -> DecodeState:
+        device = prompt.keys.device
+        place = torch.arange(slots, device=device)
+        real = place < torch.from_numpy(self.sizes).to(device)[..., None]
+        positions = _widened(prompt.positions, slots).masked_fill(~real, FREE)
+        statistics: dict[str, Tensor] = {}
+        pinned = None
+        if self.method is not None:
+            row = torch.tensor(heads, device=device)[None, :, None]
+            for name, each in self.method.statistics(signals).items():
+                statistics[name] = each[row, positions.clamp_min(0)]
+            pinned = self.method.pin(self.budgets, device)
+        number = torch.tensor(heads, device=device)
+        tokens = signals.prompt_tokens
+        return DecodeState(positions, tokens, statistics, signals.layer, number, pinned=pinned)
+
+    def step(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention output of the next token; changes the cache.
+
+        The token enters first and sees itself, so that it sees one entry more than the budget;
+        what must leave does so afterwards.
+
+        Args:
+            queries: ``[B, H, G, D]`` float32.
+            keys: ``[B, H, D]``.
+            values: ``[B, H, D]``.
+
+        Returns:
+            Output ``[B, H, G, D]`` float32.
+        """
+        self._enter(keys, values)
+        attention = self._attention(queries)
+        output = attention @ self.values
+        if self.method is not None:
+            self.method.observe(self.state, attention)
+            self._evict(self.method)
+        self.entry_steps += self.sizes
+        return output
+
+    def _enter(self, keys: Tensor, values: Tensor) -> None:
+        state = self.state
+        slot = state.positions.argmin(-1, keepdim=True)  # the first free one
+        state.generated += 1
+        state.positions.scatter_(-1, slot, state.now)
+        _put(self.keys, slot, keys[:, :, None])
+        _put(self.values, slot, values[:, :, None])
+        fresh = {} if self.method is None else self.method.fresh(state)
+        for name, statistic in state.statistics.items():
+            _put(statistic, slot, torch.full_like(statistic[:, :, :1], fresh.get(name, 0)))
+        self.sizes += 1
+        self.peak = np.maximum(self.peak, self.sizes)
+
+    def _attention(self, queries: Tensor) -> Tensor:
+        """Probabilities over all slots ``[B, H, G, n]``, zero at empty ones."""
+        keys = self.keys
+        shift = None if self.method is None else self.method.shift(self.state)
+        if shift is not None and self.rope is not None:
+            keys = turn(keys, shift, self.rope)
+        logits = (queries * self.scale) @ keys.transpose(-1, -2)
+        return logits.masked_fill_(~self.state.live[:, :, None], -torch.inf).softmax(-1)
+
+    def _evict(self, method: DecodeMethod) -> None:
+        drops = method.drops(self.sizes, self.budgets, self.state.generated)
+        if not drops.any():
+            return
+        leaving = method.leaving(self.state, self._on_device(drops))
+        self.state.positions.masked_fill_(leaving, FREE)
+        self.sizes -= drops
+        self.evicted += drops
+
+    def _on_device(self, drops: NDArray[np.int64]) -> Tensor:
+        """The same drops as a step ago, mostly: sent once."""
+        key = drops.tobytes()
+        if self._drops is None or self._drops[0] != key:
+            self._drops = key, torch.from_numpy(drops).to(self.keys.device)
+        return self._drops[1]
+
+    def kept(self) -> list[list[list[int]]]:
+        """Positions that each head holds, ascending, ``[B][H]``."""
+        return [
+            [sorted(p for p in head if p != FREE) for head in row]
+            for row in self.state.positions.tolist()
+        ]
+
+    def check_integrity(self) -> None:
+        """Hold the books against the slots.
+
+        Raises:
+            KvtuneError: a head holds more or fewer tokens than were counted, or one twice.
+        """
+        for sizes, row in zip(self.sizes.tolist(), self.kept(), strict=True):
+            for size, held in zip(sizes, row, strict=True):
+                if len(held) != size or len(set(held)) != size:
+                    raise KvtuneError(f"a head holds {len(held)} tokens, {size} were counted")
+
+
+def _widened(tensor: Tensor, slots: int) -> Tensor:
+    """``[B, H, slots, ...]`` with the tensor at the front, zeros behind; a copy."""
+    wide = tensor.new_zeros(*tensor.shape[:2], slots, *tensor.shape[3:])
+    wide[:, :, : tensor.shape[2]] = tensor
+    return wide
+
+
+def _put(tensor: Tensor, slot: Tensor, value: Tensor) -> None:
+    """Write ``[B, H, 1, ...]`` into one slot of each head of ``[B, H, n, ...]``."""
+    at = slot.reshape(*slot.shape, *(1,) * (tensor.dim() - 3)).expand_as(value)
+    tensor.scatter_(2, at, value.to(tensor.dtype))
