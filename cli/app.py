@@ -8,7 +8,18 @@ import typer
 from typer.main import get_command
 
 import kvtune
-from kvtune.cli import capture, estimate, export, gpus, models, policies, search, simulate, validate
+from kvtune.cli import (
+    capture,
+    estimate,
+    export,
+    gpus,
+    models,
+    policies,
+    profile,
+    search,
+    simulate,
+    validate,
+)
 
 _ABOUT = """\
 What may be done to the KV cache, head by head, and what it costs.
@@ -28,7 +39,7 @@ def build() -> Any:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     app.callback(invoke_without_command=True)(_alone)
-    for module in (search, validate, simulate, estimate, capture, export, gpus, models):
+    for module in (search, validate, simulate, estimate, capture, export, profile, gpus, models):
         app.command(name=module.__name__.rsplit(".", 1)[-1])(module.command)
     app.add_typer(policies.app, name="policies")
     return get_command(app)

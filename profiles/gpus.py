@@ -201,7 +201,9 @@ def _profile(slug: str, document: Located) -> GpuProfile:
     fields = document.mapping((*texts, "memory_kind", "figures"), ("aliases", "device_names"))
     required = [key for key in _UNITS if key not in _NOT_EVERYWHERE]
     records = fields["figures"].mapping(required, _NOT_EVERYWHERE)
-    figures: dict[str, Any] = {key: _figure(key, record) for key, record in records.items()}
+    figures: dict[str, Any] = {
+        key: read_figure(key, _UNITS[key], record) for key, record in records.items()
+    }
     if figures["memory_visible"].value * MIB > figures["memory_nominal"].value * GIB:
         records["memory_visible"].fail("is more than memory_nominal; are GB and GiB mixed?")
     return GpuProfile(
@@ -216,12 +218,16 @@ def _profile(slug: str, document: Located) -> GpuProfile:
     )
 
 
-def _figure(key: str, record: Located) -> Figure:
-    """The record of one number; its unit must be the one that the key has."""
+def read_figure(key: str, expected: str, record: Located) -> Figure:
+    """The record of one number; its unit must be the one that the key has.
+
+    Raises:
+        KvtuneError: another unit, or a value, kind, source or date that is missing or wrong.
+    """
     fields = record.mapping(("value", "unit", "kind", "source", "date"))
     unit = fields["unit"].text()
-    if unit != _UNITS[key]:
-        fields["unit"].fail(f"is {unit!r}, but {key} is given in {_UNITS[key]}")
+    if unit != expected:
+        fields["unit"].fail(f"is {unit!r}, but {key} is given in {expected}")
     date = str(fields["date"].value)
     if not _DATE.fullmatch(date):
         fields["date"].fail(f"must be a date like 2024-11, not {date!r}")

@@ -1,0 +1,124 @@
+"""The GPU's state while it is measured: clocks, watts, reasons for lower clocks, other users."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple, Protocol
+
+# Names of NVML's bits; those that do not mean a slower GPU (idle, asked-for clocks) are left out.
+_REASONS = {0x4: "power", 0x8: "hardware", 0x20: "thermal", 0x40: "thermal", 0x80: "power-brake"}
+SERIOUS = ("hardware", "thermal", "power-brake")
+
+
+class State(NamedTuple):
+    """What the driver says of the GPU at one moment; zeros where nothing is known."""
+
+    sm_mhz: int = 0
+    memory_mhz: int = 0
+    watts: float = 0.0
+    throttle: str = ""
+    celsius: int = 0
+
+
+class Monitor(Protocol):
+    """Reads a GPU's state."""
+
+    def state(self) -> State:
+        """Of this moment."""
+        ...
+
+    def used_bytes(self) -> int | None:
+        """Device memory in use by everyone; None where it is not known."""
+        ...
+
+    def other_processes(self) -> int:
+        """Processes on the GPU beside this one, 0 where that is not known."""
+        ...
+
+    def driver(self) -> str:
+        """Version of the driver, ``unknown`` where there is none to ask."""
+        ...
+
+
+class NoMonitor:
+    """Where NVML is missing: nothing is known, and every row says so by zeros."""
+
+    def state(self) -> State:
+        """Zeros."""
+        return State()
+
+    def used_bytes(self) -> int | None:
+        """Unknown."""
+        return None
+
+    def other_processes(self) -> int:
+        """Unknown."""
+        return 0
+
+    def driver(self) -> str:
+        """Unknown."""
+        return "unknown"
+
+
+class NvmlMonitor:
+    """Asks NVML.
+
+    Args:
+        nvml: the module ``pynvml``, initialised.
+        index: of the GPU.
+    """
+
+    def __init__(self, nvml: Any, index: int = 0) -> None:
+        self._nvml = nvml
+        self._handle = nvml.nvmlDeviceGetHandleByIndex(index)
+
+    def state(self) -> State:
+        """Clocks, watts and reasons; zero what this driver does not tell."""
+        nvml, handle = self._nvml, self._handle
+        bits = self._ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)
+        return State(
+            sm_mhz=self._ask(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
+            memory_mhz=self._ask(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_MEM),
+            watts=self._ask(nvml.nvmlDeviceGetPowerUsage, handle) / 1000,
+            throttle=reasons(bits),
+            celsius=self._ask(nvml.nvmlDeviceGetTemperature, handle, 0),
+        )
+
+    def used_bytes(self) -> int | None:
+        """Device memory in use by everyone."""
+        return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+
+    def other_processes(self) -> int:
+        """Processes on the GPU beside this one."""
+        try:
+            found = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        except self._nvml.NVMLError:
+            return 0
+        return sum(process.pid != os.getpid() for process in found)
+
+    def driver(self) -> str:
+        """For example ``580.159.04``."""
+        version = self._nvml.nvmlSystemGetDriverVersion()
+        return version.decode() if isinstance(version, bytes) else str(version)
+
+    def _ask(self, question: Any, *arguments: Any) -> int:
+        try:
+            return int(question(*arguments))
+        except self._nvml.NVMLError:
+            return 0
+
+
+def reasons(bits: int) -> str:
+    """Reasons for lower clocks by name, each once, joined by ``+``."""
+    return "+".join(dict.fromkeys(name for bit, name in _REASONS.items() if bits & bit))
+
+
+def open_monitor(index: int = 0) -> Monitor:
+    """NVML's, or one that knows nothing where NVML is missing."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return NvmlMonitor(pynvml, index)
+    except Exception:  # no library, no driver, no permission: measuring goes on without
+        return NoMonitor()

@@ -1,0 +1,113 @@
+"""Times calls on a GPU: replays of a CUDA graph, or launches one by one, between events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from kvtune.profiles.kernel_table import Execution
+from kvtune.runtime.measure.operation import Call, Work
+
+SAMPLE_S = 0.8e-3  # a sample lasts at least so long, so that its launch does not count
+SAMPLES = 15
+
+
+class Timing(NamedTuple):
+    """Microseconds of one call."""
+
+    p10_us: float
+    median_us: float
+    p90_us: float
+    runs: int
+
+
+class Timer(Protocol):
+    """Times the calls of one point."""
+
+    def __call__(self, work: Work, execution: Execution, watch: Callable[[], None]) -> Timing:
+        """``watch`` is called while the calls run."""
+        ...
+
+
+def cuda_timer(work: Work, execution: Execution, watch: Callable[[], None]) -> Timing:
+    """Time on the current GPU. All calls run once before, outside of the graph."""
+    import torch
+
+    for call in work.calls:
+        call()
+    torch.cuda.synchronize()
+    count = _calls_a_sample(work)
+    run = _graph(work.calls, count) if execution == "graph" else _eager(work.calls, count)
+    return summary(samples(run, SAMPLES, watch) / count)
+
+
+def samples(run: Call, count: int, watch: Callable[[], None] = lambda: None) -> np.ndarray:
+    """Microseconds of each of ``count`` runs after two that do not count.
+
+    Runs are queued without waiting, so that the host is ahead and only the GPU is timed.
+    """
+    import torch
+
+    for _ in range(2):
+        run()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    watch()
+    torch.cuda.synchronize()
+    return np.array([a.elapsed_time(b) * 1e3 for a, b in pairwise(events)])
+
+
+def summary(times_us: np.ndarray) -> Timing:
+    """Percentiles of samples."""
+    p10, median, p90 = np.percentile(times_us, (10, 50, 90))
+    return Timing(float(p10), float(median), float(p90), len(times_us))
+
+
+def capture(run: Call) -> Call:
+    """A CUDA graph of ``run``; calling it replays."""
+    import torch
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def _graph(calls: Sequence[Call], count: int) -> Call:
+    return capture(_eager(calls, count))
+
+
+def _eager(calls: Sequence[Call], count: int) -> Call:
+    def run() -> None:
+        for index in range(count):
+            calls[index % len(calls)]()
+
+    return run
+
+
+def _calls_a_sample(work: Work) -> int:
+    """Whole rotations, as many as make a sample long enough."""
+    import torch
+
+    torch.cuda.synchronize()
+    begin = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    host = time.perf_counter()
+    begin.record()
+    for call in work.calls:
+        call()
+    end.record()
+    host = time.perf_counter() - host
+    torch.cuda.synchronize()
+    on_gpu = begin.elapsed_time(end) * 1e-3
+    # Small kernels wait for the host here; in a graph they do not, and take a few microseconds.
+    each = on_gpu / len(work.calls) if on_gpu > 1.5 * host else 3e-6
+    rotations = max(1, -(-int(SAMPLE_S / each) // len(work.calls)))
+    return max(1, min(rotations * len(work.calls), max(work.most_calls, len(work.calls))))
