@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvtune.cli.options import Json
 from kvtune.cli.output import speaking, table
-from kvtune.cli.words import count
+from kvtune.common.words import count
 
 if TYPE_CHECKING:
     from kvtune.profiles.shape import ModelShape

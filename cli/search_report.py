@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from kvtune.cli.inputs import POLICY_FILE
 from kvtune.cli.output import table
 from kvtune.cli.tables import budget_table
-from kvtune.cli.words import accuracy, count, figure, percent
 from kvtune.common.units import MIB, format_bytes, format_tokens
+from kvtune.common.words import accuracy, count, figure, percent
 from kvtune.simulator.memory import memory_budget
 from kvtune.traces.models import KNOWN
 from kvtune.tuner.request import FrontPoint, Quality, Rival, SearchRequest, SearchResult

@@ -94,7 +94,7 @@ def _report(
 ) -> None:
     from kvtune.cli.output import table
     from kvtune.cli.tables import cost_table
-    from kvtune.cli.words import figure
+    from kvtune.common.words import figure
 
     losses = zip(found.samples, found.kl, strict=True)
     rows: list[tuple[str, ...]] = [(s.id, s.kind, f"{loss:.3g}") for s, loss in losses]

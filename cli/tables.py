@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvtune.cli.output import table
-from kvtune.cli.words import count, figure, percent
 from kvtune.common.estimate import Estimate, exact
 from kvtune.common.units import GB, GIB
+from kvtune.common.words import count, figure, percent
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

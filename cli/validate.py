@@ -106,8 +106,8 @@ def _predicted(document: PolicyDocument) -> Estimate | None:
 def _report(
     document: PolicyDocument, policy: Policy, found: Validation, planned: int
 ) -> RenderableType:
-    from kvtune.cli.words import accuracy, count, figure
     from kvtune.common.units import format_bytes
+    from kvtune.common.words import accuracy, count, figure
 
     change = found.perplexity_change
     rows = [

@@ -1,0 +1,144 @@
+"""What a screen shows of a study: two figures, a filter, a front, and where the cursor may go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtune.common.units import MIB
+from kvtune.tuner.explore.axes import BYTES, LOSS, TOKENS, Axis, Filter, front
+from kvtune.tuner.explore.outcome import Baseline
+from kvtune.tuner.explore.plans import Floats
+from kvtune.tuner.explore.study import Study
+from kvtune.tuner.explore.what_if import Figures, Setting
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A limit or a landmark, across the plot at one value of one axis."""
+
+    axis: Axis
+    value: float
+    words: str
+
+
+@dataclass(frozen=True)
+class View:
+    """A study seen in two figures.
+
+    Args:
+        study: the snapshot.
+        figures: memory and time of its plans at ``setting``.
+        setting: where they run.
+        x: figure across.
+        y: figure upward.
+        filter: which plans are shown.
+    """
+
+    study: Study
+    figures: Figures
+    setting: Setting
+    x: Axis = TOKENS
+    y: Axis = LOSS
+    filter: Filter = Filter()
+
+    @cached_property
+    def rows(self) -> Rows:
+        """Plans that the filter lets through."""
+        return self.filter.rows(self.study, self.figures)
+
+    @cached_property
+    def across(self) -> Floats:
+        """The figure across, value, low, high of all plans, ``[n, 3]``."""
+        return self.x.column(self.study, self.figures)
+
+    @cached_property
+    def upward(self) -> Floats:
+        """The other figure, likewise."""
+        return self.y.column(self.study, self.figures)
+
+    @cached_property
+    def front(self) -> Rows:
+        """Shown plans that no other shown plan beats in both figures, in reading order."""
+        x, y = self.across[self.rows, 0], self.upward[self.rows, 0]
+        found = self.rows[front(x, y, self.x, self.y)]
+        return found[np.argsort(self.across[found, 0], kind="stable")]
+
+    @cached_property
+    def start(self) -> int | None:
+        """Where the cursor begins: the chosen plan, if it is shown."""
+        if not len(self.rows):
+            return None
+        chosen = self.study.chosen
+        return chosen if chosen in self.rows else int(self.front[0])
+
+    def step(self, row: int, by: int) -> int:
+        """The front's plan so many places right of ``row``, or the nearest one to it."""
+        if not len(self.front):
+            return row
+        place = np.searchsorted(self.across[self.front, 0], self.across[row, 0])
+        if row in self.front:
+            place = int(np.flatnonzero(self.front == row)[0]) + by
+        elif by < 0:
+            place = int(place) - 1
+        return int(self.front[np.clip(place, 0, len(self.front) - 1)])
+
+    def nearest(self, distance: Floats) -> int:
+        """The shown plan at the least of the distances, ``[len(rows)]``."""
+        return int(self.rows[int(distance.argmin())])
+
+    @cached_property
+    def lines(self) -> tuple[Line, ...]:
+        """Limits and landmarks on the axes that are shown."""
+        facts, contexts = self.study.facts, self.figures.budgets
+        found = [Line(LOSS, facts.largest_kl, f"KL {facts.largest_kl:g} accepted")]
+        if len(contexts) == 1:
+            ((context, budget),) = contexts.items()
+            each = facts.shape.kv_bytes(context + facts.generated_tokens)
+            full = budget.cache_bytes // each * context
+            uncompressed = facts.shape.kv_bytes(context) / MIB
+            found.append(Line(BYTES, uncompressed, f"{uncompressed:.0f} MiB uncompressed"))
+            if full:
+                found.append(Line(TOKENS, full, f"{full:,} tokens uncompressed".replace(",", " ")))
+        return tuple(line for line in found if line.axis in (self.x, self.y))
+
+    def baselines(self) -> Iterable[tuple[Baseline, float, float]]:
+        """Baselines that have both figures, with them."""
+        outcome, chosen = self.study.outcome, self.study.chosen
+        if outcome is None or chosen is None:
+            return
+        for baseline in outcome.baselines[1:]:
+            if (x := self._of(baseline, self.x)) is None:
+                continue
+            if (y := self._of(baseline, self.y)) is not None:
+                yield baseline, x, y
+
+    def _of(self, baseline: Baseline, axis: Axis) -> float | None:
+        """A baseline's figure, as far as its loss and bytes tell it."""
+        chosen = self.study.chosen
+        if axis is LOSS:
+            return baseline.best.value
+        if axis not in (BYTES, TOKENS) or chosen is None:
+            return None
+        context = int(self.figures.context_tokens[chosen])
+        full = self.study.facts.shape.kv_bytes(context)
+        prompt = full * self.share(baseline)
+        if axis is BYTES:
+            return prompt / MIB
+        facts = self.study.facts
+        held = prompt + facts.shape.kv_bytes_per_token() * facts.generated_tokens
+        return float(self.figures.budgets[context].cache_bytes // held * context)
+
+    def share(self, baseline: Baseline) -> float:
+        """A baseline's bytes over bf16's: those of the plan it stands beside, nearly."""
+        outcome, chosen = self.study.outcome, self.study.chosen
+        if outcome is None or chosen is None:
+            return 1.0
+        ratio = baseline.prompt_bytes / max(outcome.baselines[0].prompt_bytes, 1)
+        return float(self.figures.share[chosen]) * ratio
