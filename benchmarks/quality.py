@@ -3,9 +3,9 @@
     python benchmarks/quality.py --model smollm2-135m --out benchmarks/results
 
 Captures SmolLM2-135M, builds tables, searches at 3 / 6 / 12 / 25 % of the bf16 cache bytes, picks
-among search settings on selection samples, and runs everything live on evaluation samples that
-neither step has seen. Baselines are narrowed down on the selection samples too, and of the best
-five of a family the one that does best on the evaluation samples is shown. Also: rank correlation
+among search settings on selection samples (least loss, then most needle digits right), and runs
+what was picked live on evaluation samples that neither step has seen. Baselines are narrowed down on the selection samples too, and of the best
+few of a family the one that does best on the evaluation samples is shown. Also: rank correlation
 of prediction and live over ~100 mixed policies, times, and the compact tables that the package
 ships. Arithmetic is float32 throughout, so that differences are the policies' and not the dtype's.
 """
@@ -24,32 +24,39 @@ from typing import Any
 import numpy as np
 import torch
 import workers
+from outcomes import Outcome, used
+from plans import Plan, search
 from policies_mixed import mixed_policies
 from scipy.stats import spearmanr
 
 from kvtune import __version__
-from kvtune.policies.method import Method
-from kvtune.policies.methods.h2o import H2O
-from kvtune.policies.methods.snapkv import SnapKV
-from kvtune.policies.methods.streaming_llm import StreamingLLM
-from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
-from kvtune.runtime.live import LiveRun
 from kvtune.simulator.calibration import calibrate
 from kvtune.simulator.tables import Tables, compact, join
 from kvtune.simulator.tables_file import save_tables
 from kvtune.traces.models import LoadedModel, load_model
 from kvtune.traces.samples import Sample
 from kvtune.traces.workloads import Workload, build
-from kvtune.tuner.allocate import Problem, score, solve
+from kvtune.tuner.allocate import Problem, score
 from kvtune.tuner.baselines import FAMILIES, candidates
 from kvtune.tuner.options import FULL, SMALL
-from kvtune.tuner.quality import bootstrap, mean_over_kinds
+from kvtune.tuner.quality import bootstrap
 
 SHARES = (0.03, 0.06, 0.12, 0.25)
 CURVE = (0.015, *SHARES, 0.5)  # where the baselines are measured
 KINDS = ("prose", "code", "retrieval")
-FINALISTS = 5  # of a family, taken on from the selection samples to the evaluation samples
+PROMISING = 8  # baselines of a family that run on all selection samples
+FINALISTS = 4  # of a family, taken on from the selection samples to the evaluation samples
+HARDLY_MORE = 1.15  # plans that lose up to so many times the least are told apart by their needles
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A baseline of a family, filled to a share of the bf16 bytes."""
+
+    share: float
+    family: str
+    policy: Policy
 
 
 @dataclass
@@ -61,6 +68,7 @@ class Bench:
     pool: ProcessPoolExecutor
     samples: list[Sample]
     needles: list[Sample]
+    select_needles: list[Sample]
     started: float = field(default_factory=time.monotonic)
     figures: dict[str, Any] = field(default_factory=dict)
 
@@ -79,6 +87,10 @@ class Bench:
         for kind in KINDS:
             rows += [s for s in self.of(split) if s.kind == kind][:each]
         return rows
+
+    def losses(self, rivals: Sequence[Rival], samples: Sequence[Sample]) -> list[float]:
+        """Live loss of every rival, kinds counting alike."""
+        return [o.mean_kl for o in self.run([rival.policy for rival in rivals], samples)]
 
     def run(self, policies: Sequence[Policy], samples: Sequence[Sample]) -> list[Outcome]:
         """Every policy live on every sample."""
@@ -104,119 +116,6 @@ class Bench:
         return 4 * layers * heads * head_dim * self.prompt
 
 
-@dataclass
-class Outcome:
-    """Live figures of one policy, sample by sample."""
-
-    kl: list[float] = field(default_factory=list)
-    kinds: list[str] = field(default_factory=list)
-    digits: list[float] = field(default_factory=list)
-    needles: list[float] = field(default_factory=list)
-    full_digits: list[float] = field(default_factory=list)
-    share: list[float] = field(default_factory=list)
-
-    def add(self, sample: Sample, run: LiveRun, full_bytes: int) -> None:
-        self.kl.append(float(run.kl.mean()))
-        self.kinds.append(sample.kind)
-        self.share.append(run.footprint_bytes / full_bytes)
-        asked = np.array(sample.answer_mask)
-        if asked.any():
-            self.digits.append(float(run.correct[asked].mean()))
-            self.full_digits.append(float(run.full_correct[asked].mean()))
-            needle = np.array(sample.needle_of_row)
-            whole = [run.correct[needle == n].all() for n in range(sample.needles)]
-            self.needles.append(float(np.mean(whole)))
-
-    def summary(self) -> dict[str, Any]:
-        low, high = np.percentile(bootstrap(self.kl, self.kinds), [2.5, 97.5])
-        found = {
-            "kl": mean_over_kinds(self.kl, self.kinds),
-            "kl_interval": [float(low), float(high)],
-            "share": float(np.mean(self.share)),
-            "kl_by_kind": {
-                kind: float(
-                    np.mean([x for x, k in zip(self.kl, self.kinds, strict=True) if k == kind])
-                )
-                for kind in sorted(set(self.kinds))
-            },
-        }
-        if self.digits:
-            found["digits"] = float(np.mean(self.digits))
-            found["full_digits"] = float(np.mean(self.full_digits))
-            found["whole_needles"] = float(np.mean(self.needles))
-            found["needles_asked"] = 8 * len(self.needles)
-        return found
-
-
-def plan(bench: Bench, tables: Tables, choice: np.ndarray, name: str) -> Policy:
-    rows = choice.reshape(bench.shape[0], bench.shape[1])
-    return Policy(name, tuple(tuple(tables.options[o] for o in row) for row in rows))
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to search: which options, how much of the cross terms, heads or layers."""
-
-    name: str
-    columns: np.ndarray
-    shrinkage: float
-    tied: bool = False
-
-
-METHOD_SETS = {
-    "all methods": None,
-    "three methods": (SnapKV(), H2O(), StreamingLLM()),
-    "short windows": (SnapKV(window=16, recent=8), H2O(recent_share=0.1), StreamingLLM()),
-    "no short windows": (SnapKV(), H2O(), H2O(recent_share=0.1), StreamingLLM()),
-    "H2O and sinks": (H2O(), H2O(recent_share=0.1), StreamingLLM()),
-}
-
-
-def variants(tables: Tables) -> list[Variant]:
-    """Search settings to choose from on the selection samples, and an ablation."""
-    found = []
-    for name, methods in METHOD_SETS.items():
-        for exact in (True, False):
-            columns = np.flatnonzero([_admitted(o, methods, exact) for o in tables.options])
-            for shrinkage in (0.0, 0.2, 0.4):
-                label = f"{name}{'' if exact else ', no exact sinks'}, cross terms {shrinkage}"
-                found.append(Variant(label, columns, shrinkage))
-    everything = np.arange(len(tables.options))
-    return [*found, Variant("one option a layer", everything, 0.2, tied=True)]
-
-
-def _admitted(option: Option, methods: tuple[Method, ...] | None, exact: bool) -> bool:
-    known = methods is None or option.budget.share is None or option.method in methods
-    return known and (exact or not getattr(option.keys, "exact_first", 0))
-
-
-def search(bench: Bench, tables: Tables) -> list[tuple[float, Variant, Policy, float]]:
-    """Every variant at every share: (share, variant, policy, loss predicted on selection)."""
-    fit, check = tables.of_split("search"), tables.of_split("select")
-    footprint = tables.footprints(bench.prompt, bench.shape[2])
-    started = time.monotonic()
-    problem = Problem.of(fit, footprint)
-    reduced = time.monotonic() - started
-    found, times = [], []
-    for share in SHARES:
-        budget = int(share * bench.full_bytes) - 4 * tables.heads
-        for variant in variants(tables):
-            started = time.monotonic()
-            part = problem.allowing(variant.columns).shrunk(variant.shrinkage)
-            picked = solve(part.tied(tables.kv_heads) if variant.tied else part, budget)
-            times.append(time.monotonic() - started)
-            picked = np.repeat(picked, tables.kv_heads) if variant.tied else picked
-            choice = variant.columns[picked]
-            predicted = float(check.sample_weights() @ check.by_sample(choice))
-            name = f"{variant.name} at {share:.0%}"
-            found.append((share, variant, plan(bench, tables, choice, name), predicted))
-    bench.record(
-        "search_seconds",
-        {"reduce_once": reduced, "median": float(np.median(times)), "max": max(times)},
-    )
-    return found
-
-
 def score_microseconds(tables: Tables) -> float:
     """One configuration's score in a batch of 4096, on two threads of the CPU."""
     problem = Problem.of(tables, tables.footprints(tables.prompt_tokens, tables.head_dim))
@@ -230,111 +129,122 @@ def score_microseconds(tables: Tables) -> float:
     return float(np.median(times) * 1e6)
 
 
-def choose_plans(bench: Bench, tables: Tables) -> tuple[list[Any], list[float]]:
-    """Every variant at every share, and its live loss on the selection samples."""
-    found = search(bench, tables)
-    outcomes = bench.run([policy for _, _, policy, _ in found], bench.of("select"))
-    live = [mean_over_kinds(o.kl, o.kinds) for o in outcomes]
-    pairs = {p.name: [guess, kl] for (_, _, p, guess), kl in zip(found, live, strict=True)}
-    bench.record("plans_on_selection", pairs)
-    return found, live
+def choose_plans(bench: Bench, tables: Tables) -> list[Plan]:
+    """The plan at every share, and the best with one option a layer, by selection samples alone.
+
+    Of the plans that lose least live, or hardly more, the one with most needle digits right.
+    """
+    found, reduced = search(tables, SHARES)
+    seconds = [plan.seconds for plan in found]
+    bench.record(
+        "search_seconds",
+        {"reduce_once": reduced, "median": float(np.median(seconds)), "max": max(seconds)},
+    )
+    outcomes = bench.run([plan.policy for plan in found], bench.of("select"))
+    kl = {id(plan): o.mean_kl for plan, o in zip(found, outcomes, strict=True)}
+    bench.record("plans_on_selection", {p.policy.name: [p.predicted, kl[id(p)]] for p in found})
+    close, chosen = [], []
+    for share in SHARES:
+        free = [p for p in found if p.share == share and not p.variant.tied]
+        least = min(kl[id(p)] for p in free)
+        close += [p for p in free if kl[id(p)] <= HARDLY_MORE * least]
+    asked = bench.run([plan.policy for plan in close], bench.select_needles)
+    points = {id(plan): float(o.points.mean()) for plan, o in zip(close, asked, strict=True)}
+    bench.record("needles_on_selection", {p.policy.name: points[id(p)] for p in close})
+    for share in SHARES:
+        mine = [p for p in close if p.share == share]
+        chosen.append(min(mine, key=lambda p: (points[id(p)], kl[id(p)])))
+    return chosen + [p for p in found if p.variant.tied]
 
 
-def choose_rivals(bench: Bench) -> list[tuple[float, str, Policy]]:
-    """The best few of every family at every share, by their live loss on selection samples."""
+def choose_rivals(bench: Bench) -> list[Rival]:
+    """The best few of every family at every share, by live loss on selection samples.
+
+    All run on one sample of every kind; those that may win there, on the rest too.
+    """
     layers, heads, head_dim = bench.shape
     everyone = [
-        (share, family, policy)
+        Rival(share, family, policy)
         for share in CURVE
         for family in FAMILIES
         for policy in candidates(
             family, int(share * bench.full_bytes), bench.prompt, layers, heads, head_dim
         )
     ]
-    outcomes = bench.run([policy for *_, policy in everyone], bench.of("select"))
-    kl = [mean_over_kinds(o.kl, o.kinds) for o in outcomes]
-    bench.record(
-        "rivals_on_selection",
-        [[s, f, p.name, k] for (s, f, p), k in zip(everyone, kl, strict=True)],
-    )
-    kept = []
-    for share in CURVE:
-        for family in FAMILIES:
-            mine = [i for i, (s, f, _) in enumerate(everyone) if (s, f) == (share, family)]
-            kept += [everyone[i] for i in sorted(mine, key=lambda i: kl[i])[:FINALISTS]]
-    return kept
+    first = bench.first(1, "select")
+    rest = [sample for sample in bench.of("select") if sample not in first]
+    promising = best_of_each(everyone, bench.losses(everyone, first), PROMISING)
+    kl = bench.losses(promising, rest)
+    rows = [[r.share, r.family, r.policy.name, k] for r, k in zip(promising, kl, strict=True)]
+    bench.record("rivals_on_selection", rows)
+    return best_of_each(promising, kl, FINALISTS)
 
 
-def compare(bench: Bench, found: list[Any], live: list[float]) -> None:
+def best_of_each(rivals: Sequence[Rival], kl: Sequence[float], count: int) -> list[Rival]:
+    """The ``count`` of least loss, of every family at every share."""
+    ranked = sorted(zip(kl, range(len(rivals)), strict=True))
+    kept: dict[tuple[float, str], list[Rival]] = {}
+    for _, row in ranked:
+        kept.setdefault((rivals[row].share, rivals[row].family), []).append(rivals[row])
+    return [rival for mine in kept.values() for rival in mine[:count]]
+
+
+def compare(bench: Bench, plans: list[Plan]) -> None:
     """Plans and baselines on samples that no choice was made on."""
-    plans = [policy for _, _, policy, _ in found]
     rivals = choose_rivals(bench)
-    outcomes = bench.run(plans + [policy for *_, policy in rivals], bench.of("evaluate"))
+    policies = [plan.policy for plan in plans] + [rival.policy for rival in rivals]
+    outcomes = bench.run(policies, bench.of("evaluate"))
+    ours, theirs = outcomes[: len(plans)], outcomes[len(plans) :]
 
     def best_of(family: str, share: float) -> tuple[Policy, Outcome]:
         """The family's best by the very figures it is shown with: generous to it."""
-        named = [
-            (policy, outcomes[len(plans) + row])
-            for row, (at, kind, policy) in enumerate(rivals)
-            if at == share and kind == family
-        ]
-        return min(named, key=lambda pair: mean_over_kinds(pair[1].kl, pair[1].kinds))
+        pairs = zip(rivals, theirs, strict=True)
+        mine = [(r.policy, o) for r, o in pairs if (r.share, r.family) == (share, family)]
+        return min(mine, key=lambda pair: pair[1].mean_kl)
 
+    best = {(f, s): best_of(f, s) for f in FAMILIES for s in CURVE}
     curves = {
         family: [
-            {"at": s, "name": best_of(family, s)[0].name, **best_of(family, s)[1].summary()}
+            {"at": s, "name": best[family, s][0].name, **best[family, s][1].summary()}
             for s in CURVE
         ]
         for family in FAMILIES
     }
     bench.record("baseline_curves", curves)
     table: dict[str, Any] = {}
-    chosen, beaten = [], []
-    for share in SHARES:
-        ours = [row for row, (at, v, *_) in enumerate(found) if at == share and not v.tied]
-        best = min(ours, key=lambda row: live[row])
-        chosen.append(plans[best])
-        mine = outcomes[best]
-        entry: dict[str, Any] = {"plan": {"variant": plans[best].name, **mine.summary()}}
-        entry["plan"]["options"] = used(plans[best])
-        entry["variants"] = {
-            plans[row].name: outcomes[row].summary()
-            for row, (at, *_) in enumerate(found)
-            if at == share
-        }
-        for family in FAMILIES:
-            policy, rival = best_of(family, share)
-            beaten.append(policy)
-            ratio = bootstrap(rival.kl, rival.kinds) / bootstrap(mine.kl, mine.kinds)
-            entry[family] = {
-                "name": policy.name,
-                **rival.summary(),
-                "times_the_plan": rival.summary()["kl"] / mine.summary()["kl"],
-                "times_interval": [float(x) for x in np.percentile(ratio, [2.5, 97.5])],
-            }
-        table[f"{share:.0%}"] = entry
+    for plan, mine in zip(plans, ours, strict=True):
+        entry = table.setdefault(f"{plan.share:.0%}", {})
+        row = {"variant": plan.policy.name, **mine.summary(), "options": used(plan.policy)}
+        entry["one option a layer" if plan.variant.tied else "plan"] = row
+        if not plan.variant.tied:
+            entry |= {f: against(*best[f, plan.share], mine) for f in FAMILIES}
     bench.record("at_equal_bytes", table)
-    retrieval(bench, chosen, beaten)
+    chosen = [plan.policy for plan in plans if not plan.variant.tied]
+    retrieval(bench, chosen + [best[f, s][0] for s in SHARES for f in FAMILIES])
 
 
-def used(policy: Policy) -> dict[str, int]:
-    """How many heads a plan gives each option."""
-    labels = [option.label for option in policy.options()]
-    return {label: labels.count(label) for label in sorted(set(labels))}
+def against(policy: Policy, rival: Outcome, mine: Outcome) -> dict[str, Any]:
+    """A rival's figures, and how many times the plan's loss its own is."""
+    ratio = bootstrap(rival.kl, rival.kinds) / bootstrap(mine.kl, mine.kinds)
+    return {
+        "name": policy.name,
+        **rival.summary(),
+        "times_the_plan": rival.mean_kl / mine.mean_kl,
+        "times_interval": [float(x) for x in np.percentile(ratio, [2.5, 97.5])],
+    }
 
 
-def retrieval(bench: Bench, plans: list[Policy], rivals: list[Policy]) -> None:
+def retrieval(bench: Bench, policies: list[Policy]) -> None:
     """8-needle accuracy, paired with the full cache, on held-out needles."""
-    outcomes = bench.run(plans + rivals, bench.needles)
     rows = []
-    for policy, outcome in zip(plans + rivals, outcomes, strict=True):
-        points = 100 * (np.array(outcome.full_digits) - np.array(outcome.digits))
-        interval = np.percentile(bootstrap(points, outcome.kinds), [2.5, 97.5])
+    outcomes = bench.run(policies, bench.needles)
+    for policy, outcome in zip(policies, outcomes, strict=True):
+        interval = np.percentile(bootstrap(outcome.points, outcome.kinds), [2.5, 97.5])
         rows.append(
             {
                 "policy": policy.name,
                 **outcome.summary(),
-                "points_below_full": float(points.mean()),
+                "points_below_full": float(outcome.points.mean()),
                 "points_interval": [float(x) for x in interval],
             }
         )
@@ -439,9 +349,9 @@ def measure(arguments: argparse.Namespace, bench: Bench) -> None:
     tables = tables_of(bench, "tables_full_menu", bench.samples, FULL.options())
     ship(bench, tables, arguments.rank)
     bench.record("score_microseconds", score_microseconds(tables.of_split("search")))
-    found, live = choose_plans(bench, tables)
+    plans = choose_plans(bench, tables)
     ranking(bench)
-    compare(bench, found, live)
+    compare(bench, plans)
     ship(bench, tables, arguments.rank)
 
 
@@ -458,7 +368,7 @@ def prepare(arguments: argparse.Namespace, loaded: LoadedModel, pool: Any) -> Be
     search_each, select_each, evaluate_each = arguments.per_kind
     counts = {
         "search": dict.fromkeys(KINDS, search_each),
-        "select": dict.fromkeys(KINDS, select_each),
+        "select": {"prose": select_each, "code": select_each, "retrieval": select_each + 16},
         "evaluate": {
             "prose": evaluate_each,
             "code": evaluate_each,
@@ -467,11 +377,15 @@ def prepare(arguments: argparse.Namespace, loaded: LoadedModel, pool: Any) -> Be
     }
     workload = Workload(counts, tokens=arguments.tokens, observed=arguments.observed)
     made = build(workload, loaded.tokenizer)
-    needles = [s for s in made if s.split == "evaluate" and s.kind == "retrieval"]
-    beyond = {sample.id for sample in needles[evaluate_each:]}
+
+    def needles(split: str) -> list[Sample]:
+        return [s for s in made if (s.split, s.kind) == (split, "retrieval")]
+
+    extra = needles("select")[select_each:]
+    beyond = {sample.id for sample in (*extra, *needles("evaluate")[evaluate_each:])}
     traced = [sample for sample in made if sample.id not in beyond]
-    asked = needles[: arguments.needle_samples]
-    bench = Bench(arguments.out, loaded, pool, traced, asked)
+    asked = needles("evaluate")[: arguments.needle_samples]
+    bench = Bench(arguments.out, loaded, pool, traced, asked, extra)
     setting = {"workload": workload.describe(), "probes": arguments.probes, "dtype": "float32"}
     bench.record("setting", setting | {"workers": arguments.workers})
     return bench

@@ -11,7 +11,7 @@ intervals can be resampled and search, selection and evaluation never share a sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -94,11 +94,15 @@ class Tables:
             factor=self.factor[:, :, picked],
         )
 
-    def sample_weights(self) -> Floats:
-        """Every kind of text counts alike, however many samples it has; sums to one, ``[n]``."""
+    def sample_weights(self, emphasis: Mapping[str, float] | None = None) -> Floats:
+        """Every kind of text counts alike, however many samples it has; sums to one, ``[n]``.
+
+        Args:
+            emphasis: kinds that count so many times the others.
+        """
         kinds = [sample.kind for sample in self.samples]
-        count = {kind: kinds.count(kind) for kind in kinds}
-        return np.array([1 / (len(count) * count[kind]) for kind in kinds], np.float32)
+        each = [(emphasis or {}).get(kind, 1.0) / kinds.count(kind) for kind in kinds]
+        return np.array(each, np.float32) / np.float32(sum(each))
 
     def footprints(self, prompt_tokens: int, head_dim: int) -> NDArray[np.int64]:
         """Bytes of one head under each option, ``[O]``, at any prompt length."""

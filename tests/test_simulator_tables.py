@@ -94,6 +94,14 @@ def test_weights_sum_to_one_and_kinds_count_alike(make_tables: Make) -> None:
     assert len(set(weights[kinds == "prose"].tolist())) == 1
 
 
+def test_emphasis_makes_a_kind_count_so_many_times_another(make_tables: Make) -> None:
+    tables = make_tables(count=7)
+    weights = tables.sample_weights({"code": 4.0, "a kind that is not there": 9.0})
+    code = np.array([s.kind == "code" for s in tables.samples])
+    assert weights.sum() == pytest.approx(1)
+    assert weights[code].sum() == pytest.approx(4 * weights[~code].sum())
+
+
 def test_footprints_are_the_options_own(make_tables: Make) -> None:
     tables = make_tables()
     found = tables.footprints(1000, 64)

@@ -6,7 +6,7 @@ are shrunk: counted in full they over-fit the samples at tight budgets, left out
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -40,10 +40,15 @@ class Problem:
 
     @staticmethod
     def of(
-        tables: Tables, footprint: NDArray[np.int64], *, shrinkage: float = 0.4, rank: int = 64
+        tables: Tables,
+        footprint: NDArray[np.int64],
+        *,
+        shrinkage: float = 0.4,
+        rank: int = 64,
+        emphasis: Mapping[str, float] | None = None,
     ) -> Problem:
-        """The mean over the tables' samples, each kind of text counting alike."""
-        weights = tables.sample_weights()
+        """The mean over the tables' samples, each kind of text counting alike but for emphasis."""
+        weights = tables.sample_weights(emphasis)
         grouped = np.bincount(tables.group, weights=weights).astype(np.float32)
         loss = np.einsum("n,nio->io", weights, tables.loss)
         factor = low_rank(tables.factor, rank, grouped)

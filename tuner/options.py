@@ -65,7 +65,7 @@ LAPTOP = Menu(
 """76 options, sinks in 16 bits among them, that two CPU cores replay in half a minute."""
 
 FULL = Menu(
-    (SnapKV(), SnapKV(window=16, recent=8), H2O(), H2O(recent_share=0.1), StreamingLLM()),
+    METHODS,
     tuple(n / 1792 for n in (16, 24, 32, 48, 64, 96, 128, 192, 256, 448, 896)),
     (
         (Bf16(), Bf16()),
@@ -75,4 +75,4 @@ FULL = Menu(
         (Int4(exact_first=4), Int2(exact_first=4)),
     ),
 )
-"""280 options, 16 to 896 tokens of a prompt of 1792; for a GPU."""
+"""170 options, 16 to 896 tokens of a prompt of 1792; for a GPU."""
