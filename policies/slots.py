@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.rotary import turn
 from kvtune.policies.decode import FREE, DecodeMethod, DecodeState
 from kvtune.policies.method import Method
-from kvtune.policies.rotary import turn
 from kvtune.policies.signals import Signals
 
 
@@ -40,22 +40,27 @@ class Prompt:
 
 
 def prompt_of(
-    method: Method, signals: Signals, budgets: NDArray[np.int64], evicts: bool = True
+    method: Method,
+    signals: Signals,
+    budgets: NDArray[np.int64],
+    *,
+    heads: Sequence[int] | None = None,
+    evicts: bool = True,
 ) -> Prompt:
-    """A layer's prompt trimmed by one method, in full precision, ``[B, H, ...]``.
+    """Some heads of a layer's prompt, trimmed by one method, in full precision, ``[B, H, ...]``.
 
     Args:
         method: chooses.
         signals: of the whole layer.
         budgets: ``[B, H]``.
+        heads: which of the layer's KV heads these are; all unless given.
         evicts: whether the method goes on evicting; if not, what it merges is stored merged.
     """
     tokens = signals.prompt_tokens
     whole = evicts and isinstance(method, DecodeMethod) and not method.trims_prompt
     sizes = np.full_like(budgets, tokens) if whole else budgets.clip(0, tokens)
-    rows, heads = sizes.shape
-    longest = int(sizes.max(initial=0))
-    shape = (rows, heads, longest)
+    numbers = _numbers(heads, signals)
+    shape = (*sizes.shape, int(sizes.max(initial=0)))
     positions = torch.zeros(shape, dtype=torch.int64, device=signals.keys.device)
     keys = signals.keys.new_zeros(*shape, signals.keys.shape[-1])
     values = torch.zeros_like(keys)
@@ -64,10 +69,15 @@ def prompt_of(
         wide = at[..., None].expand(*at.shape, keys.shape[-1])
         both = None if evicts else method.merge(signals, at)
         stored = both or (signals.keys.gather(1, wide), signals.values.gather(1, wide))
-        for row, head in np.argwhere(sizes == budget).tolist():
-            positions[row, head, :budget] = at[head]
-            keys[row, head, :budget], values[row, head, :budget] = (x[head] for x in stored)
+        for row, column in np.argwhere(sizes == budget).tolist():
+            mine, head = (row, column, slice(budget)), numbers[column]
+            positions[mine] = at[head]
+            keys[mine], values[mine] = stored[0][head], stored[1][head]
     return Prompt(positions, sizes, keys, values)
+
+
+def _numbers(heads: Sequence[int] | None, signals: Signals) -> list[int]:
+    return list(range(signals.keys.shape[0]) if heads is None else heads)
 
 
 class SlotCache:
@@ -99,16 +109,16 @@ class SlotCache:
         self.method, self.budgets = method, budgets
         self.scale, self.rope = signals.scale, signals.rope
         self.sizes = prompt.sizes.copy()
+        self.trimmed = signals.prompt_tokens - self.sizes
         self.peak = self.sizes.copy()
         self.evicted = np.zeros_like(self.sizes)
         self.entry_steps = np.zeros_like(self.sizes)  # summed over steps: mean occupancy
         self._drops: tuple[bytes, Tensor] | None = None
         if method is not None:
             method.check_heads(budgets)
-        numbers = list(range(signals.keys.shape[0])) if heads is None else list(heads)
         slots = self._slots(room)
         self.keys, self.values = (_widened(x, slots) for x in (prompt.keys, prompt.values))
-        self.state = self._open(prompt, signals, numbers, slots)
+        self.state = self._open(prompt, signals, _numbers(heads, signals), slots)
 
     def _slots(self, room: int) -> int:
         """Slots that are ever needed at once, over all rows."""

@@ -1,0 +1,148 @@
+"""Policies side by side in one generation: whose heads step together, in which cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.decode import DecodeMethod
+from kvtune.policies.formats.bf16 import Bf16
+from kvtune.policies.method import Method
+from kvtune.policies.option import ALL, Option
+from kvtune.policies.policy import Policy
+from kvtune.policies.signals import Signals
+from kvtune.policies.slots import SlotCache, prompt_of
+from kvtune.traces.geometry import Geometry
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A policy in a generation.
+
+    Args:
+        policy: its budgets hold all entries, prompt and generated, where its method evicts.
+        evicts: whether methods that can go on evicting do; if not, all generated tokens stay.
+    """
+
+    policy: Policy
+    evicts: bool = True
+
+    @property
+    def name(self) -> str:
+        """The policy's, and whether generated tokens stay."""
+        return self.policy.name if self.evicts else f"{self.policy.name}, prompt only"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Heads of one layer that step together: the same heads of all policies with one method.
+
+    Args:
+        rows: of the batch.
+        heads: KV heads of the layer.
+        cache: theirs, ``[rows, heads, ...]``.
+    """
+
+    rows: tuple[int, ...]
+    heads: tuple[int, ...]
+    cache: SlotCache
+
+    @cached_property
+    def index(self) -> tuple[Tensor, Tensor]:
+        """Picks ``[rows, heads, ...]`` out of a tensor ``[B, H, ...]``."""
+        device = self.cache.keys.device
+        rows, heads = (torch.tensor(x, device=device) for x in (self.rows, self.heads))
+        return rows[:, None], heads[None]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What heads must have in common to share a cache; growing ones also their size."""
+
+    method: Method
+    evicts: bool
+    tokens: int
+
+
+def check(geometry: Geometry, prompt_ids: Sequence[int], contenders: Sequence[Contender]) -> None:
+    """Refuse what cannot be generated from.
+
+    Raises:
+        KvtuneError: a prompt of one token, another model's policy, or one with fewer bits.
+    """
+    if len(prompt_ids) < 2:
+        raise KvtuneError(
+            f"a prompt of {len(prompt_ids)} tokens leaves nothing to compress",
+            hint="give two tokens or more: the last one is the first to be read from the cache.",
+        )
+    for contender in contenders:
+        contender.policy.check_fits(geometry.layers, geometry.kv_heads)
+        forms = {form for o in contender.policy.options() for form in (o.keys, o.values)}
+        if forms - {Bf16()}:
+            raise KvtuneError(
+                f"the policy {contender.name!r} stores fewer bits; a generation that evicts keeps "
+                "entries in 16 bits",
+                hint="use bf16 for keys and values, or measure the policy with kvtune validate.",
+            )
+
+
+def groups(
+    contenders: Sequence[Contender],
+    layer: int,
+    tokens: NDArray[np.int64],
+    signals: Signals,
+    room: int,
+) -> list[Group]:
+    """One layer's caches, holding the compressed prompt.
+
+    Args:
+        contenders: B of them.
+        layer: which.
+        tokens: of the prompt that each head may keep, ``[B, H]``.
+        signals: of the layer.
+        room: tokens that will be generated at most.
+    """
+    found = []
+    for (kind, heads), rows in _shared(contenders, layer, tokens).items():
+        options = [[contenders[row].policy.heads[layer][head] for head in heads] for row in rows]
+        kept = tokens[np.ix_(rows, heads)]
+        prompt = prompt_of(kind.method, signals, kept, heads=heads, evicts=kind.evicts)
+        method = kind.method if kind.evicts and isinstance(kind.method, DecodeMethod) else None
+        beyond = [[_beyond(option, signals.prompt_tokens) for option in o] for o in options]
+        budgets = np.maximum(kept, beyond)
+        cache = SlotCache(method, prompt, signals, budgets, room, heads)
+        found.append(Group(tuple(rows), heads, cache))
+    return found
+
+
+def _shared(
+    contenders: Sequence[Contender], layer: int, tokens: NDArray[np.int64]
+) -> dict[tuple[_Kind, tuple[int, ...]], list[int]]:
+    """Rows of the batch by what their heads have in common, and by which heads those are."""
+    found: dict[tuple[_Kind, tuple[int, ...]], list[int]] = {}
+    for row, contender in enumerate(contenders):
+        heads_of: dict[_Kind, list[int]] = {}
+        for head, option in enumerate(contender.policy.heads[layer]):
+            kind = _kind(option, contender.evicts, int(tokens[row, head]))
+            heads_of.setdefault(kind, []).append(head)
+        for kind, heads in heads_of.items():
+            found.setdefault((kind, tuple(heads)), []).append(row)
+    return found
+
+
+def _kind(option: Option, evicts: bool, tokens: int) -> _Kind:
+    goes_on = evicts and isinstance(option.method, DecodeMethod) and option.budget != ALL
+    return _Kind(option.method, goes_on, 0 if goes_on else tokens)
+
+
+def _beyond(option: Option, prompt_tokens: int) -> int:
+    """A budget that the prompt does not fill: an allocator has nothing to say about the rest."""
+    tokens = option.budget.tokens or 0
+    return tokens if tokens > prompt_tokens else 0

@@ -1,0 +1,234 @@
+"""Generating tokens while the cache evicts, on the real model, held against the full cache.
+
+The full cache, the batch's first row, chooses the tokens; every policy reads those same tokens
+from a cache of its own. Each layer's entries live in slots, grouped by method, and a method that
+evicts while decoding does so after each token, in each layer, with what that layer has become
+under the policy: errors feed on each other, as they would in service. Float32 inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.noise import gumbel
+from kvtune.policies.option import Option
+from kvtune.policies.policy import Policy, footprint_of_lengths
+from kvtune.policies.signals import Needs
+from kvtune.runtime.contenders import Contender, Group, check, groups
+from kvtune.runtime.prompts import fresh_prompt, refuse_window
+from kvtune.traces.models import LoadedModel
+from kvtune.traces.samples import Sample
+from kvtune.traces.seam import attending
+
+
+@dataclass(frozen=True)
+class GenerationRun:
+    """One policy over the tokens that the full cache generated.
+
+    Args:
+        name: the contender's.
+        kl: divergence from the full cache at every step, ``[T]`` nats.
+        nll: negative log-likelihood of the next generated token, ``[T]`` nats.
+        full_nll: the same under the full cache.
+        agrees: whether the likeliest next token is the full cache's, ``[T]``.
+        evicted: entries that left while decoding, ``[L, H]``: proof that the policy fired.
+        trimmed: prompt tokens that left when the prompt was complete, ``[L, H]``.
+        peak_entries: most entries at once, the newest included, ``[L, H]``.
+        mean_bytes: of the cache in 16 bits, its statistics and lengths, mean over steps.
+        peak_bytes: likewise with every head at its peak.
+        statistics_bytes: the part of the mean that is the method's statistics.
+    """
+
+    name: str
+    kl: NDArray[np.float32]
+    nll: NDArray[np.float32]
+    full_nll: NDArray[np.float32]
+    agrees: NDArray[np.bool_]
+    evicted: NDArray[np.int64]
+    trimmed: NDArray[np.int64]
+    peak_entries: NDArray[np.int64]
+    mean_bytes: float
+    peak_bytes: float
+    statistics_bytes: float
+
+
+class Generation:
+    """A generation that can be advanced in stretches, and asked for its results in between.
+
+    Life: build it (the prompt runs), ``advance`` as often as wanted, ``results``.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        prompt_ids: Sequence[int],
+        contenders: Sequence[Contender],
+        *,
+        room: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        banned: Sequence[int] = (),
+    ) -> None:
+        """Run the prompt and fill every cache.
+
+        Args:
+            loaded: the model.
+            prompt_ids: the prompt, two tokens or more; its last token is the first to be read from
+                the caches.
+            contenders: policies of this model's shape, in 16 bits.
+            room: tokens that will be generated at most.
+            temperature: of the full cache's choices; 0 takes the likeliest.
+            seed: of the choices.
+            banned: tokens that are never chosen, such as the end of the text.
+
+        Raises:
+            KvtuneError: a prompt of one token, another model's policy, or one with fewer bits.
+        """
+        check(loaded.geometry, prompt_ids, contenders)
+        self.loaded, self.room = loaded, room
+        self.temperature, self.seed = temperature, seed
+        self.banned = torch.tensor(list(banned), dtype=torch.int64, device=loaded.device)
+        geometry = loaded.geometry
+        full = Contender(Policy.uniform(Option(), geometry.layers, geometry.kv_heads, name="full"))
+        self.contenders = [full, *contenders]
+        self.prompt_tokens = len(prompt_ids) - 1
+        self.layers = self._fill(prompt_ids)
+        self.tokens = [torch.tensor(prompt_ids[-1], device=loaded.device)]
+        self._measured: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self._measured)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """What the full cache has generated."""
+        return [int(token) for token in self.tokens[1:]]
+
+    def _fill(self, prompt_ids: Sequence[int]) -> list[list[Group]]:
+        """Every layer's caches, holding the compressed prompt."""
+        needs = Needs()
+        for contender in self.contenders:
+            needs |= contender.policy.needs
+        prompt = fresh_prompt(self.loaded, _as_sample(prompt_ids), needs)
+        budgets = [c.policy.settle(self.prompt_tokens, prompt) for c in self.contenders]
+        layers = []
+        for layer in range(self.loaded.geometry.layers):
+            signals = prompt(layer)
+            shares = [
+                contender.policy.split(layer, planned[layer].tolist(), signals)
+                for contender, planned in zip(self.contenders, budgets, strict=True)
+            ]
+            layers.append(groups(self.contenders, layer, np.array(shares), signals, self.room))
+        return layers
+
+    @torch.no_grad()
+    def advance(self, tokens: int) -> None:
+        """Generate so many more tokens."""
+        for _ in range(min(tokens, self.room - self.generated)):
+            logits = self._step()
+            chosen = self._choose(logits[0])
+            self._measured.append(_compare(logits, chosen))
+            self.tokens.append(chosen)
+
+    def _step(self) -> Tensor:
+        """Logits of all contenders for the newest token, ``[B, vocabulary]`` float32."""
+        ids = self.tokens[-1].expand(len(self.contenders), 1)
+        at = self.prompt_tokens + self.generated
+        positions = torch.full((1, 1), at, device=self.loaded.device)
+        with attending(self._attend):
+            output = self.loaded.model(input_ids=ids, position_ids=positions, use_cache=False)
+        logits: Tensor = output.logits[:, -1].float()
+        return logits
+
+    def _attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """Attention of one layer, as the seam asks for it."""
+        refuse_window(layer, window, self.prompt_tokens + self.generated + 1)
+        queries = q[:, :, 0].float().unflatten(1, (k.shape[1], -1))  # [B, H, G, D]
+        keys, values = k[:, :, 0].float(), v[:, :, 0].float()  # [B, H, D]
+        output = torch.empty_like(queries)
+        for group in self.layers[layer]:
+            at = group.index
+            output[at] = group.cache.step(queries[at], keys[at], values[at])
+        return output.flatten(1, 2)[:, :, None].to(q.dtype)
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        scores = logits.clone()
+        scores[self.banned] = -torch.inf
+        if self.temperature:
+            step = torch.full((1,), self.generated, device=scores.device)
+            each = torch.arange(len(scores), device=scores.device)
+            scores = scores / self.temperature + gumbel(self.seed, step, each)
+        return scores.argmax()
+
+    def results(self) -> list[GenerationRun]:
+        """Every contender so far, the full cache left out.
+
+        Raises:
+            KvtuneError: nothing was generated, an output is NaN, or a cache's books are wrong.
+        """
+        if not self._measured:
+            raise KvtuneError("nothing has been generated yet")
+        for layer in self.layers:
+            for group in layer:
+                group.cache.check_integrity()
+        kl, nll, agrees = (
+            torch.stack(x, -1).cpu().numpy() for x in zip(*self._measured, strict=True)
+        )
+        for row, contender in enumerate(self.contenders):
+            if not np.isfinite(kl[row]).all():
+                raise KvtuneError(f"the policy {contender.name!r} made the model's output NaN")
+        return [
+            GenerationRun(
+                contender.name, kl[row], nll[row], nll[0], agrees[row], **self._books(row)
+            )
+            for row, contender in enumerate(self.contenders)
+            if row
+        ]
+
+    def _books(self, row: int) -> dict[str, Any]:
+        """What one contender's caches counted."""
+        geometry = self.loaded.geometry
+        shape = (geometry.layers, geometry.kv_heads)
+        evicted, trimmed, peak, steps, bits = (np.zeros(shape, np.int64) for _ in range(5))
+        for layer, groups_ in enumerate(self.layers):
+            for group in (group for group in groups_ if row in group.rows):
+                own, at, cache = group.rows.index(row), (layer, list(group.heads)), group.cache
+                evicted[at], trimmed[at] = cache.evicted[own], cache.trimmed[own]
+                peak[at], steps[at] = cache.peak[own], cache.entry_steps[own]
+                bits[at] = 0 if cache.method is None else cache.method.entry_bits
+        entry = Option().footprint(1, geometry.head_dim)
+        lengths, mean = footprint_of_lengths(*shape), steps / self.generated
+        statistics = float((mean * bits).sum() / 8)
+        return {
+            "evicted": evicted,
+            "trimmed": trimmed,
+            "peak_entries": peak,
+            "mean_bytes": float(mean.sum() * entry + statistics + lengths),
+            "peak_bytes": float((peak * (entry + bits / 8)).sum() + lengths),
+            "statistics_bytes": statistics,
+        }
+
+
+def _as_sample(prompt_ids: Sequence[int]) -> Sample:
+    """The prompt's last token is read as the first observed one; what follows is not known yet."""
+    return Sample("generation", "evaluate", "user", tuple(prompt_ids), 0, 1, (-1,))
+
+
+def _compare(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """KL from the first row, the chosen token's NLL, and whether the likeliest agree, ``[B]``."""
+    ours = logits.log_softmax(-1)
+    kl = (ours[0].exp() * (ours[0] - ours)).sum(-1)
+    likeliest = logits.argmax(-1)
+    return kl, -ours[:, chosen], likeliest == likeliest[0]
