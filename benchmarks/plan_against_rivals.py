@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from quality import KINDS, SHARES, Outcome, used
+from outcomes import Outcome, used
+from quality import KINDS, SHARES
 
 from kvtune.common.progress import Bars
 from kvtune.policies.allocators.adakv import AdaKV

@@ -4,10 +4,11 @@
 
 Captures SmolLM2-135M, builds tables, searches at 3 / 6 / 12 / 25 % of the bf16 cache bytes, picks
 among search settings on selection samples (least loss, then most needle digits right), and runs
-what was picked live on evaluation samples that neither step has seen. Baselines are narrowed down on the selection samples too, and of the best
-few of a family the one that does best on the evaluation samples is shown. Also: rank correlation
-of prediction and live over ~100 mixed policies, times, and the compact tables that the package
-ships. Arithmetic is float32 throughout, so that differences are the policies' and not the dtype's.
+what was picked live on evaluation samples that neither step has seen. Baselines are narrowed down
+on the selection samples too, and of a family's best few the one that does best on the evaluation
+samples is shown. Also: rank correlation of prediction and live over ~100 mixed policies, times,
+and the compact tables that the package ships. Arithmetic is float32 throughout, so that
+differences are the policies' and not the dtype's.
 """
 
 from __future__ import annotations
