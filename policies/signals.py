@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.rotary import Rope, turn
+from kvtune.common.rotary import Rope, query_moments
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,9 +20,6 @@ T = TypeVar("T")
 
 ALL_QUERIES = 2**31 - 1
 """A window that spans every prompt."""
-
-QUERIES_LEFT_OUT = 4
-"""First prompt queries that the query moments leave out: they are outliers."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +121,7 @@ class Signals:
         """
         queries, keys, values = tensors["q"], tensors["k"], tensors["v"]
         first = queries.shape[1] - (keys.shape[1] - prompt)
+        moments = tuple(tensors[n] for n in ("query_mean", "query_covariance") if n in tensors)
         error = tensors.get("layer_error")
         return Signals(
             queries[:, :first],
@@ -133,6 +131,7 @@ class Signals:
             tensors.get("column_sums"),
             layer=layer,
             rope=rope,
+            recorded_query_moments=moments if len(moments) == 2 else None,
             reconstruction=tensors.get("reconstruction"),
             head_scores=tensors.get("head_scores"),
             layer_error=None if error is None else float(error),
@@ -247,18 +246,9 @@ class Signals:
         return sums
 
     def _moments(self) -> tuple[Tensor, Tensor]:
-        import torch
-
         if self.queries.shape[-2] < self.prompt_tokens:
-            raise ValueError("query moments need all prompt queries; a tail was recorded")
-        first = min(QUERIES_LEFT_OUT, self.prompt_tokens - 1)
-        queries = self.queries[:, first:].float()
-        if self.rope is not None:
-            at = torch.arange(first, self.prompt_tokens, device=queries.device)
-            queries = turn(queries, -at, self.rope) / self.rope.attention_factor
-        mean = queries.mean(1)
-        centred = queries - mean[:, None]
-        return mean, centred.transpose(-1, -2) @ centred / queries.shape[1]
+            raise self._missing("query_moments")
+        return query_moments(self.queries, self.rope)
 
     def _look_ahead(self) -> Tensor:
         import torch

@@ -96,11 +96,19 @@ class _BatchCache:
         self.kept.append(part.counts)
         for row, taken in enumerate(part.footprint_bytes):
             self.footprint_bytes[row] += taken
-        return _answer(q, k, v, part, scale)
+        return answer(q, k, v, part, scale)
 
 
-def _answer(q: Tensor, k: Tensor, v: Tensor, prompt: Compressed, scale: float) -> Tensor:
-    """Merge each row's compressed prompt with the observed tokens; float32 inside."""
+def answer(q: Tensor, k: Tensor, v: Tensor, prompt: Compressed, scale: float) -> Tensor:
+    """Attention of observed tokens to a compressed prompt and to themselves; float32 inside.
+
+    Args:
+        q: post-RoPE queries ``[B, Hq, C, D]``.
+        k: of the same tokens ``[B, H, C, D]``.
+        v: likewise.
+        prompt: of ``B`` policies, or of one.
+        scale: factor of the scores before the softmax.
+    """
     heads, observed = k.shape[1], k.shape[2]
     queries = q.float().unflatten(1, (heads, -1))  # [B, H, G, C, D]
     place = torch.arange(prompt.keys.shape[2], device=q.device)

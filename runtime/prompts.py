@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.signals import Needs, Signals
+from kvtune.common.rotary import query_moments
+from kvtune.policies.signals import Future, Needs, Signals
+from kvtune.traces.calibration import Calibration, require_calibration
+from kvtune.traces.capture import Observed, observe
 from kvtune.traces.geometry import Geometry
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.passes import run_prompt
+from kvtune.traces.reconstruction import reconstruction
 from kvtune.traces.samples import Sample
 from kvtune.traces.signals import column_sums
 from kvtune.traces.trace import LayerTrace, SampleRecord, Trace
@@ -50,22 +54,61 @@ class _Kept:
     needs: Needs
     geometry: Geometry
     layers: list[Signals] = field(default_factory=list)
+    cache: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        geometry = self.geometry
-        refuse_window(layer, geometry.windows[layer], q.shape[2])
+        window, scale = self.geometry.windows[layer], self.geometry.scale
+        rope = self.geometry.rope_at(layer)
+        refuse_window(layer, window, q.shape[2])
         tail = min(self.needs.window, q.shape[2])
-        sums = None
-        if self.needs.column_sums:
-            sums = column_sums(q[0], k[0], geometry.scale, geometry.windows[layer])
         queries = q[0, :, q.shape[2] - tail :].clone()  # a view would keep all queries alive
-        whole = queries.float(), k[0].float(), v[0].float(), geometry.scale, sums
-        self.layers.append(Signals(*whole, layer=layer, rope=geometry.rope_at(layer)))
+        found = Signals(queries.float(), k[0].float(), v[0].float(), scale, layer=layer, rope=rope)
+        if self.needs.column_sums:
+            found.recorded_column_sums = column_sums(q[0], k[0], scale, window)
+        if self.needs.query_moments:
+            found.recorded_query_moments = query_moments(q[0], rope)
+        self.layers.append(found)
+        self.cache.append((k, v))
 
 
-@torch.no_grad()
-def fresh_prompt(loaded: LoadedModel, sample: Sample, needs: Needs) -> Prompt:
-    """Run the prompt on the model now and keep its cache and the signals asked for."""
+def fresh_prompt(
+    loaded: LoadedModel, sample: Sample, needs: Needs, *, probes: int = 8, seed: int = 0
+) -> Prompt:
+    """Run the prompt on the model now and keep its cache and the signals asked for.
+
+    Args:
+        loaded: the model.
+        sample: whose prompt; its observed tokens are run only where ``needs`` looks ahead.
+        needs: what the policies read.
+        probes: drawn where ``needs`` asks for them.
+        seed: of the probes' labels.
+
+    Raises:
+        KvtuneError: a calibration is needed and the model has none.
+    """
     kept = _Kept(needs, loaded.geometry)
-    run_prompt(loaded, sample.token_ids[: sample.prompt], kept)
+    token_ids = sample.token_ids[: sample.prompt]
+    with torch.no_grad():
+        run_prompt(loaded, token_ids, kept)
+        if needs.reconstruction:
+            repeated = reconstruction(loaded, token_ids, kept.cache)
+            for signals, scores in zip(kept.layers, repeated, strict=True):
+                signals.reconstruction = scores
+    if needs.calibration:
+        _add_calibration(kept.layers, require_calibration(loaded.fingerprint), loaded.device)
+    if needs.future or needs.probes:
+        drawn = probes if needs.probes else 1  # the pass itself is what the future takes
+        _add_future(kept.layers, observe(loaded, sample, kept.cache, drawn, seed))
     return kept.layers.__getitem__
+
+
+def _add_calibration(layers: list[Signals], found: Calibration, device: str) -> None:
+    for layer, signals in enumerate(layers):
+        signals.head_scores = found.tensors(layer, device)["head_scores"]
+        signals.layer_error = found.layer_errors[layer]
+
+
+def _add_future(layers: list[Signals], observed: Observed) -> None:
+    for signals, row, gradients in zip(layers, observed.rows, observed.probes, strict=True):
+        queries, keys, values = (tensor.float() for tensor in row[:3])
+        signals.future = Future(queries, keys, values, gradients.float())

@@ -15,6 +15,7 @@ from kvtune.common.progress import Progress, Silent
 from kvtune.policies.option import Option
 from kvtune.simulator.replay import LayerReplay, replay_options
 from kvtune.simulator.tables import Floats, SampleFacts, Tables
+from kvtune.traces.signals import tensors_of
 from kvtune.traces.trace import SampleRecord, Trace
 
 DEFAULT_BLOCK = 16
@@ -54,7 +55,7 @@ def build_tables(
     cells = [_Cell(s, layer) for s in range(len(samples)) for layer in range(layers)]
     rows: list[list[Floats]] = [[] for _ in samples]
 
-    names = (*_REPLAYED, *trace.manifest["signals"])
+    names = (*_REPLAYED, *tensors_of(trace.manifest["signals"]))
 
     def load(cell: _Cell) -> LayerReplay:
         part = trace.layer(samples[cell.sample].id, cell.layer, device, names=names)

@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from kvtune.common.progress import Progress, Silent
+from kvtune.common.rotary import query_moments
+from kvtune.traces.calibration import require_calibration
 from kvtune.traces.passes import full_cache_handler, run_observed, run_prompt
+from kvtune.traces.reconstruction import reconstruction
 from kvtune.traces.samples import Sample
 from kvtune.traces.signals import column_sums
 from kvtune.traces.trace import Trace, open_trace
@@ -35,15 +38,22 @@ class _Prompt:
 
     cache: list[tuple[Tensor, Tensor]]  # k, v [1, H, P, D] on the model's device
     queries: list[Tensor]  # [Hq, P or fewer, D] on the CPU
-    sums: list[Tensor]  # [Hq, P]; empty unless asked for
+    signals: list[dict[str, Tensor]]  # by name, as asked for
 
 
 @dataclass(frozen=True)
-class _Observed:
-    """What the observed pass leaves, per layer and for the model's output."""
+class Observed:
+    """What the observed pass leaves, per layer and for the model's output.
 
-    rows: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # q, k, v, output of one copy [., C, D]
-    probes: list[Tensor]  # [S, C, Hq, D]
+    Args:
+        rows: q, k, v and output of each layer's observed tokens, [., C, D].
+        probes: Fisher probes of each layer [S, C, Hq, D].
+        target_logprob: log-probability of every row's target, in nats [C].
+        predicted: the most probable token of every row [C].
+    """
+
+    rows: list[tuple[Tensor, Tensor, Tensor, Tensor]]
+    probes: list[Tensor]
     target_logprob: list[float]
     predicted: list[int]
 
@@ -71,7 +81,9 @@ def capture(
         workload_description: goes into the manifest.
         progress: a bar over the samples.
         queries: which queries to store: all N, the C observed, or the last so many.
-        signals: ``column_sums`` asks for the prompt's attention mass a key.
+        signals: names from ``signals.SIGNALS``: ``column_sums`` asks for the prompt's attention
+            mass a key, ``query_moments`` for statistics of its queries, ``reconstruction`` for the
+            repeating pass, ``calibration`` for what was measured on the model before.
 
     Raises:
         KvtuneError: the folder holds another trace or cannot be written; unknown signal.
@@ -94,7 +106,7 @@ def _capture_sample(
     loaded: LoadedModel, sample: Sample, index: int, settings: CaptureSettings, writer: TraceWriter
 ) -> None:
     prompt = _run_prompt(loaded, sample, settings)
-    observed = _run_observed(loaded, sample, settings, prompt)
+    observed = observe(loaded, sample, prompt.cache, settings.probes, settings.seed)
     with writer.sample(index, sample) as folder:
         for layer in range(loaded.geometry.layers):
             folder.write_layer(layer, _tensors(prompt, observed, layer))
@@ -109,21 +121,47 @@ def _run_prompt(loaded: LoadedModel, sample: Sample, settings: CaptureSettings) 
     def keep(layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         result.cache.append((k, v))
         result.queries.append(q[0, :, q.shape[2] - tail :].cpu())
+        found: dict[str, Tensor] = {}
         if "column_sums" in settings.signals:
             window = geometry.windows[layer]
-            result.sums.append(column_sums(q[0], k[0], geometry.scale, window).cpu())
+            found["column_sums"] = column_sums(q[0], k[0], geometry.scale, window)
+        if "query_moments" in settings.signals:
+            moments = query_moments(q[0], geometry.rope_at(layer))
+            found["query_mean"], found["query_covariance"] = moments
+        result.signals.append(found)
 
-    run_prompt(loaded, sample.token_ids[: sample.prompt], keep)
+    token_ids = sample.token_ids[: sample.prompt]
+    run_prompt(loaded, token_ids, keep)
+    if "reconstruction" in settings.signals:
+        repeated = reconstruction(loaded, token_ids, result.cache)
+        for found, scores in zip(result.signals, repeated, strict=True):
+            found["reconstruction"] = scores
+    if "calibration" in settings.signals:
+        calibration = require_calibration(loaded.fingerprint)
+        for layer, found in enumerate(result.signals):
+            found.update(calibration.tensors(layer))
     return result
 
 
-def _run_observed(
-    loaded: LoadedModel, sample: Sample, settings: CaptureSettings, prompt: _Prompt
-) -> _Observed:
-    """One forward over the observed tokens, then the S probes through its graph."""
+def observe(
+    loaded: LoadedModel,
+    sample: Sample,
+    cache: Sequence[tuple[Tensor, Tensor]],
+    probes: int,
+    seed: int,
+) -> Observed:
+    """One forward over the observed tokens, then the S probes through its graph.
+
+    Args:
+        loaded: the model.
+        sample: whose observed tokens.
+        cache: its prompt's keys and values, (k, v) a layer, each [1, H, P, D].
+        probes: S.
+        seed: draws the probes' labels.
+    """
     import torch
 
-    attend = full_cache_handler(prompt.cache)
+    attend = full_cache_handler(cache)
     rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     outputs: list[Tensor] = []
 
@@ -137,16 +175,16 @@ def _run_observed(
         rows.append(tuple(x[0].detach() for x in (q, k, v, output)))  # type: ignore[arg-type]
         return output
 
-    copies = _copies(loaded, sample.observed, settings.probes)
+    copies = _copies(loaded, sample.observed, probes)
     observed_ids = sample.token_ids[sample.prompt :]
     with torch.inference_mode(False), torch.enable_grad():
         logits = run_observed(loaded, observed_ids, sample.prompt, handler, copies)
         log_p = logits[0].detach().float().log_softmax(-1)  # [C, vocabulary]
-        labels = _draw_labels(log_p, settings.probes, settings.seed, sample.id)
-        probes = _probes(logits, outputs, log_p, labels)
+        labels = _draw_labels(log_p, probes, seed, sample.id)
+        gradients = _probes(logits, outputs, log_p, labels)
     targets = torch.tensor(sample.targets, device=log_p.device)[:, None]
-    return _Observed(
-        rows, probes, log_p.gather(1, targets)[:, 0].tolist(), log_p.argmax(-1).tolist()
+    return Observed(
+        rows, gradients, log_p.gather(1, targets)[:, 0].tolist(), log_p.argmax(-1).tolist()
     )
 
 
@@ -198,7 +236,7 @@ def _probes(logits: Tensor, outputs: list[Tensor], log_p: Tensor, labels: Tensor
     return [torch.cat(piece) for piece in pieces]
 
 
-def _tensors(prompt: _Prompt, observed: _Observed, layer: int) -> dict[str, Tensor]:
+def _tensors(prompt: _Prompt, observed: Observed, layer: int) -> dict[str, Tensor]:
     """One layer's shard: q, k, v over the sequence, output, probes and signals."""
     import torch
 
@@ -211,6 +249,4 @@ def _tensors(prompt: _Prompt, observed: _Observed, layer: int) -> dict[str, Tens
         "output": output,  # [Hq, C, D]
         "probes": observed.probes[layer],  # [S, C, Hq, D]
     }
-    if prompt.sums:
-        tensors["column_sums"] = prompt.sums[layer]  # [Hq, P]
-    return tensors
+    return tensors | prompt.signals[layer]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from kvtune.common.errors import KvtuneError, nearest
@@ -9,8 +10,15 @@ from kvtune.common.errors import KvtuneError, nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
-SIGNALS = ("column_sums",)
-"""What capture can record beside q, k, v, output and probes."""
+TENSORS_OF = {
+    "column_sums": ("column_sums",),
+    "query_moments": ("query_mean", "query_covariance"),
+    "reconstruction": ("reconstruction",),
+    "calibration": ("head_scores", "layer_error"),
+}
+"""What capture can record beside q, k, v, output and probes, and the tensors that hold it."""
+
+SIGNALS = tuple(TENSORS_OF)
 
 _TILE_BYTES = 2**26
 
@@ -20,6 +28,11 @@ def check_signals(signals: tuple[str, ...]) -> None:
     for name in signals:
         if name not in SIGNALS:
             raise KvtuneError(f"{name!r} is no signal", hint=nearest(name, SIGNALS))
+
+
+def tensors_of(signals: Iterable[str]) -> tuple[str, ...]:
+    """Names of the tensors that hold these signals in a trace."""
+    return tuple(name for signal in signals for name in TENSORS_OF[signal])
 
 
 def column_sums(q: Tensor, k: Tensor, scale: float, window: int | None) -> Tensor:

@@ -20,7 +20,7 @@ import kvtune
 from kvtune.common.errors import KvtuneError
 from kvtune.common.files import atomic, sha256, write_json
 from kvtune.traces.samples import Sample, content_hash
-from kvtune.traces.signals import check_signals
+from kvtune.traces.signals import SIGNALS, check_signals, tensors_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +31,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 ENTRY = "sample.json"
 
+_STATISTICS = tensors_of(SIGNALS)
 _FP16_MOST = 65504.0
 _FP16_LEAST_PEAK = 2.0**-8
 
@@ -253,12 +254,12 @@ def compact(name: str, tensor: Tensor) -> Tensor:
 
     A bf16 or fp16 model's tensors stay as they are. Those of an fp32 model are stored in fp16,
     whose rounding (2^-11) is far below what any policy does to them, unless their largest value
-    leaves fp16's range above or comes near its smallest steps below. Sums stay fp32.
+    leaves fp16's range above or comes near its smallest steps below. Statistics stay fp32.
     """
     import torch
 
     kept = tensor.detach()
-    if kept.dtype == torch.float32 and name != "column_sums":
+    if kept.dtype == torch.float32 and name not in _STATISTICS:
         peak = float(kept.abs().max()) if kept.numel() else 0.0
         if peak == 0.0 or _FP16_LEAST_PEAK <= peak <= _FP16_MOST:
             kept = kept.half()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from kvtune.common.rotary import turn
 from kvtune.policies.method import ScoredMethod
 from kvtune.policies.registry import parameter
-from kvtune.policies.rotary import turn
 from kvtune.policies.signals import Needs, Signals
 from kvtune.policies.work import LayerShape, Work
 

@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+QUERIES_LEFT_OUT = 4
+"""First prompt queries that ``query_moments`` leaves out."""
+
+
 class Rope(Protocol):
     """One rotary embedding: pairs (i, i + R/2) of the first R dimensions turn together."""
 
@@ -44,6 +48,30 @@ def mean_turn(vectors: Tensor, first: int, count: int, rope: Rope) -> Tensor:
     at = torch.arange(first, first + count, device=vectors.device)
     cos, sin = _waves(at, rope)
     return _apply(vectors, cos.mean(0), sin.mean(0))
+
+
+def query_moments(queries: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor]:
+    """Mean and biased covariance of a prompt's queries before RoPE.
+
+    The first few queries are outliers and left out, unless there are no others.
+
+    Args:
+        queries: of the whole prompt, after RoPE, ``[Hq, P, D]``.
+        rope: of the layer, or None.
+
+    Returns:
+        ``[Hq, D]`` and ``[Hq, D, D]`` float32.
+    """
+    import torch
+
+    first = min(QUERIES_LEFT_OUT, queries.shape[1] - 1)
+    plain = queries[:, first:].float()
+    if rope is not None:
+        at = torch.arange(first, queries.shape[1], device=queries.device)
+        plain = turn(plain, -at, rope) / rope.attention_factor
+    mean = plain.mean(1)
+    centred = plain - mean[:, None]
+    return mean, centred.transpose(-1, -2) @ centred / plain.shape[1]
 
 
 def _waves(positions: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:

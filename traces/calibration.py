@@ -1,0 +1,103 @@
+"""What is measured on a model once, before any prompt: which heads retrieve, which layers suffer.
+
+A calibration belongs to a model's fingerprint. SmolLM2's ships with the package; others are
+measured by ``kvtune.runtime.calibrate`` and kept in the cache folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvtune.common.errors import KvtuneError
+from kvtune.common.files import cache_dir, write_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Of one model.
+
+    Args:
+        head_scores: attention mass that each query head pays to what it is about to copy,
+            ``[L][Hq]``.
+        layer_errors: relative error of each layer's attention output under a tiny cache, ``[L]``.
+        source: what it was measured on.
+    """
+
+    head_scores: tuple[tuple[float, ...], ...]
+    layer_errors: tuple[float, ...]
+    source: str
+
+    def tensors(self, layer: int, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+        """One layer's, by the names that a trace gives them: ``[Hq]`` and ``[]``."""
+        import torch
+
+        return {
+            "head_scores": torch.tensor(self.head_scores[layer], device=device),
+            "layer_error": torch.tensor(self.layer_errors[layer], device=device),
+        }
+
+
+def find_calibration(fingerprint: str) -> Calibration | None:
+    """A model's calibration, from the package or the cache folder."""
+    shipped = files("kvtune.traces") / "calibrations" / _name(fingerprint)
+    for place in (_stored(fingerprint), shipped):
+        if place.is_file():
+            return _read(json.loads(place.read_text(encoding="utf-8")), str(place))
+    return None
+
+
+def require_calibration(fingerprint: str) -> Calibration:
+    """A model's calibration.
+
+    Raises:
+        KvtuneError: it was never measured.
+    """
+    found = find_calibration(fingerprint)
+    if found is None:
+        raise KvtuneError(
+            "this model was not calibrated yet",
+            hint="python -m kvtune.runtime.calibrate MODEL measures it once.",
+        )
+    return found
+
+
+def keep_calibration(fingerprint: str, calibration: Calibration) -> Path:
+    """Write a calibration to the cache folder; returns the file."""
+    path = _stored(fingerprint)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fields = {"format": _FORMAT, "fingerprint": fingerprint, **vars(calibration)}
+    write_json(path, fields)
+    return path
+
+
+def _stored(fingerprint: str) -> Path:
+    return cache_dir() / "calibrations" / _name(fingerprint)
+
+
+def _name(fingerprint: str) -> str:
+    return f"{fingerprint[:16]}.json"
+
+
+def _read(fields: Mapping[str, Any], where: str) -> Calibration:
+    if fields.get("format") != _FORMAT:
+        raise KvtuneError(
+            f"calibration format {fields.get('format')!r}; this kvtune reads {_FORMAT}",
+            where=where,
+            hint="remove the file; the model is then calibrated again.",
+        )
+    return Calibration(
+        tuple(tuple(map(float, row)) for row in fields["head_scores"]),
+        tuple(map(float, fields["layer_errors"])),
+        str(fields["source"]),
+    )
