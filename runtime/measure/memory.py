@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 
 from kvtune.common.units import MIB
 from kvtune.profiles.models import find_model
-from kvtune.runtime.measure.monitor import Monitor
 
 
 @dataclass(frozen=True)
 class MemoryReading:
-    """MiB each; None where the driver could not be asked.
+    """MiB each.
 
     Args:
         visible: all that a process can see.
@@ -21,48 +20,41 @@ class MemoryReading:
     """
 
     visible: float
-    context: float | None
-    libraries: float | None
+    context: float
+    libraries: float
     workspace: float
 
 
-def used_before(monitor: Monitor) -> int | None:
-    """Device memory in use before this process has a context; to be asked first of all."""
-    return monitor.used_bytes()
-
-
-def read_memory(monitor: Monitor, before: int | None) -> MemoryReading:
+def read_memory() -> MemoryReading:
     """Start a context, replay one decode step of a shallow model, and see what it all took.
 
-    Args:
-        monitor: asked for the memory in use.
-        before: what was in use before the context.
+    The GPU must be this process's alone; what others hold would be counted as context.
     """
     import torch
 
     from kvtune.runtime.measure.plain_model import PlainDecoder
     from kvtune.runtime.measure.timer import capture
 
-    torch.cuda.synchronize()
-    started = monitor.used_bytes()
+    torch.zeros(1, device="cuda")
+    context = _beside_the_allocator()
+    torch.cuda.empty_cache()
     model = PlainDecoder(replace(find_model("llama-8b"), layers=2), "cuda")
     model.hold(1, 1024)
-    model.step()
-    torch.cuda.synchronize()
-    capture(model.step)()
+    replay = capture(model.step)
+    replay()
     torch.cuda.synchronize()
     reserved = torch.cuda.memory_reserved()
-    ended = monitor.used_bytes()
-    context = _difference(started, before)
     return MemoryReading(
         visible=torch.cuda.mem_get_info()[1] / MIB,
-        context=context,
-        libraries=_difference(ended, started, reserved),
+        context=context / MIB,
+        libraries=max(0, _beside_the_allocator() - context) / MIB,
         workspace=(reserved - model.weight_bytes - model.cache_bytes) / MIB,
     )
 
 
-def _difference(more: int | None, *less: int | None) -> float | None:
-    if more is None or any(part is None for part in less):
-        return None
-    return max(0.0, (more - sum(part or 0 for part in less)) / MIB)
+def _beside_the_allocator() -> int:
+    import torch
+
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free - torch.cuda.memory_reserved())

@@ -75,7 +75,10 @@ class NvmlMonitor:
     def state(self) -> State:
         """Clocks, watts and reasons; zero what this driver does not tell."""
         nvml, handle = self._nvml, self._handle
-        bits = self._ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)
+        asks_reasons = getattr(  # its newer name, then its older one
+            nvml, "nvmlDeviceGetCurrentClocksEventReasons", None
+        ) or getattr(nvml, "nvmlDeviceGetCurrentClocksThrottleReasons", lambda _: 0)
+        bits = self._ask(asks_reasons, handle)
         return State(
             sm_mhz=self._ask(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
             memory_mhz=self._ask(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_MEM),

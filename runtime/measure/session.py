@@ -19,7 +19,7 @@ from kvtune.profiles.gpus import GpuProfile, detect_gpu, find_gpu
 from kvtune.profiles.kernel_table import KernelRow, read_rows
 from kvtune.profiles.measured import GPU_FILE, KERNEL_FILE, UNITS, parse_measured_gpu
 from kvtune.runtime.measure.grid import FULL, QUICK
-from kvtune.runtime.measure.memory import MemoryReading, read_memory, used_before
+from kvtune.runtime.measure.memory import MemoryReading, read_memory
 from kvtune.runtime.measure.monitor import SERIOUS, Monitor, open_monitor
 from kvtune.runtime.measure.operation import Setting
 from kvtune.runtime.measure.runner import Bench, Outcome, measure
@@ -54,13 +54,11 @@ def profile_gpu(request: Request, progress: Progress) -> Outcome:
             throttled by heat before anything runs.
     """
     monitor = open_monitor()
-    before = used_before(monitor)
     gpu = this_gpu(request.gpu)
     refuse_busy(monitor, request.shared)
-    _start_context()
     request.out.mkdir(parents=True, exist_ok=True)
     progress.note(f"measuring {gpu.name} into {request.out}")
-    memory = read_memory(monitor, before)
+    memory = read_memory()
     _write_gpu(request, gpu, monitor, memory)
     outcome = _measure(request, gpu, monitor, progress)
     _write_gpu(request, gpu, monitor, memory)
@@ -108,13 +106,6 @@ def refuse_busy(monitor: Monitor, shared: bool) -> None:
         )
 
 
-def _start_context() -> None:
-    import torch
-
-    torch.zeros(1, device="cuda")
-    torch.cuda.synchronize()
-
-
 def _measure(request: Request, gpu: GpuProfile, monitor: Monitor, progress: Progress) -> Outcome:
     import torch
 
@@ -141,7 +132,7 @@ def _write_gpu(request: Request, gpu: GpuProfile, monitor: Monitor, memory: Memo
     rows = read_rows(table) if table.is_file() else ()
     capture = {
         "kvtune": kvtune.__version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "cuda": str(torch.version.cuda),
         "driver": monitor.driver(),
         "device": torch.cuda.get_device_name(),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -71,13 +72,32 @@ def summary(times_us: np.ndarray) -> Timing:
 
 
 def capture(run: Call) -> Call:
-    """A CUDA graph of ``run``; calling it replays."""
+    """A CUDA graph of ``run``, which runs once before it; calling it replays.
+
+    All captures share one stream: the libraries keep a workspace for each that they see.
+    """
     import torch
 
+    stream = _capture_stream()
+    stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.stream(stream):
         run()
+        torch.cuda.synchronize()
+        graph.capture_begin()
+        try:
+            run()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
     return graph.replay
+
+
+@functools.cache
+def _capture_stream() -> Any:
+    import torch
+
+    return torch.cuda.Stream()
 
 
 def _graph(calls: Sequence[Call], count: int) -> Call:

@@ -99,12 +99,10 @@ def _prepare_prefill(point: Point, setting: Setting) -> Work:
         for heads in sizes
     )
     pairs = point.length * (point.length + 1) // 2
-    wide = [
-        part[:, :, None].expand(-1, -1, point.query_heads // point.kv_heads, -1, -1).flatten(1, 2)
-        for part in (keys, values)
-    ]
+    groups = point.query_heads // point.kv_heads
+    wide_keys, wide_values = (part.repeat_interleave(groups, dim=1) for part in (keys, values))
     return Work(
-        [lambda: F.scaled_dot_product_attention(query, *wide, is_causal=True)],
+        [lambda: F.scaled_dot_product_attention(query, wide_keys, wide_values, is_causal=True)],
         2 * query.nbytes + keys.nbytes + values.nbytes,
         4 * point.query_heads * point.head_dim * pairs,
         most_calls=8,

@@ -53,7 +53,8 @@ def _prepare_scores(point: Point, setting: Setting) -> Work:
 
     def call(keys: Tensor) -> Tensor:
         weights = (query @ keys.transpose(1, 2)).float().softmax(-1)
-        return weights.sum(1).topk(kept, dim=-1).indices
+        chosen: Tensor = weights.sum(1).topk(kept, dim=-1).indices
+        return chosen
 
     moved = layers[0].nbytes + 10 * point.query_heads * WINDOW * point.length
     products = 2 * point.query_heads * WINDOW * point.length * point.head_dim
