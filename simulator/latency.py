@@ -1,8 +1,9 @@
 """How long a decode step and a prefill take: bytes, floors and formats, each with its interval.
 
-Datasheet tier: no measurement of the card is needed, and none is claimed. A step is the sum over
-layers of attention and matrices, the output matrix and the host's share. Arrays go in and come
-out; nothing here loops over configurations, and torch is not imported.
+Where the card, or one of its architecture, was measured, a step is put together from its kernels;
+else from its datasheet: the sum over layers of attention and matrices, the output matrix and the
+host's share. Every answer says its tier. Arrays go in and come out; nothing here loops over
+configurations, and torch is not imported.
 """
 
 from __future__ import annotations
@@ -20,7 +21,16 @@ from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator import latency_priors as priors
 from kvtune.simulator import latency_terms as parts
+from kvtune.simulator.latency_measured import (
+    TIERS,
+    Answer,
+    covers,
+    measured_prefills,
+    measured_steps,
+    prefill_covers,
+)
 from kvtune.simulator.latency_priors import FloatArray
+from kvtune.simulator.transfer import tables_for
 from kvtune.simulator.weights import WeightFormat, check_format
 
 Execution = Literal["graph", "eager"]
@@ -29,24 +39,27 @@ CacheBytes = Union[npt.ArrayLike, Mapping[float, npt.ArrayLike]]  # noqa: UP007 
 
 @dataclass(frozen=True)
 class Times:
-    """Times of many configurations, in seconds, all of one tier.
+    """Times of many configurations, in seconds.
 
     Args:
         value_s: likely times, any shape.
         low_s: lower ends of the 10-90 % intervals, same shape.
         high_s: upper ends, same shape.
-        tier: how they were come by.
+        tier: how the least certain of them was come by.
+        tiers: index of each one's tier in ``TIERS``; None where all have the same.
     """
 
     value_s: FloatArray
     low_s: FloatArray
     high_s: FloatArray
     tier: Tier = "datasheet"
+    tiers: npt.NDArray[np.intp] | None = None
 
     def at(self, *index: int) -> Estimate:
         """One of them."""
         value, low, high = (float(part[index]) for part in (self.value_s, self.low_s, self.high_s))
-        return Estimate(value, low, high, "s", self.tier)
+        tier = self.tier if self.tiers is None else TIERS[int(self.tiers[index])]
+        return Estimate(value, low, high, "s", tier)
 
 
 def decode_step(
@@ -69,6 +82,7 @@ def decode_steps(
     batch: npt.ArrayLike,
     cache_bytes_per_sequence: CacheBytes,
     execution: Execution = "graph",
+    measured: bool = True,
 ) -> Times:
     """Decode steps of many configurations: one new token for each sequence of the batch.
 
@@ -82,6 +96,7 @@ def decode_steps(
             by bits a number, for example ``{16: recent, 4: older}``, since narrow formats are
             read less efficiently.
         execution: ``graph`` (one launch a step) or ``eager`` (host-bound).
+        measured: whether measured kernels may be used; without them the datasheet answers.
 
     Returns:
         Times of the broadcast shape.
@@ -91,6 +106,9 @@ def decode_steps(
     """
     check_format(weight_format)
     sequences, cache = _configurations(batch, cache_bytes_per_sequence)
+    tables = tables_for(gpu) if measured else None
+    if tables and execution == "graph" and covers(tables.kernels, shape):
+        return _times(measured_steps(tables, gpu, shape, weight_format, sequences, cache))
     device = [
         parts.larger(
             parts.cache_read(gpu, sequences, cache),
@@ -123,6 +141,7 @@ def prefills(
     prompt_tokens: npt.ArrayLike,
     batch: npt.ArrayLike = 1,
     execution: Execution = "graph",
+    measured: bool = True,
 ) -> Times:
     """Prefills of many configurations: dense attention over the whole prompt, no cache policy.
 
@@ -133,6 +152,7 @@ def prefills(
         prompt_tokens: P, at least 1; broadcast against ``batch``.
         batch: prompts, at least 1.
         execution: ``graph`` or ``eager``; the host is waited for only in short prompts.
+        measured: whether measured kernels may be used; without them the datasheet answers.
 
     Returns:
         Times of the broadcast shape.
@@ -144,6 +164,9 @@ def prefills(
     prompt, sequences = np.broadcast_arrays(
         _at_least(prompt_tokens, 1, "prompt tokens"), _at_least(batch, 1, "batch")
     )
+    tables = tables_for(gpu) if measured and weight_format == "bf16" else None
+    if tables and execution == "graph" and prefill_covers(tables.kernels, shape):
+        return _times(measured_prefills(tables, shape, prompt, sequences))
     device = [
         parts.matrices(shape, gpu, weight_format, prompt * sequences, logits=sequences),
         parts.prompt_attention(shape, gpu, prompt, sequences),
@@ -204,6 +227,12 @@ def _configurations(
         _at_least(batch, 1, "batch"), *(_at_least(v, 0, "cache bytes") for v in by_bits.values())
     )
     return arrays[0], dict(zip(map(float, by_bits), arrays[1:], strict=True))
+
+
+def _times(answer: Answer) -> Times:
+    """With the tier of the least certain one for the whole."""
+    worst = TIERS[int(np.max(answer.tiers))]
+    return Times(answer.value, answer.low, answer.high, worst, answer.tiers)
 
 
 def _at_least(values: npt.ArrayLike, minimum: float, name: str) -> FloatArray:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from kvtune.common.estimate import Tier
+from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
+from kvtune.simulator import latency_priors as priors
+from kvtune.simulator import latency_terms as parts
 from kvtune.simulator.kernels import FloatArray, Heads, Kernels
+from kvtune.simulator.transfer import Tables
+from kvtune.simulator.weights import WeightFormat, bits_per_weight
 
 SMALL_OPS = ("rms_norm", "rope", "gated", "residual", "argmax", "embedding")
+TIERS: tuple[Tier, ...] = ("measured", "interpolated", "fitted", "transferred", "datasheet")
+HALF_WIDTH = np.array([0.03, 0.05, 0.12, 0.15, 0.30])
+"""Half of the 10-90 % interval of an answer of each tier, as a share of it."""
 NEEDED = (*SMALL_OPS, "append", "attention_decode", "linear")
 
 
@@ -35,10 +48,24 @@ class Parts:
         return np.asarray(self.attention + self.matrices + self.rest + self.between)
 
 
+class Answer(NamedTuple):
+    """Seconds with the ends of their intervals, and the index of each one's tier in ``TIERS``."""
+
+    value: FloatArray
+    low: FloatArray
+    high: FloatArray
+    tiers: npt.NDArray[np.intp]
+
+
 def covers(kernels: Kernels, shape: ModelShape) -> bool:
     """Whether the table can say anything of the shape: dense, with keys and values by the head."""
     plain = shape.latent is None and shape.experts is None
     return plain and all(kernels.has(op) for op in NEEDED)
+
+
+def prefill_covers(kernels: Kernels, shape: ModelShape) -> bool:
+    """The same for a prefill, whose layers must all attend to the whole prompt."""
+    return covers(kernels, shape) and kernels.has("attention_prefill") and not any(shape.windows)
 
 
 def heads_of(shape: ModelShape) -> Heads:
@@ -97,22 +124,28 @@ def _step_rest(kernels: Kernels, shape: ModelShape, batch: FloatArray) -> FloatA
 
 def _between_parts(kernels: Kernels, batch: FloatArray) -> FloatArray:
     """Seconds a layer that whole layers took beyond the sum of their parts; may be negative."""
+    batches, extra = _beyond_parts(kernels)
+    return np.asarray(np.interp(batch, batches, extra))
+
+
+@functools.lru_cache(maxsize=32)
+def _beyond_parts(kernels: Kernels) -> tuple[FloatArray, FloatArray]:
+    """Batches, and at each the seconds of one layer less those of its parts."""
     if not kernels.has("decode_layers"):
-        return np.zeros(np.shape(batch))
+        return np.ones(1), np.zeros(1)
     found = []
     for row in sorted(kernels.rows("decode_layers"), key=lambda row: row.point.batch):
         point = row.point
-        shape = _shape_of_layers(kernels, row.point.width_in, row.point.width_out)
-        tokens = np.array(float(point.length))
-        rows = np.array(float(point.batch))
+        shape = _shape_of_layers(kernels, point.width_in, point.width_out)
+        tokens, rows = np.array(float(point.length)), np.array(float(point.batch))
         alone = (
             kernels.attention(heads_of(shape), rows, tokens)
             + _matrices(kernels, shape, rows)
             + _layer_rest(kernels, shape, rows)
         )
         found.append((float(point.batch), row.seconds - float(alone)))
-    batches, extra = (np.array(column) for column in zip(*found, strict=True))
-    return np.asarray(np.interp(batch, batches, extra))
+    batches, extra = np.array(found).T
+    return batches, extra
 
 
 def _shape_of_layers(kernels: Kernels, hidden: int, intermediate: int) -> ModelShape:
@@ -130,3 +163,136 @@ def _shape_of_layers(kernels: Kernels, hidden: int, intermediate: int) -> ModelS
         tied_embeddings=True,
         windows=(None,),
     )
+
+
+# --- answers ---------------------------------------------------------------------------------
+
+
+def measured_steps(
+    tables: Tables,
+    gpu: GpuProfile,
+    shape: ModelShape,
+    weight_format: WeightFormat,
+    batch: FloatArray,
+    cache: Mapping[float, FloatArray],
+) -> Answer:
+    """Decode steps through a graph, from measured kernels.
+
+    Caches of fewer bits are taken as so many bf16 bytes as take as long by the priors; weights of
+    fewer bits likewise. Both make the answer a fitted one at best.
+
+    Args:
+        tables: kernel times of the card.
+        gpu: the card.
+        shape: a shape that they cover.
+        weight_format: of the matrices.
+        batch: sequences.
+        cache: bytes a sequence over all layers by bits a number, of the same shape as ``batch``.
+    """
+    token = shape.kv_bytes_per_token()
+    ends = []
+    for end in ("value", "low", "high"):
+        tokens = np.sum(
+            [size / priors.cache_factor(bits, _WORSE[end]) for bits, size in cache.items()], axis=0
+        )
+        whole = decode_parts(tables.kernels, shape, batch, tokens / token)
+        matrices = _in_format(whole.matrices, shape, gpu, weight_format, batch, end)
+        ends.append(whole.total - whole.matrices + matrices)
+    value, low, high = ends
+    narrow = weight_format != "bf16" or any(
+        bits != 16 and np.any(size > 0) for bits, size in cache.items()
+    )
+    tiers = _tiers(tables, shape, batch, cache, narrow)
+    return _answer(value, low, high, tiers)
+
+
+def measured_prefills(
+    tables: Tables, shape: ModelShape, prompt: FloatArray, batch: FloatArray
+) -> Answer:
+    """Prefills in bf16 from measured kernels, one prompt after another's attention."""
+    kernels, layers = tables.kernels, shape.layers
+    tokens = prompt * batch
+    known = kernels.heads()
+    scale = shape.query_heads * shape.head_dim / (known[0] * known[2])
+    attention = kernels.by_length("attention_prefill", "bf16", prompt) * batch * scale
+    value = layers * (attention + _matrices(kernels, shape, tokens))
+    value = value + layers * _layer_rest(kernels, shape, np.minimum(tokens, _MOST_ROWS)) * (
+        np.maximum(tokens, _MOST_ROWS) / _MOST_ROWS
+    )
+    value = value + kernels.linear(shape.vocab_size, shape.hidden_size, batch)
+    tier = TIERS.index("fitted" if tables.tier == "measured" else tables.tier)
+    tiers = np.full(np.shape(value), tier, dtype=np.intp)
+    return _answer(value, value, value, tiers)
+
+
+_WORSE = {"value": "value", "low": "high", "high": "low"}  # a low efficiency makes a high time
+_MOST_ROWS = 8192.0  # element-wise ops were measured up to here
+
+
+def _answer(
+    value: FloatArray, low: FloatArray, high: FloatArray, tiers: npt.NDArray[np.intp]
+) -> Answer:
+    """Adds each tier's own width to what the priors left open, in squares."""
+    width = HALF_WIDTH[tiers] * value
+    return Answer(
+        value,
+        np.maximum(0.0, value - np.hypot(value - low, width)),
+        value + np.hypot(high - value, width),
+        tiers,
+    )
+
+
+def _in_format(
+    bf16_s: FloatArray,
+    shape: ModelShape,
+    gpu: GpuProfile,
+    weight_format: WeightFormat,
+    tokens: FloatArray,
+    end: str,
+) -> FloatArray:
+    """Seconds of all matrices in a narrower format, from those in bf16."""
+    if weight_format == "bf16":
+        return bf16_s
+    factor = getattr(priors.WEIGHT_FORMAT_FACTOR[weight_format], _WORSE[end])
+    head = 2.0 * shape.vocab_size * shape.hidden_size
+    wide = parts.weight_bytes_read(shape, "bf16", tokens)
+    matrices_share = 1 - head / wide
+    narrow = bits_per_weight(shape, weight_format) / 16 / factor
+    read = bf16_s * (1 - matrices_share + matrices_share * narrow)
+    flops = 2.0 * shape.active_parameters * tokens
+    efficiency = getattr(priors.GEMM_EFFICIENCY, _WORSE[end])
+    compute = flops / (efficiency * parts.matrix_rate(gpu, weight_format))
+    return np.asarray(np.maximum(np.minimum(read, bf16_s), compute))
+
+
+def _tiers(
+    tables: Tables,
+    shape: ModelShape,
+    batch: FloatArray,
+    cache: Mapping[float, FloatArray],
+    narrow: bool,
+) -> npt.NDArray[np.intp]:
+    """The tier of each step: its own point, between points, beyond them, or another card's."""
+    kernels = tables.kernels
+    sizes = (*layer_matrices(shape), (shape.vocab_size, shape.hidden_size))
+    known = kernels.has_heads(heads_of(shape)) and all(kernels.has_linear(*s) for s in sizes)
+    if tables.tier != "measured":
+        found = np.full(np.shape(batch), TIERS.index(tables.tier))
+    elif narrow or not known or any(shape.windows):
+        found = np.full(np.shape(batch), TIERS.index("fitted"))
+    else:
+        tokens = np.sum(list(cache.values()), axis=0) / shape.kv_bytes_per_token()
+        points = kernels.attention_points(heads_of(shape))
+        batches = np.array(sorted({b for b, _ in points}), dtype=np.float64)
+        keys = {float(b) * 2**32 + n for b, n in points}
+        exact = np.isin(batch * 2**32 + tokens, np.array(sorted(keys)))
+        lengths = np.array(sorted({n for _, n in points}), dtype=np.float64)
+        # The largest caches of each batch bound the grid; beyond them a line goes on.
+        longest = np.array([max(n for b, n in points if b == one) for one in batches])
+        inside = (
+            (batch <= batches[-1])
+            & (tokens >= lengths[0])
+            & (tokens <= np.interp(batch, batches, longest))
+        )
+        found = np.where(exact, 0, np.where(inside, 1, 2))
+    return np.asarray(found, dtype=np.intp)

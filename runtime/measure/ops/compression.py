@@ -89,7 +89,8 @@ def _gathers(point: Point, setting: Setting, kept: int, page: int) -> Work:
 
 def _grouped(part: Tensor) -> Tensor:
     """``[H, N, D]`` as ``[H, N, groups, numbers]``."""
-    return part.unflatten(-1, (-1, min(GROUP, part.shape[-1])))
+    groups: Tensor = part.unflatten(-1, (-1, min(GROUP, part.shape[-1])))
+    return groups
 
 
 def quantise(numbers: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
