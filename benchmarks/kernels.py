@@ -1,0 +1,411 @@
+"""The runtime's kernels on a GPU: right first, then fast, beside what torch has.
+
+    python benchmarks/kernels.py --out kernels.json [--seconds 150]
+
+Every kernel is checked against a float64 reference, beside torch's own error; then timed cold, in
+CUDA graphs over rotating buffers, against SDPA's flash and cuDNN backends, FlexAttention, and
+FlashInfer and FlashAttention where they can be imported. Results are written as they come; when
+the time is up, what is left is skipped and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import paged
+import torch
+import torch.nn.functional as F
+from paged import DEVICE, Layer, Run, make_layer, time_s, uniform
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kvtune.policies.document_reader import read_policy
+from kvtune.runtime.kernels import pages
+from kvtune.runtime.kernels.columns import column_sums
+from kvtune.runtime.kernels.launch import Shape, decode
+from kvtune.runtime.kernels.layout import CODES, PAGE, PageLayout, exact_tokens
+from kvtune.runtime.kernels.reference import attend, read_page, write_page
+
+BATCH, KV_HEADS, GROUP, HEAD_DIM = 8, 8, 4, 128
+ROWS = BATCH * KV_HEADS
+MB = 1e6
+SIZES_MB = (16, 64, 128, 256, 512, 1024)
+PLAN = Path(__file__).with_name("plans") / "llama-8b-32k-12-percent.yaml"
+SHAPES = [Shape(warps, stages) for warps in (4, 1, 2, 8) for stages in (3, 2, 4)]
+PROGRAMS = (132 * 2, 132 * 4, 132 * 8, 132 * 16, 132 * 32)
+
+
+class Results:
+    """Written to a file whenever something is added; knows when to stop."""
+
+    def __init__(self, out: Path, seconds: float) -> None:
+        self.out, self.deadline, self.begun = out, time.monotonic() + seconds, time.monotonic()
+        self.found: dict[str, Any] = {
+            "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "interpreter",
+            "torch": torch.__version__,
+        }
+
+    def add(self, name: str, value: Any) -> None:
+        self.found[name] = value
+        self.out.write_text(json.dumps(self.found, indent=1), encoding="utf-8")
+        print(f"{time.monotonic() - self.begun:6.1f} s  {name}: {json.dumps(value)}", flush=True)
+
+    def left_s(self) -> float:
+        return self.deadline - time.monotonic()
+
+    @contextmanager
+    def part(self, name: str, needs_s: float = 5) -> Iterator[bool]:
+        """A part of the benchmark, whose failure is recorded and does not end the run."""
+        try:
+            if self.left_s() < needs_s:
+                self.add(f"{name} skipped", "no time")
+            yield self.left_s() >= needs_s
+        except Exception as error:
+            self.add(f"{name} failed", f"{type(error).__name__}: {error}"[-1500:])
+            traceback.print_exc()
+
+
+# Right
+
+
+def relative(ours: Tensor, exact: Tensor) -> float:
+    return float((ours.double() - exact).norm() / exact.norm())
+
+
+def check_decode(head_dim: int, group: int, runs: list[Run], programs: int) -> dict[str, float]:
+    """Errors against dequantise-then-attend in float64, of output, log-sum-exp and exported row."""
+    rows = 1 + max(run.row for run in runs)
+    layer = make_layer(runs, rows, group, head_dim, programs)
+    q = torch.randn(rows, group, head_dim, device=DEVICE, dtype=torch.bfloat16)
+    out = torch.empty(q.shape, device=DEVICE)
+    lse = torch.empty(q.shape[:2], device=DEVICE)
+    logits = torch.full((group, PAGE * len(layer.paged.table)), -torch.inf, device=DEVICE)
+    scale = head_dim**-0.5
+    exact, exact_lse = map(
+        torch.stack,
+        zip(*(attend(q[r].double(), *layer.dense(r), scale) for r in range(rows)), strict=True),
+    )
+    worst = {"max": 0.0, "frobenius": 0.0, "lse": 0.0}
+    for export in (None, logits, None):  # the counters must be as they were for the next launch
+        decode(q, layer.paged, layer.scratch, scale, out, lse, export)
+        worst["max"] = max(worst["max"], float((out - exact).abs().max()))
+        worst["frobenius"] = max(worst["frobenius"], relative(out, exact))
+        worst["lse"] = max(worst["lse"], float((lse - exact_lse).abs().max()))
+    worst["row"] = _exported_error(layer, q, logits, lse, scale)
+    return worst
+
+
+def _exported_error(layer: Layer, q: Tensor, logits: Tensor, lse: Tensor, scale: float) -> float:
+    """Largest error of the attention weights of row 0's first segment."""
+    run = layer.runs[0]
+    ours = (logits[:, : run.tokens] - lse[0][:, None]).exp()
+    keys, _ = layer.dense(0)
+    weights = (q[0].double() @ keys.T * scale).softmax(-1)[:, : run.tokens]
+    return float((ours - weights).abs().max())
+
+
+def check_against_sdpa() -> dict[str, float]:
+    """The bf16 kernel's error over SDPA's, on the same input."""
+    layer = make_layer(uniform(ROWS, 2048), ROWS, GROUP, HEAD_DIM)
+    q = torch.randn(ROWS, GROUP, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
+    dense = [layer.dense(row) for row in range(0, ROWS, 8)]
+    keys, values = (torch.stack([pair[n] for pair in dense]) for n in (0, 1))
+    exact = F.scaled_dot_product_attention(q[::8].double(), keys, values)
+    theirs = F.scaled_dot_product_attention(
+        q[::8, None].bfloat16().transpose(1, 2), *(x[:, None].bfloat16() for x in (keys, values)),
+        enable_gqa=True,
+    )  # fmt: skip
+    ours = decode(q, layer.paged, layer.scratch, HEAD_DIM**-0.5)[::8]
+    errors = relative(ours, exact), relative(theirs[:, :, 0], exact)
+    return {"ours": errors[0], "sdpa": errors[1], "ratio": errors[0] / errors[1]}
+
+
+def check_pages(keys_as: str, values_as: str) -> dict[str, float]:
+    """Bytes that differ from the reference's pages, and what they mean in the numbers."""
+    keys, values = torch.randn(2, 3, 200, HEAD_DIM, device=DEVICE).bfloat16().unbind(0)
+    layout = PageLayout(HEAD_DIM, keys_as, values_as)
+    chosen = torch.randperm(200, device=DEVICE)[:93].sort().values.int()
+    scales = torch.tensor([[5.0 / 448, 5.0 / 448]], device=DEVICE)
+    pool = torch.zeros(2 * layout.page_bytes, dtype=torch.uint8, device=DEVICE)
+    records = torch.tensor([[1, 0, 64, 0, 0], [1, 64, 29, layout.page_cells, 0]])
+    pages.store_pages[(2,)](
+        keys, values, keys.stride(0), keys.stride(1), chosen, records.int().to(DEVICE), scales,
+        pool, pool.view(torch.float16), pool.view(torch.bfloat16), pool.view(torch.float8_e4m3fn),
+        HEAD_DIM, CODES[keys_as], CODES[values_as],
+    )  # fmt: skip
+    worst = {"bytes": 0.0, "value": 0.0}
+    for page, (first, last) in enumerate(((0, 64), (64, 93))):
+        at = chosen[first:last].long()
+        ours = pool[page * layout.page_bytes :][: layout.page_bytes]
+        exact = write_page(keys[1][at], values[1][at], layout, scales[0])
+        worst["bytes"] += int((ours != exact).sum())
+        for mine, theirs in zip(
+            read_page(ours, layout, scales[0]), read_page(exact, layout, scales[0]), strict=True
+        ):
+            gap = float((mine - theirs)[: last - first].abs().max())
+            worst["value"] = max(worst["value"], gap)
+    return worst
+
+
+def check_append_and_compact() -> dict[str, bool]:
+    """150 tokens appended one by one into pages of garbage, then 100 and 64 of them kept."""
+    layout = PageLayout(HEAD_DIM)
+    pool = torch.full((6 * layout.page_bytes,), 0x7F, dtype=torch.uint8, device=DEVICE)
+    ints = {"dtype": torch.int32, "device": DEVICE}
+    table = torch.tensor([0, 2, 4, 1, 3, 5], **ints) * layout.page_cells
+    rows, at, lengths = (torch.tensor(x, **ints) for x in ([0, 1], [0, 3], [0, 0]))
+    keys, values = torch.randn(2, 150, 2, HEAD_DIM, device=DEVICE).bfloat16().unbind(0)
+    where = (rows, at, table, lengths, pool.view(torch.bfloat16), HEAD_DIM)
+    for key, value in zip(keys, values, strict=True):
+        pages.append_token[(2,)](key, value, HEAD_DIM, *where)
+
+    def holds(row: int, kept: Tensor) -> bool:
+        cells = table[3 * row : 3 * row + 3] * layout.cell_bytes
+        raw = [pool[c : c + layout.page_bytes] for c in cells.tolist()]
+        read = [read_page(page, layout, torch.ones(2)) for page in raw]
+        both = [torch.cat(x)[: len(kept)] for x in zip(*read, strict=True)]
+        theirs = (keys[kept, row].float(), values[kept, row].float())
+        return all(torch.equal(x, y) for x, y in zip(both, theirs, strict=True))
+
+    everything = torch.arange(150, device=DEVICE)
+    appended = holds(0, everything) and holds(1, everything)
+    kept = [torch.randperm(150, device=DEVICE)[:n].sort().values for n in (100, 64)]
+    starts, counts = torch.tensor([0, 100], **ints), torch.tensor([100, 64], **ints)
+    pages.compact[(2,)](torch.cat(kept).int(), starts, counts, *where)
+    return {"appended": appended, "compacted": holds(0, kept[0]) and holds(1, kept[1])}
+
+
+def check_columns() -> float:
+    q, k = (torch.randn(h, 777, HEAD_DIM, device=DEVICE).bfloat16() for h in (8, 2))
+    logits = q.double() @ k.double().repeat_interleave(4, 0).transpose(1, 2) * HEAD_DIM**-0.5
+    causal = torch.ones(777, 777, dtype=torch.bool, device=DEVICE).tril()
+    exact = logits.masked_fill(~causal, -torch.inf).softmax(-1).sum(1)
+    return relative(column_sums(q, k, HEAD_DIM**-0.5), exact)
+
+
+def check_everything(results: Results) -> None:
+    mixed = [
+        Run(0, "bf16", "bf16", 200), Run(0, "int4", "int4", 300), Run(1, "int4", "int2", 130),
+        Run(1, "bf16", "bf16", 3), Run(2, "int2", "int2", 5000), Run(2, "bf16", "bf16", 0),
+    ]  # fmt: skip
+    eights = [Run(0, "fp8", "fp8", 77), Run(1, "int8", "int8", 1000), Run(1, "fp8", "fp8", 400)]
+    cases: dict[str, Callable[[], Any]] = {
+        "decode bf16": lambda: check_decode(128, 4, uniform(3, 1000), 64),
+        "decode int4": lambda: check_decode(128, 4, uniform(3, 1000, "int4"), 64),
+        "decode mixed": lambda: check_decode(128, 4, mixed, 64),
+        "decode 8 bits": lambda: check_decode(128, 7, eights, 64),
+        "decode D 64": lambda: check_decode(64, 3, mixed, 8),
+        "decode D 256": lambda: check_decode(256, 2, mixed, 8),
+        "bf16 beside sdpa": check_against_sdpa,
+        "pages int4 int2": lambda: check_pages("int4", "int2"),
+        "pages fp8 int8": lambda: check_pages("fp8", "int8"),
+        "pages int8 fp8": lambda: check_pages("int8", "fp8"),
+        "append, compact": check_append_and_compact,
+        "column sums": check_columns,
+    }
+    for name, case in cases.items():
+        with results.part(name) as go:
+            if go:
+                results.add(f"check {name}", case())
+
+
+# Fast
+
+
+def tokens_of(megabytes: float) -> int:
+    """Tokens a row of bf16 that take so much."""
+    return round(megabytes * MB / (4 * HEAD_DIM * ROWS))
+
+
+def layers_of(runs: list[Run], programs: int) -> list[Layer]:
+    first = make_layer(runs, ROWS, GROUP, HEAD_DIM, programs)
+    more = paged.copies(first.payload_bytes) - 1
+    return [first, *(make_layer(runs, ROWS, GROUP, HEAD_DIM, programs) for _ in range(more))]
+
+
+def ours_s(runs: list[Run], shape: Shape, programs: int) -> tuple[float, int]:
+    """Seconds, and bytes read."""
+    layers = layers_of(runs, programs)
+    return time_s(paged.attention_calls(layers, shape)), layers[0].payload_bytes
+
+
+def tune(results: Results) -> tuple[Shape, int]:
+    """The fastest way to compile for the three formats at 256 MB together, and how many tiles."""
+    tokens = tokens_of(256)
+    formats = ("bf16", "int4", "fp8")
+    table: dict[str, dict[str, float]] = {}
+    best, lowest = Shape(), float("inf")
+    layers = {form: layers_of(uniform(ROWS, tokens, form), paged.PROGRAMS) for form in formats}
+    for shape in SHAPES:
+        with results.part(f"shape {shape}", needs_s=90) as go:
+            if not go:
+                break
+            times = {f: time_s(paged.attention_calls(layers[f], shape)) for f in formats}
+            table[f"{shape.warps} warps, {shape.stages} stages"] = {
+                f: 1e6 * t for f, t in times.items()
+            }
+            total = times["bf16"] + 2.5 * times["int4"] + 1.6 * times["fp8"]
+            if total < lowest:
+                best, lowest = shape, total
+    results.add("shapes at 256 MB, microseconds", table)
+    results.add("shape", asdict(best))
+    counts = {}
+    for programs in PROGRAMS:
+        pair = [ours_s(uniform(ROWS, tokens_of(mb)), best, programs)[0] for mb in (16, 256)]
+        counts[programs] = [1e6 * t for t in pair]
+    results.add("programs: bf16 microseconds at 16 and 256 MB", counts)
+    return best, min(counts, key=lambda n: counts[n][1] / 85 + counts[n][0] / 7)
+
+
+def peers(tokens: int, flex: bool) -> dict[str, Callable[[], float]]:
+    """What else there is, as functions that time it on the same bytes."""
+    shape = (BATCH, KV_HEADS, tokens, HEAD_DIM)
+    number = paged.copies(4 * HEAD_DIM * ROWS * tokens)
+
+    def buffers() -> list[tuple[Tensor, Tensor, Tensor]]:
+        def one(s: tuple[int, ...]) -> Tensor:
+            return torch.randn(s, device=DEVICE, dtype=torch.bfloat16)
+
+        q = (BATCH, KV_HEADS * GROUP, 1, HEAD_DIM)
+        return [(one(q), one(shape), one(shape)) for _ in range(number)]
+
+    def timed(call: Callable[[Tensor, Tensor, Tensor], object]) -> float:
+        return time_s([lambda t=t: call(*t) for t in buffers()])  # type: ignore[misc]
+
+    def sdpa(backend: Any) -> float:
+        with sdpa_kernel(backend):
+            return timed(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+
+    def sdpa_rows(backend: Any) -> float:
+        with sdpa_kernel(backend):
+            return timed(
+                lambda q, k, v: F.scaled_dot_product_attention(
+                    q.view(BATCH, KV_HEADS, GROUP, HEAD_DIM), k, v
+                )
+            )
+
+    def flex_attention() -> float:
+        from torch.nn.attention.flex_attention import flex_attention as function
+
+        compiled = torch.compile(function, dynamic=False)
+        return timed(lambda q, k, v: compiled(q, k, v, enable_gqa=True))
+
+    found = {
+        "sdpa flash": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
+        "sdpa flash, group as rows": lambda: sdpa_rows(SDPBackend.FLASH_ATTENTION),
+        "sdpa cudnn": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
+        "sdpa cudnn, group as rows": lambda: sdpa_rows(SDPBackend.CUDNN_ATTENTION),
+    }
+    if flex:
+        found["flex attention"] = flex_attention
+    if importlib.util.find_spec("flash_attn"):
+        from flash_attn import flash_attn_with_kvcache
+
+        found["flash_attn"] = lambda: timed(
+            lambda q, k, v: flash_attn_with_kvcache(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            )
+        )
+    return found
+
+
+def against_peers(results: Results, shape: Shape, programs: int) -> None:
+    for megabytes in SIZES_MB:
+        tokens = tokens_of(megabytes)
+        size = 4 * HEAD_DIM * ROWS * tokens
+        rates = {"ours": size / ours_s(uniform(ROWS, tokens), shape, programs)[0] / 1e9}
+        for name, measure in peers(tokens, flex=megabytes in {16, 256}).items():
+            with results.part(f"{name} at {megabytes} MB") as go:
+                if go:
+                    rates[name] = size / measure() / 1e9
+        others = [rate for name, rate in rates.items() if name != "ours"]
+        share = rates["ours"] / max(others) if others else None
+        results.add(f"bf16 {megabytes} MB, GB/s", {**rates, "share of best peer": share})
+
+
+def formats(results: Results, shape: Shape, programs: int) -> None:
+    for megabytes in (16, 64, 256, 1024):
+        tokens = tokens_of(megabytes)
+        base = ours_s(uniform(ROWS, tokens), shape, programs)[0]
+        found: dict[str, Any] = {"bf16 us": 1e6 * base}
+        for pair in (
+            ("int4", "int4"),
+            ("fp8", "fp8"),
+            ("int4", "int2"),
+            ("int8", "int8"),
+            ("int2", "int2"),
+        ):
+            with results.part(f"{pair} at {megabytes} MB") as go:
+                if go:
+                    taken, size = ours_s(uniform(ROWS, tokens, *pair), shape, programs)
+                    found["/".join(pair)] = {
+                        "us": 1e6 * taken, "faster": base / taken, "GB/s": size / taken / 1e9,
+                    }  # fmt: skip
+        results.add(f"formats at {megabytes} MB of bf16", found)
+
+
+def ragged(results: Results, shape: Shape, programs: int) -> None:
+    """Lengths of a tuned plan's layers, in bf16 beside uniform ones, then in their own formats."""
+    policy = read_policy(PLAN).policy
+    budgets = policy.budgets(32768)
+    spread = budgets.std(1) / budgets.mean(1)
+    for layer in sorted(range(len(budgets)), key=lambda n: -spread[n])[:6]:
+        with results.part(f"ragged layer {layer}") as go:
+            if not go:
+                break
+            lengths = budgets[layer].tolist() * BATCH
+            mean = round(sum(lengths) / ROWS)
+            runs = [Run(row, "bf16", "bf16", n) for row, n in enumerate(lengths)]
+            ours = ours_s(runs, shape, programs)[0]
+            even = ours_s(uniform(ROWS, mean), shape, programs)[0]
+            stored, size = ours_s(plan_runs(policy.heads[layer], lengths), shape, programs)
+            results.add(
+                f"ragged, layer {layer}",
+                {
+                    "tokens": budgets[layer].tolist(), "MB as bf16": mean * ROWS * 512 / MB,
+                    "bf16 us": 1e6 * ours, "uniform us": 1e6 * even, "ratio": ours / even,
+                    "in its formats us": 1e6 * stored, "MB": size / MB, "GB/s": size / stored / 1e9,
+                },
+            )  # fmt: skip
+
+
+def plan_runs(options: Any, lengths: list[int]) -> list[Run]:
+    """A plan's layer with 100 generated tokens a head, as the runtime lays it out."""
+    runs = []
+    for row, tokens in enumerate(lengths):
+        option = options[row % KV_HEADS]
+        exact = min(exact_tokens(option.keys), tokens)
+        runs.append(Run(row, option.keys.name, option.values.name, tokens - exact))
+        runs.append(Run(row, "bf16", "bf16", exact + 100))
+    return runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=150)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    results = Results(arguments.out, arguments.seconds)
+    check_everything(results)
+    shape, programs = Shape(), paged.PROGRAMS
+    with results.part("tuning", needs_s=60) as go:
+        if go:
+            shape, programs = tune(results)
+    for part in (ragged, formats, against_peers):
+        with results.part(part.__name__) as go:
+            if go:
+                part(results, shape, programs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""What the runtime's benchmarks share: random paged layers, and cold timings in a CUDA graph."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvtune.runtime.kernels.launch import Paged, Scratch, Shape, decode
+from kvtune.runtime.kernels.layout import CODES, PAGE, PageLayout
+from kvtune.runtime.kernels.pages import store_pages
+from kvtune.runtime.kernels.reference import read_page
+from kvtune.runtime.kernels.tiles import PROGRAMS, Segments, plan_tiles
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there, Triton's interpreter can check
+COLD_BYTES = 400e6  # eight times the L2 of an H100: what a rotation of buffers must exceed
+
+
+@dataclass(frozen=True)
+class Run:
+    """One segment of a layer: some of a row's first tokens in a format."""
+
+    row: int
+    keys: str
+    values: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer in pages, with random keys and values."""
+
+    paged: Paged
+    scratch: Scratch
+    group: int
+    head_dim: int
+    runs: Sequence[Run]
+    payload_bytes: int
+
+    @property
+    def rows(self) -> int:
+        return len(self.scratch.arrived)
+
+    def dense(self, row: int) -> tuple[Tensor, Tensor]:
+        """A row's keys and values ``[n, D]`` float64, read back by the reference."""
+        keys, values, at = [], [], 0
+        for segment, run in enumerate(self.runs):
+            layout = PageLayout(self.head_dim, run.keys, run.values)
+            for page in range(0, run.tokens, PAGE):
+                if run.row == row:
+                    start = int(self.paged.table[at]) * layout.cell_bytes
+                    raw = self.paged.pool[start : start + layout.page_bytes]
+                    pair = read_page(raw, layout, self.paged.fp8_scales[segment])
+                    count = min(PAGE, run.tokens - page)
+                    keys.append(pair[0][:count])
+                    values.append(pair[1][:count])
+                at += 1
+        return torch.cat(keys).double(), torch.cat(values).double()
+
+
+def make_layer(
+    runs: Sequence[Run], rows: int, group: int, head_dim: int, programs: int = PROGRAMS
+) -> Layer:
+    """Random tokens through ``store_pages``; pages of all rows are shuffled in the pool."""
+    longest = max(run.tokens for run in runs)
+    keys = torch.randn(rows, max(longest, 1), head_dim, device=DEVICE, dtype=torch.bfloat16)
+    values = torch.randn_like(keys)
+    layouts = [PageLayout(head_dim, run.keys, run.values) for run in runs]
+    pages = np.array([-(-run.tokens // PAGE) for run in runs])
+    cells = np.repeat([layout.page_cells for layout in layouts], pages)
+    order = np.random.default_rng(0).permutation(len(cells))
+    start = np.empty(len(cells), np.int64)
+    start[order] = cells[order].cumsum() - cells[order]
+    segments = Segments(
+        np.array([run.row for run in runs]),
+        np.array([layout.code for layout in layouts]),
+        pages.cumsum() - pages,
+        pages,
+    )
+    tiles = plan_tiles(segments, programs)
+    top = torch.full((len(runs), 2), 5.0 / 448, device=DEVICE)  # normal numbers stay below 5
+    paged = Paged(
+        torch.zeros(int(cells.sum()) * 4 * head_dim, dtype=torch.uint8, device=DEVICE),
+        torch.tensor(np.append(start, 0), dtype=torch.int32, device=DEVICE),
+        torch.tensor([run.tokens for run in runs], dtype=torch.int32, device=DEVICE),
+        top,
+        torch.tensor(tiles.records, device=DEVICE),
+        tiles.pairs,
+    )
+    _fill(paged, runs, pages, start, keys, values)
+    payload = sum(_payload(run, layout) for run, layout in zip(runs, layouts, strict=True))
+    scratch = Scratch.fits(tiles, rows, group, head_dim, DEVICE)
+    return Layer(paged, scratch, group, head_dim, runs, payload)
+
+
+def _payload(run: Run, layout: PageLayout) -> int:
+    return run.tokens * layout.page_bytes // PAGE
+
+
+def _fill(
+    paged: Paged, runs: Sequence[Run], pages: Any, start: Any, keys: Tensor, values: Tensor
+) -> None:
+    segment = np.repeat(np.arange(len(runs)), pages)
+    turn = np.arange(len(segment)) - np.repeat(pages.cumsum() - pages, pages)
+    tokens = np.array([run.tokens for run in runs])[segment] - turn * PAGE
+    rows = np.array([run.row for run in runs])[segment]
+    records = np.stack([rows, turn * PAGE, np.minimum(tokens, PAGE), start, segment], 1)
+    chosen = torch.arange(keys.shape[1], dtype=torch.int32, device=DEVICE)
+    pairs = {(run.keys, run.values) for run in runs if run.tokens}
+    for pair in pairs:
+        mine = [(runs[s].keys, runs[s].values) == pair for s in segment]
+        some = torch.tensor(records[mine].astype(np.int32), device=DEVICE)
+        store_pages[(len(some),)](
+            keys, values, keys.stride(0), keys.stride(1), chosen, some, paged.fp8_scales,
+            paged.pool, paged.pool.view(torch.float16), paged.pool.view(torch.bfloat16),
+            paged.pool.view(torch.float8_e4m3fn),
+            keys.shape[2], CODES[pair[0]], CODES[pair[1]],
+        )  # fmt: skip
+
+
+def uniform(rows: int, tokens: int, keys: str = "bf16", values: str = "") -> list[Run]:
+    """Every row with the same number of tokens in one format."""
+    return [Run(row, keys, values or keys, tokens) for row in range(rows)]
+
+
+def attention_calls(layers: Sequence[Layer], shape: Shape) -> list[Callable[[], object]]:
+    """A call a layer, with its query and output in place."""
+    calls: list[Callable[[], object]] = []
+    for layer in layers:
+        q = torch.randn(
+            layer.rows, layer.group, layer.head_dim, device=DEVICE, dtype=torch.bfloat16
+        )
+        out, lse = torch.empty_like(q), torch.empty(layer.rows, layer.group, device=DEVICE)
+
+        def call(layer: Layer = layer, q: Tensor = q, out: Any = out, lse: Any = lse) -> object:
+            return decode(q, layer.paged, layer.scratch, 0.088, out, lse, shape=shape)
+
+        calls.append(call)
+    return calls
+
+
+def copies(layer_bytes: float) -> int:
+    """Buffers that together cannot stay in L2."""
+    return max(2, int(np.ceil(COLD_BYTES / layer_bytes)))
+
+
+def time_s(calls: Sequence[Callable[[], object]], at_least_s: float = 0.02) -> float:
+    """Seconds a call: all calls in one CUDA graph, replayed; the median of five stretches."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    once = _stretch(graph, 2) / 2
+    replays = max(2, min(200, int(at_least_s / once)))
+    stretches = [_stretch(graph, replays) / replays for _ in range(5)]
+    return statistics.median(stretches) / len(calls)
+
+
+def _stretch(graph: Any, replays: int) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(replays):
+        graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3

@@ -1,0 +1,1 @@
+"""Triton kernels over the paged cache, and their reference in plain torch."""

@@ -1,0 +1,110 @@
+"""Launching decode attention: arguments checked, scratch allocated once, then pointers only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvtune.common.errors import KvtuneError
+from kvtune.runtime.kernels.layout import KERNEL_HEAD_DIMS
+from kvtune.runtime.kernels.tiles import Tiles
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the kernel is compiled; the defaults were the fastest on an H100.
+
+    Args:
+        warps: of a program.
+        stages: pages in flight, the one in use included.
+    """
+
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class Paged:
+    """One layer's cache as the kernel reads it.
+
+    Args:
+        pool: all pages, ``[bytes]`` uint8.
+        table: ``[entries + 1]`` int32, each page's first cell, segment by segment.
+        lengths: ``[segments]`` int32 tokens.
+        fp8_scales: ``[segments, 2]`` float32.
+        tiles: ``[n, 8]`` int32; see ``tiles.Tiles``.
+        pairs: formats that occur.
+    """
+
+    pool: Tensor
+    table: Tensor
+    lengths: Tensor
+    fp8_scales: Tensor
+    tiles: Tensor
+    pairs: tuple[int, ...]
+
+
+class Scratch:
+    """Where programs leave their parts; one serves all layers of a stream, one after another."""
+
+    def __init__(self, rows: int, slots: int, group: int, head_dim: int, device: Any) -> None:
+        """For up to ``slots`` tiles over ``rows`` rows of ``group`` query heads."""
+        self.parts = torch.empty(slots, group, head_dim, device=device)
+        self.lse = torch.empty(slots, group, device=device)
+        self.arrived = torch.zeros(rows, dtype=torch.int32, device=device)
+
+    @staticmethod
+    def fits(tiles: Tiles, rows: int, group: int, head_dim: int, device: Any) -> Scratch:
+        """Enough for these tiles."""
+        return Scratch(rows, len(tiles.records), group, head_dim, device)
+
+
+def decode(
+    q: Tensor,
+    cache: Paged,
+    scratch: Scratch,
+    scale: float,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    logits: Tensor | None = None,
+    shape: Shape = Shape(),
+) -> Tensor:
+    """Attention of one new token a row, ``[rows, G, D]``; one launch.
+
+    Args:
+        q: ``[rows, G, D]`` contiguous.
+        cache: of the layer.
+        scratch: at least one slot a tile.
+        scale: multiplies the logits.
+        out: where to, any float type; like ``q`` unless given.
+        lse: ``[rows, G]`` float32, is given the natural log-sum-exp.
+        logits: ``[G, 64 * entries]`` float32, is given the scaled logits, where they are wanted;
+            ``exp(logits - lse)`` are attention weights, beside the page table's entries.
+        shape: how to compile.
+
+    Raises:
+        KvtuneError: a head dimension that the kernel is not made for.
+    """
+    from kvtune.runtime.kernels.decode import decode_attention
+
+    rows, group, head_dim = q.shape
+    if head_dim not in KERNEL_HEAD_DIMS:
+        raise KvtuneError(f"the kernels have heads of {KERNEL_HEAD_DIMS} channels, not {head_dim}")
+    out = torch.empty_like(q) if out is None else out
+    lse = torch.empty(rows, group, device=q.device) if lse is None else lse
+    decode_attention[(len(cache.tiles),)](
+        q, out, lse, lse if logits is None else logits,
+        cache.pool, cache.pool.view(torch.float16), cache.pool.view(torch.bfloat16),
+        cache.pool.view(torch.float8_e4m3fn),
+        cache.tiles, cache.table, cache.lengths, cache.fp8_scales,
+        scratch.parts, scratch.lse, scratch.arrived, scale,
+        D=head_dim, G=group, M=max(16, 1 << (group - 1).bit_length()),
+        PAIRS=cache.pairs, N_PAIRS=len(cache.pairs),
+        STAGES=shape.stages, NATIVE=q.is_cuda,
+        EXPORT=0 if logits is None else logits.shape[1],
+        num_warps=shape.warps,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,134 @@
+"""How tokens lie in a page: the one description that kernels, reference and pool share.
+
+A page holds up to 64 tokens of one KV head: its keys, then its values, each as codes followed by
+their scales.
+
+codes   token-major rows; a byte holds channels d, d + D/f, d + 2D/f ... (f = 8 / bits fields), so
+        that unpacking is a shift and a mask and no element changes its lane
+scales  integer keys: scale [D], offset [D] of the page's tokens; integer values: scale [g, 64],
+        offset [g, 64], one a token and group of 64 channels; fp16. fp8 has one scale a head and
+        tensor, kept beside the lengths; bf16 has none
+
+Sizes are whole cells of 4 D bytes, so that pages of all formats share one pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.format import Format
+from kvtune.policies.option import Option
+
+PAGE = 64
+"""Tokens a page; also the group that shares a scale."""
+
+CODES = {"bf16": 16, "fp8": 9, "int8": 8, "int4": 4, "int2": 2}
+"""What a kernel calls a format: its bits, and 9 for fp8."""
+
+KERNEL_HEAD_DIMS = (64, 128, 256)
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Where keys and values lie in a page.
+
+    Args:
+        head_dim: D.
+        keys: a key of ``CODES``.
+        values: likewise.
+    """
+
+    head_dim: int
+    keys: str = "bf16"
+    values: str = "bf16"
+
+    @property
+    def code(self) -> int:
+        """The pair as one number, for kernels."""
+        return 32 * CODES[self.keys] + CODES[self.values]
+
+    @property
+    def cell_bytes(self) -> int:
+        """What sizes and places in a pool are multiples of."""
+        return 4 * self.head_dim
+
+    @cached_property
+    def key_scales(self) -> int:
+        """Byte offset of the keys' scales."""
+        return code_bytes(self.keys, self.head_dim)
+
+    @cached_property
+    def value_codes(self) -> int:
+        """Byte offset of the values."""
+        scales = self.cell_bytes if is_integer(self.keys) else 0
+        return self.key_scales + scales
+
+    @cached_property
+    def value_scales(self) -> int:
+        """Byte offset of the values' scales."""
+        return self.value_codes + code_bytes(self.values, self.head_dim)
+
+    @cached_property
+    def page_bytes(self) -> int:
+        """Bytes of a page, whole cells."""
+        scales = 4 * PAGE * value_groups(self.head_dim) if is_integer(self.values) else 0
+        return -(-(self.value_scales + scales) // self.cell_bytes) * self.cell_bytes
+
+    @property
+    def page_cells(self) -> int:
+        """Cells of a page."""
+        return self.page_bytes // self.cell_bytes
+
+
+def layout_of(option: Option, head_dim: int) -> PageLayout:
+    """The pages that an option's coded tokens lie in.
+
+    Raises:
+        KvtuneError: a format, a group or a head dimension that the runtime does not store.
+    """
+    keys, values = (_stored(form, head_dim) for form in (option.keys, option.values))
+    if exact_tokens(option.keys) != exact_tokens(option.values):
+        raise KvtuneError(
+            f"{option.label!r} leaves a different number of keys and values in 16 bits",
+            hint="give keys and values the same exact_first.",
+        )
+    return PageLayout(head_dim, keys, values)
+
+
+def exact_tokens(form: Format) -> int:
+    """First kept tokens that a format leaves in 16 bits."""
+    return int(getattr(form, "exact_first", 0))
+
+
+def _stored(form: Format, head_dim: int) -> str:
+    if form.name not in CODES:
+        raise KvtuneError(
+            f"the runtime stores no {form.name}", hint=f"it stores {', '.join(CODES)}."
+        )
+    if is_integer(form.name) and getattr(form, "group", PAGE) != PAGE:
+        raise KvtuneError(f"the runtime stores groups of {PAGE} elements, not of {form.group}")  # type: ignore[attr-defined]
+    if head_dim % 4:
+        raise KvtuneError(f"the runtime does not store heads of {head_dim} channels")
+    return form.name
+
+
+def is_integer(name: str) -> bool:
+    """Whether a format has codes with scales."""
+    return name.startswith("int")
+
+
+def bits(name: str) -> int:
+    """Bits an element, scales aside."""
+    return 8 if name == "fp8" else CODES[name]
+
+
+def code_bytes(name: str, head_dim: int) -> int:
+    """Bytes of a page's codes, of keys or of values."""
+    return PAGE * head_dim * bits(name) // 8
+
+
+def value_groups(head_dim: int) -> int:
+    """Groups of a token's channels that share a scale."""
+    return -(-head_dim // PAGE)

@@ -1,0 +1,202 @@
+"""Writing pages: gather, quantise and pack in one pass; append a token; evict in place."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvtune.runtime.kernels.decode import _code_bytes, _fields, _parts, _scale_bytes
+
+PAGE = tl.constexpr(64)
+BF16 = tl.constexpr(16)
+FP8 = tl.constexpr(9)
+RECORD = tl.constexpr(5)
+ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to even as torch does
+
+
+@triton.jit
+def store_pages(
+    keys, values, stride_row, stride_token, chosen, records, fp8_scales,
+    pool_bytes, pool_half, pool_bf16, pool_fp8,
+    D: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    """One page of kept tokens of one head.
+
+    Args:
+        keys, values: [rows, P, D] by these strides, the same for both.
+        chosen: int32, kept token indices, page by page.
+        records: [pages, 5] int32: row, first place in ``chosen``, tokens, cell, segment.
+        fp8_scales: [segments, 2] float32.
+        pool_*: the pool's memory, as four types.
+    """
+    record = records + tl.program_id(0) * RECORD
+    row, count = tl.load(record).to(tl.int64), tl.load(record + 2)
+    start = tl.load(record + 3).to(tl.int64) * (4 * D)
+    token = tl.arange(0, PAGE)
+    index = tl.load(chosen + tl.load(record + 1) + token, mask=token < count, other=0)
+    source = row * stride_row + index.to(tl.int64) * stride_token
+    scales = fp8_scales + 2 * tl.load(record + 4)
+    VALUES_AT: tl.constexpr = _code_bytes(KEYS, D) + _scale_bytes(KEYS, D)
+    _store_keys(keys, source, count, start, scales,
+                pool_bytes, pool_half, pool_bf16, pool_fp8, D, KEYS)  # fmt: skip
+    _store_values(values, source, count, start + VALUES_AT, scales + 1,
+                  pool_bytes, pool_half, pool_bf16, pool_fp8, D, VALUES)  # fmt: skip
+
+
+@triton.jit
+def _store_keys(keys, source, count, start, fp8_scale,
+                pool_bytes, pool_half, pool_bf16, pool_fp8,
+                D: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
+    """Codes token by token; integers share a scale a channel."""
+    W: tl.constexpr = D // _fields(KEYS)
+    channel, token = tl.arange(0, W), tl.arange(0, PAGE)
+    place = start + token[:, None] * W + channel[None, :]
+    if KEYS >= FP8:
+        _store_floats(_gather(keys, source, count, 0, W), start, place, fp8_scale,
+                      pool_bf16, pool_fp8, KEYS)  # fmt: skip
+    else:
+        packed = tl.zeros([PAGE, W], tl.int32)
+        scales = pool_half + (start + _code_bytes(KEYS, D)) // 2 + channel
+        for field in tl.static_range(_fields(KEYS)):
+            rows = _gather(keys, source, count, field * W, W)
+            real = (token < count)[:, None]
+            low = tl.min(tl.where(real, rows, float("inf")), 0)
+            high = tl.max(tl.where(real, rows, -float("inf")), 0)
+            scale, offset = _grid(low, high, KEYS)
+            tl.store(scales + field * W, scale)
+            tl.store(scales + field * W + D, offset)
+            packed |= _codes(rows, scale[None, :], offset[None, :], KEYS) << (field * KEYS)
+        tl.store(pool_bytes + place, packed.to(tl.uint8))
+
+
+@triton.jit
+def _store_values(values, source, count, start, fp8_scale,
+                  pool_bytes, pool_half, pool_bf16, pool_fp8,
+                  D: tl.constexpr, VALUES: tl.constexpr):  # fmt: skip
+    """Codes channel by channel; integers share a scale a token and 64 channels."""
+    FIELDS: tl.constexpr = _fields(VALUES)
+    W: tl.constexpr = D // _parts(VALUES, D)
+    GROUPS: tl.constexpr = (D + PAGE - 1) // PAGE
+    channel, token = tl.arange(0, W), tl.arange(0, PAGE)
+    scales = pool_half + (start + _code_bytes(VALUES, D)) // 2 + token
+    if VALUES >= FP8:
+        across = token[:, None] + channel[None, :] * PAGE
+        along = token[:, None] * D + channel[None, :]
+        _store_floats(_gather(values, source, count, 0, D), start,
+                      start + (along if VALUES == BF16 else across), fp8_scale,
+                      pool_bf16, pool_fp8, VALUES)  # fmt: skip
+    else:
+        for group in tl.static_range(GROUPS):
+            rows = _gather(values, source, count, group * PAGE, D // GROUPS)
+            scale, offset = _grid(tl.min(rows, 1), tl.max(rows, 1), VALUES)
+            tl.store(scales + group * PAGE, scale)
+            tl.store(scales + (GROUPS + group) * PAGE, offset)
+        for chunk in tl.static_range(D // FIELDS // W):
+            packed = tl.zeros([PAGE, W], tl.int32)
+            for field in tl.static_range(FIELDS):
+                first = field * (D // FIELDS) + chunk * W
+                group = first // PAGE
+                rows = _gather(values, source, count, group * PAGE, D // GROUPS)
+                scale, offset = _grid(tl.min(rows, 1), tl.max(rows, 1), VALUES)
+                rows = _gather(values, source, count, first, W)
+                codes = _codes(rows, scale[:, None], offset[:, None], VALUES)
+                packed |= codes << (field * VALUES)
+            place = start + (chunk * W + channel[None, :]) * PAGE + token[:, None]
+            tl.store(pool_bytes + place, packed.to(tl.uint8))
+
+
+@triton.jit
+def _gather(tensor, source, count, FIRST: tl.constexpr, W: tl.constexpr):
+    """Channels ``FIRST`` to ``FIRST + W`` of the chosen tokens, [64, W] float32, zeros beyond."""
+    channel, token = tl.arange(0, W), tl.arange(0, PAGE)
+    place = source[:, None] + FIRST + channel[None, :]
+    return tl.load(tensor + place, mask=(token < count)[:, None], other=0).to(tl.float32)
+
+
+@triton.jit
+def _store_floats(rows, start, place, fp8_scale, pool_bf16, pool_fp8, CODE: tl.constexpr):
+    if CODE == BF16:
+        tl.store(pool_bf16 + start // 2 + (place - start), rows.to(tl.bfloat16))
+    else:
+        scaled = tl.div_rn(rows, tl.zeros_like(rows) + tl.load(fp8_scale))
+        scaled = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
+        tl.store(pool_fp8 + place, scaled.to(tl.float8e4nv))
+
+
+@triton.jit
+def _grid(low, high, BITS: tl.constexpr):
+    """Scale and offset in 16 bits, of codes from 0 to 2^bits - 1."""
+    offset = low.to(tl.float16)
+    levels = tl.full(low.shape, (1 << BITS) - 1, tl.float32)
+    return tl.div_rn(high - offset.to(tl.float32), levels).to(tl.float16), offset
+
+
+@triton.jit
+def _codes(rows, scale, offset, BITS: tl.constexpr):
+    scale = scale.to(tl.float32)
+    step = tl.where(scale > 0, scale, 1.0) + tl.zeros_like(rows)  # a constant group has no spread
+    exact = tl.div_rn(rows - offset.to(tl.float32), step)
+    return tl.minimum(tl.maximum((exact + ROUNDER) - ROUNDER, 0.0), (1 << BITS) - 1.0).to(tl.int32)
+
+
+@triton.jit
+def append_token(keys, values, stride_row, segments, tables_at, table, lengths, pool_bf16,
+                 D: tl.constexpr):  # fmt: skip
+    """One new token of one row into its growing bf16 segment, whose pages are there already.
+
+    Args:
+        keys, values: [rows, D] by this stride.
+        segments: [rows] int32, the growing segment of each row.
+        tables_at: [rows] int32, its first entry in the page table.
+        table: int32 cells.
+        lengths: [segments] int32, counted up.
+        pool_bf16: the pool's memory.
+    """
+    row = tl.program_id(0)
+    segment = tl.load(segments + row)
+    length = tl.load(lengths + segment)
+    cell = tl.load(table + tl.load(tables_at + row) + length // PAGE)
+    page = pool_bf16 + cell.to(tl.int64) * (2 * D)
+    channel, token, slot = tl.arange(0, D), tl.arange(0, PAGE), length % PAGE
+    key = tl.load(keys + row * stride_row + channel)
+    tl.store(page + slot * D + channel, key.to(tl.bfloat16))
+    value = tl.load(values + row * stride_row + channel).to(tl.bfloat16)
+    # What another format left behind might read as not a number: a page's first token clears it.
+    rows = tl.where((token == slot)[:, None], value[None, :], 0.0).to(tl.bfloat16)
+    written = (token == slot) | (slot == 0)
+    place = PAGE * D + token[:, None] * D + channel[None, :]
+    tl.store(page + place, rows, mask=written[:, None])
+    tl.store(lengths + segment, length + 1)
+
+
+@triton.jit
+def compact(chosen, chosen_at, counts, segments, tables_at, table, lengths, pool_bf16,
+            D: tl.constexpr):  # fmt: skip
+    """Evict in place from one row's bf16 segment: kept tokens move to its front, in order.
+
+    A kept token never moves back, so a page is written only after all that it takes was read.
+
+    Args:
+        chosen: int32, kept places in ascending order, row by row.
+        chosen_at, counts: [rows] int32, where a row's begin, and how many.
+        segments, tables_at, table, lengths, pool_bf16: as for ``append_token``.
+    """
+    row = tl.program_id(0)
+    count, segment = tl.load(counts + row), tl.load(segments + row)
+    table += tl.load(tables_at + row)
+    chosen += tl.load(chosen_at + row)
+    channel, token = tl.arange(0, D), tl.arange(0, PAGE)
+    for page in range(tl.cdiv(count, PAGE)):
+        place = token + page * PAGE
+        kept = tl.load(chosen + place, mask=place < count, other=0)
+        source = tl.load(table + kept // PAGE).to(tl.int64) * (2 * D) + (kept % PAGE) * D
+        mask = (place < count)[:, None]
+        key = tl.load(pool_bf16 + source[:, None] + channel[None, :], mask=mask)
+        value = tl.load(pool_bf16 + source[:, None] + channel[None, :] + PAGE * D, mask=mask)
+        tl.debug_barrier()
+        target = tl.load(table + page).to(tl.int64) * (2 * D)
+        to = target + token[:, None] * D + channel[None, :]
+        tl.store(pool_bf16 + to, key, mask=mask)
+        tl.store(pool_bf16 + to + PAGE * D, value, mask=mask)
+        tl.debug_barrier()
+    tl.store(lengths + segment, count)

@@ -1,0 +1,140 @@
+"""What the kernels must compute, in plain torch: pages written and read, attention over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvtune.runtime.kernels.layout import (
+    PAGE,
+    PageLayout,
+    bits,
+    code_bytes,
+    value_groups,
+)
+
+_LARGEST_E4M3 = 448.0
+
+
+def fp8_scale(rows: Tensor) -> Tensor:
+    """The scale of an fp8 tensor of one head: its largest magnitude over 448, float32."""
+    tiny = torch.finfo(torch.float32).tiny
+    return rows.abs().amax().float().clamp_min(tiny) / _LARGEST_E4M3
+
+
+def write_page(keys: Tensor, values: Tensor, layout: PageLayout, scales: Tensor) -> Tensor:
+    """A page's bytes ``[page_bytes]`` uint8.
+
+    Args:
+        keys: ``[n, D]``, n <= 64.
+        values: ``[n, D]``.
+        layout: how the page lies.
+        scales: ``[2]`` float32, of fp8 keys and values.
+    """
+    page = torch.zeros(layout.page_bytes, dtype=torch.uint8, device=keys.device)
+    for name, rows, at, scales_at, scale, dim in (
+        (layout.keys, keys, 0, layout.key_scales, scales[0], 0),
+        (layout.values, values, layout.value_codes, layout.value_scales, scales[1], 1),
+    ):
+        codes, beside = _encode(rows, name, scale, dim)
+        page[at : at + code_bytes(name, layout.head_dim)] = codes
+        page[scales_at : scales_at + beside.numel()] = beside
+    return page
+
+
+def read_page(page: Tensor, layout: PageLayout, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[64, D]`` float32 of ``write_page``; beyond n anything finite."""
+    keys = _decode(page[: layout.key_scales], page[layout.key_scales :], layout.keys, scales[0], 0)
+    codes = page[layout.value_codes : layout.value_scales]
+    values = _decode(codes, page[layout.value_scales :], layout.values, scales[1], 1)
+    return keys, values
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Scale and offset of integer codes: ``[D]`` of keys, ``[g, 64]`` of values, fp16."""
+
+    scale: Tensor
+    offset: Tensor
+
+    def spread(self, dim: int, head_dim: int) -> tuple[Tensor, Tensor]:
+        """Both as float32 that broadcasts to ``[64, D]``."""
+        pair = (self.scale.float(), self.offset.float())
+        if dim == 0:
+            return pair
+        wide = [x.T.repeat_interleave(PAGE, 1)[:, :head_dim] for x in pair]
+        return wide[0], wide[1]
+
+
+def _encode(rows: Tensor, name: str, scale: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    padded = F.pad(rows, (0, 0, 0, PAGE - len(rows)))
+    none = padded.new_zeros(0, dtype=torch.uint8)
+    if name == "bf16":
+        return padded.bfloat16().view(torch.uint8).flatten(), none
+    if name == "fp8":
+        codes = (padded.float() / scale).clamp(-_LARGEST_E4M3, _LARGEST_E4M3)
+        return _lay(codes.to(torch.float8_e4m3fn).view(torch.uint8), dim), none
+    levels = 2 ** bits(name) - 1
+    groups = _ranges(rows.float(), levels, dim)
+    step, offset = groups.spread(dim, rows.shape[1])
+    step = torch.where(step > 0, step, 1)
+    codes = ((padded.float() - offset) / step).round().clamp(0, levels).to(torch.uint8)
+    both = torch.cat([groups.scale.flatten(), groups.offset.flatten()])
+    return _lay(_pack(codes, bits(name)), dim), both.view(torch.uint8)
+
+
+def _ranges(rows: Tensor, levels: int, dim: int) -> _Groups:
+    if dim == 0:
+        low, high = rows.amin(0), rows.amax(0)
+    else:
+        groups = F.pad(rows, (0, 0, 0, PAGE - len(rows))).split(PAGE, dim=1)
+        low = torch.stack([x.amin(1) for x in groups])
+        high = torch.stack([x.amax(1) for x in groups])
+    offset = low.half()
+    return _Groups(((high - offset.float()) / levels).half(), offset)
+
+
+def _decode(codes: Tensor, beside: Tensor, name: str, scale: Tensor, dim: int) -> Tensor:
+    if name == "bf16":
+        return codes.view(torch.bfloat16).float().view(PAGE, -1)
+    if name == "fp8":
+        return _rows(codes, dim).view(torch.float8_e4m3fn).float() * scale
+    fields = _unpack(_rows(codes, dim), bits(name)).float()
+    head_dim = fields.shape[1]
+    shape = (2, head_dim) if dim == 0 else (2, value_groups(head_dim), PAGE)
+    count = 2 * (head_dim if dim == 0 else value_groups(head_dim) * PAGE)
+    pair = beside[: 2 * count].view(torch.float16).view(shape)
+    step, offset = _Groups(pair[0], pair[1]).spread(dim, head_dim)
+    return fields * step + offset
+
+
+def _lay(codes: Tensor, dim: int) -> Tensor:
+    """Rows of tokens as they lie in a page: keys by token, values by channel."""
+    return (codes if dim == 0 else codes.T).flatten()
+
+
+def _rows(laid: Tensor, dim: int) -> Tensor:
+    return laid.view(PAGE, -1) if dim == 0 else laid.view(-1, PAGE).T.contiguous()
+
+
+def _pack(codes: Tensor, width: int) -> Tensor:
+    """``[n, D]`` codes as ``[n, D * width / 8]`` bytes; field f: channels from f D / fields."""
+    fields = codes.chunk(8 // width, dim=1)
+    packed = torch.zeros_like(fields[0])
+    for n, field in enumerate(fields):
+        packed |= field << (n * width)
+    return packed
+
+
+def _unpack(packed: Tensor, width: int) -> Tensor:
+    mask = 2**width - 1
+    return torch.cat([(packed >> (n * width)) & mask for n in range(8 // width)], dim=1)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output ``[G, D]`` and log-sum-exp ``[G]`` of one head, in the tensors' own precision."""
+    logits = q @ keys.T * scale
+    return logits.softmax(-1) @ values, logits.logsumexp(-1)
