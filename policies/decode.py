@@ -175,10 +175,10 @@ class DecodeMethod(ScoredMethod):
         worth = self.worth(state)
         if state.protected is not None:
             worth = worth.masked_fill(state.protected, torch.inf)
-        keys = _order(worth, state.positions).masked_fill(~state.live, torch.iinfo(torch.int64).max)
-        ascending = torch.nn.functional.pad(
-            keys.sort(-1).values, (0, 1), value=torch.iinfo(torch.int64).max
-        )
+        never = torch.iinfo(torch.int64).max
+        keys = _order(worth, state.positions).masked_fill(~state.live, never)
+        beyond = torch.full_like(keys[..., :1], never)  # where all that is live leaves
+        ascending = torch.cat((keys.sort(-1).values, beyond), -1)
         return keys < ascending.gather(-1, drops[..., None])
 
 

@@ -23,7 +23,7 @@ from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.policies.signals import Needs
 from kvtune.runtime.contenders import Contender, Group, check, groups
-from kvtune.runtime.prompts import fresh_prompt, refuse_window
+from kvtune.runtime.prompts import Prompt, fresh_prompt, refuse_window
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample
 from kvtune.traces.seam import attending
@@ -119,7 +119,7 @@ class Generation:
         needs = Needs()
         for contender in self.contenders:
             needs |= contender.policy.needs
-        prompt = fresh_prompt(self.loaded, _as_sample(prompt_ids), needs)
+        prompt = prompt_signals(self.loaded, prompt_ids, needs)
         budgets = [c.policy.settle(self.prompt_tokens, prompt) for c in self.contenders]
         layers = []
         for layer in range(self.loaded.geometry.layers):
@@ -221,9 +221,11 @@ class Generation:
         }
 
 
-def _as_sample(prompt_ids: Sequence[int]) -> Sample:
-    """The prompt's last token is read as the first observed one; what follows is not known yet."""
-    return Sample("generation", "evaluate", "user", tuple(prompt_ids), 0, 1, (-1,))
+def prompt_signals(loaded: LoadedModel, prompt_ids: Sequence[int], needs: Needs) -> Prompt:
+    """The signals of a prompt without its last token, which is the first to be read."""
+    nothing_known = 0, 1, (-1,)
+    sample = Sample("generation", "evaluate", "user", tuple(prompt_ids), *nothing_known)
+    return fresh_prompt(loaded, sample, needs)
 
 
 def _compare(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:

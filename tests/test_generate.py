@@ -1,0 +1,275 @@
+"""Generation while the cache evicts: nothing lost with room for all, and replay agrees with it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.allocators.pyramid import Pyramid
+from kvtune.policies.decode import DecodeMethod
+from kvtune.policies.formats.grouped import Int4
+from kvtune.policies.methods.full import Full
+from kvtune.policies.methods.h2o import H2O
+from kvtune.policies.methods.lazy_eviction import LazyEviction
+from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.methods.streaming_llm import StreamingLLM
+from kvtune.policies.methods.tova import Tova
+from kvtune.policies.option import ALL, Budget, Option
+from kvtune.policies.policy import Policy
+from kvtune.policies.testing_decode import decode_methods
+from kvtune.runtime.contenders import Contender
+from kvtune.runtime.generate import Generation, GenerationRun, prompt_signals
+from kvtune.simulator.decode_replay import full_attention, replay_decoding
+from kvtune.simulator.replay import LayerReplay
+from kvtune.traces.passes import observed_logits
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LAYERS, HEADS, PROMPT, TOKENS, BUDGET = 3, 2, 33, 24, 9
+LAZY = LazyEviction(window=5, threshold=0.03)
+METHODS: list[DecodeMethod] = [
+    LAZY if kind is LazyEviction else kind() for kind in decode_methods().values()
+]
+
+
+def uniform(method: Any, budget: Budget, **kwargs: Any) -> Contender:
+    return Contender(Policy.uniform(Option(method, budget), LAYERS, HEADS), **kwargs)
+
+
+@pytest.fixture(scope="module")
+def prompt_ids() -> list[int]:
+    return np.random.default_rng(4).integers(2, 258, PROMPT + 1).tolist()
+
+
+def generate(
+    model: Any, prompt_ids: list[int], contenders: list[Contender], **options: Any
+) -> Generation:
+    generation = Generation(model, prompt_ids, contenders, room=TOKENS, **options)
+    generation.advance(TOKENS)
+    return generation
+
+
+@pytest.fixture(scope="module")
+def evicting(tiny_model: Any, prompt_ids: list[int]) -> Generation:
+    contenders = [uniform(method, Budget(tokens=BUDGET)) for method in METHODS]
+    return generate(tiny_model, prompt_ids, contenders)
+
+
+def test_room_for_all_changes_nothing(tiny_model: Any, prompt_ids: list[int]) -> None:
+    contenders = [uniform(method, Budget(tokens=PROMPT + TOKENS)) for method in METHODS]
+    for run in generate(tiny_model, prompt_ids, contenders).results():
+        assert run.kl.max() < 1e-5, run.name
+        np.testing.assert_allclose(run.nll, run.full_nll, atol=1e-4)
+        assert run.agrees.all()
+        assert not run.evicted.any()
+        assert not run.trimmed.any()
+        assert (run.peak_entries == PROMPT + TOKENS).all()
+
+
+def test_the_full_cache_generates_what_the_model_would(
+    tiny_model: Any, prompt_ids: list[int], evicting: Generation
+) -> None:
+    tokens = evicting.token_ids
+    logits = observed_logits(tiny_model, [*prompt_ids, *tokens[:-1]], TOKENS)
+    assert logits.argmax(-1).tolist() == tokens
+    nll = -logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+    np.testing.assert_allclose(evicting.results()[0].full_nll, nll.numpy(), atol=1e-4)
+
+
+def test_every_method_really_evicts_and_loses(evicting: Generation) -> None:
+    for run, method in zip(evicting.results(), METHODS, strict=True):
+        assert (run.trimmed == PROMPT - BUDGET).all()
+        assert (run.evicted > 0).all(), run.name
+        assert run.kl.mean() > 1e-3, run.name
+        assert run.peak_entries.max() <= method.most(BUDGET, BUDGET)
+
+
+def test_bytes_are_those_of_entries_and_statistics(evicting: Generation) -> None:
+    runs = {run.name.split()[0]: run for run in evicting.results()}
+    heads, entry, lengths = LAYERS * HEADS, 2 * 2 * 8, 4 * LAYERS * HEADS
+    assert runs["streaming_llm"].mean_bytes == heads * BUDGET * entry + lengths
+    assert runs["h2o"].mean_bytes == heads * BUDGET * (entry + 4) + lengths
+    assert runs["h2o"].statistics_bytes == heads * BUDGET * 4
+    assert runs["h2o"].peak_bytes == heads * (BUDGET + 1) * (entry + 4) + lengths
+    assert runs["scissorhands"].mean_bytes < heads * BUDGET * (entry + 50) + lengths
+
+
+def test_a_prompt_only_policy_keeps_what_is_generated(
+    tiny_model: Any, prompt_ids: list[int]
+) -> None:
+    budget = Budget(tokens=BUDGET)
+    contenders = [uniform(H2O(), budget, evicts=False), uniform(SnapKV(window=4), budget)]
+    for run in generate(tiny_model, prompt_ids, contenders).results():
+        assert not run.evicted.any()
+        assert (run.trimmed == PROMPT - BUDGET).all()
+        assert (run.peak_entries == BUDGET + TOKENS).all()
+
+
+def test_heads_may_have_methods_and_budgets_of_their_own(
+    tiny_model: Any, prompt_ids: list[int]
+) -> None:
+    heads = (
+        (Option(H2O(), Budget(tokens=5)), Option(SnapKV(window=4), Budget(tokens=11))),
+        (Option(Full(), ALL), Option(StreamingLLM(), Budget(tokens=7))),
+        (Option(Tova(), Budget(tokens=6)), Option(Tova(), Budget(tokens=6))),
+    )
+    mixed, plain = Contender(Policy("mixed", heads)), uniform(H2O(), Budget(tokens=5))
+    runs = generate(tiny_model, prompt_ids, [mixed, plain]).results()
+    assert runs[0].evicted.tolist() == [[TOKENS, 0], [0, TOKENS], [TOKENS, TOKENS]]
+    assert runs[0].trimmed.tolist() == [
+        [PROMPT - 5, PROMPT - 11],
+        [0, PROMPT - 7],
+        [PROMPT - 6] * 2,
+    ]
+    alone = generate(tiny_model, prompt_ids, [mixed]).results()[0]
+    np.testing.assert_allclose(alone.kl, runs[0].kl, atol=1e-5)
+
+
+def test_an_allocator_moves_decode_budgets_too(tiny_model: Any, prompt_ids: list[int]) -> None:
+    option = Option(H2O(), Budget(tokens=BUDGET))
+    pyramid = Policy.uniform(option, LAYERS, HEADS, allocator=Pyramid(beta=4.0))
+    run = generate(tiny_model, prompt_ids, [Contender(pyramid)]).results()[0]
+    peaks = run.peak_entries[:, 0].tolist()
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks[0] > peaks[-1]
+    assert (run.peak_entries - 1).sum() == LAYERS * HEADS * BUDGET
+
+
+def same(one: GenerationRun, other: GenerationRun) -> None:
+    np.testing.assert_array_equal(one.kl, other.kl)
+    np.testing.assert_array_equal(one.evicted, other.evicted)
+
+
+def test_stretches_make_the_same_generation(
+    tiny_model: Any, prompt_ids: list[int], evicting: Generation
+) -> None:
+    contenders = [uniform(method, Budget(tokens=BUDGET)) for method in METHODS]
+    other = Generation(tiny_model, prompt_ids, contenders, room=TOKENS)
+    for stretch in (1, 10, 3, 100):
+        other.advance(stretch)
+    assert other.generated == TOKENS
+    assert other.token_ids == evicting.token_ids
+    for one, two in zip(evicting.results(), other.results(), strict=True):
+        same(one, two)
+
+
+def test_tokens_are_drawn_by_seed_and_banned_ones_never(
+    tiny_model: Any, prompt_ids: list[int]
+) -> None:
+    def drawn(seed: int, **options: Any) -> list[int]:
+        return generate(tiny_model, prompt_ids, [], seed=seed, temperature=1.0, **options).token_ids
+
+    assert drawn(1) == drawn(1) != drawn(2)
+    banned = drawn(1)[0]
+    assert banned not in drawn(1, banned=[banned])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "contender", "told"),
+    [
+        ([5], uniform(H2O(), Budget(tokens=4)), "a prompt of 1 tokens"),
+        ([5, 6], Contender(Policy.uniform(Option(), 2, 2)), "is for 2 layers"),
+        ([5, 6], Contender(Policy.uniform(Option(keys=Int4()), 3, 2)), "stores fewer bits"),
+    ],
+    ids=["one token", "another model", "int4"],
+)
+def test_what_cannot_be_generated_is_refused(
+    tiny_model: Any, prompt: list[int], contender: Contender, told: str
+) -> None:
+    with pytest.raises(KvtuneError, match=told):
+        Generation(tiny_model, prompt, [contender], room=2)
+
+
+def test_results_before_the_first_token_are_refused(tiny_model: Any, prompt_ids: list[int]) -> None:
+    with pytest.raises(KvtuneError, match="nothing has been generated"):
+        Generation(tiny_model, prompt_ids, [], room=2).results()
+
+
+@pytest.mark.parametrize("prompt", [2, 3, 7])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_short_prompts_and_budgets_below_sinks_and_window(
+    tiny_model: Any, prompt_ids: list[int], method: DecodeMethod, prompt: int
+) -> None:
+    contenders = [uniform(method, Budget(tokens=budget)) for budget in (1, 3, 5)]
+    for run in generate(tiny_model, prompt_ids[:prompt], contenders).results():
+        assert np.isfinite(run.kl).all()
+        assert (run.evicted > 0).all()
+
+
+# Replay
+
+
+def record(generation: Generation, layer: int, row: int) -> tuple[list[Tensor], ...]:
+    """Let one row of one layer's group remember queries, keys and values."""
+    group = next(g for g in generation.layers[layer] if row in g.rows)
+    own, step = group.rows.index(row), group.cache.step
+    seen: tuple[list[Tensor], ...] = ([], [], [])
+
+    def stepped(*given: Tensor) -> Tensor:
+        for each, tensor in zip(seen, given, strict=True):
+            each.append(tensor[own])
+        return step(*given)
+
+    group.cache.step = stepped  # type: ignore[method-assign]
+    return seen
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_replay_keeps_the_tokens_that_the_live_run_keeps(
+    tiny_model: Any, prompt_ids: list[int], method: DecodeMethod
+) -> None:
+    contender = uniform(method, Budget(tokens=BUDGET))
+    generation = Generation(tiny_model, prompt_ids, [contender], room=TOKENS)
+    seen = [record(generation, layer, 1) for layer in range(LAYERS)]
+    generation.advance(TOKENS)
+    prompt = prompt_signals(tiny_model, prompt_ids, method.needs)
+    for layer in range(LAYERS):
+        queries, keys, values = (torch.stack(each, -2) for each in seen[layer])
+        replay = LayerReplay(prompt(layer), queries, keys, values, torch.empty(0))
+        found = replay_decoding(replay, method, np.full((1, HEADS), BUDGET))
+        live = next(g for g in generation.layers[layer] if 1 in g.rows).cache
+        assert found.cache.kept() == live.kept()
+        np.testing.assert_array_equal(found.cache.evicted, live.evicted)
+
+
+@pytest.fixture(scope="module")
+def layer(tiny_trace: Any) -> LayerReplay:
+    return LayerReplay.of(tiny_trace.layer(tiny_trace.samples[0].id, 1))
+
+
+def test_replay_with_room_for_all_is_the_full_cache(layer: LayerReplay) -> None:
+    found = replay_decoding(layer, H2O(), np.full((1, HEADS), 100))
+    torch.testing.assert_close(found.output[0], layer.full, rtol=1e-4, atol=1e-5)
+    for share in (found.mass, found.cosine):
+        torch.testing.assert_close(share, torch.ones_like(share))
+
+
+def test_replay_measures_the_mass_and_angle_of_what_it_saw(layer: LayerReplay) -> None:
+    budgets = np.array([[6, 6], [20, 20]])
+    found = replay_decoding(layer, StreamingLLM(sinks=2), budgets)
+    rows, prompt = full_attention(layer), layer.signals.prompt_tokens
+    for t in (0, 5, 11):
+        now = prompt + t
+        seen = [0, 1, *range(now - 4, now + 1)]  # four of the window before, and itself
+        masked = torch.zeros_like(rows[:, :, t])
+        masked[..., seen] = rows[:, :, t][..., seen]
+        torch.testing.assert_close(found.mass[0, :, t], masked.sum(-1).mean(-1))
+        cosine = torch.cosine_similarity(masked, rows[:, :, t], dim=-1).mean(-1)
+        torch.testing.assert_close(found.cosine[0, :, t], cosine)
+    assert (found.mass[1] > found.mass[0]).all()
+
+
+def test_the_authors_lazy_eviction_holds_the_prompt_in_a_generation(
+    tiny_model: Any, prompt_ids: list[int]
+) -> None:
+    run = generate(
+        tiny_model, prompt_ids, [uniform(replace(LAZY, prompt="kept"), Budget(tokens=BUDGET))]
+    ).results()[0]
+    assert not run.trimmed.any()
+    assert (run.peak_entries == PROMPT + LAZY.window).all()
