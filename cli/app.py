@@ -18,6 +18,7 @@ from kvtune.cli import (
     profile,
     search,
     simulate,
+    tui,
     validate,
 )
 
@@ -39,7 +40,7 @@ def build() -> Any:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     app.callback(invoke_without_command=True)(_alone)
-    for module in (search, validate, simulate, estimate, capture, export, profile, gpus, models):
+    for module in (search, tui, validate, simulate, estimate, capture, export, profile, gpus, models):
         app.command(name=module.__name__.rsplit(".", 1)[-1])(module.command)
     app.add_typer(policies.app, name="policies")
     return get_command(app)

@@ -295,7 +295,7 @@ def _facts(request: SearchRequest, budgets: Budgets, source: QualitySource) -> F
         seed=request.seed,
         source="stand-in" if source.stand_in else "own trace",
         stand_in=source.stand_in,
-        kinds=tuple(sorted({sample.kind for sample in samples})),
+        kinds=tuple(sorted({s.kind for s in samples if s.split == "evaluate"})),
         selection_samples=splits[selection_split(source.tables)],
         held_out_samples=splits["evaluate"],
         options=source.tables.options,

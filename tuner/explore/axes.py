@@ -25,14 +25,17 @@ class Axis:
         label: for people, with its unit.
         less_is_better: which way is good.
         column: value, low, high of every plan, ``[n, 3]``.
-        logarithmic: whether it is best seen so.
     """
 
     name: str
     label: str
     less_is_better: bool
     column: Callable[[Study, Figures], Floats]
-    logarithmic: bool = True
+
+    @property
+    def words(self) -> str:
+        """The label, and which way is good."""
+        return f"{self.label} ({'less' if self.less_is_better else 'more'} is better)"
 
 
 def _counted(column: NDArray[np.number]) -> Floats:
@@ -123,6 +126,9 @@ class Filter:
     @staticmethod
     def _narrower(study: Study, least: int) -> NDArray[np.bool_]:
         return study.using(option_bits(o)[0] < least for o in study.facts.options)
+
+
+EVERYTHING = Filter()
 
 
 def option_bits(option: Option) -> tuple[float, float]:

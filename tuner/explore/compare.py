@@ -24,15 +24,19 @@ class Side:
 
     Args:
         name: for people.
-        kl: at the best tier there is, nats/token.
-        by_kind: on held-out samples by kind of text; empty where not known.
+        selection: loss on the samples that plans are judged on; None of a baseline.
+        held_out: loss on samples that no choice was made on, before anything ran live.
+        live: measured on those, or None.
+        by_kind: held-out loss by kind of text; empty where not known.
         policy: what each head gets, or None where only its loss is known.
         prompt_bytes: of one compressed prompt, at the plan's context.
         figures: memory and time, one row; None without a policy.
     """
 
     name: str
-    kl: Estimate
+    selection: Estimate | None
+    held_out: Estimate
+    live: Estimate | None
     by_kind: dict[str, float]
     policy: Policy | None
     prompt_bytes: int
@@ -42,10 +46,18 @@ class Side:
 def plan_side(study: Study, plan: Plan, setting: Setting) -> Side:
     """A plan of the study."""
     policy = study.policy(plan)
-    kinds = dict(zip(study.facts.kinds, plan.held_out, strict=True))
+    live = study.live(plan)
     shown = _figures(study, policy, plan, setting)
-    name = f"plan of trial {plan.trial}"
-    return Side(name, study.quality(plan), kinds, policy, plan.prompt_bytes, shown)
+    return Side(
+        name=f"plan of trial {plan.trial}",
+        selection=plan.kl,
+        held_out=plan.held_out,
+        live=live.kl if live else None,
+        by_kind=dict(zip(study.facts.kinds, plan.by_kind, strict=True)),
+        policy=policy,
+        prompt_bytes=int(shown.prompt_bytes[0]),
+        figures=shown,
+    )
 
 
 def baseline_side(study: Study, baseline: Baseline, plan: Plan, setting: Setting) -> Side:
@@ -53,7 +65,16 @@ def baseline_side(study: Study, baseline: Baseline, plan: Plan, setting: Setting
     policy = study.baseline_policy(baseline)
     shown = None if policy is None else _figures(study, policy, plan, setting)
     size = baseline.prompt_bytes if shown is None else int(shown.prompt_bytes[0])
-    return Side(baseline.name, baseline.best, baseline.by_kind, policy, size, shown)
+    return Side(
+        name=baseline.name,
+        selection=None,
+        held_out=baseline.predicted,
+        live=baseline.live,
+        by_kind=baseline.by_kind,
+        policy=policy,
+        prompt_bytes=size,
+        figures=shown,
+    )
 
 
 def _figures(study: Study, policy: Policy, plan: Plan, setting: Setting) -> Figures:

@@ -32,7 +32,7 @@ class Facts:
         seed: of everything drawn.
         source: ``own trace`` or ``stand-in``.
         stand_in: whose trace stood in, or "".
-        kinds: of text, in the order of the lines' figures.
+        kinds: of held-out text, in the order of the lines' figures.
         selection_samples: that plans are judged on.
         held_out_samples: that no plan was chosen on.
         options: what a head may be given; lines hold their numbers.

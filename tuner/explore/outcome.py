@@ -94,7 +94,7 @@ def _outcome(plain: dict[str, Any]) -> Outcome:
         predicted=as_estimate(plain["predicted"]["kl"]),
         baselines=tuple(_baseline(rival) for rival in plain["rivals"]),
         full_cache_sequences=int(plain["full_cache_sequences"]),
-        full_cache_accuracy=_maybe(plain.get("full_cache_accuracy")),
+        full_cache_accuracy=maybe_estimate(plain.get("full_cache_accuracy")),
         notes=tuple(plain["notes"]),
         counters=dict(plain["counters"]),
         provenance=dict(plain["provenance"]),
@@ -106,10 +106,10 @@ def _baseline(plain: dict[str, Any]) -> Baseline:
         name=str(plain["name"]),
         family=str(plain["family"]),
         predicted=as_estimate(plain["predicted"]),
-        live=_maybe(plain["live"]),
+        live=maybe_estimate(plain["live"]),
         prompt_bytes=int(plain["prompt_bytes"]),
-        perplexity_change=_maybe(plain["perplexity_change"]),
-        retrieval_accuracy=_maybe(plain["retrieval_accuracy"]),
+        perplexity_change=maybe_estimate(plain["perplexity_change"]),
+        retrieval_accuracy=maybe_estimate(plain["retrieval_accuracy"]),
         by_kind=dict(plain.get("by_kind") or {}),
         policy=str(plain.get("policy") or ""),
     )
@@ -121,5 +121,6 @@ def as_estimate(plain: dict[str, Any]) -> Estimate:
     return Estimate(plain["value"], low, high, plain["unit"], plain["tier"])
 
 
-def _maybe(plain: dict[str, Any] | None) -> Estimate | None:
+def maybe_estimate(plain: dict[str, Any] | None) -> Estimate | None:
+    """The same of what may be missing."""
     return None if plain is None else as_estimate(plain)

@@ -31,8 +31,8 @@ class Plan:
         sequences: at once.
         prompt_bytes: of one compressed prompt.
         kl: on the selection samples, nats/token.
-        by_kind: the same by kind of text.
-        held_out: by kind of text, on samples that no choice was made on.
+        held_out: on samples that no choice was made on.
+        by_kind: the held-out loss by kind of text.
         heads: option numbers, ``[I]``.
         parameters: what the study chose.
     """
@@ -42,8 +42,8 @@ class Plan:
     sequences: int
     prompt_bytes: int
     kl: Estimate
+    held_out: Estimate
     by_kind: tuple[float, ...]
-    held_out: tuple[float, ...]
     heads: NDArray[np.uint16]
     parameters: dict[str, Any]
 
@@ -58,8 +58,8 @@ class Plans:
         sequences: ``[n]``.
         prompt_bytes: ``[n]``.
         kl: value, low, high, ``[n, 3]`` nats/token.
+        held_out: likewise.
         by_kind: ``[n, K]``.
-        held_out: ``[n, K]``.
         heads: ``[n, I]``.
         parameters: n of them.
     """
@@ -69,18 +69,13 @@ class Plans:
     sequences: Integers
     prompt_bytes: Integers
     kl: Floats
-    by_kind: Floats
     held_out: Floats
+    by_kind: Floats
     heads: NDArray[np.uint16]
     parameters: tuple[dict[str, Any], ...]
 
     def __len__(self) -> int:
         return len(self.trial)
-
-    def loss(self, row: int) -> Estimate:
-        """A plan's loss on the selection samples, nats/token."""
-        value, low, high = map(float, self.kl[row])
-        return Estimate(value, low, high, "nats/token", "table")
 
     def __getitem__(self, row: int) -> Plan:
         return Plan(
@@ -88,12 +83,17 @@ class Plans:
             context_tokens=int(self.context_tokens[row]),
             sequences=int(self.sequences[row]),
             prompt_bytes=int(self.prompt_bytes[row]),
-            kl=self.loss(row),
+            kl=_loss(self.kl[row]),
+            held_out=_loss(self.held_out[row]),
             by_kind=tuple(map(float, self.by_kind[row])),
-            held_out=tuple(map(float, self.held_out[row])),
             heads=self.heads[row],
             parameters=self.parameters[row],
         )
+
+
+def _loss(ends: Floats) -> Estimate:
+    value, low, high = map(float, ends)
+    return Estimate(value, low, high, "nats/token", "table")
 
 
 def write_line(plan: Plan) -> str:
@@ -104,8 +104,8 @@ def write_line(plan: Plan) -> str:
         "sequences": plan.sequences,
         "prompt_bytes": plan.prompt_bytes,
         "kl": [plan.kl.value, plan.kl.low, plan.kl.high],
+        "held_out": [plan.held_out.value, plan.held_out.low, plan.held_out.high],
         "by_kind": list(plan.by_kind),
-        "held_out": list(plan.held_out),
         "heads": base64.b64encode(plan.heads.astype("<u2").tobytes()).decode(),
         "parameters": plan.parameters,
     }
@@ -133,8 +133,8 @@ def columns(records: Sequence[dict[str, Any]], heads: int, kinds: int) -> Plans:
         sequences=whole("sequences"),
         prompt_bytes=whole("prompt_bytes"),
         kl=table("kl", 3),
+        held_out=table("held_out", 3),
         by_kind=table("by_kind", kinds),
-        held_out=table("held_out", kinds),
         heads=np.frombuffer(codes, "<u2").astype(np.uint16).reshape(count, heads),
         parameters=tuple(dict(r["parameters"]) for r in records),
     )

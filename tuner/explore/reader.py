@@ -11,6 +11,7 @@ from typing import Any
 
 from kvtune.common.errors import KvtuneError
 from kvtune.tuner.explore.facts import Facts, read_facts
+from kvtune.tuner.explore.measured import read_measured
 from kvtune.tuner.explore.outcome import Outcome, read_outcome
 from kvtune.tuner.explore.plans import Plans, columns
 from kvtune.tuner.explore.record import PLANS_FILE
@@ -55,7 +56,9 @@ class StudyReader:
         if changed or self._plans is None:
             self._plans = self._columns(self._facts)
         outcome = self._read_outcome(self._facts)
-        return Study(self.folder, self._facts, self._plans, outcome, self._state(outcome))
+        measured = read_measured(self.folder, self._facts.study)
+        state = self._state(outcome)
+        return Study(self.folder, self._facts, self._plans, outcome, state, measured)
 
     def _columns(self, facts: Facts) -> Plans:
         heads = facts.shape.layers * facts.shape.kv_heads

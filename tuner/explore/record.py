@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Estimate
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.plans import Plan, write_line
 from kvtune.tuner.quality import estimate
@@ -43,25 +44,26 @@ class Recorder:
 
     def add(self, candidate: Candidate) -> None:
         """Write one plan; its loss as the study predicted it, before calibration."""
-        loss = self.selection.by_sample(candidate.choice)
-        kinds = [sample.kind for sample in self.selection.samples]
+        held_out = self.held_out.by_sample(candidate.choice)
         plan = Plan(
             trial=candidate.number,
             context_tokens=candidate.context,
             sequences=candidate.sequences,
             prompt_bytes=candidate.prompt_bytes,
-            kl=self.calibration.apply(estimate(loss, kinds, "table")),
-            by_kind=self._by_kind(self.selection, loss),
-            held_out=self._by_kind(self.held_out, self.held_out.by_sample(candidate.choice)),
+            kl=self._loss(self.selection, self.selection.by_sample(candidate.choice)),
+            held_out=self._loss(self.held_out, held_out),
+            by_kind=self._by_kind(held_out),
             heads=candidate.choice.astype(np.uint16),
             parameters=candidate.parameters,
         )
         self._write("a", write_line(plan))
 
-    def _by_kind(self, tables: Tables, loss: NDArray[np.float32]) -> tuple[float, ...]:
-        value = self.calibration.value
-        means = by_kind(loss, [sample.kind for sample in tables.samples])
-        return tuple(value(means[kind]) if kind in means else 0.0 for kind in self.facts.kinds)
+    def _loss(self, tables: Tables, by_sample: NDArray[np.float32]) -> Estimate:
+        return self.calibration.apply(estimate(by_sample, _kinds(tables), "table"))
+
+    def _by_kind(self, by_sample: NDArray[np.float32]) -> tuple[float, ...]:
+        means = by_kind(by_sample, _kinds(self.held_out), self.calibration.value)
+        return tuple(means[kind] for kind in self.facts.kinds)
 
     def _write(self, mode: str, text: str) -> None:
         try:
@@ -69,6 +71,10 @@ class Recorder:
                 file.write(text)
         except OSError as error:
             raise KvtuneError(f"cannot write: {error.strerror}", where=str(self.path)) from error
+
+
+def _kinds(tables: Tables) -> list[str]:
+    return [sample.kind for sample in tables.samples]
 
 
 def selection_split(tables: Tables) -> str:

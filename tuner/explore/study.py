@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,7 @@ from kvtune.policies.document import (
 )
 from kvtune.policies.policy import Policy
 from kvtune.tuner.explore.facts import Facts
+from kvtune.tuner.explore.measured import Measured
 from kvtune.tuner.explore.outcome import Baseline, Outcome
 from kvtune.tuner.explore.plans import Plan, Plans
 
@@ -39,6 +40,7 @@ class Study:
         plans: one a finished trial that fits, in the order of finishing.
         outcome: the result, once the search has finished.
         state: running, finished, or stopped before its end.
+        measured: live runs asked for since, by trial.
     """
 
     folder: Path
@@ -46,6 +48,7 @@ class Study:
     plans: Plans
     outcome: Outcome | None
     state: State
+    measured: Mapping[int, Measured] = field(default_factory=dict)
 
     @cached_property
     def chosen(self) -> int | None:
@@ -98,12 +101,33 @@ class Study:
         except KvtuneError:
             return None
 
+    def is_chosen(self, plan: Plan) -> bool:
+        """Whether it is the plan that was chosen, or would be now."""
+        return self.chosen is not None and self.plans.trial[self.chosen] == plan.trial
+
+    def live(self, plan: Plan) -> Measured | None:
+        """What live runs found of a plan: asked for since, or the search's own."""
+        if plan.trial in self.measured or self.outcome is None or not self.is_chosen(plan):
+            return self.measured.get(plan.trial)
+        ours, outcome = self.outcome.baselines[0], self.outcome
+        if ours.live is None:
+            return None
+        return Measured(
+            kl=ours.live,
+            perplexity_change=ours.perplexity_change,
+            retrieval_accuracy=ours.retrieval_accuracy,
+            full_cache_accuracy=outcome.full_cache_accuracy,
+            prompt_bytes=ours.prompt_bytes,
+            device=str(outcome.provenance.get("device", "")),
+        )
+
     def quality(self, plan: Plan) -> Estimate:
-        """The plan's loss at the best tier there is: held out if it is the chosen one."""
-        chosen = self.chosen
-        if self.outcome is None or chosen is None or self.plans.trial[chosen] != plan.trial:
-            return plan.kl
-        return self.outcome.quality
+        """The plan's loss at the best tier there is: live, held out if chosen, selection."""
+        if (live := self.live(plan)) is not None:
+            return live.kl
+        if self.outcome is not None and self.is_chosen(plan):
+            return self.outcome.quality
+        return plan.kl
 
     def document(self, plan: Plan, weights: str) -> PolicyDocument:
         """The plan as a policy file, with where it comes from."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtune.common.units import MIB
-from kvtune.tuner.explore.axes import BYTES, LOSS, TOKENS, Axis, Filter, front
+from kvtune.tuner.explore.axes import BYTES, EVERYTHING, LOSS, TOKENS, Axis, Filter, front
 from kvtune.tuner.explore.outcome import Baseline
 from kvtune.tuner.explore.plans import Floats
 from kvtune.tuner.explore.study import Study
@@ -46,7 +46,7 @@ class View:
     setting: Setting
     x: Axis = TOKENS
     y: Axis = LOSS
-    filter: Filter = Filter()
+    filter: Filter = EVERYTHING
 
     @cached_property
     def rows(self) -> Rows:

@@ -1,0 +1,38 @@
+"""Which study is meant: the named run directory, else the newest one here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvtune.common.errors import KvtuneError
+from kvtune.tuner.explore.record import PLANS_FILE
+
+RUNS = Path("kvtune-runs")
+
+Study = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="STUDY", help="A run directory of kvtune search; left out: the newest here."
+    ),
+]
+
+
+def find_study(named: Path | None) -> Path:
+    """The run directory.
+
+    Raises:
+        KvtuneError: none was named, and there is none below ``kvtune-runs``.
+    """
+    if named is not None:
+        return named.expanduser()
+    found = sorted(RUNS.glob(f"*/{PLANS_FILE}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise KvtuneError(
+            "there is no study here",
+            where=str(RUNS),
+            hint="kvtune search --model llama-8b --gpu 4090 --mem 16GB begins one.",
+        )
+    return found[-1].parent

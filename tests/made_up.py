@@ -1,0 +1,177 @@
+"""A made-up study on disk, plausible and always the same, for the explorer and the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvtune.common.estimate import Estimate
+from kvtune.policies.document import ModelFacts, PolicyDocument, write_policy
+from kvtune.policies.option import Option
+from kvtune.policies.policy import Policy
+from kvtune.profiles.models import find_model
+from kvtune.tuner.explore.facts import Facts
+from kvtune.tuner.explore.plans import Plan, write_line
+from kvtune.tuner.explore.record import PLANS_FILE
+from kvtune.tuner.options import SMALL
+
+KINDS = ("code", "prose", "retrieval")
+CONTEXT = 8192
+
+
+def facts(**changes: Any) -> Facts:
+    """Llama-3.1-8B on a 4090 in 16 GB, with SmolLM2's options."""
+    asked: dict[str, Any] = {
+        "study": "made-up",
+        "kvtune": "0.1.0",
+        "shape": find_model("llama-8b"),
+        "gpu": "rtx-4090",
+        "memory_bytes": 16 * 10**9,
+        "weights": "fp8",
+        "generated_tokens": 256,
+        "largest_kl": 0.02,
+        "trials": 60,
+        "seed": 0,
+        "source": "stand-in",
+        "stand_in": "smollm2-135m",
+        "kinds": KINDS,
+        "selection_samples": 9,
+        "held_out_samples": 24,
+        "options": SMALL.options(),
+    }
+    return Facts(**asked | changes)
+
+
+def plans(count: int, about: Facts, seed: int = 0) -> list[Plan]:
+    """Plans of falling bytes and rising loss, some better than others."""
+    rng = np.random.default_rng(seed)
+    return [_plan(trial, count, about, rng) for trial in range(count)]
+
+
+def _plan(trial: int, count: int, about: Facts, rng: np.random.Generator) -> Plan:
+    depth = (trial * 7 % max(count, 1)) / max(count - 1, 1)
+    heads = _heads(depth, about, rng)
+    size = sum(
+        about.options[o].footprint(about.options[o].budget.resolve(CONTEXT), about.shape.head_dim)
+        for o in heads
+    )
+    loss = 0.0004 * np.exp(6.5 * depth) * rng.lognormal(0.15, 0.25) * (trial > 0)
+    kinds = tuple(float(loss * f) for f in rng.uniform(0.7, 1.3, len(about.kinds)))
+    return Plan(
+        trial=trial,
+        context_tokens=CONTEXT,
+        sequences=int(5_000_000_000 // (size + 33_554_432)),
+        prompt_bytes=int(size) + 4 * len(heads),
+        kl=_estimate(float(loss)),
+        held_out=_estimate(float(np.mean(kinds))),
+        by_kind=kinds,
+        heads=heads,
+        parameters={
+            "h2o": True,
+            "snapkv": bool(trial % 2),
+            "least_bits": 2,
+            "split": "heads" if trial % 3 else "layers",
+            "shrinkage": round(0.4 + trial % 5 / 100, 2),
+            "context": CONTEXT,
+            "trial": trial,
+        },
+    )
+
+
+def _estimate(loss: float) -> Estimate:
+    return Estimate(loss, 0.6 * loss, 1.7 * loss, "nats/token", "table")
+
+
+def _heads(depth: float, about: Facts, rng: np.random.Generator) -> Any:
+    """Option numbers whose bytes fall as ``depth`` goes from 0 to 1."""
+    shape = about.shape
+    footprints = [o.footprint(o.budget.resolve(CONTEXT), shape.head_dim) for o in about.options]
+    order = np.argsort(footprints, kind="stable")[::-1]
+    place = depth * (len(order) - 1) + rng.normal(0, 4, shape.layers * shape.kv_heads)
+    return order[np.clip(place.round().astype(int), 0, len(order) - 1)].astype(np.uint16)
+
+
+def write_study(
+    folder: Path, count: int = 60, finished: bool = True, live: bool = False, **changes: Any
+) -> Path:
+    """A run directory with that many plans."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = facts(**changes)
+    made = plans(count, about)
+    lines = [json.dumps(about.as_plain()) + "\n", *map(write_line, made)]
+    (folder / PLANS_FILE).write_text("".join(lines))
+    (folder / "config.json").write_text(json.dumps({"model": about.shape.name}))
+    if finished and made:
+        _finish(folder, about, made, live)
+    return folder
+
+
+def _finish(folder: Path, about: Facts, made: list[Plan], live: bool) -> None:
+    within = [p for p in made if p.kl.value <= about.largest_kl] or made[:1]
+    chosen = max(within, key=lambda p: p.sequences)
+    greedy = _policy(about, chosen.heads[::-1], "greedy per head")
+    (folder / "baselines").mkdir(exist_ok=True)
+    document = PolicyDocument(
+        greedy,
+        ModelFacts(
+            about.shape.name, about.shape.layers, about.shape.kv_heads, about.shape.head_dim
+        ),
+    )
+    (folder / "baselines" / "greedy.yaml").write_text(write_policy(document))
+    value = chosen.kl.value
+    rivals = [
+        _rival("kvtune plan", "kvtune", 1.1 * value, chosen, "policy.yaml", live),
+        _rival("greedy per head", "greedy", 1.3 * value, chosen, "baselines/greedy.yaml", live),
+        _rival("uniform h2o int3+4", "uniform", 9 * value, chosen, None, live),
+        _rival("adakv snapkv int4", "adakv", 10 * value, chosen, None, live),
+    ]
+    quality = rivals[0]["live"] or rivals[0]["predicted"]
+    result = {
+        "front": [{"parameters": chosen.parameters, "chosen": True}],
+        "rivals": rivals,
+        "quality": {"kl": quality},
+        "predicted": {"kl": rivals[0]["predicted"]},
+        "full_cache_sequences": 5,
+        "full_cache_accuracy": _share(0.96) if live else None,
+        "notes": ["weights: fp8 weights, the widest that leave room for a cache."],
+        "counters": {"tokens_kept": 51200} if live else {},
+        "provenance": {"study": about.study, "kvtune": about.kvtune, "seed": 0, "trace": "c0ffee"},
+    }
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def _policy(about: Facts, heads: Any, name: str) -> Policy:
+    rows = np.asarray(heads).reshape(-1, about.shape.kv_heads)
+    options: tuple[Option, ...] = about.options
+    return Policy(name, tuple(tuple(options[o] for o in row) for row in rows))
+
+
+def _rival(
+    name: str, family: str, loss: float, chosen: Plan, policy: str | None, live: bool
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "family": family,
+        "predicted": _loss(loss, "table"),
+        "live": _loss(1.2 * loss, "live") if live else None,
+        "prompt_bytes": chosen.prompt_bytes,
+        "perplexity_change": _figure(loss, "ratio - 1", "live") if live else None,
+        "retrieval_accuracy": _share(0.96 - loss) if live else None,
+        "by_kind": dict.fromkeys(KINDS, loss) if policy else {},
+        "policy": policy,
+    }
+
+
+def _loss(value: float, tier: str) -> dict[str, Any]:
+    return _figure(value, "nats/token", tier)
+
+
+def _share(value: float) -> dict[str, Any]:
+    return _figure(value, "share", "live")
+
+
+def _figure(value: float, unit: str, tier: str) -> dict[str, Any]:
+    return {"value": value, "interval": [0.8 * value, 1.3 * value], "unit": unit, "tier": tier}

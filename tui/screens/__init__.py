@@ -1,0 +1,1 @@
+"""What is on screen at one time, one screen a file."""

@@ -1,0 +1,265 @@
+"""The main screen: the front, the selected plan, and what if."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+
+from textual import events, on
+from textual.app import ComposeResult
+from textual.binding import Binding
+from textual.containers import Horizontal, Vertical
+from textual.screen import Screen
+from textual.widgets import Footer, Static
+
+from kvtune.common.errors import KvtuneError
+from kvtune.tui.screens.compare import CompareScreen
+from kvtune.tui.screens.export import ExportScreen
+from kvtune.tui.screens.filters import FilterScreen
+from kvtune.tui.screens.help import HelpScreen
+from kvtune.tui.screens.validate import ValidateScreen
+from kvtune.tui.widgets.heat_map import SHADES, Shade
+from kvtune.tui.widgets.legend import Legend
+from kvtune.tui.widgets.notice import Notice, too_small
+from kvtune.tui.widgets.plan_panel import PlanPanel, Selected
+from kvtune.tui.widgets.plot import FrontPlot
+from kvtune.tui.widgets.status import status
+from kvtune.tui.widgets.what_if import WhatIf
+from kvtune.tuner.explore.axes import AXES, Axis, Filter
+from kvtune.tuner.explore.study import Study
+from kvtune.tuner.explore.view import View
+from kvtune.tuner.explore.what_if import Setting, figures_of
+
+
+class ExplorerScreen(Screen[None]):
+    """Holds the cursor; draws snapshots and views, computes nothing of its own."""
+
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (110, "-wide")]  # noqa: RUF012
+    BINDINGS = [  # noqa: RUF012
+        Binding("question_mark", "help", "Help", key_display="?", tooltip="This page"),
+        Binding("x", "axis('x')", "Axes", tooltip="Another figure across"),
+        Binding("y", "axis('y')", "Upward", tooltip="Another figure upward", show=False),
+        Binding("h", "shade", "Heads", tooltip="Heads by budget, bits or method"),
+        Binding("w", "what_if", "What if", tooltip="Other contexts, batches, cards and limits"),
+        Binding("f", "filter", "Filter", tooltip="Which plans are shown"),
+        Binding("m", "mark", "Mark", tooltip="Mark the plan, to compare others with"),
+        Binding("c", "compare", "Compare", tooltip="With the marked plan or a baseline"),
+        Binding("e", "export", "Export", tooltip="To a policy file or a serving stack"),
+        Binding("v", "validate", "Validate", tooltip="Run the model with this plan"),
+        Binding("g", "go_chosen", "Chosen", tooltip="Back to the chosen plan", show=False),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.view: View | None = None
+        self.row: int | None = None
+        self.marked: int | None = None
+        self.shade: Shade = "budget"
+        self.error: KvtuneError | None = None
+
+    def compose(self) -> ComposeResult:
+        """Status, plot and legend, what if, plan, hints; or a notice in their place."""
+        yield Static(id="status", markup=False)
+        with Horizontal(id="body"):
+            with Vertical(id="left"):
+                yield FrontPlot(id="plot-front")
+                yield Legend(id="legend")
+                yield WhatIf(id="what-if")
+            yield PlanPanel(id="plan", can_focus=True)
+        yield Notice(id="notice")
+        yield Footer(show_command_palette=True)
+
+    # --- snapshots -------------------------------------------------------------------------
+
+    def arrived(self, study: Study) -> None:
+        """Draw a snapshot; the cursor stays on its plan."""
+        was_lost, self.error = self.error, None
+        if self.view is None:
+            self.query_one(WhatIf).offer(study.facts)
+            self._draw(study, Setting.asked(study.facts))
+            self.query_one(FrontPlot).focus()
+        elif was_lost or self._is_new(study):
+            self._keep_place(study)
+        self._show_state()
+
+    def _is_new(self, study: Study) -> bool:
+        assert self.view is not None  # noqa: S101 - asked of the second snapshot on
+        old = self.view.study
+        seen = (old.plans is study.plans, old.outcome is study.outcome, old.state == study.state)
+        return not all(seen) or old.measured != study.measured
+
+    def _keep_place(self, study: Study) -> None:
+        """The same plan by trial; another study begins anew."""
+        assert self.view is not None  # noqa: S101 - asked of the second snapshot on
+        old, row = self.view.study, self.row
+        followed = row is None or (row == old.chosen and row == self.view.start)
+        if old.facts.study != study.facts.study:
+            self.row = self.marked = None
+            self.query_one(WhatIf).offer(study.facts)
+            self._draw(study, Setting.asked(study.facts))
+            return
+        if followed:
+            self.row = None
+        self._draw(study, self.view.setting)
+
+    def lost(self, error: KvtuneError) -> None:
+        """The storage cannot be read now."""
+        self.error = error
+        self._show_state()
+
+    def _draw(self, study: Study, setting: Setting) -> None:
+        """A new view of a snapshot at a setting; an impossible setting keeps the last figures."""
+        panel = self.query_one(WhatIf)
+        try:
+            figures = figures_of(study, setting)
+        except KvtuneError as error:
+            panel.tell(f"{error.message}; shown is the last setting that fits")
+            return
+        panel.tell("")
+        if self.view is None:
+            self.view = View(study, figures, setting)
+        else:
+            self.view = replace(self.view, study=study, figures=figures, setting=setting)
+        self._refresh_view()
+
+    def _refresh_view(self) -> None:
+        """Draw the view as it is, with the cursor on a plan that is shown."""
+        view = self.view
+        if view is None:
+            return
+        if self.row is None or self.row not in view.rows:
+            self.row = view.start
+        self._show_state()
+        self._draw_cursor()
+
+    def _draw_cursor(self) -> None:
+        view = self.view
+        if view is None or not len(view.study.plans):
+            return
+        self.query_one(FrontPlot).show(view, self.row, self.marked)
+        self.query_one(Legend).show(view)
+        if self.row is not None:
+            self.query_one(PlanPanel).show(Selected(view, self.row), self.shade)
+
+    def _show_state(self) -> None:
+        """Status line, and a notice where there is nothing to draw."""
+        study = self.view.study if self.view else None
+        self.query_one("#status", Static).update(status(self.view, self.error, self.size.width))
+        notice = self.query_one(Notice)
+        words = too_small(self.size) or notice.words_for(study, self.view, self.error)
+        notice.update(words or "")
+        self.set_class(bool(words), "-notice")
+
+    @on(events.Resize)
+    def fit(self) -> None:
+        """Say so where the terminal is too small."""
+        self._show_state()
+
+    # --- moving ----------------------------------------------------------------------------
+
+    @on(FrontPlot.Picked)
+    def move_cursor(self, event: FrontPlot.Picked) -> None:
+        """Another plan."""
+        if event.row != self.row:
+            self.row = event.row
+            self._draw_cursor()
+
+    @on(WhatIf.Changed)
+    def try_setting(self, event: WhatIf.Changed) -> None:
+        """Memory and time elsewhere."""
+        if self.view is not None:
+            self._draw(self.view.study, event.setting)
+
+    def action_go_chosen(self) -> None:
+        """Back to the chosen plan."""
+        if self.view is not None and self.view.start is not None:
+            self.row = self.view.start
+            self._draw_cursor()
+
+    def action_axis(self, which: str) -> None:
+        """The next figure that the other axis does not show."""
+        if self.view is None:
+            return
+        here, other = (self.view.x, self.view.y) if which == "x" else (self.view.y, self.view.x)
+        found = AXES[(AXES.index(here) + 1) % len(AXES)]
+        if found is other:
+            found = AXES[(AXES.index(found) + 1) % len(AXES)]
+        self.choose_axis(which, found)
+
+    def choose_axis(self, which: str, axis: Axis) -> None:
+        """Show a figure on an axis; one that the other axis shows changes places with it."""
+        if self.view is None:
+            return
+        x, y = (axis, self.view.y) if which == "x" else (self.view.x, axis)
+        if x is y:
+            x, y = self.view.y, self.view.x
+        self.view = replace(self.view, x=x, y=y)
+        self._refresh_view()
+
+    def action_shade(self) -> None:
+        """Budget, bits, method."""
+        self.shade = SHADES[(SHADES.index(self.shade) + 1) % len(SHADES)]
+        self._draw_cursor()
+
+    def action_mark(self) -> None:
+        """Mark this plan, or take its mark away."""
+        self.marked = None if self.marked == self.row else self.row
+        self._draw_cursor()
+
+    def action_what_if(self) -> None:
+        """Show the sliders, or put them away."""
+        panel = self.query_one(WhatIf)
+        panel.border_title = "What if"
+        self.toggle_class("-what-if")
+        (panel.context if self.has_class("-what-if") else self.query_one(FrontPlot)).focus()
+
+    # --- other screens ---------------------------------------------------------------------
+
+    @property
+    def selected(self) -> Selected | None:
+        """The plan under the cursor."""
+        if self.view is None or self.row is None:
+            return None
+        return Selected(self.view, self.row)
+
+    def action_filter(self) -> None:
+        """Choose which plans are shown."""
+        if self.view is not None:
+            self.app.push_screen(FilterScreen(self.view.filter, self.view.study), self.apply_filter)
+
+    def apply_filter(self, chosen: Filter | None) -> None:
+        """Show what a filter lets through; None leaves all as it is."""
+        if self.view is not None and chosen is not None:
+            self.view = replace(self.view, filter=chosen)
+            self._refresh_view()
+
+    def action_compare(self) -> None:
+        """The selected plan beside another."""
+        if self.selected is not None:
+            self.app.push_screen(CompareScreen(self.selected, self.marked))
+
+    def action_export(self) -> None:
+        """Write the selected plan for a serving stack."""
+        if self.selected is not None:
+            self.app.push_screen(ExportScreen(self.selected))
+
+    def action_validate(self) -> None:
+        """Run the model with the selected plan."""
+        if self.selected is not None:
+            self.app.push_screen(ValidateScreen(self.selected))
+
+    def action_help(self) -> None:
+        """Keys and marks."""
+        self.app.push_screen(HelpScreen(self))
+
+    def commands(self) -> Iterable[tuple[str, str, Callable[[], object]]]:
+        """For the palette: name, help, what it does."""
+        for axis in AXES:
+            yield f"Across: {axis.label}", "Figure across", partial(self.choose_axis, "x", axis)
+            yield f"Upward: {axis.label}", "Figure upward", partial(self.choose_axis, "y", axis)
+        yield "Show all plans", "Take the filter away", partial(self.apply_filter, Filter())
+        for binding in self.BINDINGS:
+            if isinstance(binding, Binding) and binding.tooltip and "(" not in binding.action:
+                action = getattr(self, f"action_{binding.action}")
+                yield binding.description, binding.tooltip, action

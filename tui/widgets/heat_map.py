@@ -1,0 +1,150 @@
+"""Layers across, KV heads down: how much each head keeps, in how many bits, by which method."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from rich.text import Text
+from textual.events import MouseMove
+from textual.widget import Widget
+
+from kvtune.policies.option import Option
+from kvtune.tui.palette import BARS, Colours, colours_of, ramp
+from kvtune.tuner.explore.axes import option_bits
+from kvtune.tuner.explore.compare import HeadMap
+
+Shade = Literal["budget", "bits", "method"]
+SHADES: tuple[Shade, ...] = ("budget", "bits", "method")
+_MARGIN = 3  # columns of row labels
+_METHOD_COLOURS = ("muted", "primary", "accent", "warning", "success", "error", "secondary")
+
+
+class HeatMap(Widget):
+    """One cell a KV head; layers that do not fit on a line go on below."""
+
+    DEFAULT_CSS = "HeatMap { height: auto; }"
+
+    def __init__(self, *, id: str | None = None) -> None:  # noqa: A002 - Textual's name
+        super().__init__(id=id)
+        self.heads: HeadMap | None = None
+        self.shade: Shade = "budget"
+
+    def show(self, heads: HeadMap | None, shade: Shade) -> None:
+        """Draw a policy, or the sentence that there is none."""
+        self.heads, self.shade = heads, shade
+        self.refresh(layout=True)
+
+    @property
+    def _across(self) -> int:
+        """Layers on a line."""
+        return max(self.size.width - _MARGIN, 8)
+
+    def render(self) -> Text:
+        """The map, with layer numbers above and a legend below."""
+        if self.heads is None:
+            return Text("Only the loss of this baseline is known, not its heads.")
+        layers = len(self.heads.options)
+        blocks = [
+            self._block(self.heads, range(at, min(at + self._across, layers)))
+            for at in range(0, layers, self._across)
+        ]
+        return Text("\n").join([*blocks, self._legend(self.heads)])
+
+    def _block(self, heads: HeadMap, layers: range) -> Text:
+        text = Text(f"{'':{_MARGIN}}{ruler(layers)}\n", colours_of(self.app)["muted"])
+        lines = [self._line(heads, head, layers) for head in range(len(heads.options[0]))]
+        return Text("\n", no_wrap=True).join([text[:-1], *lines])
+
+    def _line(self, heads: HeadMap, head: int, layers: range) -> Text:
+        colours = colours_of(self.app)
+        line = Text(f"{head:>2} ", colours["muted"], no_wrap=True)
+        for layer in layers:
+            option = heads.options[layer][head]
+            glyph, colour = self._cell(colours, heads, option, float(heads.share[layer, head]))
+            line.append(glyph, colour)
+        return line
+
+    def _cell(
+        self, colours: Colours, heads: HeadMap, option: Option, share: float
+    ) -> tuple[str, str]:
+        if self.shade == "budget":
+            level = level_of(share)
+            return BARS[level], ramp(colours, level / 8)
+        if self.shade == "bits":
+            least = option_bits(option)[0]
+            return bits_glyph(least), ramp(colours, least / 16)
+        glyphs = method_glyphs(heads)
+        index = list(glyphs).index(option.method.name)
+        return glyphs[option.method.name], colours[_METHOD_COLOURS[index % 7]]
+
+    def _legend(self, heads: HeadMap) -> Text:
+        colours = colours_of(self.app)
+        if self.shade == "method":
+            return Text("  ").join(
+                Text.assemble((glyph, colours[_METHOD_COLOURS[index % 7]]), f" {name}")
+                for index, (name, glyph) in enumerate(method_glyphs(heads).items())
+            )
+        if self.shade == "bits":
+            return Text("bits of keys and values, the narrower; F is 16")
+        kept = 100 * float(np.mean(heads.share))
+        legend = Text("kept tokens: ")
+        for level in (1, 3, 5, 7, 8):
+            legend.append(BARS[level], ramp(colours, level / 8))
+            legend.append(f" {share_words(level)}  ")
+        return legend.append(f"mean {kept:.3g} %")
+
+    def on_mouse_move(self, event: MouseMove) -> None:
+        """Say in a tooltip what the head under the mouse gets."""
+        self.tooltip = self._words_at(event.x, event.y)
+
+    def _words_at(self, x: int, y: int) -> str | None:
+        if self.heads is None:
+            return None
+        block, row = divmod(y, len(self.heads.options[0]) + 1)
+        layer, head = block * self._across + x - _MARGIN, row - 1
+        if head < 0 or x < _MARGIN or x - _MARGIN >= self._across:
+            return None
+        if layer >= len(self.heads.options):
+            return None
+        option = self.heads.options[layer][head]
+        tokens = int(self.heads.tokens[layer, head])
+        return f"layer {layer}, KV head {head}: {option.label}, {tokens} tokens"
+
+
+def ruler(layers: range) -> str:
+    """Layer numbers, one every eight layers at its column."""
+    line = [" "] * len(layers)
+    for column, layer in enumerate(layers):
+        if layer % 8 == 0:
+            for offset, digit in enumerate(str(layer)):
+                if column + offset < len(line):
+                    line[column + offset] = digit
+    return "".join(line)
+
+
+def level_of(share: float) -> int:
+    """Eighths of a bar for a share of the tokens: a halving a step, all tokens full."""
+    if share >= 1:
+        return 8
+    return int(np.clip(8 + np.floor(np.log2(max(share, 1e-9))), 1, 7))
+
+
+def share_words(level: int) -> str:
+    """The largest share that a level stands for."""
+    return "all" if level == 8 else f"1/{2 ** (8 - level)}"
+
+
+def bits_glyph(width: float) -> str:
+    """One character: ``2``, ``4``, ``8``, ``F``."""
+    return "F" if width >= 16 else f"{width:.0f}"
+
+
+def method_glyphs(heads: HeadMap) -> dict[str, str]:
+    """A character for each method that the map uses: a letter of its name that no other has."""
+    names = sorted({option.method.name for layer in heads.options for option in layer})
+    found: dict[str, str] = {}
+    for name in names:
+        free = [letter for letter in f"{name}0123456789" if letter not in found.values()]
+        found[name] = "█" if name == "full" else free[0]
+    return found

@@ -1,0 +1,55 @@
+"""What the marks of the plot mean; only those that are there."""
+
+from __future__ import annotations
+
+from rich.text import Text
+from textual.widget import Widget
+
+from kvtune.tui.palette import CHOSEN, FRONT, OTHER, SELECTED, colours_of, mark_of, words_of
+from kvtune.tuner.explore.view import View
+
+
+class Legend(Widget):
+    """As many lines as it takes; a mark and its words stay together."""
+
+    DEFAULT_CSS = "Legend { height: auto; }"
+
+    def __init__(self, *, id: str) -> None:  # noqa: A002 - Textual's name
+        super().__init__(id=id)
+        self.view: View | None = None
+
+    def show(self, view: View) -> None:
+        """Explain this view."""
+        self.view = view
+        self.refresh(layout=True)
+
+    def render(self) -> Text:
+        """Marks with their words, and the filter."""
+        if self.view is None:
+            return Text("")
+        colours, lines, used = colours_of(self.app), [Text()], 0
+        for mark, colour, words in _parts(self.view):
+            length = len(mark) + len(words) + 3
+            if used and used + length > self.size.width + 2:
+                lines.append(Text())
+                used = 0
+            lines[-1].append(mark, colours[colour]).append(f" {words}  ")
+            used += length
+        return Text("\n").join(lines)
+
+
+def _parts(view: View) -> list[tuple[str, str, str]]:
+    """Mark, colour, words."""
+    chosen = "chosen" if view.study.outcome else "best so far"
+    baselines = [(mark_of(b.family), "error", words_of(b.family)) for b, *_ in view.baselines()]
+    lines = [("─" if line.axis is view.y else "│", "muted", line.words) for line in view.lines]
+    shown = [("shown:", "warning", view.filter.words)] if view.filter.words else []
+    return [
+        *shown,
+        (FRONT, "primary", "front"),
+        (OTHER, "muted", "other"),
+        (CHOSEN, "success", chosen),
+        (SELECTED, "accent", "here"),
+        *lines,
+        *baselines,
+    ]

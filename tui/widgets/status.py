@@ -1,0 +1,32 @@
+"""The line on top: what is searched, how far it is, and whose quality it shows."""
+
+from __future__ import annotations
+
+from kvtune.common.errors import KvtuneError
+from kvtune.common.units import format_bytes
+from kvtune.tuner.explore.view import View
+
+
+def status(view: View | None, error: KvtuneError | None, width: int) -> str:
+    """One line; what matters least goes first where it is narrow."""
+    if view is None:
+        return "kvtune"
+    facts, study, setting = view.study.facts, view.study, view.setting
+    state = study.state if error is None else f"STORAGE LOST: {error.message}"
+    parts = [
+        facts.shape.name,
+        f"{setting.gpu.name} {format_bytes(setting.memory_bytes)}",
+        f"quality: {facts.quality}",
+        f"{_shown(view)}{state}",
+    ]
+    line = " · ".join(parts)
+    full = f" kvtune · {line}"
+    return full if len(full) <= width else line.replace("quality: ", "")
+
+
+def _shown(view: View) -> str:
+    """``58 plans, ``, or how many the filter lets through."""
+    every, shown, asked = len(view.study.plans), len(view.rows), view.study.facts.trials
+    last = int(view.study.plans.trial[-1]) + 1 if every else 0
+    trials = f"trial {last} of {asked}, " if view.study.state == "running" else f"{every} plans, "
+    return f"{shown} of {trials}" if shown < every else trials
