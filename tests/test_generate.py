@@ -44,7 +44,8 @@ def uniform(method: Any, budget: Budget, **kwargs: Any) -> Contender:
 
 @pytest.fixture(scope="module")
 def prompt_ids() -> list[int]:
-    return np.random.default_rng(4).integers(2, 258, PROMPT + 1).tolist()
+    drawn: list[int] = np.random.default_rng(4).integers(2, 258, PROMPT + 1).tolist()
+    return drawn
 
 
 def generate(
@@ -211,7 +212,8 @@ def record(generation: Generation, layer: int, row: int) -> tuple[list[Tensor], 
     own, step = group.rows.index(row), group.cache.step
     seen: tuple[list[Tensor], ...] = ([], [], [])
 
-    def stepped(*given: Tensor) -> Tensor:
+    def stepped(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        given = queries, keys, values
         for each, tensor in zip(seen, given, strict=True):
             each.append(tensor[own])
         return step(*given)
