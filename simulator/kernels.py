@@ -97,9 +97,13 @@ class Kernels:
 
     def __init__(self, rows: Iterable[KernelRow]) -> None:
         self._by_op: dict[str, list[KernelRow]] = defaultdict(list)
+        self._copies: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
         for row in rows:
-            if row.point.execution == "graph" and row.point.spread == "uniform":
-                self._by_op[row.point.op].append(row)
+            point = row.point
+            if point.execution == "graph" and point.spread == "uniform":
+                self._by_op[point.op].append(row)
+            elif point.op in ("host_to_device", "device_to_host"):
+                self._copies[point.op, point.kernel][point.width_in] = row.seconds
         self._linear: dict[tuple[int, int], Curve] = {}
         self._surfaces: dict[Heads, Surface] = {}
         self._plain: dict[tuple[str, int], Curve] = {}
@@ -195,6 +199,11 @@ class Kernels:
         if (op, 1) not in self._plain:
             self._plain[op, 1] = _curve({row.point.batch: row.seconds for row in self.rows(op)})
         return self._plain[op, 1].at(batch)
+
+    def copy(self, direction: str, memory: str) -> Curve | None:
+        """Seconds over bytes of a copy between host and device; None where it was not measured."""
+        found = self._copies.get((direction, memory))
+        return None if not found else _curve(found)
 
     def by_length(self, op: str, number_format: str, length: npt.ArrayLike) -> FloatArray:
         """Seconds of an op on one layer's cache of one sequence."""
