@@ -241,14 +241,12 @@ def _surface(rows: list[KernelRow]) -> Surface:
     by_batch: dict[int, dict[int, float]] = defaultdict(dict)
     for row in rows:
         by_batch[row.point.batch][row.point.length] = row.seconds
-    lengths = np.array(sorted({row.point.length for row in rows}), dtype=np.float64)
+    lengths = np.array(sorted({0, *(row.point.length for row in rows)}), dtype=np.float64)
     floor = min(row.seconds for row in rows)
     table = []
     for batch in sorted(by_batch):
-        curve = _curve(by_batch[batch])
-        table.append(np.concatenate(([min(floor, float(curve.seconds[0]))], curve.at(lengths))))
-    batches = np.array(sorted(by_batch), dtype=np.float64)
-    return Surface(batches, np.concatenate(([0.0], lengths)), np.array(table))
+        table.append(_curve({0: floor} | by_batch[batch]).at(lengths))
+    return Surface(np.array(sorted(by_batch), dtype=np.float64), lengths, np.array(table))
 
 
 @functools.lru_cache(maxsize=8)
