@@ -9,6 +9,7 @@ from typer.main import get_command
 
 import kvtune
 from kvtune.cli import (
+    bench,
     capture,
     estimate,
     export,
@@ -22,6 +23,10 @@ from kvtune.cli import (
     validate,
 )
 
+_COMMANDS = (
+    *(search, tui, validate, bench, simulate, estimate, capture, export),
+    *(profile, gpus, models),
+)
 _ABOUT = """\
 What may be done to the KV cache, head by head, and what it costs.
 
@@ -40,7 +45,7 @@ def build() -> Any:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     app.callback(invoke_without_command=True)(_alone)
-    for module in (search, tui, validate, simulate, estimate, capture, export, profile, gpus, models):
+    for module in _COMMANDS:
         app.command(name=module.__name__.rsplit(".", 1)[-1])(module.command)
     app.add_typer(policies.app, name="policies")
     return get_command(app)

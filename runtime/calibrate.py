@@ -88,7 +88,8 @@ def _copied_mass(loaded: LoadedModel, sample: Sample, prompt: Prompt) -> Tensor:
         attention = logits.softmax(-1)
         paid.append((attention[..., : before.prompt_tokens] * needle).sum(-1).flatten(0, 1))
         values = torch.cat((before.values, v[0].float()), 1)
-        return (attention @ values[:, None]).flatten(0, 1)[None].to(q.dtype)
+        output: Tensor = (attention @ values[:, None]).flatten(0, 1)[None].to(q.dtype)
+        return output
 
     observed = sample.token_ids[sample.prompt :]
     with torch.no_grad():

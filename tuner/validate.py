@@ -95,7 +95,7 @@ def summarise(runs: Sequence[LiveRun], samples: Sequence[Sample]) -> Validation:
 
     def accuracy(correct: list[np.ndarray]) -> Estimate | None:
         hits = [row[mask] for row, mask in zip(correct, asked, strict=True)]
-        return _share(np.concatenate(hits), needles) if needles else None
+        return share_right(float(np.concatenate(hits).mean()), needles) if needles else None
 
     return Validation(
         live=estimate([float(run.kl.mean()) for run in runs], kinds, "live"),
@@ -122,9 +122,9 @@ def _through_exp(change: Estimate) -> Estimate:
     return Estimate(value, low, high, "ratio - 1", "live")
 
 
-def _share(hits: np.ndarray, trials: int) -> Estimate:
+def share_right(share: float, trials: int) -> Estimate:
     """A share with its Wilson 95 % interval; the digits of one needle are no separate trials."""
-    share, z = float(hits.mean()), 1.96
+    z = 1.96
     centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     reach = z / (1 + z * z / trials)
     reach *= float(np.sqrt(share * (1 - share) / trials + z * z / (4 * trials**2)))

@@ -1,0 +1,301 @@
+"""The leaderboard: every registered policy at equal bytes, live, on held-out samples.
+
+Two settings. ``asked after``: the prompt is compressed before any question is known. ``asked
+before``: the first question stands at the prompt's end, where an observation window sees it; the
+others are asked later, of the same compressed prompt. Every run is a line in ``runs.jsonl``, so
+that an interrupted bench goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from kvtune.common.errors import KvtuneError, nearest
+from kvtune.common.progress import Progress, Silent
+from kvtune.policies.allocator import Allocator
+from kvtune.policies.allocators.adakv import AdaKV
+from kvtune.policies.allocators.as_given import AsGiven
+from kvtune.policies.allocators.cake_layers import CakeLayers
+from kvtune.policies.allocators.compresskv_layers import CompressKVLayers
+from kvtune.policies.allocators.model_wide import ModelWide
+from kvtune.policies.allocators.pyramid import Pyramid
+from kvtune.policies.format import Format
+from kvtune.policies.formats.bf16 import Bf16
+from kvtune.policies.method import Method, methods
+from kvtune.policies.methods.cake import Cake
+from kvtune.policies.methods.compresskv import CompressKV
+from kvtune.policies.methods.expected_attention import ExpectedAttention
+from kvtune.policies.methods.kvzip import KVzip
+from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.option import Option
+from kvtune.policies.policy import Policy
+from kvtune.runtime.calibrate import calibration_of
+from kvtune.runtime.live import LiveRun, run_live
+from kvtune.runtime.prompts import fresh_prompt
+from kvtune.traces.models import LoadedModel
+from kvtune.traces.samples import Sample
+from kvtune.tuner.baselines import fill
+from kvtune.tuner.validate import union_of_needs
+
+Setting = Literal["asked after", "asked before"]
+SHARES = (0.05, 0.10, 0.20, 0.40)
+RUNS, ASKED = "runs.jsonl", "bench.json"
+_TOGETHER = {"cpu": 6, "cuda": 20}  # policies a batch beside the full cache
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the leaderboard: a method and how its budget is split.
+
+    Args:
+        method: with its parameters.
+        allocator: as given unless said.
+    """
+
+    method: Method
+    allocator: Allocator = AsGiven()
+
+    @property
+    def name(self) -> str:
+        """The method's, and the allocator's if budgets are moved."""
+        moved = "" if isinstance(self.allocator, AsGiven) else f" + {self.allocator.name}"
+        return self.method.name + moved
+
+
+SPLIT = (
+    Entry(SnapKV(), Pyramid()),
+    Entry(SnapKV(), AdaKV()),
+    Entry(ExpectedAttention(), AdaKV()),
+    Entry(KVzip(), AdaKV()),
+    Entry(KVzip(), ModelWide()),
+    Entry(Cake(), CakeLayers()),
+    Entry(CompressKV(), CompressKVLayers()),
+)
+"""Methods with budgets split as their authors, or the field, do."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One policy on one sample.
+
+    Args:
+        policy: name of the entry.
+        share: bytes asked for, of the prompt's bf16 bytes.
+        sample: id.
+        kind: of text.
+        setting: when the questions are asked.
+        kl: from the full cache, nats a token.
+        taken: bytes counted while compressing, of the prompt's bf16 bytes.
+        evicted: heads that dropped a token: proof that the policy fired.
+        first: answer tokens of the first question: right, asked.
+        later: of the others.
+        full_first: under the full cache.
+        full_later: likewise.
+        needles: questions asked first, and later.
+    """
+
+    policy: str
+    share: float
+    sample: str
+    kind: str
+    setting: Setting
+    kl: float
+    taken: float
+    evicted: int
+    first: tuple[int, int]
+    later: tuple[int, int]
+    full_first: tuple[int, int]
+    full_later: tuple[int, int]
+    needles: tuple[int, int]
+
+
+def entries(only: Sequence[str] = ()) -> tuple[Entry, ...]:
+    """All registered methods as they are published, then those with split budgets.
+
+    Args:
+        only: names of entries or methods; all of them unless given.
+
+    Raises:
+        KvtuneError: a name is not known.
+    """
+    everything = (*(Entry(kind()) for _, kind in sorted(methods().items())), *SPLIT)
+    known = {name for entry in everything for name in (entry.name, entry.method.name)}
+    for name in only:
+        if name not in known:
+            raise KvtuneError(f"{name!r} is no policy of the bench", hint=nearest(name, known))
+    return tuple(e for e in everything if not only or {e.name, e.method.name} & {*only})
+
+
+def asked_before(sample: Sample) -> Sample | None:
+    """The same text with its first question in the prompt; None where nothing is asked.
+
+    The question's last token is the first observed one: its output is the answer's first token.
+    """
+    rows = [row for row, needle in enumerate(sample.needle_of_row) if needle >= 0]
+    if not rows or rows[0] == 0:
+        return None
+    left = sample.observed - rows[0]
+    asked = sample.needle_of_row[rows[0] :]
+    return replace(sample, id=f"{sample.id}-asked", observed=left, needle_of_row=asked)
+
+
+def bench(
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    chosen: Sequence[Entry],
+    shares: Sequence[float],
+    out: Path,
+    *,
+    form: Format | None = None,
+    progress: Progress | None = None,
+) -> list[Run]:
+    """Run every entry at every share on every sample, and on its question-first twin.
+
+    Args:
+        loaded: the model.
+        samples: held out.
+        chosen: entries.
+        shares: of the prompt's bf16 bytes.
+        out: folder of the runs; what is there is not run again.
+        form: how keys and values are stored; 16 bits unless given.
+        progress: told of every sample.
+
+    Raises:
+        KvtuneError: the folder holds another bench.
+    """
+    form = form or Bf16()
+    progress = progress or Silent()
+    runs = _open(out, loaded, form)
+    done = {(run.policy, run.share, run.sample) for run in runs}
+    if union_of_needs([_probe(entry) for entry in chosen]).calibration:
+        calibration_of(loaded, progress)
+    settings = list(_settings(samples))
+    for setting, sample in progress.track(settings, "running live", len(settings)):
+        wanted = [
+            (entry, share)
+            for entry in chosen
+            for share in shares
+            if (entry.name, share, sample.id) not in done
+        ]
+        for found in _run_sample(loaded, setting, sample, wanted, form):
+            _append(out / RUNS, found)
+            runs += found
+    names = {entry.name for entry in chosen}
+    return [run for run in runs if run.policy in names and run.share in shares]
+
+
+def _settings(samples: Sequence[Sample]) -> Iterator[tuple[Setting, Sample]]:
+    for sample in samples:
+        yield "asked after", sample
+        if (twin := asked_before(sample)) is not None:
+            yield "asked before", twin
+
+
+def _probe(entry: Entry) -> Policy:
+    """A policy of one head, for what the entry needs."""
+    return Policy.uniform(Option(entry.method), 1, 1, allocator=entry.allocator)
+
+
+def _run_sample(
+    loaded: LoadedModel,
+    setting: Setting,
+    sample: Sample,
+    wanted: Sequence[tuple[Entry, float]],
+    form: Format,
+) -> Iterator[list[Run]]:
+    """Batches of runs; the prompt is run once."""
+    geometry = loaded.geometry
+    shape = (sample.prompt, geometry.layers, geometry.kv_heads, geometry.head_dim)
+    full = 4 * sample.prompt * geometry.layers * geometry.kv_heads * geometry.head_dim
+    filled = [
+        (entry, share, policy)
+        for entry, share in wanted
+        if (policy := _filled(entry, int(share * full), shape, form)) is not None
+    ]
+    if not filled:
+        return
+    prompt = fresh_prompt(loaded, sample, union_of_needs([policy for *_, policy in filled]))
+    together = _TOGETHER[loaded.device.split(":", 1)[0]]
+    for at in range(0, len(filled), together):
+        batch = filled[at : at + together]
+        live = run_live(loaded, sample, prompt, [policy for *_, policy in batch])
+        yield [
+            _measured(entry, share, setting, sample, run, full)
+            for (entry, share, _), run in zip(batch, live, strict=True)
+        ]
+
+
+def _filled(
+    entry: Entry, budget_bytes: int, shape: tuple[int, int, int, int], form: Format
+) -> Policy | None:
+    """The entry's policy with the largest budget that fits, to the token of a single head."""
+    option = Option(entry.method, keys=form, values=form)
+    return fill(option, entry.allocator, budget_bytes, *shape)
+
+
+def _measured(
+    entry: Entry, share: float, setting: Setting, sample: Sample, run: LiveRun, full: int
+) -> Run:
+    order = list(dict.fromkeys(needle for needle in sample.needle_of_row if needle >= 0))
+    first, later = order[:1], order[1:]
+
+    def right(correct: Sequence[bool], needles: Sequence[int]) -> tuple[int, int]:
+        asked = [
+            bool(hit)
+            for hit, needle in zip(correct, sample.needle_of_row, strict=True)
+            if needle in needles
+        ]
+        return sum(asked), len(asked)
+
+    ours, theirs = run.correct.tolist(), run.full_correct.tolist()
+    return Run(
+        policy=entry.name,
+        share=share,
+        sample=sample.id,
+        kind=sample.kind,
+        setting=setting,
+        kl=float(run.kl.mean()),
+        taken=run.footprint_bytes / full,
+        evicted=int((run.kept < sample.prompt).sum()),
+        first=right(ours, first),
+        later=right(ours, later),
+        full_first=right(theirs, first),
+        full_later=right(theirs, later),
+        needles=(len(first), len(later)),
+    )
+
+
+def _open(out: Path, loaded: LoadedModel, form: Format) -> list[Run]:
+    """Runs that the folder already holds."""
+    asked = {"model": loaded.fingerprint, "dtype": loaded.dtype, "format": repr(form)}
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / ASKED).is_file():
+        (out / ASKED).write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
+    if json.loads((out / ASKED).read_text(encoding="utf-8")) != asked:
+        raise KvtuneError(
+            "the folder holds a bench of another model or format",
+            where=str(out),
+            hint="choose another folder with --out, or remove this one.",
+        )
+    if not (out / RUNS).is_file():
+        return []
+    lines = (out / RUNS).read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line
+    if len(whole) < len(lines):
+        (out / RUNS).write_text("".join(whole), encoding="utf-8")
+    return [_read(line) for line in whole]
+
+
+def _append(path: Path, runs: Sequence[Run]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(run)) + "\n" for run in runs)
+
+
+def _read(line: str) -> Run:
+    fields: dict[str, Any] = json.loads(line)
+    whole: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return Run(**whole)

@@ -1,0 +1,93 @@
+"""What a bench found, policy by policy: losses and answers with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvtune.common.estimate import Estimate
+from kvtune.policies.method import find_method
+from kvtune.tuner.bench import Run
+from kvtune.tuner.quality import estimate
+from kvtune.tuner.validate import share_right
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One policy at one share.
+
+    Args:
+        policy: its name.
+        share: bytes asked for, of the prompt's bf16 bytes.
+        taken: bytes counted, the mean over samples.
+        kl: nats/token; questions after compression.
+        after: answers right where all questions come after compression; None without needles.
+        known: answers to the one question that the prompt ended with.
+        second: answers to further questions on the same compressed prompt.
+        evicted: heads that dropped a token, over all runs.
+        samples: runs.
+        looks_ahead: a reference that no server could run.
+    """
+
+    policy: str
+    share: float
+    taken: float
+    kl: Estimate
+    after: Estimate | None
+    known: Estimate | None
+    second: Estimate | None
+    evicted: int
+    samples: int
+    looks_ahead: bool
+
+
+def standings(runs: Sequence[Run]) -> list[Standing]:
+    """Every policy at every share, least loss first within a share; the full cache on top."""
+    keys = dict.fromkeys((run.share, run.policy) for run in runs)
+    found = [_standing([run for run in runs if (run.share, run.policy) == key]) for key in keys]
+    return sorted(found, key=lambda standing: (standing.share, standing.kl.value))
+
+
+def full_cache(runs: Sequence[Run]) -> tuple[Estimate | None, Estimate | None, Estimate | None]:
+    """What the uncompressed model answers: asked after, known, second."""
+    once = list({run.sample: run for run in runs}.values())
+    after, before = _of(once, "asked after"), _of(once, "asked before")
+    return (
+        _answers(after, lambda run: (run.full_first, run.full_later), sum),
+        _answers(before, lambda run: (run.full_first,), lambda needles: needles[0]),
+        _answers(before, lambda run: (run.full_later,), lambda needles: needles[1]),
+    )
+
+
+def _standing(runs: Sequence[Run]) -> Standing:
+    after, before = _of(runs, "asked after"), _of(runs, "asked before")
+    return Standing(
+        policy=runs[0].policy,
+        share=runs[0].share,
+        taken=float(np.mean([run.taken for run in runs])),
+        kl=estimate([run.kl for run in after], [run.kind for run in after], "live"),
+        after=_answers(after, lambda run: (run.first, run.later), sum),
+        known=_answers(before, lambda run: (run.first,), lambda needles: needles[0]),
+        second=_answers(before, lambda run: (run.later,), lambda needles: needles[1]),
+        evicted=sum(run.evicted for run in runs),
+        samples=len(runs),
+        looks_ahead=find_method(runs[0].policy.split(" ", 1)[0])().looks_ahead,
+    )
+
+
+def _of(runs: Iterable[Run], setting: str) -> list[Run]:
+    return [run for run in runs if run.setting == setting]
+
+
+def _answers(
+    runs: Sequence[Run],
+    counts: Callable[[Run], tuple[tuple[int, int], ...]],
+    trials: Callable[[tuple[int, int]], int],
+) -> Estimate | None:
+    """Share of answer tokens right; a needle's tokens are no separate trials."""
+    pairs = [pair for run in runs for pair in counts(run)]
+    right, asked = (sum(column) for column in zip(*pairs, strict=True)) if pairs else (0, 0)
+    needles = sum(trials(run.needles) for run in runs)
+    return share_right(right / asked, needles) if asked else None
