@@ -36,14 +36,19 @@ def _all(output: Output) -> None:
     from kvtune.profiles.gpus import list_gpus
 
     rows = [_row(gpu) for gpu in list_gpus()]
-    columns = ("name", "card", "memory it shows", "bandwidth", "bf16 TFLOP/s", "fp8 TFLOP/s")
+    columns = (
+        "name", "card", "memory it shows", "bandwidth", "bf16 TFLOP/s", "fp8 TFLOP/s",
+        "measured",
+    )  # fmt: skip
     output.show(table("", columns, rows, left=(0, 1)), "", "kvtune gpus NAME tells the sources.")
     output.finish("gpus", {"gpus": [_plain(gpu) for gpu in list_gpus()]})
 
 
 def _row(gpu: GpuProfile) -> tuple[str, ...]:
     from kvtune.common.units import GIB
+    from kvtune.profiles.measured import find_measured
 
+    measured = find_measured(gpu.slug)
     fp8 = f"{gpu.fp8.value:g}" if gpu.fp8 else "-"
     return (
         gpu.slug,
@@ -52,6 +57,7 @@ def _row(gpu: GpuProfile) -> tuple[str, ...]:
         f"{gpu.bandwidth.value:g} {gpu.bandwidth.unit}",
         f"{gpu.bf16.value:g}",
         fp8,
+        measured.capture.date if measured else "-",
     )
 
 
@@ -64,9 +70,16 @@ def _one(output: Output, name: str) -> None:
 
 
 def _sources(gpu: GpuProfile) -> RenderableType:
+    from kvtune.profiles.measured import find_measured
+
     rows = [
         (key.replace("_", " "), f"{f.value:g} {f.unit}", f.kind, f.date, f.source)
         for key, f in _figures(gpu).items()
+    ]
+    measured = find_measured(gpu.slug)
+    rows += [
+        (key.replace("_", " "), f"{f.value:g} {f.unit}", f.kind, f.date, f.source)
+        for key, f in (measured.figures if measured else {}).items()
     ]
     return table(gpu.name, ("figure", "value", "kind", "date", "source"), rows, left=(0, 2, 3, 4))
 
@@ -84,4 +97,18 @@ def _plain(gpu: GpuProfile) -> dict[str, Any]:
         "architecture": gpu.architecture,
         "visible_bytes": gpu.visible_bytes,
         "figures": _figures(gpu),
+        "measured": _measured(gpu),
+    }
+
+
+def _measured(gpu: GpuProfile) -> dict[str, Any] | None:
+    from kvtune.profiles.measured import find_measured
+
+    profile = find_measured(gpu.slug)
+    if profile is None:
+        return None
+    return {
+        "capture": profile.capture,
+        "figures": profile.figures,
+        "points": len(profile.rows),
     }

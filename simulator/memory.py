@@ -15,6 +15,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate, exact
 from kvtune.common.units import GB, GIB, MIB, format_bytes, format_tokens
 from kvtune.profiles.gpus import GpuProfile
+from kvtune.profiles.measured import find_measured
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.weights import (
     WeightFormat,
@@ -154,12 +155,20 @@ def peak_memory(
 def overhead_bytes(shape: ModelShape, gpu: GpuProfile, weight_format: WeightFormat) -> Estimate:
     """Context, graphs and workspaces, and what the allocator cannot use, in bytes.
 
-    Assumed until measured on the card. Published engine figures: 0.13 GiB outside the allocator on
-    one GPU, graphs within 0.4 GiB (llm-d-benchmark, empirical vLLM memory results).
+    Calibrated where the card was measured: its context, what the libraries take beside the
+    allocator, and its workspaces after a graph's replay. Else assumed; published engine figures:
+    0.13 GiB outside the allocator on one GPU, graphs within 0.4 GiB (llm-d-benchmark, empirical
+    vLLM memory results).
     """
-    context = gpu.context_bytes
     graphs = 32 * MIB + shape.layers * MIB
     loaded = weight_bytes(shape, weight_format).value
+    measured = process_bytes(gpu)
+    if measured is not None:
+        lost = 0.005 * loaded
+        return Estimate(
+            measured + lost, 0.9 * measured, 1.1 * measured + 2 * graphs + 3 * lost, "B", "fitted"
+        )
+    context = gpu.context_bytes
     return Estimate(
         context + graphs + 0.01 * loaded,
         0.75 * context + 0.5 * graphs,
@@ -167,6 +176,15 @@ def overhead_bytes(shape: ModelShape, gpu: GpuProfile, weight_format: WeightForm
         "B",
         "assumed",
     )
+
+
+def process_bytes(gpu: GpuProfile) -> int | None:
+    """Context, libraries and workspaces of a process that decodes; None where never measured."""
+    profile = find_measured(gpu.slug)
+    if profile is None:
+        return None
+    parts = [profile.bytes_of(name) for name in ("context", "libraries", "workspace")]
+    return None if parts[0] is None else sum(part or 0 for part in parts)
 
 
 def prefill_peak_bytes(shape: ModelShape, context_tokens: int, batch: int = 1) -> Estimate:

@@ -95,9 +95,11 @@ def transfer(
         times = _wide(seconds)
     else:
         times = _measured(known.at(size), tables)
-    shown = np.asarray(hidden_behind_s, dtype=np.float64)
-    ends = (np.maximum(0.0, end - shown) for end in (times.value_s, times.low_s, times.high_s))
-    return Times(*ends, tier=times.tier)
+    meanwhile = np.asarray(hidden_behind_s, dtype=np.float64)
+    value, low, high = (
+        np.maximum(0.0, end - meanwhile) for end in (times.value_s, times.low_s, times.high_s)
+    )
+    return Times(value, low, high, times.tier)
 
 
 def _wide(seconds: FloatArray) -> Times:
