@@ -40,6 +40,7 @@ def facts(**changes: Any) -> Facts:
         "kinds": KINDS,
         "selection_samples": 9,
         "held_out_samples": 24,
+        "measured_tokens": 1792,
         "options": SMALL.options(),
     }
     return Facts(**asked | changes)

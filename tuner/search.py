@@ -298,6 +298,7 @@ def _facts(request: SearchRequest, budgets: Budgets, source: QualitySource) -> F
         kinds=tuple(sorted({s.kind for s in samples if s.split == "evaluate"})),
         selection_samples=splits[selection_split(source.tables)],
         held_out_samples=splits["evaluate"],
+        measured_tokens=source.tables.prompt_tokens,
         options=source.tables.options,
     )
 

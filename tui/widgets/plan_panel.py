@@ -15,7 +15,6 @@ from kvtune.common.words import accuracy, count, figure, percent
 from kvtune.tui.widgets.heat_map import HeatMap, Shade
 from kvtune.tui.widgets.memory_bar import MemoryBar, MemoryParts
 from kvtune.tuner.explore.compare import HeadMap
-from kvtune.tuner.explore.measured import Measured
 from kvtune.tuner.explore.plans import Plan
 from kvtune.tuner.explore.study import Study
 from kvtune.tuner.explore.view import View
@@ -83,54 +82,43 @@ def title(selected: Selected) -> str:
 
 
 def figures_table(selected: Selected) -> Table:
-    """Predicted beside measured, each with interval and tier."""
-    measured = selected.study.live(selected.plan)
-    table = Table(box=None, padding=(0, 1, 0, 0), show_header=measured is not None)
-    table.add_column("", no_wrap=True)
-    table.add_column("predicted" if measured else "")
-    if measured:
-        table.add_column("measured")
-    for label, predicted, live in rows(selected, measured):
-        table.add_row(Text(label), *([predicted, live] if measured else [predicted]))
+    """Predicted and measured figures, each with interval and tier."""
+    table = Table(box=None, padding=(0, 1, 0, 0), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for label, words in (*quality_rows(selected), *cost_rows(selected)):
+        table.add_row(Text(label), Text(words))
     return table
 
 
-def rows(selected: Selected, measured: Measured | None) -> list[tuple[str, str, str]]:
-    """Label, predicted, measured."""
-    plan, figures, row = selected.plan, selected.view.figures, selected.row
-    facts, size = selected.study.facts, int(figures.prompt_bytes[row])
-    found = [
-        ("KL nats", figure(plan.kl), figure(measured.kl) if measured else ""),
-        *_held_out(selected),
-        (
-            "prompt",
-            f"{format_bytes(size)}, {percent(float(figures.share[row]))} of bf16",
-            format_bytes(measured.prompt_bytes) if measured else "",
-        ),
-        (
-            "at once",
-            f"{count(figures.sequences[row])} x {count(figures.context_tokens[row])} tokens", "",
-        ),
-        ("would fit", f"{count(figures.tokens_that_fit[row])} tokens", ""),
-        ("a token", figure(figures.estimate("step_s", row)), ""),
-        ("tokens/s", figure(figures.estimate("tokens_per_s", row)), ""),
-        ("quality", facts.quality, "own model" if measured else ""),
-    ]  # fmt: skip
-    return found + (_live_rows(measured) if measured else [])
+def quality_rows(selected: Selected) -> list[tuple[str, str]]:
+    """What it loses: on selection samples, on held-out ones, and live."""
+    study, plan = selected.study, selected.plan
+    rows = [
+        ("KL selection", figure(plan.kl)),
+        ("KL held out", figure(plan.held_out)),
+    ]
+    if (live := study.live(plan)) is not None:
+        rows.append(("KL live", figure(live.kl)))
+        if live.perplexity_change is not None:
+            rows.append(("perplexity", f"{100 * live.perplexity_change.value:+.2g} % live"))
+        if live.retrieval_accuracy is not None:
+            full = accuracy(live.full_cache_accuracy)
+            rows.append(
+                ("retrieval", f"{accuracy(live.retrieval_accuracy)} live, full cache {full}")
+            )
+    return [*rows, ("quality", study.facts.quality)]
 
 
-def _held_out(selected: Selected) -> list[tuple[str, str, str]]:
-    """The chosen plan's loss on samples that no choice was made on."""
-    outcome = selected.study.outcome
-    if outcome is None or selected.row != selected.study.chosen:
-        return []
-    return [("held out", figure(outcome.predicted), "")]
-
-
-def _live_rows(measured: Measured) -> list[tuple[str, str, str]]:
-    change = measured.perplexity_change
+def cost_rows(selected: Selected) -> list[tuple[str, str]]:
+    """What it takes at the setting of the view."""
+    figures, row = selected.view.figures, selected.row
+    size, share = int(figures.prompt_bytes[row]), float(figures.share[row])
+    at_once = f"{count(figures.sequences[row])} x {count(figures.context_tokens[row])} tokens"
     return [
-        ("perplexity", "", "-" if change is None else f"{100 * change.value:+.2g} %"),
-        ("retrieval", "", accuracy(measured.retrieval_accuracy)),
-        ("full cache", "", accuracy(measured.full_cache_accuracy)),
+        ("prompt", f"{format_bytes(size)}, {percent(share)} of bf16"),
+        ("at once", at_once),
+        ("would fit", f"{count(figures.tokens_that_fit[row])} tokens"),
+        ("a token", figure(figures.estimate("step_s", row))),
+        ("tokens/s", figure(figures.estimate("tokens_per_s", row))),
     ]

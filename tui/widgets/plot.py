@@ -12,12 +12,18 @@ from math import ceil, floor, log10
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.segment import Segment
+from rich.style import Style
 from textual import events, on
+from textual.app import ComposeResult
 from textual.binding import Binding
+from textual.containers import Grid
 from textual.message import Message
 from textual.reactive import reactive
+from textual.strip import Strip
 from textual_hires_canvas import Canvas
 from textual_plot import AxisFormatter, HiResMode, PlotWidget
+from textual_plot.plot_widget import Legend
 
 from kvtune.tui.palette import CHOSEN, FRONT, MARKED, SELECTED, colours_of, mark_of
 from kvtune.tuner.explore.plans import Floats
@@ -65,6 +71,16 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
+class StyledCanvas(Canvas):
+    """A canvas all of whose segments have a style: Textual's filter for NO_COLOR needs one."""
+
+    def render_line(self, y: int) -> Strip:
+        """One line, as drawn."""
+        strip = super().render_line(y)
+        styled = [Segment(s.text, s.style or Style.null(), s.control) for s in strip]
+        return Strip(styled, strip.cell_length)
+
+
 class FrontPlot(PlotWidget):
     """Plans as points, the front as discs, limits as lines, the selected plan with its interval."""
 
@@ -99,6 +115,13 @@ class FrontPlot(PlotWidget):
         self.marked: int | None = None
         self._x_zero: float | None = None
         self._y_zero: float | None = None
+
+    def compose(self) -> ComposeResult:
+        """Textual-plot's own parts, on canvases that can go without colour."""
+        with Grid():
+            for part in ("margin-top", "margin-left", "plot", "margin-bottom"):
+                yield StyledCanvas(1, 1, id=part)
+        yield Legend(id="legend")
 
     def show(self, view: View, row: int | None, marked: int | None) -> None:
         """Draw a view with its cursor."""

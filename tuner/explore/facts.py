@@ -35,6 +35,7 @@ class Facts:
         kinds: of held-out text, in the order of the lines' figures.
         selection_samples: that plans are judged on.
         held_out_samples: that no plan was chosen on.
+        measured_tokens: prompt tokens of the samples.
         options: what a head may be given; lines hold their numbers.
     """
 
@@ -53,6 +54,7 @@ class Facts:
     kinds: tuple[str, ...]
     selection_samples: int
     held_out_samples: int
+    measured_tokens: int
     options: tuple[Option, ...]
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,7 @@ from kvtune.policies.document import (
     Serving,
     read_policy,
 )
+from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.measured import Measured
@@ -92,14 +93,17 @@ class Study:
         return Policy(name, tuple(tuple(options[o] for o in row) for row in rows))
 
     def baseline_policy(self, baseline: Baseline) -> Policy | None:
-        """The policy of a baseline, where its file is there."""
+        """The policy of a baseline, where its file is there, its budgets as shares of a prompt."""
         if not baseline.policy:
             return None
         shape = self.facts.shape
         try:
-            return read_policy(self.folder / baseline.policy).bind(shape.layers, shape.kv_heads)
+            found = read_policy(self.folder / baseline.policy).bind(shape.layers, shape.kv_heads)
         except KvtuneError:
             return None
+        tokens = self.facts.measured_tokens
+        heads = tuple(tuple(_as_share(option, tokens) for option in row) for row in found.heads)
+        return replace(found, heads=heads)
 
     def is_chosen(self, plan: Plan) -> bool:
         """Whether it is the plan that was chosen, or would be now."""
@@ -145,3 +149,10 @@ class Study:
             ),
             serving=Serving(weights, plan.context_tokens, plan.sequences, facts.gpu),
         )
+
+
+def _as_share(option: Option, prompt_tokens: int) -> Option:
+    """A budget in tokens of the samples' prompts, carried over to prompts of other lengths."""
+    if option.budget.tokens is None:
+        return option
+    return replace(option, budget=Budget(share=min(option.budget.tokens / prompt_tokens, 1.0)))
