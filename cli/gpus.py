@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -36,19 +37,22 @@ def _all(output: Output) -> None:
     from kvtune.profiles.gpus import list_gpus
 
     rows = [_row(gpu) for gpu in list_gpus()]
-    columns = (
-        "name", "card", "memory it shows", "bandwidth", "bf16 TFLOP/s", "fp8 TFLOP/s",
-        "measured",
-    )  # fmt: skip
-    output.show(table("", columns, rows, left=(0, 1)), "", "kvtune gpus NAME tells the sources.")
+    columns = ("name", "card", "memory it shows", "bandwidth", "bf16 TFLOP/s", "fp8 TFLOP/s")
+    output.show(table("", columns, rows, left=(0, 1)), "", *_below(list_gpus()))
     output.finish("gpus", {"gpus": [_plain(gpu) for gpu in list_gpus()]})
+
+
+def _below(gpus: Sequence[GpuProfile]) -> list[str]:
+    from kvtune.profiles.measured import find_measured
+
+    measured = [gpu.slug for gpu in gpus if find_measured(gpu.slug)]
+    known = [f"with measured kernels: {', '.join(measured)}"] if measured else []
+    return [*known, "kvtune gpus NAME tells the sources."]
 
 
 def _row(gpu: GpuProfile) -> tuple[str, ...]:
     from kvtune.common.units import GIB
-    from kvtune.profiles.measured import find_measured
 
-    measured = find_measured(gpu.slug)
     fp8 = f"{gpu.fp8.value:g}" if gpu.fp8 else "-"
     return (
         gpu.slug,
@@ -57,7 +61,6 @@ def _row(gpu: GpuProfile) -> tuple[str, ...]:
         f"{gpu.bandwidth.value:g} {gpu.bandwidth.unit}",
         f"{gpu.bf16.value:g}",
         fp8,
-        measured.capture.date if measured else "-",
     )
 
 
