@@ -355,7 +355,7 @@ def formats(results: Results, shape: Shape, programs: int) -> None:
 
 def ragged(results: Results, shape: Shape, programs: int) -> None:
     """Lengths of a tuned plan's layers, in bf16 beside uniform ones, then in their own formats."""
-    policy = read_policy(PLAN).policy
+    policy = read_policy(PLAN).bind(32, KV_HEADS)
     budgets = policy.budgets(32768)
     spread = budgets.std(1) / budgets.mean(1)
     for layer in sorted(range(len(budgets)), key=lambda n: -spread[n])[:6]:

@@ -91,6 +91,7 @@ def make_layer(
         top,
         torch.tensor(tiles.records, device=DEVICE),
         tiles.pairs,
+        head_dim,
     )
     _fill(paged, runs, pages, start, keys, values)
     payload = sum(_payload(run, layout) for run, layout in zip(runs, layouts, strict=True))

@@ -37,6 +37,8 @@ class Paged:
         fp8_scales: ``[segments, 2]`` float32.
         tiles: ``[n, 8]`` int32; see ``tiles.Tiles``.
         pairs: formats that occur.
+        head_dim: D.
+        growing_pages: table entries of each growing segment.
     """
 
     pool: Tensor
@@ -45,6 +47,8 @@ class Paged:
     fp8_scales: Tensor
     tiles: Tensor
     pairs: tuple[int, ...]
+    head_dim: int
+    growing_pages: int = 0
 
 
 class Scratch:

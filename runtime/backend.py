@@ -1,0 +1,196 @@
+"""Who works on pages: Triton kernels on a GPU, plain torch elsewhere. Same pages, same answers."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvtune.runtime.kernels.launch import Paged, Scratch, decode
+from kvtune.runtime.kernels.layout import CODES, PAGE, PageLayout
+from kvtune.runtime.kernels.reference import attend, read_page, write_page
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Kept tokens of several heads on their way into pages of one layout.
+
+    Args:
+        layout: of the pages.
+        keys: ``[H, P, D]``.
+        values: ``[H, P, D]``.
+        chosen: int32 token indices, one list after another.
+        records: ``[pages, 5]`` int32: head, first place in ``chosen``, tokens, cell, segment.
+        fp8_scales: ``[segments, 2]`` float32.
+    """
+
+    layout: PageLayout
+    keys: Tensor
+    values: Tensor
+    chosen: Tensor
+    records: NDArray[np.int32]
+    fp8_scales: Tensor
+
+
+class Backend(Protocol):
+    """Writes, appends and attends; every method changes pages only where it says so."""
+
+    def write(self, pool: Tensor, writing: Writing) -> None:
+        """Gather, quantise and pack whole pages."""
+
+    def append(self, layer: Paged, growing: Growing, keys: Tensor, values: Tensor) -> None:
+        """Put one token a row, ``[rows, D]``, into the growing segments; counts their lengths."""
+
+    def evict(self, layer: Paged, growing: Growing, chosen: list[list[int]]) -> None:
+        """Keep these places (ascending) of each row's growing segment, in place."""
+
+    def attend(self, q: Tensor, layer: Paged, scratch: Scratch, scale: float) -> Tensor:
+        """Output ``[rows, G, D]`` of ``q`` like it."""
+
+
+@dataclass(frozen=True)
+class Growing:
+    """Each row's segment of new tokens.
+
+    Args:
+        segments: ``[rows]`` int32.
+        tables_at: ``[rows]`` int32, its first entry in the page table.
+    """
+
+    segments: Tensor
+    tables_at: Tensor
+
+
+class TritonBackend:
+    """The kernels."""
+
+    def write(self, pool: Tensor, writing: Writing) -> None:
+        """One launch."""
+        from kvtune.runtime.kernels.pages import store_pages
+
+        keys, values, layout = writing.keys, writing.values, writing.layout
+        store_pages[(len(writing.records),)](
+            keys, values, keys.stride(0), keys.stride(1), writing.chosen,
+            torch.as_tensor(writing.records, device=pool.device), writing.fp8_scales,
+            pool, pool.view(torch.float16), pool.view(torch.bfloat16),
+            pool.view(torch.float8_e4m3fn),
+            layout.head_dim, CODES[layout.keys], CODES[layout.values],
+        )  # fmt: skip
+
+    def append(self, layer: Paged, growing: Growing, keys: Tensor, values: Tensor) -> None:
+        """One launch."""
+        from kvtune.runtime.kernels.pages import append_token
+
+        append_token[(len(keys),)](
+            keys, values, keys.stride(0), growing.segments, growing.tables_at,
+            layer.table, layer.lengths, layer.pool.view(torch.bfloat16), keys.shape[1],
+        )  # fmt: skip
+
+    def evict(self, layer: Paged, growing: Growing, chosen: list[list[int]]) -> None:
+        """One launch."""
+        from kvtune.runtime.kernels.pages import compact
+
+        counts = np.array([len(row) for row in chosen], np.int32)
+        starts = (counts.cumsum() - counts).astype(np.int32)
+        flat = np.concatenate([np.array(row, np.int32) for row in chosen])
+        lists = [torch.as_tensor(x, device=layer.pool.device) for x in (flat, starts, counts)]
+        compact[(len(chosen),)](
+            *lists, growing.segments, growing.tables_at, layer.table, layer.lengths,
+            layer.pool.view(torch.bfloat16), layer.head_dim,
+        )  # fmt: skip
+
+    def attend(self, q: Tensor, layer: Paged, scratch: Scratch, scale: float) -> Tensor:
+        """One launch."""
+        return decode(q, layer, scratch, scale)
+
+
+class PlainBackend:
+    """Plain torch, page by page: slow, and what the kernels are tested against."""
+
+    def write(self, pool: Tensor, writing: Writing) -> None:
+        """A page at a time."""
+        layout = writing.layout
+        for head, first, count, cell, segment in writing.records.tolist():
+            at = writing.chosen[first : first + count].long()
+            page = write_page(
+                writing.keys[head, at], writing.values[head, at], layout,
+                writing.fp8_scales[segment],
+            )  # fmt: skip
+            pool[cell * layout.cell_bytes :][: layout.page_bytes] = page
+
+    def append(self, layer: Paged, growing: Growing, keys: Tensor, values: Tensor) -> None:
+        """A row at a time."""
+        for row, segment in enumerate(growing.segments.tolist()):
+            length = int(layer.lengths[segment])
+            pages = self._growing_pages(layer, growing, row)
+            if length % PAGE == 0:
+                pages[length // PAGE].zero_()
+            pages[length // PAGE][0, length % PAGE] = keys[row]
+            pages[length // PAGE][1, length % PAGE] = values[row]
+            layer.lengths[segment] += 1
+
+    def evict(self, layer: Paged, growing: Growing, chosen: list[list[int]]) -> None:
+        """A token at a time."""
+        for row, kept in enumerate(chosen):
+            pages = self._growing_pages(layer, growing, row)
+            for to, place in enumerate(kept):
+                pages[to // PAGE][:, to % PAGE] = pages[place // PAGE][:, place % PAGE].clone()
+            layer.lengths[int(growing.segments[row])] = len(kept)
+
+    def attend(self, q: Tensor, layer: Paged, scratch: Scratch, scale: float) -> Tensor:
+        """Dequantise, then attend in float32."""
+        rows: list[list[tuple[Tensor, Tensor]]] = [[] for _ in q]
+        for record in layer.tiles.tolist():
+            rows[record[0]].append(_read_tile(layer, record))
+        outputs = []
+        for query, parts in zip(q, rows, strict=True):
+            keys, values = (torch.cat(side) for side in zip(*parts, strict=True))
+            outputs.append(attend(query.float(), keys, values, scale)[0])
+        return torch.stack(outputs).to(q.dtype)
+
+    def _growing_pages(self, layer: Paged, growing: Growing, row: int) -> list[Tensor]:
+        """Views ``[2, 64, D]`` of a row's pages."""
+        layout = PageLayout(layer.head_dim)
+        first = int(growing.tables_at[row])
+        last = first + layer.growing_pages
+        return [
+            layer.pool[c * layout.cell_bytes :][: layout.page_bytes]
+            .view(torch.bfloat16)
+            .view(2, PAGE, -1)
+            for c in layer.table[first:last].tolist()
+        ]
+
+
+def _read_tile(layer: Paged, record: list[int]) -> tuple[Tensor, Tensor]:
+    _, pair, at, before, pages, segment, *_ = record
+    names = {code: name for name, code in CODES.items()}
+    layout = PageLayout(layer.head_dim, names[pair // 32], names[pair % 32])
+    tokens = max(0, min(int(layer.lengths[segment]) - before, pages * PAGE))
+    read = [
+        read_page(
+            layer.pool[c * layout.cell_bytes :][: layout.page_bytes],
+            layout,
+            layer.fp8_scales[segment],
+        )
+        for c in layer.table[at : at + -(-tokens // PAGE)].tolist()
+    ] or [(torch.zeros(0, layer.head_dim),) * 2]
+    keys, values = (torch.cat(x)[:tokens] for x in zip(*read, strict=True))
+    return keys, values
+
+
+def backend_for(device: Any) -> Backend:
+    """Kernels where there is a GPU and Triton; else plain torch, with a warning that it is slow."""
+    if torch.device(device).type == "cuda" and importlib.util.find_spec("triton"):
+        return TritonBackend()
+    warnings.warn(
+        f"kvtune's kernels need a CUDA device and Triton; on {device} the cache answers rightly "
+        "in plain torch, slowly",
+        stacklevel=2,
+    )
+    return PlainBackend()

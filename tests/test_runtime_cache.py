@@ -1,0 +1,236 @@
+"""The paged cache in plain torch: the policy's tokens, its bytes, and its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.compress import attend, compress
+from kvtune.policies.formats.bf16 import Bf16
+from kvtune.policies.formats.fp8 import Fp8
+from kvtune.policies.formats.grouped import Int2, Int3, Int4, Int8
+from kvtune.policies.methods.full import Full
+from kvtune.policies.methods.h2o import H2O
+from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.methods.streaming_llm import StreamingLLM
+from kvtune.policies.option import ALL, Budget, Option
+from kvtune.policies.policy import Policy
+from kvtune.policies.signals import Signals
+from kvtune.runtime import load_cache
+from kvtune.runtime.cache import PolicyCache
+from kvtune.runtime.kernels.launch import Scratch
+from kvtune.runtime.kernels.tiles import Segments, plan_tiles
+from kvtune.runtime.pool import SLAB_CELLS, Pool
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:kvtune's kernels need"),
+]
+
+SNAPKV = SnapKV(window=4, kernel=3)
+SINKS = {"exact_first": 4}
+
+
+def mixed() -> Policy:
+    """Another method, budget and format on every head."""
+    heads = (
+        (Option(H2O(), Budget(tokens=5)), Option(SNAPKV, Budget(tokens=11), Int4(), Int2())),
+        (
+            Option(Full(), ALL, Int4(**SINKS), Int2(**SINKS)),
+            Option(StreamingLLM(), Budget(tokens=7)),
+        ),
+        (Option(Full(), ALL, Fp8(), Int8()), Option(H2O(), Budget(share=0.25), Int8(), Fp8())),
+    )
+    return Policy("mixed", heads)
+
+
+@pytest.fixture
+def network(make_network: Callable[..., Any], tiny_fields: dict[str, Any]) -> Any:
+    from transformers import LlamaConfig
+
+    return make_network(LlamaConfig(**tiny_fields)).bfloat16().eval()
+
+
+def ids(*lengths: int) -> dict[str, Tensor]:
+    """Prompts padded on the left."""
+    generator = torch.Generator().manual_seed(1)
+    longest = max(lengths)
+    tokens = torch.randint(2, 250, (len(lengths), longest), generator=generator)
+    mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
+    return {"input_ids": tokens * mask, "attention_mask": mask.long()}
+
+
+def prompt_layers(network: Any, cache: PolicyCache, inputs: dict[str, Tensor]) -> list[Signals]:
+    """Run a prompt, and what each layer saw of it."""
+    seen: list[Signals] = []
+    original = type(cache.layers[0]).prompt
+
+    def spying(layer: Any, q: Tensor, k: Tensor, v: Tensor, padding: Any, scale: float) -> Any:
+        seen.append(Signals(q[0], k[0], v[0], scale))
+        return original(layer, q, k, v, padding, scale)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(cache.layers[0]), "prompt", spying)
+        network(**inputs, past_key_values=cache)
+    return seen
+
+
+def test_kept_tokens_bytes_and_outputs_are_those_of_compressing(network: Any) -> None:
+    policy = mixed()
+    cache = load_cache(policy, network)
+    seen = prompt_layers(network, cache, ids(150))
+    budgets = policy.budgets(150)
+    assert cache.prompt_bytes() == policy.footprint(150, 8)
+    for number, signals in enumerate(seen):
+        part = compress(policy, number, budgets[number].tolist(), signals)
+        layer = cache.layers[number].paged
+        assert layer.kept == part.counts.tolist()
+        q = torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(number))
+        ours = layer.attend(q, Scratch(2, layer.slots, 2, 8, "cpu"), signals.scale)
+        visible = torch.arange(part.keys.shape[1]) < part.counts[:, None, None]
+        theirs, _ = attend(q, part.keys.float(), part.values.float(), visible, signals.scale)
+        torch.testing.assert_close(ours, theirs, atol=4e-3, rtol=4e-3)  # roundtrip ends in bf16
+
+
+def test_an_uncompressed_policy_generates_what_the_model_does(network: Any) -> None:
+    inputs = ids(70)
+    asked = {"max_new_tokens": 12, "do_sample": False}
+    network.float()
+    expected = network.generate(**inputs, **asked)
+    logits = network(**inputs).logits[0, -1]
+    cache = load_cache(Policy.uniform(Option(), 3, 2), network)
+    found = network.generate(**inputs, **asked, past_key_values=cache)
+    assert torch.equal(found[:, :71], expected[:, :71])
+    assert logits.isfinite().all()
+    assert cache.layers[0].paged.lengths[1].tolist() == [11, 11]
+
+
+def test_padded_sequences_answer_as_each_alone(network: Any) -> None:
+    inputs, policy = ids(90, 40), mixed()
+    cache = load_cache(policy, network)
+    places = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)  # as generate does
+    together = [network(**inputs, position_ids=places, past_key_values=cache).logits[:, -1]]
+    step = {"input_ids": torch.tensor([[5], [6]]), "position_ids": torch.tensor([[90], [40]])}
+    together.append(network(**step, past_key_values=cache).logits[:, -1])
+    for row, length in enumerate((90, 40)):
+        alone = load_cache(policy, network)
+        given = inputs["input_ids"][row : row + 1, 90 - length :]
+        first = network(given, past_key_values=alone).logits[:, -1]
+        then = network(**{k: v[row : row + 1] for k, v in step.items()}, past_key_values=alone)
+        torch.testing.assert_close(together[0][row], first[0], atol=0.02, rtol=0.02)
+        torch.testing.assert_close(together[1][row], then.logits[0, -1], atol=0.02, rtol=0.02)
+
+
+def test_a_long_generation_takes_more_pages_as_it_goes(network: Any) -> None:
+    cache = load_cache(mixed(), network, new_tokens=8)
+    network.generate(**ids(30), max_new_tokens=150, min_new_tokens=150, past_key_values=cache)
+    assert cache.layers[2].paged.lengths[1].tolist() == [149, 149]
+    assert cache.page_bytes() == sum(layer.paged.page_bytes() for layer in cache.layers)
+    cache.pool.check_integrity()
+
+
+def test_evicting_keeps_the_chosen_and_frees_the_rest(network: Any) -> None:
+    policy = Policy.uniform(Option(), 3, 2)
+    cache = load_cache(policy, network)
+    network.generate(**ids(10), max_new_tokens=140, min_new_tokens=140, past_key_values=cache)
+    layer = cache.layers[1].paged
+    before = layer.page_bytes()
+    q, scratch = torch.randn(2, 2, 8), Scratch(2, layer.slots, 2, 8, "cpu")
+    everything = layer.attend(q, scratch, 0.3)
+    layer.evict([list(range(139))] * 2)
+    torch.testing.assert_close(layer.attend(q, scratch, 0.3), everything)
+    layer.evict([[0, 5, 120], list(range(60, 130))])
+    assert before - layer.page_bytes() == 3 * layer.growing_layout.page_bytes
+    layer.append(torch.ones(2, 8), torch.full((2, 8), 1e4))
+    layer.count_appended()
+    assert layer.lengths[1].tolist() == [4, 71]
+    assert (layer.attend(q, scratch, 0.3).abs() > 10).all()
+    cache.pool.check_integrity()
+
+
+def test_a_freed_sequence_leaves_its_pages_to_others(network: Any) -> None:
+    cache = load_cache(mixed(), network)
+    network(**ids(90, 90), past_key_values=cache)
+    for layer in cache.layers:
+        layer.paged.free(0)
+    half = cache.page_bytes()
+    for layer in cache.layers:
+        layer.paged.free(1)
+    assert half > 0
+    assert cache.page_bytes() == 0
+    cache.pool.check_integrity()
+
+
+def test_what_the_cache_cannot_do_is_refused(network: Any) -> None:
+    with pytest.raises(KvtuneError, match="for 2 layers"):
+        load_cache(Policy.uniform(Option(), 2, 2), network)
+    uneven = Policy.uniform(Option(Full(), ALL, Int4(exact_first=4), Int4()), 3, 2)
+    with pytest.raises(KvtuneError, match="different number"):
+        network(**ids(9), past_key_values=load_cache(uneven, network))
+    threes = Policy.uniform(Option(Full(), ALL, Int3(), Bf16()), 3, 2)
+    with pytest.raises(KvtuneError, match="no int3"):
+        network(**ids(9), past_key_values=load_cache(threes, network))
+    cache = load_cache(mixed(), network)
+    with pytest.raises(KvtuneError, match="given none"):
+        network(**ids(9), use_cache=False)
+    network(**ids(40), past_key_values=cache)
+    with pytest.raises(KvtuneError, match="one token at a time"):
+        network(**ids(9), past_key_values=cache)
+    with pytest.raises(KvtuneError, match="cropped"):
+        cache.crop(3)
+
+
+def test_a_number_that_is_none_names_layer_and_head(network: Any) -> None:
+    with torch.no_grad():
+        network.model.layers[1].self_attn.k_proj.weight[9] = torch.nan  # KV head 1 of heads of 8
+    with pytest.raises(KvtuneError, match="layer 1, KV head 1"):
+        network(**ids(20), past_key_values=load_cache(mixed(), network))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_pool_never_gives_a_page_twice(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    pool = Pool(30 * SLAB_CELLS, 64, "cpu")
+    held: list[tuple[Any, int]] = []
+    for _ in range(60):
+        if held and rng.random() < 0.5:
+            pool.give(*held.pop(rng.integers(len(held))))
+        else:
+            size = int(rng.choice([10, 14, 18, 32, 64]))
+            held.append((pool.take(int(rng.integers(1, 12)), size), size))
+        pool.check_integrity()
+        cells = [c + i for pages, size in held for c in pages for i in range(size)]
+        assert len(set(cells)) == len(cells)
+        assert pool.used_bytes == 64 * len(cells)
+
+
+def test_a_full_pool_says_so() -> None:
+    pool = Pool(SLAB_CELLS, 64, "cpu")
+    pool.take(9, 64)
+    with pytest.raises(KvtuneError, match="full"):
+        pool.take(1, 10)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tiles_cover_every_page_once(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = 6
+    row = np.concatenate([np.arange(rows), rng.integers(0, rows, 5)])
+    pages = rng.integers(0, 200, len(row))
+    pair = rng.choice([528, 132, 130], len(row))
+    segments = Segments(row, pair, pages.cumsum() - pages, pages)
+    records = plan_tiles(segments, programs=40).records
+    covered = np.concatenate([np.arange(at, at + n) for _, _, at, _, n, *_ in records])
+    np.testing.assert_array_equal(np.sort(covered), np.arange(pages.sum()))
+    np.testing.assert_array_equal(np.sort(records[:, 6]), np.arange(len(records)))
+    for one in range(rows):
+        mine = records[records[:, 0] == one]
+        assert (mine[:, 7] % 65536 == len(mine)).all()
+        assert len(set(mine[:, 6] - mine[:, 7] // 65536)) == 1
+        np.testing.assert_array_equal(np.sort(mine[:, 7] // 65536), np.arange(len(mine)))
