@@ -106,6 +106,7 @@ class Kernels:
                 self._copies[point.op, point.kernel][point.width_in] = row.seconds
         self._linear: dict[tuple[int, int], Curve] = {}
         self._surfaces: dict[Heads, Surface] = {}
+        self._paged: dict[str, Surface] = {}
         self._plain: dict[tuple[str, int], Curve] = {}
 
     def has(self, op: str) -> bool:
@@ -184,6 +185,26 @@ class Kernels:
             if _heads(row) == heads
         }
 
+    def has_paged(self, number_format: str) -> bool:
+        """Whether attention over pages of a format was measured."""
+        return any(
+            row.point.number_format == number_format
+            for row in self._by_op.get("attention_paged", ())
+        )
+
+    def paged(
+        self, number_format: str, batch: npt.ArrayLike, layer_bytes: npt.ArrayLike
+    ) -> FloatArray:
+        """Seconds of one layer's attention over pages, by the bytes that a sequence holds there."""
+        if number_format not in self._paged:
+            rows = [
+                row
+                for row in self.rows("attention_paged")
+                if row.point.number_format == number_format
+            ]
+            self._paged[number_format] = _surface(rows, by_bytes=True)
+        return self._paged[number_format].at(batch, layer_bytes)
+
     # --- everything else -------------------------------------------------------------------
 
     def plain(self, op: str, numbers: npt.ArrayLike) -> FloatArray:
@@ -237,16 +258,19 @@ def _by_size(sizes: dict[int, float], wanted: int) -> float:
     return near * max(1.0, wanted / float(known[-1]))
 
 
-def _surface(rows: list[KernelRow]) -> Surface:
+def _surface(rows: list[KernelRow], by_bytes: bool = False) -> Surface:
+    """Over batch and length, or over batch and the bytes of a sequence."""
     by_batch: dict[int, dict[int, float]] = defaultdict(dict)
     for row in rows:
-        by_batch[row.point.batch][row.point.length] = row.seconds
-    lengths = np.array(sorted({0, *(row.point.length for row in rows)}), dtype=np.float64)
+        size = row.bytes // row.point.batch if by_bytes else row.point.length
+        by_batch[row.point.batch][size] = row.seconds
+    lengths = np.array(sorted({0, *(size for found in by_batch.values() for size in found)}))
     floor = min(row.seconds for row in rows)
     table = []
     for batch in sorted(by_batch):
         table.append(_curve({0: floor} | by_batch[batch]).at(lengths))
-    return Surface(np.array(sorted(by_batch), dtype=np.float64), lengths, np.array(table))
+    batches, sizes = np.array(sorted(by_batch), dtype=np.float64), lengths.astype(np.float64)
+    return Surface(batches, sizes, np.array(table))
 
 
 @functools.lru_cache(maxsize=8)

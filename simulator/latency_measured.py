@@ -178,8 +178,9 @@ def measured_steps(
 ) -> Answer:
     """Decode steps through a graph, from measured kernels.
 
-    Caches of fewer bits are taken as so many bf16 bytes as take as long by the priors; weights of
-    fewer bits likewise. Both make the answer a fitted one at best.
+    Caches of fewer bits are read by the paged kernel where it was measured, else taken as so many
+    bf16 bytes as take as long by the priors; weights of fewer bits likewise. Both make the answer
+    a fitted one at best.
 
     Args:
         tables: kernel times of the card.
@@ -189,15 +190,14 @@ def measured_steps(
         batch: sequences.
         cache: bytes a sequence over all layers by bits a number, of the same shape as ``batch``.
     """
-    token = shape.kv_bytes_per_token()
     ends = []
     for end in ("value", "low", "high"):
-        tokens = np.sum(
-            [size / priors.cache_factor(bits, _WORSE[end]) for bits, size in cache.items()], axis=0
-        )
-        whole = decode_parts(tables.kernels, shape, batch, tokens / token)
+        whole = decode_parts(tables.kernels, shape, batch, _as_bf16_tokens(shape, cache, end))
         matrices = _in_format(whole.matrices, shape, gpu, weight_format, batch, end)
-        ends.append(whole.total - whole.matrices + matrices)
+        attention = _paged_attention(tables.kernels, shape, batch, cache)
+        if attention is None:
+            attention = whole.attention
+        ends.append(attention + matrices + whole.rest + whole.between)
     value, low, high = ends
     narrow = weight_format != "bf16" or any(
         bits != 16 and np.any(size > 0) for bits, size in cache.items()
@@ -225,6 +225,35 @@ def measured_prefills(
     return _answer(value, value, value, tiers)
 
 
+def _as_bf16_tokens(shape: ModelShape, cache: Mapping[float, FloatArray], end: str) -> FloatArray:
+    """So many bf16 tokens as take as long to read, by the priors of narrow formats."""
+    sizes = [size / priors.cache_factor(bits, _WORSE[end]) for bits, size in cache.items()]
+    return np.asarray(np.sum(sizes, axis=0) / shape.kv_bytes_per_token())
+
+
+def _paged_attention(
+    kernels: Kernels, shape: ModelShape, batch: FloatArray, cache: Mapping[float, FloatArray]
+) -> FloatArray | None:
+    """Attention over pages of several formats; None for a plain bf16 cache, or one not measured.
+
+    Each format's part takes its share of the time that all bytes would take in that format.
+    """
+    used = {bits: size for bits, size in cache.items() if np.any(size > 0)}
+    names = {bits: _FORMAT_OF_BITS.get(bits, "") for bits in used}
+    if set(used) <= {16.0} or not all(kernels.has_paged(name) for name in names.values()):
+        return None
+    # In numbers held, not bytes: a sequence's tokens are the sum over its formats.
+    numbers = {bits: size * 8 / bits for bits, size in used.items()}
+    total = np.maximum(np.sum(list(numbers.values()), axis=0), 1.0)
+    parts_s = [
+        numbers[bits] / total
+        * kernels.paged(names[bits], batch, total * bits / 8 / shape.layers)
+        for bits in used
+    ]  # fmt: skip
+    return np.asarray(shape.layers * np.sum(parts_s, axis=0))
+
+
+_FORMAT_OF_BITS = {16.0: "bf16", 8.0: "int8", 4.0: "int4", 2.0: "int2"}
 _WORSE = {"value": "value", "low": "high", "high": "low"}  # a low efficiency makes a high time
 _MOST_ROWS = 8192.0  # element-wise ops were measured up to here
 

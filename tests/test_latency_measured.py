@@ -216,6 +216,30 @@ def test_narrow_caches_and_weights_are_faster_and_no_longer_measured(measured: T
     assert narrow.low < narrow.value < narrow.high
 
 
+def test_measured_pages_say_how_fast_a_narrow_cache_is(
+    measured: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads: dict[str, Any] = {"query_heads": 32, "kv_heads": 8, "head_dim": 128}
+    pages = [
+        row(Point("attention_paged", "k", number_format=form, batch=batch, length=length, **heads),
+            size, seconds=slower * law(size))
+        for form, bits, slower in (("bf16", 16, 1.0), ("int4", 4, 2.0))
+        for batch in (1, 8)
+        for length in (1024, 65536)
+        for size in [2048 * batch * length * bits // 8]
+    ]  # fmt: skip
+    paged = Tables(Kernels((*ROWS, *pages)), "measured", "h100-sxm")
+    monkeypatch.setattr(latency, "tables_for", lambda gpu: paged)
+    size, rest = 8192 * LLAMA.kv_bytes_per_token() / 4, step(8, 0).value
+    narrow = decode_steps(LLAMA, H100, "bf16", 8, {4: size}).at()
+    bf16_floor = 32 * float(KERNELS.attention((32, 8, 128), 8, 0))
+    expected = 32 * 2 * law(8 * size / 32)
+    assert narrow.value - rest + bf16_floor == pytest.approx(expected, rel=0.02)
+    both = decode_steps(LLAMA, H100, "bf16", 8, {4: size / 2, 16: 2 * size}).at()
+    assert narrow.value < both.value
+    assert both.tier == "fitted"
+
+
 def test_models_that_the_table_does_not_cover_get_the_datasheet(measured: Tables) -> None:
     for name in ("deepseek-v3", "gpt-oss-20b"):
         shape = find_model(name)
