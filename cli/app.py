@@ -17,6 +17,7 @@ from kvtune.cli import (
     models,
     policies,
     profile,
+    report,
     search,
     simulate,
     tui,
@@ -24,7 +25,7 @@ from kvtune.cli import (
 )
 
 _COMMANDS = (
-    *(search, tui, validate, bench, simulate, estimate, capture, export),
+    *(search, tui, report, validate, bench, simulate, estimate, capture, export),
     *(profile, gpus, models),
 )
 _ABOUT = """\

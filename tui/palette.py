@@ -52,3 +52,11 @@ def mark_of(family: str) -> str:
 def words_of(family: str) -> str:
     """A baseline's family in words."""
     return FAMILY_WORDS.get(family, family)
+
+
+def short(value: float) -> str:
+    """Few characters for a tick: ``0.02``, ``50``, ``16k``, ``1.5M``."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if value >= 0.9995 * size * (10 if unit == "k" else 1):
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"

@@ -25,7 +25,7 @@ from textual_hires_canvas import Canvas
 from textual_plot import AxisFormatter, HiResMode, PlotWidget
 from textual_plot.plot_widget import Legend
 
-from kvtune.tui.palette import CHOSEN, FRONT, MARKED, SELECTED, colours_of, mark_of
+from kvtune.tui.palette import CHOSEN, FRONT, MARKED, SELECTED, colours_of, mark_of, short
 from kvtune.tuner.explore.plans import Floats
 from kvtune.tuner.explore.view import View
 
@@ -61,14 +61,6 @@ class LogTicks(AxisFormatter):
     def get_labels_for_ticks(self, ticks: Sequence[float]) -> list[str]:
         """``0.02``, ``50``, ``16k``; ``0`` where nothing is drawn."""
         return ["0" if tick == self.zero else short(10**tick) for tick in ticks]
-
-
-def short(value: float) -> str:
-    """Few characters for a tick: ``0.02``, ``50``, ``16k``, ``1.5M``."""
-    for unit, size in (("M", 1e6), ("k", 1e3)):
-        if value >= 0.9995 * size * (10 if unit == "k" else 1):
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
 
 
 class StyledCanvas(Canvas):

@@ -1,0 +1,37 @@
+"""``kvtune report``: a study as one HTML page, with its pictures and tables beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvtune.cli import options
+from kvtune.cli.output import speaking
+from kvtune.cli.studies import Study, find_study
+
+
+def command(
+    study: Study = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Left out: report, in the run directory."),
+    ] = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """A study as a page that opens anywhere: plots, tables, provenance."""
+    from kvtune.cli.inputs import check_writable
+    from kvtune.tuner.explore.reader import StudyReader
+
+    folder = find_study(study)
+    found = StudyReader(folder).read()
+    target = out or folder / "report"
+    check_writable(target, "--out")
+    with speaking(as_json, quiet) as output:
+        from kvtune.tui.report.write import write_report
+
+        files = write_report(found, target, output.progress)
+        output.show(*(f"wrote {path}" for path in files))
+        output.finish("report", {"study": folder, "state": found.state, "files": files})

@@ -1,0 +1,1 @@
+"""A study as files that anyone can open: one HTML page, pictures, tables."""

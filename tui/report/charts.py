@@ -1,0 +1,266 @@
+"""The report's pictures, drawn once and saved as SVG for the page and as PNG beside it.
+
+Drawn by matplotlib: the same few lines give both formats without a browser or a system library.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvtune.common.units import GIB
+from kvtune.tui.palette import short, words_of
+from kvtune.tui.widgets.memory_bar import MemoryParts
+from kvtune.tuner.explore.axes import option_bits
+from kvtune.tuner.explore.compare import HeadMap
+from kvtune.tuner.explore.plans import Floats
+from kvtune.tuner.explore.view import View
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Draw = Callable[["Axes"], None]
+
+COLOURS = {
+    "ink": "#1c2733",
+    "soft": "#5a6a79",
+    "line": "#d5dce3",
+    "blue": "#0d64b2",
+    "green": "#10804a",
+    "red": "#c0314b",
+    "amber": "#b86e00",
+}
+_PARTS = {
+    "weights": "blue",
+    "overhead": "soft",
+    "prefill": "green",
+    "cache": "amber",
+    "free": "line",
+}
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """Text stays text, identifiers stay the same, lines are quiet."""
+    import matplotlib as mpl
+
+    settings: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "kvtune",
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "text.color": COLOURS["ink"],
+        "axes.edgecolor": COLOURS["soft"],
+        "axes.labelcolor": COLOURS["ink"],
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.facecolor": "none",
+        "grid.color": COLOURS["line"],
+        "xtick.color": COLOURS["soft"],
+        "ytick.color": COLOURS["soft"],
+        "legend.frameon": False,
+    }
+    with mpl.rc_context(settings):
+        yield
+
+
+def rendered(draw: Draw, width: float, height: float, kind: str) -> bytes:
+    """A picture of ``width`` x ``height`` inches, as ``svg`` or ``png``."""
+    from matplotlib.figure import Figure
+
+    with _style():
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure.add_subplot())
+        return _saved(figure, kind)
+
+
+def _saved(figure: Figure, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    opaque = kind == "png"
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    figure.savefig(
+        buffer,
+        format=kind,
+        dpi=144,
+        transparent=not opaque,
+        facecolor="white" if opaque else "none",
+        metadata=metadata,
+    )
+    return buffer.getvalue()
+
+
+def inline(svg: bytes, name: str) -> str:
+    """An SVG for the page: no header, identifiers of its own, colours that follow the theme."""
+    text = svg.decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r'id="([^"]+)"', rf'id="{name}-\1"', text)
+    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = re.sub(r'<svg ([^>]*?)width="[^"]*pt" height="[^"]*pt"', r"<svg \1", text, count=1)
+    text = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', text, count=1)
+    for colour, code in COLOURS.items():
+        text = text.replace(code, f"var(--{colour})")
+    return text
+
+
+# --- the pictures ------------------------------------------------------------------------------
+
+
+def front_chart(view: View) -> Draw:
+    """All plans, the front, the chosen plan with its interval, baselines and limits."""
+
+    def draw(axes: Axes) -> None:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel(view.x.words)
+        axes.set_ylabel(view.y.words)
+        axes.grid(True, which="major", linewidth=0.6)
+        _plans(axes, view)
+        _chosen(axes, view)
+        _baselines(axes, view)
+        for line in view.lines:
+            mark = axes.axvline if line.axis is view.x else axes.axhline
+            mark(line.value, color=COLOURS["soft"], linestyle=":", linewidth=1.2, label=line.words)
+        axes.xaxis.set_major_formatter(lambda value, _: short(value))
+        axes.yaxis.set_major_formatter(lambda value, _: short(value))
+        axes.legend(fontsize=8, loc="best")
+
+    return draw
+
+
+def _plans(axes: Axes, view: View) -> None:
+    others = np.setdiff1d(view.rows, view.front)
+    axes.scatter(
+        view.across[others, 0],
+        view.upward[others, 0],
+        s=10,
+        color=COLOURS["soft"],
+        label="other plans",
+        rasterized=len(others) > 2000,
+    )
+    front = view.front
+    axes.plot(
+        view.across[front, 0],
+        view.upward[front, 0],
+        "o-",
+        color=COLOURS["blue"],
+        markersize=5,
+        linewidth=1,
+        label="front",
+    )
+
+
+def _chosen(axes: Axes, view: View) -> None:
+    row = view.study.chosen
+    if row is None:
+        return
+    x, y = view.across[row], view.upward[row]
+    axes.errorbar(
+        x[0],
+        y[0],
+        xerr=_reach(x),
+        yerr=_reach(y),
+        fmt="*",
+        color=COLOURS["green"],
+        markersize=13,
+        capsize=3,
+        label="chosen, with its interval" if view.study.outcome else "best so far",
+        zorder=5,
+    )
+
+
+def _reach(ends: Floats) -> Floats:
+    value, low, high = ends
+    return np.array([[max(value - low, 0)], [max(high - value, 0)]])
+
+
+def _baselines(axes: Axes, view: View) -> None:
+    lowest_first = sorted(view.baselines(), key=lambda found: found[2])
+    for index, (baseline, x, y) in enumerate(lowest_first):
+        side, align = ((8, "left"), (-8, "right"))[index % 2]  # neighbours on either side
+        axes.plot(x, y, "x", color=COLOURS["red"], markersize=7)
+        axes.annotate(
+            words_of(baseline.family),
+            (x, y),
+            xytext=(side, -3),
+            ha=align,
+            textcoords="offset points",
+            color=COLOURS["red"],
+            fontsize=8,
+        )
+
+
+def memory_chart(parts: MemoryParts) -> Draw:
+    """One bar: weights, overhead, prefill, cache, free, and the limit."""
+
+    def draw(axes: Axes) -> None:
+        left = 0.0
+        for name, size in parts.sizes().items():
+            width = size / GIB
+            colour = COLOURS[_PARTS[name]]
+            axes.barh([0], [width], left=left, color=colour, label=f"{name} {width:.2f}")
+            left += width
+        low, high = parts.peak.low / GIB, parts.peak.high / GIB
+        axes.plot([low, high], [0, 0], color=COLOURS["ink"], linewidth=2, label="peak's interval")
+        axes.axvline(parts.budget.limit_bytes / GIB, color=COLOURS["red"], label="limit")
+        axes.set_yticks([])
+        axes.set_xlabel("GiB")
+        axes.figure.legend(fontsize=8, ncols=7, loc="outside lower center")
+
+    return draw
+
+
+def heads_chart(heads: HeadMap, shade: str) -> Draw:
+    """Layers across, KV heads down: share of tokens kept, or bits."""
+    values = heads.share if shade == "budget" else _bits(heads)
+    label = "share kept" if shade == "budget" else "bits"
+
+    def draw(axes: Axes) -> None:
+        from matplotlib.colors import LogNorm
+
+        norm = LogNorm(min(float(values.min()), 0.5), float(values.max()))
+        edges = [np.arange(size + 1) - 0.5 for size in values.shape]
+        mesh = axes.pcolormesh(*edges, values.T, cmap="viridis", norm=norm, linewidth=0)
+        axes.invert_yaxis()
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("layer")
+        axes.set_ylabel("KV head")
+        bar = axes.figure.colorbar(mesh, ax=axes, label=label, pad=0.01)
+        ticks = sorted({float(v) for v in np.unique(values)})
+        ticks = ticks if len(ticks) <= 8 else ticks[:: -(-len(ticks) // 8)]
+        bar.set_ticks(ticks, labels=[f"{tick:.3g}" for tick in ticks])
+        bar.minorticks_off()
+
+    return draw
+
+
+def _bits(heads: HeadMap) -> Floats:
+    return np.array([[option_bits(o)[0] for o in row] for row in heads.options], np.float64)
+
+
+def kinds_chart(kinds: tuple[str, ...], rows: list[tuple[str, dict[str, float]]]) -> Draw:
+    """Held-out loss by kind of text, the plan first."""
+
+    def draw(axes: Axes) -> None:
+        colours = [COLOURS[name] for name in ("green", "blue", "amber", "soft", "red", "ink")]
+        width = 0.8 / max(len(rows), 1)
+        for index, (name, losses) in enumerate(rows):
+            at = np.arange(len(kinds)) + (index - (len(rows) - 1) / 2) * width
+            values = [max(losses.get(kind, np.nan), 1e-6) for kind in kinds]
+            axes.bar(at, values, width, label=name, color=colours[index % len(colours)])
+        axes.set_yscale("log")
+        axes.set_xticks(range(len(kinds)), kinds)
+        for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatted(lambda value, _: short(value))
+        axes.set_ylabel("KL, nats/token")
+        axes.grid(True, axis="y", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+
+    return draw

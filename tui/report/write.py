@@ -1,0 +1,123 @@
+"""The report of a study: what goes into it, and into which files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kvtune.common.errors import KvtuneError
+from kvtune.common.files import atomic, write_text
+from kvtune.common.progress import Progress, Silent
+from kvtune.tui.report import charts
+from kvtune.tui.report.page import listed, page, pairs, picture, table
+from kvtune.tui.report.tables import baselines_table, front_table, plan_table, plans_csv
+from kvtune.tui.widgets.memory_bar import MemoryParts
+from kvtune.tuner.explore.axes import BYTES, LOSS, RATE, TOKENS
+from kvtune.tuner.explore.compare import HeadMap
+from kvtune.tuner.explore.study import Study
+from kvtune.tuner.explore.view import View
+from kvtune.tuner.explore.what_if import Setting, figures_of
+from kvtune.tuner.explore.why import why
+
+_TIERS = (
+    "Tiers. Loss: table (predicted), replay (exact for one plan), live (the model ran). Memory and "
+    "time: measured, interpolated, fitted, transferred, datasheet, assumed; exact is counted. "
+    "Intervals: 95 % over samples for loss, 10-90 % for the rest."
+)
+Picture = tuple[str, str, charts.Draw, float, float]  # name, caption, drawing, inches
+
+
+def write_report(study: Study, folder: Path, progress: Progress | None = None) -> list[Path]:
+    """Write ``report.html``, its pictures as PNG and SVG, and ``plans.csv``.
+
+    Raises:
+        KvtuneError: the study holds no plan, or the folder cannot be written.
+    """
+    row = study.chosen
+    if row is None:
+        raise KvtuneError(
+            "this study holds no plan yet",
+            where=str(study.folder),
+            hint="wait for the search, or raise --mem.",
+        )
+    view = View(study, figures_of(study, Setting.asked(study.facts)), Setting.asked(study.facts))
+    drawn, paths = {}, []
+    pictures = list(_pictures(view, row))
+    for name, caption, draw, width, height in (progress or Silent()).track(
+        pictures, "drawing", len(pictures)
+    ):
+        svg = charts.rendered(draw, width, height, "svg")
+        paths += [_write(folder / f"{name}.svg", svg)]
+        paths += [_write(folder / f"{name}.png", charts.rendered(draw, width, height, "png"))]
+        drawn[name] = picture(charts.inline(svg, name), caption)
+    write_text(folder / "plans.csv", plans_csv(view))
+    write_text(folder / "report.html", page(study, _sections(view, row, drawn)))
+    return [folder / "report.html", folder / "plans.csv", *paths]
+
+
+def _write(path: Path, content: bytes) -> Path:
+    with atomic(path) as temporary:
+        temporary.write_bytes(content)
+    return path
+
+
+def _pictures(view: View, row: int) -> Iterator[Picture]:
+    study, plan = view.study, view.study.plans[row]
+    context = int(view.figures.context_tokens[row])
+    heads = HeadMap.of(study.policy(plan), context)
+    parts = MemoryParts(view.figures.budgets[context], view.figures.estimate("memory", row))
+    quality = f"quality: {study.facts.quality}"
+    fits = View(study, view.figures, view.setting, TOKENS, LOSS)
+    size = View(study, view.figures, view.setting, BYTES, LOSS)
+    rate = View(study, view.figures, view.setting, RATE, LOSS)
+    caption = f"Every point is a plan; loss on selection samples, {quality}."
+    if (study.plans.kl[:, 0] <= 0).any():
+        caption += " Plans without loss lie below the axis."
+    yield "front-tokens", caption, charts.front_chart(fits), 8.5, 4.6
+    yield "front-bytes", caption, charts.front_chart(size), 8.5, 4.6
+    yield "front-rate", caption, charts.front_chart(rate), 8.5, 4.6
+    yield "memory", "The chosen plan's memory.", charts.memory_chart(parts), 8.5, 1.5
+    high = 1.2 + 0.16 * heads.share.shape[1]
+    yield "heads-budget", "What each head keeps.", charts.heads_chart(heads, "budget"), 8.5, high
+    yield "heads-bits", "How it is stored.", charts.heads_chart(heads, "bits"), 8.5, high
+    if rows := _kinds(study, row):
+        words = f"Held-out loss by kind of text, predicted, {quality}."
+        yield "kinds", words, charts.kinds_chart(study.facts.kinds, rows), 8.5, 3.4
+
+
+def _kinds(study: Study, row: int) -> list[tuple[str, dict[str, float]]]:
+    plan = study.plans[row]
+    rows = [("kvtune plan", dict(zip(study.facts.kinds, plan.by_kind, strict=True)))]
+    others = study.outcome.baselines[1:] if study.outcome else ()
+    return rows + [(other.name, other.by_kind) for other in others if other.by_kind]
+
+
+def _sections(view: View, row: int, drawn: dict[str, str]) -> Iterator[tuple[str, str]]:
+    study = view.study
+    plan = study.plans[row]
+    yield f"The plan of trial {plan.trial}", table(plan_table(view, row)) + drawn["memory"]
+    yield "Why", listed(why(study, plan))
+    yield "The front", drawn["front-tokens"] + drawn["front-bytes"] + drawn["front-rate"]
+    yield "Head by head", drawn["heads-budget"] + drawn["heads-bits"]
+    if study.outcome is not None:
+        yield "Beside others at equal bytes", table(baselines_table(study))
+    if "kinds" in drawn:
+        yield "Task by task", drawn["kinds"]
+    yield "Plans of the front", table(front_table(view))
+    yield "Provenance", pairs(_provenance(study)) + f"<p>{_TIERS}</p>\n"
+
+
+def _provenance(study: Study) -> dict[str, Any]:
+    facts = study.facts
+    known: dict[str, Any] = {
+        "study": facts.study,
+        "kvtune": facts.kvtune,
+        "model": f"{facts.shape.name}, {facts.shape.source}",
+        "gpu": facts.card.name,
+        "weights": facts.weights,
+        "seed": facts.seed,
+        "samples": f"{facts.selection_samples} of selection, {facts.held_out_samples} held out",
+    }
+    found = study.outcome.provenance if study.outcome else {}
+    return known | {k: v for k, v in found.items() if k not in known}
