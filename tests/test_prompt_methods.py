@@ -272,7 +272,8 @@ def test_probe_greedy_first_drops_the_token_that_the_loss_minds_least() -> None:
         left[..., gone] = 0
         change = left / left.sum(-1, keepdim=True) @ values - attention @ values  # [Hq, C, D]
         by_position = torch.einsum("hcd,schd->sc", change, signals.probes().double())
-        return torch.nn.functional.pad(by_position, (0, 1)).unflatten(1, (2, 4)).sum(-1)
+        blocks: Tensor = torch.nn.functional.pad(by_position, (0, 1)).unflatten(1, (2, 4)).sum(-1)
+        return blocks
 
     costs = [float(response(token).square().sum()) for token in range(14)]
     order = ProbeGreedy(block=4).scores(signals)[0]

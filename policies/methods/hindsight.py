@@ -96,7 +96,7 @@ class _Responses:
         rest: the observed tokens' part of the unnormalised output, ``[H, G, C, D]``.
         values: ``[H, P, D]``.
         probes: ``[H, S, G, C, D]``.
-        along: probes times values, ``[H, S, G, C, P]``.
+        along: probes times values, ``[H, B, P, S, K]``: B blocks of K queries.
         block: positions summed.
     """
 
@@ -123,13 +123,15 @@ class _Responses:
         weights = (logits - logits.amax(-1, keepdim=True)).exp()
         probes = signals.probes().float().unflatten(2, (heads, -1)).permute(2, 0, 3, 1, 4)
         values = signals.values.float()
+        along = (probes @ values[:, None, None].transpose(-1, -2)).permute(0, 4, 1, 2, 3)
+        along = along.flatten(1, 2)  # [H, P * S, G, C]
         return _Responses(
             weights[..., :tokens],
             weights[..., tokens:].sum(-1),
             weights[..., tokens:] @ future.values.float()[:, None],
             values,
             probes,
-            probes @ values[:, None, None].transpose(-1, -2),
+            _blocks(along, block).unflatten(2, (tokens, -1)),
             block,
         )
 
@@ -140,20 +142,22 @@ class _Responses:
         share = self.weights * alive[:, None, None] / total[..., None]
         odds = share / (1 - share).clamp_min(1e-6)
         before = (self.probes * (output - everything)[:, None]).sum(-1)  # [H, S, G, C]
-        here = (self.probes * output[:, None]).sum(-1)[..., None]
-        change = odds[:, None] * (here - self.along)  # [H, S, G, C, P]
-        return self._blocks(before[..., None])[:, 0], self._blocks(change)
+        here = (self.probes * output[:, None]).sum(-1)
+        response = _blocks(before, self.block).sum(-1)  # [H, B, S]
+        weight = _blocks(odds.permute(0, 3, 1, 2), self.block)  # [H, B, P, K]
+        change = weight @ _blocks(here, self.block).transpose(-1, -2)  # [H, B, P, S]
+        change -= (self.along @ weight[..., None])[..., 0]
+        return response.flatten(1), change.transpose(1, 2).flatten(2)
 
     def _output(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         total = weights.sum(-1) + self.others
         return (weights @ self.values[:, None] + self.rest) / total[..., None], total
 
-    def _blocks(self, responses: Tensor) -> Tensor:
-        """Summed over the group and blocks of positions: ``[H, P, S * blocks]``."""
-        import torch.nn.functional as F
 
-        by_position = responses.sum(2)  # [H, S, C, P]
-        short = -by_position.shape[2] % self.block
-        padded = F.pad(by_position, (0, 0, 0, short)).unflatten(2, (-1, self.block))
-        summed: Tensor = padded.sum(3).flatten(1, 2).transpose(1, 2)
-        return summed
+def _blocks(rows: Tensor, block: int) -> Tensor:
+    """``[H, R, G, C]`` as ``[H, B, R, G * block]``: positions in blocks, zeros after the last."""
+    import torch.nn.functional as F
+
+    padded = F.pad(rows, (0, -rows.shape[-1] % block)).unflatten(-1, (-1, block))
+    grouped: Tensor = padded.permute(0, 3, 1, 2, 4).flatten(3)
+    return grouped
