@@ -166,7 +166,8 @@ def check_append_and_compact() -> dict[str, bool]:
     keys, values = torch.randn(2, 150, 2, HEAD_DIM, device=DEVICE).bfloat16().unbind(0)
     where = (rows, at, table, lengths, pool.view(torch.bfloat16), HEAD_DIM)
     for key, value in zip(keys, values, strict=True):
-        pages.append_token[(2,)](key, value, HEAD_DIM, *where)
+        strides = (0, HEAD_DIM)
+        pages.append_token[(2,)](key, value, strides, strides, *where[:-1], 2, HEAD_DIM)
 
     def holds(row: int, kept: Tensor) -> bool:
         cells = table[3 * row : 3 * row + 3] * layout.cell_bytes
