@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,11 @@ class Entrant:
     method: str
     share: float = 0.0
     tokens: int | None = None
-    parameters: dict[str, Any] = field(default_factory=dict)
+    parameters: tuple[tuple[str, Any], ...] = ()
     allocator: str = "as_given"
 
     def made(self) -> Method:
-        return find_method(self.method)(**self.parameters)
+        return find_method(self.method)(**dict(self.parameters))
 
     def policy(self, loaded: LoadedModel, whole: int) -> Policy:
         """Its share is of ``whole`` tokens."""
@@ -179,7 +179,7 @@ def first_question(sample: Sample) -> Sample:
 
 
 def _against(method: str, share: float, **parameters: Any) -> Entrant:
-    return Entrant(method, share, parameters=parameters)
+    return Entrant(method, share, parameters=tuple(parameters.items()))
 
 
 WINDOW = {"sinks": 0}
@@ -234,18 +234,29 @@ CLAIMS = (
 )  # fmt: skip
 
 
-def judge(claim: Claim, setting: Setting) -> dict[str, Any]:
-    """One claim's figure; equal entrants of other claims are measured anew, which is cheap."""
+def measured(
+    measure: Measure, setting: Setting, entrants: Sequence[Entrant]
+) -> dict[Entrant, list[float] | str]:
+    """Every entrant's values, all at once if that works; where it cannot be run, why not."""
     try:
-        pair = (claim.better, claim.worse)
-        for entrant in pair:
-            entrant.made()
-            find_allocator(entrant.allocator)
-        found = claim.measure(setting, pair)
-    except KvtuneError as missing:
-        return {"claim": claim.text, "skipped": str(missing)}
-    values = [np.array(own) for own in found]
-    gain = values[0] - values[1]
+        return dict(zip(entrants, measure(setting, entrants), strict=True))
+    except KvtuneError as error:
+        if len(entrants) == 1:
+            return {entrants[0]: str(error)}
+    found: dict[Entrant, list[float] | str] = {}
+    for entrant in entrants:
+        found |= measured(measure, setting, [entrant])
+    return found
+
+
+def judge(claim: Claim, found: dict[Entrant, list[float] | str]) -> dict[str, Any]:
+    """One claim's figure."""
+    pair = found[claim.better], found[claim.worse]
+    for values in pair:
+        if isinstance(values, str):
+            return {"claim": claim.text, "skipped": values}
+    better, worse = (np.array(values) for values in pair)
+    gain = better - worse
     low, high = np.percentile(bootstrap(gain, ["all"] * len(gain)), [2.5, 97.5])
     return {
         "claim": claim.text,
@@ -253,8 +264,8 @@ def judge(claim: Claim, setting: Setting) -> dict[str, Any]:
         "held": bool(low > 0),
         "gain": float(gain.mean()),
         "interval": [float(low), float(high)],
-        "better": float(values[0].mean()),
-        "worse": float(values[1].mean()),
+        "better": float(better.mean()),
+        "worse": float(worse.mean()),
         "samples": len(gain),
     }
 
@@ -278,15 +289,19 @@ def main() -> None:
     setting = Setting(loaded, plain, [s for s in samples if s.kind == "retrieval"])
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     judged: list[dict[str, Any]] = []
-    for claim in CLAIMS:
-        if arguments.only.lower() in claim.text.lower():
-            judged.append(judge(claim, setting))
+    wanted = [claim for claim in CLAIMS if arguments.only.lower() in claim.text.lower()]
+    for measure in dict.fromkeys(claim.measure for claim in wanted):
+        claims = [claim for claim in wanted if claim.measure is measure]
+        entrants = list(dict.fromkeys(e for claim in claims for e in (claim.better, claim.worse)))
+        found = measured(measure, setting, entrants)
+        for claim in claims:
+            judged.append(judge(claim, found))
             print(line(judged[-1]), flush=True)
-            described = {"model": arguments.model, "device": arguments.device}
-            settings = {"tokens": arguments.tokens, "observed": arguments.observed}
-            arguments.out.write_text(
-                json.dumps({**described, **settings, "claims": judged}, indent=1) + "\n"
-            )
+        report = {name: getattr(arguments, name) for name in ("model", "device", *SIZES)}
+        arguments.out.write_text(json.dumps({**report, "claims": judged}, indent=1) + "\n")
+
+
+SIZES = ("samples", "tokens", "observed")
 
 
 def line(found: dict[str, Any]) -> str:

@@ -172,9 +172,9 @@ class DecodeMethod(ScoredMethod):
         """
         import torch
 
-        worth = self.worth(state)
-        if state.protected is not None:
-            worth = worth.masked_fill(state.protected, torch.inf)
+        worth, protected = self.worth(state), state.protected
+        if protected is not None:
+            worth = worth.masked_fill(protected, torch.inf)
         never = torch.iinfo(torch.int64).max
         keys = _order(worth, state.positions).masked_fill(~state.live, never)
         beyond = torch.full_like(keys[..., :1], never)  # where all that is live leaves
