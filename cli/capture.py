@@ -13,6 +13,7 @@ from kvtune.cli.output import speaking, table
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from kvtune.traces.models import LoadedModel
     from kvtune.traces.trace import Trace
 
 _PROBES = {"cpu": 4, "cuda": 16}
@@ -53,11 +54,20 @@ def command(
             probes=probes or _PROBES[loaded.device.split(":", 1)[0]],
             seed=seed,
             workload_description=plan.describe(),
-            signals=("column_sums",),
+            signals=_signals(loaded),
             progress=output.progress,
         )
         output.show(_summary(trace), "", f"next: kvtune simulate POLICY.yaml --trace {out}")
         output.finish("capture", _answer(trace))
+
+
+def _signals(loaded: LoadedModel) -> tuple[str, ...]:
+    """All that any policy reads; a calibration only where the model has one."""
+    from kvtune.traces.calibration import find_calibration
+    from kvtune.traces.signals import SIGNALS
+
+    calibrated = find_calibration(loaded.fingerprint) is not None
+    return tuple(name for name in SIGNALS if calibrated or name != "calibration")
 
 
 def _summary(trace: Trace) -> RenderableType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.rotary import mean_turn, turn
+from kvtune.policies.allocator import allocators
 from kvtune.policies.allocators.cake_layers import CakeLayers
 from kvtune.policies.allocators.compresskv_layers import CompressKVLayers
 from kvtune.policies.allocators.model_wide import ModelWide
@@ -328,3 +330,9 @@ def test_every_scoring_method_is_scored_in_float32() -> None:
     for method in EVERY_METHOD:
         if isinstance(method, ScoredMethod):
             assert method.scores(make_signals(CASE)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", sorted({**methods(), **allocators()}))
+def test_the_page_of_policies_names_everything(name: str) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "policies.md").read_text(encoding="utf-8")
+    assert f"| `{name}`" in page
