@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -64,8 +65,8 @@ def covers(kernels: Kernels, shape: ModelShape) -> bool:
 
 
 def prefill_covers(kernels: Kernels, shape: ModelShape) -> bool:
-    """The same for a prefill, whose layers must all attend to the whole prompt."""
-    return covers(kernels, shape) and kernels.has("attention_prefill") and not any(shape.windows)
+    """The same for a prefill."""
+    return covers(kernels, shape) and kernels.has("attention_prefill")
 
 
 def heads_of(shape: ModelShape) -> Heads:
@@ -94,7 +95,7 @@ def decode_parts(
         shape.vocab_size, shape.hidden_size, batch
     )
     rest = layers * _layer_rest(kernels, shape, batch) + _step_rest(kernels, shape, batch)
-    return Parts(attention, matrices, rest, layers * _between_parts(kernels, batch))
+    return Parts(attention, matrices, rest, layers * _between_parts(kernels, shape, batch))
 
 
 def _matrices(kernels: Kernels, shape: ModelShape, tokens: FloatArray) -> FloatArray:
@@ -122,18 +123,31 @@ def _step_rest(kernels: Kernels, shape: ModelShape, batch: FloatArray) -> FloatA
     )
 
 
-def _between_parts(kernels: Kernels, batch: FloatArray) -> FloatArray:
-    """Seconds a layer that whole layers took beyond the sum of their parts; may be negative."""
-    batches, extra = _beyond_parts(kernels)
-    return np.asarray(np.interp(batch, batches, extra))
+def _between_parts(kernels: Kernels, shape: ModelShape, batch: FloatArray) -> FloatArray:
+    """Seconds a layer that whole layers took beyond the sum of their parts; may be negative.
+
+    It grows with the memory that the layers are spread over: parts are measured on a few hundred
+    megabytes, and pages that were not met lately have to be looked up. Between the measured
+    depths by the weights' bytes; beyond them as at the nearest.
+    """
+    by_bytes = _beyond_parts(kernels)
+    sizes = np.array(sorted(by_bytes))
+    at = [np.interp(batch, *by_bytes[size]) for size in sizes]
+    weights = 2.0 * shape.active_parameters
+    above = int(np.clip(np.searchsorted(sizes, weights), 0, len(sizes) - 1))
+    below = max(0, above - 1)
+    if above == below or weights >= sizes[above]:
+        return np.asarray(at[above])
+    share = max(0.0, (weights - sizes[below]) / (sizes[above] - sizes[below]))
+    return np.asarray(at[below] * (1 - share) + at[above] * share)
 
 
 @functools.lru_cache(maxsize=32)
-def _beyond_parts(kernels: Kernels) -> tuple[FloatArray, FloatArray]:
-    """Batches, and at each the seconds of one layer less those of its parts."""
+def _beyond_parts(kernels: Kernels) -> dict[float, tuple[FloatArray, FloatArray]]:
+    """By bytes of all weights: batches, and at each the seconds of a layer less its parts'."""
     if not kernels.has("decode_layers"):
-        return np.ones(1), np.zeros(1)
-    found = []
+        return {1.0: (np.ones(1), np.zeros(1))}
+    found: dict[float, list[tuple[float, float]]] = defaultdict(list)
     for row in sorted(kernels.rows("decode_layers"), key=lambda row: row.point.batch):
         point = row.point
         shape = _shape_of_layers(kernels, point.width_in, point.width_out)
@@ -143,9 +157,9 @@ def _beyond_parts(kernels: Kernels) -> tuple[FloatArray, FloatArray]:
             + _matrices(kernels, shape, rows)
             + _layer_rest(kernels, shape, rows)
         )
-        found.append((float(point.batch), row.seconds - float(alone)))
-    batches, extra = np.array(found).T
-    return batches, extra
+        matrices = sum(out * wide for out, wide in layer_matrices(shape))
+        found[2.0 * point.rows * matrices].append((float(point.batch), row.seconds - float(alone)))
+    return {size: (np.array(rows).T[0], np.array(rows).T[1]) for size, rows in found.items()}
 
 
 def _shape_of_layers(kernels: Kernels, hidden: int, intermediate: int) -> ModelShape:
@@ -215,6 +229,7 @@ def measured_prefills(
     known = kernels.heads()
     scale = shape.query_heads * shape.head_dim / (known[0] * known[2])
     attention = kernels.by_length("attention_prefill", "bf16", prompt) * batch * scale
+    attention = attention * parts.pairs(shape, prompt) / (layers * prompt * (prompt + 1) / 2)
     value = layers * (attention + _matrices(kernels, shape, tokens))
     value = value + layers * _layer_rest(kernels, shape, np.minimum(tokens, _MOST_ROWS)) * (
         np.maximum(tokens, _MOST_ROWS) / _MOST_ROWS

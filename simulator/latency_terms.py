@@ -83,17 +83,24 @@ def prompt_attention(
     shape: ModelShape, gpu: GpuProfile, prompt: FloatArray, sequences: FloatArray
 ) -> Term:
     """Causal attention over whole prompts; sliding layers see no more than their window."""
-    pairs = np.zeros(np.shape(prompt), dtype=np.float64)
-    for window in dict.fromkeys(shape.windows):
-        seen = prompt if window is None else np.minimum(prompt, window)
-        count = shape.windows.count(window)
-        pairs = pairs + count * (seen * (seen + 1) / 2 + (prompt - seen) * seen)
     key_width, value_width = shape.head_dim, shape.head_dim
     if shape.latent is not None:
         key_width = shape.latent.nope_dim + shape.latent.rope_dim
         value_width = shape.latent.value_dim
-    operations = 2.0 * shape.query_heads * (key_width + value_width) * pairs * sequences
+    operations = (
+        2.0 * shape.query_heads * (key_width + value_width) * pairs(shape, prompt) * sequences
+    )
     return _over_rate(operations, gpu.bf16_flop_per_s, priors.ATTENTION_COMPUTE)
+
+
+def pairs(shape: ModelShape, prompt: FloatArray) -> FloatArray:
+    """Query and key pairs of one head over all layers; sliding layers see only their window."""
+    total_pairs = np.zeros(np.shape(prompt), dtype=np.float64)
+    for window in dict.fromkeys(shape.windows):
+        seen = prompt if window is None else np.minimum(prompt, window)
+        count = shape.windows.count(window)
+        total_pairs = total_pairs + count * (seen * (seen + 1) / 2 + (prompt - seen) * seen)
+    return total_pairs
 
 
 def larger(first: Term, second: Term) -> Term:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from kvtune.common.errors import KvtuneError
 from kvtune.profiles.gpus import find_gpu, list_gpus
 from kvtune.profiles.models import find_model, list_models
+from kvtune.simulator import latency
 from kvtune.simulator.latency import (
     Times,
     decode_step,
@@ -31,6 +33,14 @@ CARDS = st.sampled_from(list_gpus())
 FORMATS = st.sampled_from(WEIGHT_FORMATS)
 BATCHES = st.integers(1, 256)
 BYTES = st.floats(0, 1e10)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def datasheets_only() -> Iterator[None]:
+    """What is tested here is the datasheet tier, on the cards that were measured too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "tables_for", lambda gpu: None)
+        yield
 
 
 @settings(deadline=None, derandomize=True)

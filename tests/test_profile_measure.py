@@ -31,6 +31,7 @@ TINY = Grid(
     lengths=(64, 128, 256, 512),
     cache_bytes_most=2**20,
     prompts=(32, 64),
+    depths=(3,),
     hidden=64,
     intermediate=96,
     vocabulary=128,

@@ -23,6 +23,7 @@ class Grid:
         lengths: cached tokens a sequence.
         cache_bytes_most: largest cache of one layer.
         prompts: tokens of a prompt.
+        depths: different layers that are run one after another.
         hidden: width of the residual stream.
         intermediate: width of the feed-forward block.
         vocabulary: rows of the output matrix.
@@ -40,6 +41,7 @@ class Grid:
     lengths: tuple[int, ...]
     cache_bytes_most: int
     prompts: tuple[int, ...]
+    depths: tuple[int, ...]
     hidden: int
     intermediate: int
     vocabulary: int
@@ -59,12 +61,13 @@ FULL = Grid(
         (16384, 2048), (5120, 5120),
     ),
     rows=(1, 2, 4, 8, 16, 32),
-    more_rows=(6, 12, 24, 48, 64, 128, 512, 2048, 8192),
+    more_rows=(6, 12, 24, 48, 64, 96, 128, 192, 256, 384, 768, 1024, 1536, 4096, 512, 2048, 8192),
     batches=(1, 2, 4, 8, 16, 32),
     more_batches=(6, 12, 24, 48, 64),
     lengths=(1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072),
     cache_bytes_most=2_400_000_000,
     prompts=(1024, 2048, 4096, 8192, 16384, 32768),
+    depths=(32, 8),
     hidden=4096,
     intermediate=14336,
     vocabulary=128256,
@@ -83,6 +86,7 @@ QUICK = Grid(
     lengths=(1024, 8192, 32768),
     cache_bytes_most=1_200_000_000,
     prompts=(2048, 8192),
+    depths=(32,),
     hidden=4096,
     intermediate=14336,
     vocabulary=128256,

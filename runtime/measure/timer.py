@@ -15,6 +15,7 @@ from kvtune.runtime.measure.operation import Call, Work
 
 SAMPLE_S = 0.8e-3  # a sample lasts at least so long, so that its launch does not count
 SAMPLES = 15
+REST_S = 3e-3  # between samples, so that one kernel repeated does not run into the power limit
 
 
 class Timing(NamedTuple):
@@ -42,8 +43,9 @@ def cuda_timer(work: Work, execution: Execution, watch: Callable[[], None]) -> T
         call()
     torch.cuda.synchronize()
     count = _calls_a_sample(work)
-    run = _graph(work.calls, count) if execution == "graph" else _eager(work.calls, count)
-    return summary(samples(run, SAMPLES, watch) / count)
+    if execution == "graph":
+        return summary(bursts(_graph(work.calls, count), SAMPLES, watch) / count)
+    return summary(samples(_eager(work.calls, count), SAMPLES, watch) / count)
 
 
 def samples(run: Call, count: int, watch: Callable[[], None] = lambda: None) -> np.ndarray:
@@ -63,6 +65,29 @@ def samples(run: Call, count: int, watch: Callable[[], None] = lambda: None) -> 
     watch()
     torch.cuda.synchronize()
     return np.array([a.elapsed_time(b) * 1e3 for a, b in pairwise(events)])
+
+
+def bursts(run: Call, count: int, watch: Callable[[], None]) -> np.ndarray:
+    """Microseconds of each of ``count`` runs, each behind one that does not count, then a rest.
+
+    A kernel that is repeated alone can draw more power than the steps it is part of, and slow the
+    GPU down as those do not.
+    """
+    import torch
+
+    times = []
+    for index in range(count):
+        time.sleep(REST_S)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        run()
+        begin.record()
+        run()
+        end.record()
+        if index == count - 1:
+            watch()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return np.array(times)
 
 
 def summary(times_us: np.ndarray) -> Timing:

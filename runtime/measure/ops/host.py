@@ -57,7 +57,7 @@ def _read_points(grid: Grid) -> Iterator[Wanted]:
 def _prepare_read(point: Point, setting: Setting) -> Work:
     count = copies(setting.grid, point, point.width_in)
     data = [
-        random_tensor(point.width_in // 2, device=setting.device).view(torch.int32)
+        random_tensor(point.width_in // 2, device=setting.device).view(torch.float32)
         for _ in range(count)
     ]
     return Work([lambda d=d: d.sum() for d in data], point.width_in, most_calls=16)  # type: ignore[misc]

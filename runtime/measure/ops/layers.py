@@ -109,20 +109,23 @@ def _small_call(point: Point, inputs: torch.Tensor, setting: Setting) -> Call:
 
 def _layer_points(grid: Grid) -> Iterator[Wanted]:
     queries, kv_heads, width = grid.heads[0]
-    for turn, rows in enumerate((grid.rows[::2], grid.rows[1::2])):
-        for batch in rows:
+    for depth in grid.depths:
+        for batch in grid.rows:
             yield Wanted(
-                turn,
+                0,
                 Point(
                     "decode_layers", "plain-loop", batch=batch, query_heads=queries,
-                    kv_heads=kv_heads, head_dim=width, length=2 * grid.lengths[0], rows=batch,
+                    kv_heads=kv_heads, head_dim=width, length=2 * grid.lengths[0], rows=depth,
                     width_in=grid.hidden, width_out=grid.intermediate,
                 ),
             )  # fmt: skip
 
 
 def _prepare_layers(point: Point, setting: Setting) -> Work:
-    """Layers one after another as in a step: what the parts do not say when they stand alone."""
+    """So many different layers one after another as in a step: what the parts alone do not say.
+
+    Weights spread over more memory are read more slowly than a few that are met again and again.
+    """
     shape = replace(
         find_model("llama-8b"),
         query_heads=point.query_heads,
@@ -132,7 +135,7 @@ def _prepare_layers(point: Point, setting: Setting) -> Work:
         intermediate_size=point.width_out,
         vocab_size=16,
     )
-    model = PlainDecoder(shape, setting.device, layers=8)
+    model = PlainDecoder(shape, setting.device, layers=point.rows)
     model.hold(point.batch, point.length)
     state = [random_tensor(point.batch, point.width_in, device=setting.device, scale=1.0)]
 

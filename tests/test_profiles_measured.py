@@ -1,0 +1,108 @@
+"""The measured profiles that ship: whole, plausible, and good for the steps they were made for."""
+
+from __future__ import annotations
+
+import csv
+import json
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import kvtune
+from kvtune.profiles.gpus import find_gpu
+from kvtune.profiles.measured import MeasuredProfile, find_measured
+from kvtune.profiles.models import find_model
+from kvtune.simulator.kernels import kernels_of
+from kvtune.simulator.latency import decode_steps
+from kvtune.simulator.latency_measured import covers
+from kvtune.simulator.memory import overhead_bytes, process_bytes
+
+ROOT = Path(kvtune.__file__).parent
+LLAMA = find_model("llama-8b")
+SLUGS = sorted(
+    entry.name
+    for entry in (resources.files("kvtune.profiles") / "measured").iterdir()
+    if entry.is_dir()
+)
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("decode-*.json"))
+
+
+def profile_of(slug: str) -> MeasuredProfile:
+    found = find_measured(slug)
+    assert found is not None
+    return found
+
+
+def test_a_card_was_measured() -> None:
+    assert "h100-sxm" in SLUGS
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_a_profile_is_of_the_card_it_lies_under(slug: str) -> None:
+    profile = profile_of(slug)
+    assert profile.slug == find_gpu(slug).slug == slug
+    assert profile.capture.device in find_gpu(slug).device_names
+    assert {figure.kind for figure in profile.figures.values()} == {"measured"}
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_no_cold_row_beats_the_memory_and_percentiles_are_in_order(slug: str) -> None:
+    gpu = find_gpu(slug)
+    for row in profile_of(slug).rows:
+        assert row.p10_us <= row.median_us <= row.p90_us
+        if row.point.l2 == "cold":
+            assert row.bytes_per_s <= 1.02 * gpu.bandwidth_bytes_per_s
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_steps_of_the_measured_shape_are_interpolated_or_better(slug: str) -> None:
+    assert covers(kernels_of(profile_of(slug)), LLAMA)
+    cache = LLAMA.kv_bytes(8192)
+    assert decode_steps(LLAMA, find_gpu(slug), "bf16", 8, cache).at().tier == "measured"
+    between = decode_steps(LLAMA, find_gpu(slug), "bf16", 7, cache * 1.3).at()
+    assert between.tier == "interpolated"
+    sheet = decode_steps(LLAMA, find_gpu(slug), "bf16", 7, cache * 1.3, measured=False).at()
+    assert between.high - between.low < sheet.high - sheet.low
+    assert sheet.low < between.value < sheet.high
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_a_measured_card_knows_what_a_process_takes(slug: str) -> None:
+    gpu = find_gpu(slug)
+    taken, overhead = process_bytes(gpu), overhead_bytes(LLAMA, gpu, "bf16")
+    assert taken is not None
+    assert overhead.low < taken < overhead.value < overhead.high
+    assert overhead.tier == "fitted"
+    assert process_bytes(find_gpu("4090")) is None
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda path: path.stem)
+def test_predictions_lie_within_the_goals_of_what_was_measured(file: Path) -> None:
+    document = json.loads(file.read_text(encoding="utf-8"))
+    if "points" not in document:
+        predicted = file.with_name(file.name.replace("-predictions", ""))
+        measured = json.loads(predicted.read_text(encoding="utf-8"))
+        assert document["predicted_at"] < measured["measured_from"]
+        return
+    errors = [
+        abs(p["predicted"]["step_s"] / p["measured"]["step_s"] - 1) for p in document["points"]
+    ]
+    assert np.mean(errors) <= 0.03
+    assert max(errors) <= 0.08
+    for p in document["points"]:
+        assert p["predicted"]["cache_bytes"] == p["measured"]["cache_bytes"]
+        off = abs(p["predicted"]["peak_bytes"] - p["measured"]["device_bytes"])
+        assert off <= max(0.01 * p["measured"]["device_bytes"], 150e6)
+
+
+def test_published_steps_have_a_source_and_are_of_known_cards_and_models() -> None:
+    path = ROOT / "benchmarks" / "data" / "published_steps.csv"
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        assert row["source"].startswith("https://")
+        assert float(row["tokens_per_s"]) > 0
+        assert find_model(row["model"]).name
+    assert len({find_gpu(row["gpu"]).architecture for row in rows}) >= 3
