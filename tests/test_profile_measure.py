@@ -16,7 +16,7 @@ from kvtune.runtime.measure import session
 from kvtune.runtime.measure.grid import FULL, QUICK, Grid
 from kvtune.runtime.measure.monitor import NoMonitor, State, reasons
 from kvtune.runtime.measure.operation import Operation, Setting, Wanted, Work, copies
-from kvtune.runtime.measure.ops import all_operations
+from kvtune.runtime.measure.ops import all_operations, paged
 from kvtune.runtime.measure.runner import Bench, measure, plan
 from kvtune.runtime.measure.timer import Timing
 
@@ -73,6 +73,25 @@ def test_every_op_of_the_plan_runs_and_is_written(table: Path) -> None:
         "device_to_host", "launch", "empty_step",
     }  # fmt: skip
     assert all(row.bytes > 0 for row in rows)
+
+
+@pytest.mark.parametrize("spread", ["uniform", "ragged"])
+@pytest.mark.parametrize("number_format", ["bf16", "fp8", "int8", "int4", "int2"])
+def test_paged_layers_can_be_made_in_every_format(
+    monkeypatch: pytest.MonkeyPatch, number_format: str, spread: Any
+) -> None:
+    """The kernel itself needs a GPU; that its arguments fit together does not."""
+    caches: list[Any] = []
+    monkeypatch.setattr(paged, "decode", lambda query, cache, *_: caches.append(cache))
+    point = Point("attention_paged", "k", number_format=number_format, batch=2, query_heads=4,
+                  kv_heads=2, head_dim=64, length=300, spread=spread)  # fmt: skip
+    work = paged.OPERATIONS[0].prepare(point, CPU)
+    for call in work.calls:
+        call()
+    assert len(caches) == len(work.calls)
+    assert work.bytes == caches[0].pool.nbytes
+    assert len(caches[0].lengths) == 4
+    assert int(caches[0].lengths.sum()) == pytest.approx(4 * 300, rel=0.8)
 
 
 def test_the_first_turn_comes_first_and_no_point_twice() -> None:

@@ -55,15 +55,18 @@ def _call(layout: PageLayout, tokens: np.ndarray, query: torch.Tensor, setting: 
     pages = -(-tokens // PAGE)
     rows, total = len(tokens), int(pages.sum())
     cells = np.random.default_rng(0).permutation(total) * layout.page_cells
-    pairs = np.full(rows, layout.code)
-    tiles = plan_tiles(Segments(np.arange(rows), pairs, pages.cumsum() - pages, pages))
+    table = np.append(cells, 0)  # the kernel looks one entry ahead
+    segments = Segments(
+        np.arange(rows), np.full(rows, layout.code), pages.cumsum() - pages, pages, tokens
+    )
+    tiles = plan_tiles(segments, table)
 
     def ints(values: np.ndarray) -> torch.Tensor:
         return torch.tensor(values.astype(np.int32), device=setting.device)
 
     pool = random_tensor(total * layout.page_bytes // 2, device=setting.device, scale=1.0)
     cache = Paged(
-        pool.view(torch.uint8), ints(np.append(cells, 0)), ints(tokens),
+        pool.view(torch.uint8), ints(table), ints(tokens),
         torch.ones(rows, 2, device=setting.device), ints(tiles.records), tiles.pairs,
         layout.head_dim,
     )  # fmt: skip
