@@ -1,6 +1,6 @@
 """The runtime's kernels on a GPU: right first, then fast, beside what torch has.
 
-    python benchmarks/kernels.py --out kernels.json [--seconds 150]
+    python benchmarks/kernels.py --out kernels.json [--seconds 240]
 
 Every kernel is checked against a float64 reference, beside torch's own error; then timed cold, in
 CUDA graphs over rotating buffers, against SDPA's flash and cuDNN backends, FlexAttention, and
@@ -17,7 +17,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,8 @@ ROWS = BATCH * KV_HEADS
 MB = 1e6
 SIZES_MB = (16, 64, 128, 256, 512, 1024)
 PLAN = Path(__file__).with_name("plans") / "llama-8b-32k-12-percent.yaml"
-SHAPES = [Shape(warps, stages) for warps in (4, 1, 2, 8) for stages in (3, 2, 4)]
-PROGRAMS = (132 * 2, 132 * 4, 132 * 8, 132 * 16, 132 * 32)
+SHAPES = (Shape(1, 2), Shape(1, 3), Shape(4, 2))
+PROGRAMS = (264, 528, 792, 1056, 2112)
 
 
 class Results:
@@ -227,44 +226,46 @@ def tokens_of(megabytes: float) -> int:
     return round(megabytes * MB / (4 * HEAD_DIM * ROWS))
 
 
-def layers_of(runs: list[Run], programs: int) -> list[Layer]:
+def layers_of(runs: list[Run], programs: int | None = None) -> list[Layer]:
     first = make_layer(runs, ROWS, GROUP, HEAD_DIM, programs)
     more = paged.copies(first.payload_bytes) - 1
     return [first, *(make_layer(runs, ROWS, GROUP, HEAD_DIM, programs) for _ in range(more))]
 
 
-def ours_s(runs: list[Run], shape: Shape, programs: int) -> tuple[float, int]:
+def ours_s(runs: list[Run]) -> tuple[float, int]:
     """Seconds, and bytes read."""
-    layers = layers_of(runs, programs)
-    return time_s(paged.attention_calls(layers, shape)), layers[0].payload_bytes
+    layers = layers_of(runs)
+    return time_s(paged.attention_calls(layers, Shape())), layers[0].payload_bytes
 
 
-def tune(results: Results) -> tuple[Shape, int]:
-    """The fastest way to compile for the three formats at 256 MB together, and how many tiles."""
-    tokens = tokens_of(256)
-    formats = ("bf16", "int4", "fp8")
-    table: dict[str, dict[str, float]] = {}
-    best, lowest = Shape(), float("inf")
-    layers = {form: layers_of(uniform(ROWS, tokens, form), paged.PROGRAMS) for form in formats}
-    for shape in SHAPES:
-        with results.part(f"shape {shape}", needs_s=90) as go:
-            if not go:
-                break
-            times = {f: time_s(paged.attention_calls(layers[f], shape)) for f in formats}
-            table[f"{shape.warps} warps, {shape.stages} stages"] = {
-                f: 1e6 * t for f, t in times.items()
-            }
-            total = times["bf16"] + 2.5 * times["int4"] + 1.6 * times["fp8"]
-            if total < lowest:
-                best, lowest = shape, total
-    results.add("shapes at 256 MB, microseconds", table)
-    results.add("shape", asdict(best))
-    counts = {}
-    for programs in PROGRAMS:
-        pair = [ours_s(uniform(ROWS, tokens_of(mb)), best, programs)[0] for mb in (16, 256)]
-        counts[programs] = [1e6 * t for t in pair]
-    results.add("programs: bf16 microseconds at 16 and 256 MB", counts)
-    return best, min(counts, key=lambda n: counts[n][1] / 85 + counts[n][0] / 7)
+def tune(results: Results) -> None:
+    """How to compile and how finely to cut: bf16 small and large, int4 and fp8, a plan's layer."""
+    plan = plan_layer(20)
+    cases = {
+        "bf16 16 MB": uniform(ROWS, tokens_of(16)),
+        "int4 16 MB": uniform(ROWS, tokens_of(16), "int4"),
+        "bf16 256 MB": uniform(ROWS, tokens_of(256)),
+        "int4 256 MB": uniform(ROWS, tokens_of(256), "int4"),
+        "fp8 256 MB": uniform(ROWS, tokens_of(256), "fp8"),
+        "int4 1024 MB": uniform(ROWS, tokens_of(1024), "int4"),
+        "plan": plan,
+    }
+    for name, runs in cases.items():
+        table: dict[str, float] = {}
+        for programs in PROGRAMS:
+            layers = layers_of(runs, programs)
+            for shape in SHAPES:
+                with results.part(f"{name} {shape}", needs_s=50) as go:
+                    if go:
+                        taken = time_s(paged.attention_calls(layers, shape), 0.01)
+                        key = f"{shape.warps} warps, {shape.stages} stages, {programs} programs"
+                        table[key] = round(1e6 * taken, 2)
+        results.add(f"tuning {name}, us", dict(sorted(table.items(), key=lambda item: item[1])))
+
+
+def plan_layer(layer: int) -> list[Run]:
+    policy = read_policy(PLAN).bind(32, KV_HEADS)
+    return plan_runs(policy.heads[layer], policy.budgets(32768)[layer].tolist() * BATCH)
 
 
 def peers(tokens: int, flex: bool) -> dict[str, Callable[[], float]]:
@@ -319,11 +320,11 @@ def peers(tokens: int, flex: bool) -> dict[str, Callable[[], float]]:
     return found
 
 
-def against_peers(results: Results, shape: Shape, programs: int) -> None:
+def against_peers(results: Results) -> None:
     for megabytes in SIZES_MB:
         tokens = tokens_of(megabytes)
         size = 4 * HEAD_DIM * ROWS * tokens
-        rates = {"ours": size / ours_s(uniform(ROWS, tokens), shape, programs)[0] / 1e9}
+        rates = {"ours": size / ours_s(uniform(ROWS, tokens))[0] / 1e9}
         for name, measure in peers(tokens, flex=megabytes in {16, 256}).items():
             with results.part(f"{name} at {megabytes} MB") as go:
                 if go:
@@ -333,10 +334,10 @@ def against_peers(results: Results, shape: Shape, programs: int) -> None:
         results.add(f"bf16 {megabytes} MB, GB/s", {**rates, "share of best peer": share})
 
 
-def formats(results: Results, shape: Shape, programs: int) -> None:
+def formats(results: Results) -> None:
     for megabytes in (16, 64, 256, 1024):
         tokens = tokens_of(megabytes)
-        base = ours_s(uniform(ROWS, tokens), shape, programs)[0]
+        base = ours_s(uniform(ROWS, tokens))[0]
         found: dict[str, Any] = {"bf16 us": 1e6 * base}
         for pair in (
             ("int4", "int4"),
@@ -347,14 +348,14 @@ def formats(results: Results, shape: Shape, programs: int) -> None:
         ):
             with results.part(f"{pair} at {megabytes} MB") as go:
                 if go:
-                    taken, size = ours_s(uniform(ROWS, tokens, *pair), shape, programs)
+                    taken, size = ours_s(uniform(ROWS, tokens, *pair))
                     found["/".join(pair)] = {
                         "us": 1e6 * taken, "faster": base / taken, "GB/s": size / taken / 1e9,
                     }  # fmt: skip
         results.add(f"formats at {megabytes} MB of bf16", found)
 
 
-def ragged(results: Results, shape: Shape, programs: int) -> None:
+def ragged(results: Results) -> None:
     """Lengths of a tuned plan's layers, in bf16 beside uniform ones, then in their own formats."""
     policy = read_policy(PLAN).bind(32, KV_HEADS)
     budgets = policy.budgets(32768)
@@ -366,9 +367,9 @@ def ragged(results: Results, shape: Shape, programs: int) -> None:
             lengths = budgets[layer].tolist() * BATCH
             mean = round(sum(lengths) / ROWS)
             runs = [Run(row, "bf16", "bf16", n) for row, n in enumerate(lengths)]
-            ours = ours_s(runs, shape, programs)[0]
-            even = ours_s(uniform(ROWS, mean), shape, programs)[0]
-            stored, size = ours_s(plan_runs(policy.heads[layer], lengths), shape, programs)
+            ours = ours_s(runs)[0]
+            even = ours_s(uniform(ROWS, mean))[0]
+            stored, size = ours_s(plan_runs(policy.heads[layer], lengths))
             results.add(
                 f"ragged, layer {layer}",
                 {
@@ -393,19 +394,16 @@ def plan_runs(options: Any, lengths: list[int]) -> list[Run]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=150)
+    parser.add_argument("--seconds", type=float, default=240)
+    parser.add_argument("--parts", nargs="*", help="check, tune, formats, ragged, peers; all")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     results = Results(arguments.out, arguments.seconds)
-    check_everything(results)
-    shape, programs = Shape(), paged.PROGRAMS
-    with results.part("tuning", needs_s=60) as go:
-        if go:
-            shape, programs = tune(results)
-    for part in (ragged, formats, against_peers):
-        with results.part(part.__name__) as go:
+    parts = {"tune": tune, "formats": formats, "ragged": ragged, "peers": against_peers}
+    for name in arguments.parts or ["check", *parts]:
+        with results.part(name) as go:
             if go:
-                part(results, shape, programs)
+                {"check": check_everything, **parts}[name](results)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from kvtune.runtime.kernels.launch import Paged, Scratch, Shape, decode
 from kvtune.runtime.kernels.layout import CODES, PAGE, PageLayout
 from kvtune.runtime.kernels.pages import store_pages
 from kvtune.runtime.kernels.reference import read_page
-from kvtune.runtime.kernels.tiles import PROGRAMS, Segments, plan_tiles
+from kvtune.runtime.kernels.tiles import Segments, plan_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there, Triton's interpreter can check
 COLD_BYTES = 400e6  # eight times the L2 of an H100: what a rotation of buffers must exceed
@@ -64,7 +64,7 @@ class Layer:
 
 
 def make_layer(
-    runs: Sequence[Run], rows: int, group: int, head_dim: int, programs: int = PROGRAMS
+    runs: Sequence[Run], rows: int, group: int, head_dim: int, programs: int | None = None
 ) -> Layer:
     """Random tokens through ``store_pages``; pages of all rows are shuffled in the pool."""
     longest = max(run.tokens for run in runs)
@@ -81,8 +81,9 @@ def make_layer(
         np.array([layout.code for layout in layouts]),
         pages.cumsum() - pages,
         pages,
+        np.array([run.tokens for run in runs]),
     )
-    tiles = plan_tiles(segments, programs)
+    tiles = plan_tiles(segments, start, programs)
     top = torch.full((len(runs), 2), 5.0 / 448, device=DEVICE)  # normal numbers stay below 5
     paged = Paged(
         torch.zeros(int(cells.sum()) * 4 * head_dim, dtype=torch.uint8, device=DEVICE),

@@ -45,7 +45,7 @@ class Backend(Protocol):
         """Gather, quantise and pack whole pages."""
 
     def append(self, layer: Paged, growing: Growing, keys: Tensor, values: Tensor) -> None:
-        """Put one token a row, ``[rows, D]``, into the growing segments; counts their lengths."""
+        """Put one token a sequence, ``[B, H, D]``, into growing segments; counts their lengths."""
 
     def evict(self, layer: Paged, growing: Growing, chosen: list[list[int]]) -> None:
         """Keep these places (ascending) of each row's growing segment, in place."""
@@ -87,9 +87,11 @@ class TritonBackend:
         """One launch."""
         from kvtune.runtime.kernels.pages import append_token
 
-        append_token[(len(keys),)](
-            keys, values, keys.stride(0), growing.segments, growing.tables_at,
-            layer.table, layer.lengths, layer.pool.view(torch.bfloat16), keys.shape[1],
+        batch, heads, head_dim = keys.shape
+        append_token[(batch * heads,)](
+            keys, values, keys.stride()[:2], values.stride()[:2], growing.segments,
+            growing.tables_at, layer.table, layer.lengths, layer.pool.view(torch.bfloat16),
+            heads, head_dim,
         )  # fmt: skip
 
     def evict(self, layer: Paged, growing: Growing, chosen: list[list[int]]) -> None:
@@ -131,8 +133,8 @@ class PlainBackend:
             pages = self._growing_pages(layer, growing, row)
             if length % PAGE == 0:
                 pages[length // PAGE].zero_()
-            pages[length // PAGE][0, length % PAGE] = keys[row]
-            pages[length // PAGE][1, length % PAGE] = values[row]
+            pages[length // PAGE][0, length % PAGE] = keys.flatten(0, 1)[row]
+            pages[length // PAGE][1, length % PAGE] = values.flatten(0, 1)[row]
             layer.lengths[segment] += 1
 
     def evict(self, layer: Paged, growing: Growing, chosen: list[list[int]]) -> None:

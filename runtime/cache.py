@@ -194,7 +194,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         layer, cache = self.paged, self.cache
         if not cache.captured:
             cache._reserve(layer, 1)
-        layer.append(*(x.reshape(layer.rows, -1) for x in (k, v)))
+        layer.append(k[:, :, 0], v[:, :, 0])
         if not cache.captured:
             layer.count_appended()
         queries = q.reshape(layer.rows, -1, q.shape[-1])

@@ -110,10 +110,11 @@ class PagedLayer:
         starts = pages.cumsum() - pages
         pairs = [x.code for x in self.layouts] + [self.growing_layout.code] * self.rows
         row = np.tile(np.arange(self.rows), 2)
-        tiles = plan_tiles(Segments(row, np.array(pairs), starts, pages))
-        table = np.zeros(int(pages.sum()) + 1, np.int32)  # the kernel looks one entry ahead
+        table = np.zeros(int(pages.sum()) + 1, np.int64)  # the kernel looks one entry ahead
         for at, cells in zip(starts, [*self.coded, *self.grown], strict=True):
             table[at : at + len(cells)] = cells
+        tokens = np.concatenate([self.lengths[0], np.full(self.rows, -1)])
+        tiles = plan_tiles(Segments(row, np.array(pairs), starts, pages, tokens), table)
         device = self.pool.memory.device
 
         def ints(array: NDArray[np.int64] | NDArray[np.int32]) -> Tensor:
@@ -149,7 +150,7 @@ class PagedLayer:
             table[where] = torch.as_tensor(np.concatenate(cells), device=device).int()
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add one token a row, ``[rows, D]``; its page must have been reserved."""
+        """Add one token a sequence, ``[B, H, D]``; its page must have been reserved."""
         self.backend.append(self.paged, self.growing, keys, values)
 
     def count_appended(self, tokens: int = 1) -> None:
@@ -181,6 +182,10 @@ class PagedLayer:
             self.coded[row] = self.grown[row] = np.zeros(0, np.int64)
         self.lengths[:, rows.start : rows.stop] = 0
         self.paged.lengths.view(2, -1)[:, rows.start : rows.stop] = 0
+        tiles = self.paged.tiles
+        theirs = (tiles[:, 0] >= rows.start) & (tiles[:, 0] < rows.stop)
+        tiles[:, 8] = tiles[:, 8].where(~theirs, -1)  # to be looked up, and found to be none
+        tiles[:, 9] = tiles[:, 9].where(~theirs, -1)
 
     @property
     def paged(self) -> Paged:

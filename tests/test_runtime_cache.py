@@ -24,6 +24,7 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache import PolicyCache
+from kvtune.runtime.graph import Sampling, generate
 from kvtune.runtime.kernels.launch import Scratch
 from kvtune.runtime.kernels.tiles import Segments, plan_tiles
 from kvtune.runtime.pool import SLAB_CELLS, Pool
@@ -147,7 +148,7 @@ def test_evicting_keeps_the_chosen_and_frees_the_rest(network: Any) -> None:
     torch.testing.assert_close(layer.attend(q, scratch, 0.3), everything)
     layer.evict([[0, 5, 120], list(range(60, 130))])
     assert before - layer.page_bytes() == 3 * layer.growing_layout.page_bytes
-    layer.append(torch.ones(2, 8), torch.full((2, 8), 1e4))
+    layer.append(torch.ones(1, 2, 8), torch.full((1, 2, 8), 1e4))
     layer.count_appended()
     assert layer.lengths[1].tolist() == [4, 71]
     assert (layer.attend(q, scratch, 0.3).abs() > 10).all()
@@ -193,6 +194,31 @@ def test_a_number_that_is_none_names_layer_and_head(network: Any) -> None:
         network(**ids(20), past_key_values=load_cache(mixed(), network))
 
 
+def test_the_decode_loop_generates_what_transformers_does(network: Any) -> None:
+    network.float()
+    inputs, policy = ids(60, 31), mixed()
+    network.generation_config.eos_token_id = None
+    cache = load_cache(policy, network)
+    ours = generate(network, cache, **inputs, new_tokens=20)
+    plain = network.generate(
+        **inputs, max_new_tokens=20, do_sample=False, past_key_values=load_cache(policy, network)
+    )
+    assert ours.shape == (2, 20)
+    assert torch.equal(ours, plain[:, 60:])
+    with pytest.raises(KvtuneError, match="room for 5"):
+        generate(network, load_cache(policy, network, new_tokens=5), **inputs, new_tokens=6)
+
+
+def test_sampling_draws_from_the_likely_in_proportion() -> None:
+    torch.manual_seed(0)
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(4000, 1)
+    assert (Sampling().draw(logits) == 0).all()
+    drawn = Sampling(1.0).draw(logits).bincount(minlength=4) / 4000
+    torch.testing.assert_close(drawn, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03, rtol=0)
+    assert Sampling(1.0, top_k=2).draw(logits).unique().tolist() == [0, 1]
+    assert Sampling(1.0, top_p=0.9).draw(logits).unique().tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_pool_never_gives_a_page_twice(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -224,8 +250,8 @@ def test_tiles_cover_every_page_once(seed: int) -> None:
     row = np.concatenate([np.arange(rows), rng.integers(0, rows, 5)])
     pages = rng.integers(0, 200, len(row))
     pair = rng.choice([528, 132, 130], len(row))
-    segments = Segments(row, pair, pages.cumsum() - pages, pages)
-    records = plan_tiles(segments, programs=40).records
+    segments = Segments(row, pair, pages.cumsum() - pages, pages, pages * 64)
+    records = plan_tiles(segments, np.arange(pages.sum()), programs=40).records
     covered = np.concatenate([np.arange(at, at + n) for _, _, at, _, n, *_ in records])
     np.testing.assert_array_equal(np.sort(covered), np.arange(pages.sum()))
     np.testing.assert_array_equal(np.sort(records[:, 6]), np.arange(len(records)))

@@ -14,7 +14,7 @@ import triton.language as tl
 PAGE = tl.constexpr(64)
 BF16 = tl.constexpr(16)
 FP8 = tl.constexpr(9)
-TILE_FIELDS = tl.constexpr(8)
+TILE_FIELDS = tl.constexpr(16)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LIFT = tl.constexpr(6.0)  # weights are 2^6 times too large, which keeps small ones normal in fp16
 
@@ -37,7 +37,7 @@ def decode_attention(
         row_lse: [rows, G] float32, natural log-sum-exp.
         logits_out: [G, 64 * table entries] float32, written where EXPORT.
         pool_*: the pool's memory, as four types.
-        tiles: [n, 8] int32.
+        tiles: [n, 16] int32.
         table: int32, a cell for every page, by segment.
         lengths: [segments] int32 tokens.
         fp8_scales: [segments, 2] float32.
@@ -49,13 +49,15 @@ def decode_attention(
     at, first, pages = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
     segment, slot, others = tl.load(tile + 5), tl.load(tile + 6), tl.load(tile + 7)
     # others: slots of this row before this one * 65536 + all of them
-    tokens = tl.minimum(tl.load(lengths + segment) - first, pages * PAGE)
+    known, cell = tl.load(tile + 8), tl.load(tile + 9)
+    length = tl.load(lengths + segment, mask=known < 0, other=known)
+    tokens = tl.minimum(length - first, pages * PAGE)
     for n in tl.static_range(N_PAIRS):
         if pair == PAIRS[n]:
             _attend_tile(
                 q + row * G * D, scratch + slot * G * D, scratch_lse + slot * G, logits_out,
                 pool_bytes, pool_half, pool_bf16, pool_fp8,
-                table, at, tokens, fp8_scales + 2 * segment, softmax_scale,
+                table, at, cell, tokens, fp8_scales + 2 * segment, softmax_scale,
                 D, G, M, PAIRS[n] // 32, PAIRS[n] % 32, STAGES, NATIVE, EXPORT,
             )  # fmt: skip
     tl.debug_barrier()  # every thread's part is stored before the program is counted
@@ -71,7 +73,7 @@ def decode_attention(
 def _attend_tile(
     q, scratch, scratch_lse, logits_out,
     pool_bytes, pool_half, pool_bf16, pool_fp8,
-    table, at, tokens, fp8_scales, softmax_scale,
+    table, at, cell, tokens, fp8_scales, softmax_scale,
     D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     KEYS: tl.constexpr, VALUES: tl.constexpr,
     STAGES: tl.constexpr, NATIVE: tl.constexpr, EXPORT: tl.constexpr,
@@ -91,7 +93,7 @@ def _attend_tile(
     acc = _zeros(M, W, PARTS)
     total = tl.zeros([M], tl.float32)
     largest = tl.full([M], -1e30, tl.float32)
-    cell = tl.load(table + at)
+    cell = tl.load(table + at, mask=cell < 0, other=cell)
     for page in tl.range(0, tl.cdiv(tokens, PAGE), num_stages=STAGES):
         start = cell.to(tl.int64) * (4 * D)
         cell = tl.load(table + at + page + 1)  # the next one, long before it is needed

@@ -140,12 +140,12 @@ def _codes(rows, scale, offset, BITS: tl.constexpr):
 
 
 @triton.jit
-def append_token(keys, values, stride_row, segments, tables_at, table, lengths, pool_bf16,
-                 D: tl.constexpr):  # fmt: skip
+def append_token(keys, values, key_strides, value_strides, segments, tables_at, table, lengths,
+                 pool_bf16, H: tl.constexpr, D: tl.constexpr):  # fmt: skip
     """One new token of one row into its growing bf16 segment, whose pages are there already.
 
     Args:
-        keys, values: [rows, D] by this stride.
+        keys, values: [B, H, D] by these strides, (B, H) each.
         segments: [rows] int32, the growing segment of each row.
         tables_at: [rows] int32, its first entry in the page table.
         table: int32 cells.
@@ -158,9 +158,11 @@ def append_token(keys, values, stride_row, segments, tables_at, table, lengths, 
     cell = tl.load(table + tl.load(tables_at + row) + length // PAGE)
     page = pool_bf16 + cell.to(tl.int64) * (2 * D)
     channel, token, slot = tl.arange(0, D), tl.arange(0, PAGE), length % PAGE
-    key = tl.load(keys + row * stride_row + channel)
+    keys += (row // H) * key_strides[0] + (row % H) * key_strides[1]
+    values += (row // H) * value_strides[0] + (row % H) * value_strides[1]
+    key = tl.load(keys + channel)
     tl.store(page + slot * D + channel, key.to(tl.bfloat16))
-    value = tl.load(values + row * stride_row + channel).to(tl.bfloat16)
+    value = tl.load(values + channel).to(tl.bfloat16)
     # What another format left behind might read as not a number: a page's first token clears it.
     rows = tl.where((token == slot)[:, None], value[None, :], 0.0).to(tl.bfloat16)
     written = (token == slot) | (slot == 0)

@@ -11,14 +11,20 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtune.runtime.kernels.layout import CODES
+from kvtune.runtime.kernels.layout import CODES, PAGE
 
 Ints = NDArray[np.int64]
 
-PROGRAMS = 132 * 8
-"""Tiles wanted of a layer: several for each of an H100's 132 processors, to even out their ends."""
+FIELDS = 16
+"""Numbers of a tile's record, of which the last are unused: one line of memory."""
 
-_SMALLEST_TILE = 2.0  # bf16 pages; below, starting a program takes longer than reading
+PROCESSORS = 132  # of an H100
+PROGRAMS = {"floats": 2 * PROCESSORS, "integers": 8 * PROCESSORS}
+"""Tiles wanted of a layer. Integers are unpacked by single warps, of which it takes several on a
+processor to keep its memory busy; floats are read fastest by few long tiles. Measured on an H100,
+``benchmarks/kernels.py``."""
+
+_SMALLEST_TILE = 0.7  # bf16 pages: two of int4
 _PAGE_COST = {16: 1.0, 9: 0.55, 8: 0.6, 4: 0.35, 2: 0.28}
 """Time of a page by its format, bf16 as 1: bytes, and the arithmetic of unpacking them."""
 
@@ -32,12 +38,14 @@ class Segments:
         pair: ``PageLayout.code``.
         table_at: its first entry in the page table.
         pages: how many it has or may grow to while these tiles are used.
+        tokens: how many it has; -1 if that is to be looked up, because it grows.
     """
 
     row: Ints
     pair: Ints
     table_at: Ints
     pages: Ints
+    tokens: Ints
 
 
 @dataclass(frozen=True)
@@ -45,8 +53,9 @@ class Tiles:
     """What the attention kernel is launched over.
 
     Args:
-        records: ``[n, 8]`` int32: row, pair, first table entry, tokens of the segment before it,
-            pages, segment, slot, slots of the row before it * 65536 + all of them.
+        records: ``[n, 16]`` int32: row, pair, first table entry, tokens of the segment before it,
+            pages, segment, slot, slots of the row before it * 65536 + all of them; then, so that
+            reading may begin at once, the segment's tokens and the first page's cell, or -1.
         pairs: the pairs that occur.
     """
 
@@ -61,13 +70,17 @@ def page_costs(pair: Ints) -> NDArray[np.float64]:
     return (lookup[pair // 32] + lookup[pair % 32]) / 2
 
 
-def plan_tiles(segments: Segments, programs: int = PROGRAMS) -> Tiles:
-    """Cut segments into tiles, the longest first; empty segments get none unless a row's only.
+def plan_tiles(segments: Segments, table: Ints, programs: int | None = None) -> Tiles:
+    """Cut segments into tiles, the longest first.
 
     Args:
         segments: of one layer.
+        table: ``[entries]``, each page's cell, where it is known.
         programs: tiles wanted; there will be about as many, and one a segment at least.
     """
+    if programs is None:
+        integers = bool((segments.pair % 32 <= 8).any() or (segments.pair // 32 <= 8).any())
+        programs = PROGRAMS["integers" if integers else "floats"]
     cost = page_costs(segments.pair)
     target = max(float((cost * segments.pages).sum()) / programs, _SMALLEST_TILE)
     cuts = np.minimum(np.maximum(np.rint(cost * segments.pages / target), 1), segments.pages)
@@ -78,22 +91,17 @@ def plan_tiles(segments: Segments, programs: int = PROGRAMS) -> Tiles:
     pages = (turn + 1) * segments.pages[segment] // cuts[segment] - first
     row = segments.row[segment]
     slot, before, count = _slots(row)
-    records = np.stack(
-        [
-            row,
-            segments.pair[segment],
-            segments.table_at[segment] + first,
-            first * 64,
-            pages,
-            segment,
-            slot,
-            before * 65536 + count,
-        ],
-        axis=1,
-    )
+    at, tokens = segments.table_at[segment] + first, segments.tokens[segment]
+    cell = np.where(tokens > first * PAGE, np.append(table, 0)[at], -1)
+    columns = (
+        row, segments.pair[segment], at, first * PAGE, pages, segment, slot,
+        before * 65536 + count, tokens, cell,
+    )  # fmt: skip
+    records = np.zeros((len(row), FIELDS), np.int32)
+    records[:, : len(columns)] = np.stack(columns, axis=1)
     longest_first = np.argsort(-cost[segment] * pages, kind="stable")
     pairs = tuple(sorted({int(pair) for pair in segments.pair}, reverse=True))
-    return Tiles(records[longest_first].astype(np.int32), pairs)
+    return Tiles(records[longest_first], pairs)
 
 
 def _slots(row: Ints) -> tuple[Ints, Ints, Ints]:

@@ -1,0 +1,93 @@
+"""Fewer, larger launches around an unmodified model while it decodes; everything is put back.
+
+Norms, rotary embedding and gated activations become one kernel each; q, k, v and gate, up become
+one matrix product each, over weights that are laid side by side once (the modules' own weights are
+then views of them, so that no memory is added).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_TANH = {"gelu_pytorch_tanh", "gelu_tanh"}
+_ACTIVATIONS = {"silu", "swish", *_TANH}
+
+
+@contextmanager
+def fused(model: Any) -> Iterator[None]:
+    """Fuse what is known of a Llama-family model until the block ends; the rest stays as it is."""
+    from kvtune.runtime.kernels.elementwise import gated, rms_norm, rotate
+
+    config = model.config.get_text_config()
+    activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", "")
+    with ExitStack() as undo:
+        for module in model.modules():
+            name = type(module).__name__
+            if name.endswith("RMSNorm"):
+                _replace(undo, module, _norm(module, "Gemma" in name, rms_norm))
+            if _has(module, "q_proj", "k_proj", "v_proj"):
+                _join(undo, [module.q_proj, module.k_proj, module.v_proj])
+            if _has(module, "gate_proj", "up_proj", "down_proj") and activation in _ACTIVATIONS:
+                _join(undo, [module.gate_proj, module.up_proj])
+                _replace(undo, module, _mlp(module, activation in _TANH, gated))
+        _replace_rotary(undo, sys.modules[type(model).__module__], rotate)
+        yield
+
+
+def _has(module: nn.Module, *names: str) -> bool:
+    return all(type(getattr(module, name, None)) is nn.Linear for name in names)
+
+
+def _replace(undo: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
+    module.forward = forward
+    undo.callback(lambda: module.__dict__.pop("forward"))
+
+
+def _norm(
+    module: Any, shifted: bool, rms_norm: Callable[..., Tensor]
+) -> Callable[[Tensor], Tensor]:
+    eps = getattr(module, "variance_epsilon", None) or module.eps
+    return lambda x: rms_norm(x, module.weight, eps, shifted)
+
+
+def _mlp(module: Any, tanh: bool, gated: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: module.down_proj(gated(module.gate_proj(x), module.up_proj(x), tanh))
+
+
+def _join(undo: ExitStack, linears: Sequence[Any]) -> None:
+    """The first of the layers computes all of them; the others then give their part."""
+    weight = torch.cat([linear.weight.data for linear in linears])
+    sizes = [len(linear.weight) for linear in linears]
+    for linear, part in zip(linears, weight.split(sizes), strict=True):
+        linear.weight.data = part
+    biases = [linear.bias for linear in linears]
+    bias = None if biases[0] is None else torch.cat([b.data for b in biases])
+    parts: dict[int, Tensor] = {}
+
+    def first(x: Tensor) -> Tensor:
+        together = nn.functional.linear(x, weight, bias).split(sizes, -1)
+        parts.update(enumerate(together))
+        return parts.pop(0)
+
+    _replace(undo, linears[0], first)
+    for n, linear in enumerate(linears[1:], start=1):
+        _replace(undo, linear, lambda x, n=n: parts.pop(n))
+
+
+def _replace_rotary(undo: ExitStack, modeling: Any, rotate: Callable[..., Any]) -> None:
+    original = getattr(modeling, "apply_rotary_pos_emb", None)
+    if original is None:
+        return
+
+    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        one_token = q.shape[2] == 1 and cos.shape[-1] == q.shape[-1] and not (args or kwargs)
+        return rotate(q, k, cos, sin) if one_token else original(q, k, cos, sin, *args, **kwargs)
+
+    modeling.apply_rotary_pos_emb = apply
+    undo.callback(lambda: setattr(modeling, "apply_rotary_pos_emb", original))

@@ -1,0 +1,95 @@
+"""What surrounds attention and matrix products in a decode step, one launch each."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _rms_norm(x, weight, out, width, eps, BLOCK: tl.constexpr, SHIFTED: tl.constexpr):
+    """Normalise a row; SHIFTED: weights are stored less one, and multiply before rounding."""
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    row = tl.program_id(0).to(tl.int64) * width
+    values = tl.load(x + row + at, mask=inside, other=0).to(tl.float32)
+    scale = tl.load(weight + at, mask=inside, other=0)
+    values = values * tl.rsqrt(tl.sum(values * values, 0) / width + eps)
+    if SHIFTED:
+        result = values * (1 + scale.to(tl.float32))
+    else:
+        result = values.to(x.dtype.element_ty).to(tl.float32) * scale.to(tl.float32)
+    tl.store(out + row + at, result.to(out.dtype.element_ty), mask=inside)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, shifted: bool) -> Tensor:
+    """Root-mean-square norm over the last axis, as Llama's (or Gemma's, shifted)."""
+    x = x.contiguous()
+    out, width = torch.empty_like(x), x.shape[-1]
+    block = triton.next_power_of_2(width)
+    rows = x.numel() // width
+    warps = max(1, min(16, block // 512))
+    _rms_norm[(rows,)](x, weight, out, width, eps, block, shifted, num_warps=warps)
+    return out
+
+
+@triton.jit
+def _gated(gate, up, out, width, gate_stride, up_stride, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    inside = at < width
+    g = tl.load(gate + row * gate_stride + at, mask=inside, other=0).to(tl.float32)
+    u = tl.load(up + row * up_stride + at, mask=inside, other=0).to(tl.float32)
+    if TANH:
+        g = g * tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))  # gelu by tanh
+    else:
+        g = g * tl.sigmoid(g)
+    result = g.to(gate.dtype.element_ty).to(tl.float32) * u
+    tl.store(out + row * width + at, result.to(out.dtype.element_ty), mask=inside)
+
+
+def gated(gate: Tensor, up: Tensor, tanh: bool) -> Tensor:
+    """``silu(gate) * up``, or gelu by its tanh approximation; rows may be strided."""
+    width, rows = gate.shape[-1], gate.numel() // gate.shape[-1]
+    gates, ups = gate.reshape(rows, width), up.reshape(rows, width)
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    grid = (rows, triton.cdiv(width, 1024))
+    _gated[grid](gates, ups, out, width, gates.stride(0), ups.stride(0), tanh, 1024)
+    return out
+
+
+@triton.jit
+def _rotate(q, k, cos, sin, q_out, k_out, q_strides, k_strides, angle_stride, HQ, H,
+            D: tl.constexpr):  # fmt: skip
+    """One head of one sequence, query or key."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    half = tl.arange(0, D // 2)
+    if head < HQ:
+        source = q + row * q_strides[0] + head * q_strides[1]
+        target = q_out + (row * HQ + head) * D
+    else:
+        source = k + row * k_strides[0] + (head - HQ) * k_strides[1]
+        target = k_out + (row * H + head - HQ) * D
+    angles = row * angle_stride + half
+    for side in tl.static_range(2):
+        first = tl.load(source + half).to(tl.float32)
+        second = tl.load(source + half + D // 2).to(tl.float32)
+        c = tl.load(cos + angles + side * (D // 2)).to(tl.float32)
+        s = tl.load(sin + angles + side * (D // 2)).to(tl.float32)
+        rotated = first * c - second * s if side == 0 else second * c + first * s
+        tl.store(target + half + side * (D // 2), rotated.to(q_out.dtype.element_ty))
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary embedding of one token a sequence; q ``[B, Hq, 1, D]``, cos ``[B or 1, 1, D]``."""
+    batch, heads, _, head_dim = q.shape
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    stride = cos.stride(0) if len(cos) > 1 else 0
+    _rotate[(batch, heads + k.shape[1])](
+        q, k, cos, sin, q_out, k_out, q.stride()[:2], k.stride()[:2], stride, heads, k.shape[1],
+        head_dim, num_warps=1,
+    )  # fmt: skip
+    return q_out, k_out
