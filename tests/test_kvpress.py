@@ -33,7 +33,7 @@ KVPRESS_SNAPKV = SnapKV(window=8, kernel=5, pooling="mean")
 SETTINGS: dict[str, tuple[Method, Allocator, float]] = {
     "snapkv-64-5": (SnapKV(window=64, kernel=5, pooling="mean"), AsGiven(), 0.5),
     "snapkv-8-5": (KVPRESS_SNAPKV, AsGiven(), 0.25),
-    "pyramid-too-small": (KVPRESS_SNAPKV, Pyramid(beta=20, window=8), 0.25),
+    "pyramid-too-small": (KVPRESS_SNAPKV, Pyramid(beta=20, window=8, floor="required"), 0.25),
     "tova": (Tova(), AsGiven(), 0.25),
     "expected_attention": (ExpectedAttention(), AsGiven(), 0.25),
     "expected_attention-mean": (
@@ -126,7 +126,9 @@ def test_pyramid_budgets_differ_from_kvpress_by_rounding_alone(
     """kvpress rounds every layer for itself; ours hand out exactly the total."""
     golden = theirs("pyramid", number)
     method = KVPRESS_SNAPKV
-    budgets = uniform(method, Pyramid(beta=4, window=8), 0.25).budgets(tokens_of(number))
+    budgets = uniform(method, Pyramid(beta=4, window=8, floor="required"), 0.25).budgets(
+        tokens_of(number)
+    )
     assert budgets.sum() == 30 * 3 * (tokens_of(number) // 4)
     for layer, row in enumerate(golden):
         for head, tokens in enumerate(row):

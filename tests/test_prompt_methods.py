@@ -199,8 +199,16 @@ def test_cake_prefers_spread_and_shifting_attention() -> None:
 
 def test_a_pyramid_too_steep_for_its_window_stays_uniform() -> None:
     flat = np.full((6, 2), 40)
-    assert (Pyramid(beta=20, window=8).plan(flat, 200) == flat).all()
-    assert (Pyramid(beta=4, window=8).plan(flat, 200)[0] == 70).all()
+    assert (Pyramid(beta=20, window=8, floor="required").plan(flat, 200) == flat).all()
+    assert (Pyramid(beta=4, window=8, floor="required").plan(flat, 200)[0] == 70).all()
+
+
+def test_a_pyramid_over_windows_leaves_every_layer_its_window() -> None:
+    """The authors' line: from hi to lo = base / beta over what the windows leave over."""
+    budgets = Pyramid(beta=4, window=8).plan(np.full((5, 2), 40), 200)[:, 0]
+    assert budgets.tolist() == [8 + 56, 8 + 44, 8 + 32, 8 + 20, 8 + 8]
+    flat = np.full((5, 2), 7)
+    assert (Pyramid(beta=4, window=8).plan(flat, 200) == flat).all()
 
 
 # Against slow versions

@@ -67,7 +67,7 @@ class Entry:
 
 
 SPLIT = (
-    Entry(SnapKV(), Pyramid()),
+    Entry(SnapKV(), Pyramid(window=SnapKV().window)),
     Entry(SnapKV(), AdaKV()),
     Entry(ExpectedAttention(), AdaKV()),
     Entry(KVzip(), AdaKV()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from kvtune.policies.allocator import Allocator
 from kvtune.policies.registry import parameter
@@ -17,15 +17,14 @@ if TYPE_CHECKING:
 class Pyramid(Allocator):
     """Layer budgets fall in a straight line with depth; the sum stays what it was.
 
-    The last layer gets ``mean / beta``, the first as much above the mean; no layer more than the
-    prompt but for the window.
+    With ``floor: added``, every layer has the window, and of the rest the last layer gets
+    ``mean / beta``, the first as much above the mean; no layer more than the prompt. With
+    ``required`` the line is taken over whole budgets, and given up where it goes below the window.
 
-    Source: Cai et al., "PyramidKV", arXiv 2406.02069, 3.2; beta 20 as published. Differs from the
-    authors' code: rounding hands out exactly the total (theirs keeps up to 12 % more tokens at
-    small budgets), and the line is taken over whole budgets, the observation window included
-    (theirs adds it to every layer). kvpress too takes the line over whole budgets, rounds each
-    layer for itself, and falls back to uniform budgets where the last layer would get less than
-    the window: ``window: 64`` does the latter.
+    Source: Cai et al., "PyramidKV", arXiv 2406.02069, 3.2; beta 20 as published. ``added`` is the
+    authors' rule when ``window`` is the method's (32 for snapkv), but for rounding, which hands out
+    exactly the total (theirs keeps up to 12 % more tokens at small budgets); ``required`` is
+    kvpress's, which rounds each layer for itself. Without a window the last layers can be starved.
     Cost: none.
     """
 
@@ -33,21 +32,23 @@ class Pyramid(Allocator):
     source = "Cai et al., arXiv 2406.02069"
 
     beta: float = parameter(20.0, "mean budget over the last layer's budget", low=1)
-    window: int = parameter(
-        0, "observation window that no layer may get less than", unit="tokens", low=0
+    window: int = parameter(0, "observation window of the method", unit="tokens", low=0)
+    floor: Literal["added", "required"] = parameter(
+        "added", "whether each layer's window is added to the line or lies within it"
     )
 
     def plan(self, budgets: NDArray[np.int64], prompt_tokens: int) -> NDArray[np.int64]:
         """Weights on a line, times the heads' shares of their layer, rounded to the same sum."""
         import numpy as np
 
-        mean = budgets.sum() / budgets.shape[0]
-        heads = budgets.shape[1]
-        ceiling = max(prompt_tokens - self.window, 0) * heads
+        window = self.window * budgets.shape[1]
+        added = window if self.floor == "added" else 0
+        mean = budgets.sum() / budgets.shape[0] - added
+        ceiling = max(prompt_tokens * budgets.shape[1] - window, 0)
         lowest = max(mean / self.beta, 2 * mean - ceiling)
-        if lowest > mean or lowest < self.window * heads:
+        if not 0 <= lowest <= mean or lowest + added < window:
             return budgets
-        layers = np.linspace(2 * mean - lowest, lowest, budgets.shape[0])
+        layers = np.linspace(2 * mean - lowest, lowest, budgets.shape[0]) + added
         shares = budgets / np.maximum(budgets.sum(1, keepdims=True), 1)
         return round_to_sum(layers[:, None] * shares, int(budgets.sum()), prompt_tokens)
 
