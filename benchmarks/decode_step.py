@@ -1,0 +1,229 @@
+"""A decode step of the Llama-8B shape under a plan: time, memory, and the largest batch.
+
+    python benchmarks/decode_step.py --out decode_step.json [--seconds 240]
+
+Random weights and prompts, the plan's lengths and formats; transformers' own model, decoded as a
+CUDA graph. First a small model is decoded with and without graph and fused kernels, and must say
+the same. The uncompressed cache runs in the same pages with every token in bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvtune.policies.document_reader import read_policy
+from kvtune.policies.option import Option
+from kvtune.policies.policy import Policy, footprint
+from kvtune.runtime.cache import PolicyCache, load_cache
+from kvtune.runtime.graph import DecodeLoop, generate
+from kvtune.runtime.paged import PagedLayer
+
+PLAN = Path(__file__).with_name("plans") / "llama-8b-32k-12-percent.yaml"
+LAYERS, KV_HEADS, HEAD_DIM, CONTEXT, BATCH = 32, 8, 128, 32768, 8
+NEW_TOKENS = 256
+
+
+def check_small() -> dict[str, Any]:
+    """Tokens and logits of a small model, by graph and fused kernels and without either."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=64, vocab_size=1000, initializer_range=0.1,
+    )  # fmt: skip
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).bfloat16().eval()
+    options = read_policy(PLAN).bind(LAYERS, KV_HEADS).heads
+    policy = Policy("small", tuple(row[2:8:3] for row in options[8:20:3]))
+    ids = torch.randint(1, 1000, (3, 700), device="cuda")
+    mask = (
+        torch.arange(700, device="cuda") >= torch.tensor([[0], [60], [333]], device="cuda")
+    ).long()
+    ours = generate(model, load_cache(policy, model), ids, mask, new_tokens=80)
+    again = generate(model, load_cache(policy, model), ids, mask, new_tokens=80)
+    cache = load_cache(policy, model)
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask, position_ids=places, past_key_values=cache).logits
+        loop = DecodeLoop(model, cache, logits[:, -1].argmax(-1), places[:, -1] + 1, 80)
+        for _ in range(79):
+            cache.reserve(1)
+            loop._step()
+    alike = (ours == loop.found).float().cumprod(1).mean(1)
+    return {"alike until": alike.tolist(), "repeats": bool((ours == again).all())}
+
+
+def build_model() -> Any:
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=LAYERS,
+        num_attention_heads=32, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM,
+        vocab_size=128256, max_position_embeddings=131072,
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def fill(model: Any, policy: Policy, batch: int, new_tokens: int = NEW_TOKENS) -> PolicyCache:
+    """A cache of random prompts, stored as a prefill would."""
+    cache = load_cache(policy, model, new_tokens=new_tokens)
+    shape = (KV_HEADS, CONTEXT, HEAD_DIM)
+    keys, values = torch.randn(2, *shape, device="cuda", dtype=torch.bfloat16).unbind(0)
+    cache.open(keys[None], [CONTEXT] * batch)
+    for layer, budgets in zip(cache.layers, policy.budgets(CONTEXT), strict=True):
+        layer.paged = PagedLayer(
+            layer.number, policy.heads[layer.number], HEAD_DIM, batch, cache.pool, cache.backend
+        )
+        kept = [torch.linspace(0, CONTEXT - 1, int(n), device="cuda").long() for n in budgets]
+        for sequence in range(batch):
+            layer.paged.store(sequence, keys, values, kept)
+        layer.paged.seal(new_tokens)
+        layer.seen = CONTEXT
+    return cache
+
+
+def loop_of(model: Any, cache: PolicyCache, batch: int, tokens: int, fuse: bool) -> DecodeLoop:
+    first = torch.randint(0, 128256, (batch,), device="cuda")
+    positions = torch.full((batch,), CONTEXT, device="cuda")
+    return DecodeLoop(model, cache, first, positions, tokens, fuse=fuse)
+
+
+def bandwidth() -> float:
+    """Bytes a second of a device copy of 4 GB, read and written."""
+    source = torch.randint(0, 255, (4_000_000_000,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / timed(lambda: target.copy_(source), 10)
+
+
+def timed(call: Callable[[], Any], times: int) -> float:
+    call()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(times):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3 / times
+
+
+def step(model: Any, policy: Policy, rate: float, profile: bool = False) -> dict[str, Any]:
+    """Milliseconds a step beside the bytes it must read, and peak memory."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    cache = fill(model, policy, BATCH)
+    found: dict[str, Any] = {"kernels": []}
+    steps, generated = {}, 0
+    for fuse in (True, False):
+        loop = loop_of(model, cache, BATCH, 64, fuse)
+        with loop.ready():
+            loop.advance(8)
+            steps[fuse] = timed(lambda: loop.advance(12), 3)  # noqa: B023 - called at once
+            tokens = sum(int(layer.paged.lengths[1].sum()) for layer in cache.layers)
+            generated = generated or 4 * HEAD_DIM * tokens
+            if profile and fuse:
+                found["kernels"] = kernels_of(lambda: loop.advance(2), 2)  # noqa: B023
+    unread = model.model.embed_tokens.weight.numel()
+    weights = 2 * (sum(p.numel() for p in model.parameters()) - unread)
+    must_read = weights + cache.prompt_bytes() + generated
+    return {
+        **found,
+        "ms": 1e3 * steps[True], "ms, plain modules": 1e3 * steps[False],
+        "floor ms": 1e3 * must_read / rate, "over floor": steps[True] * rate / must_read,
+        "prompt GB": cache.prompt_bytes() / 1e9, "pages GB": cache.page_bytes() / 1e9,
+        "pool GB": cache.pool.memory.numel() / 1e9, "weights read GB": weights / 1e9,
+        "before GB": before / 1e9, "peak GB": torch.cuda.max_memory_allocated() / 1e9,
+        "device free GB": torch.cuda.mem_get_info()[0] / 1e9,
+    }  # fmt: skip
+
+
+def kernels_of(call: Callable[[], Any], steps: int) -> list[list[Any]]:
+    """The kernels that take longest: name, microseconds and launches a step."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    with profiler(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    rows = sorted(seen.key_averages(), key=lambda row: -row.device_time_total)
+    return [[r.key[:60], round(r.device_time_total / steps, 1), r.count / steps] for r in rows[:14]]
+
+
+def largest_batch(model: Any, policy: Policy) -> dict[str, Any]:
+    """Sequences that fit at 32k and generate 16 tokens; smaller ones are tried until one does."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    each = (
+        footprint(policy, policy.budgets(CONTEXT), HEAD_DIM) * 1.012
+        + 64 * 4 * HEAD_DIM * LAYERS * KV_HEADS
+    )
+    batch = int((free - 1.2e9) / each)
+    while batch:
+        try:
+            cache = fill(model, policy, batch, new_tokens=32)
+            loop = loop_of(model, cache, batch, 32, fuse=True)
+            with loop.ready():
+                loop.advance(4)
+                taken = timed(lambda: loop.advance(6), 2)  # noqa: B023 - called at once
+            return {"batch": batch, "ms": 1e3 * taken, "tokens a second": batch / taken}
+        except torch.OutOfMemoryError:
+            cache = loop = None  # type: ignore[assignment]
+            gc.collect()
+            torch.cuda.empty_cache()
+            batch = int(batch * 0.97) if batch > 40 else batch - 1
+    return {"batch": 0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=240)
+    arguments = parser.parse_args()
+    begun, found = (
+        time.monotonic(),
+        {"device": torch.cuda.get_device_name(), "torch": torch.__version__},
+    )
+    plan = read_policy(PLAN).bind(LAYERS, KV_HEADS)
+    full = Policy.uniform(Option(), LAYERS, KV_HEADS)
+    state: dict[str, Any] = {}
+
+    def prepare() -> dict[str, float]:
+        state["rate"], state["model"] = bandwidth(), build_model()
+        return {"copy GB/s": state["rate"] / 1e9}
+
+    parts: dict[str, Callable[[], Any]] = {
+        "small model": check_small,
+        "bandwidth": prepare,
+        "plan": lambda: step(state["model"], plan, state["rate"], profile=True),
+        "uncompressed": lambda: step(state["model"], full, state["rate"]),
+        "largest batch, uncompressed": lambda: largest_batch(state["model"], full),
+        "largest batch, plan": lambda: largest_batch(state["model"], plan),
+    }
+    for name, part in parts.items():
+        if time.monotonic() - begun > arguments.seconds:
+            found[name] = "skipped: no time"
+        else:
+            try:
+                found[name] = part()
+            except Exception as error:
+                found[name] = f"failed: {type(error).__name__}: {error}"[-1500:]
+                traceback.print_exc()
+        arguments.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        print(f"{time.monotonic() - begun:6.1f} s  {name}: {json.dumps(found[name])}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""The Triton kernels in Triton's interpreter, against float64; skipped where there is no Triton."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
+pytest.importorskip("triton", reason="Triton is not installed; the kernels have no interpreter")
+if os.environ["TRITON_INTERPRET"] != "1":
+    pytest.skip("Triton's interpreter is switched off", allow_module_level=True)
+
+from kvtune.runtime.backend import Growing, PlainBackend, TritonBackend, Writing
+from kvtune.runtime.fuse import fused
+from kvtune.runtime.kernels.columns import column_sums
+from kvtune.runtime.kernels.launch import Paged, Scratch, decode
+from kvtune.runtime.kernels.layout import CODES, PAGE, PageLayout
+from kvtune.runtime.kernels.reference import attend, read_page
+from kvtune.runtime.kernels.tiles import Segments, plan_tiles
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+INTERPRETED = [name for name in CODES if name != "fp8"]  # the interpreter rounds e4m3 wrongly
+
+
+def layer(
+    head_dim: int, runs: list[tuple[int, str, str, int]], seed: int
+) -> tuple[Paged, list[list[tuple[Tensor, Tensor]]]]:
+    """Random pages of (row, keys, values, tokens), and what they hold."""
+    generator = torch.Generator().manual_seed(seed)
+    layouts = [PageLayout(head_dim, keys, values) for _, keys, values, _ in runs]
+    pages = np.array([-(-tokens // PAGE) for *_, tokens in runs])
+    cells = np.repeat([layout.page_cells for layout in layouts], pages)
+    start = cells.cumsum() - cells
+    pool = torch.zeros(int(cells.sum()) * 4 * head_dim, dtype=torch.uint8)
+    scales = torch.full((len(runs), 2), 0.01)
+    held: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(1 + max(r for r, *_ in runs))]
+    for segment, (row, _, _, tokens) in enumerate(runs):
+        keys, values = torch.randn(2, 1, tokens, head_dim, generator=generator).bfloat16()
+        at = start[pages[:segment].sum() :][: pages[segment]]
+        first = np.arange(pages[segment]) * PAGE
+        columns = (0, first, np.minimum(tokens - first, PAGE), at, segment)
+        records = np.stack(np.broadcast_arrays(*columns), 1).astype(np.int32)
+        chosen = torch.arange(tokens, dtype=torch.int32)
+        layout = layouts[segment]
+        if len(records):
+            PlainBackend().write(pool, Writing(layout, keys, values, chosen, records, scales))
+        for cell, count in zip(at, columns[2], strict=True):
+            raw = pool[cell * 4 * head_dim :][: layout.page_bytes]
+            read = read_page(raw, layout, scales[segment])
+            held[row].append((read[0][:count], read[1][:count]))
+    growing = np.array([segment % 2 for segment in range(len(runs))], bool)
+    lengths = np.array([tokens for *_, tokens in runs])
+    segments = Segments(
+        np.array([row for row, *_ in runs]), np.array([x.code for x in layouts]),
+        pages.cumsum() - pages, pages, np.where(growing, -1, lengths),
+    )  # fmt: skip
+    tiles = plan_tiles(segments, start, programs=7)
+    table = torch.tensor(np.append(start, 0), dtype=torch.int32)
+    counts = torch.tensor(lengths, dtype=torch.int32)
+    records = torch.tensor(tiles.records)
+    return Paged(pool, table, counts, scales, records, tiles.pairs, head_dim), held
+
+
+@pytest.mark.parametrize(("head_dim", "group", "seed"), [(64, 3, 0), (128, 4, 1), (256, 2, 2)])
+def test_ragged_heads_of_mixed_formats_attend_as_dequantised(
+    head_dim: int, group: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    runs = [
+        (row, str(rng.choice(list(CODES))), str(rng.choice(list(CODES))), int(rng.integers(0, 300)))
+        for row in (0, 0, 1, 1, 2)
+    ]
+    runs += [(row, "bf16", "bf16", int(rng.integers(1, 70))) for row in range(3)]
+    paged, held = layer(head_dim, runs, seed)
+    q = torch.randn(3, group, head_dim).bfloat16()
+    out, lse = torch.empty(q.shape), torch.empty(q.shape[:2])
+    scratch = Scratch(3, len(paged.tiles), group, head_dim, "cpu")
+    logits = torch.zeros(group, PAGE * len(paged.table))
+    for export in (None, logits):
+        decode(q, paged, scratch, head_dim**-0.5, out, lse, export)
+        for row, parts in enumerate(held):
+            keys, values = (torch.cat(x).double() for x in zip(*parts, strict=True))
+            exact, exact_lse = attend(q[row].double(), keys, values, head_dim**-0.5)
+            assert float((out[row] - exact).abs().max()) < 4e-3  # bf16 weights of bf16 values
+            torch.testing.assert_close(lse[row].double(), exact_lse, atol=1e-3, rtol=1e-3)
+    assert not scratch.arrived.any()
+    first = runs[0][3]
+    weights = (
+        q[0].double() @ torch.cat([k for k, _ in held[0]]).double().T * head_dim**-0.5
+    ).softmax(-1)
+    ours = (logits[:, :first] - lse[0][:, None]).exp().double()
+    torch.testing.assert_close(ours, weights[:, :first], atol=1e-4, rtol=1e-2)
+
+
+@pytest.mark.parametrize("keys", INTERPRETED)
+@pytest.mark.parametrize("values", INTERPRETED)
+def test_pages_are_the_references_to_the_bit(keys: str, values: str) -> None:
+    layout = PageLayout(64, keys, values)
+    tensors = torch.randn(2, 3, 200, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    chosen = torch.arange(0, 186, 2, dtype=torch.int32)
+    records = np.array([[1, 0, 64, 0, 0], [1, 64, 29, layout.page_cells, 0]], np.int32)
+    writing = Writing(layout, tensors[0], tensors[1], chosen, records, torch.ones(1, 2))
+    pools = [torch.zeros(2 * layout.page_bytes, dtype=torch.uint8) for _ in range(2)]
+    PlainBackend().write(pools[0], writing)
+    TritonBackend().write(pools[1], writing)
+    assert torch.equal(*pools)
+
+
+def test_appending_and_evicting_are_the_references() -> None:
+    layout = PageLayout(64)
+    ends = []
+    for backend in (PlainBackend(), TritonBackend()):
+        pool = torch.full((4 * layout.page_bytes,), 0x7F, dtype=torch.uint8)
+        table = torch.tensor([2, 0, 3, 1, 0], dtype=torch.int32) * layout.page_cells
+        lengths, empty = torch.zeros(2, dtype=torch.int32), torch.zeros(0)
+        paged = Paged(pool, table, lengths, empty, empty, (), 64, growing_pages=2)
+        growing = Growing(torch.tensor([0, 1]).int(), torch.tensor([0, 2]).int())
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(100):
+            keys, values = torch.randn(2, 1, 2, 64, generator=generator).bfloat16()
+            backend.append(paged, growing, keys, values)
+        backend.evict(paged, growing, [list(range(10, 90)), [0, 99]])
+        backend.append(paged, growing, keys, values)
+        assert lengths.tolist() == [81, 3]
+        pages = pool.view(torch.bfloat16).view(4, 2, PAGE, 64)
+        ends.append([pages[2], pages[0][:, :17], pages[3][:, :3]])
+    for plain, ours in zip(*ends, strict=True):
+        assert torch.equal(plain, ours)
+
+
+def test_column_sums_are_those_of_the_whole_matrix() -> None:
+    q, k = torch.randn(4, 150, 64), torch.randn(2, 150, 64)
+    logits = q.double() @ k.double().repeat_interleave(2, 0).transpose(1, 2) / 8
+    causal = torch.ones(150, 150, dtype=torch.bool).tril()
+    exact = logits.masked_fill(~causal, -torch.inf).softmax(-1).sum(1)
+    torch.testing.assert_close(column_sums(q, k, 1 / 8).double(), exact, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Mistral", "Gemma3Text", "Qwen2"])
+def test_a_fused_model_says_the_same_and_is_put_back(
+    family: str, make_network: Callable[..., Any], tiny_fields: dict[str, Any]
+) -> None:
+    import transformers
+
+    config = getattr(
+        transformers, f"{family.removesuffix('Text')}{'Text' * ('Text' in family)}Config"
+    )
+    network = make_network(config(**{**tiny_fields, "head_dim": 16})).eval()
+    before = network.state_dict()
+    step = {"input_ids": torch.tensor([[7], [9]]), "use_cache": False}
+    expected = network(**step).logits
+    with fused(network):
+        torch.testing.assert_close(network(**step).logits, expected, atol=2e-5, rtol=2e-4)
+    assert torch.equal(network(**step).logits, expected)
+    assert not any("forward" in vars(module) for module in network.modules())
+    after = network.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
