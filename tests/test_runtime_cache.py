@@ -199,14 +199,15 @@ def test_the_decode_loop_generates_what_transformers_does(network: Any) -> None:
     inputs, policy = ids(60, 31), mixed()
     network.generation_config.eos_token_id = None
     cache = load_cache(policy, network)
-    ours = generate(network, cache, **inputs, new_tokens=20)
+    prompts, mask = inputs["input_ids"], inputs["attention_mask"]
+    ours = generate(network, cache, prompts, mask, new_tokens=20)
     plain = network.generate(
         **inputs, max_new_tokens=20, do_sample=False, past_key_values=load_cache(policy, network)
     )
     assert ours.shape == (2, 20)
     assert torch.equal(ours, plain[:, 60:])
     with pytest.raises(KvtuneError, match="room for 5"):
-        generate(network, load_cache(policy, network, new_tokens=5), **inputs, new_tokens=6)
+        generate(network, load_cache(policy, network, new_tokens=5), prompts, mask, new_tokens=6)
 
 
 def test_sampling_draws_from_the_likely_in_proportion() -> None:

@@ -45,11 +45,11 @@ def layer(
         at = start[pages[:segment].sum() :][: pages[segment]]
         first = np.arange(pages[segment]) * PAGE
         columns = (0, first, np.minimum(tokens - first, PAGE), at, segment)
-        records = np.stack(np.broadcast_arrays(*columns), 1).astype(np.int32)
+        pages_of = np.stack(np.broadcast_arrays(*columns), 1).astype(np.int32)
         chosen = torch.arange(tokens, dtype=torch.int32)
         layout = layouts[segment]
-        if len(records):
-            PlainBackend().write(pool, Writing(layout, keys, values, chosen, records, scales))
+        if len(pages_of):
+            PlainBackend().write(pool, Writing(layout, keys, values, chosen, pages_of, scales))
         for cell, count in zip(at, columns[2], strict=True):
             raw = pool[cell * 4 * head_dim :][: layout.page_bytes]
             read = read_page(raw, layout, scales[segment])

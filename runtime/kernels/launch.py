@@ -15,7 +15,10 @@ from kvtune.runtime.kernels.tiles import Tiles
 
 @dataclass(frozen=True)
 class Shape:
-    """How the kernel is compiled; the defaults are from ``benchmarks/results/kernels-h100.json``.
+    """How the kernel is compiled.
+
+    One warp was the fastest on an H100 for every format, with two or three stages alike
+    (``benchmarks/results/kernels-h100-first.json``); two leave room for more programs.
 
     Args:
         warps: of a program.
