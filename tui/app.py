@@ -41,8 +41,8 @@ class Explorer(App[None]):
         """The plot and the plan."""
         return ExplorerScreen()
 
-    def on_mount(self) -> None:
-        """Read at once, then every second."""
+    def on_ready(self) -> None:
+        """Read as soon as there is a screen to draw on, then every second."""
         self.read()
         if self.interval_s:
             self.set_interval(self.interval_s, self.read)

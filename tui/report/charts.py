@@ -70,14 +70,14 @@ def _style() -> Iterator[None]:
         yield
 
 
-def rendered(draw: Draw, width: float, height: float, kind: str) -> bytes:
-    """A picture of ``width`` x ``height`` inches, as ``svg`` or ``png``."""
+def rendered(draw: Draw, width: float, height: float) -> dict[str, bytes]:
+    """A picture of ``width`` x ``height`` inches, as ``svg`` and ``png``."""
     from matplotlib.figure import Figure
 
     with _style():
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.add_subplot())
-        return _saved(figure, kind)
+        return {kind: _saved(figure, kind) for kind in ("svg", "png")}
 
 
 def _saved(figure: Figure, kind: str) -> bytes:
@@ -228,7 +228,7 @@ def heads_chart(heads: HeadMap, shade: str) -> Draw:
         edges = [np.arange(size + 1) - 0.5 for size in values.shape]
         mesh = axes.pcolormesh(*edges, values.T, cmap="viridis", norm=norm, linewidth=0)
         axes.invert_yaxis()
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.set_yticks(range(values.shape[1]))
         axes.set_xlabel("layer")
         axes.set_ylabel("KV head")
         bar = axes.figure.colorbar(mesh, ax=axes, label=label, pad=0.01)

@@ -47,10 +47,9 @@ def write_report(study: Study, folder: Path, progress: Progress | None = None) -
     for name, caption, draw, width, height in (progress or Silent()).track(
         pictures, "drawing", len(pictures)
     ):
-        svg = charts.rendered(draw, width, height, "svg")
-        paths += [_write(folder / f"{name}.svg", svg)]
-        paths += [_write(folder / f"{name}.png", charts.rendered(draw, width, height, "png"))]
-        drawn[name] = picture(charts.inline(svg, name), caption)
+        files = charts.rendered(draw, width, height)
+        paths += [_write(folder / f"{name}.{kind}", made) for kind, made in files.items()]
+        drawn[name] = picture(charts.inline(files["svg"], name), caption)
     write_text(folder / "plans.csv", plans_csv(view))
     write_text(folder / "report.html", page(study, _sections(view, row, drawn)))
     return [folder / "report.html", folder / "plans.csv", *paths]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import groupby
+from operator import itemgetter
 from typing import Literal
 
 import numpy as np
@@ -9,7 +12,6 @@ from rich.text import Text
 from textual.events import MouseMove
 from textual.widget import Widget
 
-from kvtune.policies.option import Option
 from kvtune.tui.palette import BARS, Colours, colours_of, ramp
 from kvtune.tuner.explore.axes import option_bits
 from kvtune.tuner.explore.compare import HeadMap
@@ -32,8 +34,13 @@ class HeatMap(Widget):
 
     def show(self, heads: HeadMap | None, shade: Shade) -> None:
         """Draw a policy, or the sentence that there is none."""
+        before = (self._size_of(self.heads), self.shade)
         self.heads, self.shade = heads, shade
-        self.refresh(layout=True)
+        self.refresh(layout=before != (self._size_of(heads), shade))
+
+    @staticmethod
+    def _size_of(heads: HeadMap | None) -> tuple[int, ...]:
+        return () if heads is None else heads.tokens.shape
 
     @property
     def _across(self) -> int:
@@ -52,31 +59,32 @@ class HeatMap(Widget):
         return Text("\n").join([*blocks, self._legend(self.heads)])
 
     def _block(self, heads: HeadMap, layers: range) -> Text:
-        text = Text(f"{'':{_MARGIN}}{ruler(layers)}\n", colours_of(self.app)["muted"])
-        lines = [self._line(heads, head, layers) for head in range(len(heads.options[0]))]
-        return Text("\n", no_wrap=True).join([text[:-1], *lines])
-
-    def _line(self, heads: HeadMap, head: int, layers: range) -> Text:
         colours = colours_of(self.app)
-        line = Text(f"{head:>2} ", colours["muted"], no_wrap=True)
-        for layer in layers:
-            option = heads.options[layer][head]
-            glyph, colour = self._cell(colours, heads, option, float(heads.share[layer, head]))
-            line.append(glyph, colour)
-        return line
+        cell = self._cells(heads, colours)
+        lines = [Text(f"{'':{_MARGIN}}{ruler(layers)}", colours["muted"])]
+        for head in range(len(heads.options[0])):
+            line = Text(f"{head:>2} ", colours["muted"], no_wrap=True)
+            cells = [cell(layer, head) for layer in layers]
+            for colour, run in groupby(cells, key=itemgetter(1)):
+                line.append("".join(glyph for glyph, _ in run), colour)
+            lines.append(line)
+        return Text("\n", no_wrap=True).join(lines)
 
-    def _cell(
-        self, colours: Colours, heads: HeadMap, option: Option, share: float
-    ) -> tuple[str, str]:
+    def _cells(self, heads: HeadMap, colours: Colours) -> Callable[[int, int], tuple[str, str]]:
+        """What stands for a layer's head: glyph and colour."""
         if self.shade == "budget":
-            level = level_of(share)
-            return BARS[level], ramp(colours, level / 8)
+            shades = [ramp(colours, level / 8) for level in range(9)]
+            levels = [[level_of(share) for share in row] for row in heads.share.tolist()]
+            return lambda layer, head: (BARS[levels[layer][head]], shades[levels[layer][head]])
         if self.shade == "bits":
-            least = option_bits(option)[0]
-            return bits_glyph(least), ramp(colours, least / 16)
-        glyphs = method_glyphs(heads)
-        index = list(glyphs).index(option.method.name)
-        return glyphs[option.method.name], colours[_METHOD_COLOURS[index % 7]]
+            widths = {o: option_bits(o)[0] for row in heads.options for o in row}
+            shown = {o: (bits_glyph(w), ramp(colours, w / 16)) for o, w in widths.items()}
+            return lambda layer, head: shown[heads.options[layer][head]]
+        marks = {
+            name: (glyph, colours[_METHOD_COLOURS[index % 7]])
+            for index, (name, glyph) in enumerate(method_glyphs(heads).items())
+        }
+        return lambda layer, head: marks[heads.options[layer][head].method.name]
 
     def _legend(self, heads: HeadMap) -> Text:
         colours = colours_of(self.app)

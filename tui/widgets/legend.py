@@ -20,8 +20,9 @@ class Legend(Widget):
 
     def show(self, view: View) -> None:
         """Explain this view."""
-        self.view = view
-        self.refresh(layout=True)
+        if view is not self.view:
+            self.view = view
+            self.refresh(layout=True)
 
     def render(self) -> Text:
         """Marks with their words, and the filter."""

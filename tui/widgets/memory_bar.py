@@ -54,8 +54,8 @@ class MemoryBar(Widget):
 
     def show(self, parts: MemoryParts) -> None:
         """Draw these."""
-        self.parts = parts
-        self.refresh(layout=True)
+        first, self.parts = self.parts is None, parts
+        self.refresh(layout=first)  # as high for every plan
 
     def render(self) -> Text:
         """The bar and its words."""
@@ -81,10 +81,11 @@ class MemoryBar(Widget):
     def _words(self) -> Text:
         assert self.parts is not None  # noqa: S101 - drawn only with parts
         limit = self.parts.budget.limit_bytes / GIB
-        words = f"peak {figure(self.parts.peak)}, limit {limit:.2f} GiB"
         over = self.parts.peak.value > self.parts.budget.limit_bytes
         style = colours_of(self.app)["error"] if over else ""
-        return Text(words + ("; it does not fit" if over else ""), style)
+        verdict = "does not fit" if over else "fits"
+        words = f"peak {figure(self.parts.peak)}\n{verdict} in {limit:.2f} GiB"
+        return Text(words, style)
 
 
 def widths(sizes: dict[str, float], cells: int) -> list[int]:

@@ -48,6 +48,8 @@ class PlanPanel(VerticalScroll):
     PlanPanel > #why { color: $text-muted; }
     """
 
+    _rows = 0
+
     def compose(self) -> ComposeResult:
         """Headline, figures, memory, heads, reasons."""
         yield Static(id="figures")
@@ -65,12 +67,22 @@ class PlanPanel(VerticalScroll):
         policy = selected.study.policy(plan)
         peak = figures.estimate("memory", row)
         self.border_title = title(selected)
-        self.query_one("#figures", Static).update(figures_table(selected))
+        table = figures_table(selected)
+        facts = self.query_one("#figures", Static)
+        facts.update(table, layout=table.row_count != self._rows)
+        self._rows = table.row_count
         parts = MemoryParts(figures.budgets[context], peak)
         self.query_one(MemoryBar).show(parts)
-        self.query_one("#heads-heading", Static).update(f"Heads: {shade} by layer and KV head")
+        heading = f"Heads: {shade} by layer and KV head"
+        self.query_one("#heads-heading", Static).update(heading, layout=False)
         self.query_one(HeatMap).show(HeadMap.of(policy, context), shade)
-        self.query_one("#why", Static).update("\n".join(why(selected.study, plan)))
+        self._tell("\n".join(why(selected.study, plan)))
+
+    def _tell(self, reasons: str) -> None:
+        """Reasons; a new layout only where they take more or fewer lines."""
+        words = self.query_one("#why", Static)
+        lines = len(Text(reasons).wrap(self.app.console, max(words.size.width, 1)))
+        words.update(reasons, layout=lines != words.size.height)
 
 
 def title(selected: Selected) -> str:

@@ -7,6 +7,7 @@ library there is, draws one long string and cannot tell where it was clicked.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import ceil, floor, log10
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from rich.segment import Segment
 from rich.style import Style
 from textual import events, on
-from textual.app import ComposeResult
+from textual.app import ComposeResult, RenderResult
 from textual.binding import Binding
 from textual.containers import Grid
 from textual.message import Message
@@ -29,7 +30,7 @@ from kvtune.tui.palette import CHOSEN, FRONT, MARKED, SELECTED, colours_of, mark
 from kvtune.tuner.explore.plans import Floats
 from kvtune.tuner.explore.view import View
 
-_CELLS = 240  # points closer than this share of the plot cannot be told apart
+_CELLS = 100  # points closer than this share of the plot cannot be told apart
 _NOTHING = 1e-12
 
 
@@ -105,6 +106,7 @@ class FrontPlot(PlotWidget):
         self.view: View | None = None
         self.row: int | None = None
         self.marked: int | None = None
+        self._seen: NDArray[np.int64] = np.zeros(0, np.int64)
         self._x_zero: float | None = None
         self._y_zero: float | None = None
 
@@ -115,8 +117,20 @@ class FrontPlot(PlotWidget):
                 yield StyledCanvas(1, 1, id=part)
         yield Legend(id="legend")
 
+    def render(self) -> RenderResult:
+        """Draw on the canvases; they are told to repaint once, not for every mark."""
+        with ExitStack() as stack:
+            for canvas in self.query(Canvas):
+                stack.enter_context(canvas.batch_refresh())
+            return super().render()
+
+    def _update_legend(self) -> None:
+        """Nothing: the explorer has a legend of its own, and this one would cost a layout."""
+
     def show(self, view: View, row: int | None, marked: int | None) -> None:
         """Draw a view with its cursor."""
+        if view is not self.view:
+            self._fit(view)
         self.view, self.row, self.marked = view, row, marked
         self.redraw()
 
@@ -127,29 +141,32 @@ class FrontPlot(PlotWidget):
         colours = colours_of(self.app)
         self.border_title = f" {self.view.y.words} "
         self.border_subtitle = f" {self.view.x.words} "
-        with self.app.batch_update():
-            self.clear()
-            self._scale(self.view)
-            self._plot_lines(self.view, colours["muted"])
-            self._plot_plans(self.view, colours["muted"], colours["primary"])
-            self._plot_baselines(self.view, colours["error"])
-            self._plot_cursor(self.view, colours["success"], colours["accent"])
+        self.clear()
+        self._plot_lines(self.view, colours["muted"])
+        self._plot_plans(self.view, colours["muted"], colours["primary"])
+        self._plot_baselines(self.view, colours["error"])
+        self._plot_cursor(self.view, colours["success"], colours["accent"])
+        self.render()  # now, so that canvases and plan reach the screen in one pass
 
     # --- parts, from the ground up ---------------------------------------------------------
 
-    def _scale(self, view: View) -> None:
+    def _fit(self, view: View) -> None:
         """Room for everything shown, an interval's ends apart; zero has a place of its own."""
+        self._seen = view.rows
         if not len(view.rows):
             return
         beside = list(view.baselines())
-        across = [line.value for line in view.lines if line.axis is view.x]
-        upward = [line.value for line in view.lines if line.axis is view.y]
-        x = np.r_[view.across[view.rows, 0], across, [x for _, x, _ in beside]]
-        y = np.r_[view.upward[view.rows, 0], upward, [y for _, _, y in beside]]
+        lines_x = [line.value for line in view.lines if line.axis is view.x]
+        lines_y = [line.value for line in view.lines if line.axis is view.y]
+        x = np.r_[view.across[view.rows, 0], lines_x, [x for _, x, _ in beside]]
+        y = np.r_[view.upward[view.rows, 0], lines_y, [y for _, _, y in beside]]
         self._x_zero, self._y_zero = zero_of(x), zero_of(y)
         self._x_formatter, self._y_formatter = LogTicks(self._x_zero), LogTicks(self._y_zero)
         self.set_xlimits(*_padded(self._place_x(x)))
         self.set_ylimits(*_padded(self._place_y(y)))
+        across, upward = self._positions(view, view.rows)
+        cells = np.stack([_cells(across), _cells(upward)], axis=-1)
+        self._seen = view.rows[np.unique(cells, axis=0, return_index=True)[1]]
 
     def _place_x(self, values: Sequence[float] | Floats) -> Floats:
         return place(values, self._x_zero)
@@ -169,10 +186,8 @@ class FrontPlot(PlotWidget):
                 self.plot(ends, [at, at], colour, HiResMode.BRAILLE)
 
     def _plot_plans(self, view: View, faint: str, strong: str) -> None:
-        x, y = self._positions(view, view.rows)
-        cells = np.stack([_cells(x), _cells(y)], axis=-1)
-        _, seen = np.unique(cells, axis=0, return_index=True)
-        self.scatter(x[seen], y[seen], marker_style=faint, hires_mode=HiResMode.BRAILLE)
+        x, y = self._positions(view, self._seen)
+        self.scatter(x, y, marker_style=faint, hires_mode=HiResMode.BRAILLE)
         self.scatter(*self._positions(view, view.front), marker=FRONT, marker_style=strong)
 
     def _plot_baselines(self, view: View, colour: str) -> None:

@@ -1,0 +1,158 @@
+"""The report: self-contained, complete, the same twice; opened in Chromium where there is one."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from kvtune.__main__ import main
+from kvtune.tests.made_up import write_study
+from kvtune.tui.report.write import write_report
+from kvtune.tuner.explore.reader import StudyReader
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with its report."""
+    run = write_study(tmp_path_factory.mktemp("runs") / "run", live=True)
+    write_report(StudyReader(run).read(), run / "report")
+    return run
+
+
+@pytest.fixture(scope="module")
+def html(folder: Path) -> str:
+    return (folder / "report" / "report.html").read_text(encoding="utf-8")
+
+
+class Tags(HTMLParser):
+    """Every tag with its attributes, and whether all were closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in ("meta", "br", "path", "use", "rect", "image"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.open:
+            while self.open.pop() != tag:
+                pass
+
+
+def test_nothing_is_fetched(html: str) -> None:
+    parser = Tags()
+    parser.feed(html)
+    assert parser.open == []
+    assert not {"script", "link", "iframe", "img"} & {tag for tag, _ in parser.seen}
+    for _, attributes in parser.seen:
+        for name in ("src", "href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:"))
+    assert "url(http" not in html
+
+
+def test_identifiers_are_one_of_a_kind_and_found(html: str) -> None:
+    identifiers = re.findall(r'\bid="([^"]+)"', html)
+    assert len(identifiers) == len(set(identifiers))
+    used = re.findall(r'href="#([^"]+)"', html) + re.findall(r"url\(#([^)]+)\)", html)
+    assert used
+    assert set(used) <= set(identifiers)
+
+
+def test_it_says_whose_quality_and_every_tier(html: str) -> None:
+    assert "quality: stand-in (smollm2-135m)" in html
+    for tier in ("table", "live", "datasheet", "assumed"):
+        assert f" {tier}" in html
+    assert "c0ffee" in html
+
+
+def test_markup_in_names_stays_text(tmp_path: Path) -> None:
+    run = write_study(tmp_path, 3, stand_in="<script>alert(1)</script>")
+    (page, *_) = write_report(StudyReader(run).read(), run / "report")
+    assert "<script>" not in page.read_text(encoding="utf-8")
+
+
+def test_the_table_holds_every_plan(folder: Path) -> None:
+    with (folder / "report" / "plans.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    study = StudyReader(folder).read()
+    assert [int(row["trial"]) for row in rows] == study.plans.trial.tolist()
+    assert [int(row["prompt_bytes"]) for row in rows] == study.plans.prompt_bytes.tolist()
+    assert [row["chosen"] for row in rows].index("1") == study.chosen
+    for row in rows:
+        for name in ("loss", "step", "rate"):
+            low, value, high = (float(row[f"{name}{end}"]) for end in ("_low", "", "_high"))
+            assert low <= value <= high
+
+
+def test_the_same_study_gives_the_same_page(folder: Path, html: str, tmp_path: Path) -> None:
+    write_report(StudyReader(folder).read(), tmp_path)
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == html
+
+
+def test_pictures_come_as_png_and_svg(folder: Path) -> None:
+    for name in ("front-tokens", "memory", "heads-budget", "kinds"):
+        assert (folder / "report" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert b"<svg" in (folder / "report" / f"{name}.svg").read_bytes()
+
+
+def test_a_running_study_is_reported_as_such(tmp_path: Path) -> None:
+    run = write_study(tmp_path, 6, finished=False)
+    (page, *_) = write_report(StudyReader(run).read(), run / "report")
+    assert "running" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(0, "holds no plan"), (None, "there is no such folder")]
+)
+def test_what_cannot_be_reported_is_said(
+    tmp_path: Path, count: int | None, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    if count is not None:
+        write_study(folder, count)
+    assert main(["report", str(folder)]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.out == ""
+
+
+def test_json_lists_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_study(tmp_path / "run", 5)
+    assert main(["report", str(run), "--out", str(tmp_path / "out"), "--json", "--quiet"]) == 0
+    captured = capsys.readouterr()
+    answer = json.loads(captured.out)
+    assert captured.err == ""
+    assert answer["state"] == "finished"
+    assert {Path(file).name for file in answer["files"]} >= {"report.html", "plans.csv"}
+    assert all(Path(file).is_file() for file in answer["files"])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_chromium_opens_it_without_a_word(folder: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "page.png"
+    done = subprocess.run(  # noqa: S603
+        [
+            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+            f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1000,3000",
+            f"--screenshot={picture}", (folder / "report" / "report.html").as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    assert picture.stat().st_size > 20_000
