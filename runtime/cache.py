@@ -35,6 +35,7 @@ from kvtune.runtime.kernels.launch import Scratch
 from kvtune.runtime.kernels.layout import PAGE, PageLayout, exact_tokens, layout_of
 from kvtune.runtime.paged import PagedLayer
 from kvtune.runtime.pool import SLAB_CELLS, Pool
+from kvtune.traces.geometry import Geometry, read_geometry
 from kvtune.traces.seam import causal_attention
 
 NAME = "kvtune_paged"
@@ -56,18 +57,30 @@ def load_cache(policy: Path | str | Policy, model: Any, *, new_tokens: int = 102
     shape = config.num_hidden_layers, config.num_key_value_heads
     bound = policy if isinstance(policy, Policy) else read_policy(policy).bind(*shape)
     bound.check_fits(*shape)
+    _refuse_other_passes(bound)
+    geometry = read_geometry(model)
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, _padding)
     model.set_attn_implementation(NAME)
-    return PolicyCache(bound, new_tokens)
+    return PolicyCache(bound, geometry, new_tokens)
+
+
+def _refuse_other_passes(policy: Policy) -> None:
+    needs = policy.needs
+    for name in ("reconstruction", "calibration", "future", "probes"):
+        if getattr(needs, name):
+            raise KvtuneError(
+                f"the policy {policy.name!r} needs {name}, more than reading a prompt once gives",
+                hint="kvtune validate runs it; a generating cache cannot.",
+            )
 
 
 class PolicyCache(Cache):  # type: ignore[misc]
     """All layers of a model in one pool of pages. For one batch of prompts."""
 
-    def __init__(self, policy: Policy, new_tokens: int = 1024) -> None:
+    def __init__(self, policy: Policy, geometry: Geometry, new_tokens: int = 1024) -> None:
         """Hold nothing yet: memory is taken when the prompt's length is known."""
-        self.policy, self.new_tokens = policy, new_tokens
+        self.policy, self.geometry, self.new_tokens = policy, geometry, new_tokens
         self.pool: Pool
         self.backend: Backend
         self.scratch: Scratch | None = None
@@ -183,7 +196,8 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
             from kvtune.runtime.kernels.columns import column_sums
 
             sums = column_sums(q.contiguous(), k.contiguous(), scale)
-        signals = Signals(q, k, v, scale, sums)
+        rope = self.cache.geometry.rope_at(self.number)
+        signals = Signals(q, k, v, scale, sums, layer=self.number, rope=rope)
         options = policy.heads[self.number]
         chosen = select([options], [policy.split(self.number, budgets, signals)], signals)
         kept = [row[:n] for row, n in zip(chosen.indices[0], chosen.sizes[0], strict=True)]

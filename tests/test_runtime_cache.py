@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from kvtune.policies.compress import attend, compress
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.grouped import Int2, Int3, Int4, Int8
+from kvtune.policies.method import methods
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.snapkv import SnapKV
@@ -97,6 +99,32 @@ def test_kept_tokens_bytes_and_outputs_are_those_of_compressing(network: Any) ->
         visible = torch.arange(part.keys.shape[1]) < part.counts[:, None, None]
         theirs, _ = attend(q, part.keys.float(), part.values.float(), visible, signals.scale)
         torch.testing.assert_close(ours, theirs, atol=4e-3, rtol=4e-3)  # roundtrip ends in bf16
+
+
+def one_pass(name: str) -> bool:
+    needs = methods()[name]().needs
+    return not (needs.reconstruction or needs.calibration or needs.future or needs.probes)
+
+
+@pytest.mark.parametrize("name", sorted(methods()))
+def test_every_method_keeps_what_it_keeps_in_replay(network: Any, name: str) -> None:
+    option = Option(methods()[name](), Budget(tokens=24), Int4(), Int2())
+    policy = Policy.uniform(option, 3, 2)
+    if not one_pass(name):
+        with pytest.raises(KvtuneError, match="reading a prompt once"):
+            load_cache(policy, network)
+        return
+    cache = load_cache(policy, network.float())
+    seen = prompt_layers(network, cache, ids(100))
+    assert cache.prompt_bytes() == policy.footprint(100, 8)
+    for number, signals in enumerate(seen):
+        signals = replace(signals, layer=number, rope=cache.geometry.rope_at(number))
+        part = compress(policy, number, [24, 24], signals)
+        q = torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(number))
+        layer = cache.layers[number].paged
+        ours = layer.attend(q, Scratch(2, layer.slots, 2, 8, "cpu"), signals.scale)
+        theirs, _ = attend(q, part.keys, part.values, None, signals.scale)
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_an_uncompressed_policy_generates_what_the_model_does(network: Any) -> None:
