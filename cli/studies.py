@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvtune.common.errors import KvtuneError
-from kvtune.tuner.explore.record import PLANS_FILE
+from kvtune.tuner.explore import PLANS_FILE
 
 RUNS = Path("kvtune-runs")
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
+
+LINE_S = 5.0  # between two lines where no bar can be drawn
 
 
 class Progress(Protocol):
@@ -32,18 +35,21 @@ class Silent:
 
 
 class Bars:
-    """Bars with remaining time on stderr; one plain line a task where stderr is no terminal."""
+    """Bars with remaining time on stderr; where that is no terminal, a line every few seconds.
 
-    def __init__(self) -> None:
+    Args:
+        now: the clock, seconds.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         from rich.console import Console
 
-        self.console = Console(stderr=True)
+        self.console, self.now = Console(stderr=True), now
 
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         """Yield the items under a bar named ``label``."""
         if not self.console.is_terminal:
-            self.console.print(f"{label} ...", highlight=False, markup=False)
-            yield from items
+            yield from self._lines(items, label, total)
             return
         from rich import progress as bar
 
@@ -54,6 +60,23 @@ class Bars:
         with bar.Progress(*columns, console=self.console) as bars:
             yield from bars.track(items, total=total, description=label)
 
+    def _lines(self, items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
+        """One line at once, then how far it is and what remains."""
+        self.note(f"{label} ...")
+        began = said = self.now()
+        for done, item in enumerate(items):
+            if done and (now := self.now()) - said >= LINE_S:
+                self.note(f"{label}: {_how_far(done, total, now - began)}")
+                said = now
+            yield item
+
     def note(self, message: str) -> None:
         """Print one line on stderr."""
         self.console.print(message, highlight=False, markup=False)
+
+
+def _how_far(done: int, total: int | None, elapsed: float) -> str:
+    """``30 of 60, 12 s left``."""
+    if total is None:
+        return f"{done} done"
+    return f"{done} of {total}, {elapsed / done * (total - done):.0f} s left"

@@ -13,9 +13,9 @@ from kvtune.policies.document import ModelFacts, PolicyDocument, write_policy
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.profiles.models import find_model
+from kvtune.tuner.explore import PLANS_FILE
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.plans import Plan, write_line
-from kvtune.tuner.explore.record import PLANS_FILE
 from kvtune.tuner.options import SMALL
 
 KINDS = ("code", "prose", "retrieval")

@@ -438,6 +438,21 @@ def test_a_pipe_is_sent_to_the_report(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "kvtune report" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("count", [0, 12])
+def test_json_tells_the_study_without_a_screen(
+    tmp_path: Path, count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_study(tmp_path / "run", count)
+    assert main(["tui", str(folder), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["plans"] == count
+    assert (answer["chosen"] is None) == (count == 0)
+    if count:
+        study = StudyReader(folder).read()
+        assert answer["chosen"]["trial"] == study.plans.trial[study.chosen or 0]
+        assert answer["chosen"]["trial"] in answer["front"]
+
+
 def test_no_study_to_find_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,11 +19,11 @@ from kvtune.profiles.gpus import find_gpu
 from kvtune.simulator.cost import policy_cost
 from kvtune.simulator.memory import memory_budget
 from kvtune.tests.made_up import CONTEXT, facts, plans, write_study
+from kvtune.tuner.explore import PLANS_FILE
 from kvtune.tuner.explore.axes import AXES, LOSS, TOKENS, Axis, Filter, front, option_bits
 from kvtune.tuner.explore.compare import HeadMap, baseline_side, difference, plan_side
 from kvtune.tuner.explore.plans import write_line
 from kvtune.tuner.explore.reader import StudyReader
-from kvtune.tuner.explore.record import PLANS_FILE
 from kvtune.tuner.explore.study import Study
 from kvtune.tuner.explore.view import View
 from kvtune.tuner.explore.what_if import Setting, figures_of

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from kvtune.common.errors import KvtuneError
+from kvtune.tuner.explore import PLANS_FILE
 from kvtune.tuner.explore.facts import Facts, read_facts
 from kvtune.tuner.explore.measured import read_measured
 from kvtune.tuner.explore.outcome import Outcome, read_outcome
 from kvtune.tuner.explore.plans import Plans, columns
-from kvtune.tuner.explore.record import PLANS_FILE
 from kvtune.tuner.explore.study import State, Study
 
 _SILENCE_S = 300  # a search that wrote nothing for so long is taken as stopped

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
+from kvtune.tuner.explore import PLANS_FILE
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.plans import Plan, write_line
 from kvtune.tuner.quality import estimate
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from kvtune.simulator.calibration import Calibration
     from kvtune.simulator.tables import Tables
     from kvtune.tuner.study import Candidate
-
-PLANS_FILE = "plans.jsonl"
 
 
 class Recorder:
