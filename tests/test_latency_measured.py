@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,24 @@ def test_what_whole_layers_take_beyond_their_parts_is_added() -> None:
     assert float(slow.between - quick.between) == pytest.approx(32 * 2e-3)
     assert float(slow.total - quick.total) == pytest.approx(32 * 2e-3)
     assert slow.attention == quick.attention
+
+
+def test_what_a_shallow_step_takes_beyond_its_layers_is_added_to_a_deep_one() -> None:
+    heads: dict[str, Any] = {"query_heads": 32, "kv_heads": 8, "head_dim": 128, "batch": 4,
+                             "length": 4096, "width_in": 4096, "width_out": 14336}  # fmt: skip
+    layers = row(Point("decode_layers", "k", rows=4, **heads), 1, seconds=1e-3)
+    quick, slow = (
+        decode_parts(
+            Kernels((*ROWS, layers, row(Point("decode_step", "k", rows=2, **heads), 1, seconds=s))),
+            LLAMA, np.array(4.0), np.array(60000.0),
+        )
+        for s in (5e-3, 8e-3)
+    )  # fmt: skip
+    assert float(slow.ends - quick.ends) == pytest.approx(3e-3)
+    assert float(slow.total - quick.total) == pytest.approx(3e-3)
+    two = replace(LLAMA, layers=2, windows=(None, None))
+    known = decode_parts(Kernels((*ROWS, layers)), two, np.array(4.0), np.array(4096.0))
+    assert float(quick.ends) == pytest.approx(5e-3 - float(known.total))
 
 
 @pytest.mark.parametrize(

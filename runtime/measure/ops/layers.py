@@ -121,11 +121,12 @@ def _layer_points(grid: Grid) -> Iterator[Wanted]:
             )  # fmt: skip
 
 
-def _prepare_layers(point: Point, setting: Setting) -> Work:
-    """So many different layers one after another as in a step: what the parts alone do not say.
+def _step_points(grid: Grid) -> Iterator[Wanted]:
+    for _, layers in _layer_points(grid):
+        yield Wanted(0, replace(layers, op="decode_step", rows=max(1, layers.rows // 4)))
 
-    Weights spread over more memory are read more slowly than a few that are met again and again.
-    """
+
+def _decoder(point: Point, setting: Setting, vocabulary: int) -> PlainDecoder:
     shape = replace(
         find_model("llama-8b"),
         query_heads=point.query_heads,
@@ -133,10 +134,25 @@ def _prepare_layers(point: Point, setting: Setting) -> Work:
         head_dim=point.head_dim,
         hidden_size=point.width_in,
         intermediate_size=point.width_out,
-        vocab_size=16,
+        vocab_size=vocabulary,
     )
     model = PlainDecoder(shape, setting.device, layers=point.rows)
     model.hold(point.batch, point.length)
+    return model
+
+
+def _prepare_step(point: Point, setting: Setting) -> Work:
+    """A whole step of a shallow model, one graph a step: what its ends cost beside its layers."""
+    model = _decoder(point, setting, setting.grid.vocabulary)
+    return Work([model.step], model.weight_bytes + model.cache_bytes, most_calls=1)
+
+
+def _prepare_layers(point: Point, setting: Setting) -> Work:
+    """So many different layers one after another as in a step: what the parts alone do not say.
+
+    Weights spread over more memory are read more slowly than a few that are met again and again.
+    """
+    model = _decoder(point, setting, vocabulary=16)
     state = [random_tensor(point.batch, point.width_in, device=setting.device, scale=1.0)]
 
     def call(index: int) -> None:
@@ -153,4 +169,5 @@ OPERATIONS = (
         for name in ("rms_norm", "rope", "gated", "residual", "argmax", "embedding")
     ),
     Operation("decode_layers", _layer_points, _prepare_layers),
+    Operation("decode_step", _step_points, _prepare_step),
 )
