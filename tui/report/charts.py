@@ -252,12 +252,9 @@ def kinds_chart(kinds: tuple[str, ...], rows: list[tuple[str, dict[str, float]]]
         width = 0.8 / max(len(rows), 1)
         for index, (name, losses) in enumerate(rows):
             at = np.arange(len(kinds)) + (index - (len(rows) - 1) / 2) * width
-            values = [max(losses.get(kind, np.nan), 1e-6) for kind in kinds]
+            values = [losses.get(kind, np.nan) for kind in kinds]
             axes.bar(at, values, width, label=name, color=colours[index % len(colours)])
-        axes.set_yscale("log")
         axes.set_xticks(range(len(kinds)), kinds)
-        for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            formatted(lambda value, _: short(value))
         axes.set_ylabel("KL, nats/token")
         axes.grid(True, axis="y", linewidth=0.6)
         axes.set_axisbelow(True)
