@@ -37,7 +37,7 @@ class Parts:
         matrices: linear layers, the output matrix among them.
         rest: norms, rotary, activation, residuals, appending, sampling.
         between: what whole layers take beside their parts when these stand alone.
-        ends: what a whole step takes beside its layers and the parts before and after them.
+        ends: what steps one after another take beside all of these.
     """
 
     attention: FloatArray
@@ -98,7 +98,7 @@ def decode_parts(
 ) -> Parts:
     """One step of a batch whose sequences hold ``tokens`` each, the new one among them."""
     parts_ = _known_parts(kernels, shape, batch, tokens)
-    return replace(parts_, ends=np.interp(batch, *_beyond_layers(kernels)))
+    return replace(parts_, ends=_beyond_layers(kernels)(shape, batch, tokens))
 
 
 def _known_parts(
@@ -178,23 +178,59 @@ def _beyond_parts(kernels: Kernels) -> dict[float, tuple[FloatArray, FloatArray]
     return {size: (np.array(rows).T[0], np.array(rows).T[1]) for size, rows in found.items()}
 
 
-@functools.lru_cache(maxsize=32)
-def _beyond_layers(kernels: Kernels) -> tuple[FloatArray, FloatArray]:
-    """Batches, and at each the seconds of whole steps less all that is known of them.
+class Beyond(NamedTuple):
+    """What whole steps take beside all that is known of them, by batch.
 
-    Measured on a shallow model: on an H100 a step takes a quarter of a millisecond more than its
-    layers, output matrix and sampling do by themselves, at any batch and context.
+    Args:
+        batches: ascending.
+        constant_s: of a step of the deepest model that was measured, seconds.
+        slope_s: a layer and cached token of a sequence beyond ``tokens``, seconds.
+        tokens: that the constant was measured at.
+    """
+
+    batches: FloatArray
+    constant_s: FloatArray
+    slope_s: FloatArray
+    tokens: float
+
+    def __call__(self, shape: ModelShape, batch: FloatArray, tokens: FloatArray) -> FloatArray:
+        """Seconds of a step."""
+        constant = np.interp(batch, self.batches, self.constant_s)
+        slope = np.interp(batch, self.batches, self.slope_s)
+        return np.asarray(constant + shape.layers * slope * np.maximum(0.0, tokens - self.tokens))
+
+
+@functools.lru_cache(maxsize=32)
+def _beyond_layers(kernels: Kernels) -> Beyond:
+    """Of steps that follow one another without a rest, less all that is known of them.
+
+    On an H100 a deep model's step takes a quarter of a millisecond more than its layers, output
+    matrix and sampling do by themselves; with much cache the power limit slows it down further.
     """
     if not (kernels.has("decode_step") and kernels.has("decode_layers")):
-        return np.ones(1), np.zeros(1)
-    beyond: dict[float, list[float]] = defaultdict(list)
+        return Beyond(np.ones(1), np.zeros(1), np.zeros(1), 0.0)
+    beyond = {}
     for row in kernels.rows("decode_step"):
         point = row.point
         batch, tokens = np.array(float(point.batch)), np.array(float(point.length))
         known = _known_parts(kernels, _shape_of_step(kernels, point), batch, tokens)
-        beyond[point.batch].append(row.seconds - float(known.total))
-    batches = sorted(beyond)
-    return np.array(batches), np.array([np.mean(beyond[batch]) for batch in batches])
+        beyond[point.rows, point.batch, point.length] = row.seconds - float(known.total)
+    depths, _, lengths = (sorted(set(keys)) for keys in zip(*beyond, strict=True))
+    deep, shallow, short = depths[-1], depths[0], lengths[0]
+    batches = sorted(batch for depth, batch, length in beyond if (depth, length) == (deep, short))
+
+    def slope(batch: int) -> float:
+        """Zero where no longer cache was measured."""
+        ends = [(n, s) for (depth, b, n), s in beyond.items() if (depth, b) == (shallow, batch)]
+        (first, low), (last, high) = min(ends), max(ends)
+        return max(0.0, high - low) / (shallow * max(last - first, 1))
+
+    return Beyond(
+        np.array(batches, dtype=np.float64),
+        np.array([beyond[deep, batch, short] for batch in batches]),
+        np.array([slope(batch) for batch in batches]),
+        float(short),
+    )
 
 
 def _shape_of_step(kernels: Kernels, point: Point) -> ModelShape:

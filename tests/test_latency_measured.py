@@ -171,22 +171,25 @@ def test_what_whole_layers_take_beyond_their_parts_is_added() -> None:
     assert slow.attention == quick.attention
 
 
-def test_what_a_shallow_step_takes_beyond_its_layers_is_added_to_a_deep_one() -> None:
+def test_what_whole_steps_take_beyond_their_layers_is_added() -> None:
+    """Three milliseconds at any length, and one more a layer for every thousand tokens."""
     heads: dict[str, Any] = {"query_heads": 32, "kv_heads": 8, "head_dim": 128, "batch": 4,
-                             "length": 4096, "width_in": 4096, "width_out": 14336}  # fmt: skip
-    layers = row(Point("decode_layers", "k", rows=4, **heads), 1, seconds=1e-3)
-    quick, slow = (
-        decode_parts(
-            Kernels((*ROWS, layers, row(Point("decode_step", "k", rows=2, **heads), 1, seconds=s))),
-            LLAMA, np.array(4.0), np.array(60000.0),
-        )
-        for s in (5e-3, 8e-3)
-    )  # fmt: skip
-    assert float(slow.ends - quick.ends) == pytest.approx(3e-3)
-    assert float(slow.total - quick.total) == pytest.approx(3e-3)
-    two = replace(LLAMA, layers=2, windows=(None, None))
-    known = decode_parts(Kernels((*ROWS, layers)), two, np.array(4.0), np.array(4096.0))
-    assert float(quick.ends) == pytest.approx(5e-3 - float(known.total))
+                             "width_in": 4096, "width_out": 14336}  # fmt: skip
+    layers = row(Point("decode_layers", "k", rows=4, length=2048, **heads), 1, seconds=1e-3)
+    known = Kernels((*ROWS, layers))
+
+    def whole(depth: int, length: int, beyond_s: float) -> KernelRow:
+        shape = replace(LLAMA, layers=depth, windows=(None,) * depth)
+        parts = decode_parts(known, shape, np.array(4.0), np.array(float(length)))
+        point = Point("decode_step", "k", rows=depth, length=length, **heads)
+        return row(point, 1, seconds=float(parts.total) + beyond_s)
+
+    steps = (whole(32, 2048, 3e-3), whole(2, 2048, 1e-3), whole(2, 4048, 1e-3 + 2 * 2e-3))
+    for tokens, beyond_s in ((1024, 3e-3), (2048, 3e-3), (5048, 3e-3 + 32 * 3e-3)):
+        asked = (LLAMA, np.array(4.0), np.array(float(tokens)))
+        plain, more = (decode_parts(k, *asked) for k in (known, Kernels((*ROWS, layers, *steps))))
+        assert float(plain.ends) == 0
+        assert float(more.total - plain.total) == pytest.approx(beyond_s)
 
 
 @pytest.mark.parametrize(

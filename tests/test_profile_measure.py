@@ -32,6 +32,7 @@ TINY = Grid(
     cache_bytes_most=2**20,
     prompts=(32, 64),
     depths=(3,),
+    cache_tokens=256,
     hidden=64,
     intermediate=96,
     vocabulary=128,

@@ -24,6 +24,7 @@ class Grid:
         cache_bytes_most: largest cache of one layer.
         prompts: tokens of a prompt.
         depths: different layers that are run one after another.
+        cache_tokens: of all sequences together, in whole steps with much cache.
         hidden: width of the residual stream.
         intermediate: width of the feed-forward block.
         vocabulary: rows of the output matrix.
@@ -42,6 +43,7 @@ class Grid:
     cache_bytes_most: int
     prompts: tuple[int, ...]
     depths: tuple[int, ...]
+    cache_tokens: int
     hidden: int
     intermediate: int
     vocabulary: int
@@ -68,6 +70,7 @@ FULL = Grid(
     cache_bytes_most=2_400_000_000,
     prompts=(1024, 2048, 4096, 8192, 16384, 32768),
     depths=(32, 8),
+    cache_tokens=262_144,
     hidden=4096,
     intermediate=14336,
     vocabulary=128256,
@@ -87,6 +90,7 @@ QUICK = Grid(
     cache_bytes_most=1_200_000_000,
     prompts=(2048, 8192),
     depths=(32,),
+    cache_tokens=262_144,
     hidden=4096,
     intermediate=14336,
     vocabulary=128256,

@@ -41,12 +41,14 @@ class Work:
         bytes: read and written by one call.
         flops: operations of one call.
         most_calls: of one sample, where an op is so slow that few are enough.
+        steady: whether samples follow one another without a rest, as steps do when serving.
     """
 
     calls: Sequence[Call]
     bytes: int
     flops: int = 0
     most_calls: int = 512
+    steady: bool = False
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ def cuda_timer(work: Work, execution: Execution, watch: Callable[[], None]) -> T
     torch.cuda.synchronize()
     count = _calls_a_sample(work)
     if execution == "graph":
-        return summary(bursts(_graph(work.calls, count), SAMPLES, watch) / count)
+        sampled = samples if work.steady else bursts
+        return summary(sampled(_graph(work.calls, count), SAMPLES, watch) / count)
     return summary(samples(_eager(work.calls, count), SAMPLES, watch) / count)
 
 

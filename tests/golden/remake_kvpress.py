@@ -138,7 +138,7 @@ def noting_ties(press: Any) -> Iterator[dict[int, list[bool]]]:
     score = press.score
 
     def noting(module: Any, hidden: Any, keys: Any, *rest: Any) -> torch.Tensor:
-        found = score(module, hidden, keys, *rest)
+        found: torch.Tensor = score(module, hidden, keys, *rest)
         budget = kvpress.utils.compute_n_kept(keys.shape[2], press.compression_ratio)
         if isinstance(press, PyramidKVPress):
             budget = press.get_layer_budget(module, keys.shape[2])

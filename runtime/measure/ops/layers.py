@@ -122,8 +122,12 @@ def _layer_points(grid: Grid) -> Iterator[Wanted]:
 
 
 def _step_points(grid: Grid) -> Iterator[Wanted]:
+    """Whole steps at every depth, and on a shallow model with as much cache as a layer may have."""
     for _, layers in _layer_points(grid):
-        yield Wanted(0, replace(layers, op="decode_step", rows=max(1, layers.rows // 4)))
+        yield Wanted(0, replace(layers, op="decode_step"))
+        if layers.rows == min(grid.depths) and layers.batch > 1:
+            length = grid.cache_tokens // layers.batch
+            yield Wanted(0, replace(layers, op="decode_step", length=length))
 
 
 def _decoder(point: Point, setting: Setting, vocabulary: int) -> PlainDecoder:
@@ -142,9 +146,10 @@ def _decoder(point: Point, setting: Setting, vocabulary: int) -> PlainDecoder:
 
 
 def _prepare_step(point: Point, setting: Setting) -> Work:
-    """A whole step of a shallow model, one graph a step: what its ends cost beside its layers."""
+    """A whole step, one graph a step, step after step: as a model is served."""
     model = _decoder(point, setting, setting.grid.vocabulary)
-    return Work([model.step], model.weight_bytes + model.cache_bytes, most_calls=1)
+    moved = model.weight_bytes + model.cache_bytes
+    return Work([model.step], moved, most_calls=1, steady=True)
 
 
 def _prepare_layers(point: Point, setting: Setting) -> Work:
