@@ -59,7 +59,12 @@ def command(
         from kvtune.tuner.leaderboard import standings
 
         chosen = entries([each.strip() for each in methods.split(",") if each.strip()])
-        loaded = load_model(name, device=device or best_device(), progress=output.progress)
+        loaded = load_model(
+            name,
+            device=device or best_device(),
+            dtype="float32",  # so that differences are the policies' and not rounding's
+            progress=output.progress,
+        )
         samples = _samples(loaded, workload, seed, texts, per_kind)
         runs = bench(loaded, samples, chosen, wanted, out, form=form, progress=output.progress)
         found = standings(runs)
