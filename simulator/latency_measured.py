@@ -223,7 +223,7 @@ def _beyond_layers(kernels: Kernels) -> Beyond:
         """Zero where no longer cache was measured."""
         ends = [(n, s) for (depth, b, n), s in beyond.items() if (depth, b) == (shallow, batch)]
         (first, low), (last, high) = min(ends), max(ends)
-        return max(0.0, high - low) / (shallow * max(last - first, 1))
+        return float(max(0.0, high - low) / (shallow * max(last - first, 1)))
 
     return Beyond(
         np.array(batches, dtype=np.float64),
