@@ -78,8 +78,12 @@ def test_a_measured_card_knows_what_a_process_takes(slug: str) -> None:
     assert process_bytes(find_gpu("4090")) is None
 
 
+WITHIN = {"h100-sxm": (0.03, 0.08), "h200": (0.035, 0.09)}
+"""Mean and worst error of decode steps: the goal for the H100; for the H200 as told in the docs."""
+
+
 @pytest.mark.parametrize("file", RESULTS, ids=lambda path: path.stem)
-def test_predictions_lie_within_the_goals_of_what_was_measured(file: Path) -> None:
+def test_predictions_lie_as_near_to_what_was_measured_as_is_said(file: Path) -> None:
     document = json.loads(file.read_text(encoding="utf-8"))
     if "points" not in document:
         predicted = file.with_name(file.name.replace("-predictions", ""))
@@ -89,8 +93,9 @@ def test_predictions_lie_within_the_goals_of_what_was_measured(file: Path) -> No
     errors = [
         abs(p["predicted"]["step_s"] / p["measured"]["step_s"] - 1) for p in document["points"]
     ]
-    assert np.mean(errors) <= 0.03
-    assert max(errors) <= 0.08
+    mean, worst = WITHIN[document["gpu"]]
+    assert np.mean(errors) <= mean
+    assert max(errors) <= worst
     for p in document["points"]:
         assert p["predicted"]["cache_bytes"] == p["measured"]["cache_bytes"]
         off = abs(p["predicted"]["peak_bytes"] - p["measured"]["device_bytes"])

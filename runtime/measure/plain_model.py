@@ -149,7 +149,8 @@ class PlainDecoder:
         for layer, cache in zip(self.layers, self.caches, strict=True):
             hidden = self.run_layer(hidden, layer, cache)
         logits = F.linear(rms_norm(hidden, self.norm), self.head)
-        return self.tokens.copy_(likeliest(logits))
+        # A kernel, not a copy: a graph's copy node goes to another engine of the GPU and back.
+        return torch.add(likeliest(logits), 0, out=self.tokens)
 
     def run_layer(self, hidden: Tensor, layer: Layer, cache: tuple[Tensor, Tensor]) -> Tensor:
         """``hidden [B, width]`` through attention and feed-forward."""

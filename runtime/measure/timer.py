@@ -15,6 +15,7 @@ from kvtune.runtime.measure.operation import Call, Work
 
 SAMPLE_S = 0.8e-3  # a sample lasts at least so long, so that its launch does not count
 SAMPLES = 15
+STEADY_S = 0.6  # of replays before steady samples: the power limit takes its time to act
 REST_S = 3e-3  # between samples, so that one kernel repeated does not run into the power limit
 
 
@@ -44,8 +45,11 @@ def cuda_timer(work: Work, execution: Execution, watch: Callable[[], None]) -> T
     torch.cuda.synchronize()
     count = _calls_a_sample(work)
     if execution == "graph":
+        replay = _graph(work.calls, count)
+        if work.steady:
+            _settle(replay)
         sampled = samples if work.steady else bursts
-        return summary(sampled(_graph(work.calls, count), SAMPLES, watch) / count)
+        return summary(sampled(replay, SAMPLES, watch) / count)
     return summary(samples(_eager(work.calls, count), SAMPLES, watch) / count)
 
 
@@ -66,6 +70,15 @@ def samples(run: Call, count: int, watch: Callable[[], None] = lambda: None) -> 
     watch()
     torch.cuda.synchronize()
     return np.array([a.elapsed_time(b) * 1e3 for a, b in pairwise(events)])
+
+
+def _settle(run: Call) -> None:
+    import torch
+
+    end = time.perf_counter() + STEADY_S
+    while time.perf_counter() < end:
+        run()
+        torch.cuda.synchronize()
 
 
 def bursts(run: Call, count: int, watch: Callable[[], None]) -> np.ndarray:
