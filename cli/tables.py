@@ -48,6 +48,7 @@ def cost_table(title: str, rows: dict[str, Cost], caption: str) -> RenderableTyp
         ("sequences that fit", [count(c.sequences_that_fit) for c in rows.values()]),
         ("peak memory", [figure(c.memory) for c in rows.values()]),
         ("prefill of one prompt", [figure(c.prefill) for c in rows.values()]),
+        ("compressing it", [figure(c.compression) for c in rows.values()]),
         ("time per token", [figure(c.latency) for c in rows.values()]),
         ("tokens/s together", [figure(c.tokens_per_second) for c in rows.values()]),
     ]

@@ -6,11 +6,12 @@ from collections import Counter
 from dataclasses import dataclass
 
 from kvtune.common.errors import KvtuneError
-from kvtune.common.estimate import Estimate
+from kvtune.common.estimate import Estimate, exact
 from kvtune.policies.format import Format
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
+from kvtune.simulator.compression import compression
 from kvtune.simulator.latency import decode_step, prefill
 from kvtune.simulator.memory import MemoryBudget, peak_memory
 
@@ -27,6 +28,7 @@ class Cost:
         memory: peak of everything together, bytes.
         latency: of one decode step of all sequences, seconds.
         prefill: of one prompt, seconds.
+        compression: of one prompt, beside its prefill, seconds.
         tokens_per_second: decoded by all sequences together.
     """
 
@@ -37,13 +39,14 @@ class Cost:
     memory: Estimate
     latency: Estimate
     prefill: Estimate
+    compression: Estimate
     tokens_per_second: Estimate
 
 
 def full_cost(shape: ModelShape, gpu: GpuProfile, budget: MemoryBudget, generated: int) -> Cost:
     """The same for the uncompressed bf16 cache, of any shape."""
     by_bits = Counter({16.0: shape.kv_bytes(budget.context_tokens)})
-    return _cost(shape, gpu, budget, generated, by_bits, 0)
+    return _cost(shape, gpu, budget, generated, by_bits, None)
 
 
 def policy_cost(
@@ -68,8 +71,7 @@ def policy_cost(
             "costed yet"
         )
     by_bits = cache_bytes_by_bits(policy, shape, budget.context_tokens)
-    lengths = footprint_of_lengths(shape.layers, shape.kv_heads)
-    return _cost(shape, gpu, budget, generated, by_bits, lengths)
+    return _cost(shape, gpu, budget, generated, by_bits, policy)
 
 
 def _cost(
@@ -78,13 +80,15 @@ def _cost(
     budget: MemoryBudget,
     generated: int,
     prompt: Counter[float],
-    lengths: int,
+    policy: Policy | None,
 ) -> Cost:
     tokens, batch, weights = budget.context_tokens, budget.batch, budget.weight_format
     full = shape.kv_bytes(tokens)
+    lengths = footprint_of_lengths(shape.layers, shape.kv_heads) if policy else 0
     held = prompt + Counter({16.0: shape.kv_bytes(tokens + generated) - full})
     prompt_bytes, sequence_bytes = sum(prompt.values()) + lengths, sum(held.values()) + lengths
     step = decode_step(shape, gpu, weights, batch, dict(held))
+    first = prefill(shape, gpu, weights, tokens)
     return Cost(
         prompt_bytes=prompt_bytes,
         sequence_bytes=sequence_bytes,
@@ -92,7 +96,8 @@ def _cost(
         sequences_that_fit=budget.cache_bytes // sequence_bytes,
         memory=peak_memory(shape, gpu, weights, sequence_bytes, tokens, batch),
         latency=step,
-        prefill=prefill(shape, gpu, weights, tokens),
+        prefill=first,
+        compression=compression(policy, shape, gpu, tokens, first) if policy else exact(0, "s"),
         tokens_per_second=per_second(step, batch),
     )
 

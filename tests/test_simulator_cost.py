@@ -7,8 +7,12 @@ from itertools import product
 import pytest
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Estimate
 from kvtune.policies.formats.grouped import Int2, Int4
 from kvtune.policies.methods.h2o import H2O
+from kvtune.policies.methods.kvzip import KVzip
+from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.profiles.gpus import find_gpu
@@ -59,3 +63,29 @@ def test_an_uncompressed_policy_costs_the_full_cache_and_its_lengths() -> None:
     assert ours.prefill == full.prefill
     with pytest.raises(KvtuneError, match="31 layers"):
         policy_cost(Policy.uniform(Option(), 31, 8), shape, gpu, budget, 64)
+
+
+def test_compressing_takes_longer_the_more_a_method_looks_at() -> None:
+    """Places alone are cheapest, then a window; column sums and a second pass cost most."""
+    shape, gpu = find_model("llama-8b"), find_gpu("4090")
+    budget = memory_budget(shape, gpu, 20 * 10**9, context_tokens=16384)
+
+    def seconds(option: Option) -> Estimate:
+        policy = Policy.uniform(option, shape.layers, shape.kv_heads)
+        return policy_cost(policy, shape, gpu, budget, 0).compression
+
+    quarter = Budget(share=0.25)
+    methods = (StreamingLLM(), SnapKV(), H2O(), KVzip())
+    found = [seconds(Option(method, quarter)) for method in methods]
+    assert [f.value for f in found] == sorted(f.value for f in found)
+    assert (
+        found[-1].value
+        > policy_cost(
+            Policy.uniform(Option(), shape.layers, shape.kv_heads), shape, gpu, budget, 0
+        ).prefill.value
+    )
+    assert all(f.low < f.value < f.high for f in found)
+    assert seconds(Option(H2O(), quarter, Int4(), Int4())).value > found[2].value
+    whole = seconds(Option())
+    assert (whole.value, whole.tier) == (0, "exact")
+    assert seconds(Option(keys=Int4(), values=Int4())).value > 0

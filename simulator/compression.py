@@ -1,0 +1,84 @@
+"""How long it takes to compress a prompt: signals, choice, moving and quantising, layer by layer.
+
+Methods declare their work; it is timed as plain kernels would take it, at the datasheet tier, since
+runtimes differ in how much of it they fuse. Quantising is read from measured kernels where a card
+has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvtune.common.estimate import Estimate, Tier
+from kvtune.policies.option import Option
+from kvtune.policies.policy import Policy
+from kvtune.policies.work import LayerShape, Work, work_of_signals
+from kvtune.profiles.gpus import GpuProfile
+from kvtune.profiles.shape import ModelShape
+from kvtune.simulator.overheads import policy_overhead
+
+_BANDWIDTH_SHARE, _COMPUTE_SHARE = 0.5, 0.3  # that kernels which nobody tuned get of a card
+_FACTOR = 2.0  # Hopper's measured kernels of this kind are within it
+
+
+def compression(
+    policy: Policy, shape: ModelShape, gpu: GpuProfile, prompt_tokens: int, prefill: Estimate
+) -> Estimate:
+    """Seconds beside the prefill until one prompt's cache is compressed.
+
+    Args:
+        policy: for the shape.
+        shape: the model.
+        gpu: the card.
+        prompt_tokens: P.
+        prefill: of the prompt; methods that read it again pay it again.
+    """
+    layer = LayerShape(prompt_tokens, shape.query_heads, shape.kv_heads, shape.head_dim)
+    alike: dict[frozenset[Option], int] = {}
+    for options in policy.heads:
+        alike[frozenset(options)] = alike.get(frozenset(options), 0) + 1
+    works = [(_work(tuple(options), layer), count) for options, count in alike.items()]
+    chosen = sum(count * _seconds(work, gpu) for work, count in works)
+    again = max((work.passes for work, _ in works), default=0.0)
+    low, value, high, tier = _quantising(policy, shape, gpu, prompt_tokens)
+    return Estimate(
+        chosen + value + again * prefill.value,
+        chosen / _FACTOR + low + again * prefill.low,
+        chosen * _FACTOR + high + again * prefill.high,
+        "s",
+        "datasheet" if chosen else tier,
+    )
+
+
+def _work(options: Sequence[Option], layer: LayerShape) -> Work:
+    """One layer's: signals once for all heads that read them, the choice once a method."""
+    evicting = {o.method: o.budget.resolve(layer.prompt_tokens) for o in options}
+    methods = [m for m, budget in evicting.items() if budget < layer.prompt_tokens]
+    if not methods:
+        return Work()
+    needs = methods[0].needs
+    for method in methods[1:]:
+        needs |= method.needs
+    total = work_of_signals(needs, layer)
+    for method in methods:
+        whole, signals = method.work(layer, evicting[method]), work_of_signals(method.needs, layer)
+        total += Work(whole.flops - signals.flops, whole.moved_bytes - signals.moved_bytes)
+    return total
+
+
+def _seconds(work: Work, gpu: GpuProfile) -> float:
+    read = work.moved_bytes / (_BANDWIDTH_SHARE * gpu.bandwidth_bytes_per_s)
+    return max(read, work.flops / (_COMPUTE_SHARE * gpu.bf16_flop_per_s))
+
+
+def _quantising(
+    policy: Policy, shape: ModelShape, gpu: GpuProfile, prompt_tokens: int
+) -> tuple[float, float, float, Tier]:
+    """Seconds, low to high, that writing narrow codes takes; by the tokens kept in them."""
+    kept = zip(policy.options(), policy.budgets(prompt_tokens).flat, strict=True)
+    narrow = sum(int(n) for option, n in kept if {"bf16"} != {option.keys.name, option.values.name})
+    if not narrow:
+        return 0.0, 0.0, 0.0, "exact"
+    tokens = narrow / (policy.layers * policy.kv_heads)
+    times = policy_overhead(shape, gpu, "quantise", tokens, "int4").at()
+    return times.low, times.value, times.high, times.tier
