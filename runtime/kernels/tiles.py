@@ -22,7 +22,7 @@ PROCESSORS = 132  # of an H100
 PROGRAMS = {"floats": 2 * PROCESSORS, "integers": 8 * PROCESSORS}
 """Tiles wanted of a layer. Integers are unpacked by single warps, of which it takes several on a
 processor to keep its memory busy; floats are read fastest by few long tiles. Measured on an H100,
-``benchmarks/kernels.py``."""
+``benchmarks/paged_kernels.py``."""
 
 _SMALLEST_TILE = 0.7  # bf16 pages: two of int4
 _PAGE_COST = {16: 1.0, 9: 0.55, 8: 0.6, 4: 0.35, 2: 0.28}

@@ -1,0 +1,161 @@
+"""The runtime's kernels against a float64 reference, beside torch's own error; checks only.
+
+``paged_kernels.py`` runs them first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from paged import DEVICE, Layer, Run, make_layer, uniform
+from torch import Tensor
+
+from kvtune.runtime.kernels import pages
+from kvtune.runtime.kernels.columns import column_sums
+from kvtune.runtime.kernels.launch import decode
+from kvtune.runtime.kernels.layout import CODES, PAGE, PageLayout
+from kvtune.runtime.kernels.reference import attend, read_page, write_page
+
+GROUP, HEAD_DIM, ROWS = 4, 128, 64
+
+
+def relative(ours: Tensor, exact: Tensor) -> float:
+    return float((ours.double() - exact).norm() / exact.norm())
+
+
+def check_decode(head_dim: int, group: int, runs: list[Run], programs: int) -> dict[str, float]:
+    """Errors against dequantise-then-attend in float64, of output, log-sum-exp and exported row."""
+    rows = 1 + max(run.row for run in runs)
+    layer = make_layer(runs, rows, group, head_dim, programs)
+    q = torch.randn(rows, group, head_dim, device=DEVICE, dtype=torch.bfloat16)
+    out = torch.empty(q.shape, device=DEVICE)
+    lse = torch.empty(q.shape[:2], device=DEVICE)
+    logits = torch.full((group, PAGE * len(layer.paged.table)), -torch.inf, device=DEVICE)
+    scale = head_dim**-0.5
+    exact, exact_lse = map(
+        torch.stack,
+        zip(*(attend(q[r].double(), *layer.dense(r), scale) for r in range(rows)), strict=True),
+    )
+    worst = {"max": 0.0, "frobenius": 0.0, "lse": 0.0}
+    for export in (None, logits, None):  # the counters must be as they were for the next launch
+        decode(q, layer.paged, layer.scratch, scale, out, lse, export)
+        worst["max"] = max(worst["max"], float((out - exact).abs().max()))
+        worst["frobenius"] = max(worst["frobenius"], relative(out, exact))
+        worst["lse"] = max(worst["lse"], float((lse - exact_lse).abs().max()))
+    worst["row"] = _exported_error(layer, q, logits, lse, scale)
+    return worst
+
+
+def _exported_error(layer: Layer, q: Tensor, logits: Tensor, lse: Tensor, scale: float) -> float:
+    """Largest error of the attention weights of row 0's first segment."""
+    run = layer.runs[0]
+    ours = (logits[:, : run.tokens] - lse[0][:, None]).exp()
+    keys, _ = layer.dense(0)
+    weights = (q[0].double() @ keys.T * scale).softmax(-1)[:, : run.tokens]
+    return float((ours - weights).abs().max())
+
+
+def check_against_sdpa() -> dict[str, float]:
+    """The bf16 kernel's error over SDPA's, on the same input."""
+    layer = make_layer(uniform(ROWS, 2048), ROWS, GROUP, HEAD_DIM)
+    q = torch.randn(ROWS, GROUP, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
+    dense = [layer.dense(row) for row in range(0, ROWS, 8)]
+    keys, values = (torch.stack([pair[n] for pair in dense]) for n in (0, 1))
+    exact = F.scaled_dot_product_attention(q[::8].double(), keys, values)
+    theirs = F.scaled_dot_product_attention(
+        q[::8, None].bfloat16().transpose(1, 2), *(x[:, None].bfloat16() for x in (keys, values)),
+        enable_gqa=True,
+    )  # fmt: skip
+    ours = decode(q, layer.paged, layer.scratch, HEAD_DIM**-0.5)[::8]
+    errors = relative(ours, exact), relative(theirs[:, :, 0], exact)
+    return {"ours": errors[0], "sdpa": errors[1], "ratio": errors[0] / errors[1]}
+
+
+def check_pages(keys_as: str, values_as: str) -> dict[str, float]:
+    """Bytes that differ from the reference's pages, and what they mean in the numbers."""
+    keys, values = torch.randn(2, 3, 200, HEAD_DIM, device=DEVICE).bfloat16().unbind(0)
+    layout = PageLayout(HEAD_DIM, keys_as, values_as)
+    chosen = torch.randperm(200, device=DEVICE)[:93].sort().values.int()
+    scales = torch.tensor([[5.0 / 448, 5.0 / 448]], device=DEVICE)
+    pool = torch.zeros(2 * layout.page_bytes, dtype=torch.uint8, device=DEVICE)
+    records = torch.tensor([[1, 0, 64, 0, 0], [1, 64, 29, layout.page_cells, 0]])
+    pages.store_pages[(2,)](
+        keys, values, keys.stride(0), keys.stride(1), chosen, records.int().to(DEVICE), scales,
+        pool, pool.view(torch.float16), pool.view(torch.bfloat16), pool.view(torch.float8_e4m3fn),
+        HEAD_DIM, CODES[keys_as], CODES[values_as],
+    )  # fmt: skip
+    worst = {"bytes": 0.0, "value": 0.0}
+    for page, (first, last) in enumerate(((0, 64), (64, 93))):
+        at = chosen[first:last].long()
+        ours = pool[page * layout.page_bytes :][: layout.page_bytes]
+        exact = write_page(keys[1][at], values[1][at], layout, scales[0])
+        worst["bytes"] += int((ours != exact).sum())
+        for mine, theirs in zip(
+            read_page(ours, layout, scales[0]), read_page(exact, layout, scales[0]), strict=True
+        ):
+            gap = float((mine - theirs)[: last - first].abs().max())
+            worst["value"] = max(worst["value"], gap)
+    return worst
+
+
+def check_append_and_compact() -> dict[str, bool]:
+    """150 tokens appended one by one into pages of garbage, then 100 and 64 of them kept."""
+    layout = PageLayout(HEAD_DIM)
+    pool = torch.full((6 * layout.page_bytes,), 0x7F, dtype=torch.uint8, device=DEVICE)
+    ints = {"dtype": torch.int32, "device": DEVICE}
+    table = torch.tensor([0, 2, 4, 1, 3, 5], **ints) * layout.page_cells
+    rows, at, lengths = (torch.tensor(x, **ints) for x in ([0, 1], [0, 3], [0, 0]))
+    keys, values = torch.randn(2, 150, 2, HEAD_DIM, device=DEVICE).bfloat16().unbind(0)
+    where = (rows, at, table, lengths, pool.view(torch.bfloat16), HEAD_DIM)
+    for key, value in zip(keys, values, strict=True):
+        strides = (0, HEAD_DIM)
+        pages.append_token[(2,)](key, value, strides, strides, *where[:-1], 2, HEAD_DIM)
+
+    def holds(row: int, kept: Tensor) -> bool:
+        cells = table[3 * row : 3 * row + 3] * layout.cell_bytes
+        raw = [pool[c : c + layout.page_bytes] for c in cells.tolist()]
+        read = [read_page(page, layout, torch.ones(2)) for page in raw]
+        both = [torch.cat(x)[: len(kept)] for x in zip(*read, strict=True)]
+        theirs = (keys[kept, row].float(), values[kept, row].float())
+        return all(torch.equal(x, y) for x, y in zip(both, theirs, strict=True))
+
+    everything = torch.arange(150, device=DEVICE)
+    appended = holds(0, everything) and holds(1, everything)
+    kept = [torch.randperm(150, device=DEVICE)[:n].sort().values for n in (100, 64)]
+    starts, counts = torch.tensor([0, 100], **ints), torch.tensor([100, 64], **ints)
+    pages.compact[(2,)](torch.cat(kept).int(), starts, counts, *where)
+    return {"appended": appended, "compacted": holds(0, kept[0]) and holds(1, kept[1])}
+
+
+def check_columns() -> float:
+    q, k = (torch.randn(h, 777, HEAD_DIM, device=DEVICE).bfloat16() for h in (8, 2))
+    logits = q.double() @ k.double().repeat_interleave(4, 0).transpose(1, 2) * HEAD_DIM**-0.5
+    causal = torch.ones(777, 777, dtype=torch.bool, device=DEVICE).tril()
+    exact = logits.masked_fill(~causal, -torch.inf).softmax(-1).sum(1)
+    return relative(column_sums(q, k, HEAD_DIM**-0.5), exact)
+
+
+def cases() -> dict[str, Callable[[], Any]]:
+    """Every check by its name."""
+    mixed = [
+        Run(0, "bf16", "bf16", 200), Run(0, "int4", "int4", 300), Run(1, "int4", "int2", 130),
+        Run(1, "bf16", "bf16", 3), Run(2, "int2", "int2", 5000), Run(2, "bf16", "bf16", 0),
+    ]  # fmt: skip
+    eights = [Run(0, "fp8", "fp8", 77), Run(1, "int8", "int8", 1000), Run(1, "fp8", "fp8", 400)]
+    return {
+        "decode bf16": lambda: check_decode(128, 4, uniform(3, 1000), 64),
+        "decode int4": lambda: check_decode(128, 4, uniform(3, 1000, "int4"), 64),
+        "decode mixed": lambda: check_decode(128, 4, mixed, 64),
+        "decode 8 bits": lambda: check_decode(128, 7, eights, 64),
+        "decode D 64": lambda: check_decode(64, 3, mixed, 8),
+        "decode D 256": lambda: check_decode(256, 2, mixed, 8),
+        "bf16 beside sdpa": check_against_sdpa,
+        "pages int4 int2": lambda: check_pages("int4", "int2"),
+        "pages fp8 int8": lambda: check_pages("fp8", "int8"),
+        "pages int8 fp8": lambda: check_pages("int8", "fp8"),
+        "append, compact": check_append_and_compact,
+        "column sums": check_columns,
+    }
