@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,3 +155,17 @@ def test_shares_are_percentages() -> None:
     for wrong in ("5", "0%", "150%", "x%", ""):
         with pytest.raises(KvtuneError, match="is no share"):
             _shares(wrong)
+
+
+def test_the_committed_page_is_the_committed_result() -> None:
+    root = Path(__file__).parents[1]
+    sys.path.insert(0, str(root / "benchmarks"))
+    try:
+        leaderboard = importlib.import_module("leaderboard")
+    finally:
+        sys.path.remove(str(root / "benchmarks"))
+    found = json.loads((root / "benchmarks/results/leaderboard-h100.json").read_text())
+    written = (root / "docs/leaderboard.md").read_text()
+    assert written.split(leaderboard.MARK)[1].strip() == leaderboard.page(found).strip()
+    assert {row["policy"] for row in found["standings"]} <= {entry.name for entry in entries()}
+    assert all(row["evicted"] > 0 for row in found["standings"])

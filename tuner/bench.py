@@ -281,6 +281,11 @@ def _open(out: Path, loaded: LoadedModel, form: Format) -> list[Run]:
             where=str(out),
             hint="choose another folder with --out, or remove this one.",
         )
+    return read_runs(out)
+
+
+def read_runs(out: Path) -> list[Run]:
+    """The runs that a bench's folder holds; half a line at its end is cut off."""
     if not (out / RUNS).is_file():
         return []
     lines = (out / RUNS).read_text(encoding="utf-8").splitlines(keepends=True)

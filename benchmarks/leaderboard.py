@@ -1,0 +1,114 @@
+"""A bench's runs as a committed result, and that result as the tables of docs/leaderboard.md.
+
+    kvtune bench --workload full --samples 6 --out bench
+    python benchmarks/leaderboard.py --runs bench --device "one H100"
+    python benchmarks/leaderboard.py
+
+The first line runs it, the second writes the standings and the tables, the third the tables alone,
+from the standings that are there. What stands above the tables is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from kvtune.common.estimate import Estimate
+from kvtune.common.words import accuracy, figure
+from kvtune.tuner.bench import ASKED, read_runs
+from kvtune.tuner.leaderboard import Standing, full_cache, standings
+
+SETTINGS = ("asked_after", "asked_before", "second_question")
+MARK = "<!-- python benchmarks/leaderboard.py writes what follows -->"
+COLUMNS = (
+    "policy", "bytes", "KL, nats/token", "asked after", "asked before", "second question",
+    "heads evicting", "runs",
+)  # fmt: skip
+
+
+def result(folder: Path, device: str) -> dict[str, Any]:
+    """Everything that a bench's folder holds, as one JSON object."""
+    asked, runs = json.loads((folder / ASKED).read_text()), read_runs(folder)
+    kinds = {run.sample: run.kind for run in runs if run.setting == "asked after"}
+    full = dict(zip(SETTINGS, full_cache(runs), strict=True))
+    return {
+        "device": device,
+        **asked,
+        "runs": len(runs),
+        "samples": {kind: list(kinds.values()).count(kind) for kind in sorted(set(kinds.values()))},
+        "asked_before": len({run.sample for run in runs if run.setting == "asked before"}),
+        "heads": max(run.evicted for run in runs),
+        "full_cache": {name: plain(value) for name, value in full.items()},
+        "standings": [
+            {name: plain(value) for name, value in vars(standing).items()}
+            for standing in standings(runs)
+        ],
+    }
+
+
+def plain(value: Any) -> Any:
+    return value.as_dict() if isinstance(value, Estimate) else value
+
+
+def estimate(value: Any) -> Any:
+    """Back from JSON, where it is an estimate."""
+    if not isinstance(value, dict):
+        return value
+    return Estimate(value["value"], *value["interval"], value["unit"], value["tier"])
+
+
+def standing(row: dict[str, Any]) -> Standing:
+    return Standing(**{each.name: estimate(row[each.name]) for each in fields(Standing)})
+
+
+def page(found: dict[str, Any]) -> str:
+    """All policies at every share as Markdown tables, least loss first."""
+    rows = [standing(row) for row in found["standings"]]
+    most = max(row.samples for row in rows)
+    full = (accuracy(estimate(found["full_cache"][name])) for name in SETTINGS)
+    parts = [f"Full cache: {', '.join(' '.join(x) for x in zip(COLUMNS[3:6], full, strict=True))}."]
+    for share in sorted({row.share for row in rows}):
+        there = [row for row in rows if row.share == share]
+        cells = [line(row, found["heads"], most) for row in there]
+        parts += [f"## At {100 * share:g} % of the bf16 bytes", table(cells)]
+    return "\n\n".join(parts) + "\n"
+
+
+def line(row: Standing, heads: int, most: int) -> tuple[str, ...]:
+    return (
+        f"`{row.policy}`" + (" (looks ahead)" if row.looks_ahead else ""),
+        f"{100 * row.taken:.2f} %",
+        figure(row.kl, tier=False),
+        *(accuracy(each) for each in (row.after, row.known, row.second)),
+        f"{100 * row.evicted / (row.samples * heads):.1f} %",
+        str(row.samples) + ("" if row.samples == most else f" of {most}"),
+    )
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> str:
+    lines = (COLUMNS, ("---",) * len(COLUMNS), *rows)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, help="folder of a bench; left out: the result is read")
+    parser.add_argument("--device", default="", help="what the bench ran on, in words")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/leaderboard-h100.json")
+    )
+    parser.add_argument("--page", type=Path, default=Path("docs/leaderboard.md"))
+    arguments = parser.parse_args()
+    if arguments.runs:
+        found = result(arguments.runs, arguments.device)
+        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    above = arguments.page.read_text().split(MARK)[0]
+    arguments.page.write_text(f"{above}{MARK}\n\n{page(json.loads(arguments.out.read_text()))}")
+
+
+if __name__ == "__main__":
+    main()
