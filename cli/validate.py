@@ -10,6 +10,7 @@ import typer
 
 from kvtune.cli import options
 from kvtune.cli.output import speaking, table
+from kvtune.cli.timed import times_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
     from kvtune.common.progress import Progress
     from kvtune.policies.document import PolicyDocument
     from kvtune.policies.policy import Policy
+    from kvtune.profiles.shape import ModelShape
     from kvtune.traces.models import LoadedModel
     from kvtune.traces.samples import Sample
+    from kvtune.tuner.timing import Times
     from kvtune.tuner.validate import Validation
 
 
@@ -32,6 +35,9 @@ def command(
     text: options.Texts = None,
     seed: options.Seed = 0,
     device: options.Device = None,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="Refuse to run where times cannot be measured on a GPU.")
+    ] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -40,22 +46,58 @@ def command(
     from kvtune.policies.document import read_policy
 
     document, texts = read_policy(read_policy_path(policy)), read_texts(text)
-    name = _model(document, model)
+    name, shape = _model(document, model)
     with speaking(as_json, quiet) as output:
         from kvtune.traces.models import best_device, load_model
 
-        loaded = load_model(name, device=device or best_device(), progress=output.progress)
+        place = device or best_device()
+        if gpu:
+            _require_gpu(place)
+        loaded = load_model(name, device=place, progress=output.progress)
         bound = document.bind(loaded.geometry.layers, loaded.geometry.kv_heads)
         samples = _samples(loaded, workload, seed, texts)
         found = _run(bound, loaded, samples, output.progress)
         planned = bound.footprint(samples[0].prompt, loaded.geometry.head_dim)
         output.show(_report(document, bound, found, planned))
+        times, untimed = _times(document, bound, loaded, shape, samples)
+        output.show("", times_table(times) if times else f"times: {untimed}")
         answer = _answer(document, found, planned) | {"device": loaded.device}
-        output.finish("validate", answer)
+        output.finish("validate", answer | {"times": times, "untimed": untimed})
 
 
-def _model(document: PolicyDocument, asked: str | None) -> str:
-    """What to load: what was asked for, else what the file is for.
+def _require_gpu(device: str) -> None:
+    from kvtune.common.errors import KvtuneError
+    from kvtune.runtime.timing import bench_for
+
+    try:
+        bench_for(device)
+    except KvtuneError as missing:
+        hint = "without --gpu the quality alone is validated."
+        raise KvtuneError(f"--gpu: {missing.message}", hint=hint) from missing
+
+
+def _times(
+    document: PolicyDocument,
+    policy: Policy,
+    loaded: LoadedModel,
+    shape: ModelShape,
+    samples: Sequence[Sample],
+) -> tuple[Times | None, str | None]:
+    """Times for what the file was planned for, or why there are none."""
+    from kvtune.common.errors import KvtuneError
+    from kvtune.tuner.timing import time_plan
+
+    served = document.serving
+    batch, tokens = (served.batch, served.context_tokens) if served else (None, None)
+    try:
+        found = time_plan(policy, loaded, shape, samples, batch=batch or 1, context_tokens=tokens)
+    except KvtuneError as reason:
+        return None, reason.message
+    return found, None
+
+
+def _model(document: PolicyDocument, asked: str | None) -> tuple[str, ModelShape]:
+    """What to load, and its shape: what was asked for, else what the file is for.
 
     Raises:
         KvtuneError: neither says, or only a name whose weights must be given.
@@ -73,7 +115,7 @@ def _model(document: PolicyDocument, asked: str | None) -> str:
             f"the weights of {name} are not at hand, and only a live run validates",
             hint="--model PATH gives a folder or GGUF file with its weights.",
         )
-    return loadable
+    return loadable, shape
 
 
 def _samples(

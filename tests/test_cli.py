@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -23,6 +24,7 @@ COMMANDS = sorted(build().commands)
 UNIFORM = "kvtune_policy: 1\npolicy: {method: snapkv, budget: 25%, keys: int4, values: int4}\n"
 CARD = ("--gpu", "4090")
 SMOL = ("--model", "smollm2-135m", *CARD)
+NO_GPU = "no GPU here, so that nothing was timed"
 
 
 class Ran(NamedTuple):
@@ -458,7 +460,35 @@ def test_validate_runs_the_held_out_samples_and_reports(
     assert answer.keys() == documented("validate")
     assert answer["quality"]["interval"] == [0.01, 0.04]
     assert (answer["counted_bytes"], answer["counters"]) == (1234, {"heads_compressed": 6})
-    assert "0.02 [0.01, 0.04] live" in run(*words).out
+    assert (answer["times"], answer["untimed"]) == (None, NO_GPU)
+    said = run(*words).out
+    assert "0.02 [0.01, 0.04] live" in said
+    assert f"times: {NO_GPU}" in said
+    assert_one_error(run(*words, "--gpu"), f"--gpu: {NO_GPU}", "without --gpu")
+
+
+def test_times_are_shown_with_their_ratios() -> None:
+    from kvtune.cli.output import Output
+    from kvtune.cli.timed import times_table
+    from kvtune.common.estimate import Estimate
+    from kvtune.runtime.timing import Beside, Timing
+    from kvtune.tuner.timing import Predicted, Times
+
+    def timing(scale: int) -> Timing:
+        one = Estimate(0.004 * scale, 0.003 * scale, 0.005 * scale, "s", "measured")
+        rate = Estimate(2000 / scale, 1600 / scale, 2500 / scale, "tokens/s", "measured")
+        return Timing(one, one, rate, scale << 30, scale << 29, scale << 29)
+
+    guess = Estimate(0.0031, 0.0021, 0.0042, "s", "fitted")
+    times = Times("h100", Beside(8, 4096, timing(1), timing(2)), Predicted(*(guess,) * 3), None)
+    out = io.StringIO()
+    Output(out, as_json=False, quiet=False).show(times_table(times))
+    lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
+    assert lines[0] == "8 x 4 096 tokens on h100"
+    assert "decode step 3.1 ms [2.1 ms, 4.2 ms] fitted 4 ms [3 ms, 5 ms] measured" in lines
+    assert "decode step, uncompressed - 8 ms [6 ms, 10 ms] measured" in lines
+    assert "step 0.50, cache pages 0.50" in lines[-2]
+    assert "lower by 200 % of the cache bytes saved" in " ".join(lines[-2:])
 
 
 def test_validate_needs_weights(run: Run, policy: Path) -> None:

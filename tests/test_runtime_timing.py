@@ -1,0 +1,230 @@
+"""Timing in the paged runtime: everything but the clock, which is made up here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Estimate
+from kvtune.policies.formats.grouped import Int3, Int4
+from kvtune.policies.method import methods
+from kvtune.policies.methods.h2o import H2O
+from kvtune.policies.option import Budget, Option
+from kvtune.policies.policy import Policy
+from kvtune.profiles.gpus import find_gpu
+from kvtune.profiles.models import find_model
+from kvtune.runtime import timing
+from kvtune.runtime.timing import STRETCHES, Beside, Timing, bench_for, time_beside
+from kvtune.traces.models import wrap
+from kvtune.traces.samples import Sample
+from kvtune.tuner.timing import time_plan
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:kvtune's kernels need"),
+]
+
+PLAN = Policy.uniform(Option(H2O(), Budget(share=0.5), Int4(), Int4()), 3, 2, name="plan")
+SECONDS = [9.0, 1.0, 3.0, *(16.0 * n for n in range(1, STRETCHES + 1))]
+"""Of one policy: three prefills, of which the first compiles; then stretches of 16 steps."""
+
+
+class MadeUpBench:
+    """Runs every call and says what it is told to; memory is what the calls have reached."""
+
+    def __init__(self, seconds: list[float], fits: int = 99) -> None:
+        self.script, self.fits = list(seconds), fits
+        self.calls, self.forgotten = 0, 0
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        call()
+        self.calls += 1
+        return self.script.pop(0)
+
+    def forget_peak(self) -> None:
+        self.forgotten = self.calls
+
+    def peak_bytes(self) -> int:
+        return 1000 * self.calls
+
+
+@pytest.fixture
+def network(make_network: Callable[..., Any], tiny_fields: dict[str, Any]) -> Any:
+    from transformers import LlamaConfig
+
+    return wrap(make_network(LlamaConfig(**tiny_fields)), None, name="tiny").model
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step at once instead of sixteen; the plain backend is slow."""
+    monkeypatch.setattr(timing, "STEPS", 1)
+
+
+def prompts(batch: int, tokens: int = 70) -> Tensor:
+    return torch.randint(2, 250, (batch, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def test_both_caches_are_timed_and_the_model_is_given_back(network: Any) -> None:
+    bench = MadeUpBench(2 * SECONDS)
+    found = time_beside(PLAN, network, prompts(2), bench)
+    assert (found.batch, found.prompt_tokens, bench.script) == (2, 70, [])
+    stretches = 16.0 * np.arange(1, STRETCHES + 1)
+    for one in (found.plan, found.full_cache):
+        assert (one.prefill.value, one.prefill.unit, one.prefill.tier) == (2, "s", "measured")
+        assert one.step.value == np.median(stretches)
+        assert [one.step.low, one.step.high] == pytest.approx(np.quantile(stretches, [0.1, 0.9]))
+        assert one.tokens_per_second.value == 2 / one.step.value
+        assert one.tokens_per_second.low == 2 / one.step.high < one.tokens_per_second.value
+    assert found.plan.prompt_bytes == 2 * PLAN.footprint(70, 8)
+    assert found.plan.page_bytes > found.plan.prompt_bytes
+    assert found.full_cache.prompt_bytes > found.plan.prompt_bytes
+    assert network.config._attn_implementation == "kvtune"
+
+
+def test_every_stretch_is_as_many_steps_as_it_is_divided_by(
+    network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stretch of s steps that takes s seconds is one second a step, whatever s."""
+    from kvtune.runtime.graph import DecodeLoop
+
+    advanced: list[int] = []
+    original = DecodeLoop.advance
+
+    def advance(loop: DecodeLoop, steps: int) -> None:
+        advanced.append(steps)
+        original(loop, steps)
+
+    monkeypatch.setattr(timing, "STEPS", 3)
+    monkeypatch.setattr(DecodeLoop, "advance", advance)
+    bench = MadeUpBench([1.0] * 3 + [3.0] * STRETCHES)
+    found = timing.time_policy(PLAN, network, prompts(1), bench)
+    assert advanced == [3] * (1 + STRETCHES)
+    assert (found.step.value, found.step.low, found.step.high) == (1, 1, 1)
+    assert bench.forgotten == 2  # the peak is that of the last prompt and what follows
+
+
+def test_the_batch_is_halved_until_the_uncompressed_cache_fits(
+    network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[str, int]] = []
+    dummy = Timing(*(Estimate(1.0, 1.0, 1.0, "s", "measured"),) * 3, 3, 1, 1)
+
+    def time_policy(policy: Policy, model: Any, some: Tensor, bench: Any) -> Timing:
+        tried.append((policy.name, len(some)))
+        if len(some) > (3 if policy.name == "plan" else 1):
+            raise torch.OutOfMemoryError
+        return dummy
+
+    monkeypatch.setattr(timing, "time_policy", time_policy)
+    assert time_beside(PLAN, network, prompts(5), MadeUpBench([])).batch == 1
+    whole = "uncompressed"
+    assert tried == [(whole, 5), (whole, 2), (whole, 1), ("plan", 1)]
+    monkeypatch.setattr(timing, "_unless_full", lambda *_: None)
+    with pytest.raises(KvtuneError, match="not one prompt of 70"):
+        time_beside(PLAN, network, prompts(5), MadeUpBench([]))
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        (Option(H2O(), Budget(share=0.5), Int3(), Int3()), "stores no int3"),
+        (Option(methods()["kvzip"](), Budget(share=0.5)), "reading a prompt once"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused_before_anything_runs(
+    network: Any, option: Option, reason: str
+) -> None:
+    bench = MadeUpBench([])
+    with pytest.raises(KvtuneError, match=reason):
+        time_beside(Policy.uniform(option, 3, 2), network, prompts(1), bench)
+    assert bench.calls == 0
+    assert network.config._attn_implementation == "kvtune"
+
+
+def test_ratios_are_plan_to_uncompressed() -> None:
+    def made_up(seconds: float, peak: int, pages: int) -> Timing:
+        one = Estimate(seconds, seconds, seconds, "s", "measured")
+        return Timing(one, dataclasses.replace(one, value=2 * seconds), one, peak, pages, pages)
+
+    beside = Beside(1, 1, made_up(1, 60, 10), made_up(4, 100, 50))
+    expected = {"prefill": 0.25, "step": 0.25, "page_bytes": 0.2, "peak_bytes": 0.6}
+    assert beside.ratios == pytest.approx(expected | {"peak_saved": 1.0})
+
+
+def test_a_processor_times_nothing() -> None:
+    with pytest.raises(KvtuneError, match="no GPU here"):
+        bench_for("cpu")
+
+
+# --- beside the prediction -----------------------------------------------------------------------
+
+
+def sample(*tokens: int) -> Sample:
+    return Sample("a", "evaluate", "prose", tokens, 0, 2, (-1, -1))
+
+
+def planned(network: Any, monkeypatch: pytest.MonkeyPatch, gpu: Any, dtype: str) -> Any:
+    """``time_plan`` with the prompts it made, on a card that is said to be there."""
+    seen: list[Tensor] = []
+
+    def beside(policy: Policy, model: Any, some: Tensor, bench: Any) -> Beside:
+        seen.append(some)
+        one = Estimate(1.0, 1.0, 1.0, "s", "measured")
+        same = Timing(one, one, one, 1, 1, 1)
+        return Beside(len(some), some.shape[1], same, same)
+
+    def detect() -> Any:
+        if gpu is None:
+            raise KvtuneError("no profile")
+        return find_gpu(gpu)
+
+    monkeypatch.setattr("kvtune.tuner.timing.time_beside", beside)
+    monkeypatch.setattr("kvtune.tuner.timing.detect_gpu", detect)
+    loaded = dataclasses.replace(wrap(network, None, name="tiny"), dtype=dtype)
+    policy = Policy.uniform(PLAN.heads[0][0], 30, 3)
+    texts = [sample(1, 2, 3, 4, 5), sample(6, 7, 8, 9)]
+    shape = find_model("smollm2-135m")
+    times = time_plan(
+        policy, loaded, shape, texts, batch=3, context_tokens=11,
+        bench_of=lambda _: MadeUpBench([]),
+    )  # fmt: skip
+    return times, seen[0].tolist()
+
+
+def test_prompts_are_the_samples_begun_at_another_each_time(
+    network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, rows = planned(network, monkeypatch, "h100", "bfloat16")
+    first, second = [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2], [6, 7, 8, 9, 1, 2, 3, 4, 5, 6, 7]
+    assert rows == [first, second, first]
+
+
+def test_a_known_card_is_predicted_in_its_tier(
+    network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times, _ = planned(network, monkeypatch, "h100", "bfloat16")
+    assert times.gpu == find_gpu("h100").slug
+    plan, full = times.plan, times.full_cache
+    assert plan.step.low <= plan.step.value <= full.step.value
+    assert plan.step.tier != "measured"
+    assert plan.tokens_per_second.value == pytest.approx(3 / plan.step.value)
+    assert times.as_dict().keys() == {
+        "gpu", "batch", "context_tokens", "plan", "full_cache", "ratios", "predicted",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("gpu", "dtype"), [(None, "bfloat16"), ("h100", "float32")])
+def test_what_the_simulator_does_not_know_is_not_predicted(
+    network: Any, monkeypatch: pytest.MonkeyPatch, gpu: str | None, dtype: str
+) -> None:
+    times, _ = planned(network, monkeypatch, gpu, dtype)
+    assert (times.plan, times.full_cache) == (None, None)
+    assert times.measured.batch == 3
