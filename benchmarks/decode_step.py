@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvtune.policies.document_reader import read_policy
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy, footprint
 from kvtune.runtime.cache import PolicyCache, load_cache
+from kvtune.runtime.fuse import fused
 from kvtune.runtime.graph import DecodeLoop, generate
 from kvtune.runtime.paged import PagedLayer
 
@@ -59,7 +61,29 @@ def check_small() -> dict[str, Any]:
             cache.reserve(1)
             loop._step()
     alike = (ours == loop.found).float().cumprod(1).mean(1)
-    return {"alike until": alike.tolist(), "repeats": bool((ours == again).all())}
+    forced = loop.found[:, :16]
+    with fused(model):
+        theirs = told(model, policy, ids, mask, forced)
+    plain = told(model, policy, ids, mask, forced)
+    return {
+        "alike until": alike.tolist(), "repeats": bool((ours == again).all()),
+        "logits apart": ((theirs - plain).norm(dim=(1, 2)) / plain.norm(dim=(1, 2))).tolist(),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def told(model: Any, policy: Policy, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
+    """Logits ``[T, B, vocabulary]`` while the model is told what it said: errors stay one step's."""
+    cache, places = load_cache(policy, model), (mask.cumsum(1) - 1).clamp_min(0)
+    model(ids, attention_mask=mask, position_ids=places, past_key_values=cache)
+    found = []
+    for n in range(tokens.shape[1]):
+        found.append(
+            model(
+                tokens[:, n : n + 1], position_ids=places[:, -1:] + 1 + n, past_key_values=cache
+            ).logits[:, -1]
+        )
+    return torch.stack(found).float()
 
 
 def build_model() -> Any:
@@ -106,6 +130,11 @@ def bandwidth() -> float:
     return 2 * source.numel() / timed(lambda: target.copy_(source), 10)
 
 
+def step_s(loop: DecodeLoop, steps: int, times: int) -> float:
+    """Seconds of one decode step."""
+    return timed(lambda: loop.advance(steps), times) / steps
+
+
 def timed(call: Callable[[], Any], times: int) -> float:
     call()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -130,7 +159,7 @@ def step(model: Any, policy: Policy, rate: float, profile: bool = False) -> dict
         loop = loop_of(model, cache, BATCH, 64, fuse)
         with loop.ready():
             loop.advance(8)
-            steps[fuse] = timed(lambda: loop.advance(12), 3)  # noqa: B023 - called at once
+            steps[fuse] = step_s(loop, 12, 3)
             tokens = sum(int(layer.paged.lengths[1].sum()) for layer in cache.layers)
             generated = generated or 4 * HEAD_DIM * tokens
             if profile and fuse:
@@ -177,7 +206,7 @@ def largest_batch(model: Any, policy: Policy) -> dict[str, Any]:
             loop = loop_of(model, cache, batch, 32, fuse=True)
             with loop.ready():
                 loop.advance(4)
-                taken = timed(lambda: loop.advance(6), 2)  # noqa: B023 - called at once
+                taken = step_s(loop, 6, 2)
             return {"batch": batch, "ms": 1e3 * taken, "tokens a second": batch / taken}
         except torch.OutOfMemoryError:
             cache = loop = None  # type: ignore[assignment]
