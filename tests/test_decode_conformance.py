@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtune.policies import testing_decode as suite
 from kvtune.policies.decode import DecodeMethod
 from kvtune.policies.testing import Case, variants
+from kvtune.policies.testing import decode as suite
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.rotary import turn
-from kvtune.policies import testing_decode as suite
 from kvtune.policies.decode import DecodeMethod
 from kvtune.policies.methods.a2sf import A2SF, DECODE, PREFILL
 from kvtune.policies.methods.h2o import H2O
@@ -27,6 +26,7 @@ from kvtune.policies.noise import gumbel
 from kvtune.policies.signals import Signals
 from kvtune.policies.slots import SlotCache, prompt_of
 from kvtune.policies.testing import Case, make_signals
+from kvtune.policies.testing import decode as suite
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

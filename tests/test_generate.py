@@ -22,7 +22,7 @@ from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.methods.tova import Tova
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
-from kvtune.policies.testing_decode import decode_methods
+from kvtune.policies.testing.decode import decode_methods
 from kvtune.runtime.contenders import Contender
 from kvtune.runtime.generate import Generation, GenerationRun, prompt_signals
 from kvtune.simulator.decode_replay import full_attention, replay_decoding

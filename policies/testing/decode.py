@@ -23,7 +23,7 @@ from kvtune.policies.decode import FREE, DecodeMethod
 from kvtune.policies.method import methods
 from kvtune.policies.signals import Signals
 from kvtune.policies.slots import SlotCache, prompt_of
-from kvtune.policies.testing import Case, make_signals, uniform
+from kvtune.policies.testing.cases import Case, make_signals, uniform
 
 STEPS = 15
 DECODE_CASES = (

@@ -1,0 +1,75 @@
+"""What every format must hold to: bytes, shapes, errors, and nothing read from padding."""
+
+# ruff: noqa: S101
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from kvtune.policies.format import Format, Role
+from kvtune.policies.testing.cases import uniform
+
+TOKENS = (0, 1, 2, 7, 31, 64, 65, 130)
+
+
+def footprint_grows_with_tokens(form: Format, role: Role) -> None:
+    """Nothing for nothing, never less for more."""
+    sizes = [form.footprint(tokens, 64, role) for tokens in range(140)]
+    assert sizes[0] == 0
+    assert all(isinstance(size, int) for size in sizes)
+    assert sizes == sorted(sizes)
+
+
+def roundtrip_keeps_shape_and_stays_close(form: Format, role: Role) -> None:
+    """Same shape and dtype, finite, and every error below half of the head's range."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for tokens in TOKENS:
+            tensor = uniform(tokens, 3, tokens, 64).to(dtype)
+            stored = form.roundtrip(tensor, torch.full((3,), tokens), role)
+            assert stored.shape == tensor.shape
+            assert stored.dtype == dtype
+            assert stored.isfinite().all()
+            assert ((stored - tensor).abs() <= 2.0).all()
+
+
+def padding_never_matters(form: Format, role: Role) -> None:
+    """What lies beyond the counts changes nothing, whatever it holds."""
+    counts = torch.tensor([0, 1, 33, 70])
+    tensor = uniform(5, 4, 70, 32)
+    real = torch.arange(70) < counts[:, None]
+    clean = form.roundtrip(tensor, counts, role)[real]
+    for junk in (float("nan"), float("inf"), 1e30):
+        spoilt = tensor.masked_fill(~real[..., None], junk)
+        assert torch.equal(form.roundtrip(spoilt, counts, role)[real], clean)
+    for row, count in enumerate(counts.tolist()):
+        alone = form.roundtrip(tensor[row : row + 1, :count], counts[row : row + 1], role)
+        assert torch.equal(alone, form.roundtrip(tensor, counts, role)[row : row + 1, :count])
+
+
+def constant_tensors_come_back(form: Format, role: Role) -> None:
+    """A group without spread needs no codes; zeros stay zeros."""
+    for value in (0.0, 1.5, -(2.0**-20)):
+        tensor = torch.full((2, 37, 48), value)
+        stored = form.roundtrip(tensor, torch.tensor([37, 20]), role)[1, :20]
+        torch.testing.assert_close(stored, tensor[1, :20], rtol=2**-4, atol=1e-7)
+    assert (form.roundtrip(torch.zeros(1, 8, 32), torch.tensor([8]), role) == 0).all()
+
+
+def storing_twice_changes_little(form: Format, role: Role) -> None:
+    """Storing what was read back adds only rounding of scales."""
+    tensor, counts = uniform(3, 2, 50, 32), torch.tensor([50, 41])
+    once = form.roundtrip(tensor, counts, role)
+    twice = form.roundtrip(once, counts, role)
+    real = torch.arange(50) < counts[:, None]
+    torch.testing.assert_close(twice[real], once[real], rtol=2**-6, atol=2**-6)
+
+
+FormatCheck = Callable[[Format, Role], None]
+FORMAT_CHECKS: tuple[FormatCheck, ...] = (
+    footprint_grows_with_tokens,
+    roundtrip_keeps_shape_and_stays_close,
+    padding_never_matters,
+    constant_tensors_come_back,
+    storing_twice_changes_little,
+)

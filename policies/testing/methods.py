@@ -1,0 +1,131 @@
+"""What every method must hold to: budgets, protected tokens, honest needs, declared work."""
+
+# ruff: noqa: S101
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import fields, replace
+
+import torch
+
+from kvtune.policies.method import Method, ScoredMethod
+from kvtune.policies.testing.cases import Case, lean_signals, make_signals, permuted_signals
+from kvtune.policies.work import LayerShape
+
+METHOD_CASES = (
+    Case(1, 0), Case(1, 1, group=3), Case(1, 9), Case(2, 1), Case(5, 3, group=4), Case(5, 5),
+    Case(33, 0), Case(33, 1, kv_heads=3), Case(33, 6), Case(47, 34, group=3), Case(47, 40),
+    Case(101, 100, group=4), Case(101, 101), Case(101, 500), Case(301, 64, kv_heads=3, group=3),
+)  # fmt: skip
+
+
+def keeps_ascending_indices_within_the_budget(method: Method, case: Case) -> None:
+    """Exactly ``min(budget, P)`` different tokens a head, in order, all of the prompt."""
+    kept = method.keep(make_signals(case), case.budget)
+    count = min(case.budget, case.prompt_tokens)
+    assert kept.dtype == torch.int64
+    assert kept.shape == (case.kv_heads, count), (
+        "the budget is to be used to the full, never beyond"
+    )
+    assert (kept.diff(dim=-1) > 0).all(), "indices ascend and are unique"
+    assert count == 0 or (kept.min() >= 0 and kept.max() < case.prompt_tokens)
+
+
+def keeps_protected_tokens(method: Method, case: Case) -> None:
+    """Sinks first, then the recent window, as far as the budget reaches."""
+    if not isinstance(method, ScoredMethod):
+        return
+    kept = method.keep(make_signals(case), case.budget)
+    budget = min(case.budget, case.prompt_tokens)
+    first, last = method.protected(budget)
+    first = min(first, budget)
+    last = min(last, budget - first)
+    pinned = {*range(first), *range(case.prompt_tokens - last, case.prompt_tokens)}
+    for row in kept.tolist():
+        assert pinned <= set(row), f"{sorted(pinned - set(row))} were dropped"
+
+
+def keeps_the_highest_scores(method: Method, case: Case) -> None:
+    """No token that was dropped scores higher than one that was kept for its score."""
+    if not isinstance(method, ScoredMethod):
+        return
+    signals = make_signals(case)
+    scores = method.scores(signals)
+    assert scores.shape == (case.kv_heads, case.prompt_tokens)
+    assert scores.isfinite().all()
+    ranked = method.ranked(signals, min(case.budget, case.prompt_tokens))
+    for row, chosen in zip(ranked, method.keep(signals, case.budget), strict=True):
+        dropped = torch.ones_like(row, dtype=torch.bool)
+        dropped[chosen] = False
+        if dropped.any() and len(chosen):
+            assert row[chosen].min() >= row[dropped].max()
+
+
+def choice_is_the_same_again(method: Method, case: Case) -> None:
+    """Nothing is drawn at random, remembered, or changed in the signals."""
+    signals = make_signals(case)
+    first, second = (method.keep(signals, case.budget) for _ in range(2))
+    fresh = make_signals(case)
+    assert torch.equal(first, second)
+    assert torch.equal(first, method.keep(fresh, case.budget))
+    for name in ("queries", "keys", "values"):
+        assert torch.equal(getattr(signals, name), getattr(fresh, name)), f"{name} were changed"
+
+
+def heads_choose_alone(method: Method, case: Case) -> None:
+    """Permuting the heads permutes the choice."""
+    if not method.heads_are_alike:
+        return
+    signals = make_signals(case)
+    order = torch.arange(case.kv_heads - 1, -1, -1)
+    kept = method.keep(signals, case.budget)
+    assert torch.equal(method.keep(permuted_signals(signals, order), case.budget), kept[order])
+
+
+def needs_are_honest(method: Method, case: Case) -> None:
+    """Given only what ``needs`` names, the choice is that of the full signals."""
+    full = make_signals(case)
+    lean = lean_signals(method, full)
+    assert torch.equal(method.keep(lean, case.budget), method.keep(full, case.budget))
+
+
+def merging_changes_only_what_is_kept(method: Method, case: Case) -> None:
+    """One finite key and value for every kept token; nothing in the signals changes."""
+    signals, fresh = make_signals(case), make_signals(case)
+    kept = method.keep(signals, case.budget)
+    merged = method.merge(signals, kept)
+    if merged is None:
+        return
+    for stored, whole in zip(merged, (signals.keys, signals.values), strict=True):
+        assert stored.shape == (*kept.shape, case.head_dim)
+        assert stored.dtype == whole.dtype
+        assert stored.isfinite().all()
+    assert torch.equal(signals.keys, fresh.keys)
+    assert torch.equal(signals.values, fresh.values)
+    for first, again in zip(merged, method.merge(signals, kept) or (), strict=True):
+        assert torch.equal(first, again)
+
+
+def work_is_declared(method: Method, case: Case) -> None:
+    """Costs are finite and never negative, and no prompt costs less for being longer."""
+    shape = LayerShape(case.prompt_tokens, case.kv_heads * case.group, case.kv_heads, case.head_dim)
+    ours = method.work(shape, case.budget)
+    longer = method.work(replace(shape, prompt_tokens=2 * case.prompt_tokens), case.budget)
+    for each in fields(ours):
+        value = getattr(ours, each.name)
+        assert math.isfinite(value)
+        assert 0 <= value <= getattr(longer, each.name)
+
+
+MethodCheck = Callable[[Method, Case], None]
+METHOD_CHECKS: tuple[MethodCheck, ...] = (
+    keeps_ascending_indices_within_the_budget,
+    keeps_protected_tokens,
+    keeps_the_highest_scores,
+    choice_is_the_same_again,
+    heads_choose_alone,
+    needs_are_honest,
+    merging_changes_only_what_is_kept,
+    work_is_declared,
+)
