@@ -24,11 +24,10 @@ from kvtune.simulator import latency_terms as parts
 from kvtune.simulator.latency_measured import (
     TIERS,
     Answer,
-    covers,
     measured_prefills,
     measured_steps,
-    prefill_covers,
 )
+from kvtune.simulator.latency_parts import covers, prefill_covers
 from kvtune.simulator.latency_priors import FloatArray
 from kvtune.simulator.transfer import tables_for
 from kvtune.simulator.weights import WeightFormat, check_format

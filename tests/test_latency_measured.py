@@ -21,7 +21,8 @@ from kvtune.simulator import latency, overheads
 from kvtune.simulator import transfer as transfer_module
 from kvtune.simulator.kernels import Curve, Kernels
 from kvtune.simulator.latency import decode_steps, prefills
-from kvtune.simulator.latency_measured import covers, decode_parts, layer_matrices
+from kvtune.simulator.latency_beyond import decode_parts
+from kvtune.simulator.latency_parts import covers, layer_matrices
 from kvtune.simulator.overheads import policy_overhead, transfer
 from kvtune.simulator.transfer import Tables, transferred
 

@@ -16,7 +16,7 @@ from kvtune.profiles.measured import MeasuredProfile, find_measured
 from kvtune.profiles.models import find_model
 from kvtune.simulator.kernels import kernels_of
 from kvtune.simulator.latency import decode_steps
-from kvtune.simulator.latency_measured import covers
+from kvtune.simulator.latency_parts import covers
 from kvtune.simulator.memory import overhead_bytes, process_bytes
 
 ROOT = Path(kvtune.__file__).parent
@@ -26,7 +26,7 @@ SLUGS = sorted(
     for entry in (resources.files("kvtune.profiles") / "measured").iterdir()
     if entry.is_dir()
 )
-RESULTS = sorted((ROOT / "benchmarks" / "results").glob("decode-*.json"))
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("decode-h*.json"))
 
 
 def profile_of(slug: str) -> MeasuredProfile:
