@@ -130,7 +130,9 @@ def uniform(rows: int, tokens: int, keys: str = "bf16", values: str = "") -> lis
     return [Run(row, keys, values or keys, tokens) for row in range(rows)]
 
 
-def attention_calls(layers: Sequence[Layer], shape: Shape) -> list[Callable[[], object]]:
+def attention_calls(
+    layers: Sequence[Layer], shape: Shape | None = None
+) -> list[Callable[[], object]]:
     """A call a layer, with its query and output in place."""
     calls: list[Callable[[], object]] = []
     for layer in layers:

@@ -91,7 +91,7 @@ def layers_of(runs: list[Run], programs: int | None = None) -> list[Layer]:
 def ours_s(runs: list[Run]) -> tuple[float, int]:
     """Seconds, and bytes read."""
     layers = layers_of(runs)
-    return time_s(paged.attention_calls(layers, Shape())), layers[0].payload_bytes
+    return time_s(paged.attention_calls(layers)), layers[0].payload_bytes
 
 
 def tune(results: Results) -> None:

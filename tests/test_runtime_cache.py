@@ -272,6 +272,35 @@ def test_a_full_pool_says_so() -> None:
         pool.take(1, 10)
 
 
+def test_no_head_holds_up_the_others() -> None:
+    """The lengths of a real plan's most uneven layer, in bf16, eight sequences."""
+    pages = np.tile([128, 128, 128, 73, 73, 73, 512, 512], 8)
+    segments = Segments(np.arange(64), np.full(64, 528), pages.cumsum() - pages, pages, pages * 64)
+    tiles = plan_tiles(segments, np.arange(pages.sum())).records[:, 4]
+    assert tiles.max() <= 1.1 * pages.sum() / len(tiles)
+
+
+@pytest.mark.parametrize("pair", [528, 132, 66])
+def test_tiles_of_short_heads_are_of_two_pages(pair: int) -> None:
+    pages = np.array([8, 1, 7, 0] * 16)
+    segments = Segments(np.arange(64), np.full(64, pair), pages.cumsum() - pages, pages, pages * 64)
+    records = plan_tiles(segments, np.arange(pages.sum())).records
+    tiles = [sorted(records[records[:, 0] == row, 4].tolist()) for row in range(4)]
+    assert tiles == [[2, 2, 2, 2], [1], [2, 2, 3], [0]]
+
+
+def test_a_third_stage_only_where_integers_lie_beside_floats() -> None:
+    from kvtune.runtime.kernels.launch import shape_for
+
+    bf16, fp8, int4, int4_fp8 = 16 * 33, 9 * 33, 4 * 33, 4 * 32 + 9
+    stages = {
+        (bf16,): 2, (bf16, fp8): 2, (int4,): 2, (int4, int4_fp8): 2, (bf16, int4): 3,
+        (bf16, fp8, int4_fp8): 3,
+    }  # fmt: skip
+    assert {pairs: shape_for(pairs, 128).stages for pairs in stages} == stages
+    assert shape_for((bf16, int4), 256).stages == 2
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_tiles_cover_every_page_once(seed: int) -> None:
     rng = np.random.default_rng(seed)

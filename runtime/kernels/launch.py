@@ -10,15 +10,12 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.runtime.kernels.layout import KERNEL_HEAD_DIMS
-from kvtune.runtime.kernels.tiles import Tiles
+from kvtune.runtime.kernels.tiles import Tiles, has_integers
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How the kernel is compiled.
-
-    One warp was the fastest on an H100 for every format, with two or three stages alike
-    (``benchmarks/results/kernels-h100-first.json``); two leave room for more programs.
+    """How the kernel is compiled. One warp was the fastest on an H100 for every format.
 
     Args:
         warps: of a program.
@@ -27,6 +24,16 @@ class Shape:
 
     warps: int = 1
     stages: int = 2
+
+
+def shape_for(pairs: tuple[int, ...], head_dim: int) -> Shape:
+    """The fastest on an H100 (``benchmarks/results/kernels-h100.json``).
+
+    Two stages leave room for more programs; where integers lie beside floats, whose programs take
+    the same room, a third was worth 15 %. Larger heads have no room for it everywhere.
+    """
+    mixed = len({has_integers(pair) for pair in pairs}) > 1
+    return Shape(stages=3 if mixed and head_dim <= 128 else 2)
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ def decode(
     out: Tensor | None = None,
     lse: Tensor | None = None,
     logits: Tensor | None = None,
-    shape: Shape = Shape(),
+    shape: Shape | None = None,
 ) -> Tensor:
     """Attention of one new token a row, ``[rows, G, D]``; one launch.
 
@@ -90,7 +97,7 @@ def decode(
         lse: ``[rows, G]`` float32, is given the natural log-sum-exp.
         logits: ``[G, 64 * entries]`` float32, is given the scaled logits, where they are wanted;
             ``exp(logits - lse)`` are attention weights, beside the page table's entries.
-        shape: how to compile.
+        shape: how to compile; ``shape_for`` unless given.
 
     Raises:
         KvtuneError: a head dimension that the kernel is not made for.
@@ -100,6 +107,7 @@ def decode(
     rows, group, head_dim = q.shape
     if head_dim not in KERNEL_HEAD_DIMS:
         raise KvtuneError(f"the kernels have heads of {KERNEL_HEAD_DIMS} channels, not {head_dim}")
+    shape = shape or shape_for(cache.pairs, head_dim)
     out = torch.empty_like(q) if out is None else out
     lse = torch.empty(rows, group, device=q.device) if lse is None else lse
     decode_attention[(len(cache.tiles),)](

@@ -19,12 +19,12 @@ FIELDS = 16
 """Numbers of a tile's record, of which the last are unused: one line of memory."""
 
 PROCESSORS = 132  # of an H100
-PROGRAMS = {"floats": 2 * PROCESSORS, "integers": 8 * PROCESSORS}
+PROGRAMS = {"floats": 4 * PROCESSORS, "integers": 8 * PROCESSORS}
 """Tiles wanted of a layer. Integers are unpacked by single warps, of which it takes several on a
-processor to keep its memory busy; floats are read fastest by few long tiles. Measured on an H100,
-``benchmarks/paged_kernels.py``."""
+processor to keep its memory busy; with fewer for floats, one long head holds up all others.
+Measured on an H100, ``benchmarks/results/kernels-h100.json``."""
 
-_SMALLEST_TILE = 0.7  # bf16 pages: two of int4
+_SMALLEST_TILE = 2  # pages: while one is worked on, another is on its way
 _PAGE_COST = {16: 1.0, 9: 0.55, 8: 0.6, 4: 0.35, 2: 0.28}
 """Time of a page by its format, bf16 as 1: bytes, and the arithmetic of unpacking them."""
 
@@ -63,6 +63,11 @@ class Tiles:
     pairs: tuple[int, ...]
 
 
+def has_integers(pair: int) -> bool:
+    """Whether keys or values of a pair are unpacked from integers."""
+    return min(pair // 32, pair % 32) <= 8
+
+
 def page_costs(pair: Ints) -> NDArray[np.float64]:
     """Time of one page of each pair, in pages of bf16."""
     lookup = np.zeros(32)
@@ -79,12 +84,11 @@ def plan_tiles(segments: Segments, table: Ints, programs: int | None = None) -> 
         programs: tiles wanted; there will be about as many, and one a segment at least.
     """
     if programs is None:
-        integers = bool((segments.pair % 32 <= 8).any() or (segments.pair // 32 <= 8).any())
-        programs = PROGRAMS["integers" if integers else "floats"]
+        programs = PROGRAMS["integers" if any(map(has_integers, segments.pair)) else "floats"]
     cost = page_costs(segments.pair)
-    target = max(float((cost * segments.pages).sum()) / programs, _SMALLEST_TILE)
-    cuts = np.minimum(np.maximum(np.rint(cost * segments.pages / target), 1), segments.pages)
-    cuts = np.maximum(cuts, 1).astype(np.int64)
+    target = max(float((cost * segments.pages).sum()) / programs, 1e-9)
+    most = np.maximum(segments.pages // _SMALLEST_TILE, 1)
+    cuts = np.clip(np.rint(cost * segments.pages / target), 1, most).astype(np.int64)
     segment = np.repeat(np.arange(len(cuts)), cuts)
     turn = np.arange(len(segment)) - np.repeat(cuts.cumsum() - cuts, cuts)
     first = turn * segments.pages[segment] // cuts[segment]
