@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvtune.common.errors import KvtuneError
@@ -66,8 +66,9 @@ def test_method_at_the_corners(method: Method, check: suite.MethodCheck) -> None
 
 @pytest.mark.parametrize("check", suite.METHOD_CHECKS, ids=name_of)
 @pytest.mark.parametrize("name", methods())
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(case=cases)
+@example(case=suite.LONG)
 def test_method_anywhere(name: str, check: suite.MethodCheck, case: suite.Case) -> None:
     check(methods()[name](), case)
 

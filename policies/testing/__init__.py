@@ -18,11 +18,12 @@ from kvtune.policies.testing.allocators import ALLOCATOR_CHECKS, AllocatorCheck
 from kvtune.policies.testing.cases import Case, PlainRope, make_signals, uniform, variants
 from kvtune.policies.testing.formats import FORMAT_CHECKS, FormatCheck
 from kvtune.policies.testing.golden import golden
-from kvtune.policies.testing.methods import METHOD_CASES, METHOD_CHECKS, MethodCheck
+from kvtune.policies.testing.methods import LONG, METHOD_CASES, METHOD_CHECKS, MethodCheck
 
 __all__ = [
     "ALLOCATOR_CHECKS",
     "FORMAT_CHECKS",
+    "LONG",
     "METHOD_CASES",
     "METHOD_CHECKS",
     "AllocatorCheck",

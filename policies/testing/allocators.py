@@ -50,16 +50,16 @@ def splitting_moves_but_never_makes_tokens(allocator: Allocator, case: Case) -> 
     """The same for one layer whose prompt has been seen, under every scoring method."""
     ceiling = min(case.budget, case.prompt_tokens)
     given = np.random.default_rng(case.seed).integers(0, ceiling + 1, case.kv_heads).tolist()
-    for kind in methods().values():
-        method = kind()
+    signals = make_signals(case)
+    for method in (kind() for kind in methods().values()):
         if not isinstance(method, ScoredMethod):
             continue
         shared = [method] * case.kv_heads
-        split = allocator.split(given, shared, make_signals(case))
+        split = allocator.split(given, shared, signals)
         assert sum(split) == sum(given)
         assert min(split) >= 0
         assert max(split) <= case.prompt_tokens
-        assert split == allocator.split(given, shared, make_signals(case))
+        assert split == allocator.split(given, shared, signals)
 
 
 AllocatorCheck = Callable[[Allocator, Case], None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -52,6 +53,11 @@ class PlainRope:
 
 def uniform(seed: int, *shape: int) -> Tensor:
     """Numbers in [-2, 2), float32; the same on every machine."""
+    return _drawn(seed, shape).clone()  # nobody shares what somebody may change
+
+
+@lru_cache(maxsize=1024)
+def _drawn(seed: int, shape: tuple[int, ...]) -> Tensor:
     drawn = np.random.default_rng(seed).random(shape)
     return torch.from_numpy(drawn * 4 - 2).float()
 
