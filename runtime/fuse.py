@@ -2,7 +2,8 @@
 
 Norms, rotary embedding and gated activations become one kernel each; q, k, v and gate, up become
 one matrix product each, over weights that are laid side by side once (the modules' own weights are
-then views of them, so that no memory is added).
+then views of them, so that no memory is added). Where a layer's residual sums are known to be plain
+ones, each is made by the norm that follows it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +19,13 @@ from torch import Tensor, nn
 
 _TANH = {"gelu_pytorch_tanh", "gelu_tanh"}
 _ACTIVATIONS = {"silu", "swish", *_TANH}
+_PLAIN_SUMS = {f"{family}DecoderLayer" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 
 
 @contextmanager
 def fused(model: Any) -> Iterator[None]:
     """Fuse what is known of a Llama-family model until the block ends; the rest stays as it is."""
-    from kvtune.runtime.kernels.elementwise import gated, rms_norm, rotate
+    from kvtune.runtime.kernels.elementwise import add_rms_norm, gated, rms_norm, rotate
 
     config = model.config.get_text_config()
     activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", "")
@@ -36,6 +39,7 @@ def fused(model: Any) -> Iterator[None]:
             if _has(module, "gate_proj", "up_proj", "down_proj") and activation in _ACTIVATIONS:
                 _join(undo, [module.gate_proj, module.up_proj])
                 _replace(undo, module, _mlp(module, activation in _TANH, gated))
+        _chain(undo, [m for m in model.modules() if type(m).__name__ in _PLAIN_SUMS], add_rms_norm)
         _replace_rotary(undo, sys.modules[type(model).__module__], rotate)
         yield
 
@@ -52,8 +56,12 @@ def _replace(undo: ExitStack, module: nn.Module, forward: Callable[..., Any]) ->
 def _norm(
     module: Any, shifted: bool, rms_norm: Callable[..., Tensor]
 ) -> Callable[[Tensor], Tensor]:
-    eps = getattr(module, "variance_epsilon", None) or module.eps
-    return lambda x: rms_norm(x, module.weight, eps, shifted)
+    return lambda x: rms_norm(x, module.weight, _eps(module), shifted)
+
+
+def _eps(module: Any) -> float:
+    eps: float = getattr(module, "variance_epsilon", None) or module.eps
+    return eps
 
 
 def _mlp(module: Any, tanh: bool, gated: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
@@ -78,6 +86,27 @@ def _join(undo: ExitStack, linears: Sequence[Any]) -> None:
     _replace(undo, linears[0], first)
     for n, linear in enumerate(linears[1:], start=1):
         _replace(undo, linear, lambda x, n=n: parts.pop(n))
+
+
+def _chain(undo: ExitStack, layers: Sequence[Any], add_norm: Callable[..., Any]) -> None:
+    """Each layer leaves the next one its input already normalised."""
+    ready: dict[int, Tensor] = {}
+
+    def forward(at: int, hidden: Tensor, **kwargs: Any) -> Tensor:
+        layer = layers[at]
+        normed = ready.pop(at) if at else layer.input_layernorm(hidden)
+        attended, _ = layer.self_attn(hidden_states=normed, **kwargs)
+        norm = layer.post_attention_layernorm
+        hidden, normed = add_norm(hidden, attended, norm.weight, _eps(norm))
+        fed: Tensor = layer.mlp(normed)
+        if at + 1 == len(layers):
+            return hidden + fed
+        norm = layers[at + 1].input_layernorm
+        hidden, ready[at + 1] = add_norm(hidden, fed, norm.weight, _eps(norm))
+        return hidden
+
+    for at, layer in enumerate(layers):
+        _replace(undo, layer, partial(forward, at))
 
 
 def _replace_rotary(undo: ExitStack, modeling: Any, rotate: Callable[..., Any]) -> None:

@@ -161,3 +161,35 @@ def test_a_fused_model_says_the_same_and_is_put_back(
     assert not any("forward" in vars(module) for module in network.modules())
     after = network.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_are_rounded_before_they_are_normalised(dtype: torch.dtype) -> None:
+    from kvtune.runtime.kernels.elementwise import add_rms_norm
+
+    x, more, weight = torch.randn(3, 5, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
+    total, normed = add_rms_norm(x, more, weight[0], 1e-5)
+    close: Any = {"atol": 1e-6, "rtol": 2 * torch.finfo(dtype).eps}  # the interpreter cuts bf16 off
+    torch.testing.assert_close(total, x + more, **close)
+    exact = total.double() * (total.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    torch.testing.assert_close(normed, exact.to(dtype) * weight[0], **close)
+
+
+def test_all_sums_but_the_last_are_made_by_norms(
+    make_network: Callable[..., Any], tiny_fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaConfig
+
+    from kvtune.runtime.kernels import elementwise
+
+    original, sums = elementwise.add_rms_norm, []
+
+    def counted(*args: Any) -> Any:
+        sums.append(original(*args)[0])
+        return original(*args)
+
+    monkeypatch.setattr(elementwise, "add_rms_norm", counted)
+    network = make_network(LlamaConfig(**tiny_fields)).eval()
+    with fused(network):
+        network(torch.tensor([[7], [9]]), use_cache=False)
+    assert len(sums) == 2 * len(network.model.layers) - 1

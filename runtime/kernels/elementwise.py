@@ -9,12 +9,21 @@ from torch import Tensor
 
 
 @triton.jit
-def _rms_norm(x, weight, out, width, eps, BLOCK: tl.constexpr, SHIFTED: tl.constexpr):
-    """Normalise a row; SHIFTED: weights are stored less one, and multiply before rounding."""
+def _rms_norm(x, more, total, weight, out, width, eps, BLOCK: tl.constexpr, SHIFTED: tl.constexpr,
+              ADD: tl.constexpr):  # fmt: skip
+    """Normalise a row; SHIFTED: weights are stored less one, and multiply before rounding.
+
+    ADD: the row is ``x + more``, which is rounded and left in ``total`` first.
+    """
     at = tl.arange(0, BLOCK)
     inside = at < width
     row = tl.program_id(0).to(tl.int64) * width
     values = tl.load(x + row + at, mask=inside, other=0).to(tl.float32)
+    if ADD:
+        values += tl.load(more + row + at, mask=inside, other=0).to(tl.float32)
+        rounded = values.to(x.dtype.element_ty)
+        tl.store(total + row + at, rounded, mask=inside)
+        values = rounded.to(tl.float32)
     scale = tl.load(weight + at, mask=inside, other=0)
     values = values * tl.rsqrt(tl.sum(values * values, 0) / width + eps)
     if SHIFTED:
@@ -26,13 +35,27 @@ def _rms_norm(x, weight, out, width, eps, BLOCK: tl.constexpr, SHIFTED: tl.const
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, shifted: bool) -> Tensor:
     """Root-mean-square norm over the last axis, as Llama's (or Gemma's, shifted)."""
-    x = x.contiguous()
+    return _normalised(x.contiguous(), None, weight, eps, shifted)[1]
+
+
+def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``x + more``, and Llama's norm of it."""
+    return _normalised(x.contiguous(), more.contiguous(), weight, eps, False)
+
+
+def _normalised(
+    x: Tensor, more: Tensor | None, weight: Tensor, eps: float, shifted: bool
+) -> tuple[Tensor, Tensor]:
+    """The row's sum (``x`` where nothing is added) and its norm."""
     out, width = torch.empty_like(x), x.shape[-1]
+    total = x if more is None else torch.empty_like(x)
     block = triton.next_power_of_2(width)
-    rows = x.numel() // width
     warps = max(1, min(16, block // 512))
-    _rms_norm[(rows,)](x, weight, out, width, eps, block, shifted, num_warps=warps)
-    return out
+    _rms_norm[(x.numel() // width,)](
+        x, x if more is None else more, total, weight, out, width, eps, block, shifted,
+        more is not None, num_warps=warps,
+    )  # fmt: skip
+    return total, out
 
 
 @triton.jit
