@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from kvtune.runtime.cache import PolicyCache, load_cache
 from kvtune.runtime.fuse import fused
 from kvtune.runtime.graph import DecodeLoop, generate
 from kvtune.runtime.paged import PagedLayer
+from kvtune.runtime.timing import CudaBench, time_beside
 
 PLAN = Path(__file__).with_name("plans") / "llama-8b-32k-12-percent.yaml"
 LAYERS, KV_HEADS, HEAD_DIM, CONTEXT, BATCH = 32, 8, 128, 32768, 8
@@ -217,6 +219,13 @@ def largest_batch(model: Any, policy: Policy) -> dict[str, Any]:
     return {"batch": 0}
 
 
+def with_prefill(model: Any, policy: Policy) -> dict[str, Any]:
+    """What ``kvtune validate`` times, of real prefills: two prompts of 8k random tokens."""
+    prompts = torch.randint(0, 128256, (2, 8192), device="cuda")
+    found = time_beside(policy, model, prompts, CudaBench())
+    return {**asdict(found), "ratios": found.ratios}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -239,6 +248,7 @@ def main() -> None:
         "bandwidth": prepare,
         "plan": lambda: step(state["model"], plan, state["rate"], profile=True),
         "uncompressed": lambda: step(state["model"], full, state["rate"]),
+        "with prefill": lambda: with_prefill(state["model"], plan),
         "largest batch, uncompressed": lambda: largest_batch(state["model"], full),
         "largest batch, plan": lambda: largest_batch(state["model"], plan),
     }
