@@ -9,7 +9,7 @@ method only chooses. Gathering, storing, counting bytes and checking are shared.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -34,6 +34,16 @@ class Method(ABC):
     name: ClassVar[str]
     source: ClassVar[str]
     heads_are_alike: ClassVar[bool] = True
+
+    @property
+    def label(self) -> str:
+        """Its name and what differs from the published parameters: ``h2o(recent_share=0.1)``."""
+        own = [
+            f"{each.name}={getattr(self, each.name)}"
+            for each in fields(self)
+            if getattr(self, each.name) != each.default
+        ]
+        return f"{self.name}({', '.join(own)})" if own else self.name
 
     @property
     def looks_ahead(self) -> bool:

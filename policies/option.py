@@ -57,6 +57,6 @@ class Option:
 
     @property
     def label(self) -> str:
-        """``snapkv 256 int4``; keys and values apart where they differ."""
+        """``snapkv 256 int4``; keys and values apart where they differ, parameters where set."""
         kinds = dict.fromkeys((self.keys.label, self.values.label))
-        return f"{self.method.name} {self.budget} {'/'.join(kinds)}"
+        return f"{self.method.label} {self.budget} {'/'.join(kinds)}"
