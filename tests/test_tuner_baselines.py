@@ -17,6 +17,7 @@ from kvtune.policies.format import Format
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.grouped import Int2, Int3, Int4, Int8
 from kvtune.policies.methods.h2o import H2O
+from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.option import Option
 from kvtune.policies.policy import footprint_of_lengths
 from kvtune.policies.testing import Case, make_signals
@@ -95,7 +96,22 @@ def test_a_family_can_be_narrowed_to_methods_and_precisions() -> None:
     for family in FAMILIES:
         (policy,) = candidates(family, FULL // 20, *SHAPE, only=only)
         assert {(o.method, o.keys, o.values) for o in policy.options()} == {(H2O(), Int4(), Int4())}
-        assert policy.allocator == FAMILIES[family][0]
+        assert (policy.allocator, H2O()) in FAMILIES[family]
+
+
+def test_a_pyramid_leaves_every_layer_the_window_of_its_method() -> None:
+    tokens, layers = 1024, 30
+    budget = 4 * SIZE * tokens * layers * HEADS // 10
+    for policy in candidates("pyramid", budget, tokens, layers, HEADS, SIZE, {(SnapKV(), Bf16())}):
+        kept = policy.budgets(tokens)
+        assert kept.min() >= SnapKV().window
+        assert kept[0].sum() > 2 * kept[-1].sum()
+
+
+def test_candidates_of_a_family_have_names_of_their_own() -> None:
+    for family in FAMILIES:
+        names = [policy.name for policy in candidates(family, FULL // 20, *SHAPE)]
+        assert len(set(names)) == len(names) > 0
 
 
 @pytest.mark.parametrize("family", ["pyramid", "adakv"])

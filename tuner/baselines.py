@@ -27,11 +27,16 @@ PRECISIONS: tuple[Format, ...] = (
     Int8(),
     *(kind(exact_first=sinks) for kind in (Int4, Int3, Int2) for sinks in (0, 4)),
 )
-FAMILIES: dict[str, tuple[Allocator, tuple[Method, ...]]] = {
-    "uniform": (AsGiven(), (*_SCORING, StreamingLLM())),
-    "pyramid": (Pyramid(), _SCORING),
-    "adakv": (AdaKV(), _SCORING),
+FAMILIES: dict[str, tuple[tuple[Allocator, Method], ...]] = {
+    "uniform": tuple((AsGiven(), method) for method in (*_SCORING, StreamingLLM())),
+    "pyramid": tuple((Pyramid(window=method.needs.window), method) for method in _SCORING),
+    "adakv": tuple((AdaKV(), method) for method in _SCORING),
 }
+"""Every family's methods and how each one's budgets are split.
+
+A pyramid is its authors' with an observation window, which every layer has; H2O has none, so its
+last layers are left as little as the line gives them.
+"""
 
 
 def candidates(
@@ -47,11 +52,10 @@ def candidates(
 
     ``only`` narrows them to some methods and precisions.
     """
-    allocator, methods = FAMILIES[family]
     shape = (prompt_tokens, layers, kv_heads, head_dim)
     filled = [
         fill(Option(method, keys=form, values=form), allocator, budget_bytes, *shape)
-        for method in methods
+        for allocator, method in FAMILIES[family]
         for form in PRECISIONS
         if only is None or (method, form) in only
     ]
@@ -79,7 +83,7 @@ def fill(
             tuple(replace(option, budget=Budget(tokens=n)) for n in flat[at : at + kv_heads])
             for at in range(0, len(flat), kv_heads)
         )
-        name = f"{allocator.name} {option.method.name} {option.keys.label}"
+        name = f"{allocator.name} {option.method.label} {option.keys.label}"
         return Policy(name.replace("as_given", "uniform"), heads, allocator)
 
     def takes(tokens: int, extra: int = 0) -> int:
