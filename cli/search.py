@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -38,6 +38,14 @@ def command(
         int, typer.Option("--trials", metavar="N", min=1, help="Trials of the outer study.")
     ] = 60,
     workload: options.Workload = "small",
+    menu: Annotated[
+        Literal["three", "all"],
+        typer.Option(
+            "--menu",
+            help="Methods that a head may have: three (snapkv, h2o, streaming_llm), or all that "
+            "choose when the prompt is complete; all takes several times as long.",
+        ),
+    ] = "three",
     text: options.Texts = None,
     stand_in: Annotated[
         bool, typer.Option("--stand-in", help="Use the packaged tables even if weights are here.")
@@ -86,6 +94,7 @@ def command(
         stand_in=stand_in,
         device=device,
         workload=workload,
+        menu=menu,
         texts=read_texts(text),
     )
     with speaking(as_json, quiet) as output:

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.progress import Silent
 from kvtune.policies.document import read_policy
+from kvtune.policies.formats.bf16 import Bf16
+from kvtune.policies.methods.full import Full
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.model_config import shape_from_config
@@ -19,6 +22,7 @@ from kvtune.profiles.models import find_model
 from kvtune.simulator.memory import memory_budget
 from kvtune.simulator.tables import Tables
 from kvtune.tuner import sources
+from kvtune.tuner.options import METHODS, Menu, alike, every_method
 from kvtune.tuner.request import SearchRequest, SearchResult
 from kvtune.tuner.search import run_search
 
@@ -27,8 +31,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 Make = Callable[..., Tables]
 KEYS = {
     "kvtune", "model", "gpu", "policy", "budget", "front", "rivals", "quality", "predicted",
-    "memory", "latency", "prefill", "context_tokens", "sequences", "full_cache_sequences", "prompt_bytes", "share",
-    "full_cache_accuracy", "counters", "notes", "provenance",
+    "memory", "latency", "prefill", "context_tokens", "sequences", "full_cache_sequences",
+    "prompt_bytes", "share", "full_cache_accuracy", "counters", "notes", "provenance",
 }  # fmt: skip
 
 
@@ -227,6 +231,23 @@ def own(
         str(saved_model), shape, gpu, limit, tmp_path / "run", **sizes,  # type: ignore[arg-type]
         generated_tokens=4, largest_kl=0.5, trials=10, device="cpu",
     )  # fmt: skip
+
+
+def test_a_menu_of_all_methods_is_captured_for_and_replayed(
+    own: SearchRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "LAPTOP", Menu(METHODS, (0.25,), alike((Bf16(),))))
+    source = sources.own_trace(replace(own, menu="all"), Silent())
+    assert source.trace is not None
+    assert "reconstruction" in source.trace.manifest["signals"]
+    named = {option.method for option in source.tables.options}
+    assert named == {*every_method(calibrated=False), Full()}
+    assert (source.tables.loss >= 0).all()
+
+
+def test_a_stand_in_says_that_it_knows_three_methods(packaged: Tables, tmp_path: Path) -> None:
+    result = run_search(llama(tmp_path / "run", menu="all", trials=4))
+    assert any("--menu three" in note for note in result.notes)
 
 
 def test_a_models_own_search_runs_the_plan_and_its_rivals_live(

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import product
+from operator import or_
 
 from kvtune.policies.format import Format
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.grouped import Int2, Int4
-from kvtune.policies.method import Method
+from kvtune.policies.method import Method, methods
+from kvtune.policies.methods.a2sf import A2SF, PREFILL
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
+from kvtune.policies.methods.random_tokens import RandomTokens
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import ALL, Budget, Option
+from kvtune.policies.signals import Needs
 
 Pair = tuple[Format, Format]
 
@@ -40,6 +45,11 @@ class Menu:
             *(Option(method, Budget(share=share), *pair) for method, share, pair in evicting),
             *(Option(Full(), ALL, *pair) for pair in self.formats),
         )
+
+    @property
+    def needs(self) -> Needs:
+        """The signals that its methods read together: what a trace has to hold."""
+        return reduce(or_, (method.needs for method in self.methods), Needs())
 
 
 def alike(formats: Sequence[Format]) -> tuple[Pair, ...]:
@@ -76,3 +86,24 @@ FULL = Menu(
     ),
 )
 """170 options, 16 to 896 tokens of a prompt of 1792; for a GPU."""
+
+
+def every_method(*, calibrated: bool = True) -> tuple[Method, ...]:
+    """All registered methods that choose when the prompt is complete and that a server could run.
+
+    As published; A2SF as its authors set it for prompts. Left out are ``full``, which under a
+    budget is StreamingLLM without sinks, and ``random``, a floor to hold others against.
+
+    Args:
+        calibrated: whether the model has a calibration; without one, what needs it is left out.
+    """
+    kinds = (kind for _, kind in sorted(methods().items()))
+    made = [PREFILL if kind is A2SF else kind() for kind in kinds if kind not in _NOT_OFFERED]
+    return tuple(
+        method
+        for method in made
+        if not method.looks_ahead and (calibrated or not method.needs.calibration)
+    )
+
+
+_NOT_OFFERED = (Full, RandomTokens)

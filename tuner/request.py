@@ -36,6 +36,7 @@ class SearchRequest:
         stand_in: use the packaged tables even where weights are at hand.
         device: for capture and live runs, "cpu" or "cuda"; None picks CUDA if there is one.
         workload: "small" (nine samples of 1024 tokens, sized for a laptop) or "full" (2048 tokens).
+        menu: methods that a head may be given: "three" (snapkv, h2o, streaming_llm) or "all".
         texts: the user's own .txt or .jsonl files, searched and evaluated on instead.
     """
 
@@ -55,6 +56,7 @@ class SearchRequest:
     stand_in: bool = False
     device: str | None = None
     workload: Literal["small", "full"] = "small"
+    menu: Literal["three", "all"] = "three"
     texts: tuple[Path, ...] = ()
 
     @property

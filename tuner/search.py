@@ -82,8 +82,7 @@ def _quality_source(
     """The model's own trace where its weights are at hand, else the packaged stand-in."""
     if not has_weights(request):
         reason = "asked for" if request.stand_in else f"no weights of {request.shape.name} at hand"
-        source = stand_in(request.shape)
-        return source, (f"quality: stand-in ({source.stand_in}), because {reason}.",)
+        return _stand_in(request, reason)
     try:
         return own_trace(request, progress), ()
     except KvtuneError as error:
@@ -91,8 +90,15 @@ def _quality_source(
 
         if request.model not in KNOWN:
             raise
-        source = stand_in(request.shape)
-        return source, (f"quality: stand-in ({source.stand_in}), because {error}.",)
+        return _stand_in(request, str(error))
+
+
+def _stand_in(request: SearchRequest, reason: str) -> tuple[QualitySource, tuple[str, ...]]:
+    source = stand_in(request.shape)
+    note = f"quality: stand-in ({source.stand_in}), because {reason}."
+    if request.menu == "three":
+        return source, (note,)
+    return source, (note, "methods: the stand-in's tables know those of --menu three alone.")
 
 
 def _budgets(request: SearchRequest) -> Budgets:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.files import cache_dir, sha256
 from kvtune.common.progress import Progress
+from kvtune.policies.signals import Needs
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.calibration import NONE, Calibration
 from kvtune.simulator.tables import Tables, onto
 from kvtune.simulator.tables_file import load_tables, save_tables
-from kvtune.tuner.options import FULL, LAPTOP
+from kvtune.traces.signals import SIGNALS
+from kvtune.tuner.options import FULL, LAPTOP, Menu, every_method
 from kvtune.tuner.request import SearchRequest
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 STAND_IN = "smollm2-135m"
 _PROBES = {"small": 4, "full": 16}
+_LEAST_WINDOW = 64  # prompt queries of every trace: policies that come later may look at them
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ def own_trace(request: SearchRequest, progress: Progress) -> QualitySource:
     Raises:
         KvtuneError: the weights cannot be had, or do not fit the shape.
     """
+    from kvtune.traces.calibration import find_calibration
     from kvtune.traces.capture import capture
     from kvtune.traces.models import best_device, load_model
     from kvtune.traces.samples import content_hash
@@ -99,7 +103,17 @@ def own_trace(request: SearchRequest, progress: Progress) -> QualitySource:
     workload = named_workload(request.workload, request.seed, request.texts)
     samples = build(workload, loaded.tokenizer)
     probes = _PROBES[request.workload]
-    key = _key(loaded.fingerprint, content_hash(samples), probes, request.seed, loaded.dtype)
+    menu = menu_of(request, calibrated=find_calibration(loaded.fingerprint) is not None)
+    signals, queries = signals_of(menu.needs), queries_of(menu.needs, workload.observed)
+    key = _key(
+        loaded.fingerprint,
+        content_hash(samples),
+        probes,
+        request.seed,
+        loaded.dtype,
+        signals,
+        queries,
+    )
     trace = capture(
         loaded,
         samples,
@@ -107,11 +121,11 @@ def own_trace(request: SearchRequest, progress: Progress) -> QualitySource:
         probes=probes,
         seed=request.seed,
         workload_description=workload.describe(),
-        signals=("column_sums",),
-        queries=workload.observed + 64,
+        signals=signals,
+        queries=queries,
         progress=progress,
     )
-    tables = _own_tables(request, trace, key, loaded.device, progress)
+    tables = _own_tables(request.shape.name, trace, menu, key, loaded.device, progress)
     provenance = {
         "trace": trace.content_sha256,
         "workload": workload.describe(),
@@ -124,14 +138,33 @@ def own_trace(request: SearchRequest, progress: Progress) -> QualitySource:
     )
 
 
+def menu_of(request: SearchRequest, *, calibrated: bool) -> Menu:
+    """What a head may be given: shares and formats by workload, methods as the request asks."""
+    base = LAPTOP if request.workload == "small" else FULL
+    if request.menu == "three":
+        return base
+    return replace(base, methods=every_method(calibrated=calibrated))
+
+
+def signals_of(needs: Needs) -> tuple[str, ...]:
+    """What capture has to record for methods with these needs, and for the baselines."""
+    wanted = needs | Needs(column_sums=True)
+    return tuple(name for name in SIGNALS if getattr(wanted, name))
+
+
+def queries_of(needs: Needs, observed: int) -> int:
+    """How many of a sample's last queries to store: the observed, and the widest window."""
+    return observed + max(needs.window, _LEAST_WINDOW)
+
+
 def _own_tables(
-    request: SearchRequest, trace: Trace, key: str, device: str, progress: Progress
+    model: str, trace: Trace, menu: Menu, key: str, device: str, progress: Progress
 ) -> Tables:
     from kvtune.simulator.build import build_tables
 
-    options = (LAPTOP if request.workload == "small" else FULL).options()
-    menu = hashlib.sha256(repr(options).encode()).hexdigest()[:12]
-    path = cache_dir() / "tables" / f"{request.shape.name}-{key}-{menu}.safetensors"
+    options = menu.options()
+    digest = hashlib.sha256(repr(options).encode()).hexdigest()[:12]
+    path = cache_dir() / "tables" / f"{model}-{key}-{digest}.safetensors"
     if not path.exists():
         tables = build_tables(trace, options, device=device, progress=progress)
         save_tables(tables, path, {"trace": trace.content_sha256})

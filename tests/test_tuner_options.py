@@ -1,0 +1,51 @@
+"""Menus: which methods a head may have, what they need, and what their options are called."""
+
+from __future__ import annotations
+
+from kvtune.policies.method import Method, methods
+from kvtune.policies.methods.a2sf import PREFILL
+from kvtune.policies.methods.compresskv import CompressKV
+from kvtune.policies.methods.h2o import H2O
+from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.option import Budget, Option
+from kvtune.policies.signals import Needs
+from kvtune.traces.signals import SIGNALS
+from kvtune.tuner.options import FULL, LAPTOP, METHODS, SMALL, Menu, alike, every_method
+from kvtune.tuner.sources import queries_of, signals_of
+
+
+def test_every_method_is_offered_but_references_and_floors() -> None:
+    offered = {method.name for method in every_method()}
+    assert offered == {*methods()} - {"full", "random", "future_attention", "probe_greedy"}
+    assert {*METHODS, PREFILL} <= {*every_method()}
+
+
+def test_without_a_calibration_what_needs_one_is_left_out() -> None:
+    assert {*every_method()} - {*every_method(calibrated=False)} == {CompressKV()}
+
+
+def test_a_menu_multiplies_and_keeps_everything_in_each_format() -> None:
+    for menu in (SMALL, LAPTOP, FULL):
+        options = menu.options()
+        evicting = len(menu.methods) * len(menu.shares) * len(menu.formats)
+        assert len(set(options)) == len(options) == evicting + len(menu.formats)
+
+
+def test_a_trace_records_what_the_menu_needs_and_what_baselines_read() -> None:
+    formats = alike((Option().keys,))
+    assert signals_of(LAPTOP.needs) == ("column_sums",)
+    assert signals_of(Menu((SnapKV(),), (0.5,), formats).needs) == ("column_sums",)
+    assert signals_of(Menu(every_method(), (0.5,), formats).needs) == SIGNALS
+    assert queries_of(LAPTOP.needs, 128) == 192
+    assert queries_of(Needs(window=400), 128) == 528
+
+
+def test_labels_tell_settings_of_one_method_apart() -> None:
+    assert Option(H2O(), Budget(tokens=9)).label == "h2o 9 bf16"
+    assert Option(H2O(recent_share=0.1), Budget(tokens=9)).label == "h2o(recent_share=0.1) 9 bf16"
+    assert PREFILL.label == "a2sf(factor=0.95, recent=16)"
+
+
+def test_published_settings_are_called_by_their_name() -> None:
+    kinds: list[type[Method]] = list(methods().values())
+    assert [kind().label for kind in kinds] == [kind.name for kind in kinds]
