@@ -22,9 +22,11 @@ def times_table(times: Times) -> RenderableType:
         *_rows("", times.plan, found.plan),
         *_rows(", uncompressed", times.full_cache, found.full_cache),
     ]
+    if found.alone:
+        rows += _rows(f", {found.alone.batch} at once", times.alone, found.alone)
     card = times.gpu or "a GPU without a profile, of which nothing is predicted"
     return table(
-        f"{found.batch} x {format_tokens(found.prompt_tokens)} on {card}",
+        f"{found.plan.batch} x {format_tokens(found.prompt_tokens)} on {card}",
         ("", "predicted", "measured"),
         rows,
         caption=_ratios(found.ratios),
@@ -52,6 +54,7 @@ def _rows(whose: str, predicted: Predicted | None, measured: Timing) -> list[tup
 def _ratios(ratios: dict[str, float]) -> str:
     return (
         f"plan to uncompressed: prefill {ratios['prefill']:.2f}, step {ratios['step']:.2f}, "
+        f"tokens a second {ratios['tokens_per_second']:.2f}, "
         f"cache pages {ratios['page_bytes']:.2f}, peak memory {ratios['peak_bytes']:.2f}; the peak "
         f"is lower by {100 * ratios['peak_saved']:.0f} % of the cache bytes saved"
     )

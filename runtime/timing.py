@@ -71,6 +71,7 @@ class Timing:
     """One policy over a batch of prompts.
 
     Args:
+        batch: sequences at once.
         prefill: of the whole batch, compression included, seconds.
         step: one decode step of the whole batch, seconds.
         tokens_per_second: of all sequences together, while decoding.
@@ -79,6 +80,7 @@ class Timing:
         page_bytes: of the pages in use at the end, those of generated tokens included.
     """
 
+    batch: int
     prefill: Estimate
     step: Estimate
     tokens_per_second: Estimate
@@ -92,25 +94,30 @@ class Beside:
     """A policy and the uncompressed cache over the same prompts.
 
     Args:
-        batch: sequences at once; halved until both fitted.
         prompt_tokens: P of each.
-        plan: the policy.
-        full_cache: every token in bf16.
+        plan: the policy, its batch halved until both fitted.
+        full_cache: every token in bf16, in the same batch.
+        alone: the policy in a larger batch, into which the uncompressed cache did not fit.
     """
 
-    batch: int
     prompt_tokens: int
     plan: Timing
     full_cache: Timing
+    alone: Timing | None = None
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Plan to uncompressed; and of the cache bytes saved, the share the peak is lower by."""
+        """Plan to uncompressed; and of the cache bytes saved, the share the peak is lower by.
+
+        Tokens a second are those of the larger batches, where there was one.
+        """
         plan, full = self.plan, self.full_cache
+        most = self.alone or plan
         saved = full.page_bytes - plan.page_bytes
         return {
             "prefill": plan.prefill.value / full.prefill.value,
             "step": plan.step.value / full.step.value,
+            "tokens_per_second": most.tokens_per_second.value / full.tokens_per_second.value,
             "page_bytes": plan.page_bytes / full.page_bytes,
             "peak_bytes": plan.peak_bytes / full.peak_bytes,
             "peak_saved": (full.peak_bytes - plan.peak_bytes) / saved if saved else 0.0,
@@ -155,7 +162,8 @@ def time_beside(policy: Policy, model: Any, prompts: Tensor, bench: Bench) -> Be
             whole = _unless_full(full, model, prompts[:batch], bench)
             plan = whole and _unless_full(policy, model, prompts[:batch], bench)
             if whole and plan:
-                return Beside(batch, prompts.shape[1], plan, whole)
+                alone = _in_larger_batch(policy, model, prompts, batch, bench)
+                return Beside(prompts.shape[1], plan, whole, alone)
     finally:
         model.set_attn_implementation(attention)
     tokens = format_tokens(prompts.shape[1])
@@ -174,6 +182,7 @@ def time_policy(policy: Policy, model: Any, prompts: Tensor, bench: Bench) -> Ti
     step = _measured([seconds / STEPS for seconds in stretches])
     rate, slowest, fastest = (len(prompts) / s for s in (step.value, step.high, step.low))
     return Timing(
+        batch=len(prompts),
         prefill=_measured(prefills),
         step=step,
         tokens_per_second=Estimate(rate, slowest, fastest, "tokens/s", "measured"),
@@ -213,6 +222,14 @@ def _refuse_unstorable(policy: Policy, model: Any) -> None:
     cache = load_cache(policy, model)
     for option in policy.options():
         layout_of(option, cache.geometry.head_dim)
+
+
+def _in_larger_batch(
+    policy: Policy, model: Any, prompts: Tensor, than: int, bench: Bench
+) -> Timing | None:
+    larger = (batch for batch in _halvings(len(prompts)) if batch > than)
+    timed = (_unless_full(policy, model, prompts[:batch], bench) for batch in larger)
+    return next(filter(None, timed), None)
 
 
 def _unless_full(policy: Policy, model: Any, prompts: Tensor, bench: Bench) -> Timing | None:

@@ -477,17 +477,17 @@ def test_times_are_shown_with_their_ratios() -> None:
     def timing(scale: int) -> Timing:
         one = Estimate(0.004 * scale, 0.003 * scale, 0.005 * scale, "s", "measured")
         rate = Estimate(2000 / scale, 1600 / scale, 2500 / scale, "tokens/s", "measured")
-        return Timing(one, one, rate, scale << 30, scale << 29, scale << 29)
+        return Timing(8, one, one, rate, scale << 30, scale << 29, scale << 29)
 
     guess = Estimate(0.0031, 0.0021, 0.0042, "s", "fitted")
-    times = Times("h100", Beside(8, 4096, timing(1), timing(2)), Predicted(*(guess,) * 3), None)
+    times = Times("h100", Beside(4096, timing(1), timing(2)), Predicted(*(guess,) * 3), None, None)
     out = io.StringIO()
     Output(out, as_json=False, quiet=False).show(times_table(times))
     lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
     assert lines[0] == "8 x 4 096 tokens on h100"
     assert "decode step 3.1 ms [2.1 ms, 4.2 ms] fitted 4 ms [3 ms, 5 ms] measured" in lines
     assert "decode step, uncompressed - 8 ms [6 ms, 10 ms] measured" in lines
-    assert "step 0.50, cache pages 0.50" in lines[-2]
+    assert "step 0.50, tokens a second 2.00, cache pages 0.50" in lines[-2]
     assert "lower by 200 % of the cache bytes saved" in " ".join(lines[-2:])
 
 

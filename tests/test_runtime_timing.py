@@ -75,7 +75,8 @@ def prompts(batch: int, tokens: int = 70) -> Tensor:
 def test_both_caches_are_timed_and_the_model_is_given_back(network: Any) -> None:
     bench = MadeUpBench(2 * SECONDS)
     found = time_beside(PLAN, network, prompts(2), bench)
-    assert (found.batch, found.prompt_tokens, bench.script) == (2, 70, [])
+    assert (found.prompt_tokens, found.alone, bench.script) == (70, None, [])
+    assert (found.plan.batch, found.full_cache.batch) == (2, 2)
     stretches = 16.0 * np.arange(1, STRETCHES + 1)
     for one in (found.plan, found.full_cache):
         assert (one.prefill.value, one.prefill.unit, one.prefill.tier) == (2, "s", "measured")
@@ -115,18 +116,21 @@ def test_the_batch_is_halved_until_the_uncompressed_cache_fits(
     network: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[tuple[str, int]] = []
-    dummy = Timing(*(Estimate(1.0, 1.0, 1.0, "s", "measured"),) * 3, 3, 1, 1)
+    one = Estimate(1.0, 1.0, 1.0, "s", "measured")
 
     def time_policy(policy: Policy, model: Any, some: Tensor, bench: Any) -> Timing:
         tried.append((policy.name, len(some)))
         if len(some) > (3 if policy.name == "plan" else 1):
             raise torch.OutOfMemoryError
-        return dummy
+        return Timing(len(some), one, one, dataclasses.replace(one, value=len(some)), 3, 1, 1)
 
     monkeypatch.setattr(timing, "time_policy", time_policy)
-    assert time_beside(PLAN, network, prompts(5), MadeUpBench([])).batch == 1
+    found = time_beside(PLAN, network, prompts(5), MadeUpBench([]))
     whole = "uncompressed"
-    assert tried == [(whole, 5), (whole, 2), (whole, 1), ("plan", 1)]
+    assert tried == [(whole, 5), (whole, 2), (whole, 1), ("plan", 1), ("plan", 5), ("plan", 2)]
+    assert (found.plan.batch, found.full_cache.batch) == (1, 1)
+    assert found.alone is not None
+    assert found.alone.batch == found.ratios["tokens_per_second"] == 2
     monkeypatch.setattr(timing, "_unless_full", lambda *_: None)
     with pytest.raises(KvtuneError, match="not one prompt of 70"):
         time_beside(PLAN, network, prompts(5), MadeUpBench([]))
@@ -152,10 +156,16 @@ def test_what_cannot_be_stored_is_refused_before_anything_runs(
 def test_ratios_are_plan_to_uncompressed() -> None:
     def made_up(seconds: float, peak: int, pages: int) -> Timing:
         one = Estimate(seconds, seconds, seconds, "s", "measured")
-        return Timing(one, dataclasses.replace(one, value=2 * seconds), one, peak, pages, pages)
+        return Timing(1, one, dataclasses.replace(one, value=2 * seconds), one, peak, pages, pages)
 
-    beside = Beside(1, 1, made_up(1, 60, 10), made_up(4, 100, 50))
-    expected = {"prefill": 0.25, "step": 0.25, "page_bytes": 0.2, "peak_bytes": 0.6}
+    beside = Beside(1, made_up(1, 60, 10), made_up(4, 100, 50))
+    expected = {
+        "prefill": 0.25,
+        "step": 0.25,
+        "tokens_per_second": 0.25,
+        "page_bytes": 0.2,
+        "peak_bytes": 0.6,
+    }
     assert beside.ratios == pytest.approx(expected | {"peak_saved": 1.0})
 
 
@@ -178,8 +188,8 @@ def planned(network: Any, monkeypatch: pytest.MonkeyPatch, gpu: Any, dtype: str)
     def beside(policy: Policy, model: Any, some: Tensor, bench: Any) -> Beside:
         seen.append(some)
         one = Estimate(1.0, 1.0, 1.0, "s", "measured")
-        same = Timing(one, one, one, 1, 1, 1)
-        return Beside(len(some), some.shape[1], same, same)
+        small, large = (Timing(batch, one, one, one, 1, 1, 1) for batch in (2, len(some)))
+        return Beside(some.shape[1], small, small, large)
 
     def detect() -> Any:
         if gpu is None:
@@ -215,9 +225,10 @@ def test_a_known_card_is_predicted_in_its_tier(
     plan, full = times.plan, times.full_cache
     assert plan.step.low <= plan.step.value <= full.step.value
     assert plan.step.tier != "measured"
-    assert plan.tokens_per_second.value == pytest.approx(3 / plan.step.value)
+    assert plan.tokens_per_second.value == pytest.approx(2 / plan.step.value)
+    assert times.alone.tokens_per_second.value == pytest.approx(3 / times.alone.step.value)
     assert times.as_dict().keys() == {
-        "gpu", "batch", "context_tokens", "plan", "full_cache", "ratios", "predicted",
+        "gpu", "context_tokens", "plan", "full_cache", "alone", "ratios", "predicted",
     }  # fmt: skip
 
 
@@ -226,5 +237,5 @@ def test_what_the_simulator_does_not_know_is_not_predicted(
     network: Any, monkeypatch: pytest.MonkeyPatch, gpu: str | None, dtype: str
 ) -> None:
     times, _ = planned(network, monkeypatch, gpu, dtype)
-    assert (times.plan, times.full_cache) == (None, None)
-    assert times.measured.batch == 3
+    assert (times.plan, times.full_cache, times.alone) == (None, None, None)
+    assert times.measured.alone.batch == 3

@@ -53,24 +53,30 @@ class Times:
         measured: the plan and the uncompressed cache, in the same run.
         plan: predicted, or None.
         full_cache: predicted, or None.
+        alone: predicted, or None.
     """
 
     gpu: str | None
     measured: Beside
     plan: Predicted | None
     full_cache: Predicted | None
+    alone: Predicted | None
 
     def as_dict(self) -> dict[str, object]:
         """The form that goes into JSON."""
         found = self.measured
         return {
             "gpu": self.gpu,
-            "batch": found.batch,
             "context_tokens": found.prompt_tokens,
             "plan": found.plan,
             "full_cache": found.full_cache,
+            "alone": found.alone,
             "ratios": found.ratios,
-            "predicted": {"plan": self.plan, "full_cache": self.full_cache},
+            "predicted": {
+                "plan": self.plan,
+                "full_cache": self.full_cache,
+                "alone": self.alone,
+            },
         }
 
 
@@ -102,9 +108,19 @@ def time_plan(
     tokens = min(context_tokens or samples[0].prompt, loaded.geometry.max_context)
     measured = time_beside(policy, loaded.model, _prompts(loaded, samples, batch, tokens), bench)
     gpu = _known_gpu()
-    both = (policy, uncompressed(policy))
-    plan, full_cache = (_predict(one, loaded, shape, gpu, measured) for one in both)
-    return Times(gpu.slug if gpu else None, measured, plan, full_cache)
+    batches = {
+        "plan": (policy, measured.plan.batch),
+        "full_cache": (uncompressed(policy), measured.full_cache.batch),
+        "alone": (policy, measured.alone.batch if measured.alone else 0),
+    }
+    if gpu is None or not _known(shape, loaded):
+        predicted: dict[str, Predicted | None] = dict.fromkeys(batches)
+    else:
+        predicted = {
+            name: _predict(one, shape, gpu, many, tokens) if many else None
+            for name, (one, many) in batches.items()
+        }
+    return Times(gpu.slug if gpu else None, measured, **predicted)
 
 
 def _prompts(loaded: LoadedModel, samples: Sequence[Sample], batch: int, tokens: int) -> Tensor:
@@ -126,21 +142,20 @@ def _known_gpu() -> GpuProfile | None:
         return None
 
 
+def _known(shape: ModelShape, loaded: LoadedModel) -> bool:
+    """Whether the simulator answers for such a model."""
+    return loaded.dtype != "float32" and shape.latent is None and not any(shape.windows)
+
+
 def _predict(
-    policy: Policy,
-    loaded: LoadedModel,
-    shape: ModelShape,
-    gpu: GpuProfile | None,
-    measured: Beside,
-) -> Predicted | None:
-    """The simulator's answer in the middle of the timed steps; None where it has none."""
-    if gpu is None or loaded.dtype == "float32" or shape.latent is not None or any(shape.windows):
-        return None
-    held = cache_bytes_by_bits(policy, shape, measured.prompt_tokens)
+    policy: Policy, shape: ModelShape, gpu: GpuProfile, batch: int, tokens: int
+) -> Predicted:
+    """The simulator's answer in the middle of the timed steps."""
+    held = cache_bytes_by_bits(policy, shape, tokens)
     held[16.0] += shape.kv_bytes(STEPS * (1 + STRETCHES // 2))
-    step = decode_step(shape, gpu, "bf16", measured.batch, dict(held))
+    step = decode_step(shape, gpu, "bf16", batch, dict(held))
     return Predicted(
-        prefill=prefill(shape, gpu, "bf16", measured.prompt_tokens, measured.batch),
+        prefill=prefill(shape, gpu, "bf16", tokens, batch),
         step=step,
-        tokens_per_second=per_second(step, measured.batch),
+        tokens_per_second=per_second(step, batch),
     )
