@@ -103,6 +103,11 @@ def plan(tables: Tables, share: float, name: str) -> tuple[Policy, float]:
     return Policy(f"{name} at {share:.0%}", heads), predicted[best]
 
 
+def by_turns(samples: Sequence[Sample]) -> list[Sample]:
+    """One of every kind, then another of every kind: what is there when time is up is balanced."""
+    return sorted(samples, key=lambda sample: (sample.id.rsplit("-", 1)[-1], sample.kind))
+
+
 def run_sample(
     loaded: LoadedModel, sample: Sample, policies: Sequence[Policy], outcomes: Sequence[Outcome]
 ) -> None:
@@ -193,7 +198,7 @@ def measure(arguments: argparse.Namespace, record: Record) -> None:
     record(predicted_on_selection={policy.name: predicted for policy, predicted in plans})
     policies = [policy for policy, _ in plans]
     outcomes = [Outcome() for _ in policies]
-    for sample in (sample for sample in samples if sample.split == "evaluate"):
+    for sample in by_turns([sample for sample in samples if sample.split == "evaluate"]):
         run_sample(loaded, sample, policies, outcomes)
         record(at=compared(policies, outcomes))
 

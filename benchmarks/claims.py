@@ -1,12 +1,15 @@
 """What papers claim of their eviction methods, measured on a small model: held or not held.
 
     python benchmarks/claims.py --samples 4
+    python benchmarks/claims.py --measure compressed,cosine --out benchmarks/results/claims.json
+    python benchmarks/claims.py --table benchmarks/results/claims.json
 
 Every claim is that one policy beats another at equal budgets. A figure is the mean over samples of
 the difference between the two, positive where the claim's favourite is better, with a 95 %
-bootstrap interval; a claim is held where all of the interval is positive. KL is in nats a token
-below the other's, digits are points of answer digits right, cosine is that of masked with full
-attention. Not held is a result: models this small have few retrieval heads.
+bootstrap interval; a claim is held where all of the interval is positive, not held where all of it
+is negative, and not decided between. KL is in nats a token below the other's, digits are points of
+answer digits right, cosine is that of masked with full attention. Not held is a result: models this
+small have few retrieval heads. Parts of the list may be run one after another into one file.
 """
 
 from __future__ import annotations
@@ -261,13 +264,20 @@ def judge(claim: Claim, found: dict[Entrant, list[float] | str]) -> dict[str, An
     return {
         "claim": claim.text,
         "measure": claim.measure.__name__,
-        "held": bool(low > 0),
+        "verdict": verdict(low, high),
         "gain": float(gain.mean()),
         "interval": [float(low), float(high)],
         "better": float(better.mean()),
         "worse": float(worse.mean()),
         "samples": len(gain),
     }
+
+
+def verdict(low: float, high: float) -> str:
+    """What an interval of the gain says of the claim."""
+    if low <= 0 <= high:
+        return "not decided"
+    return "held" if low > 0 else "not held"
 
 
 def main() -> None:
@@ -278,8 +288,18 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--observed", type=int, default=128)
     parser.add_argument("--only", default="", help="claims whose text contains this")
+    parser.add_argument("--measure", default="", help="claims measured so: compressed,cosine")
+    parser.add_argument("--table", type=Path, help="print a result as a Markdown table, no more")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/claims.json"))
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(json.loads(arguments.table.read_text())["claims"]))
+    else:
+        run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Judge the claims that are wanted, measure by measure; each is written when it is done."""
     torch.backends.cuda.matmul.allow_tf32 = False
     loaded = load_model(arguments.model, device=arguments.device, dtype="float32")
     kinds = dict.fromkeys(("prose", "code", "retrieval"), arguments.samples)
@@ -288,17 +308,30 @@ def main() -> None:
     plain = [sample for sample in samples if sample.kind != "retrieval"]
     setting = Setting(loaded, plain, [s for s in samples if s.kind == "retrieval"])
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    judged: list[dict[str, Any]] = []
-    wanted = [claim for claim in CLAIMS if arguments.only.lower() in claim.text.lower()]
+    report = {name: getattr(arguments, name) for name in ("model", "device", *SIZES)}
+    judged = judged_before(arguments.out, report)
+    wanted = [
+        claim
+        for claim in CLAIMS
+        if arguments.only.lower() in claim.text.lower()
+        and claim.measure.__name__ in (arguments.measure or claim.measure.__name__).split(",")
+    ]
     for measure in dict.fromkeys(claim.measure for claim in wanted):
         claims = [claim for claim in wanted if claim.measure is measure]
         entrants = list(dict.fromkeys(e for claim in claims for e in (claim.better, claim.worse)))
         found = measured(measure, setting, entrants)
         for claim in claims:
-            judged.append(judge(claim, found))
-            print(line(judged[-1]), flush=True)
-        report = {name: getattr(arguments, name) for name in ("model", "device", *SIZES)}
-        arguments.out.write_text(json.dumps({**report, "claims": judged}, indent=1) + "\n")
+            judged[claim.text] = judge(claim, found)
+            print(line(judged[claim.text]), flush=True)
+        listed = [judged[claim.text] for claim in CLAIMS if claim.text in judged]
+        arguments.out.write_text(json.dumps({**report, "claims": listed}, indent=1) + "\n")
+
+
+def judged_before(out: Path, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the file holds already, if it was measured alike."""
+    found = json.loads(out.read_text()) if out.exists() else {}
+    alike = {name: found.get(name) for name in report} == report
+    return {judged["claim"]: judged for judged in found["claims"]} if alike else {}
 
 
 SIZES = ("samples", "tokens", "observed")
@@ -306,10 +339,27 @@ SIZES = ("samples", "tokens", "observed")
 
 def line(found: dict[str, Any]) -> str:
     if "skipped" in found:
-        return f"skipped   {found['claim']}: {found['skipped']}"
-    verdict = "held" if found["held"] else "not held"
+        return f"skipped     {found['claim']}: {found['skipped']}"
     low, high = found["interval"]
-    return f"{verdict:9} {found['claim']}: {found['gain']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    gain = f"{found['gain']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    return f"{found['verdict']:11} {found['claim']}: {gain}"
+
+
+UNITS = {"cosine": "cosine", "asked_later": "points", "asked_before": "points"}
+
+
+def table(judged: Sequence[dict[str, Any]]) -> str:
+    """Claims with their verdicts and figures, as Markdown."""
+    lines = ["| claim | verdict | gain | samples |", "|---|---|---|---|"]
+    for found in judged:
+        if "skipped" in found:
+            lines.append(f"| {found['claim']} | skipped: {found['skipped']} | - | - |")
+            continue
+        low, high = found["interval"]
+        gain = f"{found['gain']:+.3g} [{low:+.2g}, {high:+.2g}]"
+        gain += f" {UNITS.get(found['measure'], 'nats/token')}"
+        lines.append(f"| {found['claim']} | {found['verdict']} | {gain} | {found['samples']} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

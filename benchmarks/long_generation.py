@@ -1,6 +1,7 @@
 """Long generations under every method that evicts while decoding, at equal mean bytes.
 
     python benchmarks/long_generation.py --device cuda --workers 8 --seconds 540
+    python benchmarks/long_generation.py --table benchmarks/results/long-generation-cpu.json
 
 The full cache generates from prompts that no search has seen; every method reads the same tokens
 from a cache that evicts, live, in float32. A share is the mean bytes that a method holds over all
@@ -207,7 +208,11 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--seconds", type=float, default=540.0, help="stop generating by then")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/long-generation.json"))
+    parser.add_argument("--table", type=Path, help="print a result as a Markdown table, no more")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(json.loads(arguments.table.read_text())["contenders"]))
+        return
     until = time.time() + arguments.seconds
     tasks = make_tasks(arguments, until)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -254,6 +259,31 @@ def report(arguments: Any, parts: list[dict[str, Any]]) -> None:
             f"{name:34}{row['kl']:9.4f}{f'[{low:.4f}, {high:.4f}]':>20}"
             f"{row['share_of_mean_bytes']:8.1%}{row['evicted_mean']:9.0f}{row['agreement']:7.1%}"
         )
+
+
+def table(found: dict[str, Any]) -> str:
+    """Methods by shares as Markdown: KL, then entries that each head evicted while generating."""
+    columns = [f"{share:.0%}" for share in SHARES]
+    lines = [
+        f"| method | KL at {' | '.join(columns)} | evicted a head, at {' / '.join(columns)} "
+        "| every head evicted |",
+        f"|---{'|---' * (len(columns) + 2)}|",
+    ]
+    for method in METHODS:
+        rows = [found.get(f"{method} @ {column}") for column in columns]
+        evicted = " / ".join(f"{row['evicted_mean']:.0f}" if row else "-" for row in rows)
+        all_did = all(row["evicted_by_every_head"] for row in rows if row)
+        kl = " | ".join(figure(row) for row in rows)
+        lines.append(f"| {method} | {kl} | {evicted} | {'yes' if all_did else 'no'} |")
+    return "\n".join(lines)
+
+
+def figure(row: dict[str, Any] | None) -> str:
+    """``0.058 [0.04, 0.08]``; without an interval of one prompt; ``-`` where no budget fits."""
+    if row is None:
+        return "-"
+    low, high = row["kl_interval"]
+    return f"{row['kl']:.3g}" + (f" [{low:.2g}, {high:.2g}]" if low < high else "")
 
 
 if __name__ == "__main__":
