@@ -188,7 +188,8 @@ class DecodeLoop:
             use_cache=True, logits_to_keep=1,
         ).logits[:, -1]  # fmt: skip
         drawn = self.sampling.draw(logits)[:, None]
-        self.tokens.copy_(drawn)
+        # A kernel, not a copy: a graph's copy node goes to another engine of the GPU and back.
+        torch.add(drawn, 0, out=self.tokens)
         self.found.index_copy_(1, self.at, drawn)
         self.positions += 1
         self.at += 1
