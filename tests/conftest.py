@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+settings.register_profile("kvtune", deadline=None, derandomize=True)
+settings.load_profile("kvtune")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "real_model: needs SmolLM2 in the model store, or pip once")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same draws in any order of tests; tests without torch do not load it for this."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="module")
