@@ -25,7 +25,11 @@ import numpy as np
 import torch
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.allocator import find_allocator
+from kvtune.policies.allocator import Allocator
+from kvtune.policies.allocators.adakv import AdaKV
+from kvtune.policies.allocators.as_given import AsGiven
+from kvtune.policies.allocators.cake_layers import CakeLayers
+from kvtune.policies.allocators.pyramid import Pyramid
 from kvtune.policies.decode import DecodeMethod
 from kvtune.policies.method import Method, find_method
 from kvtune.policies.option import Budget, Option
@@ -51,7 +55,7 @@ class Entrant:
     share: float = 0.0
     tokens: int | None = None
     parameters: tuple[tuple[str, Any], ...] = ()
-    allocator: str = "as_given"
+    allocator: Allocator = AsGiven()
 
     def made(self) -> Method:
         return find_method(self.method)(**dict(self.parameters))
@@ -61,7 +65,7 @@ class Entrant:
         tokens = self.tokens or round(self.share * whole)
         shape = loaded.geometry.layers, loaded.geometry.kv_heads
         option = Option(self.made(), Budget(tokens=tokens))
-        return Policy.uniform(option, *shape, allocator=find_allocator(self.allocator)())
+        return Policy.uniform(option, *shape, allocator=self.allocator)
 
 
 Measure = Callable[["Setting", Sequence[Entrant]], list[list[float]]]
@@ -186,6 +190,7 @@ def _against(method: str, share: float, **parameters: Any) -> Entrant:
 
 
 WINDOW = {"sinks": 0}
+PYRAMID = Pyramid(window=32)  # SnapKV's: without it the last layers would starve
 CLAIMS = (
     Claim(
         "H2O beats a window at 20 %",
@@ -198,17 +203,17 @@ CLAIMS = (
     Claim("A2SF's attention is nearer than H2O's at 20 %",
           cosine, _against("a2sf", 0.2), _against("h2o", 0.2)),
     Claim("Ada-KV beats even budgets at 10 %",
-          compressed, Entrant("snapkv", 0.1, allocator="adakv"), _against("snapkv", 0.1)),
+          compressed, Entrant("snapkv", 0.1, allocator=AdaKV()), _against("snapkv", 0.1)),
     Claim("SnapKV beats H2O at 10 % where it has seen the question",
           asked_before, _against("snapkv", 0.1), _against("h2o", 0.1)),
     Claim("KVzip beats SnapKV at 10 % where the question comes later",
           asked_later, _against("kvzip", 0.1), _against("snapkv", 0.1)),
     Claim("a pyramid beats even budgets at 64 tokens",
-          compressed, Entrant("snapkv", tokens=64, allocator="pyramid"),
+          compressed, Entrant("snapkv", tokens=64, allocator=PYRAMID),
           Entrant("snapkv", tokens=64)),
     Claim("even budgets are no worse than a pyramid at 256 tokens",
           compressed, Entrant("snapkv", tokens=256),
-          Entrant("snapkv", tokens=256, allocator="pyramid")),
+          Entrant("snapkv", tokens=256, allocator=PYRAMID)),
     Claim("TOVA beats H2O at 12.5 %",
           generated, _against("tova", 0.125), _against("h2o", 0.125)),
     Claim("LazyEviction beats H2O at 50 % (plain text, not chains of thought)",
@@ -218,8 +223,8 @@ CLAIMS = (
     Claim("retrieval heads choose better than all heads at 10 % (CompressKV)",
           compressed, _against("compresskv", 0.1), _against("compresskv", 0.1, voters=10_000)),
     Claim("CAKE beats a SnapKV pyramid at 10 %",
-          compressed, Entrant("cake", 0.1, allocator="cake_layers"),
-          Entrant("snapkv", 0.1, allocator="pyramid")),
+          compressed, Entrant("cake", 0.1, allocator=CakeLayers()),
+          Entrant("snapkv", 0.1, allocator=PYRAMID)),
     Claim("SnapKV beats KeyDiff at 10 % where the prompt is scored whole",
           compressed, _against("snapkv", 0.1), _against("keydiff", 0.1)),
     Claim("KeyDiff beats a window at 10 % where the prompt comes in blocks",
