@@ -69,7 +69,8 @@ def test_every_op_of_the_plan_runs_and_is_written(table: Path) -> None:
     assert {row.point for row in rows} == {point for _, point in plan(all_operations(), CPU)}
     assert {row.point.op for row in rows} >= {
         "attention_decode", "attention_prefill", "attention_prefill_scores", "append", "linear",
-        "rms_norm", "rope", "gated", "residual", "argmax", "embedding", "decode_layers", "decode_step",
+        "rms_norm", "rope", "gated", "residual", "argmax", "embedding", "decode_layers",
+        "decode_step",
         "score_topk", "compact", "gather_pages", "quantise", "dequantise", "host_to_device",
         "device_to_host", "launch", "empty_step",
     }  # fmt: skip

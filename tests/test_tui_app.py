@@ -87,6 +87,14 @@ async def settled(pilot: Pilot[None]) -> None:
     await pilot.pause()
 
 
+async def painted(pilot: Pilot[None]) -> None:
+    """The screen has come to rest: a busy machine paints late."""
+    before, now = "", pilot.app.export_screenshot()
+    while before != now:
+        await pilot.pause(0.05)
+        before, now = now, pilot.app.export_screenshot()
+
+
 def screen_of(pilot: Pilot[None]) -> ExplorerScreen:
     screen = pilot.app.screen_stack[0]
     assert isinstance(screen, ExplorerScreen)
@@ -479,8 +487,10 @@ def test_the_screens_are_the_golden_ones(
 ) -> None:
     async def press(pilot: Pilot[None]) -> None:
         await settled(pilot)
-        await pilot.press(*keys)
-        await pilot.pause()
+        for key in keys:
+            await pilot.press(key)
+            await painted(pilot)
+        await painted(pilot)
 
     app = Explorer(FakeFeed(study), interval_s=0)
     run: Callable[[Pilot[None]], Coroutine[Any, Any, None]] = press
