@@ -115,7 +115,8 @@ class ValidateScreen(ModalScreen[None]):
 
     @on(Button.Pressed, "#stop")
     def action_stop(self) -> None:
-        """End the process, if it runs, and go back."""
+        """End the process, if it runs, and go back; what it still says is not shown."""
+        self.workers.cancel_node(self)
         if self.process is not None and self.process.returncode is None:
             with suppress(ProcessLookupError):
                 self.process.terminate()
