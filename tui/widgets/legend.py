@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.text import Text
+from textual.geometry import Size
 from textual.widget import Widget
 
 from kvtune.tui.palette import CHOSEN, FRONT, OTHER, SELECTED, colours_of, mark_of, words_of
@@ -24,19 +25,26 @@ class Legend(Widget):
             self.view = view
             self.refresh(layout=True)
 
+    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
+        """Lines at the width to come: the widget's own is still that of the layout before."""
+        return len(self._lines(width))
+
     def render(self) -> Text:
         """Marks with their words, and the filter."""
+        return Text("\n").join(self._lines(self.size.width))
+
+    def _lines(self, width: int) -> list[Text]:
         if self.view is None:
-            return Text("")
+            return []
         colours, lines, used = colours_of(self.app), [Text()], 0
         for mark, colour, words in _parts(self.view):
             length = len(mark) + len(words) + 3
-            if used and used + length > self.size.width + 2:
+            if used and used + length > width + 2:
                 lines.append(Text())
                 used = 0
             lines[-1].append(mark, colours[colour]).append(f" {words}  ")
             used += length
-        return Text("\n").join(lines)
+        return lines
 
 
 def _parts(view: View) -> list[tuple[str, str, str]]:
