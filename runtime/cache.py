@@ -36,7 +36,7 @@ from kvtune.runtime.kernels.layout import PAGE, PageLayout, exact_tokens, layout
 from kvtune.runtime.paged import PagedLayer
 from kvtune.runtime.pool import SLAB_CELLS, Pool
 from kvtune.traces.geometry import Geometry, read_geometry
-from kvtune.traces.seam import causal_attention
+from kvtune.traces.seam import causal_attention, refuse_unknown
 
 NAME = "kvtune_paged"
 """The attention implementation that hands queries to the cache."""
@@ -255,9 +255,10 @@ def attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **kwargs: Any,
+    **extras: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls: the prompt, then one token at a time, ``[B, T, Hq, D]``."""
+    refuse_unknown(extras)
     layer: _Layer | None = getattr(key, "paged_cache_layer", None)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if layer is None:

@@ -215,6 +215,14 @@ def test_what_the_cache_cannot_do_is_refused(network: Any) -> None:
         cache.crop(3)
 
 
+@pytest.mark.parametrize("extra", ["softcap", "s_aux", "position_bias"])
+def test_attention_of_another_kind_is_refused(network: Any, extra: str) -> None:
+    """Capped or biased logits and sinks change the result: passing them over would be wrong."""
+    cache = load_cache(mixed(), network)
+    with pytest.raises(KvtuneError, match=extra):
+        network(**ids(9), past_key_values=cache, **{extra: torch.ones(1)})
+
+
 def test_a_number_that_is_none_names_layer_and_head(network: Any) -> None:
     with torch.no_grad():
         network.model.layers[1].self_attn.k_proj.weight[9] = torch.nan  # KV head 1 of heads of 8

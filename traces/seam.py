@@ -6,7 +6,7 @@ and the live cache both install a handler here; no model's forward is patched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
@@ -144,12 +144,7 @@ def _attention(
     """The function that transformers calls: hand over to the handler, return [B, T, Hq, D]."""
     if attention_mask is not None:
         raise KvtuneError("kvtune runs unpadded sequences and builds no attention masks")
-    for extra in ("softcap", "s_aux", "position_bias"):
-        if extras.get(extra) is not None:
-            raise KvtuneError(
-                f"this model's attention uses {extra!r}, which kvtune does not know yet",
-                hint="models with plain softmax attention work: Llama, Qwen, Mistral, Gemma-3.",
-            )
+    refuse_unknown(extras)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     layer: int = getattr(module, "layer_idx")  # noqa: B009 - nn.Module types attributes loosely
     handler = _handler.get()
@@ -158,6 +153,23 @@ def _attention(
     else:
         output = handler(layer, query, key, value, scale, sliding_window)
     return output.transpose(1, 2).contiguous(), None
+
+
+def refuse_unknown(extras: Mapping[str, Any]) -> None:
+    """Refuse what changes attention's result and would be passed over.
+
+    Args:
+        extras: what transformers gives an attention function beside the usual.
+
+    Raises:
+        KvtuneError: logits are capped, biased, or compete with a sink.
+    """
+    for extra in ("softcap", "s_aux", "position_bias"):
+        if extras.get(extra) is not None:
+            raise KvtuneError(
+                f"this model's attention uses {extra!r}, which kvtune does not know yet",
+                hint="models with plain softmax attention work: Llama, Qwen, Mistral, Gemma-3.",
+            )
 
 
 def _no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
