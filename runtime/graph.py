@@ -167,14 +167,13 @@ class DecodeLoop:
         self.done += steps
 
     def _capture(self) -> None:
-        """Two tokens in the open, which compile what needs compiling; then the graph."""
+        """Two tokens in the open, which compile what needs compiling; then the graph.
+
+        On the stream that will replay, as ``runtime.measure.timer.capture`` explains.
+        """
         warm_up = min(2, self.found.shape[1] - self.done)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(warm_up):
-                self._step()
-        torch.cuda.current_stream().wait_stream(stream)
+        for _ in range(warm_up):
+            self._step()
         self.done += warm_up
         graph = torch.cuda.CUDAGraph()
         self.cache.captured = True

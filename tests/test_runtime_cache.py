@@ -28,7 +28,7 @@ from kvtune.runtime import load_cache
 from kvtune.runtime.cache import PolicyCache
 from kvtune.runtime.graph import Sampling, generate
 from kvtune.runtime.kernels.launch import Scratch
-from kvtune.runtime.kernels.tiles import Segments, plan_tiles
+from kvtune.runtime.kernels.tiles import Segments, kind_of, plan_tiles
 from kvtune.runtime.pool import SLAB_CELLS, Pool
 
 pytestmark = [
@@ -297,16 +297,11 @@ def test_tiles_of_short_heads_are_of_two_pages(pair: int) -> None:
     assert tiles == [[2, 2, 2, 2], [1], [2, 2, 3], [0]]
 
 
-def test_a_third_stage_only_where_integers_lie_beside_floats() -> None:
-    from kvtune.runtime.kernels.launch import shape_for
-
-    bf16, fp8, int4, int4_fp8 = 16 * 33, 9 * 33, 4 * 33, 4 * 32 + 9
-    stages = {
-        (bf16,): 2, (bf16, fp8): 2, (int4,): 2, (int4, int4_fp8): 2, (bf16, int4): 3,
-        (bf16, fp8, int4_fp8): 3,
-    }  # fmt: skip
-    assert {pairs: shape_for(pairs, 128).stages for pairs in stages} == stages
-    assert shape_for((bf16, int4), 256).stages == 2
+def test_a_layer_is_cut_into_as_many_tiles_as_its_formats_allow_at_once() -> None:
+    bf16, int4, int2 = 528, 132, 66
+    kinds = {(bf16,): "floats", (int4, int2): "integers", (bf16, int4): "mixed"}
+    assert {pairs: kind_of(pairs) for pairs in kinds} == kinds
+    assert kind_of((32 * 4 + 16,)) == "integers"  # integer keys, values in bf16
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 PAGE = tl.constexpr(64)
+HALF = tl.constexpr(32)
 BF16 = tl.constexpr(16)
 FP8 = tl.constexpr(9)
 TILE_FIELDS = tl.constexpr(16)
@@ -22,7 +23,7 @@ LIFT = tl.constexpr(6.0)  # weights are 2^6 times too large, which keeps small o
 @triton.jit
 def decode_attention(
     q, out, row_lse, logits_out,
-    pool_bytes, pool_half, pool_bf16, pool_fp8,
+    pool_half, pool_bf16, pool_fp8,
     tiles, table, lengths, fp8_scales,
     scratch, scratch_lse, arrived, softmax_scale,
     D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
@@ -36,7 +37,7 @@ def decode_attention(
         out: [rows, G, D], any float type.
         row_lse: [rows, G] float32, natural log-sum-exp.
         logits_out: [G, 64 * table entries] float32, written where EXPORT.
-        pool_*: the pool's memory, as four types.
+        pool_*: the pool's memory, as three types.
         tiles: [n, 16] int32.
         table: int32, a cell for every page, by segment.
         lengths: [segments] int32 tokens.
@@ -56,9 +57,10 @@ def decode_attention(
         if pair == PAIRS[n]:
             _attend_tile(
                 q + row * G * D, scratch + slot * G * D, scratch_lse + slot * G, logits_out,
-                pool_bytes, pool_half, pool_bf16, pool_fp8,
+                pool_half, pool_bf16, pool_fp8,
                 table, at, cell, tokens, fp8_scales + 2 * segment, softmax_scale,
-                D, G, M, PAIRS[n] // 32, PAIRS[n] % 32, STAGES, NATIVE, EXPORT,
+                D, G, M, PAIRS[n] // 32, PAIRS[n] % 32,
+                STAGES, _halves_a_step(PAIRS[n]), NATIVE, EXPORT,
             )  # fmt: skip
     tl.debug_barrier()  # every thread's part is stored before the program is counted
     count = others % 65536
@@ -72,17 +74,22 @@ def decode_attention(
 @triton.jit
 def _attend_tile(
     q, scratch, scratch_lse, logits_out,
-    pool_bytes, pool_half, pool_bf16, pool_fp8,
+    pool_half, pool_bf16, pool_fp8,
     table, at, cell, tokens, fp8_scales, softmax_scale,
     D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     KEYS: tl.constexpr, VALUES: tl.constexpr,
-    STAGES: tl.constexpr, NATIVE: tl.constexpr, EXPORT: tl.constexpr,
+    STAGES: tl.constexpr, HALVES: tl.constexpr, NATIVE: tl.constexpr, EXPORT: tl.constexpr,
 ):  # fmt: skip
-    """Attend to ``tokens`` tokens whose pages begin at table entry ``at``."""
+    """Attend to ``tokens`` tokens whose pages begin at table entry ``at``, a step at a time.
+
+    A step is a page, or half of one where both keys and values are floats: programs of all formats
+    then take about as much room, and as many of them run at once.
+    """
     PARTS: tl.constexpr = _parts(VALUES, D)
     W: tl.constexpr = D // PARTS
+    STEPS: tl.constexpr = 2 // HALVES  # of a page
     VALUES_AT: tl.constexpr = _code_bytes(KEYS, D) + _scale_bytes(KEYS, D)
-    head, token = tl.arange(0, M), tl.arange(0, PAGE)
+    head, token = tl.arange(0, M), tl.arange(0, HALF)
     factor = softmax_scale * LOG2_E
     value_scale = 1.0
     if KEYS == FP8:
@@ -90,106 +97,169 @@ def _attend_tile(
     if VALUES == FP8:
         value_scale = tl.load(fp8_scales + 1)
     queries = _queries(q, D, G, M, KEYS)
-    acc = _zeros(M, W, PARTS)
-    total = tl.zeros([M], tl.float32)
+    acc, shifts = _zeros(M, W, PARTS), _zeros(M, HALF, _groups(VALUES, D))
+    totals = tl.zeros([HALF, M], tl.float32)  # summed over tokens at the end
     largest = tl.full([M], -1e30, tl.float32)
     cell = tl.load(table + at, mask=cell < 0, other=cell)
-    for page in tl.range(0, tl.cdiv(tokens, PAGE), num_stages=STAGES):
+    for step in tl.range(0, tl.cdiv(tokens, HALF * HALVES), num_stages=STAGES):
         start = cell.to(tl.int64) * (4 * D)
-        cell = tl.load(table + at + page + 1)  # the next one, long before it is needed
-        logits = _logits(queries, pool_bytes, pool_half, pool_bf16, pool_fp8, start,
-                         D, KEYS, NATIVE) * factor  # fmt: skip
-        if EXPORT:
-            place = token + (at + page) * PAGE
-            tl.store(logits_out + head[None, :] * EXPORT + place[:, None], logits / LOG2_E,
-                     mask=head[None, :] < G)  # fmt: skip
-        logits = tl.where((token + page * PAGE < tokens)[:, None], logits, -float("inf"))
-        peak = tl.maximum(largest, tl.max(logits, 0))
-        weights = tl.exp2(logits - (peak - LIFT)[None, :])
+        cell = tl.load(table + at + (step + 1) // STEPS)  # the next one, before it is needed
+        begin = (step % STEPS) * HALF
+        halves = _logits(queries, pool_half, pool_bf16, pool_fp8, start, begin, factor,
+                         D, M, KEYS, HALVES, NATIVE)  # fmt: skip
+        logits = ()
+        for half in tl.static_range(HALVES):
+            place = token + (step * HALVES + half) * HALF
+            if EXPORT:
+                tl.store(logits_out + head[None, :] * EXPORT + (place + at * PAGE)[:, None],
+                         halves[half] / LOG2_E, mask=head[None, :] < G)  # fmt: skip
+            known = tl.where((place < tokens)[:, None], halves[half], -float("inf"))
+            logits = logits + (known,)
+        peak = tl.maximum(largest, tl.max(_highest(logits, HALVES), 0))
         shrink = tl.exp2(largest - peak)
         largest = peak
-        total = total * shrink + tl.sum(weights, 0)
-        acc = _add_values(acc, shrink, weights, pool_bytes, pool_half, pool_bf16, pool_fp8,
-                          start + VALUES_AT, D, VALUES, NATIVE)  # fmt: skip
+        weights = ()
+        totals = totals * shrink[None, :]
+        for half in tl.static_range(HALVES):
+            weight = tl.exp2(logits[half] - (peak - LIFT)[None, :])
+            totals += weight
+            weights = weights + (weight,)
+        acc, shifts = _add_values(acc, shifts, shrink, weights, pool_half, pool_bf16, pool_fp8,
+                                  start + VALUES_AT, begin, D, VALUES, HALVES, NATIVE)  # fmt: skip
+    total = tl.sum(totals, 0)
     share = value_scale / tl.maximum(total, 1e-30)
     FIELDS: tl.constexpr = _fields(VALUES)
     channel = tl.arange(0, W)
     for part in tl.static_range(PARTS):
-        column = (part % FIELDS) * (D // FIELDS) + (part // FIELDS) * W + channel
-        tl.store(scratch + head[None, :] * D + column[:, None],
-                 acc[part] * share[None, :], mask=head[None, :] < G)  # fmt: skip
+        first = (part % FIELDS) * (D // FIELDS) + (part // FIELDS) * W
+        output = acc[part]
+        if VALUES < FP8:
+            shift = tl.sum(shifts[_group(part, VALUES, D)], 0)
+            output = output * _unit(part % FIELDS, VALUES) + shift[None, :]
+        tl.store(scratch + head[None, :] * D + first + channel[:, None],
+                 output * share[None, :], mask=head[None, :] < G)  # fmt: skip
     lse = tl.where(total > 0, (largest - LIFT + tl.log2(total)) / LOG2_E, -float("inf"))
     tl.store(scratch_lse + head, lse, mask=head < G)
 
 
 @triton.jit
-def _logits(queries, pool_bytes, pool_half, pool_bf16, pool_fp8, start,
-            D: tl.constexpr, KEYS: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
-    """Unscaled logits [64, M] of one page."""
-    PARTS: tl.constexpr = _fields(KEYS)
-    W: tl.constexpr = D // PARTS
-    channel, token = tl.arange(0, W), tl.arange(0, PAGE)
+def _logits(queries, pool_half, pool_bf16, pool_fp8, start, begin, factor,
+            D: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr, HALVES: tl.constexpr,
+            NATIVE: tl.constexpr):  # fmt: skip
+    """Logits of a step by half pages, each [32, M]."""
+    FIELDS: tl.constexpr = _fields(KEYS)
+    W: tl.constexpr = D // FIELDS
+    channel, token = tl.arange(0, W), tl.arange(0, HALF)
     place = token[:, None] * W + channel[None, :]
-    if KEYS == BF16:
-        logits = _product(tl.load(pool_bf16 + start // 2 + place), queries[0], NATIVE)
-    elif KEYS == FP8:
-        logits = tl.dot(tl.load(pool_fp8 + start + place).to(tl.float16), queries[0])
+    logits = ()
+    if KEYS >= FP8:
+        for half in tl.static_range(HALVES):
+            at = start + (begin + half * HALF) * D  # of fp8, and of bf16 from the page's start
+            if KEYS == BF16:
+                keys = tl.load(pool_bf16 + start // 2 + (begin + half * HALF) * D + place)
+                logits = logits + (_product(keys, queries[0], NATIVE) * factor,)
+            else:
+                keys = tl.load(pool_fp8 + at + place).to(tl.float16)
+                logits = logits + (tl.dot(keys, queries[0]) * factor,)
     else:
-        codes = tl.load(pool_bytes + start + place)
+        codes = tl.load(pool_half + start // 2 + place)
         every = pool_half + (start + _code_bytes(KEYS, D)) // 2 + tl.arange(0, D)
-        scales, offsets = _halves(tl.load(every), W, PARTS), _halves(tl.load(every + D), W, PARTS)
-        logits = tl.zeros([PAGE, queries[0].shape[1]], tl.float32)
-        for part in tl.static_range(PARTS):
-            keys = (
-                _field(codes, part, KEYS, NATIVE) * scales[part][None, :] + offsets[part][None, :]
-            )
-            logits = tl.dot(keys, queries[part], logits)
+        scales = _by_field(tl.load(every), W, FIELDS)
+        offsets = _by_field(tl.load(every + D), W, FIELDS)
+        bias = tl.zeros([16, M], tl.float32)
+        scaled = ()
+        for field in tl.static_range(FIELDS):
+            bias = tl.dot(tl.broadcast_to(offsets[field][None, :], [16, W]), queries[field], bias)
+            scale = scales[field] * tl.full([1], 1.0 / (1 << (field * KEYS)), tl.float16)
+            scaled = scaled + (queries[field] * scale[:, None],)
+        shift = tl.max(bias, 0) * factor
+        for half in tl.static_range(HALVES):
+            sums = tl.zeros([HALF, M], tl.float32)
+            for field in tl.static_range(FIELDS):
+                sums = tl.dot(_field(codes, half, field, KEYS, NATIVE), scaled[field], sums)
+            logits = logits + (sums * (factor * 16777216.0) + shift[None, :],)
     return logits
 
 
 @triton.jit
-def _add_values(acc, shrink, weights, pool_bytes, pool_half, pool_bf16, pool_fp8, start,
-                D: tl.constexpr, VALUES: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
-    """The accumulators, one a part, after another page of values."""
+def _add_values(acc, shifts, shrink, weights, pool_half, pool_bf16, pool_fp8, start, begin,
+                D: tl.constexpr, VALUES: tl.constexpr, HALVES: tl.constexpr,
+                NATIVE: tl.constexpr):  # fmt: skip
+    """The accumulators, one a part, and what offsets add to a group's, after another step."""
     FIELDS: tl.constexpr = _fields(VALUES)
     CHUNKS: tl.constexpr = _parts(VALUES, D) // FIELDS
+    GROUPS: tl.constexpr = _groups(VALUES, D)
     W: tl.constexpr = D // _parts(VALUES, D)
-    channel, token = tl.arange(0, W), tl.arange(0, PAGE)
-    place = channel[:, None] * PAGE + token[None, :]
-    scales = pool_half + (start + _code_bytes(VALUES, D)) // 2 + token
-    OFFSETS: tl.constexpr = PAGE * ((D + PAGE - 1) // PAGE)
-    added = ()
-    if VALUES == BF16:
-        values = tl.load(pool_bf16 + start // 2 + token[None, :] * D + channel[:, None])
-        added = (acc[0] * shrink[None, :] + _product(values, weights.to(tl.bfloat16), NATIVE),)
-    elif VALUES == FP8:
-        values = tl.load(pool_fp8 + start + place).to(tl.float16)
-        added = (tl.dot(values, weights.to(tl.float16), acc[0] * shrink[None, :]),)
+    channel, token = tl.arange(0, W), tl.arange(0, HALF)
+    added, moved = (), ()
+    if VALUES >= FP8:
+        sums = acc[0] * shrink[None, :]
+        for half in tl.static_range(HALVES):
+            first = begin + half * HALF
+            if VALUES == BF16:
+                place = (first + token)[None, :] * D + channel[:, None]
+                values = tl.load(pool_bf16 + start // 2 + place)
+                sums += _product(values, weights[half].to(tl.bfloat16), NATIVE)
+            else:
+                place = channel[:, None] * PAGE + (first + token)[None, :]
+                values = tl.load(pool_fp8 + start + place).to(tl.float16)
+                sums = tl.dot(values, weights[half].to(tl.float16), sums)
+        added, moved = (sums,), shifts
     else:
+        scales = pool_half + (start + _code_bytes(VALUES, D)) // 2 + tl.arange(0, PAGE)
+        scaled = ()  # weights times scales by group, then half
+        for group in tl.static_range(GROUPS):
+            scale = _by_half(tl.load(scales + group * PAGE))
+            offset = _by_half(tl.load(scales + (GROUPS + group) * PAGE))
+            shift = shifts[group] * shrink[None, :]
+            for half in tl.static_range(2):
+                shift += weights[half] * offset[half].to(tl.float32)[:, None]
+                scaled = scaled + (weights[half].to(tl.float16) * scale[half][:, None],)
+            moved = moved + (shift,)
         for chunk in tl.static_range(CHUNKS):
-            codes = tl.load(pool_bytes + start + place + chunk * W * PAGE)
+            place = (chunk * W + channel)[:, None] * HALF + token[None, :]
+            codes = tl.load(pool_half + start // 2 + place)
             for field in tl.static_range(FIELDS):
-                group = (field * (D // FIELDS) + chunk * W) // PAGE
-                scale = tl.load(scales + group * PAGE)
-                offset = tl.load(scales + OFFSETS + group * PAGE)
-                values = _field(codes, field, VALUES, NATIVE) * scale[None, :] + offset[None, :]
-                before = acc[chunk * FIELDS + field] * shrink[None, :]
-                added = added + (tl.dot(values, weights.to(tl.float16), before),)
-    return added
+                sums = acc[chunk * FIELDS + field] * shrink[None, :]
+                for half in tl.static_range(2):
+                    values = _field(codes, half, field, VALUES, NATIVE)
+                    weight = scaled[2 * _group(chunk * FIELDS + field, VALUES, D) + half]
+                    sums = tl.dot(values, weight, sums)
+                added = added + (sums,)
+    return added, moved
 
 
 @triton.jit
-def _halves(vector, W: tl.constexpr, PARTS: tl.constexpr):
-    """A vector's parts of W; loaded as one, for only loads of four bytes a lane run ahead."""
-    if PARTS == 1:
-        parts = (vector,)
-    elif PARTS == 2:
-        first, last = tl.split(tl.trans(tl.reshape(vector, [2, W])))
-        parts = (first, last)
+def _highest(halves, HALVES: tl.constexpr):
+    """Of a step's logits, by place in a half page."""
+    if HALVES == 2:
+        highest = tl.maximum(halves[0], halves[1])
     else:
-        first, last = tl.split(tl.trans(tl.reshape(vector, [2, 2 * W])))
-        parts = _halves(first, W, 2) + _halves(last, W, 2)
+        highest = halves[0]
+    return highest
+
+
+@triton.jit
+def _by_field(vector, W: tl.constexpr, FIELDS: tl.constexpr):
+    """A key's channels [W] by field, out of one vector where they lie side by side."""
+    if FIELDS == 1:
+        parts = (vector,)
+    elif FIELDS == 2:
+        even, odd = tl.split(tl.reshape(vector, [W, 2]))
+        parts = (even, odd)
+    else:
+        even, odd = tl.split(tl.reshape(vector, [W, 2, 2]))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        parts = (first, second, third, fourth)
     return parts
+
+
+@triton.jit
+def _by_half(vector):
+    """Both halves [32] of a page, whose tokens t and t + 32 lie side by side."""
+    first, last = tl.split(tl.reshape(vector, [HALF, 2]))
+    return first, last
 
 
 @triton.jit
@@ -203,36 +273,55 @@ def _product(left, right, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _field(codes, FIELD: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """One field of every byte, as fp16; exact."""
+def _field(units, HALF_PAGE: tl.constexpr, FIELD: tl.constexpr, BITS: tl.constexpr,
+           NATIVE: tl.constexpr):  # fmt: skip
+    """One field of one half page's bytes as fp16 whose bits it is: 2^(24 - FIELD * BITS) too small.
+
+    Read as a number below the normal ones, a field in the lowest ten bits counts in steps of
+    2^-24; tensor cores multiply such numbers exactly, so that a mask is all the unpacking.
+    """
     if NATIVE:
         field = tl.inline_asm_elementwise(
-            _unpack(FIELD, BITS), "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
+            _mask(HALF_PAGE, FIELD, BITS), "=r,r", [units], dtype=tl.float16, is_pure=True, pack=2
         )
     else:
-        field = ((codes >> (FIELD * BITS)) & ((1 << BITS) - 1)).to(tl.float16)
+        bits = units.to(tl.uint16, bitcast=True) >> (8 * HALF_PAGE)
+        field = (bits & (((1 << BITS) - 1) << (FIELD * BITS))).to(tl.float16, bitcast=True)
     return field
 
 
 @triton.constexpr_function
-def _unpack(field, bits):
-    """PTX that takes one field of four bytes to four fp16, exactly, without shifting.
-
-    In fp16, bits s upwards of the significand of 2^(10 - s) count ones: or the field in where it
-    is, and subtract 2^(10 - s).
-    """
-    base = (0x6400 - 0x400 * field * bits) * 0x10001
+def _mask(half, field, bits):
+    """PTX that masks one field of two units."""
     mask = (((1 << bits) - 1) << (field * bits)) * 0x10001
-    return f"""{{
-        .reg .b32 low, high, base;
-        mov.b32 base, {base};
-        prmt.b32 low, $2, 0, 0x4140;
-        prmt.b32 high, $2, 0, 0x4342;
-        lop3.b32 low, low, {mask}, base, 0xea;
-        lop3.b32 high, high, {mask}, base, 0xea;
-        sub.f16x2 $0, low, base;
-        sub.f16x2 $1, high, base;
-    }}"""
+    if half == 0:
+        return f"and.b32 $0, $1, {mask};"
+    return f"{{ .reg .b32 high; shr.b32 high, $1, 8; and.b32 $0, high, {mask}; }}"
+
+
+@triton.constexpr_function
+def _unit(field, bits):
+    """What one step of a field counts, where the field was read as it lies."""
+    return 2.0 ** (24 - field * bits)
+
+
+@triton.constexpr_function
+def _halves_a_step(pair):
+    """Half pages a step: integers of two halves share a unit."""
+    return 1 if min(pair // 32, pair % 32) > 8 else 2
+
+
+@triton.constexpr_function
+def _groups(code, head_dim):
+    """Groups of channels that share a value's offset; one, of nothing, for floats."""
+    return (head_dim + 63) // 64 if code <= 8 else 1
+
+
+@triton.constexpr_function
+def _group(part, code, head_dim):
+    """Of the channels of a part, which go by chunk, then field."""
+    fields, width = 8 // code, head_dim // max(8 // code, head_dim // 64)
+    return ((part % fields) * (head_dim // fields) + (part // fields) * width) // 64
 
 
 @triton.constexpr_function

@@ -10,30 +10,23 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.runtime.kernels.layout import KERNEL_HEAD_DIMS
-from kvtune.runtime.kernels.tiles import Tiles, has_integers
+from kvtune.runtime.kernels.tiles import Tiles
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How the kernel is compiled. One warp was the fastest on an H100 for every format.
+    """How the kernel is compiled; as given, the fastest on an H100 for every format.
 
     Args:
         warps: of a program.
-        stages: pages in flight, the one in use included.
+        stages: steps in flight, the one in use included.
     """
 
     warps: int = 1
-    stages: int = 2
+    stages: int = 3
 
 
-def shape_for(pairs: tuple[int, ...], head_dim: int) -> Shape:
-    """The fastest on an H100 (``benchmarks/results/kernels-h100.json``).
-
-    Two stages leave room for more programs; where integers lie beside floats, whose programs take
-    the same room, a third was worth 15 %. Larger heads have no room for it everywhere.
-    """
-    mixed = len({has_integers(pair) for pair in pairs}) > 1
-    return Shape(stages=3 if mixed and head_dim <= 128 else 2)
+FASTEST = Shape()
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,7 @@ def decode(
     out: Tensor | None = None,
     lse: Tensor | None = None,
     logits: Tensor | None = None,
-    shape: Shape | None = None,
+    shape: Shape = FASTEST,
 ) -> Tensor:
     """Attention of one new token a row, ``[rows, G, D]``; one launch.
 
@@ -97,7 +90,7 @@ def decode(
         lse: ``[rows, G]`` float32, is given the natural log-sum-exp.
         logits: ``[G, 64 * entries]`` float32, is given the scaled logits, where they are wanted;
             ``exp(logits - lse)`` are attention weights, beside the page table's entries.
-        shape: how to compile; ``shape_for`` unless given.
+        shape: how to compile.
 
     Raises:
         KvtuneError: a head dimension that the kernel is not made for.
@@ -107,16 +100,15 @@ def decode(
     rows, group, head_dim = q.shape
     if head_dim not in KERNEL_HEAD_DIMS:
         raise KvtuneError(f"the kernels have heads of {KERNEL_HEAD_DIMS} channels, not {head_dim}")
-    shape = shape or shape_for(cache.pairs, head_dim)
     out = torch.empty_like(q) if out is None else out
     lse = torch.empty(rows, group, device=q.device) if lse is None else lse
     decode_attention[(len(cache.tiles),)](
         q, out, lse, lse if logits is None else logits,
-        cache.pool, cache.pool.view(torch.float16), cache.pool.view(torch.bfloat16),
+        cache.pool.view(torch.float16), cache.pool.view(torch.bfloat16),
         cache.pool.view(torch.float8_e4m3fn),
         cache.tiles, cache.table, cache.lengths, cache.fp8_scales,
         scratch.parts, scratch.lse, scratch.arrived, scale,
-        D=head_dim, G=group, M=max(16, 1 << (group - 1).bit_length()),
+        D=head_dim, G=group, M=max(8, 1 << (group - 1).bit_length()),
         PAIRS=cache.pairs, N_PAIRS=len(cache.pairs),
         STAGES=shape.stages, NATIVE=q.is_cuda,
         EXPORT=0 if logits is None else logits.shape[1],

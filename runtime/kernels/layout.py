@@ -3,11 +3,13 @@
 A page holds up to 64 tokens of one KV head: its keys, then its values, each as codes followed by
 their scales.
 
-codes   token-major rows; a byte holds channels d, d + D/f, d + 2D/f ... (f = 8 / bits fields), so
-        that unpacking is a shift and a mask and no element changes its lane
-scales  integer keys: scale [D], offset [D] of the page's tokens; integer values: scale [g, 64],
-        offset [g, 64], one a token and group of 64 channels; fp16. fp8 has one scale a head and
-        tensor, kept beside the lengths; bf16 has none
+floats    keys token by token [64, D]; values too in bf16, and channel by channel [D, 64] in fp8,
+          which has one scale a head and tensor, kept beside the lengths
+integers  in units of two bytes, the tokens t and t + 32 of a page; a byte holds the channels d,
+          d + D/f, d + 2D/f ... (f = 8 / bits fields). Keys [32, D/f] units, values [D/f, 32].
+          A mask leaves two lanes of 16 bits with one field each: no element changes its lane
+scales    fp16, then offsets likewise: of keys [D/f, f], one a channel; of values [g, 32, 2], one a
+          token and group of 64 channels; each in the order in which its codes are met
 
 Sizes are whole cells of 4 D bytes, so that pages of all formats share one pool.
 """

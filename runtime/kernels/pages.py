@@ -8,6 +8,7 @@ import triton.language as tl
 from kvtune.runtime.kernels.decode import _code_bytes, _fields, _parts, _scale_bytes
 
 PAGE = tl.constexpr(64)
+HALF = tl.constexpr(32)
 BF16 = tl.constexpr(16)
 FP8 = tl.constexpr(9)
 RECORD = tl.constexpr(5)
@@ -50,23 +51,24 @@ def _store_keys(keys, source, count, start, fp8_scale,
     """Codes token by token; integers share a scale a channel."""
     W: tl.constexpr = D // _fields(KEYS)
     channel, token = tl.arange(0, W), tl.arange(0, PAGE)
-    place = start + token[:, None] * W + channel[None, :]
     if KEYS >= FP8:
+        place = start + token[:, None] * W + channel[None, :]
         _store_floats(_gather(keys, source, count, 0, W), start, place, fp8_scale,
                       pool_bf16, pool_fp8, KEYS)  # fmt: skip
     else:
         packed = tl.zeros([PAGE, W], tl.int32)
-        scales = pool_half + (start + _code_bytes(KEYS, D)) // 2 + channel
+        scales = pool_half + (start + _code_bytes(KEYS, D)) // 2 + channel * _fields(KEYS)
         for field in tl.static_range(_fields(KEYS)):
             rows = _gather(keys, source, count, field * W, W)
             real = (token < count)[:, None]
             low = tl.min(tl.where(real, rows, float("inf")), 0)
             high = tl.max(tl.where(real, rows, -float("inf")), 0)
             scale, offset = _grid(low, high, KEYS)
-            tl.store(scales + field * W, scale)
-            tl.store(scales + field * W + D, offset)
+            tl.store(scales + field, scale)
+            tl.store(scales + field + D, offset)
             packed |= _codes(rows, scale[None, :], offset[None, :], KEYS) << (field * KEYS)
-        tl.store(pool_bytes + place, packed.to(tl.uint8))
+        unit = (token % HALF)[:, None] * W + channel[None, :]
+        tl.store(pool_bytes + start + 2 * unit + (token // HALF)[:, None], packed.to(tl.uint8))
 
 
 @triton.jit
@@ -78,7 +80,8 @@ def _store_values(values, source, count, start, fp8_scale,
     W: tl.constexpr = D // _parts(VALUES, D)
     GROUPS: tl.constexpr = (D + PAGE - 1) // PAGE
     channel, token = tl.arange(0, W), tl.arange(0, PAGE)
-    scales = pool_half + (start + _code_bytes(VALUES, D)) // 2 + token
+    unit = 2 * (token % HALF) + token // HALF
+    scales = pool_half + (start + _code_bytes(VALUES, D)) // 2 + unit
     if VALUES >= FP8:
         across = token[:, None] + channel[None, :] * PAGE
         along = token[:, None] * D + channel[None, :]
@@ -101,7 +104,7 @@ def _store_values(values, source, count, start, fp8_scale,
                 rows = _gather(values, source, count, first, W)
                 codes = _codes(rows, scale[:, None], offset[:, None], VALUES)
                 packed |= codes << (field * VALUES)
-            place = start + (chunk * W + channel[None, :]) * PAGE + token[:, None]
+            place = start + (chunk * W + channel[None, :]) * PAGE + unit[:, None]
             tl.store(pool_bytes + place, packed.to(tl.uint8))
 
 

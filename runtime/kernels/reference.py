@@ -76,14 +76,15 @@ def _encode(rows: Tensor, name: str, scale: Tensor, dim: int) -> tuple[Tensor, T
         return padded.bfloat16().view(torch.uint8).flatten(), none
     if name == "fp8":
         codes = (padded.float() / scale).clamp(-_LARGEST_E4M3, _LARGEST_E4M3)
-        return _lay(codes.to(torch.float8_e4m3fn).view(torch.uint8), dim), none
+        codes = codes.to(torch.float8_e4m3fn).view(torch.uint8)
+        return (codes if dim == 0 else codes.T).flatten(), none
     levels = 2 ** bits(name) - 1
     groups = _ranges(rows.float(), levels, dim)
     step, offset = groups.spread(dim, rows.shape[1])
     step = torch.where(step > 0, step, 1)
     codes = ((padded.float() - offset) / step).round().clamp(0, levels).to(torch.uint8)
-    both = torch.cat([groups.scale.flatten(), groups.offset.flatten()])
-    return _lay(_pack(codes, bits(name)), dim), both.view(torch.uint8)
+    both = torch.cat([_by_unit(x, bits(name), dim) for x in (groups.scale, groups.offset)])
+    return _units(_pack(codes, bits(name)), dim), both.view(torch.uint8)
 
 
 def _ranges(rows: Tensor, levels: int, dim: int) -> _Groups:
@@ -101,23 +102,42 @@ def _decode(codes: Tensor, beside: Tensor, name: str, scale: Tensor, dim: int) -
     if name == "bf16":
         return codes.view(torch.bfloat16).float().view(PAGE, -1)
     if name == "fp8":
-        return _rows(codes, dim).view(torch.float8_e4m3fn).float() * scale
+        rows = codes.view(PAGE, -1) if dim == 0 else codes.view(-1, PAGE).T.contiguous()
+        return rows.view(torch.float8_e4m3fn).float() * scale
     fields = _unpack(_rows(codes, dim), bits(name)).float()
     head_dim = fields.shape[1]
-    shape = (2, head_dim) if dim == 0 else (2, value_groups(head_dim), PAGE)
-    count = 2 * (head_dim if dim == 0 else value_groups(head_dim) * PAGE)
-    pair = beside[: 2 * count].view(torch.float16).view(shape)
+    count = head_dim if dim == 0 else value_groups(head_dim) * PAGE
+    laid = beside[: 4 * count].view(torch.float16).view(2, count)
+    pair = [_by_token(x, bits(name), dim) for x in laid]
     step, offset = _Groups(pair[0], pair[1]).spread(dim, head_dim)
     return fields * step + offset
 
 
-def _lay(codes: Tensor, dim: int) -> Tensor:
-    """Rows of tokens as they lie in a page: keys by token, values by channel."""
-    return (codes if dim == 0 else codes.T).flatten()
+def _units(packed: Tensor, dim: int) -> Tensor:
+    """Bytes ``[64, D / f]`` as they lie: tokens t and t + 32 side by side."""
+    halves = packed.view(2, PAGE // 2, -1)
+    return halves.permute((1, 2, 0) if dim == 0 else (2, 1, 0)).flatten()
 
 
 def _rows(laid: Tensor, dim: int) -> Tensor:
-    return laid.view(PAGE, -1) if dim == 0 else laid.view(-1, PAGE).T.contiguous()
+    """What ``_units`` laid, ``[64, D / f]``."""
+    if dim == 0:
+        return laid.view(PAGE // 2, -1, 2).permute(2, 0, 1).reshape(PAGE, -1)
+    return laid.view(-1, PAGE // 2, 2).permute(2, 1, 0).reshape(PAGE, -1)
+
+
+def _by_unit(scales: Tensor, width: int, dim: int) -> Tensor:
+    """Scales in the order of their codes: keys' by byte, then field; values' by unit, then half."""
+    if dim == 0:
+        return scales.view(8 // width, -1).T.flatten()
+    return scales.view(-1, 2, PAGE // 2).transpose(1, 2).flatten()
+
+
+def _by_token(laid: Tensor, width: int, dim: int) -> Tensor:
+    """What ``_by_unit`` laid: ``[D]`` of keys, ``[g, 64]`` of values."""
+    if dim == 0:
+        return laid.view(-1, 8 // width).T.flatten()
+    return laid.view(-1, PAGE // 2, 2).transpose(1, 2).reshape(-1, PAGE)
 
 
 def _pack(codes: Tensor, width: int) -> Tensor:

@@ -6,6 +6,7 @@ plain numbers in device memory, so that a captured graph goes on with new ones.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,10 +20,9 @@ FIELDS = 16
 """Numbers of a tile's record, of which the last are unused: one line of memory."""
 
 PROCESSORS = 132  # of an H100
-PROGRAMS = {"floats": 4 * PROCESSORS, "integers": 8 * PROCESSORS}
-"""Tiles wanted of a layer. Integers are unpacked by single warps, of which it takes several on a
-processor to keep its memory busy; with fewer for floats, one long head holds up all others.
-Measured on an H100, ``benchmarks/results/kernels-h100.json``."""
+PROGRAMS = {"floats": 4 * PROCESSORS, "integers": 4 * PROCESSORS, "mixed": 6 * PROCESSORS}
+"""Tiles wanted of a layer: about as many programs as run at once, or fewer where they keep the
+memory busy. Measured on an H100, ``benchmarks/results/kernels-h100.json``."""
 
 _SMALLEST_TILE = 2  # pages: while one is worked on, another is on its way
 _PAGE_COST = {16: 1.0, 9: 0.55, 8: 0.6, 4: 0.35, 2: 0.28}
@@ -63,9 +63,10 @@ class Tiles:
     pairs: tuple[int, ...]
 
 
-def has_integers(pair: int) -> bool:
-    """Whether keys or values of a pair are unpacked from integers."""
-    return min(pair // 32, pair % 32) <= 8
+def kind_of(pairs: Iterable[int]) -> str:
+    """Whether a layer's pages are all floats, all unpacked from integers, or mixed."""
+    kinds = {"integers" if min(pair // 32, pair % 32) <= 8 else "floats" for pair in pairs}
+    return kinds.pop() if len(kinds) == 1 else "mixed"
 
 
 def page_costs(pair: Ints) -> NDArray[np.float64]:
@@ -84,7 +85,7 @@ def plan_tiles(segments: Segments, table: Ints, programs: int | None = None) -> 
         programs: tiles wanted; there will be about as many, and one a segment at least.
     """
     if programs is None:
-        programs = PROGRAMS["integers" if any(map(has_integers, segments.pair)) else "floats"]
+        programs = PROGRAMS[kind_of(segments.pair)]
     cost = page_costs(segments.pair)
     target = max(float((cost * segments.pages).sum()) / programs, 1e-9)
     most = np.maximum(segments.pages // _SMALLEST_TILE, 1)
