@@ -132,13 +132,14 @@ class GpuDecoder:
         """Seconds of a step, bytes of the cache and of the device."""
         import torch
 
-        from kvtune.runtime.measure.timer import capture, samples
+        from kvtune.runtime.measure.timer import capture, samples, settle
 
         self.model.caches = []
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         self.model.hold(batch, context)
         replay = capture(self.model.step)
+        settle(replay)
         times = samples(replay, 30) * 1e-6
         state = self.monitor.state()
         free, total = torch.cuda.mem_get_info()

@@ -47,7 +47,7 @@ def cuda_timer(work: Work, execution: Execution, watch: Callable[[], None]) -> T
     if execution == "graph":
         replay = _graph(work.calls, count)
         if work.steady:
-            _settle(replay)
+            settle(replay)
         sampled = samples if work.steady else bursts
         return summary(sampled(replay, SAMPLES, watch) / count)
     return summary(samples(_eager(work.calls, count), SAMPLES, watch) / count)
@@ -72,7 +72,8 @@ def samples(run: Call, count: int, watch: Callable[[], None] = lambda: None) -> 
     return np.array([a.elapsed_time(b) * 1e3 for a, b in pairwise(events)])
 
 
-def _settle(run: Call) -> None:
+def settle(run: Call) -> None:
+    """Run for so long that clocks and power have found their level."""
     import torch
 
     end = time.perf_counter() + STEADY_S
