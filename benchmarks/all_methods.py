@@ -170,12 +170,16 @@ def pick(bench: Bench, tables: Tables) -> Choice[tuple[str, float]]:
             named = replace(plan.policy, name=f"{name}: {plan.policy.name}")
             groups.setdefault((name, plan.share), []).append(replace(plan, policy=named))
     bench.record(plans=sum(map(len, groups.values())))
+    seen: list[int] = []  # selection samples, then needles beside them
 
     def live(policies: Sequence[Policy], samples: Sequence[Sample]) -> list[Outcome]:
         outcomes = [Outcome() for _ in policies]
         for sample, runs in bench.live(policies, samples, PICKED_BY):
             bench.add(outcomes, sample, runs)
-        bench.record(**{f"picked_on_{samples[0].kind}": len(outcomes[0].kl)})
+        seen.append(len(outcomes[0].kl))
+        bench.record(picked_on=seen)
+        if not seen[0]:
+            raise KvtuneError("no plan was run on a selection sample", hint="allow more seconds.")
         return outcomes
 
     division = bench.division

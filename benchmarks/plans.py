@@ -124,7 +124,7 @@ def choose(
     close = {key: _close(plans, kl) for key, plans in groups.items()}
     asked = [plan for plans in close.values() for plan in plans]
     points = {
-        id(plan): float(outcome.points.mean())
+        id(plan): float(outcome.points.mean()) if outcome.digits else 0.0
         for plan, outcome in zip(asked, _run(live, asked, needles), strict=True)
     }
     picked = {

@@ -173,6 +173,7 @@ def captured_tables(sample: Sample, options: Sequence[Option], needs: Needs, pro
     shutil.rmtree(folder, ignore_errors=True)  # of a process that died over it
     try:
         capture_one(sample, needs, probes)
+        torch.cuda.empty_cache()  # its backward pass takes most: leave room for the others
         return tables_of(sample, options)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
