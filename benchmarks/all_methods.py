@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import workers
-from divisions import Division, by_turns, divided
+from divisions import Division, divided
 from outcomes import Outcome, used
 from plans import Choice, Plan, choose, search, variants
 
@@ -189,7 +189,7 @@ def pick(bench: Bench, tables: Tables) -> Choice[tuple[str, float]]:
 def evaluate(bench: Bench, plans: dict[tuple[str, float], Plan]) -> None:
     """The picked plans live on held-out samples of all kinds, then on more needles."""
     plain = bench.division.of("evaluate")
-    samples = [*plain, *by_turns([s for s in bench.division.needles if s not in plain])]
+    samples = [*plain, *(s for s in bench.division.needles if s not in plain)]
     losses, answers = ({key: Outcome() for key in plans} for _ in range(2))
     policies = [plan.policy for plan in plans.values()]
     for sample, runs in bench.live(policies, samples, MEASURED_BY):

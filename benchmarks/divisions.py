@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvtune.traces.samples import Sample
+from kvtune.traces.samples import Sample, by_turns
 from kvtune.traces.workloads import Workload, build
 
 KINDS = ("prose", "code", "retrieval")
@@ -59,8 +59,3 @@ def divided(
     beyond = {*extra, *asked[evaluate:]}
     plain = tuple(sample for sample in made if sample not in beyond)
     return Division(workload.describe(), plain, extra, asked[:needles])
-
-
-def by_turns(samples: Sequence[Sample]) -> list[Sample]:
-    """One of every split and kind, then another: what is there when time is up is balanced."""
-    return sorted(samples, key=lambda s: (s.id.rsplit("-", 1)[-1], s.split, s.kind))
