@@ -2,10 +2,12 @@
 
     kvtune bench --workload full --samples 6 --out bench
     python benchmarks/leaderboard.py --runs bench --device "one H100"
+    python benchmarks/leaderboard.py --runs more --merge
     python benchmarks/leaderboard.py
 
-The first line runs it, the second writes the standings and the tables, the third the tables alone,
-from the standings that are there. What stands above the tables is written by hand.
+The first line runs it, the second writes the standings and the tables, the third those of another
+bench of the same samples, in which some policies were run again, the last the tables alone, from
+the standings that are there. What stands above the tables is written by hand.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.common.words import accuracy, figure
 from kvtune.tuner.bench import ASKED, read_runs
@@ -48,6 +51,21 @@ def result(folder: Path, device: str) -> dict[str, Any]:
             for standing in standings(runs)
         ],
     }
+
+
+def merged(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """A result with the policies of another one in the place of its own of the same names.
+
+    Raises:
+        KvtuneError: they are of different models, formats or samples.
+    """
+    for name in ("model", "dtype", "format", "heads", "samples", "asked_before"):
+        if before[name] != found[name]:
+            raise KvtuneError(f"{name} differs: {before[name]}, in these runs {found[name]}")
+    again = {row["policy"] for row in found["standings"]}
+    rows = [row for row in before["standings"] if row["policy"] not in again]
+    rows = sorted(rows + found["standings"], key=lambda row: (row["share"], row["kl"]["value"]))
+    return before | {"standings": rows, "runs": sum(row["samples"] for row in rows)}
 
 
 def plain(value: Any) -> Any:
@@ -99,12 +117,17 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="folder of a bench; left out: the result is read")
     parser.add_argument("--device", default="", help="what the bench ran on, in words")
     parser.add_argument(
+        "--merge", action="store_true", help="replace the policies of these runs, keep the others"
+    )
+    parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results/leaderboard-h100.json")
     )
     parser.add_argument("--page", type=Path, default=Path("docs/leaderboard.md"))
     arguments = parser.parse_args()
     if arguments.runs:
         found = result(arguments.runs, arguments.device)
+        if arguments.merge:
+            found = merged(json.loads(arguments.out.read_text()), found)
         arguments.out.write_text(json.dumps(found, indent=1) + "\n")
     above = arguments.page.read_text().split(MARK)[0]
     arguments.page.write_text(f"{above}{MARK}\n\n{page(json.loads(arguments.out.read_text()))}")

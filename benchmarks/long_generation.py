@@ -38,6 +38,7 @@ from kvtune.policies.policy import Policy
 from kvtune.runtime.contenders import Contender
 from kvtune.runtime.generate import Generation, GenerationRun
 from kvtune.traces.models import load_model
+from kvtune.traces.samples import by_turns
 from kvtune.traces.workloads import Workload, build
 from kvtune.tuner.quality import bootstrap
 
@@ -233,11 +234,10 @@ def make_tasks(arguments: Any, until: float) -> list[Task]:
         {"evaluate": {"prose": each, "code": each}}, tokens=arguments.prompt_tokens + 1, observed=1
     )
     samples = build(workload, loaded.tokenizer)
-    by_turns = sorted(samples, key=lambda sample: (sample.id.rsplit("-", 1)[-1], sample.kind))
     given = arguments.model, arguments.device, arguments.tokens, arguments.temperature
     return [
         Task(number, sample.token_ids, sample.kind, *given, until, arguments.out)
-        for number, sample in enumerate(by_turns[: arguments.prompts])
+        for number, sample in enumerate(by_turns(samples)[: arguments.prompts])
     ]
 
 

@@ -17,16 +17,17 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import workers
+from divisions import KINDS, Division, divided
 from outcomes import Outcome, used
-from plans import Plan, search
+from plans import Plan, choose, one_option_a_layer, search, variants
 from policies_mixed import mixed_policies
 from scipy.stats import spearmanr
 
@@ -37,7 +38,6 @@ from kvtune.simulator.tables import Tables, compact, join
 from kvtune.simulator.tables_file import save_tables
 from kvtune.traces.models import LoadedModel, load_model
 from kvtune.traces.samples import Sample
-from kvtune.traces.workloads import Workload, build
 from kvtune.tuner.allocate import Problem, score
 from kvtune.tuner.baselines import FAMILIES, candidates
 from kvtune.tuner.options import FULL, SMALL
@@ -45,10 +45,8 @@ from kvtune.tuner.quality import bootstrap
 
 SHARES = (0.03, 0.06, 0.12, 0.25)
 CURVE = (0.015, *SHARES, 0.5)  # where the baselines are measured
-KINDS = ("prose", "code", "retrieval")
 PROMISING = 8  # baselines of a family that run on all selection samples
 FINALISTS = 4  # of a family, taken on from the selection samples to the evaluation samples
-HARDLY_MORE = 1.15  # plans that lose up to so many times the least are told apart by their needles
 
 
 @dataclass(frozen=True)
@@ -66,10 +64,8 @@ class Bench:
 
     out: Path
     loaded: LoadedModel
-    pool: ProcessPoolExecutor
-    samples: list[Sample]
-    needles: list[Sample]
-    select_needles: list[Sample]
+    crew: workers.Crew
+    division: Division
     started: float = field(default_factory=time.monotonic)
     figures: dict[str, Any] = field(default_factory=dict)
 
@@ -79,15 +75,16 @@ class Bench:
         (self.out / "quality.json").write_text(json.dumps(self.figures, indent=1) + "\n")
         print(f"[{self.figures['seconds']:7.1f} s] {name}", flush=True)
 
-    def of(self, *splits: str) -> list[Sample]:
-        return [sample for sample in self.samples if sample.split in splits]
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        return self.division.plain
+
+    def of(self, split: str) -> list[Sample]:
+        return self.division.of(split)
 
     def first(self, each: int, split: str) -> list[Sample]:
         """The first samples of every kind."""
-        rows: list[Sample] = []
-        for kind in KINDS:
-            rows += [s for s in self.of(split) if s.kind == kind][:each]
-        return rows
+        return self.of(split)[: each * len(KINDS)]
 
     def losses(self, rivals: Sequence[Rival], samples: Sequence[Sample]) -> list[float]:
         """Live loss of every rival, kinds counting alike."""
@@ -96,7 +93,7 @@ class Bench:
     def run(self, policies: Sequence[Policy], samples: Sequence[Sample]) -> list[Outcome]:
         """Every policy live on every sample."""
         outcomes = [Outcome() for _ in policies]
-        answers = workers.everywhere(self.pool, workers.live, samples, list(policies))
+        answers = self.crew.everywhere(workers.live, samples, list(policies))
         for sample, runs in zip(samples, answers, strict=True):
             for outcome, run in zip(outcomes, runs, strict=True):
                 outcome.add(sample, run, self.full_bytes)
@@ -131,31 +128,21 @@ def score_microseconds(tables: Tables) -> float:
 
 
 def choose_plans(bench: Bench, tables: Tables) -> list[Plan]:
-    """The plan at every share, and the best with one option a layer, by selection samples alone.
-
-    Of the plans that lose least live, or hardly more, the one with most needle digits right.
-    """
-    found, reduced = search(tables, SHARES)
+    """The plan at every share, and the best with one option a layer, by selection samples alone."""
+    found, reduced = search(tables, SHARES, [*variants(tables), one_option_a_layer(tables)])
     seconds = [plan.seconds for plan in found]
     bench.record(
         "search_seconds",
         {"reduce_once": reduced, "median": float(np.median(seconds)), "max": max(seconds)},
     )
-    outcomes = bench.run([plan.policy for plan in found], bench.of("select"))
-    kl = {id(plan): o.mean_kl for plan, o in zip(found, outcomes, strict=True)}
-    bench.record("plans_on_selection", {p.policy.name: [p.predicted, kl[id(p)]] for p in found})
-    close, chosen = [], []
-    for share in SHARES:
-        free = [p for p in found if p.share == share and not p.variant.tied]
-        least = min(kl[id(p)] for p in free)
-        close += [p for p in free if kl[id(p)] <= HARDLY_MORE * least]
-    asked = bench.run([plan.policy for plan in close], bench.select_needles)
-    points = {id(plan): float(o.points.mean()) for plan, o in zip(close, asked, strict=True)}
-    bench.record("needles_on_selection", {p.policy.name: points[id(p)] for p in close})
-    for share in SHARES:
-        mine = [p for p in close if p.share == share]
-        chosen.append(min(mine, key=lambda p: (points[id(p)], kl[id(p)])))
-    return chosen + [p for p in found if p.variant.tied]
+    groups = {
+        (tied, share): [p for p in found if (p.variant.tied, p.share) == (tied, share)]
+        for tied, share in product((False, True), SHARES)
+    }
+    choice = choose(groups, bench.run, bench.of("select"), bench.division.select_needles)
+    bench.record("plans_on_selection", choice.losses)
+    bench.record("needles_on_selection", choice.points)
+    return list(choice.plans.values())
 
 
 def choose_rivals(bench: Bench) -> list[Rival]:
@@ -238,7 +225,7 @@ def against(policy: Policy, rival: Outcome, mine: Outcome) -> dict[str, Any]:
 def retrieval(bench: Bench, policies: list[Policy]) -> None:
     """8-needle accuracy, paired with the full cache, on held-out needles."""
     rows = []
-    outcomes = bench.run(policies, bench.needles)
+    outcomes = bench.run(policies, bench.division.needles)
     for policy, outcome in zip(policies, outcomes, strict=True):
         interval = np.percentile(bootstrap(outcome.points, outcome.kinds), [2.5, 97.5])
         rows.append(
@@ -261,7 +248,7 @@ def ranking(bench: Bench) -> dict[str, Any]:
     test_on = bench.first(3, "evaluate")
     for name, group in (("select", bench.first(2, "select")), ("evaluate", test_on)):
         lives[name] = np.array([np.mean(o.kl) for o in bench.run(policies, group)])
-        found = workers.everywhere(bench.pool, workers.predicted, group, policies)
+        found = bench.crew.everywhere(workers.predicted, group, policies)
         guesses[name] = {
             proxy: np.concatenate([part[proxy] for part in found], 1).mean(1) for proxy in found[0]
         }
@@ -333,10 +320,10 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     place = workers.Place(arguments.model, arguments.device, arguments.scratch)
-    with workers.workers(place, arguments.workers) as (pool, converted):
+    with workers.Crew(place, arguments.workers) as crew:
         loaded = load_model(arguments.model, device=arguments.device, dtype="float32")
-        converted.set()
-        measure(arguments, prepare(arguments, loaded, pool))
+        crew.model_is_stored()
+        measure(arguments, prepare(arguments, loaded, crew))
 
 
 def measure(arguments: argparse.Namespace, bench: Bench) -> None:
@@ -344,7 +331,7 @@ def measure(arguments: argparse.Namespace, bench: Bench) -> None:
     cuda = arguments.device != "cpu"
     bench.record("device", torch.cuda.get_device_name() if cuda else "cpu")
     started = time.monotonic()
-    workers.everywhere(bench.pool, workers.capture_one, bench.samples, arguments.probes)
+    bench.crew.everywhere(workers.capture_one, bench.samples, FULL.needs, arguments.probes)
     bench.record("capture_seconds", [len(bench.samples), time.monotonic() - started])
     tables_of(bench, "tables_57_options_14_samples", bench.samples[:14], SMALL.options())
     tables = tables_of(bench, "tables_full_menu", bench.samples, FULL.options())
@@ -356,38 +343,25 @@ def measure(arguments: argparse.Namespace, bench: Bench) -> None:
     ship(bench, tables, arguments.rank)
 
 
-def tables_of(bench: Bench, name: str, samples: list[Sample], options: Any) -> Tables:
+def tables_of(bench: Bench, name: str, samples: Sequence[Sample], options: Any) -> Tables:
     started = time.monotonic()
-    parts = workers.everywhere(bench.pool, workers.tables_of, samples, options)
+    parts = bench.crew.everywhere(workers.tables_of, samples, options)
     seconds = time.monotonic() - started
     figures = {"options": len(options), "samples": len(samples), "seconds": seconds}
     bench.record(name, figures)
     return join(parts)
 
 
-def prepare(arguments: argparse.Namespace, loaded: LoadedModel, pool: Any) -> Bench:
-    search_each, select_each, evaluate_each = arguments.per_kind
-    counts = {
-        "search": dict.fromkeys(KINDS, search_each),
-        "select": {"prose": select_each, "code": select_each, "retrieval": select_each + 16},
-        "evaluate": {
-            "prose": evaluate_each,
-            "code": evaluate_each,
-            "retrieval": max(evaluate_each, arguments.needle_samples),
-        },
-    }
-    workload = Workload(counts, tokens=arguments.tokens, observed=arguments.observed)
-    made = build(workload, loaded.tokenizer)
-
-    def needles(split: str) -> list[Sample]:
-        return [s for s in made if (s.split, s.kind) == (split, "retrieval")]
-
-    extra = needles("select")[select_each:]
-    beyond = {sample.id for sample in (*extra, *needles("evaluate")[evaluate_each:])}
-    traced = [sample for sample in made if sample.id not in beyond]
-    asked = needles("evaluate")[: arguments.needle_samples]
-    bench = Bench(arguments.out, loaded, pool, traced, asked, extra)
-    setting = {"workload": workload.describe(), "probes": arguments.probes, "dtype": "float32"}
+def prepare(arguments: argparse.Namespace, loaded: LoadedModel, crew: workers.Crew) -> Bench:
+    division = divided(
+        loaded.tokenizer,
+        arguments.per_kind,
+        needles=arguments.needle_samples,
+        tokens=arguments.tokens,
+        observed=arguments.observed,
+    )
+    bench = Bench(arguments.out, loaded, crew, division)
+    setting = {"workload": division.workload, "probes": arguments.probes, "dtype": "float32"}
     bench.record("setting", setting | {"workers": arguments.workers})
     return bench
 

@@ -5,10 +5,15 @@ Every task takes one sample and gives plain arrays back.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
+import os
+import shutil
+import time
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +33,11 @@ from kvtune.traces.capture import capture
 from kvtune.traces.models import LoadedModel, load_model
 from kvtune.traces.samples import Sample
 from kvtune.traces.trace import open_trace
+from kvtune.tuner.sources import queries_of, signals_of
+from kvtune.tuner.validate import union_of_needs
 
 ROWS = 18  # policies a batch beside the full cache
+TRIES = 3  # of a sample whose process died or ran out of memory
 
 
 @dataclass(frozen=True)
@@ -44,8 +52,8 @@ class Place:
 _here: dict[str, Any] = {}
 
 
-def _begin(place: Place, converted: Any) -> None:
-    torch.set_num_threads(2)
+def _begin(place: Place, count: int, converted: Any) -> None:
+    torch.set_num_threads(max((os.cpu_count() or 1) // count, 1))
     torch.backends.cuda.matmul.allow_tf32 = False
     if place.device != "cpu":
         torch.zeros(1, device=place.device)  # the context takes seconds: start it meanwhile
@@ -59,29 +67,98 @@ def _loaded() -> LoadedModel:
     return loaded
 
 
-@contextmanager
-def workers(place: Place, count: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
-    """A pool, and the event that tells it that the model store holds the model."""
-    spawn = multiprocessing.get_context("spawn")
-    converted = spawn.Event()
-    with ProcessPoolExecutor(count, spawn, _begin, (place, converted)) as pool:
-        for _ in range(count):
-            pool.submit(_nothing)  # processes start when there is work
-        yield pool, converted
+class Crew:
+    """The processes, and what they are asked; one that dies is replaced.
+
+    A context manager: on leaving, what still runs is ended.
+    """
+
+    def __init__(self, place: Place, count: int) -> None:
+        self.place, self.count = place, count
+        self.failures: list[str] = []
+        self._spawn = multiprocessing.get_context("spawn")
+        self._converted = self._spawn.Event()
+        self._start()
+
+    def _start(self) -> None:
+        begin = (self.place, self.count, self._converted)
+        self._pool = ProcessPoolExecutor(self.count, self._spawn, _begin, begin)
+        for _ in range(self.count):
+            self._pool.submit(_nothing)  # processes start when there is work
+
+    def model_is_stored(self) -> None:
+        """Let the processes load the model: the model store holds it."""
+        self._converted.set()
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+
+    def everywhere(self, task: Any, samples: Sequence[Sample], *arguments: Any) -> list[Any]:
+        """The task on every sample, answers in order; fails with the first that does."""
+        futures: list[Future[Any]] = [self._pool.submit(task, s, *arguments) for s in samples]
+        return [future.result() for future in futures]
+
+    def until(
+        self, deadline: float, task: Any, samples: Sequence[Sample], *arguments: Any
+    ) -> Iterator[tuple[Sample, Any]]:
+        """The task on samples in order, as answers come, as long as ``time.monotonic()`` allows.
+
+        One is begun only if, at the pace of the last ones, it would end in time. A sample whose
+        task fails or whose process dies is tried again, and in the end left out: see ``failures``.
+        """
+        waiting, tried = deque(samples), Counter[str]()
+        pace = deque[float](maxlen=self.count)
+        running: dict[Future[Any], tuple[Sample, float]] = {}
+        while True:
+            while (
+                waiting and len(running) < self.count and _now() + max(pace, default=0) < deadline
+            ):
+                sample = waiting.popleft()
+                running[self._submit(task, sample, *arguments)] = sample, _now()
+            left = None if math.isinf(deadline) else max(deadline - _now(), 0)
+            done, _ = wait(running, left, FIRST_COMPLETED)
+            if not done:
+                return
+            for future in done:
+                sample, begun = running.pop(future)
+                if (error := future.exception()) is None:
+                    pace.append(_now() - begun)
+                    yield sample, future.result()
+                    continue
+                self.failures.append(f"{sample.id}: {type(error).__name__}: {error}"[:200])
+                tried[sample.id] += 1
+                if tried[sample.id] < TRIES:
+                    waiting.appendleft(sample)
+
+    def _submit(self, task: Any, sample: Sample, *arguments: Any) -> Future[Any]:
+        """Begin a task, in new processes and one less of them where some died."""
+        try:
+            return self._pool.submit(task, sample, *arguments)
+        except BrokenProcessPool:
+            self.count = max(self.count - 1, 1)
+            self._start()
+            return self._pool.submit(task, sample, *arguments)
+
+
+def _now() -> float:
+    return time.monotonic()
 
 
 def _nothing() -> None:
     pass
 
 
-def capture_one(sample: Sample, probes: int) -> int:
+def capture_one(sample: Sample, needs: Needs, probes: int) -> Path:
     """Trace a sample into a folder of its own."""
-    folder = _here["place"].scratch / sample.id
-    signals = ("column_sums",)
-    capture(
-        _loaded(), [sample], folder, probes=probes, signals=signals, queries=sample.observed + 64
-    )
-    return len(sample.token_ids)
+    folder: Path = _here["place"].scratch / sample.id
+    queries = queries_of(needs, sample.observed)
+    capture(_loaded(), [sample], folder, probes=probes, signals=signals_of(needs), queries=queries)
+    return folder
 
 
 def tables_of(sample: Sample, options: Sequence[Option]) -> Tables:
@@ -90,9 +167,21 @@ def tables_of(sample: Sample, options: Sequence[Option]) -> Tables:
     return build_tables(trace, options, device=_here["place"].device)
 
 
+def captured_tables(sample: Sample, options: Sequence[Option], needs: Needs, probes: int) -> Tables:
+    """Tables of one sample, whose trace is not kept."""
+    folder = _here["place"].scratch / sample.id
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that died over it
+    try:
+        capture_one(sample, needs, probes)
+        torch.cuda.empty_cache()  # its backward pass takes most: leave room for the others
+        return tables_of(sample, options)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def live(sample: Sample, policies: Sequence[Policy]) -> list[LiveRun]:
     """One sample under every policy."""
-    prompt = fresh_prompt(_loaded(), sample, Needs(window=64, column_sums=True))
+    prompt = fresh_prompt(_loaded(), sample, union_of_needs(policies))
     runs: list[LiveRun] = []
     for first in range(0, len(policies), ROWS):
         runs += run_live(_loaded(), sample, prompt, policies[first : first + ROWS])
@@ -103,11 +192,3 @@ def predicted(sample: Sample, policies: Sequence[Policy]) -> dict[str, np.ndarra
     """The three predictions of every policy on one captured sample."""
     trace = open_trace(_here["place"].scratch / sample.id)
     return predictions(trace, trace.samples, policies, _here["place"].device)
-
-
-def everywhere(
-    pool: ProcessPoolExecutor, task: Any, samples: Sequence[Sample], *arguments: Any
-) -> list[Any]:
-    """The task on every sample, answers in order."""
-    futures: list[Future[Any]] = [pool.submit(task, sample, *arguments) for sample in samples]
-    return [future.result() for future in futures]

@@ -291,6 +291,46 @@ def test_probe_greedy_first_drops_the_token_that_the_loss_minds_least() -> None:
     assert sorted(order.tolist()) == list(range(14))
 
 
+def test_probe_greedy_drops_as_if_every_loss_were_measured_again_at_every_step() -> None:
+    """Response by response in double precision, nothing updated: the order is the same."""
+    signals = make_signals(Case(33, 0, kv_heads=2, group=2, seed=6))
+    attention = naive_future(signals)
+    values = torch.cat((signals.values, signals.given("future").values), 1).double()
+    probes = signals.probes().double().unflatten(2, (2, 2)).permute(2, 0, 3, 1, 4)
+    order = ProbeGreedy(block=4, refresh=0.2).scores(signals)
+    for head in range(2):
+        rows, own = attention.unflatten(0, (2, 2))[head], probes[head]
+        assert naive_order(rows, values[head], own, 33, refresh=0.2) == order[head].tolist()
+
+
+def naive_order(
+    attention: Tensor, values: Tensor, probes: Tensor, tokens: int, refresh: float
+) -> list[int]:
+    """When each token of one head ``[G, C, n]`` goes, by the losses ``[tokens]`` of every step."""
+
+    def blocks(output: Tensor) -> Tensor:
+        by_position = (probes * output).sum((1, 3))  # [S, C]
+        padded = torch.nn.functional.pad(by_position, (0, -by_position.shape[1] % 4))
+        summed: Tensor = padded.unflatten(1, (-1, 4)).sum(-1).flatten()
+        return summed
+
+    def output(gone: list[int]) -> Tensor:
+        left = attention.clone()
+        left[..., gone] = 0
+        return left / left.sum(-1, keepdim=True) @ values
+
+    gone: list[int] = []
+    while len(gone) < tokens:
+        now = output(gone)
+        response = blocks(now - output([]))
+        adds = {j: blocks(output([*gone, j]) - now) for j in range(tokens) if j not in gone}
+        for _ in range(max(1, int((tokens - len(gone)) * refresh))):
+            least = min(adds, key=lambda j: float((response + adds[j]).square().sum()))
+            response = response + adds.pop(least)
+            gone.append(least)
+    return [gone.index(token) for token in range(tokens)]
+
+
 def test_ems_merges_into_the_likest_centre_by_score() -> None:
     """Two tokens alike in keys and values: the lesser is averaged into the greater one."""
     signals = make_signals(Case(30, 0, kv_heads=1, group=1, seed=8))

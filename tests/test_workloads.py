@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from kvtune.common.errors import KvtuneError
 from kvtune.traces import texts, workloads
 from kvtune.traces.needles import WORDS, number_of, words_of
-from kvtune.traces.samples import SPLITS, content_hash
+from kvtune.traces.samples import SPLITS, by_turns, content_hash
 from kvtune.traces.workloads import Workload, build
 
 EVERY = {"prose": 2, "code": 2, "retrieval": 2, "recall": 1}
@@ -39,6 +40,15 @@ def test_samples_have_exactly_the_asked_sizes(samples: list[Any]) -> None:
         assert len(sample.token_ids) == 1500
         assert sample.observed == len(sample.targets) == len(sample.answer_mask) == 300
         assert sample.token_ids[0] == 0  # this tokenizer begins texts with <s>
+
+
+def test_any_first_part_of_samples_by_turns_is_balanced(samples: list[Any]) -> None:
+    ordered = by_turns(samples)
+    assert sorted(sample.id for sample in ordered) == sorted(sample.id for sample in samples)
+    for end in range(1, len(ordered)):
+        count = Counter((sample.split, sample.kind) for sample in ordered[:end])
+        rest = Counter((sample.split, sample.kind) for sample in ordered[end:])
+        assert max(count.values()) - min(count[each] for each in rest) <= 1
 
 
 def test_equal_seeds_make_equal_samples_and_others_do_not(

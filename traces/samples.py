@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
@@ -69,6 +70,16 @@ class Sample:
     def needles(self) -> int:
         """How many needles the observed part asks for."""
         return len({needle for needle in self.needle_of_row if needle >= 0})
+
+
+def by_turns(samples: Sequence[Sample]) -> list[Sample]:
+    """One of every split and kind, then another of each: any first part of it is balanced."""
+    seen = Counter[tuple[Split, Kind]]()
+    turns = []
+    for sample in samples:
+        turns.append(seen[sample.split, sample.kind])
+        seen[sample.split, sample.kind] += 1
+    return [samples[at] for at in sorted(range(len(samples)), key=turns.__getitem__)]
 
 
 def content_hash(samples: Iterable[Sample]) -> str:

@@ -37,7 +37,7 @@ from kvtune.runtime.calibrate import calibration_of
 from kvtune.runtime.live import LiveRun, run_live
 from kvtune.runtime.prompts import fresh_prompt
 from kvtune.traces.models import LoadedModel
-from kvtune.traces.samples import Sample
+from kvtune.traces.samples import Sample, by_turns
 from kvtune.tuner.baselines import fill
 from kvtune.tuner.validate import union_of_needs
 
@@ -189,7 +189,7 @@ def bench(
 
 
 def _settings(samples: Sequence[Sample]) -> Iterator[tuple[Setting, Sample]]:
-    for sample in samples:
+    for sample in by_turns(samples):
         yield "asked after", sample
         if (twin := asked_before(sample)) is not None:
             yield "asked before", twin

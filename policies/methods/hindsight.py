@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvtune.policies.method import ScoredMethod
@@ -50,14 +50,18 @@ class ProbeGreedy(ScoredMethod):
 
     Source: our own; the same second-order loss that predicts a policy's divergence from a trace,
     on the very sample that it is judged on. Each KV head for itself. Greedy, so no strict bound.
-    Cost: O(P) steps of O(P S C / block); it needs the observed tokens and their probes.
+    Cost: between measurements f stands still, so that a drop changes the others' losses by a row of
+    f's products with itself; P such rows, and O(P C (S + D) + P^2 S C / block) to measure what is
+    left each time. It needs the observed tokens and their probes.
     """
 
     name = "probe_greedy"
     source = "hindsight reference"
 
     block: int = parameter(16, "positions summed before squaring", unit="tokens", low=1)
-    refresh: float = parameter(0.125, "share of the rest dropped between measurements", low=0)
+    refresh: float = parameter(
+        0.125, "share of the rest dropped between measurements", low=0, high=1
+    )
 
     @property
     def needs(self) -> Needs:
@@ -68,35 +72,67 @@ class ProbeGreedy(ScoredMethod):
         """The step at which each token was dropped."""
         import torch
 
-        responses = _Responses.of(signals, self.block)
+        left = _Responses.of(signals, self.block)
         heads, tokens, _ = signals.keys.shape
-        dropped_at = torch.zeros(heads, tokens, device=signals.keys.device)
-        alive = torch.ones(heads, tokens, dtype=torch.bool, device=signals.keys.device)
+        place = torch.arange(tokens, device=signals.keys.device).expand(heads, tokens)
+        dropped_at = torch.zeros(heads, tokens, device=place.device)
         step = 0
         while step < tokens:
-            response, change = responses.now(alive)
-            for _ in range(max(1, int((tokens - step) * self.refresh))):
-                cost = (response[:, None] + change).square().sum(-1)
-                chosen = cost.masked_fill(~alive, float("inf")).argmin(-1, keepdim=True)
-                alive.scatter_(1, chosen, False)
-                dropped_at.scatter_(1, chosen, float(step))
-                added = change.gather(1, chosen[..., None].expand(-1, -1, change.shape[-1]))
-                response = response + added[:, 0]
-                step += 1
+            count = max(1, int((tokens - step) * self.refresh))
+            order = _cheapest(*left.now(), count)
+            at = torch.arange(step, step + count, device=place.device, dtype=torch.float32)
+            dropped_at.scatter_(1, place.gather(1, order), at.expand(heads, count))
+            stay = _others(order, tokens - step)
+            left, place, step = left.only(stay), place.gather(1, stay), step + count
         return dropped_at
+
+
+def _cheapest(response: Tensor, change: Tensor, count: int) -> Tensor:
+    """The ``count`` tokens that greedy drops one after another, in order, ``[H, count]``.
+
+    |r + f[j]|^2 but for |r|^2 is kept for every token: dropping i adds 2 f[i] f[j]. The steps are
+    tiny and wait for each other, so that the CPU takes them whatever the device.
+
+    Args:
+        response: r, ``[H, F]``.
+        change: f, ``[H, n, F]``.
+        count: up to n.
+    """
+    import numpy as np
+    import torch
+
+    own = change.square().sum(-1) + 2 * (change @ response[..., None])[..., 0]
+    cost, products = own.cpu().numpy(), (2 * change @ change.transpose(-1, -2)).cpu().numpy()
+    head = np.arange(len(cost))
+    order = np.empty((len(cost), count), np.int64)
+    for step in range(count):
+        chosen = cost.argmin(1)
+        order[:, step] = chosen
+        cost += products[head, chosen]
+        cost[head, chosen] = np.inf
+    return torch.from_numpy(order).to(change.device)
+
+
+def _others(rows: Tensor, tokens: int) -> Tensor:
+    """Every index below ``tokens`` that a row does not hold, ascending, ``[H, tokens - n]``."""
+    import torch
+
+    kept = torch.ones(len(rows), tokens, dtype=torch.bool, device=rows.device).scatter_(1, rows, 0)
+    return kept.nonzero()[:, 1].view(len(rows), -1)
 
 
 @dataclass(frozen=True)
 class _Responses:
-    """How the labels respond to a set of tokens being gone.
+    """How the labels respond to tokens being gone, n of which are left.
 
     Args:
-        weights: unnormalised attention of the observed queries to the prompt, ``[H, G, C, P]``.
+        weights: unnormalised attention of the observed queries to those left, ``[H, G, C, n]``.
         others: the same to the observed tokens, summed, ``[H, G, C]``.
         rest: the observed tokens' part of the unnormalised output, ``[H, G, C, D]``.
-        values: ``[H, P, D]``.
+        values: ``[H, n, D]``.
         probes: ``[H, S, G, C, D]``.
-        along: probes times values, ``[H, B, P, S, K]``: B blocks of K queries.
+        along: probes times values, ``[H, B, n, S, K]``: B blocks of K queries.
+        whole: output with nothing gone, ``[H, G, C, D]``.
         block: positions summed.
     """
 
@@ -106,11 +142,12 @@ class _Responses:
     values: Tensor
     probes: Tensor
     along: Tensor
+    whole: Tensor
     block: int
 
     @staticmethod
     def of(signals: Signals, block: int) -> _Responses:
-        """Everything that does not depend on what is gone."""
+        """Nothing gone yet."""
         import torch
 
         future: Future = signals.given("future")
@@ -124,34 +161,41 @@ class _Responses:
         probes = signals.probes().float().unflatten(2, (heads, -1)).permute(2, 0, 3, 1, 4)
         values = signals.values.float()
         along = (probes @ values[:, None, None].transpose(-1, -2)).permute(0, 4, 1, 2, 3)
-        along = along.flatten(1, 2)  # [H, P * S, G, C]
-        return _Responses(
-            weights[..., :tokens],
-            weights[..., tokens:].sum(-1),
-            weights[..., tokens:] @ future.values.float()[:, None],
-            values,
-            probes,
-            _blocks(along, block).unflatten(2, (tokens, -1)),
-            block,
+        along = _blocks(along.flatten(1, 2), block).unflatten(2, (tokens, -1))
+        past, observed = weights[..., :tokens], weights[..., tokens:]
+        others, rest = observed.sum(-1), observed @ future.values.float()[:, None]
+        whole, _ = _output(past, values, others, rest)
+        return _Responses(past, others, rest, values, probes, along, whole, block)
+
+    def only(self, stay: Tensor) -> _Responses:
+        """The same with only some of the tokens left, ``[H, m]``."""
+        import torch
+
+        head = torch.arange(len(stay), device=stay.device)[:, None]
+        return replace(
+            self,
+            weights=self.weights.permute(0, 3, 1, 2)[head, stay].permute(0, 2, 3, 1),
+            values=self.values[head, stay],
+            along=self.along.transpose(1, 2)[head, stay].transpose(1, 2),
         )
 
-    def now(self, alive: Tensor) -> tuple[Tensor, Tensor]:
-        """Response to what is gone ``[H, F]``, and what each token's going adds ``[H, P, F]``."""
-        everything, _ = self._output(self.weights)
-        output, total = self._output(self.weights * alive[:, None, None])
-        share = self.weights * alive[:, None, None] / total[..., None]
+    def now(self) -> tuple[Tensor, Tensor]:
+        """Response to what is gone ``[H, F]``, and what each token's going adds ``[H, n, F]``."""
+        output, total = _output(self.weights, self.values, self.others, self.rest)
+        share = self.weights / total[..., None]
         odds = share / (1 - share).clamp_min(1e-6)
-        before = (self.probes * (output - everything)[:, None]).sum(-1)  # [H, S, G, C]
+        before = (self.probes * (output - self.whole)[:, None]).sum(-1)  # [H, S, G, C]
         here = (self.probes * output[:, None]).sum(-1)
         response = _blocks(before, self.block).sum(-1)  # [H, B, S]
-        weight = _blocks(odds.permute(0, 3, 1, 2), self.block)  # [H, B, P, K]
-        change = weight @ _blocks(here, self.block).transpose(-1, -2)  # [H, B, P, S]
+        weight = _blocks(odds.permute(0, 3, 1, 2), self.block)  # [H, B, n, K]
+        change = weight @ _blocks(here, self.block).transpose(-1, -2)  # [H, B, n, S]
         change -= (self.along @ weight[..., None])[..., 0]
         return response.flatten(1), change.transpose(1, 2).flatten(2)
 
-    def _output(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        total = weights.sum(-1) + self.others
-        return (weights @ self.values[:, None] + self.rest) / total[..., None], total
+
+def _output(weights: Tensor, values: Tensor, others: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    total = weights.sum(-1) + others
+    return (weights @ values[:, None] + rest) / total[..., None], total
 
 
 def _blocks(rows: Tensor, block: int) -> Tensor:
