@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
+from kvtune.profiles.tuned import find_tuned
 from kvtune.runtime.kernels.layout import KERNEL_HEAD_DIMS
 from kvtune.runtime.kernels.tiles import Tiles, has_integers
 
@@ -20,20 +22,40 @@ class Shape:
     Args:
         warps: of a program.
         stages: pages in flight, the one in use included.
+        programs: tiles to cut a layer into; None for ``tiles.PROGRAMS``.
     """
 
     warps: int = 1
     stages: int = 2
+    programs: int | None = None
 
 
+@functools.cache
 def shape_for(pairs: tuple[int, ...], head_dim: int) -> Shape:
+    """The fastest that was measured on the card of this process; else ``built_in_shape``.
+
+    Raises:
+        KvtuneError: the card's ``kernels.yaml`` is not as it must be.
+    """
+    known = [field.name for field in fields(Shape)]
+    tuned = find_tuned(torch.cuda.get_device_name(), known) if torch.cuda.is_available() else None
+    best = tuned.decode.get((kind_of(pairs), head_dim)) if tuned else None
+    return replace(built_in_shape(pairs, head_dim), **(best.shape if best else {}))
+
+
+def kind_of(pairs: tuple[int, ...]) -> str:
+    """``floats``, ``integers`` or ``mixed``: what is tuned separately."""
+    kinds = {has_integers(pair) for pair in pairs}
+    return "mixed" if len(kinds) > 1 else "integers" if kinds == {True} else "floats"
+
+
+def built_in_shape(pairs: tuple[int, ...], head_dim: int) -> Shape:
     """The fastest on an H100 (``benchmarks/results/kernels-h100.json``).
 
     Two stages leave room for more programs; where integers lie beside floats, whose programs take
     the same room, a third was worth 15 %. Larger heads have no room for it everywhere.
     """
-    mixed = len({has_integers(pair) for pair in pairs}) > 1
-    return Shape(stages=3 if mixed and head_dim <= 128 else 2)
+    return Shape(stages=3 if kind_of(pairs) == "mixed" and head_dim <= 128 else 2)
 
 
 @dataclass(frozen=True)
