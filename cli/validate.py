@@ -163,6 +163,7 @@ def _report(
     change = found.perplexity_change
     rows = [
         ("KL nats/token", figure(_predicted(document)), figure(found.live)),
+        *((f"KL, {kind}", "", figure(loss)) for kind, loss in found.by_kind.items()),
         ("bytes of one prompt", format_bytes(planned), format_bytes(found.prompt_bytes)),
         ("perplexity", "", "-" if change is None else f"{100 * change.value:+.2g} %"),
         ("retrieval", "", accuracy(found.retrieval_accuracy)),
@@ -191,6 +192,7 @@ def _answer(document: PolicyDocument, found: Validation, planned: int) -> dict[s
             "samples": found.samples,
         },
         "predicted": _predicted(document),
+        "by_kind": found.by_kind,
         "perplexity_change": found.perplexity_change,
         "retrieval_accuracy": found.retrieval_accuracy,
         "full_cache_accuracy": found.full_cache_accuracy,

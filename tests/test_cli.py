@@ -443,7 +443,7 @@ def test_validate_runs_the_held_out_samples_and_reports(
     live = Estimate(0.02, 0.01, 0.04, "nats/token", "live")
     found = types.SimpleNamespace(
         live=live, perplexity_change=None, retrieval_accuracy=None, full_cache_accuracy=None,
-        prompt_bytes=1234, samples=3, counters={"heads_compressed": 6},
+        prompt_bytes=1234, samples=3, by_kind={"code": live}, counters={"heads_compressed": 6},
     )  # fmt: skip
 
     def validate_policy(policy: Any, loaded: Any, samples: Any, *, progress: Any) -> Any:
@@ -458,11 +458,12 @@ def test_validate_runs_the_held_out_samples_and_reports(
     assert seen[0] == 3
     assert {sample.split for sample in seen[1:]} == {"evaluate"}
     assert answer.keys() == documented("validate")
-    assert answer["quality"]["interval"] == [0.01, 0.04]
+    assert answer["quality"]["interval"] == answer["by_kind"]["code"]["interval"] == [0.01, 0.04]
     assert (answer["counted_bytes"], answer["counters"]) == (1234, {"heads_compressed": 6})
     assert (answer["times"], answer["untimed"]) == (None, NO_GPU)
     said = run(*words).out
-    assert "0.02 [0.01, 0.04] live" in said
+    assert said.count("0.02 [0.01, 0.04] live") == 2
+    assert "KL, code" in said
     assert f"times: {NO_GPU}" in said
     assert_one_error(run(*words, "--gpu"), f"--gpu: {NO_GPU}", "without --gpu")
 
