@@ -10,7 +10,6 @@ the same. The uncompressed cache runs in the same pages with every token in bf16
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import time
 import traceback
@@ -26,16 +25,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvtune.policies.document_reader import read_policy
 from kvtune.policies.option import Option
-from kvtune.policies.policy import Policy, footprint
+from kvtune.policies.policy import Policy
 from kvtune.runtime.cache import PolicyCache, load_cache
+from kvtune.runtime.device import CudaBench
 from kvtune.runtime.fuse import fused
 from kvtune.runtime.graph import DecodeLoop, generate
+from kvtune.runtime.largest import page_bytes, search_largest
 from kvtune.runtime.paged import PagedLayer
-from kvtune.runtime.timing import CudaBench, time_beside
+from kvtune.runtime.timing import time_beside
 
 PLAN = Path(__file__).with_name("plans") / "llama-8b-32k-12-percent.yaml"
 LAYERS, KV_HEADS, HEAD_DIM, CONTEXT, BATCH = 32, 8, 128, 32768, 8
 NEW_TOKENS = 256
+ROOM = 32  # new tokens of a sequence where the largest batch is looked for
 
 
 def check_small() -> dict[str, Any]:
@@ -151,9 +153,7 @@ def timed(call: Callable[[], Any], times: int) -> float:
 
 def step(model: Any, policy: Policy, rate: float, profile: bool = False) -> dict[str, Any]:
     """Milliseconds a step beside the bytes it must read, and peak memory."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    CudaBench().release()
     before = torch.cuda.memory_allocated()
     cache = fill(model, policy, BATCH)
     found: dict[str, Any] = {"kernels": []}
@@ -194,29 +194,27 @@ def kernels_of(call: Callable[[], Any], steps: int) -> list[list[Any]]:
 
 
 def largest_batch(model: Any, policy: Policy) -> dict[str, Any]:
-    """Sequences that fit at 32k and generate 16 tokens; smaller ones are tried until one does."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info()
-    each = (
-        footprint(policy, policy.budgets(CONTEXT), HEAD_DIM) * 1.012
-        + 64 * 4 * HEAD_DIM * LAYERS * KV_HEADS
-    )
-    batch = int((free - 1.2e9) / each)
-    while batch:
-        try:
-            cache = fill(model, policy, batch, new_tokens=32)
-            loop = loop_of(model, cache, batch, 32, fuse=True)
-            with loop.ready():
-                loop.advance(4)
-                taken = step_s(loop, 6, 2)
-            return {"batch": batch, "ms": 1e3 * taken, "tokens a second": batch / taken}
-        except torch.OutOfMemoryError:
-            cache = loop = None  # type: ignore[assignment]
-            gc.collect()
-            torch.cuda.empty_cache()
-            batch = int(batch * 0.97) if batch > 40 else batch - 1
-    return {"batch": 0}
+    """Sequences that fit at 32k and generate 32 tokens, and how fast; filled in, no prefill."""
+    bench = CudaBench()
+
+    def attempt(batch: int) -> float:
+        bench.release()
+        cache = fill(model, policy, batch, new_tokens=ROOM)
+        loop = loop_of(model, cache, batch, ROOM, fuse=True)
+        with loop.ready():
+            loop.advance(4)
+            return step_s(loop, 6, 2)
+
+    bench.release()
+    guess = bench.available_bytes() // page_bytes(policy, CONTEXT, HEAD_DIM, ROOM)
+    found = search_largest(attempt, guess)
+    bench.release()
+    if not found.found:
+        return {"batch": 0}
+    return {
+        "batch": found.batch, "too large": found.too_large, "tries": found.tries, "guess": guess,
+        "ms": 1e3 * found.found, "tokens a second": found.batch / found.found,
+    }  # fmt: skip
 
 
 def with_prefill(model: Any, policy: Policy) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvtune.runtime.kernels.launch import FASTEST, Paged, Scratch, Shape, decode
+from kvtune.runtime.kernels.launch import Paged, Scratch, Shape, decode
 from kvtune.runtime.kernels.layout import CODES, PAGE, PageLayout
 from kvtune.runtime.kernels.pages import store_pages
 from kvtune.runtime.kernels.reference import read_page
@@ -130,7 +130,9 @@ def uniform(rows: int, tokens: int, keys: str = "bf16", values: str = "") -> lis
     return [Run(row, keys, values or keys, tokens) for row in range(rows)]
 
 
-def attention_calls(layers: Sequence[Layer], shape: Shape = FASTEST) -> list[Callable[[], object]]:
+def attention_calls(
+    layers: Sequence[Layer], shape: Shape | None = None
+) -> list[Callable[[], object]]:
     """A call a layer, with its query and output in place."""
     calls: list[Callable[[], object]] = []
     for layer in layers:

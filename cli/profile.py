@@ -12,6 +12,7 @@ from kvtune.cli.options import Json, Quiet
 from kvtune.cli.output import Output, speaking
 
 if TYPE_CHECKING:
+    from kvtune.profiles.tuned import Class, TunedShape
     from kvtune.runtime.measure.runner import Outcome
 
 
@@ -55,9 +56,17 @@ def _sentences(outcome: Outcome, out: Path) -> list[str]:
         said.append(f"{outcome.left} points are left; the same command goes on with them")
     if outcome.failed:
         said.append(f"{len(outcome.failed)} points could not be measured")
+    said += [_tuned(*entry) for entry in outcome.tuned.items()]
     if outcome.reasons:
         said.append(f"the GPU was slowed down at times by: {', '.join(sorted(outcome.reasons))}")
     return said
+
+
+def _tuned(of: Class, best: TunedShape) -> str:
+    kind, head_dim = of
+    shape = ", ".join(f"{name} {value}" for name, value in best.shape.items())
+    share = f"{best.time_share:.2f} of the built-in shape's time"
+    return f"decode attention over {kind}, heads of {head_dim}: {shape}; {share}"
 
 
 def _finish(output: Output, outcome: Outcome, out: Path) -> None:
@@ -70,5 +79,9 @@ def _finish(output: Output, outcome: Outcome, out: Path) -> None:
             "left": outcome.left,
             "failed": [{"point": point, "reason": reason} for point, reason in outcome.failed],
             "throttle": sorted(outcome.reasons),
+            "tuned": [
+                {"kind": kind, "head_dim": head_dim, "best": best}
+                for (kind, head_dim), best in outcome.tuned.items()
+            ],
         },
     )

@@ -36,7 +36,10 @@ def command(
     seed: options.Seed = 0,
     device: options.Device = None,
     gpu: Annotated[
-        bool, typer.Option("--gpu", help="Refuse to run where times cannot be measured on a GPU.")
+        bool,
+        typer.Option(
+            "--gpu", help="Also look for the largest batch that fits; refuse to run without a GPU."
+        ),
     ] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -59,7 +62,7 @@ def command(
         found = _run(bound, loaded, samples, output.progress)
         planned = bound.footprint(samples[0].prompt, loaded.geometry.head_dim)
         output.show(_report(document, bound, found, planned))
-        times, untimed = _times(document, bound, loaded, shape, samples)
+        times, untimed = _times(document, bound, loaded, shape, samples, largest=gpu)
         output.show("", times_table(times) if times else f"times: {untimed}")
         answer = _answer(document, found, planned) | {"device": loaded.device}
         output.finish("validate", answer | {"times": times, "untimed": untimed})
@@ -67,7 +70,7 @@ def command(
 
 def _require_gpu(device: str) -> None:
     from kvtune.common.errors import KvtuneError
-    from kvtune.runtime.timing import bench_for
+    from kvtune.runtime.device import bench_for
 
     try:
         bench_for(device)
@@ -82,15 +85,21 @@ def _times(
     loaded: LoadedModel,
     shape: ModelShape,
     samples: Sequence[Sample],
+    *,
+    largest: bool,
 ) -> tuple[Times | None, str | None]:
     """Times for what the file was planned for, or why there are none."""
     from kvtune.common.errors import KvtuneError
+    from kvtune.runtime.largest import Bounds
     from kvtune.tuner.timing import time_plan
 
     served = document.serving
     batch, tokens = (served.batch, served.context_tokens) if served else (None, None)
     try:
-        found = time_plan(policy, loaded, shape, samples, batch=batch or 1, context_tokens=tokens)
+        found = time_plan(
+            policy, loaded, shape, samples, batch=batch or 1, context_tokens=tokens,
+            largest=Bounds() if largest else None,
+        )  # fmt: skip
     except KvtuneError as reason:
         return None, reason.message
     return found, None
@@ -154,6 +163,7 @@ def _report(
     change = found.perplexity_change
     rows = [
         ("KL nats/token", figure(_predicted(document)), figure(found.live)),
+        *((f"KL, {kind}", "", figure(loss)) for kind, loss in found.by_kind.items()),
         ("bytes of one prompt", format_bytes(planned), format_bytes(found.prompt_bytes)),
         ("perplexity", "", "-" if change is None else f"{100 * change.value:+.2g} %"),
         ("retrieval", "", accuracy(found.retrieval_accuracy)),
@@ -182,6 +192,7 @@ def _answer(document: PolicyDocument, found: Validation, planned: int) -> dict[s
             "samples": found.samples,
         },
         "predicted": _predicted(document),
+        "by_kind": found.by_kind,
         "perplexity_change": found.perplexity_change,
         "retrieval_accuracy": found.retrieval_accuracy,
         "full_cache_accuracy": found.full_cache_accuracy,

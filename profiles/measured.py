@@ -105,10 +105,14 @@ def parse_measured_gpu(text: str, file: str) -> tuple[str, Capture, dict[str, Fi
         KvtuneError: a key is unknown, missing, or of the wrong kind or unit.
     """
     document = parse(text, file).mapping(("gpu", "capture", "figures"))
+    return document["gpu"].text(), read_capture(document["capture"]), _figures(document["figures"])
+
+
+def read_capture(record: Located) -> Capture:
+    """How and when, as a measured file says it."""
     names = [f.name for f in fields(Capture)]
-    entries = document["capture"].mapping(names)
-    capture = Capture(**{name: str(entries[name].value) for name in names})
-    return document["gpu"].text(), capture, _figures(document["figures"])
+    entries = record.mapping(names)
+    return Capture(**{name: str(entries[name].value) for name in names})
 
 
 def _figures(record: Located) -> dict[str, Figure]:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,12 +71,10 @@ def _mlp(module: Any, tanh: bool, gated: Callable[..., Tensor]) -> Callable[[Ten
 
 def _join(undo: ExitStack, linears: Sequence[Any]) -> None:
     """The first of the layers computes all of them; the others then give their part."""
-    weight = torch.cat([linear.weight.data for linear in linears])
     sizes = [len(linear.weight) for linear in linears]
-    for linear, part in zip(linears, weight.split(sizes), strict=True):
-        linear.weight.data = part
+    weight = _side_by_side([linear.weight for linear in linears])
     biases = [linear.bias for linear in linears]
-    bias = None if biases[0] is None else torch.cat([b.data for b in biases])
+    bias = None if biases[0] is None else _side_by_side(biases)
     parts: dict[int, Tensor] = {}
 
     def first(x: Tensor) -> Tensor:
@@ -86,6 +85,27 @@ def _join(undo: ExitStack, linears: Sequence[Any]) -> None:
     _replace(undo, linears[0], first)
     for n, linear in enumerate(linears[1:], start=1):
         _replace(undo, linear, lambda x, n=n: parts.pop(n))
+
+
+def _side_by_side(parameters: Sequence[Tensor]) -> Tensor:
+    """One tensor of all rows, of which the parameters become views.
+
+    Those that lie so already stay where they are: weights that moved at every call would end up in
+    the memory of some cache that is gone, and keep all of it from being given back.
+    """
+    sizes, first = [len(parameter) for parameter in parameters], parameters[0].data
+    if _are_side_by_side(parameters):
+        return first.as_strided((sum(sizes), *first.shape[1:]), first.stride())
+    together = torch.cat([parameter.data for parameter in parameters])
+    for parameter, part in zip(parameters, together.split(sizes), strict=True):
+        parameter.data = part
+    return together
+
+
+def _are_side_by_side(parameters: Sequence[Tensor]) -> bool:
+    one_storage = len({p.untyped_storage().data_ptr() for p in parameters}) == 1
+    meet = all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in pairwise(parameters))
+    return one_storage and meet and all(p.is_contiguous() for p in parameters)
 
 
 def _chain(undo: ExitStack, layers: Sequence[Any], add_norm: Callable[..., Any]) -> None:

@@ -8,6 +8,7 @@ stream and the activations of one chunk of it.
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass
 
@@ -146,10 +147,45 @@ def peak_memory(
     cache_bytes_per_sequence: float,
     context_tokens: int,
     batch: int = 1,
+    chunk_tokens: int = PREFILL_CHUNK_TOKENS,
 ) -> Estimate:
     """Peak device memory of a run whose caches take so many bytes a sequence, in bytes."""
-    cache = exact(cache_bytes_per_sequence * batch, "B")
-    return _sum(*_fixed_parts(shape, gpu, weight_format, context_tokens, batch), cache)
+    parts = _fixed_parts(shape, gpu, weight_format, context_tokens, batch, chunk_tokens)
+    return add(*parts, exact(cache_bytes_per_sequence * batch, "B"))
+
+
+def largest_batch(
+    shape: ModelShape,
+    gpu: GpuProfile,
+    weight_format: WeightFormat,
+    cache_bytes_per_sequence: float,
+    context_tokens: int,
+    chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+) -> Estimate:
+    """Sequences at once that fit on a card; 0 where not even one does.
+
+    Args:
+        shape: the model.
+        gpu: the card, all of whose memory may be used.
+        weight_format: of the matrices.
+        cache_bytes_per_sequence: of the longest that a sequence gets.
+        context_tokens: of each prompt; prompts are read one after another.
+        chunk_tokens: of a prompt that are read at once.
+    """
+    most = int(gpu.visible_bytes // cache_bytes_per_sequence)
+
+    def fitting(end: str) -> int:
+        def is_full(batch: int) -> bool:
+            peak = peak_memory(
+                shape, gpu, weight_format, cache_bytes_per_sequence, context_tokens, batch,
+                chunk_tokens,
+            )  # fmt: skip
+            return bool(getattr(peak, end) > gpu.visible_bytes)
+
+        return bisect.bisect_left(range(1, most + 1), True, key=is_full)
+
+    value, low, high = (float(fitting(end)) for end in ("value", "high", "low"))
+    return Estimate(value, low, high, "sequences", "assumed")
 
 
 def overhead_bytes(shape: ModelShape, gpu: GpuProfile, weight_format: WeightFormat) -> Estimate:
@@ -187,7 +223,12 @@ def process_bytes(gpu: GpuProfile) -> int | None:
     return None if parts[0] is None else sum(part or 0 for part in parts)
 
 
-def prefill_peak_bytes(shape: ModelShape, context_tokens: int, batch: int = 1) -> Estimate:
+def prefill_peak_bytes(
+    shape: ModelShape,
+    context_tokens: int,
+    batch: int = 1,
+    chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+) -> Estimate:
     """Activations and one layer's uncompressed keys and values at their peak, in bytes.
 
     One prompt of ``context_tokens`` at a time. The middle value keeps two copies of the residual
@@ -196,7 +237,7 @@ def prefill_peak_bytes(shape: ModelShape, context_tokens: int, batch: int = 1) -
     """
     stream = 2 * context_tokens * shape.hidden_size
     layer_cache = 2 * context_tokens * shape.elements_per_token_layer
-    chunk = min(context_tokens, PREFILL_CHUNK_TOKENS)
+    chunk = min(context_tokens, chunk_tokens)
     work = chunk * _activation_bytes(shape) + 6 * shape.vocab_size
     decode = batch * (_activation_bytes(shape) + 6 * shape.vocab_size)
     middle, low, high = (
@@ -222,17 +263,18 @@ def _fixed_parts(
     weight_format: WeightFormat,
     context_tokens: int,
     batch: int,
+    chunk_tokens: int = PREFILL_CHUNK_TOKENS,
 ) -> tuple[Estimate, Estimate, Estimate]:
     """Weights, overhead, prefill."""
     return (
         weight_bytes(shape, weight_format),
         overhead_bytes(shape, gpu, weight_format),
-        prefill_peak_bytes(shape, context_tokens, batch),
+        prefill_peak_bytes(shape, context_tokens, batch, chunk_tokens),
     )
 
 
-def _sum(*parts: Estimate) -> Estimate:
-    """The sum; ends are added to ends, for what errs together (one allocator) errs one way."""
+def add(*parts: Estimate) -> Estimate:
+    """A sum of bytes; ends are added to ends: what errs together (one allocator) errs one way."""
     value, low, high = (
         sum(getattr(part, end) for part in parts) for end in ("value", "low", "high")
     )
@@ -249,7 +291,7 @@ def _split(
     batch: int,
 ) -> MemoryBudget:
     parts = _fixed_parts(shape, gpu, weight_format, context_tokens, batch)
-    used = _sum(*parts)
+    used = add(*parts)
     left, low, high = (max(0.0, limit - end) for end in (used.value, used.high, used.low))
     return MemoryBudget(
         model=shape.name,

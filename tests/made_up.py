@@ -96,7 +96,12 @@ def _heads(depth: float, about: Facts, rng: np.random.Generator) -> Any:
 
 
 def write_study(
-    folder: Path, count: int = 60, finished: bool = True, live: bool = False, **changes: Any
+    folder: Path,
+    count: int = 60,
+    finished: bool = True,
+    live: bool = False,
+    live_kinds: bool = False,
+    **changes: Any,
 ) -> Path:
     """A run directory with that many plans."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +112,18 @@ def write_study(
     (folder / "config.json").write_text(json.dumps({"model": about.shape.name}))
     if finished and made:
         _finish(folder, about, made, live)
+    if live_kinds:
+        _add_live_kinds(folder / "result.json")
     return folder
+
+
+def _add_live_kinds(path: Path) -> None:
+    """As searches have written them since: of the plan and the best uniform policy."""
+    result = json.loads(path.read_text())
+    for rival in result["rivals"][::2]:
+        loss = rival["live"]["value"]
+        rival["live_by_kind"] = {kind: _loss(loss, "live") for kind in KINDS}
+    path.write_text(json.dumps(result))
 
 
 def _finish(folder: Path, about: Facts, made: list[Plan], live: bool) -> None:

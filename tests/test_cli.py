@@ -443,7 +443,7 @@ def test_validate_runs_the_held_out_samples_and_reports(
     live = Estimate(0.02, 0.01, 0.04, "nats/token", "live")
     found = types.SimpleNamespace(
         live=live, perplexity_change=None, retrieval_accuracy=None, full_cache_accuracy=None,
-        prompt_bytes=1234, samples=3, counters={"heads_compressed": 6},
+        prompt_bytes=1234, samples=3, by_kind={"code": live}, counters={"heads_compressed": 6},
     )  # fmt: skip
 
     def validate_policy(policy: Any, loaded: Any, samples: Any, *, progress: Any) -> Any:
@@ -458,37 +458,81 @@ def test_validate_runs_the_held_out_samples_and_reports(
     assert seen[0] == 3
     assert {sample.split for sample in seen[1:]} == {"evaluate"}
     assert answer.keys() == documented("validate")
-    assert answer["quality"]["interval"] == [0.01, 0.04]
+    assert answer["quality"]["interval"] == answer["by_kind"]["code"]["interval"] == [0.01, 0.04]
     assert (answer["counted_bytes"], answer["counters"]) == (1234, {"heads_compressed": 6})
     assert (answer["times"], answer["untimed"]) == (None, NO_GPU)
     said = run(*words).out
-    assert "0.02 [0.01, 0.04] live" in said
+    assert said.count("0.02 [0.01, 0.04] live") == 2
+    assert "KL, code" in said
     assert f"times: {NO_GPU}" in said
     assert_one_error(run(*words, "--gpu"), f"--gpu: {NO_GPU}", "without --gpu")
 
 
-def test_times_are_shown_with_their_ratios() -> None:
-    from kvtune.cli.output import Output
-    from kvtune.cli.timed import times_table
+def made_up_times(largest: bool = True, nvml: bool = True) -> Any:
     from kvtune.common.estimate import Estimate
+    from kvtune.runtime.largest import Largest
     from kvtune.runtime.timing import Beside, Timing
-    from kvtune.tuner.timing import Predicted, Times
+    from kvtune.tuner.expected import Expected, ExpectedLargest
+    from kvtune.tuner.timing import Most, Times
 
-    def timing(scale: int) -> Timing:
+    def timing(scale: int, batch: int = 8) -> Timing:
         one = Estimate(0.004 * scale, 0.003 * scale, 0.005 * scale, "s", "measured")
         rate = Estimate(2000 / scale, 1600 / scale, 2500 / scale, "tokens/s", "measured")
-        return Timing(8, one, one, rate, scale << 30, scale << 29, scale << 29)
+        seen = (scale + 1) << 30 if nvml else None
+        return Timing(batch, one, rate, scale << 30, seen, scale << 29, scale << 29, one)
 
-    guess = Estimate(0.0031, 0.0021, 0.0042, "s", "fitted")
-    times = Times("h100", Beside(4096, timing(1), timing(2)), Predicted(*(guess,) * 3), None, None)
-    out = io.StringIO()
-    Output(out, as_json=False, quiet=False).show(times_table(times))
-    lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
-    assert lines[0] == "8 x 4 096 tokens on h100"
-    assert "decode step 3.1 ms [2.1 ms, 4.2 ms] fitted 4 ms [3 ms, 5 ms] measured" in lines
+    def near(value: float, unit: str) -> Estimate:
+        return Estimate(value, 0.9 * value, 1.1 * value, unit, "fitted")
+
+    guess = Expected(
+        near(0.0031, "s"), near(0.0041, "s"), near(2010, "tokens/s"), near(2 << 30, "B"),
+        near(2.1 * 2**30, "B"),
+    )  # fmt: skip
+    expected = {"plan": ExpectedLargest(near(40, "sequences"), near(2050, "tokens/s"))}
+    most = Most(Largest(44, 45, 5, timing(1, 44)), Largest(10, None, 10, timing(2, 10)), expected)
+    beside = Beside(4096, timing(1), timing(2))
+    return Times("h100-sxm", beside, guess, None, most if largest else None)
+
+
+def test_times_are_shown_with_ratios_and_coverage() -> None:
+    from kvtune.cli.output import Output
+    from kvtune.cli.timed import times_table
+
+    def shown(times: Any) -> list[str]:
+        out = io.StringIO()
+        Output(out, as_json=False, quiet=False).show(times_table(times))
+        return [" ".join(line.split()) for line in out.getvalue().splitlines()]
+
+    lines = shown(made_up_times())
+    assert lines[0] == "8 x 4 096 tokens on h100-sxm"
+    assert "decode step 4.1 ms [3.69 ms, 4.51 ms] fitted 4 ms [3 ms, 5 ms] measured" in lines
     assert "decode step, uncompressed - 8 ms [6 ms, 10 ms] measured" in lines
-    assert "step 0.50, tokens a second 2.00, cache pages 0.50" in lines[-2]
-    assert "lower by 200 % of the cache bytes saved" in " ".join(lines[-2:])
+    assert "peak memory, NVML 2.10 GiB [1.89 GiB, 2.31 GiB] fitted 2.00 GiB" in lines
+    assert "largest batch 40 [36, 44] fitted 44" in lines
+    assert "largest batch, uncompressed - 10 or more" in lines
+    below = " ".join(lines[-5:])
+    assert "step 0.50, tokens a second 2.00, cache pages 0.50" in below
+    assert "lower by 200 % of the cache bytes saved" in below
+    assert "4.40 times the sequences, 2.00 times the tokens a second" in below
+    assert "5 of 7 measured figures lie inside" in below  # not the prefill, nor torch's peak
+    without = " ".join(shown(made_up_times(largest=False, nvml=False)))
+    assert "NVML 2.10 GiB [1.89 GiB, 2.31 GiB] fitted unknown: no NVML" in without
+    assert "2 of 4 measured figures" in without
+    assert "largest batch" not in without
+
+
+def test_times_in_json_are_as_documented() -> None:
+    from kvtune.cli.output import plain
+
+    found = plain(made_up_times())
+    page = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if line.startswith("| `times` |"))
+    for key in (*found, *found["plan"], *found["largest"], *found["largest"]["plan"]):
+        assert f"`{key}`" in row, key
+    assert found["coverage"] == {"inside": 5, "of": 7}
+    assert found["largest"]["ratios"] == {"batch": 4.4, "tokens_per_second": 2.0}
+    assert found["largest"]["predicted"]["plan"]["batch"]["interval"] == [36.0, 44.0]
+    assert found["plan"]["device_bytes"] == 2 << 30
 
 
 def test_validate_needs_weights(run: Run, policy: Path) -> None:

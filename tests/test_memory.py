@@ -16,6 +16,7 @@ from kvtune.profiles.gpus import find_gpu, list_gpus
 from kvtune.profiles.models import find_model, list_models
 from kvtune.simulator.memory import (
     MemoryBudget,
+    largest_batch,
     memory_budget,
     overhead_bytes,
     peak_memory,
@@ -248,3 +249,37 @@ def test_a_model_that_no_limit_can_hold_says_so() -> None:
 )
 def test_bad_input_is_refused(changes: dict[str, Any], says: str) -> None:
     assert says in hint_of(**changes)
+
+
+# --- the largest batch ---------------------------------------------------------------------------
+
+
+@given(
+    shape=SHAPES,
+    card=CARDS,
+    share=st.sampled_from((0.1, 0.5, 1.0)),
+    tokens=st.sampled_from((1024, 8192, 32768)),
+    chunk=st.sampled_from((2048, 32768)),
+)
+def test_the_largest_batch_fits_and_one_more_does_not(
+    shape: Any, card: Any, share: float, tokens: int, chunk: int
+) -> None:
+    each = share * shape.kv_bytes(tokens)
+    found = largest_batch(shape, card, "int4", each, tokens, chunk)
+    for batch, end in ((found.value, "value"), (found.low, "high"), (found.high, "low")):
+        here, more = (
+            getattr(peak_memory(shape, card, "int4", each, tokens, int(n), chunk), end)
+            for n in (batch, batch + 1)
+        )
+        assert here <= card.visible_bytes or batch == 0
+        assert more > card.visible_bytes
+    assert found.low <= found.value <= found.high
+    assert found.unit == "sequences"
+
+
+def test_a_prompt_read_in_one_piece_leaves_less_room() -> None:
+    h100, each = find_gpu("h100"), 0.12 * LLAMA.kv_bytes(32768)
+    chunks = largest_batch(LLAMA, h100, "bf16", each, 32768)
+    whole = largest_batch(LLAMA, h100, "bf16", each, 32768, chunk_tokens=32768)
+    assert whole.value < chunks.value
+    assert whole.low < chunks.low

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.kernel_table import KernelRow, Point, RowWriter, read_rows
 from kvtune.runtime.measure import session
 from kvtune.runtime.measure.grid import FULL, QUICK, Grid
-from kvtune.runtime.measure.monitor import NoMonitor, State, reasons
+from kvtune.runtime.measure.monitor import NoMonitor, NvmlMonitor, State, open_monitor, reasons
 from kvtune.runtime.measure.operation import Operation, Setting, Wanted, Work, copies
 from kvtune.runtime.measure.ops import all_operations, paged
 from kvtune.runtime.measure.runner import Bench, measure, plan
@@ -259,3 +261,22 @@ def test_a_gpu_that_is_slowed_down_by_heat_is_refused() -> None:
 def test_the_drivers_bits_are_named_once_each() -> None:
     assert reasons(0) == reasons(1) == ""
     assert reasons(0x4 | 0x20 | 0x40) == "power+thermal"
+
+
+@pytest.mark.parametrize(
+    ("visible", "index", "driver"),
+    [(None, 0, 0), ("", 1, 1), ("3,1", 0, 3), ("3, 1", 1, 1), ("GPU-5f", 0, 0)],
+)
+def test_the_driver_counts_all_gpus_of_the_machine(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, index: int, driver: int
+) -> None:
+    asked: list[int] = []
+    nvml = types.ModuleType("pynvml")
+    nvml.nvmlInit = lambda: None  # type: ignore[attr-defined]
+    nvml.nvmlDeviceGetHandleByIndex = asked.append  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert isinstance(open_monitor(index), NvmlMonitor)
+    assert asked == [driver]

@@ -111,6 +111,22 @@ def test_pictures_come_as_png_and_svg(folder: Path) -> None:
         assert b"<svg" in (folder / "report" / f"{name}.svg").read_bytes()
 
 
+def test_losses_by_kind_are_drawn_as_measured_where_the_plan_ran_live(
+    folder: Path, html: str, tmp_path: Path
+) -> None:
+    """The fixture's result is an older search's, without them."""
+    assert "The same, measured" not in html
+    assert not (folder / "report" / "kinds-live.svg").exists()
+    run = write_study(tmp_path, 6, live=True, live_kinds=True)
+    (page, *_) = write_report(StudyReader(run).read(), run / "report")
+    assert "The same, measured" in page.read_text(encoding="utf-8")
+    drawn = (run / "report" / "kinds-live.svg").read_text(encoding="utf-8")
+    predicted = (run / "report" / "kinds.svg").read_text(encoding="utf-8")
+    assert "uniform h2o int3+4" in drawn
+    assert "greedy per head" not in drawn  # it did not run
+    assert "greedy per head" in predicted
+
+
 def test_a_running_study_is_reported_as_such(tmp_path: Path) -> None:
     run = write_study(tmp_path, 6, finished=False)
     (page, *_) = write_report(StudyReader(run).read(), run / "report")

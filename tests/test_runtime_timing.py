@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,10 @@ from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
 from kvtune.runtime import timing
-from kvtune.runtime.timing import STRETCHES, Beside, Timing, bench_for, time_beside
+from kvtune.runtime.device import CudaBench, bench_for
+from kvtune.runtime.largest import Bounds, Largest
+from kvtune.runtime.measure.monitor import NoMonitor
+from kvtune.runtime.timing import STRETCHES, Beside, Decoding, Timing, time_beside
 from kvtune.traces.models import wrap
 from kvtune.traces.samples import Sample
 from kvtune.tuner.timing import time_plan
@@ -42,6 +46,8 @@ class MadeUpBench:
     def __init__(self, seconds: list[float], fits: int = 99) -> None:
         self.script, self.fits = list(seconds), fits
         self.calls, self.forgotten = 0, 0
+        self.released: list[int] = []
+        self.looked: list[int] = []
 
     def seconds(self, call: Callable[[], object]) -> float:
         call()
@@ -50,6 +56,18 @@ class MadeUpBench:
 
     def forget_peak(self) -> None:
         self.forgotten = self.calls
+
+    def release(self) -> None:
+        self.released.append(self.calls)
+
+    def look(self) -> None:
+        self.looked.append(self.calls)
+
+    def available_bytes(self) -> int:
+        raise AssertionError("only the search for the largest batch asks")
+
+    def device_bytes(self) -> int | None:
+        return 2000 * self.calls
 
     def peak_bytes(self) -> int:
         return 1000 * self.calls
@@ -75,7 +93,9 @@ def prompts(batch: int, tokens: int = 70) -> Tensor:
 def test_both_caches_are_timed_and_the_model_is_given_back(network: Any) -> None:
     bench = MadeUpBench(2 * SECONDS)
     found = time_beside(PLAN, network, prompts(2), bench)
-    assert (found.prompt_tokens, found.alone, bench.script) == (70, None, [])
+    assert (found.prompt_tokens, bench.script) == (70, [])
+    assert bench.released == [0, 3 + STRETCHES]  # before each of the two
+    assert bench.looked == [3, 6 + STRETCHES]  # when its prompts are read, before it is captured
     assert (found.plan.batch, found.full_cache.batch) == (2, 2)
     stretches = 16.0 * np.arange(1, STRETCHES + 1)
     for one in (found.plan, found.full_cache):
@@ -86,6 +106,7 @@ def test_both_caches_are_timed_and_the_model_is_given_back(network: Any) -> None
         assert one.tokens_per_second.low == 2 / one.step.high < one.tokens_per_second.value
     assert found.plan.prompt_bytes == 2 * PLAN.footprint(70, 8)
     assert found.plan.page_bytes > found.plan.prompt_bytes
+    assert found.plan.device_bytes == 2 * found.plan.peak_bytes == 2000 * bench.calls
     assert found.full_cache.prompt_bytes > found.plan.prompt_bytes
     assert network.config._attn_implementation == "kvtune"
 
@@ -122,16 +143,14 @@ def test_the_batch_is_halved_until_the_uncompressed_cache_fits(
         tried.append((policy.name, len(some)))
         if len(some) > (3 if policy.name == "plan" else 1):
             raise torch.OutOfMemoryError
-        return Timing(len(some), one, one, dataclasses.replace(one, value=len(some)), 3, 1, 1)
+        return Timing(len(some), one, one, 3, None, 1, 1, one)
 
     monkeypatch.setattr(timing, "time_policy", time_policy)
     found = time_beside(PLAN, network, prompts(5), MadeUpBench([]))
     whole = "uncompressed"
-    assert tried == [(whole, 5), (whole, 2), (whole, 1), ("plan", 1), ("plan", 5), ("plan", 2)]
+    assert tried == [(whole, 5), (whole, 2), (whole, 1), ("plan", 1)]
     assert (found.plan.batch, found.full_cache.batch) == (1, 1)
-    assert found.alone is not None
-    assert found.alone.batch == found.ratios["tokens_per_second"] == 2
-    monkeypatch.setattr(timing, "_unless_full", lambda *_: None)
+    monkeypatch.setattr(timing, "unless_full", lambda _: None)
     with pytest.raises(KvtuneError, match="not one prompt of 70"):
         time_beside(PLAN, network, prompts(5), MadeUpBench([]))
 
@@ -156,7 +175,8 @@ def test_what_cannot_be_stored_is_refused_before_anything_runs(
 def test_ratios_are_plan_to_uncompressed() -> None:
     def made_up(seconds: float, peak: int, pages: int) -> Timing:
         one = Estimate(seconds, seconds, seconds, "s", "measured")
-        return Timing(1, one, dataclasses.replace(one, value=2 * seconds), one, peak, pages, pages)
+        twice = dataclasses.replace(one, value=2 * seconds)
+        return Timing(1, twice, one, peak, None, pages, pages, one)
 
     beside = Beside(1, made_up(1, 60, 10), made_up(4, 100, 50))
     expected = {
@@ -174,6 +194,49 @@ def test_a_processor_times_nothing() -> None:
         bench_for("cpu")
 
 
+class Monitored(NoMonitor):
+    def __init__(self, *used: int | None) -> None:
+        self.used = list(used)
+
+    def used_bytes(self) -> int | None:
+        return self.used.pop(0)
+
+
+def test_the_device_is_as_full_as_it_was_seen_to_be_most() -> None:
+    bench = CudaBench(Monitored(5, 9, 7))
+    bench.look()
+    bench.look()
+    assert bench.device_bytes() == 9
+    assert CudaBench(Monitored(None)).device_bytes() is None  # NVML is missing
+
+
+def test_garbage_is_gone_before_the_allocator_gives_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ring:
+        def __init__(self) -> None:
+            self.itself = self
+
+    order: list[str] = []
+    ring = weakref.ref(Ring())
+    assert ring() is not None
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(
+            torch.cuda, name, lambda name=name: order.append(f"{name}, garbage: {ring()}")
+        )
+    monkeypatch.setattr(
+        torch._C, "_cuda_clearCublasWorkspaces", lambda: order.append("cublas"), raising=False
+    )
+    bench = CudaBench(Monitored(9, 4))
+    bench.look()
+    bench.release()
+    assert order == [
+        "synchronize, garbage: None",
+        "cublas",
+        "empty_cache, garbage: None",
+        "reset_peak_memory_stats, garbage: None",
+    ]
+    assert bench.device_bytes() == 4  # looked for anew
+
+
 # --- beside the prediction -----------------------------------------------------------------------
 
 
@@ -181,15 +244,31 @@ def sample(*tokens: int) -> Sample:
     return Sample("a", "evaluate", "prose", tokens, 0, 2, (-1, -1))
 
 
-def planned(network: Any, monkeypatch: pytest.MonkeyPatch, gpu: Any, dtype: str) -> Any:
-    """``time_plan`` with the prompts it made, on a card that is said to be there."""
+ONE = Estimate(1.0, 1.0, 1.0, "s", "measured")
+GIB = 1 << 30
+
+
+def planned(
+    network: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    gpu: str | None = "h100",
+    dtype: str = "bfloat16",
+    largest: Bounds | None = None,
+) -> tuple[Any, list[list[int]], list[Any]]:
+    """``time_plan``, the prompts it made and its searches, on a card that is said to be there."""
     seen: list[Tensor] = []
+    searches: list[Any] = []
 
     def beside(policy: Policy, model: Any, some: Tensor, bench: Any) -> Beside:
         seen.append(some)
-        one = Estimate(1.0, 1.0, 1.0, "s", "measured")
-        small, large = (Timing(batch, one, one, one, 1, 1, 1) for batch in (2, len(some)))
-        return Beside(some.shape[1], small, small, large)
+        one = Timing(2, ONE, ONE, GIB, None, 1, 1, ONE)
+        return Beside(some.shape[1], one, dataclasses.replace(one, device_bytes=2 * GIB))
+
+    def find(policy: Policy, model: Any, some: Tensor, bench: Any, guess: Any, bounds: Any) -> Any:
+        searches.append((policy.name, some.tolist(), guess, bounds))
+        many = 40 if policy.name == "plan" else 8
+        rate = dataclasses.replace(ONE, value=float(many))
+        return Largest(many, many + 1, 3, Decoding(many, ONE, rate, 1, None, 1, 1))
 
     def detect() -> Any:
         if gpu is None:
@@ -197,45 +276,77 @@ def planned(network: Any, monkeypatch: pytest.MonkeyPatch, gpu: Any, dtype: str)
         return find_gpu(gpu)
 
     monkeypatch.setattr("kvtune.tuner.timing.time_beside", beside)
+    monkeypatch.setattr("kvtune.tuner.timing.find_largest", find)
     monkeypatch.setattr("kvtune.tuner.timing.detect_gpu", detect)
     loaded = dataclasses.replace(wrap(network, None, name="tiny"), dtype=dtype)
-    policy = Policy.uniform(PLAN.heads[0][0], 30, 3)
+    policy = Policy.uniform(PLAN.heads[0][0], 30, 3, name="plan")
     texts = [sample(1, 2, 3, 4, 5), sample(6, 7, 8, 9)]
-    shape = find_model("smollm2-135m")
     times = time_plan(
-        policy, loaded, shape, texts, batch=3, context_tokens=11,
-        bench_of=lambda _: MadeUpBench([]),
+        policy, loaded, find_model("smollm2-135m"), texts, batch=3, context_tokens=11,
+        largest=largest, bench_of=lambda _: MadeUpBench([]),
     )  # fmt: skip
-    return times, seen[0].tolist()
+    return times, seen[0].tolist(), searches
 
 
 def test_prompts_are_the_samples_begun_at_another_each_time(
     network: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, rows = planned(network, monkeypatch, "h100", "bfloat16")
+    _, rows, searches = planned(network, monkeypatch)
     first, second = [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2], [6, 7, 8, 9, 1, 2, 3, 4, 5, 6, 7]
     assert rows == [first, second, first]
+    assert searches == []
 
 
 def test_a_known_card_is_predicted_in_its_tier(
     network: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    times, _ = planned(network, monkeypatch, "h100", "bfloat16")
-    assert times.gpu == find_gpu("h100").slug
+    times, _, _ = planned(network, monkeypatch)
+    assert (times.gpu, times.most) == (find_gpu("h100").slug, None)
     plan, full = times.plan, times.full_cache
     assert plan.step.low <= plan.step.value <= full.step.value
     assert plan.step.tier != "measured"
     assert plan.tokens_per_second.value == pytest.approx(2 / plan.step.value)
-    assert times.alone.tokens_per_second.value == pytest.approx(3 / times.alone.step.value)
-    assert times.as_dict().keys() == {
-        "gpu", "context_tokens", "plan", "full_cache", "alone", "ratios", "predicted",
-    }  # fmt: skip
+    weights = 2 * find_model("smollm2-135m").parameters
+    for one in (plan, full):
+        assert weights < one.peak_bytes.low <= one.peak_bytes.value < one.device_bytes.value
+    assert plan.peak_bytes.value < full.peak_bytes.value
+
+
+def test_coverage_counts_measured_figures_inside_their_intervals(
+    network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No step takes a second; NVML was there for the uncompressed cache alone."""
+    times, _, _ = planned(network, monkeypatch)
+    assert (times.coverage.inside, times.coverage.of) == (0, 4 + 5)
+    near = Estimate(1.1, 1.0, 1.2, "s", "fitted")
+    better = dataclasses.replace(times, plan=dataclasses.replace(times.plan, step=near))
+    assert (better.coverage.inside, better.coverage.of) == (1, 9)
+
+
+def test_the_largest_batches_are_looked_for_from_their_predictions(
+    network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bounds = Bounds(tries=3)
+    times, rows, searches = planned(network, monkeypatch, largest=bounds)
+    predicted = times.most.predicted
+    assert searches == [
+        ("plan", rows[:1], int(predicted["plan"].batch.value), bounds),
+        ("uncompressed", rows[:1], int(predicted["full_cache"].batch.value), bounds),
+    ]
+    for one in predicted.values():
+        batch, rate = one.batch, one.tokens_per_second
+        assert 0 < batch.low <= batch.value <= batch.high
+        assert rate.low <= rate.value <= rate.high
+    assert predicted["plan"].batch.low > predicted["full_cache"].batch.high
+    assert times.most.ratios == {"batch": 5.0, "tokens_per_second": 5.0}
+    assert times.coverage.of == 9 + 4
 
 
 @pytest.mark.parametrize(("gpu", "dtype"), [(None, "bfloat16"), ("h100", "float32")])
 def test_what_the_simulator_does_not_know_is_not_predicted(
     network: Any, monkeypatch: pytest.MonkeyPatch, gpu: str | None, dtype: str
 ) -> None:
-    times, _ = planned(network, monkeypatch, gpu, dtype)
-    assert (times.plan, times.full_cache, times.alone) == (None, None, None)
-    assert times.measured.alone.batch == 3
+    times, _, searches = planned(network, monkeypatch, gpu, dtype, Bounds())
+    assert (times.plan, times.full_cache, times.coverage) == (None, None, None)
+    assert times.most.predicted == {}
+    assert [guess for _, _, guess, _ in searches] == [None, None]

@@ -6,6 +6,7 @@ Remake the pictures with ``pytest tests/test_tui_app.py --snapshot-update`` and 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
@@ -13,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.table import Table
 from textual.pilot import Pilot
 from textual.widgets import Button, Input, Select, Static, Switch
 
 from kvtune.__main__ import main
 from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Estimate
 from kvtune.policies.document import read_policy
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import find_gpu
 from kvtune.tests.made_up import write_study
 from kvtune.tui.app import DARK, LIGHT, Explorer
-from kvtune.tui.screens.compare import CompareScreen
+from kvtune.tui.screens.compare import CompareScreen, kinds_table
 from kvtune.tui.screens.explorer import ExplorerScreen
 from kvtune.tui.screens.filters import FilterScreen
 from kvtune.tui.screens.validate import ValidateScreen
@@ -32,8 +35,10 @@ from kvtune.tui.widgets.plan_panel import PlanPanel
 from kvtune.tui.widgets.plot import FrontPlot
 from kvtune.tui.widgets.what_if import WhatIf
 from kvtune.tuner.explore.axes import BYTES, STEP, Filter
+from kvtune.tuner.explore.compare import Side, baseline_side, plan_side
 from kvtune.tuner.explore.reader import StudyReader
 from kvtune.tuner.explore.study import Study
+from kvtune.tuner.explore.what_if import Setting
 
 Steps = Callable[[Pilot[None]], Awaitable[None]]
 
@@ -244,6 +249,35 @@ def test_two_plans_and_a_baseline_are_compared(study: Study) -> None:
     drive(FakeFeed(study), steps)
 
 
+def test_losses_by_kind_are_measured_ones_too_where_a_side_ran_live(study: Study) -> None:
+    """Results of older searches have none; then the table is as it was."""
+    assert study.outcome is not None
+    plan, setting = study.plans[study.chosen or 0], Setting.asked(study.facts)
+    ours = plan_side(study, plan, setting)
+    theirs = baseline_side(study, study.outcome.baselines[1], plan, setting)
+    assert ours.live is not None
+    assert ours.live_by_kind == theirs.live_by_kind == {}
+    assert kinds_shown(ours, theirs) == ["code", "prose", "retrieval"]
+    losses = {kind: Estimate(0.25, 0.1, 0.3, "nats/token", "live") for kind in ("code", "prose")}
+    measured = dataclasses.replace(ours, live_by_kind=losses)
+    half = {"code": Estimate(0.5, 0.4, 0.6, "nats/token", "live")}
+    other = dataclasses.replace(theirs, live_by_kind=half)
+    expected = ["code", "prose", "retrieval", "code, live", "prose, live"]
+    assert kinds_shown(measured, other) == kinds_shown(other, measured) == expected
+    table = kinds_table(measured, other)
+    assert isinstance(table, Table)
+    assert [[*column.cells][3] for column in table.columns[1:]] == [
+        "0.25 [0.1, 0.3] live", "0.5 [0.4, 0.6] live", "0.50 x",
+    ]  # fmt: skip
+    assert [[*column.cells][4] for column in table.columns[2:]] == ["-", "-"]
+
+
+def kinds_shown(left: Side, right: Side) -> list[str]:
+    table = kinds_table(left, right)
+    assert isinstance(table, Table)
+    return [str(cell) for cell in table.columns[0].cells]
+
+
 def test_a_plan_is_exported_as_it_is(tmp_path: Path) -> None:
     study = read(tmp_path / "run")
 
@@ -296,7 +330,13 @@ def _validate(study: Study, code: str, steps: Steps) -> None:
     drive(FakeFeed(study), go)
 
 
-def test_a_live_run_is_kept_and_set_beside_the_prediction(tmp_path: Path) -> None:
+CODE = Estimate(0.5, 0.4, 0.6, "nats/token", "live")
+
+
+@pytest.mark.parametrize("answer", [ANSWER, ANSWER | {"by_kind": {"code": CODE.as_dict()}}])
+def test_a_live_run_is_kept_and_set_beside_the_prediction(
+    tmp_path: Path, answer: dict[str, Any]
+) -> None:
     study = read(tmp_path / "run")
 
     async def steps(pilot: Pilot[None]) -> None:
@@ -304,11 +344,12 @@ def test_a_live_run_is_kept_and_set_beside_the_prediction(tmp_path: Path) -> Non
         await pilot.pause()
         assert "0.021 [0.01, 0.03] live" in text_of(pilot, "#words")
 
-    _validate(study, f"import sys; print({json.dumps(json.dumps(ANSWER))})", steps)
+    _validate(study, f"import sys; print({json.dumps(json.dumps(answer))})", steps)
     again = StudyReader(tmp_path / "run").read()
     live = again.live(again.plans[again.chosen or 0])
     assert live is not None
     assert (live.kl.value, live.device) == (0.021, "cpu")
+    assert live.by_kind == ({"code": CODE} if "by_kind" in answer else {})
 
 
 def test_a_live_run_that_fails_says_why(study: Study) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -242,3 +243,24 @@ def test_live_runs_are_summed_up(make_samples: Any) -> None:
         "tokens_offered": 64, "tokens_kept": 51, "heads_run": 8, "heads_that_evicted": 2,
     }  # fmt: skip
     assert (found.prompt_bytes, found.samples) == (100, 2)
+    (kind,) = {sample.kind for sample in samples}
+    assert found.by_kind == {kind: found.live}
+
+
+def test_each_kind_of_text_has_a_loss_of_its_own(make_samples: Any) -> None:
+    from kvtune.tuner.validate import summarise
+
+    samples = [
+        dataclasses.replace(sample, kind=kind)
+        for sample, kind in zip(make_samples(5, tokens=12, observed=4), "abbba", strict=True)
+    ]
+    losses = [0.1, 0.5, 0.6, 0.7, 0.1]
+    runs = [run_of([[8, 8], [8, 8]], [True] * 4, loss) for loss in losses]
+    found = summarise(runs, samples)
+    assert [*found.by_kind] == ["a", "b"]
+    first, second = found.by_kind.values()
+    assert (first.value, first.low, first.high) == pytest.approx((0.1, 0.1, 0.1))
+    assert second.value == pytest.approx(0.6)
+    assert 0.5 <= second.low < 0.6 < second.high <= 0.7 + 1e-6
+    assert {one.tier for one in (first, second)} == {"live"}
+    assert found.live.value == pytest.approx((0.1 + 0.6) / 2)  # kinds count alike

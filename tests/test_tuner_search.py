@@ -22,6 +22,7 @@ from kvtune.profiles.models import find_model
 from kvtune.simulator.memory import memory_budget
 from kvtune.simulator.tables import Tables
 from kvtune.tuner import sources
+from kvtune.tuner.explore.outcome import read_outcome
 from kvtune.tuner.options import METHODS, Menu, alike, every_method
 from kvtune.tuner.request import SearchRequest, SearchResult
 from kvtune.tuner.search import run_search
@@ -274,6 +275,10 @@ def test_a_models_own_search_runs_the_plan_and_its_rivals_live(
         assert rival.live is not None
         assert rival.live.tier == "live"
         assert rival.live.value > 0
+        assert rival.live_by_kind.keys() == rival.by_kind.keys()
+        assert {loss.tier for loss in rival.live_by_kind.values()} == {"live"}
+    read = read_outcome(own.run_dir / "result.json").baselines
+    assert [row.live_by_kind for row in read] == [row.live_by_kind for row in result.rivals]
     assert result.counters["tokens_offered"] == 2 * 80 * 6
     assert 0 < result.counters["tokens_kept"] <= result.counters["tokens_offered"]
     assert written["provenance"]["trace"] == result.provenance["trace"]

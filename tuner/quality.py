@@ -44,3 +44,10 @@ def estimate(
     """Mean with its 95 % bootstrap interval over samples."""
     low, high = np.percentile(bootstrap(values, kinds, seed), [2.5, 97.5])
     return Estimate(mean_over_kinds(values, kinds), float(low), float(high), unit, tier)
+
+
+def estimate_by_kind(values: ArrayLike, kinds: Sequence[str], tier: Tier) -> dict[str, Estimate]:
+    """The same of each kind of text alone; a kind with one sample has no interval to speak of."""
+    array, labels = np.asarray(values, float), np.asarray(kinds)
+    parts = {kind: array[labels == kind] for kind in sorted(set(kinds))}
+    return {kind: estimate(part, [kind] * len(part), tier) for kind, part in parts.items()}

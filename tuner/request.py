@@ -126,6 +126,7 @@ class Rival:
         perplexity_change: live, ratio minus one; None likewise.
         retrieval_accuracy: live, share of needle digits right; None likewise.
         by_kind: predicted on held-out samples by kind of text; empty where it is off a curve.
+        live_by_kind: measured on those; empty where it did not run.
         policy: what each head gets; None likewise.
     """
 
@@ -137,6 +138,7 @@ class Rival:
     perplexity_change: Estimate | None = None
     retrieval_accuracy: Estimate | None = None
     by_kind: dict[str, float] = field(default_factory=dict)
+    live_by_kind: dict[str, Estimate] = field(default_factory=dict)
     policy: Policy | None = None
 
 

@@ -146,6 +146,7 @@ def _measured(rival: Rival, live: Validation | None) -> Rival:
         prompt_bytes=live.prompt_bytes,
         perplexity_change=live.perplexity_change,
         retrieval_accuracy=live.retrieval_accuracy,
+        live_by_kind=live.by_kind,
     )
 
 

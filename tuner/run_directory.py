@@ -123,4 +123,6 @@ def _plain(record: FrontPoint | Rival | Quality) -> dict[str, Any]:
 
 
 def _value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _value(entry) for name, entry in value.items()}
     return value.as_dict() if isinstance(value, Estimate) else value

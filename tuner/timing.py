@@ -1,47 +1,75 @@
-"""Times on this machine's GPU beside those that were predicted for it."""
+"""Times and memory on this machine's GPU beside those that were predicted for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvtune.common.errors import KvtuneError
-from kvtune.common.estimate import Estimate
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import GpuProfile, detect_gpu
 from kvtune.profiles.shape import ModelShape
-from kvtune.runtime.timing import (
-    STEPS,
-    STRETCHES,
-    Bench,
-    Beside,
-    bench_for,
-    time_beside,
-    uncompressed,
-)  # fmt: skip
-from kvtune.simulator.cost import cache_bytes_by_bits, per_second
-from kvtune.simulator.latency import decode_step, prefill
+from kvtune.runtime.device import Bench, bench_for
+from kvtune.runtime.largest import Bounds, Largest, find_largest
+from kvtune.runtime.timing import Beside, Decoding, time_beside, uncompressed
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample
+from kvtune.tuner.expected import Card, Expected, ExpectedLargest, Pair
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Predicted:
-    """What the simulator says of one policy on the card, for the batch that was timed.
+class Most:
+    """The largest batches that fit.
 
     Args:
-        prefill: of the whole batch, seconds.
-        step: one decode step, seconds.
-        tokens_per_second: of all sequences together.
+        plan: measured.
+        full_cache: measured, uncompressed.
+        predicted: of both by the same names; empty for a card or model that is not known.
     """
 
-    prefill: Estimate
-    step: Estimate
-    tokens_per_second: Estimate
+    plan: Largest[Decoding]
+    full_cache: Largest[Decoding]
+    predicted: Mapping[str, ExpectedLargest]
+
+    @property
+    def ratios(self) -> dict[str, float] | None:
+        """Plan to uncompressed; None where one of them did not run at all."""
+        plan, full = self.plan.found, self.full_cache.found
+        if not (plan and full):
+            return None
+        rates = plan.tokens_per_second.value / full.tokens_per_second.value
+        return {"batch": plan.batch / full.batch, "tokens_per_second": rates}
+
+    def pairs(self) -> Iterator[Pair]:
+        """Predicted figures with their measurements."""
+        for name, predicted in self.predicted.items():
+            yield from predicted.pairs(getattr(self, name))
+
+    def as_dict(self) -> dict[str, object]:
+        """The form that goes into JSON."""
+        return {
+            "plan": _plain(self.plan),
+            "full_cache": _plain(self.full_cache),
+            "ratios": self.ratios,
+            "predicted": dict(self.predicted) or None,
+        }
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many measured figures lie inside their predicted intervals.
+
+    Args:
+        inside: so many.
+        of: of so many.
+    """
+
+    inside: int
+    of: int
 
 
 @dataclass(frozen=True)
@@ -53,14 +81,26 @@ class Times:
         measured: the plan and the uncompressed cache, in the same run.
         plan: predicted, or None.
         full_cache: predicted, or None.
-        alone: predicted, or None.
+        most: the largest batches, where they were asked for.
     """
 
     gpu: str | None
     measured: Beside
-    plan: Predicted | None
-    full_cache: Predicted | None
-    alone: Predicted | None
+    plan: Expected | None
+    full_cache: Expected | None
+    most: Most | None = None
+
+    @property
+    def coverage(self) -> Coverage | None:
+        """Of all that was predicted; None if nothing was. Four of five are expected inside."""
+        pairs = [*(self.most.pairs() if self.most else ())]
+        for predicted, measured in (
+            (self.plan, self.measured.plan),
+            (self.full_cache, self.measured.full_cache),
+        ):
+            pairs += predicted.pairs(measured) if predicted else ()
+        inside = [guess.low <= found <= guess.high for guess, found in pairs]
+        return Coverage(sum(inside), len(inside)) if inside else None
 
     def as_dict(self) -> dict[str, object]:
         """The form that goes into JSON."""
@@ -70,13 +110,10 @@ class Times:
             "context_tokens": found.prompt_tokens,
             "plan": found.plan,
             "full_cache": found.full_cache,
-            "alone": found.alone,
             "ratios": found.ratios,
-            "predicted": {
-                "plan": self.plan,
-                "full_cache": self.full_cache,
-                "alone": self.alone,
-            },
+            "predicted": {"plan": self.plan, "full_cache": self.full_cache},
+            "largest": self.most,
+            "coverage": self.coverage,
         }
 
 
@@ -88,6 +125,7 @@ def time_plan(
     *,
     batch: int = 1,
     context_tokens: int | None = None,
+    largest: Bounds | None = None,
     bench_of: Callable[[str], Bench] = bench_for,
 ) -> Times:
     """Run a policy and the uncompressed cache in the paged runtime, and predict both.
@@ -99,6 +137,7 @@ def time_plan(
         samples: whose texts the prompts are made of.
         batch: sequences at once, halved until they fit.
         context_tokens: of each prompt; None for a sample's own.
+        largest: how long to look for the largest batch that fits; None not to.
         bench_of: gives a device's bench.
 
     Raises:
@@ -106,21 +145,48 @@ def time_plan(
     """
     bench = bench_of(loaded.device)
     tokens = min(context_tokens or samples[0].prompt, loaded.geometry.max_context)
-    measured = time_beside(policy, loaded.model, _prompts(loaded, samples, batch, tokens), bench)
+    prompts = _prompts(loaded, samples, batch, tokens)
+    measured = time_beside(policy, loaded.model, prompts, bench)
     gpu = _known_gpu()
-    batches = {
-        "plan": (policy, measured.plan.batch),
-        "full_cache": (uncompressed(policy), measured.full_cache.batch),
-        "alone": (policy, measured.alone.batch if measured.alone else 0),
+    card = Card(shape, gpu, tokens) if gpu and _known(shape, loaded) else None
+    both = {"plan": policy, "full_cache": uncompressed(policy)}
+    many = measured.plan.batch
+    expected = {name: card.expect(one, many) for name, one in both.items()} if card else {}
+    return Times(
+        gpu.slug if gpu else None,
+        measured,
+        expected.get("plan"),
+        expected.get("full_cache"),
+        _most(both, loaded, prompts[:1], card, bench, largest) if largest else None,
+    )
+
+
+def _most(
+    policies: Mapping[str, Policy],
+    loaded: LoadedModel,
+    prompt: Tensor,
+    card: Card | None,
+    bench: Bench,
+    bounds: Bounds,
+) -> Most:
+    """Predicted, and then looked for from there."""
+    predicted = {name: card.expect_largest(p) for name, p in policies.items()} if card else {}
+
+    def find(name: str) -> Largest[Decoding]:
+        guess = int(predicted[name].batch.value) if name in predicted else None
+        return find_largest(policies[name], loaded.model, prompt, bench, guess, bounds)
+
+    return Most(find("plan"), find("full_cache"), predicted)
+
+
+def _plain(found: Largest[Decoding]) -> dict[str, object]:
+    return {
+        "batch": found.batch,
+        "too_large": found.too_large,
+        "exact": found.is_exact,
+        "tries": found.tries,
+        "measured": found.found,
     }
-    if gpu is None or not _known(shape, loaded):
-        predicted: dict[str, Predicted | None] = dict.fromkeys(batches)
-    else:
-        predicted = {
-            name: _predict(one, shape, gpu, many, tokens) if many else None
-            for name, (one, many) in batches.items()
-        }
-    return Times(gpu.slug if gpu else None, measured, **predicted)
 
 
 def _prompts(loaded: LoadedModel, samples: Sequence[Sample], batch: int, tokens: int) -> Tensor:
@@ -143,19 +209,5 @@ def _known_gpu() -> GpuProfile | None:
 
 
 def _known(shape: ModelShape, loaded: LoadedModel) -> bool:
-    """Whether the simulator answers for such a model."""
+    """Whether the card answers for such a model."""
     return loaded.dtype != "float32" and shape.latent is None and not any(shape.windows)
-
-
-def _predict(
-    policy: Policy, shape: ModelShape, gpu: GpuProfile, batch: int, tokens: int
-) -> Predicted:
-    """The simulator's answer in the middle of the timed steps."""
-    held = cache_bytes_by_bits(policy, shape, tokens)
-    held[16.0] += shape.kv_bytes(STEPS * (1 + STRETCHES // 2))
-    step = decode_step(shape, gpu, "bf16", batch, dict(held))
-    return Predicted(
-        prefill=prefill(shape, gpu, "bf16", tokens, batch),
-        step=step,
-        tokens_per_second=per_second(step, batch),
-    )

@@ -15,7 +15,7 @@ from kvtune.runtime.live import LiveRun, run_live
 from kvtune.runtime.prompts import Prompt, fresh_prompt
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample
-from kvtune.tuner.quality import estimate
+from kvtune.tuner.quality import estimate, estimate_by_kind
 
 _TOGETHER = 6  # policies a batch beside the full cache, for a laptop's memory
 
@@ -31,6 +31,7 @@ class Validation:
         full_cache_accuracy: the same of the uncompressed model.
         prompt_bytes: of one prompt, counted while compressing; the mean over samples.
         samples: that were run.
+        by_kind: ``live`` of each kind of text alone.
         counters: proof that the policy fired.
     """
 
@@ -40,6 +41,7 @@ class Validation:
     full_cache_accuracy: Estimate | None
     prompt_bytes: int
     samples: int
+    by_kind: dict[str, Estimate] = field(default_factory=dict)
     counters: dict[str, int] = field(default_factory=dict)
 
 
@@ -92,18 +94,20 @@ def summarise(runs: Sequence[LiveRun], samples: Sequence[Sample]) -> Validation:
     change = estimate([float((r.nll - r.full_nll).mean()) for r in runs], kinds, "live", "")
     asked = [np.array(sample.answer_mask) for sample in samples]
     needles = sum(sample.needles for sample in samples)
+    losses = [float(run.kl.mean()) for run in runs]
 
     def accuracy(correct: list[np.ndarray]) -> Estimate | None:
         hits = [row[mask] for row, mask in zip(correct, asked, strict=True)]
         return share_right(float(np.concatenate(hits).mean()), needles) if needles else None
 
     return Validation(
-        live=estimate([float(run.kl.mean()) for run in runs], kinds, "live"),
+        live=estimate(losses, kinds, "live"),
         perplexity_change=_through_exp(change),
         retrieval_accuracy=accuracy([run.correct for run in runs]),
         full_cache_accuracy=accuracy([run.full_correct for run in runs]),
         prompt_bytes=round(float(np.mean([run.footprint_bytes for run in runs]))),
         samples=len(samples),
+        by_kind=estimate_by_kind(losses, kinds, "live"),
         counters=_counters(runs, samples),
     )
 

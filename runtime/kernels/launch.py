@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
+from kvtune.profiles.tuned import find_tuned
 from kvtune.runtime.kernels.layout import KERNEL_HEAD_DIMS
-from kvtune.runtime.kernels.tiles import Tiles
+from kvtune.runtime.kernels.tiles import Tiles, kind_of
 
 
 @dataclass(frozen=True)
@@ -20,13 +22,28 @@ class Shape:
     Args:
         warps: of a program.
         stages: steps in flight, the one in use included.
+        programs: tiles to cut a layer into; None for ``tiles.PROGRAMS``.
     """
 
     warps: int = 1
     stages: int = 3
+    programs: int | None = None
 
 
-FASTEST = Shape()
+BUILT_IN = Shape()
+
+
+@functools.cache
+def shape_for(pairs: tuple[int, ...], head_dim: int) -> Shape:
+    """The fastest that was measured on the card of this process; else ``BUILT_IN``.
+
+    Raises:
+        KvtuneError: the card's ``kernels.yaml`` is not as it must be.
+    """
+    known = [field.name for field in fields(Shape)]
+    tuned = find_tuned(torch.cuda.get_device_name(), known) if torch.cuda.is_available() else None
+    best = tuned.decode.get((kind_of(pairs), head_dim)) if tuned else None
+    return replace(BUILT_IN, **(best.shape if best else {}))
 
 
 @dataclass(frozen=True)
@@ -77,7 +94,7 @@ def decode(
     out: Tensor | None = None,
     lse: Tensor | None = None,
     logits: Tensor | None = None,
-    shape: Shape = FASTEST,
+    shape: Shape | None = None,
 ) -> Tensor:
     """Attention of one new token a row, ``[rows, G, D]``; one launch.
 
@@ -90,7 +107,7 @@ def decode(
         lse: ``[rows, G]`` float32, is given the natural log-sum-exp.
         logits: ``[G, 64 * entries]`` float32, is given the scaled logits, where they are wanted;
             ``exp(logits - lse)`` are attention weights, beside the page table's entries.
-        shape: how to compile.
+        shape: how to compile; ``shape_for`` unless given.
 
     Raises:
         KvtuneError: a head dimension that the kernel is not made for.
@@ -100,6 +117,7 @@ def decode(
     rows, group, head_dim = q.shape
     if head_dim not in KERNEL_HEAD_DIMS:
         raise KvtuneError(f"the kernels have heads of {KERNEL_HEAD_DIMS} channels, not {head_dim}")
+    shape = shape or shape_for(cache.pairs, head_dim)
     out = torch.empty_like(q) if out is None else out
     lse = torch.empty(rows, group, device=q.device) if lse is None else lse
     decode_attention[(len(cache.tiles),)](

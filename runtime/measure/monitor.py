@@ -117,11 +117,22 @@ def reasons(bits: int) -> str:
 
 
 def open_monitor(index: int = 0) -> Monitor:
-    """NVML's, or one that knows nothing where NVML is missing."""
+    """NVML's, or one that knows nothing where NVML is missing.
+
+    Args:
+        index: of the GPU as torch counts them, those that this process sees.
+    """
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        return NvmlMonitor(pynvml, index)
+        return NvmlMonitor(pynvml, _driver_index(index))
     except Exception:  # no library, no driver, no permission: measuring goes on without
         return NoMonitor()
+
+
+def _driver_index(index: int) -> int:
+    """The driver counts all GPUs of the machine."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    named = visible[index].strip() if index < len(visible) else ""
+    return int(named) if named.isdigit() else index

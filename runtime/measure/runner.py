@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.progress import Progress, Silent
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.kernel_table import KernelRow, Point, RowWriter
+from kvtune.profiles.tuned import Class, TunedShape
 from kvtune.runtime.measure.monitor import Monitor, NoMonitor, State
 from kvtune.runtime.measure.operation import Operation, Setting, Wanted
 from kvtune.runtime.measure.timer import Timer
@@ -28,6 +29,7 @@ class Outcome:
         left: points that time did not suffice for.
         failed: points that could not be measured, each with the reason in one line.
         reasons: reasons for lower clocks that were seen.
+        tuned: the best shapes of decode attention.
     """
 
     measured: int = 0
@@ -35,6 +37,7 @@ class Outcome:
     left: int = 0
     failed: list[tuple[Point, str]] = field(default_factory=list)
     reasons: set[str] = field(default_factory=set)
+    tuned: Mapping[Class, TunedShape] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

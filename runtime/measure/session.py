@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
-from dataclasses import dataclass
+import math
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +19,22 @@ from kvtune.common.files import write_text
 from kvtune.common.progress import Progress
 from kvtune.profiles.gpus import GpuProfile, detect_gpu, find_gpu
 from kvtune.profiles.kernel_table import KernelRow, read_rows
-from kvtune.profiles.measured import GPU_FILE, KERNEL_FILE, UNITS, parse_measured_gpu
-from kvtune.runtime.measure.grid import FULL, QUICK
+from kvtune.profiles.measured import (
+    GPU_FILE,
+    KERNEL_FILE,
+    UNITS,
+    Capture,
+    parse_measured_gpu,
+)
+from kvtune.runtime.measure.grid import FULL, QUICK, Grid
 from kvtune.runtime.measure.memory import MemoryReading, read_memory
 from kvtune.runtime.measure.monitor import SERIOUS, Monitor, open_monitor
 from kvtune.runtime.measure.operation import Setting
 from kvtune.runtime.measure.runner import Bench, Outcome, measure
+from kvtune.runtime.measure.tune_session import tune_kernels
+
+TUNING_SHARE = 0.25
+"""Of a bounded run's time, at most."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +71,17 @@ def profile_gpu(request: Request, progress: Progress) -> Outcome:
     request.out.mkdir(parents=True, exist_ok=True)
     progress.note(f"measuring {gpu.name} into {request.out}")
     memory = read_memory()
-    _write_gpu(request, gpu, monitor, memory)
-    outcome = _measure(request, gpu, monitor, progress)
-    _write_gpu(request, gpu, monitor, memory)
-    return outcome
+    capture = _capture(request, monitor)
+    _write_gpu(request, gpu, capture, memory)
+    seconds = None if request.minutes is None else 60 * request.minutes
+    begun = time.monotonic()
+    dims = [width for _, _, width in _grid(request).heads]
+    bound = TUNING_SHARE * (seconds or math.inf)
+    tuned = tune_kernels(request.out, gpu.slug, dims, capture, bound, progress)
+    left = None if seconds is None else seconds - (time.monotonic() - begun)
+    outcome = _measure(request, gpu, monitor, progress, left)
+    _write_gpu(request, gpu, capture, memory)
+    return replace(outcome, tuned=tuned)
 
 
 def this_gpu(name: str | None) -> GpuProfile:
@@ -106,14 +125,24 @@ def refuse_busy(monitor: Monitor, shared: bool) -> None:
         )
 
 
-def _measure(request: Request, gpu: GpuProfile, monitor: Monitor, progress: Progress) -> Outcome:
+def _grid(request: Request) -> Grid:
+    return QUICK if request.quick else FULL
+
+
+def _measure(
+    request: Request,
+    gpu: GpuProfile,
+    monitor: Monitor,
+    progress: Progress,
+    seconds: float | None,
+) -> Outcome:
     import torch
 
     from kvtune.runtime.measure.ops import all_operations
     from kvtune.runtime.measure.timer import cuda_timer
 
     torch.cuda.empty_cache()
-    grid = QUICK if request.quick else FULL
+    grid = _grid(request)
     free = torch.cuda.mem_get_info()[0]
     # A larger card gets longer caches: a layer's share of what the whole model's cache could take.
     grid = dataclasses.replace(grid, cache_bytes_most=max(grid.cache_bytes_most, free // 30))
@@ -121,25 +150,27 @@ def _measure(request: Request, gpu: GpuProfile, monitor: Monitor, progress: Prog
         gpu, Setting("cuda", grid), cuda_timer, f"torch {torch.__version__}", monitor, progress,
         release=torch.cuda.empty_cache,
     )  # fmt: skip
-    seconds = None if request.minutes is None else 60 * request.minutes
     return measure(request.out / KERNEL_FILE, all_operations(), bench, seconds)
 
 
-def _write_gpu(request: Request, gpu: GpuProfile, monitor: Monitor, memory: MemoryReading) -> None:
+def _capture(request: Request, monitor: Monitor) -> Capture:
     import torch
 
+    return Capture(
+        kvtune=kvtune.__version__,
+        torch=str(torch.__version__),
+        cuda=str(torch.version.cuda),
+        driver=monitor.driver(),
+        device=torch.cuda.get_device_name(),
+        command=request.command,
+        date=datetime.date.today().isoformat(),
+    )
+
+
+def _write_gpu(request: Request, gpu: GpuProfile, capture: Capture, memory: MemoryReading) -> None:
     table = request.out / KERNEL_FILE
     rows = read_rows(table) if table.is_file() else ()
-    capture = {
-        "kvtune": kvtune.__version__,
-        "torch": str(torch.__version__),
-        "cuda": str(torch.version.cuda),
-        "driver": monitor.driver(),
-        "device": torch.cuda.get_device_name(),
-        "command": request.command,
-        "date": datetime.date.today().isoformat(),
-    }
-    text = gpu_document(gpu.slug, capture, figures(memory, rows))
+    text = gpu_document(gpu.slug, vars(capture), figures(memory, rows))
     parse_measured_gpu(text, GPU_FILE)
     write_text(request.out / GPU_FILE, text)
 

@@ -83,6 +83,9 @@ def _pictures(view: View, row: int) -> Iterator[Picture]:
     if rows := _kinds(study, row):
         words = f"Held-out loss by kind of text, predicted, {quality}."
         yield "kinds", words, charts.kinds_chart(study.facts.kinds, rows), 8.5, 3.4
+    if rows := _live_kinds(study, row):
+        words = "The same, measured: the model ran live."
+        yield "kinds-live", words, charts.kinds_chart(study.facts.kinds, rows), 8.5, 3.4
 
 
 def _kinds(study: Study, row: int) -> list[tuple[str, dict[str, float]]]:
@@ -90,6 +93,16 @@ def _kinds(study: Study, row: int) -> list[tuple[str, dict[str, float]]]:
     rows = [("kvtune plan", dict(zip(study.facts.kinds, plan.by_kind, strict=True)))]
     others = study.outcome.baselines[1:] if study.outcome else ()
     return rows + [(other.name, other.by_kind) for other in others if other.by_kind]
+
+
+def _live_kinds(study: Study, row: int) -> list[tuple[str, dict[str, float]]]:
+    """Of the plan, and of those of the others that ran; none where the plan did not."""
+    live = study.live(study.plans[row])
+    if live is None or not live.by_kind:
+        return []
+    others = study.outcome.baselines[1:] if study.outcome else ()
+    ran = [("kvtune plan", live.by_kind), *((other.name, other.live_by_kind) for other in others)]
+    return [(name, {k: e.value for k, e in found.items()}) for name, found in ran if found]
 
 
 def _sections(view: View, row: int, drawn: dict[str, str]) -> Iterator[tuple[str, str]]:
@@ -102,7 +115,7 @@ def _sections(view: View, row: int, drawn: dict[str, str]) -> Iterator[tuple[str
     if study.outcome is not None:
         yield "Beside others at equal bytes", table(baselines_table(study))
     if "kinds" in drawn:
-        yield "Task by task", drawn["kinds"]
+        yield "Task by task", drawn["kinds"] + drawn.get("kinds-live", "")
     yield "Plans of the front", table(front_table(view))
     yield "Provenance", pairs(_provenance(study)) + f"<p>{_TIERS}</p>\n"
 

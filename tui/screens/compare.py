@@ -184,9 +184,9 @@ def _share(side: Side) -> str:
 
 
 def kinds_table(left: Side, right: Side) -> Table | str:
-    """Task by task, predicted on held-out samples."""
-    kinds = common_kinds((left, right))
-    if not kinds:
+    """Task by task on held-out samples: predicted, and measured where a side ran live."""
+    kinds, live = common_kinds((left, right)), {**left.live_by_kind, **right.live_by_kind}
+    if not (kinds or live):
         return "Losses by kind of text are not known of this baseline."
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="underline")
     for heading in ("", left.name, right.name, "left / right"):
@@ -194,6 +194,9 @@ def kinds_table(left: Side, right: Side) -> Table | str:
     for kind in kinds:
         ours, theirs = left.by_kind[kind], right.by_kind[kind]
         table.add_row(kind, f"{ours:.3g}", f"{theirs:.3g}", ratio(ours, theirs))
+    for kind in sorted(live):
+        pair = (left.live_by_kind.get(kind), right.live_by_kind.get(kind))
+        table.add_row(f"{kind}, live", *_estimates(*pair))
     return table
 
 

@@ -27,7 +27,8 @@ class Side:
         selection: loss on the samples that plans are judged on; None of a baseline.
         held_out: loss on samples that no choice was made on, before anything ran live.
         live: measured on those, or None.
-        by_kind: held-out loss by kind of text; empty where not known.
+        by_kind: held-out loss by kind of text, predicted; empty where not known.
+        live_by_kind: measured on those; empty where not known.
         policy: what each head gets, or None where only its loss is known.
         prompt_bytes: of one compressed prompt, at the plan's context.
         figures: memory and time, one row; None without a policy.
@@ -38,6 +39,7 @@ class Side:
     held_out: Estimate
     live: Estimate | None
     by_kind: dict[str, float]
+    live_by_kind: dict[str, Estimate]
     policy: Policy | None
     prompt_bytes: int
     figures: Figures | None
@@ -54,6 +56,7 @@ def plan_side(study: Study, plan: Plan, setting: Setting) -> Side:
         held_out=plan.held_out,
         live=live.kl if live else None,
         by_kind=dict(zip(study.facts.kinds, plan.by_kind, strict=True)),
+        live_by_kind=live.by_kind if live else {},
         policy=policy,
         prompt_bytes=int(shown.prompt_bytes[0]),
         figures=shown,
@@ -71,6 +74,7 @@ def baseline_side(study: Study, baseline: Baseline, plan: Plan, setting: Setting
         held_out=baseline.predicted,
         live=baseline.live,
         by_kind=baseline.by_kind,
+        live_by_kind=baseline.live_by_kind,
         policy=policy,
         prompt_bytes=size,
         figures=shown,

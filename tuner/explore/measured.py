@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kvtune.common.estimate import Estimate
 from kvtune.common.files import write_text
-from kvtune.tuner.explore.outcome import maybe_estimate
+from kvtune.tuner.explore.outcome import as_estimates, maybe_estimate
 
 FOLDER = "validated"
 
@@ -25,6 +25,7 @@ class Measured:
         full_cache_accuracy: the same of the uncompressed model.
         prompt_bytes: counted while compressing.
         device: where it ran.
+        by_kind: ``kl`` of each kind of text alone; empty where not known.
     """
 
     kl: Estimate
@@ -33,6 +34,7 @@ class Measured:
     full_cache_accuracy: Estimate | None
     prompt_bytes: int
     device: str
+    by_kind: dict[str, Estimate] = field(default_factory=dict)
 
 
 def keep_answer(folder: Path, study: str, trial: int, answer: str) -> Measured:
@@ -67,4 +69,5 @@ def _measured(plain: dict[str, Any]) -> Measured:
         full_cache_accuracy=maybe_estimate(plain["full_cache_accuracy"]),
         prompt_bytes=int(plain["counted_bytes"]),
         device=str(plain.get("device", "")),
+        by_kind=as_estimates(plain.get("by_kind")),
     )

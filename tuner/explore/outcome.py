@@ -24,6 +24,7 @@ class Baseline:
         perplexity_change: live, ratio minus one, or None.
         retrieval_accuracy: live, share of needle digits right, or None.
         by_kind: predicted on held-out samples by kind of text; empty where not known.
+        live_by_kind: measured on those; empty where not known.
         policy: its file inside the run directory, or "".
     """
 
@@ -35,6 +36,7 @@ class Baseline:
     perplexity_change: Estimate | None
     retrieval_accuracy: Estimate | None
     by_kind: dict[str, float]
+    live_by_kind: dict[str, Estimate]
     policy: str
 
     @property
@@ -111,6 +113,7 @@ def _baseline(plain: dict[str, Any]) -> Baseline:
         perplexity_change=maybe_estimate(plain["perplexity_change"]),
         retrieval_accuracy=maybe_estimate(plain["retrieval_accuracy"]),
         by_kind=dict(plain.get("by_kind") or {}),
+        live_by_kind=as_estimates(plain.get("live_by_kind")),
         policy=str(plain.get("policy") or ""),
     )
 
@@ -124,3 +127,8 @@ def as_estimate(plain: dict[str, Any]) -> Estimate:
 def maybe_estimate(plain: dict[str, Any] | None) -> Estimate | None:
     """The same of what may be missing."""
     return None if plain is None else as_estimate(plain)
+
+
+def as_estimates(plain: dict[str, Any] | None) -> dict[str, Estimate]:
+    """Figures by name; none where they were not written yet."""
+    return {str(name): as_estimate(entry) for name, entry in (plain or {}).items()}

@@ -123,6 +123,7 @@ class Study:
             full_cache_accuracy=outcome.full_cache_accuracy,
             prompt_bytes=ours.prompt_bytes,
             device=str(outcome.provenance.get("device", "")),
+            by_kind=ours.live_by_kind,
         )
 
     def quality(self, plan: Plan) -> Estimate:

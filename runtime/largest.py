@@ -1,0 +1,196 @@
+"""The largest batch that fits on this GPU: guessed, tried, and closed in on from both sides.
+
+The caches are filled as in service, where prompts come one after another: one prompt is read, and
+what each layer keeps of it is stored for every sequence before the next layer is read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from kvtune.policies.policy import Policy
+from kvtune.runtime.cache import NAME, PolicyCache, load_cache
+from kvtune.runtime.device import Bench, unless_full
+from kvtune.runtime.kernels.layout import PAGE, PageLayout, exact_tokens, layout_of
+from kvtune.runtime.paged import PagedLayer
+from kvtune.runtime.timing import Decoding, time_decoding
+from kvtune.traces import seam
+
+Found = TypeVar("Found")
+
+NEW_TOKENS = PAGE
+"""What every sequence generates in a try."""
+STEPS, STRETCHES = 8, 6
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """When to stop looking.
+
+    Args:
+        tries: at most.
+        seconds: no try is begun that would end later, if it took as long as the longest.
+        clock: tells them.
+    """
+
+    tries: int = 10
+    seconds: float = 90.0
+    clock: Callable[[], float] = time.monotonic
+
+
+@dataclass(frozen=True)
+class Largest(Generic[Found]):
+    """What a search has found.
+
+    Args:
+        batch: the largest that fitted; 0 if none did.
+        too_large: the smallest that did not; None if all fitted.
+        tries: that were made.
+        found: by the try at ``batch``; None if there was none.
+    """
+
+    batch: int
+    too_large: int | None
+    tries: int
+    found: Found | None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether one sequence more was tried and did not fit."""
+        return self.too_large == self.batch + 1
+
+
+def search_largest(
+    attempt: Callable[[int], Found], guess: int, bounds: Bounds | None = None
+) -> Largest[Found]:
+    """The largest batch that a call can do in the device's memory.
+
+    Args:
+        attempt: does it for a batch; runs out of memory as torch does. What it leaves in use
+            counts against the next.
+        guess: tried first; then further and further from it until one fits and one does not.
+        bounds: when to stop.
+    """
+    bounds = bounds or Bounds()
+    begun = now = bounds.clock()
+    batch, too_large, found = 0, None, None
+    longest, tries, reach, asked = 0.0, 0, max(1, guess // 16), max(1, guess)
+    while tries < bounds.tries and now + longest <= begun + bounds.seconds:
+        result = unless_full(lambda asked=asked: attempt(asked))  # type: ignore[misc]
+        batch, found = (batch, found) if result is None else (asked, result)
+        too_large = asked if result is None else too_large
+        tries, longest, now = tries + 1, max(longest, bounds.clock() - now), bounds.clock()
+        if too_large == batch + 1:
+            break
+        asked, reach = _next(batch, too_large, reach), 2 * reach
+    return Largest(batch, too_large, tries, found)
+
+
+def _next(fits: int, too_large: int | None, reach: int) -> int:
+    """Up or down from the guess, further every time; half way once it is between two."""
+    if too_large is None:
+        return fits + reach
+    return (fits + too_large) // 2 if fits else max(1, too_large - reach)
+
+
+def page_bytes(policy: Policy, tokens: int, head_dim: int, new_tokens: int = NEW_TOKENS) -> int:
+    """Of one sequence's pages, those of its new tokens included, slack at their ends too."""
+    growing = PageLayout(head_dim)
+    kept, total = policy.budgets(tokens).flat, 0
+    for option, count in zip(policy.options(), kept, strict=True):
+        exact = min(exact_tokens(option.keys), int(count))
+        total += layout_of(option, head_dim).page_bytes * -(-(int(count) - exact) // PAGE)
+        total += growing.page_bytes * -(-(exact + new_tokens) // PAGE)
+    return total
+
+
+def find_largest(
+    policy: Policy,
+    model: Any,
+    prompt: Tensor,
+    bench: Bench,
+    guess: int | None = None,
+    bounds: Bounds | None = None,
+) -> Largest[Decoding]:
+    """Decode the largest batch of a prompt that fits, and see how fast it goes.
+
+    Args:
+        policy: for the model's shape; one that ``time_beside`` would take.
+        model: a transformers causal language model; as it was when this returns.
+        prompt: ``[1, P]`` token ids on the model's device.
+        bench: of that device.
+        guess: None for what the free memory would hold of pages alone.
+        bounds: when to stop.
+    """
+    attention = model.config._attn_implementation
+    bench.release()
+    each = page_bytes(policy, prompt.shape[1], _head_dim(model))
+    most = bench.available_bytes() // each
+    try:
+        return search_largest(
+            lambda batch: time_filled(policy, model, prompt, batch, bench),
+            most if guess is None else min(guess, most),
+            bounds,
+        )
+    finally:
+        model.set_attn_implementation(attention)
+        bench.release()
+
+
+def _head_dim(model: Any) -> int:
+    config = model.config.get_text_config()
+    known: int | None = getattr(config, "head_dim", None)
+    return known or config.hidden_size // config.num_attention_heads
+
+
+def time_filled(policy: Policy, model: Any, prompt: Tensor, batch: int, bench: Bench) -> Decoding:
+    """Decode from a batch of one prompt; raises what ``load_cache`` does, or out of memory."""
+    bench.release()
+    cache = load_cache(policy, model, new_tokens=NEW_TOKENS)
+    first = fill(cache, model, prompt, batch).argmax(-1).expand(batch)
+    return time_decoding(model, cache, first, prompt.shape[1], bench, STEPS, STRETCHES)
+
+
+@torch.no_grad()
+def fill(cache: PolicyCache, model: Any, prompt: Tensor, batch: int) -> Tensor:
+    """Store a prompt for every sequence, in one pass over it; the logits after it, ``[1, V]``.
+
+    Args:
+        cache: of the model, new.
+        model: answers through the cache when this returns.
+        prompt: ``[1, P]``.
+        batch: sequences.
+    """
+
+    def handler(
+        number: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        if number == 0:
+            cache.open(k, batch * [k.shape[2]])
+        layer, heads = cache.layers[number], cache.policy.heads[number]
+        pages = _EverySequence(number, heads, k.shape[-1], batch, cache.pool, cache.backend)
+        layer.paged, layer.seen = pages, k.shape[2]
+        layer._store(0, q[0], k[0], v[0], scale)
+        pages.seal(cache.new_tokens)
+        return seam.causal_attention(q, k, v, scale, window)
+
+    seam.register()
+    model.set_attn_implementation(seam.NAME)
+    with seam.attending(handler):
+        logits: Tensor = model(input_ids=prompt, use_cache=False, logits_to_keep=1).logits[:, -1]
+    model.set_attn_implementation(NAME)
+    return logits
+
+
+class _EverySequence(PagedLayer):
+    """Stores what it is given for all sequences."""
+
+    def store(self, sequence: int, keys: Tensor, values: Tensor, kept: Sequence[Tensor]) -> None:
+        for one in range(sequence, self.rows // len(self.options)):
+            super().store(one, keys, values, kept)

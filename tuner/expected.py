@@ -1,0 +1,127 @@
+"""What the simulator says of runs in the paged runtime, before they are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kvtune.common.estimate import Estimate, exact
+from kvtune.policies.policy import Policy
+from kvtune.profiles.gpus import GpuProfile
+from kvtune.profiles.shape import ModelShape
+from kvtune.runtime.largest import Largest, page_bytes
+from kvtune.runtime.timing import NEW_TOKENS, STEPS, STRETCHES, Decoding, Timing
+from kvtune.simulator.cost import cache_bytes_by_bits, per_second
+from kvtune.simulator.latency import decode_step, prefill
+from kvtune.simulator.memory import (
+    add,
+    largest_batch,
+    overhead_bytes,
+    prefill_peak_bytes,
+)
+from kvtune.simulator.weights import weight_bytes
+
+Pair = tuple[Estimate, float]
+"""A predicted figure, and what was measured."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the simulator says of one policy on the card, for the batch that was timed.
+
+    Args:
+        prefill: of the whole batch, seconds.
+        step: one decode step, seconds.
+        tokens_per_second: of all sequences together.
+        peak_bytes: of tensors: weights, pages, and activations of all prompts read at once.
+        device_bytes: those and what the process takes beside them.
+    """
+
+    prefill: Estimate
+    step: Estimate
+    tokens_per_second: Estimate
+    peak_bytes: Estimate
+    device_bytes: Estimate
+
+    def pairs(self, measured: Timing) -> Iterator[Pair]:
+        """Each figure with its measurement, where there is one."""
+        for name in ("prefill", "step", "tokens_per_second"):
+            yield getattr(self, name), getattr(measured, name).value
+        yield self.peak_bytes, measured.peak_bytes
+        if measured.device_bytes is not None:
+            yield self.device_bytes, measured.device_bytes
+
+
+@dataclass(frozen=True)
+class ExpectedLargest:
+    """The largest batch of one policy on the card, as the simulator says.
+
+    Args:
+        batch: sequences.
+        tokens_per_second: of so many sequences together; its ends are those of the batch's ends.
+    """
+
+    batch: Estimate
+    tokens_per_second: Estimate
+
+    def pairs(self, measured: Largest[Decoding]) -> Iterator[Pair]:
+        """Each figure with its measurement, where there is one."""
+        yield self.batch, measured.batch
+        if measured.found:
+            yield self.tokens_per_second, measured.found.tokens_per_second.value
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card with a model in bf16 on it.
+
+    Args:
+        shape: the model.
+        gpu: the card.
+        tokens: of each prompt.
+    """
+
+    shape: ModelShape
+    gpu: GpuProfile
+    tokens: int
+
+    def expect(self, policy: Policy, batch: int) -> Expected:
+        """Of a batch whose prompts are read at once, in the middle of the timed steps."""
+        step = self._step(policy, batch, STEPS * (1 + STRETCHES // 2))
+        tensors = self._tensors(policy, batch)
+        return Expected(
+            prefill=prefill(self.shape, self.gpu, "bf16", self.tokens, batch),
+            step=step,
+            tokens_per_second=per_second(step, batch),
+            peak_bytes=tensors,
+            device_bytes=add(tensors, overhead_bytes(self.shape, self.gpu, "bf16")),
+        )
+
+    def expect_largest(self, policy: Policy) -> ExpectedLargest:
+        """Of prompts that are read one after another, each in one piece."""
+        each, tokens = page_bytes(policy, self.tokens, self.shape.head_dim), self.tokens
+        batch = largest_batch(self.shape, self.gpu, "bf16", each, tokens, chunk_tokens=tokens)
+        low, value, high = (
+            self._rate(policy, int(n)) for n in (batch.low, batch.value, batch.high)
+        )
+        rate = Estimate(value.value, low.low, high.high, value.unit, value.tier)
+        return ExpectedLargest(batch, rate)
+
+    def _rate(self, policy: Policy, batch: int) -> Estimate:
+        if not batch:
+            return exact(0, "tokens/s")
+        return per_second(self._step(policy, batch, 0), batch)
+
+    def _step(self, policy: Policy, batch: int, generated: int) -> Estimate:
+        held = cache_bytes_by_bits(policy, self.shape, self.tokens)
+        held[16.0] += self.shape.kv_bytes(generated)
+        return decode_step(self.shape, self.gpu, "bf16", batch, dict(held))
+
+    def _tensors(self, policy: Policy, batch: int) -> Estimate:
+        together = batch * self.tokens
+        pages = page_bytes(policy, self.tokens, self.shape.head_dim, NEW_TOKENS)
+        return add(
+            weight_bytes(self.shape, "bf16"),
+            prefill_peak_bytes(self.shape, together, batch, chunk_tokens=together),
+            exact(batch * pages, "B"),
+        )
