@@ -1,14 +1,16 @@
 """One layer's cache in pages: each (sequence, KV head) with its own length and format.
 
 Life of a layer: ``store`` for every sequence, ``seal`` once, then ``append`` and ``attend`` for
-every new token; ``reserve``, ``evict`` and ``free`` between steps. A row is a (sequence, KV head);
+every new token; ``reserve``, ``leave`` and ``free`` between steps. A row is a (sequence, KV head);
 it has two segments, what its option made of the prompt, and a growing one in 16 bits with the
-prompt's exact tokens and all new ones.
+prompt's exact tokens and all new ones. Entries leave a growing segment alone, and its last ones
+take their places: attention knows no order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.option import Option
-from kvtune.runtime.backend import Backend, Growing, Writing
+from kvtune.runtime.backend import Backend, Growing, Moves, Seen, Writing
 from kvtune.runtime.kernels.launch import Paged, Scratch
 from kvtune.runtime.kernels.layout import PAGE, PageLayout, exact_tokens, layout_of
 from kvtune.runtime.kernels.reference import fp8_scale
@@ -25,6 +27,26 @@ from kvtune.runtime.kernels.tiles import Segments, plan_tiles
 from kvtune.runtime.pool import Pool
 
 Ints = NDArray[np.int64]
+
+NO_END = np.iinfo(np.int64).max // 2
+"""Of a row that only grows: the most entries that it may hold."""
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """Entries that leave growing segments: the last ones move to where they were.
+
+    Args:
+        rows: whose, ``[n]``.
+        moves: likewise.
+        counts: entries that leave each, ``[n]``.
+        on_device: the same as int32 on the device, so that nobody waits.
+    """
+
+    rows: Ints
+    moves: Moves
+    counts: Ints
+    on_device: Tensor
 
 
 class PagedLayer:
@@ -56,6 +78,8 @@ class PagedLayer:
         self.grown: list[Ints] = [np.zeros(0, np.int64) for _ in self.layouts]
         self.lengths = np.zeros((2, len(self.layouts)), np.int64)  # coded, growing
         self.kept: list[int] = [0] * len(self.layouts)
+        self.most = np.full(len(self.layouts), NO_END)  # entries of a growing segment, at any time
+        self.evicted = np.zeros(len(self.layouts), np.int64)
         device = pool.memory.device
         self._fp8_scales = torch.ones(2 * len(self.layouts), 2, device=device)
         self._paged: Paged | None = None
@@ -67,6 +91,8 @@ class PagedLayer:
 
     def store(self, sequence: int, keys: Tensor, values: Tensor, kept: Sequence[Tensor]) -> None:
         """Put a sequence's kept prompt tokens into pages. Once a sequence, before ``seal``.
+
+        Rows that may hold no more than so many entries (``most``) keep all in growing segments.
 
         Args:
             sequence: its place in the batch.
@@ -82,7 +108,11 @@ class PagedLayer:
         chosen = torch.cat(list(kept)).int()
         before = np.cumsum([0, *map(len, kept)])
         heads = range(len(kept))
-        exact = [min(exact_tokens(o.keys), len(k)) for o, k in zip(self.options, kept, strict=True)]
+        first_ones = [
+            NO_END if self.most[first + head] < NO_END else exact_tokens(option.keys)
+            for head, option in enumerate(self.options)
+        ]
+        exact = [min(n, len(k)) for n, k in zip(first_ones, kept, strict=True)]
         for head in heads:
             self._set_scales(first + head, keys[head], values[head], kept[head])
         self.kept[first : first + len(kept)] = [len(indices) for indices in kept]
@@ -105,7 +135,8 @@ class PagedLayer:
 
     def seal(self, new_tokens: int) -> None:
         """Lay out tables and tiles with room for so many tokens a row. Again to make more room."""
-        room = -(-(int(self.lengths[1].max()) + new_tokens) // PAGE)
+        ends = np.where(self.most < NO_END, self.most, self.lengths[1] + new_tokens)
+        room = -(-int(ends.max()) // PAGE)
         pages = np.array([len(x) for x in self.coded] + [room] * self.rows)
         starts = pages.cumsum() - pages
         pairs = [x.code for x in self.layouts] + [self.growing_layout.code] * self.rows
@@ -134,7 +165,7 @@ class PagedLayer:
         Raises:
             KvtuneError: the pool is full.
         """
-        wanted = -(-(self.lengths[1] + tokens) // PAGE)
+        wanted = -(-np.minimum(self.lengths[1] + tokens, self.most) // PAGE)
         if wanted.max() > self.paged.growing_pages:
             self.seal(2 * PAGE * int(wanted.max()))
         at, cells = [], []
@@ -161,14 +192,30 @@ class PagedLayer:
         """Attention of one query a query head, ``[rows, G, D]``, over all that is kept."""
         return self.backend.attend(q, self.paged, scratch, scale)
 
-    def evict(self, kept: list[list[int]]) -> None:
-        """Of each row's growing segment keep these places, ascending; give back its other pages."""
-        self.backend.evict(self.paged, self.growing, kept)
-        self.lengths[1] = [len(places) for places in kept]
-        for row, places in enumerate(kept):
-            have, cells = -(-len(places) // PAGE), self.grown[row]
-            self.pool.give(cells[have:], self.growing_layout.page_cells)
-            self.grown[row] = cells[:have]
+    def attend_seeing(self, q: Tensor, scratch: Scratch, scale: float) -> tuple[Tensor, Tensor]:
+        """The same, and its weights on growing segments ``[rows, G, places]``, zero beyond them."""
+        rows, group, _ = q.shape
+        paged = self.paged
+        logits = q.new_empty(group, PAGE * len(paged.table), dtype=torch.float32)
+        seen = Seen(logits, q.new_empty(rows, group, dtype=torch.float32))
+        output = self.backend.attend(q, paged, scratch, scale, seen)
+        places = PAGE * paged.growing_pages
+        first = PAGE * int(self._tables_at[0])  # growing segments lie side by side in the table
+        mine = logits[:, first : first + rows * places].view(group, rows, places).transpose(0, 1)
+        real = torch.arange(places, device=q.device) < paged.lengths[rows:, None, None]
+        return output, (mine - seen.lse[..., None]).exp().where(real, 0)
+
+    def leave(self, leaving: Leaving) -> None:
+        """Let entries go, in place; pages that not even the next token needs are given back."""
+        rows = leaving.rows
+        self.backend.move(self.paged, self.growing, leaving.moves)
+        segments = self.growing.segments[leaving.moves.rows]
+        self.paged.lengths.index_add_(0, segments, leaving.on_device, alpha=-1)
+        self.lengths[1, rows] -= leaving.counts
+        self.evicted[rows] += leaving.counts
+        for row, needed in zip(rows, -(-(self.lengths[1, rows] + 1) // PAGE), strict=True):
+            self.pool.give(self.grown[row][needed:], self.growing_layout.page_cells)
+            self.grown[row] = self.grown[row][:needed]
 
     def free(self, sequence: int) -> None:
         """Give back a sequence's pages; its rows then attend to nothing."""
