@@ -18,10 +18,13 @@ be chosen from before it was read to its end. These are refused.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -30,6 +33,7 @@ from transformers.cache_utils import Cache
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.document_reader import read_policy
 from kvtune.policies.policy import Policy
+from kvtune.policies.signals import Signals
 from kvtune.runtime.backend import Backend, backend_for
 from kvtune.runtime.evicting import Room, check_evicting
 from kvtune.runtime.kernels.launch import Scratch
@@ -37,6 +41,8 @@ from kvtune.runtime.kernels.layout import PAGE, PageLayout, exact_tokens, layout
 from kvtune.runtime.layer import CacheLayer, attention, padding_mask
 from kvtune.runtime.paged import PagedLayer
 from kvtune.runtime.pool import SLAB_CELLS, Pool
+from kvtune.runtime.whole_prompt import calibration_for, check_passes, repeated, waits, when_read
+from kvtune.traces.calibration import Calibration
 from kvtune.traces.geometry import Geometry, read_geometry
 
 NAME = "kvtune_paged"
@@ -44,7 +50,12 @@ NAME = "kvtune_paged"
 
 
 def load_cache(
-    policy: Path | str | Policy, model: Any, *, new_tokens: int = 1024, evicts: bool = False
+    policy: Path | str | Policy,
+    model: Any,
+    *,
+    new_tokens: int = 1024,
+    evicts: bool = False,
+    tokenizer: Any = None,
 ) -> PolicyCache:
     """A cache for one ``generate`` under a policy; the model answers through it from now on.
 
@@ -54,6 +65,8 @@ def load_cache(
         new_tokens: to make room for at first; more is made when they are exceeded.
         evicts: whether methods that can go on evicting while tokens are generated do; if not, all
             generated tokens stay.
+        tokenizer: the model's, for policies that ask it to repeat its prompt (KVzip), or that must
+            measure it first (CompressKV, on a model that was never measured).
 
     Raises:
         KvtuneError: unreadable policy, another model's shape, an unsupported format or head.
@@ -62,24 +75,21 @@ def load_cache(
     shape = config.num_hidden_layers, config.num_key_value_heads
     bound = policy if isinstance(policy, Policy) else read_policy(policy).bind(*shape)
     bound.check_fits(*shape)
-    _refuse_other_passes(bound)
+    check_passes(bound, tokenizer)
     if evicts:
         check_evicting(bound)
     geometry = read_geometry(model)
+    cache = PolicyCache(bound, geometry, new_tokens, evicts)
+    if bound.needs.calibration:
+        cache.calibration = calibration_for(model, geometry, tokenizer)
+    if bound.needs.reconstruction:
+        cache.repeat = partial(repeated, model, geometry, tokenizer)
+    if cache.waits:
+        when_read(model, cache)
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, padding_mask)
     model.set_attn_implementation(NAME)
-    return PolicyCache(bound, geometry, new_tokens, evicts)
-
-
-def _refuse_other_passes(policy: Policy) -> None:
-    needs = policy.needs
-    for name in ("reconstruction", "calibration", "future", "probes"):
-        if getattr(needs, name):
-            raise KvtuneError(
-                f"the policy {policy.name!r} needs {name}, more than reading a prompt once gives",
-                hint="kvtune validate runs it; a generating cache cannot.",
-            )
+    return cache
 
 
 class PolicyCache(Cache):  # type: ignore[misc]
@@ -91,21 +101,50 @@ class PolicyCache(Cache):  # type: ignore[misc]
         """Hold nothing yet: memory is taken when the prompt's length is known."""
         self.policy, self.geometry = policy, geometry
         self.new_tokens, self.evicts = new_tokens, evicts
+        self.calibration: Calibration | None = None
+        self.repeat: Callable[[list[int], list[Signals]], list[Signals]] | None = None
+        self.waits = waits(policy)
         self.pool: Pool
         self.backend: Backend
         self.scratch: Scratch | None = None
         self.captured = False  # by a graph: counting and reserving is then the decode loop's
         super().__init__(layers=[CacheLayer(self, n) for n in range(policy.layers)])
 
-    def open(self, keys: Tensor, prompts: list[int]) -> None:
-        """Take memory for prompts of these lengths, and for new tokens."""
-        head_dim = keys.shape[-1]
-        self.backend = backend_for(keys.device)
-        self.budgets = [self.policy.budgets(tokens) for tokens in prompts]
-        cells = sum(map(self._cells_wanted, prompts, self.budgets))
+    def open(self, device: torch.device, prompts: list[int]) -> None:
+        """The first layer begins to read prompts of these lengths."""
+        self.backend = backend_for(device)
+        if not self.waits:
+            self._take_memory(device, prompts, [self.policy.budgets(n) for n in prompts])
+
+    def read(self, token_ids: Tensor | None) -> None:
+        """The last layer has read the prompts ``[B, P]``: store what waited for this."""
+        rows = [list(layers) for layers in zip(*(x.waiting for x in self.layers), strict=True)]
+        if self.repeat:
+            rows = self._repeated(rows, token_ids)
+        prompts = [layers[0].prompt_tokens for layers in rows]
+        budgets = list(map(self.policy.settle, prompts, (layers.__getitem__ for layers in rows)))
+        self._take_memory(rows[0][0].keys.device, prompts, budgets)
+        for layer in self.layers:
+            layer.store([layers.pop(0) for layers in rows])  # and keep none of it
+
+    def _repeated(self, rows: list[list[Signals]], token_ids: Tensor | None) -> list[list[Signals]]:
+        """What the layers have read of each sequence, ``[B][L]``, after it was repeated."""
+        if token_ids is None or self.repeat is None:
+            raise KvtuneError("a prompt that was given as embeddings cannot be repeated in words")
+        return [
+            self.repeat(ids[-layers[0].prompt_tokens :], layers)
+            for layers, ids in zip(rows, token_ids.tolist(), strict=True)
+        ]
+
+    def _take_memory(
+        self, device: torch.device, prompts: list[int], budgets: list[NDArray[np.int64]]
+    ) -> None:
+        """For prompts of these lengths, and for new tokens."""
+        self.budgets = budgets
+        cells = sum(map(self._cells_wanted, prompts, budgets))
         slack = 1 + max(SLAB_CELLS % size / SLAB_CELLS for size in self._page_sizes()) * 1.1
         slabs = int(cells * slack) + len(self._page_sizes()) * SLAB_CELLS
-        self.pool = Pool(slabs, PageLayout(head_dim).cell_bytes, keys.device)
+        self.pool = Pool(slabs, PageLayout(self.geometry.head_dim).cell_bytes, device)
 
     def _page_sizes(self) -> set[int]:
         """Cells of all pages that occur."""

@@ -6,6 +6,7 @@ stored and the rest is dropped. After it tokens come one by one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from kvtune.runtime.evicting import Evictor, Opening, evictors, openings
 from kvtune.runtime.kernels.launch import Scratch
 from kvtune.runtime.kernels.layout import PAGE
 from kvtune.runtime.paged import PagedLayer
+from kvtune.runtime.whole_prompt import condensed
 from kvtune.traces.seam import causal_attention, refuse_unknown
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.paged: PagedLayer
         self.evictors: list[Evictor] = []
         self.seen = 0
-        self._openings: list[Opening] = []
+        self.waiting: list[Signals] = []  # of each sequence, until the whole model has read it
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: pages are taken when the prompt has been seen."""
@@ -63,15 +65,18 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         tokens = [k.shape[2]] * len(k) if padding is None else padding.sum(1).tolist()
         cache = self.cache
         if self.number == 0:
-            cache.open(k, tokens)
-        self.open(len(k))
-        output = torch.zeros_like(q)
+            cache.open(k.device, tokens)
+        output, read = torch.zeros_like(q), []
         for row, count in enumerate(tokens):
             real = slice(k.shape[2] - count, None)
             one = [x[row : row + 1, :, real] for x in (q, k, v)]
             output[row, :, real] = causal_attention(one[0], one[1], one[2], scale, None)[0]
-            self.store(row, self._signals(one[0][0], one[1][0], one[2][0], scale))
-        self.seal()
+            signals = self._signals(one[0][0], one[1][0], one[2][0], scale)
+            read.append(condensed(signals, cache.policy.needs) if cache.waits else signals)
+        if cache.waits:
+            self.waiting = read
+        else:
+            self.store(read)
         return output
 
     def _signals(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Signals:
@@ -82,33 +87,29 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
             sums = column_sums(q.contiguous(), k.contiguous(), scale)
         rope = cache.geometry.rope_at(self.number)
-        return Signals(q, k, v, scale, sums, layer=self.number, rope=rope)
+        signals = Signals(q, k, v, scale, sums, layer=self.number, rope=rope)
+        if cache.calibration:
+            measured = cache.calibration.tensors(self.number, k.device)
+            signals.head_scores = measured["head_scores"]
+            signals.layer_error = float(measured["layer_error"])
+        return signals
 
-    def open(self, batch: int) -> None:
-        """Tables without pages."""
-        cache = self.cache
+    def store(self, read: Sequence[Signals]) -> None:
+        """Choose from every sequence's prompt, put what is kept into pages, forget the rest."""
+        cache, options = self.cache, self.cache.policy.heads[self.number]
         self.paged = PagedLayer(
-            self.number, cache.policy.heads[self.number], cache.geometry.head_dim, batch,
-            cache.pool, cache.backend,
-        )  # fmt: skip
-
-    def store(self, row: int, signals: Signals) -> None:
-        """Choose from one sequence's prompt, and put what is kept into pages."""
-        cache = self.cache
-        planned = cache.budgets[row][self.number].tolist()
-        choice = choose(cache.policy, planned, signals, cache.evicts)
-        options = cache.policy.heads[self.number]
-        for head, room in enumerate(choice.rooms):
-            if room:
-                self.paged.most[row * len(options) + head] = room.most
-        self.paged.store(row, choice.keys, choice.values, choice.kept)
-        found = openings(options, choice.rooms, row, choice.kept, signals)
-        self._openings.extend(found)
-
-    def seal(self) -> None:
-        """All sequences are stored: make room for new tokens."""
-        cache, heads = self.cache, len(self.paged.options)
-        self.evictors, self._openings = evictors(self._openings, heads), []
+            self.number, options, cache.geometry.head_dim, len(read), cache.pool, cache.backend
+        )
+        found: list[Opening] = []
+        for row, signals in enumerate(read):
+            planned = cache.budgets[row][self.number].tolist()
+            choice = choose(cache.policy, planned, signals, cache.evicts)
+            for head, room in enumerate(choice.rooms):
+                if room:
+                    self.paged.most[row * len(options) + head] = room.most
+            self.paged.store(row, choice.keys, choice.values, choice.kept)
+            found += openings(options, choice.rooms, row, choice.kept, signals)
+        self.evictors, self.waiting = evictors(found, len(options)), []
         self.paged.seal(cache.new_tokens)
         cache.make_room(self.paged, PAGE)
 

@@ -104,19 +104,18 @@ def test_kept_tokens_bytes_and_outputs_are_those_of_compressing(network: Any) ->
         torch.testing.assert_close(ours, theirs, atol=4e-3, rtol=4e-3)  # roundtrip ends in bf16
 
 
-def one_pass(name: str) -> bool:
-    needs = methods()[name]().needs
-    return not (needs.reconstruction or needs.calibration or needs.future or needs.probes)
+PLAIN = [
+    name
+    for name, kind in sorted(methods().items())
+    if not (kind().looks_ahead or kind().needs.reconstruction or kind().needs.calibration)
+]
+"""What chooses from reading a prompt once; for the others see test_runtime_whole_prompt.py."""
 
 
-@pytest.mark.parametrize("name", sorted(methods()))
+@pytest.mark.parametrize("name", PLAIN)
 def test_every_method_keeps_what_it_keeps_in_replay(network: Any, name: str) -> None:
     option = Option(methods()[name](), Budget(tokens=24), Int4(), Int2())
     policy = Policy.uniform(option, 3, 2)
-    if not one_pass(name):
-        with pytest.raises(KvtuneError, match="reading a prompt once"):
-            load_cache(policy, network)
-        return
     cache = load_cache(policy, network.float())
     seen = prompt_layers(network, cache, ids(100))
     assert cache.prompt_bytes() == policy.footprint(100, 8)
