@@ -52,10 +52,10 @@ def when_read(model: Any, cache: Reader) -> None:
 
     def hook(_: Any, args: tuple[Any, ...], given: dict[str, Any], __: Any) -> None:
         waiting = mine()
-        if waiting is None or given.get("past_key_values") is not waiting:
-            return
-        handle.remove()
-        waiting.read(given.get("input_ids", args[0] if args else None))
+        fed: Any = given.get("past_key_values")
+        if waiting is not None and fed is waiting:
+            handle.remove()
+            waiting.read(given.get("input_ids", args[0] if args else None))
 
     handle = model.base_model.register_forward_hook(hook, with_kwargs=True)
     weakref.finalize(cache, handle.remove)
