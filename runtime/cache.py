@@ -41,6 +41,7 @@ from kvtune.runtime.kernels.layout import PAGE, PageLayout, exact_tokens, layout
 from kvtune.runtime.layer import CacheLayer, attention, padding_mask
 from kvtune.runtime.paged import PagedLayer
 from kvtune.runtime.pool import SLAB_CELLS, Pool
+from kvtune.runtime.settling import check_residual, settle
 from kvtune.runtime.whole_prompt import calibration_for, check_passes, repeated, waits, when_read
 from kvtune.traces.calibration import Calibration
 from kvtune.traces.geometry import Geometry, read_geometry
@@ -55,6 +56,7 @@ def load_cache(
     *,
     new_tokens: int = 1024,
     evicts: bool = False,
+    residual: int | None = None,
     tokenizer: Any = None,
 ) -> PolicyCache:
     """A cache for one ``generate`` under a policy; the model answers through it from now on.
@@ -65,6 +67,8 @@ def load_cache(
         new_tokens: to make room for at first; more is made when they are exceeded.
         evicts: whether methods that can go on evicting while tokens are generated do; if not, all
             generated tokens stay.
+        residual: newest generated tokens that stay in 16 bits, where older ones take their head's
+            own format, a page of 64 at a time (KIVI); None for all of them.
         tokenizer: the model's, for policies that ask it to repeat its prompt (KVzip), or that must
             measure it first (CompressKV, on a model that was never measured).
 
@@ -78,8 +82,10 @@ def load_cache(
     check_passes(bound, tokenizer)
     if evicts:
         check_evicting(bound)
+    if residual is not None:
+        check_residual(bound, residual)
     geometry = read_geometry(model)
-    cache = PolicyCache(bound, geometry, new_tokens, evicts)
+    cache = PolicyCache(bound, geometry, new_tokens, evicts, residual)
     if bound.needs.calibration:
         cache.calibration = calibration_for(model, geometry, tokenizer)
     if bound.needs.reconstruction:
@@ -96,11 +102,16 @@ class PolicyCache(Cache):  # type: ignore[misc]
     """All layers of a model in one pool of pages. For one batch of prompts."""
 
     def __init__(
-        self, policy: Policy, geometry: Geometry, new_tokens: int = 1024, evicts: bool = False
+        self,
+        policy: Policy,
+        geometry: Geometry,
+        new_tokens: int = 1024,
+        evicts: bool = False,
+        residual: int | None = None,
     ) -> None:
         """Hold nothing yet: memory is taken when the prompt's length is known."""
         self.policy, self.geometry = policy, geometry
-        self.new_tokens, self.evicts = new_tokens, evicts
+        self.new_tokens, self.evicts, self.residual = new_tokens, evicts, residual
         self.calibration: Calibration | None = None
         self.repeat: Callable[[list[int], list[Signals]], list[Signals]] | None = None
         self.waits = waits(policy)
@@ -157,13 +168,17 @@ class PolicyCache(Cache):  # type: ignore[misc]
         head_dim, cells = self.geometry.head_dim, 0
         moved = 0 if self.policy.allocator.name == "as_given" else 1
         for option, count in zip(self.policy.options(), budgets.flat, strict=True):
-            layout, exact = layout_of(option, head_dim), exact_tokens(option.keys)
+            layout, growing = layout_of(option, head_dim), PageLayout(head_dim)
+            exact = exact_tokens(option.keys)
             room = Room.of(option, int(count), tokens) if self.evicts else None
             coded, grown = max(int(count) - exact, 0), exact + self.new_tokens
             if room:
                 coded, grown = 0, room.most
+            if self.residual is not None and layout != growing:
+                grown = min(grown, exact + self.residual + 2 * PAGE)
+                cells += layout.page_cells * (self.new_tokens // PAGE)
             cells += layout.page_cells * (-(-coded // PAGE) + moved)
-            cells += PageLayout(head_dim).page_cells * -(-grown // PAGE)
+            cells += growing.page_cells * -(-grown // PAGE)
         return cells
 
     def reserve(self, tokens: int) -> None:
@@ -174,6 +189,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
     def make_room(self, layer: PagedLayer, tokens: int) -> None:
         """Pages for so many more tokens of a layer's rows; a full pool grows."""
         try:
+            settle(layer)
             layer.reserve(tokens)
         except KvtuneError:
             if self.captured:
@@ -182,7 +198,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
             self.pool.extend(self.policy.layers * grown)
             for other in self.layers:
                 other.paged.seal(self.new_tokens)
-            layer.reserve(tokens)
+            self.make_room(layer, tokens)
 
     def prompt_bytes(self) -> int:
         """Bytes of the compressed prompts, as formats count them."""

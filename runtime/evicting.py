@@ -25,7 +25,7 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
 from kvtune.runtime.backend import Moves
 from kvtune.runtime.contenders import beyond_prompt, goes_on_evicting
-from kvtune.runtime.paged import Ints, Leaving
+from kvtune.runtime.segments import Ints, Leaving
 
 
 @dataclass(frozen=True)

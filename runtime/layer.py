@@ -98,8 +98,9 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         """Choose from every sequence's prompt, put what is kept into pages, forget the rest."""
         cache, options = self.cache, self.cache.policy.heads[self.number]
         self.paged = PagedLayer(
-            self.number, options, cache.geometry.head_dim, len(read), cache.pool, cache.backend
-        )
+            self.number, options, cache.geometry.head_dim, len(read), cache.pool, cache.backend,
+            cache.residual,
+        )  # fmt: skip
         found: list[Opening] = []
         for row, signals in enumerate(read):
             planned = cache.budgets[row][self.number].tolist()

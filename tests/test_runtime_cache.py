@@ -31,8 +31,8 @@ from kvtune.runtime.cache import PolicyCache
 from kvtune.runtime.graph import Sampling, generate
 from kvtune.runtime.kernels.launch import Scratch
 from kvtune.runtime.kernels.tiles import Segments, plan_tiles
-from kvtune.runtime.paged import Leaving
 from kvtune.runtime.pool import SLAB_CELLS, Pool
+from kvtune.runtime.segments import Leaving
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -28,6 +28,7 @@ from kvtune.runtime.cache import PolicyCache
 from kvtune.runtime.contenders import Contender
 from kvtune.runtime.generate import Generation
 from kvtune.runtime.graph import generate
+from kvtune.runtime.segments import GROWN
 from kvtune.traces.models import wrap
 
 pytestmark = [
@@ -126,7 +127,7 @@ def test_bounded_heads_stay_bounded(
     layer, memory, taken = cache.layers[0].paged, cache.pool.memory.numel(), []
     for at in range(tokens):
         step(network, cache, torch.tensor([2 + at % 200]), torch.tensor([120 + at]))
-        taken.append([len(cells) for cells in layer.grown])
+        taken.append([len(cells) for cells in layer.pages[GROWN]])
     most = [-(-method.most(100, 100) // 64) for method in METHODS]
     assert (torch.tensor(taken) <= torch.tensor(most)).all()
     assert cache.page_bytes() == layer.growing_layout.page_bytes * sum(taken[-1])

@@ -28,6 +28,7 @@ from kvtune.runtime.kernels.reference import attend, read_page
 from kvtune.runtime.kernels.tiles import Segments, plan_tiles
 from kvtune.runtime.paged import PagedLayer
 from kvtune.runtime.pool import Pool
+from kvtune.runtime.settling import settle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 INTERPRETED = [name for name in CODES if name != "fp8"]  # the interpreter rounds e4m3 wrongly
@@ -163,6 +164,26 @@ def test_a_layer_sees_the_same_weights_through_kernels() -> None:
         found.append((output.float(), weights))
     for plain, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain, atol=0.01, rtol=0.01)
+
+
+def test_pages_settle_the_same_through_kernels() -> None:
+    options = [Option(Full(), ALL, Int4(exact_first=4), Int2(exact_first=4)), Option()]
+    memories = []
+    for backend in (PlainBackend(), TritonBackend()):
+        generator = torch.Generator().manual_seed(0)
+        pool = Pool(4 * 576, 256, "cpu")
+        layer = PagedLayer(0, options, 64, 1, pool, backend, residual=3)
+        keys, values = torch.randn(2, 2, 30, 64, generator=generator).bfloat16()
+        layer.store(0, keys, values, [torch.arange(30)] * 2)
+        layer.seal(140)
+        for token in torch.randn(135, 2, 1, 2, 64, generator=generator).bfloat16():
+            settle(layer)
+            layer.reserve(1)
+            layer.append(*token)
+            layer.count_appended()
+        assert layer.lengths.tolist() == [[26, 30], [11, 135], [128, 0]]
+        memories.append(pool.memory)
+    assert torch.equal(*memories)
 
 
 def test_column_sums_are_those_of_the_whole_matrix() -> None:
