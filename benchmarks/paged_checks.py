@@ -101,18 +101,18 @@ def check_pages(keys_as: str, values_as: str) -> dict[str, float]:
     return worst
 
 
-def check_append_and_compact() -> dict[str, bool]:
-    """150 tokens appended one by one into pages of garbage, then 100 and 64 of them kept."""
+def check_append_and_move() -> dict[str, bool]:
+    """150 tokens appended one by one into pages of garbage; then the last take places before."""
     layout = PageLayout(HEAD_DIM)
     pool = torch.full((6 * layout.page_bytes,), 0x7F, dtype=torch.uint8, device=DEVICE)
     ints = {"dtype": torch.int32, "device": DEVICE}
     table = torch.tensor([0, 2, 4, 1, 3, 5], **ints) * layout.page_cells
     rows, at, lengths = (torch.tensor(x, **ints) for x in ([0, 1], [0, 3], [0, 0]))
     keys, values = torch.randn(2, 150, 2, HEAD_DIM, device=DEVICE).bfloat16().unbind(0)
-    where = (rows, at, table, lengths, pool.view(torch.bfloat16), HEAD_DIM)
+    where = (at, table, lengths, pool.view(torch.bfloat16))
     for key, value in zip(keys, values, strict=True):
         strides = (0, HEAD_DIM)
-        pages.append_token[(2,)](key, value, strides, strides, *where[:-1], 2, HEAD_DIM)
+        pages.append_token[(2,)](key, value, strides, strides, rows, *where, 2, HEAD_DIM)
 
     def holds(row: int, kept: Tensor) -> bool:
         cells = table[3 * row : 3 * row + 3] * layout.cell_bytes
@@ -124,10 +124,11 @@ def check_append_and_compact() -> dict[str, bool]:
 
     everything = torch.arange(150, device=DEVICE)
     appended = holds(0, everything) and holds(1, everything)
-    kept = [torch.randperm(150, device=DEVICE)[:n].sort().values for n in (100, 64)]
-    starts, counts = torch.tensor([0, 100], **ints), torch.tensor([100, 64], **ints)
-    pages.compact[(2,)](torch.cat(kept).int(), starts, counts, *where)
-    return {"appended": appended, "compacted": holds(0, kept[0]) and holds(1, kept[1])}
+    sources = torch.arange(100, 150, **ints).expand(2, -1).contiguous()
+    targets = torch.stack([torch.randperm(100, device=DEVICE)[:50] for _ in rows]).int()
+    pages.move_tokens[(100,)](rows, sources, targets, 50, at, table, where[-1], HEAD_DIM)
+    kept = everything[:100].repeat(2, 1).scatter(1, targets.long(), sources.long())
+    return {"appended": appended, "moved": holds(0, kept[0]) and holds(1, kept[1])}
 
 
 def check_columns() -> float:
@@ -156,6 +157,6 @@ def cases() -> dict[str, Callable[[], Any]]:
         "pages int4 int2": lambda: check_pages("int4", "int2"),
         "pages fp8 int8": lambda: check_pages("fp8", "int8"),
         "pages int8 fp8": lambda: check_pages("int8", "fp8"),
-        "append, compact": check_append_and_compact,
+        "append, move": check_append_and_move,
         "column sums": check_columns,
     }

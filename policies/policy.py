@@ -122,5 +122,5 @@ def footprint_of_lengths(layers: int, kv_heads: int) -> int:
 
 
 def generated_bytes_per_token(layers: int, kv_heads: int, head_dim: int) -> int:
-    """Bytes that each generated token adds: it stays in 16 bits, keys and values."""
+    """Bytes that each generated token adds in 16 bits, keys and values, where it stays so."""
     return 2 * 2 * layers * kv_heads * head_dim

@@ -47,11 +47,41 @@ class Backend(Protocol):
     def append(self, layer: Paged, growing: Growing, keys: Tensor, values: Tensor) -> None:
         """Put one token a sequence, ``[B, H, D]``, into growing segments; counts their lengths."""
 
-    def evict(self, layer: Paged, growing: Growing, chosen: list[list[int]]) -> None:
-        """Keep these places (ascending) of each row's growing segment, in place."""
+    def move(self, layer: Paged, growing: Growing, moves: Moves) -> None:
+        """Move tokens within growing segments; lengths are the caller's."""
 
-    def attend(self, q: Tensor, layer: Paged, scratch: Scratch, scale: float) -> Tensor:
-        """Output ``[rows, G, D]`` of ``q`` like it."""
+    def attend(
+        self, q: Tensor, layer: Paged, scratch: Scratch, scale: float, seen: Seen | None = None
+    ) -> Tensor:
+        """Output ``[rows, G, D]`` of ``q`` like it; fills in ``seen`` where it is given."""
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Tokens of some rows that take other places of their growing segments.
+
+    Args:
+        rows: ``[n]`` int32.
+        sources: ``[n, m]`` int32 places; where it is the target too, nothing moves.
+        targets: ``[n, m]`` int32 places, none of which is another's source.
+    """
+
+    rows: Tensor
+    sources: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What attention looked at: ``exp(logits - lse)`` are its weights.
+
+    Args:
+        logits: ``[G, 64 * table entries]`` float32, scaled; beyond a segment's tokens anything.
+        lse: ``[rows, G]`` float32, natural log-sum-exp.
+    """
+
+    logits: Tensor
+    lse: Tensor
 
 
 @dataclass(frozen=True)
@@ -94,22 +124,22 @@ class TritonBackend:
             heads, head_dim,
         )  # fmt: skip
 
-    def evict(self, layer: Paged, growing: Growing, chosen: list[list[int]]) -> None:
+    def move(self, layer: Paged, growing: Growing, moves: Moves) -> None:
         """One launch."""
-        from kvtune.runtime.kernels.pages import compact
+        from kvtune.runtime.kernels.pages import move_tokens
 
-        counts = np.array([len(row) for row in chosen], np.int32)
-        starts = (counts.cumsum() - counts).astype(np.int32)
-        flat = np.concatenate([np.array(row, np.int32) for row in chosen])
-        lists = [torch.as_tensor(x, device=layer.pool.device) for x in (flat, starts, counts)]
-        compact[(len(chosen),)](
-            *lists, growing.segments, growing.tables_at, layer.table, layer.lengths,
-            layer.pool.view(torch.bfloat16), layer.head_dim,
+        move_tokens[(moves.sources.numel(),)](
+            moves.rows, moves.sources, moves.targets, moves.sources.shape[1], growing.tables_at,
+            layer.table, layer.pool.view(torch.bfloat16), layer.head_dim,
         )  # fmt: skip
 
-    def attend(self, q: Tensor, layer: Paged, scratch: Scratch, scale: float) -> Tensor:
+    def attend(
+        self, q: Tensor, layer: Paged, scratch: Scratch, scale: float, seen: Seen | None = None
+    ) -> Tensor:
         """One launch."""
-        return decode(q, layer, scratch, scale)
+        if seen is None:
+            return decode(q, layer, scratch, scale)
+        return decode(q, layer, scratch, scale, lse=seen.lse, logits=seen.logits)
 
 
 class PlainBackend:
@@ -137,23 +167,30 @@ class PlainBackend:
             pages[length // PAGE][1, length % PAGE] = values.flatten(0, 1)[row]
             layer.lengths[segment] += 1
 
-    def evict(self, layer: Paged, growing: Growing, chosen: list[list[int]]) -> None:
+    def move(self, layer: Paged, growing: Growing, moves: Moves) -> None:
         """A token at a time."""
-        for row, kept in enumerate(chosen):
+        for row, sources, targets in zip(*(x.tolist() for x in vars(moves).values()), strict=True):
             pages = self._growing_pages(layer, growing, row)
-            for to, place in enumerate(kept):
-                pages[to // PAGE][:, to % PAGE] = pages[place // PAGE][:, place % PAGE].clone()
-            layer.lengths[int(growing.segments[row])] = len(kept)
+            for source, target in zip(sources, targets, strict=True):
+                token = pages[source // PAGE][:, source % PAGE]
+                pages[target // PAGE][:, target % PAGE] = token.clone()
 
-    def attend(self, q: Tensor, layer: Paged, scratch: Scratch, scale: float) -> Tensor:
+    def attend(
+        self, q: Tensor, layer: Paged, scratch: Scratch, scale: float, seen: Seen | None = None
+    ) -> Tensor:
         """Dequantise, then attend in float32."""
-        rows: list[list[tuple[Tensor, Tensor]]] = [[] for _ in q]
-        for record in layer.tiles.tolist():
-            rows[record[0]].append(_read_tile(layer, record))
+        tiles = layer.tiles.tolist()
         outputs = []
-        for query, parts in zip(q, rows, strict=True):
-            keys, values = (torch.cat(side) for side in zip(*parts, strict=True))
-            outputs.append(attend(query.float(), keys, values, scale)[0])
+        for row, query in enumerate(q.float()):
+            mine = [record for record in tiles if record[0] == row]
+            read = [_read_tile(layer, record) for record in mine]
+            keys, values = (torch.cat(side) for side in zip(*read, strict=True))
+            output, lse = attend(query, keys, values, scale)
+            outputs.append(output)
+            if seen is not None:
+                seen.lse[row] = lse
+                for record, (some, _) in zip(mine, read, strict=True):
+                    seen.logits[:, PAGE * record[2] :][:, : len(some)] = query @ some.T * scale
         return torch.stack(outputs).to(q.dtype)
 
     def _growing_pages(self, layer: Paged, growing: Growing, row: int) -> list[Tensor]:

@@ -8,7 +8,8 @@
 
 The first forward pass is the prompt, in one piece; sequences of different lengths are padded on
 the left. When a layer has answered it, each KV head's tokens are chosen and stored and the rest is
-dropped, so that one layer at a time is uncompressed. From then on tokens come one by one.
+dropped, so that one layer at a time is uncompressed. From then on tokens come one by one, and with
+``evicts=True`` heads whose method can go on evicting do, so that they stay within their budgets.
 
 What was evicted is gone: the cache cannot be cropped, prefix reuse would give the next user a
 prompt that was compressed for this one (store prompts, not caches), and a prompt in chunks would
@@ -17,38 +18,59 @@ be chosen from before it was read to its end. These are refused.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.compress import select
 from kvtune.policies.document_reader import read_policy
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
-from kvtune.runtime.backend import Backend, TritonBackend, backend_for
+from kvtune.runtime.backend import Backend, backend_for
+from kvtune.runtime.evicting import Room, check_evicting
 from kvtune.runtime.kernels.launch import Scratch
 from kvtune.runtime.kernels.layout import PAGE, PageLayout, exact_tokens, layout_of
+from kvtune.runtime.layer import CacheLayer, attention, padding_mask
 from kvtune.runtime.paged import PagedLayer
 from kvtune.runtime.pool import SLAB_CELLS, Pool
+from kvtune.runtime.settling import check_residual, settle
+from kvtune.runtime.whole_prompt import calibration_for, check_passes, repeated, waits, when_read
+from kvtune.traces.calibration import Calibration
 from kvtune.traces.geometry import Geometry, read_geometry
-from kvtune.traces.seam import causal_attention, refuse_unknown
 
 NAME = "kvtune_paged"
 """The attention implementation that hands queries to the cache."""
 
 
-def load_cache(policy: Path | str | Policy, model: Any, *, new_tokens: int = 1024) -> PolicyCache:
+def load_cache(
+    policy: Path | str | Policy,
+    model: Any,
+    *,
+    new_tokens: int = 1024,
+    evicts: bool = False,
+    residual: int | None = None,
+    tokenizer: Any = None,
+) -> PolicyCache:
     """A cache for one ``generate`` under a policy; the model answers through it from now on.
 
     Args:
         policy: a policy file, or a policy.
         model: a transformers causal language model with plain attention.
         new_tokens: to make room for at first; more is made when they are exceeded.
+        evicts: whether methods that can go on evicting while tokens are generated do; if not, all
+            generated tokens stay.
+        residual: newest generated tokens that stay in 16 bits, where older ones take their head's
+            own format, a page of 64 at a time (KIVI); None for all of them.
+        tokenizer: the model's, for policies that ask it to repeat its prompt (KVzip), or that must
+            measure it first (CompressKV, on a model that was never measured).
 
     Raises:
         KvtuneError: unreadable policy, another model's shape, an unsupported format or head.
@@ -57,65 +79,117 @@ def load_cache(policy: Path | str | Policy, model: Any, *, new_tokens: int = 102
     shape = config.num_hidden_layers, config.num_key_value_heads
     bound = policy if isinstance(policy, Policy) else read_policy(policy).bind(*shape)
     bound.check_fits(*shape)
-    _refuse_other_passes(bound)
+    check_passes(bound, tokenizer)
+    if evicts:
+        check_evicting(bound)
+    if residual is not None:
+        check_residual(bound, residual)
     geometry = read_geometry(model)
+    cache = PolicyCache(bound, geometry, new_tokens, evicts, residual)
+    if bound.needs.calibration:
+        cache.calibration = calibration_for(model, geometry, tokenizer)
+    if bound.needs.reconstruction:
+        cache.repeat = partial(repeated, model, geometry, tokenizer)
+    if cache.waits:
+        when_read(model, cache)
     AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, _padding)
+    AttentionMaskInterface.register(NAME, padding_mask)
     model.set_attn_implementation(NAME)
-    return PolicyCache(bound, geometry, new_tokens)
-
-
-def _refuse_other_passes(policy: Policy) -> None:
-    needs = policy.needs
-    for name in ("reconstruction", "calibration", "future", "probes"):
-        if getattr(needs, name):
-            raise KvtuneError(
-                f"the policy {policy.name!r} needs {name}, more than reading a prompt once gives",
-                hint="kvtune validate runs it; a generating cache cannot.",
-            )
+    return cache
 
 
 class PolicyCache(Cache):  # type: ignore[misc]
     """All layers of a model in one pool of pages. For one batch of prompts."""
 
-    def __init__(self, policy: Policy, geometry: Geometry, new_tokens: int = 1024) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        geometry: Geometry,
+        new_tokens: int = 1024,
+        evicts: bool = False,
+        residual: int | None = None,
+    ) -> None:
         """Hold nothing yet: memory is taken when the prompt's length is known."""
-        self.policy, self.geometry, self.new_tokens = policy, geometry, new_tokens
+        self.policy, self.geometry = policy, geometry
+        self.new_tokens, self.evicts, self.residual = new_tokens, evicts, residual
+        self.calibration: Calibration | None = None
+        self.repeat: Callable[[list[int], list[Signals]], list[Signals]] | None = None
+        self.waits = waits(policy)
         self.pool: Pool
         self.backend: Backend
         self.scratch: Scratch | None = None
         self.captured = False  # by a graph: counting and reserving is then the decode loop's
-        super().__init__(layers=[_Layer(self, n) for n in range(policy.layers)])
+        super().__init__(layers=[CacheLayer(self, n) for n in range(policy.layers)])
 
-    def open(self, keys: Tensor, prompts: list[int]) -> None:
-        """Take memory for prompts of these lengths, and for new tokens."""
-        head_dim = keys.shape[-1]
-        self.backend = backend_for(keys.device)
-        cells = self._cells_wanted(prompts, head_dim)
-        self.pool = Pool(cells, PageLayout(head_dim).cell_bytes, keys.device)
-        self.budgets = [self.policy.budgets(tokens) for tokens in prompts]
+    def open(self, device: torch.device, prompts: list[int]) -> None:
+        """The first layer begins to read prompts of these lengths."""
+        self.backend = backend_for(device)
+        if not self.waits:
+            self._take_memory(device, prompts, [self.policy.budgets(n) for n in prompts])
 
-    def _cells_wanted(self, prompts: list[int], head_dim: int) -> int:
-        growing = PageLayout(head_dim).page_cells
-        cells, sizes = 0, {growing}
-        for tokens in prompts:
-            kept = self.policy.budgets(tokens).flat
-            for option, count in zip(self.policy.options(), kept, strict=True):
-                layout, exact = layout_of(option, head_dim), exact_tokens(option.keys)
-                sizes.add(layout.page_cells)
-                moved = 0 if self.policy.allocator.name == "as_given" else 1
-                cells += layout.page_cells * (-(-max(int(count) - exact, 0) // PAGE) + moved)
-                cells += growing * -(-(exact + self.new_tokens) // PAGE)
-        slack = 1 + max(SLAB_CELLS % size / SLAB_CELLS for size in sizes) * 1.1
-        return int(cells * slack) + len(sizes) * SLAB_CELLS
+    def read(self, token_ids: Tensor | None) -> None:
+        """The last layer has read the prompts ``[B, P]``: store what waited for this."""
+        rows = [list(layers) for layers in zip(*(x.waiting for x in self.layers), strict=True)]
+        if self.repeat:
+            rows = self._repeated(rows, token_ids)
+        prompts = [layers[0].prompt_tokens for layers in rows]
+        budgets = list(map(self.policy.settle, prompts, (layers.__getitem__ for layers in rows)))
+        self._take_memory(rows[0][0].keys.device, prompts, budgets)
+        for layer in self.layers:
+            layer.store([layers.pop(0) for layers in rows])  # and keep none of it
+
+    def _repeated(self, rows: list[list[Signals]], token_ids: Tensor | None) -> list[list[Signals]]:
+        """What the layers have read of each sequence, ``[B][L]``, after it was repeated."""
+        if token_ids is None or self.repeat is None:
+            raise KvtuneError("a prompt that was given as embeddings cannot be repeated in words")
+        return [
+            self.repeat(ids[-layers[0].prompt_tokens :], layers)
+            for layers, ids in zip(rows, token_ids.tolist(), strict=True)
+        ]
+
+    def _take_memory(
+        self, device: torch.device, prompts: list[int], budgets: list[NDArray[np.int64]]
+    ) -> None:
+        """For prompts of these lengths, and for new tokens."""
+        self.budgets = budgets
+        cells = sum(map(self._cells_wanted, prompts, budgets))
+        slack = 1 + max(SLAB_CELLS % size / SLAB_CELLS for size in self._page_sizes()) * 1.1
+        slabs = int(cells * slack) + len(self._page_sizes()) * SLAB_CELLS
+        self.pool = Pool(slabs, PageLayout(self.geometry.head_dim).cell_bytes, device)
+
+    def _page_sizes(self) -> set[int]:
+        """Cells of all pages that occur."""
+        head_dim = self.geometry.head_dim
+        stored = {layout_of(option, head_dim).page_cells for option in self.policy.options()}
+        return stored | {PageLayout(head_dim).page_cells}
+
+    def _cells_wanted(self, tokens: int, budgets: NDArray[np.int64]) -> int:
+        """By one sequence, at its end."""
+        head_dim, cells = self.geometry.head_dim, 0
+        moved = 0 if self.policy.allocator.name == "as_given" else 1
+        for option, count in zip(self.policy.options(), budgets.flat, strict=True):
+            layout, growing = layout_of(option, head_dim), PageLayout(head_dim)
+            exact = exact_tokens(option.keys)
+            room = Room.of(option, int(count), tokens) if self.evicts else None
+            coded, grown = max(int(count) - exact, 0), exact + self.new_tokens
+            if room:
+                coded, grown = 0, room.most
+            if self.residual is not None and layout != growing:
+                grown = min(grown, exact + self.residual + 2 * PAGE)
+                cells += layout.page_cells * (self.new_tokens // PAGE)
+            cells += layout.page_cells * (-(-coded // PAGE) + moved)
+            cells += growing.page_cells * -(-grown // PAGE)
+        return cells
 
     def reserve(self, tokens: int) -> None:
         """Pages for so many more tokens of every row."""
         for layer in self.layers:
-            self._reserve(layer.paged, tokens)
+            self.make_room(layer.paged, tokens)
 
-    def _reserve(self, layer: PagedLayer, tokens: int) -> None:
+    def make_room(self, layer: PagedLayer, tokens: int) -> None:
+        """Pages for so many more tokens of a layer's rows; a full pool grows."""
         try:
+            settle(layer)
             layer.reserve(tokens)
         except KvtuneError:
             if self.captured:
@@ -124,7 +198,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
             self.pool.extend(self.policy.layers * grown)
             for other in self.layers:
                 other.paged.seal(self.new_tokens)
-            layer.reserve(tokens)
+            self.make_room(layer, tokens)
 
     def prompt_bytes(self) -> int:
         """Bytes of the compressed prompts, as formats count them."""
@@ -138,151 +212,6 @@ class PolicyCache(Cache):  # type: ignore[misc]
         """Prompt tokens kept, by layer and row."""
         return [list(layer.paged.kept) for layer in self.layers]
 
-
-class _Layer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer, as transformers knows them; ``attention`` finds it by the keys it returns."""
-
-    is_sliding = False
-    supports_early_init = False
-
-    def __init__(self, cache: PolicyCache, number: int) -> None:
-        super().__init__()
-        self.cache, self.number = cache, number
-        self.paged: PagedLayer
-        self.seen = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: pages are taken when the prompt has been seen."""
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Pass new tokens on to ``attention``, which stores them."""
-        if self.seen and key_states.shape[-2] > 1:
-            raise KvtuneError(
-                "after the prompt, a compressed cache takes one token at a time",
-                hint="no prefill in chunks, no assisted generation.",
-            )
-        self.seen += key_states.shape[-2] * (not self.cache.captured)
-        keys: Any = key_states.view_as(key_states)
-        keys.paged_cache_layer = self
-        return keys, value_states
-
-    def prompt(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, scale: float) -> Any:
-        """Causal attention of each prompt on its own, ``[B, Hq, P, D]``; then store it."""
-        tokens = [k.shape[2]] * len(k) if padding is None else padding.sum(1).tolist()
-        if self.number == 0:
-            self.cache.open(k, tokens)
-        cache = self.cache
-        self.paged = PagedLayer(
-            self.number, cache.policy.heads[self.number], k.shape[-1], len(k), cache.pool,
-            cache.backend,
-        )  # fmt: skip
-        output = torch.zeros_like(q)
-        for row, count in enumerate(tokens):
-            real = slice(k.shape[2] - count, None)
-            one = [x[row : row + 1, :, real] for x in (q, k, v)]
-            output[row, :, real] = causal_attention(one[0], one[1], one[2], scale, None)[0]
-            self._store(row, one[0][0], one[1][0], one[2][0], scale)
-        self.paged.seal(cache.new_tokens)
-        cache._reserve(self.paged, PAGE)
-        return output
-
-    def _store(self, row: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-        policy, budgets = self.cache.policy, self.cache.budgets[row][self.number].tolist()
-        sums = None
-        if policy.needs.column_sums and isinstance(self.cache.backend, TritonBackend):
-            from kvtune.runtime.kernels.columns import column_sums
-
-            sums = column_sums(q.contiguous(), k.contiguous(), scale)
-        rope = self.cache.geometry.rope_at(self.number)
-        signals = Signals(q, k, v, scale, sums, layer=self.number, rope=rope)
-        options = policy.heads[self.number]
-        chosen = select([options], [policy.split(self.number, budgets, signals)], signals)
-        kept = [row[:n] for row, n in zip(chosen.indices[0], chosen.sizes[0], strict=True)]
-        self.paged.store(row, k.contiguous(), v.contiguous(), kept)
-
-    def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Append one token a sequence and attend, ``[B, Hq, 1, D]``."""
-        layer, cache = self.paged, self.cache
-        if not cache.captured:
-            cache._reserve(layer, 1)
-        layer.append(k[:, :, 0], v[:, :, 0])
-        if not cache.captured:
-            layer.count_appended()
-        queries = q.reshape(layer.rows, -1, q.shape[-1])
-        return layer.attend(queries, self._scratch(queries), scale).view_as(q)
-
-    def _scratch(self, queries: Tensor) -> Scratch:
-        """One for all layers, as large as the largest has needed."""
-        cache, rows, group = self.cache, self.paged.rows, queries.shape[1]
-        if cache.scratch is None or len(cache.scratch.lse) < self.paged.slots:
-            slots = max(layer.paged.slots for layer in cache.layers)
-            cache.scratch = Scratch(rows, slots, group, queries.shape[2], queries.device)
-        return cache.scratch
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, padding included: what transformers continues counting from."""
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Of the mask that transformers would make."""
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No limit."""
-        return -1
-
-    def crop(self, max_length: int) -> None:
-        """Not possible."""
-        raise KvtuneError("a compressed prompt cannot be cropped: what was evicted is gone")
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Not possible."""
-        raise KvtuneError("no beam search with a compressed prompt")
-
-    def reset(self) -> None:
-        """Not possible: make a new cache."""
-        raise KvtuneError("a compressed cache serves one batch of prompts; load another")
-
-
-def attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **extras: Any,
-) -> tuple[Tensor, None]:
-    """What transformers calls: the prompt, then one token at a time, ``[B, T, Hq, D]``."""
-    refuse_unknown(extras)
-    layer: _Layer | None = getattr(key, "paged_cache_layer", None)
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    if layer is None:
-        raise KvtuneError(
-            "this model answers through a compressed cache, and was given none",
-            hint="give past_key_values=load_cache(policy, model) to every generate.",
-        )
-    if sliding_window is not None and sliding_window < layer.seen:
-        raise KvtuneError(
-            f"layer {layer.number} attends to a window of {sliding_window} tokens",
-            hint="only full attention can be compressed.",
-        )
-    with torch.no_grad():
-        if layer.seen == query.shape[2] and not layer.cache.captured:
-            output = layer.prompt(query, key, value, attention_mask, scale)
-        else:
-            output = layer.step(query, key, value, scale)
-    return output.transpose(1, 2).contiguous(), None
-
-
-def _padding(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
-    """The mask that ``attention`` gets: which tokens are real ``[B, T]``, padded on the left."""
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    if bool((attention_mask.diff(dim=1) < 0).any()):
-        raise KvtuneError("prompts of different lengths must be padded on the left")
-    return attention_mask.bool()
+    def evicted(self) -> list[list[int]]:
+        """Entries that left while tokens were generated, by layer and row."""
+        return [layer.paged.evicted.tolist() for layer in self.layers]

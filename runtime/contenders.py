@@ -115,7 +115,7 @@ def groups(
         kept = tokens[np.ix_(rows, heads)]
         prompt = prompt_of(kind.method, signals, kept, heads=heads, evicts=kind.evicts)
         method = kind.method if kind.evicts and isinstance(kind.method, DecodeMethod) else None
-        beyond = [[_beyond(option, signals.prompt_tokens) for option in o] for o in options]
+        beyond = [[beyond_prompt(option, signals.prompt_tokens) for option in o] for o in options]
         budgets = np.maximum(kept, beyond)
         cache = SlotCache(method, prompt, signals, budgets, room, heads)
         found.append(Group(tuple(rows), heads, cache))
@@ -138,11 +138,16 @@ def _shared(
 
 
 def _kind(option: Option, evicts: bool, tokens: int) -> _Kind:
-    goes_on = evicts and isinstance(option.method, DecodeMethod) and option.budget != ALL
+    goes_on = evicts and goes_on_evicting(option)
     return _Kind(option.method, goes_on, 0 if goes_on else tokens)
 
 
-def _beyond(option: Option, prompt_tokens: int) -> int:
+def goes_on_evicting(option: Option) -> bool:
+    """Whether a head under this option can evict while tokens are generated."""
+    return isinstance(option.method, DecodeMethod) and option.budget != ALL
+
+
+def beyond_prompt(option: Option, prompt_tokens: int) -> int:
     """A budget that the prompt does not fill: an allocator has nothing to say about the rest."""
     tokens = option.budget.tokens or 0
     return tokens if tokens > prompt_tokens else 0

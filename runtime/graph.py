@@ -1,8 +1,8 @@
 """Decoding without the host: one token for every sequence is one replay of a CUDA graph.
 
 The graph reads token, position and page tables from fixed memory; between replays the host only
-gives out pages, every 64 tokens, and looks whether all sequences have ended. Without a GPU the
-same loop runs step by step.
+gives out pages, every 64 tokens, and looks whether all sequences have ended. Without a GPU, or
+where methods evict while decoding and the host counts what leaves, the same loop runs step by step.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class DecodeLoop:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Fused and captured, if there is a GPU, until the block ends."""
+        """Fused and captured until the block ends, where there is a GPU; not where heads evict."""
         on_gpu = self.tokens.is_cuda
         if on_gpu and self.fuse:
             from kvtune.runtime.fuse import fused
@@ -149,7 +149,7 @@ class DecodeLoop:
         else:
             modules = nullcontext()
         with modules:
-            if on_gpu:
+            if on_gpu and not self.cache.evicts:
                 self._capture()
             try:
                 yield

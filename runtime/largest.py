@@ -7,7 +7,7 @@ what each layer keeps of it is stored for every sequence before the next layer i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -18,8 +18,8 @@ from kvtune.policies.policy import Policy
 from kvtune.runtime.cache import NAME, PolicyCache, load_cache
 from kvtune.runtime.device import Bench, unless_full
 from kvtune.runtime.kernels.layout import PAGE, PageLayout, exact_tokens, layout_of
-from kvtune.runtime.paged import PagedLayer
 from kvtune.runtime.timing import Decoding, time_decoding
+from kvtune.runtime.whole_prompt import condensed
 from kvtune.traces import seam
 
 Found = TypeVar("Found")
@@ -172,12 +172,14 @@ def fill(cache: PolicyCache, model: Any, prompt: Tensor, batch: int) -> Tensor:
         number: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Tensor:
         if number == 0:
-            cache.open(k, batch * [k.shape[2]])
-        layer, heads = cache.layers[number], cache.policy.heads[number]
-        pages = _EverySequence(number, heads, k.shape[-1], batch, cache.pool, cache.backend)
-        layer.paged, layer.seen = pages, k.shape[2]
-        layer._store(0, q[0], k[0], v[0], scale)
-        pages.seal(cache.new_tokens)
+            cache.open(k.device, batch * [k.shape[2]])
+        layer = cache.layers[number]
+        layer.seen = k.shape[2]
+        signals = layer.signals(q[0], k[0], v[0], scale)
+        if cache.waits:
+            layer.waiting = batch * [condensed(signals, cache.policy.needs)]
+        else:
+            layer.put(batch * [layer.choose(0, signals)], batch * [signals])
         return seam.causal_attention(q, k, v, scale, window)
 
     seam.register()
@@ -185,12 +187,6 @@ def fill(cache: PolicyCache, model: Any, prompt: Tensor, batch: int) -> Tensor:
     with seam.attending(handler):
         logits: Tensor = model(input_ids=prompt, use_cache=False, logits_to_keep=1).logits[:, -1]
     model.set_attn_implementation(NAME)
+    if cache.waits:
+        cache.read(None)
     return logits
-
-
-class _EverySequence(PagedLayer):
-    """Stores what it is given for all sequences."""
-
-    def store(self, sequence: int, keys: Tensor, values: Tensor, kept: Sequence[Tensor]) -> None:
-        for one in range(sequence, self.rows // len(self.options)):
-            super().store(one, keys, values, kept)

@@ -1,14 +1,17 @@
 """One layer's cache in pages: each (sequence, KV head) with its own length and format.
 
 Life of a layer: ``store`` for every sequence, ``seal`` once, then ``append`` and ``attend`` for
-every new token; ``reserve``, ``evict`` and ``free`` between steps. A row is a (sequence, KV head);
-it has two segments, what its option made of the prompt, and a growing one in 16 bits with the
-prompt's exact tokens and all new ones.
+every new token; ``reserve``, ``leave`` and ``free`` between steps. A row is a (sequence, KV head);
+it has segments: what its option made of the prompt, and a growing one in 16 bits with the prompt's
+exact tokens and new ones; with a residual window also a settled one, of new tokens that became old
+and took the option's format. Entries leave a growing segment alone, and its last ones take their
+places: attention knows no order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 import torch
@@ -17,14 +20,21 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.option import Option
-from kvtune.runtime.backend import Backend, Growing, Writing
-from kvtune.runtime.kernels.launch import Paged, Scratch
+from kvtune.runtime.backend import Backend, Growing, Seen, Writing
+from kvtune.runtime.kernels.launch import Paged, Scratch, shape_for
 from kvtune.runtime.kernels.layout import PAGE, PageLayout, exact_tokens, layout_of
 from kvtune.runtime.kernels.reference import fp8_scale
 from kvtune.runtime.kernels.tiles import Segments, plan_tiles
 from kvtune.runtime.pool import Pool
-
-Ints = NDArray[np.int64]
+from kvtune.runtime.segments import (
+    CODED,
+    GROWN,
+    NO_END,
+    SETTLED,
+    Ints,
+    Leaving,
+    records_of,
+)
 
 
 class PagedLayer:
@@ -37,6 +47,7 @@ class PagedLayer:
         batch: sequences.
         pool: where pages come from; shared by all layers.
         backend: who works on them.
+        residual: newest tokens that stay in 16 bits where older ones settle; None if all stay.
     """
 
     def __init__(
@@ -47,17 +58,22 @@ class PagedLayer:
         batch: int,
         pool: Pool,
         backend: Backend,
+        residual: int | None = None,
     ) -> None:
         self.number, self.options, self.head_dim = number, options, head_dim
-        self.pool, self.backend = pool, backend
+        self.pool, self.backend, self.residual = pool, backend, residual
         self.layouts = [layout_of(option, head_dim) for option in options] * batch
         self.growing_layout = PageLayout(head_dim)
-        self.coded: list[Ints] = [np.zeros(0, np.int64) for _ in self.layouts]
-        self.grown: list[Ints] = [np.zeros(0, np.int64) for _ in self.layouts]
-        self.lengths = np.zeros((2, len(self.layouts)), np.int64)  # coded, growing
+        self.pages: list[list[Ints]] = [
+            [np.zeros(0, np.int64) for _ in self.layouts] for _ in (CODED, GROWN, SETTLED)
+        ]
+        self.lengths = np.zeros((3, len(self.layouts)), np.int64)
+        self.exact = np.zeros(len(self.layouts), np.int64)  # first tokens of a growing segment
         self.kept: list[int] = [0] * len(self.layouts)
+        self.most = np.full(len(self.layouts), NO_END)  # entries of a growing segment, at any time
+        self.evicted = np.zeros(len(self.layouts), np.int64)
         device = pool.memory.device
-        self._fp8_scales = torch.ones(2 * len(self.layouts), 2, device=device)
+        self.fp8_scales = torch.ones(3 * len(self.layouts), 2, device=device)
         self._paged: Paged | None = None
 
     @property
@@ -67,6 +83,8 @@ class PagedLayer:
 
     def store(self, sequence: int, keys: Tensor, values: Tensor, kept: Sequence[Tensor]) -> None:
         """Put a sequence's kept prompt tokens into pages. Once a sequence, before ``seal``.
+
+        Rows that may hold no more than so many entries (``most``) keep all in growing segments.
 
         Args:
             sequence: its place in the batch.
@@ -82,51 +100,74 @@ class PagedLayer:
         chosen = torch.cat(list(kept)).int()
         before = np.cumsum([0, *map(len, kept)])
         heads = range(len(kept))
-        exact = [min(exact_tokens(o.keys), len(k)) for o, k in zip(self.options, kept, strict=True)]
+        first_ones = [
+            NO_END if self.most[first + head] < NO_END else exact_tokens(option.keys)
+            for head, option in enumerate(self.options)
+        ]
+        exact = [min(n, len(k)) for n, k in zip(first_ones, kept, strict=True)]
         for head in heads:
             self._set_scales(first + head, keys[head], values[head], kept[head])
         self.kept[first : first + len(kept)] = [len(indices) for indices in kept]
-        for which, pages in enumerate((self.coded, self.grown)):
+        self.exact[first : first + len(kept)] = exact
+        for which in (CODED, GROWN):
             records: dict[PageLayout, list[NDArray[np.int64]]] = {}
             for head in heads:
                 row = first + head
-                skip = exact[head] if which == 0 else 0
-                count = len(kept[head]) - exact[head] if which == 0 else exact[head]
-                layout = self.layouts[row] if which == 0 else self.growing_layout
-                pages[row] = self.pool.take(-(-count // PAGE), layout.page_cells)
-                self.lengths[which, row] = count
-                some = _records(head, before[head] + skip, count, pages[row], which, row, self.rows)
+                skip = exact[head] if which == CODED else 0
+                count = len(kept[head]) - exact[head] if which == CODED else exact[head]
+                layout = self.layout(which, row)
+                cells = self.pool.take(-(-count // PAGE), layout.page_cells)
+                self.pages[which][row], self.lengths[which, row] = cells, count
+                some = records_of(head, before[head] + skip, count, cells, which, row, self.rows)
                 records.setdefault(layout, []).append(some)
             for layout, parts in records.items():
                 table = np.concatenate(parts).astype(np.int32)
                 if len(table):
-                    writing = Writing(layout, keys, values, chosen, table, self._fp8_scales)
+                    writing = Writing(layout, keys, values, chosen, table, self.fp8_scales)
                     self.backend.write(self.pool.memory, writing)
+
+    def layout(self, kind: int, row: int) -> PageLayout:
+        """Of a segment's pages."""
+        return self.growing_layout if kind == GROWN else self.layouts[row]
 
     def seal(self, new_tokens: int) -> None:
         """Lay out tables and tiles with room for so many tokens a row. Again to make more room."""
-        room = -(-(int(self.lengths[1].max()) + new_tokens) // PAGE)
-        pages = np.array([len(x) for x in self.coded] + [room] * self.rows)
+        rooms = self._rooms(new_tokens)
+        self.rooms, kinds, pages = rooms, range(len(rooms)), rooms.ravel()
         starts = pages.cumsum() - pages
-        pairs = [x.code for x in self.layouts] + [self.growing_layout.code] * self.rows
-        row = np.tile(np.arange(self.rows), 2)
+        row = np.tile(np.arange(self.rows), len(rooms))
+        pairs = np.array([self.layout(k, n).code for k in kinds for n in range(self.rows)])
         table = np.zeros(int(pages.sum()) + 1, np.int64)  # the kernel looks one entry ahead
-        for at, cells in zip(starts, [*self.coded, *self.grown], strict=True):
+        for at, cells in zip(starts, (x for kind in kinds for x in self.pages[kind]), strict=True):
             table[at : at + len(cells)] = cells
-        tokens = np.concatenate([self.lengths[0], np.full(self.rows, -1)])
-        tiles = plan_tiles(Segments(row, np.array(pairs), starts, pages, tokens), table)
+        tokens = np.where(np.arange(len(row)) < self.rows, self.lengths[: len(rooms)].ravel(), -1)
+        shape = shape_for(tuple(sorted(set(pairs.tolist()), reverse=True)), self.head_dim)
+        tiles = plan_tiles(Segments(row, pairs, starts, pages, tokens), table, shape.programs)
         device = self.pool.memory.device
 
         def ints(array: NDArray[np.int64] | NDArray[np.int32]) -> Tensor:
             return torch.as_tensor(array.astype(np.int32), device=device)
 
-        self._tables_at = starts[self.rows :]
-        self.growing = Growing(ints(np.arange(self.rows, 2 * self.rows)), ints(starts[self.rows :]))
+        self.tables_at = starts.reshape(rooms.shape)
+        grown = ints(np.arange(self.rows, 2 * self.rows))
+        self.growing = Growing(grown, ints(self.tables_at[GROWN]))
         self._paged = Paged(
-            self.pool.memory, ints(table), ints(self.lengths.ravel()), self._fp8_scales,
-            ints(tiles.records), tiles.pairs, self.head_dim, room,
+            self.pool.memory, ints(table), ints(self.lengths.ravel()), self.fp8_scales,
+            ints(tiles.records), tiles.pairs, self.head_dim, int(rooms[GROWN].max()),
         )  # fmt: skip
         self.slots = len(tiles.records)
+
+    def _rooms(self, new_tokens: int) -> Ints:
+        """Pages that each segment has or may grow to, ``[kinds, rows]``."""
+        ends = np.where(self.most < NO_END, self.most, self.lengths[GROWN] + new_tokens)
+        coded = [len(cells) for cells in self.pages[CODED]]
+        if self.residual is None:
+            return np.stack([coded, np.full(self.rows, -(-int(ends.max()) // PAGE))])
+        settle = np.array([layout != self.growing_layout for layout in self.layouts])
+        open_ends = np.maximum(self.lengths[GROWN], self.exact + self.residual + PAGE) + PAGE
+        ends = np.where(settle, np.minimum(ends, open_ends), ends)
+        settled = [len(cells) - (-new_tokens // PAGE) for cells in self.pages[SETTLED]]
+        return np.stack([coded, np.full(self.rows, -(-int(ends.max()) // PAGE)), settled * settle])
 
     def reserve(self, tokens: int) -> None:
         """Give every row pages for so many more tokens. Changes tables in place, if they have room.
@@ -134,20 +175,24 @@ class PagedLayer:
         Raises:
             KvtuneError: the pool is full.
         """
-        wanted = -(-(self.lengths[1] + tokens) // PAGE)
+        wanted = -(-np.minimum(self.lengths[GROWN] + tokens, self.most) // PAGE)
         if wanted.max() > self.paged.growing_pages:
             self.seal(2 * PAGE * int(wanted.max()))
         at, cells = [], []
-        for row in np.flatnonzero(wanted > [len(x) for x in self.grown]):
-            have = len(self.grown[row])
+        for row in np.flatnonzero(wanted > [len(x) for x in self.pages[GROWN]]):
+            have = len(self.pages[GROWN][row])
             more = self.pool.take(int(wanted[row]) - have, self.growing_layout.page_cells)
-            self.grown[row] = np.concatenate([self.grown[row], more])
-            at.append(self._tables_at[row] + have + np.arange(len(more)))
+            self.pages[GROWN][row] = np.concatenate([self.pages[GROWN][row], more])
+            at.append(self.tables_at[GROWN, row] + have + np.arange(len(more)))
             cells.append(more)
         if at:
-            table, device = self.paged.table, self.pool.memory.device
-            where = torch.as_tensor(np.concatenate(at), device=device)
-            table[where] = torch.as_tensor(np.concatenate(cells), device=device).int()
+            self.write_table(np.concatenate(at), np.concatenate(cells))
+
+    def write_table(self, at: Ints, cells: Ints) -> None:
+        """Set entries of the page table, in place."""
+        device = self.pool.memory.device
+        where = torch.as_tensor(at, device=device)
+        self.paged.table[where] = torch.as_tensor(cells, device=device).int()
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add one token a sequence, ``[B, H, D]``; its page must have been reserved."""
@@ -155,33 +200,51 @@ class PagedLayer:
 
     def count_appended(self, tokens: int = 1) -> None:
         """Note on the host that the device has appended; a captured graph cannot."""
-        self.lengths[1] += tokens
+        self.lengths[GROWN] += tokens
 
     def attend(self, q: Tensor, scratch: Scratch, scale: float) -> Tensor:
         """Attention of one query a query head, ``[rows, G, D]``, over all that is kept."""
         return self.backend.attend(q, self.paged, scratch, scale)
 
-    def evict(self, kept: list[list[int]]) -> None:
-        """Of each row's growing segment keep these places, ascending; give back its other pages."""
-        self.backend.evict(self.paged, self.growing, kept)
-        self.lengths[1] = [len(places) for places in kept]
-        for row, places in enumerate(kept):
-            have, cells = -(-len(places) // PAGE), self.grown[row]
-            self.pool.give(cells[have:], self.growing_layout.page_cells)
-            self.grown[row] = cells[:have]
+    def attend_seeing(self, q: Tensor, scratch: Scratch, scale: float) -> tuple[Tensor, Tensor]:
+        """The same, and its weights on growing segments ``[rows, G, places]``, zero beyond them."""
+        rows, group, _ = q.shape
+        paged = self.paged
+        logits = q.new_empty(group, PAGE * len(paged.table), dtype=torch.float32)
+        seen = Seen(logits, q.new_empty(rows, group, dtype=torch.float32))
+        output = self.backend.attend(q, paged, scratch, scale, seen)
+        places = PAGE * paged.growing_pages
+        first = PAGE * int(
+            self.tables_at[GROWN, 0]
+        )  # growing segments lie side by side in the table
+        mine = logits[:, first : first + rows * places].view(group, rows, places).transpose(0, 1)
+        lengths = paged.lengths[rows : 2 * rows, None, None]
+        real = torch.arange(places, device=q.device) < lengths
+        return output, (mine - seen.lse[..., None]).exp().where(real, 0)
+
+    def leave(self, leaving: Leaving) -> None:
+        """Let entries go, in place; pages that not even the next token needs are given back."""
+        rows = leaving.rows
+        self.backend.move(self.paged, self.growing, leaving.moves)
+        segments = self.growing.segments[leaving.moves.rows]
+        self.paged.lengths.index_add_(0, segments, leaving.on_device, alpha=-1)
+        self.lengths[GROWN, rows] -= leaving.counts
+        self.evicted[rows] += leaving.counts
+        grown = self.pages[GROWN]
+        for row, needed in zip(rows, -(-(self.lengths[GROWN, rows] + 1) // PAGE), strict=True):
+            self.pool.give(grown[row][needed:], self.growing_layout.page_cells)
+            grown[row] = grown[row][:needed]
 
     def free(self, sequence: int) -> None:
         """Give back a sequence's pages; its rows then attend to nothing."""
         heads = len(self.options)
         rows = range(sequence * heads, (sequence + 1) * heads)
-        for row in rows:
-            if len(self.coded[row]):
-                self.pool.give(self.coded[row], self.layouts[row].page_cells)
-            if len(self.grown[row]):
-                self.pool.give(self.grown[row], self.growing_layout.page_cells)
-            self.coded[row] = self.grown[row] = np.zeros(0, np.int64)
+        for kind, row in product((CODED, GROWN, SETTLED), rows):
+            if len(self.pages[kind][row]):
+                self.pool.give(self.pages[kind][row], self.layout(kind, row).page_cells)
+            self.pages[kind][row] = np.zeros(0, np.int64)
         self.lengths[:, rows.start : rows.stop] = 0
-        self.paged.lengths.view(2, -1)[:, rows.start : rows.stop] = 0
+        self.paged.lengths.view(3, -1)[:, rows.start : rows.stop] = 0
         tiles = self.paged.tiles
         theirs = (tiles[:, 0] >= rows.start) & (tiles[:, 0] < rows.stop)
         tiles[:, 8] = tiles[:, 8].where(~theirs, -1)  # to be looked up, and found to be none
@@ -206,8 +269,11 @@ class PagedLayer:
 
     def page_bytes(self) -> int:
         """Bytes of the pages held, slack at their ends included."""
-        coded = sum(len(x) * y.page_bytes for x, y in zip(self.coded, self.layouts, strict=True))
-        return coded + sum(map(len, self.grown)) * self.growing_layout.page_bytes
+        return sum(
+            len(cells) * self.layout(kind, row).page_bytes
+            for kind, rows in enumerate(self.pages)
+            for row, cells in enumerate(rows)
+        )
 
     def _refuse_nan(self, keys: Tensor, values: Tensor) -> None:
         fine = keys.isfinite().all(-1).all(-1) & values.isfinite().all(-1).all(-1)
@@ -218,14 +284,5 @@ class PagedLayer:
     def _set_scales(self, row: int, keys: Tensor, values: Tensor, kept: Tensor) -> None:
         layout = self.layouts[row]
         for n, (name, tensor) in enumerate(((layout.keys, keys), (layout.values, values))):
-            if name == "fp8" and len(kept):
-                self._fp8_scales[row, n] = fp8_scale(tensor[kept])
-
-
-def _records(
-    head: int, first: int, count: int, cells: Ints, which: int, row: int, rows: int
-) -> NDArray[np.int64]:
-    """``Writing.records`` of one segment."""
-    start = np.arange(len(cells)) * PAGE
-    columns = (head, first + start, np.minimum(count - start, PAGE), cells, which * rows + row)
-    return np.stack(np.broadcast_arrays(*columns), axis=1)
+            if name == "fp8" and len(kept):  # settled tokens are held to the prompt's range
+                self.fp8_scales[[row, SETTLED * self.rows + row], n] = fp8_scale(tensor[kept])

@@ -17,6 +17,7 @@ from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.grouped import Int2, Int3, Int4, Int8
 from kvtune.policies.method import methods
+from kvtune.policies.methods.ems import EMSReconstruction
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.snapkv import SnapKV
@@ -25,11 +26,13 @@ from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
 from kvtune.runtime import load_cache
+from kvtune.runtime.backend import Moves
 from kvtune.runtime.cache import PolicyCache
 from kvtune.runtime.graph import Sampling, generate
 from kvtune.runtime.kernels.launch import Scratch
 from kvtune.runtime.kernels.tiles import Segments, kind_of, plan_tiles
 from kvtune.runtime.pool import SLAB_CELLS, Pool
+from kvtune.runtime.segments import Leaving
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -101,19 +104,18 @@ def test_kept_tokens_bytes_and_outputs_are_those_of_compressing(network: Any) ->
         torch.testing.assert_close(ours, theirs, atol=4e-3, rtol=4e-3)  # roundtrip ends in bf16
 
 
-def one_pass(name: str) -> bool:
-    needs = methods()[name]().needs
-    return not (needs.reconstruction or needs.calibration or needs.future or needs.probes)
+PLAIN = [
+    name
+    for name, kind in sorted(methods().items())
+    if not (kind().looks_ahead or kind().needs.reconstruction or kind().needs.calibration)
+]
+"""What chooses from reading a prompt once; for the others see test_runtime_whole_prompt.py."""
 
 
-@pytest.mark.parametrize("name", sorted(methods()))
+@pytest.mark.parametrize("name", PLAIN)
 def test_every_method_keeps_what_it_keeps_in_replay(network: Any, name: str) -> None:
     option = Option(methods()[name](), Budget(tokens=24), Int4(), Int2())
     policy = Policy.uniform(option, 3, 2)
-    if not one_pass(name):
-        with pytest.raises(KvtuneError, match="reading a prompt once"):
-            load_cache(policy, network)
-        return
     cache = load_cache(policy, network.float())
     seen = prompt_layers(network, cache, ids(100))
     assert cache.prompt_bytes() == policy.footprint(100, 8)
@@ -125,6 +127,23 @@ def test_every_method_keeps_what_it_keeps_in_replay(network: Any, name: str) -> 
         ours = layer.attend(q, Scratch(2, layer.slots, 2, 8, "cpu"), signals.scale)
         theirs, _ = attend(q, part.keys, part.values, None, signals.scale)
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "method", [EMSReconstruction(window=4, threshold=0.0), StreamingLLM(positions="reindexed")]
+)
+def test_what_a_method_merges_is_stored_merged(network: Any, method: Any) -> None:
+    policy = Policy.uniform(Option(method, Budget(tokens=24)), 3, 2)
+    cache = load_cache(policy, network.float())
+    signals = prompt_layers(network, cache, ids(100))[1]
+    signals = replace(signals, layer=1, rope=cache.geometry.rope_at(1))
+    part = compress(policy, 1, [24, 24], signals)
+    kept = method.keep(signals, 24)[..., None].expand(-1, -1, 8)
+    assert not torch.equal(part.keys, signals.keys.gather(1, kept))
+    q, layer = torch.randn(2, 2, 8), cache.layers[1].paged
+    ours = layer.attend(q, Scratch(2, layer.slots, 2, 8, "cpu"), signals.scale)
+    theirs, _ = attend(q, part.keys, part.values, None, signals.scale)
+    torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0.02)
 
 
 def test_an_uncompressed_policy_generates_what_the_model_does(network: Any) -> None:
@@ -164,7 +183,17 @@ def test_a_long_generation_takes_more_pages_as_it_goes(network: Any) -> None:
     cache.pool.check_integrity()
 
 
-def test_evicting_keeps_the_chosen_and_frees_the_rest(network: Any) -> None:
+def leaving(layer: Any, moves: list[list[tuple[int, int]]], counts: list[int]) -> Leaving:
+    """So many entries leave each row; the moves fill their places."""
+    most = max(map(len, moves))
+    padded = [row + [(0, 0)] * (most - len(row)) for row in moves]
+    sources, targets = torch.tensor(padded).int().unbind(-1)
+    rows = np.arange(layer.rows)
+    both = Moves(torch.from_numpy(rows).int(), sources, targets)
+    return Leaving(rows, both, np.array(counts), torch.tensor(counts).int())
+
+
+def test_evicting_keeps_the_others_and_frees_pages(network: Any) -> None:
     policy = Policy.uniform(Option(), 3, 2)
     cache = load_cache(policy, network)
     network.generate(**ids(10), max_new_tokens=140, min_new_tokens=140, past_key_values=cache)
@@ -172,13 +201,14 @@ def test_evicting_keeps_the_chosen_and_frees_the_rest(network: Any) -> None:
     before = layer.page_bytes()
     q, scratch = torch.ones(2, 2, 8), Scratch(2, layer.slots, 2, 8, "cpu")
     everything = layer.attend(q, scratch, 0.3)
-    layer.evict([list(range(139))] * 2)
+    layer.leave(leaving(layer, [[], [(3, 3)]], [0, 0]))
     torch.testing.assert_close(layer.attend(q, scratch, 0.3), everything)
-    layer.evict([[0, 5, 120], list(range(60, 130))])
-    assert before - layer.page_bytes() == 3 * layer.growing_layout.page_bytes
-    layer.append(torch.ones(1, 2, 8), torch.full((1, 2, 8), 1e4))
+    layer.append(torch.ones(1, 2, 8), torch.full((1, 2, 8), 1e4))  # to go where the third was
     layer.count_appended()
-    assert layer.lengths[1].tolist() == [4, 71]
+    layer.leave(leaving(layer, [[(139, 2)], [(139, 2)]], [137, 69]))
+    assert before - layer.page_bytes() == 3 * layer.growing_layout.page_bytes
+    assert layer.lengths[1].tolist() == [3, 71]
+    assert layer.evicted.tolist() == [137, 69]
     assert (layer.attend(q, scratch, 0.3).abs() > 10).all()
     cache.pool.check_integrity()
 

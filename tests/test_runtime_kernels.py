@@ -16,13 +16,19 @@ pytest.importorskip("triton", reason="Triton is not installed; the kernels have 
 if os.environ["TRITON_INTERPRET"] != "1":
     pytest.skip("Triton's interpreter is switched off", allow_module_level=True)
 
-from kvtune.runtime.backend import Growing, PlainBackend, TritonBackend, Writing
+from kvtune.policies.formats.grouped import Int2, Int4
+from kvtune.policies.methods.full import Full
+from kvtune.policies.option import ALL, Option
+from kvtune.runtime.backend import Growing, Moves, PlainBackend, TritonBackend, Writing
 from kvtune.runtime.fuse import fused
 from kvtune.runtime.kernels.columns import column_sums
 from kvtune.runtime.kernels.launch import Paged, Scratch, decode
 from kvtune.runtime.kernels.layout import CODES, PAGE, PageLayout
 from kvtune.runtime.kernels.reference import attend, read_page
 from kvtune.runtime.kernels.tiles import Segments, plan_tiles
+from kvtune.runtime.paged import PagedLayer
+from kvtune.runtime.pool import Pool
+from kvtune.runtime.settling import settle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 INTERPRETED = [name for name in CODES if name != "fp8"]  # the interpreter rounds e4m3 wrongly
@@ -112,7 +118,7 @@ def test_pages_are_the_references_to_the_bit(keys: str, values: str) -> None:
     assert torch.equal(*pools)
 
 
-def test_appending_and_evicting_are_the_references() -> None:
+def test_appending_and_moving_are_the_references() -> None:
     layout = PageLayout(64)
     ends = []
     for backend in (PlainBackend(), TritonBackend()):
@@ -125,13 +131,59 @@ def test_appending_and_evicting_are_the_references() -> None:
         for _ in range(100):
             keys, values = torch.randn(2, 1, 2, 64, generator=generator).bfloat16()
             backend.append(paged, growing, keys, values)
-        backend.evict(paged, growing, [list(range(10, 90)), [0, 99]])
+        places = [[[99, 64, 98], [5, 5, 5]], [[3, 10, 63], [5, 5, 5]]]
+        backend.move(paged, growing, Moves(torch.tensor([1, 0]).int(), *torch.tensor(places).int()))
+        lengths -= torch.tensor([0, 36]).int()
         backend.append(paged, growing, keys, values)
-        assert lengths.tolist() == [81, 3]
+        assert lengths.tolist() == [101, 65]
         pages = pool.view(torch.bfloat16).view(4, 2, PAGE, 64)
-        ends.append([pages[2], pages[0][:, :17], pages[3][:, :3]])
+        ends.append([pages[2], pages[0][:, :37], pages[3], pages[1][:, :1]])
     for plain, ours in zip(*ends, strict=True):
         assert torch.equal(plain, ours)
+
+
+def test_a_layer_sees_the_same_weights_through_kernels() -> None:
+    options = [Option(), Option(Full(), ALL, Int4(), Int2())]
+    found = []
+    for backend in (PlainBackend(), TritonBackend()):
+        generator = torch.Generator().manual_seed(0)
+        layer = PagedLayer(0, options, 64, 1, Pool(4 * 576, 256, "cpu"), backend)
+        keys, values = torch.randn(2, 2, 90, 64, generator=generator).bfloat16()
+        layer.most[0] = 130
+        layer.store(0, keys, values, [torch.arange(0, 90, 2), torch.arange(90)])
+        layer.seal(70)
+        layer.reserve(70)
+        for token in torch.randn(40, 2, 1, 2, 64, generator=generator).bfloat16():
+            layer.append(*token)
+            layer.count_appended()
+        q = torch.randn(2, 3, 64, generator=generator).bfloat16()
+        output, weights = layer.attend_seeing(q, Scratch(2, layer.slots, 3, 64, "cpu"), 0.125)
+        assert (weights.sum(-1)[0] - 1).abs().max() < 1e-3  # all of the first row is growing
+        assert (weights.sum(-1)[1] < 1).all()
+        assert weights[0].count_nonzero(-1).tolist() == [85] * 3
+        found.append((output.float(), weights))
+    for plain, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, atol=0.01, rtol=0.01)
+
+
+def test_pages_settle_the_same_through_kernels() -> None:
+    options = [Option(Full(), ALL, Int4(exact_first=4), Int2(exact_first=4)), Option()]
+    memories = []
+    for backend in (PlainBackend(), TritonBackend()):
+        generator = torch.Generator().manual_seed(0)
+        pool = Pool(4 * 576, 256, "cpu")
+        layer = PagedLayer(0, options, 64, 1, pool, backend, residual=3)
+        keys, values = torch.randn(2, 2, 30, 64, generator=generator).bfloat16()
+        layer.store(0, keys, values, [torch.arange(30)] * 2)
+        layer.seal(140)
+        for token in torch.randn(135, 2, 1, 2, 64, generator=generator).bfloat16():
+            settle(layer)
+            layer.reserve(1)
+            layer.append(*token)
+            layer.count_appended()
+        assert layer.lengths.tolist() == [[26, 30], [11, 135], [128, 0]]
+        memories.append(pool.memory)
+    assert torch.equal(*memories)
 
 
 def test_column_sums_are_those_of_the_whole_matrix() -> None:

@@ -159,7 +159,7 @@ def test_the_batch_is_halved_until_the_uncompressed_cache_fits(
     ("option", "reason"),
     [
         (Option(H2O(), Budget(share=0.5), Int3(), Int3()), "stores no int3"),
-        (Option(methods()["kvzip"](), Budget(share=0.5)), "reading a prompt once"),
+        (Option(methods()["kvzip"](), Budget(share=0.5)), "repeat its prompt"),
     ],
 )
 def test_what_cannot_be_stored_is_refused_before_anything_runs(

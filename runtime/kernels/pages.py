@@ -1,4 +1,4 @@
-"""Writing pages: gather, quantise and pack in one pass; append a token; evict in place."""
+"""Writing pages: gather, quantise and pack in one pass; append a token; move one."""
 
 from __future__ import annotations
 
@@ -175,33 +175,22 @@ def append_token(keys, values, key_strides, value_strides, segments, tables_at, 
 
 
 @triton.jit
-def compact(chosen, chosen_at, counts, segments, tables_at, table, lengths, pool_bf16,
-            D: tl.constexpr):  # fmt: skip
-    """Evict in place from one row's bf16 segment: kept tokens move to its front, in order.
-
-    A kept token never moves back, so a page is written only after all that it takes was read.
+def move_tokens(rows, sources, targets, moves, tables_at, table, pool_bf16, D: tl.constexpr):
+    """One token of a row's bf16 segment to another place of it; from a place to itself is none.
 
     Args:
-        chosen: int32, kept places in ascending order, row by row.
-        chosen_at, counts: [rows] int32, where a row's begin, and how many.
-        segments, tables_at, table, lengths, pool_bf16: as for ``append_token``.
+        rows: [n] int32.
+        sources, targets: [n, moves] int32 places of each; no place is both read and written.
+        moves: of each row.
+        tables_at, table, pool_bf16: as for ``append_token``.
     """
-    row = tl.program_id(0)
-    count, segment = tl.load(counts + row), tl.load(segments + row)
-    table += tl.load(tables_at + row)
-    chosen += tl.load(chosen_at + row)
-    channel, token = tl.arange(0, D), tl.arange(0, PAGE)
-    for page in range(tl.cdiv(count, PAGE)):
-        place = token + page * PAGE
-        kept = tl.load(chosen + place, mask=place < count, other=0)
-        source = tl.load(table + kept // PAGE).to(tl.int64) * (2 * D) + (kept % PAGE) * D
-        mask = (place < count)[:, None]
-        key = tl.load(pool_bf16 + source[:, None] + channel[None, :], mask=mask)
-        value = tl.load(pool_bf16 + source[:, None] + channel[None, :] + PAGE * D, mask=mask)
-        tl.debug_barrier()
-        target = tl.load(table + page).to(tl.int64) * (2 * D)
-        to = target + token[:, None] * D + channel[None, :]
-        tl.store(pool_bf16 + to, key, mask=mask)
-        tl.store(pool_bf16 + to + PAGE * D, value, mask=mask)
-        tl.debug_barrier()
-    tl.store(lengths + segment, count)
+    move = tl.program_id(0)
+    source, target = tl.load(sources + move), tl.load(targets + move)
+    if source != target:
+        table += tl.load(tables_at + tl.load(rows + move // moves))
+        both, channel = tl.arange(0, 2)[:, None], tl.arange(0, D)[None, :]
+        place = both * (PAGE * D) + channel
+        page = tl.load(table + source // PAGE).to(tl.int64) * (2 * D)
+        token = tl.load(pool_bf16 + page + (source % PAGE) * D + place)
+        page = tl.load(table + target // PAGE).to(tl.int64) * (2 * D)
+        tl.store(pool_bf16 + page + (target % PAGE) * D + place, token)

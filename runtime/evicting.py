@@ -1,0 +1,268 @@
+"""Evicting from pages while tokens are generated: a method's books beside a layer's rows.
+
+The contract is ``policies/decode.py``'s, and ``policies/slots.py`` steps the same: a token enters,
+attends to all that is live and to itself, is observed, and then entries leave. Here places are
+dense, place n of the books is place n of the row's growing segment, and what is last moves to
+where something has left. Only counts are known to the host: nobody waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.decode import FREE, DecodeMethod, DecodeState
+from kvtune.policies.formats.bf16 import Bf16
+from kvtune.policies.option import Option
+from kvtune.policies.policy import Policy
+from kvtune.policies.signals import Signals
+from kvtune.runtime.backend import Moves
+from kvtune.runtime.contenders import beyond_prompt, goes_on_evicting
+from kvtune.runtime.segments import Ints, Leaving
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a head that goes on evicting holds.
+
+    Args:
+        prompt: entries when the prompt is complete.
+        budget: entries that may stay.
+        most: entries at any time.
+    """
+
+    prompt: int
+    budget: int
+    most: int
+
+    @staticmethod
+    def of(option: Option, planned: int, prompt_tokens: int) -> Room | None:
+        """Under a planned budget; None for a head that only grows."""
+        method = option.method
+        if not (isinstance(method, DecodeMethod) and goes_on_evicting(option)):
+            return None
+        held = min(planned, prompt_tokens) if method.trims_prompt else prompt_tokens
+        budget = max(planned, beyond_prompt(option, prompt_tokens))
+        return Room(held, budget, method.most(held, budget))
+
+
+def check_evicting(policy: Policy) -> None:
+    """Refuse heads that would have to evict from quantised pages.
+
+    Raises:
+        KvtuneError: names the option.
+    """
+    for option in filter(goes_on_evicting, policy.options()):
+        if {option.keys, option.values} != {Bf16()}:
+            raise KvtuneError(
+                f"{option.label!r} would evict from quantised pages, whose tokens share scales",
+                hint="use bf16 where a method evicts while generating, or leave out evicts=True.",
+            )
+
+
+@dataclass(frozen=True)
+class Opening:
+    """One sequence's heads under one method, when its prompt is stored.
+
+    Args:
+        method: evicts.
+        sequence: its place in the batch.
+        heads: KV heads of the layer.
+        rooms: one a head.
+        state: ``[1, heads, n, ...]``, what is kept of the prompt; places in order of position.
+    """
+
+    method: DecodeMethod
+    sequence: int
+    heads: tuple[int, ...]
+    rooms: tuple[Room, ...]
+    state: DecodeState
+
+
+def openings(
+    options: Sequence[Option],
+    rooms: Sequence[Room | None],
+    sequence: int,
+    kept: Sequence[Tensor],
+    signals: Signals,
+) -> list[Opening]:
+    """What one sequence's heads of a layer start from, head by head that goes on evicting.
+
+    Args:
+        options: of the layer's heads.
+        rooms: theirs; None where a head only grows.
+        sequence: its place in the batch.
+        kept: tokens of each head, ascending.
+        signals: of the layer.
+    """
+    by_method: dict[DecodeMethod, list[int]] = {}
+    for head, (option, room) in enumerate(zip(options, rooms, strict=True)):
+        if room is not None and isinstance(option.method, DecodeMethod):
+            by_method.setdefault(option.method, []).append(head)
+    found = []
+    for method, heads in by_method.items():
+        state = _opened(method, heads, [kept[head] for head in heads], signals)
+        theirs = tuple(room for head in heads if (room := rooms[head]) is not None)
+        found.append(Opening(method, sequence, tuple(heads), theirs, state))
+    return found
+
+
+def _opened(
+    method: DecodeMethod, heads: list[int], kept: list[Tensor], signals: Signals
+) -> DecodeState:
+    positions = pad_sequence(kept, batch_first=True, padding_value=FREE)[None]
+    numbers = torch.tensor(heads, device=positions.device)
+    at = numbers[None, :, None], positions.clamp_min(0)
+    statistics = {name: each[at] for name, each in method.statistics(signals).items()}
+    state = DecodeState(positions, signals.prompt_tokens, statistics, signals.layer, numbers)
+    if signals.rope is not None and method.shift(state) is not None:
+        raise KvtuneError(
+            f"{method.label} turns keys at every step; a page holds them as they came",
+            hint="keep positions, which differs in the sinks' distance alone.",
+        )
+    return state
+
+
+class Evictor:
+    """Some heads of one layer under one method, of sequences whose prompts are equally long."""
+
+    def __init__(self, found: Sequence[Opening], heads: int) -> None:
+        """Take over prompts.
+
+        Args:
+            found: of one method, the same heads and the same prompt length.
+            heads: KV heads of the layer.
+        """
+        first = found[0]
+        self.method = first.method
+        self.budgets = np.array([[room.budget for room in each.rooms] for each in found])
+        self.sizes = np.array([[room.prompt for room in each.rooms] for each in found])
+        rows = [[each.sequence * heads + head for head in each.heads] for each in found]
+        self.rows: Ints = np.array(rows)
+        self.method.check_heads(self.budgets)
+        places = max(room.most for each in found for room in each.rooms)
+        device = first.state.positions.device
+        states = [each.state for each in found]
+        statistics = {
+            name: _joined([state.statistics[name] for state in states], places, 0)
+            for name in first.state.statistics
+        }
+        self.state = DecodeState(
+            _joined([state.positions for state in states], places, FREE),
+            first.state.prompt_tokens, statistics, first.state.layer, first.state.heads,
+            pinned=self.method.pin(self.budgets, device),
+        )  # fmt: skip
+        self.held = self.state.live.sum(-1, keepdim=True)
+        self._rows = torch.as_tensor(self.rows, device=device)
+        self._drops: tuple[bytes, Tensor] | None = None
+
+    @cached_property
+    def watches(self) -> bool:
+        """Whether the method looks at attention."""
+        return type(self.method).observe is not DecodeMethod.observe
+
+    def enter(self) -> None:
+        """The newest token has been appended to every row."""
+        state = self.state
+        state.generated += 1
+        state.positions.scatter_(-1, self.held, state.now)
+        fresh = self.method.fresh(state)
+        for name, statistic in state.statistics.items():
+            _put(statistic, self.held, torch.full_like(statistic[:, :, :1], fresh.get(name, 0)))
+        self.held += 1
+        self.sizes += 1
+
+    def observe(self, weights: Tensor) -> None:
+        """Be told what the newest token looked at, ``[rows of the layer, G, places]``."""
+        places = self.state.positions.shape[-1]
+        self.method.observe(self.state, weights[self._rows, :, :places])
+
+    def evict(self) -> Leaving | None:
+        """Take leave of what must go now; the pages are still to follow."""
+        drops = self.method.drops(self.sizes, self.budgets, self.state.generated)
+        if not drops.any():
+            return None
+        left = self._on_device(drops)
+        leaving = self.method.leaving(self.state, left)
+        sources, targets = self._moves(leaving, left[..., None], int(drops.max()))
+        self._follow(sources, targets, left[..., None])
+        self.sizes -= drops
+        rows, by_row = self._rows.flatten().int(), (-1, sources.shape[-1])
+        moves = Moves(rows, sources.reshape(by_row).int(), targets.reshape(by_row).int())
+        return Leaving(self.rows.ravel(), moves, drops.ravel(), left.flatten().int())
+
+    def _moves(self, leaving: Tensor, left: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """Places ``[B, H, most]`` that are read, and written; both the last one where none is."""
+        stay = self.held - left
+        last = leaving.shape[-1] - 1
+        place = torch.arange(last + 1, device=leaving.device)
+        late = (place >= stay) & (place < self.held) & ~leaving
+        holes = (place < stay) & leaving
+        none = place.new_tensor(last)
+        sources, targets = (place.where(x, none).sort(-1).values for x in (late, holes))
+        return sources[..., :most], targets[..., :most]
+
+    def _follow(self, sources: Tensor, targets: Tensor, left: Tensor) -> None:
+        """Move the books as the pages are moved."""
+        state = self.state
+        self.held -= left
+        for each in (state.positions, *state.statistics.values()):
+            _put(each, targets, _at(each, sources))
+        place = torch.arange(state.positions.shape[-1], device=left.device)
+        state.positions.masked_fill_(place >= self.held, FREE)
+
+    def _on_device(self, drops: Ints) -> Tensor:
+        """The same drops as a step ago, mostly: sent once."""
+        key = drops.tobytes()
+        if self._drops is None or self._drops[0] != key:
+            self._drops = key, torch.from_numpy(drops).to(self.held.device)
+        return self._drops[1]
+
+    def kept(self) -> dict[int, list[int]]:
+        """Positions that each row holds, ascending."""
+        held = self.state.positions.flatten(0, 1).tolist()
+        return {
+            int(row): sorted(p for p in places if p != FREE)
+            for row, places in zip(self.rows.ravel(), held, strict=True)
+        }
+
+
+def evictors(found: Sequence[Opening], heads: int) -> list[Evictor]:
+    """Whoever can step together, does: a method, its heads, and equally long prompts."""
+    alike: dict[tuple[DecodeMethod, tuple[int, ...], int], list[Opening]] = {}
+    for each in found:
+        key = each.method, each.heads, each.state.prompt_tokens
+        alike.setdefault(key, []).append(each)
+    return [Evictor(group, heads) for group in alike.values()]
+
+
+def _joined(tensors: Sequence[Tensor], places: int, empty: int) -> Tensor:
+    """``[B, H, places, ...]`` of ``[1, H, n, ...]`` each, ``empty`` behind."""
+    one = tensors[0]
+    shape = (len(tensors), one.shape[1], places, *one.shape[3:])
+    wide = one.new_full(shape, empty)
+    for row, tensor in enumerate(tensors):
+        wide[row, :, : tensor.shape[2]] = tensor[0]
+    return wide
+
+
+def _at(tensor: Tensor, places: Tensor) -> Tensor:
+    """``[B, H, m, ...]`` of ``[B, H, n, ...]`` at ``[B, H, m]``."""
+    return tensor.gather(2, _wide(places, tensor))
+
+
+def _put(tensor: Tensor, places: Tensor, value: Tensor) -> None:
+    """Write ``[B, H, m, ...]`` at ``[B, H, m]``."""
+    tensor.scatter_(2, _wide(places, tensor), value)
+
+
+def _wide(places: Tensor, tensor: Tensor) -> Tensor:
+    wide = places.reshape(*places.shape, *(1,) * (tensor.dim() - 3))
+    return wide.expand(*places.shape, *tensor.shape[3:])

@@ -1,0 +1,223 @@
+"""One layer of the paged cache as transformers sees it, and the attention that finds it.
+
+The prompt comes in one piece: it is answered as ever, then each KV head's tokens are chosen and
+stored and the rest is dropped. After it tokens come one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.signals import Signals
+from kvtune.runtime.backend import TritonBackend
+from kvtune.runtime.choosing import Choice, choose
+from kvtune.runtime.evicting import Evictor, Opening, evictors, openings
+from kvtune.runtime.kernels.launch import Scratch
+from kvtune.runtime.kernels.layout import PAGE
+from kvtune.runtime.paged import PagedLayer
+from kvtune.runtime.whole_prompt import condensed
+from kvtune.traces.seam import causal_attention, refuse_unknown
+
+if TYPE_CHECKING:
+    from kvtune.runtime.cache import PolicyCache
+
+
+class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer, as transformers knows them; ``attention`` finds it by the keys it returns."""
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, cache: PolicyCache, number: int) -> None:
+        super().__init__()
+        self.cache, self.number = cache, number
+        self.paged: PagedLayer
+        self.evictors: list[Evictor] = []
+        self.seen = 0
+        self.waiting: list[Signals] = []  # of each sequence, until the whole model has read it
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: pages are taken when the prompt has been seen."""
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Pass new tokens on to ``attention``, which stores them."""
+        if self.seen and key_states.shape[-2] > 1:
+            raise KvtuneError(
+                "after the prompt, a compressed cache takes one token at a time",
+                hint="no prefill in chunks, no assisted generation.",
+            )
+        self.seen += key_states.shape[-2] * (not self.cache.captured)
+        keys: Any = key_states.view_as(key_states)
+        keys.paged_cache_layer = self
+        return keys, value_states
+
+    def prompt(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, scale: float) -> Any:
+        """Causal attention of each prompt on its own, ``[B, Hq, P, D]``; then store it."""
+        tokens = [k.shape[2]] * len(k) if padding is None else padding.sum(1).tolist()
+        cache = self.cache
+        if self.number == 0:
+            cache.open(k.device, tokens)
+        output, read = torch.zeros_like(q), []
+        for row, count in enumerate(tokens):
+            real = slice(k.shape[2] - count, None)
+            one = [x[row : row + 1, :, real] for x in (q, k, v)]
+            output[row, :, real] = causal_attention(one[0], one[1], one[2], scale, None)[0]
+            signals = self.signals(one[0][0], one[1][0], one[2][0], scale)
+            read.append(condensed(signals, cache.policy.needs) if cache.waits else signals)
+        if cache.waits:
+            self.waiting = read
+        else:
+            self.store(read)
+        return output
+
+    def signals(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Signals:
+        """What methods may look at, of one sequence."""
+        cache, sums = self.cache, None
+        if cache.policy.needs.column_sums and isinstance(cache.backend, TritonBackend):
+            from kvtune.runtime.kernels.columns import column_sums
+
+            sums = column_sums(q.contiguous(), k.contiguous(), scale)
+        rope = cache.geometry.rope_at(self.number)
+        signals = Signals(q, k, v, scale, sums, layer=self.number, rope=rope)
+        if cache.calibration:
+            measured = cache.calibration.tensors(self.number, k.device)
+            signals.head_scores = measured["head_scores"]
+            signals.layer_error = float(measured["layer_error"])
+        return signals
+
+    def store(self, read: Sequence[Signals]) -> None:
+        """Choose from every sequence's prompt, put what is kept into pages, forget the rest."""
+        self.put([self.choose(row, signals) for row, signals in enumerate(read)], read)
+
+    def choose(self, row: int, signals: Signals) -> Choice:
+        """What is kept of one sequence."""
+        planned = self.cache.budgets[row][self.number].tolist()
+        return choose(self.cache.policy, planned, signals, self.cache.evicts)
+
+    def put(self, choices: Sequence[Choice], read: Sequence[Signals]) -> None:
+        """Put what was chosen of every sequence into pages, and forget the rest."""
+        cache, options = self.cache, self.cache.policy.heads[self.number]
+        self.paged = PagedLayer(
+            self.number, options, cache.geometry.head_dim, len(read), cache.pool, cache.backend,
+            cache.residual,
+        )  # fmt: skip
+        found: list[Opening] = []
+        for row, (choice, signals) in enumerate(zip(choices, read, strict=True)):
+            for head, room in enumerate(choice.rooms):
+                if room:
+                    self.paged.most[row * len(options) + head] = room.most
+            self.paged.store(row, choice.keys, choice.values, choice.kept)
+            found += openings(options, choice.rooms, row, choice.kept, signals)
+        self.evictors, self.waiting = evictors(found, len(options)), []
+        self.paged.seal(cache.new_tokens)
+        cache.make_room(self.paged, PAGE)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Append one token a sequence and attend, ``[B, Hq, 1, D]``."""
+        layer, cache = self.paged, self.cache
+        if not cache.captured:
+            cache.make_room(layer, 1)
+        layer.append(k[:, :, 0], v[:, :, 0])
+        if not cache.captured:
+            layer.count_appended()
+        queries = q.reshape(layer.rows, -1, q.shape[-1])
+        attend = self._attend_evicting if self.evictors else layer.attend
+        return attend(queries, self._scratch(queries), scale).view_as(q)
+
+    def _attend_evicting(self, q: Tensor, scratch: Scratch, scale: float) -> Tensor:
+        """Attend; then let go of what must leave."""
+        layer = self.paged
+        for evictor in self.evictors:
+            evictor.enter()
+        if any(evictor.watches for evictor in self.evictors):
+            output, weights = layer.attend_seeing(q, scratch, scale)
+        else:
+            output, weights = layer.attend(q, scratch, scale), None
+        for evictor in self.evictors:
+            if weights is not None:
+                evictor.observe(weights)
+            if leaving := evictor.evict():
+                layer.leave(leaving)
+        return output
+
+    def _scratch(self, queries: Tensor) -> Scratch:
+        """One for all layers, as large as the largest has needed."""
+        cache, rows, group = self.cache, self.paged.rows, queries.shape[1]
+        if cache.scratch is None or len(cache.scratch.lse) < self.paged.slots:
+            slots = max(layer.paged.slots for layer in cache.layers)
+            cache.scratch = Scratch(rows, slots, group, queries.shape[2], queries.device)
+        return cache.scratch
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included: what transformers continues counting from."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Of the mask that transformers would make."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    def crop(self, max_length: int) -> None:
+        """Not possible."""
+        raise KvtuneError("a compressed prompt cannot be cropped: what was evicted is gone")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Not possible."""
+        raise KvtuneError("no beam search with a compressed prompt")
+
+    def reset(self) -> None:
+        """Not possible: make a new cache."""
+        raise KvtuneError("a compressed cache serves one batch of prompts; load another")
+
+
+def attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **extras: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: the prompt, then one token at a time, ``[B, T, Hq, D]``."""
+    refuse_unknown(extras)
+    layer: CacheLayer | None = getattr(key, "paged_cache_layer", None)
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if layer is None:
+        raise KvtuneError(
+            "this model answers through a compressed cache, and was given none",
+            hint="give past_key_values=load_cache(policy, model) to every generate.",
+        )
+    if sliding_window is not None and sliding_window < layer.seen:
+        raise KvtuneError(
+            f"layer {layer.number} attends to a window of {sliding_window} tokens",
+            hint="only full attention can be compressed.",
+        )
+    with torch.no_grad():
+        if layer.seen == query.shape[2] and not layer.cache.captured:
+            output = layer.prompt(query, key, value, attention_mask, scale)
+        else:
+            output = layer.step(query, key, value, scale)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def padding_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
+    """The mask that ``attention`` gets: which tokens are real ``[B, T]``, padded on the left."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    if bool((attention_mask.diff(dim=1) < 0).any()):
+        raise KvtuneError("prompts of different lengths must be padded on the left")
+    return attention_mask.bool()

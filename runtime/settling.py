@@ -1,0 +1,114 @@
+"""Generated tokens that have become old take their head's own format, a page of 64 at a time.
+
+As in Liu et al., "KIVI", ICML 2024, arXiv 2402.02750: the newest tokens stay in 16 bits, so that a
+group of keys is quantised once and whole. Here a row's growing segment settles its oldest page as
+soon as a residual window of newer tokens lies behind it; the exact tokens at its front stay. Codes
+are written by what writes prompts: to it, the pool's own memory is a prompt.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.policy import Policy
+from kvtune.runtime.backend import Moves, Writing
+from kvtune.runtime.kernels.layout import PAGE, PageLayout, exact_tokens
+from kvtune.runtime.paged import PagedLayer
+from kvtune.runtime.segments import GROWN, SETTLED, Ints
+
+
+def check_residual(policy: Policy, residual: int) -> None:
+    """Refuse windows and formats that a page does not suit.
+
+    Raises:
+        KvtuneError: a negative window, or more exact tokens than a page has.
+    """
+    if residual < 0:
+        raise KvtuneError(f"a residual window of {residual} tokens", hint="0 is the shortest.")
+    most = max(exact_tokens(option.keys) for option in policy.options())
+    if most > PAGE:
+        raise KvtuneError(
+            f"{most} exact tokens are more than a page of {PAGE}, beside which others settle",
+            hint="use a smaller exact_first, or leave out residual=.",
+        )
+
+
+def settle(layer: PagedLayer) -> None:
+    """Quantise whole pages that are older than the residual window. Changes tables in place.
+
+    Raises:
+        KvtuneError: the pool is full.
+    """
+    while len(due := _due(layer)):
+        layout = layer.layouts[due[0]]
+        rows = np.array([row for row in due if layer.layouts[row] == layout])
+        held = max(len(layer.pages[SETTLED][row]) for row in rows)
+        if held >= layer.rooms[SETTLED, rows].min():
+            layer.seal(2 * PAGE * (held + 1))
+        _write(layer, layout, rows)
+        _move_exact(layer, rows)
+        _shift(layer, rows)
+
+
+def _due(layer: PagedLayer) -> Ints:
+    """Rows whose oldest page is to be quantised now."""
+    if layer.residual is None:
+        return np.zeros(0, np.int64)
+    quantised = np.array([layout != layer.growing_layout for layout in layer.layouts])
+    old = layer.lengths[GROWN] - layer.exact - layer.residual
+    return np.flatnonzero(quantised & (old >= PAGE))
+
+
+def _write(layer: PagedLayer, layout: PageLayout, rows: Ints) -> None:
+    """The first page of tokens after the exact ones, of rows of one format."""
+    memory = layer.pool.memory
+    tokens = memory.view(torch.bfloat16).view(1, -1, layer.head_dim)
+    places = layer.exact[rows, None] + np.arange(PAGE)
+    table = [layer.pages[GROWN][row] for row in rows]
+    cells = np.stack([mine[at // PAGE] for mine, at in zip(table, places, strict=True)])
+    chosen = (2 * cells + places % PAGE).astype(np.int32).ravel()  # a cell is two tokens of bf16
+    pages = layer.pool.take(len(rows), layout.page_cells)
+    first = np.arange(len(rows)) * PAGE
+    columns = np.broadcast_arrays(0, first, PAGE, pages, SETTLED * layer.rows + rows)
+    records = np.stack(columns, axis=1).astype(np.int32)
+    at = torch.as_tensor(chosen, device=memory.device)
+    values = tokens[:, PAGE:]  # of a page's keys, its values lie a page's tokens further on
+    layer.backend.write(memory, Writing(layout, tokens, values, at, records, layer.fp8_scales))
+    for row, page in zip(rows, pages, strict=True):
+        settled = layer.pages[SETTLED][row]
+        layer.pages[SETTLED][row] = np.append(settled, page)
+
+
+def _move_exact(layer: PagedLayer, rows: Ints) -> None:
+    """Exact tokens go a page further on, where others have just been read."""
+    most = int(layer.exact[rows].max())
+    if most == 0:
+        return
+    places = np.broadcast_to(np.arange(most), (len(rows), most))
+    real = places < layer.exact[rows, None]
+    lists: list[NDArray[np.int64]] = [rows, places, places + PAGE * real]
+    device = layer.pool.memory.device
+    moves = Moves(*(torch.as_tensor(x.astype(np.int32), device=device) for x in lists))
+    layer.backend.move(layer.paged, layer.growing, moves)
+
+
+def _shift(layer: PagedLayer, rows: Ints) -> None:
+    """The first page of each growing segment is given back, and the tables are told."""
+    grown, settled = layer.pages[GROWN], layer.pages[SETTLED]
+    at, cells = [], []
+    for row in rows:
+        layer.pool.give(grown[row][:1], layer.growing_layout.page_cells)
+        grown[row] = grown[row][1:]
+        at.append(layer.tables_at[GROWN, row] + np.arange(len(grown[row])))
+        at.append(layer.tables_at[SETTLED, row] + len(settled[row]) - np.ones(1, np.int64))
+        cells += [grown[row], settled[row][-1:]]
+    layer.write_table(np.concatenate(at), np.concatenate(cells))
+    layer.lengths[GROWN, rows] -= PAGE
+    layer.lengths[SETTLED, rows] += PAGE
+    lengths = layer.paged.lengths.view(3, -1)
+    where = torch.as_tensor(rows, device=lengths.device)
+    lengths[GROWN, where] -= PAGE
+    lengths[SETTLED, where] += PAGE

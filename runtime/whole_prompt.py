@@ -1,0 +1,144 @@
+"""Policies that choose when the whole model has read a prompt, or that must know the model first.
+
+KVzip asks the model to repeat its prompt, and some allocators compare layers: until the last layer
+has answered, every layer's keys and values are held uncompressed. A hook on the model says when
+the prompt has been read, and what it was. CompressKV reads what was measured on the model once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kvtune.common.errors import KvtuneError
+from kvtune.common.progress import Bars
+from kvtune.policies.allocator import Allocator
+from kvtune.policies.policy import Policy
+from kvtune.policies.signals import Needs, Signals
+from kvtune.traces import seam
+from kvtune.traces.calibration import Calibration, find_calibration, require_calibration
+from kvtune.traces.geometry import Geometry
+from kvtune.traces.models import LoadedModel, fingerprint
+from kvtune.traces.reconstruction import reconstruction
+
+
+class Reader(Protocol):
+    """A cache that waits for a prompt's end."""
+
+    def read(self, token_ids: Tensor | None) -> None:
+        """Told the token ids ``[B, P]`` that the model was given, if it was given any."""
+
+
+def waits(policy: Policy) -> bool:
+    """Whether a policy chooses no earlier than when all layers have read the prompt."""
+    compares_layers = type(policy.allocator).settle is not Allocator.settle
+    return policy.needs.reconstruction or compares_layers
+
+
+def when_read(model: Any, cache: Reader) -> None:
+    """Tell a cache when the model has read a prompt into it, once.
+
+    Args:
+        model: a transformers causal language model.
+        cache: that will be given to it; nothing remains of this when it is gone before.
+    """
+    mine = weakref.ref(cache)
+
+    def hook(_: Any, args: tuple[Any, ...], given: dict[str, Any], __: Any) -> None:
+        waiting = mine()
+        fed: Any = given.get("past_key_values")
+        if waiting is not None and fed is waiting:
+            handle.remove()
+            waiting.read(given.get("input_ids", args[0] if args else None))
+
+    handle = model.base_model.register_forward_hook(hook, with_kwargs=True)
+    weakref.finalize(cache, handle.remove)
+
+
+def calibration_for(model: Any, geometry: Geometry, tokenizer: Any) -> Calibration:
+    """What was measured on this model; with a tokenizer it is measured if need be, and kept.
+
+    Raises:
+        KvtuneError: it was never measured, and there is no tokenizer to do so now.
+    """
+    name = fingerprint(model, geometry)
+    if tokenizer is None:
+        return require_calibration(name)
+    found = find_calibration(name)
+    if found is None:
+        from kvtune.runtime.calibrate import calibration_of
+
+        with _loaded(model, geometry, tokenizer, name) as loaded:
+            found = calibration_of(loaded, Bars())
+    return found
+
+
+def repeated(
+    model: Any, geometry: Geometry, tokenizer: Any, token_ids: list[int], read: list[Signals]
+) -> list[Signals]:
+    """A prompt's signals ``[L]`` with the attention that a pass repeating it pays, added."""
+    cache = [(signals.keys[None], signals.values[None]) for signals in read]
+    with _loaded(model, geometry, tokenizer) as loaded:
+        scores = reconstruction(loaded, token_ids, cache)
+    pairs = zip(read, scores, strict=True)
+    return [replace(signals, reconstruction=paid, _memo={}) for signals, paid in pairs]
+
+
+def condensed(signals: Signals, needs: Needs) -> Signals:
+    """Without the queries that nothing will ask for; what all of them tell is told now."""
+    tail = min(needs.window, signals.prompt_tokens)
+    queries = signals.queries[:, signals.prompt_tokens - tail :].clone()
+    sums, moments = signals.recorded_column_sums, signals.recorded_query_moments
+    if needs.column_sums:
+        sums = signals.column_sums().flatten(0, 1)
+    if needs.query_moments:
+        mean, covariance = signals.query_moments()
+        moments = mean.flatten(0, 1), covariance.flatten(0, 1)
+    return replace(
+        signals,
+        queries=queries,
+        recorded_column_sums=sums,
+        recorded_query_moments=moments,
+        _memo={},
+    )
+
+
+@contextmanager
+def _loaded(
+    model: Any, geometry: Geometry, tokenizer: Any, name: str = ""
+) -> Iterator[LoadedModel]:
+    """The model as validation knows it, answering through the seam until the block ends."""
+    before, dtype = model.config._attn_implementation, str(model.dtype).removeprefix("torch.")
+    device = str(model.device)
+    seam.register()
+    model.set_attn_implementation(seam.NAME)
+    try:
+        with torch.no_grad():
+            yield LoadedModel(model, tokenizer, "", name, geometry, device, dtype, "as given")
+    finally:
+        model.set_attn_implementation(before)
+
+
+def check_passes(policy: Policy, tokenizer: Any) -> None:
+    """Refuse policies that need more than reading a prompt, and repeating it, gives.
+
+    Raises:
+        KvtuneError: says what is missing.
+    """
+    needs = policy.needs
+    if needs.future or needs.probes:
+        raise KvtuneError(
+            f"the policy {policy.name!r} looks at what comes after the prompt: it is a bound",
+            hint="kvtune validate runs it; nobody can serve it.",
+        )
+    if needs.reconstruction and tokenizer is None:
+        raise KvtuneError(
+            f"the policy {policy.name!r} asks the model to repeat its prompt, in words",
+            hint="give load_cache(..., tokenizer=).",
+        )

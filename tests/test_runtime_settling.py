@@ -1,0 +1,179 @@
+"""Generated tokens that become old: quantised a page at a time, and read as quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.compress import attend
+from kvtune.policies.format import Format, Role
+from kvtune.policies.formats.bf16 import Bf16
+from kvtune.policies.formats.fp8 import Fp8
+from kvtune.policies.formats.grouped import Int2, Int4, Int8
+from kvtune.policies.methods.full import Full
+from kvtune.policies.methods.h2o import H2O
+from kvtune.policies.option import ALL, Budget, Option
+from kvtune.policies.policy import Policy
+from kvtune.runtime import load_cache
+from kvtune.runtime.backend import PlainBackend
+from kvtune.runtime.cache import PolicyCache
+from kvtune.runtime.graph import generate
+from kvtune.runtime.kernels.launch import Scratch
+from kvtune.runtime.paged import PagedLayer
+from kvtune.runtime.pool import SLAB_CELLS, Pool
+from kvtune.runtime.segments import CODED, GROWN, SETTLED
+from kvtune.runtime.settling import settle
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:kvtune's kernels need"),
+]
+
+D, PROMPT = 16, 100
+
+
+def roundtrip(form: Format, tensor: Tensor, role: Role) -> Tensor:
+    """One page of a head's generated tokens, as its format reads it back."""
+    plain = type(form)()  # nothing exact among them
+    count = torch.tensor([tensor.shape[0]])
+    back: Tensor = plain.roundtrip(tensor[None].float(), count, role)[0]
+    return back
+
+
+@pytest.mark.parametrize("residual", [0, 5, 64])
+@pytest.mark.parametrize("exact", [0, 4, 64])
+@pytest.mark.parametrize("stride", [1, 64])
+def test_old_pages_are_quantised_and_new_ones_are_not(
+    residual: int, exact: int, stride: int
+) -> None:
+    """Asked at every token, or, as the host of a captured graph, every 64."""
+    forms = [(Int4(exact_first=exact), Int2(exact_first=exact)), (Int8(), Int8()), (Bf16(), Bf16())]
+    options = [Option(Full(), ALL, *pair) for pair in forms]
+    generator = torch.Generator().manual_seed(residual)
+    keys, values = torch.randn(2, 3, PROMPT + 300, D, generator=generator).bfloat16()
+    pool = Pool(60 * SLAB_CELLS, 4 * D, "cpu")
+    layer = PagedLayer(0, options, D, 1, pool, PlainBackend(), residual)
+    layer.store(0, keys[:, :PROMPT], values[:, :PROMPT], [torch.arange(PROMPT)] * 3)
+    layer.seal(20 if stride == 1 else 300)  # at first for fewer than will come
+    table = layer.paged.table
+    for at in range(300):
+        if at % stride == 0:
+            settle(layer)
+            layer.reserve(stride)
+        layer.append(keys[None, :, PROMPT + at], values[None, :, PROMPT + at])
+        layer.count_appended()
+    assert (layer.paged.table is table) == (stride > 1)
+    settled = [(299 // stride * stride - residual) // 64 * 64] * 2 + [0]
+    assert layer.lengths[SETTLED].tolist() == settled
+    assert layer.lengths[CODED].tolist() == [PROMPT - exact, PROMPT, PROMPT]
+    assert layer.paged.lengths.tolist() == layer.lengths.ravel().tolist()
+    q = torch.randn(3, 2, D, generator=generator)
+    ours = layer.attend(q, Scratch(3, layer.slots, 2, D, "cpu"), 0.3)
+    for head, ((form_k, form_v), old) in enumerate(zip(forms, settled, strict=True)):
+        first = torch.tensor([PROMPT])
+        both = []
+        roles: list[tuple[Tensor, Format, Role]] = [
+            (keys[head], form_k, "keys"), (values[head], form_v, "values")
+        ]  # fmt: skip
+        for tensor, form, role in roles:
+            parts = [form.roundtrip(tensor[None, :PROMPT].float(), first, role)[0]]
+            end = PROMPT + old
+            parts += [roundtrip(form, x, role) for x in tensor[PROMPT:end].split(64) if len(x)]
+            both.append(torch.cat([*parts, tensor[end:].float()]))
+        everything = torch.ones(1, PROMPT + 300, dtype=torch.bool)
+        exact_answer, _ = attend(q[head], both[0], both[1], everything, 0.3)
+        torch.testing.assert_close(ours[head], exact_answer, atol=2e-3, rtol=2e-3)
+    pool.check_integrity()
+    assert pool.used_bytes == layer.page_bytes()
+    layer.free(0)
+    assert pool.used_bytes == 0
+
+
+def test_fp8_is_held_to_the_prompts_range() -> None:
+    options = [Option(Full(), ALL, Fp8(), Fp8())]
+    keys = torch.randn(1, 200, D, generator=torch.Generator().manual_seed(0)).bfloat16()
+    pool = Pool(20 * SLAB_CELLS, 4 * D, "cpu")
+    layer = PagedLayer(0, options, D, 1, pool, PlainBackend(), 0)
+    layer.store(0, keys[:, :70], keys[:, :70], [torch.arange(70)])
+    layer.seal(100)
+    loud = 100 * torch.ones(1, 1, D)
+    for _ in range(65):
+        settle(layer)
+        layer.reserve(1)
+        layer.append(loud, loud)
+        layer.count_appended()
+    assert layer.lengths[:, 0].tolist() == [70, 1, 64]
+    only_new = torch.full((1, 1, D), 10.0)
+    output = layer.attend(only_new, Scratch(1, layer.slots, 1, D, "cpu"), 1.0)
+    assert 90 < float(output.max()) <= 100.5  # the one in 16 bits outweighs those that were cut off
+    assert layer.fp8_scales[0].tolist() == layer.fp8_scales[2 * 1].tolist()
+
+
+@pytest.fixture
+def network(make_network: Callable[..., Any], tiny_fields: dict[str, Any]) -> Any:
+    from transformers import LlamaConfig
+
+    return make_network(LlamaConfig(**tiny_fields)).eval()
+
+
+def prompts() -> dict[str, Tensor]:
+    tokens = torch.randint(2, 250, (2, 50), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def policy() -> Policy:
+    heads = (
+        (Option(Full(), ALL, Int4(exact_first=4), Int4(exact_first=4)), Option()),
+        (Option(H2O(), Budget(tokens=9), Int8(), Int2()), Option(Full(), ALL, Int8(), Int8())),
+        (Option(H2O(), Budget(tokens=9)), Option(Full(), ALL, Int2(), Int4())),
+    )
+    return Policy("mixed", heads)
+
+
+def settled(cache: PolicyCache) -> list[list[int]]:
+    return [layer.paged.lengths[SETTLED].tolist() for layer in cache.layers]
+
+
+def test_a_generation_settles_and_its_bytes_fall(network: Any) -> None:
+    network.generation_config.eos_token_id = None
+    caches = []
+    for residual in (None, 16):
+        cache = load_cache(policy(), network, residual=residual, new_tokens=80)
+        network.generate(**prompts(), max_new_tokens=161, past_key_values=cache)
+        caches.append(cache)
+    assert settled(caches[0]) == [[0] * 4] * 3
+    assert settled(caches[1]) == [[128, 0] * 2, [128, 128] * 2, [0, 128] * 2]
+    for grown, kept in zip(*(cache.layers for cache in caches), strict=True):
+        gone = sum(
+            count // 64 * (kept.paged.growing_layout.page_bytes - layout.page_bytes)
+            for count, layout in zip(kept.paged.lengths[SETTLED], kept.paged.layouts, strict=True)
+        )
+        assert grown.paged.page_bytes() - kept.paged.page_bytes() == gone > 0
+    assert caches[1].page_bytes() == sum(layer.paged.page_bytes() for layer in caches[1].layers)
+    assert caches[1].layers[0].paged.lengths[GROWN].tolist() == [4 + 32, 160] * 2
+    caches[1].pool.check_integrity()
+
+
+def test_the_decode_loop_settles_too(network: Any) -> None:
+    network.generation_config.eos_token_id = None
+    asked: Any = {"residual": 16, "new_tokens": 100}
+    cache, again = (load_cache(policy(), network, **asked) for _ in range(2))
+    found = generate(network, cache, *prompts().values(), new_tokens=100)
+    theirs = network.generate(
+        **prompts(), max_new_tokens=100, do_sample=False, past_key_values=again
+    )
+    assert torch.equal(found, theirs[:, 50:])
+    assert settled(cache) == settled(again) == [[64, 0] * 2, [64, 64] * 2, [0, 64] * 2]
+
+
+def test_windows_and_formats_that_cannot_settle_are_refused(network: Any) -> None:
+    with pytest.raises(KvtuneError, match="-1 tokens"):
+        load_cache(policy(), network, residual=-1)
+    many = Policy.uniform(Option(Full(), ALL, Int4(exact_first=65), Int4(exact_first=65)), 3, 2)
+    with pytest.raises(KvtuneError, match="65 exact tokens"):
+        load_cache(many, network, residual=64)
