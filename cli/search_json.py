@@ -35,6 +35,8 @@ def answer(result: SearchResult) -> dict[str, Any]:
         "counters": result.counters,
         "notes": result.notes,
         "provenance": result.provenance,
+        "times": result.times,
+        "untimed": result.untimed,
     }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from kvtune.cli.inputs import POLICY_FILE
 from kvtune.cli.output import table
 from kvtune.cli.tables import budget_table
+from kvtune.cli.timed import times_table
 from kvtune.common.units import MIB, format_bytes, format_tokens
 from kvtune.common.words import accuracy, count, figure, percent
 from kvtune.simulator.memory import memory_budget
@@ -49,6 +50,8 @@ def tables(result: SearchResult) -> list[RenderableType]:
         *("", _front(result)),
         *("", _rivals(result)),
         *("", _plan(result)),
+        *(["", times_table(result.times)] if result.times else []),
+        *([f"times: {result.untimed}"] if result.untimed else []),
         *(["", *(f"note: {note}" for note in result.notes)] if result.notes else []),
         *("", _files(result)),
     ]

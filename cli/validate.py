@@ -89,20 +89,15 @@ def _times(
     largest: bool,
 ) -> tuple[Times | None, str | None]:
     """Times for what the file was planned for, or why there are none."""
-    from kvtune.common.errors import KvtuneError
     from kvtune.runtime.largest import Bounds
-    from kvtune.tuner.timing import time_plan
+    from kvtune.tuner.timing import times_or_reason
 
     served = document.serving
     batch, tokens = (served.batch, served.context_tokens) if served else (None, None)
-    try:
-        found = time_plan(
-            policy, loaded, shape, samples, batch=batch or 1, context_tokens=tokens,
-            largest=Bounds() if largest else None,
-        )  # fmt: skip
-    except KvtuneError as reason:
-        return None, reason.message
-    return found, None
+    return times_or_reason(
+        policy, loaded, shape, samples, batch=batch, context_tokens=tokens,
+        largest=Bounds() if largest else None,
+    )  # fmt: skip
 
 
 def _model(document: PolicyDocument, asked: str | None) -> tuple[str, ModelShape]:

@@ -192,3 +192,29 @@ def _share(value: float) -> dict[str, Any]:
 
 def _figure(value: float, unit: str, tier: str) -> dict[str, Any]:
     return {"value": value, "interval": [0.8 * value, 1.3 * value], "unit": unit, "tier": tier}
+
+
+def times(largest: bool = True, nvml: bool = True) -> Any:
+    """What timing a plan on a GPU has found; those of the plan alone were predicted."""
+    from kvtune.runtime.largest import Largest
+    from kvtune.runtime.timing import Beside, Timing
+    from kvtune.tuner.expected import Expected, ExpectedLargest
+    from kvtune.tuner.timing import Most, Times
+
+    def timing(scale: int, batch: int = 8) -> Timing:
+        one = Estimate(0.004 * scale, 0.003 * scale, 0.005 * scale, "s", "measured")
+        rate = Estimate(2000 / scale, 1600 / scale, 2500 / scale, "tokens/s", "measured")
+        seen = (scale + 1) << 30 if nvml else None
+        return Timing(batch, one, rate, scale << 30, seen, scale << 29, scale << 29, one)
+
+    def near(value: float, unit: str) -> Estimate:
+        return Estimate(value, 0.9 * value, 1.1 * value, unit, "fitted")
+
+    guess = Expected(
+        near(0.0031, "s"), near(0.0041, "s"), near(2010, "tokens/s"), near(2 << 30, "B"),
+        near(2.1 * 2**30, "B"),
+    )  # fmt: skip
+    expected = {"plan": ExpectedLargest(near(40, "sequences"), near(2050, "tokens/s"))}
+    most = Most(Largest(44, 45, 5, timing(1, 44)), Largest(10, None, 10, timing(2, 10)), expected)
+    beside = Beside(4096, timing(1), timing(2))
+    return Times("h100-sxm", beside, guess, None, most if largest else None)

@@ -18,6 +18,7 @@ import pytest
 import kvtune
 from kvtune.__main__ import main
 from kvtune.cli.app import build
+from kvtune.tests import made_up
 
 ROOT = Path(kvtune.__file__).parent
 COMMANDS = sorted(build().commands)
@@ -468,32 +469,6 @@ def test_validate_runs_the_held_out_samples_and_reports(
     assert_one_error(run(*words, "--gpu"), f"--gpu: {NO_GPU}", "without --gpu")
 
 
-def made_up_times(largest: bool = True, nvml: bool = True) -> Any:
-    from kvtune.common.estimate import Estimate
-    from kvtune.runtime.largest import Largest
-    from kvtune.runtime.timing import Beside, Timing
-    from kvtune.tuner.expected import Expected, ExpectedLargest
-    from kvtune.tuner.timing import Most, Times
-
-    def timing(scale: int, batch: int = 8) -> Timing:
-        one = Estimate(0.004 * scale, 0.003 * scale, 0.005 * scale, "s", "measured")
-        rate = Estimate(2000 / scale, 1600 / scale, 2500 / scale, "tokens/s", "measured")
-        seen = (scale + 1) << 30 if nvml else None
-        return Timing(batch, one, rate, scale << 30, seen, scale << 29, scale << 29, one)
-
-    def near(value: float, unit: str) -> Estimate:
-        return Estimate(value, 0.9 * value, 1.1 * value, unit, "fitted")
-
-    guess = Expected(
-        near(0.0031, "s"), near(0.0041, "s"), near(2010, "tokens/s"), near(2 << 30, "B"),
-        near(2.1 * 2**30, "B"),
-    )  # fmt: skip
-    expected = {"plan": ExpectedLargest(near(40, "sequences"), near(2050, "tokens/s"))}
-    most = Most(Largest(44, 45, 5, timing(1, 44)), Largest(10, None, 10, timing(2, 10)), expected)
-    beside = Beside(4096, timing(1), timing(2))
-    return Times("h100-sxm", beside, guess, None, most if largest else None)
-
-
 def test_times_are_shown_with_ratios_and_coverage() -> None:
     from kvtune.cli.output import Output
     from kvtune.cli.timed import times_table
@@ -503,7 +478,7 @@ def test_times_are_shown_with_ratios_and_coverage() -> None:
         Output(out, as_json=False, quiet=False).show(times_table(times))
         return [" ".join(line.split()) for line in out.getvalue().splitlines()]
 
-    lines = shown(made_up_times())
+    lines = shown(made_up.times())
     assert lines[0] == "8 x 4 096 tokens on h100-sxm"
     assert "decode step 4.1 ms [3.69 ms, 4.51 ms] fitted 4 ms [3 ms, 5 ms] measured" in lines
     assert "decode step, uncompressed - 8 ms [6 ms, 10 ms] measured" in lines
@@ -515,7 +490,7 @@ def test_times_are_shown_with_ratios_and_coverage() -> None:
     assert "lower by 200 % of the cache bytes saved" in below
     assert "4.40 times the sequences, 2.00 times the tokens a second" in below
     assert "5 of 7 measured figures lie inside" in below  # not the prefill, nor torch's peak
-    without = " ".join(shown(made_up_times(largest=False, nvml=False)))
+    without = " ".join(shown(made_up.times(largest=False, nvml=False)))
     assert "NVML 2.10 GiB [1.89 GiB, 2.31 GiB] fitted unknown: no NVML" in without
     assert "2 of 4 measured figures" in without
     assert "largest batch" not in without
@@ -524,7 +499,7 @@ def test_times_are_shown_with_ratios_and_coverage() -> None:
 def test_times_in_json_are_as_documented() -> None:
     from kvtune.cli.output import plain
 
-    found = plain(made_up_times())
+    found = plain(made_up.times())
     page = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
     row = next(line for line in page.splitlines() if line.startswith("| `times` |"))
     for key in (*found, *found["plan"], *found["largest"], *found["largest"]["plan"]):

@@ -5,6 +5,7 @@ Remake the golden texts with ``KVTUNE_REMAKE_GOLDEN=1 pytest tests/test_cli_sear
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -31,6 +32,7 @@ from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.simulator.memory import memory_budget
+from kvtune.tests import made_up
 from kvtune.tuner.request import FrontPoint, Quality, Rival, SearchRequest, SearchResult
 
 GOLDEN = Path(__file__).parent / "golden" / "cli"
@@ -225,3 +227,25 @@ def test_a_wrong_range_of_contexts_is_told(
 ) -> None:
     assert main([*WORDS[:7], "--context", context]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_times_of_the_plan_come_after_it_and_their_absence_is_told(
+    live: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub = sys.modules["kvtune.tuner.search"]
+    original = stub.run_search
+
+    def said(**changes: Any) -> str:
+        def run_search(asked: SearchRequest, progress: Progress) -> SearchResult:
+            found: SearchResult = original(asked, progress)
+            return dataclasses.replace(found, **changes)
+
+        monkeypatch.setattr(stub, "run_search", run_search)
+        assert main(WORDS) == 0
+        return capsys.readouterr().out
+
+    timed, plain = said(times=made_up.times(largest=False)), said()
+    assert timed.index("prefill of a prompt") < timed.index("decode step, uncompressed")
+    assert "decode step" not in plain
+    assert "times:" not in plain
+    assert "times: another card" in said(untimed="another card")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -279,6 +280,7 @@ def test_a_models_own_search_runs_the_plan_and_its_rivals_live(
         assert {loss.tier for loss in rival.live_by_kind.values()} == {"live"}
     read = read_outcome(own.run_dir / "result.json").baselines
     assert [row.live_by_kind for row in read] == [row.live_by_kind for row in result.rivals]
+    assert (result.times, result.untimed) == (None, None)  # no GPU
     assert result.counters["tokens_offered"] == 2 * 80 * 6
     assert 0 < result.counters["tokens_kept"] <= result.counters["tokens_offered"]
     assert written["provenance"]["trace"] == result.provenance["trace"]
@@ -311,3 +313,45 @@ def test_a_stand_in_can_be_asked_for_where_weights_are_at_hand(own: SearchReques
     result = run_search(replace(own, stand_in=True))
     assert result.quality.source == "stand-in"
     assert "asked for" in " ".join(result.notes)
+
+
+OTHER_CARD = "the GPU of this machine is no RTX 4090, which the plan is for"
+
+
+@pytest.mark.parametrize(
+    ("device", "here", "called", "untimed"),
+    [
+        ("cpu", "4090", 0, None),
+        ("cuda:0", "h100", 0, OTHER_CARD),
+        ("cuda:0", None, 0, OTHER_CARD),
+        ("cuda:0", "4090", 1, "the runtime stores no int3"),
+    ],
+)
+def test_the_plan_is_timed_as_validate_would_on_the_card_it_is_for(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    here: str | None,
+    called: int,
+    untimed: str | None,
+) -> None:
+    from kvtune.tuner import search, timing
+
+    asked: list[Any] = []
+
+    def time_plan(policy: Any, loaded: Any, shape: Any, samples: Any, **serving: Any) -> Any:
+        asked.append((policy, shape, samples, serving))
+        raise KvtuneError("the runtime stores no int3")
+
+    request = llama(tmp_path)
+    monkeypatch.setattr(timing, "time_plan", time_plan)
+    monkeypatch.setattr(timing, "detect_gpu", lambda: here and find_gpu(here))
+    source: Any = types.SimpleNamespace(
+        loaded=types.SimpleNamespace(device=device),
+        trace=types.SimpleNamespace(of_split=lambda split: (split,)),
+    )
+    chosen: Any = types.SimpleNamespace(sequences=7, context=4096)
+    times, reason = search._times(request, source, "the plan", chosen, Silent())  # type: ignore[arg-type]
+    assert (times, reason) == (None, untimed)
+    serving = {"batch": 7, "context_tokens": 4096, "largest": None}
+    assert asked == called * [("the plan", request.shape, ("evaluate",), serving)]

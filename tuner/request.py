@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from kvtune.common.estimate import Estimate
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.models import ModelShape
 from kvtune.simulator.memory import MemoryBudget
+
+if TYPE_CHECKING:
+    from kvtune.tuner.timing import Times
 
 Source = Literal["own trace", "stand-in"]
 
@@ -166,6 +169,8 @@ class SearchResult:
         counters: proof that the policy fired: tokens kept and offered, heads compressed.
         notes: automatic choices, each with its reason.
         provenance: versions, seeds, hashes.
+        times: of the plan beside the uncompressed cache, measured, where it ran live on a GPU.
+        untimed: why it ran there and was not timed; or None.
     """
 
     request: SearchRequest
@@ -187,3 +192,5 @@ class SearchResult:
     counters: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
+    times: Times | None = None
+    untimed: str | None = None

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import kvtune
 from kvtune.common.errors import KvtuneError
@@ -28,6 +29,9 @@ from kvtune.tuner.rivals import live_rivals, stand_in_rivals
 from kvtune.tuner.run_directory import record_config, write_result
 from kvtune.tuner.sources import QualitySource, has_weights, own_trace, stand_in
 from kvtune.tuner.study import Candidate, Question, Solver, front, pick, run_study
+
+if TYPE_CHECKING:
+    from kvtune.tuner.timing import Times
 
 Budgets = dict[int, MemoryBudget]  # by context
 _FINALISTS = 4
@@ -182,6 +186,7 @@ def _result(
     if validation is not None:
         quality = replace(predicted, kl=validation.live)
     longest = chosen.context + request.generated_tokens
+    times, untimed = _times(request, source, policy, chosen, progress)
     return SearchResult(
         request=request,
         budget=budget,
@@ -207,7 +212,31 @@ def _result(
             "study": _study_key(request, source),
             **source.provenance,
         },
+        times=times,
+        untimed=untimed,
     )
+
+
+def _times(
+    request: SearchRequest,
+    source: QualitySource,
+    policy: Policy,
+    chosen: Candidate,
+    progress: Progress,
+) -> tuple[Times | None, str | None]:
+    """As ``kvtune validate`` would time the plan; neither times nor a reason away from GPUs."""
+    loaded, trace = source.loaded, source.trace
+    if loaded is None or trace is None or not loaded.device.startswith("cuda"):
+        return None, None
+    from kvtune.tuner.timing import present_gpu, times_or_reason
+
+    if present_gpu() != request.gpu:
+        return None, f"the GPU of this machine is no {request.gpu.name}, which the plan is for"
+    progress.note("timing the plan beside the uncompressed cache on this GPU")
+    return times_or_reason(
+        policy, loaded, request.shape, trace.of_split("evaluate"), batch=chosen.sequences,
+        context_tokens=chosen.context,
+    )  # fmt: skip
 
 
 def _predicted(source: QualitySource, chosen: Candidate) -> Quality:

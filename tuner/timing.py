@@ -147,7 +147,7 @@ def time_plan(
     tokens = min(context_tokens or samples[0].prompt, loaded.geometry.max_context)
     prompts = _prompts(loaded, samples, batch, tokens)
     measured = time_beside(policy, loaded.model, prompts, bench)
-    gpu = _known_gpu()
+    gpu = present_gpu()
     card = Card(shape, gpu, tokens) if gpu and _known(shape, loaded) else None
     both = {"plan": policy, "full_cache": uncompressed(policy)}
     many = measured.plan.batch
@@ -159,6 +159,27 @@ def time_plan(
         expected.get("full_cache"),
         _most(both, loaded, prompts[:1], card, bench, largest) if largest else None,
     )
+
+
+def times_or_reason(
+    policy: Policy,
+    loaded: LoadedModel,
+    shape: ModelShape,
+    samples: Sequence[Sample],
+    *,
+    batch: int | None = None,
+    context_tokens: int | None = None,
+    largest: Bounds | None = None,
+) -> tuple[Times | None, str | None]:
+    """What ``time_plan`` finds, or why there are no times; None for one sequence at once."""
+    try:
+        times = time_plan(
+            policy, loaded, shape, samples, batch=batch or 1, context_tokens=context_tokens,
+            largest=largest,
+        )  # fmt: skip
+    except KvtuneError as reason:
+        return None, reason.message
+    return times, None
 
 
 def _most(
@@ -201,7 +222,8 @@ def _prompts(loaded: LoadedModel, samples: Sequence[Sample], batch: int, tokens:
     return torch.tensor(rows, device=loaded.device)
 
 
-def _known_gpu() -> GpuProfile | None:
+def present_gpu() -> GpuProfile | None:
+    """This machine's; None without one, or for a card without a profile."""
     try:
         return detect_gpu()
     except KvtuneError:  # a card without a profile
@@ -209,5 +231,5 @@ def _known_gpu() -> GpuProfile | None:
 
 
 def _known(shape: ModelShape, loaded: LoadedModel) -> bool:
-    """Whether the card answers for such a model."""
+    """Whether the simulator answers for such a model."""
     return loaded.dtype != "float32" and shape.latent is None and not any(shape.windows)
