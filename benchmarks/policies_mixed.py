@@ -40,7 +40,7 @@ def mixed_policies(layers: int, kv_heads: int, seed: int = 0) -> list[tuple[str,
     for method in METHODS:
         for share in (0.07, 0.2):
             option = Option(method, Budget(share=share))
-            pyramid = Policy.uniform(option, layers, kv_heads, allocator=Pyramid())
+            pyramid = Policy.uniform(option, layers, kv_heads, allocator=_pyramid(method))
             found.append(("pyramid", pyramid))
     found += [("random", _random(layers, kv_heads, rng, None)) for _ in range(20)]
     forms = (Bf16(), Int8(), Int4(), Int3(), Int2())
@@ -53,6 +53,11 @@ def mixed_policies(layers: int, kv_heads: int, seed: int = 0) -> list[tuple[str,
     for _ in range(10):
         found.append(("quantised", _random_bits(layers, kv_heads, rng)))
     return found
+
+
+def _pyramid(method: Method) -> Pyramid:
+    """Its authors' has an observation window, which every layer has."""
+    return Pyramid(window=method.needs.window)
 
 
 def _whole(layers: int, kv_heads: int, keys: Format, values: Format) -> Policy:
