@@ -267,8 +267,8 @@ def test_a_folder_is_gone_on_with_and_the_runtime_launches_so(tmp_path: Path) ->
         return found, clock
 
     assert shape_for((BF16,), 128) == BUILT_IN
-    nothing, _ = run([128], 0.0)
-    assert nothing == {}
+    nothing, unasked = run([128], 20.0)
+    assert (nothing, unasked.asked) == ({}, [])
     assert not (tmp_path / TUNED_FILE).exists()
     first, _ = run([128], math.inf)
     assert first.keys() == {(kind, 128) for kind in KINDS}

@@ -25,6 +25,9 @@ from kvtune.runtime.kernels.launch import Shape, shape_for
 from kvtune.runtime.measure.timer import cuda_timer
 from kvtune.runtime.measure.tune import Seconds, timed_by, tune
 
+LEAST_SECONDS = 30.0
+"""In less, hardly one class would be finished: compiling takes most of it."""
+
 
 def tune_kernels(
     folder: Path,
@@ -42,7 +45,7 @@ def tune_kernels(
         slug: of the card.
         head_dims: of the layers to tune for, the most useful first.
         capture: how and when.
-        seconds: bound; what it does not suffice for is left out.
+        seconds: bound; what it does not suffice for is left out, with too few everything.
         progress: told of every head dimension.
         time_of: times a launch; on the GPU unless given.
 
@@ -52,6 +55,9 @@ def tune_kernels(
     if time_of is None and importlib.util.find_spec("triton") is None:
         progress.note("decode attention is not tuned: its kernels need Triton")
         return {}
+    if seconds < LEAST_SECONDS:
+        progress.note(f"decode attention is not tuned: {seconds:.0f} s are too few")
+        return _read(folder / TUNED_FILE)
     file, end = folder / TUNED_FILE, time.monotonic() + seconds
     time_of = time_of or timed_by(cuda_timer, "cuda")
     found = _read(file)
