@@ -139,9 +139,14 @@ class Generation:
         self._measured = _Measured(len(self.contenders), room, prompt_ids[-1], loaded.device)
 
     @property
+    def tokens(self) -> Tensor:
+        """The prompt's last token, then what the full cache has generated, ``[T + 1]``."""
+        return self._measured.tokens[: self.generated + 1]
+
+    @property
     def token_ids(self) -> list[int]:
         """What the full cache has generated."""
-        found: list[int] = self._measured.tokens[1 : self.generated + 1].tolist()
+        found: list[int] = self.tokens[1:].tolist()
         return found
 
     def _fill(self, prompt_ids: Sequence[int]) -> list[list[Group]]:
@@ -171,7 +176,7 @@ class Generation:
 
     def _step(self) -> Tensor:
         """Logits of all contenders for the newest token, ``[B, vocabulary]`` float32."""
-        ids = self._measured.tokens[self.generated].expand(len(self.contenders), 1)
+        ids = self.tokens[-1].expand(len(self.contenders), 1)
         at = self.prompt_tokens + self.generated
         positions = torch.full((1, 1), at, device=self.loaded.device)
         with attending(self._attend):
