@@ -1,6 +1,8 @@
 """What papers claim of their eviction methods, measured on a small model: held or not held.
 
     python benchmarks/claims.py --samples 4
+    python benchmarks/claims.py --device cuda --workers 6 --samples 16 --seconds 150 \
+        --before benchmarks/results/claims-cpu.json
     python benchmarks/claims.py --measure compressed,cosine --out benchmarks/results/claims.json
     python benchmarks/claims.py --table benchmarks/results/claims.json
 
@@ -10,19 +12,24 @@ bootstrap interval; a claim is held where all of the interval is positive, not h
 is negative, and not decided between. KL is in nats a token below the other's, digits are points of
 answer digits right, cosine is that of masked with full attention. Not held is a result: models this
 small have few retrieval heads. Parts of the list may be run one after another into one file.
+Samples are taken by turns, so that a bound on time leaves all claims with as many; claims that a
+result before did not decide come first.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import workers
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.allocator import Allocator
@@ -37,14 +44,15 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.signals import ALL_QUERIES, Needs
 from kvtune.runtime.contenders import Contender
 from kvtune.runtime.generate import Generation, prompt_signals
-from kvtune.runtime.live import run_live
+from kvtune.runtime.live import LiveRun, run_live
 from kvtune.runtime.prompts import fresh_prompt
 from kvtune.simulator.decode_replay import replay_decoding
 from kvtune.simulator.replay import LayerReplay
 from kvtune.traces.models import LoadedModel, load_model
-from kvtune.traces.samples import Sample
+from kvtune.traces.samples import Sample, by_turns
 from kvtune.traces.workloads import Workload, build
 from kvtune.tuner.quality import bootstrap
+from kvtune.tuner.validate import union_of_needs
 
 
 @dataclass(frozen=True)
@@ -68,16 +76,7 @@ class Entrant:
         return Policy.uniform(option, *shape, allocator=self.allocator)
 
 
-Measure = Callable[["Setting", Sequence[Entrant]], list[list[float]]]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all claims are measured on."""
-
-    loaded: LoadedModel
-    plain: list[Sample]
-    needles: list[Sample]
+Measure = Callable[[LoadedModel, Sample, Sequence[Entrant]], list[float]]
 
 
 @dataclass(frozen=True)
@@ -90,34 +89,25 @@ class Claim:
     worse: Entrant
 
 
-def generated(setting: Setting, entrants: Sequence[Entrant]) -> list[list[float]]:
+def generated(loaded: LoadedModel, sample: Sample, entrants: Sequence[Entrant]) -> list[float]:
     """Less KL a token while the full cache generates as many tokens as a sample observes."""
-    found: list[list[float]] = [[] for _ in entrants]
-    for sample in setting.plain:
-        room = sample.observed
-        policies = [entrant.policy(setting.loaded, len(sample.token_ids)) for entrant in entrants]
-        contenders = [Contender(policy) for policy in policies]
-        prompt = sample.token_ids[: sample.prompt]
-        generation = Generation(
-            setting.loaded, prompt, contenders, room=room, temperature=1.0, seed=1
-        )
-        generation.advance(room)
-        for own, run in zip(found, generation.results(), strict=True):
-            own.append(-float(run.kl.mean()))
-    return found
+    room, prompt = sample.observed, sample.token_ids[: sample.prompt]
+    contenders = [Contender(each.policy(loaded, len(sample.token_ids))) for each in entrants]
+    generation = Generation(loaded, prompt, contenders, room=room, temperature=1.0, seed=1)
+    generation.advance(room)
+    return [-float(run.kl.mean()) for run in generation.results()]
 
 
-def cosine(setting: Setting, entrants: Sequence[Entrant]) -> list[list[float]]:
+def cosine(loaded: LoadedModel, sample: Sample, entrants: Sequence[Entrant]) -> list[float]:
     """Cosine of the masked with the full attention, replayed on a sample's observed tokens."""
-    found: list[list[float]] = [[] for _ in entrants]
-    for sample in setting.plain:
-        layers = list(replayable(setting.loaded, sample))
-        budgets = np.ones((1, setting.loaded.geometry.kv_heads), np.int64)
-        for own, entrant in zip(found, entrants, strict=True):
-            method, tokens = entrant.made(), round(entrant.share * len(sample.token_ids))
-            assert isinstance(method, DecodeMethod)
-            runs = (replay_decoding(layer, method, tokens * budgets) for layer in layers)
-            own.append(float(np.mean([float(run.cosine.mean()) for run in runs])))
+    layers = list(replayable(loaded, sample))
+    budgets = np.ones((1, loaded.geometry.kv_heads), np.int64)
+    found = []
+    for entrant in entrants:
+        method, tokens = entrant.made(), round(entrant.share * len(sample.token_ids))
+        assert isinstance(method, DecodeMethod)
+        runs = (replay_decoding(layer, method, tokens * budgets) for layer in layers)
+        found.append(float(np.mean([float(run.cosine.mean()) for run in runs])))
     return found
 
 
@@ -138,37 +128,36 @@ def replayable(loaded: LoadedModel, sample: Sample) -> Iterator[LayerReplay]:
         yield LayerReplay(prompt, queries, *rest, torch.empty(0))
 
 
-def _live(
-    setting: Setting, entrants: Sequence[Entrant], samples: Sequence[Sample], digits: bool
-) -> list[list[float]]:
-    found: list[list[float]] = [[] for _ in entrants]
-    for sample in samples:
-        policies = [entrant.policy(setting.loaded, sample.prompt) for entrant in entrants]
-        needs = Needs()
-        for policy in policies:
-            needs |= policy.needs
-        prompt = fresh_prompt(setting.loaded, sample, needs)
-        asked = np.array(sample.answer_mask)
-        runs = run_live(setting.loaded, sample, prompt, policies)
-        for own, run in zip(found, runs, strict=True):
-            value = 100 * run.correct[asked].mean() if digits else -run.kl.mean()
-            own.append(float(value))
-    return found
+def _live(loaded: LoadedModel, sample: Sample, entrants: Sequence[Entrant]) -> list[LiveRun]:
+    policies = [entrant.policy(loaded, sample.prompt) for entrant in entrants]
+    prompt = fresh_prompt(loaded, sample, union_of_needs(policies))
+    return run_live(loaded, sample, prompt, policies)
 
 
-def compressed(setting: Setting, entrants: Sequence[Entrant]) -> list[list[float]]:
-    """Less KL a token over the observed tokens of all samples, of a prompt compressed once."""
-    return _live(setting, entrants, [*setting.plain, *setting.needles], digits=False)
+def compressed(loaded: LoadedModel, sample: Sample, entrants: Sequence[Entrant]) -> list[float]:
+    """Less KL a token over the observed tokens, of a prompt compressed once."""
+    return [-float(run.kl.mean()) for run in _live(loaded, sample, entrants)]
 
 
-def asked_later(setting: Setting, entrants: Sequence[Entrant]) -> list[list[float]]:
+def asked_later(loaded: LoadedModel, sample: Sample, entrants: Sequence[Entrant]) -> list[float]:
     """More answer digits right, the questions coming after the prompt has been compressed."""
-    return _live(setting, entrants, setting.needles, digits=True)
+    asked = np.array(sample.answer_mask)
+    return [100 * float(run.correct[asked].mean()) for run in _live(loaded, sample, entrants)]
 
 
-def asked_before(setting: Setting, entrants: Sequence[Entrant]) -> list[list[float]]:
+def asked_before(loaded: LoadedModel, sample: Sample, entrants: Sequence[Entrant]) -> list[float]:
     """More answer digits right, the first question being the prompt's end."""
-    return _live(setting, entrants, [first_question(s) for s in setting.needles], digits=True)
+    return asked_later(loaded, first_question(sample), entrants)
+
+
+PLAIN, NEEDLES = ("prose", "code"), ("retrieval",)
+KINDS_OF: dict[Measure, tuple[str, ...]] = {
+    generated: PLAIN,
+    cosine: PLAIN,
+    compressed: (*PLAIN, *NEEDLES),
+    asked_later: NEEDLES,
+    asked_before: NEEDLES,
+}
 
 
 def first_question(sample: Sample) -> Sample:
@@ -242,34 +231,79 @@ CLAIMS = (
 )  # fmt: skip
 
 
-def measured(
-    measure: Measure, setting: Setting, entrants: Sequence[Entrant]
-) -> dict[Entrant, list[float] | str]:
-    """Every entrant's values, all at once if that works; where it cannot be run, why not."""
+@dataclass(frozen=True)
+class Job:
+    """Some entrants on one sample."""
+
+    measure: Measure
+    sample: Sample
+    entrants: tuple[Entrant, ...]
+
+    @property
+    def id(self) -> str:
+        return f"{self.measure.__name__} of {self.sample.id}"
+
+
+Value = float | str
+"""Of one entrant on one sample; where it cannot be run, why not."""
+
+
+def jobs_of(claims: Sequence[Claim], samples: Sequence[Sample]) -> list[Job]:
+    """Every measure of the claims on every sample that it is for, samples by turns."""
+    entrants: dict[Measure, dict[Entrant, None]] = {}
+    for claim in claims:
+        entrants.setdefault(claim.measure, {}).update({claim.better: None, claim.worse: None})
+    return [
+        Job(measure, sample, tuple(own))
+        for sample in by_turns(samples)
+        for measure, own in entrants.items()
+        if sample.kind in KINDS_OF[measure]
+    ]
+
+
+def done(job: Job) -> list[Value]:
+    """Every entrant's value, all at once if that works."""
     try:
-        return dict(zip(entrants, measure(setting, entrants), strict=True))
+        return list(job.measure(workers.loaded(), job.sample, job.entrants))
     except KvtuneError as error:
-        if len(entrants) == 1:
-            return {entrants[0]: str(error)}
-    found: dict[Entrant, list[float] | str] = {}
-    for entrant in entrants:
-        found |= measured(measure, setting, [entrant])
-    return found
+        if len(job.entrants) == 1:
+            return [str(error)]
+    return [done(replace(job, entrants=(entrant,)))[0] for entrant in job.entrants]
 
 
-def judge(claim: Claim, found: dict[Entrant, list[float] | str]) -> dict[str, Any]:
+@dataclass
+class Found:
+    """Values of entrants by measure and sample, as they come."""
+
+    values: dict[tuple[Measure, Entrant], dict[str, Value]] = field(default_factory=dict)
+
+    def add(self, job: Job, values: Sequence[Value]) -> None:
+        for entrant, value in zip(job.entrants, values, strict=True):
+            self.values.setdefault((job.measure, entrant), {})[job.sample.id] = value
+
+    def pairs(self, claim: Claim) -> list[tuple[Value, Value]]:
+        """What both of a claim got, sample by sample."""
+        better = self.values.get((claim.measure, claim.better), {})
+        worse = self.values.get((claim.measure, claim.worse), {})
+        return [(better[name], worse[name]) for name in sorted({*better} & {*worse})]
+
+
+NOT_DECIDED = "not decided"
+FEWEST = 3  # samples: of fewer an interval says nothing
+
+
+def judge(claim: Claim, pairs: Sequence[tuple[Value, Value]]) -> dict[str, Any]:
     """One claim's figure."""
-    pair = found[claim.better], found[claim.worse]
-    for values in pair:
-        if isinstance(values, str):
-            return {"claim": claim.text, "skipped": values}
-    better, worse = (np.array(values) for values in pair)
+    for value in (value for pair in pairs for value in pair):
+        if isinstance(value, str):
+            return {"claim": claim.text, "skipped": value}
+    better, worse = np.array(pairs, float).T
     gain = better - worse
     low, high = np.percentile(bootstrap(gain, ["all"] * len(gain)), [2.5, 97.5])
     return {
         "claim": claim.text,
         "measure": claim.measure.__name__,
-        "verdict": verdict(low, high),
+        "verdict": verdict(low, high) if len(gain) >= FEWEST else NOT_DECIDED,
         "gain": float(gain.mean()),
         "interval": [float(low), float(high)],
         "better": float(better.mean()),
@@ -281,7 +315,7 @@ def judge(claim: Claim, found: dict[Entrant, list[float] | str]) -> dict[str, An
 def verdict(low: float, high: float) -> str:
     """What an interval of the gain says of the claim."""
     if low <= 0 <= high:
-        return "not decided"
+        return NOT_DECIDED
     return "held" if low > 0 else "not held"
 
 
@@ -295,41 +329,55 @@ def main() -> None:
     parser.add_argument("--only", default="", help="claims whose text contains this")
     parser.add_argument("--measure", default="", help="claims measured so: compressed,cosine")
     parser.add_argument("--table", type=Path, help="print a result as a Markdown table, no more")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="be done by then")
+    parser.add_argument("--before", type=Path, help="a result whose undecided claims come first")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/claims.json"))
     arguments = parser.parse_args()
     if arguments.table:
         print(table(json.loads(arguments.table.read_text())["claims"]))
     else:
-        run(arguments)
+        run(arguments, time.monotonic() + arguments.seconds)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Judge the claims that are wanted, measure by measure; each is written when it is done."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    loaded = load_model(arguments.model, device=arguments.device, dtype="float32")
-    kinds = dict.fromkeys(("prose", "code", "retrieval"), arguments.samples)
-    workload = Workload({"evaluate": kinds}, tokens=arguments.tokens, observed=arguments.observed)
-    samples = build(workload, loaded.tokenizer)
-    plain = [sample for sample in samples if sample.kind != "retrieval"]
-    setting = Setting(loaded, plain, [s for s in samples if s.kind == "retrieval"])
+def run(arguments: argparse.Namespace, until: float) -> None:
+    """Judge the claims that are wanted; the result is written again with every sample."""
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    report = {name: getattr(arguments, name) for name in ("model", "device", *SIZES)}
-    judged = judged_before(arguments.out, report)
-    wanted = [
-        claim
-        for claim in CLAIMS
-        if arguments.only.lower() in claim.text.lower()
-        and claim.measure.__name__ in (arguments.measure or claim.measure.__name__).split(",")
-    ]
-    for measure in dict.fromkeys(claim.measure for claim in wanted):
-        claims = [claim for claim in wanted if claim.measure is measure]
-        entrants = list(dict.fromkeys(e for claim in claims for e in (claim.better, claim.worse)))
-        found = measured(measure, setting, entrants)
-        for claim in claims:
-            judged[claim.text] = judge(claim, found)
-            print(line(judged[claim.text]), flush=True)
-        listed = [judged[claim.text] for claim in CLAIMS if claim.text in judged]
-        arguments.out.write_text(json.dumps({**report, "claims": listed}, indent=1) + "\n")
+    place = workers.Place(arguments.model, arguments.device, arguments.out.parent)
+    with workers.Crew(place, arguments.workers) as crew:
+        tokenizer = load_model(arguments.model, dtype="float32").tokenizer
+        crew.model_is_stored()
+        wanted = [claim for claim in CLAIMS if is_wanted(claim, arguments)]
+        report = {name: getattr(arguments, name) for name in ("model", "device", *SIZES)}
+        judged = judged_before(arguments.out, report)
+        found, samples = Found(), samples_of(arguments, tokenizer)
+        jobs = [job for part in by_need(wanted, arguments.before) for job in jobs_of(part, samples)]
+        for job, values in crew.until(until - LEFT_OVER_S, done, jobs):
+            found.add(job, values)
+            judged |= {c.text: judge(c, p) for c in wanted if (p := found.pairs(c))}
+            listed = [judged[claim.text] for claim in CLAIMS if claim.text in judged]
+            arguments.out.write_text(json.dumps({**report, "claims": listed}, indent=1) + "\n")
+        print("\n".join([*map(line, judged.values()), *crew.failures]))
+
+
+def samples_of(arguments: argparse.Namespace, tokenizer: Any) -> list[Sample]:
+    kinds = dict.fromkeys((*PLAIN, *NEEDLES), arguments.samples)
+    workload = Workload({"evaluate": kinds}, tokens=arguments.tokens, observed=arguments.observed)
+    return build(workload, tokenizer)
+
+
+def is_wanted(claim: Claim, arguments: argparse.Namespace) -> bool:
+    measures = (arguments.measure or claim.measure.__name__).split(",")
+    return arguments.only.lower() in claim.text.lower() and claim.measure.__name__ in measures
+
+
+def by_need(claims: Iterable[Claim], before: Path | None) -> tuple[list[Claim], list[Claim]]:
+    """Claims that a result before did not decide, and the others."""
+    known = json.loads(before.read_text())["claims"] if before else []
+    decided = {row["claim"] for row in known if row.get("verdict", "") in ("held", "not held")}
+    claims = list(claims)
+    open_ = [claim for claim in claims if claim.text not in decided]
+    return open_, [claim for claim in claims if claim.text in decided]
 
 
 def judged_before(out: Path, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -340,6 +388,7 @@ def judged_before(out: Path, report: dict[str, Any]) -> dict[str, dict[str, Any]
 
 
 SIZES = ("samples", "tokens", "observed")
+LEFT_OVER_S = 5.0  # of the time there is: processes end, Python began before it was counted
 
 
 def line(found: dict[str, Any]) -> str:

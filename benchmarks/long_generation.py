@@ -1,29 +1,29 @@
 """Long generations under every method that evicts while decoding, at equal mean bytes.
 
-    python benchmarks/long_generation.py --device cuda --workers 8 --seconds 540
+    python benchmarks/long_generation.py --device cuda --workers 4 --prompts 4 --tokens 256 \
+        --temperature 1.0 --seconds 150
     python benchmarks/long_generation.py --table benchmarks/results/long-generation-cpu.json
 
 The full cache generates from prompts that no search has seen; every method reads the same tokens
 from a cache that evicts, live, in float32. A share is the mean bytes that a method holds over all
 steps, statistics included, over those of the full cache in 16 bits; budgets are found by stepping
 the methods' own books, and the bytes that were measured are written beside them. Prompts run in
-processes of their own; each hands back what it has when time is up, and the summary grows as they
-do.
+several processes, prose and code by turns; each hands back what it has when time is up, and the
+summary grows as they do.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import workers
 
 from kvtune.policies.decode import DecodeMethod
 from kvtune.policies.methods.a2sf import A2SF
@@ -38,7 +38,7 @@ from kvtune.policies.policy import Policy
 from kvtune.runtime.contenders import Contender
 from kvtune.runtime.generate import Generation, GenerationRun
 from kvtune.traces.models import load_model
-from kvtune.traces.samples import by_turns
+from kvtune.traces.samples import Sample, by_turns
 from kvtune.traces.workloads import Workload, build
 from kvtune.tuner.quality import bootstrap
 
@@ -57,22 +57,17 @@ METHODS: dict[str, DecodeMethod] = {
     "lazy_eviction 25, note": LazyEviction(window=25, h2="note", h1_shift=0.0, count_own=False),
 }
 SHARES = (0.05, 0.1, 0.2, 0.4)
-STRETCH = 32
+STRETCH = 8
+TO_HAND_BACK = 0.9  # of the time: when processes stop generating
 
 
 @dataclass(frozen=True)
 class Task:
-    """One prompt."""
+    """What is asked of every prompt; ``until`` by ``time.monotonic()``."""
 
-    number: int
-    ids: tuple[int, ...]
-    kind: str
-    model: str
-    device: str
     tokens: int
     temperature: float
     until: float
-    out: Path
 
 
 def mean_entries(method: DecodeMethod, prompt: int, tokens: int, budget: int) -> float:
@@ -113,42 +108,35 @@ def contenders(geometry: Any, prompt: int, tokens: int) -> list[Contender]:
     return found
 
 
-def run(task: Task) -> Path:
-    """Generate from one prompt; what there is when time is up is written."""
-    torch.set_num_threads(2)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    loaded = load_model(task.model, device=task.device, dtype="float32")
-    fields = contenders(loaded.geometry, len(task.ids) - 1, task.tokens)
-    ends = [loaded.tokenizer.eos_token_id]
+def generate(sample: Sample, task: Task) -> dict[str, Any]:
+    """Generate from one prompt; what there is when time is up is handed back."""
+    loaded, ids = workers.loaded(), sample.token_ids
+    end = loaded.tokenizer.eos_token_id
+    started = time.monotonic()
     generation = Generation(
         loaded,
-        task.ids,
-        fields,
+        ids,
+        contenders(loaded.geometry, len(ids) - 1, task.tokens),
         room=task.tokens,
         temperature=task.temperature,
-        seed=task.number,
-        banned=[end for end in ends if end is not None],
+        seed=int(sample.id.rsplit("-", 1)[-1]),
+        banned=[] if end is None else [end],
     )
-    started = time.time()
-    while generation.generated < task.tokens and (
-        generation.generated == 0 or time.time() < task.until
-    ):
+    while generation.generated < task.tokens:
         generation.advance(STRETCH)
-    seconds = time.time() - started
-    found = {
-        "prompt": task.number,
-        "kind": task.kind,
+        if time.monotonic() > task.until:
+            break
+    return {
+        "prompt": sample.id,
+        "kind": sample.kind,
         "prompt_tokens": generation.prompt_tokens,
         "tokens": generation.generated,
-        "seconds": seconds,
+        "seconds": time.monotonic() - started,
         "distinct_tokens": len(set(generation.token_ids)),
         "text": loaded.tokenizer.decode(generation.token_ids)[:300],
         "full_mean_bytes": full_mean_bytes(loaded.geometry, generation),
         "runs": [outcome(result) for result in generation.results()],
     }
-    path = task.out.with_suffix(f".{task.number}.part.json")
-    path.write_text(json.dumps(found))
-    return path
 
 
 def full_mean_bytes(geometry: Any, generation: Generation) -> float:
@@ -214,31 +202,35 @@ def main() -> None:
     if arguments.table:
         print(table(json.loads(arguments.table.read_text())["contenders"]))
         return
-    until = time.time() + arguments.seconds
-    tasks = make_tasks(arguments, until)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     parts: list[dict[str, Any]] = []
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.workers, mp_context=spawn) as pool:
-        for done in as_completed([pool.submit(run, task) for task in tasks]):
-            path = done.result()
-            parts.append(json.loads(path.read_text()))
-            path.unlink()
-            report(arguments, parts)
+    for part in measured(arguments, time.monotonic()):
+        parts.append(part)
+        report(arguments, parts)
+    print(table(summary(parts)) if parts else "no prompt ended in time")
 
 
-def make_tasks(arguments: Any, until: float) -> list[Task]:
-    loaded = load_model(arguments.model, dtype="float32")  # also converts it once, before workers
+def measured(arguments: argparse.Namespace, started: float) -> Iterator[dict[str, Any]]:
+    """Every prompt's generation, as they end."""
+    place = workers.Place(arguments.model, arguments.device, arguments.out.parent)
+    with workers.Crew(place, arguments.workers) as crew:
+        loaded = load_model(arguments.model, dtype="float32")
+        crew.model_is_stored()
+        until = started + TO_HAND_BACK * arguments.seconds
+        task = Task(arguments.tokens, arguments.temperature, until)
+        samples = prompts(arguments, loaded.tokenizer)
+        for _, part in crew.until(started + arguments.seconds, generate, samples, task):
+            yield part
+        for failure in crew.failures:
+            print(failure)
+
+
+def prompts(arguments: argparse.Namespace, tokenizer: Any) -> list[Sample]:
     each = -(-arguments.prompts // 2)
     workload = Workload(
         {"evaluate": {"prose": each, "code": each}}, tokens=arguments.prompt_tokens + 1, observed=1
     )
-    samples = build(workload, loaded.tokenizer)
-    given = arguments.model, arguments.device, arguments.tokens, arguments.temperature
-    return [
-        Task(number, sample.token_ids, sample.kind, *given, until, arguments.out)
-        for number, sample in enumerate(by_turns(samples)[: arguments.prompts])
-    ]
+    return by_turns(build(workload, tokenizer))[: arguments.prompts]
 
 
 def report(arguments: Any, parts: list[dict[str, Any]]) -> None:
@@ -252,13 +244,8 @@ def report(arguments: Any, parts: list[dict[str, Any]]) -> None:
         "prompts": [{k: v for k, v in part.items() if k != "runs"} for part in parts],
     }
     arguments.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{'':34}{'KL':>9}{'95 %':>20}{'bytes':>8}{'evicted':>9}{'agree':>7}")
-    for name, row in found["contenders"].items():
-        low, high = row["kl_interval"]
-        print(
-            f"{name:34}{row['kl']:9.4f}{f'[{low:.4f}, {high:.4f}]':>20}"
-            f"{row['share_of_mean_bytes']:8.1%}{row['evicted_mean']:9.0f}{row['agreement']:7.1%}"
-        )
+    last = parts[-1]
+    print(f"{last['prompt']}: {last['tokens']} tokens in {last['seconds']:.0f} s", flush=True)
 
 
 def table(found: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Processes that share one GPU: small models leave it idle between launches, several fill it.
 
-Every task takes one sample and gives plain arrays back.
+Every task takes one item, mostly a sample, and gives plain arrays back.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -49,6 +49,15 @@ class Place:
     scratch: Path
 
 
+class Named(Protocol):
+    """What a task is about."""
+
+    @property
+    def id(self) -> str: ...
+
+
+Item = TypeVar("Item", bound=Named)
+
 _here: dict[str, Any] = {}
 
 
@@ -62,9 +71,10 @@ def _begin(place: Place, count: int, converted: Any) -> None:
     _here["loaded"] = load_model(place.model, device=place.device, dtype="float32")
 
 
-def _loaded() -> LoadedModel:
-    loaded: LoadedModel = _here["loaded"]
-    return loaded
+def loaded() -> LoadedModel:
+    """The process's model."""
+    found: LoadedModel = _here["loaded"]
+    return found
 
 
 class Crew:
@@ -104,45 +114,45 @@ class Crew:
         return [future.result() for future in futures]
 
     def until(
-        self, deadline: float, task: Any, samples: Sequence[Sample], *arguments: Any
-    ) -> Iterator[tuple[Sample, Any]]:
-        """The task on samples in order, as answers come, as long as ``time.monotonic()`` allows.
+        self, deadline: float, task: Any, items: Sequence[Item], *arguments: Any
+    ) -> Iterator[tuple[Item, Any]]:
+        """The task on items in order, as answers come, as long as ``time.monotonic()`` allows.
 
-        One is begun only if, at the pace of the last ones, it would end in time. A sample whose
+        One is begun only if, at the pace of the last ones, it would end in time. An item whose
         task fails or whose process dies is tried again, and in the end left out: see ``failures``.
         """
-        waiting, tried = deque(samples), Counter[str]()
+        waiting, tried = deque(items), Counter[str]()
         pace = deque[float](maxlen=self.count)
-        running: dict[Future[Any], tuple[Sample, float]] = {}
+        running: dict[Future[Any], tuple[Item, float]] = {}
         while True:
             while (
                 waiting and len(running) < self.count and _now() + max(pace, default=0) < deadline
             ):
-                sample = waiting.popleft()
-                running[self._submit(task, sample, *arguments)] = sample, _now()
+                item = waiting.popleft()
+                running[self._submit(task, item, *arguments)] = item, _now()
             left = None if math.isinf(deadline) else max(deadline - _now(), 0)
             done, _ = wait(running, left, FIRST_COMPLETED)
             if not done:
                 return
             for future in done:
-                sample, begun = running.pop(future)
+                item, begun = running.pop(future)
                 if (error := future.exception()) is None:
                     pace.append(_now() - begun)
-                    yield sample, future.result()
+                    yield item, future.result()
                     continue
-                self.failures.append(f"{sample.id}: {type(error).__name__}: {error}"[:200])
-                tried[sample.id] += 1
-                if tried[sample.id] < TRIES:
-                    waiting.appendleft(sample)
+                self.failures.append(f"{item.id}: {type(error).__name__}: {error}"[:200])
+                tried[item.id] += 1
+                if tried[item.id] < TRIES:
+                    waiting.appendleft(item)
 
-    def _submit(self, task: Any, sample: Sample, *arguments: Any) -> Future[Any]:
+    def _submit(self, task: Any, item: Any, *arguments: Any) -> Future[Any]:
         """Begin a task, in new processes and one less of them where some died."""
         try:
-            return self._pool.submit(task, sample, *arguments)
+            return self._pool.submit(task, item, *arguments)
         except BrokenProcessPool:
             self.count = max(self.count - 1, 1)
             self._start()
-            return self._pool.submit(task, sample, *arguments)
+            return self._pool.submit(task, item, *arguments)
 
 
 def _now() -> float:
@@ -157,7 +167,7 @@ def capture_one(sample: Sample, needs: Needs, probes: int) -> Path:
     """Trace a sample into a folder of its own."""
     folder: Path = _here["place"].scratch / sample.id
     queries = queries_of(needs, sample.observed)
-    capture(_loaded(), [sample], folder, probes=probes, signals=signals_of(needs), queries=queries)
+    capture(loaded(), [sample], folder, probes=probes, signals=signals_of(needs), queries=queries)
     return folder
 
 
@@ -181,10 +191,10 @@ def captured_tables(sample: Sample, options: Sequence[Option], needs: Needs, pro
 
 def live(sample: Sample, policies: Sequence[Policy]) -> list[LiveRun]:
     """One sample under every policy."""
-    prompt = fresh_prompt(_loaded(), sample, union_of_needs(policies))
+    prompt = fresh_prompt(loaded(), sample, union_of_needs(policies))
     runs: list[LiveRun] = []
     for first in range(0, len(policies), ROWS):
-        runs += run_live(_loaded(), sample, prompt, policies[first : first + ROWS])
+        runs += run_live(loaded(), sample, prompt, policies[first : first + ROWS])
     return runs
 
 

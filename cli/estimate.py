@@ -31,6 +31,12 @@ def command(
             "--policy", metavar="FILE", help="A policy file, to show beside the full cache."
         ),
     ] = None,
+    evicts: Annotated[
+        bool,
+        typer.Option(
+            "--evicts", help="Its methods go on evicting while tokens are generated, if they can."
+        ),
+    ] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -48,7 +54,7 @@ def command(
         weights=weights,
     )
     document = _document(policy)
-    costs = _costs(target, budget, document)
+    costs = _costs(target, budget, document, evicts)
     with speaking(as_json, quiet) as output:
         output.show(*_tables(budget, costs, document))
         output.finish("estimate", _answer(target, budget, costs, document))
@@ -62,7 +68,7 @@ def _document(path: Path | None) -> PolicyDocument | None:
 
 
 def _costs(
-    target: Target, budget: MemoryBudget, document: PolicyDocument | None
+    target: Target, budget: MemoryBudget, document: PolicyDocument | None, evicts: bool
 ) -> dict[str, Cost]:
     from kvtune.simulator.cost import full_cost, policy_cost
 
@@ -70,7 +76,7 @@ def _costs(
     costs = {"full cache": full_cost(*asked)}
     if document is not None:
         policy = document.bind(target.shape.layers, target.shape.kv_heads)
-        costs[policy.name] = policy_cost(policy, *asked)
+        costs[policy.name] = policy_cost(policy, *asked, evicts=evicts)
     return costs
 
 

@@ -24,6 +24,7 @@ def answer(result: SearchResult) -> dict[str, Any]:
         "memory": result.memory,
         "latency": result.latency,
         "prefill": result.prefill,
+        "compression": result.compression,
         "context_tokens": result.context_tokens,
         "sequences": result.sequences,
         "full_cache_sequences": result.full_cache_sequences,

@@ -159,6 +159,7 @@ def _plan(result: SearchResult) -> RenderableType:
         ("peak memory", figure(result.memory)),
         ("time per token", figure(result.latency)),
         ("prefill of a prompt", figure(result.prefill)),
+        ("compressing it", figure(result.compression)),
     ]
     if result.counters:
         fired = ", ".join(f"{count(n)} {what}" for what, n in result.counters.items())

@@ -40,10 +40,18 @@ def _gib(part: Estimate) -> tuple[str, str, str]:
     return f"{part.value / GIB:.2f}", interval, part.tier
 
 
+def _statistics(costs: list[Cost]) -> list[tuple[str, list[str]]]:
+    """What is remembered of entries while evicting, where anything is."""
+    if not any(cost.statistics_bytes for cost in costs):
+        return []
+    return [("statistics of a sequence", [figure(exact(c.statistics_bytes, "B")) for c in costs])]
+
+
 def cost_table(title: str, rows: dict[str, Cost], caption: str) -> RenderableType:
     """What each policy takes: a column each, a figure a row."""
     shown = [
         ("bytes of one prompt", [figure(exact(c.prompt_bytes, "B")) for c in rows.values()]),
+        *_statistics(list(rows.values())),
         ("share of bf16", [percent(c.share) for c in rows.values()]),
         ("sequences that fit", [count(c.sequences_that_fit) for c in rows.values()]),
         ("peak memory", [figure(c.memory) for c in rows.values()]),

@@ -68,6 +68,15 @@ class Policy:
             needs |= option.method.needs
         return needs
 
+    @property
+    def waits(self) -> bool:
+        """Whether it chooses no earlier than when all layers have read the prompt.
+
+        Until then a prompt's whole cache is held uncompressed.
+        """
+        compares_layers = type(self.allocator).settle is not Allocator.settle
+        return self.needs.reconstruction or compares_layers
+
     def check_fits(self, layers: int, kv_heads: int) -> None:
         """Refuse a policy made for another model's shape."""
         ragged = {len(layer) for layer in self.heads}

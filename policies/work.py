@@ -34,13 +34,11 @@ class Work:
     Args:
         flops: floating-point operations.
         moved_bytes: read from and written to device memory.
-        state_bytes: held from the prompt on, beside the cache itself.
         passes: extra forward passes over the prompt, of the whole model.
     """
 
     flops: float = 0.0
     moved_bytes: float = 0.0
-    state_bytes: int = 0
     passes: float = 0.0
 
     def __add__(self, other: Work) -> Work:
@@ -48,9 +46,12 @@ class Work:
         return Work(
             self.flops + other.flops,
             self.moved_bytes + other.moved_bytes,
-            self.state_bytes + other.state_bytes,
             self.passes + other.passes,
         )
+
+    def __sub__(self, part: Work) -> Work:
+        """What is left without a part of it."""
+        return self + Work(-part.flops, -part.moved_bytes, -part.passes)
 
 
 def work_of_signals(needs: Needs, shape: LayerShape) -> Work:

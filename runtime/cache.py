@@ -33,16 +33,17 @@ from transformers.cache_utils import Cache
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.document_reader import read_policy
 from kvtune.policies.policy import Policy
+from kvtune.policies.room import Room
 from kvtune.policies.signals import Signals
 from kvtune.runtime.backend import Backend, backend_for
-from kvtune.runtime.evicting import Room, check_evicting
+from kvtune.runtime.evicting import check_evicting
 from kvtune.runtime.kernels.launch import Scratch
 from kvtune.runtime.kernels.layout import PAGE, PageLayout, exact_tokens, layout_of
 from kvtune.runtime.layer import CacheLayer, attention, padding_mask
 from kvtune.runtime.paged import PagedLayer
 from kvtune.runtime.pool import SLAB_CELLS, Pool
 from kvtune.runtime.settling import check_residual, settle
-from kvtune.runtime.whole_prompt import calibration_for, check_passes, repeated, waits, when_read
+from kvtune.runtime.whole_prompt import calibration_for, check_passes, repeated, when_read
 from kvtune.traces.calibration import Calibration
 from kvtune.traces.geometry import Geometry, read_geometry
 
@@ -114,7 +115,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
         self.new_tokens, self.evicts, self.residual = new_tokens, evicts, residual
         self.calibration: Calibration | None = None
         self.repeat: Callable[[list[int], list[Signals]], list[Signals]] | None = None
-        self.waits = waits(policy)
+        self.waits = policy.waits
         self.pool: Pool
         self.backend: Backend
         self.scratch: Scratch | None = None

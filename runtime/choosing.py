@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kvtune.policies.compress import select
 from kvtune.policies.policy import Policy
+from kvtune.policies.room import Room
 from kvtune.policies.signals import Signals
-from kvtune.runtime.evicting import Room
 
 
 @dataclass(frozen=True)

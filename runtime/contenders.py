@@ -15,8 +15,9 @@ from kvtune.common.errors import KvtuneError
 from kvtune.policies.decode import DecodeMethod
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.method import Method
-from kvtune.policies.option import ALL, Option
+from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
+from kvtune.policies.room import beyond_prompt, goes_on_evicting
 from kvtune.policies.signals import Signals
 from kvtune.policies.slots import SlotCache, prompt_of
 from kvtune.traces.geometry import Geometry
@@ -140,14 +141,3 @@ def _shared(
 def _kind(option: Option, evicts: bool, tokens: int) -> _Kind:
     goes_on = evicts and goes_on_evicting(option)
     return _Kind(option.method, goes_on, 0 if goes_on else tokens)
-
-
-def goes_on_evicting(option: Option) -> bool:
-    """Whether a head under this option can evict while tokens are generated."""
-    return isinstance(option.method, DecodeMethod) and option.budget != ALL
-
-
-def beyond_prompt(option: Option, prompt_tokens: int) -> int:
-    """A budget that the prompt does not fill: an allocator has nothing to say about the rest."""
-    tokens = option.budget.tokens or 0
-    return tokens if tokens > prompt_tokens else 0

@@ -22,35 +22,10 @@ from kvtune.policies.decode import FREE, DecodeMethod, DecodeState
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
+from kvtune.policies.room import Room, goes_on_evicting
 from kvtune.policies.signals import Signals
 from kvtune.runtime.backend import Moves
-from kvtune.runtime.contenders import beyond_prompt, goes_on_evicting
 from kvtune.runtime.segments import Ints, Leaving
-
-
-@dataclass(frozen=True)
-class Room:
-    """What a head that goes on evicting holds.
-
-    Args:
-        prompt: entries when the prompt is complete.
-        budget: entries that may stay.
-        most: entries at any time.
-    """
-
-    prompt: int
-    budget: int
-    most: int
-
-    @staticmethod
-    def of(option: Option, planned: int, prompt_tokens: int) -> Room | None:
-        """Under a planned budget; None for a head that only grows."""
-        method = option.method
-        if not (isinstance(method, DecodeMethod) and goes_on_evicting(option)):
-            return None
-        held = min(planned, prompt_tokens) if method.trims_prompt else prompt_tokens
-        budget = max(planned, beyond_prompt(option, prompt_tokens))
-        return Room(held, budget, method.most(held, budget))
 
 
 def check_evicting(policy: Policy) -> None:

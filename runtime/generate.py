@@ -60,6 +60,40 @@ class GenerationRun:
     statistics_bytes: float
 
 
+class _Measured:
+    """What is kept of every step, in room taken once.
+
+    Small tensors that stay, allocated step by step between the logits that go, would leave the
+    heap in pieces that no logits fit into again: it grew by a step's logits with every step.
+    """
+
+    def __init__(self, rows: int, room: int, first: int, device: str) -> None:
+        self.tokens = torch.zeros(room + 1, dtype=torch.int64, device=device)
+        self.tokens[0] = first
+        self._kl, self._nll = (torch.zeros(rows, room, device=device) for _ in range(2))
+        self._agrees = torch.zeros(rows, room, dtype=torch.bool, device=device)
+
+    def put(self, step: int, logits: Tensor, chosen: Tensor) -> None:
+        """KL from the first row ``[B]``, the chosen token's NLL, and whether the likeliest agree.
+
+        Args:
+            step: from 0.
+            logits: ``[B, vocabulary]``.
+            chosen: the token that the first row chose.
+        """
+        ours = logits.log_softmax(-1)
+        likeliest = logits.argmax(-1)
+        self.tokens[step + 1] = chosen
+        self._kl[:, step] = (ours[0].exp() * (ours[0] - ours)).sum(-1)
+        self._nll[:, step] = -ours[:, chosen]
+        self._agrees[:, step] = likeliest == likeliest[0]
+
+    def first(self, steps: int) -> tuple[NDArray[Any], ...]:
+        """KL, NLL and agreement of the first so many steps, ``[B, steps]`` each."""
+        whole = self._kl, self._nll, self._agrees
+        return tuple(each[:, :steps].cpu().numpy() for each in whole)
+
+
 class Generation:
     """A generation that can be advanced in stretches, and asked for its results in between.
 
@@ -101,18 +135,19 @@ class Generation:
         self.contenders = [full, *contenders]
         self.prompt_tokens = len(prompt_ids) - 1
         self.layers = self._fill(prompt_ids)
-        self.tokens = [torch.tensor(prompt_ids[-1], device=loaded.device)]
-        self._measured: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.generated = 0  # tokens so far
+        self._measured = _Measured(len(self.contenders), room, prompt_ids[-1], loaded.device)
 
     @property
-    def generated(self) -> int:
-        """Tokens generated so far."""
-        return len(self._measured)
+    def tokens(self) -> Tensor:
+        """The prompt's last token, then what the full cache has generated, ``[T + 1]``."""
+        return self._measured.tokens[: self.generated + 1]
 
     @property
     def token_ids(self) -> list[int]:
         """What the full cache has generated."""
-        return [int(token) for token in self.tokens[1:]]
+        found: list[int] = self.tokens[1:].tolist()
+        return found
 
     def _fill(self, prompt_ids: Sequence[int]) -> list[list[Group]]:
         """Every layer's caches, holding the compressed prompt."""
@@ -136,9 +171,8 @@ class Generation:
         """Generate so many more tokens."""
         for _ in range(min(tokens, self.room - self.generated)):
             logits = self._step()
-            chosen = self._choose(logits[0])
-            self._measured.append(_compare(logits, chosen))
-            self.tokens.append(chosen)
+            self._measured.put(self.generated, logits, self._choose(logits[0]))
+            self.generated += 1
 
     def _step(self) -> Tensor:
         """Logits of all contenders for the newest token, ``[B, vocabulary]`` float32."""
@@ -178,14 +212,12 @@ class Generation:
         Raises:
             KvtuneError: nothing was generated, an output is NaN, or a cache's books are wrong.
         """
-        if not self._measured:
+        if not self.generated:
             raise KvtuneError("nothing has been generated yet")
         for layer in self.layers:
             for group in layer:
                 group.cache.check_integrity()
-        kl, nll, agrees = (
-            torch.stack(x, -1).cpu().numpy() for x in zip(*self._measured, strict=True)
-        )
+        kl, nll, agrees = self._measured.first(self.generated)
         for row, contender in enumerate(self.contenders):
             if not np.isfinite(kl[row]).all():
                 raise KvtuneError(f"the policy {contender.name!r} made the model's output NaN")
@@ -226,11 +258,3 @@ def prompt_signals(loaded: LoadedModel, prompt_ids: Sequence[int], needs: Needs)
     nothing_known = 0, 1, (-1,)
     sample = Sample("generation", "evaluate", "user", tuple(prompt_ids), *nothing_known)
     return fresh_prompt(loaded, sample, needs)
-
-
-def _compare(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """KL from the first row, the chosen token's NLL, and whether the likeliest agree, ``[B]``."""
-    ours = logits.log_softmax(-1)
-    kl = (ours[0].exp() * (ours[0] - ours)).sum(-1)
-    likeliest = logits.argmax(-1)
-    return kl, -ours[:, chosen], likeliest == likeliest[0]

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.progress import Bars
-from kvtune.policies.allocator import Allocator
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs, Signals
 from kvtune.traces import seam
@@ -33,12 +32,6 @@ class Reader(Protocol):
 
     def read(self, token_ids: Tensor | None) -> None:
         """Told the token ids ``[B, P]`` that the model was given, if it was given any."""
-
-
-def waits(policy: Policy) -> bool:
-    """Whether a policy chooses no earlier than when all layers have read the prompt."""
-    compares_layers = type(policy.allocator).settle is not Allocator.settle
-    return policy.needs.reconstruction or compares_layers
 
 
 def when_read(model: Any, cache: Reader) -> None:

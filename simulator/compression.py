@@ -8,10 +8,13 @@ has them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import or_
 
 from kvtune.common.estimate import Estimate, Tier
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
+from kvtune.policies.signals import Needs
 from kvtune.policies.work import LayerShape, Work, work_of_signals
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
@@ -22,47 +25,54 @@ _FACTOR = 2.0  # Hopper's measured kernels of this kind are within it
 
 
 def compression(
-    policy: Policy, shape: ModelShape, gpu: GpuProfile, prompt_tokens: int, prefill: Estimate
+    policy: Policy,
+    shape: ModelShape,
+    gpu: GpuProfile,
+    prompt_tokens: int,
+    prefill: Estimate,
+    batch: int = 1,
 ) -> Estimate:
-    """Seconds beside the prefill until one prompt's cache is compressed.
+    """Seconds beside the prefill until the caches of all prompts are compressed.
 
     Args:
         policy: for the shape.
         shape: the model.
         gpu: the card.
-        prompt_tokens: P.
-        prefill: of the prompt; methods that read it again pay it again.
+        prompt_tokens: P of each.
+        prefill: of all prompts; methods that read them again pay it again.
+        batch: prompts.
     """
     layer = LayerShape(prompt_tokens, shape.query_heads, shape.kv_heads, shape.head_dim)
     alike: dict[frozenset[Option], int] = {}
     for options in policy.heads:
         alike[frozenset(options)] = alike.get(frozenset(options), 0) + 1
-    works = [(_work(tuple(options), layer), count) for options, count in alike.items()]
-    chosen = sum(count * _seconds(work, gpu) for work, count in works)
+    asked = policy.allocator.needs
+    works = [(_work(tuple(options), layer, asked), count) for options, count in alike.items()]
+    chosen = batch * sum(count * _seconds(work, gpu) for work, count in works)
     again = max((work.passes for work, _ in works), default=0.0)
     low, value, high, tier = _quantising(policy, shape, gpu, prompt_tokens)
     return Estimate(
-        chosen + value + again * prefill.value,
-        chosen / _FACTOR + low + again * prefill.low,
-        chosen * _FACTOR + high + again * prefill.high,
+        chosen + batch * value + again * prefill.value,
+        chosen / _FACTOR + batch * low + again * prefill.low,
+        chosen * _FACTOR + batch * high + again * prefill.high,
         "s",
         "datasheet" if chosen else tier,
     )
 
 
-def _work(options: Sequence[Option], layer: LayerShape) -> Work:
-    """One layer's: signals once for all heads that read them, the choice once a method."""
+def _work(options: Sequence[Option], layer: LayerShape, asked: Needs) -> Work:
+    """One layer's: signals once for all that read them, the choice once a method.
+
+    ``asked`` is what the allocator reads itself.
+    """
     evicting = {o.method: o.budget.resolve(layer.prompt_tokens) for o in options}
     methods = [m for m, budget in evicting.items() if budget < layer.prompt_tokens]
     if not methods:
         return Work()
-    needs = methods[0].needs
-    for method in methods[1:]:
-        needs |= method.needs
+    needs = reduce(or_, (method.needs for method in methods), asked)
     total = work_of_signals(needs, layer)
     for method in methods:
-        whole, signals = method.work(layer, evicting[method]), work_of_signals(method.needs, layer)
-        total += Work(whole.flops - signals.flops, whole.moved_bytes - signals.moved_bytes)
+        total += method.work(layer, evicting[method]) - work_of_signals(method.needs, layer)
     return total
 
 

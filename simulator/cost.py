@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate, exact
+from kvtune.policies.decode import DecodeMethod
 from kvtune.policies.format import Format
+from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy, footprint_of_lengths
+from kvtune.policies.room import Room
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.compression import compression
 from kvtune.simulator.latency import decode_step, prefill
-from kvtune.simulator.memory import MemoryBudget, peak_memory
+from kvtune.simulator.memory import MemoryBudget, add, peak_memory, waiting_bytes
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,13 @@ class Cost:
 
     Args:
         prompt_bytes: of one compressed prompt, scales and lengths included.
-        sequence_bytes: with the generated tokens, which stay in 16 bits.
+        sequence_bytes: with the generated tokens, which stay in 16 bits; of heads that go on
+            evicting, with the most that they ever hold.
+        statistics_bytes: the part of those that methods remember of entries while they evict.
         share: of the bf16 bytes of the same prompt.
         sequences_that_fit: at once in what the budget leaves for the cache.
-        memory: peak of everything together, bytes.
+        memory: peak of everything together, bytes; where a policy waits for a prompt's end, with
+            that prompt's uncompressed cache.
         latency: of one decode step of all sequences, seconds.
         prefill: of one prompt, seconds.
         compression: of one prompt, beside its prefill, seconds.
@@ -34,6 +40,7 @@ class Cost:
 
     prompt_bytes: int
     sequence_bytes: int
+    statistics_bytes: int
     share: float
     sequences_that_fit: int
     memory: Estimate
@@ -45,12 +52,19 @@ class Cost:
 
 def full_cost(shape: ModelShape, gpu: GpuProfile, budget: MemoryBudget, generated: int) -> Cost:
     """The same for the uncompressed bf16 cache, of any shape."""
-    by_bits = Counter({16.0: shape.kv_bytes(budget.context_tokens)})
-    return _cost(shape, gpu, budget, generated, by_bits, None)
+    tokens = budget.context_tokens
+    prompt, held = (Counter({16.0: shape.kv_bytes(n)}) for n in (tokens, tokens + generated))
+    return _cost(shape, gpu, budget, _Held(prompt, held), None)
 
 
 def policy_cost(
-    policy: Policy, shape: ModelShape, gpu: GpuProfile, budget: MemoryBudget, generated: int
+    policy: Policy,
+    shape: ModelShape,
+    gpu: GpuProfile,
+    budget: MemoryBudget,
+    generated: int,
+    *,
+    evicts: bool = False,
 ) -> Cost:
     """Memory and time of a policy under a budget, for its context and batch.
 
@@ -60,6 +74,8 @@ def policy_cost(
         gpu: the card.
         budget: says context, batch, weight format and room for the cache.
         generated: tokens that each sequence has generated, the most it will hold.
+        evicts: whether methods that can go on evicting while tokens are generated do; the time
+            that they take for it at each step is not counted.
 
     Raises:
         KvtuneError: another shape's policy, or layers whose cache is no full cache of heads.
@@ -70,31 +86,63 @@ def policy_cost(
             f"{shape.name} has sliding-window or latent layers; policies for those cannot be "
             "costed yet"
         )
-    by_bits = cache_bytes_by_bits(policy, shape, budget.context_tokens)
-    return _cost(shape, gpu, budget, generated, by_bits, policy)
+    tokens = budget.context_tokens
+    prompt = cache_bytes_by_bits(policy, shape, tokens)
+    if evicts:
+        held = _while_evicting(policy, shape, tokens, generated)
+    else:
+        grown = shape.kv_bytes(tokens + generated) - shape.kv_bytes(tokens)
+        held = _Held(prompt, prompt + Counter({16.0: grown}))
+    return _cost(shape, gpu, budget, held, policy)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Bytes of one sequence by bits a number, without the heads' lengths."""
+
+    prompt: Counter[float]
+    most: Counter[float]
+    statistics: int = 0
+
+
+def _while_evicting(policy: Policy, shape: ModelShape, prompt_tokens: int, generated: int) -> _Held:
+    """Heads that go on evicting hold no more than they may, and statistics beside each entry."""
+    prompt, most, bits_noted = Counter[float](), Counter[float](), 0
+    budgets = policy.budgets(prompt_tokens).flat
+    for option, planned in zip(policy.options(), budgets, strict=True):
+        room = Room.of(option, int(planned), prompt_tokens)
+        opened = room.prompt if room else int(planned)
+        ends = min(opened + generated, room.most) if room else opened + generated
+        prompt += _bytes_of(option, opened, shape.head_dim)
+        most += _bytes_of(option, min(opened, ends), shape.head_dim)
+        most[16.0] += Option().footprint(max(ends - opened, 0), shape.head_dim)
+        if room and isinstance(option.method, DecodeMethod):
+            bits_noted += ends * option.method.entry_bits
+    return _Held(prompt, most, -(-bits_noted // 8))
 
 
 def _cost(
     shape: ModelShape,
     gpu: GpuProfile,
     budget: MemoryBudget,
-    generated: int,
-    prompt: Counter[float],
+    held: _Held,
     policy: Policy | None,
 ) -> Cost:
     tokens, batch, weights = budget.context_tokens, budget.batch, budget.weight_format
-    full = shape.kv_bytes(tokens)
-    lengths = footprint_of_lengths(shape.layers, shape.kv_heads) if policy else 0
-    held = prompt + Counter({16.0: shape.kv_bytes(tokens + generated) - full})
-    prompt_bytes, sequence_bytes = sum(prompt.values()) + lengths, sum(held.values()) + lengths
-    step = decode_step(shape, gpu, weights, batch, dict(held))
+    beside = footprint_of_lengths(shape.layers, shape.kv_heads) if policy else 0
+    prompt_bytes = sum(held.prompt.values()) + beside
+    sequence_bytes = sum(held.most.values()) + held.statistics + beside
+    waiting = waiting_bytes(shape, tokens) if policy and policy.waits else 0
+    step = decode_step(shape, gpu, weights, batch, dict(held.most))
     first = prefill(shape, gpu, weights, tokens)
+    peak = peak_memory(shape, gpu, weights, sequence_bytes, tokens, batch)
     return Cost(
         prompt_bytes=prompt_bytes,
         sequence_bytes=sequence_bytes,
-        share=prompt_bytes / full,
-        sequences_that_fit=budget.cache_bytes // sequence_bytes,
-        memory=peak_memory(shape, gpu, weights, sequence_bytes, tokens, batch),
+        statistics_bytes=held.statistics,
+        share=prompt_bytes / shape.kv_bytes(tokens),
+        sequences_that_fit=max(budget.cache_bytes - waiting, 0) // sequence_bytes,
+        memory=add(peak, exact(waiting, "B")),
         latency=step,
         prefill=first,
         compression=compression(policy, shape, gpu, tokens, first) if policy else exact(0, "s"),
@@ -104,11 +152,16 @@ def _cost(
 
 def cache_bytes_by_bits(policy: Policy, shape: ModelShape, prompt_tokens: int) -> Counter[float]:
     """Bytes of one compressed prompt by bits an element, without the heads' lengths."""
-    found: Counter[float] = Counter()
     budgets = policy.budgets(prompt_tokens).flat
-    for option, tokens in zip(policy.options(), budgets, strict=True):
-        for form, role in ((option.keys, "keys"), (option.values, "values")):
-            found[bits(form)] += form.footprint(int(tokens), shape.head_dim, role)  # type: ignore[arg-type]
+    each = zip(policy.options(), budgets, strict=True)
+    return sum((_bytes_of(o, int(n), shape.head_dim) for o, n in each), Counter[float]())
+
+
+def _bytes_of(option: Option, tokens: int, head_dim: int) -> Counter[float]:
+    """Of one head's tokens, by bits."""
+    found = Counter[float]()
+    for form, role in ((option.keys, "keys"), (option.values, "values")):
+        found[bits(form)] += form.footprint(tokens, head_dim, role)  # type: ignore[arg-type]
     return found
 
 

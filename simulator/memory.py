@@ -154,6 +154,14 @@ def peak_memory(
     return add(*parts, exact(cache_bytes_per_sequence * batch, "B"))
 
 
+def waiting_bytes(shape: ModelShape, context_tokens: int) -> int:
+    """What is held beside all else while a policy waits for the end of one prompt.
+
+    Its uncompressed cache but for one layer's, which is part of every prefill.
+    """
+    return shape.kv_bytes(context_tokens) * (shape.layers - 1) // shape.layers
+
+
 def largest_batch(
     shape: ModelShape,
     gpu: GpuProfile,

@@ -91,6 +91,7 @@ def result_of(request: SearchRequest, live: bool) -> SearchResult:
         memory=Estimate(15.1e9, 14.2e9, 15.8e9, "B", "assumed"),
         latency=seconds(0.0312),
         prefill=seconds(0.64),
+        compression=seconds(0.05),
         full_cache_sequences=5,
         full_cache_accuracy=Estimate(0.94, 0.91, 0.96, "share", "live") if live else None,
         counters={"tokens_kept": 51200, "tokens_offered": 409600} if live else {},

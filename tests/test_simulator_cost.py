@@ -7,17 +7,25 @@ from itertools import product
 import pytest
 
 from kvtune.common.errors import KvtuneError
-from kvtune.common.estimate import Estimate
+from kvtune.common.estimate import Estimate, exact
+from kvtune.policies.allocator import Allocator
+from kvtune.policies.allocators.as_given import AsGiven
+from kvtune.policies.allocators.model_wide import ModelWide
+from kvtune.policies.allocators.pyramid import Pyramid
 from kvtune.policies.formats.grouped import Int2, Int4
+from kvtune.policies.method import Method
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.kvzip import KVzip
+from kvtune.policies.methods.lazy_eviction import AUTHORS
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
+from kvtune.policies.methods.tova import Tova
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
-from kvtune.simulator.cost import cache_bytes_by_bits, full_cost, policy_cost
+from kvtune.simulator.compression import compression
+from kvtune.simulator.cost import Cost, cache_bytes_by_bits, full_cost, policy_cost
 from kvtune.simulator.memory import memory_budget
 
 
@@ -89,3 +97,70 @@ def test_compressing_takes_longer_the_more_a_method_looks_at() -> None:
     whole = seconds(Option())
     assert (whole.value, whole.tier) == (0, "exact")
     assert seconds(Option(keys=Int4(), values=Int4())).value > 0
+
+
+def test_heads_that_go_on_evicting_hold_their_budget_and_statistics() -> None:
+    """4 B an entry for H2O, none for TOVA; TOVA holds one entry more than may stay, no growth."""
+    shape, gpu = find_model("llama-8b"), find_gpu("4090")
+    budget = memory_budget(shape, gpu, 20 * 10**9, context_tokens=4096)
+    heads, lengths = shape.layers * shape.kv_heads, footprint_of_lengths(shape.layers, 8)
+
+    def cost(method: Method, generated: int, evicts: bool = True) -> Cost:
+        option = Option(method, Budget(tokens=500))
+        policy = Policy.uniform(option, shape.layers, shape.kv_heads)
+        return policy_cost(policy, shape, gpu, budget, generated, evicts=evicts)
+
+    entry = Option().footprint(1, shape.head_dim)
+    tova, h2o = cost(Tova(), 2000), cost(H2O(), 2000)
+    assert tova.statistics_bytes == 0
+    assert h2o.statistics_bytes == heads * 501 * 4
+    assert tova.sequence_bytes == heads * 501 * entry + lengths
+    assert h2o.sequence_bytes == tova.sequence_bytes + h2o.statistics_bytes
+    assert h2o.memory.value == tova.memory.value + h2o.statistics_bytes
+    assert cost(Tova(), 9000).sequence_bytes == tova.sequence_bytes
+    assert cost(H2O(), 2000, evicts=False).sequence_bytes > h2o.sequence_bytes
+    snap = cost(SnapKV(), 2000), cost(SnapKV(), 2000, evicts=False)
+    assert snap[0] == snap[1], "what cannot evict while decoding does not"
+
+
+def test_an_authors_untrimmed_prompt_is_held_whole() -> None:
+    shape, gpu = find_model("llama-8b"), find_gpu("4090")
+    budget = memory_budget(shape, gpu, 20 * 10**9, context_tokens=4096)
+    option = Option(AUTHORS, Budget(tokens=500))
+    policy = Policy.uniform(option, shape.layers, shape.kv_heads)
+    evicting = policy_cost(policy, shape, gpu, budget, 64, evicts=True)
+    assert evicting.prompt_bytes == shape.kv_bytes(4096) + footprint_of_lengths(shape.layers, 8)
+
+
+@pytest.mark.parametrize(
+    ("method", "allocator"), [(KVzip(), AsGiven()), (SnapKV(), ModelWide()), (SnapKV(), Pyramid())]
+)
+def test_a_policy_that_waits_holds_one_prompt_uncompressed(
+    method: Method, allocator: Allocator
+) -> None:
+    shape, gpu = find_model("llama-8b"), find_gpu("4090")
+    budget = memory_budget(shape, gpu, 20 * 10**9, context_tokens=8192)
+    option = Option(method, Budget(share=0.25))
+    shapes = shape.layers, shape.kv_heads
+    policy = Policy.uniform(option, *shapes, allocator=allocator)
+    plain = Policy.uniform(Option(SnapKV(), Budget(share=0.25)), *shapes)
+    ours, theirs = (policy_cost(p, shape, gpu, budget, 0) for p in (policy, plain))
+    waiting = shape.kv_bytes(8192) * 31 // 32 if policy.waits else 0
+    assert policy.waits == (not isinstance(allocator, Pyramid))
+    assert ours.sequence_bytes == pytest.approx(theirs.sequence_bytes, rel=0.01)
+    assert ours.memory.value - ours.sequence_bytes == pytest.approx(
+        theirs.memory.value - theirs.sequence_bytes + waiting
+    )
+    assert ours.sequences_that_fit == (budget.cache_bytes - waiting) // ours.sequence_bytes
+
+
+def test_a_batch_is_compressed_prompt_by_prompt_and_a_pass_is_paid_once_each() -> None:
+    shape, gpu = find_model("llama-8b"), find_gpu("4090")
+    for method in (H2O(), KVzip()):
+        option = Option(method, Budget(share=0.25), Int4(), Int4())
+        policy = Policy.uniform(option, shape.layers, shape.kv_heads)
+        one = compression(policy, shape, gpu, 4096, exact(0.5, "s"))
+        four = compression(policy, shape, gpu, 4096, exact(2.0, "s"), batch=4)
+        assert four.value == pytest.approx(4 * one.value)
+        assert four.high == pytest.approx(4 * one.high)
+        assert (one.value > 0.5) == isinstance(method, KVzip)

@@ -33,8 +33,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 Make = Callable[..., Tables]
 KEYS = {
     "kvtune", "model", "gpu", "policy", "budget", "front", "rivals", "quality", "predicted",
-    "memory", "latency", "prefill", "context_tokens", "sequences", "full_cache_sequences",
-    "prompt_bytes", "share", "full_cache_accuracy", "counters", "notes", "provenance",
+    "memory", "latency", "prefill", "compression", "context_tokens", "sequences",
+    "full_cache_sequences", "prompt_bytes", "share", "full_cache_accuracy", "counters", "notes",
+    "provenance",
 }  # fmt: skip
 
 

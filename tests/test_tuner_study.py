@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvtune.policies.methods.kvzip import KVzip
+from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.policy import footprint_of_lengths
 from kvtune.simulator.tables import Tables
 from kvtune.tuner.study import Candidate, Question, Solver, front, pick, run_study
@@ -162,6 +165,27 @@ def test_where_nothing_fits_there_are_no_candidates(
     solver = Solver.of(Question(tables, 16, {256: 3000}, GENERATED, sequences))
     assert run_study(solver, trials=6, journal=tmp_path / "study.journal") == []
     assert run_study(solver, trials=6, journal=tmp_path / "study.journal") == []
+
+
+def test_a_plan_that_may_wait_leaves_room_for_one_prompt_uncompressed(tables: Tables) -> None:
+    """One of three options' methods is KVzip; a trial that leaves it out has the whole room."""
+    renamed = tuple(
+        replace(option, method=KVzip()) if isinstance(option.method, StreamingLLM) else option
+        for option in tables.options
+    )
+    asked = question(replace(tables, options=renamed), room=1.2)
+    waiting = FULL_PROMPT * (tables.layers - 1) // tables.layers
+    assert asked.prompt_budget(256, 1) - asked.prompt_budget(256, 1, waits=True) == waiting
+    solver = Solver.of(asked)
+    parameters = {
+        "least_bits": 2, "split": "heads", "shrinkage": 0.2, "context": 256, "sequences": 1,
+    }  # fmt: skip
+    with_it, without = (
+        solver.answer(0, {**parameters, "kvzip": allowed}) for allowed in (True, False)
+    )
+    assert with_it is not None
+    assert without is not None
+    assert with_it.prompt_bytes <= asked.rooms[256] - waiting < without.prompt_bytes
 
 
 # The context as a choice

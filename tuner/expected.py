@@ -11,6 +11,7 @@ from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.runtime.largest import Largest, page_bytes
 from kvtune.runtime.timing import NEW_TOKENS, STEPS, STRETCHES, Decoding, Timing
+from kvtune.simulator.compression import compression
 from kvtune.simulator.cost import cache_bytes_by_bits, per_second
 from kvtune.simulator.latency import decode_step, prefill
 from kvtune.simulator.memory import (
@@ -30,7 +31,7 @@ class Expected:
     """What the simulator says of one policy on the card, for the batch that was timed.
 
     Args:
-        prefill: of the whole batch, seconds.
+        prefill: of the whole batch, compression included, seconds.
         step: one decode step, seconds.
         tokens_per_second: of all sequences together.
         peak_bytes: of tensors: weights, pages, and activations of all prompts read at once.
@@ -88,9 +89,11 @@ class Card:
     def expect(self, policy: Policy, batch: int) -> Expected:
         """Of a batch whose prompts are read at once, in the middle of the timed steps."""
         step = self._step(policy, batch, STEPS * (1 + STRETCHES // 2))
+        read = prefill(self.shape, self.gpu, "bf16", self.tokens, batch)
+        compressed = compression(policy, self.shape, self.gpu, self.tokens, read, batch)
         tensors = self._tensors(policy, batch)
         return Expected(
-            prefill=prefill(self.shape, self.gpu, "bf16", self.tokens, batch),
+            prefill=_one_after_the_other(read, compressed),
             step=step,
             tokens_per_second=per_second(step, batch),
             peak_bytes=tensors,
@@ -125,3 +128,9 @@ class Card:
             prefill_peak_bytes(self.shape, together, batch, chunk_tokens=together),
             exact(batch * pages, "B"),
         )
+
+
+def _one_after_the_other(first: Estimate, then: Estimate) -> Estimate:
+    """Both times together, no surer than the second where it takes any."""
+    value, low, high = (getattr(first, e) + getattr(then, e) for e in ("value", "low", "high"))
+    return Estimate(value, low, high, first.unit, then.tier if then.value else first.tier)

@@ -164,6 +164,7 @@ class SearchResult:
         memory: peak of everything together, bytes.
         latency: of one decode step of all sequences, seconds.
         prefill: of one prompt, seconds.
+        compression: of one prompt, beside its prefill, seconds.
         full_cache_sequences: that would fit uncompressed.
         full_cache_accuracy: retrieval accuracy of the uncompressed model, live; or None.
         counters: proof that the policy fired: tokens kept and offered, heads compressed.
@@ -187,6 +188,7 @@ class SearchResult:
     memory: Estimate
     latency: Estimate
     prefill: Estimate
+    compression: Estimate
     full_cache_sequences: int
     full_cache_accuracy: Estimate | None = None
     counters: dict[str, int] = field(default_factory=dict)

@@ -106,6 +106,7 @@ def result_as_plain(result: SearchResult) -> dict[str, Any]:
         "memory": result.memory.as_dict(),
         "latency": result.latency.as_dict(),
         "prefill": result.prefill.as_dict(),
+        "compression": result.compression.as_dict(),
         "context_tokens": result.context_tokens,
         "sequences": result.sequences,
         "full_cache_sequences": result.full_cache_sequences,

@@ -202,6 +202,7 @@ def _result(
         memory=cost.memory,
         latency=cost.latency,
         prefill=cost.prefill,
+        compression=cost.compression,
         full_cache_sequences=budget.cache_bytes // request.shape.kv_bytes(longest),
         full_cache_accuracy=validation.full_cache_accuracy if validation else None,
         counters=validation.counters if validation else {},

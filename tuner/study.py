@@ -55,10 +55,18 @@ class Question:
         """Bytes of one uncompressed prompt, bf16."""
         return 2 * 2 * context * self.head_dim * self.tables.heads
 
-    def prompt_budget(self, context: int, sequences: int) -> int:
-        """Bytes that each sequence's compressed prompt may take."""
+    def prompt_budget(self, context: int, sequences: int, waits: bool = False) -> int:
+        """Bytes that each sequence's compressed prompt may take.
+
+        Args:
+            context: prompt tokens.
+            sequences: at once.
+            waits: whether a policy may wait for a prompt's end, all layers of one uncompressed.
+        """
         lengths = footprint_of_lengths(1, self.tables.heads)
-        return self.rooms[context] // sequences - self.generated_bytes - lengths
+        layers = self.tables.layers
+        waiting = self.full_bytes(context) * (layers - 1) // layers if waits else 0
+        return (self.rooms[context] - waiting) // sequences - self.generated_bytes - lengths
 
     def most_sequences(self, context: int) -> int:
         """As many as fit with every head on its smallest option."""
@@ -118,7 +126,8 @@ class Solver:
         """Solve one trial; None where its options cannot fit."""
         columns = np.flatnonzero([_allowed(o, parameters) for o in self.question.tables.options])
         context, sequences = parameters["context"], parameters["sequences"]
-        budget = self.question.prompt_budget(context, sequences)
+        waits = any(self.question.tables.options[o].method.needs.reconstruction for o in columns)
+        budget = self.question.prompt_budget(context, sequences, waits)
         whole = self.problems[context]
         problem = whole.allowing(columns).shrunk(parameters["shrinkage"])
         heads = self.question.tables.kv_heads

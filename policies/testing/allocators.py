@@ -11,7 +11,7 @@ import numpy as np
 from kvtune.policies.allocator import Allocator
 from kvtune.policies.method import ScoredMethod, methods
 from kvtune.policies.signals import Signals
-from kvtune.policies.testing.cases import Case, make_signals
+from kvtune.policies.testing.cases import Case, shared_signals
 
 
 def planning_moves_but_never_makes_tokens(allocator: Allocator, case: Case) -> None:
@@ -35,7 +35,7 @@ def settling_moves_but_never_makes_tokens(allocator: Allocator, case: Case) -> N
     rows = [[method] * case.kv_heads] * 3
 
     def prompt(layer: int) -> Signals:
-        return make_signals(replace(case, seed=case.seed + layer))
+        return shared_signals(replace(case, seed=case.seed + layer))
 
     settled = allocator.settle(given.copy(), rows, prompt)
     assert settled.shape == given.shape
@@ -50,7 +50,7 @@ def splitting_moves_but_never_makes_tokens(allocator: Allocator, case: Case) -> 
     """The same for one layer whose prompt has been seen, under every scoring method."""
     ceiling = min(case.budget, case.prompt_tokens)
     given = np.random.default_rng(case.seed).integers(0, ceiling + 1, case.kv_heads).tolist()
-    signals = make_signals(case)
+    signals = shared_signals(case)
     for method in (kind() for kind in methods().values()):
         if not isinstance(method, ScoredMethod):
             continue

@@ -81,6 +81,15 @@ def make_signals(case: Case) -> Signals:
     )
 
 
+@lru_cache(maxsize=64)
+def shared_signals(case: Case) -> Signals:
+    """The same layer, one object for all who only look at it: what is derived is derived once.
+
+    A method that changes what it is given is found by ``choice_is_the_same_again``.
+    """
+    return make_signals(case)
+
+
 def make_future(case: Case, observed: int = 7, probes: int = 3) -> Future:
     """Observed tokens after the prompt, and probes at them."""
     shape = (observed, case.head_dim)

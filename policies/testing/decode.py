@@ -23,7 +23,7 @@ from kvtune.policies.decode import FREE, DecodeMethod
 from kvtune.policies.method import methods
 from kvtune.policies.signals import Signals
 from kvtune.policies.slots import SlotCache, prompt_of
-from kvtune.policies.testing.cases import Case, make_signals, uniform
+from kvtune.policies.testing.cases import Case, shared_signals, uniform
 
 STEPS = 15
 DECODE_CASES = (
@@ -50,7 +50,7 @@ def opened(
     method: DecodeMethod, case: Case, *budgets: int, signals: Signals | None = None
 ) -> SlotCache:
     """A cache that holds the case's prompt, a row for each budget (the case's unless given)."""
-    signals = make_signals(case) if signals is None else signals
+    signals = shared_signals(case) if signals is None else signals
     each = np.array([[budget] * case.kv_heads for budget in budgets or (case.budget,)])
     return SlotCache(method, prompt_of(method, signals, each), signals, each, STEPS)
 
@@ -96,7 +96,7 @@ def protected_tokens_stay(method: DecodeMethod, case: Case) -> None:
 
 def both_halves_choose_alike(method: DecodeMethod, case: Case) -> None:
     """What leaves a whole prompt is what ``keep`` does not name."""
-    signals = make_signals(case)
+    signals = shared_signals(case)
     state = method.open(signals)
     budget = min(case.budget, case.prompt_tokens)
     budgets = np.full((1, case.kv_heads), budget)
@@ -123,7 +123,7 @@ def heads_decode_alone(method: DecodeMethod, case: Case) -> None:
     if not method.heads_are_alike:
         return
     order = torch.arange(case.kv_heads - 1, -1, -1)
-    signals, tokens = make_signals(case), generated(case)
+    signals, tokens = shared_signals(case), generated(case)
     by_head = signals.queries.unflatten(0, (case.kv_heads, -1))
     turned = replace(
         signals,
@@ -140,7 +140,7 @@ def heads_decode_alone(method: DecodeMethod, case: Case) -> None:
 
 def room_for_all_changes_nothing(method: DecodeMethod, case: Case) -> None:
     """With a budget for prompt and generated tokens, the output is that of the full cache."""
-    signals, (queries, keys, values) = make_signals(case), generated(case)
+    signals, (queries, keys, values) = shared_signals(case), generated(case)
     cache = opened(method, case, case.prompt_tokens + STEPS)
     for step, output in enumerate(steps(cache, (queries, keys, values)), start=1):
         all_keys = torch.cat((signals.keys, keys[:step].transpose(0, 1)), 1)[:, None]

@@ -10,7 +10,13 @@ from dataclasses import fields, replace
 import torch
 
 from kvtune.policies.method import Method, ScoredMethod
-from kvtune.policies.testing.cases import Case, lean_signals, make_signals, permuted_signals
+from kvtune.policies.testing.cases import (
+    Case,
+    lean_signals,
+    make_signals,
+    permuted_signals,
+    shared_signals,
+)
 from kvtune.policies.work import LayerShape
 
 METHOD_CASES = (
@@ -24,7 +30,7 @@ LONG = Case(301, 64, group=3)
 
 def keeps_ascending_indices_within_the_budget(method: Method, case: Case) -> None:
     """Exactly ``min(budget, P)`` different tokens a head, in order, all of the prompt."""
-    kept = method.keep(make_signals(case), case.budget)
+    kept = method.keep(shared_signals(case), case.budget)
     count = min(case.budget, case.prompt_tokens)
     assert kept.dtype == torch.int64
     assert kept.shape == (case.kv_heads, count), (
@@ -38,7 +44,7 @@ def keeps_protected_tokens(method: Method, case: Case) -> None:
     """Sinks first, then the recent window, as far as the budget reaches."""
     if not isinstance(method, ScoredMethod):
         return
-    kept = method.keep(make_signals(case), case.budget)
+    kept = method.keep(shared_signals(case), case.budget)
     budget = min(case.budget, case.prompt_tokens)
     first, last = method.protected(budget)
     first = min(first, budget)
@@ -52,7 +58,7 @@ def keeps_the_highest_scores(method: Method, case: Case) -> None:
     """No token that was dropped scores higher than one that was kept for its score."""
     if not isinstance(method, ScoredMethod):
         return
-    signals = make_signals(case)
+    signals = shared_signals(case)
     scores = method.scores(signals)
     assert scores.shape == (case.kv_heads, case.prompt_tokens)
     assert scores.isfinite().all()
@@ -66,20 +72,19 @@ def keeps_the_highest_scores(method: Method, case: Case) -> None:
 
 def choice_is_the_same_again(method: Method, case: Case) -> None:
     """Nothing is drawn at random, remembered, or changed in the signals."""
-    signals = make_signals(case)
+    signals, untouched = shared_signals(case), make_signals(case)
     first, second = (method.keep(signals, case.budget) for _ in range(2))
-    fresh = make_signals(case)
     assert torch.equal(first, second)
-    assert torch.equal(first, method.keep(fresh, case.budget))
+    assert torch.equal(first, method.keep(make_signals(case), case.budget))
     for name in ("queries", "keys", "values"):
-        assert torch.equal(getattr(signals, name), getattr(fresh, name)), f"{name} were changed"
+        assert torch.equal(getattr(signals, name), getattr(untouched, name)), f"{name} were changed"
 
 
 def heads_choose_alone(method: Method, case: Case) -> None:
     """Permuting the heads permutes the choice."""
     if not method.heads_are_alike:
         return
-    signals = make_signals(case)
+    signals = shared_signals(case)
     order = torch.arange(case.kv_heads - 1, -1, -1)
     kept = method.keep(signals, case.budget)
     assert torch.equal(method.keep(permuted_signals(signals, order), case.budget), kept[order])
@@ -87,18 +92,19 @@ def heads_choose_alone(method: Method, case: Case) -> None:
 
 def needs_are_honest(method: Method, case: Case) -> None:
     """Given only what ``needs`` names, the choice is that of the full signals."""
-    full = make_signals(case)
+    full = shared_signals(case)
     lean = lean_signals(method, full)
     assert torch.equal(method.keep(lean, case.budget), method.keep(full, case.budget))
 
 
 def merging_changes_only_what_is_kept(method: Method, case: Case) -> None:
     """One finite key and value for every kept token; nothing in the signals changes."""
-    signals, fresh = make_signals(case), make_signals(case)
+    signals = shared_signals(case)
     kept = method.keep(signals, case.budget)
     merged = method.merge(signals, kept)
     if merged is None:
         return
+    fresh = make_signals(case)
     for stored, whole in zip(merged, (signals.keys, signals.values), strict=True):
         assert stored.shape == (*kept.shape, case.head_dim)
         assert stored.dtype == whole.dtype
