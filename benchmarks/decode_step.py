@@ -109,7 +109,7 @@ def fill(model: Any, policy: Policy, batch: int, new_tokens: int = NEW_TOKENS) -
     cache = load_cache(policy, model, new_tokens=new_tokens)
     shape = (KV_HEADS, CONTEXT, HEAD_DIM)
     keys, values = torch.randn(2, *shape, device="cuda", dtype=torch.bfloat16).unbind(0)
-    cache.open(keys[None], [CONTEXT] * batch)
+    cache.open(keys.device, [CONTEXT] * batch)
     for layer, budgets in zip(cache.layers, policy.budgets(CONTEXT), strict=True):
         layer.paged = PagedLayer(
             layer.number, policy.heads[layer.number], HEAD_DIM, batch, cache.pool, cache.backend
