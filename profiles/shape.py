@@ -168,6 +168,10 @@ class ModelShape:
         window = self.windows[layer]
         return context_tokens if window is None else min(context_tokens, window)
 
+    def lets_go(self, context_tokens: int) -> bool:
+        """Whether any layer's window is shorter than a context, so that it forgets by itself."""
+        return any(w is not None and w < context_tokens for w in self.windows)
+
     def kv_bytes(self, context_tokens: int, element_bytes: float = 2) -> int:
         """Bytes of one sequence's full cache; sliding layers hold no more than their window."""
         kept = sum(self.cached_tokens(layer, context_tokens) for layer in range(self.layers))

@@ -81,7 +81,7 @@ def policy_cost(
         KvtuneError: another shape's policy, or layers whose cache is no full cache of heads.
     """
     policy.check_fits(shape.layers, shape.kv_heads)
-    if shape.latent is not None or any(shape.windows):
+    if shape.latent is not None or shape.lets_go(budget.context_tokens + generated):
         raise KvtuneError(
             f"{shape.name} has sliding-window or latent layers; policies for those cannot be "
             "costed yet"

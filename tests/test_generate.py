@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -158,6 +159,21 @@ def test_stretches_make_the_same_generation(
     assert other.token_ids == evicting.token_ids
     for one, two in zip(evicting.results(), other.results(), strict=True):
         same(one, two)
+
+
+def test_steps_leave_no_tensor_behind(tiny_model: Any, prompt_ids: list[int]) -> None:
+    """What every step adds lies in room taken before: a heap of leftovers between logits grows."""
+    contenders = [uniform(method, Budget(tokens=BUDGET)) for method in METHODS]
+    generation = Generation(tiny_model, prompt_ids, contenders, room=TOKENS)
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(type(each) is Tensor for each in gc.get_objects())
+
+    generation.advance(TOKENS // 2)  # what is made at the first eviction stays
+    before = tensors()
+    generation.advance(TOKENS)
+    assert tensors() == before
 
 
 def test_tokens_are_drawn_by_seed_and_banned_ones_never(

@@ -164,3 +164,15 @@ def test_a_batch_is_compressed_prompt_by_prompt_and_a_pass_is_paid_once_each() -
         assert four.value == pytest.approx(4 * one.value)
         assert four.high == pytest.approx(4 * one.high)
         assert (one.value > 0.5) == isinstance(method, KVzip)
+
+
+def test_windows_longer_than_a_sequence_are_no_hindrance() -> None:
+    """Gemma-3's local layers see 1 024 tokens: until then its cache is a plain one."""
+    shape, gpu = find_model("gemma-3-4b"), find_gpu("4090")
+    policy = Policy.uniform(Option(H2O(), Budget(share=0.5)), shape.layers, shape.kv_heads)
+    budget = memory_budget(shape, gpu, 20 * 10**9, context_tokens=768)
+    cost = policy_cost(policy, shape, gpu, budget, 256)
+    grown = 256 * shape.kv_bytes_per_token()
+    assert cost.sequence_bytes == policy.footprint(768, shape.head_dim) + grown
+    with pytest.raises(KvtuneError, match="sliding-window"):
+        policy_cost(policy, shape, gpu, budget, 257)

@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kvtune.common.errors import KvtuneError
+from kvtune.policies.methods.kvzip import KVzip
+from kvtune.policies.option import Budget, Option
+from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import find_gpu
 from kvtune.simulator.cost import policy_cost
 from kvtune.simulator.memory import memory_budget
@@ -26,7 +29,7 @@ from kvtune.tuner.explore.plans import write_line
 from kvtune.tuner.explore.reader import StudyReader
 from kvtune.tuner.explore.study import Study
 from kvtune.tuner.explore.view import View
-from kvtune.tuner.explore.what_if import Setting, figures_of
+from kvtune.tuner.explore.what_if import Setting, figures, figures_of
 from kvtune.tuner.explore.why import why
 
 
@@ -204,6 +207,25 @@ def test_columns_agree_with_the_models_one_by_one(study: Study, changes: dict[st
         assert figures.estimate("step_s", row).tier == cost.latency.tier
         rate = cost.tokens_per_second
         assert figures.tokens_per_s[row] == pytest.approx((rate.value, rate.low, rate.high))
+
+
+def test_a_plan_that_waits_holds_one_prompt_more_in_the_columns_too(study: Study) -> None:
+    known, option = study.facts, Option(KVzip(), Budget(share=0.25))
+    setting, shape = Setting.asked(known), known.shape
+    counts = np.array([[float(shape.layers * shape.kv_heads)]])
+    context, sequences = np.array([CONTEXT]), np.array([2])
+    columns = figures(known, [option], counts, context, sequences, setting)
+    budget = memory_budget(
+        shape,
+        setting.gpu,
+        setting.memory_bytes,
+        context_tokens=CONTEXT,
+        weights=setting.weights,
+    )
+    policy = Policy.uniform(option, shape.layers, shape.kv_heads)
+    cost = policy_cost(policy, shape, setting.gpu, replace(budget, batch=2), known.generated_tokens)
+    assert columns.memory[0, 0] == pytest.approx(cost.memory.value)
+    assert columns.tokens_that_fit[0] == cost.sequences_that_fit * CONTEXT
 
 
 def test_an_impossible_setting_is_refused(study: Study) -> None:

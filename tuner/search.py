@@ -72,11 +72,13 @@ def run_search(request: SearchRequest, progress: Progress | None = None) -> Sear
 
 
 def _refuse_unknown_layers(request: SearchRequest) -> None:
-    if request.shape.latent is not None or any(request.shape.windows):
+    longest = request.contexts[-1] + request.generated_tokens
+    if request.shape.latent is not None or request.shape.lets_go(longest):
         raise KvtuneError(
             f"{request.shape.name} has sliding-window or latent layers, which search cannot plan "
             "yet",
-            hint="kvtune estimate tells what its uncompressed cache takes.",
+            hint="kvtune estimate tells what its uncompressed cache takes; contexts that are no "
+            "longer than the window can be planned.",
         )
 
 

@@ -16,7 +16,7 @@ from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.cost import bits
 from kvtune.simulator.latency import decode_steps
-from kvtune.simulator.memory import MemoryBudget, memory_budget, peak_memory
+from kvtune.simulator.memory import MemoryBudget, memory_budget, peak_memory, waiting_bytes
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.plans import Floats, Integers
 from kvtune.tuner.explore.study import Study
@@ -117,14 +117,15 @@ def figures(
     weights = first.weight_format if first else "bf16"
     steps = decode_steps(shape, setting.gpu, weights, np.maximum(sequences, 1), dict(stored))
     time = np.stack([steps.value_s, steps.low_s, steps.high_s], axis=-1).reshape(-1, 3)
-    memory = _peaks(shape, setting, rooms, contexts, sequences, held)
-    room = np.array([rooms[int(c)].cache_bytes for c in contexts], np.float64)
+    waiting = _waiting(shape, options, counts, contexts)
+    memory = _peaks(shape, setting, rooms, contexts, sequences, held) + waiting[:, None]
+    room = np.array([rooms[int(c)].cache_bytes for c in contexts], np.float64) - waiting
     return Figures(
         context_tokens=contexts,
         sequences=sequences,
         prompt_bytes=prompt.astype(np.int64),
         share=prompt / np.maximum(contexts * shape.kv_bytes_per_token(), 1),
-        tokens_that_fit=(room // held).astype(np.int64) * contexts,
+        tokens_that_fit=(room.clip(0) // held).astype(np.int64) * contexts,
         memory=memory,
         step_s=time,
         tokens_per_s=sequences[:, None] / time[:, [0, 2, 1]],
@@ -165,6 +166,16 @@ def _bytes_by_bits(
         for width, column in zip(widths, (counts[rows] @ table).T, strict=True):
             found[width][rows] = column
     return found
+
+
+def _waiting(
+    shape: ModelShape, options: Sequence[Option], counts: Floats, contexts: Integers
+) -> Floats:
+    """Bytes of one prompt that plans hold uncompressed until its end; 0 of others, ``[n]``."""
+    waits = np.array([option.method.needs.reconstruction for option in options], bool)
+    each = np.array([waiting_bytes(shape, int(context)) for context in contexts], np.float64)
+    held: Floats = each * (counts[:, waits].sum(1) > 0)
+    return held
 
 
 def _peaks(
