@@ -66,24 +66,13 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def prompt(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, scale: float) -> Any:
         """Causal attention of each prompt on its own, ``[B, Hq, P, D]``; then store it."""
         tokens = [k.shape[2]] * len(k) if padding is None else padding.sum(1).tolist()
-        cache = self.cache
-        if self.number == 0:
-            cache.open(k.device, tokens)
-        self.window = cache.window_of(self.number, max(tokens))
-        if self.window and cache.waits:
-            raise KvtuneError(
-                f"layer {self.number} slides over {self.window} tokens, and the policy "
-                f"{cache.policy.name!r} waits for the whole prompt",
-                hint="use a method and an allocator that choose layer by layer.",
-            )
-        output, read = torch.zeros_like(q), []
+        self.begin(k.device, tokens)
+        cache, output, read = self.cache, torch.zeros_like(q), []
         for row, count in enumerate(tokens):
             real = slice(k.shape[2] - count, None)
             one = [x[row : row + 1, :, real] for x in (q, k, v)]
             output[row, :, real] = causal_attention(one[0], one[1], one[2], scale, self.window)[0]
-            first = max(count - (self.window or count), 0)
-            seen_q, seen_k, seen_v = (x[0, :, first:] for x in one)
-            signals = self.signals(seen_q, seen_k, seen_v, scale)
+            signals = self.signals(one[0][0], one[1][0], one[2][0], scale)
             read.append(condensed(signals, cache.policy.needs) if cache.waits else signals)
         if cache.waits:
             self.waiting = read
@@ -91,9 +80,24 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             self.store(read)
         return output
 
+    def begin(self, device: torch.device, tokens: list[int]) -> None:
+        """Prompts of these lengths are about to be read."""
+        cache = self.cache
+        if self.number == 0:
+            cache.open(device, tokens)
+        self.window = cache.window_of(self.number, max(tokens))
+        if self.window and cache.waits:
+            raise KvtuneError(
+                f"layer {self.number} slides over {self.window} tokens, and the policy "
+                f"{cache.policy.name!r} waits for the whole prompt",
+                hint="use a method and an allocator that choose layer by layer.",
+            )
+
     def signals(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Signals:
-        """What methods may look at, of one sequence."""
+        """What methods may look at, of one sequence, or of its last window."""
         cache, sums = self.cache, None
+        if self.window:
+            q, k, v = (x[:, -self.window :] for x in (q, k, v))
         if cache.policy.needs.column_sums and isinstance(cache.backend, TritonBackend):
             from kvtune.runtime.kernels.columns import column_sums
 
@@ -112,8 +116,9 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def choose(self, row: int, signals: Signals) -> Choice:
         """What is kept of one sequence."""
-        planned = self.cache.budgets[row][self.number].tolist()
-        return choose(self.cache.policy, planned, signals, self.cache.evicts)
+        cache = self.cache
+        planned = cache.budgets[row][self.number].clip(0, signals.prompt_tokens).tolist()
+        return choose(cache.policy, planned, signals, cache.evicts and not self.window)
 
     def put(self, choices: Sequence[Choice], read: Sequence[Signals]) -> None:
         """Put what was chosen of every sequence into pages, and forget the rest."""
@@ -125,7 +130,6 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.window:
             check_sliding(self.number, self.window, options)
             self.paged.most[:] = self.window
-        choices = [self._choose(row, signals) for row, signals in enumerate(read)]
         found: list[Opening] = []
         for row, (choice, signals) in enumerate(zip(choices, read, strict=True)):
             for head, room in enumerate(choice.rooms):
@@ -140,12 +144,6 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             self.paged.ring = Ring(np.concatenate(places))
         self.paged.seal(cache.new_tokens)
         cache.make_room(self.paged, PAGE)
-
-    def _choose(self, row: int, signals: Signals) -> Choice:
-        """From one sequence's prompt, or the last window of it."""
-        cache = self.cache
-        planned = cache.budgets[row][self.number].clip(0, signals.prompt_tokens).tolist()
-        return choose(cache.policy, planned, signals, cache.evicts and not self.window)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Append one token a sequence and attend, ``[B, Hq, 1, D]``."""

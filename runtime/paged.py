@@ -86,7 +86,7 @@ class PagedLayer:
     def store(self, sequence: int, keys: Tensor, values: Tensor, kept: Sequence[Tensor]) -> None:
         """Put a sequence's kept prompt tokens into pages. Once a sequence, before ``seal``.
 
-        Rows that may hold no more than so many entries (``most``) keep all in growing segments.
+        Rows that may hold no more than ``most`` entries keep all in growing segments.
 
         Args:
             sequence: its place in the batch.

@@ -22,6 +22,7 @@ from kvtune.policies.policy import Policy
 from kvtune.profiles.models import find_model
 from kvtune.runtime import load_cache
 from kvtune.runtime.graph import generate
+from kvtune.runtime.largest import fill
 from kvtune.runtime.sliding import Ring, places_of
 
 pytestmark = [
@@ -184,3 +185,14 @@ def test_what_cannot_slide_is_refused(gemma: Any) -> None:
     waiting = Policy.uniform(Option(H2O(), Budget(tokens=5)), 3, 2, allocator=ModelWide())
     with pytest.raises(KvtuneError, match="waits for the whole prompt"):
         gemma(**ids(40), past_key_values=load_cache(waiting, gemma))
+
+
+def test_a_cache_filled_with_one_prompt_slides_as_one_that_read_it(gemma: Any) -> None:
+    caches = [load_cache(FULL, gemma, new_tokens=9) for _ in range(2)]
+    fill(caches[0], gemma, ids(40)["input_ids"], 2)
+    step = {"input_ids": torch.tensor([[5], [9]]), "position_ids": torch.tensor([[40], [40]])}
+    with torch.no_grad():
+        gemma(ids(40)["input_ids"].repeat(2, 1), past_key_values=caches[1])
+        answers = [gemma(**step, past_key_values=cache).logits for cache in caches]
+    torch.testing.assert_close(*answers)
+    assert caches[0].kept() == caches[1].kept() == [[WINDOW] * 4, [40] * 4, [WINDOW] * 4]
