@@ -232,7 +232,7 @@ def _read_tile(layer: Paged, record: list[int]) -> tuple[Tensor, Tensor]:
             layer.fp8_scales[segment],
         )
         for c in layer.table[at : at + -(-tokens // PAGE)].tolist()
-    ] or [(torch.zeros(0, layer.head_dim),) * 2]
+    ] or [(torch.zeros(0, layer.head_dim, device=layer.pool.device),) * 2]
     keys, values = (torch.cat(x)[:tokens] for x in zip(*read, strict=True))
     return keys, values
 
