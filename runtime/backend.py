@@ -91,10 +91,14 @@ class Growing:
     Args:
         segments: ``[rows]`` int32.
         tables_at: ``[rows]`` int32, its first entry in the page table.
+        places: of a sliding layer, ``[rows, window]`` int32: where the g-th new token goes.
+        entered: likewise, ``[rows]`` int32 new tokens so far.
     """
 
     segments: Tensor
     tables_at: Tensor
+    places: Tensor | None = None
+    entered: Tensor | None = None
 
 
 class TritonBackend:
@@ -121,7 +125,8 @@ class TritonBackend:
         append_token[(batch * heads,)](
             keys, values, keys.stride()[:2], values.stride()[:2], growing.segments,
             growing.tables_at, layer.table, layer.lengths, layer.pool.view(torch.bfloat16),
-            heads, head_dim,
+            heads, head_dim, growing.places, growing.entered,
+            0 if growing.places is None else growing.places.shape[1],
         )  # fmt: skip
 
     def move(self, layer: Paged, growing: Growing, moves: Moves) -> None:
@@ -160,12 +165,21 @@ class PlainBackend:
         """A row at a time."""
         for row, segment in enumerate(growing.segments.tolist()):
             length = int(layer.lengths[segment])
+            place = length if growing.places is None else self._place(growing, row)
             pages = self._growing_pages(layer, growing, row)
-            if length % PAGE == 0:
-                pages[length // PAGE].zero_()
-            pages[length // PAGE][0, length % PAGE] = keys.flatten(0, 1)[row]
-            pages[length // PAGE][1, length % PAGE] = values.flatten(0, 1)[row]
-            layer.lengths[segment] += 1
+            if place == length and place % PAGE == 0:
+                pages[place // PAGE].zero_()
+            pages[place // PAGE][0, place % PAGE] = keys.flatten(0, 1)[row]
+            pages[place // PAGE][1, place % PAGE] = values.flatten(0, 1)[row]
+            layer.lengths[segment] = max(length, place + 1)
+
+    def _place(self, growing: Growing, row: int) -> int:
+        """Of a sliding layer's next token; counts it."""
+        if growing.places is None or growing.entered is None:
+            raise RuntimeError("the layer does not slide")
+        before = int(growing.entered[row])
+        growing.entered[row] += 1
+        return int(growing.places[row, before % growing.places.shape[1]])
 
     def move(self, layer: Paged, growing: Growing, moves: Moves) -> None:
         """A token at a time."""
@@ -218,7 +232,7 @@ def _read_tile(layer: Paged, record: list[int]) -> tuple[Tensor, Tensor]:
             layer.fp8_scales[segment],
         )
         for c in layer.table[at : at + -(-tokens // PAGE)].tolist()
-    ] or [(torch.zeros(0, layer.head_dim),) * 2]
+    ] or [(torch.zeros(0, layer.head_dim, device=layer.pool.device),) * 2]
     keys, values = (torch.cat(x)[:tokens] for x in zip(*read, strict=True))
     return keys, values
 

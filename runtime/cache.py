@@ -32,6 +32,7 @@ from transformers.cache_utils import Cache
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.document_reader import read_policy
+from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.room import Room
 from kvtune.policies.signals import Signals
@@ -128,6 +129,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
         if not self.waits:
             self._take_memory(device, prompts, [self.policy.budgets(n) for n in prompts])
 
+    @torch.no_grad()
     def read(self, token_ids: Tensor | None) -> None:
         """The last layer has read the prompts ``[B, P]``: store what waited for this."""
         rows = [list(layers) for layers in zip(*(x.waiting for x in self.layers), strict=True)]
@@ -164,23 +166,39 @@ class PolicyCache(Cache):  # type: ignore[misc]
         stored = {layout_of(option, head_dim).page_cells for option in self.policy.options()}
         return stored | {PageLayout(head_dim).page_cells}
 
+    def window_of(self, layer: int, prompt_tokens: int) -> int | None:
+        """A layer's sliding window, if a sequence will exceed it."""
+        window = self.geometry.windows[layer]
+        if window is None or prompt_tokens + self.new_tokens <= window:
+            return None
+        return window
+
     def _cells_wanted(self, tokens: int, budgets: NDArray[np.int64]) -> int:
         """By one sequence, at its end."""
-        head_dim, cells = self.geometry.head_dim, 0
-        moved = 0 if self.policy.allocator.name == "as_given" else 1
-        for option, count in zip(self.policy.options(), budgets.flat, strict=True):
-            layout, growing = layout_of(option, head_dim), PageLayout(head_dim)
-            exact = exact_tokens(option.keys)
-            room = Room.of(option, int(count), tokens) if self.evicts else None
-            coded, grown = max(int(count) - exact, 0), exact + self.new_tokens
-            if room:
-                coded, grown = 0, room.most
-            if self.residual is not None and layout != growing:
-                grown = min(grown, exact + self.residual + 2 * PAGE)
-                cells += layout.page_cells * (self.new_tokens // PAGE)
-            cells += layout.page_cells * (-(-coded // PAGE) + moved)
-            cells += growing.page_cells * -(-grown // PAGE)
+        cells = 0
+        for layer, (options, planned) in enumerate(zip(self.policy.heads, budgets, strict=True)):
+            window = self.window_of(layer, tokens)
+            for option, count in zip(options, planned.tolist(), strict=True):
+                cells += self._cells_of(option, count, tokens, window)
         return cells
+
+    def _cells_of(self, option: Option, count: int, tokens: int, window: int | None) -> int:
+        """By one head."""
+        head_dim = self.geometry.head_dim
+        layout, growing = layout_of(option, head_dim), PageLayout(head_dim)
+        exact = exact_tokens(option.keys)
+        room = Room.of(option, count, tokens) if self.evicts else None
+        coded, grown = max(count - exact, 0), exact + self.new_tokens
+        if window:
+            coded, grown = 0, min(count + self.new_tokens, window)
+        elif room:
+            coded, grown = 0, room.most
+        cells = 0 if self.policy.allocator.name == "as_given" else layout.page_cells
+        if self.residual is not None and layout != growing:
+            grown = min(grown, exact + self.residual + 2 * PAGE)
+            cells += layout.page_cells * (self.new_tokens // PAGE)
+        cells += layout.page_cells * -(-coded // PAGE)
+        return cells + growing.page_cells * -(-grown // PAGE)
 
     def reserve(self, tokens: int) -> None:
         """Pages for so many more tokens of every row."""

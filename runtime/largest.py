@@ -171,9 +171,8 @@ def fill(cache: PolicyCache, model: Any, prompt: Tensor, batch: int) -> Tensor:
     def handler(
         number: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Tensor:
-        if number == 0:
-            cache.open(k.device, batch * [k.shape[2]])
         layer = cache.layers[number]
+        layer.begin(k.device, batch * [k.shape[2]])
         layer.seen = k.shape[2]
         signals = layer.signals(q[0], k[0], v[0], scale)
         if cache.waits:

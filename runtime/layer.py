@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
@@ -21,6 +22,7 @@ from kvtune.runtime.evicting import Evictor, Opening, evictors, openings
 from kvtune.runtime.kernels.launch import Scratch
 from kvtune.runtime.kernels.layout import PAGE
 from kvtune.runtime.paged import PagedLayer
+from kvtune.runtime.sliding import Ring, check_sliding, places_of
 from kvtune.runtime.whole_prompt import condensed
 from kvtune.traces.seam import causal_attention, refuse_unknown
 
@@ -40,6 +42,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.paged: PagedLayer
         self.evictors: list[Evictor] = []
         self.seen = 0
+        self.window: int | None = None  # of a sliding layer, if it will be exceeded
         self.waiting: list[Signals] = []  # of each sequence, until the whole model has read it
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -63,14 +66,12 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def prompt(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, scale: float) -> Any:
         """Causal attention of each prompt on its own, ``[B, Hq, P, D]``; then store it."""
         tokens = [k.shape[2]] * len(k) if padding is None else padding.sum(1).tolist()
-        cache = self.cache
-        if self.number == 0:
-            cache.open(k.device, tokens)
-        output, read = torch.zeros_like(q), []
+        self.begin(k.device, tokens)
+        cache, output, read = self.cache, torch.zeros_like(q), []
         for row, count in enumerate(tokens):
             real = slice(k.shape[2] - count, None)
             one = [x[row : row + 1, :, real] for x in (q, k, v)]
-            output[row, :, real] = causal_attention(one[0], one[1], one[2], scale, None)[0]
+            output[row, :, real] = causal_attention(one[0], one[1], one[2], scale, self.window)[0]
             signals = self.signals(one[0][0], one[1][0], one[2][0], scale)
             read.append(condensed(signals, cache.policy.needs) if cache.waits else signals)
         if cache.waits:
@@ -79,9 +80,24 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             self.store(read)
         return output
 
+    def begin(self, device: torch.device, tokens: list[int]) -> None:
+        """Prompts of these lengths are about to be read."""
+        cache = self.cache
+        if self.number == 0:
+            cache.open(device, tokens)
+        self.window = cache.window_of(self.number, max(tokens))
+        if self.window and cache.waits:
+            raise KvtuneError(
+                f"layer {self.number} slides over {self.window} tokens, and the policy "
+                f"{cache.policy.name!r} waits for the whole prompt",
+                hint="use a method and an allocator that choose layer by layer.",
+            )
+
     def signals(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Signals:
-        """What methods may look at, of one sequence."""
+        """What methods may look at, of one sequence, or of its last window."""
         cache, sums = self.cache, None
+        if self.window:
+            q, k, v = (x[:, -self.window :] for x in (q, k, v))
         if cache.policy.needs.column_sums and isinstance(cache.backend, TritonBackend):
             from kvtune.runtime.kernels.columns import column_sums
 
@@ -100,8 +116,9 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def choose(self, row: int, signals: Signals) -> Choice:
         """What is kept of one sequence."""
-        planned = self.cache.budgets[row][self.number].tolist()
-        return choose(self.cache.policy, planned, signals, self.cache.evicts)
+        cache = self.cache
+        planned = cache.budgets[row][self.number].clip(0, signals.prompt_tokens).tolist()
+        return choose(cache.policy, planned, signals, cache.evicts and not self.window)
 
     def put(self, choices: Sequence[Choice], read: Sequence[Signals]) -> None:
         """Put what was chosen of every sequence into pages, and forget the rest."""
@@ -110,6 +127,9 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             self.number, options, cache.geometry.head_dim, len(read), cache.pool, cache.backend,
             cache.residual,
         )  # fmt: skip
+        if self.window:
+            check_sliding(self.number, self.window, options)
+            self.paged.most[:] = self.window
         found: list[Opening] = []
         for row, (choice, signals) in enumerate(zip(choices, read, strict=True)):
             for head, room in enumerate(choice.rooms):
@@ -118,6 +138,10 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             self.paged.store(row, choice.keys, choice.values, choice.kept)
             found += openings(options, choice.rooms, row, choice.kept, signals)
         self.evictors, self.waiting = evictors(found, len(options)), []
+        if self.window:
+            pairs = zip(choices, read, strict=True)
+            places = [places_of(x.kept, y.prompt_tokens, self.window) for x, y in pairs]
+            self.paged.ring = Ring(np.concatenate(places))
         self.paged.seal(cache.new_tokens)
         cache.make_room(self.paged, PAGE)
 
@@ -125,6 +149,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         """Append one token a sequence and attend, ``[B, Hq, 1, D]``."""
         layer, cache = self.paged, self.cache
         if not cache.captured:
+            self._refuse_unforeseen()
             cache.make_room(layer, 1)
         layer.append(k[:, :, 0], v[:, :, 0])
         if not cache.captured:
@@ -132,6 +157,16 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         queries = q.reshape(layer.rows, -1, q.shape[-1])
         attend = self._attend_evicting if self.evictors else layer.attend
         return attend(queries, self._scratch(queries), scale).view_as(q)
+
+    def _refuse_unforeseen(self) -> None:
+        """A prompt that was stored as if nothing left it cannot begin to slide."""
+        window = self.cache.geometry.windows[self.number]
+        if window and not self.window and self.seen > window:
+            raise KvtuneError(
+                f"layer {self.number} attends to a window of {window} tokens, and did not expect "
+                "to see more",
+                hint="give load_cache(..., new_tokens=) as many as will be generated.",
+            )
 
     def _attend_evicting(self, q: Tensor, scratch: Scratch, scale: float) -> Tensor:
         """Attend; then let go of what must leave."""
@@ -201,11 +236,8 @@ def attention(
             "this model answers through a compressed cache, and was given none",
             hint="give past_key_values=load_cache(policy, model) to every generate.",
         )
-    if sliding_window is not None and sliding_window < layer.seen:
-        raise KvtuneError(
-            f"layer {layer.number} attends to a window of {sliding_window} tokens",
-            hint="only full attention can be compressed.",
-        )
+    if sliding_window != layer.cache.geometry.windows[layer.number]:
+        raise KvtuneError(f"layer {layer.number} slides over {sliding_window} tokens unannounced")
     with torch.no_grad():
         if layer.seen == query.shape[2] and not layer.cache.captured:
             output = layer.prompt(query, key, value, attention_mask, scale)

@@ -35,6 +35,7 @@ from kvtune.runtime.segments import (
     Leaving,
     records_of,
 )
+from kvtune.runtime.sliding import Ring, on_device
 
 
 class PagedLayer:
@@ -72,6 +73,7 @@ class PagedLayer:
         self.kept: list[int] = [0] * len(self.layouts)
         self.most = np.full(len(self.layouts), NO_END)  # entries of a growing segment, at any time
         self.evicted = np.zeros(len(self.layouts), np.int64)
+        self.ring: Ring | None = None  # of a sliding layer; set before ``seal``
         device = pool.memory.device
         self.fp8_scales = torch.ones(3 * len(self.layouts), 2, device=device)
         self._paged: Paged | None = None
@@ -84,7 +86,7 @@ class PagedLayer:
     def store(self, sequence: int, keys: Tensor, values: Tensor, kept: Sequence[Tensor]) -> None:
         """Put a sequence's kept prompt tokens into pages. Once a sequence, before ``seal``.
 
-        Rows that may hold no more than so many entries (``most``) keep all in growing segments.
+        Rows that may hold no more than ``most`` entries keep all in growing segments.
 
         Args:
             sequence: its place in the batch.
@@ -150,7 +152,8 @@ class PagedLayer:
 
         self.tables_at = starts.reshape(rooms.shape)
         grown = ints(np.arange(self.rows, 2 * self.rows))
-        self.growing = Growing(grown, ints(self.tables_at[GROWN]))
+        ring = on_device(self.ring, device) if self.ring else ()
+        self.growing = Growing(grown, ints(self.tables_at[GROWN]), *ring)
         self._paged = Paged(
             self.pool.memory, ints(table), ints(self.lengths.ravel()), self.fp8_scales,
             ints(tiles.records), tiles.pairs, self.head_dim, int(rooms[GROWN].max()),
@@ -200,7 +203,11 @@ class PagedLayer:
 
     def count_appended(self, tokens: int = 1) -> None:
         """Note on the host that the device has appended; a captured graph cannot."""
-        self.lengths[GROWN] += tokens
+        if self.ring is None:
+            self.lengths[GROWN] += tokens
+        else:
+            self.lengths[GROWN] = self.ring.after(self.lengths[GROWN], tokens)
+            self.ring.entered += tokens
 
     def attend(self, q: Tensor, scratch: Scratch, scale: float) -> Tensor:
         """Attention of one query a query head, ``[rows, G, D]``, over all that is kept."""
@@ -210,7 +217,10 @@ class PagedLayer:
         """The same, and its weights on growing segments ``[rows, G, places]``, zero beyond them."""
         rows, group, _ = q.shape
         paged = self.paged
-        logits = q.new_empty(group, PAGE * len(paged.table), dtype=torch.float32)
+        width = (
+            1 << (PAGE * len(paged.table)).bit_length()
+        )  # few widths: kernels are compiled for it
+        logits = q.new_empty(group, width, dtype=torch.float32)
         seen = Seen(logits, q.new_empty(rows, group, dtype=torch.float32))
         output = self.backend.attend(q, paged, scratch, scale, seen)
         places = PAGE * paged.growing_pages
@@ -245,6 +255,9 @@ class PagedLayer:
             self.pages[kind][row] = np.zeros(0, np.int64)
         self.lengths[:, rows.start : rows.stop] = 0
         self.paged.lengths.view(3, -1)[:, rows.start : rows.stop] = 0
+        if self.ring and self.growing.places is not None:
+            self.ring.restart(rows)
+            self.growing.places.copy_(torch.as_tensor(self.ring.places))
         tiles = self.paged.tiles
         theirs = (tiles[:, 0] >= rows.start) & (tiles[:, 0] < rows.stop)
         tiles[:, 8] = tiles[:, 8].where(~theirs, -1)  # to be looked up, and found to be none

@@ -87,7 +87,7 @@ def _move_exact(layer: PagedLayer, rows: Ints) -> None:
     most = int(layer.exact[rows].max())
     if most == 0:
         return
-    places = np.broadcast_to(np.arange(most), (len(rows), most))
+    places = np.tile(np.arange(most), (len(rows), 1))
     real = places < layer.exact[rows, None]
     lists: list[NDArray[np.int64]] = [rows, places, places + PAGE * real]
     device = layer.pool.memory.device

@@ -28,7 +28,9 @@ from kvtune.runtime.kernels.reference import attend, read_page
 from kvtune.runtime.kernels.tiles import Segments, plan_tiles
 from kvtune.runtime.paged import PagedLayer
 from kvtune.runtime.pool import Pool
+from kvtune.runtime.segments import SETTLED
 from kvtune.runtime.settling import settle
+from kvtune.runtime.sliding import Ring, places_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 INTERPRETED = [name for name in CODES if name != "fp8"]  # the interpreter rounds e4m3 wrongly
@@ -142,6 +144,33 @@ def test_appending_and_moving_are_the_references() -> None:
         assert torch.equal(plain, ours)
 
 
+def test_a_ring_is_the_references() -> None:
+    memories = []
+    for backend in (PlainBackend(), TritonBackend()):
+        generator = torch.Generator().manual_seed(0)
+        pool = Pool(4 * 576, 256, "cpu")
+        pool.memory.fill_(0x7F)
+        layer = PagedLayer(0, [Option(), Option()], 64, 1, pool, backend)
+        keys, values = torch.randn(2, 2, 70, 64, generator=generator).bfloat16()
+        kept = [torch.arange(0, 70, 7), torch.arange(70)]
+        layer.most[:] = 70
+        layer.store(0, keys, values, kept)
+        layer.ring = Ring(places_of(kept, 70, 70))
+        layer.seal(150)
+        lengths = []
+        for token in torch.randn(150, 2, 1, 2, 64, generator=generator).bfloat16():
+            layer.reserve(1)
+            layer.append(*token)
+            layer.count_appended()
+            lengths.append(layer.paged.lengths.tolist())
+        assert lengths[-1] == layer.lengths.ravel().tolist() == [0, 0, 70, 70, 0, 0]
+        q = torch.randn(2, 3, 64, generator=generator).bfloat16()
+        output = layer.attend(q, Scratch(2, layer.slots, 3, 64, "cpu"), 0.125)
+        memories.append((torch.tensor(lengths), output))
+    assert torch.equal(memories[0][0], memories[1][0])
+    torch.testing.assert_close(memories[0][1], memories[1][1], atol=0.01, rtol=0.01)
+
+
 def test_a_layer_sees_the_same_weights_through_kernels() -> None:
     options = [Option(), Option(Full(), ALL, Int4(), Int2())]
     found = []
@@ -167,23 +196,32 @@ def test_a_layer_sees_the_same_weights_through_kernels() -> None:
 
 
 def test_pages_settle_the_same_through_kernels() -> None:
-    options = [Option(Full(), ALL, Int4(exact_first=4), Int2(exact_first=4)), Option()]
-    memories = []
+    pairs = [(Int4, Int2, 4), (Int4, Int4, 9), (Int4, Int2, 6)]
+    options = [
+        *(Option(Full(), ALL, k(exact_first=n), v(exact_first=n)) for k, v, n in pairs), Option()
+    ]  # fmt: skip
+    found = []
     for backend in (PlainBackend(), TritonBackend()):
         generator = torch.Generator().manual_seed(0)
-        pool = Pool(4 * 576, 256, "cpu")
+        pool = Pool(8 * 576, 256, "cpu")
         layer = PagedLayer(0, options, 64, 1, pool, backend, residual=3)
-        keys, values = torch.randn(2, 2, 30, 64, generator=generator).bfloat16()
-        layer.store(0, keys, values, [torch.arange(30)] * 2)
+        keys, values = torch.randn(2, 4, 30, 64, generator=generator).bfloat16()
+        layer.store(0, keys, values, [torch.arange(30)] * 4)
         layer.seal(140)
-        for token in torch.randn(135, 2, 1, 2, 64, generator=generator).bfloat16():
+        for token in torch.randn(135, 2, 1, 4, 64, generator=generator).bfloat16():
             settle(layer)
             layer.reserve(1)
             layer.append(*token)
             layer.count_appended()
-        assert layer.lengths.tolist() == [[26, 30], [11, 135], [128, 0]]
-        memories.append(pool.memory)
-    assert torch.equal(*memories)
+        held = [[26, 21, 24, 30], [11, 16, 13, 135], [128, 128, 128, 0]]
+        assert layer.lengths.tolist() == held
+        cells = [int(cell) for row in layer.pages[SETTLED] for cell in row]
+        exact = [pool.memory[256 * cell :][:3584] for cell in cells]  # no page is shorter
+        q = torch.randn(4, 3, 64, generator=generator).bfloat16()
+        _, weights = layer.attend_seeing(q, Scratch(4, layer.slots, 3, 64, "cpu"), 0.125)
+        found.append((torch.stack(exact), weights))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-3, rtol=1e-2)
 
 
 def test_column_sums_are_those_of_the_whole_matrix() -> None:

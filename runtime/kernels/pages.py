@@ -144,8 +144,11 @@ def _codes(rows, scale, offset, BITS: tl.constexpr):
 
 @triton.jit
 def append_token(keys, values, key_strides, value_strides, segments, tables_at, table, lengths,
-                 pool_bf16, H: tl.constexpr, D: tl.constexpr):  # fmt: skip
+                 pool_bf16, H: tl.constexpr, D: tl.constexpr,
+                 places=None, entered=None, WINDOW: tl.constexpr = 0):  # fmt: skip
     """One new token of one row into its growing bf16 segment, whose pages are there already.
+
+    It is appended; in a sliding layer it takes the place that ``places`` names.
 
     Args:
         keys, values: [B, H, D] by these strides, (B, H) each.
@@ -154,13 +157,21 @@ def append_token(keys, values, key_strides, value_strides, segments, tables_at, 
         table: int32 cells.
         lengths: [segments] int32, counted up.
         pool_bf16: the pool's memory.
+        places: [rows, WINDOW] int32.
+        entered: [rows] int32 tokens so far, counted up.
+        WINDOW: of a sliding layer; 0 for others.
     """
     row = tl.program_id(0)
     segment = tl.load(segments + row)
     length = tl.load(lengths + segment)
-    cell = tl.load(table + tl.load(tables_at + row) + length // PAGE)
+    place = length
+    if WINDOW:
+        before = tl.load(entered + row)
+        place = tl.load(places + row * WINDOW + before % WINDOW)
+        tl.store(entered + row, before + 1)
+    cell = tl.load(table + tl.load(tables_at + row) + place // PAGE)
     page = pool_bf16 + cell.to(tl.int64) * (2 * D)
-    channel, token, slot = tl.arange(0, D), tl.arange(0, PAGE), length % PAGE
+    channel, token, slot = tl.arange(0, D), tl.arange(0, PAGE), place % PAGE
     keys += (row // H) * key_strides[0] + (row % H) * key_strides[1]
     values += (row // H) * value_strides[0] + (row % H) * value_strides[1]
     key = tl.load(keys + channel)
@@ -168,10 +179,10 @@ def append_token(keys, values, key_strides, value_strides, segments, tables_at, 
     value = tl.load(values + channel).to(tl.bfloat16)
     # What another format left behind might read as not a number: a page's first token clears it.
     rows = tl.where((token == slot)[:, None], value[None, :], 0.0).to(tl.bfloat16)
-    written = (token == slot) | (slot == 0)
-    place = PAGE * D + token[:, None] * D + channel[None, :]
-    tl.store(page + place, rows, mask=written[:, None])
-    tl.store(lengths + segment, length + 1)
+    written = (token == slot) | ((slot == 0) & (place == length))
+    at = PAGE * D + token[:, None] * D + channel[None, :]
+    tl.store(page + at, rows, mask=written[:, None])
+    tl.store(lengths + segment, tl.maximum(length, place + 1))
 
 
 @triton.jit
