@@ -1,0 +1,179 @@
+"""The paged cache through the kernels beside plain torch, token by token; checks only, no times.
+
+    python benchmarks/cache_checks.py --out cache-checks.json [--tokens 150]
+
+On a GPU the kernels themselves, else Triton's interpreter (``TRITON_INTERPRET=1``), where fp8 is
+rounded wrongly. Small random models answer a forced text from both caches: all methods that evict
+while decoding, old tokens taking their head's format, sliding windows. On a GPU the captured loop
+is then set beside ``model.generate``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
+
+from kvtune.policies.formats.fp8 import Fp8
+from kvtune.policies.formats.grouped import Int2, Int4
+from kvtune.policies.methods.full import Full
+from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.option import ALL, Budget, Option
+from kvtune.policies.policy import Policy
+from kvtune.policies.testing.decode import decode_methods
+from kvtune.runtime import cache as caches
+from kvtune.runtime import load_cache
+from kvtune.runtime.backend import PlainBackend, TritonBackend
+from kvtune.runtime.graph import generate
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LAYERS, KV_HEADS = 2, 4
+FIELDS = {
+    "vocab_size": 512, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 8, "num_key_value_heads": KV_HEADS, "head_dim": 64,
+    "max_position_embeddings": 4096, "initializer_range": 0.1,
+    "pad_token_id": None, "eos_token_id": None, "bos_token_id": None,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A policy on a model; ``options`` are ``load_cache``'s."""
+
+    family: str
+    policy: Policy
+    options: dict[str, Any]
+
+
+def cases() -> dict[str, Case]:
+    """By name, the captured ones last."""
+    found = {}
+    for kind in decode_methods().values():
+        bounded = Policy.uniform(Option(kind(), Budget(tokens=100)), LAYERS, KV_HEADS)
+        found[f"evicts: {kind.name}"] = Case("llama", bounded, {"evicts": True})
+    few = Policy.uniform(Option(SnapKV(), Budget(tokens=50)), LAYERS, KV_HEADS)
+    found["slides, fifty tokens kept"] = Case("gemma", few, {})
+    full = Policy.uniform(Option(), LAYERS, KV_HEADS)
+    found["slides"] = Case("gemma", full, {})
+    found["settles"] = Case("llama", mixed(), {"residual": 16})
+    return found
+
+
+def mixed() -> Policy:
+    """Every format beside 16 bits."""
+    four = Option(Full(), ALL, Int4(exact_first=4), Int4(exact_first=4))
+    two, eight = Option(Full(), ALL, Int4(), Int2()), Option(Full(), ALL, Fp8(), Fp8())
+    some = Option(SnapKV(), Budget(tokens=64))
+    return Policy("mixed", ((four, two, eight, Option()), (two, two, some, four)))
+
+
+def models() -> dict[str, Any]:
+    """Small, random, in bf16."""
+    kinds = ["sliding_attention", "full_attention"]
+    configs = {
+        "llama": LlamaConfig(**FIELDS),
+        "gemma": Gemma3TextConfig(**FIELDS, sliding_window=128, layer_types=kinds),
+    }
+    found = {}
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        found[name] = model.to(DEVICE).eval()
+    return found
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Two of different lengths, and what follows them: ``[2, P]``, ``[2, P]``, ``[2, n]``."""
+
+    ids: Tensor
+    mask: Tensor
+    text: Tensor
+
+    @staticmethod
+    def drawn(prompt: int, tokens: int) -> Prompts:
+        """By seed."""
+        seeded = torch.Generator().manual_seed(1)
+        ids = torch.randint(2, 500, (2, prompt + tokens), generator=seeded).to(DEVICE)
+        mask = torch.ones_like(ids[:, :prompt])
+        mask[1, : prompt // 8] = 0
+        return Prompts(ids[:, :prompt] * mask, mask, ids[:, prompt:])
+
+
+@torch.no_grad()
+def answered(model: Any, case: Case, prompts: Prompts, backend: Callable[[], Any]) -> Any:
+    """Logits ``[n + 1, 2, V]`` of the forced text, and what evicting heads hold at its end."""
+    chosen, caches.backend_for = caches.backend_for, lambda _: backend()
+    try:
+        cache = load_cache(case.policy, model, new_tokens=prompts.text.shape[1], **case.options)
+        places = (prompts.mask.cumsum(1) - 1).clamp_min(0)
+        given = {"attention_mask": prompts.mask, "position_ids": places, "logits_to_keep": 1}
+        logits = [model(prompts.ids, past_key_values=cache, **given).logits[:, -1]]
+        for n, token in enumerate(prompts.text.unbind(1)):
+            at = places[:, -1:] + 1 + n
+            said = model(token[:, None], position_ids=at, past_key_values=cache)
+            logits.append(said.logits[:, -1])
+    finally:
+        caches.backend_for = chosen
+    cache.pool.check_integrity()
+    held = [kept for layer in cache.layers for each in layer.evictors for kept in _held(each)]
+    return torch.stack(logits).float(), held
+
+
+def _held(evictor: Any) -> list[frozenset[int]]:
+    return [frozenset(kept) for _, kept in sorted(evictor.kept().items())]
+
+
+def compared(model: Any, case: Case, prompts: Prompts) -> dict[str, float]:
+    """Largest difference of logits over their spread; entries that both caches hold."""
+    plain, theirs = answered(model, case, prompts, PlainBackend)
+    ours, mine = answered(model, case, prompts, TritonBackend)
+    apart = (ours - plain).abs().amax(-1) / plain.std()
+    found = {"first 20 steps": float(apart[:20].max()), "all steps": float(apart.max())}
+    if theirs:
+        shared = sum(len(a & b) for a, b in zip(theirs, mine, strict=True))
+        found["entries alike"] = shared / sum(map(len, theirs))
+    return found
+
+
+def alike(model: Any, case: Case, prompts: Prompts) -> dict[str, list[int]]:
+    """First tokens that the captured loop and ``model.generate`` say alike, of each sequence."""
+    count = 2 * prompts.text.shape[1]
+    room = {**case.options, "new_tokens": count}
+    loop = load_cache(case.policy, model, **room)
+    ours = generate(model, loop, prompts.ids, prompts.mask, new_tokens=count)
+    theirs = model.generate(
+        prompts.ids, attention_mask=prompts.mask, max_new_tokens=count, do_sample=False,
+        past_key_values=load_cache(case.policy, model, **room),
+    )[:, prompts.ids.shape[1] :]  # fmt: skip
+    return {"alike until": (ours == theirs).int().cumprod(1).sum(1).tolist(), "of": [count]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--prompt", type=int, default=300)
+    parser.add_argument("--tokens", type=int, default=150)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    prompts, all_models = Prompts.drawn(arguments.prompt, arguments.tokens), models()
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "interpreter"
+    found: dict[str, Any] = {"device": device, "torch": torch.__version__}
+    for name, case in cases().items():
+        found[name] = compared(all_models[case.family], case, prompts)
+        if DEVICE == "cuda" and not case.options.get("evicts"):
+            found[name] |= alike(all_models[case.family], case, prompts)
+        print(name, json.dumps(found[name]), flush=True)
+        arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
