@@ -120,16 +120,19 @@ def decode(
     shape = shape or shape_for(cache.pairs, head_dim)
     out = torch.empty_like(q) if out is None else out
     lse = torch.empty(rows, group, device=q.device) if lse is None else lse
+    heads = max(8, 1 << (group - 1).bit_length())
+    # One warp's registers hold 1024 sums; more are spilled, and shared among warps are not.
+    warps = shape.warps if head_dim * heads <= 1024 else max(shape.warps, 4)
     decode_attention[(len(cache.tiles),)](
         q, out, lse, lse if logits is None else logits,
         cache.pool.view(torch.float16), cache.pool.view(torch.bfloat16),
         cache.pool.view(torch.float8_e4m3fn),
         cache.tiles, cache.table, cache.lengths, cache.fp8_scales,
         scratch.parts, scratch.lse, scratch.arrived, scale,
-        D=head_dim, G=group, M=max(8, 1 << (group - 1).bit_length()),
+        D=head_dim, G=group, M=heads,
         PAIRS=cache.pairs, N_PAIRS=len(cache.pairs),
         STAGES=shape.stages, NATIVE=q.is_cuda,
         EXPORT=0 if logits is None else logits.shape[1],
-        num_warps=shape.warps,
+        num_warps=warps,
     )  # fmt: skip
     return out
