@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from kvtune.cli.output import table
+from kvtune.common.units import format_bytes, format_tokens
+from kvtune.common.words import figure
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -13,66 +15,53 @@ if TYPE_CHECKING:
     from kvtune.runtime.largest import Largest
     from kvtune.runtime.timing import Decoding, Timing
     from kvtune.tuner.expected import Expected, ExpectedLargest
-    from kvtune.tuner.timing import Coverage, Most, Times
+    from kvtune.tuner.timing import Coverage, Times
 
 Row = tuple[str, str, str]
 
-_UNCOMPRESSED = ", uncompressed"
-
 
 def times_table(times: Times) -> RenderableType:
-    """The plan and the uncompressed cache in the same run."""
-    from kvtune.common.units import format_tokens
-
+    """The plan, then the uncompressed cache in the same run: predicted beside measured."""
     found = times.measured
-    rows = [
-        *_rows("", times.plan, found.plan),
-        *_rows(_UNCOMPRESSED, times.full_cache, found.full_cache),
-        *(_most(times.most) if times.most else ()),
-    ]
     card = times.gpu or "a GPU without a profile, of which nothing is predicted"
     return table(
         f"{found.plan.batch} x {format_tokens(found.prompt_tokens)} on {card}",
         ("", "predicted", "measured"),
-        rows,
-        caption="; ".join(_sentences(times)),
+        [*_half(times, "plan", "the plan"), *_half(times, "full_cache", "uncompressed")],
+        caption="\n".join(_sentences(times)),
     )
 
 
-def _rows(whose: str, predicted: Expected | None, measured: Timing) -> Iterator[Row]:
-    from kvtune.common.units import format_bytes
-    from kvtune.common.words import figure
+def _half(times: Times, name: Literal["plan", "full_cache"], title: str) -> Iterator[Row]:
+    """All rows of one of the two, below its title."""
+    yield title, "", ""
+    yield from _rows(getattr(times, name), getattr(times.measured, name))
+    if most := times.most:
+        yield from _largest(most.predicted.get(name), getattr(most, name))
 
+
+def _rows(predicted: Expected | None, measured: Timing) -> Iterator[Row]:
     def expected(name: str) -> str:
         return figure(getattr(predicted, name, None))
 
     names = ("prefill", "step", "tokens_per_second")
     words = ("prefill of all", "decode step", "tokens a second")
     for name, word in zip(names, words, strict=True):
-        yield word + whose, expected(name), figure(getattr(measured, name))
+        yield f"  {word}", expected(name), figure(getattr(measured, name), tier=False)
     seen = measured.device_bytes
     device = "unknown: no NVML" if seen is None else format_bytes(seen)
-    yield f"peak memory{whose}, torch", expected("peak_bytes"), format_bytes(measured.peak_bytes)
-    yield f"peak memory{whose}, NVML", expected("device_bytes"), device
-    yield f"cache, prompts{whose}", "", format_bytes(measured.prompt_bytes)
-    yield f"cache, pages{whose}", "", format_bytes(measured.page_bytes)
+    yield "  peak memory, torch", expected("peak_bytes"), format_bytes(measured.peak_bytes)
+    yield "  peak memory, NVML", expected("device_bytes"), device
+    yield "  cache, prompts", "", format_bytes(measured.prompt_bytes)
+    yield "  cache, pages", "", format_bytes(measured.page_bytes)
 
 
-def _most(most: Most) -> Iterator[Row]:
-    for name, whose in (("plan", ""), ("full_cache", _UNCOMPRESSED)):
-        yield from _largest(whose, most.predicted.get(name), getattr(most, name))
-
-
-def _largest(
-    whose: str, predicted: ExpectedLargest | None, found: Largest[Decoding]
-) -> Iterator[Row]:
-    from kvtune.common.words import figure
-
+def _largest(predicted: ExpectedLargest | None, found: Largest[Decoding]) -> Iterator[Row]:
     batch = f"{found.batch}" if found.is_exact else f"{found.batch} or more"
-    rate = figure(found.found.tokens_per_second) if found.found else "-"
+    rate = figure(found.found.tokens_per_second, tier=False) if found.found else "-"
     guessed = (predicted.batch, predicted.tokens_per_second) if predicted else (None, None)
-    yield f"largest batch{whose}", figure(guessed[0]), batch
-    yield f"its tokens a second{whose}", figure(guessed[1]), rate
+    yield "  largest batch", figure(guessed[0]), batch
+    yield "  its tokens a second", figure(guessed[1]), rate
 
 
 def _sentences(times: Times) -> Iterator[str]:

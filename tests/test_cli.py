@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -18,7 +17,6 @@ import pytest
 import kvtune
 from kvtune.__main__ import main
 from kvtune.cli.app import build
-from kvtune.tests import made_up
 
 ROOT = Path(kvtune.__file__).parent
 COMMANDS = sorted(build().commands)
@@ -467,47 +465,6 @@ def test_validate_runs_the_held_out_samples_and_reports(
     assert "KL, code" in said
     assert f"times: {NO_GPU}" in said
     assert_one_error(run(*words, "--gpu"), f"--gpu: {NO_GPU}", "without --gpu")
-
-
-def test_times_are_shown_with_ratios_and_coverage() -> None:
-    from kvtune.cli.output import Output
-    from kvtune.cli.timed import times_table
-
-    def shown(times: Any) -> list[str]:
-        out = io.StringIO()
-        Output(out, as_json=False, quiet=False).show(times_table(times))
-        return [" ".join(line.split()) for line in out.getvalue().splitlines()]
-
-    lines = shown(made_up.times())
-    assert lines[0] == "8 x 4 096 tokens on h100-sxm"
-    assert "decode step 4.1 ms [3.69 ms, 4.51 ms] fitted 4 ms [3 ms, 5 ms] measured" in lines
-    assert "decode step, uncompressed - 8 ms [6 ms, 10 ms] measured" in lines
-    assert "peak memory, NVML 2.10 GiB [1.89 GiB, 2.31 GiB] fitted 2.00 GiB" in lines
-    assert "largest batch 40 [36, 44] fitted 44" in lines
-    assert "largest batch, uncompressed - 10 or more" in lines
-    below = " ".join(lines[-5:])
-    assert "step 0.50, tokens a second 2.00, cache pages 0.50" in below
-    assert "lower by 200 % of the cache bytes saved" in below
-    assert "4.40 times the sequences, 2.00 times the tokens a second" in below
-    assert "5 of 7 measured figures lie inside" in below  # not the prefill, nor torch's peak
-    without = " ".join(shown(made_up.times(largest=False, nvml=False)))
-    assert "NVML 2.10 GiB [1.89 GiB, 2.31 GiB] fitted unknown: no NVML" in without
-    assert "2 of 4 measured figures" in without
-    assert "largest batch" not in without
-
-
-def test_times_in_json_are_as_documented() -> None:
-    from kvtune.cli.output import plain
-
-    found = plain(made_up.times())
-    page = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
-    row = next(line for line in page.splitlines() if line.startswith("| `times` |"))
-    for key in (*found, *found["plan"], *found["largest"], *found["largest"]["plan"]):
-        assert f"`{key}`" in row, key
-    assert found["coverage"] == {"inside": 5, "of": 7}
-    assert found["largest"]["ratios"] == {"batch": 4.4, "tokens_per_second": 2.0}
-    assert found["largest"]["predicted"]["plan"]["batch"]["interval"] == [36.0, 44.0]
-    assert found["plan"]["device_bytes"] == 2 << 30
 
 
 def test_validate_needs_weights(run: Run, policy: Path) -> None:

@@ -246,7 +246,8 @@ def test_times_of_the_plan_come_after_it_and_their_absence_is_told(
         return capsys.readouterr().out
 
     timed, plain = said(times=made_up.times(largest=False)), said()
-    assert timed.index("prefill of a prompt") < timed.index("decode step, uncompressed")
+    plan, whole = timed.index("\n  decode step"), timed.rindex("\n  decode step")
+    assert timed.index("prefill of a prompt") < plan < timed.index("\nuncompressed") < whole
     assert "decode step" not in plain
     assert "times:" not in plain
     assert "times: another card" in said(untimed="another card")
