@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -24,18 +24,27 @@ class Problem:
 
 
 class PolicyFileError(KvtuneError):
-    """All mistakes of a file; reads like the first, and says where the others are."""
+    """All mistakes of a file: the first as its message, the others line by line below its hint."""
 
     def __init__(self, file: str, problems: Collection[Problem]) -> None:
         """Name the file and its mistakes, one at least."""
         self.problems = sorted(problems, key=lambda problem: problem.line)
         first, rest = self.problems[0], self.problems[1:]
-        more = ""
-        if rest:
-            lines = ", ".join(map(str, dict.fromkeys(problem.line for problem in rest[:20])))
-            more = f"{len(rest)} more problem{'s' * (len(rest) > 1)}, line {lines}."
-        hint = " ".join(filter(None, (first.hint, more))) or None
-        super().__init__(first.message, hint=hint, where=f"{file}:{first.line}")
+        hint = "\n".join([*filter(None, [first.hint]), *_others(rest)])
+        super().__init__(first.message, hint=hint or None, where=f"{file}:{first.line}")
+
+
+_SHOWN = 8  # mistakes beside the first; more of them are rarely independent
+
+
+def _others(problems: Sequence[Problem]) -> Iterator[str]:
+    """What else is wrong, a line each."""
+    if problems:
+        yield f"{len(problems)} more problem{'s' * (len(problems) > 1)}:"
+    for problem in problems[:_SHOWN]:
+        yield f"  line {problem.line}: {problem.message}"
+    if len(problems) > _SHOWN:
+        yield f"  and {len(problems) - _SHOWN} below those"
 
 
 class Checker:
@@ -51,21 +60,31 @@ class Checker:
         self.problems.append(Problem(node.line, at + message, hint))
 
     def mapping(
-        self, node: Node, known: Iterable[str] | None = None, required: Iterable[str] = ()
+        self,
+        node: Node,
+        known: Iterable[str] | None = None,
+        required: Iterable[str] = (),
+        hint: str | None = None,
     ) -> dict[str, Node]:
-        """The entries whose keys are known; unknown and missing keys are problems."""
+        """The entries whose keys are known; unknown and missing keys are problems.
+
+        Args:
+            node: the mapping.
+            known: keys; any, unless given.
+            required: those that must be there.
+            hint: what to do where one of these is missing.
+        """
         if not isinstance(node.value, dict):
             self.problem(node, f"must be a mapping of keys to values, not {_show(node)}")
             return {}
         entries: dict[str, Node] = dict(node.value)
-        for key in required:
-            if key not in entries:
-                self.problem(node, f"the key {key!r} is missing")
+        if missing := [key for key in required if key not in entries]:
+            self.problem(node, _missing(missing), hint)
         if known is not None:
             names = list(known)
             for key in [key for key in entries if key not in names]:
-                entry, hint = entries.pop(key), nearest(key, names) if names else None
-                self.problem(Node(None, entry.line, node.path), f"{key!r} is no key here", hint)
+                entry, close = entries.pop(key), nearest(key, names) if names else None
+                self.problem(Node(None, entry.line, node.path), f"{key!r} is no key here", close)
         return entries
 
     def sequence(self, node: Node) -> list[Node]:
@@ -131,6 +150,14 @@ class Checker:
         except KvtuneError as error:
             self.problem(node, error.message, error.hint)
             return None
+
+
+def _missing(keys: Sequence[str]) -> str:
+    """``the keys 'layers' and 'kv_heads' are missing``."""
+    *others, last = map(repr, keys)
+    if not others:
+        return f"the key {last} is missing"
+    return f"the keys {', '.join(others)} and {last} are missing"
 
 
 def _show(node: Node) -> str:

@@ -35,6 +35,13 @@ _KEYS = (
     "options", "allocator", "policy", "layers", "heads",
 )  # fmt: skip
 
+_FACTS = ("name", "layers", "kv_heads", "head_dim")
+_MODEL_HINT = (
+    "kvtune models lists them; 'model' may also be left out and said by --model, since a 'policy' "
+    "fits any shape."
+)
+_WHOLE = (*_FACTS[1:], "context_tokens", "batch")
+
 
 def read_policy(source: Path | str) -> PolicyDocument:
     """The document in a file, or in a text of several lines or of JSON.
@@ -73,13 +80,14 @@ class _Reader:
     def __init__(self, check: Checker, root: Node) -> None:
         self.check = check
         self.root = root
-        self.entries = check.mapping(root, _KEYS, required=["kvtune_policy"])
+        first = f"a policy file says its version: kvtune_policy: {VERSION}"
+        self.entries = check.mapping(root, _KEYS, ["kvtune_policy"], first)
         self.options: dict[str, Option | None] = {}
 
     def document(self) -> PolicyDocument | None:
         if not self.version():
             return None
-        model = self.part("model", ModelFacts, required=("name", "layers", "kv_heads", "head_dim"))
+        model = self.part("model", ModelFacts, _FACTS, _MODEL_HINT)
         for name, node in self.entries_of("options").items():
             self.options[name] = self.option(node)
         policy = self.policy(model)
@@ -104,23 +112,18 @@ class _Reader:
     def entries_of(self, key: str) -> dict[str, Node]:
         return self.check.mapping(self.entries[key]) if key in self.entries else {}
 
-    def part(self, key: str, kind: type[T], required: tuple[str, ...] = ()) -> T | None:
+    def part(
+        self, key: str, kind: type[T], required: tuple[str, ...] = (), hint: str | None = None
+    ) -> T | None:
         """A section whose keys are the fields of a dataclass of scalars."""
         if key not in self.entries:
             return None
-        return self.record(self.entries[key], kind, required)
-
-    def record(self, node: Node, kind: type[T], required: tuple[str, ...] = ()) -> T | None:
-        hints = {
-            "layers": int,
-            "kv_heads": int,
-            "head_dim": int,
-            "context_tokens": int,
-            "batch": int,
-        }
-        known = {name: hints.get(name, str) for name in kind.__dataclass_fields__}  # type: ignore[attr-defined]
         before = len(self.check.problems)
-        entries = self.check.mapping(node, known, required)
+        known = {
+            name: int if name in _WHOLE else str
+            for name in kind.__dataclass_fields__  # type: ignore[attr-defined]
+        }
+        entries = self.check.mapping(self.entries[key], known, required, hint)
         values = {
             name: self.check.value(entry, known[name], low=1) for name, entry in entries.items()
         }

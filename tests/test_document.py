@@ -206,7 +206,7 @@ WRONG = {
     "no layers": (HEADS.split("\nheads:")[0] + "\nheads: []\n", 7, "needs 1", ""),
     "newer version": (HEADS.replace("policy: 1", "policy: 2"), 1, "version 2", "update"),
     "version no number": (HEADS.replace("policy: 1", "policy: one"), 1, "whole number", ""),
-    "version missing": (HEADS.split("\n", 1)[1], 1, "'kvtune_policy'", ""),
+    "version missing": (HEADS.split("\n", 1)[1], 1, "'kvtune_policy'", "kvtune_policy: 1"),
     "doubled key": (HEADS + "name: x\nname: y\n", 11, "'name' stands here twice", ""),
     "both forms": (HEADS + "policy: a\n", 1, "not both", ""),
     "neither form": ("kvtune_policy: 1\nname: x\n", 1, "needs 'policy'", ""),
@@ -246,7 +246,28 @@ def test_all_mistakes_are_reported_at_once() -> None:
     with pytest.raises(PolicyFileError) as caught:
         read_policy(text)
     assert [problem.line for problem in caught.value.problems] == [4, 5, 9, 9]
-    assert "3 more problems, line 5, 9." in str(caught.value.hint)
+    hint = str(caught.value.hint).splitlines()
+    assert hint[1:3] == [
+        "3 more problems:",
+        "  line 5: options.b.method.window: must be at least 1, not 0",
+    ]
+    assert [line.split(":")[0] for line in hint[3:]] == ["  line 9", "  line 9"]
+
+
+def test_keys_that_are_missing_together_are_one_mistake() -> None:
+    with pytest.raises(PolicyFileError) as caught:
+        read_policy(UNIFORM + "model: {name: mine, layers: 2}\n")
+    assert caught.value.message == "model: the keys 'kv_heads' and 'head_dim' are missing"
+    assert "kvtune models" in str(caught.value.hint)
+    assert len(caught.value.problems) == 1
+
+
+def test_a_file_full_of_mistakes_is_not_told_in_full() -> None:
+    with pytest.raises(PolicyFileError) as caught:
+        read_policy(UNIFORM + "".join(f"wrong_{i}: 1\n" for i in range(20)))
+    hint = str(caught.value.hint).splitlines()
+    assert hint[-1] == "  and 11 below those"
+    assert sum(line.startswith("  line") for line in hint) == 8
 
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "\n\n"])
