@@ -51,7 +51,7 @@ def _say(message: str, hint: str | None) -> int:
 def _usage(error: Exception) -> str:
     """Typer's message on one line, without the full stop that ours do not have either."""
     message = getattr(error, "format_message", error.__str__)()
-    return " ".join(str(message).split()).removesuffix(".")
+    return " ".join(str(message).split()).replace("Value error, ", "").removesuffix(".")
 
 
 def _usage_hint(error: Exception) -> str:

@@ -50,6 +50,7 @@ def command(
 
     document, texts = read_policy(read_policy_path(policy)), read_texts(text)
     name, shape = _model(document, model)
+    bound = document.bind(shape.layers, shape.kv_heads)
     with speaking(as_json, quiet) as output:
         from kvtune.traces.models import best_device, load_model
 
@@ -57,7 +58,6 @@ def command(
         if gpu:
             _require_gpu(place)
         loaded = load_model(name, device=place, progress=output.progress)
-        bound = document.bind(loaded.geometry.layers, loaded.geometry.kv_heads)
         samples = _samples(loaded, workload, seed, texts)
         found = _run(bound, loaded, samples, output.progress)
         planned = bound.footprint(samples[0].prompt, loaded.geometry.head_dim)

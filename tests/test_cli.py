@@ -472,6 +472,18 @@ def test_validate_needs_weights(run: Run, policy: Path) -> None:
     assert_one_error(run("validate", policy, "--model", "llama-8b"), "not at hand", "--model PATH")
 
 
+def test_a_policy_of_another_shape_is_refused_before_the_model_is_loaded(
+    run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    loading: list[object] = []
+    monkeypatch.setattr("kvtune.traces.models.load_model", lambda *a, **b: loading.append(a))
+    other = tmp_path / "other.yaml"
+    other.write_text("kvtune_policy: 1\noptions: {a: {}}\nheads: [[a, a]]\n")
+    ran = run("validate", other, "--model", tiny_folder, "--device", "cpu")
+    assert_one_error(ran, "1 layers of 2 KV heads", "search again")
+    assert not loading
+
+
 def test_a_trace_of_another_shape_is_refused(run: Run, tiny_trace: Any, policy: Path) -> None:
     ran = run("simulate", policy, "--trace", tiny_trace.root, *SMOL, "--device", "cpu")
     assert_one_error(ran, "another model", "capture")
