@@ -1,6 +1,6 @@
 """What the tuned plan gains when a head may have any method: three methods against all of them.
 
-    python benchmarks/all_methods.py --device cuda --size full --workers 6 --seconds 420
+    python benchmarks/all_methods.py --device cuda --size full --workers 6 --seconds 325
 
 One trace, one set of tables: both menus have the same shares and formats, and the small one is
 the large one's columns. At 3 / 6 / 12 % of the bf16 bytes either menu's plan is picked as
