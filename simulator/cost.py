@@ -16,7 +16,8 @@ from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.compression import compression
 from kvtune.simulator.latency import decode_step, prefill
-from kvtune.simulator.memory import MemoryBudget, add, peak_memory, waiting_bytes
+from kvtune.simulator.memory import MemoryBudget
+from kvtune.simulator.peak import add, peak_memory, waiting_bytes
 
 
 @dataclass(frozen=True)

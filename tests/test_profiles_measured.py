@@ -17,7 +17,7 @@ from kvtune.profiles.models import find_model
 from kvtune.simulator.kernels import kernels_of
 from kvtune.simulator.latency import decode_steps
 from kvtune.simulator.latency_parts import covers
-from kvtune.simulator.memory import overhead_bytes, process_bytes
+from kvtune.simulator.peak import overhead_bytes, process_bytes
 
 ROOT = Path(kvtune.__file__).parent
 LLAMA = find_model("llama-8b")

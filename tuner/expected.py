@@ -14,12 +14,7 @@ from kvtune.runtime.timing import NEW_TOKENS, STEPS, STRETCHES, Decoding, Timing
 from kvtune.simulator.compression import compression
 from kvtune.simulator.cost import cache_bytes_by_bits, per_second
 from kvtune.simulator.latency import decode_step, prefill
-from kvtune.simulator.memory import (
-    add,
-    largest_batch,
-    overhead_bytes,
-    prefill_peak_bytes,
-)
+from kvtune.simulator.peak import add, largest_batch, overhead_bytes, prefill_peak_bytes
 from kvtune.simulator.weights import weight_bytes
 
 Pair = tuple[Estimate, float]

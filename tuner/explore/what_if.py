@@ -16,7 +16,8 @@ from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.cost import bits
 from kvtune.simulator.latency import decode_steps
-from kvtune.simulator.memory import MemoryBudget, memory_budget, peak_memory, waiting_bytes
+from kvtune.simulator.memory import MemoryBudget, memory_budget
+from kvtune.simulator.peak import peak_memory, waiting_bytes
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.plans import Floats, Integers
 from kvtune.tuner.explore.study import Study
