@@ -8,18 +8,7 @@ from statistics import fmean
 from typing import Literal
 
 from kvtune.policies.exporter import Line, Plan
-from kvtune.policies.format import Format, Role
 from kvtune.policies.option import Option
-
-_MANY_TOKENS = 2**16
-
-
-def bits(form: Format, head_dim: int, role: Role) -> float:
-    """Bits an element, scales left out: the format's own, else what its bytes come to."""
-    stated = getattr(form, "bits", None)
-    if stated is not None:
-        return float(stated)
-    return 8 * form.footprint(_MANY_TOKENS, head_dim, role) // (_MANY_TOKENS * head_dim)
 
 
 @dataclass(frozen=True)
@@ -39,13 +28,13 @@ class Flat:
     value_bits: float
 
 
-def flatten(options: Sequence[Option], head_dim: int) -> Flat:
+def flatten(options: Sequence[Option]) -> Flat:
     """The formats of some heads together."""
     return Flat(
         tuple(dict.fromkeys(option.keys.name for option in options)),
         tuple(dict.fromkeys(option.values.name for option in options)),
-        fmean(bits(option.keys, head_dim, "keys") for option in options),
-        fmean(bits(option.values, head_dim, "values") for option in options),
+        fmean(option.keys.bits for option in options),
+        fmean(option.values.bits for option in options),
     )
 
 

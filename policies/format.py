@@ -22,10 +22,15 @@ Role = Literal["keys", "values"]
 
 @dataclass(frozen=True)
 class Format(ABC):
-    """Stores the keys or the values of one KV head."""
+    """Stores the keys or the values of one KV head.
+
+    A class states its ``name``, its ``source`` and ``bits``: those of an element's code, without
+    scales.
+    """
 
     name: ClassVar[str]
     source: ClassVar[str]
+    bits: ClassVar[int]
 
     @abstractmethod
     def footprint(self, tokens: int, head_dim: int, role: Role) -> int:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate, exact
 from kvtune.policies.decode import DecodeMethod
-from kvtune.policies.format import Format
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.policies.room import Room
@@ -162,13 +161,8 @@ def _bytes_of(option: Option, tokens: int, head_dim: int) -> Counter[float]:
     """Of one head's tokens, by bits."""
     found = Counter[float]()
     for form, role in ((option.keys, "keys"), (option.values, "values")):
-        found[bits(form)] += form.footprint(tokens, head_dim, role)  # type: ignore[arg-type]
+        found[form.bits] += form.footprint(tokens, head_dim, role)  # type: ignore[arg-type]
     return found
-
-
-def bits(form: Format) -> float:
-    """Payload bits of an element."""
-    return float(getattr(form, "bits", 8 if form.name == "fp8" else 16))
 
 
 def per_second(step: Estimate, sequences: int) -> Estimate:

@@ -16,7 +16,8 @@ from kvtune.policies.methods.kvzip import KVzip
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.policy import footprint_of_lengths
 from kvtune.simulator.tables import Tables
-from kvtune.tuner.study import Candidate, Question, Solver, front, pick, run_study
+from kvtune.tuner.question import Candidate, Question, Solver, front, pick
+from kvtune.tuner.study import run_study
 
 Make = Callable[..., Tables]
 FULL_PROMPT = 2 * 2 * 256 * 16 * 6

@@ -20,9 +20,9 @@ from kvtune.tuner.allocate import Choice, Problem, solve
 from kvtune.tuner.baselines import FAMILIES, Stored, candidates
 from kvtune.tuner.explore.record import by_kind
 from kvtune.tuner.quality import estimate
+from kvtune.tuner.question import Candidate, Solver
 from kvtune.tuner.request import Rival
 from kvtune.tuner.sources import QualitySource
-from kvtune.tuner.study import Candidate, Solver
 
 if TYPE_CHECKING:
     from kvtune.tuner.validate import Validation

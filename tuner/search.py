@@ -19,6 +19,7 @@ from kvtune.simulator.memory import MemoryBudget, memory_budget
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.record import Recorder, selection_split
 from kvtune.tuner.quality import estimate
+from kvtune.tuner.question import Candidate, Question, Solver, front, pick
 from kvtune.tuner.request import (
     FrontPoint,
     Quality,
@@ -28,7 +29,7 @@ from kvtune.tuner.request import (
 from kvtune.tuner.rivals import live_rivals, stand_in_rivals
 from kvtune.tuner.run_directory import record_config, write_result
 from kvtune.tuner.sources import QualitySource, has_weights, own_trace, stand_in
-from kvtune.tuner.study import Candidate, Question, Solver, front, pick, run_study
+from kvtune.tuner.study import run_study
 
 if TYPE_CHECKING:
     from kvtune.tuner.timing import Times

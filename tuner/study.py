@@ -1,25 +1,20 @@
 """The outer search: an Optuna study over few, meaningful choices, the Gram solver inside.
 
 Sampling runs in memory; finished trials are recorded in a journal, so that an interrupted study
-goes on where it was. A trial is solved on the search samples and judged on the selection samples.
+goes on where it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvtune.common.errors import KvtuneError
 from kvtune.common.progress import Progress, Silent
-from kvtune.policies.format import Format
-from kvtune.policies.option import Option
-from kvtune.policies.policy import Policy, footprint_of_lengths
-from kvtune.simulator.tables import Tables
-from kvtune.tuner.allocate import Choice, Problem, solve
+from kvtune.tuner.question import Candidate, Question, Solver, evicts, has_exact_sinks, is_variant
 
 if TYPE_CHECKING:
     import optuna
@@ -27,160 +22,10 @@ if TYPE_CHECKING:
 SPLITS = ("heads", "layers")
 
 
-@dataclass(frozen=True)
-class Question:
-    """What is fixed before the study: the room for caches and what is asked of it.
-
-    Args:
-        tables: quality of options on the model, every split.
-        head_dim: of the model that will run, which a stand-in's tables may differ from.
-        rooms: bytes left for all sequences' caches, by the context P of a sequence in tokens;
-            of several contexts the study chooses.
-        generated_bytes: that each sequence's generated tokens take, in 16 bits.
-        sequences: how many at once; None lets the study choose.
-    """
-
-    tables: Tables
-    head_dim: int
-    rooms: Mapping[int, int]
-    generated_bytes: int
-    sequences: int | None = None
-
-    @property
-    def contexts(self) -> list[int]:
-        """Those that the study may choose, shortest first."""
-        return sorted(self.rooms)
-
-    def full_bytes(self, context: int) -> int:
-        """Bytes of one uncompressed prompt, bf16."""
-        return 2 * 2 * context * self.head_dim * self.tables.heads
-
-    def prompt_budget(self, context: int, sequences: int, waits: bool = False) -> int:
-        """Bytes that each sequence's compressed prompt may take.
-
-        Args:
-            context: prompt tokens.
-            sequences: at once.
-            waits: whether a policy may wait for a prompt's end, all layers of one uncompressed.
-        """
-        lengths = footprint_of_lengths(1, self.tables.heads)
-        layers = self.tables.layers
-        waiting = self.full_bytes(context) * (layers - 1) // layers if waits else 0
-        return (self.rooms[context] - waiting) // sequences - self.generated_bytes - lengths
-
-    def most_sequences(self, context: int) -> int:
-        """As many as fit with every head on its smallest option."""
-        smallest = int(self.tables.footprints(context, self.head_dim).min())
-        each = smallest * self.tables.heads + footprint_of_lengths(1, self.tables.heads)
-        return int(self.rooms[context] // (each + self.generated_bytes))
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One trial's answer.
-
-    Args:
-        number: of the trial.
-        parameters: what Optuna chose.
-        choice: option of each head, ``[I]``.
-        kl: predicted on the selection samples, nats/token.
-        context: prompt tokens of each sequence.
-        sequences: that fit at once.
-        prompt_bytes: of one compressed prompt, lengths included.
-    """
-
-    number: int
-    parameters: dict[str, Any]
-    choice: Choice
-    kl: float
-    context: int
-    sequences: int
-    prompt_bytes: int
-
-    @property
-    def tokens_at_once(self) -> int:
-        """Prompt tokens of all sequences together: what memory is spent on."""
-        return self.context * self.sequences
-
-
-@dataclass(frozen=True)
-class Solver:
-    """The question with its tables reduced once, ready for many trials."""
-
-    question: Question
-    problems: Mapping[int, Problem]
-    check: Tables
-
-    @staticmethod
-    def of(question: Question, rank: int = 64) -> Solver:
-        """Fit on the search samples; judge on the selection samples, if there are any."""
-        tables = question.tables
-        splits = {sample.split for sample in tables.samples}
-        footprints = {c: tables.footprints(c, question.head_dim) for c in question.contexts}
-        fit = Problem.of(tables.of_split("search"), footprints[question.contexts[0]], rank=rank)
-        problems = {context: replace(fit, footprint=f) for context, f in footprints.items()}
-        check = tables.of_split("select" if "select" in splits else "search")
-        return Solver(question, problems, check)
-
-    def answer(self, number: int, parameters: dict[str, Any]) -> Candidate | None:
-        """Solve one trial; None where its options cannot fit."""
-        columns = np.flatnonzero([_allowed(o, parameters) for o in self.question.tables.options])
-        context, sequences = parameters["context"], parameters["sequences"]
-        waits = any(self.question.tables.options[o].method.needs.reconstruction for o in columns)
-        budget = self.question.prompt_budget(context, sequences, waits)
-        whole = self.problems[context]
-        problem = whole.allowing(columns).shrunk(parameters["shrinkage"])
-        heads = self.question.tables.kv_heads
-        by_layer = parameters["split"] == "layers"
-        try:
-            picked = solve(problem.tied(heads) if by_layer else problem, budget)
-        except KvtuneError:
-            return None
-        choice = columns[np.repeat(picked, heads) if by_layer else picked]
-        kl = float(self.check.sample_weights() @ self.check.by_sample(choice))
-        spent = whole.spent(choice) + footprint_of_lengths(1, self.question.tables.heads)
-        return Candidate(number, parameters, choice, kl, context, sequences, spent)
-
-    def policy(self, candidate: Candidate, name: str = "kvtune plan") -> Policy:
-        """The candidate as a policy, budgets as shares of the prompt."""
-        options = self.question.tables.options
-        rows = candidate.choice.reshape(-1, self.question.tables.kv_heads)
-        return Policy(name, tuple(tuple(options[o] for o in row) for row in rows))
-
-
-def _allowed(option: Option, parameters: dict[str, Any]) -> bool:
-    """Whether a trial's families and precisions admit an option; all-token options always are."""
-    if _evicts(option):
-        if not parameters.get(option.method.name, True):
-            return False
-        if _is_variant(option) and not parameters.get("variants", True):
-            return False
-    if _exact_sinks(option) and not parameters.get("exact_sinks", True):
-        return False
-    return all(_bits(form) >= parameters["least_bits"] for form in (option.keys, option.values))
-
-
-def _evicts(option: Option) -> bool:
-    return option.budget.share is not None or option.budget.tokens is not None
-
-
-def _is_variant(option: Option) -> bool:
-    """Whether the method runs with other hyper-parameters than the published ones."""
-    return option.method != type(option.method)()
-
-
-def _exact_sinks(option: Option) -> bool:
-    return any(getattr(form, "exact_first", 0) > 0 for form in (option.keys, option.values))
-
-
-def _bits(form: Format) -> int:
-    return int(getattr(form, "bits", 8 if form.name == "fp8" else 16))
-
-
 def suggest(trial: optuna.Trial, question: Question) -> dict[str, Any]:
     """The outer choices of one trial."""
     methods = sorted({o.method.name for o in question.tables.options} - {"full"})
-    least = sorted({_bits(f) for o in question.tables.options for f in (o.keys, o.values)})
+    least = sorted({f.bits for o in question.tables.options for f in (o.keys, o.values)})
     chosen: dict[str, Any] = {
         name: trial.suggest_categorical(name, [True, False]) for name in methods
     }
@@ -209,8 +54,8 @@ def _sequences_at(context: int) -> str:
 def _switches(question: Question) -> list[str]:
     """What can be left out as a whole: our variants of methods, sinks stored in 16 bits."""
     present = {
-        "variants": any(_evicts(o) and _is_variant(o) for o in question.tables.options),
-        "exact_sinks": any(_exact_sinks(o) for o in question.tables.options),
+        "variants": any(evicts(o) and is_variant(o) for o in question.tables.options),
+        "exact_sinks": any(has_exact_sinks(o) for o in question.tables.options),
     }
     return [name for name, there in present.items() if there]
 
@@ -242,30 +87,40 @@ def run_study(
     brain = optuna.create_study(directions=directions)
     record = _Journal(journal, directions)
     brain.add_trials(record.trials)
+    known = [_recall(solver, trial) for trial in brain.trials]
+    remaining = range(len(known), trials)
+    if remaining:
+        _enqueue_defaults(brain, solver.question, skip=len(known))
+
+    def new() -> Iterator[Candidate | None]:
+        for number in (progress or Silent()).track(remaining, "searching", len(remaining)):
+            brain.sampler = _sampler(seed, number)
+            yield _try(brain, solver)
+            record.add(brain.trials[number])
+
     candidates = []
-    for candidate in (_recall(solver, trial) for trial in brain.trials):
+    for candidate in chain(known, new()):
         if candidate is not None:
             candidates.append(candidate)
             found(candidate)
-    remaining = range(len(brain.trials), trials)
-    if remaining:
-        _enqueue_defaults(brain, solver.question, skip=len(brain.trials))
-    for _ in (progress or Silent()).track(remaining, "searching", len(remaining)):
-        brain.sampler = _sampler(seed, len(brain.trials))
-        trial = brain.ask()
-        parameters = suggest(trial, solver.question)
-        candidate = solver.answer(trial.number, parameters)
-        if candidate is None:
-            brain.tell(trial, state=optuna.trial.TrialState.FAIL)
-        else:
-            values = [candidate.kl, candidate.tokens_at_once][: len(directions)]
-            trial.set_user_attr("parameters", parameters)
-            trial.set_user_attr("prompt_bytes", candidate.prompt_bytes)
-            brain.tell(trial, values)
-            candidates.append(candidate)
-            found(candidate)
-        record.add(brain.trials[trial.number])
     return candidates
+
+
+def _try(brain: optuna.Study, solver: Solver) -> Candidate | None:
+    """The next trial's candidate; None, and a failed trial, where its options cannot fit."""
+    from optuna.trial import TrialState
+
+    trial = brain.ask()
+    parameters = suggest(trial, solver.question)
+    candidate = solver.answer(trial.number, parameters)
+    if candidate is None:
+        brain.tell(trial, state=TrialState.FAIL)
+        return None
+    trial.set_user_attr("parameters", parameters)
+    trial.set_user_attr("prompt_bytes", candidate.prompt_bytes)
+    values = [candidate.kl, candidate.tokens_at_once]
+    brain.tell(trial, values[: len(brain.directions)])
+    return candidate
 
 
 def _sampler(seed: int, number: int) -> optuna.samplers.BaseSampler:
@@ -291,7 +146,7 @@ def _enqueue_defaults(brain: optuna.Study, question: Question, skip: int) -> Non
     ``benchmarks/results/quality-h100.json``).
     """
     methods = {o.method.name for o in question.tables.options} - {"full"}
-    least = min(_bits(f) for o in question.tables.options for f in (o.keys, o.values))
+    least = min(f.bits for o in question.tables.options for f in (o.keys, o.values))
     default: dict[str, Any] = dict.fromkeys(methods, True)
     default |= {name: name != "variants" for name in _switches(question)}
     default |= {"least_bits": least, "split": "heads"}
@@ -336,20 +191,3 @@ class _Journal:
     def add(self, trial: optuna.trial.FrozenTrial) -> None:
         if self.study:
             self.study.add_trial(trial)
-
-
-def front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Candidates that no other beats in both predicted loss and tokens at once, most last."""
-    best: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (-c.tokens_at_once, c.kl, c.number)):
-        if not best or candidate.kl < best[-1].kl:
-            best.append(candidate)
-    return best[::-1]
-
-
-def pick(front_: Sequence[Candidate], largest_kl: float) -> Candidate:
-    """The candidate with most tokens at once within ``largest_kl``; else the least loss."""
-    within = [candidate for candidate in front_ if candidate.kl <= largest_kl]
-    if within:
-        return max(within, key=lambda c: c.tokens_at_once)
-    return min(front_, key=lambda c: c.kl)

@@ -31,7 +31,7 @@ class LlamaCpp(Exporter):
 
     def render(self, plan: Plan) -> Export:
         """The preset, the flags and what they lose."""
-        flat = flatten(list(plan.policy.options()), plan.facts.head_dim)
+        flat = flatten(list(plan.policy.options()))
         keys, key_line = _type("keys", flat.key_formats, flat.key_bits, plan.facts.head_dim)
         values, value_line = _type(
             "values", flat.value_formats, flat.value_bits, plan.facts.head_dim

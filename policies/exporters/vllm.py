@@ -112,7 +112,7 @@ def check(config: dict[str, Any], layers: int) -> None:
 
 def _formats(plan: Plan) -> tuple[str, list[int], list[Line]]:
     """The dtype, the layers that stay in 16 bits, and what that loses."""
-    layers = [flatten(layer, plan.facts.head_dim) for layer in plan.policy.heads]
+    layers = [flatten(layer) for layer in plan.policy.heads]
     narrow = [flat for flat in layers if _is_narrow(flat)]
     exempt = [layer for layer, flat in enumerate(layers) if not _is_narrow(flat)]
     if not narrow:
@@ -124,8 +124,7 @@ def _formats(plan: Plan) -> tuple[str, list[int], list[Line]]:
             for layer, flat in zip(plan.policy.heads, layers, strict=True)
             if _is_narrow(flat)
             for o in layer
-        ],
-        plan.facts.head_dim,
+        ]
     )
     dtype = _dtype(together)
     rounded = any(

@@ -17,6 +17,7 @@ class Bf16(Format):
 
     name = "bf16"
     source = "the uncompressed cache"
+    bits = 16
 
     def footprint(self, tokens: int, head_dim: int, role: Role) -> int:
         """Two bytes an element."""

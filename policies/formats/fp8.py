@@ -24,6 +24,7 @@ class Fp8(Format):
 
     name = "fp8"
     source = "Micikevicius et al., arXiv 2209.05433"
+    bits = 8
 
     def footprint(self, tokens: int, head_dim: int, role: Role) -> int:
         """One byte an element and the scale."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from kvtune.policies.format import Format, Role
 from kvtune.policies.registry import parameter
@@ -30,7 +30,6 @@ class Grouped(Format):
     """
 
     source = "Liu et al., ICML 2024, arXiv 2402.02750"
-    bits: ClassVar[int]
 
     group: int = parameter(64, "elements that share a scale", unit="elements", low=2)
     exact_first: int = parameter(0, "first kept tokens left in 16 bits", unit="tokens", low=0)

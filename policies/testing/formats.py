@@ -21,6 +21,12 @@ def footprint_grows_with_tokens(form: Format, role: Role) -> None:
     assert sizes == sorted(sizes)
 
 
+def codes_take_the_bits_that_it_states(form: Format, role: Role) -> None:
+    """So many bits an element at least; scales come on top."""
+    assert 8 * form.footprint(4096, 64, role) >= form.bits * 4096 * 64
+    assert type(form.bits) is int
+
+
 def roundtrip_keeps_shape_and_stays_close(form: Format, role: Role) -> None:
     """Same shape and dtype, finite, and every error below half of the head's range."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -68,6 +74,7 @@ def storing_twice_changes_little(form: Format, role: Role) -> None:
 FormatCheck = Callable[[Format, Role], None]
 FORMAT_CHECKS: tuple[FormatCheck, ...] = (
     footprint_grows_with_tokens,
+    codes_take_the_bits_that_it_states,
     roundtrip_keeps_shape_and_stays_close,
     padding_never_matters,
     constant_tensors_come_back,

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from kvtune.common.units import MIB
 from kvtune.policies.option import Option
-from kvtune.simulator.cost import bits
 from kvtune.tuner.explore.plans import Floats
 from kvtune.tuner.explore.study import Study
 from kvtune.tuner.explore.what_if import Figures
@@ -131,7 +130,7 @@ class Filter:
 EVERYTHING = Filter()
 
 
-def option_bits(option: Option) -> tuple[float, float]:
+def option_bits(option: Option) -> tuple[int, int]:
     """The narrower and the wider of an option's formats, bits an element."""
-    pair = (bits(option.keys), bits(option.values))
+    pair = (option.keys.bits, option.values.bits)
     return min(pair), max(pair)

@@ -20,7 +20,7 @@ from kvtune.tuner.quality import estimate
 if TYPE_CHECKING:
     from kvtune.simulator.calibration import Calibration
     from kvtune.simulator.tables import Tables
-    from kvtune.tuner.study import Candidate
+    from kvtune.tuner.question import Candidate
 
 
 class Recorder:

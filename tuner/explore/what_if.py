@@ -14,7 +14,6 @@ from kvtune.policies.option import Option
 from kvtune.policies.policy import footprint_of_lengths
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.cost import bits
 from kvtune.simulator.latency import decode_steps
 from kvtune.simulator.memory import MemoryBudget, memory_budget
 from kvtune.simulator.peak import peak_memory, waiting_bytes
@@ -154,7 +153,7 @@ def _bytes_by_bits(
     options: Sequence[Option], counts: Floats, contexts: Integers, head_dim: int
 ) -> dict[float, Floats]:
     """Bytes of one compressed prompt of each plan, by bits an element, ``[n]`` each."""
-    widths = sorted({bits(form) for o in options for form in (o.keys, o.values)})
+    widths = sorted({form.bits for o in options for form in (o.keys, o.values)})
     found: dict[float, Any] = {width: np.zeros(len(counts)) for width in widths}
     for context in np.unique(contexts):
         rows = contexts == context
@@ -163,7 +162,7 @@ def _bytes_by_bits(
             tokens = option.budget.resolve(int(context))
             for form, role in ((option.keys, "keys"), (option.values, "values")):
                 size = form.footprint(tokens, head_dim, role)  # type: ignore[arg-type]
-                table[index, widths.index(bits(form))] += size
+                table[index, widths.index(form.bits)] += size
         for width, column in zip(widths, (counts[rows] @ table).T, strict=True):
             found[width][rows] = column
     return found

@@ -1,0 +1,183 @@
+"""What is asked of the search, and how one trial answers: the Gram solver on reduced tables.
+
+A trial is solved on the search samples and judged on the selection samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.option import Option
+from kvtune.policies.policy import Policy, footprint_of_lengths
+from kvtune.simulator.tables import Tables
+from kvtune.tuner.allocate import Choice, Problem, solve
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is fixed before the study: the room for caches and what is asked of it.
+
+    Args:
+        tables: quality of options on the model, every split.
+        head_dim: of the model that will run, which a stand-in's tables may differ from.
+        rooms: bytes left for all sequences' caches, by the context P of a sequence in tokens;
+            of several contexts the study chooses.
+        generated_bytes: that each sequence's generated tokens take, in 16 bits.
+        sequences: how many at once; None lets the study choose.
+    """
+
+    tables: Tables
+    head_dim: int
+    rooms: Mapping[int, int]
+    generated_bytes: int
+    sequences: int | None = None
+
+    @property
+    def contexts(self) -> list[int]:
+        """Those that the study may choose, shortest first."""
+        return sorted(self.rooms)
+
+    def full_bytes(self, context: int) -> int:
+        """Bytes of one uncompressed prompt, bf16."""
+        return 2 * 2 * context * self.head_dim * self.tables.heads
+
+    def prompt_budget(self, context: int, sequences: int, waits: bool = False) -> int:
+        """Bytes that each sequence's compressed prompt may take.
+
+        Args:
+            context: prompt tokens.
+            sequences: at once.
+            waits: whether a policy may wait for a prompt's end, all layers of one uncompressed.
+        """
+        lengths = footprint_of_lengths(1, self.tables.heads)
+        layers = self.tables.layers
+        waiting = self.full_bytes(context) * (layers - 1) // layers if waits else 0
+        return (self.rooms[context] - waiting) // sequences - self.generated_bytes - lengths
+
+    def most_sequences(self, context: int) -> int:
+        """As many as fit with every head on its smallest option."""
+        smallest = int(self.tables.footprints(context, self.head_dim).min())
+        each = smallest * self.tables.heads + footprint_of_lengths(1, self.tables.heads)
+        return int(self.rooms[context] // (each + self.generated_bytes))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One trial's answer.
+
+    Args:
+        number: of the trial.
+        parameters: what Optuna chose.
+        choice: option of each head, ``[I]``.
+        kl: predicted on the selection samples, nats/token.
+        context: prompt tokens of each sequence.
+        sequences: that fit at once.
+        prompt_bytes: of one compressed prompt, lengths included.
+    """
+
+    number: int
+    parameters: dict[str, Any]
+    choice: Choice
+    kl: float
+    context: int
+    sequences: int
+    prompt_bytes: int
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Prompt tokens of all sequences together: what memory is spent on."""
+        return self.context * self.sequences
+
+
+@dataclass(frozen=True)
+class Solver:
+    """The question with its tables reduced once, ready for many trials."""
+
+    question: Question
+    problems: Mapping[int, Problem]
+    check: Tables
+
+    @staticmethod
+    def of(question: Question, rank: int = 64) -> Solver:
+        """Fit on the search samples; judge on the selection samples, if there are any."""
+        tables = question.tables
+        splits = {sample.split for sample in tables.samples}
+        footprints = {c: tables.footprints(c, question.head_dim) for c in question.contexts}
+        fit = Problem.of(tables.of_split("search"), footprints[question.contexts[0]], rank=rank)
+        problems = {context: replace(fit, footprint=f) for context, f in footprints.items()}
+        check = tables.of_split("select" if "select" in splits else "search")
+        return Solver(question, problems, check)
+
+    def answer(self, number: int, parameters: dict[str, Any]) -> Candidate | None:
+        """Solve one trial; None where its options cannot fit."""
+        columns = np.flatnonzero([_allowed(o, parameters) for o in self.question.tables.options])
+        context, sequences = parameters["context"], parameters["sequences"]
+        waits = any(self.question.tables.options[o].method.needs.reconstruction for o in columns)
+        budget = self.question.prompt_budget(context, sequences, waits)
+        whole = self.problems[context]
+        problem = whole.allowing(columns).shrunk(parameters["shrinkage"])
+        heads = self.question.tables.kv_heads
+        by_layer = parameters["split"] == "layers"
+        try:
+            picked = solve(problem.tied(heads) if by_layer else problem, budget)
+        except KvtuneError:
+            return None
+        choice = columns[np.repeat(picked, heads) if by_layer else picked]
+        kl = float(self.check.sample_weights() @ self.check.by_sample(choice))
+        spent = whole.spent(choice) + footprint_of_lengths(1, self.question.tables.heads)
+        return Candidate(number, parameters, choice, kl, context, sequences, spent)
+
+    def policy(self, candidate: Candidate, name: str = "kvtune plan") -> Policy:
+        """The candidate as a policy, budgets as shares of the prompt."""
+        options = self.question.tables.options
+        rows = candidate.choice.reshape(-1, self.question.tables.kv_heads)
+        return Policy(name, tuple(tuple(options[o] for o in row) for row in rows))
+
+
+def _allowed(option: Option, parameters: dict[str, Any]) -> bool:
+    """Whether a trial's families and precisions admit an option; all-token options always are."""
+    if evicts(option):
+        if not parameters.get(option.method.name, True):
+            return False
+        if is_variant(option) and not parameters.get("variants", True):
+            return False
+    if has_exact_sinks(option) and not parameters.get("exact_sinks", True):
+        return False
+    return all(form.bits >= parameters["least_bits"] for form in (option.keys, option.values))
+
+
+def evicts(option: Option) -> bool:
+    """Whether it keeps less than everything."""
+    return option.budget.share is not None or option.budget.tokens is not None
+
+
+def is_variant(option: Option) -> bool:
+    """Whether the method runs with other hyper-parameters than the published ones."""
+    return option.method != type(option.method)()
+
+
+def has_exact_sinks(option: Option) -> bool:
+    """Whether the first kept tokens stay in 16 bits."""
+    return any(getattr(form, "exact_first", 0) > 0 for form in (option.keys, option.values))
+
+
+def front(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Candidates that no other beats in both predicted loss and tokens at once, most last."""
+    best: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda c: (-c.tokens_at_once, c.kl, c.number)):
+        if not best or candidate.kl < best[-1].kl:
+            best.append(candidate)
+    return best[::-1]
+
+
+def pick(front_: Sequence[Candidate], largest_kl: float) -> Candidate:
+    """The candidate with most tokens at once within ``largest_kl``; else the least loss."""
+    within = [candidate for candidate in front_ if candidate.kl <= largest_kl]
+    if within:
+        return max(within, key=lambda c: c.tokens_at_once)
+    return min(front_, key=lambda c: c.kl)
