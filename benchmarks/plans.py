@@ -15,6 +15,7 @@ from kvtune.policies.policy import Policy
 from kvtune.simulator.tables import Tables
 from kvtune.traces.samples import Sample
 from kvtune.tuner.allocate import Problem, solve
+from kvtune.tuner.question import policy_of
 
 EMPHASES = (1.0, 4.0)  # how much retrieval counts beside prose and code
 HARDLY_MORE = 1.15  # plans that lose up to so many times the least are told apart by their needles
@@ -105,9 +106,7 @@ def _solve(check: Tables, problem: Problem, variant: Variant, share: float) -> P
     picked = solve(part.tied(heads) if variant.tied else part, int(share * full) - 4 * check.heads)
     choice = variant.columns[np.repeat(picked, heads) if variant.tied else picked]
     seconds = time.monotonic() - started
-    rows = choice.reshape(-1, heads)
-    options = tuple(tuple(check.options[o] for o in row) for row in rows)
-    policy = Policy(f"{variant.name} at {share:.0%}", options)
+    policy = policy_of(check, choice, f"{variant.name} at {share:.0%}")
     predicted = float(check.sample_weights() @ check.by_sample(choice))
     return Plan(share, variant, policy, predicted, seconds)
 

@@ -336,7 +336,7 @@ def test_the_plan_is_timed_as_validate_would_on_the_card_it_is_for(
     called: int,
     untimed: str | None,
 ) -> None:
-    from kvtune.tuner import search, timing
+    from kvtune.tuner import answer, timing
 
     asked: list[Any] = []
 
@@ -352,7 +352,7 @@ def test_the_plan_is_timed_as_validate_would_on_the_card_it_is_for(
         trace=types.SimpleNamespace(of_split=lambda split: (split,)),
     )
     chosen: Any = types.SimpleNamespace(sequences=7, context=4096)
-    times, reason = search._times(request, source, "the plan", chosen, Silent())  # type: ignore[arg-type]
+    times, reason = answer._times(request, source, "the plan", chosen, Silent())  # type: ignore[arg-type]
     assert (times, reason) == (None, untimed)
     serving = {"batch": 7, "context_tokens": 4096, "largest": None}
     assert asked == called * [("the plan", request.shape, ("evaluate",), serving)]

@@ -134,9 +134,13 @@ class Solver:
 
     def policy(self, candidate: Candidate, name: str = "kvtune plan") -> Policy:
         """The candidate as a policy, budgets as shares of the prompt."""
-        options = self.question.tables.options
-        rows = candidate.choice.reshape(-1, self.question.tables.kv_heads)
-        return Policy(name, tuple(tuple(options[o] for o in row) for row in rows))
+        return policy_of(self.question.tables, candidate.choice, name)
+
+
+def policy_of(tables: Tables, choice: Choice, name: str) -> Policy:
+    """A choice of options, ``[I]``, as a policy."""
+    rows = choice.reshape(-1, tables.kv_heads)
+    return Policy(name, tuple(tuple(tables.options[o] for o in row) for row in rows))
 
 
 def _allowed(option: Option, parameters: dict[str, Any]) -> bool:

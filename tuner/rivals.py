@@ -6,7 +6,7 @@ in every method and precision, pyramid and AdaKV in those that did best there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,12 @@ from kvtune.tuner.allocate import Choice, Problem, solve
 from kvtune.tuner.baselines import FAMILIES, Stored, candidates
 from kvtune.tuner.explore.record import by_kind
 from kvtune.tuner.quality import estimate
-from kvtune.tuner.question import Candidate, Solver
+from kvtune.tuner.question import Candidate, Solver, policy_of
 from kvtune.tuner.request import Rival
 from kvtune.tuner.sources import QualitySource
 
 if TYPE_CHECKING:
+    from kvtune.traces.trace import Trace
     from kvtune.tuner.validate import Validation
 
 
@@ -63,38 +64,22 @@ def live_rivals(
 ) -> tuple[list[Rival], Validation | None]:
     """On the model itself: every family's best by replay, then all of them live."""
     from kvtune.runtime.prompts import traced_prompt
-    from kvtune.simulator.evaluate import replay_policies
     from kvtune.tuner.validate import validate_policies
 
     trace, loaded, tables = source.trace, source.loaded, source.tables
     assert trace is not None  # noqa: S101 - own traces come with their model
     assert loaded is not None  # noqa: S101
     samples = trace.of_split("evaluate")
-    kinds = [sample.kind for sample in samples]
     budget = policy.footprint(tables.prompt_tokens, tables.head_dim)
-    shape = (tables.prompt_tokens, tables.layers, tables.kv_heads, tables.head_dim)
-
-    def replay(policies: Sequence[Policy], every: int = 1) -> Any:
-        return replay_policies(
-            trace, samples, policies, every=every, device=loaded.device, progress=progress
-        )
-
-    uniform = candidates("uniform", budget, *shape)
-    ranked = np.argsort(replay(uniform, every=6).mean(1))
-    promising = {_stored_by(uniform[row]) for row in ranked[:_PROMISING]}
-    simple = []
-    for family in FAMILIES:
-        if tried := candidates(family, budget, *shape, only=promising):
-            losses = replay(tried)
-            best = int(losses.mean(1).argmin())
-            simple.append((family, tried[best], losses[best]))
     plan = Rival(policy.name, "kvtune", predicted, None, budget, policy=policy)
-    rows = [replace(plan, by_kind=_held_out_by_kind(source, chosen.choice))]
-    rows += [
-        _allocated(source, family, choice, _own_bytes(source, choice))
-        for family, choice in _own_allocations(source, budget).items()
+    rows = [
+        replace(plan, by_kind=_held_out_by_kind(source, chosen.choice)),
+        *(
+            _allocated(source, family, choice, _own_bytes(source, choice))
+            for family, choice in _own_allocations(source, budget).items()
+        ),
+        *_best_of_families(source, trace, loaded.device, budget, progress),
     ]
-    rows += [_simple(source, family, p, loss, kinds) for family, p, loss in simple]
     run = [row for row in rows if loaded.device != "cpu" or row.family in _LIVE_ON_CPU]
     found = validate_policies(
         [row.policy for row in run if row.policy is not None],
@@ -107,6 +92,35 @@ def live_rivals(
     return [_measured(row, lives.get(row.family)) for row in rows], found[0]
 
 
+def _best_of_families(
+    source: QualitySource, trace: Trace, device: str, budget: int, progress: Progress
+) -> Iterator[Rival]:
+    """Of each family, one rule for all heads, the one that replay on the held-out samples prefers.
+
+    The uniform ones in all methods and precisions are tried coarsely, and those that did best there
+    in full and under the other families' allocators.
+    """
+    from kvtune.simulator.evaluate import replay_policies
+
+    tables, samples = source.tables, trace.of_split("evaluate")
+    shape = (tables.prompt_tokens, tables.layers, tables.kv_heads, tables.head_dim)
+    kinds = [sample.kind for sample in samples]
+
+    def replay(policies: Sequence[Policy], every: int = 1) -> Any:
+        return replay_policies(
+            trace, samples, policies, every=every, device=device, progress=progress
+        )
+
+    uniform = candidates("uniform", budget, *shape)
+    ranked = np.argsort(replay(uniform, every=6).mean(1))
+    promising = {_stored_by(uniform[row]) for row in ranked[:_PROMISING]}
+    for family in FAMILIES:
+        if tried := candidates(family, budget, *shape, only=promising):
+            losses = replay(tried)
+            best = int(losses.mean(1).argmin())
+            yield _simple(source, family, tried[best], losses[best], kinds)
+
+
 def _allocated(source: QualitySource, family: str, choice: Choice, spent: int) -> Rival:
     """What another way to allocate the same options came to."""
     name = _NAMES[family]
@@ -117,7 +131,7 @@ def _allocated(source: QualitySource, family: str, choice: Choice, spent: int) -
         live=None,
         prompt_bytes=spent,
         by_kind=_held_out_by_kind(source, choice),
-        policy=_as_policy(source, choice, name),
+        policy=policy_of(source.tables, choice, name),
     )
 
 
@@ -195,11 +209,6 @@ def _calibrated(
     source: QualitySource, losses: Any, kinds: Sequence[str], tier: Any = "replay"
 ) -> Estimate:
     return source.calibration.apply(estimate(losses, kinds, tier))
-
-
-def _as_policy(source: QualitySource, choice: Choice, name: str) -> Policy:
-    rows = choice.reshape(-1, source.tables.kv_heads)
-    return Policy(name, tuple(tuple(source.tables.options[o] for o in row) for row in rows))
 
 
 def _stored_by(policy: Policy) -> Stored:

@@ -1,38 +1,28 @@
-"""The search, first to last: room for the cache, quality, study, rivals, live runs, files."""
+"""The search, first to last: room for the cache, quality, study, choice, files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import kvtune
 from kvtune.common.errors import KvtuneError
 from kvtune.common.progress import Progress, Silent
-from kvtune.policies.policy import Policy
-from kvtune.simulator.cost import Cost, policy_cost
 from kvtune.simulator.memory import MemoryBudget, memory_budget
+from kvtune.tuner.answer import Found, answer
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.record import Recorder, selection_split
-from kvtune.tuner.quality import estimate
 from kvtune.tuner.question import Candidate, Question, Solver, front, pick
 from kvtune.tuner.request import (
-    FrontPoint,
-    Quality,
     SearchRequest,
     SearchResult,
 )
-from kvtune.tuner.rivals import live_rivals, stand_in_rivals
 from kvtune.tuner.run_directory import record_config, write_result
 from kvtune.tuner.sources import QualitySource, has_weights, own_trace, stand_in
 from kvtune.tuner.study import run_study
-
-if TYPE_CHECKING:
-    from kvtune.tuner.timing import Times
 
 Budgets = dict[int, MemoryBudget]  # by context
 _FINALISTS = 4
@@ -66,8 +56,8 @@ def run_search(request: SearchRequest, progress: Progress | None = None) -> Sear
             hint="raise --mem, shorten --context, lower --batch or take narrower --weights.",
         )
     expected = [replace(c, kl=source.calibration.value(c.kl)) for c in candidates]
-    chosen = _choose(request, solver, source, expected, progress)
-    result = _result(request, budgets, source, solver, expected, chosen, notes, progress)
+    ended = Found(request, budgets, source, solver, facts.study, expected, notes)
+    result = answer(ended, _choose(ended, progress), progress)
     write_result(result)
     return result
 
@@ -138,16 +128,11 @@ def _question(request: SearchRequest, budgets: Budgets, source: QualitySource) -
     )
 
 
-def _choose(
-    request: SearchRequest,
-    solver: Solver,
-    source: QualitySource,
-    expected: Sequence[Candidate],
-    progress: Progress,
-) -> Candidate:
+def _choose(found: Found, progress: Progress) -> Candidate:
     """The front's best, or the best of the finalists run live on the selection samples."""
+    request, expected = found.request, found.expected
     best = pick(front(expected), request.largest_kl)
-    trace, loaded = source.trace, source.loaded
+    trace, loaded = found.source.trace, found.source.loaded
     if trace is None or loaded is None or not (selection := trace.of_split("select")):
         return best
     if loaded.device == "cpu" and request.sequences is None:
@@ -160,161 +145,14 @@ def _choose(
     from kvtune.runtime.prompts import traced_prompt
     from kvtune.tuner.validate import validate_policies
 
-    found = validate_policies(
-        [solver.policy(c) for c in finalists],
+    live = validate_policies(
+        [found.solver.policy(c) for c in finalists],
         loaded,
         selection,
         lambda sample: traced_prompt(trace, trace.sample(sample.id), loaded.device),
         progress=progress,
     )
-    return min(zip(finalists, found, strict=True), key=lambda pair: pair[1].live.value)[0]
-
-
-def _result(
-    request: SearchRequest,
-    budgets: Budgets,
-    source: QualitySource,
-    solver: Solver,
-    expected: Sequence[Candidate],
-    chosen: Candidate,
-    notes: tuple[str, ...],
-    progress: Progress,
-) -> SearchResult:
-    policy, budget = solver.policy(chosen), budgets[chosen.context]
-    cost = _cost(request, budget, policy, chosen.sequences)
-    predicted = _predicted(source, chosen)
-    compare = live_rivals if source.loaded else stand_in_rivals
-    rivals, validation = compare(source, solver, policy, chosen, predicted.kl, progress)
-    quality = predicted
-    if validation is not None:
-        quality = replace(predicted, kl=validation.live)
-    longest = chosen.context + request.generated_tokens
-    times, untimed = _times(request, source, policy, chosen, progress)
-    return SearchResult(
-        request=request,
-        budget=budget,
-        front=_front_points(request, budgets, solver, expected, chosen),
-        policy=policy,
-        context_tokens=chosen.context,
-        prompt_bytes=cost.prompt_bytes,
-        sequences=chosen.sequences,
-        share=cost.share,
-        quality=quality,
-        predicted=predicted,
-        rivals=tuple(rivals),
-        memory=cost.memory,
-        latency=cost.latency,
-        prefill=cost.prefill,
-        compression=cost.compression,
-        full_cache_sequences=budget.cache_bytes // request.shape.kv_bytes(longest),
-        full_cache_accuracy=validation.full_cache_accuracy if validation else None,
-        counters=validation.counters if validation else {},
-        notes=(*notes, *_notes(request, budget, source, chosen, quality)),
-        provenance={
-            "kvtune": kvtune.__version__,
-            "seed": request.seed,
-            "study": _study_key(request, source),
-            **source.provenance,
-        },
-        times=times,
-        untimed=untimed,
-    )
-
-
-def _times(
-    request: SearchRequest,
-    source: QualitySource,
-    policy: Policy,
-    chosen: Candidate,
-    progress: Progress,
-) -> tuple[Times | None, str | None]:
-    """As ``kvtune validate`` would time the plan; neither times nor a reason away from GPUs."""
-    loaded, trace = source.loaded, source.trace
-    if loaded is None or trace is None or not loaded.device.startswith("cuda"):
-        return None, None
-    from kvtune.tuner.timing import present_gpu, times_or_reason
-
-    if present_gpu() != request.gpu:
-        return None, f"the GPU of this machine is no {request.gpu.name}, which the plan is for"
-    progress.note("timing the plan beside the uncompressed cache on this GPU")
-    return times_or_reason(
-        policy, loaded, request.shape, trace.of_split("evaluate"), batch=chosen.sequences,
-        context_tokens=chosen.context,
-    )  # fmt: skip
-
-
-def _predicted(source: QualitySource, chosen: Candidate) -> Quality:
-    """The plan's loss on held-out samples, from the tables, moved onto the calibration's line."""
-    held_out = source.tables.of_split("evaluate")
-    kinds = [sample.kind for sample in held_out.samples]
-    raw = estimate(held_out.by_sample(chosen.choice), kinds, "table")
-    return Quality(
-        kl=source.calibration.apply(raw),
-        source="stand-in" if source.stand_in else "own trace",
-        stand_in=source.stand_in,
-        samples=len(kinds),
-    )
-
-
-def _cost(request: SearchRequest, budget: MemoryBudget, policy: Policy, sequences: int) -> Cost:
-    """Memory and time with that many sequences at once."""
-    at_once = replace(budget, batch=sequences)
-    return policy_cost(policy, request.shape, request.gpu, at_once, request.generated_tokens)
-
-
-def _front_points(
-    request: SearchRequest,
-    budgets: Budgets,
-    solver: Solver,
-    expected: Sequence[Candidate],
-    chosen: Candidate,
-) -> tuple[FrontPoint, ...]:
-    points = []
-    for candidate in {c.number: c for c in (*front(expected), chosen)}.values():
-        budget = budgets[candidate.context]
-        cost = _cost(request, budget, solver.policy(candidate), candidate.sequences)
-        points.append(
-            FrontPoint(
-                kl=candidate.kl,
-                context_tokens=candidate.context,
-                sequences=candidate.sequences,
-                prompt_bytes=cost.prompt_bytes,
-                share=cost.share,
-                time_per_token=cost.latency,
-                tokens_per_second=cost.tokens_per_second,
-                parameters=candidate.parameters,
-                chosen=candidate.number == chosen.number,
-            )
-        )
-    return tuple(sorted(points, key=lambda p: (p.context_tokens * p.sequences, -p.kl)))
-
-
-def _notes(
-    request: SearchRequest,
-    budget: MemoryBudget,
-    source: QualitySource,
-    chosen: Candidate,
-    quality: Quality,
-) -> tuple[str, ...]:
-    """Automatic choices, each with its reason."""
-    prompt = source.tables.prompt_tokens
-    notes = [f"weights: {budget.reason}"]
-    if request.sequences is None or len(request.contexts) > 1:
-        notes.append(
-            f"at once: {chosen.sequences} of {chosen.context} tokens, the most whose loss on "
-            f"selection stays within {request.largest_kl:g} nats a token."
-        )
-    if prompt != chosen.context:
-        notes.append(
-            f"context: quality was measured on prompts of {prompt} tokens; budgets are shares of "
-            f"the prompt and are carried over to {chosen.context}."
-        )
-    if quality.kl.value > request.largest_kl:
-        notes.append(
-            f"loss: {quality.kl.value:.3g} nats a token on held-out samples is above --max-kl "
-            f"{request.largest_kl:g}; fewer sequences (--batch) or more --mem lower it."
-        )
-    return tuple(notes)
+    return min(zip(finalists, live, strict=True), key=lambda pair: pair[1].live.value)[0]
 
 
 def _facts(request: SearchRequest, budgets: Budgets, source: QualitySource) -> Facts:

@@ -92,28 +92,32 @@ def own_trace(request: SearchRequest, progress: Progress) -> QualitySource:
         KvtuneError: the weights cannot be had, or do not fit the shape.
     """
     from kvtune.traces.calibration import find_calibration
-    from kvtune.traces.capture import capture
     from kvtune.traces.models import best_device, load_model
-    from kvtune.traces.samples import content_hash
-    from kvtune.traces.workloads import build, named_workload
 
     loaded = load_model(request.model, device=request.device or best_device(), progress=progress)
     progress.note(f"running in {loaded.dtype_reason}")
     _check_shape(loaded, request.shape)
-    workload = named_workload(request.workload, request.seed, request.texts)
-    samples = build(workload, loaded.tokenizer)
-    probes = _PROBES[request.workload]
     menu = menu_of(request, calibrated=find_calibration(loaded.fingerprint) is not None)
-    signals, queries = signals_of(menu.needs), queries_of(menu.needs, workload.observed)
-    key = _key(
-        loaded.fingerprint,
-        content_hash(samples),
-        probes,
-        request.seed,
-        loaded.dtype,
-        signals,
-        queries,
+    trace, key, provenance = _own_trace(request, loaded, menu, progress)
+    tables = _own_tables(request.shape.name, trace, menu, key, loaded.device, progress)
+    return QualitySource(
+        tables, _borrowed_calibration(), loaded=loaded, trace=trace, provenance=provenance
     )
+
+
+def _own_trace(
+    request: SearchRequest, loaded: LoadedModel, menu: Menu, progress: Progress
+) -> tuple[Trace, str, dict[str, Any]]:
+    """The trace that a menu needs, the key it is kept under, and where it comes from."""
+    from kvtune.traces.capture import capture
+    from kvtune.traces.samples import content_hash
+    from kvtune.traces.workloads import build, named_workload
+
+    workload = named_workload(request.workload, request.seed, request.texts)
+    samples, probes = build(workload, loaded.tokenizer), _PROBES[request.workload]
+    signals, queries = signals_of(menu.needs), queries_of(menu.needs, workload.observed)
+    content = content_hash(samples)
+    key = _key(loaded.fingerprint, content, probes, request.seed, loaded.dtype, signals, queries)
     trace = capture(
         loaded,
         samples,
@@ -125,16 +129,16 @@ def own_trace(request: SearchRequest, progress: Progress) -> QualitySource:
         queries=queries,
         progress=progress,
     )
-    tables = _own_tables(request.shape.name, trace, menu, key, loaded.device, progress)
-    provenance = {
-        "trace": trace.content_sha256,
-        "workload": workload.describe(),
-        "probes": probes,
-        "dtype": loaded.dtype,
-        "device": loaded.device,
-    }
-    return QualitySource(
-        tables, _borrowed_calibration(), loaded=loaded, trace=trace, provenance=provenance
+    return (
+        trace,
+        key,
+        {
+            "trace": trace.content_sha256,
+            "workload": workload.describe(),
+            "probes": probes,
+            "dtype": loaded.dtype,
+            "device": loaded.device,
+        },
     )
 
 

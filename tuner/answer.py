@@ -1,0 +1,171 @@
+"""What a study's end comes to: the plan checked beside its rivals, its costs, the front, notes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import kvtune
+from kvtune.common.progress import Progress
+from kvtune.policies.policy import Policy
+from kvtune.simulator.cost import Cost, policy_cost
+from kvtune.simulator.memory import MemoryBudget
+from kvtune.tuner.quality import estimate
+from kvtune.tuner.question import Candidate, Solver, front
+from kvtune.tuner.request import FrontPoint, Quality, SearchRequest, SearchResult
+from kvtune.tuner.rivals import live_rivals, stand_in_rivals
+from kvtune.tuner.sources import QualitySource
+
+if TYPE_CHECKING:
+    from kvtune.tuner.timing import Times
+
+
+@dataclass(frozen=True)
+class Found:
+    """A finished study.
+
+    Args:
+        request: what was asked.
+        budgets: where the memory goes, by context.
+        source: of the quality.
+        solver: the question, ready to answer.
+        study: its key.
+        expected: every plan that fits, its loss calibrated.
+        notes: what was decided before, each with its reason.
+    """
+
+    request: SearchRequest
+    budgets: Mapping[int, MemoryBudget]
+    source: QualitySource
+    solver: Solver
+    study: str
+    expected: Sequence[Candidate]
+    notes: tuple[str, ...]
+
+
+def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
+    """The chosen plan checked, beside its rivals, and the front that it stands on."""
+    request, source, solver = found.request, found.source, found.solver
+    policy, budget = solver.policy(chosen), found.budgets[chosen.context]
+    cost = _cost(found, chosen)
+    predicted = _predicted(source, chosen)
+    compare = live_rivals if source.loaded else stand_in_rivals
+    rivals, validation = compare(source, solver, policy, chosen, predicted.kl, progress)
+    quality = replace(predicted, kl=validation.live) if validation else predicted
+    longest = chosen.context + request.generated_tokens
+    times, untimed = _times(request, source, policy, chosen, progress)
+    return SearchResult(
+        request=request,
+        budget=budget,
+        front=_front_points(found, chosen),
+        policy=policy,
+        context_tokens=chosen.context,
+        prompt_bytes=cost.prompt_bytes,
+        sequences=chosen.sequences,
+        share=cost.share,
+        quality=quality,
+        predicted=predicted,
+        rivals=tuple(rivals),
+        memory=cost.memory,
+        latency=cost.latency,
+        prefill=cost.prefill,
+        compression=cost.compression,
+        full_cache_sequences=budget.cache_bytes // request.shape.kv_bytes(longest),
+        full_cache_accuracy=validation.full_cache_accuracy if validation else None,
+        counters=validation.counters if validation else {},
+        notes=(*found.notes, *_notes(found, chosen, quality)),
+        provenance={
+            "kvtune": kvtune.__version__,
+            "seed": request.seed,
+            "study": found.study,
+            **source.provenance,
+        },
+        times=times,
+        untimed=untimed,
+    )
+
+
+def _times(
+    request: SearchRequest,
+    source: QualitySource,
+    policy: Policy,
+    chosen: Candidate,
+    progress: Progress,
+) -> tuple[Times | None, str | None]:
+    """As ``kvtune validate`` would time the plan; neither times nor a reason away from GPUs."""
+    loaded, trace = source.loaded, source.trace
+    if loaded is None or trace is None or not loaded.device.startswith("cuda"):
+        return None, None
+    from kvtune.tuner.timing import present_gpu, times_or_reason
+
+    if present_gpu() != request.gpu:
+        return None, f"the GPU of this machine is no {request.gpu.name}, which the plan is for"
+    progress.note("timing the plan beside the uncompressed cache on this GPU")
+    return times_or_reason(
+        policy, loaded, request.shape, trace.of_split("evaluate"), batch=chosen.sequences,
+        context_tokens=chosen.context,
+    )  # fmt: skip
+
+
+def _predicted(source: QualitySource, chosen: Candidate) -> Quality:
+    """The plan's loss on held-out samples, from the tables, moved onto the calibration's line."""
+    held_out = source.tables.of_split("evaluate")
+    kinds = [sample.kind for sample in held_out.samples]
+    raw = estimate(held_out.by_sample(chosen.choice), kinds, "table")
+    return Quality(
+        kl=source.calibration.apply(raw),
+        source="stand-in" if source.stand_in else "own trace",
+        stand_in=source.stand_in,
+        samples=len(kinds),
+    )
+
+
+def _cost(found: Found, candidate: Candidate) -> Cost:
+    """Memory and time with its sequences at once."""
+    request, policy = found.request, found.solver.policy(candidate)
+    at_once = replace(found.budgets[candidate.context], batch=candidate.sequences)
+    return policy_cost(policy, request.shape, request.gpu, at_once, request.generated_tokens)
+
+
+def _front_points(found: Found, chosen: Candidate) -> tuple[FrontPoint, ...]:
+    shown = {c.number: c for c in (*front(found.expected), chosen)}.values()
+    points = [_front_point(found, each, each.number == chosen.number) for each in shown]
+    return tuple(sorted(points, key=lambda p: (p.context_tokens * p.sequences, -p.kl)))
+
+
+def _front_point(found: Found, candidate: Candidate, chosen: bool) -> FrontPoint:
+    cost = _cost(found, candidate)
+    return FrontPoint(
+        kl=candidate.kl,
+        context_tokens=candidate.context,
+        sequences=candidate.sequences,
+        prompt_bytes=cost.prompt_bytes,
+        share=cost.share,
+        time_per_token=cost.latency,
+        tokens_per_second=cost.tokens_per_second,
+        parameters=candidate.parameters,
+        chosen=chosen,
+    )
+
+
+def _notes(found: Found, chosen: Candidate, quality: Quality) -> tuple[str, ...]:
+    """Automatic choices, each with its reason."""
+    request, prompt = found.request, found.source.tables.prompt_tokens
+    notes = [f"weights: {found.budgets[chosen.context].reason}"]
+    if request.sequences is None or len(request.contexts) > 1:
+        notes.append(
+            f"at once: {chosen.sequences} of {chosen.context} tokens, the most whose loss on "
+            f"selection stays within {request.largest_kl:g} nats a token."
+        )
+    if prompt != chosen.context:
+        notes.append(
+            f"context: quality was measured on prompts of {prompt} tokens; budgets are shares of "
+            f"the prompt and are carried over to {chosen.context}."
+        )
+    if quality.kl.value > request.largest_kl:
+        notes.append(
+            f"loss: {quality.kl.value:.3g} nats a token on held-out samples is above --max-kl "
+            f"{request.largest_kl:g}; fewer sequences (--batch) or more --mem lower it."
+        )
+    return tuple(notes)
