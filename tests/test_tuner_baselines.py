@@ -115,6 +115,15 @@ def test_candidates_of_a_family_have_names_of_their_own() -> None:
         assert len(set(names)) == len(names) > 0
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
+def test_a_candidate_bears_its_family_also_where_the_whole_prompt_fits(
+    family: str, share: float
+) -> None:
+    names = [policy.name for policy in candidates(family, int(share * FULL), *SHAPE)]
+    assert {name.split()[0] for name in names} == {family}
+
+
 @pytest.mark.parametrize("family", ["pyramid", "adakv"])
 def test_moving_budgets_keeps_the_sum_of_tokens(family: str) -> None:
     for policy in candidates(family, FULL // 8, *SHAPE):

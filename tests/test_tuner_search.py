@@ -23,6 +23,7 @@ from kvtune.profiles.models import find_model
 from kvtune.simulator.memory import memory_budget
 from kvtune.simulator.tables import Tables
 from kvtune.tuner import sources
+from kvtune.tuner.baselines import FAMILIES
 from kvtune.tuner.explore.outcome import read_outcome
 from kvtune.tuner.options import METHODS, Menu, alike, every_method
 from kvtune.tuner.request import SearchRequest, SearchResult
@@ -132,6 +133,8 @@ def test_rivals_take_the_same_bytes_and_the_plan_is_first(packaged: Tables, tmp_
         assert 0.8 * result.prompt_bytes <= rival.prompt_bytes <= result.prompt_bytes
         assert rival.live is None
         assert rival.predicted.low <= rival.predicted.value <= rival.predicted.high
+    read = [r for r in result.rivals if r.family in FAMILIES]
+    assert [r.name.split()[0] for r in read] == [r.family for r in read]
     curves = [r for r in result.rivals if r.family == "uniform"]
     share, interpolated = result.share, curves[0].predicted.value
     assert interpolated == pytest.approx(0.003 * (1 - share) / share, rel=0.5)

@@ -77,14 +77,15 @@ def fill(
     wider precision is then the fairer candidate.
     """
 
+    family = "uniform" if isinstance(allocator, AsGiven) else allocator.name
+
     def policy(tokens: int, extra: int) -> Policy:
         flat = [tokens + (head < extra) for head in range(layers * kv_heads)]
         heads = tuple(
             tuple(replace(option, budget=Budget(tokens=n)) for n in flat[at : at + kv_heads])
             for at in range(0, len(flat), kv_heads)
         )
-        name = f"{allocator.name} {option.method.label} {option.keys.label}"
-        return Policy(name.replace("as_given", "uniform"), heads, allocator)
+        return Policy(f"{family} {option.method.label} {option.keys.label}", heads, allocator)
 
     def takes(tokens: int, extra: int = 0) -> int:
         return policy(tokens, extra).footprint(prompt_tokens, head_dim)
@@ -93,7 +94,7 @@ def fill(
         return None
     tokens = _largest(lambda n: takes(n) <= budget_bytes, 1, prompt_tokens)
     if tokens == prompt_tokens:
-        return replace(policy(tokens, 0), name=f"uniform full {option.keys.label}")
+        return replace(policy(tokens, 0), name=f"{family} full {option.keys.label}")
     return policy(
         tokens, _largest(lambda n: takes(tokens, n) <= budget_bytes, 0, layers * kv_heads)
     )

@@ -50,7 +50,9 @@ def stand_in_rivals(
     for family in FAMILIES:
         if (point := _on_curve(source.curves.get(family, []), share)) is not None:
             name, figure = point
-            rivals.append(Rival(name, family, figure, None, chosen.prompt_bytes))
+            stored = name.split(" ", 1)[1]  # a family's whole prompt bears the name of uniform's
+            named = f"{family} {stored}"
+            rivals.append(Rival(named, family, figure, None, chosen.prompt_bytes))
     return rivals, None
 
 
