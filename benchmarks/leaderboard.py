@@ -22,7 +22,7 @@ from typing import Any
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.common.words import accuracy, figure
-from kvtune.tuner.bench import ASKED, read_runs
+from kvtune.tuner.bench_runs import ASKED, read_runs
 from kvtune.tuner.leaderboard import Standing, full_cache, standings
 
 SETTINGS = ("asked_after", "asked_before", "second_question")

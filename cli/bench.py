@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvtune.common.estimate import Estimate
     from kvtune.traces.models import LoadedModel
     from kvtune.traces.samples import Sample
-    from kvtune.tuner.bench import Run
+    from kvtune.tuner.bench_runs import Run
     from kvtune.tuner.leaderboard import Standing
 
 

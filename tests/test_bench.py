@@ -17,7 +17,8 @@ from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.method import methods
 from kvtune.runtime.live import run_live
 from kvtune.traces.calibration import Calibration, keep_calibration
-from kvtune.tuner.bench import RUNS, Run, asked_before, bench, entries
+from kvtune.tuner.bench import asked_before, bench, entries
+from kvtune.tuner.bench_runs import RUNS, Run
 from kvtune.tuner.leaderboard import full_cache, standings
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,11 +8,10 @@ that an interrupted bench goes on where it stopped.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import Any, Literal
 
 from kvtune.common.errors import KvtuneError, nearest
 from kvtune.common.progress import Progress, Silent
@@ -39,11 +38,10 @@ from kvtune.runtime.prompts import fresh_prompt
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample, by_turns
 from kvtune.tuner.baselines import fill
+from kvtune.tuner.bench_runs import Run, Setting, append_runs, open_runs
 from kvtune.tuner.validate import union_of_needs
 
-Setting = Literal["asked after", "asked before"]
 SHARES = (0.05, 0.10, 0.20, 0.40)
-RUNS, ASKED = "runs.jsonl", "bench.json"
 _TOGETHER = {"cpu": 6, "cuda": 20}  # policies a batch beside the full cache
 
 
@@ -76,41 +74,6 @@ SPLIT = (
     Entry(CompressKV(), CompressKVLayers()),
 )
 """Methods with budgets split as their authors, or the field, do."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One policy on one sample.
-
-    Args:
-        policy: name of the entry.
-        share: bytes asked for, of the prompt's bf16 bytes.
-        sample: id.
-        kind: of text.
-        setting: when the questions are asked.
-        kl: from the full cache, nats a token.
-        taken: bytes counted while compressing, of the prompt's bf16 bytes.
-        evicted: heads that dropped a token: proof that the policy fired.
-        first: answer tokens of the first question: right, asked.
-        later: of the others.
-        full_first: under the full cache.
-        full_later: likewise.
-        needles: questions asked first, and later.
-    """
-
-    policy: str
-    share: float
-    sample: str
-    kind: str
-    setting: Setting
-    kl: float
-    taken: float
-    evicted: int
-    first: tuple[int, int]
-    later: tuple[int, int]
-    full_first: tuple[int, int]
-    full_later: tuple[int, int]
-    needles: tuple[int, int]
 
 
 def entries(only: Sequence[str] = ()) -> tuple[Entry, ...]:
@@ -169,20 +132,16 @@ def bench(
     """
     form = form or Bf16()
     progress = progress or Silent()
-    runs = _open(out, loaded, form)
+    runs = open_runs(out, loaded, form)
     done = {(run.policy, run.share, run.sample) for run in runs}
     if union_of_needs([_probe(entry) for entry in chosen]).calibration:
         calibration_of(loaded, progress)
     settings = list(_settings(samples))
     for setting, sample in progress.track(settings, "running live", len(settings)):
-        wanted = [
-            (entry, share)
-            for entry in chosen
-            for share in shares
-            if (entry.name, share, sample.id) not in done
-        ]
+        every = product(chosen, shares)
+        wanted = [(e, share) for e, share in every if (e.name, share, sample.id) not in done]
         for found in _run_sample(loaded, setting, sample, wanted, form):
-            _append(out / RUNS, found)
+            append_runs(out, found)
             runs += found
     names = {entry.name for entry in chosen}
     return [run for run in runs if run.policy in names and run.share in shares]
@@ -267,40 +226,3 @@ def _measured(
         full_later=right(theirs, later),
         needles=(len(first), len(later)),
     )
-
-
-def _open(out: Path, loaded: LoadedModel, form: Format) -> list[Run]:
-    """Runs that the folder already holds."""
-    asked = {"model": loaded.fingerprint, "dtype": loaded.dtype, "format": repr(form)}
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / ASKED).is_file():
-        (out / ASKED).write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
-    if json.loads((out / ASKED).read_text(encoding="utf-8")) != asked:
-        raise KvtuneError(
-            "the folder holds a bench of another model or format",
-            where=str(out),
-            hint="choose another folder with --out, or remove this one.",
-        )
-    return read_runs(out)
-
-
-def read_runs(out: Path) -> list[Run]:
-    """The runs that a bench's folder holds; half a line at its end is cut off."""
-    if not (out / RUNS).is_file():
-        return []
-    lines = (out / RUNS).read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line
-    if len(whole) < len(lines):
-        (out / RUNS).write_text("".join(whole), encoding="utf-8")
-    return [_read(line) for line in whole]
-
-
-def _append(path: Path, runs: Sequence[Run]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(run)) + "\n" for run in runs)
-
-
-def _read(line: str) -> Run:
-    fields: dict[str, Any] = json.loads(line)
-    whole: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    return Run(**whole)

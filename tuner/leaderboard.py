@@ -9,7 +9,7 @@ import numpy as np
 
 from kvtune.common.estimate import Estimate
 from kvtune.policies.method import find_method
-from kvtune.tuner.bench import Run
+from kvtune.tuner.bench_runs import Run
 from kvtune.tuner.quality import estimate
 from kvtune.tuner.validate import share_right
 
