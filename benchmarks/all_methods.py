@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import workers
 from divisions import Division, divided
-from outcomes import Outcome, used
+from outcomes import Outcome, points_below_full, times_as_much, used
 from plans import Choice, Plan, choose, search, variants
 
 from kvtune.common.errors import KvtuneError
@@ -44,7 +44,6 @@ from kvtune.simulator.tables import Tables, join
 from kvtune.traces.models import LoadedModel, load_model
 from kvtune.traces.samples import Sample
 from kvtune.tuner.options import FULL, METHODS, Menu, every_method
-from kvtune.tuner.quality import bootstrap
 
 SHARES = (0.03, 0.06, 0.12)
 THREE, ALL = "three methods", "all methods"
@@ -230,22 +229,20 @@ def described(plan: Plan, loss: Outcome, answer: Outcome) -> dict[str, Any]:
 
 def retrieval(answer: Outcome) -> dict[str, Any]:
     """Digits right of all held-out needles, paired with the full cache."""
-    interval = np.percentile(bootstrap(answer.points, answer.kinds), [2.5, 97.5])
     return {
         "digits": float(np.mean(answer.digits)),
         "full_digits": float(np.mean(answer.full_digits)),
-        "points_below_full": float(answer.points.mean()),
-        "points_interval": [float(x) for x in interval],
+        **points_below_full(answer),
         "samples": len(answer.digits),
     }
 
 
 def gain(three: Outcome, every: Outcome) -> dict[str, Any]:
-    """The small menu's loss beside the large one's; the same samples are drawn for both."""
-    theirs, ours = (bootstrap(outcome.kl, outcome.kinds) for outcome in (three, every))
+    """The small menu's loss beside the large one's."""
+    times, interval = times_as_much(three, every)
     return {
-        "times": three.mean_kl / every.mean_kl,
-        "times_interval": [float(x) for x in np.percentile(theirs / ours, [2.5, 97.5])],
+        "times": times,
+        "times_interval": interval,
         "samples_better": int(np.sum(np.array(three.kl) > np.array(every.kl))),
         "samples": len(every.kl),
     }

@@ -29,94 +29,14 @@ from typing import Any
 
 import numpy as np
 import workers
-from measures import (
-    KINDS_OF,
-    NEEDLES,
-    PLAIN,
-    Entrant,
-    Measure,
-    asked_before,
-    asked_later,
-    compressed,
-    cosine,
-    generated,
-)
+from measures import KINDS_OF, NEEDLES, PLAIN, Entrant, Measure
+from papers import CLAIMS, Claim
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.allocators.adakv import AdaKV
-from kvtune.policies.allocators.cake_layers import CakeLayers
-from kvtune.policies.allocators.pyramid import Pyramid
 from kvtune.traces.models import load_model
 from kvtune.traces.samples import Sample, by_turns
 from kvtune.traces.workloads import Workload, build
 from kvtune.tuner.quality import bootstrap
-
-
-@dataclass(frozen=True)
-class Claim:
-    """That ``better`` does better than ``worse``."""
-
-    text: str
-    measure: Measure
-    better: Entrant
-    worse: Entrant
-
-
-def _against(method: str, share: float, **parameters: Any) -> Entrant:
-    return Entrant(method, share, parameters=tuple(parameters.items()))
-
-
-WINDOW = {"sinks": 0}
-PYRAMID = Pyramid(window=32)  # SnapKV's: without it the last layers would starve
-CLAIMS = (
-    Claim(
-        "H2O beats a window at 20 %",
-        generated, _against("h2o", 0.2), _against("streaming_llm", 0.2, **WINDOW),
-    ),
-    Claim(
-        "sinks beat a plain window at 20 %",
-        generated, _against("streaming_llm", 0.2), _against("streaming_llm", 0.2, **WINDOW),
-    ),
-    Claim("A2SF's attention is nearer than H2O's at 20 %",
-          cosine, _against("a2sf", 0.2), _against("h2o", 0.2)),
-    Claim("Ada-KV beats even budgets at 10 %",
-          compressed, Entrant("snapkv", 0.1, allocator=AdaKV()), _against("snapkv", 0.1)),
-    Claim("SnapKV beats H2O at 10 % where it has seen the question",
-          asked_before, _against("snapkv", 0.1), _against("h2o", 0.1)),
-    Claim("KVzip beats SnapKV at 10 % where the question comes later",
-          asked_later, _against("kvzip", 0.1), _against("snapkv", 0.1)),
-    Claim("a pyramid beats even budgets at 64 tokens",
-          compressed, Entrant("snapkv", tokens=64, allocator=PYRAMID),
-          Entrant("snapkv", tokens=64)),
-    Claim("even budgets are no worse than a pyramid at 256 tokens",
-          compressed, Entrant("snapkv", tokens=256),
-          Entrant("snapkv", tokens=256, allocator=PYRAMID)),
-    Claim("TOVA beats H2O at 12.5 %",
-          generated, _against("tova", 0.125), _against("h2o", 0.125)),
-    Claim("LazyEviction beats H2O at 50 % (plain text, not chains of thought)",
-          generated, _against("lazy_eviction", 0.5, window=25), _against("h2o", 0.5)),
-    Claim("LazyEviction beats TOVA at 50 % (plain text, not chains of thought)",
-          generated, _against("lazy_eviction", 0.5, window=25), _against("tova", 0.5)),
-    Claim("retrieval heads choose better than all heads at 10 % (CompressKV)",
-          compressed, _against("compresskv", 0.1), _against("compresskv", 0.1, voters=10_000)),
-    Claim("CAKE beats a SnapKV pyramid at 10 %",
-          compressed, Entrant("cake", 0.1, allocator=CakeLayers()),
-          Entrant("snapkv", 0.1, allocator=PYRAMID)),
-    Claim("SnapKV beats KeyDiff at 10 % where the prompt is scored whole",
-          compressed, _against("snapkv", 0.1), _against("keydiff", 0.1)),
-    Claim("KeyDiff beats a window at 10 % where the prompt comes in blocks",
-          compressed, _against("keydiff_blockwise", 0.1), _against("streaming_llm", 0.1, **WINDOW)),
-    *(
-        Claim(f"Keyformer beats H2O at 20 %, seed {seed}",
-              generated, _against("keyformer", 0.2, seed=seed), _against("h2o", 0.2))
-        for seed in range(3)
-    ),
-    Claim("Keyformer with noise beats none at 20 %",
-          generated, _against("keyformer", 0.2), _against("keyformer", 0.2, noise=0.0)),
-    Claim("merging beats evicting at 5 % (EMS reconstructed: ours, not the paper's)",
-          compressed, _against("ems_reconstruction", 0.05),
-          _against("ems_reconstruction", 0.05, threshold=2.0)),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,21 @@ class Outcome:
         return found
 
 
+def points_below_full(outcome: Outcome) -> dict[str, Any]:
+    """Digits below the full cache's, paired with it, with a 95 % interval."""
+    interval = np.percentile(bootstrap(outcome.points, outcome.kinds), [2.5, 97.5])
+    return {
+        "points_below_full": float(outcome.points.mean()),
+        "points_interval": [float(x) for x in interval],
+    }
+
+
+def times_as_much(theirs: Outcome, ours: Outcome) -> tuple[float, list[float]]:
+    """How many times our loss theirs is, and its interval; the same samples are drawn for both."""
+    ratio = bootstrap(theirs.kl, theirs.kinds) / bootstrap(ours.kl, ours.kinds)
+    return theirs.mean_kl / ours.mean_kl, [float(x) for x in np.percentile(ratio, [2.5, 97.5])]
+
+
 def used(policy: Policy) -> dict[str, int]:
     """How many heads a plan gives each option."""
     labels = [option.label for option in policy.options()]

@@ -4,7 +4,7 @@
 
 Every kernel is checked against a float64 reference, beside torch's own error; then timed cold, in
 CUDA graphs over rotating buffers, against SDPA's flash and cuDNN backends, FlexAttention, and
-FlashInfer and FlashAttention where they can be imported. Results are written as they come; when
+FlashAttention where it can be imported. Results are written as they come; when
 the time is up, what is left is skipped and named.
 """
 

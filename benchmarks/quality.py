@@ -26,14 +26,12 @@ import numpy as np
 import torch
 import workers
 from divisions import KINDS, Division, divided
-from outcomes import Outcome, used
+from outcomes import Outcome, points_below_full, times_as_much, used
 from plans import Plan, choose, one_option_a_layer, search, variants
-from policies_mixed import mixed_policies
-from scipy.stats import spearmanr
+from ranking import ranking
 
 from kvtune import __version__
 from kvtune.policies.policy import Policy
-from kvtune.simulator.calibration import calibrate
 from kvtune.simulator.tables import Tables, compact, join
 from kvtune.simulator.tables_file import save_tables
 from kvtune.traces.models import LoadedModel, load_model
@@ -41,7 +39,6 @@ from kvtune.traces.samples import Sample
 from kvtune.tuner.allocate import Problem, score
 from kvtune.tuner.baselines import FAMILIES, candidates
 from kvtune.tuner.options import FULL, SMALL
-from kvtune.tuner.quality import bootstrap
 
 SHARES = (0.03, 0.06, 0.12, 0.25)
 CURVE = (0.015, *SHARES, 0.5)  # where the baselines are measured
@@ -213,75 +210,19 @@ def compare(bench: Bench, plans: list[Plan]) -> None:
 
 def against(policy: Policy, rival: Outcome, mine: Outcome) -> dict[str, Any]:
     """A rival's figures, and how many times the plan's loss its own is."""
-    ratio = bootstrap(rival.kl, rival.kinds) / bootstrap(mine.kl, mine.kinds)
-    return {
-        "name": policy.name,
-        **rival.summary(),
-        "times_the_plan": rival.mean_kl / mine.mean_kl,
-        "times_interval": [float(x) for x in np.percentile(ratio, [2.5, 97.5])],
-    }
+    times, interval = times_as_much(rival, mine)
+    figures = {"times_the_plan": times, "times_interval": interval}
+    return {"name": policy.name, **rival.summary(), **figures}
 
 
 def retrieval(bench: Bench, policies: list[Policy]) -> None:
     """8-needle accuracy, paired with the full cache, on held-out needles."""
-    rows = []
     outcomes = bench.run(policies, bench.division.needles)
-    for policy, outcome in zip(policies, outcomes, strict=True):
-        interval = np.percentile(bootstrap(outcome.points, outcome.kinds), [2.5, 97.5])
-        rows.append(
-            {
-                "policy": policy.name,
-                **outcome.summary(),
-                "points_below_full": float(outcome.points.mean()),
-                "points_interval": [float(x) for x in interval],
-            }
-        )
+    rows = [
+        {"policy": policy.name, **outcome.summary(), **points_below_full(outcome)}
+        for policy, outcome in zip(policies, outcomes, strict=True)
+    ]
     bench.record("retrieval", rows)
-
-
-def ranking(bench: Bench) -> dict[str, Any]:
-    """How well predictions rank mixed policies, calibrated on selection samples."""
-    mixed = mixed_policies(bench.shape[0], bench.shape[1])
-    policies = [policy for _, policy in mixed]
-    kinds = np.array([kind for kind, _ in mixed])
-    lives, guesses = {}, {}
-    test_on = bench.first(3, "evaluate")
-    for name, group in (("select", bench.first(2, "select")), ("evaluate", test_on)):
-        lives[name] = np.array([np.mean(o.kl) for o in bench.run(policies, group)])
-        found = bench.crew.everywhere(workers.predicted, group, policies)
-        guesses[name] = {
-            proxy: np.concatenate([part[proxy] for part in found], 1).mean(1) for proxy in found[0]
-        }
-    line = calibrate(guesses["select"]["probes"], lives["select"])
-    predicted, live = guesses["evaluate"]["probes"], lives["evaluate"]
-    ratio = live / np.array([line.value(p) for p in predicted])
-    evicting = kinds != "quantised"
-    result: dict[str, Any] = {
-        "policies": len(policies),
-        "texts": len(test_on),
-        "calibration": line.as_dict(),
-        "live_over_predicted_raw_median": float(np.median(live / predicted)),
-        "live_over_predicted_median": float(np.median(ratio)),
-        "live_over_predicted_p10_p90": [float(x) for x in np.percentile(ratio, [10, 90])],
-        "spearman": {
-            proxy: {
-                "all": _spearman(values, live),
-                "eviction": _spearman(values[evicting], live[evicting]),
-                "quantisation": _spearman(values[~evicting], live[~evicting]),
-            }
-            for proxy, values in guesses["evaluate"].items()
-        },
-        "pairs": [
-            [kind, policy.name, float(p), float(t)]
-            for kind, policy, p, t in zip(kinds, policies, predicted, live, strict=True)
-        ],
-    }
-    bench.record("ranking", result)
-    return result
-
-
-def _spearman(predicted: np.ndarray, live: np.ndarray) -> float:
-    return float(spearmanr(predicted, live).statistic)
 
 
 def ship(bench: Bench, tables: Tables, rank: int) -> None:
@@ -338,7 +279,7 @@ def measure(arguments: argparse.Namespace, bench: Bench) -> None:
     ship(bench, tables, arguments.rank)
     bench.record("score_microseconds", score_microseconds(tables.of_split("search")))
     plans = choose_plans(bench, tables)
-    ranking(bench)
+    bench.record("ranking", ranking(bench))
     compare(bench, plans)
     ship(bench, tables, arguments.rank)
 
