@@ -85,9 +85,8 @@ def _tables(
 ) -> list[Any]:
     from kvtune.cli.tables import budget_table, cost_table
 
-    title = f"Costs at {budget.context_tokens} tokens, {budget.batch} at once"
     quality = _quality(document)
-    return [budget_table(budget, quality), "", cost_table(title, costs, f"quality: {quality}")]
+    return [budget_table(budget, quality), "", cost_table(budget, costs, quality)]
 
 
 def _quality(document: PolicyDocument | None) -> str:

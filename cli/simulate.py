@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvtune.cli.replayed import Replayed
     from kvtune.policies.document import PolicyDocument
     from kvtune.simulator.cost import Cost
+    from kvtune.simulator.memory import MemoryBudget
     from kvtune.traces.trace import Trace
 
 _HINT = "capture one first: kvtune capture --model NAME --out DIR, then --trace DIR."
@@ -70,7 +71,7 @@ def command(
         found = replay(
             recorded, bound, target.shape.name, split, device or best_device(), output.progress
         )
-        _report(output, document, found, cost, budget.batch, budget.context_tokens)
+        _report(output, document, found, cost, budget)
         answer = _answer(document, found, cost) | {"gpu": target.gpu.slug, "budget": budget}
         output.finish("simulate", answer)
 
@@ -85,12 +86,7 @@ def _open(folder: Path | None) -> Trace:
 
 
 def _report(
-    output: Output,
-    document: PolicyDocument,
-    found: Replayed,
-    cost: Cost,
-    batch: int,
-    context: int,
+    output: Output, document: PolicyDocument, found: Replayed, cost: Cost, budget: MemoryBudget
 ) -> None:
     from kvtune.cli.output import table
     from kvtune.cli.tables import cost_table
@@ -109,11 +105,7 @@ def _report(
             caption=f"quality: {found.quality}, 95 % bootstrap interval",
         ),
         "",
-        cost_table(
-            f"Costs at {context} tokens, {batch} at once",
-            {name: cost},
-            f"quality: {found.quality}",
-        ),
+        cost_table(budget, {name: cost}, str(found.quality)),
     )
 
 

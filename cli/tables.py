@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from kvtune.cli.output import table
 from kvtune.common.estimate import Estimate, exact
-from kvtune.common.units import GB, GIB
+from kvtune.common.units import GB, GIB, format_tokens
 from kvtune.common.words import count, figure, percent
 
 if TYPE_CHECKING:
@@ -40,25 +41,29 @@ def _gib(part: Estimate) -> tuple[str, str, str]:
     return f"{part.value / GIB:.2f}", interval, part.tier
 
 
-def _statistics(costs: list[Cost]) -> list[tuple[str, list[str]]]:
-    """What is remembered of entries while evicting, where anything is."""
+def cost_table(budget: MemoryBudget, costs: Mapping[str, Cost], quality: str) -> RenderableType:
+    """What each policy takes for a budget's context and batch: a column each, a figure a row."""
+    rows = [
+        ("one prompt", [figure(exact(c.prompt_bytes, "B")) for c in costs.values()]),
+        *_statistics(costs.values()),
+        ("share of bf16", [percent(c.share) for c in costs.values()]),
+        ("fit at once", [count(c.sequences_that_fit) for c in costs.values()]),
+        ("peak memory", [figure(c.memory) for c in costs.values()]),
+        ("prefill of one", [figure(c.prefill) for c in costs.values()]),
+        ("compressing it", [figure(c.compression) for c in costs.values()]),
+        ("time per token", [figure(c.latency) for c in costs.values()]),
+        ("tokens/s", [figure(c.tokens_per_second) for c in costs.values()]),
+    ]
+    return table(
+        f"Costs at {format_tokens(budget.context_tokens)}, {count(budget.batch)} at once",
+        ("", *costs),
+        [(name, *cells) for name, cells in rows],
+        caption=f"quality: {quality}",
+    )
+
+
+def _statistics(costs: Collection[Cost]) -> list[tuple[str, list[str]]]:
+    """What is remembered of a sequence's entries while evicting, where anything is."""
     if not any(cost.statistics_bytes for cost in costs):
         return []
-    return [("statistics of a sequence", [figure(exact(c.statistics_bytes, "B")) for c in costs])]
-
-
-def cost_table(title: str, rows: dict[str, Cost], caption: str) -> RenderableType:
-    """What each policy takes: a column each, a figure a row."""
-    shown = [
-        ("bytes of one prompt", [figure(exact(c.prompt_bytes, "B")) for c in rows.values()]),
-        *_statistics(list(rows.values())),
-        ("share of bf16", [percent(c.share) for c in rows.values()]),
-        ("sequences that fit", [count(c.sequences_that_fit) for c in rows.values()]),
-        ("peak memory", [figure(c.memory) for c in rows.values()]),
-        ("prefill of one prompt", [figure(c.prefill) for c in rows.values()]),
-        ("compressing it", [figure(c.compression) for c in rows.values()]),
-        ("time per token", [figure(c.latency) for c in rows.values()]),
-        ("tokens/s together", [figure(c.tokens_per_second) for c in rows.values()]),
-    ]
-    columns = ("", *rows)
-    return table(title, columns, [(name, *cells) for name, cells in shown], caption=caption)
+    return [("statistics", [figure(exact(c.statistics_bytes, "B")) for c in costs])]

@@ -52,8 +52,8 @@ def format_tokens(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """``7.0 us``, ``9.7 ms``, ``2.31 s``."""
+    """``7.0 us``, ``9.7 ms``, ``2.31 s``; ``0 s`` for none."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if abs(seconds) >= size:
             return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
+    return f"{seconds * 1e9:.3g} ns" if seconds else "0 s"

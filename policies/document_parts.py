@@ -99,7 +99,7 @@ class Serving(_Portable):
 
     Args:
         weights: format of the weights, for example ``bf16`` or ``q4_0``.
-        context_tokens: prompt and answer together.
+        context_tokens: of each prompt.
         batch: sequences at once.
         gpu: name of the GPU profile.
     """
