@@ -14,7 +14,7 @@ def planned_for(
     gpu: str | None,
     mem: str | None,
     context: str | None,
-    generated: str,
+    generated: str | None,
     batch: int | None,
     weights: str | None,
 ) -> tuple[Target, MemoryBudget]:
@@ -29,7 +29,7 @@ def planned_for(
         gpu or served.gpu or None,
         mem,
         context or str(served.context_tokens or 8192),
-        generated,
+        generated or str(served.generated_tokens or 256),
     )
     budget = memory_budget(
         target.shape,

@@ -37,7 +37,10 @@ def command(
     context: Annotated[
         str | None, typer.Option("--context", metavar="TOKENS", help="Left out: the file's own.")
     ] = None,
-    generated: options.Generated = "256",
+    generated: Annotated[
+        str | None,
+        typer.Option("--generated", metavar="TOKENS", help="Left out: the file's own, else 256."),
+    ] = None,
     batch: Annotated[
         int | None,
         typer.Option("--batch", metavar="N", min=1, help="Left out: the file's own, else 1."),

@@ -100,12 +100,14 @@ class Serving(_Portable):
     Args:
         weights: format of the weights, for example ``bf16`` or ``q4_0``.
         context_tokens: of each prompt.
+        generated_tokens: that each sequence has room for beside its prompt.
         batch: sequences at once.
         gpu: name of the GPU profile.
     """
 
     weights: str = ""
     context_tokens: int | None = None
+    generated_tokens: int | None = None
     batch: int | None = None
     gpu: str = ""
 

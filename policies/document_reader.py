@@ -40,7 +40,7 @@ _MODEL_HINT = (
     "kvtune models lists them; 'model' may also be left out and said by --model, since a 'policy' "
     "fits any shape."
 )
-_WHOLE = (*_FACTS[1:], "context_tokens", "batch")
+_WHOLE = (*_FACTS[1:], "context_tokens", "generated_tokens", "batch")
 
 
 def read_policy(source: Path | str) -> PolicyDocument:

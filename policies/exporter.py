@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 from kvtune.common.errors import KvtuneError
 from kvtune.common.files import inside, write_text
 from kvtune.common.units import format_bytes
-from kvtune.policies.document_parts import ModelFacts, Pattern, PolicyDocument
+from kvtune.policies.document_parts import ModelFacts, Pattern, PolicyDocument, Serving
 from kvtune.policies.policy import Policy
 from kvtune.policies.registry import find, registered
 
@@ -92,7 +92,8 @@ class Plan:
         policy: bound to the model.
         facts: the model's shape.
         model: path or name, as the stack is to load it.
-        context_tokens: prompt and answer together.
+        context_tokens: of each prompt.
+        generated_tokens: of each answer; 0 where the document does not say.
         batch: sequences at once.
     """
 
@@ -101,7 +102,13 @@ class Plan:
     facts: ModelFacts
     model: str
     context_tokens: int
+    generated_tokens: int
     batch: int
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Prompt and answer together: what a stack has to make room for."""
+        return self.context_tokens + self.generated_tokens
 
 
 @dataclass(frozen=True)
@@ -241,16 +248,24 @@ def _plan(
             hint="add model: {name: ..., layers: ..., kv_heads: ..., head_dim: ...}.",
         )
     policy = document.bind(facts.layers, facts.kv_heads)
-    serving = document.serving
-    context = context_tokens or (serving.context_tokens if serving else None)
+    serving = document.serving or Serving()
+    context = context_tokens or serving.context_tokens
     assumed = []
     if context is None:
         context = _ASSUMED_CONTEXT_TOKENS
         assumed.append(Line("context", "approximated", f"not given: {context} tokens are assumed"))
     if not model.isprintable():
         raise KvtuneError("the model's name holds characters that cannot be written in a file")
-    sequences = batch or (serving.batch if serving else None) or 1
-    return Plan(document, policy, facts, model or facts.name, context, sequences), assumed
+    plan = Plan(
+        document,
+        policy,
+        facts,
+        model or facts.name,
+        context,
+        serving.generated_tokens or 0,
+        batch or serving.batch or 1,
+    )
+    return plan, assumed
 
 
 def _quality_lines(document: PolicyDocument) -> list[str]:

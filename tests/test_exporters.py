@@ -193,6 +193,13 @@ def test_what_is_open_is_asked_for_or_assumed_aloud() -> None:
     ] == 77  # fmt: skip
 
 
+def test_stacks_make_room_for_the_answer_beside_the_prompt() -> None:
+    serving = Serving(context_tokens=1024, generated_tokens=100, batch=2)
+    what = PolicyDocument(Pattern(Option()), FACTS, serving=serving)
+    assert vllm_config(export("vllm", what))["max-model-len"] == 1124
+    assert "ctx-size = 2248\n" in export("llama-cpp", what).files["llama-preset.ini"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_names_cannot_break_out_of_a_comment(name: str) -> None:
     rows = ((Option(),) * 2,) * 4

@@ -68,6 +68,7 @@ def _document(result: SearchResult) -> PolicyDocument:
         serving=Serving(
             weights=result.budget.weight_format,
             context_tokens=result.context_tokens,
+            generated_tokens=request.generated_tokens,
             batch=result.sequences,
             gpu=request.gpu.slug,
         ),

@@ -39,7 +39,7 @@ class LlamaCpp(Exporter):
         settings, tokens_lines = _tokens(plan)
         preset: dict[str, object] = {
             "model": plan.model,
-            "ctx-size": plan.context_tokens * plan.batch,
+            "ctx-size": plan.sequence_tokens * plan.batch,
             "parallel": plan.batch,
             "flash-attn": "on" if values != "f16" else "auto",
             "cache-type-k": keys,

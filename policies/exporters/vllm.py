@@ -47,7 +47,7 @@ class Vllm(Exporter):
         window, windowed, token_lines = _windows(plan)
         config: dict[str, Any] = {
             "model": plan.model,
-            "max-model-len": plan.context_tokens,
+            "max-model-len": plan.sequence_tokens,
             "max-num-seqs": plan.batch,
             "kv-cache-dtype": dtype,
         }

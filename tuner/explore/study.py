@@ -148,7 +148,13 @@ class Study:
                 trace=trace,
                 seed=facts.seed,
             ),
-            serving=Serving(weights, plan.context_tokens, plan.sequences, facts.gpu),
+            serving=Serving(
+                weights,
+                plan.context_tokens,
+                facts.generated_tokens,
+                plan.sequences,
+                facts.gpu,
+            ),
         )
 
 
