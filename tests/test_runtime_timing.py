@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -25,10 +26,10 @@ from kvtune.runtime import timing
 from kvtune.runtime.device import CudaBench, bench_for
 from kvtune.runtime.largest import Bounds, Largest
 from kvtune.runtime.measure.monitor import NoMonitor
-from kvtune.runtime.timing import STRETCHES, Beside, Decoding, Timing, time_beside
+from kvtune.runtime.timing import NEW_TOKENS, STRETCHES, Beside, Decoding, Timing, time_beside
 from kvtune.traces.models import wrap
 from kvtune.traces.samples import Sample
-from kvtune.tuner.timing import time_plan
+from kvtune.tuner.timing import _known, time_plan
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -350,3 +351,11 @@ def test_what_the_simulator_does_not_know_is_not_predicted(
     assert (times.plan, times.full_cache, times.coverage) == (None, None, None)
     assert times.most.predicted == {}
     assert [guess for _, _, guess, _ in searches] == [None, None]
+
+
+def test_windows_longer_than_a_sequence_hinder_no_prediction() -> None:
+    gemma = find_model("gemma-3-1b")
+    window = min(w for w in gemma.windows if w)
+    loaded: Any = types.SimpleNamespace(dtype="bfloat16")
+    assert _known(gemma, loaded, window - NEW_TOKENS)
+    assert not _known(gemma, loaded, window - NEW_TOKENS + 1)

@@ -12,7 +12,7 @@ from kvtune.profiles.gpus import GpuProfile, detect_gpu
 from kvtune.profiles.shape import ModelShape
 from kvtune.runtime.device import Bench, bench_for
 from kvtune.runtime.largest import Bounds, Largest, find_largest
-from kvtune.runtime.timing import Beside, Decoding, time_beside, uncompressed
+from kvtune.runtime.timing import NEW_TOKENS, Beside, Decoding, time_beside, uncompressed
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample
 from kvtune.tuner.expected import Card, Expected, ExpectedLargest, Pair
@@ -148,7 +148,7 @@ def time_plan(
     prompts = _prompts(loaded, samples, batch, tokens)
     measured = time_beside(policy, loaded.model, prompts, bench)
     gpu = present_gpu()
-    card = Card(shape, gpu, tokens) if gpu and _known(shape, loaded) else None
+    card = Card(shape, gpu, tokens) if gpu and _known(shape, loaded, tokens) else None
     both = {"plan": policy, "full_cache": uncompressed(policy)}
     many = measured.plan.batch
     expected = {name: card.expect(one, many) for name, one in both.items()} if card else {}
@@ -230,6 +230,7 @@ def present_gpu() -> GpuProfile | None:
         return None
 
 
-def _known(shape: ModelShape, loaded: LoadedModel) -> bool:
-    """Whether the simulator answers for such a model."""
-    return loaded.dtype != "float32" and shape.latent is None and not any(shape.windows)
+def _known(shape: ModelShape, loaded: LoadedModel, tokens: int) -> bool:
+    """Whether the simulator answers for such a model and prompts of so many tokens."""
+    whole = shape.latent is None and not shape.lets_go(tokens + NEW_TOKENS)
+    return whole and loaded.dtype != "float32"
