@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from kvtune.policies.method import Method
-from kvtune.policies.registry import find, registered
+from kvtune.policies.registry import registered
 from kvtune.policies.signals import Needs, Signals
 
 if TYPE_CHECKING:
@@ -57,11 +57,6 @@ class Allocator:
     ) -> list[int]:
         """One layer's budgets ``[H]``, re-split when its prompt has been seen."""
         return list(budgets)
-
-
-def find_allocator(name: str) -> type[Allocator]:
-    """The allocator called ``name``."""
-    return find(PACKAGE, Allocator, name)
 
 
 def allocators() -> dict[str, type[Allocator]]:

@@ -128,8 +128,3 @@ def footprint(policy: Policy, tokens: NDArray[np.int64], head_dim: int) -> int:
 def footprint_of_lengths(layers: int, kv_heads: int) -> int:
     """Bytes that a ragged cache takes to know each head's length."""
     return _LENGTH_BYTES * layers * kv_heads
-
-
-def generated_bytes_per_token(layers: int, kv_heads: int, head_dim: int) -> int:
-    """Bytes that each generated token adds in 16 bits, keys and values, where it stays so."""
-    return 2 * 2 * layers * kv_heads * head_dim

@@ -97,11 +97,6 @@ class GpuProfile:
         return int(self.memory_visible.value * MIB)
 
     @property
-    def nominal_bytes(self) -> int:
-        """Memory that the box says."""
-        return int(self.memory_nominal.value * GIB)
-
-    @property
     def bandwidth_bytes_per_s(self) -> float:
         """Peak memory bandwidth."""
         return self.bandwidth.value * 1e9

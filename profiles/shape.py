@@ -208,13 +208,6 @@ class ModelShape:
         head = self.vocab_size * self.hidden_size
         return counts.attention + counts.feed_forward + int(counts.experts * share) + head
 
-    def expert_share_read(self, tokens: float) -> float:
-        """Share of the routed experts that ``tokens`` tokens touch if routing is uniform."""
-        if self.experts is None:
-            return 0.0
-        missed = 1 - self.experts.active / self.experts.count
-        return float(1 - missed**tokens)
-
     def parameter_counts(self) -> ParameterCounts:
         """Parameters by kind. Tested against the totals that the publishers state."""
         table = self.vocab_size * self.hidden_size

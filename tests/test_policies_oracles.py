@@ -27,7 +27,7 @@ from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import ALL, Budget, Option
-from kvtune.policies.policy import Policy, footprint, generated_bytes_per_token
+from kvtune.policies.policy import Policy, footprint
 from kvtune.policies.signals import Needs, Signals
 from kvtune.policies.testing import Case, make_signals, uniform, variants
 
@@ -320,10 +320,6 @@ def test_budgets_resolve_to_tokens() -> None:
     assert [Budget(share=0.125).resolve(n) for n in (0, 1, 8, 100, 1000)] == [0, 1, 1, 12, 125]
     assert [Budget(tokens=64).resolve(n) for n in (1, 64, 100)] == [1, 64, 64]
     assert ALL.resolve(77) == 77
-
-
-def test_generated_tokens_stay_in_16_bits() -> None:
-    assert generated_bytes_per_token(30, 3, 64) == 23_040  # SmolLM2-135M
 
 
 # Attention over parts

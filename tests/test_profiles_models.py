@@ -113,13 +113,8 @@ def test_a_longer_context_never_takes_less(shape: Any, context: int, more: int) 
     assert shape.kv_bytes(context) <= shape.kv_bytes(context + more)
 
 
-def test_a_mixture_reads_more_experts_the_more_tokens_there_are() -> None:
-    shape = find_model("gpt-oss-20b")
-    shares = [shape.expert_share_read(tokens) for tokens in (1, 8, 64, 512)]
-    assert shares[0] == pytest.approx(4 / 32)
-    assert shares == sorted(shares)
-    assert shares[-1] <= 1
-    assert 3.5e9 < shape.active_parameters < 3.7e9  # the publisher says 3.6 B
+def test_a_mixture_multiplies_as_many_parameters_as_its_publisher_says() -> None:
+    assert 3.5e9 < find_model("gpt-oss-20b").active_parameters < 3.7e9  # 3.6 B
     assert 36e9 < find_model("deepseek-v3").active_parameters < 38e9  # and 37 B
 
 
