@@ -36,10 +36,10 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Record an attention trace of a model."""
-    from kvtune.cli.inputs import check_writable, read_model, read_texts
+    from kvtune.cli.inputs import check_writable, read_texts, read_weights
 
     check_writable(out, "--out")
-    texts, name = read_texts(text), read_model(model)[0]
+    texts, name = read_texts(text), read_weights(model)[0]
     with speaking(as_json, quiet) as output:
         from kvtune.traces.capture import capture
         from kvtune.traces.models import best_device, load_model

@@ -75,6 +75,24 @@ def read_model(name: str) -> tuple[str, ModelShape]:
     return (name if "/" in name else shape.name), shape
 
 
+def read_weights(name: str) -> tuple[str, ModelShape]:
+    """``read_model`` for what really runs the model.
+
+    Raises:
+        KvtuneError: as there, or it is a known shape whose weights must be given.
+    """
+    from kvtune.traces.models import KNOWN
+
+    loadable, shape = read_model(name)
+    if loadable == shape.name and loadable not in KNOWN:
+        raise KvtuneError(
+            f"the weights of {shape.name} are not at hand, and this runs the model",
+            hint="--model PATH gives a folder or GGUF file with its weights; "
+            f"{', '.join(KNOWN)} is fetched by itself.",
+        )
+    return loadable, shape
+
+
 def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 

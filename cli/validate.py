@@ -106,20 +106,13 @@ def _model(document: PolicyDocument, asked: str | None) -> tuple[str, ModelShape
     Raises:
         KvtuneError: neither says, or only a name whose weights must be given.
     """
-    from kvtune.cli.inputs import read_model
+    from kvtune.cli.inputs import read_weights
     from kvtune.common.errors import KvtuneError
-    from kvtune.traces.models import KNOWN
 
     name = asked or (document.model.name if document.model else None)
     if name is None:
         raise KvtuneError("the policy file names no model", hint="name one with --model.")
-    loadable, shape = read_model(name)
-    if loadable == shape.name and loadable not in KNOWN:
-        raise KvtuneError(
-            f"the weights of {name} are not at hand, and only a live run validates",
-            hint="--model PATH gives a folder or GGUF file with its weights.",
-        )
-    return loadable, shape
+    return read_weights(name)
 
 
 def _samples(

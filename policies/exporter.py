@@ -245,7 +245,8 @@ def _plan(
         what = "a uniform policy" if isinstance(document.policy, Pattern) else "this policy"
         raise KvtuneError(
             f"{what} does not say which model it is for",
-            hint="add model: {name: ..., layers: ..., kv_heads: ..., head_dim: ...}.",
+            hint="name it (--model), or add to the file "
+            "model: {name: ..., layers: ..., kv_heads: ..., head_dim: ...}.",
         )
     policy = document.bind(facts.layers, facts.kv_heads)
     serving = document.serving or Serving()

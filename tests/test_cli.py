@@ -472,6 +472,15 @@ def test_validate_needs_weights(run: Run, policy: Path) -> None:
     assert_one_error(run("validate", policy, "--model", "llama-8b"), "not at hand", "--model PATH")
 
 
+@pytest.mark.parametrize("command", ["capture", "bench"])
+def test_what_runs_a_model_asks_for_weights_of_a_shape_that_is_only_known(
+    run: Run, command: str
+) -> None:
+    ran = run(command, "--model", "llama-8b", "--out", "there")
+    assert_one_error(ran, "weights of llama-3.1-8b are not at hand", "--model PATH")
+    assert not Path("there").exists()
+
+
 def test_a_policy_of_another_shape_is_refused_before_the_model_is_loaded(
     run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
