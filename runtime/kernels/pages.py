@@ -125,10 +125,11 @@ def _store_by_token(tensor, source, count, place, start, pool_bytes, pool_half,
     for chunk in tl.static_range(parts_of(CODE, D) // FIELDS):
         packed = tl.zeros([PAGE, W], tl.int32)
         for field in tl.static_range(FIELDS):
-            part = chunk * FIELDS + field
-            rows = _gather(tensor, source, count, group_of(part, CODE, D) * PAGE, D // GROUPS)
+            first = group_of(chunk * FIELDS + field, CODE, D) * PAGE
+            rows = _gather(tensor, source, count, first, D // GROUPS)
             scale, offset = _grid(tl.min(rows, 1), tl.max(rows, 1), BITS)
-            rows = _gather(tensor, source, count, first_channel(part, CODE, D), W)
+            first = first_channel(chunk * FIELDS + field, CODE, D)
+            rows = _gather(tensor, source, count, first, W)
             packed |= _codes(rows, scale[:, None], offset[:, None], BITS) << (field * BITS)
         byte = place[:, None] + (chunk * W + channel[None, :]) * STRIDE
         tl.store(pool_bytes + byte, packed.to(tl.uint8))
