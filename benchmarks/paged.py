@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvtune.runtime.kernels.launch import Paged, Scratch, Shape, decode
-from kvtune.runtime.kernels.layout import CODES, PAGE, PageLayout
+from kvtune.runtime.kernels.layout import PAGE, PageLayout
 from kvtune.runtime.kernels.pages import store_pages
 from kvtune.runtime.kernels.reference import read_page
 from kvtune.runtime.kernels.tiles import Segments, plan_tiles
@@ -121,7 +121,7 @@ def _fill(
             keys, values, keys.stride(0), keys.stride(1), chosen, some, paged.fp8_scales,
             paged.pool, paged.pool.view(torch.float16), paged.pool.view(torch.bfloat16),
             paged.pool.view(torch.float8_e4m3fn),
-            keys.shape[2], CODES[pair[0]], CODES[pair[1]],
+            keys.shape[2], *PageLayout(keys.shape[2], *pair).codes,
         )  # fmt: skip
 
 

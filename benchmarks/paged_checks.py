@@ -16,7 +16,7 @@ from torch import Tensor
 from kvtune.runtime.kernels import pages
 from kvtune.runtime.kernels.columns import column_sums
 from kvtune.runtime.kernels.launch import decode
-from kvtune.runtime.kernels.layout import CODES, PAGE, PageLayout
+from kvtune.runtime.kernels.layout import PAGE, PageLayout
 from kvtune.runtime.kernels.reference import attend, read_page, write_page
 
 GROUP, HEAD_DIM, ROWS = 4, 128, 64
@@ -85,7 +85,7 @@ def check_pages(keys_as: str, values_as: str) -> dict[str, float]:
     pages.store_pages[(2,)](
         keys, values, keys.stride(0), keys.stride(1), chosen, records.int().to(DEVICE), scales,
         pool, pool.view(torch.float16), pool.view(torch.bfloat16), pool.view(torch.float8_e4m3fn),
-        HEAD_DIM, CODES[keys_as], CODES[values_as],
+        HEAD_DIM, *layout.codes,
     )  # fmt: skip
     worst = {"bytes": 0.0, "value": 0.0}
     for page, (first, last) in enumerate(((0, 64), (64, 93))):
@@ -146,9 +146,16 @@ def cases() -> dict[str, Callable[[], Any]]:
         Run(1, "bf16", "bf16", 3), Run(2, "int2", "int2", 5000), Run(2, "bf16", "bf16", 0),
     ]  # fmt: skip
     eights = [Run(0, "fp8", "fp8", 77), Run(1, "int8", "int8", 1000), Run(1, "fp8", "fp8", 400)]
+    by_token = [
+        Run(0, "int4-token", "int4", 1000), Run(0, "int8-token", "bf16", 3),
+        Run(1, "int8-token", "int8", 777), Run(2, "int2-token", "int4", 5000),
+    ]  # fmt: skip
     return {
         "decode bf16": lambda: check_decode(128, 4, uniform(3, 1000), 64),
         "decode int4": lambda: check_decode(128, 4, uniform(3, 1000, "int4"), 64),
+        "decode keys by token": lambda: check_decode(128, 4, by_token, 64),
+        "decode keys by token, D 64": lambda: check_decode(64, 3, by_token, 8),
+        "decode keys by token, D 256": lambda: check_decode(256, 2, by_token, 8),
         "decode mixed": lambda: check_decode(128, 4, mixed, 64),
         "decode 8 bits": lambda: check_decode(128, 7, eights, 64),
         "decode D 64": lambda: check_decode(64, 3, mixed, 8),
@@ -157,6 +164,8 @@ def cases() -> dict[str, Callable[[], Any]]:
         "pages int4 int2": lambda: check_pages("int4", "int2"),
         "pages fp8 int8": lambda: check_pages("fp8", "int8"),
         "pages int8 fp8": lambda: check_pages("int8", "fp8"),
+        "pages int4-token int4": lambda: check_pages("int4-token", "int4"),
+        "pages int2-token int8": lambda: check_pages("int2-token", "int8"),
         "append, move": check_append_and_move,
         "column sums": check_columns,
     }

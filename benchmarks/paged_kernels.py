@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvtune.policies.document_reader import read_policy
 from kvtune.runtime.kernels.launch import Shape
-from kvtune.runtime.kernels.layout import exact_tokens
+from kvtune.runtime.kernels.layout import exact_tokens, layout_of
 
 BATCH, KV_HEADS = 8, ROWS // 8
 MB = 1e6
@@ -223,6 +223,7 @@ def formats(results: Results) -> None:
         found: dict[str, Any] = {"bf16 us": 1e6 * base}
         for pair in (
             ("int4", "int4"),
+            ("int4-token", "int4"),
             ("fp8", "fp8"),
             ("int4", "int2"),
             ("int8", "int8"),
@@ -268,7 +269,8 @@ def plan_runs(options: Any, lengths: list[int]) -> list[Run]:
     for row, tokens in enumerate(lengths):
         option = options[row % KV_HEADS]
         exact = min(exact_tokens(option.keys), tokens)
-        runs.append(Run(row, option.keys.name, option.values.name, tokens - exact))
+        layout = layout_of(option, HEAD_DIM)
+        runs.append(Run(row, layout.keys, layout.values, tokens - exact))
         runs.append(Run(row, "bf16", "bf16", exact + 100))
     return runs
 

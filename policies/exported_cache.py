@@ -140,7 +140,8 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[misc]
             at = choose(option, grouped[:, head], key, scale)[..., None].expand(
                 -1, -1, key.shape[-1]
             )
-            keys = Stored(key.gather(1, at), option["keys"], along_tokens=True)
+            by_channel = option["keys"].get("keys_by") != "token"
+            keys = Stored(key.gather(1, at), option["keys"], along_tokens=by_channel)
             self.stored.append((keys, Stored(value.gather(1, at), option["values"])))
         self.keys, self.values = (x[..., :0, :].clone() for x in (self.keys, self.values))
 

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Literal
 
 from kvtune.policies.exporter import Line, Plan
+from kvtune.policies.formats.grouped import Grouped
 from kvtune.policies.option import Option
 
 
@@ -20,12 +21,14 @@ class Flat:
         value_formats: names, each once.
         key_bits: mean over heads.
         value_bits: mean over heads.
+        key_groups: what integer keys share a scale by, ``channel`` or ``token``, each once.
     """
 
     key_formats: tuple[str, ...]
     value_formats: tuple[str, ...]
     key_bits: float
     value_bits: float
+    key_groups: tuple[str, ...]
 
 
 def flatten(options: Sequence[Option]) -> Flat:
@@ -35,7 +38,14 @@ def flatten(options: Sequence[Option]) -> Flat:
         tuple(dict.fromkeys(option.values.name for option in options)),
         fmean(option.keys.bits for option in options),
         fmean(option.values.bits for option in options),
+        tuple(dict.fromkeys(o.keys.keys_by for o in options if isinstance(o.keys, Grouped))),
     )
+
+
+def grouping_text(*flats: Flat) -> str:
+    """The end of a line on keys that a stack groups in its own way; empty for floats."""
+    ways = dict.fromkeys(way for flat in flats for way in flat.key_groups)
+    return f"; the policy groups keys per {' or '.join(ways)}" if ways else ""
 
 
 Reach = Literal["all", "window", "sinks", "scored"]

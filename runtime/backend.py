@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtune.runtime.kernels.launch import Paged, Scratch, decode
-from kvtune.runtime.kernels.layout import CODES, PAGE, PageLayout
+from kvtune.runtime.kernels.layout import PAGE, PageLayout
 from kvtune.runtime.kernels.reference import attend, read_page, write_page
 
 
@@ -114,7 +114,7 @@ class TritonBackend:
             torch.as_tensor(writing.records, device=pool.device), writing.fp8_scales,
             pool, pool.view(torch.float16), pool.view(torch.bfloat16),
             pool.view(torch.float8_e4m3fn),
-            layout.head_dim, CODES[layout.keys], CODES[layout.values],
+            layout.head_dim, *layout.codes,
         )  # fmt: skip
 
     def append(self, layer: Paged, growing: Growing, keys: Tensor, values: Tensor) -> None:
@@ -222,8 +222,7 @@ class PlainBackend:
 
 def _read_tile(layer: Paged, record: list[int]) -> tuple[Tensor, Tensor]:
     _, pair, at, before, pages, segment, *_ = record
-    names = {code: name for name, code in CODES.items()}
-    layout = PageLayout(layer.head_dim, names[pair // 32], names[pair % 32])
+    layout = PageLayout.of(layer.head_dim, pair)
     tokens = max(0, min(int(layer.lengths[segment]) - before, pages * PAGE))
     read = [
         read_page(

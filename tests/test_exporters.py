@@ -253,6 +253,19 @@ def test_vllm_takes_the_nearest_dtype(keys: Any, values: Any, dtype: str, status
     assert statuses(made)[f"keys {keys.name}, values {values.name}"] == status
 
 
+@pytest.mark.parametrize(
+    ("name", "field"), [("vllm", "keys int4, values int4"), ("llama-cpp", "keys int4")]
+)
+@pytest.mark.parametrize("keys_by", ["channel", "token"])
+def test_how_keys_were_grouped_is_told_where_it_is_lost(
+    name: str, field: str, keys_by: Any
+) -> None:
+    made = export(name, uniform(Option(keys=Int4(keys_by=keys_by), values=Int4())))
+    line = next(line for line in made.report if line.field == field)
+    assert line.status == "approximated"
+    assert line.detail.endswith(f"; the policy groups keys per {keys_by}")
+
+
 def test_vllm_leaves_wide_layers_out_of_the_dtype() -> None:
     narrow, wide = Option(keys=Int4(), values=Int4()), Option()
     config = vllm_config(

@@ -185,8 +185,11 @@ methods = st.sampled_from(
     ]
 )  # fmt: skip
 forms = st.sampled_from(
-    [Bf16(), Fp8(), Int8(), Int4(group=8), Int3(group=16), Int2(exact_first=4), Int4(group=24)]
-)
+    [
+        Bf16(), Fp8(), Int8(), Int4(group=8), Int3(group=16), Int2(exact_first=4), Int4(group=24),
+        Int4(keys_by="token"), Int3(group=8, exact_first=2, keys_by="token"),
+    ]
+)  # fmt: skip
 budgets = st.sampled_from([ALL, Budget(0), Budget(1), Budget(13), Budget(500), Budget(share=0.3)])
 options = st.builds(Option, methods, budgets, forms, forms)
 

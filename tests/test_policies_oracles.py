@@ -143,7 +143,7 @@ def packed(form: Format, tensor: Tensor, role: Role) -> bytes:
     if not isinstance(form, Grouped):
         pytest.skip(f"no packer for {form.name}: add one here")
     exact, coded = tensor[: form.exact_first], tensor[form.exact_first :]
-    rows = coded.T if role == "keys" else coded
+    rows = coded.T if role == "keys" and form.keys_by == "channel" else coded
     out = raw(exact.bfloat16())
     for row in rows:
         for start in range(0, len(row), form.group):
@@ -171,11 +171,13 @@ def test_grouped_errors_stay_within_half_a_step(role: Role, data: st.DataObject)
     bits_kind = data.draw(
         st.sampled_from([k for k in formats().values() if issubclass(k, Grouped)])
     )
-    form = bits_kind(group=data.draw(st.sampled_from([2, 16, 48])))
+    keys_by: Any = data.draw(st.sampled_from(["channel", "token"]))
+    form = bits_kind(group=data.draw(st.sampled_from([2, 16, 48])), keys_by=keys_by)
     tensor = uniform(data.draw(st.integers(0, 999)), data.draw(st.integers(1, 50)), 24)
     tensor = tensor * data.draw(st.sampled_from([1e-3, 1.0, 300.0]))
     stored = form.roundtrip(tensor[None], torch.tensor([len(tensor)]), role)[0]
-    rows, back = (tensor.T, stored.T) if role == "keys" else (tensor, stored)
+    along_tokens = role == "keys" and keys_by == "channel"
+    rows, back = (tensor.T, stored.T) if along_tokens else (tensor, stored)
     for row, read in zip(rows.double(), back.double(), strict=True):
         for group, got in zip(row.split(form.group), read.split(form.group), strict=True):
             spread = float(group.max() - group.min())
@@ -183,6 +185,26 @@ def test_grouped_errors_stay_within_half_a_step(role: Role, data: st.DataObject)
             smallest = 2**form.bits * 2**-25  # 16-bit scales are coarse near zero
             rounding = 2**-10 * (float(group.abs().max()) + spread) + smallest
             assert float((group - got).abs().max()) <= half_step + rounding
+
+
+@pytest.mark.parametrize("kind", [k for k in formats().values() if issubclass(k, Grouped)])
+def test_keys_by_token_are_stored_as_values_are(kind: type[Grouped]) -> None:
+    tensor, counts = uniform(5, 2, 70, 48), torch.tensor([70, 33])
+    by_token, by_channel = kind(keys_by="token"), kind()
+    values = by_channel.roundtrip(tensor, counts, "values")
+    assert torch.equal(by_token.roundtrip(tensor, counts, "keys"), values)
+    assert torch.equal(by_token.roundtrip(tensor, counts, "values"), values)
+    assert not torch.equal(by_channel.roundtrip(tensor, counts, "keys"), values)
+
+
+def test_an_outlying_channel_widens_every_token_it_is_in() -> None:
+    tensor, counts = uniform(6, 1, 64, 64), torch.tensor([64])
+    tensor[..., 7] *= 50
+    errors = [
+        (Int4(keys_by=by).roundtrip(tensor, counts, "keys") - tensor)[..., :7].norm()
+        for by in ("channel", "token")
+    ]
+    assert errors[1] > 10 * errors[0]
 
 
 def test_fp8_errors_are_relative_to_each_value() -> None:
@@ -268,7 +290,7 @@ option_strategy = st.builds(
     Option,
     st.sampled_from([kind() for kind in methods().values()]),
     st.sampled_from([ALL, Budget(0), Budget(1), Budget(13), Budget(500), Budget(share=0.3)]),
-    st.sampled_from([Bf16(), Fp8(), Int4(), Int2(group=8, exact_first=4)]),
+    st.sampled_from([Bf16(), Fp8(), Int4(), Int2(group=8, exact_first=4, keys_by="token")]),
     st.sampled_from([Bf16(), Fp8(), Int8(), Int4(group=16)]),
 )
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.compress import attend, compress
+from kvtune.policies.format import Format
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.fp8 import Fp8
-from kvtune.policies.formats.grouped import Int2, Int3, Int4, Int8
+from kvtune.policies.formats.grouped import Grouped, Int2, Int3, Int4, Int8
 from kvtune.policies.method import methods
 from kvtune.policies.methods.ems import EMSReconstruction
 from kvtune.policies.methods.full import Full
@@ -40,7 +41,7 @@ pytestmark = [
 ]
 
 SNAPKV = SnapKV(window=4, kernel=3)
-SINKS = {"exact_first": 4}
+SINKS = 4
 
 
 def mixed() -> Policy:
@@ -48,7 +49,7 @@ def mixed() -> Policy:
     heads = (
         (Option(H2O(), Budget(tokens=5)), Option(SNAPKV, Budget(tokens=11), Int4(), Int2())),
         (
-            Option(Full(), ALL, Int4(**SINKS), Int2(**SINKS)),
+            Option(Full(), ALL, Int4(exact_first=SINKS), Int2(exact_first=SINKS)),
             Option(StreamingLLM(), Budget(tokens=7)),
         ),
         (Option(Full(), ALL, Fp8(), Int8()), Option(H2O(), Budget(share=0.25), Int8(), Fp8())),
@@ -91,8 +92,27 @@ def test_kept_tokens_bytes_and_outputs_are_those_of_compressing(network: Any) ->
     policy = mixed()
     cache = load_cache(policy, network)
     seen = prompt_layers(network, cache, ids(150))
-    budgets = policy.budgets(150)
     assert cache.prompt_bytes() == policy.footprint(150, 8)
+    check_layers(policy, cache, seen)
+
+
+@pytest.mark.parametrize("values", [Int8(), Bf16(), Int2(exact_first=SINKS, keys_by="token")])
+@pytest.mark.parametrize("kind", [Int8, Int4, Int2])
+def test_keys_by_token_are_read_as_they_are_stored(
+    network: Any, kind: type[Grouped], values: Format
+) -> None:
+    exact = getattr(values, "exact_first", 0)
+    by_token = kind(exact_first=exact, keys_by="token")
+    heads = ((Option(Full(), ALL, by_token, values), Option()),) * 3
+    policy = Policy("keys by token", heads)
+    cache = load_cache(policy, network)
+    check_layers(policy, cache, prompt_layers(network, cache, ids(150)))
+    assert cache.prompt_bytes() == policy.footprint(150, 8)
+
+
+def check_layers(policy: Policy, cache: PolicyCache, seen: list[Signals]) -> None:
+    """What the cache holds of a prompt of 150 tokens is what compressing it gives."""
+    budgets = policy.budgets(150)
     for number, signals in enumerate(seen):
         part = compress(policy, number, budgets[number].tolist(), signals)
         layer = cache.layers[number].paged

@@ -23,7 +23,7 @@ from kvtune.runtime.backend import Growing, Moves, PlainBackend, TritonBackend, 
 from kvtune.runtime.fuse import fused
 from kvtune.runtime.kernels.columns import column_sums
 from kvtune.runtime.kernels.launch import Paged, Scratch, decode
-from kvtune.runtime.kernels.layout import CODES, PAGE, PageLayout
+from kvtune.runtime.kernels.layout import AS_VALUES, CODES, KEY_CODES, PAGE, PageLayout
 from kvtune.runtime.kernels.reference import attend, read_page
 from kvtune.runtime.kernels.tiles import Segments, plan_tiles
 from kvtune.runtime.paged import PagedLayer
@@ -33,7 +33,8 @@ from kvtune.runtime.settling import settle
 from kvtune.runtime.sliding import Ring, places_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-INTERPRETED = [name for name in CODES if name != "fp8"]  # the interpreter rounds e4m3 wrongly
+INTERPRETED = [name for name in KEY_CODES if name != "fp8"]  # the interpreter rounds e4m3 wrongly
+TOKEN_KEYS = [name for name in KEY_CODES if name.endswith(AS_VALUES)]
 
 
 def layer(
@@ -84,6 +85,10 @@ def test_ragged_heads_of_mixed_formats_attend_as_dequantised(
         (row, str(rng.choice(list(CODES))), str(rng.choice(list(CODES))), int(rng.integers(0, 300)))
         for row in (0, 0, 1, 1, 2)
     ]
+    runs += [
+        (row, keys, str(rng.choice(list(CODES))), int(rng.integers(1, 200)))
+        for row, keys in enumerate(TOKEN_KEYS)
+    ]
     runs += [(row, "bf16", "bf16", int(rng.integers(1, 70))) for row in range(3)]
     paged, held = layer(head_dim, runs, seed)
     q = torch.randn(3, group, head_dim).bfloat16()
@@ -107,10 +112,20 @@ def test_ragged_heads_of_mixed_formats_attend_as_dequantised(
 
 
 @pytest.mark.parametrize("keys", INTERPRETED)
-@pytest.mark.parametrize("values", INTERPRETED)
+@pytest.mark.parametrize("values", [name for name in INTERPRETED if name in CODES])
 def test_pages_are_the_references_to_the_bit(keys: str, values: str) -> None:
-    layout = PageLayout(64, keys, values)
-    tensors = torch.randn(2, 3, 200, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    check_pages(PageLayout(64, keys, values))
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("keys", TOKEN_KEYS)
+def test_pages_of_keys_by_token_are_in_wide_heads_too(keys: str, head_dim: int) -> None:
+    check_pages(PageLayout(head_dim, keys, "int4"))
+
+
+def check_pages(layout: PageLayout) -> None:
+    shape = (2, 3, 200, layout.head_dim)
+    tensors = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     chosen = torch.arange(0, 186, 2, dtype=torch.int32)
     records = np.array([[1, 0, 64, 0, 0], [1, 64, 29, layout.page_cells, 0]], np.int32)
     writing = Writing(layout, tensors[0], tensors[1], chosen, records, torch.ones(1, 2))

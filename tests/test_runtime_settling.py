@@ -52,7 +52,11 @@ def test_old_pages_are_quantised_and_new_ones_are_not(
     residual: int, exact: int, stride: int
 ) -> None:
     """Asked at every token, or, as the host of a captured graph, every 64."""
-    forms = [(Int4(exact_first=exact), Int2(exact_first=exact)), (Int8(), Int8()), (Bf16(), Bf16())]
+    forms = [
+        (Int4(exact_first=exact), Int2(exact_first=exact)),
+        (Int8(keys_by="token"), Int8()),
+        (Bf16(), Bf16()),
+    ]
     options = [Option(Full(), ALL, *pair) for pair in forms]
     generator = torch.Generator().manual_seed(residual)
     keys, values = torch.randn(2, 3, PROMPT + 300, D, generator=generator).bfloat16()

@@ -26,8 +26,8 @@ from kvtune.profiles.tuned import (
     tuned_document,
 )
 from kvtune.runtime.kernels.launch import BUILT_IN, Shape, shape_for
-from kvtune.runtime.kernels.layout import PAGE, PageLayout
-from kvtune.runtime.kernels.tiles import kind_of
+from kvtune.runtime.kernels.layout import AS_VALUES, CODES, PAGE, PageLayout
+from kvtune.runtime.kernels.tiles import kind_of, page_costs
 from kvtune.runtime.measure.operation import Work
 from kvtune.runtime.measure.paged_layer import Run, random_layer
 from kvtune.runtime.measure.timer import Timing
@@ -143,6 +143,20 @@ def test_a_parameter_that_the_kernel_has_not_is_refused_when_it_is_launched() ->
 )
 def test_layers_are_told_apart_by_whether_integers_occur(formats: list[str], kind: str) -> None:
     assert kind_of(tuple(PageLayout(128, form, form).code for form in formats)) == kind
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("values", CODES)
+def test_keys_by_token_take_the_room_and_the_time_of_keys_by_channel(
+    head_dim: int, values: str
+) -> None:
+    for name in ("int8", "int4", "int2"):
+        two = [PageLayout(head_dim, keys, values) for keys in (name, name + AS_VALUES)]
+        assert two[0].code != two[1].code
+        assert two[0].page_bytes == two[1].page_bytes
+        assert [PageLayout.of(head_dim, layout.code) for layout in two] == two
+        assert len({float(page_costs(np.array([layout.code]))[0]) for layout in two}) == 1
+        assert kind_of([layout.code for layout in two]) == "integers"
 
 
 # --- the search ----------------------------------------------------------------------------------

@@ -6,7 +6,13 @@ import shlex
 from dataclasses import dataclass
 
 from kvtune.policies.exporter import EngineLimits, Export, Exporter, Line, Plan, bytes_line, comment
-from kvtune.policies.flatten import dropped_methods, flatten, lost_refinements, reach
+from kvtune.policies.flatten import (
+    dropped_methods,
+    flatten,
+    grouping_text,
+    lost_refinements,
+    reach,
+)
 
 TYPES = {"f16": 16.0, "q8_0": 8.5, "q5_0": 5.5, "q4_0": 4.5}
 """Cache types that are used here, with bits an element, scales included."""
@@ -32,10 +38,9 @@ class LlamaCpp(Exporter):
     def render(self, plan: Plan) -> Export:
         """The preset, the flags and what they lose."""
         flat = flatten(list(plan.policy.options()))
-        keys, key_line = _type("keys", flat.key_formats, flat.key_bits, plan.facts.head_dim)
-        values, value_line = _type(
-            "values", flat.value_formats, flat.value_bits, plan.facts.head_dim
-        )
+        head_dim, grouping = plan.facts.head_dim, grouping_text(flat)
+        keys, key_line = _type("keys", flat.key_formats, flat.key_bits, head_dim, grouping)
+        values, value_line = _type("values", flat.value_formats, flat.value_bits, head_dim)
         settings, tokens_lines = _tokens(plan)
         preset: dict[str, object] = {
             "model": plan.model,
@@ -46,7 +51,7 @@ class LlamaCpp(Exporter):
             "cache-type-v": values,
             **settings,
         }
-        check(preset, plan.facts.head_dim)
+        check(preset, head_dim)
         header = self.header(plan)
         files = {
             "llama-preset.ini": comment(header, ";") + _ini(preset),
@@ -86,8 +91,10 @@ def check(preset: dict[str, object], head_dim: int) -> None:
         raise ValueError("quantised values need flash attention")
 
 
-def _type(role: str, names: tuple[str, ...], bits: float, head_dim: int) -> tuple[str, Line]:
-    """The cache type for all heads' keys or values."""
+def _type(
+    role: str, names: tuple[str, ...], bits: float, head_dim: int, grouping: str = ""
+) -> tuple[str, Line]:
+    """The cache type for all heads' keys or values; ``grouping`` is how the policy differs."""
     label = f"{role} {'/'.join(names)}"
     wide_enough = next(name for name, codes in _CODES.items() if codes >= bits)
     chosen = _NEAREST.get(names[0], wide_enough) if len(names) == 1 else wide_enough
@@ -102,7 +109,7 @@ def _type(role: str, names: tuple[str, ...], bits: float, head_dim: int) -> tupl
     if names[0] not in _NEAREST:
         return chosen, Line(label, "not expressible", f"no such type; used {chosen} instead")
     detail = f"{chosen}: blocks of {_BLOCK} channels of a token, symmetric, one 16-bit scale"
-    return chosen, Line(label, "approximated", detail)
+    return chosen, Line(label, "approximated", detail + grouping)
 
 
 def _tokens(plan: Plan) -> tuple[dict[str, object], list[Line]]:

@@ -125,7 +125,7 @@ def _plain(option: Option) -> dict[str, Any]:
         "method": _parameters(option.method),
         "budget": budget.tokens if budget.tokens is not None else budget.share,
         "keys": _parameters(option.keys),
-        "values": _parameters(option.values),
+        "values": {k: v for k, v in _parameters(option.values).items() if k != "keys_by"},
     }
 
 

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvtune.policies.exporter import EngineLimits, Export, Exporter, Line, Plan, bytes_line, comment
-from kvtune.policies.flatten import Flat, dropped_methods, flatten, lost_refinements, reach
+from kvtune.policies.flatten import (
+    Flat,
+    dropped_methods,
+    flatten,
+    grouping_text,
+    lost_refinements,
+    reach,
+)
 from kvtune.policies.yaml_tree import flow
 
 DTYPES = {
@@ -168,7 +175,7 @@ def _format_line(layers: list[Flat], dtype: str, rounded: bool) -> Line:
     if (keys, values) not in _NEAREST:
         return Line(label, "not expressible", f"no such dtype; used {dtype} instead")
     scales = "scales of the checkpoint, else 1.0" if dtype == "fp8" else "a scale a token and head"
-    return Line(label, "approximated", f"{dtype}: {scales}")
+    return Line(label, "approximated", f"{dtype}: {scales}{grouping_text(*layers)}")
 
 
 def _windows(plan: Plan) -> tuple[int, list[int], list[Line]]:

@@ -1,9 +1,9 @@
-"""Integer codes with a scale and an offset a group: keys per channel, values per token."""
+"""Integer codes with a scale and an offset a group: keys per channel or token, values per token."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from kvtune.policies.format import Format, Role
 from kvtune.policies.registry import parameter
@@ -19,7 +19,7 @@ class Grouped(Format):
     """Asymmetric round-to-nearest codes; key outliers live in channels, so keys group along tokens.
 
     keys:   groups of ``group`` consecutive kept tokens of one channel
-    values: groups of ``group`` consecutive channels of one token
+    values: groups of ``group`` consecutive channels of one token, and so keys by token
     code = round((x - min) / scale), scale = (max - min) / (2^bits - 1)
 
     Source: Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", ICML
@@ -27,17 +27,26 @@ class Grouped(Format):
     residual window (generated tokens stay in 16 bits), and a last group may be short.
     ``exact_first`` leaves the first kept tokens, the sinks, in 16 bits, whose keys would widen
     every group they are in (Hooper et al., "KVQuant", NeurIPS 2024, arXiv 2401.18079, 3.5).
+
+    ``keys_by="token"`` groups keys as values are, which Sheng et al., "FlexGen", ICML 2023, arXiv
+    2303.06865, do to both; KIVI's section 3 says why channels are better: an outlying channel
+    widens its group in every token. A token needs no others to be stored. As values are always
+    grouped so, they read nothing into it.
     """
 
     source = "Liu et al., ICML 2024, arXiv 2402.02750"
 
     group: int = parameter(64, "elements that share a scale", unit="elements", low=2)
     exact_first: int = parameter(0, "first kept tokens left in 16 bits", unit="tokens", low=0)
+    keys_by: Literal["channel", "token"] = parameter(
+        "channel", "whose elements share a key's scale; values' are always a token's"
+    )
 
     @property
     def label(self) -> str:
-        """``int4``, ``int2+4`` where the first four tokens are exact."""
-        return self.name + (f"+{self.exact_first}" if self.exact_first else "")
+        """``int4``, ``int2+4`` where the first four tokens are exact, ``int4-token`` by token."""
+        grouping = "-token" if self.keys_by == "token" else ""
+        return self.name + grouping + (f"+{self.exact_first}" if self.exact_first else "")
 
     def footprint(self, tokens: int, head_dim: int, role: Role) -> int:
         """Packed codes, rounded up to bytes a group, scales, and the tokens left exact."""
@@ -55,13 +64,18 @@ class Grouped(Format):
         real = torch.arange(coded.shape[-2], device=tensor.device) < (
             counts[..., None] - self.exact_first
         )
-        if role == "keys":
+        along_tokens = self.is_along_tokens(role)
+        if along_tokens:
             coded, real = coded.transpose(-1, -2), real[..., None, :]
         else:
             real = real[..., None]
         stored = self._quantise(coded.float(), real.expand(coded.shape))
-        stored = stored.transpose(-1, -2) if role == "keys" else stored
+        stored = stored.transpose(-1, -2) if along_tokens else stored
         return torch.cat([exact, stored.to(tensor.dtype)], dim=-2)
+
+    def is_along_tokens(self, role: Role) -> bool:
+        """Whether a group is of one channel's tokens, not of one token's channels."""
+        return role == "keys" and self.keys_by == "channel"
 
     def _quantise(self, rows: Tensor, real: Tensor) -> Tensor:
         """Groups along the last axis, which is padded to whole groups for the while."""
@@ -85,7 +99,7 @@ class Grouped(Format):
         return back[..., :length]
 
     def _axes(self, tokens: int, head_dim: int, role: Role) -> tuple[int, int]:
-        return (tokens, head_dim) if role == "keys" else (head_dim, tokens)
+        return (tokens, head_dim) if self.is_along_tokens(role) else (head_dim, tokens)
 
     def _group_bytes(self, elements: int) -> int:
         return -(-elements * self.bits // 8) + _GROUP_BYTES

@@ -11,10 +11,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-PAGE = tl.constexpr(64)
-HALF = tl.constexpr(32)
-BF16 = tl.constexpr(16)
-FP8 = tl.constexpr(9)
+from kvtune.runtime.kernels.codes import (
+    BF16,
+    FP8,
+    HALF,
+    PAGE,
+    by_half,
+    code_bytes,
+    fields_of,
+    first_channel,
+    group_of,
+    groups_of,
+    masked,
+    parts_of,
+    product,
+    scale_bytes,
+    unit_of,
+)
+from kvtune.runtime.kernels.logits import load_queries, logits_of
+
 TILE_FIELDS = tl.constexpr(16)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LIFT = tl.constexpr(6.0)  # weights are 2^6 times too large, which keeps small ones normal in fp16
@@ -85,10 +100,10 @@ def _attend_tile(
     A step is a page, or half of one where both keys and values are floats: programs of all formats
     then take about as much room, and as many of them run at once.
     """
-    PARTS: tl.constexpr = _parts(VALUES, D)
+    PARTS: tl.constexpr = parts_of(VALUES, D)
     W: tl.constexpr = D // PARTS
     STEPS: tl.constexpr = 2 // HALVES  # of a page
-    VALUES_AT: tl.constexpr = _code_bytes(KEYS, D) + _scale_bytes(KEYS, D)
+    VALUES_AT: tl.constexpr = code_bytes(KEYS, D) + scale_bytes(KEYS, D)
     head, token = tl.arange(0, M), tl.arange(0, HALF)
     factor = softmax_scale * LOG2_E
     value_scale = 1.0
@@ -96,8 +111,8 @@ def _attend_tile(
         factor *= tl.load(fp8_scales)
     if VALUES == FP8:
         value_scale = tl.load(fp8_scales + 1)
-    queries = _queries(q, D, G, M, KEYS)
-    acc, shifts = _zeros(M, W, PARTS), _zeros(M, HALF, _groups(VALUES, D))
+    queries, query_sums = load_queries(q, factor, D, G, M, KEYS)
+    acc, shifts = _zeros(M, W, PARTS), _zeros(M, HALF, groups_of(VALUES, D))
     totals = tl.zeros([HALF, M], tl.float32)  # summed over tokens at the end
     largest = tl.full([M], -1e30, tl.float32)
     cell = tl.load(table + at, mask=cell < 0, other=cell)
@@ -105,8 +120,8 @@ def _attend_tile(
         start = cell.to(tl.int64) * (4 * D)
         cell = tl.load(table + at + (step + 1) // STEPS)  # the next one, before it is needed
         begin = (step % STEPS) * HALF
-        halves = _logits(queries, pool_half, pool_bf16, pool_fp8, start, begin, factor,
-                         D, M, KEYS, HALVES, NATIVE)  # fmt: skip
+        halves = logits_of(queries, query_sums, pool_half, pool_bf16, pool_fp8, start, begin,
+                           factor, D, M, KEYS, HALVES, NATIVE)  # fmt: skip
         logits = ()
         for half in tl.static_range(HALVES):
             place = token + (step * HALVES + half) * HALF
@@ -128,57 +143,17 @@ def _attend_tile(
                                   start + VALUES_AT, begin, D, VALUES, HALVES, NATIVE)  # fmt: skip
     total = tl.sum(totals, 0)
     share = value_scale / tl.maximum(total, 1e-30)
-    FIELDS: tl.constexpr = _fields(VALUES)
+    FIELDS: tl.constexpr = fields_of(VALUES)
     channel = tl.arange(0, W)
     for part in tl.static_range(PARTS):
-        first = (part % FIELDS) * (D // FIELDS) + (part // FIELDS) * W
         output = acc[part]
         if VALUES < FP8:
-            shift = tl.sum(shifts[_group(part, VALUES, D)], 0)
-            output = output * _unit(part % FIELDS, VALUES) + shift[None, :]
-        tl.store(scratch + head[None, :] * D + first + channel[:, None],
+            shift = tl.sum(shifts[group_of(part, VALUES, D)], 0)
+            output = output * unit_of(part % FIELDS, VALUES) + shift[None, :]
+        tl.store(scratch + head[None, :] * D + first_channel(part, VALUES, D) + channel[:, None],
                  output * share[None, :], mask=head[None, :] < G)  # fmt: skip
     lse = tl.where(total > 0, (largest - LIFT + tl.log2(total)) / LOG2_E, -float("inf"))
     tl.store(scratch_lse + head, lse, mask=head < G)
-
-
-@triton.jit
-def _logits(queries, pool_half, pool_bf16, pool_fp8, start, begin, factor,
-            D: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr, HALVES: tl.constexpr,
-            NATIVE: tl.constexpr):  # fmt: skip
-    """Logits of a step by half pages, each [32, M]."""
-    FIELDS: tl.constexpr = _fields(KEYS)
-    W: tl.constexpr = D // FIELDS
-    channel, token = tl.arange(0, W), tl.arange(0, HALF)
-    place = token[:, None] * W + channel[None, :]
-    logits = ()
-    if KEYS >= FP8:
-        for half in tl.static_range(HALVES):
-            at = start + (begin + half * HALF) * D  # of fp8, and of bf16 from the page's start
-            if KEYS == BF16:
-                keys = tl.load(pool_bf16 + start // 2 + (begin + half * HALF) * D + place)
-                logits = logits + (_product(keys, queries[0], NATIVE) * factor,)
-            else:
-                keys = tl.load(pool_fp8 + at + place).to(tl.float16)
-                logits = logits + (tl.dot(keys, queries[0]) * factor,)
-    else:
-        codes = tl.load(pool_half + start // 2 + place)
-        every = pool_half + (start + _code_bytes(KEYS, D)) // 2 + tl.arange(0, D)
-        scales = _by_field(tl.load(every), W, FIELDS)
-        offsets = _by_field(tl.load(every + D), W, FIELDS)
-        bias = tl.zeros([16, M], tl.float32)
-        scaled = ()
-        for field in tl.static_range(FIELDS):
-            bias = tl.dot(tl.broadcast_to(offsets[field][None, :], [16, W]), queries[field], bias)
-            scale = scales[field] * tl.full([1], 1.0 / (1 << (field * KEYS)), tl.float16)
-            scaled = scaled + (queries[field] * scale[:, None],)
-        shift = tl.max(bias, 0) * factor
-        for half in tl.static_range(HALVES):
-            sums = tl.zeros([HALF, M], tl.float32)
-            for field in tl.static_range(FIELDS):
-                sums = tl.dot(_field(codes, half, field, KEYS, NATIVE), scaled[field], sums)
-            logits = logits + (sums * (factor * 16777216.0) + shift[None, :],)
-    return logits
 
 
 @triton.jit
@@ -186,10 +161,10 @@ def _add_values(acc, shifts, shrink, weights, pool_half, pool_bf16, pool_fp8, st
                 D: tl.constexpr, VALUES: tl.constexpr, HALVES: tl.constexpr,
                 NATIVE: tl.constexpr):  # fmt: skip
     """The accumulators, one a part, and what offsets add to a group's, after another step."""
-    FIELDS: tl.constexpr = _fields(VALUES)
-    CHUNKS: tl.constexpr = _parts(VALUES, D) // FIELDS
-    GROUPS: tl.constexpr = _groups(VALUES, D)
-    W: tl.constexpr = D // _parts(VALUES, D)
+    FIELDS: tl.constexpr = fields_of(VALUES)
+    CHUNKS: tl.constexpr = parts_of(VALUES, D) // FIELDS
+    GROUPS: tl.constexpr = groups_of(VALUES, D)
+    W: tl.constexpr = D // parts_of(VALUES, D)
     channel, token = tl.arange(0, W), tl.arange(0, HALF)
     added, moved = (), ()
     if VALUES >= FP8:
@@ -199,18 +174,18 @@ def _add_values(acc, shifts, shrink, weights, pool_half, pool_bf16, pool_fp8, st
             if VALUES == BF16:
                 place = (first + token)[None, :] * D + channel[:, None]
                 values = tl.load(pool_bf16 + start // 2 + place)
-                sums += _product(values, weights[half].to(tl.bfloat16), NATIVE)
+                sums += product(values, weights[half].to(tl.bfloat16), NATIVE)
             else:
                 place = channel[:, None] * PAGE + (first + token)[None, :]
                 values = tl.load(pool_fp8 + start + place).to(tl.float16)
                 sums = tl.dot(values, weights[half].to(tl.float16), sums)
         added, moved = (sums,), shifts
     else:
-        scales = pool_half + (start + _code_bytes(VALUES, D)) // 2 + tl.arange(0, PAGE)
+        scales = pool_half + (start + code_bytes(VALUES, D)) // 2 + tl.arange(0, PAGE)
         scaled = ()  # weights times scales by group, then half
         for group in tl.static_range(GROUPS):
-            scale = _by_half(tl.load(scales + group * PAGE))
-            offset = _by_half(tl.load(scales + (GROUPS + group) * PAGE))
+            scale = by_half(tl.load(scales + group * PAGE))
+            offset = by_half(tl.load(scales + (GROUPS + group) * PAGE))
             shift = shifts[group] * shrink[None, :]
             for half in tl.static_range(2):
                 shift += weights[half] * offset[half].to(tl.float32)[:, None]
@@ -222,8 +197,8 @@ def _add_values(acc, shifts, shrink, weights, pool_half, pool_bf16, pool_fp8, st
             for field in tl.static_range(FIELDS):
                 sums = acc[chunk * FIELDS + field] * shrink[None, :]
                 for half in tl.static_range(2):
-                    values = _field(codes, half, field, VALUES, NATIVE)
-                    weight = scaled[2 * _group(chunk * FIELDS + field, VALUES, D) + half]
+                    values = masked(codes, half, field, VALUES, NATIVE)
+                    weight = scaled[2 * group_of(chunk * FIELDS + field, VALUES, D) + half]
                     sums = tl.dot(values, weight, sums)
                 added = added + (sums,)
     return added, moved
@@ -239,120 +214,10 @@ def _highest(halves, HALVES: tl.constexpr):
     return highest
 
 
-@triton.jit
-def _by_field(vector, W: tl.constexpr, FIELDS: tl.constexpr):
-    """A key's channels [W] by field, out of one vector where they lie side by side."""
-    if FIELDS == 1:
-        parts = (vector,)
-    elif FIELDS == 2:
-        even, odd = tl.split(tl.reshape(vector, [W, 2]))
-        parts = (even, odd)
-    else:
-        even, odd = tl.split(tl.reshape(vector, [W, 2, 2]))
-        first, third = tl.split(even)
-        second, fourth = tl.split(odd)
-        parts = (first, second, third, fourth)
-    return parts
-
-
-@triton.jit
-def _by_half(vector):
-    """Both halves [32] of a page, whose tokens t and t + 32 lie side by side."""
-    first, last = tl.split(tl.reshape(vector, [HALF, 2]))
-    return first, last
-
-
-@triton.jit
-def _product(left, right, NATIVE: tl.constexpr):
-    """Of bf16 tiles; Triton's interpreter multiplies them wrongly, and gets them wider."""
-    if NATIVE:
-        product = tl.dot(left, right)
-    else:
-        product = tl.dot(left.to(tl.float32), right.to(tl.float32))
-    return product
-
-
-@triton.jit
-def _field(units, HALF_PAGE: tl.constexpr, FIELD: tl.constexpr, BITS: tl.constexpr,
-           NATIVE: tl.constexpr):  # fmt: skip
-    """One field of one half page's bytes as fp16 whose bits it is: 2^(24 - FIELD * BITS) too small.
-
-    Read as a number below the normal ones, a field in the lowest ten bits counts in steps of
-    2^-24; tensor cores multiply such numbers exactly, so that a mask is all the unpacking.
-    """
-    if NATIVE:
-        field = tl.inline_asm_elementwise(
-            _mask(HALF_PAGE, FIELD, BITS), "=r,r", [units], dtype=tl.float16, is_pure=True, pack=2
-        )
-    else:
-        bits = units.to(tl.uint16, bitcast=True) >> (8 * HALF_PAGE)
-        field = (bits & (((1 << BITS) - 1) << (FIELD * BITS))).to(tl.float16, bitcast=True)
-    return field
-
-
-@triton.constexpr_function
-def _mask(half, field, bits):
-    """PTX that masks one field of two units."""
-    mask = (((1 << bits) - 1) << (field * bits)) * 0x10001
-    if half == 0:
-        return f"and.b32 $0, $1, {mask};"
-    return f"{{ .reg .b32 high; shr.b32 high, $1, 8; and.b32 $0, high, {mask}; }}"
-
-
-@triton.constexpr_function
-def _unit(field, bits):
-    """What one step of a field counts, where the field was read as it lies."""
-    return 2.0 ** (24 - field * bits)
-
-
 @triton.constexpr_function
 def _halves_a_step(pair):
     """Half pages a step: integers of two halves share a unit."""
     return 1 if min(pair // 32, pair % 32) > 8 else 2
-
-
-@triton.constexpr_function
-def _groups(code, head_dim):
-    """Groups of channels that share a value's offset; one, of nothing, for floats."""
-    return (head_dim + 63) // 64 if code <= 8 else 1
-
-
-@triton.constexpr_function
-def _group(part, code, head_dim):
-    """Of the channels of a part, which go by chunk, then field."""
-    fields, width = 8 // code, head_dim // max(8 // code, head_dim // 64)
-    return ((part % fields) * (head_dim // fields) + (part // fields) * width) // 64
-
-
-@triton.constexpr_function
-def _fields(code):
-    """Channels that share a byte."""
-    return 8 // code if code < 8 else 1
-
-
-@triton.constexpr_function
-def _parts(code, head_dim):
-    """Accumulators of a format's values: neither two fields nor two groups in one."""
-    return 1 if code > 8 else max(8 // code, head_dim // 64)
-
-
-@triton.constexpr_function
-def _code_bytes(code, head_dim):
-    """Bytes of a page's codes."""
-    return 64 * head_dim * (8 if code == 9 else code) // 8
-
-
-@triton.jit
-def _queries(q, D: tl.constexpr, G: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr):
-    """The group's queries [D / fields, M] by field, in the type that keys are multiplied in."""
-    W: tl.constexpr = D // _fields(KEYS)
-    head, channel = tl.arange(0, M), tl.arange(0, W)
-    parts = ()
-    for part in tl.static_range(_fields(KEYS)):
-        place = head[None, :] * D + part * W + channel[:, None]
-        query = tl.load(q + place, mask=head[None, :] < G, other=0)
-        parts = parts + (query.to(tl.bfloat16 if KEYS == BF16 else tl.float16),)
-    return parts
 
 
 @triton.jit
@@ -393,9 +258,3 @@ def _merge(scratch, scratch_lse, count, out, row_lse,
     place = head[:, None] * D + channel[None, :]
     tl.store(out + place, output.to(out.dtype.element_ty), mask=head[:, None] < G)
     tl.store(row_lse + head, largest + tl.log2(total) / LOG2_E, mask=head < G)
-
-
-@triton.constexpr_function
-def _scale_bytes(code, head_dim):
-    """Bytes of a page's key scales."""
-    return 4 * head_dim if code <= 8 else 0

@@ -8,8 +8,9 @@ floats    keys token by token [64, D]; values too in bf16, and channel by channe
 integers  in units of two bytes, the tokens t and t + 32 of a page; a byte holds the channels d,
           d + D/f, d + 2D/f ... (f = 8 / bits fields). Keys [32, D/f] units, values [D/f, 32].
           A mask leaves two lanes of 16 bits with one field each: no element changes its lane
-scales    fp16, then offsets likewise: of keys [D/f, f], one a channel; of values [g, 32, 2], one a
-          token and group of 64 channels; each in the order in which its codes are met
+scales    fp16, then offsets likewise: of keys by channel [D/f, f], one a channel; of values and of
+          keys by token [g, 32, 2], one a token and group of 64 channels; each in the order in
+          which its codes are met
 
 Sizes are whole cells of 4 D bytes, so that pages of all formats share one pool.
 """
@@ -29,6 +30,12 @@ PAGE = 64
 CODES = {"bf16": 16, "fp8": 9, "int8": 8, "int4": 4, "int2": 2}
 """What a kernel calls a format: its bits, and 9 for fp8."""
 
+AS_VALUES = "-token"
+"""How the names of keys end that are grouped as values are, by token."""
+
+KEY_CODES = CODES | {f"int{bits}{AS_VALUES}": bits - 1 for bits in (8, 4, 2)}
+"""Of keys: also integers by token, which are called one less than their bits."""
+
 KERNEL_HEAD_DIMS = (64, 128, 256)
 
 
@@ -38,18 +45,30 @@ class PageLayout:
 
     Args:
         head_dim: D.
-        keys: a key of ``CODES``.
-        values: likewise.
+        keys: a key of ``KEY_CODES``.
+        values: a key of ``CODES``.
     """
 
     head_dim: int
     keys: str = "bf16"
     values: str = "bf16"
 
+    @staticmethod
+    def of(head_dim: int, code: int) -> PageLayout:
+        """The layout that has this ``code``."""
+        names = {number: name for name, number in KEY_CODES.items()}
+        return PageLayout(head_dim, names[code // 32], names[code % 32])
+
+    @property
+    def codes(self) -> tuple[int, int]:
+        """What kernels call the keys' and the values' formats."""
+        return KEY_CODES[self.keys], CODES[self.values]
+
     @property
     def code(self) -> int:
         """The pair as one number, for kernels."""
-        return 32 * CODES[self.keys] + CODES[self.values]
+        keys, values = self.codes
+        return 32 * keys + values
 
     @property
     def cell_bytes(self) -> int:
@@ -64,8 +83,7 @@ class PageLayout:
     @cached_property
     def value_codes(self) -> int:
         """Byte offset of the values."""
-        scales = self.cell_bytes if is_integer(self.keys) else 0
-        return self.key_scales + scales
+        return self.key_scales + scale_bytes(self.keys, self.head_dim, is_by_token(self.keys))
 
     @cached_property
     def value_scales(self) -> int:
@@ -75,8 +93,8 @@ class PageLayout:
     @cached_property
     def page_bytes(self) -> int:
         """Bytes of a page, whole cells."""
-        scales = 4 * PAGE * value_groups(self.head_dim) if is_integer(self.values) else 0
-        return -(-(self.value_scales + scales) // self.cell_bytes) * self.cell_bytes
+        used = self.value_scales + scale_bytes(self.values, self.head_dim, by_token=True)
+        return -(-used // self.cell_bytes) * self.cell_bytes
 
     @property
     def page_cells(self) -> int:
@@ -91,6 +109,8 @@ def layout_of(option: Option, head_dim: int) -> PageLayout:
         KvtuneError: a format, a group or a head dimension that the runtime does not store.
     """
     keys, values = (_stored(form, head_dim) for form in (option.keys, option.values))
+    if getattr(option.keys, "keys_by", None) == "token":
+        keys += AS_VALUES
     if exact_tokens(option.keys) != exact_tokens(option.values):
         raise KvtuneError(
             f"{option.label!r} leaves a different number of keys and values in 16 bits",
@@ -121,9 +141,14 @@ def is_integer(name: str) -> bool:
     return name.startswith("int")
 
 
+def is_by_token(name: str) -> bool:
+    """Whether these are keys that are grouped as values are."""
+    return name.endswith(AS_VALUES)
+
+
 def bits(name: str) -> int:
     """Bits an element, scales aside."""
-    return 8 if name == "fp8" else CODES[name]
+    return 8 if name == "fp8" else CODES[name.removesuffix(AS_VALUES)]
 
 
 def code_bytes(name: str, head_dim: int) -> int:
@@ -131,6 +156,13 @@ def code_bytes(name: str, head_dim: int) -> int:
     return PAGE * head_dim * bits(name) // 8
 
 
-def value_groups(head_dim: int) -> int:
+def scale_bytes(name: str, head_dim: int, by_token: bool) -> int:
+    """Bytes of a page's scales and offsets, of keys or of values."""
+    if not is_integer(name):
+        return 0
+    return 4 * (PAGE * token_groups(head_dim) if by_token else head_dim)
+
+
+def token_groups(head_dim: int) -> int:
     """Groups of a token's channels that share a scale."""
     return -(-head_dim // PAGE)

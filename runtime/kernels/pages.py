@@ -5,12 +5,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvtune.runtime.kernels.decode import _code_bytes, _fields, _parts, _scale_bytes
+from kvtune.runtime.kernels.codes import (
+    BF16,
+    FP8,
+    HALF,
+    PAGE,
+    bits_of,
+    code_bytes,
+    fields_of,
+    first_channel,
+    group_of,
+    groups_of,
+    is_by_token,
+    parts_of,
+    scale_bytes,
+)
 
-PAGE = tl.constexpr(64)
-HALF = tl.constexpr(32)
-BF16 = tl.constexpr(16)
-FP8 = tl.constexpr(9)
 RECORD = tl.constexpr(5)
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to even as torch does
 
@@ -37,7 +47,7 @@ def store_pages(
     index = tl.load(chosen + tl.load(record + 1) + token, mask=token < count, other=0)
     source = row * stride_row + index.to(tl.int64) * stride_token
     scales = fp8_scales + 2 * tl.load(record + 4)
-    VALUES_AT: tl.constexpr = _code_bytes(KEYS, D) + _scale_bytes(KEYS, D)
+    VALUES_AT: tl.constexpr = code_bytes(KEYS, D) + scale_bytes(KEYS, D)
     _store_keys(keys, source, count, start, scales,
                 pool_bytes, pool_half, pool_bf16, pool_fp8, D, KEYS)  # fmt: skip
     _store_values(values, source, count, start + VALUES_AT, scales + 1,
@@ -48,17 +58,20 @@ def store_pages(
 def _store_keys(keys, source, count, start, fp8_scale,
                 pool_bytes, pool_half, pool_bf16, pool_fp8,
                 D: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
-    """Codes token by token; integers share a scale a channel."""
-    W: tl.constexpr = D // _fields(KEYS)
+    """Codes token by token; integers share a scale a channel, or as values do."""
+    W: tl.constexpr = D // fields_of(KEYS)
     channel, token = tl.arange(0, W), tl.arange(0, PAGE)
     if KEYS >= FP8:
         place = start + token[:, None] * W + channel[None, :]
         _store_floats(_gather(keys, source, count, 0, W), start, place, fp8_scale,
                       pool_bf16, pool_fp8, KEYS)  # fmt: skip
+    elif is_by_token(KEYS):
+        place = start + 2 * (token % HALF) * W + token // HALF
+        _store_by_token(keys, source, count, place, start, pool_bytes, pool_half, D, KEYS, 2)
     else:
         packed = tl.zeros([PAGE, W], tl.int32)
-        scales = pool_half + (start + _code_bytes(KEYS, D)) // 2 + channel * _fields(KEYS)
-        for field in tl.static_range(_fields(KEYS)):
+        scales = pool_half + (start + code_bytes(KEYS, D)) // 2 + channel * fields_of(KEYS)
+        for field in tl.static_range(fields_of(KEYS)):
             rows = _gather(keys, source, count, field * W, W)
             real = (token < count)[:, None]
             low = tl.min(tl.where(real, rows, float("inf")), 0)
@@ -76,36 +89,56 @@ def _store_values(values, source, count, start, fp8_scale,
                   pool_bytes, pool_half, pool_bf16, pool_fp8,
                   D: tl.constexpr, VALUES: tl.constexpr):  # fmt: skip
     """Codes channel by channel; integers share a scale a token and 64 channels."""
-    FIELDS: tl.constexpr = _fields(VALUES)
-    W: tl.constexpr = D // _parts(VALUES, D)
-    GROUPS: tl.constexpr = (D + PAGE - 1) // PAGE
-    channel, token = tl.arange(0, W), tl.arange(0, PAGE)
-    unit = 2 * (token % HALF) + token // HALF
-    scales = pool_half + (start + _code_bytes(VALUES, D)) // 2 + unit
     if VALUES >= FP8:
+        channel, token = tl.arange(0, D), tl.arange(0, PAGE)
         across = token[:, None] + channel[None, :] * PAGE
         along = token[:, None] * D + channel[None, :]
         _store_floats(_gather(values, source, count, 0, D), start,
                       start + (along if VALUES == BF16 else across), fp8_scale,
                       pool_bf16, pool_fp8, VALUES)  # fmt: skip
     else:
-        for group in tl.static_range(GROUPS):
-            rows = _gather(values, source, count, group * PAGE, D // GROUPS)
-            scale, offset = _grid(tl.min(rows, 1), tl.max(rows, 1), VALUES)
-            tl.store(scales + group * PAGE, scale)
-            tl.store(scales + (GROUPS + group) * PAGE, offset)
-        for chunk in tl.static_range(D // FIELDS // W):
-            packed = tl.zeros([PAGE, W], tl.int32)
-            for field in tl.static_range(FIELDS):
-                first = field * (D // FIELDS) + chunk * W
-                group = first // PAGE
-                rows = _gather(values, source, count, group * PAGE, D // GROUPS)
-                scale, offset = _grid(tl.min(rows, 1), tl.max(rows, 1), VALUES)
-                rows = _gather(values, source, count, first, W)
-                codes = _codes(rows, scale[:, None], offset[:, None], VALUES)
-                packed |= codes << (field * VALUES)
-            place = start + (chunk * W + channel[None, :]) * PAGE + unit[:, None]
-            tl.store(pool_bytes + place, packed.to(tl.uint8))
+        place = start + _by_unit(tl.arange(0, PAGE))
+        _store_by_token(values, source, count, place, start, pool_bytes, pool_half,
+                        D, VALUES, PAGE)  # fmt: skip
+
+
+@triton.jit
+def _store_by_token(tensor, source, count, place, start, pool_bytes, pool_half,
+                    D: tl.constexpr, CODE: tl.constexpr, STRIDE: tl.constexpr):  # fmt: skip
+    """Integers that share a scale a token and 64 channels.
+
+    Args:
+        place: [64], each token's first byte in the pool; its others follow every STRIDE bytes.
+        start: the first byte of all.
+    """
+    FIELDS: tl.constexpr = fields_of(CODE)
+    BITS: tl.constexpr = bits_of(CODE)
+    W: tl.constexpr = D // parts_of(CODE, D)
+    GROUPS: tl.constexpr = groups_of(CODE, D)
+    channel = tl.arange(0, W)
+    scales = pool_half + (start + code_bytes(CODE, D)) // 2 + _by_unit(tl.arange(0, PAGE))
+    for group in tl.static_range(GROUPS):
+        rows = _gather(tensor, source, count, group * PAGE, D // GROUPS)
+        scale, offset = _grid(tl.min(rows, 1), tl.max(rows, 1), BITS)
+        tl.store(scales + group * PAGE, scale)
+        tl.store(scales + (GROUPS + group) * PAGE, offset)
+    for chunk in tl.static_range(parts_of(CODE, D) // FIELDS):
+        packed = tl.zeros([PAGE, W], tl.int32)
+        for field in tl.static_range(FIELDS):
+            first = group_of(chunk * FIELDS + field, CODE, D) * PAGE
+            rows = _gather(tensor, source, count, first, D // GROUPS)
+            scale, offset = _grid(tl.min(rows, 1), tl.max(rows, 1), BITS)
+            first = first_channel(chunk * FIELDS + field, CODE, D)
+            rows = _gather(tensor, source, count, first, W)
+            packed |= _codes(rows, scale[:, None], offset[:, None], BITS) << (field * BITS)
+        byte = place[:, None] + (chunk * W + channel[None, :]) * STRIDE
+        tl.store(pool_bytes + byte, packed.to(tl.uint8))
+
+
+@triton.jit
+def _by_unit(token):
+    """Where a token lies among a page's, of which t and t + 32 lie side by side."""
+    return 2 * (token % HALF) + token // HALF
 
 
 @triton.jit

@@ -13,7 +13,8 @@ from kvtune.runtime.kernels.layout import (
     PageLayout,
     bits,
     code_bytes,
-    value_groups,
+    is_by_token,
+    token_groups,
 )
 
 _LARGEST_E4M3 = 448.0
@@ -55,13 +56,13 @@ def read_page(page: Tensor, layout: PageLayout, scales: Tensor) -> tuple[Tensor,
 
 @dataclass(frozen=True)
 class _Groups:
-    """Scale and offset of integer codes: ``[D]`` of keys, ``[g, 64]`` of values, fp16."""
+    """Scale and offset of integer codes, fp16: ``[D]`` by channel, ``[g, 64]`` by token."""
 
     scale: Tensor
     offset: Tensor
 
     def spread(self, dim: int, head_dim: int) -> tuple[Tensor, Tensor]:
-        """Both as float32 that broadcasts to ``[64, D]``."""
+        """Both as float32 that broadcasts to ``[64, D]``; ``dim`` 0 is by channel, 1 by token."""
         pair = (self.scale.float(), self.offset.float())
         if dim == 0:
             return pair
@@ -78,13 +79,18 @@ def _encode(rows: Tensor, name: str, scale: Tensor, dim: int) -> tuple[Tensor, T
         codes = (padded.float() / scale).clamp(-_LARGEST_E4M3, _LARGEST_E4M3)
         codes = codes.to(torch.float8_e4m3fn).view(torch.uint8)
         return (codes if dim == 0 else codes.T).flatten(), none
-    levels = 2 ** bits(name) - 1
-    groups = _ranges(rows.float(), levels, dim)
-    step, offset = groups.spread(dim, rows.shape[1])
+    levels, over = 2 ** bits(name) - 1, _reduced(name, dim)
+    groups = _ranges(rows.float(), levels, over)
+    step, offset = groups.spread(over, rows.shape[1])
     step = torch.where(step > 0, step, 1)
     codes = ((padded.float() - offset) / step).round().clamp(0, levels).to(torch.uint8)
-    both = torch.cat([_by_unit(x, bits(name), dim) for x in (groups.scale, groups.offset)])
+    both = torch.cat([_by_unit(x, bits(name), over) for x in (groups.scale, groups.offset)])
     return _units(_pack(codes, bits(name)), dim), both.view(torch.uint8)
+
+
+def _reduced(name: str, dim: int) -> int:
+    """The axis of ``[64, D]`` that a group lies along; ``dim`` is 0 of keys and 1 of values."""
+    return 1 if is_by_token(name) else dim
 
 
 def _ranges(rows: Tensor, levels: int, dim: int) -> _Groups:
@@ -106,10 +112,11 @@ def _decode(codes: Tensor, beside: Tensor, name: str, scale: Tensor, dim: int) -
         return rows.view(torch.float8_e4m3fn).float() * scale
     fields = _unpack(_rows(codes, dim), bits(name)).float()
     head_dim = fields.shape[1]
-    count = head_dim if dim == 0 else value_groups(head_dim) * PAGE
+    over = _reduced(name, dim)
+    count = head_dim if over == 0 else token_groups(head_dim) * PAGE
     laid = beside[: 4 * count].view(torch.float16).view(2, count)
-    pair = [_by_token(x, bits(name), dim) for x in laid]
-    step, offset = _Groups(pair[0], pair[1]).spread(dim, head_dim)
+    pair = [_by_token(x, bits(name), over) for x in laid]
+    step, offset = _Groups(pair[0], pair[1]).spread(over, head_dim)
     return fields * step + offset
 
 
@@ -127,14 +134,14 @@ def _rows(laid: Tensor, dim: int) -> Tensor:
 
 
 def _by_unit(scales: Tensor, width: int, dim: int) -> Tensor:
-    """Scales in the order of their codes: keys' by byte, then field; values' by unit, then half."""
+    """Scales as their codes lie: by channel by byte, then field; by token by unit, then half."""
     if dim == 0:
         return scales.view(8 // width, -1).T.flatten()
     return scales.view(-1, 2, PAGE // 2).transpose(1, 2).flatten()
 
 
 def _by_token(laid: Tensor, width: int, dim: int) -> Tensor:
-    """What ``_by_unit`` laid: ``[D]`` of keys, ``[g, 64]`` of values."""
+    """What ``_by_unit`` laid: ``[D]`` by channel, ``[g, 64]`` by token."""
     if dim == 0:
         return laid.view(-1, 8 // width).T.flatten()
     return laid.view(-1, PAGE // 2, 2).transpose(1, 2).reshape(-1, PAGE)

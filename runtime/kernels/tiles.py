@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtune.runtime.kernels.layout import CODES, PAGE
+from kvtune.runtime.kernels.layout import PAGE
 
 Ints = NDArray[np.int64]
 
@@ -25,8 +25,9 @@ PROGRAMS = {"floats": 4 * PROCESSORS, "integers": 4 * PROCESSORS, "mixed": 6 * P
 memory busy. Measured on an H100, ``benchmarks/results/kernels-h100.json``."""
 
 _SMALLEST_TILE = 2  # pages: while one is worked on, another is on its way
-_PAGE_COST = {16: 1.0, 9: 0.55, 8: 0.6, 4: 0.35, 2: 0.28}
-"""Time of a page by its format, bf16 as 1: bytes, and the arithmetic of unpacking them."""
+_PAGE_COST = {16: 1.0, 9: 0.55, 8: 0.6, 7: 0.6, 4: 0.35, 3: 0.35, 2: 0.28, 1: 0.28}
+"""Time of a page by its format, bf16 as 1: bytes, and the arithmetic of unpacking them. Keys by
+token were not measured and count as those by channel, whose loop is about as long."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def kind_of(pairs: Iterable[int]) -> str:
 def page_costs(pair: Ints) -> NDArray[np.float64]:
     """Time of one page of each pair, in pages of bf16."""
     lookup = np.zeros(32)
-    lookup[list(CODES.values())] = [_PAGE_COST[code] for code in CODES.values()]
+    lookup[list(_PAGE_COST)] = list(_PAGE_COST.values())
     return (lookup[pair // 32] + lookup[pair % 32]) / 2
 
 

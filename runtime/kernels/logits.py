@@ -1,0 +1,167 @@
+"""What a step's keys say to a group's queries: the first half of decode attention."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvtune.runtime.kernels.codes import (
+    BF16,
+    FP8,
+    HALF,
+    PAGE,
+    bits_of,
+    by_field,
+    by_half,
+    code_bytes,
+    fields_of,
+    first_channel,
+    group_of,
+    groups_of,
+    is_by_token,
+    key_parts,
+    masked,
+    parts_of,
+    product,
+)
+
+
+@triton.jit
+def load_queries(q, factor, D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
+                 KEYS: tl.constexpr):  # fmt: skip
+    """The group's queries [D / parts, M] by part, in the type that keys are multiplied in.
+
+    For keys by token each is divided by what its field is too large, and beside them stand their
+    sums by group [M], times ``factor``: what an offset adds to a logit. Others have no sums.
+    """
+    PARTS: tl.constexpr = key_parts(KEYS, D)
+    W: tl.constexpr = D // PARTS
+    head, channel = tl.arange(0, M), tl.arange(0, W)
+    queries, sums = (), ()
+    for part in tl.static_range(PARTS):
+        place = head[None, :] * D + first_channel(part, KEYS, D) + channel[:, None]
+        query = tl.load(q + place, mask=head[None, :] < G, other=0)
+        query = query.to(tl.bfloat16 if KEYS == BF16 else tl.float16)
+        if is_by_token(KEYS):
+            sums = sums + (tl.sum(query.to(tl.float32), 0) * factor,)
+            query = query * tl.full([1, 1], _field_share(part, KEYS), tl.float16)
+        queries = queries + (query,)
+    grouped = ()
+    if is_by_token(KEYS):
+        for group in tl.static_range(groups_of(KEYS, D)):
+            total = tl.zeros([M], tl.float32)
+            for part in tl.static_range(PARTS):
+                if group_of(part, KEYS, D) == group:
+                    total += sums[part]
+            grouped = grouped + (total,)
+    return queries, grouped
+
+
+@triton.constexpr_function
+def _field_share(part, code):
+    """What a part's field is multiplied by to count as the lowest one does."""
+    return 2.0 ** -(part % fields_of(code) * bits_of(code))
+
+
+@triton.jit
+def logits_of(queries, sums, pool_half, pool_bf16, pool_fp8, start, begin, factor,
+              D: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr, HALVES: tl.constexpr,
+              NATIVE: tl.constexpr):  # fmt: skip
+    """Logits of a step by half pages, each [32, M].
+
+    Args:
+        queries, sums: of ``load_queries``.
+        pool_*: the pool's memory.
+        start: the page's first byte.
+        begin: its first token that is looked at.
+        factor: logits are multiplied by it.
+    """
+    if KEYS >= FP8:
+        logits = _float_logits(queries, pool_bf16, pool_fp8, start, begin, factor,
+                               D, KEYS, HALVES, NATIVE)  # fmt: skip
+    elif is_by_token(KEYS):
+        logits = _token_logits(queries, sums, pool_half, start, factor, D, M, KEYS, NATIVE)
+    else:
+        logits = _channel_logits(queries, pool_half, start, factor, D, M, KEYS, HALVES, NATIVE)
+    return logits
+
+
+@triton.jit
+def _float_logits(queries, pool_bf16, pool_fp8, start, begin, factor, D: tl.constexpr,
+                  KEYS: tl.constexpr, HALVES: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+    channel, token = tl.arange(0, D), tl.arange(0, HALF)
+    place = token[:, None] * D + channel[None, :]
+    logits = ()
+    for half in tl.static_range(HALVES):
+        first = (begin + half * HALF) * D
+        if KEYS == BF16:
+            keys = tl.load(pool_bf16 + start // 2 + first + place)
+            logits = logits + (product(keys, queries[0], NATIVE) * factor,)
+        else:
+            keys = tl.load(pool_fp8 + start + first + place).to(tl.float16)
+            logits = logits + (tl.dot(keys, queries[0]) * factor,)
+    return logits
+
+
+@triton.jit
+def _channel_logits(queries, pool_half, start, factor, D: tl.constexpr, M: tl.constexpr,
+                    KEYS: tl.constexpr, HALVES: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+    """Scales go to the queries; offsets become one logit a page."""
+    FIELDS: tl.constexpr = fields_of(KEYS)
+    W: tl.constexpr = D // FIELDS
+    channel, token = tl.arange(0, W), tl.arange(0, HALF)
+    place = token[:, None] * W + channel[None, :]
+    codes = tl.load(pool_half + start // 2 + place)
+    every = pool_half + (start + code_bytes(KEYS, D)) // 2 + tl.arange(0, D)
+    scales = by_field(tl.load(every), W, FIELDS)
+    offsets = by_field(tl.load(every + D), W, FIELDS)
+    bias = tl.zeros([16, M], tl.float32)
+    scaled = ()
+    for field in tl.static_range(FIELDS):
+        bias = tl.dot(tl.broadcast_to(offsets[field][None, :], [16, W]), queries[field], bias)
+        scale = scales[field] * tl.full([1], _field_share(field, KEYS), tl.float16)
+        scaled = scaled + (queries[field] * scale[:, None],)
+    shift = tl.max(bias, 0) * factor
+    logits = ()
+    for half in tl.static_range(HALVES):
+        sums = tl.zeros([HALF, M], tl.float32)
+        for field in tl.static_range(FIELDS):
+            sums = tl.dot(masked(codes, half, field, KEYS, NATIVE), scaled[field], sums)
+        logits = logits + (sums * (factor * 16777216.0) + shift[None, :],)
+    return logits
+
+
+@triton.jit
+def _token_logits(queries, sums, pool_half, start, factor, D: tl.constexpr, M: tl.constexpr,
+                  KEYS: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+    """Products by group of channels, each times its tokens' scales; a page at once."""
+    FIELDS: tl.constexpr = fields_of(KEYS)
+    PARTS: tl.constexpr = parts_of(KEYS, D)
+    GROUPS: tl.constexpr = groups_of(KEYS, D)
+    W: tl.constexpr = D // PARTS
+    channel, token = tl.arange(0, W), tl.arange(0, HALF)
+    codes, scales, offsets = (), (), ()
+    for chunk in tl.static_range(PARTS // FIELDS):
+        place = token[:, None] * (D // FIELDS) + chunk * W + channel[None, :]
+        codes = codes + (tl.load(pool_half + start // 2 + place),)
+    every = pool_half + (start + code_bytes(KEYS, D)) // 2 + tl.arange(0, PAGE)
+    for group in tl.static_range(GROUPS):
+        scales = scales + by_half(tl.load(every + group * PAGE))
+        offsets = offsets + by_half(tl.load(every + (GROUPS + group) * PAGE))
+    logits = ()
+    for half in tl.static_range(2):
+        logit = tl.zeros([HALF, M], tl.float32)
+        for group in tl.static_range(GROUPS):
+            products = tl.zeros([HALF, M], tl.float32)
+            for part in tl.static_range(PARTS):
+                if group_of(part, KEYS, D) == group:
+                    field = masked(codes[part // FIELDS], half, part % FIELDS, bits_of(KEYS),
+                                   NATIVE)  # fmt: skip
+                    products = tl.dot(field, queries[part], products)
+            scale = scales[2 * group + half].to(tl.float32) * (factor * 16777216.0)
+            offset = offsets[2 * group + half].to(tl.float32)
+            shift = offset[:, None] * sums[group][None, :]
+            before = shift if group == 0 else logit + shift
+            logit = before + products * scale[:, None]
+        logits = logits + (logit,)
+    return logits
