@@ -173,7 +173,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
         Raises:
             KvtuneError: names the first layer and KV head where they were not.
         """
-        fine = torch.stack([layer.paged.finite for layer in self.layers]).numpy(force=True)
+        fine = torch.stack([layer.paged.finite for layer in self.layers]).cpu().numpy()
         if not fine.all():
             layer, row = np.argwhere(~fine)[0]
             head = row % self.policy.kv_heads

@@ -100,8 +100,8 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         if cache.needs.column_sums and isinstance(cache.backend, TritonBackend):
             from kvtune.runtime.kernels.columns import column_sums
 
-            flat = (x.flatten(0, 1).contiguous() for x in (q, k))
-            sums = column_sums(*flat, scale).chunk(len(q))
+            flat_q, flat_k = (x.flatten(0, 1).contiguous() for x in (q, k))
+            sums = column_sums(flat_q, flat_k, scale).chunk(len(q))
         if cache.calibration:
             measured = cache.calibration.tensors(self.number, k.device)
             given = {**measured, "layer_error": float(measured["layer_error"])}

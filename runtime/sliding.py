@@ -61,7 +61,7 @@ def places_of(kept: Sequence[Tensor], read: Sequence[int], window: int) -> Ints:
     found = []
     ends = np.cumsum([len(row) for row in kept])
     for row, count in zip(
-        np.split(torch.cat(list(kept)).numpy(force=True), ends[:-1]), read, strict=True
+        np.split(torch.cat(list(kept)).cpu().numpy(), ends[:-1]), read, strict=True
     ):
         leaves = np.arange(window) - (window - count)  # which one does so as the g-th enters
         place = np.full(window, -1)

@@ -29,6 +29,7 @@ from kvtune.runtime import load_cache
 from kvtune.runtime.cache import NAME
 from kvtune.runtime.paged import PagedLayer
 from kvtune.runtime.prompts import fresh_prompt
+from kvtune.runtime.storing import store_prompts
 from kvtune.traces.calibration import Calibration, keep_calibration
 from kvtune.traces.models import LoadedModel, wrap
 from kvtune.traces.samples import Sample
@@ -86,7 +87,7 @@ def ids(*lengths: int) -> dict[str, Tensor]:
 def stored(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], list[list[int]]]:
     """Which tokens go into pages, by layer and sequence, as they do."""
     found: dict[tuple[int, int], list[list[int]]] = {}
-    original = layer_module.store_prompts
+    original = store_prompts
 
     def spying(paged: PagedLayer, k: Tensor, v: Tensor, kept: list[Tensor]) -> None:
         for row, tokens in enumerate(kept):
