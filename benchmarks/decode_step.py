@@ -32,6 +32,7 @@ from kvtune.runtime.fuse import fused
 from kvtune.runtime.graph import DecodeLoop, generate
 from kvtune.runtime.largest import page_bytes, search_largest
 from kvtune.runtime.paged import PagedLayer
+from kvtune.runtime.storing import store_prompts
 from kvtune.runtime.timing import time_beside
 
 PLAN = Path(__file__).with_name("plans") / "llama-8b-32k-12-percent.yaml"
@@ -115,8 +116,7 @@ def fill(model: Any, policy: Policy, batch: int, new_tokens: int = NEW_TOKENS) -
             layer.number, policy.heads[layer.number], HEAD_DIM, batch, cache.pool, cache.backend
         )
         kept = [torch.linspace(0, CONTEXT - 1, int(n), device="cuda").long() for n in budgets]
-        for sequence in range(batch):
-            layer.paged.store(sequence, keys, values, kept)
+        store_prompts(layer.paged, keys, values, kept)
         layer.paged.seal(new_tokens)
         layer.seen = CONTEXT
     return cache

@@ -57,8 +57,14 @@ class Compressed:
 Rows = Sequence[Sequence[Option]]  # [B][H]
 
 
-def select(rows: Rows, budgets: Sequence[Sequence[int]], signals: Signals) -> Kept:
-    """Ask each head's method for its tokens; heads and policies that share a choice ask once."""
+def ask(
+    rows: Rows, budgets: Sequence[Sequence[int]], signals: Signals
+) -> tuple[list[Tensor], dict[int, tuple[Tensor, Tensor]]]:
+    """Ask each head's method for its tokens; heads and policies that share a choice ask once.
+
+    Returns:
+        Tokens of each row, counted through ``[B, H]``, ascending; and ``Kept.merged``.
+    """
     asked = [
         [(option.method, budget) for option, budget in zip(options, wanted, strict=True)]
         for options, wanted in zip(rows, budgets, strict=True)
@@ -69,18 +75,23 @@ def select(rows: Rows, budgets: Sequence[Sequence[int]], signals: Signals) -> Ke
     }
     merged = {choice: choice[0].merge(signals, kept) for choice, kept in chosen.items()}
     rows_of = [(choice, head) for choices in asked for head, choice in enumerate(choices)]
-    lists = [chosen[choice][head] for choice, head in rows_of]
-    heads = len(asked[0])
-    sizes = [len(row) for row in lists]
-    counts = torch.tensor(sizes, device=signals.keys.device).unflatten(0, (-1, heads))
-    indices = pad_sequence(lists, batch_first=True).unflatten(0, (-1, heads))
-    by_policy = tuple(tuple(sizes[at : at + heads]) for at in range(0, len(sizes), heads))
     instead = {
         row: (both[0][head], both[1][head])
         for row, (choice, head) in enumerate(rows_of)
         if (both := merged[choice]) is not None
     }
-    return Kept(indices, counts, by_policy, instead)
+    return [chosen[choice][head] for choice, head in rows_of], instead
+
+
+def select(rows: Rows, budgets: Sequence[Sequence[int]], signals: Signals) -> Kept:
+    """What the heads' methods choose, side by side."""
+    lists, merged = ask(rows, budgets, signals)
+    heads = len(rows[0])
+    sizes = [len(row) for row in lists]
+    counts = torch.tensor(sizes, device=signals.keys.device).unflatten(0, (-1, heads))
+    indices = pad_sequence(lists, batch_first=True).unflatten(0, (-1, heads))
+    by_policy = tuple(tuple(sizes[at : at + heads]) for at in range(0, len(sizes), heads))
+    return Kept(indices, counts, by_policy, merged)
 
 
 def kept_of(method: Method, signals: Signals, budget: int) -> tuple[Tensor, Tensor]:

@@ -92,11 +92,18 @@ class ScoredMethod(Method):
         return 0, 0
 
     def keep(self, signals: Signals, budget: int) -> Tensor:
-        """The protected tokens, then the highest scores; of equal scores the more recent token."""
-        budget = min(budget, signals.prompt_tokens)
+        """The protected tokens, then the highest scores; of equal scores the more recent token.
+
+        Where all of them may stay, nobody is ranked.
+        """
+        import torch
+
+        heads, tokens, _ = signals.keys.shape
+        if budget >= tokens:
+            return torch.arange(tokens, device=signals.keys.device).expand(heads, -1)
         newest_first = self.ranked(signals, budget).flip(-1)
         best = newest_first.argsort(dim=-1, descending=True, stable=True)[:, :budget]
-        return (signals.prompt_tokens - 1 - best).sort(-1).values
+        return (tokens - 1 - best).sort(-1).values
 
     def ranked(self, signals: Signals, budget: int) -> Tensor:
         """A copy of the scores, ``[H, P]``, the protected tokens at infinity."""

@@ -7,9 +7,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtune.runtime.kernels.launch import Paged, Scratch, decode
@@ -34,7 +32,7 @@ class Writing:
     keys: Tensor
     values: Tensor
     chosen: Tensor
-    records: NDArray[np.int32]
+    records: Tensor
     fp8_scales: Tensor
 
 
@@ -111,7 +109,7 @@ class TritonBackend:
         keys, values, layout = writing.keys, writing.values, writing.layout
         store_pages[(len(writing.records),)](
             keys, values, keys.stride(0), keys.stride(1), writing.chosen,
-            torch.as_tensor(writing.records, device=pool.device), writing.fp8_scales,
+            writing.records, writing.fp8_scales,
             pool, pool.view(torch.float16), pool.view(torch.bfloat16),
             pool.view(torch.float8_e4m3fn),
             layout.head_dim, *layout.codes,

@@ -116,7 +116,8 @@ class PolicyCache(Cache):  # type: ignore[misc]
         self.new_tokens, self.evicts, self.residual = new_tokens, evicts, residual
         self.calibration: Calibration | None = None
         self.repeat: Callable[[list[int], list[Signals]], list[Signals]] | None = None
-        self.waits = policy.waits
+        self.waits, self.needs = policy.waits, policy.needs
+        self.prompts: list[int] = []  # their lengths, as soon as the first layer begins
         self.pool: Pool
         self.backend: Backend
         self.scratch: Scratch | None = None
@@ -125,9 +126,10 @@ class PolicyCache(Cache):  # type: ignore[misc]
 
     def open(self, device: torch.device, prompts: list[int]) -> None:
         """The first layer begins to read prompts of these lengths."""
-        self.backend = backend_for(device)
+        self.backend, self.prompts = backend_for(device), prompts
         if not self.waits:
-            self._take_memory(device, prompts, [self.policy.budgets(n) for n in prompts])
+            planned = {tokens: self.policy.budgets(tokens) for tokens in set(prompts)}
+            self._take_memory(device, prompts, [planned[tokens] for tokens in prompts])
 
     @torch.no_grad()
     def read(self, token_ids: Tensor | None) -> None:
@@ -135,9 +137,12 @@ class PolicyCache(Cache):  # type: ignore[misc]
         rows = [list(layers) for layers in zip(*(x.waiting for x in self.layers), strict=True)]
         if self.repeat:
             rows = self._repeated(rows, token_ids)
-        prompts = [layers[0].prompt_tokens for layers in rows]
-        budgets = list(map(self.policy.settle, prompts, (layers.__getitem__ for layers in rows)))
-        self._take_memory(rows[0][0].keys.device, prompts, budgets)
+        settled = [
+            self.policy.settle(tokens, layers.__getitem__)
+            for tokens, layers in zip(self.prompts, rows, strict=False)  # one may stand for all
+        ]
+        budgets = settled * (len(self.prompts) // len(rows))
+        self._take_memory(rows[0][0].keys.device, self.prompts, budgets)
         for layer in self.layers:
             layer.store([layers.pop(0) for layers in rows])  # and keep none of it
 
@@ -155,10 +160,24 @@ class PolicyCache(Cache):  # type: ignore[misc]
     ) -> None:
         """For prompts of these lengths, and for new tokens."""
         self.budgets = budgets
-        cells = sum(map(self._cells_wanted, prompts, budgets))
+        distinct = {id(planned): (n, planned) for n, planned in zip(prompts, budgets, strict=True)}
+        wanted = {name: self._cells_wanted(*each) for name, each in distinct.items()}
+        cells = sum(wanted[id(planned)] for planned in budgets)
         slack = 1 + max(SLAB_CELLS % size / SLAB_CELLS for size in self._page_sizes()) * 1.1
         slabs = int(cells * slack) + len(self._page_sizes()) * SLAB_CELLS
         self.pool = Pool(slabs, PageLayout(self.geometry.head_dim).cell_bytes, device)
+
+    def check_finite(self) -> None:
+        """All layers have read the prompts: whether all that they read were numbers.
+
+        Raises:
+            KvtuneError: names the first layer and KV head where they were not.
+        """
+        fine = torch.stack([layer.paged.finite for layer in self.layers]).cpu().numpy()
+        if not fine.all():
+            layer, row = np.argwhere(~fine)[0]
+            head = row % self.policy.kv_heads
+            raise KvtuneError(f"layer {layer}, KV head {head}: a key or value is not finite")
 
     def _page_sizes(self) -> set[int]:
         """Cells of all pages that occur."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kvtune.policies.compress import select
+from kvtune.policies.compress import ask
 from kvtune.policies.policy import Policy
 from kvtune.policies.room import Room
 from kvtune.policies.signals import Signals
@@ -18,15 +20,14 @@ class Choice:
     """Of one layer and sequence.
 
     Args:
-        keys: ``[H, P, D]``; where a method merges, its kept tokens' are the merged ones.
-        values: likewise.
         kept: tokens of each head, ascending.
+        merged: keys and values ``[n, D]`` of heads whose method stores others than the kept
+            tokens' own.
         rooms: of heads that go on evicting; None where a head only grows.
     """
 
-    keys: Tensor
-    values: Tensor
     kept: list[Tensor]
+    merged: Mapping[int, tuple[Tensor, Tensor]]
     rooms: list[Room | None]
 
 
@@ -46,11 +47,26 @@ def choose(policy: Policy, planned: Sequence[int], signals: Signals, evicts: boo
         for option, budget in zip(options, budgets, strict=True)
     ]
     held = [room.prompt if room else budget for room, budget in zip(rooms, budgets, strict=True)]
-    chosen = select([options], [held], signals)
-    kept = [row[:n] for row, n in zip(chosen.indices[0], chosen.sizes[0], strict=True)]
-    keys, values = signals.keys.contiguous(), signals.values.contiguous()
-    if chosen.merged:
-        keys, values = keys.clone(), values.clone()
-    for head, both in chosen.merged.items():
-        keys[head, kept[head]], values[head, kept[head]] = both
-    return Choice(keys, values, kept, rooms)
+    kept, merged = ask([options], [held], signals)
+    return Choice(kept, merged, rooms)
+
+
+def side_by_side(read: Sequence[Signals], choices: Sequence[Choice]) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[n, P, D]`` of all sequences' heads, merged where a method merges.
+
+    Behind shorter prompts are zeros.
+    """
+    keys, values = _stacked([x.keys for x in read]), _stacked([x.values for x in read])
+    for sequence, choice in enumerate(choices):
+        for head, merged in choice.merged.items():
+            row, tokens = sequence * len(choice.kept) + head, choice.kept[head]
+            keys[row, tokens], values[row, tokens] = merged
+    return keys, values
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """One below the other; a padding of nothing would copy them."""
+    longest = max(tensor.shape[1] for tensor in tensors)
+    missing = [longest - tensor.shape[1] for tensor in tensors]
+    pairs = zip(tensors, missing, strict=True)
+    return torch.cat([F.pad(tensor, (0, 0, 0, n)) if n else tensor for tensor, n in pairs])

@@ -19,7 +19,6 @@ from kvtune.runtime.cache import NAME, PolicyCache, load_cache
 from kvtune.runtime.device import Bench, unless_full
 from kvtune.runtime.kernels.layout import PAGE, PageLayout, exact_tokens, layout_of
 from kvtune.runtime.timing import Decoding, time_decoding
-from kvtune.runtime.whole_prompt import condensed
 from kvtune.traces import seam
 
 Found = TypeVar("Found")
@@ -174,11 +173,7 @@ def fill(cache: PolicyCache, model: Any, prompt: Tensor, batch: int) -> Tensor:
         layer = cache.layers[number]
         layer.begin(k.device, batch * [k.shape[2]])
         layer.seen = k.shape[2]
-        signals = layer.signals(q[0], k[0], v[0], scale)
-        if cache.waits:
-            layer.waiting = batch * [condensed(signals, cache.policy.needs)]
-        else:
-            layer.put(batch * [layer.choose(0, signals)], batch * [signals])
+        layer.take_in(layer.signals(q, k, v, scale))
         return seam.causal_attention(q, k, v, scale, window)
 
     seam.register()

@@ -6,23 +6,28 @@ stored and the rest is dropped. After it tokens come one by one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvtune.common.errors import KvtuneError
+from kvtune.policies.room import Room
 from kvtune.policies.signals import Signals
 from kvtune.runtime.backend import TritonBackend
-from kvtune.runtime.choosing import Choice, choose
-from kvtune.runtime.evicting import Evictor, Opening, evictors, openings
+from kvtune.runtime.choosing import Choice, choose, side_by_side
+from kvtune.runtime.evicting import Evictor, evictors, openings
 from kvtune.runtime.kernels.launch import Scratch
 from kvtune.runtime.kernels.layout import PAGE
 from kvtune.runtime.paged import PagedLayer
+from kvtune.runtime.segments import NO_END
 from kvtune.runtime.sliding import Ring, check_sliding, places_of
+from kvtune.runtime.storing import store_prompts
 from kvtune.runtime.whole_prompt import condensed
 from kvtune.traces.seam import causal_attention, refuse_unknown
 
@@ -65,27 +70,19 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def prompt(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, scale: float) -> Any:
         """Causal attention of each prompt on its own, ``[B, Hq, P, D]``; then store it."""
-        tokens = [k.shape[2]] * len(k) if padding is None else padding.sum(1).tolist()
-        self.begin(k.device, tokens)
-        cache, output, read = self.cache, torch.zeros_like(q), []
-        for row, count in enumerate(tokens):
-            real = slice(k.shape[2] - count, None)
-            one = [x[row : row + 1, :, real] for x in (q, k, v)]
-            output[row, :, real] = causal_attention(one[0], one[1], one[2], scale, self.window)[0]
-            signals = self.signals(one[0][0], one[1][0], one[2][0], scale)
-            read.append(condensed(signals, cache.policy.needs) if cache.waits else signals)
-        if cache.waits:
-            self.waiting = read
-        else:
-            self.store(read)
-        return output
+        self.begin(k.device, _lengths(k, padding) if self.number == 0 else self.cache.prompts)
+        alike = _equally_long(self.cache.prompts, k.shape[2])
+        parts = [(q[at], k[at], v[at]) for at in alike]
+        outputs = [causal_attention(*part, scale, self.window) for part in parts]
+        self.take_in([signals for part in parts for signals in self.signals(*part, scale)])
+        return _padded(outputs, q.shape[2])
 
-    def begin(self, device: torch.device, tokens: list[int]) -> None:
+    def begin(self, device: torch.device, prompts: list[int]) -> None:
         """Prompts of these lengths are about to be read."""
         cache = self.cache
         if self.number == 0:
-            cache.open(device, tokens)
-        self.window = cache.window_of(self.number, max(tokens))
+            cache.open(device, prompts)
+        self.window = cache.window_of(self.number, max(prompts))
         if self.window and cache.waits:
             raise KvtuneError(
                 f"layer {self.number} slides over {self.window} tokens, and the policy "
@@ -93,26 +90,33 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
                 hint="use a method and an allocator that choose layer by layer.",
             )
 
-    def signals(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Signals:
-        """What methods may look at, of one sequence, or of its last window."""
-        cache, sums = self.cache, None
+    def signals(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> list[Signals]:
+        """What methods may look at, of each of some equally long prompts, or of its last window."""
+        cache = self.cache
+        given: dict[str, Any] = {}
         if self.window:
-            q, k, v = (x[:, -self.window :] for x in (q, k, v))
-        if cache.policy.needs.column_sums and isinstance(cache.backend, TritonBackend):
+            q, k, v = (x[:, :, -self.window :] for x in (q, k, v))
+        sums: Sequence[Tensor | None] = [None] * len(q)
+        if cache.needs.column_sums and isinstance(cache.backend, TritonBackend):
             from kvtune.runtime.kernels.columns import column_sums
 
-            sums = column_sums(q.contiguous(), k.contiguous(), scale)
-        rope = cache.geometry.rope_at(self.number)
-        signals = Signals(q, k, v, scale, sums, layer=self.number, rope=rope)
+            flat_q, flat_k = (x.flatten(0, 1).contiguous() for x in (q, k))
+            sums = column_sums(flat_q, flat_k, scale).chunk(len(q))
         if cache.calibration:
             measured = cache.calibration.tensors(self.number, k.device)
-            signals.head_scores = measured["head_scores"]
-            signals.layer_error = float(measured["layer_error"])
-        return signals
+            given = {**measured, "layer_error": float(measured["layer_error"])}
+        rope = cache.geometry.rope_at(self.number)
+        return [
+            Signals(queries, keys, values, scale, drawn, layer=self.number, rope=rope, **given)
+            for queries, keys, values, drawn in zip(q, k, v, sums, strict=True)
+        ]
 
-    def store(self, read: Sequence[Signals]) -> None:
-        """Choose from every sequence's prompt, put what is kept into pages, forget the rest."""
-        self.put([self.choose(row, signals) for row, signals in enumerate(read)], read)
+    def take_in(self, read: Sequence[Signals]) -> None:
+        """The layer has read every sequence's prompt, or one that stands for all."""
+        if self.cache.waits:
+            self.waiting = [condensed(signals, self.cache.needs) for signals in read]
+        else:
+            self.store(read)
 
     def choose(self, row: int, signals: Signals) -> Choice:
         """What is kept of one sequence."""
@@ -120,30 +124,43 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         planned = cache.budgets[row][self.number].clip(0, signals.prompt_tokens).tolist()
         return choose(cache.policy, planned, signals, cache.evicts and not self.window)
 
-    def put(self, choices: Sequence[Choice], read: Sequence[Signals]) -> None:
-        """Put what was chosen of every sequence into pages, and forget the rest."""
+    def store(self, read: Sequence[Signals]) -> None:
+        """Choose from what ``take_in`` was given, put it into pages, forget the rest."""
+        cache, self.waiting = self.cache, []
+        choices = [self.choose(row, signals) for row, signals in enumerate(read)]
+        kept = [tokens for choice in choices for tokens in choice.kept]
+        self.paged = paged = self._empty([room for choice in choices for room in choice.rooms])
+        if self.window:
+            tokens = [signals.prompt_tokens for signals in read for _ in paged.options]
+            places = places_of(kept, tokens, self.window)
+            paged.ring = Ring(np.resize(places, (paged.rows, self.window)))
+        store_prompts(paged, *side_by_side(read, choices), kept)
+        self.evictors = self._evictors(choices, read)
+        if self is cache.layers[-1]:
+            cache.check_finite()
+        paged.seal(cache.new_tokens)
+        cache.make_room(paged, PAGE)
+
+    def _empty(self, rooms: Sequence[Room | None]) -> PagedLayer:
+        """Pages to be, of rows with these rooms, which may be one sequence's for all."""
         cache, options = self.cache, self.cache.policy.heads[self.number]
-        self.paged = PagedLayer(
-            self.number, options, cache.geometry.head_dim, len(read), cache.pool, cache.backend,
-            cache.residual,
+        paged = PagedLayer(
+            self.number, options, cache.geometry.head_dim, len(cache.prompts), cache.pool,
+            cache.backend, cache.residual,
         )  # fmt: skip
+        paged.most = np.resize([room.most if room else NO_END for room in rooms], paged.rows)
         if self.window:
             check_sliding(self.number, self.window, options)
-            self.paged.most[:] = self.window
-        found: list[Opening] = []
-        for row, (choice, signals) in enumerate(zip(choices, read, strict=True)):
-            for head, room in enumerate(choice.rooms):
-                if room:
-                    self.paged.most[row * len(options) + head] = room.most
-            self.paged.store(row, choice.keys, choice.values, choice.kept)
+            paged.most[:] = self.window
+        return paged
+
+    def _evictors(self, choices: Sequence[Choice], read: Sequence[Signals]) -> list[Evictor]:
+        """Whoever goes on evicting from what has been stored."""
+        options, found = self.paged.options, []
+        for row in range(len(self.cache.prompts)):
+            choice, signals = choices[row % len(read)], read[row % len(read)]
             found += openings(options, choice.rooms, row, choice.kept, signals)
-        self.evictors, self.waiting = evictors(found, len(options)), []
-        if self.window:
-            pairs = zip(choices, read, strict=True)
-            places = [places_of(x.kept, y.prompt_tokens, self.window) for x, y in pairs]
-            self.paged.ring = Ring(np.concatenate(places))
-        self.paged.seal(cache.new_tokens)
-        cache.make_room(self.paged, PAGE)
+        return evictors(found, len(options))
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Append one token a sequence and attend, ``[B, Hq, 1, D]``."""
@@ -215,6 +232,28 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def reset(self) -> None:
         """Not possible: make a new cache."""
         raise KvtuneError("a compressed cache serves one batch of prompts; load another")
+
+
+def _lengths(k: Tensor, padding: Tensor | None) -> list[int]:
+    """Tokens of each prompt."""
+    lengths: list[int] = padding.sum(1).tolist() if padding is not None else [k.shape[2]] * len(k)
+    return lengths
+
+
+def _equally_long(prompts: Sequence[int], tokens: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Where, in ``[B, H, P, D]``, neighbours of one length are, padding aside."""
+    start = 0
+    for count, run in groupby(prompts):
+        stop = start + len(list(run))
+        yield slice(start, stop), slice(None), slice(tokens - count, None)
+        start = stop
+
+
+def _padded(outputs: Sequence[Tensor], tokens: int) -> Tensor:
+    """``[B, Hq, P, D]`` with zeros before shorter prompts; one part of full length as it is."""
+    if len(outputs) == 1 and outputs[0].shape[2] == tokens:
+        return outputs[0]
+    return torch.cat([F.pad(part, (0, 0, tokens - part.shape[2], 0)) for part in outputs])
 
 
 def attention(

@@ -1,6 +1,6 @@
 """One layer's cache in pages: each (sequence, KV head) with its own length and format.
 
-Life of a layer: ``store`` for every sequence, ``seal`` once, then ``append`` and ``attend`` for
+Life of a layer: ``store_prompts`` and ``seal`` once, then ``append`` and ``attend`` for
 every new token; ``reserve``, ``leave`` and ``free`` between steps. A row is a (sequence, KV head);
 it has segments: what its option made of the prompt, and a growing one in 16 bits with the prompt's
 exact tokens and new ones; with a residual window also a settled one, of new tokens that became old
@@ -15,15 +15,12 @@ from itertools import product
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from kvtune.common.errors import KvtuneError
 from kvtune.policies.option import Option
-from kvtune.runtime.backend import Backend, Growing, Seen, Writing
+from kvtune.runtime.backend import Backend, Growing, Seen
 from kvtune.runtime.kernels.launch import Paged, Scratch, shape_for
-from kvtune.runtime.kernels.layout import PAGE, PageLayout, exact_tokens, layout_of
-from kvtune.runtime.kernels.reference import fp8_scale
+from kvtune.runtime.kernels.layout import PAGE, PageLayout, layout_of
 from kvtune.runtime.kernels.tiles import Segments, plan_tiles
 from kvtune.runtime.pool import Pool
 from kvtune.runtime.segments import (
@@ -33,9 +30,10 @@ from kvtune.runtime.segments import (
     SETTLED,
     Ints,
     Leaving,
-    records_of,
+    runs,
 )
-from kvtune.runtime.sliding import Ring, on_device
+from kvtune.runtime.sending import sent
+from kvtune.runtime.sliding import Ring
 
 
 class PagedLayer:
@@ -68,6 +66,9 @@ class PagedLayer:
         self.pages: list[list[Ints]] = [
             [np.zeros(0, np.int64) for _ in self.layouts] for _ in (CODED, GROWN, SETTLED)
         ]
+        self.codes = np.array(
+            [[self.layout(k, n).code for n in range(self.rows)] for k in range(3)]
+        )
         self.lengths = np.zeros((3, len(self.layouts)), np.int64)
         self.exact = np.zeros(len(self.layouts), np.int64)  # first tokens of a growing segment
         self.kept: list[int] = [0] * len(self.layouts)
@@ -75,6 +76,7 @@ class PagedLayer:
         self.evicted = np.zeros(len(self.layouts), np.int64)
         self.ring: Ring | None = None  # of a sliding layer; set before ``seal``
         device = pool.memory.device
+        self.finite: Tensor  # whether the prompts' keys and values are, row by row
         self.fp8_scales = torch.ones(3 * len(self.layouts), 2, device=device)
         self._paged: Paged | None = None
 
@@ -83,94 +85,62 @@ class PagedLayer:
         """Sequences times KV heads."""
         return len(self.layouts)
 
-    def store(self, sequence: int, keys: Tensor, values: Tensor, kept: Sequence[Tensor]) -> None:
-        """Put a sequence's kept prompt tokens into pages. Once a sequence, before ``seal``.
-
-        Rows that may hold no more than ``most`` entries keep all in growing segments.
-
-        Args:
-            sequence: its place in the batch.
-            keys: ``[H, P, D]`` after RoPE, as the model gave them.
-            values: ``[H, P, D]``, laid out as the keys.
-            kept: token indices of each head, ascending.
-
-        Raises:
-            KvtuneError: a key or value that is not a number; the pool is full.
-        """
-        self._refuse_nan(keys, values)
-        first = sequence * len(kept)
-        chosen = torch.cat(list(kept)).int()
-        before = np.cumsum([0, *map(len, kept)])
-        heads = range(len(kept))
-        first_ones = [
-            NO_END if self.most[first + head] < NO_END else exact_tokens(option.keys)
-            for head, option in enumerate(self.options)
-        ]
-        exact = [min(n, len(k)) for n, k in zip(first_ones, kept, strict=True)]
-        for head in heads:
-            self._set_scales(first + head, keys[head], values[head], kept[head])
-        self.kept[first : first + len(kept)] = [len(indices) for indices in kept]
-        self.exact[first : first + len(kept)] = exact
-        for which in (CODED, GROWN):
-            records: dict[PageLayout, list[NDArray[np.int64]]] = {}
-            for head in heads:
-                row = first + head
-                skip = exact[head] if which == CODED else 0
-                count = len(kept[head]) - exact[head] if which == CODED else exact[head]
-                layout = self.layout(which, row)
-                cells = self.pool.take(-(-count // PAGE), layout.page_cells)
-                self.pages[which][row], self.lengths[which, row] = cells, count
-                some = records_of(head, before[head] + skip, count, cells, which, row, self.rows)
-                records.setdefault(layout, []).append(some)
-            for layout, parts in records.items():
-                table = np.concatenate(parts).astype(np.int32)
-                if len(table):
-                    writing = Writing(layout, keys, values, chosen, table, self.fp8_scales)
-                    self.backend.write(self.pool.memory, writing)
-
     def layout(self, kind: int, row: int) -> PageLayout:
         """Of a segment's pages."""
         return self.growing_layout if kind == GROWN else self.layouts[row]
 
+    def take(self, segments: Ints, counts: Ints, layout: PageLayout) -> Ints:
+        """More pages at the ends of segments of one layout; their cells, segment by segment.
+
+        Raises:
+            KvtuneError: the pool is full.
+        """
+        cells = self.pool.take(int(counts.sum()), layout.page_cells)
+        ends = counts.cumsum()
+        for segment, start, end in zip(segments, ends - counts, ends, strict=True):
+            kind, row = divmod(segment, self.rows)
+            self.pages[kind][row] = np.concatenate([self.pages[kind][row], cells[start:end]])
+        return cells
+
+    def _page_counts(self, kinds: int = 3) -> Ints:
+        """Pages that segments of the first kinds have, ``[kinds, rows]``."""
+        return np.array([[len(cells) for cells in rows] for rows in self.pages[:kinds]])
+
     def seal(self, new_tokens: int) -> None:
         """Lay out tables and tiles with room for so many tokens a row. Again to make more room."""
         rooms = self._rooms(new_tokens)
-        self.rooms, kinds, pages = rooms, range(len(rooms)), rooms.ravel()
+        self.rooms, kinds, pages = rooms, len(rooms), rooms.ravel()
         starts = pages.cumsum() - pages
-        row = np.tile(np.arange(self.rows), len(rooms))
-        pairs = np.array([self.layout(k, n).code for k in kinds for n in range(self.rows)])
+        row = np.tile(np.arange(self.rows), kinds)
+        pairs = self.codes[:kinds].ravel()
         table = np.zeros(int(pages.sum()) + 1, np.int64)  # the kernel looks one entry ahead
-        for at, cells in zip(starts, (x for kind in kinds for x in self.pages[kind]), strict=True):
-            table[at : at + len(cells)] = cells
-        tokens = np.where(np.arange(len(row)) < self.rows, self.lengths[: len(rooms)].ravel(), -1)
+        cells = np.concatenate([cells for rows in self.pages[:kinds] for cells in rows])
+        table[runs(self._page_counts(kinds).ravel(), starts)] = cells
+        tokens = np.where(np.arange(len(row)) < self.rows, self.lengths[:kinds].ravel(), -1)
         shape = shape_for(tuple(sorted(set(pairs.tolist()), reverse=True)), self.head_dim)
         tiles = plan_tiles(Segments(row, pairs, starts, pages, tokens), table, shape.programs)
-        device = self.pool.memory.device
-
-        def ints(array: NDArray[np.int64] | NDArray[np.int32]) -> Tensor:
-            return torch.as_tensor(array.astype(np.int32), device=device)
-
         self.tables_at = starts.reshape(rooms.shape)
-        grown = ints(np.arange(self.rows, 2 * self.rows))
-        ring = on_device(self.ring, device) if self.ring else ()
-        self.growing = Growing(grown, ints(self.tables_at[GROWN]), *ring)
+        grown = GROWN * self.rows + np.arange(self.rows), self.tables_at[GROWN]
+        ring = self.ring.tables() if self.ring else ()
+        host = [table, self.lengths.ravel(), tiles.records, *grown, *ring]
+        pages_at, lengths, records, *growing = sent(host, self.pool.memory.device)
+        self.growing = Growing(*growing)
         self._paged = Paged(
-            self.pool.memory, ints(table), ints(self.lengths.ravel()), self.fp8_scales,
-            ints(tiles.records), tiles.pairs, self.head_dim, int(rooms[GROWN].max()),
+            self.pool.memory, pages_at, lengths, self.fp8_scales, records, tiles.pairs,
+            self.head_dim, int(rooms[GROWN].max()),
         )  # fmt: skip
-        self.slots = len(tiles.records)
 
     def _rooms(self, new_tokens: int) -> Ints:
         """Pages that each segment has or may grow to, ``[kinds, rows]``."""
         ends = np.where(self.most < NO_END, self.most, self.lengths[GROWN] + new_tokens)
-        coded = [len(cells) for cells in self.pages[CODED]]
+        coded, _, settled = self._page_counts()
         if self.residual is None:
             return np.stack([coded, np.full(self.rows, -(-int(ends.max()) // PAGE))])
         settle = np.array([layout != self.growing_layout for layout in self.layouts])
         open_ends = np.maximum(self.lengths[GROWN], self.exact + self.residual + PAGE) + PAGE
         ends = np.where(settle, np.minimum(ends, open_ends), ends)
-        settled = [len(cells) - (-new_tokens // PAGE) for cells in self.pages[SETTLED]]
-        return np.stack([coded, np.full(self.rows, -(-int(ends.max()) // PAGE)), settled * settle])
+        settled = (settled - (-new_tokens // PAGE)) * settle
+        return np.stack([coded, np.full(self.rows, -(-int(ends.max()) // PAGE)), settled])
 
     def reserve(self, tokens: int) -> None:
         """Give every row pages for so many more tokens. Changes tables in place, if they have room.
@@ -181,21 +151,17 @@ class PagedLayer:
         wanted = -(-np.minimum(self.lengths[GROWN] + tokens, self.most) // PAGE)
         if wanted.max() > self.paged.growing_pages:
             self.seal(2 * PAGE * int(wanted.max()))
-        at, cells = [], []
-        for row in np.flatnonzero(wanted > [len(x) for x in self.pages[GROWN]]):
-            have = len(self.pages[GROWN][row])
-            more = self.pool.take(int(wanted[row]) - have, self.growing_layout.page_cells)
-            self.pages[GROWN][row] = np.concatenate([self.pages[GROWN][row], more])
-            at.append(self.tables_at[GROWN, row] + have + np.arange(len(more)))
-            cells.append(more)
-        if at:
-            self.write_table(np.concatenate(at), np.concatenate(cells))
+        have = self._page_counts()[GROWN]
+        rows = np.flatnonzero(wanted > have)
+        if len(rows):
+            more = wanted[rows] - have[rows]
+            cells = self.take(GROWN * self.rows + rows, more, self.growing_layout)
+            self.write_table(runs(more, self.tables_at[GROWN, rows] + have[rows]), cells)
 
     def write_table(self, at: Ints, cells: Ints) -> None:
         """Set entries of the page table, in place."""
-        device = self.pool.memory.device
-        where = torch.as_tensor(at, device=device)
-        self.paged.table[where] = torch.as_tensor(cells, device=device).int()
+        where, what = sent([at, cells], self.pool.memory.device)
+        self.paged.table.index_copy_(0, where.long(), what)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add one token a sequence, ``[B, H, D]``; its page must have been reserved."""
@@ -274,6 +240,11 @@ class PagedLayer:
             raise RuntimeError("the layer has no prompt yet: store and seal it first")
         return self._paged
 
+    @property
+    def slots(self) -> int:
+        """Tiles, each of which leaves its part of attention somewhere."""
+        return len(self.paged.tiles)
+
     def prompt_bytes(self) -> int:
         """Bytes of the stored prompt as formats count them, a length a head included."""
         options = list(self.options) * (self.rows // len(self.options))
@@ -287,15 +258,3 @@ class PagedLayer:
             for kind, rows in enumerate(self.pages)
             for row, cells in enumerate(rows)
         )
-
-    def _refuse_nan(self, keys: Tensor, values: Tensor) -> None:
-        fine = keys.isfinite().all(-1).all(-1) & values.isfinite().all(-1).all(-1)
-        if not bool(fine.all()):
-            head = int((~fine).nonzero()[0])
-            raise KvtuneError(f"layer {self.number}, KV head {head}: a key or value is not finite")
-
-    def _set_scales(self, row: int, keys: Tensor, values: Tensor, kept: Tensor) -> None:
-        layout = self.layouts[row]
-        for n, (name, tensor) in enumerate(((layout.keys, keys), (layout.values, values))):
-            if name == "fp8" and len(kept):  # settled tokens are held to the prompt's range
-                self.fp8_scales[[row, SETTLED * self.rows + row], n] = fp8_scale(tensor[kept])

@@ -1,4 +1,4 @@
-"""Segments of a layer's rows: their kinds, how prompts fill them, and what leaves them."""
+"""Segments of a layer's rows: their kinds, where they lie, and what leaves them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtune.runtime.backend import Moves
-from kvtune.runtime.kernels.layout import PAGE
 
 Ints = NDArray[np.int64]
 
@@ -37,10 +36,8 @@ class Leaving:
     on_device: Tensor
 
 
-def records_of(
-    head: int, first: int, count: int, cells: Ints, which: int, row: int, rows: int
-) -> NDArray[np.int64]:
-    """``Writing.records`` of one segment."""
-    start = np.arange(len(cells)) * PAGE
-    columns = (head, first + start, np.minimum(count - start, PAGE), cells, which * rows + row)
-    return np.stack(np.broadcast_arrays(*columns), axis=1)
+def runs(counts: Ints, first: Ints | int = 0) -> Ints:
+    """So many numbers one after another, then as many again: each run from its own first one."""
+    before = counts.cumsum() - counts
+    found: Ints = np.arange(counts.sum()) + np.repeat(first - before, counts)
+    return found

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.policy import Policy
@@ -18,6 +17,7 @@ from kvtune.runtime.backend import Moves, Writing
 from kvtune.runtime.kernels.layout import PAGE, PageLayout, exact_tokens
 from kvtune.runtime.paged import PagedLayer
 from kvtune.runtime.segments import GROWN, SETTLED, Ints
+from kvtune.runtime.sending import sent
 
 
 def check_residual(policy: Policy, residual: int) -> None:
@@ -69,17 +69,14 @@ def _write(layer: PagedLayer, layout: PageLayout, rows: Ints) -> None:
     places = layer.exact[rows, None] + np.arange(PAGE)
     table = [layer.pages[GROWN][row] for row in rows]
     cells = np.stack([mine[at // PAGE] for mine, at in zip(table, places, strict=True)])
-    chosen = (2 * cells + places % PAGE).astype(np.int32).ravel()  # a cell is two tokens of bf16
-    pages = layer.pool.take(len(rows), layout.page_cells)
+    chosen = (2 * cells + places % PAGE).ravel()  # a cell is two tokens of bf16
+    segments = SETTLED * layer.rows + rows
+    pages = layer.take(segments, np.ones_like(rows), layout)
     first = np.arange(len(rows)) * PAGE
-    columns = np.broadcast_arrays(0, first, PAGE, pages, SETTLED * layer.rows + rows)
-    records = np.stack(columns, axis=1).astype(np.int32)
-    at = torch.as_tensor(chosen, device=memory.device)
+    columns = np.broadcast_arrays(0, first, PAGE, pages, segments)
+    at, records = sent([chosen, np.stack(columns, axis=1)], memory.device)
     values = tokens[:, PAGE:]  # of a page's keys, its values lie a page's tokens further on
     layer.backend.write(memory, Writing(layout, tokens, values, at, records, layer.fp8_scales))
-    for row, page in zip(rows, pages, strict=True):
-        settled = layer.pages[SETTLED][row]
-        layer.pages[SETTLED][row] = np.append(settled, page)
 
 
 def _move_exact(layer: PagedLayer, rows: Ints) -> None:
@@ -89,9 +86,7 @@ def _move_exact(layer: PagedLayer, rows: Ints) -> None:
         return
     places = np.tile(np.arange(most), (len(rows), 1))
     real = places < layer.exact[rows, None]
-    lists: list[NDArray[np.int64]] = [rows, places, places + PAGE * real]
-    device = layer.pool.memory.device
-    moves = Moves(*(torch.as_tensor(x.astype(np.int32), device=device) for x in lists))
+    moves = Moves(*sent([rows, places, places + PAGE * real], layer.pool.memory.device))
     layer.backend.move(layer.paged, layer.growing, moves)
 
 

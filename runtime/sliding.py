@@ -40,25 +40,32 @@ class Ring:
         ends: Ints = np.maximum(lengths, self.places[:, turn].max(1, initial=-1) + 1)
         return ends
 
+    def tables(self) -> tuple[Ints, Ints]:
+        """The places, and how many tokens have entered each row."""
+        return self.places, np.full(len(self.places), self.entered)
+
     def restart(self, rows: Iterable[int]) -> None:
         """Rows that are empty now begin at their first place again."""
         window = self.places.shape[1]
         self.places[list(rows)] = (np.arange(window) - self.entered) % window
 
 
-def places_of(kept: Sequence[Tensor], read: int, window: int) -> Ints:
-    """``Ring.places`` of some rows.
+def places_of(kept: Sequence[Tensor], read: Sequence[int], window: int) -> Ints:
+    """``Ring.places`` of some rows; waits for the device once.
 
     Args:
         kept: of the prompt's last tokens, those that each row keeps, ascending.
-        read: how many last tokens of the prompt were to be chosen from; the window at most.
+        read: how many last tokens of each row's prompt were to be chosen from; the window at most.
         window: tokens that a query sees, itself included.
     """
-    leaves = np.arange(window) - (window - read)  # which one does so as the g-th enters
     found = []
-    for row in kept:
+    ends = np.cumsum([len(row) for row in kept])
+    for row, count in zip(
+        np.split(torch.cat(list(kept)).cpu().numpy(), ends[:-1]), read, strict=True
+    ):
+        leaves = np.arange(window) - (window - count)  # which one does so as the g-th enters
         place = np.full(window, -1)
-        place[row.cpu().numpy()] = np.arange(len(row))
+        place[row] = np.arange(len(row))
         mine = np.where(leaves < 0, -1, place[leaves])
         fresh = mine < 0
         mine[fresh] = len(row) + np.arange(fresh.sum())
@@ -79,9 +86,3 @@ def check_sliding(layer: int, window: int, options: Sequence[Option]) -> None:
                 "what is to leave it token by token",
                 hint="use bf16 in sliding layers, or a smaller new_tokens if none will leave.",
             )
-
-
-def on_device(ring: Ring, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The places, and how many tokens have entered each row, both int32."""
-    places = torch.as_tensor(ring.places.astype(np.int32), device=device)
-    return places, torch.full((len(places),), ring.entered, dtype=torch.int32, device=device)

@@ -18,7 +18,10 @@ if os.environ["TRITON_INTERPRET"] != "1":
 
 from kvtune.policies.formats.grouped import Int2, Int4
 from kvtune.policies.methods.full import Full
-from kvtune.policies.option import ALL, Option
+from kvtune.policies.methods.h2o import H2O
+from kvtune.policies.option import ALL, Budget, Option
+from kvtune.policies.policy import Policy
+from kvtune.runtime import load_cache
 from kvtune.runtime.backend import Growing, Moves, PlainBackend, TritonBackend, Writing
 from kvtune.runtime.fuse import fused
 from kvtune.runtime.kernels.columns import column_sums
@@ -31,6 +34,7 @@ from kvtune.runtime.pool import Pool
 from kvtune.runtime.segments import SETTLED
 from kvtune.runtime.settling import settle
 from kvtune.runtime.sliding import Ring, places_of
+from kvtune.runtime.storing import store_prompts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 INTERPRETED = [name for name in KEY_CODES if name != "fp8"]  # the interpreter rounds e4m3 wrongly
@@ -54,7 +58,7 @@ def layer(
         at = start[pages[:segment].sum() :][: pages[segment]]
         first = np.arange(pages[segment]) * PAGE
         columns = (0, first, np.minimum(tokens - first, PAGE), at, segment)
-        pages_of = np.stack(np.broadcast_arrays(*columns), 1).astype(np.int32)
+        pages_of = torch.from_numpy(np.stack(np.broadcast_arrays(*columns), 1)).int()
         chosen = torch.arange(tokens, dtype=torch.int32)
         layout = layouts[segment]
         if len(pages_of):
@@ -127,7 +131,7 @@ def check_pages(layout: PageLayout) -> None:
     shape = (2, 3, 200, layout.head_dim)
     tensors = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     chosen = torch.arange(0, 186, 2, dtype=torch.int32)
-    records = np.array([[1, 0, 64, 0, 0], [1, 64, 29, layout.page_cells, 0]], np.int32)
+    records = torch.tensor([[1, 0, 64, 0, 0], [1, 64, 29, layout.page_cells, 0]]).int()
     writing = Writing(layout, tensors[0], tensors[1], chosen, records, torch.ones(1, 2))
     pools = [torch.zeros(2 * layout.page_bytes, dtype=torch.uint8) for _ in range(2)]
     PlainBackend().write(pools[0], writing)
@@ -169,8 +173,8 @@ def test_a_ring_is_the_references() -> None:
         keys, values = torch.randn(2, 2, 70, 64, generator=generator).bfloat16()
         kept = [torch.arange(0, 70, 7), torch.arange(70)]
         layer.most[:] = 70
-        layer.store(0, keys, values, kept)
-        layer.ring = Ring(places_of(kept, 70, 70))
+        store_prompts(layer, keys, values, kept)
+        layer.ring = Ring(places_of(kept, [70, 70], 70))
         layer.seal(150)
         lengths = []
         for token in torch.randn(150, 2, 1, 2, 64, generator=generator).bfloat16():
@@ -194,7 +198,7 @@ def test_a_layer_sees_the_same_weights_through_kernels() -> None:
         layer = PagedLayer(0, options, 64, 1, Pool(4 * 576, 256, "cpu"), backend)
         keys, values = torch.randn(2, 2, 90, 64, generator=generator).bfloat16()
         layer.most[0] = 130
-        layer.store(0, keys, values, [torch.arange(0, 90, 2), torch.arange(90)])
+        store_prompts(layer, keys, values, [torch.arange(0, 90, 2), torch.arange(90)])
         layer.seal(70)
         layer.reserve(70)
         for token in torch.randn(40, 2, 1, 2, 64, generator=generator).bfloat16():
@@ -221,7 +225,7 @@ def test_pages_settle_the_same_through_kernels() -> None:
         pool = Pool(8 * 576, 256, "cpu")
         layer = PagedLayer(0, options, 64, 1, pool, backend, residual=3)
         keys, values = torch.randn(2, 4, 30, 64, generator=generator).bfloat16()
-        layer.store(0, keys, values, [torch.arange(30)] * 4)
+        store_prompts(layer, keys, values, [torch.arange(30)] * 4)
         layer.seal(140)
         for token in torch.randn(135, 2, 1, 4, 64, generator=generator).bfloat16():
             settle(layer)
@@ -237,6 +241,29 @@ def test_pages_settle_the_same_through_kernels() -> None:
         found.append((torch.stack(exact), weights))
     assert torch.equal(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_prompts_are_chosen_from_and_stored_the_same_through_kernels(
+    batch: int,
+    make_network: Callable[..., Any],
+    tiny_fields: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers import LlamaConfig
+
+    network = make_network(LlamaConfig(**{**tiny_fields, "head_dim": 64})).eval()
+    policy = Policy.uniform(Option(H2O(), Budget(tokens=70), Int4(), Int2()), 3, 2)
+    tokens = torch.randint(2, 250, (batch, 100), generator=torch.Generator().manual_seed(0))
+    memories = []
+    for backend in (PlainBackend(), TritonBackend()):
+        monkeypatch.setattr("kvtune.runtime.cache.backend_for", lambda _, found=backend: found)
+        found = load_cache(policy, network, new_tokens=64)
+        with torch.no_grad():
+            network(tokens, past_key_values=found)
+        memories.append(found.pool.memory)
+    assert memories[0].any()
+    assert torch.equal(*memories)
 
 
 def test_column_sums_are_those_of_the_whole_matrix() -> None:

@@ -28,6 +28,7 @@ from kvtune.runtime.paged import PagedLayer
 from kvtune.runtime.pool import SLAB_CELLS, Pool
 from kvtune.runtime.segments import CODED, GROWN, SETTLED
 from kvtune.runtime.settling import settle
+from kvtune.runtime.storing import store_prompts
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -62,7 +63,7 @@ def test_old_pages_are_quantised_and_new_ones_are_not(
     keys, values = torch.randn(2, 3, PROMPT + 300, D, generator=generator).bfloat16()
     pool = Pool(60 * SLAB_CELLS, 4 * D, "cpu")
     layer = PagedLayer(0, options, D, 1, pool, PlainBackend(), residual)
-    layer.store(0, keys[:, :PROMPT], values[:, :PROMPT], [torch.arange(PROMPT)] * 3)
+    store_prompts(layer, keys[:, :PROMPT], values[:, :PROMPT], [torch.arange(PROMPT)] * 3)
     layer.seal(20 if stride == 1 else 300)  # at first for fewer than will come
     table = layer.paged.table
     for at in range(300):
@@ -103,7 +104,7 @@ def test_fp8_is_held_to_the_prompts_range() -> None:
     keys = torch.randn(1, 200, D, generator=torch.Generator().manual_seed(0)).bfloat16()
     pool = Pool(20 * SLAB_CELLS, 4 * D, "cpu")
     layer = PagedLayer(0, options, D, 1, pool, PlainBackend(), 0)
-    layer.store(0, keys[:, :70], keys[:, :70], [torch.arange(70)])
+    store_prompts(layer, keys[:, :70], keys[:, :70], [torch.arange(70)])
     layer.seal(100)
     loud = 100 * torch.ones(1, 1, D)
     for _ in range(65):

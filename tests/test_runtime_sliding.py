@@ -94,7 +94,7 @@ def test_what_a_ring_holds_is_what_its_window_shows(seed: int) -> None:
     window, prompt = int(rng.integers(1, 40)), int(rng.integers(1, 60))
     read = min(window, prompt)
     kept = [np.flatnonzero(rng.random(read) < share) for share in (0.0, 0.3, 0.8, 1.0)]
-    ring = Ring(places_of([torch.from_numpy(row) for row in kept], read, window))
+    ring = Ring(places_of([torch.from_numpy(row) for row in kept], [read] * 4, window))
     held: list[dict[int, int]] = [
         {place: at + prompt - read for place, at in enumerate(row.tolist())} for row in kept
     ]

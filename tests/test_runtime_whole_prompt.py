@@ -24,10 +24,12 @@ from kvtune.policies.methods.hindsight import FutureAttention
 from kvtune.policies.methods.kvzip import KVzip
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
+from kvtune.runtime import layer as layer_module
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache import NAME
 from kvtune.runtime.paged import PagedLayer
 from kvtune.runtime.prompts import fresh_prompt
+from kvtune.runtime.storing import store_prompts
 from kvtune.traces.calibration import Calibration, keep_calibration
 from kvtune.traces.models import LoadedModel, wrap
 from kvtune.traces.samples import Sample
@@ -85,13 +87,14 @@ def ids(*lengths: int) -> dict[str, Tensor]:
 def stored(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], list[list[int]]]:
     """Which tokens go into pages, by layer and sequence, as they do."""
     found: dict[tuple[int, int], list[list[int]]] = {}
-    original = PagedLayer.store
+    original = store_prompts
 
-    def spying(self: PagedLayer, sequence: int, k: Tensor, v: Tensor, kept: list[Tensor]) -> None:
-        found[self.number, sequence] = [head.tolist() for head in kept]
-        original(self, sequence, k, v, kept)
+    def spying(paged: PagedLayer, k: Tensor, v: Tensor, kept: list[Tensor]) -> None:
+        for row, tokens in enumerate(kept):
+            found.setdefault((paged.number, row // 2), []).append(tokens.tolist())
+        original(paged, k, v, kept)
 
-    monkeypatch.setattr(PagedLayer, "store", spying)
+    monkeypatch.setattr(layer_module, "store_prompts", spying)
     return found
 
 

@@ -17,13 +17,12 @@ from kvtune.runtime.kernels.layout import (
     token_groups,
 )
 
-_LARGEST_E4M3 = 448.0
+LARGEST_E4M3 = 448.0
 
 
-def fp8_scale(rows: Tensor) -> Tensor:
-    """The scale of an fp8 tensor of one head: its largest magnitude over 448, float32."""
-    tiny = torch.finfo(torch.float32).tiny
-    return rows.abs().amax().float().clamp_min(tiny) / _LARGEST_E4M3
+def fp8_scale(largest: Tensor) -> Tensor:
+    """The scale of fp8 tensors by their largest magnitudes, float32: these over 448."""
+    return largest.float().clamp_min(torch.finfo(torch.float32).tiny) / LARGEST_E4M3
 
 
 def write_page(keys: Tensor, values: Tensor, layout: PageLayout, scales: Tensor) -> Tensor:
@@ -76,7 +75,7 @@ def _encode(rows: Tensor, name: str, scale: Tensor, dim: int) -> tuple[Tensor, T
     if name == "bf16":
         return padded.bfloat16().view(torch.uint8).flatten(), none
     if name == "fp8":
-        codes = (padded.float() / scale).clamp(-_LARGEST_E4M3, _LARGEST_E4M3)
+        codes = (padded.float() / scale).clamp(-LARGEST_E4M3, LARGEST_E4M3)
         codes = codes.to(torch.float8_e4m3fn).view(torch.uint8)
         return (codes if dim == 0 else codes.T).flatten(), none
     levels, over = 2 ** bits(name) - 1, _reduced(name, dim)

@@ -1,0 +1,92 @@
+"""Prompts into pages: all rows of a layer at once, and nobody waits for the device.
+
+Host tables are made in one pass and sent in one copy; all pages of a layout are one launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvtune.runtime.backend import Writing
+from kvtune.runtime.kernels.layout import PAGE, PageLayout, exact_tokens
+from kvtune.runtime.kernels.reference import LARGEST_E4M3, fp8_scale
+from kvtune.runtime.paged import PagedLayer
+from kvtune.runtime.segments import CODED, GROWN, NO_END, SETTLED, Ints, runs
+from kvtune.runtime.sending import sent
+
+
+def store_prompts(layer: PagedLayer, keys: Tensor, values: Tensor, kept: Sequence[Tensor]) -> None:
+    """Put kept prompt tokens into pages. Once, before the layer is sealed.
+
+    Rows that may hold no more than ``most`` entries keep all in growing segments.
+
+    Args:
+        layer: empty.
+        keys: ``[n, P, D]`` contiguous, after RoPE; of every row, or of one sequence's heads, which
+            then stand for every sequence's.
+        values: likewise.
+        kept: token indices of each of the n, ascending.
+
+    Raises:
+        KvtuneError: the pool is full.
+    """
+    sizes = np.array([len(tokens) for tokens in kept])
+    _count(layer, np.resize(sizes, layer.rows))
+    layouts = {layout.code: layout for layout in (*layer.layouts, layer.growing_layout)}
+    tables = [_records(layer, layout, sizes) for layout in layouts.values()]
+    counts, *records = sent([sizes, *tables], keys.device)
+    chosen = torch.cat(list(kept))
+    magnitudes = torch.stack([x.abs().amax(-1) for x in (keys, values)])
+    layer.finite = magnitudes.amax(-1).isfinite().all(0)
+    if any("fp8" in (layout.keys, layout.values) for layout in layer.layouts):
+        by_kind = layer.fp8_scales.view(3, -1, len(kept), 2)
+        by_kind[CODED] = _fp8_scales(magnitudes, chosen, counts)
+        by_kind[SETTLED] = by_kind[CODED]  # what settles is held to the prompt's range
+    places = chosen.int()
+    for layout, pages in zip(layouts.values(), records, strict=True):
+        if len(pages):
+            writing = Writing(layout, keys, values, places, pages, layer.fp8_scales)
+            layer.backend.write(layer.pool.memory, writing)
+
+
+def _count(layer: PagedLayer, sizes: Ints) -> None:
+    """How much of each row's tokens ``[rows]`` is coded, and how much grows."""
+    exact = np.resize([exact_tokens(option.keys) for option in layer.options], layer.rows)
+    layer.exact = np.minimum(np.where(layer.most < NO_END, NO_END, exact), sizes)
+    layer.lengths[CODED], layer.lengths[GROWN] = sizes - layer.exact, layer.exact
+    layer.kept = sizes.tolist()
+
+
+def _records(layer: PagedLayer, layout: PageLayout, sizes: Ints) -> NDArray[np.int32]:
+    """Take all pages of one layout; ``Writing.records`` of them."""
+    held = layer.lengths[:SETTLED].ravel()
+    mine = np.flatnonzero((layer.codes[:SETTLED].ravel() == layout.code) & (held > 0))
+    pages = -(-held[mine] // PAGE)
+    cells = layer.take(mine, pages, layout)
+    kind, row = np.divmod(mine, layer.rows)
+    source = row % len(sizes)
+    first = (sizes.cumsum() - sizes)[source] + np.where(kind == CODED, layer.exact[row], 0)
+    start, which = PAGE * runs(pages), np.repeat(np.arange(len(mine)), pages)
+    counts = np.minimum(held[mine][which] - start, PAGE)
+    columns = (source[which], first[which] + start, counts, cells, mine[which])
+    return np.stack(columns, axis=1).astype(np.int32)
+
+
+def _fp8_scales(magnitudes: Tensor, chosen: Tensor, counts: Tensor) -> Tensor:
+    """``[n, 2]`` float32, of the tokens that are kept; 1 where there are none.
+
+    Args:
+        magnitudes: ``[2, n, P]``, the largest of each key's numbers, and of each value's.
+        chosen: kept tokens, one list after another.
+        counts: of each list, ``[n]``.
+    """
+    row = torch.repeat_interleave(counts.long(), output_size=len(chosen))
+    none = magnitudes.new_full(magnitudes.shape[:2], LARGEST_E4M3, dtype=torch.float32)
+    theirs = magnitudes[:, row, chosen].float()
+    largest = none.scatter_reduce(1, row.expand(2, -1), theirs, "amax", include_self=False)
+    return fp8_scale(largest).T
