@@ -29,9 +29,9 @@ from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.testing.decode import decode_methods
-from kvtune.runtime import cache as caches
 from kvtune.runtime import load_cache
-from kvtune.runtime.backend import PlainBackend, TritonBackend
+from kvtune.runtime.cache import policy_cache as caches
+from kvtune.runtime.cache.backend import PlainBackend, TritonBackend
 from kvtune.runtime.graph import generate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -26,13 +26,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvtune.policies.document_reader import read_policy
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
-from kvtune.runtime.cache import PolicyCache, load_cache
+from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.policy_cache import PolicyCache, load_cache
+from kvtune.runtime.cache.storing import store_prompts
 from kvtune.runtime.device import CudaBench
 from kvtune.runtime.fuse import fused
 from kvtune.runtime.graph import DecodeLoop, generate
 from kvtune.runtime.largest import page_bytes, search_largest
-from kvtune.runtime.paged import PagedLayer
-from kvtune.runtime.storing import store_prompts
 from kvtune.runtime.timing import time_beside
 
 PLAN = Path(__file__).with_name("plans") / "llama-8b-32k-12-percent.yaml"

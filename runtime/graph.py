@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
-from kvtune.runtime.cache import PolicyCache
+from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.kernels.layout import PAGE
 
 

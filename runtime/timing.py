@@ -20,7 +20,7 @@ from kvtune.common.estimate import Estimate
 from kvtune.common.units import format_tokens
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
-from kvtune.runtime.cache import PolicyCache, load_cache
+from kvtune.runtime.cache.policy_cache import PolicyCache, load_cache
 from kvtune.runtime.device import Bench, unless_full
 from kvtune.runtime.graph import DecodeLoop
 from kvtune.runtime.kernels.layout import layout_of

@@ -27,13 +27,13 @@ from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
 from kvtune.runtime import load_cache
-from kvtune.runtime.backend import Moves
-from kvtune.runtime.cache import PolicyCache
+from kvtune.runtime.cache.backend import Moves
+from kvtune.runtime.cache.policy_cache import PolicyCache
+from kvtune.runtime.cache.pool import SLAB_CELLS, Pool
+from kvtune.runtime.cache.segments import Leaving
 from kvtune.runtime.graph import Sampling, generate
 from kvtune.runtime.kernels.launch import Scratch
 from kvtune.runtime.kernels.tiles import Segments, kind_of, plan_tiles
-from kvtune.runtime.pool import SLAB_CELLS, Pool
-from kvtune.runtime.segments import Leaving
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

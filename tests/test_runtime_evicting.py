@@ -24,11 +24,11 @@ from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.testing.decode import decode_methods
 from kvtune.runtime import load_cache
-from kvtune.runtime.cache import PolicyCache
+from kvtune.runtime.cache.policy_cache import PolicyCache
+from kvtune.runtime.cache.segments import GROWN
 from kvtune.runtime.contenders import Contender
 from kvtune.runtime.generate import Generation
 from kvtune.runtime.graph import generate
-from kvtune.runtime.segments import GROWN
 from kvtune.traces.models import wrap
 
 pytestmark = [

@@ -22,19 +22,19 @@ from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.runtime import load_cache
-from kvtune.runtime.backend import Growing, Moves, PlainBackend, TritonBackend, Writing
+from kvtune.runtime.cache.backend import Growing, Moves, PlainBackend, TritonBackend, Writing
+from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.pool import Pool
+from kvtune.runtime.cache.segments import SETTLED
+from kvtune.runtime.cache.settling import settle
+from kvtune.runtime.cache.sliding import Ring, places_of
+from kvtune.runtime.cache.storing import store_prompts
 from kvtune.runtime.fuse import fused
 from kvtune.runtime.kernels.columns import column_sums
 from kvtune.runtime.kernels.launch import Paged, Scratch, decode
 from kvtune.runtime.kernels.layout import AS_VALUES, CODES, KEY_CODES, PAGE, PageLayout
 from kvtune.runtime.kernels.reference import attend, read_page
 from kvtune.runtime.kernels.tiles import Segments, plan_tiles
-from kvtune.runtime.paged import PagedLayer
-from kvtune.runtime.pool import Pool
-from kvtune.runtime.segments import SETTLED
-from kvtune.runtime.settling import settle
-from kvtune.runtime.sliding import Ring, places_of
-from kvtune.runtime.storing import store_prompts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 INTERPRETED = [name for name in KEY_CODES if name != "fp8"]  # the interpreter rounds e4m3 wrongly
@@ -257,7 +257,9 @@ def test_prompts_are_chosen_from_and_stored_the_same_through_kernels(
     tokens = torch.randint(2, 250, (batch, 100), generator=torch.Generator().manual_seed(0))
     memories = []
     for backend in (PlainBackend(), TritonBackend()):
-        monkeypatch.setattr("kvtune.runtime.cache.backend_for", lambda _, found=backend: found)
+        monkeypatch.setattr(
+            "kvtune.runtime.cache.policy_cache.backend_for", lambda _, found=backend: found
+        )
         found = load_cache(policy, network, new_tokens=64)
         with torch.no_grad():
             network(tokens, past_key_values=found)

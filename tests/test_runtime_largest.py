@@ -17,8 +17,9 @@ from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
-from kvtune.runtime import largest, pool
-from kvtune.runtime.cache import load_cache
+from kvtune.runtime import largest
+from kvtune.runtime.cache import pool
+from kvtune.runtime.cache.policy_cache import load_cache
 from kvtune.runtime.device import unless_full
 from kvtune.runtime.fuse import _side_by_side
 from kvtune.runtime.graph import DecodeLoop

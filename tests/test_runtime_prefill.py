@@ -18,13 +18,14 @@ from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
-from kvtune.runtime import load_cache, paged, storing
-from kvtune.runtime.backend import PlainBackend
-from kvtune.runtime.layer import CacheLayer
-from kvtune.runtime.paged import PagedLayer
-from kvtune.runtime.pool import SLAB_CELLS, Pool
-from kvtune.runtime.segments import CODED, SETTLED
-from kvtune.runtime.storing import store_prompts
+from kvtune.runtime import load_cache
+from kvtune.runtime.cache import paged_layer, storing
+from kvtune.runtime.cache.backend import PlainBackend
+from kvtune.runtime.cache.layer import CacheLayer
+from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.pool import SLAB_CELLS, Pool
+from kvtune.runtime.cache.segments import CODED, SETTLED
+from kvtune.runtime.cache.storing import store_prompts
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -71,7 +72,8 @@ class Counting(TorchDispatchMode):
         patch.setattr(CacheLayer, "prompt", counted)
         patch.setattr(PlainBackend, "write", lambda *_: self.told.update(["writes"]))
         for owner, name, what in (
-            (paged, "sent", "copies"), (storing, "sent", "copies"), (torch, "tensor", "copies"),
+            (paged_layer, "sent", "copies"), (storing, "sent", "copies"),
+            (torch, "tensor", "copies"),
             (torch, "as_tensor", "copies"), (torch.Tensor, "tolist", "waits"),
             (torch.Tensor, "cpu", "waits"),
         ):  # fmt: skip

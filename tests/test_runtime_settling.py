@@ -20,15 +20,15 @@ from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.runtime import load_cache
-from kvtune.runtime.backend import PlainBackend
-from kvtune.runtime.cache import PolicyCache
+from kvtune.runtime.cache.backend import PlainBackend
+from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.policy_cache import PolicyCache
+from kvtune.runtime.cache.pool import SLAB_CELLS, Pool
+from kvtune.runtime.cache.segments import CODED, GROWN, SETTLED
+from kvtune.runtime.cache.settling import settle
+from kvtune.runtime.cache.storing import store_prompts
 from kvtune.runtime.graph import generate
 from kvtune.runtime.kernels.launch import Scratch
-from kvtune.runtime.paged import PagedLayer
-from kvtune.runtime.pool import SLAB_CELLS, Pool
-from kvtune.runtime.segments import CODED, GROWN, SETTLED
-from kvtune.runtime.settling import settle
-from kvtune.runtime.storing import store_prompts
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

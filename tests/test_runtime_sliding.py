@@ -21,9 +21,9 @@ from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.profiles.models import find_model
 from kvtune.runtime import load_cache
+from kvtune.runtime.cache.sliding import Ring, places_of
 from kvtune.runtime.graph import generate
 from kvtune.runtime.largest import fill
-from kvtune.runtime.sliding import Ring, places_of
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -24,12 +24,12 @@ from kvtune.policies.methods.hindsight import FutureAttention
 from kvtune.policies.methods.kvzip import KVzip
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
-from kvtune.runtime import layer as layer_module
 from kvtune.runtime import load_cache
-from kvtune.runtime.cache import NAME
-from kvtune.runtime.paged import PagedLayer
+from kvtune.runtime.cache import layer as layer_module
+from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.policy_cache import NAME
+from kvtune.runtime.cache.storing import store_prompts
 from kvtune.runtime.prompts import fresh_prompt
-from kvtune.runtime.storing import store_prompts
 from kvtune.traces.calibration import Calibration, keep_calibration
 from kvtune.traces.models import LoadedModel, wrap
 from kvtune.traces.samples import Sample

@@ -18,12 +18,9 @@ import torch
 from torch import Tensor
 
 from kvtune.policies.option import Option
-from kvtune.runtime.backend import Backend, Growing, Seen
-from kvtune.runtime.kernels.launch import Paged, Scratch, shape_for
-from kvtune.runtime.kernels.layout import PAGE, PageLayout, layout_of
-from kvtune.runtime.kernels.tiles import Segments, plan_tiles
-from kvtune.runtime.pool import Pool
-from kvtune.runtime.segments import (
+from kvtune.runtime.cache.backend import Backend, Growing, Seen
+from kvtune.runtime.cache.pool import Pool
+from kvtune.runtime.cache.segments import (
     CODED,
     GROWN,
     NO_END,
@@ -32,8 +29,11 @@ from kvtune.runtime.segments import (
     Leaving,
     runs,
 )
-from kvtune.runtime.sending import sent
-from kvtune.runtime.sliding import Ring
+from kvtune.runtime.cache.sending import sent
+from kvtune.runtime.cache.sliding import Ring
+from kvtune.runtime.kernels.launch import Paged, Scratch, shape_for
+from kvtune.runtime.kernels.layout import PAGE, PageLayout, layout_of
+from kvtune.runtime.kernels.tiles import Segments, plan_tiles
 
 
 class PagedLayer:

@@ -18,7 +18,7 @@ from torch import Tensor
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.option import Option
-from kvtune.runtime.segments import Ints
+from kvtune.runtime.cache.segments import Ints
 
 
 @dataclass

@@ -19,20 +19,20 @@ from transformers.cache_utils import CacheLayerMixin
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.room import Room
 from kvtune.policies.signals import Signals
-from kvtune.runtime.backend import TritonBackend
-from kvtune.runtime.choosing import Choice, choose, side_by_side
-from kvtune.runtime.evicting import Evictor, evictors, openings
+from kvtune.runtime.cache.backend import TritonBackend
+from kvtune.runtime.cache.choosing import Choice, choose, side_by_side
+from kvtune.runtime.cache.evicting import Evictor, evictors, openings
+from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.segments import NO_END
+from kvtune.runtime.cache.sliding import Ring, check_sliding, places_of
+from kvtune.runtime.cache.storing import store_prompts
+from kvtune.runtime.cache.whole_prompt import condensed
 from kvtune.runtime.kernels.launch import Scratch
 from kvtune.runtime.kernels.layout import PAGE
-from kvtune.runtime.paged import PagedLayer
-from kvtune.runtime.segments import NO_END
-from kvtune.runtime.sliding import Ring, check_sliding, places_of
-from kvtune.runtime.storing import store_prompts
-from kvtune.runtime.whole_prompt import condensed
 from kvtune.traces.seam import causal_attention, refuse_unknown
 
 if TYPE_CHECKING:
-    from kvtune.runtime.cache import PolicyCache
+    from kvtune.runtime.cache.policy_cache import PolicyCache
 
 
 class CacheLayer(CacheLayerMixin):  # type: ignore[misc]

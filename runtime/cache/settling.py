@@ -13,11 +13,11 @@ import torch
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.policy import Policy
-from kvtune.runtime.backend import Moves, Writing
+from kvtune.runtime.cache.backend import Moves, Writing
+from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.segments import GROWN, SETTLED, Ints
+from kvtune.runtime.cache.sending import sent
 from kvtune.runtime.kernels.layout import PAGE, PageLayout, exact_tokens
-from kvtune.runtime.paged import PagedLayer
-from kvtune.runtime.segments import GROWN, SETTLED, Ints
-from kvtune.runtime.sending import sent
 
 
 def check_residual(policy: Policy, residual: int) -> None:

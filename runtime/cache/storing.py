@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvtune.runtime.backend import Writing
+from kvtune.runtime.cache.backend import Writing
+from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.segments import CODED, GROWN, NO_END, SETTLED, Ints, runs
+from kvtune.runtime.cache.sending import sent
 from kvtune.runtime.kernels.layout import PAGE, PageLayout, exact_tokens
 from kvtune.runtime.kernels.reference import LARGEST_E4M3, fp8_scale
-from kvtune.runtime.paged import PagedLayer
-from kvtune.runtime.segments import CODED, GROWN, NO_END, SETTLED, Ints, runs
-from kvtune.runtime.sending import sent
 
 
 def store_prompts(layer: PagedLayer, keys: Tensor, values: Tensor, kept: Sequence[Tensor]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvtune.runtime.backend import Moves
+from kvtune.runtime.cache.backend import Moves
 
 Ints = NDArray[np.int64]
 

@@ -36,15 +36,15 @@ from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.room import Room
 from kvtune.policies.signals import Signals
-from kvtune.runtime.backend import Backend, backend_for
-from kvtune.runtime.evicting import check_evicting
+from kvtune.runtime.cache.backend import Backend, backend_for
+from kvtune.runtime.cache.evicting import check_evicting
+from kvtune.runtime.cache.layer import CacheLayer, attention, padding_mask
+from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.pool import SLAB_CELLS, Pool
+from kvtune.runtime.cache.settling import check_residual, settle
+from kvtune.runtime.cache.whole_prompt import calibration_for, check_passes, repeated, when_read
 from kvtune.runtime.kernels.launch import Scratch
 from kvtune.runtime.kernels.layout import PAGE, PageLayout, exact_tokens, layout_of
-from kvtune.runtime.layer import CacheLayer, attention, padding_mask
-from kvtune.runtime.paged import PagedLayer
-from kvtune.runtime.pool import SLAB_CELLS, Pool
-from kvtune.runtime.settling import check_residual, settle
-from kvtune.runtime.whole_prompt import calibration_for, check_passes, repeated, when_read
 from kvtune.traces.calibration import Calibration
 from kvtune.traces.geometry import Geometry, read_geometry
 

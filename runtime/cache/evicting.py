@@ -24,8 +24,8 @@ from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.room import Room, goes_on_evicting
 from kvtune.policies.signals import Signals
-from kvtune.runtime.backend import Moves
-from kvtune.runtime.segments import Ints, Leaving
+from kvtune.runtime.cache.backend import Moves
+from kvtune.runtime.cache.segments import Ints, Leaving
 
 
 def check_evicting(policy: Policy) -> None:

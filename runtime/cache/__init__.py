@@ -1,0 +1,1 @@
+"""The paged cache: what each KV head keeps, in pages of its own format."""
