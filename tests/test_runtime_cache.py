@@ -34,6 +34,7 @@ from kvtune.runtime.cache.segments import Leaving
 from kvtune.runtime.graph import Sampling, generate
 from kvtune.runtime.kernels.launch import Scratch
 from kvtune.runtime.kernels.tiles import Segments, kind_of, plan_tiles
+from kvtune.tests.padded import ids
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -62,15 +63,6 @@ def network(make_network: Callable[..., Any], tiny_fields: dict[str, Any]) -> An
     from transformers import LlamaConfig
 
     return make_network(LlamaConfig(**tiny_fields)).bfloat16().eval()
-
-
-def ids(*lengths: int) -> dict[str, Tensor]:
-    """Prompts padded on the left."""
-    generator = torch.Generator().manual_seed(1)
-    longest = max(lengths)
-    tokens = torch.randint(2, 250, (len(lengths), longest), generator=generator)
-    mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
-    return {"input_ids": tokens * mask, "attention_mask": mask.long()}
 
 
 def prompt_layers(network: Any, cache: PolicyCache, inputs: dict[str, Tensor]) -> list[Signals]:

@@ -29,6 +29,7 @@ from kvtune.runtime.cache.segments import GROWN
 from kvtune.runtime.contenders import Contender
 from kvtune.runtime.generate import Generation
 from kvtune.runtime.graph import generate
+from kvtune.tests.padded import ids
 from kvtune.traces.models import wrap
 
 pytestmark = [
@@ -54,15 +55,6 @@ def network(make_network: Callable[..., Any], tiny_fields: dict[str, Any]) -> An
     from transformers import LlamaConfig
 
     return make_network(LlamaConfig(**tiny_fields)).bfloat16().eval()
-
-
-def ids(*lengths: int) -> dict[str, Tensor]:
-    """Prompts padded on the left."""
-    generator = torch.Generator().manual_seed(1)
-    longest = max(lengths)
-    tokens = torch.randint(2, 250, (len(lengths), longest), generator=generator)
-    mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
-    return {"input_ids": tokens * mask, "attention_mask": mask.long()}
 
 
 def uniform(method: Any, budget: Budget | None = None, **formats: Any) -> Policy:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.allocators.model_wide import ModelWide
@@ -24,6 +23,7 @@ from kvtune.runtime import load_cache
 from kvtune.runtime.cache.sliding import Ring, places_of
 from kvtune.runtime.graph import generate
 from kvtune.runtime.largest import fill
+from kvtune.tests.padded import ids
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -44,15 +44,6 @@ def gemma(make_network: Callable[..., Any], tiny_fields: dict[str, Any]) -> Any:
     network = make_network(config).eval()
     network.generation_config.eos_token_id = None
     return network
-
-
-def ids(*lengths: int) -> dict[str, Tensor]:
-    """Prompts padded on the left."""
-    generator = torch.Generator().manual_seed(1)
-    longest = max(lengths)
-    tokens = torch.randint(2, 250, (len(lengths), longest), generator=generator)
-    mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
-    return {"input_ids": tokens * mask, "attention_mask": mask.long()}
 
 
 @pytest.mark.parametrize("prompt", [60, 10])

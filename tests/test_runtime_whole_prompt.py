@@ -30,6 +30,7 @@ from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.policy_cache import NAME
 from kvtune.runtime.cache.storing import store_prompts
 from kvtune.runtime.prompts import fresh_prompt
+from kvtune.tests.padded import ids
 from kvtune.traces.calibration import Calibration, keep_calibration
 from kvtune.traces.models import LoadedModel, wrap
 from kvtune.traces.samples import Sample
@@ -72,15 +73,6 @@ def loaded(make_network: Callable[..., Any], tiny_fields: dict[str, Any], tokeni
     found = wrap(make_network(LlamaConfig(**tiny_fields)), tokenizer, name="tiny")
     keep_calibration(found.fingerprint, MADE_UP)
     return found
-
-
-def ids(*lengths: int) -> dict[str, Tensor]:
-    """Prompts padded on the left."""
-    generator = torch.Generator().manual_seed(1)
-    longest = max(lengths)
-    tokens = torch.randint(2, 250, (len(lengths), longest), generator=generator)
-    mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
-    return {"input_ids": tokens * mask, "attention_mask": mask.long()}
 
 
 @pytest.fixture
