@@ -1,11 +1,16 @@
 """The paged cache through the kernels beside plain torch, token by token; checks only, no times.
 
     python benchmarks/cache_checks.py --out cache-checks.json [--tokens 150]
+    python benchmarks/cache_checks.py --control --out cache-checks-control.json
 
 On a GPU the kernels themselves, else Triton's interpreter (``TRITON_INTERPRET=1``), where fp8 is
 rounded wrongly. Small random models answer a forced text from both caches: all methods that evict
-while decoding, old tokens taking their head's format, sliding windows. On a GPU the captured loop
-is then set beside ``model.generate``.
+while decoding, old tokens taking their head's format, sliding windows. At each step both also
+answer from the very same pages. On a GPU the captured loop is then set beside ``model.generate``.
+
+Two caches that round differently come to hold different entries where scores nearly tie, and then
+answer differently. ``--control`` says how far that goes: plain torch beside plain torch whose
+outputs are each moved by up to half a unit of bf16's last place. It needs no GPU.
 """
 
 from __future__ import annotations
@@ -31,8 +36,9 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.testing.decode import decode_methods
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache import policy_cache as caches
-from kvtune.runtime.cache.backend import PlainBackend, TritonBackend
+from kvtune.runtime.cache.backend import PlainBackend, Seen, TritonBackend
 from kvtune.runtime.graph import generate
+from kvtune.runtime.kernels.launch import Paged, Scratch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYERS, KV_HEADS = 2, 4
@@ -108,6 +114,41 @@ class Prompts:
         return Prompts(ids[:, :prompt] * mask, mask, ids[:, prompt:])
 
 
+class Beside(TritonBackend):
+    """The kernels, each answer of which is compared with plain torch's from the same pages."""
+
+    def __init__(self) -> None:
+        self.apart = {"output": 0.0, "logits": 0.0, "lse": 0.0}
+
+    def attend(
+        self, q: Tensor, layer: Paged, scratch: Scratch, scale: float, seen: Seen | None = None
+    ) -> Tensor:
+        """The kernels' answer."""
+        ours, theirs = super().attend(q, layer, scratch, scale, seen), None
+        if seen is not None:
+            theirs = Seen(torch.full_like(seen.logits, torch.nan), torch.empty_like(seen.lse))
+        plain = PlainBackend().attend(q, layer, scratch, scale, theirs).float()
+        self._note("output", (ours.float() - plain).norm() / plain.norm())
+        if seen is not None and theirs is not None:
+            self._note("logits", (seen.logits - theirs.logits).nan_to_num(0).abs().max())
+            self._note("lse", (seen.lse - theirs.lse).abs().max())
+        return ours
+
+    def _note(self, name: str, apart: Tensor) -> None:
+        self.apart[name] = max(self.apart[name], float(apart))
+
+
+class RoundedOtherwise(PlainBackend):
+    """Plain torch, each output moved by up to half a unit of its last place before it is cast."""
+
+    def attend(
+        self, q: Tensor, layer: Paged, scratch: Scratch, scale: float, seen: Seen | None = None
+    ) -> Tensor:
+        """Likewise plain."""
+        exact = super().attend(q.float(), layer, scratch, scale, seen)
+        return (exact * (1 + 2**-9 * (2 * torch.rand_like(exact) - 1))).to(q.dtype)
+
+
 @torch.no_grad()
 def answered(model: Any, case: Case, prompts: Prompts, backend: Callable[[], Any]) -> Any:
     """Logits ``[n + 1, 2, V]`` of the forced text, and what evicting heads hold at its end."""
@@ -132,10 +173,12 @@ def _held(evictor: Any) -> list[frozenset[int]]:
     return [frozenset(kept) for _, kept in sorted(evictor.kept().items())]
 
 
-def compared(model: Any, case: Case, prompts: Prompts) -> dict[str, float]:
+def compared(
+    model: Any, case: Case, prompts: Prompts, backend: Callable[[], Any]
+) -> dict[str, float]:
     """Largest difference of logits over their spread; entries that both caches hold."""
     plain, theirs = answered(model, case, prompts, PlainBackend)
-    ours, mine = answered(model, case, prompts, TritonBackend)
+    ours, mine = answered(model, case, prompts, backend)
     apart = (ours - plain).abs().amax(-1) / plain.std()
     found = {"first 20 steps": float(apart[:20].max()), "all steps": float(apart.max())}
     if theirs:
@@ -144,17 +187,35 @@ def compared(model: Any, case: Case, prompts: Prompts) -> dict[str, float]:
     return found
 
 
-def alike(model: Any, case: Case, prompts: Prompts) -> dict[str, list[int]]:
-    """First tokens that the captured loop and ``model.generate`` say alike, of each sequence."""
+def compared_closely(model: Any, case: Case, prompts: Prompts) -> dict[str, Any]:
+    """The same, and how far kernels and plain torch are apart on the same pages."""
+    beside = Beside()
+    found: dict[str, Any] = compared(model, case, prompts, lambda: beside)
+    return found | {"on the same pages": beside.apart}
+
+
+def alike(model: Any, case: Case, prompts: Prompts) -> dict[str, list[Any]]:
+    """First tokens that the captured loop and ``model.generate`` say alike, of each sequence.
+
+    ``gap there``: of the two likeliest logits where they part, over the logits' spread; None where
+    they do not.
+    """
     count = 2 * prompts.text.shape[1]
     room = {**case.options, "new_tokens": count}
     loop = load_cache(case.policy, model, **room)
     ours = generate(model, loop, prompts.ids, prompts.mask, new_tokens=count)
-    theirs = model.generate(
+    said = model.generate(
         prompts.ids, attention_mask=prompts.mask, max_new_tokens=count, do_sample=False,
         past_key_values=load_cache(case.policy, model, **room),
-    )[:, prompts.ids.shape[1] :]  # fmt: skip
-    return {"alike until": (ours == theirs).int().cumprod(1).sum(1).tolist(), "of": [count]}
+        output_scores=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    theirs = said.sequences[:, prompts.ids.shape[1] :]
+    until = (ours == theirs).int().cumprod(1).sum(1).tolist()
+    scores = torch.stack(said.scores, 1).float()
+    first, second = scores.topk(2, -1).values.unbind(-1)
+    gaps = (first - second) / scores.std(-1)
+    parted = [None if n == count else float(gaps[row, n]) for row, n in enumerate(until)]
+    return {"alike until": until, "of": [count], "gap there": parted}
 
 
 def main() -> None:
@@ -162,15 +223,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--prompt", type=int, default=300)
     parser.add_argument("--tokens", type=int, default=150)
+    parser.add_argument("--control", action="store_true", help="plain torch beside itself")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     prompts, all_models = Prompts.drawn(arguments.prompt, arguments.tokens), models()
-    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "interpreter"
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     found: dict[str, Any] = {"device": device, "torch": torch.__version__}
     for name, case in cases().items():
-        found[name] = compared(all_models[case.family], case, prompts)
-        if DEVICE == "cuda" and not case.options.get("evicts"):
-            found[name] |= alike(all_models[case.family], case, prompts)
+        model = all_models[case.family]
+        if arguments.control:
+            found[name] = compared(model, case, prompts, RoundedOtherwise)
+        else:
+            found[name] = compared_closely(model, case, prompts)
+        if DEVICE == "cuda" and not (arguments.control or case.options.get("evicts")):
+            found[name] |= alike(model, case, prompts)
         print(name, json.dumps(found[name]), flush=True)
         arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
