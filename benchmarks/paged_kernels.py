@@ -4,7 +4,7 @@
 
 Every kernel is checked against a float64 reference, beside torch's own error; then timed cold, in
 CUDA graphs over rotating buffers, against SDPA's flash and cuDNN backends, FlexAttention, and
-FlashAttention where it can be imported. Results are written as they come; when
+FlashInfer and FlashAttention where they can be imported. Results are written as they come; when
 the time is up, what is left is skipped and named.
 """
 
@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import flashinfer_peer
 import paged
 import torch
 import torch.nn.functional as F
@@ -199,10 +200,15 @@ def peers(tokens: int, flex: bool) -> dict[str, Callable[[], float]]:
                 q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
             )
         )
-    return found
+    asked = flashinfer_peer.Decode(BATCH, KV_HEADS, GROUP, HEAD_DIM, tokens)
+    return found | flashinfer_peer.peers(asked)
 
 
 def against_peers(results: Results) -> None:
+    with results.part("FlashInfer's errors") as go:
+        if go:
+            asked = flashinfer_peer.Decode(2, KV_HEADS, GROUP, HEAD_DIM, 1000)
+            results.add("FlashInfer's error against float64", flashinfer_peer.errors(asked))
     for megabytes in SIZES_MB:
         tokens = tokens_of(megabytes)
         size = 4 * HEAD_DIM * ROWS * tokens
