@@ -27,13 +27,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvtune.policies.document_reader import read_policy
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
-from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.policy_cache import PolicyCache, load_cache
-from kvtune.runtime.cache.storing import store_prompts
 from kvtune.runtime.device import CudaBench
 from kvtune.runtime.fuse import fused
 from kvtune.runtime.graph import DecodeLoop, generate
 from kvtune.runtime.largest import page_bytes, search_largest
+from kvtune.runtime.measure.filled import filled
 from kvtune.runtime.timing import time_beside
 
 PLAN = Path(__file__).with_name("plans") / "llama-8b-32k-12-percent.yaml"
@@ -110,23 +109,6 @@ def build_model() -> Any:
     return model
 
 
-def fill(model: Any, policy: Policy, batch: int, new_tokens: int = NEW_TOKENS) -> PolicyCache:
-    """A cache of random prompts, stored as a prefill would."""
-    cache = load_cache(policy, model, new_tokens=new_tokens)
-    shape = (KV_HEADS, CONTEXT, HEAD_DIM)
-    keys, values = torch.randn(2, *shape, device="cuda", dtype=torch.bfloat16).unbind(0)
-    cache.open(keys.device, [CONTEXT] * batch)
-    for layer, budgets in zip(cache.layers, policy.budgets(CONTEXT), strict=True):
-        layer.paged = PagedLayer(
-            layer.number, policy.heads[layer.number], HEAD_DIM, batch, cache.pool, cache.backend
-        )
-        kept = [torch.linspace(0, CONTEXT - 1, int(n), device="cuda").long() for n in budgets]
-        store_prompts(layer.paged, keys, values, kept)
-        layer.paged.seal(new_tokens)
-        layer.seen = CONTEXT
-    return cache
-
-
 def loop_of(model: Any, cache: PolicyCache, batch: int, tokens: int, fuse: bool) -> DecodeLoop:
     first = torch.randint(0, 128256, (batch,), device="cuda")
     positions = torch.full((batch,), CONTEXT, device="cuda")
@@ -160,7 +142,7 @@ def step(model: Any, policy: Policy, rate: float, profile: bool = False) -> dict
     """Milliseconds a step beside the bytes it must read, and peak memory."""
     CudaBench().release()
     before = torch.cuda.memory_allocated()
-    cache = fill(model, policy, BATCH)
+    cache = filled(model, policy, CONTEXT, BATCH, NEW_TOKENS)
     found: dict[str, Any] = {"kernels": []}
     steps, generated = {}, 0
     for fuse in (True, False):
@@ -204,7 +186,7 @@ def largest_batch(model: Any, policy: Policy) -> dict[str, Any]:
 
     def attempt(batch: int) -> float:
         bench.release()
-        cache = fill(model, policy, batch, new_tokens=ROOM)
+        cache = filled(model, policy, CONTEXT, batch, new_tokens=ROOM)
         loop = loop_of(model, cache, batch, ROOM, fuse=True)
         with loop.ready():
             loop.advance(4)

@@ -62,6 +62,13 @@ def find_model(name: str) -> ModelShape:
     )
 
 
+def model_of_size(layers: int, hidden_size: int, intermediate_size: int) -> ModelShape | None:
+    """The first known shape of so many layers of these widths; None where there is none."""
+    wanted = layers, hidden_size, intermediate_size
+    same = (s for s in _models() if (s.layers, s.hidden_size, s.intermediate_size) == wanted)
+    return next(same, None)
+
+
 def shape_from_record(name: str, record: Located) -> ModelShape:
     """One strict record of a family table.
 

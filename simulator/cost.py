@@ -133,7 +133,7 @@ def _cost(
     prompt_bytes = sum(held.prompt.values()) + beside
     sequence_bytes = sum(held.most.values()) + held.statistics + beside
     waiting = waiting_bytes(shape, tokens) if policy and policy.waits else 0
-    step = decode_step(shape, gpu, weights, batch, dict(held.most))
+    step = decode_step(shape, gpu, weights, batch, dict(held.most), "runtime")
     first = prefill(shape, gpu, weights, tokens)
     peak = peak_memory(shape, gpu, weights, sequence_bytes, tokens, batch)
     return Cost(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Union
+from typing import Literal, Union, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -29,10 +29,11 @@ from kvtune.simulator.latency_measured import (
 )
 from kvtune.simulator.latency_parts import covers, prefill_covers
 from kvtune.simulator.latency_priors import FloatArray
+from kvtune.simulator.latency_runtime import runtime_steps
 from kvtune.simulator.transfer import tables_for
 from kvtune.simulator.weights import WeightFormat, check_format
 
-Execution = Literal["graph", "eager"]
+Execution = Literal["runtime", "graph", "eager"]
 CacheBytes = Union[npt.ArrayLike, Mapping[float, npt.ArrayLike]]  # noqa: UP007 (runtime, 3.10)
 
 
@@ -94,7 +95,8 @@ def decode_steps(
             layers, scales and indices included. A plain array is bf16; a mapping gives the bytes
             by bits a number, for example ``{16: recent, 4: older}``, since narrow formats are
             read less efficiently.
-        execution: ``graph`` (one launch a step) or ``eager`` (host-bound).
+        execution: ``graph`` (plain modules, one launch a step), ``eager`` (host-bound), or
+            ``runtime`` (kvtune's own, as it was measured; where it was not, ``graph``).
         measured: whether measured kernels may be used; without them the datasheet answers.
 
     Returns:
@@ -104,10 +106,13 @@ def decode_steps(
         KvtuneError: a batch below 1, negative bytes, an unknown format or execution.
     """
     check_format(weight_format)
+    _check_execution(execution)
     sequences, cache = _configurations(batch, cache_bytes_per_sequence)
     tables = tables_for(gpu) if measured else None
-    if tables and execution == "graph" and covers(tables.kernels, shape):
-        return _times(measured_steps(tables, gpu, shape, weight_format, sequences, cache))
+    if tables and execution != "eager" and covers(tables.kernels, shape):
+        asked = tables, gpu, shape, weight_format, sequences, cache
+        answer = runtime_steps(*asked) if execution == "runtime" else None
+        return _times(answer or measured_steps(*asked))
     device = [
         parts.larger(
             parts.cache_read(gpu, sequences, cache),
@@ -150,7 +155,7 @@ def prefills(
         weight_format: how the matrices are stored; int8 and int4 are widened and computed in bf16.
         prompt_tokens: P, at least 1; broadcast against ``batch``.
         batch: prompts, at least 1.
-        execution: ``graph`` or ``eager``; the host is waited for only in short prompts.
+        execution: as a decode step's; the host is waited for only in short prompts.
         measured: whether measured kernels may be used; without them the datasheet answers.
 
     Returns:
@@ -160,11 +165,12 @@ def prefills(
         KvtuneError: a number below 1, an unknown format or execution.
     """
     check_format(weight_format)
+    _check_execution(execution)
     prompt, sequences = np.broadcast_arrays(
         _at_least(prompt_tokens, 1, "prompt tokens"), _at_least(batch, 1, "batch")
     )
     tables = tables_for(gpu) if measured and weight_format == "bf16" else None
-    if tables and execution == "graph" and prefill_covers(tables.kernels, shape):
+    if tables and execution != "eager" and prefill_covers(tables.kernels, shape):
         return _times(measured_prefills(tables, shape, prompt, sequences))
     device = [
         parts.matrices(shape, gpu, weight_format, prompt * sequences, logits=sequences),
@@ -228,6 +234,11 @@ def _configurations(
     return arrays[0], dict(zip(map(float, by_bits), arrays[1:], strict=True))
 
 
+def _check_execution(execution: str) -> None:
+    if execution not in get_args(Execution):
+        raise KvtuneError(f"execution is {', '.join(get_args(Execution))}; not {execution!r}")
+
+
 def _times(answer: Answer) -> Times:
     """With the tier of the least certain one for the whole."""
     worst = TIERS[int(np.max(answer.tiers))]
@@ -254,10 +265,8 @@ def _bytes_moved(
 
 def _with_host(device: list[parts.Term], shape: ModelShape, execution: Execution) -> Times:
     """Graph: the host's launch and sampler are added. Eager: the slower of host and GPU counts."""
-    if execution == "graph":
-        return Times(*parts.total([*device, parts.floor(priors.GRAPH_HOST_S)]))
     if execution != "eager":
-        raise KvtuneError(f"execution is graph or eager, not {execution!r}")
+        return Times(*parts.total([*device, parts.floor(priors.GRAPH_HOST_S)]))
     host = parts.floor(priors.EAGER_HOST_LAYER_S, shape.layers)
     step = parts.floor(priors.EAGER_HOST_STEP_S)
     waiting = parts.Term(*(a + b for a, b in zip(host, step, strict=True)))

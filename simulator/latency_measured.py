@@ -55,20 +55,19 @@ def measured_steps(
         batch: sequences.
         cache: bytes a sequence over all layers by bits a number, of the same shape as ``batch``.
     """
+    plain = not any(np.any(size > 0) for bits, size in cache.items() if bits != 16)
     ends = []
     for end in ("value", "low", "high"):
         whole = decode_parts(tables.kernels, shape, batch, _as_bf16_tokens(shape, cache, end))
-        matrices = _in_format(whole.matrices, shape, gpu, weight_format, batch, end)
-        attention = _paged_attention(tables.kernels, shape, batch, cache)
+        matrices = matrices_in_format(whole.matrices, shape, gpu, weight_format, batch, end)
+        attention = None if plain else paged_attention(tables.kernels, shape, batch, cache)
         if attention is None:
             attention = whole.attention
         ends.append(attention + matrices + whole.rest + whole.beside)
     value, low, high = ends
-    narrow = weight_format != "bf16" or any(
-        bits != 16 and np.any(size > 0) for bits, size in cache.items()
-    )
+    narrow = weight_format != "bf16" or not plain
     tiers = _tiers(tables, shape, batch, cache, narrow)
-    return _answer(value, low, high, tiers)
+    return answer_of_tier(value, low, high, tiers)
 
 
 def measured_prefills(
@@ -88,7 +87,7 @@ def measured_prefills(
     value = value + kernels.linear(shape.vocab_size, shape.hidden_size, batch)
     tier = TIERS.index("fitted" if tables.tier == "measured" else tables.tier)
     tiers = np.full(np.shape(value), tier, dtype=np.intp)
-    return _answer(value, value, value, tiers)
+    return answer_of_tier(value, value, value, tiers)
 
 
 def _as_bf16_tokens(shape: ModelShape, cache: Mapping[float, FloatArray], end: str) -> FloatArray:
@@ -97,16 +96,22 @@ def _as_bf16_tokens(shape: ModelShape, cache: Mapping[float, FloatArray], end: s
     return np.asarray(np.sum(sizes, axis=0) / shape.kv_bytes_per_token())
 
 
-def _paged_attention(
+def paged_attention(
     kernels: Kernels, shape: ModelShape, batch: FloatArray, cache: Mapping[float, FloatArray]
 ) -> FloatArray | None:
-    """Attention over pages of several formats; None for a plain bf16 cache, or one not measured.
+    """Attention of all layers over pages of several formats; None where one was not measured.
 
     Each format's part takes its share of the time that all bytes would take in that format.
+
+    Args:
+        kernels: of the card.
+        shape: the model.
+        batch: sequences.
+        cache: bytes a sequence over all layers by bits a number, of the same shape as ``batch``.
     """
     used = {bits: size for bits, size in cache.items() if np.any(size > 0)}
     names = {bits: _FORMAT_OF_BITS.get(bits, "") for bits in used}
-    if set(used) <= {16.0} or not all(kernels.has_paged(name) for name in names.values()):
+    if not used or not all(kernels.has_paged(name) for name in names.values()):
         return None
     # In numbers held, not bytes: a sequence's tokens are the sum over its formats.
     numbers = {bits: size * 8 / bits for bits, size in used.items()}
@@ -124,7 +129,7 @@ _WORSE = {"value": "value", "low": "high", "high": "low"}  # a low efficiency ma
 _MOST_ROWS = 8192.0  # element-wise ops were measured up to here
 
 
-def _answer(
+def answer_of_tier(
     value: FloatArray, low: FloatArray, high: FloatArray, tiers: npt.NDArray[np.intp]
 ) -> Answer:
     """Adds each tier's own width to what the priors left open, in squares."""
@@ -137,7 +142,7 @@ def _answer(
     )
 
 
-def _in_format(
+def matrices_in_format(
     bf16_s: FloatArray,
     shape: ModelShape,
     gpu: GpuProfile,

@@ -239,7 +239,7 @@ def test_published_single_stream_rates_lie_in_the_interval() -> None:
         ({"cache_bytes_per_sequence": {}}, "at least one width"),
         ({"cache_bytes_per_sequence": {0: 1.0}}, "at least one width above zero"),
         ({"weight_format": "fp7"}, "'fp7' is no weight format"),
-        ({"execution": "lazy"}, "graph or eager"),
+        ({"execution": "lazy"}, "runtime, graph, eager"),
     ],
 )
 def test_bad_input_is_refused(arguments: dict[str, Any], says: str) -> None:

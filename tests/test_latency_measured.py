@@ -17,12 +17,14 @@ from kvtune.profiles.gpus import GpuProfile, find_gpu
 from kvtune.profiles.kernel_table import KernelRow, Point, RowWriter
 from kvtune.profiles.measured import parse_measured_gpu, read_measured
 from kvtune.profiles.models import find_model
-from kvtune.simulator import latency, overheads
+from kvtune.profiles.shape import ModelShape
+from kvtune.simulator import latency, latency_runtime, overheads
 from kvtune.simulator import transfer as transfer_module
 from kvtune.simulator.kernels import Curve, Kernels
 from kvtune.simulator.latency import decode_steps, prefills
 from kvtune.simulator.latency_beyond import decode_parts
-from kvtune.simulator.latency_parts import covers, layer_matrices
+from kvtune.simulator.latency_measured import paged_attention
+from kvtune.simulator.latency_parts import covers, layer_matrices, matrix_products
 from kvtune.simulator.overheads import policy_overhead, transfer
 from kvtune.simulator.transfer import Tables, transferred
 
@@ -239,19 +241,22 @@ def test_narrow_caches_and_weights_are_faster_and_no_longer_measured(measured: T
     assert narrow.low < narrow.value < narrow.high
 
 
+def paged_rows() -> Iterator[KernelRow]:
+    """Attention over pages: int4 takes twice what its bytes say."""
+    heads: dict[str, Any] = {"query_heads": 32, "kv_heads": 8, "head_dim": 128}
+    for form, bits, slower in (("bf16", 16, 1.0), ("int4", 4, 2.0)):
+        for batch in (1, 8):
+            for length in (1024, 65536):
+                point = Point("attention_paged", "k", number_format=form, batch=batch,
+                              length=length, **heads)  # fmt: skip
+                size = 2048 * batch * length * bits // 8
+                yield row(point, size, seconds=slower * law(size))
+
+
 def test_measured_pages_say_how_fast_a_narrow_cache_is(
     measured: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heads: dict[str, Any] = {"query_heads": 32, "kv_heads": 8, "head_dim": 128}
-    pages = [
-        row(Point("attention_paged", "k", number_format=form, batch=batch, length=length, **heads),
-            size, seconds=slower * law(size))
-        for form, bits, slower in (("bf16", 16, 1.0), ("int4", 4, 2.0))
-        for batch in (1, 8)
-        for length in (1024, 65536)
-        for size in [2048 * batch * length * bits // 8]
-    ]  # fmt: skip
-    paged = Tables(Kernels((*ROWS, *pages)), "measured", "h100-sxm")
+    paged = Tables(Kernels((*ROWS, *paged_rows())), "measured", "h100-sxm")
     monkeypatch.setattr(latency, "tables_for", lambda gpu: paged)
     size, rest = 8192 * LLAMA.kv_bytes_per_token() / 4, step(8, 0).value
     narrow = decode_steps(LLAMA, H100, "bf16", 8, {4: size}).at()
@@ -261,6 +266,57 @@ def test_measured_pages_say_how_fast_a_narrow_cache_is(
     both = decode_steps(LLAMA, H100, "bf16", 8, {4: size / 2, 16: 2 * size}).at()
     assert narrow.value < both.value
     assert both.tier == "fitted"
+
+
+def test_steps_of_the_runtime_are_learned_from_whole_ones(
+    measured: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A made-up runtime: a rest a layer, and attention as slow as pages say or twice as slow."""
+    small = find_model("smollm2-135m")
+    law_of = {LLAMA.name: (1.0, 7e-6), small.name: (2.0, 3e-6)}
+    pages = list(paged_rows())
+    kernels = Kernels((*ROWS, *pages))
+
+    def right(shape: ModelShape, batch: float, sizes: dict[float, float]) -> float:
+        factor, rest = law_of[shape.name]
+        rows = np.array(batch)
+        attention = paged_attention(
+            kernels, shape, rows, {b: np.array(s) for b, s in sizes.items()}
+        )
+        matrices = shape.layers * matrix_products(kernels, shape, rows)
+        head = kernels.linear(shape.vocab_size, shape.hidden_size, rows)
+        assert attention is not None
+        return float(factor * attention + matrices + head + shape.layers * rest * (1 + batch))
+
+    steps = [
+        row(Point("runtime_step", "k", batch=batch, length=length, rows=shape.layers,
+                  width_in=shape.hidden_size, width_out=shape.intermediate_size), 1,
+            seconds=right(shape, batch, {16.0: shape.kv_bytes(length)}))
+        for shape in (LLAMA, small) for batch in (1, 4, 16) for length in (1024, 8192)
+    ]  # fmt: skip
+    tables = Tables(Kernels((*ROWS, *pages, *steps)), "measured", "h100-sxm")
+    monkeypatch.setattr(latency, "tables_for", lambda gpu: tables)
+    for shape in (LLAMA, small):
+        cache = shape.kv_bytes(5000)
+        plain = decode_steps(shape, H100, "bf16", 4, cache, "runtime").at()
+        assert plain.value == pytest.approx(right(shape, 4, {16.0: cache}), rel=1e-6)
+        assert plain.tier == "interpolated"
+        sizes = {4.0: cache / 8, 16.0: cache / 20}
+        narrow = decode_steps(shape, H100, "bf16", 16, sizes, "runtime").at()
+        assert narrow.value == pytest.approx(right(shape, 16, sizes), rel=1e-6)
+        assert narrow.tier == "fitted"
+        assert narrow.low < narrow.value < narrow.high
+    between = find_model("llama-3.2-1b")
+    factors = [each.factor for each in latency_runtime._learned(tables.kernels)]
+    assert factors == pytest.approx([2.0, 1.0])
+    assert decode_steps(between, H100, "bf16", 4, 1e8, "runtime").tier == "fitted"
+
+
+def test_without_steps_of_the_runtime_plain_modules_answer(measured: Tables) -> None:
+    cache = LLAMA.kv_bytes(4096)
+    assert decode_steps(LLAMA, H100, "bf16", 4, cache, "runtime").at() == step(4, 4096)
+    with pytest.raises(KvtuneError, match="runtime, graph, eager"):
+        decode_steps(LLAMA, H100, "bf16", 4, cache, "quick")  # type: ignore[arg-type]
 
 
 def test_models_that_the_table_does_not_cover_get_the_datasheet(measured: Tables) -> None:

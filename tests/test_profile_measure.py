@@ -18,7 +18,7 @@ from kvtune.runtime.measure import session
 from kvtune.runtime.measure.grid import FULL, QUICK, Grid
 from kvtune.runtime.measure.monitor import NoMonitor, NvmlMonitor, State, open_monitor, reasons
 from kvtune.runtime.measure.operation import Operation, Setting, Wanted, Work, copies
-from kvtune.runtime.measure.ops import all_operations, paged
+from kvtune.runtime.measure.ops import all_operations, paged, runtime_step
 from kvtune.runtime.measure.runner import Bench, measure, plan
 from kvtune.runtime.measure.timer import Timing
 
@@ -96,6 +96,25 @@ def test_paged_layers_can_be_made_in_every_format(
     assert work.bytes == caches[0].pool.nbytes
     assert len(caches[0].lengths) == 4
     assert int(caches[0].lengths.sum()) == pytest.approx(4 * 300, rel=0.8)
+
+
+def test_a_step_of_the_runtime_can_be_repeated_for_ever() -> None:
+    """The kernels need a GPU; that a step ends where it began does not."""
+    point = Point("runtime_step", "kvtune", batch=2, query_heads=4, kv_heads=2, head_dim=64,
+                  length=70, rows=2, width_in=64, width_out=96)  # fmt: skip
+    with pytest.warns(UserWarning, match="plain torch"):
+        work = runtime_step.OPERATIONS[0].prepare(point, CPU)
+    step = work.calls[0]
+    assert isinstance(step, runtime_step.RepeatedStep)
+    for _ in range(5):
+        step()
+    loop = step.loop
+    lengths = [layer.paged.paged.lengths.tolist() for layer in loop.cache.layers]
+    assert lengths == 2 * [4 * [70] + 8 * [0]]
+    assert loop.positions.tolist() == [[70], [70]]
+    layer = 64 * (4 * 64 + 2 * 2 * 64 + 4 * 64 + 3 * 96 + 2)
+    heads = 2 * 2 * 2  # sequences, layers, KV heads: keys and values of 70 tokens, and a length
+    assert work.bytes == 2 * (2 * layer + 128 * 64 + 64) + heads * (70 * 2 * 64 * 2 + 4)
 
 
 def test_the_first_turn_comes_first_and_no_point_twice() -> None:

@@ -113,7 +113,7 @@ class Card:
     def _step(self, policy: Policy, batch: int, generated: int) -> Estimate:
         held = cache_bytes_by_bits(policy, self.shape, self.tokens)
         held[16.0] += self.shape.kv_bytes(generated)
-        return decode_step(self.shape, self.gpu, "bf16", batch, dict(held))
+        return decode_step(self.shape, self.gpu, "bf16", batch, dict(held), "runtime")
 
     def _tensors(self, policy: Policy, batch: int) -> Estimate:
         together = batch * self.tokens

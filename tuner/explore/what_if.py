@@ -115,7 +115,9 @@ def figures(
     stored[16.0] = stored.get(16.0, np.zeros(len(counts))) + generated
     first = next(iter(rooms.values()), None)
     weights = first.weight_format if first else "bf16"
-    steps = decode_steps(shape, setting.gpu, weights, np.maximum(sequences, 1), dict(stored))
+    steps = decode_steps(
+        shape, setting.gpu, weights, np.maximum(sequences, 1), dict(stored), "runtime"
+    )
     time = np.stack([steps.value_s, steps.low_s, steps.high_s], axis=-1).reshape(-1, 3)
     waiting = _waiting(shape, options, counts, contexts)
     memory = _peaks(shape, setting, rooms, contexts, sequences, held) + waiting[:, None]

@@ -1,0 +1,108 @@
+"""Whole decode steps of the runtime itself: fused modules around the paged cache, in one graph.
+
+What they take beside matrices and paged attention is what the simulator learns from them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from kvtune.policies.option import Option
+from kvtune.policies.policy import Policy
+from kvtune.profiles.kernel_table import Point
+from kvtune.profiles.models import find_model, model_of_size
+from kvtune.profiles.shape import ModelShape
+from kvtune.runtime.graph import DecodeLoop
+from kvtune.runtime.kernels.layout import PAGE
+from kvtune.runtime.measure.filled import filled
+from kvtune.runtime.measure.grid import Grid
+from kvtune.runtime.measure.operation import Operation, Setting, Wanted, Work
+
+MODELS = ("llama-8b", "smollm2-135m", "llama-3.2-1b")
+CACHE_BYTES_MOST = 20 * 10**9
+
+
+def _points(grid: Grid) -> Iterator[Wanted]:
+    """None without Triton and a GPU: the kernels have nothing to be compiled for."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return
+    for shape in map(find_model, MODELS):
+        for batch in grid.batches[::2]:
+            for length in grid.lengths[:4:3]:
+                if batch * shape.kv_bytes(length) <= CACHE_BYTES_MOST:
+                    yield Wanted(0, point_of(shape, batch, length))
+
+
+def point_of(shape: ModelShape, batch: int, length: int) -> Point:
+    """A step of a batch whose sequences hold prompts of so many tokens."""
+    return Point(
+        "runtime_step", "kvtune", batch=batch, query_heads=shape.query_heads,
+        kv_heads=shape.kv_heads, head_dim=shape.head_dim, length=length, rows=shape.layers,
+        width_in=shape.hidden_size, width_out=shape.intermediate_size,
+    )  # fmt: skip
+
+
+def _prepare(point: Point, setting: Setting) -> Work:
+    model = _random_model(point, setting)
+    policy = Policy.uniform(Option(), point.rows, point.kv_heads)
+    cache = filled(model, policy, point.length, point.batch, new_tokens=PAGE)
+    cache.reserve(PAGE)
+    first = torch.zeros(point.batch, dtype=torch.long, device=setting.device)
+    loop = DecodeLoop(model, cache, first, torch.full_like(first, point.length), PAGE)
+    embedding = 0 if model.config.tie_word_embeddings else model.model.embed_tokens.weight.nbytes
+    weights = sum(parameter.nbytes for parameter in model.parameters()) - embedding
+    return Work([RepeatedStep(loop)], weights + cache.prompt_bytes(), most_calls=1, steady=True)
+
+
+class RepeatedStep:
+    """One step, and back to where it began: however often it is replayed, as much is read."""
+
+    def __init__(self, loop: DecodeLoop) -> None:
+        self.loop = loop
+        lengths = [layer.paged.paged.lengths for layer in loop.cache.layers]
+        self._state = lengths, [loop.positions, loop.at]
+        self._begun = [[x.clone() for x in some] for some in self._state]
+
+    def __call__(self) -> None:
+        """Enqueue it."""
+        with self._modules():
+            self.loop.advance(1)
+        for now, then in zip(self._state, self._begun, strict=True):
+            torch._foreach_copy_(now, then)
+
+    def _modules(self) -> Any:
+        if not self.loop.tokens.is_cuda:
+            return nullcontext()
+        from kvtune.runtime.fuse import fused
+
+        return fused(self.loop.model)
+
+
+def _random_model(point: Point, setting: Setting) -> Any:
+    """Llama's own code with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    known = model_of_size(point.rows, point.width_in, point.width_out)
+    config = LlamaConfig(
+        hidden_size=point.width_in, intermediate_size=point.width_out,
+        num_hidden_layers=point.rows, num_attention_heads=point.query_heads,
+        num_key_value_heads=point.kv_heads, head_dim=point.head_dim,
+        vocab_size=known.vocab_size if known else setting.grid.vocabulary,
+        tie_word_embeddings=known.tied_embeddings if known else True,
+        max_position_embeddings=2 * point.length,
+    )  # fmt: skip
+    standard = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(setting.device):
+            return LlamaForCausalLM(config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(standard)
+
+
+OPERATIONS = (Operation("runtime_step", _points, _prepare),)
