@@ -46,6 +46,11 @@ class Method(ABC):
         return f"{self.name}({', '.join(own)})" if own else self.name
 
     @property
+    def looks_across_heads(self) -> bool:
+        """Whether a head's choice depends on other heads; if not, prompts may be asked as heads."""
+        return False
+
+    @property
     def looks_ahead(self) -> bool:
         """Whether it reads what no server could: a bound for others, not a policy to serve."""
         return self.needs.future or self.needs.probes

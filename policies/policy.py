@@ -109,6 +109,12 @@ class Policy:
         """One layer's budgets ``[H]`` when its prompt has been seen."""
         return self.allocator.split(budgets, [o.method for o in self.heads[layer]], signals)
 
+    def chooses_head_by_head(self, layer: int) -> bool:
+        """Whether no head's choice depends on other heads, or on which head it is."""
+        methods = [option.method for option in self.heads[layer]]
+        alone = all(m.heads_are_alike and not m.looks_across_heads for m in methods)
+        return alone and type(self.allocator).split is Allocator.split
+
     def footprint(self, prompt_tokens: int, head_dim: int) -> int:
         """Bytes of the compressed prompt: codes, scales and a length a head; without torch.
 

@@ -44,6 +44,11 @@ class Needs:
     future: bool = False
     probes: bool = False
 
+    def queries(self, prompt_tokens: int) -> int:
+        """How many of the last prompt queries hold all that is asked of them."""
+        every = self.column_sums or self.query_moments
+        return prompt_tokens if every else min(self.window, prompt_tokens)
+
     def __or__(self, other: Needs) -> Needs:
         """What two methods need together."""
         pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))

@@ -14,11 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.grouped import Int2, Int4
+from kvtune.policies.method import Method
+from kvtune.policies.methods.ems import EMSReconstruction
 from kvtune.policies.methods.full import Full
+from kvtune.policies.methods.h2o import H2O
+from kvtune.policies.methods.keyformer import Keyformer
 from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.methods.tova import Tova
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.runtime import load_cache
+from kvtune.runtime.cache import layer as layers_module
 from kvtune.runtime.cache import paged_layer, storing
 from kvtune.runtime.cache.backend import PlainBackend
 from kvtune.runtime.cache.layer import CacheLayer
@@ -92,7 +98,7 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("policy", "most"), [(UNCOMPRESSED, 5), (PLAN, 50)])
+@pytest.mark.parametrize(("policy", "most"), [(UNCOMPRESSED, 3), (PLAN, 3)])
 def test_a_sequence_more_asks_for_few_operations_and_no_wait(
     network: Any, policy: Policy, most: int
 ) -> None:
@@ -108,6 +114,26 @@ def test_a_sequence_more_asks_for_few_operations_and_no_wait(
     assert few["waits"] == many["waits"] == 1  # at the end: whether all that was read is finite
     assert few["copies"] == many["copies"] == 3 * LAYERS
     assert few["writes"] == many["writes"] <= 3 * LAYERS
+
+
+@pytest.mark.parametrize(
+    "method", [SnapKV(window=4), H2O(), Tova(), Keyformer(), EMSReconstruction()]
+)
+def test_prompts_are_asked_together_as_if_each_were_alone(
+    network: Any, method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of different lengths, and by methods that may be asked together or not."""
+    policy = Policy.uniform(Option(method, Budget(tokens=20), Int4(), Int4()), LAYERS, 2)
+    mask = torch.arange(90) >= torch.tensor([[0], [0], [40], [40], [40]])
+    pages = []
+    for most in (layers_module.ASKED_AT_ONCE, 1):
+        monkeypatch.setattr(layers_module, "ASKED_AT_ONCE", most)
+        cache = load_cache(policy, network)
+        with torch.no_grad():
+            network(prompts(5), attention_mask=mask.long(), past_key_values=cache)
+        pages.append(cache.pool.memory.clone())
+    assert pages[0].any()
+    assert torch.equal(*pages)
 
 
 def test_one_prompt_stands_for_all_as_if_each_had_its_own() -> None:

@@ -40,6 +40,11 @@ class CompressKV(ScoredMethod):
         check_kernel("compresskv", self.kernel)
 
     @property
+    def looks_across_heads(self) -> bool:
+        """The voters choose for all."""
+        return True
+
+    @property
     def needs(self) -> Needs:
         """The observation window and the heads' scores."""
         return Needs(window=self.window, calibration=True)

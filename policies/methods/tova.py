@@ -37,6 +37,11 @@ class Tova(DecodeMethod):
     unit: Literal["layer", "kv_head"] = parameter("layer", "which heads share one choice")
 
     @property
+    def looks_across_heads(self) -> bool:
+        """Where they share a choice."""
+        return self.unit == "layer"
+
+    @property
     def needs(self) -> Needs:
         """The last prompt query."""
         return Needs(window=1)

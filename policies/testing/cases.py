@@ -124,6 +124,15 @@ def lean_signals(method: Method, full: Signals) -> Signals:
     )
 
 
+def side_by_side(first: Signals, second: Signals) -> Signals:
+    """Two prompts of one layer, the heads of the second behind those of the first."""
+    names = ("queries", "keys", "values", "reconstruction", "head_scores")
+    both: dict[str, Any] = {
+        name: torch.cat([getattr(x, name) for x in (first, second)]) for name in names
+    }
+    return replace(first, **both, future=None, _memo={})
+
+
 def permuted_signals(full: Signals, order: Tensor) -> Signals:
     """The same layer with its KV heads, and their groups of query heads, in another order."""
     group = full.queries.shape[0] // len(order)

@@ -16,6 +16,7 @@ from kvtune.policies.testing.cases import (
     make_signals,
     permuted_signals,
     shared_signals,
+    side_by_side,
 )
 from kvtune.policies.work import LayerShape
 
@@ -90,6 +91,23 @@ def heads_choose_alone(method: Method, case: Case) -> None:
     assert torch.equal(method.keep(permuted_signals(signals, order), case.budget), kept[order])
 
 
+def prompts_choose_alone(method: Method, case: Case) -> None:
+    """Asked of two prompts side by side, as if they were heads of one, each keeps what it would."""
+    if method.looks_across_heads or method.looks_ahead or not method.heads_are_alike:
+        return
+    each = shared_signals(case), make_signals(replace(case, seed=case.seed + 10))
+    together = side_by_side(*each)
+    kept = method.keep(together, case.budget)
+    alone = [method.keep(signals, case.budget) for signals in each]
+    assert torch.equal(kept, torch.cat(alone))
+    merged = method.merge(together, kept)
+    for side, merged_alone in enumerate(map(method.merge, each, alone)):
+        assert (merged is None) == (merged_alone is None)
+        if merged is not None and merged_alone is not None:
+            for ours, theirs in zip(merged, merged_alone, strict=True):
+                assert torch.allclose(ours.chunk(2)[side], theirs, atol=1e-6)
+
+
 def needs_are_honest(method: Method, case: Case) -> None:
     """Given only what ``needs`` names, the choice is that of the full signals."""
     full = shared_signals(case)
@@ -133,6 +151,7 @@ METHOD_CHECKS: tuple[MethodCheck, ...] = (
     keeps_the_highest_scores,
     choice_is_the_same_again,
     heads_choose_alone,
+    prompts_choose_alone,
     needs_are_honest,
     merging_changes_only_what_is_kept,
     work_is_declared,

@@ -37,18 +37,19 @@ def choose(policy: Policy, planned: Sequence[int], signals: Signals, evicts: boo
     Args:
         policy: for the model.
         planned: budgets ``[H]`` before the allocator has seen this layer.
-        signals: of the layer.
+        signals: of the layer; of several prompts side by side where it chooses head by head.
         evicts: whether methods that can go on evicting will.
     """
     options, tokens = policy.heads[signals.layer], signals.prompt_tokens
+    prompts = len(signals.keys) // len(options)
     budgets = policy.split(signals.layer, list(planned), signals)
     rooms = [
         Room.of(option, budget, tokens) if evicts else None
         for option, budget in zip(options, budgets, strict=True)
     ]
     held = [room.prompt if room else budget for room, budget in zip(rooms, budgets, strict=True)]
-    kept, merged = ask([options], [held], signals)
-    return Choice(kept, merged, rooms)
+    kept, merged = ask([options * prompts], [held * prompts], signals)
+    return Choice(kept, merged, rooms * prompts)
 
 
 def side_by_side(read: Sequence[Signals], choices: Sequence[Choice]) -> tuple[Tensor, Tensor]:
@@ -57,10 +58,12 @@ def side_by_side(read: Sequence[Signals], choices: Sequence[Choice]) -> tuple[Te
     Behind shorter prompts are zeros.
     """
     keys, values = _stacked([x.keys for x in read]), _stacked([x.values for x in read])
-    for sequence, choice in enumerate(choices):
+    first = 0
+    for choice in choices:
         for head, merged in choice.merged.items():
-            row, tokens = sequence * len(choice.kept) + head, choice.kept[head]
+            row, tokens = first + head, choice.kept[head]
             keys[row, tokens], values[row, tokens] = merged
+        first += len(choice.kept)
     return keys, values
 
 

@@ -6,8 +6,9 @@ stored and the rest is dropped. After it tokens come one by one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +34,9 @@ from kvtune.traces.seam import causal_attention, refuse_unknown
 
 if TYPE_CHECKING:
     from kvtune.runtime.cache.policy_cache import PolicyCache
+
+ASKED_AT_ONCE = 32768
+"""Tokens of prompts that a method is asked about at once: the room that one long prompt takes."""
 
 
 class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -91,25 +95,39 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             )
 
     def signals(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> list[Signals]:
-        """What methods may look at, of each of some equally long prompts, or of its last window."""
+        """What methods may look at, of some equally long prompts, or of their last windows.
+
+        Where heads choose alone, several prompts lie side by side as if they were heads of one.
+        """
         cache = self.cache
-        given: dict[str, Any] = {}
         if self.window:
             q, k, v = (x[:, :, -self.window :] for x in (q, k, v))
-        sums: Sequence[Tensor | None] = [None] * len(q)
-        if cache.needs.column_sums and isinstance(cache.backend, TritonBackend):
-            from kvtune.runtime.kernels.columns import column_sums
+        needs, sums = cache.needs, torch.empty(len(q), 0)
+        if needs.column_sums and isinstance(cache.backend, TritonBackend):
+            needs, sums = replace(needs, column_sums=False), _column_sums(q, k, scale)
+        count, tokens = self._asked_at_once(k.shape[2]), k.shape[2]
+        if count > 1:  # queries that nobody looks at need not be copied
+            q = q[:, :, tokens - needs.queries(tokens) :]
+        parts = zip(*(x.split(count) for x in (q, k, v, sums)), strict=True)
+        return [self._signals(scale, *part) for part in parts]
 
-            flat_q, flat_k = (x.flatten(0, 1).contiguous() for x in (q, k))
-            sums = column_sums(flat_q, flat_k, scale).chunk(len(q))
-        if cache.calibration:
-            measured = cache.calibration.tensors(self.number, k.device)
+    def _asked_at_once(self, tokens: int) -> int:
+        """Prompts of this length."""
+        cache = self.cache
+        alone = cache.policy.chooses_head_by_head(self.number)
+        together = alone and not (cache.waits or cache.evicts)
+        return max(1, ASKED_AT_ONCE // tokens) if together else 1
+
+    def _signals(self, scale: float, q: Tensor, k: Tensor, v: Tensor, sums: Tensor) -> Signals:
+        """Of n prompts side by side; ``sums`` ``[n, Hq, P]``, or empty."""
+        given: dict[str, Any] = {}
+        if self.cache.calibration:
+            measured = self.cache.calibration.tensors(self.number, k.device)
             given = {**measured, "layer_error": float(measured["layer_error"])}
-        rope = cache.geometry.rope_at(self.number)
-        return [
-            Signals(queries, keys, values, scale, drawn, layer=self.number, rope=rope, **given)
-            for queries, keys, values, drawn in zip(q, k, v, sums, strict=True)
-        ]
+        drawn = sums.flatten(0, 1) if sums.numel() else None
+        rope = self.cache.geometry.rope_at(self.number)
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        return Signals(q, k, v, scale, drawn, layer=self.number, rope=rope, **given)
 
     def take_in(self, read: Sequence[Signals]) -> None:
         """The layer has read every sequence's prompt, or one that stands for all."""
@@ -119,7 +137,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             self.store(read)
 
     def choose(self, row: int, signals: Signals) -> Choice:
-        """What is kept of one sequence."""
+        """What is kept of one sequence, or of several from this one on."""
         cache = self.cache
         planned = cache.budgets[row][self.number].clip(0, signals.prompt_tokens).tolist()
         return choose(cache.policy, planned, signals, cache.evicts and not self.window)
@@ -127,15 +145,17 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def store(self, read: Sequence[Signals]) -> None:
         """Choose from what ``take_in`` was given, put it into pages, forget the rest."""
         cache, self.waiting = self.cache, []
-        choices = [self.choose(row, signals) for row, signals in enumerate(read)]
+        counts = [len(signals.keys) // len(cache.policy.heads[self.number]) for signals in read]
+        firsts = itertools.accumulate(counts, initial=0)
+        choices = [self.choose(*asked) for asked in zip(firsts, read, strict=False)]
         kept = [tokens for choice in choices for tokens in choice.kept]
         self.paged = paged = self._empty([room for choice in choices for room in choice.rooms])
         if self.window:
-            tokens = [signals.prompt_tokens for signals in read for _ in paged.options]
+            tokens = [signals.prompt_tokens for signals in read for _ in signals.keys]
             places = places_of(kept, tokens, self.window)
             paged.ring = Ring(np.resize(places, (paged.rows, self.window)))
         store_prompts(paged, *side_by_side(read, choices), kept)
-        self.evictors = self._evictors(choices, read)
+        self.evictors = self._evictors(choices, read) if cache.evicts else []
         if self is cache.layers[-1]:
             cache.check_finite()
         paged.seal(cache.new_tokens)
@@ -234,6 +254,14 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         raise KvtuneError("a compressed cache serves one batch of prompts; load another")
 
 
+def _column_sums(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """``[B, Hq, P]`` float32."""
+    from kvtune.runtime.kernels.columns import column_sums
+
+    flat_q, flat_k = (x.flatten(0, 1).contiguous() for x in (q, k))
+    return column_sums(flat_q, flat_k, scale).view(q.shape[:3])
+
+
 def _lengths(k: Tensor, padding: Tensor | None) -> list[int]:
     """Tokens of each prompt."""
     lengths: list[int] = padding.sum(1).tolist() if padding is not None else [k.shape[2]] * len(k)
@@ -243,7 +271,7 @@ def _lengths(k: Tensor, padding: Tensor | None) -> list[int]:
 def _equally_long(prompts: Sequence[int], tokens: int) -> Iterator[tuple[slice, slice, slice]]:
     """Where, in ``[B, H, P, D]``, neighbours of one length are, padding aside."""
     start = 0
-    for count, run in groupby(prompts):
+    for count, run in itertools.groupby(prompts):
         stop = start + len(list(run))
         yield slice(start, stop), slice(None), slice(tokens - count, None)
         start = stop
