@@ -23,7 +23,7 @@ class Rotation:
     """Of one new token a sequence, in one layer.
 
     Args:
-        q: ``[B, Hq, 1, D]``, channels side by side, as they are before.
+        q: ``[B, Hq, 1, D]``, not rotated; channels side by side, other strides any.
         k: ``[B, H, 1, D]``, likewise.
         cos: ``[B or 1, 1, D]``.
         sin: ``[B or 1, 1, D]``.
