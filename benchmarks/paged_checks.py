@@ -13,11 +13,17 @@ import torch.nn.functional as F
 from paged import DEVICE, Layer, Run, make_layer, uniform
 from torch import Tensor
 
+from kvtune.policies.option import Option
+from kvtune.runtime.cache.backend import TritonBackend
+from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.pool import Pool
 from kvtune.runtime.kernels import pages
 from kvtune.runtime.kernels.columns import column_sums
+from kvtune.runtime.kernels.elementwise import rotate
 from kvtune.runtime.kernels.launch import decode
 from kvtune.runtime.kernels.layout import PAGE, PageLayout
 from kvtune.runtime.kernels.reference import attend, read_page, write_page
+from kvtune.runtime.rotation import Rotation
 
 GROUP, HEAD_DIM, ROWS = 4, 128, 64
 
@@ -131,6 +137,28 @@ def check_append_and_move() -> dict[str, bool]:
     return {"appended": appended, "moved": holds(0, kept[0]) and holds(1, kept[1])}
 
 
+def check_rotated() -> dict[str, bool]:
+    """Keys rotated on their way into pages, beside two launches; to the bit."""
+    shape = (8, 1, (GROUP + 2) * 8, HEAD_DIM)
+    cos, sin = torch.randn(2, 8, 1, HEAD_DIM, device=DEVICE).bfloat16()
+    layers = []
+    for _ in range(2):
+        pool = Pool(64 * PageLayout(HEAD_DIM).page_cells, 4 * HEAD_DIM, DEVICE)
+        pool.memory.zero_()
+        layers.append(PagedLayer(0, [Option()] * 8, HEAD_DIM, 8, pool, TritonBackend()))
+        layers[-1].seal(PAGE)
+        layers[-1].reserve(PAGE)
+    alike = True
+    for _ in range(PAGE):
+        joined = torch.randn(shape, device=DEVICE).bfloat16().transpose(1, 2)
+        q, k, v = joined.split([GROUP * 8, 8, 8], 1)
+        ours = layers[0].append_rotated(Rotation(q, k, cos, sin), v[:, :, 0])
+        theirs, rotated = rotate(q, k, cos, sin)
+        layers[1].append(rotated[:, :, 0], v[:, :, 0])
+        alike &= torch.equal(ours, theirs)
+    return {"queries": alike, "pages": torch.equal(*(layer.pool.memory for layer in layers))}
+
+
 def check_columns() -> float:
     q, k = (torch.randn(h, 777, HEAD_DIM, device=DEVICE).bfloat16() for h in (8, 2))
     logits = q.double() @ k.double().repeat_interleave(4, 0).transpose(1, 2) * HEAD_DIM**-0.5
@@ -167,5 +195,6 @@ def cases() -> dict[str, Callable[[], Any]]:
         "pages int4-token int4": lambda: check_pages("int4-token", "int4"),
         "pages int2-token int8": lambda: check_pages("int2-token", "int8"),
         "append, move": check_append_and_move,
+        "rotate, append": check_rotated,
         "column sums": check_columns,
     }

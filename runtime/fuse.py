@@ -3,7 +3,8 @@
 Norms, rotary embedding and gated activations become one kernel each; q, k, v and gate, up become
 one matrix product each, over weights that are laid side by side once (the modules' own weights are
 then views of them, so that no memory is added). Where a layer's residual sums are known to be plain
-ones, each is made by the norm that follows it.
+ones, each is made by the norm that follows it; rotation is left to the launch that writes the
+rotated keys into pages, where there is one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvtune.runtime.rotation import rotate_later
+
 _TANH = {"gelu_pytorch_tanh", "gelu_tanh"}
 _ACTIVATIONS = {"silu", "swish", *_TANH}
 _PLAIN_SUMS = {f"{family}DecoderLayer" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")}
@@ -26,7 +29,7 @@ _PLAIN_SUMS = {f"{family}DecoderLayer" for family in ("Llama", "Mistral", "Qwen2
 @contextmanager
 def fused(model: Any) -> Iterator[None]:
     """Fuse what is known of a Llama-family model until the block ends; the rest stays as it is."""
-    from kvtune.runtime.kernels.elementwise import add_rms_norm, gated, rms_norm, rotate
+    from kvtune.runtime.kernels.elementwise import add_rms_norm, gated, rms_norm
 
     config = model.config.get_text_config()
     activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", "")
@@ -41,7 +44,7 @@ def fused(model: Any) -> Iterator[None]:
                 _join(undo, [module.gate_proj, module.up_proj])
                 _replace(undo, module, _mlp(module, activation in _TANH, gated))
         _chain(undo, [m for m in model.modules() if type(m).__name__ in _PLAIN_SUMS], add_rms_norm)
-        _replace_rotary(undo, sys.modules[type(model).__module__], rotate)
+        _replace_rotary(undo, sys.modules[type(model).__module__])
         yield
 
 
@@ -129,14 +132,16 @@ def _chain(undo: ExitStack, layers: Sequence[Any], add_norm: Callable[..., Any])
         _replace(undo, layer, partial(forward, at))
 
 
-def _replace_rotary(undo: ExitStack, modeling: Any, rotate: Callable[..., Any]) -> None:
+def _replace_rotary(undo: ExitStack, modeling: Any) -> None:
     original = getattr(modeling, "apply_rotary_pos_emb", None)
     if original is None:
         return
 
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         one_token = q.shape[2] == 1 and cos.shape[-1] == q.shape[-1] and not (args or kwargs)
-        return rotate(q, k, cos, sin) if one_token else original(q, k, cos, sin, *args, **kwargs)
+        if one_token:
+            return rotate_later(q, k, cos, sin)
+        return original(q, k, cos, sin, *args, **kwargs)
 
     modeling.apply_rotary_pos_emb = apply
     undo.callback(lambda: setattr(modeling, "apply_rotary_pos_emb", original))

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kvtune.runtime.kernels.launch import Paged, Scratch, decode
 from kvtune.runtime.kernels.layout import PAGE, PageLayout
-from kvtune.runtime.kernels.reference import attend, read_page, write_page
+from kvtune.runtime.kernels.reference import attend, read_page, rotate, write_page
+from kvtune.runtime.rotation import Rotation
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Backend(Protocol):
 
     def append(self, layer: Paged, growing: Growing, keys: Tensor, values: Tensor) -> None:
         """Put one token a sequence, ``[B, H, D]``, into growing segments; counts their lengths."""
+
+    def append_rotated(
+        self, layer: Paged, growing: Growing, rotation: Rotation, values: Tensor
+    ) -> Tensor:
+        """The same of keys that are rotated first; the rotated queries, ``[B, Hq, 1, D]``."""
 
     def move(self, layer: Paged, growing: Growing, moves: Moves) -> None:
         """Move tokens within growing segments; lengths are the caller's."""
@@ -117,15 +123,29 @@ class TritonBackend:
 
     def append(self, layer: Paged, growing: Growing, keys: Tensor, values: Tensor) -> None:
         """One launch."""
+        from kvtune.runtime.kernels.overlap import overlapping
         from kvtune.runtime.kernels.pages import append_token
 
-        batch, heads, head_dim = keys.shape
-        append_token[(batch * heads,)](
-            keys, values, keys.stride()[:2], values.stride()[:2], growing.segments,
-            growing.tables_at, layer.table, layer.lengths, layer.pool.view(torch.bfloat16),
-            heads, head_dim, growing.places, growing.entered,
-            0 if growing.places is None else growing.places.shape[1],
+        grid = (len(growing.segments),)
+        append_token[grid](*_appending(layer, growing, keys, values), **overlapping())
+
+    def append_rotated(
+        self, layer: Paged, growing: Growing, rotation: Rotation, values: Tensor
+    ) -> Tensor:
+        """One launch: half of the programs append, the others rotate queries."""
+        from kvtune.runtime.kernels.overlap import overlapping
+        from kvtune.runtime.kernels.pages import append_rotated
+
+        q, k, cos, sin = rotation.q, rotation.k, rotation.cos, rotation.sin
+        rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        group = q.shape[1] // k.shape[1]
+        members = 1 << (group - 1).bit_length()
+        append_rotated[(len(growing.segments), 2)](
+            q, rotated, cos, sin, q.stride()[:2], cos.stride(0) if len(cos) > 1 else 0,
+            *_appending(layer, growing, k[:, :, 0], values), group, members,
+            num_warps=max(1, members * layer.head_dim // 1024), **overlapping(),
         )  # fmt: skip
+        return rotated
 
     def move(self, layer: Paged, growing: Growing, moves: Moves) -> None:
         """One launch."""
@@ -170,6 +190,14 @@ class PlainBackend:
             pages[place // PAGE][0, place % PAGE] = keys.flatten(0, 1)[row]
             pages[place // PAGE][1, place % PAGE] = values.flatten(0, 1)[row]
             layer.lengths[segment] = max(length, place + 1)
+
+    def append_rotated(
+        self, layer: Paged, growing: Growing, rotation: Rotation, values: Tensor
+    ) -> Tensor:
+        """Rotates all in float32, and appends."""
+        q, k = (rotate(x, rotation.cos, rotation.sin) for x in (rotation.q, rotation.k))
+        self.append(layer, growing, k[:, :, 0], values)
+        return q
 
     def _place(self, growing: Growing, row: int) -> int:
         """Of a sliding layer's next token; counts it."""
@@ -216,6 +244,16 @@ class PlainBackend:
             .view(2, PAGE, -1)
             for c in layer.table[first:last].tolist()
         ]
+
+
+def _appending(layer: Paged, growing: Growing, keys: Tensor, values: Tensor) -> tuple[Any, ...]:
+    """Arguments of ``append_token``."""
+    window = 0 if growing.places is None else growing.places.shape[1]
+    return (
+        keys, values, keys.stride()[:2], values.stride()[:2], growing.segments, growing.tables_at,
+        layer.table, layer.lengths, layer.pool.view(torch.bfloat16), keys.shape[1],
+        layer.head_dim, growing.places, growing.entered, window,
+    )  # fmt: skip
 
 
 def _read_tile(layer: Paged, record: list[int]) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ from kvtune.runtime.cache.storing import store_prompts
 from kvtune.runtime.cache.whole_prompt import condensed
 from kvtune.runtime.kernels.launch import Scratch
 from kvtune.runtime.kernels.layout import PAGE
+from kvtune.runtime.rotation import owed
 from kvtune.traces.seam import causal_attention, refuse_unknown
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
                 hint="no prefill in chunks, no assisted generation.",
             )
         self.seen += key_states.shape[-2] * (not self.cache.captured)
-        keys: Any = key_states.view_as(key_states)
+        keys: Any = key_states
         keys.paged_cache_layer = self
         return keys, value_states
 
@@ -188,7 +189,10 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         if not cache.captured:
             self._refuse_unforeseen()
             cache.make_room(layer, 1)
-        layer.append(k[:, :, 0], v[:, :, 0])
+        if rotation := owed(q, k):
+            q = layer.append_rotated(rotation, v[:, :, 0])
+        else:
+            layer.append(k[:, :, 0], v[:, :, 0])
         if not cache.captured:
             layer.count_appended()
         queries = q.reshape(layer.rows, -1, q.shape[-1])

@@ -34,6 +34,7 @@ from kvtune.runtime.cache.sliding import Ring
 from kvtune.runtime.kernels.launch import Paged, Scratch, shape_for
 from kvtune.runtime.kernels.layout import PAGE, PageLayout, layout_of
 from kvtune.runtime.kernels.tiles import Segments, plan_tiles
+from kvtune.runtime.rotation import Rotation
 
 
 class PagedLayer:
@@ -166,6 +167,10 @@ class PagedLayer:
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add one token a sequence, ``[B, H, D]``; its page must have been reserved."""
         self.backend.append(self.paged, self.growing, keys, values)
+
+    def append_rotated(self, rotation: Rotation, values: Tensor) -> Tensor:
+        """The same of keys that are yet to be rotated; their queries, rotated ``[B, Hq, 1, D]``."""
+        return self.backend.append_rotated(self.paged, self.growing, rotation, values)
 
     def count_appended(self, tokens: int = 1) -> None:
         """Note on the host that the device has appended; a captured graph cannot."""

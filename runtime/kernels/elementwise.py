@@ -7,14 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvtune.runtime.kernels.overlap import await_inputs, overlapping
+
 
 @triton.jit
 def _rms_norm(x, more, total, weight, out, width, eps, BLOCK: tl.constexpr, SHIFTED: tl.constexpr,
-              ADD: tl.constexpr):  # fmt: skip
+              ADD: tl.constexpr, OVERLAPS: tl.constexpr = False):  # fmt: skip
     """Normalise a row; SHIFTED: weights are stored less one, and multiply before rounding.
 
     ADD: the row is ``x + more``, which is rounded and left in ``total`` first.
     """
+    await_inputs(OVERLAPS)
     at = tl.arange(0, BLOCK)
     inside = at < width
     row = tl.program_id(0).to(tl.int64) * width
@@ -53,13 +56,15 @@ def _normalised(
     warps = max(1, min(16, block // 512))
     _rms_norm[(x.numel() // width,)](
         x, x if more is None else more, total, weight, out, width, eps, block, shifted,
-        more is not None, num_warps=warps,
+        more is not None, num_warps=warps, **overlapping(),
     )  # fmt: skip
     return total, out
 
 
 @triton.jit
-def _gated(gate, up, out, width, gate_stride, up_stride, TANH: tl.constexpr, BLOCK: tl.constexpr):
+def _gated(gate, up, out, width, gate_stride, up_stride, TANH: tl.constexpr, BLOCK: tl.constexpr,
+           OVERLAPS: tl.constexpr = False):  # fmt: skip
+    await_inputs(OVERLAPS)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(0).to(tl.int64)
     inside = at < width
@@ -79,7 +84,8 @@ def gated(gate: Tensor, up: Tensor, tanh: bool) -> Tensor:
     gates, ups = gate.reshape(rows, width), up.reshape(rows, width)
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     grid = (rows, triton.cdiv(width, 1024))
-    _gated[grid](gates, ups, out, width, gates.stride(0), ups.stride(0), tanh, 1024)
+    strides = gates.stride(0), ups.stride(0)
+    _gated[grid](gates, ups, out, width, *strides, tanh, 1024, **overlapping())
     return out
 
 
@@ -88,21 +94,34 @@ def _rotate(q, k, cos, sin, q_out, k_out, q_strides, k_strides, angle_stride, HQ
             D: tl.constexpr):  # fmt: skip
     """One head of one sequence, query or key."""
     row, head = tl.program_id(0), tl.program_id(1)
-    half = tl.arange(0, D // 2)
     if head < HQ:
         source = q + row * q_strides[0] + head * q_strides[1]
         target = q_out + (row * HQ + head) * D
     else:
         source = k + row * k_strides[0] + (head - HQ) * k_strides[1]
         target = k_out + (row * H + head - HQ) * D
-    angles = row * angle_stride + half
-    for side in tl.static_range(2):
-        first = tl.load(source + half).to(tl.float32)
-        second = tl.load(source + half + D // 2).to(tl.float32)
-        c = tl.load(cos + angles + side * (D // 2)).to(tl.float32)
-        s = tl.load(sin + angles + side * (D // 2)).to(tl.float32)
-        rotated = first * c - second * s if side == 0 else second * c + first * s
-        tl.store(target + half + side * (D // 2), rotated.to(q_out.dtype.element_ty))
+    angles = row * angle_stride
+    half = tl.arange(0, D // 2)
+    first, second = rotated_halves(source, cos + angles, sin + angles, half, D)
+    tl.store(target + half, first)
+    tl.store(target + half + D // 2, second)
+
+
+@triton.jit
+def rotated_halves(source, cos, sin, half, D: tl.constexpr):
+    """Both halves of the head at ``source``, ``half`` being channels [D / 2].
+
+    Of several heads if ``source`` is [n, 1] and ``half`` [n, D / 2]: so angles are read to where
+    they are used.
+    """
+    other = half + D // 2
+    first, second = tl.load(source + half).to(tl.float32), tl.load(source + other).to(tl.float32)
+    c, s = tl.load(cos + half).to(tl.float32), tl.load(sin + half).to(tl.float32)
+    rotated_first = first * c - second * s
+    c, s = tl.load(cos + other).to(tl.float32), tl.load(sin + other).to(tl.float32)
+    rotated_second = second * c + first * s
+    dtype = source.dtype.element_ty
+    return rotated_first.to(dtype), rotated_second.to(dtype)
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Writing pages: gather, quantise and pack in one pass; append a token; move one."""
+"""Writing pages: gather, quantise and pack in one pass; append a token, rotated first; move one."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from kvtune.runtime.kernels.codes import (
     parts_of,
     scale_bytes,
 )
+from kvtune.runtime.kernels.elementwise import rotated_halves
+from kvtune.runtime.kernels.overlap import await_inputs
 
 RECORD = tl.constexpr(5)
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to even as torch does
@@ -178,7 +180,8 @@ def _codes(rows, scale, offset, BITS: tl.constexpr):
 @triton.jit
 def append_token(keys, values, key_strides, value_strides, segments, tables_at, table, lengths,
                  pool_bf16, H: tl.constexpr, D: tl.constexpr,
-                 places=None, entered=None, WINDOW: tl.constexpr = 0):  # fmt: skip
+                 places=None, entered=None, WINDOW: tl.constexpr = 0,
+                 OVERLAPS: tl.constexpr = False):  # fmt: skip
     """One new token of one row into its growing bf16 segment, whose pages are there already.
 
     It is appended; in a sliding layer it takes the place that ``places`` names.
@@ -194,7 +197,74 @@ def append_token(keys, values, key_strides, value_strides, segments, tables_at, 
         entered: [rows] int32 tokens so far, counted up.
         WINDOW: of a sliding layer; 0 for others.
     """
+    await_inputs(OVERLAPS)
+    row, channel = tl.program_id(0), tl.arange(0, D)
+    key = tl.load(_head_of(keys, key_strides, row, H) + channel)
+    value = tl.load(_head_of(values, value_strides, row, H) + channel)
+    page, slot, fresh = _take_place(row, segments, tables_at, table, lengths, pool_bf16,
+                                    places, entered, WINDOW, D)  # fmt: skip
+    tl.store(page + slot * D + channel, key.to(tl.bfloat16))
+    _store_value(page, slot, fresh, value, D)
+
+
+@triton.jit
+def append_rotated(queries, rotated, cos, sin, query_strides, angle_stride,
+                   keys, values, key_strides, value_strides, segments, tables_at, table, lengths,
+                   pool_bf16, H: tl.constexpr, D: tl.constexpr,
+                   places=None, entered=None, WINDOW: tl.constexpr = 0,
+                   G: tl.constexpr = 1, MEMBERS: tl.constexpr = 1,
+                   OVERLAPS: tl.constexpr = False):  # fmt: skip
+    """``append_token`` of a key that is rotated first; other programs rotate the row's queries.
+
+    Args:
+        queries: [B, H * G, D] by these strides, (B, H * G).
+        rotated: [B, H * G, D].
+        cos, sin: [B, D] by ``angle_stride``.
+        G: queries of a row.
+        MEMBERS: the same or more, a power of two.
+    """
+    await_inputs(OVERLAPS)
     row = tl.program_id(0)
+    cos += (row // H) * angle_stride
+    sin += (row // H) * angle_stride
+    if tl.program_id(1):
+        _rotate_queries(queries, rotated, query_strides, cos, sin, row, H, D, G, MEMBERS)
+    else:
+        value = tl.load(_head_of(values, value_strides, row, H) + tl.arange(0, D))
+        source = _head_of(keys, key_strides, row, H)
+        half = tl.arange(0, D // 2)
+        first, second = rotated_halves(source, cos, sin, half, D)
+        page, slot, fresh = _take_place(row, segments, tables_at, table, lengths, pool_bf16,
+                                        places, entered, WINDOW, D)  # fmt: skip
+        target = page + slot * D + half
+        tl.store(target, first.to(tl.bfloat16))
+        tl.store(target + D // 2, second.to(tl.bfloat16))
+        _store_value(page, slot, fresh, value, D)
+
+
+@triton.jit
+def _rotate_queries(queries, rotated, strides, cos, sin, row, H: tl.constexpr, D: tl.constexpr,
+                    G: tl.constexpr, MEMBERS: tl.constexpr):  # fmt: skip
+    """Of one row; the last one more than once where they are no power of two."""
+    head = (row % H) * G + tl.minimum(tl.arange(0, MEMBERS), G - 1)[:, None]
+    source = queries + (row // H) * strides[0] + head * strides[1]
+    half = tl.broadcast_to(tl.arange(0, D // 2)[None, :], [MEMBERS, D // 2])
+    first, second = rotated_halves(source, cos, sin, half, D)
+    target = rotated + ((row // H) * (H * G) + head) * D + half
+    tl.store(target, first)
+    tl.store(target + D // 2, second)
+
+
+@triton.jit
+def _head_of(tensor, strides, row, H: tl.constexpr):
+    """A row's new token."""
+    return tensor + (row // H) * strides[0] + (row % H) * strides[1]
+
+
+@triton.jit
+def _take_place(row, segments, tables_at, table, lengths, pool_bf16, places, entered,
+                WINDOW: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    """The new token's page, its slot, and whether it is the page's first; counts it."""
     segment = tl.load(segments + row)
     length = tl.load(lengths + segment)
     place = length
@@ -203,19 +273,20 @@ def append_token(keys, values, key_strides, value_strides, segments, tables_at, 
         place = tl.load(places + row * WINDOW + before % WINDOW)
         tl.store(entered + row, before + 1)
     cell = tl.load(table + tl.load(tables_at + row) + place // PAGE)
-    page = pool_bf16 + cell.to(tl.int64) * (2 * D)
-    channel, token, slot = tl.arange(0, D), tl.arange(0, PAGE), place % PAGE
-    keys += (row // H) * key_strides[0] + (row % H) * key_strides[1]
-    values += (row // H) * value_strides[0] + (row % H) * value_strides[1]
-    key = tl.load(keys + channel)
-    tl.store(page + slot * D + channel, key.to(tl.bfloat16))
-    value = tl.load(values + channel).to(tl.bfloat16)
-    # What another format left behind might read as not a number: a page's first token clears it.
-    rows = tl.where((token == slot)[:, None], value[None, :], 0.0).to(tl.bfloat16)
-    written = (token == slot) | ((slot == 0) & (place == length))
-    at = PAGE * D + token[:, None] * D + channel[None, :]
-    tl.store(page + at, rows, mask=written[:, None])
     tl.store(lengths + segment, tl.maximum(length, place + 1))
+    slot = place % PAGE
+    return pool_bf16 + cell.to(tl.int64) * (2 * D), slot, (slot == 0) & (place == length)
+
+
+@triton.jit
+def _store_value(page, slot, fresh, value, D: tl.constexpr):
+    """What another format left behind might read as not a number: a first token clears the rest."""
+    channel, token = tl.arange(0, D), tl.arange(0, PAGE)[:, None]
+    first = page + PAGE * D
+    if fresh:
+        rest = first + token * D + channel[None, :]
+        tl.store(rest, tl.zeros([PAGE, D], tl.bfloat16), mask=token > 0)
+    tl.store(first + slot * D + channel, value.to(tl.bfloat16))
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What the kernels must compute, in plain torch: pages written and read, attention over them."""
+"""What the kernels must compute, in plain torch: pages written and read, attention, rotation."""
 
 from __future__ import annotations
 
@@ -164,3 +164,10 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tenso
     """Output ``[G, D]`` and log-sum-exp ``[G]`` of one head, in the tensors' own precision."""
     logits = q @ keys.T * scale
     return logits.softmax(-1) @ values, logits.logsumexp(-1)
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of ``[B, H, T, D]`` by ``[B or 1, T, D]``, in float32, rounded once."""
+    first, second = heads.float().chunk(2, -1)
+    turned = torch.cat([-second, first], -1)
+    return (heads.float() * cos[:, None].float() + turned * sin[:, None].float()).to(heads.dtype)
