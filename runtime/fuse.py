@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -46,6 +46,11 @@ def fused(model: Any) -> Iterator[None]:
         _chain(undo, [m for m in model.modules() if type(m).__name__ in _PLAIN_SUMS], add_rms_norm)
         _replace_rotary(undo, sys.modules[type(model).__module__])
         yield
+
+
+def fused_on_gpu(model: Any) -> AbstractContextManager[None]:
+    """The same for a model on a GPU; elsewhere nothing."""
+    return fused(model) if model.device.type == "cuda" else nullcontext()
 
 
 def _has(module: nn.Module, *names: str) -> bool:

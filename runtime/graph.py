@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.runtime.cache.policy_cache import PolicyCache
+from kvtune.runtime.fuse import fused_on_gpu
 from kvtune.runtime.kernels.layout import PAGE
 
 
@@ -83,10 +84,11 @@ def generate(
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     places = (mask.cumsum(1) - 1).clamp_min(0)
-    logits = model(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=places,
-        past_key_values=cache, use_cache=True, logits_to_keep=1,
-    ).logits[:, -1]  # fmt: skip
+    with fused_on_gpu(model):
+        logits = model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=places,
+            past_key_values=cache, use_cache=True, logits_to_keep=1,
+        ).logits[:, -1]  # fmt: skip
     first = sampling.draw(logits)
     loop = DecodeLoop(model, cache, first, places[:, -1] + 1, new_tokens, sampling)
     return loop.run(ends)
@@ -141,15 +143,8 @@ class DecodeLoop:
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Fused and captured until the block ends, where there is a GPU; not where heads evict."""
-        on_gpu = self.tokens.is_cuda
-        if on_gpu and self.fuse:
-            from kvtune.runtime.fuse import fused
-
-            modules: Any = fused(self.model)
-        else:
-            modules = nullcontext()
-        with modules:
-            if on_gpu and not self.cache.evicts:
+        with fused_on_gpu(self.model) if self.fuse else nullcontext():
+            if self.tokens.is_cuda and not self.cache.evicts:
                 self._capture()
             try:
                 yield

@@ -22,6 +22,7 @@ from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.runtime.cache.policy_cache import PolicyCache, load_cache
 from kvtune.runtime.device import Bench, unless_full
+from kvtune.runtime.fuse import fused_on_gpu
 from kvtune.runtime.graph import DecodeLoop
 from kvtune.runtime.kernels.layout import layout_of
 
@@ -199,7 +200,8 @@ def _prefills(
             answers.append(logits)
 
         bench.forget_peak()
-        seconds.append(bench.seconds(read))
+        with fused_on_gpu(model):
+            seconds.append(bench.seconds(read))
     return seconds[1:], cache, answers[0]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from kvtune.policies.policy import Policy
 from kvtune.profiles.kernel_table import Point
 from kvtune.profiles.models import find_model, model_of_size
 from kvtune.profiles.shape import ModelShape
+from kvtune.runtime.fuse import fused_on_gpu
 from kvtune.runtime.graph import DecodeLoop
 from kvtune.runtime.kernels.layout import PAGE
 from kvtune.runtime.measure.filled import filled
@@ -70,17 +70,10 @@ class RepeatedStep:
 
     def __call__(self) -> None:
         """Enqueue it."""
-        with self._modules():
+        with fused_on_gpu(self.loop.model):
             self.loop.advance(1)
         for now, then in zip(self._state, self._begun, strict=True):
             torch._foreach_copy_(now, then)
-
-    def _modules(self) -> Any:
-        if not self.loop.tokens.is_cuda:
-            return nullcontext()
-        from kvtune.runtime.fuse import fused
-
-        return fused(self.loop.model)
 
 
 def _random_model(point: Point, setting: Setting) -> Any:
