@@ -25,11 +25,9 @@ from kvtune.runtime.cache.pool import Pool
 from kvtune.runtime.cache.segments import GROWN
 from kvtune.runtime.cache.sliding import Ring
 from kvtune.runtime.fuse import fused
-from kvtune.runtime.kernels import elementwise, overlap
-from kvtune.runtime.kernels.decode import decode_attention
-from kvtune.runtime.kernels.elementwise import _gated, _rms_norm, rotate
+from kvtune.runtime.kernels import elementwise
+from kvtune.runtime.kernels.elementwise import rotate
 from kvtune.runtime.kernels.layout import PAGE
-from kvtune.runtime.kernels.pages import append_rotated, append_token
 from kvtune.runtime.rotation import Rotation, owed, rotate_later
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,15 +105,6 @@ def test_one_launch_rotates_and_appends_as_two_do(
     for mine, exact, present in zip(ours, plain, before, strict=True):
         assert torch.equal(mine, present)
         torch.testing.assert_close(mine, exact, atol=1e-6, rtol=2**-7)  # it cuts bf16 off
-
-
-def test_launches_overlap_only_where_that_is_switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert overlap.overlapping() == {}
-    monkeypatch.setattr(overlap, "ENABLED", True)
-    options = overlap.overlapping()
-    assert options.pop("launch_pdl")
-    kernels = [_rms_norm, _gated, append_token, append_rotated, decode_attention]
-    assert all(options.keys() < set(kernel.arg_names) for kernel in kernels)
 
 
 def test_whoever_looks_at_what_is_owed_sees_it_rotated() -> None:

@@ -123,17 +123,14 @@ class TritonBackend:
 
     def append(self, layer: Paged, growing: Growing, keys: Tensor, values: Tensor) -> None:
         """One launch."""
-        from kvtune.runtime.kernels.overlap import overlapping
         from kvtune.runtime.kernels.pages import append_token
 
-        grid = (len(growing.segments),)
-        append_token[grid](*_appending(layer, growing, keys, values), **overlapping())
+        append_token[(len(growing.segments),)](*_appending(layer, growing, keys, values))
 
     def append_rotated(
         self, layer: Paged, growing: Growing, rotation: Rotation, values: Tensor
     ) -> Tensor:
         """One launch: half of the programs append, the others rotate queries."""
-        from kvtune.runtime.kernels.overlap import overlapping
         from kvtune.runtime.kernels.pages import append_rotated
 
         q, k, cos, sin = rotation.q, rotation.k, rotation.cos, rotation.sin
@@ -143,7 +140,7 @@ class TritonBackend:
         append_rotated[(len(growing.segments), 2)](
             q, rotated, cos, sin, q.stride()[:2], cos.stride(0) if len(cos) > 1 else 0,
             *_appending(layer, growing, k[:, :, 0], values), group, members,
-            num_warps=max(1, members * layer.head_dim // 1024), **overlapping(),
+            num_warps=max(1, members * layer.head_dim // 1024),
         )  # fmt: skip
         return rotated
 

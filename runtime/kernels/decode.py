@@ -29,7 +29,6 @@ from kvtune.runtime.kernels.codes import (
     unit_of,
 )
 from kvtune.runtime.kernels.logits import load_queries, logits_of
-from kvtune.runtime.kernels.overlap import await_inputs
 
 TILE_FIELDS = tl.constexpr(16)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -45,7 +44,6 @@ def decode_attention(
     D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     PAIRS: tl.constexpr, N_PAIRS: tl.constexpr,
     STAGES: tl.constexpr, NATIVE: tl.constexpr, EXPORT: tl.constexpr,
-    OVERLAPS: tl.constexpr = False,
 ):  # fmt: skip
     """One tile; see ``tiles.Tile`` for its fields.
 
@@ -62,7 +60,6 @@ def decode_attention(
         scratch, scratch_lse: [slots, G, D], [slots, G] float32.
         arrived: [rows] int32 zeros, and zeros again afterwards.
     """
-    await_inputs(OVERLAPS)
     tile = tiles + tl.program_id(0) * TILE_FIELDS
     row, pair = tl.load(tile), tl.load(tile + 1)
     at, first, pages = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)

@@ -7,17 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtune.runtime.kernels.overlap import await_inputs, overlapping
-
 
 @triton.jit
 def _rms_norm(x, more, total, weight, out, width, eps, BLOCK: tl.constexpr, SHIFTED: tl.constexpr,
-              ADD: tl.constexpr, OVERLAPS: tl.constexpr = False):  # fmt: skip
+              ADD: tl.constexpr):  # fmt: skip
     """Normalise a row; SHIFTED: weights are stored less one, and multiply before rounding.
 
     ADD: the row is ``x + more``, which is rounded and left in ``total`` first.
     """
-    await_inputs(OVERLAPS)
     at = tl.arange(0, BLOCK)
     inside = at < width
     row = tl.program_id(0).to(tl.int64) * width
@@ -56,15 +53,13 @@ def _normalised(
     warps = max(1, min(16, block // 512))
     _rms_norm[(x.numel() // width,)](
         x, x if more is None else more, total, weight, out, width, eps, block, shifted,
-        more is not None, num_warps=warps, **overlapping(),
+        more is not None, num_warps=warps,
     )  # fmt: skip
     return total, out
 
 
 @triton.jit
-def _gated(gate, up, out, width, gate_stride, up_stride, TANH: tl.constexpr, BLOCK: tl.constexpr,
-           OVERLAPS: tl.constexpr = False):  # fmt: skip
-    await_inputs(OVERLAPS)
+def _gated(gate, up, out, width, gate_stride, up_stride, TANH: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(0).to(tl.int64)
     inside = at < width
@@ -84,8 +79,7 @@ def gated(gate: Tensor, up: Tensor, tanh: bool) -> Tensor:
     gates, ups = gate.reshape(rows, width), up.reshape(rows, width)
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     grid = (rows, triton.cdiv(width, 1024))
-    strides = gates.stride(0), ups.stride(0)
-    _gated[grid](gates, ups, out, width, *strides, tanh, 1024, **overlapping())
+    _gated[grid](gates, ups, out, width, gates.stride(0), ups.stride(0), tanh, 1024)
     return out
 
 

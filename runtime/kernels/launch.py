@@ -113,7 +113,6 @@ def decode(
         KvtuneError: a head dimension that the kernel is not made for.
     """
     from kvtune.runtime.kernels.decode import decode_attention
-    from kvtune.runtime.kernels.overlap import overlapping
 
     rows, group, head_dim = q.shape
     if head_dim not in KERNEL_HEAD_DIMS:
@@ -135,6 +134,5 @@ def decode(
         STAGES=shape.stages, NATIVE=q.is_cuda,
         EXPORT=0 if logits is None else logits.shape[1],
         num_warps=warps,
-        **overlapping(),
     )  # fmt: skip
     return out

@@ -21,7 +21,6 @@ from kvtune.runtime.kernels.codes import (
     scale_bytes,
 )
 from kvtune.runtime.kernels.elementwise import rotated_halves
-from kvtune.runtime.kernels.overlap import await_inputs
 
 RECORD = tl.constexpr(5)
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to even as torch does
@@ -180,8 +179,7 @@ def _codes(rows, scale, offset, BITS: tl.constexpr):
 @triton.jit
 def append_token(keys, values, key_strides, value_strides, segments, tables_at, table, lengths,
                  pool_bf16, H: tl.constexpr, D: tl.constexpr,
-                 places=None, entered=None, WINDOW: tl.constexpr = 0,
-                 OVERLAPS: tl.constexpr = False):  # fmt: skip
+                 places=None, entered=None, WINDOW: tl.constexpr = 0):  # fmt: skip
     """One new token of one row into its growing bf16 segment, whose pages are there already.
 
     It is appended; in a sliding layer it takes the place that ``places`` names.
@@ -197,7 +195,6 @@ def append_token(keys, values, key_strides, value_strides, segments, tables_at, 
         entered: [rows] int32 tokens so far, counted up.
         WINDOW: of a sliding layer; 0 for others.
     """
-    await_inputs(OVERLAPS)
     row, channel = tl.program_id(0), tl.arange(0, D)
     key = tl.load(_head_of(keys, key_strides, row, H) + channel)
     value = tl.load(_head_of(values, value_strides, row, H) + channel)
@@ -212,8 +209,7 @@ def append_rotated(queries, rotated, cos, sin, query_strides, angle_stride,
                    keys, values, key_strides, value_strides, segments, tables_at, table, lengths,
                    pool_bf16, H: tl.constexpr, D: tl.constexpr,
                    places=None, entered=None, WINDOW: tl.constexpr = 0,
-                   G: tl.constexpr = 1, MEMBERS: tl.constexpr = 1,
-                   OVERLAPS: tl.constexpr = False):  # fmt: skip
+                   G: tl.constexpr = 1, MEMBERS: tl.constexpr = 1):  # fmt: skip
     """``append_token`` of a key that is rotated first; other programs rotate the row's queries.
 
     Args:
@@ -223,7 +219,6 @@ def append_rotated(queries, rotated, cos, sin, query_strides, angle_stride,
         G: queries of a row.
         MEMBERS: the same or more, a power of two.
     """
-    await_inputs(OVERLAPS)
     row = tl.program_id(0)
     cos += (row // H) * angle_stride
     sin += (row // H) * angle_stride
