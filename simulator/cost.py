@@ -134,7 +134,7 @@ def _cost(
     sequence_bytes = sum(held.most.values()) + held.statistics + beside
     waiting = waiting_bytes(shape, tokens) if policy and policy.waits else 0
     step = decode_step(shape, gpu, weights, batch, dict(held.most), "runtime")
-    first = prefill(shape, gpu, weights, tokens)
+    first = prefill(shape, gpu, weights, tokens, execution="runtime")
     peak = peak_memory(shape, gpu, weights, sequence_bytes, tokens, batch)
     return Cost(
         prompt_bytes=prompt_bytes,

@@ -100,7 +100,8 @@ class Kernels:
         self._copies: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
         for row in rows:
             point = row.point
-            if point.execution == "graph" and point.spread == "uniform":
+            plain = point.execution == "graph" or point.op == "runtime_prefill"
+            if plain and point.spread == "uniform":
                 self._by_op[point.op].append(row)
             elif point.op in ("host_to_device", "device_to_host"):
                 self._copies[point.op, point.kernel][point.width_in] = row.seconds

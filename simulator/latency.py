@@ -29,7 +29,7 @@ from kvtune.simulator.latency_measured import (
 )
 from kvtune.simulator.latency_parts import covers, prefill_covers
 from kvtune.simulator.latency_priors import FloatArray
-from kvtune.simulator.latency_runtime import runtime_steps
+from kvtune.simulator.latency_runtime import runtime_prefills, runtime_steps
 from kvtune.simulator.transfer import tables_for
 from kvtune.simulator.weights import WeightFormat, check_format
 
@@ -171,7 +171,9 @@ def prefills(
     )
     tables = tables_for(gpu) if measured and weight_format == "bf16" else None
     if tables and execution != "eager" and prefill_covers(tables.kernels, shape):
-        return _times(measured_prefills(tables, shape, prompt, sequences))
+        asked = tables, shape, prompt, sequences
+        answer = runtime_prefills(*asked) if execution == "runtime" else None
+        return _times(answer or measured_prefills(*asked))
     device = [
         parts.matrices(shape, gpu, weight_format, prompt * sequences, logits=sequences),
         parts.prompt_attention(shape, gpu, prompt, sequences),

@@ -1,8 +1,9 @@
-"""Decode steps of kvtune's own runtime: fused modules around attention over pages.
+"""Decode steps and prefills of kvtune's own runtime: fused modules around attention over pages.
 
 A step is its matrices, its attention over pages and a rest. Whole steps were measured of a few
 models (op ``runtime_step``); what they say of the rest, and of attention with narrower heads than
-the pages were measured with, holds for models between them.
+the pages were measured with, holds for models between them. So does what whole prefills say (op
+``runtime_prefill``): how many times as long they take as their parts.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from kvtune.profiles.models import model_of_size
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.kernels import FloatArray, Kernels
 from kvtune.simulator.latency_measured import (
+    HALF_WIDTH,
     TIERS,
     Answer,
     answer_of_tier,
     matrices_in_format,
+    measured_prefills,
     paged_attention,
 )
 from kvtune.simulator.latency_parts import matrix_products
@@ -39,12 +42,28 @@ class Learned(NamedTuple):
         factor: its attention over that of the pages' heads, for the same bytes.
         batches: ascending.
         rest_s: seconds a layer beside matrices and attention, at each batch.
+        misfit: the largest relative error of what is learned over the steps it was learned from.
     """
 
     shape: ModelShape
     factor: float
     batches: FloatArray
     rest_s: FloatArray
+    misfit: float
+
+
+class Prefills(NamedTuple):
+    """What one model's prefills say.
+
+    Args:
+        shape: the model.
+        prompts: tokens of a prompt, ascending.
+        ratios: how many times as long a prefill takes as its parts, at each.
+    """
+
+    shape: ModelShape
+    prompts: FloatArray
+    ratios: FloatArray
 
 
 def runtime_steps(
@@ -83,6 +102,27 @@ def runtime_steps(
     return answer_of_tier(value, low, high, tiers)
 
 
+def runtime_prefills(
+    tables: Tables, shape: ModelShape, prompt: FloatArray, batch: FloatArray
+) -> Answer | None:
+    """Prefills of the runtime, uncompressed, in bf16; None where none was measured.
+
+    Args:
+        tables: kernel times of the card.
+        shape: a shape that they cover.
+        prompt: tokens of each.
+        batch: prompts, of the same shape as ``prompt``.
+    """
+    known = _learned_prefills(tables.kernels)
+    if not known:
+        return None
+    at = np.log([each.shape.hidden_size for each in known])
+    ratios = np.stack([np.interp(prompt, each.prompts, each.ratios) for each in known])
+    ratio = _between(np.log(shape.hidden_size), at, ratios)
+    alone = measured_prefills(tables, shape, prompt, batch)
+    return Answer(ratio * alone.value, ratio * alone.low, ratio * alone.high, alone.tiers)
+
+
 def _matrices(kernels: Kernels, shape: ModelShape, batch: FloatArray) -> FloatArray:
     head = kernels.linear(shape.vocab_size, shape.hidden_size, batch)
     return np.asarray(shape.layers * matrix_products(kernels, shape, batch) + head)
@@ -105,13 +145,15 @@ def _tiers(
     batch: FloatArray,
     cache: Mapping[float, FloatArray],
 ) -> np.ndarray:
-    """Interpolated for an uncompressed cache of a measured model, within its batches."""
+    """Interpolated for an uncompressed cache of a measured model, where its own steps fit."""
     name = "fitted" if tables.tier == "measured" else tables.tier
     found = np.full(np.shape(batch), TIERS.index(name))
     same = [each for each in known if _same_size(each.shape, shape)]
     narrow = weight_format != "bf16" or any(np.any(s > 0) for b, s in cache.items() if b != 16)
-    if tables.tier == "measured" and same and not narrow:
-        found[np.asarray(batch) <= same[0].batches[-1]] = TIERS.index("interpolated")
+    between = TIERS.index("interpolated")
+    fits = [each for each in same if each.misfit <= HALF_WIDTH[between]]
+    if tables.tier == "measured" and fits and not narrow:
+        found[np.asarray(batch) <= fits[0].batches[-1]] = between
     return found
 
 
@@ -126,14 +168,35 @@ def _same_size(first: ModelShape, second: ModelShape) -> bool:
 @functools.lru_cache(maxsize=32)
 def _learned(kernels: Kernels) -> tuple[Learned, ...]:
     """Of each measured model, the narrowest first."""
-    if not (kernels.has("runtime_step") and kernels.has_paged("bf16")):
+    if not kernels.has_paged("bf16"):
         return ()
-    by_model: dict[tuple[int, int, int], list[KernelRow]] = defaultdict(list)
-    for row in kernels.rows("runtime_step"):
-        by_model[row.point.rows, row.point.width_in, row.point.width_out].append(row)
-    shapes = {size: model_of_size(*size) for size in by_model}
-    found = [_learn(kernels, shape, by_model[size]) for size, shape in shapes.items() if shape]
-    return tuple(sorted(found, key=lambda each: each.shape.hidden_size))
+    return tuple(_learn(kernels, shape, rows) for shape, rows in _by_model(kernels, "runtime_step"))
+
+
+@functools.lru_cache(maxsize=32)
+def _learned_prefills(kernels: Kernels) -> tuple[Prefills, ...]:
+    """Of each measured model, the narrowest first."""
+    tables = Tables(kernels, "measured", "")
+    found = []
+    for shape, rows in _by_model(kernels, "runtime_prefill"):
+        rows.sort(key=lambda row: row.point.length)
+        prompt, batch = (
+            np.array([float(getattr(row.point, name)) for row in rows])
+            for name in ("length", "batch")
+        )
+        alone = measured_prefills(tables, shape, prompt, batch).value
+        found.append(Prefills(shape, prompt, np.array([row.seconds for row in rows]) / alone))
+    return tuple(found)
+
+
+def _by_model(kernels: Kernels, op: str) -> list[tuple[ModelShape, list[KernelRow]]]:
+    """Rows of each known model, the narrowest first."""
+    found: dict[tuple[int, int, int], list[KernelRow]] = defaultdict(list)
+    for row in kernels.rows(op) if kernels.has(op) else ():
+        found[row.point.rows, row.point.width_in, row.point.width_out].append(row)
+    shapes = {size: model_of_size(*size) for size in found}
+    pairs = [(shape, found[size]) for size, shape in shapes.items() if shape]
+    return sorted(pairs, key=lambda pair: pair[0].hidden_size)
 
 
 def _learn(kernels: Kernels, shape: ModelShape, rows: list[KernelRow]) -> Learned:
@@ -141,9 +204,12 @@ def _learn(kernels: Kernels, shape: ModelShape, rows: list[KernelRow]) -> Learne
     batch = np.array([float(row.point.batch) for row in rows])
     cache = np.array([float(shape.kv_bytes(row.point.length)) for row in rows])
     attention = paged_attention(kernels, shape, batch, {16.0: cache})
-    beside = np.array([row.seconds for row in rows]) - _matrices(kernels, shape, batch)
+    seconds = np.array([row.seconds for row in rows])
+    beside = seconds - _matrices(kernels, shape, batch)
     batches = np.unique(batch)
     rests = [np.asarray(shape.layers * (batch == one)) for one in batches]
     design = np.column_stack([np.asarray(attention), *rests])
-    solved = np.linalg.lstsq(design / beside[:, None], np.ones(len(rows)), rcond=None)[0]
-    return Learned(shape, float(solved[0]), batches, np.asarray(solved[1:], dtype=np.float64))
+    solved = np.linalg.lstsq(design / seconds[:, None], beside / seconds, rcond=None)[0]
+    misfit = np.max(np.abs(design @ solved - beside) / seconds)
+    rest = np.asarray(solved[1:], dtype=np.float64)
+    return Learned(shape, float(solved[0]), batches, rest, float(misfit))

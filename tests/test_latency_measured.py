@@ -312,6 +312,28 @@ def test_steps_of_the_runtime_are_learned_from_whole_ones(
     assert decode_steps(between, H100, "bf16", 4, 1e8, "runtime").tier == "fitted"
 
 
+def test_prefills_of_the_runtime_take_so_many_times_their_parts(
+    measured: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, between = find_model("smollm2-135m"), find_model("llama-3.2-1b")
+
+    def parts(shape: ModelShape, prompt: int, batch: int) -> float:
+        return prefills(shape, H100, "bf16", prompt, batch).at().value
+
+    rows = [
+        row(Point("runtime_prefill", "k", "eager", batch=3, length=length, rows=shape.layers,
+                  width_in=shape.hidden_size, width_out=shape.intermediate_size), 1,
+            seconds=ratio * parts(shape, length, 3))
+        for shape, ratio in ((LLAMA, 1.2), (small, 1.6)) for length in (2048, 8192)
+    ]  # fmt: skip
+    tables = Tables(Kernels((*ROWS, *rows)), "measured", "h100-sxm")
+    monkeypatch.setattr(latency, "tables_for", lambda gpu: tables)
+    for shape, low, high in ((LLAMA, 1.2, 1.2), (small, 1.6, 1.6), (between, 1.25, 1.55)):
+        taken = prefills(shape, H100, "bf16", 4096, 8, "runtime").at()
+        assert low - 1e-6 < taken.value / parts(shape, 4096, 8) < high + 1e-6
+        assert taken.low < taken.value < taken.high
+
+
 def test_without_steps_of_the_runtime_plain_modules_answer(measured: Tables) -> None:
     cache = LLAMA.kv_bytes(4096)
     assert decode_steps(LLAMA, H100, "bf16", 4, cache, "runtime").at() == step(4, 4096)

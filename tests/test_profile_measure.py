@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ import pytest
 from kvtune.common.errors import KvtuneError
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.kernel_table import KernelRow, Point, RowWriter, read_rows
+from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.measure import session
 from kvtune.runtime.measure.grid import FULL, QUICK, Grid
 from kvtune.runtime.measure.monitor import NoMonitor, NvmlMonitor, State, open_monitor, reasons
 from kvtune.runtime.measure.operation import Operation, Setting, Wanted, Work, copies
-from kvtune.runtime.measure.ops import all_operations, paged, runtime_step
+from kvtune.runtime.measure.ops import all_operations, paged, runtime
 from kvtune.runtime.measure.runner import Bench, measure, plan
 from kvtune.runtime.measure.timer import Timing
 
@@ -103,9 +106,9 @@ def test_a_step_of_the_runtime_can_be_repeated_for_ever() -> None:
     point = Point("runtime_step", "kvtune", batch=2, query_heads=4, kv_heads=2, head_dim=64,
                   length=70, rows=2, width_in=64, width_out=96)  # fmt: skip
     with pytest.warns(UserWarning, match="plain torch"):
-        work = runtime_step.OPERATIONS[0].prepare(point, CPU)
+        work = runtime.OPERATIONS[0].prepare(point, CPU)
     step = work.calls[0]
-    assert isinstance(step, runtime_step.RepeatedStep)
+    assert isinstance(step, runtime.RepeatedStep)
     for _ in range(5):
         step()
     loop = step.loop
@@ -115,6 +118,27 @@ def test_a_step_of_the_runtime_can_be_repeated_for_ever() -> None:
     layer = 64 * (4 * 64 + 2 * 2 * 64 + 4 * 64 + 3 * 96 + 2)
     heads = 2 * 2 * 2  # sequences, layers, KV heads: keys and values of 70 tokens, and a length
     assert work.bytes == 2 * (2 * layer + 128 * 64 + 64) + heads * (70 * 2 * 64 * 2 + 4)
+
+
+@pytest.mark.filterwarnings("ignore:kvtune's kernels need")
+def test_a_prefill_of_the_runtime_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = Point("runtime_prefill", "kvtune", "eager", batch=2, query_heads=4, kv_heads=2,
+                  head_dim=64, length=70, rows=2, width_in=64, width_out=96)  # fmt: skip
+    work = runtime.OPERATIONS[1].prepare(point, CPU)
+    pools: list[Any] = []
+    opened = PolicyCache.open
+
+    def watched(cache: PolicyCache, *arguments: Any) -> None:
+        opened(cache, *arguments)
+        pools.append(weakref.ref(cache.pool))
+
+    monkeypatch.setattr(PolicyCache, "open", watched)
+    gc.disable()
+    try:
+        work.calls[0]()
+    finally:
+        gc.enable()
+    assert [pool() for pool in pools] == [None]
 
 
 def test_the_first_turn_comes_first_and_no_point_twice() -> None:

@@ -84,7 +84,7 @@ class Card:
     def expect(self, policy: Policy, batch: int) -> Expected:
         """Of a batch whose prompts are read at once, in the middle of the timed steps."""
         step = self._step(policy, batch, STEPS * (1 + STRETCHES // 2))
-        read = prefill(self.shape, self.gpu, "bf16", self.tokens, batch)
+        read = prefill(self.shape, self.gpu, "bf16", self.tokens, batch, "runtime")
         compressed = compression(policy, self.shape, self.gpu, self.tokens, read, batch)
         tensors = self._tensors(policy, batch)
         return Expected(

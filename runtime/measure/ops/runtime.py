@@ -1,6 +1,6 @@
-"""Whole decode steps of the runtime itself: fused modules around the paged cache, in one graph.
+"""Whole decode steps and prefills of the runtime itself: fused modules around the paged cache.
 
-What they take beside matrices and paged attention is what the simulator learns from them.
+A step is one graph. What both take beside their parts is what the simulator learns from them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from kvtune.policies.policy import Policy
 from kvtune.profiles.kernel_table import Point
 from kvtune.profiles.models import find_model, model_of_size
 from kvtune.profiles.shape import ModelShape
+from kvtune.runtime.cache.policy_cache import load_cache
 from kvtune.runtime.fuse import fused_on_gpu
 from kvtune.runtime.graph import DecodeLoop
 from kvtune.runtime.kernels.layout import PAGE
@@ -25,9 +26,11 @@ from kvtune.runtime.measure.operation import Operation, Setting, Wanted, Work
 
 MODELS = ("llama-8b", "smollm2-135m", "llama-3.2-1b")
 CACHE_BYTES_MOST = 20 * 10**9
+PREFILL_FLOPS = 5e13
+"""Of a prefill, at least: enough that the host, which launches kernel by kernel, is ahead."""
 
 
-def _points(grid: Grid) -> Iterator[Wanted]:
+def _step_points(grid: Grid) -> Iterator[Wanted]:
     """None without Triton and a GPU: the kernels have nothing to be compiled for."""
     if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return
@@ -35,19 +38,29 @@ def _points(grid: Grid) -> Iterator[Wanted]:
         for batch in grid.batches[::2]:
             for length in grid.lengths[:4:3]:
                 if batch * shape.kv_bytes(length) <= CACHE_BYTES_MOST:
-                    yield Wanted(0, point_of(shape, batch, length))
+                    yield Wanted(0, _point("runtime_step", shape, batch, length))
 
 
-def point_of(shape: ModelShape, batch: int, length: int) -> Point:
-    """A step of a batch whose sequences hold prompts of so many tokens."""
+def _prefill_points(grid: Grid) -> Iterator[Wanted]:
+    """As many prompts as keep a GPU busy; likewise none without one."""
+    if not torch.cuda.is_available():
+        return
+    for shape in map(find_model, MODELS):
+        for length in grid.prompts[1:4:2]:
+            batch = max(1, round(PREFILL_FLOPS / (2 * shape.active_parameters * length)))
+            yield Wanted(0, _point("runtime_prefill", shape, batch, length))
+
+
+def _point(op: str, shape: ModelShape, batch: int, length: int) -> Point:
+    """Of a batch of prompts of so many tokens."""
     return Point(
-        "runtime_step", "kvtune", batch=batch, query_heads=shape.query_heads,
-        kv_heads=shape.kv_heads, head_dim=shape.head_dim, length=length, rows=shape.layers,
+        op, "kvtune", "eager" if op == "runtime_prefill" else "graph", batch=batch,
+        query_heads=shape.query_heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim, length=length, rows=shape.layers,
         width_in=shape.hidden_size, width_out=shape.intermediate_size,
     )  # fmt: skip
 
 
-def _prepare(point: Point, setting: Setting) -> Work:
+def _prepare_step(point: Point, setting: Setting) -> Work:
     model = _random_model(point, setting)
     policy = Policy.uniform(Option(), point.rows, point.kv_heads)
     cache = filled(model, policy, point.length, point.batch, new_tokens=PAGE)
@@ -57,6 +70,27 @@ def _prepare(point: Point, setting: Setting) -> Work:
     embedding = 0 if model.config.tie_word_embeddings else model.model.embed_tokens.weight.nbytes
     weights = sum(parameter.nbytes for parameter in model.parameters()) - embedding
     return Work([RepeatedStep(loop)], weights + cache.prompt_bytes(), most_calls=1, steady=True)
+
+
+def _prepare_prefill(point: Point, setting: Setting) -> Work:
+    model = _random_model(point, setting)
+    policy = Policy.uniform(Option(), point.rows, point.kv_heads)
+    shape = (point.batch, point.length)
+    prompts = torch.randint(0, model.config.vocab_size, shape, device=setting.device)
+    places = torch.arange(point.length, device=setting.device).expand(shape)
+
+    @torch.no_grad()
+    def read() -> None:
+        cache = load_cache(policy, model, new_tokens=1)
+        with fused_on_gpu(model):
+            model(
+                input_ids=prompts, position_ids=places, past_key_values=cache, use_cache=True,
+                logits_to_keep=1,
+            )  # fmt: skip
+        cache.layers.clear()  # they refer to it, and would keep its memory until they are collected
+
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return Work([read], weights, point.batch * point.length * weights, most_calls=1)
 
 
 class RepeatedStep:
@@ -98,4 +132,7 @@ def _random_model(point: Point, setting: Setting) -> Any:
         torch.set_default_dtype(standard)
 
 
-OPERATIONS = (Operation("runtime_step", _points, _prepare),)
+OPERATIONS = (
+    Operation("runtime_step", _step_points, _prepare_step),
+    Operation("runtime_prefill", _prefill_points, _prepare_prefill),
+)
