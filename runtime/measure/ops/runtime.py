@@ -55,7 +55,8 @@ def _point(op: str, shape: ModelShape, batch: int, length: int) -> Point:
     """Of a batch of prompts of so many tokens."""
     return Point(
         op, "kvtune", "eager" if op == "runtime_prefill" else "graph", batch=batch,
-        query_heads=shape.query_heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim, length=length, rows=shape.layers,
+        query_heads=shape.query_heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim,
+        length=length, rows=shape.layers,
         width_in=shape.hidden_size, width_out=shape.intermediate_size,
     )  # fmt: skip
 
