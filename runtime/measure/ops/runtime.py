@@ -27,7 +27,10 @@ from kvtune.runtime.measure.operation import Operation, Setting, Wanted, Work
 MODELS = ("llama-8b", "smollm2-135m", "llama-3.2-1b")
 CACHE_BYTES_MOST = 20 * 10**9
 PREFILL_FLOPS = 5e13
-"""Of a prefill, at least: enough that the host, which launches kernel by kernel, is ahead."""
+"""Of a prefill, about: enough that the host, which launches kernel by kernel, is ahead."""
+
+PROMPTS_MOST = 32
+"""Of a prefill: each costs the host a little of its own."""
 
 
 def _step_points(grid: Grid) -> Iterator[Wanted]:
@@ -47,7 +50,8 @@ def _prefill_points(grid: Grid) -> Iterator[Wanted]:
         return
     for shape in map(find_model, MODELS):
         for length in grid.prompts[1:4:2]:
-            batch = max(1, round(PREFILL_FLOPS / (2 * shape.active_parameters * length)))
+            wanted = round(PREFILL_FLOPS / (2 * shape.active_parameters * length))
+            batch = min(max(1, wanted), PROMPTS_MOST)
             yield Wanted(0, _point("runtime_prefill", shape, batch, length))
 
 
