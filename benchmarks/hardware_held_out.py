@@ -3,20 +3,27 @@
     python benchmarks/hardware_held_out.py --profile profiles/measured/h100-sxm
 
 Decode attention over batch and length, and each matrix over its rows. A point is inside where
-others lie on both sides of it along every axis, else at the edge.
+others lie on both sides of it along every axis, else at the edge. Steps and prefills of the runtime
+are left out a whole model at a time: inside is the one between two others.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from kvtune.profiles.gpus import GpuProfile, find_gpu
 from kvtune.profiles.kernel_table import KernelRow
 from kvtune.profiles.measured import read_measured
+from kvtune.profiles.models import model_of_size
+from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.kernels import Kernels
+from kvtune.simulator.latency_runtime import runtime_prefills, runtime_steps
+from kvtune.simulator.transfer import Tables
 
 
 def attention_errors(rows: Sequence[KernelRow], inside: bool) -> Iterator[float]:
@@ -50,6 +57,42 @@ def linear_errors(rows: Sequence[KernelRow], inside: bool) -> Iterator[float]:
             yield 100 * (float(others.linear(*size, row.point.rows)) / row.seconds - 1)
 
 
+def step_errors(rows: Sequence[KernelRow], inside: bool, gpu: GpuProfile) -> Iterator[float]:
+    """Relative errors, in per cent, of the runtime's steps of models that are left out."""
+    for shape, mine, tables in _without_a_model(rows, "runtime_step", inside, gpu):
+        for row in mine:
+            batch, cache = np.array(float(row.point.batch)), shape.kv_bytes(row.point.length)
+            asked = tables, gpu, shape, "bf16", batch, {16.0: np.array(float(cache))}
+            if answer := runtime_steps(*asked):
+                yield 100 * (float(answer.value) / row.seconds - 1)
+
+
+def prefill_errors(rows: Sequence[KernelRow], inside: bool, gpu: GpuProfile) -> Iterator[float]:
+    """The same of prefills."""
+    for shape, mine, tables in _without_a_model(rows, "runtime_prefill", inside, gpu):
+        for row in mine:
+            prompt, batch = np.array(float(row.point.length)), np.array(float(row.point.batch))
+            if answer := runtime_prefills(tables, shape, prompt, batch):
+                yield 100 * (float(answer.value) / row.seconds - 1)
+
+
+def _without_a_model(
+    rows: Sequence[KernelRow], op: str, inside: bool, gpu: GpuProfile
+) -> Iterator[tuple[ModelShape, list[KernelRow], Tables]]:
+    """Each model, its rows, and what is known without them."""
+    sizes = {_size(row): row.point.width_in for row in rows if row.point.op == op}
+    for size, width in sizes.items():
+        shape = model_of_size(*size)
+        if shape and _between(width, sizes.values()) == inside:
+            mine = [row for row in rows if row.point.op == op and _size(row) == size]
+            others = Kernels(row for row in rows if row not in mine)
+            yield shape, mine, Tables(others, "measured", gpu.slug)
+
+
+def _size(row: KernelRow) -> tuple[int, int, int]:
+    return row.point.rows, row.point.width_in, row.point.width_out
+
+
 def _between(value: int, values: Iterable[int]) -> bool:
     known = list(values)
     return min(known) < value < max(known)
@@ -58,9 +101,9 @@ def _between(value: int, values: Iterable[int]) -> bool:
 def line(name: str, errors: Sequence[float]) -> str:
     sizes = np.abs(errors)
     if not len(sizes):
-        return f"{name:<28} no points"
+        return f"{name:<36} no points"
     return (
-        f"{name:<28} {len(sizes):>4} points  median {np.median(sizes):5.1f} %  "
+        f"{name:<36} {len(sizes):>4} points  median {np.median(sizes):5.1f} %  "
         f"90 % within {np.percentile(sizes, 90):5.1f} %  worst {sizes.max():5.1f} %"
     )
 
@@ -68,8 +111,14 @@ def line(name: str, errors: Sequence[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", type=Path, required=True)
-    rows = read_measured(parser.parse_args().profile).rows
-    for name, errors in (("decode attention", attention_errors), ("linear", linear_errors)):
+    profile = read_measured(parser.parse_args().profile)
+    rows, gpu = profile.rows, find_gpu(profile.slug)
+    of_gpu = {
+        "the runtime's steps": partial(step_errors, gpu=gpu),
+        "the runtime's prefills": partial(prefill_errors, gpu=gpu),
+    }
+    kinds = {"decode attention": attention_errors, "linear": linear_errors, **of_gpu}
+    for name, errors in kinds.items():
         for inside in (True, False):
             place = "inside" if inside else "at the edge"
             print(line(f"{name}, {place}", list(errors(rows, inside))))

@@ -29,6 +29,7 @@ from kvtune.runtime.cache import paged_layer, storing
 from kvtune.runtime.cache.backend import PlainBackend
 from kvtune.runtime.cache.layer import CacheLayer
 from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.cache.pool import SLAB_CELLS, Pool
 from kvtune.runtime.cache.segments import CODED, SETTLED
 from kvtune.runtime.cache.storing import store_prompts
@@ -158,6 +159,31 @@ def test_one_prompt_stands_for_all_as_if_each_had_its_own() -> None:
     for kind in (CODED, SETTLED):
         assert torch.equal(scales[kind, :, 0], largest.expand(4, 2))
         assert (scales[kind, :, 2] == 1).all()  # nothing was kept to be measured by
+
+
+def test_a_pool_that_is_full_grows_while_prompts_are_read(
+    network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made too small here: one that is not reckons with all that is kept and generated."""
+    ids = prompts(12).repeat(1, 3)[:, :256]
+    with torch.no_grad():
+        expected = network.generate(
+            ids, max_new_tokens=3, past_key_values=load_cache(UNCOMPRESSED, network)
+        )
+        monkeypatch.setattr(
+            PolicyCache, "_cells_of", lambda self, option, count, *_: 3 * count // 4
+        )
+        extended, extend = [], Pool.extend
+
+        def watched(pool: Pool, cells: int) -> None:
+            extended.append(cells)
+            extend(pool, cells)
+
+        monkeypatch.setattr(Pool, "extend", watched)
+        cache = load_cache(UNCOMPRESSED, network)
+        assert torch.equal(network.generate(ids, max_new_tokens=3, past_key_values=cache), expected)
+    assert extended
+    cache.pool.check_integrity()
 
 
 @pytest.mark.parametrize(("projection", "row", "where"), [("k", 9, 1), ("v", 3, 0), ("v", 15, 1)])

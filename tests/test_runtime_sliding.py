@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.allocators.model_wide import ModelWide
@@ -138,6 +139,15 @@ def test_padded_sequences_slide_as_each_alone(gemma: Any) -> None:
                 mine = slice(row, row + 1)
                 one = gemma(tokens[mine], position_ids=at[mine], past_key_values=cache)
                 torch.testing.assert_close(both[row], one.logits[0, -1], atol=1e-3, rtol=1e-3)
+
+
+def test_padding_before_every_prompt_is_nothing_that_a_window_loses(gemma: Any) -> None:
+    inputs = {name: F.pad(each, (30, 0)) for name, each in ids(10, 7).items()}
+    found = generate(gemma, load_cache(FULL, gemma, new_tokens=8), *inputs.values(), new_tokens=8)
+    less = generate(
+        gemma, load_cache(FULL, gemma, new_tokens=8), *ids(10, 7).values(), new_tokens=8
+    )
+    assert torch.equal(found, less)
 
 
 def test_the_decode_loop_slides_too(gemma: Any) -> None:

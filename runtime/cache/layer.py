@@ -52,6 +52,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.paged: PagedLayer
         self.evictors: list[Evictor] = []
         self.seen = 0
+        self.padding = 0  # before the longest prompt
         self.window: int | None = None  # of a sliding layer, if it will be exceeded
         self.waiting: list[Signals] = []  # of each sequence, until the whole model has read it
 
@@ -76,6 +77,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def prompt(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, scale: float) -> Any:
         """Causal attention of each prompt on its own, ``[B, Hq, P, D]``; then store it."""
         self.begin(k.device, _lengths(k, padding) if self.number == 0 else self.cache.prompts)
+        self.padding = k.shape[2] - max(self.cache.prompts)
         alike = _equally_long(self.cache.prompts, k.shape[2])
         parts = [(q[at], k[at], v[at]) for at in alike]
         outputs = [causal_attention(*part, scale, self.window) for part in parts]
@@ -202,7 +204,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def _refuse_unforeseen(self) -> None:
         """A prompt that was stored as if nothing left it cannot begin to slide."""
         window = self.cache.geometry.windows[self.number]
-        if window and not self.window and self.seen > window:
+        if window and not self.window and self.seen - self.padding > window:
             raise KvtuneError(
                 f"layer {self.number} attends to a window of {window} tokens, and did not expect "
                 "to see more",

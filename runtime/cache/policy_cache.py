@@ -235,7 +235,8 @@ class PolicyCache(Cache):  # type: ignore[misc]
             grown = layer.rows * layer.growing_layout.page_cells * (1 + self.new_tokens // PAGE)
             self.pool.extend(self.policy.layers * grown)
             for other in self.layers:
-                other.paged.seal(self.new_tokens)
+                if hasattr(other, "paged"):  # while prompts are read, later ones have none yet
+                    other.paged.seal(self.new_tokens)
             self.make_room(layer, tokens)
 
     def prompt_bytes(self) -> int:
