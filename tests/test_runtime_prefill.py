@@ -24,8 +24,7 @@ from kvtune.policies.methods.tova import Tova
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.runtime import load_cache
-from kvtune.runtime.cache import layer as layers_module
-from kvtune.runtime.cache import paged_layer, storing
+from kvtune.runtime.cache import paged_layer, reading, storing
 from kvtune.runtime.cache.backend import PlainBackend
 from kvtune.runtime.cache.layer import CacheLayer
 from kvtune.runtime.cache.paged_layer import PagedLayer
@@ -127,8 +126,8 @@ def test_prompts_are_asked_together_as_if_each_were_alone(
     policy = Policy.uniform(Option(method, Budget(tokens=20), Int4(), Int4()), LAYERS, 2)
     mask = torch.arange(90) >= torch.tensor([[0], [0], [40], [40], [40]])
     pages = []
-    for most in (layers_module.ASKED_AT_ONCE, 1):
-        monkeypatch.setattr(layers_module, "ASKED_AT_ONCE", most)
+    for most in (reading.ASKED_AT_ONCE, 1):
+        monkeypatch.setattr(reading, "ASKED_AT_ONCE", most)
         cache = load_cache(policy, network)
         with torch.no_grad():
             network(prompts(5), attention_mask=mask.long(), past_key_values=cache)

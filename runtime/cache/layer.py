@@ -7,23 +7,21 @@ stored and the rest is dropped. After it tokens come one by one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.room import Room
 from kvtune.policies.signals import Signals
-from kvtune.runtime.cache.backend import TritonBackend
 from kvtune.runtime.cache.choosing import Choice, choose, side_by_side
 from kvtune.runtime.cache.evicting import Evictor, evictors, openings
 from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.reading import equally_long, lengths_of, padded, signals_of
 from kvtune.runtime.cache.segments import NO_END
 from kvtune.runtime.cache.sliding import Ring, check_sliding, places_of
 from kvtune.runtime.cache.storing import store_prompts
@@ -35,9 +33,6 @@ from kvtune.traces.seam import causal_attention, refuse_unknown
 
 if TYPE_CHECKING:
     from kvtune.runtime.cache.policy_cache import PolicyCache
-
-ASKED_AT_ONCE = 32768
-"""Tokens of prompts that a method is asked about at once: the room that one long prompt takes."""
 
 
 class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -76,13 +71,13 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def prompt(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, scale: float) -> Any:
         """Causal attention of each prompt on its own, ``[B, Hq, P, D]``; then store it."""
-        self.begin(k.device, _lengths(k, padding) if self.number == 0 else self.cache.prompts)
+        self.begin(k.device, lengths_of(k, padding) if self.number == 0 else self.cache.prompts)
         self.padding = k.shape[2] - max(self.cache.prompts)
-        alike = _equally_long(self.cache.prompts, k.shape[2])
+        alike = equally_long(self.cache.prompts, k.shape[2])
         parts = [(q[at], k[at], v[at]) for at in alike]
         outputs = [causal_attention(*part, scale, self.window) for part in parts]
         self.take_in([signals for part in parts for signals in self.signals(*part, scale)])
-        return _padded(outputs, q.shape[2])
+        return padded(outputs, q.shape[2])
 
     def begin(self, device: torch.device, prompts: list[int]) -> None:
         """Prompts of these lengths are about to be read."""
@@ -98,39 +93,10 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             )
 
     def signals(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> list[Signals]:
-        """What methods may look at, of some equally long prompts, or of their last windows.
-
-        Where heads choose alone, several prompts lie side by side as if they were heads of one.
-        """
-        cache = self.cache
+        """What methods may look at, of some equally long prompts; see ``reading``."""
         if self.window:
             q, k, v = (x[:, :, -self.window :] for x in (q, k, v))
-        needs, sums = cache.needs, torch.empty(len(q), 0)
-        if needs.column_sums and isinstance(cache.backend, TritonBackend):
-            needs, sums = replace(needs, column_sums=False), _column_sums(q, k, scale)
-        count, tokens = self._asked_at_once(k.shape[2]), k.shape[2]
-        if count > 1:  # queries that nobody looks at need not be copied
-            q = q[:, :, tokens - needs.queries(tokens) :]
-        parts = zip(*(x.split(count) for x in (q, k, v, sums)), strict=True)
-        return [self._signals(scale, *part) for part in parts]
-
-    def _asked_at_once(self, tokens: int) -> int:
-        """Prompts of this length."""
-        cache = self.cache
-        alone = cache.policy.chooses_head_by_head(self.number)
-        together = alone and not (cache.waits or cache.evicts)
-        return max(1, ASKED_AT_ONCE // tokens) if together else 1
-
-    def _signals(self, scale: float, q: Tensor, k: Tensor, v: Tensor, sums: Tensor) -> Signals:
-        """Of n prompts side by side; ``sums`` ``[n, Hq, P]``, or empty."""
-        given: dict[str, Any] = {}
-        if self.cache.calibration:
-            measured = self.cache.calibration.tensors(self.number, k.device)
-            given = {**measured, "layer_error": float(measured["layer_error"])}
-        drawn = sums.flatten(0, 1) if sums.numel() else None
-        rope = self.cache.geometry.rope_at(self.number)
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        return Signals(q, k, v, scale, drawn, layer=self.number, rope=rope, **given)
+        return signals_of(self.cache, self.number, (q, k, v), scale)
 
     def take_in(self, read: Sequence[Signals]) -> None:
         """The layer has read every sequence's prompt, or one that stands for all."""
@@ -258,36 +224,6 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def reset(self) -> None:
         """Not possible: make a new cache."""
         raise KvtuneError("a compressed cache serves one batch of prompts; load another")
-
-
-def _column_sums(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """``[B, Hq, P]`` float32."""
-    from kvtune.runtime.kernels.columns import column_sums
-
-    flat_q, flat_k = (x.flatten(0, 1).contiguous() for x in (q, k))
-    return column_sums(flat_q, flat_k, scale).view(q.shape[:3])
-
-
-def _lengths(k: Tensor, padding: Tensor | None) -> list[int]:
-    """Tokens of each prompt."""
-    lengths: list[int] = padding.sum(1).tolist() if padding is not None else [k.shape[2]] * len(k)
-    return lengths
-
-
-def _equally_long(prompts: Sequence[int], tokens: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Where, in ``[B, H, P, D]``, neighbours of one length are, padding aside."""
-    start = 0
-    for count, run in itertools.groupby(prompts):
-        stop = start + len(list(run))
-        yield slice(start, stop), slice(None), slice(tokens - count, None)
-        start = stop
-
-
-def _padded(outputs: Sequence[Tensor], tokens: int) -> Tensor:
-    """``[B, Hq, P, D]`` with zeros before shorter prompts; one part of full length as it is."""
-    if len(outputs) == 1 and outputs[0].shape[2] == tokens:
-        return outputs[0]
-    return torch.cat([F.pad(part, (0, 0, tokens - part.shape[2], 0)) for part in outputs])
 
 
 def attention(
