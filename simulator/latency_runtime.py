@@ -85,7 +85,7 @@ def runtime_steps(
         cache: bytes a sequence over all layers by bits a number, of the same shape as ``batch``.
     """
     attention = paged_attention(tables.kernels, shape, batch, cache)
-    known = _learned(tables.kernels)
+    known = learned_steps(tables.kernels)
     if attention is None or not known:
         return None
     at = np.log([each.shape.hidden_size for each in known])
@@ -113,7 +113,7 @@ def runtime_prefills(
         prompt: tokens of each.
         batch: prompts, of the same shape as ``prompt``.
     """
-    known = _learned_prefills(tables.kernels)
+    known = learned_prefills(tables.kernels)
     if not known:
         return None
     at = np.log([each.shape.hidden_size for each in known])
@@ -166,7 +166,7 @@ def _same_size(first: ModelShape, second: ModelShape) -> bool:
 
 
 @functools.lru_cache(maxsize=32)
-def _learned(kernels: Kernels) -> tuple[Learned, ...]:
+def learned_steps(kernels: Kernels) -> tuple[Learned, ...]:
     """Of each measured model, the narrowest first."""
     if not kernels.has_paged("bf16"):
         return ()
@@ -174,7 +174,7 @@ def _learned(kernels: Kernels) -> tuple[Learned, ...]:
 
 
 @functools.lru_cache(maxsize=32)
-def _learned_prefills(kernels: Kernels) -> tuple[Prefills, ...]:
+def learned_prefills(kernels: Kernels) -> tuple[Prefills, ...]:
     """Of each measured model, the narrowest first."""
     tables = Tables(kernels, "measured", "")
     found = []

@@ -15,7 +15,7 @@ from kvtune.tuner.expected import Card
 
 def test_prefill_holds_compression_of_the_whole_batch() -> None:
     shape, gpu = find_model("llama-8b"), find_gpu("h100")
-    card, read = Card(shape, gpu, 4096), prefill(shape, gpu, "bf16", 4096, 3)
+    card, read = Card(shape, gpu, 4096), prefill(shape, gpu, "bf16", 4096, 3, "runtime")
     full = Policy.uniform(Option(), shape.layers, shape.kv_heads)
     assert card.expect(full, 3).prefill == read
     for method in (SnapKV(), KVzip()):

@@ -307,7 +307,7 @@ def test_steps_of_the_runtime_are_learned_from_whole_ones(
         assert narrow.tier == "fitted"
         assert narrow.low < narrow.value < narrow.high
     between = find_model("llama-3.2-1b")
-    factors = [each.factor for each in latency_runtime._learned(tables.kernels)]
+    factors = [each.factor for each in latency_runtime.learned_steps(tables.kernels)]
     assert factors == pytest.approx([2.0, 1.0])
     assert decode_steps(between, H100, "bf16", 4, 1e8, "runtime").tier == "fitted"
 

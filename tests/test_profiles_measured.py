@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 
 import kvtune
+from kvtune.policies.document_reader import read_policy
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.measured import MeasuredProfile, find_measured
 from kvtune.profiles.models import find_model
+from kvtune.runtime.timing import uncompressed
+from kvtune.simulator.cost import cache_bytes_by_bits
 from kvtune.simulator.kernels import kernels_of
-from kvtune.simulator.latency import decode_steps
+from kvtune.simulator.latency import decode_step, decode_steps
 from kvtune.simulator.latency_parts import covers
+from kvtune.simulator.latency_runtime import learned_steps
 from kvtune.simulator.peak import overhead_bytes, process_bytes
 
 ROOT = Path(kvtune.__file__).parent
@@ -100,6 +104,28 @@ def test_predictions_lie_as_near_to_what_was_measured_as_is_said(file: Path) -> 
         assert p["predicted"]["cache_bytes"] == p["measured"]["cache_bytes"]
         off = abs(p["predicted"]["peak_bytes"] - p["measured"]["device_bytes"])
         assert off <= max(0.01 * p["measured"]["device_bytes"], 150e6)
+
+
+@pytest.mark.parametrize("name", ["plan", "uncompressed"])
+def test_steps_of_the_runtime_are_predicted_from_others_as_is_said(name: str) -> None:
+    """Of 8 prompts of 32k tokens; those that were measured to learn from had at most 8k."""
+    results = json.loads((ROOT / "benchmarks/results/decode-step-h100.json").read_text("utf-8"))
+    plan = read_policy(ROOT / "benchmarks/plans/llama-8b-32k-12-percent.yaml").bind(32, 8)
+    policy = plan if name == "plan" else uncompressed(plan)
+    held = cache_bytes_by_bits(policy, LLAMA, 32768)
+    held[16.0] += LLAMA.kv_bytes(100)
+    found = decode_step(LLAMA, find_gpu("h100"), "bf16", 8, dict(held), "runtime")
+    assert found.low < results[name]["ms"] / 1e3 < found.high
+    assert found.value == pytest.approx(results[name]["ms"] / 1e3, rel=0.015)
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_what_is_learned_of_the_runtime_fits_its_own_steps(slug: str) -> None:
+    learned = {each.shape.name: each for each in learned_steps(kernels_of(profile_of(slug)))}
+    assert learned.keys() == {"smollm2-135m", "llama-3.2-1b", "llama-3.1-8b"}
+    assert learned["llama-3.1-8b"].factor == pytest.approx(1, abs=0.01)  # the heads of the table
+    for name, most in (("smollm2-135m", 0.1), ("llama-3.2-1b", 0.02), ("llama-3.1-8b", 0.006)):
+        assert learned[name].misfit < most
 
 
 def test_published_steps_have_a_source_and_are_of_known_cards_and_models() -> None:
