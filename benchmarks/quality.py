@@ -14,10 +14,9 @@ differences are the policies' and not the dtype's.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 import workers
-from divisions import KINDS, Division, divided
+from divisions import divided
 from outcomes import Outcome, points_below_full, times_as_much, used
 from plans import Plan, choose, one_option_a_layer, search, variants
+from quality_bench import Bench
 from ranking import ranking
 
 from kvtune import __version__
@@ -55,60 +55,9 @@ class Rival:
     policy: Policy
 
 
-@dataclass
-class Bench:
-    """One run: what it measured so far, written after every step."""
-
-    out: Path
-    loaded: LoadedModel
-    crew: workers.Crew
-    division: Division
-    started: float = field(default_factory=time.monotonic)
-    figures: dict[str, Any] = field(default_factory=dict)
-
-    def record(self, name: str, value: Any) -> None:
-        self.figures[name] = value
-        self.figures["seconds"] = round(time.monotonic() - self.started, 1)
-        (self.out / "quality.json").write_text(json.dumps(self.figures, indent=1) + "\n")
-        print(f"[{self.figures['seconds']:7.1f} s] {name}", flush=True)
-
-    @property
-    def samples(self) -> tuple[Sample, ...]:
-        return self.division.plain
-
-    def of(self, split: str) -> list[Sample]:
-        return self.division.of(split)
-
-    def first(self, each: int, split: str) -> list[Sample]:
-        """The first samples of every kind."""
-        return self.of(split)[: each * len(KINDS)]
-
-    def losses(self, rivals: Sequence[Rival], samples: Sequence[Sample]) -> list[float]:
-        """Live loss of every rival, kinds counting alike."""
-        return [o.mean_kl for o in self.run([rival.policy for rival in rivals], samples)]
-
-    def run(self, policies: Sequence[Policy], samples: Sequence[Sample]) -> list[Outcome]:
-        """Every policy live on every sample."""
-        outcomes = [Outcome() for _ in policies]
-        answers = self.crew.everywhere(workers.live, samples, list(policies))
-        for sample, runs in zip(samples, answers, strict=True):
-            for outcome, run in zip(outcomes, runs, strict=True):
-                outcome.add(sample, run, self.full_bytes)
-        return outcomes
-
-    @property
-    def prompt(self) -> int:
-        return self.samples[0].prompt
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        geometry = self.loaded.geometry
-        return geometry.layers, geometry.kv_heads, geometry.head_dim
-
-    @property
-    def full_bytes(self) -> int:
-        layers, heads, head_dim = self.shape
-        return 4 * layers * heads * head_dim * self.prompt
+def losses(bench: Bench, rivals: Sequence[Rival], samples: Sequence[Sample]) -> list[float]:
+    """Live loss of every rival, kinds counting alike."""
+    return [o.mean_kl for o in bench.run([rival.policy for rival in rivals], samples)]
 
 
 def score_microseconds(tables: Tables) -> float:
@@ -158,8 +107,8 @@ def choose_rivals(bench: Bench) -> list[Rival]:
     ]
     first = bench.first(1, "select")
     rest = [sample for sample in bench.of("select") if sample not in first]
-    promising = best_of_each(everyone, bench.losses(everyone, first), PROMISING)
-    kl = bench.losses(promising, rest)
+    promising = best_of_each(everyone, losses(bench, everyone, first), PROMISING)
+    kl = losses(bench, promising, rest)
     rows = [[r.share, r.family, r.policy.name, k] for r, k in zip(promising, kl, strict=True)]
     bench.record("rivals_on_selection", rows)
     return best_of_each(promising, kl, FINALISTS)

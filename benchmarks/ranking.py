@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import workers
 from policies_mixed import mixed_policies
+from quality_bench import Bench
 from scipy.stats import spearmanr
 
 from kvtune.simulator.calibration import calibrate
-
-if TYPE_CHECKING:
-    from quality import Bench
 
 
 def ranking(bench: Bench) -> dict[str, Any]:
