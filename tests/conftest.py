@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, whoever does that
 settings.register_profile("kvtune", deadline=None, derandomize=True)
 settings.load_profile("kvtune")
 
