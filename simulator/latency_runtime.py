@@ -200,7 +200,10 @@ def _by_model(kernels: Kernels, op: str) -> list[tuple[ModelShape, list[KernelRo
 
 
 def _learn(kernels: Kernels, shape: ModelShape, rows: list[KernelRow]) -> Learned:
-    """Least squares over all its steps: a factor for attention, and a rest at each batch."""
+    """Least squares over all its steps: a factor for attention, and a rest at each batch.
+
+    Steps of one length say nothing of attention; it is then taken as the pages have it.
+    """
     batch = np.array([float(row.point.batch) for row in rows])
     cache = np.array([float(shape.kv_bytes(row.point.length)) for row in rows])
     attention = paged_attention(kernels, shape, batch, {16.0: cache})
@@ -209,7 +212,9 @@ def _learn(kernels: Kernels, shape: ModelShape, rows: list[KernelRow]) -> Learne
     batches = np.unique(batch)
     rests = [np.asarray(shape.layers * (batch == one)) for one in batches]
     design = np.column_stack([np.asarray(attention), *rests])
-    solved = np.linalg.lstsq(design / seconds[:, None], beside / seconds, rcond=None)[0]
-    misfit = np.max(np.abs(design @ solved - beside) / seconds)
-    rest = np.asarray(solved[1:], dtype=np.float64)
-    return Learned(shape, float(solved[0]), batches, rest, float(misfit))
+    known = 0 if len(np.unique(cache)) > 1 else 1  # factors of the design that need no fit
+    right = beside - design[:, :known].sum(1)
+    solved = np.linalg.lstsq(design[:, known:] / seconds[:, None], right / seconds, rcond=None)[0]
+    factor, *rest = [1.0] * known + solved.tolist()
+    misfit = np.max(np.abs(design @ np.array([factor, *rest]) - beside) / seconds)
+    return Learned(shape, factor, batches, np.array(rest), float(misfit))

@@ -312,6 +312,25 @@ def test_steps_of_the_runtime_are_learned_from_whole_ones(
     assert decode_steps(between, H100, "bf16", 4, 1e8, "runtime").tier == "fitted"
 
 
+def test_steps_of_one_length_leave_attention_as_pages_have_it() -> None:
+    rest = 5e-6
+    kernels = Kernels((*ROWS, *paged_rows()))
+    batches, cache = np.array([1.0, 4.0]), np.full(2, float(LLAMA.kv_bytes(1024)))
+    attention = paged_attention(kernels, LLAMA, batches, {16.0: cache})
+    head = kernels.linear(LLAMA.vocab_size, LLAMA.hidden_size, batches)
+    matrices = 32 * matrix_products(kernels, LLAMA, batches) + head
+    assert attention is not None
+    steps = [
+        row(Point("runtime_step", "k", batch=int(batch), length=1024, rows=32, width_in=4096,
+                  width_out=14336), 1, seconds=float(seconds))
+        for batch, seconds in zip(batches, attention + matrices + 32 * rest, strict=True)
+    ]  # fmt: skip
+    (found,) = latency_runtime.learned_steps(Kernels((*ROWS, *paged_rows(), *steps)))
+    assert found.factor == 1
+    assert found.rest_s == pytest.approx(rest)
+    assert found.misfit < 1e-9
+
+
 def test_prefills_of_the_runtime_take_so_many_times_their_parts(
     measured: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,7 +39,7 @@ def _step_points(grid: Grid) -> Iterator[Wanted]:
         return
     for shape in map(find_model, MODELS):
         for batch in grid.batches[::2]:
-            for length in grid.lengths[:4:3]:
+            for length in (grid.lengths[0], grid.lengths[:4][-1]):
                 if batch * shape.kv_bytes(length) <= CACHE_BYTES_MOST:
                     yield Wanted(0, _point("runtime_step", shape, batch, length))
 
