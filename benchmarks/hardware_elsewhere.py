@@ -3,10 +3,11 @@
     python benchmarks/hardware_elsewhere.py --results benchmarks/results \
         --out benchmarks/results/hardware-elsewhere.json
 
-Leaving one out: a measured GPU's decode steps are predicted from another's profile and its own
-datasheet. Published: the datasheet tier alone against step times that others published for
-GPUs of other kinds, with their sources, in data/published_steps.csv. Beside ours every time: the
-pure roofline, and 0.8 x bandwidth + 3 us an operation.
+Leaving one out: a measured GPU's decode steps, of plain modules and of the runtime, are predicted
+from another's profile and its own datasheet. Published: the datasheet tier alone against step
+times that others published for GPUs of other kinds, with their sources, in
+data/published_steps.csv. Beside ours every time: the pure roofline, and 0.8 x bandwidth + 3 us an
+operation.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from typing import Any
 import numpy as np
 
 from kvtune.common.files import write_json
-from kvtune.profiles.gpus import find_gpu
-from kvtune.profiles.measured import find_measured
-from kvtune.profiles.models import find_model
-from kvtune.simulator.kernels import Kernels
+from kvtune.profiles.gpus import find_gpu, list_gpus
+from kvtune.profiles.kernel_table import KernelRow
+from kvtune.profiles.measured import MeasuredProfile, find_measured
+from kvtune.profiles.models import find_model, model_of_size
+from kvtune.simulator.kernels import Kernels, kernels_of
 from kvtune.simulator.latency import decode_steps, roofline_decode_steps, scaled_decode_steps
 from kvtune.simulator.latency_measured import measured_steps
+from kvtune.simulator.latency_runtime import runtime_steps
 from kvtune.simulator.transfer import Tables, transferred
 
 PUBLISHED = Path(__file__).parent / "data" / "published_steps.csv"
@@ -102,13 +105,7 @@ def left_out(results: Path) -> list[Compared]:
 
 
 def _left_out(wanted: str, source: str, point: dict[str, Any]) -> Compared:
-    gpu, shape = find_gpu(wanted), find_model("llama-8b")
-    profile = find_measured(source)
-    if profile is None:
-        raise ValueError(source)
-    tables = Tables(
-        Kernels(transferred(profile.rows, find_gpu(source), gpu)), "transferred", source
-    )
+    gpu, shape, tables = find_gpu(wanted), find_model("llama-8b"), _from_another(wanted, source)
     batch, context = point["predicted"]["batch"], point["predicted"]["context"]
     cache = shape.kv_bytes(context)
     answer = measured_steps(
@@ -125,6 +122,53 @@ def _left_out(wanted: str, source: str, point: dict[str, Any]) -> Compared:
         float(roofline_decode_steps(shape, gpu, "bf16", batch, cache)),
         float(scaled_decode_steps(shape, gpu, "bf16", batch, cache)),
         f"profile of {source}",
+    )
+
+
+def _from_another(wanted: str, source: str) -> Tables:
+    profile, gpu = profile_of(source), find_gpu(wanted)
+    rows = transferred(profile.rows, find_gpu(source), gpu)
+    return Tables(Kernels(rows), "transferred", source, kernels_of(profile))
+
+
+def runtime_left_out() -> list[Compared]:
+    """The same of the runtime's whole steps, as the profiles have them."""
+    slugs = [gpu.slug for gpu in list_gpus() if find_measured(gpu.slug)]
+    return [
+        point
+        for wanted, source in permutations(slugs, 2)
+        for row in kernels_of(profile_of(wanted)).rows("runtime_step")
+        if (point := _runtime_left_out(wanted, source, row))
+    ]
+
+
+def profile_of(slug: str) -> MeasuredProfile:
+    profile = find_measured(slug)
+    if profile is None:
+        raise ValueError(slug)
+    return profile
+
+
+def _runtime_left_out(wanted: str, source: str, row: KernelRow) -> Compared | None:
+    point, gpu, tables = row.point, find_gpu(wanted), _from_another(wanted, source)
+    shape = model_of_size(point.rows, point.width_in, point.width_out)
+    if shape is None:
+        return None
+    batch, cache = np.array(float(point.batch)), shape.kv_bytes(point.length)
+    answer = runtime_steps(tables, gpu, shape, "bf16", batch, {16.0: np.array(float(cache))})
+    if answer is None:
+        return None
+    return Compared(
+        wanted,
+        point.batch,
+        point.length,
+        row.seconds,
+        float(answer.value),
+        float(answer.low),
+        float(answer.high),
+        float(roofline_decode_steps(shape, gpu, "bf16", point.batch, cache)),
+        float(scaled_decode_steps(shape, gpu, "bf16", point.batch, cache)),
+        f"{shape.name}, profile of {source}",
     )
 
 
@@ -168,6 +212,7 @@ def main() -> None:
         arguments.out,
         {
             "left_out": report("Leaving one GPU out", left_out(arguments.results)),
+            "runtime_left_out": report("The runtime's steps, likewise", runtime_left_out()),
             "published": report("Published step times, datasheet tier alone", published()),
         },
     )

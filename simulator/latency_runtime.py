@@ -85,7 +85,7 @@ def runtime_steps(
         cache: bytes a sequence over all layers by bits a number, of the same shape as ``batch``.
     """
     attention = paged_attention(tables.kernels, shape, batch, cache)
-    known = learned_steps(tables.kernels)
+    known = learned_steps(tables.whole)
     if attention is None or not known:
         return None
     at = np.log([each.shape.hidden_size for each in known])
@@ -113,7 +113,7 @@ def runtime_prefills(
         prompt: tokens of each.
         batch: prompts, of the same shape as ``prompt``.
     """
-    known = learned_prefills(tables.kernels)
+    known = learned_prefills(tables.whole)
     if not known:
         return None
     at = np.log([each.shape.hidden_size for each in known])

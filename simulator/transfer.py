@@ -24,11 +24,19 @@ class Tables(NamedTuple):
         kernels: by op.
         tier: the best that an answer from them can be: ``measured`` or ``transferred``.
         source: slug of the card that was measured.
+        origin: that card's own times where ``kernels`` are made of them. What is learned from
+            whole steps is learned there: most of it is launches, which no bandwidth shortens.
     """
 
     kernels: Kernels
     tier: Tier
     source: str
+    origin: Kernels | None = None
+
+    @property
+    def whole(self) -> Kernels:
+        """The times as they were measured."""
+        return self.origin or self.kernels
 
 
 def tables_for(gpu: GpuProfile) -> Tables | None:
@@ -45,7 +53,8 @@ def _tables(slug: str) -> Tables | None:
     for other in _nearest_first(gpu):
         found = find_measured(other.slug)
         if found is not None:
-            return Tables(Kernels(transferred(found.rows, other, gpu)), "transferred", other.slug)
+            rows = transferred(found.rows, other, gpu)
+            return Tables(Kernels(rows), "transferred", other.slug, kernels_of(found))
     return None
 
 

@@ -331,6 +331,27 @@ def test_steps_of_one_length_leave_attention_as_pages_have_it() -> None:
     assert found.misfit < 1e-9
 
 
+def test_another_card_has_the_same_launches_and_reads_at_its_own_rate() -> None:
+    steps = [
+        row(Point("runtime_step", "k", batch=4, length=length, rows=32, width_in=4096,
+                  width_out=14336), 16 * 10**9, seconds=8e-3 + length * 1e-7)
+        for length in (1024, 8192)
+    ]  # fmt: skip
+    rows = (*ROWS, *paged_rows(), *steps)
+    there = Kernels(transferred(rows, H100, H200))
+    tables = Tables(there, "transferred", "h100-sxm", Kernels(rows))
+    batch, cache = np.array(4.0), np.array(float(LLAMA.kv_bytes(4096)))
+    found = latency_runtime.runtime_steps(tables, H200, LLAMA, "bf16", batch, {16.0: cache})
+    (learned,) = latency_runtime.learned_steps(Kernels(rows))
+    attention = paged_attention(there, LLAMA, batch, {16.0: cache})
+    assert found is not None
+    assert attention is not None
+    head = there.linear(LLAMA.vocab_size, LLAMA.hidden_size, batch)
+    matrices = 32 * matrix_products(there, LLAMA, batch) + head
+    expected = learned.factor * attention + matrices + 32 * learned.rest_s[0]
+    assert found.value == pytest.approx(float(expected))
+
+
 def test_prefills_of_the_runtime_take_so_many_times_their_parts(
     measured: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
