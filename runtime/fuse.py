@@ -9,6 +9,7 @@ rotated keys into pages, where there is one.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -49,8 +50,9 @@ def fused(model: Any) -> Iterator[None]:
 
 
 def fused_on_gpu(model: Any) -> AbstractContextManager[None]:
-    """The same for a model on a GPU; elsewhere nothing."""
-    return fused(model) if model.device.type == "cuda" else nullcontext()
+    """The same for a model on a GPU, where there is Triton; elsewhere nothing."""
+    there = model.device.type == "cuda" and importlib.util.find_spec("triton")
+    return fused(model) if there else nullcontext()
 
 
 def _has(module: nn.Module, *names: str) -> bool:

@@ -142,9 +142,9 @@ class DecodeLoop:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Fused and captured until the block ends, where there is a GPU; not where heads evict."""
+        """Fused and captured until the block ends, where there is a GPU and no head evicts."""
         with fused_on_gpu(self.model) if self.fuse else nullcontext():
-            if self.tokens.is_cuda and not self.cache.evicts:
+            if self.tokens.is_cuda and self.cache.can_be_captured:
                 self._capture()
             try:
                 yield

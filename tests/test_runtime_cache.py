@@ -27,7 +27,7 @@ from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
 from kvtune.runtime import load_cache
-from kvtune.runtime.cache.backend import Moves
+from kvtune.runtime.cache.backend import Backend, Moves, PlainBackend, TritonBackend
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.cache.pool import SLAB_CELLS, Pool
 from kvtune.runtime.cache.segments import Leaving
@@ -313,6 +313,16 @@ def test_a_pool_never_gives_a_page_twice(seed: int) -> None:
         cells = [c + i for pages, size in held for c in pages for i in range(size)]
         assert len(set(cells)) == len(cells)
         assert pool.used_bytes == 64 * len(cells)
+
+
+@pytest.mark.parametrize("evicts", [False, True])
+@pytest.mark.parametrize("backend", [PlainBackend(), TritonBackend()])
+def test_a_graph_needs_kernels_and_heads_that_only_grow(
+    network: Any, backend: Backend, evicts: bool
+) -> None:
+    cache = load_cache(Policy.uniform(Option(), 3, 2), network, evicts=evicts)
+    cache.backend = backend
+    assert cache.can_be_captured == (isinstance(backend, TritonBackend) and not evicts)
 
 
 def test_a_full_pool_says_so() -> None:

@@ -36,7 +36,7 @@ from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.room import Room
 from kvtune.policies.signals import Signals
-from kvtune.runtime.cache.backend import Backend, backend_for
+from kvtune.runtime.cache.backend import Backend, TritonBackend, backend_for
 from kvtune.runtime.cache.evicting import check_evicting
 from kvtune.runtime.cache.layer import CacheLayer, attention, padding_mask
 from kvtune.runtime.cache.paged_layer import PagedLayer
@@ -238,6 +238,11 @@ class PolicyCache(Cache):  # type: ignore[misc]
                 if hasattr(other, "paged"):  # while prompts are read, later ones have none yet
                     other.paged.seal(self.new_tokens)
             self.make_room(layer, tokens)
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a decode step asks nothing of the host."""
+        return isinstance(self.backend, TritonBackend) and not self.evicts
 
     def prompt_bytes(self) -> int:
         """Bytes of the compressed prompts, as formats count them."""
