@@ -141,7 +141,7 @@ def _chain(undo: ExitStack, layers: Sequence[Any], add_norm: Callable[..., Any])
 
 def _replace_rotary(undo: ExitStack, modeling: Any) -> None:
     original = getattr(modeling, "apply_rotary_pos_emb", None)
-    if original is None:
+    if original is None or not _turns_halves(modeling):
         return
 
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -152,3 +152,9 @@ def _replace_rotary(undo: ExitStack, modeling: Any) -> None:
 
     modeling.apply_rotary_pos_emb = apply
     undo.callback(lambda: setattr(modeling, "apply_rotary_pos_emb", original))
+
+
+def _turns_halves(modeling: Any) -> bool:
+    """Whether channels turn with those half a head away, as in the kernel; Cohere's do not."""
+    turn = getattr(modeling, "rotate_half", None)
+    return turn is not None and turn(torch.arange(4.0)).tolist() == [-2.0, -3.0, 0.0, 1.0]

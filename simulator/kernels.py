@@ -142,16 +142,21 @@ class Kernels:
         return self._linear[out, wide].at(tokens)
 
     def _linear_curve(self, out: int, wide: int) -> Curve:
-        same: dict[int, float] = {}
-        by_rows: dict[int, dict[int, float]] = defaultdict(dict)
+        """Of this matrix; or at every number of rows between all matrices measured up to there.
+
+        Each of them is asked over its own rows first: not all were measured at the same ones.
+        """
+        found: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)
         for row in self.rows("linear"):
-            point = row.point
-            by_rows[point.rows][point.width_in * point.width_out] = row.seconds
-            if (point.width_out, point.width_in) == (out, wide):
-                same[point.rows] = row.seconds
-        if same:
-            return _curve(same)
-        return _curve({rows: _by_size(sizes, out * wide) for rows, sizes in by_rows.items()})
+            found[row.point.width_out, row.point.width_in][row.point.rows] = row.seconds
+        if (out, wide) in found:
+            return _curve(found[out, wide])
+        curves = {a * b: _curve(by_rows) for (a, b), by_rows in found.items()}
+        between = {}
+        for rows in sorted({rows for by_rows in found.values() for rows in by_rows}):
+            near = {size: c for size, c in curves.items() if c.x[0] <= rows <= c.x[-1]}
+            between[rows] = _by_size({n: float(c.at(rows)) for n, c in near.items()}, out * wide)
+        return _curve(between)
 
     # --- attention -------------------------------------------------------------------------
 

@@ -110,12 +110,15 @@ def paged_attention(
         cache: bytes a sequence over all layers by bits a number, of the same shape as ``batch``.
     """
     used = {bits: size for bits, size in cache.items() if np.any(size > 0)}
+    if not used:  # the kernel runs over an empty cache too
+        used = {16.0: np.zeros(np.shape(batch))}
     names = {bits: _FORMAT_OF_BITS.get(bits, "") for bits in used}
-    if not used or not all(kernels.has_paged(name) for name in names.values()):
+    if not all(kernels.has_paged(name) for name in names.values()):
         return None
-    # In numbers held, not bytes: a sequence's tokens are the sum over its formats.
-    numbers = {bits: size * 8 / bits for bits, size in used.items()}
-    total = np.maximum(np.sum(list(numbers.values()), axis=0), 1.0)
+    # In numbers held, not bytes: a sequence's tokens are the sum over its formats. Above zero, so
+    # that an empty cache takes what the kernel does for nothing.
+    numbers = {bits: np.maximum(size * 8 / bits, 1e-9) for bits, size in used.items()}
+    total = np.sum(list(numbers.values()), axis=0)
     parts_s = [
         numbers[bits] / total
         * kernels.paged(names[bits], batch, total * bits / 8 / shape.layers)

@@ -202,7 +202,8 @@ def _by_model(kernels: Kernels, op: str) -> list[tuple[ModelShape, list[KernelRo
 def _learn(kernels: Kernels, shape: ModelShape, rows: list[KernelRow]) -> Learned:
     """Least squares over all its steps: a factor for attention, and a rest at each batch.
 
-    Steps of one length say nothing of attention; it is then taken as the pages have it.
+    Batches of one length each say nothing of attention; it is then taken as the pages have it. As
+    many steps as unknowns are met whatever they are, and say nothing of the fit.
     """
     batch = np.array([float(row.point.batch) for row in rows])
     cache = np.array([float(shape.kv_bytes(row.point.length)) for row in rows])
@@ -212,9 +213,12 @@ def _learn(kernels: Kernels, shape: ModelShape, rows: list[KernelRow]) -> Learne
     batches = np.unique(batch)
     rests = [np.asarray(shape.layers * (batch == one)) for one in batches]
     design = np.column_stack([np.asarray(attention), *rests])
-    known = 0 if len(np.unique(cache)) > 1 else 1  # factors of the design that need no fit
+    two_lengths = any(len(np.unique(cache[batch == one])) > 1 for one in batches)
+    known = 0 if two_lengths else 1  # factors of the design that need no fit
     right = beside - design[:, :known].sum(1)
     solved = np.linalg.lstsq(design[:, known:] / seconds[:, None], right / seconds, rcond=None)[0]
     factor, *rest = [1.0] * known + solved.tolist()
     misfit = np.max(np.abs(design @ np.array([factor, *rest]) - beside) / seconds)
+    if len(rows) <= len(solved):
+        misfit = np.inf
     return Learned(shape, factor, batches, np.array(rest), float(misfit))

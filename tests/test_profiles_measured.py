@@ -128,6 +128,18 @@ def test_what_is_learned_of_the_runtime_fits_its_own_steps(slug: str) -> None:
         assert learned[name].misfit < most
 
 
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-0.5b", "llama-3.2-1b", "llama-8b"])
+@pytest.mark.parametrize("slug", SLUGS)
+def test_no_batch_stands_out_from_its_neighbours(slug: str, name: str) -> None:
+    shape, batches = find_model(name), np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32])
+    for tokens in (0, 1024, 8192):
+        cache = np.full(len(batches), float(shape.kv_bytes(tokens)))
+        taken = decode_steps(shape, find_gpu(slug), "bf16", batches, cache, "runtime").value_s
+        before, there, after = taken[:-2], taken[1:-1], taken[2:]
+        assert (there <= 1.01 * np.maximum(before, after)).all()
+        assert (there >= 0.99 * np.minimum(before, after)).all()
+
+
 def test_published_steps_have_a_source_and_are_of_known_cards_and_models() -> None:
     path = ROOT / "benchmarks" / "data" / "published_steps.csv"
     with path.open(encoding="utf-8", newline="") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -130,6 +131,24 @@ def test_what_is_owed_is_owed_to_both_and_only_until_it_is_done() -> None:
     assert rotation.q.shape == q.shape
     assert owed(other, k) is owed(q.clone(), k) is owed(q, torch.zeros(k.shape)) is None
     assert owed(q, k) is None  # q was looked at
+
+
+@pytest.mark.parametrize("family", ["Cohere", "Llama"])
+def test_only_halves_that_turn_together_are_left_to_the_kernel(
+    family: str, make_network: Callable[..., Any], tiny_fields: dict[str, Any]
+) -> None:
+    """Cohere's channels turn with their neighbours."""
+    import transformers
+
+    network = make_network(getattr(transformers, f"{family}Config")(**tiny_fields)).eval()
+    modeling = sys.modules[type(network).__module__]
+    ids = torch.randint(2, 250, (2, 6), generator=torch.Generator().manual_seed(0))
+    original = modeling.apply_rotary_pos_emb
+    expected = told(network, ids, transformers.DynamicCache(config=network.config))
+    with fused(network):
+        assert (modeling.apply_rotary_pos_emb is original) == (family == "Cohere")
+        own = told(network, ids, transformers.DynamicCache(config=network.config))
+    torch.testing.assert_close(own, expected, atol=2e-5, rtol=2e-4)
 
 
 def told(network: Any, ids: Tensor, cache: Any) -> Tensor:
