@@ -78,7 +78,7 @@ def single_kernels(
     matrices = layers * matrix_products(kernels, shape, batch) + kernels.linear(
         shape.vocab_size, shape.hidden_size, batch
     )
-    rest = layers * layer_rest(kernels, shape, batch) + _step_rest(kernels, shape, batch)
+    rest = layers * layer_rest(kernels, shape, batch) + step_rest(kernels, shape, batch)
     return Parts(attention, matrices, rest, np.zeros(()), np.zeros(()))
 
 
@@ -99,7 +99,7 @@ def layer_rest(kernels: Kernels, shape: ModelShape, tokens: FloatArray) -> Float
     )
 
 
-def _step_rest(kernels: Kernels, shape: ModelShape, batch: FloatArray) -> FloatArray:
+def step_rest(kernels: Kernels, shape: ModelShape, batch: FloatArray) -> FloatArray:
     """What stands before and after the layers."""
     return np.asarray(
         kernels.plain("embedding", batch * shape.hidden_size)

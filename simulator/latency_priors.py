@@ -28,6 +28,10 @@ class Prior(NamedTuple):
 ATTENTION_EFFICIENCY = Prior(0.88, 0.81, 0.95)
 ATTENTION_FLOOR_S = Prior(18e-6, 7e-6, 45e-6)
 ATTENTION_PER_SEQUENCE_S = Prior(0.05e-6, 0.0, 0.12e-6)
+# Attention over quantised pages of narrower heads than a card's pages were measured with, over what
+# their bytes say: one run of heads of 64 in int4, 16 and 5,617 sequences on an H100
+# (benchmarks/results/validate-h100.txt).
+NARROW_PAGES = Prior(1.3, 1.0, 1.6)
 ATTENTION_COMPUTE = Prior(0.60, 0.45, 0.75)  # FlashAttention-2: 50-73 % of A100; -3: 75 % of H100
 
 # Matrix-vector products by kind of memory, same fit.

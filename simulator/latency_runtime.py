@@ -19,6 +19,7 @@ from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.kernel_table import KernelRow
 from kvtune.profiles.models import model_of_size
 from kvtune.profiles.shape import ModelShape
+from kvtune.simulator import latency_priors as priors
 from kvtune.simulator.kernels import FloatArray, Kernels
 from kvtune.simulator.latency_measured import (
     HALF_WIDTH,
@@ -29,7 +30,7 @@ from kvtune.simulator.latency_measured import (
     measured_prefills,
     paged_attention,
 )
-from kvtune.simulator.latency_parts import matrix_products
+from kvtune.simulator.latency_parts import layer_rest, matrix_products, step_rest
 from kvtune.simulator.transfer import Tables
 from kvtune.simulator.weights import WeightFormat
 
@@ -92,14 +93,39 @@ def runtime_steps(
     wide = np.log(shape.hidden_size)
     factor = np.interp(wide, at, [each.factor for each in known])
     rests = np.stack([np.interp(batch, each.batches, each.rest_s) for each in known])
-    rest = shape.layers * _between(wide, at, rests)
+    last = min(each.batches[-1] for each in known)
+    rest = shape.layers * _between(wide, at, rests) + _rest_beyond(
+        tables.kernels, shape, batch, last
+    )
     read = _matrices(tables.kernels, shape, batch)
     value, low, high = (
-        factor * attention + rest + matrices_in_format(read, shape, gpu, weight_format, batch, end)
+        factor * attention * _of_narrow_pages(tables.kernels, shape, cache, end)
+        + rest
+        + matrices_in_format(read, shape, gpu, weight_format, batch, end)
         for end in ("value", "low", "high")
     )
     tiers = _tiers(tables, known, shape, weight_format, batch, cache)
     return answer_of_tier(value, low, high, tiers)
+
+
+def _rest_beyond(kernels: Kernels, shape: ModelShape, batch: FloatArray, last: float) -> FloatArray:
+    """What plain modules take longer than at the last batch that was learned from, seconds."""
+    beyond = (
+        shape.layers * layer_rest(kernels, shape, rows) + step_rest(kernels, shape, rows)
+        for rows in (np.maximum(batch, last), np.full(np.shape(batch), last))
+    )
+    return np.asarray(next(beyond) - next(beyond))
+
+
+def _of_narrow_pages(
+    kernels: Kernels, shape: ModelShape, cache: Mapping[float, FloatArray], end: str
+) -> FloatArray:
+    """How many times as long as by its bytes attention takes, where heads are narrower."""
+    if shape.head_dim >= kernels.heads()[2]:
+        return np.ones(())
+    numbers = {bits: np.maximum(size / bits, 1e-9) for bits, size in cache.items()}
+    wide = numbers.get(16.0, np.zeros(())) / np.sum(list(numbers.values()), axis=0)
+    return np.asarray(wide + (1 - wide) * getattr(priors.NARROW_PAGES, end))
 
 
 def runtime_prefills(

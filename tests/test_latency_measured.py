@@ -24,7 +24,14 @@ from kvtune.simulator.kernels import Curve, Kernels
 from kvtune.simulator.latency import decode_steps, prefills
 from kvtune.simulator.latency_beyond import decode_parts
 from kvtune.simulator.latency_measured import paged_attention
-from kvtune.simulator.latency_parts import covers, layer_matrices, matrix_products
+from kvtune.simulator.latency_parts import (
+    covers,
+    layer_matrices,
+    layer_rest,
+    matrix_products,
+    step_rest,
+)
+from kvtune.simulator.latency_priors import NARROW_PAGES
 from kvtune.simulator.overheads import policy_overhead, transfer
 from kvtune.simulator.transfer import Tables, transferred
 
@@ -283,6 +290,10 @@ def test_steps_of_the_runtime_are_learned_from_whole_ones(
         attention = paged_attention(
             kernels, shape, rows, {b: np.array(s) for b, s in sizes.items()}
         )
+        if shape.head_dim == 64:  # half of what the pages were measured with
+            numbers = {bits: size / bits for bits, size in sizes.items()}
+            narrow = 1 - numbers.get(16.0, 0) / sum(numbers.values())
+            factor *= 1 + narrow * (NARROW_PAGES.value - 1)
         matrices = shape.layers * matrix_products(kernels, shape, rows)
         head = kernels.linear(shape.vocab_size, shape.hidden_size, rows)
         assert attention is not None
@@ -321,6 +332,22 @@ def test_an_empty_cache_is_read_no_slower_than_a_full_one(
     monkeypatch.setattr(latency, "tables_for", lambda gpu: tables)
     empty, little = (decode_steps(LLAMA, H100, "bf16", 4, n, "runtime").at() for n in (0.0, 1.0))
     assert empty.value == pytest.approx(little.value, rel=1e-6)
+
+
+def test_beyond_the_batches_that_were_learned_from_small_modules_grow(
+    measured: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = row(Point("runtime_step", "k", batch=16, length=1024, rows=32, width_in=4096,
+                     width_out=14336), 1, seconds=9e-3)  # fmt: skip
+    kernels = Kernels((*ROWS, *paged_rows(), step))
+    monkeypatch.setattr(latency, "tables_for", lambda gpu: Tables(kernels, "measured", "h100-sxm"))
+    steps = decode_steps(LLAMA, H100, "bf16", [16, 4096], 0.0, "runtime").value_s
+    rows = np.array([16.0, 4096.0])
+    head = kernels.linear(LLAMA.vocab_size, LLAMA.hidden_size, rows)
+    matrices = np.diff(32 * matrix_products(kernels, LLAMA, rows) + head)
+    rest = np.diff(32 * layer_rest(kernels, LLAMA, rows) + step_rest(kernels, LLAMA, rows))
+    assert float(rest[0]) > 1e-4
+    assert np.diff(steps) == pytest.approx(matrices + rest)
 
 
 def test_as_many_steps_as_unknowns_say_nothing_of_the_fit() -> None:

@@ -137,7 +137,7 @@ def test_no_batch_stands_out_from_its_neighbours(slug: str, name: str) -> None:
         taken = decode_steps(shape, find_gpu(slug), "bf16", batches, cache, "runtime").value_s
         before, there, after = taken[:-2], taken[1:-1], taken[2:]
         assert (there <= 1.01 * np.maximum(before, after)).all()
-        assert (there >= 0.99 * np.minimum(before, after)).all()
+        assert (there >= 0.98 * np.minimum(before, after)).all()
 
 
 def test_published_steps_have_a_source_and_are_of_known_cards_and_models() -> None:
