@@ -75,7 +75,7 @@ class Future:
 
 @dataclass
 class Signals:
-    """One layer of one prompt.
+    """One layer of one prompt; or of several side by side, for methods that look at no other head.
 
     Args:
         queries: the last prompt queries, after RoPE, ``[Hq, W, D]`` (all of them or a tail).

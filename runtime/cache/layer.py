@@ -116,6 +116,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         cache, self.waiting = self.cache, []
         counts = [len(signals.keys) // len(cache.policy.heads[self.number]) for signals in read]
         firsts = itertools.accumulate(counts, initial=0)
+        # One more first than there are prompts: where a next one would begin.
         choices = [self.choose(*asked) for asked in zip(firsts, read, strict=False)]
         kept = [tokens for choice in choices for tokens in choice.kept]
         self.paged = paged = self._empty([room for choice in choices for room in choice.rooms])
