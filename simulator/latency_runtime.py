@@ -87,7 +87,8 @@ def runtime_steps(
     """
     attention = paged_attention(tables.kernels, shape, batch, cache)
     known = learned_steps(tables.whole)
-    if attention is None or not known:
+    floor = paged_attention(tables.kernels, shape, batch, {})
+    if attention is None or floor is None or not known:
         return None
     at = np.log([each.shape.hidden_size for each in known])
     wide = np.log(shape.hidden_size)
@@ -99,7 +100,7 @@ def runtime_steps(
     )
     read = _matrices(tables.kernels, shape, batch)
     value, low, high = (
-        factor * attention * _of_narrow_pages(tables.kernels, shape, cache, end)
+        factor * (floor + (attention - floor) * _of_narrow_pages(tables.kernels, shape, cache, end))
         + rest
         + matrices_in_format(read, shape, gpu, weight_format, batch, end)
         for end in ("value", "low", "high")
@@ -120,7 +121,7 @@ def _rest_beyond(kernels: Kernels, shape: ModelShape, batch: FloatArray, last: f
 def _of_narrow_pages(
     kernels: Kernels, shape: ModelShape, cache: Mapping[float, FloatArray], end: str
 ) -> FloatArray:
-    """How many times as long as by its bytes attention takes, where heads are narrower."""
+    """How many times as long attention takes for its bytes, where heads are narrower."""
     if shape.head_dim >= kernels.heads()[2]:
         return np.ones(())
     numbers = {bits: np.maximum(size / bits, 1e-9) for bits, size in cache.items()}

@@ -290,13 +290,15 @@ def test_steps_of_the_runtime_are_learned_from_whole_ones(
         attention = paged_attention(
             kernels, shape, rows, {b: np.array(s) for b, s in sizes.items()}
         )
+        floor = paged_attention(kernels, shape, rows, {})
+        assert attention is not None
+        assert floor is not None
         if shape.head_dim == 64:  # half of what the pages were measured with
             numbers = {bits: size / bits for bits, size in sizes.items()}
             narrow = 1 - numbers.get(16.0, 0) / sum(numbers.values())
-            factor *= 1 + narrow * (NARROW_PAGES.value - 1)
+            attention += (attention - floor) * narrow * (NARROW_PAGES.value - 1)
         matrices = shape.layers * matrix_products(kernels, shape, rows)
         head = kernels.linear(shape.vocab_size, shape.hidden_size, rows)
-        assert attention is not None
         return float(factor * attention + matrices + head + shape.layers * rest * (1 + batch))
 
     steps = [
