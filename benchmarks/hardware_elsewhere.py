@@ -25,13 +25,14 @@ from typing import Any
 import numpy as np
 
 from kvtune.common.files import write_json
-from kvtune.profiles.gpus import find_gpu, list_gpus
+from kvtune.profiles.gpus import GpuProfile, find_gpu, list_gpus
 from kvtune.profiles.kernel_table import KernelRow
 from kvtune.profiles.measured import MeasuredProfile, find_measured
 from kvtune.profiles.models import find_model, model_of_size
+from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.kernels import Kernels, kernels_of
 from kvtune.simulator.latency import decode_steps, roofline_decode_steps, scaled_decode_steps
-from kvtune.simulator.latency_measured import measured_steps
+from kvtune.simulator.latency_measured import Answer, measured_steps
 from kvtune.simulator.latency_runtime import runtime_steps
 from kvtune.simulator.transfer import Tables, transferred
 
@@ -111,17 +112,31 @@ def _left_out(wanted: str, source: str, point: dict[str, Any]) -> Compared:
     answer = measured_steps(
         tables, gpu, shape, "bf16", np.array(float(batch)), {16.0: np.array(float(cache))}
     )
+    source = f"profile of {source}"
+    return _compared(gpu, shape, batch, context, point["measured"]["step_s"], answer, source)
+
+
+def _compared(
+    gpu: GpuProfile,
+    shape: ModelShape,
+    batch: int,
+    context: int,
+    measured_s: float,
+    answer: Answer,
+    source: str,
+) -> Compared:
+    cache = shape.kv_bytes(context)
     return Compared(
-        wanted,
+        gpu.slug,
         batch,
         context,
-        point["measured"]["step_s"],
+        measured_s,
         float(answer.value),
         float(answer.low),
         float(answer.high),
         float(roofline_decode_steps(shape, gpu, "bf16", batch, cache)),
         float(scaled_decode_steps(shape, gpu, "bf16", batch, cache)),
-        f"profile of {source}",
+        source,
     )
 
 
@@ -158,18 +173,8 @@ def _runtime_left_out(wanted: str, source: str, row: KernelRow) -> Compared | No
     answer = runtime_steps(tables, gpu, shape, "bf16", batch, {16.0: np.array(float(cache))})
     if answer is None:
         return None
-    return Compared(
-        wanted,
-        point.batch,
-        point.length,
-        row.seconds,
-        float(answer.value),
-        float(answer.low),
-        float(answer.high),
-        float(roofline_decode_steps(shape, gpu, "bf16", point.batch, cache)),
-        float(scaled_decode_steps(shape, gpu, "bf16", point.batch, cache)),
-        f"{shape.name}, profile of {source}",
-    )
+    source = f"{shape.name}, profile of {source}"
+    return _compared(gpu, shape, point.batch, point.length, row.seconds, answer, source)
 
 
 def summary(points: Sequence[Compared]) -> dict[str, Any]:

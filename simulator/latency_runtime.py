@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -90,15 +90,8 @@ def runtime_steps(
     floor = paged_attention(tables.kernels, shape, batch, {})
     if attention is None or floor is None or not known:
         return None
-    at = np.log([each.shape.hidden_size for each in known])
-    wide = np.log(shape.hidden_size)
-    factor = np.interp(wide, at, [each.factor for each in known])
-    rests = np.stack([np.interp(batch, each.batches, each.rest_s) for each in known])
-    last = min(each.batches[-1] for each in known)
-    rest = shape.layers * _between(wide, at, rests) + _rest_beyond(
-        tables.kernels, shape, batch, last
-    )
-    read = _matrices(tables.kernels, shape, batch)
+    factor = _by_width(shape, known, [np.asarray(each.factor) for each in known])
+    read, rest = _matrices(tables.kernels, shape, batch), _rest(tables.kernels, known, shape, batch)
     value, low, high = (
         factor * (floor + (attention - floor) * _of_narrow_pages(tables.kernels, shape, cache, end))
         + rest
@@ -107,6 +100,16 @@ def runtime_steps(
     )
     tiers = _tiers(tables, known, shape, weight_format, batch, cache)
     return answer_of_tier(value, low, high, tiers)
+
+
+def _rest(
+    kernels: Kernels, known: Sequence[Learned], shape: ModelShape, batch: FloatArray
+) -> FloatArray:
+    """What a step takes beside matrices and attention, seconds."""
+    rests = [np.interp(batch, each.batches, each.rest_s) for each in known]
+    last = min(each.batches[-1] for each in known)
+    beyond = _rest_beyond(kernels, shape, batch, last)
+    return np.asarray(shape.layers * _by_width(shape, known, rests) + beyond)
 
 
 def _rest_beyond(kernels: Kernels, shape: ModelShape, batch: FloatArray, last: float) -> FloatArray:
@@ -143,9 +146,8 @@ def runtime_prefills(
     known = learned_prefills(tables.whole)
     if not known:
         return None
-    at = np.log([each.shape.hidden_size for each in known])
-    ratios = np.stack([np.interp(prompt, each.prompts, each.ratios) for each in known])
-    ratio = _between(np.log(shape.hidden_size), at, ratios)
+    ratios = [np.interp(prompt, each.prompts, each.ratios) for each in known]
+    ratio = _by_width(shape, known, ratios)
     alone = measured_prefills(tables, shape, prompt, batch)
     return Answer(ratio * alone.value, ratio * alone.low, ratio * alone.high, alone.tiers)
 
@@ -155,9 +157,15 @@ def _matrices(kernels: Kernels, shape: ModelShape, batch: FloatArray) -> FloatAr
     return np.asarray(shape.layers * matrix_products(kernels, shape, batch) + head)
 
 
-def _between(wanted: float, at: FloatArray, values: FloatArray) -> FloatArray:
-    """``values [models, ...]`` between their places; beyond the ends as at the nearest."""
-    place = np.interp(wanted, at, np.arange(len(at)))
+def _by_width(
+    shape: ModelShape, known: Sequence[Learned | Prefills], values: Sequence[FloatArray]
+) -> FloatArray:
+    """Each known model's values, between them by the logarithm of the residual stream's width.
+
+    Beyond the narrowest and the widest as at these.
+    """
+    at = np.log([each.shape.hidden_size for each in known])
+    place = np.interp(np.log(shape.hidden_size), at, np.arange(len(at)))
     below = int(place)
     share = place - below
     above = min(below + 1, len(at) - 1)
@@ -241,10 +249,10 @@ def _learn(kernels: Kernels, shape: ModelShape, rows: list[KernelRow]) -> Learne
     rests = [np.asarray(shape.layers * (batch == one)) for one in batches]
     design = np.column_stack([np.asarray(attention), *rests])
     two_lengths = any(len(np.unique(cache[batch == one])) > 1 for one in batches)
-    known = 0 if two_lengths else 1  # factors of the design that need no fit
-    right = beside - design[:, :known].sum(1)
-    solved = np.linalg.lstsq(design[:, known:] / seconds[:, None], right / seconds, rcond=None)[0]
-    factor, *rest = [1.0] * known + solved.tolist()
+    given = 0 if two_lengths else 1  # columns of the design whose factor, 1, is not looked for
+    right = beside - design[:, :given].sum(1)
+    solved = np.linalg.lstsq(design[:, given:] / seconds[:, None], right / seconds, rcond=None)[0]
+    factor, *rest = [1.0] * given + solved.tolist()
     misfit = np.max(np.abs(design @ np.array([factor, *rest]) - beside) / seconds)
     if len(rows) <= len(solved):
         misfit = np.inf
