@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,66 +16,28 @@ from kvtune.profiles.gpus import GpuProfile, find_gpu
 from kvtune.profiles.kernel_table import KernelRow, Point, RowWriter
 from kvtune.profiles.measured import parse_measured_gpu, read_measured
 from kvtune.profiles.models import find_model
-from kvtune.profiles.shape import ModelShape
-from kvtune.simulator import latency, latency_runtime, overheads
+from kvtune.simulator import latency, overheads
 from kvtune.simulator import transfer as transfer_module
 from kvtune.simulator.kernels import Curve, Kernels
 from kvtune.simulator.latency import decode_steps, prefills
 from kvtune.simulator.latency_beyond import decode_parts
-from kvtune.simulator.latency_measured import paged_attention
 from kvtune.simulator.latency_parts import (
     covers,
     layer_matrices,
-    layer_rest,
-    matrix_products,
-    step_rest,
 )
-from kvtune.simulator.latency_priors import NARROW_PAGES
 from kvtune.simulator.overheads import policy_overhead, transfer
 from kvtune.simulator.transfer import Tables, transferred
-
-LLAMA, H100, H200 = find_model("llama-8b"), find_gpu("h100"), find_gpu("h200")
-BANDWIDTH, RATE, FLOOR_S = 3.0e12, 700e12, 2e-6
-BATCHES, LENGTHS = (1, 4, 16), (1024, 4096, 16384, 65536)
-
-
-def law(bytes_: float, flops: float = 0.0) -> float:
-    """Seconds of any kernel of the made-up card."""
-    return FLOOR_S + max(bytes_ / BANDWIDTH, flops / RATE)
-
-
-def row(point: Point, bytes_: int, flops: int = 0, seconds: float | None = None) -> KernelRow:
-    us = 1e6 * (law(bytes_, flops) if seconds is None else seconds)
-    return KernelRow(point, "test", bytes_, flops, us, us, us, 3)
-
-
-def table() -> Iterator[KernelRow]:
-    sizes = (*layer_matrices(LLAMA), (LLAMA.vocab_size, LLAMA.hidden_size), (1024, 1024))
-    for rows in (1, 4, 16, 8192):
-        for out, wide in sizes:
-            point = Point("linear", "k", rows=rows, width_in=wide, width_out=out)
-            yield row(point, 2 * out * wide, 2 * rows * out * wide)
-        for op in ("rms_norm", "rope", "gated", "residual", "argmax", "embedding"):
-            yield row(Point(op, "k", rows=rows, width_in=4096, l2="warm"), 4 * rows * 4096)
-    for batch in BATCHES:
-        heads: dict[str, Any] = {"query_heads": 32, "kv_heads": 8, "head_dim": 128}
-        yield row(Point("append", "k", batch=batch, **heads), 4096 * batch)
-        for length in LENGTHS:
-            point = Point("attention_decode", "k", batch=batch, length=length, **heads)
-            yield row(point, 4096 * batch * length)
-    for op in ("attention_prefill", "score_topk", "compact", "quantise"):
-        for length in (1024, 8192, 32768):
-            form = "int4" if op == "quantise" else "bf16"
-            point = Point(op, "k", number_format=form, batch=1, length=length, query_heads=32,
-                          kv_heads=8, head_dim=128)  # fmt: skip
-            yield row(point, 4096 * length, 8192 * length * length)
-    for size in (2**12, 2**28):
-        point = Point("host_to_device", "pinned", "eager", width_in=size)
-        yield row(point, size, seconds=1e-5 + size / 50e9)
-
-
-ROWS = tuple(table())
-KERNELS = Kernels(ROWS)
+from kvtune.tests.made_up_card import (
+    BATCHES,
+    H100,
+    H200,
+    KERNELS,
+    LLAMA,
+    ROWS,
+    law,
+    paged_rows,
+    row,
+)
 
 
 @pytest.fixture
@@ -135,6 +96,17 @@ def test_matrices_of_other_sizes_lie_between_those_measured() -> None:
     assert times == sorted(times)
     assert times[0] == pytest.approx(law(2 * 1024**2))
     assert not KERNELS.has_linear(2048, 2048)
+
+
+def test_a_matrix_between_others_is_asked_over_their_own_rows_first() -> None:
+    """Large ones were measured at 1, 4 and 16 rows, small ones at 1 and 16 alone."""
+    rows = [
+        row(Point("linear", "k", rows=n, width_in=wide, width_out=wide), 2 * wide * wide)
+        for wide, measured_at in ((1024, (1, 16)), (8192, (1, 4, 16)))
+        for n in measured_at
+    ]  # fmt: skip
+    seconds = Kernels(rows).linear(2048, 2048, [1, 4, 16])
+    assert seconds == pytest.approx(seconds[0])
 
 
 @settings(deadline=None, derandomize=True)
@@ -248,18 +220,6 @@ def test_narrow_caches_and_weights_are_faster_and_no_longer_measured(measured: T
     assert narrow.low < narrow.value < narrow.high
 
 
-def paged_rows() -> Iterator[KernelRow]:
-    """Attention over pages: int4 takes twice what its bytes say."""
-    heads: dict[str, Any] = {"query_heads": 32, "kv_heads": 8, "head_dim": 128}
-    for form, bits, slower in (("bf16", 16, 1.0), ("int4", 4, 2.0)):
-        for batch in (1, 8):
-            for length in (1024, 65536):
-                point = Point("attention_paged", "k", number_format=form, batch=batch,
-                              length=length, **heads)  # fmt: skip
-                size = 2048 * batch * length * bits // 8
-                yield row(point, size, seconds=slower * law(size))
-
-
 def test_measured_pages_say_how_fast_a_narrow_cache_is(
     measured: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,173 +233,6 @@ def test_measured_pages_say_how_fast_a_narrow_cache_is(
     both = decode_steps(LLAMA, H100, "bf16", 8, {4: size / 2, 16: 2 * size}).at()
     assert narrow.value < both.value
     assert both.tier == "fitted"
-
-
-def test_steps_of_the_runtime_are_learned_from_whole_ones(
-    measured: Tables, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A made-up runtime: a rest a layer, and attention as slow as pages say or twice as slow."""
-    small = find_model("smollm2-135m")
-    law_of = {LLAMA.name: (1.0, 7e-6), small.name: (2.0, 3e-6)}
-    pages = list(paged_rows())
-    kernels = Kernels((*ROWS, *pages))
-
-    def right(shape: ModelShape, batch: float, sizes: dict[float, float]) -> float:
-        factor, rest = law_of[shape.name]
-        rows = np.array(batch)
-        attention = paged_attention(
-            kernels, shape, rows, {b: np.array(s) for b, s in sizes.items()}
-        )
-        floor = paged_attention(kernels, shape, rows, {})
-        assert attention is not None
-        assert floor is not None
-        if shape.head_dim == 64:  # half of what the pages were measured with
-            numbers = {bits: size / bits for bits, size in sizes.items()}
-            narrow = 1 - numbers.get(16.0, 0) / sum(numbers.values())
-            attention += (attention - floor) * narrow * (NARROW_PAGES.value - 1)
-        matrices = shape.layers * matrix_products(kernels, shape, rows)
-        head = kernels.linear(shape.vocab_size, shape.hidden_size, rows)
-        return float(factor * attention + matrices + head + shape.layers * rest * (1 + batch))
-
-    steps = [
-        row(Point("runtime_step", "k", batch=batch, length=length, rows=shape.layers,
-                  width_in=shape.hidden_size, width_out=shape.intermediate_size), 1,
-            seconds=right(shape, batch, {16.0: shape.kv_bytes(length)}))
-        for shape in (LLAMA, small) for batch in (1, 4, 16) for length in (1024, 8192)
-    ]  # fmt: skip
-    tables = Tables(Kernels((*ROWS, *pages, *steps)), "measured", "h100-sxm")
-    monkeypatch.setattr(latency, "tables_for", lambda gpu: tables)
-    for shape in (LLAMA, small):
-        cache = shape.kv_bytes(5000)
-        plain = decode_steps(shape, H100, "bf16", 4, cache, "runtime").at()
-        assert plain.value == pytest.approx(right(shape, 4, {16.0: cache}), rel=1e-6)
-        assert plain.tier == "interpolated"
-        sizes = {4.0: cache / 8, 16.0: cache / 20}
-        narrow = decode_steps(shape, H100, "bf16", 16, sizes, "runtime").at()
-        assert narrow.value == pytest.approx(right(shape, 16, sizes), rel=1e-6)
-        assert narrow.tier == "fitted"
-        assert narrow.low < narrow.value < narrow.high
-    between = find_model("llama-3.2-1b")
-    factors = [each.factor for each in latency_runtime.learned_steps(tables.kernels)]
-    assert factors == pytest.approx([2.0, 1.0])
-    assert decode_steps(between, H100, "bf16", 4, 1e8, "runtime").tier == "fitted"
-
-
-def test_an_empty_cache_is_read_no_slower_than_a_full_one(
-    measured: Tables, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = row(Point("runtime_step", "k", batch=4, length=1024, rows=32, width_in=4096,
-                     width_out=14336), 1, seconds=9e-3)  # fmt: skip
-    tables = Tables(Kernels((*ROWS, *paged_rows(), step)), "measured", "h100-sxm")
-    monkeypatch.setattr(latency, "tables_for", lambda gpu: tables)
-    empty, little = (decode_steps(LLAMA, H100, "bf16", 4, n, "runtime").at() for n in (0.0, 1.0))
-    assert empty.value == pytest.approx(little.value, rel=1e-6)
-
-
-def test_beyond_the_batches_that_were_learned_from_small_modules_grow(
-    measured: Tables, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = row(Point("runtime_step", "k", batch=16, length=1024, rows=32, width_in=4096,
-                     width_out=14336), 1, seconds=9e-3)  # fmt: skip
-    kernels = Kernels((*ROWS, *paged_rows(), step))
-    monkeypatch.setattr(latency, "tables_for", lambda gpu: Tables(kernels, "measured", "h100-sxm"))
-    steps = decode_steps(LLAMA, H100, "bf16", [16, 4096], 0.0, "runtime").value_s
-    rows = np.array([16.0, 4096.0])
-    head = kernels.linear(LLAMA.vocab_size, LLAMA.hidden_size, rows)
-    matrices = np.diff(32 * matrix_products(kernels, LLAMA, rows) + head)
-    rest = np.diff(32 * layer_rest(kernels, LLAMA, rows) + step_rest(kernels, LLAMA, rows))
-    assert float(rest[0]) > 1e-4
-    assert np.diff(steps) == pytest.approx(matrices + rest)
-
-
-def test_as_many_steps_as_unknowns_say_nothing_of_the_fit() -> None:
-    steps = [
-        row(Point("runtime_step", "k", batch=batch, length=length, rows=32, width_in=4096,
-                  width_out=14336), 1, seconds=9e-3)
-        for batch, length in ((1, 1024), (4, 8192))
-    ]  # fmt: skip
-    (found,) = latency_runtime.learned_steps(Kernels((*ROWS, *paged_rows(), *steps)))
-    assert found.factor == 1  # no batch has two lengths
-    assert found.misfit == np.inf
-
-
-def test_a_matrix_between_others_is_asked_over_their_own_rows_first() -> None:
-    """Large ones were measured at 1, 4 and 16 rows, small ones at 1 and 16 alone."""
-    rows = [
-        row(Point("linear", "k", rows=n, width_in=wide, width_out=wide), 2 * wide * wide)
-        for wide, measured_at in ((1024, (1, 16)), (8192, (1, 4, 16)))
-        for n in measured_at
-    ]  # fmt: skip
-    seconds = Kernels(rows).linear(2048, 2048, [1, 4, 16])
-    assert seconds == pytest.approx(seconds[0])
-
-
-def test_steps_of_one_length_leave_attention_as_pages_have_it() -> None:
-    rest = 5e-6
-    kernels = Kernels((*ROWS, *paged_rows()))
-    batches, cache = np.array([1.0, 4.0]), np.full(2, float(LLAMA.kv_bytes(1024)))
-    attention = paged_attention(kernels, LLAMA, batches, {16.0: cache})
-    head = kernels.linear(LLAMA.vocab_size, LLAMA.hidden_size, batches)
-    matrices = 32 * matrix_products(kernels, LLAMA, batches) + head
-    assert attention is not None
-    steps = [
-        row(Point("runtime_step", "k", batch=int(batch), length=1024, rows=32, width_in=4096,
-                  width_out=14336), 1, seconds=float(seconds))
-        for batch, seconds in zip(batches, attention + matrices + 32 * rest, strict=True)
-    ]  # fmt: skip
-    (found,) = latency_runtime.learned_steps(Kernels((*ROWS, *paged_rows(), *steps)))
-    assert found.factor == 1
-    assert found.rest_s == pytest.approx(rest)
-
-
-def test_another_card_has_the_same_launches_and_reads_at_its_own_rate() -> None:
-    steps = [
-        row(Point("runtime_step", "k", batch=4, length=length, rows=32, width_in=4096,
-                  width_out=14336), 16 * 10**9, seconds=8e-3 + length * 1e-7)
-        for length in (1024, 8192)
-    ]  # fmt: skip
-    rows = (*ROWS, *paged_rows(), *steps)
-    there = Kernels(transferred(rows, H100, H200))
-    tables = Tables(there, "transferred", "h100-sxm", Kernels(rows))
-    batch, cache = np.array(4.0), np.array(float(LLAMA.kv_bytes(4096)))
-    found = latency_runtime.runtime_steps(tables, H200, LLAMA, "bf16", batch, {16.0: cache})
-    (learned,) = latency_runtime.learned_steps(Kernels(rows))
-    attention = paged_attention(there, LLAMA, batch, {16.0: cache})
-    assert found is not None
-    assert attention is not None
-    head = there.linear(LLAMA.vocab_size, LLAMA.hidden_size, batch)
-    matrices = 32 * matrix_products(there, LLAMA, batch) + head
-    expected = learned.factor * attention + matrices + 32 * learned.rest_s[0]
-    assert found.value == pytest.approx(float(expected))
-
-
-def test_prefills_of_the_runtime_take_so_many_times_their_parts(
-    measured: Tables, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small, between = find_model("smollm2-135m"), find_model("llama-3.2-1b")
-
-    def parts(shape: ModelShape, prompt: int, batch: int) -> float:
-        return prefills(shape, H100, "bf16", prompt, batch).at().value
-
-    rows = [
-        row(Point("runtime_prefill", "k", "eager", batch=3, length=length, rows=shape.layers,
-                  width_in=shape.hidden_size, width_out=shape.intermediate_size), 1,
-            seconds=ratio * parts(shape, length, 3))
-        for shape, ratio in ((LLAMA, 1.2), (small, 1.6)) for length in (2048, 8192)
-    ]  # fmt: skip
-    tables = Tables(Kernels((*ROWS, *rows)), "measured", "h100-sxm")
-    monkeypatch.setattr(latency, "tables_for", lambda gpu: tables)
-    for shape, low, high in ((LLAMA, 1.2, 1.2), (small, 1.6, 1.6), (between, 1.25, 1.55)):
-        taken = prefills(shape, H100, "bf16", 4096, 8, "runtime").at()
-        assert low - 1e-6 < taken.value / parts(shape, 4096, 8) < high + 1e-6
-        assert taken.low < taken.value < taken.high
-
-
-def test_without_steps_of_the_runtime_plain_modules_answer(measured: Tables) -> None:
-    cache = LLAMA.kv_bytes(4096)
-    assert decode_steps(LLAMA, H100, "bf16", 4, cache, "runtime").at() == step(4, 4096)
-    with pytest.raises(KvtuneError, match="runtime, graph, eager"):
-        decode_steps(LLAMA, H100, "bf16", 4, cache, "quick")  # type: ignore[arg-type]
 
 
 def test_models_that_the_table_does_not_cover_get_the_datasheet(measured: Tables) -> None:
