@@ -24,7 +24,17 @@ from kvtune.simulator.latency_beyond import decode_parts
 from kvtune.simulator.latency_parts import covers, layer_matrices
 from kvtune.simulator.overheads import policy_overhead, transfer
 from kvtune.simulator.transfer import Tables, transferred
-from kvtune.tests.made_up_card import BATCHES, H100, H200, KERNELS, LLAMA, ROWS, law, paged_rows, row
+from kvtune.tests.made_up_card import (
+    BATCHES,
+    H100,
+    H200,
+    KERNELS,
+    LLAMA,
+    ROWS,
+    law,
+    paged_rows,
+    row,
+)
 
 
 @pytest.fixture
