@@ -85,7 +85,7 @@ def fitting(
     method: DecodeMethod, prompt: int, tokens: int, head_dim: int, share: float
 ) -> int | None:
     """The largest budget whose mean bytes are within a share of the full cache's; None if none."""
-    entry = Option().footprint(1, head_dim)
+    entry = Option().footprint(1, 1, head_dim)
     room = share * (prompt + (tokens + 1) / 2) * entry / (entry + method.entry_bits / 8)
     low, high = 0, prompt + tokens
     while low < high:
@@ -141,7 +141,7 @@ def generate(sample: Sample, task: Task) -> dict[str, Any]:
 
 def full_mean_bytes(geometry: Any, generation: Generation) -> float:
     entries = generation.prompt_tokens + (generation.generated + 1) / 2
-    per_entry = Option().footprint(1, geometry.head_dim)
+    per_entry = Option().footprint(1, 1, geometry.head_dim)
     return entries * geometry.layers * geometry.kv_heads * per_entry
 
 

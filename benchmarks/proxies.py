@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvtune.policies.compress import Kept, select, store
+from kvtune.policies.apply import Kept, ask, store
 from kvtune.policies.policy import Policy
 from kvtune.simulator.build import DEFAULT_BLOCK, ahead
 from kvtune.simulator.replay import LayerReplay
@@ -46,8 +46,8 @@ def predictions(
                     policy.split(index, planned[index].tolist(), layer.signals)
                     for policy, planned in zip(policies[some], budgets[some], strict=True)
                 ]
-                kept = select(rows, tokens, layer.signals)
-                part = store(rows, kept, layer.signals)
+                kept = ask(rows, tokens, layer.signals)
+                part = store(rows, tokens, kept, layer.signals)
                 totals[some] += layer.response(part, DEFAULT_BLOCK).sum(1)
                 change = (layer.output(part) - layer.full).norm(dim=-1) / layer.full.norm(dim=-1)
                 found["error"][some, column] += change.mean((1, 2, 3)).cpu().numpy() / layers
@@ -66,6 +66,5 @@ def _attention(layer: LayerReplay) -> Tensor:
 
 def _mass_kept(mass: Tensor, kept: Kept) -> Tensor:
     """Mean over heads, ``[B]``."""
-    real = torch.arange(kept.indices.shape[-1], device=mass.device) < kept.counts[..., None]
-    drawn = mass.expand(len(kept.indices), *mass.shape).gather(-1, kept.indices)
-    return (drawn * real).sum(-1).mean(-1)
+    each = [mass[row % len(mass), tokens].sum() for row, tokens in enumerate(kept.tokens)]
+    return torch.stack(each).view(-1, len(mass)).mean(-1)

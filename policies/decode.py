@@ -2,8 +2,8 @@
 
 Life of a method while decoding, one layer at a time: ``statistics`` says what is known of every
 prompt token when the prompt is complete; the driver keeps the tokens that ``keep`` names. Each
-generated token then enters a free slot with ``fresh`` statistics, attends to all that is live,
-itself included, and ``observe`` is given that row of attention. ``drops`` says how many entries
+generated token then enters a free slot with ``fresh`` statistics, made of its key and value, attends
+to all that is live, itself included, and ``observe`` is given that row of attention. ``drops`` says how many entries
 must leave now, ``leaving`` which. The prompt's scores are the ``worth`` of the same statistics, so
 the two halves of a method cannot drift apart.
 """
@@ -86,9 +86,36 @@ class DecodeMethod(ScoredMethod):
     def worth(self, state: DecodeState) -> Tensor:
         """How much each entry is worth, ``[B, H, n]`` float32, finite where live."""
 
-    def fresh(self, state: DecodeState) -> Mapping[str, float]:
-        """What a statistic starts from when a token enters; zero unless named. Changes nothing."""
+    def fresh(
+        self, state: DecodeState, keys: Tensor, values: Tensor
+    ) -> Mapping[str, float | Tensor]:
+        """What a statistic starts from when a token enters; zero unless named. Changes nothing.
+
+        Args:
+            state: the newest token has its slot.
+            keys: of the newest token after RoPE, ``[B, H, D]``.
+            values: likewise.
+
+        Returns:
+            a number for all heads, or a tensor ``[B, H, ...]``.
+        """
         return {}
+
+    def enter(self, state: DecodeState, slot: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write what ``fresh`` says into a slot of each head. Changes the state's statistics.
+
+        Args:
+            state: the newest token has its slot.
+            slot: of each head, ``[B, H, 1]`` int64.
+            keys: of the newest token after RoPE, ``[B, H, D]``.
+            values: likewise.
+        """
+        fresh = self.fresh(state, keys, values)
+        for name, statistic in state.statistics.items():
+            start = statistic[:, :, :1].clone()
+            start[:] = _one_entry(fresh.get(name, 0))
+            at = slot.reshape(*slot.shape, *(1,) * (statistic.dim() - 3)).expand_as(start)
+            statistic.scatter_(2, at, start)
 
     def observe(self, state: DecodeState, attention: Tensor) -> None:
         """Take note of the newest token's attention. Changes the state's statistics only.
@@ -180,6 +207,11 @@ class DecodeMethod(ScoredMethod):
         beyond = torch.full_like(keys[..., :1], never)  # where all that is live leaves
         ascending = torch.cat((keys.sort(-1).values, beyond), -1)
         return keys < ascending.gather(-1, drops[..., None])
+
+
+def _one_entry(value: float | Tensor) -> float | Tensor:
+    """A number, or ``[B, H, ...]`` as ``[B, H, 1, ...]``."""
+    return value if isinstance(value, float | int) else value.unsqueeze(2)
 
 
 def _order(worth: Tensor, positions: Tensor) -> Tensor:

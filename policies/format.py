@@ -1,13 +1,15 @@
 """How what stays is stored: the contract of a format.
 
-A format stores one tensor, the keys or the values of one KV head, and says to the byte what that
-takes. ``roundtrip`` gives what a reader gets back; the packed codes themselves belong to the
-runtime's kernels.
+A format stores one tensor, the keys or the values of one KV head. ``bound`` says without data how many
+bytes that takes, so that a plan can be made; ``encode`` gives the buffers themselves and ``decode``
+reads them back. Formats are compared and looked up as objects: two formats are the same when they are
+equal, and nothing is read from their names or from their number of bits.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -21,31 +23,66 @@ Role = Literal["keys", "values"]
 
 
 @dataclass(frozen=True)
+class Stored:
+    """The buffers of one head's keys or values.
+
+    Args:
+        buffers: by name, packed as they would lie in memory.
+        tokens: how many tokens they hold.
+    """
+
+    buffers: Mapping[str, Tensor]
+    tokens: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers; exact."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers.values())
+
+
+@dataclass(frozen=True)
 class Format(ABC):
     """Stores the keys or the values of one KV head.
 
     A class states its ``name``, its ``source`` and ``bits``: those of an element's code, without
-    scales.
+    scales. ``exact_first`` says how many of the first kept tokens it leaves in 16 bits.
+    ``bytes_vary`` marks formats whose bytes depend on the data; ``bound`` is then an upper bound.
+    ``projects`` says that storing what was read back changes no more than the rounding of scales.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
     bits: ClassVar[int]
+    bytes_vary: ClassVar[bool] = False
+    projects: ClassVar[bool] = True
 
     @abstractmethod
-    def footprint(self, tokens: int, head_dim: int, role: Role) -> int:
-        """Bytes that ``tokens`` tokens take, scales included; runs without torch."""
+    def bound(self, tokens: int, head_dim: int, role: Role) -> int:
+        """Bytes that ``tokens`` tokens take at most, scales included; runs without torch."""
+
+    @abstractmethod
+    def encode(self, tensor: Tensor, role: Role) -> Stored:
+        """The buffers of one head's tokens ``[n, D]``; of ``bound`` bytes unless ``bytes_vary``."""
+
+    @abstractmethod
+    def decode(self, stored: Stored, head_dim: int, role: Role) -> Tensor:
+        """What a reader gets back, ``[n, D]`` float32."""
 
     @abstractmethod
     def roundtrip(self, tensor: Tensor, counts: Tensor, role: Role) -> Tensor:
-        """Store ``[..., n, D]`` and read it back, same shape and dtype.
+        """``decode`` of ``encode`` for many heads at once, without packing; same shape and dtype.
 
         Args:
-            tensor: rows of tokens; of row r only the first ``counts[r]`` tokens are real.
+            tensor: ``[..., n, D]``; of row r only the first ``counts[r]`` tokens are real.
             counts: ``[...]`` int64. What lies beyond never
                 matters; its output is finite and otherwise undefined.
             role: keys or values, which may be grouped along different axes.
         """
+
+    @property
+    def exact_tokens(self) -> int:
+        """How many of the first kept tokens stay in 16 bits."""
+        return 0
 
     @property
     def label(self) -> str:

@@ -1,9 +1,11 @@
-"""Which tokens a KV head keeps: the contract of a method, and the base of all that score tokens.
+"""What becomes of a KV head's prompt: the contract of a method, and the base of all that score tokens.
 
-Life of a method: it is built from published hyper-parameters (a frozen dataclass); a driver,
-replay or live, gathers what ``needs`` names; ``keep`` is called once a layer when the prompt is
-complete, and then ``merge``, for the few methods that write what they drop into what they keep. A
-method only chooses. Gathering, storing, counting bytes and checking are shared.
+Life of a method: it is built from published hyper-parameters (a frozen dataclass); the driver,
+``policies/apply.py``, gathers what ``needs`` names and calls ``parts`` once a layer, when the prompt is
+complete. Most methods only drop tokens: they say which stay in ``keep``, and a few write what they drop
+into what they keep in ``merge``. Others override ``parts`` and say in ``plan`` how large those will be;
+a method that keeps much and reads little also names a ``reader``. A method only chooses. Gathering,
+storing, attending, counting bytes and checking are shared.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
+from kvtune.policies.parts import Part, PartPlan
+from kvtune.policies.reader import Reader
 from kvtune.policies.registry import find, registered
 from kvtune.policies.signals import Needs, Signals
 from kvtune.policies.work import LayerShape, Work, work_of_choice, work_of_signals
@@ -77,6 +81,26 @@ class Method(ABC):
         Returns:
             Keys and values ``[H, n, D]`` in the dtypes of the signals'.
         """
+        return None
+
+    def parts(self, signals: Signals, budget: int) -> list[Part]:
+        """What is stored of a layer's prompt; changes nothing. Sizes are those of ``plan``.
+
+        Unless overridden, one part: the tokens that ``keep`` names, as ``merge`` leaves them.
+        """
+        kept = self.keep(signals, budget)
+        return [Part(kept, *(self.merge(signals, kept) or (None, None)))]
+
+    def plan(self, budget: int, prompt_tokens: int) -> tuple[PartPlan, ...]:
+        """The sizes of ``parts``, before the prompt has been read; runs without torch."""
+        return (PartPlan(min(budget, prompt_tokens)),)
+
+    def reader(self, budget: int) -> Reader | None:
+        """Selects what each step reads of what is held; None where all is read."""
+        return None
+
+    def linked_layer(self, layer: int, layers: int) -> int | None:
+        """Another layer whose keys and values ``parts`` reads; None where a layer is alone."""
         return None
 
     def work(self, shape: LayerShape, budget: int) -> Work:

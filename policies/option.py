@@ -8,6 +8,7 @@ from kvtune.policies.format import Format
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.method import Method
 from kvtune.policies.methods.full import Full
+from kvtune.policies.parts import entries_of
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,19 @@ ALL = Budget()
 
 
 @dataclass(frozen=True)
+class Ledger:
+    """Bytes of one KV head's prompt.
+
+    Args:
+        resident_bytes: held on the device from the prompt's end on.
+        read_bytes: read from there by every decode step.
+    """
+
+    resident_bytes: int
+    read_bytes: int
+
+
+@dataclass(frozen=True)
 class Option:
     """A method, its budget, and a format each for keys and values."""
 
@@ -49,11 +63,36 @@ class Option:
     keys: Format = Bf16()
     values: Format = Bf16()
 
-    def footprint(self, tokens: int, head_dim: int) -> int:
-        """Bytes of one KV head that keeps ``tokens`` tokens; exact, runs without torch."""
-        return self.keys.footprint(tokens, head_dim, "keys") + self.values.footprint(
-            tokens, head_dim, "values"
-        )
+    def bytes_by_format(
+        self, tokens: int, prompt_tokens: int, head_dim: int
+    ) -> dict[Format, int]:
+        """Bytes of one KV head's parts, by the format that they are stored in; without torch."""
+        found: dict[Format, int] = {}
+        for part in self.method.plan(tokens, prompt_tokens):
+            formats = part.formats or (self.keys, self.values)
+            for form, size in zip(formats, part.stored_bytes(formats, head_dim), strict=True):
+                found[form] = found.get(form, 0) + size
+        return found
+
+    def ledger(self, tokens: int, prompt_tokens: int, head_dim: int) -> Ledger:
+        """What one KV head holds of a prompt and what a decode step reads of that.
+
+        Args:
+            tokens: its budget.
+            prompt_tokens: P.
+            head_dim: D.
+        """
+        stored = sum(self.bytes_by_format(tokens, prompt_tokens, head_dim).values())
+        reader = self.method.reader(tokens)
+        if reader is None:
+            return Ledger(stored, stored)
+        entries = entries_of(self.method.plan(tokens, prompt_tokens))
+        index, read = reader.index_bytes(entries, head_dim), reader.entries_read(entries)
+        return Ledger(stored + index, index + -(-stored * read // max(entries, 1)))
+
+    def footprint(self, tokens: int, prompt_tokens: int, head_dim: int) -> int:
+        """Bytes that one KV head holds of a prompt under a budget; exact, runs without torch."""
+        return self.ledger(tokens, prompt_tokens, head_dim).resident_bytes
 
     @property
     def label(self) -> str:

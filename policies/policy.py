@@ -75,11 +75,12 @@ class Policy:
         Until then a prompt's whole cache is held uncompressed.
         """
         compares_layers = type(self.allocator).settle is not Allocator.settle
-        return self.needs.reconstruction or compares_layers
+        return self.needs.reconstruction or compares_layers or self.needs.linked
 
     def check_fits(self, layers: int, kv_heads: int) -> None:
         """Refuse a policy made for another model's shape."""
         ragged = {len(layer) for layer in self.heads}
+        self._check_links()
         if self.layers != layers or ragged != {kv_heads}:
             ours = "/".join(map(str, sorted(ragged)))
             raise KvtuneError(
@@ -87,6 +88,20 @@ class Policy:
                 f"the model has {layers} of {kv_heads}",
                 hint="search again for this model, or give the policy a uniform option.",
             )
+
+    def _check_links(self) -> None:
+        """Refuse a method that shares storage with a layer that does not share it back."""
+        for layer, options in enumerate(self.heads):
+            for head, option in enumerate(options):
+                other = option.method.linked_layer(layer, self.layers)
+                if other is None:
+                    continue
+                if not 0 <= other < self.layers or self.heads[other][head] != option:
+                    raise KvtuneError(
+                        f"the policy {self.name!r} links layer {layer}, KV head {head} to layer "
+                        f"{other}, which has another option or does not exist",
+                        hint=f"give {option.method.name} to both layers of a pair, and full to others.",
+                    )
 
     def budgets(self, prompt_tokens: int) -> NDArray[np.int64]:
         """Tokens each head may keep, ``[L, H]``, as far as it is known before the prompt."""
@@ -121,13 +136,15 @@ class Policy:
         An allocator that waits for the prompt keeps the sum of tokens; the bytes are then those
         of the budgets before it.
         """
-        return footprint(self, self.budgets(prompt_tokens), head_dim)
+        return footprint(self, self.budgets(prompt_tokens), prompt_tokens, head_dim)
 
 
-def footprint(policy: Policy, tokens: NDArray[np.int64], head_dim: int) -> int:
-    """Bytes of a policy whose heads keep ``tokens`` ``[L, H]`` tokens; exact."""
-    kept = zip(policy.options(), tokens.flat, strict=True)
-    payload = sum(option.footprint(int(count), head_dim) for option, count in kept)
+def footprint(
+    policy: Policy, budgets: NDArray[np.int64], prompt_tokens: int, head_dim: int
+) -> int:
+    """Bytes of a policy whose heads have these final budgets ``[L, H]``; exact."""
+    planned = zip(policy.options(), budgets.flat, strict=True)
+    payload = sum(o.footprint(int(budget), prompt_tokens, head_dim) for o, budget in planned)
     return payload + footprint_of_lengths(policy.layers, policy.kv_heads)
 
 

@@ -34,6 +34,7 @@ class Needs:
         calibration: what was measured on the model once, before any prompt.
         future: the observed tokens themselves; only references that look ahead.
         probes: how the loss responds to the observed tokens' attention output; likewise.
+        linked: the keys and values of another layer, which ``Method.linked_layer`` names.
     """
 
     window: int = 0
@@ -43,6 +44,7 @@ class Needs:
     calibration: bool = False
     future: bool = False
     probes: bool = False
+    linked: bool = False
 
     def queries(self, prompt_tokens: int) -> int:
         """How many of the last prompt queries hold all that is asked of them."""
@@ -94,6 +96,7 @@ class Signals:
             measured on the model once.
         layer_error: relative error of this layer's output under a tiny cache, likewise.
         future: the observed tokens, for references that look ahead.
+        linked: keys and values ``[H, P, D]`` of the layer that a method links to this one.
     """
 
     queries: Tensor
@@ -108,6 +111,7 @@ class Signals:
     head_scores: Tensor | None = None
     layer_error: float | None = None
     future: Future | None = None
+    linked: tuple[Tensor, Tensor] | None = None
     _memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @staticmethod

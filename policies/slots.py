@@ -175,9 +175,8 @@ class SlotCache:
         state.positions.scatter_(-1, slot, state.now)
         _put(self.keys, slot, keys[:, :, None])
         _put(self.values, slot, values[:, :, None])
-        fresh = {} if self.method is None else self.method.fresh(state)
-        for name, statistic in state.statistics.items():
-            _put(statistic, slot, torch.full_like(statistic[:, :, :1], fresh.get(name, 0)))
+        if self.method is not None:
+            self.method.enter(state, slot, keys, values)
         self.sizes += 1
         self.peak = np.maximum(self.peak, self.sizes)
 

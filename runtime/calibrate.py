@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvtune.common.progress import Bars, Progress, Silent
-from kvtune.policies.compress import compress_together
+from kvtune.policies.apply import apply_together
 from kvtune.policies.methods.compresskv import CompressKV
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
@@ -141,7 +141,7 @@ def _layer_errors(loaded: LoadedModel, sample: Sample, prompt: Prompt, mass: Ten
         layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Tensor:
         signals = replace(prompt(layer), head_scores=mass[layer].to(q.device), _memo={})
-        both = answer(q, k, v, compress_together(policies, layer, budgets[layer], signals), scale)
+        both = answer(q, k, v, apply_together(policies, layer, budgets[layer], signals), scale)
         full, ours = both.float()
         errors.append(float((ours - full).norm() / full.norm().clamp_min(1e-5)))
         return both[:1]

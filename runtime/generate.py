@@ -240,7 +240,7 @@ class Generation:
                 evicted[at], trimmed[at] = cache.evicted[own], cache.trimmed[own]
                 peak[at], steps[at] = cache.peak[own], cache.entry_steps[own]
                 bits[at] = 0 if cache.method is None else cache.method.entry_bits
-        entry = Option().footprint(1, geometry.head_dim)
+        entry = Option().footprint(1, 1, geometry.head_dim)
         lengths, mean = footprint_of_lengths(*shape), steps / self.generated
         statistics = float((mean * bits).sum() / 8)
         return {

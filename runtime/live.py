@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.compress import Compressed, attend, compress_together, merge
+from kvtune.policies.apply import Compressed, apply_together, linked
+from kvtune.policies.attention import attend, merge
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.runtime.prompts import Prompt, refuse_window
@@ -89,10 +90,12 @@ class _BatchCache:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Tensor:
         """Attention of one layer, as the seam asks for it."""
-        signals = self.prompt(layer)
+        options = (option for policy in self.policies for option in policy.heads[layer])
+        depth = self.policies[0].layers
+        signals = linked(self.prompt(layer), options, depth, self.prompt)
         refuse_window(layer, window, signals.prompt_tokens + q.shape[2])
         planned = [budgets[layer].tolist() for budgets in self.budgets]
-        part = compress_together(self.policies, layer, planned, signals)
+        part = apply_together(self.policies, layer, planned, signals)
         self.kept.append(part.counts)
         for row, taken in enumerate(part.footprint_bytes):
             self.footprint_bytes[row] += taken
@@ -111,9 +114,8 @@ def answer(q: Tensor, k: Tensor, v: Tensor, prompt: Compressed, scale: float) ->
     """
     heads, observed = k.shape[1], k.shape[2]
     queries = q.float().unflatten(1, (heads, -1))  # [B, H, G, C, D]
-    place = torch.arange(prompt.keys.shape[2], device=q.device)
-    visible = (place < prompt.counts[..., None])[:, :, None, None]
-    past = attend(queries, prompt.keys[:, :, None], prompt.values[:, :, None], visible, scale)
+    keys, values = prompt.keys[:, :, None], prompt.values[:, :, None]
+    past = attend(queries, keys, values, prompt.visible(queries), scale, prompt.weights)
     causal = torch.ones(observed, observed, dtype=torch.bool, device=q.device).tril()
     recent = attend(queries, k.float()[:, :, None], v.float()[:, :, None], causal, scale)
     return merge(past, recent).flatten(1, 2).to(q.dtype)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 import torch
 
 from kvtune.common.progress import Progress, Silent
+from kvtune.policies.apply import linked
 from kvtune.policies.option import Option
+from kvtune.policies.signals import Signals
 from kvtune.simulator.replay import LayerReplay, replay_options
 from kvtune.simulator.tables import Floats, SampleFacts, Tables
 from kvtune.traces.signals import tensors_of
@@ -58,8 +60,13 @@ def build_tables(
     names = (*_REPLAYED, *tensors_of(trace.manifest["signals"]))
 
     def load(cell: _Cell) -> LayerReplay:
-        part = trace.layer(samples[cell.sample].id, cell.layer, device, names=names)
-        return LayerReplay.of(part, device)
+        id_ = samples[cell.sample].id
+
+        def signals(layer: int) -> Signals:
+            return LayerReplay.of(trace.layer(id_, layer, device, names=_REPLAYED), device).signals
+
+        replay = LayerReplay.of(trace.layer(id_, cell.layer, device, names=names), device)
+        return replace(replay, signals=linked(replay.signals, options, layers, signals))
 
     parts = ahead(load, cells)
     for cell in (progress or Silent()).track(cells, "replaying options", len(cells)):

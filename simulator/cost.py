@@ -113,9 +113,10 @@ def _while_evicting(policy: Policy, shape: ModelShape, prompt_tokens: int, gener
         room = Room.of(option, int(planned), prompt_tokens)
         opened = room.prompt if room else int(planned)
         ends = min(opened + generated, room.most) if room else opened + generated
-        prompt += _bytes_of(option, opened, shape.head_dim)
-        most += _bytes_of(option, min(opened, ends), shape.head_dim)
-        most[16.0] += Option().footprint(max(ends - opened, 0), shape.head_dim)
+        prompt += _bytes_of(option, opened, prompt_tokens, shape.head_dim)
+        most += _bytes_of(option, min(opened, ends), prompt_tokens, shape.head_dim)
+        grown = max(ends - opened, 0)
+        most[16.0] += Option().footprint(grown, grown, shape.head_dim)
         if room and isinstance(option.method, DecodeMethod):
             bits_noted += ends * option.method.entry_bits
     return _Held(prompt, most, -(-bits_noted // 8))
@@ -154,14 +155,15 @@ def cache_bytes_by_bits(policy: Policy, shape: ModelShape, prompt_tokens: int) -
     """Bytes of one compressed prompt by bits an element, without the heads' lengths."""
     budgets = policy.budgets(prompt_tokens).flat
     each = zip(policy.options(), budgets, strict=True)
-    return sum((_bytes_of(o, int(n), shape.head_dim) for o, n in each), Counter[float]())
+    head_dim = shape.head_dim
+    return sum((_bytes_of(o, int(n), prompt_tokens, head_dim) for o, n in each), Counter[float]())
 
 
-def _bytes_of(option: Option, tokens: int, head_dim: int) -> Counter[float]:
+def _bytes_of(option: Option, tokens: int, prompt_tokens: int, head_dim: int) -> Counter[float]:
     """Of one head's tokens, by bits."""
     found = Counter[float]()
-    for form, role in ((option.keys, "keys"), (option.values, "values")):
-        found[form.bits] += form.footprint(tokens, head_dim, role)  # type: ignore[arg-type]
+    for form, size in option.bytes_by_format(tokens, prompt_tokens, head_dim).items():
+        found[form.bits] += size
     return found
 
 

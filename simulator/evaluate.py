@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from kvtune.common.progress import Progress, Silent
-from kvtune.policies.compress import compress_together
+from kvtune.policies.apply import apply_together, linked
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
 from kvtune.simulator.build import DEFAULT_BLOCK
@@ -70,11 +70,13 @@ def _replay_sample(
     for index in layers:
         layer = LayerReplay.of(trace.layer(sample.id, index, device), device)
         probes = layer.probes.shape[0]
+        options = [option for policy in policies for option in policy.heads[index]]
+        signals = linked(layer.signals, options, trace.geometry.layers, prompt)
         planned = [budget[index].tolist() for budget in budgets]
         pieces = []
         for at in range(0, len(policies), _TOGETHER):
             some = slice(at, at + _TOGETHER)
-            part = compress_together(policies[some], index, planned[some], layer.signals)
+            part = apply_together(policies[some], index, planned[some], signals)
             pieces.append(layer.response(part, block).sum(1))  # over heads: [B, S, C / block]
         total = total + torch.cat(pieces)
     squares = (torch.as_tensor(total) ** 2).sum((1, 2))

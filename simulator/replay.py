@@ -15,8 +15,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kvtune.policies.compress import Compressed, attend, kept_of, merge
-from kvtune.policies.format import Format, Role
+from kvtune.policies.apply import Compressed, apply_options
+from kvtune.policies.attention import attend, merge
 from kvtune.policies.option import Option
 from kvtune.policies.signals import Signals
 from kvtune.traces.trace import LayerTrace
@@ -77,13 +77,10 @@ class LayerReplay:
 
         Leading dimensions of the prompt, a batch of options, are kept.
         """
-        kept = prompt.keys.shape[-2]
-        visible = None
-        if bool((prompt.counts < kept).any()):
-            position = torch.arange(kept, device=self.keys.device)
-            visible = (position < prompt.counts[..., None])[..., None, None, :]
         keys, values = prompt.keys.unsqueeze(-3), prompt.values.unsqueeze(-3)
-        return merge(attend(self.queries, keys, values, visible, self.signals.scale), self.recent)
+        visible, scale = prompt.visible(self.queries), self.signals.scale
+        past = attend(self.queries, keys, values, visible, scale, prompt.weights)
+        return merge(past, self.recent)
 
     def response(self, prompt: Compressed, block: int) -> Tensor:
         """How the drawn labels' log-likelihood responds, ``[..., H, S, C / block]`` nats.
@@ -109,26 +106,7 @@ def replay_options(layer: LayerReplay, options: Sequence[Option], block: int) ->
         batches.setdefault(option.budget.resolve(prompt), []).append(column)
     responses: dict[int, Tensor] = {}
     for budget, columns in batches.items():
-        prompts = _store_batch(layer.signals, [options[column] for column in columns], budget)
+        prompts = apply_options([options[column] for column in columns], budget, layer.signals)
         responses.update(zip(columns, layer.response(prompts, block), strict=True))
     return torch.stack([responses[column] for column in range(len(options))], 1)
 
-
-def _store_batch(signals: Signals, options: Sequence[Option], budget: int) -> Compressed:
-    """One budget's options on all heads, ``[O, H, n, D]``; what options share is done once."""
-    methods = list(dict.fromkeys(option.method for option in options))
-    kept = [kept_of(method, signals, budget) for method in methods]
-    keys, values = (torch.stack(tensors) for tensors in zip(*kept, strict=True))  # [M, H, n, D]
-    rows = [methods.index(option.method) for option in options]
-    counts = torch.full(keys.shape[:2], keys.shape[2], device=keys.device)
-
-    def stored(whole: Tensor, forms: list[Format], role: Role) -> Tensor:
-        back = {form: form.roundtrip(whole, counts, role) for form in dict.fromkeys(forms)}
-        return torch.stack([back[form][row] for form, row in zip(forms, rows, strict=True)])
-
-    return Compressed(
-        stored(keys, [option.keys for option in options], "keys"),
-        stored(values, [option.values for option in options], "values"),
-        counts[rows],
-        (),
-    )

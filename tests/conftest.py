@@ -179,8 +179,8 @@ def make_tables() -> Callable[..., Any]:
     ) -> Tables:
         rng = np.random.default_rng(seed)
         heads, prompt, head_dim = layers * kv_heads, 256, 16
-        full = options[0].footprint(prompt, head_dim)
-        share = [o.footprint(o.budget.resolve(prompt), head_dim) / full for o in options]
+        full = options[0].footprint(prompt, prompt, head_dim)
+        share = [o.footprint(o.budget.resolve(prompt), prompt, head_dim) / full for o in options]
         size = 0.02 * (1 / np.array(share) - 1) ** 0.7 * rng.uniform(0.7, 1.3, len(options))
         alike_ = rng.standard_normal(features)
         shape = (count, heads, len(options), features)

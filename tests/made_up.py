@@ -56,7 +56,9 @@ def _plan(trial: int, count: int, about: Facts, rng: np.random.Generator) -> Pla
     depth = (trial * 7 % max(count, 1)) / max(count - 1, 1)
     heads = _heads(depth, about, rng)
     size = sum(
-        about.options[o].footprint(about.options[o].budget.resolve(CONTEXT), about.shape.head_dim)
+        about.options[o].footprint(
+            about.options[o].budget.resolve(CONTEXT), CONTEXT, about.shape.head_dim
+        )
         for o in heads
     )
     loss = 0.0004 * np.exp(6.5 * depth) * rng.lognormal(0.15, 0.25) * (trial > 0)
@@ -89,7 +91,7 @@ def _estimate(loss: float) -> Estimate:
 def _heads(depth: float, about: Facts, rng: np.random.Generator) -> Any:
     """Option numbers whose bytes fall as ``depth`` goes from 0 to 1."""
     shape = about.shape
-    footprints = [o.footprint(o.budget.resolve(CONTEXT), shape.head_dim) for o in about.options]
+    footprints = [o.footprint(o.budget.resolve(CONTEXT), CONTEXT, shape.head_dim) for o in about.options]
     order = np.argsort(footprints, kind="stable")[::-1]
     place = depth * (len(order) - 1) + rng.normal(0, 4, shape.layers * shape.kv_heads)
     return order[np.clip(place.round().astype(int), 0, len(order) - 1)].astype(np.uint16)

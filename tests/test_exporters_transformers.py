@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvtune.policies.compress import attend, compress, merge
+from kvtune.policies.apply import apply
+from kvtune.policies.attention import attend, merge
 from kvtune.policies.document import ModelFacts, PolicyDocument
 from kvtune.policies.exporter import write_export
 from kvtune.policies.exporters.transformers import Transformers
@@ -202,7 +203,7 @@ def test_it_keeps_reads_and_counts_as_kvtune_does(
     queries = uniform(seed, HEADS * GROUP, tokens, 16)
     keys, values = uniform(seed + 1, 2, HEADS, tokens, 16)
     policy = Policy("one layer", (row,))
-    expected = compress(
+    expected = apply(
         policy, 0, policy.budgets(tokens)[0].tolist(), Signals(queries, keys, values, 0.25)
     )
     facts = ModelFacts("one", 1, HEADS, 16)

@@ -13,7 +13,7 @@ from kvtune.policies.allocators.adakv import AdaKV
 from kvtune.policies.allocators.as_given import AsGiven
 from kvtune.policies.allocators.model_wide import ModelWide
 from kvtune.policies.allocators.pyramid import Pyramid
-from kvtune.policies.compress import select
+from kvtune.policies.apply import ask
 from kvtune.policies.method import Method
 from kvtune.policies.methods.expected_attention import ExpectedAttention
 from kvtune.policies.methods.keydiff import KeyDiff, KeyDiffBlockwise
@@ -77,9 +77,8 @@ def kept_by(policy: Policy, prompt: Any) -> list[list[set[int]]]:
     found = []
     for layer, planned in enumerate(budgets):
         final = policy.split(layer, planned, prompt(layer))
-        kept = select([policy.heads[layer]], [final], prompt(layer))
-        rows = zip(kept.indices[0].tolist(), kept.sizes[0], strict=True)
-        found.append([set(row[:count]) for row, count in rows])
+        kept = ask([policy.heads[layer]], [final], prompt(layer))
+        found.append([set(row.tolist()) for row in kept.tokens])
     return found
 
 

@@ -16,7 +16,8 @@ from kvtune.common.errors import KvtuneError
 from kvtune.policies.allocator import Allocator
 from kvtune.policies.allocators.adakv import AdaKV
 from kvtune.policies.allocators.pyramid import Pyramid
-from kvtune.policies.compress import attend, compress, merge
+from kvtune.policies.apply import apply
+from kvtune.policies.attention import attend, merge
 from kvtune.policies.format import Format, Role, formats
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.fp8 import Fp8
@@ -161,7 +162,7 @@ def packed(form: Format, tensor: Tensor, role: Role) -> bytes:
 def test_footprint_is_what_a_packer_writes(form: Format, head_dim: int, role: Role) -> None:
     for tokens in (0, 1, 2, 5, 63, 64, 67, 130):
         written = packed(form, uniform(0, tokens, head_dim), role)
-        assert form.footprint(tokens, head_dim, role) == len(written)
+        assert form.bound(tokens, head_dim, role) == len(written)
 
 
 @pytest.mark.parametrize("role", ["keys", "values"])
@@ -280,7 +281,7 @@ def test_adakv_refuses_mixed_methods() -> None:
 def test_the_identity_policy_changes_nothing() -> None:
     signals = make_signals(Case(37, 0, 3))
     policy = Policy.uniform(Option(), 1, 3)
-    stored = compress(policy, 0, policy.budgets(37)[0].tolist(), signals)
+    stored = apply(policy, 0, policy.budgets(37)[0].tolist(), signals)
     assert torch.equal(stored.keys, signals.keys)
     assert torch.equal(stored.values, signals.values)
     assert stored.counts.tolist() == [37] * 3
@@ -304,12 +305,12 @@ def test_predicted_bytes_are_the_counted_ones(rows: list[Any], data: st.DataObje
     counted = 0
     for layer in range(policy.layers):
         signals = make_signals(Case(tokens, 0, 3, 2, seed=layer))
-        stored = compress(policy, layer, budgets[layer].tolist(), signals)
+        stored = apply(policy, layer, budgets[layer].tolist(), signals)
         assert stored.counts.tolist() == budgets[layer].tolist()
         assert stored.keys.isfinite().all()
         counted += sum(stored.footprint_bytes)
     lengths = 4 * policy.layers * policy.kv_heads
-    assert policy.footprint(tokens, 16) == counted + lengths == footprint(policy, budgets, 16)
+    assert policy.footprint(tokens, 16) == counted + lengths == footprint(policy, budgets, tokens, 16)
 
 
 @pytest.mark.parametrize("allocator", [AdaKV(), Pyramid()], ids=str)
@@ -317,7 +318,7 @@ def test_reallocated_policies_keep_the_sum_of_tokens(allocator: Allocator) -> No
     policy = Policy.uniform(Option(SnapKV(window=4), Budget(share=0.25)), 4, 3, allocator=allocator)
     budgets = policy.budgets(64)
     kept = [
-        compress(policy, layer, row.tolist(), make_signals(Case(64, 0, 3, seed=layer))).counts
+        apply(policy, layer, row.tolist(), make_signals(Case(64, 0, 3, seed=layer))).counts
         for layer, row in enumerate(budgets)
     ]
     assert int(torch.stack(kept).sum()) == 4 * 3 * 16
@@ -330,7 +331,7 @@ def test_heads_of_one_layer_may_differ_in_everything() -> None:
         Option(Full(), Budget(5), Int4(), Bf16()),
     )
     signals = make_signals(Case(9, 0, 3))
-    stored = compress(Policy("mixed", (options,)), 0, [3, 9, 5], signals)
+    stored = apply(Policy("mixed", (options,)), 0, [3, 9, 5], signals)
     assert stored.counts.tolist() == [3, 9, 5]
     assert torch.equal(stored.keys[0, :3], signals.keys[0, [0, 7, 8]])
     assert torch.equal(stored.keys[1], signals.keys[1])

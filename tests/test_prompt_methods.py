@@ -19,7 +19,7 @@ from kvtune.policies.allocators.cake_layers import CakeLayers
 from kvtune.policies.allocators.compresskv_layers import CompressKVLayers
 from kvtune.policies.allocators.model_wide import ModelWide
 from kvtune.policies.allocators.pyramid import Pyramid
-from kvtune.policies.compress import compress, compress_together, kept_of
+from kvtune.policies.apply import apply, apply_options, apply_together
 from kvtune.policies.method import Method, ScoredMethod, methods
 from kvtune.policies.methods.cake import Cake
 from kvtune.policies.methods.compresskv import CompressKV
@@ -44,6 +44,12 @@ EVERY_METHOD = [kind() for _, kind in sorted(methods().items())]
 CASE = Case(75, 0, kv_heads=2, group=3, seed=3)
 
 
+def stored_by(method: Method, signals: Signals, budget: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of all heads under one method, in full precision."""
+    stored = apply_options([Option(method)], budget, signals)
+    return stored.keys[0], stored.values[0]
+
+
 def name_of(method: Method) -> str:
     return method.name
 
@@ -64,7 +70,7 @@ def test_small_budgets_short_prompts_and_odd_lengths_are_filled_to_the_budget(
 ) -> None:
     """Budgets below sinks and window, windows beyond the prompt, prompts below the budget."""
     signals = make_signals(Case(tokens, 0, kv_heads=2, group=3))
-    keys, values = kept_of(method, signals, budget)
+    keys, values = stored_by(method, signals, budget)
     assert keys.shape == values.shape == (2, min(budget, tokens), 16)
     assert keys.isfinite().all()
     assert values.isfinite().all()
@@ -74,7 +80,7 @@ def test_small_budgets_short_prompts_and_odd_lengths_are_filled_to_the_budget(
 def test_a_budget_of_the_whole_prompt_changes_nothing(method: Method) -> None:
     signals = make_signals(CASE)
     for budget in (75, 76, 10_000):
-        keys, values = kept_of(method, signals, budget)
+        keys, values = stored_by(method, signals, budget)
         assert torch.equal(keys, signals.keys)
         assert torch.equal(values, signals.values)
 
@@ -85,8 +91,8 @@ def test_padding_to_other_policies_of_a_batch_changes_nothing(method: Method) ->
     signals = make_signals(CASE)
     ours = Policy.uniform(Option(method, Budget(11)), 1, 2)
     longer = Policy.uniform(Option(H2O(), Budget(60)), 1, 2)
-    alone = compress(ours, 0, [11, 7], signals)
-    both = compress_together([longer, ours], 0, [[60, 60], [11, 7]], signals)
+    alone = apply(ours, 0, [11, 7], signals)
+    both = apply_together([longer, ours], 0, [[60, 60], [11, 7]], signals)
     for head, count in enumerate((11, 7)):
         assert torch.equal(both.keys[1, head, :count], alone.keys[head, :count])
         assert torch.equal(both.values[1, head, :count], alone.values[head, :count])
@@ -147,7 +153,7 @@ def test_expected_attention_of_equal_queries_is_a_plain_softmax() -> None:
 def test_ems_that_finds_nothing_alike_is_pure_eviction() -> None:
     signals, method = make_signals(CASE), EMSReconstruction(window=8, threshold=1.01)
     kept = method.keep(signals, 30)
-    keys, values = kept_of(method, signals, 30)
+    keys, values = stored_by(method, signals, 30)
     for head, row in enumerate(kept):
         torch.testing.assert_close(keys[head], signals.keys[head, row])
         torch.testing.assert_close(values[head], signals.values[head, row])
@@ -344,7 +350,7 @@ def test_ems_merges_into_the_likest_centre_by_score() -> None:
     kept = method.keep(fresh, 10)
     if lesser in kept[0].tolist() or centre not in kept[0].tolist():
         pytest.fail("the case no longer has a kept centre and a dropped twin")
-    keys, values = kept_of(method, fresh, 10)
+    keys, values = stored_by(method, fresh, 10)
     at = kept[0].tolist().index(centre)
     weights = scores[[centre, lesser]] / scores[[centre, lesser]].sum()
     expected = weights[0] * fresh.values[0, centre] + weights[1] * fresh.values[0, lesser]

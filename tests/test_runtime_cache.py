@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.compress import attend, compress
+from kvtune.policies.apply import apply
+from kvtune.policies.attention import attend
 from kvtune.policies.format import Format
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.fp8 import Fp8
@@ -106,7 +107,7 @@ def check_layers(policy: Policy, cache: PolicyCache, seen: list[Signals]) -> Non
     """What the cache holds of a prompt of 150 tokens is what compressing it gives."""
     budgets = policy.budgets(150)
     for number, signals in enumerate(seen):
-        part = compress(policy, number, budgets[number].tolist(), signals)
+        part = apply(policy, number, budgets[number].tolist(), signals)
         layer = cache.layers[number].paged
         assert layer.kept == part.counts.tolist()
         q = torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(number))
@@ -133,7 +134,7 @@ def test_every_method_keeps_what_it_keeps_in_replay(network: Any, name: str) -> 
     assert cache.prompt_bytes() == policy.footprint(100, 8)
     for number, signals in enumerate(seen):
         signals = replace(signals, layer=number, rope=cache.geometry.rope_at(number))
-        part = compress(policy, number, [24, 24], signals)
+        part = apply(policy, number, [24, 24], signals)
         q = torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(number))
         layer = cache.layers[number].paged
         ours = layer.attend(q, Scratch(2, layer.slots, 2, 8, "cpu"), signals.scale)
@@ -149,7 +150,7 @@ def test_what_a_method_merges_is_stored_merged(network: Any, method: Any) -> Non
     cache = load_cache(policy, network.float())
     signals = prompt_layers(network, cache, ids(100))[1]
     signals = replace(signals, layer=1, rope=cache.geometry.rope_at(1))
-    part = compress(policy, 1, [24, 24], signals)
+    part = apply(policy, 1, [24, 24], signals)
     kept = method.keep(signals, 24)[..., None].expand(-1, -1, 8)
     assert not torch.equal(part.keys, signals.keys.gather(1, kept))
     q, layer = torch.randn(2, 2, 8), cache.layers[1].paged

@@ -14,7 +14,7 @@ from torch import Tensor
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.allocators.adakv import AdaKV
 from kvtune.policies.allocators.pyramid import Pyramid
-from kvtune.policies.compress import compress
+from kvtune.policies.apply import apply
 from kvtune.policies.format import Role
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.grouped import Int2, Int4
@@ -158,7 +158,7 @@ def test_the_first_layers_output_is_replays(
     prompt = traced_prompt(tiny_trace, sample, "cpu")
     run_live(tiny_model, sample, prompt, [policy])
     layer = LayerReplay.of(tiny_trace.layer(sample.id, 0))
-    part = compress(policy, 0, policy.budgets(36)[0].tolist(), layer.signals)
+    part = apply(policy, 0, policy.budgets(36)[0].tolist(), layer.signals)
     replayed = layer.output(part).flatten(0, 1)
     scale = float(replayed.abs().max())
     torch.testing.assert_close(outputs[0][1], replayed, rtol=5e-3, atol=5e-3 * scale)
@@ -173,7 +173,7 @@ def test_kept_tokens_and_bytes_are_those_of_compressing(
 ) -> None:
     (found,) = run_live(tiny_model, sample, fresh, [policy])
     budgets = policy.budgets(36)
-    parts = [compress(policy, n, budgets[n].tolist(), fresh(n)) for n in range(3)]
+    parts = [apply(policy, n, budgets[n].tolist(), fresh(n)) for n in range(3)]
     np.testing.assert_array_equal(found.kept, [part.counts.tolist() for part in parts])
     lengths = 4 * 3 * 2
     assert found.footprint_bytes == sum(part.footprint_bytes[0] for part in parts) + lengths

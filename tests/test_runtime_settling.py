@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.compress import attend
+from kvtune.policies.attention import attend
 from kvtune.policies.format import Format, Role
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.fp8 import Fp8

@@ -15,7 +15,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.policies.allocators.cake_layers import CakeLayers
 from kvtune.policies.allocators.compresskv_layers import CompressKVLayers
 from kvtune.policies.allocators.model_wide import ModelWide
-from kvtune.policies.compress import select
+from kvtune.policies.apply import ask
 from kvtune.policies.methods.cake import Cake
 from kvtune.policies.methods.compresskv import CompressKV
 from kvtune.policies.methods.expected_attention import ExpectedAttention
@@ -98,9 +98,7 @@ def validated(loaded: LoadedModel, policy: Policy, token_ids: list[int]) -> list
     kept = []
     for layer, options in enumerate(policy.heads):
         split = policy.split(layer, budgets[layer].tolist(), prompt(layer))
-        chosen = select([options], [split], prompt(layer))
-        rows = zip(chosen.indices[0].tolist(), chosen.sizes[0], strict=True)
-        kept.append([row[:count] for row, count in rows])
+        kept.append([row.tolist() for row in ask([options], [split], prompt(layer)).tokens])
     return kept
 
 

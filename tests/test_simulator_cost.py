@@ -110,7 +110,7 @@ def test_heads_that_go_on_evicting_hold_their_budget_and_statistics() -> None:
         policy = Policy.uniform(option, shape.layers, shape.kv_heads)
         return policy_cost(policy, shape, gpu, budget, generated, evicts=evicts)
 
-    entry = Option().footprint(1, shape.head_dim)
+    entry = Option().footprint(1, 1, shape.head_dim)
     tova, h2o = cost(Tova(), 2000), cost(H2O(), 2000)
     assert tova.statistics_bytes == 0
     assert h2o.statistics_bytes == heads * 501 * 4

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.allocators.adakv import AdaKV
-from kvtune.policies.compress import Compressed, compress, compress_together
+from kvtune.policies.apply import Compressed, apply, apply_together
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.grouped import Int2, Int4, Int8
 from kvtune.policies.methods.full import Full
@@ -115,7 +115,7 @@ def test_options_replayed_together_equal_each_alone(block: int) -> None:
     together = replay_options(layer, OPTIONS, block)
     assert together.shape == (HEADS, len(OPTIONS), PROBES, OBSERVED // block)
     for column, option in enumerate(OPTIONS):
-        alone = compress(
+        alone = apply(
             Policy.uniform(option, 1, HEADS),
             0,
             [option.budget.resolve(PROMPT)] * HEADS,
@@ -135,9 +135,9 @@ def test_a_batch_of_policies_responds_as_each_alone() -> None:
     layer = make_layer(4)
     policies = [Policy.uniform(option, 1, HEADS) for option in OPTIONS]
     planned = [[option.budget.resolve(PROMPT)] * HEADS for option in OPTIONS]
-    together = layer.response(compress_together(policies, 0, planned, layer.signals), 4)
+    together = layer.response(apply_together(policies, 0, planned, layer.signals), 4)
     for row, (policy, budget) in enumerate(zip(policies, planned, strict=True)):
-        alone = layer.response(compress(policy, 0, budget, layer.signals), 4)
+        alone = layer.response(apply(policy, 0, budget, layer.signals), 4)
         torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-5)
 
 

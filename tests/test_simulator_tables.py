@@ -106,7 +106,7 @@ def test_footprints_are_the_options_own(make_tables: Make) -> None:
     tables = make_tables()
     found = tables.footprints(1000, 64)
     for option, size in zip(tables.options, found, strict=True):
-        assert size == option.footprint(option.budget.resolve(1000), 64)
+        assert size == option.footprint(option.budget.resolve(1000), 1000, 64)
     assert found.max() == 2 * 2 * 1000 * 64
 
 

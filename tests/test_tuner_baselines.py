@@ -37,7 +37,7 @@ def option_of(form: Format) -> Option:
 
 def largest_token(option: Option) -> int:
     """The most bytes that one more token of one head may take: a group of scales may begin."""
-    sizes = [option.footprint(n, SIZE) for n in range(PROMPT + 1)]
+    sizes = [option.footprint(n, PROMPT, SIZE) for n in range(PROMPT + 1)]
     return max(np.diff(sizes).tolist())
 
 
@@ -48,11 +48,11 @@ def test_uniform_fills_the_bytes_to_a_token_of_a_head(form: Format, share: float
     policy = fill(option, AsGiven(), budget, *SHAPE)
     lengths = footprint_of_lengths(LAYERS, HEADS)
     if policy is None:
-        assert option.footprint(1, SIZE) * LAYERS * HEADS + lengths > budget
+        assert option.footprint(1, PROMPT, SIZE) * LAYERS * HEADS + lengths > budget
         return
     taken = policy.footprint(PROMPT, SIZE)
     assert taken <= budget
-    whole = option.footprint(PROMPT, SIZE) * LAYERS * HEADS + lengths
+    whole = option.footprint(PROMPT, PROMPT, SIZE) * LAYERS * HEADS + lengths
     assert taken == whole or budget - taken < largest_token(option)
     kept = policy.budgets(PROMPT)
     assert kept.max() - kept.min() <= 1
@@ -70,7 +70,7 @@ def test_the_other_families_fill_the_bytes_too(
         pytest.skip("not even one token a head")
     taken = policy.footprint(PROMPT, SIZE)
     assert taken <= budget
-    whole = option.footprint(PROMPT, SIZE) * LAYERS * HEADS
+    whole = option.footprint(PROMPT, PROMPT, SIZE) * LAYERS * HEADS
     # a pyramid that is one token longer may move a few others between layers
     assert taken >= whole or budget - taken < LAYERS * largest_token(option)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvtune.policies.format import Format, Role
+from kvtune.policies.format import Format, Role, Stored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,9 +19,20 @@ class Bf16(Format):
     source = "the uncompressed cache"
     bits = 16
 
-    def footprint(self, tokens: int, head_dim: int, role: Role) -> int:
+    def bound(self, tokens: int, head_dim: int, role: Role) -> int:
         """Two bytes an element."""
         return 2 * tokens * head_dim
+
+    def encode(self, tensor: Tensor, role: Role) -> Stored:
+        """The numbers themselves, in bf16 where the model computes wider."""
+        import torch
+
+        narrow = tensor if tensor.element_size() == 2 else tensor.to(torch.bfloat16)
+        return Stored({"numbers": narrow}, len(tensor))
+
+    def decode(self, stored: Stored, head_dim: int, role: Role) -> Tensor:
+        """The numbers."""
+        return stored.buffers["numbers"].float()
 
     def roundtrip(self, tensor: Tensor, counts: Tensor, role: Role) -> Tensor:
         """Nothing is lost."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvtune.policies.format import Format, Role
+from kvtune.policies.format import Format, Role, Stored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,9 +26,19 @@ class Fp8(Format):
     source = "Micikevicius et al., arXiv 2209.05433"
     bits = 8
 
-    def footprint(self, tokens: int, head_dim: int, role: Role) -> int:
+    def bound(self, tokens: int, head_dim: int, role: Role) -> int:
         """One byte an element and the scale."""
         return tokens * head_dim + (_SCALE_BYTES if tokens else 0)
+
+    def encode(self, tensor: Tensor, role: Role) -> Stored:
+        """One byte an element, and one scale."""
+        scale = _scale(tensor.abs().amax() if len(tensor) else tensor.new_zeros(()))
+        codes = _codes(tensor, scale)
+        return Stored({"codes": codes, "scale": scale[None][: len(tensor)]}, len(tensor))
+
+    def decode(self, stored: Stored, head_dim: int, role: Role) -> Tensor:
+        """Cast back and scale."""
+        return stored.buffers["codes"].float() * stored.buffers["scale"].float().sum()
 
     def roundtrip(self, tensor: Tensor, counts: Tensor, role: Role) -> Tensor:
         """Scale, cast to e4m3, cast back."""
@@ -37,7 +47,20 @@ class Fp8(Format):
         if tensor.numel() == 0:
             return tensor
         real = torch.arange(tensor.shape[-2], device=tensor.device) < counts[..., None]
-        largest = tensor.abs().masked_fill(~real[..., None], 0).amax((-1, -2), keepdim=True)
-        scale = largest.float().clamp_min(torch.finfo(torch.float32).tiny) / _LARGEST_E4M3
-        codes = (tensor.float() / scale).clamp(-_LARGEST_E4M3, _LARGEST_E4M3)
-        return (codes.to(torch.float8_e4m3fn).float() * scale).to(tensor.dtype)
+        magnitudes = tensor.abs().masked_fill(~real[..., None], 0)
+        scale = _scale(magnitudes.amax((-1, -2), keepdim=True))
+        return (_codes(tensor, scale).float() * scale).to(tensor.dtype)
+
+
+def _scale(largest: Tensor) -> Tensor:
+    """The largest magnitude over that of e4m3, float32."""
+    import torch
+
+    return largest.float().clamp_min(torch.finfo(torch.float32).tiny) / _LARGEST_E4M3
+
+
+def _codes(tensor: Tensor, scale: Tensor) -> Tensor:
+    import torch
+
+    scaled = (tensor.float() / scale).clamp(-_LARGEST_E4M3, _LARGEST_E4M3)
+    return scaled.to(torch.float8_e4m3fn)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from kvtune.policies.format import Format, Role
+from kvtune.policies.format import Format, Role, Stored
+from kvtune.policies.formats.packing import pack, unpack
 from kvtune.policies.registry import parameter
 
 if TYPE_CHECKING:
@@ -48,13 +49,63 @@ class Grouped(Format):
         grouping = "-token" if self.keys_by == "token" else ""
         return self.name + grouping + (f"+{self.exact_first}" if self.exact_first else "")
 
-    def footprint(self, tokens: int, head_dim: int, role: Role) -> int:
+    def bound(self, tokens: int, head_dim: int, role: Role) -> int:
         """Packed codes, rounded up to bytes a group, scales, and the tokens left exact."""
         exact = min(tokens, self.exact_first)
         along, across = self._axes(tokens - exact, head_dim, role)
         whole, rest = divmod(along, self.group)
         row = whole * self._group_bytes(self.group) + (self._group_bytes(rest) if rest else 0)
         return 2 * exact * head_dim + across * row
+
+    @property
+    def exact_tokens(self) -> int:
+        """``exact_first``."""
+        return self.exact_first
+
+    def encode(self, tensor: Tensor, role: Role) -> Stored:
+        """Packed codes with 16-bit scales and offsets, a short last group apart."""
+        import torch
+
+        exact, coded = tensor[: self.exact_first], tensor[self.exact_first :].float()
+        rows = coded.T if self.is_along_tokens(role) else coded
+        narrow = exact if exact.element_size() == 2 else exact.to(torch.bfloat16)
+        buffers = {"exact": narrow}
+        whole = rows.shape[-1] // self.group * self.group
+        for name, part in (("whole", rows[:, :whole]), ("last", rows[:, whole:])):
+            if part.numel():
+                width = min(self.group, part.shape[-1])
+                codes, step, low = self._codes(part.unflatten(-1, (-1, width)))
+                buffers[f"{name} codes"] = pack(codes, self.bits)
+                buffers[f"{name} scales"] = torch.cat([step, low], -1).half()
+        return Stored(buffers, len(tensor))
+
+    def decode(self, stored: Stored, head_dim: int, role: Role) -> Tensor:
+        """Codes times scales, plus offsets; the exact tokens in front."""
+        import torch
+
+        buffers, along_tokens = stored.buffers, self.is_along_tokens(role)
+        exact = buffers["exact"].float()
+        if stored.tokens == len(exact):
+            return exact
+        length = stored.tokens - len(exact) if along_tokens else head_dim
+        parts = [exact.new_zeros(head_dim if along_tokens else stored.tokens - len(exact), 0)]
+        for name, width in (("whole", self.group), ("last", length % self.group)):
+            if f"{name} codes" in buffers:
+                codes = unpack(buffers[f"{name} codes"], self.bits, width)
+                step, low = buffers[f"{name} scales"].float().split(1, -1)
+                parts.append((codes * step + low).flatten(-2))
+        rows = torch.cat(parts, -1)
+        return torch.cat([exact, rows.T if along_tokens else rows])
+
+    def _codes(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes of ``[..., groups, width]``, with the scale and offset of each group."""
+        import torch
+
+        low = groups.amin(-1, keepdim=True).half().float()
+        levels = 2**self.bits - 1
+        scale = ((groups.amax(-1, keepdim=True) - low) / levels).half().float()
+        step = torch.where(scale > 0, scale, 1.0)  # a constant group has no spread
+        return ((groups - low) / step).round().clamp(0, levels), step, low
 
     def roundtrip(self, tensor: Tensor, counts: Tensor, role: Role) -> Tensor:
         """Quantise and dequantise group by group, in float32 with 16-bit scales."""
@@ -83,7 +134,7 @@ class Grouped(Format):
         import torch.nn.functional as F
 
         length = rows.shape[-1]
-        if length == 0:
+        if rows.numel() == 0:
             return rows
         padding = (0, -length % self.group)
         grouped = F.pad(rows, padding).unflatten(-1, (-1, self.group))

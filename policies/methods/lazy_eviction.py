@@ -102,7 +102,9 @@ class LazyEviction(DecodeMethod):
         gaps = torch.where(active, steps - clock[:, :-1], 0)
         return {"last": clock[:, -1], "gap": gaps.amax(1)}
 
-    def fresh(self, state: DecodeState) -> Mapping[str, float]:
+    def fresh(
+        self, state: DecodeState, keys: Tensor, values: Tensor
+    ) -> Mapping[str, float | Tensor]:
         """A token's clock starts as it enters, or one step before."""
         return {"last": state.generated - self.count_own}
 

@@ -78,6 +78,7 @@ def make_signals(case: Case) -> Signals:
         head_scores=uniform(case.seed + 3, case.kv_heads * case.group).square(),
         layer_error=0.1 + case.seed % 7 / 10,
         future=make_future(case),
+        linked=tuple(uniform(case.seed + 7, 2, case.kv_heads, *shape)),
     )
 
 
@@ -121,6 +122,7 @@ def lean_signals(method: Method, full: Signals) -> Signals:
         head_scores=full.head_scores if needs.calibration else None,
         layer_error=full.layer_error if needs.calibration else None,
         future=future if needs.future else None,
+        linked=full.linked if needs.linked else None,
     )
 
 
@@ -130,7 +132,8 @@ def side_by_side(first: Signals, second: Signals) -> Signals:
     both: dict[str, Any] = {
         name: torch.cat([getattr(x, name) for x in (first, second)]) for name in names
     }
-    return replace(first, **both, future=None, _memo={})
+    linked = tuple(torch.cat(x) for x in zip(first.given("linked"), second.given("linked"), strict=True))
+    return replace(first, **both, linked=linked, future=None, _memo={})
 
 
 def permuted_signals(full: Signals, order: Tensor) -> Signals:
@@ -151,6 +154,7 @@ def permuted_signals(full: Signals, order: Tensor) -> Signals:
             future.values[order],
             full.probes()[:, :, queries],
         ),
+        linked=tuple(other[order] for other in full.given("linked")),
         _memo={},
     )
 

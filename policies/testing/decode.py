@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvtune.policies.compress import attend
+from kvtune.policies.attention import attend
 from kvtune.policies.decode import FREE, DecodeMethod
 from kvtune.policies.method import methods
 from kvtune.policies.signals import Signals

@@ -25,7 +25,7 @@ def golden() -> dict[str, Any]:
             for name, kind in sorted(methods().items())
         },
         "bytes_of_100_tokens_of_64": {
-            name: [kind().footprint(100, 64, "keys"), kind().footprint(100, 64, "values")]
+            name: [kind().bound(100, 64, "keys"), kind().bound(100, 64, "values")]
             for name, kind in sorted(formats().items())
         },
     }

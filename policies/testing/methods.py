@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 import torch
 
 from kvtune.policies.method import Method, ScoredMethod
+from kvtune.policies.parts import VIRTUAL, entries_of
 from kvtune.policies.testing.cases import (
     Case,
     lean_signals,
@@ -30,9 +31,11 @@ LONG = Case(301, 64, group=3)
 
 
 def keeps_ascending_indices_within_the_budget(method: Method, case: Case) -> None:
-    """Exactly ``min(budget, P)`` different tokens a head, in order, all of the prompt."""
+    """As many different tokens a head as planned, in order, all of the prompt."""
     kept = method.keep(shared_signals(case), case.budget)
     count = min(case.budget, case.prompt_tokens)
+    if type(method).parts is Method.parts:
+        count = entries_of(method.plan(case.budget, case.prompt_tokens))
     assert kept.dtype == torch.int64
     assert kept.shape == (case.kv_heads, count), (
         "the budget is to be used to the full, never beyond"
@@ -108,11 +111,76 @@ def prompts_choose_alone(method: Method, case: Case) -> None:
                 assert torch.allclose(ours.chunk(2)[side], theirs, atol=1e-6)
 
 
+def parts_are_as_planned(method: Method, case: Case) -> None:
+    """As many parts, of the sizes foretold; every token once at most, in order; finite entries."""
+    signals = shared_signals(case)
+    parts = method.parts(signals, case.budget)
+    assert [part.plan for part in parts] == list(method.plan(case.budget, case.prompt_tokens))
+    for part in parts:
+        virtual = part.tokens == VIRTUAL
+        ascending = part.tokens.diff(dim=-1) > 0
+        assert (ascending | virtual[:, 1:]).all()
+        for own, whole in ((part.keys, signals.keys), (part.values, signals.values)):
+            assert own is not None or not virtual.any(), "a virtual entry has no token's own key"
+            if own is not None:
+                assert own.shape == (*part.tokens.shape, case.head_dim)
+                assert own.dtype == whole.dtype
+                assert own.isfinite().all()
+        assert part.log_weight is None or part.log_weight.isfinite().all()
+    held = torch.cat([part.tokens for part in parts], -1)
+    for row in held.tolist():
+        real = [token for token in row if token != VIRTUAL]
+        assert len(set(real)) == len(real), "a token lies in two parts"
+        assert all(0 <= token < case.prompt_tokens for token in real)
+
+
+def parts_are_the_same_again(method: Method, case: Case) -> None:
+    """Parts of the same prompt are the same, and making them changes no signal."""
+    signals, untouched = shared_signals(case), make_signals(case)
+    for first, second in zip(
+        method.parts(signals, case.budget), method.parts(untouched, case.budget), strict=True
+    ):
+        for each in ("tokens", "keys", "values", "log_weight", "balance"):
+            one, other = getattr(first, each), getattr(second, each)
+            assert (one is None) == (other is None)
+            assert one is None or torch.equal(one, other)
+    for name in ("queries", "keys", "values"):
+        assert torch.equal(getattr(signals, name), getattr(make_signals(case), name))
+
+
+def reader_selects_real_blocks(method: Method, case: Case) -> None:
+    """A reader reads no more than it says, the last entry always, and nothing that is not there."""
+    reader = method.reader(case.budget)
+    if reader is None:
+        return
+    signals = shared_signals(case)
+    heads, tokens = case.kv_heads, case.prompt_tokens
+    queries = signals.queries[:, -5:].unflatten(0, (heads, -1))
+    for count in {tokens, max(tokens - 1, 1), 1}:
+        counts = torch.full((heads,), count)
+        junk = signals.keys.clone()
+        junk[:, count:] = 1e9
+        reads = reader.reads(junk, counts, queries)
+        real = reads[..., :count].sum(-1)
+        assert reads.shape == (heads, queries.shape[2], tokens)
+        assert (real <= reader.entries_read(count)).all()
+        assert reads[..., count - 1].all()
+    assert reader.index_bytes(tokens, case.head_dim) >= 0
+
+
 def needs_are_honest(method: Method, case: Case) -> None:
     """Given only what ``needs`` names, the choice is that of the full signals."""
     full = shared_signals(case)
     lean = lean_signals(method, full)
     assert torch.equal(method.keep(lean, case.budget), method.keep(full, case.budget))
+    for ours, theirs in zip(
+        method.parts(lean, case.budget), method.parts(full, case.budget), strict=True
+    ):
+        assert torch.equal(ours.tokens, theirs.tokens)
+        for each in ("keys", "values", "log_weight", "balance"):
+            one, other = getattr(ours, each), getattr(theirs, each)
+            assert (one is None) == (other is None)
+            assert one is None or torch.equal(one, other)
 
 
 def merging_changes_only_what_is_kept(method: Method, case: Case) -> None:
@@ -152,6 +220,9 @@ METHOD_CHECKS: tuple[MethodCheck, ...] = (
     choice_is_the_same_again,
     heads_choose_alone,
     prompts_choose_alone,
+    parts_are_as_planned,
+    parts_are_the_same_again,
+    reader_selects_real_blocks,
     needs_are_honest,
     merging_changes_only_what_is_kept,
     work_is_declared,

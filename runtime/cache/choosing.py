@@ -1,4 +1,9 @@
-"""What each head of a layer keeps of a prompt, and how it is to be stored."""
+"""What each head of a layer keeps of a prompt, and where the runtime puts it.
+
+A head's parts go to three places: tokens in 16 bits to its growing segment, tokens in its option's
+format to coded pages, and everything that pages cannot hold (entries with a log-weight, formats
+without pages, directions shared with another layer) beside the pages; see ``beside.py``.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +14,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvtune.policies.compress import ask
+from kvtune.policies.apply import ask, held_bytes
+from kvtune.policies.formats.bf16 import Bf16
+from kvtune.policies.option import Option
+from kvtune.policies.parts import HeadPart
 from kvtune.policies.policy import Policy
+from kvtune.policies.reader import Reader
 from kvtune.policies.room import Room
 from kvtune.policies.signals import Signals
+from kvtune.runtime.kernels.layout import exact_tokens, has_pages
+
+_EXACT = (Bf16(), Bf16())
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Of one layer and sequence.
+    """Of one layer and sequence, or of several prompts side by side.
 
     Args:
-        kept: tokens of each head, ascending.
+        kept: tokens of each head that go into pages, those in 16 bits first.
+        exact: how many of each head's stay in 16 bits.
         merged: keys and values ``[n, D]`` of heads whose method stores others than the kept
             tokens' own.
+        beside: parts of each head that pages cannot hold.
+        readers: of heads that do not read all that they hold; None of others.
+        held_bytes: of each head, as formats count them.
         rooms: of heads that go on evicting; None where a head only grows.
     """
 
     kept: list[Tensor]
+    exact: list[int]
     merged: Mapping[int, tuple[Tensor, Tensor]]
+    beside: list[list[HeadPart]]
+    readers: list[Reader | None]
+    held_bytes: list[int]
     rooms: list[Room | None]
 
 
@@ -48,8 +68,53 @@ def choose(policy: Policy, planned: Sequence[int], signals: Signals, evicts: boo
         for option, budget in zip(options, budgets, strict=True)
     ]
     held = [room.prompt if room else budget for room, budget in zip(rooms, budgets, strict=True)]
-    kept, merged = ask([options * prompts], [held * prompts], signals)
-    return Choice(kept, merged, rooms * prompts)
+    parts = ask([options * prompts], [held * prompts], signals).parts
+    head_dim = signals.keys.shape[-1]
+    rows = list(zip(parts, options * prompts, held * prompts, strict=True))
+    placed = [_place(each, option, head_dim) for each, option, _ in rows]
+    return Choice(
+        kept=[tokens for tokens, _, _, _ in placed],
+        exact=[exact for _, exact, _, _ in placed],
+        merged={row: both for row, (_, _, both, _) in enumerate(placed) if both is not None},
+        beside=[beside for _, _, _, beside in placed],
+        readers=[option.method.reader(budget) for _, option, budget in rows],
+        held_bytes=[held_bytes(option, budget, each, head_dim) for each, option, budget in rows],
+        rooms=rooms * prompts,
+    )
+
+
+_Placed = tuple[Tensor, int, "tuple[Tensor, Tensor] | None", list[HeadPart]]
+
+
+def _place(parts: Sequence[HeadPart], option: Option, head_dim: int) -> _Placed:
+    """Tokens for pages, how many of them in 16 bits, their keys and values, and the rest."""
+    if len(parts) == 1 and _is_coded(parts[0], option, head_dim):
+        only = parts[0]
+        both = None if only.keys is None or only.values is None else (only.keys, only.values)
+        return only.tokens, min(exact_tokens(option.keys), len(only.tokens)), both, []
+    exact = [part for part in parts if _is_exact(part, option)]
+    coded = [part for part in parts if part not in exact and _is_coded(part, option, head_dim)]
+    paged = exact + coded
+    beside = [part for part in parts if not any(part is other for other in paged)]
+    none = parts[0].tokens[:0]
+    tokens = torch.cat([none, *(part.tokens for part in paged)])
+    front = sum(len(part.tokens) for part in exact)
+    if coded:
+        front += min(exact_tokens(option.keys), len(coded[0].tokens))
+    return tokens, front, None, beside
+
+
+def _is_exact(part: HeadPart, option: Option) -> bool:
+    """Whether a part is of tokens as they are, in 16 bits."""
+    plain = part.keys is None and part.log_weight is None and part.shared_by == 1
+    return plain and (part.formats or (option.keys, option.values)) == _EXACT
+
+
+def _is_coded(part: HeadPart, option: Option, head_dim: int) -> bool:
+    """Whether a part is of tokens in the option's own formats, for which there are pages."""
+    plain = part.log_weight is None and part.balance is None and part.shared_by == 1
+    own = part.formats in (None, (option.keys, option.values))
+    return plain and own and has_pages(option, head_dim)
 
 
 def side_by_side(read: Sequence[Signals], choices: Sequence[Choice]) -> tuple[Tensor, Tensor]:

@@ -143,14 +143,12 @@ class Evictor:
         """Whether the method looks at attention."""
         return type(self.method).observe is not DecodeMethod.observe
 
-    def enter(self) -> None:
-        """The newest token has been appended to every row."""
+    def enter(self, keys: Tensor, values: Tensor) -> None:
+        """Note the newest token of every row of the layer, ``[rows, D]`` after RoPE."""
         state = self.state
         state.generated += 1
         state.positions.scatter_(-1, self.held, state.now)
-        fresh = self.method.fresh(state)
-        for name, statistic in state.statistics.items():
-            _put(statistic, self.held, torch.full_like(statistic[:, :, :1], fresh.get(name, 0)))
+        self.method.enter(state, self.held, keys[self._rows], values[self._rows])
         self.held += 1
         self.sizes += 1
 

@@ -28,6 +28,7 @@ from kvtune.runtime.cache.storing import store_prompts
 from kvtune.runtime.cache.whole_prompt import condensed
 from kvtune.runtime.kernels.launch import Scratch
 from kvtune.runtime.kernels.layout import PAGE
+from kvtune.runtime.kernels.reference import rotate
 from kvtune.runtime.rotation import owed
 from kvtune.traces.seam import causal_attention, refuse_unknown
 
@@ -124,7 +125,10 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             tokens = [signals.prompt_tokens for signals in read for _ in signals.keys]
             places = places_of(kept, tokens, self.window)
             paged.ring = Ring(np.resize(places, (paged.rows, self.window)))
-        store_prompts(paged, *side_by_side(read, choices), kept)
+        exact = [count for choice in choices for count in choice.exact]
+        store_prompts(paged, *side_by_side(read, choices), kept, exact)
+        held = [size for choice in choices for size in choice.held_bytes]
+        paged.held_bytes = np.resize(held, paged.rows).tolist()
         self.evictors = self._evictors(choices, read) if cache.evicts else []
         if self is cache.layers[-1]:
             cache.check_finite()
@@ -165,8 +169,11 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         if not cache.captured:
             layer.count_appended()
         queries = q.reshape(layer.rows, -1, q.shape[-1])
-        attend = self._attend_evicting if self.evictors else layer.attend
-        return attend(queries, self._scratch(queries), scale).view_as(q)
+        if not self.evictors:
+            return layer.attend(queries, self._scratch(queries), scale).view_as(q)
+        turned = rotate(k, rotation.cos, rotation.sin) if rotation else k
+        newest = turned[:, :, 0].flatten(0, 1), v[:, :, 0].flatten(0, 1)
+        return self._attend_evicting(queries, newest, scale).view_as(q)
 
     def _refuse_unforeseen(self) -> None:
         """A prompt that was stored as if nothing left it cannot begin to slide."""
@@ -178,11 +185,11 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
                 hint="give load_cache(..., new_tokens=) as many as will be generated.",
             )
 
-    def _attend_evicting(self, q: Tensor, scratch: Scratch, scale: float) -> Tensor:
+    def _attend_evicting(self, q: Tensor, newest: tuple[Tensor, Tensor], scale: float) -> Tensor:
         """Attend; then let go of what must leave."""
-        layer = self.paged
+        layer, scratch = self.paged, self._scratch(q)
         for evictor in self.evictors:
-            evictor.enter()
+            evictor.enter(*newest)
         if any(evictor.watches for evictor in self.evictors):
             output, weights = layer.attend_seeing(q, scratch, scale)
         else:

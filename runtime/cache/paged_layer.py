@@ -73,6 +73,7 @@ class PagedLayer:
         self.lengths = np.zeros((3, len(self.layouts)), np.int64)
         self.exact = np.zeros(len(self.layouts), np.int64)  # first tokens of a growing segment
         self.kept: list[int] = [0] * len(self.layouts)
+        self.held_bytes: list[int] = [0] * len(self.layouts)  # as formats count them
         self.most = np.full(len(self.layouts), NO_END)  # entries of a growing segment, at any time
         self.evicted = np.zeros(len(self.layouts), np.int64)
         self.ring: Ring | None = None  # of a sliding layer; set before ``seal``
@@ -252,9 +253,7 @@ class PagedLayer:
 
     def prompt_bytes(self) -> int:
         """Bytes of the stored prompt as formats count them, a length a head included."""
-        options = list(self.options) * (self.rows // len(self.options))
-        kept = zip(options, self.kept, strict=True)
-        return sum(4 + option.footprint(count, self.head_dim) for option, count in kept)
+        return sum(self.held_bytes) + 4 * self.rows
 
     def page_bytes(self) -> int:
         """Bytes of the pages held, slack at their ends included."""

@@ -20,7 +20,13 @@ from kvtune.runtime.kernels.layout import PAGE, PageLayout, exact_tokens
 from kvtune.runtime.kernels.reference import LARGEST_E4M3, fp8_scale
 
 
-def store_prompts(layer: PagedLayer, keys: Tensor, values: Tensor, kept: Sequence[Tensor]) -> None:
+def store_prompts(
+    layer: PagedLayer,
+    keys: Tensor,
+    values: Tensor,
+    kept: Sequence[Tensor],
+    exact: Sequence[int] | None = None,
+) -> None:
     """Put kept prompt tokens into pages. Once, before the layer is sealed.
 
     Rows that may hold no more than ``most`` entries keep all in growing segments.
@@ -30,13 +36,16 @@ def store_prompts(layer: PagedLayer, keys: Tensor, values: Tensor, kept: Sequenc
         keys: ``[n, P, D]`` contiguous, after RoPE; of every row, or of one sequence's heads, which
             then stand for every sequence's.
         values: likewise.
-        kept: token indices of each of the n, ascending.
+        kept: token indices of each of the n, those that stay in 16 bits first.
+        exact: how many of each do; the first ones that their format leaves exact unless given.
 
     Raises:
         KvtuneError: the pool is full.
     """
     sizes = np.array([len(tokens) for tokens in kept])
-    _count(layer, np.resize(sizes, layer.rows))
+    if exact is None:
+        exact = [exact_tokens(option.keys) for option in layer.options]
+    _count(layer, np.resize(sizes, layer.rows), np.resize(np.array(exact), layer.rows))
     layouts = {layout.code: layout for layout in (*layer.layouts, layer.growing_layout)}
     tables = [_records(layer, layout, sizes) for layout in layouts.values()]
     counts, *records = sent([sizes, *tables], keys.device)
@@ -54,9 +63,8 @@ def store_prompts(layer: PagedLayer, keys: Tensor, values: Tensor, kept: Sequenc
             layer.backend.write(layer.pool.memory, writing)
 
 
-def _count(layer: PagedLayer, sizes: Ints) -> None:
+def _count(layer: PagedLayer, sizes: Ints, exact: Ints) -> None:
     """How much of each row's tokens ``[rows]`` is coded, and how much grows."""
-    exact = np.resize([exact_tokens(option.keys) for option in layer.options], layer.rows)
     layer.exact = np.minimum(np.where(layer.most < NO_END, NO_END, exact), sizes)
     layer.lengths[CODED], layer.lengths[GROWN] = sizes - layer.exact, layer.exact
     layer.kept = sizes.tolist()

@@ -121,7 +121,16 @@ def layout_of(option: Option, head_dim: int) -> PageLayout:
 
 def exact_tokens(form: Format) -> int:
     """First kept tokens that a format leaves in 16 bits."""
-    return int(getattr(form, "exact_first", 0))
+    return form.exact_tokens
+
+
+def has_pages(option: Option, head_dim: int) -> bool:
+    """Whether the runtime has pages, and a kernel, for an option's formats."""
+    try:
+        layout_of(option, head_dim)
+    except KvtuneError:
+        return False
+    return True
 
 
 def _stored(form: Format, head_dim: int) -> str:

@@ -119,7 +119,10 @@ class HeadMap:
         """Bytes of each head, ``[L, H]``."""
         rows = zip(self.options, self.tokens, strict=True)
         return np.array(
-            [[o.footprint(int(t), head_dim) for o, t in zip(*row, strict=True)] for row in rows],
+            [
+                [o.footprint(int(t), self.context_tokens, head_dim) for o, t in zip(*row, strict=True)]
+                for row in rows
+            ],
             np.int64,
         )
 

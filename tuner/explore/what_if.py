@@ -155,15 +155,14 @@ def _bytes_by_bits(
     options: Sequence[Option], counts: Floats, contexts: Integers, head_dim: int
 ) -> dict[float, Floats]:
     """Bytes of one compressed prompt of each plan, by bits an element, ``[n]`` each."""
-    widths = sorted({form.bits for o in options for form in (o.keys, o.values)})
+    widths = sorted({form.bits for o in options for form in o.bytes_by_format(1, 1, head_dim)})
     found: dict[float, Any] = {width: np.zeros(len(counts)) for width in widths}
     for context in np.unique(contexts):
         rows = contexts == context
         table = np.zeros((len(options), len(widths)))
         for index, option in enumerate(options):
             tokens = option.budget.resolve(int(context))
-            for form, role in ((option.keys, "keys"), (option.values, "values")):
-                size = form.footprint(tokens, head_dim, role)  # type: ignore[arg-type]
+            for form, size in option.bytes_by_format(tokens, int(context), head_dim).items():
                 table[index, widths.index(form.bits)] += size
         for width, column in zip(widths, (counts[rows] @ table).T, strict=True):
             found[width][rows] = column
