@@ -280,9 +280,7 @@ def held_bytes(option: Option, budget: int, parts: Sequence[HeadPart], head_dim:
     return stored + reader.index_bytes(sum(len(part.tokens) for part in parts), head_dim)
 
 
-def _readers(
-    options: Sequence[Option], budgets: Sequence[int]
-) -> dict[Reader, tuple[int, ...]]:
+def _readers(options: Sequence[Option], budgets: Sequence[int]) -> dict[Reader, tuple[int, ...]]:
     found: dict[Reader, list[int]] = {}
     for row, (option, budget) in enumerate(zip(options, budgets, strict=True)):
         if (reader := option.method.reader(budget)) is not None:

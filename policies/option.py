@@ -63,9 +63,7 @@ class Option:
     keys: Format = Bf16()
     values: Format = Bf16()
 
-    def bytes_by_format(
-        self, tokens: int, prompt_tokens: int, head_dim: int
-    ) -> dict[Format, int]:
+    def bytes_by_format(self, tokens: int, prompt_tokens: int, head_dim: int) -> dict[Format, int]:
         """Bytes of one KV head's parts, by the format that they are stored in; without torch."""
         found: dict[Format, int] = {}
         for part in self.method.plan(tokens, prompt_tokens):

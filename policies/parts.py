@@ -55,7 +55,7 @@ class PartPlan:
         return of_keys + beside, of_values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """Entries of every KV head of a layer that are stored and read alike.
 
@@ -95,7 +95,7 @@ class Part:
         return HeadPart(self.tokens[head], *own, self.formats, self.shared_by)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeadPart:
     """A ``Part`` of one KV head: ``tokens`` ``[n]``, ``keys`` ``[n, D]``, ``balance`` ``[D]``."""
 

@@ -139,9 +139,7 @@ class Policy:
         return footprint(self, self.budgets(prompt_tokens), prompt_tokens, head_dim)
 
 
-def footprint(
-    policy: Policy, budgets: NDArray[np.int64], prompt_tokens: int, head_dim: int
-) -> int:
+def footprint(policy: Policy, budgets: NDArray[np.int64], prompt_tokens: int, head_dim: int) -> int:
     """Bytes of a policy whose heads have these final budgets ``[L, H]``; exact."""
     planned = zip(policy.options(), budgets.flat, strict=True)
     payload = sum(o.footprint(int(budget), prompt_tokens, head_dim) for o, budget in planned)

@@ -109,4 +109,3 @@ def replay_options(layer: LayerReplay, options: Sequence[Option], block: int) ->
         prompts = apply_options([options[column] for column in columns], budget, layer.signals)
         responses.update(zip(columns, layer.response(prompts, block), strict=True))
     return torch.stack([responses[column] for column in range(len(options))], 1)
-

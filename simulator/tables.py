@@ -107,7 +107,11 @@ class Tables:
     def footprints(self, prompt_tokens: int, head_dim: int) -> NDArray[np.int64]:
         """Bytes of one head under each option, ``[O]``, at any prompt length."""
         return np.array(
-            [o.footprint(o.budget.resolve(prompt_tokens), prompt_tokens, head_dim) for o in self.options], np.int64
+            [
+                o.footprint(o.budget.resolve(prompt_tokens), prompt_tokens, head_dim)
+                for o in self.options
+            ],
+            np.int64,
         )
 
     def by_sample(self, choice: NDArray[np.int64], cross: float = 1.0) -> Floats:

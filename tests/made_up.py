@@ -91,7 +91,9 @@ def _estimate(loss: float) -> Estimate:
 def _heads(depth: float, about: Facts, rng: np.random.Generator) -> Any:
     """Option numbers whose bytes fall as ``depth`` goes from 0 to 1."""
     shape = about.shape
-    footprints = [o.footprint(o.budget.resolve(CONTEXT), CONTEXT, shape.head_dim) for o in about.options]
+    footprints = [
+        o.footprint(o.budget.resolve(CONTEXT), CONTEXT, shape.head_dim) for o in about.options
+    ]
     order = np.argsort(footprints, kind="stable")[::-1]
     place = depth * (len(order) - 1) + rng.normal(0, 4, shape.layers * shape.kv_heads)
     return order[np.clip(place.round().astype(int), 0, len(order) - 1)].astype(np.uint16)

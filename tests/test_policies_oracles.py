@@ -310,7 +310,9 @@ def test_predicted_bytes_are_the_counted_ones(rows: list[Any], data: st.DataObje
         assert stored.keys.isfinite().all()
         counted += sum(stored.footprint_bytes)
     lengths = 4 * policy.layers * policy.kv_heads
-    assert policy.footprint(tokens, 16) == counted + lengths == footprint(policy, budgets, tokens, 16)
+    assert (
+        policy.footprint(tokens, 16) == counted + lengths == footprint(policy, budgets, tokens, 16)
+    )
 
 
 @pytest.mark.parametrize("allocator", [AdaKV(), Pyramid()], ids=str)

@@ -38,7 +38,9 @@ class MiniCache(Method):
     source = "Liu et al., NeurIPS 2024, arXiv 2405.14366"
 
     position: float = parameter(0.6, "where between the two directions theirs lies", low=0, high=1)
-    first: int = parameter(0, "layers whose number divided by 2 leaves this begin pairs", low=0, high=1)
+    first: int = parameter(
+        0, "layers whose number divided by 2 leaves this begin pairs", low=0, high=1
+    )
     retention: Literal["distinct", "alike"] = parameter(
         "distinct", "which pairs of keys are retained: the most distinct, or the most alike"
     )
@@ -77,7 +79,9 @@ class MiniCache(Method):
         wide = merged[..., None].expand(-1, -1, head_dim)
         of_keys, of_values = (
             self._between(own.gather(1, wide), other.gather(1, wide), signals.layer)
-            for own, other in zip((signals.keys, signals.values), signals.given("linked"), strict=True)
+            for own, other in zip(
+                (signals.keys, signals.values), signals.given("linked"), strict=True
+            )
         )
         shared = Part(merged, of_keys, of_values, shared_by=2)
         return [Part(retained), shared] if retained.shape[1] else [shared]

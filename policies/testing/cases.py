@@ -132,7 +132,9 @@ def side_by_side(first: Signals, second: Signals) -> Signals:
     both: dict[str, Any] = {
         name: torch.cat([getattr(x, name) for x in (first, second)]) for name in names
     }
-    linked = tuple(torch.cat(x) for x in zip(first.given("linked"), second.given("linked"), strict=True))
+    linked = tuple(
+        torch.cat(x) for x in zip(first.given("linked"), second.given("linked"), strict=True)
+    )
     return replace(first, **both, linked=linked, future=None, _memo={})
 
 

@@ -80,12 +80,13 @@ class Seen:
     """What attention looked at: ``exp(logits - lse)`` are its weights.
 
     Args:
-        logits: ``[G, 64 * table entries]`` float32, scaled; beyond a segment's tokens anything.
         lse: ``[rows, G]`` float32, natural log-sum-exp.
+        logits: ``[G, 64 * table entries]`` float32, scaled; beyond a segment's tokens anything.
+            None where they are not wanted.
     """
 
-    logits: Tensor
     lse: Tensor
+    logits: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,7 @@ class PlainBackend:
             outputs.append(output)
             if seen is not None:
                 seen.lse[row] = lse
+            if seen is not None and seen.logits is not None:
                 for record, (some, _) in zip(mine, read, strict=True):
                     seen.logits[:, PAGE * record[2] :][:, : len(some)] = query @ some.T * scale
         return torch.stack(outputs).to(q.dtype)

@@ -1,9 +1,4 @@
-"""What each head of a layer keeps of a prompt, and where the runtime puts it.
-
-A head's parts go to three places: tokens in 16 bits to its growing segment, tokens in its option's
-format to coded pages, and everything that pages cannot hold (entries with a log-weight, formats
-without pages, directions shared with another layer) beside the pages; see ``beside.py``.
-"""
+"""What each head of a layer keeps of a prompt, and where the runtime puts it."""
 
 from __future__ import annotations
 
@@ -15,16 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvtune.policies.apply import ask, held_bytes
-from kvtune.policies.formats.bf16 import Bf16
-from kvtune.policies.option import Option
 from kvtune.policies.parts import HeadPart
 from kvtune.policies.policy import Policy
 from kvtune.policies.reader import Reader
 from kvtune.policies.room import Room
 from kvtune.policies.signals import Signals
-from kvtune.runtime.kernels.layout import exact_tokens, has_pages
-
-_EXACT = (Bf16(), Bf16())
+from kvtune.runtime.cache.placing import place
 
 
 @dataclass(frozen=True)
@@ -71,7 +62,7 @@ def choose(policy: Policy, planned: Sequence[int], signals: Signals, evicts: boo
     parts = ask([options * prompts], [held * prompts], signals).parts
     head_dim = signals.keys.shape[-1]
     rows = list(zip(parts, options * prompts, held * prompts, strict=True))
-    placed = [_place(each, option, head_dim) for each, option, _ in rows]
+    placed = [place(each, option, head_dim) for each, option, _ in rows]
     return Choice(
         kept=[tokens for tokens, _, _, _ in placed],
         exact=[exact for _, exact, _, _ in placed],
@@ -81,40 +72,6 @@ def choose(policy: Policy, planned: Sequence[int], signals: Signals, evicts: boo
         held_bytes=[held_bytes(option, budget, each, head_dim) for each, option, budget in rows],
         rooms=rooms * prompts,
     )
-
-
-_Placed = tuple[Tensor, int, "tuple[Tensor, Tensor] | None", list[HeadPart]]
-
-
-def _place(parts: Sequence[HeadPart], option: Option, head_dim: int) -> _Placed:
-    """Tokens for pages, how many of them in 16 bits, their keys and values, and the rest."""
-    if len(parts) == 1 and _is_coded(parts[0], option, head_dim):
-        only = parts[0]
-        both = None if only.keys is None or only.values is None else (only.keys, only.values)
-        return only.tokens, min(exact_tokens(option.keys), len(only.tokens)), both, []
-    exact = [part for part in parts if _is_exact(part, option)]
-    coded = [part for part in parts if part not in exact and _is_coded(part, option, head_dim)]
-    paged = exact + coded
-    beside = [part for part in parts if not any(part is other for other in paged)]
-    none = parts[0].tokens[:0]
-    tokens = torch.cat([none, *(part.tokens for part in paged)])
-    front = sum(len(part.tokens) for part in exact)
-    if coded:
-        front += min(exact_tokens(option.keys), len(coded[0].tokens))
-    return tokens, front, None, beside
-
-
-def _is_exact(part: HeadPart, option: Option) -> bool:
-    """Whether a part is of tokens as they are, in 16 bits."""
-    plain = part.keys is None and part.log_weight is None and part.shared_by == 1
-    return plain and (part.formats or (option.keys, option.values)) == _EXACT
-
-
-def _is_coded(part: HeadPart, option: Option, head_dim: int) -> bool:
-    """Whether a part is of tokens in the option's own formats, for which there are pages."""
-    plain = part.log_weight is None and part.balance is None and part.shared_by == 1
-    own = part.formats in (None, (option.keys, option.values))
-    return plain and own and has_pages(option, head_dim)
 
 
 def side_by_side(read: Sequence[Signals], choices: Sequence[Choice]) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.room import Room
 from kvtune.policies.signals import Signals
+from kvtune.runtime.cache.beside import Beside, HeldPart
 from kvtune.runtime.cache.choosing import Choice, choose, side_by_side
 from kvtune.runtime.cache.evicting import Evictor, evictors, openings
 from kvtune.runtime.cache.paged_layer import PagedLayer
@@ -129,11 +130,53 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         store_prompts(paged, *side_by_side(read, choices), kept, exact)
         held = [size for choice in choices for size in choice.held_bytes]
         paged.held_bytes = np.resize(held, paged.rows).tolist()
+        self._hold_beside(read, choices)
+        self._hold_readers(read, choices)
         self.evictors = self._evictors(choices, read) if cache.evicts else []
         if self is cache.layers[-1]:
             cache.check_finite()
         paged.seal(cache.new_tokens)
         cache.make_room(paged, PAGE)
+
+    def _hold_beside(self, read: Sequence[Signals], choices: Sequence[Choice]) -> None:
+        """Encode what pages cannot hold, of every row."""
+        rows = [
+            (parts, signals.keys[head], signals.values[head])
+            for signals, choice in zip(read, choices, strict=True)
+            for head, parts in enumerate(choice.beside)
+        ]
+        if not any(parts for parts, _, _ in rows):
+            return
+        cache, options, held = self.cache, self.paged.options, []
+        for row in range(self.paged.rows):
+            parts, *own = rows[row % len(rows)]
+            for part in parts:
+                sequence, head = divmod(row, len(options))
+                shared = None
+                if part.shared_by > 1:
+                    other = options[head].method.linked_layer(self.number, len(cache.layers))
+                    first = min(self.number, self.number if other is None else other)
+                    shared = cache.shared, (sequence, head, first)
+                both = own[0], own[1]
+                held.append(HeldPart.of(row, part, both, options[head], shared))
+        self.paged.beside = Beside(held, cache.geometry.head_dim, cache.pool.memory.device)
+
+    def _hold_readers(self, read: Sequence[Signals], choices: Sequence[Choice]) -> None:
+        """Keys that readers make an index of, as pages hold them."""
+        readers = [reader for choice in choices for reader in choice.readers]
+        if all(reader is None for reader in readers):
+            return
+        paged, keys = self.paged, []
+        of_rows = [(signals, head) for signals in read for head in range(len(signals.keys))]
+        kept = [tokens for choice in choices for tokens in choice.kept]
+        for row in range(paged.rows):
+            at = row % len(readers)
+            (signals, head), exact = of_rows[at], int(paged.exact[row])
+            own = signals.keys[head, kept[at][exact:]]
+            form, count = paged.options[row % len(paged.options)].keys, torch.tensor([len(own)])
+            keys.append(form.roundtrip(own[None].float(), count.to(own.device), "keys")[0])
+        paged.readers = [readers[row % len(readers)] for row in range(paged.rows)]
+        paged.read_keys = list(keys)
 
     def _empty(self, rooms: Sequence[Room | None]) -> PagedLayer:
         """Pages to be, of rows with these rooms, which may be one sequence's for all."""

@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 
 from kvtune.policies.option import Option
+from kvtune.policies.reader import Reader
 from kvtune.runtime.cache.backend import Backend, Growing, Seen
+from kvtune.runtime.cache.beside import Beside
+from kvtune.runtime.cache.placing import pages_of
 from kvtune.runtime.cache.pool import Pool
 from kvtune.runtime.cache.segments import (
     CODED,
@@ -29,10 +32,11 @@ from kvtune.runtime.cache.segments import (
     Leaving,
     runs,
 )
+from kvtune.runtime.cache.selecting import Selection, pages_read, selections
 from kvtune.runtime.cache.sending import sent
 from kvtune.runtime.cache.sliding import Ring
 from kvtune.runtime.kernels.launch import Paged, Scratch, shape_for
-from kvtune.runtime.kernels.layout import PAGE, PageLayout, layout_of
+from kvtune.runtime.kernels.layout import PAGE, PageLayout
 from kvtune.runtime.kernels.tiles import Segments, plan_tiles
 from kvtune.runtime.rotation import Rotation
 
@@ -62,7 +66,7 @@ class PagedLayer:
     ) -> None:
         self.number, self.options, self.head_dim = number, options, head_dim
         self.pool, self.backend, self.residual = pool, backend, residual
-        self.layouts = [layout_of(option, head_dim) for option in options] * batch
+        self.layouts = [pages_of(option, head_dim) for option in options] * batch
         self.growing_layout = PageLayout(head_dim)
         self.pages: list[list[Ints]] = [
             [np.zeros(0, np.int64) for _ in self.layouts] for _ in (CODED, GROWN, SETTLED)
@@ -77,6 +81,10 @@ class PagedLayer:
         self.most = np.full(len(self.layouts), NO_END)  # entries of a growing segment, at any time
         self.evicted = np.zeros(len(self.layouts), np.int64)
         self.ring: Ring | None = None  # of a sliding layer; set before ``seal``
+        self.beside: Beside | None = None  # what pages cannot hold
+        self.readers: list[Reader | None] = [None] * len(self.layouts)  # set before ``seal``
+        self.read_keys: list[Tensor | None] = []  # as stored, of rows with a reader
+        self.selections: list[Selection] = []
         device = pool.memory.device
         self.finite: Tensor  # whether the prompts' keys and values are, row by row
         self.fp8_scales = torch.ones(3 * len(self.layouts), 2, device=device)
@@ -117,8 +125,13 @@ class PagedLayer:
         pairs = self.codes[:kinds].ravel()
         table = np.zeros(int(pages.sum()) + 1, np.int64)  # the kernel looks one entry ahead
         cells = np.concatenate([cells for rows in self.pages[:kinds] for cells in rows])
-        table[runs(self._page_counts(kinds).ravel(), starts)] = cells
-        tokens = np.where(np.arange(len(row)) < self.rows, self.lengths[:kinds].ravel(), -1)
+        held = self._page_counts(kinds).ravel()
+        inside = runs(held) < np.repeat(pages, held)  # a reader's rows list fewer than they hold
+        table[runs(held, starts)[inside]] = cells[inside]
+        fixed = np.array(
+            [reader is None for reader in self.readers] + [False] * (len(row) - self.rows)
+        )
+        tokens = np.where(fixed, self.lengths[:kinds].ravel(), -1)
         shape = shape_for(tuple(sorted(set(pairs.tolist()), reverse=True)), self.head_dim)
         tiles = plan_tiles(Segments(row, pairs, starts, pages, tokens), table, shape.programs)
         self.tables_at = starts.reshape(rooms.shape)
@@ -131,11 +144,24 @@ class PagedLayer:
             self.pool.memory, pages_at, lengths, self.fp8_scales, records, tiles.pairs,
             self.head_dim, int(rooms[GROWN].max()),
         )  # fmt: skip
+        self._select_again()
+
+    def _select_again(self) -> None:
+        """Point selections at the tables as they are now."""
+        if all(reader is None for reader in self.readers):
+            return
+        device = self.pool.memory.device
+        cells = [torch.as_tensor(x.astype(np.int32), device=device) for x in self.pages[CODED]]
+        starts = self.tables_at[CODED].tolist()
+        self.selections = selections(self.readers, self.read_keys, cells, starts, device)
 
     def _rooms(self, new_tokens: int) -> Ints:
         """Pages that each segment has or may grow to, ``[kinds, rows]``."""
         ends = np.where(self.most < NO_END, self.most, self.lengths[GROWN] + new_tokens)
         coded, _, settled = self._page_counts()
+        for row, reader in enumerate(self.readers):
+            if reader is not None:
+                coded[row] = pages_read(reader, coded[row])
         if self.residual is None:
             return np.stack([coded, np.full(self.rows, -(-int(ends.max()) // PAGE))])
         settle = np.array([layout != self.growing_layout for layout in self.layouts])
@@ -183,7 +209,13 @@ class PagedLayer:
 
     def attend(self, q: Tensor, scratch: Scratch, scale: float) -> Tensor:
         """Attention of one query a query head, ``[rows, G, D]``, over all that is kept."""
-        return self.backend.attend(q, self.paged, scratch, scale)
+        for selection in self.selections:
+            selection.select(q, self.paged.table, self.paged.lengths)
+        if self.beside is None:
+            return self.backend.attend(q, self.paged, scratch, scale)
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        output = self.backend.attend(q, self.paged, scratch, scale, Seen(lse))
+        return self.beside.merged(q, output, lse, scale)
 
     def attend_seeing(self, q: Tensor, scratch: Scratch, scale: float) -> tuple[Tensor, Tensor]:
         """The same, and its weights on growing segments ``[rows, G, places]``, zero beyond them."""
@@ -193,7 +225,7 @@ class PagedLayer:
             1 << (PAGE * len(paged.table)).bit_length()
         )  # few widths: kernels are compiled for it
         logits = q.new_empty(group, width, dtype=torch.float32)
-        seen = Seen(logits, q.new_empty(rows, group, dtype=torch.float32))
+        seen = Seen(q.new_empty(rows, group, dtype=torch.float32), logits)
         output = self.backend.attend(q, paged, scratch, scale, seen)
         places = PAGE * paged.growing_pages
         first = PAGE * int(
@@ -202,7 +234,10 @@ class PagedLayer:
         mine = logits[:, first : first + rows * places].view(group, rows, places).transpose(0, 1)
         lengths = paged.lengths[rows : 2 * rows, None, None]
         real = torch.arange(places, device=q.device) < lengths
-        return output, (mine - seen.lse[..., None]).exp().where(real, 0)
+        weights = (mine - seen.lse[..., None]).exp().where(real, 0)
+        if self.beside is not None:
+            output = self.beside.merged(q, output, seen.lse, scale)
+        return output, weights
 
     def leave(self, leaving: Leaving) -> None:
         """Let entries go, in place; pages that not even the next token needs are given back."""

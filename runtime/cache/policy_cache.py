@@ -31,20 +31,24 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
 
 from kvtune.common.errors import KvtuneError
+from kvtune.policies.apply import linked
 from kvtune.policies.document_reader import read_policy
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.room import Room
 from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.backend import Backend, TritonBackend, backend_for
+from kvtune.runtime.cache.beside import Shared
 from kvtune.runtime.cache.evicting import check_evicting
 from kvtune.runtime.cache.layer import CacheLayer, attention, padding_mask
 from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.placing import pages_of, planned_entries, warn_of_slow_formats
 from kvtune.runtime.cache.pool import SLAB_CELLS, Pool
+from kvtune.runtime.cache.selecting import check_reader
 from kvtune.runtime.cache.settling import check_residual, settle
 from kvtune.runtime.cache.whole_prompt import calibration_for, check_passes, repeated, when_read
 from kvtune.runtime.kernels.launch import Scratch
-from kvtune.runtime.kernels.layout import PAGE, PageLayout, exact_tokens, layout_of
+from kvtune.runtime.kernels.layout import PAGE, PageLayout
 from kvtune.traces.calibration import Calibration
 from kvtune.traces.geometry import Geometry, read_geometry
 
@@ -82,11 +86,14 @@ def load_cache(
     bound = policy if isinstance(policy, Policy) else read_policy(policy).bind(*shape)
     bound.check_fits(*shape)
     check_passes(bound, tokenizer)
+    geometry = read_geometry(model)
+    for option in dict.fromkeys(bound.options()):
+        check_reader(option.method.reader(PAGE))
+    warn_of_slow_formats(bound, geometry.head_dim)
     if evicts:
         check_evicting(bound)
     if residual is not None:
         check_residual(bound, residual)
-    geometry = read_geometry(model)
     cache = PolicyCache(bound, geometry, new_tokens, evicts, residual)
     if bound.needs.calibration:
         cache.calibration = calibration_for(model, geometry, tokenizer)
@@ -121,6 +128,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
         self.pool: Pool
         self.backend: Backend
         self.scratch: Scratch | None = None
+        self.shared: Shared = {}  # directions that two layers store once
         self.captured = False  # by a graph: counting and reserving is then the decode loop's
         super().__init__(layers=[CacheLayer(self, n) for n in range(policy.layers)])
 
@@ -141,10 +149,16 @@ class PolicyCache(Cache):  # type: ignore[misc]
             self.policy.settle(tokens, layers.__getitem__)
             for tokens, layers in zip(self.prompts, rows, strict=False)  # one may stand for all
         ]
+        rows = [self._linked(layers) for layers in rows]
         budgets = settled * (len(self.prompts) // len(rows))
         self._take_memory(rows[0][0].keys.device, self.prompts, budgets)
         for layer in self.layers:
             layer.store([layers.pop(0) for layers in rows])  # and keep none of it
+
+    def _linked(self, layers: list[Signals]) -> list[Signals]:
+        """One sequence's layers ``[L]``, each with the layer that its methods link to it."""
+        pairs = zip(layers, self.policy.heads, strict=True)
+        return [linked(each, options, len(layers), layers.__getitem__) for each, options in pairs]
 
     def _repeated(self, rows: list[list[Signals]], token_ids: Tensor | None) -> list[list[Signals]]:
         """What the layers have read of each sequence, ``[B][L]``, after it was repeated."""
@@ -182,7 +196,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
     def _page_sizes(self) -> set[int]:
         """Cells of all pages that occur."""
         head_dim = self.geometry.head_dim
-        stored = {layout_of(option, head_dim).page_cells for option in self.policy.options()}
+        stored = {pages_of(option, head_dim).page_cells for option in self.policy.options()}
         return stored | {PageLayout(head_dim).page_cells}
 
     def window_of(self, layer: int, prompt_tokens: int) -> int | None:
@@ -204,10 +218,10 @@ class PolicyCache(Cache):  # type: ignore[misc]
     def _cells_of(self, option: Option, count: int, tokens: int, window: int | None) -> int:
         """By one head."""
         head_dim = self.geometry.head_dim
-        layout, growing = layout_of(option, head_dim), PageLayout(head_dim)
-        exact = exact_tokens(option.keys)
+        layout, growing = pages_of(option, head_dim), PageLayout(head_dim)
+        exact, coded = planned_entries(option, count, tokens, head_dim)
         room = Room.of(option, count, tokens) if self.evicts else None
-        coded, grown = max(count - exact, 0), exact + self.new_tokens
+        grown = exact + self.new_tokens
         if window:
             coded, grown = 0, min(count + self.new_tokens, window)
         elif room:
@@ -242,7 +256,9 @@ class PolicyCache(Cache):  # type: ignore[misc]
     @property
     def can_be_captured(self) -> bool:
         """Whether a decode step asks nothing of the host."""
-        return isinstance(self.backend, TritonBackend) and not self.evicts
+        beside = [layer.paged.beside for layer in self.layers if hasattr(layer, "paged")]
+        dense = all(each is None or each.is_dense for each in beside)
+        return dense and isinstance(self.backend, TritonBackend) and not self.evicts
 
     def prompt_bytes(self) -> int:
         """Bytes of the compressed prompts, as formats count them."""

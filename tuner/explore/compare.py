@@ -120,7 +120,10 @@ class HeadMap:
         rows = zip(self.options, self.tokens, strict=True)
         return np.array(
             [
-                [o.footprint(int(t), self.context_tokens, head_dim) for o, t in zip(*row, strict=True)]
+                [
+                    o.footprint(int(t), self.context_tokens, head_dim)
+                    for o, t in zip(*row, strict=True)
+                ]
                 for row in rows
             ],
             np.int64,

@@ -1,0 +1,154 @@
+"""What pages cannot hold, beside them: entries with a log-weight, formats without pages, shared parts.
+
+Entries in 16 bits, such as RazorAttention's compensation token, lie in one dense tensor a layer, so that
+a step attends to them in a few operations. All others stay encoded and are read back at every step: the
+memory is saved and the time is not, until such a format has pages of its own. Their attention is joined
+to that over pages by its log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from kvtune.policies.attention import attend, merge
+from kvtune.policies.format import Format, Role, Stored
+from kvtune.policies.option import Option
+from kvtune.policies.parts import HeadPart
+from kvtune.runtime.cache.placing import EXACT
+
+Shared = dict[tuple[int, int, int], "Encoded"]
+"""Directions that two layers share, by sequence, KV head and the first of the two layers."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The buffers of one head's part, of which both keys and values are stored."""
+
+    keys: Stored
+    values: Stored
+
+
+@dataclass(frozen=True)
+class HeldPart:
+    """One head's part as it is held.
+
+    Args:
+        row: of the layer.
+        encoded: buffers; of a shared part, the directions.
+        formats: of keys and of values.
+        log_weight: ``[n]`` float32, or None.
+        balance: ``[D]``, or None: keys read back are divided by it.
+        lengths: of a shared part's keys and values, ``[2, n]``; else None.
+    """
+
+    row: int
+    encoded: Encoded
+    formats: tuple[Format, Format]
+    log_weight: Tensor | None = None
+    balance: Tensor | None = None
+    lengths: Tensor | None = None
+
+    @staticmethod
+    def of(
+        row: int, part: HeadPart, own: tuple[Tensor, Tensor], option: Option,
+        shared: tuple[Shared, tuple[int, int, int]] | None = None,
+    ) -> HeldPart:  # fmt: skip
+        """Encode one part.
+
+        Args:
+            row: of the layer.
+            part: what to hold.
+            own: keys and values ``[P, D]`` of the head's prompt.
+            option: says the formats unless the part does.
+            shared: directions that are stored already, and under which name this part's are.
+        """
+        formats = part.formats or (option.keys, option.values)
+        keys, values = (
+            whole[part.tokens] if given is None else given
+            for whole, given in zip(own, (part.keys, part.values), strict=True)
+        )
+        if part.balance is not None:
+            keys = keys * part.balance
+        lengths = None
+        if shared is not None:
+            lengths = torch.stack([keys.norm(dim=-1), values.norm(dim=-1)]).half()
+            keys, values = F.normalize(keys, dim=-1), F.normalize(values, dim=-1)
+        found = shared[0].get(shared[1]) if shared is not None else None
+        if found is None:
+            found = Encoded(formats[0].encode(keys, "keys"), formats[1].encode(values, "values"))
+            if shared is not None:
+                shared[0][shared[1]] = found
+        return HeldPart(row, found, formats, part.log_weight, part.balance, lengths)
+
+    def read(self, head_dim: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[n, D]`` float32."""
+        roles: tuple[Role, Role] = ("keys", "values")
+        stored = self.encoded.keys, self.encoded.values
+        keys, values = (
+            form.decode(each, head_dim, role)
+            for form, each, role in zip(self.formats, stored, roles, strict=True)
+        )
+        if self.balance is not None:
+            keys = keys / self.balance
+        if self.lengths is not None:
+            keys, values = keys * self.lengths[0, :, None], values * self.lengths[1, :, None]
+        return keys, values
+
+
+class Beside:
+    """One layer's parts that lie beside its pages, and attention over them."""
+
+    def __init__(self, held: Sequence[HeldPart], head_dim: int, device: torch.device) -> None:
+        """Lay out what is held: 16-bit parts in one tensor, others as they are."""
+        self.head_dim, self.device = head_dim, device
+        dense = [each for each in held if each.formats == EXACT and each.lengths is None]
+        self.encoded = [each for each in held if not any(each is other for other in dense)]
+        self.dense = self._stacked(dense, torch.bfloat16) if dense else None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether a step asks nothing of the host."""
+        return not self.encoded
+
+    def merged(self, q: Tensor, output: Tensor, lse: Tensor, scale: float) -> Tensor:
+        """Attention over pages and over these parts together, ``[rows, G, D]`` like ``output``.
+
+        Args:
+            q: ``[rows, G, D]``.
+            output: over the pages.
+            lse: its log-sum-exp, ``[rows, G]`` float32.
+            scale: multiplies the logits.
+        """
+        parts = [self.dense] if self.dense is not None else []
+        if self.encoded:
+            parts.append(self._stacked(self.encoded, torch.float32))
+        output = output.float()
+        for rows, keys, values, weight in parts:
+            ours = attend(q[rows].float(), keys.float(), values.float(), None, scale, weight)
+            joined = torch.logaddexp(lse[rows], ours[1])
+            output = output.index_copy(0, rows, merge((output[rows], lse[rows]), ours))
+            lse = lse.index_copy(0, rows, joined)
+        return output.to(q.dtype)
+
+    def _stacked(
+        self, held: Sequence[HeldPart], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows ``[R]``, keys and values ``[R, n, D]``, and log-weights ``[R, 1, n]``; several parts
+        of a row lie one behind the other, and what pads the shorter rows weighs nothing."""
+        by_row: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        for each in held:
+            keys, values = each.read(self.head_dim)
+            none = torch.zeros(len(keys), device=self.device)
+            weight = none if each.log_weight is None else each.log_weight
+            by_row.setdefault(each.row, []).append((keys.to(dtype), values.to(dtype), weight))
+        joined = [[torch.cat(x) for x in zip(*parts, strict=True)] for parts in by_row.values()]
+        keys, values = (pad_sequence([x[n] for x in joined], batch_first=True) for n in (0, 1))
+        weights = pad_sequence([x[2] for x in joined], True, -torch.inf)
+        rows = torch.tensor(list(by_row), device=self.device)
+        return rows, keys, values, weights[:, None]
