@@ -1,4 +1,4 @@
-"""The one driver: a policy applied to a layer's prompt. Replay, live runs and the runtime all use it.
+"""The one driver of replay, live runs and the runtime: a policy applied to a layer's prompt.
 
     ask      every head's method, once for each choice that heads share
     store    what it names, gathered and passed through each head's formats
@@ -34,11 +34,11 @@ class Compressed:
     A head's parts lie one behind the other.
 
     Args:
-        keys: ``[..., H, n, D]``, read back from storage; of a row only the first ``counts`` are real.
+        keys: ``[..., H, n, D]``, read back from storage; of a row the first ``counts`` are real.
         values: ``[..., H, n, D]``.
         counts: ``[..., H]`` int64.
         footprint_bytes: what all heads hold, of each policy.
-        log_weight: ``[..., H, n]`` float32, added to the logits; None where every entry is one token.
+        log_weight: ``[..., H, n]`` float32, added to the logits; None where there is none.
         readers: rows, counted through ``[..., H]``, that do not read all that they hold.
     """
 
@@ -174,7 +174,11 @@ class _Slice:
         indices = pad_sequence([part.tokens for part in parts], batch_first=True)
         heads = torch.tensor([row % kept.heads for row in rows], device=indices.device)
         both = []
-        for role, whole in (("keys", signals.keys), ("values", signals.values)):
+        roles: tuple[tuple[Role, Tensor], ...] = (
+            ("keys", signals.keys),
+            ("values", signals.values),
+        )
+        for role, whole in roles:
             tensor = _gathered(whole, indices, heads, [getattr(part, role) for part in parts])
             both.append(_stored(tensor, counts, parts, [options[row] for row in rows], role))
         return _Slice(rows, both[0], both[1], parts)
@@ -183,7 +187,7 @@ class _Slice:
 def _gathered(
     whole: Tensor, indices: Tensor, heads: Tensor, instead: Sequence[Tensor | None]
 ) -> Tensor:
-    """``[R, n, D]`` of ``[H, P, D]``: each row's tokens of its head, or what a part gives instead."""
+    """Each row's tokens of its head, or what a part gives instead: ``[R, n, D]`` of ``[H, P, D]``."""
     prompt, head_dim = whole.shape[1:]
     at = (indices.clamp_min(0) + heads[:, None] * prompt).flatten()
     tensor = whole.reshape(-1, head_dim)[at].view(len(indices), -1, head_dim)

@@ -2,10 +2,10 @@
 
 Life of a method while decoding, one layer at a time: ``statistics`` says what is known of every
 prompt token when the prompt is complete; the driver keeps the tokens that ``keep`` names. Each
-generated token then enters a free slot with ``fresh`` statistics, made of its key and value, attends
-to all that is live, itself included, and ``observe`` is given that row of attention. ``drops`` says how many entries
-must leave now, ``leaving`` which. The prompt's scores are the ``worth`` of the same statistics, so
-the two halves of a method cannot drift apart.
+generated token then enters a free slot with ``fresh`` statistics, made of its key and value,
+attends to all that is live, itself included, and ``observe`` is given that row of attention.
+``drops`` says how many entries must leave now, ``leaving`` which. The prompt's scores are the
+``worth`` of the same statistics, so the two halves of a method cannot drift apart.
 """
 
 from __future__ import annotations

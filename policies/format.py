@@ -1,9 +1,9 @@
 """How what stays is stored: the contract of a format.
 
-A format stores one tensor, the keys or the values of one KV head. ``bound`` says without data how many
-bytes that takes, so that a plan can be made; ``encode`` gives the buffers themselves and ``decode``
-reads them back. Formats are compared and looked up as objects: two formats are the same when they are
-equal, and nothing is read from their names or from their number of bits.
+A format stores one tensor, the keys or the values of one KV head. ``bound`` says without data how
+many bytes that takes, so that a plan can be made; ``encode`` gives the buffers themselves and
+``decode`` reads them back. Formats are compared and looked up as objects: two formats are the same
+when they are equal, and nothing is read from their names or from their number of bits.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What becomes of a KV head's prompt: the contract of a method, and the base of all that score tokens.
+"""What becomes of a KV head's prompt: the contract of a method, and of those that score tokens.
 
 Life of a method: it is built from published hyper-parameters (a frozen dataclass); the driver,
-``policies/apply.py``, gathers what ``needs`` names and calls ``parts`` once a layer, when the prompt is
-complete. Most methods only drop tokens: they say which stay in ``keep``, and a few write what they drop
-into what they keep in ``merge``. Others override ``parts`` and say in ``plan`` how large those will be;
-a method that keeps much and reads little also names a ``reader``. A method only chooses. Gathering,
-storing, attending, counting bytes and checking are shared.
+``policies/apply.py``, gathers what ``needs`` names and calls ``parts`` once a layer, when the
+prompt is complete. Most methods only drop tokens: they say which stay in ``keep``, and a few write
+what they drop into what they keep in ``merge``. Others override ``parts`` and say in ``plan`` how
+large those will be; a method that keeps much and reads little also names a ``reader``. A method
+only chooses. Gathering, storing, attending, counting bytes and checking are shared.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """What a method makes of a layer's prompt: parts, each stored and read in one way.
 
-A method that only drops tokens returns one part that names those that stay. Other systems need more:
-two precisions within a head, an entry that stands for many tokens (with a log-weight), keys and values
-that no token had, directions that two layers share. A ``Part`` says all of this for every KV head of a
-layer; a ``PartPlan`` says the same without data, so that bytes can be planned without torch.
+A method that only drops tokens returns one part that names those that stay. Other systems need
+more: two precisions within a head, an entry that stands for many tokens (with a log-weight), keys
+and values that no token had, directions that two layers share. A ``Part`` says all of this for
+every KV head of a layer; a ``PartPlan`` says the same without data, so that bytes can be planned
+without torch.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ class Policy:
                     raise KvtuneError(
                         f"the policy {self.name!r} links layer {layer}, KV head {head} to layer "
                         f"{other}, which has another option or does not exist",
-                        hint=f"give {option.method.name} to both layers of a pair, and full to others.",
+                        hint=f"give {option.method.name} to both layers of a pair.",
                     )
 
     def budgets(self, prompt_tokens: int) -> NDArray[np.int64]:

@@ -1,8 +1,8 @@
 """What a decode step reads of what a KV head holds: the contract of a reader.
 
-A reader drops nothing. It divides a head's entries, in the order in which they are stored, into blocks
-of equal length, keeps an index of them, and names for every query the blocks to attend to. The last
-block and every generated token are always read.
+A reader drops nothing. It divides a head's entries, in the order in which they are stored, into
+blocks of equal length, keeps an index of them, and names for every query the blocks to attend to.
+The last block and every generated token are always read.
 """
 
 from __future__ import annotations

@@ -23,15 +23,16 @@ _BACKBONES: dict[str, type[Grouped]] = {"int2": Int2, "int4": Int4}
 class Gear(Format):
     """X is about D + L + S: quantised, low rank, sparse.
 
-    S = the largest and the smallest ``outliers / 2`` of a row, exact; in D the row's mean stands there
+    S = the largest and the smallest ``outliers / 2`` of a row, exact; in D stands the row's mean
     D = the rest in the ``backbone``'s groups; a row is a channel of keys, a token of values
     L = Q P^T of rank ``rank``, fitted to X - D - S by power iteration, in 16 bits
 
-    Source: Kang et al., "GEAR: An Efficient KV Cache Compression Recipe for Near-Lossless Generative
-    Inference of LLM", arXiv 2403.05527; two bits, groups of 64, rank 4 and 2 % outliers are the
-    authors' settings for the KIVI backbone. Differs: a row of values is one token of one head, of
-    which at least one number at either end is exact (the authors count over all heads together);
-    the prompt is compressed whole, without a buffer of newest tokens. ``outliers: 0`` is GEAR-L.
+    Source: Kang et al., "GEAR: An Efficient KV Cache Compression Recipe for Near-Lossless
+    Generative Inference of LLM", arXiv 2403.05527; two bits, groups of 64, rank 4 and 2 % outliers
+    are the authors' settings for the KIVI backbone. Differs: a row of values is one token of one
+    head, of which at least one number at either end is exact (the authors count over all heads
+    together); the prompt is compressed whole, without a buffer of newest tokens. ``outliers: 0`` is
+    GEAR-L.
     """
 
     name = "gear"

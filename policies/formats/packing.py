@@ -21,7 +21,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     place = torch.arange(bits, device=codes.device)
     flags = ((codes.long()[..., None] >> place) & 1).flatten(-2)  # [..., n * bits]
     whole = F.pad(flags, (0, -flags.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return (whole << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
+    packed: Tensor = (whole << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
+    return packed
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:

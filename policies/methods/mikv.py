@@ -104,4 +104,5 @@ class MiKV(ScoredMethod):
         queries = signals.queries[:, -self.window :].float().abs().amax(1)
         queries = queries.unflatten(0, (len(keys), -1)).amax(1)
         factor = (queries / keys).sqrt().clamp(_SMALLEST, _LARGEST)
-        return factor.where((queries > 0) & (keys > 0), 1)
+        balance: Tensor = factor.where((queries > 0) & (keys > 0), 1)
+        return balance

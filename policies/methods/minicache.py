@@ -25,12 +25,12 @@ class MiniCache(Method):
     k'[l]     = |k[l]| * e
     retained  = the budget's tokens, whose two keys differ most in direction, as they are
 
-    Source: Liu et al., "MiniCache: KV Cache Compression in Depth Dimension for Large Language Models",
-    NeurIPS 2024, arXiv 2405.14366; position 0.6 is the paper's, which merges the deeper half of the
-    layers: a policy gives ``full`` to the others, and this method to both layers of a pair. Read
-    literally its rule retains the pairs that are most alike; what it says it means, and what
-    ``retention: distinct`` does, is to retain the most distinct ones. A budget fixes their number
-    (the paper's gamma of 5 % is a range of angles). The first token is always retained.
+    Source: Liu et al., "MiniCache: KV Cache Compression in Depth Dimension for Large Language
+    Models", NeurIPS 2024, arXiv 2405.14366; position 0.6 is the paper's, which merges the deeper
+    half of the layers: a policy gives ``full`` to the others, and this method to both layers of a
+    pair. Read literally its rule retains the pairs that are most alike; what it says it means, and
+    what ``retention: distinct`` does, is to retain the most distinct ones. A budget fixes their
+    number (the paper's gamma of 5 % is a range of angles). The first token is always retained.
     Cost: O(H P D) once a pair of layers; the whole cache is held until both have been read.
     """
 
@@ -38,9 +38,7 @@ class MiniCache(Method):
     source = "Liu et al., NeurIPS 2024, arXiv 2405.14366"
 
     position: float = parameter(0.6, "where between the two directions theirs lies", low=0, high=1)
-    first: int = parameter(
-        0, "layers whose number divided by 2 leaves this begin pairs", low=0, high=1
-    )
+    first: int = parameter(0, "0 where even layers begin pairs, 1 where odd ones do", low=0, high=1)
     retention: Literal["distinct", "alike"] = parameter(
         "distinct", "which pairs of keys are retained: the most distinct, or the most alike"
     )
@@ -77,6 +75,7 @@ class MiniCache(Method):
         rest.scatter_(1, retained, value=False)
         merged = rest.nonzero()[:, 1].view(heads, -1)
         wide = merged[..., None].expand(-1, -1, head_dim)
+        both = signals.keys, signals.values
         of_keys, of_values = (
             self._between(own.gather(1, wide), other.gather(1, wide), signals.layer)
             for own, other in zip(
@@ -117,4 +116,5 @@ def _slerp(first: Tensor, second: Tensor, position: float) -> Tensor:
     safe = sine.masked_fill(is_parallel, 1)
     from_one = torch.where(is_parallel, 1 - position, ((1 - position) * angle).sin() / safe)
     from_two = torch.where(is_parallel, position, (position * angle).sin() / safe)
-    return F.normalize(from_one * one + from_two * two, dim=-1)
+    direction: Tensor = F.normalize(from_one * one + from_two * two, dim=-1)
+    return direction

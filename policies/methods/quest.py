@@ -25,10 +25,10 @@ class Quest(Method):
     bound[b]  = max over the head's group of sum_c max(q_c * largest_c, q_c * smallest_c)
     read      = the blocks of highest bound, and always the last one
 
-    Source: Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", ICML
-    2024, arXiv 2406.10774; blocks of 16 are the authors'. Differs: one selection a KV head, not a
-    query head; the authors leave the first two layers dense, which a policy says by giving those
-    layers another option. The paged runtime reads blocks of whole pages (``block: 64``).
+    Source: Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference",
+    ICML 2024, arXiv 2406.10774; blocks of 16 are the authors'. Differs: one selection a KV head,
+    not a query head; the authors leave the first two layers dense, which a policy says by giving
+    those layers another option. The paged runtime reads blocks of whole pages (``block: 64``).
     Cost: O(G D P / b) a step for the bounds; holds P / b bounds of D channels.
     """
 
@@ -74,13 +74,15 @@ class BlockBounds(Reader):
 
     def score(self, index: Tensor, queries: Tensor) -> Tensor:
         """The bound of each block under each query, the highest of the head's group."""
+        import torch
+
         smallest, largest = index.unbind(2)  # [R, blocks, D]
         up, down = queries.clamp_min(0), queries.clamp_max(0)  # [R, G, C, D]
         empty = ~largest.isfinite().all(-1)
         smallest, largest = (x.masked_fill(empty[..., None], 0) for x in (smallest, largest))
         bound = up @ largest.transpose(-1, -2)[:, None] + down @ smallest.transpose(-1, -2)[:, None]
         highest: Tensor = bound.amax(1)
-        return highest.masked_fill(empty[:, None], float("-inf"))
+        return torch.where(empty[:, None], -torch.inf, highest)
 
     def index_bytes(self, entries: int, head_dim: int) -> int:
         """Two 16-bit numbers a channel and block."""

@@ -47,7 +47,7 @@ class Razor(Method):
         """The kept tokens, and what stands for the others where there are any."""
         import torch
 
-        heads, tokens, head_dim = signals.keys.shape
+        heads, tokens, _ = signals.keys.shape
         if not 0 < budget < tokens:
             return [Part(self.keep(signals, budget))]
         kept = self.keep(signals, budget - 1)

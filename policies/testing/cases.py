@@ -135,7 +135,7 @@ def side_by_side(first: Signals, second: Signals) -> Signals:
     linked = tuple(
         torch.cat(x) for x in zip(first.given("linked"), second.given("linked"), strict=True)
     )
-    return replace(first, **both, linked=linked, future=None, _memo={})
+    return replace(first, **both, linked=(keys, values), future=None, _memo={})
 
 
 def permuted_signals(full: Signals, order: Tensor) -> Signals:

@@ -1,9 +1,9 @@
-"""What pages cannot hold, beside them: entries with a log-weight, formats without pages, shared parts.
+"""What pages cannot hold: entries with a log-weight, formats without pages, shared directions.
 
-Entries in 16 bits, such as RazorAttention's compensation token, lie in one dense tensor a layer, so that
-a step attends to them in a few operations. All others stay encoded and are read back at every step: the
-memory is saved and the time is not, until such a format has pages of its own. Their attention is joined
-to that over pages by its log-sum-exp.
+Entries in 16 bits, such as RazorAttention's compensation token, lie in one dense tensor a layer, so
+that a step attends to them in a few operations. All others stay encoded and are read back at every
+step: the memory is saved and the time is not, until such a format has pages of its own. Their
+attention is joined to that over pages by its log-sum-exp.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the runtime puts a head's parts: 16-bit pages, pages of the option's format, or beside them.
+"""Where the runtime puts a head's parts: pages of 16 bits, of the option's format, or neither.
 
 The same rules answer for planned parts, so that memory is reserved before a prompt is read, and for
 the parts themselves.
@@ -43,7 +43,7 @@ def warn_of_slow_formats(policy: Policy, head_dim: int) -> None:
 def planned_entries(
     option: Option, budget: int, prompt_tokens: int, head_dim: int
 ) -> tuple[int, int]:
-    """Entries of one head's prompt that lie in 16-bit pages, and in pages of the option's format."""
+    """Entries of one head's prompt in 16-bit pages, and in pages of the option's format."""
     plans = option.method.plan(budget, prompt_tokens)
     coded = [plan.entries for plan in plans if _is_coded(plan, option, head_dim)]
     exact = [plan.entries for plan in plans if _is_exact(plan, option) and len(plans) > 1]
