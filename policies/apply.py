@@ -187,7 +187,7 @@ class _Slice:
 def _gathered(
     whole: Tensor, indices: Tensor, heads: Tensor, instead: Sequence[Tensor | None]
 ) -> Tensor:
-    """Each row's tokens of its head, or what a part gives instead: ``[R, n, D]`` of ``[H, P, D]``."""
+    """Each row's tokens of ``[H, P, D]``, or what a part gives instead: ``[R, n, D]``."""
     prompt, head_dim = whole.shape[1:]
     at = (indices.clamp_min(0) + heads[:, None] * prompt).flatten()
     tensor = whole.reshape(-1, head_dim)[at].view(len(indices), -1, head_dim)

@@ -78,9 +78,7 @@ class MiniCache(Method):
         both = signals.keys, signals.values
         of_keys, of_values = (
             self._between(own.gather(1, wide), other.gather(1, wide), signals.layer)
-            for own, other in zip(
-                (signals.keys, signals.values), signals.given("linked"), strict=True
-            )
+            for own, other in zip(both, signals.given("linked"), strict=True)
         )
         shared = Part(merged, of_keys, of_values, shared_by=2)
         return [Part(retained), shared] if retained.shape[1] else [shared]

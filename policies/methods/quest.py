@@ -81,8 +81,8 @@ class BlockBounds(Reader):
         empty = ~largest.isfinite().all(-1)
         smallest, largest = (x.masked_fill(empty[..., None], 0) for x in (smallest, largest))
         bound = up @ largest.transpose(-1, -2)[:, None] + down @ smallest.transpose(-1, -2)[:, None]
-        highest: Tensor = bound.amax(1)
-        return torch.where(empty[:, None], -torch.inf, highest)
+        highest: Tensor = bound.amax(1).masked_fill(empty[:, None], -torch.inf)
+        return highest
 
     def index_bytes(self, entries: int, head_dim: int) -> int:
         """Two 16-bit numbers a channel and block."""

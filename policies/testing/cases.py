@@ -132,9 +132,8 @@ def side_by_side(first: Signals, second: Signals) -> Signals:
     both: dict[str, Any] = {
         name: torch.cat([getattr(x, name) for x in (first, second)]) for name in names
     }
-    linked = tuple(
-        torch.cat(x) for x in zip(first.given("linked"), second.given("linked"), strict=True)
-    )
+    pairs = zip(first.given("linked"), second.given("linked"), strict=True)
+    keys, values = (torch.cat(pair) for pair in pairs)
     return replace(first, **both, linked=(keys, values), future=None, _memo={})
 
 
