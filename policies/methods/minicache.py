@@ -99,7 +99,8 @@ class MiniCache(Method):
         mine, theirs = own.float(), other.float()
         first, second = (theirs, mine) if self._is_second(layer) else (mine, theirs)
         direction = _slerp(first, second, self.position)
-        return (mine.norm(dim=-1, keepdim=True) * direction).to(own.dtype)
+        between: Tensor = mine.norm(dim=-1, keepdim=True) * direction
+        return between.to(own.dtype)
 
 
 def _slerp(first: Tensor, second: Tensor, position: float) -> Tensor:

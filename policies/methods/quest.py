@@ -67,10 +67,13 @@ class BlockBounds(Reader):
 
         def blocks(fill: float) -> Tensor:
             filled = keys.masked_fill(~real[..., None], fill)
-            return F.pad(filled, (0, 0, 0, missing), value=fill).unflatten(1, (-1, self.block))
+            wide: Tensor = F.pad(filled, (0, 0, 0, missing), value=fill)
+            split: Tensor = wide.unflatten(1, (-1, self.block))
+            return split
 
         smallest, largest = blocks(torch.inf).amin(2), blocks(-torch.inf).amax(2)
-        return torch.stack([smallest, largest], 2)
+        bounds: Tensor = torch.stack([smallest, largest], 2)
+        return bounds
 
     def score(self, index: Tensor, queries: Tensor) -> Tensor:
         """The bound of each block under each query, the highest of the head's group."""

@@ -165,6 +165,44 @@ def observing_changes_statistics_only(method: DecodeMethod, case: Case) -> None:
     assert method.worth(state)[positions != FREE].isfinite().all()
 
 
+def statistics_of_the_new_token_are_its_own(method: DecodeMethod, case: Case) -> None:
+    """What is known of a token from its key alone is known of a generated token as well.
+
+    A statistic that no query changes is told by keys and values. Of a token that enters, it must be
+    what it would have been of the same token in the prompt.
+    """
+    signals = shared_signals(case)
+    asked_otherwise = replace(signals, queries=signals.queries.flip(-1) + 1, _memo={})
+    held, otherwise = (method.statistics(each) for each in (signals, asked_otherwise))
+    alone = [name for name in held if torch.equal(held[name], otherwise[name])]
+    _, keys, values = generated(case)
+    longer = replace(
+        signals,
+        queries=torch.cat([signals.queries, signals.queries[:, -1:]], 1),
+        keys=torch.cat([signals.keys, keys[0][:, None]], 1),
+        values=torch.cat([signals.values, values[0][:, None]], 1),
+        reconstruction=None,
+        linked=None,
+        future=None,
+        _memo={},
+    )
+    expected = method.statistics(longer)
+    elsewhere = replace(longer, keys=longer.keys.flip(1), values=longer.values.flip(1), _memo={})
+    moved = method.statistics(elsewhere)
+    cache = opened(method, case, case.prompt_tokens)
+    slot = cache.state.positions.argmin(-1, keepdim=True)
+    cache.state.generated += 1
+    cache.state.positions.scatter_(-1, slot, cache.state.now)
+    method.enter(cache.state, slot, keys[0][None], values[0][None])
+    for name in alone:
+        of_keys = not torch.equal(expected[name], moved[name])
+        entered = cache.state.statistics[name]
+        at = slot.reshape(*slot.shape, *(1,) * (entered.dim() - 3))
+        found = entered.gather(2, at.expand(*slot.shape, *entered.shape[3:]))[0, :, 0]
+        if of_keys:
+            torch.testing.assert_close(found, expected[name][:, -1])
+
+
 DecodeCheck = Callable[[DecodeMethod, Case], None]
 DECODE_CHECKS: tuple[DecodeCheck, ...] = (
     stays_within_the_budget,
@@ -175,4 +213,5 @@ DECODE_CHECKS: tuple[DecodeCheck, ...] = (
     heads_decode_alone,
     room_for_all_changes_nothing,
     observing_changes_statistics_only,
+    statistics_of_the_new_token_are_its_own,
 )
