@@ -1,12 +1,14 @@
-"""Finds what a folder holds: every class with a ``name`` in a package's modules, by that name."""
+"""Finds methods, formats, allocators and exporters by name, in a folder and in other packages."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Iterator
 from dataclasses import field
 from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -17,22 +19,60 @@ T = TypeVar("T")
 
 @cache
 def registered(package: str, base: type[T]) -> MappingProxyType[str, type[T]]:
-    """Classes below ``base`` defined in the modules of ``package``, keyed by their ``name``.
+    """Classes below ``base`` that have a ``name``, by that name.
+
+    They come from the modules of ``package`` and from other distributions, which name them under
+    the entry point of the folder: ``kvtune.methods`` for ``kvtune.policies.methods``.
 
     Raises:
-        ValueError: two classes claim one name.
+        ValueError: two classes of the folder claim one name.
+        KvtuneError: another distribution's class cannot be loaded, is none of ``base``, or claims a
+            name that is taken.
     """
     found: dict[str, type[T]] = {}
-    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        for _, kind in inspect.getmembers(
-            importlib.import_module(f"{package}.{module.name}"), inspect.isclass
-        ):
-            name = kind.__dict__.get("name")
-            if not issubclass(kind, base) or not isinstance(name, str):
-                continue
-            if found.setdefault(name, kind) is not kind:
-                raise ValueError(f"{kind} and {found[name]} are both called {name!r}")
+    for kind in _in_folder(package, base):
+        name = kind.__dict__["name"]
+        if found.setdefault(name, kind) is not kind:
+            raise ValueError(f"{kind} and {found[name]} are both called {name!r}")
+    for entry in entry_points(group=group_of(package)):
+        kind = _loaded(entry, base)
+        name = kind.__dict__["name"]
+        if found.setdefault(name, kind) is not kind:
+            raise _broken(entry, f"is called {name!r} as {found[name].__qualname__} is")
     return MappingProxyType(found)
+
+
+def group_of(package: str) -> str:
+    """The entry point under which other distributions add to a folder: ``kvtune.methods``."""
+    return "kvtune." + package.rsplit(".", 1)[-1]
+
+
+def _in_folder(package: str, base: type[T]) -> Iterator[type[T]]:
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        imported = importlib.import_module(f"{package}.{module.name}")
+        for _, kind in inspect.getmembers(imported, inspect.isclass):
+            if issubclass(kind, base) and isinstance(kind.__dict__.get("name"), str):
+                yield kind
+
+
+def _loaded(entry: EntryPoint, base: type[T]) -> type[T]:
+    try:
+        kind = entry.load()
+    except Exception as error:  # somebody else's code may raise anything while it is imported
+        raise _broken(entry, f"cannot be imported: {error}") from error
+    if not (inspect.isclass(kind) and issubclass(kind, base)):
+        raise _broken(entry, f"is no {base.__name__}")
+    if not isinstance(kind.__dict__.get("name"), str):
+        raise _broken(entry, "has no name")
+    return kind
+
+
+def _broken(entry: EntryPoint, what: str) -> KvtuneError:
+    owner = f" of the package {entry.dist.name}" if entry.dist else ""
+    return KvtuneError(
+        f"the entry point {entry.group}: {entry.name} = {entry.value}{owner} {what}",
+        hint="uninstall that package, or mend its entry point.",
+    )
 
 
 def find(package: str, base: type[T], name: str) -> type[T]:
