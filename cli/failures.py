@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -10,6 +11,8 @@ import typer
 
 from kvtune.common.errors import KvtuneError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ROOM = "free some space, and run the same command again to go on."
 MISTAKE, CLOSED, INTERRUPTED = 2, 141, 130
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 """Base of what typer raises for wrong options; newer and older releases keep it elsewhere."""
@@ -35,9 +38,10 @@ def exit_code(command: Callable[[], object]) -> int:
     except BrokenPipeError:
         return _closed_pipe()
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in _FULL:
             raise
-        return _say(f"{error.filename}: {error.strerror}", None)
+        where = f"{error.filename}: " if error.filename else ""
+        return _say(f"{where}{error.strerror}", _ROOM if error.errno in _FULL else None)
     return code if isinstance(code, int) else 0
 
 

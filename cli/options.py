@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+MOST_SEQUENCES, MOST_SEED = 10**6, 2**32 - 1
+
 Json = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout (docs/json.md), nothing else.")
 ]
@@ -55,10 +57,14 @@ Sequences = Annotated[
         "--batch",
         metavar="N",
         min=1,
+        max=MOST_SEQUENCES,
         help="Sequences at once; left out: as many as --max-kl allows.",
     ),
 ]
-Batch = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Sequences at once.")]
+Batch = Annotated[
+    int,
+    typer.Option("--batch", metavar="N", min=1, max=MOST_SEQUENCES, help="Sequences at once."),
+]
 Weights = Annotated[
     str,
     typer.Option(
@@ -68,7 +74,8 @@ Weights = Annotated[
     ),
 ]
 Seed = Annotated[
-    int, typer.Option("--seed", metavar="N", min=0, help="Of everything that is drawn.")
+    int,
+    typer.Option("--seed", metavar="N", min=0, max=MOST_SEED, help="Of everything that is drawn."),
 ]
 Device = Annotated[
     str | None,

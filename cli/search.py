@@ -9,6 +9,7 @@ import typer
 
 from kvtune.cli import options
 from kvtune.cli.output import Output, speaking
+from kvtune.common.errors import KvtuneError
 
 if TYPE_CHECKING:
     from kvtune.tuner.request import SearchRequest, SearchResult
@@ -32,10 +33,15 @@ def command(
     weights: options.Weights = "auto",
     max_kl: Annotated[
         float,
-        typer.Option("--max-kl", metavar="NATS", min=0, help="Acceptable loss, nats a token."),
+        typer.Option(
+            "--max-kl", metavar="NATS", min=0, max=100, help="Acceptable loss, nats a token."
+        ),
     ] = 0.02,
     trials: Annotated[
-        int, typer.Option("--trials", metavar="N", min=1, help="Trials of the outer study.")
+        int,
+        typer.Option(
+            "--trials", metavar="N", min=1, max=100_000, help="Trials of the outer study."
+        ),
     ] = 60,
     workload: options.Workload = "small",
     menu: Annotated[
@@ -73,6 +79,8 @@ def command(
     )
     from kvtune.tuner.request import SearchRequest
 
+    if max_kl != max_kl:
+        raise KvtuneError("--max-kl nan is no number", hint="write for example 0.02.")
     target = read_target(model, gpu, mem, context.partition("-")[0], generated)
     context_tokens, longest_context = read_context_range(context, target.shape)
     folder = run_dir or default_run_dir(target.shape.name, target.gpu.slug, mem or "all")

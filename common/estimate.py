@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Tier = Literal[
     "measured", "interpolated", "fitted", "transferred", "datasheet",  # latency and memory
@@ -35,6 +35,49 @@ class Estimate:
         fields = asdict(self)
         low, high = fields.pop("low"), fields.pop("high")
         return {"value": self.value, "interval": [low, high], "unit": self.unit, "tier": self.tier}
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """How a schema reads what ``as_dict`` wrote."""
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_after_validator_function(
+            _from_stored,
+            handler.generate_schema(StoredEstimate),
+            serialization=core_schema.plain_serializer_function_ser_schema(cls.as_dict),
+        )
+
+
+@dataclass(frozen=True)
+class StoredEstimate:
+    """The form of an estimate in JSON: what ``Estimate.as_dict`` writes."""
+
+    value: float
+    interval: tuple[float, float]
+    unit: str
+    tier: Tier
+
+
+_MAY_BE_NEGATIVE = ("ratio - 1",)
+_ROUNDING = 1e-6
+_LARGEST = 1e18
+
+
+def _from_stored(stored: StoredEstimate) -> Estimate:
+    """The estimate, refused if it is no figure that a measurement can have.
+
+    Raises:
+        ValueError: it is not finite, negative, or outside its own interval.
+    """
+    value, (low, high) = stored.value, stored.interval
+    if not all(abs(number) <= _LARGEST for number in (value, low, high)):  # NaN fails too
+        raise ValueError(f"{value} [{low}, {high}] is no finite figure")
+    if min(value, low) < 0 and stored.unit not in _MAY_BE_NEGATIVE:
+        raise ValueError(f"{value} [{low}, {high}] {stored.unit} is negative")
+    slack = _ROUNDING * max(abs(value), abs(low), abs(high))
+    if not low - slack <= value <= high + slack:
+        raise ValueError(f"{value} lies outside its own interval [{low}, {high}]")
+    return Estimate(value, low, high, stored.unit, stored.tier)
 
 
 def exact(value: float, unit: str) -> Estimate:

@@ -38,21 +38,58 @@ def atomic(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
     except OSError as error:
-        raise KvtuneError(
-            f"cannot write here: {error.strerror}",
-            where=str(path.parent),
-            hint="choose another folder with --out or KVTUNE_CACHE.",
-        ) from error
+        raise unwritable(path.parent, error) from error
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
         temporary.chmod(0o644)
+        _flush(temporary)
         temporary.replace(path)
+    except OSError as error:
+        raise unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: OSError) -> KvtuneError:
+    """What to raise where a file or folder could not be written: a full disk, no permission."""
+    return KvtuneError(
+        f"cannot write here: {error.strerror or error}",
+        where=str(path),
+        hint="free some space, or choose another folder with --out, --run-dir or KVTUNE_CACHE.",
+    )
+
+
+def _flush(path: Path) -> None:
+    """Have the content on the disk before the name points to it: a power cut leaves no empty file.
+
+    Raises:
+        OSError: the disk has no room for it.
+    """
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add whole lines to a file.
+
+    Raises:
+        KvtuneError: it cannot be written; what was written of ``text`` is then taken back.
+    """
+    try:
+        with path.open("ab", buffering=0) as file:
+            before, rest = file.tell(), text.encode()
+            try:
+                while rest:  # a disk that is nearly full takes a part first
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                file.truncate(before)
+                raise
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def write_text(path: Path, text: str) -> None:

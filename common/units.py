@@ -3,39 +3,60 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from decimal import Decimal
 
 from kvtune.common.errors import KvtuneError
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 KB, MB, GB = 10**3, 10**6, 10**9
 
+MOST_BYTES, MOST_TOKENS = 2**60, 2**32  # beyond any machine, and any prompt
+_LONGEST = 24
+
 _BYTE_UNITS = {
     "b": 1, "kb": KB, "mb": MB, "gb": GB, "tb": 10**12,
     "kib": KIB, "mib": MIB, "gib": GIB, "tib": 2**40,
 }  # fmt: skip
-_QUANTITY = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*")
+_QUANTITY = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", re.ASCII)
 
 
 def parse_bytes(text: str) -> int:
     """Bytes from ``16GB`` (10^9) or ``16GiB`` (2^30). A bare number is refused: it has no unit."""
-    match = _QUANTITY.fullmatch(text)
-    if match is None or match[2].lower() not in _BYTE_UNITS:
-        raise KvtuneError(
-            f"{text!r} is no amount of memory with a unit",
-            hint="write for example 16GB (10^9 bytes each) or 16GiB (2^30 bytes each).",
-        )
-    return int(float(match[1]) * _BYTE_UNITS[match[2].lower()])
+    return _quantity(
+        text,
+        _BYTE_UNITS,
+        MOST_BYTES,
+        "is no amount of memory with a unit",
+        "write for example 16GB (10^9 bytes each) or 16GiB (2^30 bytes each).",
+    )
 
 
 def parse_tokens(text: str) -> int:
     """Tokens from ``8192``, ``32k`` (1024 each) or ``1m``."""
+    return _quantity(
+        text,
+        {"": 1, "k": 1024, "m": 1024**2},
+        MOST_TOKENS,
+        "is no number of tokens",
+        "write for example 8192 or 32k (k is 1024).",
+    )
+
+
+def _quantity(text: str, units: Mapping[str, int], most: int, wrong: str, hint: str) -> int:
+    """A whole number from 1 to ``most``; a fraction of a unit is cut to whole ones."""
     match = _QUANTITY.fullmatch(text)
-    scale = {"": 1, "k": 1024, "m": 1024**2}
-    if match is None or match[2].lower() not in scale or float(match[1]) <= 0:
-        raise KvtuneError(
-            f"{text!r} is no number of tokens", hint="write for example 8192 or 32k (k is 1024)."
-        )
-    return int(float(match[1]) * scale[match[2].lower()])
+    if match is None or match[2].lower() not in units or len(match[1]) > _LONGEST:
+        raise KvtuneError(f"{_shown(text)} {wrong}", hint=hint)
+    number = int(Decimal(match[1]) * units[match[2].lower()])
+    if not 1 <= number <= most:
+        side = "less than one" if number < 1 else f"more than {most:,}"
+        raise KvtuneError(f"{_shown(text)} {wrong} ({side})", hint=hint)
+    return number
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...")
 
 
 def format_bytes(count: float) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import types
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from kvtune.common.errors import KvtuneError, nearest
-from kvtune.policies.yaml_tree import Node
+from kvtune.common.yaml_tree import Node
 
 T = TypeVar("T")
 
@@ -133,7 +134,7 @@ class Checker:
 
     def _build(self, node: Node, kind: type[T], given: dict[str, Node], what: str) -> T | None:
         parameters: dict[str, Field[Any]] = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
-        hints, values, before = get_type_hints(kind), {}, len(self.problems)
+        hints, values, before = _type_hints(cast(Hashable, kind)), {}, len(self.problems)
         for key, entry in given.items():
             if key not in parameters:
                 hint = nearest(key, parameters) if parameters else f"the {what} has no parameters."
@@ -196,3 +197,9 @@ def _words(hint: Any) -> str:
         for choice in _choices(hint)
     ]
     return " or ".join(parts)
+
+
+@functools.cache
+def _type_hints(owner: Hashable) -> dict[str, Any]:
+    """Its fields' types; reading them anew for every option of a file takes most of the time."""
+    return get_type_hints(owner)

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate, Tier
+from kvtune.common.yaml_tree import LARGEST_FILE, Node, parse
 from kvtune.policies.allocator import Allocator, allocators
 from kvtune.policies.allocators.as_given import AsGiven
 from kvtune.policies.checker import Checker, PolicyFileError
@@ -25,7 +26,6 @@ from kvtune.policies.format import formats
 from kvtune.policies.method import methods
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
-from kvtune.policies.yaml_tree import LARGEST_FILE, Node, parse
 
 T = TypeVar("T")
 _LARGEST_SHAPE = 4096  # layers, or KV heads: bounds what aliases can stand for

@@ -7,9 +7,9 @@ from dataclasses import fields
 from decimal import Decimal
 from typing import Any
 
+from kvtune.common.yaml_tree import flow
 from kvtune.policies.document_parts import VERSION, Pattern, PolicyDocument, Provenance
 from kvtune.policies.option import Budget, Option
-from kvtune.policies.yaml_tree import flow
 
 _HEADER = """\
 # A KV-cache policy for kvtune: which prompt tokens each KV head keeps, and how they are stored.

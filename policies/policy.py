@@ -64,7 +64,7 @@ class Policy:
     def needs(self) -> Needs:
         """The signals that its methods and its allocator read."""
         needs = self.allocator.needs
-        for option in set(self.options()):
+        for option in dict.fromkeys(self.options()):
             needs |= option.method.needs
         return needs
 

@@ -26,6 +26,7 @@ _UNITS = {
     "power": "W",
     "context": "MiB",
 }
+_MOST = {"GiB": 1e5, "MiB": 1e8, "GB/s": 1e6, "TFLOP/s": 1e6, "TOP/s": 1e6, "W": 1e5, "us": 1e7}
 _NOT_EVERYWHERE = ("fp8", "int8")
 _DATE = re.compile(r"\d{4}-\d{2}(-\d{2})?")
 
@@ -223,11 +224,14 @@ def read_figure(key: str, expected: str, record: Located) -> Figure:
     unit = fields["unit"].text()
     if unit != expected:
         fields["unit"].fail(f"is {unit!r}, but {key} is given in {expected}")
-    date = str(fields["date"].value)
+    value = fields["value"].positive()
+    if value > _MOST.get(unit, value):
+        fields["value"].fail(f"must be at most {_MOST[unit]:g} {unit}")
+    date = fields["date"].word()
     if not _DATE.fullmatch(date):
         fields["date"].fail(f"must be a date like 2024-11, not {date!r}")
     return Figure(
-        value=fields["value"].positive(),
+        value=value,
         unit=unit,
         kind=cast(FigureKind, fields["kind"].text(("datasheet", "measured", "assumed"))),
         source=fields["source"].text(),

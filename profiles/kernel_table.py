@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvtune.common.errors import KvtuneError, nearest
+from kvtune.common.files import write_text
+from kvtune.common.stored import read_text
 
 Execution = Literal["graph", "eager"]
 Spread = Literal["uniform", "ragged"]
@@ -111,6 +113,7 @@ _NUMBERS = tuple(f.name for f in fields(KernelRow) if f.name != "point")
 COLUMNS = (*_POINT, *_NUMBERS)
 _TEXTS = ("op", "kernel", "execution", "number_format", "spread", "l2", "version", "throttle")
 _FLOATS = ("p10_us", "median_us", "p90_us", "watts")
+_LARGEST = 10**18
 _ABOVE_ZERO = ("p10_us", "median_us", "p90_us", "runs")
 
 
@@ -157,23 +160,31 @@ def read_rows(path: Path) -> tuple[KernelRow, ...]:
     Raises:
         KvtuneError: a column or a number is missing, negative or of the wrong kind; with its line.
     """
-    return parse_rows(path.read_text(encoding="utf-8").splitlines(), str(path))
+    return parse_rows(read_text(path).splitlines(), str(path))
 
 
 def parse_rows(lines: Iterable[str], file: str) -> tuple[KernelRow, ...]:
     """The rows of a table's text; see :func:`read_rows`."""
     reader = csv.DictReader(lines)
-    header = tuple(reader.fieldnames or ())
+    try:
+        return tuple(_distinct(_rows(reader, file), file))
+    except csv.Error as error:
+        raise KvtuneError(f"is no CSV ({error})", where=f"{file}:{reader.line_num}") from error
+
+
+def _check_header(header: tuple[str, ...], file: str) -> None:
     for column in header:
         if column not in COLUMNS:
             raise KvtuneError(f"{column!r} is no column. {nearest(column, COLUMNS)}", where=file)
     for column in COLUMNS:
         if column not in header:
             raise KvtuneError(f"the column {column!r} is missing", where=f"{file}:1")
-    return tuple(_distinct(_rows(reader, file), file))
+    if len(header) > len(COLUMNS):
+        raise KvtuneError("a column stands here twice", where=f"{file}:1")
 
 
 def _rows(reader: csv.DictReader[str], file: str) -> Iterator[tuple[str, KernelRow]]:
+    _check_header(tuple(reader.fieldnames or ()), file)
     for record in reader:
         where = f"{file}:{reader.line_num}"
         yield where, _row(record, where)
@@ -189,7 +200,11 @@ def _distinct(rows: Iterable[tuple[str, KernelRow]], file: str) -> Iterator[Kern
 
 
 def _row(record: dict[str, str | None], where: str) -> KernelRow:
+    if len(record) > len(COLUMNS):
+        raise KvtuneError("has more cells than there are columns", where=where)
     values = {column: _value(column, record.get(column), where) for column in COLUMNS}
+    if not values["p10_us"] <= values["median_us"] <= values["p90_us"]:
+        raise KvtuneError("'p10_us', 'median_us' and 'p90_us' must not fall", where=where)
     return KernelRow(
         Point(**{name: values[name] for name in _POINT}),
         **{name: values[name] for name in _NUMBERS},
@@ -207,9 +222,12 @@ def _value(column: str, text: str | None, where: str) -> Any:
     try:
         number = float(text) if column in _FLOATS else int(text)
     except ValueError as error:
-        raise KvtuneError(f"{column!r} must be a number, not {text!r}", where=where) from error
-    if not 0 <= number < float("inf") or (column in _ABOVE_ZERO and number == 0):
-        raise KvtuneError(f"{column!r} must be above zero, not {text}", where=where)
+        raise KvtuneError(f"{column!r} must be a number, not {text[:24]!r}", where=where) from error
+    if not 0 <= number <= _LARGEST or (column in _ABOVE_ZERO and number == 0):
+        raise KvtuneError(
+            f"{column!r} must be above zero and at most {_LARGEST:.0e}, not {text[:24]}",
+            where=where,
+        )
     return number
 
 
@@ -226,11 +244,11 @@ def _recover(path: Path) -> set[Point]:
     """Points of the finished rows; cuts off what a killed run left of its last line."""
     if not path.exists():
         return set()
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     whole = text[: text.rfind("\n") + 1]
     if not whole:
         path.unlink()
         return set()
     if whole != text:
-        path.write_text(whole, encoding="utf-8")
+        write_text(path, whole)
     return {row.point for row in parse_rows(whole.splitlines(), str(path))}

@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.stored import read_text
 from kvtune.profiles.gpus import Figure, read_figure
 from kvtune.profiles.kernel_table import KernelRow, parse_rows
 from kvtune.profiles.strict import Located, parse
@@ -87,8 +88,8 @@ def read_measured(folder: Path) -> MeasuredProfile:
                 hint="kvtune profile --out FOLDER measures one.",
             )
     return _parse(
-        (folder / GPU_FILE).read_text(encoding="utf-8"),
-        (folder / KERNEL_FILE).read_text(encoding="utf-8"),
+        read_text(folder / GPU_FILE),
+        read_text(folder / KERNEL_FILE),
         str(folder),
     )
 
@@ -112,7 +113,7 @@ def read_capture(record: Located) -> Capture:
     """How and when, as a measured file says it."""
     names = [f.name for f in fields(Capture)]
     entries = record.mapping(names)
-    return Capture(**{name: str(entries[name].value) for name in names})
+    return Capture(**{name: entries[name].word() for name in names})
 
 
 def _figures(record: Located) -> dict[str, Figure]:

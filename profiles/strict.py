@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, NoReturn
 
-import yaml
-
+from kvtune.common import yaml_tree
 from kvtune.common.errors import KvtuneError, nearest
 
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_LARGEST = 100_000  # scalars of one file
+_LARGEST_NUMBER = 10**18
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,12 @@ class Located:
             self.fail(f"is {self.value!r}; it must be one of {', '.join(allowed)}")
         return self.value
 
+    def word(self) -> str:
+        """A text or a number, as text: versions and dates are written as either."""
+        if isinstance(self.value, bool) or not isinstance(self.value, (str, int, float)):
+            self.fail(f"must be a text, not {self.value!r}")
+        return str(self.value)
+
     def texts(self) -> tuple[str, ...]:
         """A list of texts."""
         if not isinstance(self.value, list):
@@ -82,14 +88,16 @@ class Located:
             self.fail(f"must be a whole number, not {self.value!r}")
         if self.value < minimum:
             self.fail(f"must be at least {minimum}, not {self.value}")
+        if self.value > _LARGEST_NUMBER:
+            self.fail(f"must be at most {_LARGEST_NUMBER:.0e}")
         return self.value
 
     def positive(self) -> float:
         """A finite number above zero."""
         if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
             self.fail(f"must be a number, not {self.value!r}")
-        if not 0 < self.value < float("inf"):
-            self.fail(f"must be above zero, not {self.value}")
+        if not 0 < self.value <= _LARGEST_NUMBER:
+            self.fail(f"must be above zero and at most {_LARGEST_NUMBER:.0e}")
         return float(self.value)
 
 
@@ -99,42 +107,22 @@ def parse(text: str, file: str) -> Located:
     Raises:
         KvtuneError: the text is no YAML, is empty, or a key stands twice.
     """
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            raise KvtuneError("the file is empty", where=file)
-        return _located(loader, node, file, "")
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = file if mark is None else f"{file}:{mark.line + 1}"
-        problem = getattr(error, "problem", None) or str(error)
-        raise KvtuneError(f"this is no valid YAML: {problem}", where=where) from error
-    finally:
-        loader.dispose()
+    tree = yaml_tree.parse(text, file)
+    if tree.value is None:
+        raise KvtuneError("the file is empty", where=file)
+    if tree.size() > _LARGEST:
+        raise KvtuneError(f"has more than {_LARGEST:,} values, aliases written out", where=file)
+    return _located(tree, file)
 
 
-def _located(loader: Any, node: yaml.Node, file: str, path: str) -> Located:
-    """``node`` and all below it; aliases and tags beyond plain values are not followed."""
-    line = node.start_mark.line + 1
-    if isinstance(node, yaml.MappingNode):
-        return Located(_entries(loader, node, file, path), file, line, path)
-    if isinstance(node, yaml.SequenceNode):
-        items = [_located(loader, item, file, f"{path}[{i}]") for i, item in enumerate(node.value)]
-        return Located(items, file, line, path)
-    return Located(loader.construct_object(node), file, line, path)
-
-
-def _entries(loader: Any, node: yaml.MappingNode, file: str, path: str) -> dict[str, Located]:
-    found: dict[str, Located] = {}
-    for key_node, value_node in node.value:
-        key = str(key_node.value)
-        below = f"{path}.{key}" if path else key
-        value = _located(loader, value_node, file, below)
-        if key in found:
-            Located(None, file, key_node.start_mark.line + 1, below).fail("stands here twice")
-        found[key] = value
-    return found
+def _located(node: yaml_tree.Node, file: str) -> Located:
+    """``node`` and all below it, each with its file."""
+    value = node.value
+    if isinstance(value, dict):
+        value = {key: _located(entry, file) for key, entry in value.items()}
+    elif isinstance(value, list):
+        value = [_located(entry, file) for entry in value]
+    return Located(value, file, node.line, node.path)
 
 
 def library(folder: str) -> Iterator[tuple[str, Located]]:

@@ -113,8 +113,10 @@ def parse_tuned(text: str, file: str, names: Collection[str]) -> TunedKernels:
 
 
 def _head_dim(key: str, record: Located) -> int:
-    if not key.isdecimal():
+    if not (key.isascii() and key.isdecimal()):
         record.fail("must stand under a head dimension, a whole number")
+    if not 1 <= len(key) <= 6:
+        record.fail("stands under no head dimension that a model has")
     return int(key)
 
 

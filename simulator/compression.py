@@ -7,11 +7,13 @@ has them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import reduce
 from operator import or_
 
 from kvtune.common.estimate import Estimate, Tier
+from kvtune.policies.method import Method
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs
@@ -43,11 +45,10 @@ def compression(
         batch: prompts.
     """
     layer = LayerShape(prompt_tokens, shape.query_heads, shape.kv_heads, shape.head_dim)
-    alike: dict[frozenset[Option], int] = {}
-    for options in policy.heads:
-        alike[frozenset(options)] = alike.get(frozenset(options), 0) + 1
+    alike = Counter(frozenset(options) for options in policy.heads)
+    in_order = {frozenset(options): tuple(dict.fromkeys(options)) for options in policy.heads}
     asked = policy.allocator.needs
-    works = [(_work(tuple(options), layer, asked), count) for options, count in alike.items()]
+    works = [(_work(in_order[kinds], layer, asked), count) for kinds, count in alike.items()]
     chosen = batch * sum(count * _seconds(work, gpu) for work, count in works)
     again = max((work.passes for work, _ in works), default=0.0)
     low, value, high, tier = _quantising(policy, shape, gpu, prompt_tokens)
@@ -65,14 +66,17 @@ def _work(options: Sequence[Option], layer: LayerShape, asked: Needs) -> Work:
 
     ``asked`` is what the allocator reads itself.
     """
-    evicting = {o.method: o.budget.resolve(layer.prompt_tokens) for o in options}
-    methods = [m for m, budget in evicting.items() if budget < layer.prompt_tokens]
-    if not methods:
+    evicting: dict[Method, int] = {}  # the most that a head of each method keeps
+    for option in options:
+        budget = option.budget.resolve(layer.prompt_tokens)
+        if budget < layer.prompt_tokens:
+            evicting[option.method] = max(budget, evicting.get(option.method, 0))
+    if not evicting:
         return Work()
-    needs = reduce(or_, (method.needs for method in methods), asked)
+    needs = reduce(or_, (method.needs for method in evicting), asked)
     total = work_of_signals(needs, layer)
-    for method in methods:
-        total += method.work(layer, evicting[method]) - work_of_signals(method.needs, layer)
+    for method, budget in evicting.items():
+        total += method.work(layer, budget) - work_of_signals(method.needs, layer)
     return total
 
 

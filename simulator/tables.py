@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtune.common.bounds import Name
 from kvtune.policies.option import Option
 
 Floats = NDArray[np.float32]
@@ -26,9 +27,9 @@ Floats = NDArray[np.float32]
 class SampleFacts:
     """Where one sample's numbers belong: its id, its split and the kind of text."""
 
-    id: str
-    split: str
-    kind: str
+    id: Name
+    split: Name
+    kind: Name
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def test_a_record_is_read() -> None:
         ("layers: 4", "layers: -4", r"tiny\.yaml:2: 'layers' must be at least 1, not -4"),
         ("layers: 4", "layers: four", r"tiny\.yaml:2: 'layers' must be a whole number"),
         ("layers: 4", "layers: true", r"tiny\.yaml:2: 'layers' must be a whole number"),
-        ("layers: 4", "layers: 4\nlayers: 5", r"tiny\.yaml:3: 'layers' stands here twice"),
+        ("layers: 4", "layers: 4\nlayers: 5", r"tiny\.yaml:3: the key 'layers' stands here twice"),
         ("kv_heads: 2", "kv_heads: 3", r"tiny\.yaml:4: 'kv_heads' must divide query_heads \(8\)"),
         ("embeddings: true", "embeddings: 1", r"tiny\.yaml:10: .* must be true or false, not 1"),
         ("layers: 4", "layers: [4", r"tiny\.yaml:\d+: this is no valid YAML"),

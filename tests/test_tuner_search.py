@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.lock import locked
 from kvtune.common.progress import Silent
 from kvtune.policies.document import read_policy
 from kvtune.policies.formats.bf16 import Bf16
@@ -359,3 +360,63 @@ def test_the_plan_is_timed_as_validate_would_on_the_card_it_is_for(
     assert (times, reason) == (None, untimed)
     serving = {"batch": 7, "context_tokens": 4096, "largest": None}
     assert asked == called * [("the plan", request.shape, ("evaluate",), serving)]
+
+
+def _as_files(folder: Path) -> dict[str, bytes]:
+    """All that is answered, without what names the moment."""
+    kept = ("result.json", "policy.yaml", "plans.jsonl", "finished.json")
+    return {name: (folder / name).read_bytes() for name in kept}
+
+
+def test_a_finished_search_answers_from_its_folder(packaged: Tables, tmp_path: Path) -> None:
+    request = llama(tmp_path / "run")
+    first = run_search(request)
+    written, journal = _as_files(request.run_dir), next(request.run_dir.glob("*.journal"))
+    journal.unlink()  # a second study would write it again
+    again = run_search(request)
+    assert again == first
+    assert _as_files(request.run_dir) == written
+    assert not journal.exists()
+
+
+def test_another_question_or_an_edited_plan_is_searched_again(
+    packaged: Tables, tmp_path: Path
+) -> None:
+    request = llama(tmp_path / "run")
+    run_search(request)
+    written = _as_files(request.run_dir)
+    (request.run_dir / "policy.yaml").write_text("edited")
+    run_search(request)
+    assert _as_files(request.run_dir) == written
+    (request.run_dir / "finished.json").write_text("[]")
+    run_search(request)
+    assert _as_files(request.run_dir) == written
+    run_search(replace(request, trials=request.trials + 1))
+    assert _as_files(request.run_dir)["finished.json"] != written["finished.json"]
+
+
+def test_a_search_stopped_before_its_end_is_the_uninterrupted_one(
+    packaged: Tables, tmp_path: Path
+) -> None:
+    """As a kill after the study leaves it, and one that leaves half a line of the journal."""
+    request = llama(tmp_path / "run")
+    run_search(request)
+    written = _as_files(request.run_dir)
+    for name in ("finished.json", "result.json"):
+        (request.run_dir / name).unlink()
+    journal = next(request.run_dir.glob("*.journal"))
+    journal.write_bytes(journal.read_bytes()[:-20])
+    run_search(request)
+    assert _as_files(request.run_dir) == written
+
+
+def test_few_trials_are_never_worse_than_no_compression(packaged: Tables, tmp_path: Path) -> None:
+    result = run_search(replace(llama(tmp_path), trials=1))
+    assert result.sequences >= result.full_cache_sequences > 0
+    assert any(point.kl == 0 for point in result.front)
+    assert result.front[0].kl <= result.request.largest_kl
+
+
+def test_two_searches_do_not_write_one_folder(packaged: Tables, tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(KvtuneError, match="is writing here"):
+        run_search(llama(tmp_path))

@@ -6,21 +6,22 @@ measured by ``kvtune.runtime.calibrate`` and kept in the cache folder.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvtune.common.bounds import Finite, Name, NotNegative
 from kvtune.common.errors import KvtuneError
 from kvtune.common.files import cache_dir, write_json
+from kvtune.common.stored import checked, parse_json
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 _FORMAT = 1
+_AGAIN = "remove the file; the model is then calibrated again."
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def find_calibration(fingerprint: str) -> Calibration | None:
     shipped = files("kvtune.traces") / "calibrations" / _name(fingerprint)
     for place in (_stored(fingerprint), shipped):
         if place.is_file():
-            return _read(json.loads(place.read_text(encoding="utf-8")), str(place))
+            data = place.read_bytes()
+            return _read(parse_json(data, str(place), _AGAIN), str(place))
     return None
 
 
@@ -89,15 +91,27 @@ def _name(fingerprint: str) -> str:
     return f"{fingerprint[:16]}.json"
 
 
-def _read(fields: Mapping[str, Any], where: str) -> Calibration:
-    if fields.get("format") != _FORMAT:
+@dataclass(frozen=True)
+class _Stored:
+    """The form of a calibration in its file."""
+
+    format: int
+    fingerprint: Name
+    head_scores: tuple[tuple[Finite, ...], ...]
+    layer_errors: tuple[NotNegative, ...]
+    source: str
+    model: Name = ""
+    remake: Name = ""
+
+
+def _read(fields: Any, where: str) -> Calibration:
+    if isinstance(fields, dict) and fields.get("format") != _FORMAT:
         raise KvtuneError(
             f"calibration format {fields.get('format')!r}; this kvtune reads {_FORMAT}",
             where=where,
-            hint="remove the file; the model is then calibrated again.",
+            hint=_AGAIN,
         )
-    return Calibration(
-        tuple(tuple(map(float, row)) for row in fields["head_scores"]),
-        tuple(map(float, fields["layer_errors"])),
-        str(fields["source"]),
-    )
+    found = checked(_Stored, fields, where, _AGAIN)
+    if len(found.head_scores) != len(found.layer_errors):
+        raise KvtuneError("head_scores and layer_errors differ in layers", where=where, hint=_AGAIN)
+    return Calibration(found.head_scores, found.layer_errors, found.source)

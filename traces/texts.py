@@ -6,7 +6,6 @@ out of one of them, so that no run of ``SHARED_WORDS`` words is in two splits.
 
 from __future__ import annotations
 
-import json
 import re
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.stored import parse_json, read_text
 from kvtune.traces.samples import SPLITS, Split
 
 SHARES: Mapping[Split, float] = {"search": 0.4, "select": 0.2, "evaluate": 0.4}
@@ -95,12 +95,7 @@ def user(paths: Sequence[Path]) -> Mapping[Split, tuple[Document, ...]]:
 def _read(path: Path) -> Iterator[Document]:
     if path.suffix.lower() not in (".txt", ".jsonl"):
         raise KvtuneError("is neither .txt nor .jsonl", where=str(path))
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise KvtuneError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    except UnicodeDecodeError as error:
-        raise KvtuneError("is not UTF-8", where=str(path), hint="save it as UTF-8.") from error
+    text = read_text(path, "save it as UTF-8.").replace("\r\n", "\n").replace("\r", "\n")
     if path.suffix.lower() == ".txt":
         yield Document(path.name, text)
         return
@@ -111,10 +106,7 @@ def _read(path: Path) -> Iterator[Document]:
 
 def _text_of(line: str, where: str) -> str:
     hint = 'each line must be an object with a text: {"text": "..."}.'
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise KvtuneError(f"is no JSON ({error})", where=where, hint=hint) from error
+    value = parse_json(line, where, hint)
     text = value.get("text") if isinstance(value, dict) else None
     if not isinstance(text, str):
         raise KvtuneError('has no "text" that is a string', where=where, hint=hint)

@@ -11,16 +11,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtune.common.errors import KvtuneError, nearest
-from kvtune.common.files import inside
+from kvtune.common.files import inside, sha256
+from kvtune.common.stored import parse_json, read_bytes, read_json
 from kvtune.traces.geometry import Geometry, Rope, geometry_from_dict
+from kvtune.traces.manifest import (
+    AGAIN,
+    ENTRY,
+    MANIFEST,
+    EntryPlace,
+    Manifest,
+    Shard,
+    read_entry,
+    read_manifest,
+)
 from kvtune.traces.samples import Sample
-from kvtune.traces.writer import ENTRY, FORMAT, MANIFEST
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_AGAIN = "the file is damaged; remove the trace's folder and capture again."
 _CONTINUE = "run the same capture again; it continues where it stopped."
 
 
@@ -38,7 +47,7 @@ class SampleRecord(Sample):
     target_logprob: tuple[float, ...] = ()
     predicted: tuple[int, ...] = ()
     folder: str = ""
-    shards: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False, hash=False)
+    shards: Mapping[str, Shard] = field(default_factory=dict, repr=False, hash=False)
 
     @property
     def answer_accuracy(self) -> float:
@@ -232,10 +241,9 @@ class Trace:
         name = f"layer-{layer:02d}.safetensors"
         path = inside(self.root, f"{record.folder}/{name}")
         if str(path) not in self._checked:
-            data = _read_bytes(path)
-            wanted = record.shards.get(name, {}).get("sha256")
-            if hashlib.sha256(data).hexdigest() != wanted:
-                raise KvtuneError("does not match its sha256", where=str(path), hint=_AGAIN)
+            stored = record.shards.get(name)
+            if stored is None or _sha256(path) != stored.sha256:
+                raise KvtuneError("does not match its sha256", where=str(path), hint=AGAIN)
             self._checked.add(str(path))
         return path
 
@@ -249,63 +257,41 @@ def open_trace(root: Path) -> Trace:
     path = Path(root) / MANIFEST
     if not path.is_file():
         raise KvtuneError(f"holds no trace ({MANIFEST} is missing)", where=str(root))
-    manifest = _json(path, _read_bytes(path))
-    if manifest.get("format") != FORMAT:
+    plain = read_json(path, AGAIN)
+    manifest = read_manifest(plain, str(path))
+    finished, planned = len(manifest.samples), manifest.workload.samples
+    if finished < planned:
         raise KvtuneError(
-            f"trace format {manifest.get('format')!r}; this kvtune reads {FORMAT}",
-            where=str(path),
-            hint="capture again with this kvtune.",
+            f"the capture was interrupted ({finished} of {planned} samples)",
+            where=str(root),
+            hint=_CONTINUE,
         )
-    try:
-        entries, planned = manifest["samples"], manifest["workload"]["samples"]
-        if len(entries) < planned:
-            raise KvtuneError(
-                f"the capture was interrupted ({len(entries)} of {planned} samples)",
-                where=str(root),
-                hint=_CONTINUE,
-            )
-        samples = tuple(_record(Path(root), entry) for entry in entries)
-        geometry_from_dict(manifest["model"]["geometry"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise KvtuneError("is no trace manifest", where=str(path), hint=_AGAIN) from error
-    return Trace(Path(root), manifest, samples)
+    samples = tuple(_record(Path(root), place, manifest) for place in manifest.samples)
+    return Trace(Path(root), plain, samples)
 
 
-def _record(root: Path, entry: Mapping[str, Any]) -> SampleRecord:
-    path = inside(root, f"{entry['folder']}/{ENTRY}")
-    data = _read_bytes(path)
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise KvtuneError("does not match its sha256", where=str(path), hint=_AGAIN)
-    found = _json(path, data)
-    sample = found["sample"]
-    for name in ("token_ids", "needle_of_row"):
-        sample[name] = tuple(sample[name])
+def _record(root: Path, place: EntryPlace, manifest: Manifest) -> SampleRecord:
+    path = inside(root, f"{place.folder}/{ENTRY}")
+    data = read_bytes(path, AGAIN)
+    if hashlib.sha256(data).hexdigest() != place.sha256:
+        raise KvtuneError("does not match its sha256", where=str(path), hint=AGAIN)
+    entry = read_entry(parse_json(data, str(path), AGAIN), manifest, str(path))
     return SampleRecord(
-        **sample,
-        target_logprob=tuple(found["target_logprob"]),
-        predicted=tuple(found["predicted"]),
-        folder=entry["folder"],
-        shards=found["shards"],
+        **vars(entry.sample),
+        target_logprob=entry.target_logprob,
+        predicted=entry.predicted,
+        folder=place.folder,
+        shards=entry.shards,
     )
 
 
-def _read_bytes(path: Path) -> bytes:
+def _sha256(path: Path) -> str:
     try:
-        return path.read_bytes()
+        return sha256(path)
     except OSError as error:
         raise KvtuneError(
-            f"cannot be read: {error.strerror}", where=str(path), hint=_AGAIN
+            f"cannot be read: {error.strerror}", where=str(path), hint=AGAIN
         ) from error
-
-
-def _json(path: Path, data: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise KvtuneError("is no JSON", where=str(path), hint=_AGAIN) from error
-    if not isinstance(value, dict):
-        raise KvtuneError("is no JSON object", where=str(path), hint=_AGAIN)
-    return value
 
 
 def _read_tensors(path: Path, names: Iterable[str] | None) -> dict[str, Tensor]:
@@ -314,7 +300,7 @@ def _read_tensors(path: Path, names: Iterable[str] | None) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as shard:
             known = set(shard.keys())
-            wanted = known if names is None else list(names)
+            wanted = sorted(known) if names is None else list(names)
             for name in wanted:
                 if name not in known:
                     raise KvtuneError(
@@ -324,4 +310,4 @@ def _read_tensors(path: Path, names: Iterable[str] | None) -> dict[str, Tensor]:
                     )
             return {name: shard.get_tensor(name) for name in wanted}
     except (OSError, SafetensorError) as error:
-        raise KvtuneError(f"cannot be read: {error}", where=str(path), hint=_AGAIN) from error
+        raise KvtuneError(f"cannot be read: {error}", where=str(path), hint=AGAIN) from error

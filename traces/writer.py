@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import kvtune
 from kvtune.common.errors import KvtuneError
 from kvtune.common.files import atomic, sha256, write_json
+from kvtune.common.stored import read_json
+from kvtune.traces.manifest import ENTRY, FORMAT, MANIFEST, read_manifest
 from kvtune.traces.samples import Sample, content_hash
 from kvtune.traces.signals import SIGNALS, check_signals, tensors_of
 
@@ -26,10 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kvtune.traces.models import LoadedModel
-
-FORMAT = 1
-MANIFEST = "manifest.json"
-ENTRY = "sample.json"
 
 _STATISTICS = tensors_of(SIGNALS)
 _FP16_MOST = 65504.0
@@ -171,13 +168,10 @@ class TraceWriter:
 
     def _continue(self) -> None:
         path = self.root / MANIFEST
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            entries = {entry["id"]: entry for entry in found.pop("samples")}
-            differences = _differences(found, self.settings.header)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            hint = "remove the folder or choose another one."
-            raise KvtuneError("this is no trace manifest", where=str(path), hint=hint) from error
+        found = read_json(path, "remove the folder or choose another one.")
+        read_manifest(found, str(path))
+        entries = {entry["id"]: entry for entry in found.pop("samples")}
+        differences = _differences(found, self.settings.header)
         if differences:
             raise KvtuneError(
                 "the folder holds another trace (different " + ", ".join(differences) + ")",

@@ -154,10 +154,14 @@ def _notes(found: Found, chosen: Candidate, quality: Quality) -> tuple[str, ...]
     request, prompt = found.request, found.source.tables.prompt_tokens
     notes = [f"weights: {found.budgets[chosen.context].reason}"]
     if request.sequences is None or len(request.contexts) > 1:
-        notes.append(
-            f"at once: {chosen.sequences} of {chosen.context} tokens, the most whose loss on "
-            f"selection stays within {request.largest_kl:g} nats a token."
+        within = chosen.kl <= request.largest_kl
+        reason = (
+            f"the most found whose loss on selection stays within {request.largest_kl:g} nats a "
+            "token"
+            if within
+            else f"the least loss found; none stays within {request.largest_kl:g} nats a token"
         )
+        notes.append(f"at once: {chosen.sequences} of {chosen.context} tokens, {reason}.")
     if prompt != chosen.context:
         notes.append(
             f"context: quality was measured on prompts of {prompt} tokens; budgets are shares of "

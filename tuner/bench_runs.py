@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from kvtune.common.bounds import Loss, Name, NotNegative, Share, Whole
 from kvtune.common.errors import KvtuneError
+from kvtune.common.files import append_text, write_json
+from kvtune.common.stored import checked, read_bytes, read_json, read_lines, whole_lines
 from kvtune.policies.format import Format
 from kvtune.traces.models import LoadedModel
 
 Setting = Literal["asked after", "asked before"]
 RUNS, ASKED = "runs.jsonl", "bench.json"
+_AGAIN = "the file is damaged; remove the folder to measure again."
 
 
 @dataclass(frozen=True)
@@ -36,19 +41,19 @@ class Run:
         needles: questions asked first, and later.
     """
 
-    policy: str
-    share: float
-    sample: str
-    kind: str
+    policy: Name
+    share: Share
+    sample: Name
+    kind: Name
     setting: Setting
-    kl: float
-    taken: float
-    evicted: int
-    first: tuple[int, int]
-    later: tuple[int, int]
-    full_first: tuple[int, int]
-    full_later: tuple[int, int]
-    needles: tuple[int, int]
+    kl: Loss
+    taken: NotNegative
+    evicted: Whole
+    first: tuple[Whole, Whole]
+    later: tuple[Whole, Whole]
+    full_first: tuple[Whole, Whole]
+    full_later: tuple[Whole, Whole]
+    needles: tuple[Whole, Whole]
 
 
 def open_runs(out: Path, loaded: LoadedModel, form: Format) -> list[Run]:
@@ -60,8 +65,8 @@ def open_runs(out: Path, loaded: LoadedModel, form: Format) -> list[Run]:
     asked = {"model": loaded.fingerprint, "dtype": loaded.dtype, "format": repr(form)}
     out.mkdir(parents=True, exist_ok=True)
     if not (out / ASKED).is_file():
-        (out / ASKED).write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
-    if json.loads((out / ASKED).read_text(encoding="utf-8")) != asked:
+        write_json(out / ASKED, asked)
+    if read_json(out / ASKED, _AGAIN) != asked:
         raise KvtuneError(
             "the folder holds a bench of another model or format",
             where=str(out),
@@ -71,23 +76,20 @@ def open_runs(out: Path, loaded: LoadedModel, form: Format) -> list[Run]:
 
 
 def read_runs(out: Path) -> list[Run]:
-    """The runs that a bench's folder holds; half a line at its end is cut off."""
-    if not (out / RUNS).is_file():
+    """The runs that a bench's folder holds; half a line at its end is cut off.
+
+    Raises:
+        KvtuneError: a line is no run.
+    """
+    path = out / RUNS
+    if not path.is_file():
         return []
-    lines = (out / RUNS).read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line
-    if len(whole) < len(lines):
-        (out / RUNS).write_text("".join(whole), encoding="utf-8")
-    return [_read(line) for line in whole]
+    _, half = whole_lines(read_bytes(path))  # a killed run may leave half a line
+    if half:
+        os.truncate(path, path.stat().st_size - len(half))
+    return [checked(Run, value, where, _AGAIN) for where, value in read_lines(path, _AGAIN)]
 
 
 def append_runs(out: Path, runs: Sequence[Run]) -> None:
     """Add runs to a bench's folder."""
-    with (out / RUNS).open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(run)) + "\n" for run in runs)
-
-
-def _read(line: str) -> Run:
-    fields: dict[str, Any] = json.loads(line)
-    whole: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    return Run(**whole)
+    append_text(out / RUNS, "".join(json.dumps(asdict(run)) + "\n" for run in runs))

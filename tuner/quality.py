@@ -43,7 +43,8 @@ def estimate(
 ) -> Estimate:
     """Mean with its 95 % bootstrap interval over samples."""
     low, high = np.percentile(bootstrap(values, kinds, seed), [2.5, 97.5])
-    return Estimate(mean_over_kinds(values, kinds), float(low), float(high), unit, tier)
+    mean = mean_over_kinds(values, kinds)
+    return Estimate(mean, min(float(low), mean), max(float(high), mean), unit, tier)
 
 
 def estimate_by_kind(values: ArrayLike, kinds: Sequence[str], tier: Tier) -> dict[str, Estimate]:

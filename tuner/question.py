@@ -46,6 +46,16 @@ class Question:
         """Bytes of one uncompressed prompt, bf16."""
         return 2 * 2 * context * self.head_dim * self.tables.heads
 
+    def sequences_of(self, context: int, prompt_bytes: int, waits: bool = False) -> int:
+        """How many sequences fit whose compressed prompts take so many bytes each."""
+        room = self.rooms[context] - self._waiting(context, waits)
+        return max(room, 0) // (prompt_bytes + self.generated_bytes)
+
+    def _waiting(self, context: int, waits: bool) -> int:
+        """Bytes of one uncompressed prompt that is held until its end, but for one layer."""
+        layers = self.tables.layers
+        return self.full_bytes(context) * (layers - 1) // layers if waits else 0
+
     def prompt_budget(self, context: int, sequences: int, waits: bool = False) -> int:
         """Bytes that each sequence's compressed prompt may take.
 
@@ -55,9 +65,8 @@ class Question:
             waits: whether a policy may wait for a prompt's end, all layers of one uncompressed.
         """
         lengths = footprint_of_lengths(1, self.tables.heads)
-        layers = self.tables.layers
-        waiting = self.full_bytes(context) * (layers - 1) // layers if waits else 0
-        return (self.rooms[context] - waiting) // sequences - self.generated_bytes - lengths
+        room = self.rooms[context] - self._waiting(context, waits)
+        return room // sequences - self.generated_bytes - lengths
 
     def most_sequences(self, context: int) -> int:
         """As many as fit with every head on its smallest option."""
@@ -128,9 +137,13 @@ class Solver:
         except KvtuneError:
             return None
         choice = columns[np.repeat(picked, heads) if by_layer else picked]
-        kl = float(self.check.sample_weights() @ self.check.by_sample(choice))
+        kl = self.loss(choice)
         spent = whole.spent(choice) + footprint_of_lengths(1, self.question.tables.heads)
         return Candidate(number, parameters, choice, kl, context, sequences, spent)
+
+    def loss(self, choice: Choice) -> float:
+        """Predicted on the selection samples, nats/token."""
+        return float(self.check.sample_weights() @ self.check.by_sample(choice))
 
     def policy(self, candidate: Candidate, name: str = "kvtune plan") -> Policy:
         """The candidate as a policy, budgets as shares of the prompt."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import kvtune
 from kvtune.common.estimate import Estimate
-from kvtune.common.files import atomic, write_json, write_text
+from kvtune.common.files import write_json, write_text
 from kvtune.policies.document import (
     ModelFacts,
     PolicyDocument,
@@ -30,8 +30,7 @@ def record_config(request: SearchRequest) -> None:
         "run_dir": request.run_dir.name,
         "kvtune": kvtune.__version__,
     }
-    with atomic(request.run_dir / "config.json") as file:
-        file.write_text(json.dumps(asked, indent=2, default=str) + "\n")
+    write_text(request.run_dir / "config.json", json.dumps(asked, indent=2, default=str) + "\n")
 
 
 def write_result(result: SearchResult) -> None:

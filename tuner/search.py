@@ -10,17 +10,20 @@ from pathlib import Path
 
 import kvtune
 from kvtune.common.errors import KvtuneError
+from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
 from kvtune.simulator.memory import MemoryBudget, memory_budget
 from kvtune.tuner.answer import Found, answer
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.record import Recorder, selection_split
+from kvtune.tuner.finished import finished, keep_finished
 from kvtune.tuner.question import Candidate, Question, Solver, front, pick
 from kvtune.tuner.request import (
     SearchRequest,
     SearchResult,
 )
 from kvtune.tuner.run_directory import record_config, write_result
+from kvtune.tuner.simple_points import simple_points
 from kvtune.tuner.sources import QualitySource, has_weights, own_trace, stand_in
 from kvtune.tuner.study import run_study
 
@@ -36,20 +39,42 @@ def run_search(request: SearchRequest, progress: Progress | None = None) -> Sear
     """
     progress = progress or Silent()
     _refuse_unknown_layers(request)
+    with locked(request.run_dir):
+        return _finished(request, progress) or _search(request, progress)
+
+
+def _finished(request: SearchRequest, progress: Progress) -> SearchResult | None:
+    """The answer of the same search, where it has ended before."""
+    try:
+        found = finished(request)
+    except KvtuneError as error:
+        progress.note(f"{error}; it is made anew")
+        return None
+    if found is not None:
+        progress.note(f"this search has ended before; its answer is read from {request.run_dir}")
+    return found
+
+
+def _search(request: SearchRequest, progress: Progress) -> SearchResult:
     budgets = _budgets(request)
     record_config(request)
     source, notes = _quality_source(request, progress)
     question = _question(request, budgets, source)
     solver = Solver.of(question)
     facts = _facts(request, budgets, source)
-    candidates = run_study(
+    recorder = Recorder(request.run_dir, facts, source.tables, source.calibration)
+    trials = run_study(
         solver,
         trials=request.trials,
         seed=request.seed,
         journal=request.run_dir / f"study-{facts.study}.journal",
         progress=progress,
-        found=Recorder(request.run_dir, facts, source.tables, source.calibration).add,
+        found=recorder.add,
     )
+    simple = simple_points(solver, first=request.trials)
+    for point in simple:
+        recorder.add(point)
+    candidates = [*trials, *simple]
     if not candidates:
         raise KvtuneError(
             f"no plan fits {request.sequences or 1} sequences of {request.context_tokens} tokens",
@@ -59,6 +84,7 @@ def run_search(request: SearchRequest, progress: Progress | None = None) -> Sear
     ended = Found(request, budgets, source, solver, facts.study, expected, notes)
     result = answer(ended, _choose(ended, progress), progress)
     write_result(result)
+    keep_finished(result)
     return result
 
 

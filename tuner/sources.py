@@ -172,7 +172,7 @@ def _own_tables(
     if not path.exists():
         tables = build_tables(trace, options, device=device, progress=progress)
         save_tables(tables, path, {"trace": trace.content_sha256})
-        return tables
+        return load_tables(path)[0]  # rounded as the file is: a second search reads the same
     tables, provenance = load_tables(path)
     if provenance.get("trace") != trace.content_sha256:
         raise KvtuneError("these tables are of another trace", where=str(path), hint="remove it.")

@@ -6,14 +6,17 @@ goes on where it was.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from kvtune.common.errors import KvtuneError
 from kvtune.common.progress import Progress, Silent
+from kvtune.tuner.journal import Journal, Trial
 from kvtune.tuner.question import Candidate, Question, Solver, evicts, has_exact_sinks, is_variant
 
 if TYPE_CHECKING:
@@ -82,21 +85,21 @@ def run_study(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    progress = progress or Silent()
     fixed = solver.question.sequences and len(solver.question.contexts) == 1
-    directions = ["minimize"] if fixed else ["minimize", "maximize"]
-    brain = optuna.create_study(directions=directions)
-    record = _Journal(journal, directions)
-    brain.add_trials(record.trials)
-    known = [_recall(solver, trial) for trial in brain.trials]
+    brain = optuna.create_study(directions=["minimize"] if fixed else ["minimize", "maximize"])
+    record = Journal(journal, progress)
+    known = [_replay(brain, solver, trial, record) for trial in record.trials]
     remaining = range(len(known), trials)
     if remaining:
         _enqueue_defaults(brain, solver.question, skip=len(known))
 
     def new() -> Iterator[Candidate | None]:
-        for number in (progress or Silent()).track(remaining, "searching", len(remaining)):
+        for number in progress.track(remaining, "searching", len(remaining)):
             brain.sampler = _sampler(seed, number)
-            yield _try(brain, solver)
-            record.add(brain.trials[number])
+            candidate = _try(brain, solver)
+            record.add(_recorded(brain.trials[number]))
+            yield candidate
 
     candidates = []
     for candidate in chain(known, new()):
@@ -116,8 +119,6 @@ def _try(brain: optuna.Study, solver: Solver) -> Candidate | None:
     if candidate is None:
         brain.tell(trial, state=TrialState.FAIL)
         return None
-    trial.set_user_attr("parameters", parameters)
-    trial.set_user_attr("prompt_bytes", candidate.prompt_bytes)
     values = [candidate.kl, candidate.tokens_at_once]
     brain.tell(trial, values[: len(brain.directions)])
     return candidate
@@ -131,10 +132,30 @@ def _sampler(seed: int, number: int) -> optuna.samplers.BaseSampler:
     return optuna.samplers.TPESampler(seed=stream, n_startup_trials=16)
 
 
-def _recall(solver: Solver, trial: optuna.trial.FrozenTrial) -> Candidate | None:
-    """A recorded trial's candidate, solved again: milliseconds, and nothing big is stored."""
-    parameters = trial.user_attrs.get("parameters")
-    return None if parameters is None else solver.answer(trial.number, parameters)
+def _recorded(trial: optuna.trial.FrozenTrial) -> Trial:
+    state: Literal["complete", "failed"] = "complete" if trial.values else "failed"
+    return Trial(trial.number, state, dict(trial.params))
+
+
+def _replay(
+    brain: optuna.Study, solver: Solver, trial: Trial, journal: Journal
+) -> Candidate | None:
+    """A recorded trial's candidate, solved again: milliseconds, and nothing big is stored.
+
+    Raises:
+        KvtuneError: this question's trials cannot choose what was recorded.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of choices that are out of range; refused below
+        brain.enqueue_trial(trial.parameters)
+        candidate = _try(brain, solver)
+    if _recorded(brain.trials[trial.trial]) != trial:
+        raise KvtuneError(
+            f"trial {trial.trial} does not belong to this search",
+            where=str(journal.path),
+            hint="remove the file; the same search then begins anew.",
+        )
+    return candidate
 
 
 def _enqueue_defaults(brain: optuna.Study, question: Question, skip: int) -> None:
@@ -145,7 +166,7 @@ def _enqueue_defaults(brain: optuna.Study, question: Question, skip: int) -> Non
     share of the cross terms mattered little (``plans_on_selection`` in
     ``benchmarks/results/quality-h100.json``).
     """
-    methods = {o.method.name for o in question.tables.options} - {"full"}
+    methods = sorted({o.method.name for o in question.tables.options} - {"full"})
     least = min(f.bits for o in question.tables.options for f in (o.keys, o.values))
     default: dict[str, Any] = dict.fromkeys(methods, True)
     default |= {name: name != "variants" for name in _switches(question)}
@@ -166,28 +187,3 @@ def _ladder(question: Question) -> list[dict[str, int]]:
         name = _sequences_at(context)
         steps += [here] if question.sequences else [{**here, name: n} for n in numbers]
     return steps
-
-
-class _Journal:
-    """Finished trials on disk. Sampling from it would cost far more than recording to it."""
-
-    def __init__(self, path: Path | None, directions: list[str]) -> None:
-        self.study: optuna.Study | None = None
-        if path is not None:
-            import optuna
-            from optuna.storages import JournalStorage
-            from optuna.storages.journal import JournalFileBackend
-
-            path.parent.mkdir(parents=True, exist_ok=True)
-            storage = JournalStorage(JournalFileBackend(str(path)))
-            self.study = optuna.create_study(
-                storage=storage, study_name="kvtune", directions=directions, load_if_exists=True
-            )
-
-    @property
-    def trials(self) -> list[optuna.trial.FrozenTrial]:
-        return self.study.trials if self.study else []
-
-    def add(self, trial: optuna.trial.FrozenTrial) -> None:
-        if self.study:
-            self.study.add_trial(trial)

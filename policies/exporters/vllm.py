@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from kvtune.common.yaml_tree import flow
 from kvtune.policies.exporter import EngineLimits, Export, Exporter, Line, Plan, bytes_line, comment
 from kvtune.policies.flatten import (
     Flat,
@@ -14,7 +15,6 @@ from kvtune.policies.flatten import (
     lost_refinements,
     reach,
 )
-from kvtune.policies.yaml_tree import flow
 
 DTYPES = {
     "fp8": (8, 8),

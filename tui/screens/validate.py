@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import sys
 from asyncio.subprocess import PIPE, Process
@@ -18,6 +17,7 @@ from textual.widgets import Button, Label, LoadingIndicator, Static
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.files import write_text
+from kvtune.common.stored import read_json
 from kvtune.common.words import accuracy, figure
 from kvtune.policies.document import write_policy
 from kvtune.tui.screens.export import document_of
@@ -86,7 +86,7 @@ class ValidateScreen(ModalScreen[None]):
             raise KvtuneError(_last_error(talk))
         try:
             return keep_answer(study.folder, study.facts.study, plan.trial, out)
-        except (KeyError, TypeError, ValueError) as error:
+        except KvtuneError as error:
             raise KvtuneError("the validation gave no answer that can be read") from error
 
     async def _stdout(self) -> str:
@@ -126,10 +126,11 @@ class ValidateScreen(ModalScreen[None]):
 def model_of(selected: Selected) -> str:
     """What the search was asked to load: a path where it was one."""
     try:
-        asked = json.loads((selected.study.folder / "config.json").read_text(encoding="utf-8"))
-        return str(asked["model"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return selected.study.facts.shape.name
+        asked = read_json(selected.study.folder / "config.json")
+    except KvtuneError:
+        asked = None
+    named = asked.get("model") if isinstance(asked, dict) else None
+    return named if isinstance(named, str) else selected.study.facts.shape.name
 
 
 def words_of(selected: Selected, found: Measured) -> str:

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, PlainValidator
+
+from kvtune.common.bounds import Count, Loss, Name, Whole
 from kvtune.common.errors import KvtuneError
+from kvtune.common.stored import checked
 from kvtune.policies.document import PolicyDocument, read_policy, write_policy
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import GpuProfile, find_gpu
-from kvtune.profiles.shape import Experts, LatentAttention, ModelShape
+from kvtune.profiles.shape import ModelShape
+from kvtune.tuner.explore.plans import AGAIN, Size
 
 FORMAT = 1
+_LARGEST, _LARGEST_SIZE = 2**50, 2**20
+
+
+def _options_of(written: Any) -> tuple[Option, ...]:
+    """The options of the YAML text that ``as_plain`` wrote."""
+    if not isinstance(written, str):
+        raise ValueError("must be the text of a policy file")
+    menu = read_policy(f"{written}\n").policy
+    if not isinstance(menu, Policy):
+        raise ValueError("must list its options in one layer")
+    return menu.heads[0]
 
 
 @dataclass(frozen=True)
@@ -39,28 +55,34 @@ class Facts:
         options: what a head may be given; lines hold their numbers.
     """
 
-    study: str
-    kvtune: str
+    study: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    kvtune: Name
     shape: ModelShape
-    gpu: str
-    memory_bytes: int
-    weights: str
-    generated_tokens: int
-    largest_kl: float
-    trials: int
-    seed: int
-    source: str
-    stand_in: str
-    kinds: tuple[str, ...]
-    selection_samples: int
-    held_out_samples: int
-    measured_tokens: int
-    options: tuple[Option, ...]
+    gpu: Name
+    memory_bytes: Whole
+    weights: Name
+    generated_tokens: Whole
+    largest_kl: Loss
+    trials: Whole
+    seed: Whole
+    source: Literal["own trace", "stand-in"]
+    stand_in: Name
+    kinds: tuple[Name, ...]
+    selection_samples: Whole
+    held_out_samples: Whole
+    measured_tokens: Count
+    options: Annotated[tuple[Option, ...], PlainValidator(_options_of)]
 
     @property
     def quality(self) -> str:
         """``stand-in (smollm2-135m)`` or ``own trace``."""
         return f"stand-in ({self.stand_in})" if self.stand_in else self.source
+
+    @property
+    def size(self) -> Size:
+        """What every plan's line must fit."""
+        heads = self.shape.layers * self.shape.kv_heads
+        return Size(heads, len(self.options), len(self.kinds))
 
     @property
     def card(self) -> GpuProfile:
@@ -73,38 +95,38 @@ class Facts:
         return {"kvtune_plans": FORMAT, **plain}
 
 
-def read_facts(plain: dict[str, Any]) -> Facts:
+def read_facts(plain: Any, where: str = "") -> Facts:
     """Facts from what was written.
 
     Raises:
-        KvtuneError: written by a newer kvtune.
-        KeyError, TypeError, ValueError: damaged.
+        KvtuneError: written by a newer kvtune, or damaged.
     """
-    written = dict(plain)
-    version = written.pop("kvtune_plans")
+    written = dict(plain) if isinstance(plain, dict) else {}
+    version = written.pop("kvtune_plans", None)
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise KvtuneError("this is no study", where=where, hint=AGAIN)
     if version > FORMAT:
         raise KvtuneError(
             f"this study was written by a newer kvtune ({written.get('kvtune', 'unknown')}), "
             f"in format {version}; this one reads up to {FORMAT}",
             hint="pip install -U kvtune.",
+            where=where,
         )
-    menu = read_policy(written["options"]).policy
-    if not isinstance(menu, Policy):
-        raise ValueError("the options are no list")
-    shape = _shape(written["shape"])
-    kinds = tuple(written["kinds"])
-    return Facts(**written | {"options": menu.heads[0], "shape": shape, "kinds": kinds})
+    facts = checked(Facts, written, where, AGAIN)
+    _check_shape(facts.shape, where)
+    return facts
+
+
+def _check_shape(shape: ModelShape, where: str) -> None:
+    """Refuse a model that none is like; what is derived from it then stays within numbers."""
+    numbers = [value for value in vars(shape).values() if type(value) is int]
+    sizes = (shape.layers, shape.query_heads, shape.kv_heads, shape.head_dim)
+    windows = [window for window in shape.windows if window is not None]
+    if min(sizes + tuple(windows)) < 1 or min(numbers) < 0 or max(numbers + windows) > _LARGEST:
+        raise KvtuneError("'shape' is no model's", where=where, hint=AGAIN)
+    if max(sizes) > _LARGEST_SIZE or len(shape.windows) != shape.layers:
+        raise KvtuneError("'shape' is no model's", where=where, hint=AGAIN)
 
 
 def _menu(options: tuple[Option, ...]) -> PolicyDocument:
     return PolicyDocument(policy=Policy("options", (options,)))
-
-
-def _shape(plain: dict[str, Any]) -> ModelShape:
-    parts = {
-        "windows": tuple(plain["windows"]),
-        "aliases": tuple(plain["aliases"]),
-        "latent": LatentAttention(**plain["latent"]) if plain["latent"] else None,
-        "experts": Experts(**plain["experts"]) if plain["experts"] else None,
-    }
-    return ModelShape(**plain | parts)

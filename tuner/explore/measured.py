@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvtune.common.estimate import Estimate
+from kvtune.common.bounds import Loss, Name, Whole
+from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Estimate, Tier
 from kvtune.common.files import write_text
-from kvtune.tuner.explore.outcome import as_estimates, maybe_estimate
+from kvtune.common.stored import checked, parse_json, read_json
 
 FOLDER = "validated"
 
@@ -37,13 +39,46 @@ class Measured:
     by_kind: dict[str, Estimate] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Quality:
+    """The loss, flat."""
+
+    kl_nats_per_token: Loss
+    interval: tuple[Loss, Loss]
+    tier: Tier
+    source: Name = ""
+    stand_in: Name | None = None
+    samples: Whole = 0
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What ``kvtune validate --json`` says."""
+
+    quality: _Quality
+    perplexity_change: Estimate | None
+    retrieval_accuracy: Estimate | None
+    full_cache_accuracy: Estimate | None
+    counted_bytes: Whole
+    device: Name = ""
+    by_kind: dict[str, Estimate] = field(default_factory=dict)
+    command: Name = ""
+    kvtune: Name = ""
+    policy: dict[str, Any] = field(default_factory=dict)
+    predicted: Estimate | None = None
+    prompt_bytes: Whole = 0
+    counters: dict[str, Whole] = field(default_factory=dict)
+    times: dict[str, Any] | None = None
+    untimed: str | None = None
+
+
 def keep_answer(folder: Path, study: str, trial: int, answer: str) -> Measured:
     """Keep what ``kvtune validate --json`` said of a plan.
 
     Raises:
-        KeyError, TypeError, ValueError: it is no such answer.
+        KvtuneError: it is no such answer.
     """
-    found = _measured(json.loads(answer))
+    found = _measured(parse_json(answer, "the validation's answer"), "the validation's answer")
     write_text(folder / FOLDER / study / f"trial-{trial}.json", answer)
     return found
 
@@ -52,22 +87,23 @@ def read_measured(folder: Path, study: str) -> dict[int, Measured]:
     """Of one study, by trial; files that are no answers are passed over."""
     found = {}
     for path in sorted((folder / FOLDER / study).glob("trial-*.json")):
-        try:
-            found[int(path.stem.removeprefix("trial-"))] = _measured(json.loads(path.read_text()))
-        except (OSError, KeyError, TypeError, ValueError):
-            continue
+        trial = path.stem.removeprefix("trial-")
+        if trial.isascii() and trial.isdecimal() and len(trial) < 10:
+            with suppress(KvtuneError):
+                found[int(trial)] = _measured(read_json(path), str(path))
     return found
 
 
-def _measured(plain: dict[str, Any]) -> Measured:
-    quality = plain["quality"]
-    low, high = quality["interval"]
+def _measured(plain: Any, where: str) -> Measured:
+    answer = checked(_Answer, plain, where)
+    quality = answer.quality
+    figure = Estimate(quality.kl_nats_per_token, *quality.interval, "nats/token", quality.tier)
     return Measured(
-        kl=Estimate(quality["kl_nats_per_token"], low, high, "nats/token", quality["tier"]),
-        perplexity_change=maybe_estimate(plain["perplexity_change"]),
-        retrieval_accuracy=maybe_estimate(plain["retrieval_accuracy"]),
-        full_cache_accuracy=maybe_estimate(plain["full_cache_accuracy"]),
-        prompt_bytes=int(plain["counted_bytes"]),
-        device=str(plain.get("device", "")),
-        by_kind=as_estimates(plain.get("by_kind")),
+        kl=checked(Estimate, figure.as_dict(), where),
+        perplexity_change=answer.perplexity_change,
+        retrieval_accuracy=answer.retrieval_accuracy,
+        full_cache_accuracy=answer.full_cache_accuracy,
+        prompt_bytes=answer.counted_bytes,
+        device=answer.device,
+        by_kind=answer.by_kind,
     )

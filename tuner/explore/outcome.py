@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
+from kvtune.tuner.explore.stored_result import StoredRival, read_result
 
 
 @dataclass(frozen=True)
@@ -80,55 +79,20 @@ def read_outcome(path: Path) -> Outcome:
     Raises:
         KvtuneError: damaged.
     """
-    try:
-        return _outcome(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, KeyError, TypeError, ValueError, StopIteration) as error:
-        raise KvtuneError(
-            "this result cannot be read", where=str(path), hint="run the same search again."
-        ) from error
-
-
-def _outcome(plain: dict[str, Any]) -> Outcome:
+    found = read_result(path)
     return Outcome(
-        study=str(plain["provenance"].get("study", "")),
-        parameters=next(point["parameters"] for point in plain["front"] if point["chosen"]),
-        quality=as_estimate(plain["quality"]["kl"]),
-        predicted=as_estimate(plain["predicted"]["kl"]),
-        baselines=tuple(_baseline(rival) for rival in plain["rivals"]),
-        full_cache_sequences=int(plain["full_cache_sequences"]),
-        full_cache_accuracy=maybe_estimate(plain.get("full_cache_accuracy")),
-        notes=tuple(plain["notes"]),
-        counters=dict(plain["counters"]),
-        provenance=dict(plain["provenance"]),
+        study=str(found.provenance.get("study", "")),
+        parameters=next(point.parameters for point in found.front if point.chosen),
+        quality=found.quality.kl,
+        predicted=found.predicted.kl,
+        baselines=tuple(_baseline(rival) for rival in found.rivals),
+        full_cache_sequences=found.full_cache_sequences,
+        full_cache_accuracy=found.full_cache_accuracy,
+        notes=found.notes,
+        counters=found.counters,
+        provenance=found.provenance,
     )
 
 
-def _baseline(plain: dict[str, Any]) -> Baseline:
-    return Baseline(
-        name=str(plain["name"]),
-        family=str(plain["family"]),
-        predicted=as_estimate(plain["predicted"]),
-        live=maybe_estimate(plain["live"]),
-        prompt_bytes=int(plain["prompt_bytes"]),
-        perplexity_change=maybe_estimate(plain["perplexity_change"]),
-        retrieval_accuracy=maybe_estimate(plain["retrieval_accuracy"]),
-        by_kind=dict(plain.get("by_kind") or {}),
-        live_by_kind=as_estimates(plain.get("live_by_kind")),
-        policy=str(plain.get("policy") or ""),
-    )
-
-
-def as_estimate(plain: dict[str, Any]) -> Estimate:
-    """The inverse of ``Estimate.as_dict``."""
-    low, high = plain["interval"]
-    return Estimate(plain["value"], low, high, plain["unit"], plain["tier"])
-
-
-def maybe_estimate(plain: dict[str, Any] | None) -> Estimate | None:
-    """The same of what may be missing."""
-    return None if plain is None else as_estimate(plain)
-
-
-def as_estimates(plain: dict[str, Any] | None) -> dict[str, Estimate]:
-    """Figures by name; none where they were not written yet."""
-    return {str(name): as_estimate(entry) for name, entry in (plain or {}).items()}
+def _baseline(rival: StoredRival) -> Baseline:
+    return Baseline(**vars(rival) | {"policy": rival.policy or ""})

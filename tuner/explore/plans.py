@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtune.common.bounds import Count, Loss, Parameter, Whole
+from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
+from kvtune.common.stored import checked
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+AGAIN = "run the same search again; it writes this file anew."
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class Plans:
         )
 
 
-def _loss(ends: Floats) -> Estimate:
+def _loss(ends: Iterable[float]) -> Estimate:
     value, low, high = map(float, ends)
     return Estimate(value, low, high, "nats/token", "table")
 
@@ -112,29 +117,96 @@ def write_line(plan: Plan) -> str:
     return json.dumps(plain) + "\n"
 
 
-def columns(records: Sequence[dict[str, Any]], heads: int, kinds: int) -> Plans:
-    """Parsed lines, side by side.
+@dataclass(frozen=True)
+class _Line:
+    """The form of a plan's line; of its figures value, low and high."""
+
+    trial: Whole
+    context_tokens: Count
+    sequences: Count
+    prompt_bytes: Whole
+    kl: tuple[Loss, Loss, Loss]
+    held_out: tuple[Loss, Loss, Loss]
+    by_kind: tuple[Loss, ...]
+    heads: str
+    parameters: dict[str, Parameter]
+
+
+@dataclass(frozen=True)
+class Size:
+    """What all lines of a study have alike.
+
+    Args:
+        heads: KV heads of the model, I.
+        options: that a head may be given.
+        kinds: of held-out text, K.
+    """
+
+    heads: int
+    options: int
+    kinds: int
+
+
+def read_line(record: Any, size: Size, where: str) -> Plan:
+    """The plan of a parsed line.
+
+    Args:
+        record: parsed JSON.
+        size: of the study.
+        where: file and line.
 
     Raises:
-        KeyError, TypeError, ValueError: a line lacks something, or is of another size.
+        KvtuneError: it lacks something, does not fit the study, or a loss is outside its interval.
     """
-    count = len(records)
+    line = checked(_Line, record, where, AGAIN)
+    codes = _codes(line.heads, where)
+    fits = len(codes) == size.heads and len(line.by_kind) == size.kinds
+    if not fits or codes.max(initial=0) >= size.options:
+        raise KvtuneError("does not fit the study's first line", where=where, hint=AGAIN)
+    for value, low, high in (line.kl, line.held_out):
+        if not low * (1 - _ROUNDING) <= value <= high * (1 + _ROUNDING):
+            raise KvtuneError("a loss lies outside its own interval", where=where, hint=AGAIN)
+    return Plan(
+        trial=line.trial,
+        context_tokens=line.context_tokens,
+        sequences=line.sequences,
+        prompt_bytes=line.prompt_bytes,
+        kl=_loss(line.kl),
+        held_out=_loss(line.held_out),
+        by_kind=line.by_kind,
+        heads=codes,
+        parameters=line.parameters,
+    )
+
+
+def _codes(text: str, where: str) -> NDArray[np.uint16]:
+    try:
+        data = base64.b64decode(text, validate=True)
+        return np.frombuffer(data, "<u2").astype(np.uint16)
+    except ValueError as error:
+        raise KvtuneError("'heads' is no base64 of numbers", where=where, hint=AGAIN) from error
+
+
+def columns(plans: Sequence[Plan], size: Size) -> Plans:
+    """Plans side by side."""
+    count = len(plans)
 
     def whole(name: str) -> Integers:
-        return np.array([r[name] for r in records], np.int64)
+        return np.array([getattr(plan, name) for plan in plans], np.int64)
 
-    def table(name: str, width: int) -> Floats:
-        return np.array([r[name] for r in records], np.float64).reshape(count, width)
+    def losses(name: str) -> Floats:
+        found = (getattr(plan, name) for plan in plans)
+        rows = [(each.value, each.low, each.high) for each in found]
+        return np.array(rows, np.float64).reshape(count, 3)
 
-    codes = b"".join(base64.b64decode(r["heads"], validate=True) for r in records)
     return Plans(
         trial=whole("trial"),
         context_tokens=whole("context_tokens"),
         sequences=whole("sequences"),
         prompt_bytes=whole("prompt_bytes"),
-        kl=table("kl", 3),
-        held_out=table("held_out", 3),
-        by_kind=table("by_kind", kinds),
-        heads=np.frombuffer(codes, "<u2").astype(np.uint16).reshape(count, heads),
-        parameters=tuple(dict(r["parameters"]) for r in records),
+        kl=losses("kl"),
+        held_out=losses("held_out"),
+        by_kind=np.array([plan.by_kind for plan in plans], np.float64).reshape(count, size.kinds),
+        heads=np.array([plan.heads for plan in plans], np.uint16).reshape(count, size.heads),
+        parameters=tuple(plan.parameters for plan in plans),
     )

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.stored import parse_json, whole_lines
 from kvtune.tuner.explore import PLANS_FILE
 from kvtune.tuner.explore.facts import Facts, read_facts
 from kvtune.tuner.explore.measured import read_measured
 from kvtune.tuner.explore.outcome import Outcome, read_outcome
-from kvtune.tuner.explore.plans import Plans, columns
+from kvtune.tuner.explore.plans import AGAIN, Plan, Plans, columns, read_line
 from kvtune.tuner.explore.study import State, Study
 
 _SILENCE_S = 300  # a search that wrote nothing for so long is taken as stopped
@@ -39,7 +38,7 @@ class StudyReader:
         self._inode: int | None = None
         self._line = 0
         self._facts: Facts | None = None
-        self._records: list[dict[str, Any]] = []
+        self._records: list[Plan] = []
         self._plans: Plans | None = None
 
     def read(self) -> Study:
@@ -61,11 +60,7 @@ class StudyReader:
         return Study(self.folder, self._facts, self._plans, outcome, state, measured)
 
     def _columns(self, facts: Facts) -> Plans:
-        heads = facts.shape.layers * facts.shape.kv_heads
-        try:
-            return columns(self._records, heads, len(facts.kinds))
-        except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(self.path) from error
+        return columns(self._records, facts.size)
 
     def _read_lines(self) -> bool:
         """Parse the lines that were not there before; whether there were any."""
@@ -81,24 +76,24 @@ class StudyReader:
             raise _no_study(self.folder) from error
         except OSError as error:
             raise KvtuneError(f"cannot read: {error.strerror}", where=str(self.path)) from error
-        whole = text[: text.rfind(b"\n") + 1]  # the last line may be half written
-        self._at += len(whole)
-        for line in whole.splitlines():
+        lines, half = whole_lines(text)  # the last line may be half written
+        self._at += len(text) - len(half)
+        for line in lines:
             self._parse(line)
-        return bool(whole)
+        return bool(lines)
 
     def _parse(self, line: bytes) -> None:
         self._line += 1
+        where = f"{self.path}:{self._line}"
         try:
-            record = json.loads(line)
-            if self._facts is None:
-                self._facts = read_facts(record)
-            else:
-                self._records.append(record)
-        except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(self.path, self._line) from error
+            record = parse_json(line, where, AGAIN)
+            if self._facts is not None:
+                self._records.append(read_line(record, self._facts.size, where))
         except KvtuneError as error:
-            raise KvtuneError(error.message, where=str(self.path), hint=error.hint) from error
+            message = f"this study is damaged: {error.message}"
+            raise KvtuneError(message, where=where, hint=error.hint) from error
+        if self._facts is None:
+            self._facts = read_facts(record, where)
 
     def _read_outcome(self, facts: Facts) -> Outcome | None:
         """The result, if it is this study's; one of an earlier search in the folder is none."""
@@ -131,13 +126,4 @@ def _no_study(folder: Path) -> KvtuneError:
         "there is no study here" if folder.is_dir() else "there is no such folder",
         where=str(folder),
         hint="kvtune search --model llama-8b --gpu 4090 --mem 16GB begins one.",
-    )
-
-
-def _damaged(path: Path, line: int | None = None) -> KvtuneError:
-    where = f"{path}:{line}" if line else str(path)
-    return KvtuneError(
-        "this study is damaged",
-        where=where,
-        hint="run the same search again; its journal holds every trial.",
     )

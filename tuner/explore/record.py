@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
+from kvtune.common.files import append_text, write_text
 from kvtune.tuner.explore import PLANS_FILE
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.plans import Plan, write_line
@@ -39,7 +39,7 @@ class Recorder:
         self.path, self.facts, self.calibration = folder / PLANS_FILE, facts, calibration
         self.selection = tables.of_split(selection_split(tables))
         self.held_out = tables.of_split("evaluate")
-        self._write("w", json.dumps(facts.as_plain()) + "\n")
+        write_text(self.path, json.dumps(facts.as_plain()) + "\n")
 
     def add(self, candidate: Candidate) -> None:
         """Write one plan; its loss as the study predicted it, before calibration."""
@@ -55,7 +55,7 @@ class Recorder:
             heads=candidate.choice.astype(np.uint16),
             parameters=candidate.parameters,
         )
-        self._write("a", write_line(plan))
+        append_text(self.path, write_line(plan))
 
     def _loss(self, tables: Tables, by_sample: NDArray[np.float32]) -> Estimate:
         return self.calibration.apply(estimate(by_sample, _kinds(tables), "table"))
@@ -63,13 +63,6 @@ class Recorder:
     def _by_kind(self, by_sample: NDArray[np.float32]) -> tuple[float, ...]:
         means = by_kind(by_sample, _kinds(self.held_out), self.calibration.value)
         return tuple(means[kind] for kind in self.facts.kinds)
-
-    def _write(self, mode: str, text: str) -> None:
-        try:
-            with self.path.open(mode, encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            raise KvtuneError(f"cannot write: {error.strerror}", where=str(self.path)) from error
 
 
 def _kinds(tables: Tables) -> list[str]:

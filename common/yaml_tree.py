@@ -64,7 +64,7 @@ def parse(text: str, file: str) -> Node:
             tag, or an alias of nothing.
     """
     if len(text) > LARGEST_FILE:
-        raise KvtuneError(f"a policy has at most {LARGEST_FILE} characters", where=file)
+        raise KvtuneError(f"a file has at most {LARGEST_FILE} characters", where=file)
     try:
         return _Builder(yaml.parse(text, Loader=_LOADER), file).document()
     except yaml.YAMLError as error:

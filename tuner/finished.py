@@ -1,0 +1,172 @@
+"""A search that has finished: the same question is answered from its run directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import kvtune
+from kvtune.common.bounds import Digest
+from kvtune.common.errors import KvtuneError
+from kvtune.common.files import inside, sha256, write_json
+from kvtune.common.stored import checked, read_json
+from kvtune.policies.document import read_policy
+from kvtune.policies.policy import Policy
+from kvtune.simulator.memory import MemoryBudget
+from kvtune.tuner.explore import PLANS_FILE
+from kvtune.tuner.explore.stored_result import (
+    StoredQuality,
+    StoredRival,
+    read_result,
+)
+from kvtune.tuner.request import FrontPoint, Quality, Rival, SearchRequest, SearchResult
+from kvtune.tuner.run_directory import policy_file
+
+if TYPE_CHECKING:
+    from kvtune.tuner.timing import Times
+
+FINISHED, RESULT = "finished.json", "result.json"
+
+
+def fingerprint(request: SearchRequest) -> str:
+    """Hash of all that decides a search's answer; another folder is no other question."""
+    asked = asdict(replace(request, run_dir=Path()))
+    contents = [sha256(path) for path in request.texts]
+    parts = [asked, contents, _weights(request.model), kvtune.__version__]
+    return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()
+
+
+def _weights(model: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of the model's files, where it is named by a path."""
+    path = Path(model).expanduser()
+    files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
+    stats = [(file.name, file.stat()) for file in files if file.is_file()]
+    return [(name, about.st_size, about.st_mtime_ns) for name, about in stats]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """``finished.json``: which question a run directory answers, and its files as they were left.
+
+    Args:
+        format: of this file.
+        asked: fingerprint of the question.
+        files: sha256 of the result and of every policy.
+        times: what ``result.json`` does not hold: the plan timed on this machine's GPU, or None.
+        untimed: why it was not, or None.
+    """
+
+    format: Literal[1]
+    asked: Digest
+    files: dict[str, Digest]
+    times: dict[str, Any] | None
+    untimed: str | None
+
+
+def keep_finished(result: SearchResult) -> None:
+    """Note, after all other files, what the run directory answers."""
+    folder = result.request.run_dir
+    policies = [name for rival in result.rivals if (name := policy_file(rival))]
+    plain = {
+        "format": 1,
+        "asked": fingerprint(result.request),
+        "files": {name: sha256(folder / name) for name in (RESULT, *policies)},
+        "times": _times_as_plain(result.times),
+        "untimed": result.untimed,
+    }
+    write_json(folder / FINISHED, plain)
+
+
+def finished(request: SearchRequest) -> SearchResult | None:
+    """The answer that the run directory holds; None of another question, or of an unfinished one.
+
+    A file that was edited since makes it unfinished: all are then written anew.
+
+    Raises:
+        KvtuneError: ``finished.json`` is damaged.
+    """
+    folder = request.run_dir
+    path = folder / FINISHED
+    if not (path.is_file() and (folder / PLANS_FILE).is_file()):
+        return None
+    ended = checked(Finished, read_json(path), str(path))
+    if ended.asked != fingerprint(request) or not _untouched(folder, ended):
+        return None
+    return _restored(request, ended)
+
+
+def _untouched(folder: Path, ended: Finished) -> bool:
+    """Whether all files are there, as the search has written them."""
+    try:
+        return all(sha256(inside(folder, name)) == hash_ for name, hash_ in ended.files.items())
+    except (OSError, KvtuneError):
+        return False
+
+
+def _restored(request: SearchRequest, ended: Finished) -> SearchResult:
+    path = request.run_dir / RESULT
+    stored, where = read_result(path), str(path)
+    rivals = tuple(_rival(request.run_dir, rival) for rival in stored.rivals)
+    policy = rivals[0].policy
+    if policy is None:
+        raise KvtuneError("this result cannot be read: it has no plan", where=where)
+    fields = {name: getattr(stored, name) for name in _PLAIN}
+    if missing := [name for name, value in fields.items() if value is None]:
+        raise KvtuneError(f"this result cannot be read: it lacks {missing[0]}", where=where)
+    return SearchResult(
+        request=request,
+        budget=_budget(stored.budget, where),
+        front=tuple(FrontPoint(**vars(point)) for point in stored.front),
+        policy=policy,
+        quality=_quality(stored.quality),
+        predicted=_quality(stored.predicted),
+        rivals=rivals,
+        full_cache_accuracy=stored.full_cache_accuracy,
+        times=_times(ended.times, where),
+        untimed=ended.untimed,
+        **fields,
+    )
+
+
+_PLAIN = (
+    "context_tokens", "prompt_bytes", "sequences", "share", "memory", "latency", "prefill",
+    "compression", "full_cache_sequences", "counters", "notes", "provenance",
+)  # fmt: skip
+
+
+def _rival(folder: Path, rival: StoredRival) -> Rival:
+    policy = None
+    if rival.policy is not None:
+        found = read_policy(inside(folder, rival.policy)).policy
+        policy = found if isinstance(found, Policy) else None
+    return Rival(**vars(rival) | {"policy": policy})
+
+
+def _quality(stored: StoredQuality) -> Quality:
+    return Quality(**vars(stored))
+
+
+def _budget(stored: dict[str, Any] | None, where: str) -> MemoryBudget:
+    fields = {key: value for key, value in (stored or {}).items() if key != "share_that_fits"}
+    return checked(MemoryBudget, fields, where)
+
+
+def _times_as_plain(times: Times | None) -> Any:
+    if times is None:
+        return None
+    from pydantic import TypeAdapter
+
+    from kvtune.tuner.timing import Times
+
+    return TypeAdapter(Times).dump_python(times, mode="json")
+
+
+def _times(stored: dict[str, Any] | None, where: str) -> Any:
+    if stored is None:
+        return None
+    from kvtune.tuner.timing import Times
+
+    return checked(Times, stored, where)

@@ -1,0 +1,54 @@
+"""Plans that need no search: every head alike, the uncompressed cache among them.
+
+They stand beside the trials, so that a search of few trials is never worse than what anybody would
+try first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from kvtune.policies.policy import footprint_of_lengths
+from kvtune.tuner.question import Candidate, Solver
+
+
+def simple_points(solver: Solver, first: int) -> list[Candidate]:
+    """Each option for all heads, with as many sequences as then fit; those that do fit.
+
+    Args:
+        solver: the question.
+        first: number of the first of them; trials have the numbers before it.
+    """
+    found = [
+        candidate
+        for context in solver.question.contexts
+        for option in range(len(solver.question.tables.options))
+        if (candidate := _point(solver, context, option)) is not None
+    ]
+    return [replace(each, number=number) for number, each in enumerate(found, start=first)]
+
+
+def _point(solver: Solver, context: int, option: int) -> Candidate | None:
+    question, problem = solver.question, solver.problems[context]
+    choice = np.full(question.tables.heads, option, np.int64)
+    spent = problem.spent(choice) + footprint_of_lengths(1, question.tables.heads)
+    waits = question.tables.options[option].method.needs.reconstruction
+    most = question.sequences_of(context, spent, waits)
+    sequences = question.sequences or most
+    if not 1 <= sequences <= most:
+        return None
+    return Candidate(
+        number=0,
+        parameters={
+            "uniform": question.tables.options[option].label,
+            "context": context,
+            "sequences": sequences,
+        },
+        choice=choice,
+        kl=solver.loss(choice),
+        context=context,
+        sequences=sequences,
+        prompt_bytes=spent,
+    )
