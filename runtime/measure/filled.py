@@ -37,6 +37,9 @@ def filled(
         )
         kept = [_spread(prompt_tokens, int(n), model.device) for n in budgets]
         store_prompts(layer.paged, keys, values, kept)
+        planned = zip(policy.heads[layer.number], budgets.tolist(), strict=True)
+        held = [option.footprint(n, prompt_tokens, size) for option, n in planned]
+        layer.paged.held_bytes = held * batch
         layer.paged.seal(new_tokens)
         layer.seen = prompt_tokens
     return cache
