@@ -70,7 +70,8 @@ class Compressed:
         asking = queries.expand(*lead, group, count, head_dim).reshape(-1, group, count, head_dim)
         keys = self.keys.reshape(-1, held, head_dim)[rows]
         flags = torch.ones(len(asking), count, held, dtype=torch.bool, device=keys.device)
-        flags[rows] = reader.reads(keys, self.counts.flatten()[rows], asking[rows])
+        counts, own = self.counts.flatten()[rows], asking[rows].float()
+        flags[rows] = reader.reads(keys.float(), counts, own)
         return flags.view(*lead, 1, count, held)
 
     @property

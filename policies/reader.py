@@ -82,3 +82,18 @@ class Reader(ABC):
         flags = torch.zeros(*chosen.shape[:2], blocks, dtype=torch.bool, device=keys.device)
         flags.scatter_(-1, chosen, value=True)
         return flags.repeat_interleave(self.block, -1)[..., :entries]
+
+
+def dot_products(queries: Tensor, index: Tensor) -> Tensor:
+    """Float32 products of queries ``[R, G, C, E]`` and an index ``[R, b, E]``: ``[R, G, C, b]``.
+
+    An index in 16 bits on a GPU is multiplied as it is, so that a step reads no more than it holds.
+    """
+    import torch
+
+    flat = queries.flatten(1, 2)
+    if index.is_cuda and index.dtype == torch.bfloat16:
+        found = torch.bmm(flat.to(index.dtype), index.transpose(1, 2), out_dtype=torch.float32)
+    else:
+        found = flat.float() @ index.transpose(1, 2).float()
+    return found.unflatten(1, queries.shape[1:3])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvtune.policies.method import Method
 from kvtune.policies.parts import PartPlan
-from kvtune.policies.reader import Reader
+from kvtune.policies.reader import Reader, dot_products
 from kvtune.policies.registry import parameter
 from kvtune.policies.signals import Signals
 
@@ -58,7 +58,10 @@ class BlockBounds(Reader):
     """Ranks blocks by an upper bound on the logits of their keys."""
 
     def index(self, keys: Tensor, counts: Tensor) -> Tensor:
-        """Smallest and largest key by channel, ``[R, blocks, 2, D]``."""
+        """Largest and smallest key by channel, one behind the other, ``[R, blocks, 2 D]``.
+
+        Of blocks without an entry, which no row selects, zeros.
+        """
         import torch
         import torch.nn.functional as F
 
@@ -71,20 +74,15 @@ class BlockBounds(Reader):
             split: Tensor = wide.unflatten(1, (-1, self.block))
             return split
 
-        smallest, largest = blocks(torch.inf).amin(2), blocks(-torch.inf).amax(2)
-        bounds: Tensor = torch.stack([smallest, largest], 2)
-        return bounds
+        bounds = torch.cat([blocks(-torch.inf).amax(2), blocks(torch.inf).amin(2)], -1)
+        return bounds.masked_fill(bounds.isinf(), 0)
 
     def score(self, index: Tensor, queries: Tensor) -> Tensor:
         """The bound of each block under each query, the highest of the head's group."""
         import torch
 
-        smallest, largest = index.unbind(2)  # [R, blocks, D]
-        up, down = queries.clamp_min(0), queries.clamp_max(0)  # [R, G, C, D]
-        empty = ~largest.isfinite().all(-1)
-        smallest, largest = (x.masked_fill(empty[..., None], 0) for x in (smallest, largest))
-        bound = up @ largest.transpose(-1, -2)[:, None] + down @ smallest.transpose(-1, -2)[:, None]
-        highest: Tensor = bound.amax(1).masked_fill(empty[:, None], -torch.inf)
+        signs = torch.cat([queries.clamp_min(0), queries.clamp_max(0)], -1)  # [R, G, C, 2 D]
+        highest: Tensor = dot_products(signs, index).amax(1)
         return highest
 
     def index_bytes(self, entries: int, head_dim: int) -> int:

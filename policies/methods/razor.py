@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.method import Method
 from kvtune.policies.parts import VIRTUAL, Part, PartPlan
 from kvtune.policies.registry import parameter
@@ -12,6 +13,8 @@ from kvtune.policies.signals import Signals
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_EXACT = (Bf16(), Bf16())
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Razor(Method):
 
     Source: Tang et al., "RazorAttention: Efficient KV Cache Compression Through Retrieval Heads",
     ICLR 2025, arXiv 2407.15891, Algorithm 1. Differs: a budget replaces max(4000, N / 5), and which
-    heads retrieve is the policy's to say. The mean is of keys after RoPE, as published.
+    heads retrieve is the policy's to say. The mean is of keys after RoPE, as published, and stays in
+    16 bits whatever the kept tokens' formats are.
     Cost: one mean of the dropped tokens once a prompt; one entry of state.
     """
 
@@ -60,10 +64,13 @@ class Razor(Method):
         count = tokens - budget + 1
         weight = torch.full((heads, 1), float(count), device=kept.device).log()
         virtual = torch.full((heads, 1), VIRTUAL, device=kept.device)
-        return [Part(kept), Part(virtual, mean(signals.keys), mean(signals.values), weight)]
+        stands_for_all = Part(
+            virtual, mean(signals.keys), mean(signals.values), weight, formats=_EXACT
+        )
+        return [Part(kept), stands_for_all]
 
     def plan(self, budget: int, prompt_tokens: int) -> tuple[PartPlan, ...]:
         """One entry of the budget is the virtual one."""
         if not 0 < budget < prompt_tokens:
             return (PartPlan(min(budget, prompt_tokens)),)
-        return PartPlan(budget - 1), PartPlan(1, weighted=True)
+        return PartPlan(budget - 1), PartPlan(1, formats=_EXACT, weighted=True)

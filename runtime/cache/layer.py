@@ -24,6 +24,7 @@ from kvtune.runtime.cache.evicting import Evictor, evictors, openings
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.reading import equally_long, lengths_of, padded, signals_of
 from kvtune.runtime.cache.segments import NO_END
+from kvtune.runtime.cache.selecting import indexed
 from kvtune.runtime.cache.sliding import Ring, check_sliding, places_of
 from kvtune.runtime.cache.storing import store_prompts
 from kvtune.runtime.cache.whole_prompt import condensed
@@ -174,9 +175,10 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             (signals, head), exact = of_rows[at], int(paged.exact[row])
             own = signals.keys[head, kept[at][exact:]]
             form, count = paged.options[row % len(paged.options)].keys, torch.tensor([len(own)])
-            keys.append(form.roundtrip(own[None].float(), count.to(own.device), "keys")[0])
-        paged.readers = [readers[row % len(readers)] for row in range(paged.rows)]
-        paged.read_keys = list(keys)
+            keys.append(form.roundtrip(own[None], count.to(own.device), "keys")[0])
+        every = [readers[row % len(readers)] for row in range(paged.rows)]
+        paged.readers = {row: reader for row, reader in enumerate(every) if reader is not None}
+        paged.indexed = indexed(every, keys)
 
     def _empty(self, rooms: Sequence[Room | None]) -> PagedLayer:
         """Pages to be, of rows with these rooms, which may be one sequence's for all."""

@@ -32,7 +32,7 @@ from kvtune.runtime.cache.segments import (
     Leaving,
     runs,
 )
-from kvtune.runtime.cache.selecting import Selection, pages_read, selections
+from kvtune.runtime.cache.selecting import Indexed, Selection, pages_read
 from kvtune.runtime.cache.sending import sent
 from kvtune.runtime.cache.sliding import Ring
 from kvtune.runtime.kernels.launch import Paged, Scratch, shape_for
@@ -82,8 +82,8 @@ class PagedLayer:
         self.evicted = np.zeros(len(self.layouts), np.int64)
         self.ring: Ring | None = None  # of a sliding layer; set before ``seal``
         self.beside: Beside | None = None  # what pages cannot hold
-        self.readers: list[Reader | None] = [None] * len(self.layouts)  # set before ``seal``
-        self.read_keys: list[Tensor | None] = []  # as stored, of rows with a reader
+        self.readers: dict[int, Reader] = {}  # of rows that do not read all; set before ``seal``
+        self.indexed: list[Indexed] = []  # likewise
         self.selections: list[Selection] = []
         device = pool.memory.device
         self.finite: Tensor  # whether the prompts' keys and values are, row by row
@@ -144,24 +144,22 @@ class PagedLayer:
             self.pool.memory, pages_at, lengths, self.fp8_scales, records, tiles.pairs,
             self.head_dim, int(rooms[GROWN].max()),
         )  # fmt: skip
-        self._select_again()
+        if self.indexed:
+            self._select_again()
 
     def _select_again(self) -> None:
         """Point selections at the tables as they are now."""
-        if all(reader is None for reader in self.readers):
-            return
         device = self.pool.memory.device
         cells = [torch.as_tensor(x.astype(np.int32), device=device) for x in self.pages[CODED]]
         starts = self.tables_at[CODED].tolist()
-        self.selections = selections(self.readers, self.read_keys, cells, starts, device)
+        self.selections = [Selection.of(each, cells, starts) for each in self.indexed]
 
     def _rooms(self, new_tokens: int) -> Ints:
         """Pages that each segment has or may grow to, ``[kinds, rows]``."""
         ends = np.where(self.most < NO_END, self.most, self.lengths[GROWN] + new_tokens)
         coded, _, settled = self._page_counts()
-        for row, reader in enumerate(self.readers):
-            if reader is not None:
-                coded[row] = pages_read(reader, coded[row])
+        for row, reader in self.readers.items():
+            coded[row] = pages_read(reader, coded[row])
         if self.residual is None:
             return np.stack([coded, np.full(self.rows, -(-int(ends.max()) // PAGE))])
         settle = np.array([layout != self.growing_layout for layout in self.layouts])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.reader import Reader
@@ -32,24 +33,52 @@ def check_reader(reader: Reader | None) -> None:
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Rows of a layer that share a reader.
+class Indexed:
+    """Rows of a layer that share a reader, and what it remembers of their pages.
 
     Args:
         reader: selects.
-        rows: of the layer, ``[R]`` int64.
-        index: the reader's, of the rows' pages.
+        rows: of the layer.
+        index: the reader's, ``[R, pages, ...]``.
         counts: tokens of each row's coded segment, ``[R]`` int64.
+    """
+
+    reader: Reader
+    rows: list[int]
+    index: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Rows that share a reader, and where their pages are listed.
+
+    Args:
+        indexed: the rows.
+        at: the same rows, ``[R]`` int64.
         cells: of each row's pages, ``[R, pages]`` int32.
         places: entries of the layer's page table that are the row's to write, ``[R, k]`` int64.
     """
 
-    reader: Reader
-    rows: Tensor
-    index: Tensor
-    counts: Tensor
+    indexed: Indexed
+    at: Tensor
     cells: Tensor
     places: Tensor
+
+    @staticmethod
+    def of(indexed: Indexed, cells: Sequence[Tensor], tables_at: Sequence[int]) -> Selection:
+        """Look up where the rows' pages are.
+
+        Args:
+            indexed: the rows.
+            cells: of every row of the layer, those of its coded pages, int32.
+            tables_at: each row's first entry in the page table.
+        """
+        device, rows = indexed.index.device, indexed.rows
+        wide = pad_sequence([cells[row] for row in rows], batch_first=True)
+        starts = torch.tensor([tables_at[row] for row in rows], device=device)
+        read = torch.arange(pages_read(indexed.reader, wide.shape[1]), device=device)
+        return Selection(indexed, torch.tensor(rows, device=device), wide, starts[:, None] + read)
 
     def select(self, q: Tensor, table: Tensor, lengths: Tensor) -> None:
         """Write the pages of one step. Changes the page table and the segments' lengths.
@@ -59,14 +88,14 @@ class Selection:
             table: the layer's page table.
             lengths: of its segments, of which a row's coded one has the row's number.
         """
-        chosen = self.reader.select(self.index, self.counts, q[self.rows, :, None].float())[:, 0]
-        wanted = self.places.shape[1]
+        reader, index, counts = self.indexed.reader, self.indexed.index, self.indexed.counts
+        chosen = reader.select(index, counts, q[self.at, :, None])[:, 0]
         last = chosen[:, -1:]
-        pages = torch.cat([chosen[:, :-1], last.expand(-1, wanted - chosen.shape[1] + 1)], 1)
-        earlier = (chosen[:, :-1] != last).sum(1)
+        missing = self.places.shape[1] - chosen.shape[1] + 1
+        pages = torch.cat([chosen[:, :-1], last.expand(-1, missing)], 1)
         table.index_copy_(0, self.places.flatten(), self.cells.gather(1, pages).flatten())
-        read = earlier * PAGE + self.counts - last[:, 0] * PAGE
-        lengths.index_copy_(0, self.rows, read.to(lengths.dtype))
+        read = ((chosen[:, :-1] != last).sum(1) - last[:, 0]) * PAGE + counts
+        lengths.index_copy_(0, self.at, read.to(lengths.dtype))
 
 
 def pages_read(reader: Reader, pages: int) -> int:
@@ -74,36 +103,19 @@ def pages_read(reader: Reader, pages: int) -> int:
     return min(reader.blocks, pages)
 
 
-def selections(
-    readers: Sequence[Reader | None],
-    keys: Sequence[Tensor | None],
-    cells: Sequence[Tensor],
-    tables_at: Sequence[int],
-    device: torch.device,
-) -> list[Selection]:
-    """One selection for each reader of a layer.
+def indexed(readers: Sequence[Reader | None], keys: Sequence[Tensor | None]) -> list[Indexed]:
+    """One index for each reader of a layer, of rows that have coded pages.
 
     Args:
         readers: of the layer's rows.
-        keys: of the rows with a reader, ``[n, D]`` as their coded pages hold them.
-        cells: of the rows' coded pages, ``[pages]`` int32.
-        tables_at: each row's first entry in the page table.
-        device: of the pages.
+        keys: of rows with a reader, ``[n, D]`` as their coded pages hold them.
     """
-    from torch.nn.utils.rnn import pad_sequence
-
     found = []
     for reader in dict.fromkeys(each for each in readers if each is not None):
-        rows = [row for row, each in enumerate(readers) if each == reader and len(cells[row])]
-        if not rows:
-            continue
-        theirs = [held for row in rows if (held := keys[row]) is not None]
-        counts = torch.tensor([len(held) for held in theirs], device=device)
-        index = reader.index(pad_sequence(theirs, batch_first=True).float(), counts)
-        wide = pad_sequence([cells[row] for row in rows], batch_first=True)
-        read = pages_read(reader, wide.shape[1])
-        starts = torch.tensor([tables_at[row] for row in rows], device=device)
-        places = starts[:, None] + torch.arange(read, device=device)
-        at = torch.tensor(rows, device=device)
-        found.append(Selection(reader, at, index, counts, wide, places))
+        mine = [(row, keys[row]) for row, each in enumerate(readers) if each == reader]
+        held = [(row, own) for row, own in mine if own is not None and len(own)]
+        if held:
+            counts = torch.tensor([len(own) for _, own in held], device=held[0][1].device)
+            index = reader.index(pad_sequence([own for _, own in held], batch_first=True), counts)
+            found.append(Indexed(reader, [row for row, _ in held], index, counts))
     return found
