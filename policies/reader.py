@@ -96,4 +96,5 @@ def dot_products(queries: Tensor, index: Tensor) -> Tensor:
         found = torch.bmm(flat.to(index.dtype), index.transpose(1, 2), out_dtype=torch.float32)
     else:
         found = flat.float() @ index.transpose(1, 2).float()
-    return found.unflatten(1, queries.shape[1:3])
+    products: Tensor = found.unflatten(1, queries.shape[1:3])
+    return products

@@ -93,7 +93,7 @@ def test_a_broken_entry_point_is_told_by_name(
     entry = EntryPoint("mine", value, group_of(PACKAGE))
     monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
     with pytest.raises(KvtuneError, match=f"mine = {value} {why}"):
-        registered.__wrapped__(PACKAGE, Method)  # type: ignore[attr-defined]
+        registered.__wrapped__(PACKAGE, Method)
 
 
 def test_an_unknown_name_is_told_the_nearest() -> None:

@@ -27,8 +27,8 @@ class Razor(Method):
 
     Source: Tang et al., "RazorAttention: Efficient KV Cache Compression Through Retrieval Heads",
     ICLR 2025, arXiv 2407.15891, Algorithm 1. Differs: a budget replaces max(4000, N / 5), and which
-    heads retrieve is the policy's to say. The mean is of keys after RoPE, as published, and stays in
-    16 bits whatever the kept tokens' formats are.
+    heads retrieve is the policy's to say. The mean is of keys after RoPE, as published, and stays
+    in 16 bits whatever the kept tokens' formats are.
     Cost: one mean of the dropped tokens once a prompt; one entry of state.
     """
 

@@ -128,9 +128,8 @@ class PagedLayer:
         held = self._page_counts(kinds).ravel()
         inside = runs(held) < np.repeat(pages, held)  # a reader's rows list fewer than they hold
         table[runs(held, starts)[inside]] = cells[inside]
-        fixed = np.array(
-            [reader is None for reader in self.readers] + [False] * (len(row) - self.rows)
-        )
+        fixed = np.zeros(len(row), bool)
+        fixed[: self.rows] = [number not in self.readers for number in range(self.rows)]
         tokens = np.where(fixed, self.lengths[:kinds].ravel(), -1)
         shape = shape_for(tuple(sorted(set(pairs.tolist()), reverse=True)), self.head_dim)
         tiles = plan_tiles(Segments(row, pairs, starts, pages, tokens), table, shape.programs)
