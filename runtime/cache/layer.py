@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers import CacheLayerMixin
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.room import Room
