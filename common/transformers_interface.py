@@ -4,6 +4,8 @@ Public names only, but for reading which attention a model answers with. Whateve
 releases is answered by a function of this file, so that a new release is taken in here alone:
 
 - a model's ``forward`` takes the KV cache as ``past_key_values`` before 5.24, as ``cache`` since;
+- a cache layer's ``get_mask_sizes`` gets the positions of the queries in the first releases, their
+  number later, and its ``get_max_length`` was called ``get_max_cache_shape``;
 - GGUF weights stay packed unless ``GgufConfig`` says otherwise, in the releases that have it.
 
 The classes and functions that are imported elsewhere are in ``NAMES``; a test holds that list
@@ -15,7 +17,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TRIED = ("5.0.0", "5.17.0", "5.20.2", "5.23.0", "5.24.0")
 """Releases with which the tests of models, caches and exports passed."""
@@ -61,6 +66,11 @@ def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
 def is_given(cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a cache is among the arguments of a call, whatever the argument's name."""
     return any(value is cache for value in (*args, *kwargs.values()))
+
+
+def count_of(queries: int | Tensor) -> int:
+    """The number of queries that ``get_mask_sizes`` is asked about."""
+    return queries if isinstance(queries, int) else len(queries)
 
 
 def unpacked_gguf() -> dict[str, Any]:

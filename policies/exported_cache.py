@@ -176,13 +176,17 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[misc]
         """Tokens seen, which is the next token's position."""
         return self.seen
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Of the mask that transformers makes; ours replaces it after the prompt."""
+        if isinstance(query_length, Tensor):  # the first releases of transformers 5 give positions
+            query_length = len(query_length)
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
         """No limit."""
         return -1
+
+    get_max_cache_shape = get_max_length  # its name in the first releases of transformers 5
 
     def crop(self, tokens_to_remove: int) -> None:
         """Not possible: what was evicted is gone."""

@@ -16,6 +16,9 @@ from torch import nn
 
 import kvtune
 from kvtune.common.transformers_interface import NAMES, TRIED, cache_argument
+from kvtune.policies.option import Option
+from kvtune.policies.policy import Policy
+from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.cache.whole_prompt import when_read
 
 ROOT = Path(kvtune.__file__).parent
@@ -100,3 +103,10 @@ def test_a_waiting_cache_hears_of_its_prompt_whatever_the_argument_is_called(
     assert len(cache.told) == 1
     assert cache.told[0] is ids
     assert other.told == []
+
+
+def test_a_layer_answers_about_masks_in_both_forms(tiny_model: Any) -> None:
+    policy = Policy.uniform(Option(), 3, 2)
+    layer = PolicyCache(policy, tiny_model.geometry).layers[0]
+    assert layer.get_mask_sizes(7) == layer.get_mask_sizes(torch.arange(7)) == (7, 0)
+    assert layer.get_max_length() == layer.get_max_cache_shape() == -1
