@@ -20,10 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, CacheLayerMixin
 
 NAME = "kvtune_policy"
 
@@ -56,7 +53,7 @@ def apply(model: Any, policy: dict[str, Any] | None = None) -> None:
     if made_for != has:
         raise ValueError(f"the policy is for {made_for} layers and KV heads, the model has {has}")
     AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
     model.set_attn_implementation(NAME)
 
 
@@ -84,9 +81,8 @@ def attention(
         attention_mask = layer.visible(query.shape[-2], query.shape[1] // key.shape[1])
     elif layer is not None and attention_mask is not None:
         raise ValueError("the policy needs prompts without padding and layers without windows")
-    output: tuple[Tensor, None] = sdpa_attention_forward(
-        module, query, key, value, attention_mask, **kwargs
-    )
+    sdpa = AttentionInterface()["sdpa"]
+    output: tuple[Tensor, None] = sdpa(module, query, key, value, attention_mask, **kwargs)
     if layer is not None and not layer.stored:
         layer.compress(query, kwargs.get("scaling") or query.shape[-1] ** -0.5)
     return output
@@ -180,13 +176,17 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[misc]
         """Tokens seen, which is the next token's position."""
         return self.seen
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Of the mask that transformers makes; ours replaces it after the prompt."""
+        if isinstance(query_length, Tensor):  # the first releases of transformers 5 give positions
+            query_length = len(query_length)
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
         """No limit."""
         return -1
+
+    get_max_cache_shape = get_max_length  # its name in the first releases of transformers 5
 
     def crop(self, tokens_to_remove: int) -> None:
         """Not possible: what was evicted is gone."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.transformers_interface import cache_argument
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.fuse import fused_on_gpu
 from kvtune.runtime.kernels.layout import PAGE
@@ -87,7 +88,7 @@ def generate(
     with fused_on_gpu(model):
         logits = model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=places,
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
+            use_cache=True, logits_to_keep=1, **cache_argument(model, cache),
         ).logits[:, -1]  # fmt: skip
     first = sampling.draw(logits)
     loop = DecodeLoop(model, cache, first, places[:, -1] + 1, new_tokens, sampling)
@@ -129,6 +130,7 @@ class DecodeLoop:
         self.at = torch.ones(1, dtype=torch.long, device=tokens.device)
         self.done = 1
         self._graph: Any = None
+        self._cache_argument = cache_argument(model, cache)
 
     def run(self, ends: tuple[int, ...] = ()) -> Tensor:
         """Generate until the room is used or every sequence has ended."""
@@ -178,8 +180,8 @@ class DecodeLoop:
 
     def _step(self) -> None:
         logits = self.model(
-            input_ids=self.tokens, position_ids=self.positions, past_key_values=self.cache,
-            use_cache=True, logits_to_keep=1,
+            input_ids=self.tokens, position_ids=self.positions, use_cache=True,
+            logits_to_keep=1, **self._cache_argument,
         ).logits[:, -1]  # fmt: skip
         drawn = self.sampling.draw(logits)[:, None]
         # A kernel, not a copy: a graph's copy node goes to another engine of the GPU and back.

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from kvtune.common.transformers_interface import attention_restored
 from kvtune.policies.policy import Policy
 from kvtune.runtime.cache.policy_cache import NAME, PolicyCache, load_cache
 from kvtune.runtime.device import Bench, unless_full
@@ -127,18 +128,17 @@ def find_largest(
         guess: None for what the free memory would hold of pages alone.
         bounds: when to stop.
     """
-    attention = model.config._attn_implementation
     bench.release()
     each = page_bytes(policy, prompt.shape[1], _head_dim(model))
     most = bench.available_bytes() // each
     try:
-        return search_largest(
-            lambda batch: time_filled(policy, model, prompt, batch, bench),
-            most if guess is None else min(guess, most),
-            bounds,
-        )
+        with attention_restored(model):
+            return search_largest(
+                lambda batch: time_filled(policy, model, prompt, batch, bench),
+                most if guess is None else min(guess, most),
+                bounds,
+            )
     finally:
-        model.set_attn_implementation(attention)
         bench.release()
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
+from kvtune.common.transformers_interface import attention_restored, cache_argument
 from kvtune.common.units import format_tokens
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
@@ -115,8 +116,7 @@ def time_beside(policy: Policy, model: Any, prompts: Tensor, bench: Bench) -> Be
         KvtuneError: the paged cache cannot store the policy, or not one prompt fits.
     """
     full = uncompressed(policy)
-    attention = model.config._attn_implementation
-    try:
+    with attention_restored(model):
         _refuse_unstorable(policy, model)
         for batch in _halvings(len(prompts)):
             some = prompts[:batch]
@@ -124,8 +124,6 @@ def time_beside(policy: Policy, model: Any, prompts: Tensor, bench: Bench) -> Be
             plan = whole and unless_full(partial(time_policy, policy, model, some, bench))
             if whole and plan:
                 return Beside(prompts.shape[1], plan, whole)
-    finally:
-        model.set_attn_implementation(attention)
     tokens = format_tokens(prompts.shape[1])
     raise KvtuneError(f"uncompressed, not one prompt of {tokens} fits beside the weights")
 
@@ -194,8 +192,8 @@ def _prefills(
 
         def read(cache: PolicyCache = cache) -> None:
             logits = model(
-                input_ids=prompts, position_ids=places, past_key_values=cache, use_cache=True,
-                logits_to_keep=1,
+                input_ids=prompts, position_ids=places, use_cache=True, logits_to_keep=1,
+                **cache_argument(model, cache),
             ).logits[:, -1]  # fmt: skip
             answers.append(logits)
 

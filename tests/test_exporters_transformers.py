@@ -147,7 +147,7 @@ def test_what_was_evicted_changes_the_answer(kv_cache: ModuleType, model: Any) -
 def test_tokens_may_follow_in_chunks(kv_cache: ModuleType, model: Any) -> None:
     kv_cache.apply(model)
     one, four = (logits_after(model, kv_cache.build_cache(), prompt(), n) for n in (1, 4))
-    torch.testing.assert_close(four, one, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(four, one, rtol=1e-4, atol=5e-5)
 
 
 def test_a_batch_is_its_members(kv_cache: ModuleType, model: Any) -> None:

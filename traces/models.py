@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kvtune.common.errors import KvtuneError, nearest
 from kvtune.common.files import sha256
 from kvtune.common.progress import Progress, Silent
+from kvtune.common.transformers_interface import unpacked_gguf
 from kvtune.traces import seam, store
 from kvtune.traces.geometry import Geometry, read_geometry
 
@@ -218,10 +219,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     import transformers
 
-    options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.bfloat16}
-    if hasattr(transformers, "GgufConfig"):
-        # Newer releases keep the blocks packed unless told otherwise.
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    options = {"gguf_file": gguf.name, "dtype": torch.bfloat16, **unpacked_gguf()}
     try:
         with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # a bar that has no switch
             tokenizer = transformers.AutoTokenizer.from_pretrained(

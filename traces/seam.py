@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.transformers_interface import register_attention
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -59,10 +60,7 @@ def attending(handler: Handler) -> Iterator[None]:
 
 def register() -> None:
     """Make ``attn_implementation="kvtune"`` known to transformers. Safe to call again."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
+    register_attention(NAME, _attention, _no_mask)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:

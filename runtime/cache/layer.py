@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers import CacheLayerMixin
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.transformers_interface import count_of
 from kvtune.policies.room import Room
 from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.beside import Beside, HeldPart
@@ -258,13 +259,15 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         """Tokens seen, padding included: what transformers continues counting from."""
         return self.seen
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Of the mask that transformers would make."""
-        return self.seen + query_length, 0
+        return self.seen + count_of(query_length), 0
 
     def get_max_length(self) -> int:
         """No limit."""
         return -1
+
+    get_max_cache_shape = get_max_length  # its name in the first releases
 
     def crop(self, max_length: int) -> None:
         """Not possible."""

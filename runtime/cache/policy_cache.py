@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache
+from transformers import Cache
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.transformers_interface import register_attention
 from kvtune.policies.apply import linked
 from kvtune.policies.document_reader import read_policy
 from kvtune.policies.option import Option
@@ -101,8 +101,7 @@ def load_cache(
         cache.repeat = partial(repeated, model, geometry, tokenizer)
     if cache.waits:
         when_read(model, cache)
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, padding_mask)
+    register_attention(NAME, attention, padding_mask)
     model.set_attn_implementation(NAME)
     return cache
 

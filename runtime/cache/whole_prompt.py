@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.progress import Bars
+from kvtune.common.transformers_interface import attention_restored, is_given
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs, Signals
 from kvtune.traces import seam
@@ -45,8 +46,7 @@ def when_read(model: Any, cache: Reader) -> None:
 
     def hook(_: Any, args: tuple[Any, ...], given: dict[str, Any], __: Any) -> None:
         waiting = mine()
-        fed: Any = given.get("past_key_values")
-        if waiting is not None and fed is waiting:
+        if waiting is not None and is_given(waiting, args, given):
             handle.remove()
             waiting.read(given.get("input_ids", args[0] if args else None))
 
@@ -107,15 +107,11 @@ def _loaded(
     model: Any, geometry: Geometry, tokenizer: Any, name: str = ""
 ) -> Iterator[LoadedModel]:
     """The model as validation knows it, answering through the seam until the block ends."""
-    before, dtype = model.config._attn_implementation, str(model.dtype).removeprefix("torch.")
-    device = str(model.device)
+    device, dtype = str(model.device), str(model.dtype).removeprefix("torch.")
     seam.register()
-    model.set_attn_implementation(seam.NAME)
-    try:
-        with torch.no_grad():
-            yield LoadedModel(model, tokenizer, "", name, geometry, device, dtype, "as given")
-    finally:
-        model.set_attn_implementation(before)
+    with attention_restored(model), torch.no_grad():
+        model.set_attn_implementation(seam.NAME)
+        yield LoadedModel(model, tokenizer, "", name, geometry, device, dtype, "as given")
 
 
 def check_passes(policy: Policy, tokenizer: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kvtune.common.transformers_interface import cache_argument
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.profiles.kernel_table import Point
@@ -89,8 +90,8 @@ def _prepare_prefill(point: Point, setting: Setting) -> Work:
         cache = load_cache(policy, model, new_tokens=1)
         with fused_on_gpu(model):
             model(
-                input_ids=prompts, position_ids=places, past_key_values=cache, use_cache=True,
-                logits_to_keep=1,
+                input_ids=prompts, position_ids=places, use_cache=True, logits_to_keep=1,
+                **cache_argument(model, cache),
             )  # fmt: skip
         cache.layers.clear()  # they refer to it, and would keep its memory until they are collected
 
