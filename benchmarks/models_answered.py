@@ -107,7 +107,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("starcoder2", {}),
     "deepseek_v2": ("deepseek_v2", LATENT),
     "deepseek_v3": ("deepseek_v3", LATENT),
-    "llama4_text": ("llama4_text", {**EXPERTS, "attention_chunk_size": 8192, "intermediate_size_mlp": 192}),
+    "llama4_text": (
+        "llama4_text", {**EXPERTS, "attention_chunk_size": 8192, "intermediate_size_mlp": 192},
+    ),
     "diffllama": ("diffllama", {}),
     "gpt_oss": ("gpt_oss", {**EXPERTS, **WINDOW}),
     "nemotron": ("nemotron", {}),

@@ -107,7 +107,8 @@ def read_geometry(model: Any) -> Geometry:
     layers = _declared(model, config, "num_hidden_layers")
     if sorted(attentions) != list(range(layers)):
         raise _unsupported(
-            model, f"has an attention that kvtune can capture in {len(attentions)} of {layers} layers"
+            model,
+            f"has an attention that kvtune can capture in {len(attentions)} of {layers} layers",
         )
     first = attentions[0]
     query_heads = _declared(model, config, "num_attention_heads")

@@ -99,8 +99,8 @@ def wrap(model: Any, tokenizer: Any, *, name: str, dtype_reason: str = "as given
     seam.register()
     model.eval().requires_grad_(False)
     geometry = read_geometry(model)
-    set_attention(model, seam.NAME)
     require_same(model, geometry, seam.NAME, _through_the_seam(model, geometry))
+    set_attention(model, seam.NAME)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -115,16 +115,24 @@ def wrap(model: Any, tokenizer: Any, *, name: str, dtype_reason: str = "as given
 
 def _through_the_seam(model: Any, geometry: Geometry) -> Ask:
     """How the self-check asks a model that answers through the seam, without a cache."""
+    answered: list[int] = []
 
     def handler(
         layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Tensor:
         check_shapes(geometry, layer, q, k, v, scale, window)
+        answered.append(layer)
         return seam.causal_attention(q, k, v, scale, window)
 
     def ask(ids: Tensor, _: Part) -> Tensor:
         with seam.attending(handler):
             logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        if answered != list(range(geometry.layers)):
+            raise KvtuneError(
+                f"{type(model).__name__} lets others answer its attention in the layers "
+                f"{answered}, not once in each of its {geometry.layers}",
+                hint="models with plain softmax attention work: Llama, Qwen, Mistral, Gemma-3.",
+            )
         return logits
 
     return ask

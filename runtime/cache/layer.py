@@ -152,11 +152,12 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         return evictors(found, len(options))
 
     def turn(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Append a sequence's further tokens, each of which sees those before, ``[B, Hq, T, D]``."""
+        """Append further tokens, each of which sees those before it, ``[B, Hq, T, D]``."""
         if q.shape[2] == 1:
             return self.step(q, k, v, scale)
-        tokens = zip(*(x.split(1, dim=2) for x in (q, k, v)), strict=True)
-        return torch.cat([self.step(*token, scale) for token in tokens], dim=2)
+        tokens = [slice(at, at + 1) for at in range(q.shape[2])]
+        parts = [self.step(q[:, :, at], k[:, :, at], v[:, :, at], scale) for at in tokens]
+        return torch.cat(parts, dim=2)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Append one token a sequence and attend, ``[B, Hq, 1, D]``."""

@@ -51,6 +51,7 @@ from kvtune.traces.calibration import Calibration
 from kvtune.traces.geometry import Geometry, read_geometry
 from kvtune.traces.self_check import Ask, Part, require_same
 
+
 def load_cache(
     policy: Path | str | Policy,
     model: Any,
@@ -105,8 +106,8 @@ def load_cache(
 def _through_pages(model: Any, geometry: Geometry) -> Ask:
     """How the self-check asks a model: a prompt, then a token from uncompressed pages."""
     uncompressed = Policy.uniform(Option(), geometry.layers, geometry.kv_heads)
-    cache = PolicyCache(uncompressed, geometry, new_tokens=1)
-    cache.backend = PlainBackend()  # nothing is compiled for so little
+    # Plain torch on any device: no kernel is compiled for so little.
+    cache = PolicyCache(uncompressed, geometry, 1, backend_of=lambda _: PlainBackend())
 
     def ask(ids: Tensor, part: Part) -> Tensor:
         mask = torch.ones(1, part.stop, dtype=torch.long, device=ids.device)
@@ -128,6 +129,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
         new_tokens: int = 1024,
         evicts: bool = False,
         residual: int | None = None,
+        backend_of: Callable[[torch.device], Backend] = backend_for,
     ) -> None:
         """Hold nothing yet: memory is taken when the prompt's length is known."""
         self.policy, self.geometry = policy, geometry
@@ -138,7 +140,8 @@ class PolicyCache(Cache):  # type: ignore[misc]
         self.prompts: list[int] = []  # their lengths, as soon as the first layer begins
         self.answering: Answering | None = None  # through this cache, once it is loaded
         self.pool: Pool
-        self.backend: Backend | None = None  # what suits the device, unless it is set before
+        self.backend: Backend
+        self._backend_of = backend_of
         self.scratch: Scratch | None = None
         self.captured = False  # by a graph: counting and reserving is then the decode loop's
         super().__init__(layers=[CacheLayer(self, n) for n in range(policy.layers)])
@@ -163,7 +166,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
 
     def open(self, device: torch.device, prompts: list[int]) -> None:
         """The first layer begins to read prompts of these lengths."""
-        self.backend, self.prompts = self.backend or backend_for(device), prompts
+        self.backend, self.prompts = self._backend_of(device), prompts
         if not self.waits:
             planned = {tokens: self.policy.budgets(tokens) for tokens in set(prompts)}
             self._take_memory(device, prompts, [planned[tokens] for tokens in prompts])
