@@ -83,6 +83,11 @@ def generate(
     Raises:
         KvtuneError: more tokens than the cache has room for; see ``load_cache`` for others.
     """
+    if cache.prompts:
+        raise KvtuneError(
+            "this cache has read its prompts, and the loop begins with prompts",
+            hint="model.generate takes a second turn; or load another cache.",
+        )
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     places = (mask.cumsum(1) - 1).clamp_min(0)
     with fused_on_gpu(model):

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kvtune.common.transformers_interface import attention_restored
 from kvtune.policies.policy import Policy
-from kvtune.runtime.cache.policy_cache import NAME, PolicyCache, load_cache
+from kvtune.runtime.cache.answering import NAME
+from kvtune.runtime.cache.policy_cache import PolicyCache, load_cache
 from kvtune.runtime.device import Bench, unless_full
 from kvtune.runtime.kernels.layout import PAGE, PageLayout, exact_tokens, layout_of
 from kvtune.runtime.timing import Decoding, time_decoding

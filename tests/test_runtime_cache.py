@@ -304,8 +304,6 @@ def test_what_the_cache_cannot_do_is_refused(network: Any) -> None:
     with pytest.raises(KvtuneError, match="given none"):
         network(**ids(9), use_cache=False)
     network(**ids(40), past_key_values=cache)
-    with pytest.raises(KvtuneError, match="one token at a time"):
-        network(**ids(9), past_key_values=cache)
     with pytest.raises(KvtuneError, match="cropped"):
         cache.crop(3)
 

@@ -124,7 +124,9 @@ def test_prompts_are_asked_together_as_if_each_were_alone(
 ) -> None:
     """Of different lengths, and by methods that may be asked together or not."""
     policy = Policy.uniform(Option(method, Budget(tokens=20), Int4(), Int4()), LAYERS, 2)
-    mask = torch.arange(90) >= torch.tensor([[0], [0], [40], [40], [90]])  # the last one is empty
+    mask = torch.arange(90) >= torch.tensor(
+        [[0], [0], [40], [40], [89]]
+    )  # the last one has one token
     pages = []
     for most in (reading.ASKED_AT_ONCE, 1):
         monkeypatch.setattr(reading, "ASKED_AT_ONCE", most)

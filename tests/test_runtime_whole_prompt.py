@@ -26,8 +26,8 @@ from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache import layer as layer_module
+from kvtune.runtime.cache.answering import NAME
 from kvtune.runtime.cache.paged_layer import PagedLayer
-from kvtune.runtime.cache.policy_cache import NAME
 from kvtune.runtime.cache.storing import store_prompts
 from kvtune.runtime.prompts import fresh_prompt
 from kvtune.tests.padded import ids

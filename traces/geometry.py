@@ -108,6 +108,10 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
+_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value", "c_attn")
+"""Names by which attention modules hold what makes their keys."""
+
+
 def read_geometry(model: Any) -> Geometry:
     """The geometry of a transformers causal language model.
 
@@ -115,39 +119,96 @@ def read_geometry(model: Any) -> Geometry:
         KvtuneError: its attention is not plain multi-head or grouped-query softmax attention.
     """
     config = model.config.get_text_config()
-    attentions = _attention_modules(model)
-    layers = config.num_hidden_layers
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise _unsupported(model, "has an encoder")
+    attentions = attention_modules(model)
+    layers = _declared(model, config, "num_hidden_layers")
     if sorted(attentions) != list(range(layers)):
-        raise KvtuneError(
-            f"{len(attentions)} of {layers} layers of {type(model).__name__} have an attention "
-            "that kvtune can capture",
-            hint="models with plain softmax attention work: Llama, Qwen, Mistral, Gemma-3.",
+        raise _unsupported(
+            model,
+            f"has an attention that kvtune can capture in {len(attentions)} of {layers} layers",
         )
     first = attentions[0]
-    query_heads = config.num_attention_heads
+    query_heads = _declared(model, config, "num_attention_heads")
     head_dim = int(getattr(first, "head_dim", 0) or config.hidden_size // query_heads)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
     ropes, rope_of_layer = _ropes(model, config, kinds)
     return Geometry(
         layers=layers,
         query_heads=query_heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or query_heads,
+        kv_heads=_declared(model, config, "num_key_value_heads", query_heads) or query_heads,
         head_dim=head_dim,
-        scale=float(getattr(first, "scaling", head_dim**-0.5)),
+        scale=float(getattr(first, "scaling", None) or head_dim**-0.5),
         windows=_windows(config, layers),
         ropes=ropes,
         rope_of_layer=rope_of_layer,
-        vocab_size=config.vocab_size,
-        max_context=config.max_position_embeddings,
+        vocab_size=_declared(model, config, "vocab_size"),
+        max_context=_declared(model, config, "max_position_embeddings"),
     )
 
 
-def _attention_modules(model: Any) -> dict[int, Any]:
+def check_shapes(
+    geometry: Geometry, layer: int, q: Any, k: Any, v: Any, scale: float, window: int | None
+) -> None:
+    """Refuse a layer whose attention is not of the model's one shape.
+
+    Args:
+        geometry: of the model.
+        layer: its index.
+        q: queries [B, Hq, T, D].
+        k: keys [B, H, T, D].
+        v: values [B, H, T, D].
+        scale: factor of the scores before the softmax.
+        window: sliding window in tokens, or None.
+
+    Raises:
+        KvtuneError: names what differs.
+    """
+    found = [(x.shape[1], x.shape[3]) for x in (q, k, v)]
+    heads, size = (geometry.query_heads, geometry.kv_heads, geometry.kv_heads), geometry.head_dim
+    if found != [(count, size) for count in heads]:
+        names = zip(("query", "key", "value"), found, strict=True)
+        told = ", ".join(f"{count} {name} heads of {width}" for name, (count, width) in names)
+        raise KvtuneError(
+            f"layer {layer} has {told} channels, where the model's config says {heads[0]} query "
+            f"and {heads[1]} KV heads of {size}",
+            hint="heads that differ by layer, or between keys and values, are not supported yet.",
+        )
+    if abs(scale - geometry.scale) > 1e-6 * abs(geometry.scale):
+        raise KvtuneError(
+            f"layer {layer} scales its scores by {scale}, where layer 0 declares {geometry.scale}"
+        )
+    if window != geometry.windows[layer]:
+        raise KvtuneError(
+            f"layer {layer} slides over {window} tokens, where the model's config says "
+            f"{geometry.windows[layer]}"
+        )
+
+
+def _unsupported(model: Any, why: str) -> KvtuneError:
+    return KvtuneError(
+        f"{type(model).__name__} {why}",
+        hint="models with plain softmax attention work: Llama, Qwen, Mistral, Gemma-3.",
+    )
+
+
+def _declared(model: Any, config: Any, name: str, otherwise: int | None = None) -> int:
+    """A number that the configuration states once for all layers."""
+    try:
+        found: int | None = getattr(config, name, otherwise)
+    except Exception as error:  # transformers raises several kinds where layers differ
+        raise _unsupported(model, f"has another {name} in some layers") from error
+    if found is None:
+        raise _unsupported(model, f"has a config without {name}")
+    return found
+
+
+def attention_modules(model: Any) -> dict[int, Any]:
     """Attention modules by layer: those with query, key and value projections and an index."""
     found = {}
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
-        projected = hasattr(module, "k_proj") or hasattr(module, "qkv_proj")
+        projected = any(hasattr(module, name) for name in _PROJECTIONS)
         if isinstance(index, int) and projected:
             found[index] = module
     return found

@@ -16,7 +16,8 @@ from kvtune.common.files import sha256
 from kvtune.common.progress import Progress, Silent
 from kvtune.common.transformers_interface import unpacked_gguf
 from kvtune.traces import seam, store
-from kvtune.traces.geometry import Geometry, read_geometry
+from kvtune.traces.geometry import Geometry, check_shapes, read_geometry
+from kvtune.traces.self_check import Ask, Part, require_same, set_attention
 
 if TYPE_CHECKING:
     import torch
@@ -98,8 +99,9 @@ def wrap(model: Any, tokenizer: Any, *, name: str, dtype_reason: str = "as given
     """  # fmt: skip
     seam.register()
     model.eval().requires_grad_(False)
-    model.set_attn_implementation(seam.NAME)
     geometry = read_geometry(model)
+    require_same(model, geometry, seam.NAME, _through_the_seam(model, geometry))
+    set_attention(model, seam.NAME)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -110,6 +112,31 @@ def wrap(model: Any, tokenizer: Any, *, name: str, dtype_reason: str = "as given
         dtype=str(model.dtype).removeprefix("torch."),
         dtype_reason=dtype_reason,
     )
+
+
+def _through_the_seam(model: Any, geometry: Geometry) -> Ask:
+    """How the self-check asks a model that answers through the seam, without a cache."""
+    answered: list[int] = []
+
+    def handler(
+        layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        check_shapes(geometry, layer, q, k, v, scale, window)
+        answered.append(layer)
+        return seam.causal_attention(q, k, v, scale, window)
+
+    def ask(ids: Tensor, _: Part) -> Tensor:
+        with seam.attending(handler):
+            logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        if answered != list(range(geometry.layers)):
+            raise KvtuneError(
+                f"{type(model).__name__} lets others answer its attention in the layers "
+                f"{answered}, not once in each of its {geometry.layers}",
+                hint="models with plain softmax attention work: Llama, Qwen, Mistral, Gemma-3.",
+            )
+        return logits
+
+    return ask
 
 
 def choose_dtype(device: str, asked: str | None = None) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.transformers_interface import register_attention
+from kvtune.traces.masks import MaskFunction, check_described, check_unpadded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,6 +22,7 @@ NAME = "kvtune"
 """The attention implementation's name in ``model.config._attn_implementation``."""
 
 _TILE_QUERIES = 512
+_CHANGES_THE_RESULT = ("softcap", "s_aux", "position_bias", "alibi", "head_mask")
 
 
 class Handler(Protocol):
@@ -160,17 +162,24 @@ def refuse_unknown(extras: Mapping[str, Any]) -> None:
         extras: what transformers gives an attention function beside the usual.
 
     Raises:
-        KvtuneError: logits are capped, biased, or compete with a sink.
+        KvtuneError: logits are capped, biased, compete with a sink, or see what comes later.
     """
-    for extra in ("softcap", "s_aux", "position_bias"):
-        if extras.get(extra) is not None:
-            raise KvtuneError(
-                f"this model's attention uses {extra!r}, which kvtune does not know yet",
-                hint="models with plain softmax attention work: Llama, Qwen, Mistral, Gemma-3.",
-            )
+    unknown = [name for name in _CHANGES_THE_RESULT if extras.get(name) is not None]
+    if extras.get("is_causal") is False:
+        unknown.append("is_causal=False")
+    if unknown:
+        raise KvtuneError(
+            f"this model's attention uses {unknown[0]!r}, which kvtune does not know yet",
+            hint="models with plain softmax attention work: Llama, Qwen, Mistral, Gemma-3.",
+        )
 
 
-def _no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
+def _no_mask(
+    *_: Any,
+    mask_function: MaskFunction | None = None,
+    attention_mask: Tensor | None = None,
+    **given: Any,
+) -> None:
     """The mask function that transformers calls: the handler alone decides what is seen."""
-    if attention_mask is not None and not bool(attention_mask.all()):
-        raise KvtuneError("kvtune runs unpadded sequences; an attention mask with gaps was given")
+    check_described(mask_function, given)
+    check_unpadded(attention_mask)

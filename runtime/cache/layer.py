@@ -1,7 +1,7 @@
 """One layer of the paged cache as transformers sees it, and the attention that finds it.
 
 The prompt comes in one piece: it is answered as ever, then each KV head's tokens are chosen and
-stored and the rest is dropped. After it tokens come one by one.
+stored and the rest is dropped. What comes after it is kept: generated tokens, and further turns.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from kvtune.runtime.kernels.launch import Scratch
 from kvtune.runtime.kernels.layout import PAGE
 from kvtune.runtime.kernels.reference import rotate
 from kvtune.runtime.rotation import owed
+from kvtune.traces.geometry import check_shapes
+from kvtune.traces.masks import MaskFunction, check_described, left_padding
 from kvtune.traces.seam import causal_attention, refuse_unknown
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.evictors: list[Evictor] = []
         self.seen = 0
         self.padding = 0  # before the longest prompt
+        self.prompt_tokens = 0  # P of the batch, padding included
         self.window: int | None = None  # of a sliding layer, if it will be exceeded
         self.waiting: list[Signals] = []  # of each sequence, until the whole model has read it
 
@@ -63,11 +66,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Pass new tokens on to ``attention``, which stores them."""
-        if self.seen and key_states.shape[-2] > 1:
-            raise KvtuneError(
-                "after the prompt, a compressed cache takes one token at a time",
-                hint="no prefill in chunks, no assisted generation.",
-            )
+        self.cache.check_answering()
         self.seen += key_states.shape[-2] * (not self.cache.captured)
         keys: Any = key_states
         keys.paged_cache_layer = self
@@ -76,7 +75,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def prompt(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, scale: float) -> Any:
         """Causal attention of each prompt on its own, ``[B, Hq, P, D]``; then store it."""
         self.begin(k.device, lengths_of(k, padding) if self.number == 0 else self.cache.prompts)
-        self.padding = k.shape[2] - max(self.cache.prompts)
+        self.padding, self.prompt_tokens = k.shape[2] - max(self.cache.prompts), k.shape[2]
         alike = equally_long(self.cache.prompts, k.shape[2])
         parts = [(q[at], k[at], v[at]) for at in alike]
         outputs = [causal_attention(*part, scale, self.window) for part in parts]
@@ -202,6 +201,14 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             found += openings(options, choice.rooms, row, choice.kept, signals)
         return evictors(found, len(options))
 
+    def turn(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Append further tokens, each of which sees those before it, ``[B, Hq, T, D]``."""
+        if q.shape[2] == 1:
+            return self.step(q, k, v, scale)
+        tokens = [slice(at, at + 1) for at in range(q.shape[2])]
+        parts = [self.step(q[:, :, at], k[:, :, at], v[:, :, at], scale) for at in tokens]
+        return torch.cat(parts, dim=2)
+
     def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Append one token a sequence and attend, ``[B, Hq, 1, D]``."""
         layer, cache = self.paged, self.cache
@@ -301,20 +308,59 @@ def attention(
             "this model answers through a compressed cache, and was given none",
             hint="give past_key_values=load_cache(policy, model) to every generate.",
         )
-    if sliding_window != layer.cache.geometry.windows[layer.number]:
-        raise KvtuneError(f"layer {layer.number} slides over {sliding_window} tokens unannounced")
     with torch.no_grad():
         if layer.seen == query.shape[2] and not layer.cache.captured:
-            output = layer.prompt(query, key, value, attention_mask, scale)
+            geometry = layer.cache.geometry
+            check_shapes(geometry, layer.number, query, key, value, scale, sliding_window)
+            padding = _padding(layer, attention_mask)
+            output = layer.prompt(query, key, value, padding, scale)
         else:
-            output = layer.step(query, key, value, scale)
+            _check_later_mask(layer, attention_mask)
+            output = layer.turn(query, key, value, scale)
     return output.transpose(1, 2).contiguous(), None
 
 
-def padding_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
-    """The mask that ``attention`` gets: which tokens are real ``[B, T]``, padded on the left."""
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    if bool((attention_mask.diff(dim=1) < 0).any()):
-        raise KvtuneError("prompts of different lengths must be padded on the left")
-    return attention_mask.bool()
+def _padding(layer: CacheLayer, mask: Tensor | None) -> Tensor | None:
+    """The prompt's padding ``[B, P]``, as ``padding_mask`` has made it.
+
+    Raises:
+        KvtuneError: the mask was made by someone else.
+    """
+    if mask is None or mask.dim() == 2:
+        return mask
+    raise KvtuneError(
+        f"an attention mask of {mask.dim()} dimensions was given",
+        hint="give a mask [sequences, tokens] of ones for tokens and zeros for padding.",
+    )
+
+
+def _check_later_mask(layer: CacheLayer, mask: Tensor | None) -> None:
+    """Once the prompts are stored: all that follows them must be real.
+
+    Raises:
+        KvtuneError: another padding than the prompts had.
+    """
+    mask = _padding(layer, mask)
+    if mask is None or layer.number:  # all layers are given the same mask
+        return
+    expected = [tokens + layer.seen - layer.prompt_tokens for tokens in layer.cache.prompts]
+    if mask.sum(1).tolist() != expected:
+        raise KvtuneError(
+            "the attention mask pads other tokens than the prompts' mask did",
+            hint="give the prompts' mask with ones behind it; later turns cannot be padded.",
+        )
+
+
+def padding_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: MaskFunction | None = None,
+    attention_mask: Tensor | None = None,
+    **given: Any,
+) -> Tensor | None:
+    """The mask that ``attention`` gets: which tokens are real ``[B, N]``, padded on the left."""
+    check_described(mask_function, given)
+    return left_padding(attention_mask, batch_size, kv_length)

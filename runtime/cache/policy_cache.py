@@ -3,17 +3,18 @@
 ::
 
     from kvtune.runtime import load_cache
-    cache = load_cache("policy.yaml", model)
-    model.generate(**inputs, past_key_values=cache)
+    with load_cache("policy.yaml", model) as cache:
+        model.generate(**inputs, past_key_values=cache)
 
 The first forward pass is the prompt, in one piece; sequences of different lengths are padded on
 the left. When a layer has answered it, each KV head's tokens are chosen and stored and the rest is
-dropped, so that one layer at a time is uncompressed. From then on tokens come one by one, and with
+dropped, so that one layer at a time is uncompressed. What comes after it, generated tokens and
+further turns of a conversation, is kept in 16 bits beside it; with
 ``evicts=True`` heads whose method can go on evicting do, so that they stay within their budgets.
 
-What was evicted is gone: the cache cannot be cropped, prefix reuse would give the next user a
-prompt that was compressed for this one (store prompts, not caches), and a prompt in chunks would
-be chosen from before it was read to its end. These are refused.
+What was evicted is gone: the cache cannot be cropped, and prefix reuse would give the next user a
+prompt that was compressed for this one (store prompts, not caches). Give the prompt in one piece:
+only its first piece would be compressed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.room import Room
 from kvtune.policies.signals import Signals
-from kvtune.runtime.cache.backend import Backend, TritonBackend, backend_for
+from kvtune.runtime.cache.answering import NAME, Answering
+from kvtune.runtime.cache.backend import Backend, PlainBackend, TritonBackend, backend_for
 from kvtune.runtime.cache.beside import Shared
 from kvtune.runtime.cache.evicting import check_evicting
 from kvtune.runtime.cache.layer import CacheLayer, attention, padding_mask
@@ -51,9 +53,7 @@ from kvtune.runtime.kernels.launch import Scratch
 from kvtune.runtime.kernels.layout import PAGE, PageLayout
 from kvtune.traces.calibration import Calibration
 from kvtune.traces.geometry import Geometry, read_geometry
-
-NAME = "kvtune_paged"
-"""The attention implementation that hands queries to the cache."""
+from kvtune.traces.self_check import Ask, Part, require_same
 
 
 def load_cache(
@@ -65,7 +65,9 @@ def load_cache(
     residual: int | None = None,
     tokenizer: Any = None,
 ) -> PolicyCache:
-    """A cache for one ``generate`` under a policy; the model answers through it from now on.
+    """A cache for one conversation under a policy; the model answers through it from now on.
+
+    As a context manager, or with ``close``, the model's former attention is put back at the end.
 
     Args:
         policy: a policy file, or a policy.
@@ -79,14 +81,14 @@ def load_cache(
             measure it first (CompressKV, on a model that was never measured).
 
     Raises:
-        KvtuneError: unreadable policy, another model's shape, an unsupported format or head.
+        KvtuneError: unreadable policy, another model's shape, an unsupported format or head, or a
+            model that kvtune would not answer for as it does itself.
     """
-    config = model.config.get_text_config()
-    shape = config.num_hidden_layers, config.num_key_value_heads
+    geometry = read_geometry(model)
+    shape = geometry.layers, geometry.kv_heads
     bound = policy if isinstance(policy, Policy) else read_policy(policy).bind(*shape)
     bound.check_fits(*shape)
     check_passes(bound, tokenizer)
-    geometry = read_geometry(model)
     for option in dict.fromkeys(bound.options()):
         check_reader(option.method.reader(PAGE))
     warn_of_slow_formats(bound, geometry.head_dim)
@@ -94,6 +96,8 @@ def load_cache(
         check_evicting(bound)
     if residual is not None:
         check_residual(bound, residual)
+    register_attention(NAME, attention, padding_mask)
+    require_same(model, geometry, NAME, _through_pages(model, geometry), stored_last=True)
     cache = PolicyCache(bound, geometry, new_tokens, evicts, residual)
     if bound.needs.calibration:
         cache.calibration = calibration_for(model, geometry, tokenizer)
@@ -101,9 +105,24 @@ def load_cache(
         cache.repeat = partial(repeated, model, geometry, tokenizer)
     if cache.waits:
         when_read(model, cache)
-    register_attention(NAME, attention, padding_mask)
-    model.set_attn_implementation(NAME)
+    cache.answering = Answering.begin(model)
     return cache
+
+
+def _through_pages(model: Any, geometry: Geometry) -> Ask:
+    """How the self-check asks a model: a prompt, then a token from uncompressed pages."""
+    uncompressed = Policy.uniform(Option(), geometry.layers, geometry.kv_heads)
+    # Plain torch on any device: no kernel is compiled for so little.
+    cache = PolicyCache(uncompressed, geometry, 1, backend_of=lambda _: PlainBackend())
+
+    def ask(ids: Tensor, part: Part) -> Tensor:
+        mask = torch.ones(1, part.stop, dtype=torch.long, device=ids.device)
+        logits: Tensor = model(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True
+        ).logits
+        return logits
+
+    return ask
 
 
 class PolicyCache(Cache):  # type: ignore[misc]
@@ -116,6 +135,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
         new_tokens: int = 1024,
         evicts: bool = False,
         residual: int | None = None,
+        backend_of: Callable[[torch.device], Backend] = backend_for,
     ) -> None:
         """Hold nothing yet: memory is taken when the prompt's length is known."""
         self.policy, self.geometry = policy, geometry
@@ -124,16 +144,36 @@ class PolicyCache(Cache):  # type: ignore[misc]
         self.repeat: Callable[[list[int], list[Signals]], list[Signals]] | None = None
         self.waits, self.needs = policy.waits, policy.needs
         self.prompts: list[int] = []  # their lengths, as soon as the first layer begins
+        self.answering: Answering | None = None  # through this cache, once it is loaded
         self.pool: Pool
         self.backend: Backend
+        self._backend_of = backend_of
         self.scratch: Scratch | None = None
         self.shared: Shared = {}  # directions that two layers store once
         self.captured = False  # by a graph: counting and reserving is then the decode loop's
         super().__init__(layers=[CacheLayer(self, n) for n in range(policy.layers)])
 
+    def __enter__(self) -> PolicyCache:
+        """The cache; the model answers through it until the block ends."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let the model answer as it did before."""
+        self.close()
+
+    def close(self) -> None:
+        """Let the model answer as it did before the cache was loaded. Safe to call again."""
+        if self.answering:
+            self.answering.end()
+
+    def check_answering(self) -> None:
+        """Refuse tokens that the model's other attention would answer."""
+        if self.answering:
+            self.answering.check()
+
     def open(self, device: torch.device, prompts: list[int]) -> None:
         """The first layer begins to read prompts of these lengths."""
-        self.backend, self.prompts = backend_for(device), prompts
+        self.backend, self.prompts = self._backend_of(device), prompts
         if not self.waits:
             planned = {tokens: self.policy.budgets(tokens) for tokens in set(prompts)}
             self._take_memory(device, prompts, [planned[tokens] for tokens in prompts])
