@@ -86,8 +86,9 @@ class Decoding:
                 continue
             each = (end - step - 1) // block + 1
             memory.prefixes.make_free(each * len(bucket))
-            for sequence in bucket:
-                sequence.blocks += memory.pool.take(each)
+            taken = memory.pool.take(each * len(bucket))
+            for at, sequence in enumerate(bucket):
+                sequence.blocks += taken[at * each : (at + 1) * each]
 
     def advance(self, steps: int) -> list[Sequence]:
         """Count so many steps; the sequences that they finish, which have left."""
