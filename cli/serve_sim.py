@@ -138,7 +138,7 @@ def command(
             serve(serving, asked, each, goals)
             for each in out.progress.track(policies, "serving", len(policies))
         ]
-        out.show(_table(serving, asked, found, goals), LEFT_OUT)
+        out.show(_table(serving, asked, found), LEFT_OUT)
         out.finish("serve-sim", _answer(serving, asked, found, goals, seed))
 
 
@@ -189,7 +189,7 @@ def _policy(path: Path, shape: ModelShape) -> Any:
 
 
 def _table(
-    serving: Server, asked: Requests, found: list[Served], goals: Goals
+    serving: Server, asked: Requests, found: list[Served]
 ) -> RenderableType:
     from kvtune.cli.output import table
     from kvtune.common.units import format_bytes
@@ -206,11 +206,12 @@ def _table(
         "mean_memory": "cache, mean",
     }  # fmt: skip
     rows = [
-        (word, *(figure(each.figures[name]) for each in found))
+        (word, *(figure(each.figures[name], tier=False) for each in found))
         for name, word in words.items()
         if name in found[0].figures
     ]
     rows += [
+        ("tier of all times", *(each.figures["ttft_p50"].tier for each in found)),
         ("finished", *(f"{count(each.finished)} of {count(each.requests)}" for each in found)),
         *_refused(found),
         ("preemptions", *(_preemptions(each) for each in found)),

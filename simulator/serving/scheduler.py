@@ -209,7 +209,10 @@ class Scheduler:
         return True
 
     def _return(self, sequence: Sequence, step: Step) -> bool:
-        """Bring a sequence back from the host, if its blocks can be had."""
+        """Bring a sequence back from the host, if it would not have to leave again at once."""
+        growing = len(self.running) + 1 if self.running else 0
+        if self.memory.prefixes.available < len(sequence.swapped) + growing:
+            return False
         copied = self.memory.swap_in(sequence)
         if copied:
             self._copy(copied, step)
@@ -226,8 +229,8 @@ class Scheduler:
             step.seconds += self.times.mixed(sequences, prompt, held, chunks)
         elif sequences:
             step.seconds += self.times.decoding(sequences, prompt, held)
-        compressing = self.times.compressing.at
-        step.seconds += sum(compressing(sequence.prompt) for sequence in step.read)
+        for sequence in step.read:
+            step.seconds += self.times.compressing.at(sequence.prompt)
 
     def _several_steps(self, step: Step, prompt: float, held: float, quiet_s: float) -> None:
         """Decode steps until the batch can change; their times rise evenly."""
