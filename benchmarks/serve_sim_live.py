@@ -11,6 +11,7 @@ python benchmarks/serve_sim_live.py --tiny    # any machine; shows that it runs,
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -61,6 +62,8 @@ def main() -> None:
         arguments.model, arguments.gpu = "smollm2-135m", arguments.gpu or "h100"
         arguments.batch, arguments.batches, arguments.prompt, arguments.output = 2, 2, 96, 8
     shape = find_model(arguments.model)
+    if arguments.tiny:
+        shape = dataclasses.replace(shape, layers=2, windows=(None, None), vocab_size=1000)
     found = {
         **{key: str(value) for key, value in vars(arguments).items()},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -97,9 +100,7 @@ def run_batches(shape: ModelShape, policy: Policy | None, asked: argparse.Namesp
 
 
 @torch.no_grad()
-def run_batch(
-    model: Any, policy: Policy, shape: ModelShape, asked: argparse.Namespace
-) -> Batch:
+def run_batch(model: Any, policy: Policy, shape: ModelShape, asked: argparse.Namespace) -> Batch:
     prompts = torch.randint(1, shape.vocab_size, (asked.batch, asked.prompt), device=model.device)
     places = torch.arange(asked.prompt, device=model.device).expand_as(prompts)
     cache = load_cache(policy, model, new_tokens=asked.output)

@@ -92,7 +92,10 @@ def command(
     max_batched_tokens: Annotated[
         int,
         typer.Option(
-            "--max-batched-tokens", metavar="N", min=1, help="New tokens of a step, read or decoded."
+            "--max-batched-tokens",
+            metavar="N",
+            min=1,
+            help="New tokens of a step, read or decoded.",
         ),
     ] = 2048,
     block: Annotated[
@@ -188,9 +191,7 @@ def _policy(path: Path, shape: ModelShape) -> Any:
     return read_policy(read_policy_path(path)).bind(shape.layers, shape.kv_heads)
 
 
-def _table(
-    serving: Server, asked: Requests, found: list[Served]
-) -> RenderableType:
+def _table(serving: Server, asked: Requests, found: list[Served]) -> RenderableType:
     from kvtune.cli.output import table
     from kvtune.common.units import format_bytes
     from kvtune.common.words import count, figure

@@ -1,4 +1,4 @@
-"""The serving simulation: nothing is lost, nothing held twice, and queues are as theory has them."""
+"""Serving in simulation: nothing is lost, nothing held twice, queues are as theory has them."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def times(base: float = 1.0, a_sequence: float = 0.0, a_token: float = 0.0) -> S
 
 def requests(*rows: tuple[float, int, int], prefixes: Any = ()) -> Requests:
     arrival, prompt, output = zip(*rows, strict=True)
-    ints = (np.array(each, np.int64) for each in (prompt, output))
-    return Requests(np.array(arrival, float), *ints, prefixes)
+    ints = np.array(prompt, np.int64), np.array(output, np.int64)
+    return Requests(np.array(arrival, float), *ints, prefixes=prefixes)
 
 
 def plain(kept: float = 1.0, shareable: bool = True) -> Footprint:
@@ -219,11 +219,13 @@ def step_by_step(asked: Requests, of: StepTimes, most: int) -> tuple[list[float]
     while queue or running:
         if not running and asked.arrival_s[queue[0]] > now:
             now = float(asked.arrival_s[queue[0]])
-        new = []
+        new: list[int] = []
         while queue and asked.arrival_s[queue[0]] <= now and len(running) + len(new) < most:
             new.append(queue.pop(0))
         held = [tokens[i] - 1 for i in running]
-        means = (np.mean([prompt[i] for i in running]), np.mean(held)) if running else (0.0, 0.0)
+        means = (0.0, 0.0)
+        if running:
+            means = float(np.mean([prompt[i] for i in running])), float(np.mean(held))
         if new:
             now += of.mixed(len(running), *means, [Chunk(0, int(prompt[i])) for i in new])
         else:
@@ -353,7 +355,7 @@ def test_bursts_make_requests_wait_longer() -> None:
     assert waits == sorted(waits)
 
 
-# --- files -----------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------
 
 
 def test_json_lines_and_csv_say_the_same(tmp_path: Path) -> None:

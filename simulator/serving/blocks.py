@@ -8,7 +8,7 @@ from itertools import count
 
 
 class BlockPool:
-    """Blocks of equal size, each with a number as its name; what one owner gives back another may take.
+    """Blocks of equal size, each with a number as its name and at most one owner.
 
     Args:
         total: how many there are.

@@ -1,4 +1,4 @@
-"""What is written down while requests are served: times of each, and the engine's state over time."""
+"""What is written down of a run: times of every request, and the engine's state over time."""
 
 from __future__ import annotations
 

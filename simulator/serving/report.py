@@ -121,7 +121,12 @@ def measures(record: Record, goals: Goals) -> dict[str, tuple[float, str]]:
     tpot = (finished - first)[long] / (outputs[long] - 1)
     span = float(finished.max()) - float(record.requests.arrival_s[0]) if done.any() else np.nan
     found: dict[str, tuple[float, str]] = {}
-    for name, values in (("ttft", ttft), ("tpot", tpot), ("queue_time", waited), ("latency", whole)):
+    for name, values in (
+        ("ttft", ttft),
+        ("tpot", tpot),
+        ("queue_time", waited),
+        ("latency", whole),
+    ):
         found |= _spread(name, values)
     found["requests_per_second"] = (done.sum() / span, "requests/s")
     found["tokens_per_second"] = (outputs.sum() / span, "tokens/s")
@@ -147,9 +152,7 @@ def _spread(name: str, values: NDArray[np.float64]) -> dict[str, tuple[float, st
     return {f"{name}_mean": (float(values.mean()), "s"), **at}
 
 
-def _good(
-    ttft: NDArray[np.float64], tpot: NDArray[np.float64], goals: Goals
-) -> NDArray[np.bool_]:
+def _good(ttft: NDArray[np.float64], tpot: NDArray[np.float64], goals: Goals) -> NDArray[np.bool_]:
     """Which requests met every objective."""
     good = np.ones(len(ttft), bool)
     for values, most in ((ttft, goals.ttft_s), (tpot, goals.tpot_s)):

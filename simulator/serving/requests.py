@@ -78,9 +78,7 @@ class Lengths:
         low, dash, high = text.partition("-")
         ends = parse_tokens(low), parse_tokens(high if dash else low)
         if ends[0] > ends[1]:
-            raise KvtuneError(
-                f"the range {text} ends below its start", hint=f"write {high}-{low}."
-            )
+            raise KvtuneError(f"the range {text} ends below its start", hint=f"write {high}-{low}.")
         if dash and variation:
             raise KvtuneError(
                 f"{text} is a range, and --length-cv spreads lengths around a mean",

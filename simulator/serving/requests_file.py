@@ -40,9 +40,7 @@ def read_requests(path: Path) -> Requests:
     if not path.is_file():
         raise KvtuneError("there is no such file", where=str(path))
     try:
-        rows = [
-            _row(fields, f"{path}:{line}") for line, fields in readers[path.suffix](path)
-        ]
+        rows = [_row(fields, f"{path}:{line}") for line, fields in readers[path.suffix](path)]
     except UnicodeDecodeError as error:
         raise KvtuneError("is not text in UTF-8", where=str(path)) from error
     if not rows:

@@ -98,8 +98,8 @@ class Scheduler:
         step = Step()
         preempted = self._make_room(step)
         self.decoding.grow(0, 1)
-        chunks = self._read(step)
-        if not preempted:
+        chunks = self._read(step) if self.reading else []
+        if self.waiting and not preempted:
             self._admit(step, chunks)
         decoding = self.decoding
         if not self.running:
@@ -237,21 +237,20 @@ class Scheduler:
         sequences, times = self.decoding.count, self.times
         steps = self.decoding.steps_until_change()
         first = times.decoding(sequences, prompt, held)
-        last = times.decoding(sequences, prompt, held + steps - 1)
+        last = times.decoding(sequences, prompt, held + steps - 1) if steps > 1 else first
         if not self.waiting and len(self.running) < self.limits.sequences:
             rise = (last - first) / (steps - 1) if steps > 1 else 0.0
-            reached = _steps_until(quiet_s, first, rise)
-            if reached < steps:
-                steps, last = reached, first + rise * (reached - 1)
+            steps = min(steps, _steps_until(quiet_s, first, rise, steps))
+            last = first + rise * (steps - 1)
         self.decoding.grow(1, steps)
         step.decode_steps = steps
         step.seconds += steps * (first + last) / 2
 
 
-def _steps_until(seconds: float, first: float, rise: float) -> float | int:
+def _steps_until(seconds: float, first: float, rise: float, most: int) -> int:
     """The fewest steps, each longer than the one before by ``rise``, that take so many seconds."""
     if seconds == math.inf:
-        return math.inf
+        return most
     middle = first - rise / 2
     root = math.sqrt(max(middle * middle + 2 * rise * seconds, 0.0))
     return max(math.ceil(2 * seconds / (middle + root)), 1)

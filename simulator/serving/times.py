@@ -234,9 +234,7 @@ def _compressing(
         return Times(nothing, nothing, nothing, TIERS[0])
     lengths = np.linspace(*prompts, COMPRESSIONS).astype(int).tolist()
     found = [
-        compression(
-            policy, shape, gpu, length, prefill(shape, gpu, weights, length, 1, "runtime")
-        )
+        compression(policy, shape, gpu, length, prefill(shape, gpu, weights, length, 1, "runtime"))
         for length in lengths
     ]
     value, low, high = (
@@ -253,4 +251,5 @@ def _compute_bound(
     best = int(np.argmin(seconds / tokens))
     line = tokens * seconds[best] / tokens[best]
     bound = np.where(np.arange(len(tokens)) < best, line, seconds)
-    return np.interp(np.linspace(0, tokens[-1], len(tokens)), [0, *tokens], [0, *bound])
+    even = np.linspace(0, tokens[-1], len(tokens))
+    return np.asarray(np.interp(even, [0, *tokens], [0, *bound]))
