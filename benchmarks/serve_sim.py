@@ -26,7 +26,7 @@ from kvtune.simulator.serving.scheduler import Limits, Scheduler
 from kvtune.simulator.serving.simulate import serve, server
 from kvtune.simulator.serving.times import Curve, StepTimes
 
-QUEUE_REQUESTS = 500_000
+QUEUE_REQUESTS = 600_000
 MEAN_STEPS = 1000  # of one service; exponential ones are rounded to whole steps
 UTILISATIONS = (0.5, 0.7)
 

@@ -207,7 +207,10 @@ def _table(serving: Server, asked: Requests, found: list[Served]) -> RenderableT
         "mean_memory": "cache, mean",
     }  # fmt: skip
     rows = [
-        (word, *(figure(each.figures[name], tier=False) for each in found))
+        (
+            word,
+            *(figure(each.figures[name] if each.finished else None, tier=False) for each in found),
+        )
         for name, word in words.items()
         if name in found[0].figures
     ]
