@@ -19,13 +19,15 @@ from kvtune.cli import (
     profile,
     report,
     search,
+    serve_sim,
     simulate,
     tui,
     validate,
 )
 
 _COMMANDS = (
-    *(search, tui, report, validate, bench, simulate, estimate, capture, export),
+    *(search, tui, report, validate, bench, simulate, estimate, serve_sim),
+    *(capture, export),
     *(profile, gpus, models),
 )
 _ABOUT = """\
@@ -47,7 +49,8 @@ def build() -> Any:
     )
     app.callback(invoke_without_command=True)(_alone)
     for module in _COMMANDS:
-        app.command(name=module.__name__.rsplit(".", 1)[-1])(module.command)
+        name = module.__name__.rsplit(".", 1)[-1].replace("_", "-")
+        app.command(name=name)(module.command)
     app.add_typer(policies.app, name="policies")
     return get_command(app)
 

@@ -78,3 +78,14 @@ def format_seconds(seconds: float) -> str:
         if abs(seconds) >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds * 1e9:.3g} ns" if seconds else "0 s"
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds from ``1s``, ``50ms`` or ``200us``. A bare number is refused: it has no unit."""
+    match = _QUANTITY.fullmatch(text)
+    scale = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+    if match is None or match[2].lower() not in scale or float(match[1]) <= 0:
+        raise KvtuneError(
+            f"{text!r} is no time with a unit", hint="write for example 1s, 50ms or 200us."
+        )
+    return float(match[1]) * scale[match[2].lower()]

@@ -266,7 +266,7 @@ def test_an_error_of_ours_keeps_its_plain_traceback(
 # --- answers -----------------------------------------------------------------------------------
 
 
-ANSWERS = {
+ANSWERS: dict[str, tuple[object, ...]] = {
     "gpus": ("gpus",),
     "gpus of one name": ("gpus", "h100"),
     "models": ("models",),
@@ -274,6 +274,21 @@ ANSWERS = {
     "policies show": ("policies", "show", "pyramid"),
     "estimate": ("estimate", *SMOL, "--mem", "1GiB"),
 }
+
+
+SERVED = (
+    "serve-sim",
+    *SMOL,
+    "--mem",
+    "2GB",
+    "--requests",
+    50,
+    "--prompt",
+    512,
+    "--output",
+    "16-32",
+)
+ANSWERS["serve-sim"] = (*SERVED, "--rate", 20)
 
 
 @pytest.mark.parametrize("name", ANSWERS)
@@ -322,6 +337,43 @@ def test_estimate_sets_a_policy_beside_the_full_cache(run: Run, policy: Path) ->
     assert ours["share"] == pytest.approx(0.0703, abs=1e-4)
     assert ours["latency"]["value"] < full["latency"]["value"]
     assert ours["sequences_that_fit"] > 8 * full["sequences_that_fit"]
+
+
+def test_serving_sets_a_policy_beside_the_full_cache(run: Run, policy: Path) -> None:
+    words = (*SERVED, "--rate", 20, "--policy", policy, "--slo-ttft", "1s", "--json")
+    answer = run(*words).json
+    full, ours = answer["policies"]
+    assert answer.keys() == documented("serve-sim")
+    assert answer["slo"] == {"ttft_s": 1.0, "tpot_s": None}
+    assert (full["finished"], ours["finished"]) == (50, 50)
+    assert ours["figures"]["mean_memory"]["value"] < full["figures"]["mean_memory"]["value"]
+    assert ours["figures"]["tpot_p50"]["tier"] == "datasheet"
+    assert run(*words).json == answer
+
+
+def test_requests_are_served_from_a_file(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "requests.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n0,100,1\n1,200,2\n")
+    answer = run("serve-sim", *SMOL, "--arrivals", path, "--json").json
+    assert answer["requests"]["count"] == 2
+    assert answer["policies"][0]["finished"] == 2
+
+
+SERVING_MISTAKES: dict[str, tuple[tuple[Any, ...], str, str]] = {
+    "no requests": (SERVED, "rate or from a file", "--rate 4"),
+    "no time": ((*SERVED, "--rate", 1, "--slo-ttft", "1"), "time with a unit", "50ms"),
+    "no rate": ((*SERVED, "--rate", 0), "not above zero", "--rate 4"),
+    "no file": (("serve-sim", *SMOL, "--arrivals", "a.txt"), "nor .csv", "arrival_s"),
+    "small steps": (
+        (*SERVED, "--rate", 1, "--max-batched-tokens", 100), "one each", "--max-sequences"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SERVING_MISTAKES)
+def test_a_mistake_in_serving_is_told(name: str, run: Run) -> None:
+    words, says, hint = SERVING_MISTAKES[name]
+    assert_one_error(run(*words), says, hint)
 
 
 def test_the_estimate_of_bytes_is_the_policys_own(run: Run, policy: Path) -> None:

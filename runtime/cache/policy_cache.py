@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import Cache
 
 from kvtune.common.errors import KvtuneError
-from kvtune.common.transformers_interface import register_attention
+from kvtune.common.transformers_interface import cache_argument, register_attention
 from kvtune.policies.apply import linked
 from kvtune.policies.document_reader import read_policy
 from kvtune.policies.option import Option
@@ -118,7 +118,7 @@ def _through_pages(model: Any, geometry: Geometry) -> Ask:
     def ask(ids: Tensor, part: Part) -> Tensor:
         mask = torch.ones(1, part.stop, dtype=torch.long, device=ids.device)
         logits: Tensor = model(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True
+            input_ids=ids, attention_mask=mask, use_cache=True, **cache_argument(model, cache)
         ).logits
         return logits
 

@@ -1,0 +1,94 @@
+"""The engine on SimPy: one process lets requests arrive, one takes step after step.
+
+An event is a step of the engine, or a row of steps between which nothing changes, so that the work
+grows with requests and not with tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterator
+
+import simpy
+
+from kvtune.simulator.serving.record import Record
+from kvtune.simulator.serving.requests import Requests
+from kvtune.simulator.serving.scheduler import Scheduler
+from kvtune.simulator.serving.sequence import Sequence
+
+Process = Generator[simpy.Event, None, None]
+
+
+class Engine:
+    """Serves requests on one card.
+
+    Args:
+        requests: in the order of their arrival.
+        scheduler: decides what each step does.
+        longest: the most tokens that a prompt and its answer may have together.
+    """
+
+    def __init__(self, requests: Requests, scheduler: Scheduler, longest: int) -> None:
+        self.scheduler, self.longest = scheduler, longest
+        self.record = Record(requests, scheduler)
+        self.environment = simpy.Environment()
+        self.next_arrival_s = 0.0
+        self._arrived = self.environment.event()
+        self._requests = requests
+
+    def run(self) -> Record:
+        """Serve all requests; what was recorded of them."""
+        self.environment.process(self._arrive())
+        self.environment.process(self._serve())
+        self.environment.run()
+        return self.record
+
+    def _arrive(self) -> Process:
+        """Let every request arrive at its time."""
+        for at, sequence in self._sequences():
+            self.next_arrival_s = at
+            yield self.environment.timeout(max(at - self.environment.now, 0.0))
+            if reason := self._refusal(sequence):
+                self.record.refuse(sequence, reason)
+                continue
+            self.scheduler.waiting.append(sequence)
+            if not self._arrived.triggered:
+                self._arrived.succeed()
+        self.next_arrival_s = math.inf
+        if not self._arrived.triggered:
+            self._arrived.succeed()
+
+    def _serve(self) -> Process:
+        """Take steps while there is anything to do, and wait for requests where there is not."""
+        environment, scheduler, record = self.environment, self.scheduler, self.record
+        while True:
+            began = environment.now
+            step = scheduler.plan(self.next_arrival_s - began)
+            if step is None:
+                if self.next_arrival_s == math.inf:
+                    return
+                self._arrived = environment.event()
+                yield self._arrived
+                continue
+            record.begin(step, began)
+            yield environment.timeout(step.seconds)
+            record.end(step, scheduler.complete(step), environment.now)
+
+    def _sequences(self) -> Iterator[tuple[float, Sequence]]:
+        """Every request with its time of arrival."""
+        asked = self._requests
+        times, prompts, outputs = (
+            each.tolist() for each in (asked.arrival_s, asked.prompt_tokens, asked.output_tokens)
+        )
+        prefixes = asked.prefixes or [None] * len(asked)
+        for index, prefix in enumerate(prefixes):
+            yield times[index], Sequence(index, prompts[index], outputs[index], prefix)
+
+    def _refusal(self, sequence: Sequence) -> str | None:
+        """Why a request can never be served, or None."""
+        if sequence.prompt + sequence.output > self.longest:
+            return "longer than the model's context"
+        memory = self.scheduler.memory
+        if memory.most(sequence.prompt, sequence.output) > memory.pool.total:
+            return "needs more cache than there is"
+        return None

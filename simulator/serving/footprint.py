@@ -1,0 +1,100 @@
+"""Bytes of cache that a sequence takes: while its prompt is read, and from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.option import ALL
+from kvtune.policies.policy import Policy, footprint_of_lengths
+from kvtune.profiles.shape import ModelShape
+from kvtune.simulator.cost import cache_bytes_by_bits
+
+GRID = 128  # prompt lengths at which a policy's bytes are counted; between them they are a line
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one sequence's cache by the length of its prompt.
+
+    Args:
+        reading: while a prompt of so many tokens is read: uncompressed; from length 0 on.
+        kept: once it has been read: as the policy leaves it.
+        token: of each generated token, in 16 bits.
+        shareable: whether a prompt's beginning is stored alike whatever follows it.
+    """
+
+    reading: list[int]
+    kept: list[int]
+    token: int
+    shareable: bool = True
+
+    def read_bytes(self, prompt: int, generated: int) -> int:
+        """Of a prompt and of generated tokens that are read anew with it."""
+        return max(self.reading[prompt], self.kept[prompt]) + generated * self.token
+
+    def kept_bytes(self, prompt: int, generated: int) -> int:
+        """Of a prompt that has been read and the generated tokens after it."""
+        return self.kept[prompt] + generated * self.token
+
+
+def evicts(policy: Policy) -> bool:
+    """Whether any head keeps less than the whole prompt."""
+    return any(option.budget != ALL for option in policy.options())
+
+
+def footprint(
+    shape: ModelShape, policy: Policy | None, prompt_tokens: NDArray[np.int64], output_tokens: int
+) -> Footprint:
+    """The footprint under a policy, or of the uncompressed cache.
+
+    A generated token takes what the layers that still grow after the shortest prompt take, which
+    is the most that any does.
+
+    Args:
+        shape: the model.
+        policy: for its layers and KV heads; None for the uncompressed cache.
+        prompt_tokens: of all prompts.
+        output_tokens: of the longest answer.
+
+    Raises:
+        KvtuneError: a policy for another shape, or for layers whose cache is no full cache of
+            heads.
+    """
+    shortest, longest = int(prompt_tokens.min()), int(prompt_tokens.max())
+    reading = _by_length(shape.kv_bytes, 0, longest)
+    token = shape.kv_bytes(shortest + 1) - shape.kv_bytes(shortest)
+    if policy is None:
+        return Footprint(reading, reading, max(token, 1))
+    check_shape(shape, policy, longest + output_tokens)
+    beside = footprint_of_lengths(shape.layers, shape.kv_heads)
+
+    def kept(tokens: int) -> int:
+        if tokens == 0:
+            return 0
+        return sum(map(int, cache_bytes_by_bits(policy, shape, tokens).values())) + beside
+
+    return Footprint(reading, _by_length(kept, 0, longest), token, not evicts(policy))
+
+
+def check_shape(shape: ModelShape, policy: Policy, tokens: int) -> None:
+    """Refuse a policy that cannot be costed on a shape for sequences of so many tokens."""
+    policy.check_fits(shape.layers, shape.kv_heads)
+    if shape.latent is not None or shape.lets_go(tokens):
+        raise KvtuneError(
+            f"{shape.name} has sliding-window or latent layers; policies for those cannot be "
+            "costed yet"
+        )
+
+
+def _by_length(size: Callable[[int], int], first: int, last: int) -> list[int]:
+    """``size`` of every length, counted on a grid and rounded up between."""
+    lengths = np.arange(first, last + 1)
+    grid = np.unique(np.linspace(first, last, GRID).astype(np.int64))
+    counted = [size(int(length)) for length in grid]
+    found: list[int] = np.ceil(np.interp(lengths, grid, counted)).astype(np.int64).tolist()
+    return found

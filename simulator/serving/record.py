@@ -1,0 +1,87 @@
+"""What is written down of a run: times of every request, and the engine's state over time."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from kvtune.simulator.serving.requests import Requests
+from kvtune.simulator.serving.scheduler import Scheduler, Step
+from kvtune.simulator.serving.sequence import Sequence
+
+SAMPLES = 512  # of the state over time; above it every other one is dropped
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The engine's state at one moment.
+
+    Args:
+        at_s: seconds since the start.
+        used_blocks: that sequences hold.
+        running: sequences that are read or answered.
+        waiting: requests in the queue.
+    """
+
+    at_s: float
+    used_blocks: int
+    running: int
+    waiting: int
+
+
+class Record:
+    """Times of every request; infinite until they have come.
+
+    Args:
+        requests: that arrive.
+        scheduler: whose state is written down.
+    """
+
+    def __init__(self, requests: Requests, scheduler: Scheduler) -> None:
+        count = len(requests)
+        self.requests, self.scheduler = requests, scheduler
+        self.started_s, self.first_s, self.finished_s = ([math.inf] * count for _ in range(3))
+        self.refused: Counter[str] = Counter()
+        self.samples: list[Sample] = []
+        self.peak_blocks = self.peak_waiting = self.peak_running = 0
+        self.block_seconds = self.running_seconds = self.waiting_seconds = 0.0
+        self.busy_s = 0.0
+        self._every_s = self._next_s = 0.0
+
+    def refuse(self, sequence: Sequence, reason: str) -> None:
+        """A request is turned away."""
+        self.refused[reason] += 1
+
+    def begin(self, step: Step, now: float) -> None:
+        """A step begins with its blocks taken."""
+        for sequence in step.admitted:
+            if self.started_s[sequence.index] == math.inf:
+                self.started_s[sequence.index] = now
+        scheduler = self.scheduler
+        used, running = scheduler.memory.used, len(scheduler.running)
+        waiting = len(scheduler.waiting)
+        self.peak_blocks = max(self.peak_blocks, used)
+        self.peak_running = max(self.peak_running, running)
+        self.peak_waiting = max(self.peak_waiting, waiting)
+        self.block_seconds += used * step.seconds
+        self.running_seconds += running * step.seconds
+        self.waiting_seconds += waiting * step.seconds
+        self.busy_s += step.seconds
+        if now >= self._next_s:
+            self._sample(Sample(now, used, running, waiting))
+
+    def end(self, step: Step, done: list[Sequence], now: float) -> None:
+        """A step has ended."""
+        for sequence in step.read:
+            if self.first_s[sequence.index] == math.inf:
+                self.first_s[sequence.index] = now
+        for sequence in done:
+            self.finished_s[sequence.index] = now
+
+    def _sample(self, sample: Sample) -> None:
+        self.samples.append(sample)
+        if len(self.samples) > SAMPLES:
+            self.samples = self.samples[::2]
+            self._every_s = sample.at_s / (SAMPLES // 2)
+        self._next_s = sample.at_s + self._every_s

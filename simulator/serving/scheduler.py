@@ -1,0 +1,256 @@
+"""What every step of the engine does: who decodes, what is read, who is admitted or preempted.
+
+Continuous batching as vLLM's v1 scheduler does it: each step gives every answered sequence a token
+and fills the rest of its token budget with chunks of prompts, first come first served. When blocks
+run out, the sequence that was admitted last gives its own back and waits at the front.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+from kvtune.simulator.serving.decoding import Decoding
+from kvtune.simulator.serving.memory import Memory
+from kvtune.simulator.serving.sequence import Sequence
+from kvtune.simulator.serving.times import Chunk, StepTimes
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a step may hold.
+
+    Args:
+        sequences: at once.
+        step_tokens: new tokens of a step, decoded and read.
+    """
+
+    sequences: int
+    step_tokens: int
+
+
+@dataclass
+class Step:
+    """One step, or several alike in a row.
+
+    Args:
+        seconds: that it takes in all.
+        decode_steps: tokens that each decoding sequence gets; 0 where none decodes.
+        admitted: sequences that were taken from the queue.
+        read: sequences whose prompt is complete afterwards.
+        returned: sequences that come back from the host and decode from the next step on.
+    """
+
+    seconds: float = 0.0
+    decode_steps: int = 0
+    admitted: list[Sequence] = field(default_factory=list)
+    read: list[Sequence] = field(default_factory=list)
+    returned: list[Sequence] = field(default_factory=list)
+
+
+@dataclass
+class Counts:
+    """What happened so far.
+
+    Args:
+        preemptions: sequences that gave their blocks back, also by moving to the host.
+        swaps: those of them that moved to the host.
+        copied_blocks: between card and host, both ways.
+        prompt_tokens: of all admitted, again at every admission.
+        shared_tokens: those of them that were already held.
+        steps: of the engine.
+        decoded: tokens that decode steps gave.
+    """
+
+    preemptions: int = 0
+    swaps: int = 0
+    copied_blocks: int = 0
+    prompt_tokens: int = 0
+    shared_tokens: int = 0
+    steps: int = 0
+    decoded: int = 0
+
+
+class Scheduler:
+    """The engine's queue and batch.
+
+    Args:
+        memory: blocks.
+        times: of steps.
+        limits: of a step.
+    """
+
+    def __init__(self, memory: Memory, times: StepTimes, limits: Limits) -> None:
+        self.memory, self.times, self.limits = memory, times, limits
+        self.waiting: deque[Sequence] = deque()
+        self.running: dict[Sequence, None] = {}  # in the order in which they were admitted
+        self.reading: dict[Sequence, None] = {}
+        self.decoding = Decoding(memory)
+        self.counts = Counts()
+
+    def plan(self, quiet_s: float) -> Step | None:
+        """The next step, with the blocks that it takes; None where there is nothing to do.
+
+        Args:
+            quiet_s: seconds until the next request arrives.
+        """
+        step = Step()
+        preempted = self._make_room(step)
+        self.decoding.grow(0, 1)
+        chunks = self._read(step) if self.reading else []
+        if self.waiting and not preempted:
+            self._admit(step, chunks)
+        decoding = self.decoding
+        if not self.running:
+            if self.waiting:
+                raise RuntimeError("a request waits that an empty engine cannot take")
+            return None
+        sequences = decoding.count
+        prompt = decoding.prompt_tokens / sequences if sequences else 0.0
+        held = decoding.held_tokens / sequences if sequences else 0.0
+        if chunks or preempted or step.admitted:
+            self._one_step(step, chunks, prompt, held)
+        else:
+            self._several_steps(step, prompt, held, quiet_s)
+        return step
+
+    def complete(self, step: Step) -> list[Sequence]:
+        """Count a step that has ended; the requests that it finished."""
+        self.counts.steps += max(step.decode_steps, 1)
+        self.counts.decoded += step.decode_steps * self.decoding.count
+        done = self.decoding.advance(step.decode_steps)
+        for sequence in step.read:
+            del self.reading[sequence]
+            room = self.memory.compress(sequence)
+            sequence.generated += 1
+            if sequence.generated == sequence.output:
+                done.append(sequence)
+            else:
+                self.decoding.enter(sequence, room)
+        for sequence in step.returned:
+            self.decoding.enter(sequence, sequence.bucket)
+        for sequence in done:
+            del self.running[sequence]
+            self.memory.release(sequence)
+        return done
+
+    # --- memory ---------------------------------------------------------------------------------
+
+    def _make_room(self, step: Step) -> bool:
+        """Preempt from the last admitted on until the next step's blocks can be had."""
+        preempted = False
+        while self.decoding.blocks_needed > self.memory.prefixes.available:
+            sequence, _ = self.running.popitem()
+            self._preempt(sequence, step)
+            preempted = True
+        return preempted
+
+    def _preempt(self, sequence: Sequence, step: Step) -> None:
+        self.counts.preemptions += 1
+        self.waiting.appendleft(sequence)
+        if sequence in self.reading:
+            del self.reading[sequence]
+            self.memory.release(sequence)
+            return
+        sequence.bucket = self.decoding.leave(sequence)
+        if copied := self.memory.swap_out(sequence):
+            self.counts.swaps += 1
+            self._copy(copied, step)
+        else:
+            self.memory.release(sequence)
+
+    def _copy(self, blocks: int, step: Step) -> None:
+        self.counts.copied_blocks += blocks
+        step.seconds += self.times.copying(blocks)
+
+    # --- prompts --------------------------------------------------------------------------------
+
+    def _read(self, step: Step) -> list[Chunk]:
+        """Chunks of prompts that have been begun, as far as the step's tokens go."""
+        chunks: list[Chunk] = []
+        for sequence in self.reading:
+            self._read_chunk(sequence, step, chunks)
+        return chunks
+
+    def _read_chunk(self, sequence: Sequence, step: Step, chunks: list[Chunk]) -> None:
+        left = self.limits.step_tokens - self.decoding.count - sum(c.tokens for c in chunks)
+        tokens = min(left, sequence.to_read - sequence.read)
+        if tokens <= 0:
+            return
+        chunks.append(Chunk(sequence.read, tokens))
+        sequence.read += tokens
+        if sequence.read == sequence.to_read:
+            step.read.append(sequence)
+
+    def _admit(self, step: Step, chunks: list[Chunk]) -> None:
+        """Take from the queue, in order, while tokens, sequences and blocks are left."""
+        left = self.limits.step_tokens - self.decoding.count - sum(c.tokens for c in chunks)
+        while self.waiting and len(self.running) < self.limits.sequences and left > 0:
+            sequence = self.waiting[0]
+            if not (self._return(sequence, step) if sequence.swapped else self._begin(sequence)):
+                return
+            self.waiting.popleft()
+            self.running[sequence] = None
+            step.admitted.append(sequence)
+            if sequence in self.reading:
+                self._read_chunk(sequence, step, chunks)
+                left -= chunks[-1].tokens
+            else:
+                left -= 1
+
+    def _begin(self, sequence: Sequence) -> bool:
+        """Start to read a prompt, if its blocks can be had."""
+        if not self.memory.admit(sequence):
+            return False
+        self.reading[sequence] = None
+        self.counts.prompt_tokens += sequence.to_read
+        self.counts.shared_tokens += sequence.read
+        return True
+
+    def _return(self, sequence: Sequence, step: Step) -> bool:
+        """Bring a sequence back from the host, if it would not have to leave again at once."""
+        growing = len(self.running) + 1 if self.running else 0
+        if self.memory.prefixes.available < len(sequence.swapped) + growing:
+            return False
+        copied = self.memory.swap_in(sequence)
+        if copied:
+            self._copy(copied, step)
+            step.returned.append(sequence)
+        return bool(copied)
+
+    # --- time -----------------------------------------------------------------------------------
+
+    def _one_step(self, step: Step, chunks: list[Chunk], prompt: float, held: float) -> None:
+        """A step that reads, or whose batch has just changed."""
+        sequences = self.decoding.count
+        step.decode_steps = 1 if sequences else 0
+        if chunks:
+            step.seconds += self.times.mixed(sequences, prompt, held, chunks)
+        elif sequences:
+            step.seconds += self.times.decoding(sequences, prompt, held)
+        for sequence in step.read:
+            step.seconds += self.times.compressing.at(sequence.prompt)
+
+    def _several_steps(self, step: Step, prompt: float, held: float, quiet_s: float) -> None:
+        """Decode steps until the batch can change; their times rise evenly."""
+        sequences, times = self.decoding.count, self.times
+        steps = self.decoding.steps_until_change()
+        first = times.decoding(sequences, prompt, held)
+        last = times.decoding(sequences, prompt, held + steps - 1) if steps > 1 else first
+        if not self.waiting and len(self.running) < self.limits.sequences:
+            rise = (last - first) / (steps - 1) if steps > 1 else 0.0
+            steps = min(steps, _steps_until(quiet_s, first, rise, steps))
+            last = first + rise * (steps - 1)
+        self.decoding.grow(1, steps)
+        step.decode_steps = steps
+        step.seconds += steps * (first + last) / 2
+
+
+def _steps_until(seconds: float, first: float, rise: float, most: int) -> int:
+    """The fewest steps, each longer than the one before by ``rise``, that take so many seconds."""
+    if seconds == math.inf:
+        return most
+    middle = first - rise / 2
+    root = math.sqrt(max(middle * middle + 2 * rise * seconds, 0.0))
+    return max(math.ceil(2 * seconds / (middle + root)), 1)
