@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from kvtune.cli.gguf_shape import shape_from_gguf
 from kvtune.common.errors import KvtuneError
 from kvtune.common.progress import Silent
 from kvtune.common.stored import checked, parse_json
@@ -22,6 +21,7 @@ from kvtune.policies.document import PolicyDocument, read_policy, write_policy
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import parse_gpu
 from kvtune.profiles.measured import read_measured
+from kvtune.profiles.gguf_shape import shape_from_gguf
 from kvtune.profiles.model_config import shape_from_config
 from kvtune.profiles.models import shape_from_record
 from kvtune.profiles.strict import parse

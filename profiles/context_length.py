@@ -50,7 +50,9 @@ def _scaled(longest: int, scaling: Mapping[str, Any], file: str) -> int:
         return longest
     factor = scaling.get("factor", 1.0)
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor <= 0:
-        raise KvtuneError(f"rope's 'factor' must be a number above zero, not {factor!r}", where=file)
+        raise KvtuneError(
+            f"rope's 'factor' must be a number above zero, not {factor!r}", where=file
+        )
     original = scaling.get("original_max_position_embeddings")
     if kind == "yarn" and isinstance(original, (int, float)) and original >= 1:
         longest = int(original)

@@ -15,7 +15,19 @@ from typing import Any, BinaryIO, NoReturn
 from kvtune.common.errors import KvtuneError
 
 _MOST_KEYS, _MOST_TENSORS, _MOST_TEXT, _MOST_LIST = 10_000, 200_000, 2**20, 4096
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_NUMBERS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 _TEXT, _ARRAY = 8, 9
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 HINT = "a Hugging Face folder of the same model works too."
@@ -149,6 +161,8 @@ class _Reader:
         if not 1 <= dimensions <= 4:
             self.fail(f"{name[:60]!r} has {dimensions} dimensions")
         shape = tuple(self.count(2**32, "rows of a tensor") for _ in range(dimensions))
+        if not all(shape):
+            self.fail(f"{name[:60]!r} is empty")
         kind, _ = self.number("I"), self.number("Q")
         try:
             form = gguf.GGMLQuantizationType(kind)

@@ -60,13 +60,15 @@ class _Keys:
                 f"{self.architecture} is no decoder: only decoders' caches are counted",
                 where=self.where,
             )
-        self.layers = self.count("block_count", most=1024)
+        self.layers = self.count("block_count", least=1, most=1024)
 
     def get(self, key: str) -> Any:
         """A value, None where the key is absent."""
         return self.header.keys.get(f"{self.architecture}.{key}")
 
-    def count(self, key: str, default: int | None = None, *, most: int = 2**31) -> int:
+    def count(
+        self, key: str, default: int | None = None, *, least: int = 0, most: int = 2**31
+    ) -> int:
         """A whole number; the largest of a list."""
         value = self.get(key)
         value = default if value is None else value
@@ -74,10 +76,11 @@ class _Keys:
             raise KvtuneError(f"the key {key!r} is missing", where=self.where, hint=HINT)
         if isinstance(value, list):
             value = max(value, default=None)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             shown = str(value)[:20]
             raise KvtuneError(
-                f"{key!r} must be a whole number up to {most:,}, not {shown}", where=self.where
+                f"{key!r} must be a whole number from {least} to {most:,}, not {shown}",
+                where=self.where,
             )
         return value
 
@@ -96,8 +99,13 @@ class _Keys:
 
 
 def _shape(keys: _Keys) -> ModelShape:
-    hidden, heads = keys.count("embedding_length", most=2**20), keys.count("attention.head_count", 0)
+    hidden, heads = (
+        keys.count("embedding_length", least=1, most=2**20),
+        keys.count("attention.head_count", 0),
+    )
     layers = _layers(keys, hidden, heads)
+    if not any(layer.elements_per_token or layer.state_bytes for layer in layers):
+        raise KvtuneError("no layer of this model caches anything", where=keys.where)
     counts = _counts(keys.header)
     latent = _latent(keys, heads)
     kept = Counter((layer.kv_heads, layer.key_dim) for layer in layers if layer.kv_heads)
@@ -111,7 +119,7 @@ def _shape(keys: _Keys) -> ModelShape:
         hidden_size=hidden,
         intermediate_size=max(1, keys.count("feed_forward_length", 0)),
         vocab_size=_vocabulary(keys),
-        max_context=max(1, keys.count("context_length")),
+        max_context=keys.count("context_length", least=1),
         tied_embeddings="output.weight" not in keys.header.tensors,
         windows=tuple(layer.window for layer in layers),
         latent=latent,
@@ -128,7 +136,7 @@ def _vocabulary(keys: _Keys) -> int:
     if table is not None:
         return table.shape[-1]
     tokens = keys.header.keys.get("tokenizer.ggml.tokens")
-    return keys.count("vocab_size", tokens if isinstance(tokens, int) else None)
+    return keys.count("vocab_size", tokens if isinstance(tokens, int) else None, least=1)
 
 
 # --- what is cached --------------------------------------------------------------------------
@@ -142,9 +150,14 @@ def _layers(keys: _Keys, hidden: int, heads: int) -> tuple[LayerCache, ...]:
     if keys.architecture in _INTERVAL:
         every = max(1, keys.count("full_attention_interval", 4))
         kv_heads = [n if (i + 1) % every == 0 else 0 for i, n in enumerate(kv_heads)]
-    key, value = (keys.count(f"attention.{name}_length", width) for name in ("key", "value"))
+    key, value = (
+        keys.count(f"attention.{name}_length", width, most=2**16) for name in ("key", "value")
+    )
     slides, window = _slides(keys)
-    near = keys.count("attention.key_length_swa", key), keys.count("attention.value_length_swa", value)
+    near = (
+        keys.count("attention.key_length_swa", key),
+        keys.count("attention.value_length_swa", value),
+    )
     latent = _latent(keys, heads)
     shared = keys.count("attention.shared_kv_layers", 0)
     if keys.architecture == "gemma3n" and keys.get("attention.shared_kv_layers") is None:

@@ -6,11 +6,10 @@ tokens. Nothing is downloaded and no code that comes with a model is run.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
-import math
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,9 @@ from pydantic.dataclasses import dataclass
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.files import cache_dir, write_text
+from kvtune.profiles.class_cache import latent_of, layers_of
+from kvtune.profiles.class_parameters import counts_of, experts_of, is_tied
+from kvtune.profiles.class_values import first_of
 from kvtune.profiles.shape import Experts, LatentAttention, LayerCache, ParameterCounts
 
 _MOST_PARAMETERS = 10**14
@@ -71,10 +73,8 @@ def facts_of(config: Mapping[str, Any], file: str) -> ClassFacts:
         return _FACTS.validate_json(kept.read_bytes())
     except (OSError, ValidationError):
         facts = build_facts(wanted, file)
-    try:
+    with contextlib.suppress(KvtuneError):  # a cache that cannot be written only costs time
         write_text(kept, _FACTS.dump_json(facts).decode())
-    except KvtuneError:  # a cache that cannot be written only costs time
-        pass
     return facts
 
 
@@ -105,18 +105,25 @@ def build_facts(config: Mapping[str, Any], file: str) -> ClassFacts:
         made = _made_config(config, file)
         text = made.get_text_config(decoder=True)
         model, whole = _built(made, config, file)
-        layers = _layers(model, text, file)
+        experts, counts = (
+            experts_of(model, text, file),
+            counts_of(model, 0 if whole else _TOWERS_AT_MOST),
+        )
+        vocabulary, tied = model.get_input_embeddings().weight.shape[0], is_tied(model)
+        layers = layers_of(model, text, file)
+        if not any(layer.elements_per_token or layer.state_bytes for layer in layers):
+            raise KvtuneError(f"no layer of {text.model_type} caches anything", where=file)
         return ClassFacts(
             layers=layers,
-            counts=_counts(model, 0 if whole else _TOWERS_AT_MOST),
-            query_heads=_first(text, ("num_attention_heads", "n_head", "n_heads")),
-            hidden_size=_first(text, ("hidden_size", "n_embd", "d_model")),
-            intermediate_size=_first(text, ("intermediate_size", "ffn_dim", "n_inner"), 1),
-            vocab_size=model.get_input_embeddings().weight.shape[0],
-            max_context=_first(text, ("max_position_embeddings", "n_positions")) or None,
-            tied=_is_tied(model),
-            experts=_experts(model, text),
-            latent=_latent(text, layers),
+            counts=counts,
+            query_heads=first_of(text, ("num_attention_heads", "n_head", "n_heads")),
+            hidden_size=first_of(text, ("hidden_size", "n_embd", "d_model")),
+            intermediate_size=first_of(text, ("intermediate_size", "ffn_dim", "n_inner"), 1),
+            vocab_size=vocabulary,
+            max_context=first_of(text, ("max_position_embeddings", "n_positions")) or None,
+            tied=tied,
+            experts=experts,
+            latent=latent_of(text, layers),
         )
 
 
@@ -180,7 +187,10 @@ def _built(made: Any, config: Mapping[str, Any], file: str) -> tuple[Any, bool]:
     import transformers
     from transformers.models.auto import modeling_auto
 
-    decoder, multimodal = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
+    decoder, multimodal = (
+        transformers.AutoModelForCausalLM,
+        transformers.AutoModelForImageTextToText,
+    )
     kind, text = made.model_type, made.get_text_config(decoder=True)
     towers = any(key.endswith(("vision_config", "audio_config")) for key in config)
     # The class with towers first where there are any, the text model alone last.
@@ -210,167 +220,5 @@ def _short(error: Exception) -> str:
     """The last line of a message, cut where it is long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[-1] if lines else type(error).__name__
+    text = text.removeprefix("ValueError: ").replace("`", "'")
     return text if len(text) <= 160 else text[:157] + "..."
-
-
-# --- what is cached --------------------------------------------------------------------------
-
-
-def _layers(model: Any, text: Any, file: str) -> tuple[LayerCache, ...]:
-    """What each layer caches, seen in the cache that four tokens fill."""
-    import torch
-
-    ids = torch.zeros(1, 4, dtype=torch.long)
-    for stand_in in (None, *_stand_ins()):
-        if stand_in is not None:
-            _replace_feed_forward(model, stand_in)
-        try:
-            out = model(input_ids=ids, use_cache=True)
-        except Exception:  # experts' routing looks at values, which the meta device has not
-            continue
-        cache = next(
-            (c for n in ("cache", "past_key_values", "cache_params") if (c := out.get(n))), None
-        )
-        if cache is not None and hasattr(cache, "layers"):
-            return tuple(_layer(entry) for entry in cache.layers)
-    raise KvtuneError(
-        f"what {text.model_type} caches cannot be told without its weights", where=file,
-        hint="an encoder caches nothing; a decoder with a cache of its own kind is not counted.",
-    )  # fmt: skip
-
-
-def _stand_ins() -> tuple[Any, Any]:
-    """Feed-forward blocks that hand their input on, alone and with router logits."""
-    import torch
-
-    class Alone(torch.nn.Module):
-        def forward(self, hidden: Any, *_: Any, **__: Any) -> Any:
-            return hidden
-
-    class WithLogits(torch.nn.Module):
-        def forward(self, hidden: Any, *_: Any, **__: Any) -> Any:
-            return hidden, None
-
-    return Alone, WithLogits
-
-
-_FEED_FORWARD = re.compile(r"MLP|Mlp|MoE|Moe|MOE|FeedForward|Experts|Alone|WithLogits")
-_MIXES_TOKENS = re.compile(r"Attention|Mamba|Mixer|Conv|Delta|Layer|Block$")
-
-
-def _replace_feed_forward(model: Any, stand_in: Any) -> None:
-    """Put a stand-in where a whole feed-forward block of a decoder layer stands."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            kind = type(child).__name__
-            inside = {type(part).__name__ for part in child.modules()} - {kind}
-            if _FEED_FORWARD.search(kind) and not any(map(_MIXES_TOKENS.search, inside)):
-                setattr(module, name, stand_in())
-
-
-def _layer(entry: Any) -> LayerCache:
-    import torch
-
-    keys, values = getattr(entry, "keys", None), getattr(entry, "values", None)
-    states = [
-        state
-        for name in ("conv_states", "recurrent_states")
-        for state in (getattr(entry, name, None) or {}).values()
-        if isinstance(state, torch.Tensor)
-    ]
-    state_bytes = sum(math.prod(s.shape[1:]) * s.element_size() for s in states)
-    if not isinstance(keys, torch.Tensor) or keys.numel() == 0:
-        return LayerCache(state_bytes=state_bytes)
-    index = getattr(entry, "indexer_keys", None)
-    window = getattr(entry, "sliding_window", None)
-    return LayerCache(
-        kv_heads=keys.shape[1],
-        key_dim=keys.shape[-1],
-        value_dim=values.shape[-1],
-        window=int(window) if window else None,
-        state_bytes=state_bytes,
-        index_dim=index.shape[-1] if isinstance(index, torch.Tensor) else 0,
-    )
-
-
-def _latent(text: Any, layers: tuple[LayerCache, ...]) -> LatentAttention | None:
-    rank = getattr(text, "kv_lora_rank", None)
-    if not rank or not any(layer.key_dim == rank for layer in layers):
-        return None
-    return LatentAttention(
-        kv_lora_rank=rank,
-        rope_dim=text.qk_rope_head_dim,
-        nope_dim=text.qk_nope_head_dim,
-        value_dim=text.v_head_dim,
-        query_lora_rank=getattr(text, "q_lora_rank", None),
-    )
-
-
-# --- parameters ------------------------------------------------------------------------------
-
-_TOWER = re.compile(
-    r"vision|visual|image|audio|speech|multi_modal|multimodal|mm_|projector|aligner|embed_tokens_"
-    r"extend|vqmodel|\bmtp"
-)
-_FEED_FORWARD_NAME = re.compile(r"mlp|ffn|feed_forward|shared_expert|\bfc\d|dense_h_to_4h|moe|ff\b")
-
-
-def _counts(model: Any, unknown: int) -> ParameterCounts:
-    """Parameters by what becomes of them when weights are quantised, each counted once."""
-    import torch
-
-    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    head_module = model.get_output_embeddings()
-    head = id(head_module.weight) if head_module is not None else None
-    groups = dict.fromkeys(ParameterCounts.__dataclass_fields__, 0) | {"unknown": unknown}
-    for name, parameter in model.named_parameters():
-        if _TOWER.search(name):
-            group = "other"
-        elif id(parameter) in looked_up:
-            group = "embedding"
-        elif id(parameter) == head:
-            group = "head"
-        else:
-            group = _group(name, parameter)
-        groups[group] += parameter.numel()
-    return ParameterCounts(**groups)
-
-
-def _group(name: str, parameter: Any) -> str:
-    if parameter.dim() < 2 or "router" in name or name.endswith(("gate.weight", "conv1d.weight")):
-        return "small"
-    if ".experts." in name or name.endswith(("input_linear.weight", "output_linear.weight")):
-        return "small" if "bias" in name else "experts"
-    return "feed_forward" if _FEED_FORWARD_NAME.search(name) else "attention"
-
-
-def _is_tied(model: Any) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
-
-
-def _experts(model: Any, text: Any) -> Experts | None:
-    names = [n for n, p in model.named_parameters() if _group(n, p) == "experts"]
-    if not names:
-        return None
-    count = _first(
-        text, ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
-    )
-    active = _first(
-        text, ("num_experts_per_tok", "moe_k", "top_k_experts", "num_experts_per_token", "moe_topk"), 1
-    )
-    width = _first(text, ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"), 1)
-    if active > count:
-        raise KvtuneError(f"a token cannot visit {active} of {count} experts", where="config.json")
-    return Experts(max(1, count), active, width)
-
-
-def _first(config: Any, names: tuple[str, ...], missing: int = 0) -> int:
-    """The first of these attributes that holds a number; the largest of a list."""
-    for name in names:
-        value = getattr(config, name, None)
-        if isinstance(value, (list, tuple)) and value:
-            value = max(v for v in value if isinstance(v, int))
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    return missing

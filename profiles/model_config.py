@@ -82,6 +82,8 @@ def _completed(config: Mapping[str, Any]) -> dict[str, Any]:
     files state all of them.
     """
     full = {k: _completed(v) if isinstance(v, Mapping) else v for k, v in config.items()}
+    if full.get("head_dim", 0) is None:  # some classes divide by what the file says not to know
+        del full["head_dim"]
     if str(config.get("model_type")).startswith(("gemma4", "embedding_gemma2")):
         if "head_dim" in full and "per_layer_config" not in full:
             full.setdefault("global_head_dim", full["head_dim"])
@@ -91,7 +93,7 @@ def _completed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_heads(text: Mapping[str, Any], file: str) -> None:
-    """What classes do not check: heads that do not divide, or tokens that visit too many experts."""
+    """What classes do not check: heads that do not divide, widths that are no whole numbers."""
     heads, shared = text.get("num_attention_heads"), text.get("num_key_value_heads")
     if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
         raise KvtuneError(
@@ -103,7 +105,7 @@ def _check_heads(text: Mapping[str, Any], file: str) -> None:
         wrong = isinstance(value, (bool, float, str)) or (isinstance(value, int) and value < 1)
         if wrong:
             raise KvtuneError(
-                f"{key!r} must be a whole number of at least 1, not {str(value)[:40]!r}", where=file
+                f"{key!r} must be a whole number of at least 1, not {repr(value)[:40]}", where=file
             )
 
 

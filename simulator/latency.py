@@ -198,7 +198,8 @@ def roofline_decode_steps(
     moved = _bytes_moved(shape, weight_format, sequences, cache)
     operations = 2.0 * shape.active_parameters * sequences
     return np.maximum(
-        moved / gpu.bandwidth_bytes_per_s, operations / parts.matrix_rate(gpu, kernel_format(shape, weight_format))
+        moved / gpu.bandwidth_bytes_per_s,
+        operations / parts.matrix_rate(gpu, kernel_format(shape, weight_format)),
     )
 
 

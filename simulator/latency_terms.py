@@ -73,7 +73,9 @@ def matrices(
     read = _weights_read(shape, gpu, weight_format, tokens)
     head = shape.vocab_size * shape.hidden_size
     body = 2.0 * (shape.active_parameters - head) * tokens
-    body_s = _over_rate(body, matrix_rate(gpu, kernel_format(shape, weight_format)), priors.GEMM_EFFICIENCY)
+    body_s = _over_rate(
+        body, matrix_rate(gpu, kernel_format(shape, weight_format)), priors.GEMM_EFFICIENCY
+    )
     head_s = _over_rate(2.0 * head * logits, gpu.bf16_flop_per_s, priors.GEMM_EFFICIENCY)
     compute = Term(*(a + b for a, b in zip(body_s, head_s, strict=True)))
     return larger(read, compute)

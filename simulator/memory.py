@@ -40,8 +40,8 @@ class MemoryBudget:
         context_tokens: longest sequence that was asked for.
         batch: sequences at a time.
         full_cache_bytes: the whole batch's bf16 cache at that context.
-        cache_tokens: tokens of bf16 cache that ``cache`` holds, over the batch; None where sequences
-            of any length fit.
+        cache_tokens: tokens of bf16 cache that ``cache`` holds, over the batch; None
+            where sequences of any length fit.
     """
 
     model: str

@@ -21,7 +21,7 @@ from kvtune.simulator.weights import WEIGHT_FORMATS, bits_per_weight, weight_byt
 LLAMA, SMOL, CARD = find_model("llama-8b"), find_model("smollm2-135m"), find_gpu("4090")
 SHAPES = st.sampled_from(list_models())
 CARDS = st.sampled_from(list_gpus())
-FORMATS = st.sampled_from(WEIGHT_FORMATS)
+FORMATS = st.sampled_from([name for name in WEIGHT_FORMATS if name != "stored"])
 
 
 def budget(limit: str | None, **changes: Any) -> MemoryBudget:
