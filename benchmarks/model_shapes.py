@@ -4,7 +4,8 @@
 
 Parameters are counted here in the class by themselves; the cache is measured a second way, by the
 types of layers that transformers makes a cache of and the widths of each layer's projections. A
-type is ``same``, ``refused`` with our reason, or ``DIFFERENT``; the exit code counts the last.
+type is ``same``, ``interval`` where a tower cannot be built, ``refused`` with our reason, or
+``DIFFERENT``; the exit code counts the last.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.profiles.model_config import shape_of
 
 _CONTEXT = 131_072
+VERDICTS = ("same", "interval", "refused", "DIFFERENT")
 
 
 def theirs(kind: str) -> tuple[int, int | None]:
@@ -55,6 +57,9 @@ def compare(kind: str) -> tuple[str, str]:
         shape = shape_of({"model_type": kind}, kind, kind)
     except KvtuneError as refused:
         return "refused", f"| {kind} | refused | {refused.message.replace('|', '/')} | | |"
+    if shape.parameter_counts().unknown:
+        low, high = shape.parameters, shape.parameters + shape.parameter_counts().unknown
+        return "interval", f"| {kind} | interval | {low:,} to {high:,} | | | |"
     parameters, a_token = theirs(kind)
     ours, state = shape.kv_bytes_per_token(), sum(c.state_bytes for c in shape.layer_caches)
     same = shape.parameters == parameters and a_token in (None, ours)
@@ -79,7 +84,7 @@ def main() -> int:
         verdict, row = compare(kind)
         verdicts.append(verdict)
         print(row, flush=True)
-    counted = {name: verdicts.count(name) for name in ("same", "refused", "DIFFERENT")}
+    counted = {name: verdicts.count(name) for name in VERDICTS}
     print("\n" + ", ".join(f"{name}: {number}" for name, number in counted.items()))
     return counted["DIFFERENT"]
 

@@ -19,9 +19,9 @@ from kvtune.common.stored import checked, parse_json
 from kvtune.common.units import parse_bytes, parse_tokens
 from kvtune.policies.document import PolicyDocument, read_policy, write_policy
 from kvtune.policies.policy import Policy
+from kvtune.profiles.gguf_shape import shape_from_gguf
 from kvtune.profiles.gpus import parse_gpu
 from kvtune.profiles.measured import read_measured
-from kvtune.profiles.gguf_shape import shape_from_gguf
 from kvtune.profiles.model_config import shape_from_config
 from kvtune.profiles.models import shape_from_record
 from kvtune.profiles.strict import parse

@@ -92,7 +92,7 @@ def _layer(entry: Any) -> LayerCache:
         if isinstance(state, torch.Tensor)
     ]
     state_bytes = sum(math.prod(s.shape[1:]) * s.element_size() for s in states)
-    if not isinstance(keys, torch.Tensor) or keys.numel() == 0:
+    if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor):
         return LayerCache(state_bytes=state_bytes)
     index = getattr(entry, "indexer_keys", None)
     window = getattr(entry, "sliding_window", None)
