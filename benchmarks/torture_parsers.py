@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,13 +14,13 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from kvtune.cli.gguf_shape import shape_from_gguf
 from kvtune.common.errors import KvtuneError
 from kvtune.common.progress import Silent
 from kvtune.common.stored import checked, parse_json
 from kvtune.common.units import parse_bytes, parse_tokens
 from kvtune.policies.document import PolicyDocument, read_policy, write_policy
 from kvtune.policies.policy import Policy
+from kvtune.profiles.gguf_shape import shape_from_gguf
 from kvtune.profiles.gpus import parse_gpu
 from kvtune.profiles.measured import read_measured
 from kvtune.profiles.model_config import shape_from_config
@@ -91,7 +92,7 @@ def parsers(work: Path) -> dict[str, Parser]:
         "tuned": Parser(_tuned(), _tuned_file),
         "text": Parser((b'{"text": "one two"}\n{"text": "three"}\n' * 6,), _texts, True),
         "store": Parser((b'{"format": 1, "sha256": {"a": "' + b"0" * 64 + b'"}}',), _store, True),
-        "config": Parser(_configs(), _config, True),
+        "config": _configs_parser(work),
         "gguf": Parser((_gguf(work / "m.gguf"),), _file(shape_from_gguf, "m.gguf")),
         "amount": Parser(tuple(s.encode() for s in SHAPES), _amount),
     }  # fmt: skip
@@ -165,6 +166,14 @@ def _texts(data: bytes, work: Path) -> None:
 def _store(data: bytes, work: Path) -> None:
     (work / "manifest.json").write_bytes(data)
     store._intact(work)
+
+
+def _configs_parser(work: Path) -> Parser:
+    """The reader of configurations, its classes imported before anything is timed."""
+    os.environ["KVTUNE_CACHE"] = str(work / "cache")  # what it remembers goes with the folder
+    for seed in _configs():
+        _config(seed, work)
+    return Parser(_configs(), _config, True)
 
 
 def _config(data: bytes, work: Path) -> None:

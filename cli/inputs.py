@@ -58,7 +58,7 @@ def read_model(name: str) -> tuple[str, ModelShape]:
     """
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
-        from kvtune.cli.gguf_shape import shape_from_gguf
+        from kvtune.profiles.gguf_shape import shape_from_gguf
 
         return str(path), shape_from_gguf(path)
     if path.exists():

@@ -70,7 +70,9 @@ Weights = Annotated[
     typer.Option(
         "--weights",
         metavar="FORMAT",
-        help="Weight format: bf16, fp8, int8, int4, or auto for the widest that fits.",
+        help="Weight format: bf16, fp8, int8, int4, awq, gptq, mxfp4, nvfp4, nf4, q8_0, q6_k, "
+        "q5_k_m, q4_k_m, q4_0, q3_k_m; stored for a checkpoint's own, or auto for the widest that "
+        "fits.",
     ),
 ]
 Seed = Annotated[

@@ -25,7 +25,7 @@ def budget_table(budget: MemoryBudget, quality: str) -> RenderableType:
         (f"- {budget.weight_format} weights", budget.weights, budget.reason),
         ("- overhead", budget.overhead, "context, graphs, allocator"),
         ("- prefill", budget.prefill, "activations, one layer uncompressed"),
-        ("= left for the cache", budget.cache, f"{count(budget.cache_tokens)} tokens of bf16"),
+        ("= left for the cache", budget.cache, _tokens(budget.cache_tokens)),
     )
     return table(
         f"Memory of {budget.model} on {budget.gpu}",
@@ -34,6 +34,10 @@ def budget_table(budget: MemoryBudget, quality: str) -> RenderableType:
         left=(0, 2, 3, 4),
         caption=f"quality: {quality}",
     )
+
+
+def _tokens(number: int | None) -> str:
+    return "any number of tokens" if number is None else f"{count(number)} tokens of bf16"
 
 
 def _gib(part: Estimate) -> tuple[str, str, str]:

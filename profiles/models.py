@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -144,6 +145,6 @@ def _names() -> dict[str, ModelShape]:
 
 
 def _normal(name: str) -> str:
-    """Lower case, without the organisation, with hyphens only."""
+    """Lower case, without the organisation, with hyphens only (``llama3.1:8b`` too)."""
     last = name.strip().lower().rstrip("/").rsplit("/", 1)[-1]
-    return last.replace("_", "-").replace(" ", "-").removeprefix("meta-")
+    return re.sub(r"[_ :]", "-", last).removeprefix("meta-")

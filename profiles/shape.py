@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
 AttentionKind = Literal["full", "sliding", "latent"]
 Biases = Literal["none", "qkv", "all"]
+_LONGEST_WINDOW = 2**31
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,61 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class LayerCache:
+    """What one layer caches of one sequence.
+
+    Args:
+        kv_heads: heads whose keys and values are cached; 0 for a layer that caches none of its
+            own: a linear, convolutional or feed-forward layer, or one that reads another's cache.
+        key_dim: cached numbers of a key, of a head and token; of a latent its own width.
+        value_dim: the same of a value; of a latent the width of its rotary key.
+        window: tokens that are kept; None for all.
+        state_bytes: recurrent and convolutional state, whatever the length.
+        index_dim: cached numbers of a token's index key (DeepSeek sparse attention).
+    """
+
+    kv_heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+    window: int | None = None
+    state_bytes: int = 0
+    index_dim: int = 0
+
+    @property
+    def elements_per_token(self) -> int:
+        """Cached numbers a token."""
+        return self.kv_heads * (self.key_dim + self.value_dim) + self.index_dim
+
+    def tokens(self, context_tokens: int) -> int:
+        """Tokens of a context that are kept."""
+        return context_tokens if self.window is None else min(context_tokens, self.window)
+
+    def bytes(self, context_tokens: int, element_bytes: float) -> float:
+        """Bytes of one sequence of a context."""
+        kept = self.tokens(context_tokens) * self.elements_per_token
+        return kept * element_bytes + self.state_bytes
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """Weights as a checkpoint holds them, where it is already quantised.
+
+    Args:
+        name: the format, as people call it: ``fp8``, ``mxfp4``, ``gptq int4``, ``Q4_K``.
+        bits: of one weight of a quantised matrix, with its share of scales.
+        bytes: of all weights.
+        low: the least that they may be; equals ``bytes`` where the files were measured.
+        high: the most.
+    """
+
+    name: str
+    bits: float
+    bytes: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class ParameterCounts:
     """Parameters by what becomes of them: which are quantised, which are read at every token.
 
@@ -65,6 +123,7 @@ class ParameterCounts:
         experts: routed experts of all layers.
         small: norms, biases, routers, sinks: always 16 bits.
         other: towers beside the text model (vision), loaded but not read at decoding.
+        unknown: the most that towers may have that could not be counted; not in the total.
     """
 
     embedding: int
@@ -74,6 +133,7 @@ class ParameterCounts:
     experts: int
     small: int
     other: int
+    unknown: int = 0
 
     @property
     def total(self) -> int:
@@ -114,6 +174,10 @@ class ModelShape:
         norms_per_layer: norms of hidden width a layer.
         sinks: whether each query head keeps one learned sink logit.
         other_parameters: parameters beside the text model, such as a vision tower.
+        cache: what each layer caches; empty where all layers are alike but for ``windows``.
+        counted: parameters as they were counted in the model's own class; None where the fields
+            above say them.
+        stored: set for checkpoints that are already quantised.
         aliases: other names it is found by.
         source: where the shape was published.
     """
@@ -136,6 +200,9 @@ class ModelShape:
     norms_per_layer: int = 2
     sinks: bool = False
     other_parameters: int = 0
+    cache: tuple[LayerCache, ...] = ()
+    counted: ParameterCounts | None = None
+    stored: StoredWeights | None = None
     aliases: tuple[str, ...] = ()
     source: str = ""
 
@@ -152,36 +219,54 @@ class ModelShape:
         """Heads that the cache really holds a layer: 1 for latent attention, else ``kv_heads``."""
         return 1 if self.latent is not None else self.kv_heads
 
+    @functools.cached_property
+    def layer_caches(self) -> tuple[LayerCache, ...]:
+        """What each layer caches [L]."""
+        if self.cache:
+            return self.cache
+        heads, key, value = self.kv_heads, self.head_dim, self.head_dim
+        if self.latent is not None:
+            heads, key, value = 1, self.latent.kv_lora_rank, self.latent.rope_dim
+        return tuple(LayerCache(heads, key, value, window) for window in self.windows)
+
+    @functools.cached_property
+    def _caches_alike(self) -> dict[LayerCache, int]:
+        """The distinct layer caches, each with its number of layers."""
+        return dict(Counter(self.layer_caches))
+
     @property
     def elements_per_token_layer(self) -> int:
-        """Cached numbers a token and layer: keys and values, or one latent and its rotary key."""
-        if self.latent is not None:
-            return self.latent.kv_lora_rank + self.latent.rope_dim
-        return 2 * self.kv_heads * self.head_dim
+        """Cached numbers a token of the layer that caches most of it."""
+        return max(layer.elements_per_token for layer in self._caches_alike)
 
     def kv_bytes_per_token(self, element_bytes: float = 2) -> int:
         """Bytes that one new token adds over all layers, before any window lets go of others."""
-        return int(self.layers * self.elements_per_token_layer * element_bytes)
+        per_token = sum(n * layer.elements_per_token for layer, n in self._caches_alike.items())
+        return int(per_token * element_bytes)
 
-    def cached_tokens(self, layer: int, context_tokens: int) -> int:
-        """Tokens of a context that the layer keeps: all, or its window's worth."""
-        window = self.windows[layer]
-        return context_tokens if window is None else min(context_tokens, window)
-
-    def lets_go(self, context_tokens: int) -> bool:
-        """Whether any layer's window is shorter than a context, so that it forgets by itself."""
-        return any(w is not None and w < context_tokens for w in self.windows)
+    def keeps_all(self, context_tokens: int) -> bool:
+        """Whether every layer caches keys and values of every token, by the same heads."""
+        return self.latent is None and all(
+            (layer.kv_heads, layer.key_dim, layer.value_dim, layer.state_bytes, layer.index_dim)
+            == (self.kv_heads, self.head_dim, self.head_dim, 0, 0)
+            and layer.tokens(context_tokens) == context_tokens
+            for layer in self._caches_alike
+        )
 
     def kv_bytes(self, context_tokens: int, element_bytes: float = 2) -> int:
-        """Bytes of one sequence's full cache; sliding layers hold no more than their window."""
-        kept = sum(self.cached_tokens(layer, context_tokens) for layer in range(self.layers))
-        return int(kept * self.elements_per_token_layer * element_bytes)
+        """Bytes of one sequence's full cache, states included; windows hold no more than that."""
+        caches = self._caches_alike.items()
+        return int(sum(n * layer.bytes(context_tokens, element_bytes) for layer, n in caches))
 
-    def tokens_that_fit(self, cache_bytes: int, element_bytes: float = 2) -> int:
-        """Longest context whose full cache is within ``cache_bytes``; at most 2**40 tokens."""
+    def tokens_that_fit(self, cache_bytes: int, element_bytes: float = 2) -> int | None:
+        """Longest context whose full cache is within ``cache_bytes``; None where any length is."""
         if self.kv_bytes(1, element_bytes) > cache_bytes:
             return 0
-        low, high = 1, 2**40
+        if self.kv_bytes(2 * _LONGEST_WINDOW, element_bytes) <= cache_bytes:
+            grows = self.kv_bytes(2 * _LONGEST_WINDOW) > self.kv_bytes(_LONGEST_WINDOW)
+            if not grows:
+                return None
+        low, high = 1, 8 * cache_bytes  # a token takes at least a bit
         while low < high:
             middle = (low + high + 1) // 2
             if self.kv_bytes(middle, element_bytes) <= cache_bytes:
@@ -210,6 +295,8 @@ class ModelShape:
 
     def parameter_counts(self) -> ParameterCounts:
         """Parameters by kind. Tested against the totals that the publishers state."""
+        if self.counted is not None:
+            return self.counted
         table = self.vocab_size * self.hidden_size
         moe_layers = self.layers - self.experts.dense_layers if self.experts else 0
         dense = (self.layers - moe_layers) * self.intermediate_size

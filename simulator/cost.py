@@ -81,10 +81,10 @@ def policy_cost(
         KvtuneError: another shape's policy, or layers whose cache is no full cache of heads.
     """
     policy.check_fits(shape.layers, shape.kv_heads)
-    if shape.latent is not None or shape.lets_go(budget.context_tokens + generated):
+    if not shape.keeps_all(budget.context_tokens + generated):
         raise KvtuneError(
-            f"{shape.name} has sliding-window or latent layers; policies for those cannot be "
-            "costed yet"
+            f"{shape.name} has layers that do not cache every token by the same heads; "
+            "policies for those cannot be costed yet"
         )
     tokens = budget.context_tokens
     prompt = cache_bytes_by_bits(policy, shape, tokens)

@@ -31,7 +31,7 @@ from kvtune.simulator.latency_parts import covers, prefill_covers
 from kvtune.simulator.latency_priors import FloatArray
 from kvtune.simulator.latency_runtime import runtime_prefills, runtime_steps
 from kvtune.simulator.transfer import tables_for
-from kvtune.simulator.weights import WeightFormat, check_format
+from kvtune.simulator.weights import WeightFormat, check_format, kernel_format
 
 Execution = Literal["runtime", "graph", "eager"]
 CacheBytes = Union[npt.ArrayLike, Mapping[float, npt.ArrayLike]]  # noqa: UP007 (runtime, 3.10)
@@ -198,7 +198,8 @@ def roofline_decode_steps(
     moved = _bytes_moved(shape, weight_format, sequences, cache)
     operations = 2.0 * shape.active_parameters * sequences
     return np.maximum(
-        moved / gpu.bandwidth_bytes_per_s, operations / parts.matrix_rate(gpu, weight_format)
+        moved / gpu.bandwidth_bytes_per_s,
+        operations / parts.matrix_rate(gpu, kernel_format(shape, weight_format)),
     )
 
 

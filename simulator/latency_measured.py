@@ -17,7 +17,7 @@ from kvtune.simulator.kernels import FloatArray, Kernels
 from kvtune.simulator.latency_beyond import decode_parts
 from kvtune.simulator.latency_parts import heads_of, layer_matrices, layer_rest, matrix_products
 from kvtune.simulator.transfer import Tables
-from kvtune.simulator.weights import WeightFormat, bits_per_weight
+from kvtune.simulator.weights import WeightFormat, bits_per_weight, kernel_format
 
 TIERS: tuple[Tier, ...] = ("measured", "interpolated", "fitted", "transferred", "datasheet")
 HALF_WIDTH = np.array([0.03, 0.05, 0.12, 0.15, 0.30])
@@ -156,7 +156,7 @@ def matrices_in_format(
     """Seconds of all matrices in a narrower format, from those in bf16."""
     if weight_format == "bf16":
         return bf16_s
-    factor = getattr(priors.WEIGHT_FORMAT_FACTOR[weight_format], _WORSE[end])
+    factor = getattr(priors.WEIGHT_FORMAT_FACTOR[kernel_format(shape, weight_format)], _WORSE[end])
     head = 2.0 * shape.vocab_size * shape.hidden_size
     wide = parts.weight_bytes_read(shape, "bf16", tokens)
     matrices_share = 1 - head / wide
@@ -164,7 +164,7 @@ def matrices_in_format(
     read = bf16_s * (1 - matrices_share + matrices_share * narrow)
     flops = 2.0 * shape.active_parameters * tokens
     efficiency = getattr(priors.GEMM_EFFICIENCY, _WORSE[end])
-    compute = flops / (efficiency * parts.matrix_rate(gpu, weight_format))
+    compute = flops / (efficiency * parts.matrix_rate(gpu, kernel_format(shape, weight_format)))
     return np.asarray(np.maximum(np.minimum(read, bf16_s), compute))
 
 

@@ -12,7 +12,7 @@ from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator import latency_priors as priors
 from kvtune.simulator.latency_priors import FloatArray, Prior
-from kvtune.simulator.weights import WeightFormat, matrix_bytes
+from kvtune.simulator.weights import KernelFormat, WeightFormat, kernel_format, matrix_bytes
 
 
 class Term(NamedTuple):
@@ -73,7 +73,9 @@ def matrices(
     read = _weights_read(shape, gpu, weight_format, tokens)
     head = shape.vocab_size * shape.hidden_size
     body = 2.0 * (shape.active_parameters - head) * tokens
-    body_s = _over_rate(body, matrix_rate(gpu, weight_format), priors.GEMM_EFFICIENCY)
+    body_s = _over_rate(
+        body, matrix_rate(gpu, kernel_format(shape, weight_format)), priors.GEMM_EFFICIENCY
+    )
     head_s = _over_rate(2.0 * head * logits, gpu.bf16_flop_per_s, priors.GEMM_EFFICIENCY)
     compute = Term(*(a + b for a, b in zip(body_s, head_s, strict=True)))
     return larger(read, compute)
@@ -96,9 +98,10 @@ def prompt_attention(
 def pairs(shape: ModelShape, prompt: FloatArray) -> FloatArray:
     """Query and key pairs of one head over all layers; sliding layers see only their window."""
     total_pairs = np.zeros(np.shape(prompt), dtype=np.float64)
-    for window in dict.fromkeys(shape.windows):
+    windows = [c.window for c in shape.layer_caches if c.kv_heads]
+    for window in dict.fromkeys(windows):
         seen = prompt if window is None else np.minimum(prompt, window)
-        count = shape.windows.count(window)
+        count = windows.count(window)
         total_pairs = total_pairs + count * (seen * (seen + 1) / 2 + (prompt - seen) * seen)
     return total_pairs
 
@@ -127,7 +130,7 @@ def weight_bytes_read(
     return np.asarray(matrix_bytes(shape, weight_format, 1.0) * met + head + 2 * counts.small)
 
 
-def matrix_rate(gpu: GpuProfile, weight_format: WeightFormat) -> float:
+def matrix_rate(gpu: GpuProfile, weight_format: KernelFormat) -> float:
     """Dense rate that the matrices run at: fp8 where the card has it, else bf16."""
     if weight_format == "fp8" and gpu.fp8_flop_per_s is not None:
         return gpu.fp8_flop_per_s
@@ -141,7 +144,7 @@ def _weights_read(
     seconds = weight_bytes_read(shape, weight_format, tokens) / gpu.bandwidth_bytes_per_s
     achieved, factor = (
         priors.GEMV_EFFICIENCY[gpu.memory_kind],
-        priors.WEIGHT_FORMAT_FACTOR[weight_format],
+        priors.WEIGHT_FORMAT_FACTOR[kernel_format(shape, weight_format)],
     )
     return Term(
         seconds / (achieved.value * factor.value),
@@ -160,7 +163,7 @@ def _experts_met(shape: ModelShape, tokens: FloatArray) -> FloatArray:
 def _operations_per_element(shape: ModelShape) -> float:
     """Operations a cached number: 2 a query head of its group; latents serve every head at once."""
     if shape.latent is None:
-        return 2.0 * shape.query_heads / shape.kv_heads
+        return 2.0 * shape.query_heads / max(1, shape.kv_heads)
     width = shape.elements_per_token_layer
     return 2.0 * shape.query_heads * (width + shape.latent.kv_lora_rank) / width
 

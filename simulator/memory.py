@@ -14,6 +14,7 @@ from kvtune.simulator.peak import add, fixed_parts, peak_memory
 from kvtune.simulator.weights import (
     WeightFormat,
     check_format,
+    format_name,
     formats_by_width,
     weight_bytes,
 )
@@ -39,7 +40,8 @@ class MemoryBudget:
         context_tokens: longest sequence that was asked for.
         batch: sequences at a time.
         full_cache_bytes: the whole batch's bf16 cache at that context.
-        cache_tokens: tokens of bf16 cache that ``cache`` holds, over the batch.
+        cache_tokens: tokens of bf16 cache that ``cache`` holds, over the batch; None
+            where sequences of any length fit.
     """
 
     model: str
@@ -55,7 +57,7 @@ class MemoryBudget:
     context_tokens: int
     batch: int
     full_cache_bytes: int
-    cache_tokens: int
+    cache_tokens: int | None
 
     @property
     def cache_bytes(self) -> int:
@@ -113,7 +115,8 @@ def memory_budget(
     if weights is None or weights == "auto":
         chosen, reason = _widest(shape, gpu, limit, context_tokens, batch)
     else:
-        chosen, reason = check_format(weights), f"{weights} weights, as asked for"
+        chosen = check_format(weights)
+        reason = f"{format_name(shape, chosen)} weights, as asked for"
         if required_bytes(shape, gpu, chosen, context_tokens, batch) > limit:
             raise _does_not_fit(shape, gpu, limit, (chosen,), context_tokens, batch)
     return _split(shape, gpu, limit, chosen, reason, context_tokens, batch)
@@ -144,6 +147,7 @@ def _split(
     parts = fixed_parts(shape, gpu, weight_format, context_tokens, batch)
     used = add(*parts)
     left, low, high = (max(0.0, limit - end) for end in (used.value, used.high, used.low))
+    tokens = shape.tokens_that_fit(int(left) // batch)
     return MemoryBudget(
         model=shape.name,
         gpu=gpu.name,
@@ -158,7 +162,7 @@ def _split(
         context_tokens=context_tokens,
         batch=batch,
         full_cache_bytes=batch * shape.kv_bytes(context_tokens),
-        cache_tokens=batch * shape.tokens_that_fit(int(left) // batch),
+        cache_tokens=None if tokens is None else batch * tokens,
     )
 
 
@@ -166,7 +170,7 @@ def _widest(
     shape: ModelShape, gpu: GpuProfile, limit: int, context_tokens: int, batch: int
 ) -> tuple[WeightFormat, str]:
     """The widest format that leaves a useful cache, and the sentence that says so."""
-    formats = formats_by_width(gpu)
+    formats = formats_by_width(shape, gpu)
     for index, weight_format in enumerate(formats):
         if required_bytes(shape, gpu, weight_format, context_tokens, batch) <= limit:
             return weight_format, _reason(shape, gpu, limit, formats[: index + 1])
@@ -175,6 +179,8 @@ def _widest(
 
 def _reason(shape: ModelShape, gpu: GpuProfile, limit: int, tried: tuple[WeightFormat, ...]) -> str:
     chosen = tried[-1]
+    if chosen == "stored":
+        return f"{format_name(shape, chosen)} weights, as the checkpoint holds them"
     if len(tried) == 1:
         return f"{chosen} weights, the widest format, leave room for the cache"
     wider = tried[-2] if chosen == "int4" else "bf16"
@@ -210,7 +216,7 @@ def _does_not_fit(
     """The error that says what is too large and what would fit."""
     needs = {
         weight_format: required_bytes(shape, gpu, weight_format, context_tokens, batch)
-        for weight_format in formats_by_width(gpu)
+        for weight_format in dict.fromkeys((*tried, *formats_by_width(shape, gpu)))
     }
     least = min(tried, key=lambda name: needs[name])
     parts = fixed_parts(shape, gpu, least, context_tokens, batch)

@@ -388,7 +388,7 @@ def test_a_gguf_file_tells_its_shape(run: Run, tmp_path: Path) -> None:
     import gguf
     import numpy as np
 
-    from kvtune.cli.gguf_shape import shape_from_gguf
+    from kvtune.profiles.gguf_shape import shape_from_gguf
 
     path = tmp_path / "mine.gguf"
     writer = gguf.GGUFWriter(path, "llama")

@@ -90,10 +90,10 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
 
 def _refuse_unknown_layers(request: SearchRequest) -> None:
     longest = request.contexts[-1] + request.generated_tokens
-    if request.shape.latent is not None or request.shape.lets_go(longest):
+    if not request.shape.keeps_all(longest):
         raise KvtuneError(
-            f"{request.shape.name} has sliding-window or latent layers, which search cannot plan "
-            "yet",
+            f"{request.shape.name} has layers that do not cache every token by the same heads, "
+            "which search cannot plan yet",
             hint="kvtune estimate tells what its uncompressed cache takes; contexts that are no "
             "longer than the window can be planned.",
         )

@@ -232,5 +232,5 @@ def present_gpu() -> GpuProfile | None:
 
 def _known(shape: ModelShape, loaded: LoadedModel, tokens: int) -> bool:
     """Whether the simulator answers for such a model and prompts of so many tokens."""
-    whole = shape.latent is None and not shape.lets_go(tokens + NEW_TOKENS)
+    whole = shape.keeps_all(tokens + NEW_TOKENS)
     return whole and loaded.dtype != "float32"

@@ -1,0 +1,97 @@
+"""Our shapes beside transformers' own classes: every decoder type, with the numbers it assumes.
+
+    python benchmarks/model_shapes.py [TYPE ...] > benchmarks/results/model_shapes.md
+
+Parameters are counted here in the class by themselves; the cache is measured a second way, by the
+types of layers that transformers makes a cache of and the widths of each layer's projections. A
+type is ``same``, ``interval`` where a tower cannot be built, ``refused`` with our reason, or
+``DIFFERENT``; the exit code counts the last.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from kvtune.common.errors import KvtuneError
+from kvtune.profiles.model_config import shape_of
+
+_CONTEXT = 131_072
+VERDICTS = ("same", "interval", "refused", "DIFFERENT")
+
+
+def theirs(kind: str) -> tuple[int, int | None]:
+    """Parameters, and bytes a cached token where the projections say them."""
+    import torch
+    import transformers
+
+    config = transformers.CONFIG_MAPPING[kind]()
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    corrections = [b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
+    counted = sum(p.numel() for p in [*model.parameters(), *corrections])
+    return counted, projected_bytes(model)
+
+
+def projected_bytes(model: Any) -> int | None:
+    """Bytes that a token adds, from the outputs of all key and value projections."""
+    text = model.config.get_text_config(decoder=True)
+    modes = getattr(text, "kv_sharing_modes", None)
+    sizes = [
+        getattr(module, name).out_features
+        for module in model.modules()
+        for name in ("k_proj", "v_proj")
+        if isinstance(getattr(module, "layer_idx", None), int)
+        and hasattr(getattr(module, name, None), "out_features")
+        and not (modes and modes[module.layer_idx] == "reuse")
+    ]
+    plain = len(sizes) == 2 * text.num_hidden_layers
+    return 2 * sum(sizes) if plain else None
+
+
+def compare(kind: str) -> tuple[str, str]:
+    """The verdict and the row of one type."""
+    try:
+        shape = shape_of({"model_type": kind}, kind, kind)
+    except KvtuneError as refused:
+        return "refused", f"| {kind} | refused | {refused.message.replace('|', '/')} | | |"
+    if shape.parameter_counts().unknown:
+        low, high = shape.parameters, shape.parameters + shape.parameter_counts().unknown
+        return "interval", f"| {kind} | interval | {low:,} to {high:,} | | | |"
+    parameters, a_token = theirs(kind)
+    ours, state = shape.kv_bytes_per_token(), sum(c.state_bytes for c in shape.layer_caches)
+    same = shape.parameters == parameters and a_token in (None, ours)
+    verdict = "same" if same else "DIFFERENT"
+    difference = "" if same else f" ({parameters:,}, {a_token})"
+    seen = "" if a_token is None else " (projections agree)"
+    row = f"| {kind} | {verdict}{difference} | {shape.parameters:,} | {ours:,}{seen} | "
+    return verdict, f"{row}{state:,} | {shape.kv_bytes(_CONTEXT):,} |"
+
+
+def main() -> int:
+    """Print the table of the types named, or of all."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    transformers.utils.logging.set_verbosity(50)
+    print(f"transformers {transformers.__version__}, the numbers that each type's class assumes.\n")
+    print("| type | verdict | parameters | B a token | state B | B of 131,072 tokens |")
+    print("|---|---|---|---|---|---|")
+    verdicts = []
+    for kind in sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        verdict, row = compare(kind)
+        verdicts.append(verdict)
+        print(row, flush=True)
+    counted = {name: verdicts.count(name) for name in VERDICTS}
+    print("\n" + ", ".join(f"{name}: {number}" for name, number in counted.items()))
+    return counted["DIFFERENT"]
+
+
+if __name__ == "__main__":
+    import os
+
+    with tempfile.TemporaryDirectory() as folder:  # nothing that was remembered is compared
+        os.environ["KVTUNE_CACHE"] = str(Path(folder))
+        raise SystemExit(main())

@@ -1,0 +1,120 @@
+"""What each layer of a transformers model caches, seen in the cache that four tokens fill."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from typing import Any
+
+from kvtune.common.errors import KvtuneError
+from kvtune.profiles.class_values import first_of
+from kvtune.profiles.shape import LatentAttention, LayerCache
+
+
+def layers_of(model: Any, text: Any, file: str) -> tuple[LayerCache, ...]:
+    """What each layer caches, seen in the cache that four tokens fill.
+
+    Of a model with towers that cannot run so, the text model alone is asked.
+    """
+    import transformers
+
+    found = _filled(model)
+    if found is None and text is not model.config:
+        with contextlib.suppress(Exception):  # no class for the text alone
+            found = _filled(transformers.AutoModelForCausalLM.from_config(text).bfloat16().eval())
+    if found is None:
+        raise KvtuneError(
+            f"what {text.model_type} caches cannot be told without its weights", where=file,
+            hint="an encoder caches nothing; a decoder with a cache of its own is not counted.",
+        )  # fmt: skip
+    return found
+
+
+def _filled(model: Any) -> tuple[LayerCache, ...] | None:
+    """The layers of the cache that four tokens fill; None where the model cannot run so."""
+    import torch
+
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    for stand_in in (None, *_stand_ins()):
+        if stand_in is not None:
+            _replace_feed_forward(model, stand_in)
+        try:
+            out = model(input_ids=ids, use_cache=True)
+        except Exception:  # noqa: S112 - experts' routing needs values, which the meta device lacks
+            continue
+        names = ("cache", "past_key_values", "cache_params")
+        cache = next((c for name in names if (c := out.get(name)) is not None), None)
+        if cache is not None and hasattr(cache, "layers"):
+            return tuple(_layer(entry) for entry in cache.layers)
+    return None
+
+
+def _stand_ins() -> tuple[Any, Any]:
+    """Feed-forward blocks that hand their input on, alone and with router logits."""
+    import torch
+
+    class Alone(torch.nn.Module):
+        def forward(self, hidden: Any, *_: Any, **__: Any) -> Any:
+            return hidden
+
+    class WithLogits(torch.nn.Module):
+        def forward(self, hidden: Any, *_: Any, **__: Any) -> Any:
+            return hidden, None
+
+    return Alone, WithLogits
+
+
+_FEED_FORWARD = re.compile(
+    r"(MLP|Mlp|MoE|Moe|MOE|FFN|FeedForward|Experts|Mo[eE]Block|Alone|WithLogits)$"
+)
+_MIXES_TOKENS = re.compile(r"Attention|Mamba|Mixer|Conv|Delta|Layer|Block$")
+
+
+def _replace_feed_forward(model: Any, stand_in: Any) -> None:
+    """Put a stand-in where a whole feed-forward block of a decoder layer stands."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            kind = type(child).__name__
+            inside = {type(part).__name__ for part in child.modules()} - {kind}
+            if _FEED_FORWARD.search(kind) and not any(map(_MIXES_TOKENS.search, inside)):
+                setattr(module, name, stand_in())
+
+
+def _layer(entry: Any) -> LayerCache:
+    import torch
+
+    keys, values = getattr(entry, "keys", None), getattr(entry, "values", None)
+    states = [
+        state
+        for name in ("conv_states", "recurrent_states")
+        for state in (getattr(entry, name, None) or {}).values()
+        if isinstance(state, torch.Tensor)
+    ]
+    state_bytes = sum(math.prod(s.shape[1:]) * s.element_size() for s in states)
+    if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor):
+        return LayerCache(state_bytes=state_bytes)
+    index = getattr(entry, "indexer_keys", None)
+    window = getattr(entry, "sliding_window", None)
+    return LayerCache(
+        kv_heads=keys.shape[1],
+        key_dim=keys.shape[-1],
+        value_dim=values.shape[-1],
+        window=int(window) if window else None,
+        state_bytes=state_bytes,
+        index_dim=index.shape[-1] if isinstance(index, torch.Tensor) else 0,
+    )
+
+
+def latent_of(text: Any, layers: tuple[LayerCache, ...]) -> LatentAttention | None:
+    """The widths of multi-head latent attention, where a layer caches its latent."""
+    rank = first_of(text, ("kv_lora_rank",))
+    if not rank or not any(layer.key_dim == rank for layer in layers):
+        return None
+    return LatentAttention(
+        kv_lora_rank=rank,
+        rope_dim=first_of(text, ("qk_rope_head_dim",)),
+        nope_dim=first_of(text, ("qk_nope_head_dim",)),
+        value_dim=first_of(text, ("v_head_dim",)),
+        query_lora_rank=first_of(text, ("q_lora_rank",)) or None,
+    )
