@@ -20,6 +20,7 @@ from kvtune.cli import (
     report,
     search,
     simulate,
+    sources,
     tui,
     validate,
 )
@@ -49,6 +50,7 @@ def build() -> Any:
     for module in _COMMANDS:
         app.command(name=module.__name__.rsplit(".", 1)[-1])(module.command)
     app.add_typer(policies.app, name="policies")
+    app.add_typer(sources.app, name="tables")
     return get_command(app)
 
 
