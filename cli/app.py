@@ -21,6 +21,7 @@ from kvtune.cli import (
     search,
     serve_sim,
     simulate,
+    sources,
     tui,
     validate,
 )
@@ -52,6 +53,7 @@ def build() -> Any:
         name = module.__name__.rsplit(".", 1)[-1].replace("_", "-")
         app.command(name=name)(module.command)
     app.add_typer(policies.app, name="policies")
+    app.add_typer(sources.app, name="tables")
     return get_command(app)
 
 

@@ -54,7 +54,9 @@ def quality(found: Quality) -> dict[str, Any]:
 
 
 def _point(point: FrontPoint) -> dict[str, Any]:
-    return vars(point) | {"kl": {"value": point.kl, "unit": "nats/token", "tier": "table"}}
+    plain = dict(vars(point))
+    band = plain.pop("band")
+    return plain | {"kl": band or {"value": point.kl, "unit": "nats/token", "tier": "table"}}
 
 
 def _rival(rival: Rival) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from kvtune.cli.inputs import POLICY_FILE
 from kvtune.cli.output import table
 from kvtune.cli.tables import budget_table
 from kvtune.cli.timed import times_table
+from kvtune.common.estimate import BAND
 from kvtune.common.units import MIB, format_bytes, format_tokens
 from kvtune.common.words import accuracy, count, figure, percent
 from kvtune.simulator.memory import memory_budget
@@ -68,14 +69,16 @@ def _caption(result: SearchResult) -> str:
 
 def _front(result: SearchResult) -> RenderableType:
     tier = result.latency.tier
+    banded = any(point.band for point in result.front)
     columns = (
         "",
         *(["context"] if _chose_context(result) else []),
         "at once",
-        "KL, table",
+        *(["all heads"] if banded else []),
+        f"KL, {BAND if banded else 'table'}",
         "of bf16",
         f"time per token, {tier}",
-        f"tokens/s, {tier}",
+        *([] if banded else [f"tokens/s, {tier}"]),
     )
     return table(
         f"Pareto front, prompts of {_prompts(result)}, KL in nats",
@@ -113,10 +116,11 @@ def _point(point: FrontPoint, context: bool) -> tuple[str, ...]:
         "*" if point.chosen else "",
         *([count(point.context_tokens)] if context else []),
         count(point.sequences),
-        f"{point.kl:.3g}",
+        *([str(point.parameters["uniform"])] if point.band else []),
+        figure(point.band, tier=False) if point.band else f"{point.kl:.3g}",
         percent(point.share),
         figure(point.time_per_token, tier=False),
-        figure(point.tokens_per_second, tier=False),
+        *([] if point.band else [figure(point.tokens_per_second, tier=False)]),
     )
 
 
@@ -127,9 +131,10 @@ def _rivals(result: SearchResult) -> RenderableType:
     columns = ["policy", "MiB", f"predicted KL ({', '.join(tiers)})"]
     columns += ["live KL"] * live + ["perplexity"] * live + ["retrieval"] * retrieval
     full = result.full_cache_accuracy
+    intervals = "with 95 % intervals" if BAND not in tiers else "as bands"
     captions = [
         f"{_caption(result)}, {result.quality.samples} held-out samples",
-        "KL in nats/token with 95 % intervals, MiB of one prompt",
+        f"KL in nats/token {intervals}, MiB of one prompt",
         *([f"retrieval of the full cache: {accuracy(full)}"] if full else []),
     ]
     return table(

@@ -7,14 +7,20 @@ from typing import Any, Literal
 
 Tier = Literal[
     "measured", "interpolated", "fitted", "transferred", "datasheet",  # latency and memory
-    "table", "replay", "live",  # quality
+    "table", "replay", "live", "stand-in band",  # quality
     "exact", "assumed",
 ]  # fmt: skip
 
 
+BAND: Tier = "stand-in band"
+"""Of a loss that was seen on another model: what counts is the interval, not the value in it."""
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 10-90 % interval (quality figures: 95 % bootstrap), unit and tier.
+    """A value with its 10-90 % interval, unit and tier.
+
+    Quality figures have 95 % bootstrap intervals; a stand-in's band is made by ``tuner.band``.
 
     Args:
         value: the figure.

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvtune.common.estimate import Estimate
+from kvtune.common.estimate import BAND, Estimate
 from kvtune.common.units import format_bytes, format_seconds
 
 
 def figure(estimate: Estimate | None, *, tier: bool = True) -> str:
-    """``0.0029 [0.0021, 0.0040] live``; ``-`` for a figure that there is not."""
+    """``0.0029 [0.0021, 0.0040] live``; ``-`` for a figure that there is not.
+
+    Of a band the ends alone are shown, ``0.0021 to 0.0400``.
+    """
     if estimate is None:
         return "-"
+    if estimate.tier == BAND and estimate.low < estimate.high:
+        text = f"{_two_digits(estimate.low)} to {_two_digits(estimate.high)}"
+        return f"{text}, {estimate.tier}" if tier else text
     show = _SHOWN.get(estimate.unit, _digits)
     text = show(estimate.value)
     if estimate.tier != "exact" and (estimate.low, estimate.high) != (estimate.value,) * 2:

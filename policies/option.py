@@ -35,7 +35,7 @@ class Budget:
         """``256``, ``12.5%`` or ``all``."""
         if self.tokens is not None:
             return str(self.tokens)
-        return "all" if self.share is None else f"{100 * self.share:g}%"
+        return "all" if self.share is None else f"{100 * self.share:.3g}%"
 
 
 ALL = Budget()

@@ -47,8 +47,6 @@ class Tables:
         loss: own terms, ``[n, I, O]`` nats/token.
         factor: ``[g, I, O, r]``, square root of nats/token; ``[n, ...]`` until compacted.
         group: which factor each sample uses, ``[n]``.
-        weight: of a head's own squared factor in the sum over heads; 1 unless heads were mapped
-            onto a model with another number of them.
     """
 
     model: str
@@ -61,7 +59,6 @@ class Tables:
     loss: Floats
     factor: Floats
     group: NDArray[np.int64]
-    weight: float = 1.0
 
     @property
     def heads(self) -> int:
@@ -125,7 +122,7 @@ class Tables:
         head = np.arange(self.heads)
         own = self.loss[:, head, choice].sum(1)
         picked = self.factor[:, head, choice]  # [g, I, r]
-        between = (picked.sum(1) ** 2).sum(-1) - self.weight * (picked**2).sum((1, 2))
+        between = (picked.sum(1) ** 2).sum(-1) - (picked**2).sum((1, 2))
         loss: Floats = np.maximum(own + cross * between[self.group], 0)
         return loss
 
@@ -180,22 +177,26 @@ def low_rank(factors: Floats, rank: int, weights: Floats | None = None) -> Float
     return projected.reshape(heads, options, rank)
 
 
-def onto(tables: Tables, model: str, layers: int, kv_heads: int, head_dim: int) -> Tables:
-    """A stand-in for a model whose weights are not at hand: heads matched by relative depth.
+def head_exchangeable(
+    tables: Tables, model: str, layers: int, kv_heads: int, head_dim: int
+) -> Tables:
+    """What the tables say of another model whose heads correspond to none of theirs.
 
-    Losses are scaled so that a uniform policy loses what it loses on the source model.
+    One thing carries over: what an option loses when all heads have it. That loss is divided
+    evenly among the other model's heads, without terms between heads, so that a policy with one
+    option for all heads loses what it loses on the source, and the order of the heads and layers
+    of either model cannot matter.
     """
-    layer = (np.arange(layers) * tables.layers) // layers
-    rank = (np.arange(kv_heads) * tables.kv_heads) // kv_heads
-    source = (layer[:, None] * tables.kv_heads + rank).ravel()
-    share = np.float32(tables.heads / len(source))
+    heads, count = layers * kv_heads, len(tables.samples)
+    alike = [tables.by_sample(np.full(tables.heads, o)) for o in range(len(tables.options))]
+    each = np.stack(alike, 1)[:, None] / np.float32(heads)  # [n, 1, O]
     return replace(
         tables,
         model=model,
         layers=layers,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        loss=tables.loss[:, source] * share,
-        factor=tables.factor[:, source] * share,
-        weight=tables.weight / float(share),
+        loss=np.broadcast_to(each, (count, heads, len(tables.options))),
+        factor=np.zeros((1, heads, len(tables.options), 1), np.float32),
+        group=np.zeros(count, np.int64),
     )

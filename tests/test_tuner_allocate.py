@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtune.common.errors import KvtuneError
-from kvtune.simulator.tables import Tables, onto
+from kvtune.simulator.tables import Tables
 from kvtune.tuner.allocate import Problem, exchange, priced, score, solve
 
 Make = Callable[..., Tables]
@@ -172,14 +172,9 @@ def test_scores_of_many_are_the_values_of_each(shrinkage: float) -> None:
         assert problem.value(choice) == pytest.approx(float(found), rel=1e-6)
 
 
-@pytest.mark.parametrize("mapped", [None, (6, 4), (2, 1), (32, 8)], ids=str)
 @pytest.mark.parametrize("shrinkage", [0.0, 0.4, 1.0])
-def test_values_are_the_tables_own_means(
-    make_tables: Make, shrinkage: float, mapped: tuple[int, int] | None
-) -> None:
+def test_values_are_the_tables_own_means(make_tables: Make, shrinkage: float) -> None:
     tables = make_tables(count=7, features=5)
-    if mapped is not None:
-        tables = onto(tables, "other", *mapped, head_dim=16)
     footprint = tables.footprints(256, 16)
     problem = Problem.of(tables, footprint, shrinkage=shrinkage, rank=35)
     rng = np.random.default_rng(2)
@@ -202,13 +197,8 @@ def test_fewer_options_are_the_same_numbers(make_tables: Make) -> None:
     assert (problem.allowing(mask).footprint == part.footprint).all()
 
 
-@pytest.mark.parametrize("mapped", [None, (6, 4)], ids=["own", "mapped"])
-def test_a_tied_problem_values_a_layer_as_its_heads_together(
-    make_tables: Make, mapped: tuple[int, int] | None
-) -> None:
+def test_a_tied_problem_values_a_layer_as_its_heads_together(make_tables: Make) -> None:
     tables = make_tables()
-    if mapped is not None:
-        tables = onto(tables, "other", *mapped, head_dim=16)
     problem = Problem.of(tables, tables.footprints(256, 16))
     tied = problem.tied(tables.kv_heads)
     assert len(tied.loss) == tables.layers

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,14 +28,12 @@ class Problem:
         factor: ``[I, O, r]``; its products between heads are the cross terms.
         footprint: bytes, ``[O]``.
         shrinkage: share of the cross terms that counts, 0 to 1.
-        weight: of a head's own squared factor in the sum over heads, as in ``Tables``.
     """
 
     loss: Floats
     factor: Floats
     footprint: NDArray[np.int64]
     shrinkage: float = 0.4
-    weight: float = 1.0
 
     @staticmethod
     def of(
@@ -52,15 +49,7 @@ class Problem:
         grouped = np.bincount(tables.group, weights=weights).astype(np.float32)
         loss = np.einsum("n,nio->io", weights, tables.loss)
         factor = low_rank(tables.factor, rank, grouped)
-        return Problem(loss, factor, footprint, shrinkage, tables.weight)
-
-    @cached_property
-    def own(self) -> Floats:
-        """What an option adds beside its factor's products with other heads', ``[I, O]``."""
-        if self.weight == 1:
-            return self.loss
-        squares: Floats = (self.factor**2).sum(-1)
-        return self.loss + self.shrinkage * (1 - self.weight) * squares
+        return Problem(loss, factor, footprint, shrinkage)
 
     def allowing(self, columns: Sequence[int] | NDArray[np.bool_ | np.integer]) -> Problem:
         """The same heads with fewer options."""
@@ -79,9 +68,9 @@ class Problem:
         """Neighbouring heads, ``size`` of them (a layer's), must choose alike."""
         factor = self.factor.reshape(-1, size, *self.factor.shape[1:]).sum(1)
         apart = (self.factor**2).sum(-1).reshape(-1, size, self.loss.shape[1]).sum(1)
-        within = (factor**2).sum(-1) - self.weight * apart
+        within = (factor**2).sum(-1) - apart
         own = self.loss.reshape(-1, size, self.loss.shape[1]).sum(1) + self.shrinkage * within
-        return replace(self, loss=own, factor=factor, footprint=self.footprint * size, weight=1.0)
+        return replace(self, loss=own, factor=factor, footprint=self.footprint * size)
 
     def value(self, choice: Choice) -> float:
         """Loss of one configuration, ``[I]``, with shrunk cross terms, nats/token."""
@@ -97,7 +86,7 @@ def score(problem: Problem, choices: Choice) -> Floats:
 
     Head by head, so that what is gathered stays in the cache: a few microseconds each.
     """
-    alone = problem.own - problem.shrinkage * (problem.factor**2).sum(-1)
+    alone = problem.loss - problem.shrinkage * (problem.factor**2).sum(-1)
     own = np.zeros(len(choices), np.float32)
     total = np.zeros((len(choices), problem.factor.shape[-1]), np.float32)
     for head, picked in enumerate(np.ascontiguousarray(choices.T)):
@@ -169,7 +158,7 @@ def _sweeps(problem: Problem, price: float, start: Choice, rounds: int = 3) -> C
     choice = start.copy()
     head = np.arange(len(choice))
     total = problem.factor[head, choice].sum(0)
-    base = problem.own + price * problem.footprint
+    base = problem.loss + price * problem.footprint
     for _ in range(rounds):
         changed = False
         for i in head:
@@ -204,7 +193,7 @@ def _moves(problem: Problem, choice: Choice) -> tuple[Floats, NDArray[np.int64],
     now = problem.factor[head, choice]
     others = now.sum(0) - now
     step = problem.factor - now[:, None]
-    gain = problem.own - problem.own[head, choice][:, None]
+    gain = problem.loss - problem.loss[head, choice][:, None]
     gain = gain + 2 * problem.shrinkage * np.einsum("ior,ir->io", step, others)
     return gain, problem.footprint - problem.footprint[choice][:, None], step
 

@@ -7,15 +7,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import kvtune
+from kvtune.common.estimate import BAND, Estimate
 from kvtune.common.progress import Progress
 from kvtune.policies.policy import Policy
 from kvtune.simulator.cost import Cost, policy_cost
 from kvtune.simulator.memory import MemoryBudget
-from kvtune.tuner.quality import estimate
+from kvtune.tuner.explore.record import selection_split
 from kvtune.tuner.question import Candidate, Solver, front
 from kvtune.tuner.request import FrontPoint, Quality, SearchRequest, SearchResult
-from kvtune.tuner.rivals import live_rivals, stand_in_rivals
+from kvtune.tuner.rivals import live_rivals
 from kvtune.tuner.sources import QualitySource
+from kvtune.tuner.stand_in_rivals import stand_in_rivals
 
 if TYPE_CHECKING:
     from kvtune.tuner.timing import Times
@@ -109,15 +111,12 @@ def _times(
 
 
 def _predicted(source: QualitySource, chosen: Candidate) -> Quality:
-    """The plan's loss on held-out samples, from the tables, moved onto the calibration's line."""
-    held_out = source.tables.of_split("evaluate")
-    kinds = [sample.kind for sample in held_out.samples]
-    raw = estimate(held_out.by_sample(chosen.choice), kinds, "table")
+    """The plan's loss on held-out samples, from the tables."""
     return Quality(
-        kl=source.calibration.apply(raw),
+        kl=source.loss_of(chosen.choice),
         source="stand-in" if source.stand_in else "own trace",
         stand_in=source.stand_in,
-        samples=len(kinds),
+        samples=len(source.tables.of_split("evaluate").samples),
     )
 
 
@@ -146,7 +145,14 @@ def _front_point(found: Found, candidate: Candidate, chosen: bool) -> FrontPoint
         tokens_per_second=cost.tokens_per_second,
         parameters=candidate.parameters,
         chosen=chosen,
+        band=_band(found.source, candidate),
     )
+
+
+def _band(source: QualitySource, candidate: Candidate) -> Estimate | None:
+    if not source.stand_in:
+        return None
+    return source.loss_of(candidate.choice, selection_split(source.tables))
 
 
 def _notes(found: Found, chosen: Candidate, quality: Quality) -> tuple[str, ...]:
@@ -154,12 +160,12 @@ def _notes(found: Found, chosen: Candidate, quality: Quality) -> tuple[str, ...]
     request, prompt = found.request, found.source.tables.prompt_tokens
     notes = [f"weights: {found.budgets[chosen.context].reason}"]
     if request.sequences is None or len(request.contexts) > 1:
-        within = chosen.kl <= request.largest_kl
+        whose = f"{quality.stand_in}'s loss" if quality.stand_in else "loss on selection"
+        limit = f"within {request.largest_kl:g} nats a token"
         reason = (
-            f"the most found whose loss on selection stays within {request.largest_kl:g} nats a "
-            "token"
-            if within
-            else f"the least loss found; none stays within {request.largest_kl:g} nats a token"
+            f"the most found for which {whose} stays {limit}"
+            if chosen.kl <= request.largest_kl
+            else f"the least loss found; none stays {limit}"
         )
         notes.append(f"at once: {chosen.sequences} of {chosen.context} tokens, {reason}.")
     if prompt != chosen.context:
@@ -167,9 +173,22 @@ def _notes(found: Found, chosen: Candidate, quality: Quality) -> tuple[str, ...]
             f"context: quality was measured on prompts of {prompt} tokens; budgets are shares of "
             f"the prompt and are carried over to {chosen.context}."
         )
-    if quality.kl.value > request.largest_kl:
+    if quality.kl.tier == BAND:
+        notes.append(_band_note(request, quality))
+    elif quality.kl.value > request.largest_kl:
         notes.append(
             f"loss: {quality.kl.value:.3g} nats a token on held-out samples is above --max-kl "
             f"{request.largest_kl:g}; fewer sequences (--batch) or more --mem lower it."
         )
     return tuple(notes)
+
+
+def _band_note(request: SearchRequest, quality: Quality) -> str:
+    reaches = "beyond" if quality.kl.high > request.largest_kl else "no higher than"
+    return (
+        f"loss: {request.shape.name} was not run; the band is what {quality.stand_in} loses over "
+        f"samples and kinds of text, widened by what was seen between models. It reaches {reaches} "
+        f"--max-kl {request.largest_kl:g}. Options for single heads or layers do not carry over "
+        "between models and are not offered; with weights (--model PATH) they are, and the plan is "
+        "run."
+    )

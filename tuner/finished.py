@@ -14,7 +14,6 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.files import inside, sha256, write_json
 from kvtune.common.stored import checked, read_json
 from kvtune.policies.document import read_policy
-from kvtune.policies.policy import Policy
 from kvtune.simulator.memory import MemoryBudget
 from kvtune.tuner.explore import PLANS_FILE
 from kvtune.tuner.explore.stored_result import (
@@ -24,6 +23,7 @@ from kvtune.tuner.explore.stored_result import (
 )
 from kvtune.tuner.request import FrontPoint, Quality, Rival, SearchRequest, SearchResult
 from kvtune.tuner.run_directory import policy_file
+from kvtune.tuner.source_models import digests
 
 if TYPE_CHECKING:
     from kvtune.tuner.timing import Times
@@ -35,7 +35,7 @@ def fingerprint(request: SearchRequest) -> str:
     """Hash of all that decides a search's answer; another folder is no other question."""
     asked = asdict(replace(request, run_dir=Path()))
     contents = [sha256(path) for path in request.texts]
-    parts = [asked, contents, _weights(request.model), kvtune.__version__]
+    parts = [asked, contents, _weights(request.model), digests(), kvtune.__version__]
     return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()
 
 
@@ -109,7 +109,7 @@ def _untouched(folder: Path, ended: Finished) -> bool:
 def _restored(request: SearchRequest, ended: Finished) -> SearchResult:
     path = request.run_dir / RESULT
     stored, where = read_result(path), str(path)
-    rivals = tuple(_rival(request.run_dir, rival) for rival in stored.rivals)
+    rivals = tuple(_rival(request, rival) for rival in stored.rivals)
     policy = rivals[0].policy
     if policy is None:
         raise KvtuneError("this result cannot be read: it has no plan", where=where)
@@ -137,11 +137,11 @@ _PLAIN = (
 )  # fmt: skip
 
 
-def _rival(folder: Path, rival: StoredRival) -> Rival:
+def _rival(request: SearchRequest, rival: StoredRival) -> Rival:
     policy = None
     if rival.policy is not None:
-        found = read_policy(inside(folder, rival.policy)).policy
-        policy = found if isinstance(found, Policy) else None
+        document = read_policy(inside(request.run_dir, rival.policy))
+        policy = document.bind(request.shape.layers, request.shape.kv_heads)
     return Rival(**vars(rival) | {"policy": policy})
 
 

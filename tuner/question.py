@@ -145,8 +145,10 @@ class Solver:
         """Predicted on the selection samples, nats/token."""
         return float(self.check.sample_weights() @ self.check.by_sample(choice))
 
-    def policy(self, candidate: Candidate, name: str = "kvtune plan") -> Policy:
+    def policy(self, candidate: Candidate) -> Policy:
         """The candidate as a policy, budgets as shares of the prompt."""
+        option = candidate.parameters.get("uniform")
+        name = "kvtune plan" if option is None else f"uniform {option}"
         return policy_of(self.question.tables, candidate.choice, name)
 
 

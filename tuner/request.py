@@ -77,8 +77,9 @@ class Quality:
     """A quality figure and whose it is.
 
     Args:
-        kl: nats/token, with a 95 % bootstrap interval over held-out samples, and tier.
-        source: the model's own trace, or a stand-in mapped onto it.
+        kl: nats/token, with a 95 % bootstrap interval over held-out samples, and tier; of a
+            stand-in, a band.
+        source: the model's own trace, or that of a stand-in.
         stand_in: the stand-in's name, or "".
         samples: held-out samples behind the figure.
     """
@@ -103,6 +104,7 @@ class FrontPoint:
         tokens_per_second: of all sequences together.
         parameters: what the study chose.
         chosen: whether this is the plan.
+        band: of a stand-in, around ``kl``; None where the loss is the model's own.
     """
 
     kl: float
@@ -114,6 +116,7 @@ class FrontPoint:
     tokens_per_second: Estimate
     parameters: dict[str, Any]
     chosen: bool = False
+    band: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,8 @@ class Rival:
 
     Args:
         name: for example ``uniform h2o int4``.
-        family: kvtune, layers, greedy, uniform, pyramid or adakv.
+        family: kvtune, layers, greedy, uniform, pyramid or adakv; beside a stand-in's plan, the
+            name of a method too.
         predicted: KL on held-out samples before anything ran live.
         live: the same measured live; None where no weights are at hand.
         prompt_bytes: of one compressed prompt.

@@ -19,7 +19,6 @@ from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.tuner.allocate import Choice, Problem, solve
 from kvtune.tuner.baselines import FAMILIES, Stored, candidates
 from kvtune.tuner.explore.record import by_kind
-from kvtune.tuner.quality import estimate
 from kvtune.tuner.question import Candidate, Solver, policy_of
 from kvtune.tuner.request import Rival
 from kvtune.tuner.sources import QualitySource
@@ -27,33 +26,6 @@ from kvtune.tuner.sources import QualitySource
 if TYPE_CHECKING:
     from kvtune.traces.trace import Trace
     from kvtune.tuner.validate import Validation
-
-
-def stand_in_rivals(
-    source: QualitySource,
-    solver: Solver,
-    policy: Policy,
-    chosen: Candidate,
-    predicted: Estimate,
-    progress: Progress,
-) -> tuple[list[Rival], None]:
-    """From tables alone: allocations predicted, simple families read off their live curves."""
-    question = solver.question
-    problem = solver.problems[chosen.context]
-    share = chosen.prompt_bytes / question.full_bytes(chosen.context)
-    plan = Rival("kvtune plan", "kvtune", predicted, None, chosen.prompt_bytes, policy=policy)
-    rivals = [replace(plan, by_kind=_held_out_by_kind(source, chosen.choice))]
-    budget = chosen.prompt_bytes - footprint_of_lengths(1, source.tables.heads)
-    for family, choice in _allocations(problem, source.tables.kv_heads, budget).items():
-        spent = problem.spent(choice) + footprint_of_lengths(1, source.tables.heads)
-        rivals.append(_allocated(source, family, choice, spent))
-    for family in FAMILIES:
-        if (point := _on_curve(source.curves.get(family, []), share)) is not None:
-            name, figure = point
-            stored = name.split(" ", 1)[1]  # a family's whole prompt bears the name of uniform's
-            named = f"{family} {stored}"
-            rivals.append(Rival(named, family, figure, None, chosen.prompt_bytes))
-    return rivals, None
 
 
 def live_rivals(
@@ -75,10 +47,10 @@ def live_rivals(
     budget = policy.footprint(tables.prompt_tokens, tables.head_dim)
     plan = Rival(policy.name, "kvtune", predicted, None, budget, policy=policy)
     rows = [
-        replace(plan, by_kind=_held_out_by_kind(source, chosen.choice)),
+        replace(plan, by_kind=held_out_by_kind(source, chosen.choice)),
         *(
             _allocated(source, family, choice, _own_bytes(source, choice))
-            for family, choice in _own_allocations(source, budget).items()
+            for family, choice in _allocations(source, budget).items()
         ),
         *_best_of_families(source, trace, loaded.device, budget, progress),
     ]
@@ -129,10 +101,10 @@ def _allocated(source: QualitySource, family: str, choice: Choice, spent: int) -
     return Rival(
         name=name,
         family=family,
-        predicted=_held_out(source, choice),
+        predicted=source.loss_of(choice),
         live=None,
         prompt_bytes=spent,
-        by_kind=_held_out_by_kind(source, choice),
+        by_kind=held_out_by_kind(source, choice),
         policy=policy_of(source.tables, choice, name),
     )
 
@@ -144,7 +116,7 @@ def _simple(
     return Rival(
         name=policy.name,
         family=family,
-        predicted=_calibrated(source, losses, kinds),
+        predicted=source.loss(losses, kinds, "replay"),
         live=None,
         prompt_bytes=policy.footprint(source.tables.prompt_tokens, source.tables.head_dim),
         by_kind=by_kind(losses, kinds, source.calibration.value),
@@ -171,31 +143,23 @@ _PROMISING = 2  # methods and precisions that the other families try, of the uni
 _NAMES = {"layers": "best per layer", "greedy": "greedy per head"}
 
 
-def _allocations(problem: Problem, kv_heads: int, budget: int) -> dict[str, Choice]:
+def _allocations(source: QualitySource, budget: int) -> dict[str, Choice]:
     """One option a layer, and each head for itself without the terms between heads."""
+    tables = source.tables
+    footprint = tables.footprints(tables.prompt_tokens, tables.head_dim)
+    problem = Problem.of(tables.of_split("search"), footprint)
+    room = budget - footprint_of_lengths(1, tables.heads)
     try:
         return {
-            "layers": np.repeat(solve(problem.tied(kv_heads), budget), kv_heads),
-            "greedy": solve(problem.shrunk(0.0), budget),
+            "layers": np.repeat(solve(problem.tied(tables.kv_heads), room), tables.kv_heads),
+            "greedy": solve(problem.shrunk(0.0), room),
         }
     except KvtuneError:  # a layer's smallest option may not fit where a head's does
         return {}
 
 
-def _own_allocations(source: QualitySource, budget: int) -> dict[str, Choice]:
-    tables = source.tables
-    footprint = tables.footprints(tables.prompt_tokens, tables.head_dim)
-    problem = Problem.of(tables.of_split("search"), footprint)
-    room = budget - footprint_of_lengths(1, tables.heads)
-    return _allocations(problem, tables.kv_heads, room)
-
-
-def _held_out(source: QualitySource, choice: Choice) -> Estimate:
-    tables = source.tables.of_split("evaluate")
-    return _calibrated(source, tables.by_sample(choice), [s.kind for s in tables.samples], "table")
-
-
-def _held_out_by_kind(source: QualitySource, choice: Choice) -> dict[str, float]:
+def held_out_by_kind(source: QualitySource, choice: Choice) -> dict[str, float]:
+    """Calibrated loss by kind of text on held-out samples."""
     tables = source.tables.of_split("evaluate")
     kinds = [sample.kind for sample in tables.samples]
     return by_kind(tables.by_sample(choice), kinds, source.calibration.value)
@@ -207,34 +171,6 @@ def _own_bytes(source: QualitySource, choice: Choice) -> int:
     return int(footprint[choice].sum()) + footprint_of_lengths(1, tables.heads)
 
 
-def _calibrated(
-    source: QualitySource, losses: Any, kinds: Sequence[str], tier: Any = "replay"
-) -> Estimate:
-    return source.calibration.apply(estimate(losses, kinds, tier))
-
-
 def _stored_by(policy: Policy) -> Stored:
     option = policy.heads[0][0]
     return option.method, option.keys
-
-
-def _on_curve(points: Sequence[dict[str, Any]], share: float) -> tuple[str, Estimate] | None:
-    """A family's loss at a share, straight between measured points in logarithms; else nothing."""
-    at = [point["at"] for point in points]
-    if not points or not at[0] <= share <= at[-1]:
-        return None
-    column = np.log(at)
-
-    def between(values: Sequence[float]) -> float:
-        return float(np.exp(np.interp(np.log(share), column, np.log(np.maximum(values, 1e-9)))))
-
-    nearest = min(points, key=lambda point: abs(np.log(point["at"] / share)))
-    low, high = zip(*(point["kl_interval"] for point in points), strict=True)
-    figure = Estimate(
-        between([point["kl"] for point in points]),
-        between(low),
-        between(high),
-        "nats/token",
-        "interpolated",
-    )
-    return nearest["name"], figure

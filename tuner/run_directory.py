@@ -11,6 +11,7 @@ from kvtune.common.estimate import Estimate
 from kvtune.common.files import write_json, write_text
 from kvtune.policies.document import (
     ModelFacts,
+    Pattern,
     PolicyDocument,
     Provenance,
     Serving,
@@ -49,7 +50,7 @@ def _document(result: SearchResult) -> PolicyDocument:
     request, quality = result.request, result.quality
     written = WrittenQuality(quality.source, quality.stand_in, quality.kl)
     return PolicyDocument(
-        policy=result.policy,
+        policy=_short(result.policy),
         model=ModelFacts(
             request.shape.name,
             request.shape.layers,
@@ -81,7 +82,15 @@ def _baseline_document(plan: PolicyDocument, rival: Rival, policy: Policy) -> Po
     assert made.quality is not None  # noqa: S101
     quality = replace(made.quality, kl_nats_per_token=rival.live or rival.predicted)
     provenance = replace(made, quality=quality, memory={}, latency={})
-    return replace(plan, policy=replace(policy, name=rival.name), provenance=provenance)
+    return replace(plan, policy=_short(replace(policy, name=rival.name)), provenance=provenance)
+
+
+def _short(policy: Policy) -> Policy | Pattern:
+    """One option everywhere as the one line that it is, which any model can take."""
+    options = set(policy.options())
+    return (
+        Pattern(options.pop(), (), policy.allocator, policy.name) if len(options) == 1 else policy
+    )
 
 
 def policy_file(rival: Rival) -> str | None:

@@ -62,16 +62,20 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
     question = _question(request, budgets, source)
     solver = Solver.of(question)
     facts = _facts(request, budgets, source)
-    recorder = Recorder(request.run_dir, facts, source.tables, source.calibration)
-    trials = run_study(
-        solver,
-        trials=request.trials,
-        seed=request.seed,
-        journal=request.run_dir / f"study-{facts.study}.journal",
-        progress=progress,
-        found=recorder.add,
+    recorder = Recorder(request.run_dir, facts, source)
+    trials = (
+        run_study(
+            solver,
+            trials=facts.trials,
+            seed=request.seed,
+            journal=request.run_dir / f"study-{facts.study}.journal",
+            progress=progress,
+            found=recorder.add,
+        )
+        if facts.trials
+        else []
     )
-    simple = simple_points(solver, first=request.trials)
+    simple = simple_points(solver, first=facts.trials)
     for point in simple:
         recorder.add(point)
     candidates = [*trials, *simple]
@@ -194,7 +198,7 @@ def _facts(request: SearchRequest, budgets: Budgets, source: QualitySource) -> F
         weights=budgets[request.contexts[-1]].weight_format,
         generated_tokens=request.generated_tokens,
         largest_kl=request.largest_kl,
-        trials=request.trials,
+        trials=0 if source.stand_in else request.trials,
         seed=request.seed,
         source="stand-in" if source.stand_in else "own trace",
         stand_in=source.stand_in,
@@ -209,6 +213,10 @@ def _facts(request: SearchRequest, budgets: Budgets, source: QualitySource) -> F
 def _study_key(request: SearchRequest, source: QualitySource) -> str:
     """A journal belongs to one question; another limit or model begins another."""
     asked = asdict(replace(request, run_dir=Path(), trials=0, shape=None, gpu=None))  # type: ignore[arg-type]
-    names = [request.shape.name, request.gpu.slug, source.provenance.get("trace", "stand-in")]
+    names = [
+        request.shape.name,
+        request.gpu.slug,
+        source.provenance.get("trace") or source.provenance.get("sources"),
+    ]
     text = json.dumps([asked, names, kvtune.__version__], default=str, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]

@@ -1,7 +1,7 @@
 """Plans that need no search: every head alike, the uncompressed cache among them.
 
 They stand beside the trials, so that a search of few trials is never worse than what anybody would
-try first.
+try first. On a stand-in they are all there is: losses of single heads carry over to no other model.
 """
 
 from __future__ import annotations

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
 from kvtune.common.errors import KvtuneError
-from kvtune.common.files import cache_dir, sha256
+from kvtune.common.estimate import Estimate, Tier
+from kvtune.common.files import cache_dir
 from kvtune.common.progress import Progress
 from kvtune.policies.signals import Needs
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.calibration import NONE, Calibration
-from kvtune.simulator.tables import Tables, onto
+from kvtune.simulator.tables import Tables
 from kvtune.simulator.tables_file import load_tables, save_tables
 from kvtune.traces.signals import SIGNALS
+from kvtune.tuner import source_models
+from kvtune.tuner.band import band
 from kvtune.tuner.options import FULL, LAPTOP, Menu, every_method
+from kvtune.tuner.quality import estimate
 from kvtune.tuner.request import SearchRequest
 
 if TYPE_CHECKING:
     from kvtune.traces.models import LoadedModel
     from kvtune.traces.trace import Trace
 
-STAND_IN = "smollm2-135m"
 _PROBES = {"small": 4, "full": 16}
 _LEAST_WINDOW = 64  # prompt queries of every trace: policies that come later may look at them
 
@@ -36,7 +42,7 @@ class QualitySource:
     Args:
         tables: every split.
         calibration: from predicted to live.
-        stand_in: name of the model that stands in, or "" where the tables are the model's own.
+        stand_in: names of the models that stand in, or "" where the tables are the model's own.
         loaded: the model, where its weights are at hand.
         trace: its trace, likewise.
         curves: a stand-in's baselines, live: family -> measured points.
@@ -51,30 +57,36 @@ class QualitySource:
     curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    def loss(self, by_sample: ArrayLike, kinds: Sequence[str], tier: Tier) -> Estimate:
+        """A policy's loss from what it loses on samples: calibrated, and a stand-in's as a band."""
+        if self.stand_in:
+            return band(by_sample, kinds, self.calibration)
+        return self.calibration.apply(estimate(by_sample, kinds, tier))
 
-def packaged_tables() -> tuple[Tables, dict[str, Any]]:
-    """The tables of SmolLM2-135M that the package ships, measured on a GPU."""
-    folder = resources.files("kvtune.tuner") / "data"
-    wanted = (folder / "SHA256SUMS").read_text().split()[0]
-    with resources.as_file(folder / f"{STAND_IN}.safetensors") as file:
-        if sha256(file) != wanted:
-            raise KvtuneError(
-                "the packaged tables do not match their hash",
-                where=str(file),
-                hint="install kvtune again.",
-            )
-        return load_tables(file)
+    def loss_of(self, choice: NDArray[np.int64], split: str = "evaluate") -> Estimate:
+        """The same of a configuration, ``[I]``, on the samples of a split."""
+        tables = self.tables.of_split(split)
+        return self.loss(tables.by_sample(choice), [s.kind for s in tables.samples], "table")
 
 
 def stand_in(shape: ModelShape) -> QualitySource:
-    """The packaged tables, mapped onto another model's heads by relative depth and rank."""
-    tables, provenance = packaged_tables()
+    """All sources' tables, as far as they say anything of a model with other heads.
+
+    The calibration is the packaged source's, for all of them.
+    """
+    provenance = source_models.packaged_tables()[1]
+    tables, names = source_models.all_tables(
+        shape.layers, shape.kv_heads, shape.head_dim, shape.name
+    )
     return QualitySource(
-        tables=onto(tables, shape.name, shape.layers, shape.kv_heads, shape.head_dim),
+        tables=tables,
         calibration=Calibration(**provenance["calibration"]),
-        stand_in=STAND_IN,
+        stand_in=names,
         curves=provenance["baselines"],
-        provenance={"stand_in": {k: v for k, v in provenance.items() if k != "baselines"}},
+        provenance={
+            "stand_in": {k: v for k, v in provenance.items() if k != "baselines"},
+            "sources": source_models.digests(),
+        },
     )
 
 
@@ -183,7 +195,7 @@ def _own_tables(
 def _borrowed_calibration() -> Calibration:
     """The packaged model's line: how far live runs leave predictions hardly differs by model."""
     try:
-        return Calibration(**packaged_tables()[1]["calibration"])
+        return Calibration(**source_models.packaged_tables()[1]["calibration"])
     except (KvtuneError, KeyError, FileNotFoundError):
         return NONE
 

@@ -9,6 +9,7 @@ from pydantic import Field, PlainValidator
 
 from kvtune.common.bounds import Count, Loss, Name, Whole
 from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import BAND
 from kvtune.common.stored import checked
 from kvtune.policies.document import PolicyDocument, read_policy, write_policy
 from kvtune.policies.option import Option
@@ -82,7 +83,7 @@ class Facts:
     def size(self) -> Size:
         """What every plan's line must fit."""
         heads = self.shape.layers * self.shape.kv_heads
-        return Size(heads, len(self.options), len(self.kinds))
+        return Size(heads, len(self.options), len(self.kinds), BAND if self.stand_in else "table")
 
     @property
     def card(self) -> GpuProfile:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from kvtune.common.bounds import Count, Loss, Parameter, Whole
 from kvtune.common.errors import KvtuneError
-from kvtune.common.estimate import Estimate
+from kvtune.common.estimate import Estimate, Tier
 from kvtune.common.stored import checked
 
 Floats = NDArray[np.float64]
@@ -67,6 +67,7 @@ class Plans:
         by_kind: ``[n, K]``.
         heads: ``[n, I]``.
         parameters: n of them.
+        tier: of the losses.
     """
 
     trial: Integers
@@ -78,6 +79,7 @@ class Plans:
     by_kind: Floats
     heads: NDArray[np.uint16]
     parameters: tuple[dict[str, Any], ...]
+    tier: Tier = "table"
 
     def __len__(self) -> int:
         return len(self.trial)
@@ -88,17 +90,17 @@ class Plans:
             context_tokens=int(self.context_tokens[row]),
             sequences=int(self.sequences[row]),
             prompt_bytes=int(self.prompt_bytes[row]),
-            kl=_loss(self.kl[row]),
-            held_out=_loss(self.held_out[row]),
+            kl=_loss(self.kl[row], self.tier),
+            held_out=_loss(self.held_out[row], self.tier),
             by_kind=tuple(map(float, self.by_kind[row])),
             heads=self.heads[row],
             parameters=self.parameters[row],
         )
 
 
-def _loss(ends: Iterable[float]) -> Estimate:
+def _loss(ends: Iterable[float], tier: Tier) -> Estimate:
     value, low, high = map(float, ends)
-    return Estimate(value, low, high, "nats/token", "table")
+    return Estimate(value, low, high, "nats/token", tier)
 
 
 def write_line(plan: Plan) -> str:
@@ -140,11 +142,13 @@ class Size:
         heads: KV heads of the model, I.
         options: that a head may be given.
         kinds: of held-out text, K.
+        tier: of the losses.
     """
 
     heads: int
     options: int
     kinds: int
+    tier: Tier = "table"
 
 
 def read_line(record: Any, size: Size, where: str) -> Plan:
@@ -171,8 +175,8 @@ def read_line(record: Any, size: Size, where: str) -> Plan:
         context_tokens=line.context_tokens,
         sequences=line.sequences,
         prompt_bytes=line.prompt_bytes,
-        kl=_loss(line.kl),
-        held_out=_loss(line.held_out),
+        kl=_loss(line.kl, size.tier),
+        held_out=_loss(line.held_out, size.tier),
         by_kind=line.by_kind,
         heads=codes,
         parameters=line.parameters,
@@ -209,4 +213,5 @@ def columns(plans: Sequence[Plan], size: Size) -> Plans:
         by_kind=np.array([plan.by_kind for plan in plans], np.float64).reshape(count, size.kinds),
         heads=np.array([plan.heads for plan in plans], np.uint16).reshape(count, size.heads),
         parameters=tuple(plan.parameters for plan in plans),
+        tier=size.tier,
     )

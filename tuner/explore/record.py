@@ -10,17 +10,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtune.common.estimate import Estimate
 from kvtune.common.files import append_text, write_text
 from kvtune.tuner.explore import PLANS_FILE
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.plans import Plan, write_line
-from kvtune.tuner.quality import estimate
 
 if TYPE_CHECKING:
-    from kvtune.simulator.calibration import Calibration
     from kvtune.simulator.tables import Tables
     from kvtune.tuner.question import Candidate
+    from kvtune.tuner.sources import QualitySource
 
 
 class Recorder:
@@ -29,44 +27,34 @@ class Recorder:
     Args:
         folder: the run directory.
         facts: the first line.
-        tables: every split, to judge plans by kind of text.
-        calibration: from predicted to live.
+        source: of the quality.
     """
 
-    def __init__(
-        self, folder: Path, facts: Facts, tables: Tables, calibration: Calibration
-    ) -> None:
-        self.path, self.facts, self.calibration = folder / PLANS_FILE, facts, calibration
-        self.selection = tables.of_split(selection_split(tables))
-        self.held_out = tables.of_split("evaluate")
+    def __init__(self, folder: Path, facts: Facts, source: QualitySource) -> None:
+        self.path, self.facts, self.source = folder / PLANS_FILE, facts, source
+        self.held_out = source.tables.of_split("evaluate")
         write_text(self.path, json.dumps(facts.as_plain()) + "\n")
 
     def add(self, candidate: Candidate) -> None:
-        """Write one plan; its loss as the study predicted it, before calibration."""
-        held_out = self.held_out.by_sample(candidate.choice)
+        """Write one plan."""
         plan = Plan(
             trial=candidate.number,
             context_tokens=candidate.context,
             sequences=candidate.sequences,
             prompt_bytes=candidate.prompt_bytes,
-            kl=self._loss(self.selection, self.selection.by_sample(candidate.choice)),
-            held_out=self._loss(self.held_out, held_out),
-            by_kind=self._by_kind(held_out),
+            kl=self.source.loss_of(candidate.choice, selection_split(self.source.tables)),
+            held_out=self.source.loss_of(candidate.choice),
+            by_kind=self._by_kind(candidate.choice),
             heads=candidate.choice.astype(np.uint16),
             parameters=candidate.parameters,
         )
         append_text(self.path, write_line(plan))
 
-    def _loss(self, tables: Tables, by_sample: NDArray[np.float32]) -> Estimate:
-        return self.calibration.apply(estimate(by_sample, _kinds(tables), "table"))
-
-    def _by_kind(self, by_sample: NDArray[np.float32]) -> tuple[float, ...]:
-        means = by_kind(by_sample, _kinds(self.held_out), self.calibration.value)
+    def _by_kind(self, choice: NDArray[np.int64]) -> tuple[float, ...]:
+        kinds = [sample.kind for sample in self.held_out.samples]
+        moved = self.source.calibration.value
+        means = by_kind(self.held_out.by_sample(choice), kinds, moved)
         return tuple(means[kind] for kind in self.facts.kinds)
-
-
-def _kinds(tables: Tables) -> list[str]:
-    return [sample.kind for sample in tables.samples]
 
 
 def selection_split(tables: Tables) -> str:

@@ -27,6 +27,7 @@ class StoredPoint:
     share: float | None = None
     time_per_token: Estimate | None = None
     tokens_per_second: Estimate | None = None
+    band: Estimate | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,50 @@
+"""A stand-in's loss as a band: what another model may lose with the same option for all heads.
+
+One number would claim more than is known: the source is another model, which read other texts.
+The band reaches from the kind of text that loses least on the source to the kind that loses most,
+and is widened by what was seen between models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from kvtune.common.estimate import BAND, Estimate
+from kvtune.simulator.calibration import Calibration
+from kvtune.tuner.quality import mean_over_kinds
+
+SAMPLES = (10, 90)  # percentiles over a kind's samples
+TRANSFER = 2.0
+"""Widens both ends of a band."""
+
+
+def band(losses: ArrayLike, kinds: Sequence[str], calibration: Calibration) -> Estimate:
+    """The band of one policy, around the source's own calibrated mean.
+
+    The line of the calibration is fitted to policies of all sorts and reads those that only
+    quantise too high, so that the band holds both what it says and what the tables said before.
+
+    Args:
+        losses: of the source's samples, before calibration, nats/token.
+        kinds: of text, one a sample.
+        calibration: from predicted to live, of the source.
+    """
+    array, labels = np.asarray(losses, float), np.asarray(kinds)
+    parts = [array[labels == kind] for kind in sorted(set(kinds))]
+    low = float(min(np.percentile(part, SAMPLES[0]) for part in parts))
+    high = float(max(np.percentile(part, SAMPLES[1]) for part in parts))
+    mean = mean_over_kinds(array, kinds)
+    ends = (low, high, mean, *(calibration.value(end) for end in (low, high, mean)))
+    return _widened(calibration.value(mean), ends)
+
+
+def band_of_live(kl: float, interval: Sequence[float], by_kind: Mapping[str, float]) -> Estimate:
+    """The band of a policy that ran live on the source: its interval and its kinds of text."""
+    return _widened(kl, (kl, *interval, *by_kind.values()))
+
+
+def _widened(value: float, ends: Sequence[float]) -> Estimate:
+    return Estimate(value, min(ends) / TRANSFER, max(ends) * TRANSFER, "nats/token", BAND)

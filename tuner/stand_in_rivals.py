@@ -1,0 +1,82 @@
+"""A stand-in's plan beside other simple rules, as far as they ran live on the source model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from kvtune.common.estimate import Estimate
+from kvtune.common.progress import Progress
+from kvtune.policies.policy import Policy
+from kvtune.tuner.band import band_of_live
+from kvtune.tuner.baselines import FAMILIES
+from kvtune.tuner.question import Candidate, Solver
+from kvtune.tuner.request import Rival
+from kvtune.tuner.rivals import held_out_by_kind
+from kvtune.tuner.source_models import STAND_IN
+from kvtune.tuner.sources import QualitySource
+
+
+def stand_in_rivals(
+    source: QualitySource,
+    solver: Solver,
+    policy: Policy,
+    chosen: Candidate,
+    predicted: Estimate,
+    progress: Progress,
+) -> tuple[list[Rival], None]:
+    """The plan, and every family at its bytes; nothing is run."""
+    plan = Rival(
+        name=policy.name,
+        family="kvtune",
+        predicted=predicted,
+        live=None,
+        prompt_bytes=chosen.prompt_bytes,
+        by_kind=held_out_by_kind(source, chosen.choice),
+        policy=policy,
+    )
+    share = chosen.prompt_bytes / solver.question.full_bytes(chosen.context)
+    found = (
+        Rival(f"{name}, live on {STAND_IN}", family, loss, None, chosen.prompt_bytes)
+        for family, name, loss in _families(source, share)
+    )
+    return [plan, *found], None
+
+
+def _families(source: QualitySource, share: float) -> Iterator[tuple[str, str, Estimate]]:
+    """Family, name and loss of those that are something of their own at this share.
+
+    Where all tokens fit in few bits a family has nothing to divide: its best is uniform's.
+    """
+    for family in FAMILIES:
+        points = source.curves.get(family, [])
+        if points and share >= _share(points[0]):
+            nearest = min(points, key=lambda point: abs(np.log(_share(point) / share)))
+            if nearest["name"].split()[0] == family:
+                yield family, nearest["name"], loss_at(points, share)
+
+
+def loss_at(points: Sequence[dict[str, Any]], share: float) -> Estimate:
+    """A family's band at a share, straight between measured points in logarithms.
+
+    Beyond the last point it is that point's: more bytes than it takes do no harm.
+    """
+    column = np.log([_share(point) for point in points])
+    bands = [
+        band_of_live(point["kl"], point["kl_interval"], point.get("kl_by_kind", {}))
+        for point in points
+    ]
+
+    def between(end: str) -> float:
+        values = np.log(np.maximum([getattr(each, end) for each in bands], 1e-9))
+        return float(np.exp(np.interp(np.log(share), column, values)))
+
+    first = bands[0]
+    return Estimate(between("value"), between("low"), between("high"), first.unit, first.tier)
+
+
+def _share(point: dict[str, Any]) -> float:
+    """Of the bf16 bytes that a measured policy took; at most what it was allowed, ``at``."""
+    return float(point.get("share", point["at"]))
