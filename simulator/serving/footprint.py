@@ -84,10 +84,10 @@ def footprint(
 def check_shape(shape: ModelShape, policy: Policy, tokens: int) -> None:
     """Refuse a policy that cannot be costed on a shape for sequences of so many tokens."""
     policy.check_fits(shape.layers, shape.kv_heads)
-    if shape.latent is not None or shape.lets_go(tokens):
+    if not shape.keeps_all(tokens):
         raise KvtuneError(
-            f"{shape.name} has sliding-window or latent layers; policies for those cannot be "
-            "costed yet"
+            f"{shape.name} has layers that do not cache every token by the same heads; "
+            "policies for those cannot be costed yet"
         )
 
 
