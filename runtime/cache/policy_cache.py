@@ -135,7 +135,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
         new_tokens: int = 1024,
         evicts: bool = False,
         residual: int | None = None,
-        backend_of: Callable[[torch.device], Backend] = backend_for,
+        backend_of: Callable[[torch.device], Backend] | None = None,
     ) -> None:
         """Hold nothing yet: memory is taken when the prompt's length is known."""
         self.policy, self.geometry = policy, geometry
@@ -173,7 +173,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
 
     def open(self, device: torch.device, prompts: list[int]) -> None:
         """The first layer begins to read prompts of these lengths."""
-        self.backend, self.prompts = self._backend_of(device), prompts
+        self.backend, self.prompts = (self._backend_of or backend_for)(device), prompts
         if not self.waits:
             planned = {tokens: self.policy.budgets(tokens) for tokens in set(prompts)}
             self._take_memory(device, prompts, [planned[tokens] for tokens in prompts])
