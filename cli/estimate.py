@@ -54,10 +54,23 @@ def command(
         weights=weights,
     )
     document = _document(policy)
+    note = _too_long(target)
     costs = _costs(target, budget, document, evicts)
     with speaking(as_json, quiet) as output:
-        output.show(*_tables(budget, costs, document))
+        output.show(*_tables(budget, costs, document), *note)
         output.finish("estimate", _answer(target, budget, costs, document))
+
+
+def _too_long(target: Target) -> list[str]:
+    """A line where prompt and answer together are longer than the model takes."""
+    tokens, most = target.context_tokens + target.generated_tokens, target.shape.max_context
+    if tokens <= most:
+        return []
+    return [
+        f"note: {tokens:,} tokens of prompt and answer are more than the {most:,} that "
+        f"{target.shape.name} takes; --context {max(1, most - target.generated_tokens)} leaves "
+        "room for the answer."
+    ]
 
 
 def _document(path: Path | None) -> PolicyDocument | None:

@@ -83,7 +83,7 @@ def policy_cost(
     policy.check_fits(shape.layers, shape.kv_heads)
     if not shape.keeps_all(budget.context_tokens + generated):
         raise KvtuneError(
-            f"{shape.name} has layers that do not cache every token by the same heads; "
+            f"{shape.name} has sliding-window, latent, recurrent or unequal layers; "
             "policies for those cannot be costed yet"
         )
     tokens = budget.context_tokens

@@ -308,7 +308,7 @@ def test_a_second_search_uses_trace_and_tables_again(
 
 def test_weights_of_another_shape_are_refused(own: SearchRequest) -> None:
     with pytest.raises(KvtuneError, match="head_dim"):
-        run_search(replace(own, shape=replace(own.shape, kv_heads=1)))
+        run_search(replace(own, shape=replace(own.shape, kv_heads=1, cache=())))
 
 
 def test_a_stand_in_can_be_asked_for_where_weights_are_at_hand(own: SearchRequest) -> None:

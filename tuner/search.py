@@ -96,7 +96,7 @@ def _refuse_unknown_layers(request: SearchRequest) -> None:
     longest = request.contexts[-1] + request.generated_tokens
     if not request.shape.keeps_all(longest):
         raise KvtuneError(
-            f"{request.shape.name} has layers that do not cache every token by the same heads, "
+            f"{request.shape.name} has sliding-window, latent, recurrent or unequal layers, "
             "which search cannot plan yet",
             hint="kvtune estimate tells what its uncompressed cache takes; contexts that are no "
             "longer than the window can be planned.",
