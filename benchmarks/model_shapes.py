@@ -22,8 +22,8 @@ _CONTEXT = 131_072
 VERDICTS = ("same", "interval", "refused", "DIFFERENT")
 
 
-def theirs(kind: str) -> tuple[int, int | None]:
-    """Parameters, and bytes a cached token where the projections say them."""
+def theirs(kind: str) -> tuple[int, int | None, int]:
+    """Parameters, bytes a cached token where the projections say them, and layers."""
     import torch
     import transformers
 
@@ -32,7 +32,8 @@ def theirs(kind: str) -> tuple[int, int | None]:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     corrections = [b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
     counted = sum(p.numel() for p in [*model.parameters(), *corrections])
-    return counted, projected_bytes(model)
+    layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    return counted, projected_bytes(model), layers
 
 
 def projected_bytes(model: Any) -> int | None:
@@ -47,7 +48,9 @@ def projected_bytes(model: Any) -> int | None:
         and hasattr(getattr(module, name, None), "out_features")
         and not (modes and modes[module.layer_idx] == "reuse")
     ]
-    plain = len(sizes) == 2 * text.num_hidden_layers
+    # Cross-attention and linear layers have projections too, whose outputs are not cached so.
+    kinds = {type(module) for module in model.modules() if hasattr(module, "k_proj")}
+    plain = len(sizes) == 2 * text.num_hidden_layers and len(kinds) == 1
     return 2 * sum(sizes) if plain else None
 
 
@@ -60,8 +63,10 @@ def compare(kind: str) -> tuple[str, str]:
     if shape.parameter_counts().unknown:
         low, high = shape.parameters, shape.parameters + shape.parameter_counts().unknown
         return "interval", f"| {kind} | interval | {low:,} to {high:,} | | | |"
-    parameters, a_token = theirs(kind)
+    parameters, a_token, layers = theirs(kind)
     ours, state = shape.kv_bytes_per_token(), sum(c.state_bytes for c in shape.layer_caches)
+    if shape.layers != layers:  # layers that run in loops cache once a loop
+        a_token = None
     same = shape.parameters == parameters and a_token in (None, ours)
     verdict = "same" if same else "DIFFERENT"
     difference = "" if same else f" ({parameters:,}, {a_token})"

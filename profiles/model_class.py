@@ -150,6 +150,9 @@ _SAME_LAYERS = {
 }  # fmt: skip
 
 
+_DECODERS = ("gpt_neox", "gpt_neox_japanese")  # whose class keeps that switch, unused
+
+
 def _made_config(config: Mapping[str, Any], file: str) -> Any:
     """The configuration as its class completes it."""
     import transformers
@@ -174,6 +177,12 @@ def _made_config(config: Mapping[str, Any], file: str) -> Any:
             raise KvtuneError(
                 f"{kind} is an encoder-decoder; only decoders are counted", where=file
             )
+        # BERT and its kin are decoders only where the file says so.
+        if getattr(made, "is_decoder", None) is False and made.model_type not in _DECODERS:
+            raise KvtuneError(
+                f"{kind} is an encoder, which caches nothing", where=file,
+                hint="an encoder's configuration that is a decoder's says 'is_decoder': true.",
+            )  # fmt: skip
         return made
     except KvtuneError:
         raise

@@ -276,7 +276,7 @@ def test_windows_of_a_config(tmp_path: Path, changes: dict[str, Any], windows: A
             r"\(32\) must be equal to the number of .layer_types. \(1\)",
         ),
         ({"model_type": "t5"}, "encoder-decoder"),
-        ({"model_type": "bert"}, "caches"),
+        ({"model_type": "bert"}, "bert is an encoder"),
     ],
 )
 def test_a_bad_config_is_refused(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
