@@ -62,17 +62,18 @@ def experts_of(model: Any, text: Any, file: str) -> Experts | None:
     names = [n for n, p in model.named_parameters() if _group(n, p) == "experts"]
     if not names:
         return None
-    count = first_of(
-        text, ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
-    )
-    active = first_of(
-        text,
-        ("num_experts_per_tok", "moe_k", "top_k_experts", "num_experts_per_token", "moe_topk"),
-        1,
-    )
-    width = first_of(
-        text, ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"), 1
-    )
-    if active > count:
+    places = [text, getattr(text, "ffn_config", None)]  # DBRX keeps its numbers one level down
+    count, active = (max(first_of(place, keys) for place in places) for keys in (_COUNT, _ACTIVE))
+    if max(1, active) > max(1, count):
         raise KvtuneError(f"a token cannot visit {active} of {count} experts", where=file)
-    return Experts(max(1, count), active, width)
+    return Experts(max(1, count), max(1, active), first_of(text, _WIDTH, 1))
+
+
+_COUNT = (
+    "num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts", "num_moe_experts",
+)  # fmt: skip
+_ACTIVE = (
+    "num_experts_per_tok", "moe_k", "top_k_experts", "num_experts_per_token", "moe_topk",
+    "moe_top_k",
+)  # fmt: skip
+_WIDTH = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")

@@ -104,6 +104,9 @@ def build_facts(config: Mapping[str, Any], file: str) -> ClassFacts:
     with _quiet(), torch.device("meta"), torch.no_grad():
         made = _made_config(config, file)
         text = made.get_text_config(decoder=True)
+        made.pad_token_id = text.pad_token_id = (
+            None  # some classes' own is above small vocabularies
+        )
         model, whole = _built(made, config, file)
         experts, counts = (
             experts_of(model, text, file),
