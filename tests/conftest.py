@@ -204,3 +204,30 @@ def make_tables() -> Callable[..., Any]:
         )
 
     return make
+
+
+def _curve(name: str, factor: float) -> list[dict[str, Any]]:
+    """A baseline's live losses, falling with bytes, over any share that a search may choose."""
+    return [
+        {"at": at, "name": f"{name} {at}", "kl": factor * (1 - at) / at / 1000,
+         "kl_interval": [0.5 * factor * (1 - at) / at / 1000, 2 * factor * (1 - at) / at / 1000]}
+        for at in (0.001, 0.01, 0.1, 0.5, 1.0)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def packaged(make_tables: Callable[..., Any], monkeypatch: Any, tmp_path: Any) -> Any:
+    """Small made-up tables in the place of those that the package ships."""
+    from dataclasses import replace
+
+    from kvtune.tuner import source_models
+
+    tables = replace(make_tables(layers=4, kv_heads=3, count=12), model="smollm2-135m")
+    monkeypatch.setenv("KVTUNE_CACHE", str(tmp_path / "cache"))
+    about = {
+        "calibration": {"intercept": 0.2, "slope": 1.0, "spread": 0.1, "runs": 20},
+        "baselines": {name: _curve(name, 3.0) for name in ("uniform", "pyramid", "adakv")},
+        "gpu": "made up",
+    }
+    monkeypatch.setattr(source_models, "packaged_tables", lambda: (tables, about))
+    return tables

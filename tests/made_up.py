@@ -1,8 +1,9 @@
-"""A made-up study on disk, plausible and always the same, for the explorer and the report."""
+"""A made-up study on disk, plausible and always the same, and a search to make one of."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from kvtune.common.estimate import Estimate
 from kvtune.policies.document import ModelFacts, PolicyDocument, write_policy
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
+from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
 from kvtune.tuner.explore import PLANS_FILE
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.plans import Plan, write_line
 from kvtune.tuner.options import SMALL
+from kvtune.tuner.request import SearchRequest
 
 KINDS = ("code", "prose", "retrieval")
 CONTEXT = 8192
@@ -222,3 +225,12 @@ def times(largest: bool = True, nvml: bool = True) -> Any:
     most = Most(Largest(44, 45, 5, timing(1, 44)), Largest(10, None, 10, timing(2, 10)), expected)
     beside = Beside(4096, timing(1), timing(2))
     return Times("h100-sxm", beside, guess, None, most if largest else None)
+
+
+def llama(run_dir: Path, **changes: Any) -> SearchRequest:
+    """A search for Llama on a 4090 with 16 GB, whose weights are not at hand."""
+    shape = find_model("llama-8b")
+    asked = SearchRequest(
+        shape.name, shape, find_gpu("4090"), 16 * 10**9, run_dir, largest_kl=0.1, trials=12
+    )
+    return replace(asked, **changes)

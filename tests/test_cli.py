@@ -272,6 +272,7 @@ ANSWERS: dict[str, tuple[object, ...]] = {
     "models": ("models",),
     "policies": ("policies",),
     "policies show": ("policies", "show", "pyramid"),
+    "tables": ("tables",),
     "estimate": ("estimate", *SMOL, "--mem", "1GiB"),
 }
 
@@ -299,7 +300,8 @@ def test_json_is_alone_on_stdout(name: str, run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("gpus",), ("models",), ("policies",), ("gpus", "4090"), ("estimate", *SMOL)]
+    "words",
+    [("gpus",), ("models",), ("policies",), ("tables",), ("gpus", "4090"), ("estimate", *SMOL)],
 )
 def test_tables_stay_within_a_hundred_columns(words: tuple[str, ...], run: Run) -> None:
     lines = run(*words).out.splitlines()

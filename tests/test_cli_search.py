@@ -16,7 +16,7 @@ from typing import Any, Literal
 import pytest
 
 from kvtune.__main__ import main
-from kvtune.common.estimate import Estimate
+from kvtune.common.estimate import BAND, Estimate
 from kvtune.common.progress import Progress
 from kvtune.policies.document import (
     ModelFacts,
@@ -51,7 +51,12 @@ def rival(name: str, family: str, loss: float, live: bool) -> Rival:
     ratio = Estimate(0.9 - loss, 0.85 - loss, 0.93 - loss, "share", "live")
     change = Estimate(loss, loss / 2, 2 * loss, "ratio", "live")
     measured = (kl(1.2 * loss, "live"), 64_000_000, change, ratio)
-    return Rival(name, family, kl(loss), *(measured if live else (None, 64_000_000)))
+    return Rival(
+        name,
+        family,
+        kl(loss, "replay" if live else BAND),
+        *(measured if live else (None, 64_000_000)),
+    )
 
 
 def result_of(request: SearchRequest, live: bool) -> SearchResult:
@@ -60,11 +65,12 @@ def result_of(request: SearchRequest, live: bool) -> SearchResult:
     policy = Policy.uniform(option, request.shape.layers, request.shape.kv_heads, name="plan")
     source: Literal["own trace", "stand-in"] = "own trace" if live else "stand-in"
     stand_in = "" if live else "smollm2-135m"
-    found = Quality(kl(0.0103, "live" if live else "replay"), source, stand_in, samples=8)
+    found = Quality(kl(0.0103, "live" if live else BAND), source, stand_in, samples=8)
     names = {
-        "kvtune plan": ("kvtune", 0.0086), "per layer": ("layers", 0.015),
-        "greedy per head": ("greedy", 0.012), "uniform h2o int4": ("uniform", 0.077),
-        "pyramid snapkv int4": ("pyramid", 0.081), "adakv snapkv int4": ("adakv", 0.078),
+        "kvtune plan" if live else "uniform snapkv 25% int4": ("kvtune", 0.0086),
+        **({"per layer": ("layers", 0.015), "greedy per head": ("greedy", 0.012)} if live else {}),
+        "uniform h2o int4": ("uniform", 0.077), "pyramid snapkv int4": ("pyramid", 0.081),
+        "adakv snapkv int4": ("adakv", 0.078),
     }  # fmt: skip
     budget = memory_budget(
         request.shape, request.gpu, request.memory_bytes, context_tokens=request.context_tokens
@@ -79,14 +85,14 @@ def result_of(request: SearchRequest, live: bool) -> SearchResult:
     return SearchResult(
         request=request,
         budget=budget,
-        front=tuple(point(n, n == 48) for n in (4, 48, 96)),
+        front=tuple(point(n, n == 48, live) for n in (4, 48, 96)),
         policy=policy,
         context_tokens=request.context_tokens,
         prompt_bytes=64_000_000,
         sequences=48,
         share=0.0596,
         quality=found,
-        predicted=Quality(kl(0.0086), source, stand_in, samples=8),
+        predicted=Quality(kl(0.0086, "table" if live else BAND), source, stand_in, samples=8),
         rivals=tuple(rival(name, *figures, live) for name, figures in names.items()),
         memory=Estimate(15.1e9, 14.2e9, 15.8e9, "B", "assumed"),
         latency=seconds(0.0312),
@@ -100,11 +106,14 @@ def result_of(request: SearchRequest, live: bool) -> SearchResult:
     )
 
 
-def point(sequences: int, chosen: bool) -> FrontPoint:
+def point(sequences: int, chosen: bool, live: bool) -> FrontPoint:
     rate = Estimate(1540.0, 1230.0, 1920.0, "tokens/s", "datasheet")
     loss, share = 2e-4 * sequences, 2.86 / sequences
+    parameters, band = {"split": "heads"}, None
+    if not live:
+        parameters, band = {"uniform": "snapkv 25% int4"}, kl(loss, BAND)
     return FrontPoint(
-        loss, 8192, sequences, 64_000_000, share, seconds(0.0312), rate, {"split": "heads"}, chosen
+        loss, 8192, sequences, 64_000_000, share, seconds(0.0312), rate, parameters, chosen, band
     )
 
 

@@ -23,7 +23,8 @@ from kvtune.profiles.model_config import shape_from_config
 from kvtune.profiles.models import find_model
 from kvtune.simulator.memory import memory_budget
 from kvtune.simulator.tables import Tables
-from kvtune.tuner import source_models, sources
+from kvtune.tests.made_up import llama
+from kvtune.tuner import sources
 from kvtune.tuner.baselines import FAMILIES
 from kvtune.tuner.explore.outcome import read_outcome
 from kvtune.tuner.options import METHODS, Menu, alike, every_method
@@ -39,37 +40,6 @@ KEYS = {
     "full_cache_sequences", "prompt_bytes", "share", "full_cache_accuracy", "counters", "notes",
     "provenance",
 }  # fmt: skip
-
-
-def curve(name: str, factor: float) -> list[dict[str, Any]]:
-    """A baseline's live losses, falling with bytes, over any share that a search may choose."""
-    return [
-        {"at": at, "name": f"{name} {at}", "kl": factor * (1 - at) / at / 1000,
-         "kl_interval": [0.5 * factor * (1 - at) / at / 1000, 2 * factor * (1 - at) / at / 1000]}
-        for at in (0.001, 0.01, 0.1, 0.5, 1.0)
-    ]  # fmt: skip
-
-
-@pytest.fixture
-def packaged(make_tables: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tables:
-    """Small made-up tables in the place of those that the package ships."""
-    tables = replace(make_tables(layers=4, kv_heads=3, count=12), model="smollm2-135m")
-    monkeypatch.setenv("KVTUNE_CACHE", str(tmp_path / "cache"))
-    about = {
-        "calibration": {"intercept": 0.2, "slope": 1.0, "spread": 0.1, "runs": 20},
-        "baselines": {name: curve(name, 3.0) for name in ("uniform", "pyramid", "adakv")},
-        "gpu": "made up",
-    }
-    monkeypatch.setattr(source_models, "packaged_tables", lambda: (tables, about))
-    return tables
-
-
-def llama(run_dir: Path, **changes: Any) -> SearchRequest:
-    shape = find_model("llama-8b")
-    asked = SearchRequest(
-        shape.name, shape, find_gpu("4090"), 16 * 10**9, run_dir, largest_kl=0.1, trials=12
-    )
-    return replace(asked, **changes)
 
 
 def files(run_dir: Path) -> tuple[Any, Policy, dict[str, int]]:
@@ -392,19 +362,16 @@ def test_another_question_or_an_edited_plan_is_searched_again(
     assert _as_files(request.run_dir)["finished.json"] != written["finished.json"]
 
 
-def test_a_search_stopped_before_its_end_is_the_uninterrupted_one(
-    packaged: Tables, tmp_path: Path
-) -> None:
-    """As a kill after the study leaves it, and one that leaves half a line of a file."""
-    request = llama(tmp_path / "run")
-    run_search(request)
-    written = _as_files(request.run_dir)
+def test_a_search_stopped_before_its_end_is_the_uninterrupted_one(own: SearchRequest) -> None:
+    """As a kill after the study leaves it, and one that leaves half a line of the journal."""
+    run_search(own)
+    written = _as_files(own.run_dir)
     for name in ("finished.json", "result.json"):
-        (request.run_dir / name).unlink()
-    plans = request.run_dir / "plans.jsonl"
-    plans.write_bytes(plans.read_bytes()[:-20])
-    run_search(request)
-    assert _as_files(request.run_dir) == written
+        (own.run_dir / name).unlink()
+    journal = next(own.run_dir.glob("*.journal"))
+    journal.write_bytes(journal.read_bytes()[:-20])
+    run_search(own)
+    assert _as_files(own.run_dir) == written
 
 
 def test_few_trials_are_never_worse_than_no_compression(packaged: Tables, tmp_path: Path) -> None:

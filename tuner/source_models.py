@@ -21,7 +21,7 @@ from kvtune.simulator.tables_file import load_tables, save_tables
 from kvtune.traces.trace import Trace
 
 STAND_IN = "smollm2-135m"
-SPLITS = frozenset(("search", "select", "evaluate"))
+SPLITS = frozenset(("select", "evaluate"))
 
 
 def packaged_tables() -> tuple[Tables, dict[str, Any]]:

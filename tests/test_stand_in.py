@@ -1,0 +1,216 @@
+"""What is offered without weights: no plan that tells heads apart, no loss without a band."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvtune.common.errors import KvtuneError
+from kvtune.common.words import figure
+from kvtune.simulator.calibration import Calibration
+from kvtune.simulator.tables import Tables
+from kvtune.simulator.tables_file import save_tables
+from kvtune.tests.made_up import llama
+from kvtune.tuner import source_models
+from kvtune.tuner.band import band
+from kvtune.tuner.request import SearchResult
+from kvtune.tuner.search import run_search
+from kvtune.tuner.stand_in_rivals import loss_at
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def plans(result: SearchResult) -> list[tuple[Any, ...]]:
+    return [(p.sequences, p.prompt_bytes, p.parameters, p.chosen) for p in result.front]
+
+
+# The plan
+
+
+def test_the_plan_is_the_same_whatever_the_order_of_the_sources_heads_and_layers(
+    packaged: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_search(llama(tmp_path / "first"))
+    about, rng = source_models.packaged_tables()[1], np.random.default_rng(1)
+    within = rng.permuted(np.arange(packaged.heads).reshape(packaged.layers, -1), axis=1)
+    orders = {
+        "heads within layers": within.ravel(),
+        "layers": within[rng.permutation(packaged.layers)].ravel(),
+        "layers by one": np.roll(np.arange(packaged.heads), packaged.kv_heads),
+        "all heads": rng.permutation(packaged.heads),
+    }
+    for name, order in orders.items():
+        moved = replace(packaged, loss=packaged.loss[:, order], factor=packaged.factor[:, order])
+        monkeypatch.setattr(source_models, "packaged_tables", lambda moved=moved: (moved, about))
+        again = run_search(llama(tmp_path / name))
+        assert again.policy == first.policy, name
+        assert plans(again) == plans(first), name
+        for ours, theirs in zip(again.front, first.front, strict=True):
+            assert ours.kl == pytest.approx(theirs.kl, rel=1e-3, abs=1e-9)
+
+
+def test_every_plan_of_the_front_has_one_option_for_all_heads(
+    packaged: Tables, tmp_path: Path
+) -> None:
+    labels = {option.label for option in packaged.options}
+    front = run_search(llama(tmp_path)).front
+    assert len(front) > 3
+    assert all(point.parameters["uniform"] in labels for point in front)
+
+
+def test_no_other_option_for_all_heads_beats_the_plan_on_the_source(
+    packaged: Tables, tmp_path: Path
+) -> None:
+    result = run_search(llama(tmp_path, sequences=12))
+    shape, each = result.request.shape, result.budget.cache_bytes // 12
+    generated = shape.kv_bytes(8192 + 256) - shape.kv_bytes(8192)
+    check = packaged.of_split("select")
+    losses = {}
+    for number, option in enumerate(packaged.options):
+        taken = 256 * option.footprint(option.budget.resolve(8192), shape.head_dim) + 4 * 256
+        if taken + generated <= each:
+            by_sample = check.by_sample(np.full(packaged.heads, number))
+            losses[option.label] = float(check.sample_weights() @ by_sample)
+    assert result.policy.heads[0][0].label == min(losses, key=losses.__getitem__)
+
+
+# The band
+
+
+def test_a_band_holds_the_sources_own_value_and_what_its_tables_said() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        kinds = rng.choice(["prose", "code", "retrieval"], rng.integers(1, 30)).tolist()
+        losses = rng.lognormal(rng.uniform(-9, 0), rng.uniform(0, 3), len(kinds))
+        line = Calibration(rng.normal(), rng.uniform(0.5, 1.5), rng.uniform(0, 1), 9)
+        found = band(losses, kinds, line)
+        mean = np.mean([losses[np.array(kinds) == kind].mean() for kind in set(kinds)])
+        assert found.value == pytest.approx(line.value(mean))
+        assert found.low < found.value < found.high
+        assert found.low < mean < found.high
+
+
+def test_kinds_that_lose_more_and_less_widen_a_band() -> None:
+    line, losses = Calibration(), [0.01, 0.01, 0.02, 0.02]
+    alike = band(losses, ["prose"] * 4, line)
+    apart = band([0.001, 0.001, 0.1, 0.1], ["prose", "prose", "code", "code"], line)
+    assert apart.low < alike.low
+    assert apart.high > alike.high
+
+
+def test_a_loss_without_weights_is_printed_as_a_band_that_holds_the_sources_own_value(
+    packaged: Tables, tmp_path: Path
+) -> None:
+    from kvtune.cli.search_report import tables
+    from kvtune.common.estimate import BAND
+
+    result = run_search(llama(tmp_path))
+    assert {rival.predicted.tier for rival in result.rivals} == {BAND}
+    for point in result.front:
+        assert point.band is not None
+        shown = figure(point.band, tier=False)
+        if point.kl:
+            low, high = map(float, shown.split(" to "))
+            assert low <= point.kl <= high
+    printed = figure(result.quality.kl)
+    assert re.fullmatch(r"[\d.e-]+ to [\d.e-]+, stand-in band", printed)
+    assert tables(result)
+
+
+def test_beyond_its_last_point_a_curve_stays_where_it_is() -> None:
+    points = [
+        {"at": 0.1, "share": 0.1, "kl": 0.3, "kl_interval": [0.2, 0.4]},
+        {"at": 0.5, "share": 0.28, "kl": 0.01, "kl_interval": [0.005, 0.02]},
+    ]
+    assert loss_at(points, 0.28) == loss_at(points, 0.9)
+    assert loss_at(points, 0.28).value == pytest.approx(0.01)
+    assert 0.01 < loss_at(points, 0.2).value < 0.3
+
+
+# Sources
+
+
+@pytest.fixture
+def other(packaged: Tables, make_tables: Callable[..., Tables]) -> Tables:
+    """Another source: other heads, the same options, ten times the losses."""
+    tables = make_tables(layers=2, kv_heads=1, count=9, seed=5)
+    return replace(tables, model="other", loss=10 * tables.loss, factor=10**0.5 * tables.factor)
+
+
+def written(tables: Tables, path: Path) -> Path:
+    save_tables(tables, path, {})
+    return path
+
+
+def test_a_source_that_is_added_widens_the_bands(
+    packaged: Tables, other: Tables, tmp_path: Path
+) -> None:
+    before = run_search(llama(tmp_path / "run"))
+    source_models.add(written(other, tmp_path / "other.safetensors"))
+    after = run_search(llama(tmp_path / "run"))  # not what the folder held: the sources changed
+    assert after.quality.stand_in == "smollm2-135m, other"
+    old = {p.parameters["uniform"]: p.band for p in before.front}
+    both = [(old[p.parameters["uniform"]], p.band) for p in after.front
+            if p.parameters["uniform"] in old and p.kl]  # fmt: skip
+    assert both
+    for narrow, wide in both:
+        assert narrow is not None
+        assert wide is not None
+        assert wide.high > narrow.high
+
+
+def test_a_source_is_kept_once_and_read_only_whole(
+    packaged: Tables, other: Tables, tmp_path: Path
+) -> None:
+    file = written(other, tmp_path / "other.safetensors")
+    _, kept = source_models.add(file)
+    assert source_models.add(file)[1] == kept
+    assert [tables.model for tables, _ in source_models.added()] == ["other"]
+    kept.write_bytes(kept.read_bytes()[:-1] + b"\0")
+    with pytest.raises(KvtuneError, match="do not match their hash"):
+        run_search(llama(tmp_path / "run"))
+
+
+def test_what_is_no_source_is_refused(packaged: Tables, other: Tables, tmp_path: Path) -> None:
+    file = written(other, tmp_path / "other.safetensors")
+    with pytest.raises(KvtuneError, match="do not match their hash"):
+        source_models.add(file, "0" * 64)
+    with pytest.raises(KvtuneError, match="no such file"):
+        source_models.add(tmp_path / "nowhere.safetensors")
+    fewer = written(other.with_options(range(5)), tmp_path / "fewer.safetensors")
+    with pytest.raises(KvtuneError, match="options are not those"):
+        source_models.add(fewer)
+    unsplit = written(other.of_split("search"), tmp_path / "unsplit.safetensors")
+    with pytest.raises(KvtuneError, match="it has no 'evaluate' samples"):
+        source_models.add(unsplit)
+    named = written(replace(other, model="smollm2-135m"), tmp_path / "named.safetensors")
+    with pytest.raises(KvtuneError, match="is there already"):
+        source_models.add(named)
+    assert source_models.added() == []
+
+
+def test_a_trace_is_packed_into_a_small_file_that_says_the_same(
+    packaged: Tables, tiny_model: Any, make_samples: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    from kvtune.common.progress import Silent
+    from kvtune.simulator.build import build_tables
+    from kvtune.traces.capture import capture
+
+    samples = make_samples(2, splits=("select", "evaluate"))
+    trace = capture(tiny_model, samples, tmp_path / "t", probes=2, signals=("column_sums",))
+    file = tmp_path / "tiny.safetensors"
+    digest = source_models.pack(trace, "tiny", file, "cpu", Silent())
+    tables, _ = source_models.add(file, digest)
+    assert (tables.model, tables.heads) == ("tiny", 1)
+    assert file.stat().st_size < 10_000
+    whole = build_tables(trace, packaged.options)
+    for option in range(len(packaged.options)):
+        expected = whole.by_sample(np.full(whole.heads, option))
+        found = tables.by_sample(np.full(1, option))
+        np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-6)
