@@ -40,7 +40,11 @@ def command(
     trials: Annotated[
         int,
         typer.Option(
-            "--trials", metavar="N", min=1, max=100_000, help="Trials of the outer study."
+            "--trials",
+            metavar="N",
+            min=1,
+            max=100_000,
+            help="Trials of the outer study; a stand-in needs none.",
         ),
     ] = 60,
     workload: options.Workload = "small",
