@@ -214,3 +214,28 @@ def test_a_trace_is_packed_into_a_small_file_that_says_the_same(
         expected = whole.by_sample(np.full(whole.heads, option))
         found = tables.by_sample(np.full(1, option))
         np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-6)
+
+
+# A model that was no source
+
+
+def test_the_bands_hold_what_a_model_that_was_no_source_lost_live() -> None:
+    """Gemma-3-270M, as ``benchmarks/stand_in.py`` measured it; the tables are the packaged ones."""
+    measured = {
+        "full all int4+4": 0.0043, "full all int4": 0.0059, "full all int4+4/int2+4": 0.0307,
+        "h2o 50% int4+4": 0.2501, "h2o 50% int4+4/int2+4": 0.2661, "h2o 25% int4": 0.7842,
+        "h2o 14.3% int4+4": 1.0443, "h2o 7.14% int4+4": 1.4667, "snapkv 25% int4+4": 0.2312,
+        "snapkv 14.3% int4+4": 1.1129, "streaming_llm 50% int4+4": 0.0534,
+        "streaming_llm 25% int4+4": 0.3409,
+    }  # fmt: skip
+    source, about = source_models.packaged_tables()
+    held_out = source.of_split("evaluate")
+    kinds = [sample.kind for sample in held_out.samples]
+    inside = 0
+    for number, option in enumerate(source.options):
+        if (live := measured.pop(option.label, None)) is not None:
+            losses = held_out.by_sample(np.full(source.heads, number))
+            found = band(losses, kinds, Calibration(**about["calibration"]))
+            inside += found.low <= live <= found.high
+    assert not measured
+    assert inside == 10
