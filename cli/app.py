@@ -11,6 +11,7 @@ import kvtune
 from kvtune.cli import (
     bench,
     capture,
+    card,
     estimate,
     export,
     gpus,
@@ -23,9 +24,10 @@ from kvtune.cli import (
     tui,
     validate,
 )
+from kvtune.cli.help import Command, Group
 
 _COMMANDS = (
-    *(search, tui, report, validate, bench, simulate, estimate, capture, export),
+    *(search, tui, report, card, validate, bench, simulate, estimate, capture, export),
     *(profile, gpus, models),
 )
 _ABOUT = """\
@@ -40,14 +42,14 @@ def build() -> Any:
     app = typer.Typer(
         name="kvtune",
         help=_ABOUT,
-        add_completion=False,
+        cls=Group,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     app.callback(invoke_without_command=True)(_alone)
     for module in _COMMANDS:
-        app.command(name=module.__name__.rsplit(".", 1)[-1])(module.command)
+        app.command(name=module.__name__.rsplit(".", 1)[-1], cls=Command)(module.command)
     app.add_typer(policies.app, name="policies")
     return get_command(app)
 
