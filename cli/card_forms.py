@@ -75,7 +75,8 @@ def _policies(card: Card) -> list[Row]:
 
 def _origin(card: Card) -> list[str]:
     """Where the figures come from, a sentence each."""
-    known = f"hash of the trace {card.trace_hash}; " if card.trace_hash else ""
+    what = f"weights of {card.stand_in}" if card.stand_in else "trace"
+    known = f"hash of the {what}: {card.trace_hash}; " if card.trace_hash else ""
     return [
         f"Shape of {card.model}: {card.model_source}.",
         f"Losses were measured on prompts of {format_tokens(card.measured_tokens)}; "

@@ -69,7 +69,8 @@ class Card:
         kvtune: version that searched.
         model: name of the model.
         model_source: where its shape is from.
-        trace_hash: of the trace or tables that the losses were read from; "" where not known.
+        trace_hash: of the trace that losses were read from, or of the weights of the model that
+            stood in; "" where not known.
         gpu: the card's name.
         memory_limit_bytes: that everything together may take.
         verdict: the answer in one sentence.
@@ -153,7 +154,7 @@ def card_of(study: Study) -> Card:
         kvtune=facts.kvtune,
         model=facts.shape.name,
         model_source=facts.shape.source,
-        trace_hash=str(outcome.provenance.get("trace", "")),
+        trace_hash=_hash(outcome.provenance),
         gpu=facts.card.name,
         memory_limit_bytes=facts.memory_bytes,
         verdict=verdict.sentence,
@@ -180,6 +181,13 @@ def card_of(study: Study) -> Card:
         ),
         command=command_of(study),
     )
+
+
+def _hash(provenance: dict[str, Any]) -> str:
+    """Of the trace, else of the stand-in's weights, as far as the result says."""
+    stand_in = provenance.get("stand_in")
+    weights = stand_in.get("model_fingerprint", "") if isinstance(stand_in, dict) else ""
+    return str(provenance.get("trace") or weights)
 
 
 def _budgets(view: View) -> Iterator[Budget]:
@@ -220,7 +228,7 @@ def command_of(study: Study) -> str:
         "seed": facts.seed,
         "trials": facts.trials,
     }
-    given = {**known, **{name: value for name, value in asked.items() if value is not None}
+    given = known | {name: value for name, value in asked.items() if value is not None}
     words = ["kvtune", "search"]
     for name, option in _OPTIONS.items():
         if name in given:
