@@ -467,6 +467,30 @@ def test_validate_runs_the_held_out_samples_and_reports(
     assert_one_error(run(*words, "--gpu"), f"--gpu: {NO_GPU}", "without --gpu")
 
 
+def test_an_earlier_live_run_is_no_prediction(tmp_path: Path) -> None:
+    """The prediction is the search's, where its result tells of the same live run."""
+    from kvtune.cli.validate import _known
+    from kvtune.policies.document import read_policy
+    from kvtune.tests.made_up import write_study
+
+    run = write_study(tmp_path / "run", live=True)
+    rival = json.loads((run / "result.json").read_text())["rivals"][1]
+    text = (run / "baselines" / "greedy.yaml").read_text()
+    live = rival["live"]
+    quality = {"kl_nats_per_token": live["value"], "interval": live["interval"], "tier": "live"}
+    provenance = {"quality": {"source": "own trace", **quality}}
+    path = run / "policy.yaml"
+    path.write_text(f"{text}\nprovenance: {json.dumps(provenance)}\n")
+    known = _known(read_policy(path), path)
+    assert known.earlier is not None
+    assert known.predicted is not None
+    assert known.earlier.value == live["value"]
+    assert known.predicted.value == rival["predicted"]["value"]
+    moved = tmp_path / "policy.yaml"
+    moved.write_text(path.read_text())
+    assert _known(read_policy(moved), moved).predicted is None
+
+
 def test_validate_needs_weights(run: Run, policy: Path) -> None:
     assert_one_error(run("validate", policy), "names no model", "--model")
     assert_one_error(run("validate", policy, "--model", "llama-8b"), "not at hand", "--model PATH")
