@@ -101,7 +101,8 @@ def _asked(
     evicts: bool,
     price: str | None,
 ) -> Asked:
-    from kvtune.cli.cases import Asked, read_batch, read_cards, read_several
+    from kvtune.cli.case_options import read_batch, read_cards, read_several
+    from kvtune.cli.cases import Asked
     from kvtune.cli.inputs import read_context, read_model
     from kvtune.common.units import parse_bytes, parse_tokens
 

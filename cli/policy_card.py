@@ -16,7 +16,6 @@ from kvtune.tuner.explore.study import Study
 if TYPE_CHECKING:
     from kvtune.tuner.explore.view import View
 
-FORMAT = 1
 _ROWS = 8  # budgets on one page
 
 
@@ -150,7 +149,7 @@ def card_of(study: Study) -> Card:
     view = View(study, figures_of(study, setting), setting)
     figures, ours = view.figures, outcome.baselines[0]
     return Card(
-        kvtune_card=FORMAT,
+        kvtune_card=1,
         kvtune=facts.kvtune,
         model=facts.shape.name,
         model_source=facts.shape.source,
@@ -222,7 +221,7 @@ def command_of(study: Study) -> str:
     path = study.folder / "config.json"
     asked: dict[str, Any] = read_json(path) if path.is_file() else {}
     facts = study.facts
-    known = {
+    known: dict[str, Any] = {
         "model": facts.shape.name,
         "gpu": facts.gpu,
         "seed": facts.seed,

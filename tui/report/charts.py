@@ -221,7 +221,15 @@ def _height(axes: Axes, value: float) -> float:
     """Where a value lies on the logarithmic axis, in points above its start, roughly."""
     low, high = axes.get_ylim()
     share = (np.log(max(value, low)) - np.log(low)) / (np.log(high) - np.log(low))
-    return float(share * axes.figure.get_figheight() * 72 * 0.85)
+    return float(share * _inches(axes)[1] * 72 * 0.85)
+
+
+def _inches(axes: Axes) -> tuple[float, float]:
+    """Width and height of the whole picture."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None  # noqa: S101 - the axes are drawn on one
+    width, height = figure.get_size_inches()
+    return float(width), float(height)
 
 
 def _apart(heights: Sequence[float]) -> list[float]:
@@ -301,7 +309,7 @@ def kinds_chart(kinds: tuple[str, ...], rows: list[tuple[str, str, dict[str, flo
 
 def _legend_columns(axes: Axes, most: int) -> int:
     """Fewer where the picture is narrow."""
-    return most if axes.figure.get_figwidth() > NARROW else max(1, most // 2)
+    return most if _inches(axes)[0] > NARROW else max(1, most // 2)
 
 
 NARROW = 4.5
