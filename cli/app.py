@@ -11,6 +11,7 @@ import kvtune
 from kvtune.cli import (
     bench,
     capture,
+    card,
     estimate,
     export,
     gpus,
@@ -25,9 +26,10 @@ from kvtune.cli import (
     tui,
     validate,
 )
+from kvtune.cli.help import Command, Group
 
 _COMMANDS = (
-    *(search, tui, report, validate, bench, simulate, estimate, serve_sim),
+    *(search, tui, report, card, validate, bench, simulate, estimate, serve_sim),
     *(capture, export),
     *(profile, gpus, models),
 )
@@ -43,7 +45,7 @@ def build() -> Any:
     app = typer.Typer(
         name="kvtune",
         help=_ABOUT,
-        add_completion=False,
+        cls=Group,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -51,7 +53,7 @@ def build() -> Any:
     app.callback(invoke_without_command=True)(_alone)
     for module in _COMMANDS:
         name = module.__name__.rsplit(".", 1)[-1].replace("_", "-")
-        app.command(name=name)(module.command)
+        app.command(name=name, cls=Command)(module.command)
     app.add_typer(policies.app, name="policies")
     app.add_typer(sources.app, name="tables")
     return get_command(app)

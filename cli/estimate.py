@@ -1,29 +1,49 @@
-"""``kvtune estimate``: memory and time of a model on a card, with and without a policy."""
+"""``kvtune estimate``: memory and time of a model on cards, with and without a policy."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from kvtune.cli import options
-from kvtune.cli.output import speaking
+from kvtune.cli.output import Output, speaking
 
 if TYPE_CHECKING:
-    from kvtune.cli.inputs import Target
+    from rich.console import RenderableType
+
+    from kvtune.cli.cases import Asked, Case
     from kvtune.policies.document import PolicyDocument
-    from kvtune.simulator.cost import Cost
-    from kvtune.simulator.memory import MemoryBudget
 
 
 def command(
     model: options.Model,
-    gpu: options.Gpu = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu",
+            "-g",
+            metavar="NAMES",
+            help="Known cards (kvtune gpus), separated by commas, or any for all of them; left "
+            "out: this machine's.",
+            autocompletion=options.known_gpus,
+        ),
+    ] = None,
     mem: options.Memory = None,
-    context: options.Context = "8192",
+    context: Annotated[
+        str,
+        typer.Option(
+            "--context",
+            metavar="TOKENS",
+            help="Prompt tokens of a sequence: 8192 or 32k (k is 1024); several: 8k,32k.",
+        ),
+    ] = "8192",
     generated: options.Generated = "256",
-    batch: options.Batch = 1,
+    batch: Annotated[
+        str, typer.Option("--batch", metavar="N", help="Sequences at once; several: 1,8,32.")
+    ] = "1",
     weights: options.Weights = "auto",
     policy: Annotated[
         Path | None,
@@ -37,40 +57,67 @@ def command(
             "--evicts", help="Its methods go on evicting while tokens are generated, if they can."
         ),
     ] = False,
+    price: Annotated[
+        str | None,
+        typer.Option(
+            "--price-per-hour",
+            metavar="PRICE",
+            help="What a card costs an hour, in any currency, for the cost of a million generated "
+            "tokens; one for all cards, or one for each: 0.35,2.50.",
+        ),
+    ] = None,
+    form: Annotated[
+        Literal["table", "csv", "markdown", "json"],
+        typer.Option("--format", help="How the answer is printed."),
+    ] = "table",
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Memory and time on a GPU, nothing is run."""
-    from kvtune.cli.inputs import read_target
-    from kvtune.simulator.memory import memory_budget
+    """Memory and time on a GPU, or which GPU is needed; nothing is run."""
+    asked = _asked(model, gpu, mem, context, generated, batch, weights, policy, evicts, price)
+    with speaking(as_json or form == "json", quiet) as output:
+        cases = _cases(asked)
+        if form in ("csv", "markdown"):
+            _print_lines(output, form, cases)
+        else:
+            _show(output, asked, cases)
+        output.finish("estimate", _answer(asked, cases))
+    if not any(case.fits for case in _decisive(cases)):
+        raise typer.Exit(DOES_NOT_FIT)
 
-    target = read_target(model, gpu, mem, context, generated)
-    budget = memory_budget(
-        target.shape,
-        target.gpu,
-        target.memory_bytes,
-        context_tokens=target.context_tokens,
-        batch=batch,
+
+DOES_NOT_FIT = 3
+
+
+def _asked(
+    model: str,
+    gpu: str | None,
+    mem: str | None,
+    context: str,
+    generated: str,
+    batch: str,
+    weights: str,
+    policy: Path | None,
+    evicts: bool,
+    price: str | None,
+) -> Asked:
+    from kvtune.cli.case_options import read_batch, read_cards, read_several
+    from kvtune.cli.cases import Asked
+    from kvtune.cli.inputs import read_context, read_model
+    from kvtune.common.units import parse_bytes, parse_tokens
+
+    name, shape = read_model(model)
+    return Asked(
+        model=name,
+        shape=shape,
+        generated_tokens=parse_tokens(generated),
+        cards=read_cards(gpu, None if mem is None else parse_bytes(mem), price),
+        contexts=read_several(context, "--context", lambda word: read_context(word, shape)),
+        batches=read_several(batch, "--batch", read_batch),
         weights=weights,
+        document=_document(policy),
+        evicts=evicts,
     )
-    document = _document(policy)
-    note = _too_long(target)
-    costs = _costs(target, budget, document, evicts)
-    with speaking(as_json, quiet) as output:
-        output.show(*_tables(budget, costs, document), *note)
-        output.finish("estimate", _answer(target, budget, costs, document))
-
-
-def _too_long(target: Target) -> list[str]:
-    """A line where prompt and answer together are longer than the model takes."""
-    tokens, most = target.context_tokens + target.generated_tokens, target.shape.max_context
-    if tokens <= most:
-        return []
-    return [
-        f"note: {tokens:,} tokens of prompt and answer are more than the {most:,} that "
-        f"{target.shape.name} takes; --context {max(1, most - target.generated_tokens)} leaves "
-        "room for the answer."
-    ]
 
 
 def _document(path: Path | None) -> PolicyDocument | None:
@@ -80,26 +127,67 @@ def _document(path: Path | None) -> PolicyDocument | None:
     return None if path is None else read_policy(read_policy_path(path))
 
 
-def _costs(
-    target: Target, budget: MemoryBudget, document: PolicyDocument | None, evicts: bool
-) -> dict[str, Cost]:
-    from kvtune.simulator.cost import full_cost, policy_cost
-
-    asked = (target.shape, target.gpu, budget, target.generated_tokens)
-    costs = {"full cache": full_cost(*asked)}
-    if document is not None:
-        policy = document.bind(target.shape.layers, target.shape.kv_heads)
-        costs[policy.name] = policy_cost(policy, *asked, evicts=evicts)
-    return costs
+def _cases(asked: Asked) -> list[Case]:
+    """All combinations; of a single one that cannot fit, the error that says what would."""
+    if asked.is_one:
+        return asked.of(asked.cards[0], asked.contexts[0], asked.batches[0])
+    return list(asked.cases())
 
 
-def _tables(
-    budget: MemoryBudget, costs: dict[str, Cost], document: PolicyDocument | None
-) -> list[Any]:
+def _decisive(cases: Sequence[Case]) -> list[Case]:
+    """Those of the policy, where one was named; else of the full cache."""
+    return [case for case in cases if case.policy == cases[-1].policy]
+
+
+def _print_lines(output: Output, form: str, cases: Sequence[Case]) -> None:
+    from kvtune.cli.sweep_report import as_csv, as_markdown
+
+    print(as_csv(cases) if form == "csv" else as_markdown(cases), file=output.stdout)
+
+
+def _show(output: Output, asked: Asked, cases: Sequence[Case]) -> None:
+    from kvtune.cli.sweep_report import as_table
+
+    quality = _quality(asked.document)
+    if asked.is_one:
+        output.show(*_tables(asked, cases, quality))
+    else:
+        output.show(as_table(f"Costs of {asked.shape.name}", cases, f"quality: {quality}"))
+    if notes := asked.notes:
+        output.show("", *(f"note: {note}" for note in notes))
+
+
+def _tables(asked: Asked, cases: Sequence[Case], quality: str) -> list[RenderableType]:
     from kvtune.cli.tables import budget_table, cost_table
+    from kvtune.common.words import figure
 
-    quality = _quality(document)
-    return [budget_table(budget, quality), "", cost_table(budget, costs, quality)]
+    (budget,) = {id(case.budget): case.budget for case in cases}.values()
+    assert budget is not None  # noqa: S101 - a single case that has none is an error
+    costs = {case.policy: case.cost for case in cases if case.cost}
+    prices = [case.cost_per_million_tokens for case in cases]
+    return [
+        _verdict(asked, _decisive(cases)[0]),
+        "",
+        budget_table(budget, quality),
+        "",
+        cost_table(budget, costs, quality, [figure(p) for p in prices if p]),
+    ]
+
+
+def _verdict(asked: Asked, case: Case) -> str:
+    """Whether it fits, and what would where it does not."""
+    from kvtune.common.units import format_bytes, format_tokens
+    from kvtune.common.words import count
+
+    assert case.cost is not None  # noqa: S101 - as above
+    at_once = f"{count(case.batch)} x {format_tokens(case.context_tokens)} with the {case.policy}"
+    most = case.cost.sequences_that_fit
+    if case.fits:
+        return f"fits: {at_once}; {count(most)} would fit at once"
+    peak = f"{format_bytes(case.cost.memory.value)} of {format_bytes(case.card.memory_bytes)}"
+    would = asked.what_would_fit(case)
+    mend = f"; what would fit: {', or '.join(would)}" if would else "; no known card is enough"
+    return f"does not fit: {at_once} take {peak} at their peak{mend}"
 
 
 def _quality(document: PolicyDocument | None) -> str:
@@ -108,17 +196,21 @@ def _quality(document: PolicyDocument | None) -> str:
     return f"{known}, as its file says" if known else "not estimated here; see kvtune search"
 
 
-def _answer(
-    target: Target,
-    budget: MemoryBudget,
-    costs: dict[str, Cost],
-    document: PolicyDocument | None,
-) -> dict[str, Any]:
+def _answer(asked: Asked, cases: Sequence[Case]) -> dict[str, Any]:
+    from kvtune.cli.sweep_report import as_rows
+
+    one = asked.is_one
+    named = [{"name": case.policy, **vars(case.cost)} for case in cases if one and case.cost]
+    decisive = _decisive(cases)
     return {
-        "model": target.shape.name,
-        "gpu": target.gpu.slug,
-        "generated_tokens": target.generated_tokens,
-        "budget": budget,
-        "quality": _quality(document),
-        "policies": [{"name": name, **vars(cost)} for name, cost in costs.items()],
+        "model": asked.shape.name,
+        "gpu": asked.cards[0].gpu.slug if one else None,
+        "generated_tokens": asked.generated_tokens,
+        "budget": cases[0].budget if one else None,
+        "quality": _quality(asked.document),
+        "policies": named if one else None,
+        "fits": any(case.fits for case in decisive),
+        "would_fit": asked.what_would_fit(decisive[0]) if one and not decisive[0].fits else [],
+        "rows": as_rows(cases),
+        "notes": asked.notes,
     }

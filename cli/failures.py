@@ -10,6 +10,7 @@ from collections.abc import Callable
 import typer
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.words import printable
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ROOM = "free some space, and run the same command again to go on."
@@ -29,7 +30,7 @@ def exit_code(command: Callable[[], object]) -> int:
         if code == INTERRUPTED:  # newer releases of typer catch it and only return the code
             raise KeyboardInterrupt
     except KvtuneError as error:
-        return _say(str(error), error.hint)
+        return _say(str(error), error.hint, error.exit_code)
     except USAGE_ERROR as error:
         return _say(_usage(error), _usage_hint(error))
     except (KeyboardInterrupt, typer.Abort):
@@ -45,11 +46,11 @@ def exit_code(command: Callable[[], object]) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _say(message: str, hint: str | None) -> int:
-    print(f"error: {message}", file=sys.stderr)
+def _say(message: str, hint: str | None, code: int = MISTAKE) -> int:
+    print(f"error: {printable(message)}", file=sys.stderr)
     if hint:
-        print(f"\nhint: {hint}", file=sys.stderr)
-    return MISTAKE
+        print(f"\nhint: {printable(hint)}", file=sys.stderr)
+    return code
 
 
 def _usage(error: Exception) -> str:

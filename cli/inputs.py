@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.units import format_tokens, parse_bytes, parse_tokens
+from kvtune.common.words import count
 from kvtune.profiles.gpus import GpuProfile, detect_gpu, find_gpu
 from kvtune.profiles.models import ModelShape, find_model, shape_from_config
 
@@ -33,6 +34,12 @@ class Target:
     memory_bytes: int
     context_tokens: int
     generated_tokens: int
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be told of the request: that it exceeds the model's length."""
+        told = beyond_length(self.shape, self.context_tokens, self.generated_tokens)
+        return (told,) if told else ()
 
 
 def read_target(
@@ -136,6 +143,20 @@ def read_context(text: str, shape: ModelShape) -> int:
             hint=f"--context {shape.max_context} is the most.",
         )
     return tokens
+
+
+def beyond_length(shape: ModelShape, context_tokens: int, generated_tokens: int) -> str | None:
+    """A sentence where prompt and generated tokens together exceed what the model takes."""
+    asked = context_tokens + generated_tokens
+    if asked <= shape.max_context:
+        return None
+    left = shape.max_context - generated_tokens
+    mend = f"--context {left} leaves room for them" if left > 0 else "--generated must be less"
+    return (
+        f"length: {format_tokens(context_tokens)} of prompt and {count(generated_tokens)} "
+        f"generated are more than the {format_tokens(shape.max_context)} that {shape.name} takes; "
+        f"{mend}."
+    )
 
 
 def read_context_range(text: str, shape: ModelShape) -> tuple[int, int | None]:

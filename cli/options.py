@@ -9,6 +9,28 @@ import typer
 
 MOST_SEQUENCES, MOST_SEED = 10**6, 2**32 - 1
 
+
+def known_gpu(begun: str) -> list[str]:
+    """Names of cards, for shell completion."""
+    from kvtune.profiles.gpus import list_gpus
+
+    return [gpu.slug for gpu in list_gpus() if gpu.slug.startswith(begun)]
+
+
+def known_gpus(begun: str) -> list[str]:
+    """The same for a list of cards: its last word is completed."""
+    before, comma, last = begun.rpartition(",")
+    names = known_gpu(last) + [word for word in ("any",) if word.startswith(last) and not comma]
+    return [before + comma + name for name in names]
+
+
+def known_models(begun: str) -> list[str]:
+    """Names of models, for shell completion."""
+    from kvtune.profiles.models import list_models
+
+    return [shape.name for shape in list_models() if shape.name.startswith(begun)]
+
+
 Json = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout (docs/json.md), nothing else.")
 ]
@@ -20,12 +42,17 @@ Model = Annotated[
         "-m",
         metavar="NAME",
         help="A known name (kvtune models), a Hugging Face folder or id, or a GGUF file.",
+        autocompletion=known_models,
     ),
 ]
 Gpu = Annotated[
     str | None,
     typer.Option(
-        "--gpu", "-g", metavar="NAME", help="A known card (kvtune gpus); left out: this machine's."
+        "--gpu",
+        "-g",
+        metavar="NAME",
+        help="A known card (kvtune gpus); left out: this machine's.",
+        autocompletion=known_gpu,
     ),
 ]
 Memory = Annotated[
@@ -60,10 +87,6 @@ Sequences = Annotated[
         max=MOST_SEQUENCES,
         help="Sequences at once; left out: as many as --max-kl allows.",
     ),
-]
-Batch = Annotated[
-    int,
-    typer.Option("--batch", metavar="N", min=1, max=MOST_SEQUENCES, help="Sequences at once."),
 ]
 Weights = Annotated[
     str,

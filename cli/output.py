@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -13,13 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import kvtune
+from kvtune.cli.layout import Grid
+from kvtune.common.words import printable
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from kvtune.common.progress import Progress
 
-WIDTH = 100
+WIDTH = 100  # of a file or a pipe, unless COLUMNS says otherwise
+WIDEST = 120  # lines beyond are hard to read
+NARROWEST = 40
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Output:
         console = _console(stream)
         with console.capture() as capture:
             for part in parts:
-                console.print(part)
+                console.print(printable(part) if isinstance(part, str) else part, crop=False)
         lines = capture.get().splitlines()
         print("\n".join(line.rstrip() for line in lines), file=stream, flush=True)
 
@@ -74,8 +79,18 @@ def _console(stream: TextIO) -> Console:
     from rich.console import Console
 
     console = Console(file=stream, markup=False, highlight=False, emoji=False)
-    console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+    console.width = max(NARROWEST, _columns() or _of_terminal(console))
     return console
+
+
+def _columns() -> int | None:
+    """The width that the environment asks for."""
+    asked = os.environ.get("COLUMNS", "")
+    return int(asked) if asked.isdecimal() and len(asked) < 6 and int(asked) else None
+
+
+def _of_terminal(console: Console) -> int:
+    return min(console.width, WIDEST) if console.is_terminal else WIDTH
 
 
 def plain(value: Any) -> Any:
@@ -117,15 +132,17 @@ def table(
         caption: one line below it.
     """
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    made = Table(box=None, padding=(0, 2, 0, 0), header_style="underline")
-    made.show_header = any(columns)
-    for index, column in enumerate(columns):
-        words = index in left
-        made.add_column(column, justify="left" if words else "right", no_wrap=not words)
-    for row in rows:
-        made.add_row(*row)
-    above = [Text(title, style="bold")] if title else []
-    return Group(*above, made, *([caption] if caption else []))
+    cells = tuple(tuple(map(printable, row)) for row in rows)
+    grid = Grid(tuple(columns), cells, frozenset(left))
+    above = [Text(printable(title), style="bold")] if title else []
+    return Group(*above, grid, *([printable(caption)] if caption else []))
+
+
+def one_line(text: str) -> RenderableType:
+    """A line that is never broken, so that it can be copied whole; for commands."""
+    from rich.console import Group
+    from rich.text import Text
+
+    return Group(Text(printable(text), no_wrap=True, overflow="ignore"))

@@ -120,10 +120,16 @@ def default_run_dir(model: str, gpu: str, mem: str) -> Path:
 
 
 def _search(request: SearchRequest, output: Output) -> None:
-    from kvtune.cli import search_json, search_report
+    from dataclasses import replace
 
-    output.show(search_report.first_words(request))
+    from kvtune.cli import search_json, search_report
+    from kvtune.cli.inputs import beyond_length
+
+    output.progress.note(search_report.first_words(request))
     result = _run(request, output)
+    longest = beyond_length(request.shape, result.context_tokens, request.generated_tokens)
+    if longest:
+        result = replace(result, notes=(*result.notes, longest))
     output.show(*search_report.tables(result))
     output.finish("search", search_json.answer(result))
 

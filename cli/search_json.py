@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvtune.cli.inputs import POLICY_FILE
+from kvtune.cli.search_report import verdict
 from kvtune.policies.document import as_plain, read_policy
 from kvtune.tuner.request import FrontPoint, Quality, Rival, SearchResult
 from kvtune.tuner.run_directory import policy_file
@@ -12,11 +13,13 @@ from kvtune.tuner.run_directory import policy_file
 
 def answer(result: SearchResult) -> dict[str, Any]:
     """All that a search found; the plan is what its policy file holds."""
-    request = result.request
+    request, found = result.request, verdict(result)
     return {
         "model": request.shape.name,
         "gpu": request.gpu.slug,
         "run_dir": str(request.run_dir),
+        "verdict": found.sentence,
+        "comparison": found.comparison,
         "plan": as_plain(read_policy(request.run_dir / POLICY_FILE)),
         "budget": result.budget,
         "quality": quality(result.quality),

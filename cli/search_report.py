@@ -1,29 +1,29 @@
-"""What ``kvtune search`` prints: budget, front, plan beside baselines, files and next steps."""
+"""What ``kvtune search`` prints: the verdict, the tables behind it, files and the next step."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvtune.cli.inputs import POLICY_FILE
-from kvtune.cli.output import table
-from kvtune.cli.tables import budget_table
+from kvtune.cli.output import one_line, table
+from kvtune.cli.tables import bf16_tokens, budget_table
 from kvtune.cli.timed import times_table
 from kvtune.common.estimate import BAND
 from kvtune.common.units import MIB, format_bytes, format_tokens
 from kvtune.common.words import accuracy, count, figure, percent
 from kvtune.simulator.memory import memory_budget
-from kvtune.traces.models import KNOWN
 from kvtune.tuner.request import FrontPoint, Quality, Rival, SearchRequest, SearchResult
+from kvtune.tuner.verdict import Verdict
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-STAND_IN = KNOWN[0]
 
-
-def first_words(request: SearchRequest) -> RenderableType:
-    """The memory budget, which is known before the long work.
+def first_words(request: SearchRequest) -> str:
+    """What is left for the cache, which is known before the long work.
 
     Raises:
         KvtuneError: the model does not fit, or the limit is beyond the card.
@@ -36,26 +36,41 @@ def first_words(request: SearchRequest) -> RenderableType:
         batch=1,
         weights=request.weights,
     )
-    return budget_table(budget, _expected_quality(request))
-
-
-def _expected_quality(request: SearchRequest) -> str:
-    """Whose quality it will be; the search itself has the last word."""
-    own = request.model in KNOWN or "/" in request.model or request.model.endswith(".gguf")
-    return "own trace, to come" if own and not request.stand_in else f"stand-in ({STAND_IN})"
+    return (
+        f"{format_bytes(budget.cache.value)} of {format_bytes(budget.limit_bytes)} are left for "
+        f"the cache, {bf16_tokens(budget.cache_tokens)}"
+    )
 
 
 def tables(result: SearchResult) -> list[RenderableType]:
     """Everything after the search, in the order it is read."""
+    found = verdict(result)
     return [
+        found.sentence,
+        *("", _rivals(result, found.comparison)),
         *("", _front(result)),
-        *("", _rivals(result)),
         *("", _plan(result)),
+        *("", budget_table(result.budget, quality_words(result.quality))),
         *(["", times_table(result.times)] if result.times else []),
         *([f"times: {result.untimed}"] if result.untimed else []),
         *(["", *(f"note: {note}" for note in result.notes)] if result.notes else []),
-        *("", _files(result)),
+        *("", *_files(result)),
     ]
+
+
+def verdict(result: SearchResult) -> Verdict:
+    """What the search comes to."""
+    return Verdict(
+        sequences=result.sequences,
+        full_cache_sequences=result.full_cache_sequences,
+        context_tokens=result.context_tokens,
+        memory_bytes=result.request.memory_bytes,
+        kl=result.quality.kl,
+        stand_in=result.quality.stand_in,
+        policies=result.rivals,
+        full_cache_accuracy=result.full_cache_accuracy,
+        largest_kl=result.request.largest_kl,
+    )
 
 
 def quality_words(quality: Quality) -> str:
@@ -124,36 +139,43 @@ def _point(point: FrontPoint, context: bool) -> tuple[str, ...]:
     )
 
 
-def _rivals(result: SearchResult) -> RenderableType:
+def _rivals(result: SearchResult, comparison: str) -> RenderableType:
+    """The plan and others, with a column for each estimator: losses in one can be compared."""
     live = any(rival.live for rival in result.rivals)
     retrieval = any(rival.retrieval_accuracy for rival in result.rivals)
-    tiers = sorted({rival.predicted.tier for rival in result.rivals})
-    columns = ["policy", "MiB", f"predicted KL ({', '.join(tiers)})"]
-    columns += ["live KL"] * live + ["perplexity"] * live + ["retrieval"] * retrieval
+    tiers = sorted({rival.predicted.tier for rival in result.rivals}, reverse=True)
+    columns = ["", "policy", "MiB", *(["KL, live"] if live else [])]
+    columns += [f"KL, {tier}" for tier in tiers]
+    columns += ["perplexity"] * live + ["retrieval"] * retrieval
     full = result.full_cache_accuracy
     intervals = "with 95 % intervals" if BAND not in tiers else "as bands"
     captions = [
+        *([comparison] if comparison else []),
         f"{_caption(result)}, {result.quality.samples} held-out samples",
-        f"KL in nats/token {intervals}, MiB of one prompt",
+        f"KL in nats/token {intervals}, MiB of one prompt; * is the plan",
         *([f"retrieval of the full cache: {accuracy(full)}"] if full else []),
     ]
     return table(
         "The plan beside others at equal bytes",
         columns,
-        [_rival(rival, live, retrieval) for rival in result.rivals],
+        [_rival(rival, tiers, live, retrieval) for rival in result.rivals],
+        left=(0, 1),
         caption="\n".join(captions),
     )
 
 
-def _rival(rival: Rival, live: bool, retrieval: bool) -> list[str]:
-    cells = [rival.name, f"{rival.prompt_bytes / MIB:.2f}", figure(rival.predicted, tier=False)]
-    if live:
-        change = rival.perplexity_change
-        cells.append(figure(rival.live, tier=False))
-        cells.append("-" if change is None else f"{100 * change.value:+.2g} %")
-    if retrieval:
-        cells.append(accuracy(rival.retrieval_accuracy))
-    return cells
+def _rival(rival: Rival, tiers: Sequence[str], live: bool, retrieval: bool) -> list[str]:
+    predicted = figure(rival.predicted, tier=False)
+    change = rival.perplexity_change
+    return [
+        "*" if rival.family == "kvtune" else "",
+        rival.name,
+        f"{rival.prompt_bytes / MIB:.2f}",
+        *([figure(rival.live, tier=False)] if live else []),
+        *(predicted if rival.predicted.tier == tier else "-" for tier in tiers),
+        *(["-" if change is None else f"{100 * change.value:+.2g} %"] if live else []),
+        *([accuracy(rival.retrieval_accuracy)] if retrieval else []),
+    ]
 
 
 def _plan(result: SearchResult) -> RenderableType:
@@ -177,23 +199,31 @@ def _at_once(result: SearchResult) -> str:
     return f"{result.sequences} of {tokens}; uncompressed {result.full_cache_sequences}"
 
 
-def _files(result: SearchResult) -> str:
+def _files(result: SearchResult) -> list[RenderableType]:
     folder = result.request.run_dir
-    policy = folder / POLICY_FILE
-    lines = [
-        f"policy: {policy}   (edit it freely; every mistake is told with its line)",
-        f"result: {folder / 'result.json'}",
+    return [
+        one_line(f"policy: {folder / POLICY_FILE}"),
+        "        (edit it freely; every mistake is told with its line)",
+        one_line(f"result: {folder / 'result.json'}"),
         "",
-        "next: " + _next(result, str(policy)),
+        *_next(result),
     ]
-    return "\n".join(lines)
 
 
-def _next(result: SearchResult, policy: str) -> str:
+def _next(result: SearchResult) -> list[RenderableType]:
     """What helps most now: real weights where a stand-in stood, else the serving stack."""
-    if result.quality.source == "stand-in":
-        return (
-            f"kvtune search --model PATH/TO/{result.request.shape.name} for quality of the model "
-            f"itself,\n      or kvtune export {policy} --to vllm --out DIR --allow-stand-in"
-        )
-    return f"kvtune export {policy} --to transformers --out DIR"
+    folder = result.request.run_dir
+    if result.quality.source == "own trace":
+        return [_export(folder, "transformers")]
+    name = result.request.shape.name
+    return [
+        f"quality of {name} itself: the same search with --model PATH, a folder of its weights",
+        _export(folder, "vllm", "--allow-stand-in"),
+    ]
+
+
+def _export(folder: Path, stack: str, *more: str) -> RenderableType:
+    """The command as it can be copied, on one line however long."""
+    words = ["kvtune", "export", str(folder / POLICY_FILE), "--to", stack]
+    words += ["--out", str(folder / stack), *more]
+    return one_line(f"next: {shlex.join(words)}")

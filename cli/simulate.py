@@ -75,7 +75,10 @@ def command(
             recorded, bound, target.shape.name, split, device or best_device(), output.progress
         )
         _report(output, document, found, cost, budget)
+        if target.notes:
+            output.show("", *(f"note: {note}" for note in target.notes))
         answer = _answer(document, found, cost) | {"gpu": target.gpu.slug, "budget": budget}
+        answer |= {"notes": target.notes}
         output.finish("simulate", answer)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kvtune.cli.output import table
 from kvtune.common.estimate import Estimate, exact
 from kvtune.common.units import GB, GIB, format_tokens
 from kvtune.common.words import count, figure, percent
+from kvtune.simulator.cost import per_second
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -25,7 +26,7 @@ def budget_table(budget: MemoryBudget, quality: str) -> RenderableType:
         (f"- {budget.weight_format} weights", budget.weights, budget.reason),
         ("- overhead", budget.overhead, "context, graphs, allocator"),
         ("- prefill", budget.prefill, "activations, one layer uncompressed"),
-        ("= left for the cache", budget.cache, _tokens(budget.cache_tokens)),
+        ("= left for the cache", budget.cache, bf16_tokens(budget.cache_tokens)),
     )
     return table(
         f"Memory of {budget.model} on {budget.gpu}",
@@ -36,7 +37,7 @@ def budget_table(budget: MemoryBudget, quality: str) -> RenderableType:
     )
 
 
-def _tokens(number: int | None) -> str:
+def bf16_tokens(number: int | None) -> str:
     return "any number of tokens" if number is None else f"{count(number)} tokens of bf16"
 
 
@@ -45,8 +46,17 @@ def _gib(part: Estimate) -> tuple[str, str, str]:
     return f"{part.value / GIB:.2f}", interval, part.tier
 
 
-def cost_table(budget: MemoryBudget, costs: Mapping[str, Cost], quality: str) -> RenderableType:
-    """What each policy takes for a budget's context and batch: a column each, a figure a row."""
+def cost_table(
+    budget: MemoryBudget, costs: Mapping[str, Cost], quality: str, priced: Sequence[str] = ()
+) -> RenderableType:
+    """What each policy takes for a budget's context and batch: a column each, a figure a row.
+
+    Args:
+        budget: says context and batch.
+        costs: by the policy's name.
+        quality: whose loss is known.
+        priced: what a million tokens cost with each, where a price is known.
+    """
     rows = [
         ("one prompt", [figure(exact(c.prompt_bytes, "B")) for c in costs.values()]),
         *_statistics(costs.values()),
@@ -56,7 +66,9 @@ def cost_table(budget: MemoryBudget, costs: Mapping[str, Cost], quality: str) ->
         ("prefill of one", [figure(c.prefill) for c in costs.values()]),
         ("compressing it", [figure(c.compression) for c in costs.values()]),
         ("time per token", [figure(c.latency) for c in costs.values()]),
+        ("tokens/s per user", [figure(per_second(c.latency, 1)) for c in costs.values()]),
         ("tokens/s", [figure(c.tokens_per_second) for c in costs.values()]),
+        *([("cost per million", list(priced))] if priced else []),
     ]
     return table(
         f"Costs at {format_tokens(budget.context_tokens)}, {count(budget.batch)} at once",

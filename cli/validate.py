@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -48,7 +49,9 @@ def command(
     from kvtune.cli.inputs import read_policy_path, read_texts
     from kvtune.policies.document import read_policy
 
-    document, texts = read_policy(read_policy_path(policy)), read_texts(text)
+    path, texts = read_policy_path(policy), read_texts(text)
+    document = read_policy(path)
+    known = _known(document, path)
     name, shape = _model(document, model)
     bound = document.bind(shape.layers, shape.kv_heads)
     with speaking(as_json, quiet) as output:
@@ -61,10 +64,10 @@ def command(
         samples = _samples(loaded, workload, seed, texts)
         found = _run(bound, loaded, samples, output.progress)
         planned = bound.footprint(samples[0].prompt, loaded.geometry.head_dim)
-        output.show(_report(document, bound, found, planned))
+        output.show(_report(known, bound, found, planned))
         times, untimed = _times(document, bound, loaded, shape, samples, largest=gpu)
         output.show("", times_table(times) if times else f"times: {untimed}")
-        answer = _answer(document, found, planned) | {"device": loaded.device}
+        answer = _answer(document, known, found, planned) | {"device": loaded.device}
         output.finish("validate", answer | {"times": times, "untimed": untimed})
 
 
@@ -136,21 +139,49 @@ def _run(
     return validate_policy(policy, loaded, samples, progress=progress)
 
 
-def _predicted(document: PolicyDocument) -> Estimate | None:
-    """What the file says that was predicted, if it says so."""
+@dataclass(frozen=True)
+class _Known:
+    """What is known of a policy's loss before this run, nats/token.
+
+    Args:
+        predicted: without running the model, or None.
+        earlier: of an earlier live run, or None.
+    """
+
+    predicted: Estimate | None
+    earlier: Estimate | None
+
+
+def _known(document: PolicyDocument, path: Path) -> _Known:
+    """The file's own figure; where that is a live run's, the prediction in the search's result."""
     quality = document.provenance.quality if document.provenance else None
-    return quality.kl_nats_per_token if quality else None
+    loss = quality.kl_nats_per_token if quality else None
+    if loss is None or loss.tier != "live":
+        return _Known(loss, None)
+    return _Known(_predicted_by_search(path.parent / "result.json", loss), loss)
 
 
-def _report(
-    document: PolicyDocument, policy: Policy, found: Validation, planned: int
-) -> RenderableType:
+def _predicted_by_search(path: Path, live: Estimate) -> Estimate | None:
+    """The prediction of the search that measured ``live``; None where no such result is there."""
+    from kvtune.common.errors import KvtuneError
+    from kvtune.tuner.explore.stored_result import read_result
+
+    try:
+        found = read_result(path)
+    except KvtuneError:
+        return None
+    by_policy = {rival.live: rival.predicted for rival in found.rivals}
+    return by_policy.get(live)
+
+
+def _report(known: _Known, policy: Policy, found: Validation, planned: int) -> RenderableType:
     from kvtune.common.units import format_bytes
     from kvtune.common.words import accuracy, count, figure
 
     change = found.perplexity_change
     rows = [
-        ("KL nats/token", figure(_predicted(document)), figure(found.live)),
+        ("KL nats/token", figure(known.predicted), figure(found.live)),
+        *([("KL, an earlier run", "", figure(known.earlier))] if known.earlier else []),
         *((f"KL, {kind}", "", figure(loss)) for kind, loss in found.by_kind.items()),
         ("bytes of one prompt", format_bytes(planned), format_bytes(found.prompt_bytes)),
         ("perplexity", "", "-" if change is None else f"{100 * change.value:+.2g} %"),
@@ -166,7 +197,9 @@ def _report(
     )
 
 
-def _answer(document: PolicyDocument, found: Validation, planned: int) -> dict[str, Any]:
+def _answer(
+    document: PolicyDocument, known: _Known, found: Validation, planned: int
+) -> dict[str, Any]:
     from kvtune.policies.document import as_plain
 
     return {
@@ -179,7 +212,8 @@ def _answer(document: PolicyDocument, found: Validation, planned: int) -> dict[s
             "stand_in": None,
             "samples": found.samples,
         },
-        "predicted": _predicted(document),
+        "predicted": known.predicted,
+        "earlier_live": known.earlier,
         "by_kind": found.by_kind,
         "perplexity_change": found.perplexity_change,
         "retrieval_accuracy": found.retrieval_accuracy,

@@ -7,13 +7,15 @@ from collections.abc import Iterable
 
 
 class KvtuneError(Exception):
-    """A mistake or a limit that the user can act on; the command line prints it and exits with 2.
+    """A mistake or a limit that the user can act on; the command line prints it and exits.
 
     Args:
         message: one line that says what is wrong.
         hint: one line that says what to do about it.
         where: file, or file:line, that the message is about.
     """
+
+    exit_code = 2
 
     def __init__(self, message: str, *, hint: str | None = None, where: str | None = None) -> None:
         super().__init__(message)
@@ -23,6 +25,12 @@ class KvtuneError(Exception):
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}" if self.where else self.message
+
+
+class DoesNotFitError(KvtuneError):
+    """What was asked for takes more memory than there is; scripts tell it by its exit code."""
+
+    exit_code = 3
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeVar
 
+from kvtune.common.words import printable
+
 T = TypeVar("T")
 
 LINE_S = 5.0  # between two lines where no bar can be drawn
@@ -72,7 +74,7 @@ class Bars:
 
     def note(self, message: str) -> None:
         """Print one line on stderr."""
-        self.console.print(message, highlight=False, markup=False)
+        self.console.print(printable(message), highlight=False, markup=False)
 
 
 def _how_far(done: int, total: int | None, elapsed: float) -> str:

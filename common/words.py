@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable
 
 from kvtune.common.estimate import BAND, Estimate
@@ -38,6 +39,23 @@ def accuracy(estimate: Estimate | None) -> str:
         return "-"
     value, low, high = (round(100 * end) for end in (estimate.value, estimate.low, estimate.high))
     return f"{value} [{low}, {high}] %"
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters spelt out, so that no name from a file drives a terminal.
+
+    Line ends and tabs stay; marks that reverse the direction of writing are spelt out too.
+    """
+    return "".join(c if c in "\n\t" or not _steers(c) else _spelt(c) for c in text)
+
+
+def _steers(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def _spelt(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def count(number: float) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass
 
-from kvtune.common.errors import KvtuneError
+from kvtune.common.errors import DoesNotFitError, KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.common.units import GB, GIB, format_bytes, format_tokens
 from kvtune.profiles.gpus import GpuProfile
@@ -212,7 +213,7 @@ def _does_not_fit(
     tried: tuple[WeightFormat, ...],
     context_tokens: int,
     batch: int,
-) -> KvtuneError:
+) -> DoesNotFitError:
     """The error that says what is too large and what would fit."""
     needs = {
         weight_format: required_bytes(shape, gpu, weight_format, context_tokens, batch)
@@ -226,7 +227,23 @@ def _does_not_fit(
         f"overhead {overhead}, prefill of {format_tokens(context_tokens)} {prefill}, "
         f"and a cache of {format_tokens(batch * min(context_tokens, USEFUL_CACHE_TOKENS))}"
     )
-    return KvtuneError(message, hint=_what_fits(shape, gpu, limit, needs, least))
+    hint = _what_fits(shape, gpu, limit, needs, least)
+    most = _most_sequences(shape, gpu, limit, min(needs, key=lambda n: needs[n]), context_tokens)
+    if 0 < most < batch:
+        hint = f"--batch {most} is the most that fits at this context. {hint[0].upper()}{hint[1:]}"
+    return DoesNotFitError(message, hint=hint)
+
+
+def _most_sequences(
+    shape: ModelShape, gpu: GpuProfile, limit: int, weight_format: WeightFormat, tokens: int
+) -> int:
+    """The largest batch that leaves each sequence a useful cache; 0 where not even one fits."""
+    batches = range(1, limit // shape.kv_bytes(1))
+
+    def too_large(batch: int) -> bool:
+        return required_bytes(shape, gpu, weight_format, tokens, batch) > limit
+
+    return bisect.bisect_left(batches, True, key=too_large)
 
 
 def _what_fits(

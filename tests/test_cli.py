@@ -162,13 +162,13 @@ MISTAKES = {
 def test_a_mistake_is_one_line_with_a_hint_and_writes_nothing(name: str, run: Run) -> None:
     words, said, hint = MISTAKES[name]
     ran = run(*words)
-    assert_one_error(ran, said, hint)
+    assert_one_error(ran, said, hint, code=3 if said == "does not fit" else 2)
     assert list(Path.cwd().iterdir()) == []
 
 
-def assert_one_error(ran: Ran, said: str, hint: str | None = None) -> None:
+def assert_one_error(ran: Ran, said: str, hint: str | None = None, code: int = 2) -> None:
     lines = ran.err.splitlines()
-    assert ran.code == 2
+    assert ran.code == code
     assert ran.out == ""
     assert lines[0].startswith("error: ")
     assert said in lines[0]
@@ -519,6 +519,30 @@ def test_validate_runs_the_held_out_samples_and_reports(
     assert "KL, code" in said
     assert f"times: {NO_GPU}" in said
     assert_one_error(run(*words, "--gpu"), f"--gpu: {NO_GPU}", "without --gpu")
+
+
+def test_an_earlier_live_run_is_no_prediction(tmp_path: Path) -> None:
+    """The prediction is the search's, where its result tells of the same live run."""
+    from kvtune.cli.validate import _known
+    from kvtune.policies.document import read_policy
+    from kvtune.tests.made_up import write_study
+
+    run = write_study(tmp_path / "run", live=True)
+    rival = json.loads((run / "result.json").read_text())["rivals"][1]
+    text = (run / "baselines" / "greedy.yaml").read_text()
+    live = rival["live"]
+    quality = {"kl_nats_per_token": live["value"], "interval": live["interval"], "tier": "live"}
+    provenance = {"quality": {"source": "own trace", **quality}}
+    path = run / "policy.yaml"
+    path.write_text(f"{text}\nprovenance: {json.dumps(provenance)}\n")
+    known = _known(read_policy(path), path)
+    assert known.earlier is not None
+    assert known.predicted is not None
+    assert known.earlier.value == live["value"]
+    assert known.predicted.value == rival["predicted"]["value"]
+    moved = tmp_path / "policy.yaml"
+    moved.write_text(path.read_text())
+    assert _known(read_policy(moved), moved).predicted is None
 
 
 def test_validate_needs_weights(run: Run, policy: Path) -> None:

@@ -150,18 +150,50 @@ def test_every_table_names_the_quality_and_fits_a_page(
     lines = capsys.readouterr().out.splitlines()
     words = "own trace" if live else "stand-in (smollm2-135m)"
     quality = [line for line in lines if line.startswith("quality: ")]
-    assert quality[0] == "quality: stand-in (smollm2-135m)"  # said before the search: no weights
-    assert len(quality[1:]) == 3
-    assert all(line.startswith(f"quality: {words}") for line in quality[1:])
+    assert len(quality) == 4
+    assert all(line.startswith(f"quality: {words}") for line in quality)
     assert max(map(len, lines)) <= 100
 
 
-def test_the_budget_is_said_before_the_search(
+def test_what_is_left_for_the_cache_is_said_before_the_search(
     live: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(WORDS)
+    err = capsys.readouterr().err
+    assert err.index("are left for the cache") < err.index("searching ...")
+
+
+def test_the_verdict_comes_first(live: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    main(WORDS)
+    out = capsys.readouterr().out.replace("a library chatters on stdout\n", "")
+    first = " ".join(out.split("\n\n")[0].split())
+    assert first.startswith(
+        "48 prompts of 8 192 tokens instead of 5 in 16 GB at 0.01 nats per token"
+    )
+    assert first.endswith(
+        "(measured live); needles 95 % of the full cache's"
+        if live
+        else "(predicted from smollm2-135m, which stands in for the model)"
+    )
+    assert "The plan is not better than greedy per head" in out
+
+
+@pytest.mark.parametrize("columns", [60, 72, 80, 100, 120])
+def test_nothing_is_cut_at_any_width(
+    live: bool, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every word of the widest form is there in a narrow one, and the command is one line."""
+    monkeypatch.setenv("COLUMNS", "300")
+    main(WORDS)
+    wide = capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", str(columns))
+    main(WORDS)
     out = capsys.readouterr().out
-    assert out.index("left for the cache") < out.index("a library chatters")
+    assert sorted(out.split()) == sorted(wide.split())
+    (command,) = [line for line in out.splitlines() if line.startswith("next: ")]
+    assert command in wide.splitlines()
+    if columns >= 80:
+        assert max(len(line) for line in out.splitlines() if line != command) <= columns
 
 
 def test_json_holds_the_plan_and_nothing_else_is_on_stdout(
@@ -181,6 +213,7 @@ def test_json_holds_the_plan_and_nothing_else_is_on_stdout(
     assert [point["chosen"] for point in answer["front"]] == [False, True, False]
     assert "searching ..." in captured.err
     assert "left for the cache" in captured.err
+    assert answer["verdict"].startswith("48 prompts")
 
 
 def test_quiet_json_talks_not_at_all(live: bool, capsys: pytest.CaptureFixture[str]) -> None:

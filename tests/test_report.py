@@ -81,6 +81,23 @@ def test_it_says_whose_quality_and_every_tier(html: str) -> None:
     assert "c0ffee" in html
 
 
+def test_the_verdict_and_its_picture_come_first(html: str) -> None:
+    main_part = html.split("<main>")[1]
+    first = main_part.split("<section>")[0]
+    assert 'class="verdict"' in first
+    assert "nats per token" in first
+    assert first.count("<svg") == 2  # for wide and for narrow screens
+    assert "The plan is not better than greedy per head" in first
+
+
+def test_a_study_without_an_end_has_no_verdict(tmp_path: Path) -> None:
+    run = write_study(tmp_path, 6, finished=False)
+    (page, *_) = write_report(StudyReader(run).read(), run / "report")
+    text = page.read_text(encoding="utf-8")
+    assert 'class="verdict"' not in text
+    assert "<svg" in text.split("<section>")[0]
+
+
 def test_markup_in_names_stays_text(tmp_path: Path) -> None:
     run = write_study(tmp_path, 3, stand_in="<script>alert(1)</script>")
     (page, *_) = write_report(StudyReader(run).read(), run / "report")

@@ -73,7 +73,7 @@ def test_no_other_option_for_all_heads_beats_the_plan_on_the_source(
     check = packaged.of_split("select")
     losses = {}
     for number, option in enumerate(packaged.options):
-        taken = 256 * option.footprint(option.budget.resolve(8192), shape.head_dim) + 4 * 256
+        taken = 256 * option.footprint(option.budget.resolve(8192), 8192, shape.head_dim) + 4 * 256
         if taken + generated <= each:
             by_sample = check.by_sample(np.full(packaged.heads, number))
             losses[option.label] = float(check.sample_weights() @ by_sample)

@@ -54,16 +54,14 @@ def live_rivals(
         ),
         *_best_of_families(source, trace, loaded.device, budget, progress),
     ]
-    run = [row for row in rows if loaded.device != "cpu" or row.family in _LIVE_ON_CPU]
     found = validate_policies(
-        [row.policy for row in run if row.policy is not None],
+        [row.policy for row in rows if row.policy is not None],
         loaded,
         samples,
         lambda sample: traced_prompt(trace, trace.sample(sample.id), loaded.device),
         progress=progress,
     )
-    lives = dict(zip((row.family for row in run), found, strict=True))
-    return [_measured(row, lives.get(row.family)) for row in rows], found[0]
+    return [_measured(row, live) for row, live in zip(rows, found, strict=True)], found[0]
 
 
 def _best_of_families(
@@ -124,10 +122,8 @@ def _simple(
     )
 
 
-def _measured(rival: Rival, live: Validation | None) -> Rival:
-    """The same with what live runs have found, if it was run."""
-    if live is None:
-        return rival
+def _measured(rival: Rival, live: Validation) -> Rival:
+    """The same with what live runs have found."""
     return replace(
         rival,
         live=live.live,
@@ -138,7 +134,6 @@ def _measured(rival: Rival, live: Validation | None) -> Rival:
     )
 
 
-_LIVE_ON_CPU = ("kvtune", "uniform", "adakv")  # a run costs seconds there; the rest is replayed
 _PROMISING = 2  # methods and precisions that the other families try, of the uniform ones
 _NAMES = {"layers": "best per layer", "greedy": "greedy per head"}
 

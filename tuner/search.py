@@ -9,9 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import kvtune
-from kvtune.common.errors import KvtuneError
+from kvtune.common.errors import DoesNotFitError, KvtuneError
 from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
+from kvtune.common.units import format_bytes
 from kvtune.simulator.memory import MemoryBudget, memory_budget
 from kvtune.tuner.answer import Found, answer
 from kvtune.tuner.explore.facts import Facts
@@ -80,16 +81,26 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
         recorder.add(point)
     candidates = [*trials, *simple]
     if not candidates:
-        raise KvtuneError(
-            f"no plan fits {request.sequences or 1} sequences of {request.context_tokens} tokens",
-            hint="raise --mem, shorten --context, lower --batch or take narrower --weights.",
-        )
+        raise _nothing_fits(request, question)
     expected = [replace(c, kl=source.calibration.value(c.kl)) for c in candidates]
     ended = Found(request, budgets, source, solver, facts.study, expected, notes)
     result = answer(ended, _choose(ended, progress), progress)
     write_result(result)
     keep_finished(result)
     return result
+
+
+def _nothing_fits(request: SearchRequest, question: Question) -> DoesNotFitError:
+    """The error that says how many sequences would fit."""
+    context = request.context_tokens
+    most = question.most_sequences(context)
+    lower = f"--batch {most} is the most that fits, with every head compressed the furthest; "
+    return DoesNotFitError(
+        f"no plan fits {request.sequences or 1} sequences of {context} tokens in "
+        f"{format_bytes(request.memory_bytes)}",
+        hint=(lower if most else "")
+        + "raise --mem, shorten --context or take narrower --weights for more.",
+    )
 
 
 def _refuse_unknown_layers(request: SearchRequest) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,16 @@ COLOURS = {
     "red": "#c0314b",
     "amber": "#b86e00",
 }
+FAMILIES = {
+    "kvtune": "green",
+    "layers": "blue",
+    "greedy": "amber",
+    "uniform": "red",
+    "pyramid": "soft",
+    "adakv": "ink",
+}
+"""The colour that a policy has in every picture."""
+
 _PARTS = {
     "weights": "blue",
     "overhead": "soft",
@@ -70,14 +80,16 @@ def _style() -> Iterator[None]:
         yield
 
 
-def rendered(draw: Draw, width: float, height: float) -> dict[str, bytes]:
-    """A picture of ``width`` x ``height`` inches, as ``svg`` and ``png``."""
+def rendered(
+    draw: Draw, width: float, height: float, kinds: Sequence[str] = ("svg", "png")
+) -> dict[str, bytes]:
+    """A picture of ``width`` x ``height`` inches, in each of the formats."""
     from matplotlib.figure import Figure
 
     with _style():
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.add_subplot())
-        return {kind: _saved(figure, kind) for kind in ("svg", "png")}
+        return {kind: _saved(figure, kind) for kind in kinds}
 
 
 def _saved(figure: Figure, kind: str) -> bytes:
@@ -129,7 +141,8 @@ def front_chart(view: View) -> Draw:
             mark(line.value, color=COLOURS["soft"], linestyle=":", linewidth=1.2, label=line.words)
         axes.xaxis.set_major_formatter(lambda value, _: short(value))
         axes.yaxis.set_major_formatter(lambda value, _: short(value))
-        axes.legend(fontsize=8, loc="best")
+        columns = _legend_columns(axes, 5)
+        axes.figure.legend(fontsize=8, ncols=columns, loc="outside lower center")
 
     return draw
 
@@ -140,6 +153,8 @@ def _plans(axes: Axes, view: View) -> None:
         view.across[others, 0],
         view.upward[others, 0],
         s=10,
+        alpha=0.4,
+        linewidth=0,
         color=COLOURS["soft"],
         label="other plans",
         rasterized=len(others) > 2000,
@@ -181,19 +196,48 @@ def _reach(ends: Floats) -> Floats:
 
 
 def _baselines(axes: Axes, view: View) -> None:
+    """A cross for each baseline, and its name beside it, moved apart from the others' names."""
     lowest_first = sorted(view.baselines(), key=lambda found: found[2])
-    for index, (baseline, x, y) in enumerate(lowest_first):
-        side, align = ((8, "left"), (-8, "right"))[index % 2]  # neighbours on either side
-        axes.plot(x, y, "x", color=COLOURS["red"], markersize=7)
+    heights = _apart([_height(axes, y) for _, _, y in lowest_first])
+    for (baseline, x, y), height in zip(lowest_first, heights, strict=True):
+        colour = COLOURS[FAMILIES.get(baseline.family, "red")]
+        axes.plot(x, y, "x", color=colour, markersize=7, markeredgewidth=2, zorder=4)
         axes.annotate(
-            words_of(baseline.family),
+            f"{words_of(baseline.family)} {y:.2g}",
             (x, y),
-            xytext=(side, -3),
-            ha=align,
+            xytext=(12, height - _height(axes, y) - 3),
             textcoords="offset points",
-            color=COLOURS["red"],
+            color=colour,
             fontsize=8,
+            zorder=6,
+            arrowprops={"arrowstyle": "-", "color": COLOURS["line"], "linewidth": 0.8},
         )
+
+
+_NAME_HEIGHT = 11.0  # points between the names of two baselines
+
+
+def _height(axes: Axes, value: float) -> float:
+    """Where a value lies on the logarithmic axis, in points above its start, roughly."""
+    low, high = axes.get_ylim()
+    share = (np.log(max(value, low)) - np.log(low)) / (np.log(high) - np.log(low))
+    return float(share * _inches(axes)[1] * 72 * 0.85)
+
+
+def _inches(axes: Axes) -> tuple[float, float]:
+    """Width and height of the whole picture."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None  # noqa: S101 - the axes are drawn on one
+    width, height = figure.get_size_inches()
+    return float(width), float(height)
+
+
+def _apart(heights: Sequence[float]) -> list[float]:
+    """Ascending heights moved up as far as each needs to stand clear of the one below."""
+    found: list[float] = []
+    for height in heights:
+        found.append(max(height, found[-1] + _NAME_HEIGHT) if found else height)
+    return found
 
 
 def memory_chart(parts: MemoryParts) -> Draw:
@@ -211,7 +255,8 @@ def memory_chart(parts: MemoryParts) -> Draw:
         axes.axvline(parts.budget.limit_bytes / GIB, color=COLOURS["red"], label="limit")
         axes.set_yticks([])
         axes.set_xlabel("GiB")
-        axes.figure.legend(fontsize=8, ncols=7, loc="outside lower center")
+        columns = _legend_columns(axes, 7)
+        axes.figure.legend(fontsize=8, ncols=columns, loc="outside lower center")
 
     return draw
 
@@ -244,20 +289,28 @@ def _bits(heads: HeadMap) -> Floats:
     return np.array([[option_bits(o)[0] for o in row] for row in heads.options], np.float64)
 
 
-def kinds_chart(kinds: tuple[str, ...], rows: list[tuple[str, dict[str, float]]]) -> Draw:
-    """Held-out loss by kind of text, the plan first."""
+def kinds_chart(kinds: tuple[str, ...], rows: list[tuple[str, str, dict[str, float]]]) -> Draw:
+    """Held-out loss by kind of text, the plan first; rows are name, family and losses."""
 
     def draw(axes: Axes) -> None:
-        colours = [COLOURS[name] for name in ("green", "blue", "amber", "soft", "red", "ink")]
         width = 0.8 / max(len(rows), 1)
-        for index, (name, losses) in enumerate(rows):
+        for index, (name, family, losses) in enumerate(rows):
             at = np.arange(len(kinds)) + (index - (len(rows) - 1) / 2) * width
             values = [losses.get(kind, np.nan) for kind in kinds]
-            axes.bar(at, values, width, label=name, color=colours[index % len(colours)])
+            axes.bar(at, values, width, label=name, color=COLOURS[FAMILIES.get(family, "red")])
         axes.set_xticks(range(len(kinds)), kinds)
         axes.set_ylabel("KL, nats/token")
         axes.grid(True, axis="y", linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+        axes.figure.legend(fontsize=8, ncols=_legend_columns(axes, 3), loc="outside lower center")
 
     return draw
+
+
+def _legend_columns(axes: Axes, most: int) -> int:
+    """Fewer where the picture is narrow."""
+    return most if _inches(axes)[0] > NARROW else max(1, most // 2)
+
+
+NARROW = 4.5
+"""Inches of a picture for a phone's width."""

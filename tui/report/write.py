@@ -10,7 +10,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.files import atomic, write_text
 from kvtune.common.progress import Progress, Silent
 from kvtune.tui.report import charts
-from kvtune.tui.report.page import listed, page, pairs, picture, table
+from kvtune.tui.report.page import listed, page, pairs, picture, table, verdict
 from kvtune.tui.report.tables import baselines_table, front_table, plan_table, plans_csv
 from kvtune.tui.widgets.memory_bar import MemoryParts
 from kvtune.tuner.explore.axes import BYTES, LOSS, RATE, TOKENS
@@ -19,6 +19,7 @@ from kvtune.tuner.explore.study import Study
 from kvtune.tuner.explore.view import View
 from kvtune.tuner.explore.what_if import Setting, figures_of
 from kvtune.tuner.explore.why import why
+from kvtune.tuner.verdict import verdict_of
 
 _TIERS = (
     "Tiers. Loss: table (predicted), replay (exact for one plan), live (the model ran). Memory and "
@@ -49,9 +50,13 @@ def write_report(study: Study, folder: Path, progress: Progress | None = None) -
     ):
         files = charts.rendered(draw, width, height)
         paths += [_write(folder / f"{name}.{kind}", made) for kind, made in files.items()]
-        drawn[name] = picture(charts.inline(files["svg"], name), caption)
+        small = charts.rendered(draw, charts.NARROW, max(0.8 * height, 2.0), ("svg",))["svg"]
+        narrow = charts.inline(small, f"{name}-narrow")
+        drawn[name] = picture(charts.inline(files["svg"], name), narrow, caption)
     write_text(folder / "plans.csv", plans_csv(view))
-    write_text(folder / "report.html", page(study, _sections(view, row, drawn)))
+    write_text(
+        folder / "report.html", page(study, _first(study, drawn), _sections(view, row, drawn))
+    )
     return [folder / "report.html", folder / "plans.csv", *paths]
 
 
@@ -88,32 +93,46 @@ def _pictures(view: View, row: int) -> Iterator[Picture]:
         yield "kinds-live", words, charts.kinds_chart(study.facts.kinds, rows), 8.5, 3.4
 
 
-def _kinds(study: Study, row: int) -> list[tuple[str, dict[str, float]]]:
+Losses = tuple[str, str, dict[str, float]]  # name, family, loss by kind of text
+
+
+def _kinds(study: Study, row: int) -> list[Losses]:
     plan = study.plans[row]
-    rows = [("kvtune plan", dict(zip(study.facts.kinds, plan.by_kind, strict=True)))]
+    ours = dict(zip(study.facts.kinds, plan.by_kind, strict=True))
     others = study.outcome.baselines[1:] if study.outcome else ()
-    return rows + [(other.name, other.by_kind) for other in others if other.by_kind]
+    found = [(other.name, other.family, other.by_kind) for other in others if other.by_kind]
+    return [("kvtune plan", "kvtune", ours), *found]
 
 
-def _live_kinds(study: Study, row: int) -> list[tuple[str, dict[str, float]]]:
+def _live_kinds(study: Study, row: int) -> list[Losses]:
     """Of the plan, and of those of the others that ran; none where the plan did not."""
     live = study.live(study.plans[row])
     if live is None or not live.by_kind:
         return []
     others = study.outcome.baselines[1:] if study.outcome else ()
-    ran = [("kvtune plan", live.by_kind), *((other.name, other.live_by_kind) for other in others)]
-    return [(name, {k: e.value for k, e in found.items()}) for name, found in ran if found]
+    ran = [("kvtune plan", "kvtune", live.by_kind)]
+    ran += [(other.name, other.family, other.live_by_kind) for other in others]
+    return [
+        (n, family, {k: e.value for k, e in found.items()}) for n, family, found in ran if found
+    ]
+
+
+def _first(study: Study, drawn: dict[str, str]) -> str:
+    """What is seen first: the verdict of a finished study, and the front beside the baselines."""
+    found = verdict_of(study)
+    told = verdict(found.sentence, found.comparison) if found else ""
+    return told + drawn["front-tokens"]
 
 
 def _sections(view: View, row: int, drawn: dict[str, str]) -> Iterator[tuple[str, str]]:
     study = view.study
     plan = study.plans[row]
-    yield f"The plan of trial {plan.trial}", table(plan_table(view, row)) + drawn["memory"]
-    yield "Why", listed(why(study, plan))
-    yield "The front", drawn["front-tokens"] + drawn["front-bytes"] + drawn["front-rate"]
-    yield "Head by head", drawn["heads-budget"] + drawn["heads-bits"]
     if study.outcome is not None:
         yield "Beside others at equal bytes", table(baselines_table(study))
+    yield f"The plan of trial {plan.trial}", table(plan_table(view, row)) + drawn["memory"]
+    yield "Head by head", drawn["heads-budget"] + drawn["heads-bits"]
+    yield "Why", listed(why(study, plan))
+    yield "The front by bytes and by speed", drawn["front-bytes"] + drawn["front-rate"]
     if "kinds" in drawn:
         yield "Task by task", drawn["kinds"] + drawn.get("kinds-live", "")
     yield "Plans of the front", table(front_table(view))

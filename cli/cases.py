@@ -1,0 +1,204 @@
+"""What is estimated: every combination of card, context, batch and policy that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING
+
+from kvtune.cli.inputs import beyond_length
+from kvtune.common.errors import DoesNotFitError, KvtuneError
+from kvtune.common.estimate import Estimate
+
+if TYPE_CHECKING:
+    from kvtune.policies.document import PolicyDocument
+    from kvtune.profiles.gpus import GpuProfile
+    from kvtune.profiles.shape import ModelShape
+    from kvtune.simulator.cost import Cost
+    from kvtune.simulator.memory import MemoryBudget
+
+FULL = "full cache"
+STEP = 256  # tokens between the contexts that are tried
+MILLION, SECONDS_PER_HOUR = 10**6, 3600
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card to estimate on.
+
+    Args:
+        gpu: its profile.
+        memory_bytes: that may be used of it.
+        price_per_hour: in any currency, or None.
+    """
+
+    gpu: GpuProfile
+    memory_bytes: int
+    price_per_hour: float | None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination, and what it takes.
+
+    Args:
+        card: where it runs.
+        context_tokens: prompt tokens of a sequence.
+        batch: sequences at once.
+        policy: name of the cache policy; ``full cache`` is the uncompressed one.
+        budget: where the memory goes; None where not even the weights fit.
+        cost: memory and time; None likewise.
+        reason: why there is none.
+    """
+
+    card: Card
+    context_tokens: int
+    batch: int
+    policy: str
+    budget: MemoryBudget | None
+    cost: Cost | None
+    reason: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether all sequences fit at once."""
+        return self.cost is not None and self.cost.sequences_that_fit >= self.batch
+
+    @property
+    def tokens_per_second_per_user(self) -> Estimate | None:
+        """Tokens that each sequence is given a second."""
+        from kvtune.simulator.cost import per_second
+
+        return per_second(self.cost.latency, 1) if self.cost else None
+
+    @property
+    def cost_per_million_tokens(self) -> Estimate | None:
+        """The card's price over what it generates, in the price's currency; decoding alone."""
+        if self.cost is None or self.card.price_per_hour is None:
+            return None
+        rate, spent = self.cost.tokens_per_second, self.card.price_per_hour * MILLION
+        value, low, high = (
+            spent / (SECONDS_PER_HOUR * end) for end in (rate.value, rate.high, rate.low)
+        )
+        return Estimate(value, low, high, "per million tokens", rate.tier)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What ``kvtune estimate`` was asked for.
+
+    Args:
+        model: as the loader takes it.
+        shape: its shape.
+        generated_tokens: tokens that each sequence generates.
+        cards: where it may run.
+        contexts: prompt tokens of a sequence.
+        batches: sequences at once.
+        weights: weight format, or ``auto``.
+        document: a policy to set beside the full cache, or None.
+        evicts: whether its methods go on evicting while tokens are generated.
+    """
+
+    model: str
+    shape: ModelShape
+    generated_tokens: int
+    cards: Sequence[Card]
+    contexts: Sequence[int]
+    batches: Sequence[int]
+    weights: str
+    document: PolicyDocument | None
+    evicts: bool
+
+    @property
+    def is_one(self) -> bool:
+        """Whether there is one card, context and batch."""
+        return len(self.cards) == len(self.contexts) == len(self.batches) == 1
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """That prompt and generated tokens exceed the model's length, for the longest prompt."""
+        told = beyond_length(self.shape, max(self.contexts), self.generated_tokens)
+        return (told,) if told else ()
+
+    def cases(self) -> Iterator[Case]:
+        """Every combination, cards with the least memory first."""
+        by_memory = sorted(self.cards, key=lambda card: card.memory_bytes)
+        for card, context, batch in product(by_memory, self.contexts, self.batches):
+            try:
+                yield from self.of(card, context, batch)
+            except DoesNotFitError as error:
+                for name in self._names():
+                    yield Case(card, context, batch, name, None, None, str(error))
+
+    def of(self, card: Card, context: int, batch: int) -> list[Case]:
+        """One combination: the full cache, and the policy where there is one.
+
+        Raises:
+            KvtuneError: not even the weights and a small cache fit.
+        """
+        from kvtune.simulator.memory import memory_budget
+
+        shape = self.shape
+        budget = memory_budget(
+            shape, card.gpu, card.memory_bytes,
+            context_tokens=context, batch=batch, weights=self.weights,
+        )  # fmt: skip
+        costs = self._costs(card, budget)
+        return [Case(card, context, batch, name, budget, cost) for name, cost in costs.items()]
+
+    def _costs(self, card: Card, budget: MemoryBudget) -> dict[str, Cost]:
+        from kvtune.simulator.cost import full_cost, policy_cost
+
+        shape = self.shape
+        asked = (shape, card.gpu, budget, self.generated_tokens)
+        costs = {FULL: full_cost(*asked)}
+        if self.document is not None:
+            policy = self.document.bind(shape.layers, shape.kv_heads)
+            costs[policy.name] = policy_cost(policy, *asked, evicts=self.evicts)
+        return costs
+
+    def _names(self) -> list[str]:
+        shape = self.shape
+        named = [self.document.bind(shape.layers, shape.kv_heads).name] if self.document else []
+        return [FULL, *named]
+
+    def what_would_fit(self, case: Case) -> list[str]:
+        """Sentences on how a case that does not fit could: fewer, shorter, compressed, larger."""
+        at_most = case.cost.sequences_that_fit if case.cost else 0
+        found = [f"--batch {at_most}"] if at_most else []
+        if context := self._longest_context(case):
+            found.append(f"--context {context}")
+        if case.budget and case.policy == FULL and case.budget.cache_bytes:
+            share = 100 * case.budget.share_that_fits
+            found.append(f"a cache compressed to {share:.2g} % of bf16 (kvtune search)")
+        if larger := self._smallest_card(case):
+            found.append(f"--gpu {larger}")
+        return found
+
+    def _fits(self, card: Card, case: Case, context: int) -> bool:
+        try:
+            cases = self.of(card, context, case.batch)
+        except KvtuneError:
+            return False
+        return next(found.fits for found in cases if found.policy == case.policy)
+
+    def _longest_context(self, case: Case) -> int | None:
+        """The longest prompts that fit in the same batch, in steps of 256 tokens."""
+        from bisect import bisect_left
+
+        steps = range(STEP, case.context_tokens, STEP)
+        fitting = bisect_left(
+            steps, True, key=lambda context: not self._fits(case.card, case, context)
+        )
+        return steps[fitting - 1] if fitting else None
+
+    def _smallest_card(self, case: Case) -> str | None:
+        """The known card with the least memory on which all of it fits."""
+        from kvtune.profiles.gpus import list_gpus
+
+        larger = [gpu for gpu in list_gpus() if gpu.visible_bytes > case.card.memory_bytes]
+        for gpu in sorted(larger, key=lambda gpu: gpu.visible_bytes):
+            if self._fits(Card(gpu, gpu.visible_bytes, None), case, case.context_tokens):
+                return gpu.slug
+        return None

@@ -1,0 +1,141 @@
+"""Estimates of several cards, contexts and batches: what fits, what would, and what it costs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from typing import Any
+
+import pytest
+
+from kvtune.__main__ import main
+
+LLAMA = ["estimate", "--model", "llama-8b"]
+
+
+def answer(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> dict[str, Any]:
+    assert main([*LLAMA, *words, "--json", "--quiet"]) == code
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_what_does_not_fit_is_told_with_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("--gpu", "4090", "--context", "32k", "--batch", "20")
+    found = answer(capsys, *asked, code=3)
+    assert not found["fits"]
+    would = dict(words.split(" ", 1) for words in found["would_fit"] if words.startswith("--"))
+    assert set(would) == {"--batch", "--context", "--gpu"}
+    for option, value in would.items():
+        place = asked.index(option)
+        mended = (*asked[:place], option, value, *asked[place + 2 :])
+        assert answer(capsys, *mended)["fits"]
+    more = (*asked[:-1], str(int(would["--batch"]) + 1))
+    assert not answer(capsys, *more, code=3)["fits"]
+    main([*LLAMA, *asked])
+    assert capsys.readouterr().out.startswith("does not fit: 20 x 32 768 tokens")
+
+
+def test_a_batch_beyond_everything_names_the_largest_that_works(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [*LLAMA, "--gpu", "4090", "--context", "1k", "--batch"]
+    assert main([*words, "500"]) == 3
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    most = int(captured.err.split("--batch ")[1].split()[0])
+    assert main([*words, str(most)]) in (0, 3)
+    assert "error" not in capsys.readouterr().err
+    assert main([*words, str(most + 1)]) == 3
+    assert "error: llama-3.1-8b does not fit" in capsys.readouterr().err
+
+
+def test_a_sweep_is_the_single_estimates_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = answer(capsys, "--gpu", "h100,4090", "--context", "8k,32k", "--batch", "1,8")["rows"]
+    assert [row["gpu"] for row in rows] == ["rtx-4090"] * 4 + ["h100-sxm"] * 4
+    assert [(r["context_tokens"], r["batch"]) for r in rows[:4]] == [
+        (8192, 1), (8192, 8), (32768, 1), (32768, 8),
+    ]  # fmt: skip
+    row = rows[2]
+    alone = answer(capsys, "--gpu", "4090", "--context", "32k", "--batch", "1")
+    assert row == alone["rows"][0]
+    assert row["latency"] == alone["policies"][0]["latency"]
+    each = row["tokens_per_second_per_user"]["value"]
+    assert each * row["latency"]["value"] == pytest.approx(1)
+
+
+def test_any_card_is_every_card_by_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    from kvtune.profiles.gpus import list_gpus
+
+    rows = answer(capsys, "--gpu", "any", "--context", "32k", "--batch", "8")["rows"]
+    assert {row["gpu"] for row in rows} == {gpu.slug for gpu in list_gpus()}
+    sizes = [row["limit_bytes"] for row in rows]
+    assert sizes == sorted(sizes)
+    assert {row["fits"] for row in rows} == {False, True}
+    for row in rows:
+        assert row["fits"] == (row["memory"]["value"] <= row["limit_bytes"])
+
+
+def test_the_cost_is_the_price_over_what_is_generated(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = answer(capsys, "--gpu", "4090,h100", "--price-per-hour", "0.36,3.6")["rows"]
+    for row, price in zip(rows, (0.36, 3.6), strict=True):
+        cost, rate = row["cost_per_million_tokens"], row["tokens_per_second"]
+        assert cost["value"] == pytest.approx(price / 3600 / rate["value"] * 1e6)
+        assert cost["interval"][0] == pytest.approx(price / 3600 / rate["interval"][1] * 1e6)
+
+
+def test_csv_holds_the_figures_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--gpu", "4090", "--batch", "1,500")
+    rows = answer(capsys, *words)["rows"]
+    assert main([*LLAMA, *words, "--format", "csv"]) == 0
+    read = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert float(read[0]["memory_bytes"]) == pytest.approx(rows[0]["memory"]["value"], rel=1e-5)
+    assert [line["fits"] for line in read] == ["True", "False"]
+    assert read[1]["memory_bytes"] == ""
+    assert "does not fit" in rows[1]["reason"]
+
+
+def test_markdown_has_a_row_for_each_case(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*LLAMA, "--gpu", "4090,h100", "--batch", "1,8", "--format", "markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 4
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_prompt_and_generated_beyond_the_models_length_are_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (note,) = answer(capsys, "--gpu", "h100", "--context", "128k")["notes"]
+    assert "--context 130816 leaves room" in note
+    assert answer(capsys, "--gpu", "h100", "--context", "130816")["notes"] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--batch", "1,,8"), "lists something empty"),
+        (("--batch", "0"), "no number of sequences"),
+        (("--batch", "1,x"), "no number of sequences"),
+        (("--context", "8k,999k"), "is the most"),
+        (("--gpu", "4090,h1000"), "h100"),
+        (("--price-per-hour", "1,2"), "2 prices for 1 cards"),
+        (("--price-per-hour", "-1"), "no price"),
+        (("--price-per-hour", "nan"), "no price"),
+    ],
+)
+def test_mistakes_in_lists_are_told(
+    words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*LLAMA, *(() if "--gpu" in words else ("--gpu", "4090")), *words]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err + captured.out
+    assert captured.out == ""
+
+
+def test_shells_complete_the_names_of_cards_and_models() -> None:
+    from kvtune.cli.options import known_gpus, known_models
+
+    assert "h100-sxm" in known_gpus("h1")
+    assert known_gpus("4090,h200") == ["4090,h200"]
+    assert "any" in known_gpus("an")
+    assert "llama-3.1-8b" in known_models("llama")

@@ -1,0 +1,88 @@
+"""Tables and lines on narrow screens, in pipes, and with hostile names in them."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtune.cli.layout import Grid
+from kvtune.cli.output import Output, one_line, table
+from kvtune.common.words import printable
+
+WORDS = st.text("abcdefgh ", min_size=1, max_size=40).map(lambda text: " ".join(text.split()))
+FIGURE = st.sampled_from(["-", "1 234", "0.0146 [0.0074, 0.029]", "19.4 ms [15.4 ms, 23.6 ms]"])
+
+
+def shown(width: int, *parts: Any) -> str:
+    stream = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", str(width))
+        Output(stream, as_json=False, quiet=False).show(*parts)
+    return stream.getvalue()
+
+
+@given(st.lists(st.tuples(WORDS, FIGURE, FIGURE, WORDS), min_size=1, max_size=4), st.data())
+def test_a_table_loses_no_character_at_any_width(rows: list[Any], data: st.DataObject) -> None:
+    width = data.draw(st.integers(40, 140))
+    columns = ("policy of some name", "predicted KL", "tokens a second", "what is said of it")
+    text = shown(width, table("", columns, rows, left=(0, 3)))
+    cells = [*columns, *(cell for row in rows for cell in row)]
+    assert sorted(text.split()) == sorted(word for cell in cells for word in cell.split())
+
+
+@given(st.lists(st.tuples(WORDS, FIGURE), min_size=1, max_size=4))
+def test_a_form_is_no_wider_than_asked_where_any_is(rows: list[tuple[str, ...]]) -> None:
+    grid = Grid(("policy", "KL"), tuple(rows), frozenset({0}))
+    narrowest = grid.fitted(1).width
+    for width in range(narrowest, grid.width + 1):
+        assert grid.fitted(width).width <= width
+
+
+def test_names_stay_on_one_line_while_intervals_can_go_below() -> None:
+    row = ("uniform h2o int3+4", *["0.0146 [0.0074, 0.029]"] * 3)
+    lines = shown(72, table("", ("policy", "a", "b", "c"), [row])).splitlines()
+    assert lines[1].split("  ")[0] == "uniform h2o int3+4"
+    assert lines[2].count("[0.0074, 0.029]") == 3
+
+
+@pytest.mark.parametrize(("columns", "width"), [("80", 80), ("120", 120), ("", 100), ("x", 100)])
+def test_what_is_piped_follows_columns(
+    columns: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    stream = io.StringIO()
+    Output(stream, as_json=False, quiet=False).show("word " * 200)
+    longest = max(map(len, stream.getvalue().splitlines()))
+    assert width - 5 <= longest <= width
+
+
+def test_a_command_is_one_line_however_long() -> None:
+    command = "next: kvtune export " + "a-folder/" * 30
+    assert command in shown(60, "before", one_line(command), "after").splitlines()
+
+
+HOSTILE = ["\x1b[2J", "\x1b]0;title\x07", "\r", "\x9b31m", "\u202e", "\x00", "\u2028"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_control_characters_of_names_never_reach_the_terminal(text: str) -> None:
+    name = f"plan{text}name"
+    out = shown(80, name, one_line(name), table(name, ("a", "b"), [(name, name)], caption=name))
+    assert text not in out
+    assert out.count("plan\\") == 6
+    assert printable("übrig 10 µs\t日本\n") == "übrig 10 µs\t日本\n"
+
+
+def test_errors_spell_control_characters_out(capsys: pytest.CaptureFixture[str]) -> None:
+    from kvtune.cli.failures import exit_code
+    from kvtune.common.errors import DoesNotFitError
+
+    def fails() -> None:
+        raise DoesNotFitError("bad\x1b[31m", hint="hint\x07")
+
+    assert exit_code(fails) == 3
+    assert capsys.readouterr().err == "error: bad\\x1b[31m\n\nhint: hint\\x07\n"

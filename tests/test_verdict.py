@@ -1,0 +1,100 @@
+"""The sentence that a search comes to, and when it says that the plan is not better."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from kvtune.common.estimate import Estimate
+from kvtune.tuner.verdict import Verdict, limit_words
+
+
+def loss(value: float, tier: Any = "table") -> Estimate:
+    return Estimate(value, 0.5 * value, 2 * value, "nats/token", tier)
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    name: str
+    predicted: Estimate
+    live: Estimate | None = None
+    retrieval_accuracy: Estimate | None = None
+
+
+def share(value: float) -> Estimate:
+    return Estimate(value, value, value, "share", "live")
+
+
+def verdict(*others: Policy, **changes: Any) -> Verdict:
+    plan = Policy("kvtune plan", loss(0.02), loss(0.011, "live"), share(0.9))
+    asked: dict[str, Any] = {
+        "sequences": 6,
+        "full_cache_sequences": 1,
+        "context_tokens": 2048,
+        "memory_bytes": 2**30,
+        "kl": loss(0.011, "live"),
+        "stand_in": "",
+        "policies": (plan, *others),
+        "full_cache_accuracy": share(0.9),
+        "largest_kl": 0.02,
+    }
+    return Verdict(**asked | changes)
+
+
+def test_the_sentence_can_be_quoted() -> None:
+    assert verdict().sentence == (
+        "6 prompts of 2 048 tokens instead of 1 in 1 GiB at 0.011 nats per token (measured live); "
+        "needles 100 % of the full cache's"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"full_cache_sequences": 0}, "where none fits uncompressed in"),
+        ({"full_cache_sequences": 6}, "where 6 fit uncompressed in"),
+        ({"sequences": 1, "full_cache_sequences": 0}, "1 prompt of"),
+        ({"stand_in": "smollm2-135m"}, "predicted from smollm2-135m, which stands in"),
+        ({"kl": loss(0.01)}, "nats per token (predicted)"),
+        ({"full_cache_accuracy": share(0.45)}, "needles 200 % of"),
+        ({"largest_kl": 0.001}, "more than the 0.001 that was accepted"),
+    ],
+)
+def test_it_says_what_it_is_worth(changes: dict[str, Any], said: str) -> None:
+    assert said in verdict(**changes).sentence
+
+
+def test_nothing_is_said_of_needles_that_were_not_sought() -> None:
+    assert "needles" not in verdict(full_cache_accuracy=None).sentence
+
+
+@pytest.mark.parametrize("value", [0.001, 0.011, 0.0219])
+def test_a_policy_within_or_below_the_interval_is_not_beaten(value: float) -> None:
+    other = Policy("greedy", loss(9), loss(value, "live"))
+    assert "not better than greedy" in verdict(other).comparison
+
+
+def test_one_above_the_interval_is_beaten_by_so_much() -> None:
+    other = Policy("uniform", loss(0.0001), loss(0.11, "live"))  # predictions do not count
+    assert verdict(other).comparison.endswith("uniform comes next and loses 10 times as much.")
+
+
+def test_losses_by_other_estimators_are_not_compared() -> None:
+    other = Policy("adakv", loss(0.0001, "interpolated"))
+    assert "not better" not in verdict(other).comparison
+    assert "Of adakv the loss is estimated in another way" in verdict(other).comparison
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (16 * 10**9, "16 GB"),
+        (2**30, "1 GiB"),
+        (17 * 2**30, "17 GiB"),
+        (16_060_000_001, "14.96 GiB"),
+    ],
+)
+def test_a_limit_is_in_the_unit_that_it_is_round_in(size: int, words: str) -> None:
+    assert limit_words(size) == words

@@ -1,0 +1,167 @@
+"""The answer of a search in one sentence that can be quoted, and whether the plan beats others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvtune.common.estimate import BAND, Estimate
+from kvtune.common.units import GB, GIB, format_tokens
+from kvtune.common.words import count
+from kvtune.tuner.explore.study import Study
+
+
+class Compared(Protocol):
+    """The plan, or a policy that it is compared with at equal bytes."""
+
+    @property
+    def name(self) -> str:
+        """What the policy is called."""
+
+    @property
+    def predicted(self) -> Estimate:
+        """Its loss before anything ran live, nats/token."""
+
+    @property
+    def live(self) -> Estimate | None:
+        """Its loss measured live, or None."""
+
+    @property
+    def retrieval_accuracy(self) -> Estimate | None:
+        """Share of needle digits right, measured live, or None."""
+
+
+def verdict_of(study: Study) -> Verdict | None:
+    """What a finished study comes to; None of one that has not finished."""
+    outcome, row = study.outcome, study.chosen
+    if outcome is None or row is None:
+        return None
+    return Verdict(
+        sequences=int(study.plans.sequences[row]),
+        full_cache_sequences=outcome.full_cache_sequences,
+        context_tokens=int(study.plans.context_tokens[row]),
+        memory_bytes=study.facts.memory_bytes,
+        kl=outcome.quality,
+        stand_in=study.facts.stand_in,
+        policies=outcome.baselines,
+        full_cache_accuracy=outcome.full_cache_accuracy,
+        largest_kl=study.facts.largest_kl,
+    )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a search comes to.
+
+    Args:
+        sequences: prompts that fit at once with the plan.
+        full_cache_sequences: prompts that fit at once uncompressed.
+        context_tokens: tokens of each prompt.
+        memory_bytes: the memory limit.
+        kl: loss of the plan on held-out samples, nats/token.
+        stand_in: the model whose trace stood in for this one's, or "".
+        policies: the plan first, then what it is compared with.
+        full_cache_accuracy: share of needle digits that the uncompressed model gets right, or None.
+        largest_kl: the loss that was accepted, nats/token.
+    """
+
+    sequences: int
+    full_cache_sequences: int
+    context_tokens: int
+    memory_bytes: int
+    kl: Estimate
+    stand_in: str
+    policies: Sequence[Compared]
+    full_cache_accuracy: Estimate | None
+    largest_kl: float
+
+    @property
+    def sentence(self) -> str:
+        """``6 prompts instead of 1 in 1 GiB at 0.011 nats per token; needles 100 % of ...``."""
+        each = f"of {format_tokens(self.context_tokens)}"
+        prompts = f"{count(self.sequences)} prompt{'s' * (self.sequences != 1)}"
+        where = f"in {limit_words(self.memory_bytes)}"
+        loss = f"at {self._loss()} nats per token ({self._source()})"
+        return f"{prompts} {each} {self._instead()} {where} {loss}{self._needles()}{self._excess()}"
+
+    def _loss(self) -> str:
+        """A number, or both ends of a band, inside which no number is likelier than others."""
+        if self.kl.tier == BAND:
+            return f"{self.kl.low:.2g} to {self.kl.high:.2g}"
+        return f"{self.kl.value:.2g}"
+
+    def _instead(self) -> str:
+        full = self.full_cache_sequences
+        if self.sequences <= full:
+            return f"where {count(full)} fit uncompressed"
+        return f"instead of {count(full)}" if full else "where none fits uncompressed"
+
+    def _source(self) -> str:
+        if self.stand_in:
+            return f"predicted from {self.stand_in}, which stands in for the model"
+        return "measured live" if self.kl.tier == "live" else "predicted"
+
+    def _needles(self) -> str:
+        found = self.policies[0].retrieval_accuracy if self.policies else None
+        full = self.full_cache_accuracy
+        if found is None or full is None:
+            return ""
+        if not full.value:
+            return "; needles are found by neither the plan nor the full cache" * (not found.value)
+        return f"; needles {100 * found.value / full.value:.0f} % of the full cache's"
+
+    def _excess(self) -> str:
+        over = self.kl.tier != BAND and self.kl.value > self.largest_kl
+        return f"; this is more than the {self.largest_kl:g} that was accepted" if over else ""
+
+    @property
+    def comparison(self) -> str:
+        """Whether the plan loses less than the policies beside it, by the same estimator."""
+        if not self.policies:
+            return ""
+        plan, *others = self.policies
+        pairs = {other.name: alike(plan, other) for other in others}
+        known = {name: pair for name, pair in pairs.items() if pair}
+        close = [name for name, (ours, theirs) in known.items() if theirs.value <= ours.high]
+        apart = [name for name, pair in pairs.items() if pair is None]
+        said = []
+        if close:
+            where = "within the plan's interval or below it"
+            said.append(f"The plan is not better than {_listed(close)}: {where}.")
+        elif known:
+            said.append(_ahead(known))
+        if apart:
+            said.append(
+                f"Of {_listed(apart)} the loss is estimated in another way and not compared."
+            )
+        return " ".join(said)
+
+
+def alike(plan: Compared, other: Compared) -> tuple[Estimate, Estimate] | None:
+    """Both losses by one estimator, live where both ran; None where they have none in common."""
+    if plan.live and other.live:
+        return plan.live, other.live
+    if plan.predicted.tier == other.predicted.tier:
+        return plan.predicted, other.predicted
+    return None
+
+
+def _ahead(known: dict[str, tuple[Estimate, Estimate]]) -> str:
+    best = min(known, key=lambda name: known[name][1].value)
+    ours, theirs = known[best]
+    times = f"{theirs.value / ours.value:.2g} times as much" if ours.value > 0 else "more"
+    others = "the others" if len(known) > 1 else "the other"
+    return f"The plan loses less than {others} at equal bytes; {best} comes next and loses {times}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def limit_words(size: int) -> str:
+    """A memory limit in the unit that it is round in: ``16 GB``, ``1 GiB``, else ``14.96 GiB``."""
+    if size % GB == 0 and size % GIB:
+        return f"{size // GB} GB"
+    return f"{size / GIB:.2f}".rstrip("0").rstrip(".") + " GiB"
