@@ -120,6 +120,8 @@ def _through_pages(model: Any, geometry: Geometry) -> Ask:
         logits: Tensor = model(
             input_ids=ids, attention_mask=mask, use_cache=True, **cache_argument(model, cache)
         ).logits
+        if part.stored:
+            cache.layers.clear()  # they refer to it, and would keep its memory until collected
         return logits
 
     return ask

@@ -84,6 +84,7 @@ def _prepare_prefill(point: Point, setting: Setting) -> Work:
     shape = (point.batch, point.length)
     prompts = torch.randint(0, model.config.vocab_size, shape, device=setting.device)
     places = torch.arange(point.length, device=setting.device).expand(shape)
+    load_cache(policy, model, new_tokens=1).close()  # tries the model, which is not to be timed
 
     @torch.no_grad()
     def read() -> None:
