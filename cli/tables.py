@@ -38,6 +38,7 @@ def budget_table(budget: MemoryBudget, quality: str) -> RenderableType:
 
 
 def bf16_tokens(number: int | None) -> str:
+    """How many tokens of a bf16 cache, in words."""
     return "any number of tokens" if number is None else f"{count(number)} tokens of bf16"
 
 
