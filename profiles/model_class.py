@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+import kvtune
 from kvtune.common.errors import KvtuneError
 from kvtune.common.files import cache_dir, write_text
 from kvtune.profiles.class_cache import latent_of, layers_of
@@ -82,11 +83,11 @@ def _digest(config: Mapping[str, Any]) -> str:
     import importlib.metadata
 
     version = importlib.metadata.version("transformers")
-    text = json.dumps([_FORMAT, version, config], sort_keys=True)
+    text = json.dumps([_FORMAT, kvtune.__version__, version, config], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-_FORMAT = 1
+_FORMAT = 2  # raised whenever the same class would be read otherwise
 _IRRELEVANT = (
     "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "use_cache",
     "quantization_config", "compression_config", "attn_implementation", "device_map",
