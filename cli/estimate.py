@@ -9,17 +9,24 @@ import typer
 
 from kvtune.cli import options
 from kvtune.cli.output import speaking
+from kvtune.common.errors import KvtuneError
 
 if TYPE_CHECKING:
     from kvtune.cli.inputs import Target
     from kvtune.policies.document import PolicyDocument
     from kvtune.simulator.cost import Cost
+    from kvtune.simulator.deployment import Deployment
     from kvtune.simulator.memory import MemoryBudget
 
 
 def command(
     model: options.Model,
     gpu: options.Gpu = None,
+    gpus: options.Gpus = 1,
+    stack: options.Stack = "kvtune",
+    gpu_memory: options.GpuMemory = None,
+    gpu_bandwidth: options.GpuBandwidth = None,
+    gpu_flops: options.GpuFlops = None,
     mem: options.Memory = None,
     context: options.Context = "8192",
     generated: options.Generated = "256",
@@ -41,12 +48,16 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Memory and time on a GPU, nothing is run."""
+    from kvtune.cli.card import read_card
     from kvtune.cli.inputs import read_target
+    from kvtune.simulator.deployment import Deployment
     from kvtune.simulator.memory import memory_budget
 
-    target = read_target(model, gpu, mem, context, generated)
+    card = read_card(gpu, gpu_memory, gpu_bandwidth, gpu_flops)
+    target = read_target(model, card, mem, context, generated)
+    deployment = Deployment(target.shape, target.gpu, gpus, stack)
     budget = memory_budget(
-        target.shape,
+        deployment.local,
         target.gpu,
         target.memory_bytes,
         context_tokens=target.context_tokens,
@@ -54,10 +65,10 @@ def command(
         weights=weights,
     )
     document = _document(policy)
-    costs = _costs(target, budget, document, evicts)
+    costs = _costs(deployment, target, budget, document, evicts)
     with speaking(as_json, quiet) as output:
         output.show(*_tables(budget, costs, document))
-        output.finish("estimate", _answer(target, budget, costs, document))
+        output.finish("estimate", _answer(deployment, target, budget, costs, document))
 
 
 def _document(path: Path | None) -> PolicyDocument | None:
@@ -68,16 +79,30 @@ def _document(path: Path | None) -> PolicyDocument | None:
 
 
 def _costs(
-    target: Target, budget: MemoryBudget, document: PolicyDocument | None, evicts: bool
+    deployment: Deployment,
+    target: Target,
+    budget: MemoryBudget,
+    document: PolicyDocument | None,
+    evicts: bool,
 ) -> dict[str, Cost]:
-    from kvtune.simulator.cost import full_cost, policy_cost
+    from kvtune.simulator.cost import policy_cost
 
     asked = (target.shape, target.gpu, budget, target.generated_tokens)
-    costs = {"full cache": full_cost(*asked)}
+    costs = {"full cache": deployment.cost(budget, target.generated_tokens)}
     if document is not None:
+        _check_alone(deployment)
         policy = document.bind(target.shape.layers, target.shape.kv_heads)
         costs[policy.name] = policy_cost(policy, *asked, evicts=evicts)
     return costs
+
+
+def _check_alone(deployment: Deployment) -> None:
+    """Refuse a policy over several GPUs or another stack's kernels, which cannot run it."""
+    if deployment.gpus > 1 or deployment.stack != "kvtune":
+        raise KvtuneError(
+            "a policy can be costed on one GPU and with kvtune's own kernels only, as yet",
+            hint="leave out --gpus and --stack, or --policy.",
+        )
 
 
 def _tables(
@@ -96,6 +121,7 @@ def _quality(document: PolicyDocument | None) -> str:
 
 
 def _answer(
+    deployment: Deployment,
     target: Target,
     budget: MemoryBudget,
     costs: dict[str, Cost],
@@ -104,6 +130,8 @@ def _answer(
     return {
         "model": target.shape.name,
         "gpu": target.gpu.slug,
+        "gpus": deployment.gpus,
+        "stack": deployment.stack,
         "generated_tokens": target.generated_tokens,
         "budget": budget,
         "quality": _quality(document),
