@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -259,34 +259,36 @@ TPOT_START = np.log([0.9, 8e-6, 1e-3, 5e-6])
 TTFT_START = np.log([10e-3, 0.1, 1.0])
 
 
-def tpot(x: Any, runs: list[Run]) -> Any:
+Columns = dict[str, Any]
+
+
+def columns(runs: list[Run]) -> Columns:
+    """Figures of the runs as arrays, by name."""
+    names = [f.name for f in fields(Run) if f.name not in ("group", "stack")]
+    return {name: np.array([getattr(run, name) for run in runs], dtype=float) for name in names}
+
+
+def tpot(x: Any, of: Columns) -> Any:
     """Seconds a token."""
     share, layer, step, sequence = np.exp(x)
-    return np.array(
-        [
-            r.decode + r.layers * layer + step + sequence * r.concurrent
-            + share * (r.concurrent - 1) * r.prefill_each / r.generated
-            for r in runs
-        ]
-    )  # fmt: skip
+    others = (of["concurrent"] - 1) * of["prefill_each"] / of["generated"]
+    own = of["decode"] + of["layers"] * layer + step + sequence * of["concurrent"]
+    return own + share * others
 
 
-def ttft(x: Any, runs: list[Run]) -> Any:
+def ttft(x: Any, of: Columns) -> Any:
     """Seconds to the first token; the step is the measured one, so that errors are TTFT's own."""
     fixed, queue, step = np.exp(x)
-    return np.array(
-        [
-            r.prefill + fixed + step * r.tpot + queue * (r.concurrent - 1) * r.prefill_each
-            for r in runs
-        ]
-    )
+    waiting = (of["concurrent"] - 1) * of["prefill_each"]
+    return of["prefill"] + fixed + step * of["tpot"] + queue * waiting
 
 
-def fit(function: Any, runs: list[Run], truth: Any, start: Any) -> Any:
+def fit(function: Any, runs: list[Run], kind: str, start: Any) -> Any:
     """Least absolute errors in the logarithm, held lightly at the start."""
+    of = columns(runs)
 
     def loss(x: Any) -> float:
-        off = np.mean(np.abs(np.log(function(x, runs) / truth)))
+        off = np.mean(np.abs(np.log(function(x, of) / of[kind])))
         return float(off + 1e-3 * np.sum((x - start) ** 2))
 
     return minimize(loss, start, method="Nelder-Mead", options={"maxiter": 800}).x
@@ -306,8 +308,8 @@ def runs_left_out(runs: list[Run], kind: str) -> dict[str, Any]:
             others = [r for r in of_stack if r.group != group]
             held = [r for r in of_stack if r.group == group]
             if others:
-                x = fit(function, others, np.array([getattr(r, kind) for r in others]), start)
-                ratios[group] = function(x, held) / np.array([getattr(r, kind) for r in held])
+                x = fit(function, others, kind, start)
+                ratios[group] = function(x, columns(held)) / columns(held)[kind]
         for group, own in ratios.items():
             if len(ratios) > 1:
                 rest = 1 / np.concatenate([v for k, v in ratios.items() if k != group])
@@ -315,11 +317,8 @@ def runs_left_out(runs: list[Run], kind: str) -> dict[str, Any]:
                 inside += list((low <= 1 / own) & (1 / own <= high))
             each[f"{stack} {group}"] = summary(own)
             whole += list(own)
-        truth = np.array([getattr(r, kind) for r in of_stack])
         fitted[stack] = {
-            "parameters": [
-                float(f"{v:.3g}") for v in np.exp(fit(function, of_stack, truth, start))
-            ],
+            "parameters": [float(f"{v:.3g}") for v in np.exp(fit(function, of_stack, kind, start))],
             "left_out": summary(np.concatenate(list(ratios.values()))),
             "truth_over_predicted": [
                 round(float(q), 3)

@@ -31,7 +31,7 @@ class ExpertShape(NamedTuple):
     hidden: int
     intermediate: int
     active: int
-    count: int
+    experts: int
     tp: int
 
 
@@ -293,7 +293,7 @@ def _experts_curve(tables: ServingTables, shape: ExpertShape, number_format: str
     for shares, whole in ((shape.tp, 1), (1, shape.tp)):
         wanted = {
             "moe_dtype": number_format, "hidden_size": shape.hidden,
-            "inter_size": shape.intermediate, "topk": shape.active, "num_experts": shape.count,
+            "inter_size": shape.intermediate, "topk": shape.active, "num_experts": shape.experts,
             "moe_tp_size": shares, "moe_ep_size": whole,
         }  # fmt: skip
         place = (tables.folder, tables.system, "moe", tables.stack, "moe_perf")

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -128,9 +129,9 @@ def test_the_command_adds_and_lists(card: Path, capsys: pytest.CaptureFixture[st
 # --- a card in options -------------------------------------------------------------------------
 
 
-def estimate(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, object]:
+def estimate(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     assert main(["estimate", "-m", "llama-8b", "--json", *words]) == 0
-    answer: dict[str, object] = json.loads(capsys.readouterr().out)
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
     return answer
 
 
@@ -138,13 +139,13 @@ def test_a_card_is_described_in_numbers(card: Path, capsys: pytest.CaptureFixtur
     numbers = ("--gpu-memory", "24000MiB", "--gpu-bandwidth", "1TB/s", "--gpu-flops", "100TFLOPS")
     described = estimate(capsys, *numbers)
     filed = estimate(capsys, "--gpu", str(card))
-    key = lambda one: one["policies"][0]["latency"]["value"]  # type: ignore[index]  # noqa: E731
-    assert key(described) == pytest.approx(key(filed))
+    step, same = (one["policies"][0]["latency"]["value"] for one in (described, filed))
+    assert step == pytest.approx(same)
 
 
 def test_a_known_card_gets_another_memory(capsys: pytest.CaptureFixture[str]) -> None:
     answer = estimate(capsys, "--gpu", "m3-max", "--gpu-memory", "48GiB")
-    assert answer["budget"]["device_bytes"] == 48 * 2**30  # type: ignore[index]
+    assert answer["budget"]["device_bytes"] == 48 * 2**30
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,6 @@ def test_four_gpus_hold_a_quarter_each_and_take_longer_than_a_quarter(
 ) -> None:
     one = estimate(capsys, "--gpu", "b200", "--batch", "8")
     four = estimate(capsys, "--gpu", "b200", "--batch", "8", "--gpus", "4")
-    cost = lambda answer: answer["policies"][0]  # type: ignore[index]  # noqa: E731
-    assert 4 * cost(four)["prompt_bytes"] == cost(one)["prompt_bytes"]
-    slower = cost(four)["latency"]["value"] / cost(one)["latency"]["value"]
-    assert 0.25 < slower < 1
+    whole, part = (answer["policies"][0] for answer in (one, four))
+    assert 4 * part["prompt_bytes"] == whole["prompt_bytes"]
+    assert 0.25 < part["latency"]["value"] / whole["latency"]["value"] < 1
