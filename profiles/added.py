@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import zipfile
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.files import write_text
+from kvtune.common.stored import decoded, read_text
 from kvtune.profiles.gpus import (
     GpuProfile,
     find_gpu,
@@ -87,7 +87,7 @@ def _add_card(path: Path) -> Added:
     if card.slug in {other.slug for other in list_gpus()} and not _own(card.slug).is_file():
         raise KvtuneError(f"kvtune ships a card {card.slug!r}", where=str(path), hint="rename it.")
     _own(card.slug).parent.mkdir(parents=True, exist_ok=True)
-    write_text(_own(card.slug), path.read_text(encoding="utf-8"))
+    write_text(_own(card.slug), read_text(path))
     forget_cards()
     return Added("card", card.slug, _own(card.slug))
 
@@ -131,7 +131,7 @@ def _bundle_files(path: Path) -> dict[str, str]:
     names = (GPU_FILE, KERNEL_FILE)
     if path.is_dir():
         found = {name: path / name for name in names if (path / name).is_file()}
-        texts = {name: file.read_text(encoding="utf-8") for name, file in found.items()}
+        texts = {name: read_text(file) for name, file in found.items()}
     elif zipfile.is_zipfile(path):
         texts = _unzipped(path, names)
     else:
@@ -152,6 +152,5 @@ def _unzipped(path: Path, names: tuple[str, ...]) -> dict[str, str]:
         for entry in archive.infolist():
             name = entry.filename.rsplit("/", 1)[-1]
             if name in names and entry.file_size <= _LARGEST_FILE:
-                with archive.open(entry) as file:
-                    texts[name] = io.TextIOWrapper(file, "utf-8", newline="").read()
+                texts[name] = decoded(archive.read(entry), f"{path}:{name}")
     return texts

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast, get_args
 
 from kvtune.common.errors import KvtuneError, nearest
 from kvtune.common.files import cache_dir
+from kvtune.common.stored import read_text
 from kvtune.common.units import GIB, MIB
 from kvtune.profiles.strict import Located, library, parse
 
@@ -185,11 +186,9 @@ def read_gpu_file(path: Path) -> GpuProfile:
     Raises:
         KvtuneError: the file is missing, or something in it is; with file, line and key.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise KvtuneError("there is no such card file", where=str(path)) from error
-    return parse_gpu(path.stem.lower(), text, str(path))
+    if not path.is_file():
+        raise KvtuneError("there is no such card file", where=str(path))
+    return parse_gpu(path.stem.lower(), read_text(path), str(path))
 
 
 def detect_gpu(index: int = 0) -> GpuProfile | None:
