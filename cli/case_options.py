@@ -43,16 +43,30 @@ def read_batch(text: str) -> int:
     return int(text)
 
 
-def read_cards(gpu: str | None, mem: int | None, prices: str | None) -> list[Card]:
+def read_cards(
+    gpu: str | None,
+    figures: tuple[str | None, str | None, str | None],
+    mem: int | None,
+    prices: str | None,
+) -> list[Card]:
     """The cards that are named, those of ``any``, or this machine's; each with its price.
+
+    Args:
+        gpu: names.
+        figures: memory, bandwidth and rate that are given in place of a card's own.
+        mem: bytes that may be used.
+        prices: per hour.
 
     Raises:
         KvtuneError: one is unknown, or there are as many prices as cards in no way.
     """
+    from kvtune.cli.described_card import read_card
     from kvtune.cli.inputs import read_gpu
     from kvtune.profiles.gpus import list_gpus
 
-    if gpu is not None and gpu.lower() == "any":
+    if any(figures):
+        gpus = [read_card(gpu, *figures)]
+    elif gpu is not None and gpu.lower() == "any":
         gpus = list(list_gpus())
     else:
         gpus = [read_gpu(None)] if gpu is None else read_several(gpu, "--gpu", read_gpu)

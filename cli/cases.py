@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvtune.profiles.gpus import GpuProfile
     from kvtune.profiles.shape import ModelShape
     from kvtune.simulator.cost import Cost
+    from kvtune.simulator.deployment import Deployment, StackChoice
     from kvtune.simulator.memory import MemoryBudget
 
 FULL = "full cache"
@@ -98,6 +99,8 @@ class Asked:
         weights: weight format, or ``auto``.
         document: a policy to set beside the full cache, or None.
         evicts: whether its methods go on evicting while tokens are generated.
+        gpus: cards that share each layer.
+        stack: whose kernels.
     """
 
     model: str
@@ -109,6 +112,8 @@ class Asked:
     weights: str
     document: PolicyDocument | None
     evicts: bool
+    gpus: int = 1
+    stack: StackChoice = "kvtune"
 
     @property
     def is_one(self) -> bool:
@@ -137,26 +142,37 @@ class Asked:
         Raises:
             KvtuneError: not even the weights and a small cache fit.
         """
+        from kvtune.simulator.deployment import Deployment
         from kvtune.simulator.memory import memory_budget
 
-        shape = self.shape
+        deployment = Deployment(self.shape, card.gpu, self.gpus, self.stack)
         budget = memory_budget(
-            shape, card.gpu, card.memory_bytes,
+            deployment.local, card.gpu, card.memory_bytes,
             context_tokens=context, batch=batch, weights=self.weights,
         )  # fmt: skip
-        costs = self._costs(card, budget)
+        costs = self._costs(deployment, budget)
         return [Case(card, context, batch, name, budget, cost) for name, cost in costs.items()]
 
-    def _costs(self, card: Card, budget: MemoryBudget) -> dict[str, Cost]:
-        from kvtune.simulator.cost import full_cost, policy_cost
+    def _costs(self, deployment: Deployment, budget: MemoryBudget) -> dict[str, Cost]:
+        from kvtune.simulator.cost import policy_cost
 
-        shape = self.shape
-        asked = (shape, card.gpu, budget, self.generated_tokens)
-        costs = {FULL: full_cost(*asked)}
+        shape, generated = self.shape, self.generated_tokens
+        costs = {FULL: deployment.cost(budget, generated)}
         if self.document is not None:
+            self._check_alone()
             policy = self.document.bind(shape.layers, shape.kv_heads)
-            costs[policy.name] = policy_cost(policy, *asked, evicts=self.evicts)
+            costs[policy.name] = policy_cost(
+                policy, shape, deployment.gpu, budget, generated, evicts=self.evicts
+            )
         return costs
+
+    def _check_alone(self) -> None:
+        """Refuse a policy over several GPUs or another stack's kernels, which cannot run it."""
+        if self.gpus > 1 or self.stack != "kvtune":
+            raise KvtuneError(
+                "a policy can be costed on one GPU and with kvtune's own kernels only, as yet",
+                hint="leave out --gpus and --stack, or --policy.",
+            )
 
     def _names(self) -> list[str]:
         shape = self.shape

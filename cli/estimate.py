@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -31,6 +32,11 @@ def command(
             autocompletion=options.known_gpus,
         ),
     ] = None,
+    gpus: options.Gpus = 1,
+    stack: options.Stack = "kvtune",
+    gpu_memory: options.GpuMemory = None,
+    gpu_bandwidth: options.GpuBandwidth = None,
+    gpu_flops: options.GpuFlops = None,
     mem: options.Memory = None,
     context: Annotated[
         str,
@@ -74,7 +80,14 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Memory and time on a GPU, or which GPU is needed; nothing is run."""
-    asked = _asked(model, gpu, mem, context, generated, batch, weights, policy, evicts, price)
+    figures = gpu_memory, gpu_bandwidth, gpu_flops
+    asked = replace(
+        _asked(model, gpu, figures, mem, context, generated, batch, weights, price),
+        document=_document(policy),
+        evicts=evicts,
+        gpus=gpus,
+        stack=stack,
+    )
     with speaking(as_json or form == "json", quiet) as output:
         cases = _cases(asked)
         if form in ("csv", "markdown"):
@@ -92,13 +105,12 @@ DOES_NOT_FIT = 3
 def _asked(
     model: str,
     gpu: str | None,
+    figures: tuple[str | None, str | None, str | None],
     mem: str | None,
     context: str,
     generated: str,
     batch: str,
     weights: str,
-    policy: Path | None,
-    evicts: bool,
     price: str | None,
 ) -> Asked:
     from kvtune.cli.case_options import read_batch, read_cards, read_several
@@ -111,12 +123,12 @@ def _asked(
         model=name,
         shape=shape,
         generated_tokens=parse_tokens(generated),
-        cards=read_cards(gpu, None if mem is None else parse_bytes(mem), price),
+        cards=read_cards(gpu, figures, None if mem is None else parse_bytes(mem), price),
         contexts=read_several(context, "--context", lambda word: read_context(word, shape)),
         batches=read_several(batch, "--batch", read_batch),
         weights=weights,
-        document=_document(policy),
-        evicts=evicts,
+        document=None,
+        evicts=False,
     )
 
 
@@ -205,6 +217,8 @@ def _answer(asked: Asked, cases: Sequence[Case]) -> dict[str, Any]:
     return {
         "model": asked.shape.name,
         "gpu": asked.cards[0].gpu.slug if one else None,
+        "gpus": asked.gpus,
+        "stack": asked.stack,
         "generated_tokens": asked.generated_tokens,
         "budget": cases[0].budget if one else None,
         "quality": _quality(asked.document),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvtune.cli.options import Json
 from kvtune.cli.output import Output, speaking, table
+from kvtune.common.errors import KvtuneError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,13 +26,39 @@ _FIGURES = (
 def command(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="NAME", help="A card, to see all its figures and their sources."),
+        typer.Argument(
+            metavar="[NAME | add]", help="A card, to see all its figures and their sources."
+        ),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[FILE]",
+            help="With add: a card's .yaml, or a bundle of kvtune profile (a folder or .zip).",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Known GPUs, or one GPU's figures and sources."""
+    """Known GPUs, one GPU's figures and sources, or add FILE: keep a card or a measured bundle."""
+    if (name == "add") != (file is not None):
+        raise KvtuneError(
+            "a file is kept by: kvtune gpus add FILE",
+            hint="kvtune gpus NAME shows one card; kvtune gpus lists all.",
+        )
     with speaking(as_json, quiet=as_json) as output:
-        _one(output, name) if name else _all(output)
+        if file is not None:
+            _add(output, file)
+        else:
+            _one(output, name) if name else _all(output)
+
+
+def _add(output: Output, file: Path) -> None:
+    from kvtune.profiles.added import add
+
+    added = add(file.expanduser())
+    what = f"measured kernels of {added.slug} ({added.points} points)" if added.points else "card"
+    output.show(f"added the {what}: --gpu {added.slug} uses it")
+    output.finish("gpus", {"added": added})
 
 
 def _all(output: Output) -> None:
@@ -43,10 +71,13 @@ def _all(output: Output) -> None:
 
 
 def _below(gpus: Sequence[GpuProfile]) -> list[str]:
+    from kvtune.profiles.elsewhere import SYSTEM_OF_CARD, systems_folder
     from kvtune.profiles.measured import find_measured
 
     measured = [gpu.slug for gpu in gpus if find_measured(gpu.slug)]
     known = [f"with measured kernels: {', '.join(measured)}"] if measured else []
+    if systems_folder() is not None:
+        known.append(f"with kernels that NVIDIA measured (--stack): {', '.join(SYSTEM_OF_CARD)}")
     return [*known, "kvtune gpus NAME tells the sources."]
 
 
@@ -76,7 +107,7 @@ def _sources(gpu: GpuProfile) -> RenderableType:
     from kvtune.profiles.measured import find_measured
 
     rows = [
-        (key.replace("_", " "), f"{f.value:g} {f.unit}", f.kind, f.date, f.source)
+        (key.replace("_", " "), _value(f), f.kind, f.date, f.source)
         for key, f in _figures(gpu).items()
     ]
     measured = find_measured(gpu.slug)
@@ -85,6 +116,12 @@ def _sources(gpu: GpuProfile) -> RenderableType:
         for key, f in (measured.figures if measured else {}).items()
     ]
     return table(gpu.name, ("figure", "value", "kind", "date", "source"), rows, left=(0, 2, 3, 4))
+
+
+def _value(figure: Figure) -> str:
+    interval = figure.interval
+    ends = f" [{interval[0]:g}, {interval[1]:g}]" if interval else ""
+    return f"{figure.value:g}{ends} {figure.unit}"
 
 
 def _figures(gpu: GpuProfile) -> dict[str, Figure]:

@@ -43,7 +43,7 @@ class Target:
 
 
 def read_target(
-    model: str, gpu: str | None, mem: str | None, context: str, generated: str
+    model: str, gpu: str | GpuProfile | None, mem: str | None, context: str, generated: str
 ) -> Target:
     """The options that say what is served.
 
@@ -51,7 +51,7 @@ def read_target(
         KvtuneError: one of them is unknown, has no unit, or is more than the model takes.
     """
     name, shape = read_model(model)
-    card = read_gpu(gpu)
+    card = gpu if isinstance(gpu, GpuProfile) else read_gpu(gpu)
     memory = card.visible_bytes if mem is None else parse_bytes(mem)
     tokens = (read_context(context, shape), parse_tokens(generated))
     return Target(name, shape, card, memory, *tokens)

@@ -51,8 +51,36 @@ Gpu = Annotated[
         "--gpu",
         "-g",
         metavar="NAME",
-        help="A known card (kvtune gpus); left out: this machine's.",
+        help="A known card (kvtune gpus) or a card's .yaml file; left out: this machine's.",
         autocompletion=known_gpu,
+    ),
+]
+GpuMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu-memory",
+        metavar="SIZE",
+        help="Memory that the card shows, in place of its profile's.",
+    ),
+]
+GpuBandwidth = Annotated[
+    str | None,
+    typer.Option("--gpu-bandwidth", metavar="RATE", help="Of its memory, for example 1008GB/s."),
+]
+GpuFlops = Annotated[
+    str | None,
+    typer.Option("--gpu-flops", metavar="RATE", help="Dense bf16 rate, for example 165TFLOPS."),
+]
+Gpus = Annotated[
+    int,
+    typer.Option("--gpus", "--tp", metavar="N", min=1, help="GPUs that share each layer."),
+]
+Stack = Annotated[
+    Literal["kvtune", "vllm", "sglang", "trtllm"],
+    typer.Option(
+        "--stack",
+        help="Whose kernels: kvtune's own or the datasheet, or a serving stack's as NVIDIA "
+        "measured them (pip install 'kvtune[aiconfigurator]').",
     ),
 ]
 Memory = Annotated[

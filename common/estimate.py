@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 Tier = Literal[
     "measured", "interpolated", "fitted", "transferred", "datasheet",  # latency and memory
+    "measured elsewhere",  # kernel tables that others measured
     "table", "replay", "live", "stand-in band",  # quality
     "exact", "assumed",
 ]  # fmt: skip

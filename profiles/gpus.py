@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
 from kvtune.common.errors import KvtuneError, nearest
+from kvtune.common.files import cache_dir
+from kvtune.common.stored import read_text
 from kvtune.common.units import GIB, MIB
 from kvtune.profiles.strict import Located, library, parse
 
 FigureKind = Literal["datasheet", "measured", "assumed"]
-MemoryKind = Literal["hbm", "gddr"]
+MemoryKind = Literal["hbm", "gddr", "lpddr"]
+VENDORS = ("nvidia", "amd", "intel", "apple", "google")
 
 _UNITS = {
     "memory_nominal": "GiB",
@@ -27,7 +32,7 @@ _UNITS = {
     "context": "MiB",
 }
 _MOST = {"GiB": 1e5, "MiB": 1e8, "GB/s": 1e6, "TFLOP/s": 1e6, "TOP/s": 1e6, "W": 1e5, "us": 1e7}
-_NOT_EVERYWHERE = ("fp8", "int8")
+_NOT_EVERYWHERE = ("fp8", "int8", "l2", "pcie", "power")
 _DATE = re.compile(r"\d{4}-\d{2}(-\d{2})?")
 
 
@@ -41,6 +46,7 @@ class Figure:
         kind: read in a datasheet, measured on a card, or assumed.
         source: document, page or command.
         date: year and month, or day, of the source.
+        interval: where the true value lies, in ``unit``; None where the source is exact.
     """
 
     value: float
@@ -48,6 +54,7 @@ class Figure:
     kind: FigureKind
     source: str
     date: str
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,19 +66,20 @@ class GpuProfile:
         name: name for people.
         aliases: other names it is found by.
         device_names: what the driver calls the card.
-        vendor: ``nvidia`` or ``amd``.
+        vendor: one of :data:`VENDORS`.
         architecture: for example ``ada``.
-        memory_kind: ``hbm`` or ``gddr``; their achieved bandwidths differ.
+        memory_kind: ``hbm``, ``gddr``, or ``lpddr`` that the host shares; their achieved
+            bandwidths differ.
         memory_nominal: what the box says, GiB.
         memory_visible: total that the runtime reports to a process, MiB.
         bandwidth: peak memory bandwidth, GB/s.
         bf16: dense bf16 rate with fp32 accumulation, TFLOP/s.
-        l2: last-level cache on the die, MiB.
-        pcie: host link a direction, GB/s.
-        power: board power, W.
         context: device memory of a process before its first tensor, MiB.
         fp8: dense fp8 rate, TFLOP/s; None where the card has no fp8.
         int8: dense int8 rate, TOP/s; None where unknown.
+        l2: last-level cache on the die, MiB; None where unknown.
+        pcie: host link a direction, GB/s; None where host and GPU share their memory.
+        power: board power, W; None where unknown.
     """
 
     slug: str
@@ -85,12 +93,12 @@ class GpuProfile:
     memory_visible: Figure
     bandwidth: Figure
     bf16: Figure
-    l2: Figure
-    pcie: Figure
-    power: Figure
     context: Figure
     fp8: Figure | None = None
     int8: Figure | None = None
+    l2: Figure | None = None
+    pcie: Figure | None = None
+    power: Figure | None = None
 
     @property
     def visible_bytes(self) -> int:
@@ -114,13 +122,13 @@ class GpuProfile:
 
     @property
     def l2_bytes(self) -> int:
-        """Last-level cache on the die."""
-        return int(self.l2.value * MIB)
+        """Last-level cache on the die; 0 where unknown."""
+        return 0 if self.l2 is None else int(self.l2.value * MIB)
 
     @property
     def pcie_bytes_per_s(self) -> float:
-        """Host link, one direction."""
-        return self.pcie.value * 1e9
+        """Host link, one direction; within shared memory a copy reads and writes."""
+        return self.bandwidth_bytes_per_s / 2 if self.pcie is None else self.pcie.value * 1e9
 
     @property
     def context_bytes(self) -> int:
@@ -134,18 +142,53 @@ def list_gpus() -> tuple[GpuProfile, ...]:
 
 
 def find_gpu(name: str) -> GpuProfile:
-    """The profile of a GPU by name, alias or the driver's name; ``4090``, ``RTX-4090``, ``h100``.
+    """The profile of a GPU by name, alias, the driver's name, or the path of a card's file.
+
+    Case, spaces, hyphens, the vendor and its brand do not matter, and the card's own memory may
+    follow: ``4090``, ``rtx4090``, ``RTX 4090 24GB``, ``h100 pcie``, ``./my-card.yaml``.
 
     Raises:
         KvtuneError: no such profile; the message names the nearest ones.
     """
+    if name.endswith((".yaml", ".yml")):
+        return read_gpu_file(Path(name).expanduser())
     known = _names()
-    key = _normal(name)
-    if key in known:
-        return known[key]
-    raise KvtuneError(
-        f"no GPU is known as {name!r}. {nearest(key, known)}", hint="kvtune gpus lists them."
-    )
+    found = known.get(_normal(name)) or _without_memory(name)
+    if found is not None:
+        return found
+    spelled = {alias for card in list_gpus() for alias in (card.slug, *card.aliases)}
+    hint = "kvtune gpus lists them; --gpu FILE.yaml describes one."
+    asked = re.sub(r"[\s_]+", "-", name.strip().lower())
+    raise KvtuneError(f"no GPU is known as {name!r}. {nearest(asked, spelled)}", hint=hint)
+
+
+def _without_memory(name: str) -> GpuProfile | None:
+    """The card whose name is followed by its own memory: ``RTX 4090 24GB``.
+
+    Raises:
+        KvtuneError: the card exists with another memory.
+    """
+    parts = re.fullmatch(r"(.*?)[\s_-]*(\d+)\s*gi?b?", name.strip().lower())
+    card = _names().get(_normal(parts[1])) if parts else None
+    if parts is None or card is None:
+        return None
+    if round(card.memory_nominal.value) != int(parts[2]):
+        raise KvtuneError(
+            f"the {card.name} has {card.memory_nominal.value:g} GiB, not {parts[2]}",
+            hint="--gpu-memory gives a card another memory.",
+        )
+    return card
+
+
+def read_gpu_file(path: Path) -> GpuProfile:
+    """A card that a YAML file describes; it is named after the file.
+
+    Raises:
+        KvtuneError: the file is missing, or something in it is; with file, line and key.
+    """
+    if not path.is_file():
+        raise KvtuneError("there is no such card file", where=str(path))
+    return parse_gpu(path.stem.lower(), read_text(path), str(path))
 
 
 def detect_gpu(index: int = 0) -> GpuProfile | None:
@@ -160,8 +203,9 @@ def detect_gpu(index: int = 0) -> GpuProfile | None:
     for profile in _profiles():
         if device in profile.device_names:
             return profile
+    names = [name for card in _profiles() for name in (card.slug, *card.aliases)]
     raise KvtuneError(
-        f"this machine's GPU, {device!r}, has no profile. {nearest(_normal(device), _names())}",
+        f"this machine's GPU, {device!r}, has no profile. {nearest(device.lower(), names)}",
         hint="name a similar GPU with --gpu; kvtune gpus lists them.",
     )
 
@@ -204,9 +248,9 @@ def _profile(slug: str, document: Located) -> GpuProfile:
         records["memory_visible"].fail("is more than memory_nominal; are GB and GiB mixed?")
     return GpuProfile(
         slug=slug,
-        memory_kind=cast(MemoryKind, fields["memory_kind"].text(("hbm", "gddr"))),
+        memory_kind=cast(MemoryKind, fields["memory_kind"].text(get_args(MemoryKind))),
         name=fields["name"].text(),
-        vendor=fields["vendor"].text(("nvidia", "amd")),
+        vendor=fields["vendor"].text(VENDORS),
         architecture=fields["architecture"].text(),
         aliases=fields["aliases"].texts() if "aliases" in fields else (),
         device_names=fields["device_names"].texts() if "device_names" in fields else (),
@@ -220,7 +264,7 @@ def read_figure(key: str, expected: str, record: Located) -> Figure:
     Raises:
         KvtuneError: another unit, or a value, kind, source or date that is missing or wrong.
     """
-    fields = record.mapping(("value", "unit", "kind", "source", "date"))
+    fields = record.mapping(("value", "unit", "kind", "source", "date"), ("interval",))
     unit = fields["unit"].text()
     if unit != expected:
         fields["unit"].fail(f"is {unit!r}, but {key} is given in {expected}")
@@ -236,30 +280,59 @@ def read_figure(key: str, expected: str, record: Located) -> Figure:
         kind=cast(FigureKind, fields["kind"].text(("datasheet", "measured", "assumed"))),
         source=fields["source"].text(),
         date=date,
+        interval=_interval(fields["interval"]) if "interval" in fields else None,
     )
+
+
+def _interval(record: Located) -> tuple[float, float]:
+    ends = record.numbers()
+    if len(ends) != 2 or ends[0] > ends[1]:
+        record.fail("must be two numbers, the lower first")
+    return ends[0], ends[1]
+
+
+def user_folder() -> Path:
+    """Where ``kvtune gpus add`` keeps cards and measured bundles."""
+    return cache_dir() / "gpus"
+
+
+def forget_cards() -> None:
+    """Read the cards anew when next asked, after one was added."""
+    _profiles.cache_clear()
+    _names.cache_clear()
 
 
 @functools.cache
 def _profiles() -> tuple[GpuProfile, ...]:
-    return tuple(_profile(slug, document) for slug, document in library("gpus"))
+    shipped = [_profile(slug, document) for slug, document in library("gpus")]
+    return (*shipped, *(read_gpu_file(path) for path in sorted(user_folder().glob("*.yaml"))))
 
 
 @functools.cache
 def _names() -> dict[str, GpuProfile]:
     known: dict[str, GpuProfile] = {}
     for profile in _profiles():
-        for name in dict.fromkeys(
-            _normal(n) for n in (profile.slug, *profile.aliases, *profile.device_names)
-        ):
+        for name in names_of(profile):
             if name in known:
-                raise KvtuneError(f"two GPUs answer to {name!r}", where="profiles/gpus")
+                raise KvtuneError(f"two GPUs answer to {name!r}", where=profile.slug)
             known[name] = profile
     return known
 
 
+def names_of(profile: GpuProfile) -> Iterator[str]:
+    """Every name that the card answers to, in the form in which names are compared."""
+    names = (profile.slug, *profile.aliases, *profile.device_names)
+    yield from dict.fromkeys(_normal(name) for name in names)
+
+
+_BRANDS = re.compile(
+    r"^(nvidia|amd|intel\(r\)|intel|google|geforce|instinct|radeon|tesla|quadro|rtx(?=\w))"
+)
+
+
 def _normal(name: str) -> str:
-    """Lower case with hyphens, without the vendor's and the brand's words."""
-    key = re.sub(r"[\s_]+", "-", name.strip().lower())
-    for word in ("nvidia-", "amd-", "geforce-", "instinct-"):
-        key = key.removeprefix(word)
+    """Lower case without separators, vendor or brand: ``NVIDIA GeForce RTX 4090`` is ``4090``."""
+    key = re.sub(r"[\s_-]+", "", name.strip().lower())
+    while (shorter := _BRANDS.sub("", key)) != key and shorter:
+        key = shorter
     return key

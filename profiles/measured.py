@@ -8,12 +8,13 @@ from importlib import resources
 from pathlib import Path
 
 from kvtune.common.errors import KvtuneError
-from kvtune.common.stored import read_text
-from kvtune.profiles.gpus import Figure, read_figure
+from kvtune.common.files import sha256
+from kvtune.common.stored import read_json, read_text
+from kvtune.profiles.gpus import Figure, read_figure, user_folder
 from kvtune.profiles.kernel_table import KernelRow, parse_rows
 from kvtune.profiles.strict import Located, parse
 
-GPU_FILE, KERNEL_FILE = "gpu.yaml", "kernels.csv"
+GPU_FILE, KERNEL_FILE, HASHES_FILE = "gpu.yaml", "kernels.csv", "hashes.json"
 
 UNITS = {
     "memory_visible": "MiB",
@@ -87,7 +88,7 @@ def read_measured(folder: Path) -> MeasuredProfile:
                 where=str(folder),
                 hint="kvtune profile --out FOLDER measures one.",
             )
-    return _parse(
+    return parse_measured(
         read_text(folder / GPU_FILE),
         read_text(folder / KERNEL_FILE),
         str(folder),
@@ -95,8 +96,34 @@ def read_measured(folder: Path) -> MeasuredProfile:
 
 
 def find_measured(slug: str) -> MeasuredProfile | None:
-    """The shipped measured profile of a card; None where there is none."""
-    return _shipped(slug)
+    """The measured profile of a card, added by the user or shipped; None where there is none.
+
+    Raises:
+        KvtuneError: an added one was changed since.
+    """
+    return _added(added_folder(slug)) or _shipped(slug)
+
+
+def added_folder(slug: str) -> Path:
+    """Where ``kvtune gpus add`` keeps a card's bundle."""
+    return user_folder() / "measured" / slug
+
+
+def forget_measured() -> None:
+    """Read added bundles anew when next asked."""
+    _added.cache_clear()
+
+
+@functools.lru_cache(maxsize=32)
+def _added(folder: Path) -> MeasuredProfile | None:
+    if not (folder / HASHES_FILE).is_file():
+        return None
+    hashes = read_json(folder / HASHES_FILE)
+    for name in (GPU_FILE, KERNEL_FILE):
+        if not isinstance(hashes, dict) or sha256(folder / name) != hashes.get(name):
+            hint = "add the bundle again with kvtune gpus add."
+            raise KvtuneError("this file was changed since it was added", where=name, hint=hint)
+    return read_measured(folder)
 
 
 def parse_measured_gpu(text: str, file: str) -> tuple[str, Capture, dict[str, Figure]]:
@@ -121,7 +148,8 @@ def _figures(record: Located) -> dict[str, Figure]:
     return {name: read_figure(name, UNITS[name], entry) for name, entry in known.items()}
 
 
-def _parse(gpu_text: str, kernel_text: str, folder: str) -> MeasuredProfile:
+def parse_measured(gpu_text: str, kernel_text: str, folder: str) -> MeasuredProfile:
+    """A profile from the texts of its two files; ``folder`` is named in errors."""
     slug, capture, figures = parse_measured_gpu(gpu_text, f"{folder}/{GPU_FILE}")
     rows = parse_rows(kernel_text.splitlines(), f"{folder}/{KERNEL_FILE}")
     return MeasuredProfile(slug, capture, figures, rows)
@@ -133,7 +161,7 @@ def _shipped(slug: str) -> MeasuredProfile | None:
     gpu, kernels = folder / GPU_FILE, folder / KERNEL_FILE
     if not (gpu.is_file() and kernels.is_file()):
         return None
-    return _parse(
+    return parse_measured(
         gpu.read_text(encoding="utf-8"),
         kernels.read_text(encoding="utf-8"),
         f"profiles/measured/{slug}",

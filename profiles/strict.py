@@ -76,6 +76,12 @@ class Located:
             self.fail("must be a list of texts")
         return tuple(item.text() for item in self.value)
 
+    def numbers(self) -> tuple[float, ...]:
+        """A list of finite numbers above zero."""
+        if not isinstance(self.value, list):
+            self.fail("must be a list of numbers")
+        return tuple(item.positive() for item in self.value)
+
     def flag(self) -> bool:
         """``true`` or ``false``."""
         if not isinstance(self.value, bool):

@@ -35,7 +35,12 @@ NARROW_PAGES = Prior(1.3, 1.0, 1.6)
 ATTENTION_COMPUTE = Prior(0.60, 0.45, 0.75)  # FlashAttention-2: 50-73 % of A100; -3: 75 % of H100
 
 # Matrix-vector products by kind of memory, same fit.
-GEMV_EFFICIENCY = {"hbm": Prior(0.80, 0.70, 0.90), "gddr": Prior(0.88, 0.82, 0.94)}
+# Shared LPDDR is a guess: one gets what the host leaves.
+GEMV_EFFICIENCY = {
+    "hbm": Prior(0.80, 0.70, 0.90),
+    "gddr": Prior(0.88, 0.82, 0.94),
+    "lpddr": Prior(0.78, 0.62, 0.90),
+}
 
 # Large matrix products: 68-87 % of the dense peak on most cards (ml-engineering, accelerators).
 GEMM_EFFICIENCY = Prior(0.75, 0.63, 0.87)
@@ -80,3 +85,14 @@ def cache_factor(bits: float, end: str) -> float:
     Between the listed widths linear in log2(bits); held beyond them.
     """
     return float(np.interp(np.log2(bits), np.log2(CACHE_BITS), CACHE_FACTOR[end]))
+
+
+# One direction of the link between GPUs of a host, bytes a second, where an architecture has one of
+# its own (NVLink 3, 4 and 5, from the data sheets); other cards talk over the host link.
+LINK_BYTES_PER_S = {
+    ("ampere", "hbm"): 300e9,
+    ("hopper", "hbm"): 450e9,
+    ("blackwell", "hbm"): 900e9,
+}
+LINK_SHARE = Prior(0.7, 0.5, 0.9)
+SUM_FLOOR_S = Prior(8e-6, 4e-6, 25e-6)  # of a small sum over GPUs (aiconfigurator-core's tables)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from kvtune.common.estimate import Tier
-from kvtune.profiles.gpus import GpuProfile, find_gpu, list_gpus
+from kvtune.profiles.gpus import GpuProfile, list_gpus
 from kvtune.profiles.kernel_table import KernelRow
 from kvtune.profiles.measured import find_measured
 from kvtune.simulator.kernels import Kernels, kernels_of
@@ -41,15 +41,14 @@ class Tables(NamedTuple):
 
 def tables_for(gpu: GpuProfile) -> Tables | None:
     """The card's own table, else that of a measured card of its architecture, else None."""
-    return _tables(gpu.slug)
+    return _tables(gpu)
 
 
 @functools.cache
-def _tables(slug: str) -> Tables | None:
-    own = find_measured(slug)
+def _tables(gpu: GpuProfile) -> Tables | None:
+    own = find_measured(gpu.slug)
     if own is not None:
-        return Tables(kernels_of(own), "measured", slug)
-    gpu = find_gpu(slug)
+        return Tables(kernels_of(own), "measured", gpu.slug)
     for other in _nearest_first(gpu):
         found = find_measured(other.slug)
         if found is not None:

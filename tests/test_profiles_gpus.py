@@ -5,16 +5,29 @@ from __future__ import annotations
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.units import GIB
-from kvtune.profiles.gpus import Figure, GpuProfile, detect_gpu, find_gpu, list_gpus, parse_gpu
+from kvtune.profiles.gpus import (
+    Figure,
+    GpuProfile,
+    detect_gpu,
+    find_gpu,
+    list_gpus,
+    names_of,
+    parse_gpu,
+)
 
 EXPECTED = {
     "rtx-3090", "rtx-4090", "rtx-5090", "a10g", "a100-40", "a100-80-sxm", "a100-80-pcie", "l4",
-    "l40s", "rtx-pro-6000", "h100-sxm", "h100-pcie", "h200", "b200", "mi300x",
+    "l40s", "rtx-pro-6000", "h100-sxm", "h100-pcie", "h200", "b200", "mi300x", "h20", "h800",
+    "gh200-96", "b300", "gb200", "gb300", "mi250x", "mi325x", "mi355x", "t4", "v100-32", "a10",
+    "rtx-a6000", "rtx-6000-ada", "rtx-3060", "rtx-3090-ti", "rtx-4060", "rtx-4080", "rtx-5070",
+    "rtx-5080", "jetson-agx-orin-64", "jetson-thor", "dgx-spark", "strix-halo", "apple-m1",
+    "apple-m4-max", "gaudi2", "gaudi3", "tpu-v5e", "tpu-v6e",
 }  # fmt: skip
 EVERY = pytest.mark.parametrize("gpu", list_gpus(), ids=lambda gpu: gpu.slug)
 
@@ -24,12 +37,12 @@ def figures(gpu: GpuProfile) -> dict[str, Figure]:
 
 
 def test_the_shipped_profiles_are_those_promised() -> None:
-    assert {gpu.slug for gpu in list_gpus()} == EXPECTED
+    assert {gpu.slug for gpu in list_gpus()} >= EXPECTED
 
 
 @EVERY
 def test_every_figure_says_where_it_is_from(gpu: GpuProfile) -> None:
-    assert len(figures(gpu)) >= 8
+    assert len(figures(gpu)) >= 5
     for figure in figures(gpu).values():
         assert figure.source
         assert figure.value > 0
@@ -38,17 +51,32 @@ def test_every_figure_says_where_it_is_from(gpu: GpuProfile) -> None:
 @EVERY
 def test_less_memory_is_visible_than_the_box_says(gpu: GpuProfile) -> None:
     nominal = gpu.memory_nominal.value * GIB
-    assert 0.9 * nominal < gpu.visible_bytes < nominal
+    least = 0.6 if gpu.memory_kind == "lpddr" else 0.9  # a host keeps some of what it shares
+    assert least * nominal < gpu.visible_bytes < nominal
 
 
 @EVERY
 def test_figures_are_of_the_right_magnitude(gpu: GpuProfile) -> None:
     ridge = gpu.bf16_flop_per_s / gpu.bandwidth_bytes_per_s
-    assert 50 < ridge < 600  # operations a byte; a unit off by 1000 or a sparse rate shows here
-    assert gpu.fp8_flop_per_s is None or 1.9 < gpu.fp8_flop_per_s / gpu.bf16_flop_per_s < 2.1
-    assert 4e6 < gpu.l2_bytes < 3e8
-    assert 3e10 < gpu.pcie_bytes_per_s < 7e10
-    assert 2e8 < gpu.context_bytes < 1e9
+    least = 20 if gpu.vendor == "apple" else 30
+    assert least < ridge < 1000  # operations a byte; a unit off by 1000 or a sparse rate shows here
+    doubled = gpu.slug != "gaudi3"  # its fp8 runs at the rate of bf16
+    ratio = (gpu.fp8_flop_per_s or 2 * gpu.bf16_flop_per_s) / gpu.bf16_flop_per_s
+    assert (1.9 < ratio < 2.1) if doubled else ratio == 1
+    assert gpu.l2 is None or 2e6 <= gpu.l2_bytes < 3e8
+    # PCI Express of 8 lanes up to NVLink-C2C; within shared memory half of its bandwidth.
+    assert gpu.pcie is None or 1.5e10 < gpu.pcie_bytes_per_s <= 4.5e11
+    assert gpu.pcie is not None or gpu.memory_kind == "lpddr" or gpu.vendor == "google"
+    assert 2e8 <= gpu.context_bytes < 1e9
+
+
+@EVERY
+def test_memory_that_no_driver_reported_is_an_interval(gpu: GpuProfile) -> None:
+    figure = gpu.memory_visible
+    if figure.interval is not None:
+        assert (
+            figure.interval[0] < figure.value < figure.interval[1] < gpu.memory_nominal.value * 1024
+        )
 
 
 @pytest.mark.parametrize(
@@ -86,10 +114,47 @@ def test_a_4090_shows_less_than_24_gib() -> None:
         ("a100", "a100-80-sxm"),
         ("A100-40GB", "a100-40"),
         ("AMD Instinct MI300X", "mi300x"),
+        ("rtx4090", "rtx-4090"),
+        ("RTX 4090 24GB", "rtx-4090"),
+        ("a100-80gb", "a100-80-sxm"),
+        ("A 100 40 GB", "a100-40"),
+        ("h100 pcie", "h100-pcie"),
+        ("3080 12gb", "rtx-3080-12"),
+        ("4060ti", "rtx-4060-ti"),
+        ("rtx 6000 ada", "rtx-6000-ada"),
+        ("7900 XTX", "rx-7900-xtx"),
+        ("M3 Max", "apple-m3-max"),
+        ("gb10", "dgx-spark"),
     ],
 )
 def test_names_are_found(name: str, slug: str) -> None:
     assert find_gpu(name).slug == slug
+
+
+def test_no_two_cards_answer_to_one_name() -> None:
+    names = [name for gpu in list_gpus() for name in names_of(gpu)]
+    assert len(names) == len(set(names)) > 3 * len(list_gpus()) / 2
+
+
+def test_another_memory_than_the_cards_is_refused() -> None:
+    with pytest.raises(KvtuneError, match="the RTX 4090 has 24 GiB, not 48") as caught:
+        find_gpu("RTX 4090 48GB")
+    assert "--gpu-memory" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("mi300", "mi300x"), ("h1000", "h100"), ("rtx-5800", "rtx-5080")]
+)
+def test_near_misses_are_suggested(typed: str, meant: str) -> None:
+    with pytest.raises(KvtuneError, match=f"Did you mean.*'{meant}'"):
+        find_gpu(typed)
+
+
+def test_a_card_is_read_from_its_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(CARD)
+    assert find_gpu(str(tmp_path / "mine.yaml")).slug == "mine"
+    with pytest.raises(KvtuneError, match="there is no such card file"):
+        find_gpu(str(tmp_path / "other.yaml"))
 
 
 def test_an_unknown_name_gets_the_nearest_ones() -> None:
@@ -175,7 +240,7 @@ def test_a_card_is_read_without_optional_figures() -> None:
         ("unit: TFLOP/s", "unit: GFLOP/s", r"card.yaml:9: .*bf16 is given in TFLOP/s"),
         ("24000", "25769", r"card.yaml:7: .*more than memory_nominal; are GB and GiB mixed"),
         ("bandwidth:", "bandwith:", r"card.yaml:8: .*no known key\. Did you mean 'bandwidth'"),
-        (f"  l2: {record(*UNITS['l2'])}\n", "", r"'figures' lacks the key 'l2'"),
+        (f"  bf16: {record(*UNITS['bf16'])}\n", "", r"'figures' lacks the key 'bf16'"),
         ("kind: datasheet", "kind: rumour", r"is 'rumour'; it must be one of datasheet, measured"),
         ("date: 2024-01", "date: last year", r"must be a date like 2024-11, not 'last year'"),
         ("source: a sheet", "source: ''", r"must be a text"),

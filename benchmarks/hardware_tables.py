@@ -1,0 +1,398 @@
+"""How well times from NVIDIA's measured tables hold: points, systems and serving runs left out.
+
+    python -m kvtune.benchmarks.hardware_tables --systems FOLDER --configs FOLDER --out FILE
+
+FOLDER are ``systems`` and ``model_configs`` of an unpacked ``aiconfigurator-core`` wheel (left out:
+the installed one). No row of the tables is written, only errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize
+
+from kvtune.common.errors import KvtuneError
+from kvtune.profiles.elsewhere import STACKS, SYSTEM_OF_CARD, read_table, require_systems_folder
+from kvtune.profiles.gpus import GpuProfile, find_gpu
+from kvtune.profiles.models import ModelShape, shape_from_config
+from kvtune.profiles.split import split_over
+from kvtune.simulator.elsewhere import (
+    Heads,
+    ServingTables,
+    attention_features,
+    attention_points,
+)
+from kvtune.simulator.serving_kernels import Overheads, ServingModel
+from kvtune.simulator.table_grid import fit_grids
+
+CARDS = {system: find_gpu(slug) for slug, system in SYSTEM_OF_CARD.items()}
+ALIKE = {"b200_sxm": 1, "b300_sxm": 1, "gb200": 1, "gb300": 1}  # one chip; left out together too
+
+
+def summary(ratios: Any) -> dict[str, float]:
+    """Of predicted over measured."""
+    found = np.asarray(ratios)
+    wrong = np.abs(found - 1)
+    return {
+        "count": len(found),
+        "median_error": round(float(np.median(wrong)), 4),
+        "within_10_percent": round(float(np.mean(wrong <= 0.1)), 4),
+        "low": round(float(np.quantile(found, 0.1)), 3),
+        "middle": round(float(np.median(found)), 3),
+        "high": round(float(np.quantile(found, 0.9)), 3),
+    }
+
+
+# --- (a) a third of the points left out --------------------------------------------------------
+
+
+def points_left_out(folder: Path, seed: int = 0) -> dict[str, Any]:
+    """Decode attention of every system and stack, heads of 64 and 128, all windows and formats."""
+    random, each, whole = np.random.default_rng(seed), {}, []
+    for system in CARDS:
+        for stack in STACKS:
+            ratios: list[float] = []
+            for width in (64, 128):
+                table = read_table(
+                    folder, system, "attention", stack, "generation_attention_perf",
+                    {"head_dim": width},
+                )  # fmt: skip
+                for window, rows in _families(table) if table else ():
+                    ratios += _family_left_out(rows, window, random)
+            if ratios:
+                each[f"{system} {stack}"] = summary(ratios)
+                whole += ratios
+    return {"all": summary(whole), "each": each}
+
+
+def _families(table: Any) -> Iterator[tuple[int, Any]]:
+    windows = np.unique(table.columns.get("window_size", [0]))
+    for window in windows:
+        for form in np.unique(table.columns["kv_cache_dtype"]):
+            rows = table.where(window_size=window, kv_cache_dtype=form)
+            if len(rows):
+                yield int(window), rows.of_most_used_kernel()
+
+
+def _family_left_out(rows: Any, window: int, random: np.random.Generator) -> list[float]:
+    known, hidden = [], []
+    for points in attention_points(rows, "generation").values():
+        drawn = random.random(len(points)) < 1 / 3
+        items = list(points.items())
+        known.append({key: s for (key, s), out in zip(items, drawn, strict=True) if not out})
+        hidden.append({key: s for (key, s), out in zip(items, drawn, strict=True) if out})
+    grids = fit_grids(known, attention_features("generation", window))
+    found: list[float] = []
+    for grid, held in zip(grids, hidden, strict=True):
+        if grid is not None and held:
+            batch, length = np.array(list(held)).T
+            found += list(grid.at(batch, length) / np.array(list(held.values())))
+    return found
+
+
+# --- (b) systems left out whole ----------------------------------------------------------------
+
+
+def systems_left_out(folder: Path, chips: bool) -> dict[str, Any]:
+    """Decode attention of a system from the nearest other one, scaled by bandwidth.
+
+    Args:
+        folder: the tables.
+        chips: leave all systems of one chip out together.
+    """
+    each, whole = {}, []
+    for system, card in CARDS.items():
+        for stack in STACKS:
+            ratios: list[float] = []
+            for heads in (Heads(32, 8, 128), Heads(8, 8, 128), Heads(8, 1, 128), Heads(64, 8, 128)):
+                for form in ("bfloat16", "fp8"):
+                    ratios += _from_nearest(folder, system, card, stack, heads, form, chips)
+            if ratios:
+                each[f"{system} {stack}"] = summary(ratios)
+                whole += ratios
+    return {"all": summary(whole), "each": each}
+
+
+def _from_nearest(
+    folder: Path, system: str, card: GpuProfile, stack: Any, heads: Heads, form: str, chips: bool
+) -> list[float]:
+    from kvtune.simulator.deployment import _unlike
+
+    table = read_table(
+        folder, system, "attention", stack, "generation_attention_perf", {"head_dim": heads.width}
+    )
+    rows = table and table.where(window_size=0, kv_cache_dtype=form).of_most_used_kernel()
+    points = attention_points(rows, "generation").get(heads[:2], {}) if rows else {}
+    others = [
+        name for name in CARDS
+        if name != system and CARDS[name].vendor == card.vendor
+        and not (chips and ALIKE.get(name, name) == ALIKE.get(system, system))
+    ]  # fmt: skip
+    for name in sorted(others, key=lambda one: _unlike(CARDS[one], card)):
+        tables = ServingTables(folder, name, stack)
+        try:
+            if not points:
+                return []
+            batch, length = np.array(list(points)).T
+            near = tables.decode_attention(heads, None, form, batch, length)
+            floor = float(tables.decode_attention(heads, None, form, 1, 1))
+        except KvtuneError:
+            continue
+        ratio = CARDS[name].bandwidth_bytes_per_s / card.bandwidth_bytes_per_s
+        scaled = floor + np.maximum(near - floor, 0) * ratio
+        return list(scaled / np.array(list(points.values())))
+    return []
+
+
+# --- (c) whole serving runs --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measured run with what the tables alone give for it, in seconds."""
+
+    group: str
+    stack: str
+    layers: int
+    concurrent: float
+    generated: int
+    decode: float
+    prefill: float
+    prefill_each: float
+    ttft: float
+    tpot: float
+
+
+_SAME = {
+    "meta-llama/Llama-3.1-8B-Instruct": "meta-llama/Meta-Llama-3.1-8B",
+    "nvidia/Llama-3.1-8B-Instruct-FP8": "meta-llama/Meta-Llama-3.1-8B",
+    "meta-llama/Llama-3.1-70B": "meta-llama/Meta-Llama-3.1-70B",
+    "nvidia/Qwen3-32B-NVFP4": "Qwen/Qwen3-32B",
+}
+
+
+def read_runs(folder: Path, configs: Path) -> tuple[list[Run], dict[str, int]]:
+    """Runs with aggregated serving that the model can answer, and why others are left out."""
+    found, left = [], defaultdict(int)
+    with (folder / "silicon_sample.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            try:
+                found.append(_run(row, folder, configs))
+            except KvtuneError as error:
+                left[error.message.split(":")[0]] += 1
+    return found, dict(left)
+
+
+def _run(row: dict[str, str], folder: Path, configs: Path) -> Run:
+    def number(name: str) -> float:
+        return float(row[name] or 1) or 1.0
+
+    gpus = int(number("tp_size"))
+    plain = all(number(n) == 1 for n in ("attention_dp_size", "pp_size", "moe_ep_size"))
+    if row["mode"] != "agg" or not plain or gpus > 8:
+        raise KvtuneError("disaggregated, expert or pipeline parallel, or more than 8 GPUs")
+    shape = _shape(row["model_path"], configs)
+    tables = ServingTables(folder, row["system"], row["backend"])  # type: ignore[arg-type]
+    form, experts = _formats(row)
+    kv = "fp8" if row["precision"] in ("fp8", "fp4") and _kv_fp8(row) else "bfloat16"
+    bandwidth = CARDS[row["system"]].bandwidth_bytes_per_s
+    nothing = Overheads(0.0, 0.0, 0.0)
+    model = ServingModel(tables, shape, gpus, form, experts, kv, bandwidth, nothing)
+    prompt, generated, batch = int(row["isl"]), int(row["osl"]), number("batch_size")
+    if batch * split_over(shape, gpus).kv_bytes(prompt + generated, 1 if kv == "fp8" else 2) > (
+        0.9 * CARDS[row["system"]].visible_bytes
+    ):
+        raise KvtuneError("more sequences than the cache holds")
+    together = max(1, 8192 // prompt)
+    return Run(
+        group=f"{row['model_path']} {row['system']}", stack=row["backend"], layers=shape.layers,
+        concurrent=batch, generated=generated,
+        decode=float(model.decode(batch, prompt + generated / 2)),
+        prefill=float(model.prefill(prompt)),
+        prefill_each=float(model.prefill(prompt, together)) / together,
+        ttft=float(row["silicon_ttft_ms"]) / 1e3, tpot=float(row["silicon_tpot_ms"]) / 1e3,
+    )  # fmt: skip
+
+
+def _kv_fp8(row: dict[str, str]) -> bool:
+    """The recipes of these runs set an fp8 cache."""
+    return row["backend"] == "trtllm" or "Llama-3.1-70B" in row["model_path"]
+
+
+def _formats(row: dict[str, str]) -> tuple[str, str]:
+    """Of the matrices and of the experts; gpt-oss has experts in MXFP4 whatever the row says."""
+    if "gpt-oss" in row["model_path"]:
+        blackwell = row["backend"] == "trtllm" and row["system"].startswith(("b", "g"))
+        return "bfloat16", "w4a8_mxfp4_mxfp8" if blackwell else "w4a16_mxfp4"
+    return row["gemm_quant_mode"] or "bfloat16", row["moe_quant_mode"] or "bfloat16"
+
+
+_SHAPES: dict[str, ModelShape] = {}
+
+
+def _shape(model: str, configs: Path) -> ModelShape:
+    if model not in _SHAPES:
+        path = configs / f"{_SAME.get(model, model).replace('/', '--')}_config.json"
+        if not path.is_file() or "Qwen3.5" in model or "GLM" in model:
+            raise KvtuneError(f"{model} is of a kind that the tables are not read for")
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(path.read_text())
+            _SHAPES[model] = shape_from_config(Path(folder))
+    return _SHAPES[model]
+
+
+# What a run adds to its kernels. TPOT: a layer's and a step's overheads, and the prefills of the
+# others, which stop the decoding of all. TTFT: the prefill, a step, a fixed part, and the queue
+# of prompts that arrive together. Parameters are positive: their logarithms are fitted.
+TPOT_START = np.log([0.9, 8e-6, 1e-3, 5e-6])
+TTFT_START = np.log([10e-3, 0.1, 1.0])
+
+
+Columns = dict[str, Any]
+
+
+def columns(runs: list[Run]) -> Columns:
+    """Figures of the runs as arrays, by name."""
+    names = [f.name for f in fields(Run) if f.name not in ("group", "stack")]
+    return {name: np.array([getattr(run, name) for run in runs], dtype=float) for name in names}
+
+
+def tpot(x: Any, of: Columns) -> Any:
+    """Seconds a token."""
+    share, layer, step, sequence = np.exp(x)
+    others = (of["concurrent"] - 1) * of["prefill_each"] / of["generated"]
+    own = of["decode"] + of["layers"] * layer + step + sequence * of["concurrent"]
+    return own + share * others
+
+
+def ttft(x: Any, of: Columns) -> Any:
+    """Seconds to the first token; the step is the measured one, so that errors are TTFT's own."""
+    fixed, queue, step = np.exp(x)
+    waiting = (of["concurrent"] - 1) * of["prefill_each"]
+    return of["prefill"] + fixed + step * of["tpot"] + queue * waiting
+
+
+def fit(function: Any, runs: list[Run], kind: str, start: Any) -> Any:
+    """Least absolute errors in the logarithm, held lightly at the start."""
+    of = columns(runs)
+
+    def loss(x: Any) -> float:
+        off = np.mean(np.abs(np.log(function(x, of) / of[kind])))
+        return float(off + 1e-3 * np.sum((x - start) ** 2))
+
+    return minimize(loss, start, method="Nelder-Mead", options={"maxiter": 800}).x
+
+
+def runs_left_out(runs: list[Run], kind: str) -> dict[str, Any]:
+    """Each model on each system predicted by parameters of all others of its stack.
+
+    The interval is of the ratios of the other groups' own left-out predictions (jackknife).
+    """
+    function, start = (tpot, TPOT_START) if kind == "tpot" else (ttft, TTFT_START)
+    each, whole, inside, fitted = {}, [], [], {}
+    for stack in STACKS:
+        of_stack = [r for r in runs if r.stack == stack]
+        ratios: dict[str, Any] = {}
+        for group in sorted({r.group for r in of_stack}):
+            others = [r for r in of_stack if r.group != group]
+            held = [r for r in of_stack if r.group == group]
+            if others:
+                x = fit(function, others, kind, start)
+                ratios[group] = function(x, columns(held)) / columns(held)[kind]
+        for group, own in ratios.items():
+            if len(ratios) > 1:
+                rest = 1 / np.concatenate([v for k, v in ratios.items() if k != group])
+                low, high = np.quantile(rest, [0.1, 0.9])
+                inside += list((low <= 1 / own) & (1 / own <= high))
+            each[f"{stack} {group}"] = summary(own)
+            whole += list(own)
+        fitted[stack] = {
+            "parameters": [float(f"{v:.3g}") for v in np.exp(fit(function, of_stack, kind, start))],
+            "left_out": summary(np.concatenate(list(ratios.values()))),
+            "truth_over_predicted": [
+                round(float(q), 3)
+                for q in np.quantile(1 / np.concatenate(list(ratios.values())), [0.1, 0.9])
+            ],
+        }
+    return {
+        "all": summary(whole), "inside_interval": round(float(np.mean(inside)), 3),
+        "stacks": fitted, "each": each,
+    }  # fmt: skip
+
+
+def ways_tried(runs: list[Run]) -> dict[str, Any]:
+    """The simpler ways, with nothing fitted."""
+    token, first = (np.array([getattr(r, k) for r in runs]) for k in ("tpot", "ttft"))
+    waiting = np.array([(r.concurrent - 1) * r.prefill_each for r in runs])
+    generated = np.array([r.generated for r in runs])
+    decode, prefill = (np.array([getattr(r, k) for r in runs]) for k in ("decode", "prefill"))
+    return {
+        "tpot: kernels of a decode step alone": summary(decode / token),
+        "tpot: with the others' prefills": summary((decode + waiting / generated) / token),
+        "ttft: the prefill alone": summary(prefill / first),
+        "ttft: with one step": summary((prefill + token) / first),
+        "ttft: with a tenth of the queue": summary((prefill + token + 0.1 * waiting) / first),
+    }
+
+
+# --- (d) speed ---------------------------------------------------------------------------------
+
+
+def estimates_a_second(folder: Path) -> float:
+    """Whole decode steps of Llama-3.1-8B on an H200 by vLLM's kernels, in one call, one thread."""
+    from kvtune.profiles.models import find_model
+
+    tables = ServingTables(folder, "h200_sxm", "vllm")
+    model = ServingModel(
+        tables, find_model("llama-8b"), 1, "bfloat16", "bfloat16", "bfloat16", 4.8e12,
+        Overheads(1e-6, 1e-4, 1e-6),
+    )  # fmt: skip
+    random = np.random.default_rng(0)
+    batch, tokens = random.integers(1, 257, 200_000), random.integers(1, 65_536, 200_000)
+    model.decode(batch[:10], tokens[:10])
+    started = time.perf_counter()
+    model.decode(batch, tokens)
+    return len(batch) / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--systems", type=Path)
+    parser.add_argument("--configs", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    folder = given.systems or require_systems_folder()
+    runs, left = read_runs(folder, given.configs or folder.parent / "model_configs")
+    report = {
+        "tables": "aiconfigurator-core 0.12.0",
+        "estimates_a_second": round(estimates_a_second(folder)),
+        "runs": {
+            "used": len(runs), "left_out_for": left, "tpot": runs_left_out(runs, "tpot"),
+            "ttft": runs_left_out(runs, "ttft"), "ways": ways_tried(runs),
+        },
+        "systems_left_out": systems_left_out(folder, chips=False),
+        "chips_left_out": systems_left_out(folder, chips=True),
+        "points_left_out": points_left_out(folder),
+    }  # fmt: skip
+    given.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for name in ("points_left_out", "systems_left_out", "chips_left_out"):
+        print(name, report[name]["all"])  # type: ignore[index]
+    for name in ("tpot", "ttft"):
+        found = report["runs"][name]  # type: ignore[index]
+        print(name, found["all"], "inside:", found["inside_interval"])
+    print("estimates a second:", report["estimates_a_second"])
+
+
+if __name__ == "__main__":
+    main()
