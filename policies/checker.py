@@ -104,6 +104,9 @@ class Checker:
         except TypeError:
             self.problem(node, f"must be {_words(hint)}, not {_show(node)}")
             return None
+        if isinstance(value, str) and not value.isprintable():
+            self.problem(node, f"holds characters that cannot be shown: {_show(node)}")
+            return None
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             if low is not None and value < low:
                 self.problem(node, f"must be at least {low:g}, not {value}")

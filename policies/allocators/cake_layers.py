@@ -10,7 +10,7 @@ from kvtune.policies.allocator import Allocator
 from kvtune.policies.allocators.pyramid import round_to_sum
 from kvtune.policies.method import Method
 from kvtune.policies.methods.cake import variance
-from kvtune.policies.registry import parameter
+from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import Needs, Signals
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ class CakeLayers(Allocator):
     name = "cake_layers"
     source = "Qin et al., ICLR 2025, arXiv 2503.12491"
 
-    window: int = parameter(32, "observation window", unit="tokens", low=1)
-    spread: float = parameter(1.0, "temperature of the entropy", low=0.05)
-    shift: float = parameter(1.0, "temperature of the variance", low=0.05)
+    window: int = parameter(32, "observation window", unit="tokens", low=1, high=LONGEST_PROMPT)
+    spread: float = parameter(1.0, "temperature of the entropy", low=0.05, high=100)
+    shift: float = parameter(1.0, "temperature of the variance", low=0.05, high=100)
 
     @property
     def needs(self) -> Needs:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from kvtune.policies.allocator import Allocator
-from kvtune.policies.registry import parameter
+from kvtune.policies.registry import LONGEST_PROMPT, parameter
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,8 +31,10 @@ class Pyramid(Allocator):
     name = "pyramid"
     source = "Cai et al., arXiv 2406.02069"
 
-    beta: float = parameter(20.0, "mean budget over the last layer's budget", low=1)
-    window: int = parameter(0, "observation window of the method", unit="tokens", low=0)
+    beta: float = parameter(20.0, "mean budget over the last layer's budget", low=1, high=1e6)
+    window: int = parameter(
+        0, "observation window of the method", unit="tokens", low=0, high=LONGEST_PROMPT
+    )
     floor: Literal["added", "required"] = parameter(
         "added", "whether each layer's window is added to the line or lies within it"
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from kvtune.policies.method import ScoredMethod
 from kvtune.policies.pooling import check_kernel, pooled
-from kvtune.policies.registry import parameter
+from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import Needs, Signals
 
 if TYPE_CHECKING:
@@ -34,11 +34,15 @@ class SnapKV(ScoredMethod):
     name = "snapkv"
     source = "Li et al., NeurIPS 2024, arXiv 2404.14469"
 
-    window: int = parameter(32, "observation window", unit="tokens", low=1)
-    kernel: int = parameter(7, "pooling kernel, odd", unit="tokens", low=1)
+    window: int = parameter(32, "observation window", unit="tokens", low=1, high=LONGEST_PROMPT)
+    kernel: int = parameter(7, "pooling kernel, odd", unit="tokens", low=1, high=1023)
     pooling: Literal["max", "mean"] = parameter("max", "how neighbours are pooled")
     recent: int | None = parameter(
-        None, "newest tokens always kept; the whole window unless given", unit="tokens", low=0
+        None,
+        "newest tokens always kept; the whole window unless given",
+        unit="tokens",
+        low=0,
+        high=LONGEST_PROMPT,
     )
 
     def __post_init__(self) -> None:
