@@ -8,6 +8,7 @@ import types
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from unicodedata import category
 
 from kvtune.common.errors import KvtuneError, nearest
 from kvtune.common.yaml_tree import Node
@@ -104,7 +105,7 @@ class Checker:
         except TypeError:
             self.problem(node, f"must be {_words(hint)}, not {_show(node)}")
             return None
-        if isinstance(value, str) and not value.isprintable():
+        if isinstance(value, str) and any(category(letter)[0] == "C" for letter in value):
             self.problem(node, f"holds characters that cannot be shown: {_show(node)}")
             return None
         if isinstance(value, (int, float)) and not isinstance(value, bool):

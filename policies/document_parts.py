@@ -128,6 +128,12 @@ class Pattern:
     allocator: Allocator = AsGiven()
     name: str = ""
 
+    def check_allocator(self) -> None:
+        """Refuse an allocator that cannot split budgets between the heads' methods."""
+        exceptions = [options for _, options in self.layers]
+        rows = [(self.option,), *exceptions]
+        self.allocator.check([[option.method for option in row] for row in rows])
+
     def bind(self, layers: int, kv_heads: int) -> Policy:
         """The policy for a model's shape.
 

@@ -91,6 +91,7 @@ class _Reader:
         for name, node in self.entries_of("options").items():
             self.options[name] = self.option(node)
         policy = self.policy(model)
+        self.allocator_suits(policy)
         provenance, serving = self.provenance(), self.part("serving", Serving)
         if policy is None or self.check.problems:
             return None
@@ -175,6 +176,15 @@ class _Reader:
         if forms == ["heads"]:
             return self.heads(name or "policy", allocator or AsGiven(), model)
         return self.pattern(name or "", allocator or AsGiven(), model)
+
+    def allocator_suits(self, policy: Policy | Pattern | None) -> None:
+        """Whether the allocator can compare the methods of the heads."""
+        if policy is None or self.check.problems:
+            return
+        try:
+            policy.check_allocator()
+        except KvtuneError as error:
+            self.check.problem(self.entries["allocator"], error.message, error.hint)
 
     def chosen(self, node: Node) -> Option | None:
         """The option that a head's entry names."""

@@ -34,6 +34,7 @@ class StreamingLLM(DecodeMethod):
 
     name = "streaming_llm"
     source = "Xiao et al., ICLR 2024, arXiv 2309.17453"
+    shape = "sinks+window"
 
     sinks: int = parameter(
         4, "first tokens that are always kept", unit="tokens", low=0, high=LONGEST_PROMPT
