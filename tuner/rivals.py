@@ -16,6 +16,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.common.progress import Progress
 from kvtune.policies.policy import Policy, footprint_of_lengths
+from kvtune.runtime.kernels.layout import CODES
 from kvtune.tuner.allocate import Choice, Problem, solve
 from kvtune.tuner.baselines import FAMILIES, Stored, candidates
 from kvtune.tuner.explore.record import by_kind
@@ -51,9 +52,15 @@ def stand_in_rivals(
         if (point := _on_curve(source.curves.get(family, []), share)) is not None:
             name, figure = point
             stored = name.split(" ", 1)[1]  # a family's whole prompt bears the name of uniform's
-            named = f"{family} {stored}"
+            named = f"{family} {stored}{_unless_it_runs(stored)}"
             rivals.append(Rival(named, family, figure, None, chosen.prompt_bytes))
     return rivals, None
+
+
+def _unless_it_runs(stored: str) -> str:
+    """A mark on rules whose format the runtime has no pages for: the curves were run with some."""
+    form = stored.rsplit(" ", 1)[-1].partition("+")[0]
+    return "" if form in CODES else " (simulated only)"
 
 
 def live_rivals(
