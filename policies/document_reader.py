@@ -40,7 +40,9 @@ _MODEL_HINT = (
     "kvtune models lists them; 'model' may also be left out and said by --model, since a 'policy' "
     "fits any shape."
 )
-_WHOLE = (*_FACTS[1:], "context_tokens", "generated_tokens", "batch")
+_WHOLE = (
+    *_FACTS[1:], "max_context", "context_tokens", "generated_tokens", "batch", "cache_bytes",
+)  # fmt: skip
 
 
 def read_policy(source: Path | str) -> PolicyDocument:

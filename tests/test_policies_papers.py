@@ -42,7 +42,7 @@ def max_pooled(scores: np.ndarray, kernel: int) -> np.ndarray:
     )
 
 
-def snapkv_scores(signals: Any, window: int, kernel: int, group: str) -> np.ndarray:
+def snapkv_scores(signals: Any, window: int, kernel: int, group: str) -> Any:
     """Before the window, ``[H, P - W]``."""
     prefix = signals.prompt_tokens - window
     drawn = attention_rows(signals, window).mean(2)[..., :prefix]
@@ -81,7 +81,7 @@ def test_adakv_blends_where_kvpress_guarantees() -> None:
     signals, method = make_signals(Case(80, 0, kv_heads=4, group=2)), SnapKV(window=8)
     blend, floor = (
         AdaKV(safeguard=0.5, rule=rule).split([24] * 4, [method] * 4, signals)
-        for rule in ("blend", "floor")  # type: ignore[misc]
+        for rule in ("blend", "floor")
     )
     free = AdaKV(safeguard=0.0).split([24] * 4, [method] * 4, signals)
     assert blend != floor
@@ -119,7 +119,7 @@ def test_pyramid_above_half_the_prompt_is_even() -> None:
     assert (Pyramid(window=32).plan(np.full((6, 2), 500), 1000) != 500).any()
 
 
-def authors_cake(preference: np.ndarray, total: int, most: int) -> np.ndarray:
+def authors_cake(preference: Any, total: int, most: int) -> Any:
     """Shares cut to whole tokens; what exceeds a layer goes evenly to those with room."""
     budgets = (preference / preference.sum() * total).astype(int)
     while (over := (budgets - most).clip(0).sum()) > 0:
