@@ -110,9 +110,9 @@ class Checker:
             return None
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             if low is not None and value < low:
-                self.problem(node, f"must be at least {low:g}, not {value}")
+                self.problem(node, f"must be at least {_bound(low)}, not {value}")
             if high is not None and value > high:
-                self.problem(node, f"must be at most {high:g}, not {value}")
+                self.problem(node, f"must be at most {_bound(high)}, not {value}")
         return value
 
     def name(self, node: Node, known: Collection[str], what: str) -> str | None:
@@ -168,6 +168,11 @@ def _missing(keys: Sequence[str]) -> str:
 def _show(node: Node) -> str:
     kinds = {dict: "a mapping", list: "a list", type(None): "nothing"}
     return kinds.get(type(node.value)) or f"{node.value!r}"[:60]
+
+
+def _bound(number: float) -> str:
+    """A bound in full where it is whole, as it may be typed back."""
+    return str(int(number)) if number == int(number) else f"{number:g}"
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

@@ -121,7 +121,7 @@ def of_transformers(made: Export) -> Meaning:
         tokens = P if option["budget"] is None else option["budget"]
         for role in ("keys", "values"):
             form = formats()[option[role]["name"]]()
-            total += form.footprint(tokens, D, role)  # type: ignore[arg-type]
+            total += form.footprint(tokens, D, role)
     return Meaning(kept, total + 4 * L * H, None)
 
 
@@ -206,7 +206,7 @@ def test_renumbered_positions_are_told_where_they_are_not_kept() -> None:
 
 def llama_plan(**serving: Any) -> PolicyDocument:
     """93 MiB a prompt of 8,192 tokens, 45 of which fit in 5.5 GiB with their answers."""
-    given = {
+    given: dict[str, Any] = {
         "weights": "fp8", "context_tokens": 8192, "generated_tokens": 256, "batch": 45,
         "cache_bytes": int(5.5 * 2**30),
     }  # fmt: skip

@@ -68,7 +68,7 @@ class LlamaCpp(Exporter):
         dropped = dropped_methods(heads, plan.context_tokens)
         losses = [
             *_token_lines(plan, dropped),
-            *([allocator] if dropped or allocator.status != "kept" else []),
+            *([allocator] if allocator.status != "kept" else []),
             *_format_lines(plan, kind),
             *lost_exact_tokens(plan),
         ]
