@@ -34,7 +34,7 @@ from kvtune.policies.format import Format, formats
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.grouped import Int4, Int8
-from kvtune.policies.method import Method, methods
+from kvtune.policies.method import Method, ScoredMethod, methods
 from kvtune.policies.methods.expected_attention import ExpectedAttention
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.kvzip import KVzip
@@ -172,6 +172,23 @@ def test_the_file_means_what_the_report_says(stack: str, method: Method, stored:
     assert ("0.0123" in made.quality) == whole
 
 
+@pytest.mark.parametrize("method", EVERY_METHOD, ids=lambda method: method.label)
+def test_the_declared_shape_is_what_a_method_keeps(method: Method) -> None:
+    signals = make_signals(Case(60, 0, kv_heads=2, group=2))
+    found = method.keep(signals, 20).tolist()
+    patterns = [[*range(sinks), *range(40 + sinks, 60)] for sinks in range(21)]
+    if method.shape == "scored":
+        assert found[0] not in patterns or method_protects_all(method)
+        return
+    sinks = getattr(method, "sinks", 0) if method.shape == "sinks+window" else 0
+    assert found == [patterns[min(sinks, 20)]] * 2
+
+
+def method_protects_all(method: Method) -> bool:
+    """Whether the window of the newest tokens, or the sinks, are the whole budget of 20."""
+    return sum(method.protected(20)) >= 20 if isinstance(method, ScoredMethod) else False
+
+
 @pytest.mark.parametrize(
     "method",
     [SnapKV(), SnapKV(group="pooled"), SnapKV(window=8, kernel=3, pooling="mean", recent=2),
@@ -268,6 +285,14 @@ def test_without_a_memory_limit_the_plans_own_bytes_are_what_is_known(stack: str
         ({"kv-cache-dtype": "auto"}, 5.69),
         ({"kv-cache-dtype": "auto", "sliding": 20}, 14.66),
         ({"kv-cache-dtype": "fp8", "sliding": 20}, 29.32),
+        (
+            {
+                "kv-cache-dtype": "fp8",
+                "sliding": 20,
+                "kv-cache-dtype-skip-layers": [str(layer) for layer in range(10, 30)],
+            },
+            25.70,
+        ),
         ({"kv-cache-dtype": "auto", "sliding": 30}, 69.33),
     ],
 )
