@@ -26,9 +26,9 @@ def main() -> None:
     rng = np.random.default_rng(0)
     batch = rng.integers(1, 64, COUNT)
     cache = rng.uniform(1e6, 1e9, (2, COUNT))
-    decode_steps(shape, gpu, "bf16", batch[:10], {16: cache[0][:10], 4: cache[1][:10]})
+    decode_steps(shape, gpu, "bf16", batch[:10], {"bf16": cache[0][:10], "int4": cache[1][:10]})
     begin = time.perf_counter()
-    times = decode_steps(shape, gpu, "bf16", batch, {16: cache[0], 4: cache[1]})
+    times = decode_steps(shape, gpu, "bf16", batch, {"bf16": cache[0], "int4": cache[1]})
     rate = COUNT / (time.perf_counter() - begin)
     print(f"{rate:,.0f} estimates a second ({gpu.name}, tier {times.tier})")
 

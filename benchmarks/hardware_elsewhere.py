@@ -110,7 +110,7 @@ def _left_out(wanted: str, source: str, point: dict[str, Any]) -> Compared:
     batch, context = point["predicted"]["batch"], point["predicted"]["context"]
     cache = shape.kv_bytes(context)
     answer = measured_steps(
-        tables, gpu, shape, "bf16", np.array(float(batch)), {16.0: np.array(float(cache))}
+        tables, gpu, shape, "bf16", np.array(float(batch)), {"bf16": np.array(float(cache))}
     )
     source = f"profile of {source}"
     return _compared(gpu, shape, batch, context, point["measured"]["step_s"], answer, source)
@@ -170,7 +170,7 @@ def _runtime_left_out(wanted: str, source: str, row: KernelRow) -> Compared | No
     if shape is None:
         return None
     batch, cache = np.array(float(point.batch)), shape.kv_bytes(point.length)
-    answer = runtime_steps(tables, gpu, shape, "bf16", batch, {16.0: np.array(float(cache))})
+    answer = runtime_steps(tables, gpu, shape, "bf16", batch, {"bf16": np.array(float(cache))})
     if answer is None:
         return None
     source = f"{shape.name}, profile of {source}"

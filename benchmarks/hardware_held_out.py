@@ -62,7 +62,7 @@ def step_errors(rows: Sequence[KernelRow], inside: bool, gpu: GpuProfile) -> Ite
     for shape, mine, tables in _without_a_model(rows, "runtime_step", inside, gpu):
         for row in mine:
             batch, cache = np.array(float(row.point.batch)), shape.kv_bytes(row.point.length)
-            asked = tables, gpu, shape, "bf16", batch, {16.0: np.array(float(cache))}
+            asked = tables, gpu, shape, "bf16", batch, {"bf16": np.array(float(cache))}
             if answer := runtime_steps(*asked):
                 yield 100 * (float(answer.value) / row.seconds - 1)
 

@@ -9,11 +9,12 @@ import typer
 
 from kvtune.cli import options
 from kvtune.cli.output import speaking, table
+from kvtune.common.errors import KvtuneError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from kvtune.policies.document import ModelFacts
+    from kvtune.policies.document import ModelFacts, PolicyDocument
     from kvtune.policies.exporter import Export
 
 
@@ -54,35 +55,42 @@ def command(
     made = exporter.export(
         document,
         model=model or "",
-        facts=_facts(model) if document.model is None and model else None,
+        facts=_facts(document, model),
         context_tokens=parse_tokens(context) if context else None,
         batch=batch,
         allow_stand_in=allow_stand_in,
         strict=strict,
     )
     paths = write_export(made, out)
-    quality = document.provenance.quality if document.provenance else None
     with speaking(as_json, quiet=as_json) as output:
-        output.show(_report(made, str(quality or "not known")), "")
+        output.show(_report(made), "")
         output.show(*(f"note: {note}" for note in made.notes), *(f"wrote {p}" for p in paths))
-        answer = {key: getattr(made, key) for key in ("stack", "proof", "report", "notes")}
-        output.finish("export", answer | {"files": paths, "quality": str(quality or "not known")})
+        keys = ("stack", "proof", "report", "notes", "quality")
+        output.finish("export", {key: getattr(made, key) for key in keys} | {"files": paths})
 
 
-def _facts(model: str) -> ModelFacts:
-    """The shape of a model that the policy file does not name."""
+def _facts(document: PolicyDocument, model: str | None) -> ModelFacts | None:
+    """What the policy file leaves open of its model; of one that it names, if it is known."""
     from kvtune.cli.inputs import read_model
-    from kvtune.policies.document import ModelFacts
+    from kvtune.profiles.models import find_model
+    from kvtune.simulator.model_facts import model_facts
 
-    shape = read_model(model)[1]
-    return ModelFacts(shape.name, shape.layers, shape.kv_heads, shape.head_dim)
+    if document.model is None:
+        return model_facts(read_model(model)[1]) if model else None
+    try:
+        facts = model_facts(find_model(document.model.name))
+    except KvtuneError:
+        return None  # a model of the user's own
+    same = (facts.layers, facts.kv_heads, facts.head_dim)
+    of_file = (document.model.layers, document.model.kv_heads, document.model.head_dim)
+    return facts if same == of_file else None
 
 
-def _report(made: Export, quality: str) -> RenderableType:
+def _report(made: Export) -> RenderableType:
     return table(
         f"Export to {made.stack}",
         ("field", "status", "what became of it"),
         [(line.field, line.status, line.detail) for line in made.report],
         left=(0, 1, 2),
-        caption=f"proof: {made.proof}; quality: {quality}",
+        caption=f"proof: {made.proof}; quality: {made.quality}",
     )

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvtune.policies.method import Method
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.method import Method, ScoredMethod
 from kvtune.policies.registry import registered
 from kvtune.policies.signals import Needs, Signals
 
@@ -33,6 +34,13 @@ class Allocator:
         """The signals that it reads itself, beside what the methods need."""
         return Needs()
 
+    def check(self, methods: Sequence[Sequence[Method]]) -> None:
+        """Refuse methods ``[L][H]`` that it cannot split budgets between; most take any.
+
+        Raises:
+            KvtuneError: what it needs, and what to do.
+        """
+
     def plan(self, budgets: NDArray[np.int64], prompt_tokens: int) -> NDArray[np.int64]:
         """Budgets ``[L, H]`` in tokens, re-split when only the prompt's length is known."""
         return budgets
@@ -57,6 +65,28 @@ class Allocator:
     ) -> list[int]:
         """One layer's budgets ``[H]``, re-split when its prompt has been seen."""
         return list(budgets)
+
+
+def one_scoring_method(allocator: str, of: str, methods: Sequence[Method]) -> ScoredMethod:
+    """The method of all these heads, which must be one and score tokens by what they hold.
+
+    Args:
+        allocator: its name, for the error.
+        of: what shares the method: a layer, or the model.
+        methods: of the heads.
+
+    Raises:
+        KvtuneError: several methods, or one that has no scores to compare.
+    """
+    method = methods[0]
+    if not isinstance(method, ScoredMethod) or method.shape != "scored" or set(methods) != {method}:
+        names = ", ".join(dict.fromkeys(each.name for each in methods))
+        raise KvtuneError(
+            f"{allocator} compares the scores of tokens and needs one scoring method for {of}, "
+            f"not {names}",
+            hint=f"give all heads of {of} the same method, for example snapkv or kvzip.",
+        )
+    return method
 
 
 def allocators() -> dict[str, type[Allocator]]:

@@ -8,6 +8,7 @@ import types
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from unicodedata import category
 
 from kvtune.common.errors import KvtuneError, nearest
 from kvtune.common.yaml_tree import Node
@@ -104,11 +105,14 @@ class Checker:
         except TypeError:
             self.problem(node, f"must be {_words(hint)}, not {_show(node)}")
             return None
+        if isinstance(value, str) and any(category(letter)[0] == "C" for letter in value):
+            self.problem(node, f"holds characters that cannot be shown: {_show(node)}")
+            return None
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             if low is not None and value < low:
-                self.problem(node, f"must be at least {low:g}, not {value}")
+                self.problem(node, f"must be at least {_bound(low)}, not {value}")
             if high is not None and value > high:
-                self.problem(node, f"must be at most {high:g}, not {value}")
+                self.problem(node, f"must be at most {_bound(high)}, not {value}")
         return value
 
     def name(self, node: Node, known: Collection[str], what: str) -> str | None:
@@ -164,6 +168,11 @@ def _missing(keys: Sequence[str]) -> str:
 def _show(node: Node) -> str:
     kinds = {dict: "a mapping", list: "a list", type(None): "nothing"}
     return kinds.get(type(node.value)) or f"{node.value!r}"[:60]
+
+
+def _bound(number: float) -> str:
+    """A bound in full where it is whole, as it may be typed back."""
+    return str(int(number)) if number == int(number) else f"{number:g}"
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

@@ -45,12 +45,16 @@ class ModelFacts(_Portable):
         layers: L.
         kv_heads: H.
         head_dim: D.
+        max_context: tokens that it takes, prompt and answer together.
+        hub: its id on the Hugging Face Hub, which serving stacks load it by; "" where not known.
     """
 
     name: str
     layers: int
     kv_heads: int
     head_dim: int
+    max_context: int | None = None
+    hub: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ class Serving(_Portable):
         generated_tokens: that each sequence has room for beside its prompt.
         batch: sequences at once.
         gpu: name of the GPU profile.
+        cache_bytes: that the memory limit leaves for the caches of all sequences together.
     """
 
     weights: str = ""
@@ -110,6 +115,7 @@ class Serving(_Portable):
     generated_tokens: int | None = None
     batch: int | None = None
     gpu: str = ""
+    cache_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,12 @@ class Pattern:
     layers: tuple[tuple[int, tuple[Option, ...]], ...] = ()
     allocator: Allocator = AsGiven()
     name: str = ""
+
+    def check_allocator(self) -> None:
+        """Refuse an allocator that cannot split budgets between the heads' methods."""
+        exceptions = [options for _, options in self.layers]
+        rows = [(self.option,), *exceptions]
+        self.allocator.check([[option.method for option in row] for row in rows])
 
     def bind(self, layers: int, kv_heads: int) -> Policy:
         """The policy for a model's shape.

@@ -40,7 +40,9 @@ _MODEL_HINT = (
     "kvtune models lists them; 'model' may also be left out and said by --model, since a 'policy' "
     "fits any shape."
 )
-_WHOLE = (*_FACTS[1:], "context_tokens", "generated_tokens", "batch")
+_WHOLE = (
+    *_FACTS[1:], "max_context", "context_tokens", "generated_tokens", "batch", "cache_bytes",
+)  # fmt: skip
 
 
 def read_policy(source: Path | str) -> PolicyDocument:
@@ -91,6 +93,7 @@ class _Reader:
         for name, node in self.entries_of("options").items():
             self.options[name] = self.option(node)
         policy = self.policy(model)
+        self.allocator_suits(policy)
         provenance, serving = self.provenance(), self.part("serving", Serving)
         if policy is None or self.check.problems:
             return None
@@ -175,6 +178,15 @@ class _Reader:
         if forms == ["heads"]:
             return self.heads(name or "policy", allocator or AsGiven(), model)
         return self.pattern(name or "", allocator or AsGiven(), model)
+
+    def allocator_suits(self, policy: Policy | Pattern | None) -> None:
+        """Whether the allocator can compare the methods of the heads."""
+        if policy is None or self.check.problems:
+            return
+        try:
+            policy.check_allocator()
+        except KvtuneError as error:
+            self.check.problem(self.entries["allocator"], error.message, error.hint)
 
     def chosen(self, node: Node) -> Option | None:
         """The option that a head's entry names."""

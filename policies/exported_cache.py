@@ -262,10 +262,15 @@ def h2o(method: dict[str, Any], budget: int, query: Tensor, key: Tensor, scale: 
 def snapkv(method: dict[str, Any], budget: int, query: Tensor, key: Tensor, scale: float) -> Scored:
     """What the last queries look at, with its neighbours."""
     window, kernel = min(method["window"], key.shape[1]), method["kernel"]
-    drawn = rows(query, key, scale, key.shape[1], window).mean(-2)
-    pool = F.max_pool1d if method["pooling"] == "max" else F.avg_pool1d
-    scores = pool(drawn, kernel, stride=1, padding=kernel // 2).mean(1)
-    return 0, method["window"] if method["recent"] is None else method["recent"], scores
+    recent = method["window"] if method["recent"] is None else method["recent"]
+    scores = rows(query, key, scale, key.shape[1], window).mean(-2)
+    if method["group"] == "averaged":
+        scores = scores.mean(1, keepdim=True)
+    if (prefix := key.shape[1] - recent) > 0:
+        pool = F.max_pool1d if method["pooling"] == "max" else F.avg_pool1d
+        smooth = pool(scores[..., :prefix], kernel, stride=1, padding=kernel // 2)
+        scores = torch.cat((smooth, scores[..., prefix:]), -1)
+    return 0, recent, scores.mean(1)
 
 
 SCORES = {"full": full, "streaming_llm": streaming_llm, "h2o": h2o, "snapkv": snapkv}

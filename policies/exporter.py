@@ -1,13 +1,17 @@
 """Takes a policy to a serving stack: the contract of an exporter.
 
 An exporter says what its engine can take (``limits``) and renders what it is given, line by line
-honest about what was lost. Searching again inside those limits is the tuner's work.
+honest about what was lost. A file is true of what runs there, not of the plan that it comes from:
+a method is dropped rather than stood in for, sequences are counted again for what the stack holds,
+and the plan's loss is named only where all of the plan is kept. Searching again inside those limits
+is the tuner's work.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -73,6 +77,7 @@ class Export:
         proof: how far such files were tried on the stack.
         files: text by file name.
         report: what became of each field.
+        quality: what is known of the loss of what runs there, in words.
         notes: how to use the files, and traps of the stack.
     """
 
@@ -80,6 +85,7 @@ class Export:
     proof: Proof
     files: dict[str, str]
     report: tuple[Line, ...]
+    quality: str
     notes: tuple[str, ...] = ()
 
 
@@ -91,10 +97,12 @@ class Plan:
         document: where the policy comes from.
         policy: bound to the model.
         facts: the model's shape.
-        model: path or name, as the stack is to load it.
+        model: path or name that the user gave; else the model's Hub id; "" where neither is known.
         context_tokens: of each prompt.
-        generated_tokens: of each answer; 0 where the document does not say.
-        batch: sequences at once.
+        sequence_tokens: prompt and answer together, never more than the model takes.
+        batch: sequences at once that were asked for; None for as many as fit.
+        room_bytes: that all sequences' caches may take together; None where nobody said.
+        assumed: lines on what was left open.
     """
 
     document: PolicyDocument
@@ -102,13 +110,25 @@ class Plan:
     facts: ModelFacts
     model: str
     context_tokens: int
-    generated_tokens: int
-    batch: int
+    sequence_tokens: int
+    batch: int | None
+    room_bytes: int | None
+    assumed: tuple[Line, ...]
 
     @property
-    def sequence_tokens(self) -> int:
-        """Prompt and answer together: what a stack has to make room for."""
-        return self.context_tokens + self.generated_tokens
+    def given_model(self) -> str:
+        """The user's own path or name; "" where it is the Hub id that is known."""
+        return "" if self.model == self.facts.hub else self.model
+
+    @property
+    def planned_batch(self) -> int | None:
+        """Sequences at once that the plan was made for, where it says so."""
+        return self.document.serving.batch if self.document.serving else None
+
+    @property
+    def weights(self) -> str:
+        """Format of the weights that the plan assumed; "" where it does not say."""
+        return self.document.serving.weights if self.document.serving else ""
 
 
 @dataclass(frozen=True)
@@ -137,46 +157,69 @@ class Exporter(ABC):
 
         Args:
             document: the policy.
-            model: path or name for the stack; the document's model unless given.
-            facts: the model's shape where the document does not say it.
+            model: path or name for the stack; the model's Hub id unless given.
+            facts: what the document does not say of the model.
             context_tokens: the document's, else 4096.
-            batch: the document's, else 1.
+            batch: at most the document's, and what fits, unless given.
             allow_stand_in: export a policy found on another model's trace, and say so in the files.
             strict: refuse an export that does not keep everything.
 
         Raises:
-            KvtuneError: a shape is missing, a stand-in is not allowed, or strict is not met.
+            KvtuneError: a shape is missing, a stand-in is not allowed, strict is not met, the
+                prompt is longer than the model takes, or what was asked for does not fit.
         """
         self._check_stand_in(document, allow_stand_in)
-        plan, assumed = _plan(document, model, facts, context_tokens, batch)
-        rendered = self.render(plan)
-        report = (*assumed, *rendered.report)
-        if strict and (lost := [line for line in report if line.status != "kept"]):
+        plan = plan_of(document, model, facts, context_tokens, batch)
+        made = self.render(plan)
+        if strict and (lost := [line for line in made.report if line.status != "kept"]):
             raise KvtuneError(
                 f"{self.stack} cannot keep {lost[0].field}: {lost[0].detail}",
                 hint=f"{len(lost)} fields are not kept; without --strict they are approximated.",
             )
-        text = self._report_text(plan, report, rendered.notes)
-        files = rendered.files | {"REPORT.txt": text}
-        return Export(rendered.stack, rendered.proof, files, report, rendered.notes)
+        return made
 
     @abstractmethod
     def render(self, plan: Plan) -> Export:
-        """Files without the report's own, one line for each field of the policy."""
+        """Files and one line for each field of the policy."""
 
     def done(
-        self, files: dict[str, str], report: list[Line], notes: tuple[str, ...] = ()
+        self,
+        plan: Plan,
+        files: dict[str, str],
+        losses: Sequence[Line],
+        others: Sequence[Line] = (),
+        notes: tuple[str, ...] = (),
     ) -> Export:
-        """An export of this stack."""
-        return Export(f"{self.stack} {self.stack_version}", self.proof, files, tuple(report), notes)
+        """An export of this stack, its report among the files.
 
-    def header(self, plan: Plan) -> list[str]:
+        Args:
+            plan: what was rendered.
+            files: text by file name.
+            losses: lines on what the loss depends on: tokens, formats, allocator.
+            others: lines on what it does not depend on.
+            notes: how to use the files.
+        """
+        report = (*plan.assumed, *losses, *others)
+        top = "\n".join(line for line in self.header(plan, losses) if "REPORT.txt" not in line)
+        below = "".join(f"note: {note}\n" for note in notes)
+        text = top + "\n\n" + "".join(f"{line}\n" for line in report) + ("\n" + below) * bool(notes)
+        return Export(
+            f"{self.stack} {self.stack_version}",
+            self.proof,
+            files | {"REPORT.txt": text},
+            report,
+            quality_lines(plan.document, losses)[0],
+            notes,
+        )
+
+    def header(self, plan: Plan, losses: Sequence[Line]) -> list[str]:
         """The lines that stand at the top of every file; none can end a comment."""
         lines = [
             f"Written by kvtune {_kvtune_version()} for {self.stack} {self.stack_version}.",
             f"proof: {self.proof}; source: {self.source}",
             f"policy: {plan.policy.name}; model: {plan.facts.name}",
-            *_quality_lines(plan.document),
+            *(f"quality: {line}" for line in quality_lines(plan.document, losses)[:1]),
+            *quality_lines(plan.document, losses)[1:],
             "What is kept, approximated and lost: REPORT.txt",
         ]
         return ["".join(c if c.isprintable() else " " for c in line) for line in lines]
@@ -187,11 +230,6 @@ class Exporter(ABC):
                 f"this policy's quality was predicted on a stand-in ({document.stand_in})",
                 hint="capture the model's own trace and search again, or pass --allow-stand-in.",
             )
-
-    def _report_text(self, plan: Plan, report: tuple[Line, ...], notes: tuple[str, ...]) -> str:
-        top = "\n".join(line for line in self.header(plan) if "REPORT.txt" not in line)
-        below = "".join(f"note: {note}\n" for note in notes)
-        return top + "\n\n" + "".join(f"{line}\n" for line in report) + ("\n" + below) * bool(notes)
 
 
 def comment(lines: list[str], mark: str = "#") -> str:
@@ -208,6 +246,61 @@ def bytes_line(plan: Plan, stack_bytes: int) -> Line:
     )
     close = abs(stack_bytes - planned) <= 0.01 * planned
     return Line("cache bytes", "kept" if close else "approximated", detail)
+
+
+def sequences_that_fit(plan: Plan, stack: str, sequence_bytes: int) -> tuple[int, Line]:
+    """How many sequences at once the stack is told to run, never more than fit.
+
+    Where the policy file does not say how much memory is left for the cache, what its own sequences
+    take is known to be there, and no more.
+
+    Args:
+        plan: says what was asked for and how much room there is.
+        stack: its name, for errors.
+        sequence_bytes: that the stack holds of one sequence of the full length.
+
+    Raises:
+        KvtuneError: not one fits, or not as many as were asked for.
+    """
+    each = f"one takes {format_bytes(sequence_bytes)} there"
+    if plan.room_bytes is None:
+        return _within_own_bytes(plan, sequence_bytes, each)
+    fit = plan.room_bytes // sequence_bytes
+    there = f"{each}, and {format_bytes(plan.room_bytes)} are left for caches"
+    if fit == 0:
+        hint = "a shorter --context fits, or more memory."
+        raise KvtuneError(f"not one sequence fits under {stack}: {there}", hint=hint)
+    if plan.batch and plan.batch > fit:
+        hint = f"--batch {fit} is the most."
+        raise KvtuneError(f"{plan.batch} sequences do not fit under {stack}: {there}", hint=hint)
+    count = plan.batch or min(plan.planned_batch or fit, fit)
+    if count >= (plan.planned_batch or 1):
+        return count, Line("sequences", "kept", f"{count} at once: {there}")
+    detail = f"{count} at once instead of {plan.planned_batch}: {there}"
+    return count, Line("sequences", "approximated", detail)
+
+
+def _within_own_bytes(plan: Plan, sequence_bytes: int, each: str) -> tuple[int, Line]:
+    """As many as take no more than the plan's own sequences, or as many as the user says."""
+    sure, planned = _bytes_of_own_sequences(plan) // sequence_bytes, plan.planned_batch or 1
+    count = plan.batch or max(min(planned, sure), 1)
+    if count > sure:
+        detail = f"{count} at once: {each}; check that they fit, the memory for caches is not known"
+        return count, Line("sequences", "approximated", detail)
+    if count < planned:
+        detail = f"{count} at once instead of {planned}, which take no more memory: {each}"
+        return count, Line("sequences", "approximated", detail)
+    return count, Line("sequences", "kept", f"{count} at once: {each}")
+
+
+def _bytes_of_own_sequences(plan: Plan) -> int:
+    """Bytes that the plan's own sequences take, generated tokens in 16 bits."""
+    serving, facts = plan.document.serving, plan.facts
+    if serving is None or serving.batch is None or serving.context_tokens is None:
+        return 0
+    prompt = plan.policy.footprint(serving.context_tokens, facts.head_dim)
+    token = 2 * 2 * facts.layers * facts.kv_heads * facts.head_dim  # keys and values, 16 bits
+    return serving.batch * (prompt + token * (serving.generated_tokens or 0))
 
 
 def write_export(export: Export, folder: Path) -> list[Path]:
@@ -232,15 +325,40 @@ def exporters() -> dict[str, type[Exporter]]:
     return dict(registered(PACKAGE, Exporter))
 
 
-def _plan(
+def plan_of(
     document: PolicyDocument,
     model: str,
     facts: ModelFacts | None,
     context_tokens: int | None,
     batch: int | None,
-) -> tuple[Plan, list[Line]]:
+) -> Plan:
     """The document with all that was left open filled in, and lines on what was assumed."""
-    facts = document.model or facts
+    facts = _facts(document, facts)
+    if not model.isprintable():
+        raise KvtuneError("the model's name holds characters that cannot be written in a file")
+    policy = document.bind(facts.layers, facts.kv_heads)
+    serving = document.serving or Serving()
+    context, assumed = context_tokens or serving.context_tokens, []
+    if context is None:
+        context = _ASSUMED_CONTEXT_TOKENS
+        assumed.append(Line("context", "approximated", f"not given: {context} tokens are assumed"))
+    longest, lines = _longest(facts, context, serving.generated_tokens or 0)
+    return Plan(
+        document,
+        policy,
+        facts,
+        model or facts.hub,
+        context,
+        longest,
+        batch,
+        serving.cache_bytes,
+        (*assumed, *lines),
+    )
+
+
+def _facts(document: PolicyDocument, more: ModelFacts | None) -> ModelFacts:
+    """What the document says of the model, and what it leaves open."""
+    facts = document.model or more
     if facts is None:
         what = "a uniform policy" if isinstance(document.policy, Pattern) else "this policy"
         raise KvtuneError(
@@ -248,32 +366,38 @@ def _plan(
             hint="name it (--model), or add to the file "
             "model: {name: ..., layers: ..., kv_heads: ..., head_dim: ...}.",
         )
-    policy = document.bind(facts.layers, facts.kv_heads)
-    serving = document.serving or Serving()
-    context = context_tokens or serving.context_tokens
-    assumed = []
-    if context is None:
-        context = _ASSUMED_CONTEXT_TOKENS
-        assumed.append(Line("context", "approximated", f"not given: {context} tokens are assumed"))
-    if not model.isprintable():
-        raise KvtuneError("the model's name holds characters that cannot be written in a file")
-    plan = Plan(
-        document,
-        policy,
-        facts,
-        model or facts.name,
-        context,
-        serving.generated_tokens or 0,
-        batch or serving.batch or 1,
-    )
-    return plan, assumed
+    if more is None:
+        return facts
+    longest = facts.max_context or more.max_context
+    return replace(facts, max_context=longest, hub=facts.hub or more.hub)
 
 
-def _quality_lines(document: PolicyDocument) -> list[str]:
+def _longest(facts: ModelFacts, context: int, generated: int) -> tuple[int, list[Line]]:
+    """Tokens of a sequence: prompt and answer, never more than the model takes."""
+    most, wanted = facts.max_context, context + generated
+    if most is None or wanted <= most:
+        return wanted, []
+    if context > most:
+        raise KvtuneError(
+            f"{facts.name} takes {most} tokens, a prompt of {context} is longer",
+            hint=f"--context {most - generated if generated < most else most} leaves room for "
+            "prompt and answer.",
+        )
+    detail = f"{most - context} tokens instead of {generated}: {facts.name} takes {most} in all"
+    return most, [Line("generated tokens", "approximated", detail)]
+
+
+def quality_lines(document: PolicyDocument, losses: Sequence[Line]) -> list[str]:
+    """What is known of the loss: the plan's own where all of it is kept, else nothing.
+
+    The first line is short; others warn.
+    """
     quality = document.provenance.quality if document.provenance else None
     if quality is None:
-        return ["quality: not known"]
-    lines = [f"quality: {quality}"]
+        return ["not known"]
+    if any(line.status != "kept" for line in losses):
+        return [f"{quality}; what runs here is not the plan, and its loss was not predicted"]
+    lines = [str(quality)]
     if (loss := quality.kl_nats_per_token) is not None:
         figures = f"{loss.value:.4g} nats/token [{loss.low:.4g}, {loss.high:.4g}], {loss.tier}"
         lines[0] += f"; {figures}"

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from kvtune.policies.registry import registered
+from kvtune.policies.registry import find, registered
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,6 +88,11 @@ class Format(ABC):
     def label(self) -> str:
         """Short text for tables and plots, for example ``int4``."""
         return self.name
+
+
+def find_format(name: str) -> type[Format]:
+    """The format called ``name``."""
+    return find(PACKAGE, Format, name)  # type: ignore[type-abstract]
 
 
 def formats() -> dict[str, type[Format]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvtune.policies.parts import Part, PartPlan
 from kvtune.policies.reader import Reader
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PACKAGE = "kvtune.policies.methods"
+Shape = Literal["window", "sinks+window", "scored"]
+"""Which tokens stay where not all do: the newest; the first ``sinks`` and the newest; those of
+highest score, which no fixed pattern can stand for."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,13 @@ class Method(ABC):
 
     ``heads_are_alike`` says that a head's choice does not depend on its number: permuting the
     heads permutes the choice. ``looks_ahead`` marks references that see the observed tokens.
+    ``shape`` is what an exporter may rely on; a method of ``sinks+window`` has a field ``sinks``.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
     heads_are_alike: ClassVar[bool] = True
+    shape: ClassVar[Shape] = "scored"
 
     @property
     def label(self) -> str:

@@ -77,6 +77,10 @@ class Policy:
         compares_layers = type(self.allocator).settle is not Allocator.settle
         return self.needs.reconstruction or compares_layers or self.needs.linked
 
+    def check_allocator(self) -> None:
+        """Refuse an allocator that cannot split budgets between the heads' methods."""
+        self.allocator.check([[option.method for option in layer] for layer in self.heads])
+
     def check_fits(self, layers: int, kv_heads: int) -> None:
         """Refuse a policy made for another model's shape."""
         ragged = {len(layer) for layer in self.heads}

@@ -84,6 +84,10 @@ def find(package: str, base: type[T], name: str) -> type[T]:
     return kinds[name]
 
 
+LONGEST_PROMPT = 2**24
+"""Tokens: above any context that models are made for; bounds parameters that count tokens."""
+
+
 def parameter(
     default: Any,
     doc: str,

@@ -53,7 +53,7 @@ class Cost:
 def full_cost(shape: ModelShape, gpu: GpuProfile, budget: MemoryBudget, generated: int) -> Cost:
     """The same for the uncompressed bf16 cache, of any shape."""
     tokens = budget.context_tokens
-    prompt, held = (Counter({16.0: shape.kv_bytes(n)}) for n in (tokens, tokens + generated))
+    prompt, held = (Counter({"bf16": shape.kv_bytes(n)}) for n in (tokens, tokens + generated))
     return _cost(shape, gpu, budget, _Held(prompt, held), None)
 
 
@@ -87,27 +87,27 @@ def policy_cost(
             "policies for those cannot be costed yet"
         )
     tokens = budget.context_tokens
-    prompt = cache_bytes_by_bits(policy, shape, tokens)
+    prompt = cache_bytes_by_format(policy, shape, tokens)
     if evicts:
         held = _while_evicting(policy, shape, tokens, generated)
     else:
         grown = shape.kv_bytes(tokens + generated) - shape.kv_bytes(tokens)
-        held = _Held(prompt, prompt + Counter({16.0: grown}))
+        held = _Held(prompt, prompt + Counter({"bf16": grown}))
     return _cost(shape, gpu, budget, held, policy)
 
 
 @dataclass(frozen=True)
 class _Held:
-    """Bytes of one sequence by bits a number, without the heads' lengths."""
+    """Bytes of one sequence by the name of their format, without the heads' lengths."""
 
-    prompt: Counter[float]
-    most: Counter[float]
+    prompt: Counter[str]
+    most: Counter[str]
     statistics: int = 0
 
 
 def _while_evicting(policy: Policy, shape: ModelShape, prompt_tokens: int, generated: int) -> _Held:
     """Heads that go on evicting hold no more than they may, and statistics beside each entry."""
-    prompt, most, bits_noted = Counter[float](), Counter[float](), 0
+    prompt, most, bits_noted = Counter[str](), Counter[str](), 0
     budgets = policy.budgets(prompt_tokens).flat
     for option, planned in zip(policy.options(), budgets, strict=True):
         room = Room.of(option, int(planned), prompt_tokens)
@@ -116,7 +116,7 @@ def _while_evicting(policy: Policy, shape: ModelShape, prompt_tokens: int, gener
         prompt += _bytes_of(option, opened, prompt_tokens, shape.head_dim)
         most += _bytes_of(option, min(opened, ends), prompt_tokens, shape.head_dim)
         grown = max(ends - opened, 0)
-        most[16.0] += Option().footprint(grown, grown, shape.head_dim)
+        most["bf16"] += Option().footprint(grown, grown, shape.head_dim)
         if room and isinstance(option.method, DecodeMethod):
             bits_noted += ends * option.method.entry_bits
     return _Held(prompt, most, -(-bits_noted // 8))
@@ -151,19 +151,19 @@ def _cost(
     )
 
 
-def cache_bytes_by_bits(policy: Policy, shape: ModelShape, prompt_tokens: int) -> Counter[float]:
-    """Bytes of one compressed prompt by bits an element, without the heads' lengths."""
+def cache_bytes_by_format(policy: Policy, shape: ModelShape, prompt_tokens: int) -> Counter[str]:
+    """Bytes of one compressed prompt by the name of their format, without the heads' lengths."""
     budgets = policy.budgets(prompt_tokens).flat
     each = zip(policy.options(), budgets, strict=True)
     head_dim = shape.head_dim
-    return sum((_bytes_of(o, int(n), prompt_tokens, head_dim) for o, n in each), Counter[float]())
+    return sum((_bytes_of(o, int(n), prompt_tokens, head_dim) for o, n in each), Counter[str]())
 
 
-def _bytes_of(option: Option, tokens: int, prompt_tokens: int, head_dim: int) -> Counter[float]:
-    """Of one head's tokens, by bits."""
-    found = Counter[float]()
+def _bytes_of(option: Option, tokens: int, prompt_tokens: int, head_dim: int) -> Counter[str]:
+    """Of one head's tokens, by the name of their format."""
+    found = Counter[str]()
     for form, size in option.bytes_by_format(tokens, prompt_tokens, head_dim).items():
-        found[form.bits] += size
+        found[form.name] += size
     return found
 
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate, Tier
+from kvtune.policies.format import find_format
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator import latency_priors as priors
@@ -34,7 +35,7 @@ from kvtune.simulator.transfer import tables_for
 from kvtune.simulator.weights import WeightFormat, check_format, kernel_format
 
 Execution = Literal["runtime", "graph", "eager"]
-CacheBytes = Union[npt.ArrayLike, Mapping[float, npt.ArrayLike]]  # noqa: UP007 (runtime, 3.10)
+CacheBytes = Union[npt.ArrayLike, Mapping[str, npt.ArrayLike]]  # noqa: UP007 (runtime, 3.10)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def decode_step(
     gpu: GpuProfile,
     weight_format: WeightFormat,
     batch: int,
-    cache_bytes_per_sequence: float | Mapping[float, float],
+    cache_bytes_per_sequence: float | Mapping[str, float],
     execution: Execution = "graph",
 ) -> Estimate:
     """One decode step of a batch, in seconds; see :func:`decode_steps`."""
@@ -93,8 +94,8 @@ def decode_steps(
         batch: sequences, at least 1; broadcast against the bytes.
         cache_bytes_per_sequence: bytes of cache that a step reads for one sequence, over all
             layers, scales and indices included. A plain array is bf16; a mapping gives the bytes
-            by bits a number, for example ``{16: recent, 4: older}``, since narrow formats are
-            read less efficiently.
+            by the name of their format, for example ``{"bf16": recent, "int4": older}``, since
+            each format is read by a kernel of its own.
         execution: ``graph`` (plain modules, one launch a step), ``eager`` (host-bound), or
             ``runtime`` (kvtune's own, as it was measured; where it was not, ``graph``).
         measured: whether measured kernels may be used; without them the datasheet answers.
@@ -226,15 +227,17 @@ def scaled_decode_steps(
 
 def _configurations(
     batch: npt.ArrayLike, cache_bytes: CacheBytes
-) -> tuple[FloatArray, dict[float, FloatArray]]:
-    """Batch sizes and bytes by bits, broadcast against each other."""
-    by_bits = cache_bytes if isinstance(cache_bytes, Mapping) else {16.0: cache_bytes}
-    if not by_bits or min(by_bits) <= 0:
-        raise KvtuneError("cache bytes by bits need at least one width above zero")
+) -> tuple[FloatArray, dict[str, FloatArray]]:
+    """Batch sizes and bytes by format, broadcast against each other."""
+    by_format = cache_bytes if isinstance(cache_bytes, Mapping) else {"bf16": cache_bytes}
+    if not by_format:
+        raise KvtuneError("cache bytes by format need at least one format")
+    for name in by_format:
+        find_format(name)
     arrays = np.broadcast_arrays(
-        _at_least(batch, 1, "batch"), *(_at_least(v, 0, "cache bytes") for v in by_bits.values())
+        _at_least(batch, 1, "batch"), *(_at_least(v, 0, "cache bytes") for v in by_format.values())
     )
-    return arrays[0], dict(zip(map(float, by_bits), arrays[1:], strict=True))
+    return arrays[0], dict(zip(by_format, arrays[1:], strict=True))
 
 
 def _check_execution(execution: str) -> None:
@@ -259,7 +262,7 @@ def _bytes_moved(
     shape: ModelShape,
     weight_format: WeightFormat,
     sequences: FloatArray,
-    cache: dict[float, FloatArray],
+    cache: dict[str, FloatArray],
 ) -> FloatArray:
     """Weights once and every sequence's cache."""
     weights = parts.weight_bytes_read(shape, weight_format, sequences)

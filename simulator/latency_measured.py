@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtune.common.estimate import Tier
+from kvtune.policies.format import find_format
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator import latency_priors as priors
@@ -39,13 +40,13 @@ def measured_steps(
     shape: ModelShape,
     weight_format: WeightFormat,
     batch: FloatArray,
-    cache: Mapping[float, FloatArray],
+    cache: Mapping[str, FloatArray],
 ) -> Answer:
     """Decode steps through a graph, from measured kernels.
 
-    Caches of fewer bits are read by the paged kernel where it was measured, else taken as so many
-    bf16 bytes as take as long by the priors; weights of fewer bits likewise. Both make the answer
-    a fitted one at best.
+    Other formats than bf16 are read by the paged kernel where it was measured for that very format,
+    else taken as so many bf16 bytes as take as long by the priors; weights of fewer bits likewise.
+    Both make the answer a fitted one at best.
 
     Args:
         tables: kernel times of the card.
@@ -53,9 +54,9 @@ def measured_steps(
         shape: a shape that they cover.
         weight_format: of the matrices.
         batch: sequences.
-        cache: bytes a sequence over all layers by bits a number, of the same shape as ``batch``.
+        cache: bytes a sequence over all layers by format, of the same shape as ``batch``.
     """
-    plain = not any(np.any(size > 0) for bits, size in cache.items() if bits != 16)
+    plain = not any(np.any(size > 0) for name, size in cache.items() if name != "bf16")
     ends = []
     for end in ("value", "low", "high"):
         whole = decode_parts(tables.kernels, shape, batch, _as_bf16_tokens(shape, cache, end))
@@ -90,14 +91,14 @@ def measured_prefills(
     return answer_of_tier(value, value, value, tiers)
 
 
-def _as_bf16_tokens(shape: ModelShape, cache: Mapping[float, FloatArray], end: str) -> FloatArray:
+def _as_bf16_tokens(shape: ModelShape, cache: Mapping[str, FloatArray], end: str) -> FloatArray:
     """So many bf16 tokens as take as long to read, by the priors of narrow formats."""
-    sizes = [size / priors.cache_factor(bits, _WORSE[end]) for bits, size in cache.items()]
+    sizes = [size / priors.cache_factor(name, _WORSE[end]) for name, size in cache.items()]
     return np.asarray(np.sum(sizes, axis=0) / shape.kv_bytes_per_token())
 
 
 def paged_attention(
-    kernels: Kernels, shape: ModelShape, batch: FloatArray, cache: Mapping[float, FloatArray]
+    kernels: Kernels, shape: ModelShape, batch: FloatArray, cache: Mapping[str, FloatArray]
 ) -> FloatArray | None:
     """Attention of all layers over pages of several formats; None where one was not measured.
 
@@ -107,27 +108,26 @@ def paged_attention(
         kernels: of the card.
         shape: the model.
         batch: sequences.
-        cache: bytes a sequence over all layers by bits a number, of the same shape as ``batch``.
+        cache: bytes a sequence over all layers by format, of the same shape as ``batch``.
     """
-    used = {bits: size for bits, size in cache.items() if np.any(size > 0)}
+    used = {name: size for name, size in cache.items() if np.any(size > 0)}
     if not used:  # the kernel runs over an empty cache too
-        used = {16.0: np.zeros(np.shape(batch))}
-    names = {bits: _FORMAT_OF_BITS.get(bits, "") for bits in used}
-    if not all(kernels.has_paged(name) for name in names.values()):
+        used = {"bf16": np.zeros(np.shape(batch))}
+    if not all(kernels.has_paged(name) for name in used):
         return None
     # In numbers held, not bytes: a sequence's tokens are the sum over its formats. Above zero, so
     # that an empty cache takes what the kernel does for nothing.
-    numbers = {bits: np.maximum(size * 8 / bits, 1e-9) for bits, size in used.items()}
+    bits = {name: find_format(name).bits for name in used}
+    numbers = {name: np.maximum(size * 8 / bits[name], 1e-9) for name, size in used.items()}
     total = np.sum(list(numbers.values()), axis=0)
     parts_s = [
-        numbers[bits] / total
-        * kernels.paged(names[bits], batch, total * bits / 8 / shape.layers)
-        for bits in used
+        numbers[name] / total
+        * kernels.paged(name, batch, total * bits[name] / 8 / shape.layers)
+        for name in used
     ]  # fmt: skip
     return np.asarray(shape.layers * np.sum(parts_s, axis=0))
 
 
-_FORMAT_OF_BITS = {16.0: "bf16", 8.0: "int8", 4.0: "int4", 2.0: "int2"}
 _WORSE = {"value": "value", "low": "high", "high": "low"}  # a low efficiency makes a high time
 _MOST_ROWS = 8192.0  # element-wise ops were measured up to here
 
@@ -172,7 +172,7 @@ def _tiers(
     tables: Tables,
     shape: ModelShape,
     batch: FloatArray,
-    cache: Mapping[float, FloatArray],
+    cache: Mapping[str, FloatArray],
     narrow: bool,
 ) -> npt.NDArray[np.intp]:
     """The tier of each step: its own point, between points, beyond them, or another card's."""

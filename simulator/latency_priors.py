@@ -54,14 +54,20 @@ WEIGHT_FORMAT_FACTOR = {
     "int4": Prior(0.76, 0.61, 0.93),
 }
 
-# The same for the cache, by bits a number. Eight bits: published tables give 1.2-1.85x over bf16
-# above 64 MB a layer, 0.9-1.4x below; fewer bits: reports from half to all of the bf16 speed.
-CACHE_BITS = np.array([2.0, 3.0, 4.0, 8.0, 16.0])
+# The same for the cache, by format. Eight bits, of floats and of integers: published tables give
+# 1.2-1.85x over bf16 above 64 MB a layer, 0.9-1.4x below; fewer bits: reports from half to all of
+# the bf16 speed.
+_EIGHT_BITS = Prior(0.78, 0.60, 0.93)
 CACHE_FACTOR = {
-    "value": np.array([0.32, 0.44, 0.55, 0.78, 1.0]),
-    "low": np.array([0.15, 0.22, 0.30, 0.60, 1.0]),
-    "high": np.array([0.60, 0.70, 0.80, 0.93, 1.0]),
+    "bf16": Prior(1.0, 1.0, 1.0),
+    "fp8": _EIGHT_BITS,
+    "int8": _EIGHT_BITS,
+    "int4": Prior(0.55, 0.30, 0.80),
+    "int3": Prior(0.44, 0.22, 0.70),
+    "int2": Prior(0.32, 0.15, 0.60),
 }
+# A format that nobody has reported on: between a tenth of the bf16 efficiency and all of it.
+UNREPORTED_CACHE_FACTOR = Prior(0.4, 0.1, 1.0)
 
 # Kernels of a layer other than attention (projections, norms, rotary, activation): floors.
 OTHER_KERNELS_S = Prior(15e-6, 8e-6, 28e-6)
@@ -79,14 +85,6 @@ EAGER_HOST_STEP_S = Prior(1e-3, 0.3e-3, 3e-3)
 UNEXPLAINED = 0.2
 
 
-def cache_factor(bits: float, end: str) -> float:
-    """Efficiency of reading a cache of so many bits a number, over that of bf16.
-
-    Between the listed widths linear in log2(bits); held beyond them.
-    """
-    return float(np.interp(np.log2(bits), np.log2(CACHE_BITS), CACHE_FACTOR[end]))
-
-
 # One direction of the link between GPUs of a host, bytes a second, where an architecture has one of
 # its own (NVLink 3, 4 and 5, from the data sheets); other cards talk over the host link.
 LINK_BYTES_PER_S = {
@@ -96,3 +94,9 @@ LINK_BYTES_PER_S = {
 }
 LINK_SHARE = Prior(0.7, 0.5, 0.9)
 SUM_FLOOR_S = Prior(8e-6, 4e-6, 25e-6)  # of a small sum over GPUs (aiconfigurator-core's tables)
+
+
+def cache_factor(name: str, end: str) -> float:
+    """Efficiency of reading a cache in a format, over that of bf16."""
+    factor: float = getattr(CACHE_FACTOR.get(name, UNREPORTED_CACHE_FACTOR), end)
+    return factor

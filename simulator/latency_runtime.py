@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvtune.policies.format import find_format
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.kernel_table import KernelRow
 from kvtune.profiles.models import model_of_size
@@ -73,7 +74,7 @@ def runtime_steps(
     shape: ModelShape,
     weight_format: WeightFormat,
     batch: FloatArray,
-    cache: Mapping[float, FloatArray],
+    cache: Mapping[str, FloatArray],
 ) -> Answer | None:
     """Steps of the runtime; None where pages of these formats or its steps were not measured.
 
@@ -83,7 +84,7 @@ def runtime_steps(
         shape: a shape that they cover.
         weight_format: of the matrices.
         batch: sequences.
-        cache: bytes a sequence over all layers by bits a number, of the same shape as ``batch``.
+        cache: bytes a sequence over all layers by format, of the same shape as ``batch``.
     """
     attention = paged_attention(tables.kernels, shape, batch, cache)
     known = learned_steps(tables.whole)
@@ -122,13 +123,15 @@ def _rest_beyond(kernels: Kernels, shape: ModelShape, batch: FloatArray, last: f
 
 
 def _of_narrow_pages(
-    kernels: Kernels, shape: ModelShape, cache: Mapping[float, FloatArray], end: str
+    kernels: Kernels, shape: ModelShape, cache: Mapping[str, FloatArray], end: str
 ) -> FloatArray:
     """How many times as long attention takes for its bytes, where heads are narrower."""
     if shape.head_dim >= kernels.heads()[2]:
         return np.ones(())
-    numbers = {bits: np.maximum(size / bits, 1e-9) for bits, size in cache.items()}
-    wide = numbers.get(16.0, np.zeros(())) / np.sum(list(numbers.values()), axis=0)
+    numbers = {
+        name: np.maximum(size / find_format(name).bits, 1e-9) for name, size in cache.items()
+    }
+    wide = numbers.get("bf16", np.zeros(())) / np.sum(list(numbers.values()), axis=0)
     return np.asarray(wide + (1 - wide) * getattr(priors.NARROW_PAGES, end))
 
 
@@ -178,13 +181,15 @@ def _tiers(
     shape: ModelShape,
     weight_format: WeightFormat,
     batch: FloatArray,
-    cache: Mapping[float, FloatArray],
+    cache: Mapping[str, FloatArray],
 ) -> np.ndarray:
     """Interpolated for an uncompressed cache of a measured model, where its own steps fit."""
     name = "fitted" if tables.tier == "measured" else tables.tier
     found = np.full(np.shape(batch), TIERS.index(name))
     same = [each for each in known if _same_size(each.shape, shape)]
-    narrow = weight_format != "bf16" or any(np.any(s > 0) for b, s in cache.items() if b != 16)
+    narrow = weight_format != "bf16" or any(
+        np.any(size > 0) for form, size in cache.items() if form != "bf16"
+    )
     between = TIERS.index("interpolated")
     fits = [each for each in same if each.misfit <= HALF_WIDTH[between]]
     if tables.tier == "measured" and fits and not narrow:
@@ -242,7 +247,7 @@ def _learn(kernels: Kernels, shape: ModelShape, rows: list[KernelRow]) -> Learne
     """
     batch = np.array([float(row.point.batch) for row in rows])
     cache = np.array([float(shape.kv_bytes(row.point.length)) for row in rows])
-    attention = paged_attention(kernels, shape, batch, {16.0: cache})
+    attention = paged_attention(kernels, shape, batch, {"bf16": cache})
     seconds = np.array([row.seconds for row in rows])
     beside = seconds - _matrices(kernels, shape, batch)
     batches = np.unique(batch)

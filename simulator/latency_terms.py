@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvtune.policies.format import find_format
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator import latency_priors as priors
@@ -37,11 +38,11 @@ def layer_floor(shape: ModelShape) -> Prior:
     return Prior(*(a + b for a, b in zip(plain, priors.ROUTING_KERNELS_S, strict=True)))
 
 
-def cache_read(gpu: GpuProfile, sequences: FloatArray, cache: dict[float, FloatArray]) -> Term:
-    """Reading the batch's cache: bytes of each width at the efficiency of that width."""
+def cache_read(gpu: GpuProfile, sequences: FloatArray, cache: dict[str, FloatArray]) -> Term:
+    """Reading the batch's cache: bytes of each format at the efficiency of that format."""
 
     def seconds(end: str, efficiency: float) -> FloatArray:
-        moved = [size / priors.cache_factor(bits, end) for bits, size in cache.items()]
+        moved = [size / priors.cache_factor(name, end) for name, size in cache.items()]
         total = np.sum(moved, axis=0) * sequences
         return np.asarray(total / (efficiency * gpu.bandwidth_bytes_per_s))
 
@@ -54,10 +55,13 @@ def cache_read(gpu: GpuProfile, sequences: FloatArray, cache: dict[float, FloatA
 
 
 def decode_attention(
-    shape: ModelShape, gpu: GpuProfile, sequences: FloatArray, cache: dict[float, FloatArray]
+    shape: ModelShape, gpu: GpuProfile, sequences: FloatArray, cache: dict[str, FloatArray]
 ) -> Term:
     """Attention's products over the cached numbers; above the bytes' time for latents only."""
-    elements = np.sum([size * 8 / bits for bits, size in cache.items()], axis=0) * sequences
+    elements = (
+        np.sum([size * 8 / find_format(name).bits for name, size in cache.items()], axis=0)
+        * sequences
+    )
     operations = elements * _operations_per_element(shape)
     return _over_rate(operations, gpu.bf16_flop_per_s, priors.ATTENTION_COMPUTE)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.policies.allocator import allocators
+from kvtune.policies.allocators.as_given import AsGiven
 from kvtune.policies.document import (
     ModelFacts,
     Pattern,
@@ -129,6 +130,10 @@ def documents(draw: st.DrawFn) -> PolicyDocument:
             (layer, tuple(draw(pick) for _ in range(draw(width)))) for layer in sorted(which)
         ]
         policy = Pattern(draw(pick), tuple(exceptions), allocator, draw(words))
+    try:
+        policy.check_allocator()
+    except KvtuneError:
+        policy = replace(policy, allocator=AsGiven())
     model = ModelFacts("some/model", layers, heads, 64) if draw(st.booleans()) else None
     return PolicyDocument(policy, model, draw(st.none() | provenances), draw(st.none() | servings))
 

@@ -31,6 +31,7 @@ from kvtune.policies.document import (
 from kvtune.policies.exporter import Export, exporters, find_exporter, write_export
 from kvtune.policies.exporters import llama_cpp, vllm
 from kvtune.policies.format import formats
+from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.grouped import Int2, Int4, Int8
 from kvtune.policies.method import methods
@@ -194,7 +195,7 @@ def test_what_is_open_is_asked_for_or_assumed_aloud() -> None:
 
 
 def test_stacks_make_room_for_the_answer_beside_the_prompt() -> None:
-    serving = Serving(context_tokens=1024, generated_tokens=100, batch=2)
+    serving = Serving(context_tokens=1024, generated_tokens=100, batch=2, cache_bytes=10**7)
     what = PolicyDocument(Pattern(Option()), FACTS, serving=serving)
     assert vllm_config(export("vllm", what))["max-model-len"] == 1124
     assert "ctx-size = 2248\n" in export("llama-cpp", what).files["llama-preset.ini"]
@@ -285,7 +286,7 @@ def test_vllm_windows_are_by_layer_and_of_one_size() -> None:
     assert config["max-num-batched-tokens"] == 512
     assert statuses(made)["window"] == "approximated"
     assert statuses(made)["window sizes"] == "not expressible"
-    assert statuses(made)["method full, 5 of 8 heads"] == "not expressible"
+    assert statuses(made)["method full, 1 of 8 heads"] == "not expressible"
 
 
 def test_vllm_never_windows_what_needs_sinks() -> None:
@@ -299,6 +300,7 @@ GOOD_VLLM: dict[str, Any] = {
     "model": "m", "max-model-len": 64, "max-num-seqs": 4, "kv-cache-dtype": "fp8",
     "kv-cache-dtype-skip-layers": ["0"], "max-num-batched-tokens": 512,
     "hf-overrides": {"sliding_window": 8, "layer_types": ["full_attention"] * 2},
+    "kv-cache-memory-bytes": 10**6, "quantization": "fp8",
 }  # fmt: skip
 
 
@@ -310,6 +312,8 @@ GOOD_VLLM: dict[str, Any] = {
         {"kv-cache-dtype-skip-layers": ["2"]},
         {"kv-cache-dtype-skip-layers": [0]},
         {"max-model-len": 0},
+        {"kv-cache-memory-bytes": 0},
+        {"quantization": "int4"},
         {"max-num-batched-tokens": 2},
         {"hf-overrides": {"sliding_window": 8, "layer_types": ["full_attention"]}},
         {"hf-overrides": {"sliding_window": 8, "layer_types": ["bogus"] * 2}},
@@ -339,37 +343,42 @@ def test_vllm_bytes_follow_its_allocation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "values", "types", "status"),
+    ("keys", "values", "kind", "status"),
     [
-        (Int8(), Int4(), ("q8_0", "q4_0"), ("approximated", "approximated")),
-        (Fp8(), Int2(), ("q8_0", "q4_0"), ("not expressible", "not expressible")),
+        (Int8(), Int8(), "q8_0", ("approximated", "approximated")),
+        (Int4(), Int4(), "q4_0", ("approximated", "approximated")),
+        (Int8(), Int4(), "q8_0", ("approximated", "not expressible")),
+        (Bf16(), Int4(), "f16", ("kept", "not expressible")),
+        (Fp8(), Int2(), "q8_0", ("not expressible", "not expressible")),
+        (Int2(), Int2(), "q4_0", ("not expressible", "not expressible")),
     ],
 )
-def test_llama_cpp_types_keys_and_values_apart(
-    keys: Any, values: Any, types: tuple[str, str], status: tuple[str, str]
+def test_llama_cpp_gives_keys_and_values_one_type_that_default_builds_have_kernels_for(
+    keys: Any, values: Any, kind: str, status: tuple[str, str]
 ) -> None:
     made = export("llama-cpp", uniform(Option(keys=keys, values=values)))
-    assert (preset(made)["cache-type-k"], preset(made)["cache-type-v"]) == types
+    assert (preset(made)["cache-type-k"], preset(made)["cache-type-v"]) == (kind, kind)
     found = statuses(made)
     assert (found[f"keys {keys.name}"], found[f"values {values.name}"]) == status
 
 
 def test_llama_cpp_turns_flash_attention_on_for_quantised_values() -> None:
-    assert preset(export("llama-cpp", uniform(Option(values=Int8()))))["flash-attn"] == "on"
-    assert preset(export("llama-cpp", uniform(Option(keys=Int8()))))["flash-attn"] == "auto"
+    quantised = uniform(Option(keys=Int8(), values=Int8()))
+    assert preset(export("llama-cpp", quantised))["flash-attn"] == "on"
+    assert preset(export("llama-cpp", uniform(Option())))["flash-attn"] == "auto"
 
 
-def test_llama_cpp_keeps_sinks_when_the_context_shifts() -> None:
-    made = export("llama-cpp", uniform(Option(StreamingLLM(sinks=6), Budget(256))))
-    assert preset(made)["keep"] == "6"
-    assert preset(made)["context-shift"] == "true"
-    assert statuses(made)["method streaming_llm"] == "approximated"
-    assert "keep" not in preset(export("llama-cpp", uniform(Option(H2O(), Budget(256)))))
+def test_llama_cpp_does_not_claim_to_evict() -> None:
+    """A slot holds prompt and answer whole, so that a context shift would never come."""
+    for method in (StreamingLLM(sinks=6), H2O(), Full()):
+        made = export("llama-cpp", uniform(Option(method, Budget(256))))
+        assert not {"keep", "context-shift"} & set(preset(made))
+        assert statuses(made)[f"method {method.name}, 8 of 8 heads"] == "not expressible"
 
 
 def test_llama_cpp_mixed_heads_get_enough_bits_in_the_mean() -> None:
-    row = (Option(keys=Int8()), Option(keys=Int2()))  # 5 bits in the mean
-    assert preset(export("llama-cpp", document(*[row] * 4)))["cache-type-k"] == "q5_0"
+    row = (Option(keys=Int8(), values=Int2()), Option(keys=Int2(), values=Int2()))  # 5 bits
+    assert preset(export("llama-cpp", document(*[row] * 4)))["cache-type-k"] == "q8_0"
 
 
 def test_llama_cpp_needs_whole_blocks() -> None:
@@ -383,13 +392,8 @@ def test_llama_cpp_flags_say_what_the_preset_says() -> None:
     made = export("llama-cpp", uniform(Option(StreamingLLM(), Budget(256), Int4(), Int4())))
     line = shlex.split(made.files["llama-server.txt"].splitlines()[-1])
     assert line[0] == "llama-server"
-    said = {key: value for key, value in preset(made).items() if value != "true"}
-    pairs = dict(zip(line[1::2], line[2::2], strict=False))
-    assert {
-        f"--{key}": value for key, value in said.items() if key != "keep"
-    }.items() <= pairs.items()
-    assert line[line.index("--keep") + 1] == "4"
-    assert "--context-shift" in line
+    pairs = dict(zip(line[1::2], line[2::2], strict=True))
+    assert pairs == {f"--{key}": value for key, value in preset(made).items()}
 
 
 @pytest.mark.parametrize(
@@ -397,8 +401,9 @@ def test_llama_cpp_flags_say_what_the_preset_says() -> None:
     [
         {"hf-overrides": 1},
         {"cache-type-k": "q2_K"},
-        {"cache-type-v": "q8_0", "flash-attn": "auto"},
-        {"cache-type-k": "q8_0"},
+        {"cache-type-k": "q8_0", "cache-type-v": "q8_0", "flash-attn": "auto"},
+        {"cache-type-k": "q8_0", "cache-type-v": "q4_0"},
+        {"cache-type-k": "q8_0", "cache-type-v": "q8_0"},
     ],
     ids=str,
 )
@@ -410,7 +415,7 @@ def test_llama_cpp_mirror_refuses_what_the_server_would(wrong: dict[str, Any]) -
         "flash-attn": "on",
     }
     llama_cpp.check(good, 80)
-    head_dim = 80 if wrong == {"cache-type-k": "q8_0"} else 64
+    head_dim = 80 if wrong == {"cache-type-k": "q8_0", "cache-type-v": "q8_0"} else 64
     with pytest.raises(ValueError, match=r"."):
         llama_cpp.check(good | wrong, head_dim)
 

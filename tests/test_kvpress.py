@@ -42,7 +42,7 @@ SETTINGS: dict[str, tuple[Method, Allocator, float]] = {
     "keydiff": (KeyDiff(), AsGiven(), 0.25),
     "keydiff_blockwise": (KeyDiffBlockwise(block=32), AsGiven(), 0.25),
     "streaming_llm": (StreamingLLM(), AsGiven(), 0.25),
-    "adakv": (KVPRESS_SNAPKV, AdaKV(), 0.25),
+    "adakv": (KVPRESS_SNAPKV, AdaKV(rule="floor"), 0.25),
     "kvzip": (KVzip(), ModelWide(), 0.25),
     "kvzip-layers": (KVzip(), AdaKV(safeguard=0.0), 0.25),
 }  # fmt: skip

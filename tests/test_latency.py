@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtune.common.errors import KvtuneError
+from kvtune.policies.format import formats
 from kvtune.profiles.gpus import find_gpu, list_gpus
 from kvtune.profiles.models import find_model, list_models
 from kvtune.simulator import latency
@@ -24,7 +25,7 @@ from kvtune.simulator.latency import (
     roofline_decode_steps,
     scaled_decode_steps,
 )
-from kvtune.simulator.latency_priors import CACHE_BITS, CACHE_FACTOR, cache_factor
+from kvtune.simulator.latency_priors import CACHE_FACTOR, UNREPORTED_CACHE_FACTOR, cache_factor
 from kvtune.simulator.latency_terms import cache_read, matrices, prompt_attention
 from kvtune.simulator.weights import WEIGHT_FORMATS, WeightFormat
 
@@ -93,10 +94,10 @@ def test_longer_prompts_and_more_of_them_take_longer(
 
 def test_arrays_broadcast_and_agree_with_single_answers() -> None:
     batch, cache = np.array([[1], [8]]), np.array([0.0, 1e8, 1e9])
-    times = decode_steps(LLAMA, H100, "fp8", batch, {16: cache, 4: 2 * cache})
+    times = decode_steps(LLAMA, H100, "fp8", batch, {"bf16": cache, "int4": 2 * cache})
     assert isinstance(times, Times)
     assert times.value_s.shape == times.low_s.shape == times.high_s.shape == (2, 3)
-    single = decode_step(LLAMA, H100, "fp8", 8, {16: 1e8, 4: 2e8})
+    single = decode_step(LLAMA, H100, "fp8", 8, {"bf16": 1e8, "int4": 2e8})
     one = times.at(1, 1)
     assert (one.value, one.low, one.high) == pytest.approx((single.value, single.low, single.high))
     prompts = prefills(LLAMA, H100, "bf16", np.array([128, 4096]), 2)
@@ -105,16 +106,17 @@ def test_arrays_broadcast_and_agree_with_single_answers() -> None:
 
 def test_a_plain_number_of_bytes_means_sixteen_bits() -> None:
     plain = decode_step(LLAMA, H100, "bf16", 4, 1e9)
-    assert plain == decode_step(LLAMA, H100, "bf16", 4, {16: 1e9})
+    assert plain == decode_step(LLAMA, H100, "bf16", 4, {"bf16": 1e9})
 
 
 def test_narrow_cache_formats_gain_less_than_their_bytes() -> None:
     tokens, batch = 32768, 16
     full = LLAMA.kv_bytes(tokens)
     empty = decode_step(LLAMA, H100, "bf16", batch, 0).value
+    names = {16: "bf16", 8: "int8", 4: "int4", 2: "int2"}
     reads = {
-        bits: decode_step(LLAMA, H100, "bf16", batch, {bits: full * bits / 16}).value - empty
-        for bits in (16, 8, 4, 2)
+        bits: decode_step(LLAMA, H100, "bf16", batch, {name: full * bits / 16}).value - empty
+        for bits, name in names.items()
     }
     assert reads[16] > reads[8] > reads[4]  # still a gain
     assert reads[8] > reads[16] / 2
@@ -123,14 +125,18 @@ def test_narrow_cache_formats_gain_less_than_their_bytes() -> None:
 
 
 def test_the_factor_of_a_narrow_cache_falls_with_its_bits() -> None:
-    for end in ("low", "value", "high"):
-        factors = [cache_factor(bits, end) for bits in np.linspace(1.5, 20, 50)]
-        assert factors == sorted(factors)
-    for bits, low, value, high in zip(
-        CACHE_BITS, *(CACHE_FACTOR[e] for e in ("low", "value", "high")), strict=True
-    ):
-        assert low <= value <= high <= 1
-        assert cache_factor(bits, "value") == value
+    for names in (("int2", "int3", "int4", "int8", "bf16"), ("int4", "fp8", "bf16")):
+        for end in ("low", "value", "high"):
+            factors = [cache_factor(name, end) for name in names]
+            assert factors == sorted(factors)
+    for prior in (*CACHE_FACTOR.values(), UNREPORTED_CACHE_FACTOR):
+        assert 0 < prior.low <= prior.value <= prior.high <= 1
+
+
+def test_every_format_has_a_price_of_its_own_and_an_unreported_one_a_wider() -> None:
+    assert set(CACHE_FACTOR) == set(formats())
+    widest = max(prior.high / prior.low for prior in CACHE_FACTOR.values())
+    assert cache_factor("fp6", "high") / cache_factor("fp6", "low") > 2 * widest
 
 
 def test_narrow_weights_gain_less_than_their_bytes() -> None:
@@ -236,8 +242,8 @@ def test_published_single_stream_rates_lie_in_the_interval() -> None:
         ({"batch": 0}, "batch must be at least 1"),
         ({"batch": np.array([1, np.nan])}, "batch must be at least 1"),
         ({"cache_bytes_per_sequence": -1.0}, "cache bytes must be at least 0"),
-        ({"cache_bytes_per_sequence": {}}, "at least one width"),
-        ({"cache_bytes_per_sequence": {0: 1.0}}, "at least one width above zero"),
+        ({"cache_bytes_per_sequence": {}}, "at least one format"),
+        ({"cache_bytes_per_sequence": {"int5": 1.0}}, "unknown format 'int5'"),
         ({"weight_format": "fp7"}, "'fp7' is no weight format"),
         ({"execution": "lazy"}, "runtime, graph, eager"),
     ],
@@ -250,7 +256,7 @@ def test_bad_input_is_refused(arguments: dict[str, Any], says: str) -> None:
 
 def test_reading_a_narrow_cache_has_both_ends_of_both_efficiencies() -> None:
     size, bandwidth = 1e9, H100.bandwidth_bytes_per_s
-    term = cache_read(H100, np.array(1.0), {4.0: np.array(size)})
+    term = cache_read(H100, np.array(1.0), {"int4": np.array(size)})
     assert float(term.value) == pytest.approx(size / (0.88 * 0.55 * bandwidth))
     assert float(term.low) == pytest.approx(size / (0.95 * 0.80 * bandwidth))
     assert float(term.high) == pytest.approx(size / (0.81 * 0.30 * bandwidth))

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Estimate
 from kvtune.profiles.gpus import GpuProfile, find_gpu
 from kvtune.profiles.kernel_table import KernelRow, Point, RowWriter
 from kvtune.profiles.measured import parse_measured_gpu, read_measured
@@ -209,7 +210,7 @@ def test_arrays_say_the_tier_of_each_and_the_worst_of_all(measured: Tables) -> N
 def test_narrow_caches_and_weights_are_faster_and_no_longer_measured(measured: Tables) -> None:
     full = 32768.0 * LLAMA.kv_bytes_per_token()
     wide = decode_steps(LLAMA, H100, "bf16", 4, full).at()
-    narrow = decode_steps(LLAMA, H100, "bf16", 4, {4: full / 4}).at()
+    narrow = decode_steps(LLAMA, H100, "bf16", 4, {"int4": full / 4}).at()
     light = decode_steps(LLAMA, H100, "int4", 4, full).at()
     assert narrow.value < wide.value
     assert light.value < wide.value
@@ -223,13 +224,40 @@ def test_measured_pages_say_how_fast_a_narrow_cache_is(
     paged = Tables(Kernels((*ROWS, *paged_rows())), "measured", "h100-sxm")
     monkeypatch.setattr(latency, "tables_for", lambda gpu: paged)
     size, rest = 8192 * LLAMA.kv_bytes_per_token() / 4, step(8, 0).value
-    narrow = decode_steps(LLAMA, H100, "bf16", 8, {4: size}).at()
+    narrow = decode_steps(LLAMA, H100, "bf16", 8, {"int4": size}).at()
     bf16_floor = 32 * float(KERNELS.attention((32, 8, 128), 8, 0))
     expected = 32 * 2 * law(8 * size / 32)
     assert narrow.value - rest + bf16_floor == pytest.approx(expected, rel=0.02)
-    both = decode_steps(LLAMA, H100, "bf16", 8, {4: size / 2, 16: 2 * size}).at()
+    both = decode_steps(LLAMA, H100, "bf16", 8, {"int4": size / 2, "bf16": 2 * size}).at()
     assert narrow.value < both.value
     assert both.tier == "fitted"
+
+
+def relative_width(found: Estimate) -> float:
+    return (found.high - found.low) / found.value
+
+
+def test_a_format_is_never_priced_as_another_of_as_many_bits(
+    measured: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pages(form: str, slower: float) -> list[KernelRow]:
+        return [
+            row(replace(each.point, number_format=form), each.bytes, seconds=slower * each.seconds)
+            for each in paged_rows() if each.point.number_format == "int4"
+        ]  # fmt: skip
+
+    size = 8192 * LLAMA.kv_bytes_per_token() / 2
+    found = {}
+    for form, others in {"fp8": ["int8"], "int8": ["fp8"], "int3": ["int4"]}.items():
+        for known in ([], others, [form, *others]):
+            rows = [each for name in known for each in pages(name, 1.0 if name == form else 9.0)]
+            tables = Tables(Kernels((*ROWS, *paged_rows(), *rows)), "measured", "h100-sxm")
+            monkeypatch.setattr(latency, "tables_for", lambda gpu, tables=tables: tables)
+            found[form, len(known)] = decode_steps(LLAMA, H100, "bf16", 8, {form: size}).at()
+        without, of_another, own = (found[form, count] for count in (0, 1, 2))
+        assert without == of_another  # nobody else's rows, however near their bits
+        assert own.value != without.value
+        assert relative_width(without) > relative_width(own)  # and the interval says so
 
 
 def test_models_that_the_table_does_not_cover_get_the_datasheet(measured: Tables) -> None:

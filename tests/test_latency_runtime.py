@@ -35,7 +35,7 @@ def test_steps_of_the_runtime_are_learned_from_whole_ones(
     pages = list(paged_rows())
     kernels = Kernels((*ROWS, *pages))
 
-    def right(shape: ModelShape, batch: float, sizes: dict[float, float]) -> float:
+    def right(shape: ModelShape, batch: float, sizes: dict[str, float]) -> float:
         factor, rest = law_of[shape.name]
         rows = np.array(batch)
         attention = paged_attention(
@@ -45,8 +45,9 @@ def test_steps_of_the_runtime_are_learned_from_whole_ones(
         assert attention is not None
         assert floor is not None
         if shape.head_dim == 64:  # half of what the pages were measured with
-            numbers = {bits: size / bits for bits, size in sizes.items()}
-            narrow = 1 - numbers.get(16.0, 0) / sum(numbers.values())
+            bits = {"bf16": 16, "int4": 4}
+            numbers = {name: size / bits[name] for name, size in sizes.items()}
+            narrow = 1 - numbers.get("bf16", 0) / sum(numbers.values())
             attention += (attention - floor) * narrow * (NARROW_PAGES.value - 1)
         matrices = shape.layers * matrix_products(kernels, shape, rows)
         head = kernels.linear(shape.vocab_size, shape.hidden_size, rows)
@@ -55,7 +56,7 @@ def test_steps_of_the_runtime_are_learned_from_whole_ones(
     steps = [
         row(Point("runtime_step", "k", batch=batch, length=length, rows=shape.layers,
                   width_in=shape.hidden_size, width_out=shape.intermediate_size), 1,
-            seconds=right(shape, batch, {16.0: shape.kv_bytes(length)}))
+            seconds=right(shape, batch, {"bf16": shape.kv_bytes(length)}))
         for shape in (LLAMA, small) for batch in (1, 4, 16) for length in (1024, 8192)
     ]  # fmt: skip
     tables = Tables(Kernels((*ROWS, *pages, *steps)), "measured", "h100-sxm")
@@ -63,9 +64,9 @@ def test_steps_of_the_runtime_are_learned_from_whole_ones(
     for shape in (LLAMA, small):
         cache = shape.kv_bytes(5000)
         plain = decode_steps(shape, H100, "bf16", 4, cache, "runtime").at()
-        assert plain.value == pytest.approx(right(shape, 4, {16.0: cache}), rel=1e-6)
+        assert plain.value == pytest.approx(right(shape, 4, {"bf16": cache}), rel=1e-6)
         assert plain.tier == "interpolated"
-        sizes = {4.0: cache / 8, 16.0: cache / 20}
+        sizes = {"int4": cache / 8, "bf16": cache / 20}
         narrow = decode_steps(shape, H100, "bf16", 16, sizes, "runtime").at()
         assert narrow.value == pytest.approx(right(shape, 16, sizes), rel=1e-6)
         assert narrow.tier == "fitted"
@@ -118,7 +119,7 @@ def test_steps_of_one_length_leave_attention_as_pages_have_it() -> None:
     rest = 5e-6
     kernels = Kernels((*ROWS, *paged_rows()))
     batches, cache = np.array([1.0, 4.0]), np.full(2, float(LLAMA.kv_bytes(1024)))
-    attention = paged_attention(kernels, LLAMA, batches, {16.0: cache})
+    attention = paged_attention(kernels, LLAMA, batches, {"bf16": cache})
     head = kernels.linear(LLAMA.vocab_size, LLAMA.hidden_size, batches)
     matrices = 32 * matrix_products(kernels, LLAMA, batches) + head
     assert attention is not None
@@ -142,9 +143,9 @@ def test_another_card_has_the_same_launches_and_reads_at_its_own_rate() -> None:
     there = Kernels(transferred(rows, H100, H200))
     tables = Tables(there, "transferred", "h100-sxm", Kernels(rows))
     batch, cache = np.array(4.0), np.array(float(LLAMA.kv_bytes(4096)))
-    found = latency_runtime.runtime_steps(tables, H200, LLAMA, "bf16", batch, {16.0: cache})
+    found = latency_runtime.runtime_steps(tables, H200, LLAMA, "bf16", batch, {"bf16": cache})
     (learned,) = latency_runtime.learned_steps(Kernels(rows))
-    attention = paged_attention(there, LLAMA, batch, {16.0: cache})
+    attention = paged_attention(there, LLAMA, batch, {"bf16": cache})
     assert found is not None
     assert attention is not None
     head = there.linear(LLAMA.vocab_size, LLAMA.hidden_size, batch)

@@ -91,7 +91,7 @@ def test_allocator(allocator: Any, check: suite.AllocatorCheck) -> None:
 def test_everything_registered_can_be_written_in_a_policy(thing: Any) -> None:
     field = {**dict.fromkeys(methods(), "method"), **dict.fromkeys(formats(), "keys")}
     if thing.name in allocators():
-        pattern = Pattern(Option(), allocator=thing)
+        pattern = Pattern(Option(methods()["snapkv"]()), allocator=thing)
     else:
         pattern = Pattern(Option(**{field[thing.name]: thing}))
     document = PolicyDocument(pattern)

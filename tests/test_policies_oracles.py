@@ -265,9 +265,9 @@ def test_adakv_gives_the_peaked_head_less() -> None:
     signals, method = make_signals(Case(50, 0, 2)), H2O(recent_share=0.0)
     signals.keys[0, 0] = 0  # head 0: all mass on the first token
     signals.queries[0, :, 0], signals.keys[0, 0, 0] = 9.0, 90.0
-    flat, peaked = AdaKV().split([10, 10], [method] * 2, signals)[::-1]
-    assert peaked == 2
-    assert flat == 18
+    sure_first = AdaKV(rule="floor")  # 2 tokens are sure, and nothing more is won
+    assert sure_first.split([10, 10], [method] * 2, signals) == [2, 18]
+    assert AdaKV().split([10, 10], [method] * 2, signals) == [3, 17]  # 0.8 * 1 + 0.2 * 10
 
 
 def test_adakv_refuses_mixed_methods() -> None:

@@ -16,7 +16,7 @@ from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.measured import MeasuredProfile, find_measured
 from kvtune.profiles.models import find_model
 from kvtune.runtime.timing import uncompressed
-from kvtune.simulator.cost import cache_bytes_by_bits
+from kvtune.simulator.cost import cache_bytes_by_format
 from kvtune.simulator.kernels import kernels_of
 from kvtune.simulator.latency import decode_step, decode_steps
 from kvtune.simulator.latency_parts import covers
@@ -112,8 +112,8 @@ def test_steps_of_the_runtime_are_predicted_from_others_as_is_said(name: str) ->
     results = json.loads((ROOT / "benchmarks/results/decode-step-h100.json").read_text("utf-8"))
     plan = read_policy(ROOT / "benchmarks/plans/llama-8b-32k-12-percent.yaml").bind(32, 8)
     policy = plan if name == "plan" else uncompressed(plan)
-    held = cache_bytes_by_bits(policy, LLAMA, 32768)
-    held[16.0] += LLAMA.kv_bytes(100)
+    held = cache_bytes_by_format(policy, LLAMA, 32768)
+    held["bf16"] += LLAMA.kv_bytes(100)
     found = decode_step(LLAMA, find_gpu("h100"), "bf16", 8, dict(held), "runtime")
     assert found.low < results[name]["ms"] / 1e3 < found.high
     assert found.value == pytest.approx(results[name]["ms"] / 1e3, rel=0.015)

@@ -25,7 +25,7 @@ from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
 from kvtune.simulator.compression import compression
-from kvtune.simulator.cost import Cost, cache_bytes_by_bits, full_cost, policy_cost
+from kvtune.simulator.cost import Cost, cache_bytes_by_format, full_cost, policy_cost
 from kvtune.simulator.memory import memory_budget
 
 
@@ -41,10 +41,10 @@ def test_a_policys_cost_grows_with_what_it_keeps_and_is_its_footprint() -> None:
         generated = shape.kv_bytes(context + 256) - shape.kv_bytes(context)
         assert cost.sequence_bytes == cost.prompt_bytes + generated
         assert cost.sequences_that_fit == budget.cache_bytes // cost.sequence_bytes
-        by_bits = cache_bytes_by_bits(policy, shape, context)
-        assert set(by_bits) == {4.0, 2.0}
+        by_format = cache_bytes_by_format(policy, shape, context)
+        assert set(by_format) == {"int4", "int2"}
         lengths = footprint_of_lengths(shape.layers, shape.kv_heads)
-        assert sum(by_bits.values()) + lengths == cost.prompt_bytes
+        assert sum(by_format.values()) + lengths == cost.prompt_bytes
         assert cost.tokens_per_second.value == pytest.approx(1 / cost.latency.value)
         assert cost.tokens_per_second.low < cost.tokens_per_second.high
         rows.append((context, share, cost))

@@ -31,6 +31,21 @@ def test_a_menu_multiplies_and_keeps_everything_in_each_format() -> None:
         assert len(set(options)) == len(options) == evicting + len(menu.formats)
 
 
+def test_whatever_is_offered_has_pages_to_run_in() -> None:
+    from kvtune.runtime.kernels.layout import layout_of
+    from kvtune.tuner.baselines import FAMILIES, candidates
+    from kvtune.tuner.source_models import packaged_tables
+
+    offered = {option for menu in (SMALL, LAPTOP, FULL) for option in menu.options()}
+    offered |= set(packaged_tables()[0].options)
+    for family in FAMILIES:
+        for policy in candidates(family, 40_000, 256, 2, 2, 64):
+            offered |= set(policy.options())
+    assert len(offered) > 200
+    for option in offered:
+        layout_of(option, 64)  # refuses what it has no pages for
+
+
 def test_a_trace_records_what_the_menu_needs_and_what_baselines_read() -> None:
     formats = alike((Option().keys,))
     assert signals_of(LAPTOP.needs) == ("column_sums",)

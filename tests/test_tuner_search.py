@@ -384,3 +384,14 @@ def test_few_trials_are_never_worse_than_no_compression(packaged: Tables, tmp_pa
 def test_two_searches_do_not_write_one_folder(packaged: Tables, tmp_path: Path) -> None:
     with locked(tmp_path), pytest.raises(KvtuneError, match="is writing here"):
         run_search(llama(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("stored", "mark"),
+    [("h2o int3+4", " (simulated only)"), ("full int3", " (simulated only)"),
+     ("h2o(recent_share=0.1) int4+4", ""), ("streaming_llm bf16", "")],
+)  # fmt: skip
+def test_a_rule_that_cannot_run_says_so(stored: str, mark: str) -> None:
+    from kvtune.tuner.stand_in_rivals import _unless_it_runs
+
+    assert _unless_it_runs(stored) == mark

@@ -12,7 +12,7 @@ from kvtune.profiles.shape import ModelShape
 from kvtune.runtime.largest import Largest, page_bytes
 from kvtune.runtime.timing import NEW_TOKENS, STEPS, STRETCHES, Decoding, Timing
 from kvtune.simulator.compression import compression
-from kvtune.simulator.cost import cache_bytes_by_bits, per_second
+from kvtune.simulator.cost import cache_bytes_by_format, per_second
 from kvtune.simulator.latency import decode_step, prefill
 from kvtune.simulator.peak import add, largest_batch, overhead_bytes, prefill_peak_bytes
 from kvtune.simulator.weights import weight_bytes
@@ -120,8 +120,8 @@ class Card:
         return per_second(self._step(policy, batch, 0), batch)
 
     def _step(self, policy: Policy, batch: int, generated: int) -> Estimate:
-        held = cache_bytes_by_bits(policy, self.shape, self.tokens)
-        held[16.0] += self.shape.kv_bytes(generated)
+        held = cache_bytes_by_format(policy, self.shape, self.tokens)
+        held["bf16"] += self.shape.kv_bytes(generated)
         return decode_step(self.shape, self.gpu, "bf16", batch, dict(held), "runtime")
 
     def _tensors(self, policy: Policy, batch: int) -> Estimate:

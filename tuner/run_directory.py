@@ -10,7 +10,6 @@ import kvtune
 from kvtune.common.estimate import Estimate
 from kvtune.common.files import write_json, write_text
 from kvtune.policies.document import (
-    ModelFacts,
     Pattern,
     PolicyDocument,
     Provenance,
@@ -19,6 +18,7 @@ from kvtune.policies.document import (
 )
 from kvtune.policies.document import Quality as WrittenQuality
 from kvtune.policies.policy import Policy
+from kvtune.simulator.model_facts import model_facts
 from kvtune.tuner.request import FrontPoint, Quality, Rival, SearchRequest, SearchResult
 
 
@@ -51,12 +51,7 @@ def _document(result: SearchResult) -> PolicyDocument:
     written = WrittenQuality(quality.source, quality.stand_in, quality.kl)
     return PolicyDocument(
         policy=_short(result.policy),
-        model=ModelFacts(
-            request.shape.name,
-            request.shape.layers,
-            request.shape.kv_heads,
-            request.shape.head_dim,
-        ),
+        model=model_facts(request.shape),
         provenance=Provenance(
             quality=written,
             kvtune=kvtune.__version__,
@@ -71,6 +66,7 @@ def _document(result: SearchResult) -> PolicyDocument:
             generated_tokens=request.generated_tokens,
             batch=result.sequences,
             gpu=request.gpu.slug,
+            cache_bytes=result.budget.cache_bytes,
         ),
     )
 

@@ -10,6 +10,7 @@ import numpy as np
 from kvtune.common.estimate import Estimate
 from kvtune.common.progress import Progress
 from kvtune.policies.policy import Policy
+from kvtune.runtime.kernels.layout import CODES
 from kvtune.tuner.band import band_of_live
 from kvtune.tuner.baselines import FAMILIES
 from kvtune.tuner.question import Candidate, Solver
@@ -39,7 +40,13 @@ def stand_in_rivals(
     )
     share = chosen.prompt_bytes / solver.question.full_bytes(chosen.context)
     found = (
-        Rival(f"{name}, live on {STAND_IN}", family, loss, None, chosen.prompt_bytes)
+        Rival(
+            f"{name}{_unless_it_runs(name)}, live on {STAND_IN}",
+            family,
+            loss,
+            None,
+            chosen.prompt_bytes,
+        )
         for family, name, loss in _families(source, share)
     )
     return [plan, *found], None
@@ -56,6 +63,12 @@ def _families(source: QualitySource, share: float) -> Iterator[tuple[str, str, E
             nearest = min(points, key=lambda point: abs(np.log(_share(point) / share)))
             if nearest["name"].split()[0] == family:
                 yield family, nearest["name"], loss_at(points, share)
+
+
+def _unless_it_runs(stored: str) -> str:
+    """A mark on rules whose format the runtime has no pages for: the curves were run with some."""
+    form = stored.rsplit(" ", 1)[-1].partition("+")[0]
+    return "" if form in CODES else " (simulated only)"
 
 
 def loss_at(points: Sequence[dict[str, Any]], share: float) -> Estimate:

@@ -10,7 +10,7 @@ from kvtune.policies.allocator import Allocator
 from kvtune.policies.allocators.pyramid import round_to_sum
 from kvtune.policies.method import Method
 from kvtune.policies.methods.cake import variance
-from kvtune.policies.registry import parameter
+from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import Needs, Signals
 
 if TYPE_CHECKING:
@@ -28,18 +28,21 @@ class CakeLayers(Allocator):
     budget[l]     = window + the layer's share by preference, at most the prompt
 
     Source: Qin et al., "CAKE", ICLR 2025, arXiv 2503.12491, 4.1 and 4.2. Both temperatures are 1,
-    as their code has it for models it does not know. Differs from their code: one split after the
-    last layer instead of a cascade, whose end it nearly equals and whose low peak it gives up;
-    rounding hands out exactly the total. Budgets below the window stay as given.
+    as their code has it for models it does not know. One split after the last layer, which is what
+    the paper's cascade is to end at. Differs from their code: its cascade trims layers while later
+    ones are still read and never gives back what it took too much, so that it holds a lower peak
+    and may end a few per cent below the total; here exactly the total of tokens is handed out.
+    Bytes of quantised layers can still differ from those of an even split, since a group of
+    codes that is not full has its scales all the same. Budgets below the window stay as given.
     Cost: O(L Hq W P) once a prompt beside the window's attention.
     """
 
     name = "cake_layers"
     source = "Qin et al., ICLR 2025, arXiv 2503.12491"
 
-    window: int = parameter(32, "observation window", unit="tokens", low=1)
-    spread: float = parameter(1.0, "temperature of the entropy", low=0.05)
-    shift: float = parameter(1.0, "temperature of the variance", low=0.05)
+    window: int = parameter(32, "observation window", unit="tokens", low=1, high=LONGEST_PROMPT)
+    spread: float = parameter(1.0, "temperature of the entropy", low=0.05, high=100)
+    shift: float = parameter(1.0, "temperature of the variance", low=0.05, high=100)
 
     @property
     def needs(self) -> Needs:

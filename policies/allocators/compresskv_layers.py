@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kvtune.policies.allocator import Allocator
 from kvtune.policies.allocators.pyramid import round_to_sum
 from kvtune.policies.method import Method
-from kvtune.policies.registry import parameter
+from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import Needs, Signals
 
 if TYPE_CHECKING:
@@ -33,8 +33,10 @@ class CompressKVLayers(Allocator):
     name = "compresskv_layers"
     source = "Lin et al., arXiv 2508.02401"
 
-    least: int = parameter(32, "tokens that every head gets", unit="tokens", low=0)
-    most: float = parameter(3.0, "a layer's budget over the mean, at most", low=1)
+    least: int = parameter(
+        32, "tokens that every head gets", unit="tokens", low=0, high=LONGEST_PROMPT
+    )
+    most: float = parameter(3.0, "a layer's budget over the mean, at most", low=1, high=4096)
 
     @property
     def needs(self) -> Needs:

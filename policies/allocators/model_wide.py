@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvtune.common.errors import KvtuneError
-from kvtune.policies.allocator import Allocator
-from kvtune.policies.method import Method, ScoredMethod
+from kvtune.policies.allocator import Allocator, one_scoring_method
+from kvtune.policies.method import Method
 from kvtune.policies.signals import Signals
 
 if TYPE_CHECKING:
@@ -29,6 +28,10 @@ class ModelWide(Allocator):
     name = "model_wide"
     source = "Kim et al., NeurIPS 2025, arXiv 2505.23416"
 
+    def check(self, methods: Sequence[Sequence[Method]]) -> None:
+        """One scoring method."""
+        one_scoring_method(self.name, "the model", [m for row in methods for m in row])
+
     def settle(
         self,
         budgets: NDArray[np.int64],
@@ -39,12 +42,7 @@ class ModelWide(Allocator):
         import numpy as np
         import torch
 
-        method = methods[0][0]
-        if not isinstance(method, ScoredMethod) or any(m != method for row in methods for m in row):
-            raise KvtuneError(
-                "model_wide compares scores between layers and needs one scoring method",
-                hint="give all heads the same method, for example kvzip.",
-            )
+        method = one_scoring_method(self.name, "the model", [m for row in methods for m in row])
         ranked = torch.stack(
             [method.ranked(prompt(at), int(row.max())) for at, row in enumerate(budgets)]
         )

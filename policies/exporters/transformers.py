@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import resources
 from typing import Any
 
 from kvtune.policies.exporter import EngineLimits, Export, Exporter, Line, Plan, bytes_line, comment
+from kvtune.policies.flatten import Heads, planned_heads
 from kvtune.policies.format import Format
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.grouped import Grouped
 from kvtune.policies.method import Method
 from kvtune.policies.methods.full import Full
+from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import ALL, Budget, Option
 
 _FORMATS = frozenset({"bf16", "fp8", "int8", "int4", "int3", "int2"})
@@ -38,8 +40,8 @@ class Transformers(Exporter):
 
     def render(self, plan: Plan) -> Export:
         """The module and the policy."""
-        taken, report = self._takeable(plan)
-        header = self.header(plan)
+        taken, losses = self._takeable(plan)
+        header = self.header(plan, losses)
         names = {
             option: f"o{number}" for number, option in enumerate(dict.fromkeys(sum(taken, ())))
         }
@@ -50,12 +52,14 @@ class Transformers(Exporter):
         }
         module = (resources.files("kvtune.policies") / "exported_cache.py").read_text("utf-8")
         files = {"kv_cache.py": comment(header) + module, "kv_cache.json": _json(policy)}
-        return self.done(files, [*report, _bytes(plan, taken)], _NOTES)
+        weights = f"load the model with {plan.weights} weights, as the plan assumed."
+        notes = (*_NOTES, weights) if plan.weights else _NOTES
+        return self.done(plan, files, losses, [_bytes(plan, taken)], notes)
 
-    def _takeable(self, plan: Plan) -> tuple[tuple[tuple[Option, ...], ...], list[Line]]:
+    def _takeable(self, plan: Plan) -> tuple[Heads, list[Line]]:
         """The options as the module can run them."""
         report: dict[Line, None] = {}
-        allocated, line = _allocate(plan)
+        allocated, line = planned_heads(plan)
         report[line] = None
         rows = tuple(tuple(self._option(option, report) for option in layer) for layer in allocated)
         return rows, list(report)
@@ -68,6 +72,10 @@ class Transformers(Exporter):
     def _method(
         self, method: Method, budget: Budget, report: dict[Line, None]
     ) -> tuple[Method, Budget]:
+        if isinstance(method, StreamingLLM) and method.positions != "kept":
+            detail = "keys stay at the positions that they were computed at"
+            report[Line(f"method {method.label}", "approximated", detail)] = None
+            return replace(method, positions="kept"), budget
         if method.name in _METHODS:
             report[Line(f"method {method.name}", "kept", "each KV head, its budget exactly")] = None
             return method, budget
@@ -93,28 +101,7 @@ _NOTES = (
 )
 
 
-def _allocate(plan: Plan) -> tuple[tuple[tuple[Option, ...], ...], Line]:
-    """The options with the budgets that an allocator plans, where it can before the prompt."""
-    policy, name = plan.policy, plan.policy.allocator.name
-    if name == "as_given":
-        return policy.heads, Line("allocator as_given", "kept", "budgets as the policy names them")
-    given = type(policy)(policy.name, policy.heads).budgets(plan.context_tokens)
-    budgets = policy.budgets(plan.context_tokens)
-    if (budgets == given).all():
-        detail = "decides when the prompt is known; dropped, budgets as the policy names them"
-        return policy.heads, Line(f"allocator {name}", "not expressible", detail)
-    rows = tuple(
-        tuple(
-            Option(option.method, Budget(tokens=int(tokens)), option.keys, option.values)
-            for option, tokens in zip(layer, planned, strict=True)
-        )
-        for layer, planned in zip(policy.heads, budgets, strict=True)
-    )
-    detail = f"budgets are those for a prompt of {plan.context_tokens} tokens"
-    return rows, Line(f"allocator {name}", "approximated", detail)
-
-
-def _bytes(plan: Plan, taken: tuple[tuple[Option, ...], ...]) -> Line:
+def _bytes(plan: Plan, taken: Heads) -> Line:
     counts = type(plan.policy)("taken", taken)
     return bytes_line(plan, counts.footprint(plan.context_tokens, plan.facts.head_dim))
 

@@ -6,13 +6,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvtune.common.yaml_tree import flow
-from kvtune.policies.exporter import EngineLimits, Export, Exporter, Line, Plan, bytes_line, comment
+from kvtune.policies.exporter import (
+    EngineLimits,
+    Export,
+    Exporter,
+    Line,
+    Plan,
+    bytes_line,
+    comment,
+    sequences_that_fit,
+)
 from kvtune.policies.flatten import (
     Flat,
+    Heads,
     dropped_methods,
     flatten,
     grouping_text,
-    lost_refinements,
+    lost_exact_tokens,
+    planned_heads,
     reach,
 )
 
@@ -31,6 +42,7 @@ _NEAREST = {
 }  # fmt: skip
 _NARROW = 12  # mean bits below which a layer is quantised
 _BATCHED_TOKENS = 512
+_PAGE = 32  # tokens of a block at most; 16 where all layers have one dtype
 
 
 @dataclass(frozen=True)
@@ -50,32 +62,45 @@ class Vllm(Exporter):
 
     def render(self, plan: Plan) -> Export:
         """The YAML and what it loses."""
+        heads, allocator = planned_heads(plan)
         dtype, exempt, format_lines = _formats(plan)
-        window, windowed, token_lines = _windows(plan)
+        windows = _windows(heads, plan.context_tokens)
+        dropped = _dropped_lines(plan, heads, windows)
+        model, model_lines, model_notes = _model(plan)
         config: dict[str, Any] = {
-            "model": plan.model,
+            **model,
             "max-model-len": plan.sequence_tokens,
-            "max-num-seqs": plan.batch,
             "kv-cache-dtype": dtype,
         }
         if exempt:
             config["kv-cache-dtype-skip-layers"] = [str(layer) for layer in exempt]
-        if windowed:
+        if windows:
             # A windowed layer is given window - 1 + this many tokens; the default saves nothing.
-            config["max-num-batched-tokens"] = max(_BATCHED_TOKENS, plan.batch)
-            config["hf-overrides"] = _overrides(plan.facts.layers, window, windowed)
+            config["max-num-batched-tokens"] = _BATCHED_TOKENS
+            config["hf-overrides"] = _overrides(plan.facts.layers, windows)
+        if plan.room_bytes is not None:
+            config["kv-cache-memory-bytes"] = plan.room_bytes
+        size = sequence_bytes(config, plan.facts.kv_heads, plan.facts.head_dim, plan.facts.layers)
+        batch, sequences = sequences_that_fit(plan, self.stack, size)
+        config["max-num-seqs"] = min(batch, config.get("max-num-batched-tokens", batch))
         check(config, plan.facts.layers)
-        text = comment(self.header(plan)) + "".join(_line(k, v) for k, v in config.items())
-        size = bytes_line(plan, _bytes(plan, config, window, windowed))
-        notes = _NOTES + (_WINDOW_NOTES if windowed else ())
-        return self.done(
-            {"vllm.yaml": text}, [*token_lines, *format_lines, *lost_refinements(plan), size], notes
-        )
+        losses = [
+            *dropped, *([allocator] if allocator.status != "kept" else []), *format_lines,
+            *lost_exact_tokens(plan),
+        ]  # fmt: skip
+        header = [*self.header(plan, losses), *model_notes]
+        text = comment(header) + "".join(_line(k, v) for k, v in config.items())
+        prompt = bytes_line(plan, _bytes(plan, config))
+        notes = _NOTES + (_WINDOW_NOTES if windows else ()) + tuple(model_notes)
+        others = [prompt, sequences, *model_lines]
+        return self.done(plan, {"vllm.yaml": text}, losses, others, notes)
 
 
 _NOTES = (
     "vllm serve --config vllm.yaml",
     "generated tokens are stored like the prompt's.",
+    "kv-cache-memory-bytes, where given, is what the plan leaves for caches; it overrides "
+    "gpu-memory-utilization.",
     "int4/int8_per_token_head run on the Triton backend only; turboquant_* also exempts the first "
     "and the last two layers by itself.",
     "fp8 scales come from the checkpoint, else 1.0; calculate_kv_scales no longer exists.",
@@ -87,7 +112,7 @@ _WINDOW_NOTES = (
 )
 _KEYS = {
     "model", "max-model-len", "max-num-seqs", "kv-cache-dtype", "kv-cache-dtype-skip-layers",
-    "max-num-batched-tokens", "hf-overrides",
+    "max-num-batched-tokens", "hf-overrides", "kv-cache-memory-bytes", "quantization",
 }  # fmt: skip
 
 
@@ -104,9 +129,12 @@ def check(config: dict[str, Any], layers: int) -> None:
     for layer in config.get("kv-cache-dtype-skip-layers", []):
         if not (isinstance(layer, str) and layer.isdigit() and int(layer) < layers):
             raise ValueError(f"kv-cache-dtype-skip-layers: {layer!r} is no layer of {layers}")
-    for key in ("max-model-len", "max-num-seqs", "max-num-batched-tokens"):
+    whole = ("max-model-len", "max-num-seqs", "max-num-batched-tokens", "kv-cache-memory-bytes")
+    for key in whole:
         if key in config and not (isinstance(config[key], int) and config[key] > 0):
             raise ValueError(f"{key} must be a whole number above 0")
+    if config.get("quantization", "fp8") != "fp8":
+        raise ValueError(f"weights are not quantised to {config['quantization']} when loaded")
     if config.get("max-num-batched-tokens", config["max-num-seqs"]) < config["max-num-seqs"]:
         raise ValueError("max-num-batched-tokens must be at least max-num-seqs")
     overrides = config.get("hf-overrides", {"layer_types": ["full_attention"] * layers})
@@ -178,36 +206,59 @@ def _format_line(layers: list[Flat], dtype: str, rounded: bool) -> Line:
     return Line(label, "approximated", f"{dtype}: {scales}{grouping_text(*layers)}")
 
 
-def _windows(plan: Plan) -> tuple[int, list[int], list[Line]]:
-    """The window, the layers that have it, and what that loses."""
-    context = plan.context_tokens
-    rows = [[reach(option, context) for option in layer] for layer in plan.policy.heads]
-    windowed = [layer for layer, reaches in enumerate(rows) if set(reaches) == {"window"}]
-    sizes = {
-        option.budget.resolve(context) for layer in windowed for option in plan.policy.heads[layer]
-    } - {0}
-    if not sizes:
-        windowed = []
-    heads = plan.facts.layers * plan.facts.kv_heads
+def _model(plan: Plan) -> tuple[dict[str, str], list[Line], list[str]]:
+    """How the model and its weights are named, lines on the weights, and what is left to say.
+
+    vLLM quantises to fp8 when it loads; narrower weights have to be in the checkpoint, which the
+    model's own id does not name.
+    """
+    weights = plan.weights
+    in_checkpoint = weights not in ("", "bf16", "fp8")
+    model = plan.given_model if in_checkpoint else plan.model
+    named = {"model": model} if model else {}
+    notes = [] if named else ["model is left out: vllm serve MODEL --config vllm.yaml"]
+    if weights == "fp8":
+        detail = "quantised when they are loaded, unless the checkpoint already is"
+        return {**named, "quantization": "fp8"}, [Line("weights fp8", "kept", detail)], notes
+    if in_checkpoint:
+        detail = f"not quantised when loaded: the checkpoint has to hold {weights} weights"
+        notes.append(f"the plan assumed {weights} weights: name a checkpoint that holds them.")
+        return named, [Line(f"weights {weights}", "approximated", detail)], notes
+    return named, [], notes
+
+
+def _windows(heads: Heads, context: int) -> dict[int, int]:
+    """The windows of layers whose heads all keep the newest tokens and no others."""
+    rows = [[reach(option, context) for option in layer] for layer in heads]
+    return {
+        layer: max(each.window for each in reaches)
+        for layer, reaches in enumerate(rows)
+        if {each.shape for each in reaches} == {"window"} and any(each.window for each in reaches)
+    }
+
+
+def _dropped_lines(plan: Plan, heads: Heads, windows: dict[int, int]) -> list[Line]:
+    """What becomes of methods that evict."""
+    others = tuple(row for layer, row in enumerate(heads) if layer not in windows)
+    dropped = dropped_methods(others, plan.context_tokens)
+    count = plan.facts.layers * plan.facts.kv_heads
     lines = [
-        Line(f"method {name}, {count} of {heads} heads", "not expressible", _why_dropped(name))
-        for name, count in dropped_methods(plan).items()
-        if name != "full" or _beside_windows(rows, windowed)
+        Line(f"method {name}, {some} of {count} heads", "not expressible", _why_dropped(name))
+        for name, some in dropped.items()
     ]
-    if windowed:
+    if windows:
+        widest = max(windows.values())
         detail = (
-            f"{len(windowed)} layers slide a window of {max(sizes)} over prompt and answer, during "
+            f"{len(windows)} layers slide a window of {widest} over prompt and answer, during "
             "the prompt too; kvtune trims once, when the prompt is complete"
         )
         lines.append(Line("window", "approximated", detail))
-    if len(sizes) > 1:
-        detail = f"one size; used {max(sizes)} instead of {sorted(sizes)}"
-        lines.append(Line("window sizes", "not expressible", detail))
-    return max(sizes, default=0), windowed, lines or [Line("tokens", "kept", "all of them")]
-
-
-def _beside_windows(rows: list[list[Any]], windowed: list[int]) -> bool:
-    return any("window" in row for layer, row in enumerate(rows) if layer not in windowed)
+        windowed = [option for layer in windows for option in heads[layer]]
+        sizes = {reach(option, plan.context_tokens).window for option in windowed}
+        if len(sizes) > 1:
+            detail = f"one size; used {widest} instead of {sorted(sizes)}"
+            lines.append(Line("window sizes", "not expressible", detail))
+    return lines or [Line("tokens", "kept", "all of them")]
 
 
 def _why_dropped(name: str) -> str:
@@ -218,27 +269,63 @@ def _why_dropped(name: str) -> str:
     return "vLLM evicts nothing; dropped, all tokens stay"
 
 
-def _overrides(layers: int, window: int, windowed: list[int]) -> dict[str, Any]:
-    kinds = ["full_attention"] * layers
-    for layer in windowed:
-        kinds[layer] = "sliding_attention"
-    return {"sliding_window": window, "layer_types": kinds}
+def _overrides(layers: int, windows: dict[int, int]) -> dict[str, Any]:
+    kinds = ["sliding_attention" if at in windows else "full_attention" for at in range(layers)]
+    return {"sliding_window": max(windows.values()), "layer_types": kinds}
 
 
-def _bytes(plan: Plan, config: dict[str, Any], window: int, windowed: list[int]) -> int:
-    """What vLLM allocates for one sequence of the full context, scales included, pages not."""
+def sequence_bytes(
+    config: dict[str, Any], kv_heads: int, head_dim: int, layers: int, page: int = _PAGE
+) -> int:
+    """What vLLM allocates for one sequence of the full length, in whole pages, scales included.
+
+    A sliding layer is given its window less one and a chunk of the prompt, in whole pages and one
+    more (held against the capacity that vLLM 0.32 logs).
+
+    Args:
+        config: as written.
+        kv_heads: H.
+        head_dim: D.
+        layers: L.
+        page: tokens of a block; layers of several dtypes may be given blocks of 32.
+    """
+    longest = config["max-model-len"]
+    whole = -(-longest // page)
+    sliding, window = _sliding(config)
+    held = min(window - 1 + config.get("max-num-batched-tokens", 0), longest)
+    some = min(-(-held // page) + 1, whole)
+    pages = [some if at in sliding else whole for at in range(layers)]
+    return sum(
+        int(count * page * kv_heads * _token_bytes(dtype, head_dim))
+        for count, dtype in zip(pages, _dtypes(config, layers), strict=True)
+    )
+
+
+def _bytes(plan: Plan, config: dict[str, Any]) -> int:
+    """Bytes of one prompt there, scales included, pages not."""
+    context, (sliding, window) = plan.context_tokens, _sliding(config)
+    few = min(context, window - 1 + config.get("max-num-batched-tokens", 0))
+    return sum(
+        int((few if layer in sliding else context)
+            * plan.facts.kv_heads * _token_bytes(dtype, plan.facts.head_dim))
+        for layer, dtype in enumerate(_dtypes(config, plan.facts.layers))
+    )  # fmt: skip
+
+
+def _sliding(config: dict[str, Any]) -> tuple[set[int], int]:
+    """Layers that slide, and their window."""
+    overrides = config.get("hf-overrides", {})
+    kinds = overrides.get("layer_types", [])
+    sliding = {layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"}
+    return sliding, overrides.get("sliding_window", 1)
+
+
+def _dtypes(config: dict[str, Any], layers: int) -> list[str]:
+    """Every layer's dtype; turboquant exempts the first and the last two layers by itself."""
     exempt = {int(layer) for layer in config.get("kv-cache-dtype-skip-layers", [])}
     if config["kv-cache-dtype"].startswith("turboquant"):
-        exempt |= {0, 1, plan.facts.layers - 2, plan.facts.layers - 1}
-    batched = config.get("max-num-batched-tokens", 0)
-    total = 0.0
-    for layer in range(plan.facts.layers):
-        tokens = plan.context_tokens
-        if layer in windowed:
-            tokens = min(tokens, window - 1 + batched)
-        dtype = "auto" if layer in exempt else config["kv-cache-dtype"]
-        total += tokens * plan.facts.kv_heads * _token_bytes(dtype, plan.facts.head_dim)
-    return int(total)
+        exempt |= {0, 1, layers - 2, layers - 1}
+    return ["auto" if at in exempt else config["kv-cache-dtype"] for at in range(layers)]
 
 
 def _token_bytes(dtype: str, head_dim: int) -> float:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from kvtune.policies.format import Format, Role, Stored
 from kvtune.policies.formats.packing import pack, unpack
-from kvtune.policies.registry import parameter
+from kvtune.policies.registry import LONGEST_PROMPT, parameter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,8 +37,10 @@ class Grouped(Format):
 
     source = "Liu et al., ICML 2024, arXiv 2402.02750"
 
-    group: int = parameter(64, "elements that share a scale", unit="elements", low=2)
-    exact_first: int = parameter(0, "first kept tokens left in 16 bits", unit="tokens", low=0)
+    group: int = parameter(64, "elements that share a scale", unit="elements", low=2, high=4096)
+    exact_first: int = parameter(
+        0, "first kept tokens left in 16 bits", unit="tokens", low=0, high=LONGEST_PROMPT
+    )
     keys_by: Literal["channel", "token"] = parameter(
         "channel", "whose elements share a key's scale; values' are always a token's"
     )
@@ -174,7 +176,7 @@ class Int4(Grouped):
 
 @dataclass(frozen=True)
 class Int3(Grouped):
-    """3 bits an element; see ``Grouped``."""
+    """3 bits an element; see ``Grouped``. Simulated only: the runtime has no pages of it."""
 
     name = "int3"
     bits = 3

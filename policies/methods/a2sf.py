@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvtune.policies.decode import DecodeMethod, DecodeState
-from kvtune.policies.registry import parameter
+from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import Needs, Signals
 
 if TYPE_CHECKING:
@@ -40,8 +40,12 @@ class A2SF(DecodeMethod):
     source = "Jo and Shin, arXiv 2407.20485"
 
     factor: float = parameter(0.2, "what a row's weight is multiplied with a token", low=0, high=1)
-    sinks: int = parameter(0, "first tokens that are always kept", unit="tokens", low=0)
-    recent: int = parameter(0, "newest tokens that are always kept", unit="tokens", low=0)
+    sinks: int = parameter(
+        0, "first tokens that are always kept", unit="tokens", low=0, high=LONGEST_PROMPT
+    )
+    recent: int = parameter(
+        0, "newest tokens that are always kept", unit="tokens", low=0, high=LONGEST_PROMPT
+    )
 
     @property
     def needs(self) -> Needs:

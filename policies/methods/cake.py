@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvtune.policies.method import ScoredMethod
 from kvtune.policies.pooling import check_kernel, pooled
-from kvtune.policies.registry import parameter
+from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import Needs, Signals
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ class Cake(ScoredMethod):
     name = "cake"
     source = "Qin et al., ICLR 2025, arXiv 2503.12491"
 
-    window: int = parameter(32, "observation window", unit="tokens", low=1)
-    kernel: int = parameter(5, "pooling kernel, odd", unit="tokens", low=1)
-    gamma: float = parameter(200.0, "weight of the variance", low=0)
+    window: int = parameter(32, "observation window", unit="tokens", low=1, high=LONGEST_PROMPT)
+    kernel: int = parameter(5, "pooling kernel, odd", unit="tokens", low=1, high=1023)
+    gamma: float = parameter(200.0, "weight of the variance", low=0, high=1e6)
 
     def __post_init__(self) -> None:
         check_kernel("cake", self.kernel)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvtune.policies.method import ScoredMethod
 from kvtune.policies.pooling import check_kernel, pooled
-from kvtune.policies.registry import parameter
+from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import Needs, Signals
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ class CompressKV(ScoredMethod):
     name = "compresskv"
     source = "Lin et al., arXiv 2508.02401"
 
-    voters: int = parameter(4, "query heads that vote in each layer", low=1)
-    window: int = parameter(8, "observation window", unit="tokens", low=1)
-    kernel: int = parameter(5, "pooling kernel, odd", unit="tokens", low=1)
+    voters: int = parameter(4, "query heads that vote in each layer", low=1, high=4096)
+    window: int = parameter(8, "observation window", unit="tokens", low=1, high=LONGEST_PROMPT)
+    kernel: int = parameter(5, "pooling kernel, odd", unit="tokens", low=1, high=1023)
 
     def __post_init__(self) -> None:
         check_kernel("compresskv", self.kernel)

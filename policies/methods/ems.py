@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from kvtune.common.rotary import turn
 from kvtune.policies.method import ScoredMethod
-from kvtune.policies.registry import parameter
+from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import Needs, Signals
 from kvtune.policies.work import LayerShape, Work
 
@@ -36,9 +36,11 @@ class EMSReconstruction(ScoredMethod):
     name = "ems_reconstruction"
     source = "reconstructed after Li et al., arXiv 2412.08521"
 
-    window: int = parameter(32, "recent queries counted and tokens kept", unit="tokens", low=1)
+    window: int = parameter(
+        32, "recent queries counted and tokens kept", unit="tokens", low=1, high=LONGEST_PROMPT
+    )
     mass: float = parameter(0.95, "share of all score that is worth merging", low=0, high=1)
-    threshold: float = parameter(0.6, "likeness below which a token is dropped", low=0)
+    threshold: float = parameter(0.6, "likeness below which a token is dropped", low=0, high=2)
     merge_keys: bool = parameter(True, "whether keys are merged too, or values alone")
     space: Literal["post_rope", "pre_rope"] = parameter(
         "post_rope", "where keys are compared and averaged"

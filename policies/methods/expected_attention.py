@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvtune.common.rotary import mean_turn
 from kvtune.policies.method import ScoredMethod
-from kvtune.policies.registry import parameter
+from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import Needs, Signals
 from kvtune.policies.work import LayerShape, Work
 
@@ -34,11 +34,13 @@ class ExpectedAttention(ScoredMethod):
     name = "expected_attention"
     source = "Devoto et al., arXiv 2510.00636"
 
-    ahead: int = parameter(512, "future positions averaged over", unit="tokens", low=1)
-    sinks: int = parameter(4, "first tokens that are always kept", unit="tokens", low=0)
+    ahead: int = parameter(512, "future positions averaged over", unit="tokens", low=1, high=65536)
+    sinks: int = parameter(
+        4, "first tokens that are always kept", unit="tokens", low=0, high=LONGEST_PROMPT
+    )
     covariance: bool = parameter(True, "whether the queries' spread counts")
     value_norm: bool = parameter(True, "whether scores are weighted with the values' length")
-    epsilon: float = parameter(0.0, "added before weighting with the values' length", low=0)
+    epsilon: float = parameter(0.0, "added before weighting with the values' length", low=0, high=1)
 
     @property
     def needs(self) -> Needs:

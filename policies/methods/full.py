@@ -21,6 +21,7 @@ class Full(ScoredMethod):
 
     name = "full"
     source = "the uncompressed cache"
+    shape = "window"
 
     def scores(self, signals: Signals) -> Tensor:
         """Recency."""

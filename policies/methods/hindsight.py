@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvtune.policies.method import ScoredMethod
-from kvtune.policies.registry import parameter
+from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import Future, Needs, Signals
 
 if TYPE_CHECKING:
@@ -58,7 +58,9 @@ class ProbeGreedy(ScoredMethod):
     name = "probe_greedy"
     source = "hindsight reference"
 
-    block: int = parameter(16, "positions summed before squaring", unit="tokens", low=1)
+    block: int = parameter(
+        16, "positions summed before squaring", unit="tokens", low=1, high=LONGEST_PROMPT
+    )
     refresh: float = parameter(
         0.125, "share of the rest dropped between measurements", low=0, high=1
     )
@@ -153,6 +155,7 @@ class _Responses:
         future: Future = signals.given("future")
         heads, tokens, _ = signals.keys.shape
         queries = future.queries.float().unflatten(0, (heads, -1)) * signals.scale
+        block = min(block, queries.shape[2])  # a longer one is padded with nothing but zeros
         keys = torch.cat((signals.keys, future.keys), 1).float()
         logits = queries @ keys.transpose(-1, -2).unsqueeze(1)
         later = torch.ones(queries.shape[2], queries.shape[2], device=keys.device).triu(1).bool()

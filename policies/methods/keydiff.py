@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvtune.policies.method import Method, ScoredMethod
-from kvtune.policies.registry import parameter
+from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import Signals
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ class KeyDiffBlockwise(Method):
     name = "keydiff_blockwise"
     source = "Park et al., arXiv 2504.15364"
 
-    block: int = parameter(128, "tokens that come in together", unit="tokens", low=1)
+    block: int = parameter(
+        128, "tokens that come in together", unit="tokens", low=1, high=LONGEST_PROMPT
+    )
 
     def keep(self, signals: Signals, budget: int) -> Tensor:
         """What is left after the last block."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvtune.policies.decode import DecodeMethod, DecodeState
 from kvtune.policies.noise import gumbel
-from kvtune.policies.registry import parameter
+from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import ALL_QUERIES, Needs, Signals
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ class Keyformer(DecodeMethod):
     )
     start: float = parameter(1.0, "temperature at the prompt", low=0.01, high=100)
     end: float = parameter(2.0, "temperature at the horizon", low=0.01, high=100)
-    horizon: int = parameter(1024, "generated tokens until the end", unit="tokens", low=1)
+    horizon: int = parameter(
+        1024, "generated tokens until the end", unit="tokens", low=1, high=LONGEST_PROMPT
+    )
     noise: float = parameter(1.0, "scale of the noise; 0 for none", low=0, high=10)
     seed: int = parameter(0, "of the noise", low=0, high=2**31)
     frozen_keys: bool = parameter(False, "whether only prompt tokens can be key tokens")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvtune.policies.method import ScoredMethod
-from kvtune.policies.registry import parameter
+from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import Needs, Signals
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ class KVzip(ScoredMethod):
     name = "kvzip"
     source = "Kim et al., NeurIPS 2025, arXiv 2505.23416"
 
-    sinks: int = parameter(4, "first tokens that are always kept", unit="tokens", low=0)
+    sinks: int = parameter(
+        4, "first tokens that are always kept", unit="tokens", low=0, high=LONGEST_PROMPT
+    )
 
     @property
     def needs(self) -> Needs:

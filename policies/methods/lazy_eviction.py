@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from kvtune.policies.decode import DecodeMethod, DecodeState
-from kvtune.policies.registry import parameter
+from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import Needs, Signals
 
 if TYPE_CHECKING:
@@ -48,9 +48,13 @@ class LazyEviction(DecodeMethod):
     name = "lazy_eviction"
     source = "Zhang et al., arXiv 2506.15969"
 
-    window: int = parameter(101, "tokens between evictions, all kept", unit="tokens", low=1)
+    window: int = parameter(
+        101, "tokens between evictions, all kept", unit="tokens", low=1, high=LONGEST_PROMPT
+    )
     threshold: float = parameter(1e-4, "attention from which a token is active", low=0, high=1)
-    h1_shift: float = parameter(1.0, "shift of H1: 1 as in the code, 0 as in the paper", low=0)
+    h1_shift: float = parameter(
+        1.0, "shift of H1: 1 as in the code, 0 as in the paper", low=0, high=10
+    )
     h2: Literal["code", "note", "off"] = parameter("code", "form of the second term")
     count_own: bool = parameter(True, "whether a token's attention to itself is an activation")
     prompt: Literal["watched", "kept"] = parameter("watched", "what happens to the prompt")

@@ -28,7 +28,7 @@ class RandomTokens(ScoredMethod):
     source = "a floor for all others"
     heads_are_alike = False
 
-    seed: int = parameter(0, "of the draw", low=0)
+    seed: int = parameter(0, "of the draw", low=0, high=2**31)
 
     def scores(self, signals: Signals) -> Tensor:
         """A draw for each token of each head."""

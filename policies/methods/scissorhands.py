@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvtune.policies.decode import DecodeMethod, DecodeState
-from kvtune.policies.registry import parameter
+from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import Needs, Signals
 
 if TYPE_CHECKING:
@@ -39,8 +39,10 @@ class Scissorhands(DecodeMethod):
     name = "scissorhands"
     source = "Liu et al., NeurIPS 2023, arXiv 2305.17118"
 
-    history: int = parameter(400, "rows that are remembered", unit="tokens", low=1)
-    recent: int = parameter(10, "newest tokens that are always kept", unit="tokens", low=0)
+    history: int = parameter(400, "rows that are remembered", unit="tokens", low=1, high=4096)
+    recent: int = parameter(
+        10, "newest tokens that are always kept", unit="tokens", low=0, high=LONGEST_PROMPT
+    )
     drop_share: float = parameter(0.5, "share of the budget that leaves at once", low=0, high=1)
 
     @property

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from kvtune.common.rotary import turn
 from kvtune.policies.decode import DecodeMethod, DecodeState
-from kvtune.policies.registry import parameter
+from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import Signals
 
 if TYPE_CHECKING:
@@ -34,8 +34,11 @@ class StreamingLLM(DecodeMethod):
 
     name = "streaming_llm"
     source = "Xiao et al., ICLR 2024, arXiv 2309.17453"
+    shape = "sinks+window"
 
-    sinks: int = parameter(4, "first tokens that are always kept", unit="tokens", low=0)
+    sinks: int = parameter(
+        4, "first tokens that are always kept", unit="tokens", low=0, high=LONGEST_PROMPT
+    )
     positions: Literal["kept", "reindexed"] = parameter(
         "kept", "where keys appear: at their own positions, or renumbered inside the cache"
     )

@@ -12,7 +12,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.policies.option import ALL
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.cost import cache_bytes_by_bits
+from kvtune.simulator.cost import cache_bytes_by_format
 
 GRID = 128  # prompt lengths at which a policy's bytes are counted; between them they are a line
 
@@ -76,7 +76,7 @@ def footprint(
     def kept(tokens: int) -> int:
         if tokens == 0:
             return 0
-        return sum(map(int, cache_bytes_by_bits(policy, shape, tokens).values())) + beside
+        return sum(map(int, cache_bytes_by_format(policy, shape, tokens).values())) + beside
 
     return Footprint(reading, _by_length(kept, 0, longest), token, not evicts(policy))
 

@@ -20,7 +20,7 @@ from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.compression import compression
-from kvtune.simulator.cost import cache_bytes_by_bits
+from kvtune.simulator.cost import cache_bytes_by_format
 from kvtune.simulator.latency import Times, decode_steps, prefill, prefills
 from kvtune.simulator.latency_measured import TIERS
 from kvtune.simulator.overheads import transfer
@@ -207,18 +207,18 @@ def _decoding(
     grown = np.array(
         [[shape.kv_bytes(int(p + g)) - shape.kv_bytes(int(p)) for g in generated] for p in prompts]
     )
-    stored: list[dict[float, float]] = [
-        {16.0: shape.kv_bytes(int(p))}
+    stored: list[dict[str, float]] = [
+        {"bf16": shape.kv_bytes(int(p))}
         if policy is None
-        else dict(cache_bytes_by_bits(policy, shape, int(p)))
+        else dict(cache_bytes_by_format(policy, shape, int(p)))
         for p in prompts
     ]
-    by_bits = {
-        bits: np.array([each.get(bits, 0.0) for each in stored])[:, None] + grown * (bits == 16)
-        for bits in {16.0}.union(*stored)
+    by_format = {
+        name: np.array([each.get(name, 0.0) for each in stored])[:, None] + grown * (name == "bf16")
+        for name in dict.fromkeys(["bf16", *(name for each in stored for name in each)])
     }
     batch = np.arange(1, load.sequences + 1)[:, None, None]
-    return decode_steps(shape, gpu, weights, batch, by_bits, "runtime")
+    return decode_steps(shape, gpu, weights, batch, by_format, "runtime")
 
 
 def _compressing(

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.policies.document import (
-    ModelFacts,
     PolicyDocument,
     Provenance,
     Quality,
@@ -23,6 +22,7 @@ from kvtune.policies.document import (
 )
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
+from kvtune.simulator.model_facts import model_facts
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.measured import Measured
 from kvtune.tuner.explore.outcome import Baseline, Outcome
@@ -141,7 +141,7 @@ class Study:
         trace = str((self.outcome.provenance if self.outcome else {}).get("trace", ""))
         return PolicyDocument(
             policy=self.policy(plan),
-            model=ModelFacts(shape.name, shape.layers, shape.kv_heads, shape.head_dim),
+            model=model_facts(shape),
             provenance=Provenance(
                 quality=Quality(source, facts.stand_in, self.quality(plan)),
                 kvtune=facts.kvtune,

@@ -107,12 +107,12 @@ def figures(
     """The same for any policies, given as how many heads take each option, ``[n, O]``."""
     shape = facts.shape
     rooms = {int(c): _room(shape, setting, int(c)) for c in np.unique(contexts)}
-    stored = _bytes_by_bits(options, counts, contexts, shape.head_dim)
+    stored = _bytes_by_format(options, counts, contexts, shape.head_dim)
     lengths = footprint_of_lengths(shape.layers, shape.kv_heads)
     prompt = sum(stored.values(), np.zeros(len(counts))) + lengths
     generated = shape.kv_bytes_per_token() * facts.generated_tokens
     held = prompt + generated
-    stored[16.0] = stored.get(16.0, np.zeros(len(counts))) + generated
+    stored["bf16"] = stored.get("bf16", np.zeros(len(counts))) + generated
     first = next(iter(rooms.values()), None)
     weights = first.weight_format if first else "bf16"
     steps = decode_steps(
@@ -151,21 +151,21 @@ def _room(shape: ModelShape, setting: Setting, context: int) -> MemoryBudget:
     )
 
 
-def _bytes_by_bits(
+def _bytes_by_format(
     options: Sequence[Option], counts: Floats, contexts: Integers, head_dim: int
-) -> dict[float, Floats]:
-    """Bytes of one compressed prompt of each plan, by bits an element, ``[n]`` each."""
-    widths = sorted({form.bits for o in options for form in o.bytes_by_format(1, 1, head_dim)})
-    found: dict[float, Any] = {width: np.zeros(len(counts)) for width in widths}
+) -> dict[str, Floats]:
+    """Bytes of one compressed prompt of each plan, by the name of their format, ``[n]`` each."""
+    names = sorted({form.name for o in options for form in o.bytes_by_format(1, 1, head_dim)})
+    found: dict[str, Any] = {name: np.zeros(len(counts)) for name in names}
     for context in np.unique(contexts):
         rows = contexts == context
-        table = np.zeros((len(options), len(widths)))
+        table = np.zeros((len(options), len(names)))
         for index, option in enumerate(options):
             tokens = option.budget.resolve(int(context))
             for form, size in option.bytes_by_format(tokens, int(context), head_dim).items():
-                table[index, widths.index(form.bits)] += size
-        for width, column in zip(widths, (counts[rows] @ table).T, strict=True):
-            found[width][rows] = column
+                table[index, names.index(form.name)] += size
+        for name, column in zip(names, (counts[rows] @ table).T, strict=True):
+            found[name][rows] = column
     return found
 
 

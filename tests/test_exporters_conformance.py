@@ -1,0 +1,376 @@
+"""What an exported file means on its stack is what its report says, for every method.
+
+Files are read back here by rules of their own, written from the stacks' documentation.
+"""
+
+from __future__ import annotations
+
+import configparser
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import yaml
+
+from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Estimate
+from kvtune.common.units import format_bytes
+from kvtune.policies.allocators.adakv import AdaKV
+from kvtune.policies.allocators.pyramid import Pyramid
+from kvtune.policies.document import (
+    ModelFacts,
+    Pattern,
+    PolicyDocument,
+    Provenance,
+    Quality,
+    Serving,
+    read_policy,
+    write_policy,
+)
+from kvtune.policies.exporter import Export, exporters, find_exporter
+from kvtune.policies.exporters import vllm
+from kvtune.policies.format import Format, formats
+from kvtune.policies.formats.bf16 import Bf16
+from kvtune.policies.formats.fp8 import Fp8
+from kvtune.policies.formats.grouped import Int4, Int8
+from kvtune.policies.method import Method, ScoredMethod, methods
+from kvtune.policies.methods.expected_attention import ExpectedAttention
+from kvtune.policies.methods.full import Full
+from kvtune.policies.methods.kvzip import KVzip
+from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.methods.streaming_llm import StreamingLLM
+from kvtune.policies.option import Budget, Option
+from kvtune.policies.policy import Policy
+from kvtune.policies.testing import Case, make_signals, variants
+from kvtune.profiles.models import find_model
+from kvtune.simulator.model_facts import model_facts
+
+L, H, D, P, BUDGET = 4, 2, 64, 1024, 256
+FACTS = ModelFacts("tiny", L, H, D)
+LOSS = Estimate(0.0123, 0.01, 0.02, "nats/token", "table")
+EVERY_METHOD: list[Method] = list(
+    dict.fromkeys(
+        [
+            *(kind() for kind in methods().values()),
+            *variants(StreamingLLM),
+            *variants(SnapKV),
+            ExpectedAttention(sinks=0),
+            KVzip(sinks=0),
+        ]
+    )
+)
+STORED: list[tuple[Format, Format]] = [
+    (Bf16(), Bf16()), (Fp8(), Fp8()), (Int8(), Int8()), (Int4(), Int4()), (Int8(), Int4()),
+]  # fmt: skip
+
+
+def document(option: Option, **serving: Any) -> PolicyDocument:
+    given = {"context_tokens": P, "batch": 3, "cache_bytes": 8 * 10**6} | serving
+    policy = Policy.uniform(option, L, H, name="test")
+    quality = Provenance(Quality("own trace", "", LOSS))
+    return PolicyDocument(policy, FACTS, quality, Serving(**given))
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a stack does with the files: tokens of a prompt a layer keeps, bytes, sequences."""
+
+    kept: str
+    prompt_bytes: int
+    sequences: int | None
+
+
+def of_vllm(made: Export) -> Meaning:
+    read = yaml.safe_load(made.files["vllm.yaml"])
+    kinds = read.get("hf-overrides", {}).get("layer_types", ["full_attention"] * L)
+    window = read.get("hf-overrides", {}).get("sliding_window", 0)
+    bits = {"auto": (16, 0), "fp8": (8, 0), "int8_per_token_head": (8, 4),
+            "int4_per_token_head": (4, 4),
+            "turboquant_k8v4": (16, 0)}  # fmt: skip  # it leaves two layers at each end alone
+    code, scale = bits[read["kv-cache-dtype"]]
+    total = 0
+    for kind in kinds:
+        chunk = read.get("max-num-batched-tokens", 0)
+        held = P if kind == "full_attention" else min(P, window - 1 + chunk)
+        total += held * H * 2 * (D * code // 8 + scale)
+    sliding = set(kinds) == {"sliding_attention"}
+    kept = f"window {window}" if sliding else "all"
+    return Meaning(kept, total, read["max-num-seqs"])
+
+
+def of_llama_cpp(made: Export) -> Meaning:
+    parser = configparser.ConfigParser()
+    parser.read_string(made.files["llama-preset.ini"].replace("version = 1", ""))
+    read = parser["kvtune"]
+    bits = {"f16": 16, "q8_0": 8.5, "q4_0": 4.5}
+    assert read["cache-type-k"] == read["cache-type-v"]
+    assert int(read["ctx-size"]) == P * int(read["parallel"])
+    total = sum(L * H * P * D * bits[read[f"cache-type-{half}"]] / 8 for half in "kv")
+    return Meaning("all", int(total), int(read["parallel"]))
+
+
+def of_transformers(made: Export) -> Meaning:
+    read = json.loads(made.files["kv_cache.json"])
+    options = [read["options"][name] for row in read["heads"] for name in row]
+    names = {option["method"]["name"] for option in options}
+    budgets = {option["budget"] for option in options}
+    kept = "all" if budgets == {None} else f"{names.pop()} {budgets.pop()}"
+    total = 0
+    for option in options:
+        tokens = P if option["budget"] is None else option["budget"]
+        for role in ("keys", "values"):
+            form = formats()[option[role]["name"]]()
+            total += form.bound(tokens, D, role)
+    return Meaning(kept, total + 4 * L * H, None)
+
+
+MEANING = {"vllm": of_vllm, "llama-cpp": of_llama_cpp, "transformers": of_transformers}
+
+
+def expected_tokens(stack: str, method: Method) -> str:
+    """What may stand in a file for a method that keeps 256 of 1024 tokens."""
+    if stack == "transformers":
+        known = method.name in {"full", "streaming_llm", "snapkv", "h2o"}
+        return f"{method.name} {BUDGET}" if known else "all"
+    newest_only = method.name == "full" or method == replace_sinks(method)
+    return f"window {BUDGET}" if stack == "vllm" and newest_only else "all"
+
+
+def replace_sinks(method: Method) -> Method | None:
+    return replace(method, sinks=0) if isinstance(method, StreamingLLM) else None
+
+
+def test_every_exporter_is_read_back() -> None:
+    assert set(MEANING) == set(exporters())
+
+
+@pytest.mark.parametrize("stored", STORED, ids=lambda pair: f"{pair[0].name}-{pair[1].name}")
+@pytest.mark.parametrize("method", EVERY_METHOD, ids=lambda method: method.label)
+@pytest.mark.parametrize("stack", sorted(MEANING))
+def test_the_file_means_what_the_report_says(stack: str, method: Method, stored: Any) -> None:
+    made = find_exporter(stack)().export(document(Option(method, Budget(BUDGET), *stored)))
+    meaning = MEANING[stack](made)
+    assert meaning.kept == expected_tokens(stack, method)
+    lines = {line.field: line for line in made.report}
+    said = [line for field, line in lines.items() if field.startswith(f"method {method.name}")]
+    if meaning.kept == "all":
+        assert [line.status for line in said] == ["not expressible"]
+        assert "all tokens stay" in said[0].detail
+    elif meaning.kept.startswith("window"):
+        assert lines["window"].status == "approximated"
+        assert said == []
+    else:
+        assert [line.status for line in said] in (["kept"], ["approximated"])
+    assert f"this export {format_bytes(meaning.prompt_bytes)}" in lines["cache bytes"].detail
+    if meaning.sequences is not None:
+        assert f"{meaning.sequences} at once" in lines["sequences"].detail
+        assert meaning.sequences * meaning.prompt_bytes <= 8 * 10**6
+    whole = all(line.status == "kept" for line in made.report)
+    for text in made.files.values():
+        assert ("0.0123" in text) == whole
+    assert ("0.0123" in made.quality) == whole
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD, ids=lambda method: method.label)
+def test_the_declared_shape_is_what_a_method_keeps(method: Method) -> None:
+    signals = make_signals(Case(60, 0, kv_heads=2, group=2))
+    found = method.keep(signals, 20).tolist()
+    patterns = [[*range(sinks), *range(40 + sinks, 60)] for sinks in range(21)]
+    if method.shape == "scored":
+        assert found[0] not in patterns or method_protects_all(method)
+        return
+    sinks = getattr(method, "sinks", 0) if method.shape == "sinks+window" else 0
+    assert found == [patterns[min(sinks, 20)]] * 2
+
+
+def method_protects_all(method: Method) -> bool:
+    """Whether the window of the newest tokens, or the sinks, are the whole budget of 20."""
+    return sum(method.protected(20)) >= 20 if isinstance(method, ScoredMethod) else False
+
+
+@pytest.mark.parametrize(
+    "method",
+    [SnapKV(), SnapKV(group="pooled"), SnapKV(window=8, kernel=3, pooling="mean", recent=2),
+     SnapKV(window=40), StreamingLLM(), StreamingLLM(sinks=0), Full(), methods()["h2o"]()],
+    ids=lambda method: method.label,
+)  # fmt: skip
+@pytest.mark.parametrize("budget", [0, 1, 9, 30, 59])
+def test_the_exported_module_keeps_the_tokens_of_the_method(method: Any, budget: int) -> None:
+    from kvtune.policies import exported_cache
+
+    signals = make_signals(Case(60, 0, kv_heads=2, group=4))
+    made = find_exporter("transformers")().export(document(Option(method, Budget(budget))))
+    option = json.loads(made.files["kv_cache.json"])["options"]["o0"]
+    grouped = signals.queries.unflatten(0, (2, 4))
+    theirs = [
+        exported_cache.choose(option, grouped[head][None], signals.keys[head][None], signals.scale)
+        for head in range(2)
+    ]
+    assert [rows[0].tolist() for rows in theirs] == method.keep(signals, budget).tolist()
+
+
+def test_renumbered_positions_are_told_where_they_are_not_kept() -> None:
+    method = StreamingLLM(positions="reindexed")
+    made = find_exporter("transformers")().export(document(Option(method, Budget(BUDGET))))
+    line = next(line for line in made.report if line.field.startswith("method"))
+    assert line.status == "approximated"
+    assert json.loads(made.files["kv_cache.json"])["options"]["o0"]["method"]["positions"] == "kept"
+
+
+# Sequences, lengths, names, weights
+
+
+def llama_plan(**serving: Any) -> PolicyDocument:
+    """93 MiB a prompt of 8,192 tokens, 45 of which fit in 5.5 GiB with their answers."""
+    given: dict[str, Any] = {
+        "weights": "fp8", "context_tokens": 8192, "generated_tokens": 256, "batch": 45,
+        "cache_bytes": int(5.5 * 2**30),
+    }  # fmt: skip
+    option = Option(SnapKV(), Budget(share=0.32), Int4(), Int4())
+    facts = ModelFacts("llama-3.1-8b", 32, 8, 128, 131072, "meta-llama/Llama-3.1-8B")
+    policy = Policy.uniform(option, 32, 8)
+    return PolicyDocument(policy, facts, serving=Serving(**(given | serving)))
+
+
+@pytest.mark.parametrize("stack", ["vllm", "llama-cpp"])
+def test_sequences_are_those_that_fit_without_eviction(stack: str) -> None:
+    """All tokens stay there, at 4 bits and scales: 270 to 300 MiB a sequence."""
+    made = find_exporter(stack)().export(llama_plan())
+    scale = {"vllm": 4 + 32 / 128, "llama-cpp": 4.5}[stack]  # bits an element
+    each = 32 * 8 * 2 * 128 * 8448 * scale / 8
+    most = int(5.5 * 2**30 // each)
+    found = MEANING_OF_SEQUENCES[stack](made)
+    assert most - 1 <= found <= most < 45
+    line = next(line for line in made.report if line.field == "sequences")
+    assert line.status == "approximated"
+    assert f"{found} at once instead of 45" in line.detail
+
+
+def parallel(made: Export) -> int:
+    return int(made.files["llama-preset.ini"].split("parallel = ")[1].split()[0])
+
+
+MEANING_OF_SEQUENCES = {
+    "vllm": lambda made: yaml.safe_load(made.files["vllm.yaml"])["max-num-seqs"],
+    "llama-cpp": parallel,
+}
+
+
+@pytest.mark.parametrize("stack", ["vllm", "llama-cpp"])
+def test_more_sequences_than_fit_are_refused(stack: str) -> None:
+    exporter = find_exporter(stack)()
+    with pytest.raises(KvtuneError, match=f"30 sequences do not fit under {exporter.stack}") as no:
+        exporter.export(llama_plan(), batch=30)
+    assert "--batch " in (no.value.hint or "")
+    with pytest.raises(KvtuneError, match="not one sequence fits"):
+        exporter.export(llama_plan(cache_bytes=10**8))
+
+
+@pytest.mark.parametrize("stack", ["vllm", "llama-cpp"])
+def test_without_a_memory_limit_the_plans_own_bytes_are_what_is_known(stack: str) -> None:
+    exporter = find_exporter(stack)()
+    made = exporter.export(llama_plan(cache_bytes=None))
+    planned = 45 * (llama_plan().policy.footprint(8192, 128) + 256 * 131072)  # type: ignore[union-attr]
+    each = 32 * 8 * 2 * 128 * 8448 * (4.5 / 8)
+    assert MEANING_OF_SEQUENCES[stack](made) <= planned / each * 1.06
+    asked = exporter.export(llama_plan(cache_bytes=None), batch=50)
+    line = next(line for line in asked.report if line.field == "sequences")
+    assert (line.status, "check that they fit" in line.detail) == ("approximated", True)
+
+
+@pytest.mark.parametrize(
+    ("more", "concurrency"),
+    [
+        ({"kv-cache-dtype": "auto"}, 5.69),
+        ({"kv-cache-dtype": "auto", "sliding": 20}, 14.66),
+        ({"kv-cache-dtype": "fp8", "sliding": 20}, 29.32),
+        (
+            {
+                "kv-cache-dtype": "fp8",
+                "sliding": 20,
+                "kv-cache-dtype-skip-layers": [str(layer) for layer in range(10, 30)],
+            },
+            25.70,
+        ),
+        ({"kv-cache-dtype": "auto", "sliding": 30}, 69.33),
+    ],
+)
+def test_a_sequence_takes_what_vllm_said_that_it_takes(
+    more: dict[str, Any], concurrency: float
+) -> None:
+    """The log of vLLM 0.32: 1 GiB, SmolLM2-135M, 8,192 tokens, windows of 128, chunks of 512."""
+    sliding = more.pop("sliding", 0)
+    config = {"max-model-len": 8192, **more}
+    if sliding:
+        kinds = ["full_attention"] * (30 - sliding) + ["sliding_attention"] * sliding
+        config |= {"max-num-batched-tokens": 512}
+        config |= {"hf-overrides": {"sliding_window": 128, "layer_types": kinds}}
+    found = 2**30 / vllm.sequence_bytes(config, 3, 64, 30)
+    assert found == pytest.approx(concurrency, rel=0.002)
+
+
+def test_no_stack_is_told_of_more_tokens_than_the_model_takes() -> None:
+    at_the_end = llama_plan(context_tokens=131072, batch=1, cache_bytes=10**11)
+    made = find_exporter("vllm")().export(at_the_end)
+    assert yaml.safe_load(made.files["vllm.yaml"])["max-model-len"] == 131072
+    line = next(line for line in made.report if line.field == "generated tokens")
+    assert (line.status, line.detail.split(":")[0]) == ("approximated", "0 tokens instead of 256")
+    preset = find_exporter("llama-cpp")().export(at_the_end).files["llama-preset.ini"]
+    assert "ctx-size = 131072\n" in preset
+    with pytest.raises(KvtuneError, match="takes 131072 tokens, a prompt of 131073 is longer"):
+        find_exporter("vllm")().export(at_the_end, context_tokens=131073)
+
+
+def test_a_model_is_named_as_the_stack_knows_it_or_not_at_all() -> None:
+    exporter = find_exporter("vllm")()
+    plan = llama_plan()
+    named = yaml.safe_load(exporter.export(plan).files["vllm.yaml"])
+    assert (named["model"], named["quantization"]) == ("meta-llama/Llama-3.1-8B", "fp8")
+    given = yaml.safe_load(exporter.export(plan, model="./mine").files["vllm.yaml"])
+    assert given["model"] == "./mine"
+    unknown = replace(plan, model=ModelFacts("mine", 32, 8, 128))
+    text = exporter.export(unknown).files["vllm.yaml"]
+    assert "model" not in yaml.safe_load(text)
+    assert "# model is left out" in text
+    gguf = find_exporter("llama-cpp")().export(plan).files["llama-preset.ini"]
+    assert "\nmodel = " not in gguf
+    assert "; model is left out" in gguf
+
+
+def test_weights_that_are_not_made_when_loading_have_to_be_in_the_checkpoint() -> None:
+    exporter = find_exporter("vllm")()
+    text = exporter.export(llama_plan(weights="int4")).files["vllm.yaml"]
+    assert not {"model", "quantization"} & set(yaml.safe_load(text))
+    assert "# the plan assumed int4 weights: name a checkpoint that holds them." in text
+    given = exporter.export(llama_plan(weights="int4"), model="./int4")
+    assert yaml.safe_load(given.files["vllm.yaml"])["model"] == "./int4"
+    plain = yaml.safe_load(exporter.export(llama_plan(weights="bf16")).files["vllm.yaml"])
+    assert "quantization" not in plain
+
+
+def test_memory_for_the_cache_is_the_plans() -> None:
+    read = yaml.safe_load(find_exporter("vllm")().export(llama_plan()).files["vllm.yaml"])
+    assert read["kv-cache-memory-bytes"] == int(5.5 * 2**30)
+
+
+def test_a_budget_planned_by_an_allocator_is_the_window_of_its_layer() -> None:
+    option = Option(Full(), Budget(256))
+    policy = Policy.uniform(option, L, H, allocator=Pyramid(beta=2))
+    made = find_exporter("vllm")().export(
+        PolicyDocument(policy, FACTS, serving=Serving(context_tokens=P, batch=1))
+    )
+    read = yaml.safe_load(made.files["vllm.yaml"])
+    assert read["hf-overrides"]["sliding_window"] == policy.budgets(P).max() == 384
+    later = Policy.uniform(Option(SnapKV(), Budget(256)), L, H, allocator=AdaKV())
+    made = find_exporter("vllm")().export(PolicyDocument(later, FACTS), context_tokens=P)
+    found = {line.field: line.status for line in made.report}
+    assert found["allocator adakv"] == "not expressible"
+
+
+def test_facts_of_known_models_are_written_and_read() -> None:
+    facts = model_facts(find_model("smollm2-135m"))
+    assert (facts.hub, facts.max_context) == ("HuggingFaceTB/SmolLM2-135M-Instruct", 8192)
+    serving = Serving(context_tokens=77, cache_bytes=10**9)
+    what = PolicyDocument(Pattern(Option()), facts, serving=serving)
+    assert read_policy(write_policy(what)) == what
