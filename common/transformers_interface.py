@@ -26,14 +26,18 @@ TRIED = ("5.0.0", "5.17.0", "5.20.2", "5.23.0", "5.24.0")
 """Releases with which the tests of models, caches and exports passed."""
 
 NAMES = (
+    "transformers.AutoConfig",
     "transformers.AttentionInterface",
     "transformers.AttentionMaskInterface",
     "transformers.AutoModelForCausalLM",
+    "transformers.AutoModelForImageTextToText",
     "transformers.AutoTokenizer",
+    "transformers.CONFIG_MAPPING",
     "transformers.Cache",
     "transformers.CacheLayerMixin",
     "transformers.LlamaConfig",
     "transformers.LlamaForCausalLM",
+    "transformers.models.auto.modeling_auto",
     "transformers.utils.logging",
 )
 """What the product imports; exported code imports nothing else from transformers either."""

@@ -268,7 +268,7 @@ def test_a_folder_that_cannot_be_made_is_one_clear_error(
     tiny_model: Any, make_samples: Make, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(KvtuneError, match="cannot write"):
+    with pytest.raises(KvtuneError, match=r"cannot (be written|write)"):
         capture(tiny_model, make_samples(1), tmp_path / "file" / "trace", probes=1)
 
 

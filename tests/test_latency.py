@@ -134,7 +134,7 @@ def test_the_factor_of_a_narrow_cache_falls_with_its_bits() -> None:
 
 
 def test_every_format_has_a_price_of_its_own_and_an_unreported_one_a_wider() -> None:
-    assert set(CACHE_FACTOR) == set(formats())
+    assert set(CACHE_FACTOR) == set(formats()) - {"gear"}  # nobody has reported on it
     widest = max(prior.high / prior.low for prior in CACHE_FACTOR.values())
     assert cache_factor("fp6", "high") / cache_factor("fp6", "low") > 2 * widest
 

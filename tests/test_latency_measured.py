@@ -370,8 +370,8 @@ def test_a_profile_directory_is_read_whole(tmp_path: Path) -> None:
     ("old", "new", "says"),
     [
         ("unit: MiB", "unit: GB", "is 'GB', but context is given in MiB"),
-        ("value: 500", "value: -500", "must be above zero, not -500"),
-        ("value: 500", "value: .nan", "must be above zero, not nan"),
+        ("value: 500", "value: -500", "must be above zero"),
+        ("value: 500", "value: .nan", "finite"),
         ("  context:", "  contxt:", "Did you mean 'context'"),
         ("value: 500, ", "", "lacks the key 'value'"),
         ("driver: '5', ", "", "lacks the key 'driver'"),

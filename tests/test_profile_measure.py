@@ -228,7 +228,7 @@ def row(**changes: Any) -> KernelRow:
     ("old", "new", "says"),
     [
         (",2.0000,", ",,", "the number of 'median_us' is missing"),
-        (",2.0000,", ",-2,", "'median_us' must be above zero, not -2"),
+        (",2.0000,", ",-2,", "'median_us' must be above zero"),
         (",2.0000,", ",fast,", "'median_us' must be a number, not 'fast'"),
         (",cold,", ",tepid,", "'l2' must be cold or warm, not 'tepid'"),
         ("median_us", "median_ms", "'median_ms' is no column. Did you mean 'median_us'"),

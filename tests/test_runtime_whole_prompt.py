@@ -81,10 +81,12 @@ def stored(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], list[list[i
     found: dict[tuple[int, int], list[list[int]]] = {}
     original = store_prompts
 
-    def spying(paged: PagedLayer, k: Tensor, v: Tensor, kept: list[Tensor]) -> None:
+    def spying(
+        paged: PagedLayer, k: Tensor, v: Tensor, kept: list[Tensor], exact: list[int]
+    ) -> None:
         for row, tokens in enumerate(kept):
             found.setdefault((paged.number, row // 2), []).append(tokens.tolist())
-        original(paged, k, v, kept)
+        original(paged, k, v, kept, exact)
 
     monkeypatch.setattr(layer_module, "store_prompts", spying)
     return found

@@ -103,6 +103,8 @@ def every_method(*, calibrated: bool = True) -> tuple[Method, ...]:
         method
         for method in made
         if not method.looks_ahead and (calibrated or not method.needs.calibration)
+        # Heads are searched one by one, in bytes held: neither links nor readers fit that yet.
+        if not method.needs.linked and method.reader(1) is None
     )
 
 

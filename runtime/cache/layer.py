@@ -141,13 +141,13 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _hold_beside(self, read: Sequence[Signals], choices: Sequence[Choice]) -> None:
         """Encode what pages cannot hold, of every row."""
+        if not any(parts for choice in choices for parts in choice.beside):
+            return
         rows = [
             (parts, signals.keys[head], signals.values[head])
             for signals, choice in zip(read, choices, strict=True)
             for head, parts in enumerate(choice.beside)
         ]
-        if not any(parts for parts, _, _ in rows):
-            return
         cache, options, held = self.cache, self.paged.options, []
         for row in range(self.paged.rows):
             parts, *own = rows[row % len(rows)]
