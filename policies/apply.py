@@ -203,9 +203,9 @@ def _stored(
 ) -> Tensor:
     """Each row through its own format, all rows of a format at once."""
     forms = [_format(part, option, role) for part, option in zip(parts, options, strict=True)]
-    balance = _balances(tensor, parts) if role == "keys" else None
-    if balance is not None:
-        tensor = tensor * balance
+    factor = _factors(tensor, parts, role)
+    if factor is not None:
+        tensor = tensor * factor
     for form in dict.fromkeys(forms):
         mine = [row for row, other in enumerate(forms) if other == form]
         if len(mine) == len(forms):
@@ -213,7 +213,7 @@ def _stored(
             break
         some = torch.tensor(mine, device=tensor.device)
         tensor[some] = form.roundtrip(tensor[some], counts[some], role)
-    return tensor if balance is None else tensor / balance
+    return tensor if factor is None else tensor / factor
 
 
 def _format(part: HeadPart, option: Option, role: Role) -> Format:
@@ -221,12 +221,22 @@ def _format(part: HeadPart, option: Option, role: Role) -> Format:
     return keys if role == "keys" else values
 
 
-def _balances(tensor: Tensor, parts: Sequence[HeadPart]) -> Tensor | None:
-    """Factors of the rows' channels ``[R, 1, D]``; None where no part has any."""
-    if all(part.balance is None for part in parts):
+def _factors(tensor: Tensor, parts: Sequence[HeadPart], role: Role) -> Tensor | None:
+    """What rows are multiplied with before they are stored, ``[R, n, D]``; None where nothing.
+
+    Keys are balanced channel by channel, and what layers share is stored as directions.
+    """
+    plain = all(part.balance is None and part.shared_by == 1 for part in parts)
+    if plain:
         return None
-    ones = tensor.new_ones(tensor.shape[-1])
-    return torch.stack([ones if p.balance is None else p.balance for p in parts])[:, None]
+    factors = torch.ones_like(tensor)
+    for row, part in enumerate(parts):
+        if part.balance is not None and role == "keys":
+            factors[row] *= part.balance
+        if part.shared_by > 1:
+            length = tensor[row].norm(dim=-1, keepdim=True)
+            factors[row] /= length.clamp_min(torch.finfo(tensor.dtype).tiny)
+    return factors
 
 
 def _side_by_side(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kvtune.common.estimate import Estimate
+from kvtune.common.estimate import BAND, Estimate
 from kvtune.policies.document import ModelFacts, PolicyDocument, write_policy
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
@@ -88,7 +88,7 @@ def _plan(trial: int, count: int, about: Facts, rng: np.random.Generator) -> Pla
 
 
 def _estimate(loss: float) -> Estimate:
-    return Estimate(loss, 0.6 * loss, 1.7 * loss, "nats/token", "table")
+    return Estimate(loss, 0.6 * loss, 1.7 * loss, "nats/token", BAND)
 
 
 def _heads(depth: float, about: Facts, rng: np.random.Generator) -> Any:

@@ -176,7 +176,8 @@ def test_the_verdict_comes_first(live: bool, capsys: pytest.CaptureFixture[str])
         if live
         else "(predicted from smollm2-135m, which stands in for the model)"
     )
-    assert "The plan is not better than greedy per head" in out
+    close = "The plan is not better than greedy per head"
+    assert (close in out) == live  # without weights no plan of single heads is compared
 
 
 @pytest.mark.parametrize("columns", [60, 72, 80, 100, 120])

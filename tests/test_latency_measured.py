@@ -371,7 +371,7 @@ def test_a_profile_directory_is_read_whole(tmp_path: Path) -> None:
     [
         ("unit: MiB", "unit: GB", "is 'GB', but context is given in MiB"),
         ("value: 500", "value: -500", "must be above zero"),
-        ("value: 500", "value: .nan", "finite"),
+        ("value: 500", "value: .nan", "must be above zero"),
         ("  context:", "  contxt:", "Did you mean 'context'"),
         ("value: 500, ", "", "lacks the key 'value'"),
         ("driver: '5', ", "", "lacks the key 'driver'"),

@@ -177,11 +177,13 @@ def statistics_of_the_new_token_are_its_own(method: DecodeMethod, case: Case) ->
     other_key = signals.keys.clone()
     other_key[:, 0] = 2 * other_key[:, 0] + 1
     changed = replace(signals, keys=other_key, _memo={})
-    held, otherwise = (method.statistics(each) for each in (signals, changed))
+    asked = replace(signals, queries=signals.queries.flip(-1) + 1, _memo={})
+    held, otherwise, asked_otherwise = map(method.statistics, (signals, changed, asked))
     alone = [
         name
         for name, each in held.items()
-        if not torch.equal(each[:, 0], otherwise[name][:, 0])
+        if torch.equal(each, asked_otherwise[name])
+        and not torch.equal(each[:, 0], otherwise[name][:, 0])
         and torch.equal(each[:, 1:], otherwise[name][:, 1:])
     ]
     _, keys, values = generated(case)
