@@ -13,7 +13,7 @@ from kvtune.policies.testing import decode as suite
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 VARIANTS = [
-    pytest.param(method, id=f"{name}{number}")
+    pytest.param(method, id=f"{name}{number}", marks=[pytest.mark.full] if number else [])
     for name, kind in suite.decode_methods().items()
     for number, method in enumerate(dict.fromkeys(variants(kind)))
 ]

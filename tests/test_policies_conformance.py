@@ -37,7 +37,11 @@ def _one_thread() -> Iterator[None]:
 
 def every_variant(kinds: dict[str, type[Any]]) -> list[Any]:
     return [
-        pytest.param(thing, id=repr(thing).split("(")[0] + str(number))
+        pytest.param(
+            thing,
+            id=repr(thing).split("(")[0] + str(number),
+            marks=[pytest.mark.full] if number else [],  # the default one is tried always
+        )
         for kind in kinds.values()
         for number, thing in enumerate(dict.fromkeys(suite.variants(kind)))
     ]
