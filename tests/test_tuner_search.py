@@ -241,7 +241,8 @@ def test_a_models_own_search_runs_the_plan_and_its_rivals_live(
     assert families[0] == "kvtune"
     assert set(families) >= {"uniform", "adakv", "pyramid", "greedy"}
     for rival in result.rivals:
-        assert rival.prompt_bytes <= 1.02 * result.prompt_bytes
+        # An allocator may leave groups that are not full, whose scales are whole all the same.
+        assert rival.prompt_bytes <= 1.03 * result.prompt_bytes
         assert rival.live is not None
         assert rival.live.tier == "live"
         assert rival.live.value > 0
