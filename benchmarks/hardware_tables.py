@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +248,7 @@ def _shape(model: str, configs: Path) -> ModelShape:
             raise KvtuneError(f"{model} is of a kind that the tables are not read for")
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(path.read_text())
-            _SHAPES[model] = shape_from_config(Path(folder))
+            _SHAPES[model] = replace(shape_from_config(Path(folder)), name=model)
     return _SHAPES[model]
 
 
@@ -294,40 +294,46 @@ def fit(function: Any, runs: list[Run], kind: str, start: Any) -> Any:
     return minimize(loss, start, method="Nelder-Mead", options={"maxiter": 800}).x
 
 
+def half_width(ratios: list[Any]) -> float:
+    """The logarithm within which 80 % of errors are, each group counted alike whatever its size."""
+    off = np.concatenate([np.abs(np.log(group)) for group in ratios])
+    weights = np.concatenate([np.full(len(group), 1 / len(group)) for group in ratios])
+    order = np.argsort(off)
+    reached = np.cumsum(weights[order]) / np.sum(weights)
+    return float(off[order][np.searchsorted(reached, 0.8)])
+
+
 def runs_left_out(runs: list[Run], kind: str) -> dict[str, Any]:
     """Each model on each system predicted by parameters of all others of its stack.
 
-    The interval is of the ratios of the other groups' own left-out predictions (jackknife).
+    The interval of a group is as wide as the errors of all other groups, themselves left out.
     """
     function, start = (tpot, TPOT_START) if kind == "tpot" else (ttft, TTFT_START)
-    each, whole, inside, fitted = {}, [], [], {}
+    ratios: dict[str, Any] = {}
+    fitted = {}
     for stack in STACKS:
         of_stack = [r for r in runs if r.stack == stack]
-        ratios: dict[str, Any] = {}
         for group in sorted({r.group for r in of_stack}):
             others = [r for r in of_stack if r.group != group]
-            held = [r for r in of_stack if r.group == group]
+            held = columns([r for r in of_stack if r.group == group])
             if others:
                 x = fit(function, others, kind, start)
-                ratios[group] = function(x, columns(held)) / columns(held)[kind]
-        for group, own in ratios.items():
-            if len(ratios) > 1:
-                rest = 1 / np.concatenate([v for k, v in ratios.items() if k != group])
-                low, high = np.quantile(rest, [0.1, 0.9])
-                inside += list((low <= 1 / own) & (1 / own <= high))
-            each[f"{stack} {group}"] = summary(own)
-            whole += list(own)
+                ratios[f"{stack} {group}"] = function(x, held) / held[kind]
+        own = np.concatenate([r for name, r in ratios.items() if name.startswith(stack)])
+        parameters = np.exp(fit(function, of_stack, kind, start))
         fitted[stack] = {
-            "parameters": [float(f"{v:.3g}") for v in np.exp(fit(function, of_stack, kind, start))],
-            "left_out": summary(np.concatenate(list(ratios.values()))),
-            "truth_over_predicted": [
-                round(float(q), 3)
-                for q in np.quantile(1 / np.concatenate(list(ratios.values())), [0.1, 0.9])
-            ],
+            "parameters": [float(f"{v:.3g}") for v in parameters],
+            "left_out": summary(own),
         }
+    inside = [
+        np.abs(np.log(own)) <= half_width([r for other, r in ratios.items() if other != name])
+        for name, own in ratios.items()
+    ]
     return {
-        "all": summary(whole), "inside_interval": round(float(np.mean(inside)), 3),
-        "stacks": fitted, "each": each,
+        "all": summary(np.concatenate(list(ratios.values()))),
+        "inside_interval": round(float(np.mean(np.concatenate(inside))), 3),
+        "interval_factor": round(float(np.exp(half_width(list(ratios.values())))), 3),
+        "stacks": fitted, "each": {name: summary(own) for name, own in ratios.items()},
     }  # fmt: skip
 
 
@@ -344,6 +350,66 @@ def ways_tried(runs: list[Run]) -> dict[str, Any]:
         "ttft: with one step": summary((prefill + token) / first),
         "ttft: with a tenth of the queue": summary((prefill + token + 0.1 * waiting) / first),
     }
+
+
+# --- what the datasheet tier assumes -----------------------------------------------------------
+
+
+def achieved_shares(folder: Path) -> dict[str, list[float]]:
+    """Low, likely and high shares of the sheets' figures, over systems and stacks.
+
+    They are the priors in simulator/latency_priors.py. Floors are in microseconds.
+    """
+    found: dict[str, list[float]] = defaultdict(list)
+    for system, card in CARDS.items():
+        for stack in STACKS:
+            tables = ServingTables(folder, system, stack)
+            _attention_shares(tables, card, found)
+            _matrix_shares(tables, card, found)
+    return {
+        name: [round(float(q), 3) for q in np.quantile(values, [0.1, 0.5, 0.9])]
+        for name, values in found.items()
+    }
+
+
+def _attention_shares(
+    tables: ServingTables, card: GpuProfile, found: dict[str, list[float]]
+) -> None:
+    heads = Heads(32, 8, 128)
+    batch, length = np.meshgrid([1, 4, 16, 64, 128], [1024, 4096, 16384, 65536])
+    shares = {}
+    for form, width in (("bfloat16", 2), ("fp8", 1)):
+        try:
+            seconds = tables.decode_attention(heads, None, form, batch, length)
+            small = tables.decode_attention(heads, None, form, [1, 256, 1], [16, 16, 1])
+        except KvtuneError:
+            continue
+        read = batch * length * 2 * heads.kv * heads.width * width
+        large = read > 128e6 * width
+        shares[form] = float(np.median((read / seconds)[large])) / card.bandwidth_bytes_per_s
+        found[f"decode attention {form}"].append(shares[form])
+        if form == "bfloat16":
+            found["decode attention, floor"].append(float(small[2]) * 1e6)
+            found["decode attention, a sequence"].append(float(small[1] - small[0]) / 255e-6)
+            prompt = float(tables.context_attention(heads, None, form, 1, 8192))
+            operations = 4 * heads.query * heads.width * 8192 * 8193 / 2
+            found["prompt attention"].append(operations / prompt / card.bf16_flop_per_s)
+    if len(shares) == 2:
+        found["fp8 cache over bf16"].append(shares["fp8"] / shares["bfloat16"])
+
+
+def _matrix_shares(tables: ServingTables, card: GpuProfile, found: dict[str, list[float]]) -> None:
+    peaks = (("bfloat16", 2, card.bf16_flop_per_s), ("fp8", 1, card.fp8_flop_per_s))
+    for form, width, peak in peaks:
+        if form not in tables.matrix_formats() or peak is None:
+            continue
+        sizes = [(out, wide) for out in (8192, 12288, 16384) for wide in (8192, 12288)]
+        for rows in (8192, 2048, 512):
+            reached = [2 * rows * o * w / float(tables.matrix(o, w, form, rows)) for o, w in sizes]
+            found[f"matrices of {rows} rows {form}"].append(float(np.median(reached)) / peak)
+        read = [o * w * width / float(tables.matrix(o, w, form, 4)) for o, w in sizes]
+        share = float(np.median(read)) / card.bandwidth_bytes_per_s
+        found[f"matrices of 4 rows {form} {card.memory_kind}"].append(share)
 
 
 # --- (d) speed ---------------------------------------------------------------------------------
@@ -383,6 +449,7 @@ def main() -> None:
         },
         "systems_left_out": systems_left_out(folder, chips=False),
         "chips_left_out": systems_left_out(folder, chips=True),
+        "achieved_shares": achieved_shares(folder),
         "points_left_out": points_left_out(folder),
     }  # fmt: skip
     given.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

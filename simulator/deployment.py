@@ -21,19 +21,17 @@ from kvtune.simulator.serving_kernels import Overheads, ServingModel
 
 StackChoice = Literal["kvtune", "vllm", "sglang", "trtllm"]
 
-# Fitted on the whole serving runs of aiconfigurator-core 0.12.0 by
-# benchmarks/hardware_tables.py --fit; the figures are in benchmarks/results/hardware-tables.json.
+# Fitted on the whole serving runs of aiconfigurator-core 0.12.0 (benchmarks/hardware_tables.py;
+# benchmarks/results/hardware-tables.json, "parameters" of each stack's "tpot").
 OVERHEADS: dict[Stack, Overheads] = {
-    "vllm": Overheads(layer_s=8.6e-6, step_s=0.35e-3, sequence_s=3.4e-6),
-    "sglang": Overheads(layer_s=5.7e-6, step_s=0.98e-3, sequence_s=23.6e-6),
-    "trtllm": Overheads(layer_s=2.0e-6, step_s=0.36e-3, sequence_s=5.1e-6),
+    "vllm": Overheads(layer_s=14.9e-6, step_s=0.285e-3, sequence_s=4.4e-6),
+    "sglang": Overheads(layer_s=7.9e-6, step_s=0.67e-3, sequence_s=24.2e-6),
+    "trtllm": Overheads(layer_s=2.0e-6, step_s=0.22e-3, sequence_s=4.5e-6),
 }
-# Ends of the 80 % interval over the value: of those runs with their model and system left out, and
-# more for a card whose system was left out whole.
-STEP_INTERVAL: dict[Stack, tuple[float, float]] = {
-    "vllm": (0.78, 1.20), "sglang": (0.65, 1.60), "trtllm": (0.76, 1.15),
-}  # fmt: skip
-TRANSFER_INTERVAL = (0.77, 1.30)
+# Half of the 80 % interval as a factor: of those runs with their model and system left out; and of
+# decode attention of systems whose chip was left out whole.
+STEP_FACTOR = 1.51
+TRANSFER_FACTOR = 1.45
 
 _MATRIX_FORMATS = {"bf16": ("bfloat16",), "fp8": ("fp8", "fp8_block"), "int4": ("int4_wo",)}
 
@@ -113,18 +111,16 @@ class Deployment:
         step = float(model.decode(budget.batch, held))
         first = float(model.prefill(budget.context_tokens))
         if card == self.gpu:
-            ends = STEP_INTERVAL[stack]
             return (
-                _within(step, ends, "measured elsewhere"),
-                _within(first, ends, "measured elsewhere"),
+                _within(step, STEP_FACTOR, "measured elsewhere"),
+                _within(first, STEP_FACTOR, "measured elsewhere"),
             )
         slower = card.bandwidth_bytes_per_s / self.gpu.bandwidth_bytes_per_s
         computing = card.bf16_flop_per_s / self.gpu.bf16_flop_per_s
         shortest = float(model.decode(1, 1))
         weights = min(shortest, _weights_s(self.local, card, budget.weight_format))
         step = step + (slower - 1) * (step - shortest + weights)
-        low, high = STEP_INTERVAL[stack]
-        wider = (low * TRANSFER_INTERVAL[0], high * TRANSFER_INTERVAL[1])
+        wider = float(np.exp(np.hypot(np.log(STEP_FACTOR), np.log(TRANSFER_FACTOR))))
         return (
             _within(step, wider, "transferred"),
             _within(first * computing, wider, "transferred"),
@@ -182,6 +178,5 @@ def _weights_s(local: ModelShape, card: GpuProfile, weight_format: str) -> float
     return width * local.active_parameters / (0.8 * card.bandwidth_bytes_per_s)
 
 
-def _within(seconds: float, ends: tuple[float, float], tier: Tier) -> Estimate:
-    low, high = ends
-    return Estimate(seconds, low * seconds, high * seconds, "s", tier)
+def _within(seconds: float, factor: float, tier: Tier) -> Estimate:
+    return Estimate(seconds, seconds / factor, seconds * factor, "s", tier)

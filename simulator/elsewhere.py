@@ -63,7 +63,7 @@ class Curve:
         return np.asarray(np.exp(np.interp(x, self.log_x, self.log_s) + beyond))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class ServingTables:
     """The tables of one system and stack.
 
@@ -144,7 +144,13 @@ class ServingTables:
 
     def experts(self, shape: ExpertShape, number_format: str, tokens: npt.ArrayLike) -> FloatArray:
         """Seconds of one layer's routed experts on one GPU."""
-        return _experts_curve(self, shape, number_format).at(tokens)
+        curve = _experts_curve(self, shape, number_format)
+        if curve is None:
+            raise KvtuneError(
+                f"{self.stack} on {self.system} has no measured experts of this shape in "
+                f"{number_format}: {shape}"
+            )
+        return curve.at(tokens)
 
     def all_reduce(self, gpus: int, numbers: npt.ArrayLike) -> FloatArray:
         """Seconds of a sum over GPUs of so many 16-bit numbers; nothing on one GPU."""
@@ -285,7 +291,7 @@ def _matrix_curve(tables: ServingTables, out: int, wide: int, number_format: str
 
 
 @functools.lru_cache(maxsize=512)
-def _experts_curve(tables: ServingTables, shape: ExpertShape, number_format: str) -> Curve:
+def _experts_curve(tables: ServingTables, shape: ExpertShape, number_format: str) -> Curve | None:
     """Of this very mixture, with tokens that crowd on some experts as they do in practice.
 
     Experts cut into shares; where that was not measured, as many GPUs with whole experts each.
@@ -302,10 +308,7 @@ def _experts_curve(tables: ServingTables, shape: ExpertShape, number_format: str
             found = rows.where(distribution=spread).fastest_of("num_tokens") if rows else None
             if found is not None and len(found):
                 return Curve.of(found.columns["num_tokens"], found.columns["latency"] * 1e-3)
-    raise KvtuneError(
-        f"{tables.stack} on {tables.system} has no measured experts of this shape in "
-        f"{number_format}: {shape}"
-    )
+    return None
 
 
 @functools.lru_cache(maxsize=64)

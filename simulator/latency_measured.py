@@ -163,8 +163,9 @@ def matrices_in_format(
     narrow = bits_per_weight(shape, weight_format) / 16 / factor
     read = bf16_s * (1 - matrices_share + matrices_share * narrow)
     flops = 2.0 * shape.active_parameters * tokens
-    efficiency = getattr(priors.GEMM_EFFICIENCY, _WORSE[end])
-    compute = flops / (efficiency * parts.matrix_rate(gpu, kernel_format(shape, weight_format)))
+    matrices = kernel_format(shape, weight_format)
+    efficiency = getattr(parts.matrix_efficiency(gpu, matrices), _WORSE[end])
+    compute = flops / (efficiency * parts.matrix_rate(gpu, matrices))
     return np.asarray(np.maximum(np.minimum(read, bf16_s), compute))
 
 

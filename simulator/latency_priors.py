@@ -22,42 +22,44 @@ class Prior(NamedTuple):
     high: float
 
 
-# Decode attention, from a fit over published kernel tables of eight GPUs (one head geometry, one
-# engine): t = floor + bytes / (efficiency x bandwidth) + sequences x per_sequence, a layer.
-# The floor's low end is 7 us, as seen under CUDA graphs on an H100.
-ATTENTION_EFFICIENCY = Prior(0.88, 0.81, 0.95)
-ATTENTION_FLOOR_S = Prior(18e-6, 7e-6, 45e-6)
-ATTENTION_PER_SEQUENCE_S = Prior(0.05e-6, 0.0, 0.12e-6)
+# Decode attention, fitted on the tables of aiconfigurator-core 0.12.0: ten systems, three serving
+# stacks, 32 query and 8 KV heads of 128 ("achieved_shares" of benchmarks/hardware_tables.py).
+# t = floor + bytes / (efficiency x bandwidth) + sequences x per_sequence, a layer.
+ATTENTION_EFFICIENCY = Prior(0.88, 0.77, 0.94)
+ATTENTION_FLOOR_S = Prior(9e-6, 7e-6, 14e-6)
+ATTENTION_PER_SEQUENCE_S = Prior(0.12e-6, 0.07e-6, 0.31e-6)
 # Attention over quantised pages of narrower heads than a card's pages were measured with, over what
 # their bytes say: one run of heads of 64 in int4, 16 and 5,617 sequences on an H100
 # (benchmarks/results/validate-h100.txt).
 NARROW_PAGES = Prior(1.3, 1.0, 1.6)
-ATTENTION_COMPUTE = Prior(0.60, 0.45, 0.75)  # FlashAttention-2: 50-73 % of A100; -3: 75 % of H100
+ATTENTION_COMPUTE = Prior(0.52, 0.43, 0.63)  # prompts of 8,192 tokens, same tables
 
-# Matrix-vector products by kind of memory, same fit.
+# Products of four rows, which read their matrix, by kind of memory, same tables.
 # Shared LPDDR is a guess: one gets what the host leaves.
 GEMV_EFFICIENCY = {
-    "hbm": Prior(0.80, 0.70, 0.90),
-    "gddr": Prior(0.88, 0.82, 0.94),
+    "hbm": Prior(0.76, 0.71, 0.82),
+    "gddr": Prior(0.89, 0.74, 0.93),
     "lpddr": Prior(0.78, 0.62, 0.90),
 }
 
-# Large matrix products: 68-87 % of the dense peak on most cards (ml-engineering, accelerators).
-GEMM_EFFICIENCY = Prior(0.75, 0.63, 0.87)
+# Matrix products of 8,192 rows over the dense peak of their format, same tables; of fp8 with one
+# scale a tensor.
+GEMM_EFFICIENCY = Prior(0.73, 0.61, 0.84)
+GEMM_FP8_EFFICIENCY = Prior(0.55, 0.46, 0.72)
 
 # What is left of the bf16 efficiency when weights are narrower. Low ends: gpt-fast on an A100
 # (68.5 % in bf16, 52 % in int8, 42 % in int4); high ends: kernels of the Marlin kind.
+# fp8: products of four rows, same tables.
 WEIGHT_FORMAT_FACTOR = {
     "bf16": Prior(1.0, 1.0, 1.0),
-    "fp8": Prior(0.87, 0.76, 0.98),
+    "fp8": Prior(0.70, 0.56, 0.95),
     "int8": Prior(0.86, 0.76, 0.97),
     "int4": Prior(0.76, 0.61, 0.93),
 }
 
-# The same for the cache, by format. Eight bits, of floats and of integers: published tables give
-# 1.2-1.85x over bf16 above 64 MB a layer, 0.9-1.4x below; fewer bits: reports from half to all of
-# the bf16 speed.
-_EIGHT_BITS = Prior(0.78, 0.60, 0.93)
+# The same for the cache, by format. Eight bits, of floats and of integers: fp8 in the tables of
+# aiconfigurator-core; fewer bits: reports from half to all of the bf16 speed.
+_EIGHT_BITS = Prior(0.90, 0.70, 0.99)
 CACHE_FACTOR = {
     "bf16": Prior(1.0, 1.0, 1.0),
     "fp8": _EIGHT_BITS,

@@ -78,7 +78,9 @@ def matrices(
     head = shape.vocab_size * shape.hidden_size
     body = 2.0 * (shape.active_parameters - head) * tokens
     body_s = _over_rate(
-        body, matrix_rate(gpu, kernel_format(shape, weight_format)), priors.GEMM_EFFICIENCY
+        body,
+        matrix_rate(gpu, kernel_format(shape, weight_format)),
+        matrix_efficiency(gpu, kernel_format(shape, weight_format)),
     )
     head_s = _over_rate(2.0 * head * logits, gpu.bf16_flop_per_s, priors.GEMM_EFFICIENCY)
     compute = Term(*(a + b for a, b in zip(body_s, head_s, strict=True)))
@@ -139,6 +141,12 @@ def matrix_rate(gpu: GpuProfile, weight_format: KernelFormat) -> float:
     if weight_format == "fp8" and gpu.fp8_flop_per_s is not None:
         return gpu.fp8_flop_per_s
     return gpu.bf16_flop_per_s
+
+
+def matrix_efficiency(gpu: GpuProfile, weight_format: WeightFormat) -> Prior:
+    """Achieved share of :func:`matrix_rate` in large products."""
+    in_fp8 = weight_format == "fp8" and gpu.fp8_flop_per_s is not None
+    return priors.GEMM_FP8_EFFICIENCY if in_fp8 else priors.GEMM_EFFICIENCY
 
 
 def _weights_read(

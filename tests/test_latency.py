@@ -202,7 +202,7 @@ def test_causal_attention_counts_each_pair_once() -> None:
     for prompt, pairs in ((2, 3), (3, 6), (5, 12)):  # 1+2, 1+2+3, 1+2+3+3+3
         term = prompt_attention(tiny, H100, np.array(float(prompt)), np.array(1.0))
         operations = 32 * pairs * 32 * (128 + 128) * 2
-        assert float(term.value) == pytest.approx(operations / (0.6 * H100.bf16_flop_per_s))
+        assert float(term.value) == pytest.approx(operations / (0.52 * H100.bf16_flop_per_s))
 
 
 def test_a_geforce_prefill_runs_at_the_fp32_accumulation_rate() -> None:
@@ -258,11 +258,11 @@ def test_reading_a_narrow_cache_has_both_ends_of_both_efficiencies() -> None:
     size, bandwidth = 1e9, H100.bandwidth_bytes_per_s
     term = cache_read(H100, np.array(1.0), {"int4": np.array(size)})
     assert float(term.value) == pytest.approx(size / (0.88 * 0.55 * bandwidth))
-    assert float(term.low) == pytest.approx(size / (0.95 * 0.80 * bandwidth))
-    assert float(term.high) == pytest.approx(size / (0.81 * 0.30 * bandwidth))
+    assert float(term.low) == pytest.approx(size / (0.94 * 0.80 * bandwidth))
+    assert float(term.high) == pytest.approx(size / (0.77 * 0.30 * bandwidth))
 
 
-@pytest.mark.parametrize(("name", "achieved"), [("a100", 0.80), ("4090", 0.88)])
+@pytest.mark.parametrize(("name", "achieved"), [("a100", 0.76), ("4090", 0.89)])
 def test_weights_are_read_at_the_share_of_the_cards_kind_of_memory(
     name: str, achieved: float
 ) -> None:
