@@ -121,7 +121,6 @@ class Verdict:
         if not self.policies:
             return ""
         plan, *others = self.policies
-        others = [other for other in others if not other.name.startswith(plan.name)]  # itself
         pairs = {other.name: alike(plan, other) for other in others}
         known = {name: pair for name, pair in pairs.items() if pair}
         close = [name for name, (ours, theirs) in known.items() if theirs.value <= ours.high]
