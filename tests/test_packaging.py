@@ -14,7 +14,7 @@ import pytest
 import kvtune
 
 ROOT = Path(kvtune.__file__).parent
-NOT_SHIPPED = ("tests", "benchmarks", "docs", "constraints", "build", "dist")
+NOT_SHIPPED = ("tests", "benchmarks", "docs", "constraints", "build", "dist", "kvtune-runs")
 HEAVY = ("torch", "transformers", "optuna", "textual", "scipy", "gguf", "pydantic")
 
 
