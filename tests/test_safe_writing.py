@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -124,23 +123,33 @@ def test_a_full_disk_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None
     assert "No space left" in capsys.readouterr().err
 
 
-def _hold(folder: str, ready: Any, end: Any) -> None:
-    with locked(Path(folder)):
-        ready.set()
-        end.wait(60)
+HOLD = """
+import sys
+from pathlib import Path
+from kvtune.common.lock import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
 
 
 @pytest.fixture
-def holder(tmp_path: Path) -> Iterator[tuple[Any, Callable[[], None]]]:
-    """Another process that holds the folder's lock, and how to let it go."""
-    context = multiprocessing.get_context("spawn")
-    ready, end = context.Event(), context.Event()
-    process = context.Process(target=_hold, args=(str(tmp_path), ready, end))
-    process.start()
-    assert ready.wait(60)
-    yield process, end.set
+def holder(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Callable[[], None]]]:
+    """Another process that holds the folder's lock, and how to let it go.
+
+    It imports nothing of the tests, whose names are pytest's own.
+    """
+    process = subprocess.Popen(  # noqa: S603
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process, process.stdin.close
     process.kill()
-    process.join()
+    process.wait()
+    process.stdout.close()
 
 
 def test_a_second_writer_is_refused_and_told_who_writes(tmp_path: Path, holder: Any) -> None:
@@ -168,7 +177,7 @@ def test_a_second_writer_can_wait(tmp_path: Path, holder: Any) -> None:
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, holder: Any) -> None:
     process, _ = holder
     process.kill()
-    process.join()
+    process.wait()
     with locked(tmp_path):
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
 
