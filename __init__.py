@@ -1,3 +1,70 @@
-"""kvtune: a hardware-aware memory simulator and auto-tuner for KV-cache policies."""
+"""kvtune: a hardware-aware memory simulator and auto-tuner for KV-cache policies.
+
+As a library: ``search``, ``estimate``, ``capture``, ``read_policy`` and ``load_cache`` do what the
+commands of these names do and answer with typed results. Each is imported when it is first used, so
+that ``import kvtune`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvtune.common.errors import DoesNotFitError, KvtuneError
+    from kvtune.common.estimate import Estimate
+    from kvtune.library import capture, estimate, search
+    from kvtune.policies.document import PolicyDocument, read_policy
+    from kvtune.policies.policy import Policy
+    from kvtune.runtime.cache.policy_cache import load_cache
+    from kvtune.traces.trace import Trace
+    from kvtune.tuner.cases import Case
+    from kvtune.tuner.request import SearchRequest, SearchResult
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Case": "kvtune.tuner.cases",
+    "DoesNotFitError": "kvtune.common.errors",
+    "Estimate": "kvtune.common.estimate",
+    "KvtuneError": "kvtune.common.errors",
+    "Policy": "kvtune.policies.policy",
+    "PolicyDocument": "kvtune.policies.document",
+    "SearchRequest": "kvtune.tuner.request",
+    "SearchResult": "kvtune.tuner.request",
+    "Trace": "kvtune.traces.trace",
+    "capture": "kvtune.library",
+    "estimate": "kvtune.library",
+    "load_cache": "kvtune.runtime.cache.policy_cache",
+    "read_policy": "kvtune.policies.document",
+    "search": "kvtune.library",
+}
+
+__all__ = [
+    "Case",
+    "DoesNotFitError",
+    "Estimate",
+    "KvtuneError",
+    "Policy",
+    "PolicyDocument",
+    "SearchRequest",
+    "SearchResult",
+    "Trace",
+    "__version__",
+    "capture",
+    "estimate",
+    "load_cache",
+    "read_policy",
+    "search",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -48,10 +48,11 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """All policies beside each other at equal bytes, live."""
-    from kvtune.cli.inputs import check_writable, read_texts, read_weights
+    from kvtune.cli.inputs import check_writable
+    from kvtune.tuner.target import read_texts, read_weights
 
     check_writable(out, "--out")
-    name, texts, wanted = read_weights(model)[0], read_texts(text), _shares(shares)
+    name, texts, wanted = read_weights(model)[0], read_texts(text or ()), _shares(shares)
     form = _format(stored)
     with speaking(as_json, quiet) as output:
         from kvtune.traces.models import best_device, load_model

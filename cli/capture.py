@@ -13,10 +13,7 @@ from kvtune.cli.output import speaking, table
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from kvtune.traces.models import LoadedModel
     from kvtune.traces.trace import Trace
-
-_PROBES = {"cpu": 4, "cuda": 16}
 
 
 def command(
@@ -36,38 +33,26 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Record an attention trace of a model."""
-    from kvtune.cli.inputs import check_writable, read_texts, read_weights
+    from kvtune.cli.inputs import check_writable
+    from kvtune.tuner.target import read_texts, read_weights
 
     check_writable(out, "--out")
-    texts, name = read_texts(text), read_weights(model)[0]
+    texts, name = read_texts(text or ()), read_weights(model)[0]
     with speaking(as_json, quiet) as output:
-        from kvtune.traces.capture import capture
-        from kvtune.traces.models import best_device, load_model
-        from kvtune.traces.workloads import build, named_workload
+        from kvtune.library import capture
 
-        plan = named_workload(workload, seed, texts)
-        loaded = load_model(name, device=device or best_device(), progress=output.progress)
         trace = capture(
-            loaded,
-            build(plan, loaded.tokenizer),
+            name,
             out,
-            probes=probes or _PROBES[loaded.device.split(":", 1)[0]],
+            workload=workload,
+            texts=texts,
+            probes=probes,
             seed=seed,
-            workload_description=plan.describe(),
-            signals=_signals(loaded),
+            device=device,
             progress=output.progress,
         )
         output.show(_summary(trace), "", f"next: kvtune simulate POLICY.yaml --trace {out}")
         output.finish("capture", _answer(trace))
-
-
-def _signals(loaded: LoadedModel) -> tuple[str, ...]:
-    """All that any policy reads; a calibration only where the model has one."""
-    from kvtune.traces.calibration import find_calibration
-    from kvtune.traces.signals import SIGNALS
-
-    calibrated = find_calibration(loaded.fingerprint) is not None
-    return tuple(name for name in SIGNALS if calibrated or name != "calibration")
 
 
 def _summary(trace: Trace) -> RenderableType:

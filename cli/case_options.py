@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from kvtune.cli.cases import MILLION, Card
 from kvtune.common.errors import KvtuneError
+from kvtune.tuner.cases import MILLION, Card
 
 T = TypeVar("T")
 
@@ -61,8 +61,8 @@ def read_cards(
         KvtuneError: one is unknown, or there are as many prices as cards in no way.
     """
     from kvtune.cli.described_card import read_card
-    from kvtune.cli.inputs import read_gpu
     from kvtune.profiles.gpus import list_gpus
+    from kvtune.tuner.target import read_gpu
 
     if any(figures):
         gpus = [read_card(gpu, *figures)]

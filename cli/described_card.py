@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from kvtune.cli.inputs import read_gpu
 from kvtune.common.errors import KvtuneError
 from kvtune.common.units import GIB, MIB, parse_bytes
 from kvtune.profiles.gpus import Figure, GpuProfile
+from kvtune.tuner.target import read_gpu
 
 _SOURCE, _DATE = "given on the command line", "2026-01"
 _RATES = {"GB/s": 1.0, "TB/s": 1e3, "TFLOPS": 1.0, "PFLOPS": 1e3}

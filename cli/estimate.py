@@ -15,8 +15,8 @@ from kvtune.cli.output import Output, speaking
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from kvtune.cli.cases import Asked, Case
     from kvtune.policies.document import PolicyDocument
+    from kvtune.tuner.cases import Asked, Case
 
 
 def command(
@@ -114,9 +114,9 @@ def _asked(
     price: str | None,
 ) -> Asked:
     from kvtune.cli.case_options import read_batch, read_cards, read_several
-    from kvtune.cli.cases import Asked
-    from kvtune.cli.inputs import read_context, read_model
     from kvtune.common.units import parse_bytes, parse_tokens
+    from kvtune.tuner.cases import Asked
+    from kvtune.tuner.target import read_context, read_model
 
     name, shape = read_model(model)
     return Asked(

@@ -71,9 +71,9 @@ def command(
 
 def _facts(document: PolicyDocument, model: str | None) -> ModelFacts | None:
     """What the policy file leaves open of its model; of one that it names, if it is known."""
-    from kvtune.cli.inputs import read_model
     from kvtune.profiles.models import find_model
     from kvtune.simulator.model_facts import model_facts
+    from kvtune.tuner.target import read_model
 
     if document.model is None:
         return model_facts(read_model(model)[1]) if model else None

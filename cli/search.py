@@ -9,7 +9,6 @@ import typer
 
 from kvtune.cli import options
 from kvtune.cli.output import Output, speaking
-from kvtune.common.errors import KvtuneError
 
 if TYPE_CHECKING:
     from kvtune.tuner.request import SearchRequest, SearchResult
@@ -75,55 +74,37 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """The best plan for a GPU and a memory limit."""
-    from kvtune.cli.inputs import (
-        check_writable,
-        read_context_range,
-        read_target,
-        read_texts,
-    )
-    from kvtune.tuner.request import SearchRequest
+    from kvtune.cli.inputs import check_writable
+    from kvtune.library import search_request
 
-    if max_kl != max_kl:
-        raise KvtuneError("--max-kl nan is no number", hint="write for example 0.02.")
-    target = read_target(model, gpu, mem, context.partition("-")[0], generated)
-    context_tokens, longest_context = read_context_range(context, target.shape)
-    folder = run_dir or default_run_dir(target.shape.name, target.gpu.slug, mem or "all")
-    check_writable(folder, "--run-dir")
-    request = SearchRequest(
-        model=target.model,
-        shape=target.shape,
-        gpu=target.gpu,
-        memory_bytes=target.memory_bytes,
-        run_dir=folder,
+    request = search_request(
+        model,
+        gpu,
+        mem,
+        run_dir=run_dir,
+        context=context,
+        generated=generated,
+        batch=batch,
         weights=weights,
-        context_tokens=context_tokens,
-        longest_context=longest_context,
-        generated_tokens=target.generated_tokens,
-        sequences=batch,
-        largest_kl=max_kl,
+        max_kl=max_kl,
         trials=trials,
-        seed=seed,
-        stand_in=stand_in,
-        device=device,
         workload=workload,
         menu=menu,
-        texts=read_texts(text),
+        texts=text or (),
+        stand_in=stand_in,
+        seed=seed,
+        device=device,
     )
+    check_writable(request.run_dir, "--run-dir")
     with speaking(as_json, quiet) as output:
         _search(request, output)
-
-
-def default_run_dir(model: str, gpu: str, mem: str) -> Path:
-    """``kvtune-runs/llama-3.1-8b-rtx-4090-16gb`` below the current folder."""
-    parts = (model, gpu, mem.replace(" ", "").lower())
-    return Path("kvtune-runs") / "-".join(part.replace("/", "-") for part in parts)
 
 
 def _search(request: SearchRequest, output: Output) -> None:
     from dataclasses import replace
 
     from kvtune.cli import search_json, search_report
-    from kvtune.cli.inputs import beyond_length
+    from kvtune.tuner.target import beyond_length
 
     output.progress.note(search_report.first_words(request))
     result = _run(request, output)

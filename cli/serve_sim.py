@@ -114,11 +114,11 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Serve requests that arrive over time, simulated."""
-    from kvtune.cli.inputs import read_gpu, read_model
     from kvtune.common.units import parse_bytes, parse_seconds
     from kvtune.simulator.serving.report import Goals
     from kvtune.simulator.serving.scheduler import Limits
     from kvtune.simulator.serving.simulate import serve, server
+    from kvtune.tuner.target import read_gpu, read_model
 
     _, shape = read_model(model)
     card = read_gpu(gpu)

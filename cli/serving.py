@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from kvtune.cli.inputs import Target, read_target
 from kvtune.policies.document import PolicyDocument, Serving
 from kvtune.simulator.memory import MemoryBudget, memory_budget
+from kvtune.tuner.target import Target, read_target
 
 
 def planned_for(

@@ -7,11 +7,11 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvtune.cli.cases import FULL, Case
 from kvtune.cli.output import table
 from kvtune.common.estimate import Estimate
 from kvtune.common.units import GIB
 from kvtune.common.words import count, figure, printable
+from kvtune.tuner.cases import FULL, Case
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

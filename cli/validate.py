@@ -46,10 +46,11 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Run the model with a policy: predicted beside measured."""
-    from kvtune.cli.inputs import read_policy_path, read_texts
+    from kvtune.cli.inputs import read_policy_path
     from kvtune.policies.document import read_policy
+    from kvtune.tuner.target import read_texts
 
-    path, texts = read_policy_path(policy), read_texts(text)
+    path, texts = read_policy_path(policy), read_texts(text or ())
     document = read_policy(path)
     known = _known(document, path)
     name, shape = _model(document, model)
@@ -109,8 +110,8 @@ def _model(document: PolicyDocument, asked: str | None) -> tuple[str, ModelShape
     Raises:
         KvtuneError: neither says, or only a name whose weights must be given.
     """
-    from kvtune.cli.inputs import read_weights
     from kvtune.common.errors import KvtuneError
+    from kvtune.tuner.target import read_weights
 
     name = asked or (document.model.name if document.model else None)
     if name is None:

@@ -14,6 +14,9 @@ KB, MB, GB = 10**3, 10**6, 10**9
 MOST_BYTES, MOST_TOKENS = 2**60, 2**32  # beyond any machine, and any prompt
 _LONGEST = 24
 
+Amount = str | int
+"""Bytes or tokens: as people write them, ``16GB`` and ``32k``, or a number of them."""
+
 _BYTE_UNITS = {
     "b": 1, "kb": KB, "mb": MB, "gb": GB, "tb": 10**12,
     "kib": KIB, "mib": MIB, "gib": GIB, "tib": 2**40,
@@ -21,10 +24,10 @@ _BYTE_UNITS = {
 _QUANTITY = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", re.ASCII)
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes from ``16GB`` (10^9) or ``16GiB`` (2^30). A bare number is refused: it has no unit."""
+def parse_bytes(amount: Amount) -> int:
+    """Bytes from ``16GB`` (10^9), ``16GiB`` (2^30) or an int. A text without unit is refused."""
     return _quantity(
-        text,
+        f"{amount}B" if isinstance(amount, int) else amount,
         _BYTE_UNITS,
         MOST_BYTES,
         "is no amount of memory with a unit",
@@ -32,10 +35,10 @@ def parse_bytes(text: str) -> int:
     )
 
 
-def parse_tokens(text: str) -> int:
-    """Tokens from ``8192``, ``32k`` (1024 each) or ``1m``."""
+def parse_tokens(amount: Amount) -> int:
+    """Tokens from ``8192``, ``32k`` (1024 each), ``1m`` or an int."""
     return _quantity(
-        text,
+        str(amount),
         {"": 1, "k": 1024, "m": 1024**2},
         MOST_TOKENS,
         "is no number of tokens",

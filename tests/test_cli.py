@@ -178,7 +178,7 @@ def assert_one_error(ran: Ran, said: str, hint: str | None = None, code: int = 2
 
 
 def test_without_a_gpu_one_must_be_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvtune.cli.inputs.detect_gpu", lambda: None)
+    monkeypatch.setattr("kvtune.tuner.target.detect_gpu", lambda: None)
     assert_one_error(run("estimate", "--model", "llama-8b"), "no GPU", "--gpu 4090")
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
 
-from kvtune.cli.inputs import beyond_length
 from kvtune.common.errors import DoesNotFitError, KvtuneError
 from kvtune.common.estimate import Estimate
+from kvtune.tuner.target import beyond_length
 
 if TYPE_CHECKING:
     from kvtune.policies.document import PolicyDocument

@@ -1,0 +1,284 @@
+"""What kvtune's commands do, as functions with typed results; ``import kvtune`` offers them.
+
+::
+
+    import kvtune
+
+    cases = kvtune.estimate("llama-8b", "4090", "16GB", context="32k")
+    found = kvtune.search("smollm2-135m", "4090", "1GiB", run_dir="run")
+    print(found.sequences, found.quality.kl, found.policy.name)
+
+Models, cards, sizes and tokens are written as on the command line, or given as numbers and objects.
+Mistakes raise ``kvtune.KvtuneError``, whose ``hint`` says what to write instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+
+from kvtune.common.errors import KvtuneError
+from kvtune.common.progress import Progress
+from kvtune.common.units import Amount, parse_bytes, parse_tokens
+from kvtune.policies.document import PolicyDocument, read_policy
+from kvtune.profiles.gpus import GpuProfile
+from kvtune.tuner.cases import Asked, Card, Case
+from kvtune.tuner.request import SearchRequest, SearchResult
+from kvtune.tuner.target import (
+    read_context,
+    read_context_range,
+    read_gpu,
+    read_model,
+    read_target,
+    read_texts,
+    read_weights,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from kvtune.simulator.deployment import StackChoice
+    from kvtune.traces.models import LoadedModel
+    from kvtune.traces.trace import Trace
+
+N = TypeVar("N", int, float, "int | None")
+
+MOST_SEQUENCES, MOST_TRIALS, MOST_KL = 10**6, 10**5, 100.0
+_PROBES = {"cpu": 4, "cuda": 16}
+
+
+class SearchOptions(TypedDict, total=False):
+    """How hard to look, and at what; every one may be left out.
+
+    Keys:
+        context: prompt tokens of a sequence, 8192; ``"4k-64k"`` lets the search choose.
+        generated: tokens that each sequence generates, 256.
+        batch: sequences at once; left out, as many as ``max_kl`` allows.
+        weights: weight format; ``"auto"`` takes the widest that fits.
+        max_kl: loss that is acceptable, nats a token, 0.02.
+        trials: of the outer study, 60.
+        workload: texts that are searched on: ``"small"`` for a CPU, ``"full"`` for a GPU.
+        menu: methods that a head may have: ``"three"``, or ``"all"``.
+        texts: your own .txt or .jsonl files, instead of the built-in ones.
+        stand_in: uses the packaged tables even where weights are at hand.
+        seed: of everything that is drawn, 0.
+        device: where the model runs, ``"cpu"`` or ``"cuda"``; left out, a GPU if there is one.
+    """
+
+    context: Amount
+    generated: Amount
+    batch: int | None
+    weights: str
+    max_kl: float
+    trials: int
+    workload: Literal["small", "full"]
+    menu: Literal["three", "all"]
+    texts: Iterable[Path | str]
+    stand_in: bool
+    seed: int
+    device: str | None
+
+
+def search(
+    model: str,
+    gpu: str | GpuProfile | None = None,
+    mem: Amount | None = None,
+    *,
+    run_dir: Path | str | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[SearchOptions],
+) -> SearchResult:
+    """The best plan for a model, a card and a memory limit, as ``kvtune search`` finds it.
+
+    Args:
+        model: a known name, a Hugging Face folder or id, or a GGUF file.
+        gpu: a known card, a card's YAML file, or a profile; None for this machine's.
+        mem: for everything together; None for all that the card shows.
+        run_dir: where everything goes and is taken up again; None for
+            ``kvtune-runs/<model>-<gpu>-<mem>`` below the current folder.
+        progress: what is told of long work; None for silence.
+        options: the rest, as ``SearchOptions`` lists it.
+
+    Raises:
+        KvtuneError: something is unknown or out of bounds, nothing fits, or a file cannot be kept.
+    """
+    from kvtune.tuner.search import run_search
+
+    return run_search(search_request(model, gpu, mem, run_dir=run_dir, **options), progress)
+
+
+def search_request(
+    model: str,
+    gpu: str | GpuProfile | None = None,
+    mem: Amount | None = None,
+    *,
+    run_dir: Path | str | None = None,
+    **options: Unpack[SearchOptions],
+) -> SearchRequest:
+    """What ``search`` is asked, checked; nothing is run or written.
+
+    Raises:
+        KvtuneError: something is unknown or out of bounds.
+    """
+    wanted = str(options.get("context", 8192))
+    shortest = wanted.partition("-")[0]
+    target = read_target(model, gpu, mem, shortest, options.get("generated", 256))
+    context, longest = read_context_range(wanted, target.shape)
+    called = "all" if mem is None else str(mem)
+    folder = run_dir or default_run_dir(target.shape.name, target.gpu.slug, called)
+    return SearchRequest(
+        model=target.model,
+        shape=target.shape,
+        gpu=target.gpu,
+        memory_bytes=target.memory_bytes,
+        run_dir=Path(folder),
+        weights=options.get("weights", "auto"),
+        context_tokens=context,
+        longest_context=longest,
+        generated_tokens=target.generated_tokens,
+        sequences=_within("--batch", options.get("batch"), 1, MOST_SEQUENCES),
+        largest_kl=_within("--max-kl", options.get("max_kl", 0.02), 0, MOST_KL),
+        trials=_within("--trials", options.get("trials", 60), 1, MOST_TRIALS),
+        seed=options.get("seed", 0),
+        stand_in=options.get("stand_in", False),
+        device=options.get("device"),
+        workload=options.get("workload", "small"),
+        menu=options.get("menu", "three"),
+        texts=read_texts(options.get("texts", ())),
+    )
+
+
+def default_run_dir(model: str, gpu: str, mem: str) -> Path:
+    """``kvtune-runs/llama-3.1-8b-rtx-4090-16gb`` below the current folder."""
+    parts = (model, gpu, mem.replace(" ", "").lower())
+    return Path("kvtune-runs") / "-".join(part.replace("/", "-") for part in parts)
+
+
+def estimate(
+    model: str,
+    gpu: str | GpuProfile | Sequence[str | GpuProfile] | None = None,
+    mem: Amount | None = None,
+    *,
+    context: Amount | Sequence[Amount] = 8192,
+    generated: Amount = 256,
+    batch: int | Sequence[int] = 1,
+    weights: str = "auto",
+    policy: Path | str | PolicyDocument | None = None,
+    gpus: int = 1,
+    stack: StackChoice = "kvtune",
+) -> list[Case]:
+    """Memory and time of the full cache, and of a policy beside it; nothing is run.
+
+    Args:
+        model: a known name, a Hugging Face folder or id, or a GGUF file.
+        gpu: cards by name or profile, one or several; None for this machine's.
+        mem: for everything together; None for all that each card shows.
+        context: prompt tokens of a sequence, one length or several.
+        generated: tokens that each sequence generates.
+        batch: sequences at once, one number or several.
+        weights: weight format; ``"auto"`` takes the widest that fits.
+        policy: a policy file or its document.
+        gpus: cards that share each layer.
+        stack: whose kernels: kvtune's, or vllm, sglang or trtllm as NVIDIA measured them.
+
+    Returns:
+        Every combination of card, context and batch: the full cache, then the policy.
+
+    Raises:
+        KvtuneError: something is unknown or out of bounds.
+    """
+    name, shape = read_model(model)
+    cards = [_card(one, mem) for one in _several(gpu)]
+    document = (
+        policy if policy is None or isinstance(policy, PolicyDocument) else read_policy(policy)
+    )
+    asked = Asked(
+        model=name,
+        shape=shape,
+        generated_tokens=parse_tokens(generated),
+        cards=cards,
+        contexts=[read_context(one, shape) for one in _several(context)],
+        batches=[_within("--batch", one, 1, MOST_SEQUENCES) for one in _several(batch)],
+        weights=weights,
+        document=document,
+        evicts=False,
+        gpus=gpus,
+        stack=stack,
+    )
+    return list(asked.cases())
+
+
+def capture(
+    model: str,
+    out: Path | str,
+    *,
+    workload: Literal["small", "full"] = "small",
+    texts: Iterable[Path | str] = (),
+    probes: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Trace:
+    """Record what every head attends to, for the replay of any policy.
+
+    Args:
+        model: a Hugging Face folder or id, a GGUF file, or a name whose weights are fetched.
+        out: folder of the trace; what an interrupted call finished there is kept.
+        workload: ``"small"`` for a CPU, ``"full"`` for a GPU.
+        texts: your own .txt or .jsonl files, instead of the built-in ones.
+        probes: Fisher probes a sample; None for 4 on a CPU and 16 on a GPU.
+        seed: of everything that is drawn.
+        device: ``"cpu"`` or ``"cuda"``; None for a GPU if there is one.
+        progress: what is told of long work; None for silence.
+
+    Raises:
+        KvtuneError: the weights are not at hand, or the folder holds another trace.
+    """
+    name = read_weights(model)[0]
+    files = read_texts(texts)
+    from kvtune.traces.capture import capture as record
+    from kvtune.traces.models import best_device, load_model
+    from kvtune.traces.workloads import build, named_workload
+
+    plan = named_workload(workload, seed, files)
+    loaded = load_model(name, device=device or best_device(), progress=progress)
+    return record(
+        loaded,
+        build(plan, loaded.tokenizer),
+        Path(out),
+        probes=probes or _PROBES[loaded.device.split(":", 1)[0]],
+        seed=seed,
+        workload_description=plan.describe(),
+        signals=_signals(loaded),
+        progress=progress,
+    )
+
+
+def _signals(loaded: LoadedModel) -> tuple[str, ...]:
+    """All that any policy reads; a calibration only where the model has one."""
+    from kvtune.traces.calibration import find_calibration
+    from kvtune.traces.signals import SIGNALS
+
+    calibrated = find_calibration(loaded.fingerprint) is not None
+    return tuple(name for name in SIGNALS if calibrated or name != "calibration")
+
+
+def _several(one: Any) -> Sequence[Any]:
+    """A list as it is, a single thing as a list of one."""
+    return one if isinstance(one, Sequence) and not isinstance(one, str) else [one]
+
+
+def _within(option: str, number: N, least: float, most: float) -> N:
+    """``number``, where it lies within the bounds or is None."""
+    if number is not None and not least <= number <= most:
+        raise KvtuneError(
+            f"{option} {number} is not between {least:,} and {most:,}",
+            hint=f"give a number from {least:,} to {most:,}.",
+        )
+    return number
+
+
+def _card(gpu: str | GpuProfile | None, mem: Amount | None) -> Card:
+    profile = gpu if isinstance(gpu, GpuProfile) else read_gpu(gpu)
+    return Card(profile, profile.visible_bytes if mem is None else parse_bytes(mem), None)
