@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvtune.common.errors import DoesNotFitError, KvtuneError
     from kvtune.common.estimate import Estimate
-    from kvtune.library import capture, estimate, search
     from kvtune.policies.document import PolicyDocument, read_policy
     from kvtune.policies.policy import Policy
     from kvtune.runtime.cache.policy_cache import load_cache
     from kvtune.traces.trace import Trace
     from kvtune.tuner.cases import Case
+    from kvtune.tuner.library import capture, estimate, search
     from kvtune.tuner.request import SearchRequest, SearchResult
 
 __version__ = "0.1.0"
@@ -33,11 +33,11 @@ _HOMES = {
     "SearchRequest": "kvtune.tuner.request",
     "SearchResult": "kvtune.tuner.request",
     "Trace": "kvtune.traces.trace",
-    "capture": "kvtune.library",
-    "estimate": "kvtune.library",
+    "capture": "kvtune.tuner.library",
+    "estimate": "kvtune.tuner.library",
     "load_cache": "kvtune.runtime.cache.policy_cache",
     "read_policy": "kvtune.policies.document",
-    "search": "kvtune.library",
+    "search": "kvtune.tuner.library",
 }
 
 __all__ = [

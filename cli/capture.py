@@ -39,7 +39,7 @@ def command(
     check_writable(out, "--out")
     texts, name = read_texts(text or ()), read_weights(model)[0]
     with speaking(as_json, quiet) as output:
-        from kvtune.library import capture
+        from kvtune.tuner.library import capture
 
         trace = capture(
             name,

@@ -75,7 +75,7 @@ def command(
 ) -> None:
     """The best plan for a GPU and a memory limit."""
     from kvtune.cli.inputs import check_writable
-    from kvtune.library import search_request
+    from kvtune.tuner.library import search_request
 
     request = search_request(
         model,

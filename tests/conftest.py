@@ -12,6 +12,8 @@ from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, whoever does that
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: more threads would only be in the way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("kvtune", deadline=None, derandomize=True)
 settings.load_profile("kvtune")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import kvtune
-from kvtune import library
+from kvtune.tuner import library
 
 ROOT = Path(kvtune.__file__).parent
 

@@ -18,7 +18,7 @@ from kvtune.policies.decode import DecodeMethod, DecodeState
 from kvtune.policies.document import read_policy
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.gear import Gear
-from kvtune.policies.formats.grouped import Int2, Int4
+from kvtune.policies.formats.grouped import Int2, Int4, Int8
 from kvtune.policies.formats.packing import pack, unpack
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.knorm import KNorm
@@ -187,6 +187,25 @@ def slow_rtn(row: Any, group: int, bits: int) -> Any:
         step = float(np.float16((part.max() - low) / (2**bits - 1))) or 1.0
         found += [low + step * min(max(round((x - low) / step), 0), 2**bits - 1) for x in part]
     return np.array(found)
+
+
+def test_keys_and_values_are_counted_in_their_own_formats() -> None:
+    option = Option(Full(), ALL, Int4(), Bf16())
+    assert option.bytes_by_format(64, 64, 32) == {
+        Int4(): 64 * 32 // 2 + 4 * 32,  # half a byte an element, a scale and an offset a channel
+        Bf16(): 2 * 64 * 32,
+    }
+
+
+def test_a_log_weight_takes_its_bytes() -> None:
+    """19 tokens and one virtual entry, 16 elements of 16 bits twice each, and one float32."""
+    assert Option(Razor(), Budget(tokens=20)).footprint(20, 100, 16) == 20 * 2 * 2 * 16 + 4
+
+
+def test_first_tokens_in_16_bits_take_16_bits() -> None:
+    option = Option(Full(), ALL, Int8(exact_first=4), Int8(exact_first=4))
+    exact, keys, values = 4 * 64 * 2, 64 * 64 + 64 * 4, 64 * 64 + 64 * 4
+    assert option.footprint(68, 68, 64) == 2 * exact + keys + values
 
 
 def test_mikv_takes_the_bytes_of_both_precisions() -> None:

@@ -90,18 +90,27 @@ def test_the_verdict_and_its_picture_come_first(html: str) -> None:
     assert "The plan is not better than greedy per head" in first
 
 
-def test_a_study_without_an_end_has_no_verdict(tmp_path: Path) -> None:
-    run = write_study(tmp_path, 6, finished=False)
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of a study that goes on, whose stand-in has a name with markup in it."""
+    folder = tmp_path_factory.mktemp("running")
+    run = write_study(folder, 6, finished=False, stand_in="<script>alert(1)</script>")
     (page, *_) = write_report(StudyReader(run).read(), run / "report")
-    text = page.read_text(encoding="utf-8")
-    assert 'class="verdict"' not in text
-    assert "<svg" in text.split("<section>")[0]
+    return page.read_text(encoding="utf-8")
 
 
-def test_markup_in_names_stays_text(tmp_path: Path) -> None:
-    run = write_study(tmp_path, 3, stand_in="<script>alert(1)</script>")
-    (page, *_) = write_report(StudyReader(run).read(), run / "report")
-    assert "<script>" not in page.read_text(encoding="utf-8")
+def test_a_study_without_an_end_has_no_verdict(running: str) -> None:
+    assert 'class="verdict"' not in running
+    assert "<svg" in running.split("<section>")[0]
+
+
+def test_a_running_study_is_reported_as_such(running: str) -> None:
+    assert "running" in running
+
+
+def test_markup_in_names_stays_text(running: str) -> None:
+    assert "<script>" not in running
+    assert "&lt;script&gt;" in running
 
 
 def test_the_table_holds_every_plan(folder: Path) -> None:
@@ -142,12 +151,6 @@ def test_losses_by_kind_are_drawn_as_measured_where_the_plan_ran_live(
     assert "uniform h2o int3+4" in drawn
     assert "greedy per head" not in drawn  # it did not run
     assert "greedy per head" in predicted
-
-
-def test_a_running_study_is_reported_as_such(tmp_path: Path) -> None:
-    run = write_study(tmp_path, 6, finished=False)
-    (page, *_) = write_report(StudyReader(run).read(), run / "report")
-    assert "running" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

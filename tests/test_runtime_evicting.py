@@ -37,7 +37,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:kvtune's kernels need"),
 ]
 
-PROMPT, TOKENS, BUDGET = 90, 80, 40
+PROMPT, TOKENS, BUDGET = 70, 40, 30
 METHODS: list[DecodeMethod] = [
     LazyEviction(window=7, threshold=0.02) if kind is LazyEviction else kind()
     for kind in decode_methods().values()
@@ -109,7 +109,7 @@ def test_bounded_heads_stay_bounded(
     """A head a method, several hundred tokens: the pages of the first few, and no more memory."""
     from transformers import LlamaConfig
 
-    heads, tokens = len(METHODS), 300
+    heads, tokens = len(METHODS), 160
     shape = {"num_attention_heads": heads, "num_key_value_heads": heads, "hidden_size": 8 * heads}
     fields = {**tiny_fields, **shape, "num_hidden_layers": 1}
     network = make_network(LlamaConfig(**fields)).eval()

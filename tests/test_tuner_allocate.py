@@ -83,6 +83,26 @@ def test_additive_losses_are_solved_to_a_hull_step(seed: int, share: float) -> N
 
 @quick
 @given(SEEDS, SHARES)
+def test_no_price_does_better_than_the_one_found(seed: int, share: float) -> None:
+    problem = random_problem(seed, shrinkage=0.0)
+    budget = budget_at(problem, share)
+    every = [
+        (problem.loss + price * problem.footprint).argmin(1)
+        for price in np.geomspace(1e-9, 1e3, 4000)
+    ]
+    within = min(problem.value(choice) for choice in every if problem.spent(choice) <= budget)
+    assert problem.value(priced(problem, budget)[0]) <= within + 1e-6
+
+
+def test_bytes_move_to_the_head_that_needs_them() -> None:
+    """No single change fits or helps: one head must give what the other takes."""
+    loss = np.array([[0.2, 0.1], [0.9, 0.1]], np.float32)
+    problem = Problem(loss, np.sqrt(loss)[..., None], np.array([10, 20]), 0.0)
+    assert exchange(problem, 30, np.array([1, 0])).tolist() == [0, 1]
+
+
+@quick
+@given(SEEDS, SHARES)
 def test_small_problems_with_cross_terms_come_near_the_optimum(seed: int, share: float) -> None:
     problem = random_problem(seed)
     budget = budget_at(problem, share)

@@ -89,6 +89,8 @@ def rendered(
     with _style():
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.add_subplot())
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once; every saved file would do it twice more
         return {kind: _saved(figure, kind) for kind in kinds}
 
 
