@@ -12,10 +12,8 @@ more than four GiB, or an answer that differs from the undisturbed one.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import resource
-import shutil
 import signal
 import sys
 import tempfile
@@ -28,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtune.benchmarks.torture_inputs import mutated
+from kvtune.benchmarks.torture_kills import kill_searches
 from kvtune.benchmarks.torture_parsers import Parser, make_trace, parsers
 from kvtune.common.errors import KvtuneError
 from kvtune.profiles.gpus import find_gpu
@@ -40,7 +39,6 @@ from kvtune.tuner.run_directory import result_as_plain
 from kvtune.tuner.search import run_search
 
 _HANG_S, _MEMORY = 10, 4 * 2**30
-_ANSWER = ("result.json", "policy.yaml", "plans.jsonl")
 
 
 class HangError(Exception):
@@ -166,48 +164,6 @@ def _as_text(result: Any) -> str:
     return repr(result_as_plain(result))
 
 
-def kill_searches(
-    seed: int, count: int, until: float, work: Path, failures: Failures
-) -> Counter[str]:
-    """Searches killed at any moment, started again until they end: always the same files."""
-    rng, found = random.Random(seed), Counter[str]()  # noqa: S311
-    began = time.monotonic()
-    run_search(request(work / "whole"))
-    whole_s = time.monotonic() - began
-    wanted = _files(work / "whole")
-    while found["kills"] < count and time.monotonic() < until:
-        folder = work / "killed"
-        shutil.rmtree(folder, ignore_errors=True)
-        for delay in (rng.uniform(0, whole_s), rng.uniform(0, whole_s)):
-            found["kills"] += _killed(folder, delay)
-        try:
-            run_search(request(folder))
-            if _files(folder) != wanted:
-                raise AssertionError("another answer")
-            found["resumed alike"] += 1
-        except Exception as error:
-            failures.add("kill", error, b"")
-            found["failed"] += 1
-    return found
-
-
-def _killed(folder: Path, delay: float) -> int:
-    """A search in a child that is killed after ``delay`` seconds; 0 where it had ended before."""
-    child = os.fork()
-    if child == 0:
-        try:
-            run_search(request(folder))
-        finally:
-            os._exit(0)
-    time.sleep(delay)
-    os.kill(child, signal.SIGKILL)
-    return int(os.WIFSIGNALED(os.waitpid(child, 0)[1]))
-
-
-def _files(folder: Path) -> list[bytes]:
-    return [(folder / name).read_bytes() for name in _ANSWER]
-
-
 def main() -> int:
     parse = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parse.add_argument("--seconds", type=float, default=float("inf"), help="in all; split 7:2:1")
@@ -248,7 +204,12 @@ def main() -> int:
         print(f"inputs       {sum(sum(found.values()) for found in counts.values()):,}", flush=True)
         flips = flip_bits(asked.seed, asked.flips, now + 0.9 * share, work, failures)
         print("flips       ", ", ".join(f"{n:,} {what}" for what, n in flips.items()), flush=True)
-        kills = kill_searches(asked.seed, asked.kills, now + share, work, failures)
+        kills = Counter[str]()
+        if asked.kills:
+            try:
+                kills = kill_searches(asked.seed, asked.kills, now + share, work)
+            except Exception as error:
+                failures.add("kill", error, b"")
         print("kills       ", ", ".join(f"{n:,} {what}" for what, n in kills.items()), flush=True)
     print(
         f"{time.monotonic() - now:.0f} s, seed {asked.seed}: {len(failures.seen)} distinct failures"
