@@ -11,17 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import torch
 from torch import Tensor
 
 from kvtune.common.transformers_interface import attention_restored
+from kvtune.policies.pages import PAGE, PageLayout, exact_tokens, layout_of
 from kvtune.policies.policy import Policy
-from kvtune.runtime.cache.answering import NAME
-from kvtune.runtime.cache.policy_cache import PolicyCache, load_cache
+from kvtune.runtime.admission import read_for_all
+from kvtune.runtime.cache.policy_cache import load_cache
 from kvtune.runtime.device import Bench, unless_full
-from kvtune.runtime.kernels.layout import PAGE, PageLayout, exact_tokens, layout_of
 from kvtune.runtime.timing import Decoding, time_decoding
-from kvtune.traces import seam
 
 Found = TypeVar("Found")
 
@@ -153,35 +151,5 @@ def time_filled(policy: Policy, model: Any, prompt: Tensor, batch: int, bench: B
     """Decode from a batch of one prompt; raises what ``load_cache`` does, or out of memory."""
     bench.release()
     cache = load_cache(policy, model, new_tokens=NEW_TOKENS)
-    first = fill(cache, model, prompt, batch).argmax(-1).expand(batch)
+    first = read_for_all(model, cache, prompt, batch).argmax(-1).expand(batch)
     return time_decoding(model, cache, first, prompt.shape[1], bench, STEPS, STRETCHES)
-
-
-@torch.no_grad()
-def fill(cache: PolicyCache, model: Any, prompt: Tensor, batch: int) -> Tensor:
-    """Store a prompt for every sequence, in one pass over it; the logits after it, ``[1, V]``.
-
-    Args:
-        cache: of the model, new.
-        model: answers through the cache when this returns.
-        prompt: ``[1, P]``.
-        batch: sequences.
-    """
-
-    def handler(
-        number: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
-    ) -> Tensor:
-        layer = cache.layers[number]
-        layer.begin(k.device, batch * [k.shape[2]])
-        layer.seen = k.shape[2]
-        layer.take_in(layer.signals(q, k, v, scale))
-        return seam.causal_attention(q, k, v, scale, window)
-
-    seam.register()
-    model.set_attn_implementation(seam.NAME)
-    with seam.attending(handler):
-        logits: Tensor = model(input_ids=prompt, use_cache=False, logits_to_keep=1).logits[:, -1]
-    model.set_attn_implementation(NAME)
-    if cache.waits:
-        cache.read(None)
-    return logits

@@ -18,6 +18,7 @@ from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.runtime import largest
+from kvtune.runtime.admission import read_for_all
 from kvtune.runtime.cache import pool
 from kvtune.runtime.cache.policy_cache import load_cache
 from kvtune.runtime.device import unless_full
@@ -26,7 +27,6 @@ from kvtune.runtime.graph import DecodeLoop
 from kvtune.runtime.largest import (
     Bounds,
     Largest,
-    fill,
     find_largest,
     page_bytes,
     search_largest,
@@ -182,7 +182,7 @@ def test_the_device_is_full_in_other_words_too(words: str) -> None:
 @pytest.mark.parametrize("policy", [PLAN, uncompressed(PLAN)], ids=lambda p: p.name)
 def test_pages_are_predicted_as_the_pool_takes_them(network: Any, policy: Policy) -> None:
     cache = load_cache(policy, network, new_tokens=64)
-    fill(cache, network, prompt(), 5)
+    read_for_all(network, cache, prompt(), 5)
     assert cache.page_bytes() <= 5 * page_bytes(policy, 70, 8) <= cache.pool.memory.nbytes
     cache.reserve(64)
     assert cache.page_bytes() == 5 * page_bytes(policy, 70, 8)
@@ -195,7 +195,7 @@ def test_a_filled_batch_says_what_prompts_read_together_do(network: Any) -> None
         cache = load_cache(PLAN, network, new_tokens=64)
         with torch.no_grad():
             if fills:
-                logits = fill(cache, network, prompt(), 3).expand(3, -1)
+                logits = read_for_all(network, cache, prompt(), 3).expand(3, -1)
             else:
                 answer = network(
                     prompt().expand(3, -1), past_key_values=cache, use_cache=True, logits_to_keep=1

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.option import Option
+from kvtune.policies.pages import PageLayout, exact_tokens, has_pages, layout_of
 from kvtune.policies.parts import HeadPart, PartPlan
 from kvtune.policies.policy import Policy
-from kvtune.runtime.kernels.layout import PageLayout, exact_tokens, has_pages, layout_of
 
 EXACT = (Bf16(), Bf16())
 

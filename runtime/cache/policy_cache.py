@@ -35,6 +35,7 @@ from kvtune.common.transformers_interface import cache_argument, register_attent
 from kvtune.policies.apply import linked
 from kvtune.policies.document_reader import read_policy
 from kvtune.policies.option import Option
+from kvtune.policies.pages import PAGE, PageLayout
 from kvtune.policies.policy import Policy
 from kvtune.policies.room import Room
 from kvtune.policies.signals import Signals
@@ -50,7 +51,6 @@ from kvtune.runtime.cache.selecting import check_reader
 from kvtune.runtime.cache.settling import check_residual, settle
 from kvtune.runtime.cache.whole_prompt import calibration_for, check_passes, repeated, when_read
 from kvtune.runtime.kernels.launch import Scratch
-from kvtune.runtime.kernels.layout import PAGE, PageLayout
 from kvtune.traces.calibration import Calibration
 from kvtune.traces.geometry import Geometry, read_geometry
 from kvtune.traces.self_check import Ask, Part, require_same
@@ -145,7 +145,9 @@ class PolicyCache(Cache):  # type: ignore[misc]
         self.calibration: Calibration | None = None
         self.repeat: Callable[[list[int], list[Signals]], list[Signals]] | None = None
         self.waits, self.needs = policy.waits, policy.needs
-        self.prompts: list[int] = []  # their lengths, as soon as the first layer begins
+        self.prompts: list[int] = []  # their lengths, as soon as the first is read
+        self.width = 0  # of the batch: the longest prompt, and padding before it
+        self.reading: range | None = None  # sequences whose prompts the model reads now
         self.answering: Answering | None = None  # through this cache, once it is loaded
         self.pool: Pool
         self.backend: Backend
@@ -173,28 +175,58 @@ class PolicyCache(Cache):  # type: ignore[misc]
         if self.answering:
             self.answering.check()
 
-    def open(self, device: torch.device, prompts: list[int]) -> None:
-        """The first layer begins to read prompts of these lengths."""
+    def open(self, device: torch.device, prompts: list[int], width: int | None = None) -> None:
+        """Take memory for prompts of these lengths, which are about to be read.
+
+        Args:
+            device: where they are read.
+            prompts: tokens of each sequence's.
+            width: of the batch, padding included; the longest prompt unless given.
+
+        Raises:
+            KvtuneError: another batch's prompts were begun, or a layer cannot take them.
+        """
+        if self.prompts:
+            raise KvtuneError(
+                "this cache has begun to read other prompts",
+                hint="a cache serves one batch of prompts; load another.",
+            )
         self.backend, self.prompts = (self._backend_of or backend_for)(device), prompts
-        if not self.waits:
-            planned = {tokens: self.policy.budgets(tokens) for tokens in set(prompts)}
-            self._take_memory(device, prompts, [planned[tokens] for tokens in prompts])
+        self.width = width or max(prompts)
+        planned = {tokens: self.policy.budgets(tokens) for tokens in set(prompts)}
+        self.budgets = [planned[tokens] for tokens in prompts]
+        self._take_memory(device)
+        for layer in self.layers:
+            layer.open()
+
+    @property
+    def padding(self) -> int:
+        """Columns before the longest prompt."""
+        return self.width - max(self.prompts)
 
     @torch.no_grad()
-    def read(self, token_ids: Tensor | None) -> None:
-        """The last layer has read the prompts ``[B, P]``: store what waited for this."""
+    def read(self, token_ids: Tensor | None) -> bool:
+        """The last layer has read prompts ``[B, P]``: store what waited for this.
+
+        Returns:
+            Whether other sequences' prompts are still to be read.
+        """
         rows = [list(layers) for layers in zip(*(x.waiting for x in self.layers), strict=True)]
         if self.repeat:
             rows = self._repeated(rows, token_ids)
         settled = [
-            self.policy.settle(tokens, layers.__getitem__)
-            for tokens, layers in zip(self.prompts, rows, strict=False)  # one may stand for all
+            self.policy.settle(layers[0].prompt_tokens, layers.__getitem__) for layers in rows
         ]
         rows = [self._linked(layers) for layers in rows]
-        budgets = settled * (len(self.prompts) // len(rows))
-        self._take_memory(rows[0][0].keys.device, self.prompts, budgets)
+        sequences = self.reading or range(0)
+        planned = self._cells_for(sequences)
+        for number, sequence in enumerate(sequences):  # one prompt may stand for all
+            self.budgets[sequence] = settled[number % len(settled)]
+        if (missing := self._cells_for(sequences) - planned) > 0:
+            self.pool.extend(missing)
         for layer in self.layers:
             layer.store([layers.pop(0) for layers in rows])  # and keep none of it
+        return self.reading is not None
 
     def _linked(self, layers: list[Signals]) -> list[Signals]:
         """One sequence's layers ``[L]``, each with the layer that its methods link to it."""
@@ -210,17 +242,19 @@ class PolicyCache(Cache):  # type: ignore[misc]
             for layers, ids in zip(rows, token_ids.tolist(), strict=True)
         ]
 
-    def _take_memory(
-        self, device: torch.device, prompts: list[int], budgets: list[NDArray[np.int64]]
-    ) -> None:
-        """For prompts of these lengths, and for new tokens."""
-        self.budgets = budgets
-        distinct = {id(planned): (n, planned) for n, planned in zip(prompts, budgets, strict=True)}
-        wanted = {name: self._cells_wanted(*each) for name, each in distinct.items()}
-        cells = sum(wanted[id(planned)] for planned in budgets)
+    def _take_memory(self, device: torch.device) -> None:
+        """For all prompts, as far as their budgets are known, and for new tokens."""
+        cells = self._cells_for(range(len(self.prompts)))
+        self.pool = Pool(cells, PageLayout(self.geometry.head_dim).cell_bytes, device)
+
+    def _cells_for(self, sequences: range) -> int:
+        """Of a pool for some sequences at their ends, what slabs cannot use included."""
+        each = [(self.prompts[row], self.budgets[row]) for row in sequences]
+        distinct = {id(budgets): (tokens, budgets) for tokens, budgets in each}
+        wanted = {name: self._cells_wanted(*one) for name, one in distinct.items()}
+        cells = sum(wanted[id(budgets)] for _, budgets in each)
         slack = 1 + max(SLAB_CELLS % size / SLAB_CELLS for size in self._page_sizes()) * 1.1
-        slabs = int(cells * slack) + len(self._page_sizes()) * SLAB_CELLS
-        self.pool = Pool(slabs, PageLayout(self.geometry.head_dim).cell_bytes, device)
+        return int(cells * slack) + len(self._page_sizes()) * SLAB_CELLS
 
     def check_finite(self) -> None:
         """All layers have read the prompts: whether all that they read were numbers.
@@ -290,7 +324,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
             grown = layer.rows * layer.growing_layout.page_cells * (1 + self.new_tokens // PAGE)
             self.pool.extend(self.policy.layers * grown)
             for other in self.layers:
-                if hasattr(other, "paged"):  # while prompts are read, later ones have none yet
+                if other.seen:  # while prompts are read, later ones have no tables yet
                     other.paged.seal(self.new_tokens)
             self.make_room(layer, tokens)
 
