@@ -14,7 +14,8 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from kvtune.common.transformers_interface import attention_restored
-from kvtune.policies.pages import PAGE, PageLayout, exact_tokens, layout_of
+from kvtune.policies.pages import PAGE
+from kvtune.policies.paging import Growth, sequence_bytes
 from kvtune.policies.policy import Policy
 from kvtune.runtime.admission import read_for_all
 from kvtune.runtime.cache.policy_cache import load_cache
@@ -98,17 +99,6 @@ def _next(fits: int, too_large: int | None, reach: int) -> int:
     return (fits + too_large) // 2 if fits else max(1, too_large - reach)
 
 
-def page_bytes(policy: Policy, tokens: int, head_dim: int, new_tokens: int = NEW_TOKENS) -> int:
-    """Of one sequence's pages, those of its new tokens included, slack at their ends too."""
-    growing = PageLayout(head_dim)
-    kept, total = policy.budgets(tokens).flat, 0
-    for option, count in zip(policy.options(), kept, strict=True):
-        exact = min(exact_tokens(option.keys), int(count))
-        total += layout_of(option, head_dim).page_bytes * -(-(int(count) - exact) // PAGE)
-        total += growing.page_bytes * -(-(exact + new_tokens) // PAGE)
-    return total
-
-
 def find_largest(
     policy: Policy,
     model: Any,
@@ -128,7 +118,7 @@ def find_largest(
         bounds: when to stop.
     """
     bench.release()
-    each = page_bytes(policy, prompt.shape[1], _head_dim(model))
+    each = sequence_bytes(policy, prompt.shape[1], _head_dim(model), Growth(NEW_TOKENS))
     most = bench.available_bytes() // each
     try:
         with attention_restored(model):

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from kvtune.policies.option import Option
 from kvtune.policies.pages import PAGE, PageLayout
+from kvtune.policies.paging import pages_of
 from kvtune.policies.reader import Reader
 from kvtune.runtime.cache.backend import Backend, Growing, Seen
 from kvtune.runtime.cache.beside import Beside
-from kvtune.runtime.cache.placing import pages_of
 from kvtune.runtime.cache.pool import Pool
 from kvtune.runtime.cache.segments import (
     CODED,

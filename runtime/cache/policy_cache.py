@@ -19,6 +19,7 @@ only its first piece would be compressed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -36,8 +37,8 @@ from kvtune.policies.apply import linked
 from kvtune.policies.document_reader import read_policy
 from kvtune.policies.option import Option
 from kvtune.policies.pages import PAGE, PageLayout
+from kvtune.policies.paging import Growth, Pages, head_pages, pages_of, pool_cells
 from kvtune.policies.policy import Policy
-from kvtune.policies.room import Room
 from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.answering import NAME, Answering
 from kvtune.runtime.cache.backend import Backend, PlainBackend, TritonBackend, backend_for
@@ -45,8 +46,8 @@ from kvtune.runtime.cache.beside import Shared
 from kvtune.runtime.cache.evicting import check_evicting
 from kvtune.runtime.cache.layer import CacheLayer, attention, padding_mask
 from kvtune.runtime.cache.paged_layer import PagedLayer
-from kvtune.runtime.cache.placing import pages_of, planned_entries, warn_of_slow_formats
-from kvtune.runtime.cache.pool import SLAB_CELLS, Pool
+from kvtune.runtime.cache.placing import warn_of_slow_formats
+from kvtune.runtime.cache.pool import Pool
 from kvtune.runtime.cache.selecting import check_reader
 from kvtune.runtime.cache.settling import check_residual, settle
 from kvtune.runtime.cache.whole_prompt import calibration_for, check_passes, repeated, when_read
@@ -248,13 +249,15 @@ class PolicyCache(Cache):  # type: ignore[misc]
         self.pool = Pool(cells, PageLayout(self.geometry.head_dim).cell_bytes, device)
 
     def _cells_for(self, sequences: range) -> int:
-        """Of a pool for some sequences at their ends, what slabs cannot use included."""
+        """Of a pool for some sequences at their ends."""
         each = [(self.prompts[row], self.budgets[row]) for row in sequences]
         distinct = {id(budgets): (tokens, budgets) for tokens, budgets in each}
-        wanted = {name: self._cells_wanted(*one) for name, one in distinct.items()}
-        cells = sum(wanted[id(budgets)] for _, budgets in each)
-        slack = 1 + max(SLAB_CELLS % size / SLAB_CELLS for size in self._page_sizes()) * 1.1
-        return int(cells * slack) + len(self._page_sizes()) * SLAB_CELLS
+        counts = Counter(id(budgets) for _, budgets in each)
+        pages = Pages()
+        for name, one in distinct.items():
+            for layout, count in self._pages_wanted(*one).items():
+                pages[layout] += counts[name] * count
+        return pool_cells(pages)
 
     def check_finite(self) -> None:
         """All layers have read the prompts: whether all that they read were numbers.
@@ -268,12 +271,6 @@ class PolicyCache(Cache):  # type: ignore[misc]
             head = row % self.policy.kv_heads
             raise KvtuneError(f"layer {layer}, KV head {head}: a key or value is not finite")
 
-    def _page_sizes(self) -> set[int]:
-        """Cells of all pages that occur."""
-        head_dim = self.geometry.head_dim
-        stored = {pages_of(option, head_dim).page_cells for option in self.policy.options()}
-        return stored | {PageLayout(head_dim).page_cells}
-
     def window_of(self, layer: int, prompt_tokens: int) -> int | None:
         """A layer's sliding window, if a sequence will exceed it."""
         window = self.geometry.windows[layer]
@@ -281,32 +278,18 @@ class PolicyCache(Cache):  # type: ignore[misc]
             return None
         return window
 
-    def _cells_wanted(self, tokens: int, budgets: NDArray[np.int64]) -> int:
-        """By one sequence, at its end."""
-        cells = 0
+    def _pages_wanted(self, tokens: int, budgets: NDArray[np.int64]) -> Pages:
+        """By one sequence, at its end; a page more a head where budgets may still be split anew."""
+        pages, head_dim = Pages(), self.geometry.head_dim
+        growth = Growth(self.new_tokens, self.evicts, self.residual)
+        splits = self.policy.allocator.name != "as_given"
         for layer, (options, planned) in enumerate(zip(self.policy.heads, budgets, strict=True)):
             window = self.window_of(layer, tokens)
             for option, count in zip(options, planned.tolist(), strict=True):
-                cells += self._cells_of(option, count, tokens, window)
-        return cells
-
-    def _cells_of(self, option: Option, count: int, tokens: int, window: int | None) -> int:
-        """By one head."""
-        head_dim = self.geometry.head_dim
-        layout, growing = pages_of(option, head_dim), PageLayout(head_dim)
-        exact, coded = planned_entries(option, count, tokens, head_dim)
-        room = Room.of(option, count, tokens) if self.evicts else None
-        grown = exact + self.new_tokens
-        if window:
-            coded, grown = 0, min(count + self.new_tokens, window)
-        elif room:
-            coded, grown = 0, room.most
-        cells = 0 if self.policy.allocator.name == "as_given" else layout.page_cells
-        if self.residual is not None and layout != growing:
-            grown = min(grown, exact + self.residual + 2 * PAGE)
-            cells += layout.page_cells * (self.new_tokens // PAGE)
-        cells += layout.page_cells * -(-coded // PAGE)
-        return cells + growing.page_cells * -(-grown // PAGE)
+                pages += head_pages(option, count, tokens, head_dim, growth, window)
+                if splits:
+                    pages[pages_of(option, head_dim)] += 1
+        return pages
 
     def reserve(self, tokens: int) -> None:
         """Pages for so many more tokens of every row."""
