@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -82,6 +83,12 @@ class Memory:
 
     def device_bytes(self) -> int | None:
         return None
+
+    def reserved_bytes(self) -> int:
+        return self.peak_bytes()
+
+    def capped(self, limit_bytes: int) -> AbstractContextManager[int]:
+        return nullcontext(0)
 
     def available_bytes(self) -> int:
         return self.total - self.used
