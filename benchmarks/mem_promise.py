@@ -314,7 +314,7 @@ class CountingBench:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """For people."""
     lines = [
-        "model          share      P  new batch limit printed [low, high] torch process NVML ratio ok"
+        "model         share      P  new batch limit printed [interval] torch process NVML ratio ok"
     ]
     for row in rows:
         case = row["case"]
