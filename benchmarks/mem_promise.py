@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import sys
 import time
 import traceback
@@ -34,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kvtune.__main__ import ALLOCATOR
 from kvtune.common.estimate import Estimate
 from kvtune.common.units import GIB, MIB
 from kvtune.policies.option import Option
@@ -99,6 +101,7 @@ TINY_CASES = [
 
 def main() -> None:
     asked = _arguments()
+    os.environ |= ALLOCATOR  # as the command sets it, before there is a context
     cases = TINY_CASES if asked.tiny else CASES
     bench: Bench = CountingBench() if asked.tiny else CudaBench()
     gpu = find_gpu("h200") if asked.tiny else detect_gpu()

@@ -120,7 +120,7 @@ def prefill_peak_bytes(
 
     Prompts are read one at a time, short ones together. A layer's attention holds two copies of the
     residual stream, the joined projections, what of them is rotated, its output, and what methods
-    and the copies for pages take; its feed-forward part five copies of the stream and a chunk's
+    and the copies for pages take; its feed-forward part four copies of the stream and a chunk's
     activations. The larger of both counts, or a step of the whole batch where that is larger still.
     The low end leaves out what methods take, and the high end has as much again.
     """
@@ -130,7 +130,7 @@ def prefill_peak_bytes(
     queries = 2 * tokens * shape.query_heads * shape.head_dim
     held = 2 * stream + 3 * queries + 1.5 * layer_cache
     asked = max(queries + 0.5 * layer_cache, 1.5 * layer_cache)
-    feeding = 5 * stream + min(tokens, chunk_tokens) * _feed_forward_bytes(shape)
+    feeding = 4 * stream + min(tokens, chunk_tokens) * _feed_forward_bytes(shape)
     logits = 2 * shape.vocab_size
     step = batch * (_step_bytes(shape) + logits)
     value, low, high = (
