@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+
+ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+"""torch's allocator gives whole pages back from anywhere, so that what it holds is what is used."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,6 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from kvtune.cli.app import build
     from kvtune.cli.failures import exit_code
 
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        for name, setting in ALLOCATOR.items():
+            os.environ.setdefault(name, setting)
     words = sys.argv[1:] if arguments is None else list(arguments)
     return exit_code(lambda: build().main(args=words, prog_name="kvtune", standalone_mode=False))
 

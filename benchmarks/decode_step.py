@@ -26,12 +26,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvtune.policies.document_reader import read_policy
 from kvtune.policies.option import Option
+from kvtune.policies.paging import Growth, sequence_bytes
 from kvtune.policies.policy import Policy
 from kvtune.runtime.cache.policy_cache import PolicyCache, load_cache
 from kvtune.runtime.device import CudaBench
 from kvtune.runtime.fuse import fused
 from kvtune.runtime.graph import DecodeLoop, generate
-from kvtune.runtime.largest import page_bytes, search_largest
+from kvtune.runtime.largest import search_largest
 from kvtune.runtime.measure.filled import filled
 from kvtune.runtime.timing import time_beside
 
@@ -193,7 +194,7 @@ def largest_batch(model: Any, policy: Policy) -> dict[str, Any]:
             return step_s(loop, 6, 2)
 
     bench.release()
-    guess = bench.available_bytes() // page_bytes(policy, CONTEXT, HEAD_DIM, ROOM)
+    guess = bench.available_bytes() // sequence_bytes(policy, CONTEXT, HEAD_DIM, Growth(ROOM))
     found = search_largest(attempt, guess)
     bench.release()
     if not found.found:

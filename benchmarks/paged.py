@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvtune.policies.pages import PAGE, PageLayout
 from kvtune.runtime.kernels.launch import Paged, Scratch, Shape, decode
-from kvtune.runtime.kernels.layout import PAGE, PageLayout
 from kvtune.runtime.kernels.pages import store_pages
 from kvtune.runtime.kernels.reference import read_page
 from kvtune.runtime.kernels.tiles import Segments, plan_tiles

@@ -14,6 +14,7 @@ from paged import DEVICE, Layer, Run, make_layer, uniform
 from torch import Tensor
 
 from kvtune.policies.option import Option
+from kvtune.policies.pages import PAGE, PageLayout
 from kvtune.runtime.cache.backend import TritonBackend
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.pool import Pool
@@ -21,7 +22,6 @@ from kvtune.runtime.kernels import pages
 from kvtune.runtime.kernels.columns import column_sums
 from kvtune.runtime.kernels.elementwise import rotate
 from kvtune.runtime.kernels.launch import decode
-from kvtune.runtime.kernels.layout import PAGE, PageLayout
 from kvtune.runtime.kernels.reference import attend, read_page, write_page
 from kvtune.runtime.rotation import Rotation
 

@@ -32,8 +32,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvtune.policies.document_reader import read_policy
+from kvtune.policies.pages import exact_tokens, layout_of
 from kvtune.runtime.kernels.launch import Shape
-from kvtune.runtime.kernels.layout import exact_tokens, layout_of
 
 BATCH, KV_HEADS = 8, ROWS // 8
 MB = 1e6

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kvtune.runtime.largest import Largest
     from kvtune.runtime.timing import Decoding, Timing
     from kvtune.tuner.expected import Expected, ExpectedLargest
-    from kvtune.tuner.timing import Coverage, Times
+    from kvtune.tuner.timing import Coverage, Promise, Times
 
 Row = tuple[str, str, str]
 
@@ -65,6 +65,8 @@ def _largest(predicted: ExpectedLargest | None, found: Largest[Decoding]) -> Ite
 
 
 def _sentences(times: Times) -> Iterator[str]:
+    if times.within:
+        yield _promise(times.within)
     yield _ratios(times.measured.ratios)
     if times.most and (ratios := times.most.ratios):
         yield (
@@ -73,6 +75,19 @@ def _sentences(times: Times) -> Iterator[str]:
         )
     if times.coverage:
         yield _coverage(times.coverage)
+
+
+def _promise(found: Promise) -> str:
+    """Whether all that was printed ran within its limit."""
+    run = found.run
+    what = f"{run.batch} x {format_tokens(run.prompt_tokens)} and {run.new_tokens} new ones each"
+    limit, device = format_bytes(run.limit_bytes), run.device_bytes
+    ended = "ran to the end" if run.finished else "ran out of memory"
+    nvml = "" if device is None else f", NVML {format_bytes(device)}"
+    return (
+        f"{what} {ended} within {limit}: peak {figure(found.printed)} printed, "
+        f"{format_bytes(run.process_bytes)} taken (tensors {format_bytes(run.peak_bytes)}{nvml})"
+    )
 
 
 def _ratios(ratios: dict[str, float]) -> str:

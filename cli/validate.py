@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kvtune.profiles.shape import ModelShape
     from kvtune.traces.models import LoadedModel
     from kvtune.traces.samples import Sample
-    from kvtune.tuner.timing import Times
+    from kvtune.tuner.timing import Served, Times
     from kvtune.tuner.validate import Validation
 
 
@@ -42,11 +42,20 @@ def command(
             "--gpu", help="Also look for the largest batch that fits; refuse to run without a GPU."
         ),
     ] = False,
+    mem: Annotated[
+        str | None,
+        typer.Option(
+            "--mem",
+            metavar="SIZE",
+            help="On a GPU, run all that the file was planned for within this limit.",
+        ),
+    ] = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Run the model with a policy: predicted beside measured."""
     from kvtune.cli.inputs import read_policy_path
+    from kvtune.common.units import parse_bytes
     from kvtune.policies.document import read_policy
     from kvtune.tuner.target import read_texts
 
@@ -55,6 +64,7 @@ def command(
     known = _known(document, path)
     name, shape = _model(document, model)
     bound = document.bind(shape.layers, shape.kv_heads)
+    limit = parse_bytes(mem) if mem else None
     with speaking(as_json, quiet) as output:
         from kvtune.traces.models import best_device, load_model
 
@@ -66,7 +76,7 @@ def command(
         found = _run(bound, loaded, samples, output.progress)
         planned = bound.footprint(samples[0].prompt, loaded.geometry.head_dim)
         output.show(_report(known, bound, found, planned))
-        times, untimed = _times(document, bound, loaded, shape, samples, largest=gpu)
+        times, untimed = _times(document, bound, loaded, shape, samples, largest=gpu, limit=limit)
         output.show("", times_table(times) if times else f"times: {untimed}")
         answer = _answer(document, known, found, planned) | {"device": loaded.device}
         output.finish("validate", answer | {"times": times, "untimed": untimed})
@@ -91,6 +101,7 @@ def _times(
     samples: Sequence[Sample],
     *,
     largest: bool,
+    limit: int | None,
 ) -> tuple[Times | None, str | None]:
     """Times for what the file was planned for, or why there are none."""
     from kvtune.runtime.largest import Bounds
@@ -101,7 +112,29 @@ def _times(
     return times_or_reason(
         policy, loaded, shape, samples, batch=batch, context_tokens=tokens,
         largest=Bounds() if largest else None,
+        served=_served(document, policy, shape, limit) if limit else None,
     )  # fmt: skip
+
+
+def _served(
+    document: PolicyDocument, policy: Policy, shape: ModelShape, limit: int
+) -> Served | None:
+    """What the file was planned for, and the peak that is printed for it; None off known cards."""
+    from dataclasses import replace
+
+    from kvtune.policies.document import Serving
+    from kvtune.simulator.cost import policy_cost
+    from kvtune.simulator.memory import memory_budget
+    from kvtune.tuner.timing import Served, present_gpu
+
+    gpu, planned = present_gpu(), document.serving or Serving()
+    if gpu is None:
+        return None
+    context, generated = planned.context_tokens or 8192, planned.generated_tokens or 256
+    budget = memory_budget(shape, gpu, limit, context_tokens=context, weights="bf16")
+    at_once = replace(budget, batch=planned.batch or 1)
+    peak = policy_cost(policy, shape, gpu, at_once, generated).memory
+    return Served(at_once.batch, context, generated, limit, peak)
 
 
 def _model(document: PolicyDocument, asked: str | None) -> tuple[str, ModelShape]:

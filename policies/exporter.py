@@ -20,6 +20,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.files import inside, write_text
 from kvtune.common.units import format_bytes
 from kvtune.policies.document_parts import ModelFacts, Pattern, PolicyDocument, Serving
+from kvtune.policies.paging import Growth, sequence_bytes
 from kvtune.policies.policy import Policy
 from kvtune.policies.registry import find, registered
 
@@ -294,13 +295,13 @@ def _within_own_bytes(plan: Plan, sequence_bytes: int, each: str) -> tuple[int, 
 
 
 def _bytes_of_own_sequences(plan: Plan) -> int:
-    """Bytes that the plan's own sequences take, generated tokens in 16 bits."""
+    """Bytes of pages that the plan's own sequences are given, generated tokens in 16 bits."""
     serving, facts = plan.document.serving, plan.facts
     if serving is None or serving.batch is None or serving.context_tokens is None:
         return 0
-    prompt = plan.policy.footprint(serving.context_tokens, facts.head_dim)
-    token = 2 * 2 * facts.layers * facts.kv_heads * facts.head_dim  # keys and values, 16 bits
-    return serving.batch * (prompt + token * (serving.generated_tokens or 0))
+    growth = Growth(serving.generated_tokens or 0)
+    each = sequence_bytes(plan.policy, serving.context_tokens, facts.head_dim, growth)
+    return serving.batch * each
 
 
 def write_export(export: Export, folder: Path) -> list[Path]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TypeVar
 
 import torch
@@ -39,6 +40,12 @@ class Bench(Protocol):
 
     def device_bytes(self) -> int | None:
         """The most that was seen since, now included, whoever used it; None where unknown."""
+
+    def reserved_bytes(self) -> int:
+        """The most that the allocator of tensors has taken since, in use or not."""
+
+    def capped(self, limit_bytes: int) -> AbstractContextManager[int]:
+        """Hold the process to a limit until the block ends; what it takes beside tensors."""
 
     def available_bytes(self) -> int:
         """What tensors may still take."""
@@ -84,6 +91,22 @@ class CudaBench:
     def peak_bytes(self) -> int:
         """As torch's allocator counts them: weights, cache and activations."""
         return int(torch.cuda.max_memory_allocated())
+
+    def reserved_bytes(self) -> int:
+        """Of torch's allocator."""
+        return int(torch.cuda.max_memory_reserved())
+
+    @contextmanager
+    def capped(self, limit_bytes: int) -> Iterator[int]:
+        """torch's allocator is given the limit, less what is in use on the device beside it."""
+        free, total = torch.cuda.mem_get_info()
+        outside = int(total - free - torch.cuda.memory_reserved())
+        share = (limit_bytes - outside) / total
+        torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), 1.0))
+        try:
+            yield outside
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
 
     def look(self) -> None:
         """By NVML."""

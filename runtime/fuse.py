@@ -128,6 +128,7 @@ def _chain(undo: ExitStack, layers: Sequence[Any], add_norm: Callable[..., Any])
         attended, _ = layer.self_attn(hidden_states=normed, **kwargs)
         norm = layer.post_attention_layernorm
         hidden, normed = add_norm(hidden, attended, norm.weight, _eps(norm))
+        del attended  # as large as the whole prompt, while the feed-forward part takes its room
         fed: Tensor = layer.mlp(normed)
         if at + 1 == len(layers):
             return hidden + fed

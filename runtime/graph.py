@@ -17,9 +17,10 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.transformers_interface import cache_argument
+from kvtune.policies.pages import PAGE
+from kvtune.runtime.admission import read_prompts
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.fuse import fused_on_gpu
-from kvtune.runtime.kernels.layout import PAGE
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ def generate(
 ) -> Tensor:
     """Answer a batch of prompts, ``[B, n]`` new tokens, n at most ``new_tokens``.
 
+    Prompts are read one after another, so that the batch's caches are the memory that it takes.
+
     Args:
         model: that the cache was loaded for.
         cache: new.
@@ -89,14 +92,8 @@ def generate(
             hint="model.generate takes a second turn; or load another cache.",
         )
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    places = (mask.cumsum(1) - 1).clamp_min(0)
-    with fused_on_gpu(model):
-        logits = model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=places,
-            use_cache=True, logits_to_keep=1, **cache_argument(model, cache),
-        ).logits[:, -1]  # fmt: skip
-    first = sampling.draw(logits)
-    loop = DecodeLoop(model, cache, first, places[:, -1] + 1, new_tokens, sampling)
+    first = sampling.draw(read_prompts(model, cache, input_ids, attention_mask))
+    loop = DecodeLoop(model, cache, first, mask.sum(1), new_tokens, sampling)
     return loop.run(ends)
 
 

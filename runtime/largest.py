@@ -11,17 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import torch
 from torch import Tensor
 
 from kvtune.common.transformers_interface import attention_restored
+from kvtune.policies.pages import PAGE
+from kvtune.policies.paging import Growth, sequence_bytes
 from kvtune.policies.policy import Policy
-from kvtune.runtime.cache.answering import NAME
-from kvtune.runtime.cache.policy_cache import PolicyCache, load_cache
+from kvtune.runtime.admission import read_for_all
+from kvtune.runtime.cache.policy_cache import load_cache
 from kvtune.runtime.device import Bench, unless_full
-from kvtune.runtime.kernels.layout import PAGE, PageLayout, exact_tokens, layout_of
 from kvtune.runtime.timing import Decoding, time_decoding
-from kvtune.traces import seam
 
 Found = TypeVar("Found")
 
@@ -100,17 +99,6 @@ def _next(fits: int, too_large: int | None, reach: int) -> int:
     return (fits + too_large) // 2 if fits else max(1, too_large - reach)
 
 
-def page_bytes(policy: Policy, tokens: int, head_dim: int, new_tokens: int = NEW_TOKENS) -> int:
-    """Of one sequence's pages, those of its new tokens included, slack at their ends too."""
-    growing = PageLayout(head_dim)
-    kept, total = policy.budgets(tokens).flat, 0
-    for option, count in zip(policy.options(), kept, strict=True):
-        exact = min(exact_tokens(option.keys), int(count))
-        total += layout_of(option, head_dim).page_bytes * -(-(int(count) - exact) // PAGE)
-        total += growing.page_bytes * -(-(exact + new_tokens) // PAGE)
-    return total
-
-
 def find_largest(
     policy: Policy,
     model: Any,
@@ -130,7 +118,7 @@ def find_largest(
         bounds: when to stop.
     """
     bench.release()
-    each = page_bytes(policy, prompt.shape[1], _head_dim(model))
+    each = sequence_bytes(policy, prompt.shape[1], _head_dim(model), Growth(NEW_TOKENS))
     most = bench.available_bytes() // each
     try:
         with attention_restored(model):
@@ -153,35 +141,5 @@ def time_filled(policy: Policy, model: Any, prompt: Tensor, batch: int, bench: B
     """Decode from a batch of one prompt; raises what ``load_cache`` does, or out of memory."""
     bench.release()
     cache = load_cache(policy, model, new_tokens=NEW_TOKENS)
-    first = fill(cache, model, prompt, batch).argmax(-1).expand(batch)
+    first = read_for_all(model, cache, prompt, batch).argmax(-1).expand(batch)
     return time_decoding(model, cache, first, prompt.shape[1], bench, STEPS, STRETCHES)
-
-
-@torch.no_grad()
-def fill(cache: PolicyCache, model: Any, prompt: Tensor, batch: int) -> Tensor:
-    """Store a prompt for every sequence, in one pass over it; the logits after it, ``[1, V]``.
-
-    Args:
-        cache: of the model, new.
-        model: answers through the cache when this returns.
-        prompt: ``[1, P]``.
-        batch: sequences.
-    """
-
-    def handler(
-        number: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
-    ) -> Tensor:
-        layer = cache.layers[number]
-        layer.begin(k.device, batch * [k.shape[2]])
-        layer.seen = k.shape[2]
-        layer.take_in(layer.signals(q, k, v, scale))
-        return seam.causal_attention(q, k, v, scale, window)
-
-    seam.register()
-    model.set_attn_implementation(seam.NAME)
-    with seam.attending(handler):
-        logits: Tensor = model(input_ids=prompt, use_cache=False, logits_to_keep=1).logits[:, -1]
-    model.set_attn_implementation(NAME)
-    if cache.waits:
-        cache.read(None)
-    return logits

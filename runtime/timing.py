@@ -1,7 +1,7 @@
 """How long a policy's prefill and decode steps take on this GPU, and what memory they need.
 
-The paged cache answers as it would in service: prompts in one piece, then replays of the decode
-loop's graph. The uncompressed cache runs in the same pages, in the same run.
+The paged cache answers as it would in service: prompts one after another, then replays of the
+decode loop's graph. The uncompressed cache runs in the same pages, in the same run.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
-from kvtune.common.transformers_interface import attention_restored, cache_argument
+from kvtune.common.transformers_interface import attention_restored
 from kvtune.common.units import format_tokens
 from kvtune.policies.option import Option
+from kvtune.policies.pages import layout_of
 from kvtune.policies.policy import Policy
+from kvtune.runtime.admission import read_prompts
 from kvtune.runtime.cache.policy_cache import PolicyCache, load_cache
 from kvtune.runtime.device import Bench, unless_full
-from kvtune.runtime.fuse import fused_on_gpu
 from kvtune.runtime.graph import DecodeLoop
-from kvtune.runtime.kernels.layout import layout_of
 
 STEPS = 16
 """Decode steps that are timed at once: a stretch long beside the resolution of a clock."""
@@ -183,7 +183,6 @@ def _prefills(
     policy: Policy, model: Any, prompts: Tensor, bench: Bench
 ) -> tuple[list[float], PolicyCache, Tensor]:
     """Seconds of all prefills but the first, which compiles; the last one's cache and logits."""
-    places = torch.arange(prompts.shape[1], device=prompts.device).expand_as(prompts)
     seconds: list[float] = []
     answers: list[Tensor] = []
     for _ in range(PREFILLS):
@@ -191,15 +190,10 @@ def _prefills(
         cache = load_cache(policy, model, new_tokens=NEW_TOKENS)
 
         def read(cache: PolicyCache = cache) -> None:
-            logits = model(
-                input_ids=prompts, position_ids=places, use_cache=True, logits_to_keep=1,
-                **cache_argument(model, cache),
-            ).logits[:, -1]  # fmt: skip
-            answers.append(logits)
+            answers.append(read_prompts(model, cache, prompts))
 
         bench.forget_peak()
-        with fused_on_gpu(model):
-            seconds.append(bench.seconds(read))
+        seconds.append(bench.seconds(read))
     return seconds[1:], cache, answers[0]
 
 

@@ -9,6 +9,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate, exact
 from kvtune.policies.decode import DecodeMethod
 from kvtune.policies.option import Option
+from kvtune.policies.paging import Growth, sequence_bytes
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.policies.room import Room
 from kvtune.profiles.gpus import GpuProfile
@@ -24,9 +25,10 @@ class Cost:
     """A policy on one card, for the sequences of a budget.
 
     Args:
-        prompt_bytes: of one compressed prompt, scales and lengths included.
-        sequence_bytes: with the generated tokens, which stay in 16 bits; of heads that go on
-            evicting, with the most that they ever hold.
+        prompt_bytes: of one compressed prompt as formats count them, scales and lengths included.
+        sequence_bytes: that the runtime's allocator hands out for one sequence: pages of its prompt
+            and of its generated tokens, which stay in 16 bits, and tables; of heads that go on
+            evicting, with the most that they ever hold, and their statistics.
         statistics_bytes: the part of those that methods remember of entries while they evict.
         share: of the bf16 bytes of the same prompt.
         sequences_that_fit: at once in what the budget leaves for the cache.
@@ -54,7 +56,7 @@ def full_cost(shape: ModelShape, gpu: GpuProfile, budget: MemoryBudget, generate
     """The same for the uncompressed bf16 cache, of any shape."""
     tokens = budget.context_tokens
     prompt, held = (Counter({"bf16": shape.kv_bytes(n)}) for n in (tokens, tokens + generated))
-    return _cost(shape, gpu, budget, _Held(prompt, held), None)
+    return _cost(shape, gpu, budget, _Held(prompt, held), held["bf16"], None)
 
 
 def policy_cost(
@@ -93,7 +95,9 @@ def policy_cost(
     else:
         grown = shape.kv_bytes(tokens + generated) - shape.kv_bytes(tokens)
         held = _Held(prompt, prompt + Counter({"bf16": grown}))
-    return _cost(shape, gpu, budget, held, policy)
+    growth = Growth(generated, evicts)
+    size = sequence_bytes(policy, tokens, shape.head_dim, growth) + held.statistics
+    return _cost(shape, gpu, budget, held, size, policy)
 
 
 @dataclass(frozen=True)
@@ -127,22 +131,22 @@ def _cost(
     gpu: GpuProfile,
     budget: MemoryBudget,
     held: _Held,
+    size: int,
     policy: Policy | None,
 ) -> Cost:
     tokens, batch, weights = budget.context_tokens, budget.batch, budget.weight_format
     beside = footprint_of_lengths(shape.layers, shape.kv_heads) if policy else 0
     prompt_bytes = sum(held.prompt.values()) + beside
-    sequence_bytes = sum(held.most.values()) + held.statistics + beside
     waiting = waiting_bytes(shape, tokens) if policy and policy.waits else 0
     step = decode_step(shape, gpu, weights, batch, dict(held.most), "runtime")
     first = prefill(shape, gpu, weights, tokens, execution="runtime")
-    peak = peak_memory(shape, gpu, weights, sequence_bytes, tokens, batch)
+    peak = peak_memory(shape, gpu, weights, size, tokens, batch)
     return Cost(
         prompt_bytes=prompt_bytes,
-        sequence_bytes=sequence_bytes,
+        sequence_bytes=size,
         statistics_bytes=held.statistics,
         share=prompt_bytes / shape.kv_bytes(tokens),
-        sequences_that_fit=max(budget.cache_bytes - waiting, 0) // sequence_bytes,
+        sequences_that_fit=max(budget.cache_bytes - waiting, 0) // size,
         memory=add(peak, exact(waiting, "B")),
         latency=step,
         prefill=first,

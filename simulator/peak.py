@@ -1,9 +1,9 @@
 """Peak device memory: weights, what a process takes beside tensors, prefill, and the caches.
 
-The prefill peak assumes what kvtune's own runtime does: sequences are prefilled one at a time, and
-each layer's cache is compressed right after that layer's attention over the prompt. So one layer's
-keys and values are held uncompressed at a time, not all layers', beside the prompt's residual
-stream and the activations of one chunk of it.
+The prefill peak is that of kvtune's own runtime (``runtime/admission.py``): prompts are read one at
+a time, short ones together as many as make a chunk, and each layer's cache is compressed right
+after that layer's attention over the prompt. So one layer's keys and values are held uncompressed
+at a time, not all layers', beside the prompt's residual stream; feed-forward parts work on a chunk.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import bisect
 
 from kvtune.common.estimate import Estimate, exact
 from kvtune.common.units import MIB
+from kvtune.policies.paging import PREFILL_CHUNK_TOKENS
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.measured import find_measured
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.weights import WeightFormat, weight_bytes
-
-PREFILL_CHUNK_TOKENS = 2048
 
 
 def peak_memory(
@@ -117,32 +116,47 @@ def prefill_peak_bytes(
     batch: int = 1,
     chunk_tokens: int = PREFILL_CHUNK_TOKENS,
 ) -> Estimate:
-    """Activations and one layer's uncompressed keys and values at their peak, in bytes.
+    """What the runtime works with at its peak, in bytes: reading prompts, or one decode step.
 
-    One prompt of ``context_tokens`` at a time. The middle value keeps two copies of the residual
-    stream [tokens, hidden], the low end one, the high end four; a decode step's activations for
-    the batch count where they are larger.
+    Prompts are read one at a time, short ones together. A layer's attention holds two copies of the
+    residual stream, the joined projections, what of them is rotated, its output, and what methods
+    and the copies for pages take; its feed-forward part four copies of the stream and a chunk's
+    activations. The larger of both counts, or a step of the whole batch where that is larger still.
+    The low end leaves out what methods take, and the high end has as much again.
     """
-    stream = 2 * context_tokens * shape.hidden_size
-    layer_cache = 2 * context_tokens * shape.elements_per_token_layer
-    chunk = min(context_tokens, chunk_tokens)
-    work = chunk * _activation_bytes(shape) + 6 * shape.vocab_size
-    decode = batch * (_activation_bytes(shape) + 6 * shape.vocab_size)
-    middle, low, high = (
-        float(max(copies * stream + layer_cache + factor * work, decode))
-        for copies, factor in ((2, 1.0), (1, 0.7), (4, 2.0))
+    tokens = max(context_tokens, min(batch * context_tokens, chunk_tokens))
+    stream = 2 * tokens * shape.hidden_size
+    layer_cache = 2 * tokens * shape.elements_per_token_layer
+    queries = 2 * tokens * shape.query_heads * shape.head_dim
+    held = 2 * stream + 3 * queries + 1.5 * layer_cache
+    asked = max(queries + 0.5 * layer_cache, 1.5 * layer_cache)
+    feeding = 4 * stream + min(tokens, chunk_tokens) * _feed_forward_bytes(shape)
+    logits = 2 * shape.vocab_size
+    step = batch * (_step_bytes(shape) + logits)
+    value, low, high = (
+        float(max(held + share * asked, feeding, step)) for share in (1.0, 0.0, 2.0)
     )
-    return Estimate(middle, low, high, "B", "assumed")
+    return Estimate(value, 0.9 * low, 1.1 * high, "B", "assumed")
 
 
-def _activation_bytes(shape: ModelShape) -> int:
-    """Bytes a token of one layer's widest moment: projections and feed-forward, in bf16."""
-    query = 2 * shape.query_heads * shape.head_dim
-    wide = shape.intermediate_size
-    if shape.experts is not None:
-        routed = shape.experts.active * shape.experts.intermediate_size + shape.experts.shared_size
-        wide = max(routed, wide if shape.experts.dense_layers else 0)
-    return 2 * (2 * shape.hidden_size + max(query, 3 * wide))
+def _feed_forward_bytes(shape: ModelShape) -> int:
+    """Bytes a token of a layer's feed-forward part: gate and up, their product, what comes out."""
+    return 2 * (3 * _wide(shape) + shape.hidden_size)
+
+
+def _step_bytes(shape: ModelShape) -> int:
+    """Bytes a sequence of a decode step: a layer's activations, and what attention leaves in parts
+    of 32 bits of its two segments."""
+    attended = 8 * shape.query_heads * shape.head_dim
+    return 2 * (3 * shape.hidden_size + 3 * _wide(shape)) + attended
+
+
+def _wide(shape: ModelShape) -> int:
+    """Channels of the widest feed-forward part that a token goes through."""
+    if shape.experts is None:
+        return shape.intermediate_size
+    routed = shape.experts.active * shape.experts.intermediate_size + shape.experts.shared_size
+    return max(routed, shape.intermediate_size if shape.experts.dense_layers else 0)
 
 
 def fixed_parts(

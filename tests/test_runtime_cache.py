@@ -30,12 +30,13 @@ from kvtune.policies.methods.razor import Razor
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import ALL, Budget, Option
+from kvtune.policies.paging import SLAB_CELLS
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache.backend import Backend, Moves, PlainBackend, TritonBackend
 from kvtune.runtime.cache.policy_cache import PolicyCache
-from kvtune.runtime.cache.pool import SLAB_CELLS, Pool
+from kvtune.runtime.cache.pool import Pool
 from kvtune.runtime.cache.segments import Leaving
 from kvtune.runtime.graph import Sampling, generate
 from kvtune.runtime.kernels.launch import Scratch

@@ -19,6 +19,7 @@ from kvtune.policies.formats.grouped import Int2, Int4
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.option import ALL, Budget, Option
+from kvtune.policies.pages import AS_VALUES, CODES, KEY_CODES, PAGE, PageLayout
 from kvtune.policies.policy import Policy
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache.backend import Growing, Moves, PlainBackend, TritonBackend, Writing
@@ -31,7 +32,6 @@ from kvtune.runtime.cache.storing import store_prompts
 from kvtune.runtime.fuse import fused
 from kvtune.runtime.kernels.columns import column_sums
 from kvtune.runtime.kernels.launch import Paged, Scratch, decode
-from kvtune.runtime.kernels.layout import AS_VALUES, CODES, KEY_CODES, PAGE, PageLayout
 from kvtune.runtime.kernels.reference import attend, read_page
 from kvtune.runtime.kernels.tiles import Segments, plan_tiles
 

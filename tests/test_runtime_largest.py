@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -16,8 +17,10 @@ from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import Budget, Option
+from kvtune.policies.paging import Growth, head_pages, sequence_bytes
 from kvtune.policies.policy import Policy
 from kvtune.runtime import largest
+from kvtune.runtime.admission import read_for_all
 from kvtune.runtime.cache import pool
 from kvtune.runtime.cache.policy_cache import load_cache
 from kvtune.runtime.device import unless_full
@@ -26,9 +29,7 @@ from kvtune.runtime.graph import DecodeLoop
 from kvtune.runtime.largest import (
     Bounds,
     Largest,
-    fill,
     find_largest,
-    page_bytes,
     search_largest,
 )
 from kvtune.runtime.timing import uncompressed
@@ -83,6 +84,12 @@ class Memory:
     def device_bytes(self) -> int | None:
         return None
 
+    def reserved_bytes(self) -> int:
+        return self.peak_bytes()
+
+    def capped(self, limit_bytes: int) -> AbstractContextManager[int]:
+        return nullcontext(0)
+
     def available_bytes(self) -> int:
         return self.total - self.used
 
@@ -111,6 +118,15 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Memory]:
         return memory
 
     return make
+
+
+def page_bytes(policy: Policy) -> int:
+    """Of one sequence's pages, with a try's new tokens, as the device that is made up counts."""
+    found = 0
+    for option, kept in zip(policy.options(), policy.budgets(70).flat, strict=True):
+        pages = head_pages(option, int(kept), 70, 8, Growth(64))
+        found += sum(count * layout.page_bytes for layout, count in pages.items())
+    return found
 
 
 def prompt(tokens: int = 70) -> Tensor:
@@ -182,10 +198,10 @@ def test_the_device_is_full_in_other_words_too(words: str) -> None:
 @pytest.mark.parametrize("policy", [PLAN, uncompressed(PLAN)], ids=lambda p: p.name)
 def test_pages_are_predicted_as_the_pool_takes_them(network: Any, policy: Policy) -> None:
     cache = load_cache(policy, network, new_tokens=64)
-    fill(cache, network, prompt(), 5)
-    assert cache.page_bytes() <= 5 * page_bytes(policy, 70, 8) <= cache.pool.memory.nbytes
+    read_for_all(network, cache, prompt(), 5)
+    assert cache.page_bytes() <= 5 * page_bytes(policy) <= cache.pool.memory.nbytes
     cache.reserve(64)
-    assert cache.page_bytes() == 5 * page_bytes(policy, 70, 8)
+    assert cache.page_bytes() == 5 * page_bytes(policy)
 
 
 def test_a_filled_batch_says_what_prompts_read_together_do(network: Any) -> None:
@@ -195,7 +211,7 @@ def test_a_filled_batch_says_what_prompts_read_together_do(network: Any) -> None
         cache = load_cache(PLAN, network, new_tokens=64)
         with torch.no_grad():
             if fills:
-                logits = fill(cache, network, prompt(), 3).expand(3, -1)
+                logits = read_for_all(network, cache, prompt(), 3).expand(3, -1)
             else:
                 answer = network(
                     prompt().expand(3, -1), past_key_values=cache, use_cache=True, logits_to_keep=1
@@ -221,7 +237,7 @@ def test_the_largest_batch_is_what_the_devices_memory_holds(
         assert found.found.batch == found.batch
         assert found.found.tokens_per_second.value == found.batch / 8
         assert found.found.peak_bytes <= SMALL
-        assert found.batch <= SMALL // page_bytes(policy, 70, 8)
+        assert found.batch <= SMALL // page_bytes(policy)
     assert plan.batch > full.batch > 1
     assert (memory.used, network.config._attn_implementation) == (0, "kvtune")
 
@@ -260,7 +276,7 @@ def test_it_begins_below_a_guess_that_the_free_memory_cannot_hold(
     monkeypatch.setattr(largest, "time_filled", time_filled)
     memory = device(SMALL)
     find_largest(PLAN, network, prompt(), memory, 10_000, Bounds(tries=1))
-    assert asked == [SMALL // page_bytes(PLAN, 70, 8)]
+    assert asked == [SMALL // sequence_bytes(PLAN, 70, 8, Growth(64))]
 
 
 def test_a_method_without_column_sums_is_filled_too(

@@ -22,14 +22,14 @@ from kvtune.policies.methods.keyformer import Keyformer
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.tova import Tova
 from kvtune.policies.option import ALL, Budget, Option
+from kvtune.policies.paging import SLAB_CELLS
 from kvtune.policies.policy import Policy
 from kvtune.runtime import load_cache
-from kvtune.runtime.cache import paged_layer, reading, storing
+from kvtune.runtime.cache import paged_layer, policy_cache, reading, storing
 from kvtune.runtime.cache.backend import PlainBackend
 from kvtune.runtime.cache.layer import CacheLayer
 from kvtune.runtime.cache.paged_layer import PagedLayer
-from kvtune.runtime.cache.policy_cache import PolicyCache
-from kvtune.runtime.cache.pool import SLAB_CELLS, Pool
+from kvtune.runtime.cache.pool import Pool
 from kvtune.runtime.cache.segments import CODED, SETTLED
 from kvtune.runtime.cache.storing import store_prompts
 
@@ -171,9 +171,7 @@ def test_a_pool_that_is_full_grows_while_prompts_are_read(
         expected = network.generate(
             ids, max_new_tokens=3, past_key_values=load_cache(UNCOMPRESSED, network)
         )
-        monkeypatch.setattr(
-            PolicyCache, "_cells_of", lambda self, option, count, *_: 3 * count // 4
-        )
+        monkeypatch.setattr(policy_cache, "pool_cells", lambda _: 24 * SLAB_CELLS)
         extended, extend = [], Pool.extend
 
         def watched(pool: Pool, cells: int) -> None:

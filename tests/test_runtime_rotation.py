@@ -17,6 +17,7 @@ if os.environ["TRITON_INTERPRET"] != "1":
     pytest.skip("Triton's interpreter is switched off", allow_module_level=True)
 
 from kvtune.policies.option import Option
+from kvtune.policies.pages import PAGE
 from kvtune.policies.policy import Policy
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache.backend import Backend, PlainBackend, TritonBackend
@@ -27,7 +28,6 @@ from kvtune.runtime.cache.sliding import Ring
 from kvtune.runtime.fuse import fused
 from kvtune.runtime.kernels import elementwise
 from kvtune.runtime.kernels.elementwise import rotate
-from kvtune.runtime.kernels.layout import PAGE
 from kvtune.runtime.rotation import Rotation, owed, rotate_later
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,12 +18,13 @@ from kvtune.policies.formats.grouped import Int2, Int4, Int8
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.option import ALL, Budget, Option
+from kvtune.policies.paging import SLAB_CELLS
 from kvtune.policies.policy import Policy
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache.backend import PlainBackend
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.policy_cache import PolicyCache
-from kvtune.runtime.cache.pool import SLAB_CELLS, Pool
+from kvtune.runtime.cache.pool import Pool
 from kvtune.runtime.cache.segments import CODED, GROWN, SETTLED
 from kvtune.runtime.cache.settling import settle
 from kvtune.runtime.cache.storing import store_prompts

@@ -21,9 +21,9 @@ from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.profiles.models import find_model
 from kvtune.runtime import load_cache
+from kvtune.runtime.admission import read_for_all
 from kvtune.runtime.cache.sliding import Ring, places_of
 from kvtune.runtime.graph import generate
-from kvtune.runtime.largest import fill
 from kvtune.tests.padded import ids
 
 pytestmark = [
@@ -190,7 +190,7 @@ def test_what_cannot_slide_is_refused(gemma: Any) -> None:
 
 def test_a_cache_filled_with_one_prompt_slides_as_one_that_read_it(gemma: Any) -> None:
     caches = [load_cache(FULL, gemma, new_tokens=9) for _ in range(2)]
-    fill(caches[0], gemma, ids(40)["input_ids"], 2)
+    read_for_all(gemma, caches[0], ids(40)["input_ids"], 2)
     step = {"input_ids": torch.tensor([[5], [9]]), "position_ids": torch.tensor([[40], [40]])}
     with torch.no_grad():
         gemma(ids(40)["input_ids"].repeat(2, 1), past_key_values=caches[1])

@@ -6,6 +6,7 @@ import dataclasses
 import types
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,12 @@ class MadeUpBench:
 
     def look(self) -> None:
         self.looked.append(self.calls)
+
+    def reserved_bytes(self) -> int:
+        return self.peak_bytes()
+
+    def capped(self, limit_bytes: int) -> AbstractContextManager[int]:
+        return nullcontext(0)
 
     def available_bytes(self) -> int:
         raise AssertionError("only the search for the largest batch asks")

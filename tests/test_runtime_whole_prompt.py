@@ -82,11 +82,16 @@ def stored(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], list[list[i
     original = store_prompts
 
     def spying(
-        paged: PagedLayer, k: Tensor, v: Tensor, kept: list[Tensor], exact: list[int]
+        paged: PagedLayer,
+        k: Tensor,
+        v: Tensor,
+        kept: list[Tensor],
+        exact: list[int],
+        rows: slice,
     ) -> None:
-        for row, tokens in enumerate(kept):
+        for row, tokens in enumerate(kept, start=rows.start):
             found.setdefault((paged.number, row // 2), []).append(tokens.tolist())
-        original(paged, k, v, kept, exact)
+        original(paged, k, v, kept, exact, rows)
 
     monkeypatch.setattr(layer_module, "store_prompts", spying)
     return found

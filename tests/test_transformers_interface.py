@@ -72,8 +72,9 @@ class Noting:
     def __init__(self) -> None:
         self.told: list[Any] = []
 
-    def read(self, token_ids: Any) -> None:
+    def read(self, token_ids: Any) -> bool:
         self.told.append(token_ids)
+        return False
 
 
 @pytest.mark.parametrize(("kind", "name"), [(Old, "past_key_values"), (New, "cache")])

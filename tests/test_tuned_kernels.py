@@ -13,6 +13,7 @@ import torch
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.progress import Silent
+from kvtune.policies.pages import AS_VALUES, CODES, PAGE, PageLayout
 from kvtune.profiles.gpus import list_gpus
 from kvtune.profiles.measured import Capture
 from kvtune.profiles.tuned import (
@@ -26,7 +27,6 @@ from kvtune.profiles.tuned import (
     tuned_document,
 )
 from kvtune.runtime.kernels.launch import BUILT_IN, Shape, shape_for
-from kvtune.runtime.kernels.layout import AS_VALUES, CODES, PAGE, PageLayout
 from kvtune.runtime.kernels.tiles import kind_of, page_costs
 from kvtune.runtime.measure.operation import Work
 from kvtune.runtime.measure.paged_layer import Run, random_layer

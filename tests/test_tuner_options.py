@@ -34,7 +34,7 @@ def test_a_menu_multiplies_and_keeps_everything_in_each_format() -> None:
 
 
 def test_whatever_is_offered_has_pages_to_run_in() -> None:
-    from kvtune.runtime.kernels.layout import layout_of
+    from kvtune.policies.pages import layout_of
     from kvtune.tuner.baselines import FAMILIES, candidates
     from kvtune.tuner.source_models import packaged_tables
 

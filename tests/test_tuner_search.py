@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import exact
 from kvtune.common.lock import locked
 from kvtune.common.progress import Silent
 from kvtune.policies.document import read_policy
@@ -188,7 +189,7 @@ def saved_model(
 def own(
     saved_model: Path, packaged: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> SearchRequest:
-    """A search on the tiny model, with room for four uncompressed prompts."""
+    """A search on the tiny model, with room for not quite two uncompressed prompts in pages."""
     from kvtune.traces import workloads
     from kvtune.traces.workloads import Workload
 
@@ -200,7 +201,7 @@ def own(
     shape, gpu = shape_from_config(saved_model), find_gpu("4090")
     sizes = {"context_tokens": 80, "weights": "bf16"}
     used = memory_budget(shape, gpu, 10**10, **sizes)  # type: ignore[arg-type]
-    limit = 10**10 - used.cache_bytes + 4 * shape.kv_bytes(80)
+    limit = 10**10 - used.cache_bytes + 3 * shape.kv_bytes(80)
     return SearchRequest(
         str(saved_model), shape, gpu, limit, tmp_path / "run", **sizes,  # type: ignore[arg-type]
         generated_tokens=4, largest_kl=0.5, trials=10, device="cpu",
@@ -321,9 +322,13 @@ def test_the_plan_is_timed_as_validate_would_on_the_card_it_is_for(
         trace=types.SimpleNamespace(of_split=lambda split: (split,)),
     )
     chosen: Any = types.SimpleNamespace(sequences=7, context=4096)
-    times, reason = answer._times(request, source, "the plan", chosen, Silent())  # type: ignore[arg-type]
+    budget = types.SimpleNamespace(limit_bytes=10**9, weight_format="bf16")
+    found: Any = types.SimpleNamespace(request=request, source=source, budgets={4096: budget})
+    cost: Any = types.SimpleNamespace(memory=exact(9e8, "B"))
+    times, reason = answer._times(found, "the plan", chosen, cost, Silent())  # type: ignore[arg-type]
     assert (times, reason) == (None, untimed)
-    serving = {"batch": 7, "context_tokens": 4096, "largest": None}
+    printed = timing.Served(7, 4096, request.generated_tokens, 10**9, cost.memory)
+    serving = {"batch": 7, "context_tokens": 4096, "largest": None, "served": printed}
     assert asked == called * [("the plan", request.shape, ("evaluate",), serving)]
 
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from kvtune.policies.methods.kvzip import KVzip
 from kvtune.policies.methods.streaming_llm import StreamingLLM
-from kvtune.policies.policy import footprint_of_lengths
 from kvtune.simulator.tables import Tables
 from kvtune.tuner.question import Candidate, Question, Solver, front, pick
 from kvtune.tuner.study import run_study
@@ -31,7 +30,18 @@ def tables(make_tables: Make) -> Tables:
 
 def question(tables: Tables, room: float = 3.0, sequences: int | None = None) -> Question:
     """Room for so many uncompressed prompts."""
-    return Question(tables, 16, {256: int(room * FULL_PROMPT)}, GENERATED, sequences)
+    return asked_of(tables, {256: int(room * FULL_PROMPT)}, sequences)
+
+
+def asked_of(tables: Tables, rooms: dict[int, int], sequences: int | None) -> Question:
+    """Bytes are those of formats here, and the runtime works with a little a sequence."""
+    held = {context: tables.footprints(context, 16) + 4 for context in rooms}
+    return Question(tables, 16, rooms, held, GENERATED, working, sequences)
+
+
+def working(context: int, sequences: int) -> int:
+    """Reading a prompt, or a step of all sequences where that is more."""
+    return max(context, 100 * sequences)
 
 
 def facts(candidates: list[Candidate]) -> list[Any]:
@@ -112,11 +122,10 @@ def test_candidates_fit_the_room_and_say_what_they_take(tables: Tables, room: fl
     assert candidates
     for candidate in candidates:
         each = candidate.prompt_bytes + GENERATED
-        assert candidate.sequences * each <= asked.rooms[256]
+        taken = candidate.sequences * each + working(256, candidate.sequences)
+        assert taken <= asked.rooms[256]
         assert solver.policy(candidate).footprint(256, 16) == candidate.prompt_bytes
-        assert candidate.prompt_bytes - footprint_of_lengths(1, 6) <= asked.prompt_budget(
-            256, candidate.sequences
-        )
+        assert candidate.prompt_bytes <= asked.prompt_budget(256, candidate.sequences)
 
 
 def test_candidates_are_judged_on_the_selection_samples(tables: Tables) -> None:
@@ -154,7 +163,7 @@ def test_most_sequences_fit_and_one_more_does_not(tables: Tables) -> None:
     for room in (0.1, 1.0, 7.3):
         asked = question(tables, room)
         most = asked.most_sequences(256)
-        smallest = int(tables.footprints(256, 16).min()) * tables.heads
+        smallest = int(asked.held[256].min()) * tables.heads
         assert asked.prompt_budget(256, most) >= smallest
         assert asked.prompt_budget(256, most + 1) < smallest
 
@@ -163,7 +172,7 @@ def test_most_sequences_fit_and_one_more_does_not(tables: Tables) -> None:
 def test_where_nothing_fits_there_are_no_candidates(
     tables: Tables, tmp_path: Path, sequences: int | None
 ) -> None:
-    solver = Solver.of(Question(tables, 16, {256: 3000}, GENERATED, sequences))
+    solver = Solver.of(asked_of(tables, {256: 3000}, sequences))
     assert run_study(solver, trials=6, journal=tmp_path / "study.journal") == []
     assert run_study(solver, trials=6, journal=tmp_path / "study.journal") == []
 
@@ -195,7 +204,7 @@ def test_a_plan_that_may_wait_leaves_room_for_one_prompt_uncompressed(tables: Ta
 def several(tables: Tables, sequences: int | None = None) -> Question:
     """Longer prompts leave a little less room, as their prefill takes more."""
     rooms = {context: int(3 * FULL_PROMPT - 10 * context) for context in (256, 512, 1024)}
-    return Question(tables, 16, rooms, GENERATED, sequences)
+    return asked_of(tables, rooms, sequences)
 
 
 @pytest.mark.parametrize("sequences", [None, 3])
@@ -209,7 +218,8 @@ def test_the_study_tries_every_context_and_stays_within_its_room(
     for candidate in candidates:
         assert candidate.parameters["context"] == candidate.context
         each = candidate.prompt_bytes + GENERATED
-        assert candidate.sequences * each <= asked.rooms[candidate.context]
+        taken = candidate.sequences * each + working(candidate.context, candidate.sequences)
+        assert taken <= asked.rooms[candidate.context]
         assert solver.policy(candidate).footprint(candidate.context, 16) == candidate.prompt_bytes
         assert sequences in (None, candidate.sequences)
 

@@ -56,7 +56,7 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
     rivals, validation = compare(source, solver, policy, chosen, predicted.kl, progress)
     quality = replace(predicted, kl=validation.live) if validation else predicted
     longest = chosen.context + request.generated_tokens
-    times, untimed = _times(request, source, policy, chosen, progress)
+    times, untimed = _times(found, policy, chosen, cost, progress)
     return SearchResult(
         request=request,
         budget=budget,
@@ -89,24 +89,25 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
 
 
 def _times(
-    request: SearchRequest,
-    source: QualitySource,
-    policy: Policy,
-    chosen: Candidate,
-    progress: Progress,
+    found: Found, policy: Policy, chosen: Candidate, cost: Cost, progress: Progress
 ) -> tuple[Times | None, str | None]:
     """As ``kvtune validate`` would time the plan; neither times nor a reason away from GPUs."""
+    request, source = found.request, found.source
     loaded, trace = source.loaded, source.trace
     if loaded is None or trace is None or not loaded.device.startswith("cuda"):
         return None, None
-    from kvtune.tuner.timing import present_gpu, times_or_reason
+    from kvtune.tuner.timing import Served, present_gpu, times_or_reason
 
     if present_gpu() != request.gpu:
         return None, f"the GPU of this machine is no {request.gpu.name}, which the plan is for"
-    progress.note("timing the plan beside the uncompressed cache on this GPU")
+    progress.note("running the plan within its limit, and timing it beside the uncompressed cache")
+    budget = found.budgets[chosen.context]
+    served = Served(
+        chosen.sequences, chosen.context, request.generated_tokens, budget.limit_bytes, cost.memory
+    )
     return times_or_reason(
         policy, loaded, request.shape, trace.of_split("evaluate"), batch=chosen.sequences,
-        context_tokens=chosen.context,
+        context_tokens=chosen.context, served=served if budget.weight_format == "bf16" else None,
     )  # fmt: skip
 
 

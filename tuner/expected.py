@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvtune.common.estimate import Estimate, exact
+from kvtune.policies.paging import Growth, sequence_bytes
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
-from kvtune.runtime.largest import Largest, page_bytes
+from kvtune.runtime.largest import NEW_TOKENS as LARGEST_NEW_TOKENS
+from kvtune.runtime.largest import Largest
 from kvtune.runtime.timing import NEW_TOKENS, STEPS, STRETCHES, Decoding, Timing
 from kvtune.simulator.compression import compression
 from kvtune.simulator.cost import cache_bytes_by_format, per_second
@@ -20,13 +22,6 @@ from kvtune.simulator.weights import weight_bytes
 Pair = tuple[Estimate, float]
 """A predicted figure, and what was measured."""
 
-KEPT_OF_PREFILL = (0.65, 0.4, 0.9)
-"""What torch's allocator keeps beside its tensors, by the activations of all prompts read at once.
-
-0.53 to 0.79 on an H100: SmolLM2, 16 x 8k tokens (``validate-h100.txt``), and Llama-8B's shape,
-2 x 8k (``decode-step-h100.json``), of the plan and uncompressed.
-"""
-
 
 @dataclass(frozen=True)
 class Expected:
@@ -36,8 +31,8 @@ class Expected:
         prefill: of the whole batch, compression included, seconds.
         step: one decode step, seconds.
         tokens_per_second: of all sequences together.
-        peak_bytes: of tensors: weights, pages, and activations of all prompts read at once.
-        device_bytes: those, what the process takes beside them, and what the allocator keeps.
+        peak_bytes: of tensors: weights, pages, and what the runtime works with.
+        device_bytes: those, and what the process takes beside them.
     """
 
     prefill: Estimate
@@ -89,25 +84,23 @@ class Card:
     tokens: int
 
     def expect(self, policy: Policy, batch: int) -> Expected:
-        """Of a batch whose prompts are read at once, in the middle of the timed steps."""
+        """Of a batch whose prompts are read one after another, in the middle of the timed steps."""
         step = self._step(policy, batch, STEPS * (1 + STRETCHES // 2))
         read = prefill(self.shape, self.gpu, "bf16", self.tokens, batch, "runtime")
         compressed = compression(policy, self.shape, self.gpu, self.tokens, read, batch)
-        tensors, activations = self._tensors(policy, batch), self._activations(batch)
-        value, low, high = (share * activations.value for share in KEPT_OF_PREFILL)
-        kept = Estimate(value, low, high, "B", "fitted")
+        tensors = self._tensors(policy, batch)
         return Expected(
             prefill=_one_after_the_other(read, compressed),
             step=step,
             tokens_per_second=per_second(step, batch),
             peak_bytes=tensors,
-            device_bytes=add(tensors, overhead_bytes(self.shape, self.gpu, "bf16"), kept),
+            device_bytes=add(tensors, overhead_bytes(self.shape, self.gpu, "bf16")),
         )
 
     def expect_largest(self, policy: Policy) -> ExpectedLargest:
-        """Of prompts that are read one after another, each in one piece."""
-        each, tokens = page_bytes(policy, self.tokens, self.shape.head_dim), self.tokens
-        batch = largest_batch(self.shape, self.gpu, "bf16", each, tokens, chunk_tokens=tokens)
+        """Of prompts that are read one after another."""
+        each, tokens = self._sequence(policy, LARGEST_NEW_TOKENS), self.tokens
+        batch = largest_batch(self.shape, self.gpu, "bf16", each, tokens)
         low, value, high = (
             self._rate(policy, int(n)) for n in (batch.low, batch.value, batch.high)
         )
@@ -125,14 +118,12 @@ class Card:
         return decode_step(self.shape, self.gpu, "bf16", batch, dict(held), "runtime")
 
     def _tensors(self, policy: Policy, batch: int) -> Estimate:
-        pages = page_bytes(policy, self.tokens, self.shape.head_dim, NEW_TOKENS)
         weights = weight_bytes(self.shape, "bf16")
-        return add(weights, self._activations(batch), exact(batch * pages, "B"))
+        working = prefill_peak_bytes(self.shape, self.tokens, batch)
+        return add(weights, working, exact(batch * self._sequence(policy, NEW_TOKENS), "B"))
 
-    def _activations(self, batch: int) -> Estimate:
-        """All prompts are read at once."""
-        together = batch * self.tokens
-        return prefill_peak_bytes(self.shape, together, batch, chunk_tokens=together)
+    def _sequence(self, policy: Policy, new_tokens: int) -> int:
+        return sequence_bytes(policy, self.tokens, self.shape.head_dim, Growth(new_tokens))
 
 
 def _one_after_the_other(first: Estimate, then: Estimate) -> Estimate:

@@ -5,11 +5,13 @@ A trial is solved on the search samples and judged on the selection samples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import bisect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.option import Option
@@ -25,16 +27,20 @@ class Question:
     Args:
         tables: quality of options on the model, every split.
         head_dim: of the model that will run, which a stand-in's tables may differ from.
-        rooms: bytes left for all sequences' caches, by the context P of a sequence in tokens;
-            of several contexts the study chooses.
-        generated_bytes: that each sequence's generated tokens take, in 16 bits.
+        rooms: bytes left for all sequences' caches and for what the runtime works with, by the
+            context P of a sequence in tokens; of several contexts the study chooses.
+        held: bytes that one head's prompt takes in pages under each option, ``[O]``, by context.
+        generated_bytes: that each sequence's generated tokens take in pages of 16 bits.
+        working: bytes that the runtime works with, for a context and so many sequences.
         sequences: how many at once; None lets the study choose.
     """
 
     tables: Tables
     head_dim: int
     rooms: Mapping[int, int]
+    held: Mapping[int, NDArray[np.int64]]
     generated_bytes: int
+    working: Callable[[int, int], int]
     sequences: int | None = None
 
     @property
@@ -46,10 +52,20 @@ class Question:
         """Bytes of one uncompressed prompt, bf16."""
         return 2 * 2 * context * self.head_dim * self.tables.heads
 
-    def sequences_of(self, context: int, prompt_bytes: int, waits: bool = False) -> int:
-        """How many sequences fit whose compressed prompts take so many bytes each."""
-        room = self.rooms[context] - self._waiting(context, waits)
-        return max(room, 0) // (prompt_bytes + self.generated_bytes)
+    def sequences_of(self, context: int, held_bytes: int, waits: bool = False) -> int:
+        """How many sequences fit whose compressed prompts take so many bytes of pages each."""
+        each = held_bytes + self.generated_bytes
+        counts = range(1, max(self.rooms[context], 0) // each + 1)
+
+        def is_full(count: int) -> bool:
+            return count * each > self._room(context, count, waits)
+
+        return bisect.bisect_left(counts, True, key=is_full)
+
+    def _room(self, context: int, sequences: int, waits: bool) -> int:
+        """Bytes for the caches of so many sequences."""
+        room = self.rooms[context] - self.working(context, sequences)
+        return room - self._waiting(context, waits)
 
     def _waiting(self, context: int, waits: bool) -> int:
         """Bytes of one uncompressed prompt that is held until its end, but for one layer."""
@@ -57,22 +73,18 @@ class Question:
         return self.full_bytes(context) * (layers - 1) // layers if waits else 0
 
     def prompt_budget(self, context: int, sequences: int, waits: bool = False) -> int:
-        """Bytes that each sequence's compressed prompt may take.
+        """Bytes that the pages of each sequence's compressed prompt may take.
 
         Args:
             context: prompt tokens.
             sequences: at once.
             waits: whether a policy may wait for a prompt's end, all layers of one uncompressed.
         """
-        lengths = footprint_of_lengths(1, self.tables.heads)
-        room = self.rooms[context] - self._waiting(context, waits)
-        return room // sequences - self.generated_bytes - lengths
+        return self._room(context, sequences, waits) // sequences - self.generated_bytes
 
     def most_sequences(self, context: int) -> int:
         """As many as fit with every head on its smallest option."""
-        smallest = int(self.tables.footprints(context, self.head_dim).min())
-        each = smallest * self.tables.heads + footprint_of_lengths(1, self.tables.heads)
-        return int(self.rooms[context] // (each + self.generated_bytes))
+        return self.sequences_of(context, int(self.held[context].min()) * self.tables.heads)
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,7 @@ class Candidate:
         kl: predicted on the selection samples, nats/token.
         context: prompt tokens of each sequence.
         sequences: that fit at once.
-        prompt_bytes: of one compressed prompt, lengths included.
+        prompt_bytes: of one compressed prompt as formats count them, lengths included.
     """
 
     number: int
@@ -116,9 +128,9 @@ class Solver:
         """Fit on the search samples; judge on the selection samples, if there are any."""
         tables = question.tables
         splits = {sample.split for sample in tables.samples}
-        footprints = {c: tables.footprints(c, question.head_dim) for c in question.contexts}
-        fit = Problem.of(tables.of_split("search"), footprints[question.contexts[0]], rank=rank)
-        problems = {context: replace(fit, footprint=f) for context, f in footprints.items()}
+        held = question.held
+        fit = Problem.of(tables.of_split("search"), held[question.contexts[0]], rank=rank)
+        problems = {context: replace(fit, footprint=held[context]) for context in held}
         check = tables.of_split("select" if "select" in splits else "search")
         return Solver(question, problems, check)
 
@@ -137,9 +149,14 @@ class Solver:
         except KvtuneError:
             return None
         choice = columns[np.repeat(picked, heads) if by_layer else picked]
-        kl = self.loss(choice)
-        spent = whole.spent(choice) + footprint_of_lengths(1, self.question.tables.heads)
-        return Candidate(number, parameters, choice, kl, context, sequences, spent)
+        kl, payload = self.loss(choice), self.payload(choice, context)
+        return Candidate(number, parameters, choice, kl, context, sequences, payload)
+
+    def payload(self, choice: Choice, context: int) -> int:
+        """Bytes of one prompt as formats count them, lengths included; its pages take more."""
+        question = self.question
+        each = question.tables.footprints(context, question.head_dim)
+        return int(each[choice].sum()) + footprint_of_lengths(1, question.tables.heads)
 
     def loss(self, choice: Choice) -> float:
         """Predicted on the selection samples, nats/token."""

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 import kvtune
 from kvtune.common.errors import DoesNotFitError, KvtuneError
 from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
 from kvtune.common.units import format_bytes
+from kvtune.policies.paging import Growth, growing_bytes, head_bytes
 from kvtune.simulator.memory import MemoryBudget, memory_budget
+from kvtune.simulator.peak import prefill_peak_bytes
 from kvtune.tuner.answer import Found, answer
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.record import Recorder, selection_split
@@ -158,13 +164,32 @@ def _budgets(request: SearchRequest) -> Budgets:
 
 
 def _question(request: SearchRequest, budgets: Budgets, source: QualitySource) -> Question:
-    shape = request.shape
-    generated = shape.kv_bytes(request.context_tokens + request.generated_tokens)
+    shape, growth = request.shape, Growth(request.generated_tokens)
+    generated = growing_bytes(request.generated_tokens, shape.head_dim)
+
+    def held(context: int) -> NDArray[np.int64]:
+        """Beyond what generated tokens alone take: both lie in the same pages."""
+        return np.array(
+            [
+                head_bytes(o, o.budget.resolve(context), context, shape.head_dim, growth)
+                for o in source.tables.options
+            ],
+            np.int64,
+        ) - round(generated)
+
+    def working(context: int, sequences: int) -> int:
+        return math.ceil(prefill_peak_bytes(shape, context, sequences).value)
+
     return Question(
         tables=source.tables,
         head_dim=shape.head_dim,
-        rooms={context: budget.cache_bytes for context, budget in budgets.items()},
-        generated_bytes=generated - shape.kv_bytes(request.context_tokens),
+        rooms={
+            context: int(budget.limit_bytes - budget.weights.value - budget.overhead.value)
+            for context, budget in budgets.items()
+        },
+        held={context: held(context) for context in budgets},
+        generated_bytes=round(generated) * shape.layers * shape.kv_heads,
+        working=working,
         sequences=request.sequences,
     )
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvtune.policies.policy import footprint_of_lengths
 from kvtune.tuner.question import Candidate, Solver
 
 
@@ -33,9 +32,8 @@ def simple_points(solver: Solver, first: int) -> list[Candidate]:
 def _point(solver: Solver, context: int, option: int) -> Candidate | None:
     question, problem = solver.question, solver.problems[context]
     choice = np.full(question.tables.heads, option, np.int64)
-    spent = problem.spent(choice) + footprint_of_lengths(1, question.tables.heads)
     waits = question.tables.options[option].method.needs.reconstruction
-    most = question.sequences_of(context, spent, waits)
+    most = question.sequences_of(context, problem.spent(choice), waits)
     sequences = question.sequences or most
     if not 1 <= sequences <= most:
         return None
@@ -50,5 +48,5 @@ def _point(solver: Solver, context: int, option: int) -> Candidate | None:
         kl=solver.loss(choice),
         context=context,
         sequences=sequences,
-        prompt_bytes=spent,
+        prompt_bytes=solver.payload(choice, context),
     )

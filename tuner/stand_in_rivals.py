@@ -9,8 +9,8 @@ import numpy as np
 
 from kvtune.common.estimate import Estimate
 from kvtune.common.progress import Progress
+from kvtune.policies.pages import CODES
 from kvtune.policies.policy import Policy
-from kvtune.runtime.kernels.layout import CODES
 from kvtune.tuner.band import band_of_live
 from kvtune.tuner.baselines import FAMILIES
 from kvtune.tuner.question import Candidate, Solver

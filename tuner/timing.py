@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Estimate
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import GpuProfile, detect_gpu
 from kvtune.profiles.shape import ModelShape
 from kvtune.runtime.device import Bench, bench_for
 from kvtune.runtime.largest import Bounds, Largest, find_largest
+from kvtune.runtime.promise import Within, run_within
 from kvtune.runtime.timing import NEW_TOKENS, Beside, Decoding, time_beside, uncompressed
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample
@@ -60,6 +62,47 @@ class Most:
 
 
 @dataclass(frozen=True)
+class Served:
+    """What a plan was printed for.
+
+    Args:
+        batch: sequences at once.
+        context_tokens: of each prompt.
+        generated_tokens: of each sequence.
+        limit_bytes: of the whole process.
+        peak: that was printed.
+    """
+
+    batch: int
+    context_tokens: int
+    generated_tokens: int
+    limit_bytes: int
+    peak: Estimate
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A plan that was run as it was printed, within its limit.
+
+    Args:
+        printed: the peak that was printed.
+        run: what it took.
+    """
+
+    printed: Estimate
+    run: Within
+
+    def as_dict(self) -> dict[str, object]:
+        """The form that goes into JSON."""
+        return {
+            "kept": self.run.kept,
+            "printed_peak": self.printed.as_dict(),
+            "process_bytes": self.run.process_bytes,
+            **asdict(self.run),
+        }
+
+
+@dataclass(frozen=True)
 class Coverage:
     """How many measured figures lie inside their predicted intervals.
 
@@ -82,6 +125,7 @@ class Times:
         plan: predicted, or None.
         full_cache: predicted, or None.
         most: the largest batches, where they were asked for.
+        within: the plan as it was printed, run to its end within its limit, where there is one.
     """
 
     gpu: str | None
@@ -89,6 +133,7 @@ class Times:
     plan: Expected | None
     full_cache: Expected | None
     most: Most | None = None
+    within: Promise | None = None
 
     @property
     def coverage(self) -> Coverage | None:
@@ -113,6 +158,7 @@ class Times:
             "ratios": found.ratios,
             "predicted": {"plan": self.plan, "full_cache": self.full_cache},
             "largest": self.most,
+            "within": self.within,
             "coverage": self.coverage,
         }
 
@@ -126,6 +172,7 @@ def time_plan(
     batch: int = 1,
     context_tokens: int | None = None,
     largest: Bounds | None = None,
+    served: Served | None = None,
     bench_of: Callable[[str], Bench] = bench_for,
 ) -> Times:
     """Run a policy and the uncompressed cache in the paged runtime, and predict both.
@@ -138,6 +185,7 @@ def time_plan(
         batch: sequences at once, halved until they fit.
         context_tokens: of each prompt; None for a sample's own.
         largest: how long to look for the largest batch that fits; None not to.
+        served: what the plan is run for, whole, within its limit; None not to.
         bench_of: gives a device's bench.
 
     Raises:
@@ -145,6 +193,7 @@ def time_plan(
     """
     bench = bench_of(loaded.device)
     tokens = min(context_tokens or samples[0].prompt, loaded.geometry.max_context)
+    within = _promise(policy, loaded, samples, served, bench) if served else None
     prompts = _prompts(loaded, samples, batch, tokens)
     measured = time_beside(policy, loaded.model, prompts, bench)
     gpu = present_gpu()
@@ -158,7 +207,23 @@ def time_plan(
         expected.get("plan"),
         expected.get("full_cache"),
         _most(both, loaded, prompts[:1], card, bench, largest) if largest else None,
+        within,
     )
+
+
+def _promise(
+    policy: Policy,
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    served: Served,
+    bench: Bench,
+) -> Promise:
+    """All that was printed, to the end."""
+    prompts = _prompts(loaded, samples, served.batch, served.context_tokens)
+    run = run_within(
+        policy, loaded.model, prompts, served.generated_tokens, served.limit_bytes, bench
+    )
+    return Promise(served.peak, run)
 
 
 def times_or_reason(
@@ -170,12 +235,13 @@ def times_or_reason(
     batch: int | None = None,
     context_tokens: int | None = None,
     largest: Bounds | None = None,
+    served: Served | None = None,
 ) -> tuple[Times | None, str | None]:
     """What ``time_plan`` finds, or why there are no times; None for one sequence at once."""
     try:
         times = time_plan(
             policy, loaded, shape, samples, batch=batch or 1, context_tokens=context_tokens,
-            largest=largest,
+            largest=largest, served=served,
         )  # fmt: skip
     except KvtuneError as reason:
         return None, reason.message

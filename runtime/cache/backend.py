@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from kvtune.policies.pages import PAGE, PageLayout
 from kvtune.runtime.kernels.launch import Paged, Scratch, decode
-from kvtune.runtime.kernels.layout import PAGE, PageLayout
 from kvtune.runtime.kernels.reference import attend, read_page, rotate, write_page
 from kvtune.runtime.rotation import Rotation
 

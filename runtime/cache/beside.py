@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from kvtune.policies.attention import attend, merge
 from kvtune.policies.format import Format, Role, Stored
 from kvtune.policies.option import Option
+from kvtune.policies.paging import EXACT
 from kvtune.policies.parts import HeadPart
-from kvtune.runtime.cache.placing import EXACT
 
 Shared = dict[tuple[int, int, int], "Encoded"]
 """Directions that two layers share, by sequence, KV head and the first of the two layers."""

@@ -1,7 +1,8 @@
 """One layer of the paged cache as transformers sees it, and the attention that finds it.
 
-The prompt comes in one piece: it is answered as ever, then each KV head's tokens are chosen and
-stored and the rest is dropped. What comes after it is kept: generated tokens, and further turns.
+A prompt comes in one piece: it is answered as ever, then each KV head's tokens are chosen and
+stored and the rest is dropped. Sequences may come together or one after another; when all are
+stored, what comes after them is kept: generated tokens, and further turns.
 """
 
 from __future__ import annotations
@@ -17,20 +18,18 @@ from transformers import CacheLayerMixin
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.transformers_interface import count_of
-from kvtune.policies.room import Room
+from kvtune.policies.pages import PAGE
 from kvtune.policies.signals import Signals
-from kvtune.runtime.cache.beside import Beside, HeldPart
 from kvtune.runtime.cache.choosing import Choice, choose, side_by_side
-from kvtune.runtime.cache.evicting import Evictor, evictors, openings
+from kvtune.runtime.cache.evicting import Evictor
+from kvtune.runtime.cache.filling import Filling, Taken
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.reading import equally_long, lengths_of, padded, signals_of
 from kvtune.runtime.cache.segments import NO_END
-from kvtune.runtime.cache.selecting import indexed
-from kvtune.runtime.cache.sliding import Ring, check_sliding, places_of
+from kvtune.runtime.cache.sliding import check_sliding
 from kvtune.runtime.cache.storing import store_prompts
 from kvtune.runtime.cache.whole_prompt import condensed
 from kvtune.runtime.kernels.launch import Scratch
-from kvtune.runtime.kernels.layout import PAGE
 from kvtune.runtime.kernels.reference import rotate
 from kvtune.runtime.rotation import owed
 from kvtune.traces.geometry import check_shapes
@@ -52,11 +51,10 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.cache, self.number = cache, number
         self.paged: PagedLayer
         self.evictors: list[Evictor] = []
-        self.seen = 0
-        self.padding = 0  # before the longest prompt
-        self.prompt_tokens = 0  # P of the batch, padding included
+        self.seen = 0  # tokens of the batch, padding included; from when every prompt is stored
         self.window: int | None = None  # of a sliding layer, if it will be exceeded
         self.waiting: list[Signals] = []  # of each sequence, until the whole model has read it
+        self.filling: Filling  # while prompts are read
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: pages are taken when the prompt has been seen."""
@@ -67,33 +65,41 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor]:
         """Pass new tokens on to ``attention``, which stores them."""
         self.cache.check_answering()
-        self.seen += key_states.shape[-2] * (not self.cache.captured)
+        if self.seen and not self.cache.captured:
+            self.seen += key_states.shape[-2]
         keys: Any = key_states
         keys.paged_cache_layer = self
         return keys, value_states
 
     def prompt(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, scale: float) -> Any:
-        """Causal attention of each prompt on its own, ``[B, Hq, P, D]``; then store it."""
-        self.begin(k.device, lengths_of(k, padding) if self.number == 0 else self.cache.prompts)
-        self.padding, self.prompt_tokens = k.shape[2] - max(self.cache.prompts), k.shape[2]
-        alike = equally_long(self.cache.prompts, k.shape[2])
+        """Causal attention of each prompt on its own, ``[B, Hq, P, D]``; then store it.
+
+        Of the sequences that the cache reads now; of all of them where it was not told.
+        """
+        cache = self.cache
+        if cache.reading is None:
+            cache.open(k.device, lengths_of(k, padding), k.shape[2])
+            cache.reading = range(len(cache.prompts))
+        lengths = [cache.prompts[row] for row in cache.reading][: len(k)]
+        alike = equally_long(lengths, k.shape[2])
         parts = [(q[at], k[at], v[at]) for at in alike]
         outputs = [causal_attention(*part, scale, self.window) for part in parts]
         self.take_in([signals for part in parts for signals in self.signals(*part, scale)])
         return padded(outputs, q.shape[2])
 
-    def begin(self, device: torch.device, prompts: list[int]) -> None:
-        """Prompts of these lengths are about to be read."""
+    def open(self) -> None:
+        """Prompts, whose lengths the cache knows now, are about to be read."""
         cache = self.cache
-        if self.number == 0:
-            cache.open(device, prompts)
-        self.window = cache.window_of(self.number, max(prompts))
+        self.window = cache.window_of(self.number, max(cache.prompts))
         if self.window and cache.waits:
             raise KvtuneError(
                 f"layer {self.number} slides over {self.window} tokens, and the policy "
                 f"{cache.policy.name!r} waits for the whole prompt",
                 hint="use a method and an allocator that choose layer by layer.",
             )
+        if self.window:
+            check_sliding(self.number, self.window, cache.policy.heads[self.number])
+        self.filling = Filling(cache.shared, len(cache.layers), self.window, cache.evicts)
 
     def signals(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> list[Signals]:
         """What methods may look at, of some equally long prompts; see ``reading``."""
@@ -102,7 +108,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         return signals_of(self.cache, self.number, (q, k, v), scale)
 
     def take_in(self, read: Sequence[Signals]) -> None:
-        """The layer has read every sequence's prompt, or one that stands for all."""
+        """The layer has read some sequences' prompts, or one that stands for them."""
         if self.cache.waits:
             self.waiting = [condensed(signals, self.cache.needs) for signals in read]
         else:
@@ -117,89 +123,50 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def store(self, read: Sequence[Signals]) -> None:
         """Choose from what ``take_in`` was given, put it into pages, forget the rest."""
         cache, self.waiting = self.cache, []
-        counts = [len(signals.keys) // len(cache.policy.heads[self.number]) for signals in read]
-        firsts = itertools.accumulate(counts, initial=0)
+        heads, sequences = cache.policy.kv_heads, cache.reading or range(0)
+        counts = [len(signals.keys) // heads for signals in read]
+        firsts = itertools.accumulate(counts, initial=sequences.start)
         # One more first than there are prompts: where a next one would begin.
         choices = [self.choose(*asked) for asked in zip(firsts, read, strict=False)]
-        kept = [tokens for choice in choices for tokens in choice.kept]
-        self.paged = paged = self._empty([room for choice in choices for room in choice.rooms])
-        if self.window:
-            tokens = [signals.prompt_tokens for signals in read for _ in signals.keys]
-            places = places_of(kept, tokens, self.window)
-            paged.ring = Ring(np.resize(places, (paged.rows, self.window)))
+        if sequences.start == 0:
+            self.paged = self._empty()
+        rows = slice(heads * sequences.start, heads * sequences.stop)
+        taken = Taken(self.paged, rows, read, choices)
+        self._put(taken)
+        self.filling.take(taken)
+        if sequences.stop == len(cache.prompts):
+            self._finish()
+
+    def _put(self, taken: Taken) -> None:
+        """Kept tokens into pages; what they count for."""
+        paged, rows, choices = self.paged, taken.rows, taken.choices
+        count = rows.stop - rows.start
+        rooms = [room for choice in choices for room in choice.rooms]
+        none = self.window or NO_END
+        paged.most[rows] = np.resize([room.most if room else none for room in rooms], count)
         exact = [count for choice in choices for count in choice.exact]
-        store_prompts(paged, *side_by_side(read, choices), kept, exact)
+        store_prompts(paged, *side_by_side(taken.read, choices), taken.kept, exact, rows)
         held = [size for choice in choices for size in choice.held_bytes]
-        paged.held_bytes = np.resize(held, paged.rows).tolist()
-        self._hold_beside(read, choices)
-        self._hold_readers(read, choices)
-        self.evictors = self._evictors(choices, read) if cache.evicts else []
+        paged.held_bytes[rows] = np.resize(held, count).tolist()
+
+    def _finish(self) -> None:
+        """Every sequence's prompt is stored: tables of all rows, and room for new tokens."""
+        cache, self.seen = self.cache, self.cache.width
+        self.evictors = self.filling.finish(self.paged, cache.geometry.head_dim)
+        del self.filling
         if self is cache.layers[-1]:
+            cache.reading = None
             cache.check_finite()
-        paged.seal(cache.new_tokens)
-        cache.make_room(paged, PAGE)
+        self.paged.seal(cache.new_tokens)
+        cache.make_room(self.paged, PAGE)
 
-    def _hold_beside(self, read: Sequence[Signals], choices: Sequence[Choice]) -> None:
-        """Encode what pages cannot hold, of every row."""
-        if not any(parts for choice in choices for parts in choice.beside):
-            return
-        rows = [
-            (parts, signals.keys[head], signals.values[head])
-            for signals, choice in zip(read, choices, strict=True)
-            for head, parts in enumerate(choice.beside)
-        ]
-        cache, options, held = self.cache, self.paged.options, []
-        for row in range(self.paged.rows):
-            parts, *own = rows[row % len(rows)]
-            for part in parts:
-                sequence, head = divmod(row, len(options))
-                shared = None
-                if part.shared_by > 1:
-                    other = options[head].method.linked_layer(self.number, len(cache.layers))
-                    first = min(self.number, self.number if other is None else other)
-                    shared = cache.shared, (sequence, head, first)
-                both = own[0], own[1]
-                held.append(HeldPart.of(row, part, both, options[head], shared))
-        self.paged.beside = Beside(held, cache.geometry.head_dim, cache.pool.memory.device)
-
-    def _hold_readers(self, read: Sequence[Signals], choices: Sequence[Choice]) -> None:
-        """Keys that readers make an index of, as pages hold them."""
-        readers = [reader for choice in choices for reader in choice.readers]
-        if all(reader is None for reader in readers):
-            return
-        paged, keys = self.paged, []
-        of_rows = [(signals, head) for signals in read for head in range(len(signals.keys))]
-        kept = [tokens for choice in choices for tokens in choice.kept]
-        for row in range(paged.rows):
-            at = row % len(readers)
-            (signals, head), exact = of_rows[at], int(paged.exact[row])
-            own = signals.keys[head, kept[at][exact:]]
-            form, count = paged.options[row % len(paged.options)].keys, torch.tensor([len(own)])
-            keys.append(form.roundtrip(own[None], count.to(own.device), "keys")[0])
-        every = [readers[row % len(readers)] for row in range(paged.rows)]
-        paged.readers = {row: reader for row, reader in enumerate(every) if reader is not None}
-        paged.indexed = indexed(every, keys)
-
-    def _empty(self, rooms: Sequence[Room | None]) -> PagedLayer:
-        """Pages to be, of rows with these rooms, which may be one sequence's for all."""
-        cache, options = self.cache, self.cache.policy.heads[self.number]
-        paged = PagedLayer(
-            self.number, options, cache.geometry.head_dim, len(cache.prompts), cache.pool,
-            cache.backend, cache.residual,
+    def _empty(self) -> PagedLayer:
+        """Pages to be."""
+        cache = self.cache
+        return PagedLayer(
+            self.number, cache.policy.heads[self.number], cache.geometry.head_dim,
+            len(cache.prompts), cache.pool, cache.backend, cache.residual,
         )  # fmt: skip
-        paged.most = np.resize([room.most if room else NO_END for room in rooms], paged.rows)
-        if self.window:
-            check_sliding(self.number, self.window, options)
-            paged.most[:] = self.window
-        return paged
-
-    def _evictors(self, choices: Sequence[Choice], read: Sequence[Signals]) -> list[Evictor]:
-        """Whoever goes on evicting from what has been stored."""
-        options, found = self.paged.options, []
-        for row in range(len(self.cache.prompts)):
-            choice, signals = choices[row % len(read)], read[row % len(read)]
-            found += openings(options, choice.rooms, row, choice.kept, signals)
-        return evictors(found, len(options))
 
     def turn(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Append further tokens, each of which sees those before it, ``[B, Hq, T, D]``."""
@@ -230,8 +197,9 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _refuse_unforeseen(self) -> None:
         """A prompt that was stored as if nothing left it cannot begin to slide."""
-        window = self.cache.geometry.windows[self.number]
-        if window and not self.window and self.seen - self.padding > window:
+        cache = self.cache
+        window = cache.geometry.windows[self.number]
+        if window and not self.window and self.seen - cache.padding > window:
             raise KvtuneError(
                 f"layer {self.number} attends to a window of {window} tokens, and did not expect "
                 "to see more",
@@ -309,7 +277,7 @@ def attention(
             hint="give past_key_values=load_cache(policy, model) to every generate.",
         )
     with torch.no_grad():
-        if layer.seen == query.shape[2] and not layer.cache.captured:
+        if not layer.seen:
             geometry = layer.cache.geometry
             check_shapes(geometry, layer.number, query, key, value, scale, sliding_window)
             padding = _padding(layer, attention_mask)
@@ -343,7 +311,8 @@ def _check_later_mask(layer: CacheLayer, mask: Tensor | None) -> None:
     mask = _padding(layer, mask)
     if mask is None or layer.number:  # all layers are given the same mask
         return
-    expected = [tokens + layer.seen - layer.prompt_tokens for tokens in layer.cache.prompts]
+    new = layer.seen - layer.cache.width
+    expected = [tokens + new for tokens in layer.cache.prompts]
     if mask.sum(1).tolist() != expected:
         raise KvtuneError(
             "the attention mask pads other tokens than the prompts' mask did",

@@ -1,11 +1,11 @@
 """One layer's cache in pages: each (sequence, KV head) with its own length and format.
 
-Life of a layer: ``store_prompts`` and ``seal`` once, then ``append`` and ``attend`` for
-every new token; ``reserve``, ``leave`` and ``free`` between steps. A row is a (sequence, KV head);
-it has segments: what its option made of the prompt, and a growing one in 16 bits with the prompt's
-exact tokens and new ones; with a residual window also a settled one, of new tokens that became old
-and took the option's format. Entries leave a growing segment alone, and its last ones take their
-places: attention knows no order.
+Life of a layer: ``store_prompts`` once for each row, ``seal`` once, then ``append`` and ``attend``
+for every new token; ``reserve``, ``leave`` and ``free`` between steps. A row is a (sequence, KV
+head); it has segments: what its option made of the prompt, and a growing one in 16 bits with the
+prompt's exact tokens and new ones; with a residual window also a settled one, of new tokens that
+became old and took the option's format. Entries leave a growing segment alone, and its last ones
+take their places: attention knows no order.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from kvtune.policies.option import Option
+from kvtune.policies.pages import PAGE, PageLayout
+from kvtune.policies.paging import pages_of
 from kvtune.policies.reader import Reader
 from kvtune.runtime.cache.backend import Backend, Growing, Seen
 from kvtune.runtime.cache.beside import Beside
-from kvtune.runtime.cache.placing import pages_of
 from kvtune.runtime.cache.pool import Pool
 from kvtune.runtime.cache.segments import (
     CODED,
@@ -36,7 +37,6 @@ from kvtune.runtime.cache.selecting import Indexed, Selection, pages_read
 from kvtune.runtime.cache.sending import sent
 from kvtune.runtime.cache.sliding import Ring
 from kvtune.runtime.kernels.launch import Paged, Scratch, shape_for
-from kvtune.runtime.kernels.layout import PAGE, PageLayout
 from kvtune.runtime.kernels.tiles import Segments, plan_tiles
 from kvtune.runtime.rotation import Rotation
 
@@ -86,7 +86,8 @@ class PagedLayer:
         self.indexed: list[Indexed] = []  # likewise
         self.selections: list[Selection] = []
         device = pool.memory.device
-        self.finite: Tensor  # whether the prompts' keys and values are, row by row
+        # Whether the prompts' keys and values are, row by row.
+        self.finite = torch.ones(len(self.layouts), dtype=torch.bool, device=device)
         self.fp8_scales = torch.ones(3 * len(self.layouts), 2, device=device)
         self._paged: Paged | None = None
 

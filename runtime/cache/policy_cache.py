@@ -19,6 +19,7 @@ only its first piece would be compressed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,8 +36,9 @@ from kvtune.common.transformers_interface import cache_argument, register_attent
 from kvtune.policies.apply import linked
 from kvtune.policies.document_reader import read_policy
 from kvtune.policies.option import Option
+from kvtune.policies.pages import PAGE, PageLayout
+from kvtune.policies.paging import Growth, Pages, head_pages, pages_of, pool_cells
 from kvtune.policies.policy import Policy
-from kvtune.policies.room import Room
 from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.answering import NAME, Answering
 from kvtune.runtime.cache.backend import Backend, PlainBackend, TritonBackend, backend_for
@@ -44,13 +46,12 @@ from kvtune.runtime.cache.beside import Shared
 from kvtune.runtime.cache.evicting import check_evicting
 from kvtune.runtime.cache.layer import CacheLayer, attention, padding_mask
 from kvtune.runtime.cache.paged_layer import PagedLayer
-from kvtune.runtime.cache.placing import pages_of, planned_entries, warn_of_slow_formats
-from kvtune.runtime.cache.pool import SLAB_CELLS, Pool
+from kvtune.runtime.cache.placing import warn_of_slow_formats
+from kvtune.runtime.cache.pool import Pool
 from kvtune.runtime.cache.selecting import check_reader
 from kvtune.runtime.cache.settling import check_residual, settle
 from kvtune.runtime.cache.whole_prompt import calibration_for, check_passes, repeated, when_read
 from kvtune.runtime.kernels.launch import Scratch
-from kvtune.runtime.kernels.layout import PAGE, PageLayout
 from kvtune.traces.calibration import Calibration
 from kvtune.traces.geometry import Geometry, read_geometry
 from kvtune.traces.self_check import Ask, Part, require_same
@@ -145,7 +146,9 @@ class PolicyCache(Cache):  # type: ignore[misc]
         self.calibration: Calibration | None = None
         self.repeat: Callable[[list[int], list[Signals]], list[Signals]] | None = None
         self.waits, self.needs = policy.waits, policy.needs
-        self.prompts: list[int] = []  # their lengths, as soon as the first layer begins
+        self.prompts: list[int] = []  # their lengths, as soon as the first is read
+        self.width = 0  # of the batch: the longest prompt, and padding before it
+        self.reading: range | None = None  # sequences whose prompts the model reads now
         self.answering: Answering | None = None  # through this cache, once it is loaded
         self.pool: Pool
         self.backend: Backend
@@ -173,28 +176,58 @@ class PolicyCache(Cache):  # type: ignore[misc]
         if self.answering:
             self.answering.check()
 
-    def open(self, device: torch.device, prompts: list[int]) -> None:
-        """The first layer begins to read prompts of these lengths."""
+    def open(self, device: torch.device, prompts: list[int], width: int | None = None) -> None:
+        """Take memory for prompts of these lengths, which are about to be read.
+
+        Args:
+            device: where they are read.
+            prompts: tokens of each sequence's.
+            width: of the batch, padding included; the longest prompt unless given.
+
+        Raises:
+            KvtuneError: another batch's prompts were begun, or a layer cannot take them.
+        """
+        if self.prompts:
+            raise KvtuneError(
+                "this cache has begun to read other prompts",
+                hint="a cache serves one batch of prompts; load another.",
+            )
         self.backend, self.prompts = (self._backend_of or backend_for)(device), prompts
-        if not self.waits:
-            planned = {tokens: self.policy.budgets(tokens) for tokens in set(prompts)}
-            self._take_memory(device, prompts, [planned[tokens] for tokens in prompts])
+        self.width = width or max(prompts)
+        planned = {tokens: self.policy.budgets(tokens) for tokens in set(prompts)}
+        self.budgets = [planned[tokens] for tokens in prompts]
+        self._take_memory(device)
+        for layer in self.layers:
+            layer.open()
+
+    @property
+    def padding(self) -> int:
+        """Columns before the longest prompt."""
+        return self.width - max(self.prompts)
 
     @torch.no_grad()
-    def read(self, token_ids: Tensor | None) -> None:
-        """The last layer has read the prompts ``[B, P]``: store what waited for this."""
+    def read(self, token_ids: Tensor | None) -> bool:
+        """The last layer has read prompts ``[B, P]``: store what waited for this.
+
+        Returns:
+            Whether other sequences' prompts are still to be read.
+        """
         rows = [list(layers) for layers in zip(*(x.waiting for x in self.layers), strict=True)]
         if self.repeat:
             rows = self._repeated(rows, token_ids)
         settled = [
-            self.policy.settle(tokens, layers.__getitem__)
-            for tokens, layers in zip(self.prompts, rows, strict=False)  # one may stand for all
+            self.policy.settle(layers[0].prompt_tokens, layers.__getitem__) for layers in rows
         ]
         rows = [self._linked(layers) for layers in rows]
-        budgets = settled * (len(self.prompts) // len(rows))
-        self._take_memory(rows[0][0].keys.device, self.prompts, budgets)
+        sequences = self.reading or range(0)
+        planned = self._cells_for(sequences)
+        for number, sequence in enumerate(sequences):  # one prompt may stand for all
+            self.budgets[sequence] = settled[number % len(settled)]
+        if (missing := self._cells_for(sequences) - planned) > 0:
+            self.pool.extend(missing)
         for layer in self.layers:
             layer.store([layers.pop(0) for layers in rows])  # and keep none of it
+        return self.reading is not None
 
     def _linked(self, layers: list[Signals]) -> list[Signals]:
         """One sequence's layers ``[L]``, each with the layer that its methods link to it."""
@@ -210,17 +243,21 @@ class PolicyCache(Cache):  # type: ignore[misc]
             for layers, ids in zip(rows, token_ids.tolist(), strict=True)
         ]
 
-    def _take_memory(
-        self, device: torch.device, prompts: list[int], budgets: list[NDArray[np.int64]]
-    ) -> None:
-        """For prompts of these lengths, and for new tokens."""
-        self.budgets = budgets
-        distinct = {id(planned): (n, planned) for n, planned in zip(prompts, budgets, strict=True)}
-        wanted = {name: self._cells_wanted(*each) for name, each in distinct.items()}
-        cells = sum(wanted[id(planned)] for planned in budgets)
-        slack = 1 + max(SLAB_CELLS % size / SLAB_CELLS for size in self._page_sizes()) * 1.1
-        slabs = int(cells * slack) + len(self._page_sizes()) * SLAB_CELLS
-        self.pool = Pool(slabs, PageLayout(self.geometry.head_dim).cell_bytes, device)
+    def _take_memory(self, device: torch.device) -> None:
+        """For all prompts, as far as their budgets are known, and for new tokens."""
+        cells = self._cells_for(range(len(self.prompts)))
+        self.pool = Pool(cells, PageLayout(self.geometry.head_dim).cell_bytes, device)
+
+    def _cells_for(self, sequences: range) -> int:
+        """Of a pool for some sequences at their ends."""
+        each = [(self.prompts[row], self.budgets[row]) for row in sequences]
+        distinct = {id(budgets): (tokens, budgets) for tokens, budgets in each}
+        counts = Counter(id(budgets) for _, budgets in each)
+        pages = Pages()
+        for name, one in distinct.items():
+            for layout, count in self._pages_wanted(*one).items():
+                pages[layout] += counts[name] * count
+        return pool_cells(pages)
 
     def check_finite(self) -> None:
         """All layers have read the prompts: whether all that they read were numbers.
@@ -234,12 +271,6 @@ class PolicyCache(Cache):  # type: ignore[misc]
             head = row % self.policy.kv_heads
             raise KvtuneError(f"layer {layer}, KV head {head}: a key or value is not finite")
 
-    def _page_sizes(self) -> set[int]:
-        """Cells of all pages that occur."""
-        head_dim = self.geometry.head_dim
-        stored = {pages_of(option, head_dim).page_cells for option in self.policy.options()}
-        return stored | {PageLayout(head_dim).page_cells}
-
     def window_of(self, layer: int, prompt_tokens: int) -> int | None:
         """A layer's sliding window, if a sequence will exceed it."""
         window = self.geometry.windows[layer]
@@ -247,32 +278,18 @@ class PolicyCache(Cache):  # type: ignore[misc]
             return None
         return window
 
-    def _cells_wanted(self, tokens: int, budgets: NDArray[np.int64]) -> int:
-        """By one sequence, at its end."""
-        cells = 0
+    def _pages_wanted(self, tokens: int, budgets: NDArray[np.int64]) -> Pages:
+        """By one sequence, at its end; a page more a head where budgets may still be split anew."""
+        pages, head_dim = Pages(), self.geometry.head_dim
+        growth = Growth(self.new_tokens, self.evicts, self.residual)
+        splits = self.policy.allocator.name != "as_given"
         for layer, (options, planned) in enumerate(zip(self.policy.heads, budgets, strict=True)):
             window = self.window_of(layer, tokens)
             for option, count in zip(options, planned.tolist(), strict=True):
-                cells += self._cells_of(option, count, tokens, window)
-        return cells
-
-    def _cells_of(self, option: Option, count: int, tokens: int, window: int | None) -> int:
-        """By one head."""
-        head_dim = self.geometry.head_dim
-        layout, growing = pages_of(option, head_dim), PageLayout(head_dim)
-        exact, coded = planned_entries(option, count, tokens, head_dim)
-        room = Room.of(option, count, tokens) if self.evicts else None
-        grown = exact + self.new_tokens
-        if window:
-            coded, grown = 0, min(count + self.new_tokens, window)
-        elif room:
-            coded, grown = 0, room.most
-        cells = 0 if self.policy.allocator.name == "as_given" else layout.page_cells
-        if self.residual is not None and layout != growing:
-            grown = min(grown, exact + self.residual + 2 * PAGE)
-            cells += layout.page_cells * (self.new_tokens // PAGE)
-        cells += layout.page_cells * -(-coded // PAGE)
-        return cells + growing.page_cells * -(-grown // PAGE)
+                pages += head_pages(option, count, tokens, head_dim, growth, window)
+                if splits:
+                    pages[pages_of(option, head_dim)] += 1
+        return pages
 
     def reserve(self, tokens: int) -> None:
         """Pages for so many more tokens of every row."""
@@ -290,7 +307,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
             grown = layer.rows * layer.growing_layout.page_cells * (1 + self.new_tokens // PAGE)
             self.pool.extend(self.policy.layers * grown)
             for other in self.layers:
-                if hasattr(other, "paged"):  # while prompts are read, later ones have none yet
+                if other.seen:  # while prompts are read, later ones have no tables yet
                     other.paged.seal(self.new_tokens)
             self.make_room(layer, tokens)
 

@@ -14,11 +14,9 @@ from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.units import format_bytes
+from kvtune.policies.paging import SLAB_CELLS
 
 Cells = NDArray[np.int64]
-
-SLAB_CELLS = 576
-"""Nine pages of bf16, 32 of int4: a size of which every format wastes less than 3 %."""
 
 
 class Pool:

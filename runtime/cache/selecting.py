@@ -7,7 +7,7 @@ hold; both happen on the device, so that a captured graph goes on selecting.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kvtune.common.errors import KvtuneError
+from kvtune.policies.pages import PAGE
 from kvtune.policies.reader import Reader
-from kvtune.runtime.kernels.layout import PAGE
 
 
 def check_reader(reader: Reader | None) -> None:
@@ -103,19 +103,19 @@ def pages_read(reader: Reader, pages: int) -> int:
     return min(reader.blocks, pages)
 
 
-def indexed(readers: Sequence[Reader | None], keys: Sequence[Tensor | None]) -> list[Indexed]:
-    """One index for each reader of a layer, of rows that have coded pages.
+def indexed(readers: Mapping[int, Reader], keys: Mapping[int, Tensor]) -> list[Indexed]:
+    """One index for each reader of some rows of a layer that have coded pages.
 
     Args:
-        readers: of the layer's rows.
-        keys: of rows with a reader, ``[n, D]`` as their coded pages hold them.
+        readers: by row.
+        keys: likewise, ``[n, D]`` as the row's coded pages hold them.
     """
     found = []
-    for reader in dict.fromkeys(each for each in readers if each is not None):
-        mine = [(row, keys[row]) for row, each in enumerate(readers) if each == reader]
-        held = [(row, own) for row, own in mine if own is not None and len(own)]
-        if held:
-            counts = torch.tensor([len(own) for _, own in held], device=held[0][1].device)
-            index = reader.index(pad_sequence([own for _, own in held], batch_first=True), counts)
-            found.append(Indexed(reader, [row for row, _ in held], index, counts))
+    for reader in dict.fromkeys(readers.values()):
+        rows = [row for row, each in readers.items() if each == reader and len(keys[row])]
+        if rows:
+            held = [keys[row] for row in rows]
+            counts = torch.tensor([len(own) for own in held], device=held[0].device)
+            index = reader.index(pad_sequence(held, batch_first=True), counts)
+            found.append(Indexed(reader, rows, index, counts))
     return found

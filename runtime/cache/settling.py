@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from kvtune.common.errors import KvtuneError
+from kvtune.policies.pages import PAGE, PageLayout, exact_tokens
 from kvtune.policies.policy import Policy
 from kvtune.runtime.cache.backend import Moves, Writing
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.segments import GROWN, SETTLED, Ints
 from kvtune.runtime.cache.sending import sent
-from kvtune.runtime.kernels.layout import PAGE, PageLayout, exact_tokens
 
 
 def check_residual(policy: Policy, residual: int) -> None:

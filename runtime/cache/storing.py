@@ -1,4 +1,4 @@
-"""Prompts into pages: all rows of a layer at once, and nobody waits for the device.
+"""Prompts into pages: rows of a layer that were read together, and nobody waits for the device.
 
 Host tables are made in one pass and sent in one copy; all pages of a layout are one launch.
 """
@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvtune.policies.pages import PAGE, PageLayout, exact_tokens
 from kvtune.runtime.cache.backend import Writing
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.segments import CODED, GROWN, NO_END, SETTLED, Ints, runs
 from kvtune.runtime.cache.sending import sent
-from kvtune.runtime.kernels.layout import PAGE, PageLayout, exact_tokens
 from kvtune.runtime.kernels.reference import LARGEST_E4M3, fp8_scale
 
 
@@ -26,15 +26,16 @@ def store_prompts(
     values: Tensor,
     kept: Sequence[Tensor],
     exact: Sequence[int] | None = None,
+    rows: slice | None = None,
 ) -> None:
-    """Put kept prompt tokens into pages. Once, before the layer is sealed.
+    """Put kept prompt tokens into pages. Once for each row, before the layer is sealed.
 
     Rows that may hold no more than ``most`` entries keep all in growing segments.
 
     Args:
-        layer: empty.
-        keys: ``[n, P, D]`` contiguous, after RoPE; of every row, or of one sequence's heads, which
-            then stand for every sequence's.
+        layer: these rows of it are empty.
+        keys: ``[n, P, D]`` contiguous, after RoPE; of each of the rows, or of one sequence's heads,
+            which then stand for every sequence's.
         values: likewise.
         kept: token indices of each of the n, those that stay in 16 bits first.
         exact: how many of each do; the first ones that their format leaves exact unless given.
@@ -45,15 +46,16 @@ def store_prompts(
     sizes = np.array([len(tokens) for tokens in kept])
     if exact is None:
         exact = [exact_tokens(option.keys) for option in layer.options]
-    _count(layer, np.resize(sizes, layer.rows), np.resize(np.array(exact), layer.rows))
+    rows = rows or slice(0, layer.rows)
+    _count(layer, rows, sizes, np.array(exact))
     layouts = {layout.code: layout for layout in (*layer.layouts, layer.growing_layout)}
-    tables = [_records(layer, layout, sizes) for layout in layouts.values()]
+    tables = [_records(layer, layout, rows, sizes) for layout in layouts.values()]
     counts, *records = sent([sizes, *tables], keys.device)
     chosen = torch.cat(list(kept))
     magnitudes = torch.stack([x.abs().amax(-1) for x in (keys, values)])
-    layer.finite = magnitudes.amax(-1).isfinite().all(0)
+    layer.finite[rows][: len(kept)] = magnitudes.amax(-1).isfinite().all(0)
     if any("fp8" in (layout.keys, layout.values) for layout in layer.layouts):
-        by_kind = layer.fp8_scales.view(3, -1, len(kept), 2)
+        by_kind = layer.fp8_scales.view(3, -1, 2)[:, rows].unflatten(1, (-1, len(kept)))
         by_kind[CODED] = _fp8_scales(magnitudes, chosen, counts)
         by_kind[SETTLED] = by_kind[CODED]  # what settles is held to the prompt's range
     places = chosen.int()
@@ -63,21 +65,26 @@ def store_prompts(
             layer.backend.write(layer.pool.memory, writing)
 
 
-def _count(layer: PagedLayer, sizes: Ints, exact: Ints) -> None:
-    """How much of each row's tokens ``[rows]`` is coded, and how much grows."""
-    layer.exact = np.minimum(np.where(layer.most < NO_END, NO_END, exact), sizes)
-    layer.lengths[CODED], layer.lengths[GROWN] = sizes - layer.exact, layer.exact
-    layer.kept = sizes.tolist()
+def _count(layer: PagedLayer, rows: slice, sizes: Ints, exact: Ints) -> None:
+    """How much of the tokens of some rows is coded, and how much grows."""
+    count = rows.stop - rows.start
+    sizes, exact = np.resize(sizes, count), np.resize(exact, count)
+    layer.exact[rows] = np.minimum(np.where(layer.most[rows] < NO_END, NO_END, exact), sizes)
+    layer.lengths[CODED, rows] = sizes - layer.exact[rows]
+    layer.lengths[GROWN, rows] = layer.exact[rows]
+    layer.kept[rows] = sizes.tolist()
 
 
-def _records(layer: PagedLayer, layout: PageLayout, sizes: Ints) -> NDArray[np.int32]:
-    """Take all pages of one layout; ``Writing.records`` of them."""
-    held = layer.lengths[:SETTLED].ravel()
+def _records(layer: PagedLayer, layout: PageLayout, rows: slice, sizes: Ints) -> NDArray[np.int32]:
+    """Take all pages of one layout for some rows; ``Writing.records`` of them."""
+    held = np.zeros_like(layer.lengths[:SETTLED])
+    held[:, rows] = layer.lengths[:SETTLED, rows]
+    held = held.ravel()
     mine = np.flatnonzero((layer.codes[:SETTLED].ravel() == layout.code) & (held > 0))
     pages = -(-held[mine] // PAGE)
     cells = layer.take(mine, pages, layout)
     kind, row = np.divmod(mine, layer.rows)
-    source = row % len(sizes)
+    source = (row - rows.start) % len(sizes)
     first = (sizes.cumsum() - sizes)[source] + np.where(kind == CODED, layer.exact[row], 0)
     start, which = PAGE * runs(pages), np.repeat(np.arange(len(mine)), pages)
     counts = np.minimum(held[mine][which] - start, PAGE)

@@ -31,12 +31,12 @@ from kvtune.traces.reconstruction import reconstruction
 class Reader(Protocol):
     """A cache that waits for a prompt's end."""
 
-    def read(self, token_ids: Tensor | None) -> None:
-        """Told the token ids ``[B, P]`` that the model was given, if it was given any."""
+    def read(self, token_ids: Tensor | None) -> bool:
+        """Told the token ids ``[B, P]`` that the model was given; whether more will follow."""
 
 
 def when_read(model: Any, cache: Reader) -> None:
-    """Tell a cache when the model has read a prompt into it, once.
+    """Tell a cache whenever the model has read prompts into it.
 
     Args:
         model: a transformers causal language model.
@@ -47,8 +47,9 @@ def when_read(model: Any, cache: Reader) -> None:
     def hook(_: Any, args: tuple[Any, ...], given: dict[str, Any], __: Any) -> None:
         waiting = mine()
         if waiting is not None and is_given(waiting, args, given):
-            handle.remove()
-            waiting.read(given.get("input_ids", args[0] if args else None))
+            more = waiting.read(given.get("input_ids", args[0] if args else None))
+            if not more:
+                handle.remove()
 
     handle = model.base_model.register_forward_hook(hook, with_kwargs=True)
     weakref.finalize(cache, handle.remove)

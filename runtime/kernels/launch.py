@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
+from kvtune.policies.pages import KERNEL_HEAD_DIMS
 from kvtune.profiles.tuned import find_tuned
-from kvtune.runtime.kernels.layout import KERNEL_HEAD_DIMS
 from kvtune.runtime.kernels.tiles import Tiles, kind_of
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvtune.runtime.kernels.layout import (
+from kvtune.policies.pages import (
     PAGE,
     PageLayout,
     bits,

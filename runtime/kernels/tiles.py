@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtune.runtime.kernels.layout import PAGE
+from kvtune.policies.pages import PAGE
 
 Ints = NDArray[np.int64]
 

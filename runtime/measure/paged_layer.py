@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvtune.policies.pages import PAGE, PageLayout
 from kvtune.runtime.kernels.launch import Paged, Scratch
-from kvtune.runtime.kernels.layout import PAGE, PageLayout
 from kvtune.runtime.kernels.tiles import Segments, plan_tiles
 from kvtune.runtime.measure.plain_model import random_tensor
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
+from kvtune.policies.pages import PageLayout
 from kvtune.profiles.tuned import Class, TunedShape
 from kvtune.runtime.kernels.launch import BUILT_IN, Shape, decode
-from kvtune.runtime.kernels.layout import PageLayout
 from kvtune.runtime.kernels.tiles import kind_of
 from kvtune.runtime.measure.operation import Work
 from kvtune.runtime.measure.paged_layer import Run, random_layer

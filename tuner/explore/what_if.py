@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kvtune.common.estimate import Estimate, Tier
 from kvtune.policies.option import Option
+from kvtune.policies.paging import Growth, head_bytes
 from kvtune.policies.policy import footprint_of_lengths
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
@@ -111,7 +112,7 @@ def figures(
     lengths = footprint_of_lengths(shape.layers, shape.kv_heads)
     prompt = sum(stored.values(), np.zeros(len(counts))) + lengths
     generated = shape.kv_bytes_per_token() * facts.generated_tokens
-    held = prompt + generated
+    held = _held(options, counts, contexts, shape.head_dim, facts.generated_tokens)
     stored["bf16"] = stored.get("bf16", np.zeros(len(counts))) + generated
     first = next(iter(rooms.values()), None)
     weights = first.weight_format if first else "bf16"
@@ -166,6 +167,18 @@ def _bytes_by_format(
                 table[index, names.index(form.name)] += size
         for name, column in zip(names, (counts[rows] @ table).T, strict=True):
             found[name][rows] = column
+    return found
+
+
+def _held(
+    options: Sequence[Option], counts: Floats, contexts: Integers, head_dim: int, generated: int
+) -> Floats:
+    """Bytes that the allocator hands out for one sequence of each plan, ``[n]``."""
+    found, growth = np.zeros(len(counts)), Growth(generated)
+    for context in np.unique(contexts):
+        rows, tokens = contexts == context, int(context)
+        each = [head_bytes(o, o.budget.resolve(tokens), tokens, head_dim, growth) for o in options]
+        found[rows] = counts[rows] @ np.array(each, np.float64)
     return found
 
 

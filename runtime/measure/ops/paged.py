@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
+from kvtune.policies.pages import CODES, PageLayout
 from kvtune.profiles.kernel_table import Point
 from kvtune.runtime.kernels.launch import decode
-from kvtune.runtime.kernels.layout import CODES, PageLayout
 from kvtune.runtime.measure.grid import Grid
 from kvtune.runtime.measure.operation import Call, Operation, Setting, Wanted, Work, copies
 from kvtune.runtime.measure.ops.ragged import SHARES

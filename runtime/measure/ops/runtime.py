@@ -13,6 +13,7 @@ import torch
 
 from kvtune.common.transformers_interface import cache_argument
 from kvtune.policies.option import Option
+from kvtune.policies.pages import PAGE
 from kvtune.policies.policy import Policy
 from kvtune.profiles.kernel_table import Point
 from kvtune.profiles.models import find_model, model_of_size
@@ -20,7 +21,6 @@ from kvtune.profiles.shape import ModelShape
 from kvtune.runtime.cache.policy_cache import load_cache
 from kvtune.runtime.fuse import fused_on_gpu
 from kvtune.runtime.graph import DecodeLoop
-from kvtune.runtime.kernels.layout import PAGE
 from kvtune.runtime.measure.filled import filled
 from kvtune.runtime.measure.grid import Grid
 from kvtune.runtime.measure.operation import Operation, Setting, Wanted, Work

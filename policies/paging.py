@@ -1,0 +1,170 @@
+"""What the paged runtime reads at once, and what its allocator hands out; without torch.
+
+The runtime reserves by these rules before a prompt is read, and the simulator predicts by them: a
+head's bytes are the pages that it is given, not what of them is filled.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+
+from kvtune.policies.formats.bf16 import Bf16
+from kvtune.policies.option import Option
+from kvtune.policies.pages import PAGE, PageLayout, exact_tokens, has_pages, layout_of
+from kvtune.policies.parts import PartPlan, entries_of
+from kvtune.policies.policy import Policy
+from kvtune.policies.room import Room
+
+PREFILL_CHUNK_TOKENS = 2048
+"""Tokens of prompts that the runtime works on at once, where it need not see a prompt whole."""
+
+SLAB_CELLS = 576
+"""Nine pages of bf16, 32 of int4: a size of which every format wastes less than 3 %."""
+
+TABLE_BYTES = 192
+"""Of a head's tables on the device: two tiles of 64 bytes, places of pages, lengths, scales."""
+
+EXACT = (Bf16(), Bf16())
+
+Pages = Counter[PageLayout]
+"""How many of each."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What follows a prompt.
+
+    Args:
+        new_tokens: that are stored of each sequence at most.
+        evicts: whether methods that can go on evicting do.
+        residual: newest tokens that stay in 16 bits where older ones settle; None if all stay.
+    """
+
+    new_tokens: int
+    evicts: bool = False
+    residual: int | None = None
+
+
+def pages_of(option: Option, head_dim: int) -> PageLayout:
+    """The pages of an option's coded tokens; those of 16 bits where its formats have none."""
+    return layout_of(option, head_dim) if has_pages(option, head_dim) else PageLayout(head_dim)
+
+
+def planned_entries(
+    option: Option, budget: int, prompt_tokens: int, head_dim: int
+) -> tuple[int, int]:
+    """Entries of one head's prompt in 16-bit pages, and in pages of the option's format."""
+    plans = option.method.plan(budget, prompt_tokens)
+    coded = [plan.entries for plan in plans if is_coded(plan, option, head_dim)]
+    exact = [plan.entries for plan in plans if is_exact(plan, option) and len(plans) > 1]
+    if coded == exact:  # the option itself stores 16 bits
+        return 0, sum(coded)
+    front = min(exact_tokens(option.keys), coded[0]) if coded else 0
+    return sum(exact) + front, sum(coded) - front
+
+
+def is_exact(plan: PartPlan, option: Option) -> bool:
+    """Whether a part is of tokens in 16 bits, with nothing beside them."""
+    plain = not (plan.weighted or plan.balanced) and plan.shared_by == 1
+    return plain and (plan.formats or (option.keys, option.values)) == EXACT
+
+
+def is_coded(plan: PartPlan, option: Option, head_dim: int) -> bool:
+    """Whether a part is of tokens in the option's own formats, for which there are pages."""
+    plain = not (plan.weighted or plan.balanced) and plan.shared_by == 1
+    own = plan.formats in (None, (option.keys, option.values))
+    return plain and own and has_pages(option, head_dim)
+
+
+def head_pages(
+    option: Option,
+    budget: int,
+    prompt_tokens: int,
+    head_dim: int,
+    growth: Growth,
+    window: int | None = None,
+) -> Pages:
+    """Pages that one head is given by its end.
+
+    Args:
+        option: the head's.
+        budget: tokens of the prompt that it may keep.
+        prompt_tokens: P.
+        head_dim: D.
+        growth: what follows the prompt.
+        window: of a sliding layer that will be exceeded.
+    """
+    layout, growing = pages_of(option, head_dim), PageLayout(head_dim)
+    exact, coded = planned_entries(option, budget, prompt_tokens, head_dim)
+    room = Room.of(option, budget, prompt_tokens) if growth.evicts else None
+    grown, settled = exact + growth.new_tokens, 0
+    if window:
+        coded, grown = 0, min(budget + growth.new_tokens, window)
+    elif room:
+        coded, grown = 0, room.most
+    if growth.residual is not None and layout != growing:
+        grown = min(grown, exact + growth.residual + 2 * PAGE)
+        settled = 1 + growth.new_tokens // PAGE
+    return Pages({layout: settled - (-coded // PAGE)}) + Pages({growing: -(-grown // PAGE)})
+
+
+def pool_cells(pages: Pages) -> int:
+    """Cells of a pool that holds so many pages; a slab holds pages of one size."""
+    by_size = Counter[int]()
+    for layout, count in pages.items():
+        by_size[layout.page_cells] += count
+    slabs = sum(-(-count // (SLAB_CELLS // size)) for size, count in by_size.items())
+    return SLAB_CELLS * slabs
+
+
+@lru_cache(maxsize=4096)
+def head_bytes(
+    option: Option, budget: int, prompt_tokens: int, head_dim: int, growth: Growth
+) -> int:
+    """Device memory of one head: its pages' shares of slabs, tables, and what lies beside pages."""
+    pages = head_pages(option, budget, prompt_tokens, head_dim, growth)
+    held = sum(count * _share_of_slab(layout) for layout, count in pages.items())
+    return round(held) + _beside_bytes(option, budget, prompt_tokens, head_dim) + TABLE_BYTES
+
+
+def sequence_bytes(policy: Policy, prompt_tokens: int, head_dim: int, growth: Growth) -> int:
+    """Device memory of one sequence's cache by its end; an allocator may need a page more a head.
+
+    That is so wherever it splits budgets by what it sees.
+    """
+    planned = zip(policy.options(), policy.budgets(prompt_tokens).flat, strict=True)
+    heads = Counter((option, int(budget)) for option, budget in planned)
+    extra = 0 if policy.allocator.name == "as_given" else 1
+    return sum(
+        count
+        * (
+            head_bytes(option, budget, prompt_tokens, head_dim, growth)
+            + extra * round(_share_of_slab(pages_of(option, head_dim)))
+        )
+        for (option, budget), count in heads.items()
+    )
+
+
+def growing_bytes(tokens: int, head_dim: int) -> float:
+    """Of the pages in 16 bits that so many tokens of one head take."""
+    return -(-tokens // PAGE) * _share_of_slab(PageLayout(head_dim))
+
+
+def _share_of_slab(layout: PageLayout) -> float:
+    """Bytes of a pool for each page of this size."""
+    return SLAB_CELLS * layout.cell_bytes / (SLAB_CELLS // layout.page_cells)
+
+
+def _beside_bytes(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> int:
+    """Of parts that pages cannot hold, and of a reader's index."""
+    plans = option.method.plan(budget, prompt_tokens)
+    total = 0
+    for plan in plans:
+        paged = is_coded(plan, option, head_dim) or (len(plans) > 1 and is_exact(plan, option))
+        if not paged:
+            formats = plan.formats or (option.keys, option.values)
+            total += sum(plan.stored_bytes(formats, head_dim))
+    reader = option.method.reader(budget)
+    return total + (reader.index_bytes(entries_of(plans), head_dim) if reader else 0)

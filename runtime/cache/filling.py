@@ -1,0 +1,156 @@
+"""What a layer gathers while its prompts are read, one after another, until all of them are stored.
+
+Pages take most of it at once. What the rest is made of, tables of all rows together, waits here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from kvtune.policies.reader import Reader
+from kvtune.policies.signals import Signals
+from kvtune.runtime.cache.beside import Beside, HeldPart, Shared
+from kvtune.runtime.cache.choosing import Choice
+from kvtune.runtime.cache.evicting import Evictor, Opening, evictors, openings
+from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.segments import Ints
+from kvtune.runtime.cache.selecting import Indexed, indexed
+from kvtune.runtime.cache.sliding import Ring, places_of
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Prompts that a layer has read together.
+
+    Args:
+        layer: whose pages hold what is kept of them.
+        rows: of the layer, theirs.
+        read: their signals; of one that stands for all of them where there are fewer.
+        choices: what is kept, for each of ``read``.
+    """
+
+    layer: PagedLayer
+    rows: slice
+    read: Sequence[Signals]
+    choices: Sequence[Choice]
+
+    @property
+    def sequences(self) -> range:
+        """Theirs, by number."""
+        heads = len(self.layer.options)
+        return range(self.rows.start // heads, self.rows.stop // heads)
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """Tokens of each head that was read."""
+        return [tokens for choice in self.choices for tokens in choice.kept]
+
+
+@dataclass
+class Filling:
+    """What has been gathered of the sequences read so far.
+
+    Args:
+        shared: directions that two layers store once.
+        layers: of the model.
+        window: of a sliding layer that will be exceeded.
+        evicts: whether methods that can go on evicting will.
+    """
+
+    shared: Shared
+    layers: int
+    window: int | None
+    evicts: bool
+    _beside: list[HeldPart] = field(default_factory=list)
+    _indexed: list[Indexed] = field(default_factory=list)
+    _places: list[Ints] = field(default_factory=list)
+    _openings: list[Opening] = field(default_factory=list)
+
+    def take(self, taken: Taken) -> None:
+        """Gather from prompts whose kept tokens are in pages."""
+        if self.window:
+            self._take_places(taken, self.window)
+        self._take_beside(taken)
+        self._take_readers(taken)
+        if self.evicts and not self.window:
+            self._take_openings(taken)
+
+    def finish(self, layer: PagedLayer, head_dim: int) -> list[Evictor]:
+        """All prompts have been read: complete the layer; whoever goes on evicting."""
+        if self._places:
+            layer.ring = Ring(np.concatenate(self._places))
+        if self._beside:
+            layer.beside = Beside(self._beside, head_dim, layer.pool.memory.device)
+        layer.indexed = _joined(self._indexed)
+        return evictors(self._openings, len(layer.options))
+
+    def _take_places(self, taken: Taken, window: int) -> None:
+        tokens = [signals.prompt_tokens for signals in taken.read for _ in signals.keys]
+        places = places_of(taken.kept, tokens, window)
+        rows = taken.rows.stop - taken.rows.start
+        self._places.append(np.resize(places, (rows, window)))
+
+    def _take_beside(self, taken: Taken) -> None:
+        """Encode what pages cannot hold, of every row."""
+        if not any(parts for choice in taken.choices for parts in choice.beside):
+            return
+        rows = [
+            (parts, (signals.keys[head], signals.values[head]))
+            for signals, choice in zip(taken.read, taken.choices, strict=True)
+            for head, parts in enumerate(choice.beside)
+        ]
+        options, layer = taken.layer.options, taken.layer.number
+        for row in range(taken.rows.start, taken.rows.stop):
+            parts, own = rows[(row - taken.rows.start) % len(rows)]
+            sequence, head = divmod(row, len(options))
+            other = options[head].method.linked_layer(layer, self.layers)
+            first = min(layer, layer if other is None else other)
+            for part in parts:
+                shared = (self.shared, (sequence, head, first)) if part.shared_by > 1 else None
+                self._beside.append(HeldPart.of(row, part, own, options[head], shared))
+
+    def _take_readers(self, taken: Taken) -> None:
+        """Index keys for readers, as pages hold them."""
+        readers = [reader for choice in taken.choices for reader in choice.readers]
+        if all(reader is None for reader in readers):
+            return
+        layer, kept = taken.layer, taken.kept
+        of_rows = [(signals, head) for signals in taken.read for head in range(len(signals.keys))]
+        every: dict[int, Reader] = {}
+        keys: dict[int, Tensor] = {}
+        for row in range(taken.rows.start, taken.rows.stop):
+            at = (row - taken.rows.start) % len(readers)
+            reader, (signals, head) = readers[at], of_rows[at]
+            if reader is None:
+                continue
+            own = signals.keys[head, kept[at][int(layer.exact[row]) :]]
+            form = layer.options[row % len(layer.options)].keys
+            count = torch.tensor([len(own)], device=own.device)
+            every[row], keys[row] = reader, form.roundtrip(own[None], count, "keys")[0]
+        layer.readers |= every
+        self._indexed += indexed(every, keys)
+
+    def _take_openings(self, taken: Taken) -> None:
+        for number, sequence in enumerate(taken.sequences):
+            at = number % len(taken.read)
+            choice, signals = taken.choices[at], taken.read[at]
+            self._openings += openings(
+                taken.layer.options, choice.rooms, sequence, choice.kept, signals
+            )
+
+
+def _joined(parts: Sequence[Indexed]) -> list[Indexed]:
+    """One index a reader; behind the shorter ones is what no row selects."""
+    found = []
+    for reader in dict.fromkeys(part.reader for part in parts):
+        mine = [part for part in parts if part.reader == reader]
+        index = pad_sequence([row for part in mine for row in part.index], batch_first=True)
+        rows = [row for part in mine for row in part.rows]
+        found.append(Indexed(reader, rows, index, torch.cat([part.counts for part in mine])))
+    return found

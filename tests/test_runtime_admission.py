@@ -1,0 +1,160 @@
+"""Prompts that are read one after another give the tokens and pages of prompts read together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kvtune.policies.allocators.adakv import AdaKV
+from kvtune.policies.allocators.model_wide import ModelWide
+from kvtune.policies.formats.fp8 import Fp8
+from kvtune.policies.formats.grouped import Int2, Int4
+from kvtune.policies.methods.h2o import H2O
+from kvtune.policies.methods.quest import Quest
+from kvtune.policies.methods.razor import Razor
+from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.methods.streaming_llm import StreamingLLM
+from kvtune.policies.option import Budget, Option
+from kvtune.policies.policy import Policy
+from kvtune.runtime.admission import in_chunks, read_prompts, together
+from kvtune.runtime.cache.layer import CacheLayer
+from kvtune.runtime.cache.policy_cache import load_cache
+from kvtune.runtime.graph import DecodeLoop, generate
+from kvtune.tests.padded import ids
+from kvtune.traces.models import wrap
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:kvtune's kernels need"),
+]
+
+SHAPE = 3, 2
+KEPT = Budget(tokens=24)
+MIXED = Policy(
+    "mixed",
+    (
+        (Option(SnapKV(window=4), KEPT, Int4(exact_first=4), Int4(exact_first=4)), Option()),
+        (Option(H2O(), KEPT, Int2(), Int2()), Option(SnapKV(window=4), KEPT, Fp8(), Fp8())),
+        (Option(H2O(), KEPT), Option(H2O(), Budget(share=0.5), Int4(), Int4())),
+    ),
+)
+POLICIES = {
+    "uncompressed": Policy.uniform(Option(), *SHAPE),
+    "mixed": MIXED,
+    "across heads": Policy.uniform(Option(H2O(), KEPT), *SHAPE, allocator=AdaKV()),
+    "waits": Policy.uniform(Option(SnapKV(window=4), KEPT), *SHAPE, allocator=ModelWide()),
+    "beside": Policy.uniform(Option(Razor(), KEPT), *SHAPE),
+    "reader": Policy.uniform(Option(Quest(block=64), Budget(tokens=64)), *SHAPE),
+}
+LENGTHS = 90, 53, 90, 90, 17, 129
+
+
+@pytest.fixture
+def network(make_network: Callable[..., Any], tiny_fields: dict[str, Any]) -> Any:
+    from transformers import LlamaConfig
+
+    return wrap(make_network(LlamaConfig(**tiny_fields)), None, name="tiny").model
+
+
+def at_once(network: Any, policy: Policy, inputs: dict[str, Tensor], **settings: Any) -> Any:
+    """What the model says when it is given all prompts in one padded batch."""
+    cache = load_cache(policy, network, new_tokens=20, **settings)
+    mask = inputs["attention_mask"]
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        logits = network(
+            **inputs, position_ids=places, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits[:, -1]
+    loop = DecodeLoop(network, cache, logits.argmax(-1), places[:, -1] + 1, 20)
+    return cache, loop.run()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_one_after_another_says_what_all_at_once_does(network: Any, name: str) -> None:
+    policy, inputs = POLICIES[name], ids(*LENGTHS)
+    expected, tokens = at_once(network, policy, inputs)
+    cache = load_cache(policy, network, new_tokens=20)
+    found = generate(network, cache, *inputs.values(), new_tokens=20)
+    assert torch.equal(found, tokens)
+    assert cache.kept() == expected.kept()
+    assert cache.prompt_bytes() == expected.prompt_bytes()
+    assert cache.page_bytes() == expected.page_bytes()
+    cache.pool.check_integrity()
+
+
+@pytest.mark.parametrize("settings", [{"evicts": True}, {"residual": 0}])
+def test_what_happens_while_generating_is_the_same(network: Any, settings: Any) -> None:
+    option = Option(
+        StreamingLLM(), Budget(tokens=12), *(() if "evicts" in settings else (Int4(),) * 2)
+    )
+    policy, inputs = Policy.uniform(option, *SHAPE), ids(*LENGTHS)
+    expected, tokens = at_once(network, policy, inputs, **settings)
+    cache = load_cache(policy, network, new_tokens=20, **settings)
+    assert torch.equal(generate(network, cache, *inputs.values(), new_tokens=20), tokens)
+    assert cache.evicted() == expected.evicted()
+
+
+def test_a_layer_never_sees_more_tokens_than_a_chunk_or_one_prompt(
+    network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    original = CacheLayer.prompt
+
+    def spying(layer: CacheLayer, q: Tensor, *rest: Any) -> Any:
+        seen.append(q.shape[0] * q.shape[2])
+        return original(layer, q, *rest)
+
+    cache = load_cache(MIXED, network)
+    monkeypatch.setattr(CacheLayer, "prompt", spying)
+    read_prompts(network, cache, **ids(*LENGTHS), chunk_tokens=100)
+    assert seen[::3] == [90, 53, 90, 90, 17, 129]
+
+
+def test_a_second_turn_goes_on_where_the_first_has_ended(network: Any) -> None:
+    network.set_attn_implementation("sdpa")
+    inputs = ids(40, 25)
+    cache = load_cache(POLICIES["uncompressed"], network, new_tokens=20)
+    first = generate(network, cache, *inputs.values(), new_tokens=5)
+    whole = torch.cat([inputs["input_ids"], first], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(first)], 1)
+    asked: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    found = network.generate(whole, past_key_values=cache, **asked)
+    cache.close()
+    assert torch.equal(found, network.generate(whole, **asked))
+
+
+def test_shorter_prompts_are_read_together_and_longer_ones_alone() -> None:
+    found = list(together([10, 10, 10, 10, 10, 25, 25, 100, 100, 3], 40))
+    assert [list(rows) for rows in found] == [[0, 1, 2, 3], [4], [5], [6], [7], [8], [9]]
+
+
+def test_feed_forward_parts_work_on_chunks_and_are_put_back(network: Any) -> None:
+    widths: list[int] = []
+    mlp = network.model.layers[1].mlp
+    handle = mlp.down_proj.register_forward_pre_hook(
+        lambda _, given: widths.append(given[0].shape[1])
+    )
+    tokens = ids(50)["input_ids"]
+    with torch.no_grad():
+        expected = network(tokens).logits
+        with in_chunks(network, 16):
+            assert torch.allclose(network(tokens).logits, expected, atol=1e-5)
+        network(tokens)
+    handle.remove()
+    assert widths == [50, 16, 16, 16, 2, 50]
+    assert not [m for m in network.modules() if isinstance(m, nn.Module) and "forward" in vars(m)]
+
+
+def test_a_part_that_gives_more_than_a_tensor_is_given_the_prompt_whole() -> None:
+    class Pair(nn.Module):
+        def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            return hidden + 1, hidden
+
+    model = nn.ModuleDict({"mlp": Pair()})
+    with in_chunks(model, 4):
+        both = model["mlp"](torch.zeros(1, 10, 3))
+    assert [x.shape for x in both] == [(1, 10, 3)] * 2
