@@ -45,7 +45,8 @@ class Coded(Format):
     @property
     def exact_tokens(self) -> int:
         """``exact_first``."""
-        return self.exact_first
+        exact: int = self.exact_first
+        return exact
 
     @property
     def label(self) -> str:
