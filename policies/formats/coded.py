@@ -103,3 +103,26 @@ class Coded(Format):
                 numbers = self.numbers(buffers, (len(middle), tensor.shape[-1]), role)
                 back[row, coded] = numbers.to(tensor.dtype)
         return back.view_as(tensor)
+
+
+def inner_codes(form: Format, rows: Tensor, role: Role, prefix: str = "") -> dict[str, Tensor]:
+    """Buffers of a format that leaves no token exact, by names that begin with ``prefix``."""
+    buffers = form.encode(rows, role).buffers
+    return {prefix + name: buffer for name, buffer in buffers.items() if name != "exact"}
+
+
+def inner_numbers(
+    form: Format,
+    buffers: Mapping[str, Tensor],
+    shape: tuple[int, int],
+    role: Role,
+    prefix: str = "",
+) -> Tensor:
+    """What ``inner_codes`` stored, ``[n, D]``."""
+    own = {
+        name.removeprefix(prefix): buffer
+        for name, buffer in buffers.items()
+        if name.startswith(prefix)
+    }
+    own["exact"] = next(iter(buffers.values())).new_zeros(0, shape[1])
+    return form.decode(Stored(own, shape[0]), shape[1], role)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from kvtune.policies.format import Role, Stored
-from kvtune.policies.formats.coded import Coded
+from kvtune.policies.format import Role
+from kvtune.policies.formats.coded import Coded, inner_codes, inner_numbers
 from kvtune.policies.formats.grouped import Grouped
 from kvtune.policies.formats.hadamard import hadamard
 from kvtune.policies.registry import parameter
@@ -93,13 +93,11 @@ class Rotated(Coded):
 
     def codes(self, rows: Tensor, role: Role) -> Mapping[str, Tensor]:
         """Of the rotated rows."""
-        stored = self.inner.encode(hadamard(rows), role).buffers
-        return {name: buffer for name, buffer in stored.items() if name != "exact"}
+        return inner_codes(self.inner, hadamard(rows), role)
 
     def numbers(self, buffers: Mapping[str, Tensor], shape: tuple[int, int], role: Role) -> Tensor:
         """Rotated back."""
-        none = {"exact": buffers["exact"].new_zeros(0, shape[1])}
-        return hadamard(self.inner.decode(Stored({**buffers, **none}, shape[0]), shape[1], role))
+        return hadamard(inner_numbers(self.inner, buffers, shape, role))
 
     def roundtrip(self, tensor: Tensor, counts: Tensor, role: Role) -> Tensor:
         """All heads at once."""

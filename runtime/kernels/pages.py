@@ -165,7 +165,7 @@ def _gather(tensor, source, count, FIRST, W: tl.constexpr, D: tl.constexpr,
     if TURNED:
         among = tl.arange(0, HALF)
         rows = tl.zeros([PAGE, W], tl.float32)
-        for start in tl.static_range(0, D, HALF):
+        for start in tl.range(0, D, HALF, num_stages=1):  # compiled once, not unrolled
             place = source[:, None] + (start + among)[None, :]
             some = tl.load(tensor + place, mask=real, other=0).to(tl.float32)
             matrix = signs(among + start, channel + FIRST)
