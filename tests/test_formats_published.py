@@ -13,8 +13,16 @@ from scipy.linalg import hadamard
 from kvtune.policies.format import Format, Role
 from kvtune.policies.formats import normal_codes
 from kvtune.policies.formats.fitted import Fitted
+from kvtune.policies.formats.fp4 import MxFp4, NvFp4
+from kvtune.policies.formats.grouped import Int4
+from kvtune.policies.formats.hqq import Hqq2, Hqq4
 from kvtune.policies.formats.kitty import Kitty
 from kvtune.policies.formats.kivi import Kivi
+from kvtune.policies.formats.kvquant import KvQuant
+from kvtune.policies.formats.llama_cpp import Q4, Q8
+from kvtune.policies.formats.qaq import Qaq
+from kvtune.policies.formats.staircase import Staircase
+from kvtune.policies.formats.token_head import Fp8TokenHead, Int8TokenHead
 from kvtune.policies.formats.turboquant import TurboQuant2, TurboQuant3, TurboQuant4
 from kvtune.policies.testing.cases import uniform
 
@@ -100,6 +108,153 @@ def test_kitty_codes_channels_of_wide_range_in_four_bits() -> None:
     extra = 2 * (100 * 2 // 8) + 2 * 2  # two bits more a number, and a place
     plain = Kitty(boosted=0).bound(100, 64, "keys")
     assert form.bound(100, 64, "keys") == plain + extra
+
+
+@pytest.mark.parametrize(("form", "quant"), [(Q8(), "Q8_0"), (Q4(), "Q4_0"), (MxFp4(), "MXFP4")])
+def test_blocks_are_those_of_ggufs_own_arithmetic(form: Format, quant: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    kind = getattr(gguf.GGMLQuantizationType, quant)
+    rows = torch.randn(50, 96, generator=torch.Generator().manual_seed(5)) * 3
+    rows[7] = 0
+    theirs = gguf.quants.quantize(rows.numpy(), kind)
+    assert form.bound(50, 96, "keys") == theirs.nbytes
+    stored = form.encode(rows, "keys")
+    if "blocks" in stored.buffers:
+        assert np.array_equal(stored.buffers["blocks"].numpy().reshape(50, -1), theirs)
+    expected = gguf.quants.dequantize(theirs, kind)
+    np.testing.assert_array_equal(form.decode(stored, 96, "keys").numpy(), expected)
+
+
+def test_llama_cpps_rotation_is_a_hadamard_matrix_before_and_after() -> None:
+    rows = rows_of(6, 20, 64)
+    x = torch.tensor(rows.double().numpy() @ ROTATION).float()
+    expected = read(Q4(), x, "keys") @ ROTATION
+    np.testing.assert_allclose(read(Q4(rotation="hadamard"), rows, "keys"), expected, atol=1e-5)
+
+
+def test_nvfp4_has_an_e4m3_scale_a_block_and_one_a_head() -> None:
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(7)).double().numpy()
+    grid = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    grid = np.concatenate([-grid[::-1], grid])
+    head = np.float32(np.abs(x).max() / (6 * 448))
+    found = read(NvFp4(), torch.tensor(x).float(), "values")
+    for row, line in zip(x.reshape(-1, 16), found.reshape(-1, 16), strict=True):
+        scale = torch.tensor(np.abs(row).max() / 6 / head).float().to(torch.float8_e4m3fn)
+        step = float(scale) * head
+        nearest = np.abs(row[:, None] - grid * step).min(1)
+        np.testing.assert_allclose(np.abs(row - line), nearest, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("form", "half_step"), [(Int8TokenHead(), 0.5 / 127), (Fp8TokenHead(), None)]
+)
+def test_scales_a_token_and_head_follow_its_largest_number(form: Format, half_step: Any) -> None:
+    x = rows_of(8, 30, 64).double().numpy() * np.logspace(-3, 3, 30)[:, None]
+    largest = np.abs(x).max(1, keepdims=True)
+    error = np.abs(read(form, torch.tensor(x).float(), "keys") - x)
+    allowed = half_step * largest if half_step else np.abs(x) * 2**-4 + largest / 448 * 2**-10
+    assert (error <= allowed * (1 + 1e-5)).all()
+    assert form.bound(30, 64, "keys") == 30 * 68
+
+
+@pytest.mark.parametrize("role", ["keys", "values"])
+def test_a_staircase_codes_each_age_in_its_own_bits(role: Role) -> None:
+    form, rows = Staircase(sixteen=10, eight=20, four=40, exact_first=2), rows_of(9, 150, 64)
+    x = rows.double().numpy()
+    parts = [x[:2]]
+    for start, stop, bits in ((2, 80, 2), (80, 120, 4), (120, 140, 8)):
+        lines = x[start:stop].T if role == "keys" else x[start:stop]
+        band = np.stack([affine(line, bits, 64) for line in lines])
+        parts.append(band.T if role == "keys" else band)
+    expected = np.concatenate([*parts, x[140:]])
+    np.testing.assert_allclose(read(form, rows, role), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("role", ["keys", "values"])
+def test_kvquant_keeps_outliers_and_takes_the_nearest_level(role: Role) -> None:
+    form, rows = KvQuant(exact_first=0, outliers=0.05), rows_of(10, 80, 64)
+    rows[3, 9] = 77.0
+    stored = form.encode(rows, role)
+    x = rows.double().numpy().T if role == "keys" else rows.double().numpy()
+    back = form.decode(stored, 64, role).double().numpy()
+    back = back.T if role == "keys" else back
+    count = int(0.05 * x.shape[1] / 2)
+    levels = stored.buffers["levels"].double().numpy()
+    assert len(levels) == 8 and (np.diff(levels) > 0).all()
+    for row, line in zip(x, back, strict=True):
+        order = np.argsort(row, kind="stable")
+        exact, rest = np.r_[order[:count], order[-count:]], order[count:-count]
+        np.testing.assert_array_equal(line[exact], np.float16(row[exact]).astype(float))
+        low, high = row[rest].min(), row[rest].max()
+        middle, half = float(np.float16((low + high) / 2)), float(np.float16((high - low) / 2))
+        nearest = np.abs(row[rest][:, None] - (levels * half + middle)).min(1)
+        np.testing.assert_allclose(np.abs(line[rest] - row[rest]), nearest, atol=1e-4)
+
+
+def test_fitted_levels_lose_less_than_even_ones() -> None:
+    rows = torch.randn(600, 64, generator=torch.Generator().manual_seed(11)) ** 3
+    even = np.stack([affine(line, 3, 600) for line in rows.double().numpy().T], 1)
+    errors = [
+        ((x - rows.double().numpy()) ** 2).mean() for x in (read(KvQuant(), rows, "keys"), even)
+    ]
+    assert errors[0] < 0.3 * errors[1]
+
+
+def test_quanto_stores_as_integers_by_token_do() -> None:
+    """Its formula: scale = (max - min) / (2^b - 1), code = round((x - min) / scale)."""
+    rows = rows_of(12, 30, 128)
+    groups = rows.double().numpy().reshape(-1, 64)
+    low = np.float16(groups.min(1, keepdims=True)).astype(float)
+    scale = np.float16((groups.max(1, keepdims=True) - low) / 15).astype(float)
+    expected = np.clip(np.rint((groups - low) / scale), 0, 15) * scale + low
+    found = read(Int4(keys_by="token"), rows, "keys").reshape(-1, 64)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Hqq4, Hqq2])
+def test_hqq_fits_the_offset_by_half_quadratic_splitting(kind: Any) -> None:
+    form, rows = kind(), torch.randn(20, 64, generator=torch.Generator().manual_seed(13)) ** 3
+    x = rows.double().numpy()
+    most = 2**form.bits - 1
+    scale = np.minimum(most / (x.max(1, keepdims=True) - x.min(1, keepdims=True)), 2e4)
+    zero, kept, best = -x.min(1, keepdims=True) * scale, None, np.inf
+    for _ in range(20):
+        q = np.clip(np.rint(x * scale + zero), 0, most)
+        rest = x - (q - zero) / scale
+        if np.abs(rest).mean() >= best:
+            break
+        best, kept = np.abs(rest).mean(), zero
+        size = np.abs(rest)
+        shrunk = np.sign(rest) * np.maximum(size - np.maximum(size, 1e-8) ** -0.3 / 10, 0)
+        zero = (q - (x - shrunk) * scale).mean(1, keepdims=True)
+    q = np.clip(np.rint(x * scale + kept), 0, most)
+    expected = (q - np.float16(kept).astype(float)) * np.float16(1 / scale).astype(float)
+    close = np.abs(read(form, rows, "keys") - expected) < 2e-3 * (1 + np.abs(expected))
+    assert close.mean() > 0.99  # a code on the edge may go either way
+    plain = np.clip(np.rint((x - x.min(1, keepdims=True)) * scale), 0, most) / scale
+    plain = plain + x.min(1, keepdims=True)
+    assert np.abs(expected - x).mean() < np.abs(plain - x).mean()
+
+
+@pytest.mark.parametrize("role", ["keys", "values"])
+def test_qaq_gives_a_token_the_bits_that_its_range_needs(role: Role) -> None:
+    form = Qaq(tau=0.3, fewest=2, most=6)
+    x = rows_of(14, 60, 64).double().numpy() * np.logspace(-2, 1, 60)[:, None]
+    rows = torch.tensor(x).bfloat16()
+    stored = form.encode(rows, role)
+    x, back = rows.double().numpy(), form.decode(stored, 64, role).double().numpy()
+    keys = np.sqrt(12 / 300 * np.log(0.09 * 60**3 / 59 + 1))
+    allowed = keys if role == "keys" else np.sqrt(12 / 60) * 0.3
+    for token, row in enumerate(x):
+        spread = float(np.float16(row.max() - row.min()))
+        width = int(np.clip(np.ceil(np.log2(spread / (2 * allowed) + 1)), 2, 6))
+        assert stored.buffers["widths"][token] == width
+        step, mean = spread / 2**width, float(np.float16(row.mean()))
+        low, high = -(2 ** (width - 1)), 2 ** (width - 1) - 1
+        expected = np.clip(np.rint((row - mean) / step), low, high) * step + mean
+        assert np.abs(back[token] - expected).max() <= step * 1.01
+        assert np.abs(back[token] - expected).mean() <= 0.1 * step
+    assert stored.nbytes < form.bound(60, 64, role)
 
 
 def correlated(tokens: int, head_dim: int) -> Any:
