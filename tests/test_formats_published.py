@@ -180,7 +180,8 @@ def test_kvquant_keeps_outliers_and_takes_the_nearest_level(role: Role) -> None:
     back = back.T if role == "keys" else back
     count = int(0.05 * x.shape[1] / 2)
     levels = stored.buffers["levels"].double().numpy()
-    assert len(levels) == 8 and (np.diff(levels) > 0).all()
+    assert len(levels) == 8
+    assert (np.diff(levels) > 0).all()
     for row, line in zip(x, back, strict=True):
         order = np.argsort(row, kind="stable")
         exact, rest = np.r_[order[:count], order[-count:]], order[count:-count]
