@@ -24,7 +24,8 @@ def matrix(size: int) -> Numbers:
     signs = [
         [(-1.0) ** bin(row & column).count("1") for column in range(size)] for row in range(size)
     ]
-    return np.array(signs) / np.sqrt(size)
+    whole: Numbers = np.array(signs) / np.sqrt(size)
+    return whole
 
 
 def stored_group(group: Numbers, bits: int, clip: float) -> Numbers:

@@ -63,7 +63,8 @@ class Coded(Format):
         coded = self._coded(tokens, role)
         count = coded.stop - coded.start
         codes = self.code_bytes(count, head_dim, role) if count else 0
-        return 2 * (tokens - count) * head_dim + codes
+        exact: int = 2 * (tokens - count) * head_dim
+        return exact + codes
 
     def encode(self, tensor: Tensor, role: Role) -> Stored:
         """The buffers of ``codes``, and the tokens left exact."""

@@ -90,7 +90,8 @@ class NvFp4(Coded):
 def _blocks(rows: Tensor, size: int) -> Tensor:
     import torch.nn.functional as F
 
-    return F.pad(rows, (0, -rows.shape[1] % size)).unflatten(-1, (-1, size))
+    blocks: Tensor = F.pad(rows, (0, -rows.shape[1] % size)).unflatten(-1, (-1, size))
+    return blocks
 
 
 def _power(biased: Tensor) -> Tensor:
@@ -117,4 +118,5 @@ def _read(packed: Tensor, size: int) -> Tensor:
 
     codes = unpack(packed, 4, size)
     magnitudes = torch.tensor(_MAGNITUDES, device=packed.device)[codes & 7]
-    return torch.where(codes >= 8, -magnitudes, magnitudes)
+    signed: Tensor = torch.where(codes >= 8, -magnitudes, magnitudes)
+    return signed

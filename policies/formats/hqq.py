@@ -78,7 +78,7 @@ class Hqq(Coded):
         """(Code - zero) / scale."""
         width = min(self.group, shape[1])
         step, zero = buffers["scales"].float().split(1, -1)
-        groups = (unpack(buffers["codes"], self.bits, width) - zero) * step
+        groups: Tensor = (unpack(buffers["codes"], self.bits, width) - zero) * step
         return groups.flatten(-2)[:, : shape[1]]
 
 

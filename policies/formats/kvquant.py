@@ -51,7 +51,8 @@ class KvQuant(Coded):
         """Packed rows with two scales each, outliers with their places, and the levels."""
         row, rows = (tokens, head_dim) if role == "keys" else (head_dim, tokens)
         each = -(-row * self.bits // 8) + 4 + 2 * self._at_either_end(row) * 4
-        return rows * each + 2 * 2**self.bits
+        levels: int = 2**self.bits
+        return rows * each + 2 * levels
 
     def codes(self, rows: Tensor, role: Role) -> Mapping[str, Tensor]:
         """Of all rows, with levels fitted to them."""
@@ -79,7 +80,7 @@ class KvQuant(Coded):
         middle, half = buffers["scales"].float().split(1, 1)
         level = buffers["levels"].float()[unpack(buffers["codes"], self.bits, width)]
         places = buffers["places"].long() & 0xFFFF
-        lines = (level * half + middle).scatter(1, places, buffers["outliers"].float())
+        lines: Tensor = (level * half + middle).scatter(1, places, buffers["outliers"].float())
         return lines.T if role == "keys" else lines
 
 
@@ -103,4 +104,5 @@ def _means(numbers: Tensor, count: int) -> Tensor:
 def _nearest(numbers: Tensor, levels: Tensor) -> Tensor:
     import torch
 
-    return torch.bucketize(numbers.contiguous(), (levels[1:] + levels[:-1]) / 2)
+    codes: Tensor = torch.bucketize(numbers.contiguous(), (levels[1:] + levels[:-1]) / 2)
+    return codes

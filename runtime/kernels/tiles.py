@@ -76,7 +76,8 @@ def page_costs(pair: Ints) -> NDArray[np.float64]:
     lookup = np.zeros(32)
     lookup[list(_PAGE_COST)] = list(_PAGE_COST.values())
     keys, values = _formats_of(pair)
-    return (lookup[keys] + lookup[values]) / 2
+    cost: NDArray[np.float64] = (lookup[keys] + lookup[values]) / 2
+    return cost
 
 
 def _formats_of(pair: Any) -> tuple[Any, Any]:
