@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _LARGEST = 127  # of the basis, in 8 bits
 _FITS = 3  # rounds of codes and scales
+_STEPS, _EVEN = 32, 128  # of a token's scale: 32 to a factor of two, and the one that stands for 1
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class Fitted(Coded):
     """The head's own principal directions, each with as many bits as lower the error most.
 
     B = eigenvectors of the covariance of the head's keys or values, m = their mean
-    z = (x - m) in the basis B, s_c = the scale of direction c
+    z = (x - m) in the basis B, s_c = the scale of direction c, t = the token's, in 8 bits
     of all bits of all directions, the D * ``mean_bits`` that lower the summed error most are
-    given; codes = nearest of Lloyd and Max's levels of z_c / s_c with b_c bits, which may be none
+    given; codes = nearest of Lloyd and Max's levels of z_c / (s_c t) with b_c bits, maybe none
 
     Keys and values have a basis each. All of it is stored with the prompt and counted: the basis in
     8 bits, which costs 8 D / n bits an element; for short prompts other formats are smaller.
@@ -42,15 +43,15 @@ class Fitted(Coded):
     projects = False
     keeps_constants = False
 
-    mean_bits: float = parameter(1.94, "of codes, over all directions", unit="bits", low=1, high=4)
+    mean_bits: float = parameter(1.82, "of codes, over all directions", unit="bits", low=1, high=4)
 
     def _code_bits(self, head_dim: int) -> int:
         return int(self.mean_bits * head_dim)
 
     def code_bytes(self, tokens: int, head_dim: int, role: Role) -> int:
-        """Codes, the basis with a scale a column, and mean, scale and bits of each direction."""
+        """Codes, a byte a token, the basis with its scales; mean, scale and bits a direction."""
         codes = -(-tokens * self._code_bits(head_dim) // 8)
-        return codes + head_dim * (head_dim + 2 + 2 + 2 + 1)
+        return codes + tokens + head_dim * (head_dim + 2 + 2 + 2 + 1)
 
     def codes(self, rows: Tensor, role: Role) -> Mapping[str, Tensor]:
         """Fitted to these rows."""
@@ -64,12 +65,14 @@ class Fitted(Coded):
         whole = (basis / column.float()).round().clamp(-_LARGEST, _LARGEST)
         z = torch.linalg.solve(whole * column.float(), centred.T).T  # in the basis as it is stored
         widths = _widths(z.square().mean(0), self._code_bits(rows.shape[1]))
-        codes, scales = _fitted(z, widths)
+        tokens = _token_scales(z, widths)
+        codes, scales = _fitted(z / _scale_of(tokens), widths)
         place = torch.arange(WIDEST, device=rows.device)
         flags = ((codes[..., None] >> place) & 1)[:, place < widths[:, None]]
         return {
             "codes": pack(flags.flatten(), 1), "mean": mean, "basis": whole.to(torch.int8),
             "columns": column, "scales": scales, "widths": widths.to(torch.uint8),
+            "tokens": tokens,
         }  # fmt: skip
 
     def numbers(self, buffers: Mapping[str, Tensor], shape: tuple[int, int], role: Role) -> Tensor:
@@ -83,8 +86,25 @@ class Fitted(Coded):
         count = tokens * self._code_bits(head_dim)
         flags[:, place < widths[:, None]] = unpack(buffers["codes"], 1, count).view(tokens, -1)
         z = _levels((flags << place).sum(-1), widths) * buffers["scales"].float()
+        z = z * _scale_of(buffers["tokens"])
         basis = buffers["basis"].float() * buffers["columns"].float()
         return z @ basis.T + buffers["mean"].float()
+
+
+def _token_scales(z: Tensor, widths: Tensor) -> Tensor:
+    """How much longer than others each token is ``[n]``, as logarithms in 8 bits; of what is coded,
+    in units of each direction."""
+    import torch
+
+    coded = z[:, widths > 0]
+    spread = coded.square().mean(0).clamp_min(1e-30)
+    size = (coded.square() / spread).mean(1).sqrt().clamp_min(1e-30)
+    return (size.log2() * _STEPS + _EVEN).round().clamp(0, 255).to(torch.uint8)
+
+
+def _scale_of(tokens: Tensor) -> Tensor:
+    """``[n, 1]`` from their logarithms."""
+    return ((tokens.float() - _EVEN) / _STEPS).exp2()[:, None]
 
 
 def _widths(variances: Tensor, bits: int) -> Tensor:
