@@ -47,7 +47,8 @@ class Format(ABC):
     A class states its ``name``, its ``source`` and ``bits``: those of an element's code, without
     scales. ``exact_first`` says how many of the first kept tokens it leaves in 16 bits.
     ``bytes_vary`` marks formats whose bytes depend on the data; ``bound`` is then an upper bound.
-    ``projects`` says that storing what was read back changes no more than the rounding of scales.
+    ``projects`` says that storing what was read back changes no more than the rounding of scales,
+    ``keeps_constants`` that a tensor of one number comes back as it was.
     """
 
     name: ClassVar[str]
@@ -55,6 +56,7 @@ class Format(ABC):
     bits: ClassVar[int]
     bytes_vary: ClassVar[bool] = False
     projects: ClassVar[bool] = True
+    keeps_constants: ClassVar[bool] = True
 
     @abstractmethod
     def bound(self, tokens: int, head_dim: int, role: Role) -> int:

@@ -12,6 +12,8 @@ scales    fp16, then offsets likewise: of keys by channel [D/f, f], one a channe
           keys by token [g, 32, 2], one a token and group of 64 channels; each in the order in
           which its codes are met
 
+rotated   integers whose keys or values were multiplied by a Hadamard matrix before; they lie alike
+
 Sizes are whole cells of 4 D bytes, so that pages of all formats share one pool.
 """
 
@@ -36,6 +38,23 @@ AS_VALUES = "-token"
 KEY_CODES = CODES | {f"int{bits}{AS_VALUES}": bits - 1 for bits in (8, 4, 2)}
 """Of keys: also integers by token, which are called one less than their bits."""
 
+ROTATED = "rotated_"
+"""How the names of formats begin whose numbers lie in a page times a Hadamard matrix."""
+
+TURNED = 32
+"""What is added to a format's number where it is rotated; a pair's keys count twice as much."""
+
+VALUE_CODES = CODES | {f"{ROTATED}int{bits}": bits + TURNED for bits in (8, 4, 2)}
+"""Of values."""
+
+ALL_KEY_CODES = KEY_CODES | {
+    ROTATED + name: code + TURNED for name, code in KEY_CODES.items() if code <= 8
+}
+"""Of keys."""
+
+CLIP = {2: 0.7, 4: 1.0, 8: 1.0}
+"""What is left of the range of a rotated group, by its bits: the formats' own defaults."""
+
 KERNEL_HEAD_DIMS = (64, 128, 256)
 
 
@@ -45,8 +64,8 @@ class PageLayout:
 
     Args:
         head_dim: D.
-        keys: a key of ``KEY_CODES``.
-        values: a key of ``CODES``.
+        keys: a key of ``ALL_KEY_CODES``.
+        values: a key of ``VALUE_CODES``.
     """
 
     head_dim: int
@@ -56,19 +75,20 @@ class PageLayout:
     @staticmethod
     def of(head_dim: int, code: int) -> PageLayout:
         """The layout that has this ``code``."""
-        names = {number: name for name, number in KEY_CODES.items()}
-        return PageLayout(head_dim, names[code // 32], names[code % 32])
+        names = {number: name for name, number in ALL_KEY_CODES.items()}
+        keys, values = divmod(code, 2 * TURNED)
+        return PageLayout(head_dim, names[keys], names[values])
 
     @property
     def codes(self) -> tuple[int, int]:
         """What kernels call the keys' and the values' formats."""
-        return KEY_CODES[self.keys], CODES[self.values]
+        return ALL_KEY_CODES[self.keys], VALUE_CODES[self.values]
 
     @property
     def code(self) -> int:
         """The pair as one number, for kernels."""
         keys, values = self.codes
-        return 32 * keys + values
+        return 2 * TURNED * keys + values
 
     @property
     def cell_bytes(self) -> int:
@@ -134,10 +154,13 @@ def has_pages(option: Option, head_dim: int) -> bool:
 
 
 def _stored(form: Format, head_dim: int) -> str:
-    if form.name not in CODES:
+    if form.name not in VALUE_CODES:
         raise KvtuneError(
-            f"the runtime stores no {form.name}", hint=f"it stores {', '.join(CODES)}."
+            f"the runtime stores no {form.name}", hint=f"it stores {', '.join(VALUE_CODES)}."
         )
+    clip = getattr(form, "clip", None)
+    if clip is not None and clip != CLIP[form.bits]:
+        raise KvtuneError(f"the runtime clips {form.name} to {CLIP[form.bits]}, not to {clip}")
     if is_integer(form.name) and getattr(form, "group", PAGE) != PAGE:
         raise KvtuneError(f"the runtime stores groups of {PAGE} elements, not of {form.group}")  # type: ignore[attr-defined]
     if head_dim % 4:
@@ -147,7 +170,12 @@ def _stored(form: Format, head_dim: int) -> str:
 
 def is_integer(name: str) -> bool:
     """Whether a format has codes with scales."""
-    return name.startswith("int")
+    return name.removeprefix(ROTATED).startswith("int")
+
+
+def is_rotated(name: str) -> bool:
+    """Whether a page holds this format's numbers times a Hadamard matrix."""
+    return name.startswith(ROTATED)
 
 
 def is_by_token(name: str) -> bool:
@@ -157,7 +185,7 @@ def is_by_token(name: str) -> bool:
 
 def bits(name: str) -> int:
     """Bits an element, scales aside."""
-    return 8 if name == "fp8" else CODES[name.removesuffix(AS_VALUES)]
+    return 8 if name == "fp8" else CODES[name.removeprefix(ROTATED).removesuffix(AS_VALUES)]
 
 
 def code_bytes(name: str, head_dim: int) -> int:

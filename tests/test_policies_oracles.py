@@ -22,6 +22,7 @@ from kvtune.policies.format import Format, Role, formats
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.grouped import Grouped, Int2, Int4, Int8
+from kvtune.policies.formats.rotated import Rotated
 from kvtune.policies.method import Method, methods
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
@@ -142,7 +143,7 @@ def packed(form: Format, tensor: Tensor, role: Role) -> bytes:
     if isinstance(form, Fp8):
         scale = np.float32(1).tobytes() if tokens else b""
         return scale + raw(tensor.to(torch.float8_e4m3fn))
-    if not isinstance(form, Grouped):
+    if not isinstance(form, (Grouped, Rotated)):
         pytest.skip(f"no packer for {form.name}: add one here")
     exact, coded = tensor[: form.exact_first], tensor[form.exact_first :]
     rows = coded.T if role == "keys" and form.keys_by == "channel" else coded

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 from kvtune.policies.method import Method, methods
 from kvtune.policies.methods.a2sf import PREFILL
 from kvtune.policies.methods.compresskv import CompressKV
+from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.snapkv import SnapKV
-from kvtune.policies.option import Budget, Option
+from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.signals import Needs
 from kvtune.traces.signals import SIGNALS
-from kvtune.tuner.options import FULL, LAPTOP, METHODS, SMALL, Menu, alike, every_method
-from kvtune.tuner.sources import queries_of, signals_of
+from kvtune.tuner.options import FULL, LAPTOP, METHODS, ROTATED, SMALL, Menu, alike, every_method
+from kvtune.tuner.sources import menu_of, queries_of, signals_of
 
 
 def test_every_method_is_offered_but_references_and_floors() -> None:
@@ -44,8 +48,19 @@ def test_whatever_is_offered_has_pages_to_run_in() -> None:
         for policy in candidates(family, 40_000, 256, 2, 2, 64):
             offered |= set(policy.options())
     assert len(offered) > 200
+    offered |= {Option(Full(), ALL, *pair) for pair in ROTATED}
     for option in offered:
         layout_of(option, 64)  # refuses what it has no pages for
+
+
+def test_rotated_formats_are_in_the_menu_of_all_methods_alone() -> None:
+    for workload in ("small", "full"):
+        asked = [
+            cast(Any, SimpleNamespace(workload=workload, menu=menu)) for menu in ("three", "all")
+        ]
+        three, every = (menu_of(request, calibrated=False).formats for request in asked)
+        assert every == (*three, *ROTATED)
+        assert not {*three} & {*ROTATED}
 
 
 def test_a_trace_records_what_the_menu_needs_and_what_baselines_read() -> None:

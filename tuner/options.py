@@ -11,6 +11,7 @@ from operator import or_
 from kvtune.policies.format import Format
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.grouped import Int2, Int4
+from kvtune.policies.formats.rotated import RotatedInt2, RotatedInt4
 from kvtune.policies.method import Method, methods
 from kvtune.policies.methods.a2sf import A2SF, PREFILL
 from kvtune.policies.methods.full import Full
@@ -86,6 +87,14 @@ FULL = Menu(
     ),
 )
 """170 options, 16 to 896 tokens of a prompt of 1792; for a GPU."""
+
+
+ROTATED: tuple[Pair, ...] = (
+    (RotatedInt4(exact_first=4), RotatedInt4(exact_first=4)),
+    (RotatedInt4(exact_first=4), RotatedInt2(exact_first=4)),
+    (RotatedInt2(exact_first=4), RotatedInt2(exact_first=4)),
+)
+"""Rotated keys and values, which the menu of all methods has besides; three bits have no pages."""
 
 
 def every_method(*, calibrated: bool = True) -> tuple[Method, ...]:

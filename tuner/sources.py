@@ -23,7 +23,7 @@ from kvtune.simulator.tables_file import load_tables, save_tables
 from kvtune.traces.signals import SIGNALS
 from kvtune.tuner import source_models
 from kvtune.tuner.band import band
-from kvtune.tuner.options import FULL, LAPTOP, Menu, every_method
+from kvtune.tuner.options import FULL, LAPTOP, ROTATED, Menu, every_method
 from kvtune.tuner.quality import estimate
 from kvtune.tuner.request import SearchRequest
 
@@ -155,11 +155,15 @@ def _own_trace(
 
 
 def menu_of(request: SearchRequest, *, calibrated: bool) -> Menu:
-    """What a head may be given: shares and formats by workload, methods as the request asks."""
+    """What a head may be given: shares and formats by workload, methods as the request asks.
+
+    The menu of all methods has rotated formats too.
+    """
     base = LAPTOP if request.workload == "small" else FULL
     if request.menu == "three":
         return base
-    return replace(base, methods=every_method(calibrated=calibrated))
+    methods = every_method(calibrated=calibrated)
+    return replace(base, methods=methods, formats=(*base.formats, *ROTATED))
 
 
 def signals_of(needs: Needs) -> tuple[str, ...]:

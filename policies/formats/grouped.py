@@ -101,13 +101,16 @@ class Grouped(Format):
 
     def _codes(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes of ``[..., groups, width]``, with the scale and offset of each group."""
+        step, low = self._grid(groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True))
+        return ((groups - low) / step).round().clamp(0, 2**self.bits - 1), step, low
+
+    def _grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and offset, rounded to 16 bits, of groups between these ends."""
         import torch
 
-        low = groups.amin(-1, keepdim=True).half().float()
-        levels = 2**self.bits - 1
-        scale = ((groups.amax(-1, keepdim=True) - low) / levels).half().float()
-        step = torch.where(scale > 0, scale, 1.0)  # a constant group has no spread
-        return ((groups - low) / step).round().clamp(0, levels), step, low
+        low = low.half().float()
+        scale = ((high - low) / (2**self.bits - 1)).half().float()
+        return torch.where(scale > 0, scale, 1.0), low  # a constant group has no spread
 
     def roundtrip(self, tensor: Tensor, counts: Tensor, role: Role) -> Tensor:
         """Quantise and dequantise group by group, in float32 with 16-bit scales."""
@@ -144,9 +147,7 @@ class Grouped(Format):
         some = inside.any(-1, keepdim=True)  # a group of padding alone must stay finite
         low = grouped.masked_fill(~inside, torch.inf).amin(-1, keepdim=True).where(some, 0)
         high = grouped.masked_fill(~inside, -torch.inf).amax(-1, keepdim=True).where(some, 0)
-        low = low.half().float()
-        scale = ((high - low) / (2**self.bits - 1)).half().float()
-        step = torch.where(scale > 0, scale, 1.0)  # a constant group has no spread
+        step, low = self._grid(low, high)
         codes = ((grouped - low) / step).round().clamp(0, 2**self.bits - 1)
         back: Tensor = (codes * step + low).flatten(-2)
         return back[..., :length]

@@ -28,6 +28,24 @@ def is_by_token(code):
 
 
 @triton.constexpr_function
+def plain_code(code):
+    """Of a format, without its rotation."""
+    return code % 32
+
+
+@triton.constexpr_function
+def is_turned(code):
+    """Whether a format is rotated."""
+    return code >= 32
+
+
+@triton.constexpr_function
+def drawn_in(code, turned):
+    """What either end of a group's range loses; see ``layout.CLIP``."""
+    return (1 - 0.7) / 2 if turned and bits_of(code) == 2 else 0.0
+
+
+@triton.constexpr_function
 def fields_of(code):
     """Channels that share a byte."""
     return max(8 // bits_of(code), 1)
@@ -109,6 +127,16 @@ def _mask(half, field, bits):
     if half == 0:
         return f"and.b32 $0, $1, {mask};"
     return f"{{ .reg .b32 high; shr.b32 high, $1, 8; and.b32 $0, high, {mask}; }}"
+
+
+@triton.jit
+def signs(row, column):
+    """Signs [R, C] fp16 of a Hadamard matrix of up to 256 rows, which is its own transpose."""
+    shared = row[:, None] & column[None, :]
+    shared ^= shared >> 4
+    shared ^= shared >> 2
+    shared ^= shared >> 1
+    return (1 - 2 * (shared & 1)).to(tl.float16)
 
 
 @triton.jit

@@ -22,10 +22,13 @@ from kvtune.runtime.kernels.codes import (
     first_channel,
     group_of,
     groups_of,
+    is_turned,
     masked,
     parts_of,
+    plain_code,
     product,
     scale_bytes,
+    signs,
     unit_of,
 )
 from kvtune.runtime.kernels.logits import load_queries, logits_of
@@ -74,7 +77,7 @@ def decode_attention(
                 q + row * G * D, scratch + slot * G * D, scratch_lse + slot * G, logits_out,
                 pool_half, pool_bf16, pool_fp8,
                 table, at, cell, tokens, fp8_scales + 2 * segment, softmax_scale,
-                D, G, M, PAIRS[n] // 32, PAIRS[n] % 32,
+                D, G, M, PAIRS[n] // 64, PAIRS[n] % 64,
                 STAGES, _halves_a_step(PAIRS[n]), NATIVE, EXPORT,
             )  # fmt: skip
     tl.debug_barrier()  # every thread's part is stored before the program is counted
@@ -92,14 +95,17 @@ def _attend_tile(
     pool_half, pool_bf16, pool_fp8,
     table, at, cell, tokens, fp8_scales, softmax_scale,
     D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
-    KEYS: tl.constexpr, VALUES: tl.constexpr,
+    KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr,
     STAGES: tl.constexpr, HALVES: tl.constexpr, NATIVE: tl.constexpr, EXPORT: tl.constexpr,
 ):  # fmt: skip
     """Attend to ``tokens`` tokens whose pages begin at table entry ``at``, a step at a time.
 
     A step is a page, or half of one where both keys and values are floats: programs of all formats
-    then take about as much room, and as many of them run at once.
+    then take about as much room, and as many of them run at once. Where keys are rotated so are the
+    queries, once; where values are, the output is rotated back, once.
     """
+    KEYS: tl.constexpr = plain_code(KEY_CODE)
+    VALUES: tl.constexpr = plain_code(VALUE_CODE)
     PARTS: tl.constexpr = parts_of(VALUES, D)
     W: tl.constexpr = D // PARTS
     STEPS: tl.constexpr = 2 // HALVES  # of a page
@@ -111,7 +117,7 @@ def _attend_tile(
         factor *= tl.load(fp8_scales)
     if VALUES == FP8:
         value_scale = tl.load(fp8_scales + 1)
-    queries, query_sums = load_queries(q, factor, D, G, M, KEYS)
+    queries, query_sums = load_queries(q, factor, D, G, M, KEYS, is_turned(KEY_CODE))
     acc, shifts = _zeros(M, W, PARTS), _zeros(M, HALF, groups_of(VALUES, D))
     totals = tl.zeros([HALF, M], tl.float32)  # summed over tokens at the end
     largest = tl.full([M], -1e30, tl.float32)
@@ -144,16 +150,39 @@ def _attend_tile(
     total = tl.sum(totals, 0)
     share = value_scale / tl.maximum(total, 1e-30)
     FIELDS: tl.constexpr = fields_of(VALUES)
-    channel = tl.arange(0, W)
+    outputs = ()
     for part in tl.static_range(PARTS):
         output = acc[part]
         if VALUES < FP8:
             shift = tl.sum(shifts[group_of(part, VALUES, D)], 0)
             output = output * unit_of(part % FIELDS, VALUES) + shift[None, :]
-        tl.store(scratch + head[None, :] * D + first_channel(part, VALUES, D) + channel[:, None],
-                 output * share[None, :], mask=head[None, :] < G)  # fmt: skip
+        outputs = outputs + (output * share[None, :],)
+    if is_turned(VALUE_CODE):
+        _store_turned(scratch, outputs, D, G, M, VALUES)
+    else:
+        channel = tl.arange(0, W)
+        for part in tl.static_range(PARTS):
+            place = head[None, :] * D + first_channel(part, VALUES, D) + channel[:, None]
+            tl.store(scratch + place, outputs[part], mask=head[None, :] < G)
     lse = tl.where(total > 0, (largest - LIFT + tl.log2(total)) / LOG2_E, -float("inf"))
     tl.store(scratch_lse + head, lse, mask=head < G)
+
+
+@triton.jit
+def _store_turned(scratch, outputs, D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
+                  VALUES: tl.constexpr):  # fmt: skip
+    """Outputs by part, rotated back; each as two numbers of fp16, that nothing be lost to it."""
+    PARTS: tl.constexpr = parts_of(VALUES, D)
+    head, some = tl.arange(0, M)[None, :], tl.arange(0, HALF)
+    channel = tl.arange(0, D // PARTS)
+    for start in tl.static_range(0, D, HALF):
+        sums = tl.zeros([HALF, M], tl.float32)
+        for part in tl.static_range(PARTS):
+            matrix = signs(start + some, first_channel(part, VALUES, D) + channel)
+            coarse = outputs[part].to(tl.float16)
+            rest = (outputs[part] - coarse.to(tl.float32)).to(tl.float16)
+            sums = tl.dot(matrix, rest, tl.dot(matrix, coarse, sums))
+        tl.store(scratch + head * D + (start + some)[:, None], sums * (D**-0.5), mask=head < G)
 
 
 @triton.jit
@@ -217,7 +246,7 @@ def _highest(halves, HALVES: tl.constexpr):
 @triton.constexpr_function
 def _halves_a_step(pair):
     """Half pages a step: integers of two halves share a unit."""
-    return 1 if min(pair // 32, pair % 32) > 8 else 2
+    return 1 if min(pair // 64 % 32, pair % 32) > 8 else 2
 
 
 @triton.jit

@@ -23,24 +23,30 @@ from kvtune.runtime.kernels.codes import (
     masked,
     parts_of,
     product,
+    signs,
 )
 
 
 @triton.jit
 def load_queries(q, factor, D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
-                 KEYS: tl.constexpr):  # fmt: skip
+                 KEYS: tl.constexpr, TURNED: tl.constexpr):  # fmt: skip
     """The group's queries [D / parts, M] by part, in the type that keys are multiplied in.
 
     For keys by token each is divided by what its field is too large, and beside them stand their
     sums by group [M], times ``factor``: what an offset adds to a logit. Others have no sums.
+    Where keys are TURNED, so are the queries.
     """
     PARTS: tl.constexpr = key_parts(KEYS, D)
     W: tl.constexpr = D // PARTS
     head, channel = tl.arange(0, M), tl.arange(0, W)
     queries, sums = (), ()
     for part in tl.static_range(PARTS):
-        place = head[None, :] * D + first_channel(part, KEYS, D) + channel[:, None]
-        query = tl.load(q + place, mask=head[None, :] < G, other=0)
+        first = first_channel(part, KEYS, D)
+        if TURNED:
+            query = _turned(q, first + channel, D, G, M)
+        else:
+            place = head[None, :] * D + first + channel[:, None]
+            query = tl.load(q + place, mask=head[None, :] < G, other=0)
         query = query.to(tl.bfloat16 if KEYS == BF16 else tl.float16)
         if is_by_token(KEYS):
             sums = sums + (tl.sum(query.to(tl.float32), 0) * factor,)
@@ -55,6 +61,17 @@ def load_queries(q, factor, D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
                     total += sums[part]
             grouped = grouped + (total,)
     return queries, grouped
+
+
+@triton.jit
+def _turned(q, channel, D: tl.constexpr, G: tl.constexpr, M: tl.constexpr):
+    """These channels of the group's queries times a Hadamard matrix, float32."""
+    head, among = tl.arange(0, M)[None, :], tl.arange(0, HALF)
+    sums = tl.zeros([channel.shape[0], M], tl.float32)
+    for start in tl.static_range(0, D, HALF):
+        query = tl.load(q + head * D + (start + among)[:, None], mask=head < G, other=0)
+        sums = tl.dot(signs(channel, start + among), query.to(tl.float16), sums)
+    return sums * (D**-0.5)
 
 
 @triton.constexpr_function

@@ -12,13 +12,17 @@ from kvtune.runtime.kernels.codes import (
     PAGE,
     bits_of,
     code_bytes,
+    drawn_in,
     fields_of,
     first_channel,
     group_of,
     groups_of,
     is_by_token,
+    is_turned,
     parts_of,
+    plain_code,
     scale_bytes,
+    signs,
 )
 from kvtune.runtime.kernels.elementwise import rotated_halves
 
@@ -30,7 +34,7 @@ ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to even as to
 def store_pages(
     keys, values, stride_row, stride_token, chosen, records, fp8_scales,
     pool_bytes, pool_half, pool_bf16, pool_fp8,
-    D: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    D: tl.constexpr, KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr,
 ):  # fmt: skip
     """One page of kept tokens of one head.
 
@@ -41,6 +45,8 @@ def store_pages(
         fp8_scales: [segments, 2] float32.
         pool_*: the pool's memory, as four types.
     """
+    KEYS: tl.constexpr = plain_code(KEY_CODE)
+    VALUES: tl.constexpr = plain_code(VALUE_CODE)
     record = records + tl.program_id(0) * RECORD
     row, count = tl.load(record).to(tl.int64), tl.load(record + 2)
     start = tl.load(record + 3).to(tl.int64) * (4 * D)
@@ -50,34 +56,37 @@ def store_pages(
     scales = fp8_scales + 2 * tl.load(record + 4)
     VALUES_AT: tl.constexpr = code_bytes(KEYS, D) + scale_bytes(KEYS, D)
     _store_keys(keys, source, count, start, scales,
-                pool_bytes, pool_half, pool_bf16, pool_fp8, D, KEYS)  # fmt: skip
+                pool_bytes, pool_half, pool_bf16, pool_fp8,
+                D, KEYS, is_turned(KEY_CODE))  # fmt: skip
     _store_values(values, source, count, start + VALUES_AT, scales + 1,
-                  pool_bytes, pool_half, pool_bf16, pool_fp8, D, VALUES)  # fmt: skip
+                  pool_bytes, pool_half, pool_bf16, pool_fp8,
+                  D, VALUES, is_turned(VALUE_CODE))  # fmt: skip
 
 
 @triton.jit
 def _store_keys(keys, source, count, start, fp8_scale,
                 pool_bytes, pool_half, pool_bf16, pool_fp8,
-                D: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
+                D: tl.constexpr, KEYS: tl.constexpr, TURNED: tl.constexpr):  # fmt: skip
     """Codes token by token; integers share a scale a channel, or as values do."""
     W: tl.constexpr = D // fields_of(KEYS)
     channel, token = tl.arange(0, W), tl.arange(0, PAGE)
     if KEYS >= FP8:
         place = start + token[:, None] * W + channel[None, :]
-        _store_floats(_gather(keys, source, count, 0, W), start, place, fp8_scale,
+        _store_floats(_gather(keys, source, count, 0, W, D, False), start, place, fp8_scale,
                       pool_bf16, pool_fp8, KEYS)  # fmt: skip
     elif is_by_token(KEYS):
         place = start + 2 * (token % HALF) * W + token // HALF
-        _store_by_token(keys, source, count, place, start, pool_bytes, pool_half, D, KEYS, 2)
+        _store_by_token(keys, source, count, place, start, pool_bytes, pool_half,
+                        D, KEYS, 2, TURNED)  # fmt: skip
     else:
         packed = tl.zeros([PAGE, W], tl.int32)
         scales = pool_half + (start + code_bytes(KEYS, D)) // 2 + channel * fields_of(KEYS)
         for field in tl.static_range(fields_of(KEYS)):
-            rows = _gather(keys, source, count, field * W, W)
+            rows = _gather(keys, source, count, field * W, W, D, TURNED)
             real = (token < count)[:, None]
             low = tl.min(tl.where(real, rows, float("inf")), 0)
             high = tl.max(tl.where(real, rows, -float("inf")), 0)
-            scale, offset = _grid(low, high, KEYS)
+            scale, offset = _grid(low, high, KEYS, drawn_in(KEYS, TURNED))
             tl.store(scales + field, scale)
             tl.store(scales + field + D, offset)
             packed |= _codes(rows, scale[None, :], offset[None, :], KEYS) << (field * KEYS)
@@ -88,24 +97,25 @@ def _store_keys(keys, source, count, start, fp8_scale,
 @triton.jit
 def _store_values(values, source, count, start, fp8_scale,
                   pool_bytes, pool_half, pool_bf16, pool_fp8,
-                  D: tl.constexpr, VALUES: tl.constexpr):  # fmt: skip
+                  D: tl.constexpr, VALUES: tl.constexpr, TURNED: tl.constexpr):  # fmt: skip
     """Codes channel by channel; integers share a scale a token and 64 channels."""
     if VALUES >= FP8:
         channel, token = tl.arange(0, D), tl.arange(0, PAGE)
         across = token[:, None] + channel[None, :] * PAGE
         along = token[:, None] * D + channel[None, :]
-        _store_floats(_gather(values, source, count, 0, D), start,
+        _store_floats(_gather(values, source, count, 0, D, D, False), start,
                       start + (along if VALUES == BF16 else across), fp8_scale,
                       pool_bf16, pool_fp8, VALUES)  # fmt: skip
     else:
         place = start + _by_unit(tl.arange(0, PAGE))
         _store_by_token(values, source, count, place, start, pool_bytes, pool_half,
-                        D, VALUES, PAGE)  # fmt: skip
+                        D, VALUES, PAGE, TURNED)  # fmt: skip
 
 
 @triton.jit
 def _store_by_token(tensor, source, count, place, start, pool_bytes, pool_half,
-                    D: tl.constexpr, CODE: tl.constexpr, STRIDE: tl.constexpr):  # fmt: skip
+                    D: tl.constexpr, CODE: tl.constexpr, STRIDE: tl.constexpr,
+                    TURNED: tl.constexpr):  # fmt: skip
     """Integers that share a scale a token and 64 channels.
 
     Args:
@@ -116,21 +126,22 @@ def _store_by_token(tensor, source, count, place, start, pool_bytes, pool_half,
     BITS: tl.constexpr = bits_of(CODE)
     W: tl.constexpr = D // parts_of(CODE, D)
     GROUPS: tl.constexpr = groups_of(CODE, D)
+    DRAWN_IN: tl.constexpr = drawn_in(CODE, TURNED)
     channel = tl.arange(0, W)
     scales = pool_half + (start + code_bytes(CODE, D)) // 2 + _by_unit(tl.arange(0, PAGE))
     for group in tl.static_range(GROUPS):
-        rows = _gather(tensor, source, count, group * PAGE, D // GROUPS)
-        scale, offset = _grid(tl.min(rows, 1), tl.max(rows, 1), BITS)
+        rows = _gather(tensor, source, count, group * PAGE, D // GROUPS, D, TURNED)
+        scale, offset = _grid(tl.min(rows, 1), tl.max(rows, 1), BITS, DRAWN_IN)
         tl.store(scales + group * PAGE, scale)
         tl.store(scales + (GROUPS + group) * PAGE, offset)
     for chunk in tl.static_range(parts_of(CODE, D) // FIELDS):
         packed = tl.zeros([PAGE, W], tl.int32)
         for field in tl.static_range(FIELDS):
             first = group_of(chunk * FIELDS + field, CODE, D) * PAGE
-            rows = _gather(tensor, source, count, first, D // GROUPS)
-            scale, offset = _grid(tl.min(rows, 1), tl.max(rows, 1), BITS)
+            rows = _gather(tensor, source, count, first, D // GROUPS, D, TURNED)
+            scale, offset = _grid(tl.min(rows, 1), tl.max(rows, 1), BITS, DRAWN_IN)
             first = first_channel(chunk * FIELDS + field, CODE, D)
-            rows = _gather(tensor, source, count, first, W)
+            rows = _gather(tensor, source, count, first, W, D, TURNED)
             packed |= _codes(rows, scale[:, None], offset[:, None], BITS) << (field * BITS)
         byte = place[:, None] + (chunk * W + channel[None, :]) * STRIDE
         tl.store(pool_bytes + byte, packed.to(tl.uint8))
@@ -143,11 +154,29 @@ def _by_unit(token):
 
 
 @triton.jit
-def _gather(tensor, source, count, FIRST: tl.constexpr, W: tl.constexpr):
-    """Channels ``FIRST`` to ``FIRST + W`` of the chosen tokens, [64, W] float32, zeros beyond."""
+def _gather(tensor, source, count, FIRST, W: tl.constexpr, D: tl.constexpr,
+            TURNED: tl.constexpr):  # fmt: skip
+    """Channels ``FIRST`` to ``FIRST + W`` of the chosen tokens, [64, W] float32, zeros beyond.
+
+    TURNED: of the tokens times a Hadamard matrix.
+    """
     channel, token = tl.arange(0, W), tl.arange(0, PAGE)
-    place = source[:, None] + FIRST + channel[None, :]
-    return tl.load(tensor + place, mask=(token < count)[:, None], other=0).to(tl.float32)
+    real = (token < count)[:, None]
+    if TURNED:
+        among = tl.arange(0, HALF)
+        rows = tl.zeros([PAGE, W], tl.float32)
+        for start in tl.range(0, D, HALF, num_stages=1):  # compiled once, not unrolled
+            place = source[:, None] + (start + among)[None, :]
+            some = tl.load(tensor + place, mask=real, other=0).to(tl.float32)
+            matrix = signs(among + start, channel + FIRST)
+            coarse = some.to(tl.float16)  # all of what was bf16 or fp16
+            rest = (some - coarse.to(tl.float32)).to(tl.float16)
+            rows = tl.dot(rest, matrix, tl.dot(coarse, matrix, rows))
+        rows = rows * (D**-0.5)
+    else:
+        place = source[:, None] + FIRST + channel[None, :]
+        rows = tl.load(tensor + place, mask=real, other=0).to(tl.float32)
+    return rows
 
 
 @triton.jit
@@ -161,8 +190,11 @@ def _store_floats(rows, start, place, fp8_scale, pool_bf16, pool_fp8, CODE: tl.c
 
 
 @triton.jit
-def _grid(low, high, BITS: tl.constexpr):
-    """Scale and offset in 16 bits, of codes from 0 to 2^bits - 1."""
+def _grid(low, high, BITS: tl.constexpr, DRAWN_IN: tl.constexpr):
+    """Scale and offset in 16 bits, of codes from 0 to 2^bits - 1 between ends that are drawn in."""
+    if DRAWN_IN > 0:
+        less = (high - low) * DRAWN_IN
+        low, high = low + less, high - less
     offset = low.to(tl.float16)
     levels = tl.full(low.shape, (1 << BITS) - 1, tl.float32)
     return tl.div_rn(high - offset.to(tl.float32), levels).to(tl.float16), offset

@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvtune.policies.formats.hadamard import hadamard
 from kvtune.policies.pages import (
+    CLIP,
     PAGE,
     PageLayout,
     bits,
     code_bytes,
     is_by_token,
+    is_rotated,
     token_groups,
 )
 
@@ -39,18 +42,23 @@ def write_page(keys: Tensor, values: Tensor, layout: PageLayout, scales: Tensor)
         (layout.keys, keys, 0, layout.key_scales, scales[0], 0),
         (layout.values, values, layout.value_codes, layout.value_scales, scales[1], 1),
     ):
-        codes, beside = _encode(rows, name, scale, dim)
+        codes, beside = _encode(
+            hadamard(rows.float()) if is_rotated(name) else rows, name, scale, dim
+        )
         page[at : at + code_bytes(name, layout.head_dim)] = codes
         page[scales_at : scales_at + beside.numel()] = beside
     return page
 
 
 def read_page(page: Tensor, layout: PageLayout, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[64, D]`` float32 of ``write_page``; beyond n anything finite."""
+    """Keys and values ``[64, D]`` float32 of ``write_page``, rotated back; beyond n anything."""
     keys = _decode(page[: layout.key_scales], page[layout.key_scales :], layout.keys, scales[0], 0)
     codes = page[layout.value_codes : layout.value_scales]
     values = _decode(codes, page[layout.value_scales :], layout.values, scales[1], 1)
-    return keys, values
+    return (
+        hadamard(keys) if is_rotated(layout.keys) else keys,
+        hadamard(values) if is_rotated(layout.values) else values,
+    )
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ def _encode(rows: Tensor, name: str, scale: Tensor, dim: int) -> tuple[Tensor, T
         codes = codes.to(torch.float8_e4m3fn).view(torch.uint8)
         return (codes if dim == 0 else codes.T).flatten(), none
     levels, over = 2 ** bits(name) - 1, _reduced(name, dim)
-    groups = _ranges(rows.float(), levels, over)
+    groups = _ranges(rows.float(), levels, over, CLIP[bits(name)] if is_rotated(name) else 1.0)
     step, offset = groups.spread(over, rows.shape[1])
     step = torch.where(step > 0, step, 1)
     codes = ((padded.float() - offset) / step).round().clamp(0, levels).to(torch.uint8)
@@ -92,13 +100,15 @@ def _reduced(name: str, dim: int) -> int:
     return 1 if is_by_token(name) else dim
 
 
-def _ranges(rows: Tensor, levels: int, dim: int) -> _Groups:
+def _ranges(rows: Tensor, levels: int, dim: int, clip: float) -> _Groups:
     if dim == 0:
         low, high = rows.amin(0), rows.amax(0)
     else:
         groups = F.pad(rows, (0, 0, 0, PAGE - len(rows))).split(PAGE, dim=1)
         low = torch.stack([x.amin(1) for x in groups])
         high = torch.stack([x.amax(1) for x in groups])
+    drawn_in = (high - low) * ((1 - clip) / 2)
+    low, high = low + drawn_in, high - drawn_in
     offset = low.half()
     return _Groups(((high - offset.float()) / levels).half(), offset)
 

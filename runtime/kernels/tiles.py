@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtune.policies.pages import PAGE
+from kvtune.policies.pages import PAGE, TURNED
 
 Ints = NDArray[np.int64]
 
@@ -66,7 +67,7 @@ class Tiles:
 
 def kind_of(pairs: Iterable[int]) -> str:
     """Whether a layer's pages are all floats, all unpacked from integers, or mixed."""
-    kinds = {"integers" if min(pair // 32, pair % 32) <= 8 else "floats" for pair in pairs}
+    kinds = {"integers" if min(_formats_of(pair)) <= 8 else "floats" for pair in pairs}
     return kinds.pop() if len(kinds) == 1 else "mixed"
 
 
@@ -74,7 +75,14 @@ def page_costs(pair: Ints) -> NDArray[np.float64]:
     """Time of one page of each pair, in pages of bf16."""
     lookup = np.zeros(32)
     lookup[list(_PAGE_COST)] = list(_PAGE_COST.values())
-    return (lookup[pair // 32] + lookup[pair % 32]) / 2
+    keys, values = _formats_of(pair)
+    cost: NDArray[np.float64] = (lookup[keys] + lookup[values]) / 2
+    return cost
+
+
+def _formats_of(pair: Any) -> tuple[Any, Any]:
+    """Codes of keys and values, rotated or not: a rotation is a tile's, not a page's."""
+    return pair // (2 * TURNED) % TURNED, pair % TURNED
 
 
 def plan_tiles(segments: Segments, table: Ints, programs: int | None = None) -> Tiles:

@@ -1,0 +1,213 @@
+"""Storage formats on a GPU: kernels of few bits, rotated and not, and what every format loses live.
+
+    python benchmarks/formats.py --out benchmarks/results/formats-h200.json [--seconds 240]
+
+``kernels`` times decode attention of one layer (8 sequences, 8 KV heads of 128 channels, 4 queries
+each) cold, in CUDA graphs, over 64 MB to 1 GB of what bf16 would take, and holds its output against
+dequantise-then-attend in float64. ``live`` runs SmolLM2-135M in float32 with all tokens kept: the
+divergence from the full cache at observed tokens, by kind of text, at each format's bytes, tables
+and all. Samples are taken one of each kind in turn until the time is up. A case that fails is
+recorded. ``--device cpu --tiny`` (with TRITON_INTERPRET=1) shows that it runs to its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import paged
+import torch
+
+from kvtune.policies.format import Format, formats
+from kvtune.policies.formats.grouped import Int2, Int4
+from kvtune.policies.formats.rotated import RotatedInt2, RotatedInt4
+from kvtune.policies.methods.full import Full
+from kvtune.policies.option import ALL, Option
+from kvtune.policies.policy import Policy
+from kvtune.policies.signals import Needs
+from kvtune.runtime.kernels.launch import decode
+from kvtune.runtime.kernels.reference import attend
+from kvtune.runtime.live import run_live
+from kvtune.runtime.prompts import fresh_prompt
+from kvtune.traces.models import load_model
+from kvtune.traces.workloads import Workload, build
+from kvtune.tuner.quality import estimate
+
+KINDS = ("prose", "code", "retrieval")
+BATCH, KV_HEADS, GROUP, HEAD_DIM = 8, 8, 4, 128
+SIZES_MB = (64, 256, 512, 1024)
+PAIRS = {
+    "bf16": ("bf16", "bf16"),
+    "int8": ("int8", "int8"),
+    "rotated int8": ("rotated_int8-token", "rotated_int8"),
+    "int4": ("int4", "int4"),
+    "rotated int4": ("rotated_int4-token", "rotated_int4"),
+    "int4 keys, rotated int4 values": ("int4", "rotated_int4"),
+    "int2": ("int2", "int2"),
+    "rotated int2": ("rotated_int2-token", "rotated_int2"),
+    "rotated int4 keys, rotated int2 values": ("rotated_int4-token", "rotated_int2"),
+}
+TOGETHER = 4  # policies in one batch
+
+
+class Found:
+    """What was measured, written after every case; knows when the time is up."""
+
+    def __init__(self, out: Path, seconds: float) -> None:
+        self.out, self.begun, self.seconds = out, time.monotonic(), seconds
+        self.figures: dict[str, Any] = {"kernels": {}, "live": {}, "failed": {}}
+
+    def write(self) -> None:
+        self.figures["seconds"] = round(time.monotonic() - self.begun, 1)
+        self.out.write_text(json.dumps(self.figures, indent=1) + "\n", encoding="utf-8")
+
+    def is_over(self) -> bool:
+        return time.monotonic() - self.begun > self.seconds
+
+    def attempt(self, name: str, case: Callable[[], Any]) -> Any:
+        """A case's answer; None where it fails, which is noted."""
+        try:
+            return case()
+        except Exception as error:
+            self.figures["failed"][name] = f"{type(error).__name__}: {error}"[-600:]
+            traceback.print_exc()
+            return None
+
+
+def error(pair: tuple[str, str], head_dim: int, tokens: int) -> dict[str, float]:
+    """Largest difference from dequantise-then-attend: as it is, and over the largest output."""
+    rows = 2
+    layer = paged.make_layer(paged.uniform(rows, tokens, *pair), rows, GROUP, head_dim)
+    q = torch.randn(rows, GROUP, head_dim, device=paged.DEVICE, dtype=torch.bfloat16)
+    scale = head_dim**-0.5
+    out = torch.empty(q.shape, device=paged.DEVICE)
+    decode(q, layer.paged, layer.scratch, scale, out)
+    worst, largest = 0.0, 0.0
+    for row in range(rows):
+        exact, _ = attend(q[row].double(), *layer.dense(row), scale)
+        worst = max(worst, float((out[row] - exact).abs().max()))
+        largest = max(largest, float(exact.abs().max()))
+    return {"largest": worst, "relative": worst / largest}
+
+
+def microseconds(pair: tuple[str, str], megabytes: int) -> dict[str, float]:
+    """Of one layer's attention, and the bytes that it reads."""
+    rows = BATCH * KV_HEADS
+    tokens = int(megabytes * 1e6) // (rows * 4 * HEAD_DIM)
+    runs = paged.uniform(rows, tokens, *pair)
+    layers = [paged.make_layer(runs, rows, GROUP, HEAD_DIM)]
+    more = min(paged.copies(layers[0].payload_bytes), 8) - 1
+    layers += [paged.make_layer(runs, rows, GROUP, HEAD_DIM) for _ in range(more)]
+    seconds = paged.time_s(paged.attention_calls(layers))
+    return {"us": round(1e6 * seconds, 2), "mb": round(layers[0].payload_bytes / 1e6, 2)}
+
+
+def kernels(found: Found, tiny: bool) -> None:
+    """Errors of every pair, then times; ratios are to bf16 over the same tokens."""
+    for name, pair in PAIRS.items():
+        shapes = ((64, 100),) if tiny else ((64, 3000), (128, 3000))
+        errors = {
+            str(head_dim): found.attempt(
+                f"error of {name}, {head_dim}", lambda p=pair, d=head_dim, t=tokens: error(p, d, t)
+            )
+            for head_dim, tokens in shapes
+        }
+        times: dict[str, Any] = {}
+        for megabytes in () if tiny else SIZES_MB:
+            times[str(megabytes)] = found.attempt(
+                f"time of {name}, {megabytes} MB", lambda p=pair, m=megabytes: microseconds(p, m)
+            )
+            bf16 = found.figures["kernels"].get("bf16", {}).get("times", times)[str(megabytes)]
+            if times[str(megabytes)] and bf16:
+                speed = bf16["us"] / times[str(megabytes)]["us"]
+                times[str(megabytes)]["times as fast as bf16"] = round(speed, 2)
+            torch.cuda.empty_cache()
+        found.figures["kernels"][name] = {"error": errors, "times": times}
+        found.write()
+
+
+def stored() -> dict[str, tuple[Format, Format]]:
+    """Every registered format as it is published, and pairs and sinks that a search may choose."""
+    alike = [kind() for kind in formats().values() if kind.bits < 16]
+    alike += [kind(exact_first=4) for kind in (Int4, Int2, RotatedInt4, RotatedInt2)]
+    alike += [Int2(keys_by="token"), RotatedInt2(keys_by="channel"), RotatedInt2(clip=1.0)]
+    pairs = {
+        form.label + (" unclipped" if form == alike[-1] else ""): (form, form) for form in alike
+    }
+    sinks = {"exact_first": 4}
+    pairs["rotated_int4+4 / rotated_int2+4"] = (RotatedInt4(**sinks), RotatedInt2(**sinks))
+    pairs["int2+4 / rotated_int2+4"] = (Int2(**sinks), RotatedInt2(**sinks))
+    return pairs
+
+
+def live(found: Found, device: str, tiny: bool) -> None:
+    """Every pair of formats on one sample after another."""
+    loaded = load_model("smollm2-135m", device=device, dtype="float32")
+    shape = loaded.geometry
+    counts = {"evaluate": dict.fromkeys(KINDS[: 1 if tiny else 3], 1 if tiny else 12)}
+    length, observed = (200, 16) if tiny else (2048, 256)
+    samples = build(Workload(counts, tokens=length, observed=observed), loaded.tokenizer)
+    pairs = dict(list(stored().items())[: 3 if tiny else None])
+    policies = {
+        name: Policy.uniform(Option(Full(), ALL, *pair), shape.layers, shape.kv_heads)
+        for name, pair in pairs.items()
+    }
+    kl: dict[str, list[tuple[str, float]]] = {name: [] for name in policies}
+    taken: dict[str, float] = {}
+    full = 2 * 2 * shape.head_dim * shape.layers * shape.kv_heads
+    by_turns = sorted(
+        range(len(samples)), key=lambda n: [s.kind for s in samples[:n]].count(samples[n].kind)
+    )
+    for number in by_turns:
+        sample = samples[number]
+        if found.is_over():
+            break
+        prompt = fresh_prompt(loaded, sample, Needs())
+        names = list(policies)
+        for start in range(0, len(names), TOGETHER):
+            some = names[start : start + TOGETHER]
+            asked = [policies[name] for name in some]
+            runs = found.attempt(
+                f"live {some}", lambda a=asked, p=prompt, s=sample: run_live(loaded, s, p, a)
+            )
+            for name, run in zip(some, runs or (), strict=False):
+                kl[name].append((sample.kind, float(run.kl.mean())))
+                taken[name] = 16 * run.footprint_bytes / (full * sample.prompt)
+        report(found, kl, taken)
+
+
+def report(found: Found, kl: dict[str, list[tuple[str, float]]], taken: dict[str, float]) -> None:
+    for name, values in kl.items():
+        if values:
+            kinds = [kind for kind, _ in values]
+            mean = estimate([value for _, value in values], kinds, "live")
+            found.figures["live"][name] = {
+                "bits an element": round(taken[name], 3),
+                "KL": round(mean.value, 5), "low": round(mean.low, 5), "high": round(mean.high, 5),
+                "samples": len(values),
+            } | {kind: [round(v, 5) for k, v in values if k == kind] for kind in kinds}  # fmt: skip
+    found.write()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seconds", type=float, default=240, help="after which no sample is begun")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, no times")
+    arguments = parser.parse_args()
+    found = Found(arguments.out, arguments.seconds)
+    found.attempt("kernels", lambda: kernels(found, arguments.tiny))
+    found.attempt("live", lambda: live(found, arguments.device, arguments.tiny))
+    found.write()
+
+
+if __name__ == "__main__":
+    main()
