@@ -1,4 +1,4 @@
-"""Attention Matching: few keys with log-weights, and values fitted so that attention is the same."""
+"""Attention Matching: few keys with log-weights, and values fitted to the same attention."""
 
 from __future__ import annotations
 
