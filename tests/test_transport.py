@@ -108,7 +108,7 @@ def test_damage_is_told(tmp_path: Path) -> None:
     with pytest.raises(KvtuneError, match="cannot be read"):
         load_cache_file(path, model_fingerprint=MINE)
     save_file(dict(encoded.buffers), path)
-    with pytest.raises(KvtuneError, match="Field required|format"):
+    with pytest.raises(KvtuneError, match=r"Field required|format"):
         load_cache_file(path, model_fingerprint=MINE)
 
 
