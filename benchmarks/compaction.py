@@ -82,12 +82,12 @@ def option_at(
     return Option(method, Budget(tokens=max(fits)), *pair) if fits else None
 
 
-def uniform(bench: Bench, methods: Sequence[Method]) -> dict[str, Any]:
+def uniform(bench: Bench, methods: Sequence[Method], shares: Sequence[float]) -> dict[str, Any]:
     """Every method at every share in every precision, alike in all heads."""
     layers, heads, head_dim = bench.shape
     lengths = footprint_of_lengths(1, 1)
     rows: list[tuple[str, str, Policy]] = []
-    for share, method, pair in product(SHARES, methods, FORMATS):
+    for share, method, pair in product(shares, methods, FORMATS):
         option = option_at(method, pair, share, bench.prompt, head_dim, lengths)
         if option is None:
             continue
@@ -128,7 +128,7 @@ def tables(bench: Bench, menu: Menu, probes: int) -> Tables:
     return join(made)
 
 
-def plans(bench: Bench, menu: Menu, probes: int) -> dict[str, Any]:
+def plans(bench: Bench, menu: Menu, probes: int, shares: Sequence[float]) -> dict[str, Any]:
     """The plan at every share with compaction, without, and of compaction in 16 bits alone."""
     started = time.monotonic()
     measured = tables(bench, menu, probes)
@@ -146,7 +146,7 @@ def plans(bench: Bench, menu: Menu, probes: int) -> dict[str, Any]:
         Variant(f"{name}, cross terms {cross}, retrieval x{emphasis:g}", columns, cross, emphasis)
         for (name, columns), cross, emphasis in settings
     ]
-    found, _ = search(measured, SHARES, wanted)
+    found, _ = search(measured, shares, wanted)
     groups: dict[tuple[float, str], list[Plan]] = {}
     for plan in found:
         groups.setdefault((plan.share, plan.variant.name.split(", ")[0]), []).append(plan)
@@ -184,10 +184,11 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="one short sample of each kind")
     arguments = parser.parse_args()
     tokens, observed, per_kind, needles, probes = 2048, 256, (3, 2, 4), 12, 16
-    counts, methods, published = COUNTS, MENU, PUBLISHED
+    counts, methods, published, fitted, shares = COUNTS, MENU, PUBLISHED, FITTED, SHARES
     if arguments.tiny:
-        tokens, observed, per_kind, needles, probes = 256, 64, (1, 1, 1), 1, 2
+        tokens, observed, per_kind, needles, probes = 192, 32, (1, 1, 1), 1, 2
         counts, methods, published = (64, 256), MENU[2:4] + MENU[5:], PUBLISHED[2:4]
+        fitted, shares = FITTED[:2], (0.06,)
     menu = Menu(methods, tuple(n / 1792 for n in counts), FORMATS)
     place = workers.Place(arguments.model, arguments.device, arguments.scratch)
     with workers.Crew(place, arguments.workers) as crew:
@@ -202,9 +203,9 @@ def main() -> None:
         cuda = arguments.device != "cpu"
         bench.record("device", torch.cuda.get_device_name() if cuda else "cpu")
         bench.record("setting", {"workload": division.workload, "probes": probes})
-        attempt(bench, "compaction", lambda: uniform(bench, FITTED[: 2 if arguments.tiny else 5]))
-        attempt(bench, "plans", lambda: plans(bench, menu, probes))
-        attempt(bench, "published", lambda: uniform(bench, published))
+        attempt(bench, "compaction", lambda: uniform(bench, fitted, shares))
+        attempt(bench, "plans", lambda: plans(bench, menu, probes, shares))
+        attempt(bench, "published", lambda: uniform(bench, published, shares))
 
 
 if __name__ == "__main__":
