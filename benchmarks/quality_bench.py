@@ -1,4 +1,4 @@
-"""A run of ``quality.py``: its model, samples and processes, and what it has measured so far."""
+"""A run of ``quality.py`` or ``compaction.py``: its model, samples, processes and figures."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ class Bench:
     division: Division
     started: float = field(default_factory=time.monotonic)
     figures: dict[str, Any] = field(default_factory=dict)
+    file: str = "quality.json"
 
     def record(self, name: str, value: Any) -> None:
         self.figures[name] = value
         self.figures["seconds"] = round(time.monotonic() - self.started, 1)
-        (self.out / "quality.json").write_text(json.dumps(self.figures, indent=1) + "\n")
+        (self.out / self.file).write_text(json.dumps(self.figures, indent=1) + "\n")
         print(f"[{self.figures['seconds']:7.1f} s] {name}", flush=True)
 
     @property

@@ -10,7 +10,10 @@ if TYPE_CHECKING:
 
 
 QUERIES_LEFT_OUT = 4
-"""First prompt queries that ``query_moments`` leaves out."""
+"""First prompt queries that ``query_moments`` and ``later_queries`` leave out."""
+
+_LATER_QUERIES = 512
+_LATER_POSITIONS = 128
 
 
 class Rope(Protocol):
@@ -72,6 +75,32 @@ def query_moments(queries: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor]:
     mean = plain.mean(1)
     centred = plain - mean[:, None]
     return mean, centred.transpose(-1, -2) @ centred / plain.shape[1]
+
+
+def later_queries(queries: Tensor, rope: Rope | None) -> Tensor:
+    """A sample of a prompt's queries, each turned to a position right behind the prompt.
+
+    They stand for the queries to come: alike in content, and as far from every key as those will
+    be. The first few queries are outliers and left out, unless there are no others.
+
+    Args:
+        queries: of the whole prompt, after RoPE, ``[Hq, P, D]``.
+        rope: of the layer, or None.
+
+    Returns:
+        ``[Hq, n, D]`` float32, n at most 512, evenly spaced over the prompt.
+    """
+    import torch
+
+    tokens = queries.shape[1]
+    first = min(QUERIES_LEFT_OUT, tokens - 1)
+    stride = -(-(tokens - first) // _LATER_QUERIES)
+    at = torch.arange(first + (tokens - 1 - first) % stride, tokens, stride, device=queries.device)
+    sample = queries[:, at].float()
+    if rope is None:
+        return sample
+    behind = tokens + torch.arange(len(at), device=at.device) % _LATER_POSITIONS
+    return turn(sample, behind - at, rope)
 
 
 def _waves(positions: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvtune.common.errors import KvtuneError
-from kvtune.common.rotary import Rope, query_moments
+from kvtune.common.rotary import Rope, later_queries, query_moments
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +30,7 @@ class Needs:
         window: how many of the last prompt queries it looks at; 0 for none.
         column_sums: whether it needs the attention that every key drew over the whole prompt.
         query_moments: mean and covariance of the prompt's queries before RoPE.
+        later_queries: a sample of the prompt's queries, turned to positions behind the prompt.
         reconstruction: the attention that a pass repeating the prompt pays to it.
         calibration: what was measured on the model once, before any prompt.
         future: the observed tokens themselves; only references that look ahead.
@@ -45,10 +46,11 @@ class Needs:
     future: bool = False
     probes: bool = False
     linked: bool = False
+    later_queries: bool = False
 
     def queries(self, prompt_tokens: int) -> int:
         """How many of the last prompt queries hold all that is asked of them."""
-        every = self.column_sums or self.query_moments
+        every = self.column_sums or self.query_moments or self.later_queries
         return prompt_tokens if every else min(self.window, prompt_tokens)
 
     def __or__(self, other: Needs) -> Needs:
@@ -90,6 +92,8 @@ class Signals:
         rope: its rotary positions; None for a model without.
         recorded_query_moments: mean ``[Hq, D]`` and covariance ``[Hq, D, D]`` float32 of the
             queries before RoPE, where the driver kept no more of them.
+        recorded_later_queries: ``[Hq, n, D]`` float32, a sample of the prompt's queries turned to
+            positions behind it, likewise.
         reconstruction: ``[H, P]`` float32, the most attention that any query of a pass repeating
             the prompt pays to each key.
         head_scores: ``[Hq]`` float32, how much each query head looks at what it is about to copy,
@@ -107,6 +111,7 @@ class Signals:
     layer: int = 0
     rope: Rope | None = None
     recorded_query_moments: tuple[Tensor, Tensor] | None = None
+    recorded_later_queries: Tensor | None = None
     reconstruction: Tensor | None = None
     head_scores: Tensor | None = None
     layer_error: float | None = None
@@ -141,6 +146,7 @@ class Signals:
             layer=layer,
             rope=rope,
             recorded_query_moments=moments if len(moments) == 2 else None,
+            recorded_later_queries=tensors.get("later_queries"),
             reconstruction=tensors.get("reconstruction"),
             head_scores=tensors.get("head_scores"),
             layer_error=None if error is None else float(error),
@@ -204,6 +210,19 @@ class Signals:
         """
         mean, covariance = self.recorded_query_moments or self.once("moments", self._moments)
         return self._by_kv_head(mean), self._by_kv_head(covariance)
+
+    def later_queries(self) -> Tensor:
+        """What queries to come may look like, ``[H, G, n, D]`` float32.
+
+        A sample of the prompt's own, turned to positions right behind it.
+        """
+        if self.recorded_later_queries is None:
+            if self.queries.shape[-2] < self.prompt_tokens:
+                raise self._missing("later_queries")
+            return self.once(
+                "later", lambda: self._by_kv_head(later_queries(self.queries, self.rope))
+            )
+        return self._by_kv_head(self.recorded_later_queries.float())
 
     def future_attention(self) -> Tensor:
         """Attention of the observed queries over prompt and observed keys, ``[H, G, C, P]``."""

@@ -69,6 +69,8 @@ def work_of_signals(needs: Needs, shape: LayerShape) -> Work:
         total += Work(1.0 * heads * size * tokens**2, keys + heads * tokens * 4.0)
     if needs.query_moments:
         total += Work(2.0 * heads * tokens * size**2, heads * tokens * size * 2.0)
+    if needs.later_queries:
+        total += Work(moved_bytes=8.0 * heads * min(tokens, 512) * size)
     if needs.reconstruction:
         total += Work(4.0 * heads * size * tokens**2, 2.0 * keys, passes=1.0)
     return total

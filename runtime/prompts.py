@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
-from kvtune.common.rotary import query_moments
+from kvtune.common.rotary import later_queries, query_moments
 from kvtune.policies.signals import Future, Needs, Signals
 from kvtune.traces.calibration import Calibration, require_calibration
 from kvtune.traces.capture import Observed, observe
@@ -67,6 +67,8 @@ class _Kept:
             found.recorded_column_sums = column_sums(q[0], k[0], scale, window)
         if self.needs.query_moments:
             found.recorded_query_moments = query_moments(q[0], rope)
+        if self.needs.later_queries:
+            found.recorded_later_queries = later_queries(q[0], rope)
         self.layers.append(found)
         self.cache.append((k, v))
 

@@ -36,6 +36,7 @@ ALL = Needs(
     calibration=True,
     future=True,
     probes=True,
+    later_queries=True,
 )
 MADE_UP = Calibration(((0.1, 0.9, 0.2, 0.3),) * 3, (0.1, 0.2, 0.3), "made up")
 
@@ -62,6 +63,7 @@ def test_replay_and_live_are_given_the_same_signals(
             pairs = [
                 *((ours.given(n), other.given(n)) for n in ("reconstruction", "head_scores")),
                 *zip(ours.query_moments(), other.query_moments(), strict=True),
+                (ours.later_queries(), other.later_queries()),
                 (ours.window_attention(9), other.window_attention(9)),
                 (ours.future_attention(), other.future_attention()),
                 (ours.probes(), other.probes()),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
-from kvtune.common.rotary import query_moments
+from kvtune.common.rotary import later_queries, query_moments
 from kvtune.traces.calibration import require_calibration
 from kvtune.traces.passes import full_cache_handler, run_observed, run_prompt
 from kvtune.traces.reconstruction import reconstruction
@@ -83,8 +83,9 @@ def capture(
         progress: a bar over the samples.
         queries: which queries to store: all N, the C observed, or the last so many.
         signals: names from ``signals.SIGNALS``: ``column_sums`` asks for the prompt's attention
-            mass a key, ``query_moments`` for statistics of its queries, ``reconstruction`` for the
-            repeating pass, ``calibration`` for what was measured on the model before.
+            mass a key, ``query_moments`` for statistics of its queries, ``later_queries`` for a
+            sample of them, ``reconstruction`` for the repeating pass, ``calibration`` for what was
+            measured on the model before.
 
     Raises:
         KvtuneError: the folder holds another trace or cannot be written; unknown signal.
@@ -130,6 +131,8 @@ def _run_prompt(loaded: LoadedModel, sample: Sample, settings: CaptureSettings) 
         if "query_moments" in settings.signals:
             moments = query_moments(q[0], geometry.rope_at(layer))
             found["query_mean"], found["query_covariance"] = moments
+        if "later_queries" in settings.signals:
+            found["later_queries"] = later_queries(q[0], geometry.rope_at(layer))
         result.signals.append(found)
 
     token_ids = sample.token_ids[: sample.prompt]

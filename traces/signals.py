@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 TENSORS_OF = {
     "column_sums": ("column_sums",),
     "query_moments": ("query_mean", "query_covariance"),
+    "later_queries": ("later_queries",),
     "reconstruction": ("reconstruction",),
     "calibration": ("head_scores", "layer_error"),
 }

@@ -16,6 +16,7 @@ from kvtune.policies.method import Method, methods
 from kvtune.policies.methods.a2sf import A2SF, PREFILL
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
+from kvtune.policies.methods.protected import Protected
 from kvtune.policies.methods.random_tokens import RandomTokens
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
@@ -101,7 +102,8 @@ def every_method(*, calibrated: bool = True) -> tuple[Method, ...]:
     """All registered methods that choose when the prompt is complete and that a server could run.
 
     As published; A2SF as its authors set it for prompts. Left out are ``full``, which under a
-    budget is StreamingLLM without sinks, and ``random``, a floor to hold others against.
+    budget is StreamingLLM without sinks, ``protected``, a rule that only its user can set, and
+    ``random``, a floor to hold others against.
 
     Args:
         calibrated: whether the model has a calibration; without one, what needs it is left out.
@@ -117,4 +119,4 @@ def every_method(*, calibrated: bool = True) -> tuple[Method, ...]:
     )
 
 
-_NOT_OFFERED = (Full, RandomTokens)
+_NOT_OFFERED = (Full, Protected, RandomTokens)

@@ -118,6 +118,7 @@ def lean_signals(method: Method, full: Signals) -> Signals:
         layer=full.layer,
         rope=full.rope,
         recorded_query_moments=(moments[0], moments[1]) if needs.query_moments else None,
+        recorded_later_queries=full.later_queries().flatten(0, 1) if needs.later_queries else None,
         reconstruction=full.reconstruction if needs.reconstruction else None,
         head_scores=full.head_scores if needs.calibration else None,
         layer_error=full.layer_error if needs.calibration else None,

@@ -94,11 +94,15 @@ def condensed(signals: Signals, needs: Needs) -> Signals:
     if needs.query_moments:
         mean, covariance = signals.query_moments()
         moments = mean.flatten(0, 1), covariance.flatten(0, 1)
+    later = signals.recorded_later_queries
+    if needs.later_queries:
+        later = signals.later_queries().flatten(0, 1)
     return replace(
         signals,
         queries=queries,
         recorded_column_sums=sums,
         recorded_query_moments=moments,
+        recorded_later_queries=later,
         _memo={},
     )
 

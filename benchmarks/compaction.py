@@ -1,0 +1,212 @@
+"""Compaction by fitting at 1, 3 and 6 % of the bytes: live KL and needle digits on a GPU.
+
+    python benchmarks/compaction.py --out benchmarks/results/compaction-h200.json
+
+SmolLM2-135M on samples as ``quality.py`` makes them. At every share of the bf16 bytes: Attention
+Matching and its cheap variants in several precisions, every published method of the menu in the
+precision that suits it best (by the very figures that are shown, which is generous to it), and
+plans found by the search with and without compaction in the menu, and with compaction in 16 bits
+alone, which stands for Attention Matching with budgets of its own. Plans are picked among search
+settings on selection samples that the evaluation does not share. A part that fails is recorded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import workers
+from divisions import divided
+from outcomes import Outcome, points_below_full, used
+from plans import Plan, Variant, choose, search
+from quality_bench import Bench
+
+from kvtune.policies.allocators.model_wide import ModelWide
+from kvtune.policies.formats.bf16 import Bf16
+from kvtune.policies.formats.grouped import Int2, Int4
+from kvtune.policies.method import Method
+from kvtune.policies.methods.attention_matching import AttentionMatching
+from kvtune.policies.methods.compresskv import CompressKV
+from kvtune.policies.methods.expected_attention import ExpectedAttention
+from kvtune.policies.methods.h2o import H2O
+from kvtune.policies.methods.kvzip import KVzip
+from kvtune.policies.methods.razor import Razor
+from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.methods.streaming_llm import StreamingLLM
+from kvtune.policies.methods.tova import Tova
+from kvtune.policies.option import ALL, Budget, Option
+from kvtune.policies.policy import Policy, footprint_of_lengths
+from kvtune.simulator.tables import Tables, join
+from kvtune.traces.models import load_model
+from kvtune.tuner.options import Menu, Pair
+
+SHARES = (0.01, 0.03, 0.06)
+FORMATS: tuple[Pair, ...] = (
+    (Bf16(), Bf16()),
+    (Int4(exact_first=4), Int4(exact_first=4)),
+    (Int4(exact_first=4), Int2(exact_first=4)),
+)
+FITTED: tuple[Method, ...] = (
+    AttentionMatching(),
+    AttentionMatching("snapkv"),
+    AttentionMatching("h2o"),
+    AttentionMatching("kvzip"),
+    AttentionMatching("expected_attention"),
+)
+PUBLISHED: tuple[Method, ...] = (
+    SnapKV(), SnapKV(recent=8), H2O(), StreamingLLM(), Tova(), KVzip(), ExpectedAttention(),
+    CompressKV(), Razor(),
+)  # fmt: skip
+MENU = (SnapKV(), SnapKV(recent=8), H2O(), StreamingLLM(), KVzip(), AttentionMatching())
+COUNTS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 448)  # of 1792 tokens
+
+
+def option_at(
+    method: Method, pair: Pair, share: float, prompt: int, head_dim: int, lengths: int
+) -> Option | None:
+    """The largest budget of tokens whose bytes a head do not exceed the share; None if none is."""
+    most = share * 4 * head_dim * prompt - lengths
+    fits = [
+        n
+        for n in range(1, prompt)
+        if Option(method, ALL, *pair).footprint(n, prompt, head_dim) <= most
+    ]
+    return Option(method, Budget(tokens=max(fits)), *pair) if fits else None
+
+
+def uniform(bench: Bench, methods: Sequence[Method], shares: Sequence[float]) -> dict[str, Any]:
+    """Every method at every share in every precision, alike in all heads."""
+    layers, heads, head_dim = bench.shape
+    lengths = footprint_of_lengths(1, 1)
+    rows: list[tuple[str, str, Policy]] = []
+    for share, method, pair in product(shares, methods, FORMATS):
+        option = option_at(method, pair, share, bench.prompt, head_dim, lengths)
+        if option is None:
+            continue
+        policy = Policy.uniform(option, layers, heads)
+        rows.append((f"{share:.0%}", method.label, policy))
+        if isinstance(method, KVzip):
+            wide = Policy.uniform(
+                option, layers, heads, name=f"{option.label} model-wide", allocator=ModelWide()
+            )
+            rows.append((f"{share:.0%}", f"{method.label} model-wide", wide))
+    outcomes = bench.run([policy for _, _, policy in rows], evaluation(bench))
+    found: dict[str, Any] = {}
+    for (share_name, name, policy), outcome in zip(rows, outcomes, strict=True):
+        best = found.setdefault(share_name, {}).setdefault(name, {"kl": np.inf})
+        tried = [*best.get("tried", []), [policy.name, outcome.mean_kl]]
+        if outcome.mean_kl < best["kl"]:
+            best = summary(policy, outcome)
+        found[share_name][name] = best | {"tried": tried}
+    return found
+
+
+def summary(policy: Policy, outcome: Outcome) -> dict[str, Any]:
+    """Figures of one policy."""
+    return {"policy": policy.name, **outcome.summary(), **points_below_full(outcome)}
+
+
+def evaluation(bench: Bench) -> list[Any]:
+    """Held-out samples: of every kind alike, and more needles."""
+    return list(dict.fromkeys([*bench.of("evaluate"), *bench.division.needles]))
+
+
+def tables(bench: Bench, menu: Menu, probes: int) -> Tables:
+    """Losses of every option on search and selection samples."""
+    samples = [*bench.of("search"), *bench.of("select")]
+    made = bench.crew.everywhere(
+        workers.captured_tables, samples, menu.options(), menu.needs, probes
+    )
+    return join(made)
+
+
+def plans(bench: Bench, menu: Menu, probes: int, shares: Sequence[float]) -> dict[str, Any]:
+    """The plan at every share with compaction, without, and of compaction in 16 bits alone."""
+    started = time.monotonic()
+    measured = tables(bench, menu, probes)
+    seconds = time.monotonic() - started
+    options = measured.options
+    fitted = np.array([isinstance(o.method, AttentionMatching) for o in options])
+    plain = np.array([(o.keys, o.values) == FORMATS[0] for o in options])
+    menus = {
+        "with compaction": np.arange(len(options)),
+        "without": np.flatnonzero(~fitted),
+        "compaction in 16 bits": np.flatnonzero(fitted & plain),
+    }
+    settings = product(menus.items(), (0.0, 0.3), (1.0, 4.0))
+    wanted = [
+        Variant(f"{name}, cross terms {cross}, retrieval x{emphasis:g}", columns, cross, emphasis)
+        for (name, columns), cross, emphasis in settings
+    ]
+    found, _ = search(measured, shares, wanted)
+    groups: dict[tuple[float, str], list[Plan]] = {}
+    for plan in found:
+        groups.setdefault((plan.share, plan.variant.name.split(", ")[0]), []).append(plan)
+    choice = choose(groups, bench.run, bench.of("select"), bench.division.select_needles)
+    picked = list(choice.plans.items())
+    outcomes = bench.run([plan.policy for _, plan in picked], evaluation(bench))
+    result: dict[str, Any] = {"table_seconds": seconds, "on_selection": choice.losses}
+    for ((share, name), plan), outcome in zip(picked, outcomes, strict=True):
+        row = summary(plan.policy, outcome) | {
+            "predicted": plan.predicted,
+            "options": used(plan.policy),
+        }
+        result.setdefault(f"{share:.0%}", {})[name] = row
+    return result
+
+
+def attempt(bench: Bench, name: str, measure: Callable[[], Any]) -> None:
+    """Record what a part finds, or how it failed; progress goes to standard error."""
+    try:
+        found = measure()
+    except Exception as error:
+        found = f"failed: {type(error).__name__}: {error}"[:2000]
+        traceback.print_exc()
+    bench.record(name, found)
+    print(name, "done", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--scratch", type=Path, default=Path("kvtune-runs/compaction-traces"))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--workers", type=int, default=5)
+    parser.add_argument("--tiny", action="store_true", help="one short sample of each kind")
+    arguments = parser.parse_args()
+    tokens, observed, per_kind, needles, probes = 2048, 256, (3, 2, 4), 12, 16
+    counts, methods, published, fitted, shares = COUNTS, MENU, PUBLISHED, FITTED, SHARES
+    if arguments.tiny:
+        tokens, observed, per_kind, needles, probes = 192, 32, (1, 1, 1), 1, 2
+        counts, methods, published = (64, 256), MENU[2:4] + MENU[5:], PUBLISHED[2:4]
+        fitted, shares = FITTED[:2], (0.06,)
+    menu = Menu(methods, tuple(n / 1792 for n in counts), FORMATS)
+    place = workers.Place(arguments.model, arguments.device, arguments.scratch)
+    with workers.Crew(place, arguments.workers) as crew:
+        loaded = load_model(arguments.model, device=arguments.device, dtype="float32")
+        crew.model_is_stored()
+        division = divided(
+            loaded.tokenizer, per_kind, select_needles=2, needles=needles, tokens=tokens,
+            observed=observed,
+        )  # fmt: skip
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        bench = Bench(arguments.out.parent, loaded, crew, division, file=arguments.out.name)
+        cuda = arguments.device != "cpu"
+        bench.record("device", torch.cuda.get_device_name() if cuda else "cpu")
+        bench.record("setting", {"workload": division.workload, "probes": probes})
+        attempt(bench, "compaction", lambda: uniform(bench, fitted, shares))
+        attempt(bench, "plans", lambda: plans(bench, menu, probes, shares))
+        attempt(bench, "published", lambda: uniform(bench, published, shares))
+
+
+if __name__ == "__main__":
+    main()

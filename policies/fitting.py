@@ -1,0 +1,102 @@
+"""Fewer keys and values that answer reference queries as a whole prompt does, in closed form.
+
+All of it works on the attention that reference queries pay to the prompt, ``[H, R, P]``: its rows
+sum to one, so a set of keys that keeps the attention's mass has rows that sum to one as well.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_INDEPENDENT = 1e-5  # of a column's square that must be left beside those chosen before it
+_RIDGE = 1e-3  # of the mean square of the columns: how firmly fits are held to what was there
+_STEPS = 100  # of projected gradients
+_LEAST_WEIGHT = 1e-4
+
+
+def pursued(attention: Tensor, values: Tensor, count: int) -> Tensor:
+    """The keys that explain most of the reference queries' outputs, best first: ``[H, count]``.
+
+    Orthogonal least squares, greedily: every key is a column of attention, and the target is the
+    output together with the attention's mass, which is one everywhere. Each step adds the column
+    that leaves least of the target when all weights of the chosen columns are fitted anew. When
+    no column is independent of the chosen ones any more, those of most mass follow.
+
+    Args:
+        attention: ``[H, R, P]`` float32.
+        values: ``[H, P, D]`` float32.
+        count: at most P.
+    """
+    heads, _, tokens = attention.shape
+    outputs = attention @ values
+    loudness = outputs.square().sum(-1).mean(1).sqrt()[:, None, None]
+    target = torch.cat([outputs, loudness.expand(*outputs.shape[:2], 1)], -1)
+    left = attention.transpose(1, 2).double() @ target.double()  # [H, P, 1 + D]
+    square = attention.double().square().sum(1)  # [H, P], of what each column has left
+    whole, mass = square.clone(), attention.double().mean(1) - 2  # below every gain
+    factor = square.new_zeros(heads, tokens, count)
+    row, order = torch.arange(heads, device=square.device), []
+    for step in range(count):
+        is_open = square > _INDEPENDENT * whole
+        gain = (left.square().sum(-1) / square.clamp_min(1e-300)).where(is_open, mass)
+        best = gain.argmax(-1)
+        order.append(best)
+        column = attention[row, :, best]
+        product = (attention.transpose(1, 2) @ column[..., None])[..., 0].double()
+        product -= (factor[..., :step] @ factor[row, best, :step, None])[..., 0]
+        length = square[row, best].clamp_min(1e-300).sqrt()
+        new = (product / length[:, None]).where(is_open[row, best, None], 0)
+        part = (left[row, best] / length[:, None]).where(is_open[row, best, None], 0)
+        factor[..., step] = new
+        left -= new[..., None] * part[:, None]
+        square = (square - new.square()).clamp_min(0)
+        whole[row, best], mass[row, best] = torch.inf, -torch.inf
+    return torch.stack(order, -1) if order else row.new_zeros(heads, 0)
+
+
+def mass_weights(columns: Tensor) -> Tensor:
+    """Weights of the kept keys whose weighted attention sums to one for every query: ``[H, n]``.
+
+    Non-negative least squares by projected gradients with momentum, held to weights of one.
+
+    Args:
+        columns: of attention, ``[H, R, n]`` float64.
+    """
+    gram = columns.transpose(1, 2) @ columns
+    wanted, ridge = columns.sum(1), _ridge(gram)
+    gram = gram + torch.diag_embed(ridge)
+    wanted = wanted + ridge
+    rate = 1 / gram.sum(-1).amax(-1, keepdim=True).clamp_min(1e-300)
+    weights = ahead = torch.ones_like(wanted)
+    for step in range(_STEPS):
+        slope = (gram @ ahead[..., None])[..., 0] - wanted
+        further = (ahead - rate * slope).clamp_min(0)
+        ahead = further + step / (step + 3) * (further - weights)
+        weights = further
+    return weights.clamp_min(_LEAST_WEIGHT)
+
+
+def fitted_values(columns: Tensor, weights: Tensor, outputs: Tensor, own: Tensor) -> Tensor:
+    """Values whose attention is nearest to the outputs over the whole prompt: ``[H, n, D]``.
+
+    Least squares, held to the tokens' own values.
+
+    Args:
+        columns: of attention, ``[H, R, n]`` float64.
+        weights: of the keys, ``[H, n]``.
+        outputs: of the reference queries, ``[H, R, D]``.
+        own: values of the kept tokens, ``[H, n, D]``.
+    """
+    shares = columns * weights[:, None]
+    shares = shares / shares.sum(-1, keepdim=True).clamp_min(1e-300)
+    gram = shares.transpose(1, 2) @ shares
+    gram = gram + torch.diag_embed(_ridge(gram))
+    missing = outputs.double() - shares @ own.double()
+    return own.double() + torch.linalg.solve(gram, shares.transpose(1, 2) @ missing)
+
+
+def _ridge(gram: Tensor) -> Tensor:
+    """``[H, n]``, the same for all columns of a head."""
+    square = gram.diagonal(dim1=-2, dim2=-1)
+    return (_RIDGE * square.mean(-1, keepdim=True)).clamp_min(1e-12).expand_as(square)

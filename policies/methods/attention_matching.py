@@ -1,0 +1,131 @@
+"""Attention Matching: few keys with log-weights, and values fitted to the same attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from kvtune.policies.method import Method, find_method
+from kvtune.policies.parts import Part, PartPlan
+from kvtune.policies.registry import parameter
+from kvtune.policies.signals import Needs, Signals
+from kvtune.policies.work import LayerShape, Work
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_REFERENCES = 512  # queries a query head
+
+
+@dataclass(frozen=True)
+class AttentionMatching(Method):
+    """The attention of reference queries to the whole prompt, matched with a few entries.
+
+    a       = attention of the reference queries to the prompt: a sample of the prompt's own
+              queries, turned to the positions behind it
+    kept    = orthogonal matching pursuit of (output, mass) with the columns of a
+    w       = non-negative least squares: a[:, kept] w = 1; log w is added to the logits
+    v[kept] = least squares: softmax(logits + log w) v = a V
+
+    Source: Zweiger et al., "Fast KV Compaction via Attention Matching", arXiv 2602.16284: keys of
+    tokens, a log-weight a key from the mass, values from the output, all in closed form. Differs:
+    pursuit looks at outputs and mass together (theirs at the mass alone); queries are the prompt's
+    own, turned to where the queries to come will be, where theirs come from a pass repeating the
+    prompt or from self-study; the mass is matched in relative terms; weights and values are held
+    to 1 and to the tokens' own by a small ridge; budgets are the policy's. ``select`` names a
+    cheaper variant: the tokens that another method keeps, with fitted weights and values.
+    Cost: O(Hq R P (D + budget)) once a prompt; a log-weight an entry.
+    """
+
+    name = "attention_matching"
+    source = "Zweiger et al., arXiv 2602.16284"
+
+    select: Literal["pursuit", "expected_attention", "h2o", "kvzip", "snapkv"] = parameter(
+        "pursuit", "what chooses tokens: matching pursuit, or a method that scores them"
+    )
+    pursued: int = parameter(
+        256, "most tokens that pursuit chooses; those of most attention follow",
+        unit="tokens", low=1, high=4096,
+    )  # fmt: skip
+
+    @property
+    def needs(self) -> Needs:
+        """Reference queries, and what choosing takes."""
+        needs = Needs(later_queries=True)
+        return needs if self._by is None else needs | self._by.needs
+
+    @property
+    def _by(self) -> Method | None:
+        return None if self.select == "pursuit" else find_method(self.select)()
+
+    def keep(self, signals: Signals, budget: int) -> Tensor:
+        """The tokens that pursuit, or the named method, chooses."""
+        if self._by is not None or budget >= signals.prompt_tokens:
+            return (self._by or find_method("full")()).keep(signals, budget)
+        ranked = self._ranked(signals, budget)
+        return ranked[:, :budget].sort(-1).values
+
+    def parts(self, signals: Signals, budget: int) -> list[Part]:
+        """The chosen tokens' keys with fitted weights and values; all as they are if all fit."""
+        from kvtune.policies.fitting import fitted_values, mass_weights
+
+        kept = self.keep(signals, budget)
+        if not 0 < budget < signals.prompt_tokens:
+            return [Part(kept)]
+        attention = self._attention(signals)
+        columns = attention.gather(2, kept[:, None].expand(-1, attention.shape[1], -1)).double()
+        weights = mass_weights(columns)
+        keys, own = (
+            whole.gather(1, kept[..., None].expand(-1, -1, whole.shape[-1]))
+            for whole in (signals.keys, signals.values)
+        )
+        outputs = attention @ signals.values.float()
+        values = fitted_values(columns, weights, outputs, own).to(own.dtype)
+        return [Part(kept, keys, values, weights.log().float())]
+
+    def plan(self, budget: int, prompt_tokens: int) -> tuple[PartPlan, ...]:
+        """A log-weight beside every entry, unless all tokens stay as they are."""
+        is_fitted = 0 < budget < prompt_tokens
+        return (PartPlan(min(budget, prompt_tokens), weighted=is_fitted),)
+
+    def _attention(self, signals: Signals) -> Tensor:
+        """What reference queries pay to the prompt, ``[H, R, P]`` float32."""
+
+        def compute() -> Tensor:
+            queries = signals.later_queries().flatten(1, 2)
+            logits = queries @ signals.keys.float().transpose(1, 2) * signals.scale
+            return logits.softmax(-1)
+
+        return signals.once("attention of later queries", compute)
+
+    def _ranked(self, signals: Signals, budget: int) -> Tensor:
+        """Tokens in the order of pursuit, then of attention, ``[H, at least budget]``.
+
+        Pursuit for a larger budget begins with that for a smaller one: a few lengths serve all.
+        """
+        import torch
+
+        from kvtune.policies.fitting import pursued
+
+        tokens = signals.prompt_tokens
+        count = min(1 << max(budget - 1, 1).bit_length(), self.pursued, tokens)
+        attention = self._attention(signals)
+
+        def compute() -> Tensor:
+            first = pursued(attention, signals.values.float(), count)
+            mass = attention.sum(1).scatter(1, first, -torch.inf)
+            rest = mass.argsort(dim=-1, descending=True, stable=True)[:, : tokens - count]
+            return torch.cat([first, rest], -1)
+
+        return signals.once(f"pursued {count}", compute)
+
+    def work(self, shape: LayerShape, budget: int) -> Work:
+        """Attention of the references, pursuit, and two small systems."""
+        size = min(budget, shape.prompt_tokens)
+        rows = float(shape.query_heads * min(_REFERENCES, shape.prompt_tokens))
+        logits = 2 * rows * shape.prompt_tokens * shape.head_dim
+        steps = min(size, self.pursued) if self.select == "pursuit" else 0
+        pursuit = 2 * rows * shape.prompt_tokens * steps
+        systems = 4 * rows * size**2 + 2 * shape.kv_heads * float(size) ** 3
+        moved = 4 * rows * shape.prompt_tokens * (2 + steps)
+        return super().work(shape, budget) + Work(2 * logits + pursuit + systems, moved)

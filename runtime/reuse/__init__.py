@@ -1,0 +1,1 @@
+"""Prompt caches used again: edited, encoded in parallel, and blended from chunks."""

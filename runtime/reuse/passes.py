@@ -1,0 +1,75 @@
+"""What all kinds of reuse share: caches, other positions for them, and passes behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvtune.common.errors import KvtuneError
+from kvtune.common.rotary import turn
+from kvtune.traces.models import LoadedModel
+from kvtune.traces.passes import full_cache_handler, run_observed
+
+PromptCache = list[tuple[Tensor, Tensor]]
+"""Keys and values of every layer, ``[1, H, T, D]`` each, keys after RoPE."""
+
+
+def tokens_of(cache: PromptCache) -> int:
+    """T."""
+    return cache[0][0].shape[2]
+
+
+def part_of(cache: PromptCache, part: slice) -> PromptCache:
+    """Some of the tokens."""
+    return [(k[:, :, part], v[:, :, part]) for k, v in cache]
+
+
+def joined(caches: Sequence[PromptCache]) -> PromptCache:
+    """One behind the other."""
+    layers = zip(*caches, strict=True)
+    return [(torch.cat([k for k, _ in x], 2), torch.cat([v for _, v in x], 2)) for x in layers]
+
+
+def moved(loaded: LoadedModel, cache: PromptCache, steps: int) -> PromptCache:
+    """Keys turned to positions ``steps`` later (or earlier); values as they are.
+
+    Exact for every fixed table of frequencies: R(steps) R(p) k = R(p + steps) k.
+    """
+    found = []
+    for layer, (k, v) in enumerate(cache):
+        rope = loaded.geometry.rope_at(layer)
+        at = torch.tensor(steps, device=k.device)
+        turned = k if rope is None or not steps else turn(k.float(), at, rope).to(k.dtype)
+        found.append((turned, v))
+    return found
+
+
+def encoded(loaded: LoadedModel, token_ids: Sequence[int], before: PromptCache) -> PromptCache:
+    """Keys and values of tokens that follow a cache, each of which sees it and those before."""
+    attend, found = full_cache_handler(before), PromptCache()
+
+    def handler(
+        layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        found.append((k, v))
+        return attend(layer, q, k, v, scale, window)
+
+    with torch.no_grad():
+        run_observed(loaded, token_ids, tokens_of(before), handler)
+    return found
+
+
+def refuse_windows(loaded: LoadedModel, tokens: int) -> None:
+    """A sliding layer's tokens change with every move.
+
+    Raises:
+        KvtuneError: a layer's window is shorter than the tokens.
+    """
+    short = [w for w in loaded.geometry.windows if w is not None and w < tokens]
+    if short:
+        raise KvtuneError(
+            f"a layer attends to a sliding window of {short[0]} of {tokens} tokens",
+            hint="reuse is for models whose layers all attend to the whole prompt.",
+        )

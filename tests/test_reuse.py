@@ -1,0 +1,170 @@
+"""Caches that are used again, against whole passes and straight-line attention in float64."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+
+from kvtune.common.errors import KvtuneError
+from kvtune.runtime.reuse.blending import blended
+from kvtune.runtime.reuse.editing import Edit, edited
+from kvtune.runtime.reuse.parallel import ParallelContexts
+from kvtune.runtime.reuse.passes import PromptCache, moved, part_of
+from kvtune.traces.passes import observed_logits, prompt_cache
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+IDS = tuple(2 + (7 * n * n + 3 * n) % 250 for n in range(40))
+NEW = (90, 91, 92, 93, 94)
+
+
+def cache_of(model: Any, ids: tuple[int, ...]) -> PromptCache:
+    with torch.no_grad():
+        return prompt_cache(model, ids)
+
+
+def same(ours: PromptCache, theirs: PromptCache, layers: int | None = None) -> None:
+    for mine, other in list(zip(ours, theirs, strict=True))[:layers]:
+        for x, y in zip(mine, other, strict=True):
+            torch.testing.assert_close(x.float(), y.float(), atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        [Edit(10, 14, NEW)],
+        [Edit(10, 14)],
+        [Edit(20, 20, NEW)],
+        [Edit(5, 6, NEW), Edit(6, 9), Edit(30, 33, NEW[:2])],
+    ],
+)
+def test_an_edit_is_exact_up_to_its_end_and_in_the_first_layer(
+    tiny_model: Any, edits: list[Edit]
+) -> None:
+    ours = edited(tiny_model, cache_of(tiny_model, IDS), edits)
+    after = IDS
+    for edit in reversed(edits):
+        after = edit.applied(after)
+    theirs = cache_of(tiny_model, after)
+    same(ours, theirs, layers=1)  # a first layer's keys depend on token and position alone
+    end = edits[0].start + len(edits[0].token_ids)
+    same(part_of(ours, slice(0, end)), part_of(theirs, slice(0, end)))
+
+
+def test_an_edit_at_the_end_is_a_whole_pass(tiny_model: Any) -> None:
+    ours = edited(tiny_model, cache_of(tiny_model, IDS), [Edit(36, 40, NEW)])
+    same(ours, cache_of(tiny_model, (*IDS[:36], *NEW)))
+    same(edited(tiny_model, ours, []), ours)
+
+
+def test_keys_behind_an_edit_are_turned(tiny_model: Any) -> None:
+    cache = cache_of(tiny_model, IDS)
+    ours = edited(tiny_model, cache, [Edit(10, 14)])
+    for layer, (k, v) in enumerate(cache):
+        waves = np.array(tiny_model.geometry.rope_at(layer).inverse_frequencies)
+        old, half = k[0, :, 14:].double().numpy(), len(waves)
+        left, right = old[..., :half], old[..., half : 2 * half]
+        cos, sin = np.cos(-4 * waves), np.sin(-4 * waves)
+        turned = np.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
+        np.testing.assert_allclose(ours[layer][0][0, :, 10:, : 2 * half], turned, atol=1e-5)
+        assert torch.equal(ours[layer][1][:, :, 10:], v[:, :, 14:])
+
+
+@pytest.mark.parametrize(
+    "edits", [[Edit(30, 20)], [Edit(0, 2)], [Edit(3, 50)], [Edit(9, 12), Edit(11, 13)]]
+)
+def test_edits_that_do_not_fit_are_refused(tiny_model: Any, edits: list[Edit]) -> None:
+    with pytest.raises(KvtuneError, match="edits must follow one another"):
+        edited(tiny_model, cache_of(tiny_model, IDS), edits)
+
+
+def test_one_context_without_temperature_is_a_whole_pass(tiny_model: Any) -> None:
+    contexts = ParallelContexts.of(tiny_model, IDS[:6], [IDS[6:30]], 1.0, 1.0)
+    expected = observed_logits(tiny_model, IDS, 10)
+    torch.testing.assert_close(contexts.logits(tiny_model, IDS[30:]), expected, atol=1e-4, rtol=0)
+
+
+def test_the_order_of_contexts_is_no_matter(tiny_model: Any) -> None:
+    parts = [IDS[6:16], IDS[16:30], NEW]
+    one, other = (
+        ParallelContexts.of(tiny_model, IDS[:6], x).logits(tiny_model, IDS[30:])
+        for x in (parts, parts[::-1])
+    )
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+def test_contexts_are_weighted_by_temperature_and_scale(tiny_model: Any) -> None:
+    contexts = ParallelContexts.of(tiny_model, IDS[:6], [IDS[6:16], IDS[16:30]], 0.7, 0.8)
+    assert contexts.next_position == 20
+    generator = torch.Generator().manual_seed(0)
+    (pk, pv), (ck, cv) = contexts.prefix[1], contexts.contexts[1]
+    heads, size = pk.shape[1], pk.shape[3]
+    q = torch.randn(1, 2 * heads, 3, size, generator=generator)
+    k, v = torch.randn(2, 1, heads, 3, size, generator=generator)
+    found = contexts.attention(1, q, k, v, 0.3, None)
+    for head, row in np.ndindex(2 * heads, 3):
+        h, query = head // 2, q[0, head, row].double().numpy()
+        mine = [x[0, h].double().numpy() for x in (ck, cv)]
+        own = slice(0, row + 1)
+        other = [
+            np.r_[x[0, h].double().numpy(), y[0, h, own].double().numpy()]
+            for x, y in ((pk, k), (pv, v))
+        ]
+        weight = np.exp(mine[0] @ query * 0.3 / 0.7)
+        rest = np.exp(other[0] @ query * 0.3)
+        power, mass = weight.sum() ** (0.8 * 0.7), rest.sum()
+        expected = power * (weight @ mine[1] / weight.sum()) + rest @ other[1]
+        np.testing.assert_allclose(found[0, head, row], expected / (power + mass), atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["cacheblend", "kvshare"])
+def test_running_all_tokens_anew_is_a_whole_pass(
+    tiny_model: Any, rule: Literal["cacheblend", "kvshare"]
+) -> None:
+    chunks = [cache_of(tiny_model, IDS[:12]), cache_of(tiny_model, IDS[12:])]
+    found = blended(tiny_model, IDS, chunks, share=1.0, rule=rule)
+    assert found.recomputed.tolist() == list(range(12, 40))
+    same(found.cache, cache_of(tiny_model, IDS))
+
+
+@pytest.mark.parametrize("rule", ["cacheblend", "kvshare"])
+def test_the_tokens_that_differ_most_run_anew(
+    tiny_model: Any, rule: Literal["cacheblend", "kvshare"]
+) -> None:
+    chunks = [cache_of(tiny_model, part) for part in (IDS[:12], IDS[12:25], IDS[25:])]
+    found = blended(tiny_model, IDS, chunks, share=0.25, rule=rule)
+    whole = cache_of(tiny_model, IDS)
+    apart = [moved(tiny_model, chunk, n) for chunk, n in zip(chunks, (0, 12, 25), strict=True)]
+    old_keys, old = (torch.cat([x[1][i] for x in apart], 2)[0].double() for i in (0, 1))
+    change = whole[1][1][0].double() - old
+    worth = change.square().sum((0, 2))
+    if rule == "kvshare":
+        q: list[torch.Tensor] = []
+        from kvtune.traces.passes import run_prompt
+
+        run_prompt(tiny_model, IDS, lambda layer, x, k, v: q.append(x[0].double()))
+        group = len(q[1]) // len(old)
+        logits = torch.stack(
+            [old_keys[n // group] @ x[-2] * tiny_model.geometry.scale for n, x in enumerate(q[1])]
+        )
+        worth = change.abs().sum((0, 2)) * logits.softmax(-1).mean(0)
+    worth[:12] = -1
+    expected = worth.topk(7).indices.sort().values
+    assert found.recomputed.tolist() == expected.tolist()
+    same(found.cache, whole, layers=2)
+    others = sorted(set(range(40)) - set(expected.tolist()))
+    torch.testing.assert_close(
+        found.cache[2][1][:, :, others],
+        torch.cat([x[2][1] for x in apart], 2)[:, :, others],
+    )
+    nothing = blended(tiny_model, IDS, chunks, share=0.0, rule=rule)
+    errors = [float((x.cache[2][1] - whole[2][1]).square().sum()) for x in (found, nothing)]
+    assert errors[0] < errors[1]
+
+
+def test_chunks_that_do_not_make_the_prompt_are_refused(tiny_model: Any) -> None:
+    with pytest.raises(KvtuneError, match="40 tokens, but chunks of 12"):
+        blended(tiny_model, IDS, [cache_of(tiny_model, IDS[:12])])
