@@ -15,7 +15,9 @@ from kvtune.cli.output import Output, speaking
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from kvtune.cli.engine_report import Engine
     from kvtune.policies.document import PolicyDocument
+    from kvtune.simulator.deployment import StackChoice
     from kvtune.tuner.cases import Asked, Case
 
 
@@ -34,6 +36,8 @@ def command(
     ] = None,
     gpus: options.Gpus = 1,
     stack: options.Stack = "kvtune",
+    engine_args: options.EngineArgs = "",
+    engine_version: options.EngineVersion = None,
     gpu_memory: options.GpuMemory = None,
     gpu_bandwidth: options.GpuBandwidth = None,
     gpu_flops: options.GpuFlops = None,
@@ -80,21 +84,26 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Memory and time on a GPU, or which GPU is needed; nothing is run."""
+    from kvtune.cli.engine_report import read_engine
+
     figures = gpu_memory, gpu_bandwidth, gpu_flops
+    engine = read_engine(stack, engine_args, engine_version)
+    kernels, told = _kernels(stack)
     asked = replace(
         _asked(model, gpu, figures, mem, context, generated, batch, weights, price),
         document=_document(policy),
         evicts=evicts,
         gpus=gpus,
-        stack=stack,
+        stack=kernels,
+        told=(*told, *(engine.notes if engine else ())),
     )
     with speaking(as_json or form == "json", quiet) as output:
         cases = _cases(asked)
         if form in ("csv", "markdown"):
             _print_lines(output, form, cases)
         else:
-            _show(output, asked, cases)
-        output.finish("estimate", _answer(asked, cases))
+            _show(output, asked, cases, engine)
+        output.finish("estimate", _answer(asked, cases, engine))
     if not any(case.fits for case in _decisive(cases)):
         raise typer.Exit(DOES_NOT_FIT)
 
@@ -132,6 +141,20 @@ def _asked(
     )
 
 
+def _kernels(stack: StackChoice) -> tuple[StackChoice, tuple[str, ...]]:
+    """Whose kernels the times are of: of vLLM its memory is known without its kernels' tables."""
+    if stack != "vllm":
+        return stack, ()
+    from kvtune.common.errors import KvtuneError
+    from kvtune.profiles.elsewhere import require_systems_folder
+
+    try:
+        require_systems_folder()
+    except KvtuneError as missing:
+        return "kvtune", (f"times are kvtune's own: {missing.message}; {missing.hint}",)
+    return stack, ()
+
+
 def _document(path: Path | None) -> PolicyDocument | None:
     from kvtune.cli.inputs import read_policy_path
     from kvtune.policies.document import read_policy
@@ -157,12 +180,16 @@ def _print_lines(output: Output, form: str, cases: Sequence[Case]) -> None:
     print(as_csv(cases) if form == "csv" else as_markdown(cases), file=output.stdout)
 
 
-def _show(output: Output, asked: Asked, cases: Sequence[Case]) -> None:
+def _show(output: Output, asked: Asked, cases: Sequence[Case], engine: Engine | None) -> None:
+    from kvtune.cli.engine_report import engine_of, engine_table
     from kvtune.cli.sweep_report import as_table
 
     quality = _quality(asked.document)
     if asked.is_one:
         output.show(*_tables(asked, cases, quality))
+        memory = engine_of(engine, asked, cases[0])
+        if memory is not None:
+            output.show("", memory if isinstance(memory, str) else engine_table(memory))
     else:
         output.show(as_table(f"Costs of {asked.shape.name}", cases, f"quality: {quality}"))
     if notes := asked.notes:
@@ -208,7 +235,8 @@ def _quality(document: PolicyDocument | None) -> str:
     return f"{known}, as its file says" if known else "not estimated here; see kvtune search"
 
 
-def _answer(asked: Asked, cases: Sequence[Case]) -> dict[str, Any]:
+def _answer(asked: Asked, cases: Sequence[Case], engine: Engine | None) -> dict[str, Any]:
+    from kvtune.cli.engine_report import as_json, engine_of
     from kvtune.cli.sweep_report import as_rows
 
     one = asked.is_one
@@ -223,6 +251,7 @@ def _answer(asked: Asked, cases: Sequence[Case]) -> dict[str, Any]:
         "budget": cases[0].budget if one else None,
         "quality": _quality(asked.document),
         "policies": named if one else None,
+        "engine": as_json(engine_of(engine, asked, cases[0])) if one else None,
         "fits": any(case.fits for case in decisive),
         "would_fit": asked.what_would_fit(decisive[0]) if one and not decisive[0].fits else [],
         "rows": as_rows(cases),

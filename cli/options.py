@@ -80,7 +80,25 @@ Stack = Annotated[
     typer.Option(
         "--stack",
         help="Whose kernels: kvtune's own or the datasheet, or a serving stack's as NVIDIA "
-        "measured them (pip install 'kvtune[aiconfigurator]').",
+        "measured them (pip install 'kvtune[aiconfigurator]'). vllm also says what the engine "
+        "would print of its KV cache.",
+    ),
+]
+EngineArgs = Annotated[
+    str,
+    typer.Option(
+        "--engine-args",
+        metavar="FLAGS",
+        help="Flags of vllm serve, as it is given them, with --stack vllm: those that decide how "
+        "much cache there is are read.",
+    ),
+]
+EngineVersion = Annotated[
+    str | None,
+    typer.Option(
+        "--engine-version",
+        metavar="VERSION",
+        help="Of vLLM, for example 0.19; left out: the newest known.",
     ),
 ]
 Memory = Annotated[

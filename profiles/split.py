@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvtune.common.errors import KvtuneError
-from kvtune.profiles.shape import ModelShape
+from kvtune.profiles.shape import LayerCache, ModelShape, ParameterCounts, StoredWeights
 
 
 def split_over(shape: ModelShape, gpus: int) -> ModelShape:
@@ -44,6 +44,43 @@ def split_over(shape: ModelShape, gpus: int) -> ModelShape:
         vocab_size=-(-shape.vocab_size // gpus),
         experts=experts,
         other_parameters=-(-shape.other_parameters // gpus),
+        cache=tuple(_share_of_cache(layer, gpus, shape) for layer in shape.cache),
+        counted=shape.counted and _share_of_counts(shape.counted, gpus),
+        stored=shape.stored and _share_of_stored(shape, shape.stored, gpus),
+    )
+
+
+def _share_of_cache(layer: LayerCache, gpus: int, shape: ModelShape) -> LayerCache:
+    """One GPU's part of a layer: a latent is held whole, states are divided by their heads."""
+    heads = layer.kv_heads
+    if heads and shape.latent is None:
+        if heads % gpus and gpus % heads:
+            raise KvtuneError(
+                f"a layer of {shape.name} has {heads} KV heads, which {gpus} GPUs cannot share"
+            )
+        heads = max(1, heads // gpus)
+    return replace(layer, kv_heads=heads, state_bytes=-(-layer.state_bytes // gpus))
+
+
+def _share_of_counts(counts: ParameterCounts, gpus: int) -> ParameterCounts:
+    """One GPU's matrices; norms, biases and routers are held by every GPU."""
+    divided = {
+        name: -(-getattr(counts, name) // gpus)
+        for name in ParameterCounts.__dataclass_fields__
+        if name != "small"
+    }
+    return replace(counts, **divided)
+
+
+def _share_of_stored(shape: ModelShape, stored: StoredWeights, gpus: int) -> StoredWeights:
+    """One GPU's bytes of a quantised checkpoint, norms and routers held by every GPU."""
+    whole = 2 * shape.parameter_counts().small
+
+    def share(size: float) -> float:
+        return min(size, whole) + max(0.0, size - whole) / gpus
+
+    return replace(
+        stored, bytes=share(stored.bytes), low=share(stored.low), high=share(stored.high)
     )
 
 

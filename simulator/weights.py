@@ -29,6 +29,7 @@ class _Storage:
         group: weights a group; None for one group an output channel.
         kernel: the format whose kernels' speed is taken for it.
         everything: whether embedding and output matrix are stored so too, as in GGUF files.
+        experts_only: whether a mixture's attention stays at 16 bits, as in gpt-oss.
     """
 
     bits: float
@@ -36,6 +37,7 @@ class _Storage:
     group: int | None = None
     kernel: KernelFormat = "int4"
     everything: bool = False
+    experts_only: bool = False
 
 
 # Only the matrices of attention, feed-forward and experts are quantised. Embedding, output matrix,
@@ -49,7 +51,7 @@ _STORAGE: dict[str, _Storage] = {
     "int4": _Storage(4, group_bits=32, group=128),  # fp16 scale and zero point a group: 4.25 bits
     "awq": _Storage(4, group_bits=20, group=128),  # fp16 scale, 4-bit zero point
     "gptq": _Storage(4, group_bits=20, group=128),
-    "mxfp4": _Storage(4, group_bits=8, group=32),
+    "mxfp4": _Storage(4, group_bits=8, group=32, experts_only=True),
     "nvfp4": _Storage(4, group_bits=8, group=16),
     "nf4": _Storage(4, group_bits=32, group=64),
     "q8_0": _Storage(8, group_bits=16, group=32, kernel="int8", everything=True),
@@ -126,6 +128,9 @@ def weight_bytes(shape: ModelShape, weight_format: WeightFormat) -> Estimate:
     if _STORAGE[weight_format].everything:
         quantised, wide = counts.matrices + counts.embedding + counts.head, counts.small
         wide += counts.other
+    if _STORAGE[weight_format].experts_only and counts.experts:
+        quantised = counts.experts
+        wide += counts.attention + counts.feed_forward
     size = 2 * wide + matrix_bytes(shape, weight_format, quantised)
     if weight_format == "bf16" and not counts.unknown:
         return exact(int(size), "B")

@@ -250,9 +250,8 @@ def test_estimate_takes_a_stacks_kernels(
     import json
 
     from kvtune.__main__ import main
-    from kvtune.simulator import deployment
 
-    monkeypatch.setattr(deployment, "require_systems_folder", lambda: systems)
+    monkeypatch.setattr(elsewhere, "systems_folder", lambda: systems)
     answers = {}
     for card in ("h200", "gh200-144"):
         arguments = ["estimate", "-m", "llama-8b", "--gpu", card, "--stack", "vllm", "--json"]

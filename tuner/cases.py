@@ -101,6 +101,7 @@ class Asked:
         evicts: whether its methods go on evicting while tokens are generated.
         gpus: cards that share each layer.
         stack: whose kernels.
+        told: notes on the options.
     """
 
     model: str
@@ -114,6 +115,7 @@ class Asked:
     evicts: bool
     gpus: int = 1
     stack: StackChoice = "kvtune"
+    told: tuple[str, ...] = ()
 
     @property
     def is_one(self) -> bool:
@@ -122,9 +124,9 @@ class Asked:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """That prompt and generated tokens exceed the model's length, for the longest prompt."""
-        told = beyond_length(self.shape, max(self.contexts), self.generated_tokens)
-        return (told,) if told else ()
+        """On the options; that the longest prompt and its answer exceed the model's length."""
+        beyond = beyond_length(self.shape, max(self.contexts), self.generated_tokens)
+        return (*self.told, *((beyond,) if beyond else ()))
 
     def cases(self) -> Iterator[Case]:
         """Every combination, cards with the least memory first."""
