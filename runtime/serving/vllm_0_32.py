@@ -39,7 +39,7 @@ logger = init_logger("vllm.kvtune")
 
 
 def register() -> None:
-    """Take the place of the CPU's attention; on a GPU be there as ``--attention-backend CUSTOM``."""
+    """Take the place of the CPU's attention; on a GPU stand as ``--attention-backend CUSTOM``."""
     name = f"{__name__}.Backend"
     register_backend(AttentionBackendEnum.CUSTOM, name)
     if current_platform.is_cpu():
@@ -68,12 +68,13 @@ class PlanSpec(FullAttentionSpec):  # type: ignore[misc]
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Of a request whose prompt is as long as can be."""
         check_engine(vllm_config)
-        longest = vllm_config.model_config.max_model_len
+        longest: int = vllm_config.model_config.max_model_len
         return self.planned.blocks(max(1, longest - 1), longest) * self.page_size_bytes
 
     def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:
         """No fewer than any request holds, nor than vLLM's own tables index."""
-        return max(self.planned.blocks(max_len, 2 * max_len), -(-max_len // self.block_size))
+        indexed: int = -(-max_len // self.block_size)
+        return max(self.planned.blocks(max_len, 2 * max_len), indexed)
 
     @classmethod
     def merge(cls, specs: list[PlanSpec]) -> PlanSpec:
