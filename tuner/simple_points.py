@@ -12,6 +12,7 @@ import numpy as np
 
 from kvtune.policies.policy import footprint_of_lengths
 from kvtune.tuner.question import Candidate, Solver
+from kvtune.tuner.within import expressible
 
 
 def simple_points(solver: Solver, first: int) -> list[Candidate]:
@@ -25,7 +26,8 @@ def simple_points(solver: Solver, first: int) -> list[Candidate]:
         candidate
         for context in solver.question.contexts
         for option in range(len(solver.question.tables.options))
-        if (candidate := _point(solver, context, option)) is not None
+        if expressible(solver.question.tables.options[option], solver.question.limits)
+        and (candidate := _point(solver, context, option)) is not None
     ]
     return [replace(each, number=number) for number, each in enumerate(found, start=first)]
 

@@ -26,6 +26,7 @@ from kvtune.tuner.band import band
 from kvtune.tuner.options import FULL, LAPTOP, Menu, every_method
 from kvtune.tuner.quality import estimate
 from kvtune.tuner.request import SearchRequest
+from kvtune.tuner.within import limits_of, menu_within
 
 if TYPE_CHECKING:
     from kvtune.traces.models import LoadedModel
@@ -156,10 +157,10 @@ def _own_trace(
 
 def menu_of(request: SearchRequest, *, calibrated: bool) -> Menu:
     """What a head may be given: shares and formats by workload, methods as the request asks."""
-    base = LAPTOP if request.workload == "small" else FULL
-    if request.menu == "three":
-        return base
-    return replace(base, methods=every_method(calibrated=calibrated))
+    menu = LAPTOP if request.workload == "small" else FULL
+    if request.menu == "all":
+        menu = replace(menu, methods=every_method(calibrated=calibrated))
+    return menu_within(menu, limits_of(request.stack))
 
 
 def signals_of(needs: Needs) -> tuple[str, ...]:
