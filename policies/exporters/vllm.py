@@ -92,10 +92,11 @@ class Vllm(Exporter):
         ]  # fmt: skip
         header = [*self.header(plan, losses), *model_notes]
         text = comment(header) + "".join(_line(k, v) for k, v in config.items())
-        prompt = bytes_line(plan, _bytes(plan, config))
+        prompt = _bytes(plan, config)
         notes = _NOTES + (_WINDOW_NOTES if windows else ()) + tuple(model_notes)
-        others = [prompt, sequences, *model_lines]
-        return self.done(plan, {"vllm.yaml": text}, losses, others, notes)
+        others = [bytes_line(plan, prompt), sequences, *model_lines]
+        held = prompt, config["max-num-seqs"]
+        return self.done(plan, {"vllm.yaml": text}, losses, others, notes, held)
 
 
 _NOTES = (
