@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
 import random
+import re
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +31,7 @@ from kvtune.policies.policy import Policy
 from kvtune.runtime.cache.backend import PlainBackend
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.kernels.layout import PAGE
+from kvtune.runtime.serving import vllm_plugin
 from kvtune.runtime.serving.blocks import PlannedBlocks, check_servable
 from kvtune.runtime.serving.pages import RequestPages
 from kvtune.runtime.serving.running import Running
@@ -332,3 +336,31 @@ def test_a_prompt_in_pieces_is_refused() -> None:
 def test_growing_pages_are_those_of_the_pages_size() -> None:
     sequence = PlannedBlocks(mixed(), D).sequence(100)
     assert sequence.growing(PAGE) - sequence.growing(0) == L * H
+
+
+# The entry point
+
+
+def test_without_a_policy_vllm_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KVTUNE_POLICY", raising=False)
+    monkeypatch.setattr(vllm_plugin, "adapter_for", None)  # and would not be callable
+    vllm_plugin.register()
+
+
+def test_a_policy_that_is_no_file_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVTUNE_POLICY", "nowhere.yaml")
+    with pytest.raises(KvtuneError, match="names no file: nowhere.yaml"):
+        vllm_plugin.register()
+
+
+@pytest.mark.parametrize("release", ["0.31.2", "1.0.0", "0.34.0rc1+cpu"])
+def test_a_release_that_nobody_knows_is_refused_by_name(release: str) -> None:
+    with pytest.raises(KvtuneError, match=re.escape(f"does not know vLLM {release}")):
+        vllm_plugin.adapter_for(release)
+
+
+def test_the_entry_point_is_the_plugins() -> None:
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8")
+    module, name = "kvtune.runtime.serving.vllm_plugin", "register"
+    assert f'kvtune = "{module}:{name}"' in text
+    assert callable(getattr(importlib.import_module(module), name))

