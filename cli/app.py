@@ -15,6 +15,7 @@ from kvtune.cli import (
     estimate,
     export,
     gpus,
+    import_policy,
     models,
     policies,
     profile,
@@ -30,7 +31,7 @@ from kvtune.cli.help import Command, Group
 
 _COMMANDS = (
     *(search, tui, report, card, validate, bench, simulate, estimate, serve_sim),
-    *(capture, export),
+    *(capture, export, import_policy),
     *(profile, gpus, models),
 )
 _ABOUT = """\

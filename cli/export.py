@@ -21,9 +21,25 @@ if TYPE_CHECKING:
 def command(
     policy: options.PolicyFile,
     to: Annotated[
-        str, typer.Option("--to", metavar="STACK", help="transformers, vllm or llama-cpp.")
-    ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the files.")],
+        str | None,
+        typer.Option(
+            "--to",
+            metavar="STACK",
+            help="transformers, vllm, llama-cpp, sglang, tensorrt-llm, lmdeploy, ollama, openvino "
+            "or mlx.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder for the files.")
+    ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="Write nothing; show bytes, sequences and loss on every stack, beside the plan "
+            "and the uncompressed cache.",
+        ),
+    ] = False,
     model: Annotated[
         str | None,
         typer.Option("--model", "-m", metavar="NAME", help="Path or name that the stack loads."),
@@ -49,8 +65,15 @@ def command(
     from kvtune.policies.document import read_policy
     from kvtune.policies.exporter import find_exporter, write_export
 
-    exporter = find_exporter(to)()
     document = read_policy(read_policy_path(policy))
+    if compare:
+        return _compare(document, model, context, as_json)
+    if to is None or out is None:
+        raise KvtuneError(
+            "which stack and which folder is not said",
+            hint="give --to and --out, or --compare to see all stacks.",
+        )
+    exporter = find_exporter(to)()
     check_writable(out, "--out")
     made = exporter.export(
         document,
@@ -67,6 +90,39 @@ def command(
         output.show(*(f"note: {note}" for note in made.notes), *(f"wrote {p}" for p in paths))
         keys = ("stack", "proof", "report", "notes", "quality")
         output.finish("export", {key: getattr(made, key) for key in keys} | {"files": paths})
+    return None
+
+
+def _compare(
+    document: PolicyDocument, model: str | None, context: str | None, as_json: bool
+) -> None:
+    """All stacks beside the plan."""
+    from dataclasses import asdict
+
+    from kvtune.common.units import format_bytes, parse_tokens
+    from kvtune.policies.compare import compared
+
+    tokens = parse_tokens(context) if context else None
+    rows = compared(document, _facts(document, model), tokens)
+    with speaking(as_json, quiet=as_json) as output:
+        output.show(
+            table(
+                f"{document.policy.name or 'the policy'} on every stack",
+                ("served by", "one prompt", "at once", "loss, nats/token", "proof"),
+                [
+                    (
+                        row.name,
+                        "-" if row.prompt_bytes is None else format_bytes(row.prompt_bytes),
+                        "-" if row.sequences is None else str(row.sequences),
+                        row.loss,
+                        row.proof,
+                    )
+                    for row in rows
+                ],
+                left=(0, 3, 4),
+            )
+        )
+        output.finish("export", {"compared": [asdict(row) for row in rows]})
 
 
 def _facts(document: PolicyDocument, model: str | None) -> ModelFacts | None:

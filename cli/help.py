@@ -13,21 +13,22 @@ COMMANDS = {
     "Plan": ("search", "estimate"),
     "Look at a study": ("tui", "report", "card"),
     "Check": ("validate", "simulate", "bench", "capture"),
-    "Serve": ("export",),
+    "Serve": ("export", "import-policy"),
     "Machines, models, policies": ("gpus", "models", "policies", "profile"),
 }
 
 OPTIONS = {
     "What is served": ("model", "gpu", "mem", "context", "generated", "batch", "weights", "price"),
-    "What is asked of the search": ("max_kl", "trials", "menu", "stand_in", "seed"),
+    "What is asked of the search": ("max_kl", "trials", "menu", "stack", "stand_in", "seed"),
     "What it is measured on": ("trace", "split", "workload", "text", "device"),
-    "Policy": ("policy", "evicts", "to", "allow_stand_in", "strict"),
+    "Policy": ("policy", "evicts", "to", "compare", "allow_stand_in", "strict"),
 }
 
 EXAMPLES = {
     "search": (
         "kvtune search --model llama-8b --gpu 4090 --mem 16GB --context 32k",
         "kvtune search --model smollm2-135m --gpu 4090 --mem 1GiB --context 2k",
+        "kvtune search --model llama-8b --gpu 4090 --mem 16GB --for vllm",
     ),
     "estimate": (
         "kvtune estimate --model llama-8b --gpu 4090 --context 32k",
@@ -39,7 +40,14 @@ EXAMPLES = {
     "report": ("kvtune report kvtune-runs/llama-3.1-8b-rtx-4090-16gb",),
     "tui": ("kvtune tui kvtune-runs/llama-3.1-8b-rtx-4090-16gb",),
     "validate": ("kvtune validate kvtune-runs/smollm2-135m-rtx-4090-1gib",),
-    "export": ("kvtune export policy.yaml --to transformers --out exported",),
+    "export": (
+        "kvtune export policy.yaml --to transformers --out exported",
+        "kvtune export policy.yaml --compare",
+    ),
+    "import-policy": (
+        "kvtune import-policy Meta-Llama-3.1-8B-Instruct_kivi_KVTuner4_0.yaml --from kvtuner "
+        "--model llama-8b",
+    ),
     "capture": ("kvtune capture --model smollm2-135m --out trace",),
     "simulate": ("kvtune simulate policy.yaml --trace trace",),
     "gpus": ("kvtune gpus 4090",),

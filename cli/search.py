@@ -55,6 +55,15 @@ def command(
             "choose when the prompt is complete; all takes several times as long.",
         ),
     ] = "three",
+    stack: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="STACK",
+            help="Search inside what a serving stack can express (vllm, llama-cpp... as in "
+            "kvtune export --to); left out: any plan, which kvtune's own runtime serves.",
+        ),
+    ] = None,
     text: options.Texts = None,
     stand_in: Annotated[
         bool, typer.Option("--stand-in", help="Use the packaged tables even if weights are here.")
@@ -90,6 +99,7 @@ def command(
         trials=trials,
         workload=workload,
         menu=menu,
+        stack=stack,
         texts=text or (),
         stand_in=stand_in,
         seed=seed,

@@ -80,6 +80,9 @@ class Export:
         report: what became of each field.
         quality: what is known of the loss of what runs there, in words.
         notes: how to use the files, and traps of the stack.
+        prompt_bytes: of one prompt there, scales included.
+        sequences: that the stack is told to run at once; None where nothing tells it.
+        keeps_loss: whether all that the loss depends on is kept, so that the plan's stands.
     """
 
     stack: str
@@ -88,6 +91,9 @@ class Export:
     report: tuple[Line, ...]
     quality: str
     notes: tuple[str, ...] = ()
+    prompt_bytes: int = 0
+    sequences: int | None = None
+    keeps_loss: bool = False
 
 
 @dataclass(frozen=True)
@@ -190,6 +196,7 @@ class Exporter(ABC):
         losses: Sequence[Line],
         others: Sequence[Line] = (),
         notes: tuple[str, ...] = (),
+        held: tuple[int, int | None] = (0, None),
     ) -> Export:
         """An export of this stack, its report among the files.
 
@@ -199,6 +206,7 @@ class Exporter(ABC):
             losses: lines on what the loss depends on: tokens, formats, allocator.
             others: lines on what it does not depend on.
             notes: how to use the files.
+            held: bytes of one prompt there, and sequences at once.
         """
         report = (*plan.assumed, *losses, *others)
         top = "\n".join(line for line in self.header(plan, losses) if "REPORT.txt" not in line)
@@ -211,6 +219,8 @@ class Exporter(ABC):
             report,
             quality_lines(plan.document, losses)[0],
             notes,
+            *held,
+            keeps_loss=all(line.status == "kept" for line in losses),
         )
 
     def header(self, plan: Plan, losses: Sequence[Line]) -> list[str]:

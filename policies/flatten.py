@@ -54,12 +54,12 @@ class Reach:
     """Which tokens of a prompt a head keeps, as its method declares it.
 
     Args:
-        shape: ``all`` of them, or the method's shape.
+        shape: ``all`` of them, ``none``, or the method's shape.
         sinks: first tokens that stay.
         window: newest tokens that stay; 0 where scores decide.
     """
 
-    shape: Union[Shape, Literal["all"]]  # noqa: UP007 (runtime, 3.10)
+    shape: Union[Shape, Literal["all", "none"]]  # noqa: UP007 (runtime, 3.10)
     sinks: int = 0
     window: int = 0
 
@@ -69,6 +69,8 @@ def reach(option: Option, context_tokens: int) -> Reach:
     budget, method = option.budget.resolve(context_tokens), option.method
     if budget >= context_tokens:
         return Reach("all")
+    if budget == 0:
+        return Reach("none")
     if method.shape == "scored":
         return Reach("scored")
     sinks = min(method.sinks, budget) if method.shape == "sinks+window" else 0  # type: ignore[attr-defined]

@@ -138,7 +138,7 @@ def test_strict_refuses_what_is_lost(name: str) -> None:
 option_strategy = st.builds(
     Option,
     st.sampled_from([kind() for kind in methods().values() if not kind().needs.linked]),
-    st.sampled_from([ALL, Budget(1), Budget(100), Budget(9999), Budget(share=0.3)]),
+    st.sampled_from([ALL, Budget(0), Budget(1), Budget(100), Budget(9999), Budget(share=0.3)]),
     st.sampled_from([kind() for kind in formats().values()]),
     st.sampled_from([kind() for kind in formats().values()]),
 )
@@ -287,6 +287,15 @@ def test_vllm_windows_are_by_layer_and_of_one_size() -> None:
     assert statuses(made)["window"] == "approximated"
     assert statuses(made)["window sizes"] == "not expressible"
     assert statuses(made)["method full, 1 of 8 heads"] == "not expressible"
+
+
+def test_vllm_reports_heads_that_keep_nothing_in_a_layer_that_slides() -> None:
+    window = Option(StreamingLLM(sinks=0), Budget(256))
+    row = (window, Option(H2O(), Budget(0)))
+    made = export("vllm", document(row, row, row, (window, window)))
+    assert vllm_config(made)["hf-overrides"]["layer_types"] == ["sliding_attention"] * 4
+    assert statuses(made)["method h2o, 3 of 8 heads"] == "not expressible"
+    assert "window sizes" in statuses(made)
 
 
 def test_vllm_never_windows_what_needs_sinks() -> None:

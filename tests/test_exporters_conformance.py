@@ -18,6 +18,7 @@ from kvtune.common.estimate import Estimate
 from kvtune.common.units import format_bytes
 from kvtune.policies.allocators.adakv import AdaKV
 from kvtune.policies.allocators.pyramid import Pyramid
+from kvtune.policies.compare import compared
 from kvtune.policies.document import (
     ModelFacts,
     Pattern,
@@ -28,6 +29,7 @@ from kvtune.policies.document import (
     read_policy,
     write_policy,
 )
+from kvtune.policies.engine_wide import EngineWide, check
 from kvtune.policies.exporter import Export, exporters, find_exporter
 from kvtune.policies.exporters import vllm
 from kvtune.policies.format import Format, formats
@@ -126,7 +128,65 @@ def of_transformers(made: Export) -> Meaning:
     return Meaning(kept, total + 4 * L * H, None)
 
 
-MEANING = {"vllm": of_vllm, "llama-cpp": of_llama_cpp, "transformers": of_transformers}
+def whole_cache(code_bits: int, scale_bytes: float, sequences: int) -> Meaning:
+    """All tokens in one type: so many bits an element, and bytes of scales a token and head."""
+    return Meaning("all", int(L * H * P * (2 * D * code_bits / 8 + scale_bytes)), sequences)
+
+
+def of_sglang(made: Export) -> Meaning:
+    read = yaml.safe_load(made.files["sglang.yaml"])
+    bits = {"auto": 16, "fp8_e4m3": 8}[read["kv-cache-dtype"]]
+    assert read["max-total-tokens"] == read["max-running-requests"] * read["context-length"]
+    return whole_cache(bits, 0, read["max-running-requests"])
+
+
+def of_tensorrt_llm(made: Export) -> Meaning:
+    read = yaml.safe_load(made.files["trtllm.yaml"])
+    cache = read["kv_cache_config"]
+    assert cache["max_tokens"] == read["max_batch_size"] * P
+    return whole_cache({"auto": 16, "fp8": 8}[cache["dtype"]], 0, read["max_batch_size"])
+
+
+def of_ollama(made: Export) -> Meaning:
+    lines = [line for line in made.files["ollama.env"].splitlines() if line[0] != "#"]
+    read = dict(line.split("=") for line in lines)
+    code, scale = {"f16": (16, 0), "q8_0": (8, 2 * D / 16), "q4_0": (4, 2 * D / 16)}[
+        read["OLLAMA_KV_CACHE_TYPE"]
+    ]
+    assert read["OLLAMA_FLASH_ATTENTION"] == ("0" if code == 16 else "1")
+    return whole_cache(code, scale, int(read["OLLAMA_NUM_PARALLEL"]))
+
+
+def flags_of(text: str) -> dict[str, str]:
+    line = text.splitlines()[-1].split()
+    return dict(zip(line[::2], line[1::2], strict=True))
+
+
+def of_lmdeploy(made: Export) -> Meaning:
+    read = flags_of(made.files["lmdeploy.txt"])
+    code = {"0": 16, "8": 8, "4": 4}[read["--quant-policy"]]
+    return whole_cache(code, 8 * (code < 16), int(read["--max-batch-size"]))
+
+
+def of_openvino(made: Export) -> Meaning:
+    text = "".join(line for line in made.files["openvino.json"].splitlines() if line[0] != "#")
+    read = json.loads(text)
+    code = {"f16": 16, "u8": 8, "u4": 4}[read["properties"]["KV_CACHE_PRECISION"]]
+    assert read["scheduler"]["num_kv_blocks"] == read["scheduler"]["max_num_seqs"] * P // 32
+    return whole_cache(code, 16 * (code < 16), read["scheduler"]["max_num_seqs"])
+
+
+def of_mlx(made: Export) -> Meaning:
+    read = flags_of(made.files["mlx.txt"])
+    code = int(read.get("--kv-bits", 16))
+    return replace(whole_cache(code, 8 * (code < 16), 0), sequences=None)
+
+
+MEANING = {
+    "vllm": of_vllm, "llama-cpp": of_llama_cpp, "transformers": of_transformers,
+    "sglang": of_sglang, "tensorrt-llm": of_tensorrt_llm, "ollama": of_ollama,
+    "lmdeploy": of_lmdeploy, "openvino": of_openvino, "mlx": of_mlx,
+}  # fmt: skip
 
 
 def expected_tokens(stack: str, method: Method) -> str:
@@ -146,9 +206,24 @@ def test_every_exporter_is_read_back() -> None:
     assert set(MEANING) == set(exporters())
 
 
-@pytest.mark.parametrize("stored", STORED, ids=lambda pair: f"{pair[0].name}-{pair[1].name}")
-@pytest.mark.parametrize("method", EVERY_METHOD, ids=lambda method: method.label)
-@pytest.mark.parametrize("stack", sorted(MEANING))
+def cases() -> list[Any]:
+    """Every method on every stack, in every format; one or the other where neither sees the other.
+
+    Stacks with one type for the whole cache treat methods alike, and formats whatever the method.
+    """
+    simple = {name for name, kind in exporters().items() if issubclass(kind, EngineWide)}
+    found = [
+        (stack, method, stored) for stack in sorted(MEANING) for method in EVERY_METHOD
+        for stored in STORED
+        if stack not in simple or stored == STORED[3] or method == SnapKV()
+    ]  # fmt: skip
+    return [
+        pytest.param(*case, id=f"{case[0]}-{case[1].label}-{case[2][0].name}-{case[2][1].name}")
+        for case in found
+    ]
+
+
+@pytest.mark.parametrize(("stack", "method", "stored"), cases())
 def test_the_file_means_what_the_report_says(stack: str, method: Method, stored: Any) -> None:
     made = find_exporter(stack)().export(document(Option(method, Budget(BUDGET), *stored)))
     meaning = MEANING[stack](made)
@@ -376,3 +451,66 @@ def test_facts_of_known_models_are_written_and_read() -> None:
     serving = Serving(context_tokens=77, cache_bytes=10**9)
     what = PolicyDocument(Pattern(Option()), facts, serving=serving)
     assert read_policy(write_policy(what)) == what
+
+
+# All stacks side by side
+
+
+def test_every_stack_stands_beside_the_plan_and_the_uncompressed_cache() -> None:
+    rows = {row.name: row for row in compared(llama_plan())}
+    assert list(rows)[:2] == ["uncompressed", "kvtune"]
+    assert set(rows) == {"uncompressed", "kvtune", *exporters()}
+    full = 32 * 8 * 2 * 2 * 128 * 8192
+    assert rows["uncompressed"].prompt_bytes == full + 4 * 32 * 8
+    plan = llama_plan().policy
+    assert rows["kvtune"].prompt_bytes == plan.footprint(8192, 128)  # type: ignore[union-attr]
+    assert rows["kvtune"].sequences == 45
+    for name in exporters():
+        made = find_exporter(name)().export(llama_plan())
+        assert (rows[name].prompt_bytes, rows[name].sequences) == (
+            made.prompt_bytes,
+            made.sequences,
+        )
+        if made.sequences is not None:
+            assert made.sequences * made.prompt_bytes <= 5.5 * 2**30
+
+
+def test_a_loss_stands_only_beside_stacks_that_keep_the_plan() -> None:
+    rows = {row.name: row for row in compared(document(Option()))}
+    assert {row.loss for name, row in rows.items() if name != "uncompressed"} == {
+        "0.0123 [0.01, 0.02]"
+    }
+    rows = {row.name: row for row in compared(document(Option(SnapKV(), Budget(BUDGET))))}
+    assert rows["kvtune"].loss == rows["transformers"].loss == "0.0123 [0.01, 0.02]"
+    for name in set(exporters()) - {"transformers"}:
+        assert rows[name].loss == f"not the plan's: kvtune search --for {name}"
+
+
+def test_a_stack_that_cannot_hold_one_sequence_says_so() -> None:
+    rows = {row.name: row for row in compared(llama_plan(cache_bytes=10**8))}
+    assert rows["vllm"].prompt_bytes is None
+    assert "not one sequence fits" in rows["vllm"].loss
+
+
+@pytest.mark.parametrize(
+    ("stack", "wrong"),
+    [
+        ("sglang", {"model_path": "x"}),
+        ("sglang", {"kv-cache-dtype": "int8"}),
+        ("sglang", {"max-running-requests": True}),
+        ("tensorrt-llm", {"max_batch_size": 0}),
+        ("tensorrt-llm", {"kv_cache_config": {"dtype": "int4"}}),
+        ("lmdeploy", {"cache-block-seq-len": 0}),
+        ("lmdeploy", {"quant-policy": 42}),
+        ("ollama", {"OLLAMA_KV_CACHE_TYPE": "q5_0"}),
+        ("openvino", {"properties": {"KV_CACHE_PRECISION": "i2"}}),
+        ("mlx", {"kv-bits": 5}),
+    ],
+)
+def test_what_a_stack_refuses_or_takes_silently_is_refused_here(
+    stack: str, wrong: dict[str, Any]
+) -> None:
+    kind = exporters()[stack]
+    assert issubclass(kind, EngineWide)
+    with pytest.raises(ValueError, match=r"no settings|cannot be"):
+        check(wrong, kind.schema, kind.stack)

@@ -60,6 +60,7 @@ class SearchOptions(TypedDict, total=False):
         trials: of the outer study, 60.
         workload: texts that are searched on: ``"small"`` for a CPU, ``"full"`` for a GPU.
         menu: methods that a head may have: ``"three"``, or ``"all"``.
+        stack: a serving stack that the plan must be expressible on: ``"vllm"``, ``"llama-cpp"``...
         texts: your own .txt or .jsonl files, instead of the built-in ones.
         stand_in: uses the packaged tables even where weights are at hand.
         seed: of everything that is drawn, 0.
@@ -74,6 +75,7 @@ class SearchOptions(TypedDict, total=False):
     trials: int
     workload: Literal["small", "full"]
     menu: Literal["three", "all"]
+    stack: str | None
     texts: Iterable[Path | str]
     stand_in: bool
     seed: int
@@ -126,7 +128,8 @@ def search_request(
     target = read_target(model, gpu, mem, shortest, options.get("generated", 256))
     context, longest = read_context_range(wanted, target.shape)
     called = "all" if mem is None else str(mem)
-    folder = run_dir or default_run_dir(target.shape.name, target.gpu.slug, called)
+    stack = options.get("stack")
+    folder = run_dir or default_run_dir(target.shape.name, target.gpu.slug, called, stack)
     return SearchRequest(
         model=target.model,
         shape=target.shape,
@@ -145,13 +148,25 @@ def search_request(
         device=options.get("device"),
         workload=options.get("workload", "small"),
         menu=options.get("menu", "three"),
+        stack=known_stack(stack),
         texts=read_texts(options.get("texts", ())),
     )
 
 
-def default_run_dir(model: str, gpu: str, mem: str) -> Path:
+def known_stack(stack: str | None) -> str | None:
+    """A stack's name, if an exporter has it.
+
+    Raises:
+        KvtuneError: none has.
+    """
+    from kvtune.policies.exporter import find_exporter
+
+    return find_exporter(stack).name if stack else None
+
+
+def default_run_dir(model: str, gpu: str, mem: str, stack: str | None = None) -> Path:
     """``kvtune-runs/llama-3.1-8b-rtx-4090-16gb`` below the current folder."""
-    parts = (model, gpu, mem.replace(" ", "").lower())
+    parts = (model, gpu, mem.replace(" ", "").lower(), *(("for", stack) if stack else ()))
     return Path("kvtune-runs") / "-".join(part.replace("/", "-") for part in parts)
 
 

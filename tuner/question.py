@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
+from kvtune.policies.exporter import EngineLimits
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.simulator.tables import Tables
 from kvtune.tuner.allocate import Choice, Problem, solve
+from kvtune.tuner.within import expressible, format_label, is_narrow, splits_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Question:
         generated_bytes: that each sequence's generated tokens take in pages of 16 bits.
         working: bytes that the runtime works with, for a context and so many sequences.
         sequences: how many at once; None lets the study choose.
+        limits: of the stack that the plan is for; None for any plan.
     """
 
     tables: Tables
@@ -42,6 +45,24 @@ class Question:
     generated_bytes: int
     working: Callable[[int, int], int]
     sequences: int | None = None
+    limits: EngineLimits | None = None
+
+    @property
+    def options(self) -> list[Option]:
+        """Those of the tables that the stack can express."""
+        return [option for option in self.tables.options if expressible(option, self.limits)]
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """What may choose for itself: heads, layers, or the engine as a whole."""
+        return splits_of(self.limits)
+
+    @property
+    def narrow_formats(self) -> list[str]:
+        """Formats of which a plan may have one beside 16 bits; empty where it may have any."""
+        if self.limits is None or self.limits.distinct_formats != 1:
+            return []
+        return sorted({format_label(option) for option in self.options if is_narrow(option)})
 
     @property
     def contexts(self) -> list[int]:
@@ -84,7 +105,9 @@ class Question:
 
     def most_sequences(self, context: int) -> int:
         """As many as fit with every head on its smallest option."""
-        return self.sequences_of(context, int(self.held[context].min()) * self.tables.heads)
+        allowed = [expressible(option, self.limits) for option in self.tables.options]
+        smallest = int(self.held[context][np.flatnonzero(allowed)].min())
+        return self.sequences_of(context, smallest * self.tables.heads)
 
 
 @dataclass(frozen=True)
@@ -136,19 +159,20 @@ class Solver:
 
     def answer(self, number: int, parameters: dict[str, Any]) -> Candidate | None:
         """Solve one trial; None where its options cannot fit."""
-        columns = np.flatnonzero([_allowed(o, parameters) for o in self.question.tables.options])
+        columns = self._columns(parameters)
         context, sequences = parameters["context"], parameters["sequences"]
         waits = any(self.question.tables.options[o].method.needs.reconstruction for o in columns)
         budget = self.question.prompt_budget(context, sequences, waits)
         whole = self.problems[context]
         problem = whole.allowing(columns).shrunk(parameters["shrinkage"])
-        heads = self.question.tables.kv_heads
-        by_layer = parameters["split"] == "layers"
+        tables = self.question.tables
+        alike = {"heads": 1, "layers": tables.kv_heads, "engine": tables.heads}
+        size = alike[parameters["split"]]
         try:
-            picked = solve(problem.tied(heads) if by_layer else problem, budget)
+            picked = solve(problem.tied(size) if size > 1 else problem, budget)
         except KvtuneError:
             return None
-        choice = columns[np.repeat(picked, heads) if by_layer else picked]
+        choice = columns[np.repeat(picked, size)]
         kl, payload = self.loss(choice), self.payload(choice, context)
         return Candidate(number, parameters, choice, kl, context, sequences, payload)
 
@@ -157,6 +181,18 @@ class Solver:
         question = self.question
         each = question.tables.footprints(context, question.head_dim)
         return int(each[choice].sum()) + footprint_of_lengths(1, question.tables.heads)
+
+    def _columns(self, parameters: dict[str, Any]) -> Choice:
+        """Options that a trial and the stack admit."""
+        narrow, limits = parameters.get("format"), self.question.limits
+        return np.flatnonzero(
+            [
+                _allowed(option, parameters)
+                and expressible(option, limits)
+                and (narrow is None or not is_narrow(option) or format_label(option) == narrow)
+                for option in self.question.tables.options
+            ]
+        )
 
     def loss(self, choice: Choice) -> float:
         """Predicted on the selection samples, nats/token."""

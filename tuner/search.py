@@ -33,6 +33,7 @@ from kvtune.tuner.run_directory import record_config, write_result
 from kvtune.tuner.simple_points import simple_points
 from kvtune.tuner.sources import QualitySource, has_weights, own_trace, stand_in
 from kvtune.tuner.study import run_study
+from kvtune.tuner.within import limits_of
 
 Budgets = dict[int, MemoryBudget]  # by context
 _FINALISTS = 4
@@ -191,6 +192,7 @@ def _question(request: SearchRequest, budgets: Budgets, source: QualitySource) -
         generated_bytes=round(generated) * shape.layers * shape.kv_heads,
         working=working,
         sequences=request.sequences,
+        limits=limits_of(request.stack),
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from kvtune.tuner.question import Candidate, Solver
+from kvtune.tuner.within import expressible
 
 
 def simple_points(solver: Solver, first: int) -> list[Candidate]:
@@ -24,7 +25,8 @@ def simple_points(solver: Solver, first: int) -> list[Candidate]:
         candidate
         for context in solver.question.contexts
         for option in range(len(solver.question.tables.options))
-        if (candidate := _point(solver, context, option)) is not None
+        if expressible(solver.question.tables.options[option], solver.question.limits)
+        and (candidate := _point(solver, context, option)) is not None
     ]
     return [replace(each, number=number) for number, each in enumerate(found, start=first)]
 

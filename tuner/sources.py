@@ -26,6 +26,7 @@ from kvtune.tuner.band import band
 from kvtune.tuner.options import FULL, LAPTOP, ROTATED, Menu, every_method
 from kvtune.tuner.quality import estimate
 from kvtune.tuner.request import SearchRequest
+from kvtune.tuner.within import limits_of, menu_within
 
 if TYPE_CHECKING:
     from kvtune.traces.models import LoadedModel
@@ -157,13 +158,13 @@ def _own_trace(
 def menu_of(request: SearchRequest, *, calibrated: bool) -> Menu:
     """What a head may be given: shares and formats by workload, methods as the request asks.
 
-    The menu of all methods has rotated formats too.
+    The menu of all methods has rotated formats too; of both, what the stack can express stays.
     """
-    base = LAPTOP if request.workload == "small" else FULL
-    if request.menu == "three":
-        return base
-    methods = every_method(calibrated=calibrated)
-    return replace(base, methods=methods, formats=(*base.formats, *ROTATED))
+    menu = LAPTOP if request.workload == "small" else FULL
+    if request.menu == "all":
+        methods = every_method(calibrated=calibrated)
+        menu = replace(menu, methods=methods, formats=(*menu.formats, *ROTATED))
+    return menu_within(menu, limits_of(request.stack))
 
 
 def signals_of(needs: Needs) -> tuple[str, ...]:

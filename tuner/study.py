@@ -22,13 +22,11 @@ from kvtune.tuner.question import Candidate, Question, Solver, evicts, has_exact
 if TYPE_CHECKING:
     import optuna
 
-SPLITS = ("heads", "layers")
-
 
 def suggest(trial: optuna.Trial, question: Question) -> dict[str, Any]:
     """The outer choices of one trial."""
-    methods = sorted({o.method.name for o in question.tables.options} - {"full"})
-    least = sorted({f.bits for o in question.tables.options for f in (o.keys, o.values)})
+    methods = sorted({o.method.name for o in question.options} - {"full"})
+    least = sorted({f.bits for o in question.options for f in (o.keys, o.values)})
     chosen: dict[str, Any] = {
         name: trial.suggest_categorical(name, [True, False]) for name in methods
     }
@@ -37,7 +35,9 @@ def suggest(trial: optuna.Trial, question: Question) -> dict[str, Any]:
     for name in _switches(question):
         chosen[name] = trial.suggest_categorical(name, [True, False])
     chosen["least_bits"] = trial.suggest_categorical("least_bits", least)
-    chosen["split"] = trial.suggest_categorical("split", list(SPLITS))
+    if question.narrow_formats:
+        chosen["format"] = trial.suggest_categorical("format", question.narrow_formats)
+    chosen["split"] = trial.suggest_categorical("split", list(question.splits))
     chosen["shrinkage"] = trial.suggest_float("shrinkage", 0.0, 0.8)
     context = question.contexts[0]
     if len(question.contexts) > 1:
@@ -57,8 +57,8 @@ def _sequences_at(context: int) -> str:
 def _switches(question: Question) -> list[str]:
     """What can be left out as a whole: our variants of methods, sinks stored in 16 bits."""
     present = {
-        "variants": any(evicts(o) and is_variant(o) for o in question.tables.options),
-        "exact_sinks": any(has_exact_sinks(o) for o in question.tables.options),
+        "variants": any(evicts(o) and is_variant(o) for o in question.options),
+        "exact_sinks": any(has_exact_sinks(o) for o in question.options),
     }
     return [name for name, there in present.items() if there]
 
@@ -166,13 +166,15 @@ def _enqueue_defaults(brain: optuna.Study, question: Question, skip: int) -> Non
     share of the cross terms mattered little (``plans_on_selection`` in
     ``benchmarks/results/quality-h100.json``).
     """
-    methods = sorted({o.method.name for o in question.tables.options} - {"full"})
-    least = min(f.bits for o in question.tables.options for f in (o.keys, o.values))
+    methods = sorted({o.method.name for o in question.options} - {"full"})
+    least = min(f.bits for o in question.options for f in (o.keys, o.values))
     default: dict[str, Any] = dict.fromkeys(methods, True)
     default |= {name: name != "variants" for name in _switches(question)}
-    default |= {"least_bits": least, "split": "heads"}
-    for step in _ladder(question)[skip:]:
-        brain.enqueue_trial({**default, "shrinkage": 0.4, **step})
+    default |= {"least_bits": least, "split": question.splits[0]}
+    formats: list[dict[str, str]] = [{"format": name} for name in question.narrow_formats] or [{}]
+    starts = [{**step, **form} for form in formats for step in _ladder(question)]
+    for start in starts[skip:]:
+        brain.enqueue_trial({**default, "shrinkage": 0.4, **start})
 
 
 def _ladder(question: Question) -> list[dict[str, int]]:

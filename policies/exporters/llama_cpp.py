@@ -77,8 +77,11 @@ class LlamaCpp(Exporter):
             "llama-preset.ini": comment(header, ";") + _ini(preset),
             "llama-server.txt": comment(header) + _flags(preset),
         }
-        others = [bytes_line(plan, _bytes(plan, kind, plan.context_tokens)), sequences]
-        return self.done(plan, files, losses, others, _NOTES + tuple(_model_lines(plan)))
+        prompt = _bytes(plan, kind, plan.context_tokens)
+        notes = _NOTES + tuple(_model_lines(plan))
+        return self.done(
+            plan, files, losses, [bytes_line(plan, prompt), sequences], notes, (prompt, batch)
+        )
 
 
 _NOTES = (

@@ -54,7 +54,8 @@ class Transformers(Exporter):
         files = {"kv_cache.py": comment(header) + module, "kv_cache.json": _json(policy)}
         weights = f"load the model with {plan.weights} weights, as the plan assumed."
         notes = (*_NOTES, weights) if plan.weights else _NOTES
-        return self.done(plan, files, losses, [_bytes(plan, taken)], notes)
+        size = type(plan.policy)("taken", taken).footprint(plan.context_tokens, plan.facts.head_dim)
+        return self.done(plan, files, losses, [bytes_line(plan, size)], notes, (size, None))
 
     def _takeable(self, plan: Plan) -> tuple[Heads, list[Line]]:
         """The options as the module can run them."""
@@ -99,11 +100,6 @@ _NOTES = (
     "prompts without padding, one cache a generate; no beam search; sdpa attention is used.",
     "stored tokens are read back at every step: memory is saved, time is not.",
 )
-
-
-def _bytes(plan: Plan, taken: Heads) -> Line:
-    counts = type(plan.policy)("taken", taken)
-    return bytes_line(plan, counts.footprint(plan.context_tokens, plan.facts.head_dim))
 
 
 def _plain(option: Option) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from kvtune.policies.flatten import (
     planned_heads,
     reach,
 )
+from kvtune.policies.option import Option
 
 DTYPES = {
     "fp8": (8, 8),
@@ -90,10 +92,11 @@ class Vllm(Exporter):
         ]  # fmt: skip
         header = [*self.header(plan, losses), *model_notes]
         text = comment(header) + "".join(_line(k, v) for k, v in config.items())
-        prompt = bytes_line(plan, _bytes(plan, config))
+        prompt = _bytes(plan, config)
         notes = _NOTES + (_WINDOW_NOTES if windows else ()) + tuple(model_notes)
-        others = [prompt, sequences, *model_lines]
-        return self.done(plan, {"vllm.yaml": text}, losses, others, notes)
+        others = [bytes_line(plan, prompt), sequences, *model_lines]
+        held = prompt, config["max-num-seqs"]
+        return self.done(plan, {"vllm.yaml": text}, losses, others, notes, held)
 
 
 _NOTES = (
@@ -228,12 +231,12 @@ def _model(plan: Plan) -> tuple[dict[str, str], list[Line], list[str]]:
 
 
 def _windows(heads: Heads, context: int) -> dict[int, int]:
-    """The windows of layers whose heads all keep the newest tokens and no others."""
+    """The windows of layers whose heads keep the newest tokens and no others, or nothing."""
     rows = [[reach(option, context) for option in layer] for layer in heads]
     return {
         layer: max(each.window for each in reaches)
         for layer, reaches in enumerate(rows)
-        if {each.shape for each in reaches} == {"window"} and any(each.window for each in reaches)
+        if {"window"} <= {each.shape for each in reaches} <= {"window", "none"}
     }
 
 
@@ -254,11 +257,23 @@ def _dropped_lines(plan: Plan, heads: Heads, windows: dict[int, int]) -> list[Li
         )
         lines.append(Line("window", "approximated", detail))
         windowed = [option for layer in windows for option in heads[layer]]
+        lines += _emptied_lines(windowed, plan, count)
         sizes = {reach(option, plan.context_tokens).window for option in windowed}
         if len(sizes) > 1:
             detail = f"one size; used {widest} instead of {sorted(sizes)}"
             lines.append(Line("window sizes", "not expressible", detail))
     return lines or [Line("tokens", "kept", "all of them")]
+
+
+def _emptied_lines(windowed: list[Option], plan: Plan, count: int) -> list[Line]:
+    """Heads that keep nothing of a prompt, in layers that vLLM can only give a window."""
+    emptied = [each for each in windowed if reach(each, plan.context_tokens).shape == "none"]
+    names = Counter(option.method.name for option in emptied)
+    detail = "they keep nothing of the prompt; their layer has one window, which they get too"
+    return [
+        Line(f"method {name}, {some} of {count} heads", "not expressible", detail)
+        for name, some in names.items()
+    ]
 
 
 def _why_dropped(name: str) -> str:

@@ -23,7 +23,7 @@ from kvtune.policies.paging import pages_of
 from kvtune.policies.reader import Reader
 from kvtune.runtime.cache.backend import Backend, Growing, Seen
 from kvtune.runtime.cache.beside import Beside
-from kvtune.runtime.cache.pool import Pool
+from kvtune.runtime.cache.pool import PageMemory
 from kvtune.runtime.cache.segments import (
     CODED,
     GROWN,
@@ -60,7 +60,7 @@ class PagedLayer:
         options: Sequence[Option],
         head_dim: int,
         batch: int,
-        pool: Pool,
+        pool: PageMemory,
         backend: Backend,
         residual: int | None = None,
     ) -> None:

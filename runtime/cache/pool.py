@@ -6,17 +6,32 @@ as long as any of them is in use, and is then free for another size.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.units import format_bytes
 from kvtune.policies.paging import SLAB_CELLS
 
 Cells = NDArray[np.int64]
+
+
+class PageMemory(Protocol):
+    """Where a layer's pages lie, and who gives them out."""
+
+    @property
+    def memory(self) -> Tensor:
+        """All of it, ``[bytes]`` uint8."""
+
+    def take(self, count: int, page_cells: int) -> Cells:
+        """First cells of ``count`` pages."""
+
+    def give(self, pages: Cells, page_cells: int) -> None:
+        """Take pages back."""
 
 
 class Pool:
@@ -30,7 +45,7 @@ class Pool:
 
     def __init__(self, cells: int, cell_bytes: int, device: Any) -> None:
         self.cell_bytes = cell_bytes
-        self.memory = torch.empty(0, dtype=torch.uint8, device=device)
+        self.memory: Tensor = torch.empty(0, dtype=torch.uint8, device=device)
         self._free_slabs: list[int] = []
         self._free_pages: dict[int, Cells] = {}
         self._used = np.zeros(0, np.int64)  # pages in use, by slab

@@ -61,7 +61,7 @@ def signals_of(
     q, k, v = prompts
     needs, sums, tokens = cache.needs, torch.empty(len(q), 0), k.shape[2]
     if needs.column_sums and isinstance(cache.backend, TritonBackend):
-        needs, sums = replace(needs, column_sums=False), _column_sums(q, k, scale)
+        needs, sums = replace(needs, column_sums=False), column_sums(q, k, scale)
     count = _asked_at_once(cache, layer, tokens)
     if count > 1:  # queries that nobody looks at need not be copied
         q = q[:, :, tokens - needs.queries(tokens) :]
@@ -89,9 +89,9 @@ def _side_by_side(
     return Signals(q, k, v, scale, drawn, layer=layer, rope=rope, **given)
 
 
-def _column_sums(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """``[B, Hq, P]`` float32."""
-    from kvtune.runtime.kernels.columns import column_sums
+def column_sums(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Attention that each key drew, ``[B, Hq, P]`` float32; one launch."""
+    from kvtune.runtime.kernels import columns
 
     flat_q, flat_k = (x.flatten(0, 1).contiguous() for x in (q, k))
-    return column_sums(flat_q, flat_k, scale).view(q.shape[:3])
+    return columns.column_sums(flat_q, flat_k, scale).view(q.shape[:3])

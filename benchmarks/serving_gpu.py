@@ -1,0 +1,195 @@
+"""Requests that come and go in a serving engine's memory, layer by layer: right, and how fast.
+
+    python benchmarks/serving_gpu.py --out FILE            # one GPU; random keys and values
+    python benchmarks/serving_gpu.py --device cpu --tiny --out FILE
+
+``right`` serves a few requests by kernels and by plain torch and compares every answer. ``step``
+times what attention adds to a decode step of many requests under a plan, joined tables included,
+beside flash attention over uncompressed keys and values of the same lengths; once while the same
+requests go on, and once when one of them has been replaced. No model is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+import traceback
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvtune.common.files import write_json
+from kvtune.policies.formats.fp8 import Fp8
+from kvtune.policies.formats.grouped import Int2, Int4, Int8
+from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.methods.streaming_llm import StreamingLLM
+from kvtune.policies.option import Budget, Option
+from kvtune.policies.policy import Policy
+from kvtune.runtime.cache.backend import Backend, PlainBackend, backend_for
+from kvtune.runtime.serving.blocks import PlannedBlocks
+from kvtune.runtime.serving.running import Running
+
+HQ, H, D = 32, 8, 128  # of an 8B model's layer
+OPTIONS = (
+    Option(SnapKV(), Budget(share=0.12)),
+    Option(SnapKV(), Budget(share=0.20), Int8(), Int8()),
+    Option(SnapKV(), Budget(share=0.40), Int4(), Int4()),
+    Option(SnapKV(), Budget(share=0.50), Int4(), Int2()),
+    Option(SnapKV(), Budget(share=0.20), Fp8(), Fp8()),
+    Option(StreamingLLM(), Budget(tokens=128)),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    sizes = [(4, 300)] if arguments.tiny else [(8, 2048), (32, 2048), (64, 4096), (128, 4096)]
+    found: dict[str, Any] = {"device": name_of(device), "torch": torch.__version__}
+    parts = {"right": lambda: right(device)}
+    for count, prompt in sizes:
+        parts[f"step of {count} x {prompt}"] = lambda n=count, p=prompt: step(device, n, p)
+    for name, part in parts.items():
+        print(f"{name}...", file=sys.stderr, flush=True)
+        try:
+            found[name] = part()
+        except Exception as fault:
+            traceback.print_exc()
+            found[name] = {"fault": repr(fault)}
+        write_json(arguments.out, found)
+        print(name, found[name], flush=True)
+
+
+def name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+
+
+def plan(layers: int) -> PlannedBlocks:
+    rows = [[OPTIONS[(n + h) % len(OPTIONS)] for h in range(H)] for n in range(layers)]
+    return PlannedBlocks(Policy("mixed", tuple(map(tuple, rows))), D)
+
+
+class Table:
+    """Blocks of each request, one after another from 1 on."""
+
+    def __init__(self, rows: list[list[int]]) -> None:
+        self.rows = rows
+
+    def first(self) -> list[int]:
+        return [row[0] for row in self.rows]
+
+    def blocks(self, row: int, start: int, stop: int) -> list[int]:
+        return self.rows[row][start:stop]
+
+
+class Served:
+    """Requests with prompts of these lengths, that have been read."""
+
+    def __init__(
+        self, device: torch.device, prompts: list[int], layers: int, backend: Backend
+    ) -> None:
+        self.device, self.planned = device, plan(layers)
+        self.layers, self.lengths = layers, list(prompts)
+        each = [self.planned.blocks(n, n + 192) for n in prompts]
+        starts = [1 + sum(each[:at]) for at in range(len(each) + 1)]
+        self.rows = [list(range(a, b)) for a, b in pairwise(starts)]
+        self.running = Running(self.planned, device, backend)
+        size = starts[-1] * self.planned.block_bytes
+        self.running.attach(torch.zeros(size, dtype=torch.int8, device=device))
+        for at in range(len(prompts)):
+            self.read(at)
+
+    def read(self, at: int) -> list[Tensor]:
+        """One request's prompt, anew."""
+        count = self.lengths[at]
+        begun = self.running.begin(Table([self.rows[at]]), [0, count], [count])
+        return [self.attend(begun, layer, count) for layer in range(self.layers)]
+
+    def generate(self) -> list[Tensor]:
+        """A token of every request; each layer's answers."""
+        self.lengths = [n + 1 for n in self.lengths]
+        begun = self.running.begin(Table(self.rows), list(range(len(self.rows) + 1)), self.lengths)
+        return [self.attend(begun, layer, len(self.rows)) for layer in range(self.layers)]
+
+    def attend(self, begun: Any, layer: int, tokens: int) -> Tensor:
+        q, k, v = drawn(layer, tokens, sum(self.lengths), self.device)
+        out = torch.empty_like(q)
+        self.running.attend(begun, layer, (q, k, v), out, D**-0.5)
+        return out
+
+
+def drawn(layer: int, tokens: int, seed: int, device: torch.device) -> list[Tensor]:
+    """The same numbers on any device, of short prompts."""
+    shapes = [(tokens, heads, D) for heads in (HQ, H, H)]
+    if tokens > 512:  # only timed; drawing on the host takes longer than all else
+        return [torch.randn(s, device=device, dtype=torch.bfloat16) for s in shapes]
+    generator = torch.Generator().manual_seed(seed * 100 + layer)
+    return [torch.randn(s, generator=generator).bfloat16().to(device) for s in shapes]
+
+
+def right(device: torch.device) -> dict[str, Any]:
+    """Kernels beside plain torch over the same numbers, requests joining and leaving."""
+    prompts = [200, 65, 131, 1]
+    one = Served(device, prompts, 2, backend_for(device))
+    other = Served(torch.device("cpu"), prompts, 2, PlainBackend())
+    gaps = []
+    for number in range(70):
+        if number == 20:
+            one.read(1)
+            other.read(1)
+        pairs = zip(one.generate(), other.generate(), strict=True)
+        gaps.append(max(float((a.float().cpu() - b.float()).abs().max()) for a, b in pairs))
+    return {"largest_difference": max(gaps), "right": max(gaps) < 0.03, "steps": len(gaps)}
+
+
+def step(device: torch.device, count: int, prompt: int) -> dict[str, Any]:
+    """Milliseconds a layer of one decode step."""
+    layers = 2 if device.type == "cpu" else 8
+    served = Served(device, [prompt] * count, layers, backend_for(device))
+    served.generate()
+    same = [timed(device, served.generate) / layers for _ in range(9)]
+    changed = []
+    for at in range(3):
+        served.read(at)
+        changed.append(timed(device, served.generate) / layers)
+    q = torch.randn(count, HQ, D, device=device, dtype=torch.bfloat16)
+    keys, values = (
+        torch.randn(count, H, prompt, D, device=device, dtype=torch.bfloat16) for _ in "kv"
+    )
+
+    def full() -> None:
+        torch.nn.functional.scaled_dot_product_attention(
+            q[:, :, None], keys, values, enable_gqa=True
+        )
+
+    full()
+    held = sum(len(rows) for rows in served.rows) * served.planned.block_bytes
+    return {
+        "ms_a_layer": statistics.median(same),
+        "ms_a_layer_after_a_change": statistics.median(changed),
+        "ms_a_layer_uncompressed": statistics.median(timed(device, full) for _ in range(9)),
+        "share_of_bytes": held / (count * (prompt + 192) * layers * H * 2 * D * 2),
+    }
+
+
+def timed(device: torch.device, work: Any) -> float:
+    """Milliseconds, host included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begun) * 1e3
+
+
+if __name__ == "__main__":
+    main()

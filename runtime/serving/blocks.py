@@ -1,0 +1,138 @@
+"""How many of a serving engine's memory blocks a sequence takes under a plan; exact, without torch.
+
+An engine hands out its cache memory in blocks of one size. Here a block holds pages of one size, so
+that the number of blocks follows from the number of pages, and that from the plan and two lengths.
+The scheduler and the worker ask the same object: what one admits the other can store.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.pages import PAGE, PageLayout, has_pages
+from kvtune.policies.paging import pages_of, planned_entries
+from kvtune.policies.parts import PartPlan
+from kvtune.policies.policy import Policy
+
+_TYPICAL_PROMPT_TOKENS = 2048
+_BLOCK_PAGES = 6, 64  # of the largest size: fewer make more blocks than engines list quickly
+
+
+@dataclass(frozen=True)
+class SequencePages:
+    """The pages of a sequence whose prompt had a certain length.
+
+    Args:
+        fixed: pages of the prompt's coded tokens, by their size in cells.
+        exact: how many heads keep how many of the prompt's tokens in growing pages, ``(tokens,
+            heads)`` pairs.
+    """
+
+    fixed: dict[int, int]
+    exact: tuple[tuple[int, int], ...]
+
+    def growing(self, new_tokens: int) -> int:
+        """Pages of 16 bits that hold exact prompt tokens and so many tokens after the prompt."""
+        return sum(heads * -(-(tokens + new_tokens) // PAGE) for tokens, heads in self.exact)
+
+
+@dataclass(frozen=True)
+class PlannedBlocks:
+    """Counts blocks for a policy whose heads choose layer by layer.
+
+    Args:
+        policy: bound to the model.
+        head_dim: D.
+    """
+
+    policy: Policy
+    head_dim: int
+    _known: dict[int, SequencePages] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def cell_bytes(self) -> int:
+        """What places in memory are multiples of."""
+        return PageLayout(self.head_dim).cell_bytes
+
+    @property
+    def page_sizes(self) -> tuple[int, ...]:
+        """Cells of all pages that occur, ascending."""
+        options = dict.fromkeys(self.policy.options())
+        sizes = {pages_of(option, self.head_dim).page_cells for option in options}
+        return tuple(sorted(sizes | {PageLayout(self.head_dim).page_cells}))
+
+    @cached_property
+    def block_cells(self) -> int:
+        """Cells of a block: a multiple of the layers that leaves least of a typical sequence over.
+
+        Large blocks leave less over at their own ends, small ones at the ends of a sequence.
+        """
+        layers, largest = self.policy.layers, self.page_sizes[-1]
+        least, most = (-(-pages * largest // layers) for pages in _BLOCK_PAGES)
+        return min((layers * each for each in range(least, most + 1)), key=self._taken)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        return self.block_cells * self.cell_bytes
+
+    def sequence(self, prompt_tokens: int) -> SequencePages:
+        """The pages of a sequence with such a prompt."""
+        if prompt_tokens not in self._known:
+            self._known[prompt_tokens] = self._sequence(prompt_tokens)
+        return self._known[prompt_tokens]
+
+    def blocks(self, prompt_tokens: int, tokens: int) -> int:
+        """Blocks that a sequence holds; room for the first generated token is always part of it.
+
+        Args:
+            prompt_tokens: of its prompt, which was read in one piece.
+            tokens: of all of it, prompt included.
+        """
+        return self._blocks(prompt_tokens, tokens, self.block_cells)
+
+    def _blocks(self, prompt_tokens: int, tokens: int, block_cells: int) -> int:
+        sequence = self.sequence(prompt_tokens)
+        pages = Counter(sequence.fixed)
+        new = max(tokens - prompt_tokens, 1)  # else whoever is admitted is preempted at once
+        pages[PageLayout(self.head_dim).page_cells] += sequence.growing(new)
+        return sum(-(-count // (block_cells // size)) for size, count in pages.items())
+
+    def _taken(self, block_cells: int) -> int:
+        """Cells that a typical sequence takes in blocks of this size."""
+        prompt = _TYPICAL_PROMPT_TOKENS
+        return block_cells * self._blocks(prompt, prompt + 1, block_cells)
+
+    def _sequence(self, prompt_tokens: int) -> SequencePages:
+        fixed: Counter[int] = Counter()
+        exact: Counter[int] = Counter()
+        budgets = self.policy.budgets(prompt_tokens).flat
+        spare = 0 if self.policy.allocator.name == "as_given" else 1  # a split rounds up otherwise
+        for option, budget in zip(self.policy.options(), budgets, strict=True):
+            front, coded = planned_entries(option, int(budget), prompt_tokens, self.head_dim)
+            fixed[pages_of(option, self.head_dim).page_cells] += -(-coded // PAGE) + spare
+            exact[front] += 1
+        return SequencePages(dict(fixed), tuple(sorted(exact.items())))
+
+
+def check_servable(policy: Policy, head_dim: int) -> None:
+    """Refuse policies that need more than one layer's prompt at a time, or more than pages.
+
+    Raises:
+        KvtuneError: says which option it is.
+    """
+    needs = policy.needs
+    hint = "search with --method streaming_llm,snapkv,h2o,full, or another of these."
+    if policy.waits or needs.calibration or needs.query_moments or needs.future or needs.probes:
+        raise KvtuneError(
+            f"the policy {policy.name!r} asks for more than reading each layer's prompt once",
+            hint=hint,
+        )
+    for option in dict.fromkeys(policy.options()):
+        plans, reader = option.method.plan(100, 1000), option.method.reader(100)
+        paged = len(plans) == 1 and plans[0] == PartPlan(plans[0].entries)
+        if reader is not None or not (paged and has_pages(option, head_dim)):
+            raise KvtuneError(f"{option.label!r} holds more than pages of tokens", hint=hint)

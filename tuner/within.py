@@ -1,0 +1,71 @@
+"""A search inside what a serving stack can express: fewer options, and heads that choose alike."""
+
+from __future__ import annotations
+
+from itertools import product
+
+from kvtune.policies.exporter import EngineLimits, find_exporter
+from kvtune.policies.format import Format, formats
+from kvtune.policies.option import Option
+from kvtune.tuner.options import Menu, Pair
+
+SPLITS = {"head": ("heads", "layers"), "layer": ("layers",), "engine": ("engine",)}
+"""What may choose for itself, by what a stack lets have a format and a budget of its own."""
+_ORDER = ("engine", "layer", "head")
+
+
+def limits_of(stack: str | None) -> EngineLimits | None:
+    """What a stack can take; None where a search is free.
+
+    Raises:
+        KvtuneError: no exporter has this name.
+    """
+    return find_exporter(stack).limits if stack else None
+
+
+def menu_within(menu: Menu, limits: EngineLimits | None) -> Menu:
+    """A menu's methods that a stack runs, in all formats that it stores."""
+    if limits is None:
+        return menu
+    known = [kind() for kind in formats().values()]
+    keys = [form for form in known if form.name in limits.key_formats]
+    values = [form for form in known if form.name in limits.value_formats]
+    pairs: list[Pair] = [(form, form) for form in keys if form in values]
+    if limits.keys_differ_from_values:
+        pairs = list(product(keys, values))
+    methods = tuple(method for method in menu.methods if method.name in limits.methods)
+    return Menu(methods, menu.shares, tuple(sorted(pairs, key=_bits, reverse=True)))
+
+
+def expressible(option: Option, limits: EngineLimits | None) -> bool:
+    """Whether a stack can give a head this option, first tokens in 16 bits aside from the rest."""
+    if limits is None:
+        return True
+    stored = option.keys.name in limits.key_formats and option.values.name in limits.value_formats
+    alike = limits.keys_differ_from_values or option.keys == option.values
+    runs = option.budget.resolve(2**20) == 2**20 or option.method.name in limits.methods
+    exact = any(form.exact_tokens for form in (option.keys, option.values))
+    return stored and alike and runs and (limits.formats == "head" or not exact)
+
+
+def splits_of(limits: EngineLimits | None) -> tuple[str, ...]:
+    """What may choose for itself."""
+    if limits is None:
+        return SPLITS["head"]
+    evicts = limits.methods - {"full"}
+    scopes = (limits.formats, limits.budgets) if evicts else (limits.formats,)
+    return SPLITS[min(scopes, key=_ORDER.index)]
+
+
+def format_label(option: Option) -> str:
+    """Its keys' and values' formats: what a stack with one format beside 16 bits has one of."""
+    return f"{option.keys.label}/{option.values.label}"
+
+
+def is_narrow(option: Option) -> bool:
+    """Whether it stores fewer than 16 bits."""
+    return option.keys.bits < 16 or option.values.bits < 16
+
+
+def _bits(pair: tuple[Format, Format]) -> float:
+    return pair[0].bits + pair[1].bits
