@@ -80,13 +80,17 @@ class Option:
             prompt_tokens: P.
             head_dim: D.
         """
-        stored = sum(self.bytes_by_format(tokens, prompt_tokens, head_dim).values())
+        plan = self.method.plan(tokens, prompt_tokens)
+        default = self.keys, self.values
+        sizes = [part.stored_bytes(default, head_dim) for part in plan]
+        stored, keys = sum(map(sum, sizes)), sum(of_keys for of_keys, _ in sizes)
         reader = self.method.reader(tokens)
         if reader is None:
             return Ledger(stored, stored)
-        entries = entries_of(self.method.plan(tokens, prompt_tokens))
-        index, read = reader.index_bytes(entries, head_dim), reader.entries_read(entries)
-        return Ledger(stored + index, index + -(-stored * read // max(entries, 1)))
+        entries = entries_of(plan)
+        scanned = reader.scanned_bytes(entries, head_dim, keys)
+        read = -(-stored * reader.entries_read(entries) // max(entries, 1))
+        return Ledger(stored + reader.index_bytes(entries, head_dim), scanned + read)
 
     def footprint(self, tokens: int, prompt_tokens: int, head_dim: int) -> int:
         """Bytes that one KV head holds of a prompt under a budget; exact, runs without torch."""
