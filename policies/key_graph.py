@@ -126,27 +126,25 @@ def _pruned(keys: Tensor, source: Tensor, target: Tensor, degree: int) -> Tensor
     import torch
 
     lists = _lists(keys, source, target, 3 * degree)
-    kept = torch.full((len(keys), degree), NONE, device=keys.device)
-    count = torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
-    taken = torch.zeros_like(lists, dtype=torch.bool)
-    row = torch.arange(len(keys), device=keys.device)
+    rows = torch.arange(len(keys), device=keys.device).split(_AT_ONCE)
+    return torch.cat([_chosen(keys, at, lists[at], degree) for at in rows])
 
-    def take(at: int, wanted: Tensor) -> None:
-        mine = wanted & (count < degree) & (lists[:, at] != NONE) & ~taken[:, at]
-        kept[row[mine], count[mine]] = lists[mine, at]
-        taken[:, at] |= mine
-        count.add_(mine)
 
+def _chosen(keys: Tensor, source: Tensor, lists: Tensor, degree: int) -> Tensor:
+    """Those of ``lists`` ``[m, w]`` that their sources ``[m]`` keep, ``[m, degree]``."""
+    import torch
+    import torch.nn.functional as F
+
+    targets, there = keys[lists], lists != NONE
+    between = targets @ targets.transpose(-1, -2)
+    nearer = between > (targets @ keys[source, :, None])  # [m, w, w]: to another than to the source
+    kept = torch.zeros_like(there)
+    count = torch.zeros(len(lists), dtype=torch.int64, device=keys.device)
     for at in range(lists.shape[1]):
-        candidate = keys[lists[:, at]]
-        to_source = (keys * candidate).sum(-1)
-        to_kept = torch.einsum("nd,nmd->nm", candidate, keys[kept])
-        to_kept = to_kept.masked_fill(kept == NONE, -torch.inf)
-        take(at, (to_kept <= to_source[:, None]).all(-1))
-    everyone = torch.ones_like(count, dtype=torch.bool)
-    for at in range(lists.shape[1]):
-        take(at, everyone)
-    return kept
+        kept[:, at] = there[:, at] & (count < degree) & ~(nearer[:, at] & kept).any(-1)
+        count += kept[:, at]
+    order = (2 * ~there + ~kept).argsort(dim=-1, stable=True)[:, :degree]
+    return F.pad(lists.gather(1, order), (0, degree - order.shape[1]), value=NONE)
 
 
 def _lists(keys: Tensor, source: Tensor, target: Tensor, longest: int) -> Tensor:
