@@ -19,7 +19,7 @@ COMMANDS = {
 
 OPTIONS = {
     "What is served": ("model", "gpu", "mem", "context", "generated", "batch", "weights", "price"),
-    "What is asked of the search": ("max_kl", "trials", "menu", "stand_in", "seed"),
+    "What is asked of the search": ("max_kl", "trials", "menu", "read_bytes", "stand_in", "seed"),
     "What it is measured on": ("trace", "split", "workload", "text", "device"),
     "Policy": ("policy", "evicts", "to", "allow_stand_in", "strict"),
 }

@@ -55,6 +55,15 @@ def command(
             "choose when the prompt is complete; all takes several times as long.",
         ),
     ] = "three",
+    read_bytes: Annotated[
+        str | None,
+        typer.Option(
+            "--read-bytes",
+            metavar="SIZE",
+            help="A decode step may read so much of each sequence's prompt: 50MB; heads may then "
+            "hold more than they read (quest, token_select; with --menu all every reader).",
+        ),
+    ] = None,
     text: options.Texts = None,
     stand_in: Annotated[
         bool, typer.Option("--stand-in", help="Use the packaged tables even if weights are here.")
@@ -90,6 +99,7 @@ def command(
         trials=trials,
         workload=workload,
         menu=menu,
+        read_bytes=read_bytes,
         texts=text or (),
         stand_in=stand_in,
         seed=seed,

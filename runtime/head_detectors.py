@@ -69,7 +69,8 @@ def repeated_tokens(vocabulary: int, block: int, repeats: int, seed: int) -> lis
     """Random ids of the vocabulary's middle, each once a block; no start token before them."""
     low, high = vocabulary // 10, vocabulary - vocabulary // 10
     drawn = np.random.default_rng(seed).choice(high - low, min(block, high - low), replace=False)
-    return (drawn + low).tolist() * repeats
+    ids: list[int] = (drawn + low).tolist()
+    return ids * repeats
 
 
 @torch.no_grad()
@@ -159,7 +160,8 @@ def answered(
     """Logits of the observed tokens ``[C, vocabulary]``, every layer's attention shown."""
     observed = sample.token_ids[sample.prompt :]
     with torch.no_grad():
-        return run_observed(loaded, observed, sample.prompt, watched(prompt, see))[0]
+        logits = run_observed(loaded, observed, sample.prompt, watched(prompt, see))
+    return logits[0]
 
 
 def overlaps(heads: HeadScores, kv_heads: int, share: float) -> Iterator[tuple[str, str, float]]:

@@ -80,7 +80,7 @@ def test_a_file_of_other_numbers_is_refused(tmp_path: Path) -> None:
 def test_published_gates_are_read_and_written(tmp_path: Path) -> None:
     path = tmp_path / "full_attention_heads.tsv"
     path.write_text("0.5\t-0.1\n1.25\t0.75\n")
-    np.testing.assert_allclose(read_gates(path), [[0.5, 0], [1, 0.75]])
+    np.testing.assert_allclose(read_gates(path), np.array([[0.5, 0], [1, 0.75]]))
     again = tmp_path / "again.tsv"
     write_gates(read_gates(path), again)
     np.testing.assert_array_equal(read_gates(again), read_gates(path))
@@ -97,7 +97,7 @@ def test_a_broken_table_of_gates_is_refused(tmp_path: Path, text: str) -> None:
 def test_published_retrieval_heads_are_means_over_samples(tmp_path: Path) -> None:
     path = tmp_path / "model.json"
     path.write_text(json.dumps({"0-0": [0.0, 1.0], "0-1": [0.25], "1-0": [0.0], "1-1": [1.0]}))
-    np.testing.assert_allclose(read_retrieval(path), [[0.5, 0.25], [0, 1]])
+    np.testing.assert_allclose(read_retrieval(path), np.array([[0.5, 0.25], [0, 1]]))
     again = tmp_path / "again.json"
     write_retrieval(read_retrieval(path), again)
     np.testing.assert_array_equal(read_retrieval(again), read_retrieval(path))

@@ -154,7 +154,8 @@ def representatives(
         members = range(start, min(start + block, TOKENS - recent))
         means = []
         for head in range(HEADS):
-            best = sorted(members, key=lambda j, head=head: -local[head, j])[:count]
+            order = highest(local[head, list(members)], count)
+            best = [members[at] for at in order]
             means.append(np.mean([turned(keys[head, j], -j, signals) for j in best], 0))
         found.append((members, means))
     return found
@@ -191,8 +192,8 @@ def test_actqkv_reads_by_the_cosine_with_its_probe(
     sinks, recent, block, budget = 2, 9, 7, 30
     blocks = representatives(signals, block, 3, sinks, recent)
     q, rows = doubles(queries), doubles(signals.queries)
-    at = range(4, TOKENS)  # the first queries are outliers and left out
-    plain = np.array([[turned(row[i], -i, signals) for i in at] for row in rows])
+    places = range(4, TOKENS)  # the first queries are outliers and left out
+    plain = np.array([[turned(row[i], -i, signals) for i in places] for row in rows])
     mean, variance = plain.mean(1).ravel(), plain.var(1).ravel()
 
     def vector(step: int, position: float) -> Any:

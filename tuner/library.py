@@ -60,6 +60,7 @@ class SearchOptions(TypedDict, total=False):
         trials: of the outer study, 60.
         workload: texts that are searched on: ``"small"`` for a CPU, ``"full"`` for a GPU.
         menu: methods that a head may have: ``"three"``, or ``"all"``.
+        read_bytes: that a decode step may read of each sequence's prompt; left out, any.
         texts: your own .txt or .jsonl files, instead of the built-in ones.
         stand_in: uses the packaged tables even where weights are at hand.
         seed: of everything that is drawn, 0.
@@ -74,6 +75,7 @@ class SearchOptions(TypedDict, total=False):
     trials: int
     workload: Literal["small", "full"]
     menu: Literal["three", "all"]
+    read_bytes: Amount | None
     texts: Iterable[Path | str]
     stand_in: bool
     seed: int
@@ -121,7 +123,7 @@ def search_request(
     Raises:
         KvtuneError: something is unknown or out of bounds.
     """
-    wanted = str(options.get("context", 8192))
+    wanted, read = str(options.get("context", 8192)), options.get("read_bytes")
     shortest = wanted.partition("-")[0]
     target = read_target(model, gpu, mem, shortest, options.get("generated", 256))
     context, longest = read_context_range(wanted, target.shape)
@@ -145,6 +147,7 @@ def search_request(
         device=options.get("device"),
         workload=options.get("workload", "small"),
         menu=options.get("menu", "three"),
+        read_bytes=None if read is None else parse_bytes(read),
         texts=read_texts(options.get("texts", ())),
     )
 

@@ -15,9 +15,12 @@ from kvtune.policies.method import Method, methods
 from kvtune.policies.methods.a2sf import A2SF, PREFILL
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
+from kvtune.policies.methods.quest import Quest
 from kvtune.policies.methods.random_tokens import RandomTokens
+from kvtune.policies.methods.retrieval_attention import RetrievalAttention
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
+from kvtune.policies.methods.token_select import TokenSelect
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.signals import Needs
 
@@ -88,7 +91,11 @@ FULL = Menu(
 """170 options, 16 to 896 tokens of a prompt of 1792; for a GPU."""
 
 
-def every_method(*, calibrated: bool = True) -> tuple[Method, ...]:
+READERS: tuple[Method, ...] = (Quest(), TokenSelect())
+"""Beside the three, where a search limits what is read."""
+
+
+def every_method(*, calibrated: bool = True, reads_less: bool = False) -> tuple[Method, ...]:
     """All registered methods that choose when the prompt is complete and that a server could run.
 
     As published; A2SF as its authors set it for prompts. Left out are ``full``, which under a
@@ -96,6 +103,8 @@ def every_method(*, calibrated: bool = True) -> tuple[Method, ...]:
 
     Args:
         calibrated: whether the model has a calibration; without one, what needs it is left out.
+        reads_less: whether a step's reading is limited; where it is not, readers, which hold
+            everything, are no better than the full cache, and are left out.
     """
     kinds = (kind for _, kind in sorted(methods().items()))
     made = [PREFILL if kind is A2SF else kind() for kind in kinds if kind not in _NOT_OFFERED]
@@ -103,9 +112,10 @@ def every_method(*, calibrated: bool = True) -> tuple[Method, ...]:
         method
         for method in made
         if not method.looks_ahead and (calibrated or not method.needs.calibration)
-        # Heads are searched one by one, in bytes held: neither links nor readers fit that yet.
-        if not method.needs.linked and method.reader(1) is None
+        # Heads are searched one by one: two layers that must choose alike do not fit that.
+        if not method.needs.linked and (reads_less or method.reader(1) is None)
     )
 
 
-_NOT_OFFERED = (Full, RandomTokens)
+_NOT_OFFERED = (Full, RandomTokens, RetrievalAttention)
+"""The last because its graphs take minutes a sample to build."""

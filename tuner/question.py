@@ -15,7 +15,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.simulator.tables import Tables
-from kvtune.tuner.allocate import Choice, Problem, solve
+from kvtune.tuner.allocate import Choice, Problem, solve, solve_both
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Question:
             of several contexts the study chooses.
         generated_bytes: that each sequence's generated tokens take, in 16 bits.
         sequences: how many at once; None lets the study choose.
+        most_read: bytes that a decode step may read of each sequence's prompt; None for any.
     """
 
     tables: Tables
@@ -36,6 +37,7 @@ class Question:
     rooms: Mapping[int, int]
     generated_bytes: int
     sequences: int | None = None
+    most_read: int | None = None
 
     @property
     def contexts(self) -> list[int]:
@@ -67,6 +69,12 @@ class Question:
         lengths = footprint_of_lengths(1, self.tables.heads)
         room = self.rooms[context] - self._waiting(context, waits)
         return room // sequences - self.generated_bytes - lengths
+
+    @property
+    def read_budget(self) -> int | None:
+        """``most_read`` less the heads' lengths, which every step reads."""
+        lengths = footprint_of_lengths(1, self.tables.heads)
+        return None if self.most_read is None else max(self.most_read - lengths, 0)
 
     def most_sequences(self, context: int) -> int:
         """As many as fit with every head on its smallest option."""
@@ -118,7 +126,10 @@ class Solver:
         splits = {sample.split for sample in tables.samples}
         footprints = {c: tables.footprints(c, question.head_dim) for c in question.contexts}
         fit = Problem.of(tables.of_split("search"), footprints[question.contexts[0]], rank=rank)
-        problems = {context: replace(fit, footprint=f) for context, f in footprints.items()}
+        problems = {
+            context: replace(fit, footprint=f, read=tables.bytes_read(context, question.head_dim))
+            for context, f in footprints.items()
+        }
         check = tables.of_split("select" if "select" in splits else "search")
         return Solver(question, problems, check)
 
@@ -133,7 +144,9 @@ class Solver:
         heads = self.question.tables.kv_heads
         by_layer = parameters["split"] == "layers"
         try:
-            picked = solve(problem.tied(heads) if by_layer else problem, budget)
+            tied = problem.tied(heads) if by_layer else problem
+            most = self.question.read_budget
+            picked = solve(tied, budget) if most is None else solve_both(tied, budget, most)
         except KvtuneError:
             return None
         choice = columns[np.repeat(picked, heads) if by_layer else picked]

@@ -40,6 +40,7 @@ class SearchRequest:
         device: for capture and live runs, "cpu" or "cuda"; None picks CUDA if there is one.
         workload: "small" (nine samples of 1024 tokens, sized for a laptop) or "full" (2048 tokens).
         menu: methods that a head may be given: "three" (snapkv, h2o, streaming_llm) or "all".
+        read_bytes: that a decode step may read of each sequence's prompt; None for any.
         texts: the user's own .txt or .jsonl files, searched and evaluated on instead.
     """
 
@@ -60,6 +61,7 @@ class SearchRequest:
     device: str | None = None
     workload: Literal["small", "full"] = "small"
     menu: Literal["three", "all"] = "three"
+    read_bytes: int | None = None
     texts: tuple[Path, ...] = ()
 
     @property

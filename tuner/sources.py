@@ -23,7 +23,7 @@ from kvtune.simulator.tables_file import load_tables, save_tables
 from kvtune.traces.signals import SIGNALS
 from kvtune.tuner import source_models
 from kvtune.tuner.band import band
-from kvtune.tuner.options import FULL, LAPTOP, Menu, every_method
+from kvtune.tuner.options import FULL, LAPTOP, READERS, Menu, every_method
 from kvtune.tuner.quality import estimate
 from kvtune.tuner.request import SearchRequest
 
@@ -157,9 +157,11 @@ def _own_trace(
 def menu_of(request: SearchRequest, *, calibrated: bool) -> Menu:
     """What a head may be given: shares and formats by workload, methods as the request asks."""
     base = LAPTOP if request.workload == "small" else FULL
+    reads_less = request.read_bytes is not None
     if request.menu == "three":
-        return base
-    return replace(base, methods=every_method(calibrated=calibrated))
+        return replace(base, methods=base.methods + READERS * reads_less)
+    methods = every_method(calibrated=calibrated, reads_less=reads_less)
+    return replace(base, methods=methods)
 
 
 def signals_of(needs: Needs) -> tuple[str, ...]:
