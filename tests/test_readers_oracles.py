@@ -21,6 +21,7 @@ from kvtune.policies.methods.infllm import InfLLM
 from kvtune.policies.methods.landmark import Landmark
 from kvtune.policies.methods.recycled import Recycled
 from kvtune.policies.methods.retrieval_attention import RetrievalAttention
+from kvtune.policies.methods.sentencekv import SentenceKV
 from kvtune.policies.methods.shadowkv import ShadowKV
 from kvtune.policies.methods.token_select import TokenSelect
 from kvtune.policies.methods.triattention import TriAttention
@@ -211,7 +212,7 @@ def test_actqkv_reads_by_the_cosine_with_its_probe(
         total = sum(bias(j) for j in some)
         probe = sum(bias(j) / total * vector(j, recent - (TOKENS + j)) for j in some)
         worth = []
-        for _, means in blocks:
+        for means in (each for _, each in blocks):
             wide = np.concatenate([means[h] for h in range(HEADS) for _ in range(GROUP)])
             worth.append(probe @ wide / np.linalg.norm(probe) / np.linalg.norm(wide))
         best = highest(worth, (budget - sinks - recent) // block)
@@ -355,6 +356,46 @@ def test_shadowkv_reads_outliers_and_chunks_by_landmark_with_rebuilt_keys(
 
     option = Option(ShadowKV(rank, chunk, recent=2), Budget(tokens=budget))
     check(option, signals, queries, read, used)
+
+
+# SentenceKV
+
+
+def test_sentencekv_reads_sentences_by_the_mean_of_its_sentences_queries(
+    signals: Signals, queries: Tensor
+) -> None:
+    ends = torch.zeros(TOKENS + STEPS, dtype=torch.bool)
+    ends[[6, 13, 14, 31, 44, 58, TOKENS + 2]] = True
+    signals.sentence_ends = ends
+    budget, window, kernel = 20, 4, 3
+    first, last = 5, 5  # 32 and 32 are cut to half of the budget
+    keys, q = doubles(signals.keys), doubles(queries)
+    rows = doubles(signals.queries).reshape(HEADS, GROUP, TOKENS, SIZE)
+    sentence = np.concatenate([[0], np.cumsum(ends[: TOKENS - 1].numpy())])
+
+    def held(head: int) -> list[int]:
+        drawn = np.zeros(TOKENS)
+        for member in range(GROUP):
+            for i in range(TOKENS - window, TOKENS):
+                drawn[: i + 1] += softmax(
+                    signals.scale * (keys[head, : i + 1] @ rows[head, member, i])
+                )
+        before = TOKENS - window
+        smooth = [drawn[max(j - 1, 0) : min(j + 2, before)].max() for j in range(before)]
+        return sorted([*highest(smooth, 3 * budget - window), *range(before, TOKENS)])
+
+    def read(head: int, step: int) -> list[int]:
+        kept = held(head)
+        middle = kept[first : len(kept) - last]
+        begun = 3 if step >= 3 else 0  # the token before step 3 ended a sentence
+        running = q[head, :, begun : step + 1].mean(1)
+        groups = {n: [j for j in middle if sentence[j] == n] for n in {sentence[j] for j in middle}}
+        worth = {n: (running @ keys[head, js].mean(0)).max() for n, js in groups.items()}
+        order = [j for n in sorted(worth, key=lambda n: -worth[n]) for j in groups[n]]
+        return [*kept[:first], *order[: budget - first - last], *kept[len(kept) - last :]]
+
+    method = SentenceKV(held=3, window=window, kernel=kernel)
+    check(Option(method, Budget(tokens=budget)), signals, queries, read)
 
 
 # RetrievalAttention

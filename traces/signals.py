@@ -15,6 +15,7 @@ TENSORS_OF = {
     "query_moments": ("query_mean", "query_covariance"),
     "reconstruction": ("reconstruction",),
     "calibration": ("head_scores", "layer_error"),
+    "sentences": ("sentence_ends",),
 }
 """What capture can record beside q, k, v, output and probes, and the tensors that hold it."""
 

@@ -156,7 +156,7 @@ def reader_selects_real_blocks(method: Method, case: Case) -> None:
     if reader is None:
         return
     tokens = entries_of(method.plan(case.budget, case.prompt_tokens))
-    for count in sorted({tokens, tokens - 1, 1} - {0, -1}):
+    for count in sorted({tokens, max(tokens - 1, 1), 1} if tokens else ()):
         held, queries = _held(method, case, tokens, count)
         reads = reader.reads(held, queries)
         real = reads[..., :count].sum(-1)
