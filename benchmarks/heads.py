@@ -67,7 +67,9 @@ def accuracy(loaded: LoadedModel, samples: Sequence[Sample], silent: np.ndarray)
     return float(counts[:, 0].sum() / counts[:, 1].sum())
 
 
-def masked(loaded: LoadedModel, heads: HeadScores, samples: Sequence[Sample]) -> dict[str, Any]:
+def masked(
+    loaded: LoadedModel, heads: HeadScores, samples: Sequence[Sample], draws_of_others: int
+) -> dict[str, Any]:
     """Accuracy in full, without the top heads of each score, and without random ones."""
     scores = heads.score("retrieval")
     found: dict[str, Any] = {"full": accuracy(loaded, samples, np.zeros(scores.shape, bool))}
@@ -77,7 +79,7 @@ def masked(loaded: LoadedModel, heads: HeadScores, samples: Sequence[Sample]) ->
     top = most(scores, SHARE)
     others = np.flatnonzero(~top)
     draws = []
-    for draw in range(DRAWS):
+    for draw in range(draws_of_others):
         silent = np.zeros(scores.size, bool)
         picked = np.random.default_rng(draw).choice(others, int(top.sum()), replace=False)
         silent[picked] = True
@@ -142,7 +144,7 @@ def main() -> None:
         "data": {name: vars(about) for name, about in heads.about.items()},
         "above_0.1": {n: float((s > 0.1).mean()) for n, s in sorted(heads.scores.items())},
     }
-    attempt(found, "masked", lambda: masked(loaded, heads, samples))
+    attempt(found, "masked", lambda: masked(loaded, heads, samples, 1 if arguments.tiny else DRAWS))
     attempt(found, "overlap", lambda: overlap(heads))
     arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     say(json.dumps(found["masked"]))

@@ -28,6 +28,7 @@ import torch
 from kvtune.common.progress import Silent
 from kvtune.policies.allocators.actqkv_layers import ActQKVLayers
 from kvtune.policies.allocators.as_given import AsGiven
+from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.head_plans import headkv_plan, most, two_kinds
 from kvtune.policies.head_scores import Floats
 from kvtune.policies.key_graph import KeyGraph
@@ -49,11 +50,14 @@ from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
 from kvtune.runtime.head_detectors import detect
 from kvtune.runtime.prompts import fresh_prompt
+from kvtune.traces import workloads
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample
 from kvtune.traces.workloads import Workload, build
+from kvtune.tuner import sources
 from kvtune.tuner.allocate import Problem, solve, solve_both
 from kvtune.tuner.baselines import fill
+from kvtune.tuner.options import Menu
 from kvtune.tuner.question import policy_of
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.sources import QualitySource, own_trace
@@ -77,31 +81,42 @@ def say(*words: object) -> None:
     print(*words, file=sys.stderr, flush=True)
 
 
+def make_small() -> None:
+    """Few options and short samples, so that a CPU gets through."""
+    counts = {split: {"retrieval": 1} for split in ("search", "select", "evaluate")}
+    little = Workload(counts, tokens=640, observed=128)
+    workloads.named_workload = lambda *_: little  # type: ignore[assignment]
+    sources.LAPTOP = Menu((StreamingLLM(),), (1 / 16, 1 / 4), ((Bf16(), Bf16()),))
+
+
 class Bench:
     """The model, its tables and what everybody is judged on."""
 
     def __init__(self, device: str, tiny: bool, folder: Path) -> None:
+        if tiny:
+            make_small()
+        self.tokens = 512 if tiny else 896
         shape = find_model("smollm2-135m")
         request = SearchRequest(
-            "smollm2-135m", shape, find_gpu("h200"), 10**11, folder, context_tokens=896,
+            "smollm2-135m", shape, find_gpu("h200"), 10**11, folder, context_tokens=self.tokens,
             device=device, workload="small", read_bytes=1,
         )  # fmt: skip
         self.source: QualitySource = own_trace(request, Silent())
         assert self.source.loaded is not None
         self.loaded: LoadedModel = self.source.loaded
-        each = 1 if tiny else 4
-        counts = {"evaluate": {"prose": each, "code": each, "retrieval": 2 * each}}
-        plan = Workload(counts, tokens=1024, observed=128)
+        kinds = {"retrieval": 1} if tiny else {"prose": 4, "code": 4, "retrieval": 8}
+        counts = {"evaluate": kinds}
+        plan = Workload(counts, tokens=self.tokens + 128, observed=128)
         self.samples: Sequence[Sample] = build(plan, self.loaded.tokenizer)
         geometry = self.loaded.geometry
-        self.shape = 896, geometry.layers, geometry.kv_heads, geometry.head_dim
+        self.shape = self.tokens, geometry.layers, geometry.kv_heads, geometry.head_dim
         self.full = 4 * int(np.prod(self.shape))
 
     def tuned(self, share: float, read: bool) -> Policy:
         """Our plan, of tables that know two readers."""
         tables = self.source.tables
-        footprint = tables.footprints(896, tables.head_dim)
-        taken = tables.bytes_read(896, tables.head_dim)
+        footprint = tables.footprints(self.tokens, tables.head_dim)
+        taken = tables.bytes_read(self.tokens, tables.head_dim)
         problem = Problem.of(tables.of_split("search"), footprint)
         budget = int(share * self.full)
         if read:
@@ -239,7 +254,9 @@ def main() -> None:
         loaded = bench.loaded
         found |= {"device": loaded.device, "samples": len(bench.samples)}
         needles = Workload(
-            {"search": {"retrieval": 1 if arguments.tiny else 8}}, tokens=1024, observed=128
+            {"search": {"retrieval": 1 if arguments.tiny else 8}},
+            tokens=bench.tokens + 128,
+            observed=128,
         )
         block = 64 if arguments.tiny else 2000
         scores = detect(loaded, build(needles, loaded.tokenizer), block=block)

@@ -42,7 +42,8 @@ def detect(
     quiet: options.Quiet = False,
 ) -> None:
     """Measure echo, induction, retrieval, semantic and sink heads."""
-    from kvtune.cli.inputs import check_writable, read_weights
+    from kvtune.cli.inputs import check_writable
+    from kvtune.tuner.target import read_weights
 
     check_writable(out, "--out")
     name = read_weights(model)[0]
