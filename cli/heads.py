@@ -23,6 +23,31 @@ Score = Annotated[
 ]
 
 
+_SCORES = (
+    ("echo", "detected", "attention to earlier places of the same token (RazorAttention)"),
+    ("induction", "detected", "attention to what followed those (RazorAttention)"),
+    ("retrieval", "detected", "looks most at the very token that is copied (Wu et al.)"),
+    ("semantic", "detected", "mass on the whole needle that is answered from (CompressKV)"),
+    ("sink", "detected", "mass on the first token; a head with all of it there is dormant"),
+    ("duo", "imported", "gates of DuoAttention, from its .tsv"),
+    ("rlkv", "imported", "gates of RLKV, from its .tsv"),
+)
+
+
+@app.callback(invoke_without_command=True)
+def listed(context: typer.Context, as_json: options.Json = False) -> None:
+    """Which heads retrieve: detect, import, export, and make policies of them."""
+    if context.invoked_subcommand is not None:
+        return
+    with speaking(as_json, quiet=as_json) as output:
+        output.show(
+            table("Scores of heads", ("name", "is", "meaning"), _SCORES, left=(0, 1, 2)), ""
+        )
+        output.show("kvtune heads detect --out heads.safetensors measures a model's.")
+        names = ("name", "is", "meaning")
+        output.finish("heads", {"known": [dict(zip(names, row, strict=True)) for row in _SCORES]})
+
+
 @app.command()
 def detect(
     out: Out,
@@ -45,10 +70,9 @@ def detect(
     from kvtune.cli.inputs import check_writable
     from kvtune.tuner.target import read_weights
 
-    check_writable(out, "--out")
+    check_writable(out.absolute().parent, "--out")
     name = read_weights(model)[0]
     with speaking(as_json, quiet) as output:
-        from kvtune.policies.head_scores import write_heads
         from kvtune.runtime.head_detectors import detect as measure
         from kvtune.runtime.head_detectors import overlaps
         from kvtune.traces.models import best_device, load_model
@@ -65,7 +89,7 @@ def detect(
             seed=seed,
             progress=output.progress,
         )
-        write_heads(found, out)
+        found = _written(found, out)
         pairs = list(overlaps(found, loaded.geometry.kv_heads, 0.1))
         output.show(_table(found), _overlap(pairs), f"written to {out}")
         shared = [{"one": a, "other": b, "shared": share} for a, b, share in pairs]
@@ -87,12 +111,10 @@ def import_(
         About,
         HeadScores,
         read_gates,
-        read_heads,
         read_retrieval,
-        write_heads,
     )
 
-    check_writable(out, "--out")
+    check_writable(out.absolute().parent, "--out")
     if source.suffix not in (".tsv", ".json"):
         raise KvtuneError(
             "is neither a .tsv of gates nor a .json of retrieval heads", where=str(source)
@@ -101,10 +123,7 @@ def import_(
         found, about = read_gates(source), About("KV heads", "imported gates", source.name)
     else:
         found, about = read_retrieval(source), About("query heads", "imported", source.name)
-    heads = HeadScores(model, "", {score: found}, {score: about})
-    if out.exists():
-        heads = read_heads(out).joined(heads)
-    write_heads(heads, out)
+    heads = _written(HeadScores(model, "", {score: found}, {score: about}), out)
     with speaking(as_json, quiet=as_json) as output:
         output.show(_table(heads), f"written to {out}")
         output.finish("heads import", {"out": out, **_plain(heads)})
@@ -125,7 +144,7 @@ def export(
     from kvtune.common.errors import KvtuneError
     from kvtune.policies.head_scores import read_heads, write_gates, write_retrieval
 
-    check_writable(out, "--out")
+    check_writable(out.absolute().parent, "--out")
     heads = read_heads(source)
     table_, about = heads.score(score), heads.about.get(score)
     if out.suffix == ".tsv":
@@ -177,7 +196,7 @@ def policy(
     from kvtune.policies.document import PolicyDocument, write_policy
     from kvtune.policies.head_scores import read_heads
 
-    check_writable(out, "--out")
+    check_writable(out.absolute().parent, "--out")
     made = _made(read_heads(source), system, kv_heads, score, context, sparsity, budget)
     write_text(out, write_policy(PolicyDocument(made)))
     with speaking(as_json, quiet=as_json) as output:
@@ -207,6 +226,15 @@ def _made(
     if system == "rlkv":
         return head_plans.gates_plan("RLKV", of("rlkv"), sparsity, head_plans.RLKV, 64)
     return head_plans.headkv_plan(of("retrieval"), budget)
+
+
+def _written(heads: HeadScores, out: Path) -> HeadScores:
+    """Write them, beside what the file holds already."""
+    from kvtune.policies.head_scores import read_heads, write_heads
+
+    both = read_heads(out).joined(heads) if out.exists() else heads
+    write_heads(both, out)
+    return both
 
 
 def _table(heads: HeadScores) -> Any:

@@ -14,7 +14,7 @@ COMMANDS = {
     "Look at a study": ("tui", "report", "card"),
     "Check": ("validate", "simulate", "bench", "capture"),
     "Serve": ("export",),
-    "Machines, models, policies": ("gpus", "models", "policies", "profile"),
+    "Machines, models, policies": ("gpus", "models", "policies", "heads", "profile"),
 }
 
 OPTIONS = {

@@ -213,3 +213,32 @@ def test_a_score_overlaps_with_itself() -> None:
         dict.fromkeys(("one", "two"), heads.about["retrieval"]),
     )
     assert list(overlaps(twice, 2, 0.25)) == [("one", "two", 1.0)]
+
+
+def test_commands_import_export_and_make_policies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kvtune.__main__ import main
+
+    gates, out = tmp_path / "gates.tsv", tmp_path / "heads.safetensors"
+    gates.write_text("0.9\t0.1\n0.2\t0.8\n")
+    found = ["--out", str(out), "--model", "a-model"]
+    assert main(["heads", "import", str(gates), "--score", "duo", *found]) == 0
+    retrieval = tmp_path / "model.json"
+    write_retrieval(np.array([[0.5, 0, 0, 0], [0, 0, 0, 0.2]], np.float32), retrieval)
+    assert main(["heads", "import", str(retrieval), "--score", "retrieval", *found]) == 0
+    assert set(read_heads(out).scores) == {"duo", "retrieval"}
+    made = tmp_path / "policy.yaml"
+    words = ["heads", "policy", str(out), "--kv-heads", "2", "--out", str(made), "--system"]
+    for system in ("duo", "headkv"):
+        assert main([*words, system]) == 0
+        assert read_policy(made.read_text()).bind(2, 2).layers == 2
+    again = tmp_path / "again.tsv"
+    assert main(["heads", "export", str(out), "--score", "duo", "--out", str(again)]) == 0
+    np.testing.assert_array_equal(read_gates(again), read_gates(gates))
+    capsys.readouterr()
+    assert main([*words, "razor"]) == 2
+    assert "no score is called 'echo'" in capsys.readouterr().err
+    json_ = tmp_path / "duo.json"
+    assert main(["heads", "export", str(out), "--score", "duo", "--out", str(json_)]) == 2
+    assert not json_.exists()
