@@ -80,6 +80,7 @@ def estimate(value: Any) -> Any:
 
 
 def standing(row: dict[str, Any]) -> Standing:
+    row = {"read": row["taken"], **row}  # what was measured before readers were on the board
     return Standing(**{each.name: estimate(row[each.name]) for each in fields(Standing)})
 
 

@@ -15,6 +15,7 @@ from kvtune.cli import (
     estimate,
     export,
     gpus,
+    heads,
     import_policy,
     models,
     policies,
@@ -56,6 +57,7 @@ def build() -> Any:
         name = module.__name__.rsplit(".", 1)[-1].replace("_", "-")
         app.command(name=name, cls=Command)(module.command)
     app.add_typer(policies.app, name="policies")
+    app.add_typer(heads.app, name="heads")
     app.add_typer(sources.app, name="tables")
     return get_command(app)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -70,7 +70,10 @@ def command(
         runs = bench(loaded, samples, chosen, wanted, out, form=form, progress=output.progress)
         found = standings(runs)
         for share in wanted:
-            output.show(_table(share, [s for s in found if s.share == share]), "")
+            mine = [standing for standing in found if standing.share == share]
+            output.show(_table("held", share, [s for s in mine if not s.reads_less]), "")
+            if any(standing.reads_less for standing in mine):
+                output.show(_table("read", share, mine), "")
         output.show(_full(runs))
         output.finish("bench", _answer(loaded, found, runs, out))
 
@@ -120,20 +123,24 @@ def _samples(
     return build(replace(plan, counts={"evaluate": held_out}), loaded.tokenizer)
 
 
-def _table(share: float, rows: Sequence[Standing]) -> RenderableType:
+def _table(
+    board: Literal["held", "read"], share: float, rows: Sequence[Standing]
+) -> RenderableType:
+    """Everyone at equal bytes; on the board of bytes read, those too that hold everything."""
     from kvtune.common.words import accuracy, figure
 
     shown = [
         (
             standing.policy + ("*" if standing.looks_ahead else ""),
             f"{100 * standing.taken:.2f} %",
+            f"{100 * standing.read:.2f} %",
             figure(standing.kl, tier=False),
             *(accuracy(each) for each in (standing.after, standing.known, standing.second)),
         )
         for standing in rows
     ]
-    columns = ("policy", "bytes", "KL nats/token", "after", "before", "second")
-    return table(f"At {100 * share:g} % of the bf16 bytes", columns, shown)
+    columns = ("policy", "held", "read", "KL nats/token", "after", "before", "second")
+    return table(f"At {100 * share:g} % of the bf16 bytes {board}", columns, shown)
 
 
 def _full(runs: Sequence[Run]) -> str:

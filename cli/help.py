@@ -14,12 +14,20 @@ COMMANDS = {
     "Look at a study": ("tui", "report", "card"),
     "Check": ("validate", "simulate", "bench", "capture"),
     "Serve": ("export", "import-policy"),
-    "Machines, models, policies": ("gpus", "models", "policies", "profile"),
+    "Machines, models, policies": ("gpus", "models", "policies", "heads", "profile"),
 }
 
 OPTIONS = {
     "What is served": ("model", "gpu", "mem", "context", "generated", "batch", "weights", "price"),
-    "What is asked of the search": ("max_kl", "trials", "menu", "stack", "stand_in", "seed"),
+    "What is asked of the search": (
+        "max_kl",
+        "trials",
+        "menu",
+        "read_bytes",
+        "stack",
+        "stand_in",
+        "seed",
+    ),
     "What it is measured on": ("trace", "split", "workload", "text", "device"),
     "Policy": ("policy", "evicts", "to", "compare", "allow_stand_in", "strict"),
 }

@@ -233,6 +233,8 @@ def command_of(study: Study) -> str:
         if name in given:
             words += [option, _portable(str(given[name]))]
     words += ["--mem", _size(facts.memory_bytes)]
+    if most_read := given.get("read_bytes"):
+        words += ["--read-bytes", _size(most_read)]
     if context := given.get("context_tokens"):
         longest = given.get("longest_context")
         words += ["--context", f"{context}-{longest}" if longest else str(context)]

@@ -64,6 +64,15 @@ def command(
             "kvtune export --to); left out: any plan, which kvtune's own runtime serves.",
         ),
     ] = None,
+    read_bytes: Annotated[
+        str | None,
+        typer.Option(
+            "--read-bytes",
+            metavar="SIZE",
+            help="A decode step may read so much of each sequence's prompt: 50MB; heads may then "
+            "hold more than they read (quest, token_select; with --menu all every reader).",
+        ),
+    ] = None,
     text: options.Texts = None,
     stand_in: Annotated[
         bool, typer.Option("--stand-in", help="Use the packaged tables even if weights are here.")
@@ -100,6 +109,7 @@ def command(
         workload=workload,
         menu=menu,
         stack=stack,
+        read_bytes=read_bytes,
         texts=text or (),
         stand_in=stand_in,
         seed=seed,

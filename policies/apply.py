@@ -20,7 +20,7 @@ from kvtune.policies.format import Format, Role
 from kvtune.policies.option import Option
 from kvtune.policies.parts import HeadPart, Part
 from kvtune.policies.policy import Policy
-from kvtune.policies.reader import Reader
+from kvtune.policies.reader import Held, Reader
 from kvtune.policies.signals import Signals
 
 Rows = Sequence[Sequence[Option]]  # [B][H]
@@ -40,6 +40,8 @@ class Compressed:
         footprint_bytes: what all heads hold, of each policy.
         log_weight: ``[..., H, n]`` float32, added to the logits; None where there is none.
         readers: rows, counted through ``[..., H]``, that do not read all that they hold.
+        tokens: of each entry, ``[..., H, n]`` int64; given where there are readers.
+        signals: of the layer's prompt; likewise.
     """
 
     keys: Tensor
@@ -48,6 +50,8 @@ class Compressed:
     footprint_bytes: tuple[int, ...]
     log_weight: Tensor | None = None
     readers: Mapping[Reader, tuple[int, ...]] = field(default_factory=dict)
+    tokens: Tensor | None = None
+    signals: Signals | None = None
 
     def visible(self, queries: Tensor) -> Tensor | None:
         """Entries that queries ``[..., H, G, C, D]`` attend to; None where that is all.
@@ -68,11 +72,23 @@ class Compressed:
         lead, (held, head_dim) = self.keys.shape[:-2], self.keys.shape[-2:]
         group, count = queries.shape[-3:-1]
         asking = queries.expand(*lead, group, count, head_dim).reshape(-1, group, count, head_dim)
-        keys = self.keys.reshape(-1, held, head_dim)[rows]
-        flags = torch.ones(len(asking), count, held, dtype=torch.bool, device=keys.device)
-        counts, own = self.counts.flatten()[rows], asking[rows].float()
-        flags[rows] = reader.reads(keys.float(), counts, own)
+        flags = torch.ones(len(asking), count, held, dtype=torch.bool, device=rows.device)
+        flags[rows] = reader.reads(self._held(rows), asking[rows].float())
         return flags.view(*lead, 1, count, held)
+
+    def _held(self, rows: Tensor) -> Held:
+        if self.tokens is None or self.signals is None:
+            raise RuntimeError("a reader was given nothing to choose from")
+        heads = self.counts.shape[-1]
+        return Held(
+            self.keys.flatten(0, -3)[rows].float(),
+            self.counts.flatten()[rows],
+            self.tokens.flatten(0, -2)[rows],
+            rows % heads,
+            rows // heads,
+            self.signals,
+            self.signals.prompt_tokens,
+        )
 
     @property
     def weights(self) -> Tensor | None:
@@ -94,6 +110,8 @@ class Compressed:
             self.footprint_bytes[row : row + 1],
             None if self.log_weight is None else self.log_weight[row],
             {reader: rows for reader, rows in readers.items() if rows},
+            None if self.tokens is None else self.tokens[row],
+            self.signals,
         )
 
 
@@ -148,13 +166,17 @@ def store(rows: Rows, budgets: Budgets, kept: Kept, signals: Signals) -> Compres
     keys, values, weights, counts = _side_by_side(slices, kept, signals)
     split = (-1, kept.heads)
     flat_budgets = [budget for row in budgets for budget in row]
+    readers = _readers(options, flat_budgets)
+    tokens = pad_sequence(kept.tokens, batch_first=True) if readers else None
     return Compressed(
         keys.unflatten(0, split),
         values.unflatten(0, split),
         counts.unflatten(0, split),
         _bytes(options, flat_budgets, kept, signals),
         None if weights is None else weights.unflatten(0, split),
-        _readers(options, flat_budgets),
+        readers,
+        None if tokens is None else tokens.unflatten(0, split),
+        signals if readers else None,
     )
 
 

@@ -151,6 +151,26 @@ class ScoredMethod(Method):
         return ranked
 
 
+@dataclass(frozen=True)
+class ReadingMethod(Method):
+    """Holds every token; the budget is how many of them a step reads."""
+
+    def keep(self, signals: Signals, budget: int) -> Tensor:
+        """All tokens."""
+        import torch
+
+        heads, tokens, _ = signals.keys.shape
+        return torch.arange(tokens, device=signals.keys.device).expand(heads, -1)
+
+    def plan(self, budget: int, prompt_tokens: int) -> tuple[PartPlan, ...]:
+        """All tokens, whatever is read of them."""
+        return (PartPlan(prompt_tokens),)
+
+    @abstractmethod
+    def reader(self, budget: int) -> Reader:
+        """Selects as many tokens as the budget, one at least."""
+
+
 def find_method(name: str) -> type[Method]:
     """The method called ``name``."""
     return find(PACKAGE, Method, name)  # type: ignore[type-abstract]

@@ -64,12 +64,35 @@ class Option:
     values: Format = Bf16()
 
     def bytes_by_format(self, tokens: int, prompt_tokens: int, head_dim: int) -> dict[Format, int]:
-        """Bytes of one KV head's parts, by the format that they are stored in; without torch."""
+        """Bytes that one KV head holds, by format; an index of keys counts as 16 bits."""
         found: dict[Format, int] = {}
         for part in self.method.plan(tokens, prompt_tokens):
             formats = part.formats or (self.keys, self.values)
             for form, size in zip(formats, part.stored_bytes(formats, head_dim), strict=True):
                 found[form] = found.get(form, 0) + size
+        if (reader := self.method.reader(tokens)) is not None:
+            entries = entries_of(self.method.plan(tokens, prompt_tokens))
+            found[Bf16()] = found.get(Bf16(), 0) + reader.index_bytes(entries, head_dim)
+        return found
+
+    def read_by_format(self, tokens: int, prompt_tokens: int, head_dim: int) -> dict[Format, int]:
+        """Bytes of those that a decode step reads, with what it reads to choose; likewise."""
+        reader = self.method.reader(tokens)
+        if reader is None:
+            return self.bytes_by_format(tokens, prompt_tokens, head_dim)
+        plan = self.method.plan(tokens, prompt_tokens)
+        entries = max(entries_of(plan), 1)
+        share = reader.entries_read(entries), entries
+        found: dict[Format, int] = {}
+        all_keys = 0
+        for part in plan:
+            formats = part.formats or (self.keys, self.values)
+            sizes = part.stored_bytes(formats, head_dim)
+            all_keys += sizes[0]
+            for form, size in zip(formats, sizes, strict=True):
+                found[form] = found.get(form, 0) + -(-size * share[0] // share[1])
+        scanned = reader.scanned_bytes(entries, head_dim, all_keys)
+        found[Bf16()] = found.get(Bf16(), 0) + scanned
         return found
 
     def ledger(self, tokens: int, prompt_tokens: int, head_dim: int) -> Ledger:
@@ -80,13 +103,9 @@ class Option:
             prompt_tokens: P.
             head_dim: D.
         """
-        stored = sum(self.bytes_by_format(tokens, prompt_tokens, head_dim).values())
-        reader = self.method.reader(tokens)
-        if reader is None:
-            return Ledger(stored, stored)
-        entries = entries_of(self.method.plan(tokens, prompt_tokens))
-        index, read = reader.index_bytes(entries, head_dim), reader.entries_read(entries)
-        return Ledger(stored + index, index + -(-stored * read // max(entries, 1)))
+        shape = tokens, prompt_tokens, head_dim
+        held, read = self.bytes_by_format(*shape), self.read_by_format(*shape)
+        return Ledger(sum(held.values()), sum(read.values()))
 
     def footprint(self, tokens: int, prompt_tokens: int, head_dim: int) -> int:
         """Bytes that one KV head holds of a prompt under a budget; exact, runs without torch."""

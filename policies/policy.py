@@ -142,6 +142,16 @@ class Policy:
         """
         return footprint(self, self.budgets(prompt_tokens), prompt_tokens, head_dim)
 
+    def read_bytes(self, prompt_tokens: int, head_dim: int) -> int:
+        """Bytes of the compressed prompt that a decode step reads; as far as ``footprint`` knows.
+
+        Less than the footprint where heads have readers.
+        """
+        planned = zip(self.options(), self.budgets(prompt_tokens).flat, strict=True)
+        each = (o.ledger(int(budget), prompt_tokens, head_dim) for o, budget in planned)
+        payload = sum(ledger.read_bytes for ledger in each)
+        return payload + footprint_of_lengths(self.layers, self.kv_heads)
+
 
 def footprint(policy: Policy, budgets: NDArray[np.int64], prompt_tokens: int, head_dim: int) -> int:
     """Bytes of a policy whose heads have these final budgets ``[L, H]``; exact."""

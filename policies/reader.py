@@ -1,8 +1,8 @@
 """What a decode step reads of what a KV head holds: the contract of a reader.
 
-A reader drops nothing. It divides a head's entries, in the order in which they are stored, into
-blocks of equal length, keeps an index of them, and names for every query the blocks to attend to.
-The last block and every generated token are always read.
+A reader drops nothing that its method holds. For every query, in order, it says which entries the
+KV head attends to; generated tokens are always read. Readers that divide a head into equal blocks
+and rank them by an index of the keys alone (``BlockReader``) also run in the paged runtime.
 """
 
 from __future__ import annotations
@@ -14,10 +14,80 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kvtune.policies.signals import Signals
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """What a reader is shown: rows, each a KV head of one layer under one policy.
+
+    Args:
+        keys: ``[R, n, D]`` float32 as they are stored; of row r the first ``counts[r]`` are real.
+        counts: ``[R]`` int64.
+        tokens: the prompt token of each entry, ``[R, n]`` int64.
+        heads: the KV head of each row, ``[R]`` int64.
+        policies: rows with the same number are heads of one policy, ``[R]`` int64.
+        signals: of the layer's prompt.
+        start: position of the first query; P where the queries follow the prompt.
+    """
+
+    keys: Tensor
+    counts: Tensor
+    tokens: Tensor
+    heads: Tensor
+    policies: Tensor
+    signals: Signals
+    start: int
+
+    @property
+    def real(self) -> Tensor:
+        """Entries that are there, ``[R, n]`` bool."""
+        import torch
+
+        return torch.arange(self.keys.shape[1], device=self.keys.device) < self.counts[:, None]
+
 
 @dataclass(frozen=True)
 class Reader(ABC):
-    """Selects blocks of a head's entries, query by query.
+    """Selects entries of a head, query by query."""
+
+    @abstractmethod
+    def reads(self, held: Held, queries: Tensor) -> Tensor:
+        """Which entries each query of a KV head attends to, ``[R, C, n]`` bool.
+
+        Args:
+            held: what there is.
+            queries: of each row's group, one position after the other, ``[R, G, C, D]`` float32.
+        """
+
+    @abstractmethod
+    def entries_read(self, entries: int) -> int:
+        """Entries that a step reads of a head that holds so many: the most, or the mean over steps
+        where ``is_scheduled``."""
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether some steps read more than others by plan."""
+        return False
+
+    @abstractmethod
+    def index_bytes(self, entries: int, head_dim: int) -> int:
+        """Bytes held beside one head's entries to choose from them; without torch."""
+
+    def scanned_bytes(self, entries: int, head_dim: int, key_bytes: int) -> int:
+        """Bytes of one head that a step reads to choose; unless overridden, the whole index.
+
+        Args:
+            entries: held.
+            head_dim: D.
+            key_bytes: that the entries' keys take.
+        """
+        return self.index_bytes(entries, head_dim)
+
+
+@dataclass(frozen=True)
+class BlockReader(Reader):
+    """Selects blocks of equal length; the last one is always read.
 
     Args:
         block: entries of a block.
@@ -45,10 +115,6 @@ class Reader(ABC):
             queries: of the head's group, ``[R, G, C, D]``.
         """
 
-    @abstractmethod
-    def index_bytes(self, entries: int, head_dim: int) -> int:
-        """Bytes of the index of one head, all of which every step reads; without torch."""
-
     def entries_read(self, entries: int) -> int:
         """Most entries that a step reads of a head that holds so many."""
         return min(entries, self.block * self.blocks)
@@ -72,14 +138,15 @@ class Reader(ABC):
         chosen = torch.where(best.values == -torch.inf, ends, best.indices)
         return torch.cat([chosen, ends], -1)
 
-    def reads(self, keys: Tensor, counts: Tensor, queries: Tensor) -> Tensor:
-        """Which entries each query attends to, ``[R, C, n]`` bool."""
+    def reads(self, held: Held, queries: Tensor) -> Tensor:
+        """The entries of the selected blocks."""
         import torch
 
-        entries = keys.shape[1]
+        entries = held.keys.shape[1]
         blocks = -(-entries // self.block)
-        chosen = self.select(self.index(keys, counts), counts, queries)
-        flags = torch.zeros(*chosen.shape[:2], blocks, dtype=torch.bool, device=keys.device)
+        index = self.index(held.keys, held.counts)
+        chosen = self.select(index, held.counts, queries)
+        flags = torch.zeros(*chosen.shape[:2], blocks, dtype=torch.bool, device=chosen.device)
         flags.scatter_(-1, chosen, value=True)
         return flags.repeat_interleave(self.block, -1)[..., :entries]
 

@@ -36,6 +36,7 @@ class Needs:
         future: the observed tokens themselves; only references that look ahead.
         probes: how the loss responds to the observed tokens' attention output; likewise.
         linked: the keys and values of another layer, which ``Method.linked_layer`` names.
+        sentences: which tokens end a sentence.
     """
 
     window: int = 0
@@ -47,6 +48,7 @@ class Needs:
     probes: bool = False
     linked: bool = False
     later_queries: bool = False
+    sentences: bool = False
 
     def queries(self, prompt_tokens: int) -> int:
         """How many of the last prompt queries hold all that is asked of them."""
@@ -101,6 +103,8 @@ class Signals:
         layer_error: relative error of this layer's output under a tiny cache, likewise.
         future: the observed tokens, for references that look ahead.
         linked: keys and values ``[H, P, D]`` of the layer that a method links to this one.
+        sentence_ends: whether each token of the prompt, and of what is observed after it, ends a
+            sentence, ``[N]`` bool.
     """
 
     queries: Tensor
@@ -117,6 +121,7 @@ class Signals:
     layer_error: float | None = None
     future: Future | None = None
     linked: tuple[Tensor, Tensor] | None = None
+    sentence_ends: Tensor | None = None
     _memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @staticmethod
@@ -136,7 +141,7 @@ class Signals:
         queries, keys, values = tensors["q"], tensors["k"], tensors["v"]
         first = queries.shape[1] - (keys.shape[1] - prompt)
         moments = tuple(tensors[n] for n in ("query_mean", "query_covariance") if n in tensors)
-        error = tensors.get("layer_error")
+        error, ends = tensors.get("layer_error"), tensors.get("sentence_ends")
         return Signals(
             queries[:, :first],
             keys[:, :prompt],
@@ -150,6 +155,7 @@ class Signals:
             reconstruction=tensors.get("reconstruction"),
             head_scores=tensors.get("head_scores"),
             layer_error=None if error is None else float(error),
+            sentence_ends=None if ends is None else ends.bool(),
             future=Future(
                 queries[:, first:], keys[:, prompt:], values[:, prompt:], tensors.get("probes")
             ),

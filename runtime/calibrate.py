@@ -7,7 +7,7 @@ it is missing. Needles are of the search split, so that nothing evaluated is cal
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -25,6 +25,7 @@ from kvtune.traces.calibration import Calibration, find_calibration, keep_calibr
 from kvtune.traces.models import LoadedModel, best_device, load_model
 from kvtune.traces.passes import run_observed
 from kvtune.traces.samples import Sample
+from kvtune.traces.seam import Handler
 from kvtune.traces.workloads import Workload, build
 
 WORKLOAD = Workload({"search": {"retrieval": 6}}, tokens=1024, observed=128)
@@ -72,8 +73,30 @@ def _copied_mass(loaded: LoadedModel, sample: Sample, prompt: Prompt) -> Tensor:
 
     Summed over the whole needle, mean over the answer's tokens that the model gets right.
     """
-    needle = _needle_columns(sample).to(loaded.device)  # [C, P]
+    needle = needle_columns(sample).to(loaded.device)  # [C, P]
     paid: list[Tensor] = []
+
+    def see(attention: Tensor) -> None:
+        paid.append((attention[..., : sample.prompt] * needle).sum(-1))
+
+    handler = watched(prompt, see)
+    observed = sample.token_ids[sample.prompt :]
+    with torch.no_grad():
+        logits = run_observed(loaded, observed, sample.prompt, handler)[0]
+    right = logits.argmax(-1).cpu() == torch.tensor(sample.targets)
+    counted = right & torch.tensor(sample.answer_mask)
+    rows: Tensor = torch.stack(paid).cpu()[..., counted]  # [L, Hq, rows]
+    mean: Tensor = rows.sum(-1) / max(rows.shape[-1], 1)
+    return mean
+
+
+def watched(prompt: Prompt, see: Callable[[Tensor], None]) -> Handler:
+    """Answers observed tokens from an uncompressed prompt; ``see`` gets each layer's attention.
+
+    Args:
+        prompt: of the sample that runs.
+        see: given ``[Hq, C, N]`` float32, layer by layer.
+    """
 
     def handler(
         layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
@@ -86,22 +109,15 @@ def _copied_mass(loaded: LoadedModel, sample: Sample, prompt: Prompt) -> Tensor:
         later = torch.ones(q.shape[2], q.shape[2], device=q.device).triu(1).bool()
         logits[..., before.prompt_tokens :].masked_fill_(later, -torch.inf)
         attention = logits.softmax(-1)
-        paid.append((attention[..., : before.prompt_tokens] * needle).sum(-1).flatten(0, 1))
+        see(attention.flatten(0, 1))
         values = torch.cat((before.values, v[0].float()), 1)
         output: Tensor = (attention @ values[:, None]).flatten(0, 1)[None].to(q.dtype)
         return output
 
-    observed = sample.token_ids[sample.prompt :]
-    with torch.no_grad():
-        logits = run_observed(loaded, observed, sample.prompt, handler)[0]
-    right = logits.argmax(-1).cpu() == torch.tensor(sample.targets)
-    counted = right & torch.tensor(sample.answer_mask)
-    rows: Tensor = torch.stack(paid).cpu()[..., counted]  # [L, Hq, rows]
-    mean: Tensor = rows.sum(-1) / max(rows.shape[-1], 1)
-    return mean
+    return handler
 
 
-def _needle_columns(sample: Sample) -> Tensor:
+def needle_columns(sample: Sample) -> Tensor:
     """For each observed row, the prompt's tokens of the needle that it answers, ``[C, P]`` bool."""
     found = torch.zeros(sample.observed, sample.prompt)
     for needle in range(max(sample.needle_of_row) + 1):

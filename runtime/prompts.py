@@ -18,6 +18,7 @@ from kvtune.traces.models import LoadedModel
 from kvtune.traces.passes import run_prompt
 from kvtune.traces.reconstruction import reconstruction
 from kvtune.traces.samples import Sample
+from kvtune.traces.sentences import sentence_ends
 from kvtune.traces.signals import column_sums
 from kvtune.traces.trace import LayerTrace, SampleRecord, Trace
 
@@ -98,6 +99,10 @@ def fresh_prompt(
                 signals.reconstruction = scores
     if needs.calibration:
         _add_calibration(kept.layers, require_calibration(loaded.fingerprint), loaded.device)
+    if needs.sentences:
+        ends = sentence_ends(loaded, sample.token_ids)
+        for signals in kept.layers:
+            signals.sentence_ends = ends
     if needs.future or needs.probes:
         drawn = probes if needs.probes else 1  # the pass itself is what the future takes
         _add_future(kept.layers, observe(loaded, sample, kept.cache, drawn, seed))

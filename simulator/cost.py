@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate, exact
@@ -94,7 +94,8 @@ def policy_cost(
         held = _while_evicting(policy, shape, tokens, generated)
     else:
         grown = shape.kv_bytes(tokens + generated) - shape.kv_bytes(tokens)
-        held = _Held(prompt, prompt + Counter({"bf16": grown}))
+        unread = prompt - bytes_read_by_format(policy, shape, tokens)
+        held = _Held(prompt, prompt + Counter({"bf16": grown}), unread=unread)
     growth = Growth(generated, evicts)
     size = sequence_bytes(policy, tokens, shape.head_dim, growth) + held.statistics
     return _cost(shape, gpu, budget, held, size, policy)
@@ -102,11 +103,15 @@ def policy_cost(
 
 @dataclass(frozen=True)
 class _Held:
-    """Bytes of one sequence by the name of their format, without the heads' lengths."""
+    """Bytes of one sequence by the name of their format, without the heads' lengths.
+
+    ``unread`` are those of ``most`` that a decode step leaves alone.
+    """
 
     prompt: Counter[str]
     most: Counter[str]
     statistics: int = 0
+    unread: Counter[str] = field(default_factory=Counter)
 
 
 def _while_evicting(policy: Policy, shape: ModelShape, prompt_tokens: int, generated: int) -> _Held:
@@ -138,7 +143,7 @@ def _cost(
     beside = footprint_of_lengths(shape.layers, shape.kv_heads) if policy else 0
     prompt_bytes = sum(held.prompt.values()) + beside
     waiting = waiting_bytes(shape, tokens) if policy and policy.waits else 0
-    step = decode_step(shape, gpu, weights, batch, dict(held.most), "runtime")
+    step = decode_step(shape, gpu, weights, batch, dict(held.most - held.unread), "runtime")
     first = prefill(shape, gpu, weights, tokens, execution="runtime")
     peak = peak_memory(shape, gpu, weights, size, tokens, batch)
     return Cost(
@@ -161,6 +166,16 @@ def cache_bytes_by_format(policy: Policy, shape: ModelShape, prompt_tokens: int)
     each = zip(policy.options(), budgets, strict=True)
     head_dim = shape.head_dim
     return sum((_bytes_of(o, int(n), prompt_tokens, head_dim) for o, n in each), Counter[str]())
+
+
+def bytes_read_by_format(policy: Policy, shape: ModelShape, prompt_tokens: int) -> Counter[str]:
+    """Bytes of those that a decode step reads, as far as the prompt goes."""
+    found = Counter[str]()
+    for option, tokens in zip(policy.options(), policy.budgets(prompt_tokens).flat, strict=True):
+        read = option.read_by_format(int(tokens), prompt_tokens, shape.head_dim)
+        for form, size in read.items():
+            found[form.name] += size
+    return found
 
 
 def _bytes_of(option: Option, tokens: int, prompt_tokens: int, head_dim: int) -> Counter[str]:

@@ -112,6 +112,12 @@ class Tables:
             np.int64,
         )
 
+    def bytes_read(self, prompt_tokens: int, head_dim: int) -> NDArray[np.int64]:
+        """Bytes of one head that a decode step reads under each option, ``[O]``; likewise."""
+        shapes = ((o, o.budget.resolve(prompt_tokens)) for o in self.options)
+        read = [o.ledger(tokens, prompt_tokens, head_dim).read_bytes for o, tokens in shapes]
+        return np.array(read, np.int64)
+
     def by_sample(self, choice: NDArray[np.int64], cross: float = 1.0) -> Floats:
         """Loss of one configuration on every sample, ``[n]`` nats/token.
 

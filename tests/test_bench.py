@@ -15,9 +15,11 @@ from kvtune.cli.bench import _shares
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.method import methods
+from kvtune.policies.methods.quest import Quest
+from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.runtime.live import run_live
 from kvtune.traces.calibration import Calibration, keep_calibration
-from kvtune.tuner.bench import asked_before, bench, entries
+from kvtune.tuner.bench import Entry, asked_before, bench, entries
 from kvtune.tuner.bench_runs import RUNS, Run
 from kvtune.tuner.leaderboard import full_cache, standings
 
@@ -170,3 +172,20 @@ def test_the_committed_page_is_the_committed_result() -> None:
     assert written.split(leaderboard.MARK)[1].strip() == leaderboard.page(found).strip()
     assert {row["policy"] for row in found["standings"]} <= {entry.name for entry in entries()}
     assert all(row["evicted"] > 0 for row in found["standings"])
+
+
+def test_readers_are_filled_by_what_they_read(
+    tiny_model: Any, samples: list[Any], tmp_path: Path
+) -> None:
+    chosen = [Entry(Quest(block=8)), Entry(StreamingLLM())]
+    runs = bench(tiny_model, samples[:1], chosen, (0.5,), tmp_path)
+    quest = [run for run in runs if run.policy == "quest"]
+    assert quest
+    for run in quest:
+        assert run.taken > 1, "all of the prompt and an index"
+        assert run.read is not None
+        assert 0.3 < run.read <= 0.5
+    assert all(run.read is None for run in runs if run.policy == "streaming_llm")
+    found = {standing.policy: standing for standing in standings(runs)}
+    assert found["quest"].reads_less
+    assert not found["streaming_llm"].reads_less

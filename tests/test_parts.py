@@ -107,7 +107,6 @@ def test_the_compensation_token_is_exact_where_dropped_tokens_are_alike(signals:
 
 def test_the_bound_of_a_block_is_never_below_a_logit_in_it(signals: Signals) -> None:
     reader = Quest(block=8).reader(24)
-    assert reader is not None
     counts = torch.full((HEADS,), TOKENS)
     queries = uniform(52, HEADS, GROUP, 6, SIZE)
     bound = reader.score(reader.index(signals.keys, counts), queries)

@@ -11,7 +11,7 @@ import torch
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.signals import Needs
-from kvtune.runtime.calibrate import _needle_columns, calibrate, summary
+from kvtune.runtime.calibrate import calibrate, needle_columns, summary
 from kvtune.runtime.prompts import fresh_prompt, traced_prompt
 from kvtune.simulator.replay import LayerReplay
 from kvtune.traces.calibration import (
@@ -101,7 +101,7 @@ def needle_sample() -> Sample:
 
 
 def test_a_needle_is_found_where_it_was_hidden() -> None:
-    columns = _needle_columns(needle_sample())
+    columns = needle_columns(needle_sample())
     assert columns.nonzero().tolist() == [[row, at] for row in (2, 3) for at in (3, 4, 5, 6)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvtune.common.errors import KvtuneError
 from kvtune.simulator.tables import Tables
-from kvtune.tuner.allocate import Problem, exchange, priced, score, solve
+from kvtune.tuner.allocate import Problem, exchange, priced, score, solve, solve_both
 
 Make = Callable[..., Tables]
 SEEDS = st.integers(0, 10_000)
@@ -235,3 +236,47 @@ def test_heads_alone_do_no_worse_than_layers_where_losses_add_up(make_tables: Ma
         budget = budget_at(problem, share)
         layers = np.repeat(solve(problem.tied(4), budget), 4)
         assert problem.value(solve(problem, budget)) < problem.value(layers)
+
+
+@quick
+@given(seed=SEEDS, held=st.floats(0.2, 1), read=st.floats(0.05, 1))
+def test_both_budgets_are_kept_to(seed: int, held: float, read: float) -> None:
+    """Options that hold much may read little, as those of a reader do."""
+    problem = random_problem(seed, heads=6, options=6)
+    rng = np.random.default_rng(seed + 1)
+    problem = replace(problem, read=np.minimum(problem.footprint, rng.integers(5, 1000, 6)))
+    assert problem.read is not None
+    budget = budget_at(problem, held)
+    least = int(problem.read.min()) * 6
+    most_read = least + int(read * (int(problem.read.max()) * 6 - least))
+    choices = np.array(list(product(range(6), repeat=6)))
+    within = (problem.footprint[choices].sum(1) <= budget) & (
+        problem.read[choices].sum(1) <= most_read
+    )
+    if not within.any():
+        with pytest.raises(KvtuneError, match="keep to"):
+            solve_both(problem, budget, most_read)
+        return
+    try:
+        found = solve_both(problem, budget, most_read)
+    except KvtuneError:
+        assert within.mean() < 0.01, "a rare corner may be missed, and is said to be"
+        return
+    assert problem.spent(found) <= budget
+    assert int(problem.read[found].sum()) <= most_read
+    best = float(score(problem, choices[within]).min())
+    # no worse than what keeps everybody on one option that fits both
+    alike = [np.full(6, option) for option in range(6)]
+    fits = [
+        problem.value(c)
+        for c in alike
+        if problem.spent(c) <= budget and problem.read[c].sum() <= most_read
+    ]
+    assert problem.value(found) >= best - 1e-6
+    assert not fits or problem.value(found) <= min(fits) * 1.5 + 1e-6
+
+
+def test_a_read_budget_that_is_no_limit_changes_nothing() -> None:
+    problem = random_problem(3)
+    budget = budget_at(problem, 0.5)
+    assert (solve_both(problem, budget, 10**9) == solve(problem, budget)).all()

@@ -21,8 +21,13 @@ from kvtune.tuner.sources import menu_of, queries_of, signals_of
 def test_every_method_is_offered_but_references_and_floors() -> None:
     offered = {method.name for method in every_method()}
     floors_and_references = {"full", "random", "future_attention", "probe_greedy"}
-    linked_and_readers = {"minicache", "quest"}  # heads are searched one by one, in bytes held
-    assert offered == {*methods()} - floors_and_references - linked_and_readers
+    linked = {"minicache"}  # heads are searched one by one
+    slow = {"retrieval_attention"}
+    everyone = {*methods()} - floors_and_references - linked - slow
+    readers = {name for name in everyone if methods()[name]().reader(1) is not None}
+    assert {"quest", "token_select", "infllm"} < readers
+    assert offered == everyone - readers, "what holds everything is no better than all of it"
+    assert {m.name for m in every_method(reads_less=True)} == everyone
     assert {*METHODS, PREFILL} <= {*every_method()}
 
 
@@ -67,7 +72,7 @@ def test_a_trace_records_what_the_menu_needs_and_what_baselines_read() -> None:
     formats = alike((Option().keys,))
     assert signals_of(LAPTOP.needs) == ("column_sums",)
     assert signals_of(Menu((SnapKV(),), (0.5,), formats).needs) == ("column_sums",)
-    assert signals_of(Menu(every_method(), (0.5,), formats).needs) == SIGNALS
+    assert signals_of(Menu(every_method(reads_less=True), (0.5,), formats).needs) == SIGNALS
     assert queries_of(LAPTOP.needs, 128) == 192
     assert queries_of(Needs(window=400), 128) == 528
 

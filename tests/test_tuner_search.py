@@ -18,6 +18,7 @@ from kvtune.common.progress import Silent
 from kvtune.policies.document import read_policy
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.methods.full import Full
+from kvtune.policies.methods.quest import Quest
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.model_config import shape_from_config
@@ -218,6 +219,19 @@ def test_a_menu_of_all_methods_is_captured_for_and_replayed(
     named = {option.method for option in source.tables.options}
     assert named == {*every_method(calibrated=False), Full()}
     assert (source.tables.loss >= 0).all()
+
+
+def test_a_search_that_limits_reading_keeps_to_it(
+    own: SearchRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads may then hold everything and read little of it."""
+    full = own.shape.kv_bytes(80)
+    monkeypatch.setattr(sources, "LAPTOP", Menu(METHODS, (0.25,), alike((Bf16(),))))
+    monkeypatch.setattr(sources, "READERS", (Quest(block=4),))
+    request = replace(own, read_bytes=full // 2, sequences=1, run_dir=own.run_dir / "read")
+    result = run_search(request)
+    assert result.policy.read_bytes(80, own.shape.head_dim) <= full // 2
+    assert any(note.startswith("reading: ") for note in result.notes)
 
 
 def test_a_stand_in_says_that_it_knows_three_methods(packaged: Tables, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from kvtune.traces.calibration import require_calibration
 from kvtune.traces.passes import full_cache_handler, run_observed, run_prompt
 from kvtune.traces.reconstruction import reconstruction
 from kvtune.traces.samples import Sample
+from kvtune.traces.sentences import sentence_ends
 from kvtune.traces.signals import column_sums
 from kvtune.traces.trace import Trace, open_trace
 from kvtune.traces.writer import CaptureSettings, TraceWriter
@@ -141,6 +142,10 @@ def _run_prompt(loaded: LoadedModel, sample: Sample, settings: CaptureSettings) 
         repeated = reconstruction(loaded, token_ids, result.cache)
         for found, scores in zip(result.signals, repeated, strict=True):
             found["reconstruction"] = scores
+    if "sentences" in settings.signals:
+        ends = sentence_ends(loaded, sample.token_ids)
+        for found in result.signals:
+            found["sentence_ends"] = ends
     if "calibration" in settings.signals:
         calibration = require_calibration(loaded.fingerprint)
         for layer, found in enumerate(result.signals):

@@ -16,6 +16,7 @@ TENSORS_OF = {
     "later_queries": ("later_queries",),
     "reconstruction": ("reconstruction",),
     "calibration": ("head_scores", "layer_error"),
+    "sentences": ("sentence_ends",),
 }
 """What capture can record beside q, k, v, output and probes, and the tensors that hold it."""
 

@@ -16,6 +16,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.simulator.tables import Floats, Tables, low_rank
 
 Choice = NDArray[np.int64]
+_WHOLE = 2**40  # a budget, where two are mixed
 _TOLERANCE = 1e-9  # nats/token: smaller gains are rounding
 
 
@@ -27,6 +28,7 @@ class Problem:
         loss: own terms, ``[I, O]`` nats/token.
         factor: ``[I, O, r]``; its products between heads are the cross terms.
         footprint: bytes, ``[O]``.
+        read: bytes that a decode step reads of those, ``[O]``; None where nobody asks.
         shrinkage: share of the cross terms that counts, 0 to 1.
     """
 
@@ -34,6 +36,7 @@ class Problem:
     factor: Floats
     footprint: NDArray[np.int64]
     shrinkage: float = 0.4
+    read: NDArray[np.int64] | None = None
 
     @staticmethod
     def of(
@@ -58,6 +61,7 @@ class Problem:
             loss=self.loss[:, columns],
             factor=np.ascontiguousarray(self.factor[:, columns]),
             footprint=self.footprint[columns],
+            read=None if self.read is None else self.read[columns],
         )
 
     def shrunk(self, shrinkage: float) -> Problem:
@@ -70,7 +74,8 @@ class Problem:
         apart = (self.factor**2).sum(-1).reshape(-1, size, self.loss.shape[1]).sum(1)
         within = (factor**2).sum(-1) - apart
         own = self.loss.reshape(-1, size, self.loss.shape[1]).sum(1) + self.shrinkage * within
-        return replace(self, loss=own, factor=factor, footprint=self.footprint * size)
+        read = None if self.read is None else self.read * size
+        return replace(self, loss=own, factor=factor, footprint=self.footprint * size, read=read)
 
     def value(self, choice: Choice) -> float:
         """Loss of one configuration, ``[I]``, with shrunk cross terms, nats/token."""
@@ -115,6 +120,42 @@ def solve(problem: Problem, budget: int) -> Choice:
     if problem.shrinkage:
         start = _descend_price(problem, budget, start, price)
     return exchange(problem, budget, start)
+
+
+def solve_both(problem: Problem, budget: int, read_budget: int) -> Choice:
+    """The best found within ``budget`` bytes held and ``read_budget`` bytes read a step, ``[I]``.
+
+    Both are one price: a mix of the two shares of their budgets, whose weight is bisected. A mix
+    that is kept to may break one of the two; it is then tightened until it does not.
+
+    Raises:
+        KvtuneError: no options keep to both.
+    """
+    read = problem.footprint if problem.read is None else problem.read
+    choice = solve(problem, budget)
+    if int(read[choice].sum()) <= read_budget:
+        return choice
+    found: list[Choice] = []
+    for room in (1.0, 0.98, 0.95, 0.9, 0.8, 0.6):
+        low, high = 0.0, 1.0
+        for _ in range(8):
+            weight = (low + high) / 2
+            mixed = (1 - weight) * problem.footprint / budget + weight * read / max(read_budget, 1)
+            priced_as_one = replace(problem, footprint=np.ceil(mixed * _WHOLE).astype(np.int64))
+            try:
+                choice = solve(priced_as_one, int(room * _WHOLE))
+            except KvtuneError:
+                break
+            reads_too_much = int(read[choice].sum()) > read_budget
+            if not reads_too_much and problem.spent(choice) <= budget:
+                found.append(choice)
+            low, high = (weight, high) if reads_too_much else (low, weight)
+        if found:
+            return min(found, key=problem.value)
+    raise KvtuneError(
+        f"no options keep to {budget} bytes held and {read_budget} bytes read",
+        hint="raise --read-bytes or --mem, or shorten --context.",
+    )
 
 
 def priced(problem: Problem, budget: int) -> tuple[Choice, float]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import kvtune
 from kvtune.common.estimate import BAND, Estimate
 from kvtune.common.progress import Progress
+from kvtune.common.units import format_bytes
 from kvtune.policies.policy import Policy
 from kvtune.simulator.cost import Cost, policy_cost
 from kvtune.simulator.memory import MemoryBudget
@@ -169,6 +170,13 @@ def _notes(found: Found, chosen: Candidate, quality: Quality) -> tuple[str, ...]
             else f"the least loss found; none stays {limit}"
         )
         notes.append(f"at once: {chosen.sequences} of {chosen.context} tokens, {reason}.")
+    if request.read_bytes is not None:
+        policy, shape = found.solver.policy(chosen), request.shape
+        read = policy.read_bytes(chosen.context, shape.head_dim)
+        notes.append(
+            f"reading: a decode step reads {format_bytes(read)} of each sequence's prompt, "
+            f"--read-bytes allows {format_bytes(request.read_bytes)}."
+        )
     if prompt != chosen.context:
         notes.append(
             f"context: quality was measured on prompts of {prompt} tokens; budgets are shares of "

@@ -71,8 +71,12 @@ def fill(
     layers: int,
     kv_heads: int,
     head_dim: int,
+    *,
+    reads: bool = False,
 ) -> Policy | None:
     """The option everywhere with the largest budget that fits, to the token of a single head.
+
+    ``reads`` fills with what a decode step reads instead of what is held.
 
     None where not even one token a head fits, or where everything fits with room to spare: a
     wider precision is then the fairer candidate.
@@ -89,7 +93,9 @@ def fill(
         return Policy(f"{family} {option.method.label} {option.keys.label}", heads, allocator)
 
     def takes(tokens: int, extra: int = 0) -> int:
-        return policy(tokens, extra).footprint(prompt_tokens, head_dim)
+        made = policy(tokens, extra)
+        count = made.read_bytes if reads else made.footprint
+        return count(prompt_tokens, head_dim)
 
     if takes(1) > budget_bytes:
         return None

@@ -8,6 +8,7 @@ that an interrupted bench goes on where it stopped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -16,6 +17,7 @@ from pathlib import Path
 from kvtune.common.errors import KvtuneError, nearest
 from kvtune.common.progress import Progress, Silent
 from kvtune.policies.allocator import Allocator
+from kvtune.policies.allocators.actqkv_layers import ActQKVLayers
 from kvtune.policies.allocators.adakv import AdaKV
 from kvtune.policies.allocators.as_given import AsGiven
 from kvtune.policies.allocators.cake_layers import CakeLayers
@@ -25,6 +27,7 @@ from kvtune.policies.allocators.pyramid import Pyramid
 from kvtune.policies.format import Format
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.method import Method, methods
+from kvtune.policies.methods.actqkv import ActQKV
 from kvtune.policies.methods.cake import Cake
 from kvtune.policies.methods.compresskv import CompressKV
 from kvtune.policies.methods.expected_attention import ExpectedAttention
@@ -63,6 +66,11 @@ class Entry:
         moved = "" if isinstance(self.allocator, AsGiven) else f" + {self.allocator.name}"
         return self.method.name + moved
 
+    @property
+    def reads_less(self) -> bool:
+        """Whether it reads less than it holds, and is filled by what it reads."""
+        return self.method.reader(1) is not None
+
 
 SPLIT = (
     Entry(SnapKV(), Pyramid(window=SnapKV().window)),
@@ -72,6 +80,7 @@ SPLIT = (
     Entry(KVzip(), ModelWide()),
     Entry(Cake(), CakeLayers()),
     Entry(CompressKV(), CompressKVLayers()),
+    Entry(ActQKV(), ActQKVLayers()),
 )
 """Methods with budgets split as their authors, or the field, do."""
 
@@ -169,7 +178,7 @@ def _run_sample(
     """Batches of runs; the prompt is run once."""
     geometry = loaded.geometry
     shape = (sample.prompt, geometry.layers, geometry.kv_heads, geometry.head_dim)
-    full = 4 * sample.prompt * geometry.layers * geometry.kv_heads * geometry.head_dim
+    full = 4 * math.prod(shape)
     filled = [
         (entry, share, policy)
         for entry, share in wanted
@@ -183,8 +192,8 @@ def _run_sample(
         batch = filled[at : at + together]
         live = run_live(loaded, sample, prompt, [policy for *_, policy in batch])
         yield [
-            _measured(entry, share, setting, sample, run, full)
-            for (entry, share, _), run in zip(batch, live, strict=True)
+            _measured(entry, share, setting, sample, run, policy, shape)
+            for (entry, share, policy), run in zip(batch, live, strict=True)
         ]
 
 
@@ -193,12 +202,19 @@ def _filled(
 ) -> Policy | None:
     """The entry's policy with the largest budget that fits, to the token of a single head."""
     option = Option(entry.method, keys=form, values=form)
-    return fill(option, entry.allocator, budget_bytes, *shape)
+    return fill(option, entry.allocator, budget_bytes, *shape, reads=entry.reads_less)
 
 
 def _measured(
-    entry: Entry, share: float, setting: Setting, sample: Sample, run: LiveRun, full: int
+    entry: Entry,
+    share: float,
+    setting: Setting,
+    sample: Sample,
+    run: LiveRun,
+    policy: Policy,
+    shape: tuple[int, int, int, int],
 ) -> Run:
+    full = 4 * math.prod(shape)
     order = list(dict.fromkeys(needle for needle in sample.needle_of_row if needle >= 0))
     first, later = order[:1], order[1:]
 
@@ -219,6 +235,7 @@ def _measured(
         setting=setting,
         kl=float(run.kl.mean()),
         taken=run.footprint_bytes / full,
+        read=policy.read_bytes(shape[0], shape[-1]) / full if entry.reads_less else None,
         evicted=int((run.kept < sample.prompt).sum()),
         first=right(ours, first),
         later=right(ours, later),

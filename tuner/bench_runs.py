@@ -39,6 +39,7 @@ class Run:
         full_first: under the full cache.
         full_later: likewise.
         needles: questions asked first, and later.
+        read: bytes that a decode step reads, likewise; None where those are all that was taken.
     """
 
     policy: Name
@@ -54,6 +55,7 @@ class Run:
     full_first: tuple[Whole, Whole]
     full_later: tuple[Whole, Whole]
     needles: tuple[Whole, Whole]
+    read: NotNegative | None = None
 
 
 def open_runs(out: Path, loaded: LoadedModel, form: Format) -> list[Run]:

@@ -21,7 +21,8 @@ class Standing:
     Args:
         policy: its name.
         share: bytes asked for, of the prompt's bf16 bytes.
-        taken: bytes counted, the mean over samples.
+        taken: bytes held, counted, the mean over samples.
+        read: bytes of those that a decode step reads, likewise.
         kl: nats/token; questions after compression.
         after: answers right where all questions come after compression; None without needles.
         known: answers to the one question that the prompt ended with.
@@ -34,6 +35,7 @@ class Standing:
     policy: str
     share: float
     taken: float
+    read: float
     kl: Estimate
     after: Estimate | None
     known: Estimate | None
@@ -41,6 +43,11 @@ class Standing:
     evicted: int
     samples: int
     looks_ahead: bool
+
+    @property
+    def reads_less(self) -> bool:
+        """Whether it holds more than its share of bytes and reads no more: of the read board."""
+        return self.read < self.taken
 
 
 def standings(runs: Sequence[Run]) -> list[Standing]:
@@ -67,6 +74,7 @@ def _standing(runs: Sequence[Run]) -> Standing:
         policy=runs[0].policy,
         share=runs[0].share,
         taken=float(np.mean([run.taken for run in runs])),
+        read=float(np.mean([run.taken if run.read is None else run.read for run in runs])),
         kl=estimate([run.kl for run in after], [run.kind for run in after], "live"),
         after=_answers(after, lambda run: (run.first, run.later), sum),
         known=_answers(before, lambda run: (run.first,), lambda needles: needles[0]),

@@ -61,6 +61,7 @@ class SearchOptions(TypedDict, total=False):
         workload: texts that are searched on: ``"small"`` for a CPU, ``"full"`` for a GPU.
         menu: methods that a head may have: ``"three"``, or ``"all"``.
         stack: a serving stack that the plan must be expressible on: ``"vllm"``, ``"llama-cpp"``...
+        read_bytes: that a decode step may read of each sequence's prompt; left out, any.
         texts: your own .txt or .jsonl files, instead of the built-in ones.
         stand_in: uses the packaged tables even where weights are at hand.
         seed: of everything that is drawn, 0.
@@ -76,6 +77,7 @@ class SearchOptions(TypedDict, total=False):
     workload: Literal["small", "full"]
     menu: Literal["three", "all"]
     stack: str | None
+    read_bytes: Amount | None
     texts: Iterable[Path | str]
     stand_in: bool
     seed: int
@@ -123,7 +125,7 @@ def search_request(
     Raises:
         KvtuneError: something is unknown or out of bounds.
     """
-    wanted = str(options.get("context", 8192))
+    wanted, read = str(options.get("context", 8192)), options.get("read_bytes")
     shortest = wanted.partition("-")[0]
     target = read_target(model, gpu, mem, shortest, options.get("generated", 256))
     context, longest = read_context_range(wanted, target.shape)
@@ -149,6 +151,7 @@ def search_request(
         workload=options.get("workload", "small"),
         menu=options.get("menu", "three"),
         stack=known_stack(stack),
+        read_bytes=None if read is None else parse_bytes(read),
         texts=read_texts(options.get("texts", ())),
     )
 

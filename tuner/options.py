@@ -17,9 +17,12 @@ from kvtune.policies.methods.a2sf import A2SF, PREFILL
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.protected import Protected
+from kvtune.policies.methods.quest import Quest
 from kvtune.policies.methods.random_tokens import RandomTokens
+from kvtune.policies.methods.retrieval_attention import RetrievalAttention
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
+from kvtune.policies.methods.token_select import TokenSelect
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.signals import Needs
 
@@ -97,8 +100,11 @@ ROTATED: tuple[Pair, ...] = (
 )
 """Rotated keys and values, which the menu of all methods has besides; three bits have no pages."""
 
+READERS: tuple[Method, ...] = (Quest(), TokenSelect())
+"""Beside the three, where a search limits what is read."""
 
-def every_method(*, calibrated: bool = True) -> tuple[Method, ...]:
+
+def every_method(*, calibrated: bool = True, reads_less: bool = False) -> tuple[Method, ...]:
     """All registered methods that choose when the prompt is complete and that a server could run.
 
     As published; A2SF as its authors set it for prompts. Left out are ``full``, which under a
@@ -107,6 +113,8 @@ def every_method(*, calibrated: bool = True) -> tuple[Method, ...]:
 
     Args:
         calibrated: whether the model has a calibration; without one, what needs it is left out.
+        reads_less: whether a step's reading is limited; where it is not, readers, which hold
+            everything, are no better than the full cache, and are left out.
     """
     kinds = (kind for _, kind in sorted(methods().items()))
     made = [PREFILL if kind is A2SF else kind() for kind in kinds if kind not in _NOT_OFFERED]
@@ -114,9 +122,10 @@ def every_method(*, calibrated: bool = True) -> tuple[Method, ...]:
         method
         for method in made
         if not method.looks_ahead and (calibrated or not method.needs.calibration)
-        # Heads are searched one by one, in bytes held: neither links nor readers fit that yet.
-        if not method.needs.linked and method.reader(1) is None
+        # Heads are searched one by one: two layers that must choose alike do not fit that.
+        if not method.needs.linked and (reads_less or method.reader(1) is None)
     )
 
 
-_NOT_OFFERED = (Full, Protected, RandomTokens)
+_NOT_OFFERED = (Full, Protected, RandomTokens, RetrievalAttention)
+"""The last because its graphs take minutes a sample to build."""

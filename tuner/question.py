@@ -18,7 +18,7 @@ from kvtune.policies.exporter import EngineLimits
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.simulator.tables import Tables
-from kvtune.tuner.allocate import Choice, Problem, solve
+from kvtune.tuner.allocate import Choice, Problem, solve, solve_both
 from kvtune.tuner.within import expressible, format_label, is_narrow, splits_of
 
 
@@ -36,6 +36,7 @@ class Question:
         working: bytes that the runtime works with, for a context and so many sequences.
         sequences: how many at once; None lets the study choose.
         limits: of the stack that the plan is for; None for any plan.
+        most_read: bytes that a decode step may read of each sequence's prompt; None for any.
     """
 
     tables: Tables
@@ -46,6 +47,7 @@ class Question:
     working: Callable[[int, int], int]
     sequences: int | None = None
     limits: EngineLimits | None = None
+    most_read: int | None = None
 
     @property
     def options(self) -> list[Option]:
@@ -103,6 +105,12 @@ class Question:
         """
         return self._room(context, sequences, waits) // sequences - self.generated_bytes
 
+    @property
+    def read_budget(self) -> int | None:
+        """``most_read`` less the heads' lengths, which every step reads."""
+        lengths = footprint_of_lengths(1, self.tables.heads)
+        return None if self.most_read is None else max(self.most_read - lengths, 0)
+
     def most_sequences(self, context: int) -> int:
         """As many as fit with every head on its smallest option."""
         allowed = [expressible(option, self.limits) for option in self.tables.options]
@@ -153,7 +161,12 @@ class Solver:
         splits = {sample.split for sample in tables.samples}
         held = question.held
         fit = Problem.of(tables.of_split("search"), held[question.contexts[0]], rank=rank)
-        problems = {context: replace(fit, footprint=held[context]) for context in held}
+        problems = {
+            context: replace(
+                fit, footprint=held[context], read=tables.bytes_read(context, question.head_dim)
+            )
+            for context in held
+        }
         check = tables.of_split("select" if "select" in splits else "search")
         return Solver(question, problems, check)
 
@@ -169,7 +182,9 @@ class Solver:
         alike = {"heads": 1, "layers": tables.kv_heads, "engine": tables.heads}
         size = alike[parameters["split"]]
         try:
-            picked = solve(problem.tied(size) if size > 1 else problem, budget)
+            tied = problem.tied(size) if size > 1 else problem
+            most = self.question.read_budget
+            picked = solve(tied, budget) if most is None else solve_both(tied, budget, most)
         except KvtuneError:
             return None
         choice = columns[np.repeat(picked, size)]

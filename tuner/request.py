@@ -42,6 +42,7 @@ class SearchRequest:
         menu: methods that a head may be given: "three" (snapkv, h2o, streaming_llm) or "all".
         stack: the serving stack that the plan must be expressible on, as exporters are called;
             None for any plan.
+        read_bytes: that a decode step may read of each sequence's prompt; None for any.
         texts: the user's own .txt or .jsonl files, searched and evaluated on instead.
     """
 
@@ -63,6 +64,7 @@ class SearchRequest:
     workload: Literal["small", "full"] = "small"
     menu: Literal["three", "all"] = "three"
     stack: str | None = None
+    read_bytes: int | None = None
     texts: tuple[Path, ...] = ()
 
     @property

@@ -101,6 +101,11 @@ def _nothing_fits(request: SearchRequest, question: Question) -> DoesNotFitError
     """The error that says how many sequences would fit."""
     context = request.context_tokens
     most = question.most_sequences(context)
+    if request.read_bytes is not None and most:
+        return DoesNotFitError(
+            f"no plan of {context} tokens reads {format_bytes(request.read_bytes)} a step or less",
+            hint="raise --read-bytes or shorten --context.",
+        )
     lower = f"--batch {most} is the most that fits, with every head compressed the furthest; "
     return DoesNotFitError(
         f"no plan fits {request.sequences or 1} sequences of {context} tokens in "
@@ -193,6 +198,7 @@ def _question(request: SearchRequest, budgets: Budgets, source: QualitySource) -
         working=working,
         sequences=request.sequences,
         limits=limits_of(request.stack),
+        most_read=request.read_bytes,
     )
 
 

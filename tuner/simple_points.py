@@ -37,7 +37,11 @@ def _point(solver: Solver, context: int, option: int) -> Candidate | None:
     waits = question.tables.options[option].method.needs.reconstruction
     most = question.sequences_of(context, problem.spent(choice), waits)
     sequences = question.sequences or most
-    if not 1 <= sequences <= most:
+    read = question.tables.bytes_read(context, question.head_dim)[option]
+    reads_too_much = question.read_budget is not None and (
+        read * question.tables.heads > question.read_budget
+    )
+    if reads_too_much or not 1 <= sequences <= most:
         return None
     return Candidate(
         number=0,

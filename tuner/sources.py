@@ -23,7 +23,7 @@ from kvtune.simulator.tables_file import load_tables, save_tables
 from kvtune.traces.signals import SIGNALS
 from kvtune.tuner import source_models
 from kvtune.tuner.band import band
-from kvtune.tuner.options import FULL, LAPTOP, ROTATED, Menu, every_method
+from kvtune.tuner.options import FULL, LAPTOP, READERS, ROTATED, Menu, every_method
 from kvtune.tuner.quality import estimate
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.within import limits_of, menu_within
@@ -158,12 +158,16 @@ def _own_trace(
 def menu_of(request: SearchRequest, *, calibrated: bool) -> Menu:
     """What a head may be given: shares and formats by workload, methods as the request asks.
 
-    The menu of all methods has rotated formats too; of both, what the stack can express stays.
+    The menu of all methods has rotated formats too, and a limit on what is read brings readers; of
+    both, what the stack can express stays.
     """
     menu = LAPTOP if request.workload == "small" else FULL
+    reads_less = request.read_bytes is not None
     if request.menu == "all":
-        methods = every_method(calibrated=calibrated)
+        methods = every_method(calibrated=calibrated, reads_less=reads_less)
         menu = replace(menu, methods=methods, formats=(*menu.formats, *ROTATED))
+    elif reads_less:
+        menu = replace(menu, methods=menu.methods + READERS)
     return menu_within(menu, limits_of(request.stack))
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvtune.policies.method import Method
-from kvtune.policies.parts import PartPlan
-from kvtune.policies.reader import Reader, dot_products
+from kvtune.policies.method import ReadingMethod
+from kvtune.policies.reader import BlockReader, dot_products
 from kvtune.policies.registry import parameter
-from kvtune.policies.signals import Signals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +16,7 @@ _BOUND_BYTES = 4  # a 16-bit minimum and maximum a channel
 
 
 @dataclass(frozen=True)
-class Quest(Method):
+class Quest(ReadingMethod):
     """Holds every token; the budget is how many of them a step reads.
 
     index[b]  = smallest and largest key of block b, channel by channel
@@ -37,24 +35,13 @@ class Quest(Method):
 
     block: int = parameter(16, "tokens of a block", unit="tokens", low=1, high=4096)
 
-    def keep(self, signals: Signals, budget: int) -> Tensor:
-        """All tokens."""
-        import torch
-
-        heads, tokens, _ = signals.keys.shape
-        return torch.arange(tokens, device=signals.keys.device).expand(heads, -1)
-
-    def plan(self, budget: int, prompt_tokens: int) -> tuple[PartPlan, ...]:
-        """All tokens, whatever is read of them."""
-        return (PartPlan(prompt_tokens),)
-
-    def reader(self, budget: int) -> Reader | None:
+    def reader(self, budget: int) -> BlockReader:
         """Bounds of blocks; one block at least is read."""
         return BlockBounds(self.block, max(budget // self.block, 1))
 
 
 @dataclass(frozen=True)
-class BlockBounds(Reader):
+class BlockBounds(BlockReader):
     """Ranks blocks by an upper bound on the logits of their keys."""
 
     def index(self, keys: Tensor, counts: Tensor) -> Tensor:

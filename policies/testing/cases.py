@@ -79,6 +79,7 @@ def make_signals(case: Case) -> Signals:
         layer_error=0.1 + case.seed % 7 / 10,
         future=make_future(case),
         linked=tuple(uniform(case.seed + 7, 2, case.kv_heads, *shape)),
+        sentence_ends=uniform(case.seed + 8, case.prompt_tokens + 7) > 1.2,
     )
 
 
@@ -124,6 +125,7 @@ def lean_signals(method: Method, full: Signals) -> Signals:
         layer_error=full.layer_error if needs.calibration else None,
         future=future if needs.future else None,
         linked=full.linked if needs.linked else None,
+        sentence_ends=full.sentence_ends if needs.sentences else None,
     )
 
 

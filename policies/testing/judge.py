@@ -50,7 +50,8 @@ def judge(name: str) -> Iterator[Verdict]:
         roles = [("keys",), ("values",)]
         yield from _all(list(variants(formats()[name])), FORMAT_CHECKS, roles)
     elif name in allocators():
-        yield from _all(list(variants(allocators()[name])), ALLOCATOR_CHECKS, [()])
+        cases = [(case,) for case in METHOD_CASES]
+        yield from _all(list(variants(allocators()[name])), ALLOCATOR_CHECKS, cases)
     else:
         known = [*methods(), *formats(), *allocators()]
         raise KvtuneError(f"{name!r} is no method, format or allocator", hint=nearest(name, known))

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 
 import torch
+from torch import Tensor
 
 from kvtune.policies.method import Method, ScoredMethod
 from kvtune.policies.parts import VIRTUAL, entries_of
+from kvtune.policies.reader import Held
 from kvtune.policies.testing.cases import (
     Case,
     lean_signals,
@@ -34,7 +36,7 @@ def keeps_ascending_indices_within_the_budget(method: Method, case: Case) -> Non
     """As many different tokens a head as planned, in order, all of the prompt."""
     kept = method.keep(shared_signals(case), case.budget)
     count = min(case.budget, case.prompt_tokens)
-    if type(method).parts is Method.parts:
+    if type(method).parts is Method.parts or method.reader(case.budget) is not None:
         count = entries_of(method.plan(case.budget, case.prompt_tokens))
     assert kept.dtype == torch.int64
     assert kept.shape == (case.kv_heads, count), (
@@ -153,19 +155,32 @@ def reader_selects_real_blocks(method: Method, case: Case) -> None:
     reader = method.reader(case.budget)
     if reader is None:
         return
-    signals = shared_signals(case)
-    heads, tokens = case.kv_heads, case.prompt_tokens
-    queries = signals.queries[:, -5:].unflatten(0, (heads, -1))
-    for count in {tokens, max(tokens - 1, 1), 1}:
-        counts = torch.full((heads,), count)
-        junk = signals.keys.clone()
-        junk[:, count:] = 1e9
-        reads = reader.reads(junk, counts, queries)
+    tokens = entries_of(method.plan(case.budget, case.prompt_tokens))
+    for count in sorted({tokens, max(tokens - 1, 1), 1} if tokens else ()):
+        held, queries = _held(method, case, tokens, count)
+        reads = reader.reads(held, queries)
         real = reads[..., :count].sum(-1)
-        assert reads.shape == (heads, queries.shape[2], tokens)
-        assert (real <= reader.entries_read(count)).all()
+        assert reads.shape == (case.kv_heads, queries.shape[2], tokens)
+        assert reader.is_scheduled or (real <= reader.entries_read(count)).all()
         assert reads[..., count - 1].all()
+        assert torch.equal(reads, reader.reads(held, queries))
     assert reader.index_bytes(tokens, case.head_dim) >= 0
+    assert reader.scanned_bytes(tokens, case.head_dim, 2 * tokens * case.head_dim) >= 0
+
+
+def _held(method: Method, case: Case, entries: int, count: int) -> tuple[Held, Tensor]:
+    """What a reader is shown of the case, of which only ``count`` entries are real; its queries."""
+    signals = lean_signals(method, shared_signals(case))
+    heads, numbers = case.kv_heads, torch.arange(case.kv_heads)
+    tokens = torch.arange(entries).expand(heads, -1)
+    junk = shared_signals(case).keys[:, :1].repeat(1, entries, 1)
+    mine = min(entries, case.prompt_tokens)
+    junk[:, :mine] = signals.keys[:, :mine]
+    junk[:, count:] = 1e9
+    counts, policies = torch.full((heads,), count), torch.zeros_like(numbers)
+    held = Held(junk, counts, tokens, numbers, policies, signals, case.prompt_tokens)
+    queries = shared_signals(case).queries[:, -5:].unflatten(0, (heads, -1))
+    return held, queries
 
 
 def needs_are_honest(method: Method, case: Case) -> None:

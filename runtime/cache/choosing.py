@@ -12,10 +12,11 @@ from torch import Tensor
 from kvtune.policies.apply import ask, held_bytes
 from kvtune.policies.parts import HeadPart
 from kvtune.policies.policy import Policy
-from kvtune.policies.reader import Reader
+from kvtune.policies.reader import BlockReader
 from kvtune.policies.room import Room
 from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.placing import place
+from kvtune.runtime.cache.selecting import paged_reader
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Choice:
     exact: list[int]
     merged: Mapping[int, tuple[Tensor, Tensor]]
     beside: list[list[HeadPart]]
-    readers: list[Reader | None]
+    readers: list[BlockReader | None]
     held_bytes: list[int]
     rooms: list[Room | None]
 
@@ -68,7 +69,7 @@ def choose(policy: Policy, planned: Sequence[int], signals: Signals, evicts: boo
         exact=[exact for _, exact, _, _ in placed],
         merged={row: both for row, (_, _, both, _) in enumerate(placed) if both is not None},
         beside=[beside for _, _, _, beside in placed],
-        readers=[option.method.reader(budget) for _, option, budget in rows],
+        readers=[paged_reader(option.method.reader(budget)) for _, option, budget in rows],
         held_bytes=[held_bytes(option, budget, each, head_dim) for each, option, budget in rows],
         rooms=rooms * prompts,
     )

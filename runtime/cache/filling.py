@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from kvtune.policies.reader import Reader
+from kvtune.policies.reader import BlockReader
 from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.beside import Beside, HeldPart, Shared
 from kvtune.runtime.cache.choosing import Choice
 from kvtune.runtime.cache.evicting import Evictor, Opening, evictors, openings
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.segments import Ints
-from kvtune.runtime.cache.selecting import Indexed, indexed
+from kvtune.runtime.cache.selecting import Indexed, indexed, paged_reader
 from kvtune.runtime.cache.sliding import Ring, places_of
 
 
@@ -117,12 +117,12 @@ class Filling:
 
     def _take_readers(self, taken: Taken) -> None:
         """Index keys for readers, as pages hold them."""
-        readers = [reader for choice in taken.choices for reader in choice.readers]
+        readers = [paged_reader(each) for choice in taken.choices for each in choice.readers]
         if all(reader is None for reader in readers):
             return
         layer, kept = taken.layer, taken.kept
         of_rows = [(signals, head) for signals in taken.read for head in range(len(signals.keys))]
-        every: dict[int, Reader] = {}
+        every: dict[int, BlockReader] = {}
         keys: dict[int, Tensor] = {}
         for row in range(taken.rows.start, taken.rows.stop):
             at = (row - taken.rows.start) % len(readers)

@@ -20,7 +20,7 @@ from torch import Tensor
 from kvtune.policies.option import Option
 from kvtune.policies.pages import PAGE, PageLayout
 from kvtune.policies.paging import pages_of
-from kvtune.policies.reader import Reader
+from kvtune.policies.reader import BlockReader
 from kvtune.runtime.cache.backend import Backend, Growing, Seen
 from kvtune.runtime.cache.beside import Beside
 from kvtune.runtime.cache.pool import PageMemory
@@ -82,7 +82,9 @@ class PagedLayer:
         self.evicted = np.zeros(len(self.layouts), np.int64)
         self.ring: Ring | None = None  # of a sliding layer; set before ``seal``
         self.beside: Beside | None = None  # what pages cannot hold
-        self.readers: dict[int, Reader] = {}  # of rows that do not read all; set before ``seal``
+        self.readers: dict[
+            int, BlockReader
+        ] = {}  # of rows that do not read all; set before ``seal``
         self.indexed: list[Indexed] = []  # likewise
         self.selections: list[Selection] = []
         device = pool.memory.device

@@ -48,7 +48,7 @@ from kvtune.runtime.cache.layer import CacheLayer, attention, padding_mask
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.placing import warn_of_slow_formats
 from kvtune.runtime.cache.pool import Pool
-from kvtune.runtime.cache.selecting import check_reader
+from kvtune.runtime.cache.selecting import paged_reader
 from kvtune.runtime.cache.settling import check_residual, settle
 from kvtune.runtime.cache.whole_prompt import calibration_for, check_passes, repeated, when_read
 from kvtune.runtime.kernels.launch import Scratch
@@ -91,7 +91,7 @@ def load_cache(
     bound.check_fits(*shape)
     check_passes(bound, tokenizer)
     for option in dict.fromkeys(bound.options()):
-        check_reader(option.method.reader(PAGE))
+        paged_reader(option.method.reader(PAGE))
     warn_of_slow_formats(bound, geometry.head_dim)
     if evicts:
         check_evicting(bound)

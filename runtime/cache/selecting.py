@@ -16,20 +16,28 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.pages import PAGE
-from kvtune.policies.reader import Reader
+from kvtune.policies.reader import BlockReader, Reader
 
 
-def check_reader(reader: Reader | None) -> None:
-    """Refuse a reader whose blocks are not the runtime's pages.
+def paged_reader(reader: Reader | None) -> BlockReader | None:
+    """The reader, as one whose blocks are the runtime's pages.
 
     Raises:
-        KvtuneError: says which block would do.
+        KvtuneError: it is none; says what would do.
     """
-    if reader is not None and reader.block != PAGE:
+    if reader is None:
+        return None
+    if not isinstance(reader, BlockReader):
+        raise KvtuneError(
+            f"the paged runtime reads whole pages, and {type(reader).__name__} chooses entries",
+            hint="replay, live runs, search and bench have it; here use quest or landmark.",
+        )
+    if reader.block != PAGE:
         raise KvtuneError(
             f"the paged runtime reads whole pages of {PAGE} tokens, not blocks of {reader.block}",
             hint=f"give the method block: {PAGE}.",
         )
+    return reader
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class Indexed:
         counts: tokens of each row's coded segment, ``[R]`` int64.
     """
 
-    reader: Reader
+    reader: BlockReader
     rows: list[int]
     index: Tensor
     counts: Tensor
@@ -98,12 +106,12 @@ class Selection:
         lengths.index_copy_(0, self.at, read.to(lengths.dtype))
 
 
-def pages_read(reader: Reader, pages: int) -> int:
+def pages_read(reader: BlockReader, pages: int) -> int:
     """Table entries that a row of so many coded pages needs."""
     return min(reader.blocks, pages)
 
 
-def indexed(readers: Mapping[int, Reader], keys: Mapping[int, Tensor]) -> list[Indexed]:
+def indexed(readers: Mapping[int, BlockReader], keys: Mapping[int, Tensor]) -> list[Indexed]:
     """One index for each reader of some rows of a layer that have coded pages.
 
     Args:

@@ -1,0 +1,271 @@
+"""``kvtune heads``: scores of a model's heads, detected, imported, exported, made into policies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from kvtune.cli import options
+from kvtune.cli.output import speaking, table
+
+if TYPE_CHECKING:
+    from kvtune.policies.head_scores import HeadScores
+    from kvtune.policies.policy import Policy
+
+app = typer.Typer(help="Which heads retrieve: detect, import, export, and make policies of them.")
+
+Out = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Written.")]
+From = Annotated[Path, typer.Argument(metavar="FILE", help="Head scores of kvtune heads.")]
+Score = Annotated[
+    str, typer.Option("--score", metavar="NAME", help="One of the file: retrieval, duo, ...")
+]
+
+
+_SCORES = (
+    ("echo", "detected", "attention to earlier places of the same token (RazorAttention)"),
+    ("induction", "detected", "attention to what followed those (RazorAttention)"),
+    ("retrieval", "detected", "looks most at the very token that is copied (Wu et al.)"),
+    ("semantic", "detected", "mass on the whole needle that is answered from (CompressKV)"),
+    ("sink", "detected", "mass on the first token; a head with all of it there is dormant"),
+    ("duo", "imported", "gates of DuoAttention, from its .tsv"),
+    ("rlkv", "imported", "gates of RLKV, from its .tsv"),
+)
+
+
+@app.callback(invoke_without_command=True)
+def listed(context: typer.Context, as_json: options.Json = False) -> None:
+    """Which heads retrieve: detect, import, export, and make policies of them."""
+    if context.invoked_subcommand is not None:
+        return
+    with speaking(as_json, quiet=as_json) as output:
+        output.show(
+            table("Scores of heads", ("name", "is", "meaning"), _SCORES, left=(0, 1, 2)), ""
+        )
+        output.show("kvtune heads detect --out heads.safetensors measures a model's.")
+        names = ("name", "is", "meaning")
+        output.finish("heads", {"known": [dict(zip(names, row, strict=True)) for row in _SCORES]})
+
+
+@app.command()
+def detect(
+    out: Out,
+    model: options.Model = "smollm2-135m",
+    tokens: Annotated[
+        int, typer.Option("--tokens", metavar="N", min=256, help="Of each needle sample.")
+    ] = 1024,
+    samples: Annotated[
+        int, typer.Option("--samples", metavar="N", min=1, help="Needle samples.")
+    ] = 6,
+    block: Annotated[
+        int, typer.Option("--block", metavar="N", min=2, help="Random tokens that repeat.")
+    ] = 2500,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure echo, induction, retrieval, semantic and sink heads."""
+    from kvtune.cli.inputs import check_writable
+    from kvtune.tuner.target import read_weights
+
+    check_writable(out.absolute().parent, "--out")
+    name = read_weights(model)[0]
+    with speaking(as_json, quiet) as output:
+        from kvtune.runtime.head_detectors import detect as measure
+        from kvtune.runtime.head_detectors import overlaps
+        from kvtune.traces.models import best_device, load_model
+        from kvtune.traces.workloads import Workload, build
+
+        loaded = load_model(name, device=device or best_device(), progress=output.progress)
+        plan = Workload(
+            {"search": {"retrieval": samples}}, tokens=tokens, observed=min(128, tokens // 2)
+        )
+        found = measure(
+            loaded,
+            build(plan, loaded.tokenizer),
+            block=block,
+            seed=seed,
+            progress=output.progress,
+        )
+        found = _written(found, out)
+        pairs = list(overlaps(found, loaded.geometry.kv_heads, 0.1))
+        output.show(_table(found), _overlap(pairs), f"written to {out}")
+        shared = [{"one": a, "other": b, "shared": share} for a, b, share in pairs]
+        output.finish("heads detect", {"out": out, **_plain(found), "overlap_of_top_tenth": shared})
+
+
+@app.command(name="import")
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="A published .tsv or .json.")],
+    out: Out,
+    score: Score,
+    model: Annotated[str, typer.Option("--model", metavar="NAME", help="Whose heads they are.")],
+    as_json: options.Json = False,
+) -> None:
+    """Read published gates (.tsv of DuoAttention, RLKV) or retrieval heads (.json)."""
+    from kvtune.cli.inputs import check_writable
+    from kvtune.common.errors import KvtuneError
+    from kvtune.policies.head_scores import (
+        About,
+        HeadScores,
+        read_gates,
+        read_retrieval,
+    )
+
+    check_writable(out.absolute().parent, "--out")
+    if source.suffix not in (".tsv", ".json"):
+        raise KvtuneError(
+            "is neither a .tsv of gates nor a .json of retrieval heads", where=str(source)
+        )
+    if source.suffix == ".tsv":
+        found, about = read_gates(source), About("KV heads", "imported gates", source.name)
+    else:
+        found, about = read_retrieval(source), About("query heads", "imported", source.name)
+    heads = _written(HeadScores(model, "", {score: found}, {score: about}), out)
+    with speaking(as_json, quiet=as_json) as output:
+        output.show(_table(heads), f"written to {out}")
+        output.finish("heads import", {"out": out, **_plain(heads)})
+
+
+@app.command()
+def export(
+    source: From,
+    out: Out,
+    score: Score,
+    kv_heads: Annotated[
+        int | None, typer.Option("--kv-heads", metavar="N", min=1, help="For gates, of a layer.")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Write one score as .tsv (one column a KV head) or .json (query heads)."""
+    from kvtune.cli.inputs import check_writable
+    from kvtune.common.errors import KvtuneError
+    from kvtune.policies.head_scores import read_heads, write_gates, write_retrieval
+
+    check_writable(out.absolute().parent, "--out")
+    heads = read_heads(source)
+    table_, about = heads.score(score), heads.about.get(score)
+    if out.suffix == ".tsv":
+        write_gates(heads.of_kv_heads(score, kv_heads or table_.shape[1]), out)
+    elif out.suffix != ".json":
+        raise KvtuneError("name a .tsv or a .json file", where="--out")
+    elif about is not None and about.heads == "KV heads":
+        raise KvtuneError(
+            f"the score {score!r} is of KV heads, the .json form of query heads",
+            where="--out",
+            hint="name a .tsv file.",
+        )
+    else:
+        write_retrieval(table_, out)
+    with speaking(as_json, quiet=as_json) as output:
+        output.show(f"{score} written to {out}")
+        output.finish("heads export", {"out": out, "score": score})
+
+
+@app.command()
+def policy(
+    source: From,
+    out: Out,
+    system: Annotated[
+        Literal["razor", "duo", "rlkv", "headkv"],
+        typer.Option("--system", help="Whose rule: RazorAttention, DuoAttention, RLKV, HeadKV."),
+    ],
+    kv_heads: Annotated[
+        int, typer.Option("--kv-heads", metavar="N", min=1, help="Of a layer of the model.")
+    ],
+    score: Annotated[
+        str, typer.Option("--score", metavar="NAME", help="Left out: the system's own.")
+    ] = "",
+    context: Annotated[
+        int, typer.Option("--context", metavar="N", min=1, help="Tokens of a prompt (razor).")
+    ] = 8192,
+    sparsity: Annotated[
+        float,
+        typer.Option("--sparsity", min=0, max=1, help="Share of streaming heads (duo, rlkv)."),
+    ] = 0.5,
+    budget: Annotated[
+        int, typer.Option("--budget", metavar="N", min=1, help="Mean tokens of a head (headkv).")
+    ] = 512,
+    as_json: options.Json = False,
+) -> None:
+    """A policy file by a published rule, with this model's heads."""
+    from kvtune.cli.inputs import check_writable
+    from kvtune.common.files import write_text
+    from kvtune.policies.document import PolicyDocument, write_policy
+    from kvtune.policies.head_scores import read_heads
+
+    check_writable(out.absolute().parent, "--out")
+    made = _made(read_heads(source), system, kv_heads, score, context, sparsity, budget)
+    write_text(out, write_policy(PolicyDocument(made)))
+    with speaking(as_json, quiet=as_json) as output:
+        output.show(f"{made.name}, {made.layers} layers of {made.kv_heads} KV heads, in {out}")
+        output.finish("heads policy", {"out": out, "system": system, "name": made.name})
+
+
+def _made(
+    heads: HeadScores,
+    system: str,
+    kv_heads: int,
+    score: str,
+    context: int,
+    sparsity: float,
+    budget: int,
+) -> Policy:
+    from kvtune.policies import head_plans
+
+    def of(name: str) -> Any:
+        return heads.of_kv_heads(score or name, kv_heads)
+
+    if system == "razor":
+        echo = heads.of_kv_heads("echo", kv_heads)
+        return head_plans.razor_plan(of("induction"), echo, context)
+    if system == "duo":
+        return head_plans.gates_plan("DuoAttention", of("duo"), sparsity, head_plans.DUO, 256)
+    if system == "rlkv":
+        return head_plans.gates_plan("RLKV", of("rlkv"), sparsity, head_plans.RLKV, 64)
+    return head_plans.headkv_plan(of("retrieval"), budget)
+
+
+def _written(heads: HeadScores, out: Path) -> HeadScores:
+    """Write them, beside what the file holds already."""
+    from kvtune.policies.head_scores import read_heads, write_heads
+
+    both = read_heads(out).joined(heads) if out.exists() else heads
+    write_heads(both, out)
+    return both
+
+
+def _table(heads: HeadScores) -> Any:
+    import numpy as np
+
+    rows = []
+    for name, score in sorted(heads.scores.items()):
+        layer, head = np.unravel_index(int(score.argmax()), score.shape)
+        rows.append(
+            (
+                name,
+                f"{score.shape[0]} x {score.shape[1]} {heads.about[name].heads}",
+                f"{score.mean():.3f}",
+                f"{score.max():.3f} (layer {layer}, head {head})",
+                f"{100 * (score > 0.1).mean():.1f} %",
+            )
+        )
+    columns = ("score", "of", "mean", "highest", "above 0.1")
+    return table(f"Heads of {heads.model}", columns, rows, left=(0, 1))
+
+
+def _overlap(pairs: list[tuple[str, str, float]]) -> Any:
+    rows = [(one, other, f"{100 * share:.0f} %") for one, other, share in pairs]
+    return table("Of the top tenth of KV heads, in common", ("score", "and", "shared"), rows)
+
+
+def _plain(heads: HeadScores) -> dict[str, Any]:
+    return {
+        "model": heads.model,
+        "scores": {
+            name: {"about": heads.about[name], "values": score.tolist()}
+            for name, score in sorted(heads.scores.items())
+        },
+    }

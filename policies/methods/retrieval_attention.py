@@ -1,0 +1,153 @@
+"""RetrievalAttention: each step searches a graph over keys that was built for queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from kvtune.policies.key_graph import KeyGraph
+from kvtune.policies.method import ReadingMethod
+from kvtune.policies.reader import Held, Reader
+from kvtune.policies.recall import best, ends
+from kvtune.policies.registry import LONGEST_PROMPT, parameter
+from kvtune.policies.signals import ALL_QUERIES, Needs, Signals
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_NUMBER_BYTES, _KEY_BYTES = 4, 2
+
+
+@dataclass(frozen=True)
+class RetrievalAttention(ReadingMethod):
+    """Holds every token; the budget is how many of them a step reads.
+
+    graph   = of the tokens between the ends: keys that one prompt query looks at are joined
+              (``joins: queries``), or keys near to each other (``joins: keys``, a plain index)
+    found   = for each query of the head's group, the keys that a best-first search ends with
+    read    = the first ``sinks`` and last ``recent`` tokens, and the largest logits found
+
+    Source: Liu et al., "RetrievalAttention: Accelerating Long-Context LLM Inference via Vector
+    Retrieval", arXiv 2409.10516, with the graph of RoarGraph, arXiv 2408.08933; 128 and 512 tokens
+    that are always read, 35 neighbours in each of two steps and 100 keys a query are theirs.
+    Differs: one graph a KV head, of all its group's queries, not a query head, and one list of
+    tokens; a key's own lists are merged where several queries begin with it; the last step connects
+    all keys at once. Keys count as held on the device; the authors search on the host.
+    Cost: O(G P^2 D) and P searches once a prompt; ``beam`` expansions a step and query.
+    """
+
+    name = "retrieval_attention"
+    source = "Liu et al., arXiv 2409.10516"
+
+    sinks: int = parameter(128, "first tokens always read", unit="tokens", low=0, high=4096)
+    recent: int = parameter(
+        512, "last tokens always read", unit="tokens", low=1, high=LONGEST_PROMPT
+    )
+    degree: int = parameter(35, "neighbours a key gets in each of two steps", low=1, high=128)
+    near: int = parameter(100, "keys that a prompt query joins", low=2, high=1024)
+    beam: int = parameter(100, "candidates of a search, and its most expansions", low=1, high=1024)
+    joins: Literal["queries", "keys"] = parameter(
+        "queries", "what joins keys: queries, or keys as in a plain index"
+    )
+
+    @property
+    def needs(self) -> Needs:
+        """Every query of the prompt, for the graph."""
+        return Needs(window=ALL_QUERIES)
+
+    def reader(self, budget: int) -> GraphSearch:
+        """A search for every query."""
+        budget = max(budget, 1)
+        at_ends = ends(budget, self.sinks, self.recent)
+        return GraphSearch(budget, *at_ends, self.degree, self.near, self.beam, self.joins)
+
+
+@dataclass(frozen=True)
+class GraphSearch(Reader):
+    """Reads what searches of a graph find.
+
+    Args:
+        budget: entries read.
+        first: at the start, always read.
+        last: at the end, likewise.
+        degree: neighbours a key gets in each of two steps.
+        near: keys that a prompt query joins.
+        beam: candidates of a search, and its most expansions.
+        joins: what joins keys.
+    """
+
+    budget: int
+    first: int
+    last: int
+    degree: int
+    near: int
+    beam: int
+    joins: Literal["queries", "keys"]
+
+    def reads(self, held: Held, queries: Tensor) -> Tensor:
+        """The ends, and the largest logits found."""
+        import torch
+
+        worth = queries.new_full(
+            (len(queries), *queries.shape[2:3], held.keys.shape[1]), -torch.inf
+        )
+        for row, count in enumerate(held.counts.tolist()):
+            if count > self.first + self.last:
+                middle = slice(self.first, count - self.last)
+                worth[row, :, middle] = self.found(held, row, count, queries[row])[0].amax(0)
+        return best(held, worth, self.first, self.last, self.budget)
+
+    def found(self, held: Held, row: int, count: int, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """What the searches of one row end with, and what they compared, ``[G, C, middle]`` each.
+
+        The first are logits, minus infinity where a key was not found.
+        """
+        import torch
+
+        graph = self.graph(held, row, count)
+        ids, visited = graph.search(queries.flatten(0, 1), self.beam)
+        met = ids >= 0
+        logits = torch.einsum("qd,qbd->qb", queries.flatten(0, 1), graph.keys[ids])
+        worth = torch.full(visited.shape, -torch.inf, device=visited.device)
+        lowest = logits.masked_fill(~met, -torch.inf)
+        worth = worth.scatter_reduce(1, ids.clamp_min(0), lowest, "amax")
+        split = queries.shape[:2]
+        return worth.unflatten(0, split), visited.unflatten(0, split)
+
+    def graph(self, held: Held, row: int, count: int) -> KeyGraph:
+        """Of one row, over the prompt's own keys; built once a prompt."""
+        signals, head = held.signals, int(held.heads[row])
+        tokens = held.tokens[row, self.first : count - self.last]
+
+        def build() -> KeyGraph:
+            queries = _queries_of(signals, head)
+            keys = signals.keys[head, tokens].float()
+            return KeyGraph.build(keys, queries, self.degree, self.near, self.beam, self.joins)
+
+        graph: KeyGraph = signals.once(f"{self} {head} {tokens.tolist()}", build)
+        return graph
+
+    def entries_read(self, entries: int) -> int:
+        """Most entries that a step reads."""
+        return min(entries, self.budget)
+
+    def index_bytes(self, entries: int, head_dim: int) -> int:
+        """Neighbours in 32 bits."""
+        return max(entries - self.first - self.last, 0) * 2 * self.degree * _NUMBER_BYTES
+
+    def scanned_bytes(self, entries: int, head_dim: int, key_bytes: int) -> int:
+        """The most that one search compares: expanded keys' lists, and the keys on them.
+
+        Searches of a group pass the same keys in part; one search is counted.
+        """
+        middle = max(entries - self.first - self.last, 0)
+        expanded = min(self.beam, middle)
+        keys = min(middle, expanded * 2 * self.degree + 1)
+        return expanded * 2 * self.degree * _NUMBER_BYTES + keys * head_dim * _KEY_BYTES
+
+
+def _queries_of(signals: Signals, head: int) -> Tensor:
+    """Of one KV head's group, all positions, ``[G P, D]``."""
+    queries = signals.queries[:, -signals.prompt_tokens :].float()
+    grouped: Tensor = queries.unflatten(0, (signals.keys.shape[0], -1))[head]
+    return grouped.flatten(0, 1)
