@@ -68,6 +68,38 @@ class Fisher(Probes):
 
 
 @dataclass(frozen=True)
+class Reach(Probes):
+    """The log-odds' curvature is the mean over changes of a given size, not the limit of small ones.
+
+    Sure tokens then count for what they would lose.
+    """
+
+    reach: float = 2.0
+
+    def draw(self, log_p: Tensor, sample_id: str) -> Drawn:
+        drawn = super().draw(log_p, sample_id)
+        log_top = log_p.gather(1, drawn.top[:, None])[:, 0]
+        margin = log_top - 2 * drawn.rest.log()
+        weights = curvature(margin.double(), self.reach).sqrt().to(log_p)
+        return replace(drawn, margins=torch.sign(drawn.margins) * weights)
+
+
+def curvature(margin: Tensor, reach: float, nodes: int = 32) -> Tensor:
+    """Twice the mean divergence over changes c ~ N(0, reach^2) of log-odds, over reach^2."""
+    at, mass = (torch.as_tensor(x).to(margin) for x in np.polynomial.hermite_e.hermegauss(nodes))
+    before, change = margin[..., None], reach * at
+    divergence = bernoulli(before, change)
+    found: Tensor = 2 * (divergence.clamp_min(0) @ (mass / mass.sum())) / reach**2
+    return found
+
+
+def bernoulli(margin: Tensor, change: Tensor) -> Tensor:
+    """KL(Bernoulli p || Bernoulli sigmoid(margin + change)), p = sigmoid(margin)."""
+    softplus = torch.nn.functional.softplus
+    return softplus(-margin - change) - softplus(-margin) + torch.sigmoid(-margin) * change
+
+
+@dataclass(frozen=True)
 class Margin(Probes):
     """The signed log-odds of the likeliest token alone, for the exact link."""
 
@@ -134,19 +166,16 @@ def families(count: int, samples: Sequence[Sample]) -> dict[str, Probes]:
     few = max(count // 2, 2)
     return {
         "fisher": Fisher(count),
-        "reach 2": Probes(count, reach=2.0),
-        "reach 0": Probes(few, reach=0.0),
-        "reach 1": Probes(few, reach=1.0),
-        "reach 4": Probes(few, reach=4.0),
+        "probes": Probes(count),
+        "reach 2": Reach(count, reach=2.0),
+        "reach 4": Reach(few, reach=4.0),
         "margin": Margin(few),
         "others": Others(few),
-        "answers 0": Answers(few, reach=0.0, masks=masks),
-        "answers 2": Answers(few, reach=2.0, masks=masks),
-        "answers 4": Answers(few, reach=4.0, masks=masks),
+        "answers": Answers(few, masks=masks),
     }
 
 
-SEARCHED = ("fisher", "reach 2")
+SEARCHED = ("fisher", "probes")
 
 
 @dataclass
@@ -298,8 +327,7 @@ def predicted(
         losses[f"{name}, answers"] = by_row[:, answers].mean(-1)
     margin, signs = joint.seen[sample.id]
     change = (found["all"][:, run.columns("margin")] * signs).mean(1)  # [B, C]
-    softplus = torch.nn.functional.softplus
-    odds = softplus(-margin - change) - softplus(-margin) + torch.sigmoid(-margin) * change
+    odds = bernoulli(margin, change)
     by_row = odds.clamp_min(0) + (found["all"][:, run.columns("others")] ** 2).mean(1) / 2
     losses["link"] = by_row.mean(-1)
     losses["link, answers"] = by_row[:, answers].mean(-1)
