@@ -69,7 +69,7 @@ class Fisher(Probes):
 
 @dataclass(frozen=True)
 class Reach(Probes):
-    """The log-odds' curvature is the mean over changes of a given size, not the limit of small ones.
+    """The log-odds' curvature is a mean over changes of a given size, not the limit of small ones.
 
     Sure tokens then count for what they would lose.
     """

@@ -10,11 +10,15 @@ and policies that it was not fitted to.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from kvtune.common.bounds import Finite, Name, NotNegative, Whole
+from kvtune.common.errors import KvtuneError
+from kvtune.common.stored import checked
 
 Regime = Literal["quantising", "evicting", "evicting what is asked for"]
 REGIMES: tuple[Regime, ...] = get_args(Regime)
@@ -91,7 +95,7 @@ class Calibration:
     def curve(self, kind: str, evicts: bool) -> Curve:
         """What holds for a policy on a kind of text."""
         curve = self.curves.get(regime_of(kind, evicts), Curve())
-        return curve.moved(self.levels[kind]) if kind in self.levels else curve
+        return curve.moved(self.levels[kind]) if evicts and kind in self.levels else curve
 
     def value(self, predicted: float, kind: str, evicts: bool) -> float:
         """What a live run on a kind of text should show, nats/token."""
@@ -105,6 +109,14 @@ class Calibration:
             for kind in sorted(set(kinds))
         }
 
+    def applied(self, losses: ArrayLike, kinds: Sequence[str], evicts: bool) -> NDArray[np.float64]:
+        """Losses on samples, those of a kind scaled alike, so that their means are calibrated."""
+        array, means = np.asarray(losses, float), self.by_kind(losses, kinds, evicts)
+        labels = np.asarray(kinds)
+        before = {kind: float(array[labels == kind].mean()) for kind in means}
+        scales = {kind: means[kind] / before[kind] if before[kind] else 1.0 for kind in means}
+        return np.asarray(array * np.array([scales[kind] for kind in kinds]))
+
     def mean(self, losses: ArrayLike, kinds: Sequence[str], evicts: bool) -> float:
         """The same over kinds that count alike."""
         return float(np.mean(list(self.by_kind(losses, kinds, evicts).values())))
@@ -112,7 +124,7 @@ class Calibration:
     def factors(self, kinds: Sequence[str], evicts: bool, level: float) -> tuple[float, float]:
         """How far below and above its calibrated value a mean over kinds may lie."""
         each = [self.curve(kind, evicts).scatter(level) for kind in set(kinds)]
-        low, high = np.mean(each, 0)
+        low, high = np.mean(each, 0) if each else (0.0, 0.0)
         return float(np.exp(low)), float(np.exp(high))
 
     def levelled(self, levels: Mapping[str, float], runs: int) -> Calibration:
@@ -122,6 +134,48 @@ class Calibration:
 
 
 NONE = Calibration()
+
+
+@dataclass(frozen=True)
+class _StoredCurve:
+    knots: tuple[NotNegative, ...]
+    log_ratios: tuple[Finite, ...]
+    residuals: tuple[Finite, ...]
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """The form of a calibration in a file; ``levels`` belong to one search and are not stored."""
+
+    format: Literal[1]
+    made_by: Name
+    runs: Whole
+    curves: dict[Regime, _StoredCurve]
+
+
+def read_calibration(plain: Any, where: str) -> Calibration:
+    """A calibration from JSON.
+
+    Raises:
+        KvtuneError: it is none, or its curves do not fit together.
+    """
+    stored = checked(_Stored, plain, where, "install kvtune again.")
+    for regime, curve in stored.curves.items():
+        if len(curve.knots) != len(curve.log_ratios) or list(curve.knots) != sorted(curve.knots):
+            raise KvtuneError(f"the knots of {regime!r} do not fit its ratios", where=where)
+        if list(curve.residuals) != sorted(curve.residuals):
+            raise KvtuneError(f"the residuals of {regime!r} are not in order", where=where)
+    curves = {regime: Curve(**vars(curve)) for regime, curve in stored.curves.items()}
+    return Calibration(curves, runs=stored.runs)
+
+
+def write_calibration(calibration: Calibration, made_by: str) -> dict[str, Any]:
+    """The form that goes into JSON."""
+    curves = {
+        regime: {name: [float(f"{x:.5g}") for x in row] for name, row in asdict(curve).items()}
+        for regime, curve in calibration.curves.items()
+    }
+    return {"format": 1, "made_by": made_by, "runs": calibration.runs, "curves": curves}
 
 
 def fit_curve(predicted: ArrayLike, live: ArrayLike) -> Curve:
@@ -144,7 +198,7 @@ def fit_curve(predicted: ArrayLike, live: ArrayLike) -> Curve:
 def _smooth(
     knots: NDArray[np.float64], x: NDArray[np.float64], ratio: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Values at the knots: absolute deviations by reweighting, and neighbours that differ little."""
+    """Values at the knots: absolute deviations by reweighting, neighbours differing little."""
     basis = np.stack([np.interp(x, knots, row) for row in np.eye(len(knots))], 1)
     steps = np.sqrt(_SMOOTHNESS) * np.diff(np.eye(len(knots)), axis=0)
     weights = np.ones(len(x))
@@ -167,7 +221,7 @@ def fit_left_out(predicted: ArrayLike, live: ArrayLike, groups: Sequence[object]
         groups: what belongs together, one a pair: a text, a plan.
     """
     x, y = np.asarray(predicted, float), np.asarray(live, float)
-    numbers = np.unique([str(group) for group in groups], return_inverse=True)[1]
+    numbers = np.unique(list(groups), return_inverse=True)[1]
     residuals: list[float] = []
     for number in range(int(numbers.max()) + 1 if len(numbers) else 0):
         mine = numbers == number
@@ -177,4 +231,12 @@ def fit_left_out(predicted: ArrayLike, live: ArrayLike, groups: Sequence[object]
             for a, b in zip(x[mine], y[mine], strict=True)
             if min(a, b) > _SMALLEST
         ]
-    return replace(fit_curve(x, y), residuals=tuple(sorted(residuals)))
+    return replace(fit_curve(x, y), residuals=tuple(_thinned(sorted(residuals))))
+
+
+def _thinned(ordered: Sequence[float], most: int = 199) -> list[float]:
+    """Evenly spaced order statistics, so that a file stays small."""
+    if len(ordered) <= most:
+        return list(ordered)
+    at = np.linspace(0, len(ordered) - 1, most).round().astype(int)
+    return [ordered[row] for row in at]

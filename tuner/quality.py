@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvtune.common.estimate import Estimate, Tier
+from kvtune.simulator.calibration import Calibration
 
 _DRAWS = 2000
 _WIDEST = 5.0  # logarithms: two samples that differ much would give an interval beyond all floats
@@ -80,6 +81,29 @@ def estimate(
     """Mean with its 95 % interval over samples."""
     low, high = mean_interval(values, kinds)
     return Estimate(mean_over_kinds(values, kinds), low, high, unit, tier)
+
+
+def calibrated(
+    calibration: Calibration,
+    losses: ArrayLike,
+    kinds: Sequence[str],
+    tier: Tier,
+    *,
+    evicts: bool,
+) -> Estimate:
+    """A policy's predicted losses on samples as what a live run should show.
+
+    The interval holds what samples differ by and what live runs were seen to leave the calibration
+    by; the two have nothing to do with each other, so their squares add, in logarithms.
+    """
+    found = estimate(calibration.applied(losses, kinds, evicts), kinds, tier)
+    if found.value <= 0:
+        return found
+    less, more = calibration.factors(kinds, evicts, 0.95)
+    down = np.hypot(np.log(found.value / found.low), min(np.log(less), 0.0))
+    up = np.hypot(np.log(found.high / found.value), max(np.log(more), 0.0))
+    low, high = found.value * np.exp(-down), found.value * np.exp(up)
+    return Estimate(found.value, float(low), float(high), found.unit, tier)
 
 
 def estimate_by_kind(values: ArrayLike, kinds: Sequence[str], tier: Tier) -> dict[str, Estimate]:

@@ -18,8 +18,7 @@ from kvtune.common.progress import Progress
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.tuner.allocate import Choice, Problem, solve
 from kvtune.tuner.baselines import FAMILIES, Stored, candidates
-from kvtune.tuner.explore.record import by_kind
-from kvtune.tuner.question import Candidate, Solver, policy_of
+from kvtune.tuner.question import Candidate, Solver, evicts, policy_of
 from kvtune.tuner.request import Rival
 from kvtune.tuner.sources import QualitySource
 
@@ -47,7 +46,7 @@ def live_rivals(
     budget = policy.footprint(tables.prompt_tokens, tables.head_dim)
     plan = Rival(policy.name, "kvtune", predicted, None, budget, policy=policy)
     rows = [
-        replace(plan, by_kind=held_out_by_kind(source, chosen.choice)),
+        replace(plan, by_kind=source.by_kind(chosen.choice)),
         *(
             _allocated(source, family, choice, _own_bytes(source, choice))
             for family, choice in _allocations(source, budget).items()
@@ -102,7 +101,7 @@ def _allocated(source: QualitySource, family: str, choice: Choice, spent: int) -
         predicted=source.loss_of(choice),
         live=None,
         prompt_bytes=spent,
-        by_kind=held_out_by_kind(source, choice),
+        by_kind=source.by_kind(choice),
         policy=policy_of(source.tables, choice, name),
     )
 
@@ -111,13 +110,14 @@ def _simple(
     source: QualitySource, family: str, policy: Policy, losses: Any, kinds: Sequence[str]
 ) -> Rival:
     """One rule for all heads, replayed."""
+    some = any(evicts(option) for option in policy.options())
     return Rival(
         name=policy.name,
         family=family,
-        predicted=source.loss(losses, kinds, "replay"),
+        predicted=source.loss(losses, kinds, "replay", evicts=some),
         live=None,
         prompt_bytes=policy.footprint(source.tables.prompt_tokens, source.tables.head_dim),
-        by_kind=by_kind(losses, kinds, source.calibration.value),
+        by_kind=source.calibration.by_kind(losses, kinds, some),
         policy=policy,
     )
 
@@ -151,13 +151,6 @@ def _allocations(source: QualitySource, budget: int) -> dict[str, Choice]:
         }
     except KvtuneError:  # a layer's smallest option may not fit where a head's does
         return {}
-
-
-def held_out_by_kind(source: QualitySource, choice: Choice) -> dict[str, float]:
-    """Calibrated loss by kind of text on held-out samples."""
-    tables = source.tables.of_split("evaluate")
-    kinds = [sample.kind for sample in tables.samples]
-    return by_kind(tables.by_sample(choice), kinds, source.calibration.value)
 
 
 def _own_bytes(source: QualitySource, choice: Choice) -> int:
