@@ -27,6 +27,10 @@ from policies_mixed import mixed_policies
 from torch import Tensor
 
 from kvtune.policies.apply import apply_together
+from kvtune.policies.formats.grouped import Int4
+from kvtune.policies.methods.full import Full
+from kvtune.policies.methods.h2o import H2O
+from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs
 from kvtune.runtime.live import run_live
@@ -39,6 +43,7 @@ from kvtune.traces.probes import Drawn, Probes
 from kvtune.traces.samples import Sample, by_turns
 from kvtune.traces.workloads import Workload, build
 from kvtune.tuner.allocate import Problem, solve
+from kvtune.tuner.baselines import FAMILIES, STRONG, candidates
 from kvtune.tuner.options import LAPTOP, Menu
 from kvtune.tuner.question import evicts, policy_of
 from kvtune.tuner.validate import union_of_needs
@@ -281,6 +286,23 @@ def plans(tables: dict[str, Tables], shares: Sequence[float]) -> Iterator[Entry]
             yield Entry(policy_of(table, choice, f"plan at {share:.1%}"), facts)
 
 
+def rivals(loaded: LoadedModel, prompt: int, shares: Sequence[float]) -> list[Entry]:
+    """What a plan has to beat at equal bytes, in 4 bits with and without exact sinks."""
+    geometry = loaded.geometry
+    shape = (geometry.layers, geometry.kv_heads, geometry.head_dim)
+    full = 4 * geometry.layers * geometry.kv_heads * geometry.head_dim * prompt
+    forms = {Int4(), Int4(exact_first=4)}
+    return [
+        Entry(policy, {"group": "rival", "family": family, "share": share})
+        for share, family in product(shares, (*FAMILIES, *STRONG))
+        for policy in candidates(family, int(share * full), prompt, *shape)
+        if policy.heads[0][0].keys in forms and policy.heads[0][0].method not in LEFT_OUT
+    ]
+
+
+LEFT_OUT = (StreamingLLM(), Full(), H2O(recent_share=0.1))  # weak, no family's own, a variant
+
+
 @torch.no_grad()
 def responses(prompt: Prompt, sample: Sample, policies: Sequence[Policy]) -> dict[str, Tensor]:
     """How the probes respond at every position, ``[B, S, C]``: in all and where nothing is evicted.
@@ -338,10 +360,16 @@ def rounded(values: Any) -> list[Any]:
     return [float(f"{float(x):.5g}") if np.isfinite(float(x)) else None for x in values]
 
 
-def compare(run: Run, sample: Sample, entries: Sequence[Entry]) -> dict[str, Any]:
+def compare(
+    run: Run, sample: Sample, entries: Sequence[Entry], *, live_alone: bool
+) -> dict[str, Any]:
     """One sample: live and predicted, of every policy."""
     policies = [entry.policy for entry in entries]
-    prompt, joint = run.prompt(sample, union_of_needs(policies), list(run.probes))
+    needs = union_of_needs(policies)
+    if live_alone:
+        prompt = fresh_prompt(run.loaded, sample, needs)
+    else:
+        prompt, joint = run.prompt(sample, needs, list(run.probes))
     answers = np.array(sample.answer_mask)
     row: dict[str, Any] = {"live": [], "live, answers": [], "right": [], "full right": []}
     for at in range(0, len(policies), ROWS):
@@ -352,6 +380,8 @@ def compare(run: Run, sample: Sample, entries: Sequence[Entry]) -> dict[str, Any
             row["live, answers"] += rounded(one.kl[answers].mean() for one in runs)
             row["right"] += rounded(one.correct[answers].mean() for one in runs)
             row["full right"] = float(runs[0].full_correct[answers].mean())
+        if live_alone:
+            continue
         found = responses(prompt, sample, some)
         for name, losses in predicted(run, sample, found, joint).items():
             row.setdefault(name, []).extend(losses)
@@ -373,17 +403,21 @@ def measure(run: Run, samples: Sequence[Sample], size: Size) -> None:
         for kind, policy in mixed_policies(geometry.layers, geometry.kv_heads)
     ]
     run.found["plans"] = [entry.facts | {"name": entry.policy.name} for entry in made]
+    others = rivals(run.loaded, search[0].prompt, size.rival_shares)
+    run.found["rivals"] = [entry.facts | {"name": entry.policy.name} for entry in others]
     run.found["mixed"] = [entry.facts | {"name": entry.policy.name} for entry in mixed]
     run.record("tables and plans", round(run.seconds, 1))
-    held_out = [s for s in rest if s.split == "evaluate"][: size.mixed_each * len(size.kinds)]
-    for name, entries, some in (("plans", made, rest), ("mixed", mixed, held_out)):
+    evaluate = [s for s in rest if s.split == "evaluate"]
+    some_of_each = evaluate[: size.mixed_each * len(size.kinds)]
+    groups = (("plans", made, rest), ("rivals", others, evaluate), ("mixed", mixed, some_of_each))
+    for name, entries, some in groups:
         rows: dict[str, Any] = {}
         for sample in some:
             if time.monotonic() > run.deadline:
                 run.found.setdefault("left out", []).append(f"{name} on {sample.id}")
                 continue
             try:
-                rows[sample.id] = compare(run, sample, entries)
+                rows[sample.id] = compare(run, sample, entries, live_alone=name == "rivals")
             except Exception as error:  # one case must not lose the others
                 run.found.setdefault("failed", []).append(f"{sample.id}: {error!r}"[:300])
             run.record(f"{name} by sample", rows)
@@ -412,6 +446,7 @@ class Size:
     observed: int = 256
     probes: int = 16
     shares: tuple[float, ...] = SHARES
+    rival_shares: tuple[float, ...] = (0.03, 0.06, 0.12, 0.25)
 
     @property
     def workload(self) -> Workload:
@@ -430,6 +465,7 @@ TINY = Size(
     observed=64,
     probes=2,
     shares=(0.06, 0.25),
+    rival_shares=(0.12,),
 )
 
 

@@ -1,7 +1,8 @@
 """The plan beside what it has to beat, at equal bytes, on samples no choice was made on.
 
 Baselines are picked by replay on those very samples, which is generous to them: the uniform ones
-in every method and precision, pyramid and AdaKV in those that did best there.
+in every method and precision, pyramid and AdaKV in those that did best there, and what has been
+published since in its best precision, as far as the trace holds the signals that it reads.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from kvtune.common.estimate import Estimate
 from kvtune.common.progress import Progress
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.tuner.allocate import Choice, Problem, solve
-from kvtune.tuner.baselines import FAMILIES, Stored, candidates
+from kvtune.tuner.baselines import FAMILIES, Stored, candidates, strong_families
 from kvtune.tuner.question import Candidate, Solver, evicts, policy_of
 from kvtune.tuner.request import Rival
 from kvtune.tuner.sources import QualitySource
@@ -90,6 +91,10 @@ def _best_of_families(
             losses = replay(tried)
             best = int(losses.mean(1).argmin())
             yield _simple(source, family, tried[best], losses[best], kinds)
+    for family in strong_families(trace.manifest["signals"]):
+        if tried := candidates(family, budget, *shape):
+            best = int(replay(tried, every=6).mean(1).argmin())
+            yield _simple(source, family, tried[best], replay([tried[best]])[0], kinds)
 
 
 def _allocated(source: QualitySource, family: str, choice: Choice, spent: int) -> Rival:
