@@ -186,7 +186,6 @@ def ship(bench: Bench, tables: Tables, rank: int) -> None:
         "device": bench.figures["device"],
         "model_fingerprint": bench.loaded.fingerprint,
         **bench.figures["setting"],
-        "calibration": bench.figures.get("ranking", {}).get("calibration", {}),
         "baselines": bench.figures.get("baseline_curves", {}),
     }
     path = bench.out / "smollm2-135m.safetensors"

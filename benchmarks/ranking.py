@@ -10,7 +10,7 @@ from policies_mixed import mixed_policies
 from quality_bench import Bench
 from scipy.stats import spearmanr
 
-from kvtune.simulator.calibration import calibrate
+from kvtune.simulator.calibration import fit_curve
 
 
 def ranking(bench: Bench) -> dict[str, Any]:
@@ -26,13 +26,12 @@ def ranking(bench: Bench) -> dict[str, Any]:
         guesses[name] = {
             proxy: np.concatenate([part[proxy] for part in found], 1).mean(1) for proxy in found[0]
         }
-    line = calibrate(guesses["select"]["probes"], lives["select"])
+    curve = fit_curve(guesses["select"]["probes"], lives["select"])
     predicted, live = guesses["evaluate"]["probes"], lives["evaluate"]
-    ratio = live / np.array([line.value(p) for p in predicted])
+    ratio = live / np.array([curve.value(p) for p in predicted])
     return {
         "policies": len(policies),
         "texts": len(test_on),
-        "calibration": line.as_dict(),
         "live_over_predicted_raw_median": float(np.median(live / predicted)),
         "live_over_predicted_median": float(np.median(ratio)),
         "live_over_predicted_p10_p90": [float(x) for x in np.percentile(ratio, [10, 90])],

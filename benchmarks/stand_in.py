@@ -19,12 +19,12 @@ from kvtune.common.files import write_json
 from kvtune.policies.policy import Policy
 from kvtune.runtime.live import run_live
 from kvtune.runtime.prompts import fresh_prompt
-from kvtune.simulator.calibration import Calibration
 from kvtune.simulator.tables import head_exchangeable
 from kvtune.traces.models import LoadedModel, load_model
 from kvtune.traces.workloads import Workload, build
 from kvtune.tuner.band import band
-from kvtune.tuner.source_models import packaged_tables
+from kvtune.tuner.question import evicts
+from kvtune.tuner.source_models import packaged_calibration, packaged_tables
 
 EACH = {"prose": 1, "code": 1, "retrieval": 1}
 SAMPLES = Workload({"evaluate": EACH}, tokens=448, observed=28, needles=1)
@@ -39,12 +39,14 @@ _TOGETHER = 4
 
 def bands() -> dict[str, Any]:
     """The band of every option on the packaged source's held-out samples."""
-    source, about = packaged_tables()
+    source = packaged_tables()[0]
     tables = head_exchangeable(source, "any", 1, 1, source.head_dim).of_split("evaluate")
     kinds = [sample.kind for sample in tables.samples]
-    line = Calibration(**about["calibration"])
+    curves = packaged_calibration()
     return {
-        option.label: band(tables.by_sample(np.array([number])), kinds, line)
+        option.label: band(
+            tables.by_sample(np.array([number])), kinds, curves, evicts=evicts(option)
+        )
         for number, option in enumerate(tables.options)
     }
 

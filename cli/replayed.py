@@ -21,7 +21,7 @@ class Replayed:
     Args:
         samples: that were replayed.
         kl: of each, nats/token.
-        estimate: mean over kinds with its bootstrap interval, tier replay.
+        estimate: mean over kinds with its interval over samples, tier replay.
         trace: folder.
         model: whose trace it is.
         sha256: of the trace.

@@ -108,7 +108,7 @@ def _report(
             ("sample", "kind", "KL nats/token"),
             rows,
             left=(0, 1),
-            caption=f"quality: {found.quality}, 95 % bootstrap interval",
+            caption=f"quality: {found.quality}, 95 % interval over samples",
         ),
         "",
         cost_table(budget, {name: cost}, str(found.quality)),

@@ -21,7 +21,7 @@ BAND: Tier = "stand-in band"
 class Estimate:
     """A value with its 10-90 % interval, unit and tier.
 
-    Quality figures have 95 % bootstrap intervals; a stand-in's band is made by ``tuner.band``.
+    Quality figures have 95 % intervals over samples; a stand-in's band is made by ``tuner.band``.
 
     Args:
         value: the figure.

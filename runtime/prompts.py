@@ -16,6 +16,7 @@ from kvtune.traces.capture import Observed, observe
 from kvtune.traces.geometry import Geometry
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.passes import run_prompt
+from kvtune.traces.probes import Probes
 from kvtune.traces.reconstruction import reconstruction
 from kvtune.traces.samples import Sample
 from kvtune.traces.sentences import sentence_ends
@@ -48,6 +49,9 @@ def layer_signals(layer: LayerTrace) -> Signals:
     )
 
 
+_EIGHT = Probes(8)
+
+
 @dataclass
 class _Kept:
     """Collects each layer's signals while the prompt runs, no more than ``needs`` asks for."""
@@ -75,7 +79,7 @@ class _Kept:
 
 
 def fresh_prompt(
-    loaded: LoadedModel, sample: Sample, needs: Needs, *, probes: int = 8, seed: int = 0
+    loaded: LoadedModel, sample: Sample, needs: Needs, *, probes: Probes = _EIGHT
 ) -> Prompt:
     """Run the prompt on the model now and keep its cache and the signals asked for.
 
@@ -84,7 +88,6 @@ def fresh_prompt(
         sample: whose prompt; its observed tokens are run only where ``needs`` looks ahead.
         needs: what the policies read.
         probes: drawn where ``needs`` asks for them.
-        seed: of the probes' labels.
 
     Raises:
         KvtuneError: a calibration is needed and the model has none.
@@ -104,8 +107,8 @@ def fresh_prompt(
         for signals in kept.layers:
             signals.sentence_ends = ends
     if needs.future or needs.probes:
-        drawn = probes if needs.probes else 1  # the pass itself is what the future takes
-        _add_future(kept.layers, observe(loaded, sample, kept.cache, drawn, seed))
+        drawn = probes if needs.probes else Probes(1)  # the pass itself is what the future takes
+        _add_future(kept.layers, observe(loaded, sample, kept.cache, drawn))
     return kept.layers.__getitem__
 
 

@@ -1,78 +1,242 @@
-"""From predicted to live: a straight line in logarithms, fitted on a few live runs.
+"""From predicted to live: how many times its prediction a policy loses, by regime and size.
 
-Second-order, open-loop prediction reads low where losses are large, because errors feed on each
-other. The line takes that out; its scatter widens the interval.
+Prediction is of second order and open loop. What that leaves out depends on what is done: storing
+in fewer bits hardly differs from its prediction, a token that is gone errs at every layer and the
+errors feed on each other, and where the text asks for what was read this hurts most. So there is a
+curve for each of the three, ratio against predicted loss, with the scatter that was seen on texts
+and policies that it was not fitted to.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from kvtune.common.estimate import Estimate
+from kvtune.common.bounds import Finite, Name, NotNegative, Whole
+from kvtune.common.errors import KvtuneError
+from kvtune.common.stored import checked
+
+Regime = Literal["quantising", "evicting", "evicting what is asked for"]
+REGIMES: tuple[Regime, ...] = get_args(Regime)
+ASKED = frozenset(("retrieval", "recall", "copy"))
+"""Kinds of text whose observed tokens ask for what the prompt said."""
 
 _SMALLEST = 1e-7  # nats/token: below this a prediction is rounding
+_STEP = float(np.log(2.5))  # between knots
+_SMOOTHNESS = 3.0
+_ROUNDS = 20
+_LEAST_RESIDUAL = 0.03
+
+
+def regime_of(kind: str, evicts: bool) -> Regime:
+    """Which curve a policy follows on a kind of text."""
+    if not evicts:
+        return "quantising"
+    return "evicting what is asked for" if kind.split(",")[0] in ASKED else "evicting"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Logarithm of live over predicted, linear between knots and constant beyond them.
+
+    Args:
+        knots: predicted losses, rising, nats/token; none leaves predictions as they are.
+        log_ratios: at each of them.
+        residuals: logarithms of live over calibrated on texts that it was not fitted to, rising.
+    """
+
+    knots: tuple[float, ...] = ()
+    log_ratios: tuple[float, ...] = ()
+    residuals: tuple[float, ...] = ()
+
+    def value(self, predicted: float) -> float:
+        """What a live run should show, nats/token."""
+        if predicted <= _SMALLEST or not self.knots:
+            return predicted
+        at = np.interp(np.log(predicted), np.log(self.knots), self.log_ratios)
+        return float(predicted * np.exp(at))
+
+    def moved(self, level: float) -> Curve:
+        """The same with all ratios ``level`` higher, in logarithms."""
+        if not self.knots:
+            return replace(self, knots=(1.0,), log_ratios=(level,))
+        return replace(self, log_ratios=tuple(ratio + level for ratio in self.log_ratios))
+
+    def scatter(self, level: float) -> tuple[float, float]:
+        """Least and greatest log ratio of live over calibrated, with probability ``level``.
+
+        Split conformal: the order statistics that hold a next one drawn alike (Vovk et al. 2005).
+        """
+        count = len(self.residuals)
+        if not count:
+            return 0.0, 0.0
+        rank = int(np.floor((count + 1) * (1 - level) / 2))
+        return self.residuals[max(rank - 1, 0)], self.residuals[min(count - rank, count - 1)]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """log(live) = intercept + slope * log(predicted), give or take ``spread``.
+    """A curve a regime, and a level a kind of text where live runs have shown one.
 
     Args:
-        intercept: 0 leaves predictions as they are.
-        slope: 1 leaves predictions as they are.
-        spread: standard deviation of the rest, in natural logarithms.
-        runs: live runs behind it; 0 for none.
+        curves: by regime; one that is missing leaves predictions as they are.
+        levels: by kind of text, logarithm of live over what the curves say of evicting policies.
+        runs: live runs of a policy on a sample that are behind it; 0 for none.
     """
 
-    intercept: float = 0.0
-    slope: float = 1.0
-    spread: float = 0.0
+    curves: Mapping[Regime, Curve] = field(default_factory=dict)
+    levels: Mapping[str, float] = field(default_factory=dict)
     runs: int = 0
 
-    def value(self, predicted: float) -> float:
-        """What a live run should show, nats/token."""
-        if predicted <= _SMALLEST:
-            return predicted
-        return float(np.exp(self.intercept + self.slope * np.log(predicted)))
+    def curve(self, kind: str, evicts: bool) -> Curve:
+        """What holds for a policy on a kind of text."""
+        curve = self.curves.get(regime_of(kind, evicts), Curve())
+        return curve.moved(self.levels[kind]) if evicts and kind in self.levels else curve
 
-    def apply(self, predicted: Estimate) -> Estimate:
-        """The estimate moved onto the line, its interval widened by the spread."""
-        widen = float(np.exp(1.96 * self.spread))
-        low, high = self.value(predicted.low) / widen, self.value(predicted.high) * widen
-        return Estimate(self.value(predicted.value), low, high, predicted.unit, predicted.tier)
+    def value(self, predicted: float, kind: str, evicts: bool) -> float:
+        """What a live run on a kind of text should show, nats/token."""
+        return self.curve(kind, evicts).value(predicted)
 
-    def as_dict(self) -> dict[str, Any]:
-        """The form that goes into files."""
-        return asdict(self)
+    def by_kind(self, losses: ArrayLike, kinds: Sequence[str], evicts: bool) -> dict[str, float]:
+        """Calibrated means of a policy's predicted losses on samples, by kind of text."""
+        array, labels = np.asarray(losses, float), np.asarray(kinds)
+        return {
+            kind: self.value(float(array[labels == kind].mean()), kind, evicts)
+            for kind in sorted(set(kinds))
+        }
+
+    def applied(self, losses: ArrayLike, kinds: Sequence[str], evicts: bool) -> NDArray[np.float64]:
+        """Losses on samples, those of a kind scaled alike, so that their means are calibrated."""
+        array, means = np.asarray(losses, float), self.by_kind(losses, kinds, evicts)
+        labels = np.asarray(kinds)
+        before = {kind: float(array[labels == kind].mean()) for kind in means}
+        scales = {kind: means[kind] / before[kind] if before[kind] else 1.0 for kind in means}
+        return np.asarray(array * np.array([scales[kind] for kind in kinds]))
+
+    def mean(self, losses: ArrayLike, kinds: Sequence[str], evicts: bool) -> float:
+        """The same over kinds that count alike."""
+        return float(np.mean(list(self.by_kind(losses, kinds, evicts).values())))
+
+    def factors(self, kinds: Sequence[str], evicts: bool, level: float) -> tuple[float, float]:
+        """How far below and above its calibrated value a mean over kinds may lie."""
+        each = [self.curve(kind, evicts).scatter(level) for kind in set(kinds)]
+        low, high = np.mean(each, 0) if each else (0.0, 0.0)
+        return float(np.exp(low)), float(np.exp(high))
+
+    def levelled(self, levels: Mapping[str, float], runs: int) -> Calibration:
+        """With levels by kind of text, in logarithms, that live runs have shown beside it."""
+        both = {kind: self.levels.get(kind, 0.0) + level for kind, level in levels.items()}
+        return replace(self, levels={**self.levels, **both}, runs=self.runs + runs)
 
 
 NONE = Calibration()
 
 
-def calibrate(predicted: ArrayLike, live: ArrayLike, *, level_only: bool = False) -> Calibration:
-    """Fit the line by least absolute deviations on pairs of means over samples.
+@dataclass(frozen=True)
+class _StoredCurve:
+    knots: tuple[NotNegative, ...]
+    log_ratios: tuple[Finite, ...]
+    residuals: tuple[Finite, ...]
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """The form of a calibration in a file; ``levels`` belong to one search and are not stored."""
+
+    format: Literal[1]
+    made_by: Name
+    runs: Whole
+    curves: dict[Regime, _StoredCurve]
+
+
+def read_calibration(plain: Any, where: str) -> Calibration:
+    """A calibration from JSON.
+
+    Raises:
+        KvtuneError: it is none, or its curves do not fit together.
+    """
+    stored = checked(_Stored, plain, where, "install kvtune again.")
+    for regime, curve in stored.curves.items():
+        if len(curve.knots) != len(curve.log_ratios) or list(curve.knots) != sorted(curve.knots):
+            raise KvtuneError(f"the knots of {regime!r} do not fit its ratios", where=where)
+        if list(curve.residuals) != sorted(curve.residuals):
+            raise KvtuneError(f"the residuals of {regime!r} are not in order", where=where)
+    curves = {regime: Curve(**vars(curve)) for regime, curve in stored.curves.items()}
+    return Calibration(curves, runs=stored.runs)
+
+
+def write_calibration(calibration: Calibration, made_by: str) -> dict[str, Any]:
+    """The form that goes into JSON."""
+    curves = {
+        regime: {name: [float(f"{x:.5g}") for x in row] for name, row in asdict(curve).items()}
+        for regime, curve in calibration.curves.items()
+    }
+    return {"format": 1, "made_by": made_by, "runs": calibration.runs, "curves": curves}
+
+
+def fit_curve(predicted: ArrayLike, live: ArrayLike) -> Curve:
+    """A smooth curve through pairs of losses, by least absolute deviations.
 
     Args:
-        predicted: KL of several policies, nats/token.
-        live: the same policies, run.
-        level_only: keep the slope at 1, for a handful of runs.
+        predicted: of policies on kinds of text, nats/token.
+        live: the same, run.
     """
-    x, y = np.log(np.maximum(predicted, _SMALLEST)), np.log(np.maximum(live, _SMALLEST))
-    if len(x) == 0:
-        return NONE
-    slope = 1.0 if level_only or len(x) < 8 else _robust_slope(x, y)
-    intercept = float(np.median(y - slope * x))
-    rest = y - intercept - slope * x
-    spread = float(1.4826 * np.median(np.abs(rest))) if len(x) > 2 else 0.25
-    return Calibration(intercept, slope, spread, len(x))
+    x, y = np.asarray(predicted, float), np.asarray(live, float)
+    real = (x > _SMALLEST) & (y > _SMALLEST)
+    x, y = np.log(x[real]), np.log(y[real])
+    if not len(x):
+        return Curve()
+    count = max(int(np.ceil(np.ptp(x) / _STEP)), 1) + 1
+    knots = np.linspace(x.min(), max(x.max(), x.min() + 1e-6), count)
+    return Curve(tuple(np.exp(knots).tolist()), tuple(_smooth(knots, x, y - x).tolist()))
 
 
-def _robust_slope(x: np.ndarray, y: np.ndarray) -> float:
-    """Theil-Sen: the median of the slopes between all pairs (Sen, JASA 1968)."""
-    from scipy.stats import theilslopes
+def _smooth(
+    knots: NDArray[np.float64], x: NDArray[np.float64], ratio: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Values at the knots: absolute deviations by reweighting, neighbours differing little."""
+    basis = np.stack([np.interp(x, knots, row) for row in np.eye(len(knots))], 1)
+    steps = np.sqrt(_SMOOTHNESS) * np.diff(np.eye(len(knots)), axis=0)
+    weights = np.ones(len(x))
+    values = np.zeros(len(knots))
+    for _ in range(_ROUNDS):
+        left = np.concatenate([basis * weights[:, None] ** 0.5, steps])
+        right = np.concatenate([ratio * weights**0.5, np.zeros(len(steps))])
+        values = np.linalg.lstsq(left, right)[0]
+        weights = 1 / np.maximum(np.abs(ratio - basis @ values), _LEAST_RESIDUAL)
+        weights *= len(weights) / weights.sum()
+    return values
 
-    return float(theilslopes(y, x).slope)
+
+def fit_left_out(predicted: ArrayLike, live: ArrayLike, groups: Sequence[object]) -> Curve:
+    """A curve with the scatter that is seen when each group in turn is left out of the fit.
+
+    Args:
+        predicted: as of ``fit_curve``.
+        live: likewise.
+        groups: what belongs together, one a pair: a text, a plan.
+    """
+    x, y = np.asarray(predicted, float), np.asarray(live, float)
+    numbers = np.unique(list(groups), return_inverse=True)[1]
+    residuals: list[float] = []
+    for number in range(int(numbers.max()) + 1 if len(numbers) else 0):
+        mine = numbers == number
+        rest = fit_curve(x[~mine], y[~mine])
+        residuals += [
+            float(np.log(b / rest.value(a)))
+            for a, b in zip(x[mine], y[mine], strict=True)
+            if min(a, b) > _SMALLEST
+        ]
+    return replace(fit_curve(x, y), residuals=tuple(_thinned(sorted(residuals))))
+
+
+def _thinned(ordered: Sequence[float], most: int = 199) -> list[float]:
+    """Evenly spaced order statistics, so that a file stays small."""
+    if len(ordered) <= most:
+        return list(ordered)
+    at = np.linspace(0, len(ordered) - 1, most).round().astype(int)
+    return [ordered[row] for row in at]

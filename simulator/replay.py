@@ -44,16 +44,20 @@ class LayerReplay:
     def of(trace: LayerTrace, device: str = "cpu") -> LayerReplay:
         """Split a layer's trace into its prompt and its observed tokens."""
         tensors = {name: tensor.to(device).float() for name, tensor in trace.tensors.items()}
-        signals = Signals.recorded(
-            tensors, trace.prompt_tokens, trace.scale, trace.layer, trace.rope
+        return LayerReplay.of_signals(
+            Signals.recorded(tensors, trace.prompt_tokens, trace.scale, trace.layer, trace.rope)
         )
+
+    @staticmethod
+    def of_signals(signals: Signals) -> LayerReplay:
+        """A prompt that was run with its future and probes."""
         future, heads = signals.given("future"), signals.keys.shape[0]
         return LayerReplay(
             signals,
             future.queries.unflatten(0, (heads, -1)),
             future.keys,
             future.values,
-            trace.probes.to(device).float().unflatten(2, (heads, -1)),
+            signals.probes().unflatten(2, (heads, -1)),
         )
 
     @cached_property

@@ -227,7 +227,6 @@ def packaged(make_tables: Callable[..., Any], monkeypatch: Any, tmp_path: Any) -
     tables = replace(make_tables(layers=4, kv_heads=3, count=12), model="smollm2-135m")
     monkeypatch.setenv("KVTUNE_CACHE", str(tmp_path / "cache"))
     about = {
-        "calibration": {"intercept": 0.2, "slope": 1.0, "spread": 0.1, "runs": 20},
         "baselines": {name: _curve(name, 3.0) for name in ("uniform", "pyramid", "adakv")},
         "gpu": "made up",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,29 @@ from kvtune.common.errors import KvtuneError
 from kvtune.traces import capture as room
 from kvtune.traces.capture import capture
 from kvtune.traces.passes import full_cache_handler, observed_logits, prompt_cache, run_observed
+from kvtune.traces.probes import Probes
 from kvtune.traces.writer import compact
 
 Make = Callable[..., list[Any]]
 
 
-def hf_reference(loaded: Any, sample: Any, labels: torch.Tensor) -> tuple[Any, list[torch.Tensor]]:
+@dataclass(frozen=True)
+class SetUp:
+    """Directions of the logits that a test has chosen, [S, C, vocabulary]."""
+
+    directions: torch.Tensor
+
+    @property
+    def labels(self) -> torch.Tensor:
+        return self.directions
+
+    def slopes(self, first: int, count: int) -> torch.Tensor:
+        return self.directions[first : first + count]
+
+
+def hf_reference(
+    loaded: Any, sample: Any, directions: torch.Tensor
+) -> tuple[Any, list[torch.Tensor]]:
     """Log-probabilities and probes by plain autograd through transformers' own whole forward."""
     inputs: list[torch.Tensor] = []
 
@@ -38,8 +56,8 @@ def hf_reference(loaded: Any, sample: Any, labels: torch.Tensor) -> tuple[Any, l
     log_p = logits[0, sample.prompt :].float().log_softmax(-1)
     heads, size = loaded.geometry.query_heads, loaded.geometry.head_dim
     probes = []
-    for row in labels:
-        total = log_p.gather(1, row[:, None]).sum()
+    for row in directions:
+        total = (logits[0, sample.prompt :] * row).sum()
         grads = torch.autograd.grad(total, inputs, retain_graph=True)
         probes.append([g[0, sample.prompt :].reshape(-1, heads, size) for g in grads])
     return log_p.detach(), [torch.stack(of_layer) for of_layer in zip(*probes, strict=True)]
@@ -54,11 +72,11 @@ def test_probes_are_the_gradients_of_the_unmodified_model(
     copies: int,
 ) -> None:
     sample = make_samples(1)[0]
-    labels = torch.randint(0, 258, (4, 12), generator=torch.Generator().manual_seed(5))
-    monkeypatch.setattr(room, "_draw_labels", lambda *_: labels)
+    drawn = SetUp(torch.randn(4, 12, 258, generator=torch.Generator().manual_seed(5)))
+    monkeypatch.setattr(Probes, "draw", lambda *_: drawn)
     monkeypatch.setattr(room, "_copies", lambda *_: copies)
     trace = capture(tiny_model, [sample], tmp_path, probes=4)
-    log_p, expected = hf_reference(tiny_model, sample, labels)
+    log_p, expected = hf_reference(tiny_model, sample, drawn.directions)
     for layer, probes in enumerate(expected):
         found = trace.layer(sample.id, layer).probes
         assert found.shape == (4, 12, 4, 8)
@@ -69,22 +87,6 @@ def test_probes_are_the_gradients_of_the_unmodified_model(
         torch.tensor(record.target_logprob), log_p.gather(1, targets)[:, 0], rtol=1e-4, atol=1e-4
     )
     assert record.predicted == tuple(log_p.argmax(-1).tolist())
-
-
-def test_labels_follow_the_models_own_predictions(tiny_model: Any) -> None:
-    log_p = torch.tensor([[0.1, 0.6, 0.3], [1.0, 0.0, 0.0]]).log()
-    labels = room._draw_labels(log_p, 4000, 0, "a")
-    assert labels.shape == (4000, 2)
-    shares = torch.bincount(labels[:, 0], minlength=3) / 4000
-    torch.testing.assert_close(shares, torch.tensor([0.1, 0.6, 0.3]), rtol=0, atol=0.03)
-    assert not labels[:, 1].any()
-
-
-def test_every_seed_and_sample_has_its_own_labels() -> None:
-    log_p = torch.zeros(9, 50).log_softmax(-1)
-    drawn = [room._draw_labels(log_p, 4, seed, name) for seed in (0, 1) for name in "ab"]
-    assert torch.equal(drawn[0], room._draw_labels(log_p, 4, 0, "a"))
-    assert len({tuple(labels.flatten().tolist()) for labels in drawn}) == 4
 
 
 def test_the_observed_pass_while_capturing_has_the_full_models_logits_to_the_bit(

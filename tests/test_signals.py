@@ -22,6 +22,7 @@ from kvtune.traces.calibration import (
 )
 from kvtune.traces.capture import capture
 from kvtune.traces.passes import prompt_cache
+from kvtune.traces.probes import Probes
 from kvtune.traces.reconstruction import reconstruction
 from kvtune.traces.samples import Sample
 from kvtune.traces.signals import SIGNALS
@@ -52,7 +53,7 @@ def test_replay_and_live_are_given_the_same_signals(
     keep_calibration(tiny_model.fingerprint, MADE_UP)
     sample = make_samples(1)[0]
     trace = capture(tiny_model, [sample], tmp_path / "t", probes=3, signals=SIGNALS, queries=21)
-    fresh = fresh_prompt(tiny_model, sample, ALL, probes=3)
+    fresh = fresh_prompt(tiny_model, sample, ALL, probes=Probes(3))
     traced = traced_prompt(trace, trace.samples[0], "cpu")
     for layer in range(3):
         replayed = LayerReplay.of(trace.layer(sample.id, layer)).signals

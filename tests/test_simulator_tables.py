@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from kvtune.common.errors import KvtuneError
-from kvtune.simulator.calibration import Calibration, calibrate
 from kvtune.simulator.tables import Tables, compact, head_exchangeable, join, low_rank
 from kvtune.simulator.tables_file import load_tables, save_tables
 
@@ -228,56 +227,3 @@ def test_a_damaged_file_is_one_clear_error(make_tables: Make, tmp_path: Path, ha
     with pytest.raises(KvtuneError) as caught:
         load_tables(path)
     assert caught.value.where == str(path)
-
-
-# Calibration
-
-
-def test_a_planted_line_is_found_again() -> None:
-    predicted = np.geomspace(1e-4, 1e-1, 30)
-    noise = np.random.default_rng(0).normal(0, 0.1, 30)
-    found = calibrate(predicted, np.exp(0.4 + 1.2 * np.log(predicted) + noise))
-    assert found.slope == pytest.approx(1.2, abs=0.05)
-    assert found.intercept == pytest.approx(0.4, abs=0.25)
-    assert found.spread == pytest.approx(0.1, rel=0.6)
-    assert found.runs == 30
-
-
-def test_a_few_outliers_do_not_move_the_line() -> None:
-    predicted = np.geomspace(1e-4, 1e-1, 30)
-    live = 1.5 * predicted
-    live[[3, 17]] *= 50
-    found = calibrate(predicted, live)
-    assert found.value(0.01) == pytest.approx(0.015, rel=0.02)
-
-
-def test_a_handful_of_runs_moves_the_level_alone() -> None:
-    predicted = np.array([0.01, 0.02, 0.04])
-    for found in (calibrate(predicted, 2 * predicted**1.1), Calibration(slope=1.0)):
-        assert found.slope == 1
-    many = np.geomspace(1e-3, 1, 20)
-    assert calibrate(many, many**2, level_only=True).slope == 1
-
-
-def test_without_runs_predictions_stay_as_they_are() -> None:
-    from kvtune.common.estimate import Estimate
-
-    found = calibrate([], [])
-    given = Estimate(0.02, 0.01, 0.03, "nats/token", "table")
-    moved = found.apply(given)
-    assert (moved.value, moved.low, moved.high) == pytest.approx((0.02, 0.01, 0.03))
-    assert (moved.unit, moved.tier) == (given.unit, given.tier)
-
-
-@pytest.mark.parametrize("predicted", [0.0, 1e-9, 1e-5, 0.02, 3.0])
-def test_scatter_widens_the_interval_and_keeps_the_order(predicted: float) -> None:
-    from kvtune.common.estimate import Estimate
-
-    line = Calibration(0.3, 1.1, 0.2, 12)
-    moved = line.apply(Estimate(predicted, predicted / 2, 2 * predicted, "nats/token", "table"))
-    assert moved.low <= moved.value <= moved.high
-    narrow = dataclasses.replace(line, spread=0.0).apply(
-        Estimate(predicted, predicted / 2, 2 * predicted, "nats/token", "table")
-    )
-    assert moved.high >= narrow.high
-    assert moved.low <= narrow.low

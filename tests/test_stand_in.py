@@ -13,12 +13,13 @@ import pytest
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.words import figure
-from kvtune.simulator.calibration import Calibration
+from kvtune.simulator.calibration import REGIMES, Calibration, Curve
 from kvtune.simulator.tables import Tables
 from kvtune.simulator.tables_file import save_tables
 from kvtune.tests.made_up import llama
 from kvtune.tuner import source_models
 from kvtune.tuner.band import band
+from kvtune.tuner.question import evicts
 from kvtune.tuner.request import SearchResult
 from kvtune.tuner.search import run_search
 from kvtune.tuner.stand_in_rivals import loss_at
@@ -88,18 +89,20 @@ def test_a_band_holds_the_sources_own_value_and_what_its_tables_said() -> None:
     for _ in range(200):
         kinds = rng.choice(["prose", "code", "retrieval"], rng.integers(1, 30)).tolist()
         losses = rng.lognormal(rng.uniform(-9, 0), rng.uniform(0, 3), len(kinds))
-        line = Calibration(rng.normal(), rng.uniform(0.5, 1.5), rng.uniform(0, 1), 9)
-        found = band(losses, kinds, line)
+        curves = {regime: Curve((1e-3, 1e-1), tuple(rng.normal(size=2))) for regime in REGIMES}
+        some = bool(rng.integers(2))
+        found = band(losses, kinds, Calibration(curves), evicts=some)
         mean = np.mean([losses[np.array(kinds) == kind].mean() for kind in set(kinds)])
-        assert found.value == pytest.approx(line.value(mean))
+        assert found.value == pytest.approx(Calibration(curves).mean(losses, kinds, some))
         assert found.low < found.value < found.high
         assert found.low < mean < found.high
 
 
 def test_kinds_that_lose_more_and_less_widen_a_band() -> None:
     line, losses = Calibration(), [0.01, 0.01, 0.02, 0.02]
-    alike = band(losses, ["prose"] * 4, line)
-    apart = band([0.001, 0.001, 0.1, 0.1], ["prose", "prose", "code", "code"], line)
+    kinds = ["prose", "prose", "code", "code"]
+    alike = band(losses, ["prose"] * 4, line, evicts=True)
+    apart = band([0.001, 0.001, 0.1, 0.1], kinds, line, evicts=True)
     assert apart.low < alike.low
     assert apart.high > alike.high
 
@@ -228,14 +231,14 @@ def test_the_bands_hold_what_a_model_that_was_no_source_lost_live() -> None:
         "snapkv 14.3% int4+4": 1.1129, "streaming_llm 50% int4+4": 0.0534,
         "streaming_llm 25% int4+4": 0.3409,
     }  # fmt: skip
-    source, about = source_models.packaged_tables()
+    source, curves = source_models.packaged_tables()[0], source_models.packaged_calibration()
     held_out = source.of_split("evaluate")
     kinds = [sample.kind for sample in held_out.samples]
     inside = 0
     for number, option in enumerate(source.options):
         if (live := measured.pop(option.label, None)) is not None:
             losses = held_out.by_sample(np.full(source.heads, number))
-            found = band(losses, kinds, Calibration(**about["calibration"]))
+            found = band(losses, kinds, curves, evicts=evicts(option))
             inside += found.low <= live <= found.high
     assert not measured
-    assert inside == 10
+    assert inside == 12

@@ -155,15 +155,12 @@ def test_every_kind_counts_alike() -> None:
     assert mean_over_kinds(LOSSES, KINDS) == pytest.approx((0.15 + 0.5 + 1.5) / 3)
 
 
-@given(st.lists(st.floats(0, 5), min_size=7, max_size=7), st.integers(0, 99))
+@given(st.lists(st.floats(0, 5), min_size=7, max_size=7))
 @settings(deadline=None, derandomize=True, max_examples=40)
-def test_an_estimate_lies_inside_its_interval(losses: list[float], seed: int) -> None:
-    found = estimate(losses, KINDS, "live", seed=seed)
-    assert found.low <= found.value + 1e-9
-    assert found.value <= found.high + 1e-9
+def test_an_estimate_lies_inside_its_interval(losses: list[float]) -> None:
+    found = estimate(losses, KINDS, "live")
+    assert 0 <= found.low <= found.value <= found.high < np.inf
     assert (found.unit, found.tier) == ("nats/token", "live")
-    assert min(losses) - 1e-9 <= found.low
-    assert found.high <= max(losses) + 1e-9
 
 
 def test_equal_samples_leave_no_doubt_and_unequal_ones_do() -> None:
@@ -174,15 +171,25 @@ def test_equal_samples_leave_no_doubt_and_unequal_ones_do() -> None:
     assert spread.low < spread.value < spread.high
 
 
-def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
-    """95 % of large samples; far fewer would mean that the interval is no interval."""
+@pytest.mark.parametrize("each", [3, 8])
+@pytest.mark.parametrize("spread", [0.3, 0.7, 1.0])
+def test_the_interval_holds_the_truth_about_as_often_as_it_says(each: int, spread: float) -> None:
+    """Few and skewed samples of kinds that differ, where percentiles of a bootstrap hold 70 %."""
     rng = np.random.default_rng(0)
-    kinds = ["a", "b"] * 20
+    kinds = [kind for kind in "abc" for _ in range(each)]
+    scale = np.repeat([0.01, 0.03, 0.1], each)
+    truth = float(np.mean([0.01, 0.03, 0.1])) * np.exp(spread**2 / 2)
     hits = 0
-    for _ in range(100):
-        found = estimate(rng.exponential(1.0, 40), kinds, "live")
-        hits += found.low <= 1.0 <= found.high
-    assert 85 <= hits <= 100
+    for _ in range(400):
+        found = estimate(scale * rng.lognormal(0, spread, 3 * each), kinds, "live")
+        hits += found.low <= truth <= found.high
+    assert 0.88 <= hits / 400 <= 0.985
+
+
+def test_signed_figures_have_a_plain_interval() -> None:
+    found = estimate([-0.1, 0.1, 0.2, -0.2], ["a"] * 4, "live", "")
+    assert found.low == pytest.approx(-found.high)
+    assert found.high == pytest.approx(3.182446 * np.std([-0.1, 0.1, 0.2, -0.2], ddof=1) / 2)
 
 
 def test_samples_are_redrawn_within_their_kind() -> None:
@@ -270,6 +277,7 @@ def test_each_kind_of_text_has_a_loss_of_its_own(make_samples: Any) -> None:
     first, second = found.by_kind.values()
     assert (first.value, first.low, first.high) == pytest.approx((0.1, 0.1, 0.1))
     assert second.value == pytest.approx(0.6)
-    assert 0.5 <= second.low < 0.6 < second.high <= 0.7 + 1e-6
+    reach = np.exp(4.302653 * 0.1 / 3**0.5 / 0.6)  # t with two degrees of freedom
+    assert (second.low, second.high) == pytest.approx((0.6 / reach, 0.6 * reach), rel=1e-4)
     assert {one.tier for one in (first, second)} == {"live"}
     assert found.live.value == pytest.approx((0.1 + 0.6) / 2)  # kinds count alike

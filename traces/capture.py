@@ -1,14 +1,13 @@
 """Capturing a trace: what every head attends to, and how much the model's output would mind.
 
 For each sample the prompt is run without gradients and its q, k, v are kept; the observed tokens
-are then run on it with a graph through them alone. Labels drawn from the model's own predictions
-give Fisher probes: the gradient of sum_t log p(y_t) with respect to each layer's attention output
-before the output projection. S of them tell what a change of that output costs in KL divergence.
+are then run on it with a graph through them alone. Probes are
+gradients of random directions of the logits with respect to each layer's attention output before
+the output projection; S of them tell what a change of that output costs in KL divergence.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from kvtune.common.progress import Progress, Silent
 from kvtune.common.rotary import later_queries, query_moments
 from kvtune.traces.calibration import require_calibration
 from kvtune.traces.passes import full_cache_handler, run_observed, run_prompt
+from kvtune.traces.probes import Drawn, Probes
 from kvtune.traces.reconstruction import reconstruction
 from kvtune.traces.samples import Sample
 from kvtune.traces.sentences import sentence_ends
@@ -49,7 +49,7 @@ class Observed:
 
     Args:
         rows: q, k, v and output of each layer's observed tokens, [., C, D].
-        probes: Fisher probes of each layer [S, C, Hq, D].
+        probes: of each layer [S, C, Hq, D].
         target_logprob: log-probability of every row's target, in nats [C].
         predicted: the most probable token of every row [C].
     """
@@ -78,8 +78,8 @@ def capture(
         loaded: the model.
         samples: what to run; ids must differ.
         out_dir: folder of the trace; samples finished there are not run again.
-        probes: S, Fisher probes a sample.
-        seed: draws the probes' labels, each sample from its own stream.
+        probes: S of each sample.
+        seed: draws the probes, each sample from its own stream.
         workload_description: goes into the manifest.
         progress: a bar over the samples.
         queries: which queries to store: all N, the C observed, or the last so many.
@@ -110,7 +110,8 @@ def _capture_sample(
     loaded: LoadedModel, sample: Sample, index: int, settings: CaptureSettings, writer: TraceWriter
 ) -> None:
     prompt = _run_prompt(loaded, sample, settings)
-    observed = observe(loaded, sample, prompt.cache, settings.probes, settings.seed)
+    probes = Probes(settings.probes, settings.seed)
+    observed = observe(loaded, sample, prompt.cache, probes)
     with writer.sample(index, sample) as folder:
         for layer in range(loaded.geometry.layers):
             folder.write_layer(layer, _tensors(prompt, observed, layer))
@@ -157,8 +158,7 @@ def observe(
     loaded: LoadedModel,
     sample: Sample,
     cache: Sequence[tuple[Tensor, Tensor]],
-    probes: int,
-    seed: int,
+    probes: Probes,
 ) -> Observed:
     """One forward over the observed tokens, then the S probes through its graph.
 
@@ -166,8 +166,7 @@ def observe(
         loaded: the model.
         sample: whose observed tokens.
         cache: its prompt's keys and values, (k, v) a layer, each [1, H, P, D].
-        probes: S.
-        seed: draws the probes' labels.
+        probes: how they are drawn.
     """
     import torch
 
@@ -185,13 +184,12 @@ def observe(
         rows.append(tuple(x[0].detach() for x in (q, k, v, output)))  # type: ignore[arg-type]
         return output
 
-    copies = _copies(loaded, sample.observed, probes)
+    copies = _copies(loaded, sample.observed, probes.count)
     observed_ids = sample.token_ids[sample.prompt :]
     with torch.inference_mode(False), torch.enable_grad():
         logits = run_observed(loaded, observed_ids, sample.prompt, handler, copies)
         log_p = logits[0].detach().float().log_softmax(-1)  # [C, vocabulary]
-        labels = _draw_labels(log_p, probes, seed, sample.id)
-        gradients = _probes(logits, outputs, log_p, labels)
+        gradients = _gradients(logits, outputs, probes.draw(log_p, sample.id))
     targets = torch.tensor(sample.targets, device=log_p.device)[:, None]
     return Observed(
         rows, gradients, log_p.gather(1, targets)[:, 0].tolist(), log_p.argmax(-1).tolist()
@@ -212,35 +210,16 @@ def _copies(loaded: LoadedModel, observed: int, probes: int) -> int:
     return next(n for n in range(most, 0, -1) if probes % n == 0)
 
 
-def _draw_labels(log_p: Tensor, probes: int, seed: int, sample_id: str) -> Tensor:
-    """Labels from the model's own predictions [S, C], on the CPU so that a seed means the same."""
+def _gradients(logits: Tensor, outputs: list[Tensor], drawn: Drawn) -> list[Tensor]:
+    """Gradients of the drawn directions at every layer's attention output, [S, C, Hq, D] each."""
     import torch
 
-    stream = hashlib.sha256(f"{seed}/{sample_id}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(stream[:8], "big") >> 1)
-    drawn = torch.multinomial(log_p.exp().cpu(), probes, replacement=True, generator=generator)
-    return drawn.T.to(log_p.device)
-
-
-def _probes(logits: Tensor, outputs: list[Tensor], log_p: Tensor, labels: Tensor) -> list[Tensor]:
-    """Gradients of sum_t log p(y_t) at every layer's attention output, [S, C, Hq, D] a layer.
-
-    d log p(y) / d logits = onehot(y) - p is written down, so that no graph of the softmax over
-    the vocabulary is kept.
-    """
-    import torch
-
-    copies = logits.shape[0]
-    p = log_p.exp()
+    copies, probes = logits.shape[0], len(drawn.labels)
     pieces: list[list[Tensor]] = [[] for _ in outputs]
-    for first in range(0, len(labels), copies):
-        some = labels[first : first + copies]
-        one = torch.ones_like(some, dtype=p.dtype)[..., None]
-        slope = (-p).expand(copies, -1, -1).scatter_add(2, some[..., None], one)  # [., C, vocab]
-        more = first + copies < len(labels)
-        grads = torch.autograd.grad(
-            logits, outputs, grad_outputs=slope.to(logits.dtype), retain_graph=more
-        )
+    for first in range(0, probes, copies):
+        slopes = drawn.slopes(first, copies).to(logits.dtype)
+        more = first + copies < probes
+        grads = torch.autograd.grad(logits, outputs, grad_outputs=slopes, retain_graph=more)
         for piece, grad in zip(pieces, grads, strict=True):
             piece.append(grad.transpose(1, 2))  # [copies, C, Hq, D]
     return [torch.cat(piece) for piece in pieces]

@@ -1,4 +1,4 @@
-"""Questions with known answers: needles hidden in a haystack, and key-value recall.
+"""Questions with known answers: needles hidden in a haystack, key-value recall, long copies.
 
 Needles follow RULER's multi-key retrieval (Hsieh et al., 2024, arXiv:2404.06654), recall the
 key-value task of Liu et al., 2023 (arXiv:2307.03172). Each split has its own words and numbers.
@@ -39,6 +39,7 @@ TASK = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize them. "
     "I will quiz you about the numbers afterwards.\n\n"
 )
+COPY_LEAD = "\n\nHere is a passage of the above once more:\n\n"
 RECALL_TASK = "Below is a list of keys and their values. Make sure to memorize them.\n\n"
 
 
@@ -145,6 +146,35 @@ def recall(
     questions = lines[:most_questions]
     lead = "\nHere are some of the values again.\n"
     return _assemble(codec, RECALL_TASK, lead, others, questions, tokens, observed, rng)
+
+
+def copied(
+    codec: Codec, haystack: Sequence[int], tokens: int, observed: int, rng: random.Random
+) -> Passage:
+    """Prose, and then a passage of it once more: all observed tokens repeat what was read.
+
+    Args:
+        codec: the tokenizer.
+        haystack: at least N + 1 tokens of other text.
+        tokens: N.
+        observed: C; the passage is one token longer, so that its first is the prompt's last.
+        rng: draws where the passage begins.
+
+    Raises:
+        KvtuneError: the prompt is shorter than the passage.
+    """
+    first, lead = list(codec.start), codec.encode(COPY_LEAD)
+    passage = observed + 1
+    room = tokens + 1 - len(first) - len(lead) - passage
+    if room < passage or len(haystack) < room:
+        raise KvtuneError(
+            f"a passage of {passage} tokens is not read before it is repeated in {tokens} tokens",
+            hint="observe fewer tokens than half of a sample.",
+        )
+    at = rng.randrange(room - passage + 1)
+    body = list(haystack[:room])
+    text = (*first, *body, *lead, *body[at : at + passage])
+    return Passage(text, (-1,) * len(text))
 
 
 def _question(codec: Codec, hidden: str, asked: str, number: str, stop: str) -> Question:

@@ -12,7 +12,7 @@ from kvtune.common.bounds import Count, Name, Whole
 from kvtune.common.errors import KvtuneError
 
 Split = Literal["search", "select", "evaluate"]
-Kind = Literal["prose", "code", "retrieval", "recall", "user"]
+Kind = Literal["prose", "code", "retrieval", "recall", "chat", "copy", "user"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 KINDS: tuple[Kind, ...] = get_args(Kind)
 

@@ -22,6 +22,7 @@ SHARES: Mapping[Split, float] = {"search": 0.4, "select": 0.2, "evaluate": 0.4}
 """Share of the text that each split gets."""
 
 SHARED_WORDS = 24
+_PARAGRAPHS_A_TURN = 3
 
 _CODE_CHARACTERS = 1_500_000
 _CODE_SIZES = range(6_000, 80_000)
@@ -75,6 +76,27 @@ def code() -> Mapping[Split, tuple[Document, ...]]:
         hint = "install Python's complete standard library, or give your own text."
         raise KvtuneError("the standard library's sources are missing", where=str(root), hint=hint)
     return _deal(documents)
+
+
+@cache
+def chat() -> Mapping[Split, tuple[Document, ...]]:
+    """Conversations by split: questions about the language reference, answered from it in turns."""
+    return {
+        split: tuple(Document(d.name, "\n\n".join(_turns(d))) for d in documents)
+        for split, documents in prose().items()
+    }
+
+
+def _turns(document: Document) -> Iterator[str]:
+    """Every few paragraphs the user asks on, and now and then for what was said before."""
+    subject = document.name.replace("-", " ").lower()
+    paragraphs = [p.strip() for p in document.text.split("\n\n") if p.strip()]
+    for first in range(0, len(paragraphs), _PARAGRAPHS_A_TURN):
+        asked = f"What should I know about {subject}?" if first == 0 else "What else?"
+        yield f"User: {asked}"
+        yield "Assistant: " + "\n\n".join(paragraphs[first : first + _PARAGRAPHS_A_TURN])
+    yield f"User: Thank you. How did your answer about {subject} begin?"
+    yield f"Assistant: It began like this: {paragraphs[0]}"
 
 
 def user(paths: Sequence[Path]) -> Mapping[Split, tuple[Document, ...]]:

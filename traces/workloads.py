@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 from kvtune.common.errors import KvtuneError, nearest
 from kvtune.traces import texts
-from kvtune.traces.needles import Codec, Passage, recall, retrieval
+from kvtune.traces.needles import Codec, Passage, copied, recall, retrieval
 from kvtune.traces.samples import KINDS, SPLITS, Kind, Sample, Split
 
 Counts = Mapping[str, Mapping[str, int]]
@@ -149,7 +149,7 @@ def _samples(
 ) -> Iterator[Sample]:
     if count == 0:
         return
-    made = _asked if kind in ("retrieval", "recall") else _windows
+    made = _drawn if kind in ("retrieval", "recall", "copy") else _windows
     for index, passage in enumerate(made(workload, codec, split, kind, count)):
         yield _sample(workload, split, kind, index, passage)
 
@@ -167,19 +167,23 @@ def _sample(workload: Workload, split: Split, kind: Kind, index: int, passage: P
     )
 
 
-def _asked(
+def _drawn(
     workload: Workload, codec: Codec, split: Split, kind: Kind, count: int
 ) -> Iterator[Passage]:
-    """Retrieval or recall samples, each from its own random stream."""
+    """Retrieval, recall or copy samples, each from its own random stream."""
     sizes = (workload.tokens, workload.observed, workload.needles)
     for index in range(count):
         stream = f"{workload.seed}/{split}/{kind}/{index}"
         rng = random.Random(stream)  # noqa: S311 - samples, not secrets
         if kind == "recall":
             yield recall(codec, split, *sizes, rng)
+            continue
+        tokens = _stream(codec, texts.prose()[split], stream)
+        haystack = _first(tokens, workload.tokens + 1)
+        if kind == "copy":
+            yield copied(codec, haystack, workload.tokens, workload.observed, rng)
         else:
-            tokens = _stream(codec, texts.prose()[split], stream)
-            yield retrieval(codec, _first(tokens, workload.tokens + 1), split, *sizes, rng)
+            yield retrieval(codec, haystack, split, *sizes, rng)
 
 
 def _windows(
@@ -205,6 +209,7 @@ def _documents(workload: Workload, kind: Kind) -> Mapping[Split, Sequence[texts.
     sources: Mapping[str, Callable[[], Mapping[Split, Sequence[texts.Document]]]] = {
         "prose": texts.prose,
         "code": texts.code,
+        "chat": texts.chat,
         "user": lambda: texts.user(workload.files),
     }
     return sources[kind]()

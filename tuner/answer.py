@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,9 +13,10 @@ from kvtune.common.units import format_bytes
 from kvtune.policies.policy import Policy
 from kvtune.simulator.cost import Cost, policy_cost
 from kvtune.simulator.memory import MemoryBudget
+from kvtune.tuner.baselines import COSTS
 from kvtune.tuner.explore.record import selection_split
 from kvtune.tuner.question import Candidate, Solver, front
-from kvtune.tuner.request import FrontPoint, Quality, SearchRequest, SearchResult
+from kvtune.tuner.request import FrontPoint, Quality, Rival, SearchRequest, SearchResult
 from kvtune.tuner.rivals import live_rivals
 from kvtune.tuner.sources import QualitySource
 from kvtune.tuner.stand_in_rivals import stand_in_rivals
@@ -77,7 +78,7 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
         full_cache_sequences=budget.cache_bytes // request.shape.kv_bytes(longest),
         full_cache_accuracy=validation.full_cache_accuracy if validation else None,
         counters=validation.counters if validation else {},
-        notes=(*found.notes, *_notes(found, chosen, quality)),
+        notes=(*found.notes, *_notes(found, chosen, quality), *_costs(rivals)),
         provenance={
             "kvtune": kvtune.__version__,
             "seed": request.seed,
@@ -190,6 +191,13 @@ def _notes(found: Found, chosen: Candidate, quality: Quality) -> tuple[str, ...]
             f"{request.largest_kl:g}; fewer sequences (--batch) or more --mem lower it."
         )
     return tuple(notes)
+
+
+def _costs(rivals: Sequence[Rival]) -> Iterator[str]:
+    """What rivals take that is in no column."""
+    for rival in rivals:
+        if rival.family in COSTS:
+            yield f"cost: {rival.name} {COSTS[rival.family]}."
 
 
 def _band_note(request: SearchRequest, quality: Quality) -> str:

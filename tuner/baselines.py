@@ -8,16 +8,25 @@ from dataclasses import replace
 from kvtune.policies.allocator import Allocator
 from kvtune.policies.allocators.adakv import AdaKV
 from kvtune.policies.allocators.as_given import AsGiven
+from kvtune.policies.allocators.cake_layers import CakeLayers
+from kvtune.policies.allocators.compresskv_layers import CompressKVLayers
+from kvtune.policies.allocators.model_wide import ModelWide
 from kvtune.policies.allocators.pyramid import Pyramid
 from kvtune.policies.format import Format
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.grouped import Int2, Int4, Int8
 from kvtune.policies.method import Method
+from kvtune.policies.methods.cake import Cake
+from kvtune.policies.methods.compresskv import CompressKV
+from kvtune.policies.methods.expected_attention import ExpectedAttention
 from kvtune.policies.methods.h2o import H2O
+from kvtune.policies.methods.keydiff import KeyDiff
+from kvtune.policies.methods.kvzip import KVzip
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
+from kvtune.traces.signals import SIGNALS
 
 Stored = tuple[Method, Format]
 
@@ -40,6 +49,34 @@ last layers are left as little as the line gives them.
 """
 
 
+STRONG: dict[str, tuple[tuple[Allocator, Method], ...]] = {
+    "kvzip": ((ModelWide(), KVzip()),),
+    "expected_attention": ((AsGiven(), ExpectedAttention()), (AdaKV(), ExpectedAttention())),
+    "keydiff": ((AsGiven(), KeyDiff()),),
+    "cake": ((CakeLayers(), Cake()),),
+    "compresskv": ((CompressKVLayers(), CompressKV()),),
+}
+"""What others have published since, each with the allocator of its authors."""
+
+COSTS: dict[str, str] = {
+    "kvzip": "reads the prompt a second time, and holds all of it in all layers until then",
+    "expected_attention": "keeps statistics of all prompt queries",
+    "cake": "holds the whole prompt in all layers until the last one is read",
+    "compresskv": "is calibrated on the model once",
+}
+"""What a family takes beside its bytes, where it is anything."""
+
+
+def strong_families(recorded: Collection[str]) -> list[str]:
+    """Those of ``STRONG`` that read no signal but these."""
+
+    def reads(allocator: Allocator, method: Method) -> bool:
+        needs = allocator.needs | method.needs
+        return all(name in recorded for name in SIGNALS if getattr(needs, name))
+
+    return [name for name, entries in STRONG.items() if all(reads(*each) for each in entries)]
+
+
 def candidates(
     family: str,
     budget_bytes: int,
@@ -56,7 +93,7 @@ def candidates(
     shape = (prompt_tokens, layers, kv_heads, head_dim)
     filled = [
         fill(Option(method, keys=form, values=form), allocator, budget_bytes, *shape)
-        for allocator, method in FAMILIES[family]
+        for allocator, method in (FAMILIES | STRONG)[family]
         for form in PRECISIONS
         if only is None or (method, form) in only
     ]

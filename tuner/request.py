@@ -82,7 +82,7 @@ class Quality:
     """A quality figure and whose it is.
 
     Args:
-        kl: nats/token, with a 95 % bootstrap interval over held-out samples, and tier; of a
+        kl: nats/token, with a 95 % interval over held-out samples, and tier; of a
             stand-in, a band.
         source: the model's own trace, or that of a stand-in.
         stand_in: the stand-in's name, or "".

@@ -1,7 +1,8 @@
 """The plan beside what it has to beat, at equal bytes, on samples no choice was made on.
 
 Baselines are picked by replay on those very samples, which is generous to them: the uniform ones
-in every method and precision, pyramid and AdaKV in those that did best there.
+in every method and precision, pyramid and AdaKV in those that did best there, and what has been
+published since in its best precision, as far as the trace holds the signals that it reads.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from kvtune.common.estimate import Estimate
 from kvtune.common.progress import Progress
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.tuner.allocate import Choice, Problem, solve
-from kvtune.tuner.baselines import FAMILIES, Stored, candidates
-from kvtune.tuner.explore.record import by_kind
-from kvtune.tuner.question import Candidate, Solver, policy_of
+from kvtune.tuner.baselines import FAMILIES, Stored, candidates, strong_families
+from kvtune.tuner.question import Candidate, Solver, evicts, policy_of
 from kvtune.tuner.request import Rival
 from kvtune.tuner.sources import QualitySource
 
@@ -47,7 +47,7 @@ def live_rivals(
     budget = policy.footprint(tables.prompt_tokens, tables.head_dim)
     plan = Rival(policy.name, "kvtune", predicted, None, budget, policy=policy)
     rows = [
-        replace(plan, by_kind=held_out_by_kind(source, chosen.choice)),
+        replace(plan, by_kind=source.by_kind(chosen.choice)),
         *(
             _allocated(source, family, choice, _own_bytes(source, choice))
             for family, choice in _allocations(source, budget).items()
@@ -91,6 +91,10 @@ def _best_of_families(
             losses = replay(tried)
             best = int(losses.mean(1).argmin())
             yield _simple(source, family, tried[best], losses[best], kinds)
+    for family in strong_families(trace.manifest["signals"]):
+        if tried := candidates(family, budget, *shape):
+            best = int(replay(tried, every=6).mean(1).argmin())
+            yield _simple(source, family, tried[best], replay([tried[best]])[0], kinds)
 
 
 def _allocated(source: QualitySource, family: str, choice: Choice, spent: int) -> Rival:
@@ -102,7 +106,7 @@ def _allocated(source: QualitySource, family: str, choice: Choice, spent: int) -
         predicted=source.loss_of(choice),
         live=None,
         prompt_bytes=spent,
-        by_kind=held_out_by_kind(source, choice),
+        by_kind=source.by_kind(choice),
         policy=policy_of(source.tables, choice, name),
     )
 
@@ -111,13 +115,14 @@ def _simple(
     source: QualitySource, family: str, policy: Policy, losses: Any, kinds: Sequence[str]
 ) -> Rival:
     """One rule for all heads, replayed."""
+    some = any(evicts(option) for option in policy.options())
     return Rival(
         name=policy.name,
         family=family,
-        predicted=source.loss(losses, kinds, "replay"),
+        predicted=source.loss(losses, kinds, "replay", evicts=some),
         live=None,
         prompt_bytes=policy.footprint(source.tables.prompt_tokens, source.tables.head_dim),
-        by_kind=by_kind(losses, kinds, source.calibration.value),
+        by_kind=source.calibration.by_kind(losses, kinds, some),
         policy=policy,
     )
 
@@ -151,13 +156,6 @@ def _allocations(source: QualitySource, budget: int) -> dict[str, Choice]:
         }
     except KvtuneError:  # a layer's smallest option may not fit where a head's does
         return {}
-
-
-def held_out_by_kind(source: QualitySource, choice: Choice) -> dict[str, float]:
-    """Calibrated loss by kind of text on held-out samples."""
-    tables = source.tables.of_split("evaluate")
-    kinds = [sample.kind for sample in tables.samples]
-    return by_kind(tables.by_sample(choice), kinds, source.calibration.value)
 
 
 def _own_bytes(source: QualitySource, choice: Choice) -> int:

@@ -25,6 +25,7 @@ from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.record import Recorder, selection_split
 from kvtune.tuner.finished import finished, keep_finished
 from kvtune.tuner.question import Candidate, Question, Solver, front, pick
+from kvtune.tuner.refine import live_on_selection, recalibrated, refine
 from kvtune.tuner.request import (
     SearchRequest,
     SearchResult,
@@ -36,7 +37,6 @@ from kvtune.tuner.study import run_study
 from kvtune.tuner.within import limits_of
 
 Budgets = dict[int, MemoryBudget]  # by context
-_FINALISTS = 4
 
 
 def run_search(request: SearchRequest, progress: Progress | None = None) -> SearchResult:
@@ -89,9 +89,11 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
     candidates = [*trials, *simple]
     if not candidates:
         raise _nothing_fits(request, question)
-    expected = [replace(c, kl=source.calibration.value(c.kl)) for c in candidates]
-    ended = Found(request, budgets, source, solver, facts.study, expected, notes)
-    result = answer(ended, _choose(ended, progress), progress)
+    studied = Found(request, budgets, source, solver, facts.study, candidates, notes)
+    ended, chosen = _choose(recalibrated(studied, source.calibration), progress)
+    if ended.source is not source:
+        _recorded_anew(recorder, ended)
+    result = answer(ended, chosen, progress)
     write_result(result)
     keep_finished(result)
     return result
@@ -202,31 +204,19 @@ def _question(request: SearchRequest, budgets: Budgets, source: QualitySource) -
     )
 
 
-def _choose(found: Found, progress: Progress) -> Candidate:
-    """The front's best, or the best of the finalists run live on the selection samples."""
-    request, expected = found.request, found.expected
-    best = pick(front(expected), request.largest_kl)
-    trace, loaded = found.source.trace, found.source.loaded
-    if trace is None or loaded is None or not (selection := trace.of_split("select")):
-        return best
-    if loaded.device == "cpu" and request.sequences is None:
-        return best  # a live run costs seconds there, and neighbours on the front differ little
-    same = (c for c in expected if (c.context, c.sequences) == (best.context, best.sequences))
-    rest = sorted(same, key=lambda c: c.kl)
-    finalists = list({c.choice.tobytes(): c for c in reversed(rest[:_FINALISTS])}.values())
-    if len(finalists) < 2:
-        return best
-    from kvtune.runtime.prompts import traced_prompt
-    from kvtune.tuner.validate import validate_policies
+def _choose(found: Found, progress: Progress) -> tuple[Found, Candidate]:
+    """The front's best; where the model can run, after live rounds on the selection samples."""
+    run = live_on_selection(found, progress)
+    if run is None:
+        return found, pick(front(found.expected), found.request.largest_kl)
+    return refine(found, run)
 
-    live = validate_policies(
-        [found.solver.policy(c) for c in finalists],
-        loaded,
-        selection,
-        lambda sample: traced_prompt(trace, trace.sample(sample.id), loaded.device),
-        progress=progress,
-    )
-    return min(zip(finalists, live, strict=True), key=lambda pair: pair[1].live.value)[0]
+
+def _recorded_anew(recorder: Recorder, found: Found) -> None:
+    """The plans' file with what live runs have taught: none of its losses is of another kind."""
+    recorder = Recorder(recorder.path.parent, recorder.facts, found.source)
+    for candidate in found.expected:
+        recorder.add(candidate)
 
 
 def _facts(request: SearchRequest, budgets: Budgets, source: QualitySource) -> Facts:

@@ -16,11 +16,14 @@ from typing import Any
 from kvtune.common.errors import KvtuneError
 from kvtune.common.files import atomic, cache_dir, sha256
 from kvtune.common.progress import Progress
+from kvtune.common.stored import parse_json
+from kvtune.simulator.calibration import Calibration, read_calibration
 from kvtune.simulator.tables import Tables, head_exchangeable, join
 from kvtune.simulator.tables_file import load_tables, save_tables
 from kvtune.traces.trace import Trace
 
 STAND_IN = "smollm2-135m"
+CALIBRATION = "calibration.json"
 SPLITS = frozenset(("select", "evaluate"))
 
 
@@ -30,6 +33,12 @@ def packaged_tables() -> tuple[Tables, dict[str, Any]]:
         _check_hash(file, _packaged_digest(), "install kvtune again.")
         tables, about = load_tables(file)
         return replace(tables, model=STAND_IN), about
+
+
+def packaged_calibration() -> Calibration:
+    """From predicted to live, as it was measured on the packaged source."""
+    file = _data() / CALIBRATION
+    return read_calibration(parse_json(file.read_bytes(), str(file)), str(file))
 
 
 def digests() -> list[str]:

@@ -17,14 +17,15 @@ from kvtune.common.files import cache_dir
 from kvtune.common.progress import Progress
 from kvtune.policies.signals import Needs
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.calibration import NONE, Calibration
-from kvtune.simulator.tables import Tables
+from kvtune.simulator.calibration import Calibration
+from kvtune.simulator.tables import Floats, Tables
 from kvtune.simulator.tables_file import load_tables, save_tables
 from kvtune.traces.signals import SIGNALS
 from kvtune.tuner import source_models
 from kvtune.tuner.band import band
 from kvtune.tuner.options import FULL, LAPTOP, READERS, ROTATED, Menu, every_method
-from kvtune.tuner.quality import estimate
+from kvtune.tuner.quality import calibrated
+from kvtune.tuner.question import evicts
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.within import limits_of, menu_within
 
@@ -58,22 +59,42 @@ class QualitySource:
     curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
-    def loss(self, by_sample: ArrayLike, kinds: Sequence[str], tier: Tier) -> Estimate:
+    def loss(
+        self, by_sample: ArrayLike, kinds: Sequence[str], tier: Tier, *, evicts: bool
+    ) -> Estimate:
         """A policy's loss from what it loses on samples: calibrated, and a stand-in's as a band."""
         if self.stand_in:
-            return band(by_sample, kinds, self.calibration)
-        return self.calibration.apply(estimate(by_sample, kinds, tier))
+            return band(by_sample, kinds, self.calibration, evicts=evicts)
+        return calibrated(self.calibration, by_sample, kinds, tier, evicts=evicts)
 
     def loss_of(self, choice: NDArray[np.int64], split: str = "evaluate") -> Estimate:
         """The same of a configuration, ``[I]``, on the samples of a split."""
+        losses, kinds = self.predicted(choice, split)
+        return self.loss(losses, kinds, "table", evicts=self.evicts(choice))
+
+    def value_of(self, choice: NDArray[np.int64], split: str) -> float:
+        """Its calibrated value alone, nats/token."""
+        return self.calibration.mean(*self.predicted(choice, split), self.evicts(choice))
+
+    def by_kind(self, choice: NDArray[np.int64], split: str = "evaluate") -> dict[str, float]:
+        """Its calibrated values by kind of text, nats/token."""
+        return self.calibration.by_kind(*self.predicted(choice, split), self.evicts(choice))
+
+    def predicted(self, choice: NDArray[np.int64], split: str) -> tuple[Floats, list[str]]:
+        """What the tables say of a configuration on the samples of a split, and their kinds."""
         tables = self.tables.of_split(split)
-        return self.loss(tables.by_sample(choice), [s.kind for s in tables.samples], "table")
+        return tables.by_sample(choice), [sample.kind for sample in tables.samples]
+
+    def evicts(self, choice: NDArray[np.int64]) -> bool:
+        """Whether any head of a configuration keeps less than everything."""
+        return any(evicts(self.tables.options[option]) for option in np.unique(choice))
 
 
 def stand_in(shape: ModelShape) -> QualitySource:
     """All sources' tables, as far as they say anything of a model with other heads.
 
-    The calibration is the packaged source's, for all of them.
+    The calibration is the packaged source's, for all of them: how far live runs leave predictions
+    hardly differs by model.
     """
     provenance = source_models.packaged_tables()[1]
     tables, names = source_models.all_tables(
@@ -81,7 +102,7 @@ def stand_in(shape: ModelShape) -> QualitySource:
     )
     return QualitySource(
         tables=tables,
-        calibration=Calibration(**provenance["calibration"]),
+        calibration=source_models.packaged_calibration(),
         stand_in=names,
         curves=provenance["baselines"],
         provenance={
@@ -114,7 +135,11 @@ def own_trace(request: SearchRequest, progress: Progress) -> QualitySource:
     trace, key, provenance = _own_trace(request, loaded, menu, progress)
     tables = _own_tables(request.shape.name, trace, menu, key, loaded.device, progress)
     return QualitySource(
-        tables, _borrowed_calibration(), loaded=loaded, trace=trace, provenance=provenance
+        tables,
+        source_models.packaged_calibration(),
+        loaded=loaded,
+        trace=trace,
+        provenance=provenance,
     )
 
 
@@ -199,14 +224,6 @@ def _own_tables(
         raise KvtuneError("these tables are of another trace", where=str(path), hint="remove it.")
     progress.note("the trace and its tables are used again")
     return tables
-
-
-def _borrowed_calibration() -> Calibration:
-    """The packaged model's line: how far live runs leave predictions hardly differs by model."""
-    try:
-        return Calibration(**source_models.packaged_tables()[1]["calibration"])
-    except (KvtuneError, KeyError, FileNotFoundError):
-        return NONE
 
 
 def _check_shape(loaded: LoadedModel, shape: ModelShape) -> None:

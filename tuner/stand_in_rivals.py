@@ -15,7 +15,6 @@ from kvtune.tuner.band import band_of_live
 from kvtune.tuner.baselines import FAMILIES
 from kvtune.tuner.question import Candidate, Solver
 from kvtune.tuner.request import Rival
-from kvtune.tuner.rivals import held_out_by_kind
 from kvtune.tuner.source_models import STAND_IN
 from kvtune.tuner.sources import QualitySource
 
@@ -35,7 +34,7 @@ def stand_in_rivals(
         predicted=predicted,
         live=None,
         prompt_bytes=chosen.prompt_bytes,
-        by_kind=held_out_by_kind(source, chosen.choice),
+        by_kind=source.by_kind(chosen.choice),
         policy=policy,
     )
     share = chosen.prompt_bytes / solver.question.full_bytes(chosen.context)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +31,6 @@ class Recorder:
 
     def __init__(self, folder: Path, facts: Facts, source: QualitySource) -> None:
         self.path, self.facts, self.source = folder / PLANS_FILE, facts, source
-        self.held_out = source.tables.of_split("evaluate")
         write_text(self.path, json.dumps(facts.as_plain()) + "\n")
 
     def add(self, candidate: Candidate) -> None:
@@ -51,22 +49,10 @@ class Recorder:
         append_text(self.path, write_line(plan))
 
     def _by_kind(self, choice: NDArray[np.int64]) -> tuple[float, ...]:
-        kinds = [sample.kind for sample in self.held_out.samples]
-        moved = self.source.calibration.value
-        means = by_kind(self.held_out.by_sample(choice), kinds, moved)
+        means = self.source.by_kind(choice)
         return tuple(means[kind] for kind in self.facts.kinds)
 
 
 def selection_split(tables: Tables) -> str:
     """The split that plans are judged on: selection, where there is one."""
     return "select" if any(s.split == "select" for s in tables.samples) else "search"
-
-
-def by_kind(
-    losses: NDArray[np.floating] | Sequence[float],
-    kinds: Sequence[str],
-    moved: Callable[[float], float] = float,
-) -> dict[str, float]:
-    """Means by kind of text, each through ``moved`` (a calibration)."""
-    array, labels = np.asarray(losses, float), np.asarray(kinds)
-    return {kind: moved(float(array[labels == kind].mean())) for kind in sorted(set(kinds))}

@@ -1,0 +1,188 @@
+"""Judges what ``predictions.py`` recorded, and fits the calibration that the package ships.
+
+    python benchmarks/predictions_judged.py benchmarks/results/predictions-h200.json \
+        --fit tuner/data/calibration.json
+
+Every figure about a kind of text is of a calibration that was fitted on the other kinds alone;
+``levelled`` ones have also seen the same plan on that kind's selection samples, as a search does
+where the weights are at hand, and are judged on its evaluation samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from kvtune.common.files import write_json
+from kvtune.simulator.calibration import (
+    ASKED,
+    Calibration,
+    Curve,
+    fit_left_out,
+    write_calibration,
+)
+from kvtune.tuner.refine import TRUST
+
+Array = NDArray[np.float64]
+SHARES = (0.03, 0.06, 0.12, 0.25)
+SPLITS = ("select", "evaluate")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run of ``predictions.py``, as one family of probes sees it."""
+
+    data: dict[str, Any]
+    probes: str
+
+    @property
+    def kinds(self) -> list[str]:
+        """Of text."""
+        return sorted({sample["kind"] for sample in self.data["samples"].values()})
+
+    def ids(self, group: str, kind: str | None = None, split: str | None = None) -> list[str]:
+        """Samples that a group of policies ran on."""
+        samples = self.data["samples"]
+        return [
+            name
+            for name in self.data[f"{group} by sample"]
+            if kind in (None, samples[name]["kind"]) and split in (None, samples[name]["split"])
+        ]
+
+    def array(self, group: str, ids: list[str], name: str) -> Array:
+        """A figure of every policy on samples, ``[n, policies]``."""
+        rows = self.data[f"{group} by sample"]
+        return np.array([rows[each][name] for each in ids], float)
+
+    def pair(self, group: str, kind: str, split: str) -> tuple[Array, Array]:
+        """Predicted and live, means over a kind's samples of a split, ``[policies]``."""
+        ids = self.ids(group, kind, split)
+        both = (f"{self.probes}, all", "live")
+        return tuple(self.array(group, ids, name).mean(0) for name in both)  # type: ignore[return-value]
+
+    @property
+    def shares(self) -> Array:
+        """Of the plans."""
+        return np.array([plan["share"] for plan in self.data["plans"]])
+
+
+def curve_of(recorded: Recorded, kinds: list[str]) -> Curve:
+    """The curve of tuned plans on some kinds of text; a text is what is left out."""
+    predicted, live, groups = [], [], []
+    for kind in kinds:
+        for split in SPLITS:
+            x, y = recorded.pair("plans", kind, split)
+            predicted += x.tolist()
+            live += y.tolist()
+            groups += [f"{kind} {split}"] * len(x)
+    return fit_left_out(predicted, live, groups)
+
+
+def quantising(recorded: Recorded) -> Curve:
+    """The curve of policies that keep every token; of the mixed ones."""
+    rows = [i for i, each in enumerate(recorded.data["mixed"]) if each["group"] == "quantised"]
+    predicted, live, groups = [], [], []
+    for kind in recorded.kinds:
+        x, y = recorded.pair("mixed", kind, "evaluate")
+        predicted += x[rows].tolist()
+        live += y[rows].tolist()
+        groups += [kind] * len(rows)
+    return fit_left_out(predicted, live, groups)
+
+
+def fitted(recorded: Recorded) -> Calibration:
+    """What the package ships."""
+    asked = [kind for kind in recorded.kinds if kind in ASKED]
+    plain = [kind for kind in recorded.kinds if kind not in ASKED]
+    curves = {
+        "quantising": quantising(recorded),
+        "evicting": curve_of(recorded, plain),
+        "evicting what is asked for": curve_of(recorded, asked),
+    }
+    runs = len(recorded.data["plans"]) * len(recorded.ids("plans"))
+    return Calibration(curves, runs=runs)  # type: ignore[arg-type]
+
+
+def judged(recorded: Recorded) -> dict[str, Any]:
+    """Live over predicted on each kind by curves of the other kinds; coverage of 80 % intervals."""
+    found: dict[str, Any] = {}
+    for kind in recorded.kinds:
+        others = [k for k in recorded.kinds if k != kind and (k in ASKED) == (kind in ASKED)]
+        curve = curve_of(recorded, others)
+        x, y = recorded.pair("plans", kind, "evaluate")
+        seen_x, seen_y = recorded.pair("plans", kind, "select")
+        level = TRUST * np.log(seen_y / [curve.value(each) for each in seen_x])
+        calibrated = np.array([curve.value(each) for each in x])
+        low, high = curve.scatter(0.8)
+        columns = {"raw": x, "calibrated": calibrated, "levelled": calibrated * np.exp(level)}
+        found[kind] = {
+            name: {
+                "live over predicted": by_share(recorded, y / values),
+                "within 80 % interval": float(
+                    np.mean((np.log(y / values) >= low) & (np.log(y / values) <= high))
+                ),
+            }
+            for name, values in columns.items()
+        }
+    return found
+
+
+def by_share(recorded: Recorded, ratio: Array) -> dict[str, float]:
+    """Medians over the plans of a share."""
+    return {
+        f"{share:.0%}": round(float(np.median(ratio[recorded.shares == share])), 3)
+        for share in SHARES
+    }
+
+
+def ranks(recorded: Recorded) -> dict[str, Any]:
+    """Rank correlations: mixed policies over all kinds and on each, plans' answers alone."""
+    ids = recorded.ids("mixed")
+    predicted, live = (
+        recorded.array("mixed", ids, name) for name in (f"{recorded.probes}, all", "live")
+    )
+    found: dict[str, Any] = {"mixed": rank(predicted.mean(0), live.mean(0))}
+    for kind in recorded.kinds:
+        found[f"mixed on {kind}"] = rank(*recorded.pair("mixed", kind, "evaluate"))
+        found[f"plans on {kind}"] = rank(*recorded.pair("plans", kind, "evaluate"))
+    samples = recorded.data["samples"]
+    for group in ("mixed", "plans"):
+        asked = [each for each in recorded.ids(group) if samples[each]["answers"]]
+        pair = [
+            recorded.array(group, asked, name).mean(0)
+            for name in (f"{recorded.probes}, answers", "live, answers")
+        ]
+        found[f"{group}, answers alone"] = rank(*pair)
+    return found
+
+
+def rank(predicted: Array, live: Array) -> float:
+    return round(float(spearmanr(predicted, live).statistic), 4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recorded", type=Path)
+    parser.add_argument("--probes", nargs="+", default=["probes", "fisher"])
+    parser.add_argument("--fit", type=Path, help="write the calibration of the first probes here")
+    arguments = parser.parse_args()
+    data = json.loads(arguments.recorded.read_text(encoding="utf-8"))
+    for probes in arguments.probes:
+        recorded = Recorded(data, probes)
+        print(json.dumps({probes: {**judged(recorded), "rank": ranks(recorded)}}, indent=1))
+    if arguments.fit:
+        calibration = fitted(Recorded(data, arguments.probes[0]))
+        write_json(
+            arguments.fit, write_calibration(calibration, "benchmarks/predictions_judged.py")
+        )
+
+
+if __name__ == "__main__":
+    main()

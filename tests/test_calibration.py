@@ -1,0 +1,154 @@
+"""From predicted to live: curves that are found again, and intervals that hold what comes next."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtune.common.errors import KvtuneError
+from kvtune.simulator.calibration import (
+    NONE,
+    REGIMES,
+    Calibration,
+    Curve,
+    fit_curve,
+    fit_left_out,
+    read_calibration,
+    regime_of,
+    write_calibration,
+)
+from kvtune.tuner.quality import calibrated, estimate
+from kvtune.tuner.source_models import packaged_calibration
+
+KINDS = ["prose", "prose", "retrieval", "retrieval"]
+CURVES = Calibration(
+    {
+        "evicting": Curve((1e-3, 1e-1), (0.1, 0.5), (-0.2, 0.2)),
+        "evicting what is asked for": Curve((1e-3, 1e-1), (0.3, 0.9), (-0.4, 0.4)),
+    }
+)
+
+
+def ratio(predicted: float) -> float:
+    """Nearly right where little is lost, three times too low where much is."""
+    return 1 + 2 * predicted / (predicted + 0.05)
+
+
+def test_a_planted_curve_is_found_again() -> None:
+    x = np.geomspace(1e-4, 0.3, 80)
+    noise = np.exp(np.random.default_rng(0).normal(0, 0.1, 80))
+    found = fit_curve(x, x * [ratio(each) for each in x] * noise)
+    for each in (3e-4, 5e-3, 0.03, 0.2):
+        assert found.value(each) == pytest.approx(each * ratio(each), rel=0.12)
+
+
+def test_a_few_outliers_do_not_move_the_curve() -> None:
+    x = np.geomspace(1e-4, 0.1, 40)
+    live = 1.5 * x
+    live[[3, 17, 30]] *= 50
+    assert fit_curve(x, live).value(0.01) == pytest.approx(0.015, rel=0.03)
+
+
+def test_beyond_what_was_seen_the_ratio_stays_and_without_runs_so_does_the_prediction() -> None:
+    found = fit_curve([0.01, 0.02], [0.02, 0.04])
+    assert found.value(1.0) == pytest.approx(2.0, rel=0.01)
+    assert found.value(1e-5) == pytest.approx(2e-5, rel=0.01)
+    assert fit_curve([], []).value(0.02) == Curve().value(0.02) == 0.02
+    assert NONE.value(0.02, "prose", True) == 0.02
+    assert found.value(0.0) == 0
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_the_scatter_holds_left_out_texts_as_often_as_it_says(level: float) -> None:
+    """Texts differ, and the plans of one text err together: by plans alone it would not hold."""
+    rng, held = np.random.default_rng(1), []
+    for _ in range(60):
+        x = np.geomspace(1e-3, 0.1, 6)
+        text = rng.normal(0, 0.2, 21)
+        live = np.exp(text[:, None] + rng.normal(0, 0.05, (21, 6))) * x * 1.3
+        seen, new = live[:20], live[20]
+        names = np.repeat([f"text {n}" for n in range(20)], 6)
+        found = fit_left_out(np.tile(x, 20), seen.ravel(), names.tolist())
+        low, high = found.scatter(level)
+        error = np.log(new / [found.value(each) for each in x])
+        held += ((error >= low) & (error <= high)).tolist()
+    assert np.mean(held) == pytest.approx(level, abs=0.07)
+
+
+def test_what_is_asked_for_has_a_curve_of_its_own_and_storing_everything_too() -> None:
+    assert regime_of("prose", True) == "evicting"
+    assert regime_of("retrieval", True) == "evicting what is asked for"
+    assert regime_of("retrieval, some model", True) == "evicting what is asked for"
+    assert regime_of("retrieval", False) == "quantising"
+    assert CURVES.value(0.01, "retrieval", True) > CURVES.value(0.01, "code", True) > 0.01
+    assert CURVES.value(0.01, "retrieval", False) == 0.01
+
+
+@given(st.lists(st.floats(0, 1), min_size=4, max_size=4), st.booleans())
+def test_samples_scaled_have_their_kinds_calibrated_means(
+    losses: list[float], evicts: bool
+) -> None:
+    moved, means = CURVES.applied(losses, KINDS, evicts), CURVES.by_kind(losses, KINDS, evicts)
+    assert moved[:2].mean() == pytest.approx(means["prose"])
+    assert moved[2:].mean() == pytest.approx(means["retrieval"])
+    assert CURVES.mean(losses, KINDS, evicts) == pytest.approx(np.mean(list(means.values())))
+
+
+def test_levels_move_one_kind_of_text_where_something_is_evicted() -> None:
+    moved = CURVES.levelled({"prose": float(np.log(1.5))}, runs=2)
+    before = CURVES.value(0.01, "prose", True)
+    assert moved.value(0.01, "prose", True) == pytest.approx(1.5 * before)
+    for kind, evicts in (("prose", False), ("code", True)):
+        assert moved.value(0.01, kind, evicts) == CURVES.value(0.01, kind, evicts)
+    twice = moved.levelled({"prose": float(np.log(2.0))}, runs=1)
+    assert twice.value(0.01, "prose", True) == pytest.approx(3 * before)
+    assert twice.runs == 3
+
+
+def test_scatter_and_samples_widen_the_interval_together() -> None:
+    losses = [0.010, 0.012, 0.030, 0.034]
+    found = calibrated(CURVES, losses, KINDS, "table", evicts=True)
+    alone = estimate(CURVES.applied(losses, KINDS, True), KINDS, "table")
+    assert found.value == pytest.approx(CURVES.mean(losses, KINDS, True))
+    assert found.low < alone.low < found.value < alone.high < found.high
+    factor = float(np.exp(0.3))  # the mean of both kinds' scatter
+    assert found.high < alone.high * factor
+    assert calibrated(CURVES, [0.0] * 4, KINDS, "table", evicts=True).high == 0
+
+
+# The packaged calibration
+
+
+def test_the_packaged_calibration_leaves_what_is_nearly_right_nearly_as_it_is() -> None:
+    shipped = packaged_calibration()
+    assert set(shipped.curves) == set(REGIMES)
+    assert shipped.runs > 500
+    for kind in ("prose", "retrieval"):
+        for predicted in (0.0011, 0.0047):
+            assert 0.9 < shipped.value(predicted, kind, True) / predicted < 1.3
+    assert shipped.value(0.08, "retrieval", True) > 1.5 * 0.08  # errors feed on each other
+
+
+def test_a_packaged_calibration_never_turns_two_plans_round() -> None:
+    shipped, losses = packaged_calibration(), np.geomspace(1e-6, 3, 400)
+    for kind in ("prose", "retrieval"):
+        for evicts in (False, True):
+            moved = [shipped.value(each, kind, evicts) for each in losses]
+            assert moved == sorted(moved)
+
+
+def test_a_calibration_reads_back_and_a_damaged_one_is_refused() -> None:
+    plain: Any = json.loads(json.dumps(write_calibration(CURVES, "a test")))
+    assert read_calibration(plain, "x").curves == CURVES.curves
+    for name, value in (("log_ratios", [0.1]), ("knots", [1.0, 0.1]), ("residuals", [0.2, -0.2])):
+        damaged = json.loads(json.dumps(plain))
+        damaged["curves"]["evicting"][name] = value
+        with pytest.raises(KvtuneError):
+            read_calibration(damaged, "x")
+    with pytest.raises(KvtuneError):
+        read_calibration({**plain, "format": 2}, "x")

@@ -1,0 +1,105 @@
+"""Live rounds: predictions learn from what was run, and what is chosen has been run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvtune.simulator.calibration import NONE
+from kvtune.simulator.tables import Tables
+from kvtune.tests.made_up import llama
+from kvtune.tuner.answer import Found
+from kvtune.tuner.question import Candidate, Question, Solver, front, pick
+from kvtune.tuner.refine import FINALISTS, ROUNDS, TRUST, recalibrated, refine
+from kvtune.tuner.sources import QualitySource
+
+
+@pytest.fixture
+def found(make_tables: Callable[..., Tables], tmp_path: Path) -> Found:
+    """A study of plans at several sizes, most tokens at once with the most loss."""
+    tables = make_tables(layers=4, kv_heads=3, count=12)
+    solver = Solver.of(Question(tables, tables.head_dim, {256: 10**6}, 0))
+    source = QualitySource(tables, NONE)
+    candidates = []
+    for number, sequences in enumerate((2, 3, 4, 6, 8, 12, 16)):
+        parameters = {"context": 256, "sequences": sequences, "shrinkage": 0.0, "split": "heads"}
+        answer = solver.answer(number, {**parameters, "least_bits": 2})
+        assert answer is not None
+        candidates.append(answer)
+    request = llama(tmp_path, largest_kl=float(np.median([c.kl for c in candidates])) * 1.01)
+    return recalibrated(Found(request, {}, source, solver, "", candidates, ()), NONE)
+
+
+class Model:
+    """Loses so many times what the tables say of a kind of text; counts what is asked."""
+
+    def __init__(self, found: Found, times: dict[str, float]) -> None:
+        self.source, self.times = found.source, times
+        self.asked: list[Candidate] = []
+
+    def __call__(self, candidates: Sequence[Candidate]) -> list[dict[str, float]]:
+        self.asked += candidates
+        return [
+            {kind: self.times[kind] * loss for kind, loss in self.expected(each).items()}
+            for each in candidates
+        ]
+
+    def expected(self, candidate: Candidate) -> dict[str, float]:
+        return self.source.by_kind(candidate.choice, "select")
+
+
+def kinds_of(found: Found) -> list[str]:
+    return sorted({sample.kind for sample in found.source.tables.samples})
+
+
+def test_a_model_that_loses_more_is_given_more_room(found: Found) -> None:
+    model = Model(found, dict.fromkeys(kinds_of(found), 4.0))
+    ended, chosen = refine(found, model)
+    before = pick(front(found.expected), found.request.largest_kl)
+    assert chosen.tokens_at_once < before.tokens_at_once
+    assert chosen.choice.tobytes() in {each.choice.tobytes() for each in model.asked}
+    assert chosen.kl <= found.request.largest_kl
+    assert ended.source.calibration.runs == len(model.asked) <= ROUNDS * FINALISTS
+
+
+def test_what_a_kind_was_seen_to_lose_moves_its_prediction_by_as_much_as_is_trusted(
+    found: Found,
+) -> None:
+    first, *others = kinds_of(found)
+    times = {first: 3.0, **dict.fromkeys(others, 1.0)}
+    ended, chosen = refine(found, Model(found, times))
+    before = found.source.by_kind(chosen.choice)
+    after = ended.source.by_kind(chosen.choice)
+    assert after[first] == pytest.approx(3.0**TRUST * before[first], rel=1e-6)
+    for kind in others:
+        assert after[kind] == pytest.approx(before[kind], rel=1e-6)
+
+
+def test_a_model_that_does_as_predicted_changes_nothing(found: Found) -> None:
+    model = Model(found, dict.fromkeys(kinds_of(found), 1.0))
+    ended, chosen = refine(found, model)
+    assert chosen.choice.tobytes() == model.asked[0].choice.tobytes()
+    assert [c.kl for c in ended.expected] == pytest.approx([c.kl for c in found.expected])
+
+
+def test_of_the_finalists_that_with_the_least_live_loss_is_taken(found: Found) -> None:
+    """Two plans of the same size: the one that is predicted to be worse is better live."""
+    request = replace(found.request, largest_kl=10.0)
+    best = pick(front(found.expected), request.largest_kl)
+    options = np.arange(len(found.source.tables.options))
+    choice = best.choice.copy()
+    choice[0] = max(options, key=lambda o: found.source.tables.loss[:, 0, o].mean())
+    other = replace(best, number=99, choice=choice)
+    both = replace(found, request=request, expected=[*found.expected, other])
+    both = recalibrated(both, NONE)
+    assert pick(front(both.expected), request.largest_kl).number == best.number
+
+    def run(candidates: Sequence[Candidate]) -> list[dict[str, float]]:
+        kinds = kinds_of(found)
+        return [dict.fromkeys(kinds, 0.01 if c.number == 99 else 0.02) for c in candidates]
+
+    assert refine(both, run)[1].number == 99
