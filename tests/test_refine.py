@@ -22,7 +22,8 @@ from kvtune.tuner.sources import QualitySource
 def found(make_tables: Callable[..., Tables], tmp_path: Path) -> Found:
     """A study of plans at several sizes, most tokens at once with the most loss."""
     tables = make_tables(layers=4, kv_heads=3, count=12)
-    solver = Solver.of(Question(tables, tables.head_dim, {256: 10**6}, 0))
+    held = {256: tables.footprints(256, tables.head_dim)}
+    solver = Solver.of(Question(tables, tables.head_dim, {256: 10**6}, held, 0, lambda *_: 0))
     source = QualitySource(tables, NONE)
     candidates = []
     for number, sequences in enumerate((2, 3, 4, 6, 8, 12, 16)):
