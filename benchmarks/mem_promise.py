@@ -45,6 +45,7 @@ from kvtune.profiles.gpus import GpuProfile, detect_gpu, find_gpu
 from kvtune.profiles.models import find_model
 from kvtune.profiles.shape import ModelShape
 from kvtune.runtime.device import Bench, CudaBench
+from kvtune.runtime.measure.monitor import open_monitor
 from kvtune.runtime.promise import run_within
 from kvtune.simulator.cost import policy_cost
 from kvtune.simulator.memory import memory_budget
@@ -102,6 +103,7 @@ TINY_CASES = [
 def main() -> None:
     asked = _arguments()
     os.environ |= ALLOCATOR  # as the command sets it, before there is a context
+    idle = open_monitor(0).used_bytes()  # what the driver and others hold before there is one
     cases = TINY_CASES if asked.tiny else CASES
     bench: Bench = CountingBench() if asked.tiny else CudaBench()
     gpu = find_gpu("h200") if asked.tiny else detect_gpu()
@@ -114,10 +116,10 @@ def main() -> None:
             for case in cases:
                 if case.model == name:
                     rows.append(measured(case, model, gpu, bench, asked.tiny))
-                    _write(asked.out, gpu, rows, asked.tiny)
+                    _write(asked.out, gpu, rows, idle, asked.tiny)
             del model
             bench.release()
-    print(table(rows))
+    print(table(rows, idle))
 
 
 def measured(case: Case, model: Any, gpu: GpuProfile, bench: Bench, tiny: bool) -> dict[str, Any]:
@@ -147,12 +149,16 @@ def _row(case: Case, model: Any, gpu: GpuProfile, bench: Bench, tiny: bool) -> d
         1, shape.vocab_size, (batch, case.prompt_tokens), generator=generator
     ).to(device)
     found = run_within(policy, model, prompts, case.new_tokens, limit, bench)
+    freely = None
+    if not found.finished:  # what it would have taken
+        freely = asdict(run_within(policy, model, prompts, case.new_tokens, 2 * limit, bench))
     overhead = 0.0 if tiny else overhead_bytes(shape, gpu, "bf16").value
     return {
         "case": asdict(case),
         "batch": batch,
         "printed": printed.as_dict(),
         "run": asdict(found),
+        "within_twice_the_limit": freely,
         "process_bytes": found.process_bytes,
         "torch_ratio": found.peak_bytes / (printed.value - overhead),
         "process_ratio": found.process_bytes / printed.value,
@@ -314,8 +320,8 @@ class CountingBench:
             yield 0
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """For people."""
+def table(rows: Sequence[dict[str, Any]], idle: int | None) -> str:
+    """For people; NVML's figure is beyond what was in use before the run."""
     lines = [
         "model         share      P  new batch limit printed [interval] torch process NVML ratio ok"
     ]
@@ -328,7 +334,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             lines.append(f"{start}  {row['error']}")
             continue
         run, said = row["run"], row["printed"]
-        nvml = "-" if run["device_bytes"] is None else _gib(run["device_bytes"])
+        nvml = "-" if run["device_bytes"] is None else _gib(run["device_bytes"] - (idle or 0))
         lines.append(
             f"{start} {row['batch']:6} {_gib(run['limit_bytes'])} {_gib(said['value'])} "
             f"[{', '.join(map(_gib, said['interval']))}] {_gib(run['peak_bytes'])} "
@@ -341,13 +347,16 @@ def _gib(size: float) -> str:
     return f"{size / GIB:.2f}" if size > 100 * MIB else f"{size / GIB:.5f}"
 
 
-def _write(path: Path, gpu: GpuProfile, rows: Sequence[dict[str, Any]], tiny: bool) -> None:
+def _write(
+    path: Path, gpu: GpuProfile, rows: Sequence[dict[str, Any]], idle: int | None, tiny: bool
+) -> None:
     """After every case, so that what was measured is kept."""
     kept = sum(row["ok"] for row in rows)
     near = [abs(row["torch_ratio"] - 1) for row in rows if "torch_ratio" in row]
     answer = {
         "gpu": "cpu" if tiny else gpu.slug,
         "torch": torch.__version__,
+        "nvml_idle_bytes": idle,
         "within_limit": f"{kept} of {len(rows)}",
         "largest_error_of_torch_peak": max(near, default=None),
         "rows": rows,

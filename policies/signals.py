@@ -264,7 +264,9 @@ class Signals:
         if offset + end - window < 0:
             raise ValueError(f"{window} queries are needed, {self.queries.shape[-2]} were recorded")
         rows = self._by_kv_head(self.queries[:, offset + end - window : offset + end].float())
-        logits = rows @ self.keys.float().transpose(-1, -2).unsqueeze(1) * self.scale
+        # A head's queries side by side: broadcasting would copy its keys for each of them.
+        logits = rows.flatten(1, 2) @ self.keys.float().transpose(-1, -2) * self.scale
+        logits = logits.unflatten(1, rows.shape[1:3])
         row = torch.arange(end - window, end, device=logits.device)
         column = torch.arange(self.prompt_tokens, device=logits.device)
         return logits.masked_fill(column > row[:, None], -torch.inf).softmax(-1)

@@ -18,6 +18,13 @@ from kvtune.profiles.measured import find_measured
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.weights import WeightFormat, weight_bytes
 
+_WINDOW_QUERIES = 32
+"""Of the last of a prompt, whose attention methods look at: SnapKV's window."""
+
+_MAPPED = 64 * MIB
+"""Beyond what is in use torch's allocator maps up to a piece of 20 MiB in each of its pools: those
+of large and of small tensors, and a captured graph's own. Seen on an H200: 36 to 71 MiB."""
+
 
 def peak_memory(
     shape: ModelShape,
@@ -89,7 +96,11 @@ def overhead_bytes(shape: ModelShape, gpu: GpuProfile, weight_format: WeightForm
     if measured is not None:
         lost = 0.005 * loaded
         return Estimate(
-            measured + lost, 0.9 * measured, 1.1 * measured + 2 * graphs + 3 * lost, "B", "fitted"
+            measured + lost + _MAPPED,
+            0.9 * measured,
+            1.1 * measured + 2 * graphs + 3 * lost,
+            "B",
+            "fitted",
         )
     context = gpu.context_bytes
     return Estimate(
@@ -120,8 +131,9 @@ def prefill_peak_bytes(
 
     Prompts are read one at a time, short ones together. A layer's attention holds two copies of the
     residual stream, the joined projections, what of them is rotated, its output, and what methods
-    and the copies for pages take; its feed-forward part four copies of the stream and a chunk's
-    activations. The larger of both counts, or a step of the whole batch where that is larger still.
+    and the copies for pages take (column sums, or a window's attention in 32 bits); its
+    feed-forward part holds four copies of the stream and a chunk's activations. The larger of both
+    counts, or a step of the whole batch where that is larger still.
     The low end leaves out what methods take, and the high end has as much again.
     """
     tokens = max(context_tokens, min(batch * context_tokens, chunk_tokens))
@@ -129,7 +141,8 @@ def prefill_peak_bytes(
     layer_cache = 2 * tokens * shape.elements_per_token_layer
     queries = 2 * tokens * shape.query_heads * shape.head_dim
     held = 2 * stream + 3 * queries + 1.5 * layer_cache
-    asked = max(queries + 0.5 * layer_cache, 1.5 * layer_cache)
+    window = 4 * _WINDOW_QUERIES * tokens * shape.query_heads
+    asked = max(queries + 0.5 * layer_cache, 1.5 * layer_cache + window, 3 * window)
     feeding = 4 * stream + min(tokens, chunk_tokens) * _feed_forward_bytes(shape)
     logits = 2 * shape.vocab_size
     step = batch * (_step_bytes(shape) + logits)

@@ -158,7 +158,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             cache.reading = None
             cache.check_finite()
         self.paged.seal(cache.new_tokens)
-        cache.make_room(self.paged, PAGE)
+        cache.make_room(self.paged, min(PAGE, cache.new_tokens))
 
     def _empty(self) -> PagedLayer:
         """Pages to be."""
