@@ -266,7 +266,7 @@ class Signals:
         rows = self._by_kv_head(self.queries[:, offset + end - window : offset + end].float())
         # A head's queries side by side: broadcasting would copy its keys for each of them.
         logits = rows.flatten(1, 2) @ self.keys.float().transpose(-1, -2) * self.scale
-        logits = logits.unflatten(1, rows.shape[1:3])
+        logits = logits.view(*rows.shape[:3], -1)
         row = torch.arange(end - window, end, device=logits.device)
         column = torch.arange(self.prompt_tokens, device=logits.device)
         return logits.masked_fill(column > row[:, None], -torch.inf).softmax(-1)

@@ -190,7 +190,7 @@ def saved_model(
 def own(
     saved_model: Path, packaged: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> SearchRequest:
-    """A search on the tiny model, with room for not quite two uncompressed prompts in pages."""
+    """A search on the tiny model, with room for not quite one uncompressed prompt in pages."""
     from kvtune.traces import workloads
     from kvtune.traces.workloads import Workload
 
@@ -202,7 +202,7 @@ def own(
     shape, gpu = shape_from_config(saved_model), find_gpu("4090")
     sizes = {"context_tokens": 80, "weights": "bf16"}
     used = memory_budget(shape, gpu, 10**10, **sizes)  # type: ignore[arg-type]
-    limit = 10**10 - used.cache_bytes + 3 * shape.kv_bytes(80)
+    limit = 10**10 - used.cache_bytes + shape.kv_bytes(180)  # one takes three pages of 64
     return SearchRequest(
         str(saved_model), shape, gpu, limit, tmp_path / "run", **sizes,  # type: ignore[arg-type]
         generated_tokens=4, largest_kl=0.5, trials=10, device="cpu",
