@@ -133,7 +133,10 @@ def live(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pa
     return bool(request.param)
 
 
-def test_the_tables_are_the_golden_ones(live: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tables_are_the_golden_ones(
+    live: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # processes of a parallel run have one
     assert main(WORDS) == 0
     text = capsys.readouterr().out.replace("a library chatters on stdout\n", "")
     path = GOLDEN / f"search-{'live' if live else 'stand-in'}.txt"
