@@ -47,7 +47,7 @@ class Fitted(Coded):
     exact_first: int = parameter(
         4, "first kept tokens left in 16 bits", unit="tokens", low=0, high=LONGEST_PROMPT
     )
-    mean_bits: float = parameter(1.82, "of codes, over all directions", unit="bits", low=1, high=4)
+    mean_bits: float = parameter(1.8, "of codes, over all directions", unit="bits", low=1, high=4)
 
     def _code_bits(self, head_dim: int) -> int:
         return int(self.mean_bits * head_dim)
