@@ -25,7 +25,11 @@ import torch
 
 from kvtune.policies.format import Format, formats
 from kvtune.policies.formats.grouped import Int2, Int4
+from kvtune.policies.formats.hqq import Hqq2
+from kvtune.policies.formats.kitty import Kitty
+from kvtune.policies.formats.kivi import Kivi
 from kvtune.policies.formats.rotated import RotatedInt2, RotatedInt4
+from kvtune.policies.formats.turboquant import TurboQuant2
 from kvtune.policies.methods.full import Full
 from kvtune.policies.option import ALL, Option
 from kvtune.policies.policy import Policy
@@ -134,13 +138,15 @@ def kernels(found: Found, tiny: bool) -> None:
 def stored() -> dict[str, tuple[Format, Format]]:
     """Every registered format as it is published, and pairs and sinks that a search may choose."""
     alike = [kind() for kind in formats().values() if kind.bits < 16]
-    alike += [kind(exact_first=4) for kind in (Int4, Int2, RotatedInt4, RotatedInt2)]
+    sinks_matter = (Int4, Int2, RotatedInt4, RotatedInt2, TurboQuant2, Kitty, Kivi, Hqq2)
+    alike += [kind(exact_first=4) for kind in sinks_matter]
     alike += [Int2(keys_by="token"), RotatedInt2(keys_by="channel"), RotatedInt2(clip=1.0)]
     pairs = {
         form.label + (" unclipped" if form == alike[-1] else ""): (form, form) for form in alike
     }
     sinks = {"exact_first": 4}
     pairs["rotated_int4+4 / rotated_int2+4"] = (RotatedInt4(**sinks), RotatedInt2(**sinks))
+    pairs["int4+4 / rotated_int2+4"] = (Int4(**sinks), RotatedInt2(**sinks))
     pairs["int2+4 / rotated_int2+4"] = (Int2(**sinks), RotatedInt2(**sinks))
     return pairs
 

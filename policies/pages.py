@@ -139,6 +139,11 @@ def layout_of(option: Option, head_dim: int) -> PageLayout:
     return PageLayout(head_dim, keys, values)
 
 
+def layout_named(head_dim: int, name: str) -> PageLayout:
+    """Pages of keys and values both in the format called so, with its default parameters."""
+    return PageLayout(head_dim, name + AS_VALUES if is_rotated(name) else name, name)
+
+
 def exact_tokens(form: Format) -> int:
     """First kept tokens that a format leaves in 16 bits."""
     return form.exact_tokens

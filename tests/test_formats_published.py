@@ -267,7 +267,7 @@ def correlated(tokens: int, head_dim: int) -> Any:
 
 def test_a_fitted_rotation_comes_near_what_theory_allows() -> None:
     rows = correlated(4000, 32)
-    form = Fitted(mean_bits=2.0)
+    form = Fitted(exact_first=0, mean_bits=2.0)
     x = rows.double().numpy()
     spread = np.linalg.eigvalsh(np.cov(x.T))
     # Reverse water-filling of 64 bits by hand: always to where one more lowers the error most.

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.format import formats
+from kvtune.policies.pages import VALUE_CODES
 from kvtune.profiles.gpus import find_gpu, list_gpus
 from kvtune.profiles.models import find_model, list_models
 from kvtune.simulator import latency
@@ -134,7 +135,7 @@ def test_the_factor_of_a_narrow_cache_falls_with_its_bits() -> None:
 
 
 def test_every_format_has_a_price_of_its_own_and_an_unreported_one_a_wider() -> None:
-    assert set(CACHE_FACTOR) == set(formats()) - {"gear"}  # nobody has reported on it
+    assert {*VALUE_CODES} <= {*CACHE_FACTOR} <= {*formats()}  # what has pages was reported on
     widest = max(prior.high / prior.low for prior in CACHE_FACTOR.values())
     assert cache_factor("fp6", "high") / cache_factor("fp6", "low") > 2 * widest
 

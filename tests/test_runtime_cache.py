@@ -19,6 +19,7 @@ from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.gear import Gear
 from kvtune.policies.formats.grouped import Grouped, Int2, Int3, Int4, Int8
+from kvtune.policies.formats.rotated import Rotated, RotatedInt2, RotatedInt4, RotatedInt8
 from kvtune.policies.method import Method, methods
 from kvtune.policies.methods.ems import EMSReconstruction
 from kvtune.policies.methods.full import Full
@@ -106,6 +107,22 @@ def test_keys_by_token_are_read_as_they_are_stored(
     policy = Policy("keys by token", heads)
     cache = load_cache(policy, network)
     check_layers(policy, cache, prompt_layers(network, cache, ids(150)))
+    assert cache.prompt_bytes() == policy.footprint(150, 8)
+
+
+@pytest.mark.parametrize("keys_by", ["token", "channel"])
+@pytest.mark.parametrize("kind", [RotatedInt8, RotatedInt4, RotatedInt2])
+def test_rotated_numbers_are_read_from_pages_beside_others(
+    network: Any, kind: type[Rotated], keys_by: Any
+) -> None:
+    rotated = kind(exact_first=SINKS, keys_by=keys_by)
+    mixed_pair = Option(Full(), ALL, Int4(exact_first=SINKS), rotated)
+    policy = Policy("rotated", ((Option(Full(), ALL, rotated, rotated), mixed_pair),) * 3)
+    cache = load_cache(policy, network)
+    seen = prompt_layers(network, cache, ids(150))
+    assert {layer.paged.beside for layer in cache.layers} == {None}
+    wide = [replace(x, keys=x.keys.float(), values=x.values.float(), _memo={}) for x in seen]
+    check_layers(policy, cache, wide)
     assert cache.prompt_bytes() == policy.footprint(150, 8)
 
 

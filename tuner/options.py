@@ -96,6 +96,7 @@ FULL = Menu(
 ROTATED: tuple[Pair, ...] = (
     (RotatedInt4(exact_first=4), RotatedInt4(exact_first=4)),
     (RotatedInt4(exact_first=4), RotatedInt2(exact_first=4)),
+    (Int4(exact_first=4), RotatedInt2(exact_first=4)),
     (RotatedInt2(exact_first=4), RotatedInt2(exact_first=4)),
 )
 """Rotated keys and values, which the menu of all methods has besides; three bits have no pages."""

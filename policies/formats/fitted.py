@@ -10,7 +10,7 @@ from kvtune.policies.format import Role
 from kvtune.policies.formats.coded import Coded
 from kvtune.policies.formats.normal_codes import WIDEST, distortion, nearest_codes, numbers_of
 from kvtune.policies.formats.packing import pack, unpack
-from kvtune.policies.registry import parameter
+from kvtune.policies.registry import LONGEST_PROMPT, parameter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,8 @@ class Fitted(Coded):
     of all bits of all directions, the D * ``mean_bits`` that lower the summed error most are
     given; codes = nearest of Lloyd and Max's levels of z_c / (s_c t) with b_c bits, maybe none
 
-    Keys and values have a basis each. All of it is stored with the prompt and counted: the basis in
+    The first tokens, the sinks, stay exact: their keys would take a direction each. Keys and
+    values have a basis each. All of it is stored with the prompt and counted: the basis in
     8 bits, which costs 8 D / n bits an element; for short prompts other formats are smaller.
 
     Source: the allocation is Huang and Schultheiss, "Block Quantization of Correlated Gaussian
@@ -43,7 +44,10 @@ class Fitted(Coded):
     projects = False
     keeps_constants = False
 
-    mean_bits: float = parameter(1.82, "of codes, over all directions", unit="bits", low=1, high=4)
+    exact_first: int = parameter(
+        4, "first kept tokens left in 16 bits", unit="tokens", low=0, high=LONGEST_PROMPT
+    )
+    mean_bits: float = parameter(1.8, "of codes, over all directions", unit="bits", low=1, high=4)
 
     def _code_bits(self, head_dim: int) -> int:
         return int(self.mean_bits * head_dim)

@@ -131,12 +131,26 @@ def _mask(half, field, bits):
 
 @triton.jit
 def signs(row, column):
-    """Signs [R, C] fp16 of a Hadamard matrix of up to 256 rows, which is its own transpose."""
-    shared = row[:, None] & column[None, :]
+    """Signs [R, C] fp16 of a Hadamard matrix, of 32 columns or rows at most.
+
+    Of more, each 32 are these times ``sign_of``: the matrix is a Kronecker product.
+    """
+    return negative_where_odd(row[:, None] & column[None, :] & 31)
+
+
+@triton.jit
+def sign_of(channel, START: tl.constexpr):
+    """What the signs of ``channel`` and of 32 others from START on are times those from 0 on."""
+    return negative_where_odd(channel & START)
+
+
+@triton.jit
+def negative_where_odd(shared):
+    """1, or -1 where of the lowest eight bits an odd number is set, fp16: as its bits lie."""
     shared ^= shared >> 4
     shared ^= shared >> 2
     shared ^= shared >> 1
-    return (1 - 2 * (shared & 1)).to(tl.float16)
+    return (0x3C00 | ((shared & 1) << 15)).to(tl.uint16).to(tl.float16, bitcast=True)
 
 
 @triton.jit

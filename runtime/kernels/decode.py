@@ -28,6 +28,7 @@ from kvtune.runtime.kernels.codes import (
     plain_code,
     product,
     scale_bytes,
+    sign_of,
     signs,
     unit_of,
 )
@@ -178,9 +179,11 @@ def _store_turned(scratch, outputs, D: tl.constexpr, G: tl.constexpr, M: tl.cons
     for start in tl.static_range(0, D, HALF):
         sums = tl.zeros([HALF, M], tl.float32)
         for part in tl.static_range(PARTS):
-            matrix = signs(start + some, first_channel(part, VALUES, D) + channel)
-            coarse = outputs[part].to(tl.float16)
-            rest = (outputs[part] - coarse.to(tl.float32)).to(tl.float16)
+            mine = channel + first_channel(part, VALUES, D)
+            output = outputs[part] * sign_of(mine, start).to(tl.float32)[:, None]
+            coarse = output.to(tl.float16)
+            rest = (output - coarse.to(tl.float32)).to(tl.float16)
+            matrix = signs(some, mine)
             sums = tl.dot(matrix, rest, tl.dot(matrix, coarse, sums))
         tl.store(scratch + head * D + (start + some)[:, None], sums * (D**-0.5), mask=head < G)
 

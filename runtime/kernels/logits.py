@@ -23,6 +23,7 @@ from kvtune.runtime.kernels.codes import (
     masked,
     parts_of,
     product,
+    sign_of,
     signs,
 )
 
@@ -67,10 +68,12 @@ def load_queries(q, factor, D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
 def _turned(q, channel, D: tl.constexpr, G: tl.constexpr, M: tl.constexpr):
     """These channels of the group's queries times a Hadamard matrix, float32."""
     head, among = tl.arange(0, M)[None, :], tl.arange(0, HALF)
+    matrix = signs(channel, among)
     sums = tl.zeros([channel.shape[0], M], tl.float32)
     for start in tl.static_range(0, D, HALF):
         query = tl.load(q + head * D + (start + among)[:, None], mask=head < G, other=0)
-        sums = tl.dot(signs(channel, start + among), query.to(tl.float16), sums)
+        sign = sign_of(channel, start).to(tl.float32)
+        sums += tl.dot(matrix, query.to(tl.float16)) * sign[:, None]
     return sums * (D**-0.5)
 
 

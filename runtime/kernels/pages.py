@@ -19,6 +19,7 @@ from kvtune.runtime.kernels.codes import (
     groups_of,
     is_by_token,
     is_turned,
+    negative_where_odd,
     parts_of,
     plain_code,
     scale_bytes,
@@ -168,10 +169,11 @@ def _gather(tensor, source, count, FIRST, W: tl.constexpr, D: tl.constexpr,
         for start in tl.range(0, D, HALF, num_stages=1):  # compiled once, not unrolled
             place = source[:, None] + (start + among)[None, :]
             some = tl.load(tensor + place, mask=real, other=0).to(tl.float32)
-            matrix = signs(among + start, channel + FIRST)
+            matrix = signs(among, channel + FIRST)
             coarse = some.to(tl.float16)  # all of what was bf16 or fp16
             rest = (some - coarse.to(tl.float32)).to(tl.float16)
-            rows = tl.dot(rest, matrix, tl.dot(coarse, matrix, rows))
+            sign = negative_where_odd((channel + FIRST) & start).to(tl.float32)
+            rows += tl.dot(rest, matrix, tl.dot(coarse, matrix)) * sign[None, :]
         rows = rows * (D**-0.5)
     else:
         place = source[:, None] + FIRST + channel[None, :]

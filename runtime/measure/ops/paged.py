@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from kvtune.policies.pages import CODES, PageLayout
+from kvtune.policies.pages import VALUE_CODES, layout_named
 from kvtune.profiles.kernel_table import Point
 from kvtune.runtime.kernels.launch import decode
 from kvtune.runtime.measure.grid import Grid
@@ -21,7 +21,7 @@ def _points(grid: Grid) -> Iterator[Wanted]:
     if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return
     queries, kv_heads, width = grid.heads[0]
-    for number_format in CODES:
+    for number_format in VALUE_CODES:
         for spread in ("uniform", "ragged"):
             for batch in grid.batches[::3]:
                 for length in grid.lengths[::3]:
@@ -37,7 +37,7 @@ def _points(grid: Grid) -> Iterator[Wanted]:
 
 
 def _prepare(point: Point, setting: Setting) -> Work:
-    layout = PageLayout(point.head_dim, point.number_format, point.number_format)
+    layout = layout_named(point.head_dim, point.number_format)
     shares = SHARES if point.spread == "ragged" else (1.0,)
     runs = [
         Run(row, layout, max(1, int(point.length * shares[row % len(shares)])))
