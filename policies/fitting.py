@@ -11,7 +11,7 @@ from torch import Tensor
 
 _INDEPENDENT = 1e-5  # of a column's square that must be left beside those chosen before it
 _RIDGE = 1e-3  # of the mean square of the columns: how firmly fits are held to what was there
-_STEPS = 100  # of projected gradients
+_ROUNDS, _STEPS = 3, 30  # of solving without negative weights, and of projected gradients
 _LEAST_WEIGHT = 1e-4
 
 
@@ -58,7 +58,8 @@ def pursued(attention: Tensor, values: Tensor, count: int) -> Tensor:
 def mass_weights(columns: Tensor) -> Tensor:
     """Weights of the kept keys whose weighted attention sums to one for every query: ``[H, n]``.
 
-    Non-negative least squares by projected gradients with momentum, held to weights of one.
+    Non-negative least squares, held to weights of one: a few solutions, each without the keys
+    whose weight was negative before, then projected gradients with momentum.
 
     Args:
         columns: of attention, ``[H, R, n]`` float64.
@@ -68,7 +69,12 @@ def mass_weights(columns: Tensor) -> Tensor:
     gram = gram + torch.diag_embed(ridge)
     wanted = wanted + ridge
     rate = 1 / gram.sum(-1).amax(-1, keepdim=True).clamp_min(1e-300)
-    weights = ahead = torch.ones_like(wanted)
+    held = torch.ones_like(wanted)
+    for _ in range(_ROUNDS):
+        inner = gram * held[:, None] * held[..., None] + torch.diag_embed(1 - held)
+        solved = _solved(inner, (wanted * held)[..., None])[..., 0]
+        held = held * (solved > 0)
+    weights = ahead = solved * held
     for step in range(_STEPS):
         slope = (gram @ ahead[..., None])[..., 0] - wanted
         further = (ahead - rate * slope).clamp_min(0)
@@ -93,7 +99,13 @@ def fitted_values(columns: Tensor, weights: Tensor, outputs: Tensor, own: Tensor
     gram = shares.transpose(1, 2) @ shares
     gram = gram + torch.diag_embed(_ridge(gram))
     missing = outputs.double() - shares @ own.double()
-    return own.double() + torch.linalg.solve(gram, shares.transpose(1, 2) @ missing)
+    return own.double() + _solved(gram, shares.transpose(1, 2) @ missing)
+
+
+def _solved(gram: Tensor, wanted: Tensor) -> Tensor:
+    """Of a positive definite system; nothing is read back from the device."""
+    solution: Tensor = torch.cholesky_solve(wanted, torch.linalg.cholesky_ex(gram).L)
+    return solution
 
 
 def _ridge(gram: Tensor) -> Tensor:

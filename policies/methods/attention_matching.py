@@ -44,7 +44,7 @@ class AttentionMatching(Method):
         "pursuit", "what chooses tokens: matching pursuit, or a method that scores them"
     )
     pursued: int = parameter(
-        256, "most tokens that pursuit chooses; those of most attention follow",
+        128, "most tokens that pursuit chooses; those of most attention follow",
         unit="tokens", low=1, high=4096,
     )  # fmt: skip
 

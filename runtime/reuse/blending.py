@@ -114,11 +114,13 @@ def _worth(
     """How much each token is worth running anew, ``[T]``."""
     change = (fresh[1] - cached[1])[0].float()  # [H, T, D]
     if rule == "cacheblend":
-        return change.square().sum((0, 2))
+        moved_by: Tensor = change.square().sum((0, 2))
+        return moved_by
     keys = cached[0][0].float()
     asking = queries[0, :, -2].float().unflatten(0, (len(keys), -1))  # [H, G, D]
     attention = (asking @ keys.transpose(-1, -2) * scale).softmax(-1).mean((0, 1))
-    return change.abs().sum((0, 2)) * attention
+    worth: Tensor = change.abs().sum((0, 2)) * attention
+    return worth
 
 
 def _run_anew(

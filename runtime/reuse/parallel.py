@@ -67,8 +67,8 @@ class ParallelContexts:
     ) -> Tensor:
         """Of one layer, as the seam asks for it; float32 inside."""
         queries = q.float().unflatten(1, (k.shape[1], -1))  # [B, H, G, C, D]
-        theirs = [x.float()[:, :, None] for x in self.contexts[layer]]
-        read = attend(queries, *theirs, None, scale / self.temperature)  # type: ignore[misc]
+        read_keys, read_values = (x.float()[:, :, None] for x in self.contexts[layer])
+        read = attend(queries, read_keys, read_values, None, scale / self.temperature)
         before = [x.expand(k.shape[0], -1, -1, -1) for x in self.prefix[layer]]
         keys, values = (
             torch.cat([shared, own], 2).float()[:, :, None]

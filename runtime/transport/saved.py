@@ -20,7 +20,7 @@ from kvtune.common.files import atomic
 from kvtune.common.stored import checked, parse_json
 from kvtune.runtime.transport.codec import Encoded, Level
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 _KEY = "kvtune_prompt_cache"
 _AGAIN = "encode the prompt again with this model."
 
