@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--part", choices=["usual", "long"], default="usual")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--mixed", type=int, default=24, help="requests; a sixth is aborted")
     parser.add_argument("--left", type=float, default=0.1, help="of all blocks, for these")
     parser.add_argument("--child", choices=["plan", "stock", "alone"])
@@ -166,7 +167,7 @@ class Engine:
         from vllm import LLM
 
         settings: dict[str, Any] = {
-            "dtype": "bfloat16", "max_model_len": LONGEST, "max_num_batched_tokens": LONGEST,
+            "dtype": self.arguments.dtype, "max_model_len": LONGEST, "max_num_batched_tokens": LONGEST,
             "max_num_seqs": 64, "kv_cache_memory_bytes": MEMORY_BYTES, "seed": 0,
         }  # fmt: skip
         if self.arguments.device == "cpu":
@@ -280,7 +281,8 @@ def followed(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
+    dtype = getattr(torch, arguments.dtype)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
     model = model.to(arguments.device).eval()
     found = {}
     for name, policy in (("stock", None), ("plan", os.environ["KVTUNE_POLICY"])):
