@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--mixed", type=int, default=24, help="requests; a sixth is aborted")
+    parser.add_argument("--answers", type=int, default=90, help="tokens of theirs, at most")
     parser.add_argument("--left", type=float, default=0.1, help="of all blocks, for these")
     parser.add_argument("--child", choices=["plan", "stock", "alone"])
     arguments = parser.parse_args()
@@ -212,10 +213,15 @@ class Engine:
 
         draw, asked = random.Random(0), {}  # noqa: S311
         count_of_all, left_share = self.arguments.mixed, self.arguments.left
+        longest = self.arguments.answers
         for n in range(count_of_all):
             start, count = draw.randint(0, 500), draw.randint(5, 120)
             settings = SamplingParams(
-                temperature=0.8, top_p=0.9, seed=n, max_tokens=draw.randint(20, 90), ignore_eos=True
+                temperature=0.8,
+                top_p=0.9,
+                seed=n,
+                max_tokens=draw.randint(20, longest),
+                ignore_eos=True,
             )
             asked[f"m{n}"] = self.tokens[start : start + count], settings
         some = draw.sample(range(count_of_all), count_of_all // 6)
