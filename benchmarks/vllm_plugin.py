@@ -45,8 +45,6 @@ LONGEST = 8192
 MEMORY_BYTES = 200 * 2**20
 ANSWER_TOKENS = 68  # beyond one growing page
 PROMPTS = (40, 333, 700)  # tokens of the greedy ones
-MIXED, ABORTED = 24, 4
-LEFT_BYTES = 20 * 2**20  # of the memory, for mixed requests
 LONG_PROMPTS, LONG_TOKENS = 30, 2500
 TEXT = (
     "A cache of keys and values grows with every token that a language model reads, and memory, "
@@ -62,6 +60,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--part", choices=["usual", "long"], default="usual")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--mixed", type=int, default=24, help="requests; a sixth is aborted")
+    parser.add_argument("--answers", type=int, default=90, help="tokens of theirs, at most")
+    parser.add_argument("--left", type=float, default=0.1, help="of all blocks, for these")
     parser.add_argument("--child", choices=["plan", "stock", "alone"])
     arguments = parser.parse_args()
     if arguments.child:
@@ -166,7 +168,7 @@ class Engine:
         from vllm import LLM
 
         settings: dict[str, Any] = {
-            "dtype": "bfloat16", "max_model_len": LONGEST, "max_num_batched_tokens": LONGEST,
+            "dtype": self.arguments.dtype, "max_model_len": LONGEST, "max_num_batched_tokens": LONGEST,
             "max_num_seqs": 64, "kv_cache_memory_bytes": MEMORY_BYTES, "seed": 0,
         }  # fmt: skip
         if self.arguments.device == "cpu":
@@ -210,15 +212,22 @@ class Engine:
         from vllm import SamplingParams
 
         draw, asked = random.Random(0), {}  # noqa: S311
-        for n in range(MIXED):
+        count_of_all, left_share = self.arguments.mixed, self.arguments.left
+        longest = self.arguments.answers
+        for n in range(count_of_all):
             start, count = draw.randint(0, 500), draw.randint(5, 120)
             settings = SamplingParams(
-                temperature=0.8, top_p=0.9, seed=n, max_tokens=draw.randint(20, 90), ignore_eos=True
+                temperature=0.8,
+                top_p=0.9,
+                seed=n,
+                max_tokens=draw.randint(20, longest),
+                ignore_eos=True,
             )
             asked[f"m{n}"] = self.tokens[start : start + count], settings
-        aborted = {f"m{n}": 5 + n for n in draw.sample(range(MIXED), ABORTED)}  # at which step
+        some = draw.sample(range(count_of_all), count_of_all // 6)
+        aborted = {f"m{n}": 5 + 2 * n for n in some}  # at which step
         pool = self.blocks()
-        left = pool.get_num_free_blocks() * LEFT_BYTES // MEMORY_BYTES
+        left = int(pool.get_num_free_blocks() * left_share)
         taken = pool.get_new_blocks(pool.get_num_free_blocks() - left)
         told = self.run(asked, aborted)
         pool.free_blocks(taken)
@@ -229,8 +238,8 @@ class Engine:
             if name in ended and len(ended[name].outputs[0].token_ids) == settings.max_tokens
         ]  # fmt: skip
         lost = set(asked) - set(whole) - set(aborted)
-        return told | {"requests": MIXED, "aborted": ABORTED, "whole": len(whole),
-                       "lost": sorted(lost)}  # fmt: skip
+        return told | {"requests": count_of_all, "aborted": len(set(aborted) - set(whole)),
+                       "whole": len(whole), "lost": sorted(lost)}  # fmt: skip
 
     def long(self) -> dict[str, Any]:
         """As many long prompts at once as memory really holds."""
@@ -278,7 +287,8 @@ def followed(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
+    dtype = getattr(torch, arguments.dtype)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
     model = model.to(arguments.device).eval()
     found = {}
     for name, policy in (("stock", None), ("plan", os.environ["KVTUNE_POLICY"])):
