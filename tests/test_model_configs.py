@@ -1,7 +1,8 @@
 """Known models of 2026 beside other sources: sizes in their names, cache bytes by hand.
 
 The configurations are numbers out of each model's own config.json on the Hugging Face hub, as
-github.com/ai-dynamo/aiconfigurator keeps them (model_configs, commit 095f58a51c4c).
+github.com/ai-dynamo/aiconfigurator keeps them (model_configs, commit 095f58a51c4c); the last seven
+as github.com/citsjtu2020/LLM-Prof does (sglang/Model_Config.md, commit 8434c8d19c39).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pytest
 
 from kvtune.profiles.model_config import shape_of
 from kvtune.profiles.models import find_model, list_models
+from kvtune.profiles.plain_decoder import plain_shape
 
 _FILE = resources.files("kvtune.benchmarks") / "data" / "model_configs.jsonl"
 CONFIGS = [json.loads(line) for line in _FILE.read_text().splitlines()]
@@ -86,6 +88,16 @@ def test_compressed_entries_grow_with_the_context_and_windows_do_not() -> None:
     one, two = shape.kv_bytes(2**16), shape.kv_bytes(2**17)
     assert two - one == 2**16 * 2 * (21 * 640 // 4 + 20 * 512 // 128)
     assert not shape.keeps_all(64)
+
+
+def test_plain_models_are_what_their_configuration_says() -> None:
+    read = {entry["known_as"]: plain_shape(entry["config"]) for entry in CONFIGS}
+    plain = {name: shape for name, shape in read.items() if shape is not None}
+    assert len(plain) == 14
+    for name, shape in plain.items():
+        known = find_model(name)
+        assert shape.parameters == known.parameters
+        assert shape.kv_bytes(100_000) == known.kv_bytes(100_000)
 
 
 @pytest.mark.full
