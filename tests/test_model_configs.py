@@ -1,8 +1,9 @@
 """Known models of 2026 beside other sources: sizes in their names, cache bytes by hand.
 
 The configurations are numbers out of each model's own config.json on the Hugging Face hub, as
-github.com/ai-dynamo/aiconfigurator keeps them (model_configs, commit 095f58a51c4c); the last seven
-as github.com/citsjtu2020/LLM-Prof does (sglang/Model_Config.md, commit 8434c8d19c39).
+github.com/ai-dynamo/aiconfigurator keeps them (model_configs, commit 095f58a51c4c); seven as
+github.com/citsjtu2020/LLM-Prof does (sglang/Model_Config.md, commit 8434c8d19c39); GLM-4.5-Air as a
+log of ms-swift prints it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ PUBLISHED = {
     "qwen3-vl-30b-a3b": (31, 3), "qwen3-vl-235b-a22b": (236, 22), "mixtral-8x22b": (141, 39),
     "kimi-k2.5": (1026, 32), "deepseek-v3.2": (671, 37), "glm-5": (744, 40), "glm-5.1": (744, 40),
     "deepseek-v4-flash": (284.33, 13),  # llama.cpp issue 27680 prints 284.33 B
-    "deepseek-v4-pro": (1573, 49), "glm-5.2": (743, 40),
+    "deepseek-v4-pro": (1573, 49), "glm-5.2": (743, 40), "glm-4.5-air": (106, 12),
 }  # fmt: skip
 
 # Bytes a token in 16 bits, by hand: layers that attend x (keys + values) x 2.
@@ -59,6 +60,7 @@ BYTES = {
     "mixtral-8x22b": 56 * 2 * 8 * 128 * 2,
     "kimi-k2.5": 61 * (512 + 64) * 2,
     "deepseek-v3.2": 61 * (512 + 64 + 128) * 2,
+    "glm-4.5-air": 46 * 2 * 8 * 128 * 2,
     "glm-5": 78 * (512 + 64 + 128) * 2,
     # windows of 128: 43 keys, of two layers values too; an entry every 4 or 128 tokens
     "deepseek-v4-flash": 2 * (45 * 512 + 21 * (512 + 128) // 4 + 20 * 512 // 128),
