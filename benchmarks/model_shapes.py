@@ -2,28 +2,35 @@
 
     python benchmarks/model_shapes.py [TYPE ...] > benchmarks/results/model_shapes.md
 
-Parameters are counted here in the class by themselves; the cache is measured a second way, by the
-types of layers that transformers makes a cache of and the widths of each layer's projections. A
-type is ``same``, ``interval`` where a tower cannot be built, ``refused`` with our reason, or
-``DIFFERENT``; the exit code counts the last.
+Parameters are counted here in the class by themselves; the cache is measured in two other ways: by
+the outputs of each layer's projections, and by giving the class 5,000 tokens on the meta device and
+adding up every tensor that its cache then holds, whatever it is called. A type is ``same``,
+``interval`` where a tower cannot be built, ``refused`` with our reason, or ``DIFFERENT``; the exit
+code counts the last.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kvtune.common.errors import KvtuneError
+from kvtune.profiles.class_cache import filled_cache
 from kvtune.profiles.model_config import shape_of
+from kvtune.profiles.shape import LayerCache, ModelShape
 
-_CONTEXT = 131_072
+_CONTEXT, _GROWN = 131_072, 5_000
 VERDICTS = ("same", "interval", "refused", "DIFFERENT")
 
 
-def theirs(kind: str) -> tuple[int, int | None, int]:
-    """Parameters, bytes a cached token where the projections say them, and layers."""
+def theirs(kind: str) -> tuple[int, int | None, int, int | None]:
+    """Parameters, bytes a token where projections say them, layers, bytes of a long cache."""
     import torch
     import transformers
 
@@ -33,7 +40,39 @@ def theirs(kind: str) -> tuple[int, int | None, int]:
     corrections = [b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
     counted = sum(p.numel() for p in [*model.parameters(), *corrections])
     layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
-    return counted, projected_bytes(model), layers
+    a_token = projected_bytes(model)
+    return counted, a_token, layers, grown_bytes(model)
+
+
+def grown_bytes(model: Any) -> int | None:
+    """Bytes of every tensor that the cache of a long prompt holds; None where it cannot be run."""
+    with contextlib.suppress(Exception):  # routing needs values, which the meta device lacks
+        cache = filled_cache(model.eval(), _GROWN)
+        if cache is not None:
+            found = {id(t): t for layer in cache.layers for t in tensors(vars(layer))}
+            return sum(math.prod(t.shape[1:]) * t.element_size() for t in found.values())
+    return None
+
+
+def tensors(held: Any) -> Iterator[Any]:
+    """All tensors of a sequence in what is held, but for single numbers."""
+    import torch
+
+    if isinstance(held, torch.Tensor):
+        if held.dim() > 1:
+            yield held
+    elif isinstance(held, dict):
+        for value in held.values():
+            yield from tensors(value)
+
+
+def held_bytes(shape: ModelShape) -> float:
+    """Bytes that we say, where a dynamic cache lets go of a window's oldest token at once."""
+    return sum(_one_less(layer).bytes(_GROWN, 2) for layer in shape.layer_caches)
+
+
+def _one_less(layer: LayerCache) -> LayerCache:
+    return layer if layer.window is None else replace(layer, window=layer.window - 1)
 
 
 def projected_bytes(model: Any) -> int | None:
@@ -63,14 +102,17 @@ def compare(kind: str) -> tuple[str, str]:
     if shape.parameter_counts().unknown:
         low, high = shape.parameters, shape.parameters + shape.parameter_counts().unknown
         return "interval", f"| {kind} | interval | {low:,} to {high:,} | | | |"
-    parameters, a_token, layers = theirs(kind)
+    parameters, a_token, layers, grown = theirs(kind)
     ours, state = shape.kv_bytes_per_token(), sum(c.state_bytes for c in shape.layer_caches)
     if shape.layers != layers:  # layers that run in loops cache once a loop
         a_token = None
-    same = shape.parameters == parameters and a_token in (None, ours)
+        grown = None
+    held = held_bytes(shape)
+    same = shape.parameters == parameters and a_token in (None, ours) and grown in (None, held)
     verdict = "same" if same else "DIFFERENT"
-    difference = "" if same else f" ({parameters:,}, {a_token})"
+    difference = "" if same else f" ({parameters:,}, {a_token}, {grown} for {held:.0f})"
     seen = "" if a_token is None else " (projections agree)"
+    seen += "" if grown is None else f" ({_GROWN:,} tokens agree)"
     row = f"| {kind} | {verdict}{difference} | {shape.parameters:,} | {ours:,}{seen} | "
     return verdict, f"{row}{state:,} | {shape.kv_bytes(_CONTEXT):,} |"
 

@@ -19,10 +19,11 @@ def layers_of(model: Any, text: Any, file: str) -> tuple[LayerCache, ...]:
     """
     import transformers
 
-    found = _filled(model)
+    found = _filled(model, file)
     if found is None and text is not model.config:
         with contextlib.suppress(Exception):  # no class for the text alone
-            found = _filled(transformers.AutoModelForCausalLM.from_config(text).bfloat16().eval())
+            alone = transformers.AutoModelForCausalLM.from_config(text).bfloat16().eval()
+            found = _filled(alone, file)
     if found is None:
         raise KvtuneError(
             f"what {text.model_type} caches cannot be told without its weights", where=file,
@@ -31,11 +32,17 @@ def layers_of(model: Any, text: Any, file: str) -> tuple[LayerCache, ...]:
     return found
 
 
-def _filled(model: Any) -> tuple[LayerCache, ...] | None:
+def _filled(model: Any, file: str) -> tuple[LayerCache, ...] | None:
     """The layers of the cache that four tokens fill; None where the model cannot run so."""
+    cache = filled_cache(model, 4)
+    return None if cache is None else tuple(_layer(entry, file) for entry in cache.layers)
+
+
+def filled_cache(model: Any, tokens: int) -> Any:
+    """The cache that so many tokens fill; None where the model cannot run so."""
     import torch
 
-    ids = torch.zeros(1, 4, dtype=torch.long)
+    ids = torch.zeros(1, tokens, dtype=torch.long)
     for stand_in in (None, *_stand_ins()):
         if stand_in is not None:
             _replace_feed_forward(model, stand_in)
@@ -46,7 +53,7 @@ def _filled(model: Any) -> tuple[LayerCache, ...] | None:
         names = ("cache", "past_key_values", "cache_params")
         cache = next((c for name in names if (c := out.get(name)) is not None), None)
         if cache is not None and hasattr(cache, "layers"):
-            return tuple(_layer(entry) for entry in cache.layers)
+            return cache
     return None
 
 
@@ -81,9 +88,14 @@ def _replace_feed_forward(model: Any, stand_in: Any) -> None:
                 setattr(module, name, stand_in())
 
 
-def _layer(entry: Any) -> LayerCache:
+def _layer(entry: Any, file: str) -> LayerCache:
     import torch
 
+    compressed = getattr(entry, "compressed_kv", None)
+    if type(entry).__module__ != _COUNTED and compressed is None:
+        raise KvtuneError(
+            f"what a {type(entry).__name__} keeps beside keys and values is not counted", where=file
+        )
     keys, values = getattr(entry, "keys", None), getattr(entry, "values", None)
     states = [
         state
@@ -99,10 +111,23 @@ def _layer(entry: Any) -> LayerCache:
     return LayerCache(
         kv_heads=keys.shape[1],
         key_dim=keys.shape[-1],
-        value_dim=values.shape[-1],
+        value_dim=0 if values is keys else values.shape[-1],
         window=int(window) if window else None,
         state_bytes=state_bytes,
         index_dim=index.shape[-1] if isinstance(index, torch.Tensor) else 0,
+        compress_rate=entry.compress_rate if compressed else 0,
+        compressed_dim=_compressed_dim(entry) if compressed else 0,
+    )
+
+
+_COUNTED = "transformers.cache_utils"  # whose layers have nothing but what is read here
+
+
+def _compressed_dim(entry: Any) -> int:
+    """Numbers of a compressed entry; where four tokens make none, as wide as what waits for it."""
+    made, waiting = entry.compressed_kv, entry.buffer_kv
+    return sum(
+        (waiting[name] if entries is None else entries).shape[-1] for name, entries in made.items()
     )
 
 

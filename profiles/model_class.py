@@ -24,7 +24,14 @@ from kvtune.common.files import cache_dir, write_text
 from kvtune.profiles.class_cache import latent_of, layers_of
 from kvtune.profiles.class_parameters import counts_of, experts_of, is_tied
 from kvtune.profiles.class_values import first_of
-from kvtune.profiles.shape import Experts, LatentAttention, LayerCache, ParameterCounts
+from kvtune.profiles.plain_decoder import plain_shape
+from kvtune.profiles.shape import (
+    Experts,
+    LatentAttention,
+    LayerCache,
+    ModelShape,
+    ParameterCounts,
+)
 
 _MOST_PARAMETERS = 10**14
 _TOWERS_AT_MOST = 2 * 10**9  # but for InternViT-6B, what public towers have
@@ -69,6 +76,8 @@ def facts_of(config: Mapping[str, Any], file: str) -> ClassFacts:
         KvtuneError: transformers has no decoder class of this type, or it refuses the numbers.
     """
     wanted = {k: v for k, v in config.items() if k not in _IRRELEVANT and not k.startswith("_")}
+    if (plain := plain_shape(wanted)) is not None:
+        return _plain(plain)
     kept = cache_dir() / "shapes" / f"{_digest(wanted)}.json"
     try:
         return _FACTS.validate_json(kept.read_bytes())
@@ -79,6 +88,20 @@ def facts_of(config: Mapping[str, Any], file: str) -> ClassFacts:
     return facts
 
 
+def _plain(shape: ModelShape) -> ClassFacts:
+    """The facts of a decoder whose class need not be asked."""
+    return ClassFacts(
+        layers=shape.layer_caches,
+        counts=shape.parameter_counts(),
+        query_heads=shape.query_heads,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        vocab_size=shape.vocab_size,
+        max_context=shape.max_context,
+        tied=shape.tied_embeddings,
+    )
+
+
 def _digest(config: Mapping[str, Any]) -> str:
     import importlib.metadata
 
@@ -87,7 +110,7 @@ def _digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-_FORMAT = 2  # raised whenever the same class would be read otherwise
+_FORMAT = 3  # raised whenever the same class would be read otherwise
 _IRRELEVANT = (
     "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "use_cache",
     "quantization_config", "compression_config", "attn_implementation", "device_map",
@@ -105,9 +128,9 @@ def build_facts(config: Mapping[str, Any], file: str) -> ClassFacts:
     with _quiet(), torch.device("meta"), torch.no_grad():
         made = _made_config(config, file)
         text = made.get_text_config(decoder=True)
-        made.pad_token_id = text.pad_token_id = (
-            None  # some classes' own is above small vocabularies
-        )
+        with contextlib.suppress(Exception):  # what a strict class says of a missing number
+            # Some classes' own is above small vocabularies.
+            made.pad_token_id = text.pad_token_id = None
         model, whole = _built(made, config, file)
         experts, counts = (
             experts_of(model, text, file),

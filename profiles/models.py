@@ -12,6 +12,7 @@ from kvtune.profiles.model_config import shape_from_config
 from kvtune.profiles.shape import (
     Experts,
     LatentAttention,
+    LayerCache,
     ModelShape,
     ParameterCounts,
     alternating_windows,
@@ -36,7 +37,7 @@ _COUNTS = (
 _REQUIRED = (*_COUNTS, "tied_embeddings", "source")
 _OPTIONAL = (
     "aliases", "window", "full_every", "latent", "experts", "biases", "query_key_norm",
-    "norms_per_layer", "sinks", "other_parameters",
+    "norms_per_layer", "sinks", "other_parameters", "cache", "counted",
 )  # fmt: skip
 _SUFFIXES = ("-instruct", "-it", "-chat", "-hf", "-base", "-pt")
 
@@ -80,13 +81,16 @@ def shape_from_record(name: str, record: Located) -> ModelShape:
     counts: dict[str, Any] = {key: fields[key].count() for key in _COUNTS}
     if counts["query_heads"] % counts["kv_heads"]:
         fields["kv_heads"].fail(f"must divide query_heads ({counts['query_heads']})")
+    cache = _cache(fields["cache"], counts["layers"]) if "cache" in fields else ()
     window = fields["window"].count() if "window" in fields else None
     full_every = fields["full_every"].count(2) if "full_every" in fields else None
     return ModelShape(
         name=name,
         **counts,
         tied_embeddings=fields["tied_embeddings"].flag(),
-        windows=alternating_windows(counts["layers"], window, full_every),
+        windows=tuple(layer.window for layer in cache)
+        or alternating_windows(counts["layers"], window, full_every),
+        cache=cache,
         source=fields["source"].text(),
         **_optional_fields(fields),
     )
@@ -94,6 +98,27 @@ def shape_from_record(name: str, record: Located) -> ModelShape:
 
 def _optional_fields(fields: dict[str, Located]) -> dict[str, Any]:
     return {key: read(fields[key]) for key, read in _READERS.items() if key in fields}
+
+
+def _cache(record: Located, layers: int) -> tuple[LayerCache, ...]:
+    """What each layer caches: kinds by letter, and a letter a layer."""
+    fields = record.mapping(("kinds", "layers"))
+    kinds = {letter: _kind(kind) for letter, kind in fields["kinds"].entries()}
+    order = fields["layers"].text()
+    if len(order) != layers or set(order) != set(kinds):
+        fields["layers"].fail(f"must have a letter of {', '.join(kinds)} for each layer")
+    return tuple(kinds[letter] for letter in order)
+
+
+def _kind(record: Located) -> LayerCache:
+    fields = record.mapping((), tuple(LayerCache.__dataclass_fields__))
+    return LayerCache(**{key: entry.count(0) for key, entry in fields.items()})
+
+
+def _counted(record: Located) -> ParameterCounts:
+    keys = tuple(ParameterCounts.__dataclass_fields__)
+    fields = record.mapping(keys[:-1], keys[-1:])
+    return ParameterCounts(**{key: entry.count(0) for key, entry in fields.items()})
 
 
 def _latent(record: Located) -> LatentAttention:
@@ -123,6 +148,7 @@ _READERS: dict[str, Callable[[Located], object]] = {
     "norms_per_layer": lambda entry: entry.count(),
     "sinks": lambda entry: entry.flag(),
     "other_parameters": lambda entry: entry.count(0),
+    "counted": _counted,
 }
 
 

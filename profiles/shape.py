@@ -68,6 +68,8 @@ class LayerCache:
         window: tokens that are kept; None for all.
         state_bytes: recurrent and convolutional state, whatever the length.
         index_dim: cached numbers of a token's index key (DeepSeek sparse attention).
+        compress_rate: tokens that one entry stands for beside the window (DeepSeek-V4); 0 without.
+        compressed_dim: cached numbers of such an entry.
     """
 
     kv_heads: int = 0
@@ -76,6 +78,8 @@ class LayerCache:
     window: int | None = None
     state_bytes: int = 0
     index_dim: int = 0
+    compress_rate: int = 0
+    compressed_dim: int = 0
 
     @property
     def elements_per_token(self) -> int:
@@ -89,7 +93,15 @@ class LayerCache:
     def bytes(self, context_tokens: int, element_bytes: float) -> float:
         """Bytes of one sequence of a context."""
         kept = self.tokens(context_tokens) * self.elements_per_token
+        if self.compress_rate:
+            kept += context_tokens // self.compress_rate * self.compressed_dim
         return kept * element_bytes + self.state_bytes
+
+    @property
+    def added_per_token(self) -> float:
+        """Numbers that one more token adds on average, before a window lets go of others."""
+        rate = self.compress_rate
+        return self.elements_per_token + (self.compressed_dim / rate if rate else 0.0)
 
 
 @dataclass(frozen=True)
@@ -241,15 +253,16 @@ class ModelShape:
 
     def kv_bytes_per_token(self, element_bytes: float = 2) -> int:
         """Bytes that one new token adds over all layers, before any window lets go of others."""
-        per_token = sum(n * layer.elements_per_token for layer, n in self._caches_alike.items())
+        per_token = sum(n * layer.added_per_token for layer, n in self._caches_alike.items())
         return int(per_token * element_bytes)
 
     def keeps_all(self, context_tokens: int) -> bool:
         """Whether every layer caches keys and values of every token, by the same heads."""
         return self.latent is None and all(
-            (layer.kv_heads, layer.key_dim, layer.value_dim, layer.state_bytes, layer.index_dim)
-            == (self.kv_heads, self.head_dim, self.head_dim, 0, 0)
-            and layer.tokens(context_tokens) == context_tokens
+            layer.tokens(context_tokens) == context_tokens
+            and (layer.kv_heads, layer.key_dim, layer.value_dim)
+            == (self.kv_heads, self.head_dim, self.head_dim)
+            and not (layer.state_bytes or layer.index_dim or layer.compress_rate)
             for layer in self._caches_alike
         )
 

@@ -70,7 +70,8 @@ def test_parameters_are_those_that_were_published(name: str) -> None:
 
 
 def test_every_shipped_model_has_a_published_total() -> None:
-    assert {shape.name for shape in list_models()} == set(PARAMETERS)
+    # Those counted in their class stand in test_model_configs.
+    assert {s.name for s in list_models() if s.counted is None} == set(PARAMETERS)
 
 
 @pytest.mark.parametrize(
