@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from kvtune.common.progress import Silent
+from kvtune.policies.allocator import Allocator
 from kvtune.policies.allocators.actqkv_layers import ActQKVLayers
 from kvtune.policies.allocators.as_given import AsGiven
 from kvtune.policies.formats.bf16 import Bf16
@@ -43,7 +44,7 @@ from kvtune.policies.methods.retrieval_attention import RetrievalAttention
 from kvtune.policies.methods.shadowkv import ShadowKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.methods.token_select import TokenSelect
-from kvtune.policies.option import Option
+from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import ALL_QUERIES, Needs
 from kvtune.profiles.gpus import find_gpu
@@ -66,11 +67,13 @@ from kvtune.tuner.validate import union_of_needs, validate_policies
 SHARES = (0.03, 0.06, 0.12)
 READERS: tuple[Method, ...] = (
     Quest(),
-    Quest(block=8),
+    Quest(block=64),
     TokenSelect(sinks=4, recent=16),
     InfLLM(block=16, sinks=4, recent=32),
     ActQKV(block=16, sinks=4, recent=32),
     Landmark(block=16),
+    Landmark(block=64),
+    InfLLM(block=64, sinks=4, recent=16),
     ShadowKV(),
     Recycled(stride=50),
     RetrievalAttention(sinks=4, recent=32, degree=16, near=32, beam=64),
@@ -150,9 +153,15 @@ class Bench:
             for allocator in allocators:
                 budget = int(share * self.full)
                 policy = fill(Option(method), allocator, budget, *self.shape, reads=True)
-                if policy is not None:
-                    made.append(policy)
+                made.append(policy or self.attending(share, method, allocator))
         return self.judged(made)
+
+    def attending(self, share: float, method: Method, allocator: Allocator) -> Policy:
+        """What reads more than the share only to choose: it attends to that share of the tokens."""
+        option = Option(method, Budget(tokens=max(round(share * self.tokens), 1)))
+        name = f"{method.label}, attending to the share and reading more"
+        layers, heads = self.shape[1:3]
+        return Policy.uniform(option, layers, heads, name=name, allocator=allocator)
 
     def at_equal_bytes(self, share: float, heads: dict[str, Floats]) -> list[dict[str, Any]]:
         budget, tokens = int(share * self.full), self.shape[0]

@@ -70,7 +70,7 @@ def command(
             "--read-bytes",
             metavar="SIZE",
             help="A decode step may read so much of each sequence's prompt: 50MB; heads may then "
-            "hold more than they read (quest, token_select; with --menu all every reader).",
+            "hold more than they read (quest, landmark; with --menu all every reader).",
         ),
     ] = None,
     text: options.Texts = None,

@@ -16,13 +16,13 @@ from kvtune.policies.method import Method, methods
 from kvtune.policies.methods.a2sf import A2SF, PREFILL
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
+from kvtune.policies.methods.landmark import Landmark
 from kvtune.policies.methods.protected import Protected
 from kvtune.policies.methods.quest import Quest
 from kvtune.policies.methods.random_tokens import RandomTokens
 from kvtune.policies.methods.retrieval_attention import RetrievalAttention
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
-from kvtune.policies.methods.token_select import TokenSelect
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.signals import Needs
 
@@ -101,8 +101,8 @@ ROTATED: tuple[Pair, ...] = (
 )
 """Rotated keys and values, which the menu of all methods has besides; three bits have no pages."""
 
-READERS: tuple[Method, ...] = (Quest(), TokenSelect())
-"""Beside the three, where a search limits what is read."""
+READERS: tuple[Method, ...] = (Quest(block=64), Landmark(block=64))
+"""Beside the three, where a search limits what is read; their blocks are the runtime's pages."""
 
 
 def every_method(*, calibrated: bool = True, reads_less: bool = False) -> tuple[Method, ...]:
