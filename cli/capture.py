@@ -24,7 +24,7 @@ def command(
     probes: Annotated[
         int | None,
         typer.Option(
-            "--probes", metavar="S", min=1, help="Fisher probes a sample; 4 on a CPU, 16 on a GPU."
+            "--probes", metavar="S", min=1, help="Probes a sample; 4 on a CPU, 16 on a GPU."
         ),
     ] = None,
     seed: options.Seed = 0,

@@ -22,7 +22,15 @@ from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.option import Option
 from kvtune.policies.policy import footprint_of_lengths
 from kvtune.policies.testing import Case, make_signals
-from kvtune.tuner.baselines import FAMILIES, candidates, fill
+from kvtune.traces.signals import SIGNALS
+from kvtune.tuner.baselines import (
+    COSTS,
+    FAMILIES,
+    STRONG,
+    candidates,
+    fill,
+    strong_families,
+)
 from kvtune.tuner.quality import bootstrap, estimate, mean_over_kinds
 
 PROMPT, LAYERS, HEADS, SIZE = 200, 4, 3, 16
@@ -98,6 +106,25 @@ def test_a_family_can_be_narrowed_to_methods_and_precisions() -> None:
         (policy,) = candidates(family, FULL // 20, *SHAPE, only=only)
         assert {(o.method, o.keys, o.values) for o in policy.options()} == {(H2O(), Int4(), Int4())}
         assert (policy.allocator, H2O()) in FAMILIES[family]
+
+
+@pytest.mark.parametrize("family", STRONG)
+@pytest.mark.parametrize("share", [0.05, 0.1])
+def test_what_came_since_fits_too_and_is_tried_in_every_precision(
+    family: str, share: float
+) -> None:
+    found = candidates(family, int(share * FULL), *SHAPE)
+    assert {policy.heads[0][0].keys for policy in found} >= {Int4(), Int4(exact_first=4)}
+    for policy in found:
+        assert 0.9 * share * FULL < policy.footprint(PROMPT, SIZE) <= share * FULL
+        assert (policy.allocator, policy.heads[0][0].method) in STRONG[family]
+
+
+def test_a_family_is_tried_only_where_the_trace_holds_what_it_reads() -> None:
+    assert strong_families(["column_sums"]) == ["keydiff", "cake"]
+    assert "kvzip" in strong_families(["column_sums", "reconstruction"])
+    assert strong_families(SIGNALS) == list(STRONG)
+    assert set(COSTS) < set(STRONG)
 
 
 def test_a_pyramid_leaves_every_layer_the_window_of_its_method() -> None:

@@ -9,6 +9,7 @@ the output projection; S of them tell what a change of that output costs in KL d
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from kvtune.traces.models import LoadedModel
 
 _LOGITS_BYTES = 2**30
+_WRITERS = 8
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,14 @@ def _capture_sample(
     prompt = _run_prompt(loaded, sample, settings)
     probes = Probes(settings.probes, settings.seed)
     observed = observe(loaded, sample, prompt.cache, probes)
+
     with writer.sample(index, sample) as folder:
-        for layer in range(loaded.geometry.layers):
+
+        def write(layer: int) -> None:
             folder.write_layer(layer, _tensors(prompt, observed, layer))
+
+        with ThreadPoolExecutor(_WRITERS) as pool:  # hashing takes longer than the model's passes
+            list(pool.map(write, range(loaded.geometry.layers)))
         folder.finish(observed.target_logprob, observed.predicted)
 
 

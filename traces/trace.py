@@ -116,7 +116,7 @@ class LayerTrace:
 
     @property
     def probes(self) -> Tensor:
-        """Fisher probes: gradients at the attention output [S, C, Hq, D]."""
+        """Gradients of random directions of the logits at the attention output [S, C, Hq, D]."""
         return self["probes"]
 
     @property

@@ -238,7 +238,7 @@ class SampleWriter:
             "sample": asdict(self.sample),
             "target_logprob": target_logprob,
             "predicted": predicted,
-            "shards": self.shards,
+            "shards": dict(sorted(self.shards.items())),  # layers may be written in any order
         }
         write_json(self.folder / ENTRY, entry)
 
