@@ -168,7 +168,8 @@ class Engine:
         from vllm import LLM
 
         settings: dict[str, Any] = {
-            "dtype": self.arguments.dtype, "max_model_len": LONGEST, "max_num_batched_tokens": LONGEST,
+            "dtype": self.arguments.dtype, "max_model_len": LONGEST,
+            "max_num_batched_tokens": LONGEST,
             "max_num_seqs": 64, "kv_cache_memory_bytes": MEMORY_BYTES, "seed": 0,
         }  # fmt: skip
         if self.arguments.device == "cpu":
