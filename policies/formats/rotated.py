@@ -74,7 +74,7 @@ class Rotated(Coded):
     keys_by: Literal["channel", "token"] = parameter(
         "token", "whose elements share a rotated key's scale; values' are always a token's"
     )
-    clip: float = parameter(1.0, "what is left of a group's range", low=0.1, high=1)
+    clip: float = parameter(1.0, "what is left of a group's range", low=0.5, high=1)
 
     @property
     def label(self) -> str:
@@ -132,7 +132,7 @@ class RotatedInt3(Rotated):
     name = "rotated_int3"
     bits = 3
 
-    clip: float = parameter(0.85, "what is left of a group's range", low=0.1, high=1)
+    clip: float = parameter(0.85, "what is left of a group's range", low=0.5, high=1)
 
 
 @dataclass(frozen=True)
@@ -142,4 +142,4 @@ class RotatedInt2(Rotated):
     name = "rotated_int2"
     bits = 2
 
-    clip: float = parameter(0.7, "what is left of a group's range", low=0.1, high=1)
+    clip: float = parameter(0.7, "what is left of a group's range", low=0.5, high=1)
