@@ -176,7 +176,9 @@ def main() -> None:
     data = json.loads(arguments.recorded.read_text(encoding="utf-8"))
     for probes in arguments.probes:
         recorded = Recorded(data, probes)
-        print(json.dumps({probes: {**judged(recorded), "rank": ranks(recorded)}}, indent=1))
+        # A run that was cut short may hold plans alone.
+        ranked = {"rank": ranks(recorded)} if "mixed by sample" in data else {}
+        print(json.dumps({probes: {**judged(recorded), **ranked}}, indent=1))
     if arguments.fit:
         calibration = fitted(Recorded(data, arguments.probes[0]))
         write_json(

@@ -12,10 +12,12 @@ requests go on, and once when one of them has been replaced. No model is run.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from kvtune.runtime.cache.backend import Backend, PlainBackend, backend_for
 from kvtune.runtime.serving.blocks import PlannedBlocks
 from kvtune.runtime.serving.running import Running
 
+Draw = Callable[[int, int, int, torch.device], list[Tensor]]
 HQ, H, D = 32, 8, 128  # of an 8B model's layer
 OPTIONS = (
     Option(SnapKV(), Budget(share=0.12)),
@@ -94,9 +97,15 @@ class Served:
     """Requests with prompts of these lengths, that have been read."""
 
     def __init__(
-        self, device: torch.device, prompts: list[int], layers: int, backend: Backend
+        self,
+        device: torch.device,
+        prompts: list[int],
+        layers: int,
+        backend: Backend,
+        draw: Draw | None = None,
     ) -> None:
         self.device, self.planned = device, plan(layers)
+        self.draw = draw or drawn_alike
         self.layers, self.lengths = layers, list(prompts)
         each = [self.planned.blocks(n, n + 192) for n in prompts]
         starts = [1 + sum(each[:at]) for at in range(len(each) + 1)]
@@ -120,19 +129,24 @@ class Served:
         return [self.attend(begun, layer, len(self.rows)) for layer in range(self.layers)]
 
     def attend(self, begun: Any, layer: int, tokens: int) -> Tensor:
-        q, k, v = drawn(layer, tokens, sum(self.lengths), self.device)
+        q, k, v = self.draw(layer, tokens, sum(self.lengths), self.device)
         out = torch.empty_like(q)
         self.running.attend(begun, layer, (q, k, v), out, D**-0.5)
         return out
 
 
-def drawn(layer: int, tokens: int, seed: int, device: torch.device) -> list[Tensor]:
-    """The same numbers on any device, of short prompts."""
-    shapes = [(tokens, heads, D) for heads in (HQ, H, H)]
-    if tokens > 512:  # only timed; drawing on the host takes longer than all else
-        return [torch.randn(s, device=device, dtype=torch.bfloat16) for s in shapes]
+def drawn_alike(layer: int, tokens: int, seed: int, device: torch.device) -> list[Tensor]:
+    """The same numbers on any device, drawn on the host, which takes longer than a step."""
     generator = torch.Generator().manual_seed(seed * 100 + layer)
+    shapes = [(tokens, heads, D) for heads in (HQ, H, H)]
     return [torch.randn(s, generator=generator).bfloat16().to(device) for s in shapes]
+
+
+@functools.cache
+def drawn_once(tokens: int, device: torch.device) -> list[Tensor]:
+    """The same numbers at every step, so that no time goes into drawing them."""
+    shapes = [(tokens, heads, D) for heads in (HQ, H, H)]
+    return [torch.randn(s, device=device, dtype=torch.bfloat16) for s in shapes]
 
 
 def right(device: torch.device) -> dict[str, Any]:
@@ -153,7 +167,11 @@ def right(device: torch.device) -> dict[str, Any]:
 def step(device: torch.device, count: int, prompt: int) -> dict[str, Any]:
     """Milliseconds a layer of one decode step."""
     layers = 2 if device.type == "cpu" else 8
-    served = Served(device, [prompt] * count, layers, backend_for(device))
+
+    def draw(layer: int, tokens: int, seed: int, device: torch.device) -> list[Tensor]:
+        return drawn_once(tokens, device)
+
+    served = Served(device, [prompt] * count, layers, backend_for(device), draw)
     served.generate()
     same = [timed(device, served.generate) / layers for _ in range(9)]
     changed = []

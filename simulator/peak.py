@@ -21,9 +21,14 @@ from kvtune.simulator.weights import WeightFormat, weight_bytes
 _WINDOW_QUERIES = 32
 """Of the last of a prompt, whose attention methods look at: SnapKV's window."""
 
-_MAPPED = 64 * MIB
+_MAPPED = 32 * MIB
 """Beyond what is in use torch's allocator maps up to a piece of 20 MiB in each of its pools: those
-of large and of small tensors, and a captured graph's own. Seen on an H200: 36 to 71 MiB."""
+of large and of small tensors, and a captured graph's own."""
+
+_UNUSED_SHARE = 0.15
+"""Beyond that it maps so much more of what prefill works with, between tensors of many sizes. Both
+fitted on eight runs of three shapes on an H200 (``benchmarks/mem_promise.py``), which needed 0 to
+0.15 of it; no run checks them yet."""
 
 
 def peak_memory(
@@ -147,7 +152,7 @@ def prefill_peak_bytes(
     logits = 2 * shape.vocab_size
     step = batch * (_step_bytes(shape) + logits)
     value, low, high = (
-        float(max(held + share * asked, feeding, step)) for share in (1.0, 0.0, 2.0)
+        (1 + _UNUSED_SHARE) * max(held + share * asked, feeding, step) for share in (1.0, 0.0, 2.0)
     )
     return Estimate(value, 0.9 * low, 1.1 * high, "B", "assumed")
 

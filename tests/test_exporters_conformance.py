@@ -255,7 +255,8 @@ def test_the_declared_shape_is_what_a_method_keeps(method: Method) -> None:
     patterns = [[*range(sinks), *range(40 + sinks, 60)] for sinks in range(21)]
     if method.shape == "scored":
         plain = method.plan(20, 60) == (PartPlan(20),)
-        assert not plain or found[0] not in patterns or method_protects_all(method)
+        merges = type(method).merge is not Method.merge  # a window whose values no stack has
+        assert not plain or merges or found[0] not in patterns or method_protects_all(method)
         return
     sinks = getattr(method, "sinks", 0) if method.shape == "sinks+window" else 0
     assert found == [patterns[min(sinks, 20)]] * 2

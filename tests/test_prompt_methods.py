@@ -30,6 +30,7 @@ from kvtune.policies.methods.hindsight import FutureAttention, ProbeGreedy
 from kvtune.policies.methods.keydiff import KeyDiff, KeyDiffBlockwise
 from kvtune.policies.methods.kvzip import KVzip
 from kvtune.policies.methods.random_tokens import RandomTokens
+from kvtune.policies.methods.shadowkv import ShadowKV
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.tova import Tova
 from kvtune.policies.option import Budget, Option
@@ -85,7 +86,10 @@ def test_a_budget_of_the_whole_prompt_changes_nothing(method: Method) -> None:
     signals = make_signals(CASE)
     for budget in (75, 76, 10_000):
         keys, values = stored_by(method, signals, budget)
-        assert torch.equal(keys, signals.keys)
+        if isinstance(method, ShadowKV):  # rebuilds keys of its decomposition, here a whole one
+            torch.testing.assert_close(keys, signals.keys, atol=1e-4, rtol=0)
+        else:
+            assert torch.equal(keys, signals.keys)
         assert torch.equal(values, signals.values)
 
 
