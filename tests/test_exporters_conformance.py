@@ -218,7 +218,12 @@ def cases() -> list[Any]:
         if stack not in simple or stored == STORED[3] or method == SnapKV()
     ]  # fmt: skip
     return [
-        pytest.param(*case, id=f"{case[0]}-{case[1].label}-{case[2][0].name}-{case[2][1].name}")
+        pytest.param(
+            *case,
+            id=f"{case[0]}-{case[1].label}-{case[2][0].name}-{case[2][1].name}",
+            # The whole product under -m full; else every method and every format once a stack.
+            marks=[] if case[2] == STORED[3] or case[1] == SnapKV() else [pytest.mark.full],
+        )
         for case in found
     ]
 

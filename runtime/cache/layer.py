@@ -226,7 +226,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         """One for all layers, as large as the largest has needed."""
         cache, rows, group = self.cache, self.paged.rows, queries.shape[1]
         if cache.scratch is None or len(cache.scratch.lse) < self.paged.slots:
-            slots = max(layer.paged.slots for layer in cache.layers)
+            slots = max(layer.paged.slots for layer in cache.layers if layer.seen)
             cache.scratch = Scratch(rows, slots, group, queries.shape[2], queries.device)
         return cache.scratch
 
