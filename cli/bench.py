@@ -22,24 +22,31 @@ if TYPE_CHECKING:
     from kvtune.tuner.leaderboard import Standing
 
 
+OutOption = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="Folder of the runs; continued if begun.")
+]
+MethodsOption = Annotated[
+    str, typer.Option("--methods", metavar="NAMES", help="Some policies: snapkv,h2o.")
+]
+SharesOption = Annotated[
+    str, typer.Option("--shares", metavar="SHARES", help="Of the bf16 bytes: 5%,10%.")
+]
+PerKindOption = Annotated[
+    int | None,
+    typer.Option("--samples", metavar="N", min=1, help="Samples of each kind of text."),
+]
+StoredOption = Annotated[
+    str, typer.Option("--format", metavar="NAME", help="How keys and values are stored.")
+]
+
+
 def command(
     model: options.Model = "smollm2-135m",
-    out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Folder of the runs; continued if begun.")
-    ] = Path("kvtune-bench"),
-    methods: Annotated[
-        str, typer.Option("--methods", metavar="NAMES", help="Some policies: snapkv,h2o.")
-    ] = "",
-    shares: Annotated[
-        str, typer.Option("--shares", metavar="SHARES", help="Of the bf16 bytes: 5%,10%.")
-    ] = "5%,10%,20%,40%",
-    per_kind: Annotated[
-        int | None,
-        typer.Option("--samples", metavar="N", min=1, help="Samples of each kind of text."),
-    ] = None,
-    stored: Annotated[
-        str, typer.Option("--format", metavar="NAME", help="How keys and values are stored.")
-    ] = "bf16",
+    out: OutOption = Path("kvtune-bench"),
+    methods: MethodsOption = "",
+    shares: SharesOption = "5%,10%,20%,40%",
+    per_kind: PerKindOption = None,
+    stored: StoredOption = "bf16",
     workload: options.Workload = "small",
     text: options.Texts = None,
     seed: options.Seed = 0,

@@ -21,19 +21,56 @@ if TYPE_CHECKING:
     from kvtune.tuner.cases import Asked, Case
 
 
+GpuOption = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu",
+        "-g",
+        metavar="NAMES",
+        help="Known cards (kvtune gpus), separated by commas, or any for all of them; left "
+        "out: this machine's.",
+        autocompletion=options.known_gpus,
+    ),
+]
+ContextOption = Annotated[
+    str,
+    typer.Option(
+        "--context",
+        metavar="TOKENS",
+        help="Prompt tokens of a sequence: 8192 or 32k (k is 1024); several: 8k,32k.",
+    ),
+]
+BatchOption = Annotated[
+    str, typer.Option("--batch", metavar="N", help="Sequences at once; several: 1,8,32.")
+]
+PolicyOption = Annotated[
+    Path | None,
+    typer.Option("--policy", metavar="FILE", help="A policy file, to show beside the full cache."),
+]
+EvictsOption = Annotated[
+    bool,
+    typer.Option(
+        "--evicts", help="Its methods go on evicting while tokens are generated, if they can."
+    ),
+]
+PriceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--price-per-hour",
+        metavar="PRICE",
+        help="What a card costs an hour, in any currency, for the cost of a million generated "
+        "tokens; one for all cards, or one for each: 0.35,2.50.",
+    ),
+]
+FormOption = Annotated[
+    Literal["table", "csv", "markdown", "json"],
+    typer.Option("--format", help="How the answer is printed."),
+]
+
+
 def command(
     model: options.Model,
-    gpu: Annotated[
-        str | None,
-        typer.Option(
-            "--gpu",
-            "-g",
-            metavar="NAMES",
-            help="Known cards (kvtune gpus), separated by commas, or any for all of them; left "
-            "out: this machine's.",
-            autocompletion=options.known_gpus,
-        ),
-    ] = None,
+    gpu: GpuOption = None,
     gpus: options.Gpus = 1,
     stack: options.Stack = "kvtune",
     engine_args: options.EngineArgs = "",
@@ -42,44 +79,14 @@ def command(
     gpu_bandwidth: options.GpuBandwidth = None,
     gpu_flops: options.GpuFlops = None,
     mem: options.Memory = None,
-    context: Annotated[
-        str,
-        typer.Option(
-            "--context",
-            metavar="TOKENS",
-            help="Prompt tokens of a sequence: 8192 or 32k (k is 1024); several: 8k,32k.",
-        ),
-    ] = "8192",
+    context: ContextOption = "8192",
     generated: options.Generated = "256",
-    batch: Annotated[
-        str, typer.Option("--batch", metavar="N", help="Sequences at once; several: 1,8,32.")
-    ] = "1",
+    batch: BatchOption = "1",
     weights: options.Weights = "auto",
-    policy: Annotated[
-        Path | None,
-        typer.Option(
-            "--policy", metavar="FILE", help="A policy file, to show beside the full cache."
-        ),
-    ] = None,
-    evicts: Annotated[
-        bool,
-        typer.Option(
-            "--evicts", help="Its methods go on evicting while tokens are generated, if they can."
-        ),
-    ] = False,
-    price: Annotated[
-        str | None,
-        typer.Option(
-            "--price-per-hour",
-            metavar="PRICE",
-            help="What a card costs an hour, in any currency, for the cost of a million generated "
-            "tokens; one for all cards, or one for each: 0.35,2.50.",
-        ),
-    ] = None,
-    form: Annotated[
-        Literal["table", "csv", "markdown", "json"],
-        typer.Option("--format", help="How the answer is printed."),
-    ] = "table",
+    policy: PolicyOption = None,
+    evicts: EvictsOption = False,
+    price: PriceOption = None,
+    form: FormOption = "table",
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:

@@ -18,45 +18,55 @@ if TYPE_CHECKING:
     from kvtune.policies.exporter import Export
 
 
+ToOption = Annotated[
+    str | None,
+    typer.Option(
+        "--to",
+        metavar="STACK",
+        help="transformers, vllm, llama-cpp, sglang, tensorrt-llm, lmdeploy, ollama, openvino "
+        "or mlx.",
+    ),
+]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Folder for the files.")
+]
+CompareOption = Annotated[
+    bool,
+    typer.Option(
+        "--compare",
+        help="Write nothing; show bytes, sequences and loss on every stack, beside the plan "
+        "and the uncompressed cache.",
+    ),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="NAME", help="Path or name that the stack loads."),
+]
+ContextOption = Annotated[
+    str | None, typer.Option("--context", metavar="TOKENS", help="Left out: the file's own.")
+]
+BatchOption = Annotated[
+    int | None, typer.Option("--batch", metavar="N", min=1, help="Left out: the file's own.")
+]
+AllowStandInOption = Annotated[
+    bool,
+    typer.Option("--allow-stand-in", help="Export a plan found on another model's trace."),
+]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="Refuse unless everything can be kept.")
+]
+
+
 def command(
     policy: options.PolicyFile,
-    to: Annotated[
-        str | None,
-        typer.Option(
-            "--to",
-            metavar="STACK",
-            help="transformers, vllm, llama-cpp, sglang, tensorrt-llm, lmdeploy, ollama, openvino "
-            "or mlx.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Folder for the files.")
-    ] = None,
-    compare: Annotated[
-        bool,
-        typer.Option(
-            "--compare",
-            help="Write nothing; show bytes, sequences and loss on every stack, beside the plan "
-            "and the uncompressed cache.",
-        ),
-    ] = False,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", metavar="NAME", help="Path or name that the stack loads."),
-    ] = None,
-    context: Annotated[
-        str | None, typer.Option("--context", metavar="TOKENS", help="Left out: the file's own.")
-    ] = None,
-    batch: Annotated[
-        int | None, typer.Option("--batch", metavar="N", min=1, help="Left out: the file's own.")
-    ] = None,
-    allow_stand_in: Annotated[
-        bool,
-        typer.Option("--allow-stand-in", help="Export a plan found on another model's trace."),
-    ] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse unless everything can be kept.")
-    ] = False,
+    to: ToOption = None,
+    out: OutOption = None,
+    compare: CompareOption = False,
+    model: ModelOption = None,
+    context: ContextOption = None,
+    batch: BatchOption = None,
+    allow_stand_in: AllowStandInOption = False,
+    strict: StrictOption = False,
     as_json: options.Json = False,
 ) -> None:
     """A policy as a serving stack's configuration."""

@@ -14,80 +14,88 @@ if TYPE_CHECKING:
     from kvtune.tuner.request import SearchRequest, SearchResult
 
 
+ContextOption = Annotated[
+    str,
+    typer.Option(
+        "--context",
+        metavar="TOKENS",
+        help="Prompt tokens of a sequence: 8192 or 32k (k is 1024); 4k-64k lets the search "
+        "choose among doublings.",
+    ),
+]
+MaxKlOption = Annotated[
+    float,
+    typer.Option("--max-kl", metavar="NATS", min=0, max=100, help="Acceptable loss, nats a token."),
+]
+TrialsOption = Annotated[
+    int,
+    typer.Option(
+        "--trials",
+        metavar="N",
+        min=1,
+        max=100_000,
+        help="Trials of the outer study; a stand-in needs none.",
+    ),
+]
+MenuOption = Annotated[
+    Literal["three", "all"],
+    typer.Option(
+        "--menu",
+        help="Methods that a head may have: three (snapkv, h2o, streaming_llm), or all that "
+        "choose when the prompt is complete; all takes several times as long.",
+    ),
+]
+StackOption = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="STACK",
+        help="Search inside what a serving stack can express (vllm, llama-cpp... as in "
+        "kvtune export --to); left out: any plan, which kvtune's own runtime serves.",
+    ),
+]
+ReadBytesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--read-bytes",
+        metavar="SIZE",
+        help="A decode step may read so much of each sequence's prompt: 50MB; heads may then "
+        "hold more than they read (quest, landmark; with --menu all every reader).",
+    ),
+]
+StandInOption = Annotated[
+    bool, typer.Option("--stand-in", help="Use the packaged tables even if weights are here.")
+]
+RunDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--run-dir",
+        metavar="DIR",
+        help="Where everything goes, and is taken up again; left out: "
+        "kvtune-runs/<model>-<gpu>-<mem>.",
+    ),
+]
+
+
 def command(
     model: options.Model,
     gpu: options.Gpu = None,
     mem: options.Memory = None,
-    context: Annotated[
-        str,
-        typer.Option(
-            "--context",
-            metavar="TOKENS",
-            help="Prompt tokens of a sequence: 8192 or 32k (k is 1024); 4k-64k lets the search "
-            "choose among doublings.",
-        ),
-    ] = "8192",
+    context: ContextOption = "8192",
     generated: options.Generated = "256",
     batch: options.Sequences = None,
     weights: options.Weights = "auto",
-    max_kl: Annotated[
-        float,
-        typer.Option(
-            "--max-kl", metavar="NATS", min=0, max=100, help="Acceptable loss, nats a token."
-        ),
-    ] = 0.02,
-    trials: Annotated[
-        int,
-        typer.Option(
-            "--trials",
-            metavar="N",
-            min=1,
-            max=100_000,
-            help="Trials of the outer study; a stand-in needs none.",
-        ),
-    ] = 60,
+    max_kl: MaxKlOption = 0.02,
+    trials: TrialsOption = 60,
     workload: options.Workload = "small",
-    menu: Annotated[
-        Literal["three", "all"],
-        typer.Option(
-            "--menu",
-            help="Methods that a head may have: three (snapkv, h2o, streaming_llm), or all that "
-            "choose when the prompt is complete; all takes several times as long.",
-        ),
-    ] = "three",
-    stack: Annotated[
-        str | None,
-        typer.Option(
-            "--for",
-            metavar="STACK",
-            help="Search inside what a serving stack can express (vllm, llama-cpp... as in "
-            "kvtune export --to); left out: any plan, which kvtune's own runtime serves.",
-        ),
-    ] = None,
-    read_bytes: Annotated[
-        str | None,
-        typer.Option(
-            "--read-bytes",
-            metavar="SIZE",
-            help="A decode step may read so much of each sequence's prompt: 50MB; heads may then "
-            "hold more than they read (quest, landmark; with --menu all every reader).",
-        ),
-    ] = None,
+    menu: MenuOption = "three",
+    stack: StackOption = None,
+    read_bytes: ReadBytesOption = None,
     text: options.Texts = None,
-    stand_in: Annotated[
-        bool, typer.Option("--stand-in", help="Use the packaged tables even if weights are here.")
-    ] = False,
+    stand_in: StandInOption = False,
     seed: options.Seed = 0,
     device: options.Device = None,
-    run_dir: Annotated[
-        Path | None,
-        typer.Option(
-            "--run-dir",
-            metavar="DIR",
-            help="Where everything goes, and is taken up again; left out: "
-            "kvtune-runs/<model>-<gpu>-<mem>.",
-        ),
-    ] = None,
+    run_dir: RunDirOption = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:

@@ -24,91 +24,106 @@ LEFT_OUT = (
 )
 
 
+PolicyOption = Annotated[
+    Path | None,
+    typer.Option("--policy", metavar="FILE", help="A policy file, to show beside the full cache."),
+]
+RateOption = Annotated[
+    float | None, typer.Option("--rate", metavar="R", help="Requests a second, on average.")
+]
+RequestsOption = Annotated[
+    int, typer.Option("--requests", metavar="N", min=1, help="How many are drawn.")
+]
+PromptOption = Annotated[
+    str, typer.Option("--prompt", metavar="TOKENS", help="Prompt tokens: 2k, or 1k-4k.")
+]
+OutputOption = Annotated[
+    str, typer.Option("--output", metavar="TOKENS", help="Tokens of an answer: 256, or 64-512.")
+]
+LengthCvOption = Annotated[
+    float,
+    typer.Option(
+        "--length-cv",
+        metavar="CV",
+        min=0,
+        help="Spread of both lengths around their means (lognormal); 0: all alike.",
+    ),
+]
+BurstinessOption = Annotated[
+    float,
+    typer.Option(
+        "--burstiness",
+        metavar="CV",
+        min=0,
+        help="Spread of the gaps between arrivals: 0 even, 1 Poisson, more comes in bursts.",
+    ),
+]
+PrefixOption = Annotated[
+    str | None,
+    typer.Option("--prefix", metavar="TOKENS", help="Beginning that all prompts share."),
+]
+ArrivalsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--arrivals",
+        metavar="FILE",
+        help="Requests from a .jsonl or .csv file instead: arrival_s, prompt_tokens, "
+        "output_tokens.",
+    ),
+]
+SloTtftOption = Annotated[
+    str | None,
+    typer.Option("--slo-ttft", metavar="TIME", help="Most time to the first token: 1s, 500ms."),
+]
+SloTpotOption = Annotated[
+    str | None,
+    typer.Option("--slo-tpot", metavar="TIME", help="Most time a token after it: 50ms."),
+]
+MaxSequencesOption = Annotated[
+    int, typer.Option("--max-sequences", metavar="N", min=1, help="Sequences at once.")
+]
+MaxBatchedTokensOption = Annotated[
+    int,
+    typer.Option(
+        "--max-batched-tokens",
+        metavar="N",
+        min=1,
+        help="New tokens of a step, read or decoded.",
+    ),
+]
+BlockOption = Annotated[
+    int, typer.Option("--block", metavar="TOKENS", min=1, help="Tokens of a block of cache.")
+]
+HostMemOption = Annotated[
+    str | None,
+    typer.Option(
+        "--host-mem",
+        metavar="SIZE",
+        help="Host memory that preempted sequences move to; left out: they are read anew.",
+    ),
+]
+
+
 def command(
     model: options.Model,
     gpu: options.Gpu = None,
     mem: options.Memory = None,
-    policy: Annotated[
-        Path | None,
-        typer.Option(
-            "--policy", metavar="FILE", help="A policy file, to show beside the full cache."
-        ),
-    ] = None,
-    rate: Annotated[
-        float | None, typer.Option("--rate", metavar="R", help="Requests a second, on average.")
-    ] = None,
-    requests: Annotated[
-        int, typer.Option("--requests", metavar="N", min=1, help="How many are drawn.")
-    ] = 10_000,
-    prompt: Annotated[
-        str, typer.Option("--prompt", metavar="TOKENS", help="Prompt tokens: 2k, or 1k-4k.")
-    ] = "2k",
-    output: Annotated[
-        str, typer.Option("--output", metavar="TOKENS", help="Tokens of an answer: 256, or 64-512.")
-    ] = "256",
-    length_cv: Annotated[
-        float,
-        typer.Option(
-            "--length-cv",
-            metavar="CV",
-            min=0,
-            help="Spread of both lengths around their means (lognormal); 0: all alike.",
-        ),
-    ] = 0.0,
-    burstiness: Annotated[
-        float,
-        typer.Option(
-            "--burstiness",
-            metavar="CV",
-            min=0,
-            help="Spread of the gaps between arrivals: 0 even, 1 Poisson, more comes in bursts.",
-        ),
-    ] = 1.0,
-    prefix: Annotated[
-        str | None,
-        typer.Option("--prefix", metavar="TOKENS", help="Beginning that all prompts share."),
-    ] = None,
-    arrivals: Annotated[
-        Path | None,
-        typer.Option(
-            "--arrivals",
-            metavar="FILE",
-            help="Requests from a .jsonl or .csv file instead: arrival_s, prompt_tokens, "
-            "output_tokens.",
-        ),
-    ] = None,
-    slo_ttft: Annotated[
-        str | None,
-        typer.Option("--slo-ttft", metavar="TIME", help="Most time to the first token: 1s, 500ms."),
-    ] = None,
-    slo_tpot: Annotated[
-        str | None,
-        typer.Option("--slo-tpot", metavar="TIME", help="Most time a token after it: 50ms."),
-    ] = None,
+    policy: PolicyOption = None,
+    rate: RateOption = None,
+    requests: RequestsOption = 10_000,
+    prompt: PromptOption = "2k",
+    output: OutputOption = "256",
+    length_cv: LengthCvOption = 0.0,
+    burstiness: BurstinessOption = 1.0,
+    prefix: PrefixOption = None,
+    arrivals: ArrivalsOption = None,
+    slo_ttft: SloTtftOption = None,
+    slo_tpot: SloTpotOption = None,
     weights: options.Weights = "auto",
-    max_sequences: Annotated[
-        int, typer.Option("--max-sequences", metavar="N", min=1, help="Sequences at once.")
-    ] = 256,
-    max_batched_tokens: Annotated[
-        int,
-        typer.Option(
-            "--max-batched-tokens",
-            metavar="N",
-            min=1,
-            help="New tokens of a step, read or decoded.",
-        ),
-    ] = 2048,
-    block: Annotated[
-        int, typer.Option("--block", metavar="TOKENS", min=1, help="Tokens of a block of cache.")
-    ] = 16,
-    host_mem: Annotated[
-        str | None,
-        typer.Option(
-            "--host-mem",
-            metavar="SIZE",
-            help="Host memory that preempted sequences move to; left out: they are read anew.",
-        ),
-    ] = None,
+    max_sequences: MaxSequencesOption = 256,
+    max_batched_tokens: MaxBatchedTokensOption = 2048,
+    block: BlockOption = 16,
+    host_mem: HostMemOption = None,
     seed: options.Seed = 0,
     as_json: options.Json = False,
     quiet: options.Quiet = False,

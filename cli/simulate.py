@@ -20,34 +20,43 @@ if TYPE_CHECKING:
 _HINT = "capture one first: kvtune capture --model NAME --out DIR, then --trace DIR."
 
 
+TraceOption = Annotated[
+    Path | None, typer.Option("--trace", metavar="DIR", help="What kvtune capture wrote.")
+]
+SplitOption = Annotated[
+    Literal["search", "select", "evaluate", "all"],
+    typer.Option("--split", help="Samples to replay; evaluate are those held out."),
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", metavar="NAME", help="Left out: the file's own.")
+]
+ContextOption = Annotated[
+    str | None, typer.Option("--context", metavar="TOKENS", help="Left out: the file's own.")
+]
+GeneratedOption = Annotated[
+    str | None,
+    typer.Option("--generated", metavar="TOKENS", help="Left out: the file's own, else 256."),
+]
+BatchOption = Annotated[
+    int | None,
+    typer.Option("--batch", metavar="N", min=1, help="Left out: the file's own, else 1."),
+]
+WeightsOption = Annotated[
+    str | None, typer.Option("--weights", metavar="FORMAT", help="Left out: the file's own.")
+]
+
+
 def command(
     policy: options.PolicyFile,
-    trace: Annotated[
-        Path | None, typer.Option("--trace", metavar="DIR", help="What kvtune capture wrote.")
-    ] = None,
-    split: Annotated[
-        Literal["search", "select", "evaluate", "all"],
-        typer.Option("--split", help="Samples to replay; evaluate are those held out."),
-    ] = "evaluate",
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", metavar="NAME", help="Left out: the file's own.")
-    ] = None,
+    trace: TraceOption = None,
+    split: SplitOption = "evaluate",
+    model: ModelOption = None,
     gpu: options.Gpu = None,
     mem: options.Memory = None,
-    context: Annotated[
-        str | None, typer.Option("--context", metavar="TOKENS", help="Left out: the file's own.")
-    ] = None,
-    generated: Annotated[
-        str | None,
-        typer.Option("--generated", metavar="TOKENS", help="Left out: the file's own, else 256."),
-    ] = None,
-    batch: Annotated[
-        int | None,
-        typer.Option("--batch", metavar="N", min=1, help="Left out: the file's own, else 1."),
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option("--weights", metavar="FORMAT", help="Left out: the file's own.")
-    ] = None,
+    context: ContextOption = None,
+    generated: GeneratedOption = None,
+    batch: BatchOption = None,
+    weights: WeightsOption = None,
     device: options.Device = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,

@@ -10,8 +10,8 @@ squared change of its log-odds, and the second one half of Fisher's form of the 
 1 - p. A probe is the log-odds with a drawn sign and that weight, and a label drawn from the others.
 In the mean this is what a label drawn from all tokens gives, but where the model is sure such
 labels are nearly all the likeliest token and see nothing; there the log-odds are seen by each
-probe. Eight of these rank and size plans as sixteen of those do, and rank quantised caches better
-(``benchmarks/results/predictions-h200.json``).
+probe. In one run eight of these ranked and sized plans as sixteen of those did, and ranked
+quantised caches better (``benchmarks/results/predictions-h200.json``).
 """
 
 from __future__ import annotations
