@@ -159,11 +159,16 @@ def test_the_peak_grows_with_all_that_is_asked_for(
     assert base < peak_memory(shape, card, name, cache, context, batch + 1).value
 
 
+MAPPED = 1.15  # what the allocator holds of that, over what is in use
+
+
 def test_the_prefill_peak_holds_one_layers_cache_and_not_all() -> None:
     longer = prefill_peak_bytes(LLAMA, 65536).value - prefill_peak_bytes(LLAMA, 32768).value
     a_layer, residual = 32768 * 2 * 8 * 128 * 2, 32768 * 4096 * 2
     queries, window = residual, 4 * 32 * 32768 * 32
-    assert longer == 1.5 * a_layer + 2 * residual + 3 * queries + 3 * window
+    assert longer == pytest.approx(
+        MAPPED * (1.5 * a_layer + 2 * residual + 3 * queries + 3 * window)
+    )
     assert longer < LLAMA.kv_bytes(32768)
 
 
@@ -172,7 +177,9 @@ def test_a_latent_layer_is_held_as_latents() -> None:
     longer = prefill_peak_bytes(shape, 65536).value - prefill_peak_bytes(shape, 32768).value
     a_layer, residual, queries = (32768 * 2 * n for n in (512 + 64, 7168, 128 * shape.head_dim))
     window = 4 * 32 * 32768 * 128
-    assert longer == 1.5 * a_layer + 2 * residual + 3 * queries + 3 * window
+    assert longer == pytest.approx(
+        MAPPED * (1.5 * a_layer + 2 * residual + 3 * queries + 3 * window)
+    )
 
 
 def test_a_large_batch_of_decode_steps_can_be_the_peak() -> None:
