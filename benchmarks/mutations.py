@@ -272,7 +272,7 @@ def plant(mutation: Mutation, checkout: Path) -> None:
 
 def failures(checkout: Path, wanted: list[str]) -> list[str]:
     """The tests that fail in a checkout, run in a process of its own."""
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rfE", *wanted]
+    words = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-rfE", *wanted]
     found = os.environ.get("PYTHONPATH")
     places = os.pathsep.join([str(checkout.parent), *([found] if found else [])])
     done = subprocess.run(  # noqa: S603 - our own words
