@@ -42,7 +42,7 @@ LOSS = {"value": 0.02, "interval": [0.01, 0.03], "unit": "nats/token", "tier": "
         ("[" * 100_000, "nests deeper than 24"),
         ('{"k":' * 30 + "1" + "}" * 30, "nests deeper than 24"),
         ('"\\ud800"', "half a surrogate pair"),
-        ('{"a":\n1,\n}', "f:3: is no JSON"),
+        ('{"a":\n1,\n2}', "f:3: is no JSON"),
         (b'"\xff"', "f:1: is not UTF-8"),
         ("", "is no JSON"),
     ],

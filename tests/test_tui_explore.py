@@ -49,7 +49,8 @@ def test_what_is_written_is_read_back(study: Study) -> None:
         map(study.plans.__getitem__, range(60)), plans(60, facts()), strict=True
     ):
         assert (read.heads == written.heads).all()
-        assert replace(read, heads=written.heads) == written
+        none = written.heads[:0]  # arrays have no truth value, which Python 3.13 asks for
+        assert vars(replace(read, heads=none)) == vars(replace(written, heads=none))
 
 
 def test_new_lines_are_read_when_they_are_whole(tmp_path: Path) -> None:
