@@ -38,7 +38,7 @@ def registered(package: str, base: type[T]) -> MappingProxyType[str, type[T]]:
         kind = _loaded(entry, base)
         name = kind.__dict__["name"]
         if found.setdefault(name, kind) is not kind:
-            raise _broken(entry, f"is called {name!r} as {found[name].__qualname__} is")
+            raise _broken(entry, f"has the name {name!r}, which {found[name].__module__} has too")
     return MappingProxyType(found)
 
 

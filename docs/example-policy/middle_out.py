@@ -1,4 +1,4 @@
-"""A method in a package of its own: every second token, thinned out from the middle."""
+"""A method in a package of its own: the tokens farthest from the middle of a prompt."""
 
 from __future__ import annotations
 

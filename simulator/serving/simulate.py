@@ -108,7 +108,7 @@ def serve(
     """
     shape, limits = server.shape, server.limits
     prompts = _possible(requests, shape.max_context)
-    longest_output = int(min(requests.output_tokens.max(), shape.max_context))
+    longest_output = min(int(requests.output_tokens.max()), shape.max_context)
     held = footprint(shape, policy, prompts, longest_output)
     load = Load(
         sequences=limits.sequences,
