@@ -19,6 +19,7 @@ from kvtune.policies.methods.actqkv import ActQKV
 from kvtune.policies.methods.cca import CCA
 from kvtune.policies.methods.infllm import InfLLM
 from kvtune.policies.methods.landmark import Landmark
+from kvtune.policies.methods.razor import Razor
 from kvtune.policies.methods.recycled import Recycled
 from kvtune.policies.methods.retrieval_attention import RetrievalAttention
 from kvtune.policies.methods.sentencekv import SentenceKV
@@ -534,18 +535,25 @@ def test_softmax_in_two_levels_with_exact_block_weights_is_full_attention() -> N
     assert np.abs(doubles(both) - slow_attention(query, keys, values, 0.3)).max() < 1e-12
 
 
-def test_the_mean_of_dropped_tokens_can_be_kept_as_they_leave() -> None:
-    """RazorAttention's running mean is the batch's; its weight is that of n equal logits."""
-    rng = np.random.default_rng(6)
-    keys, query = rng.normal(size=(30, 8)), rng.normal(size=8)
-    mean, count = np.zeros(8), 0
-    for key in keys:
-        mean, count = mean + (key - mean) / (count + 1), count + 1
-    assert np.abs(mean - keys.mean(0)).max() < 1e-14
-    assert math.exp(query @ mean + math.log(count)) == pytest.approx(30 * math.exp(query @ mean))
+def test_the_compensation_token_is_the_running_mean_of_what_left() -> None:
+    """RazorAttention's decode rule, token by token in float64, against the entry that is stored."""
+    signals = make_signals(Case(60, 0, kv_heads=2, group=3, seed=6))
+    kept, stands_for_all = Razor(sinks=4).parts(signals, 20)
+    assert stands_for_all.keys is not None
+    assert stands_for_all.log_weight is not None
+    for head in range(2):
+        mean, count = np.zeros(16), 0
+        for token in sorted({*range(60)} - {*kept.tokens[head].tolist()}):
+            key = doubles(signals.keys[head, token])
+            mean, count = mean + (key - mean) / (count + 1), count + 1
+        assert np.abs(doubles(stands_for_all.keys[head, 0]) - mean).max() < 1e-6
+        assert float(stands_for_all.log_weight[head, 0]) == pytest.approx(math.log(count))
 
 
 def test_razors_published_sizes_are_a_compression_of_3_125() -> None:
-    """15 % of heads in full, the others a fifth of the tokens."""
-    held = 0.15 + 0.85 / 5
-    assert 1 / held == pytest.approx(3.125)
+    """15 % of heads in full, the others a fifth of the tokens (section 5 of the paper)."""
+    heads = (Option(),) * 3 + (Option(Razor(), Budget(share=0.2)),) * 17
+    held = Policy("razor", (heads,)).footprint(4000, 128)
+    assert Policy("full", ((Option(),) * 20,)).footprint(4000, 128) / held == pytest.approx(
+        3.125, rel=1e-3
+    )
