@@ -13,10 +13,8 @@ settings on selection samples that the evaluation does not share. A part that fa
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from divisions import divided
 from outcomes import Outcome, used
 from plans import Plan, Variant, choose, search
 from quality_bench import Bench
+from recorded_parts import attempt
 
 from kvtune.policies.allocators.model_wide import ModelWide
 from kvtune.policies.formats.bf16 import Bf16
@@ -159,17 +158,6 @@ def plans(bench: Bench, menu: Menu, probes: int, shares: Sequence[float]) -> dic
     return result
 
 
-def attempt(bench: Bench, name: str, measure: Callable[[], Any]) -> None:
-    """Record what a part finds, or how it failed; progress goes to standard error."""
-    try:
-        found = measure()
-    except Exception as error:
-        found = f"failed: {type(error).__name__}: {error}"[:2000]
-        traceback.print_exc()
-    bench.record(name, found)
-    print(name, "done", file=sys.stderr, flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
@@ -199,9 +187,9 @@ def main() -> None:
         cuda = arguments.device != "cpu"
         bench.record("device", torch.cuda.get_device_name() if cuda else "cpu")
         bench.record("setting", {"workload": division.workload, "probes": probes})
-        attempt(bench, "plans", lambda: plans(bench, menu, probes, shares))
-        attempt(bench, "published", lambda: uniform(bench, published, shares))
-        attempt(bench, "compaction", lambda: uniform(bench, fitted, shares))
+        attempt(bench.record, "plans", lambda: plans(bench, menu, probes, shares))
+        attempt(bench.record, "published", lambda: uniform(bench, published, shares))
+        attempt(bench.record, "compaction", lambda: uniform(bench, fitted, shares))
 
 
 if __name__ == "__main__":

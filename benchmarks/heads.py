@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from recorded_parts import attempt, say
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -35,10 +33,6 @@ from kvtune.tuner.allocate import Problem, solve
 from kvtune.tuner.source_models import packaged_tables
 
 DRAWS, SHARE = 5, 0.05
-
-
-def say(*words: object) -> None:
-    print(*words, file=sys.stderr, flush=True)
 
 
 @torch.no_grad()
@@ -110,17 +104,6 @@ def overlap(heads: HeadScores) -> dict[str, Any]:
     return found
 
 
-def attempt(found: dict[str, Any], name: str, measure: Callable[[], Any]) -> None:
-    """One part; a fault is recorded and the next part goes on."""
-    begun = time.monotonic()
-    try:
-        found[name] = measure()
-    except Exception as error:
-        found[name] = f"failed: {type(error).__name__}: {error}"
-        traceback.print_exc()
-    say(name, f"{time.monotonic() - begun:.0f} s")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -144,8 +127,13 @@ def main() -> None:
         "data": {name: vars(about) for name, about in heads.about.items()},
         "above_0.1": {n: float((s > 0.1).mean()) for n, s in sorted(heads.scores.items())},
     }
-    attempt(found, "masked", lambda: masked(loaded, heads, samples, 1 if arguments.tiny else DRAWS))
-    attempt(found, "overlap", lambda: overlap(heads))
+    record = found.__setitem__
+    attempt(
+        record,
+        "masked",
+        lambda: masked(loaded, heads, samples, 1 if arguments.tiny else DRAWS),
+    )
+    attempt(record, "overlap", lambda: overlap(heads))
     arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     say(json.dumps(found["masked"]))
 

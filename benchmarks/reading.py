@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from recorded_parts import attempt, say
 
 from kvtune.common.progress import Silent
 from kvtune.policies.allocator import Allocator
@@ -78,10 +77,6 @@ READERS: tuple[Method, ...] = (
     Recycled(stride=50),
     RetrievalAttention(sinks=4, recent=32, degree=16, near=32, beam=64),
 )
-
-
-def say(*words: object) -> None:
-    print(*words, file=sys.stderr, flush=True)
 
 
 def make_small() -> None:
@@ -234,17 +229,6 @@ def index(loaded: LoadedModel, tokens: int, layers: Sequence[int]) -> list[dict[
     return found
 
 
-def attempt(found: dict[str, Any], name: str, measure: Callable[[], Any]) -> None:
-    """One part; a fault is recorded and the next part goes on."""
-    begun = time.monotonic()
-    try:
-        found[name] = measure()
-    except Exception as error:
-        found[name] = f"failed: {type(error).__name__}: {error}"
-        traceback.print_exc()
-    say(name, f"{time.monotonic() - begun:.0f} s")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -252,6 +236,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="that it runs, in some minutes")
     arguments = parser.parse_args()
     found: dict[str, Any] = {"torch": torch.__version__}
+    record = found.__setitem__
 
     def keep() -> None:
         arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -273,11 +258,11 @@ def main() -> None:
         readers = READERS[:3] if arguments.tiny else READERS
         for share in SHARES[-1:] if arguments.tiny else SHARES:
             name = f"{100 * share:g} %"
-            attempt(found, f"read {name}", lambda s=share: bench.at_equal_reads(s, readers))
-            attempt(found, f"held {name}", lambda s=share: bench.at_equal_bytes(s, heads))
+            attempt(record, f"read {name}", lambda s=share: bench.at_equal_reads(s, readers))
+            attempt(record, f"held {name}", lambda s=share: bench.at_equal_bytes(s, heads))
             keep()
         tokens, layers = (1024, (10,)) if arguments.tiny else (8192, (2, 10, 18, 26))
-        attempt(found, "index", lambda: index(loaded, tokens, layers))
+        attempt(record, "index", lambda: index(loaded, tokens, layers))
         keep()
     for name, part in found.items():
         if isinstance(part, list) and part and "kl" in part[0]:

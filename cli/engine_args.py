@@ -43,7 +43,7 @@ def _dashed(word: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are told as this package's own."""
+    """An argument parser that raises mistakes as ``KvtuneError``."""
 
     def error(self, message: str) -> NoReturn:
         raise KvtuneError(f"--engine-args: {message}", hint=_HINT)

@@ -43,10 +43,6 @@ ContextOption = Annotated[
 BatchOption = Annotated[
     str, typer.Option("--batch", metavar="N", help="Sequences at once; several: 1,8,32.")
 ]
-PolicyOption = Annotated[
-    Path | None,
-    typer.Option("--policy", metavar="FILE", help="A policy file, to show beside the full cache."),
-]
 EvictsOption = Annotated[
     bool,
     typer.Option(
@@ -83,7 +79,7 @@ def command(
     generated: options.Generated = "256",
     batch: BatchOption = "1",
     weights: options.Weights = "auto",
-    policy: PolicyOption = None,
+    policy: options.PolicyBeside = None,
     evicts: EvictsOption = False,
     price: PriceOption = None,
     form: FormOption = "table",

@@ -42,9 +42,6 @@ ModelOption = Annotated[
     str | None,
     typer.Option("--model", "-m", metavar="NAME", help="Path or name that the stack loads."),
 ]
-ContextOption = Annotated[
-    str | None, typer.Option("--context", metavar="TOKENS", help="Left out: the file's own.")
-]
 BatchOption = Annotated[
     int | None, typer.Option("--batch", metavar="N", min=1, help="Left out: the file's own.")
 ]
@@ -63,7 +60,7 @@ def command(
     out: OutOption = None,
     compare: CompareOption = False,
     model: ModelOption = None,
-    context: ContextOption = None,
+    context: options.PlannedContext = None,
     batch: BatchOption = None,
     allow_stand_in: AllowStandInOption = False,
     strict: StrictOption = False,

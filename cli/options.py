@@ -175,3 +175,10 @@ PolicyFile = Annotated[
     Path,
     typer.Argument(metavar="POLICY", help="A policy file, or the run directory that holds one."),
 ]
+PolicyBeside = Annotated[
+    Path | None,
+    typer.Option("--policy", metavar="FILE", help="A policy file, to show beside the full cache."),
+]
+PlannedContext = Annotated[
+    str | None, typer.Option("--context", metavar="TOKENS", help="Left out: the file's own.")
+]

@@ -24,10 +24,6 @@ LEFT_OUT = (
 )
 
 
-PolicyOption = Annotated[
-    Path | None,
-    typer.Option("--policy", metavar="FILE", help="A policy file, to show beside the full cache."),
-]
 RateOption = Annotated[
     float | None, typer.Option("--rate", metavar="R", help="Requests a second, on average.")
 ]
@@ -108,7 +104,7 @@ def command(
     model: options.Model,
     gpu: options.Gpu = None,
     mem: options.Memory = None,
-    policy: PolicyOption = None,
+    policy: options.PolicyBeside = None,
     rate: RateOption = None,
     requests: RequestsOption = 10_000,
     prompt: PromptOption = "2k",

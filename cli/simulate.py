@@ -30,9 +30,6 @@ SplitOption = Annotated[
 ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", metavar="NAME", help="Left out: the file's own.")
 ]
-ContextOption = Annotated[
-    str | None, typer.Option("--context", metavar="TOKENS", help="Left out: the file's own.")
-]
 GeneratedOption = Annotated[
     str | None,
     typer.Option("--generated", metavar="TOKENS", help="Left out: the file's own, else 256."),
@@ -53,7 +50,7 @@ def command(
     model: ModelOption = None,
     gpu: options.Gpu = None,
     mem: options.Memory = None,
-    context: ContextOption = None,
+    context: options.PlannedContext = None,
     generated: GeneratedOption = None,
     batch: BatchOption = None,
     weights: WeightsOption = None,

@@ -53,6 +53,23 @@ def sixteen_bits(name: str) -> CacheType:
     return CacheType(name, (16, 16), lambda head_dim: 4.0 * head_dim, "bf16", "16 bits")
 
 
+def asymmetric(name: str, bits: int, scale_bytes: float) -> CacheType:
+    """Integers with a scale and a zero point a token and head.
+
+    Args:
+        name: as the stack calls it.
+        bits: of a code.
+        scale_bytes: of a token and head, keys' and values' scales and zero points together.
+    """
+    return CacheType(
+        name,
+        (bits, bits),
+        lambda head_dim: 2 * head_dim * bits / 8 + scale_bytes,
+        f"int{bits}",
+        "asymmetric, a scale and a zero point a token and head",
+    )
+
+
 def limits_of_types(types: tuple[CacheType, ...]) -> EngineLimits:
     """What a stack with these types can take."""
     stored = frozenset(each.like for each in types)

@@ -9,6 +9,7 @@ from typing import Any
 from kvtune.policies.engine_wide import (
     CacheType,
     EngineWide,
+    asymmetric,
     limits_of_types,
     one_of,
     positive,
@@ -18,11 +19,10 @@ from kvtune.policies.exporter import Plan
 
 _PAGE = 64
 _SCALES = 8.0  # bytes of a token and head: a 16-bit scale and zero point for keys, and for values
-_DETAIL = "asymmetric, a scale and a zero point a token and head"
 _TYPES = (
     sixteen_bits("0"),
-    CacheType("8", (8, 8), lambda head_dim: 2.0 * head_dim + _SCALES, "int8", _DETAIL),
-    CacheType("4", (4, 4), lambda head_dim: 1.0 * head_dim + _SCALES, "int4", _DETAIL),
+    asymmetric("8", 8, _SCALES),
+    asymmetric("4", 4, _SCALES),
 )
 
 
@@ -54,7 +54,7 @@ class LMDeploy(EngineWide):
     }
 
     def config(self, plan: Plan, chosen: CacheType, batch: int) -> dict[str, Any]:
-        """Flags."""
+        """The flags of the server and their values."""
         return {
             "backend": "turbomind",
             "quant-policy": int(chosen.name),
@@ -64,6 +64,6 @@ class LMDeploy(EngineWide):
         }
 
     def file(self, config: dict[str, Any]) -> tuple[str, str]:
-        """One line."""
+        """The flags in one line of text."""
         flags = [f"--{key} {shlex.quote(str(value))}" for key, value in config.items()]
         return "lmdeploy.txt", " ".join(flags) + "\n"

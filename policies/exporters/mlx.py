@@ -58,7 +58,7 @@ class MLX(EngineWide):
     }
 
     def config(self, plan: Plan, chosen: CacheType, batch: int) -> dict[str, Any]:
-        """Flags; a cache of 16 bits has none."""
+        """The flags and their values; a 16-bit cache needs none."""
         answer = max(1, plan.sequence_tokens - plan.context_tokens)
         narrow = {"kv-bits": int(chosen.name), "kv-group-size": _GROUP, "quantized-kv-start": 0}
         return {
@@ -68,6 +68,6 @@ class MLX(EngineWide):
         }
 
     def file(self, config: dict[str, Any]) -> tuple[str, str]:
-        """One line."""
+        """The flags in one line of text."""
         flags = [f"--{key} {shlex.quote(str(value))}" for key, value in config.items()]
         return "mlx.txt", " ".join(flags) + "\n"

@@ -9,6 +9,7 @@ from typing import Any
 from kvtune.policies.engine_wide import (
     CacheType,
     EngineWide,
+    asymmetric,
     limits_of_types,
     one_of,
     positive,
@@ -18,11 +19,10 @@ from kvtune.policies.exporter import Plan
 
 _PAGE = 32
 _SCALES = 16.0  # bytes of a token and head: a 32-bit scale and zero point for keys, and for values
-_DETAIL = "asymmetric, a scale and a zero point a token and head"
 _TYPES = (
     sixteen_bits("f16"),
-    CacheType("u8", (8, 8), lambda head_dim: 2.0 * head_dim + _SCALES, "int8", _DETAIL),
-    CacheType("u4", (4, 4), lambda head_dim: 1.0 * head_dim + _SCALES, "int4", _DETAIL),
+    asymmetric("u8", 8, _SCALES),
+    asymmetric("u4", 4, _SCALES),
 )
 
 
