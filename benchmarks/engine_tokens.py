@@ -43,7 +43,7 @@ class Row:
 
     @property
     def off(self) -> float:
-        """Relative error."""
+        """The relative error of the predicted number of tokens."""
         return self.predicted / self.printed - 1
 
     @property

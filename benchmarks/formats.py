@@ -100,7 +100,7 @@ def error(pair: tuple[str, str], head_dim: int, tokens: int) -> dict[str, float]
 
 
 def microseconds(pair: tuple[str, str], megabytes: int) -> dict[str, float]:
-    """Of one layer's attention, and the bytes that it reads."""
+    """Time one layer's attention; returns microseconds and the bytes that it reads."""
     rows = BATCH * KV_HEADS
     tokens = int(megabytes * 1e6) // (rows * 4 * HEAD_DIM)
     runs = paged.uniform(rows, tokens, *pair)

@@ -292,7 +292,7 @@ class CountingBench:
     release = forget_peak
 
     def look(self) -> None:
-        """There is nothing else to look at."""
+        """Does nothing: a CPU has no second source of memory figures."""
 
     def peak_bytes(self) -> int:
         return self.counting.peak if self.counting else 0

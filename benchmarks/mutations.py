@@ -96,7 +96,7 @@ MUTATIONS = (
     ),
     Mutation(
         "exporter truth",
-        "a method that scores is told as a window",
+        "a method that scores tokens is exported as a window",
         "policies/flatten.py",
         'if method.shape == "scored":',
         'if method.shape == "none":',

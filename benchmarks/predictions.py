@@ -125,7 +125,7 @@ class Others(Probes):
 
 @dataclass(frozen=True)
 class Answers(Probes):
-    """Of the rows whose target is an answer alone, whichever position errs."""
+    """Probes of the loss of answer rows alone, whichever position causes it."""
 
     masks: dict[str, tuple[bool, ...]] = field(default_factory=dict)
 
@@ -389,7 +389,7 @@ def compare(
 
 
 def measure(run: Run, samples: Sequence[Sample], size: Size) -> None:
-    """Everything; what is first needed first."""
+    """Measure every group of policies on one sample, the most needed first."""
     search = [s for s in samples if s.split == "search"]
     rest = by_turns([s for s in samples if s.split != "search"])
     run.found["samples"] = {
@@ -450,7 +450,7 @@ class Size:
 
     @property
     def workload(self) -> Workload:
-        """Its samples."""
+        """The workload whose samples are measured."""
         counts = zip(("search", "select", "evaluate"), self.counts, strict=True)
         each = {split: dict.fromkeys(self.kinds, count) for split, count in counts}
         return Workload(each, tokens=self.tokens, observed=self.observed)

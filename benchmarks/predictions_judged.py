@@ -44,7 +44,7 @@ class Recorded:
 
     @property
     def kinds(self) -> list[str]:
-        """Of text."""
+        """The kinds of text that the samples are of."""
         return sorted({sample["kind"] for sample in self.data["samples"].values()})
 
     def ids(self, group: str, kind: str | None = None, split: str | None = None) -> list[str]:
@@ -69,7 +69,7 @@ class Recorded:
 
     @property
     def shares(self) -> Array:
-        """Of the plans."""
+        """The share of bytes of every plan."""
         return np.array([plan["share"] for plan in self.data["plans"]])
 
 

@@ -103,7 +103,7 @@ def fitted_values(columns: Tensor, weights: Tensor, outputs: Tensor, own: Tensor
 
 
 def _solved(gram: Tensor, wanted: Tensor) -> Tensor:
-    """Of a positive definite system; nothing is read back from the device."""
+    """Solve a positive definite system without reading anything back from the device."""
     solution: Tensor = torch.cholesky_solve(wanted, torch.linalg.cholesky_ex(gram).L)
     return solution
 

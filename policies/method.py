@@ -156,14 +156,14 @@ class ReadingMethod(Method):
     """Holds every token; the budget is how many of them a step reads."""
 
     def keep(self, signals: Signals, budget: int) -> Tensor:
-        """All tokens."""
+        """Every token is held."""
         import torch
 
         heads, tokens, _ = signals.keys.shape
         return torch.arange(tokens, device=signals.keys.device).expand(heads, -1)
 
     def plan(self, budget: int, prompt_tokens: int) -> tuple[PartPlan, ...]:
-        """All tokens, whatever is read of them."""
+        """One part of all tokens, whatever a step reads of them."""
         return (PartPlan(prompt_tokens),)
 
     @abstractmethod

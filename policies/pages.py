@@ -45,12 +45,12 @@ TURNED = 32
 """What is added to a format's number where it is rotated; a pair's keys count twice as much."""
 
 VALUE_CODES = CODES | {f"{ROTATED}int{bits}": bits + TURNED for bits in (8, 4, 2)}
-"""Of values."""
+"""Numbers by which kernels know the formats of values."""
 
 ALL_KEY_CODES = KEY_CODES | {
     ROTATED + name: code + TURNED for name, code in KEY_CODES.items() if code <= 8
 }
-"""Of keys."""
+"""Numbers by which kernels know the formats of keys."""
 
 CLIP = {2: 0.7, 4: 1.0, 8: 1.0}
 """What is left of the range of a rotated group, by its bits: the formats' own defaults."""

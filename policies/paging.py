@@ -24,7 +24,7 @@ SLAB_CELLS = 576
 """Nine pages of bf16, 32 of int4: a size of which every format wastes less than 3 %."""
 
 TABLE_BYTES = 192
-"""Of a head's tables on the device: two tiles of 64 bytes, places of pages, lengths, scales."""
+"""Bytes of a head's tables on the device: two tiles of 64, places of pages, lengths, scales."""
 
 EXACT = (Bf16(), Bf16())
 
@@ -148,7 +148,7 @@ def sequence_bytes(policy: Policy, prompt_tokens: int, head_dim: int, growth: Gr
 
 
 def growing_bytes(tokens: int, head_dim: int) -> float:
-    """Of the pages in 16 bits that so many tokens of one head take."""
+    """Bytes of the 16-bit pages that so many tokens of one head take."""
     return -(-tokens // PAGE) * _share_of_slab(PageLayout(head_dim))
 
 
@@ -158,7 +158,7 @@ def _share_of_slab(layout: PageLayout) -> float:
 
 
 def _beside_bytes(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> int:
-    """Of parts that pages cannot hold, and of a reader's index."""
+    """Bytes of parts that pages cannot hold, and of a reader's index."""
     plans = option.method.plan(budget, prompt_tokens)
     total = 0
     for plan in plans:

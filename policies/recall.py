@@ -93,7 +93,7 @@ class MiddleBlocks(Reader):
 
     @abstractmethod
     def score(self, held: Held, queries: Tensor) -> Tensor:
-        """Of every block, ``[R, C, b]``; minus infinity where one is empty."""
+        """The score of every block, ``[R, C, b]``; minus infinity where it is empty."""
 
     def reads(self, held: Held, queries: Tensor) -> Tensor:
         """The ends and whole blocks of highest score."""

@@ -114,7 +114,7 @@ def _restore(module: Any, before: Callable[..., Any] | None) -> None:
 
 
 def _chunked(forward: Callable[..., Any], most: int, hidden: Tensor, **given: Any) -> Any:
-    """Of ``[B, T, hidden]``; whole where it is short, or where more than a tensor comes back."""
+    """Run ``forward`` on pieces of ``[B, T, hidden]``, or whole where it is short or not one."""
     step = max(1, most // len(hidden))
     if hidden.dim() != 3 or hidden.shape[1] <= step or given:
         return forward(hidden, **given)

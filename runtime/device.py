@@ -93,7 +93,7 @@ class CudaBench:
         return int(torch.cuda.max_memory_allocated())
 
     def reserved_bytes(self) -> int:
-        """Of torch's allocator."""
+        """Bytes that torch's allocator has reserved."""
         return int(torch.cuda.max_memory_reserved())
 
     @contextmanager

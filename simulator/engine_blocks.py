@@ -75,7 +75,7 @@ def cache_blocks(local: ModelShape, block_size: int, element_bytes: float) -> Ca
 
 
 def _layers_of_a_group(kinds: Counter[LayerCache]) -> int:
-    """As many as the rarest kind has; as the commonest, where that pads less than a quarter."""
+    """Layers of a group: those of the rarest kind, or of the commonest if that pads under 25 %."""
     fewest, most = min(kinds.values()), max(kinds.values())
     return most if most < 1.25 * fewest else fewest
 

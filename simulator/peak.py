@@ -19,7 +19,7 @@ from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.weights import WeightFormat, weight_bytes
 
 _WINDOW_QUERIES = 32
-"""Of the last of a prompt, whose attention methods look at: SnapKV's window."""
+"""Last queries of a prompt whose attention methods look at: SnapKV's window."""
 
 _MAPPED = 32 * MIB
 """Beyond what is in use torch's allocator maps up to a piece of 20 MiB in each of its pools: those

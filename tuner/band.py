@@ -47,7 +47,7 @@ def band(
 
 
 def _ends(losses: NDArray[np.float64], kinds: Sequence[str]) -> tuple[float, float, float]:
-    """Of the kind that loses least, of that which loses most, and the mean."""
+    """The loss on the kind that loses least, on the one that loses most, and the mean."""
     labels = np.asarray(kinds)
     parts = [losses[labels == kind] for kind in sorted(set(kinds))]
     low = float(min(np.percentile(part, SAMPLES[0]) for part in parts))

@@ -68,7 +68,7 @@ COSTS: dict[str, str] = {
 
 
 def strong_families(recorded: Collection[str]) -> list[str]:
-    """Those of ``STRONG`` that read no signal but these."""
+    """The families of ``STRONG`` that read no signal but these."""
 
     def reads(allocator: Allocator, method: Method) -> bool:
         needs = allocator.needs | method.needs

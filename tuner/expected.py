@@ -84,7 +84,7 @@ class Card:
     tokens: int
 
     def expect(self, policy: Policy, batch: int) -> Expected:
-        """Of a batch whose prompts are read one after another, in the middle of the timed steps."""
+        """Figures of a batch whose prompts are read in turn, in the middle of the timed steps."""
         step = self._step(policy, batch, STEPS * (1 + STRETCHES // 2))
         read = prefill(self.shape, self.gpu, "bf16", self.tokens, batch, "runtime")
         compressed = compression(policy, self.shape, self.gpu, self.tokens, read, batch)
@@ -98,7 +98,7 @@ class Card:
         )
 
     def expect_largest(self, policy: Policy) -> ExpectedLargest:
-        """Of prompts that are read one after another."""
+        """The largest batch of prompts that are read one after another."""
         each, tokens = self._sequence(policy, LARGEST_NEW_TOKENS), self.tokens
         batch = largest_batch(self.shape, self.gpu, "bf16", each, tokens)
         low, value, high = (

@@ -51,7 +51,7 @@ class Question:
 
     @property
     def options(self) -> list[Option]:
-        """Those of the tables that the stack can express."""
+        """The tables' options that the stack can express."""
         return [option for option in self.tables.options if expressible(option, self.limits)]
 
     @property

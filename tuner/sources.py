@@ -73,11 +73,11 @@ class QualitySource:
         return self.loss(losses, kinds, "table", evicts=self.evicts(choice))
 
     def value_of(self, choice: NDArray[np.int64], split: str) -> float:
-        """Its calibrated value alone, nats/token."""
+        """The calibrated loss of a choice, without its interval, nats/token."""
         return self.calibration.mean(*self.predicted(choice, split), self.evicts(choice))
 
     def by_kind(self, choice: NDArray[np.int64], split: str = "evaluate") -> dict[str, float]:
-        """Its calibrated values by kind of text, nats/token."""
+        """The calibrated loss of a choice by kind of text, nats/token."""
         return self.calibration.by_kind(*self.predicted(choice, split), self.evicts(choice))
 
     def predicted(self, choice: NDArray[np.int64], split: str) -> tuple[Floats, list[str]]:

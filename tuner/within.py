@@ -58,7 +58,7 @@ def splits_of(limits: EngineLimits | None) -> tuple[str, ...]:
 
 
 def format_label(option: Option) -> str:
-    """Its keys' and values' formats: what a stack with one format beside 16 bits has one of."""
+    """The formats of an option's keys and values, of which such a stack has one beside 16 bits."""
     return f"{option.keys.label}/{option.values.label}"
 
 

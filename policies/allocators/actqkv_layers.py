@@ -80,7 +80,7 @@ def _reader(methods: Sequence[Method], budget: int) -> Probe | None:
 
 
 def entropy(reader: Probe, signals: Signals, queries: int) -> float:
-    """Of the layer's block scores, over its logarithm's largest value: 0 to 1."""
+    """Normalised entropy of the layer's block scores, from 0 to 1."""
     import torch
 
     heads, tokens, _ = signals.keys.shape

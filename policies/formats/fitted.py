@@ -58,7 +58,7 @@ class Fitted(Coded):
         return codes + tokens + head_dim * (head_dim + 2 + 2 + 2 + 1)
 
     def codes(self, rows: Tensor, role: Role) -> Mapping[str, Tensor]:
-        """Fitted to these rows."""
+        """The rotation fitted to these rows, and their codes."""
         import torch
 
         mean = rows.mean(0).half()

@@ -70,7 +70,7 @@ class NvFp4(Coded):
         return tokens * -(-head_dim // 16) * 9 + 4
 
     def codes(self, rows: Tensor, role: Role) -> Mapping[str, Tensor]:
-        """Both levels of scales, and packed codes."""
+        """The packed codes, the blocks' scales and the tensor's scale."""
         import torch
 
         blocks = _blocks(rows, 16)

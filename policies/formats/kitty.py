@@ -46,7 +46,7 @@ class Kitty(Coded):
         return wide + (Int2(self.group).bound(tokens, few, role) if few else 0) + 2 * many
 
     def codes(self, rows: Tensor, role: Role) -> Mapping[str, Tensor]:
-        """Of both groups of channels, those of wider codes named."""
+        """The codes of narrow and wide channels, and which channels are wide."""
         import torch
 
         order = (rows.amax(0) - rows.amin(0)).argsort(descending=True, stable=True)

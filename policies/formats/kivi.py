@@ -51,13 +51,13 @@ class Kivi(Coded):
         return min(self.residual, tokens)
 
     def code_bytes(self, tokens: int, head_dim: int, role: Role) -> int:
-        """Of the older tokens."""
+        """Bytes of the codes of all but the newest tokens."""
         return self._inner.bound(tokens, head_dim, role)
 
     def codes(self, rows: Tensor, role: Role) -> Mapping[str, Tensor]:
-        """Of the older tokens."""
+        """The codes of all but the newest tokens."""
         return inner_codes(self._inner, rows, role)
 
     def numbers(self, buffers: Mapping[str, Tensor], shape: tuple[int, int], role: Role) -> Tensor:
-        """Of the older tokens."""
+        """The numbers that those codes stand for."""
         return inner_numbers(self._inner, buffers, shape, role)

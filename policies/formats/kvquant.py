@@ -55,7 +55,7 @@ class KvQuant(Coded):
         return rows * each + 2 * levels
 
     def codes(self, rows: Tensor, role: Role) -> Mapping[str, Tensor]:
-        """Of all rows, with levels fitted to them."""
+        """The rows' codes, with levels and outliers fitted to them."""
         import torch
 
         lines = rows.T if role == "keys" else rows

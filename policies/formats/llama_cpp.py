@@ -41,7 +41,7 @@ class Blocks32(Coded):
         )
 
     def code_bytes(self, tokens: int, head_dim: int, role: Role) -> int:
-        """Whole blocks."""
+        """Bytes of the whole blocks that hold so many tokens."""
         return tokens * -(-head_dim // _BLOCK) * (2 + _BLOCK * self.bits // 8)
 
     def codes(self, rows: Tensor, role: Role) -> Mapping[str, Tensor]:
@@ -57,7 +57,7 @@ class Blocks32(Coded):
         return {"blocks": torch.cat([scale.half().view(torch.uint8), laid], -1)}
 
     def numbers(self, buffers: Mapping[str, Tensor], shape: tuple[int, int], role: Role) -> Tensor:
-        """Codes times scales."""
+        """The numbers that the codes and scales stand for."""
         import torch
 
         blocks = buffers["blocks"]
@@ -67,7 +67,7 @@ class Blocks32(Coded):
 
     @abstractmethod
     def _scale(self, blocks: Tensor) -> Tensor:
-        """Of each block, float32."""
+        """The scale of each block, float32."""
 
     @abstractmethod
     def _laid(self, scaled: Tensor) -> Tensor:

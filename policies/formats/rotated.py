@@ -88,15 +88,15 @@ class Rotated(Coded):
         return _INNER[self.bits](group=self.group, keys_by=self.keys_by, clip=self.clip)
 
     def code_bytes(self, tokens: int, head_dim: int, role: Role) -> int:
-        """As without a rotation."""
+        """The bytes of the format without its rotation: the matrix is not stored."""
         return self.inner.bound(tokens, head_dim, role)
 
     def codes(self, rows: Tensor, role: Role) -> Mapping[str, Tensor]:
-        """Of the rotated rows."""
+        """The codes of the rotated rows."""
         return inner_codes(self.inner, hadamard(rows), role)
 
     def numbers(self, buffers: Mapping[str, Tensor], shape: tuple[int, int], role: Role) -> Tensor:
-        """Rotated back."""
+        """The decoded numbers, rotated back."""
         return hadamard(inner_numbers(self.inner, buffers, shape, role))
 
     def roundtrip(self, tensor: Tensor, counts: Tensor, role: Role) -> Tensor:

@@ -34,11 +34,11 @@ class Staircase(Coded):
     four: int = parameter(256, "before those, in 4", unit="tokens", low=0, high=LONGEST_PROMPT)
 
     def newest(self, tokens: int, role: Role) -> int:
-        """Those in 16 bits."""
+        """How many of the newest tokens stay in 16 bits."""
         return self.sixteen
 
     def _bands(self, tokens: int) -> Iterator[tuple[str, Grouped, slice]]:
-        """Of coded tokens, the oldest first; empty ones left out."""
+        """The bands of coded tokens that are not empty, the oldest first."""
         four = max(tokens - self.eight - self.four, 0)
         eight = max(tokens - self.eight, 0)
         for name, kind, start, stop in (
@@ -48,19 +48,19 @@ class Staircase(Coded):
                 yield name, kind(group=self.group), slice(start, stop)
 
     def code_bytes(self, tokens: int, head_dim: int, role: Role) -> int:
-        """Of all bands."""
+        """Bytes of all bands together."""
         bands = self._bands(tokens)
         return sum(form.bound(mine.stop - mine.start, head_dim, role) for _, form, mine in bands)
 
     def codes(self, rows: Tensor, role: Role) -> Mapping[str, Tensor]:
-        """Band by band."""
+        """The codes of every band."""
         buffers: dict[str, Tensor] = {}
         for name, form, mine in self._bands(len(rows)):
             buffers |= inner_codes(form, rows[mine], role, name)
         return buffers
 
     def numbers(self, buffers: Mapping[str, Tensor], shape: tuple[int, int], role: Role) -> Tensor:
-        """Band by band."""
+        """The numbers that the codes of every band stand for."""
         import torch
 
         tokens, head_dim = shape

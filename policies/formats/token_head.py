@@ -38,7 +38,7 @@ class Int8TokenHead(Coded):
         return {"codes": (rows / scales).round().to(torch.int8), "scales": scales}
 
     def numbers(self, buffers: Mapping[str, Tensor], shape: tuple[int, int], role: Role) -> Tensor:
-        """Codes times scales."""
+        """The numbers that the codes and scales stand for."""
         return buffers["codes"].float() * buffers["scales"]
 
 
@@ -59,12 +59,12 @@ class Fp8TokenHead(Coded):
         return tokens * (head_dim + 4)
 
     def codes(self, rows: Tensor, role: Role) -> Mapping[str, Tensor]:
-        """Cast to e4m3."""
+        """The scaled rows cast to e4m3, and their scales."""
         import torch
 
         scales = rows.abs().amax(-1, keepdim=True).clamp_min(_TINY) / 448
         return {"codes": (rows / scales).clamp(-448, 448).to(torch.float8_e4m3fn), "scales": scales}
 
     def numbers(self, buffers: Mapping[str, Tensor], shape: tuple[int, int], role: Role) -> Tensor:
-        """Cast back and scaled."""
+        """The numbers that the e4m3 codes and scales stand for."""
         return buffers["codes"].float() * buffers["scales"]

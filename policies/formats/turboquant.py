@@ -38,7 +38,7 @@ class TurboQuant(Coded):
         return tokens * (-(-head_dim * self.bits // 8) + 2)
 
     def codes(self, rows: Tensor, role: Role) -> Mapping[str, Tensor]:
-        """Of the rotated direction."""
+        """The codes of each row's rotated direction, and its length."""
         size = rows.square().mean(-1, keepdim=True).sqrt()
         unit = hadamard(rows) / size.clamp_min(1e-30)
         return {"codes": pack(nearest_codes(unit, self.bits), self.bits), "sizes": size.half()}

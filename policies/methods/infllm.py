@@ -67,7 +67,7 @@ class Representatives(MiddleBlocks):
     count: int
 
     def score(self, held: Held, queries: Tensor) -> Tensor:
-        """Of the layer, for every block, ``[R, C, b]``; minus infinity where one is empty."""
+        """The layer's score of every block, ``[R, C, b]``; minus infinity where it is empty."""
         import torch
 
         means, there = self.representatives(held)

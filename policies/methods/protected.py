@@ -43,7 +43,7 @@ class Protected(Method):
 
     @property
     def needs(self) -> Needs:
-        """What the method reads."""
+        """The signals that the method inside reads."""
         return self._method.needs
 
     @property
@@ -52,12 +52,12 @@ class Protected(Method):
 
     @property
     def looks_across_heads(self) -> bool:
-        """As the method does."""
+        """Whether the method inside looks across heads."""
         return self._method.looks_across_heads
 
     @property
     def heads_are_alike(self) -> bool:  # type: ignore[override]
-        """As the method's are."""
+        """Whether the method inside treats heads alike."""
         return self._method.heads_are_alike
 
     def keep(self, signals: Signals, budget: int) -> Tensor:
@@ -103,5 +103,5 @@ class Protected(Method):
         return span, (tokens - 1 - best).sort(-1).values
 
     def work(self, shape: LayerShape, budget: int) -> Work:
-        """The method's."""
+        """The work of the method inside."""
         return self._method.work(shape, budget)

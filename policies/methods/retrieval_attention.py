@@ -115,7 +115,7 @@ class GraphSearch(Reader):
         return worth.unflatten(0, split), visited.unflatten(0, split)
 
     def graph(self, held: Held, row: int, count: int) -> KeyGraph:
-        """Of one row, over the prompt's own keys; built once a prompt."""
+        """The graph over the prompt's keys of one row; built once a prompt."""
         signals, head = held.signals, int(held.heads[row])
         tokens = held.tokens[row, self.first : count - self.last]
 
@@ -147,7 +147,7 @@ class GraphSearch(Reader):
 
 
 def _queries_of(signals: Signals, head: int) -> Tensor:
-    """Of one KV head's group, all positions, ``[G P, D]``."""
+    """The queries of one KV head's group at all positions, ``[G P, D]``."""
     queries = signals.queries[:, -signals.prompt_tokens :].float()
     grouped: Tensor = queries.unflatten(0, (signals.keys.shape[0], -1))[head]
     return grouped.flatten(0, 1)

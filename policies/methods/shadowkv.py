@@ -108,7 +108,7 @@ class Landmarks(MiddleBlocks):
     outliers: int
 
     def score(self, held: Held, queries: Tensor) -> Tensor:
-        """Of every chunk, ``[R, C, b]``; outliers first of all."""
+        """The score of every chunk, ``[R, C, b]``; chunks that are outliers rank first."""
         import torch
 
         landmark, there = self._landmarks(held)

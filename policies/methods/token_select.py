@@ -72,7 +72,7 @@ class Votes(Reader):
         return chosen.gather(1, source)
 
     def votes(self, held: Held, queries: Tensor) -> Tensor:
-        """Of the layer, for every entry, ``[R, C, n]``; at the ends zero."""
+        """The layer's votes for every entry, ``[R, C, n]``; zero at the ends."""
         import torch
 
         q, k = clamped(held, queries, self.last)

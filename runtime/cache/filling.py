@@ -42,7 +42,7 @@ class Taken:
 
     @property
     def sequences(self) -> range:
-        """Theirs, by number."""
+        """The numbers of the sequences that were read."""
         heads = len(self.layer.options)
         return range(self.rows.start // heads, self.rows.stop // heads)
 

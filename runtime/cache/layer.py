@@ -161,7 +161,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         cache.make_room(self.paged, min(PAGE, cache.new_tokens))
 
     def _empty(self) -> PagedLayer:
-        """Pages to be."""
+        """A paged layer that holds nothing yet."""
         cache = self.cache
         return PagedLayer(
             self.number, cache.policy.heads[self.number], cache.geometry.head_dim,

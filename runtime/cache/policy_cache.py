@@ -249,7 +249,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
         self.pool = Pool(cells, PageLayout(self.geometry.head_dim).cell_bytes, device)
 
     def _cells_for(self, sequences: range) -> int:
-        """Of a pool for some sequences at their ends."""
+        """Cells of a pool that holds some sequences at their ends."""
         each = [(self.prompts[row], self.budgets[row]) for row in sequences]
         distinct = {id(budgets): (tokens, budgets) for tokens, budgets in each}
         counts = Counter(id(budgets) for _, budgets in each)

@@ -25,7 +25,7 @@ class PageMemory(Protocol):
 
     @property
     def memory(self) -> Tensor:
-        """All of it, ``[bytes]`` uint8."""
+        """The whole memory that pages lie in, ``[bytes]`` uint8."""
 
     def take(self, count: int, page_cells: int) -> Cells:
         """First cells of ``count`` pages."""

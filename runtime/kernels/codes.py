@@ -29,7 +29,7 @@ def is_by_token(code):
 
 @triton.constexpr_function
 def plain_code(code):
-    """Of a format, without its rotation."""
+    """The number of a format without its rotation."""
     return code % 32
 
 

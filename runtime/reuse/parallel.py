@@ -65,7 +65,7 @@ class ParallelContexts:
     def attention(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Tensor:
-        """Of one layer, as the seam asks for it; float32 inside."""
+        """One layer's attention, as the seam asks for it; float32 inside."""
         queries = q.float().unflatten(1, (k.shape[1], -1))  # [B, H, G, C, D]
         read_keys, read_values = (x.float()[:, :, None] for x in self.contexts[layer])
         read = attend(queries, read_keys, read_values, None, scale / self.temperature)

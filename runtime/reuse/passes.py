@@ -22,12 +22,12 @@ def tokens_of(cache: PromptCache) -> int:
 
 
 def part_of(cache: PromptCache, part: slice) -> PromptCache:
-    """Some of the tokens."""
+    """The cache of some of the tokens."""
     return [(k[:, :, part], v[:, :, part]) for k, v in cache]
 
 
 def joined(caches: Sequence[PromptCache]) -> PromptCache:
-    """One behind the other."""
+    """One cache of several, one behind the other."""
     layers = zip(*caches, strict=True)
     return [(torch.cat([k for k, _ in x], 2), torch.cat([v for _, v in x], 2)) for x in layers]
 

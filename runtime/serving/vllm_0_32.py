@@ -66,7 +66,7 @@ class PlanSpec(FullAttentionSpec):  # type: ignore[misc]
         return self.planned.block_bytes // self.planned.policy.layers
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        """Of a request whose prompt is as long as can be."""
+        """Bytes of a request with the longest possible prompt."""
         check_engine(vllm_config)
         longest: int = vllm_config.model_config.max_model_len
         return self.planned.blocks(max(1, longest - 1), longest) * self.page_size_bytes

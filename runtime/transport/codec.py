@@ -44,7 +44,7 @@ class Level:
     anchors: int = 0
 
     def bins(self, role: str, layer: int, layers: int) -> int:
-        """Of a layer's keys or values."""
+        """How many levels a layer's keys or values are rounded to."""
         if role == "keys":
             return self.key_bins[3 * layer // layers]
         return self.value_bins[layer >= _FIRST_LAYERS]
@@ -79,7 +79,7 @@ class Encoded:
 
     @property
     def bits_an_element(self) -> float:
-        """Of keys and values together."""
+        """Bits an element takes on average, keys and values together."""
         return 8 * self.nbytes / (2 * float(np.prod(self.shape)))
 
 
