@@ -4,9 +4,10 @@
     python benchmarks/serving_gpu.py --device cpu --tiny --out FILE
 
 ``right`` serves a few requests by kernels and by plain torch and compares every answer. ``step``
-times what attention adds to a decode step of many requests under a plan, joined tables included,
-beside flash attention over uncompressed keys and values of the same lengths; once while the same
-requests go on, and once when one of them has been replaced. No model is run.
+times what attention adds to a decode step of many requests under a plan, tables included, beside
+flash attention over uncompressed keys and values of the same lengths; once while the same requests
+go on, and once when one of them has been replaced. Reading and compressing one prompt stands beside
+attention over it alone. No model is run.
 """
 
 from __future__ import annotations
@@ -174,9 +175,9 @@ def step(device: torch.device, count: int, prompt: int) -> dict[str, Any]:
     served = Served(device, [prompt] * count, layers, backend_for(device), draw)
     served.generate()
     same = [timed(device, served.generate) / layers for _ in range(9)]
-    changed = []
+    changed, reading = [], []
     for at in range(3):
-        served.read(at)
+        reading.append(timed(device, lambda at=at: served.read(at)) / layers)
         changed.append(timed(device, served.generate) / layers)
     q = torch.randn(count, HQ, D, device=device, dtype=torch.bfloat16)
     keys, values = (
@@ -188,12 +189,23 @@ def step(device: torch.device, count: int, prompt: int) -> dict[str, Any]:
             q[:, :, None], keys, values, enable_gqa=True
         )
 
+    queries, prompts, answers = drawn_once(prompt, device)
+    shown = [x.transpose(0, 1)[None] for x in (queries, prompts, answers)]
+
+    def read_full() -> None:
+        torch.nn.functional.scaled_dot_product_attention(*shown, is_causal=True, enable_gqa=True)
+
     full()
+    read_full()
     held = sum(len(rows) for rows in served.rows) * served.planned.block_bytes
     return {
         "ms_a_layer": statistics.median(same),
         "ms_a_layer_after_a_change": statistics.median(changed),
         "ms_a_layer_uncompressed": statistics.median(timed(device, full) for _ in range(9)),
+        "ms_a_layer_of_a_prompt": statistics.median(reading),
+        "ms_a_layer_of_a_prompt_uncompressed": statistics.median(
+            timed(device, read_full) for _ in range(9)
+        ),
         "share_of_bytes": held / (count * (prompt + 192) * layers * H * 2 * D * 2),
     }
 

@@ -83,11 +83,12 @@ def decode_attention(
             )  # fmt: skip
     tl.debug_barrier()  # every thread's part is stored before the program is counted
     count = others % 65536
-    if tl.atomic_add(arrived + row, 1, sem="acq_rel") == count - 1:
-        base = slot - others // 65536
-        _merge(scratch + base * G * D, scratch_lse + base * G, count,
-               out + row * G * D, row_lse + row * G, D, G, M)  # fmt: skip
-        tl.store(arrived + row, 0)
+    if count > 0:  # noqa: SIM102 (an empty record's row is nobody's; kernels do not shortcut "and")
+        if tl.atomic_add(arrived + row, 1, sem="acq_rel") == count - 1:
+            base = slot - others // 65536
+            _merge(scratch + base * G * D, scratch_lse + base * G, count,
+                   out + row * G * D, row_lse + row * G, D, G, M)  # fmt: skip
+            tl.store(arrived + row, 0)
 
 
 @triton.jit

@@ -17,6 +17,9 @@ from kvtune.policies.paging import pages_of, planned_entries
 from kvtune.policies.parts import PartPlan
 from kvtune.policies.policy import Policy
 
+AHEAD_TOKENS = 16
+"""Pages are given to generated tokens so many at a time, for all heads at once."""
+
 _TYPICAL_PROMPT_TOKENS = 2048
 _BLOCK_PAGES = 6, 64  # of the largest size: fewer make more blocks than engines list quickly
 
@@ -97,7 +100,8 @@ class PlannedBlocks:
     def _blocks(self, prompt_tokens: int, tokens: int, block_cells: int) -> int:
         sequence = self.sequence(prompt_tokens)
         pages = Counter(sequence.fixed)
-        new = max(tokens - prompt_tokens, 1)  # else whoever is admitted is preempted at once
+        # The first is part of it: else whoever is admitted is preempted at once.
+        new = with_room_ahead(max(tokens - prompt_tokens, 1))
         pages[PageLayout(self.head_dim).page_cells] += sequence.growing(new)
         return sum(-(-count // (block_cells // size)) for size, count in pages.items())
 
@@ -116,6 +120,11 @@ class PlannedBlocks:
             fixed[pages_of(option, self.head_dim).page_cells] += -(-coded // PAGE) + spare
             exact[front] += 1
         return SequencePages(dict(fixed), tuple(sorted(exact.items())))
+
+
+def with_room_ahead(new_tokens: int) -> int:
+    """Generated tokens that have pages when so many are there."""
+    return -(-new_tokens // AHEAD_TOKENS) * AHEAD_TOKENS
 
 
 def check_servable(policy: Policy, head_dim: int) -> None:

@@ -5,14 +5,13 @@
 
 A request is known by its first block: while it holds that block no other request can, and whoever
 is given the block next begins with a prompt. What an engine no longer names is forgotten as soon as
-its blocks are given to others. Tables of requests that generate together are kept for as long as
-the same requests do.
+its blocks are given to others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -24,9 +23,10 @@ from kvtune.runtime.cache.backend import Backend, TritonBackend, backend_for
 from kvtune.runtime.cache.choosing import choose, side_by_side
 from kvtune.runtime.cache.reading import column_sums
 from kvtune.runtime.cache.storing import store_prompts
-from kvtune.runtime.kernels.launch import Scratch
 from kvtune.runtime.serving.blocks import PlannedBlocks
+from kvtune.runtime.serving.held import Held
 from kvtune.runtime.serving.pages import RequestPages
+from kvtune.runtime.serving.seats import Seats
 from kvtune.runtime.serving.served_layer import Arena, LayerRows, ServedLayer
 from kvtune.traces.seam import causal_attention
 
@@ -41,25 +41,6 @@ class BlockTable(Protocol):
         """Some of one request's blocks."""
 
 
-@dataclass
-class Held:
-    """What is held of one request.
-
-    Args:
-        prompt_tokens: read in one piece.
-        tokens: seen so far.
-        pages: its own.
-        budgets: of each layer's heads, ``[L][H]``.
-        layers: its rows of each layer that has read the prompt.
-    """
-
-    prompt_tokens: int
-    tokens: int
-    pages: RequestPages
-    budgets: list[list[int]]
-    layers: list[LayerRows] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
 class Step:
     """One step of the engine.
@@ -67,12 +48,12 @@ class Step:
     Args:
         prompts: requests that read their prompt, and where in the step's tokens.
         generating: requests that append one token each.
-        places: ``[n]``, where in the step's tokens.
+        places: where in the step's tokens; ``[n]``, or a slice of neighbours.
     """
 
     prompts: list[tuple[Held, slice]]
     generating: list[Held]
-    places: Tensor
+    places: Tensor | slice
 
 
 class Running:
@@ -92,14 +73,14 @@ class Running:
         self.arena: Arena | None = None
         self.held: dict[int, Held] = {}  # by first block
         self._owners: dict[int, tuple[int, Held]] = {}  # by block: first block and request
-        self._together: list[Held] = []
-        self._joined: list[ServedLayer] = []
-        self._scratch: Scratch | None = None
+        self.seats: Seats | None = None
 
     def attach(self, memory: Tensor) -> None:
         """Say where the engine's cache memory is, all layers' in one tensor; safe to repeat."""
         if self.arena is None:
             self.arena = Arena(memory.view(torch.uint8), self.planned.cell_bytes)
+            at = self.planned.head_dim, self.arena.memory, self.backend
+            self.seats = Seats(self.policy, *at)
 
     def begin(self, table: BlockTable, starts: Sequence[int], lengths: Sequence[int]) -> Step:
         """Take in who is part of a step.
@@ -122,8 +103,8 @@ class Running:
             else:
                 generating.append(self._known(table, row, first, stop - start, tokens))
                 places.append(start)
-        self._join(generating)
-        return Step(prompts, generating, torch.tensor(places, device=self.device))
+        self._seat(generating)
+        return Step(prompts, generating, self._places(places))
 
     def attend(
         self, step: Step, layer: int, qkv: tuple[Tensor, Tensor, Tensor], out: Tensor, scale: float
@@ -142,6 +123,18 @@ class Running:
         if step.generating:
             q, k, v = (x[step.places] for x in qkv)
             out[step.places] = self._generated(layer, q, k, v, scale).to(out.dtype)
+
+    def _seat(self, requests: list[Held]) -> None:
+        if requests:
+            self._seats.seat(requests)
+        for request in requests:
+            request.appended += 1
+
+    def _places(self, places: list[int]) -> Tensor | slice:
+        """Neighbours need no copy."""
+        if places and places == list(range(places[0], places[0] + len(places))):
+            return slice(places[0], places[0] + len(places))
+        return torch.tensor(places, device=self.device)
 
     def _new(self, table: BlockTable, row: int, first: int, tokens: int) -> Held:
         budgets = self.policy.budgets(tokens).clip(0, tokens).tolist()
@@ -193,31 +186,15 @@ class Running:
 
     def _generated(self, number: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Append one token a request and attend, ``[n, Hq, D]``."""
-        layer = self._joined[number]
-        layer.reserve(1)
-        layer.append(k, v)
-        layer.count_appended()
-        queries = q.reshape(layer.rows, -1, q.shape[-1]).contiguous()
-        return layer.attend(queries, self._scratch_for(layer, queries), scale).view_as(q)
+        self._seats.append(number, k, v)
+        queries = q.reshape(len(q) * k.shape[1], -1, q.shape[-1]).contiguous()
+        return self._seats.attend(number, queries, scale).view(q.shape)
 
-    def _join(self, requests: list[Held]) -> None:
-        """Put the tables of these requests side by side, unless they are already."""
-        same = len(requests) == len(self._together) and all(
-            one is other for one, other in zip(requests, self._together, strict=True)
-        )
-        if same:
-            return
-        for layer in self._joined:
-            for at, request in enumerate(self._together):
-                request.layers[layer.number] = LayerRows.of(layer, at)
-        self._together = requests
-        self._joined = [self._joined_layer(n, requests) for n in range(self.policy.layers)]
-
-    def _joined_layer(self, number: int, requests: list[Held]) -> ServedLayer:
-        layer = self._layer(number, requests)
-        if requests:
-            layer.hold([request.layers[number] for request in requests])
-        return layer
+    @property
+    def _seats(self) -> Seats:
+        if self.seats is None:
+            raise RuntimeError("the engine has not said where its memory is")
+        return self.seats
 
     def _layer(self, number: int, requests: list[Held]) -> ServedLayer:
         if self.arena is None:
@@ -225,12 +202,3 @@ class Running:
         pages = [request.pages for request in requests]
         options, head_dim = self.policy.heads[number], self.planned.head_dim
         return ServedLayer(number, options, head_dim, pages, self.arena, self.backend)
-
-    def _scratch_for(self, layer: ServedLayer, queries: Tensor) -> Scratch:
-        """One for all layers, as large as the largest has needed."""
-        rows, group, head_dim = queries.shape
-        old = self._scratch
-        if old is None or len(old.lse) < layer.slots or len(old.arrived) < rows:
-            self._scratch = Scratch(rows, layer.slots, group, head_dim, queries.device)
-        assert self._scratch is not None  # noqa: S101 (for mypy)
-        return self._scratch

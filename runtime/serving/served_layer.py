@@ -1,4 +1,4 @@
-"""One layer of the requests that generate together, in pages of their own blocks."""
+"""One layer of requests whose prompts are stored in pages of their own blocks."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from kvtune.policies.option import Option
-from kvtune.policies.pages import PAGE, PageLayout
+from kvtune.policies.pages import PageLayout
 from kvtune.runtime.cache.backend import Backend
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.pool import Cells
@@ -98,12 +97,3 @@ class ServedLayer(PagedLayer):
             self.pages[kind][row] = np.concatenate([self.pages[kind][row], cells])
             taken.append(cells)
         return np.concatenate(taken)
-
-    def hold(self, requests: Sequence[LayerRows]) -> None:
-        """Take over what requests hold, side by side, with room to grow."""
-        kinds = range(len(self.pages))
-        self.pages = [[cells for rows in requests for cells in rows.pages[kind]] for kind in kinds]
-        self.lengths = np.concatenate([rows.lengths for rows in requests], axis=1)
-        self.exact = np.concatenate([rows.exact for rows in requests])
-        self.fp8_scales = torch.cat([rows.fp8_scales for rows in requests], 1).flatten(0, 1)
-        self.seal(PAGE)
