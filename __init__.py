@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvtune.common.errors import DoesNotFitError, KvtuneError
     from kvtune.common.estimate import Estimate
-    from kvtune.policies.document import PolicyDocument, read_policy
     from kvtune.policies.policy import Policy
+    from kvtune.policies.policy_file.document import PolicyDocument, read_policy
     from kvtune.runtime.cache.policy_cache import load_cache
     from kvtune.traces.trace import Trace
     from kvtune.tuner.cases import Case
@@ -29,14 +29,14 @@ _HOMES = {
     "Estimate": "kvtune.common.estimate",
     "KvtuneError": "kvtune.common.errors",
     "Policy": "kvtune.policies.policy",
-    "PolicyDocument": "kvtune.policies.document",
+    "PolicyDocument": "kvtune.policies.policy_file.document",
     "SearchRequest": "kvtune.tuner.request",
     "SearchResult": "kvtune.tuner.request",
     "Trace": "kvtune.traces.trace",
     "capture": "kvtune.tuner.library",
     "estimate": "kvtune.tuner.library",
     "load_cache": "kvtune.runtime.cache.policy_cache",
-    "read_policy": "kvtune.policies.document",
+    "read_policy": "kvtune.policies.policy_file.document",
     "search": "kvtune.tuner.library",
 }
 

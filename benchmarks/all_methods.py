@@ -40,7 +40,7 @@ from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.grouped import Int2, Int4
 from kvtune.policies.methods.full import Full
 from kvtune.policies.policy import Policy
-from kvtune.simulator.tables import Tables, join
+from kvtune.simulator.quality.tables import Tables, join
 from kvtune.traces.models import LoadedModel, load_model
 from kvtune.traces.samples import Sample
 from kvtune.tuner.options import FULL, METHODS, Menu, every_method

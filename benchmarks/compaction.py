@@ -41,7 +41,7 @@ from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy, footprint_of_lengths
-from kvtune.simulator.tables import Tables, join
+from kvtune.simulator.quality.tables import Tables, join
 from kvtune.traces.models import load_model
 from kvtune.tuner.options import Menu, Pair
 

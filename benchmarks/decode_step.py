@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvtune.policies.document_reader import read_policy
 from kvtune.policies.option import Option
 from kvtune.policies.paging import Growth, sequence_bytes
 from kvtune.policies.policy import Policy
+from kvtune.policies.policy_file.reader import read_policy
 from kvtune.runtime.cache.policy_cache import PolicyCache, load_cache
 from kvtune.runtime.device import CudaBench
 from kvtune.runtime.fuse import fused

@@ -4,8 +4,8 @@
 
 ``data/engine_tokens.csv`` holds what logs of vLLM printed: version, model, GPU, flags, "GPU KV
 cache size" and "Available KV cache memory", with each log's address. Those marked ``fitted`` are
-what the constants of ``simulator/engine_memory.py`` were taken from; the others were left out.
-Nothing that a log says of its weights or its profile run is given to the prediction.
+what the constants of ``simulator/memory/engine_memory.py`` were taken from; the others were left
+out. Nothing that a log says of its weights or its profile run is given to the prediction.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from kvtune.cli.engine_args import read_engine_args
 from kvtune.common.units import GIB
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
-from kvtune.simulator.engine_memory import engine_memory
-from kvtune.simulator.weights import check_format
+from kvtune.simulator.memory.engine_memory import engine_memory
+from kvtune.simulator.memory.weights import check_format
 
 GOAL = 0.02
 

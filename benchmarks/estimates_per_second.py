@@ -12,7 +12,7 @@ import numpy as np
 
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
-from kvtune.simulator.latency import decode_steps
+from kvtune.simulator.latency.steps import decode_steps
 
 COUNT = 100_000
 

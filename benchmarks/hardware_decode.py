@@ -27,10 +27,10 @@ from kvtune.profiles.gpus import GpuProfile, find_gpu
 from kvtune.profiles.measured import KERNEL_FILE, MeasuredProfile, read_measured
 from kvtune.profiles.models import find_model
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.decode_memory import decode_peak_bytes
-from kvtune.simulator.kernels import kernels_of
-from kvtune.simulator.latency import roofline_decode_steps, scaled_decode_steps
-from kvtune.simulator.latency_beyond import decode_parts
+from kvtune.simulator.latency.beyond import decode_parts
+from kvtune.simulator.latency.kernels import kernels_of
+from kvtune.simulator.latency.steps import roofline_decode_steps, scaled_decode_steps
+from kvtune.simulator.memory.decode_memory import decode_peak_bytes
 
 POINTS = (  # batch, context; those that are no powers of two lie between the profile's points
     (1, 1024), (1, 8192), (1, 32768), (1, 100_000), (1, 131_072), (2, 3000), (2, 65536), (4, 1024),

@@ -21,9 +21,9 @@ from kvtune.profiles.kernel_table import KernelRow
 from kvtune.profiles.measured import read_measured
 from kvtune.profiles.models import model_of_size
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.kernels import Kernels
-from kvtune.simulator.latency_runtime import runtime_prefills, runtime_steps
-from kvtune.simulator.transfer import Tables
+from kvtune.simulator.latency.kernels import Kernels
+from kvtune.simulator.latency.runtime import runtime_prefills, runtime_steps
+from kvtune.simulator.latency.transfer import Tables
 
 
 def attention_errors(rows: Sequence[KernelRow], inside: bool) -> Iterator[float]:

@@ -27,14 +27,14 @@ from kvtune.profiles.elsewhere import STACKS, SYSTEM_OF_CARD, read_table, requir
 from kvtune.profiles.gpus import GpuProfile, find_gpu
 from kvtune.profiles.models import ModelShape, shape_from_config
 from kvtune.profiles.split import split_over
-from kvtune.simulator.elsewhere import (
+from kvtune.simulator.latency.elsewhere import (
     Heads,
     ServingTables,
     attention_features,
     attention_points,
 )
-from kvtune.simulator.serving_kernels import Overheads, ServingModel
-from kvtune.simulator.table_grid import fit_grids
+from kvtune.simulator.latency.serving_kernels import Overheads, ServingModel
+from kvtune.simulator.latency.table_grid import fit_grids
 
 CARDS = {system: find_gpu(slug) for slug, system in SYSTEM_OF_CARD.items()}
 ALIKE = {"b200_sxm": 1, "b300_sxm": 1, "gb200": 1, "gb300": 1}  # one chip; left out together too
@@ -358,7 +358,7 @@ def ways_tried(runs: list[Run]) -> dict[str, Any]:
 def achieved_shares(folder: Path) -> dict[str, list[float]]:
     """Low, likely and high shares of the sheets' figures, over systems and stacks.
 
-    They are the priors in simulator/latency_priors.py. Floors are in microseconds.
+    They are the priors in simulator/latency/priors.py. Floors are in microseconds.
     """
     found: dict[str, list[float]] = defaultdict(list)
     for system, card in CARDS.items():

@@ -20,8 +20,8 @@ from kvtune.runtime.contenders import Contender
 from kvtune.runtime.generate import Generation, prompt_signals
 from kvtune.runtime.live import LiveRun, run_live
 from kvtune.runtime.prompts import fresh_prompt
-from kvtune.simulator.decode_replay import replay_decoding
-from kvtune.simulator.replay import LayerReplay
+from kvtune.simulator.quality.decode_replay import replay_decoding
+from kvtune.simulator.quality.replay import LayerReplay
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample
 from kvtune.tuner.validate import union_of_needs

@@ -48,8 +48,8 @@ from kvtune.runtime.device import Bench, CudaBench
 from kvtune.runtime.measure.monitor import open_monitor
 from kvtune.runtime.promise import run_within
 from kvtune.simulator.cost import policy_cost
-from kvtune.simulator.memory import memory_budget
-from kvtune.simulator.peak import overhead_bytes
+from kvtune.simulator.memory.budget import memory_budget
+from kvtune.simulator.memory.peak import overhead_bytes
 from kvtune.tuner.allocate import Problem, solve
 from kvtune.tuner.source_models import packaged_tables
 

@@ -97,7 +97,7 @@ MUTATIONS = (
     Mutation(
         "exporter truth",
         "a method that scores tokens is exported as a window",
-        "policies/flatten.py",
+        "policies/export/flatten.py",
         'if method.shape == "scored":',
         'if method.shape == "none":',
         EXPORTS,
@@ -105,7 +105,7 @@ MUTATIONS = (
     Mutation(
         "exporter truth",
         "a dropped method goes unreported",
-        "policies/flatten.py",
+        "policies/export/flatten.py",
         'if reach(option, context_tokens).shape != "all":',
         'if reach(option, context_tokens).shape == "window":',
         EXPORTS,
@@ -113,7 +113,7 @@ MUTATIONS = (
     Mutation(
         "exporter truth",
         "vLLM's scales are left out of its bytes",
-        "policies/exporters/vllm.py",
+        "policies/export/exporters/vllm.py",
         'scales = 0.0 if dtype == "fp8" else 8.0',
         "scales = 0.0 if dtype else 8.0",
         EXPORTS,
@@ -121,7 +121,7 @@ MUTATIONS = (
     Mutation(
         "format pricing",
         "every format is priced with bf16's kernel",
-        "simulator/kernels.py",
+        "simulator/latency/kernels.py",
         "if row.point.number_format == number_format\n            ]",
         'if row.point.number_format == "bf16"\n            ]',
         PRICES,

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtune.policies.paging import TABLE_BYTES, Growth, head_bytes
-from kvtune.simulator.tables import Tables
+from kvtune.simulator.quality.tables import Tables
 from kvtune.tuner.allocate import Problem, solve
 from kvtune.tuner.source_models import packaged_tables
 

@@ -31,8 +31,8 @@ from paged_checks import GROUP, HEAD_DIM, ROWS, cases
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kvtune.policies.document_reader import read_policy
 from kvtune.policies.pages import exact_tokens, layout_of
+from kvtune.policies.policy_file.reader import read_policy
 from kvtune.runtime.kernels.launch import Shape
 
 BATCH, KV_HEADS = 8, ROWS // 8

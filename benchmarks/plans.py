@@ -12,7 +12,7 @@ import numpy as np
 from outcomes import Outcome
 
 from kvtune.policies.policy import Policy
-from kvtune.simulator.tables import Tables
+from kvtune.simulator.quality.tables import Tables
 from kvtune.traces.samples import Sample
 from kvtune.tuner.allocate import Problem, solve
 from kvtune.tuner.question import policy_of

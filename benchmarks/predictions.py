@@ -35,9 +35,9 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs
 from kvtune.runtime.live import run_live
 from kvtune.runtime.prompts import Prompt, fresh_prompt
-from kvtune.simulator.build import DEFAULT_BLOCK, layer_features
-from kvtune.simulator.replay import LayerReplay
-from kvtune.simulator.tables import SampleFacts, Tables
+from kvtune.simulator.quality.build import DEFAULT_BLOCK, layer_features
+from kvtune.simulator.quality.replay import LayerReplay
+from kvtune.simulator.quality.tables import SampleFacts, Tables
 from kvtune.traces.models import LoadedModel, load_model
 from kvtune.traces.probes import Drawn, Probes
 from kvtune.traces.samples import Sample, by_turns

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from kvtune.common.files import write_json
-from kvtune.simulator.calibration import (
+from kvtune.simulator.quality.calibration import (
     ASKED,
     Calibration,
     Curve,

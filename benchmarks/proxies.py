@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kvtune.policies.apply import Kept, ask, store
 from kvtune.policies.policy import Policy
-from kvtune.simulator.build import DEFAULT_BLOCK, ahead
-from kvtune.simulator.replay import LayerReplay
+from kvtune.simulator.quality.build import DEFAULT_BLOCK, ahead
+from kvtune.simulator.quality.replay import LayerReplay
 from kvtune.traces.trace import SampleRecord, Trace
 
 _TOGETHER = 14

@@ -32,8 +32,8 @@ from ranking import ranking
 
 from kvtune import __version__
 from kvtune.policies.policy import Policy
-from kvtune.simulator.tables import Tables, compact, join
-from kvtune.simulator.tables_file import save_tables
+from kvtune.simulator.quality.tables import Tables, compact, join
+from kvtune.simulator.quality.tables_file import save_tables
 from kvtune.traces.models import LoadedModel, load_model
 from kvtune.traces.samples import Sample
 from kvtune.tuner.allocate import Problem, score

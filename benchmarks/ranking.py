@@ -10,7 +10,7 @@ from policies_mixed import mixed_policies
 from quality_bench import Bench
 from scipy.stats import spearmanr
 
-from kvtune.simulator.calibration import fit_curve
+from kvtune.simulator.quality.calibration import fit_curve
 
 
 def ranking(bench: Bench) -> dict[str, Any]:

@@ -22,9 +22,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvtune.common.files import write_json
-from kvtune.policies.document import read_policy
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
+from kvtune.policies.policy_file.document import read_policy
 from kvtune.profiles.gpus import detect_gpu, find_gpu
 from kvtune.profiles.models import find_model
 from kvtune.profiles.shape import ModelShape

@@ -19,7 +19,7 @@ from kvtune.common.files import write_json
 from kvtune.policies.policy import Policy
 from kvtune.runtime.live import run_live
 from kvtune.runtime.prompts import fresh_prompt
-from kvtune.simulator.tables import head_exchangeable
+from kvtune.simulator.quality.tables import head_exchangeable
 from kvtune.traces.models import LoadedModel, load_model
 from kvtune.traces.workloads import Workload, build
 from kvtune.tuner.band import band

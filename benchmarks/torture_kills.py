@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import shape_from_config
-from kvtune.simulator.memory import memory_budget
+from kvtune.simulator.memory.budget import memory_budget
 
 ANSWER = ("result.json", "policy.yaml", "plans.jsonl")
 _CONTEXT, _LIMIT = 512, 10**10

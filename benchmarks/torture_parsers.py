@@ -18,8 +18,8 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.progress import Silent
 from kvtune.common.stored import checked, parse_json
 from kvtune.common.units import parse_bytes, parse_tokens
-from kvtune.policies.document import PolicyDocument, read_policy, write_policy
 from kvtune.policies.policy import Policy
+from kvtune.policies.policy_file.document import PolicyDocument, read_policy, write_policy
 from kvtune.profiles.gguf_shape import shape_from_gguf
 from kvtune.profiles.gpus import parse_gpu
 from kvtune.profiles.measured import read_measured
@@ -27,8 +27,8 @@ from kvtune.profiles.model_config import shape_from_config
 from kvtune.profiles.models import shape_from_record
 from kvtune.profiles.strict import parse
 from kvtune.profiles.tuned import parse_tuned
-from kvtune.simulator.tables import SampleFacts, Tables
-from kvtune.simulator.tables_file import load_tables, save_tables
+from kvtune.simulator.quality.tables import SampleFacts, Tables
+from kvtune.simulator.quality.tables_file import load_tables, save_tables
 from kvtune.tests.made_up import facts, write_study
 from kvtune.traces import calibration, store, texts
 from kvtune.traces.geometry import Geometry, Rope

@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 from kvtune.common.files import write_json
-from kvtune.policies.document import ModelFacts, PolicyDocument, Provenance, Quality, write_policy
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.grouped import Int2, Int4, Int8
 from kvtune.policies.methods.full import Full
@@ -39,6 +38,13 @@ from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
+from kvtune.policies.policy_file.document import (
+    ModelFacts,
+    PolicyDocument,
+    Provenance,
+    Quality,
+    write_policy,
+)
 
 SHARE = 0.12
 LONGEST = 8192

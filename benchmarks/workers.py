@@ -27,8 +27,8 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs
 from kvtune.runtime.live import LiveRun, run_live
 from kvtune.runtime.prompts import fresh_prompt
-from kvtune.simulator.build import build_tables
-from kvtune.simulator.tables import Tables
+from kvtune.simulator.quality.build import build_tables
+from kvtune.simulator.quality.tables import Tables
 from kvtune.traces.capture import capture
 from kvtune.traces.models import LoadedModel, load_model
 from kvtune.traces.samples import Sample

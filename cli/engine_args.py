@@ -11,7 +11,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.units import parse_tokens
 
 if TYPE_CHECKING:
-    from kvtune.simulator.engine_memory import EngineFlags
+    from kvtune.simulator.memory.engine_memory import EngineFlags
 
 T = TypeVar("T")
 _HINT = "--engine-args '--gpu-memory-utilization 0.9 --max-num-seqs 64 --kv-cache-dtype fp8'"
@@ -25,7 +25,7 @@ def read_engine_args(text: str) -> tuple[EngineFlags, tuple[str, ...]]:
     Raises:
         KvtuneError: the words cannot be taken apart, or a value makes no sense.
     """
-    from kvtune.simulator.engine_memory import EngineFlags
+    from kvtune.simulator.memory.engine_memory import EngineFlags
 
     try:
         words = shlex.split(text)

@@ -10,7 +10,7 @@ from kvtune.common.errors import KvtuneError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from kvtune.simulator.engine_memory import EngineFlags, EngineMemory
+    from kvtune.simulator.memory.engine_memory import EngineFlags, EngineMemory
     from kvtune.tuner.cases import Asked, Case
 
 
@@ -42,7 +42,7 @@ def read_engine(stack: str, engine_args: str, version: str | None) -> Engine | N
             )
         return None
     from kvtune.cli.engine_args import read_engine_args
-    from kvtune.simulator.engine_memory import NEWEST, find_release
+    from kvtune.simulator.memory.engine_memory import NEWEST, find_release
 
     flags, others = read_engine_args(engine_args)
     find_release(version or NEWEST)
@@ -54,7 +54,7 @@ def engine_of(engine: Engine | None, asked: Asked, case: Case) -> EngineMemory |
     """The engine's memory for a case, or a sentence why it is not known."""
     if engine is None or case.budget is None:
         return None
-    from kvtune.simulator.engine_memory import engine_memory
+    from kvtune.simulator.memory.engine_memory import engine_memory
 
     flags, card = engine.flags, case.card
     if flags.gpu_memory_utilization is None and card.memory_bytes < card.gpu.visible_bytes:

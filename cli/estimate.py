@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from kvtune.cli.engine_report import Engine
-    from kvtune.policies.document import PolicyDocument
+    from kvtune.policies.policy_file.document import PolicyDocument
     from kvtune.simulator.deployment import StackChoice
     from kvtune.tuner.cases import Asked, Case
 
@@ -160,7 +160,7 @@ def _kernels(stack: StackChoice) -> tuple[StackChoice, tuple[str, ...]]:
 
 def _document(path: Path | None) -> PolicyDocument | None:
     from kvtune.cli.inputs import read_policy_path
-    from kvtune.policies.document import read_policy
+    from kvtune.policies.policy_file.document import read_policy
 
     return None if path is None else read_policy(read_policy_path(path))
 

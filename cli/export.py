@@ -14,8 +14,8 @@ from kvtune.common.errors import KvtuneError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from kvtune.policies.document import ModelFacts, PolicyDocument
-    from kvtune.policies.exporter import Export
+    from kvtune.policies.export.contract import Export
+    from kvtune.policies.policy_file.document import ModelFacts, PolicyDocument
 
 
 ToOption = Annotated[
@@ -69,8 +69,8 @@ def command(
     """A policy as a serving stack's configuration."""
     from kvtune.cli.inputs import check_writable, read_policy_path
     from kvtune.common.units import parse_tokens
-    from kvtune.policies.document import read_policy
-    from kvtune.policies.exporter import find_exporter, write_export
+    from kvtune.policies.export.contract import find_exporter, write_export
+    from kvtune.policies.policy_file.document import read_policy
 
     document = read_policy(read_policy_path(policy))
     if compare:
@@ -107,7 +107,7 @@ def _compare(
     from dataclasses import asdict
 
     from kvtune.common.units import format_bytes, parse_tokens
-    from kvtune.policies.compare import compared
+    from kvtune.policies.export.compare import compared
 
     tokens = parse_tokens(context) if context else None
     rows = compared(document, _facts(document, model), tokens)

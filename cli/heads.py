@@ -193,8 +193,8 @@ def policy(
     """A policy file by a published rule, with this model's heads."""
     from kvtune.cli.inputs import check_writable
     from kvtune.common.files import write_text
-    from kvtune.policies.document import PolicyDocument, write_policy
     from kvtune.policies.head_scores import read_heads
+    from kvtune.policies.policy_file.document import PolicyDocument, write_policy
 
     check_writable(out.absolute().parent, "--out")
     made = _made(read_heads(source), system, kv_heads, score, context, sparsity, budget)

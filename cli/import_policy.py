@@ -32,8 +32,8 @@ def command(
     """Another tool's per-layer or per-head choice as a policy."""
     from kvtune.cli.inputs import check_writable
     from kvtune.common.files import write_text
-    from kvtune.policies.document import PolicyDocument, write_policy
-    from kvtune.policies.importer import READERS, read_foreign
+    from kvtune.policies.export.importer import READERS, read_foreign
+    from kvtune.policies.policy_file.document import PolicyDocument, write_policy
     from kvtune.simulator.model_facts import model_facts
     from kvtune.tuner.target import read_model
 

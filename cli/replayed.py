@@ -9,7 +9,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.common.progress import Progress
 from kvtune.policies.policy import Policy
-from kvtune.simulator.evaluate import replay_policies
+from kvtune.simulator.quality.evaluate import replay_policies
 from kvtune.traces.trace import SampleRecord, Trace
 from kvtune.tuner.quality import estimate
 

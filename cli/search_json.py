@@ -6,7 +6,7 @@ from typing import Any
 
 from kvtune.cli.inputs import POLICY_FILE
 from kvtune.cli.search_report import verdict
-from kvtune.policies.document import as_plain, read_policy
+from kvtune.policies.policy_file.document import as_plain, read_policy
 from kvtune.tuner.request import FrontPoint, Quality, Rival, SearchResult
 from kvtune.tuner.run_directory import policy_file
 

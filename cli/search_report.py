@@ -14,7 +14,7 @@ from kvtune.cli.timed import times_table
 from kvtune.common.estimate import BAND
 from kvtune.common.units import MIB, format_bytes, format_tokens
 from kvtune.common.words import accuracy, count, figure, percent
-from kvtune.simulator.memory import memory_budget
+from kvtune.simulator.memory.budget import memory_budget
 from kvtune.tuner.request import FrontPoint, Quality, Rival, SearchRequest, SearchResult
 from kvtune.tuner.verdict import Verdict
 

@@ -197,7 +197,7 @@ def _requests(
 
 def _policy(path: Path, shape: ModelShape) -> Any:
     from kvtune.cli.inputs import read_policy_path
-    from kvtune.policies.document import read_policy
+    from kvtune.policies.policy_file.document import read_policy
 
     return read_policy(read_policy_path(path)).bind(shape.layers, shape.kv_heads)
 

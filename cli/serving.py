@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kvtune.policies.document import PolicyDocument, Serving
-from kvtune.simulator.memory import MemoryBudget, memory_budget
+from kvtune.policies.policy_file.document import PolicyDocument, Serving
+from kvtune.simulator.memory.budget import MemoryBudget, memory_budget
 from kvtune.tuner.target import Target, read_target
 
 

@@ -12,9 +12,9 @@ from kvtune.cli.output import Output, speaking
 
 if TYPE_CHECKING:
     from kvtune.cli.replayed import Replayed
-    from kvtune.policies.document import PolicyDocument
+    from kvtune.policies.policy_file.document import PolicyDocument
     from kvtune.simulator.cost import Cost
-    from kvtune.simulator.memory import MemoryBudget
+    from kvtune.simulator.memory.budget import MemoryBudget
     from kvtune.traces.trace import Trace
 
 _HINT = "capture one first: kvtune capture --model NAME --out DIR, then --trace DIR."
@@ -61,7 +61,7 @@ def command(
     """Replay one policy on a trace: loss, memory, time."""
     from kvtune.cli.inputs import read_policy_path
     from kvtune.cli.serving import planned_for
-    from kvtune.policies.document import read_policy
+    from kvtune.policies.policy_file.document import read_policy
     from kvtune.simulator.cost import policy_cost
 
     document = read_policy(read_policy_path(policy))
@@ -122,7 +122,7 @@ def _report(
 
 
 def _answer(document: PolicyDocument, found: Replayed, cost: Cost) -> dict[str, Any]:
-    from kvtune.policies.document import as_plain
+    from kvtune.policies.policy_file.document import as_plain
 
     return {
         "policy": as_plain(document),

@@ -11,7 +11,7 @@ from kvtune.cli import options
 from kvtune.cli.output import speaking, table
 
 if TYPE_CHECKING:
-    from kvtune.simulator.tables import Tables
+    from kvtune.simulator.quality.tables import Tables
 
 app = typer.Typer(
     help="Models that stand in for others; pack FOLDER writes one, add FILE takes it."

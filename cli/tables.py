@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from kvtune.simulator.cost import Cost
-    from kvtune.simulator.memory import MemoryBudget
+    from kvtune.simulator.memory.budget import MemoryBudget
 
 
 def budget_table(budget: MemoryBudget, quality: str) -> RenderableType:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from kvtune.common.estimate import Estimate
     from kvtune.common.progress import Progress
-    from kvtune.policies.document import PolicyDocument
     from kvtune.policies.policy import Policy
+    from kvtune.policies.policy_file.document import PolicyDocument
     from kvtune.profiles.shape import ModelShape
     from kvtune.traces.models import LoadedModel
     from kvtune.traces.samples import Sample
@@ -56,7 +56,7 @@ def command(
     """Run the model with a policy: predicted beside measured."""
     from kvtune.cli.inputs import read_policy_path
     from kvtune.common.units import parse_bytes
-    from kvtune.policies.document import read_policy
+    from kvtune.policies.policy_file.document import read_policy
     from kvtune.tuner.target import read_texts
 
     path, texts = read_policy_path(policy), read_texts(text or ())
@@ -122,9 +122,9 @@ def _served(
     """What the file was planned for, and the peak that is printed for it; None off known cards."""
     from dataclasses import replace
 
-    from kvtune.policies.document import Serving
+    from kvtune.policies.policy_file.document import Serving
     from kvtune.simulator.cost import policy_cost
-    from kvtune.simulator.memory import memory_budget
+    from kvtune.simulator.memory.budget import memory_budget
     from kvtune.tuner.timing import Served, present_gpu
 
     gpu, planned = present_gpu(), document.serving or Serving()
@@ -234,7 +234,7 @@ def _report(known: _Known, policy: Policy, found: Validation, planned: int) -> R
 def _answer(
     document: PolicyDocument, known: _Known, found: Validation, planned: int
 ) -> dict[str, Any]:
-    from kvtune.policies.document import as_plain
+    from kvtune.policies.policy_file.document import as_plain
 
     return {
         "policy": as_plain(document),

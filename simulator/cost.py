@@ -14,10 +14,10 @@ from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.policies.room import Room
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.compression import compression
-from kvtune.simulator.latency import decode_step, prefill
-from kvtune.simulator.memory import MemoryBudget
-from kvtune.simulator.peak import add, peak_memory, waiting_bytes
+from kvtune.simulator.latency.compression import compression
+from kvtune.simulator.latency.steps import decode_step, prefill
+from kvtune.simulator.memory.budget import MemoryBudget
+from kvtune.simulator.memory.peak import add, peak_memory, waiting_bytes
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from kvtune.profiles.elsewhere import SYSTEM_OF_CARD, Stack, require_systems_fol
 from kvtune.profiles.gpus import GpuProfile, find_gpu
 from kvtune.profiles.shape import ModelShape
 from kvtune.profiles.split import split_over
-from kvtune.simulator import latency_priors as priors
 from kvtune.simulator.cost import Cost, full_cost, per_second
-from kvtune.simulator.elsewhere import ServingTables
-from kvtune.simulator.memory import MemoryBudget
-from kvtune.simulator.serving_kernels import Overheads, ServingModel
+from kvtune.simulator.latency import priors
+from kvtune.simulator.latency.elsewhere import ServingTables
+from kvtune.simulator.latency.serving_kernels import Overheads, ServingModel
+from kvtune.simulator.memory.budget import MemoryBudget
 
 StackChoice = Literal["kvtune", "vllm", "sglang", "trtllm"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from kvtune.policies.document import ModelFacts
+from kvtune.policies.policy_file.document import ModelFacts
 from kvtune.profiles.shape import ModelShape
 
 _HUB = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)")

@@ -168,7 +168,7 @@ def make_tables() -> Callable[..., Any]:
     from kvtune.policies.formats.grouped import Int2, Int4
     from kvtune.policies.methods.h2o import H2O
     from kvtune.policies.methods.streaming_llm import StreamingLLM
-    from kvtune.simulator.tables import SampleFacts, Tables
+    from kvtune.simulator.quality.tables import SampleFacts, Tables
     from kvtune.tuner.options import Menu, alike
 
     menu = Menu(

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from kvtune.common.estimate import BAND, Estimate
-from kvtune.policies.document import ModelFacts, PolicyDocument, write_policy
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
+from kvtune.policies.policy_file.document import ModelFacts, PolicyDocument, write_policy
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
 from kvtune.tuner.explore import PLANS_FILE

@@ -8,8 +8,8 @@ from typing import Any
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.kernel_table import KernelRow, Point
 from kvtune.profiles.models import find_model
-from kvtune.simulator.kernels import Kernels
-from kvtune.simulator.latency_parts import layer_matrices
+from kvtune.simulator.latency.kernels import Kernels
+from kvtune.simulator.latency.parts import layer_matrices
 
 LLAMA, H100, H200 = find_model("llama-8b"), find_gpu("h100"), find_gpu("h200")
 BANDWIDTH, RATE, FLOOR_S = 3.0e12, 700e12, 2e-6

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtune.common.errors import KvtuneError
-from kvtune.simulator.calibration import (
+from kvtune.simulator.quality.calibration import (
     NONE,
     REGIMES,
     Calibration,

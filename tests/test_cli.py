@@ -379,7 +379,7 @@ def test_a_mistake_in_serving_is_told(name: str, run: Run) -> None:
 
 
 def test_the_estimate_of_bytes_is_the_policys_own(run: Run, policy: Path) -> None:
-    from kvtune.policies.document import read_policy
+    from kvtune.policies.policy_file.document import read_policy
 
     ours = run("estimate", *SMOL, "--policy", policy, "--json").json["policies"][1]
     assert ours["prompt_bytes"] == read_policy(policy).bind(30, 3).footprint(8192, 64)
@@ -524,7 +524,7 @@ def test_validate_runs_the_held_out_samples_and_reports(
 def test_an_earlier_live_run_is_no_prediction(tmp_path: Path) -> None:
     """The prediction is the search's, where its result tells of the same live run."""
     from kvtune.cli.validate import _known
-    from kvtune.policies.document import read_policy
+    from kvtune.policies.policy_file.document import read_policy
     from kvtune.tests.made_up import write_study
 
     run = write_study(tmp_path / "run", live=True)

@@ -18,7 +18,11 @@ import pytest
 from kvtune.__main__ import main
 from kvtune.common.estimate import BAND, Estimate
 from kvtune.common.progress import Progress
-from kvtune.policies.document import (
+from kvtune.policies.formats.grouped import Int4
+from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.option import Budget, Option
+from kvtune.policies.policy import Policy
+from kvtune.policies.policy_file.document import (
     ModelFacts,
     PolicyDocument,
     Provenance,
@@ -26,12 +30,8 @@ from kvtune.policies.document import (
     read_policy,
     write_policy,
 )
-from kvtune.policies.document import Quality as FileQuality
-from kvtune.policies.formats.grouped import Int4
-from kvtune.policies.methods.snapkv import SnapKV
-from kvtune.policies.option import Budget, Option
-from kvtune.policies.policy import Policy
-from kvtune.simulator.memory import memory_budget
+from kvtune.policies.policy_file.document import Quality as FileQuality
+from kvtune.simulator.memory.budget import memory_budget
 from kvtune.tests import made_up
 from kvtune.tuner.request import FrontPoint, Quality, Rival, SearchRequest, SearchResult
 

@@ -14,7 +14,13 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.policies.allocator import allocators
 from kvtune.policies.allocators.as_given import AsGiven
-from kvtune.policies.document import (
+from kvtune.policies.format import formats
+from kvtune.policies.formats.grouped import Int2, Int4
+from kvtune.policies.method import methods
+from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.option import ALL, Budget, Option
+from kvtune.policies.policy import Policy
+from kvtune.policies.policy_file.document import (
     ModelFacts,
     Pattern,
     PolicyDocument,
@@ -26,12 +32,6 @@ from kvtune.policies.document import (
     read_policy,
     write_policy,
 )
-from kvtune.policies.format import formats
-from kvtune.policies.formats.grouped import Int2, Int4
-from kvtune.policies.method import methods
-from kvtune.policies.methods.snapkv import SnapKV
-from kvtune.policies.option import ALL, Budget, Option
-from kvtune.policies.policy import Policy
 
 HEADS = """\
 kvtune_policy: 1

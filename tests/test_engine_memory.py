@@ -17,9 +17,9 @@ from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
 from kvtune.profiles.shape import LayerCache, ParameterCounts, StoredWeights
 from kvtune.profiles.split import split_over
-from kvtune.simulator.engine_blocks import CacheBlocks, cache_blocks
-from kvtune.simulator.engine_memory import engine_memory, find_release
-from kvtune.simulator.weights import weight_bytes
+from kvtune.simulator.memory.engine_blocks import CacheBlocks, cache_blocks
+from kvtune.simulator.memory.engine_memory import engine_memory, find_release
+from kvtune.simulator.memory.weights import weight_bytes
 
 LLAMA, H100 = find_model("llama-8b"), find_gpu("h100")
 # Logs that are off by more, told in docs/hardware.md: what they leave is small, or more ran there.

@@ -8,8 +8,8 @@ from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
-from kvtune.simulator.compression import compression
-from kvtune.simulator.latency import prefill
+from kvtune.simulator.latency.compression import compression
+from kvtune.simulator.latency.steps import prefill
 from kvtune.tuner.expected import Card
 
 

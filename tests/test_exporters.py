@@ -20,16 +20,8 @@ from hypothesis import strategies as st
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.allocators.adakv import AdaKV
 from kvtune.policies.allocators.pyramid import Pyramid
-from kvtune.policies.document import (
-    ModelFacts,
-    Pattern,
-    PolicyDocument,
-    Provenance,
-    Quality,
-    Serving,
-)
-from kvtune.policies.exporter import Export, exporters, find_exporter, write_export
-from kvtune.policies.exporters import llama_cpp, vllm
+from kvtune.policies.export.contract import Export, exporters, find_exporter, write_export
+from kvtune.policies.export.exporters import llama_cpp, vllm
 from kvtune.policies.format import formats
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.fp8 import Fp8
@@ -41,6 +33,14 @@ from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
+from kvtune.policies.policy_file.document import (
+    ModelFacts,
+    Pattern,
+    PolicyDocument,
+    Provenance,
+    Quality,
+    Serving,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 FACTS = ModelFacts("tiny", 4, 2, 64)

@@ -18,20 +18,10 @@ from kvtune.common.estimate import Estimate
 from kvtune.common.units import format_bytes
 from kvtune.policies.allocators.adakv import AdaKV
 from kvtune.policies.allocators.pyramid import Pyramid
-from kvtune.policies.compare import compared
-from kvtune.policies.document import (
-    ModelFacts,
-    Pattern,
-    PolicyDocument,
-    Provenance,
-    Quality,
-    Serving,
-    read_policy,
-    write_policy,
-)
-from kvtune.policies.engine_wide import EngineWide, check
-from kvtune.policies.exporter import Export, exporters, find_exporter
-from kvtune.policies.exporters import vllm
+from kvtune.policies.export.compare import compared
+from kvtune.policies.export.contract import Export, exporters, find_exporter
+from kvtune.policies.export.engine_wide import EngineWide, check
+from kvtune.policies.export.exporters import vllm
 from kvtune.policies.format import Format, formats
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.fp8 import Fp8
@@ -45,6 +35,16 @@ from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.parts import PartPlan
 from kvtune.policies.policy import Policy
+from kvtune.policies.policy_file.document import (
+    ModelFacts,
+    Pattern,
+    PolicyDocument,
+    Provenance,
+    Quality,
+    Serving,
+    read_policy,
+    write_policy,
+)
 from kvtune.policies.testing import Case, make_signals, variants
 from kvtune.profiles.models import find_model
 from kvtune.simulator.model_facts import model_facts
@@ -276,7 +276,7 @@ def test_the_declared_shape_is_what_a_method_keeps(method: Method) -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("budget", [0, 1, 9, 30, 59])
 def test_the_exported_module_keeps_the_tokens_of_the_method(method: Any, budget: int) -> None:
-    from kvtune.policies import exported_cache
+    from kvtune.policies.export import exported_cache
 
     signals = make_signals(Case(60, 0, kv_heads=2, group=4))
     made = find_exporter("transformers")().export(document(Option(method, Budget(budget))))

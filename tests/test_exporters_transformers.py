@@ -17,9 +17,8 @@ from torch import Tensor
 
 from kvtune.policies.apply import apply
 from kvtune.policies.attention import attend, merge
-from kvtune.policies.document import ModelFacts, PolicyDocument
-from kvtune.policies.exporter import write_export
-from kvtune.policies.exporters.transformers import Transformers
+from kvtune.policies.export.contract import write_export
+from kvtune.policies.export.exporters.transformers import Transformers
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.grouped import Int2, Int3, Int4, Int8
@@ -29,6 +28,7 @@ from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
+from kvtune.policies.policy_file.document import ModelFacts, PolicyDocument
 from kvtune.policies.signals import Signals
 from kvtune.policies.testing import uniform
 

@@ -26,8 +26,8 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.testing.decode import decode_methods
 from kvtune.runtime.contenders import Contender
 from kvtune.runtime.generate import Generation, GenerationRun, prompt_signals
-from kvtune.simulator.decode_replay import full_attention, replay_decoding
-from kvtune.simulator.replay import LayerReplay
+from kvtune.simulator.quality.decode_replay import full_attention, replay_decoding
+from kvtune.simulator.quality.replay import LayerReplay
 from kvtune.traces.passes import observed_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,7 +12,6 @@ import torch
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies import head_plans
-from kvtune.policies.document import PolicyDocument, read_policy, write_policy
 from kvtune.policies.head_scores import (
     About,
     HeadScores,
@@ -25,6 +24,7 @@ from kvtune.policies.head_scores import (
 )
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.razor import Razor
+from kvtune.policies.policy_file.document import PolicyDocument, read_policy, write_policy
 from kvtune.policies.testing import uniform
 from kvtune.runtime.head_detectors import overlaps, repeated_mass, repeated_tokens
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.importer import read_foreign
+from kvtune.policies.export.importer import read_foreign
 from kvtune.policies.option import ALL
 
 L, H = 3, 2

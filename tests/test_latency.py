@@ -16,8 +16,9 @@ from kvtune.policies.format import formats
 from kvtune.policies.pages import VALUE_CODES
 from kvtune.profiles.gpus import find_gpu, list_gpus
 from kvtune.profiles.models import find_model, list_models
-from kvtune.simulator import latency
-from kvtune.simulator.latency import (
+from kvtune.simulator.latency import steps as latency
+from kvtune.simulator.latency.priors import CACHE_FACTOR, UNREPORTED_CACHE_FACTOR, cache_factor
+from kvtune.simulator.latency.steps import (
     Times,
     decode_step,
     decode_steps,
@@ -26,9 +27,8 @@ from kvtune.simulator.latency import (
     roofline_decode_steps,
     scaled_decode_steps,
 )
-from kvtune.simulator.latency_priors import CACHE_FACTOR, UNREPORTED_CACHE_FACTOR, cache_factor
-from kvtune.simulator.latency_terms import cache_read, matrices, prompt_attention
-from kvtune.simulator.weights import WEIGHT_FORMATS, WeightFormat
+from kvtune.simulator.latency.terms import cache_read, matrices, prompt_attention
+from kvtune.simulator.memory.weights import WEIGHT_FORMATS, WeightFormat
 
 LLAMA, H100 = find_model("llama-8b"), find_gpu("h100")
 SHAPES = st.sampled_from(list_models())

@@ -17,14 +17,15 @@ from kvtune.profiles.gpus import GpuProfile, find_gpu
 from kvtune.profiles.kernel_table import KernelRow, Point, RowWriter
 from kvtune.profiles.measured import parse_measured_gpu, read_measured
 from kvtune.profiles.models import find_model
-from kvtune.simulator import latency, overheads
-from kvtune.simulator import transfer as transfer_module
-from kvtune.simulator.kernels import Curve, Kernels
-from kvtune.simulator.latency import decode_steps, prefills
-from kvtune.simulator.latency_beyond import decode_parts
-from kvtune.simulator.latency_parts import covers, layer_matrices
-from kvtune.simulator.overheads import policy_overhead, transfer
-from kvtune.simulator.transfer import Tables, transferred
+from kvtune.simulator.latency import overheads
+from kvtune.simulator.latency import steps as latency
+from kvtune.simulator.latency import transfer as transfer_module
+from kvtune.simulator.latency.beyond import decode_parts
+from kvtune.simulator.latency.kernels import Curve, Kernels
+from kvtune.simulator.latency.overheads import policy_overhead, transfer
+from kvtune.simulator.latency.parts import covers, layer_matrices
+from kvtune.simulator.latency.steps import decode_steps, prefills
+from kvtune.simulator.latency.transfer import Tables, transferred
 from kvtune.tests.made_up_card import (
     BATCHES,
     H100,
@@ -393,7 +394,7 @@ def test_steps_from_tables_import_no_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, kvtune.simulator.overheads, kvtune.simulator.decode_memory; print('torch' in sys.modules)"  # noqa: E501
+    code = "import sys, kvtune.simulator.latency.overheads, kvtune.simulator.memory.decode_memory; print('torch' in sys.modules)"  # noqa: E501
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

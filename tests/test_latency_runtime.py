@@ -9,13 +9,14 @@ from kvtune.common.errors import KvtuneError
 from kvtune.profiles.kernel_table import Point
 from kvtune.profiles.models import find_model
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator import latency, latency_runtime
-from kvtune.simulator.kernels import Kernels
-from kvtune.simulator.latency import decode_steps, prefills
-from kvtune.simulator.latency_measured import paged_attention
-from kvtune.simulator.latency_parts import layer_rest, matrix_products, step_rest
-from kvtune.simulator.latency_priors import NARROW_PAGES
-from kvtune.simulator.transfer import Tables, transferred
+from kvtune.simulator.latency import runtime as latency_runtime
+from kvtune.simulator.latency import steps as latency
+from kvtune.simulator.latency.kernels import Kernels
+from kvtune.simulator.latency.measured import paged_attention
+from kvtune.simulator.latency.parts import layer_rest, matrix_products, step_rest
+from kvtune.simulator.latency.priors import NARROW_PAGES
+from kvtune.simulator.latency.steps import decode_steps, prefills
+from kvtune.simulator.latency.transfer import Tables, transferred
 from kvtune.tests.made_up_card import H100, H200, KERNELS, LLAMA, ROWS, paged_rows, row
 
 

@@ -14,9 +14,14 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.units import GB, GIB, parse_bytes
 from kvtune.profiles.gpus import find_gpu, list_gpus
 from kvtune.profiles.models import find_model, list_models
-from kvtune.simulator.memory import MemoryBudget, memory_budget, required_bytes
-from kvtune.simulator.peak import largest_batch, overhead_bytes, peak_memory, prefill_peak_bytes
-from kvtune.simulator.weights import WEIGHT_FORMATS, bits_per_weight, weight_bytes
+from kvtune.simulator.memory.budget import MemoryBudget, memory_budget, required_bytes
+from kvtune.simulator.memory.peak import (
+    largest_batch,
+    overhead_bytes,
+    peak_memory,
+    prefill_peak_bytes,
+)
+from kvtune.simulator.memory.weights import WEIGHT_FORMATS, bits_per_weight, weight_bytes
 
 LLAMA, SMOL, CARD = find_model("llama-8b"), find_model("smollm2-135m"), find_gpu("4090")
 SHAPES = st.sampled_from(list_models())

@@ -15,7 +15,6 @@ from kvtune.common.errors import KvtuneError
 from kvtune.policies.apply import apply, linked
 from kvtune.policies.attention import attend, merge
 from kvtune.policies.decode import DecodeMethod, DecodeState
-from kvtune.policies.document import read_policy
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.gear import Gear
 from kvtune.policies.formats.grouped import Int2, Int4, Int8
@@ -28,6 +27,7 @@ from kvtune.policies.methods.quest import Quest
 from kvtune.policies.methods.razor import Razor
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
+from kvtune.policies.policy_file.document import read_policy
 from kvtune.policies.signals import Signals
 from kvtune.policies.slots import SlotCache, prompt_of
 from kvtune.policies.testing import Case, make_signals, uniform

@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.allocator import Allocator, allocators
-from kvtune.policies.document import read_policy
 from kvtune.policies.format import Format, formats
 from kvtune.policies.method import Method, methods
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.parts import entries_of
+from kvtune.policies.policy_file.document import read_policy
 from kvtune.policies.testing import Case, make_signals
 
 CASE = Case(23, 9, kv_heads=2, group=2)

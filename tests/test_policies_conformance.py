@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from kvtune.common.errors import KvtuneError
 from kvtune.policies import testing as suite
 from kvtune.policies.allocator import allocators
-from kvtune.policies.document import Pattern, PolicyDocument, read_policy, write_policy
 from kvtune.policies.format import Format, Role, formats
 from kvtune.policies.method import Method, methods
 from kvtune.policies.option import Option
+from kvtune.policies.policy_file.document import Pattern, PolicyDocument, read_policy, write_policy
 
 GOLDEN = Path(__file__).parent / "golden" / "policies.json"
 
@@ -135,7 +135,7 @@ def test_choices_are_the_same_in_another_process() -> None:
 def test_reading_a_policy_and_counting_its_bytes_imports_no_torch() -> None:
     program = (
         "import sys\n"
-        "from kvtune.policies.document import read_policy\n"
+        "from kvtune.policies.policy_file.document import read_policy\n"
         "text = 'kvtune_policy: 1\\npolicy: {method: h2o, budget: 9, keys: int4}\\n'\n"
         "print(read_policy(text).bind(2, 3).footprint(64, 64))\n"
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)\n"

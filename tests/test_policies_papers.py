@@ -13,9 +13,9 @@ from kvtune.policies.allocators.adakv import AdaKV
 from kvtune.policies.allocators.cake_layers import CakeLayers
 from kvtune.policies.allocators.model_wide import ModelWide
 from kvtune.policies.allocators.pyramid import Pyramid
-from kvtune.policies.document import read_policy
 from kvtune.policies.method import ScoredMethod, methods
 from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.policy_file.document import read_policy
 from kvtune.policies.testing import Case, make_signals
 
 

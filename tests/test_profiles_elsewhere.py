@@ -16,9 +16,9 @@ from kvtune.profiles import elsewhere
 from kvtune.profiles.elsewhere import read_table
 from kvtune.profiles.models import find_model
 from kvtune.profiles.split import split_over
-from kvtune.simulator.elsewhere import Curve, ExpertShape, Heads, ServingTables
-from kvtune.simulator.serving_kernels import Overheads, ServingModel
-from kvtune.simulator.table_grid import fit_grids
+from kvtune.simulator.latency.elsewhere import Curve, ExpertShape, Heads, ServingTables
+from kvtune.simulator.latency.serving_kernels import Overheads, ServingModel
+from kvtune.simulator.latency.table_grid import fit_grids
 
 FLOOR, RATE = 8e-6, 4e12  # of the made-up card: seconds, bytes a second
 

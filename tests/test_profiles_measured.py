@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 
 import kvtune
-from kvtune.policies.document_reader import read_policy
+from kvtune.policies.policy_file.reader import read_policy
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.measured import MeasuredProfile, find_measured
 from kvtune.profiles.models import find_model
 from kvtune.runtime.timing import uncompressed
 from kvtune.simulator.cost import cache_bytes_by_format
-from kvtune.simulator.kernels import kernels_of
-from kvtune.simulator.latency import decode_step, decode_steps
-from kvtune.simulator.latency_parts import covers
-from kvtune.simulator.latency_runtime import learned_steps
-from kvtune.simulator.peak import overhead_bytes, process_bytes
+from kvtune.simulator.latency.kernels import kernels_of
+from kvtune.simulator.latency.parts import covers
+from kvtune.simulator.latency.runtime import learned_steps
+from kvtune.simulator.latency.steps import decode_step, decode_steps
+from kvtune.simulator.memory.peak import overhead_bytes, process_bytes
 
 ROOT = Path(kvtune.__file__).parent
 LLAMA = find_model("llama-8b")

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from kvtune.policies.apply import apply_options
-from kvtune.policies.document import read_policy
 from kvtune.policies.formats.grouped import Int2
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.protected import Protected
 from kvtune.policies.option import Budget, Option
+from kvtune.policies.policy_file.document import read_policy
 from kvtune.policies.testing.cases import Case, make_signals
 from kvtune.tuner.options import every_method
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvtune.simulator.calibration import NONE
-from kvtune.simulator.tables import Tables
+from kvtune.simulator.quality.calibration import NONE
+from kvtune.simulator.quality.tables import Tables
 from kvtune.tests.made_up import llama
 from kvtune.tuner.answer import Found
 from kvtune.tuner.question import Candidate, Question, Solver, front, pick

@@ -28,7 +28,7 @@ from kvtune.policies.signals import Needs
 from kvtune.runtime import live as room
 from kvtune.runtime.live import LiveRun, run_live
 from kvtune.runtime.prompts import fresh_prompt, layer_signals, traced_prompt
-from kvtune.simulator.replay import LayerReplay
+from kvtune.simulator.quality.replay import LayerReplay
 from kvtune.traces.capture import capture
 from kvtune.traces.models import wrap
 from kvtune.traces.passes import observed_logits, run_observed

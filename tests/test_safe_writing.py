@@ -183,10 +183,10 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, holder: Any) -> No
 
 
 COMPRESSION = """
-from kvtune.policies.document import read_policy
+from kvtune.policies.policy_file.document import read_policy
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
-from kvtune.simulator.compression import compression
+from kvtune.simulator.latency.compression import compression
 from kvtune.common.estimate import exact
 text = '''
 kvtune_policy: 1

@@ -19,7 +19,7 @@ from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
-from kvtune.simulator.latency import decode_step, prefill
+from kvtune.simulator.latency.steps import decode_step, prefill
 from kvtune.simulator.serving.engine import Engine
 from kvtune.simulator.serving.footprint import Footprint, footprint
 from kvtune.simulator.serving.memory import Memory

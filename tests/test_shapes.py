@@ -17,7 +17,7 @@ from kvtune.profiles.config_file import check_numbers
 from kvtune.profiles.gguf_shape import shape_from_gguf
 from kvtune.profiles.model_config import shape_from_config, shape_of
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.weights import format_name, weight_bytes
+from kvtune.simulator.memory.weights import format_name, weight_bytes
 
 SMALL = {
     "hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8,

@@ -13,7 +13,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.policies.signals import Needs
 from kvtune.runtime.calibrate import calibrate, needle_columns, summary
 from kvtune.runtime.prompts import fresh_prompt, traced_prompt
-from kvtune.simulator.replay import LayerReplay
+from kvtune.simulator.quality.replay import LayerReplay
 from kvtune.traces.calibration import (
     Calibration,
     find_calibration,

@@ -26,9 +26,9 @@ from kvtune.policies.signals import Signals
 from kvtune.policies.testing import uniform
 from kvtune.runtime.live import run_live
 from kvtune.runtime.prompts import fresh_prompt
-from kvtune.simulator.build import ahead, build_tables, layer_features
-from kvtune.simulator.evaluate import replay_policies
-from kvtune.simulator.replay import LayerReplay, replay_options
+from kvtune.simulator.quality.build import ahead, build_tables, layer_features
+from kvtune.simulator.quality.evaluate import replay_policies
+from kvtune.simulator.quality.replay import LayerReplay, replay_options
 from kvtune.traces.capture import capture
 from kvtune.traces.models import wrap
 

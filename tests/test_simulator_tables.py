@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from kvtune.common.errors import KvtuneError
-from kvtune.simulator.tables import Tables, compact, head_exchangeable, join, low_rank
-from kvtune.simulator.tables_file import load_tables, save_tables
+from kvtune.simulator.quality.tables import Tables, compact, head_exchangeable, join, low_rank
+from kvtune.simulator.quality.tables_file import load_tables, save_tables
 
 Make = Callable[..., Tables]
 

@@ -13,9 +13,9 @@ import pytest
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.words import figure
-from kvtune.simulator.calibration import REGIMES, Calibration, Curve
-from kvtune.simulator.tables import Tables
-from kvtune.simulator.tables_file import save_tables
+from kvtune.simulator.quality.calibration import REGIMES, Calibration, Curve
+from kvtune.simulator.quality.tables import Tables
+from kvtune.simulator.quality.tables_file import save_tables
 from kvtune.tests.made_up import llama
 from kvtune.tuner import source_models
 from kvtune.tuner.band import band
@@ -202,7 +202,7 @@ def test_a_trace_is_packed_into_a_small_file_that_says_the_same(
     packaged: Tables, tiny_model: Any, make_samples: Callable[..., list[Any]], tmp_path: Path
 ) -> None:
     from kvtune.common.progress import Silent
-    from kvtune.simulator.build import build_tables
+    from kvtune.simulator.quality.build import build_tables
     from kvtune.traces.capture import capture
 
     samples = make_samples(2, splits=("select", "evaluate"))

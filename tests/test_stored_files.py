@@ -17,8 +17,8 @@ from kvtune.common.stored import DEEPEST, checked, parse_json, read_bytes, whole
 from kvtune.common.units import MOST_BYTES, MOST_TOKENS, parse_bytes, parse_tokens
 from kvtune.profiles.kernel_table import COLUMNS, parse_rows
 from kvtune.profiles.strict import parse
-from kvtune.simulator.tables import Tables
-from kvtune.simulator.tables_file import load_tables, save_tables
+from kvtune.simulator.quality.tables import Tables
+from kvtune.simulator.quality.tables_file import load_tables, save_tables
 from kvtune.tests.made_up import write_study
 from kvtune.traces.manifest import read_manifest
 from kvtune.traces.samples import Sample

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from kvtune.common.errors import KvtuneError
 from kvtune.runtime.transport.codec import LEVELS, Level, decode, encode, joined
 from kvtune.runtime.transport.saved import load_cache_file, save_cache
-from kvtune.simulator.transport import TEXT, Chunk, as_published, as_released, deliver
+from kvtune.simulator.latency.transport import TEXT, Chunk, as_published, as_released, deliver
 
 pytest.importorskip("constriction")
 

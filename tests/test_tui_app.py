@@ -21,8 +21,8 @@ from textual.widgets import Button, Input, Select, Static, Switch
 from kvtune.__main__ import main
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
-from kvtune.policies.document import read_policy
 from kvtune.policies.policy import Policy
+from kvtune.policies.policy_file.document import read_policy
 from kvtune.profiles.gpus import find_gpu
 from kvtune.tests.made_up import write_study
 from kvtune.tui.app import DARK, LIGHT, Explorer

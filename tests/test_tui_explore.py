@@ -20,7 +20,7 @@ from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import find_gpu
 from kvtune.simulator.cost import policy_cost
-from kvtune.simulator.memory import memory_budget
+from kvtune.simulator.memory.budget import memory_budget
 from kvtune.tests.made_up import CONTEXT, facts, plans, write_study
 from kvtune.tuner.explore import PLANS_FILE
 from kvtune.tuner.explore.axes import AXES, LOSS, TOKENS, Axis, Filter, front, option_bits

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtune.common.errors import KvtuneError
-from kvtune.simulator.tables import Tables
+from kvtune.simulator.quality.tables import Tables
 from kvtune.tuner.allocate import Problem, exchange, priced, score, solve, solve_both
 
 Make = Callable[..., Tables]

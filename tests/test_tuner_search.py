@@ -15,16 +15,16 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import exact
 from kvtune.common.lock import locked
 from kvtune.common.progress import Silent
-from kvtune.policies.document import read_policy
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.quest import Quest
 from kvtune.policies.policy import Policy
+from kvtune.policies.policy_file.document import read_policy
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.model_config import shape_from_config
 from kvtune.profiles.models import find_model
-from kvtune.simulator.memory import memory_budget
-from kvtune.simulator.tables import Tables
+from kvtune.simulator.memory.budget import memory_budget
+from kvtune.simulator.quality.tables import Tables
 from kvtune.tests.made_up import llama
 from kvtune.tuner import sources
 from kvtune.tuner.baselines import FAMILIES
@@ -274,7 +274,7 @@ def test_a_models_own_search_runs_the_plan_and_its_rivals_live(
 def test_a_second_search_uses_trace_and_tables_again(
     own: SearchRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvtune.simulator import build
+    from kvtune.simulator.quality import build
     from kvtune.traces import capture
 
     first = run_search(own)

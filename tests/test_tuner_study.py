@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvtune.policies.methods.kvzip import KVzip
 from kvtune.policies.methods.streaming_llm import StreamingLLM
-from kvtune.simulator.tables import Tables
+from kvtune.simulator.quality.tables import Tables
 from kvtune.tuner.question import Candidate, Question, Solver, front, pick
 from kvtune.tuner.study import run_study
 

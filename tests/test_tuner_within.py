@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.document import ModelFacts, PolicyDocument, Serving
-from kvtune.policies.exporter import exporters, find_exporter
+from kvtune.policies.export.contract import exporters, find_exporter
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.grouped import Int4, Int8
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.option import ALL, Budget, Option
-from kvtune.simulator.tables import SampleFacts, Tables
+from kvtune.policies.policy_file.document import ModelFacts, PolicyDocument, Serving
+from kvtune.simulator.quality.tables import SampleFacts, Tables
 from kvtune.tuner.options import LAPTOP
 from kvtune.tuner.question import Question, Solver
 from kvtune.tuner.simple_points import simple_points

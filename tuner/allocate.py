@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
-from kvtune.simulator.tables import Floats, Tables, low_rank
+from kvtune.simulator.quality.tables import Floats, Tables, low_rank
 
 Choice = NDArray[np.int64]
 _WHOLE = 2**40  # a budget, where two are mixed

@@ -12,7 +12,7 @@ from kvtune.common.progress import Progress
 from kvtune.common.units import format_bytes
 from kvtune.policies.policy import Policy
 from kvtune.simulator.cost import Cost, policy_cost
-from kvtune.simulator.memory import MemoryBudget
+from kvtune.simulator.memory.budget import MemoryBudget
 from kvtune.tuner.baselines import COSTS
 from kvtune.tuner.explore.record import selection_split
 from kvtune.tuner.question import Candidate, Solver, front

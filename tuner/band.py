@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvtune.common.estimate import BAND, Estimate
-from kvtune.simulator.calibration import Calibration
+from kvtune.simulator.quality.calibration import Calibration
 from kvtune.tuner.quality import mean_over_kinds
 
 SAMPLES = (10, 90)  # percentiles over a kind's samples

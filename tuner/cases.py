@@ -12,12 +12,12 @@ from kvtune.common.estimate import Estimate
 from kvtune.tuner.target import beyond_length
 
 if TYPE_CHECKING:
-    from kvtune.policies.document import PolicyDocument
+    from kvtune.policies.policy_file.document import PolicyDocument
     from kvtune.profiles.gpus import GpuProfile
     from kvtune.profiles.shape import ModelShape
     from kvtune.simulator.cost import Cost
     from kvtune.simulator.deployment import Deployment, StackChoice
-    from kvtune.simulator.memory import MemoryBudget
+    from kvtune.simulator.memory.budget import MemoryBudget
 
 FULL = "full cache"
 STEP = 256  # tokens between the contexts that are tried
@@ -145,7 +145,7 @@ class Asked:
             KvtuneError: not even the weights and a small cache fit.
         """
         from kvtune.simulator.deployment import Deployment
-        from kvtune.simulator.memory import memory_budget
+        from kvtune.simulator.memory.budget import memory_budget
 
         deployment = Deployment(self.shape, card.gpu, self.gpus, self.stack)
         budget = memory_budget(

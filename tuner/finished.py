@@ -13,8 +13,8 @@ from kvtune.common.bounds import Digest
 from kvtune.common.errors import KvtuneError
 from kvtune.common.files import inside, sha256, write_json
 from kvtune.common.stored import checked, read_json
-from kvtune.policies.document import read_policy
-from kvtune.simulator.memory import MemoryBudget
+from kvtune.policies.policy_file.document import read_policy
+from kvtune.simulator.memory.budget import MemoryBudget
 from kvtune.tuner.explore import PLANS_FILE
 from kvtune.tuner.explore.stored_result import (
     StoredQuality,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 from kvtune.common.errors import KvtuneError
 from kvtune.common.progress import Progress
 from kvtune.common.units import Amount, parse_bytes, parse_tokens
-from kvtune.policies.document import PolicyDocument, read_policy
+from kvtune.policies.policy_file.document import PolicyDocument, read_policy
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.tuner.cases import Asked, Card, Case
 from kvtune.tuner.request import SearchRequest, SearchResult
@@ -162,7 +162,7 @@ def known_stack(stack: str | None) -> str | None:
     Raises:
         KvtuneError: none has.
     """
-    from kvtune.policies.exporter import find_exporter
+    from kvtune.policies.export.contract import find_exporter
 
     return find_exporter(stack).name if stack else None
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvtune.common.estimate import Estimate, Tier
-from kvtune.simulator.calibration import Calibration
+from kvtune.simulator.quality.calibration import Calibration
 
 _DRAWS = 2000
 _WIDEST = 5.0  # logarithms: two samples that differ much would give an interval beyond all floats

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.exporter import EngineLimits
+from kvtune.policies.export.contract import EngineLimits
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy, footprint_of_lengths
-from kvtune.simulator.tables import Tables
+from kvtune.simulator.quality.tables import Tables
 from kvtune.tuner.allocate import Choice, Problem, solve, solve_both
 from kvtune.tuner.within import expressible, format_label, is_narrow, splits_of
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from kvtune.common.progress import Progress
-from kvtune.simulator.calibration import Calibration
+from kvtune.simulator.quality.calibration import Calibration
 from kvtune.tuner.answer import Found
 from kvtune.tuner.explore.record import selection_split
 from kvtune.tuner.question import Candidate, front, pick

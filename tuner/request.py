@@ -10,7 +10,7 @@ from kvtune.common.estimate import Estimate
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.models import ModelShape
-from kvtune.simulator.memory import MemoryBudget
+from kvtune.simulator.memory.budget import MemoryBudget
 
 if TYPE_CHECKING:
     from kvtune.tuner.timing import Times

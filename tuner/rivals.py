@@ -72,7 +72,7 @@ def _best_of_families(
     The uniform ones in all methods and precisions are tried coarsely, and those that did best there
     in full and under the other families' allocators.
     """
-    from kvtune.simulator.evaluate import replay_policies
+    from kvtune.simulator.quality.evaluate import replay_policies
 
     tables, samples = source.tables, trace.of_split("evaluate")
     shape = (tables.prompt_tokens, tables.layers, tables.kv_heads, tables.head_dim)

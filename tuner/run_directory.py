@@ -9,15 +9,15 @@ from typing import Any
 import kvtune
 from kvtune.common.estimate import Estimate
 from kvtune.common.files import write_json, write_text
-from kvtune.policies.document import (
+from kvtune.policies.policy import Policy
+from kvtune.policies.policy_file.document import (
     Pattern,
     PolicyDocument,
     Provenance,
     Serving,
     write_policy,
 )
-from kvtune.policies.document import Quality as WrittenQuality
-from kvtune.policies.policy import Policy
+from kvtune.policies.policy_file.document import Quality as WrittenQuality
 from kvtune.simulator.model_facts import model_facts
 from kvtune.tuner.request import FrontPoint, Quality, Rival, SearchRequest, SearchResult
 

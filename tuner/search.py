@@ -18,8 +18,8 @@ from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
 from kvtune.common.units import format_bytes
 from kvtune.policies.paging import Growth, growing_bytes, head_bytes
-from kvtune.simulator.memory import MemoryBudget, memory_budget
-from kvtune.simulator.peak import prefill_peak_bytes
+from kvtune.simulator.memory.budget import MemoryBudget, memory_budget
+from kvtune.simulator.memory.peak import prefill_peak_bytes
 from kvtune.tuner.answer import Found, answer
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.record import Recorder, selection_split

@@ -17,9 +17,9 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.files import atomic, cache_dir, sha256
 from kvtune.common.progress import Progress
 from kvtune.common.stored import parse_json
-from kvtune.simulator.calibration import Calibration, read_calibration
-from kvtune.simulator.tables import Tables, head_exchangeable, join
-from kvtune.simulator.tables_file import load_tables, save_tables
+from kvtune.simulator.quality.calibration import Calibration, read_calibration
+from kvtune.simulator.quality.tables import Tables, head_exchangeable, join
+from kvtune.simulator.quality.tables_file import load_tables, save_tables
 from kvtune.traces.trace import Trace
 
 STAND_IN = "smollm2-135m"
@@ -80,7 +80,7 @@ def pack(trace: Trace, name: str, out: Path, device: str, progress: Progress) ->
     Raises:
         KvtuneError: the trace lacks a split, or the file cannot be written.
     """
-    from kvtune.simulator.build import build_tables
+    from kvtune.simulator.quality.build import build_tables
 
     options = packaged_tables()[0].options
     tables = build_tables(trace, options, device=device, progress=progress)

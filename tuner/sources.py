@@ -17,9 +17,9 @@ from kvtune.common.files import cache_dir
 from kvtune.common.progress import Progress
 from kvtune.policies.signals import Needs
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.calibration import Calibration
-from kvtune.simulator.tables import Floats, Tables
-from kvtune.simulator.tables_file import load_tables, save_tables
+from kvtune.simulator.quality.calibration import Calibration
+from kvtune.simulator.quality.tables import Floats, Tables
+from kvtune.simulator.quality.tables_file import load_tables, save_tables
 from kvtune.traces.signals import SIGNALS
 from kvtune.tuner import source_models
 from kvtune.tuner.band import band
@@ -210,7 +210,7 @@ def queries_of(needs: Needs, observed: int) -> int:
 def _own_tables(
     model: str, trace: Trace, menu: Menu, key: str, device: str, progress: Progress
 ) -> Tables:
-    from kvtune.simulator.build import build_tables
+    from kvtune.simulator.quality.build import build_tables
 
     options = menu.options()
     digest = hashlib.sha256(repr(options).encode()).hexdigest()[:12]

@@ -34,11 +34,11 @@ from transformers import Cache
 from kvtune.common.errors import KvtuneError
 from kvtune.common.transformers_interface import cache_argument, register_attention
 from kvtune.policies.apply import linked
-from kvtune.policies.document_reader import read_policy
 from kvtune.policies.option import Option
 from kvtune.policies.pages import PAGE, PageLayout
 from kvtune.policies.paging import Growth, Pages, head_pages, pages_of, pool_cells
 from kvtune.policies.policy import Policy
+from kvtune.policies.policy_file.reader import read_policy
 from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.answering import NAME, Answering
 from kvtune.runtime.cache.backend import Backend, PlainBackend, TritonBackend, backend_for

@@ -31,7 +31,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.document_reader import read_policy
+from kvtune.policies.policy_file.reader import read_policy
 from kvtune.runtime.serving.blocks import PlannedBlocks, check_servable
 from kvtune.runtime.serving.running import Running, Step
 

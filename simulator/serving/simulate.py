@@ -13,8 +13,9 @@ from kvtune.common.units import format_bytes
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.memory import memory_budget
-from kvtune.simulator.peak import add, fixed_parts
+from kvtune.simulator.memory.budget import memory_budget
+from kvtune.simulator.memory.peak import add, fixed_parts
+from kvtune.simulator.memory.weights import WeightFormat
 from kvtune.simulator.serving.engine import Engine
 from kvtune.simulator.serving.footprint import footprint
 from kvtune.simulator.serving.memory import Memory
@@ -23,7 +24,6 @@ from kvtune.simulator.serving.report import Goals, Served, served
 from kvtune.simulator.serving.requests import Requests
 from kvtune.simulator.serving.scheduler import Limits, Scheduler
 from kvtune.simulator.serving.times import End, Load, step_times
-from kvtune.simulator.weights import WeightFormat
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from kvtune.common.estimate import Tier
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.compression import compression
 from kvtune.simulator.cost import cache_bytes_by_format
-from kvtune.simulator.latency import Times, decode_steps, prefill, prefills
-from kvtune.simulator.latency_measured import TIERS
-from kvtune.simulator.overheads import transfer
-from kvtune.simulator.weights import WeightFormat
+from kvtune.simulator.latency.compression import compression
+from kvtune.simulator.latency.measured import TIERS
+from kvtune.simulator.latency.overheads import transfer
+from kvtune.simulator.latency.steps import Times, decode_steps, prefill, prefills
+from kvtune.simulator.memory.weights import WeightFormat
 
 End = Literal["value", "low", "high"]
 PROMPTS, GENERATED, PASSES, COMPRESSIONS = 17, 9, 1025, 33  # points of the grids

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from kvtune.policies.document import read_policy
-from kvtune.policies.exporter import Export, exporters
+from kvtune.policies.export.contract import Export, exporters
+from kvtune.policies.policy_file.document import read_policy
 
 FOLDER = Path(__file__).parent / "exports"
 POLICY = """\

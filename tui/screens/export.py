@@ -12,8 +12,8 @@ from textual.widgets import Button, Input, Label, Select, Static, Switch
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.files import write_text
-from kvtune.policies.document import PolicyDocument, write_policy
-from kvtune.policies.exporter import exporters, find_exporter, write_export
+from kvtune.policies.export.contract import exporters, find_exporter, write_export
+from kvtune.policies.policy_file.document import PolicyDocument, write_policy
 from kvtune.tui.widgets.plan_panel import Selected
 
 _POLICY = "policy file"

@@ -10,7 +10,7 @@ from textual.widget import Widget
 from kvtune.common.estimate import Estimate
 from kvtune.common.units import GIB
 from kvtune.common.words import figure
-from kvtune.simulator.memory import MemoryBudget
+from kvtune.simulator.memory.budget import MemoryBudget
 from kvtune.tui.palette import colours_of
 
 _GLYPHS = {"weights": "█", "overhead": "▓", "prefill": "▒", "cache": "▚", "free": "·"}

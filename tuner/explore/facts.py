@@ -11,9 +11,9 @@ from kvtune.common.bounds import Count, Loss, Name, Whole
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import BAND
 from kvtune.common.stored import checked
-from kvtune.policies.document import PolicyDocument, read_policy, write_policy
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
+from kvtune.policies.policy_file.document import PolicyDocument, read_policy, write_policy
 from kvtune.profiles.gpus import GpuProfile, find_gpu
 from kvtune.profiles.shape import ModelShape
 from kvtune.tuner.explore.plans import AGAIN, Size

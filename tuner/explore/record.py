@@ -15,7 +15,7 @@ from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.plans import Plan, write_line
 
 if TYPE_CHECKING:
-    from kvtune.simulator.tables import Tables
+    from kvtune.simulator.quality.tables import Tables
     from kvtune.tuner.question import Candidate
     from kvtune.tuner.sources import QualitySource
 

@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
-from kvtune.policies.document import (
+from kvtune.policies.option import Budget, Option
+from kvtune.policies.policy import Policy
+from kvtune.policies.policy_file.document import (
     PolicyDocument,
     Provenance,
     Quality,
     Serving,
     read_policy,
 )
-from kvtune.policies.option import Budget, Option
-from kvtune.policies.policy import Policy
 from kvtune.simulator.model_facts import model_facts
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.measured import Measured

@@ -15,9 +15,9 @@ from kvtune.policies.paging import Growth, head_bytes
 from kvtune.policies.policy import footprint_of_lengths
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.latency import decode_steps
-from kvtune.simulator.memory import MemoryBudget, memory_budget
-from kvtune.simulator.peak import peak_memory, waiting_bytes
+from kvtune.simulator.latency.steps import decode_steps
+from kvtune.simulator.memory.budget import MemoryBudget, memory_budget
+from kvtune.simulator.memory.peak import peak_memory, waiting_bytes
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.plans import Floats, Integers
 from kvtune.tuner.explore.study import Study

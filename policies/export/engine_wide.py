@@ -1,0 +1,195 @@
+"""Exporters of stacks that store the whole cache in one of a few types and evict nothing."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from kvtune.policies.export.contract import (
+    EngineLimits,
+    Export,
+    Exporter,
+    Line,
+    Plan,
+    bytes_line,
+    comment,
+    sequences_that_fit,
+)
+from kvtune.policies.export.flatten import (
+    dropped_methods,
+    flatten,
+    grouping_text,
+    lost_exact_tokens,
+    planned_heads,
+)
+
+Rule = Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class CacheType:
+    """One type of the whole cache.
+
+    Args:
+        name: as the stack calls it.
+        bits: codes of keys, and of values.
+        token_bytes: of one token of one KV head, keys and values with their scales, by head
+            dimension.
+        like: the name of kvtune's format that it is nearest to.
+        detail: what differs from that.
+    """
+
+    name: str
+    bits: tuple[int, int]
+    token_bytes: Callable[[int], float]
+    like: str
+    detail: str = ""
+
+
+def sixteen_bits(name: str) -> CacheType:
+    """The uncompressed type."""
+    return CacheType(name, (16, 16), lambda head_dim: 4.0 * head_dim, "bf16", "16 bits")
+
+
+def asymmetric(name: str, bits: int, scale_bytes: float) -> CacheType:
+    """Integers with a scale and a zero point a token and head.
+
+    Args:
+        name: as the stack calls it.
+        bits: of a code.
+        scale_bytes: of a token and head, keys' and values' scales and zero points together.
+    """
+    return CacheType(
+        name,
+        (bits, bits),
+        lambda head_dim: 2 * head_dim * bits / 8 + scale_bytes,
+        f"int{bits}",
+        "asymmetric, a scale and a zero point a token and head",
+    )
+
+
+def limits_of_types(types: tuple[CacheType, ...]) -> EngineLimits:
+    """What a stack with these types can take."""
+    stored = frozenset(each.like for each in types)
+    return EngineLimits(
+        frozenset({"full"}), stored, stored, "engine", "engine", distinct_budgets=0,
+        distinct_formats=1, keys_differ_from_values=False,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EngineWide(Exporter):
+    """Takes the narrowest type with enough bits for keys and for values, in the mean.
+
+    ``types`` go from wide to narrow. ``schema`` has a rule for each key that the files may hold:
+    what the stack refuses, and what it takes silently though it is wrong.
+    """
+
+    types: ClassVar[tuple[CacheType, ...]]
+    schema: ClassVar[dict[str, Rule]]
+    page_tokens: ClassVar[int] = 1
+    why_dropped: ClassVar[str]
+    notes: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def config(self, plan: Plan, chosen: CacheType, batch: int) -> dict[str, Any]:
+        """Keys of ``schema`` and their values."""
+
+    @abstractmethod
+    def file(self, config: dict[str, Any]) -> tuple[str, str]:
+        """The name and the text of the file, without its header."""
+
+    def render(self, plan: Plan) -> Export:
+        """The file and what it loses."""
+        heads, allocator = planned_heads(plan)
+        chosen = self._chosen(plan)
+        page = self.page_tokens
+        size = _bytes(plan, chosen, -(-plan.sequence_tokens // page) * page)
+        batch, sequences = sequences_that_fit(plan, self.stack, size)
+        config = self.config(plan, chosen, batch)
+        check(config, self.schema, self.stack)
+        losses = [
+            *self._token_lines(plan, dropped_methods(heads, plan.context_tokens)),
+            *([allocator] if allocator.status != "kept" else []),
+            self._format_line(plan, chosen),
+            *lost_exact_tokens(plan),
+        ]
+        name, text = self.file(config)
+        header = comment([*self.header(plan, losses), *model_lines(plan)])
+        bytes_ = _bytes(plan, chosen, plan.context_tokens)
+        others = [bytes_line(plan, bytes_), sequences]
+        notes = self.notes + tuple(model_lines(plan))
+        return self.done(plan, {name: header + text}, losses, others, notes, (bytes_, batch))
+
+    def _chosen(self, plan: Plan) -> CacheType:
+        flat = flatten(list(plan.policy.options()))
+        needed = flat.key_bits, flat.value_bits
+        enough = [
+            each for each in self.types
+            if all(has >= min(wants, 16) for has, wants in zip(each.bits, needed, strict=True))
+        ]  # fmt: skip
+        return enough[-1]
+
+    def _format_line(self, plan: Plan, chosen: CacheType) -> Line:
+        flat = flatten(list(plan.policy.options()))
+        names = {*flat.key_formats, *flat.value_formats}
+        label = f"keys {'/'.join(flat.key_formats)}, values {'/'.join(flat.value_formats)}"
+        if names == {"bf16"}:
+            return Line(label, "kept", "16 bits")
+        if names == {chosen.like}:
+            return Line(label, "approximated", chosen.detail + grouping_text(flat))
+        why = "one type for all heads" if len(names) > 1 else "no such type"
+        return Line(label, "not expressible", f"{why}; used {chosen.name} instead")
+
+    def _token_lines(self, plan: Plan, dropped: dict[str, int]) -> list[Line]:
+        if not dropped:
+            return [Line("tokens", "kept", "all of them")]
+        heads = plan.facts.layers * plan.facts.kv_heads
+        detail = f"dropped, all tokens stay: {self.why_dropped}"
+        return [
+            Line(f"method {name}, {count} of {heads} heads", "not expressible", detail)
+            for name, count in dropped.items()
+        ]
+
+
+def check(config: dict[str, Any], schema: dict[str, Rule], stack: str) -> None:
+    """Refuse keys and values that the stack does not know, or takes silently though wrong.
+
+    Raises:
+        ValueError: the configuration breaks a rule.
+    """
+    if unknown := set(config) - set(schema):
+        raise ValueError(f"no settings of {stack}: {sorted(unknown)}")
+    for key, value in config.items():
+        if not schema[key](value):
+            raise ValueError(f"{key} cannot be {value!r}")
+
+
+def one_of(*names: object) -> Rule:
+    """A rule: one of these."""
+    return lambda value: value in names
+
+
+def positive(value: Any) -> bool:
+    """A rule: a whole number above 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def text(value: Any) -> bool:
+    """A rule: a text that is not empty."""
+    return isinstance(value, str) and bool(value)
+
+
+def model_lines(plan: Plan) -> list[str]:
+    """What is still to be said of the model and its weights."""
+    lines = [] if plan.model else ["the model is left out: name it yourself."]
+    if plan.weights not in ("", "bf16"):
+        lines.append(f"the plan assumed {plan.weights} weights: load a checkpoint that holds them.")
+    return lines
+
+
+def _bytes(plan: Plan, chosen: CacheType, tokens: int) -> int:
+    heads = plan.facts.layers * plan.facts.kv_heads
+    return int(heads * tokens * chosen.token_bytes(plan.facts.head_dim))

@@ -1,0 +1,63 @@
+"""Ollama: an environment file for ``ollama serve``."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+from kvtune.policies.export.contract import Plan
+from kvtune.policies.export.engine_wide import (
+    CacheType,
+    EngineWide,
+    limits_of_types,
+    one_of,
+    positive,
+    sixteen_bits,
+)
+
+_BLOCK = "blocks of 32 channels of a token, symmetric, one 16-bit scale"
+_TYPES = (
+    sixteen_bits("f16"),
+    CacheType("q8_0", (8, 8), lambda head_dim: 2 * head_dim * 8.5 / 8, "int8", f"q8_0: {_BLOCK}"),
+    CacheType("q4_0", (4, 4), lambda head_dim: 2 * head_dim * 4.5 / 8, "int4", f"q4_0: {_BLOCK}"),
+)
+
+
+@dataclass(frozen=True)
+class Ollama(EngineWide):
+    """One type for keys and values of all models that the server runs."""
+
+    name = "ollama"
+    stack = "Ollama"
+    stack_version = "0.33.0-rc2"
+    source = "envconfig/config.go, llm/server.go"
+    proof = "schema mirror"
+    types = _TYPES
+    limits = limits_of_types(_TYPES)
+    why_dropped = "Ollama evicts nothing before a context is full, which holds the answer too"
+    notes = (
+        "set -a; . ./ollama.env; ollama serve",
+        "a quantised cache needs flash attention; without it Ollama takes f16 silently.",
+        "OLLAMA_CONTEXT_LENGTH is of one sequence; a model's num_ctx overrides it.",
+    )
+    schema = {  # noqa: RUF012
+        "OLLAMA_KV_CACHE_TYPE": one_of(*(each.name for each in _TYPES)),
+        "OLLAMA_FLASH_ATTENTION": one_of(0, 1),
+        "OLLAMA_CONTEXT_LENGTH": positive,
+        "OLLAMA_NUM_PARALLEL": positive,
+    }
+
+    def config(self, plan: Plan, chosen: CacheType, batch: int) -> dict[str, Any]:
+        """Variables of the server."""
+        return {
+            "OLLAMA_KV_CACHE_TYPE": chosen.name,
+            "OLLAMA_FLASH_ATTENTION": int(chosen.name != "f16"),
+            "OLLAMA_CONTEXT_LENGTH": plan.sequence_tokens,
+            "OLLAMA_NUM_PARALLEL": batch,
+        }
+
+    def file(self, config: dict[str, Any]) -> tuple[str, str]:
+        """A variable a line."""
+        lines = (f"{key}={shlex.quote(str(value))}\n" for key, value in config.items())
+        return "ollama.env", "".join(lines)

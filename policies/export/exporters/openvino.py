@@ -1,0 +1,76 @@
+"""OpenVINO GenAI: properties and scheduler settings, as JSON for ``ContinuousBatchingPipeline``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from kvtune.policies.export.contract import Plan
+from kvtune.policies.export.engine_wide import (
+    CacheType,
+    EngineWide,
+    asymmetric,
+    limits_of_types,
+    one_of,
+    positive,
+    sixteen_bits,
+)
+
+_PAGE = 32
+_SCALES = 16.0  # bytes of a token and head: a 32-bit scale and zero point for keys, and for values
+_TYPES = (
+    sixteen_bits("f16"),
+    asymmetric("u8", 8, _SCALES),
+    asymmetric("u4", 4, _SCALES),
+)
+
+
+@dataclass(frozen=True)
+class OpenVINO(EngineWide):
+    """One precision for the whole cache.
+
+    Its own eviction (``CacheEvictionConfig``) scores by sums of attention over all layers, in
+    blocks; no method of kvtune's does that, so that none is translated to it.
+    """
+
+    name = "openvino"
+    stack = "OpenVINO GenAI"
+    stack_version = "2026.4.1.0"
+    source = "openvino_genai.SchedulerConfig, property KV_CACHE_PRECISION"
+    proof = "schema mirror"
+    types = _TYPES
+    limits = limits_of_types(_TYPES)
+    page_tokens = _PAGE
+    why_dropped = "its eviction is by blocks of all layers, which no method of the plan's is"
+    notes = (
+        "properties go to the pipeline, scheduler fields to SchedulerConfig().",
+        "the bytes of scales are taken from the description, not from a run.",
+    )
+    schema = {  # noqa: RUF012
+        "properties": lambda value: (
+            set(value) == {"KV_CACHE_PRECISION"}
+            and value["KV_CACHE_PRECISION"] in {each.name for each in _TYPES}
+        ),
+        "scheduler": lambda value: (
+            set(value) == {"num_kv_blocks", "max_num_seqs", "dynamic_split_fuse"}
+            and positive(value["num_kv_blocks"])
+            and positive(value["max_num_seqs"])
+            and one_of(True, False)(value["dynamic_split_fuse"])
+        ),
+    }
+
+    def config(self, plan: Plan, chosen: CacheType, batch: int) -> dict[str, Any]:
+        """Two groups of settings."""
+        return {
+            "properties": {"KV_CACHE_PRECISION": chosen.name},
+            "scheduler": {
+                "num_kv_blocks": batch * -(-plan.sequence_tokens // _PAGE),
+                "max_num_seqs": batch,
+                "dynamic_split_fuse": True,
+            },
+        }
+
+    def file(self, config: dict[str, Any]) -> tuple[str, str]:
+        """JSON; its header's lines begin with #, for a reader to drop."""
+        return "openvino.json", json.dumps(config, indent=2) + "\n"

@@ -1,0 +1,1 @@
+"""How long a decode step, a prefill and compression take: measured kernels, else datasheets."""

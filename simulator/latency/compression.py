@@ -1,0 +1,98 @@
+"""How long it takes to compress a prompt: signals, choice, moving and quantising, layer by layer.
+
+Methods declare their work; it is timed as plain kernels would take it, at the datasheet tier, since
+runtimes differ in how much of it they fuse. Quantising is read from measured kernels where a card
+has them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import reduce
+from operator import or_
+
+from kvtune.common.estimate import Estimate, Tier
+from kvtune.policies.method import Method
+from kvtune.policies.option import Option
+from kvtune.policies.policy import Policy
+from kvtune.policies.signals import Needs
+from kvtune.policies.work import LayerShape, Work, work_of_signals
+from kvtune.profiles.gpus import GpuProfile
+from kvtune.profiles.shape import ModelShape
+from kvtune.simulator.latency.overheads import policy_overhead
+
+_BANDWIDTH_SHARE, _COMPUTE_SHARE = 0.5, 0.3  # that kernels which nobody tuned get of a card
+_FACTOR = 2.0  # Hopper's measured kernels of this kind are within it
+
+
+def compression(
+    policy: Policy,
+    shape: ModelShape,
+    gpu: GpuProfile,
+    prompt_tokens: int,
+    prefill: Estimate,
+    batch: int = 1,
+) -> Estimate:
+    """Seconds beside the prefill until the caches of all prompts are compressed.
+
+    Args:
+        policy: for the shape.
+        shape: the model.
+        gpu: the card.
+        prompt_tokens: P of each.
+        prefill: of all prompts; methods that read them again pay it again.
+        batch: prompts.
+    """
+    layer = LayerShape(prompt_tokens, shape.query_heads, shape.kv_heads, shape.head_dim)
+    alike = Counter(frozenset(options) for options in policy.heads)
+    in_order = {frozenset(options): tuple(dict.fromkeys(options)) for options in policy.heads}
+    asked = policy.allocator.needs
+    works = [(_work(in_order[kinds], layer, asked), count) for kinds, count in alike.items()]
+    chosen = batch * sum(count * _seconds(work, gpu) for work, count in works)
+    again = max((work.passes for work, _ in works), default=0.0)
+    low, value, high, tier = _quantising(policy, shape, gpu, prompt_tokens)
+    return Estimate(
+        chosen + batch * value + again * prefill.value,
+        chosen / _FACTOR + batch * low + again * prefill.low,
+        chosen * _FACTOR + batch * high + again * prefill.high,
+        "s",
+        "datasheet" if chosen else tier,
+    )
+
+
+def _work(options: Sequence[Option], layer: LayerShape, asked: Needs) -> Work:
+    """One layer's: signals once for all that read them, the choice once a method.
+
+    ``asked`` is what the allocator reads itself.
+    """
+    evicting: dict[Method, int] = {}  # the most that a head of each method keeps
+    for option in options:
+        budget = option.budget.resolve(layer.prompt_tokens)
+        if budget < layer.prompt_tokens:
+            evicting[option.method] = max(budget, evicting.get(option.method, 0))
+    if not evicting:
+        return Work()
+    needs = reduce(or_, (method.needs for method in evicting), asked)
+    total = work_of_signals(needs, layer)
+    for method, budget in evicting.items():
+        total += method.work(layer, budget) - work_of_signals(method.needs, layer)
+    return total
+
+
+def _seconds(work: Work, gpu: GpuProfile) -> float:
+    read = work.moved_bytes / (_BANDWIDTH_SHARE * gpu.bandwidth_bytes_per_s)
+    return max(read, work.flops / (_COMPUTE_SHARE * gpu.bf16_flop_per_s))
+
+
+def _quantising(
+    policy: Policy, shape: ModelShape, gpu: GpuProfile, prompt_tokens: int
+) -> tuple[float, float, float, Tier]:
+    """Seconds, low to high, that writing narrow codes takes; by the tokens kept in them."""
+    kept = zip(policy.options(), policy.budgets(prompt_tokens).flat, strict=True)
+    narrow = sum(int(n) for option, n in kept if {"bf16"} != {option.keys.name, option.values.name})
+    if not narrow:
+        return 0.0, 0.0, 0.0, "exact"
+    tokens = narrow / (policy.layers * policy.kv_heads)
+    times = policy_overhead(shape, gpu, "quantise", tokens, "int4").at()
+    return times.low, times.value, times.high, times.tier

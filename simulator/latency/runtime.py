@@ -1,0 +1,264 @@
+"""Decode steps and prefills of kvtune's own runtime: fused modules around attention over pages.
+
+A step is its matrices, its attention over pages and a rest. Whole steps were measured of a few
+models (op ``runtime_step``); what they say of the rest, and of attention with narrower heads than
+the pages were measured with, holds for models between them. So does what whole prefills say (op
+``runtime_prefill``): how many times as long they take as their parts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from kvtune.policies.format import find_format
+from kvtune.profiles.gpus import GpuProfile
+from kvtune.profiles.kernel_table import KernelRow
+from kvtune.profiles.models import model_of_size
+from kvtune.profiles.shape import ModelShape
+from kvtune.simulator.latency import priors
+from kvtune.simulator.latency.kernels import FloatArray, Kernels
+from kvtune.simulator.latency.measured import (
+    HALF_WIDTH,
+    TIERS,
+    Answer,
+    answer_of_tier,
+    matrices_in_format,
+    measured_prefills,
+    paged_attention,
+)
+from kvtune.simulator.latency.parts import layer_rest, matrix_products, step_rest
+from kvtune.simulator.latency.transfer import Tables
+from kvtune.simulator.memory.weights import WeightFormat
+
+
+class Learned(NamedTuple):
+    """What one model's steps say.
+
+    Args:
+        shape: the model.
+        factor: its attention over that of the pages' heads, for the same bytes.
+        batches: ascending.
+        rest_s: seconds a layer beside matrices and attention, at each batch.
+        misfit: the largest relative error of what is learned over the steps it was learned from.
+    """
+
+    shape: ModelShape
+    factor: float
+    batches: FloatArray
+    rest_s: FloatArray
+    misfit: float
+
+
+class Prefills(NamedTuple):
+    """What one model's prefills say.
+
+    Args:
+        shape: the model.
+        prompts: tokens of a prompt, ascending.
+        ratios: how many times as long a prefill takes as its parts, at each.
+    """
+
+    shape: ModelShape
+    prompts: FloatArray
+    ratios: FloatArray
+
+
+def runtime_steps(
+    tables: Tables,
+    gpu: GpuProfile,
+    shape: ModelShape,
+    weight_format: WeightFormat,
+    batch: FloatArray,
+    cache: Mapping[str, FloatArray],
+) -> Answer | None:
+    """Steps of the runtime; None where pages of these formats or its steps were not measured.
+
+    Args:
+        tables: kernel times of the card.
+        gpu: the card.
+        shape: a shape that they cover.
+        weight_format: of the matrices.
+        batch: sequences.
+        cache: bytes a sequence over all layers by format, of the same shape as ``batch``.
+    """
+    attention = paged_attention(tables.kernels, shape, batch, cache)
+    known = learned_steps(tables.whole)
+    floor = paged_attention(tables.kernels, shape, batch, {})
+    if attention is None or floor is None or not known:
+        return None
+    factor = _by_width(shape, known, [np.asarray(each.factor) for each in known])
+    read, rest = _matrices(tables.kernels, shape, batch), _rest(tables.kernels, known, shape, batch)
+    value, low, high = (
+        factor * (floor + (attention - floor) * _of_narrow_pages(tables.kernels, shape, cache, end))
+        + rest
+        + matrices_in_format(read, shape, gpu, weight_format, batch, end)
+        for end in ("value", "low", "high")
+    )
+    tiers = _tiers(tables, known, shape, weight_format, batch, cache)
+    return answer_of_tier(value, low, high, tiers)
+
+
+def _rest(
+    kernels: Kernels, known: Sequence[Learned], shape: ModelShape, batch: FloatArray
+) -> FloatArray:
+    """What a step takes beside matrices and attention, seconds."""
+    rests = [np.interp(batch, each.batches, each.rest_s) for each in known]
+    last = min(each.batches[-1] for each in known)
+    beyond = _rest_beyond(kernels, shape, batch, last)
+    return np.asarray(shape.layers * _by_width(shape, known, rests) + beyond)
+
+
+def _rest_beyond(kernels: Kernels, shape: ModelShape, batch: FloatArray, last: float) -> FloatArray:
+    """What plain modules take longer than at the last batch that was learned from, seconds."""
+    beyond = (
+        shape.layers * layer_rest(kernels, shape, rows) + step_rest(kernels, shape, rows)
+        for rows in (np.maximum(batch, last), np.full(np.shape(batch), last))
+    )
+    return np.asarray(next(beyond) - next(beyond))
+
+
+def _of_narrow_pages(
+    kernels: Kernels, shape: ModelShape, cache: Mapping[str, FloatArray], end: str
+) -> FloatArray:
+    """How many times as long attention takes for its bytes, where heads are narrower."""
+    if shape.head_dim >= kernels.heads()[2]:
+        return np.ones(())
+    numbers = {
+        name: np.maximum(size / find_format(name).bits, 1e-9) for name, size in cache.items()
+    }
+    wide = numbers.get("bf16", np.zeros(())) / np.sum(list(numbers.values()), axis=0)
+    return np.asarray(wide + (1 - wide) * getattr(priors.NARROW_PAGES, end))
+
+
+def runtime_prefills(
+    tables: Tables, shape: ModelShape, prompt: FloatArray, batch: FloatArray
+) -> Answer | None:
+    """Prefills of the runtime, uncompressed, in bf16; None where none was measured.
+
+    Args:
+        tables: kernel times of the card.
+        shape: a shape that they cover.
+        prompt: tokens of each.
+        batch: prompts, of the same shape as ``prompt``.
+    """
+    known = learned_prefills(tables.whole)
+    if not known:
+        return None
+    ratios = [np.interp(prompt, each.prompts, each.ratios) for each in known]
+    ratio = _by_width(shape, known, ratios)
+    alone = measured_prefills(tables, shape, prompt, batch)
+    return Answer(ratio * alone.value, ratio * alone.low, ratio * alone.high, alone.tiers)
+
+
+def _matrices(kernels: Kernels, shape: ModelShape, batch: FloatArray) -> FloatArray:
+    head = kernels.linear(shape.vocab_size, shape.hidden_size, batch)
+    return np.asarray(shape.layers * matrix_products(kernels, shape, batch) + head)
+
+
+def _by_width(
+    shape: ModelShape, known: Sequence[Learned | Prefills], values: Sequence[FloatArray]
+) -> FloatArray:
+    """Each known model's values, between them by the logarithm of the residual stream's width.
+
+    Beyond the narrowest and the widest as at these.
+    """
+    at = np.log([each.shape.hidden_size for each in known])
+    place = np.interp(np.log(shape.hidden_size), at, np.arange(len(at)))
+    below = int(place)
+    share = place - below
+    above = min(below + 1, len(at) - 1)
+    return np.asarray(values[below] * (1 - share) + values[above] * share)
+
+
+def _tiers(
+    tables: Tables,
+    known: tuple[Learned, ...],
+    shape: ModelShape,
+    weight_format: WeightFormat,
+    batch: FloatArray,
+    cache: Mapping[str, FloatArray],
+) -> np.ndarray:
+    """Interpolated for an uncompressed cache of a measured model, where its own steps fit."""
+    name = "fitted" if tables.tier == "measured" else tables.tier
+    found = np.full(np.shape(batch), TIERS.index(name))
+    same = [each for each in known if _same_size(each.shape, shape)]
+    narrow = weight_format != "bf16" or any(
+        np.any(size > 0) for form, size in cache.items() if form != "bf16"
+    )
+    between = TIERS.index("interpolated")
+    fits = [each for each in same if each.misfit <= HALF_WIDTH[between]]
+    if tables.tier == "measured" and fits and not narrow:
+        found[np.asarray(batch) <= fits[0].batches[-1]] = between
+    return found
+
+
+def _same_size(first: ModelShape, second: ModelShape) -> bool:
+    one, other = (
+        (s.layers, s.hidden_size, s.intermediate_size, s.kv_heads, s.head_dim, s.vocab_size)
+        for s in (first, second)
+    )
+    return one == other
+
+
+@functools.lru_cache(maxsize=32)
+def learned_steps(kernels: Kernels) -> tuple[Learned, ...]:
+    """Of each measured model, the narrowest first."""
+    if not kernels.has_paged("bf16"):
+        return ()
+    return tuple(_learn(kernels, shape, rows) for shape, rows in _by_model(kernels, "runtime_step"))
+
+
+@functools.lru_cache(maxsize=32)
+def learned_prefills(kernels: Kernels) -> tuple[Prefills, ...]:
+    """Of each measured model, the narrowest first."""
+    tables = Tables(kernels, "measured", "")
+    found = []
+    for shape, rows in _by_model(kernels, "runtime_prefill"):
+        rows.sort(key=lambda row: row.point.length)
+        prompt, batch = (
+            np.array([float(getattr(row.point, name)) for row in rows])
+            for name in ("length", "batch")
+        )
+        alone = measured_prefills(tables, shape, prompt, batch).value
+        found.append(Prefills(shape, prompt, np.array([row.seconds for row in rows]) / alone))
+    return tuple(found)
+
+
+def _by_model(kernels: Kernels, op: str) -> list[tuple[ModelShape, list[KernelRow]]]:
+    """Rows of each known model, the narrowest first."""
+    found: dict[tuple[int, int, int], list[KernelRow]] = defaultdict(list)
+    for row in kernels.rows(op) if kernels.has(op) else ():
+        found[row.point.rows, row.point.width_in, row.point.width_out].append(row)
+    shapes = {size: model_of_size(*size) for size in found}
+    pairs = [(shape, found[size]) for size, shape in shapes.items() if shape]
+    return sorted(pairs, key=lambda pair: pair[0].hidden_size)
+
+
+def _learn(kernels: Kernels, shape: ModelShape, rows: list[KernelRow]) -> Learned:
+    """Least squares over all its steps: a factor for attention, and a rest at each batch.
+
+    Batches of one length each say nothing of attention; it is then taken as the pages have it. As
+    many steps as unknowns are met whatever they are, and say nothing of the fit.
+    """
+    batch = np.array([float(row.point.batch) for row in rows])
+    cache = np.array([float(shape.kv_bytes(row.point.length)) for row in rows])
+    attention = paged_attention(kernels, shape, batch, {"bf16": cache})
+    seconds = np.array([row.seconds for row in rows])
+    beside = seconds - _matrices(kernels, shape, batch)
+    batches = np.unique(batch)
+    rests = [np.asarray(shape.layers * (batch == one)) for one in batches]
+    design = np.column_stack([np.asarray(attention), *rests])
+    two_lengths = any(len(np.unique(cache[batch == one])) > 1 for one in batches)
+    given = 0 if two_lengths else 1  # columns of the design whose factor, 1, is not looked for
+    right = beside - design[:, :given].sum(1)
+    solved = np.linalg.lstsq(design[:, given:] / seconds[:, None], right / seconds, rcond=None)[0]
+    factor, *rest = [1.0] * given + solved.tolist()
+    misfit = np.max(np.abs(design @ np.array([factor, *rest]) - beside) / seconds)
+    if len(rows) <= len(solved):
+        misfit = np.inf
+    return Learned(shape, factor, batches, np.array(rest), float(misfit))

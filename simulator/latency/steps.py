@@ -1,0 +1,279 @@
+"""How long a decode step and a prefill take: bytes, floors and formats, each with its interval.
+
+Where the card, or one of its architecture, was measured, a step is put together from its kernels;
+else from its datasheet: the sum over layers of attention and matrices, the output matrix and the
+host's share. Every answer says its tier. Arrays go in and come out; nothing here loops over
+configurations, and torch is not imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Union, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Estimate, Tier
+from kvtune.policies.format import find_format
+from kvtune.profiles.gpus import GpuProfile
+from kvtune.profiles.shape import ModelShape
+from kvtune.simulator.latency import priors
+from kvtune.simulator.latency import terms as parts
+from kvtune.simulator.latency.measured import (
+    TIERS,
+    Answer,
+    measured_prefills,
+    measured_steps,
+)
+from kvtune.simulator.latency.parts import covers, prefill_covers
+from kvtune.simulator.latency.priors import FloatArray
+from kvtune.simulator.latency.runtime import runtime_prefills, runtime_steps
+from kvtune.simulator.latency.transfer import tables_for
+from kvtune.simulator.memory.weights import WeightFormat, check_format, kernel_format
+
+Execution = Literal["runtime", "graph", "eager"]
+CacheBytes = Union[npt.ArrayLike, Mapping[str, npt.ArrayLike]]  # noqa: UP007 (runtime, 3.10)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Times of many configurations, in seconds.
+
+    Args:
+        value_s: likely times, any shape.
+        low_s: lower ends of the 10-90 % intervals, same shape.
+        high_s: upper ends, same shape.
+        tier: how the least certain of them was come by.
+        tiers: index of each one's tier in ``TIERS``; None where all have the same.
+    """
+
+    value_s: FloatArray
+    low_s: FloatArray
+    high_s: FloatArray
+    tier: Tier = "datasheet"
+    tiers: npt.NDArray[np.intp] | None = None
+
+    def at(self, *index: int) -> Estimate:
+        """One of them."""
+        value, low, high = (float(part[index]) for part in (self.value_s, self.low_s, self.high_s))
+        tier = self.tier if self.tiers is None else TIERS[int(self.tiers[index])]
+        return Estimate(value, low, high, "s", tier)
+
+
+def decode_step(
+    shape: ModelShape,
+    gpu: GpuProfile,
+    weight_format: WeightFormat,
+    batch: int,
+    cache_bytes_per_sequence: float | Mapping[str, float],
+    execution: Execution = "graph",
+) -> Estimate:
+    """One decode step of a batch, in seconds; see :func:`decode_steps`."""
+    times = decode_steps(shape, gpu, weight_format, batch, cache_bytes_per_sequence, execution)
+    return times.at()
+
+
+def decode_steps(
+    shape: ModelShape,
+    gpu: GpuProfile,
+    weight_format: WeightFormat,
+    batch: npt.ArrayLike,
+    cache_bytes_per_sequence: CacheBytes,
+    execution: Execution = "graph",
+    measured: bool = True,
+) -> Times:
+    """Decode steps of many configurations: one new token for each sequence of the batch.
+
+    Args:
+        shape: the model.
+        gpu: the card.
+        weight_format: how the matrices are stored.
+        batch: sequences, at least 1; broadcast against the bytes.
+        cache_bytes_per_sequence: bytes of cache that a step reads for one sequence, over all
+            layers, scales and indices included. A plain array is bf16; a mapping gives the bytes
+            by the name of their format, for example ``{"bf16": recent, "int4": older}``, since
+            each format is read by a kernel of its own.
+        execution: ``graph`` (plain modules, one launch a step), ``eager`` (host-bound), or
+            ``runtime`` (kvtune's own, as it was measured; where it was not, ``graph``).
+        measured: whether measured kernels may be used; without them the datasheet answers.
+
+    Returns:
+        Times of the broadcast shape.
+
+    Raises:
+        KvtuneError: a batch below 1, negative bytes, an unknown format or execution.
+    """
+    check_format(weight_format)
+    _check_execution(execution)
+    sequences, cache = _configurations(batch, cache_bytes_per_sequence)
+    tables = tables_for(gpu) if measured else None
+    if tables and execution != "eager" and covers(tables.kernels, shape):
+        asked = tables, gpu, shape, weight_format, sequences, cache
+        answer = runtime_steps(*asked) if execution == "runtime" else None
+        return _times(answer or measured_steps(*asked))
+    device = [
+        parts.larger(
+            parts.cache_read(gpu, sequences, cache),
+            parts.decode_attention(shape, gpu, sequences, cache),
+        ),
+        parts.floor(priors.ATTENTION_FLOOR_S, shape.layers),
+        parts.floor(priors.ATTENTION_PER_SEQUENCE_S, shape.layers * sequences),
+        parts.matrices(shape, gpu, weight_format, sequences, logits=sequences),
+        parts.floor(parts.layer_floor(shape), shape.layers),
+    ]
+    return _with_host(device, shape, execution)
+
+
+def prefill(
+    shape: ModelShape,
+    gpu: GpuProfile,
+    weight_format: WeightFormat,
+    prompt_tokens: int,
+    batch: int = 1,
+    execution: Execution = "graph",
+) -> Estimate:
+    """The prefill of a batch of prompts, in seconds; see :func:`prefills`."""
+    return prefills(shape, gpu, weight_format, prompt_tokens, batch, execution).at()
+
+
+def prefills(
+    shape: ModelShape,
+    gpu: GpuProfile,
+    weight_format: WeightFormat,
+    prompt_tokens: npt.ArrayLike,
+    batch: npt.ArrayLike = 1,
+    execution: Execution = "graph",
+    measured: bool = True,
+) -> Times:
+    """Prefills of many configurations: dense attention over the whole prompt, no cache policy.
+
+    Args:
+        shape: the model.
+        gpu: the card.
+        weight_format: how the matrices are stored; int8 and int4 are widened and computed in bf16.
+        prompt_tokens: P, at least 1; broadcast against ``batch``.
+        batch: prompts, at least 1.
+        execution: as a decode step's; the host is waited for only in short prompts.
+        measured: whether measured kernels may be used; without them the datasheet answers.
+
+    Returns:
+        Times of the broadcast shape.
+
+    Raises:
+        KvtuneError: a number below 1, an unknown format or execution.
+    """
+    check_format(weight_format)
+    _check_execution(execution)
+    prompt, sequences = np.broadcast_arrays(
+        _at_least(prompt_tokens, 1, "prompt tokens"), _at_least(batch, 1, "batch")
+    )
+    tables = tables_for(gpu) if measured and weight_format == "bf16" else None
+    if tables and execution != "eager" and prefill_covers(tables.kernels, shape):
+        asked = tables, shape, prompt, sequences
+        answer = runtime_prefills(*asked) if execution == "runtime" else None
+        return _times(answer or measured_prefills(*asked))
+    device = [
+        parts.matrices(shape, gpu, weight_format, prompt * sequences, logits=sequences),
+        parts.prompt_attention(shape, gpu, prompt, sequences),
+        parts.floor(priors.ATTENTION_FLOOR_S, shape.layers),
+        parts.floor(parts.layer_floor(shape), shape.layers),
+    ]
+    return _with_host(device, shape, execution)
+
+
+# --- baselines, to be printed beside ours ----------------------------------------------------
+
+
+def roofline_decode_steps(
+    shape: ModelShape,
+    gpu: GpuProfile,
+    weight_format: WeightFormat,
+    batch: npt.ArrayLike,
+    cache_bytes_per_sequence: CacheBytes,
+) -> FloatArray:
+    """Pure roofline, seconds: all bytes at the sheet's bandwidth, or all operations at its rate."""
+    sequences, cache = _configurations(batch, cache_bytes_per_sequence)
+    moved = _bytes_moved(shape, weight_format, sequences, cache)
+    operations = 2.0 * shape.active_parameters * sequences
+    return np.maximum(
+        moved / gpu.bandwidth_bytes_per_s,
+        operations / parts.matrix_rate(gpu, kernel_format(shape, weight_format)),
+    )
+
+
+def scaled_decode_steps(
+    shape: ModelShape,
+    gpu: GpuProfile,
+    weight_format: WeightFormat,
+    batch: npt.ArrayLike,
+    cache_bytes_per_sequence: CacheBytes,
+) -> FloatArray:
+    """All bytes at 0.8 x bandwidth and 3 us an operation, seconds, as serving simulators assume.
+
+    Five operations a layer (query-key-value, attention, output, two of the feed-forward) and one
+    output matrix.
+    """
+    sequences, cache = _configurations(batch, cache_bytes_per_sequence)
+    moved = _bytes_moved(shape, weight_format, sequences, cache)
+    operations = 5 * shape.layers + 1
+    return np.asarray(moved / (0.8 * gpu.bandwidth_bytes_per_s) + 3e-6 * operations)
+
+
+# --- inputs and the host -----------------------------------------------------------------------
+
+
+def _configurations(
+    batch: npt.ArrayLike, cache_bytes: CacheBytes
+) -> tuple[FloatArray, dict[str, FloatArray]]:
+    """Batch sizes and bytes by format, broadcast against each other."""
+    by_format = cache_bytes if isinstance(cache_bytes, Mapping) else {"bf16": cache_bytes}
+    if not by_format:
+        raise KvtuneError("cache bytes by format need at least one format")
+    for name in by_format:
+        find_format(name)
+    arrays = np.broadcast_arrays(
+        _at_least(batch, 1, "batch"), *(_at_least(v, 0, "cache bytes") for v in by_format.values())
+    )
+    return arrays[0], dict(zip(by_format, arrays[1:], strict=True))
+
+
+def _check_execution(execution: str) -> None:
+    if execution not in get_args(Execution):
+        raise KvtuneError(f"execution is {', '.join(get_args(Execution))}; not {execution!r}")
+
+
+def _times(answer: Answer) -> Times:
+    """With the tier of the least certain one for the whole."""
+    worst = TIERS[int(np.max(answer.tiers))]
+    return Times(answer.value, answer.low, answer.high, worst, answer.tiers)
+
+
+def _at_least(values: npt.ArrayLike, minimum: float, name: str) -> FloatArray:
+    array = np.asarray(values, dtype=np.float64)
+    if not np.all(array >= minimum):  # also false for nan
+        raise KvtuneError(f"{name} must be at least {minimum:g}")
+    return array
+
+
+def _bytes_moved(
+    shape: ModelShape,
+    weight_format: WeightFormat,
+    sequences: FloatArray,
+    cache: dict[str, FloatArray],
+) -> FloatArray:
+    """Weights once and every sequence's cache."""
+    weights = parts.weight_bytes_read(shape, weight_format, sequences)
+    return np.asarray(weights + sequences * np.sum(list(cache.values()), axis=0))
+
+
+def _with_host(device: list[parts.Term], shape: ModelShape, execution: Execution) -> Times:
+    """Graph: the host's launch and sampler are added. Eager: the slower of host and GPU counts."""
+    if execution != "eager":
+        return Times(*parts.total([*device, parts.floor(priors.GRAPH_HOST_S)]))
+    host = parts.floor(priors.EAGER_HOST_LAYER_S, shape.layers)
+    step = parts.floor(priors.EAGER_HOST_STEP_S)
+    waiting = parts.Term(*(a + b for a, b in zip(host, step, strict=True)))
+    return Times(*parts.larger(parts.total(device), waiting))

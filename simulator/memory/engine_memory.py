@@ -1,0 +1,290 @@
+"""KV tokens that vLLM says fit: its share of a card less weights, profile run, process and graphs.
+
+vLLM runs its longest step on made-up tokens before it allocates the cache, and gives the cache what
+the peak of that run leaves of ``gpu_memory_utilization`` times the card's whole memory. The peak is
+that of the sampler, which handles a row of logits for each of ``max_num_seqs`` sequences, or that
+of the feed-forward blocks over ``max_num_batched_tokens`` tokens, whichever is larger.
+
+The constants were fitted on what releases printed (``benchmarks/engine_tokens.py`` has each log's
+source, and the logs that were left out of the fit).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Estimate, exact
+from kvtune.common.units import GIB
+from kvtune.profiles.gpus import GpuProfile
+from kvtune.profiles.shape import ModelShape
+from kvtune.profiles.split import split_over
+from kvtune.simulator.memory.engine_blocks import CacheBlocks, cache_blocks
+from kvtune.simulator.memory.peak import add
+from kvtune.simulator.memory.weights import WeightFormat, weight_bytes
+
+Range = tuple[float, float, float]  # value, low, high
+
+
+@dataclass(frozen=True)
+class Release:
+    """What differs between releases of vLLM, from one of them on.
+
+    Args:
+        since: major and minor number of the first.
+        utilization: the default of ``gpu_memory_utilization``.
+        logit_bytes: that the sampler's peak takes of each logit.
+        token_bytes: of each token of the profile run beside its hidden states.
+        process_bytes: outside torch's allocator, of a process on one GPU.
+        peers_bytes: more of it where several GPUs share the model.
+        graphs_bytes: reserved for CUDA graphs before the cache is sized.
+        keeps_expert_buffers: whether the buffers of routed experts outlast the forward pass.
+        counts_requests: whether the tokens printed are those of whole requests at once.
+    """
+
+    since: tuple[int, int]
+    utilization: float
+    logit_bytes: Range
+    token_bytes: float
+    process_bytes: Range
+    peers_bytes: Range
+    graphs_bytes: Range = (0.0, 0.0, 0.0)
+    keeps_expert_buffers: bool = False
+    counts_requests: bool = False
+
+
+def _gib(value: float, low: float, high: float) -> Range:
+    return value * GIB, low * GIB, high * GIB
+
+
+_NONE: Range = (0.0, 0.0, 0.0)
+RELEASES = (
+    Release((0, 9), 0.90, (37.75, 36.5, 39.5), 9_500, _gib(0.13, 0.02, 0.30), _gib(0.42, 0.1, 0.9)),
+    Release(
+        (0, 17), 0.90, (14.52, 14.0, 15.2), 5_700, _gib(0.13, 0.02, 0.30), _gib(0.42, 0.1, 2.0),
+        keeps_expert_buffers=True,
+    ),
+    Release(
+        (0, 18), 0.90, (14.52, 14.0, 15.2), 5_700, _gib(0.25, 0.05, 0.46), _gib(1.85, 1.0, 2.1),
+        keeps_expert_buffers=True,
+    ),
+    Release(
+        (0, 21), 0.92, (14.52, 6.5, 15.2), 5_700, _gib(0.25, 0.05, 0.46), _gib(1.85, 0.3, 2.1),
+        graphs_bytes=_gib(0.6, 0.1, 1.3), keeps_expert_buffers=True, counts_requests=True,
+    ),
+    Release(
+        (0, 27), 0.92, (7.0, 6.0, 15.2), 5_700, _gib(0.26, 0.05, 0.46), _gib(1.85, 0.3, 2.1),
+        graphs_bytes=_gib(0.4, 0.1, 1.3), keeps_expert_buffers=True, counts_requests=True,
+    ),
+)  # fmt: skip
+NEWEST = "0.31"  # the newest release that a log was seen of
+_TOKENS_HELD = 3.55  # hidden states of all tokens at the widest moment of a layer, beside its MLP
+
+
+@dataclass(frozen=True)
+class EngineFlags:
+    """Flags of ``vllm serve`` that decide how much cache there is; None for the engine's default.
+
+    Args:
+        gpu_memory_utilization: share of the card's whole memory.
+        max_model_len: longest request, in tokens.
+        max_num_seqs: sequences at once.
+        max_num_batched_tokens: tokens of a step.
+        kv_cache_bytes: of a cached number.
+        block_size: tokens of a block.
+        enforce_eager: whether no CUDA graphs are captured.
+        kv_cache_memory_bytes: of the cache, in place of all that is left.
+    """
+
+    gpu_memory_utilization: float | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    kv_cache_bytes: float = 2.0
+    block_size: int = 16
+    enforce_eager: bool = False
+    kv_cache_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """What vLLM does with one GPU's memory. Estimates are in bytes, but for the tokens.
+
+    Args:
+        release: whose constants were taken, for example ``0.19``.
+        device_bytes: what the card shows.
+        limit_bytes: that vLLM may use of it.
+        weights: one GPU's.
+        activation: peak of the profile run beside the weights.
+        process: outside torch's allocator.
+        graphs: reserved for CUDA graphs.
+        cache: left for the cache, as in "Available KV cache memory".
+        tokens: as in "GPU KV cache size"; over all GPUs that share the model.
+        block_size: tokens of a block.
+    """
+
+    release: str
+    device_bytes: int
+    limit_bytes: int
+    weights: Estimate
+    activation: Estimate
+    process: Estimate
+    graphs: Estimate
+    cache: Estimate
+    tokens: Estimate
+    block_size: int
+
+
+def engine_memory(
+    shape: ModelShape,
+    gpu: GpuProfile,
+    weight_format: WeightFormat,
+    flags: EngineFlags = EngineFlags(),
+    version: str = NEWEST,
+    gpus: int = 1,
+) -> EngineMemory:
+    """What ``vllm serve`` would print of its memory on one of the GPUs.
+
+    Args:
+        shape: the whole model.
+        gpu: one of the cards.
+        weight_format: as the engine holds the weights.
+        flags: that were given.
+        version: of vLLM.
+        gpus: that share each layer.
+
+    Raises:
+        KvtuneError: a release or a kind of layer whose blocks are not modelled.
+    """
+    release = find_release(version)
+    local = split_over(shape, gpus)
+    blocks = cache_blocks(local, flags.block_size, flags.kv_cache_bytes)
+    share = release.utilization
+    if flags.gpu_memory_utilization is not None:
+        share = flags.gpu_memory_utilization
+    limit = int(share * gpu.visible_bytes)
+    parts = (
+        weight_bytes(local, weight_format),
+        _activation(shape, local, gpu, weight_format, flags, release),
+        _process(release, gpus),
+        _estimate(_NONE if flags.enforce_eager else release.graphs_bytes),
+    )
+    cache = _left(limit, parts, flags)
+    return EngineMemory(
+        version, gpu.visible_bytes, limit, *parts, cache,
+        _tokens(shape, gpu, flags, release, blocks, cache), flags.block_size,
+    )  # fmt: skip
+
+
+def find_release(version: str) -> Release:
+    """The constants of a version such as ``0.19`` or ``v0.19.1``.
+
+    Raises:
+        KvtuneError: no version, or one before all that were measured.
+    """
+    match = re.match(r"v?(\d{1,3})\.(\d{1,3})(\.|$|[a-z+])", version.strip())
+    oldest = "{}.{}".format(*RELEASES[0].since)
+    if match is None:
+        raise KvtuneError(
+            f"{version[:20]!r} is no version of vLLM", hint=f"write for example {NEWEST}."
+        )
+    asked = int(match[1]), int(match[2])
+    known = [release for release in RELEASES if release.since <= asked]
+    if not known:
+        raise KvtuneError(f"vLLM before {oldest} counts its memory in other ways")
+    return known[-1]
+
+
+def default_batch(gpu: GpuProfile) -> tuple[int, int]:
+    """Tokens of a step and sequences at once that ``vllm serve`` takes for a card."""
+    large = gpu.visible_bytes >= 70 * GIB and "a100" not in gpu.name.lower()
+    return (8192, 1024) if large else (2048, 256)
+
+
+def _batch(gpu: GpuProfile, flags: EngineFlags) -> tuple[int, int]:
+    tokens, sequences = default_batch(gpu)
+    tokens = flags.max_num_batched_tokens or tokens
+    return tokens, min(tokens, flags.max_num_seqs or sequences)
+
+
+def _activation(
+    shape: ModelShape,
+    local: ModelShape,
+    gpu: GpuProfile,
+    weight_format: WeightFormat,
+    flags: EngineFlags,
+    release: Release,
+) -> Estimate:
+    """Peak of the profile run: the sampler's over all rows, or the feed-forward blocks'."""
+    tokens, rows = _batch(gpu, flags)
+    hidden = 2.0 * shape.hidden_size
+    fixed = release.token_bytes * tokens
+    experts = _expert_buffers(local, weight_format, tokens)
+    kept = experts if release.keeps_expert_buffers else 0.0
+    forward = tokens * _feed_forward_bytes(local) + experts
+
+    def peak(logit_bytes: float, factor: float) -> float:
+        sampler = logit_bytes * rows * shape.vocab_size + hidden * (tokens + rows) + kept
+        return fixed + max(sampler, factor * (forward + _TOKENS_HELD * hidden * tokens))
+
+    value, low, high = release.logit_bytes
+    return _estimate((peak(value, 1.0), peak(low, 0.85), peak(high, 1.15)))
+
+
+def _feed_forward_bytes(local: ModelShape) -> float:
+    """Bytes a token of the dense block's gate, up and product, in 16 bits; 0 without one."""
+    if local.experts is None:
+        return 2.0 * 3 * local.intermediate_size
+    return 2.0 * 3 * local.experts.shared_size
+
+
+def _expert_buffers(local: ModelShape, weight_format: WeightFormat, tokens: int) -> float:
+    """Two buffers a visited expert, each as wide as the wider of what is kept there in turn.
+
+    Experts in 4 bits are run by kernels that have none.
+    """
+    experts = local.experts
+    narrow = weight_format == "mxfp4" or (local.stored is not None and local.stored.bits < 6)
+    if experts is None or narrow:
+        return 0.0
+    width, hidden = experts.intermediate_size, local.hidden_size
+    return 2.0 * tokens * experts.active * (max(width, hidden) + max(2 * width, hidden))
+
+
+def _process(release: Release, gpus: int) -> Estimate:
+    more = release.peers_bytes if gpus > 1 else _NONE
+    value, low, high = (a + b for a, b in zip(release.process_bytes, more, strict=True))
+    return _estimate((value, low, high))
+
+
+def _estimate(ends: Range) -> Estimate:
+    return Estimate(*ends, "B", "fitted")
+
+
+def _left(limit: int, parts: tuple[Estimate, ...], flags: EngineFlags) -> Estimate:
+    if flags.kv_cache_memory_bytes is not None:
+        return exact(flags.kv_cache_memory_bytes, "B")
+    used = add(*parts)
+    value, low, high = (max(0.0, limit - end) for end in (used.value, used.high, used.low))
+    return Estimate(value, low, high, "B", "fitted")
+
+
+def _tokens(
+    shape: ModelShape,
+    gpu: GpuProfile,
+    flags: EngineFlags,
+    release: Release,
+    blocks: CacheBlocks,
+    cache: Estimate,
+) -> Estimate:
+    longest = flags.max_model_len or shape.max_context
+    step = _batch(gpu, flags)[0]
+
+    def printed(size: float) -> float:
+        if release.counts_requests:
+            return float(blocks.tokens_of_requests(size, longest, step))
+        return float(blocks.tokens_of_blocks(size))
+
+    value, low, high = (printed(end) for end in (cache.value, cache.low, cache.high))
+    return Estimate(value, low, high, "tokens", cache.tier)

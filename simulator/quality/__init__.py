@@ -1,0 +1,1 @@
+"""What a policy loses: replay, Gram tables, and the way from predicted to live loss."""

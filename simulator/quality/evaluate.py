@@ -1,0 +1,84 @@
+"""Replay of whole policies: exact for one configuration, on every sample asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from kvtune.common.progress import Progress, Silent
+from kvtune.policies.apply import apply_together, linked
+from kvtune.policies.policy import Policy
+from kvtune.policies.signals import Signals
+from kvtune.simulator.quality.build import DEFAULT_BLOCK
+from kvtune.simulator.quality.replay import LayerReplay
+from kvtune.simulator.quality.tables import Floats
+from kvtune.traces.trace import SampleRecord, Trace
+
+_TOGETHER = 8  # policies a batch: enough to keep a GPU busy, few enough for a laptop's memory
+
+
+def replay_policies(
+    trace: Trace,
+    samples: Sequence[SampleRecord],
+    policies: Sequence[Policy],
+    *,
+    every: int = 1,
+    block: int = DEFAULT_BLOCK,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Floats:
+    """Predicted KL of every policy on every sample, ``[policies, samples]`` nats/token.
+
+    Args:
+        trace: captured with probes.
+        samples: of the trace.
+        policies: for its model's shape.
+        every: 1 replays all layers; 3 every third, a rough figure that serves to screen many.
+        block: positions whose responses are summed before squaring.
+        device: where the arithmetic runs.
+        progress: told of every sample.
+
+    Raises:
+        KvtuneError: a policy has another shape than the traced model.
+    """
+    for policy in policies:
+        policy.check_fits(trace.geometry.layers, trace.geometry.kv_heads)
+    steps = (progress or Silent()).track(samples, "replaying policies", len(samples))
+    depth = trace.geometry.layers
+    layers = range(min(every // 2, depth - 1), depth, every)  # one at least, of a shallow model
+    return np.stack([_replay_sample(trace, s, policies, layers, block, device) for s in steps], 1)
+
+
+@torch.no_grad()
+def _replay_sample(
+    trace: Trace,
+    sample: SampleRecord,
+    policies: Sequence[Policy],
+    layers: range,
+    block: int,
+    device: str,
+) -> Floats:
+
+    def prompt(index: int) -> Signals:
+        return LayerReplay.of(trace.layer(sample.id, index, device), device).signals
+
+    budgets = [policy.settle(sample.prompt, prompt) for policy in policies]
+    total: torch.Tensor | float = 0.0
+    probes = 1
+    for index in layers:
+        layer = LayerReplay.of(trace.layer(sample.id, index, device), device)
+        probes = layer.probes.shape[0]
+        options = [option for policy in policies for option in policy.heads[index]]
+        signals = linked(layer.signals, options, trace.geometry.layers, prompt)
+        planned = [budget[index].tolist() for budget in budgets]
+        pieces = []
+        for at in range(0, len(policies), _TOGETHER):
+            some = slice(at, at + _TOGETHER)
+            part = apply_together(policies[some], index, planned[some], signals)
+            pieces.append(layer.response(part, block).sum(1))  # over heads: [B, S, C / block]
+        total = total + torch.cat(pieces)
+    squares = (torch.as_tensor(total) ** 2).sum((1, 2))
+    losses: Floats = (squares / (2 * sample.observed * probes)).cpu().numpy()
+    return losses
