@@ -78,7 +78,7 @@ class Running:
     def attach(self, memory: Tensor) -> None:
         """Say where the engine's cache memory is, all layers' in one tensor; safe to repeat."""
         if self.arena is None:
-            self.arena = Arena(memory.view(torch.uint8), self.planned.cell_bytes)
+            self.arena = Arena(memory.view(torch.uint8).view(-1), self.planned.cell_bytes)
             at = self.planned.head_dim, self.arena.memory, self.backend
             self.seats = Seats(self.policy, *at)
 
