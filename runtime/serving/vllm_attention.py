@@ -88,6 +88,7 @@ class Builder(AttentionMetadataBuilder):  # type: ignore[misc]
     """Says once a step who reads a prompt and who generates; one of all layers."""
 
     _cudagraph_support = AttentionCGSupport.NEVER  # other operations are captured piece by piece
+    reorder_batch_threshold = 1  # who generates comes first: no tokens are picked out one by one
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any
