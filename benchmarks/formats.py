@@ -52,6 +52,8 @@ PAIRS = {
     "int4": ("int4", "int4"),
     "rotated int4": ("rotated_int4-token", "rotated_int4"),
     "int4 keys, rotated int4 values": ("int4", "rotated_int4"),
+    "int3": ("int3", "int3"),
+    "rotated int3": ("rotated_int3-token", "rotated_int3"),
     "int2": ("int2", "int2"),
     "rotated int2": ("rotated_int2-token", "rotated_int2"),
     "rotated int4 keys, rotated int2 values": ("rotated_int4-token", "rotated_int2"),

@@ -10,8 +10,8 @@ from operator import or_
 
 from kvtune.policies.format import Format
 from kvtune.policies.formats.bf16 import Bf16
-from kvtune.policies.formats.grouped import Int2, Int4
-from kvtune.policies.formats.rotated import RotatedInt2, RotatedInt4
+from kvtune.policies.formats.grouped import Int2, Int3, Int4
+from kvtune.policies.formats.rotated import RotatedInt2, RotatedInt3, RotatedInt4
 from kvtune.policies.method import Method, methods
 from kvtune.policies.methods.a2sf import A2SF, PREFILL
 from kvtune.policies.methods.full import Full
@@ -95,11 +95,13 @@ FULL = Menu(
 
 ROTATED: tuple[Pair, ...] = (
     (RotatedInt4(exact_first=4), RotatedInt4(exact_first=4)),
+    (Int3(exact_first=4), Int3(exact_first=4)),
+    (RotatedInt3(exact_first=4), RotatedInt3(exact_first=4)),
     (RotatedInt4(exact_first=4), RotatedInt2(exact_first=4)),
     (Int4(exact_first=4), RotatedInt2(exact_first=4)),
     (RotatedInt2(exact_first=4), RotatedInt2(exact_first=4)),
 )
-"""Rotated keys and values, which the menu of all methods has besides; three bits have no pages."""
+"""Rotated keys and values, and three bits, which the menu of all methods has besides."""
 
 READERS: tuple[Method, ...] = (Quest(block=64), Landmark(block=64))
 """Beside the three, where a search limits what is read; their blocks are the runtime's pages."""

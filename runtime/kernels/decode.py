@@ -23,6 +23,7 @@ from kvtune.runtime.kernels.codes import (
     group_of,
     groups_of,
     is_turned,
+    load_units,
     masked,
     parts_of,
     plain_code,
@@ -225,8 +226,8 @@ def _add_values(acc, shifts, shrink, weights, pool_half, pool_bf16, pool_fp8, st
                 scaled = scaled + (weights[half].to(tl.float16) * scale[half][:, None],)
             moved = moved + (shift,)
         for chunk in tl.static_range(CHUNKS):
-            place = (chunk * W + channel)[:, None] * HALF + token[None, :]
-            codes = tl.load(pool_half + start // 2 + place)
+            codes = load_units(pool_half, start, token[None, :], (chunk * W + channel)[:, None],
+                               1, HALF, D, VALUES, NATIVE)  # fmt: skip
             for field in tl.static_range(FIELDS):
                 sums = acc[chunk * FIELDS + field] * shrink[None, :]
                 for half in tl.static_range(2):

@@ -26,7 +26,9 @@ PROGRAMS = {"floats": 4 * PROCESSORS, "integers": 4 * PROCESSORS, "mixed": 6 * P
 memory busy. Measured on an H100, ``benchmarks/results/kernels-h100.json``."""
 
 _SMALLEST_TILE = 2  # pages: while one is worked on, another is on its way
-_PAGE_COST = {16: 1.0, 9: 0.55, 8: 0.6, 7: 0.6, 4: 0.35, 3: 0.35, 2: 0.28, 1: 0.28}
+_PAGE_COST = {
+    16: 1.0, 9: 0.55, 8: 0.6, 7: 0.6, 6: 0.35, 5: 0.35, 4: 0.35, 3: 0.35, 2: 0.28, 1: 0.28,
+}  # fmt: skip
 """Time of a page by its format, bf16 as 1: bytes, and the arithmetic of unpacking them. Keys by
 token were not measured and count as those by channel, whose loop is about as long."""
 

@@ -71,6 +71,7 @@ CACHE_FACTOR = {
     # outputs are rotated however short it is, so that the low ends are those of 64 MB.
     "rotated_int8": Prior(0.78, 0.49, 0.87),
     "rotated_int4": Prior(0.60, 0.31, 0.67),
+    "rotated_int3": Prior(0.46, 0.24, 0.53),  # between those of four and two bits
     "rotated_int2": Prior(0.33, 0.18, 0.36),
 }
 # A format that nobody has reported on: between a tenth of the bf16 efficiency and all of it.
