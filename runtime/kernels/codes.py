@@ -198,30 +198,6 @@ def _mask_with_third(half, mask, above):
 
 
 @triton.jit
-def signs(row, column):
-    """Signs [R, C] fp16 of a Hadamard matrix, of 32 columns or rows at most.
-
-    Of more, each 32 are these times ``sign_of``: the matrix is a Kronecker product.
-    """
-    return negative_where_odd(row[:, None] & column[None, :] & 31)
-
-
-@triton.jit
-def sign_of(channel, START: tl.constexpr):
-    """What the signs of ``channel`` and of 32 others from START on are times those from 0 on."""
-    return negative_where_odd(channel & START)
-
-
-@triton.jit
-def negative_where_odd(shared):
-    """1, or -1 where of the lowest eight bits an odd number is set, fp16: as its bits lie."""
-    shared ^= shared >> 4
-    shared ^= shared >> 2
-    shared ^= shared >> 1
-    return (0x3C00 | ((shared & 1) << 15)).to(tl.uint16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
 def by_field(vector, W: tl.constexpr, FIELDS: tl.constexpr):
     """A key's channels [W] by field, out of one vector where they lie side by side."""
     if FIELDS == 1:

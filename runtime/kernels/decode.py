@@ -29,11 +29,10 @@ from kvtune.runtime.kernels.codes import (
     plain_code,
     product,
     scale_bytes,
-    sign_of,
-    signs,
     unit_of,
 )
 from kvtune.runtime.kernels.logits import load_queries, logits_of
+from kvtune.runtime.kernels.turning import store_turned
 
 TILE_FIELDS = tl.constexpr(16)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -161,7 +160,7 @@ def _attend_tile(
             output = output * unit_of(part % FIELDS, VALUES) + shift[None, :]
         outputs = outputs + (output * share[None, :],)
     if is_turned(VALUE_CODE):
-        _store_turned(scratch, outputs, D, G, M, VALUES)
+        store_turned(scratch, outputs, D, G, M, VALUES, PARTS)
     else:
         channel = tl.arange(0, W)
         for part in tl.static_range(PARTS):
@@ -169,25 +168,6 @@ def _attend_tile(
             tl.store(scratch + place, outputs[part], mask=head[None, :] < G)
     lse = tl.where(total > 0, (largest - LIFT + tl.log2(total)) / LOG2_E, -float("inf"))
     tl.store(scratch_lse + head, lse, mask=head < G)
-
-
-@triton.jit
-def _store_turned(scratch, outputs, D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
-                  VALUES: tl.constexpr):  # fmt: skip
-    """Outputs by part, rotated back; each as two numbers of fp16, that nothing be lost to it."""
-    PARTS: tl.constexpr = parts_of(VALUES, D)
-    head, some = tl.arange(0, M)[None, :], tl.arange(0, HALF)
-    channel = tl.arange(0, D // PARTS)
-    for start in tl.static_range(0, D, HALF):
-        sums = tl.zeros([HALF, M], tl.float32)
-        for part in tl.static_range(PARTS):
-            mine = channel + first_channel(part, VALUES, D)
-            output = outputs[part] * sign_of(mine, start).to(tl.float32)[:, None]
-            coarse = output.to(tl.float16)
-            rest = (output - coarse.to(tl.float32)).to(tl.float16)
-            matrix = signs(some, mine)
-            sums = tl.dot(matrix, rest, tl.dot(matrix, coarse, sums))
-        tl.store(scratch + head * D + (start + some)[:, None], sums * (D**-0.5), mask=head < G)
 
 
 @triton.jit

@@ -24,9 +24,8 @@ from kvtune.runtime.kernels.codes import (
     masked,
     parts_of,
     product,
-    sign_of,
-    signs,
 )
+from kvtune.runtime.kernels.turning import turned_queries
 
 
 @triton.jit
@@ -42,10 +41,12 @@ def load_queries(q, factor, D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     W: tl.constexpr = D // PARTS
     head, channel = tl.arange(0, M), tl.arange(0, W)
     queries, sums = (), ()
+    if TURNED:
+        turned = turned_queries(q, D, G, M, KEYS, PARTS)
     for part in tl.static_range(PARTS):
         first = first_channel(part, KEYS, D)
         if TURNED:
-            query = _turned(q, first + channel, D, G, M)
+            query = turned[part]
         else:
             place = head[None, :] * D + first + channel[:, None]
             query = tl.load(q + place, mask=head[None, :] < G, other=0)
@@ -63,19 +64,6 @@ def load_queries(q, factor, D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
                     total += sums[part]
             grouped = grouped + (total,)
     return queries, grouped
-
-
-@triton.jit
-def _turned(q, channel, D: tl.constexpr, G: tl.constexpr, M: tl.constexpr):
-    """These channels of the group's queries times a Hadamard matrix, float32."""
-    head, among = tl.arange(0, M)[None, :], tl.arange(0, HALF)
-    matrix = signs(channel, among)
-    sums = tl.zeros([channel.shape[0], M], tl.float32)
-    for start in tl.static_range(0, D, HALF):
-        query = tl.load(q + head * D + (start + among)[:, None], mask=head < G, other=0)
-        sign = sign_of(channel, start).to(tl.float32)
-        sums += tl.dot(matrix, query.to(tl.float16)) * sign[:, None]
-    return sums * (D**-0.5)
 
 
 @triton.constexpr_function

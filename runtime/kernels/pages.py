@@ -19,14 +19,13 @@ from kvtune.runtime.kernels.codes import (
     groups_of,
     is_by_token,
     is_turned,
-    negative_where_odd,
     parts_of,
     plain_code,
     plane_at,
     scale_bytes,
-    signs,
 )
 from kvtune.runtime.kernels.elementwise import rotated_halves
+from kvtune.runtime.kernels.turning import negative_where_odd, signs
 
 RECORD = tl.constexpr(5)
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to even as torch does
