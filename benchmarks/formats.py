@@ -70,9 +70,9 @@ TOGETHER = 4  # policies in one batch
 class Found:
     """What was measured, written after every case; knows when the time is up."""
 
-    def __init__(self, out: Path, seconds: float) -> None:
+    def __init__(self, out: Path, seconds: float, *sections: str) -> None:
         self.out, self.begun, self.seconds = out, time.monotonic(), seconds
-        self.figures: dict[str, Any] = {"kernels": {}, "live": {}, "failed": {}}
+        self.figures: dict[str, Any] = {name: {} for name in (*sections, "failed")}
 
     def write(self) -> None:
         self.figures["seconds"] = round(time.monotonic() - self.begun, 1)
@@ -249,7 +249,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small shapes, no times")
     parser.add_argument("--tune", action="store_true", help="shapes of the kernel alone")
     arguments = parser.parse_args()
-    found = Found(arguments.out, arguments.seconds)
+    found = Found(
+        arguments.out, arguments.seconds, *(() if arguments.tune else ("kernels", "live"))
+    )
     if arguments.tune:
         found.attempt("tuned", lambda: tuned(found, arguments.tiny))
         found.write()
