@@ -33,7 +33,7 @@ from kvtune.policies.formats.hqq import Hqq2
 from kvtune.policies.formats.kitty import Kitty
 from kvtune.policies.formats.kivi import Kivi
 from kvtune.policies.formats.rotated import RotatedInt2, RotatedInt4
-from kvtune.policies.formats.turboquant import TurboQuant2
+from kvtune.policies.formats.turboquant import TurboQuant1, TurboQuant2, TurboQuant3
 from kvtune.policies.methods.full import Full
 from kvtune.policies.option import ALL, Option
 from kvtune.policies.policy import Policy
@@ -186,6 +186,10 @@ def stored() -> dict[str, tuple[Format, Format]]:
     sinks = {"exact_first": 4}
     pairs["rotated_int4+4 / rotated_int2+4"] = (RotatedInt4(**sinks), RotatedInt2(**sinks))
     pairs["int4+4 / rotated_int2+4"] = (Int4(**sinks), RotatedInt2(**sinks))
+    at_228 = {"turboquant3+4 / turboquant1+4": (TurboQuant3(**sinks), TurboQuant1(**sinks))}
+    at_228["turboquant3 / turboquant1"] = (TurboQuant3(), TurboQuant1())
+    at_228["kitty, groups of 128"] = (Kitty(group=128, boosted=0.0625), Kitty(group=128))
+    pairs |= at_228
     pairs["int2+4 / rotated_int2+4"] = (Int2(**sinks), RotatedInt2(**sinks))
     return pairs
 
