@@ -8,9 +8,9 @@ floats    keys token by token [64, D]; values too in bf16, and channel by channe
 integers  in units of two bytes, the tokens t and t + 32 of a page; a byte holds the channels d,
           d + D/f, d + 2D/f ... (f = 8 / bits fields). Keys [32, D/f] units, values [D/f, 32].
           A mask leaves two lanes of 16 bits with one field each: no element changes its lane.
-          Of three bits the lower two lie so; behind them the third bits, keys [16, D/4] units,
-          values [D/4, 16]: a unit is of the tokens t, t + 16, t + 32, t + 48, its even bits of t
-          and t + 32, and lies two bits below the place where it completes a field
+          Of three bits the lower two lie so; behind them the third ones in bytes, keys [32, D/4],
+          values [D/4, 32]: bit 2 f of a byte is that of token t and field f, bit 2 f + 1 that of
+          token t + 32
 scales    fp16, then offsets likewise: of keys by channel [D/f, f], one a channel; of values and of
           keys by token [g, 32, 2], one a token and group of 64 channels; each in the order in
           which its codes are met

@@ -118,31 +118,19 @@ def unit_of(field, code):
 
 @triton.jit
 def load_units(pool_half, start, token, channel, TOKEN: tl.constexpr, CHANNEL: tl.constexpr,
-               D: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
-    """Units of half a page's tokens by some channels, in one or two tensors of one shape.
-
-    Those of three bits come with the units of their third bits, which tokens t and t + 16 share:
-    each is shifted so that the token's own are the even ones.
+               D: tl.constexpr, CODE: tl.constexpr):  # fmt: skip
+    """Units of half a page's tokens by some channels; of three bits their third bits beside them.
 
     Args:
         pool_half, start: the pool's memory, and the first byte of the codes.
         token, channel: [32, 1] and [1, W], or the other way round.
         TOKEN, CHANNEL: units from one to the next.
     """
-    units = (tl.load(pool_half + start // 2 + token * TOKEN + channel * CHANNEL),)
+    place = token * TOKEN + channel * CHANNEL
+    units = (tl.load(pool_half + start // 2 + place),)
     if bits_of(CODE) == 3:
-        NEXT: tl.constexpr = max(CHANNEL // 2, 1)
-        plane = pool_half + (start + plane_at(D)) // 2
-        third = tl.load(plane + token % 16 * TOKEN + channel * NEXT).to(tl.int16, bitcast=True)
-        odd = (token // 16).to(tl.int16) + tl.zeros_like(third)
-        if NATIVE:
-            third = tl.inline_asm_elementwise(
-                "{ .reg .b32 by; and.b32 by, $2, 1; shr.b32 $0, $1, by; }", "=r,r,r", [third, odd],
-                dtype=tl.int16, is_pure=True, pack=2,
-            )  # fmt: skip
-        else:
-            third = third >> odd
-        units = units + (third,)
+        plane = pool_half.to(tl.pointer_type(tl.uint8), bitcast=True) + start + plane_at(D)
+        units = units + (tl.load(plane + place).to(tl.uint16),)
     return units
 
 
@@ -153,7 +141,7 @@ def masked(units, HALF_PAGE: tl.constexpr, FIELD: tl.constexpr, CODE: tl.constex
 
     Read as a number below the normal ones, a field in the lowest ten bits counts in steps of
     2^-24; tensor cores multiply such numbers exactly, so that a mask is all the unpacking. Third
-    bits are moved two up, and so lie above their field.
+    bits are moved up, and so lie above their field.
     """
     SHIFT: tl.constexpr = 8 * HALF_PAGE
     MASK: tl.constexpr = ((1 << field_bits(CODE)) - 1) << (FIELD * field_bits(CODE))
@@ -166,8 +154,8 @@ def masked(units, HALF_PAGE: tl.constexpr, FIELD: tl.constexpr, CODE: tl.constex
             )  # fmt: skip
         else:
             bits = (units[0].to(tl.uint16, bitcast=True) >> SHIFT) & MASK
-            third = (units[1].to(tl.uint16, bitcast=True) >> SHIFT).to(tl.uint16) << 2
-            field = (bits | (third & ABOVE)).to(tl.uint16).to(tl.float16, bitcast=True)
+            third = (units[1] << (2 - HALF_PAGE)) & ABOVE
+            field = (bits | third).to(tl.uint16).to(tl.float16, bitcast=True)
     elif NATIVE:
         field = tl.inline_asm_elementwise(
             _mask(HALF_PAGE, MASK), "=r,r", [units[0]], dtype=tl.float16, is_pure=True, pack=2
@@ -190,7 +178,7 @@ def _mask(half, mask):
 def _mask_with_third(half, mask, above):
     """PTX that masks one field of two units and puts its third bit above it."""
     field = "mov.b32 low, $1;" if half == 0 else "shr.b32 low, $1, 8;"
-    third = "shl.b32 high, $2, 2;" if half == 0 else "shr.b32 high, $2, 6;"
+    third = f"shl.b32 high, $2, {2 - half};"
     return (
         f"{{ .reg .b32 low, high; {field} {third} and.b32 low, low, {mask * 0x10001}; "
         f"and.b32 high, high, {above * 0x10001}; or.b32 $0, low, high; }}"

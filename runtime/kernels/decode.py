@@ -207,7 +207,7 @@ def _add_values(acc, shifts, shrink, weights, pool_half, pool_bf16, pool_fp8, st
             moved = moved + (shift,)
         for chunk in tl.static_range(CHUNKS):
             codes = load_units(pool_half, start, token[None, :], (chunk * W + channel)[:, None],
-                               1, HALF, D, VALUES, NATIVE)  # fmt: skip
+                               1, HALF, D, VALUES)  # fmt: skip
             for field in tl.static_range(FIELDS):
                 sums = acc[chunk * FIELDS + field] * shrink[None, :]
                 for half in tl.static_range(2):

@@ -119,7 +119,7 @@ def _channel_logits(queries, pool_half, start, factor, D: tl.constexpr, M: tl.co
     FIELDS: tl.constexpr = fields_of(KEYS)
     W: tl.constexpr = D // FIELDS
     channel, token = tl.arange(0, W), tl.arange(0, HALF)
-    codes = load_units(pool_half, start, token[:, None], channel[None, :], W, 1, D, KEYS, NATIVE)
+    codes = load_units(pool_half, start, token[:, None], channel[None, :], W, 1, D, KEYS)
     every = pool_half + (start + code_bytes(KEYS, D)) // 2 + tl.arange(0, D)
     scales = by_field(tl.load(every), W, FIELDS)
     offsets = by_field(tl.load(every + D), W, FIELDS)
@@ -151,7 +151,7 @@ def _token_logits(queries, sums, pool_half, start, factor, D: tl.constexpr, M: t
     codes, scales, offsets = (), (), ()
     for chunk in tl.static_range(PARTS // FIELDS):
         mine = chunk * W + channel[None, :]
-        units = load_units(pool_half, start, token[:, None], mine, D // FIELDS, 1, D, KEYS, NATIVE)
+        units = load_units(pool_half, start, token[:, None], mine, D // FIELDS, 1, D, KEYS)
         codes = codes + (units,)
     every = pool_half + (start + code_bytes(KEYS, D)) // 2 + tl.arange(0, PAGE)
     for group in tl.static_range(GROUPS):

@@ -93,7 +93,7 @@ def _store_keys(keys, source, count, start, fp8_scale,
             codes = _codes(rows, scale[None, :], offset[None, :], bits_of(KEYS))
             packed |= _laid(codes, field, KEYS)
         place = start + 2 * (token % HALF) * W + token // HALF
-        _store_bytes(pool_bytes, packed, place, channel, 2, start + plane_at(D), W, 1, W, KEYS)
+        _store_bytes(pool_bytes, packed, place, channel, 2, start + plane_at(D), W, W, KEYS)
 
 
 @triton.jit
@@ -147,7 +147,7 @@ def _store_by_token(tensor, source, count, place, start, pool_bytes, pool_half,
             rows = _gather(tensor, source, count, first, W, D, TURNED)
             packed |= _laid(_codes(rows, scale[:, None], offset[:, None], BITS), field, CODE)
         _store_bytes(pool_bytes, packed, place, chunk * W + channel, STRIDE, start + plane_at(D),
-                     TOKEN, max(STRIDE // 4, 1), W, CODE)  # fmt: skip
+                     TOKEN, W, CODE)  # fmt: skip
 
 
 @triton.jit
@@ -162,24 +162,22 @@ def _laid(codes, field, CODE: tl.constexpr):
 
 @triton.jit
 def _store_bytes(pool_bytes, packed, place, channel, STRIDE: tl.constexpr, plane,
-                 TOKEN: tl.constexpr, CHANNEL: tl.constexpr, W: tl.constexpr,
-                 CODE: tl.constexpr):  # fmt: skip
+                 TOKEN: tl.constexpr, W: tl.constexpr, CODE: tl.constexpr):  # fmt: skip
     """A page's bytes of some channels, [64, W]; of three bits, the plane of third bits too.
 
     Args:
         place: [64], each token's first byte; a channel's follow every STRIDE bytes.
         channel: [W].
-        plane: the first byte of third bits, whose units follow every TOKEN and CHANNEL.
+        plane: the first byte of third bits, which the tokens t and t + 32 share; those of the
+            next token follow after TOKEN bytes.
     """
     byte = place[:, None] + channel[None, :] * STRIDE
     tl.store(pool_bytes + byte, packed.to(tl.uint8))
     if bits_of(CODE) == 3:
-        odd = (tl.arange(0, PAGE) // 16) % 2
-        third = tl.reshape((packed >> 8) << odd[:, None], [2, 2, 16, W])
-        both = tl.reshape(tl.sum(third, 1), [HALF, W])  # tokens t and t + 16 share a byte
-        mine = tl.arange(0, HALF)
-        unit = (mine % 16)[:, None] * TOKEN + channel[None, :] * CHANNEL
-        tl.store(pool_bytes + plane + 2 * unit + (mine // 16)[:, None], both.to(tl.uint8))
+        third = (packed >> 8) << (tl.arange(0, PAGE) // HALF)[:, None]
+        both = tl.sum(tl.reshape(third, [2, HALF, W]), 0)
+        byte = tl.arange(0, HALF)[:, None] * TOKEN + channel[None, :] * (STRIDE // 2)
+        tl.store(pool_bytes + plane + byte, both.to(tl.uint8))
 
 
 @triton.jit

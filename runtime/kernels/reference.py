@@ -146,27 +146,24 @@ def _read(laid: Tensor, width: int, dim: int) -> Tensor:
 
 
 def _third_units(bits_of: Tensor, dim: int) -> Tensor:
-    """Single bits ``[64, D]``: byte h of unit (t, d) has bit 2 f + s of token t + 16 s + 32 h."""
-    parts = bits_of.view(2, 2, PAGE // 4, 4, -1)  # [h, s, t, f, d]
-    laid = (parts << _places(parts)).sum((1, 3), dtype=torch.uint8)  # [h, t, d]
-    return laid.permute((1, 2, 0) if dim == 0 else (2, 1, 0)).flatten()
-
-
-def _places(like: Tensor) -> Tensor:
-    """Bits ``2 f + s`` of a byte, ``[s, 1, f, 1]``."""
-    field, odd = (torch.arange(n, dtype=like.dtype, device=like.device) for n in (4, 2))
-    return 2 * field[:, None] + odd[:, None, None, None]
+    """Single bits ``[64, D]``: bit 2 f + h of byte (t, d) is that of token t + 32 h."""
+    parts = bits_of.view(2, PAGE // 2, 4, -1)  # [h, t, f, d]
+    laid = (parts << _places(parts)).sum((0, 2), dtype=torch.uint8)
+    return (laid if dim == 0 else laid.T).flatten()
 
 
 def _third_rows(laid: Tensor, dim: int) -> Tensor:
     """What ``_third_units`` laid, ``[64, D]``."""
-    quarter = PAGE // 4
-    if dim == 0:
-        bytes_of = laid.view(quarter, -1, 2).permute(2, 0, 1)  # [h, t, d]
-    else:
-        bytes_of = laid.view(-1, quarter, 2).permute(2, 1, 0)
-    found = (bytes_of[:, None, :, None] >> _places(bytes_of)) & 1
+    half = PAGE // 2
+    bytes_of = laid.view(half, -1) if dim == 0 else laid.view(-1, half).T
+    found = (bytes_of[None, :, None] >> _places(bytes_of)) & 1
     return found.reshape(PAGE, -1)
+
+
+def _places(like: Tensor) -> Tensor:
+    """Bits ``2 f + h`` of a byte, ``[h, 1, f, 1]``."""
+    field, half = (torch.arange(n, dtype=like.dtype, device=like.device) for n in (4, 2))
+    return 2 * field[:, None] + half[:, None, None, None]
 
 
 def _units(packed: Tensor, dim: int) -> Tensor:

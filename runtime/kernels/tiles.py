@@ -25,6 +25,13 @@ PROGRAMS = {"floats": 4 * PROCESSORS, "integers": 4 * PROCESSORS, "mixed": 6 * P
 """Tiles wanted of a layer: about as many programs as run at once, or fewer where they keep the
 memory busy. Measured on an H100, ``benchmarks/results/kernels-h100.json``."""
 
+FEW_BITS_PROGRAMS = 8 * PROCESSORS
+"""Of layers all of whose pages have three bits or fewer: they wait for arithmetic, not for memory,
+and twice as many programs hide more of it (4 to 17 % of the time on an H200,
+``benchmarks/results/formats-tune-h200.json``)."""
+
+_FEW_BITS = (1, 2, 5, 6)
+
 _SMALLEST_TILE = 2  # pages: while one is worked on, another is on its way
 _PAGE_COST = {
     16: 1.0, 9: 0.55, 8: 0.6, 7: 0.6, 6: 0.35, 5: 0.35, 4: 0.35, 3: 0.35, 2: 0.28, 1: 0.28,
@@ -73,6 +80,13 @@ def kind_of(pairs: Iterable[int]) -> str:
     return kinds.pop() if len(kinds) == 1 else "mixed"
 
 
+def _programs(pairs: Ints) -> int:
+    """Tiles wanted of a layer unless it is said."""
+    every = np.unique(pairs)
+    few = np.isin(np.stack(_formats_of(every)), _FEW_BITS).all()
+    return FEW_BITS_PROGRAMS if few and len(every) else PROGRAMS[kind_of(every.tolist())]
+
+
 def page_costs(pair: Ints) -> NDArray[np.float64]:
     """Time of one page of each pair, in pages of bf16."""
     lookup = np.zeros(32)
@@ -96,7 +110,7 @@ def plan_tiles(segments: Segments, table: Ints, programs: int | None = None) -> 
         programs: tiles wanted; there will be about as many, and one a segment at least.
     """
     if programs is None:
-        programs = PROGRAMS[kind_of(segments.pair)]
+        programs = _programs(segments.pair)
     cost = page_costs(segments.pair)
     target = max(float((cost * segments.pages).sum()) / programs, 1e-9)
     most = np.maximum(segments.pages // _SMALLEST_TILE, 1)
