@@ -6,10 +6,11 @@
 that is cut into a prefix and ``DOCUMENTS`` documents, each cached apart; the questions are then
 asked. Held against the prefill of the whole prompt: the divergence at the questions' tokens, and
 the share of answer digits that are right. ``apart`` only turns keys to their places (nothing is run
-anew); ``edited`` replaces tokens in the middle of the prompt and is held against a prefill of what
-it says then (PIE), beside the same without turning keys (``spliced``). ``times`` prefills a model
-of random weights (16 layers, 2048 channels) of ``TIMED`` tokens. Caches are in device memory:
-loading them is not timed. ``--device cpu --tiny`` shows that it runs to its end.
+anew); ``shortened`` leaves the tokens out that the model itself foresees best, a surrogate for
+LLMLingua-2; ``edited`` replaces tokens in the middle of the prompt and is held against a prefill
+of what it says then (PIE), beside the same without turning keys (``spliced``). ``times`` prefills
+a model of random weights (16 layers, 2048 channels) of ``TIMED`` tokens. Caches are in device
+memory: loading them is not timed. ``--device cpu --tiny`` shows that it runs to its end.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from kvtune.runtime.reuse.blending import Rule, blended
 from kvtune.runtime.reuse.editing import Edit, edited
 from kvtune.runtime.reuse.parallel import ParallelContexts
 from kvtune.runtime.reuse.passes import PromptCache, encoded, joined, moved, part_of
+from kvtune.runtime.reuse.shortening import shortened
 from kvtune.traces.models import LoadedModel, load_model, wrap
 from kvtune.traces.passes import full_cache_handler, prompt_cache, run_observed
 from kvtune.traces.samples import Sample
@@ -38,6 +40,7 @@ from kvtune.tuner.quality import estimate
 DOCUMENTS, PREFIX, EDITED = 6, 64, 16
 SHARES = (0.05, 0.15, 0.3)
 RULES: tuple[Rule, ...] = ("cacheblend", "kvshare")
+KEPT = (0.5, 0.33)
 APE = ((1.0, 1.0), (0.9, 0.9), (0.8, 0.9))
 TIMED = 8192
 REPEATS = 5
@@ -79,10 +82,19 @@ def ways(loaded: LoadedModel, sample: Sample) -> dict[str, Logits]:
         placed = [moved(loaded, x, at) for x, at in zip(chunks, starts, strict=True)]
         return asked(loaded, sample, joined(placed))
 
+    def short(share: float) -> Tensor:
+        fewer = shortened(loaded, prompt, share)
+        with torch.no_grad():
+            kept = prompt_cache(loaded, fewer)
+            question = sample.token_ids[sample.prompt :]
+            return run_observed(loaded, question, len(fewer), full_cache_handler(kept))[0]
+
     found: dict[str, Logits] = {"apart": apart}
     for rule in RULES:
         for share in SHARES:
             found[f"{rule} {share:.0%}"] = lambda r=rule, s=share: by(r, s)
+    for share in KEPT:
+        found[f"shortened to {share:.0%}"] = lambda s=share: short(s)
     for temperature, scale in APE:
         found[f"ape {temperature} {scale}"] = lambda t=temperature, s=scale: ape(t, s)
     return found
@@ -210,6 +222,11 @@ def times(found: Found, device: str, tiny: bool) -> None:
         "question behind APE's contexts": lambda: contexts.logits(loaded, question),
         "edited (PIE)": lambda: edited(loaded, whole, [edit]),
     }
+    for share in KEPT:
+        cases[f"prefill of {share:.0%} of the tokens"] = lambda n=int(share * length): prompt_cache(
+            loaded, ids[:n]
+        )
+    cases["ranking tokens to leave out"] = lambda: shortened(loaded, ids, 0.5)
     for rule in RULES:
         for share in SHARES:
             cases[f"{rule} {share:.0%}"] = lambda r=rule, s=share: blended(

@@ -43,7 +43,7 @@ from kvtune.tuner.quality import estimate
 
 KINDS = ("prose", "code", "retrieval")
 EIGHT_BITS = 8.5
-STEPS = ((0.2, 0.4), (0.3, 0.6), (0.45, 0.8), (0.6, 1.0), (0.9, 1.3))
+STEPS = ((0.15, 0.3), (0.2, 0.5), (0.3, 0.5), (0.3, 0.8), (0.45, 0.8), (0.6, 1.0))
 TRIED = (
     *LEVELS,
     Level("finer", (64, 64, 64), (64, 64)),

@@ -26,8 +26,8 @@ PROGRAMS = {"floats": 4 * PROCESSORS, "integers": 4 * PROCESSORS, "mixed": 6 * P
 memory busy. Measured on an H100, ``benchmarks/results/kernels-h100.json``."""
 
 FEW_BITS_PROGRAMS = 8 * PROCESSORS
-"""Of layers all of whose pages have three bits or fewer: they wait for arithmetic, not for memory,
-and twice as many programs hide more of it (4 to 17 % of the time on an H200,
+"""Of layers nearly all of whose pages have three bits or fewer: they wait for arithmetic, not for
+memory, and twice as many programs hide more of it (4 to 17 % of the time on an H200,
 ``benchmarks/results/formats-tune-h200.json``)."""
 
 _FEW_BITS = (1, 2, 5, 6)
@@ -80,11 +80,12 @@ def kind_of(pairs: Iterable[int]) -> str:
     return kinds.pop() if len(kinds) == 1 else "mixed"
 
 
-def _programs(pairs: Ints) -> int:
+def _programs(segments: Segments) -> int:
     """Tiles wanted of a layer unless it is said."""
-    every = np.unique(pairs)
-    few = np.isin(np.stack(_formats_of(every)), _FEW_BITS).all()
-    return FEW_BITS_PROGRAMS if few and len(every) else PROGRAMS[kind_of(every.tolist())]
+    few = np.isin(np.stack(_formats_of(segments.pair)), _FEW_BITS).all(0)
+    if segments.pages[few].sum() > 0.9 * segments.pages.sum():
+        return FEW_BITS_PROGRAMS
+    return PROGRAMS[kind_of(segments.pair)]
 
 
 def page_costs(pair: Ints) -> NDArray[np.float64]:
@@ -110,7 +111,7 @@ def plan_tiles(segments: Segments, table: Ints, programs: int | None = None) -> 
         programs: tiles wanted; there will be about as many, and one a segment at least.
     """
     if programs is None:
-        programs = _programs(segments.pair)
+        programs = _programs(segments)
     cost = page_costs(segments.pair)
     target = max(float((cost * segments.pages).sum()) / programs, 1e-9)
     most = np.maximum(segments.pages // _SMALLEST_TILE, 1)
