@@ -17,6 +17,7 @@ from kvtune.policies.methods.a2sf import A2SF, PREFILL
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.landmark import Landmark
+from kvtune.policies.methods.mustdrop import MustDrop
 from kvtune.policies.methods.protected import Protected
 from kvtune.policies.methods.quest import Quest
 from kvtune.policies.methods.random_tokens import RandomTokens
@@ -111,8 +112,8 @@ def every_method(*, calibrated: bool = True, reads_less: bool = False) -> tuple[
     """All registered methods that choose when the prompt is complete and that a server could run.
 
     As published; A2SF as its authors set it for prompts. Left out are ``full``, which under a
-    budget is StreamingLLM without sinks, ``protected``, a rule that only its user can set, and
-    ``random``, a floor to hold others against.
+    budget is StreamingLLM without sinks, ``protected`` and ``mustdrop``, whose spans
+    only their user can set, and ``random``, a floor to hold others against.
 
     Args:
         calibrated: whether the model has a calibration; without one, what needs it is left out.
@@ -130,5 +131,5 @@ def every_method(*, calibrated: bool = True, reads_less: bool = False) -> tuple[
     )
 
 
-_NOT_OFFERED = (Full, Protected, RandomTokens, RetrievalAttention)
+_NOT_OFFERED = (Full, MustDrop, Protected, RandomTokens, RetrievalAttention)
 """The last because its graphs take minutes a sample to build."""
