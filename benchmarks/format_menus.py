@@ -88,11 +88,11 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="one short sample of each kind")
     arguments = parser.parse_args()
     tokens, observed, per_kind, needles = 2048, 256, (3, 1, 4), 8
-    counts, shares = COUNTS, SHARES
+    counts, shares, methods = COUNTS, SHARES, METHODS
     if arguments.tiny:
         tokens, observed, per_kind, needles = 192, 32, (1, 1, 1), 1
-        counts, shares = (256,), SHARES[2:3]
-    menu = Menu(METHODS, tuple(n / 1792 for n in counts), (*FULL.formats, *ROTATED))
+        counts, shares, methods = (256,), SHARES[2:3], METHODS[2:]
+    menu = Menu(methods, tuple(n / 1792 for n in counts), (*FULL.formats, *ROTATED))
     place = workers.Place(arguments.model, arguments.device, arguments.scratch)
     with workers.Crew(place, arguments.workers) as crew:
         loaded = load_model(arguments.model, device=arguments.device, dtype="float32")
