@@ -95,7 +95,7 @@ def encode_directions(tensor: Floats, step: float) -> dict[str, NDArray[Any]]:
         if not len(rows):
             continue
         head = quantised(rows, step)
-        made = {
+        made: dict[str, NDArray[Any]] = {
             "first": head.first, "step": head.step, "mean": head.mean, "basis": head.basis,
             "columns": head.columns, "count": np.array([head.count], np.int16),
         }  # fmt: skip
