@@ -135,17 +135,16 @@ def _attend_tile(
         second = tl.load(table + at + 1, mask=second < 0, other=second)
     for step in tl.range(0, tl.cdiv(tokens, HALF * HALVES), num_stages=STAGES):
         start = cell.to(tl.int64) * (4 * D)
-        other, begin = start, 0
+        gap, begin = 0, 0
         if PAIRED:  # a second page that is not there is read as the first one, whose rest is finite
             real = tokens > step * HALF + TOKENS
-            # Token t of a step is the second page's token t - TOKENS.
-            other = tl.where(real, second, cell).to(tl.int64) * (4 * D) - TOKENS * (2 * D)
+            gap = tl.where(real, second - cell, 0).to(tl.int64) * (2 * D) - TOKENS * D
             following = table + at + 2 * step + 2
             cell, second = tl.load(following), tl.load(following + 1)  # before they are needed
         else:
             cell = tl.load(table + at + (step + 1) // STEPS)  # likewise
             begin = (step % STEPS) * HALF
-        halves = logits_of(queries, query_sums, pool_half, pool_bf16, pool_fp8, start, other, begin,
+        halves = logits_of(queries, query_sums, pool_half, pool_bf16, pool_fp8, start, gap, begin,
                            factor, D, M, KEYS, HALVES, PAIRED, NATIVE)  # fmt: skip
         logits = ()
         for half in tl.static_range(HALVES):
@@ -166,7 +165,7 @@ def _attend_tile(
             totals += weight
             weights = weights + (weight,)
         acc, shifts = _add_values(acc, shifts, shrink, weights, pool_half, pool_bf16, pool_fp8,
-                                  start + VALUES_AT, other + VALUES_AT, begin,
+                                  start + VALUES_AT, gap, begin,
                                   D, VALUES, HALVES, PAIRED, NATIVE)  # fmt: skip
     total = tl.sum(totals, 0)
     share = value_scale / tl.maximum(total, 1e-30)
@@ -209,7 +208,7 @@ def _store_turned(scratch, outputs, D: tl.constexpr, G: tl.constexpr, M: tl.cons
 
 
 @triton.jit
-def _add_values(acc, shifts, shrink, weights, pool_half, pool_bf16, pool_fp8, start, other, begin,
+def _add_values(acc, shifts, shrink, weights, pool_half, pool_bf16, pool_fp8, start, gap, begin,
                 D: tl.constexpr, VALUES: tl.constexpr, HALVES: tl.constexpr, PAIRED: tl.constexpr,
                 NATIVE: tl.constexpr):  # fmt: skip
     """The accumulators, one a part, and what offsets add to a group's, after another step."""
@@ -227,7 +226,7 @@ def _add_values(acc, shifts, shrink, weights, pool_half, pool_bf16, pool_fp8, st
                 place = (first + token)[None, :] * D + channel[:, None]
                 page = start // 2
                 if PAIRED:
-                    page = tl.where(token[None, :] < BF16_PAGE, start // 2, other // 2)
+                    page += (token // BF16_PAGE)[None, :] * gap
                 values = tl.load(pool_bf16 + page + place)
                 sums += product(values, weights[half].to(tl.bfloat16), NATIVE)
             else:

@@ -85,7 +85,7 @@ def _field_share(part, code):
 
 
 @triton.jit
-def logits_of(queries, sums, pool_half, pool_bf16, pool_fp8, start, other, begin, factor,
+def logits_of(queries, sums, pool_half, pool_bf16, pool_fp8, start, gap, begin, factor,
               D: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr, HALVES: tl.constexpr,
               PAIRED: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """Logits of a step by half pages, each [32, M].
@@ -94,12 +94,13 @@ def logits_of(queries, sums, pool_half, pool_bf16, pool_fp8, start, other, begin
         queries, sums: of ``load_queries``.
         pool_*: the pool's memory.
         start: the page's first byte.
-        other: where PAIRED, likewise for tokens that lie in a second page.
+        gap: where PAIRED, elements that a token of the second page lies beyond its place in one
+            long page. (Sums are seen to be aligned, and copied in the background; choices are not.)
         begin: the first token that is looked at.
         factor: logits are multiplied by it.
     """
     if KEYS >= FP8:
-        logits = _float_logits(queries, pool_bf16, pool_fp8, start, other, begin, factor,
+        logits = _float_logits(queries, pool_bf16, pool_fp8, start, gap, begin, factor,
                                D, KEYS, HALVES, PAIRED, NATIVE)  # fmt: skip
     elif is_by_token(KEYS):
         logits = _token_logits(queries, sums, pool_half, start, factor, D, M, KEYS, NATIVE)
@@ -109,7 +110,7 @@ def logits_of(queries, sums, pool_half, pool_bf16, pool_fp8, start, other, begin
 
 
 @triton.jit
-def _float_logits(queries, pool_bf16, pool_fp8, start, other, begin, factor, D: tl.constexpr,
+def _float_logits(queries, pool_bf16, pool_fp8, start, gap, begin, factor, D: tl.constexpr,
                   KEYS: tl.constexpr, HALVES: tl.constexpr, PAIRED: tl.constexpr,
                   NATIVE: tl.constexpr):  # fmt: skip
     channel, token = tl.arange(0, D), tl.arange(0, HALF)
@@ -120,7 +121,7 @@ def _float_logits(queries, pool_bf16, pool_fp8, start, other, begin, factor, D: 
         if KEYS == BF16:
             page = start // 2
             if PAIRED:
-                page = tl.where(token[:, None] < BF16_PAGE, start // 2, other // 2)
+                page += (token // BF16_PAGE)[:, None] * gap
             keys = tl.load(pool_bf16 + page + first + place)
             logits = logits + (product(keys, queries[0], NATIVE) * factor,)
         else:

@@ -51,7 +51,7 @@ def write_page(keys: Tensor, values: Tensor, layout: PageLayout, scales: Tensor)
 
 
 def read_page(page: Tensor, layout: PageLayout, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[tokens, D]`` float32 of ``write_page``, rotated back; beyond n anything."""
+    """Both of ``write_page``, ``[tokens, D]`` float32, rotated back; beyond n anything."""
     keys = _decode(page[: layout.key_scales], page[layout.key_scales :], layout.keys, scales[0], 0,
                    layout.head_dim)  # fmt: skip
     codes = page[layout.value_codes : layout.value_scales]

@@ -30,8 +30,8 @@ memory busy. Measured on an H100, ``benchmarks/results/kernels-h100.json``."""
 
 _SMALLEST_TILE = 2  # blocks of 64 tokens: while one is worked on, another is on its way
 _PAGE_COST = {16: 1.0, 9: 0.55, 8: 0.6, 7: 0.6, 4: 0.35, 3: 0.35, 2: 0.28, 1: 0.28}
-"""Time of 64 tokens by their format, bf16 as 1: bytes, and the arithmetic of unpacking them. Keys by
-token were not measured and count as those by channel, whose loop is about as long."""
+"""Time of 64 tokens by format, bf16 as 1: bytes, and the work of unpacking them. Keys by token
+were not measured and count as those by channel, whose loop is about as long."""
 
 
 @dataclass(frozen=True)
