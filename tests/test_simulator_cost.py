@@ -149,7 +149,8 @@ def test_a_policy_that_waits_holds_one_prompt_uncompressed(
     ours, theirs = (policy_cost(p, shape, gpu, budget, 0) for p in (policy, plain))
     waiting = shape.kv_bytes(8192) * 31 // 32 if policy.waits else 0
     assert policy.waits == (not isinstance(allocator, Pyramid))
-    extra = shape.layers * shape.kv_heads * 64 * 4 * shape.head_dim * (allocator.name != "as_given")
+    a_page = 16 * 4 * shape.head_dim
+    extra = shape.layers * shape.kv_heads * a_page * (allocator.name != "as_given")
     assert ours.sequence_bytes == pytest.approx(theirs.sequence_bytes + extra, rel=0.02)
     assert ours.memory.value - ours.sequence_bytes == pytest.approx(
         theirs.memory.value - theirs.sequence_bytes + waiting
