@@ -215,9 +215,7 @@ def _together(loaded: LoadedModel, sample: Sample, probes: int) -> int:
     return max(1, min(probes, _PROBE_BYTES // a_probe))
 
 
-def _gradients(
-    logits: Tensor, outputs: list[Tensor], drawn: Drawn, together: int
-) -> list[Tensor]:
+def _gradients(logits: Tensor, outputs: list[Tensor], drawn: Drawn, together: int) -> list[Tensor]:
     """Gradients of the drawn directions at every layer's attention output, [S, C, Hq, D] each."""
     import torch
 

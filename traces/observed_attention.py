@@ -62,7 +62,9 @@ class _Attended(torch.autograd.Function):
 
         queries, slopes = by_kv_head(q), by_kv_head(slope.float())
         mass = _probabilities(queries, all_keys, ctx.scale, ctx.window, q.shape[2])
-        through = slopes @ all_values.transpose(-1, -2) - (slopes * by_kv_head(output)).sum(-1, keepdim=True)
+        through = slopes @ all_values.transpose(-1, -2) - (slopes * by_kv_head(output)).sum(
+            -1, keepdim=True
+        )
         scores = mass * through * ctx.scale
         to_queries = (scores @ all_keys).reshape(q.shape)
         to_keys = scores[..., prompt:].transpose(-1, -2) @ queries
