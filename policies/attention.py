@@ -60,12 +60,11 @@ def _is_shared(queries: Tensor, keys: Tensor) -> bool:
 
 
 def _is_fused(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether torch's fused attention answers: grouped heads in float32 on a CPU, no gradients."""
+    """Whether torch's fused attention answers: grouped heads in float32 on a CPU."""
     given = (queries, keys, values)
     return (
         _FUSED is not None
         and all(each.device.type == "cpu" and each.dtype == torch.float32 for each in given)
-        and not (torch.is_grad_enabled() and any(each.requires_grad for each in given))
         and _is_shared(queries, keys)
         and queries.dim() > 3
         and keys.shape[-1] == values.shape[-1]
