@@ -88,9 +88,9 @@ def _best_of_families(
         return dict(zip(tried, np.split(losses, ends[:-1]), strict=True))
 
     strong = {
-        family: tried
+        family: made
         for family in strong_families(trace.manifest["signals"])
-        if (tried := candidates(family, budget, *shape))
+        if (made := candidates(family, budget, *shape))
     }
     uniform = candidates("uniform", budget, *shape)
     coarse = replay({"uniform": uniform, **strong}, every=6)
