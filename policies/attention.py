@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-_FUSED = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_FUSED: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 """torch's fused attention on a CPU with its log-sum-exp, which no public function returns."""
 
 
@@ -52,7 +54,8 @@ def _shared_product(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right``; where a group shares the right side, its rows go through one product."""
     if not _is_shared(left, right):
         return left @ right
-    return (left.flatten(-3, -2) @ right.squeeze(-3)).unflatten(-2, left.shape[-3:-1])
+    rows = left.flatten(-3, -2) @ right.squeeze(-3)
+    return rows.unflatten(-2, left.shape[-3:-1])  # type: ignore[no-any-return,unused-ignore]
 
 
 def _is_shared(queries: Tensor, keys: Tensor) -> bool:

@@ -29,8 +29,8 @@ def test_gradients_of_many_probes_are_those_of_plain_autograd_one_by_one(
     ours = attended(q, k, v, prompt, 0.3, window)
     found = torch.autograd.grad(ours, (q, k, v), slopes, is_grads_batched=True)
 
-    whole = [torch.cat([before, now], 2) for before, now in zip(prompt, (k, v), strict=True)]
-    plain = causal_attention(q, *whole, 0.3, window)
+    keys, values = torch.cat([prompt[0], k], 2), torch.cat([prompt[1], v], 2)
+    plain = causal_attention(q, keys, values, 0.3, window)
     assert torch.equal(ours, plain)
     for row, slope in enumerate(slopes):
         expected = torch.autograd.grad(plain, (q, k, v), slope, retain_graph=True)

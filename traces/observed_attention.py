@@ -33,13 +33,13 @@ def attended(
     Returns:
         Output [1, Hq, C, D]; its gradients reach q, k and v.
     """
-    output: Tensor = _Attended.apply(q, k, v, *prompt, scale, window)  # type: ignore[no-untyped-call]
+    output: Tensor = _Attended.apply(q, k, v, *prompt, scale, window)  # type: ignore[no-untyped-call,unused-ignore]
     return output
 
 
 class _Attended(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override,unused-ignore]
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, scale: float,
         window: int | None,
     ) -> Tensor:  # fmt: skip
@@ -51,7 +51,7 @@ class _Attended(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override,unused-ignore]
         q, k, v, keys, values, output = (x.float() for x in ctx.saved_tensors)
         heads, prompt = k.shape[1], keys.shape[2]
         all_keys, all_values = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)

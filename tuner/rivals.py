@@ -96,14 +96,16 @@ def _best_of_families(
     coarse = replay({"uniform": uniform, **strong}, every=6)
     ranked = np.argsort(coarse["uniform"].mean(1))
     promising = {_stored_by(uniform[row]) for row in ranked[:_PROMISING]}
-    tried = {family: candidates(family, budget, *shape, only=promising) for family in FAMILIES}
-    tried |= {
-        family: [each[int(coarse[family].mean(1).argmin())]] for family, each in strong.items()
+    finalists = {
+        family: made
+        for family in FAMILIES
+        if (made := candidates(family, budget, *shape, only=promising))
     }
-    tried = {family: each for family, each in tried.items() if each}
-    for family, losses in replay(tried, every=1).items():
+    for family, tried in strong.items():
+        finalists[family] = [tried[int(coarse[family].mean(1).argmin())]]
+    for family, losses in replay(finalists, every=1).items():
         best = int(losses.mean(1).argmin())
-        yield _simple(source, family, tried[family][best], losses[best], kinds)
+        yield _simple(source, family, finalists[family][best], losses[best], kinds)
 
 
 def _allocated(source: QualitySource, family: str, choice: Choice, spent: int) -> Rival:
