@@ -122,11 +122,16 @@ class Kept:
 
     Args:
         parts: of every row, counted through ``[B, H]``.
-        heads: H.
+        numbers: which of the layer's KV heads the H are.
     """
 
     parts: list[list[HeadPart]]
-    heads: int
+    numbers: tuple[int, ...]
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return len(self.numbers)
 
     @property
     def sizes(self) -> list[int]:
@@ -142,21 +147,41 @@ class Kept:
         ]
 
 
-def ask(rows: Rows, budgets: Budgets, signals: Signals) -> Kept:
-    """Ask each head's method; heads and policies that share a choice ask once."""
+def ask(
+    rows: Rows,
+    budgets: Budgets,
+    signals: Signals,
+    *,
+    heads: Sequence[int] | None = None,
+    goes_on: bool = False,
+) -> Kept:
+    """Ask each head's method; heads and policies that share a choice ask once.
+
+    Args:
+        rows: options ``[B][H]``.
+        budgets: ``[B][H]``.
+        signals: of the whole layer.
+        heads: which of the layer's KV heads these are; all unless given.
+        goes_on: whether these heads evict on while tokens are generated. They then hold tokens as
+            they are: what a merge makes of those that left is for a prompt that is trimmed once.
+    """
     wanted = [
         (option.method, budget)
         for options, planned in zip(rows, budgets, strict=True)
         for option, budget in zip(options, planned, strict=True)
     ]
     chosen: dict[object, list[Part]] = {
-        choice: choice[0].parts(signals, choice[1]) for choice in dict.fromkeys(wanted)
+        (method, budget): [Part(method.keep(signals, budget))]
+        if goes_on
+        else method.parts(signals, budget)
+        for method, budget in dict.fromkeys(wanted)
     }
-    heads = len(rows[0])
+    numbers = tuple(range(len(rows[0])) if heads is None else heads)
     parts = [
-        [part.of_head(at % heads) for part in chosen[choice]] for at, choice in enumerate(wanted)
+        [part.of_head(numbers[at % len(numbers)]) for part in chosen[choice]]
+        for at, choice in enumerate(wanted)
     ]
-    return Kept(parts, heads)
+    return Kept(parts, numbers)
 
 
 def store(rows: Rows, budgets: Budgets, kept: Kept, signals: Signals) -> Compressed:
@@ -196,7 +221,8 @@ class _Slice:
         parts = [kept.parts[row][number] for row in rows]
         counts = torch.tensor([len(part.tokens) for part in parts], device=signals.keys.device)
         indices = pad_sequence([part.tokens for part in parts], batch_first=True)
-        heads = torch.tensor([row % kept.heads for row in rows], device=indices.device)
+        numbers = [kept.numbers[row % kept.heads] for row in rows]
+        heads = torch.tensor(numbers, device=indices.device)
         both = []
         roles: tuple[tuple[Role, Tensor], ...] = (
             ("keys", signals.keys),

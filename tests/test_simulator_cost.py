@@ -25,9 +25,10 @@ from kvtune.policies.paging import TABLE_BYTES
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
-from kvtune.simulator.cost import Cost, cache_bytes_by_format, full_cost, policy_cost
+from kvtune.simulator.cost import Cost, full_cost, policy_cost
 from kvtune.simulator.latency.compression import compression
 from kvtune.simulator.memory.budget import memory_budget
+from kvtune.simulator.memory.policy_bytes import cache_bytes_by_format
 
 
 def test_a_policys_cost_grows_with_what_it_keeps_and_is_its_footprint() -> None:
