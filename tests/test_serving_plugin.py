@@ -355,7 +355,7 @@ def test_a_policy_that_is_no_file_is_told(monkeypatch: pytest.MonkeyPatch) -> No
         vllm_plugin.register()
 
 
-@pytest.mark.parametrize("release", ["0.31.2", "1.0.0", "0.34.0rc1+cpu"])
+@pytest.mark.parametrize("release", ["0.31.2", "0.27.1", "1.0.0", "0.34.0rc1+cpu"])
 def test_a_release_that_nobody_knows_is_refused_by_name(release: str) -> None:
     with pytest.raises(KvtuneError, match=re.escape(f"does not know vLLM {release}")):
         vllm_plugin.adapter_for(release)
