@@ -36,7 +36,7 @@ class Launches(TorchDispatchMode):
     """Counts operations that would start a kernel: all that make or change numbers."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(
