@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvtune.policies.pages import PAGE
+from kvtune.policies.pages import BF16_PAGE
 from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.segments import CODED, GROWN, Ints, runs
 from kvtune.runtime.serving.blocks import with_room_ahead
@@ -65,7 +65,7 @@ class Stored:
 
     def pages_for(self, new_tokens: int) -> Ints:
         """Growing pages of each head with so many tokens after the prompt, ``[L, H]``."""
-        return -(-(self.exact + new_tokens) // PAGE)
+        return -(-(self.exact + new_tokens) // BF16_PAGE)
 
     def reserve(
         self, new_tokens: int, pages: RequestPages, page_cells: int
