@@ -1,6 +1,6 @@
 """Stacks that run on a CPU, started from an exported file alone: bytes there beside those printed.
 
-    pip install xllamacpp openvino-genai            # what is missing is written down, and passed over
+    pip install xllamacpp openvino-genai      # what is missing is passed over
     python benchmarks/started_targets.py --gguf MODEL.gguf --model DIR --out FILE [--only NAME]
 
 For plans of 16, 8 and 4 bits that keep all tokens, and one that differs from head to head, exports

@@ -23,7 +23,7 @@ ToOption = Annotated[
     typer.Option(
         "--to",
         metavar="STACK",
-        help="transformers, vllm, llama-cpp, sglang, tensorrt-llm, lmdeploy, ollama, openvino "
+        help="transformers, vllm, llama-cpp, ik-llama, sglang, tensorrt-llm, lmdeploy, ollama, openvino "
         "or mlx.",
     ),
 ]
