@@ -352,7 +352,7 @@ def test_ik_llama_keeps_wide_layers_at_the_ends_and_says_so() -> None:
     assert (read["--cache-type-v-first"], read["--cache-type-k-last"]) == ("q8_0,1", "q8_0,1")
     line = next(line for line in made.report if line.field.startswith("keys and values"))
     assert (line.status, line.detail.split(":")[0]) == ("approximated", "q8_0, q4_0, q8_0")
-    swapped = replace(plan, policy=Policy("middle", (rows[1], rows[0], rows[1], rows[1])))
+    swapped = replace(plan, policy=Policy("turns", (rows[1], rows[0]) * 2))
     within = find_exporter("ik-llama")().export(swapped)
     line = next(line for line in within.report if line.field.startswith("keys and values"))
     assert line.status == "not expressible"
