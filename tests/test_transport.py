@@ -90,7 +90,8 @@ def correlated(seed: int = 4) -> np.ndarray:
     """Two directions that vary much and six that vary little, and a mean."""
     rng = np.random.default_rng(seed)
     mixing = rng.standard_normal((8, 8)) * np.array([9, 5, 1, 1, 1, 1, 1, 1])[:, None]
-    return (rng.standard_normal((2000, 8)) @ mixing + 3).astype(np.float32)
+    found: np.ndarray = (rng.standard_normal((2000, 8)) @ mixing + 3).astype(np.float32)
+    return found
 
 
 @pytest.mark.parametrize("step", [0.1, 0.5])
