@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvtune.benchmarks.decode_replay import replay_decoding
 from kvtune.policies.allocator import Allocator
 from kvtune.policies.allocators.as_given import AsGiven
 from kvtune.policies.decode import DecodeMethod
@@ -22,7 +23,6 @@ from kvtune.runtime.contenders import Contender
 from kvtune.runtime.generate import Generation, prompt_signals
 from kvtune.runtime.live import LiveRun, run_live
 from kvtune.runtime.prompts import fresh_prompt
-from kvtune.simulator.quality.decode_replay import replay_decoding
 from kvtune.simulator.quality.replay import LayerReplay
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample
