@@ -137,7 +137,8 @@ class PagedLayer:
         shape = shape_for(tuple(sorted(set(pairs.tolist()), reverse=True)), self.head_dim)
         segments = Segments(row, pairs, starts, pages, tokens)
         tiles = plan_tiles(segments, table, shape.programs)
-        self.tables_at, self.places = starts.reshape(rooms.shape), segments.places
+        self.tables_at = starts.reshape(rooms.shape)
+        self.places = np.append(segments.places, segments.most.sum())  # of segments, and their end
         grown = GROWN * self.rows + np.arange(self.rows), self.tables_at[GROWN]
         ring = self.ring.tables() if self.ring else ()
         host = [table, self.lengths.ravel(), tiles.records, *grown, *ring]
@@ -232,7 +233,7 @@ class PagedLayer:
         rows, group, _ = q.shape
         paged = self.paged
         # Few widths: kernels are compiled for it.
-        width = 1 << int(self.places[-1] + BF16_PAGE * self.rooms[-1, -1]).bit_length()
+        width = 1 << int(self.places[-1]).bit_length()
         logits = q.new_empty(group, width, dtype=torch.float32)
         seen = Seen(q.new_empty(rows, group, dtype=torch.float32), logits)
         output = self.backend.attend(q, paged, scratch, scale, seen)
