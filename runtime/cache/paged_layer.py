@@ -164,9 +164,9 @@ class PagedLayer:
         """Pages that each segment has or may grow to, ``[kinds, rows]``."""
         ends = np.where(self.most < NO_END, self.most, self.lengths[GROWN] + new_tokens)
         coded, _, settled = self._page_counts()
-        held = {row: self.layouts[row].blocks_of(coded[row]) for row in self.readers}
-        for row, reader in self.readers.items():  # rows that share a reader list equally many
-            coded[row] = pages_read(reader, max(held.values()), self.layouts[row])
+        for row, reader in self.readers.items():
+            layout = self.layouts[row]
+            coded[row] = pages_read(reader, layout.blocks_of(coded[row]), layout)
         if self.residual is None:
             return np.stack([coded, np.full(self.rows, self._growing_room(ends))])
         settle = np.array([layout != self.growing_layout for layout in self.layouts])
