@@ -31,8 +31,7 @@ from torch import Tensor
 from kvtune.policies.formats.grouped import Int4, Int8
 from kvtune.runtime.reuse.passes import PromptCache
 from kvtune.runtime.transport import codec
-from kvtune.runtime.transport.codec import DIRECTIONS, LEVELS, Encoded, Floats, Level
-from kvtune.runtime.transport.directions import SINKS, quantised
+from kvtune.runtime.transport.codec import LEVELS, Encoded, Floats, Level
 from kvtune.runtime.transport.symbols import least_bytes
 from kvtune.simulator.latency.transport import Chunk, Rule, as_published, as_released, deliver
 from kvtune.traces.models import LoadedModel, load_model
@@ -43,12 +42,10 @@ from kvtune.tuner.quality import estimate
 
 KINDS = ("prose", "code", "retrieval")
 EIGHT_BITS = 8.5
-STEPS = ((0.15, 0.3), (0.2, 0.5), (0.3, 0.5), (0.3, 0.8), (0.45, 0.8), (0.6, 1.0))
 TRIED = (
     *LEVELS,
     Level("finer", (64, 64, 64), (64, 64)),
     replace(LEVELS[0], name="fine, anchors", anchors=10),
-    *(replace(DIRECTIONS, name=f"directions {k} {v}", steps=(k, v)) for k, v in STEPS),
 )
 CHUNKS, TRACES, CHUNK_TOKENS, LINE_TOKENS_PER_S = 8, 200, 1500, 8000.0
 PLAIN = {"int8": Int8(), "int4": Int4()}
@@ -83,24 +80,12 @@ def ideally(keys: Floats, values: Floats, level: Level) -> tuple[float, Floats, 
     for role, tensor in (("keys", keys), ("values", values)):
         back = np.zeros_like(tensor)
         for layer in range(len(tensor)):
-            if level.steps:
-                size, back[layer] = _directions(tensor[layer], level.steps[role == "values"])
-            elif level.anchors:
+            if level.anchors:
                 raise RuntimeError("anchors need the coder")
-            else:
-                size, back[layer] = _channels(tensor[layer], level.bins(role, layer, len(tensor)))
+            size, back[layer] = _channels(tensor[layer], level.bins(role, layer, len(tensor)))
             total += size
         read.append(back)
     return 8 * total / (2 * keys.size), read[0], read[1], None
-
-
-def _directions(tensor: Floats, step: float) -> tuple[int, Floats]:
-    back, size = tensor.astype(np.float16).astype(np.float32), 0
-    for number, rows in enumerate(tensor[:, SINKS:]):
-        head = quantised(rows, step)
-        back[number, SINKS:] = head.read()
-        size += head.least_bytes + 2 * tensor[number, :SINKS].size
-    return size, back
 
 
 def _channels(tensor: Floats, bins: int) -> tuple[int, Floats]:

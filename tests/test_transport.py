@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from kvtune.common.errors import KvtuneError
-from kvtune.runtime.transport.codec import DIRECTIONS, LEVELS, Level, decode, encode, joined
-from kvtune.runtime.transport.directions import quantised
+from kvtune.runtime.transport.codec import LEVELS, Level, decode, encode, joined
 from kvtune.runtime.transport.saved import load_cache_file, save_cache
+from kvtune.runtime.transport.symbols import decode_symbols, encode_symbols, least_bytes
 from kvtune.simulator.latency.transport import TEXT, Chunk, as_published, as_released, deliver
 
 pytest.importorskip("constriction")
@@ -86,60 +86,13 @@ def test_coarser_levels_take_fewer_bytes_and_chunks_join() -> None:
     assert np.array_equal(joined(parts)[0], keys)
 
 
-def correlated(seed: int = 4) -> np.ndarray:
-    """Two directions that vary much and six that vary little, and a mean."""
-    rng = np.random.default_rng(seed)
-    mixing = rng.standard_normal((8, 8)) * np.array([9, 5, 1, 1, 1, 1, 1, 1])[:, None]
-    found: np.ndarray = (rng.standard_normal((2000, 8)) @ mixing + 3).astype(np.float32)
-    return found
-
-
-@pytest.mark.parametrize("step", [0.1, 0.5])
-def test_directions_are_read_back_within_half_a_step(step: float) -> None:
-    rows = correlated()
-    head = quantised(rows, step)
-    size = step * np.sqrt(np.square(rows - rows.mean(0)).mean())
-    exact = np.linalg.eigh(np.cov(rows.T))[1]
-    moved = np.abs((head.read() - rows) @ exact)  # one error a direction
-    assert moved.max() <= 0.5 * size * 1.1  # the basis is stored in eight bits
-    assert moved.max() > 0.4 * size
-
-
-def test_directions_take_fewer_bytes_than_channels_at_the_same_error() -> None:
-    keys = correlated()[None, None]
-    ours = encode(keys, keys, Level("d", (0, 0, 0), (0, 0), steps=(0.11, 0.11)))
-    theirs = encode(keys, keys, Level("c", (32, 32, 32), (32, 32)))
-    error, other = (np.square(decode(x)[0] - keys)[0, 0, 4:].mean() for x in (ours, theirs))
-    assert error < other
-    assert ours.nbytes < theirs.nbytes
-
-
-@pytest.mark.parametrize("tokens", [1, 4, 5, 57])
-def test_directions_leave_sinks_in_16_bits_and_travel_like_other_levels(
-    tmp_path: Path, tokens: int
-) -> None:
-    keys, values = (x[:, :, :tokens] for x in cache(5))
-    encoded = encode(keys, values, DIRECTIONS)
-    read = decode(encoded)
-    for own, back, step in zip((keys, values), read, DIRECTIONS.steps or (), strict=True):
-        exact = own[:, :, :4].astype(np.float16).astype(np.float32)
-        np.testing.assert_array_equal(back[:, :, :4], exact)
-        for layer, head in np.ndindex(own.shape[:2]):
-            if tokens > 4:
-                rows = quantised(own[layer, head, 4:], step).read()
-                np.testing.assert_array_equal(back[layer, head, 4:], rows)
-    save_cache(tmp_path / "x", encoded, token_ids=range(tokens), model_fingerprint=MINE)
-    again, _ = load_cache_file(tmp_path / "x", model_fingerprint=MINE)
-    assert np.array_equal(decode(again)[1], read[1])
-
-
 def test_an_ideal_coder_is_a_bound_for_the_real_one() -> None:
-    keys = correlated(6)[None, None]
-    encoded = encode(keys, keys, DIRECTIONS)
-    least = sum(
-        quantised(keys[0, 0, 4:], step).least_bytes + 4 * 8 * 2 for step in DIRECTIONS.steps or ()
-    )
-    assert least <= encoded.nbytes < 1.03 * least
+    drawn = np.random.default_rng(4).normal(15, 2, (4000, 8))
+    symbols = np.rint(drawn).clip(0, 30).astype(np.int32)
+    coded = encode_symbols(symbols, 31)
+    least, real = least_bytes(symbols, 31), sum(x.nbytes for x in coded.values())
+    assert least <= real < 1.02 * least
+    assert np.array_equal(decode_symbols(coded, 4000, 8, 31), symbols)
 
 
 def test_a_saved_cache_is_read_by_its_own_model_only(tmp_path: Path) -> None:

@@ -6,8 +6,7 @@ a channel are range-coded with that channel's own frequencies, which travel with
 counted. As in the released code there is no delta unless asked for; with ``anchors`` every n-th
 token is coded in 255 steps and those after it as differences from it as it is read back, so that
 errors do not add up. Differs: steps follow each token's largest number also for differences, where
-the paper's are fixed shares of a layer's deviation; frequencies are deflated, not offline. Levels
-of ``directions.py``, which are ours, code principal directions instead of channels.
+the paper's are fixed shares of a layer's deviation; frequencies are deflated, not offline.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
-from kvtune.runtime.transport.directions import decode_directions, encode_directions
 from kvtune.runtime.transport.symbols import decode_symbols, encode_symbols
 
 Floats = NDArray[np.float32]
@@ -38,15 +36,12 @@ class Level:
         key_bins: of the first, middle and last third of the layers.
         value_bins: of the first two layers, and of all others.
         anchors: every how many tokens one is an anchor; 0 codes every token by itself.
-        steps: of keys and of values, in deviations of a head; given, its principal directions are
-            coded in such steps instead of channels in bins.
     """
 
     name: str
     key_bins: tuple[int, int, int]
     value_bins: tuple[int, int]
     anchors: int = 0
-    steps: tuple[float, float] | None = None
 
     def bins(self, role: str, layer: int, layers: int) -> int:
         """How many levels a layer's keys or values are rounded to."""
@@ -61,9 +56,6 @@ LEVELS = (
     Level("coarse", (16, 16, 12), (16, 12)),
 )
 """The released settings, best first."""
-
-DIRECTIONS = Level("directions", (0, 0, 0), (0, 0), steps=(0.45, 0.8))
-"""Ours: principal directions instead of channels; for prompts of a thousand tokens and more."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +104,8 @@ def encode(keys: Floats, values: Floats, level: Level) -> Encoded:
     for role, tensor in (("keys", keys), ("values", values)):
         for layer in range(layers):
             plane = tensor[layer].transpose(1, 0, 2).reshape(tokens, -1)  # [T, H D]
-            if level.steps:
-                made = encode_directions(tensor[layer], level.steps[role == "values"])
-            else:
-                made = _encode_plane(plane, level.bins(role, layer, layers), level.anchors)
-            for kind, buffer in made.items():
+            bins = level.bins(role, layer, layers)
+            for kind, buffer in _encode_plane(plane, bins, level.anchors).items():
                 buffers[f"{layer}.{role}.{kind}"] = buffer
     return Encoded(level, keys.shape, buffers)
 
@@ -134,9 +123,6 @@ def decode(encoded: Encoded) -> tuple[Floats, Floats]:
                 for name, buffer in encoded.buffers.items()
                 if name.startswith(prefix)
             }
-            if encoded.level.steps:
-                planes.append(decode_directions(mine, heads, tokens, size))
-                continue
             bins = encoded.level.bins(role, layer, layers)
             plane = _decode_plane(mine, tokens, heads * size, bins, encoded.level.anchors)
             planes.append(plane.reshape(tokens, heads, size).transpose(1, 0, 2))
