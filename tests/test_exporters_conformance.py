@@ -23,7 +23,7 @@ from kvtune.policies.allocators.pyramid import Pyramid
 from kvtune.policies.export.compare import compared
 from kvtune.policies.export.contract import Export, exporters, find_exporter
 from kvtune.policies.export.engine_wide import EngineWide, check
-from kvtune.policies.export.exporters import ik_llama, vllm
+from kvtune.policies.export.exporters import ik_llama, llama_cpp, vllm
 from kvtune.policies.format import Format, formats
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.fp8 import Fp8
@@ -322,8 +322,8 @@ def test_renumbered_positions_are_told_where_they_are_not_kept() -> None:
 
 def test_the_ends_of_ik_llama_are_the_smallest_that_give_every_layer_enough_bits() -> None:
     """Against every choice of three types and two counts."""
-    kinds, draw = list(ik_llama.CODES), random.Random(0)  # noqa: S311
-    bits = ik_llama.TYPES
+    kinds, draw = list(llama_cpp.CODES), random.Random(0)  # noqa: S311
+    bits = llama_cpp.TYPES
     for _ in range(60):
         needed = draw.choices(kinds, weights=[5, 2, 1], k=draw.randint(1, 6))
         found = ik_llama.ends_for(needed).kinds(len(needed))
