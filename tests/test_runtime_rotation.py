@@ -17,7 +17,7 @@ if os.environ["TRITON_INTERPRET"] != "1":
     pytest.skip("Triton's interpreter is switched off", allow_module_level=True)
 
 from kvtune.policies.option import Option
-from kvtune.policies.pages import PAGE
+from kvtune.policies.pages import BF16_PAGE
 from kvtune.policies.policy import Policy
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache.backend import Backend, PlainBackend, TritonBackend
@@ -50,7 +50,7 @@ def token(
 def growing(head_dim: int, heads: int, batch: int, slides: bool, backend: Backend) -> PagedLayer:
     """Room for a few tokens, in which other formats have left something behind."""
     pages = 2 * batch * heads
-    pool = Pool(pages * PAGE, 4 * head_dim, "cpu")
+    pool = Pool(pages * BF16_PAGE, 4 * head_dim, "cpu")
     pool.memory.fill_(0x7F)
     layer = PagedLayer(0, [Option()] * heads, head_dim, batch, pool, backend)
     if slides:
@@ -66,7 +66,7 @@ def held(layer: PagedLayer, tokens: int) -> tuple[Tensor, Tensor]:
     cells = [int(cells[0]) for cells in layer.pages[GROWN]]
     pages = [layer.pool.memory.view(torch.bfloat16)[2 * layer.head_dim * at :] for at in cells]
     keys, values = torch.stack(
-        [page[: 2 * PAGE * layer.head_dim].view(2, PAGE, -1).float() for page in pages], 1
+        [page[: 2 * BF16_PAGE * layer.head_dim].view(2, BF16_PAGE, -1).float() for page in pages], 1
     )
     return keys[:, :tokens], values
 
