@@ -15,8 +15,8 @@ from typing import Any
 from kvtune.cli.app import build
 from kvtune.cli.help import COMMANDS, EXAMPLES
 from kvtune.cli.policies import Part, known_parts
-from kvtune.policies.document_parts import ModelFacts, Provenance, Quality, Serving
-from kvtune.policies.document_writer import HEADER
+from kvtune.policies.policy_file.parts import ModelFacts, Provenance, Quality, Serving
+from kvtune.policies.policy_file.writer import HEADER
 
 FOLDER = Path(__file__).parent / "reference"
 NOTE = "<!-- Written by docs/reference.py from the code; edit that. -->\n"

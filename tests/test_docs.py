@@ -15,7 +15,7 @@ import yaml
 import kvtune
 from kvtune.__main__ import main
 from kvtune.cli.app import build
-from kvtune.policies.document import read_policy
+from kvtune.policies.policy_file.document import read_policy
 
 ROOT = Path(kvtune.__file__).parent
 DOCS = ROOT / "docs"

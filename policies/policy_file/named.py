@@ -6,10 +6,10 @@ import re
 
 from kvtune.common.errors import KvtuneError, nearest
 from kvtune.policies.allocator import allocators
-from kvtune.policies.policy_file.parts import PolicyDocument
-from kvtune.policies.policy_file.reader import read_policy
 from kvtune.policies.format import formats
 from kvtune.policies.method import methods
+from kvtune.policies.policy_file.parts import PolicyDocument
+from kvtune.policies.policy_file.reader import read_policy
 
 _BUDGET = re.compile(r"all|[0-9]+|[0-9]+(\.[0-9]+)?%")
 _EXAMPLE = "'snapkv+adakv 25% int4'"
