@@ -122,17 +122,12 @@ def append_rows(layer: Paged, growing: Growing, keys: Tensor, values: Tensor) ->
     lengths = layer.lengths.long()[segments]
     places = _places(growing, lengths)
     layout = PageLayout(layer.head_dim)
-    cells = layer.table.long()[growing.tables_at.long() + places // BF16_PAGE]
-    pages = layer.typed[1].view(-1, layout.cell_bytes // 2)
-    fresh = (places == lengths) & (places % BF16_PAGE == 0)
-    size = layout.page_bytes // 2
-    offsets = torch.arange(size, device=cells.device)
-    flat = pages.view(-1)
-    starts = cells * (layout.cell_bytes // 2)
     if fresh.any():
-        flat[(starts[fresh][:, None] + offsets).flatten()] = 0
-    at = starts + places % BF16_PAGE * layer.head_dim
-    channels = at[:, None] + offsets[: layer.head_dim]
+        size = torch.arange(layout.page_cells, device=cells.device)
+        pages[cells[fresh][:, None] + size] = 0
+    flat = pages.view(-1)
+    at = cells * pages.shape[1] + places % BF16_PAGE * layer.head_dim
+    channels = at[:, None] + torch.arange(layer.head_dim, device=cells.device)
     flat[channels] = keys.flatten(0, 1).to(flat.dtype)
     flat[channels + BF16_PAGE * layer.head_dim] = values.flatten(0, 1).to(flat.dtype)
     layer.lengths[segments] = torch.maximum(lengths, places + 1).to(layer.lengths.dtype)

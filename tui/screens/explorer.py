@@ -47,6 +47,13 @@ class ExplorerScreen(Screen[None]):
         Binding("c", "compare", "Compare", tooltip="With the marked plan or a baseline"),
         Binding("e", "export", "Export", tooltip="To a policy file or a serving stack"),
         Binding("v", "validate", "Validate", tooltip="Run the model with this plan"),
+        Binding(
+            "escape",
+            "leave_what_if",
+            "As searched",
+            show=False,
+            tooltip="Leave what if: everything as it was searched",
+        ),
         Binding("g", "go_chosen", "Chosen", tooltip="Back to the chosen plan", show=False),
     ]
 
@@ -213,6 +220,16 @@ class ExplorerScreen(Screen[None]):
         panel.border_title = "What if"
         self.toggle_class("-what-if")
         (panel.context if self.has_class("-what-if") else self.query_one(FrontPlot)).focus()
+
+    def action_leave_what_if(self) -> None:
+        """Put every slider back where the search stood, and the sliders away."""
+        if self.view is None:
+            return
+        self.query_one(WhatIf).offer(self.view.study.facts)
+        self.remove_class("-what-if")
+        if self.view.is_what_if:
+            self._draw(self.view.study, Setting.asked(self.view.study.facts))
+        self.query_one(FrontPlot).focus()
 
     # --- other screens ---------------------------------------------------------------------
 

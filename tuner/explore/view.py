@@ -48,6 +48,11 @@ class View:
     y: Axis = LOSS
     filter: Filter = EVERYTHING
 
+    @property
+    def is_what_if(self) -> bool:
+        """Whether memory and time are of another setting than the search was for."""
+        return self.setting != Setting.asked(self.study.facts)
+
     @cached_property
     def rows(self) -> Rows:
         """Plans that the filter lets through."""
