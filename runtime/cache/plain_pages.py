@@ -122,6 +122,9 @@ def append_rows(layer: Paged, growing: Growing, keys: Tensor, values: Tensor) ->
     lengths = layer.lengths.long()[segments]
     places = _places(growing, lengths)
     layout = PageLayout(layer.head_dim)
+    cells = layer.table.long()[growing.tables_at.long() + places // BF16_PAGE]
+    pages = layer.typed[1].view(-1, layout.cell_bytes // 2)
+    fresh = (places == lengths) & (places % BF16_PAGE == 0)
     if fresh.any():
         size = torch.arange(layout.page_cells, device=cells.device)
         pages[cells[fresh][:, None] + size] = 0

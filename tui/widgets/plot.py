@@ -26,7 +26,7 @@ from textual_hires_canvas import Canvas
 from textual_plot import AxisFormatter, HiResMode, PlotWidget
 from textual_plot.plot_widget import Legend
 
-from kvtune.tui.palette import CHOSEN, FRONT, MARKED, SELECTED, colours_of, mark_of, short
+from kvtune.tui.palette import CHOSEN, FRONT, GROUPS, MARKED, SELECTED, colours_of, mark_of, short
 from kvtune.tui.widgets.plot_labels import labels, placed
 from kvtune.tuner.explore.plans import Floats
 from kvtune.tuner.explore.view import View
@@ -216,8 +216,18 @@ class FrontPlot(PlotWidget):
 
     def _plot_plans(self, view: View, faint: str, strong: str) -> None:
         x, y = self._positions(view, self._seen)
-        self.scatter(x, y, marker_style=faint, hires_mode=HiResMode.BRAILLE)
-        self.scatter(*self._positions(view, view.front), marker=FRONT, marker_style=strong)
+        if not view.groups:
+            self.scatter(x, y, marker_style=faint, hires_mode=HiResMode.BRAILLE)
+            self.scatter(*self._positions(view, view.front), marker=FRONT, marker_style=strong)
+            return
+        colours = colours_of(self.app)
+        for number, rows in enumerate(view.groups.values()):
+            style = colours[GROUPS[min(number, len(GROUPS) - 1)]]
+            seen = np.intersect1d(rows, self._seen)
+            best = np.intersect1d(rows, view.front)
+            hires = HiResMode.BRAILLE
+            self.scatter(*self._positions(view, seen), marker_style=style, hires_mode=hires)
+            self.scatter(*self._positions(view, best), marker=FRONT, marker_style=style)
 
     def _plot_baselines(self, view: View, colour: str) -> None:
         for baseline, across, upward in view.baselines():
