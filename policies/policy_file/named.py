@@ -61,7 +61,9 @@ def read_named(text: str) -> PolicyDocument:
 def _kind_of(word: str, text: str) -> str:
     if _BUDGET.fullmatch(word):
         return "budget"
-    known = {"method": methods(), "format": formats(), "allocator": allocators()}
+    known: dict[str, list[str]] = {
+        "method": [*methods()], "format": [*formats()], "allocator": [*allocators()]
+    }  # fmt: skip
     for kind, names in known.items():
         if word in names:
             return kind

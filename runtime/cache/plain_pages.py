@@ -66,7 +66,8 @@ def _merged(
     """One softmax a row over parts of its logits; zeros and minus infinity where there are none."""
     most = queries.new_full(queries.shape[:2], -torch.inf)
     for rows, logits, _, _ in read:
-        most.index_reduce_(0, rows, logits.amax(-1), "amax")
+        largest = logits.amax(-1)
+        most.scatter_reduce_(0, rows[:, None].expand_as(largest), largest, "amax")
     total, output = torch.zeros_like(most), torch.zeros_like(queries)
     for rows, logits, beyond, values in read:
         weights = (logits - most[rows][..., None]).exp()
@@ -78,7 +79,8 @@ def _merged(
 def _by_layout(layer: Paged) -> list[_Pages]:
     """All pages that hold tokens, those of one layout together."""
     codes = layer.tiles[:, 1]
-    return [_pages_of(layer, codes == code, code) for code in codes.unique().tolist()]
+    found = [_pages_of(layer, codes == code, code) for code in codes.unique().tolist()]
+    return [pages for pages in found if len(pages.rows)]
 
 
 def _pages_of(layer: Paged, mine: Tensor, code: int) -> _Pages:
@@ -141,5 +143,5 @@ def _places(growing: Growing, lengths: Tensor) -> Tensor:
     if growing.places is None or growing.entered is None:
         return lengths
     turn = growing.entered.long() % growing.places.shape[1]
-    growing.entered += 1
+    growing.entered.add_(1)
     return growing.places.long().gather(1, turn[:, None])[:, 0]
