@@ -20,6 +20,7 @@ from kvtune.tui.widgets.what_if import WhatIf
 from kvtune.tuner.explore.dimensions import DIMENSIONS
 from kvtune.tuner.explore.reader import StudyReader
 from kvtune.tuner.explore.study import Study
+from kvtune.tuner.explore.view import View
 from kvtune.tuner.explore.what_if import Setting
 
 
@@ -163,7 +164,12 @@ def test_ten_thousand_lines_are_made_only_where_they_are_seen(
     study = StudyReader(write_study(tmp_path / "run", 500), lambda: 0.0).read()
     made: list[int] = []
     cells = PlansTable._cells
-    monkeypatch.setattr(PlansTable, "_cells", lambda s, v, r: made.append(r) or cells(s, v, r))
+
+    def counted(table: PlansTable, view: View, row: int) -> list[str]:
+        made.append(row)
+        return cells(table, view, row)
+
+    monkeypatch.setattr(PlansTable, "_cells", counted)
 
     async def steps(pilot: Pilot[None]) -> None:
         await pilot.press("p")

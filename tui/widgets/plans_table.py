@@ -137,8 +137,10 @@ class PlansTable(ScrollView, can_focus=True):
     def _cells(self, view: View, row: int) -> list[str]:
         chosen, front = row == view.study.chosen, row in view.front
         mark = CHOSEN if chosen else FRONT if front else ""
-        trial, *others = (float(column[row]) for column in self._numbers(view))
-        return [mark, f"{trial:.0f}", *map(short, others), *self._texts[row]]
+        numbers: list[float] = [float(column[row]) for column in self._numbers(view)]
+        trial, others = numbers[0], numbers[1:]
+        figures: list[str] = [short(number) for number in others]
+        return [mark, f"{trial:.0f}", *figures, *self._texts[row]]
 
     def _style(self, view: View, row: int, named: Colours) -> Style:
         if row == self.row:
@@ -158,7 +160,7 @@ class PlansTable(ScrollView, can_focus=True):
     # --- moving ----------------------------------------------------------------------------
 
     def _place(self) -> int:
-        found = np.flatnonzero(self._order == self.row) if self.row is not None else ()
+        found = np.flatnonzero(self._order == (-1 if self.row is None else self.row))
         return int(found[0]) if len(found) else -1
 
     def _follow(self) -> None:
