@@ -1,5 +1,5 @@
 # kvtune: what CI runs, in short words. Install first: pip install -e '.[dev]'
-.PHONY: check lint types layers test format torture
+.PHONY: check lint types layers test docs package format torture
 
 check: lint types layers test
 
@@ -15,6 +15,16 @@ layers:
 
 test:
 	pytest
+
+# Needs the extra "docs": pip install -c constraints/lock.txt -e '.[docs]'
+docs:
+	python docs/reference.py
+	mkdocs build --strict
+
+# Wheel and sdist, tried on every Python that is named: make package PYTHONS="python3.10 python3.13"
+PYTHONS = python3
+package:
+	.ci/package $(PYTHONS)
 
 format:
 	ruff check --fix .

@@ -16,14 +16,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: what follows ``kvtune``; None reads them from the process.
     """
-    from kvtune.cli.app import build
+    from kvtune.cli.app import build, run
     from kvtune.cli.failures import exit_code
 
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         for name, setting in ALLOCATOR.items():
             os.environ.setdefault(name, setting)
     words = sys.argv[1:] if arguments is None else list(arguments)
-    return exit_code(lambda: build().main(args=words, prog_name="kvtune", standalone_mode=False))
+    return exit_code(lambda: run(build(), words))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -28,6 +29,7 @@ from kvtune.cli import (
     tui,
     validate,
 )
+from kvtune.cli.config import Defaults, read_defaults
 from kvtune.cli.help import Command, Group
 
 _COMMANDS = (
@@ -60,6 +62,19 @@ def build() -> Any:
     app.add_typer(heads.app, name="heads")
     app.add_typer(sources.app, name="tables")
     return get_command(app)
+
+
+def run(app: Any, words: list[str]) -> Any:
+    """Run a command with the defaults of configuration files; help and completion need none."""
+    plain = {"--help", "-h", "--version"} & set(words) or "_KVTUNE_COMPLETE" in os.environ
+    defaults = Defaults() if plain else read_defaults(app)
+    return app.main(
+        args=words,
+        prog_name="kvtune",
+        standalone_mode=False,
+        default_map=defaults.values,
+        obj=defaults,
+    )
 
 
 def _version(wanted: bool) -> None:

@@ -53,6 +53,7 @@ PriceOption = Annotated[
     str | None,
     typer.Option(
         "--price-per-hour",
+        "--price",
         metavar="PRICE",
         help="What a card costs an hour, in any currency, for the cost of a million generated "
         "tokens; one for all cards, or one for each: 0.35,2.50.",
@@ -68,6 +69,7 @@ def command(
     model: options.Model,
     gpu: GpuOption = None,
     gpus: options.Gpus = 1,
+    total_gpus: options.TotalGpus = None,
     stack: options.Stack = "kvtune",
     engine_args: options.EngineArgs = "",
     engine_version: options.EngineVersion = None,
@@ -97,6 +99,7 @@ def command(
         document=_document(policy),
         evicts=evicts,
         gpus=gpus,
+        total_gpus=total_gpus,
         stack=kernels,
         told=(*told, *(engine.notes if engine else ())),
     )
@@ -159,10 +162,9 @@ def _kernels(stack: StackChoice) -> tuple[StackChoice, tuple[str, ...]]:
 
 
 def _document(path: Path | None) -> PolicyDocument | None:
-    from kvtune.cli.inputs import read_policy_path
-    from kvtune.policies.policy_file.document import read_policy
+    from kvtune.cli.inputs import read_policy_input
 
-    return None if path is None else read_policy(read_policy_path(path))
+    return None if path is None else read_policy_input(path)
 
 
 def _cases(asked: Asked) -> list[Case]:
@@ -249,6 +251,7 @@ def _answer(asked: Asked, cases: Sequence[Case], engine: Engine | None) -> dict[
         "model": asked.shape.name,
         "gpu": asked.cards[0].gpu.slug if one else None,
         "gpus": asked.gpus,
+        "total_gpus": asked.total_gpus,
         "stack": asked.stack,
         "generated_tokens": asked.generated_tokens,
         "budget": cases[0].budget if one else None,

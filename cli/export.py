@@ -67,12 +67,11 @@ def command(
     as_json: options.Json = False,
 ) -> None:
     """A policy as a serving stack's configuration."""
-    from kvtune.cli.inputs import check_writable, read_policy_path
+    from kvtune.cli.inputs import check_writable, read_policy_input
     from kvtune.common.units import parse_tokens
     from kvtune.policies.export.contract import find_exporter, write_export
-    from kvtune.policies.policy_file.document import read_policy
 
-    document = read_policy(read_policy_path(policy))
+    document = read_policy_input(policy)
     if compare:
         return _compare(document, model, context, as_json)
     if to is None or out is None:

@@ -32,7 +32,7 @@ def exit_code(command: Callable[[], object]) -> int:
     except KvtuneError as error:
         return _say(str(error), error.hint, error.exit_code)
     except USAGE_ERROR as error:
-        return _say(_usage(error), _usage_hint(error))
+        return _say(usage_message(error), _usage_hint(error))
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return INTERRUPTED
@@ -53,7 +53,7 @@ def _say(message: str, hint: str | None, code: int = MISTAKE) -> int:
     return code
 
 
-def _usage(error: Exception) -> str:
+def usage_message(error: Exception) -> str:
     """Typer's message on one line, without the full stop that ours do not have either."""
     message = getattr(error, "format_message", error.__str__)()
     return " ".join(str(message).split()).replace("Value error, ", "").removesuffix(".")

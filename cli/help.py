@@ -7,24 +7,45 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
+from kvtune.cli.failures import USAGE_ERROR, usage_message
+from kvtune.common.errors import KvtuneError
+
 OTHERS = "Output and help"
 
 COMMANDS = {
     "Plan": ("search", "estimate"),
     "Look at a study": ("tui", "report", "card"),
     "Check": ("validate", "simulate", "bench", "capture"),
-    "Serve": ("export", "import-policy"),
-    "Machines, models, policies": ("gpus", "models", "policies", "heads", "profile"),
+    "Serve": ("export", "import-policy", "serve-sim"),
+    "Machines, models, policies": ("gpus", "models", "policies", "heads", "tables", "profile"),
 }
 
 OPTIONS = {
-    "What is served": ("model", "gpu", "mem", "context", "generated", "batch", "weights", "price"),
+    "What is served": (
+        "model",
+        "gpu",
+        "gpus",
+        "total_gpus",
+        "mem",
+        "context",
+        "generated",
+        "batch",
+        "weights",
+        "price",
+    ),
+    "A card and a stack of your own": (
+        "stack",
+        "engine_args",
+        "engine_version",
+        "gpu_memory",
+        "gpu_bandwidth",
+        "gpu_flops",
+    ),
     "What is asked of the search": (
         "max_kl",
         "trials",
         "menu",
         "read_bytes",
-        "stack",
         "stand_in",
         "seed",
     ),
@@ -41,8 +62,10 @@ EXAMPLES = {
     "estimate": (
         "kvtune estimate --model llama-8b --gpu 4090 --context 32k",
         "kvtune estimate --model llama-8b --gpu any --context 32k --batch 8",
+        "kvtune estimate --model llama-70b --gpu h100 --total-gpus 8 --batch 64 --price 2.50",
+        "kvtune estimate --model llama-8b --gpu 4090 --policy 'snapkv+adakv 25% int4'",
         "kvtune estimate --model llama-8b --gpu 4090,h100 --context 8k,32k --batch 1,8 "
-        "--price-per-hour 0.40,2.50 --format markdown",
+        "--price 0.40,2.50 --format markdown",
     ),
     "card": ("kvtune card kvtune-runs/llama-3.1-8b-rtx-4090-16gb --out card",),
     "report": ("kvtune report kvtune-runs/llama-3.1-8b-rtx-4090-16gb",),
@@ -59,7 +82,8 @@ EXAMPLES = {
     "capture": ("kvtune capture --model smollm2-135m --out trace",),
     "simulate": ("kvtune simulate policy.yaml --trace trace",),
     "gpus": ("kvtune gpus 4090",),
-    "models": ("kvtune models --json",),
+    "models": ("kvtune models llama3.1:8b", "kvtune models --json"),
+    "policies": ("kvtune policies show snapkv+adakv",),
 }
 
 
@@ -77,6 +101,29 @@ def _grouped(
 class Command(TyperCommand):
     """A command whose options are grouped, with examples below them."""
 
+    def make_context(self, info_name: Any, args: Any, parent: Any = None, **extra: Any) -> Any:
+        """Read the options; of a wrong value that a file gave, say which file."""
+        given = list(args)
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except USAGE_ERROR as error:
+            param = getattr(error, "param", None)
+            defaults = parent.find_root().obj if parent is not None else None
+            if defaults is None or param is None or set(param.opts) & set(given):
+                raise
+            path = f"{parent.command_path} {info_name}".partition(" ")[2]
+            for told in defaults.told(path, iter([param.name])):
+                raise KvtuneError(usage_message(error), where=told) from error
+            raise
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run; of a mistake, say too which options a file gave."""
+        try:
+            return super().invoke(ctx)
+        except KvtuneError as error:
+            error.hint = _with_origins(ctx, error)
+            raise
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the options below a heading for each group."""
         found = [(param.name, param.get_help_record(ctx)) for param in self.get_params(ctx)]
@@ -91,6 +138,20 @@ class Command(TyperCommand):
         if examples := EXAMPLES.get(self.name or ""):
             with formatter.section("Examples"):
                 formatter.write("".join(f"  {example}\n" for example in examples))
+
+
+def _with_origins(ctx: Any, error: KvtuneError) -> str | None:
+    """The hint, and where the options stand that the user may not know of."""
+    defaults = ctx.find_root().obj
+    taken = (p.name for p in ctx.command.params if _from_file(ctx, p.name))
+    path = ctx.command_path.partition(" ")[2]
+    told = defaults.told(path, taken) if defaults is not None else []
+    return "\n".join(filter(None, (error.hint, *(f"taken from {each}" for each in told)))) or None
+
+
+def _from_file(ctx: Any, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "DEFAULT_MAP"
 
 
 class Group(TyperGroup):

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvtune.common.errors import KvtuneError
+
+if TYPE_CHECKING:
+    from kvtune.policies.policy_file.document import PolicyDocument
 
 POLICY_FILE = "policy.yaml"
 
@@ -13,6 +17,20 @@ POLICY_FILE = "policy.yaml"
 def read_policy_path(path: Path) -> Path:
     """The policy file itself, also where its run directory was named."""
     return path / POLICY_FILE if path.is_dir() else path
+
+
+def read_policy_input(named: Path) -> PolicyDocument:
+    """The policy of a file, of a run directory, or of words such as ``snapkv+adakv 25%``.
+
+    Raises:
+        KvtuneError: no such file and no such words, or mistakes in them.
+    """
+    from kvtune.policies.policy_file.document import read_policy
+    from kvtune.policies.policy_file.named import is_named, read_named
+
+    if not named.exists() and not named.suffix.startswith(".y") and is_named(str(named)):
+        return read_named(str(named))
+    return read_policy(read_policy_path(named))
 
 
 def check_writable(folder: Path, option: str) -> None:

@@ -75,6 +75,17 @@ Gpus = Annotated[
     int,
     typer.Option("--gpus", "--tp", metavar="N", min=1, help="GPUs that share each layer."),
 ]
+TotalGpus = Annotated[
+    int | None,
+    typer.Option(
+        "--total-gpus",
+        metavar="N",
+        min=1,
+        max=4096,
+        help="GPUs in all: every way to use them, as GPUs that share each layer and as copies of "
+        "the model, between which --batch is dealt; --gpus keeps to one.",
+    ),
+]
 Stack = Annotated[
     Literal["kvtune", "vllm", "sglang", "trtllm"],
     typer.Option(
@@ -173,11 +184,19 @@ Texts = Annotated[
 ]
 PolicyFile = Annotated[
     Path,
-    typer.Argument(metavar="POLICY", help="A policy file, or the run directory that holds one."),
+    typer.Argument(
+        metavar="POLICY",
+        help="A policy file, the run directory that holds one, or words: 'snapkv+adakv 25% int4'.",
+    ),
 ]
 PolicyBeside = Annotated[
     Path | None,
-    typer.Option("--policy", metavar="FILE", help="A policy file, to show beside the full cache."),
+    typer.Option(
+        "--policy",
+        metavar="FILE",
+        help="A policy to show beside the full cache: a file, a run directory, or words: "
+        "'snapkv+adakv 25% int4'.",
+    ),
 ]
 PlannedContext = Annotated[
     str | None, typer.Option("--context", metavar="TOKENS", help="Left out: the file's own.")

@@ -60,20 +60,30 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Explain one: idea, source, parameters."""
+    parts = _named(name)
+    with speaking(as_json, quiet=as_json) as output:
+        for part in parts:
+            apart = [""] if part is not parts[0] else []
+            output.show(*apart, f"{part.name} ({part.kind})", "", part.description)
+            if part.parameters:
+                output.show("", _parameters(part))
+        output.finish("policies show", {"policies": parts})
+
+
+def _named(name: str) -> list[Part]:
+    """The part of that name, or those of a combination: ``snapkv+adakv``."""
     from kvtune.common.errors import KvtuneError, nearest
+    from kvtune.policies.policy_file.named import words_of
 
     parts = {part.name: part for part in known_parts()}
-    if name not in parts:
-        raise KvtuneError(
-            f"no policy is known as {name!r}. {nearest(name, parts)}",
-            hint="kvtune policies lists them.",
-        )
-    part = parts[name]
-    with speaking(as_json, quiet=as_json) as output:
-        output.show(f"{part.name} ({part.kind})", "", part.description)
-        if part.parameters:
-            output.show("", _parameters(part))
-        output.finish("policies show", {"policies": [part]})
+    wanted = words_of(name) or [name]
+    for word in wanted:
+        if word not in parts:
+            raise KvtuneError(
+                f"no policy is known as {word!r}. {nearest(word, parts)}",
+                hint="kvtune policies lists them.",
+            )
+    return [parts[word] for word in wanted]
 
 
 def known_parts() -> Iterator[Part]:

@@ -198,10 +198,9 @@ def _requests(
 
 
 def _policy(path: Path, shape: ModelShape) -> Any:
-    from kvtune.cli.inputs import read_policy_path
-    from kvtune.policies.policy_file.document import read_policy
+    from kvtune.cli.inputs import read_policy_input
 
-    return read_policy(read_policy_path(path)).bind(shape.layers, shape.kv_heads)
+    return read_policy_input(path).bind(shape.layers, shape.kv_heads)
 
 
 def _table(serving: Server, asked: Requests, found: list[Served]) -> RenderableType:

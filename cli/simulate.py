@@ -59,12 +59,11 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Replay one policy on a trace: loss, memory, time."""
-    from kvtune.cli.inputs import read_policy_path
+    from kvtune.cli.inputs import read_policy_input
     from kvtune.cli.serving import planned_for
-    from kvtune.policies.policy_file.document import read_policy
     from kvtune.simulator.cost import policy_cost
 
-    document = read_policy(read_policy_path(policy))
+    document = read_policy_input(policy)
     recorded = _open(trace)
     target, budget = planned_for(
         document,

@@ -55,11 +55,13 @@ def _facts(case: Case) -> dict[str, Any]:
     return {
         "gpu": case.card.gpu.slug,
         "context_tokens": case.context_tokens,
+        "gpus": case.split.gpus,
+        "copies": case.split.copies,
         "batch": case.batch,
         "policy": case.policy,
         "weights": case.budget.weight_format if case.budget else None,
         "fits": case.fits,
-        "sequences_that_fit": case.cost.sequences_that_fit if case.cost else None,
+        "sequences_that_fit": case.sequences_that_fit,
         "limit_bytes": case.card.memory_bytes,
     }
 
@@ -70,7 +72,7 @@ def _figures(case: Case) -> dict[str, Estimate | None]:
         "memory": cost.memory if cost else None,
         "prefill": cost.prefill if cost else None,
         "latency": cost.latency if cost else None,
-        "tokens_per_second": cost.tokens_per_second if cost else None,
+        "tokens_per_second": case.tokens_per_second,
         "tokens_per_second_per_user": case.tokens_per_second_per_user,
         "cost_per_million_tokens": case.cost_per_million_tokens,
     }
@@ -96,7 +98,13 @@ def _cells(cases: Sequence[Case]) -> tuple[list[str], list[list[str]]]:
     rows = [_row(case) for case in cases]
     policies = any(case.policy != FULL for case in cases)
     priced = any(case.card.price_per_hour is not None for case in cases)
-    shown = {"policy": policies, "weights": len(_formats(cases)) > 1, "per million tokens": priced}
+    together = any(case.split.cards > 1 for case in cases)
+    shown = {
+        "copies x GPUs": together,
+        "policy": policies,
+        "weights": len(_formats(cases)) > 1,
+        "per million tokens": priced,
+    }
     columns = [column for column in rows[0] if shown.get(column, True)]
     return columns, [[row[column] for column in columns] for row in rows]
 
@@ -107,24 +115,26 @@ def _formats(cases: Sequence[Case]) -> list[str]:
 
 def _row(case: Case) -> dict[str, str]:
     """One case by the table's headings; time per token is what a user's tokens/s say."""
-    memory, most = ("-", "-") if case.cost is None else _memory(case.cost)
+    memory, most = ("-", "-") if case.cost is None else _memory(case, case.cost)
     return {
         "": "*" if case.fits else "",
         "gpu": case.card.gpu.slug,
+        "copies x GPUs": f"{case.split.copies} x {case.split.gpus}",
         "prompts": f"{count(case.batch)} x {count(case.context_tokens)}",
         "policy": case.policy,
         "weights": case.budget.weight_format if case.budget else "-",
         "GiB of it": f"{case.card.memory_bytes / GIB:.1f}",
         "peak, GiB": memory,
         "most at once": most,
-        "tokens/s": figure(case.cost.tokens_per_second if case.cost else None, tier=False),
+        "tokens/s": figure(case.tokens_per_second, tier=False),
         "tokens/s per user": figure(case.tokens_per_second_per_user, tier=False),
         "per million tokens": figure(case.cost_per_million_tokens, tier=False),
     }
 
 
-def _memory(cost: Cost) -> tuple[str, str]:
-    return f"{cost.memory.value / GIB:.2f}", count(cost.sequences_that_fit)
+def _memory(case: Case, cost: Cost) -> tuple[str, str]:
+    """One card's peak, and what all of them hold at once."""
+    return f"{cost.memory.value / GIB:.2f}", count(case.sequences_that_fit or 0)
 
 
 def _explained(cases: Sequence[Case]) -> str:
@@ -137,5 +147,6 @@ def _explained(cases: Sequence[Case]) -> str:
     costs = {p.value: case for case in fitting if (p := case.cost_per_million_tokens)}
     if costs:
         least = costs[min(costs)]
-        said.append(f"least cost: {least.card.gpu.slug}, {count(least.batch)} at once")
+        cards = f" on {least.split.copies} x {least.split.gpus}" if least.split.cards > 1 else ""
+        said.append(f"least cost: {least.card.gpu.slug}{cards}, {count(least.batch)} at once")
     return "; ".join(said)

@@ -54,13 +54,12 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Run the model with a policy: predicted beside measured."""
-    from kvtune.cli.inputs import read_policy_path
+    from kvtune.cli.inputs import read_policy_input, read_policy_path
     from kvtune.common.units import parse_bytes
-    from kvtune.policies.policy_file.document import read_policy
     from kvtune.tuner.target import read_texts
 
     path, texts = read_policy_path(policy), read_texts(text or ())
-    document = read_policy(path)
+    document = read_policy_input(policy)
     known = _known(document, path)
     name, shape = _model(document, model)
     bound = document.bind(shape.layers, shape.kv_heads)

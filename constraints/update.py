@@ -37,7 +37,8 @@ def resolved(pins: str) -> list[str]:
     """One requirement a line, with the markers for which it holds."""
     command = [
         "uv", "pip", "compile", "--universal", "--python-version", OLDEST_PYTHON, "--upgrade",
-        "--quiet", "--no-header", "--no-annotate", "--extra", "dev", "pyproject.toml", "-",
+        "--quiet", "--no-header", "--no-annotate", "--extra", "dev", "--extra", "docs",
+        "pyproject.toml", "-",
     ]  # fmt: skip
     done = subprocess.run(  # noqa: S603
         command, cwd=HERE.parent, input=pins, text=True, check=True, stdout=subprocess.PIPE

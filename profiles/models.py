@@ -39,7 +39,9 @@ _OPTIONAL = (
     "aliases", "window", "full_every", "latent", "experts", "biases", "query_key_norm",
     "norms_per_layer", "sinks", "other_parameters", "cache", "counted",
 )  # fmt: skip
-_SUFFIXES = ("-instruct", "-it", "-chat", "-hf", "-base", "-pt")
+_SUFFIX = re.compile(  # what a repository's name says beside the shape: tuning, weights' format
+    r"-(instruct|it|chat|hf|base|pt|gguf|bf16|fp8|nvfp4|mxfp4|awq|gptq|qat|int4|int8|q\d(-\w){0,2})$"
+)
 
 
 def list_models() -> tuple[ModelShape, ...]:
@@ -48,18 +50,22 @@ def list_models() -> tuple[ModelShape, ...]:
 
 
 def find_model(name: str) -> ModelShape:
-    """The shape of a model by name, alias or hub id; case and an ``-instruct`` do not matter.
+    """The shape of a model by name, alias or hub id, or as Ollama writes it.
+
+    Case, the organisation, ``-instruct`` and the weights' format do not matter.
 
     Raises:
         KvtuneError: no such model; the message names the nearest ones.
     """
     known = _names()
-    key = _normal(name)
-    for suffix in ("", *_SUFFIXES):
-        if key.endswith(suffix) and key.removesuffix(suffix) in known:
-            return known[key.removesuffix(suffix)]
+    key = shorter = _normal(name)
+    while shorter not in known and _SUFFIX.search(shorter):
+        shorter = _SUFFIX.sub("", shorter)
+    if shorter in known:
+        return known[shorter]
+    listed = [each for shape in _models() for each in (shape.name, *shape.aliases)]
     raise KvtuneError(
-        f"no model is known as {name!r}. {nearest(key, known)}",
+        f"no model is known as {name!r}. {nearest(key, listed)}",
         hint="kvtune models lists them; a folder with a config.json works too.",
     )
 
@@ -164,13 +170,13 @@ def _names() -> dict[str, ModelShape]:
     known: dict[str, ModelShape] = {}
     for shape in _models():
         for name in (shape.name, *shape.aliases):
-            if _normal(name) in known:
+            if known.setdefault(_normal(name), shape) is not shape:
                 raise KvtuneError(f"two models answer to {name!r}", where="profiles/models")
-            known[_normal(name)] = shape
     return known
 
 
 def _normal(name: str) -> str:
-    """Lower case, without the organisation, with hyphens only (``llama3.1:8b`` too)."""
-    last = name.strip().lower().rstrip("/").rsplit("/", 1)[-1]
-    return re.sub(r"[_ :]", "-", last).removeprefix("meta-")
+    """Lower case, without the organisation, with hyphens only: ``llama3.1-8b`` of all spellings."""
+    last = re.sub(r"[_ :]", "-", name.strip().lower().rstrip("/").rsplit("/", 1)[-1])
+    last = re.sub(r"^(meta|nvidia)-(?=[a-z])", "", last)
+    return re.sub(r"(?<=[a-z])-(?=\d)", "", last)

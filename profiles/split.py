@@ -8,6 +8,11 @@ from kvtune.common.errors import KvtuneError
 from kvtune.profiles.shape import LayerCache, ModelShape, ParameterCounts, StoredWeights
 
 
+def can_split(shape: ModelShape, gpus: int) -> bool:
+    """Whether so many GPUs can share each layer evenly."""
+    return gpus == 1 or _divides(shape, gpus)
+
+
 def split_over(shape: ModelShape, gpus: int) -> ModelShape:
     """The shape of one GPU's share, as vLLM, SGLang and TensorRT-LLM split a model.
 

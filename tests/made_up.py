@@ -52,18 +52,22 @@ def facts(**changes: Any) -> Facts:
 def plans(count: int, about: Facts, seed: int = 0) -> list[Plan]:
     """Plans of falling bytes and rising loss, some better than others."""
     rng = np.random.default_rng(seed)
-    return [_plan(trial, count, about, rng) for trial in range(count)]
+    sizes = _footprints(about)
+    return [_plan(trial, count, about, sizes, rng) for trial in range(count)]
 
 
-def _plan(trial: int, count: int, about: Facts, rng: np.random.Generator) -> Plan:
-    depth = (trial * 7 % max(count, 1)) / max(count - 1, 1)
-    heads = _heads(depth, about, rng)
-    size = sum(
-        about.options[o].footprint(
-            about.options[o].budget.resolve(CONTEXT), CONTEXT, about.shape.head_dim
-        )
-        for o in heads
+def _footprints(about: Facts) -> Any:
+    """Bytes of each option, ``[O]``."""
+    head_dim = about.shape.head_dim
+    return np.array(
+        [o.footprint(o.budget.resolve(CONTEXT), CONTEXT, head_dim) for o in about.options]
     )
+
+
+def _plan(trial: int, count: int, about: Facts, sizes: Any, rng: np.random.Generator) -> Plan:
+    depth = (trial * 7 % max(count, 1)) / max(count - 1, 1)
+    heads = _heads(depth, about, sizes, rng)
+    size = int(sizes[heads].sum())
     loss = 0.0004 * np.exp(6.5 * depth) * rng.lognormal(0.15, 0.25) * (trial > 0)
     kinds = tuple(float(loss * f) for f in rng.uniform(0.7, 1.3, len(about.kinds)))
     return Plan(
@@ -91,13 +95,10 @@ def _estimate(loss: float) -> Estimate:
     return Estimate(loss, 0.6 * loss, 1.7 * loss, "nats/token", BAND)
 
 
-def _heads(depth: float, about: Facts, rng: np.random.Generator) -> Any:
+def _heads(depth: float, about: Facts, sizes: Any, rng: np.random.Generator) -> Any:
     """Option numbers whose bytes fall as ``depth`` goes from 0 to 1."""
     shape = about.shape
-    footprints = [
-        o.footprint(o.budget.resolve(CONTEXT), CONTEXT, shape.head_dim) for o in about.options
-    ]
-    order = np.argsort(footprints, kind="stable")[::-1]
+    order = np.argsort(sizes, kind="stable")[::-1]
     place = depth * (len(order) - 1) + rng.normal(0, 4, shape.layers * shape.kv_heads)
     return order[np.clip(place.round().astype(int), 0, len(order) - 1)].astype(np.uint16)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,3 +141,60 @@ def test_shells_complete_the_names_of_cards_and_models() -> None:
     assert known_gpus("4090,h200") == ["4090,h200"]
     assert "any" in known_gpus("an")
     assert "llama-3.1-8b" in known_models("llama")
+
+
+def test_all_cards_together_are_copies_that_share_the_sequences(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("--gpu", "h100", "--batch", "10", "--price", "2")
+    rows = answer(capsys, *words, "--total-gpus", "4")["rows"]
+    assert [(row["copies"], row["gpus"]) for row in rows] == [(4, 1), (2, 2), (1, 4)]
+    alone = answer(capsys, "--gpu", "h100", "--batch", "3")["rows"][0]
+    assert rows[0]["latency"] == alone["latency"]  # of ten, the fullest of four copies has three
+    assert rows[0]["sequences_that_fit"] == 4 * alone["sequences_that_fit"]
+    for row in rows:
+        rate = row["tokens_per_second"]["value"]
+        assert rate == pytest.approx(10 / row["latency"]["value"])
+        paid = 4 * 2 / 3600 / rate * 1e6
+        assert row["cost_per_million_tokens"]["value"] == pytest.approx(paid)
+    shared = answer(capsys, *words, "--gpus", "2")["rows"][0]
+    assert shared["cost_per_million_tokens"]["value"] == pytest.approx(
+        2 * 2 / 3600 / shared["tokens_per_second"]["value"] * 1e6
+    )
+
+
+def test_cards_that_cannot_be_shared_evenly_are_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*LLAMA, "--gpu", "h100", "--gpus", "2", "--total-gpus", "3"]) == 2
+    assert "no multiple of --gpus 2" in capsys.readouterr().err
+
+
+def test_a_policy_in_words_is_the_same_as_its_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.yaml").write_text(
+        "kvtune_policy: 1\nallocator: adakv\n"
+        "policy: {method: snapkv, budget: 12.5%, keys: int4, values: int2}\n"
+    )
+    words = ("--gpu", "4090", "--context", "8k", "--policy")
+    by_file = answer(capsys, *words, "p.yaml")["policies"][1]
+    for said in ("snapkv+adakv 12.5% int4 int2", "SnapKV, AdaKV, 12.5%, int4, int2"):
+        assert answer(capsys, *words, said)["policies"][1] == by_file
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("snapkv+adakv", "how many tokens"),
+        ("snapkv 25% inf4", "'int4'"),
+        ("snapkv h2o 25%", "each a method"),
+        ("nothing.yaml", "cannot read"),
+    ],
+)
+def test_words_that_are_no_policy_are_told(
+    capsys: pytest.CaptureFixture[str], said: str, told: str
+) -> None:
+    assert main([*LLAMA, "--gpu", "4090", "--policy", said]) == 2
+    assert told in capsys.readouterr().err

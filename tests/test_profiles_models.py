@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -343,3 +344,26 @@ def test_the_count_is_that_of_the_model_transformers_builds(
         model = transformers.AutoModelForCausalLM.from_config(made)
     counted = sum(parameter.numel() for parameter in model.parameters())
     assert shape_from_config(tmp_path).parameters == counted + buffers
+
+
+def test_every_model_answers_to_its_hub_id() -> None:
+    for shape in list_models():
+        found = re.search(r"huggingface\.co/([\w.-]+/[\w.-]+)", shape.source)
+        assert found, shape.name
+        assert find_model(found[1]).name == shape.name
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("llama3.1:8b", "llama-3.1-8b"),
+        ("llama3.1:8b-instruct-q4_K_M", "llama-3.1-8b"),
+        ("phi4:14b", "phi-4"),
+        ("Qwen/Qwen3-8B-AWQ", "qwen3-8b"),
+        ("unsloth/Llama-3.1-8B-Instruct-GGUF", "llama-3.1-8b"),
+        ("gemma3:27b-it-qat", "gemma-3-27b"),
+        ("llama4:scout", "llama-4-scout"),
+    ],
+)
+def test_names_as_people_type_them(typed: str, name: str) -> None:
+    assert find_model(typed).name == name

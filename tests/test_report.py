@@ -192,3 +192,23 @@ def test_chromium_opens_it_without_a_word(folder: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr
     assert picture.stat().st_size > 20_000
+
+
+def test_points_of_the_front_say_what_they_are(tmp_path: Path) -> None:
+    from kvtune.tui.report.hover import with_titles
+    from kvtune.tuner.explore.view import View
+    from kvtune.tuner.explore.what_if import Setting, figures_of
+
+    study = StudyReader(write_study(tmp_path / "run", 20)).read()
+    write_report(study, tmp_path / "out")
+    html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    setting = Setting.asked(study.facts)
+    front = View(study, figures_of(study, setting), setting).front
+    found = re.findall(r"<use [^>]*><title>trial (\d+)", html)
+    once = found[: len(front)]
+    assert once == [str(study.plans.trial[row]) for row in front.tolist()]
+    assert "<script" not in html
+    svg = '<g id="a-front-points"><use x="1"/><use x="2"/></g>\n  </g>'
+    assert with_titles(svg, "a-front-points", ["1"]) == svg
+    both = with_titles(svg, "a-front-points", ["<b>", "2"])
+    assert both.count("<title>&lt;b&gt;</title>") == both.count("<title>2</title>") == 1

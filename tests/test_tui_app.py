@@ -518,6 +518,7 @@ SCREENS: dict[str, list[str]] = {
     "what-if": ["w", "right", "right"],
     "compare": ["end", "c"],
     "help": ["question_mark"],
+    "plans": ["k", "p", "down"],
 }
 
 

@@ -17,6 +17,8 @@ FAMILY_WORDS = {
     "pyramid": "pyramid",
     "adakv": "AdaKV",
 }
+GROUPS = ("primary", "warning", "success", "secondary", "accent", "muted")
+"""Colours of groups of plans, one after another; a seventh is like the sixth."""
 BARS = " ▁▂▃▄▅▆▇█"
 
 Colours = Mapping[str, str]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvtune.common.errors import DoesNotFitError, KvtuneError
 from kvtune.common.estimate import Estimate
+from kvtune.profiles.split import can_split
 from kvtune.tuner.target import beyond_length
 
 if TYPE_CHECKING:
@@ -40,17 +41,43 @@ class Card:
 
 
 @dataclass(frozen=True)
+class Split:
+    """How cards are used together.
+
+    Args:
+        gpus: that share each layer of one copy of the model.
+        copies: of the model, between which the sequences are dealt.
+    """
+
+    gpus: int = 1
+    copies: int = 1
+
+    @property
+    def cards(self) -> int:
+        """All of them."""
+        return self.gpus * self.copies
+
+    def batch(self, sequences: int) -> int:
+        """Sequences of the copy that is dealt the most."""
+        return -(-sequences // self.copies)
+
+
+ONE_CARD = Split()
+
+
+@dataclass(frozen=True)
 class Case:
     """One combination, and what it takes.
 
     Args:
         card: where it runs.
         context_tokens: prompt tokens of a sequence.
-        batch: sequences at once.
+        batch: sequences at once, of all copies together.
         policy: name of the cache policy; ``full cache`` is the uncompressed one.
-        budget: where the memory goes; None where not even the weights fit.
-        cost: memory and time; None likewise.
+        budget: where one card's memory goes; None where not even the weights fit.
+        cost: one card's memory, and one copy's time; None likewise.
         reason: why there is none.
+        split: how many cards there are, and what they share.
     """
 
     card: Card
@@ -60,11 +87,26 @@ class Case:
     budget: MemoryBudget | None
     cost: Cost | None
     reason: str = ""
+    split: Split = ONE_CARD
 
     @property
     def fits(self) -> bool:
         """Whether all sequences fit at once."""
-        return self.cost is not None and self.cost.sequences_that_fit >= self.batch
+        return self.cost is not None and self.cost.sequences_that_fit >= self.split.batch(
+            self.batch
+        )
+
+    @property
+    def sequences_that_fit(self) -> int | None:
+        """At once, on all cards together."""
+        return None if self.cost is None else self.cost.sequences_that_fit * self.split.copies
+
+    @property
+    def tokens_per_second(self) -> Estimate | None:
+        """Tokens that all sequences together are given a second."""
+        from kvtune.simulator.cost import per_second
+
+        return per_second(self.cost.latency, self.batch) if self.cost else None
 
     @property
     def tokens_per_second_per_user(self) -> Estimate | None:
@@ -75,10 +117,11 @@ class Case:
 
     @property
     def cost_per_million_tokens(self) -> Estimate | None:
-        """The card's price over what it generates, in the price's currency; decoding alone."""
-        if self.cost is None or self.card.price_per_hour is None:
+        """The cards' price over what they generate, in the price's currency; decoding alone."""
+        rate, price = self.tokens_per_second, self.card.price_per_hour
+        if rate is None or price is None:
             return None
-        rate, spent = self.cost.tokens_per_second, self.card.price_per_hour * MILLION
+        spent = price * self.split.cards * MILLION
         value, low, high = (
             spent / (SECONDS_PER_HOUR * end) for end in (rate.value, rate.high, rate.low)
         )
@@ -99,7 +142,8 @@ class Asked:
         weights: weight format, or ``auto``.
         document: a policy to set beside the full cache, or None.
         evicts: whether its methods go on evicting while tokens are generated.
-        gpus: cards that share each layer.
+        gpus: cards that share each layer; with ``total_gpus``, 1 tries all that divide it.
+        total_gpus: cards in all, used as copies of the model that share the sequences; or None.
         stack: whose kernels.
         told: notes on the options.
     """
@@ -114,13 +158,15 @@ class Asked:
     document: PolicyDocument | None
     evicts: bool
     gpus: int = 1
+    total_gpus: int | None = None
     stack: StackChoice = "kvtune"
     told: tuple[str, ...] = ()
 
     @property
     def is_one(self) -> bool:
-        """Whether there is one card, context and batch."""
-        return len(self.cards) == len(self.contexts) == len(self.batches) == 1
+        """Whether there is one card, context, batch and way to use the cards."""
+        several = (self.cards, self.contexts, self.batches, self.splits())
+        return all(len(each) == 1 for each in several) and self.total_gpus is None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -131,29 +177,53 @@ class Asked:
     def cases(self) -> Iterator[Case]:
         """Every combination, cards with the least memory first."""
         by_memory = sorted(self.cards, key=lambda card: card.memory_bytes)
-        for card, context, batch in product(by_memory, self.contexts, self.batches):
+        every = product(by_memory, self.splits(), self.contexts, self.batches)
+        for card, split, context, batch in every:
             try:
-                yield from self.of(card, context, batch)
+                yield from self.of(card, context, batch, split)
             except DoesNotFitError as error:
                 for name in self._names():
-                    yield Case(card, context, batch, name, None, None, str(error))
+                    yield Case(card, context, batch, name, None, None, str(error), split)
 
-    def of(self, card: Card, context: int, batch: int) -> list[Case]:
+    def splits(self) -> list[Split]:
+        """How the cards may be used: as asked for, or every way that gives all of them work.
+
+        Raises:
+            KvtuneError: so many cards cannot be used.
+        """
+        if self.total_gpus is None:
+            return [Split(self.gpus)]
+        total = self.total_gpus
+        if total % self.gpus:
+            raise KvtuneError(
+                f"--total-gpus {total} is no multiple of --gpus {self.gpus}",
+                hint="leave --gpus out to see every way that they can be used.",
+            )
+        shared = (
+            [n for n in range(1, total + 1) if total % n == 0] if self.gpus == 1 else [self.gpus]
+        )
+        return [Split(n, total // n) for n in shared if can_split(self.shape, n)]
+
+    def of(self, card: Card, context: int, batch: int, split: Split | None = None) -> list[Case]:
         """One combination: the full cache, and the policy where there is one.
 
         Raises:
             KvtuneError: not even the weights and a small cache fit.
         """
+        split = split or self.splits()[0]
         from kvtune.simulator.deployment import Deployment
         from kvtune.simulator.memory.budget import memory_budget
 
-        deployment = Deployment(self.shape, card.gpu, self.gpus, self.stack)
+        deployment = Deployment(self.shape, card.gpu, split.gpus, self.stack)
         budget = memory_budget(
             deployment.local, card.gpu, card.memory_bytes,
-            context_tokens=context, batch=batch, weights=self.weights,
+            context_tokens=context, batch=split.batch(batch), weights=self.weights,
         )  # fmt: skip
         costs = self._costs(deployment, budget)
-        return [Case(card, context, batch, name, budget, cost) for name, cost in costs.items()]
+        return [
+            Case(card, context, batch, name, budget, cost, split=split)
+            for name, cost in costs.items()
+        ]
 
     def _costs(self, deployment: Deployment, budget: MemoryBudget) -> dict[str, Cost]:
         from kvtune.simulator.cost import full_cost, per_second, policy_cost
@@ -165,16 +235,16 @@ class Asked:
         full = replace(alone, latency=step, prefill=first, tokens_per_second=rate)
         costs = {FULL: full}
         if self.document is not None:
-            self._check_alone()
+            self._check_alone(deployment.gpus)
             policy = self.document.bind(shape.layers, shape.kv_heads)
             costs[policy.name] = policy_cost(
                 policy, shape, deployment.gpu, budget, generated, evicts=self.evicts
             )
         return costs
 
-    def _check_alone(self) -> None:
+    def _check_alone(self, gpus: int) -> None:
         """Refuse a policy over several GPUs or another stack's kernels, which cannot run it."""
-        if self.gpus > 1 or self.stack != "kvtune":
+        if gpus > 1 or self.stack != "kvtune":
             raise KvtuneError(
                 "a policy can be costed on one GPU and with kvtune's own kernels only, as yet",
                 hint="leave out --gpus and --stack, or --policy.",

@@ -11,7 +11,7 @@ from kvtune.common.yaml_tree import flow
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy_file.parts import VERSION, Pattern, PolicyDocument, Provenance
 
-_HEADER = """\
+HEADER = """\
 # A KV-cache policy for kvtune: which prompt tokens each KV head keeps, and how they are stored.
 # Edit it freely: kvtune simulate checks it, and names the line of every mistake.
 #   options    method (which tokens), budget (how many: 256, 12.5% of the prompt, or all), and the
@@ -26,7 +26,7 @@ _HEADER = """\
 
 def write_policy(document: PolicyDocument) -> str:
     """The text of a policy file; ``read_policy`` gives the same document back."""
-    return _HEADER + _quality_line(document) + "\n".join(_lines(document)) + "\n"
+    return HEADER + _quality_line(document) + "\n".join(_lines(document)) + "\n"
 
 
 def as_plain(document: PolicyDocument) -> dict[str, Any]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from kvtune.policies.pages import BF16_PAGE, PageLayout
+from kvtune.runtime.cache.plain_pages import append_rows, attend_pages
 from kvtune.runtime.kernels.launch import Paged, Scratch, decode
-from kvtune.runtime.kernels.reference import attend, read_page, rotate, write_page
+from kvtune.runtime.kernels.reference import rotate, write_page
 from kvtune.runtime.rotation import Rotation
 
 
@@ -164,7 +165,7 @@ class TritonBackend:
 
 
 class PlainBackend:
-    """Plain torch, page by page: slow, and what the kernels are tested against."""
+    """Plain torch: what the kernels are tested against, and what answers without a GPU."""
 
     def write(self, pool: Tensor, writing: Writing) -> None:
         """A page at a time."""
@@ -178,17 +179,8 @@ class PlainBackend:
             pool[cell * layout.cell_bytes :][: layout.page_bytes] = page
 
     def append(self, layer: Paged, growing: Growing, keys: Tensor, values: Tensor) -> None:
-        """A row at a time."""
-        for row, segment in enumerate(growing.segments.tolist()):
-            length = int(layer.lengths[segment])
-            place = length if growing.places is None else self._place(growing, row)
-            pages = self._growing_pages(layer, growing, row)
-            page, slot = divmod(place, BF16_PAGE)
-            if place == length and slot == 0:
-                pages[page].zero_()
-            pages[page][0, slot] = keys.flatten(0, 1)[row]
-            pages[page][1, slot] = values.flatten(0, 1)[row]
-            layer.lengths[segment] = max(length, place + 1)
+        """All rows at once."""
+        append_rows(layer, growing, keys, values)
 
     def append_rotated(
         self, layer: Paged, growing: Growing, rotation: Rotation, values: Tensor
@@ -197,14 +189,6 @@ class PlainBackend:
         q, k = (rotate(x, rotation.cos, rotation.sin) for x in (rotation.q, rotation.k))
         self.append(layer, growing, k[:, :, 0], values)
         return q
-
-    def _place(self, growing: Growing, row: int) -> int:
-        """Of a sliding layer's next token; counts it."""
-        if growing.places is None or growing.entered is None:
-            raise RuntimeError("the layer does not slide")
-        before = int(growing.entered[row])
-        growing.entered[row] += 1
-        return int(growing.places[row, before % growing.places.shape[1]])
 
     def move(self, layer: Paged, growing: Growing, moves: Moves) -> None:
         """A token at a time."""
@@ -217,21 +201,8 @@ class PlainBackend:
     def attend(
         self, q: Tensor, layer: Paged, scratch: Scratch, scale: float, seen: Seen | None = None
     ) -> Tensor:
-        """Dequantise, then attend in float32."""
-        tiles = layer.tiles.tolist()
-        outputs = []
-        for row, query in enumerate(q.float()):
-            mine = [record for record in tiles if record[0] == row]
-            read = [_read_tile(layer, record) for record in mine]
-            keys, values = (torch.cat(side) for side in zip(*read, strict=True))
-            output, lse = attend(query, keys, values, scale)
-            outputs.append(output)
-            if seen is not None:
-                seen.lse[row] = lse
-            if seen is not None and seen.logits is not None:
-                for record, (some, _) in zip(mine, read, strict=True):
-                    seen.logits[:, record[11] :][:, : len(some)] = query @ some.T * scale
-        return torch.stack(outputs).to(q.dtype)
+        """Dequantise all pages of a layout at once, then attend in float32."""
+        return attend_pages(q, layer, scale, seen)
 
     def _growing_pages(self, layer: Paged, growing: Growing, row: int) -> list[Tensor]:
         """Views ``[2, tokens, D]`` of a row's pages."""
@@ -254,22 +225,6 @@ def _appending(layer: Paged, growing: Growing, keys: Tensor, values: Tensor) -> 
         layer.table, layer.lengths, layer.typed[1], keys.shape[1],
         layer.head_dim, growing.places, growing.entered, window,
     )  # fmt: skip
-
-
-def _read_tile(layer: Paged, record: list[int]) -> tuple[Tensor, Tensor]:
-    _, pair, at, before, most, segment, *_ = record
-    layout = PageLayout.of(layer.head_dim, pair)
-    tokens = max(0, min(int(layer.lengths[segment]) - before, most))
-    read = [
-        read_page(
-            layer.pool[c * layout.cell_bytes :][: layout.page_bytes],
-            layout,
-            layer.fp8_scales[segment],
-        )
-        for c in layer.table[at : at + layout.pages_for(tokens)].tolist()
-    ] or [(torch.zeros(0, layer.head_dim, device=layer.pool.device),) * 2]
-    keys, values = (torch.cat(x)[:tokens] for x in zip(*read, strict=True))
-    return keys, values
 
 
 def backend_for(device: Any) -> Backend:

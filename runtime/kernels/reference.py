@@ -53,11 +53,28 @@ def write_page(keys: Tensor, values: Tensor, layout: PageLayout, scales: Tensor)
 
 def read_page(page: Tensor, layout: PageLayout, scales: Tensor) -> tuple[Tensor, Tensor]:
     """Both of ``write_page``, ``[tokens, D]`` float32, rotated back; beyond n anything."""
-    keys = _decode(page[: layout.key_scales], page[layout.key_scales :], layout.keys, scales[0], 0,
-                   layout.head_dim)  # fmt: skip
-    codes = page[layout.value_codes : layout.value_scales]
-    values = _decode(codes, page[layout.value_scales :], layout.values, scales[1], 1,
-                     layout.head_dim)  # fmt: skip
+    keys, values = read_pages(page[None], layout, scales[None])
+    return keys[0], values[0]
+
+
+def read_pages(pages: Tensor, layout: PageLayout, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of many pages of one layout at once.
+
+    Args:
+        pages: ``[n, page_bytes]`` uint8.
+        layout: how each lies.
+        scales: ``[n, 2]`` float32, of fp8 keys and values.
+
+    Returns:
+        Keys and values ``[n, tokens, D]`` float32.
+    """
+    codes, beside = pages[:, : layout.key_scales], pages[:, layout.key_scales :]
+    keys = _decode(codes, beside, layout.keys, scales[:, 0], 0, layout.head_dim)
+    codes, beside = (
+        pages[:, layout.value_codes : layout.value_scales],
+        pages[:, layout.value_scales :],
+    )
+    values = _decode(codes, beside, layout.values, scales[:, 1], 1, layout.head_dim)
     return (
         hadamard(keys) if is_rotated(layout.keys) else keys,
         hadamard(values) if is_rotated(layout.values) else values,
@@ -66,17 +83,17 @@ def read_page(page: Tensor, layout: PageLayout, scales: Tensor) -> tuple[Tensor,
 
 @dataclass(frozen=True)
 class _Groups:
-    """Scale and offset of integer codes, fp16: ``[D]`` by channel, ``[g, 64]`` by token."""
+    """Scale and offset of codes, fp16: ``[..., D]`` by channel, ``[..., g, 64]`` by token."""
 
     scale: Tensor
     offset: Tensor
 
     def spread(self, dim: int, head_dim: int) -> tuple[Tensor, Tensor]:
-        """Both as float32 that broadcasts to ``[64, D]``; ``dim`` 0 is by channel, 1 by token."""
-        pair = (self.scale.float(), self.offset.float())
+        """Both as float32 that broadcasts to ``[..., 64, D]``; by channel if ``dim`` is 0."""
+        scale, offset = self.scale.float(), self.offset.float()
         if dim == 0:
-            return pair
-        wide = [x.T.repeat_interleave(PAGE, 1)[:, :head_dim] for x in pair]
+            return scale.unsqueeze(-2), offset.unsqueeze(-2)
+        wide = [x.mT.repeat_interleave(PAGE, -1)[..., :head_dim] for x in (scale, offset)]
         return wide[0], wide[1]
 
 
@@ -122,16 +139,19 @@ def _ranges(rows: Tensor, levels: int, dim: int, clip: float) -> _Groups:
 def _decode(
     codes: Tensor, beside: Tensor, name: str, scale: Tensor, dim: int, head_dim: int
 ) -> Tensor:
+    """Rows ``[n, tokens, D]`` float32 of n pages' codes and of the scales beside them."""
+    many = len(codes)
     if name == "bf16":
-        return codes.view(torch.bfloat16).float().view(-1, head_dim)
+        return codes.view(torch.bfloat16).float().view(many, -1, head_dim)
     if name == "fp8":
-        rows = codes.view(PAGE, -1) if dim == 0 else codes.view(-1, PAGE).T.contiguous()
-        return rows.view(torch.float8_e4m3fn).float() * scale
+        shape = (many, PAGE, -1) if dim == 0 else (many, -1, PAGE)
+        rows = codes.reshape(shape) if dim == 0 else codes.reshape(shape).mT.contiguous()
+        return rows.view(torch.float8_e4m3fn).float() * scale[:, None, None]
     steps = _read(codes, bits(name), dim).float()
     over = _reduced(name, dim)
     count = head_dim if over == 0 else token_groups(head_dim) * PAGE
-    laid = beside[: 4 * count].view(torch.float16).view(2, count)
-    pair = [_by_token(x, fields(name), over) for x in laid]
+    laid = beside[:, : 4 * count].contiguous().view(torch.float16).view(many, 2, count)
+    pair = [_by_token(x, fields(name), over) for x in laid.unbind(1)]
     step, offset = _Groups(pair[0], pair[1]).spread(over, head_dim)
     return steps * step + offset
 
@@ -144,10 +164,10 @@ def _lay(codes: Tensor, width: int, dim: int) -> Tensor:
 
 
 def _read(laid: Tensor, width: int, dim: int) -> Tensor:
-    """What ``_lay`` laid, ``[64, D]``."""
+    """What ``_lay`` laid in each of n pages, ``[n, 64, D]``."""
     if width != 3:
         return _unpack(_rows(laid, dim), width)
-    lower, third = laid.split([2 * len(laid) // 3, len(laid) // 3])
+    lower, third = laid.split([2 * laid.shape[1] // 3, laid.shape[1] // 3], 1)
     return _unpack(_rows(lower, dim), 2) | (_third_rows(third, dim) << 2)
 
 
@@ -159,11 +179,12 @@ def _third_units(bits_of: Tensor, dim: int) -> Tensor:
 
 
 def _third_rows(laid: Tensor, dim: int) -> Tensor:
-    """What ``_third_units`` laid, ``[64, D]``."""
-    half = PAGE // 2
-    bytes_of = laid.view(half, -1) if dim == 0 else laid.view(-1, half).T
-    found = (bytes_of[None, :, None] >> _places(bytes_of)) & 1
-    return found.reshape(PAGE, -1)
+    """What ``_third_units`` laid in each of n pages, ``[n, 64, D]``."""
+    many, half = len(laid), PAGE // 2
+    shape = (many, half, -1) if dim == 0 else (many, -1, half)
+    bytes_of = laid.reshape(shape) if dim == 0 else laid.reshape(shape).mT
+    found = (bytes_of[:, None, :, None] >> _places(bytes_of)) & 1
+    return found.reshape(many, PAGE, -1)
 
 
 def _places(like: Tensor) -> Tensor:
@@ -179,10 +200,11 @@ def _units(packed: Tensor, dim: int) -> Tensor:
 
 
 def _rows(laid: Tensor, dim: int) -> Tensor:
-    """What ``_units`` laid, ``[64, D / f]``."""
+    """What ``_units`` laid in each of n pages, ``[n, 64, D / f]``."""
+    many = len(laid)
     if dim == 0:
-        return laid.view(PAGE // 2, -1, 2).permute(2, 0, 1).reshape(PAGE, -1)
-    return laid.view(-1, PAGE // 2, 2).permute(2, 1, 0).reshape(PAGE, -1)
+        return laid.reshape(many, PAGE // 2, -1, 2).permute(0, 3, 1, 2).reshape(many, PAGE, -1)
+    return laid.reshape(many, -1, PAGE // 2, 2).permute(0, 3, 2, 1).reshape(many, PAGE, -1)
 
 
 def _by_unit(scales: Tensor, count: int, dim: int) -> Tensor:
@@ -193,10 +215,11 @@ def _by_unit(scales: Tensor, count: int, dim: int) -> Tensor:
 
 
 def _by_token(laid: Tensor, count: int, dim: int) -> Tensor:
-    """What ``_by_unit`` laid: ``[D]`` by channel, ``[g, 64]`` by token."""
+    """What ``_by_unit`` laid in each of n pages: ``[n, D]`` by channel, ``[n, g, 64]`` by token."""
+    many = len(laid)
     if dim == 0:
-        return laid.view(-1, count).T.flatten()
-    return laid.view(-1, PAGE // 2, 2).transpose(1, 2).reshape(-1, PAGE)
+        return laid.view(many, -1, count).mT.flatten(1)
+    return laid.view(many, -1, PAGE // 2, 2).mT.reshape(many, -1, PAGE)
 
 
 def _pack(codes: Tensor, width: int) -> Tensor:
@@ -210,7 +233,7 @@ def _pack(codes: Tensor, width: int) -> Tensor:
 
 def _unpack(packed: Tensor, width: int) -> Tensor:
     mask = 2**width - 1
-    return torch.cat([(packed >> (n * width)) & mask for n in range(8 // width)], dim=1)
+    return torch.cat([(packed >> (n * width)) & mask for n in range(8 // width)], dim=-1)
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:

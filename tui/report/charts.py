@@ -15,6 +15,7 @@ import numpy as np
 
 from kvtune.common.units import GIB
 from kvtune.tui.palette import short, words_of
+from kvtune.tui.report import hover
 from kvtune.tui.widgets.memory_bar import MemoryParts
 from kvtune.tuner.explore.axes import option_bits
 from kvtune.tuner.explore.compare import HeadMap
@@ -170,6 +171,7 @@ def _plans(axes: Axes, view: View) -> None:
         markersize=5,
         linewidth=1,
         label="front",
+        gid=hover.FRONT,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.files import atomic, write_text
 from kvtune.common.progress import Progress, Silent
 from kvtune.tui.report import charts
+from kvtune.tui.report.hover import FRONT, front_titles, with_titles
 from kvtune.tui.report.page import listed, page, pairs, picture, table, verdict
 from kvtune.tui.report.tables import baselines_table, front_table, plan_table, plans_csv
 from kvtune.tui.widgets.memory_bar import MemoryParts
@@ -44,6 +46,10 @@ def write_report(study: Study, folder: Path, progress: Progress | None = None) -
         )
     view = View(study, figures_of(study, Setting.asked(study.facts)), Setting.asked(study.facts))
     drawn, paths = {}, []
+    titles = {
+        f"front-{name}": front_titles(replace(view, x=axis, y=LOSS))
+        for name, axis in (("tokens", TOKENS), ("bytes", BYTES), ("rate", RATE))
+    }
     pictures = list(_pictures(view, row))
     for name, caption, draw, width, height in (progress or Silent()).track(
         pictures, "drawing", len(pictures)
@@ -51,8 +57,12 @@ def write_report(study: Study, folder: Path, progress: Progress | None = None) -
         files = charts.rendered(draw, width, height)
         paths += [_write(folder / f"{name}.{kind}", made) for kind, made in files.items()]
         small = charts.rendered(draw, charts.NARROW, max(0.8 * height, 2.0), ("svg",))["svg"]
-        narrow = charts.inline(small, f"{name}-narrow")
-        drawn[name] = picture(charts.inline(files["svg"], name), narrow, caption)
+        both = (charts.inline(files["svg"], name), charts.inline(small, f"{name}-narrow"))
+        wide, narrow = (
+            with_titles(svg, f"{where}-{FRONT}", titles.get(name, ()))
+            for svg, where in zip(both, (name, f"{name}-narrow"), strict=True)
+        )
+        drawn[name] = picture(wide, narrow, caption)
     write_text(folder / "plans.csv", plans_csv(view))
     write_text(
         folder / "report.html", page(study, _first(study, drawn), _sections(view, row, drawn))

@@ -11,7 +11,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
-from textual.widgets import Footer, Static
+from textual.widgets import Footer, Input, Static
 
 from kvtune.common.errors import KvtuneError
 from kvtune.tui.screens.compare import CompareScreen
@@ -23,10 +23,12 @@ from kvtune.tui.widgets.heat_map import SHADES, Shade
 from kvtune.tui.widgets.legend import Legend
 from kvtune.tui.widgets.notice import Notice, too_small
 from kvtune.tui.widgets.plan_panel import PlanPanel, Selected
+from kvtune.tui.widgets.plans_table import PlansTable
 from kvtune.tui.widgets.plot import FrontPlot
 from kvtune.tui.widgets.status import status
 from kvtune.tui.widgets.what_if import WhatIf
 from kvtune.tuner.explore.axes import AXES, Axis, Filter
+from kvtune.tuner.explore.dimensions import DIMENSIONS
 from kvtune.tuner.explore.study import Study
 from kvtune.tuner.explore.view import View
 from kvtune.tuner.explore.what_if import Setting, figures_of
@@ -35,11 +37,21 @@ from kvtune.tuner.explore.what_if import Setting, figures_of
 class ExplorerScreen(Screen[None]):
     """Holds the cursor; draws snapshots and views, computes nothing of its own."""
 
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (110, "-wide")]  # noqa: RUF012
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (110, "-wide"), (170, "-huge")]  # noqa: RUF012
     BINDINGS = [  # noqa: RUF012
         Binding("question_mark", "help", "Help", key_display="?", tooltip="This page"),
         Binding("x", "axis('x')", "Axes", tooltip="Another figure across"),
         Binding("y", "axis('y')", "Upward", tooltip="Another figure upward", show=False),
+        Binding("k", "colour", "Colour", tooltip="Plans by method, bits, split or context"),
+        Binding("p", "plans", "Plans", tooltip="The table of plans, or the plot"),
+        Binding(
+            "slash",
+            "search",
+            "Search",
+            key_display="/",
+            show=False,
+            tooltip="Plans whose trial, method, bits or split hold these words",
+        ),
         Binding("h", "shade", "Heads", tooltip="Heads by budget, bits or method"),
         Binding("w", "what_if", "What if", tooltip="Other contexts, batches, cards and limits"),
         Binding("f", "filter", "Filter", tooltip="Which plans are shown"),
@@ -47,6 +59,13 @@ class ExplorerScreen(Screen[None]):
         Binding("c", "compare", "Compare", tooltip="With the marked plan or a baseline"),
         Binding("e", "export", "Export", tooltip="To a policy file or a serving stack"),
         Binding("v", "validate", "Validate", tooltip="Run the model with this plan"),
+        Binding(
+            "escape",
+            "leave_what_if",
+            "As searched",
+            show=False,
+            tooltip="Leave what if: everything as it was searched",
+        ),
         Binding("g", "go_chosen", "Chosen", tooltip="Back to the chosen plan", show=False),
     ]
 
@@ -64,6 +83,8 @@ class ExplorerScreen(Screen[None]):
         with Horizontal(id="body"):
             with Vertical(id="left"):
                 yield FrontPlot(id="plot-front")
+                yield Input(id="search", placeholder="words of plans: snapkv 4 bits", compact=True)
+                yield PlansTable(id="plans-table")
                 yield Legend(id="legend")
                 yield WhatIf(id="what-if")
             yield PlanPanel(id="plan", can_focus=True)
@@ -139,6 +160,8 @@ class ExplorerScreen(Screen[None]):
             return
         self.query_one(FrontPlot).show(view, self.row, self.marked)
         self.query_one(Legend).show(view)
+        if self.shows_table:
+            self.query_one(PlansTable).show(view, self.row)
         if self.row is not None:
             self.query_one(PlanPanel).show(Selected(view, self.row), self.shade)
 
@@ -153,13 +176,15 @@ class ExplorerScreen(Screen[None]):
 
     @on(events.Resize)
     def fit(self) -> None:
-        """Say so where the terminal is too small."""
+        """Say so where the terminal is too small; fill the table where there is room for it."""
         self._show_state()
+        self.call_after_refresh(self._draw_cursor)
 
     # --- moving ----------------------------------------------------------------------------
 
     @on(FrontPlot.Picked)
-    def move_cursor(self, event: FrontPlot.Picked) -> None:
+    @on(PlansTable.Picked)
+    def move_cursor(self, event: FrontPlot.Picked | PlansTable.Picked) -> None:
         """Another plan."""
         if event.row != self.row:
             self.row = event.row
@@ -197,6 +222,44 @@ class ExplorerScreen(Screen[None]):
         self.view = replace(self.view, x=x, y=y)
         self._refresh_view()
 
+    def action_colour(self) -> None:
+        """Plans coloured by the next of their properties, or by none."""
+        if self.view is not None:
+            known = (None, *DIMENSIONS)
+            after = known[(known.index(self.view.colour) + 1) % len(known)]
+            self.view = replace(self.view, colour=after)
+            self._draw_cursor()
+
+    @property
+    def shows_table(self) -> bool:
+        """Whether the table of plans is on screen."""
+        return self.has_class("-plans") or self.has_class("-huge")
+
+    def action_plans(self) -> None:
+        """The table in the place of the plot, where both have no room; else the way to it."""
+        table, plot = self.query_one(PlansTable), self.query_one(FrontPlot)
+        away = table.has_focus
+        self.set_class(not away and not self.has_class("-huge"), "-plans")
+        (plot if away else table).focus()
+        self._draw_cursor()
+
+    def action_search(self) -> None:
+        """Write words that plans must hold."""
+        self.set_class(not self.has_class("-huge"), "-plans")
+        self.add_class("-search")
+        self._draw_cursor()
+        self.query_one("#search", Input).focus()
+
+    @on(Input.Changed, "#search")
+    def search(self, event: Input.Changed) -> None:
+        """As the words are written."""
+        self.query_one(PlansTable).search(event.value)
+
+    @on(Input.Submitted, "#search")
+    def leave_search(self) -> None:
+        """To what was found."""
+        self.query_one(PlansTable).focus()
+
     def action_shade(self) -> None:
         """Budget, bits, method."""
         self.shade = SHADES[(SHADES.index(self.shade) + 1) % len(SHADES)]
@@ -213,6 +276,21 @@ class ExplorerScreen(Screen[None]):
         panel.border_title = "What if"
         self.toggle_class("-what-if")
         (panel.context if self.has_class("-what-if") else self.query_one(FrontPlot)).focus()
+
+    def action_leave_what_if(self) -> None:
+        """Leave a search; else put every slider back where the search of plans stood."""
+        if self.view is None:
+            return
+        if self.has_class("-search"):
+            self.remove_class("-search")
+            self.query_one("#search", Input).value = ""
+            self.query_one(PlansTable).focus()
+            return
+        self.query_one(WhatIf).offer(self.view.study.facts)
+        self.remove_class("-what-if")
+        if self.view.is_what_if:
+            self._draw(self.view.study, Setting.asked(self.view.study.facts))
+        self.query_one(FrontPlot).focus()
 
     # --- other screens ---------------------------------------------------------------------
 

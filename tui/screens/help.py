@@ -16,6 +16,7 @@ _MOVES = (
     ("left right", "Along the front; page up, page down by ten; home, end"),
     ("click", "The plan nearest to the mouse"),
     ("+ - 0", "Zoom, and the whole plot again; drag to pan"),
+    ("s r /", "In the table of plans: sort by the next column, turn round, search; escape leaves"),
     ("tab", "Between plot, sliders and plan"),
     ("ctrl+p", "Every command by name"),
     ("t", "Light or dark"),

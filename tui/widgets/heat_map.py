@@ -43,9 +43,15 @@ class HeatMap(Widget):
         return () if heads is None else heads.tokens.shape
 
     @property
+    def _wide(self) -> int:
+        """Columns of a layer: as many as there is room for, up to four."""
+        layers = len(self.heads.options) if self.heads else 1
+        return min(max((self.size.width - _MARGIN) // layers, 1), 4)
+
+    @property
     def _across(self) -> int:
         """Layers on a line."""
-        return max(self.size.width - _MARGIN, 8)
+        return max((self.size.width - _MARGIN) // self._wide, 8)
 
     def render(self) -> Text:
         """The map, with layer numbers above and a legend below."""
@@ -61,12 +67,12 @@ class HeatMap(Widget):
     def _block(self, heads: HeadMap, layers: range) -> Text:
         colours = colours_of(self.app)
         cell = self._cells(heads, colours)
-        lines = [Text(f"{'':{_MARGIN}}{ruler(layers)}", colours["muted"])]
+        lines = [Text(f"{'':{_MARGIN}}{ruler(layers, self._wide)}", colours["muted"])]
         for head in range(len(heads.options[0])):
             line = Text(f"{head:>2} ", colours["muted"], no_wrap=True)
             cells = [cell(layer, head) for layer in layers]
             for colour, run in groupby(cells, key=itemgetter(1)):
-                line.append("".join(glyph for glyph, _ in run), colour)
+                line.append("".join(glyph * self._wide for glyph, _ in run), colour)
             lines.append(line)
         return Text("\n", no_wrap=True).join(lines)
 
@@ -110,8 +116,9 @@ class HeatMap(Widget):
         if self.heads is None:
             return None
         block, row = divmod(y, len(self.heads.options[0]) + 1)
-        layer, head = block * self._across + x - _MARGIN, row - 1
-        if head < 0 or x < _MARGIN or x - _MARGIN >= self._across:
+        column, head = (x - _MARGIN) // self._wide, row - 1
+        layer = block * self._across + column
+        if head < 0 or x < _MARGIN or column >= self._across:
             return None
         if layer >= len(self.heads.options):
             return None
@@ -120,14 +127,14 @@ class HeatMap(Widget):
         return f"layer {layer}, KV head {head}: {option.label}, {tokens} tokens"
 
 
-def ruler(layers: range) -> str:
+def ruler(layers: range, wide: int = 1) -> str:
     """Layer numbers, one every eight layers at its column."""
-    line = [" "] * len(layers)
-    for column, layer in enumerate(layers):
+    line = [" "] * (wide * len(layers))
+    for place, layer in enumerate(layers):
         if layer % 8 == 0:
-            for offset, digit in enumerate(str(layer)):
-                if column + offset < len(line):
-                    line[column + offset] = digit
+            for column, digit in enumerate(str(layer), start=wide * place):
+                if column < len(line):
+                    line[column] = digit
     return "".join(line)
 
 

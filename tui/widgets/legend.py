@@ -6,7 +6,16 @@ from rich.text import Text
 from textual.geometry import Size
 from textual.widget import Widget
 
-from kvtune.tui.palette import CHOSEN, FRONT, OTHER, SELECTED, colours_of, mark_of, words_of
+from kvtune.tui.palette import (
+    CHOSEN,
+    FRONT,
+    GROUPS,
+    OTHER,
+    SELECTED,
+    colours_of,
+    mark_of,
+    words_of,
+)
 from kvtune.tuner.explore.view import View
 
 
@@ -53,9 +62,14 @@ def _parts(view: View) -> list[tuple[str, str, str]]:
     baselines = [(mark_of(b.family), "error", words_of(b.family)) for b, *_ in view.baselines()]
     lines = [("─" if line.axis is view.y else "│", "muted", line.words) for line in view.lines]
     shown = [("shown:", "warning", view.filter.words)] if view.filter.words else []
+    groups = [
+        (FRONT, GROUPS[min(number, len(GROUPS) - 1)], name)
+        for number, name in enumerate(view.groups)
+    ]
     return [
         *shown,
-        (FRONT, "primary", "front"),
+        *groups,
+        (FRONT, "muted" if groups else "primary", "front"),
         (OTHER, "muted", "other"),
         (CHOSEN, "success", chosen),
         (SELECTED, "accent", "here"),

@@ -88,9 +88,9 @@ class PlanPanel(VerticalScroll):
 def title(selected: Selected) -> str:
     """Which plan it is."""
     words = f"Plan of trial {selected.plan.trial}"
-    if selected.row != selected.study.chosen:
-        return words
-    return f"{words} ★ " + ("chosen" if selected.study.outcome else "best so far")
+    if selected.row == selected.study.chosen:
+        words += " ★ " + ("chosen" if selected.study.outcome else "best so far")
+    return f"{words}, what if" if selected.view.is_what_if else words
 
 
 def figures_table(selected: Selected) -> Table:
@@ -107,11 +107,11 @@ def quality_rows(selected: Selected) -> list[tuple[str, str]]:
     """What it loses: on selection samples, on held-out ones, and live."""
     study, plan = selected.study, selected.plan
     rows = [
-        ("KL selection", figure(plan.kl)),
-        ("KL held out", figure(plan.held_out)),
+        ("loss, selection", figure(plan.kl)),
+        ("loss, held out", figure(plan.held_out)),
     ]
     if (live := study.live(plan)) is not None:
-        rows.append(("KL live", figure(live.kl)))
+        rows.append(("loss, live", figure(live.kl)))
         if live.perplexity_change is not None:
             rows.append(("perplexity", f"{100 * live.perplexity_change.value:+.2g} % live"))
         if live.retrieval_accuracy is not None:
@@ -128,9 +128,9 @@ def cost_rows(selected: Selected) -> list[tuple[str, str]]:
     size, share = int(figures.prompt_bytes[row]), float(figures.share[row])
     at_once = f"{count(figures.sequences[row])} x {count(figures.context_tokens[row])} tokens"
     return [
-        ("prompt", f"{format_bytes(size)}, {percent(share)} of bf16"),
-        ("at once", at_once),
-        ("would fit", f"{count(figures.tokens_that_fit[row])} tokens"),
-        ("a token", figure(figures.estimate("step_s", row))),
+        ("one prompt", f"{format_bytes(size)}, {percent(share)} of bf16"),
+        ("prompts at once", at_once),
+        ("room for", f"{count(figures.tokens_that_fit[row])} tokens"),
+        ("time per token", figure(figures.estimate("step_s", row))),
         ("tokens/s", figure(figures.estimate("tokens_per_s", row))),
     ]

@@ -26,7 +26,8 @@ from textual_hires_canvas import Canvas
 from textual_plot import AxisFormatter, HiResMode, PlotWidget
 from textual_plot.plot_widget import Legend
 
-from kvtune.tui.palette import CHOSEN, FRONT, MARKED, SELECTED, colours_of, mark_of, short
+from kvtune.tui.palette import CHOSEN, FRONT, GROUPS, MARKED, SELECTED, colours_of, mark_of, short
+from kvtune.tui.widgets.plot_labels import labels, placed
 from kvtune.tuner.explore.plans import Floats
 from kvtune.tuner.explore.view import View
 
@@ -37,8 +38,8 @@ _NOTHING = 1e-12
 class LogTicks(AxisFormatter):
     """Ticks at 1, 2, 5 of every power of ten, for positions that are logarithms."""
 
-    def __init__(self, zero: float | None = None) -> None:
-        self.zero = zero
+    def __init__(self, zero: float | None = None, nothing: str = "0") -> None:
+        self.zero, self.nothing = zero, nothing
 
     def get_ticks(self, min_: float, max_: float, max_ticks: int = 8) -> list[float]:
         """Positions between the ends; fewer steps where the range is wide."""
@@ -56,12 +57,23 @@ class LogTicks(AxisFormatter):
                 if min_ <= power + log10(step) <= max_
             ]
             if len(ticks) <= max_ticks - 1:
-                return ticks
+                return ticks if len(ticks) > 1 else _even(min_, max_)
         return ticks[:: ceil(len(ticks) / max_ticks)]
 
     def get_labels_for_ticks(self, ticks: Sequence[float]) -> list[str]:
-        """``0.02``, ``50``, ``16k``; ``0`` where nothing is drawn."""
-        return ["0" if tick == self.zero else short(10**tick) for tick in ticks]
+        """``0.02``, ``50``, ``16k``; ``0`` or ``<1e-6`` where what is not to scale is drawn."""
+        return [self.nothing if tick == self.zero else short(10**tick) for tick in ticks]
+
+
+def _even(min_: float, max_: float) -> list[float]:
+    """Three ticks of as few digits as tell them apart, where no round number lies between."""
+    values = [10**x for x in np.linspace(min_, max_, 5)[1:-1]]
+    for digits in range(1, 7):
+        rounded = sorted({float(f"{value:.{digits}g}") for value in values})
+        inside = [log10(v) for v in rounded if min_ <= log10(v) <= max_]
+        if len(inside) == len(values):
+            return inside
+    return [log10(value) for value in values]
 
 
 class StyledCanvas(Canvas):
@@ -139,7 +151,9 @@ class FrontPlot(PlotWidget):
         if self.view is None:
             return
         colours = colours_of(self.app)
-        self.border_title = f" {self.view.y.words} "
+        what_if = "WHAT IF (esc leaves): " if self.view.is_what_if else ""
+        self.border_title = f" {what_if}{self.view.y.words} "
+        self.set_class(self.view.is_what_if, "-what-if-on")
         self.border_subtitle = f" {self.view.x.words} "
         self.clear()
         self._plot_lines(self.view, colours["muted"])
@@ -147,6 +161,20 @@ class FrontPlot(PlotWidget):
         self._plot_baselines(self.view, colours["error"])
         self._plot_cursor(self.view, colours["success"], colours["accent"])
         self.render()  # now, so that canvases and plan reach the screen in one pass
+
+    def _render_plot(self) -> None:
+        """Textual-plot's picture, and words on it."""
+        super()._render_plot()
+        canvas = self.query_one("#plot", Canvas)
+        if self.view is None or canvas._canvas_size is None:
+            return
+        colour, points = colours_of(self.app)["error"], []
+        for each in labels(self.view):
+            x, y = self._place_x([each.x])[0], self._place_y([each.y])[0]
+            if self._x_min <= x <= self._x_max and self._y_min <= y <= self._y_max:
+                points.append((*self.get_pixel_from_coordinate(x, y), each.words))
+        for column, line, words in placed(points, *canvas.size):
+            canvas.write_text(column, line, f"[{colour}]{words}[/]")
 
     # --- parts, from the ground up ---------------------------------------------------------
 
@@ -161,7 +189,8 @@ class FrontPlot(PlotWidget):
         x = np.r_[view.across[view.rows, 0], lines_x, [x for _, x, _ in beside]]
         y = np.r_[view.upward[view.rows, 0], lines_y, [y for _, _, y in beside]]
         self._x_zero, self._y_zero = zero_of(x), zero_of(y)
-        self._x_formatter, self._y_formatter = LogTicks(self._x_zero), LogTicks(self._y_zero)
+        self._x_formatter = LogTicks(self._x_zero, nothing_of(x, self._x_zero))
+        self._y_formatter = LogTicks(self._y_zero, nothing_of(y, self._y_zero))
         self.set_xlimits(*_padded(self._place_x(x)))
         self.set_ylimits(*_padded(self._place_y(y)))
         across, upward = self._positions(view, view.rows)
@@ -187,8 +216,18 @@ class FrontPlot(PlotWidget):
 
     def _plot_plans(self, view: View, faint: str, strong: str) -> None:
         x, y = self._positions(view, self._seen)
-        self.scatter(x, y, marker_style=faint, hires_mode=HiResMode.BRAILLE)
-        self.scatter(*self._positions(view, view.front), marker=FRONT, marker_style=strong)
+        if not view.groups:
+            self.scatter(x, y, marker_style=faint, hires_mode=HiResMode.BRAILLE)
+            self.scatter(*self._positions(view, view.front), marker=FRONT, marker_style=strong)
+            return
+        colours = colours_of(self.app)
+        for number, rows in enumerate(view.groups.values()):
+            style = colours[GROUPS[min(number, len(GROUPS) - 1)]]
+            seen = np.intersect1d(rows, self._seen)
+            best = np.intersect1d(rows, view.front)
+            hires = HiResMode.BRAILLE
+            self.scatter(*self._positions(view, seen), marker_style=style, hires_mode=hires)
+            self.scatter(*self._positions(view, best), marker=FRONT, marker_style=style)
 
     def _plot_baselines(self, view: View, colour: str) -> None:
         for baseline, across, upward in view.baselines():
@@ -237,12 +276,26 @@ class FrontPlot(PlotWidget):
         self.post_message(self.Picked(self.view.nearest(np.asarray(distance))))
 
 
+_DECADES = 5  # below the largest value that are drawn to scale
+
+
 def zero_of(values: Floats) -> float | None:
-    """Where nothing is drawn on a logarithmic axis: a step below the least; None if not needed."""
-    some = values[values > _NOTHING]
+    """Where what is too small for a logarithmic axis is drawn, a step below the rest; or None.
+
+    Too small is five decades below the largest: one plan with next to no loss would else squash
+    all others.
+    """
+    some = values[values > max(_NOTHING, 10.0**-_DECADES * float(values.max(initial=0.0)))]
     if len(some) == len(values) or not len(some):
         return None
     return float(np.log10(some.min()) - 0.3)
+
+
+def nothing_of(values: Floats, zero: float | None) -> str:
+    """What the tick at ``zero`` says: ``0``, or less than the least that is drawn to scale."""
+    if zero is None or (values[np.log10(np.maximum(values, _NOTHING)) < zero] <= _NOTHING).all():
+        return "0"
+    return f"<{short(10 ** (zero + 0.3))}"
 
 
 def place(values: Sequence[float] | Floats, zero: float | None) -> Floats:

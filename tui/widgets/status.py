@@ -13,9 +13,10 @@ def status(view: View | None, error: KvtuneError | None, width: int) -> str:
         return "kvtune"
     facts, study, setting = view.study.facts, view.study, view.setting
     state = study.state if error is None else f"STORAGE LOST: {error.message}"
+    what_if = "WHAT IF " if view.is_what_if else ""
     parts = [
         facts.shape.name,
-        f"{setting.gpu.name} {format_bytes(setting.memory_bytes)}",
+        f"{what_if}{setting.gpu.name} {format_bytes(setting.memory_bytes)}",
         f"quality: {facts.quality}",
         f"{_shown(view)}{state}",
     ]

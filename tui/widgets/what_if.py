@@ -43,6 +43,8 @@ class WhatIf(Vertical):
         self.gpu: Slider[GpuProfile] = Slider("GPU", id="gpu")
         self.memory: Slider[int] = Slider("memory", id="memory")
         self.weights: Slider[str] = Slider("weights", id="weights")
+        self._asked: Setting | None = None  # the search's own
+        self._share = 1.0  # of a card's memory that may be used
 
     def compose(self) -> ComposeResult:
         """One slider a line."""
@@ -51,7 +53,7 @@ class WhatIf(Vertical):
 
     def offer(self, facts: Facts) -> None:
         """Put every knob where the search stood."""
-        setting = Setting.asked(facts)
+        setting = self._asked = Setting.asked(facts)
         self.context.offer(_contexts(facts), 0)
         self.sequences.offer(_batches(), 0)
         gpus = [Stop(gpu, gpu.name) for gpu in list_gpus()]
@@ -67,6 +69,7 @@ class WhatIf(Vertical):
         sizes = sorted(even | {min(wanted, most)})
         stops = [Stop(size, f"{format_bytes(size)} of {most / GIB:.1f}") for size in sizes]
         self.memory.offer(stops, sizes.index(min(wanted, most)))
+        self._share = self.memory.value / most
 
     @property
     def setting(self) -> Setting:
@@ -89,8 +92,17 @@ class WhatIf(Vertical):
         """Another card shows another memory; then ask for the setting."""
         event.stop()
         if event.slider.id == "gpu":
-            self._offer_memory(self.gpu.value, self.memory.value)
+            self._follow(self.gpu.value)
+        else:
+            self._share = self.memory.value / self.gpu.value.visible_bytes
         self.post_message(self.Changed(self.setting))
+
+    def _follow(self, gpu: GpuProfile) -> None:
+        """Memory follows the card: the search's own limit on its own, else the same share."""
+        if self._asked is not None and gpu == self._asked.gpu:
+            self._offer_memory(gpu, self._asked.memory_bytes)
+        else:
+            self._offer_memory(gpu, int(self._share * gpu.visible_bytes))
 
 
 def _contexts(facts: Facts) -> list[Stop[int | None]]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kvtune.common.units import MIB
 from kvtune.tuner.explore.axes import BYTES, EVERYTHING, LOSS, TOKENS, Axis, Filter, front
+from kvtune.tuner.explore.dimensions import Dimension
 from kvtune.tuner.explore.plans import Floats
 from kvtune.tuner.explore.study import Study
 from kvtune.tuner.explore.what_if import Figures, Setting
@@ -39,6 +40,7 @@ class View:
         x: figure across.
         y: figure upward.
         filter: which plans are shown.
+        colour: what tells them apart beside the figures, if anything.
     """
 
     study: Study
@@ -47,11 +49,27 @@ class View:
     x: Axis = TOKENS
     y: Axis = LOSS
     filter: Filter = EVERYTHING
+    colour: Dimension | None = None
+
+    @property
+    def is_what_if(self) -> bool:
+        """Whether memory and time are of another setting than the search was for."""
+        return self.setting != Setting.asked(self.study.facts)
 
     @cached_property
     def rows(self) -> Rows:
         """Plans that the filter lets through."""
         return self.filter.rows(self.study, self.figures)
+
+    @cached_property
+    def groups(self) -> dict[str, Rows]:
+        """Shown plans by their value of ``colour``, the most frequent first."""
+        if self.colour is None:
+            return {}
+        values = np.array(self.colour.values(self.study))[self.rows]
+        names, counts = np.unique(values, return_counts=True)
+        order = names[np.argsort(-counts, kind="stable")]
+        return {str(name): self.rows[values == name] for name in order}
 
     @cached_property
     def across(self) -> Floats:

@@ -1,0 +1,74 @@
+"""Policies in a few words, as papers name them: ``snapkv+adakv 25% int4``."""
+
+from __future__ import annotations
+
+import re
+
+from kvtune.common.errors import KvtuneError, nearest
+from kvtune.policies.allocator import allocators
+from kvtune.policies.format import formats
+from kvtune.policies.method import methods
+from kvtune.policies.policy_file.parts import PolicyDocument
+from kvtune.policies.policy_file.reader import read_policy
+
+_BUDGET = re.compile(r"all|[0-9]+|[0-9]+(\.[0-9]+)?%")
+_EXAMPLE = "'snapkv+adakv 25% int4'"
+
+
+def is_named(text: str) -> bool:
+    """Whether a text is words with a method, format or allocator first, and no path of a file."""
+    first = words_of(text)[:1]
+    return bool(first) and first[0] in {**methods(), **formats(), **allocators()}
+
+
+def words_of(text: str) -> list[str]:
+    """The words, parted by ``+``, ``,`` or spaces, in lower case."""
+    return [word for word in re.split(r"[+,\s]+", text.strip().lower()) if word]
+
+
+def read_named(text: str) -> PolicyDocument:
+    """One option for all heads: a method, an allocator, a budget, a format or two, in any order.
+
+    Of two formats the first is of keys. A method that drops tokens needs a budget.
+
+    Raises:
+        KvtuneError: a word is unknown, or said twice; a budget is missing.
+    """
+    found: dict[str, list[str]] = {}
+    for word in words_of(text):
+        found.setdefault(_kind_of(word, text), []).append(word)
+    most = {"method": 1, "allocator": 1, "budget": 1, "format": 2}
+    for kind, words in found.items():
+        if len(words) > most[kind]:
+            raise KvtuneError(
+                f"policy {text!r} names {' and '.join(words)}, which are each a {kind}",
+                hint="write a policy file where heads have different ones.",
+            )
+    method, budget = found.get("method", ["full"])[0], found.get("budget", [""])[0]
+    if method != "full" and not budget:
+        raise KvtuneError(
+            f"policy {text!r} does not say how many tokens it keeps",
+            hint=f"add a share of the prompt or a number of tokens: '{text} 25%'.",
+        )
+    keys, *values = found.get("format", ["bf16"])
+    return read_policy(
+        f"kvtune_policy: 1\nallocator: {found.get('allocator', ['as_given'])[0]}\n"
+        f"policy: {{method: {method}, budget: {budget or 'all'}, keys: {keys}, "
+        f"values: {(values or [keys])[0]}}}\n"
+    )
+
+
+def _kind_of(word: str, text: str) -> str:
+    if _BUDGET.fullmatch(word):
+        return "budget"
+    known: dict[str, list[str]] = {
+        "method": [*methods()], "format": [*formats()], "allocator": [*allocators()]
+    }  # fmt: skip
+    for kind, names in known.items():
+        if word in names:
+            return kind
+    every = [name for names in known.values() for name in names]
+    raise KvtuneError(
+        f"policy {text!r}: {word!r} is not known. {nearest(word, every)}",
+        hint=f"a policy is a file, or words such as {_EXAMPLE}; kvtune policies lists them.",
+    )

@@ -1,0 +1,71 @@
+"""Words on the plot: each baseline by name, and how far the plan lies from the best of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvtune.tui.palette import words_of
+from kvtune.tuner.explore.axes import LOSS
+from kvtune.tuner.explore.view import View
+
+
+@dataclass(frozen=True)
+class Label:
+    """Words beside a point.
+
+    Args:
+        x: of the point, as the axes count.
+        y: likewise.
+        words: to be written.
+        best: whether it is the baseline with the least loss.
+    """
+
+    x: float
+    y: float
+    words: str
+    best: bool
+
+
+def labels(view: View) -> list[Label]:
+    """Baselines by their names, highest first; the best with its distance from the chosen plan."""
+    found = sorted(view.baselines(), key=lambda each: -each[2])
+    if not found:
+        return []
+    least = min(found, key=lambda each: each[2])
+    return [
+        Label(x, y, words_of(baseline.family) + _gap(view, y, baseline is least[0]), y == least[2])
+        for baseline, x, y in found
+    ]
+
+
+def _gap(view: View, loss: float, best: bool) -> str:
+    """`` 3.1 x the plan's loss``, where losses are drawn upward; nothing for the others."""
+    chosen = view.study.chosen
+    if not best or view.y is not LOSS or chosen is None or view.is_what_if:
+        return ""
+    ours = float(view.study.outcome.baselines[0].best.value) if view.study.outcome else 0.0
+    return f" {loss / ours:.2g} x the plan's" if ours > 0 else ""
+
+
+def placed(
+    wanted: list[tuple[int, int, str]], width: int, height: int
+) -> list[tuple[int, int, str]]:
+    """Where words go: right of their points, or left where there is no room, a line each.
+
+    Args:
+        wanted: column and line of each point, and its words, from above.
+        width: columns of the plot.
+        height: its lines.
+    """
+    found: list[tuple[int, int, str]] = []
+    taken: set[int] = set()
+    for column, line, words in wanted:
+        right = column + 2 + len(words) < width
+        free = [
+            y for y in (line, line - 1, line + 1, line - 2) if y not in taken and 0 < y < height
+        ]
+        if not free or (not right and column - len(words) - 2 < 1):
+            continue
+        taken.add(free[0])
+        found.append((column + 2 if right else column - 1 - len(words), free[0], words))
+    return found

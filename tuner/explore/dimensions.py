@@ -1,0 +1,58 @@
+"""What plans are told apart by, beside their figures: colours of the plot, columns of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvtune.tuner.explore.axes import option_bits
+from kvtune.tuner.explore.study import Study
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """A property of plans with few values.
+
+    Args:
+        name: for people.
+        values: of every plan, in words.
+    """
+
+    name: str
+    values: Callable[[Study], Sequence[str]]
+
+
+def _split(study: Study) -> list[str]:
+    words = {"heads": "by head", "layers": "by layer"}
+    return [words.get(str(p.get("split")), "all alike") for p in study.plans.parameters]
+
+
+def _method(study: Study) -> list[str]:
+    """The method that most heads have."""
+    names = [option.method.name for option in study.facts.options]
+    known = sorted(set(names))
+    member = np.array([[name == each for each in known] for name in names], np.float64)
+    most = (study.option_counts @ member).argmax(1)
+    return [known[index] for index in most.tolist()]
+
+
+def _bits(study: Study) -> list[str]:
+    """The mean bits of an element that heads store, rounded to a power of two."""
+    bits = np.array([sum(option_bits(option)) / 2 for option in study.facts.options])
+    mean = study.option_counts @ bits / study.option_counts.sum(1)
+    return [f"{bits:.0f} bits" for bits in 2 ** np.log2(mean).round()]
+
+
+def _context(study: Study) -> list[str]:
+    return [f"{tokens} tokens" for tokens in study.plans.context_tokens.tolist()]
+
+
+DIMENSIONS: tuple[Dimension, ...] = (
+    Dimension("method of most heads", _method),
+    Dimension("bits", _bits),
+    Dimension("split", _split),
+    Dimension("context", _context),
+)
+METHOD, BITS, SPLIT, CONTEXT = DIMENSIONS
