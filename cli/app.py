@@ -12,6 +12,7 @@ from kvtune.cli import (
     bench,
     capture,
     card,
+    compare,
     estimate,
     export,
     gpus,
@@ -31,7 +32,7 @@ from kvtune.cli import (
 from kvtune.cli.help import Command, Group
 
 _COMMANDS = (
-    *(search, tui, report, card, validate, bench, simulate, estimate, serve_sim),
+    *(search, tui, report, card, validate, bench, compare, simulate, estimate, serve_sim),
     *(capture, export, import_policy),
     *(profile, gpus, models),
 )

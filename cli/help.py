@@ -12,7 +12,7 @@ OTHERS = "Output and help"
 COMMANDS = {
     "Plan": ("search", "estimate"),
     "Look at a study": ("tui", "report", "card"),
-    "Check": ("validate", "simulate", "bench", "capture"),
+    "Check": ("validate", "simulate", "bench", "compare", "capture"),
     "Serve": ("export", "import-policy"),
     "Machines, models, policies": ("gpus", "models", "policies", "heads", "profile"),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,24 +26,6 @@ ContextOption = Annotated[
 MaxKlOption = Annotated[
     float,
     typer.Option("--max-kl", metavar="NATS", min=0, max=100, help="Acceptable loss, nats a token."),
-]
-TrialsOption = Annotated[
-    int,
-    typer.Option(
-        "--trials",
-        metavar="N",
-        min=1,
-        max=100_000,
-        help="Trials of the outer study; a stand-in needs none.",
-    ),
-]
-MenuOption = Annotated[
-    Literal["three", "all"],
-    typer.Option(
-        "--menu",
-        help="Methods that a head may have: three (snapkv, h2o, streaming_llm), or all that "
-        "choose when the prompt is complete; all takes several times as long.",
-    ),
 ]
 StackOption = Annotated[
     str | None,
@@ -86,9 +68,9 @@ def command(
     batch: options.Sequences = None,
     weights: options.Weights = "auto",
     max_kl: MaxKlOption = 0.02,
-    trials: TrialsOption = 60,
+    trials: options.Trials = 60,
     workload: options.Workload = "small",
-    menu: MenuOption = "three",
+    menu: options.Menu = "three",
     stack: StackOption = None,
     read_bytes: ReadBytesOption = None,
     text: options.Texts = None,

@@ -156,6 +156,20 @@ def search_request(
     )
 
 
+def weights_request(
+    model: str, run_dir: Path | str, **options: Unpack[SearchOptions]
+) -> SearchRequest:
+    """A search's request where only the model, its samples and its menu matter: no card is served.
+
+    Raises:
+        KvtuneError: the weights are not at hand, or something is unknown or out of bounds.
+    """
+    from kvtune.profiles.gpus import list_gpus
+
+    name = read_weights(model)[0]
+    return search_request(name, list_gpus()[0], run_dir=run_dir, context=1024, **options)
+
+
 def known_stack(stack: str | None) -> str | None:
     """A stack's name, if an exporter has it.
 
