@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -45,6 +45,34 @@ ReadBytesOption = Annotated[
         "hold more than they read (quest, landmark; with --menu all every reader).",
     ),
 ]
+TpotOption = Annotated[
+    str | None,
+    typer.Option("--tpot", metavar="TIME", help="Most time of a decode step: 30ms; as predicted."),
+]
+TtftOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ttft",
+        metavar="TIME",
+        help="Most time for reading and compressing one prompt: 2s, 500ms; as predicted.",
+    ),
+]
+SequencesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--sequences",
+        metavar="N",
+        min=1,
+        max=options.MOST_SEQUENCES,
+        help="That must fit at once, at least; --batch asks for a number itself.",
+    ),
+]
+SamplerOption = Annotated[
+    Literal["tpe", "nsga2", "random"] | None,
+    typer.Option(
+        "--sampler", help="Which proposes trials; left out: by their number, with the reason."
+    ),
+]
 StandInOption = Annotated[
     bool, typer.Option("--stand-in", help="Use the packaged tables even if weights are here.")
 ]
@@ -73,6 +101,10 @@ def command(
     menu: options.Menu = "three",
     stack: StackOption = None,
     read_bytes: ReadBytesOption = None,
+    tpot: TpotOption = None,
+    ttft: TtftOption = None,
+    sequences: SequencesOption = None,
+    sampler: SamplerOption = None,
     text: options.Texts = None,
     stand_in: StandInOption = False,
     seed: options.Seed = 0,
@@ -100,6 +132,10 @@ def command(
         menu=menu,
         stack=stack,
         read_bytes=read_bytes,
+        tpot=tpot,
+        ttft=ttft,
+        sequences=sequences,
+        sampler=sampler,
         texts=text or (),
         stand_in=stand_in,
         seed=seed,

@@ -15,6 +15,7 @@ from kvtune.common.estimate import BAND
 from kvtune.common.units import MIB, format_bytes, format_tokens
 from kvtune.common.words import accuracy, count, figure, percent
 from kvtune.simulator.memory.budget import memory_budget
+from kvtune.tuner.expected import one_after_the_other
 from kvtune.tuner.request import FrontPoint, Quality, Rival, SearchRequest, SearchResult
 from kvtune.tuner.verdict import Verdict
 
@@ -188,6 +189,9 @@ def _plan(result: SearchResult) -> RenderableType:
         ("prefill of a prompt", figure(result.prefill)),
         ("compressing it", figure(result.compression)),
     ]
+    if result.request.limits.first_token_s is not None:
+        both = one_after_the_other(result.prefill, result.compression)
+        rows.append(("first token", figure(both)))
     if result.counters:
         fired = ", ".join(f"{count(n)} {what}" for what, n in result.counters.items())
         rows.append(("fired live", fired.replace("_", " ")))

@@ -14,8 +14,8 @@ import pytest
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.progress import Silent
-from kvtune.simulator.calibration import NONE
-from kvtune.simulator.tables import Tables
+from kvtune.simulator.quality.calibration import NONE
+from kvtune.simulator.quality.tables import Tables
 from kvtune.tests.made_up import llama
 from kvtune.tuner.compare.additive import integer_program
 from kvtune.tuner.compare.ledger import Ledger
@@ -200,7 +200,7 @@ def tiny_setting(
     make_samples: Callable[..., list[Any]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Setting:
-    from kvtune.simulator.build import build_tables
+    from kvtune.simulator.quality.build import build_tables
     from kvtune.traces.capture import capture
 
     folder = tmp_path_factory.mktemp("compare")

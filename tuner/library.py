@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.progress import Progress
-from kvtune.common.units import Amount, parse_bytes, parse_tokens
+from kvtune.common.units import Amount, parse_bytes, parse_seconds, parse_tokens
 from kvtune.policies.policy_file.document import PolicyDocument, read_policy
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.tuner.cases import Asked, Card, Case
+from kvtune.tuner.limits import Limits
 from kvtune.tuner.request import SearchRequest, SearchResult
+from kvtune.tuner.samplers import Sampler
 from kvtune.tuner.target import (
     read_context,
     read_context_range,
@@ -62,6 +64,10 @@ class SearchOptions(TypedDict, total=False):
         menu: methods that a head may have: ``"three"``, or ``"all"``.
         stack: a serving stack that the plan must be expressible on: ``"vllm"``, ``"llama-cpp"``...
         read_bytes: that a decode step may read of each sequence's prompt; left out, any.
+        tpot: most time of a decode step of all sequences: ``"30ms"``; left out, any.
+        ttft: most time for reading and compressing one prompt: ``"2s"``; left out, any.
+        sequences: that must fit at once, at least; left out, one.
+        sampler: ``"tpe"``, ``"nsga2"`` or ``"random"``; left out, by the number of trials.
         texts: your own .txt or .jsonl files, instead of the built-in ones.
         stand_in: uses the packaged tables even where weights are at hand.
         seed: of everything that is drawn, 0.
@@ -78,6 +84,10 @@ class SearchOptions(TypedDict, total=False):
     menu: Literal["three", "all"]
     stack: str | None
     read_bytes: Amount | None
+    tpot: str | None
+    ttft: str | None
+    sequences: int | None
+    sampler: Sampler | None
     texts: Iterable[Path | str]
     stand_in: bool
     seed: int
@@ -152,8 +162,16 @@ def search_request(
         menu=options.get("menu", "three"),
         stack=known_stack(stack),
         read_bytes=None if read is None else parse_bytes(read),
+        limits=_limits(options),
+        sampler=options.get("sampler"),
         texts=read_texts(options.get("texts", ())),
     )
+
+
+def _limits(options: SearchOptions) -> Limits:
+    times = (options.get(name) for name in ("tpot", "ttft"))
+    seconds = [None if text is None else parse_seconds(str(text)) for text in times]
+    return Limits(*seconds, _within("--sequences", options.get("sequences"), 1, MOST_SEQUENCES))
 
 
 def weights_request(

@@ -11,6 +11,8 @@ from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.models import ModelShape
 from kvtune.simulator.memory.budget import MemoryBudget
+from kvtune.tuner.limits import Limits
+from kvtune.tuner.samplers import Sampler
 
 if TYPE_CHECKING:
     from kvtune.tuner.timing import Times
@@ -43,6 +45,8 @@ class SearchRequest:
         stack: the serving stack that the plan must be expressible on, as exporters are called;
             None for any plan.
         read_bytes: that a decode step may read of each sequence's prompt; None for any.
+        limits: on time and number of sequences, which every plan has to keep to.
+        sampler: which proposes trials; None for the one that their number suggests.
         texts: the user's own .txt or .jsonl files, searched and evaluated on instead.
     """
 
@@ -65,6 +69,8 @@ class SearchRequest:
     menu: Literal["three", "all"] = "three"
     stack: str | None = None
     read_bytes: int | None = None
+    limits: Limits = field(default_factory=Limits)
+    sampler: Sampler | None = None
     texts: tuple[Path, ...] = ()
 
     @property

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
-from kvtune.simulator.tables import Floats
+from kvtune.simulator.quality.tables import Floats
 from kvtune.tuner.allocate import Choice
 
 _GAP = 1e-6  # of the best loss: how far the solver may stay from it

@@ -18,8 +18,8 @@ from kvtune.common.files import write_json
 from kvtune.common.progress import Progress
 from kvtune.common.stored import checked, read_json
 from kvtune.policies.policy import Policy, footprint_of_lengths
-from kvtune.simulator.tables import Tables
-from kvtune.simulator.tables_file import load_tables, save_tables
+from kvtune.simulator.quality.tables import Tables
+from kvtune.simulator.quality.tables_file import load_tables, save_tables
 from kvtune.tuner import source_models
 from kvtune.tuner.allocate import Choice, Problem
 from kvtune.tuner.compare.ledger import RunChoices
@@ -164,7 +164,7 @@ def prepare(
 def _make_tables(
     trace: Trace, options: Sequence[Option], path: Path, device: str, progress: Progress
 ) -> None:
-    from kvtune.simulator.build import build_tables
+    from kvtune.simulator.quality.build import build_tables
 
     tables = build_tables(trace, options, device=device, progress=progress)
     save_tables(tables, path, {"trace": trace.content_sha256})

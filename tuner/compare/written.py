@@ -7,7 +7,7 @@ from math import isfinite
 from typing import Any
 
 from kvtune.common.files import write_json, write_text
-from kvtune.policies.document import PolicyDocument, write_policy
+from kvtune.policies.policy_file.document import PolicyDocument, write_policy
 from kvtune.simulator.model_facts import model_facts
 from kvtune.tuner.compare.result import Comparison, Outcome, Times
 from kvtune.tuner.request import SearchRequest
