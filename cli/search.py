@@ -11,9 +11,23 @@ from kvtune.cli import options
 from kvtune.cli.output import Output, speaking
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from kvtune.tuner.request import SearchRequest, SearchResult
+    from kvtune.tuner.which_gpu import Tried
 
 
+GpusOption = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu",
+        "-g",
+        metavar="NAMES",
+        help="A known card (kvtune gpus) or a card's .yaml file; left out: this machine's. Of "
+        "several, separated by commas, or any for all: the smallest that does what is asked.",
+        autocompletion=options.known_gpus,
+    ),
+]
 ContextOption = Annotated[
     str,
     typer.Option(
@@ -89,7 +103,7 @@ RunDirOption = Annotated[
 
 def command(
     model: options.Model,
-    gpu: options.Gpu = None,
+    gpu: GpusOption = None,
     mem: options.Memory = None,
     context: ContextOption = "8192",
     generated: options.Generated = "256",
@@ -114,14 +128,14 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """The best plan for a GPU and a memory limit."""
+    from functools import partial
+
     from kvtune.cli.inputs import check_writable
     from kvtune.tuner.library import search_request
 
-    request = search_request(
+    asked = partial(
+        search_request,
         model,
-        gpu,
-        mem,
-        run_dir=run_dir,
         context=context,
         generated=generated,
         batch=batch,
@@ -141,24 +155,59 @@ def command(
         seed=seed,
         device=device,
     )
-    check_writable(request.run_dir, "--run-dir")
+    requests = _requests(asked, gpu, mem, run_dir)
+    check_writable(requests[0].run_dir, "--run-dir")
     with speaking(as_json, quiet) as output:
-        _search(request, output)
+        _search(requests, output)
 
 
-def _search(request: SearchRequest, output: Output) -> None:
+def _requests(
+    asked: Callable[..., SearchRequest], gpu: str | None, mem: str | None, run_dir: Path | None
+) -> list[SearchRequest]:
+    """The search on the card that is named; on each, where there are several."""
+    if gpu is None or not ("," in gpu or gpu.lower() == "any"):
+        return [asked(gpu, mem, run_dir=run_dir)]
+    from kvtune.cli.case_options import read_cards
+    from kvtune.common.units import parse_bytes
+
+    cards = read_cards(gpu, (None, None, None), None if mem is None else parse_bytes(mem), None)
+    return [
+        asked(
+            card.gpu,
+            None if mem is None else card.memory_bytes,
+            run_dir=run_dir / card.gpu.slug if run_dir else None,
+        )
+        for card in cards
+    ]
+
+
+def _search(requests: Sequence[SearchRequest], output: Output) -> None:
     from dataclasses import replace
 
     from kvtune.cli import search_json, search_report
     from kvtune.tuner.target import beyond_length
 
-    output.progress.note(search_report.first_words(request))
-    result = _run(request, output)
+    tried: list[Tried] | None = None
+    if len(requests) > 1:
+        tried, result = _smallest(requests, output)
+        output.show(search_report.tried_table(tried), "")
+    else:
+        output.progress.note(search_report.first_words(requests[0]))
+        result = _run(requests[0], output)
+    request = result.request
     longest = beyond_length(request.shape, result.context_tokens, request.generated_tokens)
     if longest:
         result = replace(result, notes=(*result.notes, longest))
     output.show(*search_report.tables(result))
-    output.finish("search", search_json.answer(result))
+    output.finish("search", search_json.answer(result) | {"gpus_tried": tried})
+
+
+def _smallest(
+    requests: Sequence[SearchRequest], output: Output
+) -> tuple[list[Tried], SearchResult]:
+    from kvtune.tuner.which_gpu import smallest_gpu
+
+    return smallest_gpu(requests, output.progress)
 
 
 def _run(request: SearchRequest, output: Output) -> SearchResult:

@@ -22,6 +22,8 @@ from kvtune.tuner.verdict import Verdict
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from kvtune.tuner.which_gpu import Tried
+
 
 def first_words(request: SearchRequest) -> str:
     """What is left for the cache, which is known before the long work.
@@ -57,6 +59,17 @@ def tables(result: SearchResult) -> list[RenderableType]:
         *(["", *(f"note: {note}" for note in result.notes)] if result.notes else []),
         *("", *_files(result)),
     ]
+
+
+def tried_table(tried: Sequence[Tried]) -> RenderableType:
+    """The cards that were searched for, least memory first; the last one is the answer."""
+    rows = [
+        ("*" if each.works else "", each.gpu, format_bytes(each.memory_bytes), each.reason)
+        for each in tried
+    ]
+    caption = "* is the smallest card that does what was asked; its plan follows"
+    columns = ("", "card", "memory", "plan, or why there is none")
+    return table("Which GPU", columns, rows, left=(0, 1, 3), caption=caption)
 
 
 def verdict(result: SearchResult) -> Verdict:

@@ -19,6 +19,7 @@ from kvtune.tests.made_up import llama
 from kvtune.tuner.expected import one_after_the_other
 from kvtune.tuner.limits import Limits, _rounded_up
 from kvtune.tuner.question import Candidate, Question, Solver, front
+from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.samplers import SAMPLERS, choose
 from kvtune.tuner.search import run_search
 from kvtune.tuner.simple_points import simple_points
@@ -145,3 +146,26 @@ def test_the_front_is_of_plans_within_the_limits(make_tables: Callable[..., Tabl
     solver = study_of(make_tables(), 5)
     kept = [each for each in run_study(solver, trials=20) if not each.misses]
     assert max(each.sequences for each in front(kept)) <= 5
+
+
+def test_the_smallest_card_that_does_what_is_asked_is_found(
+    packaged: Tables, tmp_path: Path
+) -> None:
+    from kvtune.common.progress import Silent
+    from kvtune.profiles.gpus import find_gpu
+    from kvtune.tuner.which_gpu import smallest_gpu
+
+    def on(name: str) -> SearchRequest:
+        card = find_gpu(name)
+        changes = {"gpu": card, "memory_bytes": card.visible_bytes, "weights": "bf16"}
+        return llama(tmp_path / name, limits=Limits(sequences=4), **changes)
+
+    tried, result = smallest_gpu([on("h100"), on("4090"), on("a40"), on("4060")], Silent())
+    assert [each.works for each in tried] == [False] * (len(tried) - 1) + [True]
+    assert tried[-1].gpu == result.request.gpu.slug
+    assert result.sequences >= 4
+    assert result.quality.kl.value <= result.request.largest_kl
+    memory = [each.memory_bytes for each in tried]
+    assert memory == sorted(memory)
+    with pytest.raises(DoesNotFitError, match="none of 1 cards"):
+        smallest_gpu([on("4060")], Silent())
