@@ -28,6 +28,7 @@ OPTIONS = {
         "ttft",
         "sequences",
         "sampler",
+        "start",
         "stack",
         "stand_in",
         "seed",

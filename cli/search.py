@@ -87,6 +87,15 @@ SamplerOption = Annotated[
         "--sampler", help="Which proposes trials; left out: by their number, with the reason."
     ),
 ]
+StartOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--start",
+        metavar="POLICY",
+        help="A policy file or run directory whose plan the search begins with: a published head "
+        "pattern (kvtune heads, import-policy), a former search; repeatable.",
+    ),
+]
 StandInOption = Annotated[
     bool, typer.Option("--stand-in", help="Use the packaged tables even if weights are here.")
 ]
@@ -119,6 +128,7 @@ def command(
     ttft: TtftOption = None,
     sequences: SequencesOption = None,
     sampler: SamplerOption = None,
+    start: StartOption = None,
     text: options.Texts = None,
     stand_in: StandInOption = False,
     seed: options.Seed = 0,
@@ -130,7 +140,7 @@ def command(
     """The best plan for a GPU and a memory limit."""
     from functools import partial
 
-    from kvtune.cli.inputs import check_writable
+    from kvtune.cli.inputs import check_writable, read_policy_path
     from kvtune.tuner.library import search_request
 
     asked = partial(
@@ -150,6 +160,7 @@ def command(
         ttft=ttft,
         sequences=sequences,
         sampler=sampler,
+        starts=[read_policy_path(path) for path in start or ()],
         texts=text or (),
         stand_in=stand_in,
         seed=seed,

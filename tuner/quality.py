@@ -88,7 +88,7 @@ def _reach(array: NDArray[np.float64], kinds: Sequence[str], level: float) -> fl
     total = float(squares.sum())
     if total == 0:
         return 0.0
-    freedom = total**2 / float(sum(squares**2 / [len(part) - 1 for part in parts]))
+    freedom: float = total**2 / float(sum(squares**2 / [len(part) - 1 for part in parts]))
     return float(students.ppf((1 + level) / 2, freedom)) * total**0.5
 
 

@@ -35,6 +35,7 @@ from kvtune.tuner.run_directory import record_config, write_result
 from kvtune.tuner.samplers import choose
 from kvtune.tuner.simple_points import simple_points
 from kvtune.tuner.sources import QualitySource, has_weights, own_trace, stand_in
+from kvtune.tuner.starts import start_points
 from kvtune.tuner.study import run_study
 from kvtune.tuner.within import limits_of
 
@@ -97,7 +98,10 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
     simple = simple_points(solver, first=facts.trials)
     for point in simple:
         record(point)
-    tried = [*trials, *simple]
+    starts = _starts(request, source, solver, first=facts.trials + len(simple))
+    for point in starts:
+        record(point)
+    tried = [*trials, *simple, *starts]
     if not tried:
         raise _nothing_fits(request, question)
     candidates = within(tried)
@@ -112,6 +116,23 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
     write_result(result)
     keep_finished(result)
     return result
+
+
+def _starts(
+    request: SearchRequest, source: QualitySource, solver: Solver, first: int
+) -> list[Candidate]:
+    """The plans that the request begins with.
+
+    Raises:
+        KvtuneError: there are some, and a stand-in, whose heads are no heads of this model.
+    """
+    if request.starts and source.stand_in:
+        raise KvtuneError(
+            f"{request.starts[0].name} gives heads options of their own, and of "
+            f"{request.shape.name} no head's loss is known",
+            hint="give the model's weights (--model PATH), or leave out --start.",
+        )
+    return start_points(solver, request.starts, first)
 
 
 def _nothing_fits(request: SearchRequest, question: Question) -> DoesNotFitError:
