@@ -1,6 +1,7 @@
 """The tuner beside NSGA-II on live runs, random draws, greedy and an integer program, on a GPU.
 
-    python benchmarks/compare.py --each 30 --seconds 240 --out benchmarks/results/compare-h200.json
+    python benchmarks/compare.py --each 100 --seconds 330 --out benchmarks/results/compare-h200.json
+    python benchmarks/compare.py --strategies tuner nsga2 greedy layers
     python benchmarks/compare.py --device cpu --tiny --each 20 --seconds 200 --out /tmp/compare.json
 
 What ``kvtune compare`` does, with samples of its own sizes: SmolLM2, plans of 6 and 12 % of the
@@ -48,9 +49,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--each", type=float, default=30.0)
     parser.add_argument("--seconds", type=float, default=240.0)
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--scratch", type=Path, default=Path("kvtune-runs/compare"))
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/compare-h200.json"))
     arguments = parser.parse_args()
     until = time.monotonic() + arguments.seconds
     found = measure(arguments, until)
@@ -68,7 +70,7 @@ def measure(arguments: argparse.Namespace, until: float) -> dict[str, Any]:
     found: dict[str, Any] = {"device": device_name(arguments.device), "outcomes": [], "faults": []}
     found |= {"samples": workload.describe(), "each_s": arguments.each}
     for share in SHARES:
-        left = list(STRATEGIES)
+        left = list(arguments.strategies)
         while left and time.monotonic() < until:
             request = CompareRequest(search, (share,), arguments.each, tuple(left))
             done: list[dict[str, Any]] = []

@@ -206,7 +206,8 @@ def tiny_setting(
     folder = tmp_path_factory.mktemp("compare")
     samples = make_samples(6, splits=("search", "select", "evaluate"))
     trace = capture(tiny_model, samples, folder / "trace", probes=2, signals=("column_sums",))
-    tables = build_tables(trace, SMALL.options()[::8])
+    seen = [sample for sample in trace.samples if sample.split != "evaluate"]
+    tables = build_tables(trace, SMALL.options()[::8], samples=seen)
     source = QualitySource(tables, NONE, loaded=tiny_model, trace=trace)
     request = llama(folder, trials=2, workload="small")
     return Setting(request, source, SHARE, Prepared(0.1, 0.1))

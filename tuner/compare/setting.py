@@ -106,7 +106,8 @@ class Setting:
 
     def kinds(self, split: str) -> list[str]:
         """The kind of text of every sample of a split."""
-        return [sample.kind for sample in self.tables.samples if sample.split == split]
+        known = self.source.trace.samples if self.source.trace else self.tables.samples
+        return [sample.kind for sample in known if sample.split == split]
 
 
 def prepare(
@@ -114,7 +115,8 @@ def prepare(
 ) -> tuple[QualitySource, Prepared]:
     """Trace and tables in the run directory, timed; those that are finished are used again.
 
-    What an interruption left is made anew, so that the seconds are those of the whole work.
+    What an interruption left is made anew, so that the seconds are those of the whole work. No
+    tables are made of held-out samples: nobody needs them.
 
     Args:
         request: its menu and seed count.
@@ -166,7 +168,8 @@ def _make_tables(
 ) -> None:
     from kvtune.simulator.quality.build import build_tables
 
-    tables = build_tables(trace, options, device=device, progress=progress)
+    seen = [sample for sample in trace.samples if sample.split != "evaluate"]
+    tables = build_tables(trace, options, samples=seen, device=device, progress=progress)
     save_tables(tables, path, {"trace": trace.content_sha256})
 
 
