@@ -147,6 +147,8 @@ class Rival:
         retrieval_accuracy: live, share of needle digits right; None likewise.
         by_kind: predicted on held-out samples by kind of text; empty where it is off a curve.
         live_by_kind: measured on those; empty where it did not run.
+        times_the_plan: how many times the plan's loss its own is, live on the same samples; None
+            of the plan, and where no interval can be given.
         policy: what each head gets; None likewise.
     """
 
@@ -159,6 +161,7 @@ class Rival:
     retrieval_accuracy: Estimate | None = None
     by_kind: dict[str, float] = field(default_factory=dict)
     live_by_kind: dict[str, Estimate] = field(default_factory=dict)
+    times_the_plan: Estimate | None = None
     policy: Policy | None = None
 
 

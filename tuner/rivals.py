@@ -7,6 +7,7 @@ published since in its best precision, as far as the trace holds the signals tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from kvtune.common.progress import Progress
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.tuner.allocate import Choice, Problem, solve
 from kvtune.tuner.baselines import FAMILIES, Stored, candidates, strong_families
+from kvtune.tuner.quality import ratio_interval
 from kvtune.tuner.question import Candidate, Solver, evicts, policy_of
 from kvtune.tuner.request import Rival
 from kvtune.tuner.sources import QualitySource
@@ -61,7 +63,19 @@ def live_rivals(
         lambda sample: traced_prompt(trace, trace.sample(sample.id), loaded.device),
         progress=progress,
     )
-    return [_measured(row, live) for row, live in zip(rows, found, strict=True)], found[0]
+    kinds = [sample.kind for sample in samples]
+    measured = [
+        replace(_measured(row, live), times_the_plan=times_as_much(live, found[0], kinds))
+        for row, live in zip(rows, found, strict=True)
+    ]
+    return [replace(measured[0], times_the_plan=None), *measured[1:]], found[0]
+
+
+def times_as_much(theirs: Validation, ours: Validation, kinds: Sequence[str]) -> Estimate | None:
+    """How many times our live loss theirs is, with a 95 % interval over the same samples."""
+    ratio, low, high = ratio_interval(theirs.losses, ours.losses, kinds)
+    known = all(math.isfinite(each) for each in (ratio, low, high))
+    return Estimate(ratio, low, high, "times", "live") if known else None
 
 
 def _best_of_families(

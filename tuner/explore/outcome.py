@@ -24,6 +24,7 @@ class Baseline:
         retrieval_accuracy: live, share of needle digits right, or None.
         by_kind: predicted on held-out samples by kind of text; empty where not known.
         live_by_kind: measured on those; empty where not known.
+        times_the_plan: how many times the plan's live loss its own is, or None.
         policy: its file inside the run directory, or "".
     """
 
@@ -36,6 +37,7 @@ class Baseline:
     retrieval_accuracy: Estimate | None
     by_kind: dict[str, float]
     live_by_kind: dict[str, Estimate]
+    times_the_plan: Estimate | None
     policy: str
 
     @property

@@ -43,6 +43,7 @@ class StoredRival:
     retrieval_accuracy: Estimate | None
     by_kind: dict[str, Loss] = field(default_factory=dict)
     live_by_kind: dict[str, Estimate] = field(default_factory=dict)
+    times_the_plan: Estimate | None = None
     policy: Name | None = None
 
 
