@@ -28,11 +28,12 @@ from kvtune.cli import (
     sources,
     tui,
     validate,
+    worker,
 )
 from kvtune.cli.help import Command, Group
 
 _COMMANDS = (
-    *(search, tui, report, card, validate, bench, compare, simulate, estimate, serve_sim),
+    *(search, worker, tui, report, card, validate, bench, compare, simulate, estimate, serve_sim),
     *(capture, export, import_policy),
     *(profile, gpus, models),
 )

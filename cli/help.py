@@ -10,7 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 OTHERS = "Output and help"
 
 COMMANDS = {
-    "Plan": ("search", "estimate"),
+    "Plan": ("search", "worker", "estimate"),
     "Look at a study": ("tui", "report", "card"),
     "Check": ("validate", "simulate", "bench", "compare", "capture"),
     "Serve": ("export", "import-policy"),
@@ -28,6 +28,7 @@ OPTIONS = {
         "ttft",
         "sequences",
         "sampler",
+        "storage",
         "start",
         "stack",
         "stand_in",

@@ -87,6 +87,15 @@ SamplerOption = Annotated[
         "--sampler", help="Which proposes trials; left out: by their number, with the reason."
     ),
 ]
+StorageOption = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        metavar="URL",
+        help="Share the trials with kvtune worker through a database: "
+        "postgresql+psycopg://USER@HOST/DB, sqlite:///FILE, or grpc://HOST:PORT (Optuna's proxy).",
+    ),
+]
 StartOption = Annotated[
     list[Path] | None,
     typer.Option(
@@ -128,6 +137,7 @@ def command(
     ttft: TtftOption = None,
     sequences: SequencesOption = None,
     sampler: SamplerOption = None,
+    storage: StorageOption = None,
     start: StartOption = None,
     text: options.Texts = None,
     stand_in: StandInOption = False,
@@ -160,6 +170,7 @@ def command(
         ttft=ttft,
         sequences=sequences,
         sampler=sampler,
+        storage=storage,
         starts=[read_policy_path(path) for path in start or ()],
         texts=text or (),
         stand_in=stand_in,

@@ -68,6 +68,7 @@ class SearchOptions(TypedDict, total=False):
         ttft: most time for reading and compressing one prompt: ``"2s"``; left out, any.
         sequences: that must fit at once, at least; left out, one.
         sampler: ``"tpe"``, ``"nsga2"`` or ``"random"``; left out, by the number of trials.
+        storage: URL of a database through which other workers share the trials.
         starts: policy files of published patterns or former searches to begin with.
         texts: your own .txt or .jsonl files, instead of the built-in ones.
         stand_in: uses the packaged tables even where weights are at hand.
@@ -89,6 +90,7 @@ class SearchOptions(TypedDict, total=False):
     ttft: str | None
     sequences: int | None
     sampler: Sampler | None
+    storage: str | None
     starts: Iterable[Path | str]
     texts: Iterable[Path | str]
     stand_in: bool
@@ -166,6 +168,7 @@ def search_request(
         read_bytes=None if read is None else parse_bytes(read),
         limits=_limits(options),
         sampler=options.get("sampler"),
+        storage=options.get("storage"),
         starts=tuple(map(Path, options.get("starts", ()))),
         texts=read_texts(options.get("texts", ())),
     )

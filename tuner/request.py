@@ -47,6 +47,7 @@ class SearchRequest:
         read_bytes: that a decode step may read of each sequence's prompt; None for any.
         limits: on time and number of sequences, which every plan has to keep to.
         sampler: which proposes trials; None for the one that their number suggests.
+        storage: URL of the database through which workers share the trials; None for none.
         starts: policy files whose plans the search begins with.
         texts: the user's own .txt or .jsonl files, searched and evaluated on instead.
     """
@@ -72,6 +73,7 @@ class SearchRequest:
     read_bytes: int | None = None
     limits: Limits = field(default_factory=Limits)
     sampler: Sampler | None = None
+    storage: str | None = None
     starts: tuple[Path, ...] = ()
     texts: tuple[Path, ...] = ()
 

@@ -82,12 +82,19 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
 
     if facts.trials:
         notes = (*notes, f"sampler: {sampler.name}, because {sampler.reason}.")
+    journal = request.run_dir / f"study-{facts.study}.journal"
+    if facts.trials and request.storage:
+        from kvtune.tuner.worker import publish, share
+
+        shared = publish(request, solver, facts.study, facts.trials, sampler.name)
+        progress.note(f"others can join: kvtune worker --study {request.run_dir}")
+        share(shared, solver, journal)
     trials = (
         run_study(
             solver,
             trials=facts.trials,
             seed=request.seed,
-            journal=request.run_dir / f"study-{facts.study}.journal",
+            journal=journal,
             progress=progress,
             sampler=sampler.name,
             found=record,
@@ -239,6 +246,11 @@ def _question(request: SearchRequest, budgets: Budgets, source: QualitySource) -
         most_read=request.read_bytes,
         excess=_excess(request, budgets, source),
     )
+
+
+def solver_of(request: SearchRequest, source: QualitySource) -> Solver:
+    """The question of a request over given tables, ready to answer trials."""
+    return Solver.of(_question(request, _budgets(request), source))
 
 
 def _excess(request: SearchRequest, budgets: Budgets, source: QualitySource) -> Excess:

@@ -98,7 +98,7 @@ def run_study(
     known = [_replay(brain, solver, trial, record, sampler, seed) for trial in record.trials]
     remaining = range(len(known), trials)
     if remaining:
-        _enqueue_defaults(brain, solver.question, skip=len(known))
+        enqueue_defaults(brain, solver.question, skip=len(known))
 
     def new() -> Iterator[Candidate | None]:
         for number in progress.track(remaining, "searching", len(remaining)):
@@ -124,16 +124,30 @@ def _try(brain: optuna.Study, solver: Solver) -> Candidate | None:
 
     trial = brain.ask()
     _ = trial.relative_params  # NSGA-II overlooks parents whose proposals nobody looked at
-    parameters = suggest(trial, solver.question)
-    candidate = solver.answer(trial.number, parameters)
+    candidate = _answered(trial, solver)
     if candidate is None:
         brain.tell(trial, state=TrialState.FAIL)
         return None
-    for name, by in candidate.excess.items():
-        trial.set_constraint(name, by)
-    values = [candidate.kl, candidate.tokens_at_once]
-    brain.tell(trial, values[: len(brain.directions)])
+    brain.tell(trial, _values(candidate)[: len(brain.directions)])
     return candidate
+
+
+def values_of(trial: optuna.Trial, solver: Solver, objectives: int) -> list[float] | None:
+    """A trial's values; None where its options cannot fit."""
+    candidate = _answered(trial, solver)
+    return None if candidate is None else _values(candidate)[:objectives]
+
+
+def _answered(trial: optuna.Trial, solver: Solver) -> Candidate | None:
+    """The candidate of what a trial chooses, its limits told to the sampler."""
+    candidate = solver.answer(trial.number, suggest(trial, solver.question))
+    for name, by in candidate.excess.items() if candidate else ():
+        trial.set_constraint(name, by)
+    return candidate
+
+
+def _values(candidate: Candidate) -> list[float]:
+    return [candidate.kl, float(candidate.tokens_at_once)]
 
 
 def _recorded(trial: optuna.trial.FrozenTrial) -> Trial:
@@ -168,7 +182,7 @@ def _replay(
     return candidate
 
 
-def _enqueue_defaults(brain: optuna.Study, question: Question, skip: int) -> None:
+def enqueue_defaults(brain: optuna.Study, question: Question, skip: int) -> None:
     """Start from the strong default, per head, over the range of contexts and sequences.
 
     All families with their published hyper-parameters: of the settings run live on SmolLM2's
