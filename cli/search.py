@@ -13,7 +13,8 @@ from kvtune.cli.output import Output, speaking
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from kvtune.tuner.request import SearchRequest, SearchResult
+    from kvtune.tuner.request import SearchRequest
+    from kvtune.tuner.result import SearchResult
     from kvtune.tuner.which_gpu import Tried
 
 

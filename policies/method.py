@@ -135,20 +135,33 @@ class ScoredMethod(Method):
         heads, tokens, _ = signals.keys.shape
         if budget >= tokens:
             return torch.arange(tokens, device=signals.keys.device).expand(heads, -1)
-        newest_first = self.ranked(signals, budget).flip(-1)
-        best = newest_first.argsort(dim=-1, descending=True, stable=True)[:, :budget]
-        return (tokens - 1 - best).sort(-1).values
+        return self._best_first(signals, budget)[:, :budget].sort(-1).values
+
+    def _best_first(self, signals: Signals, budget: int) -> Tensor:
+        """Tokens by their worth, ``[H, P]``; budgets that protect as many share one sorting."""
+
+        def sort() -> Tensor:
+            newest_first = self.ranked(signals, budget).flip(-1)
+            best = newest_first.argsort(dim=-1, descending=True, stable=True)
+            return signals.prompt_tokens - 1 - best
+
+        first, last = self._protected_within(budget)
+        return signals.once(f"{self!r}, best first, protected {first} and {last}", sort)
 
     def ranked(self, signals: Signals, budget: int) -> Tensor:
         """A copy of the scores, ``[H, P]``, the protected tokens at infinity."""
         scores = signals.once(repr(self), partial(self.scores, signals))
-        first, last = self.protected(budget)
-        first = min(first, budget)
-        last = min(last, budget - first)
+        first, last = self._protected_within(budget)
         ranked = scores.clone()
         ranked[:, :first] = float("inf")
         ranked[:, scores.shape[-1] - last :] = float("inf")
         return ranked
+
+    def _protected_within(self, budget: int) -> tuple[int, int]:
+        """The same as ``protected``, as far as the budget goes."""
+        first, last = self.protected(budget)
+        first = min(first, budget)
+        return first, min(last, budget - first)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from kvtune.policies.policy_file.document import PolicyDocument, read_policy
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.tuner.cases import Asked, Card, Case
 from kvtune.tuner.limits import Limits
-from kvtune.tuner.request import SearchRequest, SearchResult
+from kvtune.tuner.request import SearchRequest
+from kvtune.tuner.result import SearchResult
 from kvtune.tuner.samplers import Sampler
 from kvtune.tuner.target import (
     read_context,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -88,8 +89,9 @@ def _reach(array: NDArray[np.float64], kinds: Sequence[str], level: float) -> fl
     total = float(squares.sum())
     if total == 0:
         return 0.0
-    freedom: float = total**2 / float(sum(squares**2 / [len(part) - 1 for part in parts]))
-    return float(students.ppf((1 + level) / 2, freedom)) * total**0.5
+    freedom = total**2 / float(sum(squares**2 / [len(part) - 1 for part in parts]))
+    reach: float = float(students.ppf((1 + level) / 2, freedom)) * math.sqrt(total)
+    return reach
 
 
 def _strata(kinds: Sequence[str]) -> NDArray[np.str_]:

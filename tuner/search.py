@@ -27,10 +27,8 @@ from kvtune.tuner.finished import finished, keep_finished
 from kvtune.tuner.limits import Excess, no_limits, none_within, note_on, within
 from kvtune.tuner.question import Candidate, Question, Solver, front, pick, policy_of
 from kvtune.tuner.refine import live_on_selection, recalibrated, refine
-from kvtune.tuner.request import (
-    SearchRequest,
-    SearchResult,
-)
+from kvtune.tuner.request import SearchRequest
+from kvtune.tuner.result import SearchResult
 from kvtune.tuner.run_directory import record_config, write_result
 from kvtune.tuner.samplers import choose
 from kvtune.tuner.simple_points import simple_points

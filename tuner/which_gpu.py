@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from kvtune.common.errors import DoesNotFitError
 from kvtune.common.progress import Progress
-from kvtune.tuner.request import SearchRequest, SearchResult
+from kvtune.tuner.request import SearchRequest
+from kvtune.tuner.result import SearchResult
 from kvtune.tuner.search import run_search
 
 

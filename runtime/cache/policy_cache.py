@@ -304,7 +304,8 @@ class PolicyCache(Cache):  # type: ignore[misc]
         except KvtuneError:
             if self.captured:
                 raise
-            grown = layer.rows * layer.growing_layout.page_cells * (1 + self.new_tokens // PAGE)
+            growing = layer.growing_layout
+            grown = layer.rows * growing.page_cells * growing.pages_for(PAGE + self.new_tokens)
             self.pool.extend(self.policy.layers * grown)
             for other in self.layers:
                 if other.seen:  # while prompts are read, later ones have no tables yet

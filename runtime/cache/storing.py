@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvtune.policies.pages import PAGE, PageLayout, exact_tokens
+from kvtune.policies.pages import PageLayout, exact_tokens
 from kvtune.runtime.cache.backend import Writing
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.segments import CODED, GROWN, NO_END, SETTLED, Ints, runs
@@ -81,13 +81,13 @@ def _records(layer: PagedLayer, layout: PageLayout, rows: slice, sizes: Ints) ->
     held[:, rows] = layer.lengths[:SETTLED, rows]
     held = held.ravel()
     mine = np.flatnonzero((layer.codes[:SETTLED].ravel() == layout.code) & (held > 0))
-    pages = -(-held[mine] // PAGE)
+    pages = -(-held[mine] // layout.page_tokens)
     cells = layer.take(mine, pages, layout)
     kind, row = np.divmod(mine, layer.rows)
     source = (row - rows.start) % len(sizes)
     first = (sizes.cumsum() - sizes)[source] + np.where(kind == CODED, layer.exact[row], 0)
-    start, which = PAGE * runs(pages), np.repeat(np.arange(len(mine)), pages)
-    counts = np.minimum(held[mine][which] - start, PAGE)
+    start, which = layout.page_tokens * runs(pages), np.repeat(np.arange(len(mine)), pages)
+    counts = np.minimum(held[mine][which] - start, layout.page_tokens)
     columns = (source[which], first[which] + start, counts, cells, mine[which])
     return np.stack(columns, axis=1).astype(np.int32)
 

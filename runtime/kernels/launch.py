@@ -52,7 +52,7 @@ class Paged:
 
     Args:
         pool: all pages, ``[bytes]`` uint8.
-        table: ``[entries + 1]`` int32, each page's first cell, segment by segment.
+        table: ``[entries + TABLE_AHEAD]`` int32, each page's first cell, segment by segment.
         lengths: ``[segments]`` int32 tokens.
         fp8_scales: ``[segments, 2]`` float32.
         tiles: ``[n, 16]`` int32; see ``tiles.Tiles``.
@@ -69,6 +69,13 @@ class Paged:
     pairs: tuple[int, ...]
     head_dim: int
     growing_pages: int = 0
+
+    @functools.cached_property
+    def typed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The pool as fp16, bf16 and fp8; made once, as a step's time is its host's calls."""
+        kinds = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+        half, bfloat, eighth = (self.pool.view(kind) for kind in kinds)
+        return half, bfloat, eighth
 
 
 class Scratch:
@@ -105,8 +112,8 @@ def decode(
         scale: multiplies the logits.
         out: where to, any float type; like ``q`` unless given.
         lse: ``[rows, G]`` float32, is given the natural log-sum-exp.
-        logits: ``[G, 64 * entries]`` float32, is given the scaled logits, where they are wanted;
-            ``exp(logits - lse)`` are attention weights, beside the page table's entries.
+        logits: ``[G, tokens that there are pages for]`` float32, is given the scaled logits, where
+            they are wanted; ``exp(logits - lse)`` are attention weights, segment by segment.
         shape: how to compile; ``shape_for`` unless given.
 
     Raises:
@@ -125,8 +132,7 @@ def decode(
     warps = shape.warps if head_dim * heads <= 1024 else max(shape.warps, 4)
     decode_attention[(len(cache.tiles),)](
         q, out, lse, lse if logits is None else logits,
-        cache.pool.view(torch.float16), cache.pool.view(torch.bfloat16),
-        cache.pool.view(torch.float8_e4m3fn),
+        *cache.typed,
         cache.tiles, cache.table, cache.lengths, cache.fp8_scales,
         scratch.parts, scratch.lse, scratch.arrived, scale,
         D=head_dim, G=group, M=heads,
