@@ -23,8 +23,8 @@ import numpy as np
 
 from kvtune.common.files import write_json
 from kvtune.simulator.quality.tables import Tables
-from kvtune.tuner.allocate import Choice, Problem, priced, score, solve
-from kvtune.tuner.exchange import exchange
+from kvtune.tuner.allocate import Problem, priced, score, solve
+from kvtune.tuner.exchange import Choice, exchange
 from kvtune.tuner.quality import mean_over_kinds, ratio_interval
 from kvtune.tuner.source_models import packaged_tables
 

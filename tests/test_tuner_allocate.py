@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from kvtune.common.errors import KvtuneError
 from kvtune.simulator.quality.tables import Tables
-from kvtune.tuner.allocate import Problem, exchange, priced, score, solve, solve_both
+from kvtune.tuner.allocate import Problem, priced, score, solve, solve_both
+from kvtune.tuner.exchange import exchange
 
 Make = Callable[..., Tables]
 SEEDS = st.integers(0, 10_000)

@@ -176,9 +176,12 @@ def search_request(
 
 
 def _limits(options: SearchOptions) -> Limits:
-    times = (options.get(name) for name in ("tpot", "ttft"))
-    seconds = [None if text is None else parse_seconds(str(text)) for text in times]
-    return Limits(*seconds, _within("--sequences", options.get("sequences"), 1, MOST_SEQUENCES))
+    tpot, ttft = options.get("tpot"), options.get("ttft")
+    return Limits(
+        time_per_token_s=None if tpot is None else parse_seconds(tpot),
+        first_token_s=None if ttft is None else parse_seconds(ttft),
+        sequences=_within("--sequences", options.get("sequences"), 1, MOST_SEQUENCES),
+    )
 
 
 def weights_request(
@@ -192,7 +195,8 @@ def weights_request(
     from kvtune.profiles.gpus import list_gpus
 
     name = read_weights(model)[0]
-    return search_request(name, list_gpus()[0], run_dir=run_dir, context=1024, **options)
+    options["context"] = 1024
+    return search_request(name, list_gpus()[0], run_dir=run_dir, **options)
 
 
 def known_stack(stack: str | None) -> str | None:

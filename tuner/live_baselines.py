@@ -18,8 +18,9 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.common.progress import Progress
 from kvtune.policies.policy import Policy, footprint_of_lengths
-from kvtune.tuner.allocate import Choice, Problem, solve
+from kvtune.tuner.allocate import Problem, solve
 from kvtune.tuner.baselines import FAMILIES, Stored, candidates, strong_families
+from kvtune.tuner.exchange import Choice
 from kvtune.tuner.quality import ratio_interval
 from kvtune.tuner.question import Candidate, Solver, evicts, policy_of
 from kvtune.tuner.result import PLAN_FILE, Baseline

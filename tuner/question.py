@@ -18,7 +18,8 @@ from kvtune.policies.export.contract import EngineLimits
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.simulator.quality.tables import Tables
-from kvtune.tuner.allocate import Choice, Problem, solve, solve_both
+from kvtune.tuner.allocate import Problem, solve, solve_both
+from kvtune.tuner.exchange import Choice
 from kvtune.tuner.limits import Excess, no_limits, with_excess
 from kvtune.tuner.within import expressible, format_label, is_narrow, splits_of
 

@@ -6,6 +6,7 @@ between its heads while that lowers the predicted loss.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.document import read_policy
 from kvtune.simulator.quality.tables import Tables
-from kvtune.tuner.allocate import Choice, exchange
+from kvtune.tuner.exchange import Choice, exchange
 from kvtune.tuner.limits import with_excess
 from kvtune.tuner.question import Candidate, Question, Solver, evicts
 from kvtune.tuner.within import expressible
@@ -67,7 +68,7 @@ def _nearest(option: Option, tables: Tables, allowed: Sequence[int]) -> int:
     prompt, head_dim = tables.prompt_tokens, tables.head_dim
 
     def size(each: Option) -> float:
-        return np.log(each.footprint(each.budget.resolve(prompt), prompt, head_dim))
+        return math.log(each.footprint(each.budget.resolve(prompt), prompt, head_dim))
 
     def alike(each: Option) -> bool:
         if not evicts(option):

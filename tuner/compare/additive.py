@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
 from kvtune.simulator.quality.tables import Floats
-from kvtune.tuner.allocate import Choice
+from kvtune.tuner.exchange import Choice
 
 _GAP = 1e-6  # of the best loss: how far the solver may stay from it
 

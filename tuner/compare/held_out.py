@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvtune.tuner.allocate import Choice
 from kvtune.tuner.compare.ledger import append_entries, read_entries
 from kvtune.tuner.compare.setting import Setting, live_runs
+from kvtune.tuner.exchange import Choice
 
 
 class HeldOut:

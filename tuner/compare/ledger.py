@@ -12,7 +12,7 @@ from kvtune.common.bounds import Finite, NotNegative, Whole
 from kvtune.common.errors import KvtuneError
 from kvtune.common.files import append_text
 from kvtune.common.stored import checked, parse_json, read_bytes, whole_lines
-from kvtune.tuner.allocate import Choice
+from kvtune.tuner.exchange import Choice
 from kvtune.tuner.journal import cut
 
 _AGAIN = "remove the folder; the comparison then begins anew."

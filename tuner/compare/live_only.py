@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtune.tuner.allocate import Choice
 from kvtune.tuner.compare.ledger import Ledger
 from kvtune.tuner.compare.setting import Setting
+from kvtune.tuner.exchange import Choice
 from kvtune.tuner.quality import mean_over_kinds
 
 if TYPE_CHECKING:

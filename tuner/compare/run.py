@@ -15,13 +15,13 @@ from kvtune.common.files import sha256, write_json
 from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
 from kvtune.common.stored import read_json
-from kvtune.tuner.allocate import Choice
 from kvtune.tuner.compare.held_out import HeldOut
 from kvtune.tuner.compare.ledger import Ledger
 from kvtune.tuner.compare.result import Comparison, Outcome, Point, Times
 from kvtune.tuner.compare.setting import Prepared, Setting, live_runs, prepare
 from kvtune.tuner.compare.strategies import STRATEGIES, Strategy
 from kvtune.tuner.compare.written import write_comparison
+from kvtune.tuner.exchange import Choice
 from kvtune.tuner.quality import estimate, ratio_interval
 from kvtune.tuner.question import policy_of
 from kvtune.tuner.request import SearchRequest

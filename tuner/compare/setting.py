@@ -21,8 +21,9 @@ from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.simulator.quality.tables import Tables
 from kvtune.simulator.quality.tables_file import load_tables, save_tables
 from kvtune.tuner import source_models
-from kvtune.tuner.allocate import Choice, Problem
+from kvtune.tuner.allocate import Problem
 from kvtune.tuner.compare.ledger import RunChoices
+from kvtune.tuner.exchange import Choice
 from kvtune.tuner.question import policy_of
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.sources import QualitySource, menu_of, queries_of, signals_of

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvtune.tuner.allocate import Choice, solve
+from kvtune.tuner.allocate import solve
 from kvtune.tuner.answer import Found
 from kvtune.tuner.compare.additive import integer_program
 from kvtune.tuner.compare.ledger import Ledger
 from kvtune.tuner.compare.live_only import nsga2, random_search
 from kvtune.tuner.compare.setting import Setting
+from kvtune.tuner.exchange import Choice
 from kvtune.tuner.question import Candidate, Question, Solver, front, pick
 from kvtune.tuner.refine import Lives, recalibrated, refine
 from kvtune.tuner.simple_points import simple_points
