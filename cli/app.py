@@ -13,6 +13,7 @@ from kvtune.cli import (
     bench,
     capture,
     card,
+    compare,
     estimate,
     export,
     gpus,
@@ -28,12 +29,13 @@ from kvtune.cli import (
     sources,
     tui,
     validate,
+    worker,
 )
 from kvtune.cli.config import Defaults, read_defaults
 from kvtune.cli.help import Command, Group
 
 _COMMANDS = (
-    *(search, tui, report, card, validate, bench, simulate, estimate, serve_sim),
+    *(search, worker, tui, report, card, validate, bench, compare, simulate, estimate, serve_sim),
     *(capture, export, import_policy),
     *(profile, gpus, models),
 )

@@ -28,9 +28,6 @@ OutOption = Annotated[
 MethodsOption = Annotated[
     str, typer.Option("--methods", metavar="NAMES", help="Some policies: snapkv,h2o.")
 ]
-SharesOption = Annotated[
-    str, typer.Option("--shares", metavar="SHARES", help="Of the bf16 bytes: 5%,10%.")
-]
 PerKindOption = Annotated[
     int | None,
     typer.Option("--samples", metavar="N", min=1, help="Samples of each kind of text."),
@@ -44,7 +41,7 @@ def command(
     model: options.Model = "smollm2-135m",
     out: OutOption = Path("kvtune-bench"),
     methods: MethodsOption = "",
-    shares: SharesOption = "5%,10%,20%,40%",
+    shares: options.Shares = "5%,10%,20%,40%",
     per_kind: PerKindOption = None,
     stored: StoredOption = "bf16",
     workload: options.Workload = "small",
@@ -55,11 +52,11 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """All policies beside each other at equal bytes, live."""
-    from kvtune.cli.inputs import check_writable
+    from kvtune.cli.inputs import check_writable, read_shares
     from kvtune.tuner.target import read_texts, read_weights
 
     check_writable(out, "--out")
-    name, texts, wanted = read_weights(model)[0], read_texts(text or ()), _shares(shares)
+    name, texts, wanted = read_weights(model)[0], read_texts(text or ()), read_shares(shares)
     form = _format(stored)
     with speaking(as_json, quiet) as output:
         from kvtune.traces.models import best_device, load_model
@@ -83,28 +80,6 @@ def command(
                 output.show(_table("read", share, mine), "")
         output.show(_full(runs))
         output.finish("bench", _answer(loaded, found, runs, out))
-
-
-def _shares(text: str) -> list[float]:
-    """``5%,10%`` as shares.
-
-    Raises:
-        KvtuneError: one is no percentage between 0 and 100.
-    """
-    from kvtune.common.errors import KvtuneError
-
-    found = []
-    for each in text.split(","):
-        number = each.strip().removesuffix("%")
-        try:
-            share = float(number) / 100
-        except ValueError:
-            share = 0.0
-        if not (each.strip().endswith("%") and 0 < share <= 1):
-            hint = "write percentages: --shares 5%,10%"
-            raise KvtuneError(f"{each.strip()!r} is no share", where="--shares", hint=hint)
-        found.append(share)
-    return found
 
 
 def _format(name: str) -> Any:

@@ -13,9 +13,9 @@ from kvtune.common.errors import KvtuneError
 OTHERS = "Output and help"
 
 COMMANDS = {
-    "Plan": ("search", "estimate"),
+    "Plan": ("search", "worker", "estimate"),
     "Look at a study": ("tui", "report", "card"),
-    "Check": ("validate", "simulate", "bench", "capture"),
+    "Check": ("validate", "simulate", "bench", "compare", "capture"),
     "Serve": ("export", "import-policy", "serve-sim"),
     "Machines, models, policies": ("gpus", "models", "policies", "heads", "tables", "profile"),
 }
@@ -46,6 +46,12 @@ OPTIONS = {
         "trials",
         "menu",
         "read_bytes",
+        "tpot",
+        "ttft",
+        "sequences",
+        "sampler",
+        "storage",
+        "start",
         "stand_in",
         "seed",
     ),

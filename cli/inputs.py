@@ -50,5 +50,25 @@ def check_writable(folder: Path, option: str) -> None:
         raise KvtuneError("cannot write here", where=str(place), hint=_other(option))
 
 
+def read_shares(text: str) -> list[float]:
+    """``5%,10%`` as shares.
+
+    Raises:
+        KvtuneError: one is no percentage between 0 and 100.
+    """
+    found = []
+    for each in text.split(","):
+        number = each.strip().removesuffix("%")
+        try:
+            share = float(number) / 100
+        except ValueError:
+            share = 0.0
+        if not (each.strip().endswith("%") and 0 < share <= 1):
+            hint = "write percentages: --shares 5%,10%"
+            raise KvtuneError(f"{each.strip()!r} is no share", where="--shares", hint=hint)
+        found.append(share)
+    return found
+
+
 def _other(option: str) -> str:
     return f"choose another folder with {option}."

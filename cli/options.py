@@ -174,6 +174,24 @@ Workload = Annotated[
         help="small: nine samples of 1024 tokens, for two CPU cores; full: of 2048, for a GPU.",
     ),
 ]
+Trials = Annotated[
+    int,
+    typer.Option(
+        "--trials",
+        metavar="N",
+        min=1,
+        max=100_000,
+        help="Trials of the outer study; a stand-in needs none.",
+    ),
+]
+Menu = Annotated[
+    Literal["three", "all"],
+    typer.Option(
+        "--menu",
+        help="Methods that a head may have: three (snapkv, h2o, streaming_llm), or all that "
+        "choose when the prompt is complete; all takes several times as long.",
+    ),
+]
 Texts = Annotated[
     list[Path] | None,
     typer.Option(
@@ -181,6 +199,9 @@ Texts = Annotated[
         metavar="FILE",
         help="Your own .txt or .jsonl file, instead of the built-in texts; repeatable.",
     ),
+]
+Shares = Annotated[
+    str, typer.Option("--shares", metavar="SHARES", help="Of the bf16 bytes: 5%,10%.")
 ]
 PolicyFile = Annotated[
     Path,

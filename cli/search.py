@@ -11,9 +11,24 @@ from kvtune.cli import options
 from kvtune.cli.output import Output, speaking
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from kvtune.tuner.request import SearchRequest
     from kvtune.tuner.result import SearchResult
+    from kvtune.tuner.which_gpu import Tried
 
+
+GpusOption = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu",
+        "-g",
+        metavar="NAMES",
+        help="A known card (kvtune gpus) or a card's .yaml file; left out: this machine's. Of "
+        "several, separated by commas, or any for all: the smallest that does what is asked.",
+        autocompletion=options.known_gpus,
+    ),
+]
 ContextOption = Annotated[
     str,
     typer.Option(
@@ -26,24 +41,6 @@ ContextOption = Annotated[
 MaxKlOption = Annotated[
     float,
     typer.Option("--max-kl", metavar="NATS", min=0, max=100, help="Acceptable loss, nats a token."),
-]
-TrialsOption = Annotated[
-    int,
-    typer.Option(
-        "--trials",
-        metavar="N",
-        min=1,
-        max=100_000,
-        help="Trials of the outer study; a stand-in needs none.",
-    ),
-]
-MenuOption = Annotated[
-    Literal["three", "all"],
-    typer.Option(
-        "--menu",
-        help="Methods that a head may have: three (snapkv, h2o, streaming_llm), or all that "
-        "choose when the prompt is complete; all takes several times as long.",
-    ),
 ]
 StackOption = Annotated[
     str | None,
@@ -63,6 +60,52 @@ ReadBytesOption = Annotated[
         "hold more than they read (quest, landmark; with --menu all every reader).",
     ),
 ]
+TpotOption = Annotated[
+    str | None,
+    typer.Option("--tpot", metavar="TIME", help="Most time of a decode step: 30ms; as predicted."),
+]
+TtftOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ttft",
+        metavar="TIME",
+        help="Most time for reading and compressing one prompt: 2s, 500ms; as predicted.",
+    ),
+]
+SequencesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--sequences",
+        metavar="N",
+        min=1,
+        max=options.MOST_SEQUENCES,
+        help="That must fit at once, at least; --batch asks for a number itself.",
+    ),
+]
+SamplerOption = Annotated[
+    Literal["tpe", "nsga2", "random"] | None,
+    typer.Option(
+        "--sampler", help="Which proposes trials; left out: by their number, with the reason."
+    ),
+]
+StorageOption = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        metavar="URL",
+        help="Share the trials with kvtune worker through a database: "
+        "postgresql+psycopg://USER@HOST/DB, sqlite:///FILE, or grpc://HOST:PORT (Optuna's proxy).",
+    ),
+]
+StartOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--start",
+        metavar="POLICY",
+        help="A policy file or run directory whose plan the search begins with: a published head "
+        "pattern (kvtune heads, import-policy), a former search; repeatable.",
+    ),
+]
 StandInOption = Annotated[
     bool, typer.Option("--stand-in", help="Use the packaged tables even if weights are here.")
 ]
@@ -79,18 +122,24 @@ RunDirOption = Annotated[
 
 def command(
     model: options.Model,
-    gpu: options.Gpu = None,
+    gpu: GpusOption = None,
     mem: options.Memory = None,
     context: ContextOption = "8192",
     generated: options.Generated = "256",
     batch: options.Sequences = None,
     weights: options.Weights = "auto",
     max_kl: MaxKlOption = 0.02,
-    trials: TrialsOption = 60,
+    trials: options.Trials = 60,
     workload: options.Workload = "small",
-    menu: MenuOption = "three",
+    menu: options.Menu = "three",
     stack: StackOption = None,
     read_bytes: ReadBytesOption = None,
+    tpot: TpotOption = None,
+    ttft: TtftOption = None,
+    sequences: SequencesOption = None,
+    sampler: SamplerOption = None,
+    storage: StorageOption = None,
+    start: StartOption = None,
     text: options.Texts = None,
     stand_in: StandInOption = False,
     seed: options.Seed = 0,
@@ -100,14 +149,14 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """The best plan for a GPU and a memory limit."""
-    from kvtune.cli.inputs import check_writable
+    from functools import partial
+
+    from kvtune.cli.inputs import check_writable, read_policy_path
     from kvtune.tuner.library import search_request
 
-    request = search_request(
+    asked = partial(
+        search_request,
         model,
-        gpu,
-        mem,
-        run_dir=run_dir,
         context=context,
         generated=generated,
         batch=batch,
@@ -118,29 +167,70 @@ def command(
         menu=menu,
         stack=stack,
         read_bytes=read_bytes,
+        tpot=tpot,
+        ttft=ttft,
+        sequences=sequences,
+        sampler=sampler,
+        storage=storage,
+        starts=[read_policy_path(path) for path in start or ()],
         texts=text or (),
         stand_in=stand_in,
         seed=seed,
         device=device,
     )
-    check_writable(request.run_dir, "--run-dir")
+    requests = _requests(asked, gpu, mem, run_dir)
+    check_writable(requests[0].run_dir, "--run-dir")
     with speaking(as_json, quiet) as output:
-        _search(request, output)
+        _search(requests, output)
 
 
-def _search(request: SearchRequest, output: Output) -> None:
+def _requests(
+    asked: Callable[..., SearchRequest], gpu: str | None, mem: str | None, run_dir: Path | None
+) -> list[SearchRequest]:
+    """The search on the card that is named; on each, where there are several."""
+    if gpu is None or not ("," in gpu or gpu.lower() == "any"):
+        return [asked(gpu, mem, run_dir=run_dir)]
+    from kvtune.cli.case_options import read_cards
+    from kvtune.common.units import parse_bytes
+
+    cards = read_cards(gpu, (None, None, None), None if mem is None else parse_bytes(mem), None)
+    return [
+        asked(
+            card.gpu,
+            None if mem is None else card.memory_bytes,
+            run_dir=run_dir / card.gpu.slug if run_dir else None,
+        )
+        for card in cards
+    ]
+
+
+def _search(requests: Sequence[SearchRequest], output: Output) -> None:
     from dataclasses import replace
 
     from kvtune.cli import search_json, search_report
     from kvtune.tuner.target import beyond_length
 
-    output.progress.note(search_report.first_words(request))
-    result = _run(request, output)
+    tried: list[Tried] | None = None
+    if len(requests) > 1:
+        tried, result = _smallest(requests, output)
+        output.show(search_report.tried_table(tried), "")
+    else:
+        output.progress.note(search_report.first_words(requests[0]))
+        result = _run(requests[0], output)
+    request = result.request
     longest = beyond_length(request.shape, result.context_tokens, request.generated_tokens)
     if longest:
         result = replace(result, notes=(*result.notes, longest))
     output.show(*search_report.tables(result))
-    output.finish("search", search_json.answer(result))
+    output.finish("search", search_json.answer(result) | {"gpus_tried": tried})
+
+
+def _smallest(
+    requests: Sequence[SearchRequest], output: Output
+) -> tuple[list[Tried], SearchResult]:
+    from kvtune.tuner.which_gpu import smallest_gpu
+
+    return smallest_gpu(requests, output.progress)
 
 
 def _run(request: SearchRequest, output: Output) -> SearchResult:

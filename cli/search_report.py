@@ -15,12 +15,15 @@ from kvtune.common.estimate import BAND
 from kvtune.common.units import MIB, format_bytes, format_tokens
 from kvtune.common.words import accuracy, count, figure, percent
 from kvtune.simulator.memory.budget import memory_budget
+from kvtune.tuner.expected import one_after_the_other
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import Baseline, FrontPoint, Quality, SearchResult
 from kvtune.tuner.verdict import Verdict
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from kvtune.tuner.which_gpu import Tried
 
 
 def first_words(request: SearchRequest) -> str:
@@ -57,6 +60,17 @@ def tables(result: SearchResult) -> list[RenderableType]:
         *(["", *(f"note: {note}" for note in result.notes)] if result.notes else []),
         *("", *_files(result)),
     ]
+
+
+def tried_table(tried: Sequence[Tried]) -> RenderableType:
+    """The cards that were searched for, least memory first; the last one is the answer."""
+    rows = [
+        ("*" if each.works else "", each.gpu, format_bytes(each.memory_bytes), each.reason)
+        for each in tried
+    ]
+    caption = "* is the smallest card that does what was asked; its plan follows"
+    columns = ("", "card", "memory", "plan, or why there is none")
+    return table("Which GPU", columns, rows, left=(0, 1, 3), caption=caption)
 
 
 def verdict(result: SearchResult) -> Verdict:
@@ -189,6 +203,9 @@ def _plan(result: SearchResult) -> RenderableType:
         ("prefill of a prompt", figure(result.prefill)),
         ("compressing it", figure(result.compression)),
     ]
+    if result.request.limits.first_token_s is not None:
+        both = one_after_the_other(result.prefill, result.compression)
+        rows.append(("first token", figure(both)))
     if result.counters:
         fired = ", ".join(f"{count(n)} {what}" for what, n in result.counters.items())
         rows.append(("fired live", fired.replace("_", " ")))

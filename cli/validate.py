@@ -75,9 +75,12 @@ def command(
         found = _run(bound, loaded, samples, output.progress)
         planned = bound.footprint(samples[0].prompt, loaded.geometry.head_dim)
         output.show(_report(known, bound, found, planned))
+        told = other_texts(path.parent / "result.json", found)
+        output.show(*(f"note: {told}" for told in [told] if told))
         times, untimed = _times(document, bound, loaded, shape, samples, largest=gpu, limit=limit)
         output.show("", times_table(times) if times else f"times: {untimed}")
         answer = _answer(document, known, found, planned) | {"device": loaded.device}
+        answer |= {"other_texts": told}
         output.finish("validate", answer | {"times": times, "untimed": untimed})
 
 
@@ -205,6 +208,39 @@ def _predicted_by_search(path: Path, live: Estimate) -> Estimate | None:
         return None
     by_policy = {each.live: each.predicted for each in found.baselines}
     return by_policy.get(live)
+
+
+def other_texts(path: Path, found: Validation) -> str | None:
+    """A warning where the run read other kinds of text than the search, with what it cost.
+
+    None where they are the same, or where the search's result is not beside the policy.
+    """
+    from kvtune.common.errors import KvtuneError
+    from kvtune.tuner.result import read_result
+
+    try:
+        searched = set(read_result(path).baselines[0].by_kind)
+    except KvtuneError:
+        return None
+    new = set(found.by_kind) - searched
+    if not searched or not new:
+        return None
+    words = f"searched on {', '.join(sorted(searched))} and run here on {', '.join(sorted(new))}"
+    return f"the plan was {words} too; {_cost_of(found, searched, new)}"
+
+
+def _cost_of(found: Validation, searched: set[str], new: set[str]) -> str:
+    """How much more the plan loses on text that the search did not read."""
+    from statistics import mean
+
+    losses = {kind: loss.value for kind, loss in found.by_kind.items()}
+    there = mean(losses[kind] for kind in new)
+    known = [losses[kind] for kind in searched & set(losses)]
+    if not known or mean(known) <= 0:
+        return f"it loses {there:.2g} nats a token there; one with them (--text) may do better"
+    return (
+        f"it loses {there / mean(known):.2g} times as much on those as on what it was searched on"
+    )
 
 
 def _report(known: _Known, policy: Policy, found: Validation, planned: int) -> RenderableType:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvtune.cli.bench import _shares
+from kvtune.cli.inputs import read_shares
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.method import methods
@@ -154,10 +154,10 @@ def test_standings_are_in_order_of_loss_within_a_share() -> None:
 
 
 def test_shares_are_percentages() -> None:
-    assert _shares("5%, 12.5%") == [0.05, 0.125]
+    assert read_shares("5%, 12.5%") == [0.05, 0.125]
     for wrong in ("5", "0%", "150%", "x%", ""):
         with pytest.raises(KvtuneError, match="is no share"):
-            _shares(wrong)
+            read_shares(wrong)
 
 
 def test_the_committed_page_is_the_committed_result() -> None:

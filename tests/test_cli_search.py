@@ -301,3 +301,23 @@ def test_times_of_the_plan_come_after_it_and_their_absence_is_told(
     assert "decode step" not in plain
     assert "times:" not in plain
     assert "times: another card" in said(untimed="another card")
+
+
+def test_other_texts_than_the_searchs_are_told_with_what_they_cost(tmp_path: Path) -> None:
+    from kvtune.cli.validate import other_texts
+    from kvtune.tuner.validate import Validation
+
+    folder = made_up.write_study(tmp_path / "run", live=True)
+
+    def run(**losses: float) -> Validation:
+        by_kind = {kind: kl(loss, "live") for kind, loss in losses.items()}
+        return Validation(kl(0.1, "live"), None, None, None, 1, 2, by_kind=by_kind)
+
+    path = folder / "result.json"
+    assert other_texts(path, run(code=0.1, prose=0.1)) is None
+    told = other_texts(path, run(code=0.1, prose=0.1, user=0.3))
+    assert told is not None
+    assert "run here on user" in told
+    assert "3 times as much" in told
+    assert "0.3 nats a token" in str(other_texts(path, run(user=0.3)))
+    assert other_texts(tmp_path / "none.json", run(user=0.3)) is None

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from kvtune.common.errors import KvtuneError
 from kvtune.simulator.quality.tables import Tables
-from kvtune.tuner.allocate import Problem, exchange, priced, score, solve, solve_both
+from kvtune.tuner.allocate import Problem, priced, score, solve, solve_both
+from kvtune.tuner.exchange import exchange
 
 Make = Callable[..., Tables]
 SEEDS = st.integers(0, 10_000)
@@ -66,7 +67,7 @@ def test_the_budget_is_never_exceeded_and_priced_is_never_beaten(
     problem = random_problem(seed, heads=8, options=6, shrinkage=shrinkage)
     budget = budget_at(problem, share)
     choice = solve(problem, budget)
-    start, _ = priced(problem, budget)
+    start = priced(problem, budget)
     assert problem.spent(choice) <= budget
     assert problem.spent(start) <= budget
     assert problem.value(choice) <= problem.value(start) + 1e-6
@@ -92,7 +93,7 @@ def test_no_price_does_better_than_the_one_found(seed: int, share: float) -> Non
         for price in np.geomspace(1e-9, 1e3, 4000)
     ]
     within = min(problem.value(choice) for choice in every if problem.spent(choice) <= budget)
-    assert problem.value(priced(problem, budget)[0]) <= within + 1e-6
+    assert problem.value(priced(problem, budget)) <= within + 1e-6
 
 
 def test_bytes_move_to_the_head_that_needs_them() -> None:
@@ -102,23 +103,62 @@ def test_bytes_move_to_the_head_that_needs_them() -> None:
     assert exchange(problem, 30, np.array([1, 0])).tolist() == [0, 1]
 
 
-@quick
-@given(SEEDS, SHARES)
-def test_small_problems_with_cross_terms_come_near_the_optimum(seed: int, share: float) -> None:
-    problem = random_problem(seed)
-    budget = budget_at(problem, share)
-    best = brute_force(problem, budget)
-    assert problem.value(solve(problem, budget)) <= 1.3 * best + largest_hull_step(problem)
+def exact_additive(problem: Problem, budget: int) -> float:
+    """Dynamic programming over heads and bytes: the least loss for every number of bytes."""
+    least = np.full(budget + 1, np.inf)
+    least[0] = 0.0
+    for losses in problem.loss.astype(float):
+        after = np.full(budget + 1, np.inf)
+        for loss, size in zip(losses, problem.footprint, strict=True):
+            if size <= budget:
+                after[size:] = np.minimum(after[size:], least[: budget + 1 - size] + loss)
+        least = after
+    return float(least.min())
 
 
-def test_most_problems_are_solved_nearly_to_the_optimum() -> None:
-    ratios = []
-    for seed in range(40):
-        problem = random_problem(seed)
+def test_the_dynamic_program_is_the_brute_force() -> None:
+    for seed in range(5):
+        problem = random_problem(seed, shrinkage=0.0)
         budget = budget_at(problem, 0.4)
-        ratios.append(problem.value(solve(problem, budget)) / brute_force(problem, budget))
-    assert min(ratios) > 1 - 1e-5
-    assert np.median(ratios) < 1.02
+        best = brute_force(problem, budget)
+        assert exact_additive(problem, budget) == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.4, 0.6, 0.85])
+@pytest.mark.parametrize("seed", range(4))
+def test_additive_allocation_is_within_a_percent_of_the_exact_optimum(
+    seed: int, share: float
+) -> None:
+    problem = random_problem(seed, heads=10, options=6, shrinkage=0.0)
+    budget = budget_at(problem, share)
+    found = solve(problem, budget)
+    assert problem.spent(found) <= budget
+    assert problem.value(found) <= 1.01 * exact_additive(problem, budget) + 1e-7
+
+
+@pytest.mark.parametrize("shrinkage", [0.2, 0.4, 1.0])
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.4, 0.6, 0.85])
+def test_allocation_with_cross_terms_is_within_a_percent_of_the_exact_optimum(
+    shrinkage: float, share: float
+) -> None:
+    for seed in range(3):
+        problem = random_problem(seed, shrinkage=shrinkage)
+        budget = budget_at(problem, share)
+        best = brute_force(problem, budget)
+        assert problem.value(solve(problem, budget)) <= 1.01 * best + 1e-7
+
+
+@pytest.mark.full
+def test_every_case_of_five_heads_is_within_a_percent_of_the_exact_optimum() -> None:
+    """Of six heads with five options some are beyond: restarts are no proof of an optimum."""
+    beyond = []
+    for seed, share, shrinkage in product(range(25), (0.1, 0.3, 0.6, 0.9), (0.0, 0.4, 1.0)):
+        problem = random_problem(seed, shrinkage=shrinkage)
+        budget = budget_at(problem, share)
+        found, best = problem.value(solve(problem, budget)), brute_force(problem, budget)
+        if found > 1.01 * best + 1e-7:
+            beyond.append((seed, share, shrinkage, found / best))
+    assert not beyond
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.8])
@@ -280,3 +320,10 @@ def test_a_read_budget_that_is_no_limit_changes_nothing() -> None:
     problem = random_problem(3)
     budget = budget_at(problem, 0.5)
     assert (solve_both(problem, budget, 10**9) == solve(problem, budget)).all()
+
+
+def test_many_are_scored_by_several_threads_as_by_one() -> None:
+    problem = random_problem(1, heads=6, options=5)
+    choices = np.random.default_rng(0).integers(0, 5, (5000, 6))
+    pieces = [score(problem, choices[at : at + 700]) for at in range(0, 5000, 700)]
+    assert (score(problem, choices) == np.concatenate(pieces)).all()

@@ -286,3 +286,32 @@ def test_the_pick_has_most_sequences_within_the_limit(
         assert chosen.sequences == max(c.sequences for c in within)
     else:
         assert chosen.kl == min(c.kl for c in candidates)
+
+
+def test_a_published_pattern_starts_a_search_and_is_improved(
+    tables: Tables, tmp_path: Path
+) -> None:
+    """Half of the heads keep everything, the others sinks and a window, as DuoAttention does."""
+    from kvtune.policies.option import Budget, Option
+    from kvtune.policies.policy import Policy
+    from kvtune.policies.policy_file.document import ModelFacts, PolicyDocument, write_policy
+    from kvtune.tuner.starts import nearest_choice, start_points
+
+    window = Option(StreamingLLM(), Budget(tokens=40))
+    pattern = Policy("duo", ((Option(), window), (window, Option()), (window, window)))
+    file = tmp_path / "duo.yaml"
+    file.write_text(write_policy(PolicyDocument(pattern, ModelFacts("any", 3, 2, 16))))
+    solver = Solver.of(question(tables))
+    choice = nearest_choice(pattern, solver.question)
+    chosen = [tables.options[o] for o in choice]
+    assert [o.method.name for o in chosen] == [
+        "full", "streaming_llm", "streaming_llm", "full", "streaming_llm", "streaming_llm",
+    ]  # fmt: skip
+    assert {o.budget.resolve(256) for o in chosen if o.method.name != "full"} == {32}
+    as_it_is, improved = start_points(solver, [file], first=7)
+    assert (as_it_is.number, improved.number) == (7, 8)
+    assert improved.sequences == as_it_is.sequences
+    assert improved.kl < as_it_is.kl
+    assert solver.problems[256].spent(improved.choice) <= solver.question.prompt_budget(
+        256, improved.sequences
+    )

@@ -21,6 +21,7 @@ class Policy:
     predicted: Estimate
     live: Estimate | None = None
     retrieval_accuracy: Estimate | None = None
+    times_the_plan: Estimate | None = None
 
 
 def share(value: float) -> Estimate:
@@ -98,3 +99,17 @@ def test_losses_by_other_estimators_are_not_compared() -> None:
 )
 def test_a_limit_is_in_the_unit_that_it_is_round_in(size: int, words: str) -> None:
     assert limit_words(size) == words
+
+
+def test_a_ratio_on_the_same_samples_decides_where_both_ran() -> None:
+    """Single losses overlap where texts differ much; their ratio can still be sure, or not."""
+
+    def other(low: float, high: float) -> Policy:
+        ratio = Estimate(1.5, low, high, "times", "live")
+        return Policy("greedy", loss(0.03), loss(0.0165, "live"), times_the_plan=ratio)
+
+    told = verdict(other(1.2, 1.9)).comparison
+    assert told.endswith("greedy comes next and loses 1.5 times as much (1.2 to 1.9).")
+    assert "not better than greedy" in verdict(other(0.9, 2.4)).comparison
+    sure = Policy("uniform", loss(1.0), loss(1.0, "live"), times_the_plan=None)
+    assert "not better" not in verdict(sure).comparison

@@ -1,4 +1,4 @@
-"""Which option each KV head gets under a byte budget: coordinate descent under a byte price.
+"""Which option each KV head gets under a byte budget: a byte price, then trades between heads.
 
 The loss is a quadratic form in the heads' choices (see ``simulator.tables``). Terms between heads
 are shrunk: counted in full they over-fit the samples at tight budgets, left out they mis-rank.
@@ -6,7 +6,9 @@ are shrunk: counted in full they over-fit the samples at tight budgets, left out
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,10 +16,10 @@ from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
 from kvtune.simulator.quality.tables import Floats, Tables, low_rank
+from kvtune.tuner.exchange import TOLERANCE, Choice, exchange, restarted
 
-Choice = NDArray[np.int64]
+_PIECE = 2048  # configurations scored by one thread at a time
 _WHOLE = 2**40  # a budget, where two are mixed
-_TOLERANCE = 1e-9  # nats/token: smaller gains are rounding
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,19 @@ class Problem:
 def score(problem: Problem, choices: Choice) -> Floats:
     """Losses of many configurations ``[B, I]`` at once, ``[B]`` nats/token.
 
-    Head by head, so that what is gathered stays in the cache: a few microseconds each.
+    Head by head, so that what is gathered stays in the cache; thousands side by side on all cores.
     """
     alone = problem.loss - problem.shrinkage * (problem.factor**2).sum(-1)
+    pieces = [choices[at : at + _PIECE] for at in range(0, len(choices), _PIECE)]
+    if len(pieces) < 2:
+        return _score(problem, alone, choices)
+    with ThreadPoolExecutor(
+        min(len(pieces), os.cpu_count() or 1)
+    ) as threads:  # NumPy gathers without the GIL
+        return np.concatenate(list(threads.map(lambda each: _score(problem, alone, each), pieces)))
+
+
+def _score(problem: Problem, alone: Floats, choices: Choice) -> Floats:
     own = np.zeros(len(choices), np.float32)
     total = np.zeros((len(choices), problem.factor.shape[-1]), np.float32)
     for head, picked in enumerate(np.ascontiguousarray(choices.T)):
@@ -104,8 +116,9 @@ def score(problem: Problem, choices: Choice) -> Floats:
 def solve(problem: Problem, budget: int) -> Choice:
     """The best configuration found within ``budget`` bytes, ``[I]``.
 
-    A byte price is bisected with a few coordinate sweeps at each price; what is left of the
-    budget is then spent, and bytes are traded between pairs of heads until no trade helps.
+    A byte price is bisected on each head alone; what is left of the budget is then spent, and bytes
+    are traded between pairs of heads until no trade helps. In a small problem a few heads at a time
+    are thrown about from there and traded again, and what is better stays.
 
     Raises:
         KvtuneError: even the smallest options take more.
@@ -116,10 +129,7 @@ def solve(problem: Problem, budget: int) -> Choice:
             f"{budget} bytes are less than the smallest options take together ({cheapest})",
             hint="raise --mem, shorten --context or lower --batch.",
         )
-    start, price = priced(problem, budget)
-    if problem.shrinkage:
-        start = _descend_price(problem, budget, start, price)
-    return exchange(problem, budget, start)
+    return restarted(problem, budget, exchange(problem, budget, priced(problem, budget)))
 
 
 def solve_both(problem: Problem, budget: int, read_budget: int) -> Choice:
@@ -158,13 +168,13 @@ def solve_both(problem: Problem, budget: int, read_budget: int) -> Choice:
     )
 
 
-def priced(problem: Problem, budget: int) -> tuple[Choice, float]:
+def priced(problem: Problem, budget: int) -> Choice:
     """Each head alone: least loss + price * bytes, the price bisected to the budget.
 
     This is greedy allocation on each head's lower convex hull, optimal for additive losses up to
-    one hull step. Returns the configuration and its price in nats/token a byte.
+    one hull step.
     """
-    high = float(np.ptp(problem.loss)) + _TOLERANCE  # a byte saved is worth any loss
+    high = float(np.ptp(problem.loss)) + TOLERANCE  # a byte saved is worth any loss
     low = high * 1e-18
     choice = np.full(len(problem.loss), problem.footprint.argmin())
     for _ in range(64):
@@ -174,107 +184,4 @@ def priced(problem: Problem, budget: int) -> tuple[Choice, float]:
             choice, high = tried, price
         else:
             low = price
-    return choice, high
-
-
-def _descend_price(problem: Problem, budget: int, start: Choice, price: float) -> Choice:
-    """Bisect the price again around ``price``, now with cross terms, warm from what was found."""
-    best, best_value = start, problem.value(start)
-    low, high = price / 16, price * 16
-    current = start
-    for _ in range(14):
-        price = float(np.sqrt(low * high))
-        current = _sweeps(problem, price, current)
-        if problem.spent(current) > budget:
-            low = price
-            continue
-        high = price
-        if (value := problem.value(current)) < best_value:
-            best, best_value = current.copy(), value
-    return best
-
-
-def _sweeps(problem: Problem, price: float, start: Choice, rounds: int = 3) -> Choice:
-    """Coordinate descent at a fixed price: every head in turn takes its best option."""
-    choice = start.copy()
-    head = np.arange(len(choice))
-    total = problem.factor[head, choice].sum(0)
-    base = problem.loss + price * problem.footprint
-    for _ in range(rounds):
-        changed = False
-        for i in head:
-            factor = problem.factor[i]
-            others = total - factor[choice[i]]
-            best = int((base[i] + 2 * problem.shrinkage * (factor @ others)).argmin())
-            changed |= best != choice[i]
-            total = others + factor[best]
-            choice[i] = best
-        if not changed:
-            break
     return choice
-
-
-def exchange(problem: Problem, budget: int, start: Choice, rounds: int = 400) -> Choice:
-    """Spend what is left, then trade bytes between pairs of heads while that lowers the loss."""
-    choice = start.copy()
-    for _ in range(rounds):
-        gain, spend, step = _moves(problem, choice)
-        slack = budget - problem.spent(choice)
-        moves = _best_single(gain, spend, slack) or _best_pair(problem, gain, spend, step, slack)
-        if not moves:
-            break
-        for head, option in moves:
-            choice[head] = option
-    return choice
-
-
-def _moves(problem: Problem, choice: Choice) -> tuple[Floats, NDArray[np.int64], Floats]:
-    """What each single change would do: loss ``[I, O]``, bytes ``[I, O]``, factor ``[I, O, r]``."""
-    head = np.arange(len(choice))
-    now = problem.factor[head, choice]
-    others = now.sum(0) - now
-    step = problem.factor - now[:, None]
-    gain = problem.loss - problem.loss[head, choice][:, None]
-    gain = gain + 2 * problem.shrinkage * np.einsum("ior,ir->io", step, others)
-    return gain, problem.footprint - problem.footprint[choice][:, None], step
-
-
-def _best_single(gain: Floats, spend: NDArray[np.int64], slack: int) -> list[tuple[int, int]]:
-    allowed = np.where(spend <= slack, gain, np.inf)
-    head, option = np.unravel_index(int(allowed.argmin()), gain.shape)
-    return [(int(head), int(option))] if allowed[head, option] < -_TOLERANCE else []
-
-
-def _best_pair(
-    problem: Problem,
-    gain: Floats,
-    spend: NDArray[np.int64],
-    step: Floats,
-    slack: int,
-    keep: int = 64,
-) -> list[tuple[int, int]]:
-    """One head gives bytes up, another takes them; screened without, ranked with, their product."""
-    options = gain.shape[1]
-    flat_gain, flat_spend = gain.ravel(), spend.ravel()
-    takes = np.flatnonzero((flat_gain < -_TOLERANCE) & (flat_spend > slack))
-    gives = np.flatnonzero(flat_spend < 0)
-    if not len(takes) or not len(gives):
-        return []
-    gives = gives[np.argsort(flat_spend[gives], kind="stable")]  # most bytes freed first
-    cheapest = np.minimum.accumulate(flat_gain[gives])
-    argmin = np.maximum.accumulate(np.where(flat_gain[gives] == cheapest, np.arange(len(gives)), 0))
-    reach = np.searchsorted(flat_spend[gives], slack - flat_spend[takes], side="right") - 1
-    takes, reach = takes[reach >= 0], reach[reach >= 0]
-    if not len(takes):
-        return []
-    partner = gives[argmin[reach]]
-    order = np.argsort(flat_gain[takes] + flat_gain[partner])[:keep]
-    take, give = takes[order], partner[order]
-    flat_step = step.reshape(-1, step.shape[-1])
-    together = flat_gain[take] + flat_gain[give]
-    together = together + 2 * problem.shrinkage * (flat_step[take] * flat_step[give]).sum(-1)
-    together[take // options == give // options] = np.inf
-    best = int(together.argmin())
-    if together[best] >= -_TOLERANCE:
-        return []
-    return [divmod(int(take[best]), options), divmod(int(give[best]), options)]

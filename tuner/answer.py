@@ -127,9 +127,17 @@ def _predicted(source: QualitySource, chosen: Candidate) -> Quality:
 
 
 def _cost(found: Found, candidate: Candidate) -> Cost:
+    return cost_of(found.request, found.budgets, found.solver.policy(candidate), candidate)
+
+
+def cost_of(
+    request: SearchRequest,
+    budgets: Mapping[int, MemoryBudget],
+    policy: Policy,
+    candidate: Candidate,
+) -> Cost:
     """Memory and time with its sequences at once."""
-    request, policy = found.request, found.solver.policy(candidate)
-    at_once = replace(found.budgets[candidate.context], batch=candidate.sequences)
+    at_once = replace(budgets[candidate.context], batch=candidate.sequences)
     return policy_cost(policy, request.shape, request.gpu, at_once, request.generated_tokens)
 
 

@@ -91,7 +91,7 @@ class Card:
         compressed = compression(policy, self.shape, self.gpu, self.tokens, read, batch)
         tensors = self._tensors(policy, batch)
         return Expected(
-            prefill=_one_after_the_other(read, compressed),
+            prefill=one_after_the_other(read, compressed),
             step=step,
             tokens_per_second=per_second(step, batch),
             peak_bytes=tensors,
@@ -127,7 +127,7 @@ class Card:
         return sequence_bytes(policy, self.tokens, self.shape.head_dim, Growth(new_tokens))
 
 
-def _one_after_the_other(first: Estimate, then: Estimate) -> Estimate:
+def one_after_the_other(first: Estimate, then: Estimate) -> Estimate:
     """Both times together, no surer than the second where it takes any."""
     value, low, high = (getattr(first, e) + getattr(then, e) for e in ("value", "low", "high"))
     return Estimate(value, low, high, first.unit, then.tier if then.value else first.tier)

@@ -71,7 +71,7 @@ def _read(path: Path, progress: Progress) -> list[Trial]:
         _check_format(parse_json(lines[0], f"{path}:1", _AGAIN), path)
     trials = [_trial(line, number, path) for number, line in enumerate(lines[1:])]
     if half:
-        _cut(path, len(half))
+        cut(path, len(half))
         progress.note(f"{path}: half a line at its end was cut off; its trial is done again")
     return trials
 
@@ -91,7 +91,12 @@ def _trial(line: bytes, number: int, path: Path) -> Trial:
     return found
 
 
-def _cut(path: Path, count: int) -> None:
+def cut(path: Path, count: int) -> None:
+    """Remove so many bytes from a file's end: half a line that a killed process left.
+
+    Raises:
+        KvtuneError: the file cannot be written.
+    """
     try:
         os.truncate(path, path.stat().st_size - count)
     except OSError as error:

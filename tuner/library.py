@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.progress import Progress
-from kvtune.common.units import Amount, parse_bytes, parse_tokens
+from kvtune.common.units import Amount, parse_bytes, parse_seconds, parse_tokens
 from kvtune.policies.policy_file.document import PolicyDocument, read_policy
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.tuner.cases import Asked, Card, Case
+from kvtune.tuner.limits import Limits
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import SearchResult
+from kvtune.tuner.samplers import Sampler
 from kvtune.tuner.target import (
     read_context,
     read_context_range,
@@ -63,6 +65,12 @@ class SearchOptions(TypedDict, total=False):
         menu: methods that a head may have: ``"three"``, or ``"all"``.
         stack: a serving stack that the plan must be expressible on: ``"vllm"``, ``"llama-cpp"``...
         read_bytes: that a decode step may read of each sequence's prompt; left out, any.
+        tpot: most time of a decode step of all sequences: ``"30ms"``; left out, any.
+        ttft: most time for reading and compressing one prompt: ``"2s"``; left out, any.
+        sequences: that must fit at once, at least; left out, one.
+        sampler: ``"tpe"``, ``"nsga2"`` or ``"random"``; left out, by the number of trials.
+        storage: URL of a database through which other workers share the trials.
+        starts: policy files of published patterns or former searches to begin with.
         texts: your own .txt or .jsonl files, instead of the built-in ones.
         stand_in: uses the packaged tables even where weights are at hand.
         seed: of everything that is drawn, 0.
@@ -79,6 +87,12 @@ class SearchOptions(TypedDict, total=False):
     menu: Literal["three", "all"]
     stack: str | None
     read_bytes: Amount | None
+    tpot: str | None
+    ttft: str | None
+    sequences: int | None
+    sampler: Sampler | None
+    storage: str | None
+    starts: Iterable[Path | str]
     texts: Iterable[Path | str]
     stand_in: bool
     seed: int
@@ -153,8 +167,36 @@ def search_request(
         menu=options.get("menu", "three"),
         stack=known_stack(stack),
         read_bytes=None if read is None else parse_bytes(read),
+        limits=_limits(options),
+        sampler=options.get("sampler"),
+        storage=options.get("storage"),
+        starts=tuple(map(Path, options.get("starts", ()))),
         texts=read_texts(options.get("texts", ())),
     )
+
+
+def _limits(options: SearchOptions) -> Limits:
+    tpot, ttft = options.get("tpot"), options.get("ttft")
+    return Limits(
+        time_per_token_s=None if tpot is None else parse_seconds(tpot),
+        first_token_s=None if ttft is None else parse_seconds(ttft),
+        sequences=_within("--sequences", options.get("sequences"), 1, MOST_SEQUENCES),
+    )
+
+
+def weights_request(
+    model: str, run_dir: Path | str, **options: Unpack[SearchOptions]
+) -> SearchRequest:
+    """A search's request where only the model, its samples and its menu matter: no card is served.
+
+    Raises:
+        KvtuneError: the weights are not at hand, or something is unknown or out of bounds.
+    """
+    from kvtune.profiles.gpus import list_gpus
+
+    name = read_weights(model)[0]
+    options["context"] = 1024
+    return search_request(name, list_gpus()[0], run_dir=run_dir, **options)
 
 
 def known_stack(stack: str | None) -> str | None:

@@ -7,6 +7,7 @@ published since in its best precision, as far as the trace holds the signals tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,8 +18,10 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.common.progress import Progress
 from kvtune.policies.policy import Policy, footprint_of_lengths
-from kvtune.tuner.allocate import Choice, Problem, solve
+from kvtune.tuner.allocate import Problem, solve
 from kvtune.tuner.baselines import FAMILIES, Stored, candidates, strong_families
+from kvtune.tuner.exchange import Choice
+from kvtune.tuner.quality import ratio_interval
 from kvtune.tuner.question import Candidate, Solver, evicts, policy_of
 from kvtune.tuner.result import PLAN_FILE, Baseline
 from kvtune.tuner.sources import QualitySource
@@ -82,7 +85,19 @@ def live_baselines(
         lambda sample: traced_prompt(trace, trace.sample(sample.id), loaded.device),
         progress=progress,
     )
-    return [_measured(row, live) for row, live in zip(rows, found, strict=True)], found[0]
+    kinds = [sample.kind for sample in samples]
+    measured = [
+        _measured(row, live, None if live is found[0] else times_as_much(live, found[0], kinds))
+        for row, live in zip(rows, found, strict=True)
+    ]
+    return measured, found[0]
+
+
+def times_as_much(theirs: Validation, ours: Validation, kinds: Sequence[str]) -> Estimate | None:
+    """How many times our live loss theirs is, with a 95 % interval over the same samples."""
+    ratio, low, high = ratio_interval(theirs.losses, ours.losses, kinds)
+    known = all(math.isfinite(each) for each in (ratio, low, high))
+    return Estimate(ratio, low, high, "times", "live") if known else None
 
 
 def _best_of_families(
@@ -161,7 +176,7 @@ def _simple(
     return Compared(found, policy)
 
 
-def _measured(row: Compared, live: Validation) -> Compared:
+def _measured(row: Compared, live: Validation, times: Estimate | None) -> Compared:
     """The same with what live runs have found."""
     found = replace(
         row.baseline,
@@ -170,6 +185,7 @@ def _measured(row: Compared, live: Validation) -> Compared:
         perplexity_change=live.perplexity_change,
         retrieval_accuracy=live.retrieval_accuracy,
         live_by_kind=live.by_kind,
+        times_the_plan=times,
     )
     return Compared(found, row.policy)
 

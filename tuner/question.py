@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,9 @@ from kvtune.policies.export.contract import EngineLimits
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.simulator.quality.tables import Tables
-from kvtune.tuner.allocate import Choice, Problem, solve, solve_both
+from kvtune.tuner.allocate import Problem, solve, solve_both
+from kvtune.tuner.exchange import Choice
+from kvtune.tuner.limits import Excess, no_limits, with_excess
 from kvtune.tuner.within import expressible, format_label, is_narrow, splits_of
 
 
@@ -37,6 +39,7 @@ class Question:
         sequences: how many at once; None lets the study choose.
         limits: of the stack that the plan is for; None for any plan.
         most_read: bytes that a decode step may read of each sequence's prompt; None for any.
+        excess: by which share of each limit on its cost a candidate is beyond it.
     """
 
     tables: Tables
@@ -48,6 +51,7 @@ class Question:
     sequences: int | None = None
     limits: EngineLimits | None = None
     most_read: int | None = None
+    excess: Excess = no_limits
 
     @property
     def options(self) -> list[Option]:
@@ -130,6 +134,7 @@ class Candidate:
         context: prompt tokens of each sequence.
         sequences: that fit at once.
         prompt_bytes: of one compressed prompt as formats count them, lengths included.
+        excess: by which share of each limit it is beyond it; negative where it keeps to it.
     """
 
     number: int
@@ -139,6 +144,12 @@ class Candidate:
     context: int
     sequences: int
     prompt_bytes: int
+    excess: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def misses(self) -> dict[str, float]:
+        """The limits that it does not keep to, and by which share of each."""
+        return {name: by for name, by in self.excess.items() if by > 0}
 
     @property
     def tokens_at_once(self) -> int:
@@ -189,7 +200,8 @@ class Solver:
             return None
         choice = columns[np.repeat(picked, size)]
         kl, payload = self.loss(choice), self.payload(choice, context)
-        return Candidate(number, parameters, choice, kl, context, sequences, payload)
+        found = Candidate(number, parameters, choice, kl, context, sequences, payload)
+        return with_excess(found, self.question.excess)
 
     def payload(self, choice: Choice, context: int) -> int:
         """Bytes of one prompt as formats count them, lengths included; its pages take more."""

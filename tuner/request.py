@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.models import ModelShape
+from kvtune.tuner.limits import Limits
+from kvtune.tuner.samplers import Sampler
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class SearchRequest:
         stack: the serving stack that the plan must be expressible on, as exporters are called;
             None for any plan.
         read_bytes: that a decode step may read of each sequence's prompt; None for any.
+        limits: on time and number of sequences, which every plan has to keep to.
+        sampler: which proposes trials; None for the one that their number suggests.
+        storage: URL of the database through which workers share the trials; None for none.
+        starts: policy files whose plans the search begins with.
         texts: the user's own .txt or .jsonl files, searched and evaluated on instead.
     """
 
@@ -57,6 +63,10 @@ class SearchRequest:
     menu: Literal["three", "all"] = "three"
     stack: str | None = None
     read_bytes: int | None = None
+    limits: Limits = field(default_factory=Limits)
+    sampler: Sampler | None = None
+    storage: str | None = None
+    starts: tuple[Path, ...] = ()
     texts: tuple[Path, ...] = ()
 
     @property

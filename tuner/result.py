@@ -132,6 +132,8 @@ class Baseline:
         retrieval_accuracy: live, share of needle digits right; None likewise.
         by_kind: predicted on held-out samples by kind of text; empty where it is off a curve.
         live_by_kind: measured on those; empty where it did not run.
+        times_the_plan: how many times the plan's loss its own is, live on the same samples; None
+            of the plan, and where no interval can be given.
         policy: its policy's file inside the run directory; None where it has none.
     """
 
@@ -144,6 +146,7 @@ class Baseline:
     retrieval_accuracy: Estimate | None = None
     by_kind: dict[str, Loss] = field(default_factory=dict)
     live_by_kind: dict[str, Estimate] = field(default_factory=dict)
+    times_the_plan: Estimate | None = None
     policy: Name | None = None
 
     @property

@@ -20,17 +20,20 @@ from kvtune.common.units import format_bytes
 from kvtune.policies.paging import Growth, growing_bytes, head_bytes
 from kvtune.simulator.memory.budget import MemoryBudget, memory_budget
 from kvtune.simulator.memory.peak import prefill_peak_bytes
-from kvtune.tuner.answer import Found, answer
+from kvtune.tuner.answer import Found, answer, cost_of
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.record import Recorder, selection_split
 from kvtune.tuner.finished import finished, keep_finished
-from kvtune.tuner.question import Candidate, Question, Solver, front, pick
+from kvtune.tuner.limits import Excess, no_limits, none_within, note_on, within
+from kvtune.tuner.question import Candidate, Question, Solver, front, pick, policy_of
 from kvtune.tuner.refine import live_on_selection, recalibrated, refine
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import SearchResult
 from kvtune.tuner.run_directory import record_config, write_result
+from kvtune.tuner.samplers import choose
 from kvtune.tuner.simple_points import simple_points
 from kvtune.tuner.sources import QualitySource, has_weights, own_trace, stand_in
+from kvtune.tuner.starts import start_points
 from kvtune.tuner.study import run_study
 from kvtune.tuner.within import limits_of
 
@@ -69,24 +72,47 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
     solver = Solver.of(question)
     facts = _facts(request, budgets, source)
     recorder = Recorder(request.run_dir, facts, source)
+    sampler = choose(request.sampler, facts.trials)
+
+    def record(candidate: Candidate) -> None:
+        if not candidate.misses:
+            recorder.add(candidate)
+
+    if facts.trials:
+        notes = (*notes, f"sampler: {sampler.name}, because {sampler.reason}.")
+    journal = request.run_dir / f"study-{facts.study}.journal"
+    if facts.trials and request.storage:
+        from kvtune.tuner.worker import publish, share
+
+        shared = publish(request, solver, facts.study, facts.trials, sampler.name)
+        progress.note(f"others can join: kvtune worker --study {request.run_dir}")
+        share(shared, solver, journal)
     trials = (
         run_study(
             solver,
             trials=facts.trials,
             seed=request.seed,
-            journal=request.run_dir / f"study-{facts.study}.journal",
+            journal=journal,
             progress=progress,
-            found=recorder.add,
+            sampler=sampler.name,
+            found=record,
         )
         if facts.trials
         else []
     )
     simple = simple_points(solver, first=facts.trials)
     for point in simple:
-        recorder.add(point)
-    candidates = [*trials, *simple]
-    if not candidates:
+        record(point)
+    starts = _starts(request, source, solver, first=facts.trials + len(simple))
+    for point in starts:
+        record(point)
+    tried = [*trials, *simple, *starts]
+    if not tried:
         raise _nothing_fits(request, question)
+    candidates = within(tried)
+    if not candidates:
+        raise none_within(request.limits, tried)
+    notes = (*notes, *note_on(tried))
     studied = Found(request, budgets, source, solver, facts.study, candidates, notes)
     ended, chosen = _choose(recalibrated(studied, source.calibration), progress)
     if ended.source is not source:
@@ -95,6 +121,23 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
     write_result(result)
     keep_finished(result)
     return result
+
+
+def _starts(
+    request: SearchRequest, source: QualitySource, solver: Solver, first: int
+) -> list[Candidate]:
+    """The plans that the request begins with.
+
+    Raises:
+        KvtuneError: there are some, and a stand-in, whose heads are no heads of this model.
+    """
+    if request.starts and source.stand_in:
+        raise KvtuneError(
+            f"{request.starts[0].name} gives heads options of their own, and of "
+            f"{request.shape.name} no head's loss is known",
+            hint="give the model's weights (--model PATH), or leave out --start.",
+        )
+    return start_points(solver, request.starts, first)
 
 
 def _nothing_fits(request: SearchRequest, question: Question) -> DoesNotFitError:
@@ -199,7 +242,26 @@ def _question(request: SearchRequest, budgets: Budgets, source: QualitySource) -
         sequences=request.sequences,
         limits=limits_of(request.stack),
         most_read=request.read_bytes,
+        excess=_excess(request, budgets, source),
     )
+
+
+def solver_of(request: SearchRequest, source: QualitySource) -> Solver:
+    """The question of a request over given tables, ready to answer trials."""
+    return Solver.of(_question(request, _budgets(request), source))
+
+
+def _excess(request: SearchRequest, budgets: Budgets, source: QualitySource) -> Excess:
+    """How far candidates are beyond the request's limits, by the figures that are printed."""
+    if not request.limits.are_set:
+        return no_limits
+
+    def excess(candidate: Candidate) -> dict[str, float]:
+        policy = policy_of(source.tables, candidate.choice, "")
+        cost = cost_of(request, budgets, policy, candidate)
+        return request.limits.excess(cost, candidate.sequences)
+
+    return excess
 
 
 def _choose(found: Found, progress: Progress) -> tuple[Found, Candidate]:

@@ -6,11 +6,13 @@ try first. On a stand-in they are all there is: losses of single heads carry ove
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import replace
 
 import numpy as np
 
-from kvtune.tuner.question import Candidate, Solver
+from kvtune.tuner.limits import with_excess
+from kvtune.tuner.question import Candidate, Question, Solver
 from kvtune.tuner.within import expressible
 
 
@@ -43,7 +45,7 @@ def _point(solver: Solver, context: int, option: int) -> Candidate | None:
     )
     if reads_too_much or not 1 <= sequences <= most:
         return None
-    return Candidate(
+    found = Candidate(
         number=0,
         parameters={
             "uniform": question.tables.options[option].label,
@@ -56,3 +58,20 @@ def _point(solver: Solver, context: int, option: int) -> Candidate | None:
         sequences=sequences,
         prompt_bytes=solver.payload(choice, context),
     )
+    return _as_many_as_time_allows(found, question)
+
+
+def _as_many_as_time_allows(found: Candidate, question: Question) -> Candidate:
+    """The candidate with as many sequences as its limits on time allow, one where none do."""
+    found = with_excess(found, question.excess)
+    if question.sequences or not {"--tpot", "--ttft"} & set(found.misses):
+        return found
+
+    def at(count: int) -> Candidate:
+        parameters = {**found.parameters, "sequences": count}
+        fewer = replace(found, sequences=count, parameters=parameters)
+        return with_excess(fewer, question.excess)
+
+    counts = range(1, found.sequences)
+    fitting = bisect_left(counts, True, key=lambda n: "--tpot" in at(n).misses)
+    return at(max(fitting, 1))

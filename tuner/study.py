@@ -18,6 +18,8 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.progress import Progress, Silent
 from kvtune.tuner.journal import Journal, Trial
 from kvtune.tuner.question import Candidate, Question, Solver, evicts, has_exact_sinks, is_variant
+from kvtune.tuner.samplers import Sampler, sampler_of
+from kvtune.tuner.stagnation import PATIENCE, stagnates
 
 if TYPE_CHECKING:
     import optuna
@@ -70,9 +72,12 @@ def run_study(
     seed: int = 0,
     journal: Path | None = None,
     progress: Progress | None = None,
+    sampler: Sampler = "tpe",
     found: Callable[[Candidate], None] = lambda _: None,
 ) -> list[Candidate]:
     """Search; every finished trial's candidate, in order.
+
+    It ends before all trials are done where the front has stopped to grow.
 
     Args:
         solver: the question.
@@ -80,6 +85,7 @@ def run_study(
         seed: of the sampler; the same seed gives the same candidates, interrupted or not.
         journal: file that finished trials are recorded to and resumed from.
         progress: told of every trial.
+        sampler: which proposes the trials.
         found: told of every candidate, those of the journal first.
     """
     import optuna
@@ -89,19 +95,22 @@ def run_study(
     fixed = solver.question.sequences and len(solver.question.contexts) == 1
     brain = optuna.create_study(directions=["minimize"] if fixed else ["minimize", "maximize"])
     record = Journal(journal, progress)
-    known = [_replay(brain, solver, trial, record) for trial in record.trials]
+    known = [_replay(brain, solver, trial, record, sampler, seed) for trial in record.trials]
     remaining = range(len(known), trials)
     if remaining:
-        _enqueue_defaults(brain, solver.question, skip=len(known))
+        enqueue_defaults(brain, solver.question, skip=len(known))
 
     def new() -> Iterator[Candidate | None]:
         for number in progress.track(remaining, "searching", len(remaining)):
-            brain.sampler = _sampler(seed, number)
+            if stagnates(candidates):
+                progress.note(f"stopped after {number} trials: the last {PATIENCE} added nothing")
+                return
+            brain.sampler = sampler_of(sampler, seed, number)
             candidate = _try(brain, solver)
             record.add(_recorded(brain.trials[number]))
             yield candidate
 
-    candidates = []
+    candidates: list[Candidate] = []
     for candidate in chain(known, new()):
         if candidate is not None:
             candidates.append(candidate)
@@ -114,22 +123,31 @@ def _try(brain: optuna.Study, solver: Solver) -> Candidate | None:
     from optuna.trial import TrialState
 
     trial = brain.ask()
-    parameters = suggest(trial, solver.question)
-    candidate = solver.answer(trial.number, parameters)
+    _ = trial.relative_params  # NSGA-II overlooks parents whose proposals nobody looked at
+    candidate = _answered(trial, solver)
     if candidate is None:
         brain.tell(trial, state=TrialState.FAIL)
         return None
-    values = [candidate.kl, candidate.tokens_at_once]
-    brain.tell(trial, values[: len(brain.directions)])
+    brain.tell(trial, _values(candidate)[: len(brain.directions)])
     return candidate
 
 
-def _sampler(seed: int, number: int) -> optuna.samplers.BaseSampler:
-    """A trial's own: its draws must not depend on how many were drawn since the last start."""
-    import optuna
+def values_of(trial: optuna.Trial, solver: Solver, objectives: int) -> list[float] | None:
+    """A trial's values; None where its options cannot fit."""
+    candidate = _answered(trial, solver)
+    return None if candidate is None else _values(candidate)[:objectives]
 
-    stream = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-    return optuna.samplers.TPESampler(seed=stream, n_startup_trials=16)
+
+def _answered(trial: optuna.Trial, solver: Solver) -> Candidate | None:
+    """The candidate of what a trial chooses, its limits told to the sampler."""
+    candidate = solver.answer(trial.number, suggest(trial, solver.question))
+    for name, by in candidate.excess.items() if candidate else ():
+        trial.set_constraint(name, by)
+    return candidate
+
+
+def _values(candidate: Candidate) -> list[float]:
+    return [candidate.kl, float(candidate.tokens_at_once)]
 
 
 def _recorded(trial: optuna.trial.FrozenTrial) -> Trial:
@@ -138,7 +156,12 @@ def _recorded(trial: optuna.trial.FrozenTrial) -> Trial:
 
 
 def _replay(
-    brain: optuna.Study, solver: Solver, trial: Trial, journal: Journal
+    brain: optuna.Study,
+    solver: Solver,
+    trial: Trial,
+    journal: Journal,
+    sampler: Sampler,
+    seed: int,
 ) -> Candidate | None:
     """A recorded trial's candidate, solved again: milliseconds, and nothing big is stored.
 
@@ -148,6 +171,7 @@ def _replay(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of choices that are out of range; refused below
         brain.enqueue_trial(trial.parameters)
+        brain.sampler = sampler_of(sampler, seed, trial.trial)
         candidate = _try(brain, solver)
     if _recorded(brain.trials[trial.trial]) != trial:
         raise KvtuneError(
@@ -158,7 +182,7 @@ def _replay(
     return candidate
 
 
-def _enqueue_defaults(brain: optuna.Study, question: Question, skip: int) -> None:
+def enqueue_defaults(brain: optuna.Study, question: Question, skip: int) -> None:
     """Start from the strong default, per head, over the range of contexts and sequences.
 
     All families with their published hyper-parameters: of the settings run live on SmolLM2's

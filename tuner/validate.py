@@ -32,6 +32,7 @@ class Validation:
         prompt_bytes: of one prompt, counted while compressing; the mean over samples.
         samples: that were run.
         by_kind: ``live`` of each kind of text alone.
+        losses: KL of every sample, nats/token, in the samples' order.
         counters: proof that the policy fired.
     """
 
@@ -42,6 +43,7 @@ class Validation:
     prompt_bytes: int
     samples: int
     by_kind: dict[str, Estimate] = field(default_factory=dict)
+    losses: tuple[float, ...] = ()
     counters: dict[str, int] = field(default_factory=dict)
 
 
@@ -110,6 +112,7 @@ def summarise(runs: Sequence[LiveRun], samples: Sequence[Sample]) -> Validation:
         prompt_bytes=round(float(np.mean([run.footprint_bytes for run in runs]))),
         samples=len(samples),
         by_kind=estimate_by_kind(losses, kinds, "live"),
+        losses=tuple(losses),
         counters=_counters(runs, samples),
     )
 

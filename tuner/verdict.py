@@ -28,6 +28,10 @@ class Compared(Protocol):
         """Its loss measured live, or None."""
 
     @property
+    def times_the_plan(self) -> Estimate | None:
+        """How many times the plan's live loss its own is, on the same samples, or None."""
+
+    @property
     def retrieval_accuracy(self) -> Estimate | None:
         """Share of needle digits right, measured live, or None."""
 
@@ -117,20 +121,24 @@ class Verdict:
 
     @property
     def comparison(self) -> str:
-        """Whether the plan loses less than the policies beside it, by the same estimator."""
+        """Whether the plan loses less than the policies beside it, by the same estimator.
+
+        It is called better only where an interval says so: that of the ratio on the same samples,
+        where both ran; else the plan's own.
+        """
         if not self.policies:
             return ""
         plan, *others = self.policies
         pairs = {other.name: alike(plan, other) for other in others}
-        known = {name: pair for name, pair in pairs.items() if pair}
-        close = [name for name, (ours, theirs) in known.items() if theirs.value <= ours.high]
+        known = {other.name: other for other in others if pairs[other.name]}
+        close = [name for name, other in known.items() if not is_better(plan, other)]
         apart = [name for name, pair in pairs.items() if pair is None]
         said = []
         if close:
             where = "within the plan's interval or below it"
             said.append(f"The plan is not better than {_listed(close)}: {where}.")
         elif known:
-            said.append(_ahead(known))
+            said.append(_ahead(plan, list(known.values())))
         if apart:
             said.append(
                 f"Of {_listed(apart)} the loss is estimated in another way and not compared."
@@ -147,12 +155,29 @@ def alike(plan: Compared, other: Compared) -> tuple[Estimate, Estimate] | None:
     return None
 
 
-def _ahead(known: dict[str, tuple[Estimate, Estimate]]) -> str:
-    best = min(known, key=lambda name: known[name][1].value)
-    ours, theirs = known[best]
+def is_better(plan: Compared, other: Compared) -> bool:
+    """Whether the intervals say that the plan loses less than another policy."""
+    if other.times_the_plan is not None:
+        return other.times_the_plan.low > 1
+    pair = alike(plan, other)
+    return pair is not None and pair[1].value > pair[0].high
+
+
+def _ahead(plan: Compared, others: Sequence[Compared]) -> str:
+    def losses(other: Compared) -> tuple[Estimate, Estimate]:
+        pair = alike(plan, other)
+        assert pair is not None  # noqa: S101 - they were chosen so
+        return pair
+
+    best = min(others, key=lambda other: losses(other)[1].value)
+    ours, theirs = losses(best)
     times = f"{theirs.value / ours.value:.2g} times as much" if ours.value > 0 else "more"
-    others = "the others" if len(known) > 1 else "the other"
-    return f"The plan loses less than {others} at equal bytes; {best} comes next and loses {times}."
+    if found := best.times_the_plan:
+        times += f" ({found.low:.2g} to {found.high:.2g})"
+    who = "the others" if len(others) > 1 else "the other"
+    return (
+        f"The plan loses less than {who} at equal bytes; {best.name} comes next and loses {times}."
+    )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,0 +1,47 @@
+"""When a study may stop: its front covers hardly more than it did many trials ago."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+PATIENCE = 40  # trials
+LEAST_GAIN = 0.005  # of the hypervolume, over as many
+
+
+class Point(Protocol):
+    """What a candidate is judged by."""
+
+    @property
+    def kl(self) -> float:
+        """Loss, less is better."""
+
+    @property
+    def tokens_at_once(self) -> int:
+        """What memory serves, more is better."""
+
+
+def hypervolume(points: Sequence[Point], worst_loss: float) -> float:
+    """What a front covers: loss below ``worst_loss`` times the logarithm of tokens at once."""
+    ordered = sorted(points, key=lambda point: point.kl)
+    covered, most = 0.0, 1.0
+    for point in ordered:
+        if point.kl < worst_loss and point.tokens_at_once > most:
+            covered += (worst_loss - point.kl) * np.log(point.tokens_at_once / most)
+            most = point.tokens_at_once
+    return float(covered)
+
+
+def stagnates(points: Sequence[Point], patience: int = PATIENCE) -> bool:
+    """Whether the last ``patience`` points added less than half a percent to what was covered.
+
+    The reference, the largest loss of the points before them, is fixed by what came first.
+    """
+    if len(points) <= patience:
+        return False
+    before = points[:-patience]
+    worst = max(point.kl for point in before)
+    then = hypervolume(before, worst)
+    return then > 0 and hypervolume(points, worst) - then < LEAST_GAIN * then

@@ -1,0 +1,119 @@
+"""Plans that a search begins with besides its own: published head patterns, former searches' plans.
+
+Each stands beside the trials as it is, in the menu's nearest options, and improved by trading bytes
+between its heads while that lowers the predicted loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.option import Option
+from kvtune.policies.policy import Policy
+from kvtune.policies.policy_file.document import read_policy
+from kvtune.simulator.quality.tables import Tables
+from kvtune.tuner.exchange import Choice, exchange
+from kvtune.tuner.limits import with_excess
+from kvtune.tuner.question import Candidate, Question, Solver, evicts
+from kvtune.tuner.within import expressible
+
+_EXCHANGES = 200
+
+
+def start_points(solver: Solver, files: Sequence[Path], first: int) -> list[Candidate]:
+    """Every file's plan as it is and improved, at every context where it fits.
+
+    Args:
+        solver: the question.
+        files: policy files for the model's shape.
+        first: number of the first of them.
+
+    Raises:
+        KvtuneError: a file is no policy, or one of another shape.
+    """
+    tables = solver.question.tables
+    found: list[Candidate] = []
+    for file in files:
+        policy = read_policy(file).bind(tables.layers, tables.kv_heads)
+        start = nearest_choice(policy, solver.question)
+        for context in solver.question.contexts:
+            found += _points(solver, context, start, file.name)
+    return [replace(each, number=number) for number, each in enumerate(found, start=first)]
+
+
+def nearest_choice(policy: Policy, question: Question) -> Choice:
+    """Each head's option as the nearest that the menu has, ``[I]``.
+
+    Of the same method where the menu has it, else of any; the nearest in bits, then in bytes.
+
+    Raises:
+        KvtuneError: the policy is for another shape.
+    """
+    tables = question.tables
+    policy.check_fits(tables.layers, tables.kv_heads)
+    allowed = [n for n, o in enumerate(tables.options) if expressible(o, question.limits)]
+    if not allowed:
+        raise KvtuneError("the menu has no option that the stack can express")
+    known = {option: _nearest(option, tables, allowed) for option in set(policy.options())}
+    return np.array([known[option] for option in policy.options()], np.int64)
+
+
+def _nearest(option: Option, tables: Tables, allowed: Sequence[int]) -> int:
+    prompt, head_dim = tables.prompt_tokens, tables.head_dim
+
+    def size(each: Option) -> float:
+        return math.log(each.footprint(each.budget.resolve(prompt), prompt, head_dim))
+
+    def alike(each: Option) -> bool:
+        if not evicts(option):
+            return not evicts(each)
+        return evicts(each) and each.method.name == option.method.name
+
+    def distance(number: int) -> tuple[float, float]:
+        each = tables.options[number]
+        bits = abs(each.keys.bits - option.keys.bits) + abs(each.values.bits - option.values.bits)
+        return bits, abs(size(each) - size(option))
+
+    return min([n for n in allowed if alike(tables.options[n])] or allowed, key=distance)
+
+
+def _points(solver: Solver, context: int, start: Choice, name: str) -> Iterator[Candidate]:
+    question, problem = solver.question, solver.problems[context]
+    waits = any(question.tables.options[o].method.needs.reconstruction for o in set(start))
+    most = question.sequences_of(context, problem.spent(start), waits)
+    sequences = question.sequences or most
+    if not 1 <= sequences <= most or not _reads_little(solver, context, start):
+        return
+    budget = question.prompt_budget(context, sequences, waits)
+    yield _candidate(solver, context, sequences, start, {"start": name})
+    if question.read_budget is None:
+        better = exchange(problem, budget, start, rounds=_EXCHANGES)
+        yield _candidate(solver, context, sequences, better, {"start": name, "improved": True})
+
+
+def _reads_little(solver: Solver, context: int, choice: Choice) -> bool:
+    """Whether a step reads no more of a prompt than it may."""
+    question = solver.question
+    read = question.tables.bytes_read(context, question.head_dim)
+    return question.read_budget is None or int(read[choice].sum()) <= question.read_budget
+
+
+def _candidate(
+    solver: Solver, context: int, sequences: int, choice: Choice, said: dict[str, str | bool]
+) -> Candidate:
+    found = Candidate(
+        number=0,
+        parameters={**said, "context": context, "sequences": sequences},
+        choice=choice,
+        kl=solver.loss(choice),
+        context=context,
+        sequences=sequences,
+        prompt_bytes=solver.payload(choice, context),
+    )
+    return with_excess(found, solver.question.excess)
