@@ -308,9 +308,9 @@ def _bytes(
 
 
 def held_bytes(option: Option, budget: int, parts: Sequence[HeadPart], head_dim: int) -> int:
-    """What one head holds, counted from its parts."""
+    """What one head holds on the device, counted from its parts."""
     default = option.keys, option.values
-    stored = sum(sum(part.plan.stored_bytes(default, head_dim)) for part in parts)
+    stored = 0 if option.on_host else sum(sum(part.plan.stored_bytes(default, head_dim)) for part in parts)
     reader = option.method.reader(budget)
     if reader is None:
         return stored

@@ -23,6 +23,13 @@ PREFILL_CHUNK_TOKENS = 2048
 SLAB_CELLS = 576
 """Nine pages of bf16, 32 of int4: a size of which every format wastes less than 3 %."""
 
+HOST_SLAB_BYTES = 2**26
+"""Pinned memory is taken in pieces of this size: PyTorch rounds one allocation up to a power of
+two, which for all pages in one piece would be up to twice what they need."""
+
+PLACE_BYTES = 8
+"""Bytes on the device for each page on the host: where it lies."""
+
 TABLE_BYTES = 192
 """Bytes of a head's tables on the device: two tiles of 64, places of pages, lengths, scales."""
 
@@ -86,7 +93,7 @@ def head_pages(
     growth: Growth,
     window: int | None = None,
 ) -> Pages:
-    """Pages that one head is given by its end.
+    """Pages that one head is given on the device by its end.
 
     Args:
         option: the head's.
@@ -107,7 +114,51 @@ def head_pages(
     if growth.residual is not None and layout != growing:
         grown = min(grown, exact + growth.residual + 2 * PAGE)
         settled = 1 + growth.new_tokens // PAGE
+    if option.on_host:
+        coded = 0
     return Pages({layout: settled - (-coded // PAGE)}) + Pages({growing: -(-grown // PAGE)})
+
+
+def host_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> Pages:
+    """Pages of one head's prompt that lie on the host."""
+    if not option.on_host:
+        return Pages()
+    coded = planned_entries(option, budget, prompt_tokens, head_dim)[1]
+    return Pages({pages_of(option, head_dim): -(-coded // PAGE)})
+
+
+def arriving_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> Pages:
+    """Pages of one head that come over from the host at a step, and lie on the device then."""
+    pages, reader = host_pages(option, budget, prompt_tokens, head_dim), option.method.reader(budget)
+    if reader is None:
+        return pages
+    most = -(-reader.entries_read(prompt_tokens) // PAGE)
+    return Pages({layout: min(count, most) for layout, count in pages.items()})
+
+
+def landing_pages(policy: Policy, prompt_tokens: int, head_dim: int, sequences: int = 1) -> Pages:
+    """Pages on the device for what comes over at a step: layers take turns, the largest counts."""
+    most, budgets = Pages(), policy.budgets(prompt_tokens)
+    if not policy.uses_host:
+        return most
+    for options, planned in zip(policy.heads, budgets.tolist(), strict=True):
+        layer = Pages()
+        for option, budget in zip(options, planned, strict=True):
+            layer += arriving_pages(option, budget, prompt_tokens, head_dim)
+        most |= Pages({layout: sequences * count for layout, count in layer.items()})
+    return most
+
+
+def host_sequence_bytes(policy: Policy, prompt_tokens: int, head_dim: int) -> int:
+    """Pinned host memory of one sequence's prompt, whole pages in whole slabs."""
+    pages, budgets = Pages(), policy.budgets(prompt_tokens).flat
+    for option, budget in zip(policy.options(), budgets, strict=True):
+        pages += host_pages(option, int(budget), prompt_tokens, head_dim)
+    by_size = Counter[int]()
+    for layout, count in pages.items():
+        by_size[layout.page_bytes] += count
+    slabs = sum(-(-count // (HOST_SLAB_BYTES // size)) for size, count in by_size.items())
+    return slabs * HOST_SLAB_BYTES
 
 
 def pool_cells(pages: Pages) -> int:
@@ -126,18 +177,21 @@ def head_bytes(
     """Device memory of one head: its pages' shares of slabs, tables, and what lies beside pages."""
     pages = head_pages(option, budget, prompt_tokens, head_dim, growth)
     held = sum(count * _share_of_slab(layout) for layout, count in pages.items())
-    return round(held) + _beside_bytes(option, budget, prompt_tokens, head_dim) + TABLE_BYTES
+    places = PLACE_BYTES * host_pages(option, budget, prompt_tokens, head_dim).total()
+    beside = _beside_bytes(option, budget, prompt_tokens, head_dim)
+    return round(held) + places + beside + TABLE_BYTES
 
 
 def sequence_bytes(policy: Policy, prompt_tokens: int, head_dim: int, growth: Growth) -> int:
-    """Device memory of one sequence's cache by its end; an allocator may need a page more a head.
+    """Device memory of one sequence's cache by its end, with where pages from the host land.
 
-    That is so wherever it splits budgets by what it sees.
+    An allocator may need a page more a head, wherever it splits budgets by what it sees.
     """
     planned = zip(policy.options(), policy.budgets(prompt_tokens).flat, strict=True)
     heads = Counter((option, int(budget)) for option, budget in planned)
     extra = 0 if policy.allocator.name == "as_given" else 1
-    return sum(
+    landing = landing_pages(policy, prompt_tokens, head_dim)
+    return round(sum(count * _share_of_slab(layout) for layout, count in landing.items())) + sum(
         count
         * (
             head_bytes(option, budget, prompt_tokens, head_dim, growth)

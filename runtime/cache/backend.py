@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvtune.policies.pages import PAGE, PageLayout
+from kvtune.runtime.cache.host_pool import HostPool
 from kvtune.runtime.kernels.launch import Paged, Scratch, decode
 from kvtune.runtime.kernels.reference import attend, read_page, rotate, write_page
 from kvtune.runtime.rotation import Rotation
@@ -58,6 +59,24 @@ class Backend(Protocol):
         self, q: Tensor, layer: Paged, scratch: Scratch, scale: float, seen: Seen | None = None
     ) -> Tensor:
         """Output ``[rows, G, D]`` of ``q`` like it; fills in ``seen`` where it is given."""
+
+    def fetch(self, pool: Tensor, host: HostPool, fetching: Fetching) -> None:
+        """Copy pages from the host into the pool."""
+
+
+@dataclass(frozen=True)
+class Fetching:
+    """Pages on their way from the host to the device.
+
+    Args:
+        places: in the host's pool, ``[n]`` int64; -1 copies nothing.
+        cells: of the pool, ``[n]`` int32.
+        layout: of the pages.
+    """
+
+    places: Tensor
+    cells: Tensor
+    layout: PageLayout
 
 
 @dataclass(frozen=True)
@@ -162,6 +181,17 @@ class TritonBackend:
             return decode(q, layer, scratch, scale)
         return decode(q, layer, scratch, scale, lse=seen.lse, logits=seen.logits)
 
+    def fetch(self, pool: Tensor, host: HostPool, fetching: Fetching) -> None:
+        """One launch, which reads pinned memory over the bus: nobody asks the host."""
+        from kvtune.runtime.kernels.pages import FETCHED_AT_ONCE, fetch_pages
+
+        layout = fetching.layout
+        words = layout.page_bytes // 8
+        fetch_pages[(len(fetching.places), -(-words // FETCHED_AT_ONCE))](
+            host.addresses, fetching.places, fetching.cells, pool.view(torch.int64),
+            host.slab_bytes, layout.cell_bytes // 8, words, FETCHED_AT_ONCE,
+        )  # fmt: skip
+
 
 class PlainBackend:
     """Plain torch, page by page: slow, and what the kernels are tested against."""
@@ -231,6 +261,14 @@ class PlainBackend:
                 for record, (some, _) in zip(mine, read, strict=True):
                     seen.logits[:, PAGE * record[2] :][:, : len(some)] = query @ some.T * scale
         return torch.stack(outputs).to(q.dtype)
+
+    def fetch(self, pool: Tensor, host: HostPool, fetching: Fetching) -> None:
+        """A page at a time."""
+        size, cell_bytes = fetching.layout.page_bytes, fetching.layout.cell_bytes
+        pairs = zip(fetching.places.tolist(), fetching.cells.tolist(), strict=True)
+        for place, cell in pairs:
+            if place >= 0:
+                pool[cell * cell_bytes :][:size] = host.view(place, size)
 
     def _growing_pages(self, layer: Paged, growing: Growing, row: int) -> list[Tensor]:
         """Views ``[2, 64, D]`` of a row's pages."""

@@ -56,6 +56,24 @@ class Indexed:
     index: Tensor
     counts: Tensor
 
+    def choose(self, q: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+        """What each row reads at a step.
+
+        Args:
+            q: of these rows, ``[R, G, D]``.
+            wanted: pages to name of each.
+
+        Returns:
+            Numbers of pages ``[R, wanted]``, first those that are read, the row's last page the
+            last of them; and how many tokens those hold, ``[R]``.
+        """
+        chosen = self.reader.select(self.index, self.counts, q[:, :, None])[:, 0]
+        last = chosen[:, -1:]
+        missing = wanted - chosen.shape[1] + 1
+        pages = torch.cat([chosen[:, :-1], last.expand(-1, missing)], 1)
+        tokens = ((chosen[:, :-1] != last).sum(1) - last[:, 0]) * PAGE + self.counts
+        return pages, tokens
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -96,14 +114,9 @@ class Selection:
             table: the layer's page table.
             lengths: of its segments, of which a row's coded one has the row's number.
         """
-        reader, index, counts = self.indexed.reader, self.indexed.index, self.indexed.counts
-        chosen = reader.select(index, counts, q[self.at, :, None])[:, 0]
-        last = chosen[:, -1:]
-        missing = self.places.shape[1] - chosen.shape[1] + 1
-        pages = torch.cat([chosen[:, :-1], last.expand(-1, missing)], 1)
+        pages, tokens = self.indexed.choose(q[self.at], self.places.shape[1])
         table.index_copy_(0, self.places.flatten(), self.cells.gather(1, pages).flatten())
-        read = ((chosen[:, :-1] != last).sum(1) - last[:, 0]) * PAGE + counts
-        lengths.index_copy_(0, self.at, read.to(lengths.dtype))
+        lengths.index_copy_(0, self.at, tokens.to(lengths.dtype))
 
 
 def pages_read(reader: BlockReader, pages: int) -> int:

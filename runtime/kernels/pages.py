@@ -28,6 +28,8 @@ from kvtune.runtime.kernels.codes import (
 from kvtune.runtime.kernels.elementwise import rotated_halves
 
 RECORD = tl.constexpr(5)
+FETCHED_AT_ONCE = 512
+"""Words of eight bytes that a program brings over from the host."""
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to even as torch does
 
 
@@ -338,3 +340,30 @@ def move_tokens(rows, sources, targets, moves, tables_at, table, pool_bf16, D: t
         token = tl.load(pool_bf16 + page + (source % PAGE) * D + place)
         page = tl.load(table + target // PAGE).to(tl.int64) * (2 * D)
         tl.store(pool_bf16 + page + (target % PAGE) * D + place, token)
+
+
+@triton.jit
+def fetch_pages(
+    addresses, places, cells, pool,
+    SLAB: tl.constexpr, CELL: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A part of one page, from pinned host memory into the pool.
+
+    Args:
+        addresses: [slabs] int64, where each begins.
+        places: [pages] int64, slab * SLAB + offset; negative for none.
+        cells: [pages] int32, where to.
+        pool: its memory as int64.
+        SLAB: bytes of a slab.
+        CELL: int64 words of a cell.
+        WORDS: int64 words of a page.
+        BLOCK: int64 words of a part.
+    """
+    page = tl.program_id(0)
+    place = tl.load(places + page)
+    if place >= 0:
+        source = (tl.load(addresses + place // SLAB) + place % SLAB).to(tl.pointer_type(tl.int64))
+        target = pool + tl.load(cells + page).to(tl.int64) * CELL
+        word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        there = word < WORDS
+        tl.store(target + word, tl.load(source + word, mask=there, other=0), mask=there)
