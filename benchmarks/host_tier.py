@@ -34,17 +34,24 @@ from transformers import LlamaConfig
 from kvtune.__main__ import ALLOCATOR
 from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.methods.quest import Quest
+from kvtune.policies.methods.retrieval_attention import RetrievalAttention
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.pages import PAGE, PageLayout
 from kvtune.policies.paging import Growth, host_sequence_bytes, sequence_bytes
 from kvtune.policies.policy import Policy
+from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
+from kvtune.profiles.shape import ModelShape
 from kvtune.runtime import load_cache
 from kvtune.runtime.admission import read_prompts
 from kvtune.runtime.cache.backend import Fetching, backend_for
 from kvtune.runtime.cache.host_pool import HostPool
 from kvtune.runtime.device import CudaBench
 from kvtune.runtime.graph import DecodeLoop, generate
+from kvtune.simulator.cost import bytes_read_by_format, policy_cost
+from kvtune.simulator.latency.host import host_step
+from kvtune.simulator.latency.steps import decode_step
+from kvtune.simulator.memory.budget import memory_budget
 
 MODEL, LIMIT_BYTES = "llama-3.1-8b", 16 * 10**9
 CONTEXT, NEW_TOKENS = 130_048, 256
@@ -93,6 +100,39 @@ def answers(device: str, prompt: int, new: int) -> dict[str, Any]:
     return found
 
 
+def predicted(policy: Policy, shape: ModelShape, context: int, new: int) -> dict[str, Any]:
+    """A token's time and the peak on this card, before anything has run."""
+    gpu = find_gpu("h200")
+    asked = {"context_tokens": context, "weights": "int4"}
+    budget = memory_budget(shape, gpu, None, **asked)  # type: ignore[arg-type]
+    cost = policy_cost(policy, shape, gpu, budget, new)
+    return {
+        "predicted_token_s": cost.latency.as_dict(),
+        "predicted_of_the_host_s": host_step(policy, shape, gpu, 1, context).as_dict(),
+        "predicted_peak_bytes": cost.memory.as_dict(),
+    }
+
+
+def paper() -> dict[str, Any]:
+    """RetrievalAttention's 0.188 s a token at 128k on an RTX 4090 (arXiv 2409.10516), predicted.
+
+    16-bit weights of the 8B shape; 128 and 512 tokens that are always read and 100 that are found.
+    """
+    shape, gpu, tokens = find_model(MODEL), find_gpu("4090"), 131_072
+    option = Option(RetrievalAttention(), Budget(tokens=740), tier="host")
+    policy = Policy.uniform(option, shape.layers, shape.kv_heads)
+    read = dict(bytes_read_by_format(policy, shape, tokens))
+    step = decode_step(shape, gpu, "bf16", 1, read, "runtime")
+    added = host_step(policy, shape, gpu, 1, tokens)
+    return {
+        "published_s": 0.188,
+        "predicted_s": {
+            end: getattr(step, end) + getattr(added, end) for end in ("value", "low", "high")
+        },
+        "of_the_host_s": added.as_dict(),
+    }
+
+
 def fetch(device: str) -> list[dict[str, float]]:
     """Gigabytes a second of random pages by the kernel, and of as many bytes in one plain copy."""
     backend, host, layout = backend_for(device), HostPool(torch.device(device)), PageLayout(128)
@@ -106,12 +146,11 @@ def fetch(device: str) -> list[dict[str, float]]:
         source = host.view(0, min(size, host.slab_bytes))
         asked = Fetching(draw, cells, layout)
         by_kernel = timed(lambda a=asked: backend.fetch(pool, host, a), device)
-        copied = timed(
-            lambda s=source: pool[: len(s)].copy_(s, non_blocking=True), device
-        )
+        copied = timed(lambda s=source: pool[: len(s)].copy_(s, non_blocking=True), device)
         found.append(
             {
-                "bytes": size, "kernel_us": 1e6 * by_kernel, "kernel_GB_per_s": size / by_kernel / 1e9,
+                "bytes": size, "kernel_us": 1e6 * by_kernel,
+                "kernel_GB_per_s": size / by_kernel / 1e9,
                 "copy_us": 1e6 * copied, "copy_GB_per_s": len(source) / copied / 1e9,
             }
         )  # fmt: skip
@@ -172,6 +211,7 @@ class Long:
             "read_bytes_a_step": policy.read_bytes(self.context, head_dim),
             "full_cache_bytes": self.shape.kv_bytes(self.context),
         }
+        found |= predicted(policy, self.shape, self.context, self.new)
         bench = CudaBench() if self.device == "cuda" else None
         if bench:
             bench.release()
@@ -182,6 +222,9 @@ class Long:
                 found["reserved_bytes"] = bench.reserved_bytes()
                 found["process_bytes"] = outside + bench.reserved_bytes()
                 found["within_16_GB"] = found["process_bytes"] <= LIMIT_BYTES
+            found["measured_over_predicted"] = (
+                found["token_s"] / found["predicted_token_s"]["value"]
+            )
         if bench:
             bench.release()
         return found
@@ -288,7 +331,12 @@ def main() -> None:
         found[name] = part
         arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
-    attempt(keep, "answers", lambda: answers(arguments.device, *((300, 4) if arguments.tiny else (1500, 64))))
+    attempt(
+        keep,
+        "answers",
+        lambda: answers(arguments.device, *((300, 4) if arguments.tiny else (1500, 64))),
+    )
+    attempt(keep, "RetrievalAttention on a 4090", paper)
     attempt(keep, "fetch", lambda: fetch(arguments.device))
     long: list[Long] = []
     attempt(lambda *_: None, "model", lambda: long.append(Long(arguments.device, arguments.tiny)))

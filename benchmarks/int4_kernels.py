@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 GROUP_BYTES = 128
-"""Bytes of a row that a program takes at once: the low halves are one group, the high ones another."""
+"""Bytes of a row that a program takes at once: their low halves are a group, as are the high."""
 ROWS = 8
 
 

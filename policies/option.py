@@ -87,7 +87,8 @@ class Option:
         An index of keys counts as 16 bits.
         """
         found = {} if self.on_host else self._stored(tokens, prompt_tokens, head_dim)
-        if (reader := self.method.reader(tokens)) is not None:
+        reader = self.method.reader(tokens)
+        if reader is not None and not self.compared_on_host(tokens, prompt_tokens):
             entries = entries_of(self.method.plan(tokens, prompt_tokens))
             found[Bf16()] = found.get(Bf16(), 0) + reader.index_bytes(entries, head_dim)
         return found
@@ -99,7 +100,7 @@ class Option:
         """
         found = self._selected(tokens, prompt_tokens, head_dim)
         reader = self.method.reader(tokens)
-        if reader is not None:
+        if reader is not None and not self.compared_on_host(tokens, prompt_tokens):
             plan = self.method.plan(tokens, prompt_tokens)
             default = self.keys, self.values
             all_keys = sum(part.stored_bytes(default, head_dim)[0] for part in plan)
@@ -120,8 +121,18 @@ class Option:
         resident, taken = sum(held.values()), sum(read.values())
         if not self.on_host:
             return Ledger(resident, taken)
-        stored, moved = self._stored(*shape), self._selected(*shape)
-        return Ledger(resident, taken, sum(stored.values()), sum(moved.values()))
+        stored, moved = sum(self._stored(*shape).values()), sum(self._selected(*shape).values())
+        if self.compared_on_host(tokens, prompt_tokens):
+            entries = entries_of(self.method.plan(tokens, prompt_tokens))
+            stored += self.method.reader(tokens).index_bytes(entries, head_dim)  # type: ignore[union-attr]
+        return Ledger(resident, taken, stored, moved)
+
+    def compared_on_host(self, tokens: int, prompt_tokens: int) -> int:
+        """Keys that the host compares at a step for one query head; 0 where the device chooses."""
+        reader = self.method.reader(tokens)
+        if reader is None or not self.on_host:
+            return 0
+        return reader.compared_on_host(entries_of(self.method.plan(tokens, prompt_tokens)))
 
     def footprint(self, tokens: int, prompt_tokens: int, head_dim: int) -> int:
         """Bytes that one KV head holds of a prompt on the device; exact, runs without torch."""

@@ -129,7 +129,10 @@ def host_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -
 
 def arriving_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> Pages:
     """Pages of one head that come over from the host at a step, and lie on the device then."""
-    pages, reader = host_pages(option, budget, prompt_tokens, head_dim), option.method.reader(budget)
+    pages, reader = (
+        host_pages(option, budget, prompt_tokens, head_dim),
+        option.method.reader(budget),
+    )
     if reader is None:
         return pages
     most = -(-reader.entries_read(prompt_tokens) // PAGE)
@@ -221,4 +224,6 @@ def _beside_bytes(option: Option, budget: int, prompt_tokens: int, head_dim: int
             formats = plan.formats or (option.keys, option.values)
             total += sum(plan.stored_bytes(formats, head_dim))
     reader = option.method.reader(budget)
-    return total + (reader.index_bytes(entries_of(plans), head_dim) if reader else 0)
+    if reader is None or option.compared_on_host(budget, prompt_tokens):
+        return total
+    return total + reader.index_bytes(entries_of(plans), head_dim)

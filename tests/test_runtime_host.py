@@ -52,9 +52,7 @@ OPTIONS = {
     "quest int4": Option(READER, Budget(tokens=2 * PAGE), Int4(), Int4()),
     "landmark fp8": Option(Landmark(block=PAGE), Budget(tokens=3 * PAGE), Fp8(), Fp8()),
     "everything": Option(),
-    "sinks in 16 bits": Option(
-        Full(), ALL, Int4(exact_first=SINKS), Int2(exact_first=SINKS)
-    ),
+    "sinks in 16 bits": Option(Full(), ALL, Int4(exact_first=SINKS), Int2(exact_first=SINKS)),
     "snapkv": Option(SnapKV(window=4, kernel=3), Budget(tokens=100)),
 }
 
@@ -135,11 +133,12 @@ def test_pages_are_where_the_plan_says(network: Any) -> None:
     _, cache = logits(network, policy, ids)
     head_dim, growth = cache.geometry.head_dim, Growth(NEW)
     budgets = policy.budgets(PROMPT).flat
-    asked = [(option, int(n), PROMPT, head_dim) for option, n in zip(policy.options(), budgets)]
+    asked = [
+        (option, int(n), PROMPT, head_dim)
+        for option, n in zip(policy.options(), budgets, strict=True)
+    ]
     on_host = sum(
-        layout.page_bytes * count
-        for each in asked
-        for layout, count in host_pages(*each).items()
+        layout.page_bytes * count for each in asked for layout, count in host_pages(*each).items()
     )
     assert cache.host_bytes() == on_host
     assert cache.host_pool is not None
