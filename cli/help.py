@@ -24,6 +24,7 @@ OPTIONS = {
         "trials",
         "menu",
         "read_bytes",
+        "moved_bytes",
         "stack",
         "stand_in",
         "seed",

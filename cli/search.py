@@ -63,6 +63,15 @@ ReadBytesOption = Annotated[
         "hold more than they read (quest, landmark; with --menu all every reader).",
     ),
 ]
+MovedBytesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--moved-bytes",
+        metavar="SIZE",
+        help="Heads may lie in the host's memory, as long as a decode step brings over no more "
+        "than this of each sequence's prompt: 20MB.",
+    ),
+]
 StandInOption = Annotated[
     bool, typer.Option("--stand-in", help="Use the packaged tables even if weights are here.")
 ]
@@ -91,6 +100,7 @@ def command(
     menu: MenuOption = "three",
     stack: StackOption = None,
     read_bytes: ReadBytesOption = None,
+    moved_bytes: MovedBytesOption = None,
     text: options.Texts = None,
     stand_in: StandInOption = False,
     seed: options.Seed = 0,
@@ -118,6 +128,7 @@ def command(
         menu=menu,
         stack=stack,
         read_bytes=read_bytes,
+        moved_bytes=moved_bytes,
         texts=text or (),
         stand_in=stand_in,
         seed=seed,

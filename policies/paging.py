@@ -119,6 +119,12 @@ def head_pages(
     return Pages({layout: settled - (-coded // PAGE)}) + Pages({growing: -(-grown // PAGE)})
 
 
+def may_lie_on_host(option: Option, head_dim: int) -> bool:
+    """Whether pages of the option's formats hold all that it stores of a prompt."""
+    plans = option.method.plan(PAGE, 2 * PAGE)
+    return all(is_coded(plan, option, head_dim) for plan in plans)
+
+
 def host_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> Pages:
     """Pages of one head's prompt that lie on the host."""
     if not option.on_host:
@@ -137,6 +143,12 @@ def arriving_pages(option: Option, budget: int, prompt_tokens: int, head_dim: in
         return pages
     most = -(-reader.entries_read(prompt_tokens) // PAGE)
     return Pages({layout: min(count, most) for layout, count in pages.items()})
+
+
+def landing_bytes(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> int:
+    """Bytes of the pool where one head's pages from the host land."""
+    pages = arriving_pages(option, budget, prompt_tokens, head_dim)
+    return round(sum(count * _share_of_slab(layout) for layout, count in pages.items()))
 
 
 def landing_pages(policy: Policy, prompt_tokens: int, head_dim: int, sequences: int = 1) -> Pages:

@@ -234,6 +234,23 @@ def test_a_search_that_limits_reading_keeps_to_it(
     assert any(note.startswith("reading: ") for note in result.notes)
 
 
+def test_a_search_may_place_heads_on_the_host_and_keeps_to_what_may_come_over(
+    own: SearchRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head_dim, full = own.shape.head_dim, own.shape.kv_bytes(80)
+    monkeypatch.setattr(sources, "LAPTOP", Menu(METHODS[:1], (0.25,), alike((Bf16(),))))
+    monkeypatch.setattr(sources, "READERS", (Quest(block=4),))
+    where = own.run_dir / "host"
+    less = own.memory_bytes - own.shape.kv_bytes(75)  # a page and more a head
+    request = replace(own, memory_bytes=less, moved_bytes=full // 2, sequences=1, run_dir=where)
+    result = run_search(request)
+    policy = result.policy
+    assert 0 < policy.moved_bytes(80, head_dim) <= full // 2
+    assert policy.host_bytes(80, head_dim) >= policy.moved_bytes(80, head_dim)
+    assert any(note.startswith("host: ") for note in result.notes)
+    assert read_policy(where / "policy.yaml").policy.uses_host  # type: ignore[union-attr]
+
+
 def test_a_stand_in_says_that_it_knows_three_methods(packaged: Tables, tmp_path: Path) -> None:
     result = run_search(llama(tmp_path / "run", menu="all", trials=4))
     assert any("--menu three" in note for note in result.notes)

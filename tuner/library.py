@@ -62,6 +62,8 @@ class SearchOptions(TypedDict, total=False):
         menu: methods that a head may have: ``"three"``, or ``"all"``.
         stack: a serving stack that the plan must be expressible on: ``"vllm"``, ``"llama-cpp"``...
         read_bytes: that a decode step may read of each sequence's prompt; left out, any.
+        moved_bytes: that a decode step may bring over from the host of each sequence's prompt; with
+            it heads may lie there.
         texts: your own .txt or .jsonl files, instead of the built-in ones.
         stand_in: uses the packaged tables even where weights are at hand.
         seed: of everything that is drawn, 0.
@@ -78,6 +80,7 @@ class SearchOptions(TypedDict, total=False):
     menu: Literal["three", "all"]
     stack: str | None
     read_bytes: Amount | None
+    moved_bytes: Amount | None
     texts: Iterable[Path | str]
     stand_in: bool
     seed: int
@@ -125,7 +128,13 @@ def search_request(
     Raises:
         KvtuneError: something is unknown or out of bounds.
     """
-    wanted, read = str(options.get("context", 8192)), options.get("read_bytes")
+    wanted = str(options.get("context", 8192))
+    read, moved = options.get("read_bytes"), options.get("moved_bytes")
+    if read is not None and moved is not None:
+        raise KvtuneError(
+            "--read-bytes and --moved-bytes are limits of two different searches",
+            hint="give one of them.",
+        )
     shortest = wanted.partition("-")[0]
     target = read_target(model, gpu, mem, shortest, options.get("generated", 256))
     context, longest = read_context_range(wanted, target.shape)
@@ -152,6 +161,7 @@ def search_request(
         menu=options.get("menu", "three"),
         stack=known_stack(stack),
         read_bytes=None if read is None else parse_bytes(read),
+        moved_bytes=None if moved is None else parse_bytes(moved),
         texts=read_texts(options.get("texts", ())),
     )
 

@@ -43,6 +43,8 @@ class SearchRequest:
         stack: the serving stack that the plan must be expressible on, as exporters are called;
             None for any plan.
         read_bytes: that a decode step may read of each sequence's prompt; None for any.
+        moved_bytes: that a decode step may bring over from the host of each sequence's prompt;
+            None where all of it lies on the device.
         texts: the user's own .txt or .jsonl files, searched and evaluated on instead.
     """
 
@@ -65,7 +67,13 @@ class SearchRequest:
     menu: Literal["three", "all"] = "three"
     stack: str | None = None
     read_bytes: int | None = None
+    moved_bytes: int | None = None
     texts: tuple[Path, ...] = ()
+
+    @property
+    def reads_less(self) -> bool:
+        """Whether heads may hold more than a step reads of them."""
+        return self.read_bytes is not None or self.moved_bytes is not None
 
     @property
     def contexts(self) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from kvtune.common.units import format_bytes
 from kvtune.policies.paging import Growth, growing_bytes, head_bytes
 from kvtune.simulator.memory.budget import MemoryBudget, memory_budget
 from kvtune.simulator.memory.peak import prefill_peak_bytes
+from kvtune.simulator.quality.tables import on_both_sides
 from kvtune.tuner.answer import Found, answer
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.record import Recorder, selection_split
@@ -67,6 +68,8 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
     budgets = _budgets(request)
     record_config(request)
     source, notes = _quality_source(request, progress)
+    if request.moved_bytes is not None:
+        source = replace(source, tables=on_both_sides(source.tables))
     question = _question(request, budgets, source)
     solver = Solver.of(question)
     facts = _facts(request, budgets, source)
@@ -107,6 +110,12 @@ def _nothing_fits(request: SearchRequest, question: Question) -> DoesNotFitError
         return DoesNotFitError(
             f"no plan of {context} tokens reads {format_bytes(request.read_bytes)} a step or less",
             hint="raise --read-bytes or shorten --context.",
+        )
+    if request.moved_bytes is not None and most:
+        return DoesNotFitError(
+            f"no plan of {context} tokens brings over {format_bytes(request.moved_bytes)} a step "
+            "or less",
+            hint="raise --moved-bytes or --mem, or shorten --context.",
         )
     lower = f"--batch {most} is the most that fits, with every head compressed the furthest; "
     return DoesNotFitError(
@@ -201,6 +210,7 @@ def _question(request: SearchRequest, budgets: Budgets, source: QualitySource) -
         sequences=request.sequences,
         limits=limits_of(request.stack),
         most_read=request.read_bytes,
+        most_moved=request.moved_bytes,
     )
 
 

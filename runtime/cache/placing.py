@@ -14,8 +14,8 @@ from torch import Tensor
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.decode import DecodeMethod
 from kvtune.policies.option import Option
-from kvtune.policies.pages import PAGE, exact_tokens, has_pages
-from kvtune.policies.paging import is_coded, is_exact
+from kvtune.policies.pages import exact_tokens, has_pages
+from kvtune.policies.paging import is_coded, is_exact, may_lie_on_host
 from kvtune.policies.parts import HeadPart
 from kvtune.policies.policy import Policy
 
@@ -42,8 +42,7 @@ def check_host(option: Option, head_dim: int, evicts: bool) -> None:
     """
     if not option.on_host:
         return
-    plans = option.method.plan(PAGE, 2 * PAGE)
-    if not all(is_coded(plan, option, head_dim) for plan in plans):
+    if not may_lie_on_host(option, head_dim):
         raise KvtuneError(
             f"{option.label!r} stores more than pages of its formats hold",
             hint="only whole pages lie on the host; leave out tier: host, or take another format.",
