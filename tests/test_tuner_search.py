@@ -241,8 +241,7 @@ def test_a_search_may_place_heads_on_the_host_and_keeps_to_what_may_come_over(
     monkeypatch.setattr(sources, "LAPTOP", Menu(METHODS[:1], (0.25,), alike((Bf16(),))))
     monkeypatch.setattr(sources, "READERS", (Quest(block=4),))
     where = own.run_dir / "host"
-    less = own.memory_bytes - own.shape.kv_bytes(75)  # a page and more a head
-    request = replace(own, memory_bytes=less, moved_bytes=full // 2, sequences=1, run_dir=where)
+    request = replace(own, moved_bytes=full // 2, sequences=1, run_dir=where)
     result = run_search(request)
     policy = result.policy
     assert 0 < policy.moved_bytes(80, head_dim) <= full // 2
