@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from int4_linear import in_four_bits
 from recorded_parts import attempt, say
+from timed_graph import captured_call
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -48,6 +49,7 @@ from kvtune.runtime.cache.backend import Fetching, backend_for
 from kvtune.runtime.cache.host_pool import HostPool
 from kvtune.runtime.device import CudaBench
 from kvtune.runtime.graph import DecodeLoop, generate
+from kvtune.runtime.kernels.launch import Scratch
 from kvtune.simulator.cost import bytes_read_by_format, policy_cost
 from kvtune.simulator.latency.host import host_step
 from kvtune.simulator.latency.steps import decode_step
@@ -170,6 +172,14 @@ def timed(call: Any, device: str, times: int = 20) -> float:
     return statistics.median(taken[times // 4 :])
 
 
+def repeated(call: Any, times: int) -> Any:
+    def again() -> None:
+        for _ in range(times):
+            call()
+
+    return again
+
+
 def finish(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -179,12 +189,12 @@ class Long:
     """A model of random weights, read and asked under a limit."""
 
     def __init__(self, device: str, tiny: bool) -> None:
-        self.device, self.context = device, 700 if tiny else CONTEXT
+        self.device, self.longest = device, 700 if tiny else CONTEXT
         self.name = "llama-3.2-1b" if tiny else MODEL
         self.new = 8 if tiny else NEW_TOKENS
         torch.manual_seed(0)
         begun = time.monotonic()
-        config = config_of(self.name, self.context + self.new)
+        config = config_of(self.name, self.longest + self.new)
         if tiny:
             config.num_hidden_layers, config.vocab_size = 2, 1000
         self.model = in_four_bits(config, device)
@@ -194,10 +204,11 @@ class Long:
         )  # fmt: skip
         finish(device)
         say("model", f"{time.monotonic() - begun:.0f} s")
-        self.ids = torch.randint(1, config.vocab_size, (1, self.context), device=device)
+        self.ids = torch.randint(1, config.vocab_size, (1, self.longest), device=device)
 
-    def case(self, option: Option) -> dict[str, Any]:
+    def case(self, option: Option, context: int | None = None) -> dict[str, Any]:
         """One plan, from the prompt to the last token."""
+        self.context = context or self.longest
         policy = Policy.uniform(option, self.shape.layers, self.shape.kv_heads)
         growth = Growth(self.new)
         head_dim = self.shape.head_dim
@@ -233,7 +244,7 @@ class Long:
     def _run(self, policy: Policy) -> dict[str, Any]:
         cache = load_cache(policy, self.model, new_tokens=self.new)
         begun = time.monotonic()
-        first = read_prompts(self.model, cache, self.ids).argmax(-1)
+        first = read_prompts(self.model, cache, self.ids[:, : self.context]).argmax(-1)
         finish(self.device)
         read_s = time.monotonic() - begun
         place = torch.full_like(first, self.context)
@@ -255,12 +266,14 @@ class Long:
             "host_bytes": cache.host_bytes(),
             "host_held_bytes": cache.host_pool.held_bytes if cache.host_pool else 0,
             "device_page_bytes": cache.page_bytes(),
-            "parts_s": self._parts(cache),
-            "selection": self._selection(cache),
-        }
+        } | (
+            {"parts_s": self._parts(cache), "selection": self._selection(cache)}
+            if policy.uses_host
+            else {}
+        )
 
     def _parts(self, cache: Any) -> dict[str, float]:
-        """Seconds of one layer's choosing and fetching, alone and step by step; not a graph's."""
+        """Seconds of one layer's choosing and fetching, alone, and of its whole attention."""
         layer = cache.layers[0].paged
         rows, group = layer.rows, self.shape.query_heads // self.shape.kv_heads
         dtype = torch.bfloat16
@@ -268,11 +281,17 @@ class Long:
         arrival = layer.host.arrivals[0]
         fetching, _ = arrival.choose(q)
         memory = cache.pool.memory
+        parts = {
+            "choose": lambda: arrival.choose(q),
+            "fetch": lambda: layer.backend.fetch(memory, cache.host_pool, fetching),
+        }
+        if self.device == "cpu":
+            return {name: timed(call, self.device) for name, call in parts.items()}
+        scratch = Scratch(rows, layer.slots, group, self.shape.head_dim, self.device)
+        parts["attention, with both"] = lambda: layer.attend(q, scratch, 0.1)
         return {
-            "choose": timed(lambda: arrival.choose(q), self.device),
-            "fetch": timed(
-                lambda: layer.backend.fetch(memory, cache.host_pool, fetching), self.device
-            ),
+            name: timed(repeated(captured_call(call), 20), self.device) / 20
+            for name, call in parts.items()
         }
 
     def _selection(self, cache: Any) -> list[dict[str, float]]:
@@ -341,6 +360,14 @@ def main() -> None:
     long: list[Long] = []
     attempt(lambda *_: None, "model", lambda: long.append(Long(arguments.device, arguments.tiny)))
     budgets = (128,) if arguments.tiny else BUDGETS
+    reader = replace(options(2048)["bf16"], tier="device")
+    for name, option, context in (
+        ("all on the device, 2k", Option(), 2048),
+        ("quest on the device, 32k", reader, 32768),
+        ("quest on the host, 32k", replace(reader, tier="host"), 32768),
+    ):
+        if long and not arguments.tiny:
+            attempt(keep, name, lambda o=option, n=context: long[0].case(o, n))
     for tokens in budgets if long else ():
         for name, option in options(tokens).items():
             if time.monotonic() - begun > arguments.seconds:
