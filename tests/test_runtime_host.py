@@ -38,6 +38,7 @@ from kvtune.runtime.cache.backend import Fetching, PlainBackend, TritonBackend
 from kvtune.runtime.cache.host_pool import HostPool
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.graph import generate
+from kvtune.runtime.measure.filled import filled
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -148,6 +149,14 @@ def test_pages_are_where_the_plan_says(network: Any) -> None:
     for each in asked:
         here += head_pages(*each, growth)
     assert cache.page_bytes() == sum(layout.page_bytes * n for layout, n in here.items())
+
+
+def test_a_cache_that_is_filled_for_timing_lies_where_a_real_one_does(network: Any) -> None:
+    policy = mixed(network)
+    _, real = logits(network, policy, prompts())
+    cache = filled(network, policy, PROMPT, 1, NEW)
+    assert (cache.host_bytes(), cache.page_bytes()) == (real.host_bytes(), real.page_bytes())
+    assert cache.prompt_bytes() == real.prompt_bytes()
 
 
 def test_the_ledger_counts_both_sides() -> None:

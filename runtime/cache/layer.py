@@ -128,7 +128,12 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         counts = [len(signals.keys) // heads for signals in read]
         firsts = itertools.accumulate(counts, initial=sequences.start)
         # One more first than there are prompts: where a next one would begin.
-        choices = [self.choose(*asked) for asked in zip(firsts, read, strict=False)]
+        self.hold(read, [self.choose(*asked) for asked in zip(firsts, read, strict=False)])
+
+    def hold(self, read: Sequence[Signals], choices: Sequence[Choice]) -> None:
+        """Put what was chosen of the sequences that the cache reads now into pages."""
+        cache, heads = self.cache, self.cache.policy.kv_heads
+        sequences = cache.reading or range(0)
         if sequences.start == 0:
             self.paged = self._empty()
         rows = slice(heads * sequences.start, heads * sequences.stop)
