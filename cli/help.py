@@ -25,6 +25,7 @@ OPTIONS = {
         "menu",
         "read_bytes",
         "moved_bytes",
+        "heads",
         "stack",
         "stand_in",
         "seed",

@@ -237,6 +237,8 @@ def command_of(study: Study) -> str:
         words += ["--read-bytes", _size(most_read)]
     if most_moved := given.get("moved_bytes"):
         words += ["--moved-bytes", _size(most_moved)]
+    if heads := given.get("heads"):
+        words += ["--heads", _portable(str(heads))]
     if context := given.get("context_tokens"):
         longest = given.get("longest_context")
         words += ["--context", f"{context}-{longest}" if longest else str(context)]

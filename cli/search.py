@@ -72,6 +72,15 @@ MovedBytesOption = Annotated[
         "than this of each sequence's prompt: 20MB.",
     ),
 ]
+HeadsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--heads",
+        metavar="FILE",
+        help="Head scores of kvtune heads: plans that follow them are run live beside the others, "
+        "where the model's weights are at hand.",
+    ),
+]
 StandInOption = Annotated[
     bool, typer.Option("--stand-in", help="Use the packaged tables even if weights are here.")
 ]
@@ -101,6 +110,7 @@ def command(
     stack: StackOption = None,
     read_bytes: ReadBytesOption = None,
     moved_bytes: MovedBytesOption = None,
+    heads: HeadsOption = None,
     text: options.Texts = None,
     stand_in: StandInOption = False,
     seed: options.Seed = 0,
@@ -129,6 +139,7 @@ def command(
         stack=stack,
         read_bytes=read_bytes,
         moved_bytes=moved_bytes,
+        heads=heads,
         texts=text or (),
         stand_in=stand_in,
         seed=seed,

@@ -62,6 +62,8 @@ class SearchOptions(TypedDict, total=False):
         menu: methods that a head may have: ``"three"``, or ``"all"``.
         stack: a serving stack that the plan must be expressible on: ``"vllm"``, ``"llama-cpp"``...
         read_bytes: that a decode step may read of each sequence's prompt; left out, any.
+        heads: a file of head scores (``kvtune heads``); plans that follow them are run beside
+            others, where the model's weights are at hand.
         moved_bytes: that a decode step may bring over from the host of each sequence's prompt; with
             it heads may lie there.
         texts: your own .txt or .jsonl files, instead of the built-in ones.
@@ -81,6 +83,7 @@ class SearchOptions(TypedDict, total=False):
     stack: str | None
     read_bytes: Amount | None
     moved_bytes: Amount | None
+    heads: Path | str | None
     texts: Iterable[Path | str]
     stand_in: bool
     seed: int
@@ -130,6 +133,7 @@ def search_request(
     """
     wanted = str(options.get("context", 8192))
     read, moved = options.get("read_bytes"), options.get("moved_bytes")
+    heads = options.get("heads")
     if read is not None and moved is not None:
         raise KvtuneError(
             "--read-bytes and --moved-bytes are limits of two different searches",
@@ -162,6 +166,7 @@ def search_request(
         stack=known_stack(stack),
         read_bytes=None if read is None else parse_bytes(read),
         moved_bytes=None if moved is None else parse_bytes(moved),
+        heads=None if heads is None else Path(heads),
         texts=read_texts(options.get("texts", ())),
     )
 

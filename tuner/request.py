@@ -45,6 +45,7 @@ class SearchRequest:
         read_bytes: that a decode step may read of each sequence's prompt; None for any.
         moved_bytes: that a decode step may bring over from the host of each sequence's prompt;
             None where all of it lies on the device.
+        heads: a file of head scores, by which plans are made that are run live beside the others.
         texts: the user's own .txt or .jsonl files, searched and evaluated on instead.
     """
 
@@ -68,6 +69,7 @@ class SearchRequest:
     stack: str | None = None
     read_bytes: int | None = None
     moved_bytes: int | None = None
+    heads: Path | None = None
     texts: tuple[Path, ...] = ()
 
     @property

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from kvtune.common.errors import DoesNotFitError, KvtuneError
 from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
 from kvtune.common.units import format_bytes
+from kvtune.policies.head_scores import read_heads
 from kvtune.policies.paging import Growth, growing_bytes, head_bytes
 from kvtune.simulator.memory.budget import MemoryBudget, memory_budget
 from kvtune.simulator.memory.peak import prefill_peak_bytes
@@ -25,6 +27,7 @@ from kvtune.tuner.answer import Found, answer
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.record import Recorder, selection_split
 from kvtune.tuner.finished import finished, keep_finished
+from kvtune.tuner.head_points import head_points
 from kvtune.tuner.question import Candidate, Question, Solver, front, pick
 from kvtune.tuner.refine import live_on_selection, recalibrated, refine
 from kvtune.tuner.request import (
@@ -92,6 +95,9 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
     candidates = [*trials, *simple]
     if not candidates:
         raise _nothing_fits(request, question)
+    for point in _by_head_scores(request, solver, candidates):
+        recorder.add(point)
+        candidates.append(point)
     studied = Found(request, budgets, source, solver, facts.study, candidates, notes)
     ended, chosen = _choose(recalibrated(studied, source.calibration), progress)
     if ended.source is not source:
@@ -100,6 +106,25 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
     write_result(result)
     keep_finished(result)
     return result
+
+
+def _by_head_scores(
+    request: SearchRequest, solver: Solver, candidates: Sequence[Candidate]
+) -> list[Candidate]:
+    """Plans that follow the request's head scores, with as many tokens at once as the pick."""
+    if request.heads is None:
+        return []
+    heads, shape = read_heads(request.heads), request.shape
+    name = "retrieval" if "retrieval" in heads.scores else sorted(heads.scores)[0]
+    scores = heads.of_kv_heads(name, shape.kv_heads)
+    if len(scores) != shape.layers:
+        raise KvtuneError(
+            f"has scores of {len(scores)} layers, {shape.name} has {shape.layers}",
+            where=str(request.heads),
+            hint="kvtune heads detect measures this model's.",
+        )
+    best = pick(front(candidates), request.largest_kl)
+    return head_points(solver, scores, best, first=max(c.number for c in candidates) + 1)
 
 
 def _nothing_fits(request: SearchRequest, question: Question) -> DoesNotFitError:
