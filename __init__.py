@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from kvtune.traces.trace import Trace
     from kvtune.tuner.cases import Case
     from kvtune.tuner.library import capture, estimate, search
-    from kvtune.tuner.request import SearchRequest, SearchResult
+    from kvtune.tuner.request import SearchRequest
+    from kvtune.tuner.result import SearchResult
 
 __version__ = "0.1.0"
 
@@ -31,7 +32,7 @@ _HOMES = {
     "Policy": "kvtune.policies.policy",
     "PolicyDocument": "kvtune.policies.policy_file.document",
     "SearchRequest": "kvtune.tuner.request",
-    "SearchResult": "kvtune.tuner.request",
+    "SearchResult": "kvtune.tuner.result",
     "Trace": "kvtune.traces.trace",
     "capture": "kvtune.tuner.library",
     "estimate": "kvtune.tuner.library",

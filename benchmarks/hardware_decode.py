@@ -27,8 +27,8 @@ from kvtune.profiles.gpus import GpuProfile, find_gpu
 from kvtune.profiles.measured import KERNEL_FILE, MeasuredProfile, read_measured
 from kvtune.profiles.models import find_model
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.latency.beyond import decode_parts
 from kvtune.simulator.latency.kernels import kernels_of
+from kvtune.simulator.latency.parts import decode_parts
 from kvtune.simulator.latency.steps import roofline_decode_steps, scaled_decode_steps
 from kvtune.simulator.memory.decode_memory import decode_peak_bytes
 

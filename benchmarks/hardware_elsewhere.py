@@ -30,8 +30,9 @@ from kvtune.profiles.kernel_table import KernelRow
 from kvtune.profiles.measured import MeasuredProfile, find_measured
 from kvtune.profiles.models import find_model, model_of_size
 from kvtune.profiles.shape import ModelShape
+from kvtune.simulator.latency.answers import Answer
 from kvtune.simulator.latency.kernels import Kernels, kernels_of
-from kvtune.simulator.latency.measured import Answer, measured_steps
+from kvtune.simulator.latency.measured import measured_steps
 from kvtune.simulator.latency.runtime import runtime_steps
 from kvtune.simulator.latency.steps import decode_steps, roofline_decode_steps, scaled_decode_steps
 from kvtune.simulator.latency.transfer import Tables, transferred

@@ -22,7 +22,8 @@ from kvtune.profiles.measured import read_measured
 from kvtune.profiles.models import model_of_size
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency.kernels import Kernels
-from kvtune.simulator.latency.runtime import runtime_prefills, runtime_steps
+from kvtune.simulator.latency.prefills import runtime_prefills
+from kvtune.simulator.latency.runtime import runtime_steps
 from kvtune.simulator.latency.transfer import Tables
 
 

@@ -50,10 +50,10 @@ from kvtune.runtime.cache.host_pool import HostPool
 from kvtune.runtime.device import CudaBench
 from kvtune.runtime.graph import DecodeLoop, generate
 from kvtune.runtime.kernels.launch import Scratch
-from kvtune.simulator.cost import bytes_read_by_format, policy_cost
 from kvtune.simulator.latency.host import host_step
 from kvtune.simulator.latency.steps import decode_step
 from kvtune.simulator.memory.budget import memory_budget
+from kvtune.simulator.memory.policy_bytes import bytes_read_by_format, policy_cost
 
 MODEL, LIMIT_BYTES = "llama-3.1-8b", 16 * 10**9
 CONTEXT, NEW_TOKENS = 130_048, 256
@@ -138,13 +138,13 @@ def paper() -> dict[str, Any]:
 def fetch(device: str) -> list[dict[str, float]]:
     """Gigabytes a second of random pages by the kernel, and of as many bytes in one plain copy."""
     backend, host, layout = backend_for(device), HostPool(torch.device(device)), PageLayout(128)
-    places = torch.from_numpy(host.take(4096 if device == "cuda" else 64, layout.page_bytes))
-    pool = torch.zeros(1024 * layout.page_bytes, dtype=torch.uint8, device=device)
+    places = torch.from_numpy(host.take(4096 if device == "cuda" else 64, layout.block_bytes))
+    pool = torch.zeros(1024 * layout.block_bytes, dtype=torch.uint8, device=device)
     found = []
     for count in (32, 128, 256, 512, 1024) if device == "cuda" else (32,):
         draw = places[torch.randperm(len(places))[:count]].to(device)
-        cells = layout.page_cells * torch.arange(count, dtype=torch.int32, device=device)
-        size = count * layout.page_bytes
+        cells = layout.block_cells * torch.arange(count, dtype=torch.int32, device=device)
+        size = count * layout.block_bytes
         source = host.view(0, min(size, host.slab_bytes))
         asked = Fetching(draw, cells, layout)
         by_kernel = timed(lambda a=asked: backend.fetch(pool, host, a), device)
@@ -327,10 +327,11 @@ class Long:
         return found
 
     def _keys(self, host: Any, row: int, count: int) -> Tensor:
-        """A row's keys on the device, ``[n, D]`` float32."""
-        size = 2 * PAGE * self.shape.head_dim
-        pages = [host.pool.view(place, size) for place in host.pages[row].tolist()]
-        keys = torch.cat(pages).to(self.device).view(torch.bfloat16)
+        """A row's keys on the device, ``[n, D]`` float32: the first half of pages of 16 bits."""
+        layout = PageLayout(self.shape.head_dim)
+        blocks = [host.pool.view(place, layout.block_bytes) for place in host.blocks[row].tolist()]
+        pages = torch.stack(blocks).to(self.device).view(-1, layout.page_bytes)
+        keys = pages[:, : layout.page_bytes // 2].contiguous().view(torch.bfloat16)
         return keys.view(-1, self.shape.head_dim)[:count].float()
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvtune.policies.pages import PAGE, PageLayout
+from kvtune.policies.pages import PageLayout
 from kvtune.runtime.kernels.launch import Paged, Scratch, Shape, decode
 from kvtune.runtime.kernels.pages import store_pages
 from kvtune.runtime.kernels.reference import read_page
-from kvtune.runtime.kernels.tiles import Segments, plan_tiles
+from kvtune.runtime.kernels.tiles import TABLE_AHEAD, Segments, plan_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there, Triton's interpreter can check
 COLD_BYTES = 400e6  # eight times the L2 of an H100: what a rotation of buffers must exceed
@@ -51,12 +51,12 @@ class Layer:
         keys, values, at = [], [], 0
         for segment, run in enumerate(self.runs):
             layout = PageLayout(self.head_dim, run.keys, run.values)
-            for page in range(0, run.tokens, PAGE):
+            for page in range(0, run.tokens, layout.page_tokens):
                 if run.row == row:
                     start = int(self.paged.table[at]) * layout.cell_bytes
                     raw = self.paged.pool[start : start + layout.page_bytes]
                     pair = read_page(raw, layout, self.paged.fp8_scales[segment])
-                    count = min(PAGE, run.tokens - page)
+                    count = min(layout.page_tokens, run.tokens - page)
                     keys.append(pair[0][:count])
                     values.append(pair[1][:count])
                 at += 1
@@ -71,7 +71,7 @@ def make_layer(
     keys = torch.randn(rows, max(longest, 1), head_dim, device=DEVICE, dtype=torch.bfloat16)
     values = torch.randn_like(keys)
     layouts = [PageLayout(head_dim, run.keys, run.values) for run in runs]
-    pages = np.array([-(-run.tokens // PAGE) for run in runs])
+    pages = np.array([x.pages_for(run.tokens) for x, run in zip(layouts, runs, strict=True)])
     cells = np.repeat([layout.page_cells for layout in layouts], pages)
     order = np.random.default_rng(0).permutation(len(cells))
     start = np.empty(len(cells), np.int64)
@@ -87,7 +87,7 @@ def make_layer(
     top = torch.full((len(runs), 2), 5.0 / 448, device=DEVICE)  # normal numbers stay below 5
     paged = Paged(
         torch.zeros(int(cells.sum()) * 4 * head_dim, dtype=torch.uint8, device=DEVICE),
-        torch.tensor(np.append(start, 0), dtype=torch.int32, device=DEVICE),
+        torch.tensor(np.append(start, [0] * TABLE_AHEAD), dtype=torch.int32, device=DEVICE),
         torch.tensor([run.tokens for run in runs], dtype=torch.int32, device=DEVICE),
         top,
         torch.tensor(tiles.records, device=DEVICE),
@@ -101,7 +101,7 @@ def make_layer(
 
 
 def _payload(run: Run, layout: PageLayout) -> int:
-    return run.tokens * layout.page_bytes // PAGE
+    return run.tokens * layout.page_bytes // layout.page_tokens
 
 
 def _fill(
@@ -109,9 +109,12 @@ def _fill(
 ) -> None:
     segment = np.repeat(np.arange(len(runs)), pages)
     turn = np.arange(len(segment)) - np.repeat(pages.cumsum() - pages, pages)
-    tokens = np.array([run.tokens for run in runs])[segment] - turn * PAGE
+    each = np.array([PageLayout(keys.shape[2], r.keys, r.values).page_tokens for r in runs])[
+        segment
+    ]
+    tokens = np.array([run.tokens for run in runs])[segment] - turn * each
     rows = np.array([run.row for run in runs])[segment]
-    records = np.stack([rows, turn * PAGE, np.minimum(tokens, PAGE), start, segment], 1)
+    records = np.stack([rows, turn * each, np.minimum(tokens, each), start, segment], 1)
     chosen = torch.arange(keys.shape[1], dtype=torch.int32, device=DEVICE)
     pairs = {(run.keys, run.values) for run in runs if run.tokens}
     for pair in pairs:

@@ -110,10 +110,11 @@ def check_pages(keys_as: str, values_as: str) -> dict[str, float]:
 def check_append_and_move() -> dict[str, bool]:
     """150 tokens appended one by one into pages of garbage; then the last take places before."""
     layout = PageLayout(HEAD_DIM)
-    pool = torch.full((6 * layout.page_bytes,), 0x7F, dtype=torch.uint8, device=DEVICE)
+    each = layout.pages_for(150)
+    pool = torch.full((2 * each * layout.page_bytes,), 0x7F, dtype=torch.uint8, device=DEVICE)
     ints = {"dtype": torch.int32, "device": DEVICE}
-    table = torch.tensor([0, 2, 4, 1, 3, 5], **ints) * layout.page_cells
-    rows, at, lengths = (torch.tensor(x, **ints) for x in ([0, 1], [0, 3], [0, 0]))
+    table = torch.randperm(2 * each, device=DEVICE).int() * layout.page_cells
+    rows, at, lengths = (torch.tensor(x, **ints) for x in ([0, 1], [0, each], [0, 0]))
     keys, values = torch.randn(2, 150, 2, HEAD_DIM, device=DEVICE).bfloat16().unbind(0)
     where = (at, table, lengths, pool.view(torch.bfloat16))
     for key, value in zip(keys, values, strict=True):
@@ -121,7 +122,7 @@ def check_append_and_move() -> dict[str, bool]:
         pages.append_token[(2,)](key, value, strides, strides, rows, *where, 2, HEAD_DIM)
 
     def holds(row: int, kept: Tensor) -> bool:
-        cells = table[3 * row : 3 * row + 3] * layout.cell_bytes
+        cells = table[each * row : each * (row + 1)] * layout.cell_bytes
         raw = [pool[c : c + layout.page_bytes] for c in cells.tolist()]
         read = [read_page(page, layout, torch.ones(2)) for page in raw]
         both = [torch.cat(x)[: len(kept)] for x in zip(*read, strict=True)]

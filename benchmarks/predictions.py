@@ -33,7 +33,7 @@ from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs
-from kvtune.runtime.live import run_live
+from kvtune.runtime.live import full_cache, run_live
 from kvtune.runtime.prompts import Prompt, fresh_prompt
 from kvtune.simulator.quality.build import DEFAULT_BLOCK, layer_features
 from kvtune.simulator.quality.replay import LayerReplay
@@ -73,84 +73,13 @@ class Fisher(Probes):
 
 
 @dataclass(frozen=True)
-class Reach(Probes):
-    """The log-odds' curvature is a mean over changes of a given size, not the limit of small ones.
-
-    Sure tokens then count for what they would lose.
-    """
-
-    reach: float = 2.0
-
-    def draw(self, log_p: Tensor, sample_id: str) -> Drawn:
-        drawn = super().draw(log_p, sample_id)
-        log_top = log_p.gather(1, drawn.top[:, None])[:, 0]
-        margin = log_top - 2 * drawn.rest.log()
-        weights = curvature(margin.double(), self.reach).sqrt().to(log_p)
-        return replace(drawn, margins=torch.sign(drawn.margins) * weights)
-
-
-def curvature(margin: Tensor, reach: float, nodes: int = 32) -> Tensor:
-    """Twice the mean divergence over changes c ~ N(0, reach^2) of log-odds, over reach^2."""
-    at, mass = (torch.as_tensor(x).to(margin) for x in np.polynomial.hermite_e.hermegauss(nodes))
-    before, change = margin[..., None], reach * at
-    divergence = bernoulli(before, change)
-    found: Tensor = 2 * (divergence.clamp_min(0) @ (mass / mass.sum())) / reach**2
-    return found
-
-
-def bernoulli(margin: Tensor, change: Tensor) -> Tensor:
-    """KL(Bernoulli p || Bernoulli sigmoid(margin + change)), p = sigmoid(margin)."""
-    softplus = torch.nn.functional.softplus
-    return softplus(-margin - change) - softplus(-margin) + torch.sigmoid(-margin) * change
-
-
-@dataclass(frozen=True)
-class Margin(Probes):
-    """The signed log-odds of the likeliest token alone, for the exact link."""
-
-    def draw(self, log_p: Tensor, sample_id: str) -> Drawn:
-        drawn = super().draw(log_p, sample_id)
-        signs = torch.sign(drawn.margins)
-        return replace(drawn, margins=signs, rest=torch.zeros_like(drawn.rest))
-
-
-@dataclass(frozen=True)
-class Others(Probes):
-    """What is left beside the log-odds of the likeliest token."""
-
-    def draw(self, log_p: Tensor, sample_id: str) -> Drawn:
-        drawn = super().draw(log_p, sample_id)
-        return replace(drawn, margins=torch.zeros_like(drawn.margins))
-
-
-@dataclass(frozen=True)
-class Answers(Probes):
-    """Probes of the loss of answer rows alone, whichever position causes it."""
-
-    masks: dict[str, tuple[bool, ...]] = field(default_factory=dict)
-
-    def draw(self, log_p: Tensor, sample_id: str) -> Drawn:
-        drawn = super().draw(log_p, sample_id)
-        mask = torch.tensor(self.masks[sample_id]).to(drawn.rest)
-        return replace(drawn, margins=drawn.margins * mask, rest=drawn.rest * mask)
-
-
-@dataclass(frozen=True)
 class Joint(Probes):
     """All families in one pass, one behind the other."""
 
     parts: tuple[Probes, ...] = ()
-    seen: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def draw(self, log_p: Tensor, sample_id: str) -> Any:
-        """Keeps the log-odds and their signs for the exact link."""
-        drawn = [part.draw(log_p, sample_id) for part in self.parts]
-        at = [type(part) for part in self.parts].index(Margin)
-        top = drawn[at].top
-        log_top = log_p.gather(1, top[:, None])[:, 0]
-        rest = log_p.scatter(1, top[:, None], -torch.inf).logsumexp(-1)
-        self.seen[sample_id] = log_top - rest, drawn[at].margins
-        return _Several(drawn)
+        return _Several([part.draw(log_p, sample_id) for part in self.parts])
 
 
 class _Several:
@@ -165,22 +94,9 @@ class _Several:
         return torch.cat([part.slopes(row, 1) for part, row in some])
 
 
-def families(count: int, samples: Sequence[Sample]) -> dict[str, Probes]:
-    """Probes by name; those that plans are searched with first."""
-    masks = {sample.id: sample.answer_mask for sample in samples}
-    few = max(count // 2, 2)
-    return {
-        "fisher": Fisher(count),
-        "probes": Probes(count),
-        "reach 2": Reach(count, reach=2.0),
-        "reach 4": Reach(few, reach=4.0),
-        "margin": Margin(few),
-        "others": Others(few),
-        "answers": Answers(few, masks=masks),
-    }
-
-
-SEARCHED = ("fisher", "probes")
+def families(count: int) -> dict[str, Probes]:
+    """Probes by name; plans are searched with each."""
+    return {"fisher": Fisher(count), "probes": Probes(count)}
 
 
 @dataclass
@@ -211,14 +127,12 @@ class Run:
         before = sum(p.count for p in list(self.probes.values())[:at])
         return slice(before, before + self.probes[name].count)
 
-    def prompt(self, sample: Sample, needs: Needs, names: Sequence[str]) -> tuple[Prompt, Joint]:
-        """A sample's prompt with the probes of some families."""
-        parts = tuple(self.probes[name] for name in names)
-        if not any(isinstance(part, Margin) for part in parts):
-            parts = (*parts, Margin(1))
+    def prompt(self, sample: Sample, needs: Needs) -> Prompt:
+        """A sample's prompt with the probes of all families."""
+        parts = tuple(self.probes.values())
         joint = Joint(sum(part.count for part in parts), parts=parts)
         wanted = needs | Needs(future=True, probes=True)
-        return fresh_prompt(self.loaded, sample, wanted, probes=joint), joint
+        return fresh_prompt(self.loaded, sample, wanted, probes=joint)
 
 
 def tables_of(run: Run, samples: Sequence[Sample], menu: Menu) -> dict[str, Tables]:
@@ -227,7 +141,7 @@ def tables_of(run: Run, samples: Sequence[Sample], menu: Menu) -> dict[str, Tabl
     geometry = run.loaded.geometry
     needs = menu.needs | Needs(column_sums=True)
     for sample in samples:
-        prompt, _ = run.prompt(sample, needs, SEARCHED)
+        prompt = run.prompt(sample, needs)
         layers = [
             layer_features(LayerReplay.of_signals(prompt(layer)), options, DEFAULT_BLOCK)
             for layer in range(geometry.layers)
@@ -235,10 +149,10 @@ def tables_of(run: Run, samples: Sequence[Sample], menu: Menu) -> dict[str, Tabl
         rows.append(np.concatenate(layers))  # [I, O, S * blocks]
         print(f"[{run.seconds:6.1f} s] tables {sample.id}", file=sys.stderr, flush=True)
     factors = np.stack(rows)
-    total = sum(run.probes[name].count for name in SEARCHED) + 1
+    total = sum(probes.count for probes in run.probes.values())
     each = factors.reshape(*factors.shape[:3], total, -1)
     found = {}
-    for name in SEARCHED:
+    for name in run.probes:
         columns = run.columns(name)
         count = columns.stop - columns.start
         mine = each[..., columns, :] * np.sqrt(total / count)
@@ -323,36 +237,18 @@ def responses(prompt: Prompt, sample: Sample, policies: Sequence[Policy]) -> dic
     return {"all": total, "quantising": whole, "evicting": total - whole}
 
 
-def predicted(
-    run: Run, sample: Sample, found: dict[str, Tensor], joint: Joint
-) -> dict[str, list[list[float]]]:
+def predicted(run: Run, sample: Sample, found: dict[str, Tensor]) -> dict[str, list[list[float]]]:
     """Predictions of every policy, ``[B]`` each by name: over all rows and over answers alone."""
     answers = torch.tensor(sample.answer_mask, device=found["all"].device)
     losses: dict[str, Tensor] = {}
     for name in run.probes:
-        if name == "margin":
-            continue
-        for part in ("all", "quantising", "evicting"):
-            mine = found[part][:, run.columns(name)]
+        for part, responses_ in found.items():
+            mine = responses_[:, run.columns(name)]
             blocks = mine.unflatten(-1, (-1, DEFAULT_BLOCK)).sum(-1)
             losses[f"{name}, {part}"] = (blocks**2).sum(-1).mean(1) / 2 / sample.observed
-        mine = found["all"][:, run.columns(name)]
-        blocks = mine.unflatten(-1, (-1, DEFAULT_BLOCK)).sum(-1)
-        if name.startswith("answers"):
-            both = {"blocks": blocks, "whole": mine.sum(-1, keepdim=True)}
-            for how, sums in both.items():
-                count = max(sum(sample.answer_mask), 1)
-                losses[f"{name}, {how}"] = (sums**2).sum(-1).mean(1) / 2 / count
-            continue
-        by_row = (mine**2).mean(1) / 2
+        by_row = (found["all"][:, run.columns(name)] ** 2).mean(1) / 2
         losses[f"{name}, block 1"] = by_row.mean(-1)
         losses[f"{name}, answers"] = by_row[:, answers].mean(-1)
-    margin, signs = joint.seen[sample.id]
-    change = (found["all"][:, run.columns("margin")] * signs).mean(1)  # [B, C]
-    odds = bernoulli(margin, change)
-    by_row = odds.clamp_min(0) + (found["all"][:, run.columns("others")] ** 2).mean(1) / 2
-    losses["link"] = by_row.mean(-1)
-    losses["link, answers"] = by_row[:, answers].mean(-1)
     return {name: rounded(loss) for name, loss in losses.items()}
 
 
@@ -366,15 +262,13 @@ def compare(
     """One sample: live and predicted, of every policy."""
     policies = [entry.policy for entry in entries]
     needs = union_of_needs(policies)
-    if live_alone:
-        prompt = fresh_prompt(run.loaded, sample, needs)
-    else:
-        prompt, joint = run.prompt(sample, needs, list(run.probes))
+    prompt = fresh_prompt(run.loaded, sample, needs) if live_alone else run.prompt(sample, needs)
+    full = full_cache(run.loaded, sample, prompt)
     answers = np.array(sample.answer_mask)
     row: dict[str, Any] = {"live": [], "live, answers": [], "right": [], "full right": []}
     for at in range(0, len(policies), ROWS):
         some = policies[at : at + ROWS]
-        runs = run_live(run.loaded, sample, prompt, some)
+        runs = run_live(run.loaded, sample, prompt, some, full)
         row["live"] += rounded(one.kl.mean() for one in runs)
         if answers.any():
             row["live, answers"] += rounded(one.kl[answers].mean() for one in runs)
@@ -383,7 +277,7 @@ def compare(
         if live_alone:
             continue
         found = responses(prompt, sample, some)
-        for name, losses in predicted(run, sample, found, joint).items():
+        for name, losses in predicted(run, sample, found).items():
             row.setdefault(name, []).extend(losses)
     return row
 
@@ -469,19 +363,35 @@ TINY = Size(
 )
 
 
+SHORT = Size(tokens=448, observed=64, rival_shares=())
+"""Samples that layers with a window of 512 tokens see whole: Gemma-3's can all be compressed."""
+
+CPU = replace(
+    SHORT,
+    kinds=("prose", "code", "retrieval"),
+    counts=(1, 1, 1),
+    mixed_each=0,
+    probes=4,
+    shares=(0.06, 0.12, 0.25),
+)
+"""What two cores measure of a small model in a quarter of an hour."""
+
+SIZES = {"whole": Size(), "short": SHORT, "cpu": CPU, "tiny": TINY}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=270.0, help="no sample is begun after")
-    parser.add_argument("--tiny", action="store_true", help="the smallest run that does it all")
+    parser.add_argument("--size", choices=SIZES, default="whole", help="tiny does it all once")
     arguments = parser.parse_args()
-    started, size = time.monotonic(), TINY if arguments.tiny else Size()
+    started, size = time.monotonic(), SIZES[arguments.size]
     torch.backends.cuda.matmul.allow_tf32 = False
     loaded = load_model(arguments.model, device=arguments.device, dtype="float32")
     samples = build(size.workload, loaded.tokenizer)
-    probes, deadline = families(size.probes, samples), started + arguments.seconds
+    probes, deadline = families(size.probes), started + arguments.seconds
     run = Run(arguments.out, loaded, probes, deadline, started)
     run.found |= {
         "device": torch.cuda.get_device_name() if loaded.device != "cpu" else "cpu",

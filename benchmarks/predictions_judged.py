@@ -3,9 +3,10 @@
     python benchmarks/predictions_judged.py benchmarks/results/predictions-h200.json \
         --fit tuner/data/calibration.json
 
-Every figure about a kind of text is of a calibration that was fitted on the other kinds alone;
-``levelled`` ones have also seen the same plan on that kind's selection samples, as a search does
-where the weights are at hand, and are judged on its evaluation samples.
+Every figure about a kind of text is of a calibration that was fitted on the other kinds alone, or,
+with ``--fitted-on RECORDED``, on all of another model's; ``levelled`` ones have also seen the same
+plan on that kind's selection samples, as a search does where the weights are at hand, and are
+judged on its evaluation samples.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def fitted(recorded: Recorded) -> Calibration:
     asked = [kind for kind in recorded.kinds if kind in ASKED]
     plain = [kind for kind in recorded.kinds if kind not in ASKED]
     curves = {
-        "quantising": quantising(recorded),
+        **({"quantising": quantising(recorded)} if recorded.data.get("mixed by sample") else {}),
         "evicting": curve_of(recorded, plain),
         "evicting what is asked for": curve_of(recorded, asked),
     }
@@ -110,28 +111,38 @@ def fitted(recorded: Recorded) -> Calibration:
     return Calibration(curves, runs=runs)  # type: ignore[arg-type]
 
 
-def judged(recorded: Recorded) -> dict[str, Any]:
-    """Live over predicted on each kind by curves of the other kinds; coverage of 80 % intervals."""
-    found: dict[str, Any] = {}
+def judged(recorded: Recorded, other: Calibration | None = None) -> dict[str, Any]:
+    """Live over predicted on each kind of text, and the coverage of 80 % intervals.
+
+    Args:
+        recorded: the run that is judged.
+        other: a calibration of another model; None takes each kind's from the other kinds.
+    """
+    found = {}
     for kind in recorded.kinds:
         others = [k for k in recorded.kinds if k != kind and (k in ASKED) == (kind in ASKED)]
-        curve = curve_of(recorded, others)
-        x, y = recorded.pair("plans", kind, "evaluate")
-        seen_x, seen_y = recorded.pair("plans", kind, "select")
-        level = TRUST * np.log(seen_y / [curve.value(each) for each in seen_x])
-        calibrated = np.array([curve.value(each) for each in x])
-        low, high = curve.scatter(0.8)
-        columns = {"raw": x, "calibrated": calibrated, "levelled": calibrated * np.exp(level)}
-        found[kind] = {
-            name: {
-                "live over predicted": by_share(recorded, y / values),
-                "within 80 % interval": float(
-                    np.mean((np.log(y / values) >= low) & (np.log(y / values) <= high))
-                ),
-            }
-            for name, values in columns.items()
-        }
+        curve = other.curve(kind, evicts=True) if other else curve_of(recorded, others)
+        found[kind] = judged_on(recorded, kind, curve)
     return found
+
+
+def judged_on(recorded: Recorded, kind: str, curve: Curve) -> dict[str, Any]:
+    """The same on one kind of text, under a curve."""
+    x, y = recorded.pair("plans", kind, "evaluate")
+    seen_x, seen_y = recorded.pair("plans", kind, "select")
+    level = TRUST * np.log(seen_y / [curve.value(each) for each in seen_x])
+    calibrated = np.array([curve.value(each) for each in x])
+    low, high = curve.scatter(0.8)
+    columns = {"raw": x, "calibrated": calibrated, "levelled": calibrated * np.exp(level)}
+    return {
+        name: {
+            "live over predicted": by_share(recorded, y / values),
+            "within 80 % interval": float(
+                np.mean((np.log(y / values) >= low) & (np.log(y / values) <= high))
+            ),
+        }
+        for name, values in columns.items()
+    }
 
 
 def by_share(recorded: Recorded, ratio: Array) -> dict[str, float]:
@@ -139,6 +150,7 @@ def by_share(recorded: Recorded, ratio: Array) -> dict[str, float]:
     return {
         f"{share:.0%}": round(float(np.median(ratio[recorded.shares == share])), 3)
         for share in SHARES
+        if np.any(recorded.shares == share)
     }
 
 
@@ -167,20 +179,25 @@ def rank(predicted: Array, live: Array) -> float:
     return round(float(spearmanr(predicted, live).statistic), 4)
 
 
+def read(file: Path, probes: str) -> Recorded:
+    return Recorded(json.loads(file.read_text(encoding="utf-8")), probes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recorded", type=Path)
     parser.add_argument("--probes", nargs="+", default=["probes", "fisher"])
+    parser.add_argument("--fitted-on", type=Path, help="another model's run, to judge this one by")
     parser.add_argument("--fit", type=Path, help="write the calibration of the first probes here")
     arguments = parser.parse_args()
-    data = json.loads(arguments.recorded.read_text(encoding="utf-8"))
     for probes in arguments.probes:
-        recorded = Recorded(data, probes)
+        recorded = read(arguments.recorded, probes)
         # A run that was cut short may hold plans alone.
-        ranked = {"rank": ranks(recorded)} if "mixed by sample" in data else {}
-        print(json.dumps({probes: {**judged(recorded), **ranked}}, indent=1))
+        ranked = {"rank": ranks(recorded)} if recorded.data.get("mixed by sample") else {}
+        other = fitted(read(arguments.fitted_on, probes)) if arguments.fitted_on else None
+        print(json.dumps({probes: {**judged(recorded, other), **ranked}}, indent=1))
     if arguments.fit:
-        calibration = fitted(Recorded(data, arguments.probes[0]))
+        calibration = fitted(read(arguments.recorded, arguments.probes[0]))
         write_json(
             arguments.fit, write_calibration(calibration, "benchmarks/predictions_judged.py")
         )

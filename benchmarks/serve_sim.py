@@ -16,15 +16,17 @@ import numpy as np
 from kvtune.common.files import write_json
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
-from kvtune.simulator.serving.engine import Engine
-from kvtune.simulator.serving.footprint import Footprint
+from kvtune.simulator.serving.engine import Engine, serve
 from kvtune.simulator.serving.memory import Memory
 from kvtune.simulator.serving.record import Record
 from kvtune.simulator.serving.report import Goals
 from kvtune.simulator.serving.requests import Lengths, Requests, generate
-from kvtune.simulator.serving.scheduler import Limits, Scheduler
-from kvtune.simulator.serving.simulate import serve, server
-from kvtune.simulator.serving.times import Curve, StepTimes
+from kvtune.simulator.serving.scheduler import Scheduler
+from kvtune.simulator.serving.sequence import Footprint
+from kvtune.simulator.serving.server import server
+from kvtune.simulator.serving.step import Limits
+from kvtune.simulator.serving.step_times import Curve, StepTimes
+from kvtune.simulator.serving.times import prepare
 
 QUEUE_REQUESTS = 600_000
 MEAN_STEPS = 1000  # of one service; exponential ones are rounded to whole steps
@@ -100,7 +102,7 @@ def million(count: int, rate: float, memory_gb: int) -> dict[str, Any]:
         count, rate, Lengths(2048, 2048, 0.5), Lengths(256, 256, 0.5), longest=32768
     )
     serving = server(shape, gpu, memory_gb * 10**9, "bf16", Limits(256, 2048))
-    found = serve(serving, requests, None, Goals(1.0, 0.05), ends=("value",))
+    found = serve(prepare(serving, requests, None), requests, Goals(1.0, 0.05), ends=("value",))
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     return {
         "source": requests.source,

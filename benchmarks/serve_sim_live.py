@@ -31,10 +31,12 @@ from kvtune.profiles.shape import ModelShape
 from kvtune.runtime.cache.policy_cache import load_cache
 from kvtune.runtime.fuse import fused_on_gpu
 from kvtune.runtime.graph import DecodeLoop
+from kvtune.simulator.serving.engine import serve
 from kvtune.simulator.serving.report import Goals
 from kvtune.simulator.serving.requests import Requests
-from kvtune.simulator.serving.scheduler import Limits
-from kvtune.simulator.serving.simulate import serve, server
+from kvtune.simulator.serving.server import server
+from kvtune.simulator.serving.step import Limits
+from kvtune.simulator.serving.times import prepare
 
 UNTIMED = 3  # the first token, and two in the open before the graph is captured
 
@@ -161,7 +163,7 @@ def predict(
     )
     limits = Limits(asked.batch, asked.batch * asked.prompt)
     serving = server(shape, gpu, gpu.visible_bytes, "bf16", limits)
-    figures = serve(serving, requests, policy, Goals()).figures
+    figures = serve(prepare(serving, requests, policy), requests, Goals()).figures
     return {key: figures[key].as_dict() for key in ("tokens_per_second", "tpot_p50")}
 
 

@@ -2,8 +2,8 @@
 
 ``make torture SECONDS=120`` runs it.
 
-Anything but an answer or a ``KvtuneError`` is a failure: another exception, more than ten seconds of
-the processor's time, more than four GiB, or an answer that differs from the undisturbed one.
+Anything but an answer or a ``KvtuneError`` is a failure: another exception, more than ten seconds
+of the processor's time, more than four GiB, or an answer that differs from the undisturbed one.
 
     python -m kvtune.benchmarks.torture --seconds 120   # as long as that, all three kinds
     python -m kvtune.benchmarks.torture --inputs 1000000 --flips 2000 --kills 100
@@ -35,7 +35,6 @@ from kvtune.traces.trace import open_trace
 from kvtune.tuner.explore.reader import StudyReader
 from kvtune.tuner.finished import finished
 from kvtune.tuner.request import SearchRequest
-from kvtune.tuner.run_directory import result_as_plain
 from kvtune.tuner.search import run_search
 
 _HANG_S, _MEMORY = 10, 4 * 2**30
@@ -161,7 +160,7 @@ def _read_all(run: Path, trace: Path, before: str) -> str:
 
 
 def _as_text(result: Any) -> str:
-    return repr(result_as_plain(result))
+    return repr(result.as_dict())
 
 
 def main() -> int:

@@ -38,11 +38,11 @@ from kvtune.traces.trace import open_trace
 from kvtune.traces.writer import CaptureSettings, TraceWriter
 from kvtune.tuner.bench_runs import RUNS, read_runs
 from kvtune.tuner.explore.measured import keep_answer
-from kvtune.tuner.explore.outcome import read_outcome
 from kvtune.tuner.explore.reader import StudyReader
 from kvtune.tuner.explore.what_if import Setting, figures_of
 from kvtune.tuner.finished import Finished
 from kvtune.tuner.journal import FORMAT, Journal
+from kvtune.tuner.result import read_result
 
 SHAPES = ("M0 8k", "16GB", "24.5 GiB", "32k", "8192", "1m", "0.5tb")
 
@@ -76,7 +76,7 @@ def parsers(work: Path) -> dict[str, Parser]:
     return {
         "policy": Parser(_policies(), lambda data, _: read_policy(_text(data) + "\n")),
         "plans": Parser((_bytes(run / "plans.jsonl"),), _plans, structured=True),
-        "result": Parser((_bytes(run / "result.json"),), _file(read_outcome), structured=True),
+        "result": Parser((_bytes(run / "result.json"),), _file(read_result), structured=True),
         "validated": Parser((_answer(),), _validated, structured=True),
         "finished": Parser((_finished(),), _finished_file, structured=True),
         "journal": Parser((_journal(),), _file(lambda path: Journal(path, Silent())), True),

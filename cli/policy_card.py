@@ -160,7 +160,7 @@ def card_of(study: Study) -> Card:
         comparison=verdict.comparison,
         quality_source=facts.source,
         stand_in=facts.stand_in,
-        kl=outcome.quality,
+        kl=outcome.quality.kl,
         held_out_samples=facts.held_out_samples,
         measured_tokens=facts.measured_tokens,
         retrieval=ours.retrieval_accuracy,

@@ -11,8 +11,8 @@ from kvtune.cli import options
 from kvtune.cli.output import Output, speaking
 
 if TYPE_CHECKING:
-    from kvtune.tuner.request import SearchRequest, SearchResult
-
+    from kvtune.tuner.request import SearchRequest
+    from kvtune.tuner.result import SearchResult
 
 ContextOption = Annotated[
     str,

@@ -15,7 +15,8 @@ from kvtune.common.estimate import BAND
 from kvtune.common.units import MIB, format_bytes, format_tokens
 from kvtune.common.words import accuracy, count, figure, percent
 from kvtune.simulator.memory.budget import memory_budget
-from kvtune.tuner.request import FrontPoint, Quality, Rival, SearchRequest, SearchResult
+from kvtune.tuner.request import SearchRequest
+from kvtune.tuner.result import Baseline, FrontPoint, Quality, SearchResult
 from kvtune.tuner.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def tables(result: SearchResult) -> list[RenderableType]:
     found = verdict(result)
     return [
         found.sentence,
-        *("", _rivals(result, found.comparison)),
+        *("", _baselines(result, found.comparison)),
         *("", _front(result)),
         *("", _plan(result)),
         *("", budget_table(result.budget, quality_words(result.quality))),
@@ -67,7 +68,7 @@ def verdict(result: SearchResult) -> Verdict:
         memory_bytes=result.request.memory_bytes,
         kl=result.quality.kl,
         stand_in=result.quality.stand_in,
-        policies=result.rivals,
+        policies=result.baselines,
         full_cache_accuracy=result.full_cache_accuracy,
         largest_kl=result.request.largest_kl,
     )
@@ -139,11 +140,11 @@ def _point(point: FrontPoint, context: bool) -> tuple[str, ...]:
     )
 
 
-def _rivals(result: SearchResult, comparison: str) -> RenderableType:
+def _baselines(result: SearchResult, comparison: str) -> RenderableType:
     """The plan and others, with a column for each estimator: losses in one can be compared."""
-    live = any(rival.live for rival in result.rivals)
-    retrieval = any(rival.retrieval_accuracy for rival in result.rivals)
-    tiers = sorted({rival.predicted.tier for rival in result.rivals}, reverse=True)
+    live = any(baseline.live for baseline in result.baselines)
+    retrieval = any(baseline.retrieval_accuracy for baseline in result.baselines)
+    tiers = sorted({baseline.predicted.tier for baseline in result.baselines}, reverse=True)
     columns = ["", "policy", "MiB", *(["KL, live"] if live else [])]
     columns += [f"KL, {tier}" for tier in tiers]
     columns += ["perplexity"] * live + ["retrieval"] * retrieval
@@ -158,23 +159,23 @@ def _rivals(result: SearchResult, comparison: str) -> RenderableType:
     return table(
         "The plan beside others at equal bytes",
         columns,
-        [_rival(rival, tiers, live, retrieval) for rival in result.rivals],
+        [_baseline(baseline, tiers, live, retrieval) for baseline in result.baselines],
         left=(0, 1),
         caption="\n".join(captions),
     )
 
 
-def _rival(rival: Rival, tiers: Sequence[str], live: bool, retrieval: bool) -> list[str]:
-    predicted = figure(rival.predicted, tier=False)
-    change = rival.perplexity_change
+def _baseline(baseline: Baseline, tiers: Sequence[str], live: bool, retrieval: bool) -> list[str]:
+    predicted = figure(baseline.predicted, tier=False)
+    change = baseline.perplexity_change
     return [
-        "*" if rival.family == "kvtune" else "",
-        rival.name,
-        f"{rival.prompt_bytes / MIB:.2f}",
-        *([figure(rival.live, tier=False)] if live else []),
-        *(predicted if rival.predicted.tier == tier else "-" for tier in tiers),
+        "*" if baseline.family == "kvtune" else "",
+        baseline.name,
+        f"{baseline.prompt_bytes / MIB:.2f}",
+        *([figure(baseline.live, tier=False)] if live else []),
+        *(predicted if baseline.predicted.tier == tier else "-" for tier in tiers),
         *(["-" if change is None else f"{100 * change.value:+.2g} %"] if live else []),
-        *([accuracy(rival.retrieval_accuracy)] if retrieval else []),
+        *([accuracy(baseline.retrieval_accuracy)] if retrieval else []),
     ]
 
 

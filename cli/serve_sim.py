@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvtune.profiles.shape import ModelShape
     from kvtune.simulator.serving.report import Goals, Served
     from kvtune.simulator.serving.requests import Requests
-    from kvtune.simulator.serving.simulate import Server
+    from kvtune.simulator.serving.server import Server
 
 LEFT_OUT = (
     "left out: network, tokeniser and the scheduler's own time, outputs that end early, evicting "
@@ -126,9 +126,11 @@ def command(
 ) -> None:
     """Serve requests that arrive over time, simulated."""
     from kvtune.common.units import parse_bytes, parse_seconds
+    from kvtune.simulator.serving.engine import serve
     from kvtune.simulator.serving.report import Goals
-    from kvtune.simulator.serving.scheduler import Limits
-    from kvtune.simulator.serving.simulate import serve, server
+    from kvtune.simulator.serving.server import server
+    from kvtune.simulator.serving.step import Limits
+    from kvtune.simulator.serving.times import prepare
     from kvtune.tuner.target import read_gpu, read_model
 
     _, shape = read_model(model)
@@ -149,7 +151,7 @@ def command(
     policies = [None] if policy is None else [None, _policy(policy, shape)]
     with speaking(as_json, quiet) as out:
         found = [
-            serve(serving, asked, each, goals)
+            serve(prepare(serving, asked, each), asked, goals)
             for each in out.progress.track(policies, "serving", len(policies))
         ]
         out.show(_table(serving, asked, found), LEFT_OUT)

@@ -198,13 +198,13 @@ def _known(document: PolicyDocument, path: Path) -> _Known:
 def _predicted_by_search(path: Path, live: Estimate) -> Estimate | None:
     """The prediction of the search that measured ``live``; None where no such result is there."""
     from kvtune.common.errors import KvtuneError
-    from kvtune.tuner.explore.stored_result import read_result
+    from kvtune.tuner.result import read_result
 
     try:
         found = read_result(path)
     except KvtuneError:
         return None
-    by_policy = {rival.live: rival.predicted for rival in found.rivals}
+    by_policy = {each.live: each.predicted for each in found.baselines}
     return by_policy.get(live)
 
 

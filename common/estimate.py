@@ -76,15 +76,24 @@ def _from_stored(stored: StoredEstimate) -> Estimate:
     Raises:
         ValueError: it is not finite, negative, or outside its own interval.
     """
-    value, (low, high) = stored.value, stored.interval
+    return checked_estimate(Estimate(stored.value, *stored.interval, stored.unit, stored.tier))
+
+
+def checked_estimate(found: Estimate) -> Estimate:
+    """The same estimate, refused if it is no figure that a measurement can have.
+
+    Raises:
+        ValueError: it is not finite, negative, or outside its own interval.
+    """
+    value, low, high = found.value, found.low, found.high
     if not all(abs(number) <= _LARGEST for number in (value, low, high)):  # NaN fails too
         raise ValueError(f"{value} [{low}, {high}] is no finite figure")
-    if min(value, low) < 0 and stored.unit not in _MAY_BE_NEGATIVE:
-        raise ValueError(f"{value} [{low}, {high}] {stored.unit} is negative")
+    if min(value, low) < 0 and found.unit not in _MAY_BE_NEGATIVE:
+        raise ValueError(f"{value} [{low}, {high}] {found.unit} is negative")
     slack = _ROUNDING * max(abs(value), abs(low), abs(high))
     if not low - slack <= value <= high + slack:
         raise ValueError(f"{value} lies outside its own interval [{low}, {high}]")
-    return Estimate(value, low, high, stored.unit, stored.tier)
+    return found
 
 
 def exact(value: float, unit: str) -> Estimate:

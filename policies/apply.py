@@ -9,7 +9,7 @@ Methods choose and formats store; here their choices meet the tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kvtune.policies.format import Format, Role
+from kvtune.policies.method import Method
 from kvtune.policies.option import Option
-from kvtune.policies.parts import HeadPart, Part
+from kvtune.policies.parts import HeadPart, Part, PartPlan
 from kvtune.policies.policy import Policy
 from kvtune.policies.reader import Held, Reader
 from kvtune.policies.signals import Signals
@@ -121,11 +122,16 @@ class Kept:
 
     Args:
         parts: of every row, counted through ``[B, H]``.
-        heads: H.
+        numbers: which of the layer's KV heads the H are.
     """
 
     parts: list[list[HeadPart]]
-    heads: int
+    numbers: tuple[int, ...]
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return len(self.numbers)
 
     @property
     def sizes(self) -> list[int]:
@@ -141,21 +147,41 @@ class Kept:
         ]
 
 
-def ask(rows: Rows, budgets: Budgets, signals: Signals) -> Kept:
-    """Ask each head's method; heads and policies that share a choice ask once."""
+def ask(
+    rows: Rows,
+    budgets: Budgets,
+    signals: Signals,
+    *,
+    heads: Sequence[int] | None = None,
+    goes_on: bool = False,
+) -> Kept:
+    """Ask each head's method; heads and policies that share a choice ask once.
+
+    Args:
+        rows: options ``[B][H]``.
+        budgets: ``[B][H]``.
+        signals: of the whole layer.
+        heads: which of the layer's KV heads these are; all unless given.
+        goes_on: whether these heads evict on while tokens are generated. They then hold tokens as
+            they are: what a merge makes of those that left is for a prompt that is trimmed once.
+    """
     wanted = [
         (option.method, budget)
         for options, planned in zip(rows, budgets, strict=True)
         for option, budget in zip(options, planned, strict=True)
     ]
     chosen: dict[object, list[Part]] = {
-        choice: choice[0].parts(signals, choice[1]) for choice in dict.fromkeys(wanted)
+        (method, budget): [Part(method.keep(signals, budget))]
+        if goes_on
+        else method.parts(signals, budget)
+        for method, budget in dict.fromkeys(wanted)
     }
-    heads = len(rows[0])
+    numbers = tuple(range(len(rows[0])) if heads is None else heads)
     parts = [
-        [part.of_head(at % heads) for part in chosen[choice]] for at, choice in enumerate(wanted)
+        [part.of_head(numbers[at % len(numbers)]) for part in chosen[choice]]
+        for at, choice in enumerate(wanted)
     ]
-    return Kept(parts, heads)
+    return Kept(parts, numbers)
 
 
 def store(rows: Rows, budgets: Budgets, kept: Kept, signals: Signals) -> Compressed:
@@ -195,7 +221,8 @@ class _Slice:
         parts = [kept.parts[row][number] for row in rows]
         counts = torch.tensor([len(part.tokens) for part in parts], device=signals.keys.device)
         indices = pad_sequence([part.tokens for part in parts], batch_first=True)
-        heads = torch.tensor([row % kept.heads for row in rows], device=indices.device)
+        numbers = [kept.numbers[row % kept.heads] for row in rows]
+        heads = torch.tensor(numbers, device=indices.device)
         both = []
         roles: tuple[tuple[Role, Tensor], ...] = (
             ("keys", signals.keys),
@@ -371,3 +398,63 @@ def apply_options(options: Sequence[Option], budget: int, signals: Signals) -> C
     rows = [(option,) * heads for option in options]
     budgets = [(budget,) * heads] * len(options)
     return store(rows, budgets, ask(rows, budgets, signals), signals)
+
+
+def apply_each(
+    options: Sequence[Option], budget: int, signals: Signals
+) -> Iterator[tuple[list[int], Compressed]]:
+    """Each option on every head of a layer, in batches; which options a batch holds comes with it.
+
+    Those whose methods only drop tokens, equally many on every head, are gathered and stored as
+    whole tensors: their heads need not be told apart.
+    """
+    methods = dict.fromkeys(option.method for option in options)
+    kept = {m: tokens for m in methods if (tokens := _dropped_to(m, budget, signals)) is not None}
+    sizes = {tokens.shape[-1] for tokens in kept.values()}
+    for size in sizes:
+        mine = {m: tokens for m, tokens in kept.items() if tokens.shape[-1] == size}
+        columns = [at for at, option in enumerate(options) if option.method in mine]
+        yield columns, _gather_options([options[at] for at in columns], mine, signals)
+    if others := [at for at, option in enumerate(options) if option.method not in kept]:
+        yield others, apply_options([options[at] for at in others], budget, signals)
+
+
+def _dropped_to(method: Method, budget: int, signals: Signals) -> Tensor | None:
+    """The tokens ``[H, n]`` that a method keeps, where that is all it does; None otherwise."""
+    parts = method.parts(signals, budget)
+    if len(parts) != 1 or method.reader(budget) is not None:
+        return None
+    part = parts[0]
+    changed = (part.keys, part.values, part.log_weight, part.formats, part.balance)
+    plain = part.shared_by == 1 and all(each is None for each in changed)
+    return part.tokens if plain and part.tokens.shape[-1] else None
+
+
+def _gather_options(
+    options: Sequence[Option], kept: Mapping[Method, Tensor], signals: Signals
+) -> Compressed:
+    """Options of methods that only drop tokens, ``[O, H, n, D]``; each format stores once."""
+    tokens = torch.stack(list(kept.values()))  # [M, H, n]
+    lead, (size, head_dim) = tokens.shape[:2], (tokens.shape[-1], signals.keys.shape[-1])
+    counts = torch.full((lead[0] * lead[1],), size, device=tokens.device)
+    methods = torch.tensor([list(kept).index(option.method) for option in options])
+
+    def stored(whole: Tensor, forms: Sequence[Format], role: Role) -> Tensor:
+        at = tokens[..., None].expand(*tokens.shape, head_dim)
+        plain = whole.expand(len(tokens), *whole.shape).gather(2, at).flatten(0, 1)
+        found = torch.empty(len(options), lead[1], size, head_dim, device=whole.device)
+        for form in dict.fromkeys(forms):
+            columns = [column for column, other in enumerate(forms) if other == form]
+            narrow = form.roundtrip(plain, counts, role).unflatten(0, lead)
+            found[columns] = narrow[methods[columns]].to(found.dtype)
+        return found
+
+    each = [
+        PartPlan(size).stored_bytes((option.keys, option.values), head_dim) for option in options
+    ]
+    return Compressed(
+        stored(signals.keys, [option.keys for option in options], "keys"),
+        stored(signals.values, [option.values for option in options], "values"),
+        torch.full((len(options), lead[1]), size, device=tokens.device),
+        tuple(lead[1] * sum(both) for both in each),
+    )

@@ -174,9 +174,7 @@ class DecodeMethod(ScoredMethod):
         heads, tokens, _ = signals.keys.shape
         device = signals.keys.device
         positions = torch.arange(tokens, device=device).expand(1, heads, -1)
-        statistics = {name: each[None] for name, each in self.statistics(signals).items()}
-        numbers = torch.arange(heads, device=device)
-        return DecodeState(positions, tokens, statistics, signals.layer, numbers)
+        return opened(self, signals, positions, torch.arange(heads, device=device))
 
     def pin(self, budgets: NDArray[np.int64], device: str | torch.device) -> tuple[Tensor, Tensor]:
         """How many first and last tokens never leave under each budget, ``[B, H, 1]`` each."""
@@ -207,6 +205,39 @@ class DecodeMethod(ScoredMethod):
         beyond = torch.full_like(keys[..., :1], never)  # where all that is live leaves
         ascending = torch.cat((keys.sort(-1).values, beyond), -1)
         return keys < ascending.gather(-1, drops[..., None])
+
+
+def opened(
+    method: DecodeMethod | None, signals: Signals, positions: Tensor, heads: Tensor
+) -> DecodeState:
+    """What is remembered of the prompt tokens that some heads hold.
+
+    Args:
+        method: whose statistics are kept of them; None for a cache that only grows.
+        signals: of the whole layer.
+        positions: of the held tokens, ``[B, H, n]`` int64; ``FREE`` where a slot is empty.
+        heads: which of the layer's KV heads these are, ``[H]`` int64.
+    """
+    known = {} if method is None else method.statistics(signals)
+    at = heads[None, :, None], positions.clamp_min(0)
+    statistics = {name: each[at] for name, each in known.items()}
+    return DecodeState(positions, signals.prompt_tokens, statistics, signals.layer, heads)
+
+
+class SentDrops:
+    """How many entries leave each head, on the device: mostly the same as a step ago."""
+
+    def __init__(self) -> None:
+        self._sent: tuple[bytes, Tensor] | None = None
+
+    def on(self, device: torch.device, drops: NDArray[np.int64]) -> Tensor:
+        """The counts ``[B, H]``, sent only where they differ from the last ones."""
+        import torch
+
+        key = drops.tobytes()
+        if self._sent is None or self._sent[0] != key:
+            self._sent = key, torch.from_numpy(drops).to(device)
+        return self._sent[1]
 
 
 def _one_entry(value: float | Tensor) -> float | Tensor:

@@ -1,10 +1,11 @@
 """How tokens lie in a page: the one description that kernels, reference and pool share.
 
-A page holds up to 64 tokens of one KV head: its keys, then its values, each as codes followed by
-their scales.
+A page holds up to 64 tokens of one KV head, or up to 16 where keys and values are both in 16 bits:
+its keys, then its values, each as codes followed by their scales. Pages of 16 bits are what grows,
+token by token, and what a few exact tokens take; the others hold whole groups that share scales.
 
-floats    keys token by token [64, D]; values too in bf16, and channel by channel [D, 64] in fp8,
-          which has one scale a head and tensor, kept beside the lengths
+floats    keys token by token [tokens, D]; values too in bf16, and channel by channel [D, 64] in
+          fp8, which has one scale a head and tensor, kept beside the lengths
 integers  in units of two bytes, the tokens t and t + 32 of a page; a byte holds the channels d,
           d + D/f, d + 2D/f ... (f = 8 / bits fields). Keys [32, D/f] units, values [D/f, 32].
           A mask leaves two lanes of 16 bits with one field each: no element changes its lane
@@ -27,7 +28,10 @@ from kvtune.policies.format import Format
 from kvtune.policies.option import Option
 
 PAGE = 64
-"""Tokens a page; also the group that shares a scale."""
+"""Tokens of a page whose keys or values are coded; also the group that shares a scale."""
+
+BF16_PAGE = 16
+"""Tokens of a page whose keys and values are both in 16 bits; half of a kernel's step, or all."""
 
 CODES = {"bf16": 16, "fp8": 9, "int8": 8, "int4": 4, "int2": 2}
 """What a kernel calls a format: its bits, and 9 for fp8."""
@@ -91,6 +95,11 @@ class PageLayout:
         return 2 * TURNED * keys + values
 
     @property
+    def page_tokens(self) -> int:
+        """Tokens that a page holds at most."""
+        return BF16_PAGE if self.keys == self.values == "bf16" else PAGE
+
+    @property
     def cell_bytes(self) -> int:
         """What sizes and places in a pool are multiples of."""
         return 4 * self.head_dim
@@ -98,7 +107,7 @@ class PageLayout:
     @cached_property
     def key_scales(self) -> int:
         """Byte offset of the keys' scales."""
-        return code_bytes(self.keys, self.head_dim)
+        return code_bytes(self.keys, self.head_dim, self.page_tokens)
 
     @cached_property
     def value_codes(self) -> int:
@@ -108,7 +117,7 @@ class PageLayout:
     @cached_property
     def value_scales(self) -> int:
         """Byte offset of the values' scales."""
-        return self.value_codes + code_bytes(self.values, self.head_dim)
+        return self.value_codes + code_bytes(self.values, self.head_dim, self.page_tokens)
 
     @cached_property
     def page_bytes(self) -> int:
@@ -120,6 +129,29 @@ class PageLayout:
     def page_cells(self) -> int:
         """Cells of a page."""
         return self.page_bytes // self.cell_bytes
+
+    @property
+    def block_pages(self) -> int:
+        """Pages of a block of 64 tokens, which a reader selects and the host keeps together."""
+        return PAGE // self.page_tokens
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of such a block."""
+        return self.block_pages * self.page_bytes
+
+    @property
+    def block_cells(self) -> int:
+        """Cells of such a block."""
+        return self.block_pages * self.page_cells
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that so many tokens take."""
+        return -(-tokens // self.page_tokens)
+
+    def blocks_of(self, pages: int) -> int:
+        """Blocks of 64 tokens, the last one maybe in part, that so many pages hold."""
+        return -(-pages * self.page_tokens // PAGE)
 
 
 def layout_of(option: Option, head_dim: int) -> PageLayout:
@@ -193,9 +225,9 @@ def bits(name: str) -> int:
     return 8 if name == "fp8" else CODES[name.removeprefix(ROTATED).removesuffix(AS_VALUES)]
 
 
-def code_bytes(name: str, head_dim: int) -> int:
-    """Bytes of a page's codes, of keys or of values."""
-    return PAGE * head_dim * bits(name) // 8
+def code_bytes(name: str, head_dim: int, tokens: int = PAGE) -> int:
+    """Bytes of the codes of a page of so many tokens, of keys or of values."""
+    return tokens * head_dim * bits(name) // 8
 
 
 def scale_bytes(name: str, head_dim: int, by_token: bool) -> int:

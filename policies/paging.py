@@ -21,14 +21,14 @@ PREFILL_CHUNK_TOKENS = 2048
 """Tokens of prompts that the runtime works on at once, where it need not see a prompt whole."""
 
 SLAB_CELLS = 576
-"""Nine pages of bf16, 32 of int4: a size of which every format wastes less than 3 %."""
+"""36 pages of bf16, 32 of int4: a size of which every format wastes less than 3 %."""
 
 HOST_SLAB_BYTES = 2**26
 """Pinned memory is taken in pieces of this size: PyTorch rounds one allocation up to a power of
 two, which for all pages in one piece would be up to twice what they need."""
 
 PLACE_BYTES = 8
-"""Bytes on the device for each page on the host: where it lies."""
+"""Bytes on the device for each block of 64 tokens on the host: where it lies."""
 
 TABLE_BYTES = 192
 """Bytes of a head's tables on the device: two tiles of 64, places of pages, lengths, scales."""
@@ -116,7 +116,8 @@ def head_pages(
         settled = 1 + growth.new_tokens // PAGE
     if option.on_host:
         coded = 0
-    return Pages({layout: settled - (-coded // PAGE)}) + Pages({growing: -(-grown // PAGE)})
+    coded_pages = settled + layout.pages_for(coded)
+    return Pages({layout: coded_pages}) + Pages({growing: growing.pages_for(grown)})
 
 
 def may_lie_on_host(option: Option, head_dim: int) -> bool:
@@ -126,11 +127,12 @@ def may_lie_on_host(option: Option, head_dim: int) -> bool:
 
 
 def host_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> Pages:
-    """Pages of one head's prompt that lie on the host."""
+    """Pages of one head's prompt that lie on the host, of whole blocks of 64 tokens."""
     if not option.on_host:
         return Pages()
     coded = planned_entries(option, budget, prompt_tokens, head_dim)[1]
-    return Pages({pages_of(option, head_dim): -(-coded // PAGE)})
+    layout = pages_of(option, head_dim)
+    return Pages({layout: layout.block_pages * -(-coded // PAGE)})
 
 
 def arriving_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> Pages:
@@ -142,7 +144,7 @@ def arriving_pages(option: Option, budget: int, prompt_tokens: int, head_dim: in
     if reader is None:
         return pages
     most = -(-reader.entries_read(prompt_tokens) // PAGE)
-    return Pages({layout: min(count, most) for layout, count in pages.items()})
+    return Pages({layout: min(n, layout.block_pages * most) for layout, n in pages.items()})
 
 
 def landing_bytes(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> int:
@@ -164,6 +166,14 @@ def landing_pages(policy: Policy, prompt_tokens: int, head_dim: int, sequences: 
     return most
 
 
+def landing_cells(policy: Policy, prompt_tokens: int, head_dim: int, sequences: int) -> int:
+    """Cells of a pool for where blocks from the host land; a slab holds blocks of one size."""
+    by_size = Counter[int]()
+    for layout, count in landing_pages(policy, prompt_tokens, head_dim, sequences).items():
+        by_size[layout.block_cells] += count // layout.block_pages
+    return SLAB_CELLS * sum(-(-count // (SLAB_CELLS // size)) for size, count in by_size.items())
+
+
 def host_sequence_bytes(policy: Policy, prompt_tokens: int, head_dim: int) -> int:
     """Pinned host memory of one sequence's prompt, whole pages in whole slabs."""
     pages, budgets = Pages(), policy.budgets(prompt_tokens).flat
@@ -171,7 +181,7 @@ def host_sequence_bytes(policy: Policy, prompt_tokens: int, head_dim: int) -> in
         pages += host_pages(option, int(budget), prompt_tokens, head_dim)
     by_size = Counter[int]()
     for layout, count in pages.items():
-        by_size[layout.page_bytes] += count
+        by_size[layout.block_bytes] += count // layout.block_pages
     slabs = sum(-(-count // (HOST_SLAB_BYTES // size)) for size, count in by_size.items())
     return slabs * HOST_SLAB_BYTES
 
@@ -192,7 +202,8 @@ def head_bytes(
     """Device memory of one head: its pages' shares of slabs, tables, and what lies beside pages."""
     pages = head_pages(option, budget, prompt_tokens, head_dim, growth)
     held = sum(count * _share_of_slab(layout) for layout, count in pages.items())
-    places = PLACE_BYTES * host_pages(option, budget, prompt_tokens, head_dim).total()
+    there = host_pages(option, budget, prompt_tokens, head_dim)
+    places = PLACE_BYTES * sum(count // layout.block_pages for layout, count in there.items())
     beside = _beside_bytes(option, budget, prompt_tokens, head_dim)
     return round(held) + places + beside + TABLE_BYTES
 
@@ -218,7 +229,8 @@ def sequence_bytes(policy: Policy, prompt_tokens: int, head_dim: int, growth: Gr
 
 def growing_bytes(tokens: int, head_dim: int) -> float:
     """Bytes of the 16-bit pages that so many tokens of one head take."""
-    return -(-tokens // PAGE) * _share_of_slab(PageLayout(head_dim))
+    layout = PageLayout(head_dim)
+    return layout.pages_for(tokens) * _share_of_slab(layout)
 
 
 def _share_of_slab(layout: PageLayout) -> float:

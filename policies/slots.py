@@ -1,8 +1,8 @@
 """A cache of slots: one layer's entries under a method, while tokens are generated.
 
 An entry keeps its slot until it leaves, and the next token takes a free one: nothing is moved.
-Replay and live generation step this same object. Several policies that share a method, and all
-their heads, step together.
+The driver, ``policies/apply.py``, says what a prompt leaves here; replay and live generation step
+this same object. Several policies that share a method, and all their heads, step together.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.rotary import turn
-from kvtune.policies.decode import FREE, DecodeMethod, DecodeState
+from kvtune.policies.apply import ask, store
+from kvtune.policies.decode import FREE, DecodeMethod, DecodeState, SentDrops, opened
 from kvtune.policies.method import Method
+from kvtune.policies.option import Option
 from kvtune.policies.signals import Signals
 
 
@@ -59,21 +62,11 @@ def prompt_of(
     tokens = signals.prompt_tokens
     whole = evicts and isinstance(method, DecodeMethod) and not method.trims_prompt
     sizes = np.full_like(budgets, tokens) if whole else budgets.clip(0, tokens)
-    numbers = _numbers(heads, signals)
-    shape = (*sizes.shape, int(sizes.max(initial=0)))
-    positions = torch.zeros(shape, dtype=torch.int64, device=signals.keys.device)
-    keys = signals.keys.new_zeros(*shape, signals.keys.shape[-1])
-    values = torch.zeros_like(keys)
-    for budget in np.unique(sizes).tolist():
-        at = method.keep(signals, budget)
-        wide = at[..., None].expand(*at.shape, keys.shape[-1])
-        both = None if evicts else method.merge(signals, at)
-        stored = both or (signals.keys.gather(1, wide), signals.values.gather(1, wide))
-        for row, column in np.argwhere(sizes == budget).tolist():
-            mine, head = (row, column, slice(budget)), numbers[column]
-            positions[mine] = at[head]
-            keys[mine], values[mine] = stored[0][head], stored[1][head]
-    return Prompt(positions, sizes, keys, values)
+    rows, each = [[Option(method)] * sizes.shape[1]] * len(sizes), sizes.tolist()
+    kept = ask(rows, each, signals, heads=_numbers(heads, signals), goes_on=evicts)
+    stored = store(rows, each, kept, signals)
+    positions = pad_sequence(kept.tokens, batch_first=True).unflatten(0, sizes.shape)
+    return Prompt(positions, sizes, stored.keys, stored.values)
 
 
 def _numbers(heads: Sequence[int] | None, signals: Signals) -> list[int]:
@@ -113,7 +106,7 @@ class SlotCache:
         self.peak = self.sizes.copy()
         self.evicted = np.zeros_like(self.sizes)
         self.entry_steps = np.zeros_like(self.sizes)  # summed over steps: mean occupancy
-        self._drops: tuple[bytes, Tensor] | None = None
+        self._drops = SentDrops()
         if method is not None:
             method.check_heads(budgets)
         slots = self._slots(room)
@@ -134,16 +127,10 @@ class SlotCache:
         place = torch.arange(slots, device=device)
         real = place < torch.from_numpy(self.sizes).to(device)[..., None]
         positions = _widened(prompt.positions, slots).masked_fill(~real, FREE)
-        statistics: dict[str, Tensor] = {}
-        pinned = None
+        state = opened(self.method, signals, positions, torch.tensor(heads, device=device))
         if self.method is not None:
-            row = torch.tensor(heads, device=device)[None, :, None]
-            for name, each in self.method.statistics(signals).items():
-                statistics[name] = each[row, positions.clamp_min(0)]
-            pinned = self.method.pin(self.budgets, device)
-        number = torch.tensor(heads, device=device)
-        tokens = signals.prompt_tokens
-        return DecodeState(positions, tokens, statistics, signals.layer, number, pinned=pinned)
+            state.pinned = self.method.pin(self.budgets, device)
+        return state
 
     def step(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attention output of the next token; changes the cache.
@@ -193,17 +180,10 @@ class SlotCache:
         drops = method.drops(self.sizes, self.budgets, self.state.generated)
         if not drops.any():
             return
-        leaving = method.leaving(self.state, self._on_device(drops))
+        leaving = method.leaving(self.state, self._drops.on(self.keys.device, drops))
         self.state.positions.masked_fill_(leaving, FREE)
         self.sizes -= drops
         self.evicted += drops
-
-    def _on_device(self, drops: NDArray[np.int64]) -> Tensor:
-        """The same drops as a step ago, mostly: sent once."""
-        key = drops.tobytes()
-        if self._drops is None or self._drops[0] != key:
-            self._drops = key, torch.from_numpy(drops).to(self.keys.device)
-        return self._drops[1]
 
     def kept(self) -> list[list[list[int]]]:
         """Positions that each head holds, ascending, ``[B][H]``."""

@@ -8,6 +8,8 @@ from kvtune.policies.signals import Needs
 
 _SCORE_BYTES = 4
 _KV_BYTES = 2
+_LAUNCHES = {"window": 12, "moments": 20, "later": 8, "repeated": 12, "choice": 10}
+"""Kernels that torch launches for a layer's signals, and for ranking and keeping: as counted."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,16 @@ class Work:
         flops: floating-point operations.
         moved_bytes: read from and written to device memory.
         passes: extra forward passes over the prompt, of the whole model.
+        softmax_flops: operations of products that each go through an exponential at once, in a
+            kernel that keeps no matrix of them.
+        launches: kernels that the host starts, whatever they do; of all heads together.
     """
 
     flops: float = 0.0
     moved_bytes: float = 0.0
     passes: float = 0.0
+    softmax_flops: float = 0.0
+    launches: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         """Both, one after the other."""
@@ -47,11 +54,13 @@ class Work:
             self.flops + other.flops,
             self.moved_bytes + other.moved_bytes,
             self.passes + other.passes,
+            self.softmax_flops + other.softmax_flops,
+            self.launches + other.launches,
         )
 
     def __sub__(self, part: Work) -> Work:
         """What is left without a part of it."""
-        return self + Work(-part.flops, -part.moved_bytes, -part.passes)
+        return self + Work(*(-value for value in vars(part).values()))
 
 
 def work_of_signals(needs: Needs, shape: LayerShape) -> Work:
@@ -64,15 +73,22 @@ def work_of_signals(needs: Needs, shape: LayerShape) -> Work:
     rows = min(needs.window, tokens)
     total = Work()
     if rows:
-        total += Work(2.0 * rows * tokens * size * heads, keys + 3 * rows * tokens * heads * 4.0)
-    if needs.column_sums:  # exp(q k) once more below the diagonal, row sums being known
-        total += Work(1.0 * heads * size * tokens**2, keys + heads * tokens * 4.0)
+        products = 2.0 * rows * tokens * size * heads
+        moved = keys + 3 * rows * tokens * heads * 4.0
+        total += Work(products, moved, launches=_LAUNCHES["window"])
+    if needs.column_sums:  # exp(q k) below the diagonal twice: row sums first, then columns
+        products = 2.0 * heads * size * tokens**2
+        moved = 2 * keys + 2 * heads * tokens * 4.0
+        total += Work(moved_bytes=moved, softmax_flops=products, launches=2)
     if needs.query_moments:
-        total += Work(2.0 * heads * tokens * size**2, heads * tokens * size * 2.0)
+        products, moved = 2.0 * heads * tokens * size**2, heads * tokens * size * 2.0
+        total += Work(products, moved, launches=_LAUNCHES["moments"])
     if needs.later_queries:
-        total += Work(moved_bytes=8.0 * heads * min(tokens, 512) * size)
+        moved = 8.0 * heads * min(tokens, 512) * size
+        total += Work(moved_bytes=moved, launches=_LAUNCHES["later"])
     if needs.reconstruction:
-        total += Work(4.0 * heads * size * tokens**2, 2.0 * keys, passes=1.0)
+        products = 4.0 * heads * size * tokens**2
+        total += Work(products, 2.0 * keys, passes=1.0, launches=_LAUNCHES["repeated"])
     return total
 
 
@@ -80,4 +96,4 @@ def work_of_choice(shape: LayerShape, budget: int) -> Work:
     """Ranking every token of every KV head, reading what stays and writing it elsewhere."""
     scores = shape.kv_heads * shape.prompt_tokens * _SCORE_BYTES
     kept = 4 * shape.kv_heads * min(budget, shape.prompt_tokens) * shape.head_dim * _KV_BYTES
-    return Work(moved_bytes=4.0 * scores + kept)
+    return Work(moved_bytes=4.0 * scores + kept, launches=_LAUNCHES["choice"])

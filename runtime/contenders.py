@@ -16,6 +16,7 @@ from kvtune.policies.decode import DecodeMethod
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.method import Method
 from kvtune.policies.option import Option
+from kvtune.policies.parts import PartPlan
 from kvtune.policies.policy import Policy
 from kvtune.policies.room import beyond_prompt, goes_on_evicting
 from kvtune.policies.signals import Signals
@@ -76,7 +77,8 @@ def check(geometry: Geometry, prompt_ids: Sequence[int], contenders: Sequence[Co
     """Refuse what cannot be generated from.
 
     Raises:
-        KvtuneError: a prompt of one token, another model's policy, or one with fewer bits.
+        KvtuneError: a prompt of one token, another model's policy, or one that stores fewer bits
+            or other entries than tokens.
     """
     if len(prompt_ids) < 2:
         raise KvtuneError(
@@ -92,6 +94,25 @@ def check(geometry: Geometry, prompt_ids: Sequence[int], contenders: Sequence[Co
                 "entries in 16 bits",
                 hint="use bf16 for keys and values, or measure the policy with kvtune validate.",
             )
+        for option in contender.policy.options():
+            _check_slots(option, len(prompt_ids) - 1)
+
+
+def _check_slots(option: Option, prompt_tokens: int) -> None:
+    """Refuse what slots of tokens in 16 bits, all of which are read, cannot hold.
+
+    Raises:
+        KvtuneError: names the option.
+    """
+    budget = option.budget.resolve(prompt_tokens)
+    plans = option.method.plan(budget, prompt_tokens)
+    plain = all(plan == PartPlan(plan.entries) for plan in plans)
+    if not plain or option.method.reader(budget) is not None:
+        raise KvtuneError(
+            f"{option.label!r} stores more than tokens in 16 bits that every step reads, which a "
+            "generation that evicts does not hold",
+            hint="measure the policy with kvtune validate.",
+        )
 
 
 def groups(

@@ -2,8 +2,8 @@
 
 Each layer's prompt cache is compressed when that layer's prompt attention is complete, so the
 prompt's own hidden states are those of the full cache; the observed tokens then run through the
-whole model, and what one layer loses reaches the next. Many policies run as one batch; its first
-row is the full cache, which the others are measured against.
+whole model, and what one layer loses reaches the next. Many policies run as one batch, and are
+measured against the full cache, which is run once a sample in the same way.
 """
 
 from __future__ import annotations
@@ -51,15 +51,20 @@ class LiveRun:
 
 
 def run_live(
-    loaded: LoadedModel, sample: Sample, prompt: Prompt, policies: Sequence[Policy]
+    loaded: LoadedModel,
+    sample: Sample,
+    prompt: Prompt,
+    policies: Sequence[Policy],
+    full: Tensor | None = None,
 ) -> list[LiveRun]:
-    """Run one sample's observed tokens under every policy, in one batch with the full cache.
+    """Run one sample's observed tokens under every policy, in one batch.
 
     Args:
         loaded: the model.
         sample: what it reads.
         prompt: the sample's prompt, freshly run or from a trace of the same model.
         policies: for this model's shape.
+        full: what ``full_cache`` says of this sample and prompt; None runs it here.
 
     Raises:
         KvtuneError: a policy has another shape, or makes the output NaN.
@@ -67,20 +72,37 @@ def run_live(
     geometry = loaded.geometry
     for policy in policies:
         policy.check_fits(geometry.layers, geometry.kv_heads)
-    rows = [Policy.uniform(Option(), geometry.layers, geometry.kv_heads), *policies]
-    cache = _BatchCache(prompt, rows, [policy.settle(sample.prompt, prompt) for policy in rows])
+    if full is None:
+        full = full_cache(loaded, sample, prompt)
+    logits, cache = _answered(loaded, sample, prompt, policies)
+    targets = torch.tensor(sample.targets, device=logits.device)
+    return [_measure(full, logits, targets, row, cache) for row in range(len(policies))]
+
+
+def full_cache(loaded: LoadedModel, sample: Sample, prompt: Prompt) -> Tensor:
+    """Log-probabilities under the uncompressed prompt, ``[C, vocabulary]`` float32."""
+    geometry = loaded.geometry
+    whole = Policy.uniform(Option(), geometry.layers, geometry.kv_heads)
+    return _answered(loaded, sample, prompt, [whole])[0][0].float().log_softmax(-1)
+
+
+def _answered(
+    loaded: LoadedModel, sample: Sample, prompt: Prompt, policies: Sequence[Policy]
+) -> tuple[Tensor, _BatchCache]:
+    """Logits ``[B, C, vocabulary]`` of the observed tokens, and the cache that answered them."""
+    budgets = [policy.settle(sample.prompt, prompt) for policy in policies]
+    cache = _BatchCache(prompt, policies, budgets)
     observed = sample.token_ids[sample.prompt :]
     with torch.no_grad():
-        logits = run_observed(loaded, observed, sample.prompt, cache, copies=len(rows))
-        targets = torch.tensor(sample.targets, device=logits.device)
-        return [_measure(logits, targets, row, cache) for row in range(1, len(rows))]
+        logits = run_observed(loaded, observed, sample.prompt, cache, copies=len(policies))
+    return logits, cache
 
 
 class _BatchCache:
     """Answers attention layer by layer; row b of the batch sees policy b's compressed prompt."""
 
     def __init__(
-        self, prompt: Prompt, policies: list[Policy], budgets: list[NDArray[np.int64]]
+        self, prompt: Prompt, policies: Sequence[Policy], budgets: list[NDArray[np.int64]]
     ) -> None:
         self.prompt, self.policies, self.budgets = prompt, policies, budgets
         self.kept: list[Tensor] = []  # [B, H] a layer
@@ -121,8 +143,10 @@ def answer(q: Tensor, k: Tensor, v: Tensor, prompt: Compressed, scale: float) ->
     return merge(past, recent).flatten(1, 2).to(q.dtype)
 
 
-def _measure(logits: Tensor, targets: Tensor, row: int, cache: _BatchCache) -> LiveRun:
-    full, ours = logits[0].float().log_softmax(-1), logits[row].float().log_softmax(-1)
+def _measure(
+    full: Tensor, logits: Tensor, targets: Tensor, row: int, cache: _BatchCache
+) -> LiveRun:
+    ours = logits[row].float().log_softmax(-1)
     if not bool(ours.isfinite().all()):
         raise KvtuneError(f"the policy {cache.policies[row].name!r} made the model's output NaN")
     kl = (full.exp() * (full - ours)).sum(-1)

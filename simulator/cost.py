@@ -19,6 +19,11 @@ from kvtune.simulator.latency.host import host_step
 from kvtune.simulator.latency.steps import decode_step, prefill
 from kvtune.simulator.memory.budget import MemoryBudget
 from kvtune.simulator.memory.peak import add, peak_memory, waiting_bytes
+from kvtune.simulator.memory.policy_bytes import (
+    bytes_of,
+    bytes_read_by_format,
+    cache_bytes_by_format,
+)
 
 
 @dataclass(frozen=True)
@@ -128,8 +133,8 @@ def _while_evicting(policy: Policy, shape: ModelShape, prompt_tokens: int, gener
         room = Room.of(option, int(planned), prompt_tokens)
         opened = room.prompt if room else int(planned)
         ends = min(opened + generated, room.most) if room else opened + generated
-        prompt += _bytes_of(option, opened, prompt_tokens, shape.head_dim)
-        most += _bytes_of(option, min(opened, ends), prompt_tokens, shape.head_dim)
+        prompt += bytes_of(option, opened, prompt_tokens, shape.head_dim)
+        most += bytes_of(option, min(opened, ends), prompt_tokens, shape.head_dim)
         grown = max(ends - opened, 0)
         most["bf16"] += Option().footprint(grown, grown, shape.head_dim)
         if room and isinstance(option.method, DecodeMethod):
@@ -177,32 +182,6 @@ def _with_host(step: Estimate, added: Estimate) -> Estimate:
         getattr(step, end) + getattr(added, end) for end in ("value", "low", "high")
     )
     return Estimate(value, low, high, "s", added.tier)
-
-
-def cache_bytes_by_format(policy: Policy, shape: ModelShape, prompt_tokens: int) -> Counter[str]:
-    """Bytes of one compressed prompt by the name of their format, without the heads' lengths."""
-    budgets = policy.budgets(prompt_tokens).flat
-    each = zip(policy.options(), budgets, strict=True)
-    head_dim = shape.head_dim
-    return sum((_bytes_of(o, int(n), prompt_tokens, head_dim) for o, n in each), Counter[str]())
-
-
-def bytes_read_by_format(policy: Policy, shape: ModelShape, prompt_tokens: int) -> Counter[str]:
-    """Bytes of those that a decode step reads, as far as the prompt goes."""
-    found = Counter[str]()
-    for option, tokens in zip(policy.options(), policy.budgets(prompt_tokens).flat, strict=True):
-        read = option.read_by_format(int(tokens), prompt_tokens, shape.head_dim)
-        for form, size in read.items():
-            found[form.name] += size
-    return found
-
-
-def _bytes_of(option: Option, tokens: int, prompt_tokens: int, head_dim: int) -> Counter[str]:
-    """Of one head's tokens, by the name of their format."""
-    found = Counter[str]()
-    for form, size in option.bytes_by_format(tokens, prompt_tokens, head_dim).items():
-        found[form.name] += size
-    return found
 
 
 def per_second(step: Estimate, sequences: int) -> Estimate:

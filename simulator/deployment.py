@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -13,7 +13,6 @@ from kvtune.profiles.elsewhere import SYSTEM_OF_CARD, Stack, require_systems_fol
 from kvtune.profiles.gpus import GpuProfile, find_gpu
 from kvtune.profiles.shape import ModelShape
 from kvtune.profiles.split import split_over
-from kvtune.simulator.cost import Cost, full_cost, per_second
 from kvtune.simulator.latency import priors
 from kvtune.simulator.latency.elsewhere import ServingTables
 from kvtune.simulator.latency.serving_kernels import Overheads, ServingModel
@@ -57,22 +56,21 @@ class Deployment:
         """One GPU's share."""
         return split_over(self.shape, self.gpus)
 
-    def cost(self, budget: MemoryBudget, generated: int) -> Cost:
-        """The uncompressed bf16 cache on one of the GPUs, with the time of all of them.
+    def times(
+        self, step: Estimate, prefill: Estimate, budget: MemoryBudget, generated: int
+    ) -> tuple[Estimate, Estimate]:
+        """A decode step and a prefill of all GPUs together over the uncompressed bf16 cache.
 
         Args:
+            step: of one GPU's share alone, by kvtune's own model.
+            prefill: likewise.
             budget: of one GPU's share.
             generated: tokens that each sequence generates.
         """
-        plain = full_cost(self.local, self.gpu, budget, generated)
         tokens, batch = budget.context_tokens, budget.batch
         if self.stack == "kvtune":
-            step = self._summed(plain.latency, batch)
-            first = self._summed(plain.prefill, tokens)
-        else:
-            step, first = self._served(self.stack, budget, tokens + generated)
-        rate = per_second(step, batch)
-        return replace(plain, latency=step, prefill=first, tokens_per_second=rate)
+            return self._summed(step, batch), self._summed(prefill, tokens)
+        return self._served(self.stack, budget, tokens + generated)
 
     def _summed(self, alone: Estimate, rows: int) -> Estimate:
         """With two sums over the GPUs a layer."""

@@ -127,9 +127,9 @@ def write_study(
 def _add_live_kinds(path: Path) -> None:
     """As searches have written them since: of the plan and the best uniform policy."""
     result = json.loads(path.read_text())
-    for rival in result["rivals"][::2]:
-        loss = rival["live"]["value"]
-        rival["live_by_kind"] = {kind: _loss(loss, "live") for kind in KINDS}
+    for baseline in result["baselines"][::2]:
+        loss = baseline["live"]["value"]
+        baseline["live_by_kind"] = {kind: _loss(loss, "live") for kind in KINDS}
     path.write_text(json.dumps(result))
 
 
@@ -146,18 +146,37 @@ def _finish(folder: Path, about: Facts, made: list[Plan], live: bool) -> None:
     )
     (folder / "baselines" / "greedy.yaml").write_text(write_policy(document))
     value = chosen.kl.value
-    rivals = [
-        _rival("kvtune plan", "kvtune", 1.1 * value, chosen, "policy.yaml", live),
-        _rival("greedy per head", "greedy", 1.3 * value, chosen, "baselines/greedy.yaml", live),
-        _rival("uniform h2o int3+4", "uniform", 9 * value, chosen, None, live),
-        _rival("adakv snapkv int4", "adakv", 10 * value, chosen, None, live),
+    baselines = [
+        _baseline("kvtune plan", "kvtune", 1.1 * value, chosen, "policy.yaml", live),
+        _baseline("greedy per head", "greedy", 1.3 * value, chosen, "baselines/greedy.yaml", live),
+        _baseline("uniform h2o int3+4", "uniform", 9 * value, chosen, None, live),
+        _baseline("adakv snapkv int4", "adakv", 10 * value, chosen, None, live),
     ]
-    quality = rivals[0]["live"] or rivals[0]["predicted"]
+    quality = baselines[0]["live"] or baselines[0]["predicted"]
+    rate, second = _figure(900.0, "tokens/s", "datasheet"), _figure(0.05, "s", "datasheet")
+    point = {
+        "kl": value, "context_tokens": chosen.context_tokens, "sequences": chosen.sequences,
+        "prompt_bytes": chosen.prompt_bytes, "share": 0.1, "time_per_token": second,
+        "tokens_per_second": rate, "parameters": chosen.parameters, "chosen": True, "band": None,
+    }  # fmt: skip
     result = {
-        "front": [{"parameters": chosen.parameters, "chosen": True}],
-        "rivals": rivals,
-        "quality": {"kl": quality},
-        "predicted": {"kl": rivals[0]["predicted"]},
+        "kvtune": about.kvtune,
+        "model": about.shape.name,
+        "gpu": "h100-sxm",
+        "policy": "policy.yaml",
+        "budget": {},
+        "front": [point],
+        "baselines": baselines,
+        "quality": _quality(quality),
+        "predicted_quality": _quality(baselines[0]["predicted"]),
+        "memory": _figure(9e9, "B", "assumed"),
+        "latency": second,
+        "prefill": second,
+        "compression": second,
+        "context_tokens": chosen.context_tokens,
+        "sequences": chosen.sequences,
+        "prompt_bytes": chosen.prompt_bytes,
+        "share": 0.1,
         "full_cache_sequences": 5,
         "full_cache_accuracy": _share(0.96) if live else None,
         "notes": ["weights: fp8 weights, the widest that leave room for a cache."],
@@ -167,13 +186,18 @@ def _finish(folder: Path, about: Facts, made: list[Plan], live: bool) -> None:
     (folder / "result.json").write_text(json.dumps(result))
 
 
+def _quality(figure: dict[str, Any]) -> dict[str, Any]:
+    kl = {key: figure[key] for key in ("interval", "tier")}
+    return {"kl_nats_per_token": figure["value"], **kl, "source": "own trace"}
+
+
 def _policy(about: Facts, heads: Any, name: str) -> Policy:
     rows = np.asarray(heads).reshape(-1, about.shape.kv_heads)
     options: tuple[Option, ...] = about.options
     return Policy(name, tuple(tuple(options[o] for o in row) for row in rows))
 
 
-def _rival(
+def _baseline(
     name: str, family: str, loss: float, chosen: Plan, policy: str | None, live: bool
 ) -> dict[str, Any]:
     return {

@@ -63,18 +63,18 @@ def hf_reference(
     return log_p.detach(), [torch.stack(of_layer) for of_layer in zip(*probes, strict=True)]
 
 
-@pytest.mark.parametrize("copies", [1, 2, 4])
+@pytest.mark.parametrize("together", [1, 3, 4])
 def test_probes_are_the_gradients_of_the_unmodified_model(
     tiny_model: Any,
     make_samples: Make,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    copies: int,
+    together: int,
 ) -> None:
     sample = make_samples(1)[0]
     drawn = SetUp(torch.randn(4, 12, 258, generator=torch.Generator().manual_seed(5)))
     monkeypatch.setattr(Probes, "draw", lambda *_: drawn)
-    monkeypatch.setattr(room, "_copies", lambda *_: copies)
+    monkeypatch.setattr(room, "_together", lambda *_: together)
     trace = capture(tiny_model, [sample], tmp_path, probes=4)
     log_p, expected = hf_reference(tiny_model, sample, drawn.directions)
     for layer, probes in enumerate(expected):

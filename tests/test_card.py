@@ -85,7 +85,7 @@ def test_the_command_is_the_search_that_was_asked_for(run: Path) -> None:
 def test_strings_of_a_study_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_study(tmp_path / "run", live=True)
     result = json.loads((run / "result.json").read_text())
-    result["rivals"][1]["name"] = HOSTILE
+    result["baselines"][1]["name"] = HOSTILE
     result["provenance"]["trace"] = HOSTILE
     (run / "result.json").write_text(json.dumps(result))
     if main(["card", str(run)]) != 0:

@@ -528,9 +528,9 @@ def test_an_earlier_live_run_is_no_prediction(tmp_path: Path) -> None:
     from kvtune.tests.made_up import write_study
 
     run = write_study(tmp_path / "run", live=True)
-    rival = json.loads((run / "result.json").read_text())["rivals"][1]
+    baseline = json.loads((run / "result.json").read_text())["baselines"][1]
     text = (run / "baselines" / "greedy.yaml").read_text()
-    live = rival["live"]
+    live = baseline["live"]
     quality = {"kl_nats_per_token": live["value"], "interval": live["interval"], "tier": "live"}
     provenance = {"quality": {"source": "own trace", **quality}}
     path = run / "policy.yaml"
@@ -539,7 +539,7 @@ def test_an_earlier_live_run_is_no_prediction(tmp_path: Path) -> None:
     assert known.earlier is not None
     assert known.predicted is not None
     assert known.earlier.value == live["value"]
-    assert known.predicted.value == rival["predicted"]["value"]
+    assert known.predicted.value == baseline["predicted"]["value"]
     moved = tmp_path / "policy.yaml"
     moved.write_text(path.read_text())
     assert _known(read_policy(moved), moved).predicted is None

@@ -33,7 +33,8 @@ from kvtune.policies.policy_file.document import (
 from kvtune.policies.policy_file.document import Quality as FileQuality
 from kvtune.simulator.memory.budget import memory_budget
 from kvtune.tests import made_up
-from kvtune.tuner.request import FrontPoint, Quality, Rival, SearchRequest, SearchResult
+from kvtune.tuner.request import SearchRequest
+from kvtune.tuner.result import Baseline, FrontPoint, Quality, SearchResult
 
 GOLDEN = Path(__file__).parent / "golden" / "cli"
 WORDS = ["search", "--model", "llama-8b", "--gpu", "4090", "--mem", "16GB", "--run-dir", "run"]
@@ -47,11 +48,11 @@ def seconds(value: float) -> Estimate:
     return Estimate(value, 0.8 * value, 1.25 * value, "s", "datasheet")
 
 
-def rival(name: str, family: str, loss: float, live: bool) -> Rival:
+def baseline(name: str, family: str, loss: float, live: bool) -> Baseline:
     ratio = Estimate(0.9 - loss, 0.85 - loss, 0.93 - loss, "share", "live")
     change = Estimate(loss, loss / 2, 2 * loss, "ratio", "live")
     measured = (kl(1.2 * loss, "live"), 64_000_000, change, ratio)
-    return Rival(
+    return Baseline(
         name,
         family,
         kl(loss, "replay" if live else BAND),
@@ -87,13 +88,14 @@ def result_of(request: SearchRequest, live: bool) -> SearchResult:
         budget=budget,
         front=tuple(point(n, n == 48, live) for n in (4, 48, 96)),
         policy=policy,
+        policies={"policy.yaml": policy},
         context_tokens=request.context_tokens,
         prompt_bytes=64_000_000,
         sequences=48,
         share=0.0596,
         quality=found,
-        predicted=Quality(kl(0.0086, "table" if live else BAND), source, stand_in, samples=8),
-        rivals=tuple(rival(name, *figures, live) for name, figures in names.items()),
+        predicted_quality=dataclasses.replace(found, kl=kl(0.0086, "table" if live else BAND)),
+        baselines=tuple(baseline(name, *figures, live) for name, figures in names.items()),
         memory=Estimate(15.1e9, 14.2e9, 15.8e9, "B", "assumed"),
         latency=seconds(0.0312),
         prefill=seconds(0.64),
@@ -109,7 +111,8 @@ def result_of(request: SearchRequest, live: bool) -> SearchResult:
 def point(sequences: int, chosen: bool, live: bool) -> FrontPoint:
     rate = Estimate(1540.0, 1230.0, 1920.0, "tokens/s", "datasheet")
     loss, share = 2e-4 * sequences, 2.86 / sequences
-    parameters, band = {"split": "heads"}, None
+    parameters: dict[str, Any] = {"split": "heads"}
+    band = None
     if not live:
         parameters, band = {"uniform": "snapkv 25% int4"}, kl(loss, BAND)
     return FrontPoint(
@@ -214,7 +217,7 @@ def test_json_holds_the_plan_and_nothing_else_is_on_stdout(
     assert answer["quality"]["kl_nats_per_token"] == 0.0103
     assert answer["quality"]["source"] == ("own trace" if live else "stand-in")
     assert answer["quality"]["stand_in"] == (None if live else "smollm2-135m")
-    assert {rival["family"] for rival in answer["baselines"]} >= {"uniform", "pyramid", "adakv"}
+    assert {each["family"] for each in answer["baselines"]} >= {"uniform", "pyramid", "adakv"}
     assert [point["chosen"] for point in answer["front"]] == [False, True, False]
     assert "searching ..." in captured.err
     assert "left for the cache" in captured.err

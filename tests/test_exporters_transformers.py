@@ -179,20 +179,24 @@ def test_without_a_cache_attention_is_the_plain_one(kv_cache: ModuleType, model:
     assert torch.equal(model(prompt(), use_cache=False).logits, expected)
 
 
-methods = st.sampled_from(
-    [
-        Full(), StreamingLLM(), StreamingLLM(sinks=1), H2O(), H2O(recent_share=0.2), SnapKV(),
-        SnapKV(window=3, kernel=3, pooling="mean", recent=0),
-    ]
+METHODS = (
+    Full(), StreamingLLM(), StreamingLLM(sinks=1), H2O(), H2O(recent_share=0.2), SnapKV(),
+    SnapKV(window=3, kernel=3, pooling="mean", recent=0), SnapKV(group="averaged"),
 )  # fmt: skip
-forms = st.sampled_from(
-    [
-        Bf16(), Fp8(), Int8(), Int4(group=8), Int3(group=16), Int2(exact_first=4), Int4(group=24),
-        Int4(keys_by="token"), Int3(group=8, exact_first=2, keys_by="token"),
-    ]
+FORMS = (
+    Bf16(), Fp8(), Int8(), Int4(group=8), Int3(group=16), Int2(exact_first=4), Int4(group=24),
+    Int4(keys_by="token"), Int3(group=8, exact_first=2, keys_by="token"),
 )  # fmt: skip
+methods, forms = st.sampled_from(METHODS), st.sampled_from(FORMS)
 budgets = st.sampled_from([ALL, Budget(0), Budget(1), Budget(13), Budget(500), Budget(share=0.3)])
 options = st.builds(Option, methods, budgets, forms, forms)
+
+
+def test_all_that_it_may_take_is_held_against_the_driver() -> None:
+    """The module stands alone, so its choices and codes are its own: each is tried below."""
+    limits = Transformers.limits
+    assert {method.name for method in METHODS} == limits.methods
+    assert {form.name for form in FORMS} == limits.key_formats == limits.value_formats
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)

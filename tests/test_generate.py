@@ -18,6 +18,8 @@ from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.lazy_eviction import LazyEviction
+from kvtune.policies.methods.quest import Quest
+from kvtune.policies.methods.razor import Razor
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.methods.tova import Tova
@@ -192,9 +194,11 @@ def test_tokens_are_drawn_by_seed_and_banned_ones_never(
     [
         ([5], uniform(H2O(), Budget(tokens=4)), "a prompt of 1 tokens"),
         ([5, 6], Contender(Policy.uniform(Option(), 2, 2)), "is for 2 layers"),
+        ([5] * 41, Contender(Policy.uniform(Option(Razor(), Budget(9)), 3, 2)), "stores more than"),
+        ([5, 6], Contender(Policy.uniform(Option(Quest(), Budget(1)), 3, 2)), "stores more than"),
         ([5, 6], Contender(Policy.uniform(Option(keys=Int4()), 3, 2)), "stores fewer bits"),
     ],
-    ids=["one token", "another model", "int4"],
+    ids=["one token", "another model", "entries for many", "a reader", "int4"],
 )
 def test_what_cannot_be_generated_is_refused(
     tiny_model: Any, prompt: list[int], contender: Contender, told: str

@@ -17,9 +17,9 @@ from kvtune.policies.pages import VALUE_CODES
 from kvtune.profiles.gpus import find_gpu, list_gpus
 from kvtune.profiles.models import find_model, list_models
 from kvtune.simulator.latency import steps as latency
+from kvtune.simulator.latency.answers import Times
 from kvtune.simulator.latency.priors import CACHE_FACTOR, UNREPORTED_CACHE_FACTOR, cache_factor
 from kvtune.simulator.latency.steps import (
-    Times,
     decode_step,
     decode_steps,
     prefill,

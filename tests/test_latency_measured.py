@@ -20,10 +20,9 @@ from kvtune.profiles.models import find_model
 from kvtune.simulator.latency import overheads
 from kvtune.simulator.latency import steps as latency
 from kvtune.simulator.latency import transfer as transfer_module
-from kvtune.simulator.latency.beyond import decode_parts
 from kvtune.simulator.latency.kernels import Curve, Kernels
 from kvtune.simulator.latency.overheads import policy_overhead, transfer
-from kvtune.simulator.latency.parts import covers, layer_matrices
+from kvtune.simulator.latency.parts import covers, decode_parts, layer_matrices
 from kvtune.simulator.latency.steps import decode_steps, prefills
 from kvtune.simulator.latency.transfer import Tables, transferred
 from kvtune.tests.made_up_card import (

@@ -12,7 +12,7 @@ from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency import runtime as latency_runtime
 from kvtune.simulator.latency import steps as latency
 from kvtune.simulator.latency.kernels import Kernels
-from kvtune.simulator.latency.measured import paged_attention
+from kvtune.simulator.latency.pages import paged_attention
 from kvtune.simulator.latency.parts import layer_rest, matrix_products, step_rest
 from kvtune.simulator.latency.priors import NARROW_PAGES
 from kvtune.simulator.latency.steps import decode_steps, prefills

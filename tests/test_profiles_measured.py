@@ -16,12 +16,12 @@ from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.measured import MeasuredProfile, find_measured
 from kvtune.profiles.models import find_model
 from kvtune.runtime.timing import uncompressed
-from kvtune.simulator.cost import cache_bytes_by_format
 from kvtune.simulator.latency.kernels import kernels_of
 from kvtune.simulator.latency.parts import covers
 from kvtune.simulator.latency.runtime import learned_steps
 from kvtune.simulator.latency.steps import decode_step, decode_steps
 from kvtune.simulator.memory.peak import overhead_bytes, process_bytes
+from kvtune.simulator.memory.policy_bytes import cache_bytes_by_format
 
 ROOT = Path(kvtune.__file__).parent
 LLAMA = find_model("llama-8b")

@@ -65,7 +65,7 @@ def test_a_model_that_loses_more_is_given_more_room(found: Found) -> None:
     assert chosen.tokens_at_once < before.tokens_at_once
     assert chosen.choice.tobytes() in {each.choice.tobytes() for each in model.asked}
     assert chosen.kl <= found.request.largest_kl
-    assert ended.source.calibration.runs == len(model.asked) <= ROUNDS * FINALISTS
+    assert ended.source.calibration.runs == len(model.asked) <= FINALISTS + ROUNDS - 1
 
 
 def test_what_a_kind_was_seen_to_lose_moves_its_prediction_by_as_much_as_is_trusted(

@@ -31,6 +31,7 @@ from kvtune.policies.methods.razor import Razor
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import ALL, Budget, Option
+from kvtune.policies.pages import PageLayout
 from kvtune.policies.paging import SLAB_CELLS
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
@@ -295,7 +296,8 @@ def test_evicting_keeps_the_others_and_frees_pages(network: Any) -> None:
     layer.append(torch.ones(1, 2, 8), torch.full((1, 2, 8), 1e4))  # to go where the third was
     layer.count_appended()
     layer.leave(leaving(layer, [[(139, 2)], [(139, 2)]], [137, 69]))
-    assert before - layer.page_bytes() == 3 * layer.growing_layout.page_bytes
+    gone = 2 * -(-140 // 16) - -(-(3 + 1) // 16) - -(-(71 + 1) // 16)
+    assert before - layer.page_bytes() == gone * layer.growing_layout.page_bytes
     assert layer.lengths[1].tolist() == [3, 71]
     assert layer.evicted.tolist() == [137, 69]
     assert (layer.attend(q, scratch, 0.3).abs() > 10).all()
@@ -403,19 +405,21 @@ def test_a_full_pool_says_so() -> None:
 
 def test_no_head_holds_up_the_others() -> None:
     """The lengths of a real plan's most uneven layer, in bf16, eight sequences."""
-    pages = np.tile([128, 128, 128, 73, 73, 73, 512, 512], 8)
-    segments = Segments(np.arange(64), np.full(64, 528), pages.cumsum() - pages, pages, pages * 64)
+    pages = np.tile([512, 512, 512, 292, 292, 292, 2048, 2048], 8)
+    pairs = np.full(64, PageLayout(64).code)
+    segments = Segments(np.arange(64), pairs, pages.cumsum() - pages, pages, pages * 16)
     tiles = plan_tiles(segments, np.arange(pages.sum())).records[:, 4]
-    assert tiles.max() <= 1.1 * pages.sum() / len(tiles)
+    assert tiles.max() <= 1.1 * 16 * pages.sum() / len(tiles)
 
 
-@pytest.mark.parametrize("pair", [528, 132, 66])
-def test_tiles_of_short_heads_are_of_two_pages(pair: int) -> None:
-    pages = np.array([8, 1, 7, 0] * 16)
-    segments = Segments(np.arange(64), np.full(64, pair), pages.cumsum() - pages, pages, pages * 64)
+@pytest.mark.parametrize(("form", "each"), [("bf16", 16), ("int4", 64), ("int2", 64)])
+def test_tiles_of_short_heads_are_of_128_tokens(form: str, each: int) -> None:
+    pages = np.array([8, 1, 7, 0] * 16) * 64 // each
+    pairs = np.full(64, PageLayout(64, form, form).code)
+    segments = Segments(np.arange(64), pairs, pages.cumsum() - pages, pages, pages * each)
     records = plan_tiles(segments, np.arange(pages.sum())).records
     tiles = [sorted(records[records[:, 0] == row, 4].tolist()) for row in range(4)]
-    assert tiles == [[2, 2, 2, 2], [1], [2, 2, 3], [0]]
+    assert tiles == [[128] * 4, [64], [128, 128, 192], [0]]
 
 
 def test_a_layer_is_cut_into_as_many_tiles_as_its_formats_allow_at_once() -> None:
@@ -431,10 +435,15 @@ def test_tiles_cover_every_page_once(seed: int) -> None:
     rows = 6
     row = np.concatenate([np.arange(rows), rng.integers(0, rows, 5)])
     pages = rng.integers(0, 200, len(row))
-    pair = rng.choice([528, 132, 130], len(row))
-    segments = Segments(row, pair, pages.cumsum() - pages, pages, pages * 64)
+    pair = rng.choice([PageLayout(64, x, x).code for x in ("bf16", "int4", "int2")], len(row))
+    each = np.where(pair == PageLayout(64).code, 16, 64)
+    segments = Segments(row, pair, pages.cumsum() - pages, pages, pages * each)
     records = plan_tiles(segments, np.arange(pages.sum()), programs=40).records
-    covered = np.concatenate([np.arange(at, at + n) for _, _, at, _, n, *_ in records])
+    covered = np.concatenate(
+        [np.arange(at, at + n // each[which]) for _, _, at, _, n, which, *_ in records]
+    )
+    places = np.concatenate([np.arange(r[11], r[11] + r[4]) for r in records])
+    np.testing.assert_array_equal(np.sort(places), np.arange((pages * each).sum()))
     np.testing.assert_array_equal(np.sort(covered), np.arange(pages.sum()))
     np.testing.assert_array_equal(np.sort(records[:, 6]), np.arange(len(records)))
     for one in range(rows):

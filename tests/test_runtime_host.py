@@ -181,7 +181,7 @@ def test_only_selected_pages_come_over(network: Any, monkeypatch: pytest.MonkeyP
     fetch = PlainBackend.fetch
 
     def counting(self: Any, pool: Any, host: Any, fetching: Fetching) -> None:
-        moved.append(int((fetching.places >= 0).sum()) * fetching.layout.page_bytes)
+        moved.append(int((fetching.places >= 0).sum()) * fetching.layout.block_bytes)
         fetch(self, pool, host, fetching)
 
     monkeypatch.setattr(PlainBackend, "fetch", counting)
@@ -206,13 +206,13 @@ def test_a_freed_sequence_gives_its_host_pages_back(network: Any) -> None:
     layer = cache.layers[0].paged
     layer.seal(NEW)  # and lays out its tables again
     assert layer.host is not None
-    assert layer.host.pages.keys() == {2, 3}
+    assert layer.host.blocks.keys() == {2, 3}
 
 
 def test_more_slabs_are_taken_as_they_fill(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, ids = mixed(network), prompts()
     expected, _ = logits(network, policy, ids)
-    small = 2 * PageLayout(network.config.head_dim).page_bytes
+    small = 2 * PageLayout(network.config.head_dim).block_bytes
     monkeypatch.setattr(HostPool.__init__, "__defaults__", (small,))
     found, cache = logits(network, policy, ids)
     assert cache.host_pool is not None
@@ -275,7 +275,7 @@ def test_device_memory_is_planned_with_where_pages_land() -> None:
     policy = Policy.uniform(option, 12, 2)
     size = sequence_bytes(policy, tokens, head_dim, Growth(0))
     full = sequence_bytes(on_device(policy), tokens, head_dim, Growth(0))
-    page = PageLayout(head_dim).page_bytes
+    page = PageLayout(head_dim).block_bytes
     # 62 of 64 pages leave each head, and each page leaves its place behind.
     assert full - size == pytest.approx(24 * 64 * (page - 8) - 2 * 2 * page, rel=0.01)
     assert host_sequence_bytes(policy, tokens, head_dim) == HOST_SLAB_BYTES

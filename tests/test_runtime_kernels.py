@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed; the kernels have no interpreter")
@@ -22,6 +23,7 @@ from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.pages import (
     ALL_KEY_CODES,
     AS_VALUES,
+    BF16_PAGE,
     CODES,
     KEY_CODES,
     PAGE,
@@ -41,7 +43,7 @@ from kvtune.runtime.fuse import fused
 from kvtune.runtime.kernels.columns import column_sums
 from kvtune.runtime.kernels.launch import Paged, Scratch, decode
 from kvtune.runtime.kernels.reference import attend, read_page, write_page
-from kvtune.runtime.kernels.tiles import Segments, plan_tiles
+from kvtune.runtime.kernels.tiles import TABLE_AHEAD, Segments, plan_tiles
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 INTERPRETED = [name for name in KEY_CODES if name != "fp8"]  # the interpreter rounds e4m3 wrongly
@@ -56,7 +58,8 @@ def layer(
     """Random pages of (row, keys, values, tokens), and what they hold."""
     generator = torch.Generator().manual_seed(seed)
     layouts = [PageLayout(head_dim, keys, values) for _, keys, values, _ in runs]
-    pages = np.array([-(-tokens // PAGE) for *_, tokens in runs])
+    sizes = [layout.page_tokens for layout in layouts]
+    pages = np.array([x.pages_for(tokens) for x, (*_, tokens) in zip(layouts, runs, strict=True)])
     cells = np.repeat([layout.page_cells for layout in layouts], pages)
     start = cells.cumsum() - cells
     pool = torch.zeros(int(cells.sum()) * 4 * head_dim, dtype=torch.uint8)
@@ -65,8 +68,8 @@ def layer(
     for segment, (row, _, _, tokens) in enumerate(runs):
         keys, values = torch.randn(2, 1, tokens, head_dim, generator=generator).bfloat16()
         at = start[pages[:segment].sum() :][: pages[segment]]
-        first = np.arange(pages[segment]) * PAGE
-        columns = (0, first, np.minimum(tokens - first, PAGE), at, segment)
+        first = np.arange(pages[segment]) * sizes[segment]
+        columns = (0, first, np.minimum(tokens - first, sizes[segment]), at, segment)
         pages_of = torch.from_numpy(np.stack(np.broadcast_arrays(*columns), 1)).int()
         chosen = torch.arange(tokens, dtype=torch.int32)
         layout = layouts[segment]
@@ -83,7 +86,7 @@ def layer(
         pages.cumsum() - pages, pages, np.where(growing, -1, lengths),
     )  # fmt: skip
     tiles = plan_tiles(segments, start, programs=7)
-    table = torch.tensor(np.append(start, 0), dtype=torch.int32)
+    table = torch.tensor(np.append(start, [0] * TABLE_AHEAD), dtype=torch.int32)
     counts = torch.tensor(lengths, dtype=torch.int32)
     records = torch.tensor(tiles.records)
     return Paged(pool, table, counts, scales, records, tiles.pairs, head_dim), held
@@ -173,8 +176,8 @@ def written_pages(layout: PageLayout) -> list[Tensor]:
     """The same tokens by the reference, and by the kernel."""
     shape = (2, 3, 200, layout.head_dim)
     tensors = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-    chosen = torch.arange(0, 186, 2, dtype=torch.int32)
-    records = torch.tensor([[1, 0, 64, 0, 0], [1, 64, 29, layout.page_cells, 0]]).int()
+    chosen, size = torch.arange(0, 186, 2, dtype=torch.int32), layout.page_tokens
+    records = torch.tensor([[1, 0, size, 0, 0], [1, 64, size // 2 - 3, layout.page_cells, 0]]).int()
     writing = Writing(layout, tensors[0], tensors[1], chosen, records, torch.ones(1, 2))
     pools = [torch.zeros(2 * layout.page_bytes, dtype=torch.uint8) for _ in range(2)]
     PlainBackend().write(pools[0], writing)
@@ -186,11 +189,12 @@ def test_appending_and_moving_are_the_references() -> None:
     layout = PageLayout(64)
     ends = []
     for backend in (PlainBackend(), TritonBackend()):
-        pool = torch.full((4 * layout.page_bytes,), 0x7F, dtype=torch.uint8)
-        table = torch.tensor([2, 0, 3, 1, 0], dtype=torch.int32) * layout.page_cells
+        pool = torch.full((14 * layout.page_bytes,), 0x7F, dtype=torch.uint8)
+        order = torch.randperm(14, generator=torch.Generator().manual_seed(1))
+        table = F.pad(order * layout.page_cells, (0, TABLE_AHEAD)).int()
         lengths, empty = torch.zeros(2, dtype=torch.int32), torch.zeros(0)
-        paged = Paged(pool, table, lengths, empty, empty, (), 64, growing_pages=2)
-        growing = Growing(torch.tensor([0, 1]).int(), torch.tensor([0, 2]).int())
+        paged = Paged(pool, table, lengths, empty, empty, (), 64, growing_pages=7)
+        growing = Growing(torch.tensor([0, 1]).int(), torch.tensor([0, 7]).int())
         generator = torch.Generator().manual_seed(0)
         for _ in range(100):
             keys, values = torch.randn(2, 1, 2, 64, generator=generator).bfloat16()
@@ -200,8 +204,9 @@ def test_appending_and_moving_are_the_references() -> None:
         lengths -= torch.tensor([0, 36]).int()
         backend.append(paged, growing, keys, values)
         assert lengths.tolist() == [101, 65]
-        pages = pool.view(torch.bfloat16).view(4, 2, PAGE, 64)
-        ends.append([pages[2], pages[0][:, :37], pages[3], pages[1][:, :1]])
+        pages = pool.view(torch.bfloat16).view(14, 2, BF16_PAGE, 64)[order].view(2, 7, 2, -1, 64)
+        held = pages.transpose(1, 2).flatten(2, 3)  # row, keys or values, token
+        ends.append([held[0][:, :101], held[1][:, :65]])
     for plain, ours in zip(*ends, strict=True):
         assert torch.equal(plain, ours)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.option import Budget, Option
-from kvtune.policies.pages import PAGE
+from kvtune.policies.pages import BF16_PAGE, PAGE
 from kvtune.policies.paging import Growth, head_pages
 from kvtune.policies.policy import Policy
 from kvtune.runtime import promise
@@ -145,4 +145,4 @@ def test_pages_of_a_head_are_counted_in_whole_pages_of_both_kinds() -> None:
         pages = head_pages(option, kept, 300, 64, Growth(new))
         by_code = {layout.keys: count for layout, count in pages.items()}
         assert by_code.get("int4", 0) == -(-(kept - 4) // PAGE)
-        assert by_code.get("bf16", 0) == -(-(4 + new) // PAGE)
+        assert by_code.get("bf16", 0) == -(-(4 + new) // BF16_PAGE)

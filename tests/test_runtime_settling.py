@@ -156,7 +156,7 @@ def test_a_generation_settles_and_its_bytes_fall(network: Any) -> None:
     assert settled(caches[1]) == [[128, 0] * 2, [128, 128] * 2, [0, 128] * 2]
     for grown, kept in zip(*(cache.layers for cache in caches), strict=True):
         gone = sum(
-            count // 64 * (kept.paged.growing_layout.page_bytes - layout.page_bytes)
+            count // 64 * (4 * kept.paged.growing_layout.page_bytes - layout.page_bytes)
             for count, layout in zip(kept.paged.lengths[SETTLED], kept.paged.layouts, strict=True)
         )
         assert grown.paged.page_bytes() - kept.paged.page_bytes() == gone > 0

@@ -20,17 +20,19 @@ from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
 from kvtune.simulator.latency.steps import decode_step, prefill
-from kvtune.simulator.serving.engine import Engine
-from kvtune.simulator.serving.footprint import Footprint, footprint
+from kvtune.simulator.serving.engine import Engine, serve
+from kvtune.simulator.serving.footprint import footprint
 from kvtune.simulator.serving.memory import Memory
 from kvtune.simulator.serving.record import Record
-from kvtune.simulator.serving.report import Goals
-from kvtune.simulator.serving.requests import Lengths, Prefix, Requests, generate
+from kvtune.simulator.serving.report import Goals, Served
+from kvtune.simulator.serving.requests import Lengths, Requests, generate
 from kvtune.simulator.serving.requests_file import read_requests
-from kvtune.simulator.serving.scheduler import Limits, Scheduler, Step
-from kvtune.simulator.serving.sequence import Sequence
-from kvtune.simulator.serving.simulate import Server, serve, server
-from kvtune.simulator.serving.times import Chunk, Curve, Load, StepTimes, step_times
+from kvtune.simulator.serving.scheduler import Scheduler
+from kvtune.simulator.serving.sequence import Footprint, Prefix, Sequence
+from kvtune.simulator.serving.server import Server, server
+from kvtune.simulator.serving.step import Limits, Step
+from kvtune.simulator.serving.step_times import Chunk, Curve, StepTimes
+from kvtune.simulator.serving.times import Load, prepare, step_times
 
 LONGEST = 200
 SMOL, H100 = find_model("smollm2-135m"), find_gpu("h100")
@@ -257,7 +259,7 @@ def test_rows_of_steps_end_when_single_steps_would(
 
 def test_the_last_come_gives_way_and_is_read_anew() -> None:
     record = run(requests((0, 16, 40), (0, 16, 40)), blocks=5)
-    counts = record.scheduler.counts
+    counts = record.counts
     assert counts.preemptions == 1
     assert counts.prompt_tokens > 32  # the second prompt again, with what it had generated
     assert record.finished_s[0] == 40
@@ -266,7 +268,7 @@ def test_the_last_come_gives_way_and_is_read_anew() -> None:
 
 def test_on_the_host_nothing_is_read_anew_and_copies_take_their_time() -> None:
     asked = requests((0, 16, 40), (0, 16, 40))
-    counts = (moved := run(asked, blocks=5, host=5)).scheduler.counts
+    counts = (moved := run(asked, blocks=5, host=5)).counts
     assert counts.preemptions == counts.swaps > 0
     assert counts.prompt_tokens == 32
     assert counts.copied_blocks % 2 == 0  # as many come back as left
@@ -287,11 +289,11 @@ def test_long_prompts_are_read_in_chunks_beside_decoding() -> None:
 def test_shared_beginnings_are_read_once_unless_the_policy_evicts() -> None:
     same = [Prefix(("system",), 64)] * 3
     asked = requests((0, 80, 1), (5, 80, 1), (9, 80, 1), prefixes=same)
-    assert run(asked).scheduler.counts.shared_tokens == 2 * 64
-    assert run(asked, held=plain(1.0, shareable=False)).scheduler.counts.shared_tokens == 0
+    assert run(asked).counts.shared_tokens == 2 * 64
+    assert run(asked, held=plain(1.0, shareable=False)).counts.shared_tokens == 0
     chains = [Prefix(("a", "b"), 64), Prefix(("a", "c"), 64), Prefix(("x", "b"), 64)]
     asked = requests((0, 80, 1), (5, 80, 1), (9, 80, 1), prefixes=chains)
-    assert run(asked).scheduler.counts.shared_tokens == 32  # "b" after "x" is another text
+    assert run(asked).counts.shared_tokens == 32  # "b" after "x" is another text
 
 
 def test_a_compressed_prompt_gives_blocks_back_when_it_has_been_read() -> None:
@@ -332,6 +334,10 @@ def smol_server(memory_bytes: int = 2 * 10**9) -> Server:
     return server(SMOL, H100, memory_bytes, "bf16", Limits(32, 1024))
 
 
+def served_by_smol(asked: Requests, goals: Goals) -> Served:
+    return serve(prepare(smol_server(), asked, None), asked, goals)
+
+
 def smol_requests(seed: int = 0, burstiness: float = 1.0) -> Requests:
     alike = Lengths(512, 512, 0.3)
     return generate(
@@ -340,7 +346,10 @@ def smol_requests(seed: int = 0, burstiness: float = 1.0) -> Requests:
 
 
 def test_the_same_seed_gives_the_same_report_and_another_does_not() -> None:
-    reports = [serve(smol_server(), smol_requests(s), None, Goals(0.1, 0.01)) for s in (0, 0, 1)]
+    reports = [
+        serve(prepare(smol_server(), smol_requests(s), None), smol_requests(s), Goals(0.1, 0.01))
+        for s in (0, 0, 1)
+    ]
     assert reports[0] == reports[1]
     assert reports[0].figures != reports[2].figures
     for figure in reports[0].figures.values():
@@ -349,7 +358,13 @@ def test_the_same_seed_gives_the_same_report_and_another_does_not() -> None:
 
 def test_bursts_make_requests_wait_longer() -> None:
     waits = [
-        serve(smol_server(), smol_requests(burstiness=b), None, Goals()).figures["ttft_p99"].value
+        serve(
+            prepare(smol_server(), smol_requests(burstiness=b), None),
+            smol_requests(burstiness=b),
+            Goals(),
+        )
+        .figures["ttft_p99"]
+        .value
         for b in (0.0, 1.0, 4.0)
     ]
     assert waits == sorted(waits)

@@ -27,7 +27,7 @@ from kvtune.policies.methods.razor import Razor
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import ALL, Budget, Option
-from kvtune.policies.pages import PAGE
+from kvtune.policies.pages import BF16_PAGE, PageLayout
 from kvtune.policies.policy import Policy
 from kvtune.runtime.cache.backend import PlainBackend
 from kvtune.runtime.cache.policy_cache import PolicyCache
@@ -155,7 +155,7 @@ def carved(engine: Engine, number: int, prompt: int) -> RequestPages:
 def grow(engine: Engine, number: int, tokens: int, pages: RequestPages) -> None:
     """Take the growing pages that a length needs beyond those of the length before."""
     pages.add(engine.blocks[number][len(pages.blocks) :])
-    sequence, size = engine.planned.sequence(engine.prompts[number]), 256 * D // (4 * D)
+    sequence, size = engine.planned.sequence(engine.prompts[number]), PageLayout(D).page_cells
     new = tokens - engine.prompts[number]
     more = sequence.growing(new) - (sequence.growing(new - STRIDE) if new else 0)
     cells = pages.take(more, size).tolist()
@@ -190,13 +190,15 @@ def test_pages_of_a_request_never_overlap() -> None:
 
 
 def test_blocks_are_whole_layers_with_little_left_over() -> None:
-    for layers in (2, 30, 32, 80):
+    for layers in (8, 30, 32, 80):
         policy = Policy.uniform(Option(SNAPKV, Budget(share=0.1), Int4(), Int2()), layers, 3)
         planned = PlannedBlocks(policy, 128)
         assert planned.block_cells % layers == 0
         assert planned.block_cells >= 6 * 64
         pages = planned.sequence(2048)
-        needed = 64 * pages.growing(1) + sum(size * n for size, n in pages.fixed.items())
+        needed = PageLayout(128).page_cells * pages.growing(1) + sum(
+            size * n for size, n in pages.fixed.items()
+        )
         taken = planned.blocks(2048, 2049) * planned.block_cells
         assert needed <= taken < 1.12 * needed
 
@@ -335,7 +337,7 @@ def test_a_prompt_in_pieces_is_refused() -> None:
 
 def test_growing_pages_are_those_of_the_pages_size() -> None:
     sequence = PlannedBlocks(mixed(), D).sequence(100)
-    assert sequence.growing(PAGE) - sequence.growing(0) == L * H
+    assert sequence.growing(BF16_PAGE) - sequence.growing(0) == L * H
 
 
 # The entry point
@@ -353,7 +355,7 @@ def test_a_policy_that_is_no_file_is_told(monkeypatch: pytest.MonkeyPatch) -> No
         vllm_plugin.register()
 
 
-@pytest.mark.parametrize("release", ["0.31.2", "1.0.0", "0.34.0rc1+cpu"])
+@pytest.mark.parametrize("release", ["0.31.2", "0.27.1", "1.0.0", "0.34.0rc1+cpu"])
 def test_a_release_that_nobody_knows_is_refused_by_name(release: str) -> None:
     with pytest.raises(KvtuneError, match=re.escape(f"does not know vLLM {release}")):
         vllm_plugin.adapter_for(release)

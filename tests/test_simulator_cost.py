@@ -28,10 +28,11 @@ from kvtune.policies.paging import TABLE_BYTES
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
-from kvtune.simulator.cost import Cost, cache_bytes_by_format, full_cost, policy_cost
+from kvtune.simulator.cost import Cost, full_cost, policy_cost
 from kvtune.simulator.latency.compression import compression
 from kvtune.simulator.latency.host import JOIN_S, host_step
 from kvtune.simulator.memory.budget import memory_budget
+from kvtune.simulator.memory.policy_bytes import cache_bytes_by_format
 
 
 def test_a_prompt_on_the_host_leaves_the_device_and_is_paid_for_over_the_link() -> None:
@@ -203,7 +204,8 @@ def test_a_policy_that_waits_holds_one_prompt_uncompressed(
     ours, theirs = (policy_cost(p, shape, gpu, budget, 0) for p in (policy, plain))
     waiting = shape.kv_bytes(8192) * 31 // 32 if policy.waits else 0
     assert policy.waits == (not isinstance(allocator, Pyramid))
-    extra = shape.layers * shape.kv_heads * 64 * 4 * shape.head_dim * (allocator.name != "as_given")
+    a_page = 16 * 4 * shape.head_dim
+    extra = shape.layers * shape.kv_heads * a_page * (allocator.name != "as_given")
     assert ours.sequence_bytes == pytest.approx(theirs.sequence_bytes + extra, rel=0.02)
     assert ours.memory.value - ours.sequence_bytes == pytest.approx(
         theirs.memory.value - theirs.sequence_bytes + waiting

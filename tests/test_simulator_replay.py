@@ -13,11 +13,12 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.allocators.adakv import AdaKV
-from kvtune.policies.apply import Compressed, apply, apply_together
+from kvtune.policies.apply import Compressed, apply, apply_each, apply_options, apply_together
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.grouped import Int2, Int4, Int8
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
+from kvtune.policies.methods.mikv import MiKV
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import ALL, Budget, Option
@@ -123,6 +124,23 @@ def test_options_replayed_together_equal_each_alone(block: int) -> None:
         )
         expected = layer.response(alone, block)
         torch.testing.assert_close(together[:, column], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_batch_of_options_stores_is_what_each_alone_stores() -> None:
+    """Methods that only drop tokens are stored without telling heads apart; MiKV is none."""
+    signals = make_layer(5).signals
+    options = [*OPTIONS[3:6], Option(MiKV(), Budget(tokens=6), Int4(), Int2())]
+    seen = []
+    for rows, batch in apply_each(options, 6, signals):
+        for at, row in enumerate(rows):
+            alone = apply_options([options[row]], 6, signals)
+            ours = batch.of_policy(at)
+            assert torch.equal(ours.counts, alone.counts[0])
+            assert ours.footprint_bytes == alone.footprint_bytes
+            for mine, theirs in ((ours.keys, alone.keys[0]), (ours.values, alone.values[0])):
+                torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+        seen += rows
+    assert sorted(seen) == list(range(len(options)))
 
 
 def test_the_uncompressed_option_responds_with_exactly_nothing() -> None:

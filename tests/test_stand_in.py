@@ -20,9 +20,9 @@ from kvtune.tests.made_up import llama
 from kvtune.tuner import source_models
 from kvtune.tuner.band import band
 from kvtune.tuner.question import evicts
-from kvtune.tuner.request import SearchResult
+from kvtune.tuner.result import SearchResult
 from kvtune.tuner.search import run_search
-from kvtune.tuner.stand_in_rivals import loss_at
+from kvtune.tuner.stand_in_baselines import loss_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -114,7 +114,7 @@ def test_a_loss_without_weights_is_printed_as_a_band_that_holds_the_sources_own_
     from kvtune.common.estimate import BAND
 
     result = run_search(llama(tmp_path))
-    assert {rival.predicted.tier for rival in result.rivals} == {BAND}
+    assert {baseline.predicted.tier for baseline in result.baselines} == {BAND}
     for point in result.front:
         assert point.band is not None
         shown = figure(point.band, tier=False)

@@ -25,8 +25,8 @@ from kvtune.traces.samples import Sample
 from kvtune.traces.texts import user
 from kvtune.tuner.bench_runs import read_runs
 from kvtune.tuner.explore.measured import keep_answer
-from kvtune.tuner.explore.outcome import read_outcome
 from kvtune.tuner.explore.reader import StudyReader
+from kvtune.tuner.result import read_result
 
 LOSS = {"value": 0.02, "interval": [0.01, 0.03], "unit": "nats/token", "tier": "live"}
 
@@ -168,10 +168,11 @@ def _changed(path: Path, change: Any) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda r: r["rivals"][0]["predicted"].update(value=99.0),
-        lambda r: r["rivals"][0].update(prompt_bytes=-1),
-        lambda r: r["rivals"][0]["by_kind"].update(code=-0.1),
-        lambda r: r["quality"].update(kl=[1]),
+        lambda r: r["baselines"][0]["predicted"].update(value=99.0),
+        lambda r: r["baselines"][0].update(prompt_bytes=-1),
+        lambda r: r["baselines"][0]["by_kind"].update(code=-0.1),
+        lambda r: r["quality"].update(interval=[0.0, 0.0]),
+        lambda r: r["predicted_quality"].update(kl_nats_per_token=-1.0),
         lambda r: r["front"][0].update(chosen=False),
         lambda r: r["front"][0]["parameters"].update(deep={"a": 1}),
         lambda r: r.update(unknown=1),
@@ -180,10 +181,10 @@ def _changed(path: Path, change: Any) -> None:
 )
 def test_results_that_no_search_writes(tmp_path: Path, change: Any) -> None:
     path = write_study(tmp_path, 4, live=True) / "result.json"
-    assert read_outcome(path).baselines
+    assert read_result(path).baselines
     _changed(path, change)
     with pytest.raises(KvtuneError, match="cannot be read"):
-        read_outcome(path)
+        read_result(path)
 
 
 @pytest.mark.parametrize(

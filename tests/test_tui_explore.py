@@ -296,7 +296,7 @@ def test_the_chosen_plan_is_the_results(study: Study) -> None:
     assert study.chosen is not None
     assert study.outcome is not None
     assert study.plans[study.chosen].parameters == study.outcome.parameters
-    assert study.quality(study.plans[study.chosen]) == study.outcome.quality
+    assert study.quality(study.plans[study.chosen]) == study.outcome.quality.kl
 
 
 def test_before_the_end_the_best_so_far_is_shown(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.progress import Silent
-from kvtune.policies.pages import AS_VALUES, CODES, PAGE, PageLayout
+from kvtune.policies.pages import AS_VALUES, CODES, PageLayout
 from kvtune.profiles.gpus import list_gpus
 from kvtune.profiles.measured import Capture
 from kvtune.profiles.tuned import (
@@ -27,7 +27,7 @@ from kvtune.profiles.tuned import (
     tuned_document,
 )
 from kvtune.runtime.kernels.launch import BUILT_IN, Shape, shape_for
-from kvtune.runtime.kernels.tiles import kind_of, page_costs
+from kvtune.runtime.kernels.tiles import TABLE_AHEAD, block_costs, kind_of
 from kvtune.runtime.measure.operation import Work
 from kvtune.runtime.measure.paged_layer import Run, random_layer
 from kvtune.runtime.measure.timer import Timing
@@ -155,7 +155,7 @@ def test_keys_by_token_take_the_room_and_the_time_of_keys_by_channel(
         assert two[0].code != two[1].code
         assert two[0].page_bytes == two[1].page_bytes
         assert [PageLayout.of(head_dim, layout.code) for layout in two] == two
-        assert len({float(page_costs(np.array([layout.code]))[0]) for layout in two}) == 1
+        assert len({float(block_costs(np.array([layout.code]))[0]) for layout in two}) == 1
         assert kind_of([layout.code for layout in two]) == "integers"
 
 
@@ -240,14 +240,15 @@ def test_pages_of_a_random_layer_do_not_overlap() -> None:
     runs += [Run(row, layouts[1], 30) for row in range(6)]
     made = random_layer(runs, 2, "cpu", programs=20)
     sizes = np.concatenate([[run.layout.page_cells] * run.pages for run in runs])
-    starts = made.paged.table[:-1].numpy()
+    starts = made.paged.table[:-TABLE_AHEAD].numpy()
     order = np.argsort(starts)
     assert (starts[order][1:] == (starts + sizes)[order][:-1]).all()
     assert made.paged.pool.nbytes == sizes.sum() * PageLayout(64).cell_bytes
     assert made.paged.lengths.tolist() == [run.tokens for run in runs]
     assert made.query.shape == (6, 2, 64)
-    assert sum(run.pages for run in runs) == made.paged.tiles[:, 4].sum()
-    assert all(run.pages == -(-run.tokens // PAGE) for run in runs)
+    assert all(run.pages == -(-run.tokens // run.layout.page_tokens) for run in runs)
+    held = sum(run.pages * run.layout.page_tokens for run in runs)
+    assert made.paged.tiles[:, 4].sum() == held
 
 
 def test_cold_launches_of_a_shape_are_timed_and_failures_are_no_end(

@@ -30,19 +30,19 @@ from kvtune.simulator.quality.tables import Tables
 from kvtune.tests.made_up import llama
 from kvtune.tuner import sources
 from kvtune.tuner.baselines import FAMILIES
-from kvtune.tuner.explore.outcome import read_outcome
 from kvtune.tuner.options import METHODS, Menu, alike, every_method
-from kvtune.tuner.request import SearchRequest, SearchResult
+from kvtune.tuner.request import SearchRequest
+from kvtune.tuner.result import SearchResult, read_result
 from kvtune.tuner.search import run_search
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Make = Callable[..., Tables]
 KEYS = {
-    "kvtune", "model", "gpu", "policy", "budget", "front", "rivals", "quality", "predicted",
-    "memory", "latency", "prefill", "compression", "context_tokens", "sequences",
-    "full_cache_sequences", "prompt_bytes", "share", "full_cache_accuracy", "counters", "notes",
-    "provenance",
+    "kvtune", "model", "gpu", "policy", "budget", "front", "baselines", "quality",
+    "predicted_quality", "memory", "latency", "prefill", "compression", "context_tokens",
+    "sequences", "full_cache_sequences", "prompt_bytes", "share", "full_cache_accuracy",
+    "counters", "notes", "provenance",
 }  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def test_a_stand_in_search_leaves_a_plan_that_reads_back(packaged: Tables, tmp_p
     assert result.sequences > result.full_cache_sequences
     assert result.quality.source == "stand-in"
     assert written["quality"]["stand_in"] == "smollm2-135m"
-    assert written["quality"]["kl"]["tier"] == "stand-in band"
+    assert written["quality"]["tier"] == "stand-in band"
     document = read_policy(tmp_path / "policy.yaml")
     assert document.provenance is not None
     assert document.provenance.quality is not None
@@ -103,18 +103,20 @@ def test_a_stand_in_search_leaves_a_plan_that_reads_back(packaged: Tables, tmp_p
     assert json.loads((tmp_path / "config.json").read_text())["shape"] == "llama-3.1-8b"
 
 
-def test_rivals_take_the_same_bytes_and_the_plan_is_first(packaged: Tables, tmp_path: Path) -> None:
+def test_baselines_take_the_same_bytes_and_the_plan_is_first(
+    packaged: Tables, tmp_path: Path
+) -> None:
     result = run_search(llama(tmp_path))
-    assert [r.family for r in result.rivals][:1] == ["kvtune"]
-    assert {r.family for r in result.rivals} == {"kvtune", "uniform", "pyramid", "adakv"}
-    for rival in result.rivals:
-        assert rival.prompt_bytes == result.prompt_bytes
-        assert rival.predicted.tier == "stand-in band"
-        assert rival.live is None
-        assert rival.predicted.low <= rival.predicted.value <= rival.predicted.high
-    read = [r for r in result.rivals if r.family in FAMILIES]
+    assert [r.family for r in result.baselines][:1] == ["kvtune"]
+    assert {r.family for r in result.baselines} == {"kvtune", "uniform", "pyramid", "adakv"}
+    for baseline in result.baselines:
+        assert baseline.prompt_bytes == result.prompt_bytes
+        assert baseline.predicted.tier == "stand-in band"
+        assert baseline.live is None
+        assert baseline.predicted.low <= baseline.predicted.value <= baseline.predicted.high
+    read = [r for r in result.baselines if r.family in FAMILIES]
     assert [r.name.split()[0] for r in read] == [r.family for r in read]
-    curves = [r for r in result.rivals if r.family == "uniform"]
+    curves = [r for r in result.baselines if r.family == "uniform"]
     share, interpolated = result.share, curves[0].predicted.value
     assert interpolated == pytest.approx(0.003 * (1 - share) / share, rel=0.5)
 
@@ -134,7 +136,7 @@ def test_asked_sequences_are_planned_for(packaged: Tables, tmp_path: Path) -> No
     many = run_search(llama(tmp_path / "many", sequences=60))
     assert (few.sequences, many.sequences) == (6, 60)
     assert few.prompt_bytes > many.prompt_bytes
-    assert few.predicted.kl.value < many.predicted.kl.value
+    assert few.predicted_quality.kl.value < many.predicted_quality.kl.value
     assert len(few.front) == len(many.front) == 1
     check_room(many)
 
@@ -284,24 +286,24 @@ def test_a_models_own_search_runs_the_plan_and_its_rivals_live(
     assert written.keys() == KEYS
     assert (policy.layers, policy.kv_heads) == (3, 2)
     assert result.quality.source == "own trace"
-    assert (result.quality.kl.tier, result.predicted.kl.tier) == ("live", "table")
+    assert (result.quality.kl.tier, result.predicted_quality.kl.tier) == ("live", "table")
     assert result.quality.samples == 2
-    assert result.quality.kl == result.rivals[0].live
+    assert result.quality.kl == result.baselines[0].live
     check_front(result, written)
     check_room(result)
-    families = [r.family for r in result.rivals]
+    families = [r.family for r in result.baselines]
     assert families[0] == "kvtune"
     assert set(families) >= {"uniform", "adakv", "pyramid", "greedy"}
-    for rival in result.rivals:
+    for baseline in result.baselines:
         # An allocator may leave groups that are not full, whose scales are whole all the same.
-        assert rival.prompt_bytes <= 1.03 * result.prompt_bytes
-        assert rival.live is not None
-        assert rival.live.tier == "live"
-        assert rival.live.value > 0
-        assert rival.live_by_kind.keys() == rival.by_kind.keys()
-        assert {loss.tier for loss in rival.live_by_kind.values()} == {"live"}
-    read = read_outcome(own.run_dir / "result.json").baselines
-    assert [row.live_by_kind for row in read] == [row.live_by_kind for row in result.rivals]
+        assert baseline.prompt_bytes <= 1.03 * result.prompt_bytes
+        assert baseline.live is not None
+        assert baseline.live.tier == "live"
+        assert baseline.live.value > 0
+        assert baseline.live_by_kind.keys() == baseline.by_kind.keys()
+        assert {loss.tier for loss in baseline.live_by_kind.values()} == {"live"}
+    read = read_result(own.run_dir / "result.json").baselines
+    assert [row.live_by_kind for row in read] == [row.live_by_kind for row in result.baselines]
     assert (result.times, result.untimed) == (None, None)  # no GPU
     assert result.counters["tokens_offered"] == 2 * 80 * 6
     assert 0 < result.counters["tokens_kept"] <= result.counters["tokens_offered"]
@@ -446,6 +448,6 @@ def test_two_searches_do_not_write_one_folder(packaged: Tables, tmp_path: Path) 
      ("h2o(recent_share=0.1) int4+4", ""), ("streaming_llm bf16", "")],
 )  # fmt: skip
 def test_a_rule_that_cannot_run_says_so(stored: str, mark: str) -> None:
-    from kvtune.tuner.stand_in_rivals import _unless_it_runs
+    from kvtune.tuner.stand_in_baselines import _unless_it_runs
 
     assert _unless_it_runs(stored) == mark

@@ -18,7 +18,7 @@ from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
 from kvtune.common.rotary import later_queries, query_moments
 from kvtune.traces.calibration import require_calibration
-from kvtune.traces.passes import full_cache_handler, run_observed, run_prompt
+from kvtune.traces.passes import run_observed, run_prompt
 from kvtune.traces.probes import Drawn, Probes
 from kvtune.traces.reconstruction import reconstruction
 from kvtune.traces.samples import Sample
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from kvtune.traces.models import LoadedModel
 
-_LOGITS_BYTES = 2**30
+_PROBE_BYTES = 2**30
 _WRITERS = 8
 
 
@@ -177,58 +177,61 @@ def observe(
     """
     import torch
 
-    attend = full_cache_handler(cache)
+    from kvtune.traces.observed_attention import attended
+
     rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     outputs: list[Tensor] = []
 
     def handler(
         layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Tensor:
-        output = attend(layer, q, k, v, scale, window)
+        output = attended(q, k, v, cache[layer], scale, window)
         if not output.requires_grad:
             output.requires_grad_(True)  # the first layer: everything after hangs on it
         outputs.append(output)
         rows.append(tuple(x[0].detach() for x in (q, k, v, output)))  # type: ignore[arg-type]
         return output
 
-    copies = _copies(loaded, sample.observed, probes.count)
+    together = _together(loaded, sample, probes.count)
     observed_ids = sample.token_ids[sample.prompt :]
     with torch.inference_mode(False), torch.enable_grad():
-        logits = run_observed(loaded, observed_ids, sample.prompt, handler, copies)
+        logits = run_observed(loaded, observed_ids, sample.prompt, handler)
         log_p = logits[0].detach().float().log_softmax(-1)  # [C, vocabulary]
-        gradients = _gradients(logits, outputs, probes.draw(log_p, sample.id))
+        gradients = _gradients(logits, outputs, probes.draw(log_p, sample.id), together)
     targets = torch.tensor(sample.targets, device=log_p.device)[:, None]
     return Observed(
         rows, gradients, log_p.gather(1, targets)[:, 0].tolist(), log_p.argmax(-1).tolist()
     )
 
 
-def _copies(loaded: LoadedModel, observed: int, probes: int) -> int:
-    """Rows that the observed pass is run with: probes that one backward pass yields together.
+def _together(loaded: LoadedModel, sample: Sample, probes: int) -> int:
+    """Probes that one backward pass yields together, as many as memory is meant for.
 
-    On a CPU one: arithmetic bounds it, and S backward passes through one graph cost S + 1 passes
-    where S copies would cost 2 S. On a GPU as many as the logits leave room for: a small model's
-    backward pass there is bound by kernel launches, which the copies share.
+    A probe holds a direction of the logits, and one layer's attention in float32 at a time.
     """
-    if loaded.device == "cpu":
-        return 1
-    a_copy = observed * loaded.geometry.vocab_size * 4
-    most = max(1, min(probes, _LOGITS_BYTES // a_copy))
-    return next(n for n in range(most, 0, -1) if probes % n == 0)
+    geometry = loaded.geometry
+    attention = geometry.query_heads * len(sample.token_ids)
+    a_probe = sample.observed * max(geometry.vocab_size, 2 * attention) * 4
+    return max(1, min(probes, _PROBE_BYTES // a_probe))
 
 
-def _gradients(logits: Tensor, outputs: list[Tensor], drawn: Drawn) -> list[Tensor]:
+def _gradients(logits: Tensor, outputs: list[Tensor], drawn: Drawn, together: int) -> list[Tensor]:
     """Gradients of the drawn directions at every layer's attention output, [S, C, Hq, D] each."""
     import torch
 
-    copies, probes = logits.shape[0], len(drawn.labels)
+    probes = len(drawn.labels)
     pieces: list[list[Tensor]] = [[] for _ in outputs]
-    for first in range(0, probes, copies):
-        slopes = drawn.slopes(first, copies).to(logits.dtype)
-        more = first + copies < probes
-        grads = torch.autograd.grad(logits, outputs, grad_outputs=slopes, retain_graph=more)
+    for first in range(0, probes, together):
+        slopes = drawn.slopes(first, together).to(logits.dtype)
+        grads = torch.autograd.grad(
+            logits,
+            outputs,
+            grad_outputs=slopes[:, None],
+            retain_graph=first + together < probes,
+            is_grads_batched=True,
+        )
         for piece, grad in zip(pieces, grads, strict=True):
-            piece.append(grad.transpose(1, 2))  # [copies, C, Hq, D]
+            piece.append(grad[:, 0].transpose(1, 2))  # [probes of this pass, C, Hq, D]
     return [torch.cat(piece) for piece in pieces]
 
 

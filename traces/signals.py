@@ -23,6 +23,7 @@ TENSORS_OF = {
 SIGNALS = tuple(TENSORS_OF)
 
 _TILE_BYTES = 2**26
+_TILE_QUERIES = 256  # the fewer, the fewer scores of later keys are computed for nothing
 
 
 def check_signals(signals: tuple[str, ...]) -> None:
@@ -54,18 +55,20 @@ def column_sums(q: Tensor, k: Tensor, scale: float, window: int | None) -> Tenso
     import torch
 
     query_heads, tokens, head_dim = q.shape
-    group = query_heads // k.shape[0]
-    sums = torch.zeros(k.shape[0], group, tokens, device=q.device)
-    tile = max(1, min(tokens, _TILE_BYTES // (4 * query_heads * tokens)))
+    heads = k.shape[0]
+    group = query_heads // heads
+    sums = torch.zeros(heads, group, tokens, device=q.device)
+    tile = max(1, min(tokens, _TILE_QUERIES, _TILE_BYTES // (4 * query_heads * tokens)))
     at = torch.arange(tokens, device=q.device)
     for start in range(0, tokens, tile):
         stop = min(start + tile, tokens)
         first = 0 if window is None else max(0, start - window + 1)
-        rows = q[:, start:stop].reshape(-1, group, stop - start, head_dim).float()
-        scores = rows @ k[:, None, first:stop].float().transpose(-1, -2) * scale
+        rows = q[:, start:stop].reshape(heads, -1, head_dim).float() * scale  # [H, G * T, D]
+        scores = rows @ k[:, first:stop].float().transpose(-1, -2)
+        scores = scores.view(heads, group, stop - start, stop - first)
         hidden = at[None, first:stop] > at[start:stop, None]
         if window is not None:
             hidden = hidden | (at[None, first:stop] <= at[start:stop, None] - window)
-        mass = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        mass = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
         sums[:, :, first:stop] += mass.sum(-2)
     return sums.flatten(0, 1)

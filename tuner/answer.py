@@ -1,4 +1,4 @@
-"""What a study's end comes to: the plan checked beside its rivals, its costs, the front, notes."""
+"""Builds the SearchResult from the chosen candidate: checked, compared, costed, with notes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from kvtune.simulator.cost import Cost, policy_cost
 from kvtune.simulator.memory.budget import MemoryBudget
 from kvtune.tuner.baselines import COSTS
 from kvtune.tuner.explore.record import selection_split
+from kvtune.tuner.live_baselines import live_baselines
 from kvtune.tuner.question import Candidate, Solver, front
-from kvtune.tuner.request import FrontPoint, Quality, Rival, SearchRequest, SearchResult
-from kvtune.tuner.rivals import live_rivals
+from kvtune.tuner.request import SearchRequest
+from kvtune.tuner.result import Baseline, FrontPoint, Quality, SearchResult
 from kvtune.tuner.sources import QualitySource
-from kvtune.tuner.stand_in_rivals import stand_in_rivals
+from kvtune.tuner.stand_in_baselines import stand_in_baselines
 
 if TYPE_CHECKING:
     from kvtune.tuner.timing import Times
@@ -50,13 +51,14 @@ class Found:
 
 
 def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
-    """The chosen plan checked, beside its rivals, and the front that it stands on."""
+    """The chosen plan checked, beside the baselines, and the front that it stands on."""
     request, source, solver = found.request, found.source, found.solver
     policy, budget = solver.policy(chosen), found.budgets[chosen.context]
     cost = _cost(found, chosen)
     predicted = _predicted(source, chosen)
-    compare = live_rivals if source.loaded else stand_in_rivals
-    rivals, validation = compare(source, solver, policy, chosen, predicted.kl, progress)
+    compare = live_baselines if source.loaded else stand_in_baselines
+    compared, validation = compare(source, solver, policy, chosen, predicted.kl, progress)
+    baselines = tuple(row.baseline for row in compared)
     quality = replace(predicted, kl=validation.live) if validation else predicted
     longest = chosen.context + request.generated_tokens
     times, untimed = _times(found, policy, chosen, cost, progress)
@@ -70,8 +72,9 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
         sequences=chosen.sequences,
         share=cost.share,
         quality=quality,
-        predicted=predicted,
-        rivals=tuple(rivals),
+        predicted_quality=predicted,
+        baselines=baselines,
+        policies={str(row.baseline.policy): row.policy for row in compared if row.policy},
         memory=cost.memory,
         latency=cost.latency,
         prefill=cost.prefill,
@@ -79,7 +82,7 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
         full_cache_sequences=budget.cache_bytes // request.shape.kv_bytes(longest),
         full_cache_accuracy=validation.full_cache_accuracy if validation else None,
         counters=validation.counters if validation else {},
-        notes=(*found.notes, *_notes(found, chosen, quality), *_costs(rivals)),
+        notes=(*found.notes, *_notes(found, chosen, quality), *_costs(baselines)),
         provenance={
             "kvtune": kvtune.__version__,
             "seed": request.seed,
@@ -209,11 +212,11 @@ def _host_note(found: Found, chosen: Candidate, allowed_bytes: int) -> str:
     )
 
 
-def _costs(rivals: Sequence[Rival]) -> Iterator[str]:
-    """What rivals take that is in no column."""
-    for rival in rivals:
-        if rival.family in COSTS:
-            yield f"cost: {rival.name} {COSTS[rival.family]}."
+def _costs(baselines: Sequence[Baseline]) -> Iterator[str]:
+    """What baselines take that is in no column."""
+    for baseline in baselines:
+        if baseline.family in COSTS:
+            yield f"cost: {baseline.name} {COSTS[baseline.family]}."
 
 
 def _band_note(request: SearchRequest, quality: Quality) -> str:

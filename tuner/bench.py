@@ -36,7 +36,7 @@ from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.runtime.calibrate import calibration_of
-from kvtune.runtime.live import LiveRun, run_live
+from kvtune.runtime.live import LiveRun, full_cache, run_live
 from kvtune.runtime.prompts import fresh_prompt
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample, by_turns
@@ -187,10 +187,12 @@ def _run_sample(
     if not filled:
         return
     prompt = fresh_prompt(loaded, sample, union_of_needs([policy for *_, policy in filled]))
+    uncompressed = full_cache(loaded, sample, prompt)
     together = _TOGETHER[loaded.device.split(":", 1)[0]]
     for at in range(0, len(filled), together):
         batch = filled[at : at + together]
-        live = run_live(loaded, sample, prompt, [policy for *_, policy in batch])
+        policies = [policy for *_, policy in batch]
+        live = run_live(loaded, sample, prompt, policies, uncompressed)
         yield [
             _measured(entry, share, setting, sample, run, policy, shape)
             for (entry, share, policy), run in zip(batch, live, strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -156,10 +156,14 @@ class Asked:
         return [Case(card, context, batch, name, budget, cost) for name, cost in costs.items()]
 
     def _costs(self, deployment: Deployment, budget: MemoryBudget) -> dict[str, Cost]:
-        from kvtune.simulator.cost import policy_cost
+        from kvtune.simulator.cost import full_cost, per_second, policy_cost
 
         shape, generated = self.shape, self.generated_tokens
-        costs = {FULL: deployment.cost(budget, generated)}
+        alone = full_cost(deployment.local, deployment.gpu, budget, generated)
+        step, first = deployment.times(alone.latency, alone.prefill, budget, generated)
+        rate = per_second(step, budget.batch)
+        full = replace(alone, latency=step, prefill=first, tokens_per_second=rate)
+        costs = {FULL: full}
         if self.document is not None:
             self._check_alone()
             policy = self.document.bind(shape.layers, shape.kv_heads)

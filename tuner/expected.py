@@ -13,10 +13,11 @@ from kvtune.profiles.shape import ModelShape
 from kvtune.runtime.largest import NEW_TOKENS as LARGEST_NEW_TOKENS
 from kvtune.runtime.largest import Largest
 from kvtune.runtime.timing import NEW_TOKENS, STEPS, STRETCHES, Decoding, Timing
-from kvtune.simulator.cost import cache_bytes_by_format, per_second
+from kvtune.simulator.cost import per_second
 from kvtune.simulator.latency.compression import compression
 from kvtune.simulator.latency.steps import decode_step, prefill
 from kvtune.simulator.memory.peak import add, largest_batch, overhead_bytes, prefill_peak_bytes
+from kvtune.simulator.memory.policy_bytes import cache_bytes_by_format
 from kvtune.simulator.memory.weights import weight_bytes
 
 Pair = tuple[Estimate, float]

@@ -13,16 +13,12 @@ from kvtune.common.bounds import Digest
 from kvtune.common.errors import KvtuneError
 from kvtune.common.files import inside, sha256, write_json
 from kvtune.common.stored import checked, read_json
+from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.document import read_policy
 from kvtune.simulator.memory.budget import MemoryBudget
 from kvtune.tuner.explore import PLANS_FILE
-from kvtune.tuner.explore.stored_result import (
-    StoredQuality,
-    StoredRival,
-    read_result,
-)
-from kvtune.tuner.request import FrontPoint, Quality, Rival, SearchRequest, SearchResult
-from kvtune.tuner.run_directory import policy_file
+from kvtune.tuner.request import SearchRequest
+from kvtune.tuner.result import FIGURES, SearchResult, read_result
 from kvtune.tuner.source_models import digests
 
 if TYPE_CHECKING:
@@ -69,11 +65,10 @@ class Finished:
 def keep_finished(result: SearchResult) -> None:
     """Note, after all other files, what the run directory answers."""
     folder = result.request.run_dir
-    policies = [name for rival in result.rivals if (name := policy_file(rival))]
     plain = {
         "format": 1,
         "asked": fingerprint(result.request),
-        "files": {name: sha256(folder / name) for name in (RESULT, *policies)},
+        "files": {name: sha256(folder / name) for name in (RESULT, *result.policies)},
         "times": _times_as_plain(result.times),
         "untimed": result.untimed,
     }
@@ -109,48 +104,28 @@ def _untouched(folder: Path, ended: Finished) -> bool:
 def _restored(request: SearchRequest, ended: Finished) -> SearchResult:
     path = request.run_dir / RESULT
     stored, where = read_result(path), str(path)
-    rivals = tuple(_rival(request, rival) for rival in stored.rivals)
-    policy = rivals[0].policy
-    if policy is None:
+    files = [each.policy for each in stored.baselines if each.policy is not None]
+    policies = {name: _policy(request, name) for name in files}
+    if stored.policy not in policies:
         raise KvtuneError("this result cannot be read: it has no plan", where=where)
-    fields = {name: getattr(stored, name) for name in _PLAIN}
-    if missing := [name for name, value in fields.items() if value is None]:
-        raise KvtuneError(f"this result cannot be read: it lacks {missing[0]}", where=where)
     return SearchResult(
         request=request,
         budget=_budget(stored.budget, where),
-        front=tuple(FrontPoint(**vars(point)) for point in stored.front),
-        policy=policy,
-        quality=_quality(stored.quality),
-        predicted=_quality(stored.predicted),
-        rivals=rivals,
-        full_cache_accuracy=stored.full_cache_accuracy,
+        policy=policies[stored.policy],
+        policies=policies,
         times=_times(ended.times, where),
         untimed=ended.untimed,
-        **fields,
+        **{name: getattr(stored, name) for name in FIGURES},
     )
 
 
-_PLAIN = (
-    "context_tokens", "prompt_bytes", "sequences", "share", "memory", "latency", "prefill",
-    "compression", "full_cache_sequences", "counters", "notes", "provenance",
-)  # fmt: skip
+def _policy(request: SearchRequest, name: str) -> Policy:
+    document = read_policy(inside(request.run_dir, name))
+    return document.bind(request.shape.layers, request.shape.kv_heads)
 
 
-def _rival(request: SearchRequest, rival: StoredRival) -> Rival:
-    policy = None
-    if rival.policy is not None:
-        document = read_policy(inside(request.run_dir, rival.policy))
-        policy = document.bind(request.shape.layers, request.shape.kv_heads)
-    return Rival(**vars(rival) | {"policy": policy})
-
-
-def _quality(stored: StoredQuality) -> Quality:
-    return Quality(**vars(stored))
-
-
-def _budget(stored: dict[str, Any] | None, where: str) -> MemoryBudget:
-    fields = {key: value for key, value in (stored or {}).items() if key != "share_that_fits"}
+def _budget(stored: dict[str, Any], where: str) -> MemoryBudget:
+    fields = {key: value for key, value in stored.items() if key != "share_that_fits"}
     return checked(MemoryBudget, fields, where)
 
 

@@ -24,7 +24,8 @@ from kvtune.common.units import Amount, parse_bytes, parse_tokens
 from kvtune.policies.policy_file.document import PolicyDocument, read_policy
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.tuner.cases import Asked, Card, Case
-from kvtune.tuner.request import SearchRequest, SearchResult
+from kvtune.tuner.request import SearchRequest
+from kvtune.tuner.result import SearchResult
 from kvtune.tuner.target import (
     read_context,
     read_context_range,

@@ -1,6 +1,8 @@
 """Live rounds: what is about to be chosen runs on the selection samples, and predictions learn it.
 
-Solve, run, refit, choose again, until what is chosen has been run. Held-out samples take no part.
+Run what looks best, refit, choose again, until what is chosen has been run. The first round runs a
+few finalists, from which the fit learns; later ones run the new choice alone. Held-out samples take
+no part.
 """
 
 from __future__ import annotations
@@ -44,9 +46,9 @@ def refine(found: Found, run: RunLive) -> tuple[Found, Candidate]:
     taught = found
     for _ in range(ROUNDS):
         finalists = _finalists(taught)
-        waiting = [each for each in finalists if each.choice.tobytes() not in measured]
-        if finalists[0] not in waiting:
+        if finalists[0].choice.tobytes() in measured:
             break
+        waiting = finalists[:1] if measured else finalists
         for candidate, lives in zip(waiting, run(waiting), strict=True):
             measured[candidate.choice.tobytes()] = candidate, lives
         taught = recalibrated(found, _levelled(found.source, list(measured.values())))

@@ -1,21 +1,13 @@
-"""What a search is asked and what it answers, as plain frozen data: no torch, no Optuna."""
+"""What a search is asked, as plain frozen data: no torch, no Optuna."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-from kvtune.common.estimate import Estimate
-from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.models import ModelShape
-from kvtune.simulator.memory.budget import MemoryBudget
-
-if TYPE_CHECKING:
-    from kvtune.tuner.timing import Times
-
-Source = Literal["own trace", "stand-in"]
 
 
 @dataclass(frozen=True)
@@ -85,133 +77,3 @@ class SearchRequest:
         while 2 * steps[-1] < longest:
             steps.append(2 * steps[-1])
         return tuple(dict.fromkeys((*steps, longest)))
-
-
-@dataclass(frozen=True)
-class Quality:
-    """A quality figure and whose it is.
-
-    Args:
-        kl: nats/token, with a 95 % interval over held-out samples, and tier; of a
-            stand-in, a band.
-        source: the model's own trace, or that of a stand-in.
-        stand_in: the stand-in's name, or "".
-        samples: held-out samples behind the figure.
-    """
-
-    kl: Estimate
-    source: Source
-    stand_in: str = ""
-    samples: int = 0
-
-
-@dataclass(frozen=True)
-class FrontPoint:
-    """One plan of the Pareto front: loss against tokens at once, with what it takes.
-
-    Args:
-        kl: predicted on the selection samples, nats/token.
-        context_tokens: prompt tokens of each sequence.
-        sequences: that fit at once under the limit.
-        prompt_bytes: of one compressed prompt.
-        share: of the bf16 bytes of the same prompt.
-        time_per_token: of a decode step with all sequences, seconds.
-        tokens_per_second: of all sequences together.
-        parameters: what the study chose.
-        chosen: whether this is the plan.
-        band: of a stand-in, around ``kl``; None where the loss is the model's own.
-    """
-
-    kl: float
-    context_tokens: int
-    sequences: int
-    prompt_bytes: int
-    share: float
-    time_per_token: Estimate
-    tokens_per_second: Estimate
-    parameters: dict[str, Any]
-    chosen: bool = False
-    band: Estimate | None = None
-
-
-@dataclass(frozen=True)
-class Rival:
-    """The plan, or what it is compared with, at equal bytes.
-
-    Args:
-        name: for example ``uniform h2o int4``.
-        family: kvtune, layers, greedy, uniform, pyramid or adakv; beside a stand-in's plan, the
-            name of a method too.
-        predicted: KL on held-out samples before anything ran live.
-        live: the same measured live; None where no weights are at hand.
-        prompt_bytes: of one compressed prompt.
-        perplexity_change: live, ratio minus one; None likewise.
-        retrieval_accuracy: live, share of needle digits right; None likewise.
-        by_kind: predicted on held-out samples by kind of text; empty where it is off a curve.
-        live_by_kind: measured on those; empty where it did not run.
-        policy: what each head gets; None likewise.
-    """
-
-    name: str
-    family: str
-    predicted: Estimate
-    live: Estimate | None
-    prompt_bytes: int
-    perplexity_change: Estimate | None = None
-    retrieval_accuracy: Estimate | None = None
-    by_kind: dict[str, float] = field(default_factory=dict)
-    live_by_kind: dict[str, Estimate] = field(default_factory=dict)
-    policy: Policy | None = None
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """All that a search found.
-
-    Args:
-        request: what was asked.
-        budget: device memory, weights, overhead and what is left for the cache, at that context.
-        front: most tokens at once last.
-        policy: the chosen plan.
-        context_tokens: prompt tokens of each sequence, chosen where that was left open.
-        prompt_bytes: of one compressed prompt.
-        sequences: that fit at once with it.
-        share: of the bf16 bytes of the same prompt.
-        quality: of the plan, the best tier there is.
-        predicted: of the plan, before live.
-        rivals: the plan first, then the baselines.
-        memory: peak of everything together, bytes.
-        latency: of one decode step of all sequences, seconds.
-        prefill: of one prompt, seconds.
-        compression: of one prompt, beside its prefill, seconds.
-        full_cache_sequences: that would fit uncompressed.
-        full_cache_accuracy: retrieval accuracy of the uncompressed model, live; or None.
-        counters: proof that the policy fired: tokens kept and offered, heads compressed.
-        notes: automatic choices, each with its reason.
-        provenance: versions, seeds, hashes.
-        times: of the plan beside the uncompressed cache, measured, where it ran live on a GPU.
-        untimed: why it ran there and was not timed; or None.
-    """
-
-    request: SearchRequest
-    budget: MemoryBudget
-    front: tuple[FrontPoint, ...]
-    policy: Policy
-    context_tokens: int
-    prompt_bytes: int
-    sequences: int
-    share: float
-    quality: Quality
-    predicted: Quality
-    rivals: tuple[Rival, ...]
-    memory: Estimate
-    latency: Estimate
-    prefill: Estimate
-    compression: Estimate
-    full_cache_sequences: int
-    full_cache_accuracy: Estimate | None = None
-    counters: dict[str, int] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    provenance: dict[str, Any] = field(default_factory=dict)
-    times: Times | None = None
-    untimed: str | None = None

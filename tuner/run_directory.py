@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
-from typing import Any
 
 import kvtune
-from kvtune.common.estimate import Estimate
 from kvtune.common.files import write_json, write_text
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.document import (
@@ -19,7 +17,8 @@ from kvtune.policies.policy_file.document import (
 )
 from kvtune.policies.policy_file.document import Quality as WrittenQuality
 from kvtune.simulator.model_facts import model_facts
-from kvtune.tuner.request import FrontPoint, Quality, Rival, SearchRequest, SearchResult
+from kvtune.tuner.request import SearchRequest
+from kvtune.tuner.result import PLAN_FILE, Baseline, SearchResult
 
 
 def record_config(request: SearchRequest) -> None:
@@ -38,12 +37,13 @@ def write_result(result: SearchResult) -> None:
     """Write ``policy.yaml``, the baselines' policies and ``result.json``."""
     run_dir = result.request.run_dir
     document = _document(result)
-    write_text(run_dir / "policy.yaml", write_policy(document))
-    for rival in result.rivals[1:]:
-        if rival.policy is not None:
-            text = write_policy(_baseline_document(document, rival, rival.policy))
-            write_text(run_dir / str(policy_file(rival)), text)
-    write_json(run_dir / "result.json", result_as_plain(result))
+    write_text(run_dir / PLAN_FILE, write_policy(document))
+    for baseline in result.baselines[1:]:
+        if baseline.policy is not None:
+            policy = result.policies[baseline.policy]
+            text = write_policy(_baseline_document(document, baseline, policy))
+            write_text(run_dir / baseline.policy, text)
+    write_json(run_dir / "result.json", result.as_dict())
 
 
 def _document(result: SearchResult) -> PolicyDocument:
@@ -71,14 +71,14 @@ def _document(result: SearchResult) -> PolicyDocument:
     )
 
 
-def _baseline_document(plan: PolicyDocument, rival: Rival, policy: Policy) -> PolicyDocument:
+def _baseline_document(plan: PolicyDocument, baseline: Baseline, policy: Policy) -> PolicyDocument:
     """A baseline's policy, with the plan's provenance and its own loss."""
     made = plan.provenance
     assert made is not None  # noqa: S101 - written above
     assert made.quality is not None  # noqa: S101
-    quality = replace(made.quality, kl_nats_per_token=rival.live or rival.predicted)
+    quality = replace(made.quality, kl_nats_per_token=baseline.best)
     provenance = replace(made, quality=quality, memory={}, latency={})
-    return replace(plan, policy=_short(replace(policy, name=rival.name)), provenance=provenance)
+    return replace(plan, policy=_short(replace(policy, name=baseline.name)), provenance=provenance)
 
 
 def _short(policy: Policy) -> Policy | Pattern:
@@ -87,48 +87,3 @@ def _short(policy: Policy) -> Policy | Pattern:
     return (
         Pattern(options.pop(), (), policy.allocator, policy.name) if len(options) == 1 else policy
     )
-
-
-def policy_file(rival: Rival) -> str | None:
-    """Where a rival's policy lies in the run directory; None of one that has none."""
-    if rival.family == "kvtune":
-        return "policy.yaml"
-    return f"baselines/{rival.family}.yaml" if rival.policy is not None else None
-
-
-def result_as_plain(result: SearchResult) -> dict[str, Any]:
-    """The result as JSON data; the policy lies beside it as YAML."""
-    return {
-        "kvtune": kvtune.__version__,
-        "model": result.request.shape.name,
-        "gpu": result.request.gpu.slug,
-        "policy": "policy.yaml",
-        "budget": result.budget.as_dict(),
-        "front": [_plain(point) for point in result.front],
-        "rivals": [_plain(rival) | {"policy": policy_file(rival)} for rival in result.rivals],
-        "quality": _plain(result.quality),
-        "predicted": _plain(result.predicted),
-        "memory": result.memory.as_dict(),
-        "latency": result.latency.as_dict(),
-        "prefill": result.prefill.as_dict(),
-        "compression": result.compression.as_dict(),
-        "context_tokens": result.context_tokens,
-        "sequences": result.sequences,
-        "full_cache_sequences": result.full_cache_sequences,
-        "prompt_bytes": result.prompt_bytes,
-        "share": result.share,
-        "full_cache_accuracy": _value(result.full_cache_accuracy),
-        "counters": result.counters,
-        "notes": list(result.notes),
-        "provenance": result.provenance,
-    }
-
-
-def _plain(record: FrontPoint | Rival | Quality) -> dict[str, Any]:
-    return {name: _value(value) for name, value in vars(record).items()}
-
-
-def _value(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _value(entry) for name, entry in value.items()}
-    return value.as_dict() if isinstance(value, Estimate) else value

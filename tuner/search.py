@@ -30,10 +30,8 @@ from kvtune.tuner.finished import finished, keep_finished
 from kvtune.tuner.head_points import head_points
 from kvtune.tuner.question import Candidate, Question, Solver, front, pick
 from kvtune.tuner.refine import live_on_selection, recalibrated, refine
-from kvtune.tuner.request import (
-    SearchRequest,
-    SearchResult,
-)
+from kvtune.tuner.request import SearchRequest
+from kvtune.tuner.result import SearchResult
 from kvtune.tuner.run_directory import record_config, write_result
 from kvtune.tuner.simple_points import simple_points
 from kvtune.tuner.sources import QualitySource, has_weights, own_trace, stand_in

@@ -11,13 +11,13 @@ from kvtune.common.estimate import Estimate
 from kvtune.common.progress import Progress, Silent
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs
-from kvtune.runtime.live import LiveRun, run_live
+from kvtune.runtime.live import LiveRun, full_cache, run_live
 from kvtune.runtime.prompts import Prompt, fresh_prompt
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample
 from kvtune.tuner.quality import estimate, estimate_by_kind
 
-_TOGETHER = 6  # policies a batch beside the full cache, for a laptop's memory
+_TOGETHER = 6  # policies a batch, for a laptop's memory
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,14 @@ def validate_policies(
         prompt_of: gives a sample's prompt, from a trace or run afresh.
         progress: told of every sample and batch of policies.
     """
-    batches = [policies[at : at + _TOGETHER] for at in range(0, len(policies), _TOGETHER)]
-    steps = [(sample, batch) for sample in samples for batch in range(len(batches))]
     runs: list[list[LiveRun]] = [[] for _ in policies]
-    for sample, batch in (progress or Silent()).track(steps, "running live", len(steps)):
-        found = run_live(loaded, sample, prompt_of(sample), batches[batch])
-        for row, run in enumerate(found, start=batch * _TOGETHER):
+    steps = [(sample, at) for sample in samples for at in range(0, len(policies), _TOGETHER)]
+    for sample, at in (progress or Silent()).track(steps, "running live", len(steps)):
+        prompt = prompt_of(sample)
+        if at == 0:
+            full = full_cache(loaded, sample, prompt)
+        found = run_live(loaded, sample, prompt, policies[at : at + _TOGETHER], full)
+        for row, run in enumerate(found, start=at):
             runs[row].append(run)
     return [summarise(row, samples) for row in runs]
 

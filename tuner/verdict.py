@@ -42,7 +42,7 @@ def verdict_of(study: Study) -> Verdict | None:
         full_cache_sequences=outcome.full_cache_sequences,
         context_tokens=int(study.plans.context_tokens[row]),
         memory_bytes=study.facts.memory_bytes,
-        kl=outcome.quality,
+        kl=outcome.quality.kl,
         stand_in=study.facts.stand_in,
         policies=outcome.baselines,
         full_cache_accuracy=outcome.full_cache_accuracy,

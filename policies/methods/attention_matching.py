@@ -128,4 +128,6 @@ class AttentionMatching(Method):
         pursuit = 2 * rows * shape.prompt_tokens * steps
         systems = 4 * rows * size**2 + 2 * shape.kv_heads * float(size) ** 3
         moved = 4 * rows * shape.prompt_tokens * (2 + steps)
-        return super().work(shape, budget) + Work(2 * logits + pursuit + systems, moved)
+        launches = 390 + 45.0 * steps  # one pursued token after another
+        more = Work(2 * logits + pursuit + systems, moved, launches=launches)
+        return super().work(shape, budget) + more

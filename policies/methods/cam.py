@@ -74,4 +74,5 @@ class CaM(Method):
     def work(self, shape: LayerShape, budget: int) -> Work:
         """Every leaving value read once and added to those behind it."""
         cells = float(shape.kv_heads * shape.prompt_tokens * self.merged * shape.head_dim)
-        return super().work(shape, budget) + Work(2 * cells, 8 * cells)
+        launches = 3.0 * max(shape.prompt_tokens - budget, 0)  # one token after another
+        return super().work(shape, budget) + Work(2 * cells, 8 * cells, launches=launches)

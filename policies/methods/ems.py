@@ -129,7 +129,8 @@ class EMSReconstruction(ScoredMethod):
     def work(self, shape: LayerShape, budget: int) -> Work:
         """Likeness of all tokens to all centres, and the means."""
         pairs = float(shape.kv_heads * shape.prompt_tokens * min(budget, shape.prompt_tokens))
-        return super().work(shape, budget) + Work(8 * pairs * shape.head_dim, 8 * pairs)
+        more = Work(8 * pairs * shape.head_dim, 8 * pairs, launches=70)
+        return super().work(shape, budget) + more
 
 
 def _at(tensor: Tensor, places: Tensor) -> Tensor:

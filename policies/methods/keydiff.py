@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from kvtune.policies.method import Method, ScoredMethod
 from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import Signals
+from kvtune.policies.work import LayerShape, Work
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,11 @@ class KeyDiff(ScoredMethod):
     def scores(self, signals: Signals) -> Tensor:
         """Unlikeness to the mean direction."""
         return unlikeness(signals.keys)
+
+    def work(self, shape: LayerShape, budget: int) -> Work:
+        """All keys in 32 bits, their unit vectors' mean, and each one's likeness to it."""
+        numbers = float(shape.kv_heads * shape.prompt_tokens * shape.head_dim)
+        return super().work(shape, budget) + Work(6 * numbers, 24 * numbers, launches=13)
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,14 @@ class KeyDiffBlockwise(Method):
             best = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)[:, :budget]
             held = held.gather(1, (held.shape[1] - 1 - best).sort(-1).values)
         return held
+
+    def work(self, shape: LayerShape, budget: int) -> Work:
+        """The likeness of what is held to its mean, and its ranking, once a block."""
+        blocks = max(shape.prompt_tokens - budget, 0) / self.block
+        held = shape.kv_heads * float(budget + self.block) * shape.head_dim
+        once = Work(6 * held, 12 * held, launches=23)
+        more = Work(blocks * once.flops, blocks * once.moved_bytes, launches=blocks * once.launches)
+        return super().work(shape, budget) + more
 
 
 def unlikeness(keys: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from kvtune.policies.decode import DecodeMethod, DecodeState
 from kvtune.policies.noise import gumbel
 from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import ALL_QUERIES, Needs, Signals
+from kvtune.policies.work import LayerShape, Work
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,6 +81,12 @@ class Keyformer(DecodeMethod):
             places = query_heads[..., None, None], at[first : first + count, None], at
             total += self._softened(rows, self.start, *places).sum(2).mean(1)
         return {"score": total}
+
+    def work(self, shape: LayerShape, budget: int) -> Work:
+        """Noise is drawn for every pair of tokens, 256 rows of them at a time."""
+        pairs = float(shape.query_heads) * shape.prompt_tokens**2
+        more = Work(20 * pairs, 80 * pairs, launches=68 * shape.prompt_tokens / 256)
+        return super().work(shape, budget) + more
 
     def observe(self, state: DecodeState, attention: Tensor) -> None:
         """Add the newest row, softened."""

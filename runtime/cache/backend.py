@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kvtune.policies.pages import PAGE, PageLayout
+from kvtune.policies.pages import BF16_PAGE, PageLayout
 from kvtune.runtime.cache.host_pool import HostPool
 from kvtune.runtime.kernels.launch import Paged, Scratch, decode
 from kvtune.runtime.kernels.reference import attend, read_page, rotate, write_page
@@ -61,17 +61,17 @@ class Backend(Protocol):
         """Output ``[rows, G, D]`` of ``q`` like it; fills in ``seen`` where it is given."""
 
     def fetch(self, pool: Tensor, host: HostPool, fetching: Fetching) -> None:
-        """Copy pages from the host into the pool."""
+        """Copy blocks from the host into the pool."""
 
 
 @dataclass(frozen=True)
 class Fetching:
-    """Pages on their way from the host to the device.
+    """Blocks of 64 tokens on their way from the host to the device.
 
     Args:
         places: in the host's pool, ``[n]`` int64; -1 copies nothing.
-        cells: of the pool, ``[n]`` int32.
-        layout: of the pages.
+        cells: first ones of the pool, ``[n]`` int32.
+        layout: of the blocks' pages, which lie side by side.
     """
 
     places: Tensor
@@ -100,8 +100,8 @@ class Seen:
 
     Args:
         lse: ``[rows, G]`` float32, natural log-sum-exp.
-        logits: ``[G, 64 * table entries]`` float32, scaled; beyond a segment's tokens anything.
-            None where they are not wanted.
+        logits: ``[G, tokens that there are pages for]`` float32, scaled, segment by segment; beyond
+            a segment's tokens anything. None where they are not wanted.
     """
 
     lse: Tensor
@@ -183,11 +183,11 @@ class TritonBackend:
 
     def fetch(self, pool: Tensor, host: HostPool, fetching: Fetching) -> None:
         """One launch, which reads pinned memory over the bus: nobody asks the host."""
-        from kvtune.runtime.kernels.pages import FETCHED_AT_ONCE, fetch_pages
+        from kvtune.runtime.kernels.pages import FETCHED_AT_ONCE, fetch_blocks
 
         layout = fetching.layout
-        words = layout.page_bytes // 8
-        fetch_pages[(len(fetching.places), -(-words // FETCHED_AT_ONCE))](
+        words = layout.block_bytes // 8
+        fetch_blocks[(len(fetching.places), -(-words // FETCHED_AT_ONCE))](
             host.addresses, fetching.places, fetching.cells, pool.view(torch.int64),
             host.slab_bytes, layout.cell_bytes // 8, words, FETCHED_AT_ONCE,
         )  # fmt: skip
@@ -213,10 +213,11 @@ class PlainBackend:
             length = int(layer.lengths[segment])
             place = length if growing.places is None else self._place(growing, row)
             pages = self._growing_pages(layer, growing, row)
-            if place == length and place % PAGE == 0:
-                pages[place // PAGE].zero_()
-            pages[place // PAGE][0, place % PAGE] = keys.flatten(0, 1)[row]
-            pages[place // PAGE][1, place % PAGE] = values.flatten(0, 1)[row]
+            page, slot = divmod(place, BF16_PAGE)
+            if place == length and slot == 0:
+                pages[page].zero_()
+            pages[page][0, slot] = keys.flatten(0, 1)[row]
+            pages[page][1, slot] = values.flatten(0, 1)[row]
             layer.lengths[segment] = max(length, place + 1)
 
     def append_rotated(
@@ -240,8 +241,8 @@ class PlainBackend:
         for row, sources, targets in zip(*(x.tolist() for x in vars(moves).values()), strict=True):
             pages = self._growing_pages(layer, growing, row)
             for source, target in zip(sources, targets, strict=True):
-                token = pages[source // PAGE][:, source % PAGE]
-                pages[target // PAGE][:, target % PAGE] = token.clone()
+                token = pages[source // BF16_PAGE][:, source % BF16_PAGE]
+                pages[target // BF16_PAGE][:, target % BF16_PAGE] = token.clone()
 
     def attend(
         self, q: Tensor, layer: Paged, scratch: Scratch, scale: float, seen: Seen | None = None
@@ -259,26 +260,26 @@ class PlainBackend:
                 seen.lse[row] = lse
             if seen is not None and seen.logits is not None:
                 for record, (some, _) in zip(mine, read, strict=True):
-                    seen.logits[:, PAGE * record[2] :][:, : len(some)] = query @ some.T * scale
+                    seen.logits[:, record[11] :][:, : len(some)] = query @ some.T * scale
         return torch.stack(outputs).to(q.dtype)
 
     def fetch(self, pool: Tensor, host: HostPool, fetching: Fetching) -> None:
-        """A page at a time."""
-        size, cell_bytes = fetching.layout.page_bytes, fetching.layout.cell_bytes
+        """A block at a time."""
+        size, cell_bytes = fetching.layout.block_bytes, fetching.layout.cell_bytes
         pairs = zip(fetching.places.tolist(), fetching.cells.tolist(), strict=True)
         for place, cell in pairs:
             if place >= 0:
                 pool[cell * cell_bytes :][:size] = host.view(place, size)
 
     def _growing_pages(self, layer: Paged, growing: Growing, row: int) -> list[Tensor]:
-        """Views ``[2, 64, D]`` of a row's pages."""
+        """Views ``[2, tokens, D]`` of a row's pages."""
         layout = PageLayout(layer.head_dim)
         first = int(growing.tables_at[row])
         last = first + layer.growing_pages
         return [
             layer.pool[c * layout.cell_bytes :][: layout.page_bytes]
             .view(torch.bfloat16)
-            .view(2, PAGE, -1)
+            .view(2, BF16_PAGE, -1)
             for c in layer.table[first:last].tolist()
         ]
 
@@ -294,16 +295,16 @@ def _appending(layer: Paged, growing: Growing, keys: Tensor, values: Tensor) -> 
 
 
 def _read_tile(layer: Paged, record: list[int]) -> tuple[Tensor, Tensor]:
-    _, pair, at, before, pages, segment, *_ = record
+    _, pair, at, before, most, segment, *_ = record
     layout = PageLayout.of(layer.head_dim, pair)
-    tokens = max(0, min(int(layer.lengths[segment]) - before, pages * PAGE))
+    tokens = max(0, min(int(layer.lengths[segment]) - before, most))
     read = [
         read_page(
             layer.pool[c * layout.cell_bytes :][: layout.page_bytes],
             layout,
             layer.fp8_scales[segment],
         )
-        for c in layer.table[at : at + -(-tokens // PAGE)].tolist()
+        for c in layer.table[at : at + layout.pages_for(tokens)].tolist()
     ] or [(torch.zeros(0, layer.head_dim, device=layer.pool.device),) * 2]
     keys, values = (torch.cat(x)[:tokens] for x in zip(*read, strict=True))
     return keys, values

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.decode import FREE, DecodeMethod, DecodeState
+from kvtune.policies.decode import FREE, DecodeMethod, DecodeState, SentDrops, opened
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
@@ -93,10 +93,7 @@ def _opened(
     method: DecodeMethod, heads: list[int], kept: list[Tensor], signals: Signals
 ) -> DecodeState:
     positions = pad_sequence(kept, batch_first=True, padding_value=FREE)[None]
-    numbers = torch.tensor(heads, device=positions.device)
-    at = numbers[None, :, None], positions.clamp_min(0)
-    statistics = {name: each[at] for name, each in method.statistics(signals).items()}
-    state = DecodeState(positions, signals.prompt_tokens, statistics, signals.layer, numbers)
+    state = opened(method, signals, positions, torch.tensor(heads, device=positions.device))
     if signals.rope is not None and method.shift(state) is not None:
         raise KvtuneError(
             f"{method.label} turns keys at every step; a page holds them as they came",
@@ -136,7 +133,7 @@ class Evictor:
         )  # fmt: skip
         self.held = self.state.live.sum(-1, keepdim=True)
         self._rows = torch.as_tensor(self.rows, device=device)
-        self._drops: tuple[bytes, Tensor] | None = None
+        self._drops = SentDrops()
 
     @cached_property
     def watches(self) -> bool:
@@ -162,7 +159,7 @@ class Evictor:
         drops = self.method.drops(self.sizes, self.budgets, self.state.generated)
         if not drops.any():
             return None
-        left = self._on_device(drops)
+        left = self._drops.on(self.held.device, drops)
         leaving = self.method.leaving(self.state, left)
         sources, targets = self._moves(leaving, left[..., None], int(drops.max()))
         self._follow(sources, targets, left[..., None])
@@ -190,13 +187,6 @@ class Evictor:
             _put(each, targets, _at(each, sources))
         place = torch.arange(state.positions.shape[-1], device=left.device)
         state.positions.masked_fill_(place >= self.held, FREE)
-
-    def _on_device(self, drops: Ints) -> Tensor:
-        """The same drops as a step ago, mostly: sent once."""
-        key = drops.tobytes()
-        if self._drops is None or self._drops[0] != key:
-            self._drops = key, torch.from_numpy(drops).to(self.held.device)
-        return self._drops[1]
 
     def kept(self) -> dict[int, list[int]]:
         """Positions that each row holds, ascending."""

@@ -24,10 +24,10 @@ from kvtune.runtime.cache.backend import Backend, Fetching, Seen
 from kvtune.runtime.cache.host_pool import HostPool, Places
 from kvtune.runtime.cache.pool import PageMemory
 from kvtune.runtime.cache.segments import Ints
-from kvtune.runtime.cache.selecting import Indexed, pages_read
+from kvtune.runtime.cache.selecting import Indexed
 from kvtune.runtime.cache.sending import sent
 from kvtune.runtime.kernels.launch import Paged, Scratch, shape_for
-from kvtune.runtime.kernels.tiles import Segments, plan_tiles
+from kvtune.runtime.kernels.tiles import TABLE_AHEAD, Segments, plan_tiles
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,16 @@ class Landing:
         self.pool = pool
         self._cells: dict[int, Ints] = {}
 
-    def cells(self, count: int, page_cells: int) -> Ints:
-        """First cells of so many pages; the same ones for every layer that asks.
+    def cells(self, count: int, block_cells: int) -> Ints:
+        """First cells of so many blocks of pages; the same ones for every layer that asks.
 
         Raises:
             KvtuneError: the pool is full.
         """
-        known = self._cells.get(page_cells, np.zeros(0, np.int64))
+        known = self._cells.get(block_cells, np.zeros(0, np.int64))
         if len(known) < count:
-            known = np.concatenate([known, self.pool.take(count - len(known), page_cells)])
-            self._cells[page_cells] = known
+            known = np.concatenate([known, self.pool.take(count - len(known), block_cells)])
+            self._cells[block_cells] = known
         return known[:count]
 
 
@@ -75,7 +75,7 @@ class Arrival:
         indexed: the rows.
         at: the rows' numbers in the layer, ``[R]`` int64.
         first: number of the first of them among the layer's rows on the host.
-        places: of each row's pages on the host, ``[R, pages]`` int64.
+        places: of each row's blocks on the host, ``[R, blocks]`` int64.
         cells: where they land, ``[R, k]`` int32.
         layout: of the pages.
     """
@@ -88,13 +88,13 @@ class Arrival:
     layout: PageLayout
 
     def choose(self, q: Tensor) -> tuple[Fetching, Tensor]:
-        """The pages that the rows read at this step, and how many tokens those hold, ``[R]``.
+        """The blocks that the rows read at this step, and how many tokens those hold, ``[R]``.
 
-        Of a row with fewer pages than the others nothing comes to the last places.
+        Of a row with fewer blocks than the others nothing comes to the last places.
         """
-        pages, tokens = self.indexed.choose(q[self.at], self.cells.shape[1])
-        begins = PAGE * torch.arange(pages.shape[1], device=pages.device)
-        places = self.places.gather(1, pages).where(begins < tokens[:, None], -1)
+        blocks, tokens = self.indexed.choose(q[self.at], self.cells.shape[1])
+        begins = PAGE * torch.arange(blocks.shape[1], device=blocks.device)
+        places = self.places.gather(1, blocks).where(begins < tokens[:, None], -1)
         return Fetching(places.flatten(), self.cells.flatten(), self.layout), tokens
 
 
@@ -112,7 +112,7 @@ class HostRows:
 
     def __init__(self, pool: HostPool, landing: Landing, backend: Backend) -> None:
         self.pool, self.landing, self.backend = pool, landing, backend
-        self.pages: dict[int, Places] = {}  # by row of the layer
+        self.blocks: dict[int, Places] = {}  # by row of the layer
         self.indexed: list[tuple[PageLayout, Indexed]] = []  # set before ``seal``
         self.arrivals: list[Arrival] = []
         self.stream = torch.cuda.Stream(pool.device) if pool.device.type == "cuda" else None
@@ -124,15 +124,15 @@ class HostRows:
         return 0 if self._paged is None else len(self._paged.tiles)
 
     def take(self, row: int, count: int, layout: PageLayout) -> Places:
-        """Host memory for a row's pages."""
-        self.pages[row] = self.pool.take(count, layout.page_bytes)
-        return self.pages[row]
+        """Host memory for a row's blocks."""
+        self.blocks[row] = self.pool.take(count, layout.block_bytes)
+        return self.blocks[row]
 
     def free(self, rows: range, layouts: Sequence[PageLayout]) -> None:
         """Give rows' pages back; they then read nothing."""
         for row in rows:
-            if (pages := self.pages.pop(row, None)) is not None:
-                self.pool.give(pages, layouts[row].page_bytes)
+            if (blocks := self.blocks.pop(row, None)) is not None:
+                self.pool.give(blocks, layouts[row].block_bytes)
         for arrival in self.arrivals:
             theirs = (arrival.at >= rows.start) & (arrival.at < rows.stop)
             arrival.indexed.counts.masked_fill_(theirs, 0)
@@ -148,25 +148,27 @@ class HostRows:
         if not rows:
             return
         read = np.concatenate([self._most_read(each) for _, each in self.indexed])
-        codes = np.array([layouts[row].code for row in rows])
-        starts = read.cumsum() - read
-        table = self._landed([layouts[row] for row in rows], read)
-        segments = Segments(np.arange(len(rows)), codes, starts, read, np.full(len(rows), -1))
+        mine = [layouts[row] for row in rows]
+        codes = np.array([layout.code for layout in mine])
+        pages = read * np.array([layout.block_pages for layout in mine])
+        landed, table = self._landed(mine, read)
+        starts = pages.cumsum() - pages
+        segments = Segments(np.arange(len(rows)), codes, starts, pages, np.full(len(rows), -1))
         shape = shape_for(tuple(sorted(set(codes.tolist()), reverse=True)), layouts[0].head_dim)
         tiles = plan_tiles(segments, table, shape.programs)
-        tables = [table, np.zeros(len(rows), np.int64), tiles.records]
-        cells, lengths, records = sent(tables, self.pool.device)
+        tables = [table, np.zeros(len(rows), np.int64), tiles.records, landed]
+        listed, lengths, records, cells = sent(tables, self.pool.device)
         self.at = torch.tensor(rows, device=self.pool.device)
         self._paged = Paged(
-            self.landing.pool.memory, cells, lengths, fp8_scales[self.at], records, tiles.pairs,
+            self.landing.pool.memory, listed, lengths, fp8_scales[self.at], records, tiles.pairs,
             layouts[0].head_dim,
         )  # fmt: skip
-        self.arrivals, first = [], 0
+        self.arrivals, first, at = [], 0, 0
         for layout, each in self.indexed:
-            count, at = len(each.rows), starts[first]
-            mine = cells[at : at + count * read[first]].view(count, -1)
-            self.arrivals.append(self._arrival(each, layout, first, mine))
-            first += count
+            end = at + int(read[first : first + len(each.rows)].sum())
+            theirs = cells[at:end].view(len(each.rows), -1)
+            self.arrivals.append(self._arrival(each, layout, first, theirs))
+            first, at = first + len(each.rows), end
         _ = self.pool.addresses  # made now: a captured graph could not
 
     def begin(self, q: Tensor) -> None:
@@ -220,28 +222,34 @@ class HostRows:
             yield
 
     def _most_read(self, indexed: Indexed) -> Ints:
-        """Pages that each of its rows reads at most, ``[R]``: as many of every one."""
-        longest = max(1, *(len(self.pages.get(row, ())) for row in indexed.rows))
-        return np.full(len(indexed.rows), pages_read(indexed.reader, longest))
+        """Blocks that each of its rows reads at most, ``[R]``: as many of every one."""
+        longest = max(1, *(len(self.blocks.get(row, ())) for row in indexed.rows))
+        return np.full(len(indexed.rows), min(indexed.reader.blocks, longest))
 
-    def _landed(self, layouts: Sequence[PageLayout], read: Ints) -> Ints:
-        """Cells where all rows' pages land, row by row, and one entry more, as kernels look ahead.
+    def _landed(self, layouts: Sequence[PageLayout], read: Ints) -> tuple[Ints, Ints]:
+        """First cells of where all rows' blocks land, row by row, and the table of their pages.
 
         Raises:
             KvtuneError: the pool is full.
         """
-        table = np.zeros(int(read.sum()) + 1, np.int64)
-        size = np.repeat([layout.page_cells for layout in layouts], read)
+        landed = np.zeros(int(read.sum()), np.int64)
+        size = np.repeat([layout.block_cells for layout in layouts], read)
         for each in np.unique(size):
             mine = np.flatnonzero(size == each)
-            table[mine] = self.landing.cells(len(mine), int(each))
-        return table
+            landed[mine] = self.landing.cells(len(mine), int(each))
+        ends = read.cumsum()
+        pages = [
+            landed[end - count : end, None] + layout.page_cells * np.arange(layout.block_pages)
+            for layout, count, end in zip(layouts, read, ends, strict=True)
+        ]
+        ahead = np.zeros(TABLE_AHEAD, np.int64)
+        return landed, np.concatenate([*(each.ravel() for each in pages), ahead])
 
     def _arrival(self, indexed: Indexed, layout: PageLayout, first: int, cells: Tensor) -> Arrival:
         device = self.pool.device
         none = np.zeros(1, np.int64)  # of a row that was given back
-        pages = [torch.from_numpy(self.pages.get(row, none)) for row in indexed.rows]
-        places = pad_sequence(pages, batch_first=True).to(device)
+        blocks = [torch.from_numpy(self.blocks.get(row, none)) for row in indexed.rows]
+        places = pad_sequence(blocks, batch_first=True).to(device)
         return Arrival(
             indexed, torch.tensor(indexed.rows, device=device), first, places, cells, layout
         )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvtune.policies.option import Option
-from kvtune.policies.pages import PAGE, PageLayout
+from kvtune.policies.pages import BF16_PAGE, PAGE, PageLayout
 from kvtune.policies.paging import pages_of
 from kvtune.policies.reader import BlockReader
 from kvtune.runtime.cache.backend import Backend, Growing, Seen
@@ -38,7 +38,7 @@ from kvtune.runtime.cache.selecting import Indexed, Selection, pages_read
 from kvtune.runtime.cache.sending import sent
 from kvtune.runtime.cache.sliding import Ring
 from kvtune.runtime.kernels.launch import Paged, Scratch, shape_for
-from kvtune.runtime.kernels.tiles import Segments, plan_tiles
+from kvtune.runtime.kernels.tiles import TABLE_AHEAD, Segments, plan_tiles
 from kvtune.runtime.rotation import Rotation
 
 
@@ -129,7 +129,7 @@ class PagedLayer:
         starts = pages.cumsum() - pages
         row = np.tile(np.arange(self.rows), kinds)
         pairs = self.codes[:kinds].ravel()
-        table = np.zeros(int(pages.sum()) + 1, np.int64)  # the kernel looks one entry ahead
+        table = np.zeros(int(pages.sum()) + TABLE_AHEAD, np.int64)
         cells = np.concatenate([cells for rows in self.pages[:kinds] for cells in rows])
         held = self._page_counts(kinds).ravel()
         inside = runs(held) < np.repeat(pages, held)  # a reader's rows list fewer than they hold
@@ -138,8 +138,9 @@ class PagedLayer:
         fixed[: self.rows] = [number not in self.readers for number in range(self.rows)]
         tokens = np.where(fixed, self.lengths[:kinds].ravel(), -1)
         shape = shape_for(tuple(sorted(set(pairs.tolist()), reverse=True)), self.head_dim)
-        tiles = plan_tiles(Segments(row, pairs, starts, pages, tokens), table, shape.programs)
-        self.tables_at = starts.reshape(rooms.shape)
+        segments = Segments(row, pairs, starts, pages, tokens)
+        tiles = plan_tiles(segments, table, shape.programs)
+        self.tables_at, self.places = starts.reshape(rooms.shape), segments.places
         grown = GROWN * self.rows + np.arange(self.rows), self.tables_at[GROWN]
         ring = self.ring.tables() if self.ring else ()
         host = [table, self.lengths.ravel(), tiles.records, *grown, *ring]
@@ -159,21 +160,31 @@ class PagedLayer:
         device = self.pool.memory.device
         cells = [torch.as_tensor(x.astype(np.int32), device=device) for x in self.pages[CODED]]
         starts = self.tables_at[CODED].tolist()
-        self.selections = [Selection.of(each, cells, starts) for each in self.indexed]
+        parts = [part for each in self.indexed for part in each.by_page(self.layouts)]
+        self.selections = [
+            Selection.of(part, cells, starts, self.layouts[part.rows[0]]) for part in parts
+        ]
 
     def _rooms(self, new_tokens: int) -> Ints:
         """Pages that each segment has or may grow to, ``[kinds, rows]``."""
         ends = np.where(self.most < NO_END, self.most, self.lengths[GROWN] + new_tokens)
         coded, _, settled = self._page_counts()
-        for row, reader in self.readers.items():
-            coded[row] = pages_read(reader, coded[row])
+        here = {row: reader for row, reader in self.readers.items() if not self.on_host[row]}
+        held = {row: self.layouts[row].blocks_of(coded[row]) for row in here}
+        for row, reader in here.items():  # rows that share a reader list equally many
+            coded[row] = pages_read(reader, max(held.values()), self.layouts[row])
         if self.residual is None:
-            return np.stack([coded, np.full(self.rows, -(-int(ends.max()) // PAGE))])
+            return np.stack([coded, np.full(self.rows, self._growing_room(ends))])
         settle = np.array([layout != self.growing_layout for layout in self.layouts])
         open_ends = np.maximum(self.lengths[GROWN], self.exact + self.residual + PAGE) + PAGE
         ends = np.where(settle, np.minimum(ends, open_ends), ends)
         settled = (settled - (-new_tokens // PAGE)) * settle
-        return np.stack([coded, np.full(self.rows, -(-int(ends.max()) // PAGE)), settled])
+        return np.stack([coded, np.full(self.rows, self._growing_room(ends)), settled])
+
+    def _growing_room(self, ends: Ints) -> int:
+        """Pages that any growing segment may have: of whole blocks, as pages are reserved ahead."""
+        blocks = -(-int(ends.max()) // PAGE)
+        return self.growing_layout.pages_for(PAGE * blocks)
 
     def reserve(self, tokens: int) -> None:
         """Give every row pages for so many more tokens. Changes tables in place, if they have room.
@@ -181,9 +192,9 @@ class PagedLayer:
         Raises:
             KvtuneError: the pool is full.
         """
-        wanted = -(-np.minimum(self.lengths[GROWN] + tokens, self.most) // PAGE)
+        wanted = -(-np.minimum(self.lengths[GROWN] + tokens, self.most) // BF16_PAGE)
         if wanted.max() > self.paged.growing_pages:
-            self.seal(2 * PAGE * int(wanted.max()))
+            self.seal(2 * BF16_PAGE * int(wanted.max()))
         have = self._page_counts()[GROWN]
         rows = np.flatnonzero(wanted > have)
         if len(rows):
@@ -230,16 +241,13 @@ class PagedLayer:
         """The same, and its weights on growing segments ``[rows, G, places]``, zero beyond them."""
         rows, group, _ = q.shape
         paged = self.paged
-        width = (
-            1 << (PAGE * len(paged.table)).bit_length()
-        )  # few widths: kernels are compiled for it
+        # Few widths: kernels are compiled for it.
+        width = 1 << int(self.places[-1] + BF16_PAGE * self.rooms[-1, -1]).bit_length()
         logits = q.new_empty(group, width, dtype=torch.float32)
         seen = Seen(q.new_empty(rows, group, dtype=torch.float32), logits)
         output = self.backend.attend(q, paged, scratch, scale, seen)
-        places = PAGE * paged.growing_pages
-        first = PAGE * int(
-            self.tables_at[GROWN, 0]
-        )  # growing segments lie side by side in the table
+        places = BF16_PAGE * paged.growing_pages
+        first = int(self.places[GROWN * rows])  # growing segments lie side by side
         mine = logits[:, first : first + rows * places].view(group, rows, places).transpose(0, 1)
         lengths = paged.lengths[rows : 2 * rows, None, None]
         real = torch.arange(places, device=q.device) < lengths
@@ -257,7 +265,8 @@ class PagedLayer:
         self.lengths[GROWN, rows] -= leaving.counts
         self.evicted[rows] += leaving.counts
         grown = self.pages[GROWN]
-        for row, needed in zip(rows, -(-(self.lengths[GROWN, rows] + 1) // PAGE), strict=True):
+        kept = -(-(self.lengths[GROWN, rows] + 1) // BF16_PAGE)
+        for row, needed in zip(rows, kept, strict=True):
             self.pool.give(grown[row][needed:], self.growing_layout.page_cells)
             grown[row] = grown[row][:needed]
 

@@ -40,7 +40,7 @@ from kvtune.policies.paging import (
     Growth,
     Pages,
     head_pages,
-    landing_pages,
+    landing_cells,
     pages_of,
     pool_cells,
 )
@@ -271,10 +271,9 @@ class PolicyCache(Cache):  # type: ignore[misc]
         for name, one in distinct.items():
             for layout, count in self._pages_wanted(*one).items():
                 pages[layout] += counts[name] * count
-        if each:
-            longest = max(tokens for tokens, _ in each)
-            pages += landing_pages(self.policy, longest, self.geometry.head_dim, len(each))
-        return pool_cells(pages)
+        longest = max((tokens for tokens, _ in each), default=0)
+        landing = landing_cells(self.policy, longest, self.geometry.head_dim, len(each))
+        return pool_cells(pages) + landing
 
     def check_finite(self) -> None:
         """All layers have read the prompts: whether all that they read were numbers.
@@ -321,7 +320,8 @@ class PolicyCache(Cache):  # type: ignore[misc]
         except KvtuneError:
             if self.captured:
                 raise
-            grown = layer.rows * layer.growing_layout.page_cells * (1 + self.new_tokens // PAGE)
+            growing = layer.growing_layout
+            grown = layer.rows * growing.page_cells * growing.pages_for(PAGE + self.new_tokens)
             self.pool.extend(self.policy.layers * grown)
             for other in self.layers:
                 if other.seen:  # while prompts are read, later ones have no tables yet

@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.pages import PAGE
+from kvtune.policies.pages import PAGE, PageLayout
 from kvtune.policies.reader import BlockReader, Reader
 
 
@@ -61,18 +62,27 @@ class Indexed:
 
         Args:
             q: of these rows, ``[R, G, D]``.
-            wanted: pages to name of each.
+            wanted: blocks to name of each.
 
         Returns:
-            Numbers of pages ``[R, wanted]``, first those that are read, the row's last page the
+            Numbers of blocks ``[R, wanted]``, first those that are read, the row's last one the
             last of them; and how many tokens those hold, ``[R]``.
         """
         chosen = self.reader.select(self.index, self.counts, q[:, :, None])[:, 0]
         last = chosen[:, -1:]
         missing = wanted - chosen.shape[1] + 1
-        pages = torch.cat([chosen[:, :-1], last.expand(-1, missing)], 1)
+        blocks = torch.cat([chosen[:, :-1], last.expand(-1, missing)], 1)
         tokens = ((chosen[:, :-1] != last).sum(1) - last[:, 0]) * PAGE + self.counts
-        return pages, tokens
+        return blocks, tokens
+
+    def by_page(self, layouts: Sequence[PageLayout]) -> list[Indexed]:
+        """The rows apart by how many tokens their pages hold; ``layouts`` are of all rows."""
+        parts = []
+        for tokens in dict.fromkeys(layouts[row].page_tokens for row in self.rows):
+            at = [n for n, row in enumerate(self.rows) if layouts[row].page_tokens == tokens]
+            rows = [self.rows[n] for n in at]
+            parts.append(Indexed(self.reader, rows, self.index[at], self.counts[at]))
+        return parts
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,7 @@ class Selection:
     Args:
         indexed: the rows.
         at: the same rows, ``[R]`` int64.
-        cells: of each row's pages, ``[R, pages]`` int32.
+        cells: of each row's pages, block by block, ``[R, blocks, pages of a block]`` int32.
         places: entries of the layer's page table that are the row's to write, ``[R, k]`` int64.
     """
 
@@ -92,19 +102,24 @@ class Selection:
     places: Tensor
 
     @staticmethod
-    def of(indexed: Indexed, cells: Sequence[Tensor], tables_at: Sequence[int]) -> Selection:
+    def of(
+        indexed: Indexed, cells: Sequence[Tensor], tables_at: Sequence[int], layout: PageLayout
+    ) -> Selection:
         """Look up where the rows' pages are.
 
         Args:
-            indexed: the rows.
+            indexed: the rows, whose pages hold equally many tokens.
             cells: of every row of the layer, those of its coded pages, int32.
             tables_at: each row's first entry in the page table.
+            layout: of one of the rows.
         """
-        device, rows = indexed.index.device, indexed.rows
+        device, rows, each = indexed.index.device, indexed.rows, PAGE // layout.page_tokens
         wide = pad_sequence([cells[row] for row in rows], batch_first=True)
+        blocks = F.pad(wide, (0, -wide.shape[1] % each)).unflatten(1, (-1, each))
         starts = torch.tensor([tables_at[row] for row in rows], device=device)
-        read = torch.arange(pages_read(indexed.reader, wide.shape[1]), device=device)
-        return Selection(indexed, torch.tensor(rows, device=device), wide, starts[:, None] + read)
+        listed = pages_read(indexed.reader, blocks.shape[1], layout)
+        read = torch.arange(listed, device=device)
+        return Selection(indexed, torch.tensor(rows, device=device), blocks, starts[:, None] + read)
 
     def select(self, q: Tensor, table: Tensor, lengths: Tensor) -> None:
         """Write the pages of one step. Changes the page table and the segments' lengths.
@@ -114,14 +129,17 @@ class Selection:
             table: the layer's page table.
             lengths: of its segments, of which a row's coded one has the row's number.
         """
-        pages, tokens = self.indexed.choose(q[self.at], self.places.shape[1])
-        table.index_copy_(0, self.places.flatten(), self.cells.gather(1, pages).flatten())
+        blocks, tokens = self.indexed.choose(
+            q[self.at], self.places.shape[1] // self.cells.shape[2]
+        )
+        cells = self.cells[torch.arange(len(blocks), device=q.device)[:, None], blocks]
+        table.index_copy_(0, self.places.flatten(), cells.flatten())
         lengths.index_copy_(0, self.at, tokens.to(lengths.dtype))
 
 
-def pages_read(reader: BlockReader, pages: int) -> int:
-    """Table entries that a row of so many coded pages needs."""
-    return min(reader.blocks, pages)
+def pages_read(reader: BlockReader, blocks: int, layout: PageLayout) -> int:
+    """Table entries that a row needs, of a layer whose longest one has so many blocks."""
+    return min(reader.blocks, blocks) * (PAGE // layout.page_tokens)
 
 
 def indexed(readers: Mapping[int, BlockReader], keys: Mapping[int, Tensor]) -> list[Indexed]:

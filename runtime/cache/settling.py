@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.pages import PAGE, PageLayout, exact_tokens
+from kvtune.policies.pages import BF16_PAGE, PAGE, PageLayout, exact_tokens
 from kvtune.policies.policy import Policy
 from kvtune.runtime.cache.backend import Moves, Writing
 from kvtune.runtime.cache.paged_layer import PagedLayer
@@ -63,24 +63,24 @@ def _due(layer: PagedLayer) -> Ints:
 
 
 def _write(layer: PagedLayer, layout: PageLayout, rows: Ints) -> None:
-    """The first page of tokens after the exact ones, of rows of one format."""
+    """The first 64 tokens after the exact ones, of rows of one format, become a page of it."""
     memory = layer.pool.memory
     tokens = memory.view(torch.bfloat16).view(1, -1, layer.head_dim)
     places = layer.exact[rows, None] + np.arange(PAGE)
     table = [layer.pages[GROWN][row] for row in rows]
-    cells = np.stack([mine[at // PAGE] for mine, at in zip(table, places, strict=True)])
-    chosen = (2 * cells + places % PAGE).ravel()  # a cell is two tokens of bf16
+    cells = np.stack([mine[at // BF16_PAGE] for mine, at in zip(table, places, strict=True)])
+    chosen = (2 * cells + places % BF16_PAGE).ravel()  # a cell is two tokens of bf16
     segments = SETTLED * layer.rows + rows
     pages = layer.take(segments, np.ones_like(rows), layout)
     first = np.arange(len(rows)) * PAGE
     columns = np.broadcast_arrays(0, first, PAGE, pages, segments)
     at, records = sent([chosen, np.stack(columns, axis=1)], memory.device)
-    values = tokens[:, PAGE:]  # of a page's keys, its values lie a page's tokens further on
+    values = tokens[:, BF16_PAGE:]  # of a page's keys, its values lie a page's tokens further on
     layer.backend.write(memory, Writing(layout, tokens, values, at, records, layer.fp8_scales))
 
 
 def _move_exact(layer: PagedLayer, rows: Ints) -> None:
-    """Exact tokens go a page further on, where others have just been read."""
+    """Exact tokens go 64 places further on, where others have just been read."""
     most = int(layer.exact[rows].max())
     if most == 0:
         return
@@ -91,12 +91,12 @@ def _move_exact(layer: PagedLayer, rows: Ints) -> None:
 
 
 def _shift(layer: PagedLayer, rows: Ints) -> None:
-    """The first page of each growing segment is given back, and the tables are told."""
+    """The first 64 tokens' pages of each growing segment are given back, and so its tables say."""
     grown, settled = layer.pages[GROWN], layer.pages[SETTLED]
-    at, cells = [], []
+    at, cells, count = [], [], PAGE // BF16_PAGE
     for row in rows:
-        layer.pool.give(grown[row][:1], layer.growing_layout.page_cells)
-        grown[row] = grown[row][1:]
+        layer.pool.give(grown[row][:count], layer.growing_layout.page_cells)
+        grown[row] = grown[row][count:]
         at.append(layer.tables_at[GROWN, row] + np.arange(len(grown[row])))
         at.append(layer.tables_at[SETTLED, row] + len(settled[row]) - np.ones(1, np.int64))
         cells += [grown[row], settled[row][-1:]]

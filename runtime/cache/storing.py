@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvtune.policies.pages import PAGE, PageLayout, exact_tokens
+from kvtune.policies.pages import PageLayout, exact_tokens
 from kvtune.runtime.cache.backend import Writing
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.segments import CODED, GROWN, NO_END, SETTLED, Ints, runs
@@ -90,8 +90,8 @@ def _records(layer: PagedLayer, layout: PageLayout, rows: slice, sizes: Ints) ->
     held[CODED, layer.on_host] = 0
     held = held.ravel()
     mine = np.flatnonzero((layer.codes[:SETTLED].ravel() == layout.code) & (held > 0))
-    cells = layer.take(mine, -(-held[mine] // PAGE), layout)
-    return _listed(layer, rows, sizes, mine, held[mine], cells)
+    cells = layer.take(mine, -(-held[mine] // layout.page_tokens), layout)
+    return _listed(layer, layout, rows, sizes, mine, held[mine], cells)
 
 
 def _on_host(
@@ -104,12 +104,14 @@ def _on_host(
         held = layer.lengths[CODED, row : row + 1]
         if not (layer.on_host[row] and held > 0):
             continue
-        layout, pages = layer.layouts[row], -(-int(held[0]) // PAGE)
-        places = layer.host.take(row, pages, layout)
-        for run in layer.host.pool.runs(places, layout.page_bytes):
-            cells = layout.page_cells * (np.arange(pages) - run.start)  # of the memory in between
-            records = _listed(layer, rows, sizes, np.array([row]), held, cells)
-            yield layout, int(places[run.start]), records[run]
+        layout = layer.layouts[row]
+        pages, each = layout.pages_for(int(held[0])), layout.block_pages
+        places = layer.host.take(row, layout.blocks_of(pages), layout)
+        for run in layer.host.pool.runs(places, layout.block_bytes):
+            first = each * run.start
+            cells = layout.page_cells * (np.arange(pages) - first)  # of the memory in between
+            records = _listed(layer, layout, rows, sizes, np.array([row]), held, cells)
+            yield layout, int(places[run.start]), records[first : each * run.stop]
 
 
 def _to_host(layer: PagedLayer, place: int, writing: Writing) -> None:
@@ -123,15 +125,21 @@ def _to_host(layer: PagedLayer, place: int, writing: Writing) -> None:
 
 
 def _listed(
-    layer: PagedLayer, rows: slice, sizes: Ints, segments: Ints, held: Ints, cells: Ints
+    layer: PagedLayer,
+    layout: PageLayout,
+    rows: slice,
+    sizes: Ints,
+    segments: Ints,
+    held: Ints,
+    cells: Ints,
 ) -> Records:
-    """``Writing.records`` of all pages of some segments, which hold so many tokens."""
-    pages = -(-held // PAGE)
+    """``Writing.records`` of all pages of some segments of one layout that hold so many tokens."""
+    pages = -(-held // layout.page_tokens)
     kind, row = np.divmod(segments, layer.rows)
     source = (row - rows.start) % len(sizes)
     first = (sizes.cumsum() - sizes)[source] + np.where(kind == CODED, layer.exact[row], 0)
-    start, which = PAGE * runs(pages), np.repeat(np.arange(len(segments)), pages)
-    counts = np.minimum(held[which] - start, PAGE)
+    start, which = layout.page_tokens * runs(pages), np.repeat(np.arange(len(segments)), pages)
+    counts = np.minimum(held[which] - start, layout.page_tokens)
     columns = (source[which], first[which] + start, counts, cells, segments[which])
     return np.stack(columns, axis=1).astype(np.int32)
 

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 PAGE = tl.constexpr(64)
+BF16_PAGE = tl.constexpr(16)
 HALF = tl.constexpr(32)
 BF16 = tl.constexpr(16)
 FP8 = tl.constexpr(9)
@@ -85,9 +86,15 @@ def group_of(part, code, head_dim):
 
 
 @triton.constexpr_function
-def code_bytes(code, head_dim):
-    """Bytes of a page's codes."""
-    return 64 * head_dim * bits_of(code) // 8
+def page_tokens(keys, values):
+    """Tokens of a page of these formats."""
+    return 16 if keys == values == 16 else 64
+
+
+@triton.constexpr_function
+def code_bytes(code, head_dim, tokens=64):
+    """Bytes of the codes of a page of so many tokens."""
+    return tokens * head_dim * bits_of(code) // 8
 
 
 @triton.constexpr_function

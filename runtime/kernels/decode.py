@@ -13,6 +13,7 @@ import triton.language as tl
 
 from kvtune.runtime.kernels.codes import (
     BF16,
+    BF16_PAGE,
     FP8,
     HALF,
     PAGE,
@@ -24,6 +25,7 @@ from kvtune.runtime.kernels.codes import (
     groups_of,
     is_turned,
     masked,
+    page_tokens,
     parts_of,
     plain_code,
     product,
@@ -55,7 +57,7 @@ def decode_attention(
         q: [rows, G, D], a row is a sequence's KV head.
         out: [rows, G, D], any float type.
         row_lse: [rows, G] float32, natural log-sum-exp.
-        logits_out: [G, 64 * table entries] float32, written where EXPORT.
+        logits_out: [G, tokens that there are pages for] float32, written where EXPORT.
         pool_*: the pool's memory, as three types.
         tiles: [n, 16] int32.
         table: int32, a cell for every page, by segment.
@@ -66,18 +68,20 @@ def decode_attention(
     """
     tile = tiles + tl.program_id(0) * TILE_FIELDS
     row, pair = tl.load(tile), tl.load(tile + 1)
-    at, first, pages = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
+    at, first, most = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
     segment, slot, others = tl.load(tile + 5), tl.load(tile + 6), tl.load(tile + 7)
     # others: slots of this row before this one * 65536 + all of them
-    known, cell = tl.load(tile + 8), tl.load(tile + 9)
+    known, cell, second = tl.load(tile + 8), tl.load(tile + 9), tl.load(tile + 10)
     length = tl.load(lengths + segment, mask=known < 0, other=known)
-    tokens = tl.minimum(length - first, pages * PAGE)
+    tokens = tl.minimum(length - first, most)
+    if EXPORT:
+        logits_out += tl.load(tile + 11)
     for n in tl.static_range(N_PAIRS):
         if pair == PAIRS[n]:
             _attend_tile(
                 q + row * G * D, scratch + slot * G * D, scratch_lse + slot * G, logits_out,
                 pool_half, pool_bf16, pool_fp8,
-                table, at, cell, tokens, fp8_scales + 2 * segment, softmax_scale,
+                table, at, cell, second, tokens, fp8_scales + 2 * segment, softmax_scale,
                 D, G, M, PAIRS[n] // 64, PAIRS[n] % 64,
                 STAGES, _halves_a_step(PAIRS[n]), NATIVE, EXPORT,
             )  # fmt: skip
@@ -95,23 +99,26 @@ def decode_attention(
 def _attend_tile(
     q, scratch, scratch_lse, logits_out,
     pool_half, pool_bf16, pool_fp8,
-    table, at, cell, tokens, fp8_scales, softmax_scale,
+    table, at, cell, second, tokens, fp8_scales, softmax_scale,
     D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr,
     STAGES: tl.constexpr, HALVES: tl.constexpr, NATIVE: tl.constexpr, EXPORT: tl.constexpr,
 ):  # fmt: skip
     """Attend to ``tokens`` tokens whose pages begin at table entry ``at``, a step at a time.
 
-    A step is a page, or half of one where both keys and values are floats: programs of all formats
-    then take about as much room, and as many of them run at once. Where keys are rotated so are the
-    queries, once; where values are, the output is rotated back, once.
+    A step is 64 tokens, or 32 where both keys and values are floats: programs of all formats then
+    take about as much room, and as many of them run at once. That is a page, half of one, or two of
+    16 tokens. Where keys are rotated so are the queries, once; where values are, the output is
+    rotated back, once.
     """
     KEYS: tl.constexpr = plain_code(KEY_CODE)
     VALUES: tl.constexpr = plain_code(VALUE_CODE)
     PARTS: tl.constexpr = parts_of(VALUES, D)
     W: tl.constexpr = D // PARTS
-    STEPS: tl.constexpr = 2 // HALVES  # of a page
-    VALUES_AT: tl.constexpr = code_bytes(KEYS, D) + scale_bytes(KEYS, D)
+    TOKENS: tl.constexpr = page_tokens(KEYS, VALUES)
+    PAIRED: tl.constexpr = TOKENS < HALF
+    STEPS: tl.constexpr = _steps_a_page(TOKENS, HALVES)
+    VALUES_AT: tl.constexpr = code_bytes(KEYS, D, TOKENS) + scale_bytes(KEYS, D)
     head, token = tl.arange(0, M), tl.arange(0, HALF)
     factor = softmax_scale * LOG2_E
     value_scale = 1.0
@@ -124,18 +131,28 @@ def _attend_tile(
     totals = tl.zeros([HALF, M], tl.float32)  # summed over tokens at the end
     largest = tl.full([M], -1e30, tl.float32)
     cell = tl.load(table + at, mask=cell < 0, other=cell)
+    if PAIRED:
+        second = tl.load(table + at + 1, mask=second < 0, other=second)
     for step in tl.range(0, tl.cdiv(tokens, HALF * HALVES), num_stages=STAGES):
         start = cell.to(tl.int64) * (4 * D)
-        cell = tl.load(table + at + (step + 1) // STEPS)  # the next one, before it is needed
-        begin = (step % STEPS) * HALF
-        halves = logits_of(queries, query_sums, pool_half, pool_bf16, pool_fp8, start, begin,
-                           factor, D, M, KEYS, HALVES, NATIVE)  # fmt: skip
+        gap, begin = 0, 0
+        if PAIRED:  # a second page that is not there is read as the first one, whose rest is finite
+            real = tokens > step * HALF + TOKENS
+            gap = tl.where(real, second - cell, 0).to(tl.int64) * (2 * D) - TOKENS * D
+            following = table + at + 2 * step + 2
+            cell, second = tl.load(following), tl.load(following + 1)  # before they are needed
+        else:
+            cell = tl.load(table + at + (step + 1) // STEPS)  # likewise
+            begin = (step % STEPS) * HALF
+        halves = logits_of(queries, query_sums, pool_half, pool_bf16, pool_fp8, start, gap, begin,
+                           factor, D, M, KEYS, HALVES, PAIRED, NATIVE)  # fmt: skip
         logits = ()
         for half in tl.static_range(HALVES):
             place = token + (step * HALVES + half) * HALF
             if EXPORT:
-                tl.store(logits_out + head[None, :] * EXPORT + (place + at * PAGE)[:, None],
-                         halves[half] / LOG2_E, mask=head[None, :] < G)  # fmt: skip
+                tl.store(logits_out + head[None, :] * EXPORT + place[:, None],
+                         halves[half] / LOG2_E,
+                         mask=(place < tokens)[:, None] & (head < G)[None, :])  # fmt: skip
             known = tl.where((place < tokens)[:, None], halves[half], -float("inf"))
             logits = logits + (known,)
         peak = tl.maximum(largest, tl.max(_highest(logits, HALVES), 0))
@@ -148,7 +165,8 @@ def _attend_tile(
             totals += weight
             weights = weights + (weight,)
         acc, shifts = _add_values(acc, shifts, shrink, weights, pool_half, pool_bf16, pool_fp8,
-                                  start + VALUES_AT, begin, D, VALUES, HALVES, NATIVE)  # fmt: skip
+                                  start + VALUES_AT, gap, begin,
+                                  D, VALUES, HALVES, PAIRED, NATIVE)  # fmt: skip
     total = tl.sum(totals, 0)
     share = value_scale / tl.maximum(total, 1e-30)
     FIELDS: tl.constexpr = fields_of(VALUES)
@@ -190,8 +208,8 @@ def _store_turned(scratch, outputs, D: tl.constexpr, G: tl.constexpr, M: tl.cons
 
 
 @triton.jit
-def _add_values(acc, shifts, shrink, weights, pool_half, pool_bf16, pool_fp8, start, begin,
-                D: tl.constexpr, VALUES: tl.constexpr, HALVES: tl.constexpr,
+def _add_values(acc, shifts, shrink, weights, pool_half, pool_bf16, pool_fp8, start, gap, begin,
+                D: tl.constexpr, VALUES: tl.constexpr, HALVES: tl.constexpr, PAIRED: tl.constexpr,
                 NATIVE: tl.constexpr):  # fmt: skip
     """The accumulators, one a part, and what offsets add to a group's, after another step."""
     FIELDS: tl.constexpr = fields_of(VALUES)
@@ -206,7 +224,10 @@ def _add_values(acc, shifts, shrink, weights, pool_half, pool_bf16, pool_fp8, st
             first = begin + half * HALF
             if VALUES == BF16:
                 place = (first + token)[None, :] * D + channel[:, None]
-                values = tl.load(pool_bf16 + start // 2 + place)
+                page = start // 2
+                if PAIRED:
+                    page += (token // BF16_PAGE)[None, :] * gap
+                values = tl.load(pool_bf16 + page + place)
                 sums += product(values, weights[half].to(tl.bfloat16), NATIVE)
             else:
                 place = channel[:, None] * PAGE + (first + token)[None, :]
@@ -251,6 +272,12 @@ def _highest(halves, HALVES: tl.constexpr):
 def _halves_a_step(pair):
     """Half pages a step: integers of two halves share a unit."""
     return 1 if min(pair // 64 % 32, pair % 32) > 8 else 2
+
+
+@triton.constexpr_function
+def _steps_a_page(tokens, halves):
+    """Steps that a page takes, where it is not a part of one."""
+    return max(tokens // (32 * halves), 1)
 
 
 @triton.jit

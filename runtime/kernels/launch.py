@@ -52,7 +52,7 @@ class Paged:
 
     Args:
         pool: all pages, ``[bytes]`` uint8.
-        table: ``[entries + 1]`` int32, each page's first cell, segment by segment.
+        table: ``[entries + TABLE_AHEAD]`` int32, each page's first cell, segment by segment.
         lengths: ``[segments]`` int32 tokens.
         fp8_scales: ``[segments, 2]`` float32.
         tiles: ``[n, 16]`` int32; see ``tiles.Tiles``.
@@ -105,8 +105,8 @@ def decode(
         scale: multiplies the logits.
         out: where to, any float type; like ``q`` unless given.
         lse: ``[rows, G]`` float32, is given the natural log-sum-exp.
-        logits: ``[G, 64 * entries]`` float32, is given the scaled logits, where they are wanted;
-            ``exp(logits - lse)`` are attention weights, beside the page table's entries.
+        logits: ``[G, tokens that there are pages for]`` float32, is given the scaled logits, where
+            they are wanted; ``exp(logits - lse)`` are attention weights, segment by segment.
         shape: how to compile; ``shape_for`` unless given.
 
     Raises:

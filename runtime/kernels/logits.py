@@ -7,6 +7,7 @@ import triton.language as tl
 
 from kvtune.runtime.kernels.codes import (
     BF16,
+    BF16_PAGE,
     FP8,
     HALF,
     PAGE,
@@ -84,21 +85,23 @@ def _field_share(part, code):
 
 
 @triton.jit
-def logits_of(queries, sums, pool_half, pool_bf16, pool_fp8, start, begin, factor,
+def logits_of(queries, sums, pool_half, pool_bf16, pool_fp8, start, gap, begin, factor,
               D: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr, HALVES: tl.constexpr,
-              NATIVE: tl.constexpr):  # fmt: skip
+              PAIRED: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """Logits of a step by half pages, each [32, M].
 
     Args:
         queries, sums: of ``load_queries``.
         pool_*: the pool's memory.
         start: the page's first byte.
-        begin: its first token that is looked at.
+        gap: where PAIRED, elements that a token of the second page lies beyond its place in one
+            long page. (Sums are seen to be aligned, and copied in the background; choices are not.)
+        begin: the first token that is looked at.
         factor: logits are multiplied by it.
     """
     if KEYS >= FP8:
-        logits = _float_logits(queries, pool_bf16, pool_fp8, start, begin, factor,
-                               D, KEYS, HALVES, NATIVE)  # fmt: skip
+        logits = _float_logits(queries, pool_bf16, pool_fp8, start, gap, begin, factor,
+                               D, KEYS, HALVES, PAIRED, NATIVE)  # fmt: skip
     elif is_by_token(KEYS):
         logits = _token_logits(queries, sums, pool_half, start, factor, D, M, KEYS, NATIVE)
     else:
@@ -107,15 +110,19 @@ def logits_of(queries, sums, pool_half, pool_bf16, pool_fp8, start, begin, facto
 
 
 @triton.jit
-def _float_logits(queries, pool_bf16, pool_fp8, start, begin, factor, D: tl.constexpr,
-                  KEYS: tl.constexpr, HALVES: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+def _float_logits(queries, pool_bf16, pool_fp8, start, gap, begin, factor, D: tl.constexpr,
+                  KEYS: tl.constexpr, HALVES: tl.constexpr, PAIRED: tl.constexpr,
+                  NATIVE: tl.constexpr):  # fmt: skip
     channel, token = tl.arange(0, D), tl.arange(0, HALF)
     place = token[:, None] * D + channel[None, :]
     logits = ()
     for half in tl.static_range(HALVES):
         first = (begin + half * HALF) * D
         if KEYS == BF16:
-            keys = tl.load(pool_bf16 + start // 2 + first + place)
+            page = start // 2
+            if PAIRED:
+                page += (token // BF16_PAGE)[:, None] * gap
+            keys = tl.load(pool_bf16 + page + first + place)
             logits = logits + (product(keys, queries[0], NATIVE) * factor,)
         else:
             keys = tl.load(pool_fp8 + start + first + place).to(tl.float16)

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from kvtune.runtime.kernels.codes import (
     BF16,
+    BF16_PAGE,
     FP8,
     HALF,
     PAGE,
@@ -20,6 +21,7 @@ from kvtune.runtime.kernels.codes import (
     is_by_token,
     is_turned,
     negative_where_odd,
+    page_tokens,
     parts_of,
     plain_code,
     scale_bytes,
@@ -53,11 +55,12 @@ def store_pages(
     record = records + tl.program_id(0) * RECORD
     row, count = tl.load(record).to(tl.int64), tl.load(record + 2)
     start = tl.load(record + 3).to(tl.int64) * (4 * D)
-    token = tl.arange(0, PAGE)
+    TOKENS: tl.constexpr = page_tokens(KEYS, VALUES)
+    token = tl.arange(0, TOKENS)
     index = tl.load(chosen + tl.load(record + 1) + token, mask=token < count, other=0)
     source = row * stride_row + index.to(tl.int64) * stride_token
     scales = fp8_scales + 2 * tl.load(record + 4)
-    VALUES_AT: tl.constexpr = code_bytes(KEYS, D) + scale_bytes(KEYS, D)
+    VALUES_AT: tl.constexpr = code_bytes(KEYS, D, TOKENS) + scale_bytes(KEYS, D)
     _store_keys(keys, source, count, start, scales,
                 pool_bytes, pool_half, pool_bf16, pool_fp8,
                 D, KEYS, is_turned(KEY_CODE))  # fmt: skip
@@ -72,7 +75,7 @@ def _store_keys(keys, source, count, start, fp8_scale,
                 D: tl.constexpr, KEYS: tl.constexpr, TURNED: tl.constexpr):  # fmt: skip
     """Codes token by token; integers share a scale a channel, or as values do."""
     W: tl.constexpr = D // fields_of(KEYS)
-    channel, token = tl.arange(0, W), tl.arange(0, PAGE)
+    channel, token = tl.arange(0, W), tl.arange(0, source.shape[0])
     if KEYS >= FP8:
         place = start + token[:, None] * W + channel[None, :]
         _store_floats(_gather(keys, source, count, 0, W, D, False), start, place, fp8_scale,
@@ -103,7 +106,7 @@ def _store_values(values, source, count, start, fp8_scale,
                   D: tl.constexpr, VALUES: tl.constexpr, TURNED: tl.constexpr):  # fmt: skip
     """Codes channel by channel; integers share a scale a token and 64 channels."""
     if VALUES >= FP8:
-        channel, token = tl.arange(0, D), tl.arange(0, PAGE)
+        channel, token = tl.arange(0, D), tl.arange(0, source.shape[0])
         across = token[:, None] + channel[None, :] * PAGE
         along = token[:, None] * D + channel[None, :]
         _store_floats(_gather(values, source, count, 0, D, D, False), start,
@@ -159,11 +162,11 @@ def _by_unit(token):
 @triton.jit
 def _gather(tensor, source, count, FIRST, W: tl.constexpr, D: tl.constexpr,
             TURNED: tl.constexpr):  # fmt: skip
-    """Channels ``FIRST`` to ``FIRST + W`` of the chosen tokens, [64, W] float32, zeros beyond.
+    """Channels ``FIRST`` to ``FIRST + W`` of a page's tokens, [tokens, W] float32, zeros beyond.
 
     TURNED: of the tokens times a Hadamard matrix.
     """
-    channel, token = tl.arange(0, W), tl.arange(0, PAGE)
+    channel, token = tl.arange(0, W), tl.arange(0, source.shape[0])
     real = (token < count)[:, None]
     if TURNED:
         among = tl.arange(0, HALF)
@@ -303,20 +306,20 @@ def _take_place(row, segments, tables_at, table, lengths, pool_bf16, places, ent
         before = tl.load(entered + row)
         place = tl.load(places + row * WINDOW + before % WINDOW)
         tl.store(entered + row, before + 1)
-    cell = tl.load(table + tl.load(tables_at + row) + place // PAGE)
+    cell = tl.load(table + tl.load(tables_at + row) + place // BF16_PAGE)
     tl.store(lengths + segment, tl.maximum(length, place + 1))
-    slot = place % PAGE
+    slot = place % BF16_PAGE
     return pool_bf16 + cell.to(tl.int64) * (2 * D), slot, (slot == 0) & (place == length)
 
 
 @triton.jit
 def _store_value(page, slot, fresh, value, D: tl.constexpr):
     """What another format left behind might read as not a number: a first token clears the rest."""
-    channel, token = tl.arange(0, D), tl.arange(0, PAGE)[:, None]
-    first = page + PAGE * D
+    channel, token = tl.arange(0, D), tl.arange(0, BF16_PAGE)[:, None]
+    first = page + BF16_PAGE * D
     if fresh:
         rest = first + token * D + channel[None, :]
-        tl.store(rest, tl.zeros([PAGE, D], tl.bfloat16), mask=token > 0)
+        tl.store(rest, tl.zeros([BF16_PAGE, D], tl.bfloat16), mask=token > 0)
     tl.store(first + slot * D + channel, value.to(tl.bfloat16))
 
 
@@ -335,35 +338,35 @@ def move_tokens(rows, sources, targets, moves, tables_at, table, pool_bf16, D: t
     if source != target:
         table += tl.load(tables_at + tl.load(rows + move // moves))
         both, channel = tl.arange(0, 2)[:, None], tl.arange(0, D)[None, :]
-        place = both * (PAGE * D) + channel
-        page = tl.load(table + source // PAGE).to(tl.int64) * (2 * D)
-        token = tl.load(pool_bf16 + page + (source % PAGE) * D + place)
-        page = tl.load(table + target // PAGE).to(tl.int64) * (2 * D)
-        tl.store(pool_bf16 + page + (target % PAGE) * D + place, token)
+        place = both * (BF16_PAGE * D) + channel
+        page = tl.load(table + source // BF16_PAGE).to(tl.int64) * (2 * D)
+        token = tl.load(pool_bf16 + page + (source % BF16_PAGE) * D + place)
+        page = tl.load(table + target // BF16_PAGE).to(tl.int64) * (2 * D)
+        tl.store(pool_bf16 + page + (target % BF16_PAGE) * D + place, token)
 
 
 @triton.jit
-def fetch_pages(
+def fetch_blocks(
     addresses, places, cells, pool,
     SLAB: tl.constexpr, CELL: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A part of one page, from pinned host memory into the pool.
+    """A part of one block of pages, from pinned host memory into the pool.
 
     Args:
         addresses: [slabs] int64, where each begins.
-        places: [pages] int64, slab * SLAB + offset; negative for none.
-        cells: [pages] int32, where to.
+        places: [blocks] int64, slab * SLAB + offset; negative for none.
+        cells: [blocks] int32, where to.
         pool: its memory as int64.
         SLAB: bytes of a slab.
         CELL: int64 words of a cell.
-        WORDS: int64 words of a page.
+        WORDS: int64 words of a block.
         BLOCK: int64 words of a part.
     """
-    page = tl.program_id(0)
-    place = tl.load(places + page)
+    block = tl.program_id(0)
+    place = tl.load(places + block)
     if place >= 0:
         source = (tl.load(addresses + place // SLAB) + place % SLAB).to(tl.pointer_type(tl.int64))
-        target = pool + tl.load(cells + page).to(tl.int64) * CELL
+        target = pool + tl.load(cells + block).to(tl.int64) * CELL
         word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         there = word < WORDS
         tl.store(target + word, tl.load(source + word, mask=there, other=0), mask=there)

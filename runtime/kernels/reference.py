@@ -32,7 +32,7 @@ def write_page(keys: Tensor, values: Tensor, layout: PageLayout, scales: Tensor)
     """A page's bytes ``[page_bytes]`` uint8.
 
     Args:
-        keys: ``[n, D]``, n <= 64.
+        keys: ``[n, D]``, as many as a page holds or fewer.
         values: ``[n, D]``.
         layout: how the page lies.
         scales: ``[2]`` float32, of fp8 keys and values.
@@ -42,19 +42,21 @@ def write_page(keys: Tensor, values: Tensor, layout: PageLayout, scales: Tensor)
         (layout.keys, keys, 0, layout.key_scales, scales[0], 0),
         (layout.values, values, layout.value_codes, layout.value_scales, scales[1], 1),
     ):
-        codes, beside = _encode(
-            hadamard(rows.float()) if is_rotated(name) else rows, name, scale, dim
-        )
-        page[at : at + code_bytes(name, layout.head_dim)] = codes
+        turned = hadamard(rows.float()) if is_rotated(name) else rows
+        padded = F.pad(turned, (0, 0, 0, layout.page_tokens - len(rows)))
+        codes, beside = _encode(padded, len(rows), name, scale, dim)
+        page[at : at + code_bytes(name, layout.head_dim, layout.page_tokens)] = codes
         page[scales_at : scales_at + beside.numel()] = beside
     return page
 
 
 def read_page(page: Tensor, layout: PageLayout, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[64, D]`` float32 of ``write_page``, rotated back; beyond n anything."""
-    keys = _decode(page[: layout.key_scales], page[layout.key_scales :], layout.keys, scales[0], 0)
+    """Both of ``write_page``, ``[tokens, D]`` float32, rotated back; beyond n anything."""
+    keys = _decode(page[: layout.key_scales], page[layout.key_scales :], layout.keys, scales[0], 0,
+                   layout.head_dim)  # fmt: skip
     codes = page[layout.value_codes : layout.value_scales]
-    values = _decode(codes, page[layout.value_scales :], layout.values, scales[1], 1)
+    values = _decode(codes, page[layout.value_scales :], layout.values, scales[1], 1,
+                     layout.head_dim)  # fmt: skip
     return (
         hadamard(keys) if is_rotated(layout.keys) else keys,
         hadamard(values) if is_rotated(layout.values) else values,
@@ -77,8 +79,10 @@ class _Groups:
         return wide[0], wide[1]
 
 
-def _encode(rows: Tensor, name: str, scale: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    padded = F.pad(rows, (0, 0, 0, PAGE - len(rows)))
+def _encode(
+    padded: Tensor, count: int, name: str, scale: Tensor, dim: int
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a page's rows, of which ``count`` are tokens and the others zeros."""
     none = padded.new_zeros(0, dtype=torch.uint8)
     if name == "bf16":
         return padded.bfloat16().view(torch.uint8).flatten(), none
@@ -87,8 +91,9 @@ def _encode(rows: Tensor, name: str, scale: Tensor, dim: int) -> tuple[Tensor, T
         codes = codes.to(torch.float8_e4m3fn).view(torch.uint8)
         return (codes if dim == 0 else codes.T).flatten(), none
     levels, over = 2 ** bits(name) - 1, _reduced(name, dim)
-    groups = _ranges(rows.float(), levels, over, CLIP[bits(name)] if is_rotated(name) else 1.0)
-    step, offset = groups.spread(over, rows.shape[1])
+    clip = CLIP[bits(name)] if is_rotated(name) else 1.0
+    groups = _ranges(padded[:count].float(), levels, over, clip)
+    step, offset = groups.spread(over, padded.shape[1])
     step = torch.where(step > 0, step, 1)
     codes = ((padded.float() - offset) / step).round().clamp(0, levels).to(torch.uint8)
     both = torch.cat([_by_unit(x, bits(name), over) for x in (groups.scale, groups.offset)])
@@ -113,14 +118,15 @@ def _ranges(rows: Tensor, levels: int, dim: int, clip: float) -> _Groups:
     return _Groups(((high - offset.float()) / levels).half(), offset)
 
 
-def _decode(codes: Tensor, beside: Tensor, name: str, scale: Tensor, dim: int) -> Tensor:
+def _decode(
+    codes: Tensor, beside: Tensor, name: str, scale: Tensor, dim: int, head_dim: int
+) -> Tensor:
     if name == "bf16":
-        return codes.view(torch.bfloat16).float().view(PAGE, -1)
+        return codes.view(torch.bfloat16).float().view(-1, head_dim)
     if name == "fp8":
         rows = codes.view(PAGE, -1) if dim == 0 else codes.view(-1, PAGE).T.contiguous()
         return rows.view(torch.float8_e4m3fn).float() * scale
     fields = _unpack(_rows(codes, dim), bits(name)).float()
-    head_dim = fields.shape[1]
     over = _reduced(name, dim)
     count = head_dim if over == 0 else token_groups(head_dim) * PAGE
     laid = beside[: 4 * count].view(torch.float16).view(2, count)

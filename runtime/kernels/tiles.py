@@ -13,22 +13,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtune.policies.pages import PAGE, TURNED
+from kvtune.policies.pages import BF16_PAGE, PAGE, TURNED
 
 Ints = NDArray[np.int64]
 
 FIELDS = 16
 """Numbers of a tile's record, of which the last are unused: one line of memory."""
 
+TABLE_AHEAD = 3
+"""Entries beyond a segment's last that the kernel may load, and does not use."""
+
 PROCESSORS = 132  # of an H100
 PROGRAMS = {"floats": 4 * PROCESSORS, "integers": 4 * PROCESSORS, "mixed": 6 * PROCESSORS}
 """Tiles wanted of a layer: about as many programs as run at once, or fewer where they keep the
 memory busy. Measured on an H100, ``benchmarks/results/kernels-h100.json``."""
 
-_SMALLEST_TILE = 2  # pages: while one is worked on, another is on its way
+_SMALLEST_TILE = 2  # blocks of 64 tokens: while one is worked on, another is on its way
 _PAGE_COST = {16: 1.0, 9: 0.55, 8: 0.6, 7: 0.6, 4: 0.35, 3: 0.35, 2: 0.28, 1: 0.28}
-"""Time of a page by its format, bf16 as 1: bytes, and the arithmetic of unpacking them. Keys by
-token were not measured and count as those by channel, whose loop is about as long."""
+"""Time of 64 tokens by format, bf16 as 1: bytes, and the work of unpacking them. Keys by token
+were not measured and count as those by channel, whose loop is about as long."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,16 @@ class Segments:
     pages: Ints
     tokens: Ints
 
+    @property
+    def most(self) -> Ints:
+        """Tokens that there are pages for."""
+        return self.pages * page_tokens(self.pair)
+
+    @property
+    def places(self) -> Ints:
+        """Each one's first place, where the tokens of all lie one after another."""
+        return self.most.cumsum() - self.most
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -56,8 +69,9 @@ class Tiles:
 
     Args:
         records: ``[n, 16]`` int32: row, pair, first table entry, tokens of the segment before it,
-            pages, segment, slot, slots of the row before it * 65536 + all of them; then, so that
-            reading may begin at once, the segment's tokens and the first page's cell, or -1.
+            tokens at most, segment, slot, slots of the row before it * 65536 + all of them; then,
+            so that reading may begin at once, the segment's tokens and the first two pages' cells,
+            or -1; and its first place where logits are wanted.
         pairs: the pairs that occur.
     """
 
@@ -71,8 +85,14 @@ def kind_of(pairs: Iterable[int]) -> str:
     return kinds.pop() if len(kinds) == 1 else "mixed"
 
 
-def page_costs(pair: Ints) -> NDArray[np.float64]:
-    """Time of one page of each pair, in pages of bf16."""
+def page_tokens(pair: Ints) -> Ints:
+    """Tokens of a page of each pair."""
+    keys, values = _formats_of(pair)
+    return np.where((keys == 16) & (values == 16), BF16_PAGE, PAGE)
+
+
+def block_costs(pair: Ints) -> NDArray[np.float64]:
+    """Time of 64 tokens of each pair, as multiples of those of bf16."""
     lookup = np.zeros(32)
     lookup[list(_PAGE_COST)] = list(_PAGE_COST.values())
     keys, values = _formats_of(pair)
@@ -95,25 +115,29 @@ def plan_tiles(segments: Segments, table: Ints, programs: int | None = None) -> 
     """
     if programs is None:
         programs = PROGRAMS[kind_of(segments.pair)]
-    cost = page_costs(segments.pair)
-    target = max(float((cost * segments.pages).sum()) / programs, 1e-9)
-    most = np.maximum(segments.pages // _SMALLEST_TILE, 1)
-    cuts = np.clip(np.rint(cost * segments.pages / target), 1, most).astype(np.int64)
+    cost, blocks = block_costs(segments.pair), -(-segments.most // PAGE)
+    target = max(float((cost * blocks).sum()) / programs, 1e-9)
+    finest = np.maximum(blocks // _SMALLEST_TILE, 1)
+    cuts = np.clip(np.rint(cost * blocks / target), 1, finest).astype(np.int64)
     segment = np.repeat(np.arange(len(cuts)), cuts)
     turn = np.arange(len(segment)) - np.repeat(cuts.cumsum() - cuts, cuts)
-    first = turn * segments.pages[segment] // cuts[segment]
-    pages = (turn + 1) * segments.pages[segment] // cuts[segment] - first
+    begin = turn * blocks[segment] // cuts[segment]
+    first, end = PAGE * begin, PAGE * ((turn + 1) * blocks[segment] // cuts[segment])
+    most = np.minimum(end, segments.most[segment]) - first
     row = segments.row[segment]
     slot, before, count = _slots(row)
-    at, tokens = segments.table_at[segment] + first, segments.tokens[segment]
-    cell = np.where(tokens > first * PAGE, np.append(table, 0)[at], -1)
+    each, tokens = page_tokens(segments.pair)[segment], segments.tokens[segment]
+    at = segments.table_at[segment] + first // each
+    listed = np.append(table, [0, 0])
+    cell = np.where(tokens > first, listed[at], -1)
+    second = np.where(tokens > first + each, listed[at + 1], -1)
     columns = (
-        row, segments.pair[segment], at, first * PAGE, pages, segment, slot,
-        before * 65536 + count, tokens, cell,
+        row, segments.pair[segment], at, first, most, segment, slot,
+        before * 65536 + count, tokens, cell, second, segments.places[segment] + first,
     )  # fmt: skip
     records = np.zeros((len(row), FIELDS), np.int32)
     records[:, : len(columns)] = np.stack(columns, axis=1)
-    longest_first = np.argsort(-cost[segment] * pages, kind="stable")
+    longest_first = np.argsort(-cost[segment] * most, kind="stable")
     pairs = tuple(sorted({int(pair) for pair in segments.pair}, reverse=True))
     return Tiles(records[longest_first], pairs)
 

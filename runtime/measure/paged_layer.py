@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvtune.policies.pages import PAGE, PageLayout
+from kvtune.policies.pages import PageLayout
 from kvtune.runtime.kernels.launch import Paged, Scratch
-from kvtune.runtime.kernels.tiles import Segments, plan_tiles
+from kvtune.runtime.kernels.tiles import TABLE_AHEAD, Segments, plan_tiles
 from kvtune.runtime.measure.plain_model import random_tensor
 
 
@@ -32,7 +32,7 @@ class Run:
     @property
     def pages(self) -> int:
         """That they take."""
-        return -(-self.tokens // PAGE)
+        return self.layout.pages_for(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def random_layer(
     def ints(values: np.ndarray) -> Tensor:
         return torch.tensor(values.astype(np.int32), device=device)
 
-    looked_at = np.append(table, 0)  # the kernel looks one entry ahead
+    looked_at = np.append(table, np.zeros(TABLE_AHEAD, np.int64))
     paged = Paged(
         pool.view(torch.uint8), ints(looked_at), ints(tokens),
         torch.ones(len(runs), 2, device=device), ints(tiles.records), tiles.pairs, head_dim,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.pages import PAGE, PageLayout, has_pages
+from kvtune.policies.pages import BF16_PAGE, PageLayout, has_pages
 from kvtune.policies.paging import pages_of, planned_entries
 from kvtune.policies.parts import PartPlan
 from kvtune.policies.policy import Policy
@@ -21,7 +21,7 @@ AHEAD_TOKENS = 16
 """Pages are given to generated tokens so many at a time, for all heads at once."""
 
 _TYPICAL_PROMPT_TOKENS = 2048
-_BLOCK_PAGES = 6, 64  # of the largest size: fewer make more blocks than engines list quickly
+_BLOCK_CELLS = 384, 4096  # at least, at most: smaller ones are more than engines list quickly
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class SequencePages:
 
     def growing(self, new_tokens: int) -> int:
         """Pages of 16 bits that hold exact prompt tokens and so many tokens after the prompt."""
-        return sum(heads * -(-(tokens + new_tokens) // PAGE) for tokens, heads in self.exact)
+        return sum(heads * -(-(tokens + new_tokens) // BF16_PAGE) for tokens, heads in self.exact)
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class PlannedBlocks:
 
         Large blocks leave less over at their own ends, small ones at the ends of a sequence.
         """
-        layers, largest = self.policy.layers, self.page_sizes[-1]
-        least, most = (-(-pages * largest // layers) for pages in _BLOCK_PAGES)
+        layers = self.policy.layers
+        least, most = (-(-cells // layers) for cells in _BLOCK_CELLS)
         return min((layers * each for each in range(least, most + 1)), key=self._taken)
 
     @property
@@ -117,7 +117,8 @@ class PlannedBlocks:
         spare = 0 if self.policy.allocator.name == "as_given" else 1  # a split rounds up otherwise
         for option, budget in zip(self.policy.options(), budgets, strict=True):
             front, coded = planned_entries(option, int(budget), prompt_tokens, self.head_dim)
-            fixed[pages_of(option, self.head_dim).page_cells] += -(-coded // PAGE) + spare
+            layout = pages_of(option, self.head_dim)
+            fixed[layout.page_cells] += layout.pages_for(coded) + spare
             exact[front] += 1
         return SequencePages(dict(fixed), tuple(sorted(exact.items())))
 

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvtune.policies.pages import PAGE
+from kvtune.policies.pages import BF16_PAGE
+from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.segments import CODED, GROWN, Ints, runs
 from kvtune.runtime.serving.blocks import with_room_ahead
+from kvtune.runtime.serving.layer_rows import LayerRows
 from kvtune.runtime.serving.pages import RequestPages
-from kvtune.runtime.serving.served_layer import LayerRows
 
 KINDS = 2
 """Of a served request's segments: coded and growing; none settles."""
@@ -64,7 +65,7 @@ class Stored:
 
     def pages_for(self, new_tokens: int) -> Ints:
         """Growing pages of each head with so many tokens after the prompt, ``[L, H]``."""
-        return -(-(self.exact + new_tokens) // PAGE)
+        return -(-(self.exact + new_tokens) // BF16_PAGE)
 
     def reserve(
         self, new_tokens: int, pages: RequestPages, page_cells: int
@@ -95,7 +96,8 @@ class Held:
         tokens: seen so far.
         pages: its own.
         budgets: of each layer's heads, ``[L][H]``.
-        layers: its rows of each layer that has read the prompt.
+        read: layers that have read the prompt and are yet to be compressed.
+        layers: its rows of each layer that is in pages.
         appended: tokens that steps have added after the prompt.
         stored: the same layers side by side, once all have read the prompt.
     """
@@ -104,6 +106,7 @@ class Held:
     tokens: int
     pages: RequestPages
     budgets: list[list[int]]
+    read: list[Signals] = field(default_factory=list)
     layers: list[LayerRows] = field(default_factory=list)
     appended: int = 0
     stored: Stored | None = None

@@ -11,24 +11,31 @@ its blocks are given to others.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
+from kvtune.policies.option import Option
 from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.backend import Backend, TritonBackend, backend_for
-from kvtune.runtime.cache.choosing import choose, side_by_side
+from kvtune.runtime.cache.choosing import choose
+from kvtune.runtime.cache.choosing import side_by_side as merged
+from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.reading import column_sums
 from kvtune.runtime.cache.storing import store_prompts
 from kvtune.runtime.serving.blocks import PlannedBlocks
 from kvtune.runtime.serving.held import Held
+from kvtune.runtime.serving.layer_rows import LayerRows, OwnPages
 from kvtune.runtime.serving.pages import RequestPages
 from kvtune.runtime.serving.seats import Seats
-from kvtune.runtime.serving.served_layer import Arena, LayerRows, ServedLayer
 from kvtune.traces.seam import causal_attention
+
+_HEADS_TIMES_TOKENS = 2**17
+"""Compressed at once: a prompt of 1,024 tokens in 16 layers of 8 heads, with some 300 MB of working
+memory."""
 
 
 class BlockTable(Protocol):
@@ -69,18 +76,18 @@ class Running:
         self, planned: PlannedBlocks, device: torch.device, backend: Backend | None = None
     ) -> None:
         self.planned, self.policy, self.device = planned, planned.policy, device
-        self.backend = backend or backend_for(device)
-        self.arena: Arena | None = None
+        self.backend, self.needs = backend or backend_for(device), self.policy.needs
+        self.alone = all(map(self.policy.chooses_head_by_head, range(self.policy.layers)))
+        self.memory: Tensor | None = None
         self.held: dict[int, Held] = {}  # by first block
         self._owners: dict[int, tuple[int, Held]] = {}  # by block: first block and request
         self.seats: Seats | None = None
 
     def attach(self, memory: Tensor) -> None:
         """Say where the engine's cache memory is, all layers' in one tensor; safe to repeat."""
-        if self.arena is None:
-            self.arena = Arena(memory.view(torch.uint8), self.planned.cell_bytes)
-            at = self.planned.head_dim, self.arena.memory, self.backend
-            self.seats = Seats(self.policy, *at)
+        if self.memory is None:
+            self.memory = memory.view(torch.uint8).view(-1)
+            self.seats = Seats(self.policy, self.planned.head_dim, self.memory, self.backend)
 
     def begin(self, table: BlockTable, starts: Sequence[int], lengths: Sequence[int]) -> Step:
         """Take in who is part of a step.
@@ -172,15 +179,35 @@ class Running:
         """Causal attention over one prompt ``[T, Hq, D]``; keeps what the plan says of it."""
         q, k, v = (x.transpose(0, 1).contiguous() for x in qkv)
         output = causal_attention(q[None], k[None], v[None], scale, None)[0]
-        signals = Signals(q, k, v, scale, self._column_sums(q, k, scale), layer=number)
-        choice = choose(self.policy, request.budgets[number], signals, evicts=False)
-        layer = self._layer(number, [request])
-        store_prompts(layer, *side_by_side([signals], [choice]), choice.kept, choice.exact)
-        request.layers.append(LayerRows.of(layer, 0))
+        sums = self._column_sums(q, k, scale)
+        if sums is not None or not self.needs.column_sums:
+            q = q[:, len(qkv[0]) - self.needs.queries(len(qkv[0])) :].clone()
+        request.read.append(Signals(q, k, v, scale, sums, layer=number))
+        if len(request.read) == self._at_once(request) or number + 1 == self.policy.layers:
+            self._compress(request)
         return output.transpose(0, 1)
 
+    def _at_once(self, request: Held) -> int:
+        """Layers that are compressed together: for each one alone the host has as much to do."""
+        rows = request.prompt_tokens * self.policy.kv_heads
+        return max(1, _HEADS_TIMES_TOKENS // rows) if self.alone else 1
+
+    def _compress(self, request: Held) -> None:
+        """Put the layers that have read the prompt into pages."""
+        read, request.read = request.read, []
+        layers = [signals.layer for signals in read]
+        signals, policy = side_by_side(read), self.policy
+        if len(layers) > 1:
+            rows = tuple(option for n in layers for option in policy.heads[n])
+            policy = replace(policy, heads=(rows,))
+        budgets = [budget for n in layers for budget in request.budgets[n]]
+        choice = choose(policy, budgets, signals, evicts=False)
+        layer = self._layer(policy.heads[signals.layer], request)
+        store_prompts(layer, *merged([signals], [choice]), choice.kept, choice.exact)
+        request.layers += LayerRows.of(layer, len(layers))
+
     def _column_sums(self, q: Tensor, k: Tensor, scale: float) -> Tensor | None:
-        if not (self.policy.needs.column_sums and isinstance(self.backend, TritonBackend)):
+        if not (self.needs.column_sums and isinstance(self.backend, TritonBackend)):
             return None
         return column_sums(q[None], k[None], scale)[0]
 
@@ -196,9 +223,20 @@ class Running:
             raise RuntimeError("the engine has not said where its memory is")
         return self.seats
 
-    def _layer(self, number: int, requests: list[Held]) -> ServedLayer:
-        if self.arena is None:
+    def _layer(self, options: Sequence[Option], request: Held) -> PagedLayer:
+        """An empty one, whose pages are the request's own."""
+        if self.memory is None:
             raise RuntimeError("the engine has not said where its memory is")
-        pages = [request.pages for request in requests]
-        options, head_dim = self.policy.heads[number], self.planned.head_dim
-        return ServedLayer(number, options, head_dim, pages, self.arena, self.backend)
+        pages = OwnPages(self.memory, self.planned.cell_bytes, request.pages)
+        return PagedLayer(0, options, self.planned.head_dim, 1, pages, self.backend)
+
+
+def side_by_side(read: Sequence[Signals]) -> Signals:
+    """Several layers of one prompt as if they were one of more heads."""
+    if len(read) == 1:
+        return read[0]
+    q, k, v = (
+        torch.cat(x) for x in zip(*((s.queries, s.keys, s.values) for s in read), strict=True)
+    )
+    sums = [s.recorded_column_sums for s in read if s.recorded_column_sums is not None]
+    return Signals(q, k, v, read[0].scale, torch.cat(sums) if sums else None)

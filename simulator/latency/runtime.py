@@ -1,37 +1,27 @@
-"""Decode steps and prefills of kvtune's own runtime: fused modules around attention over pages.
+"""Decode steps of kvtune's own runtime: fused modules around attention over pages.
 
 A step is its matrices, its attention over pages and a rest. Whole steps were measured of a few
 models (op ``runtime_step``); what they say of the rest, and of attention with narrower heads than
-the pages were measured with, holds for models between them. So does what whole prefills say (op
-``runtime_prefill``): how many times as long they take as their parts.
+the pages were measured with, holds for models between them.
 """
 
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from kvtune.policies.format import find_format
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.kernel_table import KernelRow
-from kvtune.profiles.models import model_of_size
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.latency import priors
+from kvtune.simulator.latency.answers import HALF_WIDTH, TIERS, Answer, answer_of_tier
 from kvtune.simulator.latency.kernels import FloatArray, Kernels
-from kvtune.simulator.latency.measured import (
-    HALF_WIDTH,
-    TIERS,
-    Answer,
-    answer_of_tier,
-    matrices_in_format,
-    measured_prefills,
-    paged_attention,
-)
+from kvtune.simulator.latency.learned import by_model, by_width
+from kvtune.simulator.latency.pages import narrow_pages, paged_attention
 from kvtune.simulator.latency.parts import layer_rest, matrix_products, step_rest
+from kvtune.simulator.latency.terms import matrices_in_format
 from kvtune.simulator.latency.transfer import Tables
 from kvtune.simulator.memory.weights import WeightFormat
 
@@ -52,20 +42,6 @@ class Learned(NamedTuple):
     batches: FloatArray
     rest_s: FloatArray
     misfit: float
-
-
-class Prefills(NamedTuple):
-    """What one model's prefills say.
-
-    Args:
-        shape: the model.
-        prompts: tokens of a prompt, ascending.
-        ratios: how many times as long a prefill takes as its parts, at each.
-    """
-
-    shape: ModelShape
-    prompts: FloatArray
-    ratios: FloatArray
 
 
 def runtime_steps(
@@ -91,10 +67,10 @@ def runtime_steps(
     floor = paged_attention(tables.kernels, shape, batch, {})
     if attention is None or floor is None or not known:
         return None
-    factor = _by_width(shape, known, [np.asarray(each.factor) for each in known])
+    factor = by_width(shape, known, [np.asarray(each.factor) for each in known])
     read, rest = _matrices(tables.kernels, shape, batch), _rest(tables.kernels, known, shape, batch)
     value, low, high = (
-        factor * (floor + (attention - floor) * _of_narrow_pages(tables.kernels, shape, cache, end))
+        factor * (floor + (attention - floor) * narrow_pages(tables.kernels, shape, cache, end))
         + rest
         + matrices_in_format(read, shape, gpu, weight_format, batch, end)
         for end in ("value", "low", "high")
@@ -110,7 +86,7 @@ def _rest(
     rests = [np.interp(batch, each.batches, each.rest_s) for each in known]
     last = min(each.batches[-1] for each in known)
     beyond = _rest_beyond(kernels, shape, batch, last)
-    return np.asarray(shape.layers * _by_width(shape, known, rests) + beyond)
+    return np.asarray(shape.layers * by_width(shape, known, rests) + beyond)
 
 
 def _rest_beyond(kernels: Kernels, shape: ModelShape, batch: FloatArray, last: float) -> FloatArray:
@@ -122,57 +98,9 @@ def _rest_beyond(kernels: Kernels, shape: ModelShape, batch: FloatArray, last: f
     return np.asarray(next(beyond) - next(beyond))
 
 
-def _of_narrow_pages(
-    kernels: Kernels, shape: ModelShape, cache: Mapping[str, FloatArray], end: str
-) -> FloatArray:
-    """How many times as long attention takes for its bytes, where heads are narrower."""
-    if shape.head_dim >= kernels.heads()[2]:
-        return np.ones(())
-    numbers = {
-        name: np.maximum(size / find_format(name).bits, 1e-9) for name, size in cache.items()
-    }
-    wide = numbers.get("bf16", np.zeros(())) / np.sum(list(numbers.values()), axis=0)
-    return np.asarray(wide + (1 - wide) * getattr(priors.NARROW_PAGES, end))
-
-
-def runtime_prefills(
-    tables: Tables, shape: ModelShape, prompt: FloatArray, batch: FloatArray
-) -> Answer | None:
-    """Prefills of the runtime, uncompressed, in bf16; None where none was measured.
-
-    Args:
-        tables: kernel times of the card.
-        shape: a shape that they cover.
-        prompt: tokens of each.
-        batch: prompts, of the same shape as ``prompt``.
-    """
-    known = learned_prefills(tables.whole)
-    if not known:
-        return None
-    ratios = [np.interp(prompt, each.prompts, each.ratios) for each in known]
-    ratio = _by_width(shape, known, ratios)
-    alone = measured_prefills(tables, shape, prompt, batch)
-    return Answer(ratio * alone.value, ratio * alone.low, ratio * alone.high, alone.tiers)
-
-
 def _matrices(kernels: Kernels, shape: ModelShape, batch: FloatArray) -> FloatArray:
     head = kernels.linear(shape.vocab_size, shape.hidden_size, batch)
     return np.asarray(shape.layers * matrix_products(kernels, shape, batch) + head)
-
-
-def _by_width(
-    shape: ModelShape, known: Sequence[Learned | Prefills], values: Sequence[FloatArray]
-) -> FloatArray:
-    """Each known model's values, between them by the logarithm of the residual stream's width.
-
-    Beyond the narrowest and the widest as at these.
-    """
-    at = np.log([each.shape.hidden_size for each in known])
-    place = np.interp(np.log(shape.hidden_size), at, np.arange(len(at)))
-    below = int(place)
-    share = place - below
-    above = min(below + 1, len(at) - 1)
-    return np.asarray(values[below] * (1 - share) + values[above] * share)
 
 
 def _tiers(
@@ -210,33 +138,7 @@ def learned_steps(kernels: Kernels) -> tuple[Learned, ...]:
     """Of each measured model, the narrowest first."""
     if not kernels.has_paged("bf16"):
         return ()
-    return tuple(_learn(kernels, shape, rows) for shape, rows in _by_model(kernels, "runtime_step"))
-
-
-@functools.lru_cache(maxsize=32)
-def learned_prefills(kernels: Kernels) -> tuple[Prefills, ...]:
-    """Of each measured model, the narrowest first."""
-    tables = Tables(kernels, "measured", "")
-    found = []
-    for shape, rows in _by_model(kernels, "runtime_prefill"):
-        rows.sort(key=lambda row: row.point.length)
-        prompt, batch = (
-            np.array([float(getattr(row.point, name)) for row in rows])
-            for name in ("length", "batch")
-        )
-        alone = measured_prefills(tables, shape, prompt, batch).value
-        found.append(Prefills(shape, prompt, np.array([row.seconds for row in rows]) / alone))
-    return tuple(found)
-
-
-def _by_model(kernels: Kernels, op: str) -> list[tuple[ModelShape, list[KernelRow]]]:
-    """Rows of each known model, the narrowest first."""
-    found: dict[tuple[int, int, int], list[KernelRow]] = defaultdict(list)
-    for row in kernels.rows(op) if kernels.has(op) else ():
-        found[row.point.rows, row.point.width_in, row.point.width_out].append(row)
-    shapes = {size: model_of_size(*size) for size in found}
-    pairs = [(shape, found[size]) for size, shape in shapes.items() if shape]
-    return sorted(pairs, key=lambda pair: pair[0].hidden_size)
+    return tuple(_learn(kernels, shape, rows) for shape, rows in by_model(kernels, "runtime_step"))
 
 
 def _learn(kernels: Kernels, shape: ModelShape, rows: list[KernelRow]) -> Learned:

@@ -9,58 +9,27 @@ configurations, and torch is not imported.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal, Union, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from kvtune.common.errors import KvtuneError
-from kvtune.common.estimate import Estimate, Tier
+from kvtune.common.estimate import Estimate
 from kvtune.policies.format import find_format
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.latency import priors
-from kvtune.simulator.latency import terms as parts
-from kvtune.simulator.latency.measured import (
-    TIERS,
-    Answer,
-    measured_prefills,
-    measured_steps,
-)
+from kvtune.simulator.latency import priors, terms
+from kvtune.simulator.latency.answers import TIERS, Answer, FloatArray, Times
+from kvtune.simulator.latency.measured import measured_steps
 from kvtune.simulator.latency.parts import covers, prefill_covers
-from kvtune.simulator.latency.priors import FloatArray
-from kvtune.simulator.latency.runtime import runtime_prefills, runtime_steps
+from kvtune.simulator.latency.prefills import measured_prefills, runtime_prefills
+from kvtune.simulator.latency.runtime import runtime_steps
 from kvtune.simulator.latency.transfer import tables_for
 from kvtune.simulator.memory.weights import WeightFormat, check_format, kernel_format
 
 Execution = Literal["runtime", "graph", "eager"]
 CacheBytes = Union[npt.ArrayLike, Mapping[str, npt.ArrayLike]]  # noqa: UP007 (runtime, 3.10)
-
-
-@dataclass(frozen=True)
-class Times:
-    """Times of many configurations, in seconds.
-
-    Args:
-        value_s: likely times, any shape.
-        low_s: lower ends of the 10-90 % intervals, same shape.
-        high_s: upper ends, same shape.
-        tier: how the least certain of them was come by.
-        tiers: index of each one's tier in ``TIERS``; None where all have the same.
-    """
-
-    value_s: FloatArray
-    low_s: FloatArray
-    high_s: FloatArray
-    tier: Tier = "datasheet"
-    tiers: npt.NDArray[np.intp] | None = None
-
-    def at(self, *index: int) -> Estimate:
-        """One of them."""
-        value, low, high = (float(part[index]) for part in (self.value_s, self.low_s, self.high_s))
-        tier = self.tier if self.tiers is None else TIERS[int(self.tiers[index])]
-        return Estimate(value, low, high, "s", tier)
 
 
 def decode_step(
@@ -115,14 +84,14 @@ def decode_steps(
         answer = runtime_steps(*asked) if execution == "runtime" else None
         return _times(answer or measured_steps(*asked))
     device = [
-        parts.larger(
-            parts.cache_read(gpu, sequences, cache),
-            parts.decode_attention(shape, gpu, sequences, cache),
+        terms.larger(
+            terms.cache_read(gpu, sequences, cache),
+            terms.decode_attention(shape, gpu, sequences, cache),
         ),
-        parts.floor(priors.ATTENTION_FLOOR_S, shape.layers),
-        parts.floor(priors.ATTENTION_PER_SEQUENCE_S, shape.layers * sequences),
-        parts.matrices(shape, gpu, weight_format, sequences, logits=sequences),
-        parts.floor(parts.layer_floor(shape), shape.layers),
+        terms.floor(priors.ATTENTION_FLOOR_S, shape.layers),
+        terms.floor(priors.ATTENTION_PER_SEQUENCE_S, shape.layers * sequences),
+        terms.matrices(shape, gpu, weight_format, sequences, logits=sequences),
+        terms.floor(terms.layer_floor(shape), shape.layers),
     ]
     return _with_host(device, shape, execution)
 
@@ -176,10 +145,10 @@ def prefills(
         answer = runtime_prefills(*asked) if execution == "runtime" else None
         return _times(answer or measured_prefills(*asked))
     device = [
-        parts.matrices(shape, gpu, weight_format, prompt * sequences, logits=sequences),
-        parts.prompt_attention(shape, gpu, prompt, sequences),
-        parts.floor(priors.ATTENTION_FLOOR_S, shape.layers),
-        parts.floor(parts.layer_floor(shape), shape.layers),
+        terms.matrices(shape, gpu, weight_format, prompt * sequences, logits=sequences),
+        terms.prompt_attention(shape, gpu, prompt, sequences),
+        terms.floor(priors.ATTENTION_FLOOR_S, shape.layers),
+        terms.floor(terms.layer_floor(shape), shape.layers),
     ]
     return _with_host(device, shape, execution)
 
@@ -200,7 +169,7 @@ def roofline_decode_steps(
     operations = 2.0 * shape.active_parameters * sequences
     return np.maximum(
         moved / gpu.bandwidth_bytes_per_s,
-        operations / parts.matrix_rate(gpu, kernel_format(shape, weight_format)),
+        operations / terms.matrix_rate(gpu, kernel_format(shape, weight_format)),
     )
 
 
@@ -265,15 +234,15 @@ def _bytes_moved(
     cache: dict[str, FloatArray],
 ) -> FloatArray:
     """Weights once and every sequence's cache."""
-    weights = parts.weight_bytes_read(shape, weight_format, sequences)
+    weights = terms.weight_bytes_read(shape, weight_format, sequences)
     return np.asarray(weights + sequences * np.sum(list(cache.values()), axis=0))
 
 
-def _with_host(device: list[parts.Term], shape: ModelShape, execution: Execution) -> Times:
+def _with_host(device: list[terms.Term], shape: ModelShape, execution: Execution) -> Times:
     """Graph: the host's launch and sampler are added. Eager: the slower of host and GPU counts."""
     if execution != "eager":
-        return Times(*parts.total([*device, parts.floor(priors.GRAPH_HOST_S)]))
-    host = parts.floor(priors.EAGER_HOST_LAYER_S, shape.layers)
-    step = parts.floor(priors.EAGER_HOST_STEP_S)
-    waiting = parts.Term(*(a + b for a, b in zip(host, step, strict=True)))
-    return Times(*parts.larger(parts.total(device), waiting))
+        return Times(*terms.total([*device, terms.floor(priors.GRAPH_HOST_S)]))
+    host = terms.floor(priors.EAGER_HOST_LAYER_S, shape.layers)
+    step = terms.floor(priors.EAGER_HOST_STEP_S)
+    waiting = terms.Term(*(a + b for a, b in zip(host, step, strict=True)))
+    return Times(*terms.larger(terms.total(device), waiting))

@@ -13,7 +13,13 @@ from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency import priors
 from kvtune.simulator.latency.priors import FloatArray, Prior
-from kvtune.simulator.memory.weights import KernelFormat, WeightFormat, kernel_format, matrix_bytes
+from kvtune.simulator.memory.weights import (
+    KernelFormat,
+    WeightFormat,
+    bits_per_weight,
+    kernel_format,
+    matrix_bytes,
+)
 
 
 class Term(NamedTuple):
@@ -147,6 +153,33 @@ def matrix_efficiency(gpu: GpuProfile, weight_format: WeightFormat) -> Prior:
     """Achieved share of :func:`matrix_rate` in large products."""
     in_fp8 = weight_format == "fp8" and gpu.fp8_flop_per_s is not None
     return priors.GEMM_FP8_EFFICIENCY if in_fp8 else priors.GEMM_EFFICIENCY
+
+
+WORSE = {"value": "value", "low": "high", "high": "low"}  # a low efficiency makes a high time
+
+
+def matrices_in_format(
+    bf16_s: FloatArray,
+    shape: ModelShape,
+    gpu: GpuProfile,
+    weight_format: WeightFormat,
+    tokens: FloatArray,
+    end: str,
+) -> FloatArray:
+    """Seconds of all matrices in a narrower format, from those in bf16."""
+    if weight_format == "bf16":
+        return bf16_s
+    factor = getattr(priors.WEIGHT_FORMAT_FACTOR[kernel_format(shape, weight_format)], WORSE[end])
+    head = 2.0 * shape.vocab_size * shape.hidden_size
+    wide = weight_bytes_read(shape, "bf16", tokens)
+    matrices_share = 1 - head / wide
+    narrow = bits_per_weight(shape, weight_format) / 16 / factor
+    read = bf16_s * (1 - matrices_share + matrices_share * narrow)
+    flops = 2.0 * shape.active_parameters * tokens
+    matrices = kernel_format(shape, weight_format)
+    efficiency = getattr(matrix_efficiency(gpu, matrices), WORSE[end])
+    compute = flops / (efficiency * matrix_rate(gpu, matrices))
+    return np.asarray(np.maximum(np.minimum(read, bf16_s), compute))
 
 
 def _weights_read(

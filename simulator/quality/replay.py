@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kvtune.policies.apply import Compressed, apply_options
+from kvtune.policies.apply import Compressed, apply_each
 from kvtune.policies.attention import attend, merge
 from kvtune.policies.option import Option
 from kvtune.policies.signals import Signals
@@ -110,6 +110,8 @@ def replay_options(layer: LayerReplay, options: Sequence[Option], block: int) ->
         batches.setdefault(option.budget.resolve(prompt), []).append(column)
     responses: dict[int, Tensor] = {}
     for budget, columns in batches.items():
-        prompts = apply_options([options[column] for column in columns], budget, layer.signals)
-        responses.update(zip(columns, layer.response(prompts, block), strict=True))
+        some = [options[column] for column in columns]
+        for rows, prompts in apply_each(some, budget, layer.signals):
+            found = layer.response(prompts, block)
+            responses.update(zip((columns[row] for row in rows), found, strict=True))
     return torch.stack([responses[column] for column in range(len(options))], 1)

@@ -11,12 +11,42 @@ from collections.abc import Generator, Iterator
 
 import simpy
 
+from kvtune.simulator.serving.memory import Memory
 from kvtune.simulator.serving.record import Record
+from kvtune.simulator.serving.report import Goals, Served, served
 from kvtune.simulator.serving.requests import Requests
 from kvtune.simulator.serving.scheduler import Scheduler
 from kvtune.simulator.serving.sequence import Sequence
+from kvtune.simulator.serving.server import Prepared
+from kvtune.simulator.serving.step_times import End
 
 Process = Generator[simpy.Event, None, None]
+
+
+def serve(
+    prepared: Prepared,
+    requests: Requests,
+    goals: Goals,
+    ends: tuple[End, ...] = ("value", "low", "high"),
+) -> Served:
+    """Serve requests under a policy, with likely times and with those at both ends.
+
+    Args:
+        prepared: the server under the policy.
+        requests: that arrive; those that it was prepared for.
+        goals: that goodput is counted under.
+        ends: of the times' intervals to run with; ``value`` among them.
+    """
+    server, size = prepared.server, prepared.block_bytes
+
+    def run(end: End) -> Record:
+        blocks, host = int(server.cache.value) // size, server.host_bytes // size
+        memory = Memory(prepared.footprint, server.block_tokens, blocks, host)
+        scheduler = Scheduler(memory, prepared.times[end], server.limits)
+        return Engine(requests, scheduler, server.shape.max_context).run()
+
+    tier = prepared.times["value"].tier
+    return served(prepared.name, {end: run(end) for end in ends}, goals, tier)
 
 
 class Engine:
@@ -30,7 +60,7 @@ class Engine:
 
     def __init__(self, requests: Requests, scheduler: Scheduler, longest: int) -> None:
         self.scheduler, self.longest = scheduler, longest
-        self.record = Record(requests, scheduler)
+        self.record = Record(requests, scheduler.memory, scheduler.counts)
         self.environment = simpy.Environment()
         self.next_arrival_s = 0.0
         self._arrived = self.environment.event()
@@ -70,7 +100,7 @@ class Engine:
                 self._arrived = environment.event()
                 yield self._arrived
                 continue
-            record.begin(step, began)
+            record.begin(step, began, len(scheduler.running), len(scheduler.waiting))
             yield environment.timeout(step.seconds)
             record.end(step, scheduler.complete(step), environment.now)
 

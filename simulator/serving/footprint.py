@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,34 +11,10 @@ from kvtune.common.errors import KvtuneError
 from kvtune.policies.option import ALL
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.cost import cache_bytes_by_format
+from kvtune.simulator.memory.policy_bytes import cache_bytes_by_format
+from kvtune.simulator.serving.sequence import Footprint
 
 GRID = 128  # prompt lengths at which a policy's bytes are counted; between them they are a line
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """Bytes of one sequence's cache by the length of its prompt.
-
-    Args:
-        reading: while a prompt of so many tokens is read: uncompressed; from length 0 on.
-        kept: once it has been read: as the policy leaves it.
-        token: of each generated token, in 16 bits.
-        shareable: whether a prompt's beginning is stored alike whatever follows it.
-    """
-
-    reading: list[int]
-    kept: list[int]
-    token: int
-    shareable: bool = True
-
-    def read_bytes(self, prompt: int, generated: int) -> int:
-        """Of a prompt and of generated tokens that are read anew with it."""
-        return max(self.reading[prompt], self.kept[prompt]) + generated * self.token
-
-    def kept_bytes(self, prompt: int, generated: int) -> int:
-        """Of a prompt that has been read and the generated tokens after it."""
-        return self.kept[prompt] + generated * self.token
 
 
 def evicts(policy: Policy) -> bool:

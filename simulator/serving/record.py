@@ -6,9 +6,10 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+from kvtune.simulator.serving.memory import Memory
 from kvtune.simulator.serving.requests import Requests
-from kvtune.simulator.serving.scheduler import Scheduler, Step
 from kvtune.simulator.serving.sequence import Sequence
+from kvtune.simulator.serving.step import Counts, Step
 
 SAMPLES = 512  # of the state over time; above it every other one is dropped
 
@@ -35,12 +36,13 @@ class Record:
 
     Args:
         requests: that arrive.
-        scheduler: whose state is written down.
+        memory: that their sequences hold blocks of.
+        counts: of what happened so far, kept by the scheduler.
     """
 
-    def __init__(self, requests: Requests, scheduler: Scheduler) -> None:
+    def __init__(self, requests: Requests, memory: Memory, counts: Counts) -> None:
         count = len(requests)
-        self.requests, self.scheduler = requests, scheduler
+        self.requests, self.memory, self.counts = requests, memory, counts
         self.started_s, self.first_s, self.finished_s = ([math.inf] * count for _ in range(3))
         self.refused: Counter[str] = Counter()
         self.samples: list[Sample] = []
@@ -53,14 +55,12 @@ class Record:
         """A request is turned away."""
         self.refused[reason] += 1
 
-    def begin(self, step: Step, now: float) -> None:
-        """A step begins with its blocks taken."""
+    def begin(self, step: Step, now: float, running: int, waiting: int) -> None:
+        """A step begins with its blocks taken, while so many sequences run and requests wait."""
         for sequence in step.admitted:
             if self.started_s[sequence.index] == math.inf:
                 self.started_s[sequence.index] = now
-        scheduler = self.scheduler
-        used, running = scheduler.memory.used, len(scheduler.running)
-        waiting = len(scheduler.waiting)
+        used = self.memory.used
         self.peak_blocks = max(self.peak_blocks, used)
         self.peak_running = max(self.peak_running, running)
         self.peak_waiting = max(self.peak_waiting, waiting)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kvtune.common.estimate import Estimate, Tier
 from kvtune.simulator.serving.record import Record, Sample
-from kvtune.simulator.serving.times import End
+from kvtune.simulator.serving.step_times import End
 
 PERCENTILES = (50, 90, 99)
 
@@ -82,8 +82,7 @@ def served(name: str, records: Mapping[End, Record], goals: Goals, tier: Tier) -
     """
     runs = {end: measures(record, goals) for end, record in records.items()}
     record = records["value"]
-    scheduler, counts = record.scheduler, record.scheduler.counts
-    memory = scheduler.memory
+    memory, counts = record.memory, record.counts
     return Served(
         name=name,
         figures={
@@ -134,7 +133,7 @@ def measures(record: Record, goals: Goals) -> dict[str, tuple[float, str]]:
         good = _good(ttft, (finished - first) / np.maximum(outputs - 1, 1), goals)
         found["goodput"] = (good.sum() / span, "requests/s")
         found["share_within_slo"] = (good.sum() / len(record.requests), "share")
-    memory = record.scheduler.memory
+    memory = record.memory
     found["mean_memory"] = (record.block_seconds / span * memory.block_bytes, "B")
     found["peak_memory"] = (float(record.peak_blocks * memory.block_bytes), "B")
     found["mean_running"] = (record.running_seconds / span, "sequences")

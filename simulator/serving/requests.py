@@ -10,26 +10,7 @@ from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.units import format_tokens, parse_tokens
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """The shared beginning of a prompt, as a chain of segments of equal length.
-
-    Args:
-        ids: one identifier a segment; prompts that begin with the same ids begin with the same
-            tokens.
-        tokens: length of the whole prefix.
-    """
-
-    ids: tuple[str, ...]
-    tokens: int
-
-    def ends(self, block_tokens: int) -> list[int]:
-        """Tokens up to the last full block of each segment and of those before it."""
-        count = len(self.ids)
-        ends = (self.tokens * (i + 1) // count for i in range(count))
-        return [end - end % block_tokens for end in ends]
+from kvtune.simulator.serving.sequence import Prefix
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from kvtune.common.errors import KvtuneError, nearest
-from kvtune.simulator.serving.requests import Prefix, Requests
+from kvtune.simulator.serving.requests import Requests
+from kvtune.simulator.serving.sequence import Prefix
 
 REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens")
 OPTIONAL = ("prefix_ids", "prefix_tokens")

@@ -9,67 +9,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
 
 from kvtune.simulator.serving.decoding import Decoding
 from kvtune.simulator.serving.memory import Memory
 from kvtune.simulator.serving.sequence import Sequence
-from kvtune.simulator.serving.times import Chunk, StepTimes
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a step may hold.
-
-    Args:
-        sequences: at once.
-        step_tokens: new tokens of a step, decoded and read.
-    """
-
-    sequences: int
-    step_tokens: int
-
-
-@dataclass
-class Step:
-    """One step, or several alike in a row.
-
-    Args:
-        seconds: that it takes in all.
-        decode_steps: tokens that each decoding sequence gets; 0 where none decodes.
-        admitted: sequences that were taken from the queue.
-        read: sequences whose prompt is complete afterwards.
-        returned: sequences that come back from the host and decode from the next step on.
-    """
-
-    seconds: float = 0.0
-    decode_steps: int = 0
-    admitted: list[Sequence] = field(default_factory=list)
-    read: list[Sequence] = field(default_factory=list)
-    returned: list[Sequence] = field(default_factory=list)
-
-
-@dataclass
-class Counts:
-    """What happened so far.
-
-    Args:
-        preemptions: sequences that gave their blocks back, also by moving to the host.
-        swaps: those of them that moved to the host.
-        copied_blocks: between card and host, both ways.
-        prompt_tokens: of all admitted, again at every admission.
-        shared_tokens: those of them that were already held.
-        steps: of the engine.
-        decoded: tokens that decode steps gave.
-    """
-
-    preemptions: int = 0
-    swaps: int = 0
-    copied_blocks: int = 0
-    prompt_tokens: int = 0
-    shared_tokens: int = 0
-    steps: int = 0
-    decoded: int = 0
+from kvtune.simulator.serving.step import Counts, Limits, Step
+from kvtune.simulator.serving.step_times import Chunk, StepTimes
 
 
 class Scheduler:

@@ -1,133 +1,28 @@
-"""How long an engine's steps take: the latency model on a grid, read between its points.
-
-A step of decoding is looked up by sequences and by the mean lengths of what they hold. A step that
-also reads prompts is one pass over all its new tokens, with each chunk's attention to the tokens
-before it and with what decoding takes longer for its caches.
-"""
+"""What requests meet under a policy: the latency model on the grids that an engine reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from numpy.typing import NDArray
 
-from kvtune.common.estimate import Tier
+from kvtune.common.errors import KvtuneError
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.cost import cache_bytes_by_format
+from kvtune.simulator.latency.answers import TIERS, Times
 from kvtune.simulator.latency.compression import compression
-from kvtune.simulator.latency.measured import TIERS
 from kvtune.simulator.latency.overheads import transfer
-from kvtune.simulator.latency.steps import Times, decode_steps, prefill, prefills
+from kvtune.simulator.latency.steps import decode_steps, prefill, prefills
+from kvtune.simulator.memory.policy_bytes import cache_bytes_by_format
 from kvtune.simulator.memory.weights import WeightFormat
+from kvtune.simulator.serving.footprint import footprint
+from kvtune.simulator.serving.requests import Requests
+from kvtune.simulator.serving.server import Prepared, Server
+from kvtune.simulator.serving.step_times import Curve, End, StepTimes
 
-End = Literal["value", "low", "high"]
 PROMPTS, GENERATED, PASSES, COMPRESSIONS = 17, 9, 1025, 33  # points of the grids
-
-
-class Chunk(NamedTuple):
-    """Tokens of one prompt that a step reads.
-
-    Args:
-        start: tokens of it that are already held.
-        tokens: that are read now.
-    """
-
-    start: int
-    tokens: int
-
-
-class Curve:
-    """A function of one number, piecewise linear between evenly spaced points."""
-
-    def __init__(self, first: float, last: float, values: npt.ArrayLike) -> None:
-        self.values: list[float] = np.asarray(values, float).tolist()
-        self.first = first
-        self.scale = (len(self.values) - 1) / (last - first) if last > first else 0.0
-        self.last_cell = max(len(self.values) - 2, 0)
-
-    def place(self, x: float) -> tuple[int, float]:
-        """The cell that ``x`` lies in and its share of the way through; ends hold beyond them."""
-        at = (x - self.first) * self.scale
-        if at <= 0:
-            return 0, 0.0
-        cell = int(at)
-        return (cell, at - cell) if cell <= self.last_cell else (self.last_cell, 1.0)
-
-    def at(self, x: float) -> float:
-        """The value at ``x``."""
-        cell, share = self.place(x)
-        low = self.values[cell]
-        return low + share * (self.values[cell + 1] - low) if share else low
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """Seconds of an engine's steps.
-
-    Args:
-        prompts: places on the axis of prompt lengths.
-        generated: places on the axis of generated lengths.
-        decode: seconds of a decode step, by sequences, prompt and generated place; row 0 is of no
-            sequence.
-        empty: seconds of a decode step over empty caches, by sequences.
-        whole_pass: seconds of reading so many tokens as one prompt.
-        compute: the same without what short passes take longer.
-        compressing: seconds that compressing a prompt takes beside reading it, by its tokens.
-        copy_s: seconds of one copy between host and device and of each block in it.
-        tier: of the least certain time.
-    """
-
-    prompts: Curve
-    generated: Curve
-    decode: list[list[list[float]]]
-    empty: list[float]
-    whole_pass: Curve
-    compute: Curve
-    compressing: Curve
-    copy_s: tuple[float, float] = (0.0, 0.0)
-    tier: Tier = "assumed"
-
-    def decoding(self, sequences: int, prompt: float, generated: float) -> float:
-        """Seconds of one decode step.
-
-        Args:
-            sequences: that get a token.
-            prompt: mean tokens of their prompts.
-            generated: mean tokens of their answers that are held.
-        """
-        rows = self.decode[sequences]
-        p, along = self.prompts.place(prompt)
-        g, across = self.generated.place(generated)
-        left, right = rows[p], rows[p + 1] if along else rows[p]
-        first = left[g] + along * (right[g] - left[g])
-        if not across:
-            return first
-        last = left[g + 1] + along * (right[g + 1] - left[g + 1])
-        return first + across * (last - first)
-
-    def mixed(
-        self, sequences: int, prompt: float, generated: float, chunks: Iterable[Chunk]
-    ) -> float:
-        """Seconds of a step that reads chunks of prompts beside decoding."""
-        compute = self.compute.at
-        new, seconds = float(sequences), compute(sequences)
-        for start, tokens in chunks:
-            new += tokens
-            seconds += compute(start + tokens) - compute(start)
-        seconds += self.whole_pass.at(new) - compute(new)
-        if sequences:
-            seconds += self.decoding(sequences, prompt, generated) - self.empty[sequences]
-        return seconds
-
-    def copying(self, blocks: int) -> float:
-        """Seconds of a copy of so many blocks between host and device."""
-        return self.copy_s[0] + self.copy_s[1] * blocks
 
 
 @dataclass(frozen=True)
@@ -147,6 +42,43 @@ class Load:
     output_tokens: int
     step_tokens: int
     block_bytes: int
+
+
+def prepare(server: Server, requests: Requests, policy: Policy | None) -> Prepared:
+    """What the requests' sequences take under a policy, in bytes and in seconds.
+
+    Args:
+        server: model, card and engine.
+        requests: that will arrive.
+        policy: for the model; None for the uncompressed cache.
+
+    Raises:
+        KvtuneError: the policy is for another shape, or cannot be costed on this one.
+    """
+    shape, limits = server.shape, server.limits
+    prompts = _possible(requests, shape.max_context)
+    longest_output = min(int(requests.output_tokens.max()), shape.max_context)
+    held = footprint(shape, policy, prompts, longest_output)
+    load = Load(
+        sequences=limits.sequences,
+        prompts=(int(prompts.min()), int(prompts.max())),
+        output_tokens=longest_output,
+        step_tokens=limits.step_tokens,
+        block_bytes=server.block_tokens * held.token,
+    )
+    times = step_times(shape, server.gpu, server.weights, policy, load)
+    return Prepared(policy.name if policy else "full cache", server, held, times)
+
+
+def _possible(requests: Requests, longest: int) -> NDArray[np.int64]:
+    """Prompts that the model takes at all; the others are refused when they arrive."""
+    fitting = requests.prompt_tokens[requests.prompt_tokens < longest]
+    if not len(fitting):
+        raise KvtuneError(
+            f"no prompt is shorter than the {longest} tokens that the model takes",
+            hint="shorten them with --prompt, or in the file of --arrivals.",
+        )
+    return fitting
 
 
 def step_times(

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from kvtune.common.estimate import Estimate
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
-from kvtune.tuner.explore.outcome import Baseline
 from kvtune.tuner.explore.plans import Floats, Integers, Plan
 from kvtune.tuner.explore.study import Study
 from kvtune.tuner.explore.what_if import Figures, Setting, figures
+from kvtune.tuner.result import Baseline
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from kvtune.common.stored import parse_json, whole_lines
 from kvtune.tuner.explore import PLANS_FILE
 from kvtune.tuner.explore.facts import Facts, read_facts
 from kvtune.tuner.explore.measured import read_measured
-from kvtune.tuner.explore.outcome import Outcome, read_outcome
 from kvtune.tuner.explore.plans import AGAIN, Plan, Plans, columns, read_line
 from kvtune.tuner.explore.study import State, Study
+from kvtune.tuner.result import StoredResult, read_result
 
 _SILENCE_S = 300  # a search that wrote nothing for so long is taken as stopped
 
@@ -30,7 +30,7 @@ class StudyReader:
     def __init__(self, folder: Path, now: Callable[[], float] = time.time) -> None:
         self.folder, self.path, self.now = folder, folder / PLANS_FILE, now
         self._forget()
-        self._outcome: tuple[tuple[int, int], Outcome] | None = None
+        self._outcome: tuple[tuple[int, int], StoredResult] | None = None
 
     def _forget(self) -> None:
         """Begin again, as for another file."""
@@ -95,7 +95,7 @@ class StudyReader:
         if self._facts is None:
             self._facts = read_facts(record, where)
 
-    def _read_outcome(self, facts: Facts) -> Outcome | None:
+    def _read_outcome(self, facts: Facts) -> StoredResult | None:
         """The result, if it is this study's; one of an earlier search in the folder is none."""
         path = self.folder / "result.json"
         try:
@@ -104,11 +104,11 @@ class StudyReader:
             return None
         stamp = (about.st_mtime_ns, about.st_ino)
         if self._outcome is None or self._outcome[0] != stamp:
-            self._outcome = (stamp, read_outcome(path))
+            self._outcome = (stamp, read_result(path))
         found = self._outcome[1]
         return found if found.study == facts.study else None
 
-    def _state(self, outcome: Outcome | None) -> State:
+    def _state(self, outcome: StoredResult | None) -> State:
         if outcome is not None:
             return "finished"
         silent = self.now() - self.path.stat().st_mtime

@@ -25,8 +25,8 @@ from kvtune.policies.policy_file.document import (
 from kvtune.simulator.model_facts import model_facts
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.measured import Measured
-from kvtune.tuner.explore.outcome import Baseline, Outcome
 from kvtune.tuner.explore.plans import Plan, Plans
+from kvtune.tuner.result import Baseline, StoredResult
 
 State = Literal["running", "finished", "stopped"]
 
@@ -47,7 +47,7 @@ class Study:
     folder: Path
     facts: Facts
     plans: Plans
-    outcome: Outcome | None
+    outcome: StoredResult | None
     state: State
     measured: Mapping[int, Measured] = field(default_factory=dict)
 
@@ -131,7 +131,7 @@ class Study:
         if (live := self.live(plan)) is not None:
             return live.kl
         if self.outcome is not None and self.is_chosen(plan):
-            return self.outcome.quality
+            return self.outcome.quality.kl
         return plan.kl
 
     def document(self, plan: Plan, weights: str) -> PolicyDocument:

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from kvtune.common.units import MIB
 from kvtune.tuner.explore.axes import BYTES, EVERYTHING, LOSS, TOKENS, Axis, Filter, front
-from kvtune.tuner.explore.outcome import Baseline
 from kvtune.tuner.explore.plans import Floats
 from kvtune.tuner.explore.study import Study
 from kvtune.tuner.explore.what_if import Figures, Setting
+from kvtune.tuner.result import Baseline
 
 Rows = NDArray[np.int64]
 

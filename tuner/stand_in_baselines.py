@@ -13,40 +13,28 @@ from kvtune.policies.pages import CODES
 from kvtune.policies.policy import Policy
 from kvtune.tuner.band import band_of_live
 from kvtune.tuner.baselines import FAMILIES
+from kvtune.tuner.live_baselines import Compared, plan_of
 from kvtune.tuner.question import Candidate, Solver
-from kvtune.tuner.request import Rival
+from kvtune.tuner.result import Baseline
 from kvtune.tuner.source_models import STAND_IN
 from kvtune.tuner.sources import QualitySource
 
 
-def stand_in_rivals(
+def stand_in_baselines(
     source: QualitySource,
     solver: Solver,
     policy: Policy,
     chosen: Candidate,
     predicted: Estimate,
     progress: Progress,
-) -> tuple[list[Rival], None]:
+) -> tuple[list[Compared], None]:
     """The plan, and every family at its bytes; nothing is run."""
-    plan = Rival(
-        name=policy.name,
-        family="kvtune",
-        predicted=predicted,
-        live=None,
-        prompt_bytes=chosen.prompt_bytes,
-        by_kind=source.by_kind(chosen.choice),
-        policy=policy,
-    )
+    plan = plan_of(policy, predicted, chosen.prompt_bytes, source.by_kind(chosen.choice))
     share = chosen.prompt_bytes / solver.question.full_bytes(chosen.context)
     found = (
-        Rival(
-            f"{name}{_unless_it_runs(name)}, live on {STAND_IN}",
-            family,
-            loss,
-            None,
-            chosen.prompt_bytes,
-        )
+        Compared(Baseline(said, family, loss, None, chosen.prompt_bytes), None)
         for family, name, loss in _families(source, share)
+        for said in (f"{name}{_unless_it_runs(name)}, live on {STAND_IN}",)
     )
     return [plan, *found], None
 

@@ -7,9 +7,9 @@ published since in its best precision, as far as the trace holds the signals tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.tuner.allocate import Choice, Problem, solve
 from kvtune.tuner.baselines import FAMILIES, Stored, candidates, strong_families
 from kvtune.tuner.question import Candidate, Solver, evicts, policy_of
-from kvtune.tuner.request import Rival
+from kvtune.tuner.result import PLAN_FILE, Baseline
 from kvtune.tuner.sources import QualitySource
 
 if TYPE_CHECKING:
@@ -28,14 +28,36 @@ if TYPE_CHECKING:
     from kvtune.tuner.validate import Validation
 
 
-def live_rivals(
+class Compared(NamedTuple):
+    """The plan, or a baseline, with its policy; None of a stand-in's baselines."""
+
+    baseline: Baseline
+    policy: Policy | None
+
+
+def plan_of(
+    policy: Policy, predicted: Estimate, prompt_bytes: int, by_kind: dict[str, float]
+) -> Compared:
+    """The plan, as the first of what is compared."""
+    found = Baseline(
+        policy.name, "kvtune", predicted, None, prompt_bytes, by_kind=by_kind, policy=PLAN_FILE
+    )
+    return Compared(found, policy)
+
+
+def _file(family: str) -> str:
+    """Where a baseline's policy lies in the run directory."""
+    return f"baselines/{family}.yaml"
+
+
+def live_baselines(
     source: QualitySource,
     solver: Solver,
     policy: Policy,
     chosen: Candidate,
     predicted: Estimate,
     progress: Progress,
-) -> tuple[list[Rival], Validation | None]:
+) -> tuple[list[Compared], Validation | None]:
     """On the model itself: every family's best by replay, then all of them live."""
     from kvtune.runtime.prompts import traced_prompt
     from kvtune.tuner.validate import validate_policies
@@ -45,9 +67,8 @@ def live_rivals(
     assert loaded is not None  # noqa: S101
     samples = trace.of_split("evaluate")
     budget = policy.footprint(tables.prompt_tokens, tables.head_dim)
-    plan = Rival(policy.name, "kvtune", predicted, None, budget, policy=policy)
     rows = [
-        replace(plan, by_kind=source.by_kind(chosen.choice)),
+        plan_of(policy, predicted, budget, source.by_kind(chosen.choice)),
         *(
             _allocated(source, family, choice, _own_bytes(source, choice))
             for family, choice in _allocations(source, budget).items()
@@ -66,11 +87,12 @@ def live_rivals(
 
 def _best_of_families(
     source: QualitySource, trace: Trace, device: str, budget: int, progress: Progress
-) -> Iterator[Rival]:
+) -> Iterator[Compared]:
     """Of each family, one rule for all heads, the one that replay on the held-out samples prefers.
 
     The uniform ones in all methods and precisions are tried coarsely, and those that did best there
-    in full and under the other families' allocators.
+    in full and under the other families' allocators; what others have published since, coarsely in
+    all precisions and in full in its best. Each of the two steps reads the trace once.
     """
     from kvtune.simulator.quality.evaluate import replay_policies
 
@@ -78,65 +100,78 @@ def _best_of_families(
     shape = (tables.prompt_tokens, tables.layers, tables.kv_heads, tables.head_dim)
     kinds = [sample.kind for sample in samples]
 
-    def replay(policies: Sequence[Policy], every: int = 1) -> Any:
-        return replay_policies(
+    def replay(tried: Mapping[str, Sequence[Policy]], every: int) -> dict[str, Any]:
+        policies = [policy for each in tried.values() for policy in each]
+        losses = replay_policies(
             trace, samples, policies, every=every, device=device, progress=progress
         )
+        ends = np.cumsum([len(each) for each in tried.values()])
+        return dict(zip(tried, np.split(losses, ends[:-1]), strict=True))
 
+    strong = {
+        family: made
+        for family in strong_families(trace.manifest["signals"])
+        if (made := candidates(family, budget, *shape))
+    }
     uniform = candidates("uniform", budget, *shape)
-    ranked = np.argsort(replay(uniform, every=6).mean(1))
+    coarse = replay({"uniform": uniform, **strong}, every=6)
+    ranked = np.argsort(coarse["uniform"].mean(1))
     promising = {_stored_by(uniform[row]) for row in ranked[:_PROMISING]}
-    for family in FAMILIES:
-        if tried := candidates(family, budget, *shape, only=promising):
-            losses = replay(tried)
-            best = int(losses.mean(1).argmin())
-            yield _simple(source, family, tried[best], losses[best], kinds)
-    for family in strong_families(trace.manifest["signals"]):
-        if tried := candidates(family, budget, *shape):
-            best = int(replay(tried, every=6).mean(1).argmin())
-            yield _simple(source, family, tried[best], replay([tried[best]])[0], kinds)
+    finalists = {
+        family: made
+        for family in FAMILIES
+        if (made := candidates(family, budget, *shape, only=promising))
+    }
+    for family, tried in strong.items():
+        finalists[family] = [tried[int(coarse[family].mean(1).argmin())]]
+    for family, losses in replay(finalists, every=1).items():
+        best = int(losses.mean(1).argmin())
+        yield _simple(source, family, finalists[family][best], losses[best], kinds)
 
 
-def _allocated(source: QualitySource, family: str, choice: Choice, spent: int) -> Rival:
+def _allocated(source: QualitySource, family: str, choice: Choice, spent: int) -> Compared:
     """What another way to allocate the same options came to."""
     name = _NAMES[family]
-    return Rival(
+    found = Baseline(
         name=name,
         family=family,
         predicted=source.loss_of(choice),
         live=None,
         prompt_bytes=spent,
         by_kind=source.by_kind(choice),
-        policy=policy_of(source.tables, choice, name),
+        policy=_file(family),
     )
+    return Compared(found, policy_of(source.tables, choice, name))
 
 
 def _simple(
     source: QualitySource, family: str, policy: Policy, losses: Any, kinds: Sequence[str]
-) -> Rival:
+) -> Compared:
     """One rule for all heads, replayed."""
     some = any(evicts(option) for option in policy.options())
-    return Rival(
+    found = Baseline(
         name=policy.name,
         family=family,
         predicted=source.loss(losses, kinds, "replay", evicts=some),
         live=None,
         prompt_bytes=policy.footprint(source.tables.prompt_tokens, source.tables.head_dim),
         by_kind=source.calibration.by_kind(losses, kinds, some),
-        policy=policy,
+        policy=_file(family),
     )
+    return Compared(found, policy)
 
 
-def _measured(rival: Rival, live: Validation) -> Rival:
+def _measured(row: Compared, live: Validation) -> Compared:
     """The same with what live runs have found."""
-    return replace(
-        rival,
+    found = replace(
+        row.baseline,
         live=live.live,
         prompt_bytes=live.prompt_bytes,
         perplexity_change=live.perplexity_change,
         retrieval_accuracy=live.retrieval_accuracy,
         live_by_kind=live.by_kind,
     )
+    return Compared(found, row.policy)
 
 
 _PROMISING = 2  # methods and precisions that the other families try, of the uniform ones

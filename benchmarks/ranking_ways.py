@@ -1,0 +1,163 @@
+"""Ways to rank policies of very different kinds by prediction, compared on recorded runs.
+
+    python benchmarks/ranking_ways.py --out benchmarks/results/ranking-ways.json
+
+``predictions-h200.json`` holds what 98 mixed policies lose live on six kinds of text, and what
+several predictions say. Each way is judged by its rank correlation with the live loss, over all of
+them and over those that leave at least a third of the full cache's right answers: where less is
+left, all that was asked for is lost, and the rest of the order is noise that no plan is chosen by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
+from scipy.stats import spearmanr
+
+from kvtune.common.files import write_json
+from kvtune.simulator.quality.calibration import ASKED
+
+Array = NDArray[np.float64]
+RECORDED = Path(__file__).parent / "results" / "predictions-h200.json"
+LEFT = 1 / 3  # of the full cache's right answers
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """The mixed policies of a recorded run of ``predictions.py``."""
+
+    data: dict[str, Any]
+
+    @property
+    def ids(self) -> list[str]:
+        return list(self.data["mixed by sample"])
+
+    @property
+    def kinds(self) -> list[str]:
+        return sorted({self.kind(each) for each in self.ids})
+
+    def kind(self, sample: str) -> str:
+        return str(self.data["samples"][sample]["kind"])
+
+    def of(self, name: str, kinds: Sequence[str]) -> Array:
+        """A figure of every policy, its mean over the samples of some kinds, ``[B]``."""
+        rows = self.data["mixed by sample"]
+        picked = [rows[each][name] for each in self.ids if self.kind(each) in kinds]
+        return np.array(picked, float).mean(0)
+
+    @property
+    def evicting(self) -> NDArray[np.bool_]:
+        return np.array([each["group"] != "quantised" for each in self.data["mixed"]])
+
+    @property
+    def leaves_answers(self) -> NDArray[np.bool_]:
+        """Policies after which enough answers are still right."""
+        asked = [each for each in self.ids if self.data["samples"][each]["answers"]]
+        full = [self.data["mixed by sample"][each]["full right"] for each in asked]
+        right = self.of("right", sorted({self.kind(each) for each in asked}))
+        return np.asarray(right > LEFT * float(np.mean(full)))
+
+
+def plain(name: str) -> Callable[[Mixed, Sequence[str]], Array]:
+    """A recorded prediction as it is."""
+    return lambda mixed, kinds: mixed.of(name, kinds)
+
+
+def parts(probes: str, times: float) -> Callable[[Mixed, Sequence[str]], Array]:
+    """What is evicted counts so many times what is stored in fewer bits; no terms between both."""
+
+    def way(mixed: Mixed, kinds: Sequence[str]) -> Array:
+        evicting = mixed.of(f"{probes}, evicting", kinds)
+        return mixed.of(f"{probes}, quantising", kinds) + times * evicting
+
+    return way
+
+
+def maps(name: str) -> Callable[[Mixed, Sequence[str]], Array]:
+    """A rising map a regime and sort of text, fitted on the other kinds of that sort."""
+
+    def way(mixed: Mixed, kinds: Sequence[str]) -> Array:
+        found = np.zeros(len(mixed.data["mixed"]))
+        for kind in kinds:
+            alike = (k for k in mixed.kinds if (k in ASKED) == (kind in ASKED))
+            others = [k for k in alike if k != kind]
+            for regime in (mixed.evicting, ~mixed.evicting):
+                x = np.concatenate([mixed.of(name, [k])[regime] for k in others])
+                y = np.concatenate([mixed.of("live", [k])[regime] for k in others])
+                found[regime] += mapped(x, y, mixed.of(name, [kind])[regime]) / len(kinds)
+        return found
+
+    return way
+
+
+def mapped(x: Array, y: Array, new: Array) -> Array:
+    """``new`` through the rising map that is nearest to the pairs, in logarithms."""
+    order = np.argsort(x)
+    fitted = isotonic_regression(np.log(y[order])).x
+    return np.exp(np.interp(np.log(new), np.log(x[order]), fitted))
+
+
+WAYS = {
+    "probes, blocks of 16": plain("probes, all"),
+    "probes, row by row": plain("probes, block 1"),
+    "Fisher's probes": plain("fisher, all"),
+    "log-odds at a reach of 2 nats": plain("reach 2, all"),
+    "exact link of the log-odds": plain("link"),
+    "evicted counts twice": parts("probes", 2.0),
+    "Fisher's, evicted counts twice": parts("fisher", 2.0),
+    "maps by regime": maps("probes, all"),
+    "exact link, maps by regime": maps("link"),
+}
+ANSWERS = {
+    "answer rows": plain("probes, answers"),
+    "answer rows, exact link": plain("link, answers"),
+    "probes of answer rows": plain("answers, blocks"),
+    "the whole sample": plain("probes, all"),
+    "the whole sample, evicted counts twice": parts("probes", 2.0),
+}
+
+
+def judged(
+    mixed: Mixed,
+    ways: dict[str, Callable[[Mixed, Sequence[str]], Array]],
+    live: str,
+    kinds: Sequence[str],
+) -> dict[str, dict[str, float]]:
+    """Rank correlation of every way with a live loss: of all policies, of those that leave some."""
+    truth, some = mixed.of(live, kinds), mixed.leaves_answers
+    found = {}
+    for name, way in ways.items():
+        ours = way(mixed, kinds)
+        pairs = {"all": (ours, truth), "answers left": (ours[some], truth[some])}
+        found[name] = {who: round(float(spearmanr(*p).statistic), 4) for who, p in pairs.items()}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recorded", type=Path, default=RECORDED)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    mixed = Mixed(json.loads(arguments.recorded.read_text(encoding="utf-8")))
+    asked = [kind for kind in mixed.kinds if kind in ("retrieval", "recall")]
+    result = {
+        "recorded": arguments.recorded.name,
+        "policies": len(mixed.data["mixed"]),
+        "that leave answers": int(mixed.leaves_answers.sum()),
+        "all rows": judged(mixed, WAYS, "live", mixed.kinds),
+        "answer rows": judged(mixed, ANSWERS, "live, answers", asked),
+    }
+    write_json(arguments.out, result)
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

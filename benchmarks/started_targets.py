@@ -1,0 +1,234 @@
+"""Stacks that run on a CPU, started from an exported file alone: bytes there beside those printed.
+
+    pip install xllamacpp openvino-genai            # what is missing is written down, and passed over
+    python benchmarks/started_targets.py --gguf MODEL.gguf --model DIR --out FILE [--only NAME]
+
+For plans of 16, 8 and 4 bits that keep all tokens, and one that differs from head to head, exports
+are written for a model, then read back and started in a process each:
+
+    llama-cpp       xllamacpp, which is llama-server in process, from llama-preset.ini; bytes as it
+                    logs them
+    openvino        OpenVINO GenAI from openvino.json; whether it answers
+    transformers    the exported kv_cache.py and kv_cache.json; bytes of a prompt, and how far the
+                    next tokens' probabilities are from those of our live cache under the same plan
+
+2 % are asked between bytes a token there and as printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import configparser
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm_plugin import TEXT, document
+
+from kvtune.common.files import write_json
+from kvtune.policies.export.contract import find_exporter
+from kvtune.policies.formats.bf16 import Bf16
+from kvtune.policies.formats.grouped import Int4, Int8
+from kvtune.policies.methods.full import Full
+from kvtune.policies.option import ALL, Option
+from kvtune.policies.policy import Policy
+from kvtune.policies.policy_file.document import ModelFacts, PolicyDocument, write_policy
+
+PROMPT_TOKENS, CONTEXT = 300, 2048
+FORMATS = {"16 bits": Bf16, "8 bits": Int8, "4 bits": Int4}
+MIXED = "head by head"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gguf", type=Path, required=True)
+    parser.add_argument("--model", required=True, help="the same model, as transformers loads it")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", choices=sorted(STARTED))
+    parser.add_argument("--child", nargs=3, metavar=("STACK", "PLAN", "FOLDER"))
+    arguments = parser.parse_args()
+    if arguments.child:
+        stack, plan, folder = arguments.child
+        print(json.dumps(STARTED[stack][1](arguments, plan, Path(folder))), flush=True)
+        return
+    found: dict[str, Any] = {"prompt_tokens": PROMPT_TOKENS, "context_tokens": CONTEXT}
+    for stack in [arguments.only] if arguments.only else STARTED:
+        found[stack] = {}
+        for plan in [MIXED] if stack == "transformers" else FORMATS:
+            print(f"{stack}, {plan}...", file=sys.stderr, flush=True)
+            found[stack][plan] = started(arguments, stack, plan)
+            print(found[stack][plan], file=sys.stderr, flush=True)
+            write_json(arguments.out, found)
+
+
+def plan_of(arguments: argparse.Namespace, name: str) -> PolicyDocument:
+    """A plan for the model."""
+    mixed = document(arguments.model)
+    if name == MIXED:
+        return mixed
+    facts: ModelFacts = mixed.model
+    form = FORMATS[name]()
+    policy = Policy.uniform(Option(Full(), ALL, form, form), facts.layers, facts.kv_heads)
+    return PolicyDocument(policy, facts)
+
+
+def started(arguments: argparse.Namespace, stack: str, plan: str) -> dict[str, Any]:
+    """Export, start in a process of its own, and compare."""
+    package = STARTED[stack][0]
+    if importlib.util.find_spec(package) is None:
+        return {"passed over": f"{package} is not installed"}
+    made = find_exporter(stack)().export(
+        plan_of(arguments, plan), model=str(arguments.gguf), context_tokens=CONTEXT, batch=2
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in made.files.items():
+            Path(folder, name).write_text(text, "utf-8")
+        Path(folder, "policy.yaml").write_text(write_policy(plan_of(arguments, plan)), "utf-8")
+        command = [sys.executable, *sys.argv, "--child", stack, plan, folder]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)  # noqa: S603
+    if ended.returncode:
+        return {"fault": (ended.stderr or f"ended with {ended.returncode}").strip()[-600:]}
+    told = json.loads(ended.stdout.strip().splitlines()[-1])
+    told["printed_bytes_a_token"] = round(made.prompt_bytes / CONTEXT, 2)
+    if told.get("bytes_a_token") and stack != "transformers":
+        told["there_over_printed"] = round(told["bytes_a_token"] * CONTEXT / made.prompt_bytes, 4)
+    return told | {"proof": made.proof}
+
+
+def llama_cpp(arguments: argparse.Namespace, plan: str, folder: Path) -> dict[str, Any]:
+    """llama-server in this process, its settings those of the preset."""
+    import xllamacpp
+
+    preset = configparser.ConfigParser()
+    preset.read_string("[top]\n" + (folder / "llama-preset.ini").read_text("utf-8"))
+    asked = dict(preset["kvtune"])
+    params = xllamacpp.CommonParams()
+    params.model.path = asked.pop("model")
+    params.n_ctx = int(asked.pop("ctx-size"))
+    params.n_parallel = int(asked.pop("parallel"))
+    flash = {"auto": "AUTO", "on": "ENABLED"}[asked.pop("flash-attn")]
+    params.flash_attn_type = getattr(
+        xllamacpp.llama_flash_attn_type, f"LLAMA_FLASH_ATTN_TYPE_{flash}"
+    )
+    for key, role in (("cache-type-k", "cache_type_k"), ("cache-type-v", "cache_type_v")):
+        kind = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{asked.pop(key).upper()}")
+        setattr(params, role, kind)
+    if asked:
+        raise ValueError(f"the preset has more: {asked}")
+    params.fit_params, params.port, params.verbosity = False, 0, 5
+
+    def answered() -> str:
+        server = xllamacpp.Server(params)
+        told = server.handle_completions({"prompt": TEXT, "max_tokens": 8, "temperature": 0})
+        return str(told["choices"][0]["text"])
+
+    answer, log = with_log(answered)
+    sizes = re.findall(r"size\s*=\s*([\d.]+) MiB \(\s*(\d+) cells", log)
+    mebibytes, cells = max(sizes, key=lambda pair: float(pair[0]))
+    streams = re.search(r"cells,\s*\d+ layers,\s*(\d+)/\s*(\d+) seqs", log)
+    count = int(streams.group(2)) if streams else 1
+    total = float(mebibytes) * 2**20
+    return {
+        "answer": answer, "log": next(x for x in log.splitlines() if "MiB (" in x and "cells" in x),
+        "bytes_a_token": round(total / (int(cells) * count), 2), "cells": int(cells) * count,
+    }  # fmt: skip
+
+
+def with_log(work: Callable[[], str]) -> tuple[str, str]:
+    """What some work gives, and what was written to the error channel meanwhile, in C too."""
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            given = work()
+        finally:
+            os.dup2(saved, 2)
+            file.seek(0)
+            log = file.read().decode("utf-8", "replace")
+    return given, log
+
+
+def openvino(arguments: argparse.Namespace, plan: str, folder: Path) -> dict[str, Any]:
+    """A pipeline over the same GGUF file."""
+    import openvino_genai
+
+    text = (folder / "openvino.json").read_text("utf-8")
+    asked = json.loads("\n".join(x for x in text.splitlines() if not x.startswith("#")))
+    scheduler = openvino_genai.SchedulerConfig()
+    for key, value in asked["scheduler"].items():
+        if not hasattr(scheduler, key):
+            raise ValueError(f"SchedulerConfig has no {key}")
+        setattr(scheduler, key, value)
+    pipeline = openvino_genai.LLMPipeline(
+        str(arguments.gguf), "CPU", scheduler_config=scheduler, **asked["properties"]
+    )
+    return {"answer": str(pipeline.generate(TEXT, max_new_tokens=8))}
+
+
+def transformers(arguments: argparse.Namespace, plan: str, folder: Path) -> dict[str, Any]:
+    """The exported module, which knows nothing of kvtune, beside our live cache."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from kvtune.common.transformers_interface import cache_argument
+    from kvtune.runtime import load_cache
+
+    tokens = AutoTokenizer.from_pretrained(arguments.model)(TEXT * 9).input_ids
+    prompt = torch.tensor([tokens[:PROMPT_TOKENS]])
+    follow = torch.tensor([tokens[PROMPT_TOKENS : PROMPT_TOKENS + 24]])
+
+    def logits(cache: Any, model: Any) -> Any:
+        with torch.no_grad():
+            model(input_ids=prompt, use_cache=True, **cache_argument(model, cache))
+            out = model(input_ids=follow, use_cache=True, **cache_argument(model, cache))
+        return out.logits[0].float().log_softmax(-1)
+
+    def model() -> Any:
+        return AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+
+    live_model = model()
+    full = live_model(input_ids=torch.cat([prompt, follow], 1)).logits[0, PROMPT_TOKENS:]
+    full = full.float().log_softmax(-1).detach()
+    live = logits(load_cache(str(folder / "policy.yaml"), live_model), live_model)
+    spec = importlib.util.spec_from_file_location("kv_cache", folder / "kv_cache.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    stock = model()
+    module.apply(stock)
+    cache = module.build_cache()
+    theirs = logits(cache, stock)
+    policy = plan_of(arguments, plan)
+    planned = policy.policy.footprint(PROMPT_TOKENS, policy.model.head_dim)
+    return {
+        "prompt_bytes": module.prompt_bytes(cache), "planned_bytes": planned,
+        "there_over_printed": round(module.prompt_bytes(cache) / planned, 4),
+        "kl_to_uncompressed": divergence(full, theirs), "kl_of_live_cache": divergence(full, live),
+        "kl_to_live_cache": divergence(live, theirs),
+    }  # fmt: skip
+
+
+def divergence(of: Any, to: Any) -> float:
+    """Mean KL(of || to), nats a token."""
+    return round(float((of.exp() * (of - to)).sum(-1).mean()), 6)
+
+
+STARTED: dict[str, tuple[str, Callable[[argparse.Namespace, str, Path], dict[str, Any]]]] = {
+    "llama-cpp": ("xllamacpp", llama_cpp),
+    "openvino": ("openvino_genai", openvino),
+    "transformers": ("transformers", transformers),
+}
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)

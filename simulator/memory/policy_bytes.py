@@ -1,0 +1,35 @@
+"""Bytes of a compressed prompt by format, without the heads' lengths: held, and read by a step."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from kvtune.policies.option import Option
+from kvtune.policies.policy import Policy
+from kvtune.profiles.shape import ModelShape
+
+
+def cache_bytes_by_format(policy: Policy, shape: ModelShape, prompt_tokens: int) -> Counter[str]:
+    """Bytes of one compressed prompt by the name of their format, without the heads' lengths."""
+    budgets = policy.budgets(prompt_tokens).flat
+    each = zip(policy.options(), budgets, strict=True)
+    head_dim = shape.head_dim
+    return sum((bytes_of(o, int(n), prompt_tokens, head_dim) for o, n in each), Counter[str]())
+
+
+def bytes_read_by_format(policy: Policy, shape: ModelShape, prompt_tokens: int) -> Counter[str]:
+    """Bytes of those that a decode step reads, as far as the prompt goes."""
+    found = Counter[str]()
+    for option, tokens in zip(policy.options(), policy.budgets(prompt_tokens).flat, strict=True):
+        read = option.read_by_format(int(tokens), prompt_tokens, shape.head_dim)
+        for form, size in read.items():
+            found[form.name] += size
+    return found
+
+
+def bytes_of(option: Option, tokens: int, prompt_tokens: int, head_dim: int) -> Counter[str]:
+    """Of one head's tokens, by the name of their format."""
+    found = Counter[str]()
+    for form, size in option.bytes_by_format(tokens, prompt_tokens, head_dim).items():
+        found[form.name] += size
+    return found

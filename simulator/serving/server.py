@@ -1,0 +1,101 @@
+"""A model on a card that serves requests, and what one policy's sequences take of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Estimate
+from kvtune.common.units import format_bytes
+from kvtune.profiles.gpus import GpuProfile
+from kvtune.profiles.shape import ModelShape
+from kvtune.simulator.memory.budget import memory_budget
+from kvtune.simulator.memory.peak import add, fixed_parts
+from kvtune.simulator.memory.weights import WeightFormat
+from kvtune.simulator.serving.sequence import Footprint
+from kvtune.simulator.serving.step import Limits
+from kvtune.simulator.serving.step_times import End, StepTimes
+
+
+@dataclass(frozen=True)
+class Server:
+    """What serves.
+
+    Args:
+        shape: the model.
+        gpu: the card.
+        weights: format of the matrices.
+        cache: memory for the cache, bytes.
+        limits: of the engine's steps.
+        block_tokens: generated tokens that a block holds.
+        host_bytes: for sequences that had to leave the card; 0 for none.
+    """
+
+    shape: ModelShape
+    gpu: GpuProfile
+    weights: WeightFormat
+    cache: Estimate
+    limits: Limits
+    block_tokens: int = 16
+    host_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A server that holds its sequences under one policy.
+
+    Args:
+        name: of the policy.
+        server: model, card and engine.
+        footprint: bytes of a sequence.
+        times: of the engine's steps: likely, and at both ends of their intervals.
+    """
+
+    name: str
+    server: Server
+    footprint: Footprint
+    times: Mapping[End, StepTimes]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of cache."""
+        return self.server.block_tokens * self.footprint.token
+
+
+def server(
+    shape: ModelShape,
+    gpu: GpuProfile,
+    memory_bytes: int,
+    weights: str,
+    limits: Limits,
+    *,
+    block_tokens: int = 16,
+    host_bytes: int = 0,
+) -> Server:
+    """Split a memory limit: weights, overhead and a step's activations, the rest for the cache.
+
+    Raises:
+        KvtuneError: nothing is left for the cache, or a step cannot hold all sequences.
+    """
+    if limits.step_tokens < limits.sequences:
+        raise KvtuneError(
+            f"a step of {limits.step_tokens} tokens cannot give {limits.sequences} sequences one "
+            "each",
+            hint="raise --max-batched-tokens or lower --max-sequences.",
+        )
+    asked = min(limits.step_tokens, shape.max_context)
+    chosen = memory_budget(shape, gpu, memory_bytes, context_tokens=asked, weights=weights)
+    parts = fixed_parts(
+        shape, gpu, chosen.weight_format, asked, limits.sequences, limits.step_tokens
+    )
+    fixed = add(*parts)
+    left, low, high = (max(memory_bytes - end, 0) for end in (fixed.value, fixed.high, fixed.low))
+    if left < shape.kv_bytes(block_tokens):
+        raise KvtuneError(
+            f"nothing of {format_bytes(memory_bytes)} is left for the cache when steps hold "
+            f"{limits.step_tokens} tokens of {limits.sequences} sequences",
+            hint="lower --max-batched-tokens or --max-sequences, or raise --mem.",
+        )
+    cache = Estimate(left, low, high, "B", "assumed")
+    return Server(shape, gpu, chosen.weight_format, cache, limits, block_tokens, host_bytes)

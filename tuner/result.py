@@ -1,0 +1,301 @@
+"""What a search answers: the one model of ``result.json``, ``--json``, the explorer and the report.
+
+``SearchResult`` is what a search has found, with its policies; ``StoredResult`` is what its file
+says of it, read by schema: other keys, types and figures are refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import kvtune
+from kvtune.common.bounds import Count, Loss, Name, NotNegative, Parameter, Whole
+from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Estimate, Tier, checked_estimate
+from kvtune.common.stored import checked, read_json
+from kvtune.policies.policy import Policy
+from kvtune.simulator.memory.budget import MemoryBudget
+from kvtune.tuner.request import SearchRequest
+
+if TYPE_CHECKING:
+    from kvtune.tuner.timing import Times
+
+AGAIN = "run the same search again."
+PLAN_FILE = "policy.yaml"
+Source = Literal["own trace", "stand-in"]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A quality figure and whose it is.
+
+    Args:
+        kl: nats/token, with a 95 % interval over held-out samples, and tier; of a
+            stand-in, a band.
+        source: the model's own trace, or that of a stand-in.
+        stand_in: the stand-in's name, or "".
+        samples: held-out samples behind the figure.
+    """
+
+    kl: Estimate
+    source: Source
+    stand_in: Name = ""
+    samples: Whole = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form that goes into JSON: the figure flat, and whose trace it is from."""
+        return {
+            "kl_nats_per_token": self.kl.value,
+            "interval": [self.kl.low, self.kl.high],
+            "tier": self.kl.tier,
+            "source": self.source,
+            "stand_in": self.stand_in or None,
+            "samples": self.samples,
+        }
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """How a schema reads what ``as_dict`` wrote."""
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_after_validator_function(
+            _quality_from, handler.generate_schema(_FlatQuality)
+        )
+
+
+@dataclass(frozen=True)
+class _FlatQuality:
+    """The form of a quality in JSON."""
+
+    kl_nats_per_token: Loss
+    interval: tuple[Loss, Loss]
+    tier: Tier
+    source: Source = "own trace"
+    stand_in: Name | None = None
+    samples: Whole = 0
+
+
+def _quality_from(stored: _FlatQuality) -> Quality:
+    """The quality, refused where its figure lies outside its own interval.
+
+    Raises:
+        ValueError: it does.
+    """
+    low, high = stored.interval
+    kl = checked_estimate(Estimate(stored.kl_nats_per_token, low, high, "nats/token", stored.tier))
+    return Quality(kl, stored.source, stored.stand_in or "", stored.samples)
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """One plan of the Pareto front: loss against tokens at once, with what it takes.
+
+    Args:
+        kl: predicted on the selection samples, nats/token.
+        context_tokens: prompt tokens of each sequence.
+        sequences: that fit at once under the limit.
+        prompt_bytes: of one compressed prompt.
+        share: of the bf16 bytes of the same prompt.
+        time_per_token: of a decode step with all sequences, seconds.
+        tokens_per_second: of all sequences together.
+        parameters: what the study chose.
+        chosen: whether this is the plan.
+        band: of a stand-in, around ``kl``; None where the loss is the model's own.
+    """
+
+    kl: Loss
+    context_tokens: Count
+    sequences: Count
+    prompt_bytes: Whole
+    share: NotNegative
+    time_per_token: Estimate
+    tokens_per_second: Estimate
+    parameters: dict[str, Parameter]
+    chosen: bool = False
+    band: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The plan, or what it is compared with, at equal bytes.
+
+    Args:
+        name: for example ``uniform h2o int4``.
+        family: kvtune, layers, greedy, uniform, pyramid or adakv; beside a stand-in's plan, the
+            name of a method too.
+        predicted: KL on held-out samples before anything ran live.
+        live: the same measured live; None where no weights are at hand.
+        prompt_bytes: of one compressed prompt.
+        perplexity_change: live, ratio minus one; None likewise.
+        retrieval_accuracy: live, share of needle digits right; None likewise.
+        by_kind: predicted on held-out samples by kind of text; empty where it is off a curve.
+        live_by_kind: measured on those; empty where it did not run.
+        policy: its policy's file inside the run directory; None where it has none.
+    """
+
+    name: Name
+    family: Name
+    predicted: Estimate
+    live: Estimate | None
+    prompt_bytes: Whole
+    perplexity_change: Estimate | None = None
+    retrieval_accuracy: Estimate | None = None
+    by_kind: dict[str, Loss] = field(default_factory=dict)
+    live_by_kind: dict[str, Estimate] = field(default_factory=dict)
+    policy: Name | None = None
+
+    @property
+    def best(self) -> Estimate:
+        """Live where there is one."""
+        return self.live or self.predicted
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """All that a search found.
+
+    Args:
+        request: what was asked.
+        budget: device memory, weights, overhead and what is left for the cache, at that context.
+        front: most tokens at once last.
+        policy: the chosen plan.
+        context_tokens: prompt tokens of each sequence, chosen where that was left open.
+        prompt_bytes: of one compressed prompt.
+        sequences: that fit at once with it.
+        share: of the bf16 bytes of the same prompt.
+        quality: of the plan, the best tier there is.
+        predicted_quality: of the plan, before live.
+        baselines: the plan first, then what it is compared with.
+        policies: of the plan and of every baseline that has one, by its file.
+        memory: peak of everything together, bytes.
+        latency: of one decode step of all sequences, seconds.
+        prefill: of one prompt, seconds.
+        compression: of one prompt, beside its prefill, seconds.
+        full_cache_sequences: that would fit uncompressed.
+        full_cache_accuracy: retrieval accuracy of the uncompressed model, live; or None.
+        counters: proof that the policy fired: tokens kept and offered, heads compressed.
+        notes: automatic choices, each with its reason.
+        provenance: versions, seeds, hashes.
+        times: of the plan beside the uncompressed cache, measured, where it ran live on a GPU.
+        untimed: why it ran there and was not timed; or None.
+    """
+
+    request: SearchRequest
+    budget: MemoryBudget
+    front: tuple[FrontPoint, ...]
+    policy: Policy
+    context_tokens: int
+    prompt_bytes: int
+    sequences: int
+    share: float
+    quality: Quality
+    predicted_quality: Quality
+    baselines: tuple[Baseline, ...]
+    policies: dict[str, Policy]
+    memory: Estimate
+    latency: Estimate
+    prefill: Estimate
+    compression: Estimate
+    full_cache_sequences: int
+    full_cache_accuracy: Estimate | None = None
+    counters: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict)
+    times: Times | None = None
+    untimed: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As ``result.json`` holds it; the policies lie beside that file."""
+        return {
+            "kvtune": kvtune.__version__,
+            "model": self.request.shape.name,
+            "gpu": self.request.gpu.slug,
+            "policy": PLAN_FILE,
+            "budget": self.budget.as_dict(),
+            **{name: _plain(getattr(self, name)) for name in FIGURES},
+        }
+
+
+FIGURES = (
+    "front", "baselines", "quality", "predicted_quality", "memory", "latency", "prefill",
+    "compression", "context_tokens", "sequences", "full_cache_sequences", "prompt_bytes", "share",
+    "full_cache_accuracy", "counters", "notes", "provenance",
+)  # fmt: skip
+"""What a result and its file have in common, by the same names."""
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON data."""
+    if isinstance(value, (Estimate, Quality)):
+        return value.as_dict()
+    if isinstance(value, (FrontPoint, Baseline)):
+        return {name: _plain(each) for name, each in vars(value).items()}
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+@dataclass(frozen=True)
+class StoredResult:
+    """``result.json``, under the names of ``SearchResult``; its policies are files beside it."""
+
+    front: tuple[FrontPoint, ...]
+    baselines: tuple[Baseline, ...]
+    quality: Quality
+    predicted_quality: Quality
+    memory: Estimate
+    latency: Estimate
+    prefill: Estimate
+    compression: Estimate
+    context_tokens: Count
+    sequences: Count
+    full_cache_sequences: Whole
+    prompt_bytes: Whole
+    share: NotNegative
+    full_cache_accuracy: Estimate | None
+    counters: dict[str, Whole]
+    notes: tuple[str, ...]
+    provenance: dict[str, Any]
+    kvtune: Name
+    model: Name
+    gpu: Name
+    policy: Name
+    budget: dict[str, Any]
+
+    @property
+    def study(self) -> str:
+        """Key of its question."""
+        return str(self.provenance.get("study", ""))
+
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        """Of the chosen plan."""
+        return next(point.parameters for point in self.front if point.chosen)
+
+    @staticmethod
+    def from_dict(plain: Any, where: str) -> StoredResult:
+        """What the JSON data says.
+
+        Raises:
+            KvtuneError: other keys or values than a search writes.
+        """
+        found = checked(StoredResult, plain, where, AGAIN)
+        if not found.baselines or sum(point.chosen for point in found.front) != 1:
+            raise KvtuneError("it names no plan", where=where, hint=AGAIN)
+        return found
+
+
+def read_result(path: Path) -> StoredResult:
+    """The result of a run directory.
+
+    Raises:
+        KvtuneError: it is not there, or damaged.
+    """
+    try:
+        return StoredResult.from_dict(read_json(path, AGAIN), str(path))
+    except KvtuneError as error:
+        raise KvtuneError(
+            f"this result cannot be read: {error.message}", where=str(path), hint=AGAIN
+        ) from error
