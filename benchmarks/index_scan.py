@@ -1,6 +1,7 @@
 """How many keys an index compares to find the 100 that a query looks at most, on SmolLM2.
 
     python benchmarks/index_scan.py --out benchmarks/results/index-scan-h200.json [--seconds 150]
+    python benchmarks/index_scan.py --device cpu --tokens 3072 --seconds 600 --out FILE
     python benchmarks/index_scan.py --device cpu --tiny --out FILE     # that it runs
 
 Queries and keys are those of a held-out needle sample of 8k tokens, all that SmolLM2 takes; the
@@ -90,6 +91,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--seconds", type=float, default=150)
+    parser.add_argument("--tokens", type=int, default=8192, help="of the sample")
     given = parser.parse_args()
     until = time.monotonic() + given.seconds
     found: dict[str, Any] = {"torch": torch.__version__, "device": given.device}
@@ -98,7 +100,7 @@ def main() -> None:
         found[name] = part
         given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
-    tokens, layers = (600, (10,)) if given.tiny else (8192, (6, 18))
+    tokens, layers = (600, (10,)) if given.tiny else (given.tokens, (10, 18))
     captured = Captured(given.device, tokens, layers)
     degrees = (8,) if given.tiny else (16, 35, 8, 4)
     kinds: tuple[Joins, ...] = ("queries", "keys")

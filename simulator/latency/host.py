@@ -16,16 +16,19 @@ from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency.priors import Prior
 
-# The share of the link's rate, by its sheet, at which a kernel reads scattered pages of pinned
-# memory, and what it takes beside: assumed from plain copies of large pieces, which reach 0.87 of
-# the sheet on an H100 (``profiles/measured/h100-sxm``), until ``benchmarks/host_tier.py`` has run.
-LINK_SHARE = Prior(0.8, 0.6, 0.9)
+# The share of the link's rate, by its sheet, at which a kernel reads scattered blocks of pinned
+# memory, and what it takes beside. On an H200 (``benchmarks/results/host-tier-h200.json``) steps
+# that bring over 134, 268 and 537 MB differ by 0.78 of the sheet's rate; blocks alone come at 0.65
+# to 0.73, a plain copy of as many bytes at 0.77 to 0.83. Of one card and host.
+LINK_SHARE = Prior(0.78, 0.65, 0.85)
 FETCH_FLOOR_S = Prior(10e-6, 4e-6, 25e-6)
 
-# Kernels of a layer that choose pages (a product, a ranking, places), before the link is busy; and
-# those of the second attention and of joining it, behind: as many small launches of a graph.
-CHOOSE_S = Prior(35e-6, 20e-6, 80e-6)
-JOIN_S = Prior(30e-6, 15e-6, 60e-6)
+# Kernels of a layer that choose blocks, before the link is busy: some 30 small ones of a captured
+# graph at about 2 us, a ranking among them; and behind it the second attention and 17 that join the
+# two. Counted, not measured: of the steps on the H200 4 to 5 ms are in neither these nor the link,
+# matrices in four bits of that benchmark's own kernel among them; the high ends hold all of that.
+CHOOSE_S = Prior(75e-6, 40e-6, 180e-6)
+JOIN_S = Prior(45e-6, 25e-6, 80e-6)
 
 # A search on the host: seconds for each key that is compared, with all of its cores at work, and
 # what a layer waits for the exchange. A core compares a key of 128 channels that is not in its
