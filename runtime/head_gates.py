@@ -135,7 +135,7 @@ def train_gates(
             ]
             mean = float(torch.stack(rewards).mean())
             if mean > training.good:
-                (training.price * float(np.expm1(mean)) * gates.mean()).backward()  # type: ignore[no-untyped-call]
+                (training.price * float(np.expm1(mean)) * gates.mean()).backward()
             optimiser.step()
             with torch.no_grad():
                 gates.clamp_(0, 1)
@@ -198,7 +198,7 @@ def _learn(
         advantage = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
         if bool((rewards != rewards[0]).any()):
             likely = _log_likelihood(loaded, question, answers, training.temperature)
-            (-(advantage[:, None] * likely).mean() / of).backward()  # type: ignore[no-untyped-call]
+            (-(advantage[:, None] * likely).mean() / of).backward()
     return rewards.mean()
 
 
