@@ -7,16 +7,20 @@ each) cold, in CUDA graphs, over 64 MB to 1 GB of what bf16 would take, and hold
 dequantise-then-attend in float64. ``live`` runs SmolLM2-135M in float32 with all tokens kept: the
 divergence from the full cache at observed tokens, by kind of text, at each format's bytes, tables
 and all. Samples are taken one of each kind in turn until the time is up. A case that fails is
-recorded. ``--device cpu --tiny`` (with TRITON_INTERPRET=1) shows that it runs to its end.
+recorded. ``--tune`` instead tries other shapes of the kernel for rotated pairs, one parameter after
+another, each from the best so far. ``--device cpu --tiny`` (with TRITON_INTERPRET=1) shows that it
+runs to its end.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +33,12 @@ from kvtune.policies.formats.hqq import Hqq2
 from kvtune.policies.formats.kitty import Kitty
 from kvtune.policies.formats.kivi import Kivi
 from kvtune.policies.formats.rotated import RotatedInt2, RotatedInt4
-from kvtune.policies.formats.turboquant import TurboQuant2
+from kvtune.policies.formats.turboquant import TurboQuant1, TurboQuant2, TurboQuant3
 from kvtune.policies.methods.full import Full
 from kvtune.policies.option import ALL, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs
-from kvtune.runtime.kernels.launch import decode
+from kvtune.runtime.kernels.launch import Shape, decode
 from kvtune.runtime.kernels.reference import attend
 from kvtune.runtime.live import run_live
 from kvtune.runtime.prompts import fresh_prompt
@@ -52,19 +56,23 @@ PAIRS = {
     "int4": ("int4", "int4"),
     "rotated int4": ("rotated_int4-token", "rotated_int4"),
     "int4 keys, rotated int4 values": ("int4", "rotated_int4"),
+    "int3": ("int3", "int3"),
+    "rotated int3": ("rotated_int3-token", "rotated_int3"),
     "int2": ("int2", "int2"),
     "rotated int2": ("rotated_int2-token", "rotated_int2"),
     "rotated int4 keys, rotated int2 values": ("rotated_int4-token", "rotated_int2"),
 }
+TUNED = ("rotated int4", "rotated int3", "rotated int2", "int4", "int3")
+TRIED = {"programs": (None, 396, 660, 792, 1056), "stages": (3, 2, 4), "warps": (1, 2)}
 TOGETHER = 4  # policies in one batch
 
 
 class Found:
     """What was measured, written after every case; knows when the time is up."""
 
-    def __init__(self, out: Path, seconds: float) -> None:
+    def __init__(self, out: Path, seconds: float, *sections: str) -> None:
         self.out, self.begun, self.seconds = out, time.monotonic(), seconds
-        self.figures: dict[str, Any] = {"kernels": {}, "live": {}, "failed": {}}
+        self.figures: dict[str, Any] = {name: {} for name in (*sections, "failed")}
 
     def write(self) -> None:
         self.figures["seconds"] = round(time.monotonic() - self.begun, 1)
@@ -99,15 +107,18 @@ def error(pair: tuple[str, str], head_dim: int, tokens: int) -> dict[str, float]
     return {"largest": worst, "relative": worst / largest}
 
 
-def microseconds(pair: tuple[str, str], megabytes: int) -> dict[str, float]:
+def microseconds(
+    pair: tuple[str, str], megabytes: int, shape: Shape | None = None
+) -> dict[str, float]:
     """Time one layer's attention; returns microseconds and the bytes that it reads."""
+    programs = shape.programs if shape else None
     rows = BATCH * KV_HEADS
     tokens = int(megabytes * 1e6) // (rows * 4 * HEAD_DIM)
     runs = paged.uniform(rows, tokens, *pair)
-    layers = [paged.make_layer(runs, rows, GROUP, HEAD_DIM)]
+    layers = [paged.make_layer(runs, rows, GROUP, HEAD_DIM, programs)]
     more = min(paged.copies(layers[0].payload_bytes), 8) - 1
-    layers += [paged.make_layer(runs, rows, GROUP, HEAD_DIM) for _ in range(more)]
-    seconds = paged.time_s(paged.attention_calls(layers))
+    layers += [paged.make_layer(runs, rows, GROUP, HEAD_DIM, programs) for _ in range(more)]
+    seconds = paged.time_s(paged.attention_calls(layers, shape))
     return {"us": round(1e6 * seconds, 2), "mb": round(layers[0].payload_bytes / 1e6, 2)}
 
 
@@ -135,6 +146,34 @@ def kernels(found: Found, tiny: bool) -> None:
         found.write()
 
 
+def tuned(found: Found, tiny: bool) -> None:
+    """Times of rotated pairs by the kernel's shape; ``inf`` where one does not run."""
+    sizes = (1,) if tiny else (256, 512)
+    table = found.figures["tuned"] = {}
+    for name in ("bf16", *TUNED):
+        best, times = Shape(), table.setdefault(name, {})
+        for field, values in TRIED.items() if name != "bf16" else [("programs", (None,))]:
+            for value in values:
+                shape = replace(best, **{field: value})
+                if found.is_over() or str(shape) in times:
+                    continue
+                case = f"{name}, {shape}"
+                some = [
+                    found.attempt(case, lambda m=m, s=shape, n=name: timed(n, m, s, tiny))
+                    for m in sizes
+                ]
+                times[str(shape)] = [each["us"] if each else math.inf for each in some]
+                torch.cuda.empty_cache()
+                if sum(times[str(shape)]) < sum(times[str(best)]):
+                    best = shape
+                found.write()
+
+
+def timed(name: str, megabytes: int, shape: Shape, tiny: bool) -> dict[str, float]:
+    """``microseconds``, or one where nothing can be timed."""
+    return {"us": 1.0} if tiny else microseconds(PAIRS[name], megabytes, shape)
+
+
 def stored() -> dict[str, tuple[Format, Format]]:
     """Every registered format as it is published, and pairs and sinks that a search may choose."""
     alike = [kind() for kind in formats().values() if kind.bits < 16]
@@ -147,6 +186,10 @@ def stored() -> dict[str, tuple[Format, Format]]:
     sinks = {"exact_first": 4}
     pairs["rotated_int4+4 / rotated_int2+4"] = (RotatedInt4(**sinks), RotatedInt2(**sinks))
     pairs["int4+4 / rotated_int2+4"] = (Int4(**sinks), RotatedInt2(**sinks))
+    at_228 = {"turboquant3+4 / turboquant1+4": (TurboQuant3(**sinks), TurboQuant1(**sinks))}
+    at_228["turboquant3 / turboquant1"] = (TurboQuant3(), TurboQuant1())
+    at_228["kitty, groups of 128"] = (Kitty(group=128, boosted=0.0625), Kitty(group=128))
+    pairs |= at_228
     pairs["int2+4 / rotated_int2+4"] = (Int2(**sinks), RotatedInt2(**sinks))
     return pairs
 
@@ -208,8 +251,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=240, help="after which no sample is begun")
     parser.add_argument("--tiny", action="store_true", help="small shapes, no times")
+    parser.add_argument("--tune", action="store_true", help="shapes of the kernel alone")
     arguments = parser.parse_args()
-    found = Found(arguments.out, arguments.seconds)
+    found = Found(
+        arguments.out, arguments.seconds, *(() if arguments.tune else ("kernels", "live"))
+    )
+    if arguments.tune:
+        found.attempt("tuned", lambda: tuned(found, arguments.tiny))
+        found.write()
+        return
     found.attempt("kernels", lambda: kernels(found, arguments.tiny))
     found.attempt("live", lambda: live(found, arguments.device, arguments.tiny))
     found.write()

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvtune.benchmarks.decode_replay import replay_decoding
 from kvtune.policies.allocator import Allocator
 from kvtune.policies.allocators.as_given import AsGiven
 from kvtune.policies.decode import DecodeMethod
+from kvtune.policies.format import Format
+from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.method import Method, find_method
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
@@ -20,7 +23,6 @@ from kvtune.runtime.contenders import Contender
 from kvtune.runtime.generate import Generation, prompt_signals
 from kvtune.runtime.live import LiveRun, run_live
 from kvtune.runtime.prompts import fresh_prompt
-from kvtune.simulator.quality.decode_replay import replay_decoding
 from kvtune.simulator.quality.replay import LayerReplay
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample
@@ -36,6 +38,7 @@ class Entrant:
     tokens: int | None = None
     parameters: tuple[tuple[str, Any], ...] = ()
     allocator: Allocator = AsGiven()
+    stored: tuple[Format, Format] = (Bf16(), Bf16())
 
     def made(self) -> Method:
         return find_method(self.method)(**dict(self.parameters))
@@ -44,7 +47,7 @@ class Entrant:
         """Its share is of ``whole`` tokens."""
         tokens = self.tokens or round(self.share * whole)
         shape = loaded.geometry.layers, loaded.geometry.kv_heads
-        option = Option(self.made(), Budget(tokens=tokens))
+        option = Option(self.made(), Budget(tokens=tokens), *self.stored)
         return Policy.uniform(option, *shape, allocator=self.allocator)
 
 

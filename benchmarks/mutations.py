@@ -170,8 +170,8 @@ MUTATIONS = (
         "byte accounting",
         "a reader's index is held for nothing",
         "policies/option.py",
-        "return Ledger(stored + index, index +",
-        "return Ledger(stored, index +",
+        "found.get(Bf16(), 0) + reader.index_bytes(entries, head_dim)",
+        "found.get(Bf16(), 0) + 0 * reader.index_bytes(entries, head_dim)",
         BYTES,
     ),
     Mutation(

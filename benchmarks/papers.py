@@ -1,4 +1,4 @@
-"""What papers claim of their eviction methods, and how each claim is measured."""
+"""What papers claim of their methods and formats, and how each claim is measured."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ from measures import (
 from kvtune.policies.allocators.adakv import AdaKV
 from kvtune.policies.allocators.cake_layers import CakeLayers
 from kvtune.policies.allocators.pyramid import Pyramid
+from kvtune.policies.format import Format
+from kvtune.policies.formats.gear import Gear
+from kvtune.policies.formats.grouped import Int2, Int3, Int4
+from kvtune.policies.formats.kivi import Kivi
+from kvtune.policies.formats.kvquant import KvQuant
+from kvtune.policies.formats.rotated import RotatedInt2
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,13 @@ def _against(method: str, share: float, **parameters: Any) -> Entrant:
     return Entrant(method, share, parameters=tuple(parameters.items()))
 
 
+def _stored(form: Format) -> Entrant:
+    """All tokens in one format."""
+    return Entrant("full", 1.0, stored=(form, form))
+
+
+BY_TOKEN = Int2(keys_by="token")
+RETAINED = (BY_TOKEN, Int2())  # what MiKV stores its less important tokens in
 WINDOW = {"sinks": 0}
 PYRAMID = Pyramid(window=32)  # SnapKV's: without it the last layers would starve
 CLAIMS = (
@@ -84,4 +97,27 @@ CLAIMS = (
     Claim("merging beats evicting at 5 % (EMS reconstructed: ours, not the paper's)",
           compressed, _against("ems_reconstruction", 0.05),
           _against("ems_reconstruction", 0.05, threshold=2.0)),
+    Claim("keys by channel beat keys by token at two bits (KIVI)",
+          compressed, _stored(Int2()), _stored(BY_TOKEN)),
+    Claim("a window of 128 in 16 bits beats none at two bits (KIVI)",
+          compressed, _stored(Kivi()), _stored(Kivi(residual=0))),
+    Claim("low rank and outliers beat their two-bit backbone (GEAR)",
+          compressed, _stored(Gear()), _stored(Int2())),
+    Claim("low rank and outliers beat low rank alone (GEAR)",
+          compressed, _stored(Gear()), _stored(Gear(outliers=0.0))),
+    Claim("at its own bytes GEAR beats plain four bits (ours, not the paper's)",
+          compressed, _stored(Gear()), _stored(Int4())),
+    Claim("two bits for the rest beat evicting it at 20 % in 16 bits (MiKV)",
+          compressed, Entrant("mikv", 0.2, stored=RETAINED), _against("h2o", 0.2)),
+    Claim("two bits for the rest find more needles than evicting it at 20 % (MiKV)",
+          asked_later, Entrant("mikv", 0.2, stored=RETAINED), _against("h2o", 0.2)),
+    Claim("balanced keys beat plain ones at two bits (MiKV)",
+          compressed, Entrant("mikv", 0.2, stored=RETAINED),
+          Entrant("mikv", 0.2, parameters=(("balanced", False),), stored=RETAINED)),
+    Claim("fitted levels beat even ones at three bits (KVQuant)",
+          compressed, _stored(KvQuant(outliers=0.0)), _stored(Int3(exact_first=1))),
+    Claim("1 % of outliers exact beats none at three bits (KVQuant)",
+          compressed, _stored(KvQuant()), _stored(KvQuant(outliers=0.0))),
+    Claim("a rotation beats none at two bits (QuaRot, RotateKV)",
+          compressed, _stored(RotatedInt2()), _stored(Int2())),
 )  # fmt: skip

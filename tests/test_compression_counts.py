@@ -36,7 +36,7 @@ class Launches(TorchDispatchMode):
     """Counts operations that would start a kernel: all that make or change numbers."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(
@@ -102,7 +102,7 @@ def test_column_sums_multiply_what_their_two_passes_do() -> None:
 
 
 def test_prompts_that_were_timed_are_compressed_as_long_as_it_took() -> None:
-    """On an H200: 0.96 s more than predicted of 74 prompts before, 82 ms a prompt of 41."""
+    """On an H200: 82 ms a prompt of 41, and 20 of 74; which layers needed sums is inferred."""
     gpu = find_gpu("h200")
 
     def of_prompt(model: str, tokens: int, batch: int, share: float) -> float:

@@ -6,7 +6,9 @@ Files are read back here by rules of their own, written from the stacks' documen
 from __future__ import annotations
 
 import configparser
+import itertools
 import json
+import random
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +23,7 @@ from kvtune.policies.allocators.pyramid import Pyramid
 from kvtune.policies.export.compare import compared
 from kvtune.policies.export.contract import Export, exporters, find_exporter
 from kvtune.policies.export.engine_wide import EngineWide, check
-from kvtune.policies.export.exporters import vllm
+from kvtune.policies.export.exporters import ik_llama, llama_cpp, vllm
 from kvtune.policies.format import Format, formats
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.fp8 import Fp8
@@ -32,7 +34,7 @@ from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.kvzip import KVzip
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
-from kvtune.policies.option import Budget, Option
+from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.parts import PartPlan
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.document import (
@@ -162,6 +164,23 @@ def flags_of(text: str) -> dict[str, str]:
     return dict(zip(line[::2], line[1::2], strict=True))
 
 
+def of_ik_llama(made: Export) -> Meaning:
+    read = flags_of(made.files["ik-llama-server.txt"].replace("llama-server ", ""))
+    bits = {"f16": 16, "q8_0": 8.5, "q4_0": 4.5}
+    total = 0.0
+    for half in "kv":
+        kinds = [read[f"--cache-type-{half}"]] * L
+        if "," in (first := read.get(f"--cache-type-{half}-first", "")):
+            kind, count = first.split(",")
+            kinds[: int(count)] = [kind] * int(count)
+        if "," in (last := read.get(f"--cache-type-{half}-last", "")):
+            kind, count = last.split(",")
+            kinds[L - int(count) :] = [kind] * int(count)
+        total += sum(H * P * D * bits[kind] / 8 for kind in kinds)
+    assert int(read["--ctx-size"]) == P * int(read["--parallel"])
+    return Meaning("all", int(total), int(read["--parallel"]))
+
+
 def of_lmdeploy(made: Export) -> Meaning:
     read = flags_of(made.files["lmdeploy.txt"])
     code = {"0": 16, "8": 8, "4": 4}[read["--quant-policy"]]
@@ -186,6 +205,7 @@ MEANING = {
     "vllm": of_vllm, "llama-cpp": of_llama_cpp, "transformers": of_transformers,
     "sglang": of_sglang, "tensorrt-llm": of_tensorrt_llm, "ollama": of_ollama,
     "lmdeploy": of_lmdeploy, "openvino": of_openvino, "mlx": of_mlx,
+    "ik-llama": of_ik_llama,
 }  # fmt: skip
 
 
@@ -295,6 +315,59 @@ def test_renumbered_positions_are_told_where_they_are_not_kept() -> None:
     line = next(line for line in made.report if line.field.startswith("method"))
     assert line.status == "approximated"
     assert json.loads(made.files["kv_cache.json"])["options"]["o0"]["method"]["positions"] == "kept"
+
+
+# Types by layer
+
+
+def test_the_ends_of_ik_llama_are_the_smallest_that_give_every_layer_enough_bits() -> None:
+    """Against every choice of three types and two counts."""
+    kinds, draw = list(llama_cpp.CODES), random.Random(0)  # noqa: S311
+    bits = llama_cpp.TYPES
+    for _ in range(60):
+        needed = draw.choices(kinds, weights=[5, 2, 1], k=draw.randint(1, 6))
+        found = ik_llama.ends_for(needed).kinds(len(needed))
+        assert all(bits[got] >= bits[want] for got, want in zip(found, needed, strict=True))
+        choices = [
+            [first] * n + [middle] * (len(needed) - n - m) + [last] * m
+            for n in range(len(needed))
+            for m in range(len(needed) - n)
+            for first, middle, last in itertools.product(kinds, repeat=3)
+        ]
+        enough = [
+            sum(bits[kind] for kind in each)
+            for each in choices
+            if all(bits[got] >= bits[want] for got, want in zip(each, needed, strict=True))
+        ]
+        assert sum(bits[kind] for kind in found) == min(enough)
+
+
+def test_ik_llama_keeps_wide_layers_at_the_ends_and_says_so() -> None:
+    wide, narrow = Option(Full(), ALL, Int8(), Int8()), Option(Full(), ALL, Int4(), Int4())
+    rows = ((wide,) * H, (narrow,) * H, (narrow,) * H, (wide,) * H)
+    plan = PolicyDocument(Policy("ends", rows), FACTS, serving=Serving(context_tokens=P, batch=1))
+    made = find_exporter("ik-llama")().export(plan)
+    read = flags_of(made.files["ik-llama-server.txt"].replace("llama-server ", ""))
+    assert read["--cache-type-k"] == "q4_0"
+    assert (read["--cache-type-v-first"], read["--cache-type-k-last"]) == ("q8_0,1", "q8_0,1")
+    line = next(line for line in made.report if line.field.startswith("keys and values"))
+    assert (line.status, line.detail.split(":")[0]) == ("approximated", "q8_0, q4_0, q8_0")
+    swapped = replace(plan, policy=Policy("turns", (rows[1], rows[0]) * 2))
+    within = find_exporter("ik-llama")().export(swapped)
+    line = next(line for line in within.report if line.field.startswith("keys and values"))
+    assert line.status == "not expressible"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"cache-type-k": "q9"}, {"cache-type-k-first": "q8_0"}, {"cache-type-v-last": "q8_0,0"},
+     {"cache-type-k-first": "q8_0,2", "cache-type-k-last": "q8_0,2"}],
+    ids=str,
+)  # fmt: skip
+def test_ik_llama_mirror_refuses_what_the_server_would(wrong: dict[str, Any]) -> None:
+    ik_llama.check({"cache-type-k": "q4_0", "cache-type-k-first": "q8_0,1"}, L)
+    with pytest.raises(ValueError, match=r"cache-type|layers"):
+        ik_llama.check(wrong, L)
 
 
 # Sequences, lengths, names, weights

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvtune.benchmarks.decode_replay import full_attention, replay_decoding
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.allocators.pyramid import Pyramid
 from kvtune.policies.decode import DecodeMethod
@@ -28,7 +29,6 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.testing.decode import decode_methods
 from kvtune.runtime.contenders import Contender
 from kvtune.runtime.generate import Generation, GenerationRun, prompt_signals
-from kvtune.simulator.quality.decode_replay import full_attention, replay_decoding
 from kvtune.simulator.quality.replay import LayerReplay
 from kvtune.traces.passes import observed_logits
 

@@ -13,6 +13,7 @@ from kvtune.runtime.reuse.blending import blended
 from kvtune.runtime.reuse.editing import Edit, edited
 from kvtune.runtime.reuse.parallel import ParallelContexts
 from kvtune.runtime.reuse.passes import PromptCache, moved, part_of
+from kvtune.runtime.reuse.shortening import self_information, shortened
 from kvtune.traces.passes import observed_logits, prompt_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -168,3 +169,19 @@ def test_the_tokens_that_differ_most_run_anew(
 def test_chunks_that_do_not_make_the_prompt_are_refused(tiny_model: Any) -> None:
     with pytest.raises(KvtuneError, match="40 tokens, but chunks of 12"):
         blended(tiny_model, IDS, [cache_of(tiny_model, IDS[:12])])
+
+
+def test_what_a_model_foresees_best_is_left_out(tiny_model: Any) -> None:
+    with torch.no_grad():
+        logits = tiny_model.model(torch.tensor([IDS])).logits[0].double()
+    share = logits.log_softmax(-1)
+    nats = [np.inf, *(-float(share[n, token]) for n, token in enumerate(IDS[1:]))]
+    found = self_information(tiny_model, IDS).tolist()
+    np.testing.assert_allclose(found[1:], nats[1:], atol=1e-4)
+    ranked = sorted(range(40), key=lambda place: -nats[place])
+    for count in (1, 10, 40):
+        kept = sorted(ranked[:count])
+        assert shortened(tiny_model, IDS, count / 40) == tuple(IDS[place] for place in kept)
+    assert shortened(tiny_model, IDS, 0.1, kept_last=6)[-6:] == IDS[-6:]
+    with pytest.raises(KvtuneError, match="a share of 0"):
+        shortened(tiny_model, IDS, 0.0)

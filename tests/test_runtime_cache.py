@@ -19,6 +19,7 @@ from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.gear import Gear
 from kvtune.policies.formats.grouped import Grouped, Int2, Int3, Int4, Int8
+from kvtune.policies.formats.kitty import Kitty
 from kvtune.policies.formats.rotated import Rotated, RotatedInt2, RotatedInt4, RotatedInt8
 from kvtune.policies.method import Method, methods
 from kvtune.policies.methods.ems import EMSReconstruction
@@ -208,8 +209,8 @@ def check_against_replay(network: Any, option: Option, atol: float = 1e-5) -> No
 
 
 def test_a_format_without_pages_is_held_encoded_and_said_to_be_slow(network: Any) -> None:
-    policy = Policy.uniform(Option(Full(), ALL, Int3(), Int3()), 3, 2)
-    with pytest.warns(UserWarning, match="int3"):
+    policy = Policy.uniform(Option(Full(), ALL, Kitty(), Kitty()), 3, 2)
+    with pytest.warns(UserWarning, match="kitty"):
         cache = load_cache(policy, network)
     network(**ids(100), past_key_values=cache)
     assert not cache.can_be_captured

@@ -183,3 +183,17 @@ def test_windows_and_formats_that_cannot_settle_are_refused(network: Any) -> Non
     many = Policy.uniform(Option(Full(), ALL, Int4(exact_first=65), Int4(exact_first=65)), 3, 2)
     with pytest.raises(KvtuneError, match="65 exact tokens"):
         load_cache(many, network, residual=64)
+
+
+def test_every_segment_has_its_places_where_weights_are_seen() -> None:
+    """Settled pages hold 64 tokens, growing ones 16; their logits lie one after another."""
+    option = Option(Full(), ALL, Int4(), Int4())
+    layer = PagedLayer(0, [option, Option()], D, 1, Pool(60 * SLAB_CELLS, 4 * D, "cpu"),
+                       PlainBackend(), 0)  # fmt: skip
+    keys = torch.randn(2, 40, D, generator=torch.Generator().manual_seed(0)).bfloat16()
+    store_prompts(layer, keys, keys, [torch.arange(40)] * 2)
+    layer.seal(500)
+    tokens = [layer.layout(kind, row).page_tokens for kind in range(3) for row in range(2)]
+    ends = layer.places[:-1] + layer.rooms.ravel() * tokens
+    assert ends.tolist() == layer.places[1:].tolist()
+    assert layer.rooms[2, 0] == 8, "of 500 tokens"

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
-from kvtune.policies.formats.grouped import Int3, Int4
+from kvtune.policies.formats.grouped import Int4
+from kvtune.policies.formats.kitty import Kitty
 from kvtune.policies.method import methods
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.option import Budget, Option
@@ -166,7 +167,7 @@ def test_the_batch_is_halved_until_the_uncompressed_cache_fits(
 @pytest.mark.parametrize(
     ("option", "reason"),
     [
-        (Option(H2O(), Budget(share=0.5), Int3(), Int3()), "stores no int3"),
+        (Option(H2O(), Budget(share=0.5), Kitty(), Kitty()), "stores no kitty"),
         (Option(methods()["kvzip"](), Budget(share=0.5)), "repeat its prompt"),
     ],
 )

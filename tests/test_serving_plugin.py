@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pickle
 import random
 import re
@@ -359,6 +360,12 @@ def test_a_policy_that_is_no_file_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_release_that_nobody_knows_is_refused_by_name(release: str) -> None:
     with pytest.raises(KvtuneError, match=re.escape(f"does not know vLLM {release}")):
         vllm_plugin.adapter_for(release)
+
+
+def test_every_release_that_is_known_has_an_adapter() -> None:
+    assert {(0, 26), (0, 32), (0, 33)} <= set(vllm_plugin.ADAPTERS)
+    for module in vllm_plugin.ADAPTERS.values():
+        assert importlib.util.find_spec(module), module
 
 
 def test_the_entry_point_is_the_plugins() -> None:

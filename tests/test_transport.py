@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from kvtune.common.errors import KvtuneError
 from kvtune.runtime.transport.codec import LEVELS, Level, decode, encode, joined
 from kvtune.runtime.transport.saved import load_cache_file, save_cache
+from kvtune.runtime.transport.symbols import decode_symbols, encode_symbols, least_bytes
 from kvtune.simulator.latency.transport import TEXT, Chunk, as_published, as_released, deliver
 
 pytest.importorskip("constriction")
@@ -83,6 +84,15 @@ def test_coarser_levels_take_fewer_bytes_and_chunks_join() -> None:
     parts = [(x[:, :, :20], y[:, :, :20]) for x, y in [(keys, values)]]
     parts.append((keys[:, :, 20:], values[:, :, 20:]))
     assert np.array_equal(joined(parts)[0], keys)
+
+
+def test_an_ideal_coder_is_a_bound_for_the_real_one() -> None:
+    drawn = np.random.default_rng(4).normal(15, 2, (4000, 8))
+    symbols = np.rint(drawn).clip(0, 30).astype(np.int32)
+    coded = encode_symbols(symbols, 31)
+    least, real = least_bytes(symbols, 31), sum(x.nbytes for x in coded.values())
+    assert least <= real < 1.02 * least
+    assert np.array_equal(decode_symbols(coded, 4000, 8, 31), symbols)
 
 
 def test_a_saved_cache_is_read_by_its_own_model_only(tmp_path: Path) -> None:

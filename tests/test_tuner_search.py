@@ -348,7 +348,7 @@ OTHER_CARD = "the GPU of this machine is no RTX 4090, which the plan is for"
         ("cpu", "4090", 0, None),
         ("cuda:0", "h100", 0, OTHER_CARD),
         ("cuda:0", None, 0, OTHER_CARD),
-        ("cuda:0", "4090", 1, "the runtime stores no int3"),
+        ("cuda:0", "4090", 1, "the runtime stores no kitty"),
     ],
 )
 def test_the_plan_is_timed_as_validate_would_on_the_card_it_is_for(
@@ -365,7 +365,7 @@ def test_the_plan_is_timed_as_validate_would_on_the_card_it_is_for(
 
     def time_plan(policy: Any, loaded: Any, shape: Any, samples: Any, **serving: Any) -> Any:
         asked.append((policy, shape, samples, serving))
-        raise KvtuneError("the runtime stores no int3")
+        raise KvtuneError("the runtime stores no kitty")
 
     request = llama(tmp_path)
     monkeypatch.setattr(timing, "time_plan", time_plan)
@@ -444,7 +444,7 @@ def test_two_searches_do_not_write_one_folder(packaged: Tables, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("stored", "mark"),
-    [("h2o int3+4", " (simulated only)"), ("full int3", " (simulated only)"),
+    [("h2o kitty+4", " (simulated only)"), ("full gear", " (simulated only)"), ("full int3", ""),
      ("h2o(recent_share=0.1) int4+4", ""), ("streaming_llm bf16", "")],
 )  # fmt: skip
 def test_a_rule_that_cannot_run_says_so(stored: str, mark: str) -> None:

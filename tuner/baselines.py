@@ -14,7 +14,7 @@ from kvtune.policies.allocators.model_wide import ModelWide
 from kvtune.policies.allocators.pyramid import Pyramid
 from kvtune.policies.format import Format
 from kvtune.policies.formats.bf16 import Bf16
-from kvtune.policies.formats.grouped import Int2, Int4, Int8
+from kvtune.policies.formats.grouped import Int2, Int3, Int4, Int8
 from kvtune.policies.method import Method
 from kvtune.policies.methods.cake import Cake
 from kvtune.policies.methods.compresskv import CompressKV
@@ -34,7 +34,7 @@ _SCORING: tuple[Method, ...] = (SnapKV(), H2O(), H2O(recent_share=0.1))
 PRECISIONS: tuple[Format, ...] = (
     Bf16(),
     Int8(),
-    *(kind(exact_first=sinks) for kind in (Int4, Int2) for sinks in (0, 4)),
+    *(kind(exact_first=sinks) for kind in (Int4, Int3, Int2) for sinks in (0, 4)),
 )
 """Those that the runtime has pages for: what a plan has to beat has to run."""
 FAMILIES: dict[str, tuple[tuple[Allocator, Method], ...]] = {

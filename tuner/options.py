@@ -10,13 +10,14 @@ from operator import or_
 
 from kvtune.policies.format import Format
 from kvtune.policies.formats.bf16 import Bf16
-from kvtune.policies.formats.grouped import Int2, Int4
-from kvtune.policies.formats.rotated import RotatedInt2, RotatedInt4
+from kvtune.policies.formats.grouped import Int2, Int3, Int4
+from kvtune.policies.formats.rotated import RotatedInt2, RotatedInt3, RotatedInt4
 from kvtune.policies.method import Method, methods
 from kvtune.policies.methods.a2sf import A2SF, PREFILL
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.landmark import Landmark
+from kvtune.policies.methods.mustdrop import MustDrop
 from kvtune.policies.methods.protected import Protected
 from kvtune.policies.methods.quest import Quest
 from kvtune.policies.methods.random_tokens import RandomTokens
@@ -95,11 +96,13 @@ FULL = Menu(
 
 ROTATED: tuple[Pair, ...] = (
     (RotatedInt4(exact_first=4), RotatedInt4(exact_first=4)),
+    (Int3(exact_first=4), Int3(exact_first=4)),
+    (RotatedInt3(exact_first=4), RotatedInt3(exact_first=4)),
     (RotatedInt4(exact_first=4), RotatedInt2(exact_first=4)),
     (Int4(exact_first=4), RotatedInt2(exact_first=4)),
     (RotatedInt2(exact_first=4), RotatedInt2(exact_first=4)),
 )
-"""Rotated keys and values, which the menu of all methods has besides; three bits have no pages."""
+"""Rotated keys and values, and three bits, which the menu of all methods has besides."""
 
 READERS: tuple[Method, ...] = (Quest(block=64), Landmark(block=64))
 """Beside the three, where a search limits what is read; their blocks are the runtime's pages."""
@@ -109,8 +112,8 @@ def every_method(*, calibrated: bool = True, reads_less: bool = False) -> tuple[
     """All registered methods that choose when the prompt is complete and that a server could run.
 
     As published; A2SF as its authors set it for prompts. Left out are ``full``, which under a
-    budget is StreamingLLM without sinks, ``protected``, a rule that only its user can set, and
-    ``random``, a floor to hold others against.
+    budget is StreamingLLM without sinks, ``protected`` and ``mustdrop``, whose spans
+    only their user can set, and ``random``, a floor to hold others against.
 
     Args:
         calibrated: whether the model has a calibration; without one, what needs it is left out.
@@ -128,5 +131,5 @@ def every_method(*, calibrated: bool = True, reads_less: bool = False) -> tuple[
     )
 
 
-_NOT_OFFERED = (Full, Protected, RandomTokens, RetrievalAttention)
+_NOT_OFFERED = (Full, MustDrop, Protected, RandomTokens, RetrievalAttention)
 """The last because its graphs take minutes a sample to build."""

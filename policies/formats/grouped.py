@@ -177,7 +177,7 @@ class Int4(Grouped):
 
 @dataclass(frozen=True)
 class Int3(Grouped):
-    """3 bits an element; see ``Grouped``. Simulated only: the runtime has no pages of it."""
+    """3 bits an element; see ``Grouped``."""
 
     name = "int3"
     bits = 3

@@ -127,7 +127,7 @@ class RotatedInt4(Rotated):
 
 @dataclass(frozen=True)
 class RotatedInt3(Rotated):
-    """3 bits an element; see ``Rotated``. Without pages of its own: it is held encoded."""
+    """3 bits an element; see ``Rotated``."""
 
     name = "rotated_int3"
     bits = 3

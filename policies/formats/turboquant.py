@@ -72,3 +72,11 @@ class TurboQuant2(TurboQuant):
 
     name = "turboquant2"
     bits = 2
+
+
+@dataclass(frozen=True)
+class TurboQuant1(TurboQuant):
+    """One bit an element, its sign; see ``TurboQuant``. For values, beside keys of more bits."""
+
+    name = "turboquant1"
+    bits = 1

@@ -170,7 +170,7 @@ class TritonBackend:
 
         move_tokens[(moves.sources.numel(),)](
             moves.rows, moves.sources, moves.targets, moves.sources.shape[1], growing.tables_at,
-            layer.table, layer.pool.view(torch.bfloat16), layer.head_dim,
+            layer.table, layer.typed[1], layer.head_dim,
         )  # fmt: skip
 
     def attend(
@@ -289,7 +289,7 @@ def _appending(layer: Paged, growing: Growing, keys: Tensor, values: Tensor) -> 
     window = 0 if growing.places is None else growing.places.shape[1]
     return (
         keys, values, keys.stride()[:2], values.stride()[:2], growing.segments, growing.tables_at,
-        layer.table, layer.lengths, layer.pool.view(torch.bfloat16), keys.shape[1],
+        layer.table, layer.lengths, layer.typed[1], keys.shape[1],
         layer.head_dim, growing.places, growing.entered, window,
     )  # fmt: skip
 

@@ -140,7 +140,8 @@ class PagedLayer:
         shape = shape_for(tuple(sorted(set(pairs.tolist()), reverse=True)), self.head_dim)
         segments = Segments(row, pairs, starts, pages, tokens)
         tiles = plan_tiles(segments, table, shape.programs)
-        self.tables_at, self.places = starts.reshape(rooms.shape), segments.places
+        self.tables_at = starts.reshape(rooms.shape)
+        self.places = np.append(segments.places, segments.most.sum())  # of segments, and their end
         grown = GROWN * self.rows + np.arange(self.rows), self.tables_at[GROWN]
         ring = self.ring.tables() if self.ring else ()
         host = [table, self.lengths.ravel(), tiles.records, *grown, *ring]
@@ -169,10 +170,9 @@ class PagedLayer:
         """Pages that each segment has or may grow to, ``[kinds, rows]``."""
         ends = np.where(self.most < NO_END, self.most, self.lengths[GROWN] + new_tokens)
         coded, _, settled = self._page_counts()
-        here = {row: reader for row, reader in self.readers.items() if not self.on_host[row]}
-        held = {row: self.layouts[row].blocks_of(coded[row]) for row in here}
-        for row, reader in here.items():  # rows that share a reader list equally many
-            coded[row] = pages_read(reader, max(held.values()), self.layouts[row])
+        for row, reader in self.readers.items():
+            layout = self.layouts[row]
+            coded[row] = pages_read(reader, layout.blocks_of(coded[row]), layout)
         if self.residual is None:
             return np.stack([coded, np.full(self.rows, self._growing_room(ends))])
         settle = np.array([layout != self.growing_layout for layout in self.layouts])
@@ -242,7 +242,7 @@ class PagedLayer:
         rows, group, _ = q.shape
         paged = self.paged
         # Few widths: kernels are compiled for it.
-        width = 1 << int(self.places[-1] + BF16_PAGE * self.rooms[-1, -1]).bit_length()
+        width = 1 << int(self.places[-1]).bit_length()
         logits = q.new_empty(group, width, dtype=torch.float32)
         seen = Seen(q.new_empty(rows, group, dtype=torch.float32), logits)
         output = self.backend.attend(q, paged, scratch, scale, seen)

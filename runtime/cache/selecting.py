@@ -138,7 +138,7 @@ class Selection:
 
 
 def pages_read(reader: BlockReader, blocks: int, layout: PageLayout) -> int:
-    """Table entries that a row needs, of a layer whose longest one has so many blocks."""
+    """Table entries that a row of so many blocks needs."""
     return min(reader.blocks, blocks) * (PAGE // layout.page_tokens)
 
 

@@ -18,8 +18,15 @@ FP8 = tl.constexpr(9)
 
 @triton.constexpr_function
 def bits_of(code):
-    """Bits an element; keys by token are called one less than their bits."""
-    return 8 if code == 9 else code + code % 2
+    """Bits an element; keys by token are called one less than values, and three bits six."""
+    even = code + code % 2
+    return 8 if code == 9 else 3 if even == 6 else even
+
+
+@triton.constexpr_function
+def field_bits(code):
+    """Bits of an element in a field of a byte: the third of three lies in a plane apart."""
+    return 2 if bits_of(code) == 3 else bits_of(code)
 
 
 @triton.constexpr_function
@@ -43,13 +50,14 @@ def is_turned(code):
 @triton.constexpr_function
 def drawn_in(code, turned):
     """What either end of a group's range loses; see ``layout.CLIP``."""
-    return (1 - 0.7) / 2 if turned and bits_of(code) == 2 else 0.0
+    clip = {2: 0.7, 3: 0.85}.get(bits_of(code), 1.0) if turned else 1.0
+    return (1 - clip) / 2
 
 
 @triton.constexpr_function
 def fields_of(code):
     """Channels that share a byte."""
-    return max(8 // bits_of(code), 1)
+    return max(8 // field_bits(code), 1)
 
 
 @triton.constexpr_function
@@ -98,66 +106,90 @@ def code_bytes(code, head_dim, tokens=64):
 
 
 @triton.constexpr_function
+def plane_at(head_dim):
+    """Where the plane of third bits begins among a page's codes, in bytes."""
+    return 16 * head_dim
+
+
+@triton.constexpr_function
 def scale_bytes(code, head_dim):
     """Bytes of a page's key scales; by channel and by token alike, as a group has 64 elements."""
     return 4 * head_dim if code <= 8 else 0
 
 
 @triton.constexpr_function
-def unit_of(field, bits):
+def unit_of(field, code):
     """What one step of a field counts, where the field was read as it lies."""
-    return 2.0 ** (24 - field * bits)
+    return 2.0 ** (24 - field * field_bits(code))
 
 
 @triton.jit
-def masked(units, HALF_PAGE: tl.constexpr, FIELD: tl.constexpr, BITS: tl.constexpr,
+def load_units(pool_half, start, token, channel, TOKEN: tl.constexpr, CHANNEL: tl.constexpr,
+               D: tl.constexpr, CODE: tl.constexpr):  # fmt: skip
+    """Units of half a page's tokens by some channels; of three bits their third bits beside them.
+
+    Args:
+        pool_half, start: the pool's memory, and the first byte of the codes.
+        token, channel: [32, 1] and [1, W], or the other way round.
+        TOKEN, CHANNEL: units from one to the next.
+    """
+    place = token * TOKEN + channel * CHANNEL
+    units = (tl.load(pool_half + start // 2 + place),)
+    if bits_of(CODE) == 3:
+        plane = pool_half.to(tl.pointer_type(tl.uint8), bitcast=True) + start + plane_at(D)
+        units = units + (tl.load(plane + place).to(tl.uint16),)
+    return units
+
+
+@triton.jit
+def masked(units, HALF_PAGE: tl.constexpr, FIELD: tl.constexpr, CODE: tl.constexpr,
            NATIVE: tl.constexpr):  # fmt: skip
-    """One field of one half page's bytes as fp16 whose bits it is: 2^(24 - FIELD * BITS) too small.
+    """One field of one half page's bytes as fp16 whose bits it is: ``unit_of`` too small.
 
     Read as a number below the normal ones, a field in the lowest ten bits counts in steps of
-    2^-24; tensor cores multiply such numbers exactly, so that a mask is all the unpacking.
+    2^-24; tensor cores multiply such numbers exactly, so that a mask is all the unpacking. Third
+    bits are moved up, and so lie above their field.
     """
-    if NATIVE:
+    SHIFT: tl.constexpr = 8 * HALF_PAGE
+    MASK: tl.constexpr = ((1 << field_bits(CODE)) - 1) << (FIELD * field_bits(CODE))
+    ABOVE: tl.constexpr = 4 << (2 * FIELD)
+    if bits_of(CODE) == 3:
+        if NATIVE:
+            field = tl.inline_asm_elementwise(
+                _mask_with_third(HALF_PAGE, MASK, ABOVE), "=r,r,r", [units[0], units[1]],
+                dtype=tl.float16, is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            bits = (units[0].to(tl.uint16, bitcast=True) >> SHIFT) & MASK
+            third = (units[1] << (2 - HALF_PAGE)) & ABOVE
+            field = (bits | third).to(tl.uint16).to(tl.float16, bitcast=True)
+    elif NATIVE:
         field = tl.inline_asm_elementwise(
-            _mask(HALF_PAGE, FIELD, BITS), "=r,r", [units], dtype=tl.float16, is_pure=True, pack=2
+            _mask(HALF_PAGE, MASK), "=r,r", [units[0]], dtype=tl.float16, is_pure=True, pack=2
         )
     else:
-        bits = units.to(tl.uint16, bitcast=True) >> (8 * HALF_PAGE)
-        field = (bits & (((1 << BITS) - 1) << (FIELD * BITS))).to(tl.float16, bitcast=True)
+        bits = units[0].to(tl.uint16, bitcast=True) >> SHIFT
+        field = (bits & MASK).to(tl.float16, bitcast=True)
     return field
 
 
 @triton.constexpr_function
-def _mask(half, field, bits):
+def _mask(half, mask):
     """PTX that masks one field of two units."""
-    mask = (((1 << bits) - 1) << (field * bits)) * 0x10001
     if half == 0:
-        return f"and.b32 $0, $1, {mask};"
-    return f"{{ .reg .b32 high; shr.b32 high, $1, 8; and.b32 $0, high, {mask}; }}"
+        return f"and.b32 $0, $1, {mask * 0x10001};"
+    return f"{{ .reg .b32 high; shr.b32 high, $1, 8; and.b32 $0, high, {mask * 0x10001}; }}"
 
 
-@triton.jit
-def signs(row, column):
-    """Signs [R, C] fp16 of a Hadamard matrix, of 32 columns or rows at most.
-
-    Of more, each 32 are these times ``sign_of``: the matrix is a Kronecker product.
-    """
-    return negative_where_odd(row[:, None] & column[None, :] & 31)
-
-
-@triton.jit
-def sign_of(channel, START: tl.constexpr):
-    """What the signs of ``channel`` and of 32 others from START on are times those from 0 on."""
-    return negative_where_odd(channel & START)
-
-
-@triton.jit
-def negative_where_odd(shared):
-    """1, or -1 where of the lowest eight bits an odd number is set, fp16: as its bits lie."""
-    shared ^= shared >> 4
-    shared ^= shared >> 2
-    shared ^= shared >> 1
-    return (0x3C00 | ((shared & 1) << 15)).to(tl.uint16).to(tl.float16, bitcast=True)
+@triton.constexpr_function
+def _mask_with_third(half, mask, above):
+    """PTX that masks one field of two units and puts its third bit above it."""
+    field = "mov.b32 low, $1;" if half == 0 else "shr.b32 low, $1, 8;"
+    third = f"shl.b32 high, $2, {2 - half};"
+    return (
+        f"{{ .reg .b32 low, high; {field} {third} and.b32 low, low, {mask * 0x10001}; "
+        f"and.b32 high, high, {above * 0x10001}; or.b32 $0, low, high; }}"
+    )
 
 
 @triton.jit

@@ -24,17 +24,17 @@ from kvtune.runtime.kernels.codes import (
     group_of,
     groups_of,
     is_turned,
+    load_units,
     masked,
     page_tokens,
     parts_of,
     plain_code,
     product,
     scale_bytes,
-    sign_of,
-    signs,
     unit_of,
 )
 from kvtune.runtime.kernels.logits import load_queries, logits_of
+from kvtune.runtime.kernels.turning import store_turned
 
 TILE_FIELDS = tl.constexpr(16)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -178,7 +178,7 @@ def _attend_tile(
             output = output * unit_of(part % FIELDS, VALUES) + shift[None, :]
         outputs = outputs + (output * share[None, :],)
     if is_turned(VALUE_CODE):
-        _store_turned(scratch, outputs, D, G, M, VALUES)
+        store_turned(scratch, outputs, D, G, M, VALUES, PARTS)
     else:
         channel = tl.arange(0, W)
         for part in tl.static_range(PARTS):
@@ -186,25 +186,6 @@ def _attend_tile(
             tl.store(scratch + place, outputs[part], mask=head[None, :] < G)
     lse = tl.where(total > 0, (largest - LIFT + tl.log2(total)) / LOG2_E, -float("inf"))
     tl.store(scratch_lse + head, lse, mask=head < G)
-
-
-@triton.jit
-def _store_turned(scratch, outputs, D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
-                  VALUES: tl.constexpr):  # fmt: skip
-    """Outputs by part, rotated back; each as two numbers of fp16, that nothing be lost to it."""
-    PARTS: tl.constexpr = parts_of(VALUES, D)
-    head, some = tl.arange(0, M)[None, :], tl.arange(0, HALF)
-    channel = tl.arange(0, D // PARTS)
-    for start in tl.static_range(0, D, HALF):
-        sums = tl.zeros([HALF, M], tl.float32)
-        for part in tl.static_range(PARTS):
-            mine = channel + first_channel(part, VALUES, D)
-            output = outputs[part] * sign_of(mine, start).to(tl.float32)[:, None]
-            coarse = output.to(tl.float16)
-            rest = (output - coarse.to(tl.float32)).to(tl.float16)
-            matrix = signs(some, mine)
-            sums = tl.dot(matrix, rest, tl.dot(matrix, coarse, sums))
-        tl.store(scratch + head * D + (start + some)[:, None], sums * (D**-0.5), mask=head < G)
 
 
 @triton.jit
@@ -246,8 +227,8 @@ def _add_values(acc, shifts, shrink, weights, pool_half, pool_bf16, pool_fp8, st
                 scaled = scaled + (weights[half].to(tl.float16) * scale[half][:, None],)
             moved = moved + (shift,)
         for chunk in tl.static_range(CHUNKS):
-            place = (chunk * W + channel)[:, None] * HALF + token[None, :]
-            codes = tl.load(pool_half + start // 2 + place)
+            codes = load_units(pool_half, start, token[None, :], (chunk * W + channel)[:, None],
+                               1, HALF, D, VALUES)  # fmt: skip
             for field in tl.static_range(FIELDS):
                 sums = acc[chunk * FIELDS + field] * shrink[None, :]
                 for half in tl.static_range(2):

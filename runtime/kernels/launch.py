@@ -70,6 +70,13 @@ class Paged:
     head_dim: int
     growing_pages: int = 0
 
+    @functools.cached_property
+    def typed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The pool as fp16, bf16 and fp8; made once, as a step's time is its host's calls."""
+        kinds = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+        half, bfloat, eighth = (self.pool.view(kind) for kind in kinds)
+        return half, bfloat, eighth
+
 
 class Scratch:
     """Where programs leave their parts; one serves all layers of a stream, one after another."""
@@ -125,8 +132,7 @@ def decode(
     warps = shape.warps if head_dim * heads <= 1024 else max(shape.warps, 4)
     decode_attention[(len(cache.tiles),)](
         q, out, lse, lse if logits is None else logits,
-        cache.pool.view(torch.float16), cache.pool.view(torch.bfloat16),
-        cache.pool.view(torch.float8_e4m3fn),
+        *cache.typed,
         cache.tiles, cache.table, cache.lengths, cache.fp8_scales,
         scratch.parts, scratch.lse, scratch.arrived, scale,
         D=head_dim, G=group, M=heads,

@@ -11,22 +11,22 @@ from kvtune.runtime.kernels.codes import (
     FP8,
     HALF,
     PAGE,
-    bits_of,
     by_field,
     by_half,
     code_bytes,
+    field_bits,
     fields_of,
     first_channel,
     group_of,
     groups_of,
     is_by_token,
     key_parts,
+    load_units,
     masked,
     parts_of,
     product,
-    sign_of,
-    signs,
 )
+from kvtune.runtime.kernels.turning import turned_queries
 
 
 @triton.jit
@@ -42,10 +42,12 @@ def load_queries(q, factor, D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     W: tl.constexpr = D // PARTS
     head, channel = tl.arange(0, M), tl.arange(0, W)
     queries, sums = (), ()
+    if TURNED:
+        turned = turned_queries(q, D, G, M, KEYS, PARTS)
     for part in tl.static_range(PARTS):
         first = first_channel(part, KEYS, D)
         if TURNED:
-            query = _turned(q, first + channel, D, G, M)
+            query = turned[part]
         else:
             place = head[None, :] * D + first + channel[:, None]
             query = tl.load(q + place, mask=head[None, :] < G, other=0)
@@ -65,23 +67,10 @@ def load_queries(q, factor, D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     return queries, grouped
 
 
-@triton.jit
-def _turned(q, channel, D: tl.constexpr, G: tl.constexpr, M: tl.constexpr):
-    """These channels of the group's queries times a Hadamard matrix, float32."""
-    head, among = tl.arange(0, M)[None, :], tl.arange(0, HALF)
-    matrix = signs(channel, among)
-    sums = tl.zeros([channel.shape[0], M], tl.float32)
-    for start in tl.static_range(0, D, HALF):
-        query = tl.load(q + head * D + (start + among)[:, None], mask=head < G, other=0)
-        sign = sign_of(channel, start).to(tl.float32)
-        sums += tl.dot(matrix, query.to(tl.float16)) * sign[:, None]
-    return sums * (D**-0.5)
-
-
 @triton.constexpr_function
 def _field_share(part, code):
     """What a part's field is multiplied by to count as the lowest one does."""
-    return 2.0 ** -(part % fields_of(code) * bits_of(code))
+    return 2.0 ** -(part % fields_of(code) * field_bits(code))
 
 
 @triton.jit
@@ -137,8 +126,7 @@ def _channel_logits(queries, pool_half, start, factor, D: tl.constexpr, M: tl.co
     FIELDS: tl.constexpr = fields_of(KEYS)
     W: tl.constexpr = D // FIELDS
     channel, token = tl.arange(0, W), tl.arange(0, HALF)
-    place = token[:, None] * W + channel[None, :]
-    codes = tl.load(pool_half + start // 2 + place)
+    codes = load_units(pool_half, start, token[:, None], channel[None, :], W, 1, D, KEYS)
     every = pool_half + (start + code_bytes(KEYS, D)) // 2 + tl.arange(0, D)
     scales = by_field(tl.load(every), W, FIELDS)
     offsets = by_field(tl.load(every + D), W, FIELDS)
@@ -169,8 +157,9 @@ def _token_logits(queries, sums, pool_half, start, factor, D: tl.constexpr, M: t
     channel, token = tl.arange(0, W), tl.arange(0, HALF)
     codes, scales, offsets = (), (), ()
     for chunk in tl.static_range(PARTS // FIELDS):
-        place = token[:, None] * (D // FIELDS) + chunk * W + channel[None, :]
-        codes = codes + (tl.load(pool_half + start // 2 + place),)
+        mine = chunk * W + channel[None, :]
+        units = load_units(pool_half, start, token[:, None], mine, D // FIELDS, 1, D, KEYS)
+        codes = codes + (units,)
     every = pool_half + (start + code_bytes(KEYS, D)) // 2 + tl.arange(0, PAGE)
     for group in tl.static_range(GROUPS):
         scales = scales + by_half(tl.load(every + group * PAGE))
@@ -182,8 +171,7 @@ def _token_logits(queries, sums, pool_half, start, factor, D: tl.constexpr, M: t
             products = tl.zeros([HALF, M], tl.float32)
             for part in tl.static_range(PARTS):
                 if group_of(part, KEYS, D) == group:
-                    field = masked(codes[part // FIELDS], half, part % FIELDS, bits_of(KEYS),
-                                   NATIVE)  # fmt: skip
+                    field = masked(codes[part // FIELDS], half, part % FIELDS, KEYS, NATIVE)
                     products = tl.dot(field, queries[part], products)
             scale = scales[2 * group + half].to(tl.float32) * (factor * 16777216.0)
             offset = offsets[2 * group + half].to(tl.float32)

@@ -20,14 +20,14 @@ from kvtune.runtime.kernels.codes import (
     groups_of,
     is_by_token,
     is_turned,
-    negative_where_odd,
     page_tokens,
     parts_of,
     plain_code,
+    plane_at,
     scale_bytes,
-    signs,
 )
 from kvtune.runtime.kernels.elementwise import rotated_halves
+from kvtune.runtime.kernels.turning import negative_where_odd, signs
 
 RECORD = tl.constexpr(5)
 FETCHED_AT_ONCE = 512
@@ -83,7 +83,7 @@ def _store_keys(keys, source, count, start, fp8_scale,
     elif is_by_token(KEYS):
         place = start + 2 * (token % HALF) * W + token // HALF
         _store_by_token(keys, source, count, place, start, pool_bytes, pool_half,
-                        D, KEYS, 2, TURNED)  # fmt: skip
+                        D, KEYS, 2, W, TURNED)  # fmt: skip
     else:
         packed = tl.zeros([PAGE, W], tl.int32)
         scales = pool_half + (start + code_bytes(KEYS, D)) // 2 + channel * fields_of(KEYS)
@@ -92,12 +92,13 @@ def _store_keys(keys, source, count, start, fp8_scale,
             real = (token < count)[:, None]
             low = tl.min(tl.where(real, rows, float("inf")), 0)
             high = tl.max(tl.where(real, rows, -float("inf")), 0)
-            scale, offset = _grid(low, high, KEYS, drawn_in(KEYS, TURNED))
+            scale, offset = _grid(low, high, bits_of(KEYS), drawn_in(KEYS, TURNED))
             tl.store(scales + field, scale)
             tl.store(scales + field + D, offset)
-            packed |= _codes(rows, scale[None, :], offset[None, :], KEYS) << (field * KEYS)
-        unit = (token % HALF)[:, None] * W + channel[None, :]
-        tl.store(pool_bytes + start + 2 * unit + (token // HALF)[:, None], packed.to(tl.uint8))
+            codes = _codes(rows, scale[None, :], offset[None, :], bits_of(KEYS))
+            packed |= _laid(codes, field, KEYS)
+        place = start + 2 * (token % HALF) * W + token // HALF
+        _store_bytes(pool_bytes, packed, place, channel, 2, start + plane_at(D), W, W, KEYS)
 
 
 @triton.jit
@@ -115,18 +116,19 @@ def _store_values(values, source, count, start, fp8_scale,
     else:
         place = start + _by_unit(tl.arange(0, PAGE))
         _store_by_token(values, source, count, place, start, pool_bytes, pool_half,
-                        D, VALUES, PAGE, TURNED)  # fmt: skip
+                        D, VALUES, PAGE, 1, TURNED)  # fmt: skip
 
 
 @triton.jit
 def _store_by_token(tensor, source, count, place, start, pool_bytes, pool_half,
                     D: tl.constexpr, CODE: tl.constexpr, STRIDE: tl.constexpr,
-                    TURNED: tl.constexpr):  # fmt: skip
+                    TOKEN: tl.constexpr, TURNED: tl.constexpr):  # fmt: skip
     """Integers that share a scale a token and 64 channels.
 
     Args:
         place: [64], each token's first byte in the pool; its others follow every STRIDE bytes.
         start: the first byte of all.
+        TOKEN: units from one token to the next.
     """
     FIELDS: tl.constexpr = fields_of(CODE)
     BITS: tl.constexpr = bits_of(CODE)
@@ -148,9 +150,39 @@ def _store_by_token(tensor, source, count, place, start, pool_bytes, pool_half,
             scale, offset = _grid(tl.min(rows, 1), tl.max(rows, 1), BITS, DRAWN_IN)
             first = first_channel(chunk * FIELDS + field, CODE, D)
             rows = _gather(tensor, source, count, first, W, D, TURNED)
-            packed |= _codes(rows, scale[:, None], offset[:, None], BITS) << (field * BITS)
-        byte = place[:, None] + (chunk * W + channel[None, :]) * STRIDE
-        tl.store(pool_bytes + byte, packed.to(tl.uint8))
+            packed |= _laid(_codes(rows, scale[:, None], offset[:, None], BITS), field, CODE)
+        _store_bytes(pool_bytes, packed, place, chunk * W + channel, STRIDE, start + plane_at(D),
+                     TOKEN, W, CODE)  # fmt: skip
+
+
+@triton.jit
+def _laid(codes, field, CODE: tl.constexpr):
+    """Codes in their field of a byte, and third bits eight above it."""
+    if bits_of(CODE) == 3:
+        laid = ((codes & 3) | ((codes & 4) << 6)) << (2 * field)
+    else:
+        laid = codes << (field * bits_of(CODE))
+    return laid
+
+
+@triton.jit
+def _store_bytes(pool_bytes, packed, place, channel, STRIDE: tl.constexpr, plane,
+                 TOKEN: tl.constexpr, W: tl.constexpr, CODE: tl.constexpr):  # fmt: skip
+    """A page's bytes of some channels, [64, W]; of three bits, the plane of third bits too.
+
+    Args:
+        place: [64], each token's first byte; a channel's follow every STRIDE bytes.
+        channel: [W].
+        plane: the first byte of third bits, which the tokens t and t + 32 share; those of the
+            next token follow after TOKEN bytes.
+    """
+    byte = place[:, None] + channel[None, :] * STRIDE
+    tl.store(pool_bytes + byte, packed.to(tl.uint8))
+    if bits_of(CODE) == 3:
+        third = (packed >> 8) << (tl.arange(0, PAGE) // HALF)[:, None]
+        both = tl.sum(tl.reshape(third, [2, HALF, W]), 0)
+        byte = tl.arange(0, HALF)[:, None] * TOKEN + channel[None, :] * (STRIDE // 2)
+        tl.store(pool_bytes + plane + byte, both.to(tl.uint8))
 
 
 @triton.jit

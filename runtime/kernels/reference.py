@@ -15,6 +15,7 @@ from kvtune.policies.pages import (
     PageLayout,
     bits,
     code_bytes,
+    fields,
     is_by_token,
     is_rotated,
     token_groups,
@@ -96,8 +97,8 @@ def _encode(
     step, offset = groups.spread(over, padded.shape[1])
     step = torch.where(step > 0, step, 1)
     codes = ((padded.float() - offset) / step).round().clamp(0, levels).to(torch.uint8)
-    both = torch.cat([_by_unit(x, bits(name), over) for x in (groups.scale, groups.offset)])
-    return _units(_pack(codes, bits(name)), dim), both.view(torch.uint8)
+    both = torch.cat([_by_unit(x, fields(name), over) for x in (groups.scale, groups.offset)])
+    return _lay(codes, bits(name), dim), both.view(torch.uint8)
 
 
 def _reduced(name: str, dim: int) -> int:
@@ -126,13 +127,49 @@ def _decode(
     if name == "fp8":
         rows = codes.view(PAGE, -1) if dim == 0 else codes.view(-1, PAGE).T.contiguous()
         return rows.view(torch.float8_e4m3fn).float() * scale
-    fields = _unpack(_rows(codes, dim), bits(name)).float()
+    steps = _read(codes, bits(name), dim).float()
     over = _reduced(name, dim)
     count = head_dim if over == 0 else token_groups(head_dim) * PAGE
     laid = beside[: 4 * count].view(torch.float16).view(2, count)
-    pair = [_by_token(x, bits(name), over) for x in laid]
+    pair = [_by_token(x, fields(name), over) for x in laid]
     step, offset = _Groups(pair[0], pair[1]).spread(over, head_dim)
-    return fields * step + offset
+    return steps * step + offset
+
+
+def _lay(codes: Tensor, width: int, dim: int) -> Tensor:
+    """Codes ``[64, D]`` as they lie, flat; of three bits the third ones behind the others."""
+    if width != 3:
+        return _units(_pack(codes, width), dim)
+    return torch.cat([_units(_pack(codes & 3, 2), dim), _third_units(codes >> 2, dim)])
+
+
+def _read(laid: Tensor, width: int, dim: int) -> Tensor:
+    """What ``_lay`` laid, ``[64, D]``."""
+    if width != 3:
+        return _unpack(_rows(laid, dim), width)
+    lower, third = laid.split([2 * len(laid) // 3, len(laid) // 3])
+    return _unpack(_rows(lower, dim), 2) | (_third_rows(third, dim) << 2)
+
+
+def _third_units(bits_of: Tensor, dim: int) -> Tensor:
+    """Single bits ``[64, D]``: bit 2 f + h of byte (t, d) is that of token t + 32 h."""
+    parts = bits_of.view(2, PAGE // 2, 4, -1)  # [h, t, f, d]
+    laid = (parts << _places(parts)).sum((0, 2), dtype=torch.uint8)
+    return (laid if dim == 0 else laid.T).flatten()
+
+
+def _third_rows(laid: Tensor, dim: int) -> Tensor:
+    """What ``_third_units`` laid, ``[64, D]``."""
+    half = PAGE // 2
+    bytes_of = laid.view(half, -1) if dim == 0 else laid.view(-1, half).T
+    found = (bytes_of[None, :, None] >> _places(bytes_of)) & 1
+    return found.reshape(PAGE, -1)
+
+
+def _places(like: Tensor) -> Tensor:
+    """Bits ``2 f + h`` of a byte, ``[h, 1, f, 1]``."""
+    field, half = (torch.arange(n, dtype=like.dtype, device=like.device) for n in (4, 2))
+    return 2 * field[:, None] + half[:, None, None, None]
 
 
 def _units(packed: Tensor, dim: int) -> Tensor:
@@ -148,17 +185,17 @@ def _rows(laid: Tensor, dim: int) -> Tensor:
     return laid.view(-1, PAGE // 2, 2).permute(2, 1, 0).reshape(PAGE, -1)
 
 
-def _by_unit(scales: Tensor, width: int, dim: int) -> Tensor:
-    """Scales as their codes lie: by channel by byte, then field; by token by unit, then half."""
+def _by_unit(scales: Tensor, count: int, dim: int) -> Tensor:
+    """Scales as their codes lie: by channel by byte, then field of ``count``; by token by unit."""
     if dim == 0:
-        return scales.view(8 // width, -1).T.flatten()
+        return scales.view(count, -1).T.flatten()
     return scales.view(-1, 2, PAGE // 2).transpose(1, 2).flatten()
 
 
-def _by_token(laid: Tensor, width: int, dim: int) -> Tensor:
+def _by_token(laid: Tensor, count: int, dim: int) -> Tensor:
     """What ``_by_unit`` laid: ``[D]`` by channel, ``[g, 64]`` by token."""
     if dim == 0:
-        return laid.view(-1, 8 // width).T.flatten()
+        return laid.view(-1, count).T.flatten()
     return laid.view(-1, PAGE // 2, 2).transpose(1, 2).reshape(-1, PAGE)
 
 

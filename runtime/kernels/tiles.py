@@ -28,8 +28,16 @@ PROGRAMS = {"floats": 4 * PROCESSORS, "integers": 4 * PROCESSORS, "mixed": 6 * P
 """Tiles wanted of a layer: about as many programs as run at once, or fewer where they keep the
 memory busy. Measured on an H100, ``benchmarks/results/kernels-h100.json``."""
 
+FEW_BITS_PROGRAMS = 8 * PROCESSORS
+"""Of layers nearly all of whose tokens have three bits or fewer: they wait for arithmetic, not for
+memory, and twice as many programs hide more of it (4 to 17 % of the time on an H200,
+``benchmarks/results/formats-tune-h200.json``)."""
+
+_FEW_BITS = (1, 2, 5, 6)
 _SMALLEST_TILE = 2  # blocks of 64 tokens: while one is worked on, another is on its way
-_PAGE_COST = {16: 1.0, 9: 0.55, 8: 0.6, 7: 0.6, 4: 0.35, 3: 0.35, 2: 0.28, 1: 0.28}
+_PAGE_COST = {
+    16: 1.0, 9: 0.55, 8: 0.6, 7: 0.6, 6: 0.45, 5: 0.45, 4: 0.35, 3: 0.35, 2: 0.28, 1: 0.28,
+}  # fmt: skip
 """Time of 64 tokens by format, bf16 as 1: bytes, and the work of unpacking them. Keys by token
 were not measured and count as those by channel, whose loop is about as long."""
 
@@ -85,6 +93,14 @@ def kind_of(pairs: Iterable[int]) -> str:
     return kinds.pop() if len(kinds) == 1 else "mixed"
 
 
+def _programs(segments: Segments) -> int:
+    """Tiles wanted of a layer unless it is said."""
+    few = np.isin(np.stack(_formats_of(segments.pair)), _FEW_BITS).all(0)
+    if segments.most[few].sum() > 0.9 * segments.most.sum():
+        return FEW_BITS_PROGRAMS
+    return PROGRAMS[kind_of(segments.pair)]
+
+
 def page_tokens(pair: Ints) -> Ints:
     """Tokens of a page of each pair."""
     keys, values = _formats_of(pair)
@@ -114,7 +130,7 @@ def plan_tiles(segments: Segments, table: Ints, programs: int | None = None) -> 
         programs: tiles wanted; there will be about as many, and one a segment at least.
     """
     if programs is None:
-        programs = PROGRAMS[kind_of(segments.pair)]
+        programs = _programs(segments)
     cost, blocks = block_costs(segments.pair), -(-segments.most // PAGE)
     target = max(float((cost * blocks).sum()) / programs, 1e-9)
     finest = np.maximum(blocks // _SMALLEST_TILE, 1)

@@ -11,7 +11,6 @@ the paper's are fixed shares of a layer's deviation; frequencies are deflated, n
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
+from kvtune.runtime.transport.symbols import decode_symbols, encode_symbols
 
 Floats = NDArray[np.float32]
 _ANCHOR_BINS = 256
@@ -160,15 +160,7 @@ def _encode_rows(rows: Floats, bins: int) -> dict[str, NDArray[Any]]:
     scales = np.abs(rows).max(1, initial=0).astype(np.float16)
     safe = np.where(scales > 0, scales, 1).astype(np.float32)[:, None]
     symbols = np.rint(rows * half / safe).clip(-half, half).astype(np.int32) + half
-    counts = np.stack(
-        [np.bincount(channel, minlength=2 * half + 1) for channel in symbols.T]
-    ).astype(np.uint16)
-    encoder = _constriction().stream.queue.RangeEncoder()
-    for channel, of_channel in zip(symbols.T, counts, strict=True):
-        if len(channel):
-            encoder.encode(np.ascontiguousarray(channel), _model(of_channel))
-    packed = np.frombuffer(zlib.compress(counts.tobytes(), 9), np.uint8)
-    return {"scales": scales, "counts": packed, "words": encoder.get_compressed()}
+    return {"scales": scales, **encode_symbols(symbols, 2 * half + 1)}
 
 
 def _decode_rows(
@@ -177,29 +169,9 @@ def _decode_rows(
     half = bins // 2 - 1
     if not tokens:
         return np.zeros((0, channels), np.float32)
-    unpacked = zlib.decompress(buffers["counts"].tobytes())
-    counts = np.frombuffer(unpacked, np.uint16).reshape(channels, 2 * half + 1)
-    decoder = _constriction().stream.queue.RangeDecoder(buffers["words"])
-    symbols = np.stack([decoder.decode(_model(each), tokens) for each in counts], 1)
+    symbols = decode_symbols(buffers, tokens, channels, 2 * half + 1)
     scales = buffers["scales"].astype(np.float32)[:, None]
     return ((symbols - half) * (scales / half)).astype(np.float32)
-
-
-def _model(counts: NDArray[np.uint16]) -> Any:
-    """The same on both sides: frequencies of one channel."""
-    model = _constriction().stream.model.Categorical
-    return model((counts / counts.sum(dtype=np.float64)).astype(np.float32), perfect=False)
-
-
-def _constriction() -> Any:
-    try:
-        import constriction
-    except ImportError as error:
-        raise KvtuneError(
-            "entropy coding needs the package constriction",
-            hint="pip install 'kvtune[transport]'.",
-        ) from error
-    return constriction
 
 
 def joined(chunks: Sequence[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:

@@ -29,10 +29,10 @@ TYPES = {"q4_0": 4.5, "q8_0": 8.5, "f16": 16.0}
 Keys and values get the same one: of other pairs default CUDA builds have no attention kernel, and
 compute on the CPU (llama.cpp issues 24485, 27109 and 28455).
 """
-_NEAREST = {"bf16": "f16", "int8": "q8_0", "int4": "q4_0"}
-_BLOCK = 32
-_CODES = {"q4_0": 4, "q8_0": 8, "f16": 16}
-_PADDING = 256  # a slot's context is rounded up to so many tokens
+NEAREST = {"bf16": "f16", "int8": "q8_0", "int4": "q4_0"}
+BLOCK = 32
+CODES = {"q4_0": 4, "q8_0": 8, "f16": 16}
+PADDING = 256  # a slot's context is rounded up to so many tokens
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class LlamaCpp(Exporter):
     source = "common/arg.cpp, src/llama-context.cpp, tools/server/README.md"
     proof = "schema mirror"
     limits = EngineLimits(
-        frozenset({"full"}), frozenset(_NEAREST), frozenset(_NEAREST), "engine", "engine",
+        frozenset({"full"}), frozenset(NEAREST), frozenset(NEAREST), "engine", "engine",
         distinct_budgets=0, distinct_formats=1, keys_differ_from_values=False,
     )  # fmt: skip
 
@@ -54,7 +54,7 @@ class LlamaCpp(Exporter):
         heads, allocator = planned_heads(plan)
         head_dim = plan.facts.head_dim
         kind = _type(plan)
-        size = _bytes(plan, kind, -(-plan.sequence_tokens // _PADDING) * _PADDING)
+        size = _bytes(plan, kind, -(-plan.sequence_tokens // PADDING) * PADDING)
         batch, sequences = sequences_that_fit(plan, self.stack, size)
         preset: dict[str, object] = {
             **({"model": plan.given_model} if plan.given_model else {}),
@@ -67,18 +67,18 @@ class LlamaCpp(Exporter):
         check(preset, head_dim)
         dropped = dropped_methods(heads, plan.context_tokens)
         losses = [
-            *_token_lines(plan, dropped),
+            *token_lines(plan, dropped),
             *([allocator] if allocator.status != "kept" else []),
             *_format_lines(plan, kind),
             *lost_exact_tokens(plan),
         ]
-        header = [*self.header(plan, losses), *_model_lines(plan)]
+        header = [*self.header(plan, losses), *model_lines(plan)]
         files = {
             "llama-preset.ini": comment(header, ";") + _ini(preset),
-            "llama-server.txt": comment(header) + _flags(preset),
+            "llama-server.txt": comment(header) + flags(preset),
         }
         prompt = _bytes(plan, kind, plan.context_tokens)
-        notes = _NOTES + tuple(_model_lines(plan))
+        notes = _NOTES + tuple(model_lines(plan))
         return self.done(
             plan, files, losses, [bytes_line(plan, prompt), sequences], notes, (prompt, batch)
         )
@@ -106,8 +106,8 @@ def check(preset: dict[str, object], head_dim: int) -> None:
     for key in ("cache-type-k", "cache-type-v"):
         if preset[key] not in TYPES:
             raise ValueError(f"{key} cannot be {preset[key]}")
-        if preset[key] != "f16" and head_dim % _BLOCK:
-            raise ValueError(f"{key} {preset[key]} needs heads of a multiple of {_BLOCK}")
+        if preset[key] != "f16" and head_dim % BLOCK:
+            raise ValueError(f"{key} {preset[key]} needs heads of a multiple of {BLOCK}")
     if preset["cache-type-k"] != preset["cache-type-v"]:
         raise ValueError("keys and values of different types fall back to the CPU")
     if preset["cache-type-v"] != "f16" and preset["flash-attn"] != "on":
@@ -117,10 +117,10 @@ def check(preset: dict[str, object], head_dim: int) -> None:
 def _type(plan: Plan) -> str:
     """The narrowest cache type that has enough bits for keys and for values, in the mean."""
     flat = flatten(list(plan.policy.options()))
-    if plan.facts.head_dim % _BLOCK:
+    if plan.facts.head_dim % BLOCK:
         return "f16"
     needed = max(flat.key_bits, flat.value_bits)
-    return next(name for name, codes in _CODES.items() if codes >= needed)
+    return next(name for name, codes in CODES.items() if codes >= needed)
 
 
 def _format_lines(plan: Plan, kind: str) -> list[Line]:
@@ -140,20 +140,20 @@ def _format_line(plan: Plan, label: str, names: tuple[str, ...], kind: str, grou
         if kind == "f16":
             return Line(label, "kept", "16 bits, as f16")
         return Line(label, "not expressible", f"keys and values have one type; used {kind} instead")
-    if plan.facts.head_dim % _BLOCK:
-        detail = f"heads of {plan.facts.head_dim} are no multiple of {_BLOCK}; used f16 instead"
+    if plan.facts.head_dim % BLOCK:
+        detail = f"heads of {plan.facts.head_dim} are no multiple of {BLOCK}; used f16 instead"
         return Line(label, "not expressible", detail)
-    nearest = _NEAREST.get(names[0])
+    nearest = NEAREST.get(names[0])
     if nearest is None:
         return Line(label, "not expressible", f"no such type; used {kind} instead")
-    detail = f"{kind}: blocks of {_BLOCK} channels of a token, symmetric, one 16-bit scale"
+    detail = f"{kind}: blocks of {BLOCK} channels of a token, symmetric, one 16-bit scale"
     if nearest != kind:
         detail = f"as wide as the other half needs, since both have one type; used {kind} instead"
         return Line(label, "not expressible", detail)
     return Line(label, "approximated", detail + grouping)
 
 
-def _token_lines(plan: Plan, dropped: dict[str, int]) -> list[Line]:
+def token_lines(plan: Plan, dropped: dict[str, int]) -> list[Line]:
     """What becomes of methods that evict."""
     if not dropped:
         return [Line("tokens", "kept", "all of them")]
@@ -168,7 +168,7 @@ def _token_lines(plan: Plan, dropped: dict[str, int]) -> list[Line]:
     ]
 
 
-def _model_lines(plan: Plan) -> list[str]:
+def model_lines(plan: Plan) -> list[str]:
     """What is still to be said of the model: the file, and what its weights are to be."""
     lines = []
     if not plan.given_model:
@@ -188,6 +188,7 @@ def _ini(preset: dict[str, object]) -> str:
     return f"version = 1\n\n[kvtune]\n{lines}"
 
 
-def _flags(preset: dict[str, object]) -> str:
-    flags = [f"--{key} {shlex.quote(str(value))}" for key, value in preset.items()]
-    return "llama-server " + " ".join(flags) + "\n"
+def flags(preset: dict[str, object]) -> str:
+    """The line that starts the server."""
+    given = [f"--{key} {shlex.quote(str(value))}" for key, value in preset.items()]
+    return "llama-server " + " ".join(given) + "\n"

@@ -1,7 +1,7 @@
 """Replaying a method that evicts while tokens are generated, on the queries of a recorded run.
 
 The recorded run had the full cache, so that its queries, keys and values do not feel what is
-evicted (open loop): a bound from the kind side. The cache that is stepped is the very object that
+evicted (open loop): an optimistic bound. The cache that is stepped is the very object that
 a live generation steps.
 """
 

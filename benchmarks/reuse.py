@@ -1,0 +1,278 @@
+"""Caches used again instead of a prefill: what is lost, and what time to first token is saved.
+
+    python benchmarks/reuse.py --out benchmarks/results/reuse-h200.json [--seconds 180]
+
+``quality`` runs SmolLM2-135M on generated tasks of several documents: needles hidden in a haystack
+that is cut into a prefix and ``DOCUMENTS`` documents, each cached apart; the questions are then
+asked. Held against the prefill of the whole prompt: the divergence at the questions' tokens, and
+the share of answer digits that are right. ``apart`` only turns keys to their places (nothing is run
+anew); ``shortened`` leaves the tokens out that the model itself foresees best, a surrogate for
+LLMLingua-2; ``edited`` replaces tokens in the middle of the prompt and is held against a prefill
+of what it says then (PIE), beside the same without turning keys (``spliced``). ``times`` prefills
+a model of random weights (16 layers, 2048 channels) of ``TIMED`` tokens. Caches are in device
+memory: loading them is not timed. ``--device cpu --tiny`` shows that it runs to its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from formats import Found
+from torch import Tensor
+
+from kvtune.runtime.reuse.blending import Rule, blended
+from kvtune.runtime.reuse.editing import Edit, edited
+from kvtune.runtime.reuse.parallel import ParallelContexts
+from kvtune.runtime.reuse.passes import PromptCache, encoded, joined, moved, part_of
+from kvtune.runtime.reuse.shortening import shortened
+from kvtune.traces.models import LoadedModel, load_model, wrap
+from kvtune.traces.passes import full_cache_handler, prompt_cache, run_observed
+from kvtune.traces.samples import Sample
+from kvtune.traces.workloads import Workload, build
+from kvtune.tuner.quality import estimate
+
+DOCUMENTS, PREFIX, EDITED = 6, 64, 16
+SHARES = (0.05, 0.15, 0.3)
+RULES: tuple[Rule, ...] = ("cacheblend", "kvshare")
+KEPT = (0.5, 0.33)
+APE = ((1.0, 1.0), (0.9, 0.9), (0.8, 0.9))
+TIMED = 8192
+REPEATS = 5
+
+Logits = Callable[[], Tensor]
+
+
+def pieces(token_ids: Sequence[int]) -> list[list[int]]:
+    """A prefix, and documents of equal length."""
+    rest = list(token_ids[PREFIX:])
+    size = -(-len(rest) // DOCUMENTS)
+    return [list(token_ids[:PREFIX]), *(rest[at : at + size] for at in range(0, len(rest), size))]
+
+
+def asked(loaded: LoadedModel, sample: Sample, cache: PromptCache) -> Tensor:
+    """Logits of the questions behind a cache."""
+    with torch.no_grad():
+        return run_observed(
+            loaded, sample.token_ids[sample.prompt :], sample.prompt, full_cache_handler(cache)
+        )[0]
+
+
+def ways(loaded: LoadedModel, sample: Sample) -> dict[str, Logits]:
+    """Logits of the questions by each way to read the documents."""
+    prompt = sample.token_ids[: sample.prompt]
+    parts = pieces(prompt)
+    with torch.no_grad():
+        chunks = [prompt_cache(loaded, part) for part in parts]
+
+    def by(rule: Rule, share: float) -> Tensor:
+        return asked(loaded, sample, blended(loaded, prompt, chunks, share=share, rule=rule).cache)
+
+    def ape(temperature: float, scale: float) -> Tensor:
+        contexts = ParallelContexts.of(loaded, parts[0], parts[1:], temperature, scale)
+        return contexts.logits(loaded, sample.token_ids[sample.prompt :])
+
+    def apart() -> Tensor:
+        starts = [sum(map(len, parts[:n])) for n in range(len(parts))]
+        placed = [moved(loaded, x, at) for x, at in zip(chunks, starts, strict=True)]
+        return asked(loaded, sample, joined(placed))
+
+    def short(share: float) -> Tensor:
+        fewer = shortened(loaded, prompt, share)
+        with torch.no_grad():
+            kept = prompt_cache(loaded, fewer)
+            question = sample.token_ids[sample.prompt :]
+            return run_observed(loaded, question, len(fewer), full_cache_handler(kept))[0]
+
+    found: dict[str, Logits] = {"apart": apart}
+    for rule in RULES:
+        for share in SHARES:
+            found[f"{rule} {share:.0%}"] = lambda r=rule, s=share: by(r, s)
+    for share in KEPT:
+        found[f"shortened to {share:.0%}"] = lambda s=share: short(s)
+    for temperature, scale in APE:
+        found[f"ape {temperature} {scale}"] = lambda t=temperature, s=scale: ape(t, s)
+    return found
+
+
+def editing(loaded: LoadedModel, sample: Sample) -> dict[str, tuple[Tensor, Tensor]]:
+    """Exact logits after an edit, and those of an edited cache; with keys turned and not."""
+    prompt = sample.token_ids[: sample.prompt]
+    middle = len(prompt) // 2
+    new = tuple(prompt[PREFIX : PREFIX + EDITED])  # words of the same text, at another place
+    edit = Edit(middle, middle + EDITED // 2, new)
+    with torch.no_grad():
+        before = prompt_cache(loaded, prompt)
+        exact = prompt_cache(loaded, edit.applied(prompt))
+    front = part_of(before, slice(0, edit.start))
+    spliced = [front, encoded(loaded, new, front), part_of(before, slice(edit.stop, len(prompt)))]
+    moved_by = EDITED - EDITED // 2
+    after = Sample(
+        sample.id, sample.split, sample.kind, (*edit.applied(prompt),
+        *sample.token_ids[sample.prompt :]), sample.next_token, sample.observed,
+        sample.needle_of_row,
+    )  # fmt: skip
+    assert after.prompt == sample.prompt + moved_by
+    theirs = asked(loaded, after, exact)
+    return {
+        "edited (PIE)": (theirs, asked(loaded, after, edited(loaded, before, [edit]))),
+        "spliced": (theirs, asked(loaded, after, joined(spliced))),
+    }
+
+
+def divergence(exact: Tensor, ours: Tensor) -> float:
+    """Mean Kullback-Leibler divergence, nats a token."""
+    p, q = (x.float().log_softmax(-1) for x in (exact, ours))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def right(sample: Sample, logits: Tensor) -> float:
+    """Share of answer digits that are the most probable token."""
+    rows = [row for row, needle in enumerate(sample.needle_of_row) if needle >= 0]
+    best = logits.argmax(-1).tolist()
+    return sum(best[row] == sample.targets[row] for row in rows) / len(rows)
+
+
+def quality(found: Found, device: str, tiny: bool) -> None:
+    """Every way on one sample after another, until the time is up."""
+    loaded = load_model("smollm2-135m", device=device, dtype="float32")
+    length, observed, count = (400, 64, 1) if tiny else (2048, 256, 24)
+    workload = Workload({"evaluate": {"retrieval": count}}, tokens=length, observed=observed)
+    samples = build(workload, loaded.tokenizer)
+    kl: dict[str, list[float]] = {}
+    digits: dict[str, list[float]] = {}
+    for sample in samples:
+        if found.is_over():
+            break
+        with torch.no_grad():
+            exact = asked(loaded, sample, prompt_cache(loaded, sample.token_ids[: sample.prompt]))
+        digits.setdefault("full", []).append(right(sample, exact))
+        some = {name: (exact, make) for name, make in ways(loaded, sample).items()}
+        for name, (theirs, ours) in (found.attempt("edit", lambda s=sample: editing(loaded, s))
+                                     or {}).items():  # fmt: skip
+            some[name] = (theirs, lambda ours=ours: ours)
+        for name, (theirs, make) in some.items():
+            ours = found.attempt(name, make)
+            if ours is not None:
+                kl.setdefault(name, []).append(divergence(theirs, ours))
+                digits.setdefault(name, []).append(right(sample, ours))
+        report(found, kl, digits)
+
+
+def report(found: Found, kl: dict[str, list[float]], digits: dict[str, list[float]]) -> None:
+    for name, shares in digits.items():
+        row: dict[str, Any] = {"digits right": round(statistics.mean(shares), 4)}
+        row["samples"] = len(shares)
+        if name in kl:
+            mean = estimate(kl[name], ["retrieval"] * len(kl[name]), "live")
+            row |= {
+                "KL": round(mean.value, 5),
+                "low": round(mean.low, 5),
+                "high": round(mean.high, 5),
+            }
+        found.figures["quality"][name] = row
+    found.write()
+
+
+def random_model(device: str, tiny: bool) -> LoadedModel:
+    """A model of random weights whose matrices are those of a model of 1B parameters."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    width, layers = (64, 3) if tiny else (2048, 16)
+    heads = 4 if tiny else 32
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads // 4, head_dim=width // heads,
+        vocab_size=1000, max_position_embeddings=16384,
+    )  # fmt: skip
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
+    return wrap(model if tiny else model.bfloat16(), None, name="random")
+
+
+def times(found: Found, device: str, tiny: bool) -> None:
+    """Seconds until the first question's token can be run, by each way."""
+    loaded = random_model(device, tiny)
+    length = 400 if tiny else TIMED
+    ids = torch.randint(2, 1000, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+    parts, question = pieces(ids), ids[:64]
+    with torch.no_grad():
+        chunks = [prompt_cache(loaded, part) for part in parts]
+        whole = prompt_cache(loaded, ids)
+    contexts = ParallelContexts.of(loaded, parts[0], parts[1:])
+    edit = Edit(length // 2, length // 2 + EDITED // 2, tuple(ids[:EDITED]))
+
+    def prefill() -> None:
+        with torch.no_grad():
+            prompt_cache(loaded, ids)
+
+    def ask() -> None:
+        with torch.no_grad():
+            run_observed(loaded, question, length, full_cache_handler(whole))
+
+    cases: dict[str, Callable[[], Any]] = {
+        "full prefill": prefill,
+        "question behind a full cache": ask,
+        "question behind APE's contexts": lambda: contexts.logits(loaded, question),
+        "edited (PIE)": lambda: edited(loaded, whole, [edit]),
+    }
+    for share in KEPT:
+        cases[f"prefill of {share:.0%} of the tokens"] = lambda n=int(share * length): prompt_cache(
+            loaded, ids[:n]
+        )
+    cases["ranking tokens to leave out"] = lambda: shortened(loaded, ids, 0.5)
+    for rule in RULES:
+        for share in SHARES:
+            cases[f"{rule} {share:.0%}"] = lambda r=rule, s=share: blended(
+                loaded, ids, chunks, share=s, rule=r
+            )
+    for name, case in cases.items():
+        seconds = found.attempt(f"time of {name}", lambda c=case: median_s(c, device))
+        if seconds:
+            row = found.figures["times"][name] = {"ms": round(1e3 * seconds, 2)}
+            whole_ms = found.figures["times"]["full prefill"]["ms"]
+            row["of a full prefill"] = round(row["ms"] / whole_ms, 3)
+        found.write()
+    found.figures["times"]["tokens"] = length
+
+
+def median_s(case: Callable[[], Any], device: str) -> float:
+    """The median of some runs, after one that warms up."""
+    seconds = []
+    for _ in range(REPEATS + 1):
+        wait(device)
+        begun = time.perf_counter()
+        case()
+        wait(device)
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds[1:])
+
+
+def wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seconds", type=float, default=180, help="after which no sample is begun")
+    parser.add_argument("--tiny", action="store_true", help="small shapes")
+    arguments = parser.parse_args()
+    found = Found(arguments.out, arguments.seconds, "times", "quality")
+    found.attempt("times", lambda: times(found, arguments.device, arguments.tiny))
+    found.attempt("quality", lambda: quality(found, arguments.device, arguments.tiny))
+    found.write()
+
+
+if __name__ == "__main__":
+    main()
