@@ -46,7 +46,7 @@ def head_points(solver: Solver, scores: Floats, beside: Candidate, first: int) -
         "full": min(_in_full(solver, problem, rank, budget), key=problem.value, default=None),
         "pool": _pooled(problem, scores, budget),
     }
-    found = []
+    found: list[Candidate] = []
     for rule, start in made.items():
         if start is None or problem.spent(start) > budget:
             continue

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -156,7 +157,8 @@ class HostRows:
         segments = Segments(np.arange(len(rows)), codes, starts, pages, np.full(len(rows), -1))
         shape = shape_for(tuple(sorted(set(codes.tolist()), reverse=True)), layouts[0].head_dim)
         tiles = plan_tiles(segments, table, shape.programs)
-        tables = [table, np.zeros(len(rows), np.int64), tiles.records, landed]
+        none = np.zeros(len(rows), np.int64)
+        tables: list[NDArray[np.integer]] = [table, none, tiles.records, landed]
         listed, lengths, records, cells = sent(tables, self.pool.device)
         self.at = torch.tensor(rows, device=self.pool.device)
         self._paged = Paged(
