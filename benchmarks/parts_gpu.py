@@ -19,6 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from timed_graph import captured_call
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -143,19 +144,6 @@ def reading_less() -> dict[str, float]:
         found[f"{name}, resident MB"] = cache.prompt_bytes() / 1e6
         del cache, layer
     return found
-
-
-def captured_call(call: Any) -> Any:
-    """One call as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.synchronize()
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        call()
-    return captured.replay
 
 
 def main() -> None:

@@ -1,13 +1,17 @@
-"""Everyone at equal bytes read and at equal bytes held, live on SmolLM2; and what an index scans.
+"""Everyone at equal bytes held and at equal bytes read, live on SmolLM2's held-out samples.
 
-    python benchmarks/reading.py --out benchmarks/results/reading-h200.json
+    python benchmarks/reading.py --out benchmarks/results/reading-h200.json [--seconds 200]
+    python benchmarks/reading.py --device cpu --tiny --out FILE     # that it runs
 
-``read``: every reader and the tuned plan, each filled to read 3, 6 and 12 % of a prompt's bf16
-bytes a step. Ends and blocks are scaled to prompts of under a thousand tokens, which the published
-ones would swallow. ``held``: RazorAttention, DuoAttention's rule on retrieval scores, and HeadKV
-beside the tuned plan at 3, 6 and 12 % held. ``index``: recall of the 100 largest logits by the
-graph made for queries and by one of keys alone, against the share of keys compared, on queries that
-the model really asks of 8k tokens.
+``held``: RazorAttention, DuoAttention's and RLKV's rules and HeadKV beside the tuned plan at 3, 6
+and 12 % of a prompt's bf16 bytes held. ``read``: readers beside the plan, each filled to read so
+much a step; Quest and TokenSelect first, the others as long as there is time. Ends and blocks are
+scaled to prompts of under a thousand tokens, which the published ones would swallow.
+
+The plan is chosen without the held-out samples: what tables predict to be best, what an exchange
+makes of each rival's allocation on the plan's own menu, and the rivals themselves, which a plan may
+contain, run live on the selection samples, and the least loss there is the plan. ``chosen`` says
+which it was. RLKV's gates are those of --heads; without them it is left out, and said so.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +29,10 @@ import torch
 from recorded_parts import attempt, say
 
 from kvtune.common.progress import Silent
-from kvtune.policies.allocator import Allocator
-from kvtune.policies.allocators.actqkv_layers import ActQKVLayers
 from kvtune.policies.allocators.as_given import AsGiven
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.head_plans import headkv_plan, most, two_kinds
-from kvtune.policies.head_scores import Floats
-from kvtune.policies.key_graph import KeyGraph
+from kvtune.policies.head_scores import Floats, read_heads
 from kvtune.policies.method import Method
 from kvtune.policies.methods.actqkv import ActQKV
 from kvtune.policies.methods.infllm import InfLLM
@@ -39,13 +40,11 @@ from kvtune.policies.methods.landmark import Landmark
 from kvtune.policies.methods.quest import Quest
 from kvtune.policies.methods.razor import Razor
 from kvtune.policies.methods.recycled import Recycled
-from kvtune.policies.methods.retrieval_attention import RetrievalAttention
 from kvtune.policies.methods.shadowkv import ShadowKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.methods.token_select import TokenSelect
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
-from kvtune.policies.signals import ALL_QUERIES, Needs
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
 from kvtune.runtime.head_detectors import detect
@@ -55,7 +54,7 @@ from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample
 from kvtune.traces.workloads import Workload, build
 from kvtune.tuner import sources
-from kvtune.tuner.allocate import Problem, solve, solve_both
+from kvtune.tuner.allocate import Choice, Problem, exchange, solve, solve_both
 from kvtune.tuner.baselines import fill
 from kvtune.tuner.options import Menu
 from kvtune.tuner.question import policy_of
@@ -63,19 +62,15 @@ from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.sources import QualitySource, own_trace
 from kvtune.tuner.validate import union_of_needs, validate_policies
 
-SHARES = (0.03, 0.06, 0.12)
-READERS: tuple[Method, ...] = (
-    Quest(),
-    Quest(block=64),
-    TokenSelect(sinks=4, recent=16),
-    InfLLM(block=16, sinks=4, recent=32),
-    ActQKV(block=16, sinks=4, recent=32),
+SHARES = (0.06, 0.12, 0.03)
+FIRST: tuple[Method, ...] = (Quest(), Quest(block=64), TokenSelect(sinks=4, recent=16))
+OTHERS: tuple[Method, ...] = (
     Landmark(block=16),
     Landmark(block=64),
-    InfLLM(block=64, sinks=4, recent=16),
+    InfLLM(block=16, sinks=4, recent=32),
+    ActQKV(block=16, sinks=4, recent=32),
     ShadowKV(),
     Recycled(stride=50),
-    RetrievalAttention(sinks=4, recent=32, degree=16, near=32, beam=64),
 )
 
 
@@ -88,7 +83,7 @@ def make_small() -> None:
 
 
 class Bench:
-    """The model, its tables and what everybody is judged on."""
+    """The model, its tables, and what everybody is chosen and judged on."""
 
     def __init__(self, device: str, tiny: bool, folder: Path) -> None:
         if tiny:
@@ -102,131 +97,175 @@ class Bench:
         self.source: QualitySource = own_trace(request, Silent())
         assert self.source.loaded is not None
         self.loaded: LoadedModel = self.source.loaded
-        kinds = {"retrieval": 1} if tiny else {"prose": 4, "code": 4, "retrieval": 8}
-        counts = {"evaluate": kinds}
-        plan = Workload(counts, tokens=self.tokens + 128, observed=128)
-        self.samples: Sequence[Sample] = build(plan, self.loaded.tokenizer)
         geometry = self.loaded.geometry
         self.shape = self.tokens, geometry.layers, geometry.kv_heads, geometry.head_dim
         self.full = 4 * int(np.prod(self.shape))
+        few = {"retrieval": 1}
+        kinds = few if tiny else {"prose": 4, "code": 4, "retrieval": 8}
+        self.judges = self._samples("evaluate", kinds)
+        kinds = few if tiny else {"prose": 2, "code": 2, "retrieval": 4}
+        self.selection = self._samples("select", kinds)
 
-    def tuned(self, share: float, read: bool) -> Policy:
-        """Our plan, of tables that know two readers."""
+    def _samples(self, split: str, kinds: dict[str, int]) -> Sequence[Sample]:
+        plan = Workload({split: kinds}, tokens=self.tokens + 128, observed=128)
+        return build(plan, self.loaded.tokenizer)
+
+    def compared(
+        self, share: float, read: bool, rivals: Sequence[Policy], each: int = 3
+    ) -> dict[str, Any]:
+        """The plan and its rivals on held-out samples, and how the plan was chosen.
+
+        Args:
+            share: of a prompt's bf16 bytes.
+            read: whether it is of what a step reads, or of what is held.
+            rivals: filled to it.
+            each: rivals whose allocation a plan starts from.
+        """
+        candidates = [*self._solved(share, read), *rivals]
+        if not read:
+            candidates += [self._exchanged(share, rival) for rival in rivals[:each]]
+        chosen = self._live(candidates, self.selection)
+        best = min(range(len(chosen)), key=lambda n: chosen[n].live.value)
+        plan = Policy("kvtune plan", candidates[best].heads, candidates[best].allocator)
+        judged = [plan, candidates[0], *rivals]
+        rows = [
+            self._row(policy, found)
+            for policy, found in zip(judged, self._live(judged, self.judges), strict=True)
+        ]
+        return {
+            "rows": rows,
+            "chosen": candidates[best].name,
+            "on_selection": {
+                policy.name: found.live.value
+                for policy, found in zip(candidates, chosen, strict=True)
+            },
+            "margins": {
+                row["policy"]: row["kl"]["value"] / max(rows[0]["kl"]["value"], 1e-9)
+                for row in rows[1:]
+            },
+        }
+
+    def _solved(self, share: float, read: bool) -> list[Policy]:
+        """What the tables predict to be best, with several shares of the terms between heads."""
+        tables, found = self.source.tables, []
+        problem, budget = self._problem(read), int(share * self.full)
+        for shrinkage in (0.4, 0.1, 0.8):
+            asked = problem.shrunk(shrinkage)
+            choice = (
+                solve_both(asked, 2 * self.full, budget)
+                if read
+                else exchange(asked, budget, solve(asked, budget))
+            )
+            found.append(policy_of(tables, choice, f"solved, {shrinkage:g} of the cross terms"))
+        return found
+
+    def _problem(self, read: bool) -> Problem:
         tables = self.source.tables
         footprint = tables.footprints(self.tokens, tables.head_dim)
-        taken = tables.bytes_read(self.tokens, tables.head_dim)
         problem = Problem.of(tables.of_split("search"), footprint)
+        if not read:
+            return problem
+        taken = tables.bytes_read(self.tokens, tables.head_dim)
+        return Problem(problem.loss, problem.factor, footprint, read=taken)
+
+    def _exchanged(self, share: float, rival: Policy) -> Policy:
+        """A rival's bytes a head on the plan's menu, then traded while that lowers the loss."""
+        problem, tables = self._problem(read=False), self.source.tables
         budget = int(share * self.full)
-        if read:
-            limited = Problem(problem.loss, problem.factor, footprint, read=taken)
-            choice = solve_both(limited, 2 * self.full, budget)
-        else:
+        planned = zip(rival.options(), rival.budgets(self.tokens).flat, strict=True)
+        wanted = [o.footprint(int(n), self.tokens, self.shape[-1]) for o, n in planned]
+        choice: Choice = np.array(
+            [
+                np.where(problem.footprint <= most_, problem.loss[head], np.inf).argmin()
+                if (problem.footprint <= most_).any()
+                else problem.footprint.argmin()
+                for head, most_ in enumerate(wanted)
+            ],
+            np.int64,
+        )
+        if problem.spent(choice) > budget:
             choice = solve(problem, budget)
-        return policy_of(tables, choice, "kvtune plan")
+        return policy_of(tables, exchange(problem, budget, choice), f"{rival.name}, exchanged")
 
-    def judged(self, policies: Sequence[Policy]) -> list[dict[str, Any]]:
-        """Each live on the held-out samples."""
+    def _live(self, policies: Sequence[Policy], samples: Sequence[Sample]) -> list[Any]:
         needs = union_of_needs(policies)
-        prompts = {s.id: fresh_prompt(self.loaded, s, needs) for s in self.samples}
-        live = validate_policies(policies, self.loaded, self.samples, lambda s: prompts[s.id])
+        prompts = {s.id: fresh_prompt(self.loaded, s, needs) for s in samples}
+        return validate_policies(policies, self.loaded, samples, lambda s: prompts[s.id])
+
+    def _row(self, policy: Policy, found: Any) -> dict[str, Any]:
         tokens, head_dim = self.shape[0], self.shape[-1]
-        return [
-            {
-                "policy": policy.name,
-                "kl": found.live.as_dict(),
-                "needles": found.retrieval_accuracy and found.retrieval_accuracy.as_dict(),
-                "held": policy.footprint(tokens, head_dim) / self.full,
-                "read": policy.read_bytes(tokens, head_dim) / self.full,
-            }
-            for policy, found in zip(policies, live, strict=True)
-        ]
+        return {
+            "policy": policy.name,
+            "kl": found.live.as_dict(),
+            "needles": found.retrieval_accuracy and found.retrieval_accuracy.as_dict(),
+            "held": policy.footprint(tokens, head_dim) / self.full,
+            "read": policy.read_bytes(tokens, head_dim) / self.full,
+        }
 
-    def at_equal_reads(self, share: float, readers: Sequence[Method]) -> list[dict[str, Any]]:
-        made = [self.tuned(share, read=True)]
-        for method in readers:
-            allocators = (AsGiven(), ActQKVLayers()) if isinstance(method, ActQKV) else (AsGiven(),)
-            for allocator in allocators:
-                budget = int(share * self.full)
-                policy = fill(Option(method), allocator, budget, *self.shape, reads=True)
-                made.append(policy or self.attending(share, method, allocator))
-        return self.judged(made)
+    def at_equal_reads(self, share: float, readers: Sequence[Method]) -> dict[str, Any]:
+        return self.compared(share, True, [self._reading(share, method) for method in readers])
 
-    def attending(self, share: float, method: Method, allocator: Allocator) -> Policy:
-        """What reads more than the share only to choose: it attends to that share of the tokens."""
+    def _reading(self, share: float, method: Method) -> Policy:
+        """Filled to the share; what reads more only to choose attends to that share of tokens."""
+        budget = int(share * self.full)
+        filled = fill(Option(method), AsGiven(), budget, *self.shape, reads=True)
+        if filled is not None:
+            return filled
         option = Option(method, Budget(tokens=max(round(share * self.tokens), 1)))
         name = f"{method.label}, attending to the share and reading more"
-        layers, heads = self.shape[1:3]
-        return Policy.uniform(option, layers, heads, name=name, allocator=allocator)
+        return Policy.uniform(option, *self.shape[1:3], name=name)
 
-    def at_equal_bytes(self, share: float, heads: dict[str, Floats]) -> list[dict[str, Any]]:
+    def at_equal_bytes(self, share: float, heads: dict[str, Floats]) -> dict[str, Any]:
+        return self.compared(share, False, list(self._head_plans(share, heads)))
+
+    def _head_plans(self, share: float, heads: dict[str, Floats]) -> Sequence[Policy]:
         budget, tokens = int(share * self.full), self.shape[0]
         rest = max(round(share / 2 * tokens), 8)
-
-        def largest(name: str, score: Floats, method: Method) -> Policy:
-            """As many heads in full as fit, all others with half of the share."""
-            fits = [
-                policy
-                for n in range(1, score.size)
-                if (policy := two_kinds(name, most(score, n / score.size), method, rest)).footprint(
-                    tokens, self.shape[-1]
-                )
-                <= budget
-            ]
-            return fits[-1]
-
-        def headkv(mean: int) -> Policy:
-            return headkv_plan(heads["retrieval"], mean)
-
-        means = [
-            m for m in range(9, tokens) if headkv(m).footprint(tokens, self.shape[-1]) <= budget
+        kinds = {
+            "RazorAttention": ("induction", Razor()),
+            "DuoAttention's rule on retrieval heads": ("retrieval", StreamingLLM()),
+            "RLKV": ("rlkv", StreamingLLM(sinks=16)),
+        }
+        found = [
+            self._largest(budget, 1, heads[score].size, most_of(name, heads[score], method, rest))
+            for name, (score, method) in kinds.items()
+            if score in heads
         ]
-        made = [
-            self.tuned(share, read=False),
-            largest("RazorAttention", heads["induction"], Razor()),
-            largest("DuoAttention's rule on retrieval heads", heads["retrieval"], StreamingLLM()),
-            headkv(means[-1]),
-        ]
-        return self.judged(made)
+        by_mean = self._largest(budget, 9, tokens, lambda m: headkv_plan(heads["retrieval"], m))
+        return [policy for policy in (by_mean, *found) if policy is not None]
+
+    def _largest(
+        self, budget: int, low: int, high: int, make: Callable[[int], Policy]
+    ) -> Policy | None:
+        """The plan of the largest number that takes no more than the budget, by bisection."""
+        best = None
+        while low <= high:
+            middle = (low + high) // 2
+            policy = make(middle)
+            if policy.footprint(self.shape[0], self.shape[-1]) <= budget:
+                best, low = policy, middle + 1
+            else:
+                high = middle - 1
+        return best
 
 
-def index(loaded: LoadedModel, tokens: int, layers: Sequence[int]) -> list[dict[str, Any]]:
-    """Recall and share compared, mean over KV heads and queries, of each layer."""
-    plan = Workload({"evaluate": {"retrieval": 1}}, tokens=tokens, observed=128)
-    sample = build(plan, loaded.tokenizer)[0]
-    prompt = fresh_prompt(loaded, sample, Needs(window=ALL_QUERIES, future=True))
-    top = min(100, tokens // 20)
-    found = []
-    for layer in layers:
-        signals = prompt(layer)
-        heads = len(signals.keys)
-        first, last = 128, 512 if tokens > 2048 else 128
-        for joins in ("queries", "keys"):
-            graphs = []
-            begun = time.monotonic()
-            for head in range(heads):
-                keys = signals.keys[head, first : signals.prompt_tokens - last].float()
-                asked = signals.queries.unflatten(0, (heads, -1))[head].float().flatten(0, 1)
-                graphs.append(KeyGraph.build(keys, asked, 35, 100, 100, joins))
-            seconds = time.monotonic() - begun
-            for beam in (100, 200, 400):
-                recalls, scans = [], []
-                for head, graph in enumerate(graphs):
-                    queries = signals.given("future").queries.unflatten(0, (heads, -1))
-                    rows = queries[head].float().flatten(0, 1)
-                    exact = (rows @ graph.keys.T).topk(top).indices
-                    ids, visited = graph.search(rows, max(beam, top))
-                    hit = (ids[:, :, None] == exact[:, None]).any(1)
-                    recalls.append(float(hit.float().mean()))
-                    scans.append(float(visited.float().mean()))
-                found.append(
-                    {
-                        "layer": layer, "joins": joins, "beam": beam, "top": top,
-                        "keys": len(graphs[0].keys), "recall": float(np.mean(recalls)),
-                        "scanned": float(np.mean(scans)), "build_s": seconds,
-                    }
-                )  # fmt: skip
-                say("index", found[-1])
-    return found
+def most_of(name: str, score: Floats, method: Method, rest: int) -> Callable[[int], Policy]:
+    """As many heads of highest score in full as asked, all others with so many tokens."""
+    return lambda count: two_kinds(name, most(score, count / score.size), method, rest)
+
+
+def scores_of(bench: Bench, tiny: bool, file: Path | None) -> dict[str, Floats]:
+    """Head scores detected here, and those of a file, of KV heads."""
+    needles = Workload(
+        {"search": {"retrieval": 1 if tiny else 8}}, tokens=bench.tokens + 128, observed=128
+    )
+    loaded = bench.loaded
+    found = detect(loaded, build(needles, loaded.tokenizer), block=64 if tiny else 1000)
+    scores = {n: found.of_kv_heads(n, loaded.geometry.kv_heads) for n in found.scores}
+    if file is not None:
+        given = read_heads(file)
+        scores |= {n: given.of_kv_heads(n, loaded.geometry.kv_heads) for n in given.scores}
+    return scores
 
 
 def main() -> None:
@@ -234,40 +273,40 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="that it runs, in some minutes")
+    parser.add_argument("--seconds", type=float, default=200, help="begin no part after so many")
+    parser.add_argument("--heads", type=Path, help="head scores with the score rlkv")
     arguments = parser.parse_args()
+    begun = time.monotonic()
     found: dict[str, Any] = {"torch": torch.__version__}
-    record = found.__setitem__
 
-    def keep() -> None:
+    def record(name: str, part: Any) -> None:
+        found[name] = part
         arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
+    def part(name: str, measure: Callable[[], Any]) -> None:
+        if time.monotonic() - begun > arguments.seconds:
+            say("out of time before", name)
+            return
+        attempt(record, name, measure)
+
     with tempfile.TemporaryDirectory() as folder:
-        begun = time.monotonic()
         bench = Bench(arguments.device, arguments.tiny, Path(folder))
-        say("tables", f"{time.monotonic() - begun:.0f} s")
-        loaded = bench.loaded
-        found |= {"device": loaded.device, "samples": len(bench.samples)}
-        needles = Workload(
-            {"search": {"retrieval": 1 if arguments.tiny else 8}},
-            tokens=bench.tokens + 128,
-            observed=128,
-        )
-        block = 64 if arguments.tiny else 2000
-        scores = detect(loaded, build(needles, loaded.tokenizer), block=block)
-        heads = {n: scores.of_kv_heads(n, loaded.geometry.kv_heads) for n in scores.scores}
-        readers = READERS[:3] if arguments.tiny else READERS
-        for share in SHARES[-1:] if arguments.tiny else SHARES:
+        heads = scores_of(bench, arguments.tiny, arguments.heads)
+        say("tables and head scores", f"{time.monotonic() - begun:.0f} s")
+        found |= {"device": bench.loaded.device, "samples": len(bench.judges)}
+        if "rlkv" not in heads:
+            found["RLKV"] = "left out: no trained gates were given (--heads)"
+        shares = SHARES[1:2] if arguments.tiny else SHARES
+        for share in shares:
             name = f"{100 * share:g} %"
-            attempt(record, f"read {name}", lambda s=share: bench.at_equal_reads(s, readers))
-            attempt(record, f"held {name}", lambda s=share: bench.at_equal_bytes(s, heads))
-            keep()
-        tokens, layers = (1024, (10,)) if arguments.tiny else (8192, (2, 10, 18, 26))
-        attempt(record, "index", lambda: index(loaded, tokens, layers))
-        keep()
-    for name, part in found.items():
-        if isinstance(part, list) and part and "kl" in part[0]:
-            for row in part:
-                say(name, row["policy"], row["kl"]["value"], row["needles"], row["read"])
+            part(f"held {name}", lambda s=share: bench.at_equal_bytes(s, heads))
+            part(f"read {name}", lambda s=share: bench.at_equal_reads(s, FIRST))
+        for share in () if arguments.tiny else shares:
+            name = f"read {100 * share:g} %, others"
+            part(name, lambda s=share: bench.at_equal_reads(s, OTHERS))
+    for name, each in found.items():
+        for row in each["rows"] if isinstance(each, dict) and "rows" in each else ():
+            say(name, row["policy"], row["kl"], row["needles"], row["held"], row["read"])
 
 
 if __name__ == "__main__":

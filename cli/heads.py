@@ -11,8 +11,13 @@ from kvtune.cli import options
 from kvtune.cli.output import speaking, table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvtune.cli.output import Output
     from kvtune.policies.head_scores import HeadScores
     from kvtune.policies.policy import Policy
+    from kvtune.traces.models import LoadedModel
+    from kvtune.traces.samples import Sample
 
 app = typer.Typer(help="Which heads retrieve: detect, import, export, and make policies of them.")
 
@@ -30,7 +35,7 @@ _SCORES = (
     ("semantic", "detected", "mass on the whole needle that is answered from (CompressKV)"),
     ("sink", "detected", "mass on the first token; a head with all of it there is dormant"),
     ("duo", "imported", "gates of DuoAttention, from its .tsv"),
-    ("rlkv", "imported", "gates of RLKV, from its .tsv"),
+    ("rlkv", "learned", "gates of RLKV, from its .tsv or by detect --by rlkv"),
 )
 
 
@@ -61,19 +66,29 @@ def detect(
     block: Annotated[
         int, typer.Option("--block", metavar="N", min=2, help="Random tokens that repeat.")
     ] = 2500,
+    by: Annotated[
+        Literal["attention", "rlkv"],
+        typer.Option(
+            "--by",
+            help="What attention looks at, or gates that are learned from generated answers "
+            "(RLKV; minutes on a GPU).",
+        ),
+    ] = "attention",
+    steps: Annotated[
+        int, typer.Option("--steps", metavar="N", min=1, help="Of learning, with --by rlkv.")
+    ] = 60,
     seed: options.Seed = 0,
     device: options.Device = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure echo, induction, retrieval, semantic and sink heads."""
+    """Measure echo, induction, retrieval, semantic and sink heads; or learn RLKV's gates."""
     from kvtune.cli.inputs import check_writable
     from kvtune.tuner.target import read_weights
 
     check_writable(out.absolute().parent, "--out")
     name = read_weights(model)[0]
     with speaking(as_json, quiet) as output:
-        from kvtune.runtime.head_detectors import detect as measure
         from kvtune.runtime.head_detectors import overlaps
         from kvtune.traces.models import best_device, load_model
         from kvtune.traces.workloads import Workload, build
@@ -82,18 +97,35 @@ def detect(
         plan = Workload(
             {"search": {"retrieval": samples}}, tokens=tokens, observed=min(128, tokens // 2)
         )
-        found = measure(
-            loaded,
-            build(plan, loaded.tokenizer),
-            block=block,
-            seed=seed,
-            progress=output.progress,
-        )
+        asked = build(plan, loaded.tokenizer)
+        if by == "rlkv":
+            found = _learned(loaded, asked, steps, seed, output)
+        else:
+            found = _measured(loaded, asked, block, seed, output)
         found = _written(found, out)
         pairs = list(overlaps(found, loaded.geometry.kv_heads, 0.1))
         output.show(_table(found), _overlap(pairs), f"written to {out}")
         shared = [{"one": a, "other": b, "shared": share} for a, b, share in pairs]
         output.finish("heads detect", {"out": out, **_plain(found), "overlap_of_top_tenth": shared})
+
+
+def _measured(
+    loaded: LoadedModel, samples: Sequence[Sample], block: int, seed: int, output: Output
+) -> HeadScores:
+    from kvtune.runtime.head_detectors import detect as measure
+
+    return measure(loaded, samples, block=block, seed=seed, progress=output.progress)
+
+
+def _learned(
+    loaded: LoadedModel, samples: Sequence[Sample], steps: int, seed: int, output: Output
+) -> HeadScores:
+    from kvtune.runtime.head_gates import GateTraining, gate_scores, questions_of, train_gates
+
+    training = GateTraining(steps=steps, seed=seed)
+    asked = questions_of(samples, loaded.device)
+    gates = train_gates(loaded, asked, training, progress=output.progress)
+    return gate_scores(loaded, gates, training)
 
 
 @app.command(name="import")

@@ -52,6 +52,8 @@ OPTIONS = {
         "sampler",
         "storage",
         "start",
+        "moved_bytes",
+        "heads",
         "stand_in",
         "seed",
     ),

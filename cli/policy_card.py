@@ -235,6 +235,10 @@ def command_of(study: Study) -> str:
     words += ["--mem", _size(facts.memory_bytes)]
     if most_read := given.get("read_bytes"):
         words += ["--read-bytes", _size(most_read)]
+    if most_moved := given.get("moved_bytes"):
+        words += ["--moved-bytes", _size(most_moved)]
+    if heads := given.get("heads"):
+        words += ["--heads", _portable(str(heads))]
     if context := given.get("context_tokens"):
         longest = given.get("longest_context")
         words += ["--context", f"{context}-{longest}" if longest else str(context)]

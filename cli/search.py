@@ -106,6 +106,24 @@ StartOption = Annotated[
         "pattern (kvtune heads, import-policy), a former search; repeatable.",
     ),
 ]
+MovedBytesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--moved-bytes",
+        metavar="SIZE",
+        help="Heads may lie in the host's memory, as long as a decode step brings over no more "
+        "than this of each sequence's prompt: 20MB.",
+    ),
+]
+HeadsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--heads",
+        metavar="FILE",
+        help="Head scores of kvtune heads: plans that follow them are run live beside the others, "
+        "where the model's weights are at hand.",
+    ),
+]
 StandInOption = Annotated[
     bool, typer.Option("--stand-in", help="Use the packaged tables even if weights are here.")
 ]
@@ -140,6 +158,8 @@ def command(
     sampler: SamplerOption = None,
     storage: StorageOption = None,
     start: StartOption = None,
+    moved_bytes: MovedBytesOption = None,
+    heads: HeadsOption = None,
     text: options.Texts = None,
     stand_in: StandInOption = False,
     seed: options.Seed = 0,
@@ -173,6 +193,8 @@ def command(
         sampler=sampler,
         storage=storage,
         starts=[read_policy_path(path) for path in start or ()],
+        moved_bytes=moved_bytes,
+        heads=heads,
         texts=text or (),
         stand_in=stand_in,
         seed=seed,

@@ -194,9 +194,12 @@ def _baseline(baseline: Baseline, tiers: Sequence[str], live: bool, retrieval: b
 
 
 def _plan(result: SearchResult) -> RenderableType:
+    head_dim = result.request.shape.head_dim
+    on_host = result.policy.host_bytes(result.context_tokens, head_dim)
     rows = [
         ("loss", f"{figure(result.quality.kl)}, nats/token"),
         ("prompt", f"{format_bytes(result.prompt_bytes)}, {percent(result.share)} of bf16"),
+        *([("on the host", format_bytes(on_host))] if on_host else []),
         ("prompts at once", _at_once(result)),
         ("peak memory", figure(result.memory)),
         ("time per token", figure(result.latency)),

@@ -61,6 +61,7 @@ def cost_table(
     rows = [
         ("one prompt", [figure(exact(c.prompt_bytes, "B")) for c in costs.values()]),
         *_statistics(costs.values()),
+        *_on_host(costs.values()),
         ("share of bf16", [percent(c.share) for c in costs.values()]),
         ("fit at once", [count(c.sequences_that_fit) for c in costs.values()]),
         ("peak memory", [figure(c.memory) for c in costs.values()]),
@@ -77,6 +78,16 @@ def cost_table(
         [(name, *cells) for name, cells in rows],
         caption=f"quality: {quality}",
     )
+
+
+def _on_host(costs: Collection[Cost]) -> list[tuple[str, list[str]]]:
+    """What one prompt takes of the host's memory, and what a step brings over, where any does."""
+    if not any(cost.host_bytes for cost in costs):
+        return []
+    return [
+        ("on the host", [figure(exact(c.host_bytes, "B")) for c in costs]),
+        ("moved a step", [figure(exact(c.moved_bytes, "B")) for c in costs]),
+    ]
 
 
 def _statistics(costs: Collection[Cost]) -> list[tuple[str, list[str]]]:

@@ -335,13 +335,17 @@ def _bytes(
 
 
 def held_bytes(option: Option, budget: int, parts: Sequence[HeadPart], head_dim: int) -> int:
-    """What one head holds, counted from its parts."""
+    """What one head holds on the device, counted from its parts."""
     default = option.keys, option.values
-    stored = sum(sum(part.plan.stored_bytes(default, head_dim)) for part in parts)
-    reader = option.method.reader(budget)
-    if reader is None:
+    stored = (
+        0
+        if option.on_host
+        else sum(sum(part.plan.stored_bytes(default, head_dim)) for part in parts)
+    )
+    reader, entries = option.method.reader(budget), sum(len(part.tokens) for part in parts)
+    if reader is None or (option.on_host and reader.compared_on_host(entries)):
         return stored
-    return stored + reader.index_bytes(sum(len(part.tokens) for part in parts), head_dim)
+    return stored + reader.index_bytes(entries, head_dim)
 
 
 def _readers(options: Sequence[Option], budgets: Sequence[int]) -> dict[Reader, tuple[int, ...]]:

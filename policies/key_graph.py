@@ -70,12 +70,15 @@ class KeyGraph:
         source = torch.cat([at * _AT_ONCE + pairs[:, 0] for at, pairs in enumerate(found)])
         return source, torch.cat([pairs[:, 1] for pairs in found])
 
-    def search(self, queries: Tensor, beam: int) -> tuple[Tensor, Tensor]:
-        """Visit the neighbours of the best key not yet expanded, ``beam`` times at most.
+    def search(
+        self, queries: Tensor, beam: int, expansions: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Visit the neighbours of the best key not yet expanded, so many times at most.
 
         Args:
             queries: ``[q, D]``.
             beam: how many of the best keys stay candidates.
+            expansions: the most; as many as candidates unless given.
 
         Returns:
             the candidates at the end, best first, ``[q, beam]`` (``NONE`` where fewer were met),
@@ -92,7 +95,7 @@ class KeyGraph:
         expanded = torch.zeros(q, beam, dtype=torch.bool, device=device)
         ids[:, 0], worth[:, 0] = self.entry, queries @ self.keys[self.entry]
         visited[:, self.entry] = True
-        for _ in range(beam):
+        for _ in range(beam if expansions is None else expansions):
             open_ = worth.masked_fill(expanded, -torch.inf)
             best, at = open_.max(-1)
             if not bool((best > -torch.inf).any()):

@@ -1,8 +1,9 @@
-"""One thing that may be done to one KV head: which tokens stay, and how they are stored."""
+"""One thing that may be done to one KV head: which tokens stay, how they are stored, and where."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from kvtune.policies.format import Format
 from kvtune.policies.formats.bf16 import Bf16
@@ -40,6 +41,9 @@ class Budget:
 
 ALL = Budget()
 
+MemoryTier = Literal["device", "host"]
+"""Where a head's prompt lies: in the GPU's memory, or in pinned memory of the host."""
+
 
 @dataclass(frozen=True)
 class Ledger:
@@ -48,51 +52,60 @@ class Ledger:
     Args:
         resident_bytes: held on the device from the prompt's end on.
         read_bytes: read from there by every decode step.
+        host_bytes: held in pinned memory of the host.
+        moved_bytes: copied from there to the device by every decode step.
     """
 
     resident_bytes: int
     read_bytes: int
+    host_bytes: int = 0
+    moved_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Option:
-    """A method, its budget, and a format each for keys and values."""
+    """A method, its budget, a format each for keys and values, and where they lie.
+
+    On the host lies what a method stores; a reader's index, what a step has selected and generated
+    tokens are on the device.
+    """
 
     method: Method = Full()
     budget: Budget = ALL
     keys: Format = Bf16()
     values: Format = Bf16()
+    tier: MemoryTier = "device"
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the stored prompt lies in the host's memory."""
+        return self.tier == "host"
 
     def bytes_by_format(self, tokens: int, prompt_tokens: int, head_dim: int) -> dict[Format, int]:
-        """Bytes that one KV head holds, by format; an index of keys counts as 16 bits."""
-        found: dict[Format, int] = {}
-        for part in self.method.plan(tokens, prompt_tokens):
-            formats = part.formats or (self.keys, self.values)
-            for form, size in zip(formats, part.stored_bytes(formats, head_dim), strict=True):
-                found[form] = found.get(form, 0) + size
-        if (reader := self.method.reader(tokens)) is not None:
+        """Bytes that one KV head holds on the device, by format.
+
+        An index of keys counts as 16 bits.
+        """
+        found = {} if self.on_host else self._stored(tokens, prompt_tokens, head_dim)
+        reader = self.method.reader(tokens)
+        if reader is not None and not self.compared_on_host(tokens, prompt_tokens):
             entries = entries_of(self.method.plan(tokens, prompt_tokens))
             found[Bf16()] = found.get(Bf16(), 0) + reader.index_bytes(entries, head_dim)
         return found
 
     def read_by_format(self, tokens: int, prompt_tokens: int, head_dim: int) -> dict[Format, int]:
-        """Bytes of those that a decode step reads, with what it reads to choose; likewise."""
+        """Bytes that a decode step reads on the device, with what it reads to choose; likewise.
+
+        What comes over from the host is read there once it has come.
+        """
+        found = self._selected(tokens, prompt_tokens, head_dim)
         reader = self.method.reader(tokens)
-        if reader is None:
-            return self.bytes_by_format(tokens, prompt_tokens, head_dim)
-        plan = self.method.plan(tokens, prompt_tokens)
-        entries = max(entries_of(plan), 1)
-        share = reader.entries_read(entries), entries
-        found: dict[Format, int] = {}
-        all_keys = 0
-        for part in plan:
-            formats = part.formats or (self.keys, self.values)
-            sizes = part.stored_bytes(formats, head_dim)
-            all_keys += sizes[0]
-            for form, size in zip(formats, sizes, strict=True):
-                found[form] = found.get(form, 0) + -(-size * share[0] // share[1])
-        scanned = reader.scanned_bytes(entries, head_dim, all_keys)
-        found[Bf16()] = found.get(Bf16(), 0) + scanned
+        if reader is not None and not self.compared_on_host(tokens, prompt_tokens):
+            plan = self.method.plan(tokens, prompt_tokens)
+            default = self.keys, self.values
+            all_keys = sum(part.stored_bytes(default, head_dim)[0] for part in plan)
+            scanned = reader.scanned_bytes(max(entries_of(plan), 1), head_dim, all_keys)
+            found[Bf16()] = found.get(Bf16(), 0) + scanned
         return found
 
     def ledger(self, tokens: int, prompt_tokens: int, head_dim: int) -> Ledger:
@@ -105,14 +118,48 @@ class Option:
         """
         shape = tokens, prompt_tokens, head_dim
         held, read = self.bytes_by_format(*shape), self.read_by_format(*shape)
-        return Ledger(sum(held.values()), sum(read.values()))
+        resident, taken = sum(held.values()), sum(read.values())
+        if not self.on_host:
+            return Ledger(resident, taken)
+        stored, moved = sum(self._stored(*shape).values()), sum(self._selected(*shape).values())
+        if self.compared_on_host(tokens, prompt_tokens):
+            entries = entries_of(self.method.plan(tokens, prompt_tokens))
+            stored += self.method.reader(tokens).index_bytes(entries, head_dim)  # type: ignore[union-attr]
+        return Ledger(resident, taken, stored, moved)
+
+    def compared_on_host(self, tokens: int, prompt_tokens: int) -> int:
+        """Keys that the host compares at a step for one query head; 0 where the device chooses."""
+        reader = self.method.reader(tokens)
+        if reader is None or not self.on_host:
+            return 0
+        return reader.compared_on_host(entries_of(self.method.plan(tokens, prompt_tokens)))
 
     def footprint(self, tokens: int, prompt_tokens: int, head_dim: int) -> int:
-        """Bytes that one KV head holds of a prompt under a budget; exact, runs without torch."""
+        """Bytes that one KV head holds of a prompt on the device; exact, runs without torch."""
         return self.ledger(tokens, prompt_tokens, head_dim).resident_bytes
+
+    def _stored(self, tokens: int, prompt_tokens: int, head_dim: int) -> dict[Format, int]:
+        """Bytes of all entries, wherever they lie, by format."""
+        found: dict[Format, int] = {}
+        for part in self.method.plan(tokens, prompt_tokens):
+            formats = part.formats or (self.keys, self.values)
+            for form, size in zip(formats, part.stored_bytes(formats, head_dim), strict=True):
+                found[form] = found.get(form, 0) + size
+        return found
+
+    def _selected(self, tokens: int, prompt_tokens: int, head_dim: int) -> dict[Format, int]:
+        """Bytes of the entries that a step attends to, by format: all, where there is no reader."""
+        stored = self._stored(tokens, prompt_tokens, head_dim)
+        reader = self.method.reader(tokens)
+        if reader is None:
+            return stored
+        entries = max(entries_of(self.method.plan(tokens, prompt_tokens)), 1)
+        read = reader.entries_read(entries)
+        return {form: -(-size * read // entries) for form, size in stored.items()}
 
     @property
     def label(self) -> str:
         """``snapkv 256 int4``; keys and values apart where they differ, parameters where set."""
         kinds = dict.fromkeys((self.keys.label, self.values.label))
-        return f"{self.method.label} {self.budget} {'/'.join(kinds)}"
+        where = " on the host" if self.on_host else ""
+        return f"{self.method.label} {self.budget} {'/'.join(kinds)}{where}"

@@ -138,6 +138,21 @@ class PageLayout:
         """Cells of a page."""
         return self.page_bytes // self.cell_bytes
 
+    @property
+    def block_pages(self) -> int:
+        """Pages of a block of 64 tokens, which a reader selects and the host keeps together."""
+        return PAGE // self.page_tokens
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of such a block."""
+        return self.block_pages * self.page_bytes
+
+    @property
+    def block_cells(self) -> int:
+        """Cells of such a block."""
+        return self.block_pages * self.page_cells
+
     def pages_for(self, tokens: int) -> int:
         """Pages that so many tokens take."""
         return -(-tokens // self.page_tokens)

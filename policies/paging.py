@@ -23,6 +23,13 @@ PREFILL_CHUNK_TOKENS = 2048
 SLAB_CELLS = 576
 """36 pages of bf16, 32 of int4: a size of which every format wastes less than 3 %."""
 
+HOST_SLAB_BYTES = 2**26
+"""Pinned memory is taken in pieces of this size: PyTorch rounds one allocation up to a power of
+two, which for all pages in one piece would be up to twice what they need."""
+
+PLACE_BYTES = 8
+"""Bytes on the device for each block of 64 tokens on the host: where it lies."""
+
 TABLE_BYTES = 192
 """Bytes of a head's tables on the device: two tiles of 64, places of pages, lengths, scales."""
 
@@ -86,7 +93,7 @@ def head_pages(
     growth: Growth,
     window: int | None = None,
 ) -> Pages:
-    """Pages that one head is given by its end.
+    """Pages that one head is given on the device by its end.
 
     Args:
         option: the head's.
@@ -107,8 +114,76 @@ def head_pages(
     if growth.residual is not None and layout != growing:
         grown = min(grown, exact + growth.residual + 2 * PAGE)
         settled = 1 + growth.new_tokens // PAGE
+    if option.on_host:
+        coded = 0
     coded_pages = settled + layout.pages_for(coded)
     return Pages({layout: coded_pages}) + Pages({growing: growing.pages_for(grown)})
+
+
+def may_lie_on_host(option: Option, head_dim: int) -> bool:
+    """Whether pages of the option's formats hold all that it stores of a prompt."""
+    plans = option.method.plan(PAGE, 2 * PAGE)
+    return all(is_coded(plan, option, head_dim) for plan in plans)
+
+
+def host_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> Pages:
+    """Pages of one head's prompt that lie on the host, of whole blocks of 64 tokens."""
+    if not option.on_host:
+        return Pages()
+    coded = planned_entries(option, budget, prompt_tokens, head_dim)[1]
+    layout = pages_of(option, head_dim)
+    return Pages({layout: layout.block_pages * -(-coded // PAGE)})
+
+
+def arriving_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> Pages:
+    """Pages of one head that come over from the host at a step, and lie on the device then."""
+    pages, reader = (
+        host_pages(option, budget, prompt_tokens, head_dim),
+        option.method.reader(budget),
+    )
+    if reader is None:
+        return pages
+    most = -(-reader.entries_read(prompt_tokens) // PAGE)
+    return Pages({layout: min(n, layout.block_pages * most) for layout, n in pages.items()})
+
+
+def landing_bytes(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> int:
+    """Bytes of the pool where one head's pages from the host land."""
+    pages = arriving_pages(option, budget, prompt_tokens, head_dim)
+    return round(sum(count * _share_of_slab(layout) for layout, count in pages.items()))
+
+
+def landing_pages(policy: Policy, prompt_tokens: int, head_dim: int, sequences: int = 1) -> Pages:
+    """Pages on the device for what comes over at a step: layers take turns, the largest counts."""
+    most, budgets = Pages(), policy.budgets(prompt_tokens)
+    if not policy.uses_host:
+        return most
+    for options, planned in zip(policy.heads, budgets.tolist(), strict=True):
+        layer = Pages()
+        for option, budget in zip(options, planned, strict=True):
+            layer += arriving_pages(option, budget, prompt_tokens, head_dim)
+        most |= Pages({layout: sequences * count for layout, count in layer.items()})
+    return most
+
+
+def landing_cells(policy: Policy, prompt_tokens: int, head_dim: int, sequences: int) -> int:
+    """Cells of a pool for where blocks from the host land; a slab holds blocks of one size."""
+    by_size = Counter[int]()
+    for layout, count in landing_pages(policy, prompt_tokens, head_dim, sequences).items():
+        by_size[layout.block_cells] += count // layout.block_pages
+    return SLAB_CELLS * sum(-(-count // (SLAB_CELLS // size)) for size, count in by_size.items())
+
+
+def host_sequence_bytes(policy: Policy, prompt_tokens: int, head_dim: int) -> int:
+    """Pinned host memory of one sequence's prompt, whole pages in whole slabs."""
+    pages, budgets = Pages(), policy.budgets(prompt_tokens).flat
+    for option, budget in zip(policy.options(), budgets, strict=True):
+        pages += host_pages(option, int(budget), prompt_tokens, head_dim)
+    by_size = Counter[int]()
+    for layout, count in pages.items():
+        by_size[layout.block_bytes] += count // layout.block_pages
+    slabs = sum(-(-count // (HOST_SLAB_BYTES // size)) for size, count in by_size.items())
+    return slabs * HOST_SLAB_BYTES
 
 
 def pool_cells(pages: Pages) -> int:
@@ -127,18 +202,22 @@ def head_bytes(
     """Device memory of one head: its pages' shares of slabs, tables, and what lies beside pages."""
     pages = head_pages(option, budget, prompt_tokens, head_dim, growth)
     held = sum(count * _share_of_slab(layout) for layout, count in pages.items())
-    return round(held) + _beside_bytes(option, budget, prompt_tokens, head_dim) + TABLE_BYTES
+    there = host_pages(option, budget, prompt_tokens, head_dim)
+    places = PLACE_BYTES * sum(count // layout.block_pages for layout, count in there.items())
+    beside = _beside_bytes(option, budget, prompt_tokens, head_dim)
+    return round(held) + places + beside + TABLE_BYTES
 
 
 def sequence_bytes(policy: Policy, prompt_tokens: int, head_dim: int, growth: Growth) -> int:
-    """Device memory of one sequence's cache by its end; an allocator may need a page more a head.
+    """Device memory of one sequence's cache by its end, with where pages from the host land.
 
-    That is so wherever it splits budgets by what it sees.
+    An allocator may need a page more a head, wherever it splits budgets by what it sees.
     """
     planned = zip(policy.options(), policy.budgets(prompt_tokens).flat, strict=True)
     heads = Counter((option, int(budget)) for option, budget in planned)
     extra = 0 if policy.allocator.name == "as_given" else 1
-    return sum(
+    landing = landing_pages(policy, prompt_tokens, head_dim)
+    return round(sum(count * _share_of_slab(layout) for layout, count in landing.items())) + sum(
         count
         * (
             head_bytes(option, budget, prompt_tokens, head_dim, growth)
@@ -169,4 +248,6 @@ def _beside_bytes(option: Option, budget: int, prompt_tokens: int, head_dim: int
             formats = plan.formats or (option.keys, option.values)
             total += sum(plan.stored_bytes(formats, head_dim))
     reader = option.method.reader(budget)
-    return total + (reader.index_bytes(entries_of(plans), head_dim) if reader else 0)
+    if reader is None or option.compared_on_host(budget, prompt_tokens):
+        return total
+    return total + reader.index_bytes(entries_of(plans), head_dim)

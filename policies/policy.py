@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.allocator import Allocator
 from kvtune.policies.allocators.as_given import AsGiven
-from kvtune.policies.option import Option
+from kvtune.policies.option import Ledger, Option
 from kvtune.policies.signals import Needs, Signals
 
 if TYPE_CHECKING:
@@ -135,8 +135,9 @@ class Policy:
         return alone and type(self.allocator).split is Allocator.split
 
     def footprint(self, prompt_tokens: int, head_dim: int) -> int:
-        """Bytes of the compressed prompt: codes, scales and a length a head; without torch.
+        """Bytes of the compressed prompt on the device: codes, scales and a length a head.
 
+        Runs without torch. What lies on the host is ``host_bytes``.
         An allocator that waits for the prompt keeps the sum of tokens; the bytes are then those
         of the budgets before it.
         """
@@ -147,10 +148,25 @@ class Policy:
 
         Less than the footprint where heads have readers.
         """
-        planned = zip(self.options(), self.budgets(prompt_tokens).flat, strict=True)
-        each = (o.ledger(int(budget), prompt_tokens, head_dim) for o, budget in planned)
-        payload = sum(ledger.read_bytes for ledger in each)
+        payload = sum(each.read_bytes for each in self._ledgers(prompt_tokens, head_dim))
         return payload + footprint_of_lengths(self.layers, self.kv_heads)
+
+    def host_bytes(self, prompt_tokens: int, head_dim: int) -> int:
+        """Bytes of the compressed prompt that lie in the host's memory."""
+        return sum(each.host_bytes for each in self._ledgers(prompt_tokens, head_dim))
+
+    def moved_bytes(self, prompt_tokens: int, head_dim: int) -> int:
+        """Bytes that a decode step copies from the host to the device."""
+        return sum(each.moved_bytes for each in self._ledgers(prompt_tokens, head_dim))
+
+    @property
+    def uses_host(self) -> bool:
+        """Whether any head's prompt lies in the host's memory."""
+        return any(option.on_host for option in self.options())
+
+    def _ledgers(self, prompt_tokens: int, head_dim: int) -> Iterator[Ledger]:
+        planned = zip(self.options(), self.budgets(prompt_tokens).flat, strict=True)
+        return (o.ledger(int(budget), prompt_tokens, head_dim) for o, budget in planned)
 
 
 def footprint(policy: Policy, budgets: NDArray[np.int64], prompt_tokens: int, head_dim: int) -> int:

@@ -74,6 +74,13 @@ class Reader(ABC):
     def index_bytes(self, entries: int, head_dim: int) -> int:
         """Bytes held beside one head's entries to choose from them; without torch."""
 
+    def compared_on_host(self, entries: int) -> int:
+        """Keys that the host compares for one query head at a step, where a head lies there.
+
+        0 unless overridden: the index is then on the device, and the device chooses.
+        """
+        return 0
+
     def scanned_bytes(self, entries: int, head_dim: int, key_bytes: int) -> int:
         """Bytes of one head that a step reads to choose; unless overridden, the whole index.
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate, exact
 from kvtune.policies.decode import DecodeMethod
 from kvtune.policies.option import Option
-from kvtune.policies.paging import Growth, sequence_bytes
+from kvtune.policies.paging import Growth, host_sequence_bytes, sequence_bytes
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.policies.room import Room
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency.compression import compression
+from kvtune.simulator.latency.host import host_step
 from kvtune.simulator.latency.steps import decode_step, prefill
 from kvtune.simulator.memory.budget import MemoryBudget
 from kvtune.simulator.memory.peak import add, peak_memory, waiting_bytes
@@ -43,6 +44,8 @@ class Cost:
         prefill: of one prompt, seconds.
         compression: of one prompt, beside its prefill, seconds.
         tokens_per_second: decoded by all sequences together.
+        host_bytes: pinned memory of the host that one sequence's prompt takes there.
+        moved_bytes: that a decode step brings over from there for each sequence.
     """
 
     prompt_bytes: int
@@ -55,13 +58,15 @@ class Cost:
     prefill: Estimate
     compression: Estimate
     tokens_per_second: Estimate
+    host_bytes: int = 0
+    moved_bytes: int = 0
 
 
 def full_cost(shape: ModelShape, gpu: GpuProfile, budget: MemoryBudget, generated: int) -> Cost:
     """The same for the uncompressed bf16 cache, of any shape."""
     tokens = budget.context_tokens
     prompt, held = (Counter({"bf16": shape.kv_bytes(n)}) for n in (tokens, tokens + generated))
-    return _cost(shape, gpu, budget, _Held(prompt, held), held["bf16"], None)
+    return _cost(shape, gpu, budget, _Held(prompt, held, held), held["bf16"], None)
 
 
 def policy_cost(
@@ -99,8 +104,9 @@ def policy_cost(
         held = _while_evicting(policy, shape, tokens, generated)
     else:
         grown = shape.kv_bytes(tokens + generated) - shape.kv_bytes(tokens)
-        unread = prompt - bytes_read_by_format(policy, shape, tokens)
-        held = _Held(prompt, prompt + Counter({"bf16": grown}), unread=unread)
+        new = Counter({"bf16": grown})
+        read = bytes_read_by_format(policy, shape, tokens)
+        held = _Held(prompt, prompt + new, read + new)
     growth = Growth(generated, evicts)
     size = sequence_bytes(policy, tokens, shape.head_dim, growth) + held.statistics
     return _cost(shape, gpu, budget, held, size, policy)
@@ -110,13 +116,13 @@ def policy_cost(
 class _Held:
     """Bytes of one sequence by the name of their format, without the heads' lengths.
 
-    ``unread`` are those of ``most`` that a decode step leaves alone.
+    ``most`` is what is held at the end, and ``read`` what a decode step reads then.
     """
 
     prompt: Counter[str]
     most: Counter[str]
+    read: Counter[str]
     statistics: int = 0
-    unread: Counter[str] = field(default_factory=Counter)
 
 
 def _while_evicting(policy: Policy, shape: ModelShape, prompt_tokens: int, generated: int) -> _Held:
@@ -133,7 +139,7 @@ def _while_evicting(policy: Policy, shape: ModelShape, prompt_tokens: int, gener
         most["bf16"] += Option().footprint(grown, grown, shape.head_dim)
         if room and isinstance(option.method, DecodeMethod):
             bits_noted += ends * option.method.entry_bits
-    return _Held(prompt, most, -(-bits_noted // 8))
+    return _Held(prompt, most, most, -(-bits_noted // 8))
 
 
 def _cost(
@@ -148,7 +154,10 @@ def _cost(
     beside = footprint_of_lengths(shape.layers, shape.kv_heads) if policy else 0
     prompt_bytes = sum(held.prompt.values()) + beside
     waiting = waiting_bytes(shape, tokens) if policy and policy.waits else 0
-    step = decode_step(shape, gpu, weights, batch, dict(held.most - held.unread), "runtime")
+    step = decode_step(shape, gpu, weights, batch, dict(held.read), "runtime")
+    on_host = policy if policy and policy.uses_host else None
+    if on_host:
+        step = _with_host(step, host_step(on_host, shape, gpu, batch, tokens))
     first = prefill(shape, gpu, weights, tokens, execution="runtime")
     peak = peak_memory(shape, gpu, weights, size, tokens, batch)
     return Cost(
@@ -162,7 +171,17 @@ def _cost(
         prefill=first,
         compression=compression(policy, shape, gpu, tokens, first) if policy else exact(0, "s"),
         tokens_per_second=per_second(step, batch),
+        host_bytes=host_sequence_bytes(on_host, tokens, shape.head_dim) if on_host else 0,
+        moved_bytes=on_host.moved_bytes(tokens, shape.head_dim) if on_host else 0,
     )
+
+
+def _with_host(step: Estimate, added: Estimate) -> Estimate:
+    """A step with what the host adds, at the tier of the least certain: assumed."""
+    value, low, high = (
+        getattr(step, end) + getattr(added, end) for end in ("value", "low", "high")
+    )
+    return Estimate(value, low, high, "s", added.tier)
 
 
 def per_second(step: Estimate, sequences: int) -> Estimate:

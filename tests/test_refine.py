@@ -13,7 +13,8 @@ from kvtune.simulator.quality.calibration import NONE
 from kvtune.simulator.quality.tables import Tables
 from kvtune.tests.made_up import llama
 from kvtune.tuner.answer import Found
-from kvtune.tuner.question import Candidate, Question, Solver, front, pick
+from kvtune.tuner.head_points import BY_HEADS, head_points
+from kvtune.tuner.question import Candidate, Question, Solver, evicts, front, pick
 from kvtune.tuner.refine import FINALISTS, ROUNDS, TRUST, recalibrated, refine
 from kvtune.tuner.sources import QualitySource
 
@@ -104,3 +105,54 @@ def test_of_the_finalists_that_with_the_least_live_loss_is_taken(found: Found) -
         return [dict.fromkeys(kinds, 0.01 if c.number == 99 else 0.02) for c in candidates]
 
     assert refine(both, run)[1].number == 99
+
+
+def test_plans_that_follow_head_scores_keep_to_the_bytes_and_favour_high_scores(
+    found: Found,
+) -> None:
+    tables, solver = found.source.tables, found.solver
+    scores = np.random.default_rng(5).random((4, 3)).astype(np.float32)
+    beside = found.expected[2]
+    points = head_points(solver, scores, beside, first=50)
+    assert [(each.number, each.parameters[BY_HEADS]) for each in points] == [
+        (50, "full"),
+        (51, "pool"),
+    ]
+    budget = solver.question.prompt_budget(256, beside.sequences)
+    rank = np.argsort(-scores.ravel())
+    for each in points:
+        taken = solver.question.held[256][each.choice]
+        assert taken.sum() <= budget
+        assert taken[rank[:3]].mean() >= taken[rank[-3:]].mean()
+        assert (each.context, each.sequences) == (beside.context, beside.sequences)
+    full = points[0].choice
+    assert not any(evicts(tables.options[option]) for option in full[rank[:1]])
+
+
+def test_plans_that_follow_head_scores_run_whatever_is_predicted_and_win_where_they_are_better(
+    found: Found,
+) -> None:
+    request = replace(found.request, largest_kl=10.0)
+    best = pick(front(found.expected), request.largest_kl)
+    worst = int(np.argmax([o.footprint(16, 256, 64) for o in found.source.tables.options]))
+    others = []
+    for number in range(FINALISTS + 2):
+        choice = best.choice.copy()
+        choice[number] = (choice[number] + 1) % len(found.source.tables.options)
+        others.append(replace(best, number=60 + number, choice=choice))
+    by_heads = replace(
+        best,
+        number=99,
+        choice=np.full_like(best.choice, worst),
+        parameters={BY_HEADS: "full", "context": best.context, "sequences": best.sequences},
+    )
+    both = replace(found, request=request, expected=[*found.expected, *others, by_heads])
+
+    def run(candidates: Sequence[Candidate]) -> list[dict[str, float]]:
+        return [
+            dict.fromkeys(kinds_of(found), 1e-6 if BY_HEADS in each.parameters else 1.0)
+            for each in candidates
+        ]
+
+    _, chosen = refine(recalibrated(both, NONE), run)
+    assert chosen.number == 99

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -17,6 +18,8 @@ from kvtune.policies.method import Method
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.kvzip import KVzip
 from kvtune.policies.methods.lazy_eviction import AUTHORS
+from kvtune.policies.methods.quest import Quest
+from kvtune.policies.methods.retrieval_attention import RetrievalAttention
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.methods.tova import Tova
@@ -27,8 +30,59 @@ from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
 from kvtune.simulator.cost import Cost, full_cost, policy_cost
 from kvtune.simulator.latency.compression import compression
+from kvtune.simulator.latency.host import JOIN_S, host_step
 from kvtune.simulator.memory.budget import memory_budget
 from kvtune.simulator.memory.policy_bytes import cache_bytes_by_format
+
+
+def test_a_prompt_on_the_host_leaves_the_device_and_is_paid_for_over_the_link() -> None:
+    shape, tokens = find_model("llama-8b"), 32768
+    reader = Option(Quest(block=64), Budget(tokens=2048))
+    costs = {}
+    for card in ("4090", "h200"):
+        budget = memory_budget(
+            shape, find_gpu(card), 16 * 10**9, context_tokens=tokens, weights="int4"
+        )
+        for option in (reader, replace(reader, tier="host")):
+            policy = Policy.uniform(option, shape.layers, shape.kv_heads)
+            costs[card, option.tier] = policy_cost(policy, shape, find_gpu(card), budget, 64)
+    for card in ("4090", "h200"):
+        here, there = costs[card, "device"], costs[card, "host"]
+        assert (here.host_bytes, here.moved_bytes) == (0, 0)
+        assert there.host_bytes == shape.kv_bytes(tokens)
+        assert there.moved_bytes == shape.kv_bytes(2048)
+        assert here.prompt_bytes - there.prompt_bytes == shape.kv_bytes(tokens)
+        assert there.sequence_bytes < here.sequence_bytes / 10
+        assert there.memory.value < here.memory.value
+        link = there.moved_bytes / find_gpu(card).pcie_bytes_per_s
+        added = there.latency.value - here.latency.value
+        assert link < added < 2.5 * link  # beside it choosing, and joining two attentions
+    slower = [costs[card, "host"].latency.value for card in ("4090", "h200")]
+    assert slower[0] > slower[1]
+
+
+def test_what_the_link_brings_hides_behind_attention_on_the_device() -> None:
+    shape, gpu, tokens = find_model("llama-8b"), find_gpu("4090"), 65536
+    there = Option(Quest(block=64), Budget(tokens=64), tier="host")
+    alone = Policy.uniform(there, shape.layers, shape.kv_heads)
+    mixed = Policy("mixed", ((there,) * 2 + (Option(),) * 6,) * shape.layers)
+    joining = shape.layers * JOIN_S.value
+    assert host_step(mixed, shape, gpu, 1, tokens).value == pytest.approx(joining)
+    assert host_step(alone, shape, gpu, 1, tokens).value > 2 * joining
+    on_device = Policy.uniform(Option(), shape.layers, shape.kv_heads)
+    assert host_step(on_device, shape, gpu, 1, tokens).value == 0
+
+
+def test_a_search_on_the_host_takes_longer_the_more_keys_it_compares() -> None:
+    shape, gpu = find_model("llama-8b"), find_gpu("4090")
+    added = []
+    for beam in (50, 100, 200):
+        option = Option(RetrievalAttention(beam=beam), Budget(tokens=740), tier="host")
+        policy = Policy.uniform(option, shape.layers, shape.kv_heads)
+        assert policy.footprint(131072, shape.head_dim) == 4 * shape.layers * shape.kv_heads
+        added.append(host_step(policy, shape, gpu, 1, 131072))
+    assert added[0].value < added[1].value < added[2].value
+    assert added[1].low < 0.188 < added[1].high  # published, for all of a step
 
 
 def test_a_policys_cost_grows_with_what_it_keeps_and_is_its_footprint() -> None:

@@ -62,7 +62,7 @@ def test_whatever_is_offered_has_pages_to_run_in() -> None:
 def test_rotated_formats_are_in_the_menu_of_all_methods_alone() -> None:
     for workload in ("small", "full"):
         asked = [
-            cast(Any, SimpleNamespace(workload=workload, menu=menu, read_bytes=None, stack=None))
+            cast(Any, SimpleNamespace(workload=workload, menu=menu, reads_less=False, stack=None))
             for menu in ("three", "all")
         ]
         three, every = (menu_of(request, calibrated=False).formats for request in asked)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvtune.common.errors import KvtuneError
@@ -16,6 +17,7 @@ from kvtune.common.estimate import exact
 from kvtune.common.lock import locked
 from kvtune.common.progress import Silent
 from kvtune.policies.formats.bf16 import Bf16
+from kvtune.policies.head_scores import About, HeadScores, write_heads
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.quest import Quest
 from kvtune.policies.policy import Policy
@@ -234,6 +236,41 @@ def test_a_search_that_limits_reading_keeps_to_it(
     result = run_search(request)
     assert result.policy.read_bytes(80, own.shape.head_dim) <= full // 2
     assert any(note.startswith("reading: ") for note in result.notes)
+
+
+def test_a_search_may_place_heads_on_the_host_and_keeps_to_what_may_come_over(
+    own: SearchRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head_dim, full = own.shape.head_dim, own.shape.kv_bytes(80)
+    monkeypatch.setattr(sources, "LAPTOP", Menu(METHODS[:1], (0.25,), alike((Bf16(),))))
+    monkeypatch.setattr(sources, "READERS", (Quest(block=4),))
+    where = own.run_dir / "host"
+    request = replace(own, moved_bytes=full // 2, sequences=1, run_dir=where)
+    result = run_search(request)
+    policy = result.policy
+    assert 0 < policy.moved_bytes(80, head_dim) <= full // 2
+    assert policy.host_bytes(80, head_dim) >= policy.moved_bytes(80, head_dim)
+    assert any(note.startswith("host: ") for note in result.notes)
+    assert read_policy(where / "policy.yaml").policy.uses_host  # type: ignore[union-attr]
+
+
+def test_plans_that_follow_head_scores_are_among_the_plans(
+    own: SearchRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sources, "LAPTOP", Menu(METHODS, (0.25,), alike((Bf16(),))))
+    scores = np.arange(6, dtype=np.float32).reshape(3, 2)
+    about = {"retrieval": About("KV heads", "a test")}
+    write_heads(HeadScores("tiny", "", {"retrieval": scores}, about), tmp_path / "heads")
+    request = replace(own, heads=tmp_path / "heads", sequences=1, run_dir=own.run_dir / "heads")
+    result = run_search(request)
+    lines = (request.run_dir / "plans.jsonl").read_text().splitlines()[1:]
+    rules = {json.loads(line)["parameters"].get("heads") for line in lines}
+    assert rules == {None, "full", "pool"}
+    assert result.quality.source == "own trace"
+    wrong = HeadScores("tiny", "", {"retrieval": scores[:2]}, about)
+    write_heads(wrong, tmp_path / "heads")
+    with pytest.raises(KvtuneError, match="2 layers"):
+        run_search(replace(request, run_dir=own.run_dir / "wrong"))
 
 
 def test_a_stand_in_says_that_it_knows_three_methods(packaged: Tables, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import kvtune
 from kvtune.common.estimate import BAND, Estimate
 from kvtune.common.progress import Progress
 from kvtune.common.units import format_bytes
+from kvtune.policies.paging import host_sequence_bytes
 from kvtune.policies.policy import Policy
 from kvtune.simulator.cost import Cost, policy_cost
 from kvtune.simulator.memory.budget import MemoryBudget
@@ -182,6 +183,8 @@ def _notes(found: Found, chosen: Candidate, quality: Quality) -> tuple[str, ...]
             else f"the least loss found; none stays {limit}"
         )
         notes.append(f"at once: {chosen.sequences} of {chosen.context} tokens, {reason}.")
+    if request.moved_bytes is not None:
+        notes.append(_host_note(found, chosen, request.moved_bytes))
     if request.read_bytes is not None:
         policy, shape = found.solver.policy(chosen), request.shape
         read = policy.read_bytes(chosen.context, shape.head_dim)
@@ -202,6 +205,19 @@ def _notes(found: Found, chosen: Candidate, quality: Quality) -> tuple[str, ...]
             f"{request.largest_kl:g}; fewer sequences (--batch) or more --mem lower it."
         )
     return tuple(notes)
+
+
+def _host_note(found: Found, chosen: Candidate, allowed_bytes: int) -> str:
+    """What the plan has on the host."""
+    policy, head_dim = found.solver.policy(chosen), found.request.shape.head_dim
+    heads = sum(option.on_host for option in policy.options())
+    held = host_sequence_bytes(policy, chosen.context, head_dim)
+    moved = policy.moved_bytes(chosen.context, head_dim)
+    return (
+        f"host: {heads} of {policy.layers * policy.kv_heads} heads lie in the host's memory and "
+        f"take {format_bytes(held)} of it for each sequence; a decode step brings over "
+        f"{format_bytes(moved)}, --moved-bytes allows {format_bytes(allowed_bytes)}."
+    )
 
 
 def _costs(baselines: Sequence[Baseline]) -> Iterator[str]:

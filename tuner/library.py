@@ -71,6 +71,10 @@ class SearchOptions(TypedDict, total=False):
         sampler: ``"tpe"``, ``"nsga2"`` or ``"random"``; left out, by the number of trials.
         storage: URL of a database through which other workers share the trials.
         starts: policy files of published patterns or former searches to begin with.
+        heads: a file of head scores (``kvtune heads``); plans that follow them are run beside
+            others, where the model's weights are at hand.
+        moved_bytes: that a decode step may bring over from the host of each sequence's prompt; with
+            it heads may lie there.
         texts: your own .txt or .jsonl files, instead of the built-in ones.
         stand_in: uses the packaged tables even where weights are at hand.
         seed: of everything that is drawn, 0.
@@ -93,6 +97,8 @@ class SearchOptions(TypedDict, total=False):
     sampler: Sampler | None
     storage: str | None
     starts: Iterable[Path | str]
+    moved_bytes: Amount | None
+    heads: Path | str | None
     texts: Iterable[Path | str]
     stand_in: bool
     seed: int
@@ -140,7 +146,14 @@ def search_request(
     Raises:
         KvtuneError: something is unknown or out of bounds.
     """
-    wanted, read = str(options.get("context", 8192)), options.get("read_bytes")
+    wanted = str(options.get("context", 8192))
+    read, moved = options.get("read_bytes"), options.get("moved_bytes")
+    heads = options.get("heads")
+    if read is not None and moved is not None:
+        raise KvtuneError(
+            "--read-bytes and --moved-bytes are limits of two different searches",
+            hint="give one of them.",
+        )
     shortest = wanted.partition("-")[0]
     target = read_target(model, gpu, mem, shortest, options.get("generated", 256))
     context, longest = read_context_range(wanted, target.shape)
@@ -171,6 +184,8 @@ def search_request(
         sampler=options.get("sampler"),
         storage=options.get("storage"),
         starts=tuple(map(Path, options.get("starts", ()))),
+        moved_bytes=None if moved is None else parse_bytes(moved),
+        heads=None if heads is None else Path(heads),
         texts=read_texts(options.get("texts", ())),
     )
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.export.contract import EngineLimits
 from kvtune.policies.option import Option
+from kvtune.policies.paging import landing_bytes
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.simulator.quality.tables import Tables
 from kvtune.tuner.allocate import Problem, solve, solve_both
@@ -40,6 +41,7 @@ class Question:
         limits: of the stack that the plan is for; None for any plan.
         most_read: bytes that a decode step may read of each sequence's prompt; None for any.
         excess: by which share of each limit on its cost a candidate is beyond it.
+        most_moved: bytes that it may bring over from the host, likewise; one of the two at most.
     """
 
     tables: Tables
@@ -52,6 +54,7 @@ class Question:
     limits: EngineLimits | None = None
     most_read: int | None = None
     excess: Excess = no_limits
+    most_moved: int | None = None
 
     @property
     def options(self) -> list[Option]:
@@ -92,7 +95,15 @@ class Question:
     def _room(self, context: int, sequences: int, waits: bool) -> int:
         """Bytes for the caches of so many sequences."""
         room = self.rooms[context] - self.working(context, sequences)
-        return room - self._waiting(context, waits)
+        return room - self._waiting(context, waits) - sequences * self._landing(context)
+
+    def _landing(self, context: int) -> int:
+        """Bytes where pages from the host land, one layer's, of one sequence at most."""
+        if self.most_moved is None:
+            return 0
+        shape = context, self.head_dim
+        each = max(landing_bytes(o, o.budget.resolve(context), *shape) for o in self.options)
+        return min(self.tables.kv_heads * each, 2 * self.most_moved)
 
     def _waiting(self, context: int, waits: bool) -> int:
         """Bytes of one uncompressed prompt that is held until its end, but for one layer."""
@@ -111,9 +122,16 @@ class Question:
 
     @property
     def read_budget(self) -> int | None:
-        """``most_read`` less the heads' lengths, which every step reads."""
+        """What a solution may take of ``taken``: of ``most_read`` without the heads' lengths."""
+        if self.most_moved is not None:
+            return self.most_moved
         lengths = footprint_of_lengths(1, self.tables.heads)
         return None if self.most_read is None else max(self.most_read - lengths, 0)
+
+    def taken(self, context: int) -> NDArray[np.int64]:
+        """Bytes of one head that ``read_budget`` counts, ``[O]``: moved over, or else read."""
+        counted = self.tables.bytes_read if self.most_moved is None else self.tables.bytes_moved
+        return counted(context, self.head_dim)
 
     def most_sequences(self, context: int) -> int:
         """As many as fit with every head on its smallest option."""
@@ -173,9 +191,7 @@ class Solver:
         held = question.held
         fit = Problem.of(tables.of_split("search"), held[question.contexts[0]], rank=rank)
         problems = {
-            context: replace(
-                fit, footprint=held[context], read=tables.bytes_read(context, question.head_dim)
-            )
+            context: replace(fit, footprint=held[context], read=question.taken(context))
             for context in held
         }
         check = tables.of_split("select" if "select" in splits else "search")

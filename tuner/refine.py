@@ -17,6 +17,7 @@ from kvtune.common.progress import Progress
 from kvtune.simulator.quality.calibration import Calibration
 from kvtune.tuner.answer import Found
 from kvtune.tuner.explore.record import selection_split
+from kvtune.tuner.head_points import BY_HEADS
 from kvtune.tuner.question import Candidate, front, pick
 from kvtune.tuner.sources import QualitySource
 
@@ -71,11 +72,15 @@ def recalibrated(found: Found, calibration: Calibration) -> Found:
 
 
 def _finalists(found: Found) -> list[Candidate]:
-    """The pick of the front, and the best others with as many tokens at once; the pick first."""
+    """The pick of the front, and the best others with as many tokens at once; the pick first.
+
+    Plans that follow head scores are run whatever the tables say of them.
+    """
     best = pick(front(found.expected), found.request.largest_kl)
-    same = (c for c in found.expected if (c.context, c.sequences) == (best.context, best.sequences))
+    same = [c for c in found.expected if (c.context, c.sequences) == (best.context, best.sequences)]
     ranked = [best, *sorted(same, key=lambda c: c.kl)]
-    return list({c.choice.tobytes(): c for c in reversed(ranked)}.values())[::-1][:FINALISTS]
+    each = list({c.choice.tobytes(): c for c in reversed(ranked)}.values())[::-1]
+    return each[:FINALISTS] + [c for c in each[FINALISTS:] if BY_HEADS in c.parameters]
 
 
 def _levelled(source: QualitySource, measured: Sequence[tuple[Candidate, Lives]]) -> Calibration:

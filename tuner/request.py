@@ -41,6 +41,9 @@ class SearchRequest:
         sampler: which proposes trials; None for the one that their number suggests.
         storage: URL of the database through which workers share the trials; None for none.
         starts: policy files whose plans the search begins with.
+        moved_bytes: that a decode step may bring over from the host of each sequence's prompt;
+            None where all of it lies on the device.
+        heads: a file of head scores, by which plans are made that are run live beside the others.
         texts: the user's own .txt or .jsonl files, searched and evaluated on instead.
     """
 
@@ -67,7 +70,14 @@ class SearchRequest:
     sampler: Sampler | None = None
     storage: str | None = None
     starts: tuple[Path, ...] = ()
+    moved_bytes: int | None = None
+    heads: Path | None = None
     texts: tuple[Path, ...] = ()
+
+    @property
+    def reads_less(self) -> bool:
+        """Whether heads may hold more than a step reads of them."""
+        return self.read_bytes is not None or self.moved_bytes is not None
 
     @property
     def contexts(self) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,13 +18,16 @@ from kvtune.common.errors import DoesNotFitError, KvtuneError
 from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
 from kvtune.common.units import format_bytes
+from kvtune.policies.head_scores import read_heads
 from kvtune.policies.paging import Growth, growing_bytes, head_bytes
 from kvtune.simulator.memory.budget import MemoryBudget, memory_budget
 from kvtune.simulator.memory.peak import prefill_peak_bytes
+from kvtune.simulator.quality.tables import on_both_sides
 from kvtune.tuner.answer import Found, answer, cost_of
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.record import Recorder, selection_split
 from kvtune.tuner.finished import finished, keep_finished
+from kvtune.tuner.head_points import head_points
 from kvtune.tuner.limits import Excess, no_limits, none_within, note_on, within
 from kvtune.tuner.question import Candidate, Question, Solver, front, pick, policy_of
 from kvtune.tuner.refine import live_on_selection, recalibrated, refine
@@ -68,6 +72,8 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
     budgets = _budgets(request)
     record_config(request)
     source, notes = _quality_source(request, progress)
+    if request.moved_bytes is not None:
+        source = replace(source, tables=on_both_sides(source.tables))
     question = _question(request, budgets, source)
     solver = Solver.of(question)
     facts = _facts(request, budgets, source)
@@ -112,6 +118,10 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
     candidates = within(tried)
     if not candidates:
         raise none_within(request.limits, tried)
+    by_heads = _by_head_scores(request, solver, candidates)
+    for point in by_heads:
+        record(point)
+    candidates, tried = [*candidates, *within(by_heads)], [*tried, *by_heads]
     notes = (*notes, *note_on(tried))
     studied = Found(request, budgets, source, solver, facts.study, candidates, notes)
     ended, chosen = _choose(recalibrated(studied, source.calibration), progress)
@@ -140,6 +150,25 @@ def _starts(
     return start_points(solver, request.starts, first)
 
 
+def _by_head_scores(
+    request: SearchRequest, solver: Solver, candidates: Sequence[Candidate]
+) -> list[Candidate]:
+    """Plans that follow the request's head scores, with as many tokens at once as the pick."""
+    if request.heads is None:
+        return []
+    heads, shape = read_heads(request.heads), request.shape
+    name = "retrieval" if "retrieval" in heads.scores else sorted(heads.scores)[0]
+    scores = heads.of_kv_heads(name, shape.kv_heads)
+    if len(scores) != shape.layers:
+        raise KvtuneError(
+            f"has scores of {len(scores)} layers, {shape.name} has {shape.layers}",
+            where=str(request.heads),
+            hint="kvtune heads detect measures this model's.",
+        )
+    best = pick(front(candidates), request.largest_kl)
+    return head_points(solver, scores, best, first=max(c.number for c in candidates) + 1)
+
+
 def _nothing_fits(request: SearchRequest, question: Question) -> DoesNotFitError:
     """The error that says how many sequences would fit."""
     context = request.context_tokens
@@ -148,6 +177,12 @@ def _nothing_fits(request: SearchRequest, question: Question) -> DoesNotFitError
         return DoesNotFitError(
             f"no plan of {context} tokens reads {format_bytes(request.read_bytes)} a step or less",
             hint="raise --read-bytes or shorten --context.",
+        )
+    if request.moved_bytes is not None and most:
+        return DoesNotFitError(
+            f"no plan of {context} tokens brings over {format_bytes(request.moved_bytes)} a step "
+            "or less",
+            hint="raise --moved-bytes or --mem, or shorten --context.",
         )
     lower = f"--batch {most} is the most that fits, with every head compressed the furthest; "
     return DoesNotFitError(
@@ -243,6 +278,7 @@ def _question(request: SearchRequest, budgets: Budgets, source: QualitySource) -
         limits=limits_of(request.stack),
         most_read=request.read_bytes,
         excess=_excess(request, budgets, source),
+        most_moved=request.moved_bytes,
     )
 
 

@@ -39,7 +39,7 @@ def _point(solver: Solver, context: int, option: int) -> Candidate | None:
     waits = question.tables.options[option].method.needs.reconstruction
     most = question.sequences_of(context, problem.spent(choice), waits)
     sequences = question.sequences or most
-    read = question.tables.bytes_read(context, question.head_dim)[option]
+    read = question.taken(context)[option]
     reads_too_much = question.read_budget is not None and (
         read * question.tables.heads > question.read_budget
     )

@@ -183,11 +183,11 @@ def _own_trace(
 def menu_of(request: SearchRequest, *, calibrated: bool) -> Menu:
     """What a head may be given: shares and formats by workload, methods as the request asks.
 
-    The menu of all methods has rotated formats too, and a limit on what is read brings readers; of
-    both, what the stack can express stays.
+    The menu of all methods has rotated formats too, and a limit on what is read, or brought over
+    from the host, brings readers; of all these, what the stack can express stays.
     """
     menu = LAPTOP if request.workload == "small" else FULL
-    reads_less = request.read_bytes is not None
+    reads_less = request.reads_less
     if request.menu == "all":
         methods = every_method(calibrated=calibrated, reads_less=reads_less)
         menu = replace(menu, methods=methods, formats=(*menu.formats, *ROTATED))

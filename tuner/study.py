@@ -193,7 +193,7 @@ def enqueue_defaults(brain: optuna.Study, question: Question, skip: int) -> None
     methods = sorted({o.method.name for o in question.options} - {"full"})
     least = min(f.bits for o in question.options for f in (o.keys, o.values))
     default: dict[str, Any] = dict.fromkeys(methods, True)
-    reads_less = question.most_read is not None  # by readers whose blocks are pages: variants
+    reads_less = question.read_budget is not None  # by readers whose blocks are pages: variants
     default |= {name: name != "variants" or reads_less for name in _switches(question)}
     default |= {"least_bits": least, "split": question.splits[0]}
     formats: list[dict[str, str]] = [{"format": name} for name in question.narrow_formats] or [{}]

@@ -41,6 +41,8 @@ def expressible(option: Option, limits: EngineLimits | None) -> bool:
     """Whether a stack can give a head this option, first tokens in 16 bits aside from the rest."""
     if limits is None:
         return True
+    if option.on_host:
+        return False
     stored = option.keys.name in limits.key_formats and option.values.name in limits.value_formats
     alike = limits.keys_differ_from_values or option.keys == option.values
     runs = option.budget.resolve(2**20) == 2**20 or option.method.name in limits.methods

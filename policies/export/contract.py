@@ -177,6 +177,7 @@ class Exporter(ABC):
         """
         self._check_stand_in(document, allow_stand_in)
         plan = plan_of(document, model, facts, context_tokens, batch)
+        self._check_tiers(plan.policy)
         made = self.render(plan)
         if strict and (lost := [line for line in made.report if line.status != "kept"]):
             raise KvtuneError(
@@ -234,6 +235,15 @@ class Exporter(ABC):
             "What is kept, approximated and lost: REPORT.txt",
         ]
         return ["".join(c if c.isprintable() else " " for c in line) for line in lines]
+
+    def _check_tiers(self, policy: Policy) -> None:
+        on_host = next((option for option in policy.options() if option.on_host), None)
+        if on_host is not None:
+            raise KvtuneError(
+                f"{self.stack} keeps every head's cache on the device, and {on_host.label!r} lies "
+                "on the host",
+                hint="kvtune.load_cache serves it; leave out tier: host for another stack.",
+            )
 
     def _check_stand_in(self, document: PolicyDocument, allowed: bool) -> None:
         if document.stand_in and not allowed:

@@ -32,7 +32,8 @@ class RetrievalAttention(ReadingMethod):
     that are always read, 35 neighbours in each of two steps and 100 keys a query are theirs.
     Differs: one graph a KV head, of all its group's queries, not a query head, and one list of
     tokens; a key's own lists are merged where several queries begin with it; the last step connects
-    all keys at once. Keys count as held on the device; the authors search on the host.
+    all keys at once. With ``tier: host`` keys, graph and search are the host's, as the authors'
+    are; what was found comes over and is attended to on the device, where theirs stays.
     Cost: O(G P^2 D) and P searches once a prompt; ``beam`` expansions a step and query.
     """
 
@@ -140,10 +141,14 @@ class GraphSearch(Reader):
 
         Searches of a group pass the same keys in part; one search is counted.
         """
-        middle = max(entries - self.first - self.last, 0)
-        expanded = min(self.beam, middle)
-        keys = min(middle, expanded * 2 * self.degree + 1)
+        expanded = min(self.beam, max(entries - self.first - self.last, 0))
+        keys = self.compared_on_host(entries)
         return expanded * 2 * self.degree * _NUMBER_BYTES + keys * head_dim * _KEY_BYTES
+
+    def compared_on_host(self, entries: int) -> int:
+        """The most keys that one search compares."""
+        middle = max(entries - self.first - self.last, 0)
+        return min(middle, min(self.beam, middle) * 2 * self.degree + 1)
 
 
 def _queries_of(signals: Signals, head: int) -> Tensor:

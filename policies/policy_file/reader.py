@@ -14,7 +14,7 @@ from kvtune.policies.allocator import Allocator, allocators
 from kvtune.policies.allocators.as_given import AsGiven
 from kvtune.policies.format import formats
 from kvtune.policies.method import methods
-from kvtune.policies.option import ALL, Budget, Option
+from kvtune.policies.option import ALL, Budget, MemoryTier, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.checker import Checker, PolicyFileError
 from kvtune.policies.policy_file.parts import (
@@ -134,7 +134,7 @@ class _Reader:
 
     def option(self, node: Node) -> Option | None:
         before = len(self.check.problems)
-        entries = self.check.mapping(node, ("method", "budget", "keys", "values"))
+        entries = self.check.mapping(node, ("method", "budget", "keys", "values", "tier"))
         parts: dict[str, Any] = {}
         for key, kinds, what in (
             ("method", methods(), "method"), ("keys", formats(), "format"),
@@ -144,6 +144,8 @@ class _Reader:
                 parts[key] = self.check.component(entries[key], kinds, what)
         if "budget" in entries:
             parts["budget"] = self.budget(entries["budget"])
+        if "tier" in entries:
+            parts["tier"] = self.check.value(entries["tier"], Literal[get_args(MemoryTier)])
         return Option(**parts) if len(self.check.problems) == before else None
 
     def budget(self, node: Node) -> Budget | None:

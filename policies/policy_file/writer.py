@@ -16,7 +16,8 @@ HEADER = """\
 # Edit it freely: kvtune simulate checks it, and names the line of every mistake.
 #   options    method (which tokens), budget (how many: 256, 12.5% of the prompt, or all), and the
 #              format of keys and values; a name alone, or {name: ..., parameter: ...}.
-#              What is left out is: method full, budget all, keys bf16, values bf16.
+#              tier: host keeps the prompt in the host's memory, from where steps fetch it.
+#              What is left out is: method full, budget all, keys bf16, values bf16, tier device.
 #   policy     one option everywhere; layers: {0: a, 5: [a, b, a]} then names exceptions.
 #   heads      instead of policy: one line a layer, one option a KV head.
 #   allocator  may move budgets between heads: as_given, or {name: pyramid, beta: 20}.
@@ -96,12 +97,13 @@ def budget_text(budget: Budget) -> int | str:
 
 
 def _option(option: Option) -> dict[str, Any]:
-    return {
+    plain = {
         "method": component(option.method),
         "budget": budget_text(option.budget),
         "keys": component(option.keys),
         "values": component(option.values),
     }
+    return plain | ({"tier": option.tier} if option.on_host else {})
 
 
 def _set_fields(part: Any) -> dict[str, Any]:

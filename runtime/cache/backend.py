@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvtune.policies.pages import BF16_PAGE, PageLayout
+from kvtune.runtime.cache.host_pool import HostPool
 from kvtune.runtime.cache.plain_pages import append_rows, attend_pages
 from kvtune.runtime.kernels.launch import Paged, Scratch, decode
 from kvtune.runtime.kernels.reference import rotate, write_page
@@ -59,6 +60,24 @@ class Backend(Protocol):
         self, q: Tensor, layer: Paged, scratch: Scratch, scale: float, seen: Seen | None = None
     ) -> Tensor:
         """Output ``[rows, G, D]`` of ``q`` like it; fills in ``seen`` where it is given."""
+
+    def fetch(self, pool: Tensor, host: HostPool, fetching: Fetching) -> None:
+        """Copy blocks from the host into the pool."""
+
+
+@dataclass(frozen=True)
+class Fetching:
+    """Blocks of 64 tokens on their way from the host to the device.
+
+    Args:
+        places: in the host's pool, ``[n]`` int64; -1 copies nothing.
+        cells: first ones of the pool, ``[n]`` int32.
+        layout: of the blocks' pages, which lie side by side.
+    """
+
+    places: Tensor
+    cells: Tensor
+    layout: PageLayout
 
 
 @dataclass(frozen=True)
@@ -163,6 +182,17 @@ class TritonBackend:
             return decode(q, layer, scratch, scale)
         return decode(q, layer, scratch, scale, lse=seen.lse, logits=seen.logits)
 
+    def fetch(self, pool: Tensor, host: HostPool, fetching: Fetching) -> None:
+        """One launch, which reads pinned memory over the bus: nobody asks the host."""
+        from kvtune.runtime.kernels.pages import FETCHED_AT_ONCE, fetch_blocks
+
+        layout = fetching.layout
+        words = layout.block_bytes // 8
+        fetch_blocks[(len(fetching.places), -(-words // FETCHED_AT_ONCE))](
+            host.addresses, fetching.places, fetching.cells, pool.view(torch.int64),
+            host.slab_bytes, layout.cell_bytes // 8, words, FETCHED_AT_ONCE,
+        )  # fmt: skip
+
 
 class PlainBackend:
     """Plain torch: what the kernels are tested against, and what answers without a GPU."""
@@ -203,6 +233,14 @@ class PlainBackend:
     ) -> Tensor:
         """Dequantise all pages of a layout at once, then attend in float32."""
         return attend_pages(q, layer, scale, seen)
+
+    def fetch(self, pool: Tensor, host: HostPool, fetching: Fetching) -> None:
+        """A block at a time."""
+        size, cell_bytes = fetching.layout.block_bytes, fetching.layout.cell_bytes
+        pairs = zip(fetching.places.tolist(), fetching.cells.tolist(), strict=True)
+        for place, cell in pairs:
+            if place >= 0:
+                pool[cell * cell_bytes :][:size] = host.view(place, size)
 
     def _growing_pages(self, layer: Paged, growing: Growing, row: int) -> list[Tensor]:
         """Views ``[2, tokens, D]`` of a row's pages."""

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from kvtune.policies.pages import PAGE, PageLayout
 from kvtune.policies.reader import BlockReader
 from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.beside import Beside, HeldPart, Shared
 from kvtune.runtime.cache.choosing import Choice
 from kvtune.runtime.cache.evicting import Evictor, Opening, evictors, openings
+from kvtune.runtime.cache.host_rows import EveryPage
 from kvtune.runtime.cache.paged_layer import PagedLayer
-from kvtune.runtime.cache.segments import Ints
-from kvtune.runtime.cache.selecting import Indexed, indexed, paged_reader
+from kvtune.runtime.cache.segments import CODED, Ints
+from kvtune.runtime.cache.selecting import Indexed, indexed
 from kvtune.runtime.cache.sliding import Ring, places_of
 
 
@@ -69,6 +71,7 @@ class Filling:
     evicts: bool
     _beside: list[HeldPart] = field(default_factory=list)
     _indexed: list[Indexed] = field(default_factory=list)
+    _on_host: dict[PageLayout, list[Indexed]] = field(default_factory=dict)
     _places: list[Ints] = field(default_factory=list)
     _openings: list[Opening] = field(default_factory=list)
 
@@ -88,6 +91,12 @@ class Filling:
         if self._beside:
             layer.beside = Beside(self._beside, head_dim, layer.pool.memory.device)
         layer.indexed = _joined(self._indexed)
+        if layer.host is not None:
+            layer.host.indexed = [
+                (layout, each) for layout, parts in self._on_host.items() for each in _joined(parts)
+            ]
+            if not layer.host.indexed:  # a sliding layer keeps its window on the device
+                layer.host = None
         return evictors(self._openings, len(layer.options))
 
     def _take_places(self, taken: Taken, window: int) -> None:
@@ -117,24 +126,40 @@ class Filling:
 
     def _take_readers(self, taken: Taken) -> None:
         """Index keys for readers, as pages hold them."""
-        readers = [paged_reader(each) for choice in taken.choices for each in choice.readers]
-        if all(reader is None for reader in readers):
+        layer, readers = taken.layer, self._readers(taken)
+        if not readers:
             return
-        layer, kept = taken.layer, taken.kept
         of_rows = [(signals, head) for signals in taken.read for head in range(len(signals.keys))]
-        every: dict[int, BlockReader] = {}
         keys: dict[int, Tensor] = {}
-        for row in range(taken.rows.start, taken.rows.stop):
-            at = (row - taken.rows.start) % len(readers)
-            reader, (signals, head) = readers[at], of_rows[at]
-            if reader is None:
-                continue
-            own = signals.keys[head, kept[at][int(layer.exact[row]) :]]
+        for row in readers:
+            at = (row - taken.rows.start) % len(of_rows)
+            signals, head = of_rows[at]
+            own = signals.keys[head, taken.kept[at][int(layer.exact[row]) :]]
             form = layer.options[row % len(layer.options)].keys
             count = torch.tensor([len(own)], device=own.device)
-            every[row], keys[row] = reader, form.roundtrip(own[None], count, "keys")[0]
-        layer.readers |= every
-        self._indexed += indexed(every, keys)
+            keys[row] = form.roundtrip(own[None], count, "keys")[0]
+        layer.readers |= readers
+        here = {row: reader for row, reader in readers.items() if not layer.on_host[row]}
+        self._indexed += indexed(here, keys)
+        for layout in dict.fromkeys(layer.layouts):
+            there = {
+                row: reader
+                for row, reader in readers.items()
+                if layer.on_host[row] and layer.layouts[row] == layout
+            }
+            self._on_host.setdefault(layout, []).extend(indexed(there, keys))
+
+    def _readers(self, taken: Taken) -> dict[int, BlockReader]:
+        """The reader of each row that has one, or whose pages come over from the host."""
+        layer, found = taken.layer, {}
+        readers = [reader for choice in taken.choices for reader in choice.readers]
+        for row in range(taken.rows.start, taken.rows.stop):
+            reader = readers[(row - taken.rows.start) % len(readers)]
+            if reader is None and layer.on_host[row]:
+                reader = EveryPage(PAGE, -(-int(layer.lengths[CODED, row]) // PAGE))
+            if reader is not None:
+                found[row] = reader
+        return found
 
     def _take_openings(self, taken: Taken) -> None:
         for number, sequence in enumerate(taken.sequences):

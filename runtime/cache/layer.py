@@ -23,6 +23,7 @@ from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.choosing import Choice, choose, side_by_side
 from kvtune.runtime.cache.evicting import Evictor
 from kvtune.runtime.cache.filling import Filling, Taken
+from kvtune.runtime.cache.host_rows import HostRows
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.reading import equally_long, lengths_of, padded, signals_of
 from kvtune.runtime.cache.segments import NO_END
@@ -127,7 +128,12 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         counts = [len(signals.keys) // heads for signals in read]
         firsts = itertools.accumulate(counts, initial=sequences.start)
         # One more first than there are prompts: where a next one would begin.
-        choices = [self.choose(*asked) for asked in zip(firsts, read, strict=False)]
+        self.hold(read, [self.choose(*asked) for asked in zip(firsts, read, strict=False)])
+
+    def hold(self, read: Sequence[Signals], choices: Sequence[Choice]) -> None:
+        """Put what was chosen of the sequences that the cache reads now into pages."""
+        cache, heads = self.cache, self.cache.policy.kv_heads
+        sequences = cache.reading or range(0)
         if sequences.start == 0:
             self.paged = self._empty()
         rows = slice(heads * sequences.start, heads * sequences.stop)
@@ -162,11 +168,14 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _empty(self) -> PagedLayer:
         """A paged layer that holds nothing yet."""
-        cache = self.cache
-        return PagedLayer(
-            self.number, cache.policy.heads[self.number], cache.geometry.head_dim,
+        cache, options = self.cache, self.cache.policy.heads[self.number]
+        layer = PagedLayer(
+            self.number, options, cache.geometry.head_dim,
             len(cache.prompts), cache.pool, cache.backend, cache.residual,
         )  # fmt: skip
+        if cache.host_pool and cache.landing and any(option.on_host for option in options):
+            layer.host = HostRows(cache.host_pool, cache.landing, cache.backend)
+        return layer
 
     def turn(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Append further tokens, each of which sees those before it, ``[B, Hq, T, D]``."""

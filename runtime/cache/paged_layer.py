@@ -23,6 +23,7 @@ from kvtune.policies.paging import pages_of
 from kvtune.policies.reader import BlockReader
 from kvtune.runtime.cache.backend import Backend, Growing, Seen
 from kvtune.runtime.cache.beside import Beside
+from kvtune.runtime.cache.host_rows import HostRows
 from kvtune.runtime.cache.pool import PageMemory
 from kvtune.runtime.cache.segments import (
     CODED,
@@ -67,6 +68,7 @@ class PagedLayer:
         self.number, self.options, self.head_dim = number, options, head_dim
         self.pool, self.backend, self.residual = pool, backend, residual
         self.layouts = [pages_of(option, head_dim) for option in options] * batch
+        self.on_host = np.array([option.on_host for option in options] * batch)
         self.growing_layout = PageLayout(head_dim)
         self.pages: list[list[Ints]] = [
             [np.zeros(0, np.int64) for _ in self.layouts] for _ in (CODED, GROWN, SETTLED)
@@ -82,6 +84,7 @@ class PagedLayer:
         self.evicted = np.zeros(len(self.layouts), np.int64)
         self.ring: Ring | None = None  # of a sliding layer; set before ``seal``
         self.beside: Beside | None = None  # what pages cannot hold
+        self.host: HostRows | None = None  # what lies on the host; set before prompts are stored
         self.readers: dict[
             int, BlockReader
         ] = {}  # of rows that do not read all; set before ``seal``
@@ -150,6 +153,8 @@ class PagedLayer:
         )  # fmt: skip
         if self.indexed:
             self._select_again()
+        if self.host is not None:
+            self.host.seal(self.layouts, self.fp8_scales[: self.rows])
 
     def _select_again(self) -> None:
         """Point selections at the tables as they are now."""
@@ -220,13 +225,17 @@ class PagedLayer:
 
     def attend(self, q: Tensor, scratch: Scratch, scale: float) -> Tensor:
         """Attention of one query a query head, ``[rows, G, D]``, over all that is kept."""
+        if self.host is not None:
+            self.host.begin(q)
         for selection in self.selections:
             selection.select(q, self.paged.table, self.paged.lengths)
-        if self.beside is None:
+        if self.beside is None and self.host is None:
             return self.backend.attend(q, self.paged, scratch, scale)
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
         output = self.backend.attend(q, self.paged, scratch, scale, Seen(lse))
-        return self.beside.merged(q, output, lse, scale)
+        if self.host is not None:
+            output, lse = self.host.finish(q, (output, lse), scratch, scale)
+        return output if self.beside is None else self.beside.merged(q, output, lse, scale)
 
     def attend_seeing(self, q: Tensor, scratch: Scratch, scale: float) -> tuple[Tensor, Tensor]:
         """The same, and its weights on growing segments ``[rows, G, places]``, zero beyond them."""
@@ -269,6 +278,8 @@ class PagedLayer:
             if len(self.pages[kind][row]):
                 self.pool.give(self.pages[kind][row], self.layout(kind, row).page_cells)
             self.pages[kind][row] = np.zeros(0, np.int64)
+        if self.host is not None:
+            self.host.free(rows, self.layouts)
         self.lengths[:, rows.start : rows.stop] = 0
         self.paged.lengths.view(3, -1)[:, rows.start : rows.stop] = 0
         if self.ring and self.growing.places is not None:
@@ -292,11 +303,11 @@ class PagedLayer:
 
     @property
     def slots(self) -> int:
-        """Tiles, each of which leaves its part of attention somewhere."""
-        return len(self.paged.tiles)
+        """Tiles at once, each of which leaves its part of attention somewhere."""
+        return max(len(self.paged.tiles), self.host.tiles if self.host else 0)
 
     def prompt_bytes(self) -> int:
-        """Bytes of the stored prompt as formats count them, a length a head included."""
+        """Bytes of the stored prompt on the device as formats count them, and a length a head."""
         return sum(self.held_bytes) + 4 * self.rows
 
     def page_bytes(self) -> int:

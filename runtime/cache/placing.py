@@ -11,9 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.decode import DecodeMethod
 from kvtune.policies.option import Option
 from kvtune.policies.pages import exact_tokens, has_pages
-from kvtune.policies.paging import is_coded, is_exact
+from kvtune.policies.paging import is_coded, is_exact, may_lie_on_host
 from kvtune.policies.parts import HeadPart
 from kvtune.policies.policy import Policy
 
@@ -29,6 +31,26 @@ def warn_of_slow_formats(policy: Policy, head_dim: int) -> None:
             f"{', '.join(slow)}: these formats have no pages; they are held encoded and read back "
             "at every step, which saves memory and takes time",
             stacklevel=3,
+        )
+
+
+def check_host(option: Option, head_dim: int, evicts: bool) -> None:
+    """Refuse an option that cannot keep its prompt on the host.
+
+    Raises:
+        KvtuneError: pages cannot hold all of it, or its entries leave while tokens are generated.
+    """
+    if not option.on_host:
+        return
+    if not may_lie_on_host(option, head_dim):
+        raise KvtuneError(
+            f"{option.label!r} stores more than pages of its formats hold",
+            hint="only whole pages lie on the host; leave out tier: host, or take another format.",
+        )
+    if evicts and isinstance(option.method, DecodeMethod):
+        raise KvtuneError(
+            f"{option.label!r} cannot go on evicting on the host",
+            hint="leave out evicts=True, or tier: host.",
         )
 
 

@@ -36,7 +36,14 @@ from kvtune.common.transformers_interface import cache_argument, register_attent
 from kvtune.policies.apply import linked
 from kvtune.policies.option import Option
 from kvtune.policies.pages import PAGE, PageLayout
-from kvtune.policies.paging import Growth, Pages, head_pages, pages_of, pool_cells
+from kvtune.policies.paging import (
+    Growth,
+    Pages,
+    head_pages,
+    landing_cells,
+    pages_of,
+    pool_cells,
+)
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.reader import read_policy
 from kvtune.policies.signals import Signals
@@ -44,9 +51,11 @@ from kvtune.runtime.cache.answering import NAME, Answering
 from kvtune.runtime.cache.backend import Backend, PlainBackend, TritonBackend, backend_for
 from kvtune.runtime.cache.beside import Shared
 from kvtune.runtime.cache.evicting import check_evicting
+from kvtune.runtime.cache.host_pool import HostPool
+from kvtune.runtime.cache.host_rows import Landing
 from kvtune.runtime.cache.layer import CacheLayer, attention, padding_mask
 from kvtune.runtime.cache.paged_layer import PagedLayer
-from kvtune.runtime.cache.placing import warn_of_slow_formats
+from kvtune.runtime.cache.placing import check_host, warn_of_slow_formats
 from kvtune.runtime.cache.pool import Pool
 from kvtune.runtime.cache.selecting import paged_reader
 from kvtune.runtime.cache.settling import check_residual, settle
@@ -92,6 +101,7 @@ def load_cache(
     check_passes(bound, tokenizer)
     for option in dict.fromkeys(bound.options()):
         paged_reader(option.method.reader(PAGE))
+        check_host(option, geometry.head_dim, evicts)
     warn_of_slow_formats(bound, geometry.head_dim)
     if evicts:
         check_evicting(bound)
@@ -153,6 +163,8 @@ class PolicyCache(Cache):  # type: ignore[misc]
         self.pool: Pool
         self.backend: Backend
         self._backend_of = backend_of
+        self.host_pool: HostPool | None = None  # where a policy keeps heads on the host
+        self.landing: Landing | None = None
         self.scratch: Scratch | None = None
         self.shared: Shared = {}  # directions that two layers store once
         self.captured = False  # by a graph: counting and reserving is then the decode loop's
@@ -247,6 +259,8 @@ class PolicyCache(Cache):  # type: ignore[misc]
         """For all prompts, as far as their budgets are known, and for new tokens."""
         cells = self._cells_for(range(len(self.prompts)))
         self.pool = Pool(cells, PageLayout(self.geometry.head_dim).cell_bytes, device)
+        if self.policy.uses_host:
+            self.host_pool, self.landing = HostPool(device), Landing(self.pool)
 
     def _cells_for(self, sequences: range) -> int:
         """Cells of a pool that holds some sequences at their ends."""
@@ -257,7 +271,9 @@ class PolicyCache(Cache):  # type: ignore[misc]
         for name, one in distinct.items():
             for layout, count in self._pages_wanted(*one).items():
                 pages[layout] += counts[name] * count
-        return pool_cells(pages)
+        longest = max((tokens for tokens, _ in each), default=0)
+        landing = landing_cells(self.policy, longest, self.geometry.head_dim, len(each))
+        return pool_cells(pages) + landing
 
     def check_finite(self) -> None:
         """All layers have read the prompts: whether all that they read were numbers.
@@ -324,8 +340,12 @@ class PolicyCache(Cache):  # type: ignore[misc]
         return sum(layer.paged.prompt_bytes() for layer in self.layers)
 
     def page_bytes(self) -> int:
-        """Bytes of all pages in use."""
+        """Bytes of all pages in use on the device."""
         return self.pool.used_bytes
+
+    def host_bytes(self) -> int:
+        """Bytes of all pages in use on the host."""
+        return 0 if self.host_pool is None else self.host_pool.used_bytes
 
     def kept(self) -> list[list[int]]:
         """Prompt tokens kept, by layer and row."""

@@ -57,6 +57,24 @@ class Indexed:
     index: Tensor
     counts: Tensor
 
+    def choose(self, q: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+        """What each row reads at a step.
+
+        Args:
+            q: of these rows, ``[R, G, D]``.
+            wanted: blocks to name of each.
+
+        Returns:
+            Numbers of blocks ``[R, wanted]``, first those that are read, the row's last one the
+            last of them; and how many tokens those hold, ``[R]``.
+        """
+        chosen = self.reader.select(self.index, self.counts, q[:, :, None])[:, 0]
+        last = chosen[:, -1:]
+        missing = wanted - chosen.shape[1] + 1
+        blocks = torch.cat([chosen[:, :-1], last.expand(-1, missing)], 1)
+        tokens = ((chosen[:, :-1] != last).sum(1) - last[:, 0]) * PAGE + self.counts
+        return blocks, tokens
+
     def by_page(self, layouts: Sequence[PageLayout]) -> list[Indexed]:
         """The rows apart by how many tokens their pages hold; ``layouts`` are of all rows."""
         parts = []
@@ -111,15 +129,12 @@ class Selection:
             table: the layer's page table.
             lengths: of its segments, of which a row's coded one has the row's number.
         """
-        reader, index, counts = self.indexed.reader, self.indexed.index, self.indexed.counts
-        chosen = reader.select(index, counts, q[self.at, :, None])[:, 0]
-        last = chosen[:, -1:]
-        missing = self.places.shape[1] // self.cells.shape[2] - chosen.shape[1] + 1
-        blocks = torch.cat([chosen[:, :-1], last.expand(-1, missing)], 1)
+        blocks, tokens = self.indexed.choose(
+            q[self.at], self.places.shape[1] // self.cells.shape[2]
+        )
         cells = self.cells[torch.arange(len(blocks), device=q.device)[:, None], blocks]
         table.index_copy_(0, self.places.flatten(), cells.flatten())
-        read = ((chosen[:, :-1] != last).sum(1) - last[:, 0]) * PAGE + counts
-        lengths.index_copy_(0, self.at, read.to(lengths.dtype))
+        lengths.index_copy_(0, self.at, tokens.to(lengths.dtype))
 
 
 def pages_read(reader: BlockReader, blocks: int, layout: PageLayout) -> int:

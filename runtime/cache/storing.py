@@ -1,11 +1,12 @@
 """Prompts into pages: rows of a layer that were read together, and nobody waits for the device.
 
-Host tables are made in one pass and sent in one copy; all pages of a layout are one launch.
+Host tables are made in one pass and sent in one copy; all pages of a layout are one launch. Pages
+of the host are written on the device a slab at a time, and copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.segments import CODED, GROWN, NO_END, SETTLED, Ints, runs
 from kvtune.runtime.cache.sending import sent
 from kvtune.runtime.kernels.reference import LARGEST_E4M3, fp8_scale
+
+Records = NDArray[np.int32]
 
 
 def store_prompts(
@@ -49,7 +52,9 @@ def store_prompts(
     rows = rows or slice(0, layer.rows)
     _count(layer, rows, sizes, np.array(exact))
     layouts = {layout.code: layout for layout in (*layer.layouts, layer.growing_layout)}
-    tables = [_records(layer, layout, rows, sizes) for layout in layouts.values()]
+    here = {number: _records(layer, layout, rows, sizes) for number, layout in layouts.items()}
+    there = list(_on_host(layer, rows, sizes)) if layer.host else []
+    tables = [*here.values(), *(records for _, _, records in there)]
     counts, *records = sent([sizes, *tables], keys.device)
     chosen = torch.cat(list(kept))
     magnitudes = torch.stack([x.abs().amax(-1) for x in (keys, values)])
@@ -59,10 +64,13 @@ def store_prompts(
         by_kind[CODED] = _fp8_scales(magnitudes, chosen, counts)
         by_kind[SETTLED] = by_kind[CODED]  # what settles is held to the prompt's range
     places = chosen.int()
-    for layout, pages in zip(layouts.values(), records, strict=True):
+    for layout, pages in zip(layouts.values(), records, strict=False):
         if len(pages):
             writing = Writing(layout, keys, values, places, pages, layer.fp8_scales)
             layer.backend.write(layer.pool.memory, writing)
+    for (layout, place, _), pages in zip(there, records[len(layouts) :], strict=True):
+        writing = Writing(layout, keys, values, places, pages, layer.fp8_scales)
+        _to_host(layer, place, writing)
 
 
 def _count(layer: PagedLayer, rows: slice, sizes: Ints, exact: Ints) -> None:
@@ -75,20 +83,64 @@ def _count(layer: PagedLayer, rows: slice, sizes: Ints, exact: Ints) -> None:
     layer.kept[rows] = sizes.tolist()
 
 
-def _records(layer: PagedLayer, layout: PageLayout, rows: slice, sizes: Ints) -> NDArray[np.int32]:
-    """Take all pages of one layout for some rows; ``Writing.records`` of them."""
+def _records(layer: PagedLayer, layout: PageLayout, rows: slice, sizes: Ints) -> Records:
+    """Take all pages of one layout on the device for some rows; ``Writing.records`` of them."""
     held = np.zeros_like(layer.lengths[:SETTLED])
     held[:, rows] = layer.lengths[:SETTLED, rows]
+    held[CODED, layer.on_host] = 0
     held = held.ravel()
     mine = np.flatnonzero((layer.codes[:SETTLED].ravel() == layout.code) & (held > 0))
-    pages = -(-held[mine] // layout.page_tokens)
-    cells = layer.take(mine, pages, layout)
-    kind, row = np.divmod(mine, layer.rows)
+    cells = layer.take(mine, -(-held[mine] // layout.page_tokens), layout)
+    return _listed(layer, layout, rows, sizes, mine, held[mine], cells)
+
+
+def _on_host(
+    layer: PagedLayer, rows: slice, sizes: Ints
+) -> Iterator[tuple[PageLayout, int, Records]]:
+    """Take host memory for some rows: layout, place and records of pages that lie side by side."""
+    if layer.host is None:
+        return
+    for row in range(rows.start, rows.stop):
+        held = layer.lengths[CODED, row : row + 1]
+        if not (layer.on_host[row] and held > 0):
+            continue
+        layout = layer.layouts[row]
+        pages, each = layout.pages_for(int(held[0])), layout.block_pages
+        places = layer.host.take(row, layout.blocks_of(pages), layout)
+        for run in layer.host.pool.runs(places, layout.block_bytes):
+            first = each * run.start
+            cells = layout.page_cells * (np.arange(pages) - first)  # of the memory in between
+            records = _listed(layer, layout, rows, sizes, np.array([row]), held, cells)
+            yield layout, int(places[run.start]), records[first : each * run.stop]
+
+
+def _to_host(layer: PagedLayer, place: int, writing: Writing) -> None:
+    """Write pages that lie side by side on the host, by way of as much memory of the device."""
+    if layer.host is None:
+        raise RuntimeError("the layer has nothing on the host")
+    size = len(writing.records) * writing.layout.page_bytes
+    between = torch.empty(size, dtype=torch.uint8, device=writing.keys.device)
+    layer.backend.write(between, writing)
+    layer.host.pool.put(place, between)
+
+
+def _listed(
+    layer: PagedLayer,
+    layout: PageLayout,
+    rows: slice,
+    sizes: Ints,
+    segments: Ints,
+    held: Ints,
+    cells: Ints,
+) -> Records:
+    """``Writing.records`` of all pages of some segments of one layout that hold so many tokens."""
+    pages = -(-held // layout.page_tokens)
+    kind, row = np.divmod(segments, layer.rows)
     source = (row - rows.start) % len(sizes)
     first = (sizes.cumsum() - sizes)[source] + np.where(kind == CODED, layer.exact[row], 0)
-    start, which = layout.page_tokens * runs(pages), np.repeat(np.arange(len(mine)), pages)
-    counts = np.minimum(held[mine][which] - start, layout.page_tokens)
-    columns = (source[which], first[which] + start, counts, cells, mine[which])
+    start, which = layout.page_tokens * runs(pages), np.repeat(np.arange(len(segments)), pages)
+    counts = np.minimum(held[which] - start, layout.page_tokens)
+    columns = (source[which], first[which] + start, counts, cells, segments[which])
     return np.stack(columns, axis=1).astype(np.int32)
 
 

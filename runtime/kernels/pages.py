@@ -30,6 +30,8 @@ from kvtune.runtime.kernels.elementwise import rotated_halves
 from kvtune.runtime.kernels.turning import negative_where_odd, signs
 
 RECORD = tl.constexpr(5)
+FETCHED_AT_ONCE = 512
+"""Words of eight bytes that a program brings over from the host."""
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to even as torch does
 
 
@@ -373,3 +375,30 @@ def move_tokens(rows, sources, targets, moves, tables_at, table, pool_bf16, D: t
         token = tl.load(pool_bf16 + page + (source % BF16_PAGE) * D + place)
         page = tl.load(table + target // BF16_PAGE).to(tl.int64) * (2 * D)
         tl.store(pool_bf16 + page + (target % BF16_PAGE) * D + place, token)
+
+
+@triton.jit
+def fetch_blocks(
+    addresses, places, cells, pool,
+    SLAB: tl.constexpr, CELL: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A part of one block of pages, from pinned host memory into the pool.
+
+    Args:
+        addresses: [slabs] int64, where each begins.
+        places: [blocks] int64, slab * SLAB + offset; negative for none.
+        cells: [blocks] int32, where to.
+        pool: its memory as int64.
+        SLAB: bytes of a slab.
+        CELL: int64 words of a cell.
+        WORDS: int64 words of a block.
+        BLOCK: int64 words of a part.
+    """
+    block = tl.program_id(0)
+    place = tl.load(places + block)
+    if place >= 0:
+        source = (tl.load(addresses + place // SLAB) + place % SLAB).to(tl.pointer_type(tl.int64))
+        target = pool + tl.load(cells + block).to(tl.int64) * CELL
+        word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        there = word < WORDS
+        tl.store(target + word, tl.load(source + word, mask=there, other=0), mask=there)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvtune.policies.option import Option
+from kvtune.policies.pages import exact_tokens
+from kvtune.policies.parts import entries_of
 from kvtune.policies.policy import Policy
-from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.policies.signals import Signals
+from kvtune.runtime.cache.choosing import Choice
 from kvtune.runtime.cache.policy_cache import PolicyCache, load_cache
-from kvtune.runtime.cache.storing import store_prompts
+from kvtune.runtime.cache.selecting import paged_reader
 from kvtune.runtime.measure.plain_model import random_tensor
 
 
@@ -31,18 +36,29 @@ def filled(
     shape = (policy.kv_heads, prompt_tokens, size)
     keys, values = (random_tensor(*shape, device=device, scale=1.0) for _ in range(2))
     cache.open(model.device, [prompt_tokens] * batch)
-    for layer, budgets in zip(cache.layers, policy.budgets(prompt_tokens), strict=True):
-        layer.paged = PagedLayer(
-            layer.number, policy.heads[layer.number], size, batch, cache.pool, cache.backend
-        )
-        kept = [_spread(prompt_tokens, int(n), model.device) for n in budgets]
-        store_prompts(layer.paged, keys, values, kept)
-        planned = zip(policy.heads[layer.number], budgets.tolist(), strict=True)
-        held = [option.footprint(n, prompt_tokens, size) for option, n in planned]
-        layer.paged.held_bytes = held * batch
-        layer.paged.seal(new_tokens)
-        layer.seen = prompt_tokens
+    cache.reading = range(batch)
+    for layer, budgets in zip(cache.layers, policy.budgets(prompt_tokens).tolist(), strict=True):
+        signals = Signals(keys[:, :0], keys, values, size**-0.5, layer=layer.number)
+        heads = list(zip(policy.heads[layer.number], budgets, strict=True))
+        layer.hold([signals], [_choice(heads, signals)])
     return cache
+
+
+def _choice(heads: Sequence[tuple[Option, int]], signals: Signals) -> Choice:
+    """What a layer keeps: of each head as many tokens as it is planned to."""
+    tokens, size = signals.prompt_tokens, signals.keys.shape[-1]
+    entries = [entries_of(option.method.plan(budget, tokens)) for option, budget in heads]
+    return Choice(
+        kept=[_spread(tokens, n, signals.keys.device) for n in entries],
+        exact=[
+            min(exact_tokens(option.keys), n) for (option, _), n in zip(heads, entries, strict=True)
+        ],
+        merged={},
+        beside=[[] for _ in heads],
+        readers=[paged_reader(option.method.reader(budget)) for option, budget in heads],
+        held_bytes=[option.footprint(budget, tokens, size) for option, budget in heads],
+        rooms=[None for _ in heads],
+    )
 
 
 def _spread(prompt_tokens: int, kept: int, device: torch.device) -> Tensor:

@@ -144,5 +144,5 @@ def check_servable(policy: Policy, head_dim: int) -> None:
     for option in dict.fromkeys(policy.options()):
         plans, reader = option.method.plan(100, 1000), option.method.reader(100)
         paged = len(plans) == 1 and plans[0] == PartPlan(plans[0].entries)
-        if reader is not None or not (paged and has_pages(option, head_dim)):
+        if option.on_host or reader is not None or not (paged and has_pages(option, head_dim)):
             raise KvtuneError(f"{option.label!r} holds more than pages of tokens", hint=hint)

@@ -11,14 +11,15 @@ intervals can be resampled and search, selection and evaluation never share a sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvtune.common.bounds import Name
-from kvtune.policies.option import Option
+from kvtune.policies.option import Ledger, Option
+from kvtune.policies.paging import may_lie_on_host
 
 Floats = NDArray[np.float32]
 
@@ -104,19 +105,23 @@ class Tables:
 
     def footprints(self, prompt_tokens: int, head_dim: int) -> NDArray[np.int64]:
         """Bytes of one head under each option, ``[O]``, at any prompt length."""
-        return np.array(
-            [
-                o.footprint(o.budget.resolve(prompt_tokens), prompt_tokens, head_dim)
-                for o in self.options
-            ],
-            np.int64,
-        )
+        ledgers = self._ledgers(prompt_tokens, head_dim)
+        return np.array([ledger.resident_bytes for ledger in ledgers], np.int64)
 
     def bytes_read(self, prompt_tokens: int, head_dim: int) -> NDArray[np.int64]:
         """Bytes of one head that a decode step reads under each option, ``[O]``; likewise."""
-        shapes = ((o, o.budget.resolve(prompt_tokens)) for o in self.options)
-        read = [o.ledger(tokens, prompt_tokens, head_dim).read_bytes for o, tokens in shapes]
-        return np.array(read, np.int64)
+        ledgers = self._ledgers(prompt_tokens, head_dim)
+        return np.array([ledger.read_bytes for ledger in ledgers], np.int64)
+
+    def bytes_moved(self, prompt_tokens: int, head_dim: int) -> NDArray[np.int64]:
+        """Bytes of one head that a step brings over from the host under each option, ``[O]``."""
+        ledgers = self._ledgers(prompt_tokens, head_dim)
+        return np.array([ledger.moved_bytes for ledger in ledgers], np.int64)
+
+    def _ledgers(self, prompt_tokens: int, head_dim: int) -> Iterator[Ledger]:
+        for option in self.options:
+            tokens = option.budget.resolve(prompt_tokens)
+            yield option.ledger(tokens, prompt_tokens, head_dim)
 
     def by_sample(self, choice: NDArray[np.int64], cross: float = 1.0) -> Floats:
         """Loss of one configuration on every sample, ``[n]`` nats/token.
@@ -157,6 +162,23 @@ def join(parts: Sequence[Tables]) -> Tables:
         loss=np.concatenate([part.loss for part in parts]),
         factor=np.concatenate([part.factor for part in parts]),
         group=np.concatenate([part.group + at for part, at in zip(parts, first, strict=False)]),
+    )
+
+
+def on_both_sides(tables: Tables) -> Tables:
+    """The same options once more with their prompt on the host, which loses as much.
+
+    Left out are those of which pages do not hold all.
+    """
+    mine = [
+        o for o, option in enumerate(tables.options) if may_lie_on_host(option, tables.head_dim)
+    ]
+    there = tuple(replace(tables.options[o], tier="host") for o in mine)
+    return replace(
+        tables,
+        options=(*tables.options, *there),
+        loss=np.concatenate([tables.loss, tables.loss[:, :, mine]], 2),
+        factor=np.concatenate([tables.factor, tables.factor[:, :, mine]], 2),
     )
 
 
