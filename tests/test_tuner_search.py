@@ -262,9 +262,10 @@ def test_a_models_own_search_runs_the_plan_and_its_rivals_live(
         assert baseline.prompt_bytes <= 1.03 * result.prompt_bytes
         assert baseline.live is not None
         assert baseline.live.tier == "live"
-        assert baseline.live.value > 0
+        assert baseline.live.value >= 0  # a plan that keeps all loses exactly nothing
         assert baseline.live_by_kind.keys() == baseline.by_kind.keys()
         assert {loss.tier for loss in baseline.live_by_kind.values()} == {"live"}
+    assert any(baseline.live and baseline.live.value > 0 for baseline in result.baselines)
     read = read_result(own.run_dir / "result.json").baselines
     assert [row.live_by_kind for row in read] == [row.live_by_kind for row in result.baselines]
     assert (result.times, result.untimed) == (None, None)  # no GPU
