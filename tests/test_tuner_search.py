@@ -265,12 +265,12 @@ def test_a_models_own_search_runs_the_plan_and_its_rivals_live(
         assert baseline.live.value >= 0  # a plan that keeps all loses exactly nothing
         assert baseline.live_by_kind.keys() == baseline.by_kind.keys()
         assert {loss.tier for loss in baseline.live_by_kind.values()} == {"live"}
-    assert any(baseline.live and baseline.live.value > 0 for baseline in result.baselines)
     read = read_result(own.run_dir / "result.json").baselines
     assert [row.live_by_kind for row in read] == [row.live_by_kind for row in result.baselines]
     assert (result.times, result.untimed) == (None, None)  # no GPU
     assert result.counters["tokens_offered"] == 2 * 80 * 6
     assert 0 < result.counters["tokens_kept"] <= result.counters["tokens_offered"]
+    assert result.quality.kl.value > 0 or result.counters["heads_that_evicted"] == 0
     assert written["provenance"]["trace"] == result.provenance["trace"]
 
 
