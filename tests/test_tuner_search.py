@@ -299,7 +299,7 @@ def test_a_models_own_search_runs_the_plan_and_its_rivals_live(
         assert baseline.prompt_bytes <= 1.03 * result.prompt_bytes
         assert baseline.live is not None
         assert baseline.live.tier == "live"
-        assert baseline.live.value > 0
+        assert baseline.live.value >= 0  # a plan that keeps all loses exactly nothing
         assert baseline.live_by_kind.keys() == baseline.by_kind.keys()
         assert {loss.tier for loss in baseline.live_by_kind.values()} == {"live"}
     read = read_result(own.run_dir / "result.json").baselines
@@ -307,6 +307,7 @@ def test_a_models_own_search_runs_the_plan_and_its_rivals_live(
     assert (result.times, result.untimed) == (None, None)  # no GPU
     assert result.counters["tokens_offered"] == 2 * 80 * 6
     assert 0 < result.counters["tokens_kept"] <= result.counters["tokens_offered"]
+    assert result.quality.kl.value > 0 or result.counters["heads_that_evicted"] == 0
     assert written["provenance"]["trace"] == result.provenance["trace"]
 
 
