@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from types import MappingProxyType
+from types import GenericAlias, MappingProxyType
 from typing import Any, TypeVar
 
 from kvtune.common.errors import KvtuneError, nearest
@@ -50,9 +50,14 @@ def group_of(package: str) -> str:
 def _in_folder(package: str, base: type[T]) -> Iterator[type[T]]:
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         imported = importlib.import_module(f"{package}.{module.name}")
-        for _, kind in inspect.getmembers(imported, inspect.isclass):
+        for _, kind in inspect.getmembers(imported, _is_class):
             if issubclass(kind, base) and isinstance(kind.__dict__.get("name"), str):
                 yield kind
+
+
+def _is_class(thing: object) -> bool:
+    """Whether it can be asked for its bases; Python 3.10 calls ``list[int]`` a class too."""
+    return inspect.isclass(thing) and not isinstance(thing, GenericAlias)
 
 
 def _loaded(entry: EntryPoint, base: type[T]) -> type[T]:
@@ -60,7 +65,7 @@ def _loaded(entry: EntryPoint, base: type[T]) -> type[T]:
         kind = entry.load()
     except Exception as error:  # somebody else's code may raise anything while it is imported
         raise _broken(entry, f"cannot be imported: {error}") from error
-    if not (inspect.isclass(kind) and issubclass(kind, base)):
+    if not (_is_class(kind) and issubclass(kind, base)):
         raise _broken(entry, f"is no {base.__name__}")
     if not isinstance(kind.__dict__.get("name"), str):
         raise _broken(entry, "has no name")
