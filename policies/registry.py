@@ -10,7 +10,7 @@ from dataclasses import field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from types import GenericAlias, MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from kvtune.common.errors import KvtuneError, nearest
 
@@ -55,7 +55,7 @@ def _in_folder(package: str, base: type[T]) -> Iterator[type[T]]:
                 yield kind
 
 
-def _is_class(thing: object) -> bool:
+def _is_class(thing: object) -> TypeGuard[type[Any]]:
     """Whether it can be asked for its bases; Python 3.10 calls ``list[int]`` a class too."""
     return inspect.isclass(thing) and not isinstance(thing, GenericAlias)
 
