@@ -50,10 +50,11 @@ from kvtune.runtime.cache.host_pool import HostPool
 from kvtune.runtime.device import CudaBench
 from kvtune.runtime.graph import DecodeLoop, generate
 from kvtune.runtime.kernels.launch import Scratch
+from kvtune.simulator.cost import policy_cost
 from kvtune.simulator.latency.host import host_step
 from kvtune.simulator.latency.steps import decode_step
 from kvtune.simulator.memory.budget import memory_budget
-from kvtune.simulator.memory.policy_bytes import bytes_read_by_format, policy_cost
+from kvtune.simulator.memory.policy_bytes import bytes_read_by_format
 
 MODEL, LIMIT_BYTES = "llama-3.1-8b", 16 * 10**9
 CONTEXT, NEW_TOKENS = 130_048, 256

@@ -145,7 +145,7 @@ MUTATIONS = (
     Mutation(
         "solver",
         "cross terms are subtracted",
-        "tuner/allocate.py",
+        "tuner/exchange.py",
         "gain = gain + 2 * problem.shrinkage * np.einsum",
         "gain = gain - 2 * problem.shrinkage * np.einsum",
         SOLVER,
@@ -153,8 +153,8 @@ MUTATIONS = (
     Mutation(
         "solver",
         "pairs are never traded",
-        "tuner/allocate.py",
-        "    if together[best] >= -_TOLERANCE:\n        return []",
+        "tuner/exchange.py",
+        "    if together[best] >= -TOLERANCE:\n        return []",
         "    if together[best] >= -np.inf:\n        return []",
         SOLVER,
     ),

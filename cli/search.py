@@ -192,7 +192,7 @@ def command(
         sequences=sequences,
         sampler=sampler,
         storage=storage,
-        starts=[read_policy_path(path) for path in start or ()],
+        start=[read_policy_path(path) for path in start or ()],
         moved_bytes=moved_bytes,
         heads=heads,
         texts=text or (),

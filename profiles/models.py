@@ -40,7 +40,7 @@ _OPTIONAL = (
     "norms_per_layer", "sinks", "other_parameters", "cache", "counted",
 )  # fmt: skip
 _SUFFIX = re.compile(  # what a repository's name says beside the shape: tuning, weights' format
-    r"-(instruct|it|chat|hf|base|pt|gguf|bf16|fp8|nvfp4|mxfp4|awq|gptq|qat|int4|int8|q\d(-\w){0,2})$"
+    r"-(instruct|thinking|it|chat|hf|base|pt|gguf|bf16|fp8|nvfp4|mxfp4|awq|gptq|qat|int4|int8|q\d(-\w){0,2})$"
 )
 
 

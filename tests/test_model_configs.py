@@ -35,6 +35,9 @@ PUBLISHED = {
     "kimi-k2.5": (1026, 32), "deepseek-v3.2": (671, 37), "glm-5": (744, 40), "glm-5.1": (744, 40),
     "deepseek-v4-flash": (284.33, 13),  # llama.cpp issue 27680 prints 284.33 B
     "deepseek-v4-pro": (1573, 49), "glm-5.2": (743, 40), "glm-4.5-air": (106, 12),
+    "glm-4.7": (355, 32), "glm-4.7-flash": (30, 3), "granite-4.0-h-small": (32, 9),
+    "kimi-linear-48b-a3b": (48, 3), "ministral-3-8b": (8.4, None), "qwen3-next-80b-a3b": (80, 3),
+    "gemma-3n-e4b": (6.87, None),  # 7.85 B with its towers for images and sound
 }  # fmt: skip
 
 # Bytes a token in 16 bits, by hand: layers that attend x (keys + values) x 2.

@@ -263,6 +263,7 @@ def planned(
     gpu: str | None = "h100",
     dtype: str = "bfloat16",
     largest: Bounds | None = None,
+    context_tokens: int = 11,
 ) -> tuple[Any, list[list[int]], list[Any]]:
     """``time_plan``, the prompts it made and its searches, on a card that is said to be there."""
     seen: list[Tensor] = []
@@ -291,7 +292,8 @@ def planned(
     policy = Policy.uniform(PLAN.heads[0][0], 30, 3, name="plan")
     texts = [sample(1, 2, 3, 4, 5), sample(6, 7, 8, 9)]
     times = time_plan(
-        policy, loaded, find_model("smollm2-135m"), texts, batch=3, context_tokens=11,
+        policy, loaded, find_model("smollm2-135m"), texts, batch=3,
+        context_tokens=context_tokens,
         largest=largest, bench_of=lambda _: MadeUpBench([]),
     )  # fmt: skip
     return times, seen[0].tolist(), searches
@@ -309,7 +311,7 @@ def test_prompts_are_the_samples_begun_at_another_each_time(
 def test_a_known_card_is_predicted_in_its_tier(
     network: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    times, _, _ = planned(network, monkeypatch)
+    times, _, _ = planned(network, monkeypatch, context_tokens=300)
     assert (times.gpu, times.most) == (find_gpu("h100").slug, None)
     plan, full = times.plan, times.full_cache
     assert plan.step.low <= plan.step.value <= full.step.value
@@ -336,7 +338,7 @@ def test_the_largest_batches_are_looked_for_from_their_predictions(
     network: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bounds = Bounds(tries=3)
-    times, rows, searches = planned(network, monkeypatch, largest=bounds)
+    times, rows, searches = planned(network, monkeypatch, largest=bounds, context_tokens=300)
     predicted = times.most.predicted
     assert searches == [
         ("plan", rows[:1], int(predicted["plan"].batch.value), bounds),

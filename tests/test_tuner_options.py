@@ -23,7 +23,7 @@ def test_every_method_is_offered_but_references_and_floors() -> None:
     floors_and_references = {"full", "random", "future_attention", "probe_greedy"}
     linked = {"minicache"}  # heads are searched one by one
     slow = {"retrieval_attention"}
-    rules = {"protected"}  # whose span only a user can name
+    rules = {"protected", "mustdrop"}  # whose span only a user can name
     everyone = {*methods()} - floors_and_references - linked - slow - rules
     readers = {name for name in everyone if methods()[name]().reader(1) is not None}
     assert {"quest", "token_select", "infllm"} < readers

@@ -206,7 +206,7 @@ def own(
     shape, gpu = shape_from_config(saved_model), find_gpu("4090")
     sizes = {"context_tokens": 80, "weights": "bf16"}
     used = memory_budget(shape, gpu, 10**10, **sizes)  # type: ignore[arg-type]
-    limit = 10**10 - used.cache_bytes + shape.kv_bytes(180)  # one takes three pages of 64
+    limit = 10**10 - used.cache_bytes + shape.kv_bytes(90)  # one takes six pages of 16
     return SearchRequest(
         str(saved_model), shape, gpu, limit, tmp_path / "run", **sizes,  # type: ignore[arg-type]
         generated_tokens=4, largest_kl=0.5, trials=10, device="cpu",

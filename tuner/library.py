@@ -70,7 +70,7 @@ class SearchOptions(TypedDict, total=False):
         sequences: that must fit at once, at least; left out, one.
         sampler: ``"tpe"``, ``"nsga2"`` or ``"random"``; left out, by the number of trials.
         storage: URL of a database through which other workers share the trials.
-        starts: policy files of published patterns or former searches to begin with.
+        start: policy files of published patterns or former searches to begin with.
         heads: a file of head scores (``kvtune heads``); plans that follow them are run beside
             others, where the model's weights are at hand.
         moved_bytes: that a decode step may bring over from the host of each sequence's prompt; with
@@ -96,7 +96,7 @@ class SearchOptions(TypedDict, total=False):
     sequences: int | None
     sampler: Sampler | None
     storage: str | None
-    starts: Iterable[Path | str]
+    start: Iterable[Path | str]
     moved_bytes: Amount | None
     heads: Path | str | None
     texts: Iterable[Path | str]
@@ -183,7 +183,7 @@ def search_request(
         limits=_limits(options),
         sampler=options.get("sampler"),
         storage=options.get("storage"),
-        starts=tuple(map(Path, options.get("starts", ()))),
+        starts=tuple(map(Path, options.get("start", ()))),
         moved_bytes=None if moved is None else parse_bytes(moved),
         heads=None if heads is None else Path(heads),
         texts=read_texts(options.get("texts", ())),

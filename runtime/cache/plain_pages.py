@@ -79,7 +79,8 @@ def _merged(
 def _by_layout(layer: Paged) -> list[_Pages]:
     """All pages that hold tokens, those of one layout together."""
     codes = layer.tiles[:, 1]
-    found = [_pages_of(layer, codes == code, code) for code in codes.unique().tolist()]
+    known = codes[codes >= 0].unique().tolist()  # tiles of an empty seat have no layout
+    found = [_pages_of(layer, codes == code, code) for code in known]
     return [pages for pages in found if len(pages.rows)]
 
 
