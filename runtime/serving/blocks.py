@@ -21,6 +21,7 @@ AHEAD_TOKENS = 16
 """Pages are given to generated tokens so many at a time, for all heads at once."""
 
 _TYPICAL_PROMPT_TOKENS = 2048
+_COUNTS_KEPT = 2**14
 _BLOCK_CELLS = 384, 4096  # at least, at most: smaller ones are more than engines list quickly
 
 
@@ -54,6 +55,7 @@ class PlannedBlocks:
     policy: Policy
     head_dim: int
     _known: dict[int, SequencePages] = field(default_factory=dict, repr=False, compare=False)
+    _counted: dict[tuple[int, int], int] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def cell_bytes(self) -> int:
@@ -95,20 +97,24 @@ class PlannedBlocks:
             prompt_tokens: of its prompt, which was read in one piece.
             tokens: of all of it, prompt included.
         """
-        return self._blocks(prompt_tokens, tokens, self.block_cells)
+        # The first is part of it: else whoever is admitted is preempted at once.
+        asked = prompt_tokens, with_room_ahead(max(tokens - prompt_tokens, 1))
+        if asked not in self._counted:  # a scheduler asks for every request at every step
+            if len(self._counted) >= _COUNTS_KEPT:
+                self._counted.clear()
+            self._counted[asked] = self._blocks(*asked, self.block_cells)
+        return self._counted[asked]
 
-    def _blocks(self, prompt_tokens: int, tokens: int, block_cells: int) -> int:
+    def _blocks(self, prompt_tokens: int, new: int, block_cells: int) -> int:
         sequence = self.sequence(prompt_tokens)
         pages = Counter(sequence.fixed)
-        # The first is part of it: else whoever is admitted is preempted at once.
-        new = with_room_ahead(max(tokens - prompt_tokens, 1))
         pages[PageLayout(self.head_dim).page_cells] += sequence.growing(new)
         return sum(-(-count // (block_cells // size)) for size, count in pages.items())
 
     def _taken(self, block_cells: int) -> int:
         """Cells that a typical sequence takes in blocks of this size."""
         prompt = _TYPICAL_PROMPT_TOKENS
-        return block_cells * self._blocks(prompt, prompt + 1, block_cells)
+        return block_cells * self._blocks(prompt, AHEAD_TOKENS, block_cells)
 
     def _sequence(self, prompt_tokens: int) -> SequencePages:
         fixed: Counter[int] = Counter()
