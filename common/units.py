@@ -21,7 +21,7 @@ _BYTE_UNITS = {
     "b": 1, "kb": KB, "mb": MB, "gb": GB, "tb": 10**12,
     "kib": KIB, "mib": MIB, "gib": GIB, "tib": 2**40,
 }  # fmt: skip
-_QUANTITY = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", re.ASCII)
+_QUANTITY = re.compile(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*)", re.ASCII)
 
 
 def parse_bytes(amount: Amount) -> int:
@@ -48,7 +48,8 @@ def parse_tokens(amount: Amount) -> int:
 
 def _quantity(text: str, units: Mapping[str, int], most: int, wrong: str, hint: str) -> int:
     """A whole number from 1 to ``most``; a fraction of a unit is cut to whole ones."""
-    match = _QUANTITY.fullmatch(text)
+    short = text.strip()
+    match = _QUANTITY.fullmatch(short) if len(short) <= 2 * _LONGEST else None
     if match is None or match[2].lower() not in units or len(match[1]) > _LONGEST:
         raise KvtuneError(f"{_shown(text)} {wrong}", hint=hint)
     number = int(Decimal(match[1]) * units[match[2].lower()])

@@ -103,7 +103,10 @@ def test_no_number_of_tokens(text: str) -> None:
         parse_tokens(text)
 
 
-@pytest.mark.parametrize("text", ["inf", ".1B", "0GB", "9" * 400 + "GB", "9999999999999GB", "16"])
+@pytest.mark.parametrize(
+    "text",
+    ["inf", ".1B", "0GB", "9" * 400 + "GB", "9999999999999GB", "16", "1" + " " * 30_000 + "!"],
+)
 def test_no_amount_of_memory(text: str) -> None:
     with pytest.raises(KvtuneError, match="is no amount of memory"):
         parse_bytes(text)
