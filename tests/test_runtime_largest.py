@@ -41,7 +41,7 @@ pytestmark = [
 ]
 
 PLAN = Policy.uniform(Option(H2O(), Budget(share=0.5), Int4(), Int4()), 3, 2, name="plan")
-SMALL = 200_000  # bytes: a few of the tiny model's caches
+SMALL = 120_000  # bytes: a few of the tiny model's caches
 
 
 class Memory:

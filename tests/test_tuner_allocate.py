@@ -20,7 +20,7 @@ from kvtune.tuner.exchange import exchange
 Make = Callable[..., Tables]
 SEEDS = st.integers(0, 10_000)
 SHARES = st.floats(0, 1)
-quick = settings(deadline=None, derandomize=True, max_examples=40)
+quick = settings(deadline=None, derandomize=True, max_examples=25)
 
 
 def random_problem(
