@@ -28,13 +28,12 @@ import random
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from vllm_plugin import LONGEST, SHARE, document, one_followed
+from vllm_plugin import LONGEST, SHARE, answer, document, one_followed
 
 from kvtune.common.files import write_json
 from kvtune.policies.policy_file.document import write_policy
@@ -136,23 +135,8 @@ def draw_weights(folder: Path) -> None:
 
 
 def child(arguments: argparse.Namespace) -> None:
-    """One process; every answer is written down as soon as it is known."""
-    path = arguments.out.with_suffix(f".{arguments.child}.json")
-    found: dict[str, Any] = {}
-    for name, part in steps_of(arguments).items():
-        print(f"  {arguments.child}: {name}", file=sys.stderr, flush=True)
-        begun = time.monotonic()
-        try:
-            found[name] = part()
-        except Exception as fault:
-            traceback.print_exc()
-            found[name] = {"fault": repr(fault)}
-            if name == "start":
-                write_json(path, found)
-                return
-        found[f"{name}_seconds"] = round(time.monotonic() - begun, 1)
-        write_json(path, found)
-        print(f"  {arguments.child}: {name} {found[name]}"[:600], file=sys.stderr, flush=True)
+    """One process; without an engine nothing else is tried."""
+    answer(arguments.child, arguments.out, steps_of(arguments), needed=["start"])
 
 
 def steps_of(arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,18 +132,28 @@ def document(model: str) -> PolicyDocument:
 
 def child(arguments: argparse.Namespace) -> None:
     """One process; every part's answer is written down as soon as it is known."""
-    path = arguments.out.with_suffix(f".{arguments.child}.json")
+    answer(arguments.child, arguments.out, parts(arguments))
+
+
+def answer(
+    child: str, out: Path, parts: dict[str, Callable[[], Any]], needed: Sequence[str] = ()
+) -> None:
+    """Run a child's parts in order beside ``out``; a fault is noted, and ends all where needed."""
+    path = out.with_suffix(f".{child}.json")
     found: dict[str, Any] = {}
-    for name, part in parts(arguments).items():
-        print(f"  {arguments.child}: {name}", file=sys.stderr, flush=True)
-        begun = time.monotonic()
+    for name, part in parts.items():
+        print(f"  {child}: {name}", file=sys.stderr, flush=True)
+        begun, failed = time.monotonic(), False
         try:
             found[name] = part()
         except Exception as fault:
             traceback.print_exc()
-            found[name] = {"fault": repr(fault)}
+            found[name], failed = {"fault": repr(fault)}, True
         found[f"{name}_seconds"] = round(time.monotonic() - begun, 1)
         write_json(path, found)
+        print(f"  {child}: {name} {found[name]}"[:600], file=sys.stderr, flush=True)
+        if failed and name in needed:
+            return
 
 
 def parts(arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
