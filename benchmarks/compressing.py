@@ -78,7 +78,7 @@ class Words:
     """Stands in for a tokenizer: KVzip repeats a prompt behind a few words."""
 
     def __call__(self, text: str, **options: Any) -> Any:
-        """A token a word."""
+        """Return one token id for each word of the text."""
         return SimpleNamespace(input_ids=[1 + len(word) for word in text.split()])
 
 

@@ -42,7 +42,7 @@ def worker(url: str, name: str, sleep_s: float) -> None:
 
 
 def run(url: str, name: str, arguments: argparse.Namespace, kill: int) -> dict[str, Any]:
-    """The study with so many workers, some of which are killed on the way."""
+    """Run one study with ``arguments.workers`` workers, ``kill`` of which are killed meanwhile."""
     storage = open_storage(url, PATIENCE)
     study = create(storage, name, arguments.trials, ["minimize"])
     spawn = multiprocessing.get_context("spawn")

@@ -72,7 +72,7 @@ def plain(name: str) -> Callable[[Mixed, Sequence[str]], Array]:
 
 
 def parts(probes: str, times: float) -> Callable[[Mixed, Sequence[str]], Array]:
-    """What is evicted counts so many times what is stored in fewer bits; no terms between both."""
+    """Add eviction's loss, weighted by ``times``, to quantisation's, without cross terms."""
 
     def way(mixed: Mixed, kinds: Sequence[str]) -> Array:
         evicting = mixed.of(f"{probes}, evicting", kinds)

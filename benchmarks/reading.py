@@ -250,7 +250,7 @@ class Bench:
 
 
 def most_of(name: str, score: Floats, method: Method, rest: int) -> Callable[[int], Policy]:
-    """As many heads of highest score in full as asked, all others with so many tokens."""
+    """Return plans that keep ``count`` best-scored heads whole, and ``rest`` tokens of others."""
     return lambda count: two_kinds(name, most(score, count / score.size), method, rest)
 
 

@@ -250,7 +250,7 @@ class Engine:
         }  # fmt: skip
 
     def add(self, number: int, lengths: tuple[int, int]) -> str:
-        """Ask for an answer of exactly so many tokens."""
+        """Send a request with ``lengths`` prompt and answer tokens; returns its id."""
         from vllm import SamplingParams
 
         name = f"r{number}-{self.draw.random()}"

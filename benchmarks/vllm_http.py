@@ -122,7 +122,7 @@ class Server:
         return found
 
     def stream(self, stop_after: int | None = None, **body: Any) -> list[str]:
-        """Pieces of text; the connection is closed after so many of them."""
+        """Return streamed pieces of text; close the connection after ``stop_after`` of them."""
         asked = {"model": "tiny", "prompt": TEXT, "max_tokens": TOKENS, "ignore_eos": True,
                  "stream": True, **body}  # fmt: skip
         pieces = []

@@ -165,7 +165,7 @@ class _Reader:
         return value
 
     def place(self, where: tuple[str, ...]) -> str:
-        """File and key."""
+        """Name the file and the key of an entry, as error messages do."""
         return f"{self.path}: {'.'.join(filter(None, (self.section, *where)))}"
 
     def refuse(self, where: tuple[str, ...], message: str, known: list[str]) -> None:
