@@ -13,7 +13,7 @@ from kvtune.policies.testing import decode as suite
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 VARIANTS = [
-    pytest.param(method, id=f"{name}{number}", marks=[pytest.mark.full] if number else [])
+    pytest.param(method, id=f"{name}{number}")
     for name, kind in suite.decode_methods().items()
     for number, method in enumerate(dict.fromkeys(variants(kind)))
 ]
@@ -31,11 +31,20 @@ cases = st.builds(
 
 @pytest.mark.parametrize("check", suite.DECODE_CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", suite.decode_methods())
+def test_method_at_a_usual_prompt(name: str, check: suite.DecodeCheck) -> None:
+    """One that is longer than its budget, with several query heads on a KV head."""
+    check(suite.decode_methods()[name](), Case(33, 6, kv_heads=3, group=3))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("check", suite.DECODE_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", suite.decode_methods())
 def test_method_at_the_corners(name: str, check: suite.DecodeCheck) -> None:
     for case in suite.DECODE_CASES:
         check(suite.decode_methods()[name](), case)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("check", suite.DECODE_CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("method", VARIANTS)
 def test_variant(method: DecodeMethod, check: suite.DecodeCheck) -> None:
@@ -43,6 +52,7 @@ def test_variant(method: DecodeMethod, check: suite.DecodeCheck) -> None:
         check(method, case)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("check", suite.DECODE_CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", suite.decode_methods())
 @settings(max_examples=4, deadline=None, derandomize=True)

@@ -96,7 +96,9 @@ def test_plans_with_one_option_serve_as_many_as_time_allows(
     assert [each.sequences for each in kept] == [min(each.sequences, 5) for each in free]
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "sampler", [SAMPLERS[0], *(pytest.param(each, marks=pytest.mark.full) for each in SAMPLERS[1:])]
+)
 def test_any_sampler_resumes_as_if_uninterrupted(
     make_tables: Callable[..., Tables], tmp_path: Path, sampler: str
 ) -> None:

@@ -61,6 +61,30 @@ cases = st.builds(
 )
 
 
+def one_case_each() -> list[Any]:
+    """A corner for every method and check: the corners go round, so that each check sees all."""
+    corners = suite.METHOD_CASES
+    return [
+        pytest.param(name, check, corners[(row + 4 * column) % len(corners)], id=f"{name}-{number}")
+        for row, name in enumerate(methods())
+        for column, check in enumerate(suite.METHOD_CHECKS)
+        for number in [name_of(check)]
+    ]
+
+
+@pytest.mark.parametrize(("name", "check", "case"), one_case_each())
+def test_method_at_a_corner(name: str, check: suite.MethodCheck, case: suite.Case) -> None:
+    check(methods()[name](), case)
+
+
+@pytest.mark.parametrize("name", methods())
+def test_method_at_a_usual_prompt(name: str) -> None:
+    """Every check at once, at a prompt that is longer than its budget."""
+    for check in suite.METHOD_CHECKS:
+        check(methods()[name](), suite.METHOD_CASES[-1])
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("check", suite.METHOD_CHECKS, ids=name_of)
 @pytest.mark.parametrize("method", every_variant(methods()))
 def test_method_at_the_corners(method: Method, check: suite.MethodCheck) -> None:
@@ -68,6 +92,7 @@ def test_method_at_the_corners(method: Method, check: suite.MethodCheck) -> None
         check(method, case)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("check", suite.METHOD_CHECKS, ids=name_of)
 @pytest.mark.parametrize("name", methods())
 @settings(max_examples=10, deadline=None, derandomize=True)
@@ -113,15 +138,21 @@ def test_names_are_not_shared_between_registries() -> None:
     assert len(set(names)) == len(names)
 
 
-def test_choices_are_the_golden_ones() -> None:
-    golden, found = json.loads(GOLDEN.read_text()), suite.golden()
+@pytest.fixture(scope="module")
+def chosen() -> dict[str, Any]:
+    """What every method and format chooses here and now."""
+    return suite.golden()
+
+
+def test_choices_are_the_golden_ones(chosen: dict[str, Any]) -> None:
+    golden, found = json.loads(GOLDEN.read_text()), chosen
     for name, choices in golden["kept"].items():
         assert found["kept"][name] == choices, f"if this is meant, remake it: {golden['remake']}"
     for name, sizes in golden["bytes_of_100_tokens_of_64"].items():
         assert found["bytes_of_100_tokens_of_64"][name] == sizes
 
 
-def test_choices_are_the_same_in_another_process() -> None:
+def test_choices_are_the_same_in_another_process(chosen: dict[str, Any]) -> None:
     printed = subprocess.run(
         [sys.executable, "-m", "kvtune.policies.testing"],
         env={**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"},
@@ -129,7 +160,7 @@ def test_choices_are_the_same_in_another_process() -> None:
         check=True,
         text=True,
     ).stdout
-    assert json.loads(printed) == suite.golden()
+    assert json.loads(printed) == chosen
 
 
 def test_reading_a_policy_and_counting_its_bytes_imports_no_torch() -> None:

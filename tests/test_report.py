@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,9 +24,20 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory with its report."""
-    run = write_study(tmp_path_factory.mktemp("runs") / "run", live=True)
+    run = write_study(tmp_path_factory.mktemp("runs") / "run", live=True, live_kinds=True)
     write_report(StudyReader(run).read(), run / "report")
     return run
+
+
+@pytest.fixture
+def outlines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty pictures in the place of drawn ones, for tests of the page around them."""
+
+    def rendered(draw: Any, width: float, height: float, kinds: Any = ("svg", "png")) -> Any:
+        svg = f'<svg width="{width}pt" height="{height}pt"></svg>'.encode()
+        return {"svg": svg, "png": b"\x89PNG"}
+
+    monkeypatch.setattr("kvtune.tui.report.charts.rendered", rendered)
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +102,10 @@ def test_the_verdict_and_its_picture_come_first(html: str) -> None:
     assert "The plan is not better than greedy per head" in first
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> str:
+@pytest.fixture
+def running(tmp_path: Path, outlines: None) -> str:
     """The page of a study that goes on, whose stand-in has a name with markup in it."""
-    folder = tmp_path_factory.mktemp("running")
-    run = write_study(folder, 6, finished=False, stand_in="<script>alert(1)</script>")
+    run = write_study(tmp_path, 6, finished=False, stand_in="<script>alert(1)</script>")
     (page, *_) = write_report(StudyReader(run).read(), run / "report")
     return page.read_text(encoding="utf-8")
 
@@ -126,11 +137,6 @@ def test_the_table_holds_every_plan(folder: Path) -> None:
             assert low <= value <= high
 
 
-def test_the_same_study_gives_the_same_page(folder: Path, html: str, tmp_path: Path) -> None:
-    write_report(StudyReader(folder).read(), tmp_path)
-    assert (tmp_path / "report.html").read_text(encoding="utf-8") == html
-
-
 def test_pictures_come_as_png_and_svg(folder: Path) -> None:
     for name in ("front-tokens", "memory", "heads-budget", "kinds"):
         assert (folder / "report" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
@@ -138,16 +144,16 @@ def test_pictures_come_as_png_and_svg(folder: Path) -> None:
 
 
 def test_losses_by_kind_are_drawn_as_measured_where_the_plan_ran_live(
-    folder: Path, html: str, tmp_path: Path
+    folder: Path, html: str, tmp_path: Path, outlines: None
 ) -> None:
-    """The fixture's result is an older search's, without them."""
-    assert "The same, measured" not in html
-    assert not (folder / "report" / "kinds-live.svg").exists()
-    run = write_study(tmp_path, 6, live=True, live_kinds=True)
-    (page, *_) = write_report(StudyReader(run).read(), run / "report")
-    assert "The same, measured" in page.read_text(encoding="utf-8")
-    drawn = (run / "report" / "kinds-live.svg").read_text(encoding="utf-8")
-    predicted = (run / "report" / "kinds.svg").read_text(encoding="utf-8")
+    """The second study is an older search's, without them."""
+    older = write_study(tmp_path, 6, live=True)
+    (page, *_) = write_report(StudyReader(older).read(), older / "report")
+    assert "The same, measured" not in page.read_text(encoding="utf-8")
+    assert not (older / "report" / "kinds-live.svg").exists()
+    assert "The same, measured" in html
+    drawn = (folder / "report" / "kinds-live.svg").read_text(encoding="utf-8")
+    predicted = (folder / "report" / "kinds.svg").read_text(encoding="utf-8")
     assert "uniform h2o int3+4" in drawn
     assert "greedy per head" not in drawn  # it did not run
     assert "greedy per head" in predicted
@@ -168,15 +174,17 @@ def test_what_cannot_be_reported_is_said(
     assert captured.out == ""
 
 
-def test_json_lists_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = write_study(tmp_path / "run", 5)
-    assert main(["report", str(run), "--out", str(tmp_path / "out"), "--json", "--quiet"]) == 0
+def test_json_lists_the_files_and_the_same_study_gives_the_same_page(
+    folder: Path, html: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(folder), "--out", str(tmp_path / "out"), "--json", "--quiet"]) == 0
     captured = capsys.readouterr()
     answer = json.loads(captured.out)
     assert captured.err == ""
     assert answer["state"] == "finished"
     assert {Path(file).name for file in answer["files"]} >= {"report.html", "plans.csv"}
     assert all(Path(file).is_file() for file in answer["files"])
+    assert (tmp_path / "out" / "report.html").read_text(encoding="utf-8") == html
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
@@ -194,14 +202,12 @@ def test_chromium_opens_it_without_a_word(folder: Path, tmp_path: Path) -> None:
     assert picture.stat().st_size > 20_000
 
 
-def test_points_of_the_front_say_what_they_are(tmp_path: Path) -> None:
+def test_points_of_the_front_say_what_they_are(folder: Path, html: str) -> None:
     from kvtune.tui.report.hover import with_titles
     from kvtune.tuner.explore.view import View
     from kvtune.tuner.explore.what_if import Setting, figures_of
 
-    study = StudyReader(write_study(tmp_path / "run", 20)).read()
-    write_report(study, tmp_path / "out")
-    html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    study = StudyReader(folder).read()
     setting = Setting.asked(study.facts)
     front = View(study, figures_of(study, setting), setting).front
     found = re.findall(r"<use [^>]*><title>trial (\d+)", html)

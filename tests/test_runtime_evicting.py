@@ -37,7 +37,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:kvtune's kernels need"),
 ]
 
-PROMPT, TOKENS, BUDGET = 70, 40, 30
+PROMPT, TOKENS, BUDGET = 40, 20, 20
 METHODS: list[DecodeMethod] = [
     LazyEviction(window=7, threshold=0.02) if kind is LazyEviction else kind()
     for kind in decode_methods().values()
@@ -75,7 +75,14 @@ def step(network: Any, cache: PolicyCache, tokens: Tensor, at: Tensor) -> Tensor
     return logits
 
 
-@pytest.mark.parametrize("method", [*METHODS, KEPT_PROMPT], ids=name_of)
+IN_DEFAULT_TIER = (H2O, Tova)
+EACH = [
+    pytest.param(one, marks=[] if isinstance(one, IN_DEFAULT_TIER) else [pytest.mark.full])
+    for one in [*METHODS, KEPT_PROMPT]
+]
+
+
+@pytest.mark.parametrize("method", EACH, ids=name_of)
 def test_pages_hold_and_answer_what_slots_do(
     network: Any, tokenizer: Any, method: DecodeMethod
 ) -> None:

@@ -224,7 +224,9 @@ def test_a_filled_batch_says_what_prompts_read_together_do(network: Any) -> None
     assert kept[0] == kept[1]
 
 
-@pytest.mark.parametrize("guess", [None, 2, 40])
+@pytest.mark.parametrize(
+    "guess", [2, *(pytest.param(each, marks=pytest.mark.full) for each in (None, 40))]
+)
 def test_the_largest_batch_is_what_the_devices_memory_holds(
     network: Any, device: Callable[[int], Memory], guess: int | None
 ) -> None:

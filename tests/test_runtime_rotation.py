@@ -158,7 +158,7 @@ def told(network: Any, ids: Tensor, cache: Any) -> Tensor:
     return torch.cat([step.logits for step in steps], 1)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
+@pytest.mark.parametrize("family", ["Llama", pytest.param("Gemma3Text", marks=pytest.mark.full)])
 @torch.no_grad()
 def test_a_model_decodes_as_ever_with_a_launch_less(
     family: str,

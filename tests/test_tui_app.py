@@ -522,8 +522,17 @@ SCREENS: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("size", [(120, 40), (80, 24)], ids=["wide", "narrow"])
-@pytest.mark.parametrize("keys", SCREENS.values(), ids=SCREENS)
+SIZES = {"wide": (120, 40), "narrow": (80, 24)}
+QUICK = {"main-wide", "what-if-narrow", "compare-narrow"}
+EACH_SCREEN = [
+    pytest.param(keys, size, id=f"{name}-{width}",
+                 marks=[] if f"{name}-{width}" in QUICK else [pytest.mark.full])
+    for name, keys in SCREENS.items()
+    for width, size in SIZES.items()
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("keys", "size"), EACH_SCREEN)
 def test_the_screens_are_the_golden_ones(
     study: Study, keys: list[str], size: tuple[int, int], snap_compare: Any
 ) -> None:

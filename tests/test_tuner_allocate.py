@@ -20,7 +20,7 @@ from kvtune.tuner.exchange import exchange
 Make = Callable[..., Tables]
 SEEDS = st.integers(0, 10_000)
 SHARES = st.floats(0, 1)
-quick = settings(deadline=None, derandomize=True, max_examples=25)
+quick = settings(deadline=None, derandomize=True, max_examples=10)
 
 
 def random_problem(
@@ -278,7 +278,7 @@ def test_heads_alone_do_no_worse_than_layers_where_losses_add_up(make_tables: Ma
         assert problem.value(solve(problem, budget)) < problem.value(layers)
 
 
-@settings(quick, max_examples=10)
+@settings(quick, max_examples=6)
 @given(seed=SEEDS, held=st.floats(0.2, 1), read=st.floats(0.05, 1))
 def test_both_budgets_are_kept_to(seed: int, held: float, read: float) -> None:
     """Options that hold much may read little, as those of a reader do."""
