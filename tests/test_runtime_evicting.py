@@ -222,7 +222,7 @@ def test_the_decode_loop_evicts_as_transformers_own_does(network: Any) -> None:
 
 
 def test_what_pages_cannot_evict_is_refused(network: Any) -> None:
-    with pytest.raises(KvtuneError, match="h2o 30 int4/bf16' would evict"):
+    with pytest.raises(KvtuneError, match=f"h2o {BUDGET} int4/bf16' would evict"):
         load_cache(uniform(H2O(), keys=Int4()), network, evicts=True)
     turning = uniform(StreamingLLM(positions="reindexed"))
     with pytest.raises(KvtuneError, match="turns keys"):
