@@ -18,6 +18,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kvtune.common.estimate import Estimate
 from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.method import Method, find_method
 from kvtune.policies.option import Budget, Option
@@ -35,7 +37,7 @@ from kvtune.profiles.models import find_model
 from kvtune.profiles.shape import ModelShape
 from kvtune.runtime import load_cache
 from kvtune.runtime.graph import read_prompts
-from kvtune.simulator.latency.compression import compression
+from kvtune.simulator.latency.compression import RATES, Rates, compression
 from kvtune.simulator.latency.steps import prefill
 
 METHODS = (
@@ -114,20 +116,34 @@ def reading_s(policy: Policy, model: Any, prompts: Tensor, device: str) -> float
     return min(taken[1:])
 
 
+@cache
+def policy_of(case: Case, method: Method) -> Policy:
+    """A fifth of each prompt kept by this method, in four bits."""
+    option = Option(method, Budget(share=0.2), Int4(), Int4())
+    return Policy.uniform(option, case.shape.layers, case.shape.kv_heads)
+
+
+@cache
+def predicted_reading(case: Case) -> Estimate:
+    """Seconds that reading the prompts uncompressed is predicted to take."""
+    gpu = find_gpu("h200")
+    return prefill(case.shape, gpu, "bf16", case.prompt_tokens, case.batch, "runtime")
+
+
+def predicted_ms(case: Case, method: Method, rates: Rates = RATES) -> list[float]:
+    """What compressing one prompt is predicted to take: the figure, its low and its high end."""
+    said = compression(
+        policy_of(case, method), case.shape, find_gpu("h200"), case.prompt_tokens,
+        predicted_reading(case), case.batch, rates,
+    )  # fmt: skip
+    return [1e3 * end / case.batch for end in (said.value, said.low, said.high)]
+
+
 def compared(case: Case, model: Any, method: Method, full_s: float, device: str) -> dict[str, Any]:
     """Measured and predicted, ms a prompt."""
-    option = Option(method, Budget(share=0.2), Int4(), Int4())
-    policy = Policy.uniform(option, case.shape.layers, case.shape.kv_heads)
     prompts = torch.randint(1, 1000, (case.batch, case.prompt_tokens), device=device)
-    taken = reading_s(policy, model, prompts, device) - full_s
-    gpu = find_gpu("h200")
-    read = prefill(case.shape, gpu, "bf16", case.prompt_tokens, case.batch, "runtime")
-    said = compression(policy, case.shape, gpu, case.prompt_tokens, read, case.batch)
-    each = 1e3 / case.batch
-    return {
-        "measured": each * taken,
-        "predicted": [each * x for x in (said.value, said.low, said.high)],
-    }
+    taken = reading_s(policy_of(case, method), model, prompts, device) - full_s
+    return {"measured": 1e3 * taken / case.batch, "predicted": predicted_ms(case, method)}
 
 
 def main() -> None:

@@ -110,11 +110,12 @@ def main() -> None:
     if gpu is None:
         raise SystemExit("this GPU has no profile, so that nothing is predicted")
     rows: list[dict[str, Any]] = []
+    deadline = time.monotonic() + asked.seconds
     with torch.no_grad():
         for name in dict.fromkeys(case.model for case in cases):
             model = random_model(shape_of(name), max(c.prompt_tokens for c in cases), asked.tiny)
             for case in cases:
-                if case.model == name:
+                if case.model == name and time.monotonic() < deadline:
                     rows.append(measured(case, model, gpu, bench, asked.tiny))
                     _write(asked.out, gpu, rows, idle, asked.tiny)
             del model
@@ -369,6 +370,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
+    parser.add_argument("--seconds", type=float, default=600, help="no case begins after them")
     return parser.parse_args()
 
 

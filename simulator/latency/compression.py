@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 
@@ -23,14 +24,29 @@ from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency.overheads import policy_overhead
 
-_BANDWIDTH_SHARE, _COMPUTE_SHARE = 0.5, 0.3  # that kernels which nobody tuned get of a card
-_SOFTMAX_SHARE = 0.13
-"""Of a card's bf16 rate, by products that go through an exponential one by one. Fitted on two
-prefills that were timed on an H200, of plans that are not kept: 82 ms a prompt of an 8B shape, half
-of whose layers needed column sums, and 20 ms of SmolLM2-135M, all of whose layers did, as far as
-what was predicted of the same plans tells."""
-_LAUNCH_S = 8e-6
-"""That the host takes to have torch start one kernel."""
+
+@dataclass(frozen=True)
+class Rates:
+    """What kernels that nobody tuned get of a card, and what the host takes to start them.
+
+    Args:
+        bandwidth: share of the card's memory bandwidth.
+        compute: share of its bf16 rate, by products.
+        softmax: share of its bf16 rate, by products that go through an exponential one by one.
+        launch_s: that the host takes to have torch start one kernel.
+    """
+
+    bandwidth: float
+    compute: float
+    softmax: float
+    launch_s: float
+
+
+RATES = Rates(bandwidth=0.5, compute=0.3, softmax=0.13, launch_s=8e-6)
+"""The share of products with exponentials was fitted on two prefills that were timed on an H200: 82
+ms a prompt of an 8B shape, half of whose layers needed column sums, and 20 ms of SmolLM2-135M, all
+of whose layers did; the other rates are assumed. ``benchmarks/compressing.py`` measures all methods;
+``benchmarks/compressing_fit.py`` fits the four rates on that and leaves out each method in turn."""
 _STORE_LAUNCHES = 15
 """Kernels of a layer that put what is kept into pages, for all prompts that were read together."""
 _ASKED_AT_ONCE = 32768
@@ -45,6 +61,7 @@ def compression(
     prompt_tokens: int,
     prefill: Estimate,
     batch: int = 1,
+    rates: Rates = RATES,
 ) -> Estimate:
     """Seconds beside the prefill until the caches of all prompts are compressed.
 
@@ -55,6 +72,7 @@ def compression(
         prompt_tokens: P of each.
         prefill: of all prompts; methods that read them again pay it again.
         batch: prompts.
+        rates: of kernels and the host.
     """
     layer = LayerShape(prompt_tokens, shape.query_heads, shape.kv_heads, shape.head_dim)
     alike = Counter(frozenset(options) for options in policy.heads)
@@ -62,7 +80,7 @@ def compression(
     asked = policy.allocator.needs
     works = [(_work(in_order[kinds], layer, asked), count) for kinds, count in alike.items()]
     together = 1 if policy.waits else min(batch, max(1, _ASKED_AT_ONCE // prompt_tokens))
-    chosen = sum(count * _seconds(work, gpu, batch, together) for work, count in works)
+    chosen = sum(count * _seconds(work, gpu, batch, together, rates) for work, count in works)
     again = max((work.passes for work, _ in works), default=0.0)
     low, value, high, tier = _quantising(policy, shape, gpu, prompt_tokens)
     return Estimate(
@@ -93,14 +111,14 @@ def _work(options: Sequence[Option], layer: LayerShape, asked: Needs) -> Work:
     return total
 
 
-def _seconds(work: Work, gpu: GpuProfile, batch: int, together: int) -> float:
+def _seconds(work: Work, gpu: GpuProfile, batch: int, together: int, rates: Rates) -> float:
     """Of one layer of all prompts, of which so many are asked about together."""
     if not work.launches:
         return 0.0
-    read = work.moved_bytes / (_BANDWIDTH_SHARE * gpu.bandwidth_bytes_per_s)
-    products = max(read, work.flops / (_COMPUTE_SHARE * gpu.bf16_flop_per_s))
-    device = products + work.softmax_flops / (_SOFTMAX_SHARE * gpu.bf16_flop_per_s)
-    host = _LAUNCH_S * (work.launches + _STORE_LAUNCHES)
+    read = work.moved_bytes / (rates.bandwidth * gpu.bandwidth_bytes_per_s)
+    products = max(read, work.flops / (rates.compute * gpu.bf16_flop_per_s))
+    device = products + work.softmax_flops / (rates.softmax * gpu.bf16_flop_per_s)
+    host = rates.launch_s * (work.launches + _STORE_LAUNCHES)
     return max(batch * device, -(-batch // together) * host)
 
 

@@ -1,0 +1,116 @@
+"""Fits the rates of ``simulator/latency/compression.py`` on what compressing prompts took.
+
+    python -m kvtune.benchmarks.compressing_fit results/compressing-h200.json [--out FILE]
+
+The file is that of ``benchmarks/compressing.py``. The errors are relative, in logarithms, so that a
+method which takes a millisecond counts as one that takes a second. Each method is also left out of
+a fit in turn and predicted by it; that error is what the rates are worth for methods that nobody
+measured. Differences too small to be told from the noise of reading (1 % of it) are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from kvtune.benchmarks.compressing import METHODS, Case, cases, predicted_ms
+from kvtune.policies.method import find_method
+from kvtune.simulator.latency.compression import RATES, Rates
+
+NOISE = 0.01  # of what reading takes
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one method took for each prompt of a case, in milliseconds."""
+
+    case: Case
+    method: str
+    measured_ms: float
+
+    def error(self, rates: Rates) -> float:
+        """The logarithm of predicted over measured."""
+        predicted, *_ = predicted_ms(self.case, find_method(self.method)(), rates)
+        return float(np.log(predicted / self.measured_ms))
+
+
+def points(found: dict[str, Any]) -> list[Point]:
+    """What the file holds that can be told from noise."""
+    return [
+        Point(case, method, found[case.name][method]["measured"])
+        for case in cases(tiny=False)
+        if case.name in found
+        for method in METHODS
+        if _is_measured(found[case.name], method, case.batch)
+    ]
+
+
+def _is_measured(of_case: dict[str, Any], method: str, batch: int) -> bool:
+    row = of_case.get(method)
+    return isinstance(row, dict) and row["measured"] > NOISE * of_case["reading ms"] / batch
+
+
+def fitted(chosen: Sequence[Point]) -> Rates:
+    """The rates with the smallest errors, of which a few large ones do not decide."""
+
+    def errors(logs: np.ndarray) -> np.ndarray:
+        rates = Rates(*np.exp(logs).tolist())
+        return np.array([point.error(rates) for point in chosen])
+
+    start = np.log([RATES.bandwidth, RATES.compute, RATES.softmax, RATES.launch_s])
+    room = np.log(30.0)
+    ends = (start - room, np.minimum(start + room, [0.0, 0.0, 0.0, np.inf]))
+    found = least_squares(errors, start, bounds=ends, loss="soft_l1", max_nfev=15)
+    return Rates(*np.exp(found.x).tolist())
+
+
+def left_out(every: Sequence[Point]) -> dict[str, list[float]]:
+    """Predicted over measured of each method, by rates that were fitted on the others."""
+    found = {}
+    for method in dict.fromkeys(point.method for point in every):
+        rates = fitted([point for point in every if point.method != method])
+        found[method] = [float(np.exp(p.error(rates))) for p in every if p.method == method]
+    return found
+
+
+def summary(ratios: Sequence[float]) -> dict[str, float]:
+    """Of predicted over measured: the median error, and how many are within a factor of 1.5."""
+    logs = np.abs(np.log(ratios))
+    return {
+        "points": len(logs),
+        "median error": round(float(np.expm1(np.median(logs))), 3),
+        "within 1.5": round(float(np.mean(logs < np.log(1.5))), 3),
+        "within 2": round(float(np.mean(logs < np.log(2.0))), 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    every = points(json.loads(asked.file.read_text(encoding="utf-8")))
+    if len(every) < 8:
+        raise SystemExit(f"{asked.file} holds {len(every)} measured points; 8 are the least")
+    rates, others = fitted(every), left_out(every)
+    told = {
+        "rates": asdict(rates),
+        "as they are": summary([float(np.exp(p.error(RATES))) for p in every]),
+        "fitted": summary([float(np.exp(p.error(rates))) for p in every]),
+        "each method left out": summary([ratio for each in others.values() for ratio in each]),
+        "by method left out": others,
+    }
+    print(json.dumps(told, indent=1))
+    if asked.out:
+        asked.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
