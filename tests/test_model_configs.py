@@ -37,6 +37,11 @@ PUBLISHED = {
     "deepseek-v4-pro": (1573, 49), "glm-5.2": (743, 40), "glm-4.5-air": (106, 12),
     "glm-4.7": (355, 32), "glm-4.7-flash": (30, 3), "granite-4.0-h-small": (32, 9),
     "kimi-linear-48b-a3b": (48, 3), "ministral-3-8b": (8.4, None), "qwen3-next-80b-a3b": (80, 3),
+    "gemma-4-e2b": (4.65, 2.3), "gemma-4-e4b": (7.52, 4.5),  # 5.1 and 8.0 with their towers
+    "glm-4.5": (355, 32), "glm-4.6": (355, 32), "minimax-m2": (229, 10), "minimax-m1": (456, 45.9),
+    "olmo-2-1b": (1.48, None), "olmo-2-7b": (7.30, None), "olmo-2-13b": (13.7, None),
+    "olmo-2-32b": (32.2, None), "olmo-3-7b": (7.30, None), "olmo-3-32b": (32.2, None),
+    "qwen3.5-4b": (4.21, None), "qwen3.5-9b": (8.95, None),  # 4.5 and 9.4 with their towers
     "gemma-3n-e4b": (6.87, None),  # 7.85 B with its towers for images and sound
 }  # fmt: skip
 
@@ -64,6 +69,16 @@ BYTES = {
     "kimi-k2.5": 61 * (512 + 64) * 2,
     "deepseek-v3.2": 61 * (512 + 64 + 128) * 2,
     "glm-4.5-air": 46 * 2 * 8 * 128 * 2,
+    "glm-4.6": 92 * 2 * 8 * 128 * 2,
+    # 15 layers of their own, three of them full; 24 and four
+    "gemma-4-e2b": 12 * 2 * 256 * 2 + 3 * 2 * 512 * 2,
+    "gemma-4-e4b": 20 * 2 * 2 * 256 * 2 + 4 * 2 * 2 * 512 * 2,
+    "minimax-m1": 80 // 8 * 2 * 8 * 128 * 2,
+    "minimax-m2": 62 * 2 * 8 * 128 * 2,
+    "olmo-2-13b": 40 * 2 * 40 * 128 * 2,
+    "olmo-2-32b": 64 * 2 * 8 * 128 * 2,
+    "olmo-3-7b": 32 * 2 * 32 * 128 * 2,
+    "qwen3.5-9b": 32 // 4 * 2 * 4 * 256 * 2,
     "glm-5": 78 * (512 + 64 + 128) * 2,
     # windows of 128: 43 keys, of two layers values too; an entry every 4 or 128 tokens
     "deepseek-v4-flash": 2 * (45 * 512 + 21 * (512 + 128) // 4 + 20 * 512 // 128),

@@ -45,7 +45,7 @@ class Rates:
 RATES = Rates(bandwidth=0.5, compute=0.3, softmax=0.13, launch_s=8e-6)
 """The share of products with exponentials was fitted on two prefills that were timed on an H200: 82
 ms a prompt of an 8B shape, half of whose layers needed column sums, and 20 ms of SmolLM2-135M, all
-of whose layers did; the other rates are assumed. ``benchmarks/compressing.py`` measures all methods;
+of whose layers did; the other rates are assumed. ``benchmarks/compressing.py`` times all methods;
 ``benchmarks/compressing_fit.py`` fits the four rates on that and leaves out each method in turn."""
 _STORE_LAUNCHES = 15
 """Kernels of a layer that put what is kept into pages, for all prompts that were read together."""
