@@ -1,4 +1,4 @@
-"""What vLLM would print of its KV cache: read from the options, as a table and for JSON."""
+"""What an engine would print of its KV cache: read from the options, as a table and for JSON."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from kvtune.common.errors import KvtuneError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from kvtune.cli.llama_report import LlamaEngine
     from kvtune.simulator.memory.engine_memory import EngineFlags, EngineMemory
+    from kvtune.simulator.memory.llama_memory import LlamaMemory
     from kvtune.tuner.cases import Asked, Case
 
 
 @dataclass(frozen=True)
 class Engine:
-    """The engine that was asked for.
+    """vLLM, as it was asked for.
 
     Args:
         flags: of ``vllm serve``.
@@ -29,16 +31,21 @@ class Engine:
     notes: tuple[str, ...]
 
 
-def read_engine(stack: str, engine_args: str, version: str | None) -> Engine | None:
-    """The engine of ``--stack vllm``; None for other stacks.
+def read_engine(stack: str, engine_args: str, version: str | None) -> Engine | LlamaEngine | None:
+    """The engine of ``--stack vllm`` or ``llama-cpp``; None for other stacks.
 
     Raises:
-        KvtuneError: flags or a version without vLLM, or that make no sense.
+        KvtuneError: flags or a version without such a stack, or that make no sense.
     """
+    if stack == "llama-cpp":
+        from kvtune.cli.llama_report import read_llama
+
+        return read_llama(engine_args, version)
     if stack != "vllm":
         if engine_args or version:
             raise KvtuneError(
-                "--engine-args and --engine-version are vLLM's", hint="add --stack vllm."
+                "--engine-args and --engine-version are those of vLLM and llama.cpp",
+                hint="add --stack vllm or --stack llama-cpp.",
             )
         return None
     from kvtune.cli.engine_args import read_engine_args
@@ -50,26 +57,42 @@ def read_engine(stack: str, engine_args: str, version: str | None) -> Engine | N
     return Engine(flags, version or NEWEST, (unread,) if unread else ())
 
 
-def engine_of(engine: Engine | None, asked: Asked, case: Case) -> EngineMemory | str | None:
+def engine_of(
+    engine: Engine | LlamaEngine | None, asked: Asked, case: Case
+) -> EngineMemory | LlamaMemory | str | None:
     """The engine's memory for a case, or a sentence why it is not known."""
     if engine is None or case.budget is None:
         return None
+    try:
+        if isinstance(engine, Engine):
+            return _vllm(engine, asked, case)
+        return engine.memory(asked, case)
+    except KvtuneError as error:
+        return f"engine: {error.message}"
+
+
+def _vllm(engine: Engine, asked: Asked, case: Case) -> EngineMemory:
     from kvtune.simulator.memory.engine_memory import engine_memory
 
     flags, card = engine.flags, case.card
     if flags.gpu_memory_utilization is None and card.memory_bytes < card.gpu.visible_bytes:
         share = card.memory_bytes / card.gpu.visible_bytes
         flags = replace(flags, gpu_memory_utilization=share)
-    try:
-        return engine_memory(
-            asked.shape, card.gpu, case.budget.weight_format, flags, engine.version, asked.gpus
-        )
-    except KvtuneError as error:
-        return f"engine: {error.message}"
+    assert case.budget is not None  # noqa: S101 - looked at before
+    return engine_memory(
+        asked.shape, card.gpu, case.budget.weight_format, flags, engine.version, asked.gpus
+    )
 
 
-def engine_table(memory: EngineMemory) -> RenderableType:
-    """Where vLLM's share of a card goes, as its log has it."""
+def engine_table(memory: EngineMemory | LlamaMemory) -> RenderableType:
+    """Where an engine's share of a card goes, as its log has it."""
+    from kvtune.cli.llama_report import llama_table
+    from kvtune.simulator.memory.llama_memory import LlamaMemory
+
+    return llama_table(memory) if isinstance(memory, LlamaMemory) else _vllm_table(memory)
+
+
+def _vllm_table(memory: EngineMemory) -> RenderableType:
     from kvtune.cli.output import table
     from kvtune.common.estimate import exact
     from kvtune.common.units import GIB, format_tokens
@@ -108,10 +131,15 @@ def _interval(part: Any, unit: int) -> str:
     return f"[{part.low / unit:.2f}, {part.high / unit:.2f}]"
 
 
-def as_json(memory: EngineMemory | str | None) -> dict[str, Any] | None:
+def as_json(memory: EngineMemory | LlamaMemory | str | None) -> dict[str, Any] | None:
     """The form that goes into JSON; None where nothing is known."""
+    from kvtune.cli.llama_report import llama_json
+    from kvtune.simulator.memory.llama_memory import LlamaMemory
+
     if memory is None or isinstance(memory, str):
         return None
+    if isinstance(memory, LlamaMemory):
+        return llama_json(memory)
     plain = {key: value for key, value in asdict(memory).items() if not isinstance(value, dict)}
     estimates = ("weights", "activation", "process", "graphs", "cache", "tokens")
     return plain | {key: getattr(memory, key).as_dict() for key in estimates}

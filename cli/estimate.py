@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from kvtune.cli.engine_report import Engine
+    from kvtune.cli.llama_report import LlamaEngine
     from kvtune.policies.policy_file.document import PolicyDocument
     from kvtune.simulator.deployment import StackChoice
     from kvtune.tuner.cases import Asked, Case
@@ -47,6 +48,23 @@ EvictsOption = Annotated[
     bool,
     typer.Option(
         "--evicts", help="Its methods go on evicting while tokens are generated, if they can."
+    ),
+]
+PrefixOption = Annotated[
+    str,
+    typer.Option(
+        "--prefix",
+        metavar="TOKENS",
+        help="First tokens of each prompt whose keys and values are held already, such as a "
+        "system prompt that requests share; the prefill reads the others.",
+    ),
+]
+ChunkOption = Annotated[
+    str | None,
+    typer.Option(
+        "--chunk",
+        metavar="TOKENS",
+        help="Tokens of a prompt that are read at once; left out: all of them.",
     ),
 ]
 PriceOption = Annotated[
@@ -83,6 +101,8 @@ def command(
     weights: options.Weights = "auto",
     policy: options.PolicyBeside = None,
     evicts: EvictsOption = False,
+    prefix: PrefixOption = "0",
+    chunk: ChunkOption = None,
     price: PriceOption = None,
     form: FormOption = "table",
     as_json: options.Json = False,
@@ -90,6 +110,7 @@ def command(
 ) -> None:
     """Memory and time on a GPU, or which GPU is needed; nothing is run."""
     from kvtune.cli.engine_report import read_engine
+    from kvtune.simulator.latency.chunks import Reading
 
     figures = gpu_memory, gpu_bandwidth, gpu_flops
     engine = read_engine(stack, engine_args, engine_version)
@@ -102,6 +123,7 @@ def command(
         total_gpus=total_gpus,
         stack=kernels,
         told=(*told, *(engine.notes if engine else ())),
+        reading=Reading.of(prefix, chunk),
     )
     with speaking(as_json or form == "json", quiet) as output:
         cases = _cases(asked)
@@ -147,8 +169,12 @@ def _asked(
     )
 
 
-def _kernels(stack: StackChoice) -> tuple[StackChoice, tuple[str, ...]]:
-    """Whose kernels the times are of: of vLLM its memory is known without its kernels' tables."""
+def _kernels(
+    stack: StackChoice | Literal["llama-cpp"],
+) -> tuple[StackChoice, tuple[str, ...]]:
+    """Whose kernels the times are of: of engines the memory is known without their tables."""
+    if stack == "llama-cpp":
+        return "kvtune", ("times are kvtune's own: nobody's table has llama.cpp's kernels",)
     if stack != "vllm":
         return stack, ()
     from kvtune.common.errors import KvtuneError
@@ -185,7 +211,9 @@ def _print_lines(output: Output, form: str, cases: Sequence[Case]) -> None:
     print(as_csv(cases) if form == "csv" else as_markdown(cases), file=output.stdout)
 
 
-def _show(output: Output, asked: Asked, cases: Sequence[Case], engine: Engine | None) -> None:
+def _show(
+    output: Output, asked: Asked, cases: Sequence[Case], engine: Engine | LlamaEngine | None
+) -> None:
     from kvtune.cli.engine_report import engine_of, engine_table
     from kvtune.cli.sweep_report import as_table
 
@@ -214,7 +242,7 @@ def _tables(asked: Asked, cases: Sequence[Case], quality: str) -> list[Renderabl
         "",
         budget_table(budget, quality),
         "",
-        cost_table(budget, costs, quality, [figure(p) for p in prices if p]),
+        cost_table(budget, costs, quality, [figure(p) for p in prices if p], first_tokens=True),
     ]
 
 
@@ -240,7 +268,9 @@ def _quality(document: PolicyDocument | None) -> str:
     return f"{known}, as its file says" if known else "not estimated here; see kvtune search"
 
 
-def _answer(asked: Asked, cases: Sequence[Case], engine: Engine | None) -> dict[str, Any]:
+def _answer(
+    asked: Asked, cases: Sequence[Case], engine: Engine | LlamaEngine | None
+) -> dict[str, Any]:
     from kvtune.cli.engine_report import as_json, engine_of
     from kvtune.cli.sweep_report import as_rows
 

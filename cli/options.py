@@ -87,12 +87,12 @@ TotalGpus = Annotated[
     ),
 ]
 Stack = Annotated[
-    Literal["kvtune", "vllm", "sglang", "trtllm"],
+    Literal["kvtune", "vllm", "sglang", "trtllm", "llama-cpp"],
     typer.Option(
         "--stack",
         help="Whose kernels: kvtune's own or the datasheet, or a serving stack's as NVIDIA "
-        "measured them (pip install 'kvtune[aiconfigurator]'). vllm also says what the engine "
-        "would print of its KV cache.",
+        "measured them (pip install 'kvtune[aiconfigurator]'). vllm and llama-cpp also say what "
+        "the engine would print of its memory.",
     ),
 ]
 EngineArgs = Annotated[
@@ -100,8 +100,8 @@ EngineArgs = Annotated[
     typer.Option(
         "--engine-args",
         metavar="FLAGS",
-        help="Flags of vllm serve, as it is given them, with --stack vllm: those that decide how "
-        "much cache there is are read.",
+        help="Flags of vllm serve (--stack vllm) or llama-server (--stack llama-cpp), as they are "
+        "given them: those that decide what is allocated are read.",
     ),
 ]
 EngineVersion = Annotated[
@@ -109,7 +109,7 @@ EngineVersion = Annotated[
     typer.Option(
         "--engine-version",
         metavar="VERSION",
-        help="Of vLLM, for example 0.19; left out: the newest known.",
+        help="Of vLLM, for example 0.19, or llama.cpp's build, b10809; left out: the newest known.",
     ),
 ]
 Memory = Annotated[

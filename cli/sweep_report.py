@@ -71,6 +71,7 @@ def _figures(case: Case) -> dict[str, Estimate | None]:
     return {
         "memory": cost.memory if cost else None,
         "prefill": cost.prefill if cost else None,
+        "first_token": cost.first_token if cost else None,
         "latency": cost.latency if cost else None,
         "tokens_per_second": case.tokens_per_second,
         "tokens_per_second_per_user": case.tokens_per_second_per_user,
@@ -78,7 +79,12 @@ def _figures(case: Case) -> dict[str, Estimate | None]:
     }
 
 
-_WITH_UNIT = {"memory": "memory_bytes", "prefill": "prefill_s", "latency": "latency_s"}
+_WITH_UNIT = {
+    "memory": "memory_bytes",
+    "prefill": "prefill_s",
+    "first_token": "first_token_s",
+    "latency": "latency_s",
+}
 
 
 def _numbers(case: Case) -> dict[str, Any]:

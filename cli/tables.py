@@ -48,7 +48,11 @@ def _gib(part: Estimate) -> tuple[str, str, str]:
 
 
 def cost_table(
-    budget: MemoryBudget, costs: Mapping[str, Cost], quality: str, priced: Sequence[str] = ()
+    budget: MemoryBudget,
+    costs: Mapping[str, Cost],
+    quality: str,
+    priced: Sequence[str] = (),
+    first_tokens: bool = False,
 ) -> RenderableType:
     """What each policy takes for a budget's context and batch: a column each, a figure a row.
 
@@ -57,7 +61,9 @@ def cost_table(
         costs: by the policy's name.
         quality: whose loss is known.
         priced: what a million tokens cost with each, where a price is known.
+        first_tokens: whether a row says when a prompt has its first token.
     """
+    firsts = [("first token", [figure(c.first_token) for c in costs.values()])]
     rows = [
         ("one prompt", [figure(exact(c.prompt_bytes, "B")) for c in costs.values()]),
         *_statistics(costs.values()),
@@ -67,6 +73,7 @@ def cost_table(
         ("peak memory", [figure(c.memory) for c in costs.values()]),
         ("prefill of one", [figure(c.prefill) for c in costs.values()]),
         ("compressing it", [figure(c.compression) for c in costs.values()]),
+        *(firsts if first_tokens else []),
         ("time per token", [figure(c.latency) for c in costs.values()]),
         ("tokens/s per user", [figure(per_second(c.latency, 1)) for c in costs.values()]),
         ("tokens/s", [figure(c.tokens_per_second) for c in costs.values()]),

@@ -14,9 +14,10 @@ from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.policies.room import Room
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
+from kvtune.simulator.latency.chunks import WHOLE, Reading, chunked_prefill
 from kvtune.simulator.latency.compression import compression
 from kvtune.simulator.latency.host import host_step
-from kvtune.simulator.latency.steps import decode_step, prefill
+from kvtune.simulator.latency.steps import decode_step
 from kvtune.simulator.memory.budget import MemoryBudget
 from kvtune.simulator.memory.peak import add, peak_memory, waiting_bytes
 from kvtune.simulator.memory.policy_bytes import (
@@ -41,7 +42,7 @@ class Cost:
         memory: peak of everything together, bytes; where a policy waits for a prompt's end, with
             that prompt's uncompressed cache.
         latency: of one decode step of all sequences, seconds.
-        prefill: of one prompt, seconds.
+        prefill: of one prompt, or of what stands behind its prefix, seconds.
         compression: of one prompt, beside its prefill, seconds.
         tokens_per_second: decoded by all sequences together.
         host_bytes: pinned memory of the host that one sequence's prompt takes there.
@@ -61,12 +62,28 @@ class Cost:
     host_bytes: int = 0
     moved_bytes: int = 0
 
+    @property
+    def first_token(self) -> Estimate:
+        """Seconds until a prompt that waits for no other has its first token."""
+        low, value, high = (
+            getattr(self.prefill, end) + getattr(self.compression, end)
+            for end in ("low", "value", "high")
+        )
+        tier = self.compression.tier if self.compression.value else self.prefill.tier
+        return Estimate(value, low, high, "s", tier)
 
-def full_cost(shape: ModelShape, gpu: GpuProfile, budget: MemoryBudget, generated: int) -> Cost:
+
+def full_cost(
+    shape: ModelShape,
+    gpu: GpuProfile,
+    budget: MemoryBudget,
+    generated: int,
+    reading: Reading = WHOLE,
+) -> Cost:
     """The same for the uncompressed bf16 cache, of any shape."""
     tokens = budget.context_tokens
     prompt, held = (Counter({"bf16": shape.kv_bytes(n)}) for n in (tokens, tokens + generated))
-    return _cost(shape, gpu, budget, _Held(prompt, held, held), held["bf16"], None)
+    return _cost(shape, gpu, budget, _Held(prompt, held, held), held["bf16"], None, reading)
 
 
 def policy_cost(
@@ -77,6 +94,7 @@ def policy_cost(
     generated: int,
     *,
     evicts: bool = False,
+    reading: Reading = WHOLE,
 ) -> Cost:
     """Memory and time of a policy under a budget, for its context and batch.
 
@@ -88,6 +106,7 @@ def policy_cost(
         generated: tokens that each sequence has generated, the most it will hold.
         evicts: whether methods that can go on evicting while tokens are generated do; the time
             that they take for it at each step is not counted.
+        reading: whether a prefix is held, and how many tokens are read at once.
 
     Raises:
         KvtuneError: another shape's policy, or layers whose cache is no full cache of heads.
@@ -109,7 +128,7 @@ def policy_cost(
         held = _Held(prompt, prompt + new, read + new)
     growth = Growth(generated, evicts)
     size = sequence_bytes(policy, tokens, shape.head_dim, growth) + held.statistics
-    return _cost(shape, gpu, budget, held, size, policy)
+    return _cost(shape, gpu, budget, held, size, policy, reading)
 
 
 @dataclass(frozen=True)
@@ -149,6 +168,7 @@ def _cost(
     held: _Held,
     size: int,
     policy: Policy | None,
+    reading: Reading,
 ) -> Cost:
     tokens, batch, weights = budget.context_tokens, budget.batch, budget.weight_format
     beside = footprint_of_lengths(shape.layers, shape.kv_heads) if policy else 0
@@ -158,7 +178,10 @@ def _cost(
     on_host = policy if policy and policy.uses_host else None
     if on_host:
         step = _with_host(step, host_step(on_host, shape, gpu, batch, tokens))
-    first = prefill(shape, gpu, weights, tokens, execution="runtime")
+    first = chunked_prefill(
+        shape, gpu, weights, reading.new_tokens(tokens), reading.prefix_tokens,
+        reading.chunk_tokens, execution="runtime",
+    )  # fmt: skip
     peak = peak_memory(shape, gpu, weights, size, tokens, batch)
     return Cost(
         prompt_bytes=prompt_bytes,
@@ -169,11 +192,29 @@ def _cost(
         memory=add(peak, exact(waiting, "B")),
         latency=step,
         prefill=first,
-        compression=compression(policy, shape, gpu, tokens, first) if policy else exact(0, "s"),
+        compression=_compressing(policy, shape, gpu, tokens, first, reading),
         tokens_per_second=per_second(step, batch),
         host_bytes=host_sequence_bytes(on_host, tokens, shape.head_dim) if on_host else 0,
         moved_bytes=on_host.moved_bytes(tokens, shape.head_dim) if on_host else 0,
     )
+
+
+def _compressing(
+    policy: Policy | None,
+    shape: ModelShape,
+    gpu: GpuProfile,
+    tokens: int,
+    first: Estimate,
+    reading: Reading,
+) -> Estimate:
+    """Seconds to compress one prompt; at least for what was read, at most for its prefix too."""
+    if policy is None:
+        return exact(0, "s")
+    whole = compression(policy, shape, gpu, tokens, first)
+    if not reading.prefix_tokens:
+        return whole
+    new = compression(policy, shape, gpu, reading.new_tokens(tokens), first)
+    return Estimate(whole.value, min(new.low, whole.low), whole.high, "s", whole.tier)
 
 
 def _with_host(step: Estimate, added: Estimate) -> Estimate:

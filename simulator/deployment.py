@@ -57,7 +57,12 @@ class Deployment:
         return split_over(self.shape, self.gpus)
 
     def times(
-        self, step: Estimate, prefill: Estimate, budget: MemoryBudget, generated: int
+        self,
+        step: Estimate,
+        prefill: Estimate,
+        budget: MemoryBudget,
+        generated: int,
+        read_tokens: int | None = None,
     ) -> tuple[Estimate, Estimate]:
         """A decode step and a prefill of all GPUs together over the uncompressed bf16 cache.
 
@@ -66,10 +71,11 @@ class Deployment:
             prefill: likewise.
             budget: of one GPU's share.
             generated: tokens that each sequence generates.
+            read_tokens: of a prompt that the prefill reads; all of them unless given.
         """
         tokens, batch = budget.context_tokens, budget.batch
         if self.stack == "kvtune":
-            return self._summed(step, batch), self._summed(prefill, tokens)
+            return self._summed(step, batch), self._summed(prefill, read_tokens or tokens)
         return self._served(self.stack, budget, tokens + generated)
 
     def _summed(self, alone: Estimate, rows: int) -> Estimate:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 
+from kvtune import estimate
+from kvtune.__main__ import main
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
-from kvtune.simulator.latency.chunks import chunked_prefill
+from kvtune.simulator.latency.chunks import Reading, chunked_prefill
 from kvtune.simulator.latency.steps import prefill
 
 SHAPE = find_model("llama-3.1-8b")
@@ -50,3 +55,53 @@ def test_lengths_that_are_none_are_refused() -> None:
         chunked_prefill(SHAPE, find_gpu("h200"), "bf16", 10, prefix_tokens=-1)
     with pytest.raises(KvtuneError, match="chunks of 0"):
         chunked_prefill(SHAPE, find_gpu("h200"), "bf16", 10, chunk_tokens=0)
+
+
+def test_a_prompt_that_is_all_prefix_is_refused() -> None:
+    assert Reading(100).new_tokens(101) == 1
+    with pytest.raises(KvtuneError, match="prefix of 100 tokens in a prompt of 100"):
+        Reading(100).new_tokens(100)
+
+
+def answer(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
+    asked = ["estimate", "-m", "llama-8b", "-g", "h200", "--context", "32k", "--json", "--quiet"]
+    assert main([*asked, "--policy", "h2o 25% int4", *words]) == 0
+    rows: list[dict[str, Any]] = json.loads(capsys.readouterr().out)["rows"]
+    return rows
+
+
+def test_the_command_times_prefixes_and_chunks_with_and_without_compression(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole, behind, cut = (
+        answer(capsys, *words)
+        for words in ((), ("--prefix", "24k"), ("--prefix", "24k", "--chunk", "16"))
+    )
+    for full, policy in (whole, behind, cut):
+        assert full["first_token"] == full["prefill"]
+        assert policy["prefill"] == full["prefill"]
+        assert policy["first_token"]["value"] > full["first_token"]["value"]
+    assert behind[0]["prefill"]["value"] < cut[0]["prefill"]["value"]
+    assert behind[0]["prefill"]["value"] < whole[0]["prefill"]["value"]
+    alone = chunked_prefill(SHAPE, find_gpu("h200"), "bf16", 8192, 24576, execution="runtime")
+    assert behind[0]["prefill"]["value"] == pytest.approx(alone.value)
+
+
+def test_the_library_times_what_the_command_does(capsys: pytest.CaptureFixture[str]) -> None:
+    (case,) = estimate("llama-8b", gpu="h200", context="32k", prefix="24k", chunk=256)
+    told = answer(capsys, "--prefix", "24k", "--chunk", "256")[0]
+    assert case.cost is not None
+    assert case.cost.first_token.value == told["first_token"]["value"]
+
+
+@pytest.mark.parametrize(
+    "words", [("--prefix", "32k"), ("--chunk", "0"), ("--prefix", "-1"), ("--prefix", "some")]
+)
+def test_the_command_refuses_lengths_that_are_none(words: tuple[str, ...]) -> None:
+    asked = ["estimate", "-m", "llama-8b", "-g", "h200", "--context", "32k", "--quiet"]
+    assert main([*asked, *words]) == 2
+
+
+def test_a_long_prompt_in_single_tokens_is_answered_at_once() -> None:
+    found = chunked_prefill(SHAPE, find_gpu("h200"), "bf16", 131072, chunk_tokens=1)
+    assert found.value > 131072 * 1e-3  # each reads the weights

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from kvtune.common.errors import DoesNotFitError, KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.profiles.split import can_split
+from kvtune.simulator.latency.chunks import WHOLE, Reading
 from kvtune.tuner.target import beyond_length
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ class Asked:
         total_gpus: cards in all, used as copies of the model that share the sequences; or None.
         stack: whose kernels.
         told: notes on the options.
+        reading: whether a prefix is held, and how many tokens are read at once.
     """
 
     model: str
@@ -161,6 +163,7 @@ class Asked:
     total_gpus: int | None = None
     stack: StackChoice = "kvtune"
     told: tuple[str, ...] = ()
+    reading: Reading = WHOLE
 
     @property
     def is_one(self) -> bool:
@@ -229,8 +232,10 @@ class Asked:
         from kvtune.simulator.cost import full_cost, per_second, policy_cost
 
         shape, generated = self.shape, self.generated_tokens
-        alone = full_cost(deployment.local, deployment.gpu, budget, generated)
-        step, first = deployment.times(alone.latency, alone.prefill, budget, generated)
+        self._check_reading()
+        alone = full_cost(deployment.local, deployment.gpu, budget, generated, self.reading)
+        new = self.reading.new_tokens(budget.context_tokens)
+        step, first = deployment.times(alone.latency, alone.prefill, budget, generated, new)
         rate = per_second(step, budget.batch)
         full = replace(alone, latency=step, prefill=first, tokens_per_second=rate)
         costs = {FULL: full}
@@ -238,9 +243,18 @@ class Asked:
             self._check_alone(deployment.gpus)
             policy = self.document.bind(shape.layers, shape.kv_heads)
             costs[policy.name] = policy_cost(
-                policy, shape, deployment.gpu, budget, generated, evicts=self.evicts
-            )
+                policy, shape, deployment.gpu, budget, generated, evicts=self.evicts,
+                reading=self.reading,
+            )  # fmt: skip
         return costs
+
+    def _check_reading(self) -> None:
+        """Refuse prefixes and chunks with another stack's tables, which hold whole prompts."""
+        if self.reading != WHOLE and self.stack != "kvtune":
+            raise KvtuneError(
+                "prompts behind a prefix or in chunks are timed with kvtune's own model only",
+                hint="leave out --stack, or --prefix and --chunk.",
+            )
 
     def _check_alone(self, gpus: int) -> None:
         """Refuse a policy over several GPUs or another stack's kernels, which cannot run it."""

@@ -23,6 +23,7 @@ from kvtune.common.progress import Progress
 from kvtune.common.units import Amount, parse_bytes, parse_seconds, parse_tokens
 from kvtune.policies.policy_file.document import PolicyDocument, read_policy
 from kvtune.profiles.gpus import GpuProfile
+from kvtune.simulator.latency.chunks import Reading
 from kvtune.tuner.cases import Asked, Card, Case
 from kvtune.tuner.limits import Limits
 from kvtune.tuner.request import SearchRequest
@@ -243,6 +244,8 @@ def estimate(
     policy: Path | str | PolicyDocument | None = None,
     gpus: int = 1,
     stack: StackChoice = "kvtune",
+    prefix: Amount = 0,
+    chunk: Amount | None = None,
 ) -> list[Case]:
     """Memory and time of the full cache, and of a policy beside it; nothing is run.
 
@@ -257,6 +260,8 @@ def estimate(
         policy: a policy file or its document.
         gpus: cards that share each layer.
         stack: whose kernels: kvtune's, or vllm, sglang or trtllm as NVIDIA measured them.
+        prefix: first tokens of each prompt whose keys and values are held already.
+        chunk: tokens of a prompt that are read at once; None for all.
 
     Returns:
         Every combination of card, context and batch: the full cache, then the policy.
@@ -281,6 +286,7 @@ def estimate(
         evicts=False,
         gpus=gpus,
         stack=stack,
+        reading=Reading.of(prefix, chunk),
     )
     return list(asked.cases())
 

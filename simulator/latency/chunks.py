@@ -2,12 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
+
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
+from kvtune.common.units import Amount, parse_tokens
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.latency.steps import Execution, prefill
+from kvtune.simulator.latency.steps import Execution, prefills
 from kvtune.simulator.memory.weights import WeightFormat
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How prompts are read.
+
+    Args:
+        prefix_tokens: first tokens of a prompt whose keys and values are held already.
+        chunk_tokens: of the others that are read at once; all of them unless given.
+    """
+
+    prefix_tokens: int = 0
+    chunk_tokens: int | None = None
+
+    @classmethod
+    def of(cls, prefix: Amount, chunk: Amount | None) -> Reading:
+        """As people write it: ``24k``, or 0 for no prefix.
+
+        Raises:
+            KvtuneError: one is no number of tokens.
+        """
+        held = 0 if str(prefix).strip() == "0" else parse_tokens(prefix)
+        return cls(held, None if chunk is None else parse_tokens(chunk))
+
+    def new_tokens(self, context_tokens: int) -> int:
+        """Tokens of a prompt that are read.
+
+        Raises:
+            KvtuneError: the prefix leaves none.
+        """
+        if not 0 <= self.prefix_tokens < context_tokens:
+            raise KvtuneError(
+                f"a prefix of {self.prefix_tokens} tokens in a prompt of {context_tokens}",
+                hint="a prefix has 0 tokens or more, and leaves at least one to be read.",
+            )
+        return context_tokens - self.prefix_tokens
+
+
+WHOLE = Reading()
 
 
 def chunked_prefill(
@@ -43,27 +87,18 @@ def chunked_prefill(
             f"a prefix of {prefix_tokens} tokens, read in chunks of {chunk_tokens}",
             hint="a prefix has 0 tokens or more, a chunk 1 or more.",
         )
-
-    def whole(tokens: int) -> Estimate:
-        return prefill(shape, gpu, weight_format, tokens, batch, execution)
-
-    step, end = chunk_tokens or prompt_tokens, prefix_tokens + prompt_tokens
-    parts = [
-        _longer(whole(min(at + step, end)), whole(at) if at else None, whole(min(step, end - at)))
-        for at in range(prefix_tokens, end, step)
-    ]
-    low, value, high = (sum(getattr(part, name) for part in parts) for name in _ENDS)
-    return Estimate(value, low, high, "s", parts[0].tier)
-
-
-_ENDS = "low", "value", "high"
-
-
-def _longer(after: Estimate, before: Estimate | None, alone: Estimate) -> Estimate:
-    """What a chunk adds; its ends are as far from it as those of the prefill up to its end."""
-    if before is None:
-        return after
-    value = max(after.value - before.value, alone.value)
-    return Estimate(
-        value, value * after.low / after.value, value * after.high / after.value, "s", after.tier
+    end = prefix_tokens + prompt_tokens
+    begins = np.arange(prefix_tokens, end, chunk_tokens or prompt_tokens)
+    ends = np.append(begins[1:], end)
+    after, before, alone = (
+        prefills(shape, gpu, weight_format, tokens, batch, execution)
+        for tokens in (ends, np.maximum(begins, 1), ends - begins)
     )
+    longer = np.maximum(after.value_s - before.value_s, alone.value_s)
+    taken = np.where(begins == 0, after.value_s, longer)
+    # A chunk's ends are as far from it as those of the prefill up to its end.
+    value, low, high = (
+        float(np.sum(np.where(begins == 0, side, taken * side / after.value_s)))
+        for side in (after.value_s, after.low_s, after.high_s)
+    )
+    return Estimate(value, low, high, "s", after.tier)

@@ -1,9 +1,9 @@
-"""The buffer that llama.cpp computes in: what its graph holds at the widest moment of a micro-batch.
+"""The buffer that llama.cpp computes in: what its graph holds at the widest moment of a step.
 
-llama.cpp lays a whole graph out before it runs: tensors are float32, one is given back once all that
-read it are done, and the next takes its place. So the buffer is that of the widest moment of one
-layer, whatever the number of layers: the feed-forward block, or attention, or the logits. It was
-derived from what llama.cpp itself reserves for shapes of many widths
+llama.cpp lays a whole graph out before it runs: tensors are float32, one is given back once all
+that read it are done, and the next takes its place. So the buffer is that of the widest moment of
+one layer, whatever the number of layers: the feed-forward block, or attention, or the logits. It
+was derived from what llama.cpp itself reserves for shapes of many widths
 (``benchmarks/llama_buffers.py``, which also holds it against logs of GPUs).
 """
 

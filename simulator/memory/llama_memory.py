@@ -114,8 +114,11 @@ def llama_memory(
             f"llama.cpp keeps values in {flags.value_type} with flash attention only",
             hint="leave out --flash-attn off, or --cache-type-v.",
         )
-    if any(layer.compress_rate or layer.index_dim for layer in shape.layer_caches):
-        raise KvtuneError(f"{shape.name} caches compressed entries: not modelled for llama.cpp")
+    if shape.latent or any(x.compress_rate or x.index_dim for x in shape.layer_caches):
+        raise KvtuneError(
+            f"{shape.name} caches latents or compressed entries: what llama.cpp computes for them "
+            "is not modelled"
+        )
     limit = gpu.visible_bytes if limit_bytes is None else min(limit_bytes, gpu.visible_bytes)
     fixed = add(_on_device(shape, weight_format), _CONTEXT)
     fits = _fitting(shape, flags, build, fixed, limit)

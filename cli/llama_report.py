@@ -1,0 +1,101 @@
+"""What llama.cpp would print of its memory: read from the options, as a table and for JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from kvtune.simulator.memory.llama_memory import LlamaFlags, LlamaMemory
+    from kvtune.tuner.cases import Asked, Case
+
+
+@dataclass(frozen=True)
+class LlamaEngine:
+    """The engine that was asked for.
+
+    Args:
+        flags: of ``llama-server``.
+        version: the build.
+        notes: on flags that were not read.
+    """
+
+    flags: LlamaFlags
+    version: str
+    notes: tuple[str, ...]
+
+    def memory(self, asked: Asked, case: Case) -> LlamaMemory:
+        """Its buffers for a case: all slots have the case's context unless a flag says another.
+
+        Raises:
+            KvtuneError: layers or flags that are not modelled.
+        """
+        from kvtune.simulator.memory.llama_memory import llama_memory
+
+        assert case.budget is not None  # noqa: S101 - looked at before
+        tokens = self.flags.slots * (case.context_tokens + asked.generated_tokens)
+        flags = replace(self.flags, ctx_size=self.flags.ctx_size or tokens)
+        return llama_memory(
+            asked.shape, case.card.gpu, case.budget.weight_format, flags, self.version,
+            case.card.memory_bytes,
+        )  # fmt: skip
+
+
+def read_llama(engine_args: str, version: str | None) -> LlamaEngine:
+    """The engine of ``--stack llama-cpp``.
+
+    Raises:
+        KvtuneError: flags or a build that make no sense.
+    """
+    from kvtune.cli.llama_args import read_llama_args
+    from kvtune.simulator.memory.llama_memory import NEWEST, read_build
+
+    flags, others = read_llama_args(engine_args)
+    read_build(version or NEWEST)
+    unread = (f"engine: not read, {' '.join(others)}",) if others else ()
+    return LlamaEngine(flags, version or NEWEST, unread)
+
+
+def llama_table(memory: LlamaMemory) -> RenderableType:
+    """The buffers as llama.cpp's log has them."""
+    from kvtune.cli.output import table
+    from kvtune.common.units import GIB, MIB, format_tokens
+
+    parts = (
+        ("weights", memory.weights, "as in: model buffer size, of the GPU"),
+        ("+ cache", memory.cache, "KV buffer size, and RS buffer size of recurrent layers"),
+        ("+ graph", memory.compute, "compute buffer size, of the GPU"),
+        ("+ process", memory.process, "driver and libraries"),
+        ("= together", memory.total, f"of {memory.limit_bytes / GIB:.2f} GiB"),
+        ("host", memory.host_compute, "compute buffer size, of the host"),
+    )
+    rows = [
+        (name, f"{part.value / MIB:,.2f}", _interval(part.low, part.high), words)
+        for name, part, words in parts
+    ]
+    fits = memory.tokens
+    ends = [format_tokens(int(end)).removesuffix(" tokens") for end in (fits.low, fits.high)]
+    return table(
+        f"Memory of llama.cpp {memory.version} at a context of {memory.ctx_size:,} tokens",
+        ("", "MiB", "interval", ""),
+        rows,
+        left=(0, 2, 3),
+        caption=f"longest context that fits, 1 GiB left free: {int(fits.value):,} tokens "
+        f"[{ends[0]}, {ends[1]}]",
+    )
+
+
+def _interval(low: float, high: float) -> str:
+    from kvtune.common.units import MIB
+
+    return "" if low == high else f"[{low / MIB:,.0f}, {high / MIB:,.0f}]"
+
+
+def llama_json(memory: LlamaMemory) -> dict[str, Any]:
+    """The form that goes into JSON."""
+    plain = {key: getattr(memory, key) for key in ("device_bytes", "limit_bytes", "ctx_size")}
+    figures = ("weights", "cache", "compute", "host_compute", "process", "total", "tokens")
+    found = {key: getattr(memory, key).as_dict() for key in figures}
+    return {"release": memory.version, **plain, **found}
