@@ -129,7 +129,7 @@ def test_flags_that_make_no_sense_are_refused(words: str, said: str) -> None:
 
 
 def test_builds_and_models_that_are_not_known_are_refused() -> None:
-    with pytest.raises(KvtuneError, match="no build of llama.cpp"):
+    with pytest.raises(KvtuneError, match=r"no build of llama\.cpp"):
         llama_memory(LLAMA, CARD, "q4_0", version="0.19")
     with pytest.raises(KvtuneError, match="not modelled"):
         llama_memory(find_model("deepseek-v3"), CARD, "q4_0")
