@@ -30,11 +30,14 @@ class LlamaEngine:
         """Its buffers for a case: all slots have the case's context unless a flag says another.
 
         Raises:
-            KvtuneError: layers or flags that are not modelled.
+            KvtuneError: several GPUs, or layers or flags that are not modelled.
         """
+        from kvtune.common.errors import KvtuneError
         from kvtune.simulator.memory.llama_memory import llama_memory
 
         assert case.budget is not None  # noqa: S101 - looked at before
+        if asked.gpus > 1:
+            raise KvtuneError("how llama.cpp splits a model over several GPUs is not modelled")
         tokens = self.flags.slots * (case.context_tokens + asked.generated_tokens)
         flags = replace(self.flags, ctx_size=self.flags.ctx_size or tokens)
         return llama_memory(

@@ -24,6 +24,7 @@ from kvtune.common.files import cache_dir, write_text
 from kvtune.profiles.class_cache import latent_of, layers_of
 from kvtune.profiles.class_parameters import counts_of, experts_of, is_tied
 from kvtune.profiles.class_values import first_of
+from kvtune.profiles.own_code import check_own_code
 from kvtune.profiles.plain_decoder import plain_shape
 from kvtune.profiles.shape import (
     Experts,
@@ -73,8 +74,11 @@ def facts_of(config: Mapping[str, Any], file: str) -> ClassFacts:
     """The facts of a configuration, remembered in the user's cache folder.
 
     Raises:
-        KvtuneError: transformers has no decoder class of this type, or it refuses the numbers.
+        KvtuneError: transformers has no decoder class of this type, or it refuses the numbers; or
+            the model brings a class of its own, whose layers may be any.
     """
+    if str(config.get("model_type")) not in _SAME_LAYERS:
+        check_own_code(config, file)
     wanted = {k: v for k, v in config.items() if k not in _IRRELEVANT and not k.startswith("_")}
     if (plain := plain_shape(wanted)) is not None:
         return _plain(plain)

@@ -6,6 +6,7 @@ Every layer is taken to be on the GPU. llama.cpp fits its context to what is fre
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_right
 from dataclasses import dataclass, replace
@@ -145,13 +146,14 @@ def read_build(version: str) -> int:
 
 
 def _on_device(shape: ModelShape, weight_format: WeightFormat) -> Estimate:
-    """All weights but the embedding, which stays on the host; one that is tied is there twice."""
-    whole = weight_bytes(shape, weight_format)
-    if shape.tied_embeddings:
+    """All weights but embeddings, which stay on the host; one that is tied is there twice."""
+    whole, counts = weight_bytes(shape, weight_format), shape.parameter_counts()
+    output = shape.vocab_size * shape.hidden_size if shape.tied_embeddings else 0
+    on_host = max(0, counts.embedding - output)
+    if not on_host:
         return whole
-    counts = shape.parameter_counts()
-    share = counts.embedding / (counts.embedding + counts.head + counts.matrices)
-    stays = share * whole.value if weight_format != "bf16" else 2.0 * counts.embedding
+    share = on_host / (counts.embedding + counts.head + counts.matrices)
+    stays = share * whole.value if weight_format != "bf16" else 2.0 * on_host
     return Estimate(
         whole.value - stays, whole.low - 1.1 * stays, whole.high - 0.6 * stays, "B", "assumed"
     )
@@ -227,10 +229,10 @@ def _fitting(
     """Tokens of the longest context whose buffers fit, up to the model's own length."""
     steps = range(STEP, padded_cells(shape.max_context) + 1, STEP)
 
-    def needed(tokens: int, end: str) -> float:
+    def needed(tokens: int, end: str) -> int:
         one = replace(flags, ctx_size=tokens)
         parts = fixed, _cache(shape, one, tokens), _compute(shape, one, build, tokens)[0]
-        return sum(float(getattr(part, end)) for part in parts) + MARGIN_BYTES
+        return math.ceil(sum(getattr(part, end) for part in parts)) + MARGIN_BYTES
 
     def longest(end: str) -> float:
         return float(STEP * bisect_right(steps, limit, key=lambda tokens: needed(tokens, end)))
