@@ -14,10 +14,9 @@ from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.policies.room import Room
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.latency.chunks import WHOLE, Reading, chunked_prefill
 from kvtune.simulator.latency.compression import compression
 from kvtune.simulator.latency.host import host_step
-from kvtune.simulator.latency.steps import decode_step
+from kvtune.simulator.latency.steps import decode_step, prefill
 from kvtune.simulator.memory.budget import MemoryBudget
 from kvtune.simulator.memory.peak import add, peak_memory, waiting_bytes
 from kvtune.simulator.memory.policy_bytes import (
@@ -25,6 +24,19 @@ from kvtune.simulator.memory.policy_bytes import (
     bytes_read_by_format,
     cache_bytes_by_format,
 )
+
+
+@dataclass(frozen=True)
+class PartRead:
+    """How long it takes to read a prompt that is read in part, or in chunks.
+
+    Args:
+        tokens: that are read, behind a prefix whose keys and values are held.
+        seconds: of one prompt.
+    """
+
+    tokens: int
+    seconds: Estimate
 
 
 @dataclass(frozen=True)
@@ -78,12 +90,12 @@ def full_cost(
     gpu: GpuProfile,
     budget: MemoryBudget,
     generated: int,
-    reading: Reading = WHOLE,
+    part: PartRead | None = None,
 ) -> Cost:
     """The same for the uncompressed bf16 cache, of any shape."""
     tokens = budget.context_tokens
     prompt, held = (Counter({"bf16": shape.kv_bytes(n)}) for n in (tokens, tokens + generated))
-    return _cost(shape, gpu, budget, _Held(prompt, held, held), held["bf16"], None, reading)
+    return _cost(shape, gpu, budget, _Held(prompt, held, held), held["bf16"], None, part)
 
 
 def policy_cost(
@@ -94,7 +106,7 @@ def policy_cost(
     generated: int,
     *,
     evicts: bool = False,
-    reading: Reading = WHOLE,
+    part: PartRead | None = None,
 ) -> Cost:
     """Memory and time of a policy under a budget, for its context and batch.
 
@@ -106,7 +118,7 @@ def policy_cost(
         generated: tokens that each sequence has generated, the most it will hold.
         evicts: whether methods that can go on evicting while tokens are generated do; the time
             that they take for it at each step is not counted.
-        reading: whether a prefix is held, and how many tokens are read at once.
+        part: of a prompt that is read; None for all of it at once.
 
     Raises:
         KvtuneError: another shape's policy, or layers whose cache is no full cache of heads.
@@ -128,7 +140,7 @@ def policy_cost(
         held = _Held(prompt, prompt + new, read + new)
     growth = Growth(generated, evicts)
     size = sequence_bytes(policy, tokens, shape.head_dim, growth) + held.statistics
-    return _cost(shape, gpu, budget, held, size, policy, reading)
+    return _cost(shape, gpu, budget, held, size, policy, part)
 
 
 @dataclass(frozen=True)
@@ -168,7 +180,7 @@ def _cost(
     held: _Held,
     size: int,
     policy: Policy | None,
-    reading: Reading,
+    part: PartRead | None,
 ) -> Cost:
     tokens, batch, weights = budget.context_tokens, budget.batch, budget.weight_format
     beside = footprint_of_lengths(shape.layers, shape.kv_heads) if policy else 0
@@ -178,10 +190,7 @@ def _cost(
     on_host = policy if policy and policy.uses_host else None
     if on_host:
         step = _with_host(step, host_step(on_host, shape, gpu, batch, tokens))
-    first = chunked_prefill(
-        shape, gpu, weights, reading.new_tokens(tokens), reading.prefix_tokens,
-        reading.chunk_tokens, execution="runtime",
-    )  # fmt: skip
+    first = part.seconds if part else prefill(shape, gpu, weights, tokens, execution="runtime")
     peak = peak_memory(shape, gpu, weights, size, tokens, batch)
     return Cost(
         prompt_bytes=prompt_bytes,
@@ -192,7 +201,7 @@ def _cost(
         memory=add(peak, exact(waiting, "B")),
         latency=step,
         prefill=first,
-        compression=_compressing(policy, shape, gpu, tokens, first, reading),
+        compression=_compressing(policy, shape, gpu, tokens, first, part),
         tokens_per_second=per_second(step, batch),
         host_bytes=host_sequence_bytes(on_host, tokens, shape.head_dim) if on_host else 0,
         moved_bytes=on_host.moved_bytes(tokens, shape.head_dim) if on_host else 0,
@@ -205,15 +214,15 @@ def _compressing(
     gpu: GpuProfile,
     tokens: int,
     first: Estimate,
-    reading: Reading,
+    part: PartRead | None,
 ) -> Estimate:
     """Seconds to compress one prompt; at least for what was read, at most for its prefix too."""
     if policy is None:
         return exact(0, "s")
     whole = compression(policy, shape, gpu, tokens, first)
-    if not reading.prefix_tokens:
+    if part is None or part.tokens == tokens:
         return whole
-    new = compression(policy, shape, gpu, reading.new_tokens(tokens), first)
+    new = compression(policy, shape, gpu, part.tokens, first)
     return Estimate(whole.value, min(new.low, whole.low), whole.high, "s", whole.tier)
 
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 from kvtune.common.errors import DoesNotFitError, KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.profiles.split import can_split
-from kvtune.simulator.latency.chunks import WHOLE, Reading
+from kvtune.simulator.latency.chunks import WHOLE, Reading, chunked_prefill
 from kvtune.tuner.target import beyond_length
 
 if TYPE_CHECKING:
     from kvtune.policies.policy_file.document import PolicyDocument
     from kvtune.profiles.gpus import GpuProfile
     from kvtune.profiles.shape import ModelShape
-    from kvtune.simulator.cost import Cost
+    from kvtune.simulator.cost import Cost, PartRead
     from kvtune.simulator.deployment import Deployment, StackChoice
     from kvtune.simulator.memory.budget import MemoryBudget
 
@@ -232,10 +232,10 @@ class Asked:
         from kvtune.simulator.cost import full_cost, per_second, policy_cost
 
         shape, generated = self.shape, self.generated_tokens
-        self._check_reading()
-        alone = full_cost(deployment.local, deployment.gpu, budget, generated, self.reading)
-        new = self.reading.new_tokens(budget.context_tokens)
-        step, first = deployment.times(alone.latency, alone.prefill, budget, generated, new)
+        part = self._part(deployment, budget)
+        alone = full_cost(deployment.local, deployment.gpu, budget, generated, part)
+        read = part.tokens if part else None
+        step, first = deployment.times(alone.latency, alone.prefill, budget, generated, read)
         rate = per_second(step, budget.batch)
         full = replace(alone, latency=step, prefill=first, tokens_per_second=rate)
         costs = {FULL: full}
@@ -244,17 +244,31 @@ class Asked:
             policy = self.document.bind(shape.layers, shape.kv_heads)
             costs[policy.name] = policy_cost(
                 policy, shape, deployment.gpu, budget, generated, evicts=self.evicts,
-                reading=self.reading,
+                part=part,
             )  # fmt: skip
         return costs
 
-    def _check_reading(self) -> None:
-        """Refuse prefixes and chunks with another stack's tables, which hold whole prompts."""
-        if self.reading != WHOLE and self.stack != "kvtune":
+    def _part(self, deployment: Deployment, budget: MemoryBudget) -> PartRead | None:
+        """How long prompts take that stand behind a prefix or are read in chunks; else None.
+
+        Raises:
+            KvtuneError: another stack's tables, which hold whole prompts, or no prompt is left.
+        """
+        from kvtune.simulator.cost import PartRead
+
+        if self.reading == WHOLE:
+            return None
+        if self.stack != "kvtune":
             raise KvtuneError(
                 "prompts behind a prefix or in chunks are timed with kvtune's own model only",
                 hint="leave out --stack, or --prefix and --chunk.",
             )
+        new = self.reading.new_tokens(budget.context_tokens)
+        seconds = chunked_prefill(
+            deployment.local, deployment.gpu, budget.weight_format, new,
+            self.reading.prefix_tokens, self.reading.chunk_tokens, execution="runtime",
+        )  # fmt: skip
+        return PartRead(new, seconds)
 
     def _check_alone(self, gpus: int) -> None:
         """Refuse a policy over several GPUs or another stack's kernels, which cannot run it."""
