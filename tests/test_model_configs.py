@@ -42,7 +42,7 @@ PUBLISHED = {
     "olmo-2-1b": (1.48, None), "olmo-2-7b": (7.30, None), "olmo-2-13b": (13.7, None),
     "olmo-2-32b": (32.2, None), "olmo-3-7b": (7.30, None), "olmo-3-32b": (32.2, None),
     "qwen3.5-4b": (4.21, None), "qwen3.5-9b": (8.95, None),  # 4.5 and 9.4 with their towers
-    "granite-4.0-h-tiny": (7, 1), "granite-4.0-h-1b": (1.5, None),
+    "granite-4.0-h-tiny": (7, None), "granite-4.0-h-1b": (1.5, None),
     "gemma-3n-e4b": (6.87, None),  # 7.85 B with its towers for images and sound
 }  # fmt: skip
 
