@@ -232,7 +232,7 @@ def _fitting(
     def needed(tokens: int, end: str) -> int:
         one = replace(flags, ctx_size=tokens)
         parts = fixed, _cache(shape, one, tokens), _compute(shape, one, build, tokens)[0]
-        return math.ceil(sum(getattr(part, end) for part in parts)) + MARGIN_BYTES
+        return math.ceil(sum(float(getattr(part, end)) for part in parts)) + MARGIN_BYTES
 
     def longest(end: str) -> float:
         return float(STEP * bisect_right(steps, limit, key=lambda tokens: needed(tokens, end)))
