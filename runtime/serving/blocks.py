@@ -11,7 +11,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
+
 from kvtune.common.errors import KvtuneError
+from kvtune.policies.option import Option
 from kvtune.policies.pages import BF16_PAGE, PageLayout, has_pages
 from kvtune.policies.paging import pages_of, planned_entries
 from kvtune.policies.parts import PartPlan
@@ -116,16 +119,42 @@ class PlannedBlocks:
         prompt = _TYPICAL_PROMPT_TOKENS
         return block_cells * self._blocks(prompt, AHEAD_TOKENS, block_cells)
 
+    def most_coded_pages(self, longest: int) -> int:
+        """Pages of a layer in the prompt's formats, of a prompt of at most ``longest`` tokens."""
+        budgets = self.policy.budgets(longest).reshape(self.policy.layers, -1)
+        kinds = np.array(self._kinds).reshape(budgets.shape)
+        smallest = np.array([layout.page_tokens for _, layout in self._options])[kinds]
+        if self.spare:  # a layer's heads share its tokens
+            return int((-(-budgets.sum(1) // smallest.min(1))).max()) + budgets.shape[1]
+        return int((-(-budgets // smallest)).sum(1).max())
+
+    @cached_property
+    def spare(self) -> int:
+        """Pages of each head that a split of a layer's tokens may need by rounding up."""
+        return 0 if self.policy.allocator.name == "as_given" else 1
+
+    @cached_property
+    def _options(self) -> list[tuple[Option, PageLayout]]:
+        """Options that occur, and their pages."""
+        options = dict.fromkeys(self.policy.options())
+        return [(option, pages_of(option, self.head_dim)) for option in options]
+
+    @cached_property
+    def _kinds(self) -> list[int]:
+        """Which of the options each head has."""
+        numbers = {option: number for number, (option, _) in enumerate(self._options)}
+        return [numbers[option] for option in self.policy.options()]
+
     def _sequence(self, prompt_tokens: int) -> SequencePages:
         fixed: Counter[int] = Counter()
         exact: Counter[int] = Counter()
-        budgets = self.policy.budgets(prompt_tokens).flat
-        spare = 0 if self.policy.allocator.name == "as_given" else 1  # a split rounds up otherwise
-        for option, budget in zip(self.policy.options(), budgets, strict=True):
-            front, coded = planned_entries(option, int(budget), prompt_tokens, self.head_dim)
-            layout = pages_of(option, self.head_dim)
-            fixed[layout.page_cells] += layout.pages_for(coded) + spare
-            exact[front] += 1
+        budgets = self.policy.budgets(prompt_tokens).ravel().tolist()
+        alike = Counter(zip(self._kinds, budgets, strict=True))
+        for (kind, budget), heads in alike.items():
+            option, layout = self._options[kind]
+            front, coded = planned_entries(option, budget, prompt_tokens, self.head_dim)
+            fixed[layout.page_cells] += heads * (layout.pages_for(coded) + self.spare)
+            exact[front] += heads
         return SequencePages(dict(fixed), tuple(sorted(exact.items())))
 
 

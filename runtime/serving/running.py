@@ -30,7 +30,7 @@ from kvtune.runtime.serving.blocks import PlannedBlocks
 from kvtune.runtime.serving.held import Held
 from kvtune.runtime.serving.layer_rows import LayerRows, OwnPages
 from kvtune.runtime.serving.pages import RequestPages
-from kvtune.runtime.serving.seats import Seats
+from kvtune.runtime.serving.seats import Seats, Size
 from kvtune.traces.seam import causal_attention
 
 _HEADS_TIMES_TOKENS = 2**17
@@ -54,12 +54,12 @@ class Step:
 
     Args:
         prompts: requests that read their prompt, and where in the step's tokens.
-        generating: requests that append one token each.
+        generating: rows that append one token each, rows of nobody in a captured step included.
         places: where in the step's tokens; ``[n]``, or a slice of neighbours.
     """
 
     prompts: list[tuple[Held, slice]]
-    generating: list[Held]
+    generating: int
     places: Tensor | slice
 
 
@@ -70,10 +70,15 @@ class Running:
         planned: the plan, and how it counts blocks.
         device: where the engine's memory is.
         backend: who works on pages; the device's own unless given.
+        room: of the tables of requests that generate, if it is known beforehand.
     """
 
     def __init__(
-        self, planned: PlannedBlocks, device: torch.device, backend: Backend | None = None
+        self,
+        planned: PlannedBlocks,
+        device: torch.device,
+        backend: Backend | None = None,
+        room: Size | None = None,
     ) -> None:
         self.planned, self.policy, self.device = planned, planned.policy, device
         self.backend, self.needs = backend or backend_for(device), self.policy.needs
@@ -82,12 +87,15 @@ class Running:
         self.held: dict[int, Held] = {}  # by first block
         self._owners: dict[int, tuple[int, Held]] = {}  # by block: first block and request
         self.seats: Seats | None = None
+        self.room = room
 
     def attach(self, memory: Tensor) -> None:
         """Say where the engine's cache memory is, all layers' in one tensor; safe to repeat."""
         if self.memory is None:
             self.memory = memory.view(torch.uint8).view(-1)
-            self.seats = Seats(self.policy, self.planned.head_dim, self.memory, self.backend)
+            self.seats = Seats(
+                self.policy, self.planned.head_dim, self.memory, self.backend, self.room
+            )
 
     def begin(self, table: BlockTable, starts: Sequence[int], lengths: Sequence[int]) -> Step:
         """Take in who is part of a step.
@@ -111,7 +119,13 @@ class Running:
                 generating.append(self._known(table, row, first, stop - start, tokens))
                 places.append(start)
         self._seat(generating)
-        return Step(prompts, generating, self._places(places))
+        return Step(prompts, len(generating), self._places(places))
+
+    def nobody(self, rows: int) -> Step:
+        """A step of rows that are nobody's, as a graph is captured from: replayed it serves those
+        whom the last ``begin`` has seated."""
+        self._seats.seat([])
+        return Step([], rows, slice(0, rows))
 
     def attend(
         self, step: Step, layer: int, qkv: tuple[Tensor, Tensor, Tensor], out: Tensor, scale: float
@@ -128,8 +142,7 @@ class Running:
         for request, at in step.prompts:
             out[at] = self._prompt(request, layer, tuple(x[at] for x in qkv), scale)
         if step.generating:
-            q, k, v = (x[step.places] for x in qkv)
-            out[step.places] = self._generated(layer, q, k, v, scale).to(out.dtype)
+            self._generate(layer, tuple(x[step.places] for x in qkv), step.places, out, scale)
 
     def _seat(self, requests: list[Held]) -> None:
         if requests:
@@ -211,11 +224,18 @@ class Running:
             return None
         return column_sums(q[None], k[None], scale)[0]
 
-    def _generated(self, number: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Append one token a request and attend, ``[n, Hq, D]``."""
-        self._seats.append(number, k, v)
-        queries = q.reshape(len(q) * k.shape[1], -1, q.shape[-1]).contiguous()
-        return self._seats.attend(number, queries, scale).view(q.shape)
+    def _generate(
+        self, layer: int, qkv: tuple[Tensor, ...], places: Tensor | slice, out: Tensor, scale: float
+    ) -> None:
+        """Append one token a request, and attend."""
+        q, k, v = qkv
+        self._seats.append(layer, k, v)
+        if isinstance(places, slice):
+            self._seats.attend(layer, q, scale, out[places])
+            return
+        answers = torch.zeros_like(q)
+        self._seats.attend(layer, q, scale, answers)
+        out[places] = answers
 
     @property
     def _seats(self) -> Seats:
