@@ -24,13 +24,12 @@ pytest.importorskip("triton", reason="Triton is not installed; the kernels have 
 if os.environ["TRITON_INTERPRET"] != "1":
     pytest.skip("Triton's interpreter is switched off", allow_module_level=True)
 
-L, HQ, H, D = 2, 4, 2, 64
+L, HQ, H, D = 1, 4, 2, 64
 LONGEST, MOST = 400, 4
 POLICY = Policy(
     "mixed",
     (
         (Option(StreamingLLM(), Budget(tokens=70)), Option(SnapKV(), Budget(60), Int4(), Int2())),
-        (Option(SnapKV(), Budget(90), Int4(), Int4()), Option(SnapKV(), Budget(share=0.5))),
     ),
 )
 PLANNED = PlannedBlocks(POLICY, D)
@@ -94,8 +93,7 @@ def test_kernels_answer_as_plain_torch_does_whoever_sits_where() -> None:
     both = [Served(TritonBackend()), Served(PlainBackend())]
     draws = [torch.Generator().manual_seed(0) for _ in both]
     steps: list[tuple[list[tuple[int, int]], list[int], int]] = [
-        ([(0, 130), (1, 40)], [0, 1], 3), ([(2, 100)], [2, 0, 1], 4), ([], [2, 1], 2),
-        ([(0, 77), (3, 1)], [1, 3, 0, 2], 4), ([], [3], 1),
+        ([(0, 130), (1, 40)], [0, 1], 3), ([(2, 100)], [2, 0], 2), ([(0, 77)], [1, 0, 2], 3),
     ]  # fmt: skip
     for prompts, numbers, rows in steps:
         for number, tokens in prompts:

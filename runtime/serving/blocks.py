@@ -8,6 +8,7 @@ The scheduler and the worker ask the same object: what one admits the other can 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -44,6 +45,27 @@ class SequencePages:
     def growing(self, new_tokens: int) -> int:
         """Pages of 16 bits that hold exact prompt tokens and so many tokens after the prompt."""
         return sum(heads * -(-(tokens + new_tokens) // BF16_PAGE) for tokens, heads in self.exact)
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Heads with one option and one budget.
+
+    Args:
+        option: theirs.
+        layout: of the pages of their coded tokens.
+        budget: tokens of each.
+        heads: which ones.
+        exact: tokens of each in 16-bit pages that go on growing.
+        coded: in pages of the option's formats.
+    """
+
+    option: Option
+    layout: PageLayout
+    budget: int
+    heads: list[int]
+    exact: int
+    coded: int
 
 
 @dataclass(frozen=True)
@@ -145,16 +167,33 @@ class PlannedBlocks:
         numbers = {option: number for number, (option, _) in enumerate(self._options)}
         return [numbers[option] for option in self.policy.options()]
 
+    def alike(self, first: int, budgets: Sequence[int], prompt_tokens: int) -> list[Alike]:
+        """Heads of neighbouring layers by option and budget, and what each then stores.
+
+        Args:
+            first: the layers' first head, counted through all layers.
+            budgets: tokens of each head.
+            prompt_tokens: of the prompt.
+        """
+        heads: dict[tuple[int, int], list[int]] = {}
+        kinds = self._kinds[first : first + len(budgets)]
+        for head, (kind, budget) in enumerate(zip(kinds, budgets, strict=True)):
+            heads.setdefault((kind, budget), []).append(head)
+        found = []
+        for (kind, budget), mine in heads.items():
+            option, layout = self._options[kind]
+            both = planned_entries(option, budget, prompt_tokens, self.head_dim)
+            found.append(Alike(option, layout, budget, mine, *both))
+        return found
+
     def _sequence(self, prompt_tokens: int) -> SequencePages:
         fixed: Counter[int] = Counter()
         exact: Counter[int] = Counter()
         budgets = self.policy.budgets(prompt_tokens).ravel().tolist()
-        alike = Counter(zip(self._kinds, budgets, strict=True))
-        for (kind, budget), heads in alike.items():
-            option, layout = self._options[kind]
-            front, coded = planned_entries(option, budget, prompt_tokens, self.head_dim)
-            fixed[layout.page_cells] += heads * (layout.pages_for(coded) + self.spare)
-            exact[front] += heads
+        for each in self.alike(0, budgets, prompt_tokens):
+            count = each.layout.pages_for(each.coded) + self.spare
+            fixed[each.layout.page_cells] += len(each.heads) * count
+            exact[each.exact] += len(each.heads)
         return SequencePages(dict(fixed), tuple(sorted(exact.items())))
 
 

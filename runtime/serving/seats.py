@@ -138,15 +138,15 @@ class Seats:
 
     def attend(self, layer: int, q: Tensor, scale: float, out: Tensor) -> None:
         """Fill in ``out`` of one query a query head, ``[n, Hq, D]``; likewise."""
-        self.backend.attend_seated(
-            q, self.paged[layer], self.seating, self._scratch(q), scale, out
-        )
-
-    def _scratch(self, q: Tensor) -> Scratch:
         if self.scratch is None:
-            slots, rows = self.size.seats * self.tiles_a_seat, self.size.seats * self.heads
-            self.scratch = Scratch(rows, slots, q.shape[1] // self.heads, q.shape[2], q.device)
-        return self.scratch
+            self.prepare(q.shape[1])
+        self.backend.attend_seated(q, self.paged[layer], self.seating, self.scratch, scale, out)
+
+    def prepare(self, query_heads: int) -> None:
+        """Allocate what attention works in."""
+        slots, rows = self.size.seats * self.tiles_a_seat, self.size.seats * self.heads
+        group, device = query_heads // self.heads, self.memory.device
+        self.scratch = Scratch(rows, slots, group, self.head_dim, device)
 
     def _grow(self, staying: Mapping[int, Held]) -> None:
         """Give pages to those that need some, where their seats have room."""
