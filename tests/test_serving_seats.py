@@ -28,9 +28,7 @@ L, HQ, H, D = 1, 4, 2, 64
 LONGEST, MOST = 400, 4
 POLICY = Policy(
     "mixed",
-    (
-        (Option(StreamingLLM(), Budget(tokens=70)), Option(SnapKV(), Budget(60), Int4(), Int2())),
-    ),
+    ((Option(StreamingLLM(), Budget(tokens=70)), Option(SnapKV(), Budget(60), Int4(), Int2())),),
 )
 PLANNED = PlannedBlocks(POLICY, D)
 

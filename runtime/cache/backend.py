@@ -61,9 +61,7 @@ class Backend(Protocol):
     ) -> Tensor:
         """Output ``[rows, G, D]`` of ``q`` like it; fills in ``seen`` where it is given."""
 
-    def append_seated(
-        self, layer: Paged, seating: Seating, keys: Tensor, values: Tensor
-    ) -> None:
+    def append_seated(self, layer: Paged, seating: Seating, keys: Tensor, values: Tensor) -> None:
         """Put one token, ``[B, H, D]``, into the growing segments of each sequence with a seat."""
 
     def attend_seated(
@@ -192,9 +190,7 @@ class TritonBackend:
             return decode(q, layer, scratch, scale)
         return decode(q, layer, scratch, scale, lse=seen.lse, logits=seen.logits)
 
-    def append_seated(
-        self, layer: Paged, seating: Seating, keys: Tensor, values: Tensor
-    ) -> None:
+    def append_seated(self, layer: Paged, seating: Seating, keys: Tensor, values: Tensor) -> None:
         """One launch."""
         from kvtune.runtime.kernels.pages import append_seated
 
@@ -263,9 +259,7 @@ class PlainBackend:
         """Dequantise all pages of a layout at once, then attend in float32."""
         return attend_pages(q, layer, scale, seen)
 
-    def append_seated(
-        self, layer: Paged, seating: Seating, keys: Tensor, values: Tensor
-    ) -> None:
+    def append_seated(self, layer: Paged, seating: Seating, keys: Tensor, values: Tensor) -> None:
         """All rows of sequences that have a seat at once."""
         seats = seating.seats[: len(keys)].long()
         there, head = seats >= 0, torch.arange(seating.heads, device=seats.device)

@@ -56,6 +56,4 @@ class Reading:
         """What methods may look at."""
         sums = torch.cat(self.sums) if self.sums else None
         queries = torch.cat(self.queries)
-        return Signals(
-            queries, self.keys, self.values, self.scale, sums, layer=self.layers.start
-        )
+        return Signals(queries, self.keys, self.values, self.scale, sums, layer=self.layers.start)

@@ -95,9 +95,7 @@ class Running:
             return
         self.memory = memory.view(torch.uint8).view(-1)
         self.held, self._owners = {}, {}
-        self.seats = Seats(
-            self.policy, self.planned.head_dim, self.memory, self.backend, self.room
-        )
+        self.seats = Seats(self.policy, self.planned.head_dim, self.memory, self.backend, self.room)
         if query_heads is not None:
             self.seats.prepare(query_heads)
 

@@ -274,13 +274,13 @@ class Seats:
 
     def _cut(self, held: Segments, listed: Ints, together: int) -> Ints:
         """Records of all layers' tiles; no layer has more than a seat has room for."""
-        wanted = max(self.programs // together, int(held.most.sum()) // _LARGEST_TILE_TOKENS)
+        wanted = max(1, self.programs // together, int(held.most.sum()) // _LARGEST_TILE_TOKENS)
         while True:
             records = plan_tiles(held, listed, wanted).records.astype(np.int64)
             most = int(np.bincount(records[:, _ROW] // self.heads).max())
             if most <= self.tiles_a_seat:
                 return records
-            wanted = wanted * self.tiles_a_seat // (most + 1)
+            wanted = max(1, wanted * self.tiles_a_seat // (most + 1))
 
     def _write(self, seat: int, request: Held, entries: Entries) -> None:
         """Put a request into a seat, whatever it held before."""
