@@ -274,9 +274,10 @@ def attention_over_prompts(device: torch.device) -> dict[str, Any]:
     for name, way in ways.items():
         new, known = [], []
         for tokens in range(first, first + 12):
-            q, k, v = (x.transpose(0, 1)[None] for x in drawn_once(tokens, device))
-            new.append(timed(device, lambda q=q, k=k, v=v: way(q, k, v, D**-0.5)))
-            known.append(timed(device, lambda q=q, k=k, v=v: way(q, k, v, D**-0.5)))
+            qkv = [x.transpose(0, 1)[None] for x in drawn_once(tokens, device)]
+            work = functools.partial(way, *qkv, D**-0.5)
+            new.append(timed(device, work))
+            known.append(timed(device, work))
         first += 100
         found[name] = {
             "new_length_ms": statistics.median(new), "known_length_ms": statistics.median(known)

@@ -18,7 +18,7 @@ runs this file in processes of its own, in an environment that has vLLM and kvtu
 and writes what was found as JSON, as soon as it is known. A fault is written down, and the other
 parts go on; where an engine does not start with CUDA graphs, it is tried without. ``--graphs``:
 
-    decode          steps without prompts are captured whole, nothing is compiled (no compiler needed)
+    decode          steps without prompts are captured whole, and nothing is compiled
     compiled        vLLM's default: compiled, and captured whole or in pieces
     none            every operation is launched by the host
 """

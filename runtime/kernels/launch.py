@@ -147,7 +147,7 @@ def decode(
     Raises:
         KvtuneError: a head dimension that the kernel is not made for.
     """
-    rows, group, head_dim = q.shape
+    rows, group, _ = q.shape
     out = torch.empty_like(q) if out is None else out
     lse = torch.empty(rows, group, device=q.device) if lse is None else lse
     _launch(

@@ -34,8 +34,8 @@ class Reading:
     def begin(cls, layers: range, keys: Tensor, scale: float) -> Reading:
         """Room for some layers of keys and values like these, ``[P, H, D]``."""
         tokens, heads, head_dim = keys.shape
-        both = (keys.new_empty(len(layers) * heads, tokens, head_dim) for _ in range(2))
-        return cls(*both, scale, layers)
+        shape = len(layers) * heads, tokens, head_dim
+        return cls(keys.new_empty(shape), keys.new_empty(shape), scale, layers)
 
     def add(self, keys: Tensor, values: Tensor, queries: Tensor, sums: Tensor | None) -> None:
         """The next layer's keys and values ``[P, H, D]``; its last queries and its sums."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtune.policies.pages import BF16_PAGE, PAGE, PageLayout
@@ -108,6 +107,7 @@ class Seats:
         self.programs = sum(PROGRAMS[kind_of(pairs)] for pairs in self.pairs)
         self.tiles_a_seat = 8 * max(8, self.heads)  # of a layer
         self.together: list[int] = []  # seats of the step's requests
+        self.seated: list[Held | None] = []
         self.scratch: Scratch | None = None
         self.captured = False
         self._allocate(room or Size(1, 1, 1))
@@ -138,15 +138,15 @@ class Seats:
 
     def attend(self, layer: int, q: Tensor, scale: float, out: Tensor) -> None:
         """Fill in ``out`` of one query a query head, ``[n, Hq, D]``; likewise."""
-        if self.scratch is None:
-            self.prepare(q.shape[1])
-        self.backend.attend_seated(q, self.paged[layer], self.seating, self.scratch, scale, out)
+        scratch = self.scratch or self.prepare(q.shape[1])
+        self.backend.attend_seated(q, self.paged[layer], self.seating, scratch, scale, out)
 
-    def prepare(self, query_heads: int) -> None:
+    def prepare(self, query_heads: int) -> Scratch:
         """Allocate what attention works in."""
         slots, rows = self.size.seats * self.tiles_a_seat, self.size.seats * self.heads
         group, device = query_heads // self.heads, self.memory.device
         self.scratch = Scratch(rows, slots, group, self.head_dim, device)
+        return self.scratch
 
     def _grow(self, staying: Mapping[int, Held]) -> None:
         """Give pages to those that need some, where their seats have room."""
@@ -199,7 +199,7 @@ class Seats:
         if self.captured:
             raise RuntimeError("a captured step's tables are too small for a request")
         self.size, device = size, self.memory.device
-        self.seated: list[Held | None] = [None] * size.seats
+        self.seated = [None] * size.seats
         self.reach = [0] * size.seats  # of each seat: tokens after the prompt that its tiles cover
         self.scratch, self.together = None, []
         layers, seats, heads = self.layers, size.seats, self.heads
