@@ -35,6 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from vllm_plugin import TEXT, document
 
 from kvtune.common.files import write_json
@@ -57,7 +58,11 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, required=True)
     parser.add_argument("--model", required=True, help="the same model, as transformers loads it")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", choices=sorted(STARTED))
+    parser.add_argument("--only", choices=sorted(PLANS))
+    parser.add_argument(
+        "--live-python", default=sys.executable,
+        help="with kvtune and a transformers newer than kvpress takes",
+    )  # fmt: skip
     parser.add_argument("--child", nargs=3, metavar=("STACK", "PLAN", "FOLDER"))
     arguments = parser.parse_args()
     if arguments.child:
@@ -65,7 +70,7 @@ def main() -> None:
         print(json.dumps(STARTED[stack][1](arguments, plan, Path(folder))), flush=True)
         return
     found: dict[str, Any] = {"prompt_tokens": PROMPT_TOKENS, "context_tokens": CONTEXT}
-    for stack in [arguments.only] if arguments.only else STARTED:
+    for stack in [arguments.only] if arguments.only else PLANS:
         found[stack] = {}
         for plan in PLANS[stack]:
             print(f"{stack}, {plan}...", file=sys.stderr, flush=True)
@@ -260,8 +265,6 @@ def kvpress(arguments: argparse.Namespace, plan: str, folder: Path) -> dict[str,
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-    from kvtune.runtime import load_cache
-
     told = json.loads((folder / "kvpress.json").read_text("utf-8"))
     press = presses.PerLayerCompressionPress(
         getattr(presses, told["press"])(**told["settings"]), told["compression_ratios"]
@@ -269,38 +272,51 @@ def kvpress(arguments: argparse.Namespace, plan: str, folder: Path) -> dict[str,
     tokens = AutoTokenizer.from_pretrained(arguments.model)(TEXT * 9).input_ids
     ids = torch.tensor([tokens[: PROMPT_TOKENS + 24]])
 
-    def model() -> Any:
-        return AutoModelForCausalLM.from_pretrained(
-            arguments.model, dtype=torch.float32, attn_implementation="sdpa"
-        ).eval()
-
-    def answers(of: Any, cache: Any) -> Any:
-        """One token at a time: a press leaves every layer another length, and one mask for all."""
-        found = []
-        for at in range(PROMPT_TOKENS, ids.shape[1]):
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
+    cache, found = DynamicCache(), []
+    with torch.no_grad():
+        full = model(input_ids=ids).logits[0, PROMPT_TOKENS:].float().log_softmax(-1)
+        with press(model):
+            model(input_ids=ids[:, :PROMPT_TOKENS], past_key_values=cache, use_cache=True)
+        held = sum(x.keys.nbytes + x.values.nbytes for x in cache.layers) // 2  # float32 here
+        for at in range(PROMPT_TOKENS, ids.shape[1]):  # every layer has another length: one a step
             place = torch.tensor([at])
-            out = of(
+            out = model(
                 input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True,
                 position_ids=place[None], cache_position=place,
             )  # fmt: skip
             found.append(out.logits[0, -1].float().log_softmax(-1))
-        return torch.stack(found)
-
-    stock, live_model, cache = model(), model(), DynamicCache()
-    with torch.no_grad():
-        full = stock(input_ids=ids).logits[0, PROMPT_TOKENS:].float().log_softmax(-1)
-        with press(stock):
-            stock(input_ids=ids[:, :PROMPT_TOKENS], past_key_values=cache, use_cache=True)
-        held = sum(x.keys.nbytes + x.values.nbytes for x in cache.layers) // 2  # float32 here
-        theirs = answers(stock, cache)
-        live_cache = load_cache(str(folder / "policy.yaml"), live_model)
-        live_model(input_ids=ids[:, :PROMPT_TOKENS], past_key_values=live_cache, use_cache=True)
-        live = answers(live_model, live_cache)
+    theirs = torch.stack(found)
+    (folder / "ids.json").write_text(json.dumps(ids.tolist()))
+    command = [arguments.live_python, *sys.argv]
+    command[command.index("--child") + 1] = "live"
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # noqa: S603
+    live = torch.from_numpy(np.load(folder / "live.npy"))
     return {
         "bytes_a_token": round(held / PROMPT_TOKENS, 2),
         "kl_to_uncompressed": divergence(full, theirs), "kl_of_live_cache": divergence(full, live),
         "kl_to_live_cache": divergence(live, theirs),
     }  # fmt: skip
+
+
+def live(arguments: argparse.Namespace, plan: str, folder: Path) -> dict[str, Any]:
+    """What our live cache answers to the same tokens under the plan, beside the export."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from kvtune.common.transformers_interface import cache_argument
+    from kvtune.runtime import load_cache
+
+    ids = torch.tensor(json.loads((folder / "ids.json").read_text("utf-8")))
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    cache = load_cache(str(folder / "policy.yaml"), model)
+    with torch.no_grad():
+        for part in (ids[:, :PROMPT_TOKENS], ids[:, PROMPT_TOKENS:]):
+            out = model(input_ids=part, use_cache=True, **cache_argument(model, cache))
+    np.save(folder / "live.npy", out.logits[0].float().log_softmax(-1).numpy())
+    return {}
 
 
 def divergence(of: Any, to: Any) -> float:
@@ -314,6 +330,7 @@ STARTED: dict[str, tuple[str, Callable[[argparse.Namespace, str, Path], dict[str
     "vllm": ("vllm", vllm),
     "transformers": ("transformers", transformers),
     "kvpress": ("kvpress", kvpress),
+    "live": ("transformers", live),
 }
 
 PLANS = {
