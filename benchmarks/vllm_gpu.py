@@ -5,17 +5,22 @@
 
 runs this file in processes of its own, in an environment that has vLLM and kvtune's entry point:
 
-    stock, plan     a model of an 8B's shape with random weights; the same version, flags, memory.
-                    ``short``: many requests at once with lengths as in Azure's conversations
-                    (``data/azure_conversations_2023.csv``), cache memory for about 25 of them
-                    uncompressed. ``ample``: eight at a time, for which memory is enough
     right-*         a small model whose weights are read from a file: greedy answers, and how likely
                     each token was
     alone           the same tokens in transformers, uncompressed and under the plan in our live
                     cache
+    stock, plan     a model of an 8B's shape with random weights; the same version, flags, memory,
+                    and lengths as in Azure's conversations (``data/azure_conversations_2023.csv``).
+                    ``short``: many requests at once, cache memory for about 25 of them
+                    uncompressed. ``tight``: the same with most of the memory taken away.
+                    ``ample``: eight at a time, for which memory is enough
 
 and writes what was found as JSON, as soon as it is known. A fault is written down, and the other
-parts go on. Without a compiler in reach give ``--eager``.
+parts go on; where an engine does not start with CUDA graphs, it is tried without. ``--graphs``:
+
+    decode          steps without prompts are captured whole, and nothing is compiled
+    compiled        vLLM's default: compiled, and captured whole or in pieces
+    none            every operation is launched by the host
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ import csv
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -51,7 +57,8 @@ WORKER = "kvtune.runtime.serving.vllm_0_26_worker.Worker"
 GRAPHS = [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256]
 AT_ONCE = 8  # requests of the load for which memory is enough
 RIGHT_PROMPTS, RIGHT_TOKENS = (40, 333, 700), 68
-PARTS = ("stock", "plan", "right-stock", "right-plan", "alone")
+TIGHT_GIB = 1.25  # of cache memory that is left for the load "tight"
+PARTS = ("right-plan", "alone", "stock", "plan", "right-stock")
 
 
 def main() -> None:
@@ -59,7 +66,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and few requests")
-    parser.add_argument("--eager", action="store_true", help="no compilation and no CUDA graphs")
+    parser.add_argument("--graphs", choices=["decode", "compiled", "none"], default="decode")
     parser.add_argument("--memory", type=float, default=4.0, help="GiB of cache memory")
     parser.add_argument("--seconds", type=float, default=240, help="of all parts together")
     parser.add_argument("--load-seconds", type=float, default=30, help="that a load is watched")
@@ -76,10 +83,16 @@ def main() -> None:
         print(f"{part}, {left:.0f} s left...", file=sys.stderr, flush=True)
         found[part] = in_a_process(part, arguments, left)
         write_json(arguments.out, found)
+        left = arguments.seconds - (time.monotonic() - begun)
+        if arguments.graphs != "none" and "fault" in found[part].get("start", {}) and left > 60:
+            found[f"{part}, no graphs"] = in_a_process(part, arguments, left, "none")
+            write_json(arguments.out, found)
     print(table(found))
 
 
-def in_a_process(part: str, arguments: argparse.Namespace, left: float) -> Any:
+def in_a_process(
+    part: str, arguments: argparse.Namespace, left: float, graphs: str | None = None
+) -> Any:
     """What a child process of this file has written; it is ended when the time is over."""
     path = arguments.out.with_suffix(f".{part}.json")
     path.unlink(missing_ok=True)
@@ -94,6 +107,7 @@ def in_a_process(part: str, arguments: argparse.Namespace, left: float) -> Any:
     if arguments.device == "cpu":
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     command = [sys.executable, *sys.argv, "--child", part]
+    command += ["--graphs", graphs] if graphs else []
     try:
         ended = subprocess.run(command, env=environment, check=False, timeout=max(left, 5))  # noqa: S603
         fault = f"ended with {ended.returncode}"
@@ -147,7 +161,7 @@ def steps_of(arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     if arguments.child.startswith("right"):
         return {"start": engine.start, "greedy": engine.greedy}
     return {"start": engine.start, "warm": engine.warm, "short": engine.short,
-            "ample": engine.ample}  # fmt: skip
+            "ample": engine.ample, "tight": engine.tight}  # fmt: skip
 
 
 class Engine:
@@ -170,10 +184,10 @@ class Engine:
             "dtype": "bfloat16", "max_model_len": LONGEST, "max_num_batched_tokens": LONGEST,
             "max_num_seqs": 256, "kv_cache_memory_bytes": int(memory * 2**30), "seed": 0,
             "skip_tokenizer_init": True, "enable_prefix_caching": False,
-            "enforce_eager": self.arguments.eager or self.arguments.device == "cpu",
+            "enforce_eager": self.arguments.graphs == "none" or self.arguments.device == "cpu",
         }  # fmt: skip
         if not settings["enforce_eager"]:
-            settings["compilation_config"] = {"cudagraph_capture_sizes": GRAPHS}
+            settings["compilation_config"] = self.graphs()
         if self.arguments.child in ("stock", "plan"):
             settings["load_format"] = "dummy"
         if self.plan:
@@ -191,6 +205,14 @@ class Engine:
             "cuda_graphs": str(config.compilation_config.cudagraph_mode),
         }  # fmt: skip
 
+    def graphs(self) -> dict[str, Any]:
+        """What is captured, as vLLM is told."""
+        sizes = GRAPHS if self.arguments.child in ("stock", "plan") else GRAPHS[:4]
+        found: dict[str, Any] = {"cudagraph_capture_sizes": sizes}
+        if self.arguments.graphs == "decode":
+            found |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+        return found
+
     def warm(self) -> dict[str, Any]:
         """A few requests of several lengths, so that kernels are compiled before time counts."""
         asked = [(n, 70) for n in (4000, 1500, 700, 300, 90, 30)]
@@ -200,6 +222,16 @@ class Engine:
     def short(self) -> dict[str, Any]:
         """More requests than memory holds."""
         return self.serve(self.requests(1000), at_once=1000, seconds=self.arguments.load_seconds)
+
+    def tight(self) -> dict[str, Any]:
+        """The same with little memory left."""
+        pool = self.core.scheduler.kv_cache_manager.block_pool
+        share = min(1.0, TIGHT_GIB / self.arguments.memory)
+        taken = pool.get_new_blocks(int((1 - share) * pool.get_num_free_blocks()))
+        try:
+            return self.short() | {"memory_gib": share * self.arguments.memory}
+        finally:
+            pool.free_blocks(taken)
 
     def ample(self) -> dict[str, Any]:
         """Fewer requests than memory holds, a new one whenever one has ended."""
@@ -221,12 +253,16 @@ class Engine:
         waiting = list(enumerate(asked))[::-1]
         inside: set[str] = set()
         read = generated = ended = most = steps = 0
+        took_each: list[float] = []
         begun = time.monotonic()
         told: dict[str, int] = {}
         while (waiting or inside) and time.monotonic() - begun < seconds:
             while waiting and len(inside) < at_once:
                 inside.add(self.add(*waiting.pop()))
-            for output in self.engine.step():
+            step_begun = time.monotonic()
+            outputs = self.engine.step()
+            took_each.append(time.monotonic() - step_begun)
+            for output in outputs:
                 count = len(output.outputs[0].token_ids)
                 before = told.get(output.request_id, 0)
                 read += len(output.prompt_token_ids) if before == 0 else 0
@@ -247,6 +283,8 @@ class Engine:
             "generated_a_second": round(generated / took, 1),
             "ended_a_second": round(ended / took, 3),
             "step_ms": round(1e3 * took / max(steps, 1), 2),
+            "step_ms_median": round(1e3 * statistics.median(took_each), 2),
+            "step_ms_longest_tenth": round(1e3 * sorted(took_each)[-1 - len(took_each) // 10], 2),
         }  # fmt: skip
 
     def add(self, number: int, lengths: tuple[int, int]) -> str:
@@ -297,7 +335,10 @@ def followed(arguments: argparse.Namespace) -> dict[str, Any]:
     found = {}
     for name, policy in (("stock", None), ("plan", os.environ["KVTUNE_POLICY"])):
         path = arguments.out.with_suffix(f".right-{name}.json")
-        answers = json.loads(path.read_text("utf-8"))["greedy"]
+        answers = json.loads(path.read_text("utf-8")).get("greedy") if path.exists() else None
+        if not isinstance(answers, list):
+            found[name] = {"fault": "there are no answers"}
+            continue
         with torch.no_grad():
             gaps = [one_followed(model, policy, answer) for answer in answers]
             others = [one_followed(model, None, answer) for answer in answers]
@@ -316,7 +357,7 @@ def mean_size(gaps: list[float]) -> float:
 def table(found: dict[str, Any]) -> str:
     """The figures side by side."""
     lines = [f"{'':<34}{'stock':>14}{'plan':>14}{'ratio':>9}"]
-    for load in ("short", "ample"):
+    for load in ("short", "tight", "ample"):
         both = [found.get(name, {}).get(load, {}) for name in ("stock", "plan")]
         for key in both[0]:
             one, other = (told.get(key) for told in both)

@@ -35,9 +35,9 @@ OVERRIDDEN = {
 READ = {
     ("v1/attention/backend.py", "CommonAttentionMetadata"): (
         "num_reqs", "block_table_tensor", "query_start_loc_cpu", "seq_lens",
-        "seq_lens_cpu_upper_bound",
+        "seq_lens_cpu_upper_bound", "max_query_len",
     ),
-    ("v1/attention/backend.py", "AttentionCGSupport"): ("NEVER",),
+    ("v1/attention/backend.py", "AttentionCGSupport"): ("UNIFORM_SINGLE_TOKEN_DECODE",),
     ("v1/attention/backends/registry.py", "AttentionBackendEnum"): ("CUSTOM", "CPU_ATTN"),
     ("v1/core/single_type_kv_cache_manager.py", "SingleTypeKVCacheManager"): (
         "req_to_blocks", "block_pool",

@@ -201,11 +201,22 @@ def of_mlx(made: Export) -> Meaning:
     return replace(whole_cache(code, 8 * (code < 16), 0), sequences=None)
 
 
+def of_kvpress(made: Export) -> Meaning:
+    read = json.loads(made.files["kvpress.json"])
+    counts = {int(P * (1 - ratio)) for ratio in read["compression_ratios"]}
+    assert len(counts) == 1
+    assert len(read["compression_ratios"]) == L
+    names = {"StreamingLLMPress": "newest", "SnapKVPress": "snapkv"}
+    tokens = counts.pop()
+    kept = "all" if tokens == P else f"{names[read['press']]} {tokens}"
+    return Meaning(kept, L * H * tokens * 4 * D, None)
+
+
 MEANING = {
     "vllm": of_vllm, "llama-cpp": of_llama_cpp, "transformers": of_transformers,
     "sglang": of_sglang, "tensorrt-llm": of_tensorrt_llm, "ollama": of_ollama,
     "lmdeploy": of_lmdeploy, "openvino": of_openvino, "mlx": of_mlx,
-    "ik-llama": of_ik_llama,
+    "ik-llama": of_ik_llama, "kvpress": of_kvpress,
 }  # fmt: skip
 
 
@@ -214,6 +225,11 @@ def expected_tokens(stack: str, method: Method) -> str:
     if stack == "transformers":
         known = method.name in {"full", "streaming_llm", "snapkv", "h2o"}
         return f"{method.name} {BUDGET}" if known else "all"
+    if stack == "kvpress":
+        if method.shape in ("window", "sinks+window"):
+            return f"newest {BUDGET}"
+        known = isinstance(method, SnapKV) and method.recent is None
+        return f"snapkv {BUDGET}" if known else "all"
     newest_only = method.name == "full" or method == replace_sinks(method)
     return f"window {BUDGET}" if stack == "vllm" and newest_only else "all"
 

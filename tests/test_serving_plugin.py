@@ -20,6 +20,7 @@ from kvtune.policies.allocators.adakv import AdaKV
 from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.gear import Gear
 from kvtune.policies.formats.grouped import Int2, Int4, Int8
+from kvtune.policies.methods.cam import CaM
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.kvzip import KVzip
@@ -66,6 +67,12 @@ def split() -> Policy:
     """Budgets that move between a layer's heads when the prompt is known."""
     rows = ((Option(SNAPKV, Budget(share=0.4), Int4(), Int4()),) * H,) * L
     return Policy("split", rows, AdaKV())
+
+
+def merging() -> Policy:
+    """What is stored is not the kept tokens' own; two budgets and two formats beside each other."""
+    rows = ((Option(CaM(), Budget(tokens=9)), Option(CaM(), Budget(tokens=30), Int8(), Int8())),)
+    return Policy("merging", rows * L)
 
 
 POLICIES = [mixed(), split()]
@@ -268,7 +275,7 @@ class Alone:
         return answered
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+@pytest.mark.parametrize("policy", [*POLICIES, merging()], ids=lambda policy: policy.name)
 def test_requests_that_come_and_go_are_answered_as_if_each_were_alone(policy: Policy) -> None:
     """Joining, leaving, a block that changes hands, and a second life after preemption."""
     planned = PlannedBlocks(policy, D)

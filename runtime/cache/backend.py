@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kvtune.policies.pages import BF16_PAGE, PageLayout
 from kvtune.runtime.cache.host_pool import HostPool
-from kvtune.runtime.cache.plain_pages import append_rows, attend_pages
-from kvtune.runtime.kernels.launch import Paged, Scratch, decode
+from kvtune.runtime.cache.plain_pages import append_rows, attend_pages, records_in_order
+from kvtune.runtime.kernels.launch import Paged, Scratch, Seating, decode, decode_seated
 from kvtune.runtime.kernels.reference import rotate, write_page
 from kvtune.runtime.rotation import Rotation
 
@@ -60,6 +60,14 @@ class Backend(Protocol):
         self, q: Tensor, layer: Paged, scratch: Scratch, scale: float, seen: Seen | None = None
     ) -> Tensor:
         """Output ``[rows, G, D]`` of ``q`` like it; fills in ``seen`` where it is given."""
+
+    def append_seated(self, layer: Paged, seating: Seating, keys: Tensor, values: Tensor) -> None:
+        """Put one token, ``[B, H, D]``, into the growing segments of each sequence with a seat."""
+
+    def attend_seated(
+        self, q: Tensor, layer: Paged, seating: Seating, scratch: Scratch, scale: float, out: Tensor
+    ) -> None:
+        """Fill in ``out`` ``[B, Hq, D]`` where a sequence has a seat, of ``q`` like it."""
 
     def fetch(self, pool: Tensor, host: HostPool, fetching: Fetching) -> None:
         """Copy blocks from the host into the pool."""
@@ -182,6 +190,23 @@ class TritonBackend:
             return decode(q, layer, scratch, scale)
         return decode(q, layer, scratch, scale, lse=seen.lse, logits=seen.logits)
 
+    def append_seated(self, layer: Paged, seating: Seating, keys: Tensor, values: Tensor) -> None:
+        """One launch."""
+        from kvtune.runtime.kernels.pages import append_seated
+
+        append_seated[(len(keys), seating.heads)](
+            keys, values, keys.stride()[:2], values.stride()[:2], seating.seats,
+            layer.table, layer.lengths, layer.typed[1],
+            seating.first_segment, seating.room, seating.growing, seating.heads, layer.head_dim,
+            num_warps=1,
+        )  # fmt: skip
+
+    def attend_seated(
+        self, q: Tensor, layer: Paged, seating: Seating, scratch: Scratch, scale: float, out: Tensor
+    ) -> None:
+        """One launch."""
+        decode_seated(q, layer, seating, scratch, scale, out)
+
     def fetch(self, pool: Tensor, host: HostPool, fetching: Fetching) -> None:
         """One launch, which reads pinned memory over the bus: nobody asks the host."""
         from kvtune.runtime.kernels.pages import FETCHED_AT_ONCE, fetch_blocks
@@ -233,6 +258,26 @@ class PlainBackend:
     ) -> Tensor:
         """Dequantise all pages of a layout at once, then attend in float32."""
         return attend_pages(q, layer, scale, seen)
+
+    def append_seated(self, layer: Paged, seating: Seating, keys: Tensor, values: Tensor) -> None:
+        """All rows of sequences that have a seat at once."""
+        seats = seating.seats[: len(keys)].long()
+        there, head = seats >= 0, torch.arange(seating.heads, device=seats.device)
+        seat = seats[there][:, None]
+        segments = seating.first_segment + seat * seating.heads + head
+        tables_at = seat * seating.room + head * seating.growing
+        growing = Growing(segments.flatten(), tables_at.flatten())
+        append_rows(layer, growing, keys[there], values[there])
+
+    def attend_seated(
+        self, q: Tensor, layer: Paged, seating: Seating, scratch: Scratch, scale: float, out: Tensor
+    ) -> None:
+        """As ``attend``, over the tiles of the seats in the order of the sequences."""
+        rows = q.reshape(len(q) * seating.heads, -1, q.shape[-1])
+        tiles = records_in_order(layer, seating, len(q))
+        found = attend_pages(rows, replace(layer, tiles=tiles), scale, None).view(q.shape)
+        there = seating.seats[: len(q)] >= 0
+        out[there] = found[there].to(out.dtype)
 
     def fetch(self, pool: Tensor, host: HostPool, fetching: Fetching) -> None:
         """A block at a time."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvtune.policies.pages import BF16_PAGE, PageLayout
-from kvtune.runtime.kernels.launch import Paged
+from kvtune.runtime.kernels.launch import Paged, Seating
 from kvtune.runtime.kernels.reference import read_pages
 
 if TYPE_CHECKING:
@@ -58,6 +58,16 @@ def attend_pages(q: Tensor, layer: Paged, scale: float, seen: Seen | None) -> Te
     if seen is not None:
         seen.lse.copy_(lse)
     return output.to(q.dtype)
+
+
+def records_in_order(layer: Paged, seating: Seating, sequences: int) -> Tensor:
+    """Tiles of a step's sequences, ``[n, 16]``, with rows as if there were no seats."""
+    seats = seating.seats[:sequences].long()
+    records = layer.tiles.view(seating.all_seats, seating.tiles, -1)[seats.clamp_min(0)]
+    sequence = torch.arange(sequences, device=seats.device)[:, None]
+    records[..., 0] = sequence * seating.heads + records[..., -1]
+    records[seats < 0, :, 1] = -1  # no layout: of an empty seat
+    return records.flatten(0, 1)
 
 
 def _merged(

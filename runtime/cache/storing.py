@@ -61,7 +61,8 @@ def store_prompts(
     layer.finite[rows][: len(kept)] = magnitudes.amax(-1).isfinite().all(0)
     if any("fp8" in (layout.keys, layout.values) for layout in layer.layouts):
         by_kind = layer.fp8_scales.view(3, -1, 2)[:, rows].unflatten(1, (-1, len(kept)))
-        by_kind[CODED] = _fp8_scales(magnitudes, chosen, counts)
+        row = torch.repeat_interleave(counts.long(), output_size=len(chosen))
+        by_kind[CODED] = fp8_scales(magnitudes, chosen, row)
         by_kind[SETTLED] = by_kind[CODED]  # what settles is held to the prompt's range
     places = chosen.int()
     for layout, pages in zip(layouts.values(), records, strict=False):
@@ -144,15 +145,14 @@ def _listed(
     return np.stack(columns, axis=1).astype(np.int32)
 
 
-def _fp8_scales(magnitudes: Tensor, chosen: Tensor, counts: Tensor) -> Tensor:
+def fp8_scales(magnitudes: Tensor, chosen: Tensor, row: Tensor) -> Tensor:
     """``[n, 2]`` float32, of the tokens that are kept; 1 where there are none.
 
     Args:
         magnitudes: ``[2, n, P]``, the largest of each key's numbers, and of each value's.
-        chosen: kept tokens, one list after another.
-        counts: of each list, ``[n]``.
+        chosen: kept tokens of all rows.
+        row: whose each is, int64.
     """
-    row = torch.repeat_interleave(counts.long(), output_size=len(chosen))
     none = magnitudes.new_full(magnitudes.shape[:2], LARGEST_E4M3, dtype=torch.float32)
     theirs = magnitudes[:, row, chosen].float()
     largest = none.scatter_reduce(1, row.expand(2, -1), theirs, "amax", include_self=False)

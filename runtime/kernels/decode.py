@@ -37,6 +37,7 @@ from kvtune.runtime.kernels.logits import load_queries, logits_of
 from kvtune.runtime.kernels.turning import store_turned
 
 TILE_FIELDS = tl.constexpr(16)
+HEAD_FIELD = tl.constexpr(15)  # of a seat's tile: which of its sequence's KV heads
 LOG2_E = tl.constexpr(1.4426950408889634)
 LIFT = tl.constexpr(6.0)  # weights are 2^6 times too large, which keeps small ones normal in fp16
 
@@ -50,11 +51,16 @@ def decode_attention(
     D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     PAIRS: tl.constexpr, N_PAIRS: tl.constexpr,
     STAGES: tl.constexpr, NATIVE: tl.constexpr, EXPORT: tl.constexpr,
+    seats=None, query_stride=0, H: tl.constexpr = 1, SEAT_TILES: tl.constexpr = 0,
 ):  # fmt: skip
     """One tile; see ``tiles.Tile`` for its fields.
 
+    Where SEAT_TILES is set, the second program index is a sequence of the step, whose tiles are
+    those of its seat; then any sequence may have any seat, and a captured launch goes on.
+
     Args:
-        q: [rows, G, D], a row is a sequence's KV head.
+        q: [rows, G, D], a row is a sequence's KV head; [sequences, H * G, D] by ``query_stride``
+            where sequences have seats.
         out: [rows, G, D], any float type.
         row_lse: [rows, G] float32, natural log-sum-exp.
         logits_out: [G, tokens that there are pages for] float32, written where EXPORT.
@@ -65,9 +71,21 @@ def decode_attention(
         fp8_scales: [segments, 2] float32.
         scratch, scratch_lse: [slots, G, D], [slots, G] float32.
         arrived: [rows] int32 zeros, and zeros again afterwards.
+        seats: [sequences] int32 the seat of each; negative where there is no sequence.
+        H: KV heads of a sequence with a seat.
+        SEAT_TILES: tiles of a seat; 0 where sequences have none.
     """
-    tile = tiles + tl.program_id(0) * TILE_FIELDS
-    row, pair = tl.load(tile), tl.load(tile + 1)
+    if SEAT_TILES:
+        member = tl.program_id(1)
+        seat = tl.load(seats + member)
+        tile = tiles + (tl.maximum(seat, 0) * SEAT_TILES + tl.program_id(0)) * TILE_FIELDS
+        head = tl.load(tile + HEAD_FIELD)
+        row, query = member * H + head, q + member.to(tl.int64) * query_stride + head * (G * D)
+        pair = tl.where(seat < 0, -1, tl.load(tile + 1))
+    else:
+        tile = tiles + tl.program_id(0) * TILE_FIELDS
+        row, pair = tl.load(tile), tl.load(tile + 1)
+        query = q + row * G * D
     at, first, most = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
     segment, slot, others = tl.load(tile + 5), tl.load(tile + 6), tl.load(tile + 7)
     # others: slots of this row before this one * 65536 + all of them
@@ -79,14 +97,14 @@ def decode_attention(
     for n in tl.static_range(N_PAIRS):
         if pair == PAIRS[n]:
             _attend_tile(
-                q + row * G * D, scratch + slot * G * D, scratch_lse + slot * G, logits_out,
+                query, scratch + slot * G * D, scratch_lse + slot * G, logits_out,
                 pool_half, pool_bf16, pool_fp8,
                 table, at, cell, second, tokens, fp8_scales + 2 * segment, softmax_scale,
                 D, G, M, PAIRS[n] // 64, PAIRS[n] % 64,
                 STAGES, _halves_a_step(PAIRS[n]), NATIVE, EXPORT,
             )  # fmt: skip
     tl.debug_barrier()  # every thread's part is stored before the program is counted
-    count = others % 65536
+    count = tl.where(pair < 0, 0, others % 65536)
     if count > 0:  # noqa: SIM102 (an empty record's row is nobody's; kernels do not shortcut "and")
         if tl.atomic_add(arrived + row, 1, sem="acq_rel") == count - 1:
             base = slot - others // 65536

@@ -78,6 +78,33 @@ class Paged:
         return half, bfloat, eighth
 
 
+@dataclass(frozen=True)
+class Seating:
+    """Sequences of a step in seats of one layer's tables; the step's members may be captured.
+
+    Args:
+        seats: ``[sequences]`` int32, the seat of each; -1 where there is no sequence: nothing is
+            then appended, and its output is left as it is.
+        heads: KV heads.
+        all_seats: how many there are.
+        tiles: records of a seat in ``Paged.tiles``, the last number of each being its head.
+        room: entries of a seat in the page table, of which growing segments are the first.
+        growing: of these, entries of each head.
+    """
+
+    seats: Tensor
+    heads: int
+    all_seats: int
+    tiles: int
+    room: int
+    growing: int
+
+    @property
+    def first_segment(self) -> int:
+        """The first seat's first growing segment: behind all coded ones."""
+        return self.all_seats * self.heads
+
+
 class Scratch:
     """Where programs leave their parts; one serves all layers of a stream, one after another."""
 
@@ -86,6 +113,7 @@ class Scratch:
         self.parts = torch.empty(slots, group, head_dim, device=device)
         self.lse = torch.empty(slots, group, device=device)
         self.arrived = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.row_lse = torch.empty(rows, group, device=device)
 
     @staticmethod
     def fits(tiles: Tiles, rows: int, group: int, head_dim: int, device: Any) -> Scratch:
@@ -119,18 +147,62 @@ def decode(
     Raises:
         KvtuneError: a head dimension that the kernel is not made for.
     """
+    rows, group, _ = q.shape
+    out = torch.empty_like(q) if out is None else out
+    lse = torch.empty(rows, group, device=q.device) if lse is None else lse
+    _launch(
+        (len(cache.tiles),), q, out, lse, cache, scratch, scale, group,
+        shape=shape, logits=logits,
+    )  # fmt: skip
+    return out
+
+
+def decode_seated(
+    q: Tensor, cache: Paged, seating: Seating, scratch: Scratch, scale: float, out: Tensor
+) -> None:
+    """Attention of one new token a sequence that has a seat; one launch, which may be captured.
+
+    Args:
+        q: ``[sequences, Hq, D]``, contiguous but for its first stride.
+        cache: of the layer.
+        seating: of the sequences.
+        scratch: one slot at least for each tile of every seat.
+        scale: multiplies the logits.
+        out: where to, ``[sequences, Hq, D]`` contiguous.
+
+    Raises:
+        KvtuneError: a head dimension that the kernel is not made for.
+    """
+    group = q.shape[1] // seating.heads
+    _launch(
+        (seating.tiles, len(q)), q, out, scratch.row_lse, cache, scratch, scale, group,
+        seats=seating.seats, query_stride=q.stride(0), H=seating.heads, SEAT_TILES=seating.tiles,
+    )  # fmt: skip
+
+
+def _launch(
+    grid: tuple[int, ...],
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cache: Paged,
+    scratch: Scratch,
+    scale: float,
+    group: int,
+    shape: Shape | None = None,
+    logits: Tensor | None = None,
+    **seated: Any,
+) -> None:
     from kvtune.runtime.kernels.decode import decode_attention
 
-    rows, group, head_dim = q.shape
+    head_dim = q.shape[-1]
     if head_dim not in KERNEL_HEAD_DIMS:
         raise KvtuneError(f"the kernels have heads of {KERNEL_HEAD_DIMS} channels, not {head_dim}")
     shape = shape or shape_for(cache.pairs, head_dim)
-    out = torch.empty_like(q) if out is None else out
-    lse = torch.empty(rows, group, device=q.device) if lse is None else lse
     heads = max(8, 1 << (group - 1).bit_length())
     # One warp's registers hold 1024 sums; more are spilled, and shared among warps are not.
     warps = shape.warps if head_dim * heads <= 1024 else max(shape.warps, 4)
-    decode_attention[(len(cache.tiles),)](
+    decode_attention[grid](
         q, out, lse, lse if logits is None else logits,
         *cache.typed,
         cache.tiles, cache.table, cache.lengths, cache.fp8_scales,
@@ -139,6 +211,5 @@ def decode(
         PAIRS=cache.pairs, N_PAIRS=len(cache.pairs),
         STAGES=shape.stages, NATIVE=q.is_cuda,
         EXPORT=0 if logits is None else logits.shape[1],
-        num_warps=warps,
+        num_warps=warps, **seated,
     )  # fmt: skip
-    return out

@@ -276,6 +276,33 @@ def append_token(keys, values, key_strides, value_strides, segments, tables_at, 
 
 
 @triton.jit
+def append_seated(keys, values, key_strides, value_strides, seats, table, lengths, pool_bf16,
+                  FIRST_SEGMENT: tl.constexpr, ROOM: tl.constexpr, GROWING: tl.constexpr,
+                  H: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    """``append_token`` of one KV head of one sequence that has a seat; nothing without one.
+
+    Args:
+        seats: [sequences] int32 the seat of each; negative where there is no sequence.
+        FIRST_SEGMENT: the first seat's first growing segment.
+        ROOM: page table entries of a seat.
+        GROWING: of each head's growing segment; those of all heads are a seat's first ones.
+    """
+    member, head = tl.program_id(0), tl.program_id(1)
+    seat = tl.load(seats + member)
+    if seat >= 0:
+        channel = tl.arange(0, D)
+        key = tl.load(keys + member * key_strides[0] + head * key_strides[1] + channel)
+        value = tl.load(values + member * value_strides[0] + head * value_strides[1] + channel)
+        segment = FIRST_SEGMENT + seat * H + head
+        place = tl.load(lengths + segment)
+        cell = tl.load(table + seat * ROOM + head * GROWING + place // BF16_PAGE)
+        tl.store(lengths + segment, place + 1)
+        page, slot = pool_bf16 + cell.to(tl.int64) * (2 * D), place % BF16_PAGE
+        tl.store(page + slot * D + channel, key.to(tl.bfloat16))
+        _store_value(page, slot, slot == 0, value, D)
+
+
+@triton.jit
 def append_rotated(queries, rotated, cos, sin, query_strides, angle_stride,
                    keys, values, key_strides, value_strides, segments, tables_at, table, lengths,
                    pool_bf16, H: tl.constexpr, D: tl.constexpr,

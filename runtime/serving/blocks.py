@@ -8,10 +8,14 @@ The scheduler and the worker ask the same object: what one admits the other can 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
+
 from kvtune.common.errors import KvtuneError
+from kvtune.policies.option import Option
 from kvtune.policies.pages import BF16_PAGE, PageLayout, has_pages
 from kvtune.policies.paging import pages_of, planned_entries
 from kvtune.policies.parts import PartPlan
@@ -41,6 +45,27 @@ class SequencePages:
     def growing(self, new_tokens: int) -> int:
         """Pages of 16 bits that hold exact prompt tokens and so many tokens after the prompt."""
         return sum(heads * -(-(tokens + new_tokens) // BF16_PAGE) for tokens, heads in self.exact)
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Heads with one option and one budget.
+
+    Args:
+        option: theirs.
+        layout: of the pages of their coded tokens.
+        budget: tokens of each.
+        heads: which ones.
+        exact: tokens of each in 16-bit pages that go on growing.
+        coded: in pages of the option's formats.
+    """
+
+    option: Option
+    layout: PageLayout
+    budget: int
+    heads: list[int]
+    exact: int
+    coded: int
 
 
 @dataclass(frozen=True)
@@ -116,16 +141,59 @@ class PlannedBlocks:
         prompt = _TYPICAL_PROMPT_TOKENS
         return block_cells * self._blocks(prompt, AHEAD_TOKENS, block_cells)
 
+    def most_coded_pages(self, longest: int) -> int:
+        """Pages of a layer in the prompt's formats, of a prompt of at most ``longest`` tokens."""
+        budgets = self.policy.budgets(longest).reshape(self.policy.layers, -1)
+        kinds = np.array(self._kinds).reshape(budgets.shape)
+        smallest = np.array([layout.page_tokens for _, layout in self._options])[kinds]
+        if self.spare:  # a layer's heads share its tokens
+            return int((-(-budgets.sum(1) // smallest.min(1))).max()) + budgets.shape[1]
+        return int((-(-budgets // smallest)).sum(1).max())
+
+    @cached_property
+    def spare(self) -> int:
+        """Pages of each head that a split of a layer's tokens may need by rounding up."""
+        return 0 if self.policy.allocator.name == "as_given" else 1
+
+    @cached_property
+    def _options(self) -> list[tuple[Option, PageLayout]]:
+        """Options that occur, and their pages."""
+        options = dict.fromkeys(self.policy.options())
+        return [(option, pages_of(option, self.head_dim)) for option in options]
+
+    @cached_property
+    def _kinds(self) -> list[int]:
+        """Which of the options each head has."""
+        numbers = {option: number for number, (option, _) in enumerate(self._options)}
+        return [numbers[option] for option in self.policy.options()]
+
+    def alike(self, first: int, budgets: Sequence[int], prompt_tokens: int) -> list[Alike]:
+        """Heads of neighbouring layers by option and budget, and what each then stores.
+
+        Args:
+            first: the layers' first head, counted through all layers.
+            budgets: tokens of each head.
+            prompt_tokens: of the prompt.
+        """
+        heads: dict[tuple[int, int], list[int]] = {}
+        kinds = self._kinds[first : first + len(budgets)]
+        for head, (kind, budget) in enumerate(zip(kinds, budgets, strict=True)):
+            heads.setdefault((kind, budget), []).append(head)
+        found = []
+        for (kind, budget), mine in heads.items():
+            option, layout = self._options[kind]
+            both = planned_entries(option, budget, prompt_tokens, self.head_dim)
+            found.append(Alike(option, layout, budget, mine, *both))
+        return found
+
     def _sequence(self, prompt_tokens: int) -> SequencePages:
         fixed: Counter[int] = Counter()
         exact: Counter[int] = Counter()
-        budgets = self.policy.budgets(prompt_tokens).flat
-        spare = 0 if self.policy.allocator.name == "as_given" else 1  # a split rounds up otherwise
-        for option, budget in zip(self.policy.options(), budgets, strict=True):
-            front, coded = planned_entries(option, int(budget), prompt_tokens, self.head_dim)
-            layout = pages_of(option, self.head_dim)
-            fixed[layout.page_cells] += layout.pages_for(coded) + spare
-            exact[front] += 1
+        budgets = self.policy.budgets(prompt_tokens).ravel().tolist()
+        for each in self.alike(0, budgets, prompt_tokens):
+            count = each.layout.pages_for(each.coded) + self.spare
+            fixed[each.layout.page_cells] += len(each.heads) * count
+            exact[each.exact] += len(each.heads)
         return SequencePages(dict(fixed), tuple(sorted(exact.items())))
 
 

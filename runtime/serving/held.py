@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from kvtune.policies.pages import BF16_PAGE
-from kvtune.policies.signals import Signals
-from kvtune.runtime.cache.segments import CODED, GROWN, Ints, runs
+from kvtune.runtime.cache.segments import Ints, runs
 from kvtune.runtime.serving.blocks import with_room_ahead
-from kvtune.runtime.serving.layer_rows import LayerRows
 from kvtune.runtime.serving.pages import RequestPages
+from kvtune.runtime.serving.reading import Reading
 
 KINDS = 2
 """Of a served request's segments: coded and growing; none settles."""
@@ -45,22 +44,18 @@ class Stored:
     room: int = 0
 
     @classmethod
-    def of(cls, layers: Sequence[LayerRows]) -> Stored:
-        """Put the layers of one request side by side."""
-        coded = [cells for layer in layers for cells in layer.pages[CODED]]
-        grown = [cells for layer in layers for cells in layer.pages[GROWN]]
-        shape = len(layers), len(layers[0].exact)
-        have = np.array([len(cells) for cells in grown])
-        growing = np.zeros((len(grown), max(int(have.max()), 1)), np.int64)
-        growing[np.repeat(np.arange(len(grown)), have), runs(have)] = np.concatenate(grown)
+    def of(cls, parts: Sequence[Stored]) -> Stored:
+        """Layers that were stored some at a time."""
+        most = max(part.cells.shape[-1] for part in parts)
+        cells = [np.pad(p.cells, ((0, 0), (0, 0), (0, most - p.cells.shape[-1]))) for p in parts]
         return cls(
-            np.stack([layer.lengths[CODED] for layer in layers]),
-            np.array([len(cells) for cells in coded]).reshape(shape),
-            np.concatenate(coded),
-            np.stack([layer.exact for layer in layers]),
-            growing.reshape(*shape, -1),
-            have.reshape(shape),
-            torch.stack([layer.fp8_scales[:KINDS] for layer in layers]),
+            np.concatenate([part.coded_tokens for part in parts]),
+            np.concatenate([part.coded_pages for part in parts]),
+            np.concatenate([part.coded_cells for part in parts]),
+            np.concatenate([part.exact for part in parts]),
+            np.concatenate(cells),
+            np.concatenate([part.have for part in parts]),
+            torch.cat([part.fp8_scales for part in parts]),
         )
 
     def pages_for(self, new_tokens: int) -> Ints:
@@ -96,26 +91,26 @@ class Held:
         tokens: seen so far.
         pages: its own.
         budgets: of each layer's heads, ``[L][H]``.
-        read: layers that have read the prompt and are yet to be compressed.
-        layers: its rows of each layer that is in pages.
+        reading: layers that have read the prompt and are yet to be compressed.
+        parts: layers that are in pages.
         appended: tokens that steps have added after the prompt.
-        stored: the same layers side by side, once all have read the prompt.
+        stored: all layers, once they have read the prompt.
     """
 
     prompt_tokens: int
     tokens: int
     pages: RequestPages
     budgets: list[list[int]]
-    read: list[Signals] = field(default_factory=list)
-    layers: list[LayerRows] = field(default_factory=list)
+    reading: Reading | None = None
+    parts: list[Stored] = field(default_factory=list)
     appended: int = 0
     stored: Stored | None = None
 
     def settled(self) -> Stored:
         """All layers side by side; the prompt must have been read."""
         if self.stored is None:
-            self.stored = Stored.of(self.layers)
-            self.layers = []
+            self.stored = Stored.of(self.parts)
+            self.parts = []
         return self.stored
 
     @property

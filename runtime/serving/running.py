@@ -11,27 +11,22 @@ its blocks are given to others.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.option import Option
-from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.backend import Backend, TritonBackend, backend_for
-from kvtune.runtime.cache.choosing import choose
-from kvtune.runtime.cache.choosing import side_by_side as merged
-from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.reading import column_sums
-from kvtune.runtime.cache.storing import store_prompts
 from kvtune.runtime.serving.blocks import PlannedBlocks
-from kvtune.runtime.serving.held import Held
-from kvtune.runtime.serving.layer_rows import LayerRows, OwnPages
+from kvtune.runtime.serving.compressing import compress
+from kvtune.runtime.serving.held import Held, Stored
 from kvtune.runtime.serving.pages import RequestPages
-from kvtune.runtime.serving.seats import Seats
-from kvtune.traces.seam import causal_attention
+from kvtune.runtime.serving.reading import Reading
+from kvtune.runtime.serving.seats import Seats, Size
+from kvtune.traces.seam import prompt_attention
 
 _HEADS_TIMES_TOKENS = 2**17
 """Compressed at once: a prompt of 1,024 tokens in 16 layers of 8 heads, with some 300 MB of working
@@ -54,12 +49,12 @@ class Step:
 
     Args:
         prompts: requests that read their prompt, and where in the step's tokens.
-        generating: requests that append one token each.
+        generating: rows that append one token each, rows of nobody in a captured step included.
         places: where in the step's tokens; ``[n]``, or a slice of neighbours.
     """
 
     prompts: list[tuple[Held, slice]]
-    generating: list[Held]
+    generating: int
     places: Tensor | slice
 
 
@@ -70,10 +65,15 @@ class Running:
         planned: the plan, and how it counts blocks.
         device: where the engine's memory is.
         backend: who works on pages; the device's own unless given.
+        room: of the tables of requests that generate, if it is known beforehand.
     """
 
     def __init__(
-        self, planned: PlannedBlocks, device: torch.device, backend: Backend | None = None
+        self,
+        planned: PlannedBlocks,
+        device: torch.device,
+        backend: Backend | None = None,
+        room: Size | None = None,
     ) -> None:
         self.planned, self.policy, self.device = planned, planned.policy, device
         self.backend, self.needs = backend or backend_for(device), self.policy.needs
@@ -82,12 +82,22 @@ class Running:
         self.held: dict[int, Held] = {}  # by first block
         self._owners: dict[int, tuple[int, Held]] = {}  # by block: first block and request
         self.seats: Seats | None = None
+        self.room = room
 
-    def attach(self, memory: Tensor) -> None:
-        """Say where the engine's cache memory is, all layers' in one tensor; safe to repeat."""
-        if self.memory is None:
-            self.memory = memory.view(torch.uint8).view(-1)
-            self.seats = Seats(self.policy, self.planned.head_dim, self.memory, self.backend)
+    def attach(self, memory: Tensor, query_heads: int | None = None) -> None:
+        """Say where the engine's cache memory is, all layers' in one tensor; safe to repeat.
+
+        Args:
+            memory: any type; other memory than before holds no requests.
+            query_heads: Hq, where nothing may be allocated in steps that are captured.
+        """
+        if self.memory is not None and self.memory.data_ptr() == memory.data_ptr():
+            return
+        self.memory = memory.view(torch.uint8).view(-1)
+        self.held, self._owners = {}, {}
+        self.seats = Seats(self.policy, self.planned.head_dim, self.memory, self.backend, self.room)
+        if query_heads is not None:
+            self.seats.prepare(query_heads)
 
     def begin(self, table: BlockTable, starts: Sequence[int], lengths: Sequence[int]) -> Step:
         """Take in who is part of a step.
@@ -111,7 +121,17 @@ class Running:
                 generating.append(self._known(table, row, first, stop - start, tokens))
                 places.append(start)
         self._seat(generating)
-        return Step(prompts, generating, self._places(places))
+        return Step(prompts, len(generating), self._places(places))
+
+    def nobody(self, rows: int) -> Step:
+        """A step of rows that are nobody's: it reads nothing and writes nowhere."""
+        self._seats.seat([])
+        return Step([], rows, slice(0, rows))
+
+    def capture(self, rows: int) -> Step:
+        """The same, for a graph: replayed it serves those whom the last ``begin`` has seated."""
+        self._seats.captured = True
+        return self.nobody(rows)
 
     def attend(
         self, step: Step, layer: int, qkv: tuple[Tensor, Tensor, Tensor], out: Tensor, scale: float
@@ -128,8 +148,7 @@ class Running:
         for request, at in step.prompts:
             out[at] = self._prompt(request, layer, tuple(x[at] for x in qkv), scale)
         if step.generating:
-            q, k, v = (x[step.places] for x in qkv)
-            out[step.places] = self._generated(layer, q, k, v, scale).to(out.dtype)
+            self._generate(layer, tuple(x[step.places] for x in qkv), step.places, out, scale)
 
     def _seat(self, requests: list[Held]) -> None:
         if requests:
@@ -175,68 +194,57 @@ class Running:
             self._owners[block] = first, request
         request.pages.add(blocks)
 
-    def _prompt(self, request: Held, number: int, qkv: tuple[Tensor, ...], scale: float) -> Tensor:
+    def _prompt(self, request: Held, layer: int, qkv: tuple[Tensor, ...], scale: float) -> Tensor:
         """Causal attention over one prompt ``[T, Hq, D]``; keeps what the plan says of it."""
-        q, k, v = (x.transpose(0, 1).contiguous() for x in qkv)
-        output = causal_attention(q[None], k[None], v[None], scale, None)[0]
-        sums = self._column_sums(q, k, scale)
-        if sums is not None or not self.needs.column_sums:
-            q = q[:, len(qkv[0]) - self.needs.queries(len(qkv[0])) :].clone()
-        request.read.append(Signals(q, k, v, scale, sums, layer=number))
-        if len(request.read) == self._at_once(request) or number + 1 == self.policy.layers:
-            self._compress(request)
+        q, k, v = (x.transpose(0, 1) for x in qkv)
+        output = prompt_attention(q[None], k[None], v[None], scale)[0]
+        sums, window = self._column_sums(q, k, scale), self.needs.queries(len(qkv[0]))
+        if sums is not None:
+            window = min(self.needs.window, len(qkv[0]))
+        reading = request.reading or Reading.begin(self._next(request, layer), qkv[1], scale)
+        reading.add(qkv[1], qkv[2], q[:, len(qkv[0]) - window :].clone(), sums)
+        request.reading = None if reading.is_whole else reading
+        if reading.is_whole:
+            request.parts.append(self._compressed(request, reading))
         return output.transpose(0, 1)
 
-    def _at_once(self, request: Held) -> int:
+    def _next(self, request: Held, layer: int) -> range:
         """Layers that are compressed together: for each one alone the host has as much to do."""
         rows = request.prompt_tokens * self.policy.kv_heads
-        return max(1, _HEADS_TIMES_TOKENS // rows) if self.alone else 1
+        count = max(1, _HEADS_TIMES_TOKENS // rows) if self.alone else 1
+        return range(layer, min(layer + count, self.policy.layers))
 
-    def _compress(self, request: Held) -> None:
-        """Put the layers that have read the prompt into pages."""
-        read, request.read = request.read, []
-        layers = [signals.layer for signals in read]
-        signals, policy = side_by_side(read), self.policy
-        if len(layers) > 1:
-            rows = tuple(option for n in layers for option in policy.heads[n])
-            policy = replace(policy, heads=(rows,))
+    def _compressed(self, request: Held, reading: Reading) -> Stored:
+        """The layers that have read the prompt, in pages."""
+        layers, heads, signals = reading.layers, self.policy.kv_heads, reading.signals
         budgets = [budget for n in layers for budget in request.budgets[n]]
-        choice = choose(policy, budgets, signals, evicts=False)
-        layer = self._layer(policy.heads[signals.layer], request)
-        store_prompts(layer, *merged([signals], [choice]), choice.kept, choice.exact)
-        request.layers += LayerRows.of(layer, len(layers))
+        if not self.alone:
+            budgets = self.policy.split(layers.start, budgets, signals)
+        groups = self.planned.alike(heads * layers.start, budgets, request.prompt_tokens)
+        if self.memory is None:
+            raise RuntimeError("the engine has not said where its memory is")
+        return compress(groups, signals, heads, request.pages, self.memory, self.backend)
 
     def _column_sums(self, q: Tensor, k: Tensor, scale: float) -> Tensor | None:
         if not (self.needs.column_sums and isinstance(self.backend, TritonBackend)):
             return None
         return column_sums(q[None], k[None], scale)[0]
 
-    def _generated(self, number: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Append one token a request and attend, ``[n, Hq, D]``."""
-        self._seats.append(number, k, v)
-        queries = q.reshape(len(q) * k.shape[1], -1, q.shape[-1]).contiguous()
-        return self._seats.attend(number, queries, scale).view(q.shape)
+    def _generate(
+        self, layer: int, qkv: tuple[Tensor, ...], places: Tensor | slice, out: Tensor, scale: float
+    ) -> None:
+        """Append one token a request, and attend."""
+        q, k, v = qkv
+        self._seats.append(layer, k, v)
+        if isinstance(places, slice):
+            self._seats.attend(layer, q, scale, out[places])
+            return
+        answers = torch.zeros_like(q)
+        self._seats.attend(layer, q, scale, answers)
+        out[places] = answers
 
     @property
     def _seats(self) -> Seats:
         if self.seats is None:
             raise RuntimeError("the engine has not said where its memory is")
         return self.seats
-
-    def _layer(self, options: Sequence[Option], request: Held) -> PagedLayer:
-        """An empty one, whose pages are the request's own."""
-        if self.memory is None:
-            raise RuntimeError("the engine has not said where its memory is")
-        pages = OwnPages(self.memory, self.planned.cell_bytes, request.pages)
-        return PagedLayer(0, options, self.planned.head_dim, 1, pages, self.backend)
-
-
-def side_by_side(read: Sequence[Signals]) -> Signals:
-    """Several layers of one prompt as if they were one of more heads."""
-    if len(read) == 1:
-        return read[0]
-    q, k, v = (
-        torch.cat(x) for x in zip(*((s.queries, s.keys, s.values) for s in read), strict=True)
-    )
-    sums = [s.recorded_column_sums for s in read if s.recorded_column_sums is not None]
-    return Signals(q, k, v, read[0].scale, torch.cat(sums) if sums else None)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,13 +24,22 @@ else:
 class Worker(_Worker):  # type: ignore[misc]
     """vLLM's worker, whose layers ask for what the plan takes."""
 
-    def get_kv_cache_spec(self) -> dict[str, Any]:
+    def init_device(self) -> None:
+        """As ever; and whoever asks the runner what layers need is told the plan's needs.
+
+        That is this worker, and the runner itself when it tries out how much memory graphs take.
+        """
+        super().init_device()
+        runner = self.model_runner
+        runner.get_kv_cache_spec = functools.partial(self._planned, runner.get_kv_cache_spec)
+
+    def _planned(self, layers_of: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The plan's spec for the first layer; the others share its memory.
 
         Raises:
             KvtuneError: a layer or a plan that this cannot serve.
         """
-        layers = super().get_kv_cache_spec()
+        layers = layers_of()
         for spec in layers.values():
             check_layer(spec)
         first, *others = layers

@@ -23,6 +23,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from kvtune.common.errors import KvtuneError
 from kvtune.runtime.serving.running import Running, Step
+from kvtune.runtime.serving.seats import most_room
 
 
 def register_attention(backend: str) -> None:
@@ -87,31 +88,44 @@ class _Table:
 class Builder(AttentionMetadataBuilder):  # type: ignore[misc]
     """Says once a step who reads a prompt and who generates; one of all layers."""
 
-    _cudagraph_support = AttentionCGSupport.NEVER  # other operations are captured piece by piece
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     reorder_batch_threshold = 1  # who generates comes first: no tokens are picked out one by one
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.running = Running(kv_cache_spec.planned, torch.device(device))
+        requests = vllm_config.scheduler_config.max_num_seqs
+        room = most_room(kv_cache_spec.planned, requests, vllm_config.model_config.max_model_len)
+        self.running = Running(kv_cache_spec.planned, torch.device(device), room=room)
         self.host_table: Callable[[], Any] | None = None  # where it is known, nobody waits
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> Any:
-        """The step's requests."""
+        """The step's requests; of a trial step, which has none, rows of nobody."""
         given, count = common_attn_metadata, common_attn_metadata.num_reqs
         lengths = given.seq_lens_cpu_upper_bound
         lengths = given.seq_lens if lengths is None else lengths
-        layer = self.vllm_config.compilation_config.static_forward_context[self.layer_names[0]]
-        self.running.attach(layer.kv_cache)
+        self._attach()
         step = self.running.begin(
             _Table((self.host_table() if self.host_table else given.block_table_tensor)[:count]),
             given.query_start_loc_cpu.tolist(),
             lengths[:count].tolist(),
         )
+        if given.max_query_len == 1 and not (step.prompts or step.generating):
+            step = self.running.nobody(count)
         return Metadata(self.running, step)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
+        """A step of rows that are nobody's until the graph is replayed."""
+        self._attach()
+        return Metadata(self.running, self.running.capture(common_attn_metadata.num_reqs))
+
+    def _attach(self) -> None:
+        layers = self.vllm_config.compilation_config.static_forward_context
+        layer = layers[self.layer_names[0]]
+        self.running.attach(layer.kv_cache, layer.impl.num_heads)
 
 
 class Impl(AttentionImpl):  # type: ignore[misc]

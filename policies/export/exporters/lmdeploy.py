@@ -34,7 +34,7 @@ class LMDeploy(EngineWide):
     stack = "LMDeploy"
     stack_version = "0.18.0"
     source = "lmdeploy/messages.py, lmdeploy/cli/utils.py"
-    proof = "schema mirror"
+    proof = "parsed by the stack"
     types = _TYPES
     limits = limits_of_types(_TYPES)
     page_tokens = _PAGE

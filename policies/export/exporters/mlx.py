@@ -40,7 +40,7 @@ class MLX(EngineWide):
     stack = "mlx-lm"
     stack_version = "0.32.2"
     source = "mlx_lm/generate.py, mlx_lm/models/cache.py"
-    proof = "schema mirror"
+    proof = "parsed by the stack"
     types = _TYPES
     limits = limits_of_types(_TYPES)
     why_dropped = "a rotating cache keeps sinks and the newest of all heads alike, quantised or not"

@@ -34,7 +34,7 @@ class SGLang(EngineWide):
     stack = "SGLang"
     stack_version = "0.5.23"
     source = "srt/arg_groups/fields/*.py, srt/server_args.py, srt/mem_cache/kv_cache_dtype.py"
-    proof = "schema mirror"
+    proof = "parsed by the stack"
     types = _TYPES
     limits = limits_of_types(_TYPES)
     why_dropped = "SGLang has one slot a token for all layers and heads, and evicts nothing"
