@@ -80,6 +80,8 @@ def make_signals(case: Case) -> Signals:
         future=make_future(case),
         linked=tuple(uniform(case.seed + 7, 2, case.kv_heads, *shape)),
         sentence_ends=uniform(case.seed + 8, case.prompt_tokens + 7) > 1.2,
+        repeat_queries=uniform(case.seed + 9, case.kv_heads * case.group, 6, case.head_dim),
+        study_queries=uniform(case.seed + 10, case.kv_heads * case.group, 5, case.head_dim),
     )
 
 
@@ -126,12 +128,17 @@ def lean_signals(method: Method, full: Signals) -> Signals:
         future=future if needs.future else None,
         linked=full.linked if needs.linked else None,
         sentence_ends=full.sentence_ends if needs.sentences else None,
+        repeat_queries=full.repeat_queries if needs.repeat_queries else None,
+        study_queries=full.study_queries if needs.study_queries else None,
     )
 
 
 def side_by_side(first: Signals, second: Signals) -> Signals:
     """Two prompts of one layer, the heads of the second behind those of the first."""
-    names = ("queries", "keys", "values", "reconstruction", "head_scores")
+    names = (
+        "queries", "keys", "values", "reconstruction", "head_scores", "repeat_queries",
+        "study_queries",
+    )  # fmt: skip
     both: dict[str, Any] = {
         name: torch.cat([getattr(x, name) for x in (first, second)]) for name in names
     }
@@ -152,6 +159,8 @@ def permuted_signals(full: Signals, order: Tensor) -> Signals:
         values=full.values[order],
         reconstruction=full.given("reconstruction")[order],
         head_scores=full.given("head_scores")[queries],
+        repeat_queries=full.given("repeat_queries")[queries],
+        study_queries=full.given("study_queries")[queries],
         future=Future(
             future.queries[queries],
             future.keys[order],

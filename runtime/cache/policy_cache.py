@@ -112,8 +112,8 @@ def load_cache(
     cache = PolicyCache(bound, geometry, new_tokens, evicts, residual)
     if bound.needs.calibration:
         cache.calibration = calibration_for(model, geometry, tokenizer)
-    if bound.needs.reconstruction:
-        cache.repeat = partial(repeated, model, geometry, tokenizer)
+    if bound.needs.asks_model:
+        cache.repeat = partial(repeated, model, geometry, tokenizer, bound.needs)
     if cache.waits:
         when_read(model, cache)
     cache.answering = Answering.begin(model)
