@@ -34,6 +34,7 @@ class Needs:
         reconstruction: the attention that a pass repeating the prompt pays to it.
         repeat_queries: a sample of that pass's queries.
         study_queries: queries of the model while it answers requests about the prompt.
+        learned: matrices fitted to the model once.
         calibration: what was measured on the model once, before any prompt.
         future: the observed tokens themselves; only references that look ahead.
         probes: how the loss responds to the observed tokens' attention output; likewise.
@@ -53,6 +54,7 @@ class Needs:
     sentences: bool = False
     repeat_queries: bool = False
     study_queries: bool = False
+    learned: bool = False
 
     @property
     def asks_model(self) -> bool:
@@ -110,6 +112,7 @@ class Signals:
         repeat_queries: ``[Hq, n, D]`` float32, a sample of that pass's queries.
         study_queries: ``[Hq, n, D]`` float32, queries of the model while it answers requests about
             the prompt.
+        learned: matrices of this layer that were fitted to the model once, by name.
         head_scores: ``[Hq]`` float32, how much each query head looks at what it is about to copy,
             measured on the model once.
         layer_error: relative error of this layer's output under a tiny cache, likewise.
@@ -136,6 +139,7 @@ class Signals:
     sentence_ends: Tensor | None = None
     repeat_queries: Tensor | None = None
     study_queries: Tensor | None = None
+    learned: Mapping[str, Tensor] = field(default_factory=dict)
     _memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @staticmethod
@@ -250,6 +254,20 @@ class Signals:
         """Queries of another pass over the prompt, ``[H, G, n, D]`` float32."""
         recorded: Tensor = self.given(name)
         return self._by_kv_head(recorded.float())
+
+    def matrices(self, name: str) -> Tensor:
+        """What was fitted to the model once, of this layer.
+
+        Raises:
+            KvtuneError: it was not.
+        """
+        found = self.learned.get(name)
+        if found is None:
+            raise KvtuneError(
+                f"the model has no {name!r} yet",
+                hint=f"python -m kvtune.runtime.learn MODEL {name.split('_')[0]} fits it once.",
+            )
+        return found
 
     def future_attention(self) -> Tensor:
         """Attention of the observed queries over prompt and observed keys, ``[H, G, C, P]``."""

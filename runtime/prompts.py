@@ -15,6 +15,7 @@ from kvtune.traces.asking import ASKED, asked_again
 from kvtune.traces.calibration import Calibration, require_calibration
 from kvtune.traces.capture import Observed, observe
 from kvtune.traces.geometry import Geometry
+from kvtune.traces.learned import learned_layers
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.passes import run_prompt
 from kvtune.traces.probes import Probes
@@ -102,6 +103,10 @@ def fresh_prompt(
                 vars(signals).update(answer)
     if needs.calibration:
         _add_calibration(kept.layers, require_calibration(loaded.fingerprint), loaded.device)
+    if needs.learned:
+        layers = learned_layers(loaded.fingerprint, len(kept.layers), loaded.device)
+        for signals, matrices in zip(kept.layers, layers, strict=True):
+            signals.learned = matrices
     if needs.sentences:
         ends = sentence_ends(loaded, sample.token_ids)
         for signals in kept.layers:

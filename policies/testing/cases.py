@@ -82,7 +82,19 @@ def make_signals(case: Case) -> Signals:
         sentence_ends=uniform(case.seed + 8, case.prompt_tokens + 7) > 1.2,
         repeat_queries=uniform(case.seed + 9, case.kv_heads * case.group, 6, case.head_dim),
         study_queries=uniform(case.seed + 10, case.kv_heads * case.group, 5, case.head_dim),
+        learned=_learned(case),
     )
+
+
+def _learned(case: Case) -> dict[str, Tensor]:
+    """Orthogonal matrices of the heads, and 16 kernels of width 3."""
+    squares = uniform(case.seed + 11, 2, case.kv_heads, case.head_dim, case.head_dim)
+    of_keys, of_values = torch.linalg.qr(squares).Q
+    return {
+        "oscar_keys": of_keys, "oscar_values": of_values,
+        "lococo_weight": uniform(case.seed + 12, 16, 2 * case.head_dim, 3),
+        "lococo_bias": uniform(case.seed + 13, 16), "lococo_share": torch.tensor(0.5),
+    }  # fmt: skip
 
 
 @lru_cache(maxsize=64)
@@ -130,6 +142,7 @@ def lean_signals(method: Method, full: Signals) -> Signals:
         sentence_ends=full.sentence_ends if needs.sentences else None,
         repeat_queries=full.repeat_queries if needs.repeat_queries else None,
         study_queries=full.study_queries if needs.study_queries else None,
+        learned=full.learned if needs.learned else {},
     )
 
 
