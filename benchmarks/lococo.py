@@ -2,10 +2,10 @@
 
     python benchmarks/lococo.py --out benchmarks/results/lococo-h200.json [--steps 150]
 
-Kernels are trained on the search split, layer by layer, as ``kvtune.runtime.learn`` does. Then, live on held-out
-prose, code and retrieval: the divergence from the full cache at several budgets with trained
-kernels, with the heaviest tokens in their place, and with ``h2o``. Samples are taken by turns until
-the time is up. ``--device cpu --tiny`` shows that it runs to its end.
+Kernels are trained on the search split, layer by layer, as ``kvtune.runtime.learn`` does. Then,
+live on held-out prose, code and retrieval: the divergence from the full cache at several budgets
+with trained kernels, with the heaviest tokens in their place, and with ``h2o``. Samples are taken
+by turns until the time is up. ``--device cpu --tiny`` shows that it runs to its end.
 """
 
 from __future__ import annotations
