@@ -54,12 +54,14 @@ def rotations(
 def _products(rows: Tensor) -> Tensor:
     """``[H, D, D]`` of ``[H, n, D]``."""
     wide = rows.double().cpu()
-    return wide.transpose(1, 2) @ wide
+    products: Tensor = wide.transpose(1, 2) @ wide
+    return products
 
 
 def _basis(squares: Tensor) -> Tensor:
     """Eigenvectors as columns, those of the largest eigenvalues first."""
-    return torch.linalg.eigh(squares).eigenvectors.flip(-1).float()
+    vectors: Tensor = torch.linalg.eigh(squares).eigenvectors
+    return vectors.flip(-1).float()
 
 
 def kernels(

@@ -126,8 +126,8 @@ def test_references_are_the_queries_of_one_long_pass(
         for _ in range(2):  # the likeliest answer, by the model itself
             logits = tiny_model.model(torch.tensor([[*ids, *text]])).logits
             text.append(int(logits[0, -1].argmax()))
-        for ours, whole in zip(studied, queries_of(text), strict=True):
-            some = ours[:, at : at + len(text)]
+        for asked, whole in zip(studied, queries_of(text), strict=True):
+            some = asked[:, at : at + len(text)]
             torch.testing.assert_close(some, whole[:, len(ids) :], rtol=1e-3, atol=1e-3)
         at += len(text)
     assert studied[0].shape[1] == at

@@ -84,8 +84,9 @@ def repeated(
     """A prompt's signals ``[L]`` with those added that take more passes over it."""
     cache = [(signals.keys[None], signals.values[None]) for signals in read]
     names = [name for name in ASKED if getattr(needs, name)]
+    answers: list[dict[str, Any]]
     with _loaded(model, geometry, tokenizer) as loaded:
-        answers = asked_again(loaded, token_ids, cache, names)
+        answers = [*asked_again(loaded, token_ids, cache, names)]
     pairs = zip(read, answers, strict=True)
     return [replace(signals, **answer, _memo={}) for signals, answer in pairs]
 
