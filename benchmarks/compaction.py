@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import workers
 from divisions import divided
-from outcomes import Outcome, points_below_full, times_as_much, used
+from outcomes import Outcome, times_as_much, used
 from plans import Plan, Variant, choose, search
 from quality_bench import Bench
 from recorded_parts import attempt, say
@@ -53,6 +53,7 @@ from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.simulator.quality.tables import Tables, join
 from kvtune.traces.models import load_model
 from kvtune.tuner.options import Menu, Pair
+from kvtune.tuner.quality import bootstrap
 
 SHARES = (0.01, 0.03, 0.06, 0.12, 0.25)
 PUBLISHED_SHARES = SHARES[:3]
@@ -186,16 +187,14 @@ def plans_at(bench: Bench, measured: Tables, share: float) -> dict[str, Any]:
     result: dict[str, Any] = {"on_selection": choice.losses}
     for (name, plan), outcome in zip(picked, outcomes, strict=True):
         times, interval = times_as_much(outcome, best)
-        result[name] = (
-            summary(plan.policy, outcome)
-            | points_below_full(outcome)
-            | {
-                "predicted": plan.predicted,
-                "options": used(plan.policy),
-                "times_with_all": times,
-                "times_interval": interval,
-            }
-        )
+        points = bootstrap(outcome.points, ["retrieval"] * len(outcome.points))
+        result[name] = summary(plan.policy, outcome) | {
+            "points_interval": [float(x) for x in np.percentile(points, [2.5, 97.5])],
+            "predicted": plan.predicted,
+            "options": used(plan.policy),
+            "times_with_all": times,
+            "times_interval": interval,
+        }
     return result
 
 
