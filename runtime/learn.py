@@ -18,7 +18,7 @@ from kvtune.common.progress import Bars, Progress, Silent
 from kvtune.policies.methods.lococo import LoCoCo, fused
 from kvtune.policies.signals import Needs, Signals
 from kvtune.runtime.prompts import Prompt, fresh_prompt
-from kvtune.traces.learned import keep_learned
+from kvtune.traces.learned import keep_learned, learned
 from kvtune.traces.models import LoadedModel, best_device, load_model
 from kvtune.traces.samples import Sample
 from kvtune.traces.workloads import Workload, build
@@ -31,6 +31,13 @@ _QUERIES = 512  # newest of each prompt, whose products make a rotation
 _WIDTH = 21  # tokens that a kernel spans
 _BUDGETS = (32, 64, 128)  # entries in all, that kernels are trained for in turn
 _RATE = 3e-3
+
+
+def learn_rotations(loaded: LoadedModel, progress: Progress | None = None) -> None:
+    """Fit and keep OSCAR's bases, if the model has none."""
+    if "oscar_keys" not in learned(loaded.fingerprint):
+        samples = build(WORKLOAD, loaded.tokenizer)
+        keep_learned(loaded.fingerprint, rotations(loaded, samples, progress))
 
 
 def rotations(
