@@ -66,7 +66,7 @@ def plans(bench: Bench, measured: Tables, share: float) -> dict[str, Any]:
 def measure(bench: Bench, menu: Menu, shares: Sequence[float], seconds: float) -> None:
     """Tables, then share after share until the time is up."""
     begun = time.monotonic()
-    measured = tables(bench, menu, 16 if len(shares) > 1 else 1)
+    measured = tables(bench, menu.options(), 16 if len(shares) > 1 else 1)
     bench.record("table_seconds", time.monotonic() - begun)
     for share in shares:
         if time.monotonic() - begun > seconds:

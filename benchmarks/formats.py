@@ -9,7 +9,8 @@ divergence from the full cache at observed tokens, by kind of text, at each form
 and all. Samples are taken one of each kind in turn until the time is up. A case that fails is
 recorded. ``--tune`` instead tries other shapes of the kernel for rotated pairs, one parameter after
 another, each from the best so far. ``--device cpu --tiny`` (with TRITON_INTERPRET=1) shows that it
-runs to its end.
+runs to its end. OSCAR's rotations are fitted first, to texts of the search split. With ``--live``
+no kernel is timed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import paged
 import torch
 
 from kvtune.policies.format import Format, formats
+from kvtune.policies.formats.fitted import Allocated, Fitted
 from kvtune.policies.formats.grouped import Int2, Int4
 from kvtune.policies.formats.hqq import Hqq2
 from kvtune.policies.formats.kitty import Kitty
@@ -35,16 +37,20 @@ from kvtune.policies.formats.kivi import Kivi
 from kvtune.policies.formats.rotated import RotatedInt2, RotatedInt4
 from kvtune.policies.formats.turboquant import TurboQuant1, TurboQuant2, TurboQuant3
 from kvtune.policies.methods.full import Full
+from kvtune.policies.methods.oscar import Oscar
+from kvtune.policies.methods.weighted_keys import WeightedKeys
 from kvtune.policies.option import ALL, Option
 from kvtune.policies.policy import Policy
-from kvtune.policies.signals import Needs
 from kvtune.runtime.kernels.launch import Shape, decode
 from kvtune.runtime.kernels.reference import attend
+from kvtune.runtime.learn import WORKLOAD, rotations
 from kvtune.runtime.live import run_live
 from kvtune.runtime.prompts import fresh_prompt
+from kvtune.traces.learned import keep_learned
 from kvtune.traces.models import load_model
 from kvtune.traces.workloads import Workload, build
 from kvtune.tuner.quality import estimate
+from kvtune.tuner.validate import union_of_needs
 
 KINDS = ("prose", "code", "retrieval")
 BATCH, KV_HEADS, GROUP, HEAD_DIM = 8, 8, 4, 128
@@ -64,6 +70,7 @@ PAIRS = {
 }
 TUNED = ("rotated int4", "rotated int3", "rotated int2", "int4", "int3")
 TRIED = {"programs": (None, 396, 660, 792, 1056), "stages": (3, 2, 4), "warps": (1, 2)}
+TINY = {"search": {"prose": 1}}
 TOGETHER = 4  # policies in one batch
 
 
@@ -174,6 +181,26 @@ def timed(name: str, megabytes: int, shape: Shape, tiny: bool) -> dict[str, floa
     return {"us": 1.0} if tiny else microseconds(PAIRS[name], megabytes, shape)
 
 
+def options() -> dict[str, Option]:
+    """All tokens in every pair of formats, and behind what is done to keys before."""
+    found = {name: Option(Full(), ALL, *pair) for name, pair in stored().items()}
+    two, sinks = TurboQuant2(), {"exact_first": 4}
+    for name, keys, values in (
+        ("weighted, allocated 2.1 / turboquant2", Allocated(mean_bits=2.1), two),
+        ("weighted, allocated 3 / turboquant2", Allocated(mean_bits=3.0), two),
+        ("weighted, allocated 3 / turboquant3", Allocated(mean_bits=3.0), TurboQuant3()),
+        ("weighted, fitted 1.8 / turboquant2", Fitted(), two),
+        ("weighted, rotated_int2+4", RotatedInt2(**sinks), RotatedInt2(**sinks)),
+    ):
+        found[name] = Option(WeightedKeys(), ALL, keys, values)
+    found["allocated 2.1 / turboquant2"] = Option(Full(), ALL, Allocated(mean_bits=2.1), two)
+    grouped = RotatedInt2(group=128)
+    found["oscar, 4 sinks"] = Option(Oscar(), ALL, grouped, grouped)
+    found["oscar, 4 sinks and 32 recent"] = Option(Oscar(recent=32), ALL, grouped, grouped)
+    found["oscar / turboquant2"] = Option(Oscar(), ALL, two, two)
+    return found
+
+
 def stored() -> dict[str, tuple[Format, Format]]:
     """Every registered format as it is published, and pairs and sinks that a search may choose."""
     alike = [kind() for kind in formats().values() if kind.bits < 16]
@@ -195,17 +222,19 @@ def stored() -> dict[str, tuple[Format, Format]]:
 
 
 def live(found: Found, device: str, tiny: bool) -> None:
-    """Every pair of formats on one sample after another."""
+    """Every option on one sample after another, those of few bits first in each."""
     loaded = load_model("smollm2-135m", device=device, dtype="float32")
+    fit = build(replace(WORKLOAD, counts=TINY) if tiny else WORKLOAD, loaded.tokenizer)
+    keep_learned(loaded.fingerprint, rotations(loaded, fit))
     shape = loaded.geometry
     counts = {"evaluate": dict.fromkeys(KINDS[: 1 if tiny else 3], 1 if tiny else 12)}
     length, observed = (200, 16) if tiny else (2048, 256)
     samples = build(Workload(counts, tokens=length, observed=observed), loaded.tokenizer)
-    pairs = dict(list(stored().items())[: 3 if tiny else None])
+    asked = dict(list(options().items())[-9 if tiny else 0 :])
     policies = {
-        name: Policy.uniform(Option(Full(), ALL, *pair), shape.layers, shape.kv_heads)
-        for name, pair in pairs.items()
+        name: Policy.uniform(option, shape.layers, shape.kv_heads) for name, option in asked.items()
     }
+    needs = union_of_needs(policies.values())
     kl: dict[str, list[tuple[str, float]]] = {name: [] for name in policies}
     taken: dict[str, float] = {}
     full = 2 * 2 * shape.head_dim * shape.layers * shape.kv_heads
@@ -216,13 +245,13 @@ def live(found: Found, device: str, tiny: bool) -> None:
         sample = samples[number]
         if found.is_over():
             break
-        prompt = fresh_prompt(loaded, sample, Needs())
+        prompt = fresh_prompt(loaded, sample, needs)
         names = list(policies)
         for start in range(0, len(names), TOGETHER):
             some = names[start : start + TOGETHER]
-            asked = [policies[name] for name in some]
+            together = [policies[name] for name in some]
             runs = found.attempt(
-                f"live {some}", lambda a=asked, p=prompt, s=sample: run_live(loaded, s, p, a)
+                f"live {some}", lambda a=together, p=prompt, s=sample: run_live(loaded, s, p, a)
             )
             for name, run in zip(some, runs or (), strict=False):
                 kl[name].append((sample.kind, float(run.kl.mean())))
@@ -252,15 +281,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240, help="after which no sample is begun")
     parser.add_argument("--tiny", action="store_true", help="small shapes, no times")
     parser.add_argument("--tune", action="store_true", help="shapes of the kernel alone")
+    parser.add_argument("--live", action="store_true", help="what formats lose alone")
     arguments = parser.parse_args()
-    found = Found(
-        arguments.out, arguments.seconds, *(() if arguments.tune else ("kernels", "live"))
-    )
+    parts = ("live",) if arguments.live else ("kernels", "live")
+    found = Found(arguments.out, arguments.seconds, *(() if arguments.tune else parts))
     if arguments.tune:
         found.attempt("tuned", lambda: tuned(found, arguments.tiny))
         found.write()
         return
-    found.attempt("kernels", lambda: kernels(found, arguments.tiny))
+    if not arguments.live:
+        found.attempt("kernels", lambda: kernels(found, arguments.tiny))
     found.attempt("live", lambda: live(found, arguments.device, arguments.tiny))
     found.write()
 

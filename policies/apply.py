@@ -255,6 +255,9 @@ def _stored(
     factor = _factors(tensor, parts, role)
     if factor is not None:
         tensor = tensor * factor
+    turns = {row: turn for row, part in enumerate(parts) if (turn := part.turn(role)) is not None}
+    if turns:
+        tensor = _turned(tensor, turns)
     for form in dict.fromkeys(forms):
         mine = [row for row, other in enumerate(forms) if other == form]
         if len(mine) == len(forms):
@@ -262,7 +265,17 @@ def _stored(
             break
         some = torch.tensor(mine, device=tensor.device)
         tensor[some] = form.roundtrip(tensor[some], counts[some], role)
+    if turns:
+        tensor = _turned(tensor, {row: turn.T for row, turn in turns.items()})
     return tensor if factor is None else tensor / factor
+
+
+def _turned(tensor: Tensor, turns: Mapping[int, Tensor]) -> Tensor:
+    """Rows of ``[R, n, D]`` times their matrices."""
+    tensor = tensor.clone()
+    for row, turn in turns.items():
+        tensor[row] = (tensor[row].float() @ turn.float()).to(tensor.dtype)
+    return tensor
 
 
 def _format(part: HeadPart, option: Option, role: Role) -> Format:
@@ -425,8 +438,8 @@ def _dropped_to(method: Method, budget: int, signals: Signals) -> Tensor | None:
     if len(parts) != 1 or method.reader(budget) is not None:
         return None
     part = parts[0]
-    changed = (part.keys, part.values, part.log_weight, part.formats, part.balance)
-    plain = part.shared_by == 1 and all(each is None for each in changed)
+    changed = (part.keys, part.values, part.formats)
+    plain = part.plan.is_plain and all(each is None for each in changed)
     return part.tokens if plain and part.tokens.shape[-1] else None
 
 

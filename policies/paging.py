@@ -74,15 +74,13 @@ def planned_entries(
 
 def is_exact(plan: PartPlan, option: Option) -> bool:
     """Whether a part is of tokens in 16 bits, with nothing beside them."""
-    plain = not (plan.weighted or plan.balanced) and plan.shared_by == 1
-    return plain and (plan.formats or (option.keys, option.values)) == EXACT
+    return plan.is_plain and (plan.formats or (option.keys, option.values)) == EXACT
 
 
 def is_coded(plan: PartPlan, option: Option, head_dim: int) -> bool:
     """Whether a part is of tokens in the option's own formats, for which there are pages."""
-    plain = not (plan.weighted or plan.balanced) and plan.shared_by == 1
     own = plan.formats in (None, (option.keys, option.values))
-    return plain and own and has_pages(option, head_dim)
+    return plan.is_plain and own and has_pages(option, head_dim)
 
 
 def head_pages(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvtune.policies.format import Format
+    from kvtune.policies.format import Format, Role
 
 VIRTUAL = -1
 """The token index of an entry that is no token's own."""
@@ -37,6 +37,8 @@ class PartPlan:
         balanced: whether keys are multiplied by a factor a channel before they are stored.
         shared_by: layers that store the directions of keys and values once between them; each
             adds the lengths of its own.
+        turned: whether keys and values are rotated before they are stored, by matrices of the
+            model's that take no bytes of a prompt.
     """
 
     entries: int
@@ -44,6 +46,13 @@ class PartPlan:
     weighted: bool = False
     balanced: bool = False
     shared_by: int = 1
+    turned: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether entries are keys and values alone, with nothing beside them or done to them."""
+        changed = self.weighted or self.balanced or self.turned
+        return not changed and self.shared_by == 1
 
     def stored_bytes(self, default: tuple[Format, Format], head_dim: int) -> tuple[int, int]:
         """Bytes of the keys and of the values, with everything that is stored beside them."""
@@ -69,6 +78,8 @@ class Part:
         formats: of keys and of values; those of the head's option where None.
         balance: ``[H, D]``; keys are stored multiplied by it and read divided by it.
         shared_by: layers that store the directions of these keys and values once between them.
+        turns: orthogonal matrices ``[H, D, D]`` of keys and of values, which are stored times them
+            and read times their transposes.
     """
 
     tokens: Tensor
@@ -78,13 +89,14 @@ class Part:
     formats: tuple[Format, Format] | None = None
     balance: Tensor | None = None
     shared_by: int = 1
+    turns: tuple[Tensor, Tensor] | None = None
 
     @property
     def plan(self) -> PartPlan:
         """Its size, as ``Method.plan`` must have foretold it."""
         weighted, balanced = self.log_weight is not None, self.balance is not None
-        size = self.tokens.shape[-1]
-        return PartPlan(size, self.formats, weighted, balanced, self.shared_by)
+        size, turned = self.tokens.shape[-1], self.turns is not None
+        return PartPlan(size, self.formats, weighted, balanced, self.shared_by, turned)
 
     def of_head(self, head: int) -> HeadPart:
         """The entries of one KV head."""
@@ -93,7 +105,8 @@ class Part:
             return None if tensor is None else tensor[head]
 
         own = (at(self.keys), at(self.values), at(self.log_weight), at(self.balance))
-        return HeadPart(self.tokens[head], *own, self.formats, self.shared_by)
+        turns = None if self.turns is None else (self.turns[0][head], self.turns[1][head])
+        return HeadPart(self.tokens[head], *own, self.formats, self.shared_by, turns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,12 +120,18 @@ class HeadPart:
     balance: Tensor | None = None
     formats: tuple[Format, Format] | None = None
     shared_by: int = 1
+    turns: tuple[Tensor, Tensor] | None = None
 
     @property
     def plan(self) -> PartPlan:
         """Its size."""
         weighted, balanced = self.log_weight is not None, self.balance is not None
-        return PartPlan(len(self.tokens), self.formats, weighted, balanced, self.shared_by)
+        size, turned = len(self.tokens), self.turns is not None
+        return PartPlan(size, self.formats, weighted, balanced, self.shared_by, turned)
+
+    def turn(self, role: Role) -> Tensor | None:
+        """The matrix ``[D, D]`` of its keys or of its values."""
+        return None if self.turns is None else self.turns[role == "values"]
 
 
 def entries_of(plans: Iterable[PartPlan]) -> int:

@@ -75,7 +75,7 @@ class Policy:
         Until then a prompt's whole cache is held uncompressed.
         """
         compares_layers = type(self.allocator).settle is not Allocator.settle
-        return self.needs.reconstruction or compares_layers or self.needs.linked
+        return self.needs.asks_model or compares_layers or self.needs.linked
 
     def check_allocator(self) -> None:
         """Refuse an allocator that cannot split budgets between the heads' methods."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.rotary import Rope, later_queries, query_moments
@@ -32,6 +32,9 @@ class Needs:
         query_moments: mean and covariance of the prompt's queries before RoPE.
         later_queries: a sample of the prompt's queries, turned to positions behind the prompt.
         reconstruction: the attention that a pass repeating the prompt pays to it.
+        repeat_queries: a sample of that pass's queries.
+        study_queries: queries of the model while it answers requests about the prompt.
+        learned: matrices fitted to the model once.
         calibration: what was measured on the model once, before any prompt.
         future: the observed tokens themselves; only references that look ahead.
         probes: how the loss responds to the observed tokens' attention output; likewise.
@@ -49,6 +52,14 @@ class Needs:
     linked: bool = False
     later_queries: bool = False
     sentences: bool = False
+    repeat_queries: bool = False
+    study_queries: bool = False
+    learned: bool = False
+
+    @property
+    def asks_model(self) -> bool:
+        """Whether the model runs more passes when it has read the prompt."""
+        return self.reconstruction or self.repeat_queries or self.study_queries
 
     def queries(self, prompt_tokens: int) -> int:
         """How many of the last prompt queries hold all that is asked of them."""
@@ -98,6 +109,10 @@ class Signals:
             positions behind it, likewise.
         reconstruction: ``[H, P]`` float32, the most attention that any query of a pass repeating
             the prompt pays to each key.
+        repeat_queries: ``[Hq, n, D]`` float32, a sample of that pass's queries.
+        study_queries: ``[Hq, n, D]`` float32, queries of the model while it answers requests about
+            the prompt.
+        learned: matrices of this layer that were fitted to the model once, by name.
         head_scores: ``[Hq]`` float32, how much each query head looks at what it is about to copy,
             measured on the model once.
         layer_error: relative error of this layer's output under a tiny cache, likewise.
@@ -122,6 +137,9 @@ class Signals:
     future: Future | None = None
     linked: tuple[Tensor, Tensor] | None = None
     sentence_ends: Tensor | None = None
+    repeat_queries: Tensor | None = None
+    study_queries: Tensor | None = None
+    learned: Mapping[str, Tensor] = field(default_factory=dict)
     _memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @staticmethod
@@ -156,6 +174,8 @@ class Signals:
             head_scores=tensors.get("head_scores"),
             layer_error=None if error is None else float(error),
             sentence_ends=None if ends is None else ends.bool(),
+            repeat_queries=tensors.get("repeat_queries"),
+            study_queries=tensors.get("study_queries"),
             future=Future(
                 queries[:, first:], keys[:, prompt:], values[:, prompt:], tensors.get("probes")
             ),
@@ -229,6 +249,25 @@ class Signals:
                 "later", lambda: self._by_kv_head(later_queries(self.queries, self.rope))
             )
         return self._by_kv_head(self.recorded_later_queries.float())
+
+    def reference_queries(self, name: Literal["repeat_queries", "study_queries"]) -> Tensor:
+        """Queries of another pass over the prompt, ``[H, G, n, D]`` float32."""
+        recorded: Tensor = self.given(name)
+        return self._by_kv_head(recorded.float())
+
+    def matrices(self, name: str) -> Tensor:
+        """What was fitted to the model once, of this layer.
+
+        Raises:
+            KvtuneError: it was not.
+        """
+        found = self.learned.get(name)
+        if found is None:
+            raise KvtuneError(
+                f"the model has no {name!r} yet",
+                hint=f"python -m kvtune.runtime.learn MODEL {name.split('_')[0]} fits it once.",
+            )
+        return found
 
     def future_attention(self) -> Tensor:
         """Attention of the observed queries over prompt and observed keys, ``[H, G, C, P]``."""

@@ -63,6 +63,9 @@ class Work:
         return self + Work(*(-value for value in vars(part).values()))
 
 
+_STUDIED = 192.0  # generated tokens: four answers of 48
+
+
 def work_of_signals(needs: Needs, shape: LayerShape) -> Work:
     """What it takes to compute the signals that a method names.
 
@@ -86,6 +89,12 @@ def work_of_signals(needs: Needs, shape: LayerShape) -> Work:
     if needs.later_queries:
         moved = 8.0 * heads * min(tokens, 512) * size
         total += Work(moved_bytes=moved, launches=_LAUNCHES["later"])
+    if needs.repeat_queries and not needs.reconstruction:
+        total += Work(passes=1.0, launches=_LAUNCHES["repeated"])
+    if needs.study_queries:  # answers are generated token by token, and each reads the prompt
+        total += Work(
+            8.0 * heads * size * tokens * _STUDIED, keys * _STUDIED, launches=4 * _STUDIED
+        )
     if needs.reconstruction:
         products = 4.0 * heads * size * tokens**2
         total += Work(products, 2.0 * keys, passes=1.0, launches=_LAUNCHES["repeated"])

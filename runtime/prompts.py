@@ -11,13 +11,14 @@ from torch import Tensor
 from kvtune.common.errors import KvtuneError
 from kvtune.common.rotary import later_queries, query_moments
 from kvtune.policies.signals import Future, Needs, Signals
+from kvtune.traces.asking import ASKED, asked_again
 from kvtune.traces.calibration import Calibration, require_calibration
 from kvtune.traces.capture import Observed, observe
 from kvtune.traces.geometry import Geometry
+from kvtune.traces.learned import learned_layers
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.passes import run_prompt
 from kvtune.traces.probes import Probes
-from kvtune.traces.reconstruction import reconstruction
 from kvtune.traces.samples import Sample
 from kvtune.traces.sentences import sentence_ends
 from kvtune.traces.signals import column_sums
@@ -96,12 +97,16 @@ def fresh_prompt(
     token_ids = sample.token_ids[: sample.prompt]
     with torch.no_grad():
         run_prompt(loaded, token_ids, kept)
-        if needs.reconstruction:
-            repeated = reconstruction(loaded, token_ids, kept.cache)
-            for signals, scores in zip(kept.layers, repeated, strict=True):
-                signals.reconstruction = scores
+        if more := [name for name in ASKED if getattr(needs, name)]:
+            answers = asked_again(loaded, token_ids, kept.cache, more)
+            for signals, answer in zip(kept.layers, answers, strict=True):
+                vars(signals).update(answer)
     if needs.calibration:
         _add_calibration(kept.layers, require_calibration(loaded.fingerprint), loaded.device)
+    if needs.learned:
+        layers = learned_layers(loaded.fingerprint, len(kept.layers), loaded.device)
+        for signals, matrices in zip(kept.layers, layers, strict=True):
+            signals.learned = matrices
     if needs.sentences:
         ends = sentence_ends(loaded, sample.token_ids)
         for signals in kept.layers:

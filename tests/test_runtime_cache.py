@@ -16,11 +16,13 @@ from kvtune.policies.apply import apply, linked
 from kvtune.policies.attention import attend
 from kvtune.policies.format import Format
 from kvtune.policies.formats.bf16 import Bf16
+from kvtune.policies.formats.fitted import Allocated
 from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.gear import Gear
 from kvtune.policies.formats.grouped import Grouped, Int2, Int3, Int4, Int8
 from kvtune.policies.formats.kitty import Kitty
 from kvtune.policies.formats.rotated import Rotated, RotatedInt2, RotatedInt4, RotatedInt8
+from kvtune.policies.formats.turboquant import TurboQuant2
 from kvtune.policies.method import Method, methods
 from kvtune.policies.methods.ems import EMSReconstruction
 from kvtune.policies.methods.full import Full
@@ -31,6 +33,7 @@ from kvtune.policies.methods.quest import Quest
 from kvtune.policies.methods.razor import Razor
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
+from kvtune.policies.methods.weighted_keys import WeightedKeys
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.pages import PageLayout
 from kvtune.policies.paging import SLAB_CELLS
@@ -172,6 +175,7 @@ def test_every_method_keeps_what_it_keeps_in_replay(network: Any, name: str) -> 
         Option(SnapKV(window=8), Budget(tokens=70), Int3(), Int3()),
         Option(Full(), ALL, Int4(exact_first=4), Int4()),
         Option(Full(), ALL, Int4(group=32), Int4(group=32)),
+        Option(WeightedKeys("snapkv"), Budget(tokens=70), Allocated(), TurboQuant2()),
     ],
     ids=lambda option: option.label,
 )

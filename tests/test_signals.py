@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.signals import Needs
@@ -21,10 +22,11 @@ from kvtune.traces.calibration import (
     require_calibration,
 )
 from kvtune.traces.capture import capture
-from kvtune.traces.passes import prompt_cache
+from kvtune.traces.passes import prompt_cache, run_prompt
 from kvtune.traces.probes import Probes
-from kvtune.traces.reconstruction import reconstruction
+from kvtune.traces.reconstruction import reconstruction, repeat
 from kvtune.traces.samples import Sample
+from kvtune.traces.self_study import REQUESTS, study_queries
 from kvtune.traces.signals import SIGNALS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,6 +40,8 @@ ALL = Needs(
     future=True,
     probes=True,
     later_queries=True,
+    repeat_queries=True,
+    study_queries=True,
 )
 MADE_UP = Calibration(((0.1, 0.9, 0.2, 0.3),) * 3, (0.1, 0.2, 0.3), "made up")
 
@@ -65,6 +69,10 @@ def test_replay_and_live_are_given_the_same_signals(
                 *((ours.given(n), other.given(n)) for n in ("reconstruction", "head_scores")),
                 *zip(ours.query_moments(), other.query_moments(), strict=True),
                 (ours.later_queries(), other.later_queries()),
+                *(
+                    (ours.reference_queries(n), other.reference_queries(n))
+                    for n in ("repeat_queries", "study_queries")
+                ),
                 (ours.window_attention(9), other.window_attention(9)),
                 (ours.future_attention(), other.future_attention()),
                 (ours.probes(), other.probes()),
@@ -91,6 +99,38 @@ def test_repeating_pays_no_more_than_all_and_less_in_chunks_of_others(
         assert (found > 0).all()
         assert (found <= 1).all()
     assert not torch.equal(whole[0], halves[0])
+
+
+def test_references_are_the_queries_of_one_long_pass(
+    tiny_model: Any, make_samples: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = list(make_samples(1)[0].token_ids)
+    cache = prompt_cache(tiny_model, ids)
+    monkeypatch.setattr("kvtune.traces.reconstruction._QUERIES", 20)
+    encode = tiny_model.tokenizer
+
+    def queries_of(text: list[int]) -> list[Tensor]:
+        found: list[Tensor] = []
+        run_prompt(tiny_model, [*ids, *text], lambda layer, q, k, v: found.append(q[0].float()))
+        return found
+
+    ask = encode("\n\nRepeat the previous context exactly.\n", add_special_tokens=False).input_ids
+    for ours, whole in zip(repeat(tiny_model, ids, cache), queries_of([*ask, *ids]), strict=True):
+        expected = whole[:, len(ids) + len(ask) :][:, ::3]  # of 48 tokens 20 at most
+        torch.testing.assert_close(ours.queries, expected, rtol=1e-3, atol=1e-3)
+
+    studied = study_queries(tiny_model, ids, cache, answer=2)
+    at = 0
+    for request in REQUESTS:
+        text = list(encode(request, add_special_tokens=False).input_ids)
+        for _ in range(2):  # the likeliest answer, by the model itself
+            logits = tiny_model.model(torch.tensor([[*ids, *text]])).logits
+            text.append(int(logits[0, -1].argmax()))
+        for asked, whole in zip(studied, queries_of(text), strict=True):
+            some = asked[:, at : at + len(text)]
+            torch.testing.assert_close(some, whole[:, len(ids) :], rtol=1e-3, atol=1e-3)
+        at += len(text)
+    assert studied[0].shape[1] == at
 
 
 def needle_sample() -> Sample:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Literal
 from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
 from kvtune.common.rotary import later_queries, query_moments
+from kvtune.traces.asking import ASKED, asked_again
 from kvtune.traces.calibration import require_calibration
 from kvtune.traces.passes import run_observed, run_prompt
 from kvtune.traces.probes import Drawn, Probes
-from kvtune.traces.reconstruction import reconstruction
 from kvtune.traces.samples import Sample
 from kvtune.traces.sentences import sentence_ends
 from kvtune.traces.signals import column_sums
@@ -87,8 +87,8 @@ def capture(
         queries: which queries to store: all N, the C observed, or the last so many.
         signals: names from ``signals.SIGNALS``: ``column_sums`` asks for the prompt's attention
             mass a key, ``query_moments`` for statistics of its queries, ``later_queries`` for a
-            sample of them, ``reconstruction`` for the repeating pass, ``calibration`` for what was
-            measured on the model before.
+            sample of them, ``reconstruction``, ``repeat_queries`` and ``study_queries`` for passes
+            behind the prompt, ``calibration`` for what was measured on the model before.
 
     Raises:
         KvtuneError: the folder holds another trace or cannot be written; unknown signal.
@@ -146,10 +146,10 @@ def _run_prompt(loaded: LoadedModel, sample: Sample, settings: CaptureSettings) 
 
     token_ids = sample.token_ids[: sample.prompt]
     run_prompt(loaded, token_ids, keep)
-    if "reconstruction" in settings.signals:
-        repeated = reconstruction(loaded, token_ids, result.cache)
-        for found, scores in zip(result.signals, repeated, strict=True):
-            found["reconstruction"] = scores
+    if more := [name for name in ASKED if name in settings.signals]:
+        answers = asked_again(loaded, token_ids, result.cache, more)
+        for found, answer in zip(result.signals, answers, strict=True):
+            found.update(answer)
     if "sentences" in settings.signals:
         ends = sentence_ends(loaded, sample.token_ids)
         for found in result.signals:

@@ -25,6 +25,21 @@ _FIRST = "\n\nRepeat the previous context exactly."
 _LATER = "\n\nRepeat the part of the previous context exactly, starting with"
 _END = "\n"
 _TILE_BYTES = 2**27
+_QUERIES = 512  # of a head, over all chunks
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Of one layer.
+
+    Args:
+        scores: the most attention that repeating pays to each key, ``[H, P]`` float32.
+        queries: a sample of the queries of the chunks themselves, at most 512 of a head,
+            ``[Hq, n, D]`` float32.
+    """
+
+    scores: Tensor
+    queries: Tensor
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,17 @@ def reconstruction(
     cache: Sequence[tuple[Tensor, Tensor]],
     chunk: int = CHUNK,
 ) -> list[Tensor]:
-    """The most attention that repeating the prompt pays to each of its keys.
+    """The scores of ``repeat``, for each layer [H, P] float32."""
+    return [repeated.scores for repeated in repeat(loaded, token_ids, cache, chunk)]
+
+
+def repeat(
+    loaded: LoadedModel,
+    token_ids: Sequence[int],
+    cache: Sequence[tuple[Tensor, Tensor]],
+    chunk: int = CHUNK,
+) -> list[Repeated]:
+    """Ask for the prompt chunk by chunk, and see what each layer looks at.
 
     Args:
         loaded: the model.
@@ -51,25 +76,30 @@ def reconstruction(
         chunk: tokens repeated at a time.
 
     Returns:
-        For each layer [H, P] float32.
+        For each layer.
     """
     import torch
 
     full = full_cache_handler(cache)
     scores = [torch.zeros(k.shape[1], k.shape[2], device=k.device) for k, _ in cache]
+    queries: list[list[Tensor]] = [[] for _ in cache]
+    stride = -(-len(token_ids) // _QUERIES)
 
     def handler(
         layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Tensor:
         keys = cache[layer][0][0]
-        most = _most_attention(q[0], keys, k[0], repeat, scale)
-        scores[layer][:, repeat.start : repeat.stop] = most
+        most = _most_attention(q[0], keys, k[0], part, scale)
+        scores[layer][:, part.start : part.stop] = most
+        first = q.shape[2] - (part.stop - part.start)
+        queries[layer].append(q[0, :, first + -part.start % stride :: stride].float())
         return full(layer, q, k, v, scale, window)
 
     with torch.no_grad():
-        for repeat in _repeats(loaded, token_ids, chunk):
-            run_observed(loaded, repeat.token_ids, len(token_ids), handler)
-    return scores
+        for part in _repeats(loaded, token_ids, chunk):
+            run_observed(loaded, part.token_ids, len(token_ids), handler)
+    pairs = zip(scores, queries, strict=True)
+    return [Repeated(paid, torch.cat(asked, 1)) for paid, asked in pairs]
 
 
 def _repeats(loaded: LoadedModel, token_ids: Sequence[int], chunk: int) -> Iterator[_Repeat]:

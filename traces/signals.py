@@ -15,6 +15,8 @@ TENSORS_OF = {
     "query_moments": ("query_mean", "query_covariance"),
     "later_queries": ("later_queries",),
     "reconstruction": ("reconstruction",),
+    "repeat_queries": ("repeat_queries",),
+    "study_queries": ("study_queries",),
     "calibration": ("head_scores", "layer_error"),
     "sentences": ("sentence_ends",),
 }

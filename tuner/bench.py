@@ -36,6 +36,7 @@ from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.runtime.calibrate import calibration_of
+from kvtune.runtime.learn import learn_rotations
 from kvtune.runtime.live import LiveRun, full_cache, run_live
 from kvtune.runtime.prompts import fresh_prompt
 from kvtune.traces.models import LoadedModel
@@ -143,8 +144,11 @@ def bench(
     progress = progress or Silent()
     runs = open_runs(out, loaded, form)
     done = {(run.policy, run.share, run.sample) for run in runs}
-    if union_of_needs([_probe(entry) for entry in chosen]).calibration:
+    needs = union_of_needs([_probe(entry) for entry in chosen])
+    if needs.calibration:
         calibration_of(loaded, progress)
+    if needs.learned:
+        learn_rotations(loaded, progress)
     settings = list(_settings(samples))
     for setting, sample in progress.track(settings, "running live", len(settings)):
         every = product(chosen, shares)

@@ -338,12 +338,14 @@ def capture(
 
 
 def _signals(loaded: LoadedModel) -> tuple[str, ...]:
-    """All that any policy reads; a calibration only where the model has one."""
+    """All that any search reads; a calibration only where the model has one."""
     from kvtune.traces.calibration import find_calibration
-    from kvtune.traces.signals import SIGNALS
+    from kvtune.tuner.options import Menu, every_method
+    from kvtune.tuner.sources import signals_of
 
     calibrated = find_calibration(loaded.fingerprint) is not None
-    return tuple(name for name in SIGNALS if calibrated or name != "calibration")
+    methods = every_method(calibrated=calibrated, reads_less=True)
+    return signals_of(Menu(methods, (), ()).needs)
 
 
 def _several(one: Any) -> Sequence[Any]:

@@ -17,13 +17,16 @@ from kvtune.policies.methods.a2sf import A2SF, PREFILL
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.landmark import Landmark
+from kvtune.policies.methods.lococo import LoCoCo
 from kvtune.policies.methods.mustdrop import MustDrop
+from kvtune.policies.methods.oscar import Oscar
 from kvtune.policies.methods.protected import Protected
 from kvtune.policies.methods.quest import Quest
 from kvtune.policies.methods.random_tokens import RandomTokens
 from kvtune.policies.methods.retrieval_attention import RetrievalAttention
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
+from kvtune.policies.methods.weighted_keys import WeightedKeys
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.signals import Needs
 
@@ -113,7 +116,9 @@ def every_method(*, calibrated: bool = True, reads_less: bool = False) -> tuple[
 
     As published; A2SF as its authors set it for prompts. Left out are ``full``, which under a
     budget is StreamingLLM without sinks, ``protected`` and ``mustdrop``, whose spans
-    only their user can set, and ``random``, a floor to hold others against.
+    only their user can set, ``lococo`` and ``oscar``, whose matrices are fitted to the model first,
+    ``weighted_keys``, which goes with two formats only, and ``random``, a floor to hold others
+    against.
 
     Args:
         calibrated: whether the model has a calibration; without one, what needs it is left out.
@@ -131,5 +136,7 @@ def every_method(*, calibrated: bool = True, reads_less: bool = False) -> tuple[
     )
 
 
-_NOT_OFFERED = (Full, MustDrop, Protected, RandomTokens, RetrievalAttention)
+_NOT_OFFERED = (
+    Full, LoCoCo, MustDrop, Oscar, Protected, RandomTokens, RetrievalAttention, WeightedKeys,
+)  # fmt: skip
 """The last because its graphs take minutes a sample to build."""

@@ -201,7 +201,7 @@ class Solver:
         """Solve one trial; None where its options cannot fit."""
         columns = self._columns(parameters)
         context, sequences = parameters["context"], parameters["sequences"]
-        waits = any(self.question.tables.options[o].method.needs.reconstruction for o in columns)
+        waits = any(self.question.tables.options[o].method.needs.asks_model for o in columns)
         budget = self.question.prompt_budget(context, sequences, waits)
         whole = self.problems[context]
         problem = whole.allowing(columns).shrunk(parameters["shrinkage"])

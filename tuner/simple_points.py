@@ -36,7 +36,7 @@ def simple_points(solver: Solver, first: int) -> list[Candidate]:
 def _point(solver: Solver, context: int, option: int) -> Candidate | None:
     question, problem = solver.question, solver.problems[context]
     choice = np.full(question.tables.heads, option, np.int64)
-    waits = question.tables.options[option].method.needs.reconstruction
+    waits = question.tables.options[option].method.needs.asks_model
     most = question.sequences_of(context, problem.spent(choice), waits)
     sequences = question.sequences or most
     read = question.taken(context)[option]

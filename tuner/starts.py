@@ -85,7 +85,7 @@ def _nearest(option: Option, tables: Tables, allowed: Sequence[int]) -> int:
 
 def _points(solver: Solver, context: int, start: Choice, name: str) -> Iterator[Candidate]:
     question, problem = solver.question, solver.problems[context]
-    waits = any(question.tables.options[o].method.needs.reconstruction for o in set(start))
+    waits = any(question.tables.options[o].method.needs.asks_model for o in set(start))
     most = question.sequences_of(context, problem.spent(start), waits)
     sequences = question.sequences or most
     if not 1 <= sequences <= most or not _reads_little(solver, context, start):

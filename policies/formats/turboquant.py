@@ -43,11 +43,24 @@ class TurboQuant(Coded):
         unit = hadamard(rows) / size.clamp_min(1e-30)
         return {"codes": pack(nearest_codes(unit, self.bits), self.bits), "sizes": size.half()}
 
+    def roundtrip(self, tensor: Tensor, counts: Tensor, role: Role) -> Tensor:
+        """All heads at once: a token needs no other."""
+        import torch
+
+        first, rows = self.exact_first, tensor[..., self.exact_first :, :].float()
+        length = rows.square().mean(-1, keepdim=True).sqrt()
+        codes = nearest_codes(hadamard(rows) / length.clamp_min(1e-30), self.bits)
+        stored = self._read(codes, length.half()).nan_to_num()
+        return torch.cat([tensor[..., :first, :], stored.to(tensor.dtype)], -2)
+
+    def _read(self, codes: Tensor, sizes: Tensor) -> Tensor:
+        some = numbers_of(codes, self.bits)
+        some = some / some.square().mean(-1, keepdim=True).sqrt()
+        return hadamard(some * sizes.float())
+
     def numbers(self, buffers: Mapping[str, Tensor], shape: tuple[int, int], role: Role) -> Tensor:
         """Levels scaled to the length that was stored, rotated back."""
-        some = numbers_of(unpack(buffers["codes"], self.bits, shape[1]), self.bits)
-        some = some / some.square().mean(-1, keepdim=True).sqrt()
-        return hadamard(some * buffers["sizes"].float())
+        return self._read(unpack(buffers["codes"], self.bits, shape[1]), buffers["sizes"])
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _REFERENCES = 512  # queries a query head
+_NEEDS = {
+    "prompt": Needs(later_queries=True),
+    "repeat": Needs(repeat_queries=True),
+    "self_study": Needs(study_queries=True),
+}
+_RECORDED: dict[str, Literal["repeat_queries", "study_queries"]] = {
+    "repeat": "repeat_queries",
+    "self_study": "study_queries",
+}
 
 
 @dataclass(frozen=True)
@@ -29,11 +38,12 @@ class AttentionMatching(Method):
 
     Source: Zweiger et al., "Fast KV Compaction via Attention Matching", arXiv 2602.16284: keys of
     tokens, a log-weight a key from the mass, values from the output, all in closed form. Differs:
-    pursuit looks at outputs and mass together (theirs at the mass alone); queries are the prompt's
-    own, turned to where the queries to come will be, where theirs come from a pass repeating the
-    prompt or from self-study; the mass is matched in relative terms; weights and values are held
-    to 1 and to the tokens' own by a small ridge; budgets are the policy's. ``select`` names a
-    cheaper variant: the tokens that another method keeps, with fitted weights and values.
+    pursuit looks at outputs and mass together (theirs at the mass alone); by default queries are
+    the prompt's own, turned to where the queries to come will be (theirs, by ``queries``, come from
+    a pass that repeats the prompt, or from self-study); the mass is matched in relative terms;
+    weights and values are held to 1 and to the tokens' own by a small ridge; budgets are the
+    policy's. ``select`` names a cheaper variant: the tokens that another method keeps, with fitted
+    weights and values.
     Cost: O(Hq R P (D + budget)) once a prompt; a log-weight an entry.
     """
 
@@ -43,6 +53,10 @@ class AttentionMatching(Method):
     select: Literal["pursuit", "expected_attention", "h2o", "kvzip", "snapkv"] = parameter(
         "pursuit", "what chooses tokens: matching pursuit, or a method that scores them"
     )
+    queries: Literal["prompt", "repeat", "self_study"] = parameter(
+        "prompt", "reference queries: the prompt's own, those of a pass that repeats it, or the "
+        "model's while it answers requests about it",
+    )  # fmt: skip
     pursued: int = parameter(
         128, "most tokens that pursuit chooses; those of most attention follow",
         unit="tokens", low=1, high=4096,
@@ -51,7 +65,7 @@ class AttentionMatching(Method):
     @property
     def needs(self) -> Needs:
         """Reference queries, and what choosing takes."""
-        needs = Needs(later_queries=True)
+        needs = _NEEDS[self.queries]
         return needs if self._by is None else needs | self._by.needs
 
     @property
@@ -92,11 +106,14 @@ class AttentionMatching(Method):
         """What reference queries pay to the prompt, ``[H, R, P]`` float32."""
 
         def compute() -> Tensor:
-            queries = signals.later_queries().flatten(1, 2)
-            logits = queries @ signals.keys.float().transpose(1, 2) * signals.scale
+            if self.queries == "prompt":
+                queries = signals.later_queries()
+            else:
+                queries = signals.reference_queries(_RECORDED[self.queries])
+            logits = queries.flatten(1, 2) @ signals.keys.float().transpose(1, 2) * signals.scale
             return logits.softmax(-1)
 
-        return signals.once("attention of later queries", compute)
+        return signals.once(f"attention of {self.queries} queries", compute)
 
     def _ranked(self, signals: Signals, budget: int) -> Tensor:
         """Tokens in the order of pursuit, then of attention, ``[H, at least budget]``.
@@ -117,7 +134,7 @@ class AttentionMatching(Method):
             rest = mass.argsort(dim=-1, descending=True, stable=True)[:, : tokens - count]
             return torch.cat([first, rest], -1)
 
-        return signals.once(f"pursued {count}", compute)
+        return signals.once(f"pursued {count} by {self.queries} queries", compute)
 
     def work(self, shape: LayerShape, budget: int) -> Work:
         """Attention of the references, pursuit, and two small systems."""

@@ -80,7 +80,21 @@ def make_signals(case: Case) -> Signals:
         future=make_future(case),
         linked=tuple(uniform(case.seed + 7, 2, case.kv_heads, *shape)),
         sentence_ends=uniform(case.seed + 8, case.prompt_tokens + 7) > 1.2,
+        repeat_queries=uniform(case.seed + 9, case.kv_heads * case.group, 6, case.head_dim),
+        study_queries=uniform(case.seed + 10, case.kv_heads * case.group, 5, case.head_dim),
+        learned=_learned(case),
     )
+
+
+def _learned(case: Case) -> dict[str, Tensor]:
+    """Orthogonal matrices of the heads, and 16 kernels of width 3."""
+    squares = uniform(case.seed + 11, 2, case.kv_heads, case.head_dim, case.head_dim)
+    of_keys, of_values = torch.linalg.qr(squares).Q
+    return {
+        "oscar_keys": of_keys, "oscar_values": of_values,
+        "lococo_weight": uniform(case.seed + 12, 16, 2 * case.head_dim, 3),
+        "lococo_bias": uniform(case.seed + 13, 16), "lococo_share": torch.tensor(0.5),
+    }  # fmt: skip
 
 
 @lru_cache(maxsize=64)
@@ -126,12 +140,18 @@ def lean_signals(method: Method, full: Signals) -> Signals:
         future=future if needs.future else None,
         linked=full.linked if needs.linked else None,
         sentence_ends=full.sentence_ends if needs.sentences else None,
+        repeat_queries=full.repeat_queries if needs.repeat_queries else None,
+        study_queries=full.study_queries if needs.study_queries else None,
+        learned=full.learned if needs.learned else {},
     )
 
 
 def side_by_side(first: Signals, second: Signals) -> Signals:
     """Two prompts of one layer, the heads of the second behind those of the first."""
-    names = ("queries", "keys", "values", "reconstruction", "head_scores")
+    names = (
+        "queries", "keys", "values", "reconstruction", "head_scores", "repeat_queries",
+        "study_queries",
+    )  # fmt: skip
     both: dict[str, Any] = {
         name: torch.cat([getattr(x, name) for x in (first, second)]) for name in names
     }
@@ -152,6 +172,8 @@ def permuted_signals(full: Signals, order: Tensor) -> Signals:
         values=full.values[order],
         reconstruction=full.given("reconstruction")[order],
         head_scores=full.given("head_scores")[queries],
+        repeat_queries=full.given("repeat_queries")[queries],
+        study_queries=full.given("study_queries")[queries],
         future=Future(
             future.queries[queries],
             future.keys[order],

@@ -45,6 +45,7 @@ class HeldPart:
         log_weight: ``[n]`` float32, or None.
         balance: ``[D]``, or None: keys read back are divided by it.
         lengths: of a shared part's keys and values, ``[2, n]``; else None.
+        turns: ``[D, D]`` each, or None: keys and values read back are multiplied by the transposes.
     """
 
     row: int
@@ -53,6 +54,7 @@ class HeldPart:
     log_weight: Tensor | None = None
     balance: Tensor | None = None
     lengths: Tensor | None = None
+    turns: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
     def of(
@@ -75,6 +77,10 @@ class HeldPart:
         )
         if part.balance is not None:
             keys = keys * part.balance
+        if part.turns is not None:
+            keys, values = (
+                x.float() @ turn for x, turn in zip((keys, values), part.turns, strict=True)
+            )
         lengths = None
         if shared is not None:
             lengths = torch.stack([keys.norm(dim=-1), values.norm(dim=-1)]).half()
@@ -84,7 +90,7 @@ class HeldPart:
             found = Encoded(formats[0].encode(keys, "keys"), formats[1].encode(values, "values"))
             if shared is not None:
                 shared[0][shared[1]] = found
-        return HeldPart(row, found, formats, part.log_weight, part.balance, lengths)
+        return HeldPart(row, found, formats, part.log_weight, part.balance, lengths, part.turns)
 
     def read(self, head_dim: int) -> tuple[Tensor, Tensor]:
         """Keys and values ``[n, D]`` float32."""
@@ -94,6 +100,8 @@ class HeldPart:
             form.decode(each, head_dim, role)
             for form, each, role in zip(self.formats, stored, roles, strict=True)
         )
+        if self.turns is not None:
+            keys, values = keys @ self.turns[0].T, values @ self.turns[1].T
         if self.balance is not None:
             keys = keys / self.balance
         if self.lengths is not None:

@@ -63,6 +63,8 @@ from kvtune.runtime.cache.whole_prompt import calibration_for, check_passes, rep
 from kvtune.runtime.kernels.launch import Scratch
 from kvtune.traces.calibration import Calibration
 from kvtune.traces.geometry import Geometry, read_geometry
+from kvtune.traces.learned import learned_layers
+from kvtune.traces.models import fingerprint
 from kvtune.traces.self_check import Ask, Part, require_same
 
 
@@ -112,8 +114,11 @@ def load_cache(
     cache = PolicyCache(bound, geometry, new_tokens, evicts, residual)
     if bound.needs.calibration:
         cache.calibration = calibration_for(model, geometry, tokenizer)
-    if bound.needs.reconstruction:
-        cache.repeat = partial(repeated, model, geometry, tokenizer)
+    if bound.needs.learned:
+        name = fingerprint(model, geometry)
+        cache.learned = learned_layers(name, geometry.layers, str(model.device))
+    if bound.needs.asks_model:
+        cache.repeat = partial(repeated, model, geometry, tokenizer, bound.needs)
     if cache.waits:
         when_read(model, cache)
     cache.answering = Answering.begin(model)
@@ -154,6 +159,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
         self.policy, self.geometry = policy, geometry
         self.new_tokens, self.evicts, self.residual = new_tokens, evicts, residual
         self.calibration: Calibration | None = None
+        self.learned: list[dict[str, Tensor]] = []
         self.repeat: Callable[[list[int], list[Signals]], list[Signals]] | None = None
         self.waits, self.needs = policy.waits, policy.needs
         self.prompts: list[int] = []  # their lengths, as soon as the first is read

@@ -83,6 +83,8 @@ def _side_by_side(
     if cache.calibration:
         measured = cache.calibration.tensors(layer, k.device)
         given = {**measured, "layer_error": float(measured["layer_error"])}
+    if cache.learned:
+        given["learned"] = cache.learned[layer]
     drawn = sums.flatten(0, 1) if sums.numel() else None
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     rope = cache.geometry.rope_at(layer)

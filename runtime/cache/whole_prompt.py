@@ -22,10 +22,10 @@ from kvtune.common.transformers_interface import attention_restored, is_given
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs, Signals
 from kvtune.traces import seam
+from kvtune.traces.asking import ASKED, asked_again
 from kvtune.traces.calibration import Calibration, find_calibration, require_calibration
 from kvtune.traces.geometry import Geometry
 from kvtune.traces.models import LoadedModel, fingerprint
-from kvtune.traces.reconstruction import reconstruction
 
 
 class Reader(Protocol):
@@ -74,14 +74,21 @@ def calibration_for(model: Any, geometry: Geometry, tokenizer: Any) -> Calibrati
 
 
 def repeated(
-    model: Any, geometry: Geometry, tokenizer: Any, token_ids: list[int], read: list[Signals]
+    model: Any,
+    geometry: Geometry,
+    tokenizer: Any,
+    needs: Needs,
+    token_ids: list[int],
+    read: list[Signals],
 ) -> list[Signals]:
-    """A prompt's signals ``[L]`` with the attention that a pass repeating it pays, added."""
+    """A prompt's signals ``[L]`` with those added that take more passes over it."""
     cache = [(signals.keys[None], signals.values[None]) for signals in read]
+    names = [name for name in ASKED if getattr(needs, name)]
+    answers: list[dict[str, Any]]
     with _loaded(model, geometry, tokenizer) as loaded:
-        scores = reconstruction(loaded, token_ids, cache)
-    pairs = zip(read, scores, strict=True)
-    return [replace(signals, reconstruction=paid, _memo={}) for signals, paid in pairs]
+        answers = [*asked_again(loaded, token_ids, cache, names)]
+    pairs = zip(read, answers, strict=True)
+    return [replace(signals, **answer, _memo={}) for signals, answer in pairs]
 
 
 def condensed(signals: Signals, needs: Needs) -> Signals:
@@ -131,7 +138,7 @@ def check_passes(policy: Policy, tokenizer: Any) -> None:
             f"the policy {policy.name!r} looks at what comes after the prompt: it is a bound",
             hint="kvtune validate runs it; nobody can serve it.",
         )
-    if needs.reconstruction and tokenizer is None:
+    if needs.asks_model and tokenizer is None:
         raise KvtuneError(
             f"the policy {policy.name!r} asks the model to repeat its prompt, in words",
             hint="give load_cache(..., tokenizer=).",

@@ -186,7 +186,7 @@ def _waiting(
     shape: ModelShape, options: Sequence[Option], counts: Floats, contexts: Integers
 ) -> Floats:
     """Bytes of one prompt that plans hold uncompressed until its end; 0 of others, ``[n]``."""
-    waits = np.array([option.method.needs.reconstruction for option in options], bool)
+    waits = np.array([option.method.needs.asks_model for option in options], bool)
     each = np.array([waiting_bytes(shape, int(context)) for context in contexts], np.float64)
     held: Floats = each * (counts[:, waits].sum(1) > 0)
     return held
