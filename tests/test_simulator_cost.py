@@ -89,9 +89,12 @@ def test_measured_parts_of_heads_on_the_host_add_up_to_their_step() -> None:
     assert known is not None
     page = 8 * 2 * 64 * 128 * 2  # bytes of a block of all heads
     parts = [
-        measured_part("host_choose", 20, length=8192), measured_part("host_choose", 40, length=65536),
-        measured_part("host_fetch", 30, width_in=page), measured_part("host_fetch", 330, width_in=31 * page),
-        measured_part("host_join", 15, length=64), measured_part("host_join", 25, length=2048),
+        measured_part("host_choose", 20, length=8192),
+        measured_part("host_choose", 40, length=65536),
+        measured_part("host_fetch", 30, width_in=page),
+        measured_part("host_fetch", 330, width_in=31 * page),
+        measured_part("host_join", 15, length=64),
+        measured_part("host_join", 25, length=2048),
     ]  # fmt: skip
     kernels = Kernels([*known.rows, *parts])
     for held, read, wanted in ((8192, 64, 20 + 30 + 15), (65536, 31 * 64, 40 + 330 + 24.68)):
