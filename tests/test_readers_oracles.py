@@ -19,6 +19,7 @@ from kvtune.policies.methods.actqkv import ActQKV
 from kvtune.policies.methods.cca import CCA
 from kvtune.policies.methods.infllm import InfLLM
 from kvtune.policies.methods.landmark import Landmark
+from kvtune.policies.methods.quest import BlockBounds
 from kvtune.policies.methods.razor import Razor
 from kvtune.policies.methods.recycled import Recycled
 from kvtune.policies.methods.retrieval_attention import RetrievalAttention, _queries_of
@@ -398,6 +399,23 @@ def test_sentencekv_reads_sentences_by_the_mean_of_its_sentences_queries(
 
     method = SentenceKV(held=3, window=window, kernel=kernel)
     check(Option(method, Budget(tokens=budget)), signals, queries, read)
+
+
+# Quest
+
+
+def test_no_keys_logit_exceeds_its_blocks_bound_and_some_key_may_reach_it() -> None:
+    keys, queries = uniform(64, 2, 50, 8) - 0.3, uniform(65, 2, 3, 4, 8)
+    counts = torch.tensor([50, 41])
+    reader = BlockBounds(16, 2)
+    bounds = reader.score(reader.index(keys, counts), queries)
+    for row, count in enumerate(counts.tolist()):
+        logits = torch.einsum("gcd,nd->gcn", queries[row], keys[row, :count]).amax(0)
+        for block, part in enumerate(logits.split(16, -1)):
+            assert (part.amax(-1) <= bounds[row, :, block] + 1e-5).all()
+    alone = reader.index(keys[:, :1], torch.tensor([1, 1]))
+    exact = torch.einsum("rgcd,rd->rgc", queries, keys[:, 0]).amax(1)
+    assert torch.allclose(reader.score(alone, queries)[..., 0], exact, atol=1e-5)
 
 
 # RetrievalAttention
