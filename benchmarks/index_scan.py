@@ -1,6 +1,8 @@
-"""How many keys an index compares to find the 100 that a query looks at most, on captured queries.
+r"""How many keys an index compares to find the 100 that a query looks at most, on captured queries.
 
     python benchmarks/index_scan.py --out benchmarks/results/index-scan-2-h200.json [--seconds 150]
+    python benchmarks/index_scan.py --device cpu --model smollm2-135m --faiss --seconds 1500 \
+        --out benchmarks/results/index-scan-faiss-cpu.json     # needs faiss-cpu
     python benchmarks/index_scan.py --device cpu --tiny --out FILE     # that it runs
 
 Queries and keys are those of a held-out needle sample as long as the model takes: 8k tokens of
@@ -119,6 +121,44 @@ def graph(asked: Literal["turned", "before"], joins: Any, degree: int, head: Hea
         yield count, ids, visited.sum(-1)
 
 
+def faiss_graph(head: Head) -> Found:
+    """FAISS's HNSW graph of the keys, at several widths of its search."""
+    import faiss
+
+    found = faiss.IndexHNSWFlat(head.keys.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
+    found.hnsw.efConstruction = TOP
+    found.add(head.keys.cpu().numpy())
+    for width in (100, 200, 400, 800):
+        found.hnsw.efSearch = width
+        yield width, *_faiss_asked(found, head, faiss.cvar.hnsw_stats)
+
+
+def faiss_cells(head: Head) -> Found:
+    """FAISS's inverted file of the keys, at several numbers of cells; centres count as keys."""
+    import faiss
+
+    size, cells = head.keys.shape[1], 64
+    found = faiss.IndexIVFFlat(faiss.IndexFlatIP(size), size, cells, faiss.METRIC_INNER_PRODUCT)
+    found.train(head.keys.cpu().numpy())
+    found.add(head.keys.cpu().numpy())
+    for probed in (1, 2, 4, 8, 16, 32):
+        found.nprobe = probed
+        ids, compared = _faiss_asked(found, head, faiss.cvar.indexIVF_stats)
+        yield probed, ids, compared + cells
+
+
+def _faiss_asked(index: Any, head: Head, counts: Any) -> tuple[Tensor, Tensor]:
+    """Keys found ``[q, TOP]``, and the mean number compared, ``[q]``."""
+    counts.reset()
+    _, ids = index.search(head.later.cpu().numpy(), TOP)
+    compared = torch.full((len(ids),), counts.ndis / len(ids))
+    return torch.from_numpy(ids).to(head.keys.device), compared.to(head.keys.device)
+
+
+FAISS: dict[str, Callable[[Head], Found]] = {
+    "FAISS, HNSW of keys": faiss_graph,
+    "FAISS, inverted file of keys": faiss_cells,
+}
 WAYS: dict[str, Callable[[Head], Found]] = {
     "lists": lists,
     "graph of turned queries, degree 35": partial(graph, "turned", "queries", 35),
@@ -172,6 +212,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--seconds", type=float, default=150)
+    parser.add_argument("--faiss", action="store_true", help="and its indices (faiss-cpu)")
+    parser.add_argument("--model", choices=MODELS, help="this one alone")
     given = parser.parse_args()
     begun = time.monotonic()
     found: dict[str, Any] = {"torch": torch.__version__, "device": given.device}
@@ -181,6 +223,9 @@ def main() -> None:
         given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
     models = {"smollm2-135m": (1500, (10,))} if given.tiny else MODELS
+    if given.model:
+        models = {given.model: MODELS[given.model]}
+    ways = FAISS | WAYS if given.faiss else WAYS
     ends = np.linspace(0, given.seconds, len(models) + 1)[1:]
     for (model, (tokens, layers)), end in zip(models.items(), ends, strict=True):
         heads: list[Head] = []
@@ -194,9 +239,9 @@ def main() -> None:
             continue
         # As many heads as each way has time for, the layers in turn.
         mixed = [head for at in range(3) for head in heads[at::3]]
-        for at, (name, way) in enumerate(WAYS.items()):
+        for at, (name, way) in enumerate(ways.items()):
             left = begun + end - time.monotonic()
-            until = time.monotonic() + left / (len(WAYS) - at)
+            until = time.monotonic() + left / (len(ways) - at)
             attempt(
                 record,
                 f"{model}, {name}",

@@ -240,31 +240,39 @@ class Bench:
             "RLKV": ("rlkv", StreamingLLM(sinks=16)),
         }
         found = [
-            self._largest(budget, 1, heads[score].size, most_of(name, heads[score], method, rest))
+            self._filled(budget, most_of(name, heads[score], method), heads[score].size, rest)
             for name, (score, method) in kinds.items()
             if score in heads
         ]
-        by_mean = self._largest(budget, 9, tokens, lambda m: headkv_plan(heads["retrieval"], m))
+        mean = self._most(budget, 9, tokens, lambda m: headkv_plan(heads["retrieval"], m))
+        by_mean = None if mean is None else headkv_plan(heads["retrieval"], mean)
         return [policy for policy in (by_mean, *found) if policy is not None]
 
-    def _largest(
-        self, budget: int, low: int, high: int, make: Callable[[int], Policy]
+    def _filled(
+        self, budget: int, make: Callable[[int, int], Policy], heads: int, rest: int
     ) -> Policy | None:
-        """The plan of the largest number that takes no more than the budget, by bisection."""
+        """As many heads in full as fit; then as many tokens of the others as still do."""
+        count = self._most(budget, 1, heads, lambda n: make(n, rest))
+        if count is None:
+            return None
+        more = self._most(budget, rest, self.tokens, lambda tokens: make(count, tokens))
+        return make(count, more or rest)
+
+    def _most(self, budget: int, low: int, high: int, make: Callable[[int], Policy]) -> int | None:
+        """The largest number whose plan takes no more than the budget, by bisection."""
         best = None
         while low <= high:
             middle = (low + high) // 2
-            policy = make(middle)
-            if policy.footprint(self.shape[0], self.shape[-1]) <= budget:
-                best, low = policy, middle + 1
+            if make(middle).footprint(self.shape[0], self.shape[-1]) <= budget:
+                best, low = middle, middle + 1
             else:
                 high = middle - 1
         return best
 
 
-def most_of(name: str, score: Floats, method: Method, rest: int) -> Callable[[int], Policy]:
+def most_of(name: str, score: Floats, method: Method) -> Callable[[int, int], Policy]:
     """Return plans that keep ``count`` best-scored heads whole, and ``rest`` tokens of others."""
-    return lambda count: two_kinds(name, most(score, count / score.size), method, rest)
+    return lambda count, rest: two_kinds(name, most(score, count / score.size), method, rest)
 
 
 def scores_of(bench: Bench, tiny: bool, file: Path | None) -> dict[str, Floats]:
