@@ -42,7 +42,7 @@ from kvtune.traces.workloads import Workload, build
 FIRST, LAST, TOP, WANTED, OBSERVED = 128, 512, 100, 0.95, 128
 SHARES = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2)
 EXPANSIONS = (8, 16, 32, 64, 100)
-KEYS_A_CLUSTER = 116
+KEYS_A_CLUSTER = 20
 MODELS = {"smollm2-135m": (8192, (5, 10, 18, 28)), "gemma-3-270m": (32768, (5, 11, 17))}
 
 Found = Iterator[tuple[float, Tensor, Tensor]]
@@ -108,9 +108,9 @@ def lists(head: Head) -> Found:
     most = int(SHARES[-1] * n)
     index = QueryIndex.build(head.keys, head.turned, max(n // KEYS_A_CLUSTER, 1), TOP, most, 16)
     for share in SHARES:
-        if (most := int(share * n) - len(index.centres)) >= TOP:
+        if (most := int(share * n) - index.centres_compared) >= TOP:
             ids, visited = index.search(head.later, TOP, most)
-            yield share, ids, visited.sum(-1) + len(index.centres)
+            yield share, ids, visited.sum(-1) + index.centres_compared
 
 
 def graph(asked: Literal["turned", "before"], joins: Any, degree: int, head: Head) -> Found:

@@ -3,13 +3,15 @@
 Later queries are alike in content to the prompt's and stand behind it, so that the prompt's queries
 are turned there by their rotary positions before they say which keys a query looks at: where they
 were asked, the same content looks at other distances. Such queries are divided into clusters, each
-with a list of the keys that its queries look at most. A search compares the clusters' centres, then
-keys of the lists of the nearest, then neighbours of the best keys met, up to a number of keys.
+with a list of the keys that its queries look at most, and clusters into groups. A search compares
+the groups' centres, those of clusters in the nearest groups, keys of the lists of the nearest
+clusters, then neighbours of the best keys met, up to a number of keys.
 Two keys are neighbours if queries give them nearly the same products.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ROUNDS = 8  # of k-means
+_GROUPS_LOOKED_INTO = 2
+_SPREAD = 1.5  # clusters of a group, over the mean: the nearest, which may be others' too
 _NEAREST = 4  # clusters whose lists are merged
 _SHARPNESS = 20.0  # of their weights, exp(sharpness x cosine)
 _EXPANDED = 8  # keys whose neighbours are met at once
@@ -32,6 +36,8 @@ class QueryIndex:
     Args:
         keys: ``[n, D]`` float32.
         metric: queries are compared as ``q @ metric``: by what they do to keys, ``[D, D]``.
+        groups: centres of groups of clusters, of length 1, in that metric, ``[S, D]``.
+        members: clusters of each group, ``[S, m]`` int64.
         centres: of the clusters, of length 1, in that metric, ``[C, D]``.
         lists: keys of each cluster, ``[C, w]`` int64.
         shares: of its queries that look at them, falling, ``[C, w]``; 0 behind the last.
@@ -40,6 +46,8 @@ class QueryIndex:
 
     keys: Tensor
     metric: Tensor
+    groups: Tensor
+    members: Tensor
     centres: Tensor
     lists: Tensor
     shares: Tensor
@@ -54,7 +62,7 @@ class QueryIndex:
         Args:
             keys: ``[n, D]`` float32.
             queries: ``[m, D]`` float32, turned to where later ones will stand.
-            clusters: C.
+            clusters: C, at most.
             near: keys of largest product that a query looks at.
             longest: keys of a list.
             degree: neighbours of a key.
@@ -78,7 +86,16 @@ class QueryIndex:
             min(longest, len(keys)), -1
         )
         seen_as = keys @ _root(queries.T @ queries / len(queries))
-        return QueryIndex(keys, metric, centres, lists, shares, _nearest(seen_as, degree))
+        several, each = sizes_of_groups(len(centres))
+        groups, _ = _clusters(centres, several)
+        members = (groups @ centres.T).topk(each, -1).indices
+        near_by = _nearest(seen_as, degree)
+        return QueryIndex(keys, metric, groups, members, centres, lists, shares, near_by)
+
+    @property
+    def centres_compared(self) -> int:
+        """Centres of groups and clusters that a search compares with its query."""
+        return centres_compared(len(self.centres))
 
     def search(
         self, queries: Tensor, wanted: int, compared: int, listed: float = 0.5
@@ -125,8 +142,12 @@ class QueryIndex:
         import torch
         import torch.nn.functional as F
 
-        cosine = F.normalize(queries @ self.metric, dim=-1) @ self.centres.T
-        nearest, at = cosine.topk(min(_NEAREST, len(self.centres)), -1)
+        asked = F.normalize(queries @ self.metric, dim=-1)
+        group = (asked @ self.groups.T).topk(min(_GROUPS_LOOKED_INTO, len(self.groups)), -1).indices
+        compared = torch.zeros(len(asked), len(self.centres), dtype=torch.bool, device=asked.device)
+        compared.scatter_(1, self.members[group].flatten(1), value=True)
+        cosine = (asked @ self.centres.T).masked_fill(~compared, -torch.inf)
+        nearest, at = cosine.topk(min(_NEAREST, self.members.shape[1]), -1)
         weight = (_SHARPNESS * nearest).softmax(-1)
         likely = torch.zeros(len(queries), len(self.keys), device=queries.device)
         entries = self.lists[at].flatten(1)
@@ -143,6 +164,18 @@ class QueryIndex:
         row = torch.arange(len(at), device=at.device)[:, None, None].expand_as(around)
         fresh[row[there], around[there]] = True
         return fresh & ~visited
+
+
+def sizes_of_groups(clusters: int) -> tuple[int, int]:
+    """Groups of so many clusters, and the clusters of each."""
+    groups = max(round(clusters**0.5), 1)
+    return groups, min(math.ceil(_SPREAD * clusters / groups), clusters)
+
+
+def centres_compared(clusters: int) -> int:
+    """The most centres that a search compares with its query."""
+    groups, each = sizes_of_groups(clusters)
+    return groups + min(min(_GROUPS_LOOKED_INTO, groups) * each, clusters)
 
 
 def _products(queries: Tensor, keys: Tensor, at: Tensor) -> Tensor:

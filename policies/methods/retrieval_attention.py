@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from kvtune.common.rotary import turn
 from kvtune.policies.key_graph import KeyGraph
 from kvtune.policies.method import ReadingMethod
-from kvtune.policies.query_index import QueryIndex
+from kvtune.policies.query_index import QueryIndex, centres_compared
 from kvtune.policies.reader import Held, Reader
 from kvtune.policies.recall import best, ends
 from kvtune.policies.registry import LONGEST_PROMPT, parameter
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _NUMBER_BYTES, _KEY_BYTES = 4, 2
-_KEYS_A_CLUSTER = 116  # of the lists' queries: centres are then a sixth of what a search compares
+_KEYS_A_CLUSTER = 20  # of the lists' queries: lists are then those of queries that are much alike
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class RetrievalAttention(ReadingMethod):
     read    = the first ``sinks`` and last ``recent`` tokens, and the largest logits found
 
     With ``joins: lists`` the index is kvtune's own: clusters of asked queries, each with a list of
-    the keys that its queries look at most; a search compares the clusters' centres and ``scanned``
+    the keys that its queries look at most; a search compares centres near its query and ``scanned``
     of the keys, half of them from the nearest clusters' lists and half neighbours of the best.
 
     Source: Liu et al., "RetrievalAttention: Accelerating Long-Context LLM Inference via Vector
@@ -180,7 +180,7 @@ class IndexSearch(Reader):
         """The most keys that one search compares, and centres of lists."""
         middle = max(entries - self.first - self.last, 0)
         if self.joins == "lists":
-            return self._listed(middle) + _clusters(middle)
+            return self._listed(middle) + centres_compared(_clusters(middle))
         return min(middle, min(self.beam, middle) * 2 * self.degree + 1)
 
     def _listed(self, middle: int) -> int:
