@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from kvtune.common.estimate import Estimate, Tier
 from kvtune.policies.parts import entries_of
 from kvtune.policies.policy import Policy
@@ -141,21 +139,23 @@ def _layer_s(layer: HostLayer, gpu: GpuProfile, batch: int, end: str) -> float:
         choose = _search_s(layer, batch, end)
     aside = choose + getattr(FETCH_FLOOR_S, end) + link
     behind = getattr(JOIN_S, end) + _read_s(layer.far_bytes, gpu, batch)
-    return max(aside - _read_s(layer.near_bytes, gpu, batch), 0.0) + float(behind)
+    return float(max(aside - _read_s(layer.near_bytes, gpu, batch), 0.0) + behind)
 
 
 def _measured(
     layers: Sequence[HostLayer], gpu: GpuProfile, batch: int, kernels: Kernels
 ) -> Estimate:
     """All layers by what was measured of the parts; a search on the host by its prior."""
-    width, ends = HALF_WIDTH[TIERS.index("fitted")], []
+    width = float(HALF_WIDTH[TIERS.index("fitted")])
+    ends: list[float] = []
     for end, sign in (("value", 0), ("low", -1), ("high", 1)):
         searched = [_search_s(layer, batch, end) if layer.compared else None for layer in layers]
         pairs = zip(layers, searched, strict=True)
         known = sum(_measured_layer_s(layer, gpu, batch, kernels, found) for layer, found in pairs)
         ends.append((1 + sign * width) * known)
     tier: Tier = "assumed" if any(layer.compared for layer in layers) else "fitted"
-    return Estimate(*ends, "s", tier)
+    value, low, high = ends
+    return Estimate(value, low, high, "s", tier)
 
 
 def _measured_layer_s(
@@ -166,10 +166,12 @@ def _measured_layer_s(
     each = kv_heads * head_dim  # numbers of a token's keys in the measured layer
     choose = searched
     if choose is None:
-        choose = kernels.by_length("host_choose", "bf16", batch * layer.held_elements / each)
-    aside = choose + kernels.by_bytes("host_fetch").at(batch * layer.moved_bytes)
-    behind = kernels.by_length("host_join", "bf16", batch * layer.landed_elements / each)
-    return float(np.maximum(aside - _read_s(layer.near_bytes, gpu, batch), 0.0) + behind)
+        held = batch * layer.held_elements / each
+        choose = float(kernels.by_length("host_choose", "bf16", held))
+    aside = choose + float(kernels.by_bytes("host_fetch").at(batch * layer.moved_bytes))
+    landed = batch * layer.landed_elements / each
+    behind = float(kernels.by_length("host_join", "bf16", landed))
+    return max(aside - _read_s(layer.near_bytes, gpu, batch), 0.0) + behind
 
 
 def _search_s(layer: HostLayer, batch: int, end: str) -> float:
