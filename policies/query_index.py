@@ -194,7 +194,8 @@ def _root(symmetric: Tensor) -> Tensor:
     import torch
 
     size, direction = torch.linalg.eigh(symmetric)
-    return direction * size.clamp_min(0).sqrt()
+    root: Tensor = direction * size.clamp_min(0).sqrt()
+    return root
 
 
 def _clusters(points: Tensor, count: int) -> tuple[Tensor, Tensor]:

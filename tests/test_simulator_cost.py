@@ -79,7 +79,7 @@ def test_what_the_link_brings_hides_behind_attention_on_the_device() -> None:
 def measured_part(op: str, microseconds: float, **sizes: int) -> KernelRow:
     heads = {} if op == "host_fetch" else {"query_heads": 32, "kv_heads": 8, "head_dim": 128}
     point = Point(op, "kvtune", **heads, **sizes)  # type: ignore[arg-type]
-    return KernelRow(point, "", 1, 0, *[microseconds] * 3, 15)
+    return KernelRow(point, "", 1, 0, microseconds, microseconds, microseconds, 15)
 
 
 def test_measured_parts_of_heads_on_the_host_add_up_to_their_step() -> None:
