@@ -2,7 +2,7 @@ r"""How many keys an index compares to find the 100 that a query looks at most, 
 
     python benchmarks/index_scan.py --out benchmarks/results/index-scan-2-h200.json [--seconds 150]
     python benchmarks/index_scan.py --device cpu --model smollm2-135m --faiss --seconds 1500 \
-        --out benchmarks/results/index-scan-faiss-cpu.json     # needs faiss-cpu
+        --captured queries.npz --out benchmarks/results/index-scan-faiss-cpu.json     # faiss-cpu
     python benchmarks/index_scan.py --device cpu --tiny --out FILE     # that it runs
 
 Queries and keys are those of a held-out needle sample as long as the model takes: 8k tokens of
@@ -35,7 +35,7 @@ from torch import Tensor
 from kvtune.common.rotary import turn
 from kvtune.policies.key_graph import KeyGraph
 from kvtune.policies.query_index import QueryIndex
-from kvtune.traces.models import load_model
+from kvtune.traces.models import LoadedModel, load_model
 from kvtune.traces.seam import attending, causal_attention
 from kvtune.traces.workloads import Workload, build
 
@@ -62,19 +62,48 @@ class Head:
     scale: float
 
 
-@torch.no_grad()
-def captured(name: str, device: str, tokens: int, layers: tuple[int, ...]) -> list[Head]:
-    """Every query head of some layers, from one pass over a sample."""
+def captured(
+    name: str, device: str, tokens: int, layers: tuple[int, ...], file: Path | None = None
+) -> list[Head]:
+    """Every query head of some layers, from one pass over a sample, or from a file of it."""
     loaded = load_model(name, device=device)
+    if file is not None and file.exists():
+        with np.load(file) as arrays:
+            kept = {key: torch.from_numpy(value).to(device) for key, value in arrays.items()}
+    else:
+        kept = observed(loaded, device, tokens, layers)
+        if file is not None:
+            np.savez(file, **{key: value.cpu().numpy() for key, value in kept.items()})
+    heads = []
+    for layer in (int(key[1:]) for key in kept if key[0] == "k"):
+        q, k, later = (kept[f"{kind}{layer}"] for kind in "qkf")
+        rope, prompt = loaded.geometry.rope_at(layer), q.shape[1]
+        behind = prompt + OBSERVED // 2 - torch.arange(prompt, device=device)
+        turned = q if rope is None else turn(q, behind, rope)
+        group, last = len(q) // len(k), min(LAST, prompt // 8)
+        for head in range(len(q)):
+            keys = k[head // group, FIRST : prompt - last]
+            about = f"layer {layer}, head {head}", keys, q[head], turned[head], later[head]
+            heads.append(Head(*about, loaded.geometry.scale))
+    return heads
+
+
+@torch.no_grad()
+def observed(
+    loaded: LoadedModel, device: str, tokens: int, layers: tuple[int, ...]
+) -> dict[str, Tensor]:
+    """Of each layer the prompt's keys ``k`` and queries ``q``, and later queries ``f``."""
     plan = Workload({"evaluate": {"retrieval": 1}}, tokens=tokens, observed=OBSERVED)
     sample = build(plan, loaded.tokenizer)[0]
-    seen: dict[int, tuple[Tensor, Tensor, float]] = {}
+    seen: dict[str, Tensor] = {}
 
     def keep(
         layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Tensor:
         if layer in layers and (window is None or window >= tokens):
-            seen[layer] = q[0].float(), k[0].float(), scale
+            seen[f"k{layer}"] = k[0, :, : sample.prompt].float()
+            seen[f"q{layer}"] = q[0, :, : sample.prompt].float()
+            seen[f"f{layer}"] = q[0, :, sample.prompt :].float()
         return causal_attention(q, k, v, scale, window).to(q.dtype)
 
     with attending(keep):
@@ -82,18 +111,7 @@ def captured(name: str, device: str, tokens: int, layers: tuple[int, ...]) -> li
             input_ids=torch.tensor([sample.token_ids], device=device),
             use_cache=False, logits_to_keep=1,
         )  # fmt: skip
-    heads, prompt = [], sample.prompt
-    for layer, (q, k, scale) in seen.items():
-        rope = loaded.geometry.rope_at(layer)
-        behind = prompt + OBSERVED // 2 - torch.arange(prompt, device=device)
-        turned = q[:, :prompt] if rope is None else turn(q[:, :prompt], behind, rope)
-        group = len(q) // len(k)
-        last = min(LAST, prompt // 8)
-        for head in range(len(q)):
-            keys = k[head // group, FIRST : prompt - last]
-            name = f"layer {layer}, head {head}"
-            heads.append(Head(name, keys, q[head, :prompt], turned[head], q[head, prompt:], scale))
-    return heads
+    return seen
 
 
 def into(heads: list[Head], *asked: Any) -> int:
@@ -213,6 +231,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--seconds", type=float, default=150)
     parser.add_argument("--faiss", action="store_true", help="and its indices (faiss-cpu)")
+    parser.add_argument("--captured", type=Path, help="read from there, or written there (.npz)")
     parser.add_argument("--model", choices=MODELS, help="this one alone")
     given = parser.parse_args()
     begun = time.monotonic()
@@ -233,7 +252,7 @@ def main() -> None:
         attempt(
             record,
             f"{model}, heads captured",
-            partial(into, heads, model, given.device, tokens, layers),
+            partial(into, heads, model, given.device, tokens, layers, given.captured),
         )
         if not heads:
             continue
