@@ -490,7 +490,7 @@ def test_a_list_names_what_its_clusters_queries_look_at_most() -> None:
 
 
 def test_queries_are_turned_behind_the_prompt_before_they_make_an_index(signals: Signals) -> None:
-    asked = doubles(_queries_of(signals, 1)).reshape(GROUP, TOKENS, SIZE)
+    asked = doubles(_queries_of(signals, 1, turned=True)).reshape(GROUP, TOKENS, SIZE)
     rows = doubles(signals.queries).reshape(HEADS, GROUP, TOKENS, SIZE)[1]
     for member, at in ((0, 0), (1, 7), (0, TOKENS - 1)):
         wanted = turned(rows[member, at], TOKENS - at, signals)

@@ -25,22 +25,22 @@ _KEYS_A_CLUSTER = 20  # of the lists' queries: lists are then those of queries t
 class RetrievalAttention(ReadingMethod):
     """Holds every token; the budget is how many of them a step reads.
 
-    asked   = the prompt's queries, turned by their rotary positions to where later ones stand
-    graph   = of the tokens between the ends: keys that one asked query looks at are joined
+    graph   = of the tokens between the ends: keys that one prompt query looks at are joined
               (``joins: queries``), or keys near to each other (``joins: keys``, a plain index)
     found   = for each query of the head's group, the keys that a best-first search ends with
     read    = the first ``sinks`` and last ``recent`` tokens, and the largest logits found
 
-    With ``joins: lists`` the index is kvtune's own: clusters of asked queries, each with a list of
-    the keys that its queries look at most; a search compares centres near its query and ``scanned``
-    of the keys, half of them from the nearest clusters' lists and half neighbours of the best.
+    With ``joins: lists`` the index is kvtune's own: the prompt's queries, turned by their rotary
+    positions to where later ones stand, are clustered, and each cluster lists the keys that its
+    queries look at most; a search compares centres near its query and ``scanned`` of the keys, half
+    of them from the nearest clusters' lists and half neighbours of the best.
 
     Source: Liu et al., "RetrievalAttention: Accelerating Long-Context LLM Inference via Vector
     Retrieval", arXiv 2409.10516, with the graph of RoarGraph, arXiv 2408.08933; 128 and 512 tokens
     that are always read, 35 neighbours in each of two steps and 100 keys a query are theirs.
     Differs: one graph a KV head, of all its group's queries, not a query head, and one list of
     tokens; a key's own lists are merged where several queries begin with it; the last step connects
-    all keys at once; the authors do not turn queries. With ``tier: host`` keys, graph and search
+    all keys at once. With ``tier: host`` keys, graph and search
     are the host's, as the authors' are; what was found comes over and is attended to on the device,
     where theirs stays.
     Cost: O(G P^2 D) and P searches once a prompt; ``beam`` expansions a step and query, of lists
@@ -142,7 +142,7 @@ class IndexSearch(Reader):
         tokens = held.tokens[row, self.first : count - self.last]
 
         def build() -> KeyGraph | QueryIndex:
-            queries = _queries_of(signals, head)
+            queries = _queries_of(signals, head, turned=self.joins == "lists")
             keys = signals.keys[head, tokens].float()
             if self.joins != "lists":
                 return KeyGraph.build(keys, queries, self.degree, self.near, self.beam, self.joins)
@@ -193,16 +193,16 @@ def _clusters(middle: int) -> int:
     return max(middle // _KEYS_A_CLUSTER, 1)
 
 
-def _queries_of(signals: Signals, head: int) -> Tensor:
-    """The queries of one KV head's group at all positions, turned behind the prompt ``[G P, D]``.
+def _queries_of(signals: Signals, head: int, turned: bool) -> Tensor:
+    """The queries of one KV head's group at all positions, ``[G P, D]``.
 
-    What they look at there is what later queries of the same content will.
+    Turned behind the prompt they look at what later queries of the same content will.
     """
     import torch
 
     tokens = signals.prompt_tokens
     queries = signals.queries[:, -tokens:].float()
-    if signals.rope is not None:
+    if turned and signals.rope is not None:
         behind = tokens - torch.arange(tokens, device=queries.device)
         queries = turn(queries, behind, signals.rope)
     grouped: Tensor = queries.unflatten(0, (signals.keys.shape[0], -1))[head]
