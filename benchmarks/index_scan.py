@@ -231,6 +231,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--seconds", type=float, default=150)
     parser.add_argument("--faiss", action="store_true", help="and its indices (faiss-cpu)")
+    parser.add_argument("--only", help="ways whose name holds this")
     parser.add_argument("--captured", type=Path, help="read from there, or written there (.npz)")
     parser.add_argument("--model", choices=MODELS, help="this one alone")
     given = parser.parse_args()
@@ -245,6 +246,7 @@ def main() -> None:
     if given.model:
         models = {given.model: MODELS[given.model]}
     ways = FAISS | WAYS if given.faiss else WAYS
+    ways = {name: way for name, way in ways.items() if (given.only or "") in name}
     ends = np.linspace(0, given.seconds, len(models) + 1)[1:]
     for (model, (tokens, layers)), end in zip(models.items(), ends, strict=True):
         heads: list[Head] = []
