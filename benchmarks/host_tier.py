@@ -6,27 +6,33 @@
 Random weights: matrices in four bits that are stored and multiplied so, embeddings in bf16. The
 process is held to 16 GB, its context included. Every head's prompt lies on the host, and a step
 brings over the pages that Quest selects. ``answers``: a small model draws the same tokens with its
-heads on the host and on the device. ``fetch``: the rate at which pages come over, beside a plain
-copy. ``128k``: a prompt is really read, tokens are really generated as a CUDA graph; a token's time
-beside what was predicted, and what of attention the selected pages hold. Keys and queries of random
-weights are nearly unrelated: what a selection finds there says nothing of a trained model.
+heads on the host and on the device. ``copies``: plain copies from the host by size. ``parts``: what
+``kvtune profile`` measures of choosing, fetching and joining, alone. ``matrices``: this model's
+four-bit matrices, alone. Of these parts and of the card's profile each token's time is predicted
+(``predicted_token_s``), before a long context has run. ``predicted_by_profile_s`` takes the
+matrices as the profile has them, whose four-bit kernels are others than this benchmark's own.
+Then a prompt is really read, and tokens are really generated as a CUDA graph. Keys and queries of
+random weights are nearly unrelated: what a selection finds there says nothing of a trained model.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
 import sys
 import time
+from collections import Counter
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from int4_linear import in_four_bits
+from int4_linear import Int4Linear, in_four_bits
 from recorded_parts import attempt, say
 from timed_graph import captured_call
 from torch import Tensor
@@ -41,18 +47,28 @@ from kvtune.policies.pages import PAGE, PageLayout
 from kvtune.policies.paging import Growth, host_sequence_bytes, sequence_bytes
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import find_gpu
+from kvtune.profiles.kernel_table import KernelRow
+from kvtune.profiles.measured import find_measured
 from kvtune.profiles.models import find_model
 from kvtune.profiles.shape import ModelShape
 from kvtune.runtime import load_cache
 from kvtune.runtime.admission import read_prompts
-from kvtune.runtime.cache.backend import Fetching, backend_for
-from kvtune.runtime.cache.host_pool import HostPool
 from kvtune.runtime.device import CudaBench
 from kvtune.runtime.graph import DecodeLoop, generate
 from kvtune.runtime.kernels.launch import Scratch
+from kvtune.runtime.measure.grid import FULL
+from kvtune.runtime.measure.operation import Setting
+from kvtune.runtime.measure.ops.host_heads import OPERATIONS
+from kvtune.runtime.measure.runner import Bench
+from kvtune.runtime.measure.runner import timed as timed_row
+from kvtune.runtime.measure.timer import capture, cuda_timer
 from kvtune.simulator.cost import policy_cost
 from kvtune.simulator.latency.host import host_step
+from kvtune.simulator.latency.kernels import Kernels
+from kvtune.simulator.latency.parts import matrix_products
 from kvtune.simulator.latency.steps import decode_step
+from kvtune.simulator.latency.terms import matrices_in_format
+from kvtune.simulator.latency.transfer import tables_for
 from kvtune.simulator.memory.budget import memory_budget
 from kvtune.simulator.memory.policy_bytes import bytes_read_by_format
 
@@ -103,17 +119,51 @@ def answers(device: str, prompt: int, new: int) -> dict[str, Any]:
     return found
 
 
-def predicted(policy: Policy, shape: ModelShape, context: int, new: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Parts:
+    """What was measured alone before a token's time is predicted.
+
+    Args:
+        kernels: of the card's profile, and a layer's with heads on the host.
+        matrices_s: of one token through all of the model's matrices.
+    """
+
+    kernels: Kernels | None = None
+    matrices_s: float | None = None
+
+
+def predicted(
+    policy: Policy, shape: ModelShape, context: int, new: int, parts: Parts
+) -> dict[str, Any]:
     """A token's time and the peak on this card, before anything has run."""
     gpu = find_gpu("h200")
     asked = {"context_tokens": context, "weights": "int4"}
     budget = memory_budget(shape, gpu, None, **asked)  # type: ignore[arg-type]
     cost = policy_cost(policy, shape, gpu, budget, new)
+    read = dict(bytes_read_by_format(policy, shape, context) + Counter(bf16=1))
+    profiled = decode_step(shape, gpu, "int4", 1, read, "runtime")
+    added = host_step(policy, shape, gpu, 1, context, parts.kernels)
+    step = {end: getattr(profiled, end) + getattr(added, end) for end in ("value", "low", "high")}
+    matrices = {end: profiled_matrices(shape, end) for end in step}
     return {
-        "predicted_token_s": cost.latency.as_dict(),
-        "predicted_of_the_host_s": host_step(policy, shape, gpu, 1, context).as_dict(),
+        "predicted_token_s": step
+        if parts.matrices_s is None
+        else {end: step[end] - matrices[end] + parts.matrices_s for end in step},
+        "predicted_by_profile_s": step,
+        "predicted_matrices_s": matrices,
+        "predicted_of_the_host_s": added.as_dict(),
         "predicted_peak_bytes": cost.memory.as_dict(),
     }
+
+
+def profiled_matrices(shape: ModelShape, end: str) -> float:
+    """Seconds of one token through matrices in four bits, by the card's profile."""
+    gpu, one = find_gpu("h200"), np.ones(1)
+    tables = tables_for(gpu)
+    assert tables is not None
+    head = tables.kernels.linear(shape.vocab_size, shape.hidden_size, one)
+    whole = shape.layers * matrix_products(tables.kernels, shape, one) + head
+    return float(matrices_in_format(whole, shape, gpu, "int4", one, end)[0])
 
 
 def paper() -> dict[str, Any]:
@@ -124,7 +174,7 @@ def paper() -> dict[str, Any]:
     shape, gpu, tokens = find_model(MODEL), find_gpu("4090"), 131_072
     option = Option(RetrievalAttention(), Budget(tokens=740), tier="host")
     policy = Policy.uniform(option, shape.layers, shape.kv_heads)
-    read = dict(bytes_read_by_format(policy, shape, tokens))
+    read = dict(bytes_read_by_format(policy, shape, tokens) + Counter(bf16=1))
     step = decode_step(shape, gpu, "bf16", 1, read, "runtime")
     added = host_step(policy, shape, gpu, 1, tokens)
     return {
@@ -136,29 +186,39 @@ def paper() -> dict[str, Any]:
     }
 
 
-def fetch(device: str) -> list[dict[str, float]]:
-    """Gigabytes a second of random pages by the kernel, and of as many bytes in one plain copy."""
-    backend, host, layout = backend_for(device), HostPool(torch.device(device)), PageLayout(128)
-    places = torch.from_numpy(host.take(4096 if device == "cuda" else 64, layout.block_bytes))
-    pool = torch.zeros(1024 * layout.block_bytes, dtype=torch.uint8, device=device)
+def copies(device: str) -> list[dict[str, float]]:
+    """Plain copies out of pinned memory, launched one by one."""
     found = []
-    for count in (32, 128, 256, 512, 1024) if device == "cuda" else (32,):
-        draw = places[torch.randperm(len(places))[:count]].to(device)
-        cells = layout.block_cells * torch.arange(count, dtype=torch.int32, device=device)
-        size = count * layout.block_bytes
-        source = host.view(0, min(size, host.slab_bytes))
-        asked = Fetching(draw, cells, layout)
-        by_kernel = timed(lambda a=asked: backend.fetch(pool, host, a), device)
-        copied = timed(lambda s=source: pool[: len(s)].copy_(s, non_blocking=True), device)
-        found.append(
-            {
-                "bytes": size, "kernel_us": 1e6 * by_kernel,
-                "kernel_GB_per_s": size / by_kernel / 1e9,
-                "copy_us": 1e6 * copied, "copy_GB_per_s": len(source) / copied / 1e9,
-            }
-        )  # fmt: skip
-        say(found[-1])
+    for power in (16, 20, 22, 23, 24, 25) if device == "cuda" else (16,):
+        host = torch.zeros(2**power, dtype=torch.uint8, pin_memory=device == "cuda")
+        there = torch.zeros(2**power, dtype=torch.uint8, device=device)
+        taken = timed(lambda h=host, t=there: t.copy_(h, non_blocking=True), device)
+        found.append({"bytes": 2**power, "us": 1e6 * taken, "GB_per_s": 2**power / taken / 1e9})
     return found
+
+
+def measured_rows(device: str) -> list[KernelRow]:
+    """The profile's own measurement of the ops of heads on the host."""
+    if device == "cpu":
+        return []
+    bench = Bench(find_gpu("h200"), Setting(device, FULL), cuda_timer, torch.__version__)
+    rows = []
+    for operation in OPERATIONS:
+        for wanted in operation.points(FULL):
+            rows.append(timed_row(operation, wanted.point, bench))
+            say(operation.name, wanted.point.length, wanted.point.width_in, rows[-1].median_us)
+            gc.collect()
+            torch.cuda.empty_cache()
+    return rows
+
+
+def kernels_with(rows: list[KernelRow]) -> Kernels | None:
+    """The card's profile with these rows."""
+    known = find_measured("h200")
+    if not rows or known is None:
+        return None
+    names = {row.point.op for row in rows}
+    return Kernels([*(row for row in known.rows if row.point.op not in names), *rows])
 
 
 def timed(call: Any, device: str, times: int = 20) -> float:
@@ -206,6 +266,36 @@ class Long:
         finish(device)
         say("model", f"{time.monotonic() - begun:.0f} s")
         self.ids = torch.randint(1, config.vocab_size, (1, self.longest), device=device)
+        self.parts = Parts()
+
+    @torch.no_grad()
+    def matrices(self) -> dict[str, float]:
+        """Seconds of a token through all matrices, one after another in one graph."""
+        inputs: dict[int, Tensor] = {}
+        for module in self._matrices():
+            size = module.in_features
+            inputs[size] = torch.randn(1, 1, size, device=self.device, dtype=torch.bfloat16)
+
+        def run() -> None:
+            for module in self._matrices():
+                module(inputs[module.in_features])
+
+        if self.device == "cpu":
+            return {"seconds": timed(run, self.device, 2)}
+        replay = capture(run)
+        return {
+            "seconds": timed(repeated(replay, 4), self.device) / 4,
+            "int4_bytes": sum(
+                m.packed.nbytes + m.scales.nbytes
+                for m in self._matrices()
+                if isinstance(m, Int4Linear)
+            ),
+            "bf16_bytes": self.model.lm_head.weight.nbytes,
+        }
+
+    def _matrices(self) -> list[Any]:
+        kinds = Int4Linear, torch.nn.Linear
+        return [module for module in self.model.modules() if isinstance(module, kinds)]
 
     def case(self, option: Option, context: int | None = None) -> dict[str, Any]:
         """One plan, from the prompt to the last token."""
@@ -223,7 +313,7 @@ class Long:
             "read_bytes_a_step": policy.read_bytes(self.context, head_dim),
             "full_cache_bytes": self.shape.kv_bytes(self.context),
         }
-        found |= predicted(policy, self.shape, self.context, self.new)
+        found |= predicted(policy, self.shape, self.context, self.new, self.parts)
         bench = CudaBench() if self.device == "cuda" else None
         if bench:
             bench.release()
@@ -358,9 +448,17 @@ def main() -> None:
         lambda: answers(arguments.device, *((300, 4) if arguments.tiny else (1500, 64))),
     )
     attempt(keep, "RetrievalAttention on a 4090", paper)
-    attempt(keep, "fetch", lambda: fetch(arguments.device))
+    attempt(keep, "copies", lambda: copies(arguments.device))
+    rows: list[KernelRow] = []
+    attempt(lambda *_: None, "parts", lambda: rows.extend(measured_rows(arguments.device)))
+    keep("parts", [asdict(row) for row in rows])
     long: list[Long] = []
     attempt(lambda *_: None, "model", lambda: long.append(Long(arguments.device, arguments.tiny)))
+    if long:
+        attempt(keep, "matrices", long[0].matrices)
+        alone = found["matrices"]
+        matrices_s = alone["seconds"] if isinstance(alone, dict) else None
+        long[0].parts = Parts(kernels_with(rows), matrices_s)
     budgets = (128,) if arguments.tiny else BUDGETS
     reader = replace(options(2048)["bf16"], tier="device")
     for name, option, context in (

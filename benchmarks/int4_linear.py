@@ -51,12 +51,13 @@ class Int4Linear(nn.Module):
         return codes * self.scales.to(dtype).repeat_interleave(GROUP, 1)
 
     def _one(self, x: Tensor) -> Tensor:
-        from int4_kernels import GROUP_BYTES, ROWS, product
+        from int4_kernels import GROUP_BYTES, product
 
         out = x.new_empty(1, self.out_features)
-        product[(self.out_features // ROWS,)](
-            x.contiguous(), self.packed, self.scales, out, self.in_features // 2, ROWS, GROUP_BYTES
-        )
+        product[lambda shape: (-(-self.out_features // shape["ROWS"]),)](
+            x.contiguous(), self.packed, self.scales, out, self.in_features // 2,
+            self.out_features, GROUP_BYTES,
+        )  # fmt: skip
         return out
 
 

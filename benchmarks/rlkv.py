@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,18 @@ def asked(loaded: LoadedModel, split: str, samples: int, tokens: int) -> list[Qu
 @torch.no_grad()
 def right(loaded: LoadedModel, question: Question, gates: Tensor, training: GateTraining) -> float:
     """The share of an answer's tokens that are generated rightly, greedily, under these gates."""
-    ids = question.prompt[None]
+    count, whole = len(question.answer), torch.cat([question.prompt, question.answer])[None]
     with attending(gated(gates, training.sinks, training.window)):
-        for _ in question.answer:
+        # As long as the answer is right, what is generated next is what follows the right answer.
+        given = loaded.model(input_ids=whole, use_cache=False, logits_to_keep=count + 1).logits
+        first = given[0, :-1].argmax(-1)
+        wrong = (first != question.answer).nonzero()[:1].flatten().tolist()
+        if not wrong:
+            return 1.0
+        ids = torch.cat(
+            [whole[:, : len(question.prompt) + wrong[0]], first[None, wrong[0] : wrong[0] + 1]], 1
+        )
+        for _ in range(count - wrong[0] - 1):
             logits = loaded.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
             ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
     return float(share_right(ids[:, len(question.prompt) :], question.answer))
@@ -93,6 +103,7 @@ class Trial:
         self.gates = scores.scores["rlkv"]
         taken = time.monotonic() - begun
         return {
+            "training": asdict(self.training),
             "questions": len(solved), "of": len(known), "seconds": taken, "history": history,
             "mean_gate": float(self.gates.mean()), "gates": self.gates.tolist(),
         }  # fmt: skip
@@ -144,11 +155,15 @@ def main() -> None:
     parser.add_argument("--heads", type=Path, required=True, help="the gates are written there")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--steps", type=int, help="100 unless given")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--price", type=float, default=0.1, help="of the mean gate")
+    parser.add_argument("--rate", type=float, default=0.02, help="of the optimiser")
     given = parser.parse_args()
     trial = Trial(given.device, given.tiny)
-    if given.steps:
-        trial.training = GateTraining(given.steps, trial.training.questions, trial.training.answers)
+    if not given.tiny:
+        trial.training = replace(
+            trial.training, steps=given.steps, price=given.price, rate=given.rate
+        )
     found: dict[str, Any] = {"torch": torch.__version__, "device": trial.loaded.device}
 
     def record(name: str, part: Any) -> None:

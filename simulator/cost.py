@@ -186,7 +186,8 @@ def _cost(
     beside = footprint_of_lengths(shape.layers, shape.kv_heads) if policy else 0
     prompt_bytes = sum(held.prompt.values()) + beside
     waiting = waiting_bytes(shape, tokens) if policy and policy.waits else 0
-    step = decode_step(shape, gpu, weights, batch, dict(held.read), "runtime")
+    read = dict(held.read) or {"bf16": 0}  # nothing where all lies on the host
+    step = decode_step(shape, gpu, weights, batch, read, "runtime")
     on_host = policy if policy and policy.uses_host else None
     if on_host:
         step = _with_host(step, host_step(on_host, shape, gpu, batch, tokens))

@@ -21,7 +21,7 @@ from kvtune.runtime.measure import session
 from kvtune.runtime.measure.grid import FULL, QUICK, Grid
 from kvtune.runtime.measure.monitor import NoMonitor, NvmlMonitor, State, open_monitor, reasons
 from kvtune.runtime.measure.operation import Operation, Setting, Wanted, Work, copies
-from kvtune.runtime.measure.ops import all_operations, paged, runtime
+from kvtune.runtime.measure.ops import all_operations, host_heads, paged, runtime
 from kvtune.runtime.measure.runner import Bench, measure, plan
 from kvtune.runtime.measure.timer import Timing
 
@@ -118,6 +118,27 @@ def test_a_step_of_the_runtime_can_be_repeated_for_ever() -> None:
     layer = 64 * (4 * 64 + 2 * 2 * 64 + 4 * 64 + 3 * 96 + 2)
     heads = 2 * 2 * 2  # sequences, layers, KV heads: keys and values of 70 tokens, and a length
     assert work.bytes == 2 * (2 * layer + 128 * 64 + 64) + heads * (70 * 2 * 64 * 2 + 4)
+
+
+@pytest.mark.filterwarnings("ignore:kvtune's kernels need")
+def test_parts_of_a_layer_with_heads_on_the_host_are_the_runtimes_own() -> None:
+    """The kernels need a GPU; that the calls choose, copy and join what they say does not."""
+    heads = {"query_heads": 4, "kv_heads": 2, "head_dim": 16}
+    choose, fetch, join = host_heads.OPERATIONS
+    work = choose.prepare(Point("host_choose", "k", **heads, length=400, rows=128), CPU)  # type: ignore[arg-type]
+    chosen: Any = work.calls[0]()
+    fetching, tokens = chosen
+    assert len(fetching.places) == 2 * 2  # blocks of 64 tokens of each head
+    assert tokens.tolist() == 2 * [64 + 400 % 64]  # the last block is not full
+    assert work.bytes == 2 * 7 * 2 * 16 * 2  # a largest and a smallest key of 7 blocks, 16 bits
+    work = fetch.prepare(Point("host_fetch", "k", head_dim=16, width_in=3 * 2 * 64 * 16 * 2), CPU)
+    assert work.calls[0]() is None
+    assert work.bytes == 3 * 2 * 64 * 16 * 2
+    work = join.prepare(Point("host_join", "k", **heads, length=128, rows=400), CPU)  # type: ignore[arg-type]
+    joined: Any = work.calls[0]()
+    output, lse = joined
+    assert (output.shape, lse.shape) == ((2, 2, 16), (2, 2))
+    assert bool(output.isfinite().all() & lse.isfinite().all())
 
 
 @pytest.mark.filterwarnings("ignore:kvtune's kernels need")

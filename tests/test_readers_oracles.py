@@ -19,15 +19,17 @@ from kvtune.policies.methods.actqkv import ActQKV
 from kvtune.policies.methods.cca import CCA
 from kvtune.policies.methods.infllm import InfLLM
 from kvtune.policies.methods.landmark import Landmark
+from kvtune.policies.methods.quest import BlockBounds
 from kvtune.policies.methods.razor import Razor
 from kvtune.policies.methods.recycled import Recycled
-from kvtune.policies.methods.retrieval_attention import RetrievalAttention
+from kvtune.policies.methods.retrieval_attention import RetrievalAttention, _queries_of
 from kvtune.policies.methods.sentencekv import SentenceKV
 from kvtune.policies.methods.shadowkv import ShadowKV
 from kvtune.policies.methods.token_select import TokenSelect
 from kvtune.policies.methods.triattention import TriAttention
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
+from kvtune.policies.query_index import QueryIndex
 from kvtune.policies.signals import Signals
 from kvtune.policies.testing import Case, make_signals, uniform
 
@@ -399,6 +401,23 @@ def test_sentencekv_reads_sentences_by_the_mean_of_its_sentences_queries(
     check(Option(method, Budget(tokens=budget)), signals, queries, read)
 
 
+# Quest
+
+
+def test_no_keys_logit_exceeds_its_blocks_bound_and_some_key_may_reach_it() -> None:
+    keys, queries = uniform(64, 2, 50, 8) - 0.3, uniform(65, 2, 3, 4, 8)
+    counts = torch.tensor([50, 41])
+    reader = BlockBounds(16, 2)
+    bounds = reader.score(reader.index(keys, counts), queries)
+    for row, count in enumerate(counts.tolist()):
+        logits = torch.einsum("gcd,nd->gcn", queries[row], keys[row, :count]).amax(0)
+        for block, part in enumerate(logits.split(16, -1)):
+            assert (part.amax(-1) <= bounds[row, :, block] + 1e-5).all()
+    alone = reader.index(keys[:, :1], torch.tensor([1, 1]))
+    exact = torch.einsum("rgcd,rd->rgc", queries, keys[:, 0]).amax(1)
+    assert torch.allclose(reader.score(alone, queries)[..., 0], exact, atol=1e-5)
+
+
 # RetrievalAttention
 
 
@@ -438,6 +457,46 @@ def test_a_graph_made_for_queries_scans_less_than_one_of_keys_for_the_same_recal
     assert ours[1] < plain[1]
 
 
+def test_a_search_of_lists_that_may_compare_every_key_finds_the_largest_products() -> None:
+    keys, queries, asked = uniform(60, 40, 8), uniform(61, 90, 8), uniform(62, 5, 8)
+    index = QueryIndex.build(keys, queries, 4, 10, 20, 39)
+    ids, visited = index.search(asked, 40, 40)
+    assert visited.all(), "every key is a neighbour of any other"
+    assert torch.equal(ids, (asked @ keys.T).argsort(-1, descending=True))
+
+
+@pytest.mark.parametrize("compared", [24, 50, 80])
+def test_a_search_of_lists_compares_no_more_than_it_may_and_names_only_those(compared: int) -> None:
+    keys, queries, asked = uniform(60, 200, 8), uniform(61, 90, 8), uniform(62, 5, 8)
+    index = QueryIndex.build(keys, queries, 4, 10, 60, 8)
+    ids, visited = index.search(asked, 15, compared)
+    assert (visited.sum(-1) <= compared).all()
+    products = (asked @ keys.T).masked_fill(~visited, -torch.inf)
+    assert torch.equal(ids, products.topk(15).indices), "the best of what it compared"
+
+
+def test_a_list_names_what_its_clusters_queries_look_at_most() -> None:
+    """Two bundles of queries, each along a line that one group of keys lies on."""
+    torch.manual_seed(0)
+    keys = 0.1 * torch.randn(60, 8)
+    keys[:20, 0] += 3
+    keys[20:40, 1] += 3
+    queries = 0.1 * torch.randn(80, 8)
+    queries[:40, 0] += 1
+    queries[40:, 1] += 1
+    index = QueryIndex.build(keys, queries, 2, 20, 30, 4)
+    found = {frozenset(row[:20]) for row in index.lists.tolist()}
+    assert found == {frozenset(range(20)), frozenset(range(20, 40))}
+
+
+def test_queries_are_turned_behind_the_prompt_before_they_make_an_index(signals: Signals) -> None:
+    asked = doubles(_queries_of(signals, 1, turned=True)).reshape(GROUP, TOKENS, SIZE)
+    rows = doubles(signals.queries).reshape(HEADS, GROUP, TOKENS, SIZE)[1]
+    for member, at in ((0, 0), (1, 7), (0, TOKENS - 1)):
+        wanted = turned(rows[member, at], TOKENS - at, signals)
+        assert np.allclose(asked[member, at], wanted, atol=1e-5)
+
+
 def test_retrieval_attention_reads_the_largest_logits_where_its_search_is_exhaustive(
     signals: Signals, queries: Tensor
 ) -> None:
@@ -450,8 +509,11 @@ def test_retrieval_attention_reads_the_largest_logits_where_its_search_is_exhaus
         ends = [*range(sinks), *range(TOKENS - recent, TOKENS)]
         return ends + middle[: budget - sinks - recent]
 
-    method = RetrievalAttention(sinks, recent, degree=20, near=20, beam=TOKENS)
-    check(Option(method, Budget(tokens=budget)), signals, queries, read)
+    for method in (
+        RetrievalAttention(sinks, recent, degree=20, near=20, beam=TOKENS),
+        RetrievalAttention(sinks, recent, TOKENS, 20, TOKENS, joins="lists", scanned=1.0),
+    ):
+        check(Option(method, Budget(tokens=budget)), signals, queries, read)
 
 
 # TriAttention and CCA: no readers, but of this family

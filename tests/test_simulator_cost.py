@@ -27,10 +27,13 @@ from kvtune.policies.option import Budget, Option
 from kvtune.policies.paging import TABLE_BYTES
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.profiles.gpus import find_gpu
+from kvtune.profiles.kernel_table import KernelRow, Point
+from kvtune.profiles.measured import find_measured
 from kvtune.profiles.models import find_model
 from kvtune.simulator.cost import Cost, full_cost, policy_cost
 from kvtune.simulator.latency.compression import compression
 from kvtune.simulator.latency.host import JOIN_S, host_step
+from kvtune.simulator.latency.kernels import Kernels
 from kvtune.simulator.memory.budget import memory_budget
 from kvtune.simulator.memory.policy_bytes import cache_bytes_by_format
 
@@ -67,10 +70,40 @@ def test_what_the_link_brings_hides_behind_attention_on_the_device() -> None:
     alone = Policy.uniform(there, shape.layers, shape.kv_heads)
     mixed = Policy("mixed", ((there,) * 2 + (Option(),) * 6,) * shape.layers)
     joining = shape.layers * JOIN_S.value
-    assert host_step(mixed, shape, gpu, 1, tokens).value == pytest.approx(joining)
+    assert joining < host_step(mixed, shape, gpu, 1, tokens).value < 1.1 * joining
     assert host_step(alone, shape, gpu, 1, tokens).value > 2 * joining
     on_device = Policy.uniform(Option(), shape.layers, shape.kv_heads)
     assert host_step(on_device, shape, gpu, 1, tokens).value == 0
+
+
+def measured_part(op: str, microseconds: float, **sizes: int) -> KernelRow:
+    heads = {} if op == "host_fetch" else {"query_heads": 32, "kv_heads": 8, "head_dim": 128}
+    point = Point(op, "kvtune", **heads, **sizes)  # type: ignore[arg-type]
+    return KernelRow(point, "", 1, 0, microseconds, microseconds, microseconds, 15)
+
+
+def test_measured_parts_of_heads_on_the_host_add_up_to_their_step() -> None:
+    """Choosing grows with what is held, fetching with what comes over; nothing lies beside it."""
+    shape, gpu = find_model("llama-8b"), find_gpu("h200")
+    known = find_measured("h200")
+    assert known is not None
+    page = 8 * 2 * 64 * 128 * 2  # bytes of a block of all heads
+    parts = [
+        measured_part("host_choose", 20, length=8192),
+        measured_part("host_choose", 40, length=65536),
+        measured_part("host_fetch", 30, width_in=page),
+        measured_part("host_fetch", 330, width_in=31 * page),
+        measured_part("host_join", 15, length=64),
+        measured_part("host_join", 25, length=2048),
+    ]  # fmt: skip
+    kernels = Kernels([*(row for row in known.rows if row.point.op[:5] != "host_"), *parts])
+    for held, read, wanted in ((8192, 64, 20 + 30 + 15), (65536, 31 * 64, 40 + 330 + 24.68)):
+        option = Option(Quest(block=64), Budget(tokens=read), tier="host")
+        policy = Policy.uniform(option, shape.layers, shape.kv_heads)
+        found = host_step(policy, shape, gpu, 1, held, kernels)
+        assert found.value == pytest.approx(shape.layers * wanted * 1e-6, rel=1e-3)
+        assert found.tier == "fitted"
+        assert found.low < found.value < found.high
 
 
 def test_a_search_on_the_host_takes_longer_the_more_keys_it_compares() -> None:

@@ -1,12 +1,14 @@
-"""RetrievalAttention: each step searches a graph over keys that was built for queries."""
+"""RetrievalAttention: each step searches an index over keys that was built for queries."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from kvtune.common.rotary import turn
 from kvtune.policies.key_graph import KeyGraph
 from kvtune.policies.method import ReadingMethod
+from kvtune.policies.query_index import QueryIndex, centres_compared
 from kvtune.policies.reader import Held, Reader
 from kvtune.policies.recall import best, ends
 from kvtune.policies.registry import LONGEST_PROMPT, parameter
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _NUMBER_BYTES, _KEY_BYTES = 4, 2
+_KEYS_A_CLUSTER = 20  # of the lists' queries: lists are then those of queries that are much alike
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,21 @@ class RetrievalAttention(ReadingMethod):
     found   = for each query of the head's group, the keys that a best-first search ends with
     read    = the first ``sinks`` and last ``recent`` tokens, and the largest logits found
 
+    With ``joins: lists`` the index is kvtune's own: the prompt's queries, turned by their rotary
+    positions to where later ones stand, are clustered, and each cluster lists the keys that its
+    queries look at most; a search compares centres near its query and ``scanned`` of the keys, half
+    of them from the nearest clusters' lists and half neighbours of the best.
+
     Source: Liu et al., "RetrievalAttention: Accelerating Long-Context LLM Inference via Vector
     Retrieval", arXiv 2409.10516, with the graph of RoarGraph, arXiv 2408.08933; 128 and 512 tokens
     that are always read, 35 neighbours in each of two steps and 100 keys a query are theirs.
     Differs: one graph a KV head, of all its group's queries, not a query head, and one list of
     tokens; a key's own lists are merged where several queries begin with it; the last step connects
-    all keys at once. With ``tier: host`` keys, graph and search are the host's, as the authors'
-    are; what was found comes over and is attended to on the device, where theirs stays.
-    Cost: O(G P^2 D) and P searches once a prompt; ``beam`` expansions a step and query.
+    all keys at once. With ``tier: host`` keys, graph and search
+    are the host's, as the authors' are; what was found comes over and is attended to on the device,
+    where theirs stays.
+    Cost: O(G P^2 D) and P searches once a prompt; ``beam`` expansions a step and query, of lists
+    ``scanned`` P products.
     """
 
     name = "retrieval_attention"
@@ -47,8 +57,11 @@ class RetrievalAttention(ReadingMethod):
     degree: int = parameter(35, "neighbours a key gets in each of two steps", low=1, high=128)
     near: int = parameter(100, "keys that a prompt query joins", low=2, high=1024)
     beam: int = parameter(100, "candidates of a search, and its most expansions", low=1, high=1024)
-    joins: Literal["queries", "keys"] = parameter(
-        "queries", "what joins keys: queries, or keys as in a plain index"
+    joins: Literal["queries", "keys", "lists"] = parameter(
+        "queries", "what joins keys: queries, keys as in a plain index, or lists of clusters"
+    )
+    scanned: float = parameter(
+        0.05, "share of the keys that a search of lists compares", low=0.001, high=1
     )
 
     @property
@@ -56,16 +69,18 @@ class RetrievalAttention(ReadingMethod):
         """Every query of the prompt, for the graph."""
         return Needs(window=ALL_QUERIES)
 
-    def reader(self, budget: int) -> GraphSearch:
+    def reader(self, budget: int) -> IndexSearch:
         """A search for every query."""
         budget = max(budget, 1)
         at_ends = ends(budget, self.sinks, self.recent)
-        return GraphSearch(budget, *at_ends, self.degree, self.near, self.beam, self.joins)
+        return IndexSearch(
+            budget, *at_ends, self.degree, self.near, self.beam, self.joins, self.scanned
+        )
 
 
 @dataclass(frozen=True)
-class GraphSearch(Reader):
-    """Reads what searches of a graph find.
+class IndexSearch(Reader):
+    """Reads what searches of an index find.
 
     Args:
         budget: entries read.
@@ -75,6 +90,7 @@ class GraphSearch(Reader):
         near: keys that a prompt query joins.
         beam: candidates of a search, and its most expansions.
         joins: what joins keys.
+        scanned: share of the keys between the ends that a search of lists compares.
     """
 
     budget: int
@@ -83,7 +99,8 @@ class GraphSearch(Reader):
     degree: int
     near: int
     beam: int
-    joins: Literal["queries", "keys"]
+    joins: Literal["queries", "keys", "lists"]
+    scanned: float
 
     def reads(self, held: Held, queries: Tensor) -> Tensor:
         """The ends, and the largest logits found."""
@@ -105,54 +122,88 @@ class GraphSearch(Reader):
         """
         import torch
 
-        graph = self.graph(held, row, count)
-        ids, visited = graph.search(queries.flatten(0, 1), self.beam)
+        index, asked = self.index(held, row, count), queries.flatten(0, 1)
+        if isinstance(index, QueryIndex):
+            most = self._listed(len(index.keys))
+            ids, visited = index.search(asked, min(self.beam, most), most)
+        else:
+            ids, visited = index.search(asked, self.beam)
         met = ids >= 0
-        logits = torch.einsum("qd,qbd->qb", queries.flatten(0, 1), graph.keys[ids])
+        logits = torch.einsum("qd,qbd->qb", asked, index.keys[ids])
         worth = torch.full(visited.shape, -torch.inf, device=visited.device)
         lowest = logits.masked_fill(~met, -torch.inf)
         worth = worth.scatter_reduce(1, ids.clamp_min(0), lowest, "amax")
         split = queries.shape[:2]
         return worth.unflatten(0, split), visited.unflatten(0, split)
 
-    def graph(self, held: Held, row: int, count: int) -> KeyGraph:
-        """The graph over the prompt's keys of one row; built once a prompt."""
+    def index(self, held: Held, row: int, count: int) -> KeyGraph | QueryIndex:
+        """The index over the prompt's keys of one row; built once a prompt."""
         signals, head = held.signals, int(held.heads[row])
         tokens = held.tokens[row, self.first : count - self.last]
 
-        def build() -> KeyGraph:
-            queries = _queries_of(signals, head)
+        def build() -> KeyGraph | QueryIndex:
+            queries = _queries_of(signals, head, turned=self.joins == "lists")
             keys = signals.keys[head, tokens].float()
-            return KeyGraph.build(keys, queries, self.degree, self.near, self.beam, self.joins)
+            if self.joins != "lists":
+                return KeyGraph.build(keys, queries, self.degree, self.near, self.beam, self.joins)
+            return QueryIndex.build(
+                keys, queries, _clusters(len(keys)), self.near, self._listed(len(keys)), self.degree
+            )
 
-        graph: KeyGraph = signals.once(f"{self} {head} {tokens.tolist()}", build)
-        return graph
+        index: KeyGraph | QueryIndex = signals.once(f"{self} {head} {tokens.tolist()}", build)
+        return index
 
     def entries_read(self, entries: int) -> int:
         """Most entries that a step reads."""
         return min(entries, self.budget)
 
     def index_bytes(self, entries: int, head_dim: int) -> int:
-        """Neighbours in 32 bits."""
-        return max(entries - self.first - self.last, 0) * 2 * self.degree * _NUMBER_BYTES
+        """Neighbours in 32 bits; of lists, centres in 16 and keys with their shares in 32 too."""
+        middle = max(entries - self.first - self.last, 0)
+        if self.joins != "lists":
+            return middle * 2 * self.degree * _NUMBER_BYTES
+        each = _KEY_BYTES * head_dim + 2 * _NUMBER_BYTES * self._listed(middle)
+        return middle * self.degree * _NUMBER_BYTES + _clusters(middle) * each
 
     def scanned_bytes(self, entries: int, head_dim: int, key_bytes: int) -> int:
         """The most that one search compares: expanded keys' lists, and the keys on them.
 
         Searches of a group pass the same keys in part; one search is counted.
         """
-        expanded = min(self.beam, max(entries - self.first - self.last, 0))
         keys = self.compared_on_host(entries)
+        if self.joins == "lists":
+            return keys * (head_dim * _KEY_BYTES + 2 * _NUMBER_BYTES)
+        expanded = min(self.beam, max(entries - self.first - self.last, 0))
         return expanded * 2 * self.degree * _NUMBER_BYTES + keys * head_dim * _KEY_BYTES
 
     def compared_on_host(self, entries: int) -> int:
-        """The most keys that one search compares."""
+        """The most keys that one search compares, and centres of lists."""
         middle = max(entries - self.first - self.last, 0)
+        if self.joins == "lists":
+            return self._listed(middle) + centres_compared(_clusters(middle))
         return min(middle, min(self.beam, middle) * 2 * self.degree + 1)
 
+    def _listed(self, middle: int) -> int:
+        """Keys that a search of lists compares, at least one."""
+        return max(round(self.scanned * middle), 1)
 
-def _queries_of(signals: Signals, head: int) -> Tensor:
-    """The queries of one KV head's group at all positions, ``[G P, D]``."""
-    queries = signals.queries[:, -signals.prompt_tokens :].float()
+
+def _clusters(middle: int) -> int:
+    """Of the queries that make lists over so many keys."""
+    return max(middle // _KEYS_A_CLUSTER, 1)
+
+
+def _queries_of(signals: Signals, head: int, turned: bool) -> Tensor:
+    """The queries of one KV head's group at all positions, ``[G P, D]``.
+
+    Turned behind the prompt they look at what later queries of the same content will.
+    """
+    import torch
+
+    tokens = signals.prompt_tokens
+    queries = signals.queries[:, -tokens:].float()
+    if turned and signals.rope is not None:
+        behind = tokens - torch.arange(tokens, device=queries.device)
+        queries = turn(queries, behind, signals.rope)
     grouped: Tensor = queries.unflatten(0, (signals.keys.shape[0], -1))[head]
     return grouped.flatten(0, 1)

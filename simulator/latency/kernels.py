@@ -232,6 +232,10 @@ class Kernels:
         found = self._copies.get((direction, memory))
         return None if not found else _curve(found)
 
+    def by_bytes(self, op: str) -> Curve:
+        """Seconds of an op over the bytes that one call moves."""
+        return _curve({row.point.width_in: row.seconds for row in self.rows(op)})
+
     def by_length(self, op: str, number_format: str, length: npt.ArrayLike) -> FloatArray:
         """Seconds of an op on one layer's cache of one sequence."""
         found = {

@@ -13,7 +13,7 @@ from kvtune.profiles.kernel_table import KernelRow
 from kvtune.profiles.measured import find_measured
 from kvtune.simulator.latency.kernels import Kernels, kernels_of
 
-_COPIES = {"host_to_device", "device_to_host"}
+_COPIES = {"host_to_device", "device_to_host", "host_fetch"}
 LARGEST_FLOOR_US = 8.0  # an op that takes longer than this at its smallest takes it for its data
 
 

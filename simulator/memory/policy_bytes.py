@@ -18,9 +18,14 @@ def cache_bytes_by_format(policy: Policy, shape: ModelShape, prompt_tokens: int)
 
 
 def bytes_read_by_format(policy: Policy, shape: ModelShape, prompt_tokens: int) -> Counter[str]:
-    """Bytes of those that a decode step reads, as far as the prompt goes."""
-    found = Counter[str]()
+    """Bytes of those that a decode step reads, as far as the prompt goes.
+
+    Of heads on the device; what a step reads of others is ``latency.host``'s to say.
+    """
+    found = Counter[str](bf16=0)
     for option, tokens in zip(policy.options(), policy.budgets(prompt_tokens).flat, strict=True):
+        if option.on_host:
+            continue
         read = option.read_by_format(int(tokens), prompt_tokens, shape.head_dim)
         for form, size in read.items():
             found[form.name] += size
