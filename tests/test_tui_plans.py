@@ -14,8 +14,8 @@ from kvtune.tests.made_up import write_study
 from kvtune.tests.test_tui_app import FakeFeed, drive, screen_of
 from kvtune.tui.widgets.plan_panel import PlanPanel
 from kvtune.tui.widgets.plans_table import PlansTable
-from kvtune.tui.widgets.plot import LogTicks, nothing_of, place, zero_of
 from kvtune.tui.widgets.plot_labels import labels, placed
+from kvtune.tui.widgets.ticks import LogTicks, nothing_of, place, zero_of
 from kvtune.tui.widgets.what_if import WhatIf
 from kvtune.tuner.explore.dimensions import DIMENSIONS
 from kvtune.tuner.explore.reader import StudyReader
