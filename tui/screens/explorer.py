@@ -89,7 +89,11 @@ class ExplorerScreen(Screen[None]):
                 yield WhatIf(id="what-if")
             yield PlanPanel(id="plan", can_focus=True)
         yield Notice(id="notice")
-        yield Footer(show_command_palette=True)
+        yield Footer(show_command_palette=False, compact=True)
+
+    def on_mount(self) -> None:
+        """Draw again in the colours of another theme."""
+        self.app.theme_changed_signal.subscribe(self, lambda _: self._draw_cursor())
 
     # --- snapshots -------------------------------------------------------------------------
 
