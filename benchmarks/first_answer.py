@@ -3,10 +3,11 @@
     python benchmarks/first_answer.py --out benchmarks/results/first-answer.json
     python benchmarks/first_answer.py --live --out benchmarks/results/first-answer.json
 
-Runs what README says, as written, in an empty folder with a cache folder of its own; ``--live`` then
-also runs its second command, a search on a real model that ends in live runs. The goals: 90 s for the
-first, 180 s more for the second, on two cores that do nothing else; the machine's load is noted beside
-every step. Packages come from pip's cache where it holds them (``--no-pip-cache`` fetches them all).
+Runs what README says, as written, in an empty folder with a cache folder of its own; ``--live``
+then also runs its second command, a search on a real model that ends in live runs. The goals: 90 s
+for the first, 180 s more for the second, on two cores that do nothing else; the machine's load is
+noted beside every step. Packages come from pip's cache where it holds them (``--no-pip-cache``
+fetches them all).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def step(words: list[str], folder: Path, store: Path) -> dict[str, Any]:
     outside = ("PYTHONPATH", "VIRTUAL_ENV")
     environment = {k: v for k, v in os.environ.items() if k not in outside}
     load, began, before = os.getloadavg()[0], time.perf_counter(), os.times()
-    done = subprocess.run(
+    done = subprocess.run(  # noqa: S603 - the steps below, of this file alone
         words, cwd=folder, env=environment | {"KVTUNE_CACHE": str(store)}, capture_output=True,
         text=True, check=False,
     )  # fmt: skip
@@ -54,8 +55,9 @@ def step(words: list[str], folder: Path, store: Path) -> dict[str, Any]:
 
 def copied(place: Path) -> Path:
     """The committed files alone, so that nothing built here helps."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True
+    git = shutil.which("git") or "git"
+    listed = subprocess.run(  # noqa: S603 - git, on this repository
+        [git, "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True
     ).stdout
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():
