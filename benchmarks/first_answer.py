@@ -31,7 +31,7 @@ REAL = "search --model smollm2-135m --gpu 4090 --mem 1GiB"
 
 
 def step(words: list[str], folder: Path, store: Path) -> dict[str, Any]:
-    """Run one command; its wall and CPU seconds, and its answer's first line."""
+    """Run one command; its wall and CPU seconds, and the first lines of its answer."""
     outside = ("PYTHONPATH", "VIRTUAL_ENV")
     environment = {k: v for k, v in os.environ.items() if k not in outside}
     load, began, before = os.getloadavg()[0], time.perf_counter(), os.times()
@@ -47,9 +47,9 @@ def step(words: list[str], folder: Path, store: Path) -> dict[str, Any]:
         "cpu_s": round(cpu, 1),
         "load": [round(load, 1), round(os.getloadavg()[0], 1)],
         "exit": done.returncode,
-        "answer": (done.stdout.strip() or done.stderr.strip()).splitlines()[:2],
+        "answer": done.stdout.strip().splitlines()[:2],
     }
-    print(found, file=sys.stderr, flush=True)
+    print(found, done.stderr[-500:], file=sys.stderr, flush=True)
     return found
 
 

@@ -77,6 +77,11 @@ class Paged:
         half, bfloat, eighth = (self.pool.view(kind) for kind in kinds)
         return half, bfloat, eighth
 
+    @functools.cached_property
+    def maps(self) -> dict[str, Any]:
+        """What plain torch has found out about the pages; empty at first."""
+        return {}
+
 
 class Scratch:
     """Where programs leave their parts; one serves all layers of a stream, one after another."""

@@ -20,7 +20,7 @@ def meaning(study: Study) -> dict[str, object]:
         "tiers of a loss": "table: predicted from recorded probes; replay: the whole plan applied "
         "to the recorded samples; live: the model ran with the plan. Believe live.",
         "tiers of memory and time": "exact is counted and measured was timed on such a card; "
-        "interpolated, fitted and transferred come from measurements, datasheet and assumed do not.",
+        "interpolated, fitted, transferred come from measurements, datasheet and assumed do not.",
         "[low, high]": "An interval: 95 % over samples for a loss, 10-90 % for memory and time.",
         "retrieval": "Digits hidden in a long prompt and asked for after it was compressed: the "
         "share that the model still gives. A small mean loss can hide that one fact was dropped.",
