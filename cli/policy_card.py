@@ -207,7 +207,7 @@ _ABOUT = {
     "code": "going on with source code",
     "retrieval": "8 numbers hidden in text: RULER's multi-key needles",
     "recall": "values of keys in a long list (Liu et al., 2023)",
-    "chat": "the model's answers in a conversation",
+    "chat": "answers about a manual, turn by turn",
     "copy": "a long text, word for word",
     "user": "the searcher's own text",
 }

@@ -155,7 +155,7 @@ BAD: dict[Callable[[Path], Path], str] = {
     _lacking: "this study is damaged",
     _other_size: "this study is damaged",
     _old_run: "before plans were recorded",
-    _damaged_result: "this result cannot be read",
+    _damaged_result: "this result is damaged, or of another version",
 }
 
 
