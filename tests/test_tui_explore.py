@@ -366,7 +366,7 @@ ODD = (
 def test_the_quick_reading_of_a_line_is_the_careful_one(plain: bytes, odd: bytes) -> None:
     text = write_line(plans(4, facts())[3]).strip().encode()
     assert plain in text
-    answers = []
+    answers: list[Line | str] = []
     for line in (text.replace(plain, odd, 1), text):
         for read in (read_line, lambda t, at: checked(Line, parse_json(t, at), at)):
             try:

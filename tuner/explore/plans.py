@@ -220,7 +220,7 @@ def columns(lines: Sequence[Line], size: Size, place: Callable[[int], str]) -> P
         return rows
 
     heads = np.frombuffer(b"".join(codes), "<u2").astype(np.uint16).reshape(count, size.heads)
-    _refuse((heads >= size.options).any(1), _MISFIT, place)
+    _refuse(heads.max(1, initial=0) >= size.options, _MISFIT, place)
     return Plans(
         trial=whole("trial"),
         context_tokens=whole("context_tokens"),
