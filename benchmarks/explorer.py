@@ -2,8 +2,8 @@
 
     python benchmarks/explorer.py --plans 10000 --out benchmarks/results/explorer.json
 
-The goals: 10 000 plans open in 2 s, a step of the cursor takes 50 ms. Wall time and the process's
-own CPU time are both given, since others may use the machine.
+The goals: 10 000 plans open in 0.5 s, a step of the cursor takes 30 ms of CPU. Wall
+time and the process's own CPU time are both given, since others may use the machine.
 """
 
 from __future__ import annotations

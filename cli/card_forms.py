@@ -10,6 +10,7 @@ from html import escape
 from kvtune.cli.policy_card import Card
 from kvtune.common.units import MIB, format_bytes, format_tokens
 from kvtune.common.words import accuracy, count, figure, percent, printable
+from kvtune.tuner.verdict import limit_words
 
 Row = tuple[str, ...]
 
@@ -24,7 +25,7 @@ def _facts(card: Card) -> list[Row]:
     full = count(card.full_cache_sequences)
     return [
         ("model", card.model),
-        ("GPU", f"{card.gpu}, {format_bytes(card.memory_limit_bytes)}"),
+        ("GPU", f"{card.gpu}, {limit_words(card.memory_limit_bytes)}"),
         ("loss", f"{figure(card.kl)}, nats per token"),
         ("quality", f"{card.quality}, {card.held_out_samples} held-out samples"),
         *(needles if card.retrieval else []),
@@ -73,6 +74,16 @@ def _policies(card: Card) -> list[Row]:
     ]
 
 
+_TASK_HEADINGS = ("kind", "what it asks for", "KL predicted", "KL live")
+
+
+def _tasks(card: Card) -> list[Row]:
+    return [
+        (found.name, found.about, f"{found.predicted:.2g}", figure(found.live, tier=False))
+        for found in card.tasks
+    ]
+
+
 def _origin(card: Card) -> list[str]:
     """Where the figures come from, a sentence each."""
     what = f"weights of {card.stand_in}" if card.stand_in else "trace"
@@ -100,6 +111,7 @@ def as_markdown(card: Card) -> str:
         "\\* is this card's policy.",
         "## Other policies at equal bytes",
         _table(_POLICY_HEADINGS, _policies(card)),
+        *(["## By kind of text", _table(_TASK_HEADINGS, _tasks(card))] if card.tasks else []),
         "## Reproduce",
         _fenced(card.command),
         "\n".join(f"- {_plain(line)}" for line in _origin(card)),
@@ -197,6 +209,7 @@ def as_svg(card: Card) -> str:
         page.row((name, value), (_MARGIN, 190))
     _draw_budgets(page, card)
     _draw_policies(page, card)
+    _draw_tasks(page, card)
     page.y += 8
     page.lines(card.command, "code", 100, 16)
     for line in _origin(card):
@@ -216,8 +229,18 @@ def _draw_budgets(page: _Page, card: Card) -> None:
 
 
 def _draw_policies(page: _Page, card: Card) -> None:
-    places = (_MARGIN, 220, 300, 540, 690)
+    places = (_MARGIN, 310, 380, 580, 690)
     page.y += 12
     page.row(_POLICY_HEADINGS, places, "head")
     for row in _policies(card):
-        page.row((row[0][:26], *row[1:]), places)
+        page.row((row[0][:42], *row[1:]), places)
+
+
+def _draw_tasks(page: _Page, card: Card) -> None:
+    if not card.tasks:
+        return
+    places = (_MARGIN, 120, 480, 600)
+    page.y += 12
+    page.row(_TASK_HEADINGS, places, "head")
+    for row in _tasks(card):
+        page.row((row[0][:12], *row[1:]), places)

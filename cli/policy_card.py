@@ -60,6 +60,23 @@ class Other:
 
 
 @dataclass(frozen=True)
+class Task:
+    """The policy's loss on one kind of held-out text.
+
+    Args:
+        name: of the kind.
+        about: what such a sample asks of the model.
+        predicted: mean loss before anything ran live, nats/token.
+        live: loss measured live, or None.
+    """
+
+    name: str
+    about: str
+    predicted: float
+    live: Estimate | None
+
+
+@dataclass(frozen=True)
 class Card:
     """Everything on a policy card.
 
@@ -92,6 +109,7 @@ class Card:
         budgets: plans of the front, least bytes first.
         policies: the plan first, then what it is compared with.
         command: that repeats the search.
+        tasks: the policy's loss by kind of held-out text.
     """
 
     kvtune_card: Literal[1]
@@ -121,6 +139,7 @@ class Card:
     budgets: tuple[Budget, ...]
     policies: tuple[Other, ...]
     command: str
+    tasks: tuple[Task, ...] = ()
 
     @property
     def quality(self) -> str:
@@ -179,7 +198,27 @@ def card_of(study: Study) -> Card:
             for b in outcome.baselines
         ),
         command=command_of(study),
+        tasks=tuple(_tasks(study, row)),
     )
+
+
+_ABOUT = {
+    "prose": "going on with prose",
+    "code": "going on with source code",
+    "retrieval": "8 numbers hidden in text: RULER's multi-key needles",
+    "recall": "values of keys in a long list (Liu et al., 2023)",
+    "chat": "answers about a manual, turn by turn",
+    "copy": "a long text, word for word",
+    "user": "the searcher's own text",
+}
+
+
+def _tasks(study: Study, row: int) -> Iterator[Task]:
+    plan = study.plans[row]
+    live = study.live(plan)
+    measured = live.by_kind if live else {}
+    for kind, loss in zip(study.facts.kinds, plan.by_kind, strict=True):
+        yield Task(kind, _ABOUT.get(kind, ""), loss, measured.get(kind))
 
 
 def _hash(provenance: dict[str, Any]) -> str:

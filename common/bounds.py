@@ -14,6 +14,9 @@ Whole = Annotated[int, Field(ge=0, le=_LARGEST)]
 Count = Annotated[int, Field(ge=1, le=_LARGEST)]
 """A whole number from 1 on."""
 
+Exact = Annotated[int, Field(ge=-_LARGEST, le=_LARGEST)]
+"""A whole number of either sign."""
+
 Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e18, le=1e18)]
 """A number that is neither infinite nor NaN."""
 
@@ -32,5 +35,5 @@ Name = Annotated[str, Field(max_length=1000)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """A sha256 in hexadecimal."""
 
-Parameter = bool | int | Finite | Name
+Parameter = bool | Exact | Finite | Name
 """What a study may choose for a parameter of a trial."""

@@ -11,11 +11,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvtune.__main__ import main
 from kvtune.tests.made_up import write_study
 from kvtune.tui.report.write import write_report
+from kvtune.tuner.explore.compare import HeadMap
 from kvtune.tuner.explore.reader import StudyReader
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -102,10 +104,13 @@ def test_the_verdict_and_its_picture_come_first(html: str) -> None:
     assert "The plan is not better than greedy per head" in first
 
 
+NAME = "<script>alert(1)</script>\x1b]0;owned\x07"
+
+
 @pytest.fixture
 def running(tmp_path: Path, outlines: None) -> str:
-    """The page of a study that goes on, whose stand-in has a name with markup in it."""
-    run = write_study(tmp_path, 6, finished=False, stand_in="<script>alert(1)</script>")
+    """The page of a study that goes on, whose stand-in has a name with markup and an escape."""
+    run = write_study(tmp_path, 6, finished=False, stand_in=NAME)
     (page, *_) = write_report(StudyReader(run).read(), run / "report")
     return page.read_text(encoding="utf-8")
 
@@ -119,9 +124,34 @@ def test_a_running_study_is_reported_as_such(running: str) -> None:
     assert "running" in running
 
 
-def test_markup_in_names_stays_text(running: str) -> None:
+def test_markup_and_terminal_escapes_in_names_stay_text(running: str) -> None:
     assert "<script>" not in running
     assert "&lt;script&gt;" in running
+    assert "\x1b" not in running
+    assert "\\x1b]0;owned" in running
+
+
+def test_the_emblem_shows_what_every_head_keeps(folder: Path, html: str) -> None:
+    found = re.search(r'<svg class="emblem" viewBox="0 0 (\d+) (\d+)".*?</svg>', html, re.S)
+    assert found
+    study = StudyReader(folder).read()
+    assert study.chosen is not None
+    plan = study.plans[study.chosen]
+    heads = HeadMap.of(study.policy(plan), plan.context_tokens)
+    drawn = np.zeros_like(heads.share)
+    rect = r'x="(\d+)" y="(\d+)" width="(\d+)" height="5" opacity="([\d.]+)"'
+    rects = re.findall(rect, found[0])
+    for x, y, width, opacity in rects:
+        drawn[int(x) // 5 : (int(x) + int(width)) // 5, int(y) // 5] = float(opacity)
+    levels = 1 + np.log2(np.maximum(heads.share, 2.0**-7)) / 8  # a halving is an eighth less
+    assert np.abs(drawn - levels).max() <= 0.126
+
+
+def test_the_page_explains_its_own_figures(html: str) -> None:
+    assert '<a href="#figures">' in html
+    explained = html.split('<section id="figures">')[1]
+    for word in ("KL, nats/token", "held out", "stand-in", "datasheet", "retrieval"):
+        assert word in explained
 
 
 def test_the_table_holds_every_plan(folder: Path) -> None:

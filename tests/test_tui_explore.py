@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.stored import checked, parse_json
 from kvtune.policies.methods.kvzip import KVzip
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
@@ -25,7 +26,7 @@ from kvtune.tests.made_up import CONTEXT, facts, plans, write_study
 from kvtune.tuner.explore import PLANS_FILE
 from kvtune.tuner.explore.axes import AXES, LOSS, TOKENS, Axis, Filter, front, option_bits
 from kvtune.tuner.explore.compare import HeadMap, baseline_side, difference, plan_side
-from kvtune.tuner.explore.plans import write_line
+from kvtune.tuner.explore.plans import Line, read_line, write_line
 from kvtune.tuner.explore.reader import StudyReader
 from kvtune.tuner.explore.study import Study
 from kvtune.tuner.explore.view import View
@@ -154,7 +155,7 @@ BAD: dict[Callable[[Path], Path], str] = {
     _lacking: "this study is damaged",
     _other_size: "this study is damaged",
     _old_run: "before plans were recorded",
-    _damaged_result: "this result cannot be read",
+    _damaged_result: "this result is damaged, or of another version",
 }
 
 
@@ -344,3 +345,43 @@ def test_baselines_with_a_file_have_heads_and_others_say_so(study: Study) -> Non
 def test_tokens_axis_counts_whole_sequences(study: Study) -> None:
     view = view_of(study, x=TOKENS, y=LOSS)
     assert (view.across[:, 0] % CONTEXT == 0).all()
+
+
+ODD = (
+    (b'"trial": 3', b'"trial": 3, "trial": 4'),
+    (b'"trial": 3', b'"trial": 3, "tri\\u0061l": 4'),
+    (b'"split"', b'"spl\\"it"'),
+    (b'"split"', b'"spl\\u0069t"'),
+    (b'"split"', b'"least_bits": 3, "split"'),
+    (b'"shrinkage": 0.43', b'"shrinkage": NaN'),
+    (b'"shrinkage": 0.43', b'"shrinkage": 1e999'),
+    (b'"shrinkage": 0.43', b'"shrinkage": 1234567890123456789012'),
+    (b'"shrinkage": 0.43', b'"shrinkage": {"deep": [[1]]}'),
+    (b'"split"', b'"\\ud800": 1, "split"'),
+    (b'"prompt_bytes"', b'"more": 1, "prompt_bytes"'),
+)
+
+
+@pytest.mark.parametrize(("plain", "odd"), ODD)
+def test_the_quick_reading_of_a_line_is_the_careful_one(plain: bytes, odd: bytes) -> None:
+    text = write_line(plans(4, facts())[3]).strip().encode()
+    assert plain in text
+    answers: list[Line | str] = []
+    for line in (text.replace(plain, odd, 1), text):
+        for read in (read_line, lambda t, at: checked(Line, parse_json(t, at), at)):
+            try:
+                answers.append(read(line, "x:2"))
+            except KvtuneError as error:
+                answers.append(str(error))
+    assert answers[0] == answers[1]
+    assert answers[2] == answers[3]
+
+
+def test_damage_is_told_again_at_every_reading(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "run", 5)
+    lines = (folder / PLANS_FILE).read_text().splitlines(keepends=True)
+    (folder / PLANS_FILE).write_text("".join([*lines[:3], "{}\n", *lines[4:]]))
+    reader = StudyReader(folder)
+    for _ in range(2):
+        with pytest.raises(KvtuneError, match=r"plans.jsonl:4: this study is damaged"):
+            reader.read()

@@ -6,16 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.text import Text
 from textual.pilot import Pilot
 from textual.widgets import Input
 
 from kvtune.profiles.gpus import find_gpu
 from kvtune.tests.made_up import write_study
 from kvtune.tests.test_tui_app import FakeFeed, drive, screen_of
+from kvtune.tui.widgets.keys import Keys
 from kvtune.tui.widgets.plan_panel import PlanPanel
 from kvtune.tui.widgets.plans_table import PlansTable
-from kvtune.tui.widgets.plot import LogTicks, nothing_of, place, zero_of
 from kvtune.tui.widgets.plot_labels import labels, placed
+from kvtune.tui.widgets.ticks import LogTicks, nothing_of, place, zero_of
 from kvtune.tui.widgets.what_if import WhatIf
 from kvtune.tuner.explore.dimensions import DIMENSIONS
 from kvtune.tuner.explore.reader import StudyReader
@@ -177,3 +179,37 @@ def test_ten_thousand_lines_are_made_only_where_they_are_seen(
         assert 5 < len(set(made)) < 60
 
     drive(FakeFeed(study), steps, (100, 30))
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_keys_that_do_not_fit_are_left_out_whole(study: Study, width: int) -> None:
+    async def steps(pilot: Pilot[None]) -> None:
+        keys = screen_of(pilot).query_one(Keys)
+        line = keys.render()
+        assert isinstance(line, Text)
+        assert 0 < line.cell_len <= width
+        words = [f"{shown} {what}" for shown, what, _ in keys._shown()]
+        told = [each for each in words if f" {each}" in line.plain]
+        assert (
+            line.plain
+            == "".join(f" {each}" for each in told)
+            == "".join(f" {each}" for each in words[: len(told)])
+        )
+        assert len(told) == len(words) or width < 200
+
+    drive(FakeFeed(study), steps, (width, 40))
+
+
+def test_a_click_on_a_key_presses_it(study: Study) -> None:
+    async def steps(pilot: Pilot[None]) -> None:
+        screen = screen_of(pilot)
+        line = screen.query_one(Keys).render()
+        assert isinstance(line, Text)
+        at = line.plain.index("k Colour")
+        assert screen.view is not None
+        assert screen.view.colour is None
+        await pilot.click(Keys, offset=(at + 2, 0))
+        await pilot.pause()
+        assert screen.view.colour is DIMENSIONS[0]
+
+    drive(FakeFeed(study), steps, (120, 40))

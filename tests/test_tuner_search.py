@@ -27,7 +27,7 @@ from kvtune.profiles.model_config import shape_from_config
 from kvtune.profiles.models import find_model
 from kvtune.simulator.memory.budget import memory_budget
 from kvtune.simulator.quality.tables import Tables
-from kvtune.tests.made_up import llama
+from kvtune.tests.made_up import llama, write_study
 from kvtune.tuner import sources
 from kvtune.tuner.baselines import FAMILIES
 from kvtune.tuner.options import METHODS, Menu, alike, every_method
@@ -160,6 +160,16 @@ def test_what_cannot_fit_is_one_clear_error(packaged: Tables, tmp_path: Path) ->
         run_search(llama(tmp_path, sequences=9, generated_tokens=100_000, trials=3))
     assert caught.value.hint is not None
     assert not (tmp_path / "policy.yaml").exists()
+
+
+def test_a_search_that_finds_nothing_leaves_the_folder_as_it_was(
+    packaged: Tables, tmp_path: Path
+) -> None:
+    run = write_study(tmp_path / "run", 5)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(KvtuneError, match="no plan fits 9 sequences"):
+        run_search(llama(run, sequences=9, generated_tokens=100_000, trials=3))
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_shapes_that_cannot_be_planned_are_refused_before_anything_is_written(

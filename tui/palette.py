@@ -17,7 +17,7 @@ FAMILY_WORDS = {
     "pyramid": "pyramid",
     "adakv": "AdaKV",
 }
-GROUPS = ("primary", "warning", "success", "secondary", "accent", "muted")
+GROUPS = ("primary", "warning", "success", "foreground", "secondary", "muted")
 """Colours of groups of plans, one after another; a seventh is like the sixth."""
 BARS = " ▁▂▃▄▅▆▇█"
 

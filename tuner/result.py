@@ -300,5 +300,7 @@ def read_result(path: Path) -> StoredResult:
         return StoredResult.from_dict(read_json(path, AGAIN), str(path))
     except KvtuneError as error:
         raise KvtuneError(
-            f"this result cannot be read: {error.message}", where=str(path), hint=AGAIN
+            f"this result is damaged, or of another version of kvtune ({error.message})",
+            where=str(path),
+            hint=AGAIN,
         ) from error

@@ -70,7 +70,6 @@ def _finished(request: SearchRequest, progress: Progress) -> SearchResult | None
 
 def _search(request: SearchRequest, progress: Progress) -> SearchResult:
     budgets = _budgets(request)
-    record_config(request)
     source, notes = _quality_source(request, progress)
     if request.moved_bytes is not None:
         source = replace(source, tables=on_both_sides(source.tables))
@@ -81,8 +80,11 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
     sampler = choose(request.sampler, facts.trials)
 
     def record(candidate: Candidate) -> None:
-        if not candidate.misses:
-            recorder.add(candidate)
+        if candidate.misses:
+            return
+        if not recorder.begun:
+            record_config(request)
+        recorder.add(candidate)
 
     if facts.trials:
         notes = (*notes, f"sampler: {sampler.name}, because {sampler.reason}.")

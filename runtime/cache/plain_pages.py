@@ -6,13 +6,13 @@ twenty operations a page.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvtune.policies.pages import BF16_PAGE, PageLayout
+from kvtune.runtime.cache.page_map import Pages, pages_with_tokens
 from kvtune.runtime.kernels.launch import Paged, Seating
 from kvtune.runtime.kernels.reference import read_pages
 
@@ -20,40 +20,22 @@ if TYPE_CHECKING:
     from kvtune.runtime.cache.backend import Growing, Seen
 
 
-@dataclass(frozen=True)
-class _Pages:
-    """Pages of one layout that hold tokens, n of them.
-
-    Args:
-        layout: how each lies.
-        rows: whose, ``[n]``.
-        entries: of the page table, ``[n]``.
-        segments: that they belong to, ``[n]``.
-        tokens: in each, ``[n]``, one at least.
-        places: of their first tokens where logits are wanted, ``[n]``.
-    """
-
-    layout: PageLayout
-    rows: Tensor
-    entries: Tensor
-    segments: Tensor
-    tokens: Tensor
-    places: Tensor
-
-
 def attend_pages(q: Tensor, layer: Paged, scale: float, seen: Seen | None) -> Tensor:
     """Attention ``[rows, G, D]`` of ``q`` like it over every page of its row, in float32."""
-    queries = q.float()
+    queries = q.float() * scale
     read = []
-    for pages in _by_layout(layer):
+    for pages, tokens in pages_with_tokens(layer):
         scales = layer.fp8_scales[pages.segments]
         keys, values = read_pages(_bytes(layer, pages), pages.layout, scales)
-        logits = queries[pages.rows] @ keys.mT * scale
+        logits = torch.bmm(queries[pages.rows], keys.mT)
         if seen is not None and seen.logits is not None:
             _note(seen.logits, logits, pages)
         places = torch.arange(pages.layout.page_tokens, device=q.device)
-        beyond = places >= pages.tokens[:, None, None]
-        read.append((pages.rows, logits.masked_fill(beyond, -torch.inf), beyond, values))
+        beyond = places >= tokens[:, None, None]
+        if beyond.any():
+            logits.masked_fill_(beyond, -torch.inf)
+            values = values.masked_fill(beyond.mT, 0)
+        read.append((pages.rows, logits, values))
     output, lse = _merged(queries, read)
     if seen is not None:
         seen.lse.copy_(lse)
@@ -70,59 +52,27 @@ def records_in_order(layer: Paged, seating: Seating, sequences: int) -> Tensor:
     return records.flatten(0, 1)
 
 
-def _merged(
-    queries: Tensor, read: list[tuple[Tensor, Tensor, Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
+def _merged(queries: Tensor, read: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """One softmax a row over parts of its logits; zeros and minus infinity where there are none."""
     most = queries.new_full(queries.shape[:2], -torch.inf)
-    for rows, logits, _, _ in read:
+    for rows, logits, _ in read:
         largest = logits.amax(-1)
         most.scatter_reduce_(0, rows[:, None].expand_as(largest), largest, "amax")
     total, output = torch.zeros_like(most), torch.zeros_like(queries)
-    for rows, logits, beyond, values in read:
-        weights = (logits - most[rows][..., None]).exp()
+    for rows, logits, values in read:
+        weights = (logits - most[rows][..., None]).exp_()
         total.index_add_(0, rows, weights.sum(-1))
-        output.index_add_(0, rows, weights @ values.masked_fill(beyond.mT, 0))
+        output.index_add_(0, rows, torch.bmm(weights, values))
     return output / total.clamp_min(torch.finfo(total.dtype).tiny)[..., None], most + total.log()
 
 
-def _by_layout(layer: Paged) -> list[_Pages]:
-    """All pages that hold tokens, those of one layout together."""
-    codes = layer.tiles[:, 1]
-    known = codes[codes >= 0].unique().tolist()  # tiles of an empty seat have no layout
-    found = [_pages_of(layer, codes == code, code) for code in known]
-    return [pages for pages in found if len(pages.rows)]
-
-
-def _pages_of(layer: Paged, mine: Tensor, code: int) -> _Pages:
-    """The pages of some tiles, which have one layout."""
-    layout = PageLayout.of(layer.head_dim, code)
-    size, tiles = layout.page_tokens, layer.tiles[mine].long()
-    row, _, at, before, most, segment = tiles[:, :6].unbind(1)
-    tokens = (layer.lengths.long()[segment] - before).clamp_min(0).minimum(most)
-    counts = -(-tokens // size)
-    tile = torch.repeat_interleave(counts)
-    within = torch.arange(len(tile), device=tile.device) - (counts.cumsum(0) - counts)[tile]
-    return _Pages(
-        layout=layout,
-        rows=row[tile],
-        entries=at[tile] + within,
-        segments=segment[tile],
-        tokens=(tokens[tile] - size * within).clamp_max(size),
-        places=tiles[tile, 11] + size * within,
-    )
-
-
-def _bytes(layer: Paged, pages: _Pages) -> Tensor:
+def _bytes(layer: Paged, pages: Pages) -> Tensor:
     """The pages' own bytes, ``[n, page_bytes]``."""
-    layout = pages.layout
-    cells = layer.pool.view(-1, layout.cell_bytes)
-    first = layer.table.long()[pages.entries]
-    every = first[:, None] + torch.arange(layout.page_cells, device=first.device)
-    return cells[every].flatten(1)[:, : layout.page_bytes]
+    cells = layer.pool.view(-1, pages.layout.cell_bytes)
+    return cells[pages.cells].flatten(1)[:, : pages.layout.page_bytes]
 
 
-def _note(all_logits: Tensor, logits: Tensor, pages: _Pages) -> None:
+def _note(all_logits: Tensor, logits: Tensor, pages: Pages) -> None:
     """Logits at their places, ``[G, places]``."""
     inside = torch.arange(pages.layout.page_tokens, device=logits.device)
     columns = pages.places[:, None] + inside
@@ -132,10 +82,10 @@ def _note(all_logits: Tensor, logits: Tensor, pages: _Pages) -> None:
 def append_rows(layer: Paged, growing: Growing, keys: Tensor, values: Tensor) -> None:
     """One token a sequence, ``[B, H, D]``, into the growing pages, and count it."""
     segments = growing.segments.long()
-    lengths = layer.lengths.long()[segments]
+    lengths = layer.lengths[segments].long()
     places = _places(growing, lengths)
     layout = PageLayout(layer.head_dim)
-    cells = layer.table.long()[growing.tables_at.long() + places // BF16_PAGE]
+    cells = layer.table[growing.tables_at.long() + places // BF16_PAGE].long()
     pages = layer.typed[1].view(-1, layout.cell_bytes // 2)
     fresh = (places == lengths) & (places % BF16_PAGE == 0)
     if fresh.any():

@@ -77,6 +77,11 @@ class Paged:
         half, bfloat, eighth = (self.pool.view(kind) for kind in kinds)
         return half, bfloat, eighth
 
+    @functools.cached_property
+    def maps(self) -> dict[str, Any]:
+        """What plain torch has found out about the pages; empty at first."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Seating:

@@ -93,7 +93,10 @@ class _Groups:
         scale, offset = self.scale.float(), self.offset.float()
         if dim == 0:
             return scale.unsqueeze(-2), offset.unsqueeze(-2)
-        wide = [x.mT.repeat_interleave(PAGE, -1)[..., :head_dim] for x in (scale, offset)]
+        scale, offset = scale.mT, offset.mT
+        if head_dim <= PAGE:
+            return scale, offset
+        wide = [x.repeat_interleave(PAGE, -1)[..., :head_dim] for x in (scale, offset)]
         return wide[0], wide[1]
 
 
@@ -153,7 +156,7 @@ def _decode(
     laid = beside[:, : 4 * count].contiguous().view(torch.float16).view(many, 2, count)
     pair = [_by_token(x, fields(name), over) for x in laid.unbind(1)]
     step, offset = _Groups(pair[0], pair[1]).spread(over, head_dim)
-    return steps * step + offset
+    return torch.addcmul(offset, steps, step)
 
 
 def _lay(codes: Tensor, width: int, dim: int) -> Tensor:

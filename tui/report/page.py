@@ -6,24 +6,26 @@ from collections.abc import Iterable
 from html import escape
 from importlib import resources
 
-from kvtune.common.units import format_bytes
 from kvtune.common.words import printable
+from kvtune.tui.report.meaning import ANCHOR, meaning
 from kvtune.tui.report.tables import Table
 from kvtune.tuner.explore.study import Study
+from kvtune.tuner.verdict import limit_words
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def page(study: Study, first: str, sections: Iterable[tuple[str, str]]) -> str:
+def page(study: Study, emblem: str, first: str, sections: Iterable[tuple[str, str]]) -> str:
     """The whole page.
 
     Args:
         study: for the title.
+        emblem: an SVG beside it.
         first: inner HTML of what is seen first: the verdict and its picture.
         sections: heading and inner HTML of each.
     """
     facts = study.facts
-    title = f"{facts.shape.name} on {facts.card.name}, {format_bytes(facts.memory_bytes)}"
+    title = f"{facts.shape.name} on {facts.card.name}, {limit_words(facts.memory_bytes)}"
     state = "" if study.state == "finished" else f" · {study.state}"
     body = "\n".join(f"<section><h2>{escape(h)}</h2>\n{inner}</section>" for h, inner in sections)
     return f"""<!doctype html>
@@ -32,18 +34,22 @@ def page(study: Study, first: str, sections: Iterable[tuple[str, str]]) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<title>kvtune: {escape(title)}</title>
+<title>kvtune: {_text(title)}</title>
 <style>
 {_style()}</style>
 </head>
 <body>
 <header>
-<p>kvtune {escape(facts.kvtune)}</p>
-<h1>{escape(title)}</h1>
-<p>quality: {escape(facts.quality)} · {len(study.plans)} plans{escape(state)}</p>
+{emblem}
+<p>kvtune {_text(facts.kvtune)}</p>
+<h1>{_text(title)}</h1>
+<p>quality: {_text(facts.quality)} · {len(study.plans)} plans{escape(state)}
+· <a href="#{ANCHOR}">what the figures mean</a></p>
 </header>
 <main>
 {first}{body}
+<section id="{ANCHOR}"><h2>What the figures mean</h2>
+{pairs(meaning(study))}</section>
 </main>
 </body>
 </html>

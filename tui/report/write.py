@@ -11,6 +11,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.files import atomic, write_text
 from kvtune.common.progress import Progress, Silent
 from kvtune.tui.report import charts
+from kvtune.tui.report.emblem import emblem
 from kvtune.tui.report.hover import FRONT, front_titles, with_titles
 from kvtune.tui.report.page import listed, page, pairs, picture, table, verdict
 from kvtune.tui.report.tables import baselines_table, front_table, plan_table, plans_csv
@@ -23,11 +24,6 @@ from kvtune.tuner.explore.what_if import Setting, figures_of
 from kvtune.tuner.explore.why import why
 from kvtune.tuner.verdict import verdict_of
 
-_TIERS = (
-    "Tiers. Loss: table (predicted), replay (exact for one plan), live (the model ran). Memory and "
-    "time: measured, interpolated, fitted, transferred, datasheet, assumed; exact is counted. "
-    "Intervals: 95 % over samples for loss, 10-90 % for the rest."
-)
 Picture = tuple[str, str, charts.Draw, float, float]  # name, caption, drawing, inches
 
 
@@ -64,9 +60,9 @@ def write_report(study: Study, folder: Path, progress: Progress | None = None) -
         )
         drawn[name] = picture(wide, narrow, caption)
     write_text(folder / "plans.csv", plans_csv(view))
-    write_text(
-        folder / "report.html", page(study, _first(study, drawn), _sections(view, row, drawn))
-    )
+    heads = emblem(_heads(view, row))
+    html = page(study, heads, _first(study, drawn), _sections(view, row, drawn))
+    write_text(folder / "report.html", html)
     return [folder / "report.html", folder / "plans.csv", *paths]
 
 
@@ -76,10 +72,16 @@ def _write(path: Path, content: bytes) -> Path:
     return path
 
 
+def _heads(view: View, row: int) -> HeadMap:
+    """What each head gets of the plan, at its context."""
+    policy = view.study.policy(view.study.plans[row])
+    return HeadMap.of(policy, int(view.figures.context_tokens[row]))
+
+
 def _pictures(view: View, row: int) -> Iterator[Picture]:
-    study, plan = view.study, view.study.plans[row]
+    study = view.study
     context = int(view.figures.context_tokens[row])
-    heads = HeadMap.of(study.policy(plan), context)
+    heads = _heads(view, row)
     parts = MemoryParts(view.figures.budgets[context], view.figures.estimate("memory", row))
     quality = f"quality: {study.facts.quality}"
     fits = View(study, view.figures, view.setting, TOKENS, LOSS)
@@ -146,7 +148,7 @@ def _sections(view: View, row: int, drawn: dict[str, str]) -> Iterator[tuple[str
     if "kinds" in drawn:
         yield "Task by task", drawn["kinds"] + drawn.get("kinds-live", "")
     yield "Plans of the front", table(front_table(view))
-    yield "Provenance", pairs(_provenance(study)) + f"<p>{_TIERS}</p>\n"
+    yield "Provenance", pairs(_provenance(study))
 
 
 def _provenance(study: Study) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
-from textual.widgets import Footer, Input, Static
+from textual.widgets import Input, Static
 
 from kvtune.common.errors import KvtuneError
 from kvtune.tui.screens.compare import CompareScreen
@@ -20,6 +20,7 @@ from kvtune.tui.screens.filters import FilterScreen
 from kvtune.tui.screens.help import HelpScreen
 from kvtune.tui.screens.validate import ValidateScreen
 from kvtune.tui.widgets.heat_map import SHADES, Shade
+from kvtune.tui.widgets.keys import Keys
 from kvtune.tui.widgets.legend import Legend
 from kvtune.tui.widgets.notice import Notice, too_small
 from kvtune.tui.widgets.plan_panel import PlanPanel, Selected
@@ -89,7 +90,11 @@ class ExplorerScreen(Screen[None]):
                 yield WhatIf(id="what-if")
             yield PlanPanel(id="plan", can_focus=True)
         yield Notice(id="notice")
-        yield Footer(show_command_palette=True)
+        yield Keys()
+
+    def on_mount(self) -> None:
+        """Draw again in the colours of another theme."""
+        self.app.theme_changed_signal.subscribe(self, lambda _: self._draw_cursor())
 
     # --- snapshots -------------------------------------------------------------------------
 

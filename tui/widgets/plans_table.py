@@ -20,7 +20,7 @@ from kvtune.tuner.explore.dimensions import BITS, METHOD, SPLIT
 from kvtune.tuner.explore.view import View
 
 COLUMNS = ("", "trial", "loss", "MiB", "tokens", "ms", "tok/s", "method", "bits", "split")
-_WIDTHS = (2, 6, 9, 8, 7, 6, 7, 14, 8, 9)
+_WIDTHS = (2, 6, 9, 8, 7, 6, 7, 14, 8, 10)
 _NUMBERS = range(1, 7)  # columns of figures, aligned to the right
 
 

@@ -9,81 +9,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import ceil, floor, log10
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.segment import Segment
-from rich.style import Style
 from textual import events, on
 from textual.app import ComposeResult, RenderResult
 from textual.binding import Binding
 from textual.containers import Grid
 from textual.message import Message
 from textual.reactive import reactive
-from textual.strip import Strip
 from textual_hires_canvas import Canvas
-from textual_plot import AxisFormatter, HiResMode, PlotWidget
+from textual_plot import HiResMode, PlotWidget
 from textual_plot.plot_widget import Legend
 
-from kvtune.tui.palette import CHOSEN, FRONT, GROUPS, MARKED, SELECTED, colours_of, mark_of, short
+from kvtune.tui.palette import CHOSEN, FRONT, GROUPS, MARKED, SELECTED, colours_of, mark_of
+from kvtune.tui.widgets.canvas import PlotCanvas
 from kvtune.tui.widgets.plot_labels import labels, placed
+from kvtune.tui.widgets.ticks import LogTicks, nothing_of, place, zero_of
 from kvtune.tuner.explore.plans import Floats
 from kvtune.tuner.explore.view import View
 
 _CELLS = 100  # points closer than this share of the plot cannot be told apart
-_NOTHING = 1e-12
-
-
-class LogTicks(AxisFormatter):
-    """Ticks at 1, 2, 5 of every power of ten, for positions that are logarithms."""
-
-    def __init__(self, zero: float | None = None, nothing: str = "0") -> None:
-        self.zero, self.nothing = zero, nothing
-
-    def get_ticks(self, min_: float, max_: float, max_ticks: int = 8) -> list[float]:
-        """Positions between the ends; fewer steps where the range is wide."""
-        if self.zero is not None and min_ <= self.zero <= max_:
-            return [self.zero, *self._between(self.zero + 0.2, max_, max_ticks - 1)]
-        return self._between(min_, max_, max_ticks)
-
-    @staticmethod
-    def _between(min_: float, max_: float, max_ticks: int) -> list[float]:
-        for steps in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,)):
-            ticks = [
-                power + log10(step)
-                for power in range(floor(min_) - 1, ceil(max_) + 1)
-                for step in steps
-                if min_ <= power + log10(step) <= max_
-            ]
-            if len(ticks) <= max_ticks - 1:
-                return ticks if len(ticks) > 1 else _even(min_, max_)
-        return ticks[:: ceil(len(ticks) / max_ticks)]
-
-    def get_labels_for_ticks(self, ticks: Sequence[float]) -> list[str]:
-        """``0.02``, ``50``, ``16k``; ``0`` or ``<1e-6`` where what is not to scale is drawn."""
-        return [self.nothing if tick == self.zero else short(10**tick) for tick in ticks]
-
-
-def _even(min_: float, max_: float) -> list[float]:
-    """Three ticks of as few digits as tell them apart, where no round number lies between."""
-    values = [10**x for x in np.linspace(min_, max_, 5)[1:-1]]
-    for digits in range(1, 7):
-        rounded = sorted({float(f"{value:.{digits}g}") for value in values})
-        inside = [log10(v) for v in rounded if min_ <= log10(v) <= max_]
-        if len(inside) == len(values):
-            return inside
-    return [log10(value) for value in values]
-
-
-class StyledCanvas(Canvas):
-    """A canvas all of whose segments have a style: Textual's filter for NO_COLOR needs one."""
-
-    def render_line(self, y: int) -> Strip:
-        """One line, as drawn."""
-        strip = super().render_line(y)
-        styled = [Segment(s.text, s.style or Style.null(), s.control) for s in strip]
-        return Strip(styled, strip.cell_length)
 
 
 class FrontPlot(PlotWidget):
@@ -119,6 +65,7 @@ class FrontPlot(PlotWidget):
         self.row: int | None = None
         self.marked: int | None = None
         self._seen: NDArray[np.int64] = np.zeros(0, np.int64)
+        self._theme = ""  # that the ground was drawn in
         self._x_zero: float | None = None
         self._y_zero: float | None = None
 
@@ -126,13 +73,13 @@ class FrontPlot(PlotWidget):
         """Textual-plot's own parts, on canvases that can go without colour."""
         with Grid():
             for part in ("margin-top", "margin-left", "plot", "margin-bottom"):
-                yield StyledCanvas(1, 1, id=part)
+                yield PlotCanvas(id=part)
         yield Legend(id="legend")
 
     def render(self) -> RenderResult:
         """Draw on the canvases; they are told to repaint once, not for every mark."""
         with ExitStack() as stack:
-            for canvas in self.query(Canvas):
+            for canvas in self.query(PlotCanvas):
                 stack.enter_context(canvas.batch_refresh())
             return super().render()
 
@@ -140,36 +87,45 @@ class FrontPlot(PlotWidget):
         """Nothing: the explorer has a legend of its own, and this one would cost a layout."""
 
     def show(self, view: View, row: int | None, marked: int | None) -> None:
-        """Draw a view with its cursor."""
-        if view is not self.view:
+        """Draw a view with its cursor; where only the cursor moved, only the cursor."""
+        old, theme = self.view, self._theme
+        self.view, self.row, self.marked, self._theme = view, row, marked, self.app.theme
+        if view is not old:
             self._fit(view)
-        self.view, self.row, self.marked = view, row, marked
-        self.redraw()
+        if view is not old or self._theme != theme:
+            self._lay_ground(view)
+            self.render()  # now, so that canvases and plan reach the screen in one pass
+        elif not self._needs_rerender:
+            canvas = self.query_one("#plot", PlotCanvas)
+            with canvas.batch_refresh():
+                canvas.restore_ground()
+                self._draw_cursor(view, canvas)
 
-    def redraw(self) -> None:
-        """Draw again, for another cursor or theme."""
-        if self.view is None:
-            return
+    def _lay_ground(self, view: View) -> None:
+        """Everything but the cursor."""
         colours = colours_of(self.app)
-        what_if = "WHAT IF (esc leaves): " if self.view.is_what_if else ""
-        self.border_title = f" {what_if}{self.view.y.words} "
-        self.set_class(self.view.is_what_if, "-what-if-on")
-        self.border_subtitle = f" {self.view.x.words} "
+        what_if = "WHAT IF (esc leaves): " if view.is_what_if else ""
+        self.border_title = f" {what_if}{view.y.words} "
+        self.set_class(view.is_what_if, "-what-if-on")
+        self.border_subtitle = f" {view.x.words} "
         self.clear()
-        self._plot_lines(self.view, colours["muted"])
-        self._plot_plans(self.view, colours["muted"], colours["primary"])
-        self._plot_baselines(self.view, colours["error"])
-        self._plot_cursor(self.view, colours["success"], colours["accent"])
-        self.render()  # now, so that canvases and plan reach the screen in one pass
+        self._plot_lines(view, colours["muted"])
+        self._plot_plans(view, colours["muted"], colours["primary"])
+        self._plot_baselines(view, colours["error"])
 
     def _render_plot(self) -> None:
-        """Textual-plot's picture, and words on it."""
+        """Textual-plot's picture, words on it, and the cursor on all that."""
         super()._render_plot()
-        canvas = self.query_one("#plot", Canvas)
+        canvas = self.query_one("#plot", PlotCanvas)
         if self.view is None or canvas._canvas_size is None:
             return
+        self._write_labels(self.view, canvas)
+        canvas.keep_ground()
+        self._draw_cursor(self.view, canvas)
+
+    def _write_labels(self, view: View, canvas: PlotCanvas) -> None:
         colour, points = colours_of(self.app)["error"], []
-        for each in labels(self.view):
+        for each in labels(view):
             x, y = self._place_x([each.x])[0], self._place_y([each.y])[0]
             if self._x_min <= x <= self._x_max and self._y_min <= y <= self._y_max:
                 points.append((*self.get_pixel_from_coordinate(x, y), each.words))
@@ -234,24 +190,32 @@ class FrontPlot(PlotWidget):
             x, y = self._place_x([across]), self._place_y([upward])
             self.scatter(x, y, marker=mark_of(baseline.family), marker_style=f"bold {colour}")
 
-    def _plot_cursor(self, view: View, chosen: str, selected: str) -> None:
+    def _draw_cursor(self, view: View, canvas: PlotCanvas) -> None:
+        """The selected plan's interval, then the marks of the chosen, marked and selected plan."""
+        colours = colours_of(self.app)
+        chosen, selected = colours["success"], colours["accent"]
         if self.row is not None:
-            self._plot_interval(view, self.row, selected)
+            self._draw_interval(view, self.row, canvas, selected)
         for row, mark, colour in (
             (view.study.chosen, CHOSEN, chosen),
             (self.marked, MARKED, selected),
             (self.row, SELECTED, selected),
         ):
             if row is not None:
-                x, y = self._positions(view, np.array([row]))
-                self.scatter(x, y, marker=mark, marker_style=f"bold {colour}")
+                (x,), (y,) = self._positions(view, np.array([row]))
+                if self._x_min <= x <= self._x_max and self._y_min <= y <= self._y_max:
+                    at = self.get_pixel_from_coordinate(x, y)
+                    canvas.set_pixel(*at, char=mark, style=f"bold {colour}")
 
-    def _plot_interval(self, view: View, row: int, colour: str) -> None:
-        x, y = self._place_x(view.across[row]), self._place_y(view.upward[row])
-        x = np.clip(x, self._x_min, self._x_max)
-        y = np.clip(y, self._y_min, self._y_max)
-        self.plot(x[1:], y[[0, 0]], colour, HiResMode.BRAILLE)
-        self.plot(x[[0, 0]], y[1:], colour, HiResMode.BRAILLE)
+    def _draw_interval(self, view: View, row: int, canvas: PlotCanvas, colour: str) -> None:
+        x = np.clip(self._place_x(view.across[row]), self._x_min, self._x_max)
+        y = np.clip(self._place_y(view.upward[row]), self._y_min, self._y_max)
+        pixel = self.get_hires_pixel_from_coordinate
+        lines = [
+            (*pixel(x[1], y[0]), *pixel(x[2], y[0])),
+            (*pixel(x[0], y[1]), *pixel(x[0], y[2])),
+        ]
+        canvas.draw_hires_lines(lines, HiResMode.BRAILLE, colour)
 
     def _positions(self, view: View, rows: NDArray[np.int64]) -> tuple[Floats, Floats]:
         return self._place_x(view.across[rows, 0]), self._place_y(view.upward[rows, 0])
@@ -274,35 +238,6 @@ class FrontPlot(PlotWidget):
         columns, rows = self.get_hires_pixel_from_coordinate(x, y)  # type: ignore[arg-type]
         distance = np.square(columns - at.x - 0.5) + np.square(2 * (rows - at.y - 0.5))
         self.post_message(self.Picked(self.view.nearest(np.asarray(distance))))
-
-
-_DECADES = 5  # below the largest value that are drawn to scale
-
-
-def zero_of(values: Floats) -> float | None:
-    """Where what is too small for a logarithmic axis is drawn, a step below the rest; or None.
-
-    Too small is five decades below the largest: one plan with next to no loss would else squash
-    all others.
-    """
-    some = values[values > max(_NOTHING, 10.0**-_DECADES * float(values.max(initial=0.0)))]
-    if len(some) == len(values) or not len(some):
-        return None
-    return float(np.log10(some.min()) - 0.3)
-
-
-def nothing_of(values: Floats, zero: float | None) -> str:
-    """What the tick at ``zero`` says: ``0``, or less than the least that is drawn to scale."""
-    if zero is None or (values[np.log10(np.maximum(values, _NOTHING)) < zero] <= _NOTHING).all():
-        return "0"
-    return f"<{short(10 ** (zero + 0.3))}"
-
-
-def place(values: Sequence[float] | Floats, zero: float | None) -> Floats:
-    """Where values lie on a logarithmic axis."""
-    array = np.asarray(values, np.float64)
-    least = np.log10(_NOTHING) if zero is None else zero
-    return np.asarray(np.maximum(np.log10(np.maximum(array, _NOTHING)), least))
 
 
 def _padded(values: Floats) -> tuple[float, float]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from kvtune.common.errors import KvtuneError
-from kvtune.common.units import format_bytes
 from kvtune.tuner.explore.view import View
+from kvtune.tuner.verdict import limit_words
 
 
 def status(view: View | None, error: KvtuneError | None, width: int) -> str:
@@ -14,15 +14,15 @@ def status(view: View | None, error: KvtuneError | None, width: int) -> str:
     facts, study, setting = view.study.facts, view.study, view.setting
     state = study.state if error is None else f"STORAGE LOST: {error.message}"
     what_if = "WHAT IF " if view.is_what_if else ""
-    parts = [
-        facts.shape.name,
-        f"{what_if}{setting.gpu.name} {format_bytes(setting.memory_bytes)}",
-        f"quality: {facts.quality}",
-        f"{_shown(view)}{state}",
-    ]
-    line = " · ".join(parts)
-    full = f" kvtune · {line}"
-    return full if len(full) <= width else line.replace("quality: ", "")
+    place = f"{what_if}{setting.gpu.name} {limit_words(setting.memory_bytes)}"
+    model, found = facts.shape.name, f"{_shown(view)}{state}"
+    forms = (
+        (" kvtune", model, place, f"quality: {facts.quality}", found),
+        (model, place, facts.quality, found),
+        (model, place, facts.source, found),
+    )
+    lines = [" · ".join(parts) for parts in forms]
+    return next((line for line in lines if len(line) <= width), lines[-1])
 
 
 def _shown(view: View) -> str:

@@ -12,7 +12,7 @@ from kvtune.common.stored import parse_json, whole_lines
 from kvtune.tuner.explore import PLANS_FILE
 from kvtune.tuner.explore.facts import Facts, read_facts
 from kvtune.tuner.explore.measured import read_measured
-from kvtune.tuner.explore.plans import AGAIN, Plan, Plans, columns, read_line
+from kvtune.tuner.explore.plans import AGAIN, Plans, columns, read_line
 from kvtune.tuner.explore.study import State, Study
 from kvtune.tuner.result import StoredResult, read_result
 
@@ -36,9 +36,8 @@ class StudyReader:
         """Begin again, as for another file."""
         self._at = 0
         self._inode: int | None = None
-        self._line = 0
+        self._line = 0  # lines read so far
         self._facts: Facts | None = None
-        self._records: list[Plan] = []
         self._plans: Plans | None = None
 
     def read(self) -> Study:
@@ -47,23 +46,18 @@ class StudyReader:
         Raises:
             KvtuneError: no study here, damaged, of a newer version, or gone.
         """
-        changed = self._read_lines()
-        if self._facts is None:
+        self._read_lines()
+        if self._facts is None or self._plans is None:
             raise KvtuneError(
                 "the study has not begun to write its plans yet", where=str(self.folder)
             )
-        if changed or self._plans is None:
-            self._plans = self._columns(self._facts)
         outcome = self._read_outcome(self._facts)
         measured = read_measured(self.folder, self._facts.study)
         state = self._state(outcome)
         return Study(self.folder, self._facts, self._plans, outcome, state, measured)
 
-    def _columns(self, facts: Facts) -> Plans:
-        return columns(self._records, facts.size)
-
-    def _read_lines(self) -> bool:
-        """Parse the lines that were not there before; whether there were any."""
+    def _read_lines(self) -> None:
+        """Take in the lines that were not there before."""
         try:
             about = self.path.stat()
             if about.st_size < self._at or self._inode not in (None, about.st_ino):
@@ -77,23 +71,31 @@ class StudyReader:
         except OSError as error:
             raise KvtuneError(f"cannot read: {error.strerror}", where=str(self.path)) from error
         lines, half = whole_lines(text)  # the last line may be half written
-        self._at += len(text) - len(half)
-        for line in lines:
-            self._parse(line)
-        return bool(lines)
-
-    def _parse(self, line: bytes) -> None:
-        self._line += 1
-        where = f"{self.path}:{self._line}"
+        if not lines:
+            return
         try:
-            record = parse_json(line, where, AGAIN)
-            if self._facts is not None:
-                self._records.append(read_line(record, self._facts.size, where))
+            self._take(lines)
         except KvtuneError as error:
             message = f"this study is damaged: {error.message}"
-            raise KvtuneError(message, where=where, hint=error.hint) from error
-        if self._facts is None:
-            self._facts = read_facts(record, where)
+            raise KvtuneError(message, where=error.where, hint=error.hint) from error
+        self._at += len(text) - len(half)
+        self._line += len(lines)
+
+    def _take(self, lines: list[bytes]) -> None:
+        """The first line tells what the plans of the others share."""
+        start, facts = self._line + 1, self._facts
+        if facts is None:
+            where = f"{self.path}:{start}"
+            facts = read_facts(parse_json(lines[0], where, AGAIN), where)
+            lines, start = lines[1:], start + 1
+
+        def place(row: int) -> str:
+            return f"{self.path}:{start + row}"
+
+        found = [read_line(line, place(row)) for row, line in enumerate(lines)]
+        plans = columns(found, facts.size, place)
+        self._plans = plans if self._plans is None else self._plans + plans
+        self._facts = facts
 
     def _read_outcome(self, facts: Facts) -> StoredResult | None:
         """The result, if it is this study's; one of an earlier search in the folder is none."""

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 
 class Recorder:
-    """Appends one line a plan; a search that is taken up again writes the file anew.
+    """Appends one line a plan; the first writes the file anew.
+
+    A search that finds no plan leaves what an earlier one of the same folder wrote.
 
     Args:
         folder: the run directory.
@@ -31,7 +33,7 @@ class Recorder:
 
     def __init__(self, folder: Path, facts: Facts, source: QualitySource) -> None:
         self.path, self.facts, self.source = folder / PLANS_FILE, facts, source
-        write_text(self.path, json.dumps(facts.as_plain()) + "\n")
+        self.begun = False
 
     def add(self, candidate: Candidate) -> None:
         """Write one plan."""
@@ -46,6 +48,9 @@ class Recorder:
             heads=candidate.choice.astype(np.uint16),
             parameters=candidate.parameters,
         )
+        if not self.begun:
+            write_text(self.path, json.dumps(self.facts.as_plain()) + "\n")
+            self.begun = True
         append_text(self.path, write_line(plan))
 
     def _by_kind(self, choice: NDArray[np.int64]) -> tuple[float, ...]:

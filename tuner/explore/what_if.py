@@ -187,8 +187,9 @@ def _waiting(
 ) -> Floats:
     """Bytes of one prompt that plans hold uncompressed until its end; 0 of others, ``[n]``."""
     waits = np.array([option.method.needs.asks_model for option in options], bool)
-    each = np.array([waiting_bytes(shape, int(context)) for context in contexts], np.float64)
-    held: Floats = each * (counts[:, waits].sum(1) > 0)
+    lengths, which = np.unique(contexts, return_inverse=True)
+    each = np.array([waiting_bytes(shape, int(context)) for context in lengths], np.float64)
+    held: Floats = each[which] * (counts[:, waits].sum(1) > 0)
     return held
 
 
@@ -201,10 +202,11 @@ def _peaks(
     held: Floats,
 ) -> Floats:
     """Peak memory, ``[n, 3]``: what does not depend on the plan, and its cache."""
-    peaks = np.zeros((len(held), 3))
-    pairs = np.stack([contexts, sequences], axis=-1)
-    for context, batch in np.unique(pairs, axis=0):
-        weights = rooms[int(context)].weight_format
-        rest = peak_memory(shape, setting.gpu, weights, 0, int(context), int(batch))
-        peaks[(pairs == (context, batch)).all(1)] = (rest.value, rest.low, rest.high)
-    return peaks + (held * sequences)[:, None]
+    most = int(sequences.max(initial=0)) + 1
+    pairs, which = np.unique(contexts * most + sequences, return_inverse=True)
+    rest = np.zeros((len(pairs), 3))
+    for row, pair in enumerate(pairs.tolist()):
+        context, batch = divmod(pair, most)
+        peak = peak_memory(shape, setting.gpu, rooms[context].weight_format, 0, context, batch)
+        rest[row] = peak.value, peak.low, peak.high
+    return rest[which] + (held * sequences)[:, None]
