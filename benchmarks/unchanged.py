@@ -39,7 +39,7 @@ def slowdowns(before: Any, after: Any) -> dict[str, float]:
     for path in old.keys() & new.keys():
         ratio = new[path] / old[path] if old[path] else 1.0
         lower = path[-1] in LOWER_IS_BETTER
-        found[" / ".join(path)] = ratio if lower else 1 / ratio
+        found[" / ".join(path)] = ratio if lower else 1 / max(ratio, 1e-9)
     return dict(sorted(found.items(), key=lambda each: -each[1]))
 
 
