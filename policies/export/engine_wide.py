@@ -7,16 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from kvtune.policies.export.contract import (
-    EngineLimits,
-    Export,
-    Exporter,
-    Line,
-    Plan,
-    bytes_line,
-    comment,
-    sequences_that_fit,
-)
+from kvtune.policies.export.capacity import bytes_line, sequences_that_fit
+from kvtune.policies.export.contract import Export, Exporter
 from kvtune.policies.export.flatten import (
     dropped_methods,
     flatten,
@@ -24,6 +16,9 @@ from kvtune.policies.export.flatten import (
     lost_exact_tokens,
     planned_heads,
 )
+from kvtune.policies.export.limits import EngineLimits
+from kvtune.policies.export.lines import Line, comment
+from kvtune.policies.export.plan import Plan
 
 Rule = Callable[[Any], bool]
 

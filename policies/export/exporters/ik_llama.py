@@ -5,16 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-from kvtune.policies.export.contract import (
-    EngineLimits,
-    Export,
-    Exporter,
-    Line,
-    Plan,
-    bytes_line,
-    comment,
-    sequences_that_fit,
-)
+from kvtune.policies.export.capacity import bytes_line, sequences_that_fit
+from kvtune.policies.export.contract import Export, Exporter
 from kvtune.policies.export.exporters.llama_cpp import (
     BLOCK,
     CODES,
@@ -31,6 +23,9 @@ from kvtune.policies.export.flatten import (
     lost_exact_tokens,
     planned_heads,
 )
+from kvtune.policies.export.limits import EngineLimits
+from kvtune.policies.export.lines import Line, comment
+from kvtune.policies.export.plan import Plan
 
 _ORDER = tuple(CODES)  # from narrow to wide
 

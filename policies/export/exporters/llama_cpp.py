@@ -5,16 +5,8 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-from kvtune.policies.export.contract import (
-    EngineLimits,
-    Export,
-    Exporter,
-    Line,
-    Plan,
-    bytes_line,
-    comment,
-    sequences_that_fit,
-)
+from kvtune.policies.export.capacity import bytes_line, sequences_that_fit
+from kvtune.policies.export.contract import Export, Exporter
 from kvtune.policies.export.flatten import (
     dropped_methods,
     flatten,
@@ -22,6 +14,9 @@ from kvtune.policies.export.flatten import (
     lost_exact_tokens,
     planned_heads,
 )
+from kvtune.policies.export.limits import EngineLimits
+from kvtune.policies.export.lines import Line, comment
+from kvtune.policies.export.plan import Plan
 
 TYPES = {"q4_0": 4.5, "q8_0": 8.5, "f16": 16.0}
 """Cache types that are used here, with bits an element, scales included.
