@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from kvtune.benchmarks.decode_memory import decode_peak_bytes
+from kvtune.benchmarks.rooflines import roofline_decode_steps, scaled_decode_steps
 from kvtune.common.files import sha256, write_json
 from kvtune.common.units import MIB
 from kvtune.profiles.gpus import GpuProfile, find_gpu
@@ -30,7 +31,6 @@ from kvtune.profiles.models import find_model
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency.kernels import kernels_of
 from kvtune.simulator.latency.parts import decode_parts
-from kvtune.simulator.latency.steps import roofline_decode_steps, scaled_decode_steps
 
 POINTS = (  # batch, context; those that are no powers of two lie between the profile's points
     (1, 1024), (1, 8192), (1, 32768), (1, 100_000), (1, 131_072), (2, 3000), (2, 65536), (4, 1024),

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from kvtune.benchmarks.rooflines import roofline_decode_steps, scaled_decode_steps
 from kvtune.common.files import write_json
 from kvtune.profiles.gpus import GpuProfile, find_gpu, list_gpus
 from kvtune.profiles.kernel_table import KernelRow
@@ -34,7 +35,7 @@ from kvtune.simulator.latency.answers import Answer
 from kvtune.simulator.latency.kernels import Kernels, kernels_of
 from kvtune.simulator.latency.measured import measured_steps
 from kvtune.simulator.latency.runtime import runtime_steps
-from kvtune.simulator.latency.steps import decode_steps, roofline_decode_steps, scaled_decode_steps
+from kvtune.simulator.latency.steps import decode_steps
 from kvtune.simulator.latency.transfer import Tables, transferred
 
 PUBLISHED = Path(__file__).parent / "data" / "published_steps.csv"

@@ -27,7 +27,7 @@ from typing import Any
 
 from kvtune.benchmarks.torture_inputs import mutated
 from kvtune.benchmarks.torture_kills import kill_searches
-from kvtune.benchmarks.torture_parsers import Parser, make_trace, parsers
+from kvtune.benchmarks.torture_parsers import Parser, make_trace, parsers, read_layers
 from kvtune.common.errors import KvtuneError
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
@@ -147,8 +147,7 @@ def flip_bits(seed: int, count: int, until: float, work: Path, failures: Failure
 def _read_all(run: Path, trace: Path, before: str) -> str:
     try:
         StudyReader(run).read()
-        opened = open_trace(trace)
-        opened.verify()
+        read_layers(open_trace(trace))
         again = finished(request(run))
     except KvtuneError:
         return "refused"

@@ -34,7 +34,7 @@ from kvtune.traces import calibration, store, texts
 from kvtune.traces.geometry import Geometry, Rope
 from kvtune.traces.manifest import read_entry, read_manifest
 from kvtune.traces.samples import Sample
-from kvtune.traces.trace import open_trace
+from kvtune.traces.trace import Trace, open_trace
 from kvtune.traces.writer import CaptureSettings, TraceWriter
 from kvtune.tuner.bench_runs import RUNS, read_runs
 from kvtune.tuner.explore.measured import keep_answer
@@ -311,5 +311,12 @@ def make_trace(folder: Path) -> Path:
             one.write_layer(layer, {"q": torch.randn(4, 24, 8), "k": torch.randn(2, 24, 8)})
         one.finish([-1.0] * 8, [1] * 8)
     writer.close()
-    open_trace(folder).verify()
+    read_layers(open_trace(folder))
     return folder
+
+
+def read_layers(trace: Trace) -> None:
+    """Every layer of every sample, and with it the hash of every file."""
+    for sample in trace.samples:
+        for layer in range(trace.geometry.layers):
+            trace.layer(sample.id, layer, names=())

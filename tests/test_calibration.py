@@ -22,6 +22,7 @@ from kvtune.simulator.quality.calibration import (
     regime_of,
     write_calibration,
 )
+from kvtune.tests.tiers import first
 from kvtune.tuner.quality import calibrated, estimate
 from kvtune.tuner.source_models import packaged_calibration
 
@@ -63,7 +64,7 @@ def test_beyond_what_was_seen_the_ratio_stays_and_without_runs_so_does_the_predi
     assert found.value(0.0) == 0
 
 
-@pytest.mark.parametrize("level", [0.8, 0.95])
+@pytest.mark.parametrize("level", first([0.8, 0.95]))
 def test_the_scatter_holds_left_out_texts_as_often_as_it_says(level: float) -> None:
     """Texts differ, and the plans of one text err together: by plans alone it would not hold."""
     rng, held = np.random.default_rng(1), []

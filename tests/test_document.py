@@ -138,7 +138,7 @@ def documents(draw: st.DrawFn) -> PolicyDocument:
     return PolicyDocument(policy, model, draw(st.none() | provenances), draw(st.none() | servings))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(documents())
 def test_what_is_written_reads_back_equal(document: PolicyDocument) -> None:
     text = write_policy(document)
@@ -146,7 +146,7 @@ def test_what_is_written_reads_back_equal(document: PolicyDocument) -> None:
     assert write_policy(read_policy(text)) == text
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(documents())
 def test_plain_form_is_what_the_yaml_holds(document: PolicyDocument) -> None:
     plain = as_plain(document)

@@ -146,7 +146,7 @@ rows_strategy = st.lists(st.tuples(option_strategy, option_strategy), min_size=4
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(rows=rows_strategy)
 def test_any_policy_exports_and_each_lost_method_and_format_is_reported(
     name: str, rows: Any
@@ -167,7 +167,7 @@ def test_any_policy_exports_and_each_lost_method_and_format_is_reported(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_a_policy_within_the_limits_loses_nothing(name: str, data: st.DataObject) -> None:
     """Approximations are allowed; dropping is not."""

@@ -24,6 +24,7 @@ from kvtune.policies.methods.tova import Tova
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import ALL_QUERIES, Needs
+from kvtune.tests.tiers import first
 
 pytestmark = pytest.mark.real_model
 
@@ -109,7 +110,7 @@ def differences(ours: list[list[set[int]]], golden: list[list[set[int] | None]])
     ]
 
 
-@pytest.mark.parametrize("number", range(len(GOLDEN["prompts"])))
+@pytest.mark.parametrize("number", first(range(len(GOLDEN["prompts"]))))
 @pytest.mark.parametrize("name", SETTINGS)
 def test_kept_tokens_are_those_of_kvpress(prompts: list[Any], name: str, number: int) -> None:
     golden = theirs(name, number)
@@ -137,7 +138,7 @@ def test_pyramid_budgets_differ_from_kvpress_by_rounding_alone(
                 assert set(kept.tolist()) == tokens
 
 
-@pytest.mark.parametrize("number", range(len(GOLDEN["prompts"])))
+@pytest.mark.parametrize("number", first(range(len(GOLDEN["prompts"]))))
 def test_kvzip_in_chunks_is_kvpress_in_chunks(model: Any, prompts: list[Any], number: int) -> None:
     from dataclasses import replace
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvtune.benchmarks.rooflines import roofline_decode_steps, scaled_decode_steps
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.format import formats
 from kvtune.policies.pages import VALUE_CODES
@@ -24,8 +25,6 @@ from kvtune.simulator.latency.steps import (
     decode_steps,
     prefill,
     prefills,
-    roofline_decode_steps,
-    scaled_decode_steps,
 )
 from kvtune.simulator.latency.terms import cache_read, matrices, prompt_attention
 from kvtune.simulator.memory.weights import WEIGHT_FORMATS, WeightFormat

@@ -16,6 +16,7 @@ from kvtune.common.errors import DoesNotFitError
 from kvtune.common.units import parse_seconds
 from kvtune.simulator.quality.tables import Tables
 from kvtune.tests.made_up import llama
+from kvtune.tests.tiers import first
 from kvtune.tuner.expected import one_after_the_other
 from kvtune.tuner.limits import Limits, _rounded_up
 from kvtune.tuner.question import Candidate, Question, Solver, front
@@ -96,9 +97,7 @@ def test_plans_with_one_option_serve_as_many_as_time_allows(
     assert [each.sequences for each in kept] == [min(each.sequences, 5) for each in free]
 
 
-@pytest.mark.parametrize(
-    "sampler", [SAMPLERS[0], *(pytest.param(each, marks=pytest.mark.full) for each in SAMPLERS[1:])]
-)
+@pytest.mark.parametrize("sampler", first(SAMPLERS))
 def test_any_sampler_resumes_as_if_uninterrupted(
     make_tables: Callable[..., Tables], tmp_path: Path, sampler: str
 ) -> None:

@@ -25,6 +25,7 @@ from kvtune.runtime.cache.layer import CacheLayer
 from kvtune.runtime.cache.policy_cache import load_cache
 from kvtune.runtime.graph import DecodeLoop, generate
 from kvtune.tests.padded import ids
+from kvtune.tests.tiers import first
 from kvtune.traces.models import wrap
 
 pytestmark = [
@@ -73,7 +74,7 @@ def at_once(network: Any, policy: Policy, inputs: dict[str, Tensor], **settings:
     return cache, loop.run()
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", first(POLICIES, 2))
 def test_one_after_another_says_what_all_at_once_does(network: Any, name: str) -> None:
     policy, inputs = POLICIES[name], ids(*LENGTHS)
     expected, tokens = at_once(network, policy, inputs)

@@ -33,6 +33,7 @@ from kvtune.runtime.largest import (
     search_largest,
 )
 from kvtune.runtime.timing import uncompressed
+from kvtune.tests.tiers import first
 from kvtune.traces.models import wrap
 
 pytestmark = [
@@ -224,9 +225,7 @@ def test_a_filled_batch_says_what_prompts_read_together_do(network: Any) -> None
     assert kept[0] == kept[1]
 
 
-@pytest.mark.parametrize(
-    "guess", [2, *(pytest.param(each, marks=pytest.mark.full) for each in (None, 40))]
-)
+@pytest.mark.parametrize("guess", first([2, None, 40]))
 def test_the_largest_batch_is_what_the_devices_memory_holds(
     network: Any, device: Callable[[int], Memory], guess: int | None
 ) -> None:
@@ -244,6 +243,7 @@ def test_the_largest_batch_is_what_the_devices_memory_holds(
     assert (memory.used, network.config._attn_implementation) == (0, "kvtune")
 
 
+@pytest.mark.full
 def test_nothing_of_a_try_is_there_in_the_next(
     network: Any, device: Callable[[int], Memory], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ from kvtune.runtime.fuse import fused
 from kvtune.runtime.kernels import elementwise
 from kvtune.runtime.kernels.elementwise import rotate
 from kvtune.runtime.rotation import Rotation, owed, rotate_later
+from kvtune.tests.tiers import first
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = 3
@@ -81,15 +82,18 @@ def one_after_the_other(layer: PagedLayer, rotation: Rotation, values: Tensor) -
     return q
 
 
+SHAPES = [
+    (64, 1, 7, 2, 2), (64, 2, 1, 1, 1), (128, 2, 4, 3, 1), (128, 2, 3, 2, 2), (256, 1, 8, 2, 2),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("slides", [False, True])
-@pytest.mark.parametrize(
-    ("head_dim", "heads", "group", "batch", "angles"),
-    [(64, 2, 1, 1, 1), (64, 1, 7, 2, 2), (128, 2, 4, 3, 1), (128, 2, 3, 2, 2), (256, 1, 8, 2, 2)],
-)
+@pytest.mark.parametrize("shape", first(SHAPES))
 def test_one_launch_rotates_and_appends_as_two_do(
-    head_dim: int, heads: int, group: int, batch: int, angles: int, slides: bool
+    shape: tuple[int, int, int, int, int], slides: bool
 ) -> None:
-    tokens = [token(head_dim, heads, group, batch, angles) for _ in range(TOKENS)]
+    head_dim, heads, _, batch, _ = shape
+    tokens = [token(*shape) for _ in range(TOKENS)]
     found = []
     ways: list[tuple[Backend, Append]] = [
         (PlainBackend(), at_once), (TritonBackend(), at_once),
@@ -133,7 +137,7 @@ def test_what_is_owed_is_owed_to_both_and_only_until_it_is_done() -> None:
     assert owed(q, k) is None  # q was looked at
 
 
-@pytest.mark.parametrize("family", ["Cohere", "Llama"])
+@pytest.mark.parametrize("family", first(["Cohere", "Llama"]))
 def test_only_halves_that_turn_together_are_left_to_the_kernel(
     family: str, make_network: Callable[..., Any], tiny_fields: dict[str, Any]
 ) -> None:
@@ -158,7 +162,7 @@ def told(network: Any, ids: Tensor, cache: Any) -> Tensor:
     return torch.cat([step.logits for step in steps], 1)
 
 
-@pytest.mark.parametrize("family", ["Llama", pytest.param("Gemma3Text", marks=pytest.mark.full)])
+@pytest.mark.parametrize("family", first(["Llama", "Gemma3Text"]))
 @torch.no_grad()
 def test_a_model_decodes_as_ever_with_a_launch_less(
     family: str,

@@ -165,6 +165,7 @@ def test_a_generation_settles_and_its_bytes_fall(network: Any) -> None:
     caches[1].pool.check_integrity()
 
 
+@pytest.mark.full
 def test_the_decode_loop_settles_too(network: Any) -> None:
     network.generation_config.eos_token_id = None
     asked: Any = {"residual": 16, "new_tokens": 100}

@@ -285,11 +285,11 @@ def test_texts_of_another_encoding_or_depth_are_refused(tmp_path: Path) -> None:
 
 
 def test_damaged_studies_end_in_words(tmp_path: Path) -> None:
-    """Three hundred seeded mutations of a study's two files; whatever else is raised is a fault."""
+    """A hundred seeded mutations of a study's two files; whatever else is raised is a fault."""
     write_study(tmp_path, 2, live=True)
     whole = {n: (tmp_path / n).read_bytes() for n in ("plans.jsonl", "result.json")}
     rng, refused = random.Random(0), 0  # noqa: S311
-    for _ in range(300):
+    for _ in range(100):
         name = rng.choice(list(whole))
         data = bytearray(whole[name])
         at = rng.randrange(len(data))
@@ -302,4 +302,4 @@ def test_damaged_studies_end_in_words(tmp_path: Path) -> None:
         except KvtuneError:
             refused += 1
         (tmp_path / name).write_bytes(whole[name])
-    assert refused > 100
+    assert refused > 30

@@ -78,8 +78,6 @@ def test_a_damaged_shard_is_named_with_a_way_out(copied: Path, damage: str) -> N
         trace.layer("random-1", 2)
     assert caught.value.where == str(path)
     assert "capture again" in (caught.value.hint or "")
-    with pytest.raises(KvtuneError):
-        trace.verify()
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -153,6 +153,7 @@ def test_the_mouse_picks_the_nearest_plan(study: Study) -> None:
     drive(FakeFeed(study), steps)
 
 
+@pytest.mark.full
 def test_any_two_figures_can_be_seen(study: Study) -> None:
     async def steps(pilot: Pilot[None]) -> None:
         screen, seen = screen_of(pilot), set()
@@ -227,6 +228,7 @@ def test_a_filter_hides_plans_and_can_hide_all(study: Study) -> None:
     drive(FakeFeed(study), steps)
 
 
+@pytest.mark.full
 def test_two_plans_and_a_baseline_are_compared(study: Study) -> None:
     async def steps(pilot: Pilot[None]) -> None:
         await pilot.press("m", "right", "c")
@@ -361,6 +363,7 @@ def test_a_live_run_that_fails_says_why(study: Study) -> None:
     _validate(study, "import sys; print('error: no weights here', file=sys.stderr); exit(2)", steps)
 
 
+@pytest.mark.full
 def test_a_live_run_is_cancelled(study: Study) -> None:
     async def steps(pilot: Pilot[None]) -> None:
         screen = pilot.app.screen
@@ -451,6 +454,7 @@ def test_forty_columns_are_a_written_state(study: Study) -> None:
     drive(FakeFeed(study), steps, size=(40, 20))
 
 
+@pytest.mark.full
 def test_light_dark_and_no_colour_show_the_same_marks(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -248,6 +248,7 @@ def test_a_search_that_limits_reading_keeps_to_it(
     assert any(note.startswith("reading: ") for note in result.notes)
 
 
+@pytest.mark.full
 def test_a_search_may_place_heads_on_the_host_and_keeps_to_what_may_come_over(
     own: SearchRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,6 +265,7 @@ def test_a_search_may_place_heads_on_the_host_and_keeps_to_what_may_come_over(
     assert read_policy(where / "policy.yaml").policy.uses_host  # type: ignore[union-attr]
 
 
+@pytest.mark.full
 def test_plans_that_follow_head_scores_are_among_the_plans(
     own: SearchRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy_file.document import ModelFacts, PolicyDocument, Serving
 from kvtune.simulator.quality.tables import SampleFacts, Tables
+from kvtune.tests.tiers import first
 from kvtune.tuner.options import LAPTOP
 from kvtune.tuner.question import Question, Solver
 from kvtune.tuner.simple_points import simple_points
@@ -50,7 +51,7 @@ def solver_for(tables: Tables, stack: str | None, sequences: int | None = None) 
     )
 
 
-@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("stack", first(STACKS, 3))
 def test_every_plan_of_a_search_for_a_stack_loses_nothing_there(tables: Tables, stack: str) -> None:
     solver = solver_for(tables, stack)
     found = run_study(solver, trials=16)

@@ -230,12 +230,6 @@ class Trace:
             },  # cast there: less moves
         )
 
-    def verify(self) -> None:
-        """Check every shard of the trace against its hash."""
-        for record in self.samples:
-            for layer in range(self.geometry.layers):
-                self._shard(record, layer)
-
     def _shard(self, record: SampleRecord, layer: int) -> Path:
         """The shard's path, its content checked when it is first asked for."""
         name = f"layer-{layer:02d}.safetensors"

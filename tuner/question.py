@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.export.contract import EngineLimits
+from kvtune.policies.export.limits import EngineLimits
 from kvtune.policies.option import Option
 from kvtune.policies.paging import landing_bytes
 from kvtune.policies.policy import Policy, footprint_of_lengths

@@ -34,7 +34,7 @@ from kvtune.tuner.refine import live_on_selection, recalibrated, refine
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import SearchResult
 from kvtune.tuner.run_directory import record_config, write_result
-from kvtune.tuner.samplers import choose
+from kvtune.tuner.samplers import Sampler, choose
 from kvtune.tuner.simple_points import simple_points
 from kvtune.tuner.sources import QualitySource, has_weights, own_trace, stand_in
 from kvtune.tuner.starts import start_points
@@ -90,11 +90,7 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
         notes = (*notes, f"sampler: {sampler.name}, because {sampler.reason}.")
     journal = request.run_dir / f"study-{facts.study}.journal"
     if facts.trials and request.storage:
-        from kvtune.tuner.worker import publish, share
-
-        shared = publish(request, solver, facts.study, facts.trials, sampler.name)
-        progress.note(f"others can join: kvtune worker --study {request.run_dir}")
-        share(shared, solver, journal)
+        _share_trials(request, solver, facts, sampler.name, journal, progress)
     trials = (
         run_study(
             solver,
@@ -133,6 +129,22 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
     write_result(result)
     keep_finished(result)
     return result
+
+
+def _share_trials(
+    request: SearchRequest,
+    solver: Solver,
+    facts: Facts,
+    sampler: Sampler,
+    journal: Path,
+    progress: Progress,
+) -> None:
+    """Let workers on other machines do some of the trials."""
+    from kvtune.tuner.worker import publish, share
+
+    shared = publish(request, solver, facts.study, facts.trials, sampler)
+    progress.note(f"others can join: kvtune worker --study {request.run_dir}")
+    share(shared, solver, journal)
 
 
 def _starts(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from itertools import product
 
-from kvtune.policies.export.contract import EngineLimits, find_exporter
+from kvtune.policies.export.contract import find_exporter
+from kvtune.policies.export.limits import EngineLimits
 from kvtune.policies.format import Format, formats
 from kvtune.policies.option import Option
 from kvtune.tuner.options import Menu, Pair

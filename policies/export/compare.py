@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.export.contract import Plan, exporters, plan_of
+from kvtune.policies.export.contract import exporters
+from kvtune.policies.export.plan import Plan, plan_of
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.parts import ModelFacts, PolicyDocument

@@ -11,62 +11,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.files import inside, write_text
-from kvtune.common.units import format_bytes
-from kvtune.policies.paging import Growth, sequence_bytes
+from kvtune.policies.export.limits import EngineLimits
+from kvtune.policies.export.lines import Line, quality_lines
+from kvtune.policies.export.plan import Plan, plan_of
 from kvtune.policies.policy import Policy
-from kvtune.policies.policy_file.parts import ModelFacts, Pattern, PolicyDocument, Serving
+from kvtune.policies.policy_file.parts import ModelFacts, PolicyDocument
 from kvtune.policies.registry import find, registered
 
 PACKAGE = "kvtune.policies.export.exporters"
-Status = Literal["kept", "approximated", "not expressible"]
+
+
 Proof = Literal["ran", "parsed by the stack", "schema mirror"]
-Scope = Literal["engine", "layer", "head"]
-_ASSUMED_CONTEXT_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """What an engine can take, for a search inside it.
-
-    Args:
-        methods: that it can run at all.
-        key_formats: that it can store, nearly as kvtune does.
-        value_formats: likewise.
-        budgets: what may have a budget of its own.
-        formats: what may have a format of its own.
-        distinct_budgets: how many budgets below the full context; None for any number.
-        distinct_formats: how many formats beside 16 bits; None for any number.
-        keys_differ_from_values: whether keys and values may have different formats.
-    """
-
-    methods: frozenset[str]
-    key_formats: frozenset[str]
-    value_formats: frozenset[str]
-    budgets: Scope
-    formats: Scope
-    distinct_budgets: int | None = None
-    distinct_formats: int | None = None
-    keys_differ_from_values: bool = True
-
-
-@dataclass(frozen=True)
-class Line:
-    """What became of one field of the policy."""
-
-    field: str
-    status: Status
-    detail: str
-
-    def __str__(self) -> str:
-        """For reports."""
-        return f"{self.status + ':':<17}{self.field} - {self.detail}"
 
 
 @dataclass(frozen=True)
@@ -94,48 +56,6 @@ class Export:
     prompt_bytes: int = 0
     sequences: int | None = None
     keeps_loss: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What an exporter renders.
-
-    Args:
-        document: where the policy comes from.
-        policy: bound to the model.
-        facts: the model's shape.
-        model: path or name that the user gave; else the model's Hub id; "" where neither is known.
-        context_tokens: of each prompt.
-        sequence_tokens: prompt and answer together, never more than the model takes.
-        batch: sequences at once that were asked for; None for as many as fit.
-        room_bytes: that all sequences' caches may take together; None where nobody said.
-        assumed: lines on what was left open.
-    """
-
-    document: PolicyDocument
-    policy: Policy
-    facts: ModelFacts
-    model: str
-    context_tokens: int
-    sequence_tokens: int
-    batch: int | None
-    room_bytes: int | None
-    assumed: tuple[Line, ...]
-
-    @property
-    def given_model(self) -> str:
-        """The user's own path or name; "" where it is the Hub id that is known."""
-        return "" if self.model == self.facts.hub else self.model
-
-    @property
-    def planned_batch(self) -> int | None:
-        """Sequences at once that the plan was made for, where it says so."""
-        return self.document.serving.batch if self.document.serving else None
-
-    @property
-    def weights(self) -> str:
-        """Format of the weights that the plan assumed; "" where it does not say."""
-        return self.document.serving.weights if self.document.serving else ""
 
 
 @dataclass(frozen=True)
@@ -253,77 +173,6 @@ class Exporter(ABC):
             )
 
 
-def comment(lines: list[str], mark: str = "#") -> str:
-    """Lines as comments of a file."""
-    return "".join(f"{mark} {line}\n" for line in lines)
-
-
-def bytes_line(plan: Plan, stack_bytes: int) -> Line:
-    """The prompt's bytes under the plan beside those of the export, at the full context."""
-    planned = plan.policy.footprint(plan.context_tokens, plan.facts.head_dim)
-    detail = (
-        f"planned {format_bytes(planned)} for a prompt of {plan.context_tokens} tokens, "
-        f"this export {format_bytes(stack_bytes)}"
-    )
-    close = abs(stack_bytes - planned) <= 0.01 * planned
-    return Line("cache bytes", "kept" if close else "approximated", detail)
-
-
-def sequences_that_fit(plan: Plan, stack: str, sequence_bytes: int) -> tuple[int, Line]:
-    """How many sequences at once the stack is told to run, never more than fit.
-
-    Where the policy file does not say how much memory is left for the cache, what its own sequences
-    take is known to be there, and no more.
-
-    Args:
-        plan: says what was asked for and how much room there is.
-        stack: its name, for errors.
-        sequence_bytes: that the stack holds of one sequence of the full length.
-
-    Raises:
-        KvtuneError: not one fits, or not as many as were asked for.
-    """
-    each = f"one takes {format_bytes(sequence_bytes)} there"
-    if plan.room_bytes is None:
-        return _within_own_bytes(plan, sequence_bytes, each)
-    fit = plan.room_bytes // sequence_bytes
-    there = f"{each}, and {format_bytes(plan.room_bytes)} are left for caches"
-    if fit == 0:
-        hint = "a shorter --context fits, or more memory."
-        raise KvtuneError(f"not one sequence fits under {stack}: {there}", hint=hint)
-    if plan.batch and plan.batch > fit:
-        hint = f"--batch {fit} is the most."
-        raise KvtuneError(f"{plan.batch} sequences do not fit under {stack}: {there}", hint=hint)
-    count = plan.batch or min(plan.planned_batch or fit, fit)
-    if count >= (plan.planned_batch or 1):
-        return count, Line("sequences", "kept", f"{count} at once: {there}")
-    detail = f"{count} at once instead of {plan.planned_batch}: {there}"
-    return count, Line("sequences", "approximated", detail)
-
-
-def _within_own_bytes(plan: Plan, sequence_bytes: int, each: str) -> tuple[int, Line]:
-    """As many as take no more than the plan's own sequences, or as many as the user says."""
-    sure, planned = _bytes_of_own_sequences(plan) // sequence_bytes, plan.planned_batch or 1
-    count = plan.batch or max(min(planned, sure), 1)
-    if count > sure:
-        detail = f"{count} at once: {each}; check that they fit, the memory for caches is not known"
-        return count, Line("sequences", "approximated", detail)
-    if count < planned:
-        detail = f"{count} at once instead of {planned}, which take no more memory: {each}"
-        return count, Line("sequences", "approximated", detail)
-    return count, Line("sequences", "kept", f"{count} at once: {each}")
-
-
-def _bytes_of_own_sequences(plan: Plan) -> int:
-    """Bytes of pages that the plan's own sequences are given, generated tokens in 16 bits."""
-    serving, facts = plan.document.serving, plan.facts
-    if serving is None or serving.batch is None or serving.context_tokens is None:
-        return 0
-    growth = Growth(serving.generated_tokens or 0)
-    each = sequence_bytes(plan.policy, serving.context_tokens, facts.head_dim, growth)
-    return serving.batch * each
-
-
 def write_export(export: Export, folder: Path) -> list[Path]:
     """Write the files, each whole or not at all; existing ones of the same name are replaced.
 
@@ -344,87 +193,6 @@ def find_exporter(name: str) -> type[Exporter]:
 def exporters() -> dict[str, type[Exporter]]:
     """Every exporter, by name."""
     return dict(registered(PACKAGE, Exporter))
-
-
-def plan_of(
-    document: PolicyDocument,
-    model: str,
-    facts: ModelFacts | None,
-    context_tokens: int | None,
-    batch: int | None,
-) -> Plan:
-    """The document with all that was left open filled in, and lines on what was assumed."""
-    facts = _facts(document, facts)
-    if not model.isprintable():
-        raise KvtuneError("the model's name holds characters that cannot be written in a file")
-    policy = document.bind(facts.layers, facts.kv_heads)
-    serving = document.serving or Serving()
-    context, assumed = context_tokens or serving.context_tokens, []
-    if context is None:
-        context = _ASSUMED_CONTEXT_TOKENS
-        assumed.append(Line("context", "approximated", f"not given: {context} tokens are assumed"))
-    longest, lines = _longest(facts, context, serving.generated_tokens or 0)
-    return Plan(
-        document,
-        policy,
-        facts,
-        model or facts.hub,
-        context,
-        longest,
-        batch,
-        serving.cache_bytes,
-        (*assumed, *lines),
-    )
-
-
-def _facts(document: PolicyDocument, more: ModelFacts | None) -> ModelFacts:
-    """What the document says of the model, and what it leaves open."""
-    facts = document.model or more
-    if facts is None:
-        what = "a uniform policy" if isinstance(document.policy, Pattern) else "this policy"
-        raise KvtuneError(
-            f"{what} does not say which model it is for",
-            hint="name it (--model), or add to the file "
-            "model: {name: ..., layers: ..., kv_heads: ..., head_dim: ...}.",
-        )
-    if more is None:
-        return facts
-    longest = facts.max_context or more.max_context
-    return replace(facts, max_context=longest, hub=facts.hub or more.hub)
-
-
-def _longest(facts: ModelFacts, context: int, generated: int) -> tuple[int, list[Line]]:
-    """Tokens of a sequence: prompt and answer, never more than the model takes."""
-    most, wanted = facts.max_context, context + generated
-    if most is None or wanted <= most:
-        return wanted, []
-    if context > most:
-        raise KvtuneError(
-            f"{facts.name} takes {most} tokens, a prompt of {context} is longer",
-            hint=f"--context {most - generated if generated < most else most} leaves room for "
-            "prompt and answer.",
-        )
-    detail = f"{most - context} tokens instead of {generated}: {facts.name} takes {most} in all"
-    return most, [Line("generated tokens", "approximated", detail)]
-
-
-def quality_lines(document: PolicyDocument, losses: Sequence[Line]) -> list[str]:
-    """What is known of the loss: the plan's own where all of it is kept, else nothing.
-
-    The first line is short; others warn.
-    """
-    quality = document.provenance.quality if document.provenance else None
-    if quality is None:
-        return ["not known"]
-    if any(line.status != "kept" for line in losses):
-        return [f"{quality}; what runs here is not the plan, and its loss was not predicted"]
-    lines = [str(quality)]
-    if (loss := quality.kl_nats_per_token) is not None:
-        figures = f"{loss.value:.4g} nats/token [{loss.low:.4g}, {loss.high:.4g}], {loss.tier}"
-        lines[0] += f"; {figures}"
-    if quality.source == "stand-in":
-        lines.append("The quality was predicted on another model: validate before you rely on it.")
-    return lines
 
 
 def _kvtune_version() -> str:

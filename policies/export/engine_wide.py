@@ -7,16 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from kvtune.policies.export.contract import (
-    EngineLimits,
-    Export,
-    Exporter,
-    Line,
-    Plan,
-    bytes_line,
-    comment,
-    sequences_that_fit,
-)
+from kvtune.policies.export.capacity import bytes_line, sequences_that_fit
+from kvtune.policies.export.contract import Export, Exporter
 from kvtune.policies.export.flatten import (
     dropped_methods,
     flatten,
@@ -24,6 +16,9 @@ from kvtune.policies.export.flatten import (
     lost_exact_tokens,
     planned_heads,
 )
+from kvtune.policies.export.limits import EngineLimits
+from kvtune.policies.export.lines import Line, comment
+from kvtune.policies.export.plan import Plan
 
 Rule = Callable[[Any], bool]
 
@@ -39,6 +34,7 @@ class CacheType:
             dimension.
         like: the name of kvtune's format that it is nearest to.
         detail: what differs from that.
+        channels: that a head must be a multiple of.
     """
 
     name: str
@@ -46,6 +42,7 @@ class CacheType:
     token_bytes: Callable[[int], float]
     like: str
     detail: str = ""
+    channels: int = 1
 
 
 def sixteen_bits(name: str) -> CacheType:
@@ -83,8 +80,9 @@ def limits_of_types(types: tuple[CacheType, ...]) -> EngineLimits:
 class EngineWide(Exporter):
     """Takes the narrowest type with enough bits for keys and for values, in the mean.
 
-    ``types`` go from wide to narrow. ``schema`` has a rule for each key that the files may hold:
-    what the stack refuses, and what it takes silently though it is wrong.
+    ``types`` go from wide to narrow; the first takes heads of any size. ``schema`` has a rule for
+    each key that the files may hold: what the stack refuses, and what it takes silently though it
+    is wrong. ``page_tokens`` is what a sequence is rounded up to.
     """
 
     types: ClassVar[tuple[CacheType, ...]]
@@ -101,6 +99,23 @@ class EngineWide(Exporter):
     def file(self, config: dict[str, Any]) -> tuple[str, str]:
         """The name and the text of the file, without its header."""
 
+    def files(self, config: dict[str, Any], header: list[str]) -> dict[str, str]:
+        """All files, each under the header."""
+        name, text = self.file(config)
+        return {name: comment(header) + text}
+
+    def format_lines(self, plan: Plan, chosen: CacheType) -> list[Line]:
+        """What becomes of the formats of keys and values."""
+        return [_format_line(plan, chosen)]
+
+    def model_lines(self, plan: Plan) -> list[str]:
+        """What is still to be said of the model and its weights."""
+        return model_lines(plan)
+
+    def check(self, config: dict[str, Any], plan: Plan) -> None:
+        """Refuse what the stack would refuse, or silently take wrongly."""
+        check(config, self.schema, self.stack)
+
     def render(self, plan: Plan) -> Export:
         """The file and what it loses."""
         heads, allocator = planned_heads(plan)
@@ -109,19 +124,18 @@ class EngineWide(Exporter):
         size = _bytes(plan, chosen, -(-plan.sequence_tokens // page) * page)
         batch, sequences = sequences_that_fit(plan, self.stack, size)
         config = self.config(plan, chosen, batch)
-        check(config, self.schema, self.stack)
+        self.check(config, plan)
         losses = [
-            *self._token_lines(plan, dropped_methods(heads, plan.context_tokens)),
+            *token_lines(plan, dropped_methods(heads, plan.context_tokens), self.why_dropped),
             *([allocator] if allocator.status != "kept" else []),
-            self._format_line(plan, chosen),
+            *self.format_lines(plan, chosen),
             *lost_exact_tokens(plan),
         ]
-        name, text = self.file(config)
-        header = comment([*self.header(plan, losses), *model_lines(plan)])
+        of_model = self.model_lines(plan)
+        files = self.files(config, [*self.header(plan, losses), *of_model])
         bytes_ = _bytes(plan, chosen, plan.context_tokens)
         others = [bytes_line(plan, bytes_), sequences]
-        notes = self.notes + tuple(model_lines(plan))
-        return self.done(plan, {name: header + text}, losses, others, notes, (bytes_, batch))
+        return self.done(plan, files, losses, others, (*self.notes, *of_model), (bytes_, batch))
 
     def _chosen(self, plan: Plan) -> CacheType:
         flat = flatten(list(plan.policy.options()))
@@ -129,29 +143,33 @@ class EngineWide(Exporter):
         enough = [
             each for each in self.types
             if all(has >= min(wants, 16) for has, wants in zip(each.bits, needed, strict=True))
+            and plan.facts.head_dim % each.channels == 0
         ]  # fmt: skip
         return enough[-1]
 
-    def _format_line(self, plan: Plan, chosen: CacheType) -> Line:
-        flat = flatten(list(plan.policy.options()))
-        names = {*flat.key_formats, *flat.value_formats}
-        label = f"keys {'/'.join(flat.key_formats)}, values {'/'.join(flat.value_formats)}"
-        if names == {"bf16"}:
-            return Line(label, "kept", "16 bits")
-        if names == {chosen.like}:
-            return Line(label, "approximated", chosen.detail + grouping_text(flat))
-        why = "one type for all heads" if len(names) > 1 else "no such type"
-        return Line(label, "not expressible", f"{why}; used {chosen.name} instead")
 
-    def _token_lines(self, plan: Plan, dropped: dict[str, int]) -> list[Line]:
-        if not dropped:
-            return [Line("tokens", "kept", "all of them")]
-        heads = plan.facts.layers * plan.facts.kv_heads
-        detail = f"dropped, all tokens stay: {self.why_dropped}"
-        return [
-            Line(f"method {name}, {count} of {heads} heads", "not expressible", detail)
-            for name, count in dropped.items()
-        ]
+def _format_line(plan: Plan, chosen: CacheType) -> Line:
+    flat = flatten(list(plan.policy.options()))
+    names = {*flat.key_formats, *flat.value_formats}
+    label = f"keys {'/'.join(flat.key_formats)}, values {'/'.join(flat.value_formats)}"
+    if names == {"bf16"}:
+        return Line(label, "kept", "16 bits")
+    if names == {chosen.like}:
+        return Line(label, "approximated", chosen.detail + grouping_text(flat))
+    why = "one type for all heads" if len(names) > 1 else "no such type"
+    return Line(label, "not expressible", f"{why}; used {chosen.name} instead")
+
+
+def token_lines(plan: Plan, dropped: dict[str, int], why: str) -> list[Line]:
+    """What becomes of methods that evict, where the stack does not."""
+    if not dropped:
+        return [Line("tokens", "kept", "all of them")]
+    heads = plan.facts.layers * plan.facts.kv_heads
+    detail = f"dropped, all tokens stay: {why}"
+    return [
+        Line(f"method {name}, {count} of {heads} heads", "not expressible", detail)
+        for name, count in dropped.items()
+    ]
 
 
 def check(config: dict[str, Any], schema: dict[str, Rule], stack: str) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal, Union
 
-from kvtune.policies.export.contract import Line, Plan
+from kvtune.policies.export.lines import Line
+from kvtune.policies.export.plan import Plan
 from kvtune.policies.formats.grouped import Grouped
 from kvtune.policies.method import Shape
 from kvtune.policies.option import Budget, Option

@@ -26,7 +26,7 @@ from kvtune.simulator.latency.parts import covers, prefill_covers
 from kvtune.simulator.latency.prefills import measured_prefills, runtime_prefills
 from kvtune.simulator.latency.runtime import runtime_steps
 from kvtune.simulator.latency.transfer import tables_for
-from kvtune.simulator.memory.weights import WeightFormat, check_format, kernel_format
+from kvtune.simulator.memory.weights import WeightFormat, check_format
 
 Execution = Literal["runtime", "graph", "eager"]
 CacheBytes = Union[npt.ArrayLike, Mapping[str, npt.ArrayLike]]  # noqa: UP007 (runtime, 3.10)
@@ -153,44 +153,6 @@ def prefills(
     return _with_host(device, shape, execution)
 
 
-# --- baselines, to be printed beside ours ----------------------------------------------------
-
-
-def roofline_decode_steps(
-    shape: ModelShape,
-    gpu: GpuProfile,
-    weight_format: WeightFormat,
-    batch: npt.ArrayLike,
-    cache_bytes_per_sequence: CacheBytes,
-) -> FloatArray:
-    """Pure roofline, seconds: all bytes at the sheet's bandwidth, or all operations at its rate."""
-    sequences, cache = _configurations(batch, cache_bytes_per_sequence)
-    moved = _bytes_moved(shape, weight_format, sequences, cache)
-    operations = 2.0 * shape.active_parameters * sequences
-    return np.maximum(
-        moved / gpu.bandwidth_bytes_per_s,
-        operations / terms.matrix_rate(gpu, kernel_format(shape, weight_format)),
-    )
-
-
-def scaled_decode_steps(
-    shape: ModelShape,
-    gpu: GpuProfile,
-    weight_format: WeightFormat,
-    batch: npt.ArrayLike,
-    cache_bytes_per_sequence: CacheBytes,
-) -> FloatArray:
-    """All bytes at 0.8 x bandwidth and 3 us an operation, seconds, as serving simulators assume.
-
-    Five operations a layer (query-key-value, attention, output, two of the feed-forward) and one
-    output matrix.
-    """
-    sequences, cache = _configurations(batch, cache_bytes_per_sequence)
-    moved = _bytes_moved(shape, weight_format, sequences, cache)
-    operations = 5 * shape.layers + 1
-    return np.asarray(moved / (0.8 * gpu.bandwidth_bytes_per_s) + 3e-6 * operations)
-
-
 # --- inputs and the host -----------------------------------------------------------------------
 
 
@@ -225,17 +187,6 @@ def _at_least(values: npt.ArrayLike, minimum: float, name: str) -> FloatArray:
     if not np.all(array >= minimum):  # also false for nan
         raise KvtuneError(f"{name} must be at least {minimum:g}")
     return array
-
-
-def _bytes_moved(
-    shape: ModelShape,
-    weight_format: WeightFormat,
-    sequences: FloatArray,
-    cache: dict[str, FloatArray],
-) -> FloatArray:
-    """Weights once and every sequence's cache."""
-    weights = terms.weight_bytes_read(shape, weight_format, sequences)
-    return np.asarray(weights + sequences * np.sum(list(cache.values()), axis=0))
 
 
 def _with_host(device: list[terms.Term], shape: ModelShape, execution: Execution) -> Times:

@@ -5,25 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-from kvtune.policies.export.contract import (
-    EngineLimits,
-    Export,
-    Exporter,
-    Line,
-    Plan,
-    bytes_line,
-    comment,
-    sequences_that_fit,
-)
+from kvtune.policies.export.capacity import bytes_line, sequences_that_fit
+from kvtune.policies.export.contract import Export, Exporter
+from kvtune.policies.export.engine_wide import token_lines
 from kvtune.policies.export.exporters.llama_cpp import (
     BLOCK,
     CODES,
     NEAREST,
     PADDING,
     TYPES,
+    WHY_DROPPED,
     flags,
     model_lines,
-    token_lines,
 )
 from kvtune.policies.export.flatten import (
     dropped_methods,
@@ -31,6 +24,9 @@ from kvtune.policies.export.flatten import (
     lost_exact_tokens,
     planned_heads,
 )
+from kvtune.policies.export.limits import EngineLimits
+from kvtune.policies.export.lines import Line, comment
+from kvtune.policies.export.plan import Plan
 
 _ORDER = tuple(CODES)  # from narrow to wide
 
@@ -79,7 +75,7 @@ class IkLlama(Exporter):
         config = _config(plan, ends, batch)
         check(config, plan.facts.layers)
         losses = [
-            *token_lines(plan, dropped_methods(heads, plan.context_tokens)),
+            *token_lines(plan, dropped_methods(heads, plan.context_tokens), WHY_DROPPED),
             *([allocator] if allocator.status != "kept" else []),
             _format_line(plan, ends, kinds),
             *lost_exact_tokens(plan),

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from typing import Any
 
-from kvtune.policies.export.contract import (
-    EngineLimits,
-    Export,
-    Exporter,
-    Line,
-    Plan,
-    bytes_line,
-    comment,
-    sequences_that_fit,
+from kvtune.policies.export import engine_wide
+from kvtune.policies.export.engine_wide import (
+    CacheType,
+    EngineWide,
+    limits_of_types,
+    one_of,
+    positive,
+    text,
 )
-from kvtune.policies.export.flatten import (
-    dropped_methods,
-    flatten,
-    grouping_text,
-    lost_exact_tokens,
-    planned_heads,
-)
+from kvtune.policies.export.flatten import flatten, grouping_text
+from kvtune.policies.export.lines import Line, comment
+from kvtune.policies.export.plan import Plan
 
 TYPES = {"q4_0": 4.5, "q8_0": 8.5, "f16": 16.0}
 """Cache types that are used here, with bits an element, scales included.
@@ -33,10 +29,31 @@ NEAREST = {"bf16": "f16", "int8": "q8_0", "int4": "q4_0"}
 BLOCK = 32
 CODES = {"q4_0": 4, "q8_0": 8, "f16": 16}
 PADDING = 256  # a slot's context is rounded up to so many tokens
+WHY_DROPPED = (
+    "llama.cpp evicts nothing before a slot is full, and a slot holds prompt and answer whole"
+)
+SCHEMA = {
+    "model": text,
+    "ctx-size": positive,
+    "parallel": positive,
+    "flash-attn": one_of("auto", "on"),
+    "cache-type-k": one_of(*TYPES),
+    "cache-type-v": one_of(*TYPES),
+}
+_CACHE_TYPES = tuple(
+    CacheType(
+        name,
+        (CODES[name], CODES[name]),
+        lambda head_dim, bits=TYPES[name]: 2 * head_dim * bits / 8,  # type: ignore[misc]
+        like,
+        channels=1 if name == "f16" else BLOCK,
+    )
+    for like, name in NEAREST.items()
+)
 
 
 @dataclass(frozen=True)
-class LlamaCpp(Exporter):
+class LlamaCpp(EngineWide):
     """One type for all keys and values; nothing is evicted."""
 
     name = "llama-cpp"
@@ -44,83 +61,71 @@ class LlamaCpp(Exporter):
     stack_version = "0c1e57098bba (October 2026)"
     source = "common/arg.cpp, src/llama-context.cpp, tools/server/README.md"
     proof = "schema mirror"
-    limits = EngineLimits(
-        frozenset({"full"}), frozenset(NEAREST), frozenset(NEAREST), "engine", "engine",
-        distinct_budgets=0, distinct_formats=1, keys_differ_from_values=False,
-    )  # fmt: skip
+    types = _CACHE_TYPES
+    limits = limits_of_types(_CACHE_TYPES)
+    page_tokens = PADDING
+    why_dropped = WHY_DROPPED
+    notes = (
+        "llama-server --models-preset llama-preset.ini; or the line in llama-server.txt",
+        "ctx-size is shared by the slots: prompt and answer, times parallel.",
+        "generated tokens are stored like the prompt's, in the types above.",
+        "keys and values have the same type: with other pairs default CUDA builds compute "
+        "attention on the CPU.",
+        "the model must be a GGUF file.",
+    )
+    schema = SCHEMA
 
-    def render(self, plan: Plan) -> Export:
-        """The preset, the flags and what they lose."""
-        heads, allocator = planned_heads(plan)
-        head_dim = plan.facts.head_dim
-        kind = _type(plan)
-        size = _bytes(plan, kind, -(-plan.sequence_tokens // PADDING) * PADDING)
-        batch, sequences = sequences_that_fit(plan, self.stack, size)
-        preset: dict[str, object] = {
+    def config(self, plan: Plan, chosen: CacheType, batch: int) -> dict[str, Any]:
+        """Keys of the preset, which are llama-server's flags."""
+        return {
             **({"model": plan.given_model} if plan.given_model else {}),
             "ctx-size": plan.sequence_tokens * batch,
             "parallel": batch,
-            "flash-attn": "auto" if kind == "f16" else "on",
-            "cache-type-k": kind,
-            "cache-type-v": kind,
+            "flash-attn": "auto" if chosen.name == "f16" else "on",
+            "cache-type-k": chosen.name,
+            "cache-type-v": chosen.name,
         }
-        check(preset, head_dim)
-        dropped = dropped_methods(heads, plan.context_tokens)
-        losses = [
-            *token_lines(plan, dropped),
-            *([allocator] if allocator.status != "kept" else []),
-            *_format_lines(plan, kind),
-            *lost_exact_tokens(plan),
-        ]
-        header = [*self.header(plan, losses), *model_lines(plan)]
-        files = {
-            "llama-preset.ini": comment(header, ";") + _ini(preset),
-            "llama-server.txt": comment(header) + flags(preset),
+
+    def check(self, config: dict[str, Any], plan: Plan) -> None:
+        """Also what keys break together, and heads that are no whole blocks."""
+        check(config, plan.facts.head_dim)
+
+    def file(self, config: dict[str, Any]) -> tuple[str, str]:
+        """The preset."""
+        lines = "".join(f"{key} = {value}\n" for key, value in config.items())
+        return "llama-preset.ini", f"version = 1\n\n[kvtune]\n{lines}"
+
+    def files(self, config: dict[str, Any], header: list[str]) -> dict[str, str]:
+        """The preset, and the line that says the same in flags."""
+        name, preset = self.file(config)
+        return {
+            name: comment(header, ";") + preset,
+            "llama-server.txt": comment(header) + flags(config),
         }
-        prompt = _bytes(plan, kind, plan.context_tokens)
-        notes = _NOTES + tuple(model_lines(plan))
-        return self.done(
-            plan, files, losses, [bytes_line(plan, prompt), sequences], notes, (prompt, batch)
-        )
+
+    def format_lines(self, plan: Plan, chosen: CacheType) -> list[Line]:
+        """Of keys and of values; how the policy groups keys belongs to theirs."""
+        return _format_lines(plan, chosen.name)
+
+    def model_lines(self, plan: Plan) -> list[str]:
+        """The GGUF file that is to be named, and what its weights are to be."""
+        return model_lines(plan)
 
 
-_NOTES = (
-    "llama-server --models-preset llama-preset.ini; or the line in llama-server.txt",
-    "ctx-size is shared by the slots: prompt and answer, times parallel.",
-    "generated tokens are stored like the prompt's, in the types above.",
-    "keys and values have the same type: with other pairs default CUDA builds compute attention on "
-    "the CPU.",
-    "the model must be a GGUF file.",
-)
-
-
-def check(preset: dict[str, object], head_dim: int) -> None:
-    """What llama-server would refuse, or silently take wrongly.
+def check(preset: dict[str, Any], head_dim: int) -> None:
+    """What llama-server would refuse, or silently take wrongly, key by key and of keys together.
 
     Raises:
         ValueError: the preset breaks a rule of the stack.
     """
-    known = {"model", "ctx-size", "parallel", "flash-attn", "cache-type-k", "cache-type-v"}
-    if unknown := set(preset) - known:
-        raise ValueError(f"no flags of llama-server: {sorted(unknown)}")
+    engine_wide.check(preset, SCHEMA, "llama-server")
     for key in ("cache-type-k", "cache-type-v"):
-        if preset[key] not in TYPES:
-            raise ValueError(f"{key} cannot be {preset[key]}")
         if preset[key] != "f16" and head_dim % BLOCK:
             raise ValueError(f"{key} {preset[key]} needs heads of a multiple of {BLOCK}")
     if preset["cache-type-k"] != preset["cache-type-v"]:
         raise ValueError("keys and values of different types fall back to the CPU")
     if preset["cache-type-v"] != "f16" and preset["flash-attn"] != "on":
         raise ValueError("quantised values need flash attention")
-
-
-def _type(plan: Plan) -> str:
-    """The narrowest cache type that has enough bits for keys and for values, in the mean."""
-    flat = flatten(list(plan.policy.options()))
-    if plan.facts.head_dim % BLOCK:
-        return "f16"
-    needed = max(flat.key_bits, flat.value_bits)
-    return next(name for name, codes in CODES.items() if codes >= needed)
 
 
 def _format_lines(plan: Plan, kind: str) -> list[Line]:
@@ -153,21 +158,6 @@ def _format_line(plan: Plan, label: str, names: tuple[str, ...], kind: str, grou
     return Line(label, "approximated", detail + grouping)
 
 
-def token_lines(plan: Plan, dropped: dict[str, int]) -> list[Line]:
-    """What becomes of methods that evict."""
-    if not dropped:
-        return [Line("tokens", "kept", "all of them")]
-    heads = plan.facts.layers * plan.facts.kv_heads
-    detail = (
-        "dropped, all tokens stay: llama.cpp evicts nothing before a slot is full, and a slot "
-        "holds prompt and answer whole"
-    )
-    return [
-        Line(f"method {name}, {count} of {heads} heads", "not expressible", detail)
-        for name, count in dropped.items()
-    ]
-
-
 def model_lines(plan: Plan) -> list[str]:
     """What is still to be said of the model: the file, and what its weights are to be."""
     lines = []
@@ -176,16 +166,6 @@ def model_lines(plan: Plan) -> list[str]:
     if plan.weights:
         lines.append(f"the plan assumed {plan.weights} weights: take a GGUF of as few bits.")
     return lines
-
-
-def _bytes(plan: Plan, kind: str, tokens: int) -> int:
-    elements = plan.facts.layers * plan.facts.kv_heads * plan.facts.head_dim * tokens
-    return int(elements * 2 * TYPES[kind] / 8)
-
-
-def _ini(preset: dict[str, object]) -> str:
-    lines = "".join(f"{key} = {value}\n" for key, value in preset.items())
-    return f"version = 1\n\n[kvtune]\n{lines}"
 
 
 def flags(preset: dict[str, object]) -> str:

@@ -6,7 +6,6 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from kvtune.policies.export.contract import Plan
 from kvtune.policies.export.engine_wide import (
     CacheType,
     EngineWide,
@@ -16,6 +15,7 @@ from kvtune.policies.export.engine_wide import (
     positive,
     sixteen_bits,
 )
+from kvtune.policies.export.plan import Plan
 
 _PAGE = 64
 _SCALES = 8.0  # bytes of a token and head: a 16-bit scale and zero point for keys, and for values

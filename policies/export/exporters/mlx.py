@@ -6,7 +6,6 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from kvtune.policies.export.contract import Plan
 from kvtune.policies.export.engine_wide import (
     CacheType,
     EngineWide,
@@ -16,6 +15,7 @@ from kvtune.policies.export.engine_wide import (
     sixteen_bits,
     text,
 )
+from kvtune.policies.export.plan import Plan
 
 _GROUP = 64
 

@@ -6,7 +6,6 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from kvtune.policies.export.contract import Plan
 from kvtune.policies.export.engine_wide import (
     CacheType,
     EngineWide,
@@ -15,6 +14,7 @@ from kvtune.policies.export.engine_wide import (
     positive,
     sixteen_bits,
 )
+from kvtune.policies.export.plan import Plan
 
 _BLOCK = "blocks of 32 channels of a token, symmetric, one 16-bit scale"
 _TYPES = (

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvtune.common.yaml_tree import flow
-from kvtune.policies.export.contract import Plan
 from kvtune.policies.export.engine_wide import (
     CacheType,
     EngineWide,
@@ -16,6 +15,7 @@ from kvtune.policies.export.engine_wide import (
     sixteen_bits,
     text,
 )
+from kvtune.policies.export.plan import Plan
 
 _TYPES = (
     sixteen_bits("auto"),

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvtune.common.yaml_tree import flow
-from kvtune.policies.export.contract import Plan
 from kvtune.policies.export.engine_wide import (
     CacheType,
     EngineWide,
@@ -14,6 +13,7 @@ from kvtune.policies.export.engine_wide import (
     positive,
     sixteen_bits,
 )
+from kvtune.policies.export.plan import Plan
 
 _PAGE = 32
 _TYPES = (

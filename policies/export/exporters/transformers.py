@@ -7,16 +7,12 @@ from dataclasses import dataclass, fields, replace
 from importlib import resources
 from typing import Any
 
-from kvtune.policies.export.contract import (
-    EngineLimits,
-    Export,
-    Exporter,
-    Line,
-    Plan,
-    bytes_line,
-    comment,
-)
+from kvtune.policies.export.capacity import bytes_line
+from kvtune.policies.export.contract import Export, Exporter
 from kvtune.policies.export.flatten import Heads, planned_heads
+from kvtune.policies.export.limits import EngineLimits
+from kvtune.policies.export.lines import Line, comment
+from kvtune.policies.export.plan import Plan
 from kvtune.policies.format import Format
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.fp8 import Fp8

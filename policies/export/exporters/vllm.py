@@ -7,16 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvtune.common.yaml_tree import flow
-from kvtune.policies.export.contract import (
-    EngineLimits,
-    Export,
-    Exporter,
-    Line,
-    Plan,
-    bytes_line,
-    comment,
-    sequences_that_fit,
-)
+from kvtune.policies.export.capacity import bytes_line, sequences_that_fit
+from kvtune.policies.export.contract import Export, Exporter
 from kvtune.policies.export.flatten import (
     Flat,
     Heads,
@@ -27,6 +19,9 @@ from kvtune.policies.export.flatten import (
     planned_heads,
     reach,
 )
+from kvtune.policies.export.limits import EngineLimits
+from kvtune.policies.export.lines import Line, comment
+from kvtune.policies.export.plan import Plan
 from kvtune.policies.option import Option
 
 DTYPES = {

@@ -1,0 +1,66 @@
+"""Whether times and rates of a run on a GPU are those of the committed run, within a share.
+
+    python benchmarks/decode_step.py --out step.json
+    python benchmarks/unchanged.py benchmarks/results/decode-step-h200.json step.json
+    python benchmarks/paged_kernels.py --parts check formats --out kernels.json
+    python benchmarks/unchanged.py benchmarks/results/kernels-h100.json kernels.json
+
+Every figure in milliseconds, microseconds, GB/s or tokens a second that stands in both files is
+compared; it ends with 1 where one of them is worse by more than ``--within`` (2 %). Runs on
+different cards are compared all the same, and said to be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+LOWER_IS_BETTER = ("ms", "ms, plain modules", "us", "bf16 us", "in its formats us")
+HIGHER_IS_BETTER = ("GB/s", "tokens a second", "batch")
+
+
+def figures(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
+    """Every time and rate in a result, with the names that lead to it."""
+    if isinstance(node, dict):
+        for name, child in node.items():
+            yield from figures(child, (*path, name))
+    elif isinstance(node, (int, float)) and path[-1] in LOWER_IS_BETTER + HIGHER_IS_BETTER:
+        yield path, float(node)
+
+
+def slowdowns(before: Any, after: Any) -> dict[str, float]:
+    """How many times as slow each figure has become; below 1 it is quicker."""
+    old, new = dict(figures(before)), dict(figures(after))
+    found = {}
+    for path in old.keys() & new.keys():
+        ratio = new[path] / old[path] if old[path] else 1.0
+        lower = path[-1] in LOWER_IS_BETTER
+        found[" / ".join(path)] = ratio if lower else 1 / max(ratio, 1e-9)
+    return dict(sorted(found.items(), key=lambda each: -each[1]))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("committed", type=Path)
+    parser.add_argument("now", type=Path)
+    parser.add_argument("--within", type=float, default=0.02)
+    asked = parser.parse_args()
+    before, after = (
+        json.loads(p.read_text(encoding="utf-8")) for p in (asked.committed, asked.now)
+    )
+    if before.get("device") != after.get("device"):
+        print(f"different cards: {before.get('device')} and {after.get('device')}")
+    found = slowdowns(before, after)
+    for name, times in found.items():
+        print(f"{times:7.3f}{'  SLOWER' if times > 1 + asked.within else ''}  {name}")
+    slower = sum(times > 1 + asked.within for times in found.values())
+    print(f"{slower} of {len(found)} figures are more than {asked.within:.0%} slower")
+    return 1 if slower or not found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

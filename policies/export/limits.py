@@ -1,0 +1,33 @@
+"""What a serving engine can take, for exports and for a search inside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Scope = Literal["engine", "layer", "head"]
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What an engine can take, for a search inside it.
+
+    Args:
+        methods: that it can run at all.
+        key_formats: that it can store, nearly as kvtune does.
+        value_formats: likewise.
+        budgets: what may have a budget of its own.
+        formats: what may have a format of its own.
+        distinct_budgets: how many budgets below the full context; None for any number.
+        distinct_formats: how many formats beside 16 bits; None for any number.
+        keys_differ_from_values: whether keys and values may have different formats.
+    """
+
+    methods: frozenset[str]
+    key_formats: frozenset[str]
+    value_formats: frozenset[str]
+    budgets: Scope
+    formats: Scope
+    distinct_budgets: int | None = None
+    distinct_formats: int | None = None
+    keys_differ_from_values: bool = True

@@ -1,0 +1,48 @@
+"""What became of a policy's fields on the way to a serving stack, line by line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from kvtune.policies.policy_file.parts import PolicyDocument
+
+Status = Literal["kept", "approximated", "not expressible"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """What became of one field of the policy."""
+
+    field: str
+    status: Status
+    detail: str
+
+    def __str__(self) -> str:
+        """For reports."""
+        return f"{self.status + ':':<17}{self.field} - {self.detail}"
+
+
+def comment(lines: list[str], mark: str = "#") -> str:
+    """Lines as comments of a file."""
+    return "".join(f"{mark} {line}\n" for line in lines)
+
+
+def quality_lines(document: PolicyDocument, losses: Sequence[Line]) -> list[str]:
+    """What is known of the loss: the plan's own where all of it is kept, else nothing.
+
+    The first line is short; others warn.
+    """
+    quality = document.provenance.quality if document.provenance else None
+    if quality is None:
+        return ["not known"]
+    if any(line.status != "kept" for line in losses):
+        return [f"{quality}; what runs here is not the plan, and its loss was not predicted"]
+    lines = [str(quality)]
+    if (loss := quality.kl_nats_per_token) is not None:
+        figures = f"{loss.value:.4g} nats/token [{loss.low:.4g}, {loss.high:.4g}], {loss.tier}"
+        lines[0] += f"; {figures}"
+    if quality.source == "stand-in":
+        lines.append("The quality was predicted on another model: validate before you rely on it.")
+    return lines

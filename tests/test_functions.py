@@ -1,0 +1,58 @@
+"""How long functions are and how many parameters they take, outside kernels."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import kvtune
+
+ROOT = Path(kvtune.__file__).parent
+PACKAGES = (
+    "cli",
+    "common",
+    "policies",
+    "profiles",
+    "runtime",
+    "simulator",
+    "traces",
+    "tui",
+    "tuner",
+)
+LINES, PARAMETERS = 60, 10
+NOT_OURS = {"runtime/serving/vllm_attention.py:__init__"}  # vLLM calls it with these parameters
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def functions() -> Iterator[tuple[str, Function]]:
+    """Every function with its place, but the command line's, which have a parameter an option."""
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            place = path.relative_to(ROOT).as_posix()
+            if not place.startswith("runtime/kernels/"):
+                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                        yield f"{place}:{node.name}", node
+
+
+def parameters(function: Function) -> int:
+    given = function.args
+    named = [each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    return len([name for name in named if name not in ("self", "cls")])
+
+
+def lines(function: Function) -> int:
+    return (function.end_lineno or function.lineno) - function.lineno + 1
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    found = dict(functions())
+    assert len(found) > 1000
+    assert {name: lines(each) for name, each in found.items() if lines(each) > LINES} == {}
+
+
+def test_no_function_takes_more_than_ten_parameters() -> None:
+    many = {name: parameters(each) for name, each in functions() if parameters(each) > PARAMETERS}
+    assert many.keys() <= NOT_OURS
