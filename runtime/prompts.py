@@ -20,7 +20,7 @@ from kvtune.traces.probes import Probes
 from kvtune.traces.reconstruction import reconstruction
 from kvtune.traces.samples import Sample
 from kvtune.traces.sentences import sentence_ends
-from kvtune.traces.signals import column_sums
+from kvtune.traces.signals import column_sums, tensors_of
 from kvtune.traces.trace import LayerTrace, SampleRecord, Trace
 
 Prompt = Callable[[int], Signals]
@@ -37,8 +37,9 @@ def refuse_window(layer: int, window: int | None, tokens: int) -> None:
 
 
 def traced_prompt(trace: Trace, sample: SampleRecord, device: str) -> Prompt:
-    """The prompt that a trace recorded: nothing is run again."""
-    return lambda layer: layer_signals(trace.layer(sample.id, layer, device=device))
+    """The prompt that a trace recorded: nothing is run again, and no probes are read."""
+    names = ("q", "k", "v", *tensors_of(trace.manifest["signals"]))
+    return lambda layer: layer_signals(trace.layer(sample.id, layer, device, names=names))
 
 
 def layer_signals(layer: LayerTrace) -> Signals:

@@ -27,6 +27,7 @@ from kvtune.policies.signals import Signals
 from kvtune.policies.testing import uniform
 from kvtune.runtime.live import run_live
 from kvtune.runtime.prompts import fresh_prompt
+from kvtune.simulator.quality import build
 from kvtune.simulator.quality.build import ahead, build_tables, layer_features
 from kvtune.simulator.quality.evaluate import replay_policies
 from kvtune.simulator.quality.replay import LayerReplay, replay_options
@@ -186,6 +187,17 @@ def test_items_are_loaded_ahead_in_order_and_an_error_reaches_the_caller() -> No
     assert [next(found) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(KvtuneError, match="shard"):
         next(found)
+
+
+@pytest.mark.parametrize("together", [2, 99])
+def test_samples_replayed_side_by_side_have_the_tables_of_each_alone(
+    tiny_trace: Any, monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    alone = build_tables(tiny_trace, OPTIONS, block=4)
+    monkeypatch.setattr(build, "_together", lambda *_: together)
+    found = build_tables(tiny_trace, OPTIONS, block=4)
+    assert found.samples == alone.samples
+    np.testing.assert_allclose(found.factor, alone.factor, atol=1e-6)
 
 
 # Whole policies

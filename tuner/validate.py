@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
@@ -77,14 +78,14 @@ def validate_policies(
         policies: for the model's shape.
         loaded: the model.
         samples: held out.
-        prompt_of: gives a sample's prompt, from a trace or run afresh.
+        prompt_of: gives a sample's prompt, from a trace or run afresh; asked once a sample.
         progress: told of every sample and batch of policies.
     """
     runs: list[list[LiveRun]] = [[] for _ in policies]
     steps = [(sample, at) for sample in samples for at in range(0, len(policies), _TOGETHER)]
     for sample, at in (progress or Silent()).track(steps, "running live", len(steps)):
-        prompt = prompt_of(sample)
         if at == 0:
+            prompt = cache(prompt_of(sample))  # what policies look at is computed once a layer
             full = full_cache(loaded, sample, prompt)
         found = run_live(loaded, sample, prompt, policies[at : at + _TOGETHER], full)
         for row, run in enumerate(found, start=at):

@@ -11,7 +11,7 @@ from kvtune.common.progress import Progress, Silent
 from kvtune.policies.apply import apply_together, linked
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
-from kvtune.simulator.quality.build import DEFAULT_BLOCK
+from kvtune.simulator.quality.build import DEFAULT_BLOCK, ahead, replayed_tensors
 from kvtune.simulator.quality.replay import LayerReplay
 from kvtune.simulator.quality.tables import Floats
 from kvtune.traces.trace import SampleRecord, Trace
@@ -61,14 +61,18 @@ def _replay_sample(
     device: str,
 ) -> Floats:
 
+    names = replayed_tensors(trace)
+
+    def load(index: int) -> LayerReplay:
+        return LayerReplay.of(trace.layer(sample.id, index, device, names=names), device)
+
     def prompt(index: int) -> Signals:
-        return LayerReplay.of(trace.layer(sample.id, index, device), device).signals
+        return load(index).signals
 
     budgets = [policy.settle(sample.prompt, prompt) for policy in policies]
     total: torch.Tensor | float = 0.0
     probes = 1
-    for index in layers:
-        layer = LayerReplay.of(trace.layer(sample.id, index, device), device)
+    for index, layer in zip(layers, ahead(load, layers), strict=True):
         probes = layer.probes.shape[0]
         options = [option for policy in policies for option in policy.heads[index]]
         signals = linked(layer.signals, options, trace.geometry.layers, prompt)
