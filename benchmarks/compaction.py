@@ -60,6 +60,7 @@ PUBLISHED: tuple[Method, ...] = (
     SnapKV(), SnapKV(recent=8), H2O(), StreamingLLM(), KVzip(), ExpectedAttention(), CompressKV(),
 )  # fmt: skip
 MENU = (SnapKV(), SnapKV(recent=8), H2O(), StreamingLLM(), KVzip(), AttentionMatching())
+MENUS = ("with compaction", "without", "compaction in 16 bits")
 COUNTS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 448)  # of 1792 tokens
 
 
@@ -123,8 +124,18 @@ def tables(bench: Bench, menu: Menu, probes: int) -> Tables:
     return join(made)
 
 
-def plans(bench: Bench, menu: Menu, probes: int, shares: Sequence[float]) -> dict[str, Any]:
-    """The plan at every share with compaction, without, and of compaction in 16 bits alone."""
+def plans(
+    bench: Bench,
+    menu: Menu,
+    probes: int,
+    shares: Sequence[float],
+    names: Sequence[str] = MENUS,
+    kept: dict[str, dict[str, tuple[Policy, Outcome]]] | None = None,
+) -> dict[str, Any]:
+    """The plan at every share with compaction, without, and of compaction in 16 bits alone.
+
+    ``kept`` takes their policies and outcomes by share.
+    """
     started = time.monotonic()
     measured = tables(bench, menu, probes)
     seconds = time.monotonic() - started
@@ -136,7 +147,7 @@ def plans(bench: Bench, menu: Menu, probes: int, shares: Sequence[float]) -> dic
         "without": np.flatnonzero(~fitted),
         "compaction in 16 bits": np.flatnonzero(fitted & plain),
     }
-    settings = product(menus.items(), (0.0, 0.3), (1.0, 4.0))
+    settings = product(((name, menus[name]) for name in names), (0.0, 0.3), (1.0, 4.0))
     wanted = [
         Variant(f"{name}, cross terms {cross}, retrieval x{emphasis:g}", columns, cross, emphasis)
         for (name, columns), cross, emphasis in settings
@@ -155,6 +166,8 @@ def plans(bench: Bench, menu: Menu, probes: int, shares: Sequence[float]) -> dic
             "options": used(plan.policy),
         }
         result.setdefault(f"{share:.0%}", {})[name] = row
+        if kept is not None:
+            kept.setdefault(f"{share:.0%}", {})[name] = plan.policy, outcome
     return result
 
 
