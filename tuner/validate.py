@@ -18,7 +18,7 @@ from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample
 from kvtune.tuner.quality import estimate, estimate_by_kind
 
-_TOGETHER = 6  # policies a batch, for a laptop's memory
+_TOGETHER, _TOGETHER_ON_A_GPU = 6, 16  # policies a batch; the first is for a laptop's memory
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,13 @@ def validate_policies(
         progress: told of every sample and batch of policies.
     """
     runs: list[list[LiveRun]] = [[] for _ in policies]
-    steps = [(sample, at) for sample in samples for at in range(0, len(policies), _TOGETHER)]
+    together = _TOGETHER if loaded.device == "cpu" else _TOGETHER_ON_A_GPU
+    steps = [(sample, at) for sample in samples for at in range(0, len(policies), together)]
     for sample, at in (progress or Silent()).track(steps, "running live", len(steps)):
         if at == 0:
             prompt = cache(prompt_of(sample))  # what policies look at is computed once a layer
             full = full_cache(loaded, sample, prompt)
-        found = run_live(loaded, sample, prompt, policies[at : at + _TOGETHER], full)
+        found = run_live(loaded, sample, prompt, policies[at : at + together], full)
         for row, run in enumerate(found, start=at):
             runs[row].append(run)
     return [summarise(row, samples) for row in runs]

@@ -16,7 +16,7 @@ from kvtune.simulator.quality.replay import LayerReplay
 from kvtune.simulator.quality.tables import Floats
 from kvtune.traces.trace import SampleRecord, Trace
 
-_TOGETHER = 8  # policies a batch: enough to keep a GPU busy, few enough for a laptop's memory
+_TOGETHER, _TOGETHER_ON_A_GPU = 8, 32  # policies a batch; the first is for a laptop's memory
 
 
 def replay_policies(
@@ -60,7 +60,7 @@ def _replay_sample(
     block: int,
     device: str,
 ) -> Floats:
-
+    together = _TOGETHER if device == "cpu" else _TOGETHER_ON_A_GPU
     names = replayed_tensors(trace)
 
     def load(index: int) -> LayerReplay:
@@ -78,8 +78,8 @@ def _replay_sample(
         signals = linked(layer.signals, options, trace.geometry.layers, prompt)
         planned = [budget[index].tolist() for budget in budgets]
         pieces = []
-        for at in range(0, len(policies), _TOGETHER):
-            some = slice(at, at + _TOGETHER)
+        for at in range(0, len(policies), together):
+            some = slice(at, at + together)
             part = apply_together(policies[some], index, planned[some], signals)
             pieces.append(layer.response(part, block).sum(1))  # over heads: [B, S, C / block]
         total = total + torch.cat(pieces)
