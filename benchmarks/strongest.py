@@ -118,7 +118,7 @@ def shown(ours: dict[str, tuple[Policy, Outcome]], theirs: dict[str, Any]) -> di
 
 def measure(bench: Bench, menu: Menu, probes: int, shares: Sequence[float], tiny: bool) -> None:
     """Baselines and plans; each part's figures are written as they come."""
-    families = ["uniform", "kvzip"] if tiny else [*FAMILIES, *STRONG]
+    families = ["kvzip"] if tiny else [*FAMILIES, *STRONG]
     kept: dict[str, Any] = {}
 
     def theirs() -> dict[str, Any]:
@@ -129,12 +129,14 @@ def measure(bench: Bench, menu: Menu, probes: int, shares: Sequence[float], tiny
         }
 
     def ours() -> dict[str, Any]:
-        kept["ours"] = {}
-        return plans(bench, menu, probes, shares, PLANS, kept["ours"])
+        found: dict[str, Any] = {}
+        figures = plans(bench, menu, probes, shares, PLANS, found)
+        kept["ours"] = found
+        return figures
 
     attempt(bench.record, "baselines", theirs)
     attempt(bench.record, "plans", ours)
-    if len(kept) == len(PLANS):
+    if {"ours", "theirs"} <= kept.keys():
         for share, others in kept["theirs"]["outcomes"].items():
             bench.record(f"at {share}", shown(kept["ours"][share], others))
 
@@ -178,7 +180,7 @@ def main() -> None:
     counts, methods, shares = (*COUNTS[1::2], 896), MENU, SHARES
     if arguments.tiny:
         tokens, observed, per_kind, needles, probes = 256, 64, (1, 1, 1), 1, 1
-        counts, methods, shares = (256,), MENU[5:], (0.12,)
+        counts, methods, shares = (128,), (MENU[2], MENU[5]), (0.12,)
     menu = Menu(methods, tuple(n / 1792 for n in counts), FORMATS)
     place = workers.Place(arguments.model, arguments.device, arguments.scratch)
     with workers.Crew(place, arguments.workers) as crew:

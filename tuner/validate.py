@@ -22,6 +22,19 @@ _TOGETHER, _TOGETHER_ON_A_GPU = 6, 16  # policies a batch; the first is for a la
 
 
 @dataclass(frozen=True)
+class Right:
+    """Shares of answer tokens that the model would have given.
+
+    Args:
+        ours: under the policy.
+        full: under the full cache.
+    """
+
+    ours: float
+    full: float
+
+
+@dataclass(frozen=True)
 class Validation:
     """What live runs of one policy have found.
 
@@ -33,6 +46,7 @@ class Validation:
         prompt_bytes: of one prompt, counted while compressing; the mean over samples.
         samples: that were run.
         by_kind: ``live`` of each kind of text alone.
+        right_by_kind: answers right, of each kind of text alone that asks for some.
         losses: KL of every sample, nats/token, in the samples' order.
         counters: proof that the policy fired.
     """
@@ -44,6 +58,7 @@ class Validation:
     prompt_bytes: int
     samples: int
     by_kind: dict[str, Estimate] = field(default_factory=dict)
+    right_by_kind: dict[str, Right] = field(default_factory=dict)
     losses: tuple[float, ...] = ()
     counters: dict[str, int] = field(default_factory=dict)
 
@@ -114,9 +129,24 @@ def summarise(runs: Sequence[LiveRun], samples: Sequence[Sample]) -> Validation:
         prompt_bytes=round(float(np.mean([run.footprint_bytes for run in runs]))),
         samples=len(samples),
         by_kind=estimate_by_kind(losses, kinds, "live"),
+        right_by_kind=_right_by_kind(runs, samples),
         losses=tuple(losses),
         counters=_counters(runs, samples),
     )
+
+
+def _right_by_kind(runs: Sequence[LiveRun], samples: Sequence[Sample]) -> dict[str, Right]:
+    found: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {}
+    for run, sample in zip(runs, samples, strict=True):
+        if sample.needles:
+            asked = np.array(sample.answer_mask)
+            ours, full = found.setdefault(sample.kind, ([], []))
+            ours.append(run.correct[asked])
+            full.append(run.full_correct[asked])
+    return {
+        kind: Right(float(np.concatenate(ours).mean()), float(np.concatenate(full).mean()))
+        for kind, (ours, full) in sorted(found.items())
+    }
 
 
 def union_of_needs(policies: Sequence[Policy]) -> Needs:

@@ -22,7 +22,10 @@ from kvtune.common.stored import checked
 
 Regime = Literal["quantising", "evicting", "evicting what is asked for"]
 REGIMES: tuple[Regime, ...] = get_args(Regime)
-ASKED = frozenset(("retrieval", "recall", "copy"))
+ASKED = frozenset(
+    ("retrieval", "recall", "copy", "single", "multikey", "tracking", "common", "frequent", "turns",
+     "instruction", "leak")
+)  # fmt: skip
 """Kinds of text whose observed tokens ask for what the prompt said."""
 
 _SMALLEST = 1e-7  # nats/token: below this a prediction is rounding
