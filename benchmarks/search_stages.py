@@ -28,8 +28,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import patch
 
-from mem_promise import random_model
-
 from kvtune.common.files import write_json
 from kvtune.profiles.models import find_model
 from kvtune.profiles.shape import ModelShape
@@ -155,6 +153,7 @@ def search(stages: Stages, case: dict[str, Any], folder: Path, **asked: Any) -> 
 def saved_model(folder: Path, tiny: bool) -> Path:
     """A folder with random weights in Llama-3.1-8B's shape, SmolLM2's vocabulary and tokenizer."""
     import torch
+    from mem_promise import random_model  # late: importing torch is part of the first search
 
     from kvtune.traces.models import load_model
 
