@@ -25,7 +25,7 @@ import torch
 import workers
 from compaction import COUNTS, FORMATS, MENU, evaluation, plans, summary
 from divisions import divided
-from outcomes import Outcome, points_below_full, times_as_much
+from outcomes import Outcome, times_as_much
 from quality_bench import Bench
 from recorded_parts import attempt
 
@@ -104,13 +104,10 @@ def _loss(pair: tuple[float, Entry]) -> float:
 def shown(ours: dict[str, tuple[Policy, Outcome]], theirs: dict[str, Any]) -> dict[str, Any]:
     """One share's rows: plans and every method, with how many times the first plan's loss it is."""
     plan = next(iter(ours.values()))[1]
-    rows = {
-        name: summary(policy, outcome) | points_below_full(outcome)
-        for name, (policy, outcome) in ours.items()
-    }
+    rows = {name: summary(policy, outcome) for name, (policy, outcome) in ours.items()}
     for name, (entry, outcome) in theirs.items():
         times, interval = times_as_much(outcome, plan)
-        rows[name] = summary(entry.policy, outcome) | points_below_full(outcome)
+        rows[name] = summary(entry.policy, outcome)
         rows[name] |= {"times_the_plan": times, "times_interval": interval}
         rows[name] |= {"costs": COSTS[entry.family]} if entry.family in COSTS else {}
     return rows
