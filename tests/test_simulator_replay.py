@@ -194,7 +194,7 @@ class Counted(TorchDispatchMode):
     """Counts what torch is asked for, and what of it waits for the device."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call,unused-ignore]
         self.operations, self.waits = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
