@@ -260,7 +260,11 @@ def _report(known: _Known, policy: Policy, found: Validation, planned: int) -> R
         ("retrieval", "", accuracy(found.retrieval_accuracy)),
         ("retrieval, full cache", "", accuracy(found.full_cache_accuracy)),
         *(
-            (f"{kind}, of the full cache's", "", f"{right.ours:.0%} of {right.full:.0%}")
+            (
+                f"answers right, {kind}",
+                "",
+                f"{100 * right.ours:.0f} %, full cache {100 * right.full:.0f} %",
+            )
             for kind, right in found.right_by_kind.items()
         ),
         *((what.replace("_", " "), "", count(n)) for what, n in found.counters.items()),
