@@ -36,9 +36,15 @@ def refuse_window(layer: int, window: int | None, tokens: int) -> None:
         )
 
 
-def traced_prompt(trace: Trace, sample: SampleRecord, device: str) -> Prompt:
-    """The prompt that a trace recorded: nothing is run again, and no probes are read."""
-    names = ("q", "k", "v", *tensors_of(trace.manifest["signals"]))
+def traced_prompt(
+    trace: Trace, sample: SampleRecord, device: str, *, probes: bool = True
+) -> Prompt:
+    """The prompt that a trace recorded: nothing is run again.
+
+    ``probes`` may be left out, which are most of a trace, where no policy looks ahead.
+    """
+    seen = ("q", "k", "v", *(("probes",) if probes else ()))
+    names = (*seen, *tensors_of(trace.manifest["signals"]))
     return lambda layer: layer_signals(trace.layer(sample.id, layer, device, names=names))
 
 
