@@ -141,23 +141,21 @@ def measure(bench: Bench, menu: Menu, probes: int, shares: Sequence[float], tiny
 def table(file: Path) -> Iterator[str]:
     """The figures as Markdown: the five best methods of every share beside the plans."""
     figures = json.loads(file.read_text(encoding="utf-8"))
-    yield "| KV bytes | | live KL | times the plan's | digits below the full cache | it also |"
-    yield "|---|---|---|---|---|---|"
-    for share in (name.removeprefix("at ") for name in figures if name.startswith("at ")):
-        rows = figures[f"at {share}"]
-        ours = [name for name in rows if name in PLANS]
-        others = sorted((name for name in rows if name not in PLANS), key=lambda n: rows[n]["kl"])
-        for name in [*ours, *others[:5]]:
-            row = rows[name]
-            label = f"plan {name}" if name in PLANS else row["policy"]
-            times = row.get("times_the_plan")
-            ends = row.get("times_interval", ())
-            beside = f"{times:.1f} [{ends[0]:.1f}, {ends[1]:.1f}]" if times else ""
-            points = row["points_below_full"]
+    yield "| KV bytes | | live KL | times the plan's | digits below the full cache |"
+    yield "|---|---|---|---|---|"
+    for share, others in figures["baselines"].items():
+        ours = [(f"plan {name}", figures["plans"][share][name]) for name in PLANS]
+        ranked = sorted(((row["policy"], row) for row in others.values()), key=_kl)
+        least = min(row["kl"] for _, row in ours)
+        for label, row in [*ours, *ranked[:5]]:
             yield (
-                f"| {share} | {label} | {row['kl']:.3g} | {beside} | {points:.1f} | "
-                f"{row.get('costs', '')} |"
+                f"| {share} | {label} | {row['kl']:.3g} | {row['kl'] / least:.1f} | "
+                f"{row['points_below_full']:.1f} |"
             )
+
+
+def _kl(pair: tuple[str, dict[str, Any]]) -> float:
+    return float(pair[1]["kl"])
 
 
 def main() -> None:
