@@ -1,15 +1,13 @@
-"""Compaction by fitting, rotation and weighted keys in plans: live KL and needle digits on a GPU.
+"""Compaction by fitting at 1, 3 and 6 % of the bytes: live KL and needle digits on a GPU.
 
-    python benchmarks/compaction.py --workers 8 --out benchmarks/results/compaction-2-h200.json
+    python benchmarks/compaction.py --out benchmarks/results/compaction-h200.json
 
-SmolLM2-135M on samples as ``quality.py`` makes them, at 1, 3, 6, 12 and 25 % of the bf16 bytes.
-Tables are built once for all menus: with all, without Attention Matching, without rotation and
-weighted keys either, and Attention Matching in 16 bits alone, which stands for it with budgets of
-its own. Every menu is searched with the same settings and picks among them on selection samples
-that the evaluation does not share; ``times_with_all`` is how many times the loss of the plan with
-all a menu's is, over samples that are drawn alike for both. Then, up to 6 %, Attention Matching and
-its cheap variants alike in all heads, and published methods in the precision that suits each best
-(by the very figures that are shown, which is generous to them). A part that fails is recorded.
+SmolLM2-135M on samples as ``quality.py`` makes them. At every share of the bf16 bytes: Attention
+Matching and its cheap variants in several precisions, every published method of the menu in the
+precision that suits it best (by the very figures that are shown, which is generous to it), and
+plans found by the search with and without compaction in the menu, and with compaction in 16 bits
+alone, which stands for Attention Matching with budgets of its own. Plans are picked among search
+settings on selection samples that the evaluation does not share. A part that fails is recorded.
 """
 
 from __future__ import annotations
@@ -17,29 +15,23 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from functools import reduce
 from itertools import product
-from operator import or_
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import workers
 from divisions import divided
-from outcomes import Outcome, times_as_much, used
+from outcomes import Outcome, used
 from plans import Plan, Variant, choose, search
 from quality_bench import Bench
-from recorded_parts import attempt, say
+from recorded_parts import attempt
 
 from kvtune.policies.allocators.model_wide import ModelWide
 from kvtune.policies.formats.bf16 import Bf16
-from kvtune.policies.formats.fitted import Allocated
-from kvtune.policies.formats.grouped import Int4
-from kvtune.policies.formats.rotated import RotatedInt2
-from kvtune.policies.formats.turboquant import TurboQuant2, TurboQuant3, TurboQuant4
+from kvtune.policies.formats.grouped import Int2, Int4
 from kvtune.policies.method import Method
-from kvtune.policies.methods.a2sf import PREFILL
 from kvtune.policies.methods.attention_matching import AttentionMatching
 from kvtune.policies.methods.compresskv import CompressKV
 from kvtune.policies.methods.expected_attention import ExpectedAttention
@@ -47,21 +39,17 @@ from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.kvzip import KVzip
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
-from kvtune.policies.methods.weighted_keys import WeightedKeys
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.simulator.quality.tables import Tables, join
 from kvtune.traces.models import load_model
 from kvtune.tuner.options import Menu, Pair
-from kvtune.tuner.quality import bootstrap
 
-SHARES = (0.01, 0.03, 0.06, 0.12, 0.25)
-PUBLISHED_SHARES = SHARES[:3]
+SHARES = (0.01, 0.03, 0.06)
 FORMATS: tuple[Pair, ...] = (
     (Bf16(), Bf16()),
     (Int4(exact_first=4), Int4(exact_first=4)),
-    (Int4(exact_first=4), RotatedInt2(exact_first=4)),
-    (TurboQuant4(exact_first=1), TurboQuant3(exact_first=1)),
+    (Int4(exact_first=4), Int2(exact_first=4)),
 )
 FITTED: tuple[Method, ...] = (
     AttentionMatching(),
@@ -71,17 +59,9 @@ FITTED: tuple[Method, ...] = (
 PUBLISHED: tuple[Method, ...] = (
     SnapKV(), SnapKV(recent=8), H2O(), StreamingLLM(), KVzip(), ExpectedAttention(), CompressKV(),
 )  # fmt: skip
-MENU: tuple[Method, ...] = (
-    H2O(), KVzip(), ExpectedAttention(), PREFILL, AttentionMatching(),
-    AttentionMatching(queries="repeat"),
-)  # fmt: skip
-COUNTS = (4, 8, 16, 32, 64, 128, 256, 448, 896)  # of 1792 tokens
-WEIGHTED_FROM = 128  # tokens, from which a table of channels pays
-WEIGHTED: tuple[Literal["h2o", "kvzip"], ...] = ("h2o", "kvzip")
-ALLOCATED: tuple[Pair, ...] = (
-    (Allocated(mean_bits=2.1), TurboQuant2()),
-    (Allocated(mean_bits=3.0), TurboQuant3()),
-)
+MENU = (SnapKV(), SnapKV(recent=8), H2O(), StreamingLLM(), KVzip(), AttentionMatching())
+MENUS = ("with compaction", "without", "compaction in 16 bits")
+COUNTS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 448)  # of 1792 tokens
 
 
 def option_at(
@@ -135,81 +115,60 @@ def evaluation(bench: Bench) -> list[Any]:
     return list(dict.fromkeys([*bench.of("evaluate"), *bench.division.needles]))
 
 
-def offered(methods: Sequence[Method], counts: Sequence[int], prompt: int) -> tuple[Option, ...]:
-    """Every method, count and pair of formats, weighted keys where they pay, and all tokens."""
-    shares = tuple(count / prompt for count in counts)
-    found = [*Menu(tuple(methods), shares, FORMATS).options()]
-    many = [Budget(share=count / prompt) for count in counts if count >= WEIGHTED_FROM]
-    wrapped = [WeightedKeys(by) for by in WEIGHTED]
-    found += [Option(m, n, *pair) for m, n, pair in product(wrapped, many, ALLOCATED)]
-    found += [Option(WeightedKeys(), ALL, *pair) for pair in ALLOCATED]
-    return tuple(found)
-
-
-def tables(bench: Bench, options: Sequence[Option], probes: int) -> Tables:
+def tables(bench: Bench, menu: Menu, probes: int) -> Tables:
     """Losses of every option on search and selection samples."""
     samples = [*bench.of("search"), *bench.of("select")]
-    needs = reduce(or_, (option.method.needs for option in options))
-    made = bench.crew.everywhere(workers.captured_tables, samples, options, needs, probes)
+    made = bench.crew.everywhere(
+        workers.captured_tables, samples, menu.options(), menu.needs, probes
+    )
     return join(made)
 
 
-def menus_of(options: Sequence[Option]) -> dict[str, np.ndarray]:
-    """Which options each menu holds."""
+def plans(
+    bench: Bench,
+    menu: Menu,
+    probes: int,
+    shares: Sequence[float],
+    names: Sequence[str] = MENUS,
+    kept: dict[str, dict[str, tuple[Policy, Outcome]]] | None = None,
+) -> dict[str, Any]:
+    """The plan at every share with compaction, without, and of compaction in 16 bits alone.
+
+    ``kept`` takes their policies and outcomes by share.
+    """
+    started = time.monotonic()
+    measured = tables(bench, menu, probes)
+    seconds = time.monotonic() - started
+    options = measured.options
     fitted = np.array([isinstance(o.method, AttentionMatching) for o in options])
-    weighted = np.array([isinstance(o.method, WeightedKeys) for o in options])
     plain = np.array([(o.keys, o.values) == FORMATS[0] for o in options])
-    common = np.array([(o.keys, o.values) in FORMATS[:2] for o in options])
-    return {
-        "with all": np.arange(len(options)),
-        "without fitting": np.flatnonzero(~fitted),
-        "without fitting, rotation or weights": np.flatnonzero(~fitted & ~weighted & common),
+    menus = {
+        "with compaction": np.arange(len(options)),
+        "without": np.flatnonzero(~fitted),
         "compaction in 16 bits": np.flatnonzero(fitted & plain),
     }
-
-
-def plans_at(bench: Bench, measured: Tables, share: float) -> dict[str, Any]:
-    """The plan of every menu at a share, and how many times the loss with all theirs is."""
-    settings = product(menus_of(measured.options).items(), (0.0, 0.3), (1.0, 4.0))
+    settings = product(((name, menus[name]) for name in names), (0.0, 0.3), (1.0, 4.0))
     wanted = [
-        Variant(f"{name}; cross terms {cross}, retrieval x{emphasis:g}", columns, cross, emphasis)
+        Variant(f"{name}, cross terms {cross}, retrieval x{emphasis:g}", columns, cross, emphasis)
         for (name, columns), cross, emphasis in settings
-        if len(columns)
     ]
-    found, _ = search(measured, (share,), wanted)
-    groups: dict[str, list[Plan]] = {}
+    found, _ = search(measured, shares, wanted)
+    groups: dict[tuple[float, str], list[Plan]] = {}
     for plan in found:
-        groups.setdefault(plan.variant.name.split("; ")[0], []).append(plan)
+        groups.setdefault((plan.share, plan.variant.name.split(", ")[0]), []).append(plan)
     choice = choose(groups, bench.run, bench.of("select"), bench.division.select_needles)
     picked = list(choice.plans.items())
     outcomes = bench.run([plan.policy for _, plan in picked], evaluation(bench))
-    best = dict(zip(choice.plans, outcomes, strict=True))["with all"]
-    result: dict[str, Any] = {"on_selection": choice.losses}
-    for (name, plan), outcome in zip(picked, outcomes, strict=True):
-        times, interval = times_as_much(outcome, best)
-        points = bootstrap(outcome.points, ["retrieval"] * len(outcome.points))
-        result[name] = summary(plan.policy, outcome) | {
-            "points_interval": [float(x) for x in np.percentile(points, [2.5, 97.5])],
+    result: dict[str, Any] = {"table_seconds": seconds, "on_selection": choice.losses}
+    for ((share, name), plan), outcome in zip(picked, outcomes, strict=True):
+        row = summary(plan.policy, outcome) | {
             "predicted": plan.predicted,
             "options": used(plan.policy),
-            "times_with_all": times,
-            "times_interval": interval,
         }
+        result.setdefault(f"{share:.0%}", {})[name] = row
+        if kept is not None:
+            kept.setdefault(f"{share:.0%}", {})[name] = plan.policy, outcome
     return result
-
-
-def plans(
-    bench: Bench, options: Sequence[Option], probes: int, shares: Sequence[float], until: float
-) -> None:
-    """Tables, then share after share until the time is up."""
-    started = time.monotonic()
-    measured = tables(bench, options, probes)
-    bench.record("table_seconds", time.monotonic() - started)
-    for share in shares:
-        if time.monotonic() > until:
-            say("no time for plans at", share)
-            return
-        attempt(bench.record, f"{share:.0%}", lambda s=share: plans_at(bench, measured, s))  # type: ignore[misc]
 
 
 def main() -> None:
@@ -219,17 +178,15 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=Path("kvtune-runs/compaction-traces"))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=240, help="after which nothing is begun")
     parser.add_argument("--tiny", action="store_true", help="one short sample of each kind")
     arguments = parser.parse_args()
     tokens, observed, per_kind, needles, probes = 2048, 256, (3, 1, 2), 8, 16
     counts, methods, published, fitted, shares = COUNTS, MENU, PUBLISHED, FITTED, SHARES
-    until = time.monotonic() + arguments.seconds
     if arguments.tiny:
         tokens, observed, per_kind, needles, probes = 192, 32, (1, 1, 1), 1, 1
-        counts, methods, published = (448,), MENU[5:], PUBLISHED[3:4]
-        fitted, shares = FITTED[1:2], (0.12,)
-    options = offered(methods, counts, 1792)
+        counts, methods, published = (256,), MENU[5:], PUBLISHED[3:4]
+        fitted, shares = FITTED[1:2], (0.06,)
+    menu = Menu(methods, tuple(n / 1792 for n in counts), FORMATS)
     place = workers.Place(arguments.model, arguments.device, arguments.scratch)
     with workers.Crew(place, arguments.workers) as crew:
         loaded = load_model(arguments.model, device=arguments.device, dtype="float32")
@@ -243,13 +200,9 @@ def main() -> None:
         cuda = arguments.device != "cpu"
         bench.record("device", torch.cuda.get_device_name() if cuda else "cpu")
         bench.record("setting", {"workload": division.workload, "probes": probes})
-        attempt(bench.record, "plans", lambda: plans(bench, options, probes, shares, until))
-        for name, some in (("compaction", fitted), ("published", published)):
-            if time.monotonic() < until:
-                attempt(
-                    bench.record, name,
-                    lambda m=some: uniform(bench, m, [x for x in shares if x in PUBLISHED_SHARES]),  # type: ignore[misc]
-                )  # fmt: skip
+        attempt(bench.record, "plans", lambda: plans(bench, menu, probes, shares))
+        attempt(bench.record, "published", lambda: uniform(bench, published, shares))
+        attempt(bench.record, "compaction", lambda: uniform(bench, fitted, shares))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
 """Judges what ``predictions.py`` recorded, and fits the calibration that the package ships.
 
-    python benchmarks/predictions_judged.py benchmarks/results/predictions-h200.json \
-        --fit tuner/data/calibration.json
+    cd benchmarks/results && python ../predictions_judged.py predictions-2-h200.json \
+        --fitted-on predictions-short-gemma-3-270m-h200.json predictions-short-smollm2-h200.json \
+        --probes probes --fit ../../tuner/data/calibration.json
 
 Every figure about a kind of text is of a calibration that was fitted on the other kinds alone, or,
-with ``--fitted-on RECORDED``, on all of another model's; ``levelled`` ones have also seen the same
-plan on that kind's selection samples, as a search does where the weights are at hand, and are
-judged on its evaluation samples.
+with ``--fitted-on RECORDED...``, on other runs, of other models or other lengths; ``levelled`` ones
+have also seen the same plan on that kind's selection samples, as a search does where the weights
+are at hand, and are judged on its evaluation samples.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from kvtune.simulator.quality.calibration import (
     ASKED,
     Calibration,
     Curve,
+    Regime,
     fit_left_out,
     write_calibration,
 )
@@ -34,6 +38,21 @@ from kvtune.tuner.refine import TRUST
 Array = NDArray[np.float64]
 SHARES = (0.03, 0.06, 0.12, 0.25)
 SPLITS = ("select", "evaluate")
+BELIEVED = 0.5
+
+
+@dataclass
+class Pairs:
+    """Predicted and live losses, and the text that each was seen on."""
+
+    predicted: list[float] = field(default_factory=list)
+    live: list[float] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+
+    def add(self, predicted: Array, live: Array, text: str) -> None:
+        self.predicted += predicted.tolist()
+        self.live += live.tolist()
+        self.texts += [text] * len(live)
 
 
 @dataclass(frozen=True)
@@ -74,41 +93,55 @@ class Recorded:
         return np.array([plan["share"] for plan in self.data["plans"]])
 
 
-def curve_of(recorded: Recorded, kinds: list[str]) -> Curve:
-    """The curve of tuned plans on some kinds of text; a text is what is left out."""
-    predicted, live, groups = [], [], []
-    for kind in kinds:
-        for split in SPLITS:
-            x, y = recorded.pair("plans", kind, split)
-            predicted += x.tolist()
-            live += y.tolist()
-            groups += [f"{kind} {split}"] * len(x)
-    return fit_left_out(predicted, live, groups)
+def plans_of(recorded: Recorded, kinds: list[str]) -> Pairs:
+    """Predicted and live losses of tuned plans on kinds of text, and which text it was."""
+    found = Pairs()
+    for kind, split in product(kinds, SPLITS):
+        found.add(*recorded.pair("plans", kind, split), f"{kind} {split}")
+    return found
 
 
-def quantising(recorded: Recorded) -> Curve:
-    """The curve of policies that keep every token; of the mixed ones."""
+def quantised(recorded: Recorded) -> Pairs:
+    """The same of policies that keep every token; of the mixed ones, where these were run."""
+    found = Pairs()
+    if not recorded.data.get("mixed by sample"):
+        return found
     rows = [i for i, each in enumerate(recorded.data["mixed"]) if each["group"] == "quantised"]
-    predicted, live, groups = [], [], []
     for kind in recorded.kinds:
         x, y = recorded.pair("mixed", kind, "evaluate")
-        predicted += x[rows].tolist()
-        live += y[rows].tolist()
-        groups += [kind] * len(rows)
-    return fit_left_out(predicted, live, groups)
+        found.add(x[rows], y[rows], kind)
+    return found
 
 
-def fitted(recorded: Recorded) -> Calibration:
-    """What the package ships."""
-    asked = [kind for kind in recorded.kinds if kind in ASKED]
-    plain = [kind for kind in recorded.kinds if kind not in ASKED]
-    curves = {
-        **({"quantising": quantising(recorded)} if recorded.data.get("mixed by sample") else {}),
-        "evicting": curve_of(recorded, plain),
-        "evicting what is asked for": curve_of(recorded, asked),
+def curve_of(runs: Sequence[Pairs]) -> Curve:
+    """The curve of some runs: of several, a run is what is left out to see how far others lie.
+
+    Then half of what they show is believed of another model: of the shares 0, 0.25, 0.5, 0.75 and
+    1 it is the one whose intervals hold as often as they say on each run that was left out.
+    """
+    several = len(runs) > 1
+    predicted = [x for run in runs for x in run.predicted]
+    live = [y for run in runs for y in run.live]
+    groups = [number if several else text for number, run in enumerate(runs) for text in run.texts]
+    return fit_left_out(predicted, live, groups, BELIEVED if several else 1.0)
+
+
+def fitted(runs: Sequence[Recorded]) -> Calibration:
+    """What the package ships, or what other runs say of one that is left out."""
+
+    def plans(asked: bool) -> Curve:
+        return curve_of(
+            [plans_of(run, [k for k in run.kinds if (k in ASKED) == asked]) for run in runs]
+        )
+
+    curves: dict[Regime, Curve] = {
+        "evicting": plans(False),
+        "evicting what is asked for": plans(True),
     }
-    runs = len(recorded.data["plans"]) * len(recorded.ids("plans"))
-    return Calibration(curves, runs=runs)  # type: ignore[arg-type]
+    if stored := [pairs for run in runs if (pairs := quantised(run)).live]:
+        curves = {"quantising": curve_of(stored), **curves}
+    count = sum(len(run.data["plans"]) * len(run.ids("plans")) for run in runs)
+    return Calibration(curves, runs=count)
 
 
 def judged(recorded: Recorded, other: Calibration | None = None) -> dict[str, Any]:
@@ -116,12 +149,12 @@ def judged(recorded: Recorded, other: Calibration | None = None) -> dict[str, An
 
     Args:
         recorded: the run that is judged.
-        other: a calibration of another model; None takes each kind's from the other kinds.
+        other: a calibration of other runs; None takes each kind's from the other kinds.
     """
     found = {}
     for kind in recorded.kinds:
         others = [k for k in recorded.kinds if k != kind and (k in ASKED) == (kind in ASKED)]
-        curve = other.curve(kind, evicts=True) if other else curve_of(recorded, others)
+        curve = other.curve(kind, evicts=True) if other else curve_of([plans_of(recorded, others)])
         found[kind] = judged_on(recorded, kind, curve)
     return found
 
@@ -187,17 +220,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recorded", type=Path)
     parser.add_argument("--probes", nargs="+", default=["probes", "fisher"])
-    parser.add_argument("--fitted-on", type=Path, help="another model's run, to judge this one by")
-    parser.add_argument("--fit", type=Path, help="write the calibration of the first probes here")
+    parser.add_argument(
+        "--fitted-on", type=Path, nargs="+", default=[], help="other runs, to judge this one by"
+    )
+    parser.add_argument(
+        "--fit", type=Path, help="write the calibration of all runs by the first probes here"
+    )
     arguments = parser.parse_args()
     for probes in arguments.probes:
         recorded = read(arguments.recorded, probes)
+        others = [read(file, probes) for file in arguments.fitted_on]
         # A run that was cut short may hold plans alone.
         ranked = {"rank": ranks(recorded)} if recorded.data.get("mixed by sample") else {}
-        other = fitted(read(arguments.fitted_on, probes)) if arguments.fitted_on else None
-        print(json.dumps({probes: {**judged(recorded, other), **ranked}}, indent=1))
+        found = judged(recorded, fitted(others) if others else None)
+        print(json.dumps({probes: {**found, **ranked}}, indent=1))
     if arguments.fit:
-        calibration = fitted(read(arguments.recorded, arguments.probes[0]))
+        runs = [arguments.recorded, *arguments.fitted_on]
+        calibration = fitted([read(file, arguments.probes[0]) for file in runs])
         write_json(
             arguments.fit, write_calibration(calibration, "benchmarks/predictions_judged.py")
         )

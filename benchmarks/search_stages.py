@@ -1,10 +1,14 @@
 """Where a whole search spends its time: seconds by the clock and of the processor, stage by stage.
 
-    python benchmarks/search_stages.py --workload full --device cuda --out results/stages.json
+    python benchmarks/search_stages.py --workload full --device cuda --gpu h200 --mem 3GiB \
+        --large --out benchmarks/results/search-stages-h200.json
 
 A stage is what the command's own bars name; what lies between two bars stands under the one that
-follows it. The search begins with nothing captured, in a folder of its own that is removed.
-``--gpu`` names the card that the plan is for, on a machine without one.
+follows it. Every search begins with nothing captured, in a folder of its own that is removed.
+``--gpu`` names the card that the plan is for, on a machine without one. ``--large`` adds a search
+with the small workload on a model of 7.4 billion random weights: Llama-3.1-8B's shape with
+SmolLM2's vocabulary, saved first, so that loading it counts. What is done is written after every
+stage; no stage is begun after ``--seconds``.
 """
 
 from __future__ import annotations
@@ -14,90 +18,197 @@ import os
 import platform
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 from kvtune.common.files import write_json
+from kvtune.profiles.models import find_model
+from kvtune.profiles.shape import ModelShape
 
 T = TypeVar("T")
+SMALL_MODEL = "smollm2-135m"
+LARGE_MEMORY = "24GiB"
+_SAMPLED_S = 0.05
+
+
+class TimeUp(BaseException):
+    """The run's seconds are over; no error of the search, so that nothing there catches it."""
+
+
+@dataclass
+class Busy:
+    """How busy the GPU was, sampled beside the search; nothing where NVML is missing."""
+
+    total: float = 0.0
+    samples: int = 0
+
+    def taken(self) -> float | None:
+        """The mean share since the last asking."""
+        share = self.total / self.samples if self.samples else None
+        self.total, self.samples = 0.0, 0
+        return share
+
+    @contextmanager
+    def sampled(self) -> Iterator[None]:
+        """Samples for the block."""
+        ended = threading.Event()
+        ask = utilisation()
+
+        def sample() -> None:
+            while ask is not None and not ended.wait(_SAMPLED_S):
+                self.total += ask()
+                self.samples += 1
+
+        thread = threading.Thread(target=sample, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+def utilisation() -> Callable[[], float] | None:
+    """What share of the last moment the GPU ran kernels; None where nobody can say."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        pynvml.nvmlDeviceGetUtilizationRates(handle)
+    except Exception:  # no library, no driver, no permission
+        return None
+    return lambda: float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu) / 100
 
 
 @dataclass
 class Stages:
     """A progress that adds up what passes between its own calls."""
 
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    processor_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    write: Callable[[], None]
+    deadline: float
+    busy: Busy = field(default_factory=Busy)
+    stages: dict[str, dict[str, Any]] = field(
+        default_factory=lambda: defaultdict(lambda: {"seconds": 0.0, "processor": 0.0})
+    )
     at: tuple[float, float] = field(default_factory=lambda: (time.monotonic(), time.process_time()))
 
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         self.passed(f"before {label}")
-        yield from items
+        for item in items:
+            if time.monotonic() > self.deadline:
+                self.passed(label, " (not to its end)")
+                raise TimeUp
+            yield item
         self.passed(label)
 
     def note(self, message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
-    def passed(self, label: str) -> None:
+    def passed(self, label: str, how: str = "") -> None:
         now = time.monotonic(), time.process_time()
-        self.seconds[label] += now[0] - self.at[0]
-        self.processor_seconds[label] += now[1] - self.at[1]
+        stage, took = self.stages[label + how], now[0] - self.at[0]
+        stage["seconds"] = round(stage["seconds"] + took, 2)
+        stage["processor"] = round(stage["processor"] + now[1] - self.at[1], 2)
+        if (share := self.busy.taken()) is not None:
+            kept_busy = stage.get("GPU busy, seconds", 0.0)
+            stage["GPU busy, seconds"] = round(kept_busy + share * took, 2)
         self.at = now
-        print(f"{label}: {self.seconds[label]:.1f} s", file=sys.stderr, flush=True)
+        print(f"{label}{how}: {stage['seconds']:.1f} s", file=sys.stderr, flush=True)
+        self.write()
 
-    def as_plain(self) -> dict[str, dict[str, float]]:
-        return {
-            name: {"seconds": round(each, 2), "processor": round(self.processor_seconds[name], 2)}
-            for name, each in self.seconds.items()
+
+def search(stages: Stages, case: dict[str, Any], folder: Path, **asked: Any) -> None:
+    """One search; what is known of it is put into ``case``, also where it does not end."""
+    import kvtune
+
+    case["stages"] = stages.stages
+    try:
+        # The model store is the usual one; traces and tables begin empty.
+        with patch("kvtune.tuner.sources.cache_dir", lambda: folder), stages.busy.sampled():
+            found = kvtune.search(**asked, run_dir=folder / "run", progress=stages)
+            stages.passed("after all")
+        case |= {
+            "ended": True,
+            "device": found.provenance.get("device"),
+            "loss": found.quality.kl.value,
+            "share": found.share,
         }
+    except TimeUp:
+        case["ended"] = False
+    except Exception as error:  # one search must not lose the other
+        case |= {"ended": False, "failed": repr(error)[:300]}
+    for unit in ("seconds", "processor"):
+        case[unit] = round(sum(stage[unit] for stage in stages.stages.values()), 1)
+    print(f"{case['seconds']:.1f} s, ended: {case['ended']}", file=sys.stderr, flush=True)
+
+
+def saved_model(folder: Path, tiny: bool) -> Path:
+    """A folder with random weights in Llama-3.1-8B's shape, SmolLM2's vocabulary and tokenizer."""
+    import torch
+    from mem_promise import random_model  # late: importing torch is part of the first search
+
+    from kvtune.traces.models import load_model
+
+    tokenizer = load_model(SMALL_MODEL).tokenizer
+    shape = replace(find_model("llama-3.1-8b"), vocab_size=len(tokenizer), tied_embeddings=False)
+    model = random_model(reduced(shape) if tiny else shape, context=4096, tiny=tiny)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return folder
+
+
+def reduced(shape: ModelShape) -> ModelShape:
+    """Two narrow layers, to try the whole course on a CPU."""
+    return replace(
+        shape, layers=2, query_heads=4, kv_heads=2, head_dim=16, hidden_size=64,
+        intermediate_size=64, windows=shape.windows[:2],
+    )  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--model", default=SMALL_MODEL)
     parser.add_argument("--mem", default="1GiB")
     parser.add_argument("--gpu")
     parser.add_argument("--workload", choices=("small", "full"), default="small")
     parser.add_argument("--device")
+    parser.add_argument("--large", action="store_true", help="search for a large model too")
+    parser.add_argument("--tiny", action="store_true", help="the large model alone, made tiny")
+    parser.add_argument("--seconds", type=float, default=240.0, help="no stage is begun after")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    stages = Stages()
-    import kvtune
+    deadline = time.monotonic() + arguments.seconds
+    found: dict[str, Any] = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "searches": [],
+    }
 
-    with tempfile.TemporaryDirectory() as folder:
-        # The model store is the usual one; traces and tables begin empty.
-        with patch("kvtune.tuner.sources.cache_dir", lambda: Path(folder)):
-            found = kvtune.search(
-                arguments.model,
-                arguments.gpu,
-                arguments.mem,
-                run_dir=Path(folder) / "run",
-                workload=arguments.workload,
-                device=arguments.device,
-                progress=stages,
-            )
-        stages.passed("after all")
-    seconds = sum(stages.seconds.values())
-    write_json(
-        arguments.out,
-        {
-            "model": arguments.model,
-            "workload": arguments.workload,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "device": found.provenance.get("device"),
-            "seconds": round(seconds, 1),
-            "processor_seconds": round(sum(stages.processor_seconds.values()), 1),
-            "stages": stages.as_plain(),
-            "loss": found.quality.kl.value,
-            "share": found.share,
-        },
-    )
-    print(f"{seconds:.1f} s", file=sys.stderr)
+    def run(model: str | Path, mem: str, workload: str) -> None:
+        case: dict[str, Any] = {"model": Path(model).name, "workload": workload}
+        found["searches"].append(case)
+        stages = Stages(lambda: write_json(arguments.out, found), deadline)
+        with tempfile.TemporaryDirectory() as folder:
+            asked = {"model": str(model), "gpu": arguments.gpu, "mem": mem, "workload": workload}
+            search(stages, case, Path(folder), device=arguments.device, **asked)
+        write_json(arguments.out, found)
+
+    if not arguments.tiny:
+        run(arguments.model, arguments.mem, arguments.workload)
+    if arguments.large or arguments.tiny:
+        with tempfile.TemporaryDirectory() as folder:
+            model = saved_model(Path(folder) / "llama-8b-random", arguments.tiny)
+            run(model, arguments.mem if arguments.tiny else LARGE_MEMORY, "small")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Whether stand-in bands hold on a model that was no source: uniform options, live.
 
 ``python benchmarks/stand_in.py MODEL results.json`` runs any model that kvtune loads, on a CPU in
-some minutes. Samples are short enough for layers with a window of 512 tokens.
+some minutes. Samples are short enough for layers with a window of 512 tokens. Given an earlier
+results file in place of MODEL, it holds those live losses against the bands of today.
 """
 
 from __future__ import annotations
@@ -67,16 +68,26 @@ def live(loaded: LoadedModel) -> dict[str, dict[str, float]]:
     return found
 
 
+def ran(model: str) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    """What the model is, and its live losses: run now, or read from an earlier file."""
+    if model.endswith(".json"):
+        earlier = json.loads(Path(model).read_text(encoding="utf-8"))
+        about = {name: earlier[name] for name in ("model", "fingerprint", "dtype")}
+        return about, {row["option"]: row["live_by_kind"] for row in earlier["rows"]}
+    loaded = load_model(model)
+    about = {"model": Path(model).stem, "fingerprint": loaded.fingerprint, "dtype": loaded.dtype}
+    return about, live(loaded)
+
+
 def main(model: str, out: str) -> None:
     """Run, compare, write."""
-    loaded, expected = load_model(model), bands()
+    (about, lives), expected = ran(model), bands()
     rows = [
         {"option": label, "live": float(np.mean(list(kinds.values()))), "live_by_kind": kinds,
          "band": [expected[label].low, expected[label].high], "source": expected[label].value}
-        for label, kinds in live(loaded).items()
+        for label, kinds in lives.items()
     ]  # fmt: skip
     inside = sum(row["band"][0] <= row["live"] <= row["band"][1] for row in rows)
-    about = {"model": Path(model).stem, "fingerprint": loaded.fingerprint, "dtype": loaded.dtype}
     write_json(Path(out), {**about, "samples": SAMPLES.describe(), "inside": inside, "rows": rows})
     print(json.dumps({"inside": inside, "of": len(rows)}))
 

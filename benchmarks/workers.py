@@ -25,7 +25,7 @@ from proxies import predictions
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs
-from kvtune.runtime.live import LiveRun, run_live
+from kvtune.runtime.live import LiveRun, full_cache, run_live
 from kvtune.runtime.prompts import fresh_prompt
 from kvtune.simulator.quality.build import build_tables
 from kvtune.simulator.quality.tables import Tables
@@ -192,9 +192,10 @@ def captured_tables(sample: Sample, options: Sequence[Option], needs: Needs, pro
 def live(sample: Sample, policies: Sequence[Policy]) -> list[LiveRun]:
     """One sample under every policy."""
     prompt = fresh_prompt(loaded(), sample, union_of_needs(policies))
+    full = full_cache(loaded(), sample, prompt)
     runs: list[LiveRun] = []
     for first in range(0, len(policies), ROWS):
-        runs += run_live(loaded(), sample, prompt, policies[first : first + ROWS])
+        runs += run_live(loaded(), sample, prompt, policies[first : first + ROWS], full)
     return runs
 
 

@@ -44,7 +44,7 @@ def command(
     shares: options.Shares = "5%,10%,20%,40%",
     per_kind: PerKindOption = None,
     stored: StoredOption = "bf16",
-    workload: options.Workload = "small",
+    workload: options.HeldOut = "small",
     text: options.Texts = None,
     seed: options.Seed = 0,
     device: options.Device = None,

@@ -174,6 +174,14 @@ Workload = Annotated[
         help="small: nine samples of 1024 tokens, for two CPU cores; full: of 2048, for a GPU.",
     ),
 ]
+HeldOut = Annotated[
+    Literal["small", "full", "tasks"],
+    typer.Option(
+        "--workload",
+        help="small: texts of 1024 tokens, for two CPU cores; full: of 2048, for a GPU; tasks: "
+        "needles, variable tracking, common words, turns, instructions kept and leaked.",
+    ),
+]
 Trials = Annotated[
     int,
     typer.Option(

@@ -32,7 +32,7 @@ def command(
     model: Annotated[
         str | None, typer.Option("--model", "-m", metavar="NAME", help="Left out: the file's own.")
     ] = None,
-    workload: options.Workload = "small",
+    workload: options.HeldOut = "small",
     text: options.Texts = None,
     seed: options.Seed = 0,
     device: options.Device = None,
@@ -155,7 +155,10 @@ def _model(document: PolicyDocument, asked: str | None) -> tuple[str, ModelShape
 
 
 def _samples(
-    loaded: LoadedModel, workload: Literal["small", "full"], seed: int, texts: Sequence[Path]
+    loaded: LoadedModel,
+    workload: Literal["small", "full", "tasks"],
+    seed: int,
+    texts: Sequence[Path],
 ) -> list[Sample]:
     """The held-out samples of a workload; no others are made."""
     from dataclasses import replace
@@ -256,6 +259,14 @@ def _report(known: _Known, policy: Policy, found: Validation, planned: int) -> R
         ("perplexity", "", "-" if change is None else f"{100 * change.value:+.2g} %"),
         ("retrieval", "", accuracy(found.retrieval_accuracy)),
         ("retrieval, full cache", "", accuracy(found.full_cache_accuracy)),
+        *(
+            (
+                f"answers right, {kind}",
+                "",
+                f"{100 * right.ours:.0f} %, full cache {100 * right.full:.0f} %",
+            )
+            for kind, right in found.right_by_kind.items()
+        ),
         *((what.replace("_", " "), "", count(n)) for what, n in found.counters.items()),
     ]
     return table(
@@ -287,6 +298,7 @@ def _answer(
         "perplexity_change": found.perplexity_change,
         "retrieval_accuracy": found.retrieval_accuracy,
         "full_cache_accuracy": found.full_cache_accuracy,
+        "right_by_kind": {kind: vars(right) for kind, right in found.right_by_kind.items()},
         "prompt_bytes": planned,
         "counted_bytes": found.prompt_bytes,
         "counters": found.counters,

@@ -43,6 +43,7 @@ class Compressed:
         readers: rows, counted through ``[..., H]``, that do not read all that they hold.
         tokens: of each entry, ``[..., H, n]`` int64; given where there are readers.
         signals: of the layer's prompt; likewise.
+        padded: whether some rows hold fewer than n, where that is known without asking the device.
     """
 
     keys: Tensor
@@ -53,6 +54,7 @@ class Compressed:
     readers: Mapping[Reader, tuple[int, ...]] = field(default_factory=dict)
     tokens: Tensor | None = None
     signals: Signals | None = None
+    padded: bool | None = None
 
     def visible(self, queries: Tensor) -> Tensor | None:
         """Entries that queries ``[..., H, G, C, D]`` attend to; None where that is all.
@@ -60,14 +62,21 @@ class Compressed:
         Returns:
             ``[..., H, 1, 1 or C, n]`` bool.
         """
-        held = self.keys.shape[-2]
-        place = torch.arange(held, device=self.keys.device)
-        real = place < self.counts[..., None]
-        visible = None if bool(real.all()) else real[..., None, None, :]
+        visible = self._real()
         for reader, rows in self.readers.items():
             read = self._read(reader, torch.tensor(rows, device=self.keys.device), queries)
             visible = read if visible is None else visible & read
         return visible
+
+    def _real(self) -> Tensor | None:
+        """Entries that are no padding, ``[..., H, 1, 1, n]``; None where there is none."""
+        if self.padded is False:
+            return None
+        place = torch.arange(self.keys.shape[-2], device=self.keys.device)
+        real = place < self.counts[..., None]
+        if self.padded is None and bool(real.all()):
+            return None
+        return real[..., None, None, :]
 
     def _read(self, reader: Reader, rows: Tensor, queries: Tensor) -> Tensor:
         lead, (held, head_dim) = self.keys.shape[:-2], self.keys.shape[-2:]
@@ -113,6 +122,7 @@ class Compressed:
             {reader: rows for reader, rows in readers.items() if rows},
             None if self.tokens is None else self.tokens[row],
             self.signals,
+            self.padded,
         )
 
 
@@ -203,6 +213,7 @@ def store(rows: Rows, budgets: Budgets, kept: Kept, signals: Signals) -> Compres
         readers,
         None if tokens is None else tokens.unflatten(0, split),
         signals if readers else None,
+        padded=len(set(kept.sizes)) > 1,
     )
 
 
@@ -470,4 +481,5 @@ def _gather_options(
         stored(signals.values, [option.values for option in options], "values"),
         torch.full((len(options), lead[1]), size, device=tokens.device),
         tuple(lead[1] * sum(both) for both in each),
+        padded=False,
     )

@@ -60,6 +60,11 @@ class Method(ABC):
         return False
 
     @property
+    def chooses_head_by_head(self) -> bool:
+        """Whether no head's choice depends on other heads, or on which head it is."""
+        return self.heads_are_alike and not self.looks_across_heads
+
+    @property
     def looks_ahead(self) -> bool:
         """Whether it reads what no server could: a bound for others, not a policy to serve."""
         return self.needs.future or self.needs.probes

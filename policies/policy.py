@@ -130,8 +130,7 @@ class Policy:
 
     def chooses_head_by_head(self, layer: int) -> bool:
         """Whether no head's choice depends on other heads, or on which head it is."""
-        methods = [option.method for option in self.heads[layer]]
-        alone = all(m.heads_are_alike and not m.looks_across_heads for m in methods)
+        alone = all(option.method.chooses_head_by_head for option in self.heads[layer])
         return alone and type(self.allocator).split is Allocator.split
 
     def footprint(self, prompt_tokens: int, head_dim: int) -> int:

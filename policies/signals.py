@@ -6,7 +6,7 @@ which, and that is what keeps the two alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -60,6 +60,12 @@ class Needs:
     def asks_model(self) -> bool:
         """Whether the model runs more passes when it has read the prompt."""
         return self.reconstruction or self.repeat_queries or self.study_queries
+
+    @property
+    def by_head(self) -> bool:
+        """Whether all of it is each head's own, so that prompts can lie side by side."""
+        whole = (self.calibration, self.future, self.probes, self.linked, self.sentences)
+        return not any(whole)
 
     def queries(self, prompt_tokens: int) -> int:
         """How many of the last prompt queries hold all that is asked of them."""
@@ -179,6 +185,38 @@ class Signals:
             future=Future(
                 queries[:, first:], keys[:, prompt:], values[:, prompt:], tensors.get("probes")
             ),
+        )
+
+    @staticmethod
+    def side_by_side(several: Sequence[Signals]) -> Signals:
+        """One layer of several prompts of one length, for methods that look at no other head.
+
+        What is no head's own (sentence ends, what was measured on the model, the observed tokens)
+        is left out.
+        """
+        import torch
+
+        def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+            given = [tensor for tensor in tensors if tensor is not None]
+            return torch.cat(given) if given else None
+
+        own = ((each.queries, each.keys, each.values) for each in several)
+        queries, keys, values = (torch.cat(tensors) for tensors in zip(*own, strict=True))
+        moments = [each.recorded_query_moments or (None, None) for each in several]
+        means, covariances = (joined(tensors) for tensors in zip(*moments, strict=True))
+        return Signals(
+            queries,
+            keys,
+            values,
+            several[0].scale,
+            joined([each.recorded_column_sums for each in several]),
+            layer=several[0].layer,
+            rope=several[0].rope,
+            recorded_query_moments=(
+                None if means is None or covariances is None else (means, covariances)
+            ),
+            recorded_later_queries=joined([each.recorded_later_queries for each in several]),
+            reconstruction=joined([each.reconstruction for each in several]),
         )
 
     @property

@@ -21,7 +21,7 @@ from kvtune.traces.passes import run_prompt
 from kvtune.traces.probes import Probes
 from kvtune.traces.samples import Sample
 from kvtune.traces.sentences import sentence_ends
-from kvtune.traces.signals import column_sums
+from kvtune.traces.signals import column_sums, tensors_of
 from kvtune.traces.trace import LayerTrace, SampleRecord, Trace
 
 Prompt = Callable[[int], Signals]
@@ -37,9 +37,16 @@ def refuse_window(layer: int, window: int | None, tokens: int) -> None:
         )
 
 
-def traced_prompt(trace: Trace, sample: SampleRecord, device: str) -> Prompt:
-    """The prompt that a trace recorded: nothing is run again."""
-    return lambda layer: layer_signals(trace.layer(sample.id, layer, device=device))
+def traced_prompt(
+    trace: Trace, sample: SampleRecord, device: str, *, probes: bool = True
+) -> Prompt:
+    """The prompt that a trace recorded: nothing is run again.
+
+    ``probes`` may be left out, which are most of a trace, where no policy looks ahead.
+    """
+    seen = ("q", "k", "v", *(("probes",) if probes else ()))
+    names = (*seen, *tensors_of(trace.manifest["signals"]))
+    return lambda layer: layer_signals(trace.layer(sample.id, layer, device, names=names))
 
 
 def layer_signals(layer: LayerTrace) -> Signals:

@@ -64,6 +64,15 @@ def test_beyond_what_was_seen_the_ratio_stays_and_without_runs_so_does_the_predi
     assert found.value(0.0) == 0
 
 
+def test_of_what_one_group_shows_as_much_is_believed_as_is_asked() -> None:
+    x = np.geomspace(1e-3, 0.1, 8)
+    found = fit_left_out(x, 4 * x, [0] * 4 + [1] * 4, believed=0.5)
+    assert found.value(0.01) == pytest.approx(0.02, rel=0.05)
+    assert found.residuals == pytest.approx([np.log(2)] * 8, abs=0.05)  # what is left of it
+    low, high = found.scatter(0.8)
+    assert low == -high == pytest.approx(-np.log(2), abs=0.05)
+
+
 @pytest.mark.parametrize("level", first([0.8, 0.95]))
 def test_the_scatter_holds_left_out_texts_as_often_as_it_says(level: float) -> None:
     """Texts differ, and the plans of one text err together: by plans alone it would not hold."""
@@ -132,7 +141,7 @@ def test_the_packaged_calibration_leaves_what_is_nearly_right_nearly_as_it_is() 
     for kind in ("prose", "retrieval"):
         for predicted in (0.0011, 0.0047):
             assert 0.9 < shipped.value(predicted, kind, True) / predicted < 1.3
-    assert shipped.value(0.08, "retrieval", True) > 1.5 * 0.08  # errors feed on each other
+    assert shipped.value(0.08, "retrieval", True) > 1.2 * 0.08  # errors feed on each other
 
 
 def test_a_packaged_calibration_never_turns_two_plans_round() -> None:

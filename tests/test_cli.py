@@ -497,6 +497,7 @@ def test_validate_runs_the_held_out_samples_and_reports(
     found = types.SimpleNamespace(
         live=live, perplexity_change=None, retrieval_accuracy=None, full_cache_accuracy=None,
         prompt_bytes=1234, samples=3, by_kind={"code": live}, counters={"heads_compressed": 6},
+        right_by_kind={"turns": types.SimpleNamespace(ours=0.5, full=0.75)},
     )  # fmt: skip
 
     def validate_policy(policy: Any, loaded: Any, samples: Any, *, progress: Any) -> Any:
@@ -517,6 +518,8 @@ def test_validate_runs_the_held_out_samples_and_reports(
     said = run(*words).out
     assert said.count("0.02 [0.01, 0.04] live") == 2
     assert "KL, code" in said
+    assert answer["right_by_kind"] == {"turns": {"ours": 0.5, "full": 0.75}}
+    assert "50 %, full cache 75 %" in said
     assert f"times: {NO_GPU}" in said
     assert_one_error(run(*words, "--gpu"), f"--gpu: {NO_GPU}", "without --gpu")
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.allocators.adakv import AdaKV
@@ -27,6 +28,7 @@ from kvtune.policies.signals import Signals
 from kvtune.policies.testing import uniform
 from kvtune.runtime.live import run_live
 from kvtune.runtime.prompts import fresh_prompt
+from kvtune.simulator.quality import build
 from kvtune.simulator.quality.build import ahead, build_tables, layer_features
 from kvtune.simulator.quality.evaluate import replay_policies
 from kvtune.simulator.quality.replay import LayerReplay, replay_options
@@ -186,6 +188,40 @@ def test_items_are_loaded_ahead_in_order_and_an_error_reaches_the_caller() -> No
     assert [next(found) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(KvtuneError, match="shard"):
         next(found)
+
+
+class Counted(TorchDispatchMode):
+    """Counts what torch is asked for, and what of it waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call,unused-ignore]
+        self.operations, self.waits = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        self.waits += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_replay_never_waits_for_the_device_and_more_heads_cost_no_more_operations() -> None:
+    one = make_layer()
+    with Counted() as alone:
+        replay_options(one, OPTIONS, 4)
+    with Counted() as together:
+        replay_options(LayerReplay.side_by_side([make_layer(n) for n in range(5)]), OPTIONS, 4)
+    assert alone.waits == together.waits == 0
+    assert together.operations < 1.1 * alone.operations
+
+
+@pytest.mark.parametrize("together", [2, 99])
+def test_samples_replayed_side_by_side_have_the_tables_of_each_alone(
+    tiny_trace: Any, monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    alone = build_tables(tiny_trace, OPTIONS, block=4)
+    monkeypatch.setattr(build, "_together", lambda *_: together)
+    found = build_tables(tiny_trace, OPTIONS, block=4)
+    assert found.samples == alone.samples
+    np.testing.assert_allclose(found.factor, alone.factor, atol=1e-6)
 
 
 # Whole policies

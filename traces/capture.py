@@ -9,7 +9,7 @@ the output projection; S of them tell what a change of that output costs in KL d
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -102,26 +102,37 @@ def capture(
         waiting = [(i, s) for i, s in enumerate(samples) if not writer.finished(s)]
         if waiting and len(waiting) < len(samples):
             progress.note(f"{len(samples) - len(waiting)} samples are already captured")
-        for index, sample in progress.track(waiting, "capturing attention", len(waiting)):
-            _capture_sample(loaded, sample, index, settings, writer)
+        with ThreadPoolExecutor(1) as background:  # a sample is written while the next one runs
+            written: Future[None] | None = None
+            for index, sample in progress.track(waiting, "capturing attention", len(waiting)):
+                ran = _run(loaded, sample, settings)
+                if written is not None:
+                    written.result()
+                written = background.submit(_write, writer, index, sample, *ran)
+            if written is not None:
+                written.result()
         writer.close()
-        return open_trace(Path(out_dir))
+        return open_trace(Path(out_dir), writer.hashed)
 
 
-def _capture_sample(
-    loaded: LoadedModel, sample: Sample, index: int, settings: CaptureSettings, writer: TraceWriter
-) -> None:
+def _run(
+    loaded: LoadedModel, sample: Sample, settings: CaptureSettings
+) -> tuple[_Prompt, Observed]:
     prompt = _run_prompt(loaded, sample, settings)
     probes = Probes(settings.probes, settings.seed)
-    observed = observe(loaded, sample, prompt.cache, probes)
+    return prompt, observe(loaded, sample, prompt.cache, probes)
 
+
+def _write(
+    writer: TraceWriter, index: int, sample: Sample, prompt: _Prompt, observed: Observed
+) -> None:
     with writer.sample(index, sample) as folder:
 
         def write(layer: int) -> None:
             folder.write_layer(layer, _tensors(prompt, observed, layer))
 
         with ThreadPoolExecutor(_WRITERS) as pool:  # hashing takes longer than the model's passes
-            list(pool.map(write, range(loaded.geometry.layers)))
+            list(pool.map(write, range(len(observed.rows))))
         folder.finish(observed.target_logprob, observed.predicted)
 
 

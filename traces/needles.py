@@ -115,7 +115,7 @@ def retrieval(
     for word in rng.sample(words_of(split), needles):
         sentence = f"The special magic number for {word} is"
         questions.append(_question(codec, "\n" + sentence, sentence, number_of(split, 7, rng), "."))
-    return _assemble(codec, TASK, "\n\n", haystack, questions, tokens, observed, rng)
+    return assemble(codec, TASK, "\n\n", haystack, questions, tokens, observed, rng)
 
 
 def recall(
@@ -145,7 +145,7 @@ def recall(
     others = [token for line in lines[most_questions:] for token in line.hidden]
     questions = lines[:most_questions]
     lead = "\nHere are some of the values again.\n"
-    return _assemble(codec, RECALL_TASK, lead, others, questions, tokens, observed, rng)
+    return assemble(codec, RECALL_TASK, lead, others, questions, tokens, observed, rng)
 
 
 def copied(
@@ -187,7 +187,7 @@ def _question(codec: Codec, hidden: str, asked: str, number: str, stop: str) -> 
     )
 
 
-def _assemble(
+def assemble(
     codec: Codec, task: str, lead: str, haystack: Sequence[int], questions: Sequence[Question],
     tokens: int, observed: int, rng: random.Random,
 ) -> Passage:  # fmt: skip

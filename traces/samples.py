@@ -12,7 +12,10 @@ from kvtune.common.bounds import Count, Name, Whole
 from kvtune.common.errors import KvtuneError
 
 Split = Literal["search", "select", "evaluate"]
-Kind = Literal["prose", "code", "retrieval", "recall", "chat", "copy", "user"]
+Kind = Literal[
+    "prose", "code", "retrieval", "recall", "chat", "copy", "user",
+    "single", "multikey", "tracking", "common", "frequent", "turns", "instruction", "leak",
+]  # fmt: skip
 SPLITS: tuple[Split, ...] = get_args(Split)
 KINDS: tuple[Kind, ...] = get_args(Kind)
 

@@ -242,8 +242,12 @@ class Trace:
         return path
 
 
-def open_trace(root: Path) -> Trace:
+def open_trace(root: Path, hashed: Iterable[Path] = ()) -> Trace:
     """Open a captured trace.
+
+    Args:
+        root: its folder.
+        hashed: shards whose content this process has just hashed, and need not again.
 
     Raises:
         KvtuneError: no trace, an unfinished one, a newer format, or a damaged manifest.
@@ -261,7 +265,7 @@ def open_trace(root: Path) -> Trace:
             hint=_CONTINUE,
         )
     samples = tuple(_record(Path(root), place, manifest) for place in manifest.samples)
-    return Trace(Path(root), plain, samples)
+    return Trace(Path(root), plain, samples, {str(path.resolve()) for path in hashed})
 
 
 def _record(root: Path, place: EntryPlace, manifest: Manifest) -> SampleRecord:

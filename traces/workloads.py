@@ -17,6 +17,7 @@ from kvtune.common.errors import KvtuneError, nearest
 from kvtune.traces import texts
 from kvtune.traces.needles import Codec, Passage, copied, recall, retrieval
 from kvtune.traces.samples import KINDS, SPLITS, Kind, Sample, Split
+from kvtune.traces.tasks import TASKS, Setting
 
 Counts = Mapping[str, Mapping[str, int]]
 """Samples a split and kind; the names are checked."""
@@ -71,7 +72,7 @@ class Workload:
         return {**asdict(self), "files": [str(path) for path in self.files]}
 
 
-_USER_SAMPLES = {"small": 3, "full": 8}
+_USER_SAMPLES = {"small": 3, "full": 8, "tasks": 2}
 
 
 def small(seed: int = 0) -> Workload:
@@ -94,11 +95,16 @@ def standard(seed: int = 0) -> Workload:
     return Workload(counts, seed=seed)
 
 
+def tasks(seed: int = 0) -> Workload:
+    """Two held-out samples of every made-up task, of 1024 tokens; nothing to search on."""
+    return Workload({"evaluate": dict.fromkeys(TASKS, 2)}, tokens=1024, observed=128, seed=seed)
+
+
 def named_workload(
-    name: Literal["small", "full"], seed: int, texts: Sequence[Path] = ()
+    name: Literal["small", "full", "tasks"], seed: int, texts: Sequence[Path] = ()
 ) -> Workload:
-    """``small`` or ``full``; with texts of the user's, cut from those alone."""
-    workload = small(seed) if name == "small" else standard(seed)
+    """One of the ready-made ones; with texts of the user's, cut from those alone."""
+    workload = {"small": small, "full": standard, "tasks": tasks}[name](seed)
     if not texts:
         return workload
     each: Mapping[str, int] = {"user": _USER_SAMPLES[name]}
@@ -149,7 +155,7 @@ def _samples(
 ) -> Iterator[Sample]:
     if count == 0:
         return
-    made = _drawn if kind in ("retrieval", "recall", "copy") else _windows
+    made = _drawn if kind in ("retrieval", "recall", "copy", *TASKS) else _windows
     for index, passage in enumerate(made(workload, codec, split, kind, count)):
         yield _sample(workload, split, kind, index, passage)
 
@@ -170,7 +176,7 @@ def _sample(workload: Workload, split: Split, kind: Kind, index: int, passage: P
 def _drawn(
     workload: Workload, codec: Codec, split: Split, kind: Kind, count: int
 ) -> Iterator[Passage]:
-    """Retrieval, recall or copy samples, each from its own random stream."""
+    """Samples that are made up, each from its own random stream."""
     sizes = (workload.tokens, workload.observed, workload.needles)
     for index in range(count):
         stream = f"{workload.seed}/{split}/{kind}/{index}"
@@ -180,7 +186,9 @@ def _drawn(
             continue
         tokens = _stream(codec, texts.prose()[split], stream)
         haystack = _first(tokens, workload.tokens + 1)
-        if kind == "copy":
+        if kind in TASKS:
+            yield TASKS[kind](Setting(codec, haystack, split, *sizes[:2], rng))
+        elif kind == "copy":
             yield copied(codec, haystack, workload.tokens, workload.observed, rng)
         else:
             yield retrieval(codec, haystack, split, *sizes, rng)

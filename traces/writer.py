@@ -141,6 +141,7 @@ class TraceWriter:
         self.root = root
         self.settings = settings
         self.entries: dict[str, dict[str, Any]] = {}
+        self.hashed: set[Path] = set()  # shards whose content was hashed as it was written
         if (root / MANIFEST).is_file():
             self._continue()
         else:
@@ -160,6 +161,7 @@ class TraceWriter:
         yield folder
         digest = sha256(self.root / name / ENTRY)
         self.entries[sample.id] = {"id": sample.id, "folder": name, "sha256": digest}
+        self.hashed |= {self.root / name / shard for shard in folder.shards}
         self._write_manifest()
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from kvtune.simulator.cost import Cost, policy_cost
 from kvtune.simulator.memory.budget import MemoryBudget
 from kvtune.tuner.baselines import COSTS
 from kvtune.tuner.explore.record import selection_split
+from kvtune.tuner.lengths import length_note
 from kvtune.tuner.live_baselines import live_baselines
 from kvtune.tuner.question import Candidate, Solver, front
 from kvtune.tuner.request import SearchRequest
@@ -193,10 +194,7 @@ def _notes(found: Found, chosen: Candidate, quality: Quality) -> tuple[str, ...]
             f"--read-bytes allows {format_bytes(request.read_bytes)}."
         )
     if prompt != chosen.context:
-        notes.append(
-            f"context: quality was measured on prompts of {prompt} tokens; budgets are shares of "
-            f"the prompt and are carried over to {chosen.context}."
-        )
+        notes.append(length_note(quality.kl, prompt, chosen.context))
     if quality.kl.tier == BAND:
         notes.append(_band_note(request, quality))
     elif quality.kl.value > request.largest_kl:

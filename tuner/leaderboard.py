@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from kvtune.common.estimate import Estimate
 from kvtune.policies.method import find_method
 from kvtune.tuner.bench_runs import Run
 from kvtune.tuner.quality import estimate
-from kvtune.tuner.validate import share_right
+from kvtune.tuner.validate import Right, share_right
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Standing:
         evicted: heads that dropped a token, over all runs.
         samples: runs.
         looks_ahead: a reference that no server could run.
+        right_by_kind: answer tokens right of each kind of text, all asked after compression.
     """
 
     policy: str
@@ -43,6 +44,7 @@ class Standing:
     evicted: int
     samples: int
     looks_ahead: bool
+    right_by_kind: dict[str, Right] = field(default_factory=dict)
 
     @property
     def reads_less(self) -> bool:
@@ -82,7 +84,21 @@ def _standing(runs: Sequence[Run]) -> Standing:
         evicted=sum(run.evicted for run in runs),
         samples=len(runs),
         looks_ahead=find_method(runs[0].policy.split(" ", 1)[0])().looks_ahead,
+        right_by_kind=_right_by_kind(after),
     )
+
+
+def _right_by_kind(runs: Sequence[Run]) -> dict[str, Right]:
+    """Shares of answer tokens right, of each kind of text that asks for some."""
+    found = {}
+    for kind in sorted({run.kind for run in runs}):
+        mine = [run for run in runs if run.kind == kind]
+        counted = [(run.first, run.later, run.full_first, run.full_later) for run in mine]
+        first, later, full_first, full_later = np.sum(counted, 0)
+        if asked := first[1] + later[1]:
+            ours, full = first[0] + later[0], full_first[0] + full_later[0]
+            found[kind] = Right(float(ours / asked), float(full / asked))
+    return found
 
 
 def _of(runs: Iterable[Run], setting: str) -> list[Run]:

@@ -82,7 +82,7 @@ def live_baselines(
         [row.policy for row in rows if row.policy is not None],
         loaded,
         samples,
-        lambda sample: traced_prompt(trace, trace.sample(sample.id), loaded.device),
+        lambda sample: traced_prompt(trace, trace.sample(sample.id), loaded.device, probes=False),
         progress=progress,
     )
     kinds = [sample.kind for sample in samples]

@@ -111,7 +111,9 @@ def live_on_selection(found: Found, progress: Progress) -> RunLive | None:
             [found.solver.policy(each) for each in candidates],
             loaded,
             selection,
-            lambda sample: traced_prompt(trace, trace.sample(sample.id), loaded.device),
+            lambda sample: traced_prompt(
+                trace, trace.sample(sample.id), loaded.device, probes=False
+            ),
             progress=progress,
         )
         return [{kind: loss.value for kind, loss in one.by_kind.items()} for one in ran]

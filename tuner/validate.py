@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
@@ -17,7 +18,20 @@ from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample
 from kvtune.tuner.quality import estimate, estimate_by_kind
 
-_TOGETHER = 6  # policies a batch, for a laptop's memory
+_TOGETHER, _TOGETHER_ON_A_GPU = 6, 16  # policies a batch; the first is for a laptop's memory
+
+
+@dataclass(frozen=True)
+class Right:
+    """Shares of answer tokens that the model would have given.
+
+    Args:
+        ours: under the policy.
+        full: under the full cache.
+    """
+
+    ours: float
+    full: float
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,7 @@ class Validation:
         prompt_bytes: of one prompt, counted while compressing; the mean over samples.
         samples: that were run.
         by_kind: ``live`` of each kind of text alone.
+        right_by_kind: answers right, of each kind of text alone that asks for some.
         losses: KL of every sample, nats/token, in the samples' order.
         counters: proof that the policy fired.
     """
@@ -43,6 +58,7 @@ class Validation:
     prompt_bytes: int
     samples: int
     by_kind: dict[str, Estimate] = field(default_factory=dict)
+    right_by_kind: dict[str, Right] = field(default_factory=dict)
     losses: tuple[float, ...] = ()
     counters: dict[str, int] = field(default_factory=dict)
 
@@ -77,16 +93,17 @@ def validate_policies(
         policies: for the model's shape.
         loaded: the model.
         samples: held out.
-        prompt_of: gives a sample's prompt, from a trace or run afresh.
+        prompt_of: gives a sample's prompt, from a trace or run afresh; asked once a sample.
         progress: told of every sample and batch of policies.
     """
     runs: list[list[LiveRun]] = [[] for _ in policies]
-    steps = [(sample, at) for sample in samples for at in range(0, len(policies), _TOGETHER)]
+    together = _TOGETHER if loaded.device == "cpu" else _TOGETHER_ON_A_GPU
+    steps = [(sample, at) for sample in samples for at in range(0, len(policies), together)]
     for sample, at in (progress or Silent()).track(steps, "running live", len(steps)):
-        prompt = prompt_of(sample)
         if at == 0:
+            prompt = cache(prompt_of(sample))  # what policies look at is computed once a layer
             full = full_cache(loaded, sample, prompt)
-        found = run_live(loaded, sample, prompt, policies[at : at + _TOGETHER], full)
+        found = run_live(loaded, sample, prompt, policies[at : at + together], full)
         for row, run in enumerate(found, start=at):
             runs[row].append(run)
     return [summarise(row, samples) for row in runs]
@@ -112,9 +129,24 @@ def summarise(runs: Sequence[LiveRun], samples: Sequence[Sample]) -> Validation:
         prompt_bytes=round(float(np.mean([run.footprint_bytes for run in runs]))),
         samples=len(samples),
         by_kind=estimate_by_kind(losses, kinds, "live"),
+        right_by_kind=_right_by_kind(runs, samples),
         losses=tuple(losses),
         counters=_counters(runs, samples),
     )
+
+
+def _right_by_kind(runs: Sequence[LiveRun], samples: Sequence[Sample]) -> dict[str, Right]:
+    found: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {}
+    for run, sample in zip(runs, samples, strict=True):
+        if sample.needles:
+            asked = np.array(sample.answer_mask)
+            ours, full = found.setdefault(sample.kind, ([], []))
+            ours.append(run.correct[asked])
+            full.append(run.full_correct[asked])
+    return {
+        kind: Right(float(np.concatenate(ours).mean()), float(np.concatenate(full).mean()))
+        for kind, (ours, full) in sorted(found.items())
+    }
 
 
 def union_of_needs(policies: Sequence[Policy]) -> Needs:

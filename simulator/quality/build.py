@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,9 +27,17 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+_LOADERS = 4
+_SHARE_OF_FREE_MEMORY = 1 / 8
+_MOST_AT_ONCE = 4 * 2**30
+_COPIES = 2  # of the scores: they are computed and turned into probabilities
+
+
 @dataclass(frozen=True)
 class _Cell:
-    sample: int
+    """Samples whose heads of one layer are replayed as if they were one prompt's."""
+
+    samples: Sequence[int]
     layer: int
 
 
@@ -50,27 +58,35 @@ def build_tables(
         samples: some of the trace's; all of them unless given.
         block: positions whose responses are summed before squaring.
         device: where the arithmetic runs.
-        progress: told of every (sample, layer).
+        progress: told of every layer of the samples that are replayed together.
     """
     samples = trace.samples if samples is None else samples
     layers, heads = trace.geometry.layers, trace.geometry.kv_heads
-    cells = [_Cell(s, layer) for s in range(len(samples)) for layer in range(layers)]
+    together = _together(trace, samples, options, device)
+    groups = [range(len(samples))[at : at + together] for at in range(0, len(samples), together)]
+    cells = [_Cell(group, layer) for group in groups for layer in range(layers)]
     rows: list[list[Floats]] = [[] for _ in samples]
 
-    names = (*_REPLAYED, *tensors_of(trace.manifest["signals"]))
+    names = replayed_tensors(trace)
 
-    def load(cell: _Cell) -> LayerReplay:
-        id_ = samples[cell.sample].id
-
+    def load_sample(id_: str, layer: int) -> LayerReplay:
         def signals(layer: int) -> Signals:
             return LayerReplay.of(trace.layer(id_, layer, device, names=_REPLAYED), device).signals
 
-        replay = LayerReplay.of(trace.layer(id_, cell.layer, device, names=names), device)
+        replay = LayerReplay.of(trace.layer(id_, layer, device, names=names), device)
         return replace(replay, signals=linked(replay.signals, options, layers, signals))
+
+    def load(cell: _Cell) -> LayerReplay:
+        ids = [samples[at].id for at in cell.samples]
+        with ThreadPoolExecutor(min(_LOADERS, len(ids))) as loaders:
+            each = loaders.map(lambda id_: load_sample(id_, cell.layer), ids)
+            return LayerReplay.side_by_side(list(each))
 
     parts = ahead(load, cells)
     for cell in (progress or Silent()).track(cells, "replaying options", len(cells)):
-        rows[cell.sample].append(layer_features(next(parts), options, block))
+        features = layer_features(next(parts), options, block)
+        for at, sample in enumerate(cell.samples):
+            rows[sample].append(features[at * heads : (at + 1) * heads])
     factor = np.stack([np.concatenate(row) for row in rows])  # [n, I, O, S * C / block]
     first = samples[0]
     return Tables(
@@ -85,6 +101,32 @@ def build_tables(
         factor=factor,
         group=np.arange(len(samples)),
     )
+
+
+def replayed_tensors(trace: Trace) -> tuple[str, ...]:
+    """Names of what replay reads of a layer."""
+    return (*_REPLAYED, *tensors_of(trace.manifest["signals"]))
+
+
+def _together(
+    trace: Trace, samples: Sequence[SampleRecord], options: Sequence[Option], device: str
+) -> int:
+    """Samples whose heads are replayed side by side.
+
+    A GPU is kept busy by many heads, and launches cost the same for one sample as for all of them;
+    on a CPU one sample's scores fill the caches. Methods that look beyond a head take one sample.
+    """
+    sizes = {(sample.prompt, sample.observed) for sample in samples}
+    methods = {option.method for option in options}
+    alone = all(m.chooses_head_by_head and m.needs.by_head for m in methods)
+    if not device.startswith("cuda") or len(sizes) > 1 or not alone:
+        return 1
+    prompt, observed = sizes.pop()
+    kept = Counter(option.budget.resolve(prompt) for option in options)
+    entries = max(tokens * count for tokens, count in kept.items())  # of the largest batch
+    each = _COPIES * 4 * trace.geometry.query_heads * observed * entries
+    free = torch.cuda.mem_get_info(device)[0] * _SHARE_OF_FREE_MEMORY
+    return max(1, int(min(free, _MOST_AT_ONCE) // each))
 
 
 def ahead(load: Callable[[T], R], items: Iterable[T], depth: int = 2) -> Iterator[R]:

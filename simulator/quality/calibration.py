@@ -22,7 +22,10 @@ from kvtune.common.stored import checked
 
 Regime = Literal["quantising", "evicting", "evicting what is asked for"]
 REGIMES: tuple[Regime, ...] = get_args(Regime)
-ASKED = frozenset(("retrieval", "recall", "copy"))
+ASKED = frozenset(
+    ("retrieval", "recall", "copy", "single", "multikey", "tracking", "common", "frequent", "turns",
+     "instruction", "leak")
+)  # fmt: skip
 """Kinds of text whose observed tokens ask for what the prompt said."""
 
 _SMALLEST = 1e-7  # nats/token: below this a prediction is rounding
@@ -46,7 +49,7 @@ class Curve:
     Args:
         knots: predicted losses, rising, nats/token; none leaves predictions as they are.
         log_ratios: at each of them.
-        residuals: logarithms of live over calibrated on texts that it was not fitted to, rising.
+        residuals: logarithms of live over calibrated where it was not fitted, rising.
     """
 
     knots: tuple[float, ...] = ()
@@ -66,16 +69,22 @@ class Curve:
             return replace(self, knots=(1.0,), log_ratios=(level,))
         return replace(self, log_ratios=tuple(ratio + level for ratio in self.log_ratios))
 
+    def believed(self, share: float) -> Curve:
+        """The same with ratios nearer to one: a share of their logarithms."""
+        return replace(self, log_ratios=tuple(share * ratio for ratio in self.log_ratios))
+
     def scatter(self, level: float) -> tuple[float, float]:
         """Least and greatest log ratio of live over calibrated, with probability ``level``.
 
-        Split conformal: the order statistics that hold a next one drawn alike (Vovk et al. 2005).
+        Split conformal (Vovk et al. 2005) on the residuals' sizes: of a model that nobody has run
+        it is not known to which side of the curve it lies.
         """
         count = len(self.residuals)
         if not count:
             return 0.0, 0.0
-        rank = int(np.floor((count + 1) * (1 - level) / 2))
-        return self.residuals[max(rank - 1, 0)], self.residuals[min(count - rank, count - 1)]
+        sizes = sorted(abs(residual) for residual in self.residuals)
+        reach = sizes[min(int(np.ceil((count + 1) * level)), count) - 1]
+        return -reach, reach
 
 
 @dataclass(frozen=True)
@@ -212,26 +221,30 @@ def _smooth(
     return values
 
 
-def fit_left_out(predicted: ArrayLike, live: ArrayLike, groups: Sequence[object]) -> Curve:
+def fit_left_out(
+    predicted: ArrayLike, live: ArrayLike, groups: Sequence[object], believed: float = 1.0
+) -> Curve:
     """A curve with the scatter that is seen when each group in turn is left out of the fit.
 
     Args:
         predicted: as of ``fit_curve``.
         live: likewise.
-        groups: what belongs together, one a pair: a text, a plan.
+        groups: what belongs together, one a pair: a text, a model.
+        believed: share of what one group shows that is believed of another.
     """
     x, y = np.asarray(predicted, float), np.asarray(live, float)
     numbers = np.unique(list(groups), return_inverse=True)[1]
     residuals: list[float] = []
     for number in range(int(numbers.max()) + 1 if len(numbers) else 0):
         mine = numbers == number
-        rest = fit_curve(x[~mine], y[~mine])
+        rest = fit_curve(x[~mine], y[~mine]).believed(believed)
         residuals += [
             float(np.log(b / rest.value(a)))
             for a, b in zip(x[mine], y[mine], strict=True)
             if min(a, b) > _SMALLEST
         ]
-    return replace(fit_curve(x, y), residuals=tuple(_thinned(sorted(residuals))))
+    whole = fit_curve(x, y).believed(believed)
+    return replace(whole, residuals=tuple(_thinned(sorted(residuals))))
 
 
 def _thinned(ordered: Sequence[float], most: int = 199) -> list[float]:

@@ -11,12 +11,12 @@ from kvtune.common.progress import Progress, Silent
 from kvtune.policies.apply import apply_together, linked
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
-from kvtune.simulator.quality.build import DEFAULT_BLOCK
+from kvtune.simulator.quality.build import DEFAULT_BLOCK, ahead, replayed_tensors
 from kvtune.simulator.quality.replay import LayerReplay
 from kvtune.simulator.quality.tables import Floats
 from kvtune.traces.trace import SampleRecord, Trace
 
-_TOGETHER = 8  # policies a batch: enough to keep a GPU busy, few enough for a laptop's memory
+_TOGETHER, _TOGETHER_ON_A_GPU = 8, 32  # policies a batch; the first is for a laptop's memory
 
 
 def replay_policies(
@@ -60,22 +60,26 @@ def _replay_sample(
     block: int,
     device: str,
 ) -> Floats:
+    together = _TOGETHER if device == "cpu" else _TOGETHER_ON_A_GPU
+    names = replayed_tensors(trace)
+
+    def load(index: int) -> LayerReplay:
+        return LayerReplay.of(trace.layer(sample.id, index, device, names=names), device)
 
     def prompt(index: int) -> Signals:
-        return LayerReplay.of(trace.layer(sample.id, index, device), device).signals
+        return load(index).signals
 
     budgets = [policy.settle(sample.prompt, prompt) for policy in policies]
     total: torch.Tensor | float = 0.0
     probes = 1
-    for index in layers:
-        layer = LayerReplay.of(trace.layer(sample.id, index, device), device)
+    for index, layer in zip(layers, ahead(load, layers), strict=True):
         probes = layer.probes.shape[0]
         options = [option for policy in policies for option in policy.heads[index]]
         signals = linked(layer.signals, options, trace.geometry.layers, prompt)
         planned = [budget[index].tolist() for budget in budgets]
         pieces = []
-        for at in range(0, len(policies), _TOGETHER):
-            some = slice(at, at + _TOGETHER)
+        for at in range(0, len(policies), together):
+            some = slice(at, at + together)
             part = apply_together(policies[some], index, planned[some], signals)
             pieces.append(layer.response(part, block).sum(1))  # over heads: [B, S, C / block]
         total = total + torch.cat(pieces)

@@ -60,6 +60,19 @@ class LayerReplay:
             signals.probes().unflatten(2, (heads, -1)),
         )
 
+    @staticmethod
+    def side_by_side(several: Sequence[LayerReplay]) -> LayerReplay:
+        """One layer of several samples of one size as if their heads were one prompt's."""
+        if len(several) == 1:
+            return several[0]
+        signals = [each.signals for each in several]
+        queries, keys, values = (
+            torch.cat([getattr(each, name) for each in several])
+            for name in ("queries", "keys", "values")
+        )
+        probes = torch.cat([each.probes for each in several], 2)
+        return LayerReplay(Signals.side_by_side(signals), queries, keys, values, probes)
+
     @cached_property
     def recent(self) -> tuple[Tensor, Tensor]:
         """The observed tokens' attention among themselves, causal: the part that never changes."""
@@ -74,7 +87,7 @@ class LayerReplay:
         """Attention output over the uncompressed cache, ``[H, G, C, D]``."""
         whole = self.signals
         counts = torch.full(whole.keys.shape[:1], whole.prompt_tokens, device=whole.keys.device)
-        return self.output(Compressed(whole.keys, whole.values, counts, ()))
+        return self.output(Compressed(whole.keys, whole.values, counts, (), padded=False))
 
     def output(self, prompt: Compressed) -> Tensor:
         """Attention output over a compressed prompt and the observed tokens, ``[..., H, G, C, D]``.

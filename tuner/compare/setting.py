@@ -187,7 +187,7 @@ def live_runs(source: QualitySource, split: str) -> RunChoices:
     assert loaded is not None  # noqa: S101
     samples = trace.of_split(split)
     prompts = {
-        sample.id: cache(traced_prompt(trace, trace.sample(sample.id), loaded.device))
+        sample.id: cache(traced_prompt(trace, trace.sample(sample.id), loaded.device, probes=False))
         for sample in samples
     }
 
