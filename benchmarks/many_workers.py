@@ -3,8 +3,11 @@
     python benchmarks/many_workers.py --out benchmarks/results/many-workers-cpu.json
     python benchmarks/many_workers.py --trials 40 --workers 3 --kill 1 --sleep 0.2 --out /tmp/w.json
 
-A trial sleeps. ``--kill`` workers are killed with SIGKILL while they work, and others take their
-places. Needs PostgreSQL's programs (Debian: postgresql) and psycopg (``kvtune[workers]``).
+A trial sleeps. First one worker alone does ``--alone`` trials, whose rate the others are held
+against; then ``--workers`` do ``--trials``; then they do as many again while ``--kill`` of them are
+killed with SIGKILL, each within a trial, and others take their places. The clock begins when every
+worker is ready, because starting Python is no part of a rate. Needs PostgreSQL's programs (Debian:
+postgresql) and psycopg (``kvtune[workers]``).
 """
 
 from __future__ import annotations
@@ -12,9 +15,10 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import random
 import signal
+import tempfile
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -26,88 +30,115 @@ from kvtune.tuner.shared_study import Patience, create, finished, open_storage, 
 PATIENCE = Patience(heartbeat_s=2, grace_s=12, poll_s=0.5)
 
 
-def worker(url: str, name: str, sleep_s: float) -> None:
-    """One worker's life."""
+def worker(url: str, name: str, sleep_s: float, gate: Path) -> None:
+    """One worker's life; it is ready when its file lies in ``gate``, and begins with ``go``.
+
+    While a trial sleeps the file holds its number, so that a kill can be aimed at one.
+    """
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore")
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     study = optuna.load_study(study_name=name, storage=open_storage(url, PATIENCE))
+    mine = gate / str(os.getpid())
+    mine.touch()
+    while not (gate / "go").exists():
+        time.sleep(0.05)
 
     def objective(trial: Any) -> list[float]:
         x = trial.suggest_float("x", 0, 1)
+        mine.write_text(str(trial.number))
         time.sleep(sleep_s)
+        mine.write_text("")
         return [x]
 
     work(study, objective, lambda slot: optuna.samplers.RandomSampler(seed=slot), PATIENCE)
 
 
-def run(url: str, name: str, arguments: argparse.Namespace, kill: int) -> dict[str, Any]:
-    """Run one study with ``arguments.workers`` workers, ``kill`` of which are killed meanwhile."""
-    storage = open_storage(url, PATIENCE)
-    study = create(storage, name, arguments.trials, ["minimize"])
+def run(
+    url: str, name: str, workers: int, trials: int, sleep_s: float, kill: int = 0
+) -> dict[str, Any]:
+    """Run one study with so many workers, ``kill`` of which are killed meanwhile."""
+    study = create(open_storage(url, PATIENCE), name, trials, ["minimize"])
     spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        gate = Path(folder)
 
-    def start() -> Any:
-        process = spawn.Process(target=worker, args=(url, name, arguments.sleep))
-        process.start()
-        return process
+        def start() -> Any:
+            process = spawn.Process(target=worker, args=(url, name, sleep_s, gate))
+            process.start()
+            return process
 
-    processes = [start() for _ in range(arguments.workers)]
-    wait_for_first(study)
-    began, killed, rng = time.monotonic(), 0, random.Random(0)  # noqa: S311
-    expected = arguments.trials * arguments.sleep / arguments.workers
-    while any(process.is_alive() for process in processes):
-        time.sleep(0.2)
-        due = expected * (killed + 1) / (kill + 2)
-        if killed < kill and time.monotonic() - began > due:
-            victim = rng.randrange(len(processes))
-            if processes[victim].is_alive():
-                os.kill(processes[victim].pid, signal.SIGKILL)
-                killed += 1
-                processes[victim] = start()
-    return outcome(study, arguments, killed)
-
-
-def wait_for_first(study: Any) -> None:
-    """Until a first trial runs: starting Python is no part of a rate."""
-    from optuna.trial import TrialState
-
-    while not study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.COMPLETE)):
-        time.sleep(0.1)
+        processes = [start() for _ in range(workers)]
+        while len(list(gate.iterdir())) < workers:
+            time.sleep(0.1)
+        (gate / "go").touch()
+        killed: list[int] = []
+        while any(process.is_alive() for process in processes):
+            time.sleep(0.1)
+            if len(killed) < kill and begun(gate) >= trials * (len(killed) + 1) // (kill + 2):
+                victim = next(p for p in processes if in_trial(gate, p) is not None)
+                killed.append(in_trial(gate, victim) or 0)
+                os.kill(victim.pid, signal.SIGKILL)
+                victim.join()
+                (gate / str(victim.pid)).unlink()
+                processes[processes.index(victim)] = start()
+    return outcome(study, trials, workers, killed)
 
 
-def outcome(study: Any, arguments: argparse.Namespace, killed: int) -> dict[str, Any]:
+def in_trial(gate: Path, process: Any) -> int | None:
+    """Number of the trial that a living worker sleeps in."""
+    path = gate / str(process.pid)
+    number = path.read_text() if process.is_alive() and path.exists() else ""
+    return int(number) if number else None
+
+
+def begun(gate: Path) -> int:
+    """The largest number of a trial that sleeps now."""
+    numbers = [path.read_text() for path in gate.iterdir() if path.name != "go"]
+    return max((int(number) for number in numbers if number), default=0)
+
+
+def outcome(study: Any, trials: int, workers: int, killed: list[int]) -> dict[str, Any]:
     """Slots that were done, how often, and the rate between the first start and the last end."""
-    trials = study.get_trials(deepcopy=False)
-    done = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    seen = study.get_trials(deepcopy=False)
+    done = [trial for trial in seen if trial.state.name == "COMPLETE"]
     times = Counter(t.system_attrs.get("retry_history", [t.number])[0] for t in done)
     seconds = max(t.datetime_complete for t in done) - min(t.datetime_start for t in done)
-    rate = len(times) / seconds.total_seconds()
     return {
-        "workers": arguments.workers,
-        "trials": arguments.trials,
-        "trial_s": arguments.sleep,
-        "killed": killed,
-        "lost": arguments.trials - len(finished(study)),
+        "workers": workers,
+        "trials": trials,
+        "killed_within_trials": killed,
+        "lost": trials - len(finished(study)),
         "done_twice": sum(count > 1 for count in times.values()),
-        "put_back": sum(trial.state.name == "FAIL" for trial in trials),
+        "put_back": sum(trial.state.name == "FAIL" for trial in seen),
         "seconds": seconds.total_seconds(),
-        "times_one_worker": rate * arguments.sleep,
+        "trials_per_second": len(times) / seconds.total_seconds(),
+        "load_average_at_end": os.getloadavg()[0],
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--alone", type=int, default=60)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--kill", type=int, default=3)
     parser.add_argument("--sleep", type=float, default=1.0)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    found: dict[str, Any] = {"load_average": os.getloadavg()[0], "cores": os.cpu_count()}
+    warnings.simplefilter("ignore")
+    found: dict[str, Any] = {"trial_s": arguments.sleep, "cores": os.cpu_count()}
+    crews = {
+        "one worker": (1, arguments.alone, 0),
+        "all live": (arguments.workers, arguments.trials, 0),
+        "some are killed": (arguments.workers, arguments.trials, arguments.kill),
+    }
     with postgres() as url:
-        for name, kill in (("all live", 0), ("some are killed", arguments.kill)):
-            found[name] = run(url, name, arguments, kill)
+        for name, (workers, trials, kill) in crews.items():
+            part = run(url, name, workers, trials, arguments.sleep, kill)
+            rate = found.get("one worker", part)["trials_per_second"]
+            found[name] = part | {"times_one_worker": part["trials_per_second"] / rate}
             write_json(arguments.out, found)
             print(name, found[name], flush=True)
 

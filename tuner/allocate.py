@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
 from kvtune.simulator.quality.tables import Floats, Tables, low_rank
-from kvtune.tuner.exchange import TOLERANCE, Choice, exchange, restarted
+from kvtune.tuner.bounded import optimum
+from kvtune.tuner.exchange import TOLERANCE, Choice, exchange, is_small, restarted
 
 _PIECE = 2048  # configurations scored by one thread at a time
 _WHOLE = 2**40  # a budget, where two are mixed
@@ -117,8 +118,9 @@ def solve(problem: Problem, budget: int) -> Choice:
     """The best configuration found within ``budget`` bytes, ``[I]``.
 
     A byte price is bisected on each head alone; what is left of the budget is then spent, and bytes
-    are traded between pairs of heads until no trade helps. In a small problem a few heads at a time
-    are thrown about from there and traded again, and what is better stays.
+    are traded between pairs of heads until no trade helps. In a small problem branch and bound then
+    gives the optimum; where too many configurations could still be better for that, a few heads at
+    a time are thrown about and traded again, and what is better stays.
 
     Raises:
         KvtuneError: even the smallest options take more.
@@ -129,7 +131,9 @@ def solve(problem: Problem, budget: int) -> Choice:
             f"{budget} bytes are less than the smallest options take together ({cheapest})",
             hint="raise --mem, shorten --context or lower --batch.",
         )
-    return restarted(problem, budget, exchange(problem, budget, priced(problem, budget)))
+    found = exchange(problem, budget, priced(problem, budget))
+    best = optimum(problem, budget, found) if is_small(problem) else None
+    return restarted(problem, budget, found) if best is None else best
 
 
 def solve_both(problem: Problem, budget: int, read_budget: int) -> Choice:

@@ -32,6 +32,11 @@ def exchange(problem: Problem, budget: int, start: Choice, rounds: int = 400) ->
     return choice
 
 
+def is_small(problem: Problem) -> bool:
+    """Whether there is time to look beyond the first answer."""
+    return problem.factor.size <= _WORK
+
+
 def restarted(problem: Problem, budget: int, start: Choice) -> Choice:
     """The best of ``start`` and of what trading finds from where a few heads were thrown about.
 
