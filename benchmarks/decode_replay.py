@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvtune.policies.decode import FREE, DecodeMethod
 from kvtune.policies.slots import SlotCache, prompt_of
+from kvtune.simulator.quality.decoding import tokens_of
 from kvtune.simulator.quality.replay import LayerReplay
 
 
@@ -55,11 +56,9 @@ def replay_decoding(
     cache = SlotCache(method, prompt, layer.signals, budgets, observed)
     rows = full_attention(layer)
     outputs, seen = [], []
-    for t in range(observed):
+    for t, token in enumerate(tokens_of(layer, len(budgets))):
         seen.append(_visible(cache, rows[:, :, t]))
-        key, value, query = layer.keys[:, t], layer.values[:, t], layer.queries[:, :, t]
-        together = (x.expand(len(budgets), *x.shape) for x in (query, key, value))
-        outputs.append(cache.step(*together))
+        outputs.append(cache.step(*token))
     mass, cosine = torch.stack(seen, -1)
     return DecodeReplay(torch.stack(outputs, -2), mass, cosine, cache)
 

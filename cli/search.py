@@ -115,6 +115,15 @@ MovedBytesOption = Annotated[
         "than this of each sequence's prompt: 20MB.",
     ),
 ]
+HeldBytesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--held-bytes",
+        metavar="SIZE",
+        help="Plan for a long generation: heads go on evicting, and a sequence's cache never holds "
+        "more than this: 60MB, or 10% of what the uncompressed cache holds on average.",
+    ),
+]
 HeadsOption = Annotated[
     Path | None,
     typer.Option(
@@ -160,6 +169,7 @@ def command(
     start: StartOption = None,
     moved_bytes: MovedBytesOption = None,
     heads: HeadsOption = None,
+    held_bytes: HeldBytesOption = None,
     text: options.Texts = None,
     stand_in: StandInOption = False,
     seed: options.Seed = 0,
@@ -203,7 +213,10 @@ def command(
     requests = _requests(asked, gpu, mem, run_dir)
     check_writable(requests[0].run_dir, "--run-dir")
     with speaking(as_json, quiet) as output:
-        _search(requests, output)
+        if held_bytes is None:
+            _search(requests, output)
+        else:
+            _search_long(requests, held_bytes, output)
 
 
 def _requests(
@@ -245,6 +258,22 @@ def _search(requests: Sequence[SearchRequest], output: Output) -> None:
         result = replace(result, notes=(*result.notes, longest))
     output.show(*search_report.tables(result))
     output.finish("search", search_json.answer(result) | {"gpus_tried": tried})
+
+
+def _search_long(requests: Sequence[SearchRequest], held_bytes: str, output: Output) -> None:
+    from kvtune.cli.long_report import tables
+    from kvtune.common.errors import KvtuneError
+    from kvtune.tuner.long.search import read_bound, run_long_search
+
+    if len(requests) > 1 or len(requests[0].contexts) > 1:
+        raise KvtuneError(
+            "--held-bytes plans for one card and one context",
+            hint="name one --gpu and one --context.",
+        )
+    request = requests[0]
+    result = run_long_search(request, read_bound(held_bytes, request), progress=output.progress)
+    output.show(*tables(result, request.run_dir))
+    output.finish("search", result.as_dict() | {"run_dir": str(request.run_dir)})
 
 
 def _smallest(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +21,16 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.rotary import turn
 from kvtune.policies.apply import ask, store
 from kvtune.policies.decode import FREE, DecodeMethod, DecodeState, SentDrops, opened
+from kvtune.policies.format import Format, Role
+from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.method import Method
-from kvtune.policies.option import Option
+from kvtune.policies.option import ALL, Option
 from kvtune.policies.signals import Signals
+
+Forms = tuple[Format, Format]
+"""Of keys and of values."""
+EXACT: Forms = (Bf16(), Bf16())
+ROLES: tuple[Role, Role] = ("keys", "values")
 
 
 @dataclass(frozen=True)
@@ -49,8 +57,9 @@ def prompt_of(
     *,
     heads: Sequence[int] | None = None,
     evicts: bool = True,
+    forms: Forms = EXACT,
 ) -> Prompt:
-    """Some heads of a layer's prompt, trimmed by one method, in full precision, ``[B, H, ...]``.
+    """Some heads of a layer's prompt, trimmed by one method, ``[B, H, ...]``.
 
     Args:
         method: chooses.
@@ -58,11 +67,12 @@ def prompt_of(
         budgets: ``[B, H]``.
         heads: which of the layer's KV heads these are; all unless given.
         evicts: whether the method goes on evicting; if not, what it merges is stored merged.
+        forms: how keys and values are stored; full precision unless given.
     """
     tokens = signals.prompt_tokens
     whole = evicts and isinstance(method, DecodeMethod) and not method.trims_prompt
     sizes = np.full_like(budgets, tokens) if whole else budgets.clip(0, tokens)
-    rows, each = [[Option(method)] * sizes.shape[1]] * len(sizes), sizes.tolist()
+    rows, each = [[Option(method, ALL, *forms)] * sizes.shape[1]] * len(sizes), sizes.tolist()
     kept = ask(rows, each, signals, heads=_numbers(heads, signals), goes_on=evicts)
     stored = store(rows, each, kept, signals)
     positions = pad_sequence(kept.tokens, batch_first=True).unflatten(0, sizes.shape)
@@ -88,6 +98,8 @@ class SlotCache:
         budgets: NDArray[np.int64],
         room: int,
         heads: Sequence[int] | None = None,
+        forms: Forms = EXACT,
+        residual: int = 0,
     ) -> None:
         """Take over a prompt.
 
@@ -98,8 +110,12 @@ class SlotCache:
             budgets: entries that may stay, ``[B, H]``; not read without a method.
             room: tokens that will be generated at most.
             heads: which of the layer's KV heads these are; all unless given.
+            forms: how generated keys and values are stored, as the prompt's are already; every
+                token apart, so that each can leave alone.
+            residual: newest generated tokens that stay in 16 bits.
         """
         self.method, self.budgets = method, budgets
+        self.forms, self.residual = forms, residual
         self.scale, self.rope = signals.scale, signals.rope
         self.sizes = prompt.sizes.copy()
         self.trimmed = signals.prompt_tokens - self.sizes
@@ -109,18 +125,24 @@ class SlotCache:
         self._drops = SentDrops()
         if method is not None:
             method.check_heads(budgets)
-        slots = self._slots(room)
+        self.most = self._most(room)
+        slots = int(self.most.max(initial=1))
         self.keys, self.values = (_widened(x, slots) for x in (prompt.keys, prompt.values))
         self.state = self._open(prompt, signals, _numbers(heads, signals), slots)
 
-    def _slots(self, room: int) -> int:
-        """Slots that are ever needed at once, over all rows."""
+    def _most(self, room: int) -> NDArray[np.int64]:
+        """Entries of each head that are ever held at once, ``[B, H]``."""
         grown = self.sizes + room
-        if self.method is not None:
-            pairs = zip(self.sizes.flat, self.budgets.flat, strict=True)
-            most = [self.method.most(int(held), int(budget)) for held, budget in pairs]
-            grown = np.minimum(grown, np.array(most).reshape(grown.shape))
-        return int(grown.max(initial=1))
+        if self.method is None:
+            return grown
+        pairs = zip(self.sizes.flat, self.budgets.flat, strict=True)
+        most = [self.method.most(int(held), int(budget)) for held, budget in pairs]
+        return np.minimum(grown, np.array(most).reshape(grown.shape))
+
+    def bytes_of(self, entries: NDArray[Any]) -> NDArray[np.float64]:
+        """Bytes of so many entries of each head, statistics included; at most, with a residual."""
+        bits = 0 if self.method is None else self.method.entry_bits
+        return held_bytes(entries, self.forms, self.residual, bits, self.keys.shape[-1])
 
     def _open(self, prompt: Prompt, signals: Signals, heads: list[int], slots: int) -> DecodeState:
         device = prompt.keys.device
@@ -147,6 +169,7 @@ class SlotCache:
             Output ``[B, H, G, D]`` float32.
         """
         self._enter(keys, values)
+        self._store_oldest()
         attention = self._attention(queries)
         output = attention @ self.values
         if self.method is not None:
@@ -166,6 +189,20 @@ class SlotCache:
             self.method.enter(state, slot, keys, values)
         self.sizes += 1
         self.peak = np.maximum(self.peak, self.sizes)
+
+    def _store_oldest(self) -> None:
+        """Store the generated token that has just left the residual window, where it is live."""
+        oldest = self.state.now - self.residual
+        if self.forms == EXACT or oldest < self.state.prompt_tokens:
+            return
+        here = self.state.positions == oldest
+        slot = here.long().argmax(-1, keepdim=True)
+        live = here.any(-1)[..., None, None]
+        for tensor, form, role in zip((self.keys, self.values), self.forms, ROLES, strict=True):
+            at = slot[..., None].expand(*slot.shape, tensor.shape[-1])
+            now = tensor.gather(2, at)
+            stored = form.roundtrip(now, torch.ones_like(slot[..., 0]), role)
+            tensor.scatter_(2, at, torch.where(live, stored, now))
 
     def _attention(self, queries: Tensor) -> Tensor:
         """Probabilities over all slots ``[B, H, G, n]``, zero at empty ones."""
@@ -202,6 +239,26 @@ class SlotCache:
             for size, held in zip(sizes, row, strict=True):
                 if len(held) != size or len(set(held)) != size:
                     raise KvtuneError(f"a head holds {len(held)} tokens, {size} were counted")
+
+
+def held_bytes(
+    entries: NDArray[Any], forms: Forms, residual: int, statistics_bits: int, head_dim: int
+) -> NDArray[np.float64]:
+    """Bytes of so many entries of a head, the residual window in 16 bits; runs without torch."""
+    exact, stored = (
+        sum(form.bound(1, head_dim, role) for form, role in zip(both, ROLES, strict=True))
+        for both in (EXACT, forms)
+    )
+    found: NDArray[np.float64] = entries * (stored + statistics_bits / 8)
+    return found + np.minimum(entries, residual) * (exact - stored)
+
+
+def stores_apart(form: Format) -> bool:
+    """Whether every token is stored by itself, so that it can leave without the others."""
+    many = 4096  # as long as groups get
+    return not form.bytes_vary and all(
+        form.bound(many, 64, role) == many * form.bound(1, 64, role) for role in ROLES
+    )
 
 
 def _widened(tensor: Tensor, slots: int) -> Tensor:

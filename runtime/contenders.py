@@ -13,14 +13,13 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.decode import DecodeMethod
-from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.method import Method
 from kvtune.policies.option import Option
 from kvtune.policies.parts import PartPlan
 from kvtune.policies.policy import Policy
 from kvtune.policies.room import beyond_prompt, goes_on_evicting
 from kvtune.policies.signals import Signals
-from kvtune.policies.slots import SlotCache, prompt_of
+from kvtune.policies.slots import Forms, SlotCache, prompt_of, stores_apart
 from kvtune.traces.geometry import Geometry
 
 
@@ -31,10 +30,15 @@ class Contender:
     Args:
         policy: its budgets hold all entries, prompt and generated, where its method evicts.
         evicts: whether methods that can go on evicting do; if not, all generated tokens stay.
+        residual: newest generated tokens that stay in 16 bits where a head stores fewer.
+        limit_bytes: of all heads together, statistics and lengths included, that the cache never
+            exceeds; None for no limit.
     """
 
     policy: Policy
     evicts: bool = True
+    residual: int = 0
+    limit_bytes: int | None = None
 
     @property
     def name(self) -> str:
@@ -71,14 +75,16 @@ class _Kind:
     method: Method
     evicts: bool
     tokens: int
+    forms: Forms
+    residual: int
 
 
 def check(geometry: Geometry, prompt_ids: Sequence[int], contenders: Sequence[Contender]) -> None:
     """Refuse what cannot be generated from.
 
     Raises:
-        KvtuneError: a prompt of one token, another model's policy, or one that stores fewer bits
-            or other entries than tokens.
+        KvtuneError: a prompt of one token, another model's policy, or one that stores tokens
+            together or other entries than tokens.
     """
     if len(prompt_ids) < 2:
         raise KvtuneError(
@@ -88,11 +94,12 @@ def check(geometry: Geometry, prompt_ids: Sequence[int], contenders: Sequence[Co
     for contender in contenders:
         contender.policy.check_fits(geometry.layers, geometry.kv_heads)
         forms = {form for o in contender.policy.options() for form in (o.keys, o.values)}
-        if forms - {Bf16()}:
+        if shared := sorted(form.label for form in forms if not stores_apart(form)):
             raise KvtuneError(
-                f"the policy {contender.name!r} stores fewer bits; a generation that evicts keeps "
-                "entries in 16 bits",
-                hint="use bf16 for keys and values, or measure the policy with kvtune validate.",
+                f"the policy {contender.name!r} stores {', '.join(shared)}, whose tokens share "
+                "scales, and a generation that evicts has to let each leave alone",
+                hint="use bf16 or a format of single tokens (rotated_int4, or keys_by: token), or "
+                "measure the policy with kvtune validate.",
             )
         for option in contender.policy.options():
             _check_slots(option, len(prompt_ids) - 1)
@@ -135,11 +142,13 @@ def groups(
     for (kind, heads), rows in _shared(contenders, layer, tokens).items():
         options = [[contenders[row].policy.heads[layer][head] for head in heads] for row in rows]
         kept = tokens[np.ix_(rows, heads)]
-        prompt = prompt_of(kind.method, signals, kept, heads=heads, evicts=kind.evicts)
+        prompt = prompt_of(
+            kind.method, signals, kept, heads=heads, evicts=kind.evicts, forms=kind.forms
+        )
         method = kind.method if kind.evicts and isinstance(kind.method, DecodeMethod) else None
         beyond = [[beyond_prompt(option, signals.prompt_tokens) for option in o] for o in options]
         budgets = np.maximum(kept, beyond)
-        cache = SlotCache(method, prompt, signals, budgets, room, heads)
+        cache = SlotCache(method, prompt, signals, budgets, room, heads, kind.forms, kind.residual)
         found.append(Group(tuple(rows), heads, cache))
     return found
 
@@ -152,13 +161,14 @@ def _shared(
     for row, contender in enumerate(contenders):
         heads_of: dict[_Kind, list[int]] = {}
         for head, option in enumerate(contender.policy.heads[layer]):
-            kind = _kind(option, contender.evicts, int(tokens[row, head]))
+            kind = _kind(option, contender, int(tokens[row, head]))
             heads_of.setdefault(kind, []).append(head)
         for kind, heads in heads_of.items():
             found.setdefault((kind, tuple(heads)), []).append(row)
     return found
 
 
-def _kind(option: Option, evicts: bool, tokens: int) -> _Kind:
-    goes_on = evicts and goes_on_evicting(option)
-    return _Kind(option.method, goes_on, 0 if goes_on else tokens)
+def _kind(option: Option, contender: Contender, tokens: int) -> _Kind:
+    goes_on = contender.evicts and goes_on_evicting(option)
+    forms = option.keys, option.values
+    return _Kind(option.method, goes_on, 0 if goes_on else tokens, forms, contender.residual)

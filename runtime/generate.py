@@ -8,7 +8,7 @@ under the policy: errors feed on each other, as they would in service. Float32 i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from kvtune.policies.noise import gumbel
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.policies.signals import Needs
+from kvtune.policies.slots import SlotCache
 from kvtune.runtime.contenders import Contender, Group, check, groups
 from kvtune.runtime.prompts import Prompt, fresh_prompt, refuse_window
 from kvtune.traces.models import LoadedModel
@@ -42,7 +43,7 @@ class GenerationRun:
         evicted: entries that left while decoding, ``[L, H]``: proof that the policy fired.
         trimmed: prompt tokens that left when the prompt was complete, ``[L, H]``.
         peak_entries: most entries at once, the newest included, ``[L, H]``.
-        mean_bytes: of the cache in 16 bits, its statistics and lengths, mean over steps.
+        mean_bytes: of the cache, its statistics and lengths, mean over steps.
         peak_bytes: likewise with every head at its peak.
         statistics_bytes: the part of the mean that is the method's statistics.
     """
@@ -117,14 +118,15 @@ class Generation:
             loaded: the model.
             prompt_ids: the prompt, two tokens or more; its last token is the first to be read from
                 the caches.
-            contenders: policies of this model's shape, in 16 bits.
+            contenders: policies of this model's shape, whose formats store each token apart.
             room: tokens that will be generated at most.
             temperature: of the full cache's choices; 0 takes the likeliest.
             seed: of the choices.
             banned: tokens that are never chosen, such as the end of the text.
 
         Raises:
-            KvtuneError: a prompt of one token, another model's policy, or one with fewer bits.
+            KvtuneError: a prompt of one token, another model's policy, one whose tokens share
+                scales, or one that could come to hold more than its limit.
         """
         check(loaded.geometry, prompt_ids, contenders)
         self.loaded, self.room = loaded, room
@@ -136,6 +138,7 @@ class Generation:
         self.prompt_tokens = len(prompt_ids) - 1
         self.layers = self._fill(prompt_ids)
         self.generated = 0  # tokens so far
+        self._refuse(lambda cache: cache.most, "could come to hold")
         self._measured = _Measured(len(self.contenders), room, prompt_ids[-1], loaded.device)
 
     @property
@@ -168,9 +171,14 @@ class Generation:
 
     @torch.no_grad()
     def advance(self, tokens: int) -> None:
-        """Generate so many more tokens."""
+        """Generate so many more tokens.
+
+        Raises:
+            KvtuneError: a cache has come to hold more than its policy's limit.
+        """
         for _ in range(min(tokens, self.room - self.generated)):
             logits = self._step()
+            self._refuse(lambda cache: cache.peak, "holds")
             self._measured.put(self.generated, logits, self._choose(logits[0]))
             self.generated += 1
 
@@ -240,17 +248,37 @@ class Generation:
                 evicted[at], trimmed[at] = cache.evicted[own], cache.trimmed[own]
                 peak[at], steps[at] = cache.peak[own], cache.entry_steps[own]
                 bits[at] = 0 if cache.method is None else cache.method.entry_bits
-        entry = Option().footprint(1, 1, geometry.head_dim)
-        lengths, mean = footprint_of_lengths(*shape), steps / self.generated
-        statistics = float((mean * bits).sum() / 8)
         return {
             "evicted": evicted,
             "trimmed": trimmed,
             "peak_entries": peak,
-            "mean_bytes": float(mean.sum() * entry + statistics + lengths),
-            "peak_bytes": float((peak * (entry + bits / 8)).sum() + lengths),
-            "statistics_bytes": statistics,
+            "mean_bytes": self._bytes(row, lambda cache: cache.entry_steps / self.generated),
+            "peak_bytes": self._bytes(row, lambda cache: cache.peak),
+            "statistics_bytes": float((steps / self.generated * bits).sum() / 8),
         }
+
+    def _bytes(self, row: int, entries: Callable[[SlotCache], NDArray[Any]]) -> float:
+        """Bytes of one contender with so many entries in each head, lengths included."""
+        geometry, total = self.loaded.geometry, 0.0
+        for group in (group for layer in self.layers for group in layer if row in group.rows):
+            own = group.rows.index(row)
+            total += float(group.cache.bytes_of(entries(group.cache))[own].sum())
+        return total + footprint_of_lengths(geometry.layers, geometry.kv_heads)
+
+    def _refuse(self, entries: Callable[[SlotCache], NDArray[Any]], does: str) -> None:
+        """Refuse contenders whose heads, with so many entries each at once, exceed their limit.
+
+        Raises:
+            KvtuneError: names the first.
+        """
+        for row, contender in enumerate(self.contenders):
+            limit = contender.limit_bytes
+            if limit is not None and (held := self._bytes(row, entries)) > limit:
+                raise KvtuneError(
+                    f"the policy {contender.name!r} {does} {held:.0f} bytes, and {limit} are its "
+                    "limit",
+                    hint="give its heads smaller budgets, or raise the limit.",
+                )
 
 
 def prompt_signals(loaded: LoadedModel, prompt_ids: Sequence[int], needs: Needs) -> Prompt:

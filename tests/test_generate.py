@@ -197,7 +197,7 @@ def test_tokens_are_drawn_by_seed_and_banned_ones_never(
         ([5, 6], Contender(Policy.uniform(Option(), 2, 2)), "is for 2 layers"),
         ([5] * 41, Contender(Policy.uniform(Option(Razor(), Budget(9)), 3, 2)), "stores more than"),
         ([5, 6], Contender(Policy.uniform(Option(Quest(), Budget(1)), 3, 2)), "stores more than"),
-        ([5, 6], Contender(Policy.uniform(Option(keys=Int4()), 3, 2)), "stores fewer bits"),
+        ([5, 6], Contender(Policy.uniform(Option(keys=Int4()), 3, 2)), "tokens share scales"),
     ],
     ids=["one token", "another model", "entries for many", "a reader", "int4"],
 )

@@ -115,6 +115,13 @@ def capture(
         return open_trace(Path(out_dir), writer.hashed)
 
 
+def capture_sample(
+    loaded: LoadedModel, sample: Sample, index: int, settings: CaptureSettings, writer: TraceWriter
+) -> None:
+    """Run one sample and write it; ``index`` is its place among the trace's samples."""
+    _write(writer, index, sample, *_run(loaded, sample, settings))
+
+
 def _run(
     loaded: LoadedModel, sample: Sample, settings: CaptureSettings
 ) -> tuple[_Prompt, Observed]:

@@ -67,19 +67,10 @@ def build_tables(
     cells = [_Cell(group, layer) for group in groups for layer in range(layers)]
     rows: list[list[Floats]] = [[] for _ in samples]
 
-    names = replayed_tensors(trace)
-
-    def load_sample(id_: str, layer: int) -> LayerReplay:
-        def signals(layer: int) -> Signals:
-            return LayerReplay.of(trace.layer(id_, layer, device, names=_REPLAYED), device).signals
-
-        replay = LayerReplay.of(trace.layer(id_, layer, device, names=names), device)
-        return replace(replay, signals=linked(replay.signals, options, layers, signals))
-
     def load(cell: _Cell) -> LayerReplay:
         ids = [samples[at].id for at in cell.samples]
         with ThreadPoolExecutor(min(_LOADERS, len(ids))) as loaders:
-            each = loaders.map(lambda id_: load_sample(id_, cell.layer), ids)
+            each = loaders.map(lambda id_: load_layer(trace, id_, cell.layer, options, device), ids)
             return LayerReplay.side_by_side(list(each))
 
     parts = ahead(load, cells)
@@ -87,12 +78,35 @@ def build_tables(
         features = layer_features(next(parts), options, block)
         for at, sample in enumerate(cell.samples):
             rows[sample].append(features[at * heads : (at + 1) * heads])
+    return assembled(trace, samples, options, rows)
+
+
+def load_layer(
+    trace: Trace, sample: str, layer: int, options: Sequence[Option], device: str
+) -> LayerReplay:
+    """One layer of one sample, with what the options' methods read of other layers."""
+    layers, names = trace.geometry.layers, replayed_tensors(trace)
+
+    def signals(layer: int) -> Signals:
+        return LayerReplay.of(trace.layer(sample, layer, device, names=_REPLAYED), device).signals
+
+    replay = LayerReplay.of(trace.layer(sample, layer, device, names=names), device)
+    return replace(replay, signals=linked(replay.signals, options, layers, signals))
+
+
+def assembled(
+    trace: Trace,
+    samples: Sequence[SampleRecord],
+    options: Sequence[Option],
+    rows: Sequence[Sequence[Floats]],
+) -> Tables:
+    """Tables of the features of every layer of every sample, sample by sample."""
     factor = np.stack([np.concatenate(row) for row in rows])  # [n, I, O, S * C / block]
     first = samples[0]
     return Tables(
         model=str(trace.manifest["model"]["name"]),
-        layers=layers,
-        kv_heads=heads,
+        layers=trace.geometry.layers,
+        kv_heads=trace.geometry.kv_heads,
         head_dim=trace.geometry.head_dim,
         prompt_tokens=first.prompt,
         options=tuple(options),

@@ -1,0 +1,294 @@
+"""A plan of ``kvtune search --held-bytes`` beside single methods, over long generations.
+
+    python benchmarks/long_plans.py --device cuda --workers 8 --prompts 8 --seconds 290 \
+        --out benchmarks/results/long-plans-h200.json
+    python benchmarks/long_plans.py --device cpu --tiny --seconds 120 --out /tmp/long.json
+
+The bound is a share of the full cache's mean bytes, and a plan may hold no more at any moment; each
+single method has the largest budget whose *mean* bytes are within that share, and may peak higher.
+Tables are replayed on samples with long observed parts, in processes side by side, the finalists
+generate on selection prompts, and plan and methods then on prompts that neither has seen. Last,
+with the time that is left, ``--bounded`` short generations of the plan alone count how often the
+bytes held rose above the bound. What is done when ``--seconds`` are over is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import workers
+from long_generation import fitting
+
+from kvtune.common.files import write_json
+from kvtune.common.progress import Silent
+from kvtune.policies.methods.a2sf import PREFILL
+from kvtune.policies.methods.streaming_llm import StreamingLLM
+from kvtune.policies.methods.tova import Tova
+from kvtune.policies.option import Budget, Option
+from kvtune.policies.policy import Policy
+from kvtune.runtime.contenders import Contender
+from kvtune.simulator.quality.decoding import build_decode_tables
+from kvtune.simulator.quality.tables import Tables, join
+from kvtune.traces.models import load_model
+from kvtune.traces.samples import Sample, by_turns
+from kvtune.traces.workloads import Workload, build
+from kvtune.tuner.long.live import capture_long, contender, generate
+from kvtune.tuner.long.menu import LongMenu, mean_full_bytes, most_bytes
+from kvtune.tuner.long.plans import FINALISTS, Generated, LongPlan, candidates
+from kvtune.tuner.quality import mean_interval, mean_over_kinds, ratio_interval
+
+SINGLE = {"a2sf 0.95": PREFILL, "tova": Tova(), "streaming_llm": StreamingLLM()}
+Part = dict[str, Any]
+
+
+def tables_of(sample: Sample, menu: LongMenu) -> Tables:
+    """One sample's tables, in a process of its own."""
+    loaded = workers.loaded()
+    options = menu.options(len(sample.token_ids))
+    with tempfile.TemporaryDirectory() as folder:
+        trace = capture_long(loaded, [sample], Path(folder) / "trace", menu, Silent())
+        return build_decode_tables(
+            trace, options, residual=menu.residual, device=loaded.device, block=16
+        )
+
+
+def generated(
+    sample: Sample, contenders: list[Contender], prompt: int, tokens: int, until: float
+) -> Part:
+    """One prompt's generation under all contenders, as far as time allows."""
+    runs = generate(
+        workers.loaded(),
+        sample.token_ids[: prompt + 1],
+        contenders,
+        tokens,
+        seed=int(sample.id.rsplit("-", 1)[-1]),
+        until=lambda: time.monotonic() > until,
+    )
+    return {
+        "prompt": sample.id,
+        "kind": sample.kind,
+        "tokens": len(runs[0].kl),
+        "runs": [
+            {
+                "name": run.name,
+                "kl": float(run.kl.mean()),
+                "kl_by_quarter": [float(q.mean()) for q in np.array_split(run.kl, 4)],
+                "agreement": float(run.agrees.mean()),
+                "mean_bytes": run.mean_bytes,
+                "peak_bytes": run.peak_bytes,
+                "evicted_least": int(run.evicted.min()),
+                "evicted_mean": float(run.evicted.mean()),
+            }
+            for run in runs
+        ],
+    }
+
+
+def single_methods(geometry: Any, asked: Generated, share: float) -> list[Contender]:
+    """Each method alone, in 16 bits, at the same share of mean bytes."""
+    found = []
+    for name, method in SINGLE.items():
+        budget = fitting(method, asked.prompt_tokens, asked.tokens, geometry.head_dim, share)
+        if budget:
+            option = Option(method, Budget(tokens=budget))
+            found.append(
+                Contender(Policy.uniform(option, geometry.layers, geometry.kv_heads, name=name))
+            )
+    return found
+
+
+def uniform_in_format(plan: LongPlan, geometry: Any, asked: Generated) -> Contender | None:
+    """The largest uniform A2SF in four bits within the bound: what the format alone brings."""
+    form = next((f for f in asked.menu.formats if f.bits == 4), None)
+    if form is None:
+        return None
+    heads, everything = geometry.layers * geometry.kv_heads, asked.prompt_tokens + asked.tokens
+    shape = asked.prompt_tokens, asked.tokens, asked.menu.residual, geometry.head_dim
+    low, high = 0, everything
+    while low < high:
+        middle = (low + high + 1) // 2
+        option = Option(PREFILL, Budget(tokens=middle), form, form)
+        fits = heads * (most_bytes(option, *shape) + 4) <= asked.bound_bytes
+        low, high = (middle, high) if fits else (low, middle - 1)
+    if not low:
+        return None
+    option = Option(PREFILL, Budget(tokens=low), form, form)
+    name = f"a2sf 0.95 {form.label} everywhere"
+    return contender(Policy.uniform(option, geometry.layers, geometry.kv_heads, name=name), asked)
+
+
+def summary(parts: list[Part], bound: int, full: float) -> Part:
+    """Each contender over all prompts, and how many times the plan's loss each loses."""
+    kinds = [part["kind"] for part in parts]
+    losses = {
+        run["name"]: [part["runs"][at]["kl"] for part in parts]
+        for at, run in enumerate(parts[0]["runs"])
+    }
+    plan = next(iter(losses.values()))
+    found: Part = {}
+    for at, (name, kl) in enumerate(losses.items()):
+        runs = [part["runs"][at] for part in parts]
+        found[name] = {
+            "kl": mean_over_kinds(kl, kinds),
+            "kl_interval": mean_interval(kl, kinds),
+            "times_the_plan": ratio_interval(kl, plan, kinds),
+            "share_of_mean_bytes": float(np.mean([r["mean_bytes"] for r in runs])) / full,
+            "peak_over_bound": max(r["peak_bytes"] for r in runs) / bound,
+            "kl_by_quarter": np.mean([r["kl_by_quarter"] for r in runs], 0).tolist(),
+            "agreement": float(np.mean([r["agreement"] for r in runs])),
+            "evicted_mean": float(np.mean([r["evicted_mean"] for r in runs])),
+        }
+    return found
+
+
+def samples_of(arguments: argparse.Namespace, tokenizer: Any) -> dict[str, list[Sample]]:
+    each = -(-arguments.prompts // 2)
+    counts = {
+        "search": {"prose": arguments.search, "code": arguments.search},
+        "select": {"prose": 1, "code": 1},
+        "evaluate": {"prose": each, "code": each},
+    }
+    tokens = arguments.prompt_tokens + arguments.observed
+    built = build(Workload(counts, tokens=tokens, observed=arguments.observed), tokenizer)
+    return {
+        split: by_turns([s for s in built if s.split == split])
+        for split in ("search", "select", "evaluate")
+    }
+
+
+def measure(arguments: argparse.Namespace, out: Part) -> None:
+    started = time.monotonic()
+    end = started + arguments.seconds
+    menu = LongMenu(residual=arguments.residual)
+    if arguments.tiny:
+        menu = replace(
+            menu, methods=menu.methods[:2], shares=(1 / 16, 1 / 4), formats=menu.formats[:2]
+        )
+    place = workers.Place(arguments.model, arguments.device, arguments.out.parent)
+
+    def note(words: str) -> None:
+        print(f"{time.monotonic() - started:.0f} s: {words}", file=sys.stderr, flush=True)
+        write_json(arguments.out, out)
+
+    with workers.Crew(place, arguments.workers) as crew:
+        loaded = load_model(arguments.model, dtype="float32")
+        crew.model_is_stored()
+        geometry, samples = loaded.geometry, samples_of(arguments, loaded.tokenizer)
+        heads = geometry.layers * geometry.kv_heads
+        prompt, tokens = arguments.prompt_tokens, arguments.tokens
+        full = mean_full_bytes(prompt, tokens, heads, geometry.head_dim)
+        asked = Generated(prompt, tokens, int(arguments.share * full), menu)
+        out |= {"bound_bytes": asked.bound_bytes, "full_mean_bytes": full, "faults": []}
+        parts = crew.everywhere(tables_of, [*samples["search"], *samples["select"]], menu)
+        found = candidates(join(parts), asked)
+        out["candidates"] = {
+            p.name: {"predicted": p.predicted, "most_bytes": p.most_bytes} for p in found
+        }
+        note(f"{len(found)} candidates")
+
+        finalists = [p for p in found if not p.is_uniform][:FINALISTS]
+        runs = [contender(p.policy, asked) for p in finalists]
+        ahead = min(arguments.live_tokens, tokens)
+        stop = time.monotonic() + 0.3 * arguments.seconds
+        live = crew.everywhere(generated, samples["select"], runs, prompt, ahead, stop)
+        losses = np.mean([[r["kl"] for r in part["runs"]] for part in live], 0)
+        plan = finalists[int(losses.argmin())]
+        out["live_rounds"] = {p.name: float(x) for p, x in zip(finalists, losses, strict=True)}
+        out["plan"] = {"name": plan.name, "options": counted(plan)}
+        note(f"plan: {plan.name}")
+
+        mine = contender(replace(plan.policy, name="plan"), asked)
+        beside = uniform_in_format(plan, geometry, asked)
+        all_ = [
+            mine,
+            *single_methods(geometry, asked, arguments.share),
+            *([beside] if beside else []),
+        ]
+        hand_back = end - 0.28 * arguments.seconds if arguments.bounded else end - 15
+        done: list[Part] = []
+        held_out = samples["evaluate"][: arguments.prompts]
+        for _, part in crew.until(
+            hand_back + 12, generated, held_out, all_, prompt, tokens, hand_back
+        ):
+            done.append(part)
+            out["contenders"] = summary(done, asked.bound_bytes, full)
+            out["prompts"] = [{k: v for k, v in p.items() if k != "runs"} for p in done]
+            note(f"{part['prompt']}: {part['tokens']} tokens")
+        out["faults"] += [str(failure) for failure in crew.failures]
+        bounded(arguments, crew, samples, plan, asked, end, out)
+        note("done")
+
+
+def counted(plan: LongPlan) -> dict[str, int]:
+    """How many heads have each option."""
+    labels = [option.label for row in plan.policy.heads for option in row]
+    return {label: labels.count(label) for label in sorted(set(labels))}
+
+
+def bounded(
+    arguments: argparse.Namespace,
+    crew: Any,
+    samples: Any,
+    plan: LongPlan,
+    asked: Generated,
+    end: float,
+    out: Part,
+) -> None:
+    """Short generations from many prompts: the most bytes that each ever held, over the bound."""
+    texts = [*samples["evaluate"], *samples["search"]]
+    many = [
+        replace(texts[n % len(texts)], id=f"bounded-{n}",
+                token_ids=texts[n % len(texts)].token_ids[n // len(texts):])
+        for n in range(arguments.bounded)
+    ]  # fmt: skip
+    run = [contender(plan.policy, asked)]
+    ratios: list[float] = []
+    for _, part in crew.until(end, generated, many, run, asked.prompt_tokens, 64, end - 5):
+        ratios.append(part["runs"][0]["peak_bytes"] / asked.bound_bytes)
+    out["bounded"] = {
+        "generations": len(ratios), "tokens": 64, "above_the_bound": sum(r > 1 for r in ratios),
+        "largest_over_bound": max(ratios, default=None),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--search", type=int, default=2, help="samples a kind to fit on")
+    parser.add_argument("--prompt-tokens", type=int, default=1024)
+    parser.add_argument("--observed", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--live-tokens", type=int, default=384)
+    parser.add_argument("--share", type=float, default=0.1)
+    parser.add_argument("--residual", type=int, default=32)
+    parser.add_argument("--bounded", type=int, default=100)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--seconds", type=float, default=290.0)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/long-plans-h200.json"))
+    arguments = parser.parse_args()
+    if arguments.tiny:
+        sizes = {"workers": 1, "prompts": 2, "search": 1, "prompt_tokens": 96, "observed": 48}
+        sizes |= {"tokens": 64, "live_tokens": 16, "residual": 4, "bounded": 3}
+        vars(arguments).update(sizes)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    out: Part = {k: v for k, v in vars(arguments).items() if k != "out"}
+    try:
+        measure(arguments, out)
+    finally:
+        write_json(arguments.out, out)
+    print(json.dumps(out.get("contenders"), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Tables for long generations: options that go on evicting, replayed over long observed parts.
+
+A trace's observed tokens count as generated. They are stepped through the same cache of slots that
+a live generation steps, with the queries of the full run (open loop), and what that changes in the
+attention output is multiplied with the probes, as for a prompt. All layers of a sample step side by
+side, as heads of one: thousands of short steps cost what they launch, not what they compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvtune.common.progress import Progress, Silent
+from kvtune.policies.decode import DecodeMethod
+from kvtune.policies.option import Option
+from kvtune.policies.room import goes_on_evicting
+from kvtune.policies.slots import SlotCache, prompt_of
+from kvtune.simulator.quality.build import DEFAULT_BLOCK
+from kvtune.simulator.quality.replay import LayerReplay
+from kvtune.simulator.quality.tables import Floats, SampleFacts, Tables
+from kvtune.traces.signals import tensors_of
+from kvtune.traces.trace import SampleRecord, Trace
+
+_REPLAYED = ("q", "k", "v", "probes")
+_ENTRIES = 2**22  # of all heads and budgets that step side by side
+
+
+def build_decode_tables(
+    trace: Trace,
+    options: Sequence[Option],
+    *,
+    residual: int = 0,
+    block: int = DEFAULT_BLOCK,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Tables:
+    """Tables of a trace's samples for a generation of as many tokens as were observed.
+
+    Args:
+        trace: captured with probes.
+        options: of methods whose heads choose alone, in formats that store each token apart.
+        residual: newest generated tokens that stay in 16 bits.
+        block: positions whose responses are summed before squaring.
+        device: where the arithmetic runs.
+        progress: told of every sample.
+    """
+    geometry, samples = trace.geometry, trace.samples
+    factor = np.stack(
+        [
+            decode_features(all_layers(trace, sample, device), options, residual, block)
+            for sample in (progress or Silent()).track(samples, "replaying", len(samples))
+        ]
+    )
+    return Tables(
+        model=str(trace.manifest["model"]["name"]),
+        layers=geometry.layers,
+        kv_heads=geometry.kv_heads,
+        head_dim=geometry.head_dim,
+        prompt_tokens=samples[0].prompt,
+        options=tuple(options),
+        samples=tuple(SampleFacts(s.id, s.split, s.kind) for s in samples),
+        loss=(factor**2).sum(-1),
+        factor=factor,
+        group=np.arange(len(samples)),
+    )
+
+
+def all_layers(trace: Trace, sample: SampleRecord, device: str) -> LayerReplay:
+    """A sample's layers as one layer that has all their heads."""
+    names = (*_REPLAYED, *tensors_of(trace.manifest["signals"]))
+    layers = [
+        trace.layer(sample.id, layer, device, names=names) for layer in range(trace.geometry.layers)
+    ]
+    axis = {"probes": 2}  # [S, C, Hq, D]; of all others heads come first
+    joined = {
+        name: torch.cat([layer.tensors[name] for layer in layers], axis.get(name, 0))
+        for name in layers[0].tensors
+    }
+    return LayerReplay.of(replace(layers[0], tensors=joined), device)
+
+
+@torch.no_grad()
+def decode_features(
+    layer: LayerReplay, options: Sequence[Option], residual: int, block: int
+) -> Floats:
+    """Block-summed responses, ``[H, O, S * C / block]``, square root of nats/token."""
+    responses: dict[int, Tensor] = {}
+    for columns in _side_by_side(options, layer):
+        change = outputs(layer, [options[column] for column in columns], residual) - layer.full
+        by_position = torch.einsum("bhgtd,sthgd->bhst", change, layer.probes)
+        whole = by_position[..., : by_position.shape[-1] // block * block]
+        found = whole.unflatten(-1, (-1, block)).sum(-1)
+        responses.update(zip(columns, found, strict=True))
+    stacked = torch.stack([responses[column] for column in range(len(options))], 1)
+    probes, observed = layer.probes.shape[:2]
+    features: Floats = (stacked.flatten(2) / (2 * observed * probes) ** 0.5).cpu().numpy()
+    return features
+
+
+def _side_by_side(options: Sequence[Option], layer: LayerReplay) -> Iterator[list[int]]:
+    """Columns that step together: of one method and format, no more than memory is meant to take.
+
+    Smaller budgets first, so that caches of much the same size share a batch.
+    """
+    longest = layer.signals.prompt_tokens + layer.keys.shape[1]
+    kinds: dict[object, list[int]] = {}
+    for column, option in enumerate(options):
+        kind = option.method, option.keys, option.values, goes_on_evicting(option)
+        kinds.setdefault(kind, []).append(column)
+    for columns in kinds.values():
+        batch: list[int] = []
+        for column in sorted(columns, key=lambda c: options[c].budget.tokens or longest):
+            slots = min(options[column].budget.tokens or longest, longest)
+            if batch and (len(batch) + 1) * slots * len(layer.keys) > _ENTRIES:
+                yield batch
+                batch = []
+            batch.append(column)
+        yield batch
+
+
+def outputs(layer: LayerReplay, options: Sequence[Option], residual: int) -> Tensor:
+    """Attention output at the observed positions under options of one kind, ``[B, H, G, C, D]``."""
+    prompt, (heads, observed) = layer.signals.prompt_tokens, layer.keys.shape[:2]
+    budgets = np.array([[option.budget.tokens or prompt] * heads for option in options])
+    first = options[0]
+    method = first.method
+    evicts = isinstance(method, DecodeMethod) and goes_on_evicting(first)
+    forms = first.keys, first.values
+    held = prompt_of(method, layer.signals, budgets.clip(max=prompt), evicts=evicts, forms=forms)
+    cache = SlotCache(
+        method if evicts else None,  # type: ignore[arg-type]
+        held,
+        layer.signals,
+        budgets,
+        observed,
+        forms=forms,
+        residual=residual,
+    )
+    found = [cache.step(*each) for each in tokens_of(layer, len(options))]
+    return torch.stack(found, -2)
+
+
+def tokens_of(layer: LayerReplay, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Query, key and value of each observed token, for so many caches side by side."""
+    for t in range(layer.keys.shape[1]):
+        query, key, value = layer.queries[:, :, t], layer.keys[:, t], layer.values[:, t]
+        yield (
+            query.expand(rows, *query.shape),
+            key.expand(rows, *key.shape),
+            value.expand(rows, *value.shape),
+        )

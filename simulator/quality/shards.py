@@ -1,0 +1,71 @@
+"""Tables built by many processes or machines: one layer of one sample each.
+
+The engine is any ``concurrent.futures.Executor``, as for ``traces.shards``. Every cell is replayed
+by the same code as in one process and put where it belongs, so that on CPUs that compute alike the
+tables are the same to the bit. (On a GPU one process replays samples side by side, which rounds
+otherwise.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from functools import cache
+from pathlib import Path
+
+from kvtune.common.progress import Progress, Silent
+from kvtune.policies.option import Option
+from kvtune.simulator.quality.build import (
+    DEFAULT_BLOCK,
+    assembled,
+    layer_features,
+    load_layer,
+)
+from kvtune.simulator.quality.tables import Floats, Tables
+from kvtune.traces.trace import Trace, open_trace
+
+
+def build_tables_on(
+    engine: Executor,
+    trace: Trace,
+    options: Sequence[Option],
+    *,
+    block: int = DEFAULT_BLOCK,
+    devices: Sequence[str] = ("cpu",),
+    progress: Progress | None = None,
+) -> Tables:
+    """What ``build_tables`` makes, replayed by the engine's workers.
+
+    Args:
+        engine: runs the cells; its workers reach the trace's folder.
+        trace: captured with probes.
+        options: what to replay.
+        block: positions whose responses are summed before squaring.
+        devices: taken by turns, where a worker's host has several.
+        progress: told of every (sample, layer).
+    """
+    layers = trace.geometry.layers
+    cells = [(sample.id, layer) for sample in trace.samples for layer in range(layers)]
+    waiting = [
+        engine.submit(
+            replay_cell, trace.root, *cell, tuple(options), block, devices[n % len(devices)]
+        )
+        for n, cell in enumerate(cells)
+    ]
+    tracked = (progress or Silent()).track(waiting, "replaying options", len(waiting))
+    found = [part.result() for part in tracked]
+    rows = [found[at : at + layers] for at in range(0, len(found), layers)]
+    return assembled(trace, trace.samples, options, rows)
+
+
+def replay_cell(
+    root: Path, sample: str, layer: int, options: Sequence[Option], block: int, device: str
+) -> Floats:
+    """One layer of one sample, by a worker."""
+    return layer_features(load_layer(_trace(root), sample, layer, options, device), options, block)
+
+
+@cache
+def _trace(root: Path) -> Trace:
+    """The worker's trace: files that were checked once are not hashed again."""
+    return open_trace(root)

@@ -1,0 +1,105 @@
+"""Capture and tables by many processes are those of one, to the bit."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvtune.policies.formats.grouped import Int4
+from kvtune.policies.methods.h2o import H2O
+from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.option import Budget, Option
+from kvtune.simulator.quality.build import build_tables
+from kvtune.simulator.quality.shards import build_tables_on
+from kvtune.traces.capture import capture
+from kvtune.traces.models import load_model
+from kvtune.traces.shards import PARTS, CaptureJob, capture_on
+from kvtune.traces.trace import Trace
+
+OPTIONS = [Option(H2O(), Budget(share=0.3)), Option(SnapKV(), Budget(share=0.2), Int4(), Int4())]
+
+
+@pytest.fixture
+def job(
+    make_network: Callable[..., Any],
+    tiny_fields: dict[str, Any],
+    tokenizer: Any,
+    make_samples: Callable[..., list[Any]],
+    tmp_path: Path,
+) -> CaptureJob:
+    from transformers import LlamaConfig
+
+    make_network(LlamaConfig(**tiny_fields)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    samples = tuple(make_samples(3, splits=("search", "evaluate")))
+    signals = ("column_sums",)
+    return CaptureJob(
+        str(tmp_path / "model"), "float32", samples, tmp_path / "shards", 2, signals=signals
+    )
+
+
+def alone(job: CaptureJob, folder: Path) -> Trace:
+    loaded = load_model(job.model, device="cpu", dtype=job.dtype)
+    return capture(loaded, job.samples, folder, probes=job.probes, signals=job.signals)
+
+
+def same(engine: Executor, job: CaptureJob, folder: Path, devices: tuple[str, ...]) -> None:
+    one, many = alone(job, folder), capture_on(engine, job, devices)
+    assert [s.id for s in many.samples] == [s.id for s in one.samples]
+    assert not (job.folder / PARTS).exists()
+    for sample in one.samples:
+        for layer in range(one.geometry.layers):
+            ours, theirs = one.layer(sample.id, layer), many.layer(sample.id, layer)
+            assert all((ours[name] == theirs[name]).all() for name in ours.tensors)
+    tables = build_tables(one, OPTIONS, block=4)
+    shared = build_tables_on(engine, many, OPTIONS, block=4, devices=devices)
+    assert shared.factor.tobytes() == tables.factor.tobytes()
+    assert np.array_equal(shared.loss, tables.loss)
+    assert capture_on(engine, job, devices).samples == many.samples  # what is there is not run
+
+
+@pytest.fixture
+def processes() -> Iterator[Executor]:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as engine:
+        yield engine
+
+
+@pytest.mark.full
+def test_two_processes_make_the_trace_and_tables_of_one(
+    processes: Executor, job: CaptureJob, tmp_path: Path
+) -> None:
+    same(processes, job, tmp_path / "one", ("cpu", "cpu:0"))
+
+
+@pytest.mark.full
+def test_a_dask_cluster_makes_the_trace_and_tables_of_one_process(
+    job: CaptureJob, tmp_path: Path
+) -> None:
+    distributed = pytest.importorskip("dask.distributed")
+    started = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with (
+        distributed.LocalCluster(**started, local_directory=str(tmp_path)) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        same(client.get_executor(), job, tmp_path / "one", ("cpu",))
+
+
+class Here(Executor):
+    """Runs what is submitted at once, in this process."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+        from concurrent.futures import Future
+
+        done: Future[Any] = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
+
+
+def test_parts_are_joined_to_the_trace_of_one_process(job: CaptureJob, tmp_path: Path) -> None:
+    same(Here(), job, tmp_path / "one", ("cpu",))
