@@ -25,7 +25,7 @@ from typing import Any
 
 from kvtune.common.files import write_json
 from kvtune.tests.postgres import postgres
-from kvtune.tuner.shared_study import Patience, create, finished, open_storage, work
+from kvtune.tuner.shared_study import Patience, create, finished, open_storage, slot_of, work
 
 PATIENCE = Patience(heartbeat_s=2, grace_s=12, poll_s=0.5)
 
@@ -103,7 +103,7 @@ def outcome(study: Any, trials: int, workers: int, killed: list[int]) -> dict[st
     """Slots that were done, how often, and the rate between the first start and the last end."""
     seen = study.get_trials(deepcopy=False)
     done = [trial for trial in seen if trial.state.name == "COMPLETE"]
-    times = Counter(t.system_attrs.get("retry_history", [t.number])[0] for t in done)
+    times = Counter(slot_of(trial) for trial in done)
     seconds = max(t.datetime_complete for t in done) - min(t.datetime_start for t in done)
     return {
         "workers": workers,
