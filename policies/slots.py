@@ -112,7 +112,7 @@ class SlotCache:
             heads: which of the layer's KV heads these are; all unless given.
             forms: how generated keys and values are stored, as the prompt's are already; every
                 token apart, so that each can leave alone.
-            residual: newest generated tokens that stay in 16 bits.
+            residual: newest generated tokens that stay in 16 bits, up to twice as many.
         """
         self.method, self.budgets = method, budgets
         self.forms, self.residual = forms, residual
@@ -191,18 +191,16 @@ class SlotCache:
         self.peak = np.maximum(self.peak, self.sizes)
 
     def _store_oldest(self) -> None:
-        """Store the generated token that has just left the residual window, where it is live."""
-        oldest = self.state.now - self.residual
-        if self.forms == EXACT or oldest < self.state.prompt_tokens:
+        """Store the generated tokens that lie behind the residual window, a window's at a time."""
+        state, stride = self.state, max(self.residual, 1)
+        if self.forms == EXACT or state.generated % stride:
             return
-        here = self.state.positions == oldest
-        slot = here.long().argmax(-1, keepdim=True)
-        live = here.any(-1)[..., None, None]
+        last = state.now - self.residual
+        first = max(last - stride + 1, state.prompt_tokens)
+        old = ((state.positions >= first) & (state.positions <= last))[..., None]
+        counts = torch.full(old.shape[:2], old.shape[2], device=old.device)
         for tensor, form, role in zip((self.keys, self.values), self.forms, ROLES, strict=True):
-            at = slot[..., None].expand(*slot.shape, tensor.shape[-1])
-            now = tensor.gather(2, at)
-            stored = form.roundtrip(now, torch.ones_like(slot[..., 0]), role)
-            tensor.scatter_(2, at, torch.where(live, stored, now))
+            tensor.copy_(torch.where(old, form.roundtrip(tensor, counts, role), tensor))
 
     def _attention(self, queries: Tensor) -> Tensor:
         """Probabilities over all slots ``[B, H, G, n]``, zero at empty ones."""
@@ -244,13 +242,16 @@ class SlotCache:
 def held_bytes(
     entries: NDArray[Any], forms: Forms, residual: int, statistics_bits: int, head_dim: int
 ) -> NDArray[np.float64]:
-    """Bytes of so many entries of a head, the residual window in 16 bits; runs without torch."""
+    """Bytes of so many entries of a head, two residual windows in 16 bits; runs without torch.
+
+    One stays so, and another fills until its tokens are stored together.
+    """
     exact, stored = (
         sum(form.bound(1, head_dim, role) for form, role in zip(both, ROLES, strict=True))
         for both in (EXACT, forms)
     )
     found: NDArray[np.float64] = entries * (stored + statistics_bits / 8)
-    return found + np.minimum(entries, residual) * (exact - stored)
+    return found + np.minimum(entries, 2 * residual) * (exact - stored)
 
 
 def stores_apart(form: Format) -> bool:

@@ -30,7 +30,8 @@ class Contender:
     Args:
         policy: its budgets hold all entries, prompt and generated, where its method evicts.
         evicts: whether methods that can go on evicting do; if not, all generated tokens stay.
-        residual: newest generated tokens that stay in 16 bits where a head stores fewer.
+        residual: newest generated tokens that stay in 16 bits, up to twice as many, where a head
+            stores fewer bits.
         limit_bytes: of all heads together, statistics and lengths included, that the cache never
             exceeds; None for no limit.
     """

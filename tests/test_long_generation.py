@@ -31,7 +31,7 @@ from kvtune.tuner.long.plans import Generated, candidates, choose
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LAYERS, HEADS, PROMPT, TOKENS = 3, 2, 33, 24
+LAYERS, HEADS, PROMPT, TOKENS = 3, 2, 33, 24  # windows of 3 tokens fill and are stored
 FORM = RotatedInt4(group=8)
 MENU = LongMenu(
     methods=(A2SF(), StreamingLLM(sinks=2)), shares=(0.1, 0.3), formats=(Bf16(), FORM), residual=3
@@ -65,8 +65,8 @@ def test_tokens_that_share_scales_are_not_stored_apart(form: Format) -> None:
 
 def test_the_residual_window_is_counted_in_16_bits() -> None:
     exact, stored = 4 * 64, 2 * RotatedInt4().bound(1, 64, "keys")
-    found = held_bytes(np.array([2, 10]), (RotatedInt4(), RotatedInt4()), 4, 32, 64)
-    assert found.tolist() == [2 * (exact + 4), 4 * exact + 6 * stored + 10 * 4]
+    found = held_bytes(np.array([2, 10]), (RotatedInt4(), RotatedInt4()), 3, 32, 64)
+    assert found.tolist() == [2 * (exact + 4), 6 * exact + 4 * stored + 10 * 4]
 
 
 def watched(generation: Generation, layer: int) -> list[tuple[Tensor, ...]]:
@@ -182,3 +182,39 @@ def test_options_stand_in_the_same_order_for_every_length() -> None:
     assert [(o.method, o.keys) for o in short] == [(o.method, o.keys) for o in long]
     assert most_bytes(Option(Full(), ALL), 100, 50, 0, 64) == 150 * 256
     assert most_bytes(Option(H2O(), Budget(tokens=20)), 100, 50, 0, 64) == 21 * (256 + 4)
+
+
+@pytest.mark.full
+def test_no_generation_of_a_hundred_holds_more_than_its_bound(tiny_model: Any) -> None:
+    """Random plans, each with no more than it was counted to need; entries are counted in slots."""
+    rng = np.random.default_rng(0)
+    menu = replace(MENU, shares=(0.1, 0.3, 0.7))
+    options = menu.options(PROMPT + TOKENS)
+    for number in range(100):
+        picked = [[options[n] for n in rng.integers(0, len(options), HEADS)] for _ in range(LAYERS)]
+        policy = Policy(f"random {number}", tuple(map(tuple, picked)))
+        each = [most_bytes(o, PROMPT, TOKENS, 3, 8) for o in policy.options()]
+        limit = sum(each) + 4 * len(each)
+        ids = rng.integers(2, 258, PROMPT + 1).tolist()
+        contender = Contender(policy, residual=3, limit_bytes=limit)
+        generation = Generation(tiny_model, ids, [contender], room=TOKENS)
+        for _ in range(TOKENS):
+            generation.advance(1)
+            assert in_slots(generation) <= limit
+        assert generation.results()[0].peak_bytes <= limit
+
+
+def in_slots(generation: Generation) -> float:
+    """Bytes of what lies in the slots of the policy, by the positions that are live."""
+    total = 4.0 * LAYERS * HEADS
+    for layer in generation.layers:
+        for group in (group for group in layer if 1 in group.rows):
+            cache = group.cache
+            positions = cache.state.positions[group.rows.index(1)]
+            live = (positions >= 0).sum(-1).numpy()
+            exact = (positions > max(cache.state.now - 3, PROMPT - 1)).sum(-1).numpy()
+            both = zip(cache.forms, ROLES, strict=True)
+            stored = sum(form.bound(1, 8, role) for form, role in both)
+            bits = 0 if cache.method is None else cache.method.entry_bits
+            total += float((live * (stored + bits / 8) + exact * (32 - stored)).sum())
+    return total

@@ -32,13 +32,14 @@ class LongMenu:
         methods: whose heads choose alone.
         shares: of all tokens, prompt and generated, that a head may hold.
         formats: of keys and values alike.
-        residual: newest generated tokens that stay in 16 bits, where fewer are stored.
+        residual: newest generated tokens that stay in 16 bits, up to twice as many, where fewer
+            bits are stored.
     """
 
     methods: tuple[DecodeMethod, ...] = (PREFILL, StreamingLLM(), H2O(), Tova(unit="kv_head"))
     shares: tuple[float, ...] = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)
     formats: tuple[Format, ...] = (Bf16(), RotatedInt4(), RotatedInt3())
-    residual: int = 32
+    residual: int = 16
 
     def options(self, tokens: int) -> tuple[Option, ...]:
         """All options for a sequence of so many tokens, those that keep everything last.
