@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import workers
 from long_generation import fitting
 
@@ -56,6 +57,7 @@ def tables_of(sample: Sample, menu: LongMenu) -> Tables:
     options = menu.options(len(sample.token_ids))
     with tempfile.TemporaryDirectory() as folder:
         trace = capture_long(loaded, [sample], Path(folder) / "trace", menu, Silent())
+        torch.cuda.empty_cache()  # the backward pass takes most: leave room for the others
         return build_decode_tables(
             trace, options, residual=menu.residual, device=loaded.device, block=16
         )
@@ -188,7 +190,9 @@ def measure(arguments: argparse.Namespace, out: Part) -> None:
         full = mean_full_bytes(prompt, tokens, heads, geometry.head_dim)
         asked = Generated(prompt, tokens, int(arguments.share * full), menu)
         out |= {"bound_bytes": asked.bound_bytes, "full_mean_bytes": full, "faults": []}
-        parts = crew.everywhere(tables_of, [*samples["search"], *samples["select"]], menu)
+        order = [*samples["select"], *samples["search"]]
+        due = started + 0.4 * arguments.seconds
+        parts = [part for _, part in crew.until(due, tables_of, order, menu)]
         found = candidates(join(parts), asked)
         out["candidates"] = {
             p.name: {"predicted": p.predicted, "most_bytes": p.most_bytes} for p in found
@@ -198,8 +202,9 @@ def measure(arguments: argparse.Namespace, out: Part) -> None:
         finalists = [p for p in found if not p.is_uniform][:FINALISTS]
         runs = [contender(p.policy, asked) for p in finalists]
         ahead = min(arguments.live_tokens, tokens)
-        stop = time.monotonic() + 0.3 * arguments.seconds
-        live = crew.everywhere(generated, samples["select"], runs, prompt, ahead, stop)
+        stop = time.monotonic() + 0.2 * arguments.seconds
+        task = runs, prompt, ahead, stop
+        live = [part for _, part in crew.until(stop + 15, generated, samples["select"], *task)]
         losses = np.mean([[r["kl"] for r in part["runs"]] for part in live], 0)
         plan = finalists[int(losses.argmin())]
         out["live_rounds"] = {p.name: float(x) for p, x in zip(finalists, losses, strict=True)}
@@ -279,7 +284,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/long-plans-h200.json"))
     arguments = parser.parse_args()
     if arguments.tiny:
-        sizes = {"workers": 1, "prompts": 2, "search": 1, "prompt_tokens": 96, "observed": 48}
+        sizes = {"workers": 2, "prompts": 2, "search": 1, "prompt_tokens": 96, "observed": 48}
         sizes |= {"tokens": 64, "live_tokens": 16, "residual": 4, "bounded": 3}
         vars(arguments).update(sizes)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

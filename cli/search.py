@@ -97,6 +97,15 @@ StorageOption = Annotated[
         "postgresql+psycopg://USER@HOST/DB, sqlite:///FILE, or grpc://HOST:PORT (Optuna's proxy).",
     ),
 ]
+EngineOption = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        metavar="NAME",
+        help="Make trace and tables elsewhere: processes:4 of this host, its GPUs by turns, or a "
+        "dask scheduler, tcp://HOST:8786, whose workers share this machine's files.",
+    ),
+]
 StartOption = Annotated[
     list[Path] | None,
     typer.Option(
@@ -166,6 +175,7 @@ def command(
     sequences: SequencesOption = None,
     sampler: SamplerOption = None,
     storage: StorageOption = None,
+    engine: EngineOption = None,
     start: StartOption = None,
     moved_bytes: MovedBytesOption = None,
     heads: HeadsOption = None,
@@ -202,6 +212,7 @@ def command(
         sequences=sequences,
         sampler=sampler,
         storage=storage,
+        engine=engine,
         start=[read_policy_path(path) for path in start or ()],
         moved_bytes=moved_bytes,
         heads=heads,

@@ -40,6 +40,7 @@ class CaptureJob:
         folder: of the trace, which all workers reach.
         probes: S of each sample.
         seed: draws the probes.
+        workload: goes into the manifest.
         queries: which queries to store.
         signals: what to record besides.
     """
@@ -50,6 +51,7 @@ class CaptureJob:
     folder: Path
     probes: int
     seed: int = 0
+    workload: str = ""
     queries: Literal["all", "observed"] | int = "all"
     signals: tuple[str, ...] = ()
 
@@ -89,7 +91,7 @@ def capture_part(job: CaptureJob, index: int, device: str) -> None:
 
     loaded = _loaded(job.model, device, job.dtype)
     settings = CaptureSettings.of(
-        loaded, job.samples, job.probes, job.seed, "", job.queries, job.signals
+        loaded, job.samples, job.probes, job.seed, job.workload, job.queries, job.signals
     )
     writer = TraceWriter(_part(job, index), settings)
     if not writer.finished(job.samples[index]):

@@ -28,8 +28,8 @@ FINISHED, RESULT = "finished.json", "result.json"
 
 
 def fingerprint(request: SearchRequest) -> str:
-    """Hash of all that decides a search's answer; another folder is no other question."""
-    asked = asdict(replace(request, run_dir=Path()))
+    """Hash of all that decides a search's answer; another folder or engine is no other question."""
+    asked = asdict(replace(request, run_dir=Path(), engine=None))
     contents = [sha256(path) for path in (*request.texts, *request.starts)]
     parts = [asked, contents, _weights(request.model), digests(), kvtune.__version__]
     return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()

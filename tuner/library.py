@@ -71,6 +71,7 @@ class SearchOptions(TypedDict, total=False):
         sequences: that must fit at once, at least; left out, one.
         sampler: ``"tpe"``, ``"nsga2"`` or ``"random"``; left out, by the number of trials.
         storage: URL of a database through which other workers share the trials.
+        engine: makes trace and tables: ``"processes:4"``, or a dask scheduler's address.
         start: policy files of published patterns or former searches to begin with.
         heads: a file of head scores (``kvtune heads``); plans that follow them are run beside
             others, where the model's weights are at hand.
@@ -97,6 +98,7 @@ class SearchOptions(TypedDict, total=False):
     sequences: int | None
     sampler: Sampler | None
     storage: str | None
+    engine: str | None
     start: Iterable[Path | str]
     moved_bytes: Amount | None
     heads: Path | str | None
@@ -184,6 +186,7 @@ def search_request(
         limits=_limits(options),
         sampler=options.get("sampler"),
         storage=options.get("storage"),
+        engine=options.get("engine"),
         starts=tuple(map(Path, options.get("start", ()))),
         moved_bytes=None if moved is None else parse_bytes(moved),
         heads=None if heads is None else Path(heads),

@@ -40,6 +40,8 @@ class SearchRequest:
         limits: on time and number of sequences, which every plan has to keep to.
         sampler: which proposes trials; None for the one that their number suggests.
         storage: URL of the database through which workers share the trials; None for none.
+        engine: what makes trace and tables: ``processes:4`` or a dask scheduler's address; None for
+            this process.
         starts: policy files whose plans the search begins with.
         moved_bytes: that a decode step may bring over from the host of each sequence's prompt;
             None where all of it lies on the device.
@@ -69,6 +71,7 @@ class SearchRequest:
     limits: Limits = field(default_factory=Limits)
     sampler: Sampler | None = None
     storage: str | None = None
+    engine: str | None = None
     starts: tuple[Path, ...] = ()
     moved_bytes: int | None = None
     heads: Path | None = None

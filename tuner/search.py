@@ -356,7 +356,9 @@ def _facts(request: SearchRequest, budgets: Budgets, source: QualitySource) -> F
 
 def _study_key(request: SearchRequest, source: QualitySource) -> str:
     """A journal belongs to one question; another limit or model begins another."""
-    asked = asdict(replace(request, run_dir=Path(), trials=0, shape=None, gpu=None))  # type: ignore[arg-type]
+    asked = asdict(
+        replace(request, run_dir=Path(), trials=0, engine=None, shape=None, gpu=None)  # type: ignore[arg-type]
+    )
     names = [
         request.shape.name,
         request.gpu.slug,

@@ -133,7 +133,7 @@ def own_trace(request: SearchRequest, progress: Progress) -> QualitySource:
     _check_shape(loaded, request.shape)
     menu = menu_of(request, calibrated=find_calibration(loaded.fingerprint) is not None)
     trace, key, provenance = _own_trace(request, loaded, menu, progress)
-    tables = _own_tables(request.shape.name, trace, menu, key, loaded.device, progress)
+    tables = _own_tables(request, trace, menu, key, loaded.device, progress)
     return QualitySource(
         tables,
         source_models.packaged_calibration(),
@@ -147,26 +147,28 @@ def _own_trace(
     request: SearchRequest, loaded: LoadedModel, menu: Menu, progress: Progress
 ) -> tuple[Trace, str, dict[str, Any]]:
     """The trace that a menu needs, the key it is kept under, and where it comes from."""
-    from kvtune.traces.capture import capture
     from kvtune.traces.samples import content_hash
+    from kvtune.traces.shards import CaptureJob
     from kvtune.traces.workloads import build, named_workload
+    from kvtune.tuner.engines import captured
 
     workload = named_workload(request.workload, request.seed, request.texts)
     samples, probes = build(workload, loaded.tokenizer), _PROBES[request.workload]
     signals, queries = signals_of(menu.needs), queries_of(menu.needs, workload.observed)
     content = content_hash(samples)
     key = _key(loaded.fingerprint, content, probes, request.seed, loaded.dtype, signals, queries)
-    trace = capture(
-        loaded,
-        samples,
-        cache_dir() / "traces" / f"{request.shape.name}-{key}",
+    job = CaptureJob(
+        model=request.model,
+        dtype=loaded.dtype,
+        samples=tuple(samples),
+        folder=cache_dir() / "traces" / f"{request.shape.name}-{key}",
         probes=probes,
         seed=request.seed,
-        workload_description=workload.describe(),
-        signals=signals,
+        workload=workload.describe(),
         queries=queries,
-        progress=progress,
+        signals=signals,
     )
+    trace = captured(job, loaded, request.engine, progress)
     return (
         trace,
         key,
@@ -208,15 +210,16 @@ def queries_of(needs: Needs, observed: int) -> int:
 
 
 def _own_tables(
-    model: str, trace: Trace, menu: Menu, key: str, device: str, progress: Progress
+    request: SearchRequest, trace: Trace, menu: Menu, key: str, device: str, progress: Progress
 ) -> Tables:
-    from kvtune.simulator.quality.build import build_tables
+    from kvtune.tuner.engines import built
 
+    model = request.shape.name
     options = menu.options()
     digest = hashlib.sha256(repr(options).encode()).hexdigest()[:12]
     path = cache_dir() / "tables" / f"{model}-{key}-{digest}.safetensors"
     if not path.exists():
-        tables = build_tables(trace, options, device=device, progress=progress)
+        tables = built(trace, options, device, request.engine, progress)
         save_tables(tables, path, {"trace": trace.content_sha256})
         return load_tables(path)[0]  # rounded as the file is: a second search reads the same
     tables, provenance = load_tables(path)

@@ -1,0 +1,121 @@
+"""Where traces and tables are made besides this process: processes of this host, or a cluster.
+
+dask.distributed and not Ray: it is Python alone, runs wherever kvtune does, joins clusters that are
+there (Slurm, Kubernetes, SSH) and gives the plain ``Executor`` that processes of one host give too.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from kvtune.common.errors import KvtuneError
+from kvtune.common.progress import Progress
+
+if TYPE_CHECKING:
+    from kvtune.policies.option import Option
+    from kvtune.simulator.quality.tables import Tables
+    from kvtune.traces.models import LoadedModel
+    from kvtune.traces.shards import CaptureJob
+    from kvtune.traces.trace import Trace
+
+PROCESSES = "processes:"
+
+
+def captured(job: CaptureJob, loaded: LoadedModel, engine: str | None, progress: Progress) -> Trace:
+    """The trace of a job, by this process's model unless an engine is named."""
+    if engine is not None:
+        from kvtune.traces.shards import capture_on
+
+        with open_engine(engine, loaded.device) as (workers, devices):
+            return capture_on(workers, job, devices, progress)
+    from kvtune.traces.capture import capture
+
+    return capture(
+        loaded,
+        job.samples,
+        job.folder,
+        probes=job.probes,
+        seed=job.seed,
+        workload_description=job.workload,
+        signals=job.signals,
+        queries=job.queries,
+        progress=progress,
+    )
+
+
+def built(
+    trace: Trace, options: Sequence[Option], device: str, engine: str | None, progress: Progress
+) -> Tables:
+    """The tables of a trace, likewise."""
+    if engine is not None:
+        from kvtune.simulator.quality.shards import build_tables_on
+
+        with open_engine(engine, device) as (workers, devices):
+            return build_tables_on(workers, trace, options, devices=devices, progress=progress)
+    from kvtune.simulator.quality.build import build_tables
+
+    return build_tables(trace, options, device=device, progress=progress)
+
+
+@contextmanager
+def open_engine(name: str, device: str) -> Iterator[tuple[Executor, Sequence[str]]]:
+    """An engine and the devices that its work goes to by turns.
+
+    Args:
+        name: ``processes:4``, or a dask scheduler's address, ``tcp://host:8786``.
+        device: the caller's; processes of this host share its GPUs out where it is one.
+
+    Raises:
+        KvtuneError: it is neither, dask is not installed, or nobody answers.
+    """
+    if name.startswith(PROCESSES):
+        with ProcessPoolExecutor(_count(name), multiprocessing.get_context("spawn")) as engine:
+            yield engine, _devices(device)
+        return
+    with _client(name) as client:
+        yield client.get_executor(), (device,)
+
+
+def _count(name: str) -> int:
+    text = name.removeprefix(PROCESSES)
+    if not text.isdigit() or not 0 < int(text) <= 1024:
+        raise KvtuneError(
+            f"{text!r} is no number of processes", where="--engine", hint=f"{PROCESSES}4, say."
+        )
+    return int(text)
+
+
+def _devices(device: str) -> Sequence[str]:
+    if device == "cpu":
+        return ("cpu",)
+    import torch
+
+    return tuple(f"cuda:{number}" for number in range(torch.cuda.device_count()))
+
+
+@contextmanager
+def _client(address: str) -> Iterator[Any]:
+    if "://" not in address:
+        raise KvtuneError(
+            f"{address!r} is no engine",
+            where="--engine",
+            hint="processes:4 for this host, tcp://HOST:8786 for a dask scheduler.",
+        )
+    try:
+        from dask.distributed import Client
+
+        client = Client(address, timeout=10)
+    except ImportError:
+        raise KvtuneError(
+            "dask is not installed", where="--engine", hint="pip install 'kvtune[cluster]'."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise KvtuneError(
+            f"no scheduler answers: {error}", where=address, hint="start it with dask scheduler."
+        ) from error
+    with client:
+        yield client
