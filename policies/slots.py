@@ -137,7 +137,8 @@ class SlotCache:
             return grown
         pairs = zip(self.sizes.flat, self.budgets.flat, strict=True)
         most = [self.method.most(int(held), int(budget)) for held, budget in pairs]
-        return np.minimum(grown, np.array(most).reshape(grown.shape))
+        bounded: NDArray[np.int64] = np.minimum(grown, np.array(most).reshape(grown.shape))
+        return bounded
 
     def bytes_of(self, entries: NDArray[Any]) -> NDArray[np.float64]:
         """Bytes of so many entries of each head, statistics included; at most, with a residual."""
@@ -251,7 +252,8 @@ def held_bytes(
         for both in (EXACT, forms)
     )
     found: NDArray[np.float64] = entries * (stored + statistics_bits / 8)
-    return found + np.minimum(entries, 2 * residual) * (exact - stored)
+    found += np.minimum(entries, 2 * residual) * (exact - stored)
+    return found
 
 
 def stores_apart(form: Format) -> bool:

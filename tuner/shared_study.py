@@ -137,9 +137,10 @@ def _slot(study: optuna.Study, trial: optuna.Trial, trials: int) -> int | None:
     if AGAIN in trial.user_attrs:
         return int(trial.user_attrs[AGAIN])
     if trial.number < trials:
-        return trial.number
+        return int(trial.number)
     new = [each.number for each in study.get_trials(deepcopy=False) if not _is_again(each)]
-    return trial.number if trial.number in sorted(new)[:trials] else None
+    number: int = trial.number
+    return number if number in sorted(new)[:trials] else None
 
 
 def _is_again(trial: optuna.trial.FrozenTrial) -> bool:
