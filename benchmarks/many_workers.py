@@ -27,6 +27,7 @@ from kvtune.common.files import write_json
 from kvtune.tests.postgres import postgres
 from kvtune.tuner.shared_study import Patience, create, finished, open_storage, slot_of, work
 
+CREWS = ("one worker", "all live", "some are killed")
 PATIENCE = Patience(heartbeat_s=2, grace_s=12, poll_s=0.5)
 
 
@@ -125,17 +126,20 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--kill", type=int, default=3)
     parser.add_argument("--sleep", type=float, default=1.0)
+    parser.add_argument("--crews", nargs="+", choices=CREWS, default=list(CREWS))
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     found: dict[str, Any] = {"trial_s": arguments.sleep, "cores": os.cpu_count()}
-    crews = {
-        "one worker": (1, arguments.alone, 0),
-        "all live": (arguments.workers, arguments.trials, 0),
-        "some are killed": (arguments.workers, arguments.trials, arguments.kill),
-    }
+    crews = (
+        (1, arguments.alone, 0),
+        (arguments.workers, arguments.trials, 0),
+        (arguments.workers, arguments.trials, arguments.kill),
+    )
     with postgres() as url:
-        for name, (workers, trials, kill) in crews.items():
+        for name, (workers, trials, kill) in zip(CREWS, crews, strict=True):
+            if name not in arguments.crews:
+                continue
             part = run(url, name, workers, trials, arguments.sleep, kill)
             rate = found.get("one worker", part)["trials_per_second"]
             found[name] = part | {"times_one_worker": part["trials_per_second"] / rate}
