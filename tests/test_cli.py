@@ -17,6 +17,7 @@ import pytest
 import kvtune
 from kvtune.__main__ import main
 from kvtune.cli.app import build
+from kvtune.policies.policy_file.document import read_policy
 
 ROOT = Path(kvtune.__file__).parent
 COMMANDS = sorted(build().commands)
@@ -590,3 +591,21 @@ def test_a_truncated_shard_is_told(
     words = ("simulate", policy, "--trace", copy, "--model", tiny_folder, *CARD, "--context", 512)
     ran = run(*words, "--device", "cpu", "--quiet")
     assert_one_error(ran, "layer-01.safetensors", "capture again")
+
+
+@pytest.mark.full
+def test_a_search_with_a_bound_plans_a_long_generation(
+    run: Run, tiny_folder: Path, text: Path, tmp_path: Path
+) -> None:
+    words = ("search", "--model", tiny_folder, "--gpu", "4090", "--mem", "4GiB", "--context", 96)
+    words += ("--text", text, "--generated", "48", "--run-dir", tmp_path / "run", "--json")
+    ran = run(*words, "--held-bytes", "40%", "--device", "cpu")
+    assert ran.code == 0, ran.err
+    found = ran.json
+    assert found["peak_bytes"] <= found["most_bytes"] <= found["bound_bytes"]
+    assert found["generated_live"] == 48
+    assert len(found["live_rounds"]) > 1
+    assert read_policy(tmp_path / "run" / "policy.yaml").bind(3, 2).layers == 3
+    refused = run(*words, "--held-bytes", "0%")
+    assert refused.code == 2
+    assert "no share of the cache" in refused.err

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ class LongResult:
     def as_dict(self) -> dict[str, Any]:
         """The form that goes into ``result.json``."""
         uniform = None if self.uniform_live is None else self.uniform_live.as_dict()
+        times = self.times_the_plan
         return {
             "prompt_tokens": self.asked.prompt_tokens,
             "generated_tokens": self.asked.tokens,
@@ -74,7 +76,7 @@ class LongResult:
             "live_kl": self.live.as_dict(),
             "uniform": self.uniform,
             "uniform_live_kl": uniform,
-            "times_the_plan": self.times_the_plan,
+            "times_the_plan": times and [each if isfinite(each) else None for each in times],
             "peak_bytes": self.peak_bytes,
             "generated_live": self.generated,
             "held_out_prompts": self.prompts,
@@ -125,8 +127,6 @@ def run_long_search(
 
 def _samples(request: SearchRequest, tokenizer: Any) -> list[Any]:
     """Of each split as many as the workload has, with a long observed part after the prompt."""
-    from dataclasses import replace
-
     from kvtune.traces.workloads import build, named_workload
 
     workload = named_workload(request.workload, request.seed, request.texts)
