@@ -1,6 +1,7 @@
 """Trace and tables over processes, one a GPU, beside one process: the same bits, and the seconds.
 
-    python benchmarks/shards.py --engine processes:2 --device cuda --out benchmarks/results/shards-h200-x2.json
+    python benchmarks/shards.py --engine processes:2 --device cuda \
+        --out benchmarks/results/shards-h200-x2.json
     python benchmarks/shards.py --engine processes:2 --device cpu --tiny --out /tmp/shards.json
 
 The engine is what ``kvtune search --engine`` takes; with several GPUs its work goes to them by

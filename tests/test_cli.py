@@ -597,8 +597,10 @@ def test_a_truncated_shard_is_told(
 def test_a_search_with_a_bound_plans_a_long_generation(
     run: Run, tiny_folder: Path, text: Path, tmp_path: Path
 ) -> None:
-    words = ("search", "--model", tiny_folder, "--gpu", "4090", "--mem", "4GiB", "--context", 96)
-    words += ("--text", text, "--generated", "48", "--run-dir", tmp_path / "run", "--json")
+    words = (
+        "search", "--model", tiny_folder, "--gpu", "4090", "--mem", "4GiB", "--context", 96,
+        "--text", text, "--generated", "48", "--run-dir", tmp_path / "run", "--json",
+    )  # fmt: skip
     ran = run(*words, "--held-bytes", "40%", "--device", "cpu")
     assert ran.code == 0, ran.err
     found = ran.json

@@ -69,10 +69,11 @@ def test_the_residual_window_is_counted_in_16_bits() -> None:
     assert found.tolist() == [2 * (exact + 4), 6 * exact + 4 * stored + 10 * 4]
 
 
-def watched(generation: Generation, layer: int) -> list[tuple[Tensor, ...]]:
+def watched(generation: Generation, layer: int) -> list[tuple[Tensor, Tensor]]:
     """Let the first cache of a layer of a policy remember the keys that enter."""
     group = next(g for g in generation.layers[layer] if 1 in g.rows)
-    step, seen = group.cache.step, []
+    step = group.cache.step
+    seen: list[tuple[Tensor, Tensor]] = []
 
     def stepped(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         seen.append((keys.clone(), values.clone()))

@@ -20,8 +20,9 @@ from kvtune.common.files import write_json
 from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
 from kvtune.common.stored import read_json
+from kvtune.traces.manifest import MANIFEST
 from kvtune.traces.samples import Sample
-from kvtune.traces.trace import MANIFEST, Trace, open_trace
+from kvtune.traces.trace import Trace, open_trace
 
 if TYPE_CHECKING:
     from kvtune.traces.models import LoadedModel

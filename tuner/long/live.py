@@ -98,7 +98,7 @@ def live_rounds(
     """How to run plans on the selection prompts for a few tokens of what is planned for."""
 
     def run(plans: Sequence[LongPlan]) -> list[float]:
-        each = []
+        each: list[list[float]] = []
         for sample in progress.track(samples, "generating live", len(samples)):
             contenders = [contender(plan.policy, asked) for plan in plans]
             ids = sample.token_ids[: asked.prompt_tokens + 1]
