@@ -1,6 +1,8 @@
 """Eight workers on one PostgreSQL study: rate, and trials lost or done twice when some are killed.
 
-    python benchmarks/many_workers.py --out benchmarks/results/many-workers-cpu.json
+    python benchmarks/many_workers.py --out benchmarks/results/many-workers-1s-cpu.json
+    python benchmarks/many_workers.py --sleep 3 --alone 20 --crews "one worker" "some are killed" \
+        --out benchmarks/results/many-workers-cpu.json
     python benchmarks/many_workers.py --trials 40 --workers 3 --kill 1 --sleep 0.2 --out /tmp/w.json
 
 A trial sleeps. First one worker alone does ``--alone`` trials, whose rate the others are held
