@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from kvtune.policies.export.contract import EngineLimits, Export, Exporter, Line, Plan, bytes_line
+from kvtune.policies.export.capacity import bytes_line
+from kvtune.policies.export.contract import Export, Exporter
 from kvtune.policies.export.flatten import Heads, dropped_methods, planned_heads, reach
+from kvtune.policies.export.limits import EngineLimits
+from kvtune.policies.export.lines import Line
+from kvtune.policies.export.plan import Plan
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import Option
