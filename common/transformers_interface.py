@@ -35,6 +35,7 @@ NAMES = (
     "transformers.CONFIG_MAPPING",
     "transformers.Cache",
     "transformers.CacheLayerMixin",
+    "transformers.DynamicCache",
     "transformers.LlamaConfig",
     "transformers.LlamaForCausalLM",
     "transformers.models.auto.modeling_auto",

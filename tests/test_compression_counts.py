@@ -121,11 +121,11 @@ def test_prompts_that_were_timed_are_compressed_as_long_as_it_took() -> None:
     assert of_prompt("llama-3.1-8b", 8192, 41, 0.5) == pytest.approx(0.082, rel=0.2)
 
 
-def test_short_prompts_wait_for_the_host() -> None:
+def test_short_prompts_wait_for_the_host_each() -> None:
+    """On an H200 eight prompts of SmolLM2 took 11 ms each, with a method that only moves tokens."""
     shape, gpu = find_model("smollm2-135m"), find_gpu("h200")
-    option = Option(StreamingLLM(), Budget(share=0.1))
-    policy = Policy.uniform(option, shape.layers, shape.kv_heads)
+    policy = Policy.uniform(Option(StreamingLLM(), Budget(share=0.1)), shape.layers, shape.kv_heads)
     read = prefill(shape, gpu, "bf16", 512, 1, "runtime")
     one, many = (compression(policy, shape, gpu, 512, read, n).value for n in (1, 64))
-    assert one > shape.layers * 20 * 8e-6
-    assert many < 3 * one, "64 prompts of 512 tokens are asked about at once"
+    assert one > shape.layers * 15 * 1.5e-5
+    assert many == pytest.approx(64 * one, rel=0.05)

@@ -21,13 +21,16 @@ PACKAGES = (
     "tuner",
 )
 LINES, PARAMETERS = 60, 10
-NOT_OURS = {"runtime/serving/vllm_attention.py:__init__"}  # vLLM calls it with these parameters
+GIVEN = {
+    "runtime/serving/vllm_attention.py:__init__",  # vLLM calls it with these parameters
+    "tuner/library.py:estimate",  # the options of its command, by name
+}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def functions() -> Iterator[tuple[str, Function]]:
-    """Every function with its place, but the command line's, which have a parameter an option."""
+    """Every function with its place."""
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             place = path.relative_to(ROOT).as_posix()
@@ -44,7 +47,8 @@ def parameters(function: Function) -> int:
 
 
 def lines(function: Function) -> int:
-    return (function.end_lineno or function.lineno) - function.lineno + 1
+    """Of its body; a command's signature has a line an option."""
+    return (function.end_lineno or function.lineno) - function.body[0].lineno + 1
 
 
 def test_no_function_is_longer_than_a_screen() -> None:
@@ -54,5 +58,7 @@ def test_no_function_is_longer_than_a_screen() -> None:
 
 
 def test_no_function_takes_more_than_ten_parameters() -> None:
-    many = {name: parameters(each) for name, each in functions() if parameters(each) > PARAMETERS}
-    assert many.keys() <= NOT_OURS
+    """But commands, which have one an option."""
+    ours = {name: each for name, each in functions() if not name.startswith("cli/")}
+    many = {name: parameters(each) for name, each in ours.items() if parameters(each) > PARAMETERS}
+    assert many.keys() <= GIVEN

@@ -42,15 +42,13 @@ class Rates:
     launch_s: float
 
 
-RATES = Rates(bandwidth=0.17, compute=0.02, softmax=0.14, launch_s=8.5e-5)
+RATES = Rates(bandwidth=0.17, compute=0.02, softmax=0.14, launch_s=1.7e-5)
 """Fitted by ``benchmarks/compressing_fit.py`` on what ten methods took of SmolLM2's shape on an
 H200 (``benchmarks/compressing.py``), whose rows wait for the host more than for the card, and on
 two prefills under plans: 82 ms a prompt of an 8B shape, half of whose layers needed column sums,
 and 20 ms of SmolLM2-135M, all of whose layers did."""
 _STORE_LAUNCHES = 15
-"""Kernels of a layer that put what is kept into pages, for all prompts that were read together."""
-_ASKED_AT_ONCE = 32768
-"""Tokens of prompts that the runtime asks methods about at once, where heads choose alone."""
+"""Kernels of a layer that put what is kept into pages."""
 _FACTOR = 2.5  # within it are most methods that were left out of the fit of these rates
 
 
@@ -79,8 +77,7 @@ def compression(
     in_order = {frozenset(options): tuple(dict.fromkeys(options)) for options in policy.heads}
     asked = policy.allocator.needs
     works = [(_work(in_order[kinds], layer, asked), count) for kinds, count in alike.items()]
-    together = 1 if policy.waits else min(batch, max(1, _ASKED_AT_ONCE // prompt_tokens))
-    chosen = sum(count * _seconds(work, gpu, batch, together, rates) for work, count in works)
+    chosen = batch * sum(count * _seconds(work, gpu, rates) for work, count in works)
     again = max((work.passes for work, _ in works), default=0.0)
     low, value, high, tier = _quantising(policy, shape, gpu, prompt_tokens)
     return Estimate(
@@ -111,15 +108,14 @@ def _work(options: Sequence[Option], layer: LayerShape, asked: Needs) -> Work:
     return total
 
 
-def _seconds(work: Work, gpu: GpuProfile, batch: int, together: int, rates: Rates) -> float:
-    """Of one layer of all prompts, of which so many are asked about together."""
+def _seconds(work: Work, gpu: GpuProfile, rates: Rates) -> float:
+    """Of one layer of one prompt; the host's share is per prompt, also of prompts read together."""
     if not work.launches:
         return 0.0
     read = work.moved_bytes / (rates.bandwidth * gpu.bandwidth_bytes_per_s)
     products = max(read, work.flops / (rates.compute * gpu.bf16_flop_per_s))
     device = products + work.softmax_flops / (rates.softmax * gpu.bf16_flop_per_s)
-    host = rates.launch_s * (work.launches + _STORE_LAUNCHES)
-    return max(batch * device, -(-batch // together) * host)
+    return max(device, rates.launch_s * (work.launches + _STORE_LAUNCHES))
 
 
 def _quantising(

@@ -76,8 +76,8 @@ def _press(heads: Heads, context: int) -> tuple[str, dict[str, Any], list[Line]]
     presses = {_one_press(option, context) for option in options} - {None}
     if len(presses) == 1 and () not in presses:
         ((name, settings, status, detail),) = presses
-        method = next(o.method for o in options if reach(o, context).shape != "all")
-        return name, dict(settings), [Line(f"method {method.name}", status, detail)]
+        dropping = dropped_methods(heads, context)
+        return name, dict(settings), [Line(f"method {m}", status, detail) for m in dropping]
     if not presses:
         return "", {}, [Line("tokens", "kept", "all of them")]
     why = "one press for all heads" if len(presses) > 1 else "no such press"
@@ -99,6 +99,8 @@ def _one_press(option: Option, context: int) -> Any:
     if kept.shape in ("window", "sinks+window", "none"):
         renumbered = isinstance(method, StreamingLLM) and method.positions != "kept"
         settings = (("n_sink", kept.sinks),)
+        if kept.shape == "none":
+            return "StreamingLLMPress", settings, "approximated", "one token stays at least"
         if renumbered:
             detail = "keys stay at the positions that they were computed at"
             return "StreamingLLMPress", settings, "approximated", detail
@@ -131,8 +133,10 @@ def _budget_lines(heads: Heads, context: int) -> list[Line]:
 
 def _format_lines(options: Sequence[Option]) -> list[Line]:
     """What becomes of formats: 16 bits."""
-    names = dict.fromkeys(form.name for option in options for form in (option.keys, option.values))
-    if set(names) == {"bf16"}:
+    keys, values = ("/".join(dict.fromkeys(names)) for names in zip(
+        *((option.keys.name, option.values.name) for option in options), strict=True
+    ))  # fmt: skip
+    if keys == values == "bf16":
         return [Line("keys and values bf16", "kept", "16 bits")]
     detail = "presses and quantised layers do not go together; 16 bits instead"
-    return [Line(f"formats {'/'.join(names)}", "not expressible", detail)]
+    return [Line(f"keys {keys}, values {values}", "not expressible", detail)]
