@@ -98,9 +98,10 @@ class CudaBench:
 
     @contextmanager
     def capped(self, limit_bytes: int) -> Iterator[int]:
-        """torch's allocator is given the limit, less what is in use on the device beside it."""
+        """torch's allocator is given the limit, less what this process takes beside it."""
         free, total = torch.cuda.mem_get_info()
-        outside = int(total - free - torch.cuda.memory_reserved())
+        used = total - free - self._monitor.others_bytes()
+        outside = max(int(used - torch.cuda.memory_reserved()), 0)
         share = (limit_bytes - outside) / total
         torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), 1.0))
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 import weakref
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from kvtune.profiles.models import find_model
 from kvtune.runtime import timing
 from kvtune.runtime.device import CudaBench, bench_for
 from kvtune.runtime.largest import Bounds, Largest
-from kvtune.runtime.measure.monitor import NoMonitor
+from kvtune.runtime.measure.monitor import NoMonitor, NvmlMonitor
 from kvtune.runtime.timing import NEW_TOKENS, STRETCHES, Beside, Decoding, Timing, time_beside
 from kvtune.traces.models import wrap
 from kvtune.traces.samples import Sample
@@ -217,6 +218,37 @@ def test_the_device_is_as_full_as_it_was_seen_to_be_most() -> None:
     bench.look()
     assert bench.device_bytes() == 9
     assert CudaBench(Monitored(None)).device_bytes() is None  # NVML is missing
+
+
+def test_a_limit_is_this_process_own_on_a_card_that_others_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Shared(NoMonitor):
+        def others_bytes(self) -> int:
+            return 30
+
+    shares: list[float] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    with CudaBench(Shared()).capped(16) as outside:
+        assert outside == 40 - 30 - 4
+    assert shares == [pytest.approx(0.10), 1.0]  # 16 less the 6 beside the allocator
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_others_are_known_where_the_driver_names_this_process(own: bool) -> None:
+    named = [
+        types.SimpleNamespace(pid=-1, usedGpuMemory=7),
+        types.SimpleNamespace(pid=-2, usedGpuMemory=None),
+    ]
+    mine = [types.SimpleNamespace(pid=os.getpid(), usedGpuMemory=5)] if own else []
+    nvml = types.SimpleNamespace(
+        NVMLError=OSError,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: named + mine,
+    )
+    assert NvmlMonitor(nvml).others_bytes() == (7 if own else 0)
 
 
 def test_garbage_is_gone_before_the_allocator_gives_back(monkeypatch: pytest.MonkeyPatch) -> None:

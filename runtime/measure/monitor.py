@@ -35,6 +35,10 @@ class Monitor(Protocol):
         """Processes on the GPU beside this one, 0 where that is not known."""
         ...
 
+    def others_bytes(self) -> int:
+        """Device memory of those processes, 0 where that is not known."""
+        ...
+
     def driver(self) -> str:
         """Version of the driver, ``unknown`` where there is none to ask."""
         ...
@@ -52,6 +56,10 @@ class NoMonitor:
         return None
 
     def other_processes(self) -> int:
+        """Unknown."""
+        return 0
+
+    def others_bytes(self) -> int:
         """Unknown."""
         return 0
 
@@ -93,11 +101,22 @@ class NvmlMonitor:
 
     def other_processes(self) -> int:
         """Processes on the GPU beside this one."""
+        return sum(process.pid != os.getpid() for process in self._processes())
+
+    def others_bytes(self) -> int:
+        """Of other processes, where this one is among those that the driver names.
+
+        In a container the driver may number processes otherwise: who is who is then not known.
+        """
+        taken = {process.pid: process.usedGpuMemory or 0 for process in self._processes()}
+        own = taken.pop(os.getpid(), None)
+        return 0 if own is None else sum(taken.values())
+
+    def _processes(self) -> list[Any]:
         try:
-            found = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+            return list(self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle))
         except self._nvml.NVMLError:
-            return 0
-        return sum(process.pid != os.getpid() for process in found)
+            return []
 
     def driver(self) -> str:
         """For example ``580.159.04``."""
