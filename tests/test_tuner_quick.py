@@ -14,6 +14,7 @@ from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.methods.quest import Quest
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.option import Option
+from kvtune.policies.signals import Signals
 from kvtune.policies.testing import Case, make_signals
 from kvtune.simulator.quality.tables import SampleFacts, Tables
 from kvtune.tuner.baselines import fill
@@ -69,9 +70,12 @@ def test_a_layers_preference_is_computed_once(monkeypatch: pytest.MonkeyPatch) -
     asked: list[int] = []
     layers = [make_signals(Case(32, 8)) for _ in range(3)]
     preference = CakeLayers.preference
-    monkeypatch.setattr(
-        CakeLayers, "preference", lambda self, s: asked.append(id(s)) or preference(self, s)
-    )
+
+    def counted(self: CakeLayers, signals: Signals) -> float:
+        asked.append(id(signals))
+        return preference(self, signals)
+
+    monkeypatch.setattr(CakeLayers, "preference", counted)
     allocator, methods = CakeLayers(window=4), [[SnapKV()] * 2] * 3
     budgets = np.full((3, layers[0].keys.shape[0]), 8)
     first = allocator.settle(budgets, methods, layers.__getitem__)
