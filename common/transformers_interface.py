@@ -36,6 +36,7 @@ NAMES = (
     "transformers.CONFIG_MAPPING",
     "transformers.Cache",
     "transformers.CacheLayerMixin",
+    "transformers.DynamicCache",
     "transformers.LlamaConfig",
     "transformers.LlamaForCausalLM",
     "transformers.models.auto.modeling_auto",
