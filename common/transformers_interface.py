@@ -17,6 +17,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -85,3 +86,20 @@ def unpacked_gguf() -> dict[str, Any]:
     if hasattr(transformers, "GgufConfig"):
         return {"quantization_config": transformers.GgufConfig(dequantize=True)}
     return {}
+
+
+@contextmanager
+def gguf_read_once() -> Iterator[None]:
+    """Parse a GGUF once in the block, and name the tensors of an architecture once.
+
+    transformers parses the whole file for its configuration, its tokenizer and its weights, and
+    makes the table of all names anew for every module: most of the time that a conversion takes.
+    """
+    import gguf
+
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = map(cache, before)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = before

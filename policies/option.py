@@ -136,7 +136,7 @@ class Option:
 
     def footprint(self, tokens: int, prompt_tokens: int, head_dim: int) -> int:
         """Bytes that one KV head holds of a prompt on the device; exact, runs without torch."""
-        return self.ledger(tokens, prompt_tokens, head_dim).resident_bytes
+        return sum(self.bytes_by_format(tokens, prompt_tokens, head_dim).values())
 
     def _stored(self, tokens: int, prompt_tokens: int, head_dim: int) -> dict[Format, int]:
         """Bytes of all entries, wherever they lie, by format."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kvtune.common.errors import KvtuneError, nearest
 from kvtune.common.files import sha256
 from kvtune.common.progress import Progress, Silent
-from kvtune.common.transformers_interface import unpacked_gguf
+from kvtune.common.transformers_interface import gguf_read_once, unpacked_gguf
 from kvtune.traces import seam, store
 from kvtune.traces.geometry import Geometry, check_shapes, read_geometry
 from kvtune.traces.self_check import Ask, Part, require_same, set_attention
@@ -248,7 +248,11 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     options = {"gguf_file": gguf.name, "dtype": torch.bfloat16, **unpacked_gguf()}
     try:
-        with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # a bar that has no switch
+        with (
+            _quiet(),
+            contextlib.redirect_stderr(io.StringIO()),  # a bar that has no switch
+            gguf_read_once(),
+        ):
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 str(gguf.parent), gguf_file=gguf.name
             )

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvtune.policies.allocator import Allocator
 from kvtune.policies.allocators.adakv import AdaKV
@@ -25,7 +29,7 @@ from kvtune.policies.methods.kvzip import KVzip
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import Budget, Option
-from kvtune.policies.policy import Policy
+from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.traces.signals import SIGNALS
 
 Stored = tuple[Method, Format]
@@ -121,18 +125,26 @@ def fill(
 
     family = "uniform" if isinstance(allocator, AsGiven) else allocator.name
 
+    def even(tokens: int, extra: int) -> NDArray[np.int64]:
+        return (tokens + (np.arange(layers * kv_heads) < extra)).reshape(layers, kv_heads)
+
     def policy(tokens: int, extra: int) -> Policy:
-        flat = [tokens + (head < extra) for head in range(layers * kv_heads)]
         heads = tuple(
-            tuple(replace(option, budget=Budget(tokens=n)) for n in flat[at : at + kv_heads])
-            for at in range(0, len(flat), kv_heads)
+            tuple(replace(option, budget=Budget(tokens=n)) for n in row)
+            for row in even(tokens, extra).tolist()
         )
         return Policy(f"{family} {option.method.label} {option.keys.label}", heads, allocator)
 
+    @cache
+    def head_takes(tokens: int) -> int:
+        ledger = option.ledger(tokens, prompt_tokens, head_dim)
+        return ledger.read_bytes if reads else ledger.resident_bytes
+
     def takes(tokens: int, extra: int = 0) -> int:
-        made = policy(tokens, extra)
-        count = made.read_bytes if reads else made.footprint
-        return count(prompt_tokens, head_dim)
+        """As ``Policy.footprint`` or ``read_bytes``, without a policy for each of its askings."""
+        planned = allocator.plan(np.minimum(even(tokens, extra), prompt_tokens), prompt_tokens)
+        payload = sum(head_takes(n) for n in planned.ravel().tolist())
+        return payload + footprint_of_lengths(layers, kv_heads)
 
     if takes(1) > budget_bytes:
         return None

@@ -79,7 +79,7 @@ def ratio_interval(
 
 def _reach(array: NDArray[np.float64], kinds: Sequence[str], level: float) -> float:
     """Half the width of the interval of a mean over kinds; 0 where a sample stands alone."""
-    from scipy.stats import t as students
+    from scipy.special import stdtrit  # scipy.stats calls it too, and takes a second to import
 
     labels = _strata(kinds)
     parts = [array[labels == kind] for kind in sorted(set(labels))]
@@ -90,7 +90,7 @@ def _reach(array: NDArray[np.float64], kinds: Sequence[str], level: float) -> fl
     if total == 0:
         return 0.0
     freedom = total**2 / float(sum(squares**2 / [len(part) - 1 for part in parts]))
-    reach: float = float(students.ppf((1 + level) / 2, freedom)) * math.sqrt(total)
+    reach: float = float(stdtrit(freedom, (1 + level) / 2)) * math.sqrt(total)
     return reach
 
 

@@ -62,12 +62,16 @@ class CakeLayers(Allocator):
         free = int(budgets.sum()) - self.window * budgets.size
         if free <= 0 or tokens <= self.window:
             return budgets
-        preference = np.array([self.preference(prompt(at)) for at in range(len(budgets))])
+        preference = np.array([self._known(prompt(at)) for at in range(len(budgets))])
         share = preference / preference.sum() if preference.sum() > 0 else 1 / len(budgets)
         wanted = np.broadcast_to(share, len(budgets))[:, None] * free / budgets.shape[1]
         return round_to_sum(
             wanted.repeat(budgets.shape[1], 1) + self.window, int(budgets.sum()), tokens
         )
+
+    def _known(self, signals: Signals) -> float:
+        """The preference, computed once a prompt: it is the same whatever the budgets are."""
+        return signals.once(f"preference {self}", lambda: self.preference(signals))
 
     def preference(self, signals: Signals) -> float:
         """How much a layer wants, on any scale that all layers share."""

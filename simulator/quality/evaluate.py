@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -66,6 +67,7 @@ def _replay_sample(
     def load(index: int) -> LayerReplay:
         return LayerReplay.of(trace.layer(sample.id, index, device, names=names), device)
 
+    @cache  # allocators that compare layers read them all, and each policy has its own
     def prompt(index: int) -> Signals:
         return load(index).signals
 

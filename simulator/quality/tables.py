@@ -11,8 +11,9 @@ intervals can be resampled and search, selection and evaluation never share a sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,14 +73,14 @@ class Tables:
         return self.subset(rows)
 
     def subset(self, rows: Sequence[int]) -> Tables:
-        """Some of the samples."""
+        """Some of the samples; those that stand side by side, as a split's do, are not copied."""
         picked = np.asarray(rows, int)
         groups, index = np.unique(self.group[picked], return_inverse=True)
         return replace(
             self,
             samples=tuple(self.samples[row] for row in rows),
-            loss=self.loss[picked],
-            factor=self.factor[groups],
+            loss=_rows(self.loss, picked),
+            factor=_rows(self.factor, groups),
             group=index.astype(np.int64),
         )
 
@@ -118,10 +119,19 @@ class Tables:
         ledgers = self._ledgers(prompt_tokens, head_dim)
         return np.array([ledger.moved_bytes for ledger in ledgers], np.int64)
 
-    def _ledgers(self, prompt_tokens: int, head_dim: int) -> Iterator[Ledger]:
-        for option in self.options:
-            tokens = option.budget.resolve(prompt_tokens)
-            yield option.ledger(tokens, prompt_tokens, head_dim)
+    def _ledgers(self, prompt_tokens: int, head_dim: int) -> Sequence[Ledger]:
+        """Of every option; a search asks for the same lengths with every candidate."""
+        key = prompt_tokens, head_dim
+        if key not in self._known_ledgers:
+            self._known_ledgers[key] = [
+                option.ledger(option.budget.resolve(prompt_tokens), prompt_tokens, head_dim)
+                for option in self.options
+            ]
+        return self._known_ledgers[key]
+
+    @cached_property
+    def _known_ledgers(self) -> dict[tuple[int, int], list[Ledger]]:
+        return {}
 
     def by_sample(self, choice: NDArray[np.int64], cross: float = 1.0) -> Floats:
         """Loss of one configuration on every sample, ``[n]`` nats/token.
@@ -136,6 +146,13 @@ class Tables:
         between = (picked.sum(1) ** 2).sum(-1) - (picked**2).sum((1, 2))
         loss: Floats = np.maximum(own + cross * between[self.group], 0)
         return loss
+
+
+def _rows(array: Floats, rows: NDArray[np.int64]) -> Floats:
+    """Rows of an array: a view where they follow one another, else a copy."""
+    if len(rows) and (np.diff(rows) == 1).all():
+        return array[rows[0] : rows[-1] + 1]
+    return array[rows]
 
 
 def compact(tables: Tables, group: Sequence[int], rank: int) -> Tables:
