@@ -167,6 +167,17 @@ def fingerprint(model: Any, geometry: Geometry) -> str:
     return digest.hexdigest()
 
 
+def stored_fingerprint(name_or_path: str | Path) -> str:
+    """The fingerprint of a model that is only read, on the CPU and in the dtype of its files.
+
+    Raises:
+        KvtuneError: unknown name or unreadable files.
+    """
+    seam.register()
+    model, _ = _read(_folder(str(name_or_path), Silent()), "auto", "cpu", False)
+    return fingerprint(model, read_geometry(model))
+
+
 def _sampled_bytes(weight: Tensor) -> bytes:
     import torch
 
