@@ -30,8 +30,8 @@ from kvtune.policies.testing.decode import decode_methods
 from kvtune.runtime.contenders import Contender
 from kvtune.runtime.generate import Generation, GenerationRun, prompt_signals
 from kvtune.simulator.quality.replay import LayerReplay
+from kvtune.tests.full_cache import observed_logits
 from kvtune.tests.tiers import first
-from kvtune.traces.passes import observed_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

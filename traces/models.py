@@ -20,7 +20,6 @@ from kvtune.traces.geometry import Geometry, check_shapes, read_geometry
 from kvtune.traces.self_check import Ask, Part, require_same, set_attention
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 KNOWN = ("smollm2-135m",)
@@ -53,14 +52,6 @@ class LoadedModel:
     device: str
     dtype: str
     dtype_reason: str
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch knows it."""
-        import torch
-
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
 
 
 def load_model(
