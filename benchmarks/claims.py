@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import workers
-from measures import KINDS_OF, NEEDLES, PLAIN, Entrant, Measure
+from measures import KINDS_OF, NEEDLES, PLAIN, Measure, NamedPolicy
 from papers import CLAIMS, Claim
 
 from kvtune.common.errors import KvtuneError
@@ -41,11 +41,11 @@ from kvtune.tuner.quality import bootstrap
 
 @dataclass(frozen=True)
 class Job:
-    """Some entrants on one sample."""
+    """Some policies on one sample."""
 
     measure: Measure
     sample: Sample
-    entrants: tuple[Entrant, ...]
+    policies: tuple[NamedPolicy, ...]
 
     @property
     def id(self) -> str:
@@ -53,41 +53,41 @@ class Job:
 
 
 Value = float | str
-"""Of one entrant on one sample; where it cannot be run, why not."""
+"""Of one policy on one sample; where it cannot be run, why not."""
 
 
 def jobs_of(claims: Sequence[Claim], samples: Sequence[Sample]) -> list[Job]:
     """Every measure of the claims on every sample that it is for, samples by turns."""
-    entrants: dict[Measure, dict[Entrant, None]] = {}
+    policies: dict[Measure, dict[NamedPolicy, None]] = {}
     for claim in claims:
-        entrants.setdefault(claim.measure, {}).update({claim.better: None, claim.worse: None})
+        policies.setdefault(claim.measure, {}).update({claim.better: None, claim.worse: None})
     return [
         Job(measure, sample, tuple(own))
         for sample in by_turns(samples)
-        for measure, own in entrants.items()
+        for measure, own in policies.items()
         if sample.kind in KINDS_OF[measure]
     ]
 
 
 def done(job: Job) -> list[Value]:
-    """Every entrant's value, all at once if that works."""
+    """Every policy's value, all at once if that works."""
     try:
-        return list(job.measure(workers.loaded(), job.sample, job.entrants))
+        return list(job.measure(workers.loaded(), job.sample, job.policies))
     except KvtuneError as error:
-        if len(job.entrants) == 1:
+        if len(job.policies) == 1:
             return [str(error)]
-    return [done(replace(job, entrants=(entrant,)))[0] for entrant in job.entrants]
+    return [done(replace(job, policies=(policy,)))[0] for policy in job.policies]
 
 
 @dataclass
 class Found:
-    """Values of entrants by measure and sample, as they come."""
+    """Values of policies by measure and sample, as they come."""
 
-    values: dict[tuple[Measure, Entrant], dict[str, Value]] = field(default_factory=dict)
+    values: dict[tuple[Measure, NamedPolicy], dict[str, Value]] = field(default_factory=dict)
 
     def add(self, job: Job, values: Sequence[Value]) -> None:
-        for entrant, value in zip(job.entrants, values, strict=True):
-            self.values.setdefault((job.measure, entrant), {})[job.sample.id] = value
+        for policy, value in zip(job.policies, values, strict=True):
+            self.values.setdefault((job.measure, policy), {})[job.sample.id] = value
 
     def pairs(self, claim: Claim) -> list[tuple[Value, Value]]:
         """What both of a claim got, sample by sample."""

@@ -35,8 +35,8 @@ from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.methods.tova import Tova
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
-from kvtune.runtime.contenders import Contender
 from kvtune.runtime.generate import Generation, GenerationRun
+from kvtune.runtime.live_policies import LivePolicy
 from kvtune.traces.models import load_model
 from kvtune.traces.samples import Sample, by_turns
 from kvtune.traces.workloads import Workload, build
@@ -95,7 +95,7 @@ def fitting(
     return low or None
 
 
-def contenders(geometry: Any, prompt: int, tokens: int) -> list[Contender]:
+def policies(geometry: Any, prompt: int, tokens: int) -> list[LivePolicy]:
     found = []
     for share in SHARES:
         for name, method in METHODS.items():
@@ -104,7 +104,7 @@ def contenders(geometry: Any, prompt: int, tokens: int) -> list[Contender]:
                 option = Option(method, Budget(tokens=budget))
                 shape = geometry.layers, geometry.kv_heads
                 label = f"{name} @ {share:.0%}"
-                found.append(Contender(Policy.uniform(option, *shape, name=label)))
+                found.append(LivePolicy(Policy.uniform(option, *shape, name=label)))
     return found
 
 
@@ -116,7 +116,7 @@ def generate(sample: Sample, task: Task) -> dict[str, Any]:
     generation = Generation(
         loaded,
         ids,
-        contenders(loaded.geometry, len(ids) - 1, task.tokens),
+        policies(loaded.geometry, len(ids) - 1, task.tokens),
         room=task.tokens,
         temperature=task.temperature,
         seed=int(sample.id.rsplit("-", 1)[-1]),
@@ -164,7 +164,7 @@ def outcome(run: GenerationRun) -> dict[str, Any]:
 
 
 def summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Each contender over all prompts; KL with a 95 % bootstrap interval over prompts."""
+    """Each policy over all prompts; KL with a 95 % bootstrap interval over prompts."""
     found: dict[str, Any] = {}
     kinds = [part["kind"] for part in parts]
     for place, first in enumerate(parts[0]["runs"]):

@@ -34,13 +34,13 @@ from kvtune.policies.methods.a2sf import PREFILL
 from kvtune.policies.methods.tova import Tova
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
-from kvtune.runtime.contenders import Contender
+from kvtune.runtime.live_policies import LivePolicy
 from kvtune.simulator.quality.decoding import build_decode_tables
 from kvtune.simulator.quality.tables import Tables, join
 from kvtune.traces.models import load_model
 from kvtune.traces.samples import Sample, by_turns
 from kvtune.traces.workloads import Workload, build
-from kvtune.tuner.long.live import capture_long, contender, generate
+from kvtune.tuner.long.live import capture_long, generate, live_policy
 from kvtune.tuner.long.menu import LongMenu, mean_full_bytes, most_bytes
 from kvtune.tuner.long.plans import FINALISTS, Generated, LongPlan, candidates
 from kvtune.tuner.quality import mean_interval, mean_over_kinds, ratio_interval
@@ -64,13 +64,13 @@ def tables_of(sample: Sample, menu: LongMenu) -> Tables:
 
 
 def generated(
-    sample: Sample, contenders: list[Contender], prompt: int, tokens: int, until: float
+    sample: Sample, policies: list[LivePolicy], prompt: int, tokens: int, until: float
 ) -> Part:
-    """One prompt's generation under all contenders, as far as time allows."""
+    """One prompt's generation under all policies, as far as time allows."""
     runs = generate(
         workers.loaded(),
         sample.token_ids[: prompt + 1],
-        contenders,
+        policies,
         tokens,
         seed=int(sample.id.rsplit("-", 1)[-1]),
         until=lambda: time.monotonic() > until,
@@ -95,7 +95,7 @@ def generated(
     }
 
 
-def single_methods(geometry: Any, asked: Generated, share: float) -> list[Contender]:
+def single_methods(geometry: Any, asked: Generated, share: float) -> list[LivePolicy]:
     """Each method alone, in 16 bits, at the same share of mean bytes."""
     found = []
     for name, method in SINGLE.items():
@@ -103,12 +103,12 @@ def single_methods(geometry: Any, asked: Generated, share: float) -> list[Conten
         if budget:
             option = Option(method, Budget(tokens=budget))
             found.append(
-                Contender(Policy.uniform(option, geometry.layers, geometry.kv_heads, name=name))
+                LivePolicy(Policy.uniform(option, geometry.layers, geometry.kv_heads, name=name))
             )
     return found
 
 
-def uniform_in_format(plan: LongPlan, geometry: Any, asked: Generated) -> Contender | None:
+def uniform_in_format(plan: LongPlan, geometry: Any, asked: Generated) -> LivePolicy | None:
     """The largest uniform A2SF in four bits within the bound: what the format alone brings."""
     form = next((f for f in asked.menu.formats if f.bits == 4), None)
     if form is None:
@@ -125,11 +125,11 @@ def uniform_in_format(plan: LongPlan, geometry: Any, asked: Generated) -> Conten
         return None
     option = Option(PREFILL, Budget(tokens=low), form, form)
     name = f"a2sf 0.95 {form.label} everywhere"
-    return contender(Policy.uniform(option, geometry.layers, geometry.kv_heads, name=name), asked)
+    return live_policy(Policy.uniform(option, geometry.layers, geometry.kv_heads, name=name), asked)
 
 
 def summary(parts: list[Part], bound: int, full: float) -> Part:
-    """Each contender over all prompts, and how many times the plan's loss each loses."""
+    """Each policy over all prompts, and how many times the plan's loss each loses."""
     kinds = [part["kind"] for part in parts]
     losses = {
         run["name"]: [part["runs"][at]["kl"] for part in parts]
@@ -200,7 +200,7 @@ def measure(arguments: argparse.Namespace, out: Part) -> None:
         note(f"{len(found)} candidates")
 
         finalists = [p for p in found if not p.is_uniform][:FINALISTS]
-        runs = [contender(p.policy, asked) for p in finalists]
+        runs = [live_policy(p.policy, asked) for p in finalists]
         ahead = min(arguments.live_tokens, tokens)
         stop = time.monotonic() + 0.2 * arguments.seconds
         task = runs, prompt, ahead, stop
@@ -211,7 +211,7 @@ def measure(arguments: argparse.Namespace, out: Part) -> None:
         out["plan"] = {"name": plan.name, "options": counted(plan)}
         note(f"plan: {plan.name}")
 
-        mine = contender(replace(plan.policy, name="plan"), asked)
+        mine = live_policy(replace(plan.policy, name="plan"), asked)
         beside = uniform_in_format(plan, geometry, asked)
         all_ = [
             mine,
@@ -255,7 +255,7 @@ def bounded(
                 token_ids=texts[n % len(texts)].token_ids[n // len(texts):])
         for n in range(arguments.bounded)
     ]  # fmt: skip
-    run = [contender(plan.policy, asked)]
+    run = [live_policy(plan.policy, asked)]
     ratios: list[float] = []
     for _, part in crew.until(end, generated, many, run, asked.prompt_tokens, SHORT, end - 5):
         ratios.append(part["runs"][0]["peak_bytes"] / asked.bound_bytes)

@@ -19,9 +19,9 @@ from kvtune.policies.method import Method, find_method
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import ALL_QUERIES, Needs
-from kvtune.runtime.contenders import Contender
 from kvtune.runtime.generate import Generation, prompt_signals
 from kvtune.runtime.live import LiveRun, run_live
+from kvtune.runtime.live_policies import LivePolicy
 from kvtune.runtime.prompts import fresh_prompt
 from kvtune.simulator.quality.replay import LayerReplay
 from kvtune.traces.models import LoadedModel
@@ -30,7 +30,7 @@ from kvtune.tuner.validate import union_of_needs
 
 
 @dataclass(frozen=True)
-class Entrant:
+class NamedPolicy:
     """A policy by names, so that one whose method is missing is skipped alone."""
 
     method: str
@@ -51,25 +51,25 @@ class Entrant:
         return Policy.uniform(option, *shape, allocator=self.allocator)
 
 
-Measure = Callable[[LoadedModel, Sample, Sequence[Entrant]], list[float]]
+Measure = Callable[[LoadedModel, Sample, Sequence[NamedPolicy]], list[float]]
 
 
-def generated(loaded: LoadedModel, sample: Sample, entrants: Sequence[Entrant]) -> list[float]:
+def generated(loaded: LoadedModel, sample: Sample, named: Sequence[NamedPolicy]) -> list[float]:
     """Less KL a token while the full cache generates as many tokens as a sample observes."""
     room, prompt = sample.observed, sample.token_ids[: sample.prompt]
-    contenders = [Contender(each.policy(loaded, len(sample.token_ids))) for each in entrants]
-    generation = Generation(loaded, prompt, contenders, room=room, temperature=1.0, seed=1)
+    live = [LivePolicy(each.policy(loaded, len(sample.token_ids))) for each in named]
+    generation = Generation(loaded, prompt, live, room=room, temperature=1.0, seed=1)
     generation.advance(room)
     return [-float(run.kl.mean()) for run in generation.results()]
 
 
-def cosine(loaded: LoadedModel, sample: Sample, entrants: Sequence[Entrant]) -> list[float]:
+def cosine(loaded: LoadedModel, sample: Sample, named: Sequence[NamedPolicy]) -> list[float]:
     """Cosine of the masked with the full attention, replayed on a sample's observed tokens."""
     layers = list(replayable(loaded, sample))
     budgets = np.ones((1, loaded.geometry.kv_heads), np.int64)
     found = []
-    for entrant in entrants:
-        method, tokens = entrant.made(), round(entrant.share * len(sample.token_ids))
+    for each in named:
+        method, tokens = each.made(), round(each.share * len(sample.token_ids))
         assert isinstance(method, DecodeMethod)
         runs = (replay_decoding(layer, method, tokens * budgets) for layer in layers)
         found.append(float(np.mean([float(run.cosine.mean()) for run in runs])))
@@ -93,26 +93,26 @@ def replayable(loaded: LoadedModel, sample: Sample) -> Iterator[LayerReplay]:
         yield LayerReplay(prompt, queries, *rest, torch.empty(0))
 
 
-def _live(loaded: LoadedModel, sample: Sample, entrants: Sequence[Entrant]) -> list[LiveRun]:
-    policies = [entrant.policy(loaded, sample.prompt) for entrant in entrants]
+def _live(loaded: LoadedModel, sample: Sample, named: Sequence[NamedPolicy]) -> list[LiveRun]:
+    policies = [each.policy(loaded, sample.prompt) for each in named]
     prompt = fresh_prompt(loaded, sample, union_of_needs(policies))
     return run_live(loaded, sample, prompt, policies)
 
 
-def compressed(loaded: LoadedModel, sample: Sample, entrants: Sequence[Entrant]) -> list[float]:
+def compressed(loaded: LoadedModel, sample: Sample, named: Sequence[NamedPolicy]) -> list[float]:
     """Less KL a token over the observed tokens, of a prompt compressed once."""
-    return [-float(run.kl.mean()) for run in _live(loaded, sample, entrants)]
+    return [-float(run.kl.mean()) for run in _live(loaded, sample, named)]
 
 
-def asked_later(loaded: LoadedModel, sample: Sample, entrants: Sequence[Entrant]) -> list[float]:
+def asked_later(loaded: LoadedModel, sample: Sample, named: Sequence[NamedPolicy]) -> list[float]:
     """More answer digits right, the questions coming after the prompt has been compressed."""
     asked = np.array(sample.answer_mask)
-    return [100 * float(run.correct[asked].mean()) for run in _live(loaded, sample, entrants)]
+    return [100 * float(run.correct[asked].mean()) for run in _live(loaded, sample, named)]
 
 
-def asked_before(loaded: LoadedModel, sample: Sample, entrants: Sequence[Entrant]) -> list[float]:
+def asked_before(loaded: LoadedModel, sample: Sample, named: Sequence[NamedPolicy]) -> list[float]:
     """More answer digits right, the first question being the prompt's end."""
-    return asked_later(loaded, first_question(sample), entrants)
+    return asked_later(loaded, first_question(sample), named)
 
 
 PLAIN, NEEDLES = ("prose", "code"), ("retrieval",)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from measures import (
-    Entrant,
     Measure,
+    NamedPolicy,
     asked_before,
     asked_later,
     compressed,
@@ -32,17 +32,17 @@ class Claim:
 
     text: str
     measure: Measure
-    better: Entrant
-    worse: Entrant
+    better: NamedPolicy
+    worse: NamedPolicy
 
 
-def _against(method: str, share: float, **parameters: Any) -> Entrant:
-    return Entrant(method, share, parameters=tuple(parameters.items()))
+def _against(method: str, share: float, **parameters: Any) -> NamedPolicy:
+    return NamedPolicy(method, share, parameters=tuple(parameters.items()))
 
 
-def _stored(form: Format) -> Entrant:
+def _stored(form: Format) -> NamedPolicy:
     """All tokens in one format."""
-    return Entrant("full", 1.0, stored=(form, form))
+    return NamedPolicy("full", 1.0, stored=(form, form))
 
 
 BY_TOKEN = Int2(keys_by="token")
@@ -61,17 +61,17 @@ CLAIMS = (
     Claim("A2SF's attention is nearer than H2O's at 20 %",
           cosine, _against("a2sf", 0.2), _against("h2o", 0.2)),
     Claim("Ada-KV beats even budgets at 10 %",
-          compressed, Entrant("snapkv", 0.1, allocator=AdaKV()), _against("snapkv", 0.1)),
+          compressed, NamedPolicy("snapkv", 0.1, allocator=AdaKV()), _against("snapkv", 0.1)),
     Claim("SnapKV beats H2O at 10 % where it has seen the question",
           asked_before, _against("snapkv", 0.1), _against("h2o", 0.1)),
     Claim("KVzip beats SnapKV at 10 % where the question comes later",
           asked_later, _against("kvzip", 0.1), _against("snapkv", 0.1)),
     Claim("a pyramid beats even budgets at 64 tokens",
-          compressed, Entrant("snapkv", tokens=64, allocator=PYRAMID),
-          Entrant("snapkv", tokens=64)),
+          compressed, NamedPolicy("snapkv", tokens=64, allocator=PYRAMID),
+          NamedPolicy("snapkv", tokens=64)),
     Claim("even budgets are no worse than a pyramid at 256 tokens",
-          compressed, Entrant("snapkv", tokens=256),
-          Entrant("snapkv", tokens=256, allocator=PYRAMID)),
+          compressed, NamedPolicy("snapkv", tokens=256),
+          NamedPolicy("snapkv", tokens=256, allocator=PYRAMID)),
     Claim("TOVA beats H2O at 12.5 %",
           generated, _against("tova", 0.125), _against("h2o", 0.125)),
     Claim("LazyEviction beats H2O at 50 % (plain text, not chains of thought)",
@@ -81,8 +81,8 @@ CLAIMS = (
     Claim("retrieval heads choose better than all heads at 10 % (CompressKV)",
           compressed, _against("compresskv", 0.1), _against("compresskv", 0.1, voters=10_000)),
     Claim("CAKE beats a SnapKV pyramid at 10 %",
-          compressed, Entrant("cake", 0.1, allocator=CakeLayers()),
-          Entrant("snapkv", 0.1, allocator=PYRAMID)),
+          compressed, NamedPolicy("cake", 0.1, allocator=CakeLayers()),
+          NamedPolicy("snapkv", 0.1, allocator=PYRAMID)),
     Claim("SnapKV beats KeyDiff at 10 % where the prompt is scored whole",
           compressed, _against("snapkv", 0.1), _against("keydiff", 0.1)),
     Claim("KeyDiff beats a window at 10 % where the prompt comes in blocks",
@@ -108,12 +108,12 @@ CLAIMS = (
     Claim("at its own bytes GEAR beats plain four bits (ours, not the paper's)",
           compressed, _stored(Gear()), _stored(Int4())),
     Claim("two bits for the rest beat evicting it at 20 % in 16 bits (MiKV)",
-          compressed, Entrant("mikv", 0.2, stored=RETAINED), _against("h2o", 0.2)),
+          compressed, NamedPolicy("mikv", 0.2, stored=RETAINED), _against("h2o", 0.2)),
     Claim("two bits for the rest find more needles than evicting it at 20 % (MiKV)",
-          asked_later, Entrant("mikv", 0.2, stored=RETAINED), _against("h2o", 0.2)),
+          asked_later, NamedPolicy("mikv", 0.2, stored=RETAINED), _against("h2o", 0.2)),
     Claim("balanced keys beat plain ones at two bits (MiKV)",
-          compressed, Entrant("mikv", 0.2, stored=RETAINED),
-          Entrant("mikv", 0.2, parameters=(("balanced", False),), stored=RETAINED)),
+          compressed, NamedPolicy("mikv", 0.2, stored=RETAINED),
+          NamedPolicy("mikv", 0.2, parameters=(("balanced", False),), stored=RETAINED)),
     Claim("fitted levels beat even ones at three bits (KVQuant)",
           compressed, _stored(KvQuant(outliers=0.0)), _stored(Int3(exact_first=1))),
     Claim("1 % of outliers exact beats none at three bits (KVQuant)",

@@ -200,7 +200,7 @@ def plans(tables: dict[str, Tables], shares: Sequence[float]) -> Iterator[Entry]
             yield Entry(policy_of(table, choice, f"plan at {share:.1%}"), facts)
 
 
-def rivals(loaded: LoadedModel, prompt: int, shares: Sequence[float]) -> list[Entry]:
+def baselines(loaded: LoadedModel, prompt: int, shares: Sequence[float]) -> list[Entry]:
     """What a plan has to beat at equal bytes, in 4 bits with and without exact sinks."""
     geometry = loaded.geometry
     shape = (geometry.layers, geometry.kv_heads, geometry.head_dim)
@@ -297,7 +297,7 @@ def measure(run: Run, samples: Sequence[Sample], size: Size) -> None:
         for kind, policy in mixed_policies(geometry.layers, geometry.kv_heads)
     ]
     run.found["plans"] = [entry.facts | {"name": entry.policy.name} for entry in made]
-    others = rivals(run.loaded, search[0].prompt, size.rival_shares)
+    others = baselines(run.loaded, search[0].prompt, size.baseline_shares)
     run.found["rivals"] = [entry.facts | {"name": entry.policy.name} for entry in others]
     run.found["mixed"] = [entry.facts | {"name": entry.policy.name} for entry in mixed]
     run.record("tables and plans", round(run.seconds, 1))
@@ -340,7 +340,7 @@ class Size:
     observed: int = 256
     probes: int = 16
     shares: tuple[float, ...] = SHARES
-    rival_shares: tuple[float, ...] = (0.03, 0.06, 0.12, 0.25)
+    baseline_shares: tuple[float, ...] = (0.03, 0.06, 0.12, 0.25)
 
     @property
     def workload(self) -> Workload:
@@ -359,11 +359,11 @@ TINY = Size(
     observed=64,
     probes=2,
     shares=(0.06, 0.25),
-    rival_shares=(0.12,),
+    baseline_shares=(0.12,),
 )
 
 
-SHORT = Size(tokens=448, observed=64, rival_shares=())
+SHORT = Size(tokens=448, observed=64, baseline_shares=())
 """Samples that layers with a window of 512 tokens see whole: Gemma-3's can all be compressed."""
 
 CPU = replace(

@@ -47,7 +47,7 @@ FINALISTS = 4  # of a family, taken on from the selection samples to the evaluat
 
 
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     """A baseline of a family, filled to a share of the bf16 bytes."""
 
     share: float
@@ -55,9 +55,9 @@ class Rival:
     policy: Policy
 
 
-def losses(bench: Bench, rivals: Sequence[Rival], samples: Sequence[Sample]) -> list[float]:
-    """Live loss of every rival, kinds counting alike."""
-    return [o.mean_kl for o in bench.run([rival.policy for rival in rivals], samples)]
+def losses(bench: Bench, baselines: Sequence[Baseline], samples: Sequence[Sample]) -> list[float]:
+    """Live loss of every baseline, kinds counting alike."""
+    return [o.mean_kl for o in bench.run([baseline.policy for baseline in baselines], samples)]
 
 
 def score_microseconds(tables: Tables) -> float:
@@ -91,14 +91,14 @@ def choose_plans(bench: Bench, tables: Tables) -> list[Plan]:
     return list(choice.plans.values())
 
 
-def choose_rivals(bench: Bench) -> list[Rival]:
+def choose_baselines(bench: Bench) -> list[Baseline]:
     """The best few of every family at every share, by live loss on selection samples.
 
     All run on one sample of every kind; those that may win there, on the rest too.
     """
     layers, heads, head_dim = bench.shape
     everyone = [
-        Rival(share, family, policy)
+        Baseline(share, family, policy)
         for share in CURVE
         for family in FAMILIES
         for policy in candidates(
@@ -114,25 +114,25 @@ def choose_rivals(bench: Bench) -> list[Rival]:
     return best_of_each(promising, kl, FINALISTS)
 
 
-def best_of_each(rivals: Sequence[Rival], kl: Sequence[float], count: int) -> list[Rival]:
+def best_of_each(baselines: Sequence[Baseline], kl: Sequence[float], count: int) -> list[Baseline]:
     """The ``count`` of least loss, of every family at every share."""
-    ranked = sorted(zip(kl, range(len(rivals)), strict=True))
-    kept: dict[tuple[float, str], list[Rival]] = {}
+    ranked = sorted(zip(kl, range(len(baselines)), strict=True))
+    kept: dict[tuple[float, str], list[Baseline]] = {}
     for _, row in ranked:
-        kept.setdefault((rivals[row].share, rivals[row].family), []).append(rivals[row])
-    return [rival for mine in kept.values() for rival in mine[:count]]
+        kept.setdefault((baselines[row].share, baselines[row].family), []).append(baselines[row])
+    return [baseline for mine in kept.values() for baseline in mine[:count]]
 
 
 def compare(bench: Bench, plans: list[Plan]) -> None:
     """Plans and baselines on samples that no choice was made on."""
-    rivals = choose_rivals(bench)
-    policies = [plan.policy for plan in plans] + [rival.policy for rival in rivals]
+    baselines = choose_baselines(bench)
+    policies = [plan.policy for plan in plans] + [baseline.policy for baseline in baselines]
     outcomes = bench.run(policies, bench.of("evaluate"))
     ours, theirs = outcomes[: len(plans)], outcomes[len(plans) :]
 
     def best_of(family: str, share: float) -> tuple[Policy, Outcome]:
         """The family's best by the very figures it is shown with: generous to it."""
-        pairs = zip(rivals, theirs, strict=True)
+        pairs = zip(baselines, theirs, strict=True)
         mine = [(r.policy, o) for r, o in pairs if (r.share, r.family) == (share, family)]
         return min(mine, key=lambda pair: pair[1].mean_kl)
 
@@ -157,11 +157,11 @@ def compare(bench: Bench, plans: list[Plan]) -> None:
     retrieval(bench, chosen + [best[f, s][0] for s in SHARES for f in FAMILIES])
 
 
-def against(policy: Policy, rival: Outcome, mine: Outcome) -> dict[str, Any]:
-    """A rival's figures, and how many times the plan's loss its own is."""
-    times, interval = times_as_much(rival, mine)
+def against(policy: Policy, baseline: Outcome, mine: Outcome) -> dict[str, Any]:
+    """A baseline's figures, and how many times the plan's loss its own is."""
+    times, interval = times_as_much(baseline, mine)
     figures = {"times_the_plan": times, "times_interval": interval}
-    return {"name": policy.name, **rival.summary(), **figures}
+    return {"name": policy.name, **baseline.summary(), **figures}
 
 
 def retrieval(bench: Bench, policies: list[Policy]) -> None:

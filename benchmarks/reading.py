@@ -9,10 +9,10 @@ much a step; Quest and TokenSelect first, the others as long as there is time. E
 scaled to prompts of under a thousand tokens, which the published ones would swallow.
 
 The plan is chosen without the held-out samples: what tables predict to be best, what an exchange
-makes of each rival's allocation on the plan's own menu, and the rivals themselves, which a plan may
-contain, run live on the selection samples, and the least loss there is the plan. ``chosen`` says
-which it was, ``margins`` how many times the plan's loss a rival's is. RLKV's gates are those of
---heads; without them it is left out, and said so.
+makes of each baseline's allocation on the plan's own menu, and the baselines themselves, which a
+plan may contain, run live on the selection samples, and the least loss there is the plan.
+``chosen`` says which it was, ``margins`` how many times the plan's loss a baseline's is. RLKV's
+gates are those of --heads; without them it is left out, and said so.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ OTHERS: tuple[Method, ...] = (
 
 
 def margin(losses: Sequence[float], plan: Sequence[float]) -> dict[str, Any]:
-    """A rival's mean KL over the plan's on the same samples, with its 95 % bootstrap interval."""
+    """A baseline's mean KL over the plan's on the same samples; 95 % bootstrap interval."""
     both = np.array([losses, plan])
     drawn = np.random.default_rng(0).integers(len(plan), size=(10_000, len(plan)))
     ratios = np.divide(*np.maximum(both[:, drawn].mean(-1), 1e-9))
@@ -125,24 +125,26 @@ class Bench:
         return build(plan, self.loaded.tokenizer)
 
     def compared(
-        self, share: float, read: bool, rivals: Sequence[Policy], each: int = 3
+        self, share: float, read: bool, baselines: Sequence[Policy], each: int = 3
     ) -> dict[str, Any]:
-        """The plan and its rivals on held-out samples, and how the plan was chosen.
+        """The plan and its baselines on held-out samples, and how the plan was chosen.
 
         Args:
             share: of a prompt's bf16 bytes.
             read: whether it is of what a step reads, or of what is held.
-            rivals: filled to it.
-            each: rivals whose allocation a plan starts from.
+            baselines: filled to it.
+            each: baselines whose allocation a plan starts from.
         """
         if not read:
-            self.exchanged[share] = [self._exchanged(share, rival) for rival in rivals[:each]]
+            self.exchanged[share] = [
+                self._exchanged(share, baseline) for baseline in baselines[:each]
+            ]
         # A plan that holds so much reads no more, so that it stands here in both parts.
-        candidates = [*self._solved(share, read), *rivals, *self.exchanged.get(share, [])]
+        candidates = [*self._solved(share, read), *baselines, *self.exchanged.get(share, [])]
         chosen = self._live(candidates, self.selection)
         best = min(range(len(chosen)), key=lambda n: chosen[n].live.value)
         plan = Policy("kvtune plan", candidates[best].heads, candidates[best].allocator)
-        judged = [plan, candidates[0], *rivals]
+        judged = [plan, candidates[0], *baselines]
         runs = self._live(judged, self.judges)
         rows = [self._row(policy, found) for policy, found in zip(judged, runs, strict=True)]
         return {
@@ -181,11 +183,11 @@ class Bench:
         taken = tables.bytes_read(self.tokens, tables.head_dim)
         return Problem(problem.loss, problem.factor, footprint, read=taken)
 
-    def _exchanged(self, share: float, rival: Policy) -> Policy:
-        """A rival's bytes a head on the plan's menu, then traded while that lowers the loss."""
+    def _exchanged(self, share: float, baseline: Policy) -> Policy:
+        """A baseline's bytes a head on the plan's menu, then traded while that lowers the loss."""
         problem, tables = self._problem(read=False), self.source.tables
         budget = int(share * self.full)
-        planned = zip(rival.options(), rival.budgets(self.tokens).flat, strict=True)
+        planned = zip(baseline.options(), baseline.budgets(self.tokens).flat, strict=True)
         wanted = [o.footprint(int(n), self.tokens, self.shape[-1]) for o, n in planned]
         choice: Choice = np.array(
             [
@@ -198,7 +200,7 @@ class Bench:
         )
         if problem.spent(choice) > budget:
             choice = solve(problem, budget)
-        return policy_of(tables, exchange(problem, budget, choice), f"{rival.name}, exchanged")
+        return policy_of(tables, exchange(problem, budget, choice), f"{baseline.name}, exchanged")
 
     def _live(self, policies: Sequence[Policy], samples: Sequence[Sample]) -> list[Any]:
         needs = union_of_needs(policies)

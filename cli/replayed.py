@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kvtune.common.errors import KvtuneError
@@ -10,8 +11,10 @@ from kvtune.common.estimate import Estimate
 from kvtune.common.progress import Progress
 from kvtune.policies.policy import Policy
 from kvtune.simulator.quality.evaluate import replay_policies
+from kvtune.traces.models import stored_fingerprint
 from kvtune.traces.trace import SampleRecord, Trace
 from kvtune.tuner.quality import estimate
+from kvtune.tuner.target import Target
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,12 @@ class Replayed:
 
 
 def replay(
-    trace: Trace, policy: Policy, model: str, split: str, device: str, progress: Progress
+    trace: Trace, policy: Policy, target: Target, split: str, device: str, progress: Progress
 ) -> Replayed:
     """Replay a policy on one split, or all samples.
 
     Raises:
-        KvtuneError: the trace is of another shape, damaged, or has no such samples.
+        KvtuneError: the trace is of another model, damaged, or has no such samples.
     """
     samples = trace.samples if split == "all" else trace.of_split(split)
     if not samples:
@@ -70,6 +73,7 @@ def replay(
             f"the trace has no {split!r} samples", where=str(trace.root), hint="try --split all."
         )
     _check_shape(trace, policy)
+    _check_weights(trace, Path(target.model))
     losses = replay_policies(trace, samples, [policy], device=device, progress=progress)[0]
     traced = str(trace.manifest["model"]["name"])
     return Replayed(
@@ -79,7 +83,7 @@ def replay(
         trace=str(trace.root),
         model=traced,
         sha256=trace.content_sha256,
-        stand_in="" if _last(traced) == _last(model) else _last(traced),
+        stand_in="" if _last(traced) == _last(target.shape.name) else _last(traced),
     )
 
 
@@ -92,6 +96,15 @@ def _check_shape(trace: Trace, policy: Policy) -> None:
             where=str(trace.root),
             hint="capture a trace of the policy's model.",
         )
+
+
+def _check_weights(trace: Trace, model: Path) -> None:
+    """Refuse another model's trace where the model's weights lie here; a name alone may differ.
+
+    Nothing is fetched for it: of a model whose shape alone is known, a trace may stand in.
+    """
+    if model.is_file() or any(model.glob("*.safetensors")):
+        trace.require_model(stored_fingerprint(model))
 
 
 def _last(name: str) -> str:

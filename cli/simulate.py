@@ -76,9 +76,7 @@ def command(
         from kvtune.cli.replayed import replay
         from kvtune.traces.models import best_device
 
-        found = replay(
-            recorded, bound, target.shape.name, split, device or best_device(), output.progress
-        )
+        found = replay(recorded, bound, target, split, device or best_device(), output.progress)
         _report(output, document, found, cost, budget)
         if target.notes:
             output.show("", *(f"note: {note}" for note in target.notes))

@@ -7,7 +7,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-AttentionKind = Literal["full", "sliding", "latent"]
 Biases = Literal["none", "qkv", "all"]
 _LONGEST_WINDOW = 2**31
 
@@ -219,12 +218,6 @@ class ModelShape:
     source: str = ""
 
     # --- attention and cache -------------------------------------------------------------
-
-    def attention_kind(self, layer: int) -> AttentionKind:
-        """What the layer attends to: everything, a window, or latents of everything."""
-        if self.latent is not None:
-            return "latent"
-        return "full" if self.windows[layer] is None else "sliding"
 
     @property
     def cache_heads(self) -> int:

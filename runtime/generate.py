@@ -23,7 +23,7 @@ from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.policies.signals import Needs
 from kvtune.policies.slots import SlotCache
-from kvtune.runtime.contenders import Contender, Group, check, groups
+from kvtune.runtime.live_policies import Group, LivePolicy, check, groups
 from kvtune.runtime.prompts import Prompt, fresh_prompt, refuse_window
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample
@@ -35,7 +35,7 @@ class GenerationRun:
     """One policy over the tokens that the full cache generated.
 
     Args:
-        name: the contender's.
+        name: the policy's.
         kl: divergence from the full cache at every step, ``[T]`` nats.
         nll: negative log-likelihood of the next generated token, ``[T]`` nats.
         full_nll: the same under the full cache.
@@ -105,7 +105,7 @@ class Generation:
         self,
         loaded: LoadedModel,
         prompt_ids: Sequence[int],
-        contenders: Sequence[Contender],
+        policies: Sequence[LivePolicy],
         *,
         room: int,
         temperature: float = 0.0,
@@ -118,7 +118,7 @@ class Generation:
             loaded: the model.
             prompt_ids: the prompt, two tokens or more; its last token is the first to be read from
                 the caches.
-            contenders: policies of this model's shape, whose formats store each token apart.
+            policies: policies of this model's shape, whose formats store each token apart.
             room: tokens that will be generated at most.
             temperature: of the full cache's choices; 0 takes the likeliest.
             seed: of the choices.
@@ -128,18 +128,18 @@ class Generation:
             KvtuneError: a prompt of one token, another model's policy, one whose tokens share
                 scales, or one that could come to hold more than its limit.
         """
-        check(loaded.geometry, prompt_ids, contenders)
+        check(loaded.geometry, prompt_ids, policies)
         self.loaded, self.room = loaded, room
         self.temperature, self.seed = temperature, seed
         self.banned = torch.tensor(list(banned), dtype=torch.int64, device=loaded.device)
         geometry = loaded.geometry
-        full = Contender(Policy.uniform(Option(), geometry.layers, geometry.kv_heads, name="full"))
-        self.contenders = [full, *contenders]
+        full = LivePolicy(Policy.uniform(Option(), geometry.layers, geometry.kv_heads, name="full"))
+        self.policies = [full, *policies]
         self.prompt_tokens = len(prompt_ids) - 1
         self.layers = self._fill(prompt_ids)
         self.generated = 0  # tokens so far
         self._refuse(lambda cache: cache.most, "could come to hold")
-        self._measured = _Measured(len(self.contenders), room, prompt_ids[-1], loaded.device)
+        self._measured = _Measured(len(self.policies), room, prompt_ids[-1], loaded.device)
 
     @property
     def tokens(self) -> Tensor:
@@ -155,18 +155,18 @@ class Generation:
     def _fill(self, prompt_ids: Sequence[int]) -> list[list[Group]]:
         """Every layer's caches, holding the compressed prompt."""
         needs = Needs()
-        for contender in self.contenders:
-            needs |= contender.policy.needs
+        for live in self.policies:
+            needs |= live.policy.needs
         prompt = prompt_signals(self.loaded, prompt_ids, needs)
-        budgets = [c.policy.settle(self.prompt_tokens, prompt) for c in self.contenders]
+        budgets = [c.policy.settle(self.prompt_tokens, prompt) for c in self.policies]
         layers = []
         for layer in range(self.loaded.geometry.layers):
             signals = prompt(layer)
             shares = [
-                contender.policy.split(layer, planned[layer].tolist(), signals)
-                for contender, planned in zip(self.contenders, budgets, strict=True)
+                live.policy.split(layer, planned[layer].tolist(), signals)
+                for live, planned in zip(self.policies, budgets, strict=True)
             ]
-            layers.append(groups(self.contenders, layer, np.array(shares), signals, self.room))
+            layers.append(groups(self.policies, layer, np.array(shares), signals, self.room))
         return layers
 
     @torch.no_grad()
@@ -183,8 +183,8 @@ class Generation:
             self.generated += 1
 
     def _step(self) -> Tensor:
-        """Logits of all contenders for the newest token, ``[B, vocabulary]`` float32."""
-        ids = self.tokens[-1].expand(len(self.contenders), 1)
+        """Logits of all policies for the newest token, ``[B, vocabulary]`` float32."""
+        ids = self.tokens[-1].expand(len(self.policies), 1)
         at = self.prompt_tokens + self.generated
         positions = torch.full((1, 1), at, device=self.loaded.device)
         with attending(self._attend):
@@ -215,7 +215,7 @@ class Generation:
         return scores.argmax()
 
     def results(self) -> list[GenerationRun]:
-        """Every contender so far, the full cache left out.
+        """Every policy so far, the full cache left out.
 
         Raises:
             KvtuneError: nothing was generated, an output is NaN, or a cache's books are wrong.
@@ -226,19 +226,17 @@ class Generation:
             for group in layer:
                 group.cache.check_integrity()
         kl, nll, agrees = self._measured.first(self.generated)
-        for row, contender in enumerate(self.contenders):
+        for row, live in enumerate(self.policies):
             if not np.isfinite(kl[row]).all():
-                raise KvtuneError(f"the policy {contender.name!r} made the model's output NaN")
+                raise KvtuneError(f"the policy {live.name!r} made the model's output NaN")
         return [
-            GenerationRun(
-                contender.name, kl[row], nll[row], nll[0], agrees[row], **self._books(row)
-            )
-            for row, contender in enumerate(self.contenders)
+            GenerationRun(live.name, kl[row], nll[row], nll[0], agrees[row], **self._books(row))
+            for row, live in enumerate(self.policies)
             if row
         ]
 
     def _books(self, row: int) -> dict[str, Any]:
-        """What one contender's caches counted."""
+        """What one policy's caches counted."""
         geometry = self.loaded.geometry
         shape = (geometry.layers, geometry.kv_heads)
         evicted, trimmed, peak, steps, bits = (np.zeros(shape, np.int64) for _ in range(5))
@@ -258,7 +256,7 @@ class Generation:
         }
 
     def _bytes(self, row: int, entries: Callable[[SlotCache], NDArray[Any]]) -> float:
-        """Bytes of one contender with so many entries in each head, lengths included."""
+        """Bytes of one policy with so many entries in each head, lengths included."""
         geometry, total = self.loaded.geometry, 0.0
         for group in (group for layer in self.layers for group in layer if row in group.rows):
             own = group.rows.index(row)
@@ -266,17 +264,16 @@ class Generation:
         return total + footprint_of_lengths(geometry.layers, geometry.kv_heads)
 
     def _refuse(self, entries: Callable[[SlotCache], NDArray[Any]], does: str) -> None:
-        """Refuse contenders whose heads, with so many entries each at once, exceed their limit.
+        """Refuse policies whose heads, with so many entries each at once, exceed their limit.
 
         Raises:
             KvtuneError: names the first.
         """
-        for row, contender in enumerate(self.contenders):
-            limit = contender.limit_bytes
+        for row, live in enumerate(self.policies):
+            limit = live.limit_bytes
             if limit is not None and (held := self._bytes(row, entries)) > limit:
                 raise KvtuneError(
-                    f"the policy {contender.name!r} {does} {held:.0f} bytes, and {limit} are its "
-                    "limit",
+                    f"the policy {live.name!r} {does} {held:.0f} bytes, and {limit} are its limit",
                     hint="give its heads smaller budgets, or raise the limit.",
                 )
 

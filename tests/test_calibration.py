@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from kvtune.common.errors import KvtuneError
 from kvtune.simulator.quality.calibration import (
     NONE,
-    REGIMES,
     Calibration,
     Curve,
+    Regime,
     fit_curve,
     fit_left_out,
     read_calibration,
@@ -136,7 +136,7 @@ def test_scatter_and_samples_widen_the_interval_together() -> None:
 
 def test_the_packaged_calibration_leaves_what_is_nearly_right_nearly_as_it_is() -> None:
     shipped = packaged_calibration()
-    assert set(shipped.curves) == set(REGIMES)
+    assert set(shipped.curves) == set(get_args(Regime))
     assert shipped.runs > 500
     for kind in ("prose", "retrieval"):
         for predicted in (0.0011, 0.0047):

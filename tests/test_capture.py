@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from kvtune.common.errors import KvtuneError
+from kvtune.tests.full_cache import observed_logits
 from kvtune.traces import capture as room
 from kvtune.traces.capture import capture
-from kvtune.traces.passes import full_cache_handler, observed_logits, prompt_cache, run_observed
+from kvtune.traces.passes import full_cache_handler, prompt_cache, run_observed
 from kvtune.traces.probes import Probes
 from kvtune.traces.writer import compact
 
@@ -134,7 +135,6 @@ def test_stored_tensors_are_those_of_the_run(tiny_trace: Any, tiny_model: Any) -
         torch.testing.assert_close(found.k, k[0], rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(found.v, v[0], rtol=2e-3, atol=2e-3)
         assert found.q.shape == (4, 48, 8)
-        assert found.first_query == 0
         scores = (found.q[:, 36:] @ found.k.repeat_interleave(2, 0).mT) * found.scale
         hidden = torch.ones(12, 48, dtype=torch.bool).triu(37)
         mass = scores.masked_fill(hidden, float("-inf")).softmax(-1)
@@ -157,7 +157,6 @@ def test_the_asked_queries_are_stored(
     part = capture(tiny_model, [sample], tmp_path / "part", probes=1, queries=queries)
     found = part.layer(sample.id, 2)
     assert torch.equal(found.q, whole.q[:, 48 - stored :])
-    assert found.first_query == 48 - stored
 
 
 def tree(root: Path) -> dict[str, bytes]:

@@ -580,6 +580,24 @@ def test_a_trace_of_another_shape_is_refused(run: Run, tiny_trace: Any, policy: 
     assert_one_error(ran, "another model", "capture")
 
 
+def test_a_trace_of_another_model_of_the_same_shape_is_refused(
+    run: Run, tiny_trace: Any, tiny_folder: Path, policy: Path, tmp_path: Path
+) -> None:
+    """Of the same name too: only the weights tell them apart."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    other = shutil.copytree(tiny_folder, tmp_path / "tiny-llama")
+    (file,) = other.glob("*.safetensors")
+    weights = load_file(file)
+    weights["model.norm.weight"] += 1
+    save_file(weights, file, {"format": "pt"})
+    words = ("simulate", policy, "--trace", tiny_trace.root, *CARD, "--context", 512)
+    ran = run(*words, "--model", other, "--device", "cpu")
+    assert_one_error(ran, "another model (tiny-llama", "capture a trace of this model")
+
+
 def test_a_truncated_shard_is_told(
     run: Run, tiny_trace: Any, tiny_folder: Path, policy: Path, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ from kvtune.policies.decode import DecodeMethod
 from kvtune.policies.methods.a2sf import A2SF, DECODE, PREFILL
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.keyformer import Keyformer
-from kvtune.policies.methods.lazy_eviction import AUTHORS, LazyEviction
+from kvtune.policies.methods.lazy_eviction import LazyEviction
 from kvtune.policies.methods.scissorhands import Scissorhands
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.methods.tova import Tova
@@ -272,7 +272,7 @@ def test_lazy_eviction_waits_for_its_window() -> None:
 
 
 def test_the_authors_lazy_eviction_leaves_the_prompt_alone_at_first() -> None:
-    method = replace(AUTHORS, window=5, threshold=0.06)
+    method = LazyEviction(prompt="kept", window=5, threshold=0.06)
     cache = suite.opened(method, CASE)
     sizes = [int(cache.sizes[0, 0]) for _ in suite.steps(cache, suite.generated(CASE))]
     assert sizes[:6] == [30, 31, 32, 33, 12, 13]

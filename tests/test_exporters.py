@@ -397,6 +397,25 @@ def test_llama_cpp_needs_whole_blocks() -> None:
     assert statuses(made)["keys int4"] == "not expressible"
 
 
+@pytest.mark.parametrize(
+    ("stack", "blocks", "file", "quantised"),
+    [("ollama", 32, "ollama.env", "CACHE_TYPE=q4_0"), ("mlx", 64, "mlx.txt", "--kv-bits 4")],
+)
+def test_heads_that_are_no_whole_blocks_stay_in_16_bits(
+    stack: str, blocks: int, file: str, quantised: str
+) -> None:
+    def of_heads(channels: int) -> Export:
+        facts = ModelFacts("odd", 4, 2, channels)
+        return export(stack, replace(uniform(Option(keys=Int4(), values=Int4())), model=facts))
+
+    assert quantised in of_heads(2 * blocks).files[file]
+    odd = of_heads(blocks + blocks // 2)
+    assert quantised not in odd.files[file]
+    (line,) = (loss for loss in odd.report if loss.field.startswith("keys"))
+    assert line.status == "not expressible"
+    assert f"no multiple of {blocks}" in line.detail
+
+
 def test_llama_cpp_flags_say_what_the_preset_says() -> None:
     made = export("llama-cpp", uniform(Option(StreamingLLM(), Budget(256), Int4(), Int4())))
     line = shlex.split(made.files["llama-server.txt"].splitlines()[-1])

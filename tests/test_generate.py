@@ -27,11 +27,11 @@ from kvtune.policies.methods.tova import Tova
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.testing.decode import decode_methods
-from kvtune.runtime.contenders import Contender
 from kvtune.runtime.generate import Generation, GenerationRun, prompt_signals
+from kvtune.runtime.live_policies import LivePolicy
 from kvtune.simulator.quality.replay import LayerReplay
+from kvtune.tests.full_cache import observed_logits
 from kvtune.tests.tiers import first
-from kvtune.traces.passes import observed_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,8 +42,8 @@ METHODS: list[DecodeMethod] = [
 ]
 
 
-def uniform(method: Any, budget: Budget, **kwargs: Any) -> Contender:
-    return Contender(Policy.uniform(Option(method, budget), LAYERS, HEADS), **kwargs)
+def uniform(method: Any, budget: Budget, **kwargs: Any) -> LivePolicy:
+    return LivePolicy(Policy.uniform(Option(method, budget), LAYERS, HEADS), **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -53,22 +53,22 @@ def prompt_ids() -> list[int]:
 
 
 def generate(
-    model: Any, prompt_ids: list[int], contenders: list[Contender], **options: Any
+    model: Any, prompt_ids: list[int], policies: list[LivePolicy], **options: Any
 ) -> Generation:
-    generation = Generation(model, prompt_ids, contenders, room=TOKENS, **options)
+    generation = Generation(model, prompt_ids, policies, room=TOKENS, **options)
     generation.advance(TOKENS)
     return generation
 
 
 @pytest.fixture(scope="module")
 def evicting(tiny_model: Any, prompt_ids: list[int]) -> Generation:
-    contenders = [uniform(method, Budget(tokens=BUDGET)) for method in METHODS]
-    return generate(tiny_model, prompt_ids, contenders)
+    policies = [uniform(method, Budget(tokens=BUDGET)) for method in METHODS]
+    return generate(tiny_model, prompt_ids, policies)
 
 
 def test_room_for_all_changes_nothing(tiny_model: Any, prompt_ids: list[int]) -> None:
-    contenders = [uniform(method, Budget(tokens=PROMPT + TOKENS)) for method in METHODS]
-    for run in generate(tiny_model, prompt_ids, contenders).results():
+    policies = [uniform(method, Budget(tokens=PROMPT + TOKENS)) for method in METHODS]
+    for run in generate(tiny_model, prompt_ids, policies).results():
         assert run.kl.max() < 1e-5, run.name
         np.testing.assert_allclose(run.nll, run.full_nll, atol=1e-4)
         assert run.agrees.all()
@@ -109,8 +109,8 @@ def test_a_prompt_only_policy_keeps_what_is_generated(
     tiny_model: Any, prompt_ids: list[int]
 ) -> None:
     budget = Budget(tokens=BUDGET)
-    contenders = [uniform(H2O(), budget, evicts=False), uniform(SnapKV(window=4), budget)]
-    for run in generate(tiny_model, prompt_ids, contenders).results():
+    policies = [uniform(H2O(), budget, evicts=False), uniform(SnapKV(window=4), budget)]
+    for run in generate(tiny_model, prompt_ids, policies).results():
         assert not run.evicted.any()
         assert (run.trimmed == PROMPT - BUDGET).all()
         assert (run.peak_entries == BUDGET + TOKENS).all()
@@ -124,7 +124,7 @@ def test_heads_may_have_methods_and_budgets_of_their_own(
         (Option(Full(), ALL), Option(StreamingLLM(), Budget(tokens=7))),
         (Option(Tova(), Budget(tokens=6)), Option(Tova(), Budget(tokens=6))),
     )
-    mixed, plain = Contender(Policy("mixed", heads)), uniform(H2O(), Budget(tokens=5))
+    mixed, plain = LivePolicy(Policy("mixed", heads)), uniform(H2O(), Budget(tokens=5))
     runs = generate(tiny_model, prompt_ids, [mixed, plain]).results()
     assert runs[0].evicted.tolist() == [[TOKENS, 0], [0, TOKENS], [TOKENS, TOKENS]]
     assert runs[0].trimmed.tolist() == [
@@ -139,7 +139,7 @@ def test_heads_may_have_methods_and_budgets_of_their_own(
 def test_an_allocator_moves_decode_budgets_too(tiny_model: Any, prompt_ids: list[int]) -> None:
     option = Option(H2O(), Budget(tokens=BUDGET))
     pyramid = Policy.uniform(option, LAYERS, HEADS, allocator=Pyramid(beta=4.0))
-    run = generate(tiny_model, prompt_ids, [Contender(pyramid)]).results()[0]
+    run = generate(tiny_model, prompt_ids, [LivePolicy(pyramid)]).results()[0]
     peaks = run.peak_entries[:, 0].tolist()
     assert peaks == sorted(peaks, reverse=True)
     assert peaks[0] > peaks[-1]
@@ -154,8 +154,8 @@ def same(one: GenerationRun, other: GenerationRun) -> None:
 def test_stretches_make_the_same_generation(
     tiny_model: Any, prompt_ids: list[int], evicting: Generation
 ) -> None:
-    contenders = [uniform(method, Budget(tokens=BUDGET)) for method in METHODS]
-    other = Generation(tiny_model, prompt_ids, contenders, room=TOKENS)
+    policies = [uniform(method, Budget(tokens=BUDGET)) for method in METHODS]
+    other = Generation(tiny_model, prompt_ids, policies, room=TOKENS)
     for stretch in (1, 10, 3, 100):
         other.advance(stretch)
     assert other.generated == TOKENS
@@ -166,8 +166,8 @@ def test_stretches_make_the_same_generation(
 
 def test_steps_leave_no_tensor_behind(tiny_model: Any, prompt_ids: list[int]) -> None:
     """What every step adds lies in room taken before: a heap of leftovers between logits grows."""
-    contenders = [uniform(method, Budget(tokens=BUDGET)) for method in METHODS]
-    generation = Generation(tiny_model, prompt_ids, contenders, room=TOKENS)
+    policies = [uniform(method, Budget(tokens=BUDGET)) for method in METHODS]
+    generation = Generation(tiny_model, prompt_ids, policies, room=TOKENS)
 
     def tensors() -> int:
         gc.collect()
@@ -191,21 +191,25 @@ def test_tokens_are_drawn_by_seed_and_banned_ones_never(
 
 
 @pytest.mark.parametrize(
-    ("prompt", "contender", "told"),
+    ("prompt", "live", "told"),
     [
         ([5], uniform(H2O(), Budget(tokens=4)), "a prompt of 1 tokens"),
-        ([5, 6], Contender(Policy.uniform(Option(), 2, 2)), "is for 2 layers"),
-        ([5] * 41, Contender(Policy.uniform(Option(Razor(), Budget(9)), 3, 2)), "stores more than"),
-        ([5, 6], Contender(Policy.uniform(Option(Quest(), Budget(1)), 3, 2)), "stores more than"),
-        ([5, 6], Contender(Policy.uniform(Option(keys=Int4()), 3, 2)), "tokens share scales"),
+        ([5, 6], LivePolicy(Policy.uniform(Option(), 2, 2)), "is for 2 layers"),
+        (
+            [5] * 41,
+            LivePolicy(Policy.uniform(Option(Razor(), Budget(9)), 3, 2)),
+            "stores more than",
+        ),
+        ([5, 6], LivePolicy(Policy.uniform(Option(Quest(), Budget(1)), 3, 2)), "stores more than"),
+        ([5, 6], LivePolicy(Policy.uniform(Option(keys=Int4()), 3, 2)), "tokens share scales"),
     ],
     ids=["one token", "another model", "entries for many", "a reader", "int4"],
 )
 def test_what_cannot_be_generated_is_refused(
-    tiny_model: Any, prompt: list[int], contender: Contender, told: str
+    tiny_model: Any, prompt: list[int], live: LivePolicy, told: str
 ) -> None:
     with pytest.raises(KvtuneError, match=told):
-        Generation(tiny_model, prompt, [contender], room=2)
+        Generation(tiny_model, prompt, [live], room=2)
 
 
 def test_results_before_the_first_token_are_refused(tiny_model: Any, prompt_ids: list[int]) -> None:
@@ -218,8 +222,8 @@ def test_results_before_the_first_token_are_refused(tiny_model: Any, prompt_ids:
 def test_short_prompts_and_budgets_below_sinks_and_window(
     tiny_model: Any, prompt_ids: list[int], method: DecodeMethod, prompt: int
 ) -> None:
-    contenders = [uniform(method, Budget(tokens=budget)) for budget in (1, 3, 5)]
-    for run in generate(tiny_model, prompt_ids[:prompt], contenders).results():
+    policies = [uniform(method, Budget(tokens=budget)) for budget in (1, 3, 5)]
+    for run in generate(tiny_model, prompt_ids[:prompt], policies).results():
         assert np.isfinite(run.kl).all()
         assert (run.evicted > 0).all()
 
@@ -247,8 +251,8 @@ def record(generation: Generation, layer: int, row: int) -> tuple[list[Tensor], 
 def test_replay_keeps_the_tokens_that_the_live_run_keeps(
     tiny_model: Any, prompt_ids: list[int], method: DecodeMethod
 ) -> None:
-    contender = uniform(method, Budget(tokens=BUDGET))
-    generation = Generation(tiny_model, prompt_ids, [contender], room=TOKENS)
+    live = uniform(method, Budget(tokens=BUDGET))
+    generation = Generation(tiny_model, prompt_ids, [live], room=TOKENS)
     seen = [record(generation, layer, 1) for layer in range(LAYERS)]
     generation.advance(TOKENS)
     prompt = prompt_signals(tiny_model, prompt_ids, method.needs)
@@ -256,9 +260,9 @@ def test_replay_keeps_the_tokens_that_the_live_run_keeps(
         queries, keys, values = (torch.stack(each, -2) for each in seen[layer])
         replay = LayerReplay(prompt(layer), queries, keys, values, torch.empty(0))
         found = replay_decoding(replay, method, np.full((1, HEADS), BUDGET))
-        live = next(g for g in generation.layers[layer] if 1 in g.rows).cache
-        assert found.cache.kept() == live.kept()
-        np.testing.assert_array_equal(found.cache.evicted, live.evicted)
+        own = next(g for g in generation.layers[layer] if 1 in g.rows).cache
+        assert found.cache.kept() == own.kept()
+        np.testing.assert_array_equal(found.cache.evicted, own.evicted)
 
 
 @pytest.fixture(scope="module")

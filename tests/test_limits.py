@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from kvtune.tuner.expected import one_after_the_other
 from kvtune.tuner.limits import Limits, _rounded_up
 from kvtune.tuner.question import Candidate, Question, Solver, front
 from kvtune.tuner.request import SearchRequest
-from kvtune.tuner.samplers import SAMPLERS, choose
+from kvtune.tuner.samplers import Sampler, choose
 from kvtune.tuner.search import run_search
 from kvtune.tuner.simple_points import simple_points
 from kvtune.tuner.stagnation import hypervolume, stagnates
@@ -97,7 +98,7 @@ def test_plans_with_one_option_serve_as_many_as_time_allows(
     assert [each.sequences for each in kept] == [min(each.sequences, 5) for each in free]
 
 
-@pytest.mark.parametrize("sampler", first(SAMPLERS))
+@pytest.mark.parametrize("sampler", first(get_args(Sampler)))
 def test_any_sampler_resumes_as_if_uninterrupted(
     make_tables: Callable[..., Tables], tmp_path: Path, sampler: str
 ) -> None:

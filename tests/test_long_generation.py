@@ -22,8 +22,8 @@ from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.slots import ROLES, held_bytes, stores_apart
-from kvtune.runtime.contenders import Contender
 from kvtune.runtime.generate import Generation
+from kvtune.runtime.live_policies import LivePolicy
 from kvtune.simulator.quality.decoding import all_layers, build_decode_tables, decode_features
 from kvtune.simulator.quality.replay import LayerReplay
 from kvtune.tuner.long.menu import LongMenu, mean_full_bytes, most_bytes
@@ -44,8 +44,8 @@ def prompt_ids() -> list[int]:
     return drawn
 
 
-def uniform(option: Option, **kwargs: Any) -> Contender:
-    return Contender(Policy.uniform(option, LAYERS, HEADS), **kwargs)
+def uniform(option: Option, **kwargs: Any) -> LivePolicy:
+    return LivePolicy(Policy.uniform(option, LAYERS, HEADS), **kwargs)
 
 
 @pytest.mark.parametrize("form", [Bf16(), RotatedInt4(), RotatedInt3(), Int4(keys_by="token")])
@@ -119,19 +119,19 @@ def test_a_plan_that_could_exceed_its_limit_does_not_start(
     each = most_bytes(option, PROMPT, TOKENS, 3, 8)
     most = LAYERS * HEADS * (each + 4)  # a length beside each head
     for limit, starts in ((most, True), (most - 1, False)):
-        contender = uniform(option, residual=3, limit_bytes=limit)
+        live = uniform(option, residual=3, limit_bytes=limit)
         if not starts:
             with pytest.raises(KvtuneError, match="could come to hold"):
-                Generation(tiny_model, prompt_ids, [contender], room=TOKENS)
+                Generation(tiny_model, prompt_ids, [live], room=TOKENS)
             continue
-        generation = Generation(tiny_model, prompt_ids, [contender], room=TOKENS)
+        generation = Generation(tiny_model, prompt_ids, [live], room=TOKENS)
         generation.advance(TOKENS)
         assert generation.results()[0].peak_bytes == most
 
 
 def test_a_cache_that_comes_to_hold_more_is_stopped(tiny_model: Any, prompt_ids: list[int]) -> None:
-    contender = uniform(Option(A2SF(), Budget(tokens=9)), limit_bytes=10**6)
-    generation = Generation(tiny_model, prompt_ids, [contender], room=TOKENS)
+    live = uniform(Option(A2SF(), Budget(tokens=9)), limit_bytes=10**6)
+    generation = Generation(tiny_model, prompt_ids, [live], room=TOKENS)
     cache = next(g for g in generation.layers[0] if 1 in g.rows).cache
     cache.peak = cache.peak + 10**6
     with pytest.raises(KvtuneError, match="holds"):
@@ -197,8 +197,8 @@ def test_no_generation_of_a_hundred_holds_more_than_its_bound(tiny_model: Any) -
         each = [most_bytes(o, PROMPT, TOKENS, 3, 8) for o in policy.options()]
         limit = sum(each) + 4 * len(each)
         ids = rng.integers(2, 258, PROMPT + 1).tolist()
-        contender = Contender(policy, residual=3, limit_bytes=limit)
-        generation = Generation(tiny_model, ids, [contender], room=TOKENS)
+        live = LivePolicy(policy, residual=3, limit_bytes=limit)
+        generation = Generation(tiny_model, ids, [live], room=TOKENS)
         for _ in range(TOKENS):
             generation.advance(1)
             assert in_slots(generation) <= limit

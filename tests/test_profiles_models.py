@@ -93,7 +93,7 @@ def test_cache_bytes_of_a_token(name: str, size: int) -> None:
 def test_latent_attention_caches_one_head_without_its_query_heads() -> None:
     shape = find_model("deepseek-v3")
     assert shape.kv_bytes_per_token() == 70_272
-    assert (shape.cache_heads, shape.attention_kind(7)) == (1, "latent")
+    assert (shape.cache_heads, shape.latent is not None) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -102,9 +102,8 @@ def test_latent_attention_caches_one_head_without_its_query_heads() -> None:
 )  # fmt: skip
 def test_sliding_layers_hold_no_more_than_their_window(name: str, full: int, window: int) -> None:
     shape, context = find_model(name), 32768
-    kinds = [shape.attention_kind(layer) for layer in range(shape.layers)]
     layer_bytes = 2 * shape.kv_heads * shape.head_dim * 2
-    assert kinds.count("full") == full
+    assert shape.windows.count(None) == full
     expected = layer_bytes * (full * context + (shape.layers - full) * window)
     assert shape.kv_bytes(context) == expected
     assert shape.kv_bytes(window) == window * shape.kv_bytes_per_token()

@@ -14,7 +14,8 @@ from kvtune.runtime.reuse.editing import Edit, edited
 from kvtune.runtime.reuse.parallel import ParallelContexts
 from kvtune.runtime.reuse.passes import PromptCache, moved, part_of
 from kvtune.runtime.reuse.shortening import self_information, shortened
-from kvtune.traces.passes import observed_logits, prompt_cache
+from kvtune.tests.full_cache import observed_logits
+from kvtune.traces.passes import prompt_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

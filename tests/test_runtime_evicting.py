@@ -26,9 +26,9 @@ from kvtune.policies.testing.decode import decode_methods
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.cache.segments import GROWN
-from kvtune.runtime.contenders import Contender
 from kvtune.runtime.generate import Generation
 from kvtune.runtime.graph import generate
+from kvtune.runtime.live_policies import LivePolicy
 from kvtune.tests.padded import ids
 from kvtune.traces.models import wrap
 
@@ -87,10 +87,10 @@ def test_pages_hold_and_answer_what_slots_do(
     network: Any, tokenizer: Any, method: DecodeMethod
 ) -> None:
     policy, prompt = uniform(method), ids(PROMPT)["input_ids"][0].tolist()
-    rivals = [Contender(policy)]
+    policies = [LivePolicy(policy)]
     no_ties = [1]  # the padding token's embedding is zero: it looks at all keys alike
     loaded = wrap(network, tokenizer, name="tiny")
-    live = Generation(loaded, prompt, rivals, room=TOKENS, banned=no_ties)
+    live = Generation(loaded, prompt, policies, room=TOKENS, banned=no_ties)
     held = []
     for _ in range(TOKENS):
         live.advance(1)

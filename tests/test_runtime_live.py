@@ -29,9 +29,10 @@ from kvtune.runtime import live as room
 from kvtune.runtime.live import LiveRun, run_live
 from kvtune.runtime.prompts import fresh_prompt, layer_signals, traced_prompt
 from kvtune.simulator.quality.replay import LayerReplay
+from kvtune.tests.full_cache import observed_logits
 from kvtune.traces.capture import capture
 from kvtune.traces.models import wrap
-from kvtune.traces.passes import observed_logits, run_observed
+from kvtune.traces.passes import run_observed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

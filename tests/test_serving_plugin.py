@@ -30,6 +30,7 @@ from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.pages import BF16_PAGE, PageLayout
+from kvtune.policies.paging import pages_of
 from kvtune.policies.policy import Policy
 from kvtune.runtime.cache.backend import PlainBackend
 from kvtune.runtime.cache.policy_cache import PolicyCache
@@ -179,11 +180,12 @@ def check_inside(engine: Engine, number: int, cells: list[int]) -> None:
 
 def test_pages_of_a_request_never_overlap() -> None:
     planned = PlannedBlocks(mixed(), D)
+    sizes = sorted({pages_of(option, D).page_cells for option in planned.policy.options()})
     pages, draw = RequestPages(planned.block_cells), random.Random(1)  # noqa: S311
     pages.add(draw.sample(range(1, 500), 200))
     taken: set[int] = set()
     while True:
-        size = draw.choice(planned.page_sizes)
+        size = draw.choice(sizes)
         try:
             cells = pages.take(draw.randint(0, 5), size)
         except RuntimeError:

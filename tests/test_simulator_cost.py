@@ -17,7 +17,7 @@ from kvtune.policies.formats.grouped import Int2, Int4
 from kvtune.policies.method import Method
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.kvzip import KVzip
-from kvtune.policies.methods.lazy_eviction import AUTHORS
+from kvtune.policies.methods.lazy_eviction import LazyEviction
 from kvtune.policies.methods.quest import Quest
 from kvtune.policies.methods.retrieval_attention import RetrievalAttention
 from kvtune.policies.methods.snapkv import SnapKV
@@ -216,7 +216,7 @@ def test_heads_that_go_on_evicting_hold_their_budget_and_statistics() -> None:
 def test_an_authors_untrimmed_prompt_is_held_whole() -> None:
     shape, gpu = find_model("llama-8b"), find_gpu("4090")
     budget = memory_budget(shape, gpu, 20 * 10**9, context_tokens=4096)
-    option = Option(AUTHORS, Budget(tokens=500))
+    option = Option(LazyEviction(prompt="kept"), Budget(tokens=500))
     policy = Policy.uniform(option, shape.layers, shape.kv_heads)
     evicting = policy_cost(policy, shape, gpu, budget, 64, evicts=True)
     assert evicting.prompt_bytes == shape.kv_bytes(4096) + footprint_of_lengths(shape.layers, 8)

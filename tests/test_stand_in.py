@@ -6,14 +6,14 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.words import figure
-from kvtune.simulator.quality.calibration import REGIMES, Calibration, Curve
+from kvtune.simulator.quality.calibration import Calibration, Curve, Regime
 from kvtune.simulator.quality.tables import Tables
 from kvtune.simulator.quality.tables_file import save_tables
 from kvtune.tests.made_up import llama
@@ -89,7 +89,8 @@ def test_a_band_holds_the_sources_own_value_and_what_its_tables_said() -> None:
     for _ in range(200):
         kinds = rng.choice(["prose", "code", "retrieval"], rng.integers(1, 30)).tolist()
         losses = rng.lognormal(rng.uniform(-9, 0), rng.uniform(0, 3), len(kinds))
-        curves = {regime: Curve((1e-3, 1e-1), tuple(rng.normal(size=2))) for regime in REGIMES}
+        regimes: tuple[Regime, ...] = get_args(Regime)
+        curves = {regime: Curve((1e-3, 1e-1), tuple(rng.normal(size=2))) for regime in regimes}
         some = bool(rng.integers(2))
         found = band(losses, kinds, Calibration(curves), evicts=some)
         mean = np.mean([losses[np.array(kinds) == kind].mean() for kind in set(kinds)])

@@ -21,7 +21,7 @@ from kvtune.tuner.sources import menu_of, queries_of, signals_of
 def test_every_method_is_offered_but_references_and_floors() -> None:
     offered = {method.name for method in every_method()}
     floors_and_references = {"full", "random", "future_attention", "probe_greedy"}
-    linked = {"minicache"}  # heads are searched one by one
+    linked = {"minicache"}  # only where layers come in pairs
     slow = {"retrieval_attention"}
     rules = {"protected", "mustdrop"}  # whose span only a user can name
     learned = {"lococo", "oscar"}  # of a model, before
@@ -31,6 +31,7 @@ def test_every_method_is_offered_but_references_and_floors() -> None:
     assert {"quest", "token_select", "infllm"} < readers
     assert offered == everyone - readers, "what holds everything is no better than all of it"
     assert {m.name for m in every_method(reads_less=True)} == everyone
+    assert {m.name for m in every_method(pairs=True)} == offered | linked
     assert {*METHODS, PREFILL} <= {*every_method()}
 
 

@@ -290,7 +290,7 @@ def test_a_stand_in_says_that_it_knows_three_methods(packaged: Tables, tmp_path:
     assert any("--menu three" in note for note in result.notes)
 
 
-def test_a_models_own_search_runs_the_plan_and_its_rivals_live(
+def test_a_models_own_search_runs_the_plan_and_its_baselines_live(
     own: SearchRequest, tmp_path: Path
 ) -> None:
     result = run_search(own)

@@ -20,7 +20,6 @@ from kvtune.traces.geometry import Geometry, check_shapes, read_geometry
 from kvtune.traces.self_check import Ask, Part, require_same, set_attention
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 KNOWN = ("smollm2-135m",)
@@ -53,14 +52,6 @@ class LoadedModel:
     device: str
     dtype: str
     dtype_reason: str
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch knows it."""
-        import torch
-
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
 
 
 def load_model(
@@ -165,6 +156,17 @@ def fingerprint(model: Any, geometry: Geometry) -> str:
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         digest.update(_sampled_bytes(weight))
     return digest.hexdigest()
+
+
+def stored_fingerprint(name_or_path: str | Path) -> str:
+    """The fingerprint of a model that is only read, on the CPU and in the dtype of its files.
+
+    Raises:
+        KvtuneError: unknown name or unreadable files.
+    """
+    seam.register()
+    model, _ = _read(_folder(str(name_or_path), Silent()), "auto", "cpu", False)
+    return fingerprint(model, read_geometry(model))
 
 
 def _sampled_bytes(weight: Tensor) -> bytes:

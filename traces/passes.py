@@ -87,14 +87,3 @@ def full_cache_handler(cache: Sequence[tuple[Tensor, Tensor]]) -> Handler:
         return causal_attention(q, keys, values, scale, window)
 
     return handler
-
-
-def observed_logits(loaded: LoadedModel, token_ids: Sequence[int], observed: int) -> Tensor:
-    """Full-cache logits of the last ``observed`` tokens [C, vocabulary], without gradients."""
-    import torch
-
-    prompt = len(token_ids) - observed
-    cache = prompt_cache(loaded, token_ids[:prompt])
-    with torch.no_grad():
-        logits = run_observed(loaded, token_ids[prompt:], prompt, full_cache_handler(cache))
-    return logits[0]

@@ -124,11 +124,6 @@ class LayerTrace:
         """Attention that every prompt key got from all prompt queries [Hq, P]."""
         return self["column_sums"]
 
-    @property
-    def first_query(self) -> int:
-        """Position of the first stored query."""
-        return self.prompt_tokens + self.observed - self.q.shape[1]
-
 
 @dataclass(frozen=True, eq=False)
 class Trace:

@@ -80,6 +80,16 @@ class Problem:
         read = None if self.read is None else self.read * size
         return replace(self, loss=own, factor=factor, footprint=self.footprint * size, read=read)
 
+    def beside(self, choice: Choice, free: NDArray[np.int64]) -> Problem:
+        """The problem of some heads, ``free``, where all others have chosen, ``[I]``.
+
+        What it loses is what the whole configuration loses, but for a constant.
+        """
+        taken = np.setdiff1d(np.arange(len(choice)), free)
+        others = self.factor[taken, choice[taken]].sum(0)
+        loss = self.loss[free] + 2 * self.shrinkage * (self.factor[free] @ others)
+        return replace(self, loss=loss, factor=np.ascontiguousarray(self.factor[free]))
+
     def value(self, choice: Choice) -> float:
         """Loss of one configuration, ``[I]``, with shrunk cross terms, nats/token."""
         return float(score(self, choice[None])[0])

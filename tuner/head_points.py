@@ -8,12 +8,13 @@ that does better on the selection samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvtune.policies.head_scores import Floats
+from kvtune.policies.option import Option
 from kvtune.tuner.allocate import Problem
 from kvtune.tuner.exchange import Choice
 from kvtune.tuner.question import Candidate, Solver, evicts
@@ -40,18 +41,20 @@ def head_points(solver: Solver, scores: Floats, beside: Candidate, first: int) -
         beside: says context and sequences.
         first: number of the first of them.
     """
-    problem = solver.problems[beside.context]
+    own = np.flatnonzero(~solver.linked)  # heads choose one by one, which links do not allow
+    problem = solver.problems[beside.context].allowing(own)
+    options = [solver.question.tables.options[o] for o in own]
     budget = solver.question.prompt_budget(beside.context, beside.sequences)
     rank = np.argsort(-scores, axis=None, kind="stable")
     made = {
-        "full": min(_in_full(solver, problem, rank, budget), key=problem.value, default=None),
+        "full": min(_in_full(options, problem, rank, budget), key=problem.value, default=None),
         "pool": _pooled(problem, scores, budget),
     }
     found: list[Candidate] = []
     for rule, start in made.items():
         if start is None or problem.spent(start) > budget:
             continue
-        choice = _filled(problem, start, rank, budget)
+        choice = own[_filled(problem, start, rank, budget)]
         asked = {BY_HEADS: rule, "context": beside.context, "sequences": beside.sequences}
         kl, payload = solver.loss(choice), solver.payload(choice, beside.context)
         at = beside.context, beside.sequences
@@ -72,10 +75,9 @@ def _filled(problem: Problem, start: Choice, rank: NDArray[np.int64], budget: in
 
 
 def _in_full(
-    solver: Solver, problem: Problem, rank: NDArray[np.int64], budget: int
+    options: Sequence[Option], problem: Problem, rank: NDArray[np.int64], budget: int
 ) -> Iterator[Choice]:
     """For every option that evicts, as many first heads with a wide one as fit beside it."""
-    options = solver.question.tables.options
     whole = [o for o, option in enumerate(options) if not evicts(option)]
     for narrow in (o for o, option in enumerate(options) if evicts(option)):
         for wide in whole:

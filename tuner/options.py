@@ -111,7 +111,9 @@ READERS: tuple[Method, ...] = (Quest(block=64), Landmark(block=64))
 """Beside the three, where a search limits what is read; their blocks are the runtime's pages."""
 
 
-def every_method(*, calibrated: bool = True, reads_less: bool = False) -> tuple[Method, ...]:
+def every_method(
+    *, calibrated: bool = True, reads_less: bool = False, pairs: bool = False
+) -> tuple[Method, ...]:
     """All registered methods that choose when the prompt is complete and that a server could run.
 
     As published; A2SF as its authors set it for prompts. Left out are ``full``, which under a
@@ -124,6 +126,7 @@ def every_method(*, calibrated: bool = True, reads_less: bool = False) -> tuple[
         calibrated: whether the model has a calibration; without one, what needs it is left out.
         reads_less: whether a step's reading is limited; where it is not, readers, which hold
             everything, are no better than the full cache, and are left out.
+        pairs: whether two layers may choose together; without, what links layers is left out.
     """
     kinds = (kind for _, kind in sorted(methods().items()))
     made = [PREFILL if kind is A2SF else kind() for kind in kinds if kind not in _NOT_OFFERED]
@@ -131,8 +134,7 @@ def every_method(*, calibrated: bool = True, reads_less: bool = False) -> tuple[
         method
         for method in made
         if not method.looks_ahead and (calibrated or not method.needs.calibration)
-        # Heads are searched one by one: two layers that must choose alike do not fit that.
-        if not method.needs.linked and (reads_less or method.reader(1) is None)
+        if (pairs or not method.needs.linked) and (reads_less or method.reader(1) is None)
     )
 
 

@@ -22,6 +22,7 @@ from kvtune.simulator.quality.tables import Tables
 from kvtune.tuner.allocate import Problem, solve, solve_both
 from kvtune.tuner.exchange import Choice
 from kvtune.tuner.limits import Excess, no_limits, with_excess
+from kvtune.tuner.linked import PAIRS, is_linked, solve_pairs
 from kvtune.tuner.within import expressible, format_label, is_narrow, splits_of
 
 
@@ -63,8 +64,9 @@ class Question:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """What may choose for itself: heads, layers, or the engine as a whole."""
-        return splits_of(self.limits)
+        """What may choose for itself: heads, layers, the engine as a whole, or pairs of layers."""
+        linked = any(is_linked(option) for option in self.options)
+        return (*splits_of(self.limits), PAIRS) if linked else splits_of(self.limits)
 
     @property
     def narrow_formats(self) -> list[str]:
@@ -201,23 +203,43 @@ class Solver:
         """Solve one trial; None where its options cannot fit."""
         columns = self._columns(parameters)
         context, sequences = parameters["context"], parameters["sequences"]
-        waits = any(self.question.tables.options[o].method.needs.asks_model for o in columns)
+        waits = any(holds_whole_prompt(self.question.tables.options[o]) for o in columns)
         budget = self.question.prompt_budget(context, sequences, waits)
         whole = self.problems[context]
         problem = whole.allowing(columns).shrunk(parameters["shrinkage"])
-        tables = self.question.tables
-        alike = {"heads": 1, "layers": tables.kv_heads, "engine": tables.heads}
-        size = alike[parameters["split"]]
         try:
-            tied = problem.tied(size) if size > 1 else problem
-            most = self.question.read_budget
-            picked = solve(tied, budget) if most is None else solve_both(tied, budget, most)
+            choice = columns[self._solved(problem, columns, budget, parameters["split"])]
         except KvtuneError:
             return None
-        choice = columns[np.repeat(picked, size)]
         kl, payload = self.loss(choice), self.payload(choice, context)
         found = Candidate(number, parameters, choice, kl, context, sequences, payload)
         return with_excess(found, self.question.excess)
+
+    @property
+    def linked(self) -> NDArray[np.bool_]:
+        """Which options store something together with another layer, ``[O]``."""
+        return np.array([is_linked(option) for option in self.question.tables.options])
+
+    def _solved(self, problem: Problem, columns: Choice, budget: int, split: str) -> Choice:
+        """The best found of all heads, as places among ``columns``.
+
+        Raises:
+            KvtuneError: nothing fits.
+        """
+        most, tables = self.question.read_budget, self.question.tables
+
+        def best(asked: Problem, others: Choice) -> Choice:
+            left = budget - problem.spent(others)
+            if most is None or problem.read is None:
+                return solve(asked, left)
+            return solve_both(asked, left, most - int(problem.read[others].sum()))
+
+        nobody = np.zeros(0, np.int64)
+        if split == PAIRS:
+            return solve_pairs(problem, self.linked[columns], 2 * tables.kv_heads, best)
+        size = {"heads": 1, "layers": tables.kv_heads, "engine": tables.heads}[split]
+        tied = problem.tied(size) if size > 1 else problem
+        return np.repeat(best(tied, nobody), size)
 
     def payload(self, choice: Choice, context: int) -> int:
         """Bytes of one prompt as formats count them, lengths included; its pages take more."""
@@ -232,6 +254,7 @@ class Solver:
             [
                 _allowed(option, parameters)
                 and expressible(option, limits)
+                and (parameters["split"] == PAIRS or not is_linked(option))
                 and (narrow is None or not is_narrow(option) or format_label(option) == narrow)
                 for option in self.question.tables.options
             ]
@@ -264,6 +287,11 @@ def _allowed(option: Option, parameters: dict[str, Any]) -> bool:
     if has_exact_sinks(option) and not parameters.get("exact_sinks", True):
         return False
     return all(form.bits >= parameters["least_bits"] for form in (option.keys, option.values))
+
+
+def holds_whole_prompt(option: Option) -> bool:
+    """Whether a prompt's uncompressed cache is held until all layers have read it."""
+    return option.method.needs.asks_model or is_linked(option)
 
 
 def evicts(option: Option) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     import optuna
 
 Sampler = Literal["tpe", "nsga2", "random"]
-SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 
 MANY = 1000
 """Trials from which on a genetic search is chosen: what TPE takes to propose grows with each."""

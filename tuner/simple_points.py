@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from kvtune.tuner.limits import with_excess
-from kvtune.tuner.question import Candidate, Question, Solver
+from kvtune.tuner.question import Candidate, Question, Solver, holds_whole_prompt
 from kvtune.tuner.within import expressible
 
 
@@ -36,7 +36,7 @@ def simple_points(solver: Solver, first: int) -> list[Candidate]:
 def _point(solver: Solver, context: int, option: int) -> Candidate | None:
     question, problem = solver.question, solver.problems[context]
     choice = np.full(question.tables.heads, option, np.int64)
-    waits = question.tables.options[option].method.needs.asks_model
+    waits = holds_whole_prompt(question.tables.options[option])
     most = question.sequences_of(context, problem.spent(choice), waits)
     sequences = question.sequences or most
     read = question.taken(context)[option]

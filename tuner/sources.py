@@ -131,7 +131,8 @@ def own_trace(request: SearchRequest, progress: Progress) -> QualitySource:
     loaded = load_model(request.model, device=request.device or best_device(), progress=progress)
     progress.note(f"running in {loaded.dtype_reason}")
     _check_shape(loaded, request.shape)
-    menu = menu_of(request, calibrated=find_calibration(loaded.fingerprint) is not None)
+    calibrated = find_calibration(loaded.fingerprint) is not None
+    menu = menu_of(request, calibrated=calibrated, pairs=loaded.geometry.layers % 2 == 0)
     trace, key, provenance = _own_trace(request, loaded, menu, progress)
     tables = _own_tables(request, trace, menu, key, loaded.device, progress)
     return QualitySource(
@@ -182,16 +183,17 @@ def _own_trace(
     )
 
 
-def menu_of(request: SearchRequest, *, calibrated: bool) -> Menu:
+def menu_of(request: SearchRequest, *, calibrated: bool, pairs: bool = False) -> Menu:
     """What a head may be given: shares and formats by workload, methods as the request asks.
 
     The menu of all methods has rotated formats too, and a limit on what is read, or brought over
-    from the host, brings readers; of all these, what the stack can express stays.
+    from the host, brings readers; of all these, what the stack can express stays. Links between
+    layers are on it where these come in ``pairs``.
     """
     menu = LAPTOP if request.workload == "small" else FULL
     reads_less = request.reads_less
     if request.menu == "all":
-        methods = every_method(calibrated=calibrated, reads_less=reads_less)
+        methods = every_method(calibrated=calibrated, reads_less=reads_less, pairs=pairs)
         menu = replace(menu, methods=methods, formats=(*menu.formats, *ROTATED))
     elif reads_less:
         menu = replace(menu, methods=menu.methods + READERS)

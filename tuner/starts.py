@@ -18,9 +18,10 @@ from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.document import read_policy
 from kvtune.simulator.quality.tables import Tables
-from kvtune.tuner.exchange import Choice, exchange
+from kvtune.tuner.exchange import Choice
 from kvtune.tuner.limits import with_excess
-from kvtune.tuner.question import Candidate, Question, Solver, evicts
+from kvtune.tuner.linked import exchange_unlinked, is_linked
+from kvtune.tuner.question import Candidate, Question, Solver, evicts, holds_whole_prompt
 from kvtune.tuner.within import expressible
 
 _EXCHANGES = 200
@@ -80,12 +81,14 @@ def _nearest(option: Option, tables: Tables, allowed: Sequence[int]) -> int:
         bits = abs(each.keys.bits - option.keys.bits) + abs(each.values.bits - option.values.bits)
         return bits, abs(size(each) - size(option))
 
-    return min([n for n in allowed if alike(tables.options[n])] or allowed, key=distance)
+    # A link that the policy lacks would be a head's alone.
+    offered = [n for n in allowed if is_linked(option) or not is_linked(tables.options[n])]
+    return min([n for n in offered if alike(tables.options[n])] or offered, key=distance)
 
 
 def _points(solver: Solver, context: int, start: Choice, name: str) -> Iterator[Candidate]:
     question, problem = solver.question, solver.problems[context]
-    waits = any(question.tables.options[o].method.needs.asks_model for o in set(start))
+    waits = any(holds_whole_prompt(question.tables.options[o]) for o in set(start))
     most = question.sequences_of(context, problem.spent(start), waits)
     sequences = question.sequences or most
     if not 1 <= sequences <= most or not _reads_little(solver, context, start):
@@ -93,7 +96,7 @@ def _points(solver: Solver, context: int, start: Choice, name: str) -> Iterator[
     budget = question.prompt_budget(context, sequences, waits)
     yield _candidate(solver, context, sequences, start, {"start": name})
     if question.read_budget is None:
-        better = exchange(problem, budget, start, rounds=_EXCHANGES)
+        better = exchange_unlinked(problem, solver.linked, budget, start, _EXCHANGES)
         yield _candidate(solver, context, sequences, better, {"start": name, "improved": True})
 
 

@@ -106,7 +106,7 @@ class EngineWide(Exporter):
 
     def format_lines(self, plan: Plan, chosen: CacheType) -> list[Line]:
         """What becomes of the formats of keys and values."""
-        return [_format_line(plan, chosen)]
+        return [_format_line(plan, chosen, self.types)]
 
     def model_lines(self, plan: Plan) -> list[str]:
         """What is still to be said of the model and its weights."""
@@ -148,7 +148,7 @@ class EngineWide(Exporter):
         return enough[-1]
 
 
-def _format_line(plan: Plan, chosen: CacheType) -> Line:
+def _format_line(plan: Plan, chosen: CacheType, types: tuple[CacheType, ...]) -> Line:
     flat = flatten(list(plan.policy.options()))
     names = {*flat.key_formats, *flat.value_formats}
     label = f"keys {'/'.join(flat.key_formats)}, values {'/'.join(flat.value_formats)}"
@@ -156,8 +156,18 @@ def _format_line(plan: Plan, chosen: CacheType) -> Line:
         return Line(label, "kept", "16 bits")
     if names == {chosen.like}:
         return Line(label, "approximated", chosen.detail + grouping_text(flat))
-    why = "one type for all heads" if len(names) > 1 else "no such type"
+    why = _why_not(names, plan.facts.head_dim, types)
     return Line(label, "not expressible", f"{why}; used {chosen.name} instead")
+
+
+def _why_not(names: set[str], head_dim: int, types: tuple[CacheType, ...]) -> str:
+    """Why a stack with these types cannot store the formats."""
+    if len(names) > 1:
+        return "one type for all heads"
+    for each in types:
+        if {each.like} == names and head_dim % each.channels:
+            return f"heads of {head_dim} are no multiple of {each.channels}"
+    return "no such type"
 
 
 def token_lines(plan: Plan, dropped: dict[str, int], why: str) -> list[Line]:

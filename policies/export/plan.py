@@ -24,7 +24,6 @@ class Plan:
         context_tokens: of each prompt.
         sequence_tokens: prompt and answer together, never more than the model takes.
         batch: sequences at once that were asked for; None for as many as fit.
-        room_bytes: that all sequences' caches may take together; None where nobody said.
         assumed: lines on what was left open.
     """
 
@@ -35,13 +34,17 @@ class Plan:
     context_tokens: int
     sequence_tokens: int
     batch: int | None
-    room_bytes: int | None
     assumed: tuple[Line, ...]
 
     @property
     def given_model(self) -> str:
         """The user's own path or name; "" where it is the Hub id that is known."""
         return "" if self.model == self.facts.hub else self.model
+
+    @property
+    def room_bytes(self) -> int | None:
+        """Bytes that all sequences' caches may take together; None where the plan does not say."""
+        return self.document.serving.cache_bytes if self.document.serving else None
 
     @property
     def planned_batch(self) -> int | None:
@@ -80,7 +83,6 @@ def plan_of(
         context,
         longest,
         batch,
-        serving.cache_bytes,
         (*assumed, *lines),
     )
 

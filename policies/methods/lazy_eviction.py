@@ -131,6 +131,3 @@ class LazyEviction(DecodeMethod):
             return overdue
         returns = 1 - gap if self.h2 == "code" else -1 / gap.clamp_min(1)
         return overdue + 2 * returns.sigmoid() * (gap > 0)
-
-
-AUTHORS = LazyEviction(prompt="kept")

@@ -87,13 +87,6 @@ class PlannedBlocks:
         """What places in memory are multiples of."""
         return PageLayout(self.head_dim).cell_bytes
 
-    @property
-    def page_sizes(self) -> tuple[int, ...]:
-        """Cells of all pages that occur, ascending."""
-        options = dict.fromkeys(self.policy.options())
-        sizes = {pages_of(option, self.head_dim).page_cells for option in options}
-        return tuple(sorted(sizes | {PageLayout(self.head_dim).page_cells}))
-
     @cached_property
     def block_cells(self) -> int:
         """Cells of a block: a multiple of the layers that leaves least of a typical sequence over.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,7 +21,6 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.stored import checked
 
 Regime = Literal["quantising", "evicting", "evicting what is asked for"]
-REGIMES: tuple[Regime, ...] = get_args(Regime)
 ASKED = frozenset(
     ("retrieval", "recall", "copy", "single", "multikey", "tracking", "common", "frequent", "turns",
      "instruction", "leak")

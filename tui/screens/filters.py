@@ -46,7 +46,8 @@ class FilterScreen(ModalScreen[Filter | None]):
                     valid_empty=True,
                     id="largest-kl",
                 )
-            yield from self._choice("Options by", "split", ["heads", "layers"], filter_.split)
+            splits = ["heads", "layers", "pairs"]
+            yield from self._choice("Options by", "split", splits, filter_.split)
             yield from self._choice("Using", "method", self.methods, filter_.method)
             bits = [str(b) for b in self.bits]
             yield from self._choice("Fewest bits", "bits", bits, filter_.least_bits)

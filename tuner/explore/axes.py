@@ -78,7 +78,7 @@ class Filter:
 
     Args:
         largest_kl: loss, nats/token.
-        split: ``heads`` or ``layers``: what has an option of its own.
+        split: ``heads``, ``layers`` or ``pairs`` (of layers): what has an option of its own.
         method: a plan must use it somewhere.
         least_bits: no narrower format is used.
         fits: only those whose peak is within the limit.

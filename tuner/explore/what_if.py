@@ -21,6 +21,7 @@ from kvtune.simulator.memory.peak import peak_memory, waiting_bytes
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.plans import Floats, Integers
 from kvtune.tuner.explore.study import Study
+from kvtune.tuner.question import holds_whole_prompt
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def _waiting(
     shape: ModelShape, options: Sequence[Option], counts: Floats, contexts: Integers
 ) -> Floats:
     """Bytes of one prompt that plans hold uncompressed until its end; 0 of others, ``[n]``."""
-    waits = np.array([option.method.needs.asks_model for option in options], bool)
+    waits = np.array([holds_whole_prompt(option) for option in options], bool)
     lengths, which = np.unique(contexts, return_inverse=True)
     each = np.array([waiting_bytes(shape, int(context)) for context in lengths], np.float64)
     held: Floats = each[which] * (counts[:, waits].sum(1) > 0)

@@ -9,8 +9,8 @@ import numpy as np
 
 from kvtune.common.progress import Progress
 from kvtune.policies.policy import Policy
-from kvtune.runtime.contenders import Contender
 from kvtune.runtime.generate import Generation, GenerationRun
+from kvtune.runtime.live_policies import LivePolicy
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample
 from kvtune.traces.trace import Trace
@@ -48,7 +48,7 @@ def capture_long(
 def generate(
     loaded: LoadedModel,
     prompt_ids: Sequence[int],
-    contenders: Sequence[Contender],
+    policies: Sequence[LivePolicy],
     tokens: int,
     *,
     seed: int = 0,
@@ -60,7 +60,7 @@ def generate(
     Args:
         loaded: the model.
         prompt_ids: its last token is the first to be read from the caches.
-        contenders: policies with their limits.
+        policies: policies with their limits.
         tokens: to generate.
         seed: of the full cache's choices.
         until: whether to stop where it stands.
@@ -70,7 +70,7 @@ def generate(
     generation = Generation(
         loaded,
         prompt_ids,
-        contenders,
+        policies,
         room=tokens,
         temperature=TEMPERATURE,
         seed=seed,
@@ -83,9 +83,9 @@ def generate(
     return generation.results()
 
 
-def contender(policy: Policy, asked: Generated) -> Contender:
+def live_policy(policy: Policy, asked: Generated) -> LivePolicy:
     """A policy in a generation, held to the bound."""
-    return Contender(policy, residual=asked.menu.residual, limit_bytes=asked.bound_bytes)
+    return LivePolicy(policy, residual=asked.menu.residual, limit_bytes=asked.bound_bytes)
 
 
 def live_rounds(
@@ -100,9 +100,9 @@ def live_rounds(
     def run(plans: Sequence[LongPlan]) -> list[float]:
         each: list[list[float]] = []
         for sample in progress.track(samples, "generating live", len(samples)):
-            contenders = [contender(plan.policy, asked) for plan in plans]
+            policies = [live_policy(plan.policy, asked) for plan in plans]
             ids = sample.token_ids[: asked.prompt_tokens + 1]
-            runs = generate(loaded, ids, contenders, min(tokens, asked.tokens), seed=len(each))
+            runs = generate(loaded, ids, policies, min(tokens, asked.tokens), seed=len(each))
             each.append([float(run.kl.mean()) for run in runs])
         kinds = [sample.kind for sample in samples]
         return [mean_over_kinds(losses, kinds) for losses in np.array(each).T]

@@ -158,7 +158,7 @@ def _judged(
     progress: Progress,
 ) -> LongResult:
     """The plan and the best uniform option, on prompts that took no part in the choice."""
-    from kvtune.tuner.long.live import contender, generate
+    from kvtune.tuner.long.live import generate, live_policy
 
     uniform = next((each for each in found if each.is_uniform), None)
     beside = [plan, *([uniform] if uniform and uniform is not plan else [])]
@@ -166,11 +166,11 @@ def _judged(
     runs = []
     for number, sample in enumerate(progress.track(held_out, "judging", len(held_out))):
         ids = sample.token_ids[: asked.prompt_tokens + 1]
-        both = [contender(each.policy, asked) for each in beside]
+        both = [live_policy(each.policy, asked) for each in beside]
         runs.append(generate(loaded, ids, both, asked.tokens, seed=number))
     kinds = [sample.kind for sample in held_out]
     losses = [[float(run[row].kl.mean()) for run in runs] for row in range(len(beside))]
-    rival = losses[1] if len(losses) > 1 else None
+    baseline = losses[1] if len(losses) > 1 else None
     geometry = loaded.geometry
     heads = geometry.layers * geometry.kv_heads
     return LongResult(
@@ -181,9 +181,9 @@ def _judged(
         ),
         live_rounds=rounds,
         live=estimate(losses[0], kinds, "live"),
-        uniform=None if rival is None else beside[1].name,
-        uniform_live=None if rival is None else estimate(rival, kinds, "live"),
-        times_the_plan=None if rival is None else ratio_interval(rival, losses[0], kinds),
+        uniform=None if baseline is None else beside[1].name,
+        uniform_live=None if baseline is None else estimate(baseline, kinds, "live"),
+        times_the_plan=None if baseline is None else ratio_interval(baseline, losses[0], kinds),
         peak_bytes=max(run[0].peak_bytes for run in runs),
         generated=len(runs[0][0].kl),
         prompts=len(runs),

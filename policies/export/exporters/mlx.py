@@ -25,7 +25,7 @@ def _type(bits: int) -> CacheType:
     detail = f"groups of {_GROUP} channels of a token, a 16-bit scale and offset each"
     size = (bits + 32 / _GROUP) / 4  # bytes of a key's and a value's channel
     return CacheType(
-        str(bits), (bits, bits), lambda head_dim: head_dim * size, f"int{bits}", detail
+        str(bits), (bits, bits), lambda head_dim: head_dim * size, f"int{bits}", detail, _GROUP
     )
 
 

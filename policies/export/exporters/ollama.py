@@ -16,12 +16,19 @@ from kvtune.policies.export.engine_wide import (
 )
 from kvtune.policies.export.plan import Plan
 
-_BLOCK = "blocks of 32 channels of a token, symmetric, one 16-bit scale"
-_TYPES = (
-    sixteen_bits("f16"),
-    CacheType("q8_0", (8, 8), lambda head_dim: 2 * head_dim * 8.5 / 8, "int8", f"q8_0: {_BLOCK}"),
-    CacheType("q4_0", (4, 4), lambda head_dim: 2 * head_dim * 4.5 / 8, "int4", f"q4_0: {_BLOCK}"),
-)
+_BLOCK = 32
+
+
+def _type(bits: int) -> CacheType:
+    """Codes, and a 16-bit scale for each 32 channels of a token."""
+    name, size = f"q{bits}_0", (bits + 16 / _BLOCK) / 4  # bytes of a key's and a value's channel
+    detail = f"{name}: blocks of {_BLOCK} channels of a token, symmetric, one 16-bit scale"
+    return CacheType(
+        name, (bits, bits), lambda head_dim: head_dim * size, f"int{bits}", detail, _BLOCK
+    )
+
+
+_TYPES = (sixteen_bits("f16"), _type(8), _type(4))
 
 
 @dataclass(frozen=True)

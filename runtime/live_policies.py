@@ -24,7 +24,7 @@ from kvtune.traces.geometry import Geometry
 
 
 @dataclass(frozen=True)
-class Contender:
+class LivePolicy:
     """A policy in a generation.
 
     Args:
@@ -80,7 +80,7 @@ class _Kind:
     residual: int
 
 
-def check(geometry: Geometry, prompt_ids: Sequence[int], contenders: Sequence[Contender]) -> None:
+def check(geometry: Geometry, prompt_ids: Sequence[int], policies: Sequence[LivePolicy]) -> None:
     """Refuse what cannot be generated from.
 
     Raises:
@@ -92,17 +92,17 @@ def check(geometry: Geometry, prompt_ids: Sequence[int], contenders: Sequence[Co
             f"a prompt of {len(prompt_ids)} tokens leaves nothing to compress",
             hint="give two tokens or more: the last one is the first to be read from the cache.",
         )
-    for contender in contenders:
-        contender.policy.check_fits(geometry.layers, geometry.kv_heads)
-        forms = {form for o in contender.policy.options() for form in (o.keys, o.values)}
+    for live in policies:
+        live.policy.check_fits(geometry.layers, geometry.kv_heads)
+        forms = {form for o in live.policy.options() for form in (o.keys, o.values)}
         if shared := sorted(form.label for form in forms if not stores_apart(form)):
             raise KvtuneError(
-                f"the policy {contender.name!r} stores {', '.join(shared)}, whose tokens share "
+                f"the policy {live.name!r} stores {', '.join(shared)}, whose tokens share "
                 "scales, and a generation that evicts has to let each leave alone",
                 hint="use bf16 or a format of single tokens (rotated_int4, or keys_by: token), or "
                 "measure the policy with kvtune validate.",
             )
-        for option in contender.policy.options():
+        for option in live.policy.options():
             _check_slots(option, len(prompt_ids) - 1)
 
 
@@ -124,7 +124,7 @@ def _check_slots(option: Option, prompt_tokens: int) -> None:
 
 
 def groups(
-    contenders: Sequence[Contender],
+    policies: Sequence[LivePolicy],
     layer: int,
     tokens: NDArray[np.int64],
     signals: Signals,
@@ -133,15 +133,15 @@ def groups(
     """One layer's caches, holding the compressed prompt.
 
     Args:
-        contenders: B of them.
+        policies: B of them.
         layer: which.
         tokens: of the prompt that each head may keep, ``[B, H]``.
         signals: of the layer.
         room: tokens that will be generated at most.
     """
     found = []
-    for (kind, heads), rows in _shared(contenders, layer, tokens).items():
-        options = [[contenders[row].policy.heads[layer][head] for head in heads] for row in rows]
+    for (kind, heads), rows in _shared(policies, layer, tokens).items():
+        options = [[policies[row].policy.heads[layer][head] for head in heads] for row in rows]
         kept = tokens[np.ix_(rows, heads)]
         prompt = prompt_of(
             kind.method, signals, kept, heads=heads, evicts=kind.evicts, forms=kind.forms
@@ -155,21 +155,21 @@ def groups(
 
 
 def _shared(
-    contenders: Sequence[Contender], layer: int, tokens: NDArray[np.int64]
+    policies: Sequence[LivePolicy], layer: int, tokens: NDArray[np.int64]
 ) -> dict[tuple[_Kind, tuple[int, ...]], list[int]]:
     """Rows of the batch by what their heads have in common, and by which heads those are."""
     found: dict[tuple[_Kind, tuple[int, ...]], list[int]] = {}
-    for row, contender in enumerate(contenders):
+    for row, live in enumerate(policies):
         heads_of: dict[_Kind, list[int]] = {}
-        for head, option in enumerate(contender.policy.heads[layer]):
-            kind = _kind(option, contender, int(tokens[row, head]))
+        for head, option in enumerate(live.policy.heads[layer]):
+            kind = _kind(option, live, int(tokens[row, head]))
             heads_of.setdefault(kind, []).append(head)
         for kind, heads in heads_of.items():
             found.setdefault((kind, tuple(heads)), []).append(row)
     return found
 
 
-def _kind(option: Option, contender: Contender, tokens: int) -> _Kind:
-    goes_on = contender.evicts and goes_on_evicting(option)
+def _kind(option: Option, live: LivePolicy, tokens: int) -> _Kind:
+    goes_on = live.evicts and goes_on_evicting(option)
     forms = option.keys, option.values
-    return _Kind(option.method, goes_on, 0 if goes_on else tokens, forms, contender.residual)
+    return _Kind(option.method, goes_on, 0 if goes_on else tokens, forms, live.residual)
