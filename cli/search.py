@@ -151,7 +151,7 @@ RunDirOption = Annotated[
         "--run-dir",
         metavar="DIR",
         help="Where everything goes, and is taken up again; left out: "
-        "kvtune-runs/<model>-<gpu>-<mem>.",
+        "kvtune-runs/<model>-<gpu>-<mem>, and --context and --for where they are given.",
     ),
 ]
 

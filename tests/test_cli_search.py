@@ -263,7 +263,7 @@ def test_the_request_is_what_was_asked(
     assert (request.context_tokens, request.sequences) == (16384, 4)
     assert request.largest_kl == 0.1
     assert request.texts == (text,)
-    assert request.run_dir == Path("kvtune-runs/llama-3.1-8b-rtx-4090-16gb")
+    assert request.run_dir == Path("kvtune-runs/llama-3.1-8b-rtx-4090-16gb-16k")
     assert request.contexts == (16384,)
     main([*WORDS[:7], "--context", "3k-13k"])
     assert asked[1].contexts == (3072, 6144, 12288, 13312)

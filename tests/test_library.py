@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 import kvtune
+from kvtune.cli.inputs import read_policy_input
+from kvtune.common.errors import KvtuneError
+from kvtune.common.progress import Silent
 from kvtune.tuner import library
 
 ROOT = Path(kvtune.__file__).parent
@@ -138,3 +141,45 @@ def test_options_are_those_of_the_command() -> None:
     elsewhere = {"model", "gpu", "mem", "run_dir", "as_json", "quiet", "held_bytes"}
     of_command = set(inspect.signature(search.command).parameters) - elsewhere
     assert of_command - {"text"} | {"texts"} == set(library.SearchOptions.__annotations__)
+
+
+def test_a_search_that_takes_anothers_place_says_so(tmp_path: Path) -> None:
+    """Three questions one after another in one folder; the second and the third differ."""
+
+    class Told(Silent):
+        def __init__(self) -> None:
+            self.notes: list[str] = []
+
+        def note(self, message: str) -> None:
+            self.notes.append(message)
+
+    said = []
+    for batch in (1, 1, 2):
+        told = Told()
+        kvtune.search(
+            "llama-8b", "4090", "16GB", run_dir=tmp_path / "run", batch=batch, progress=told
+        )
+        said.append(" ".join(told.notes))
+    first, again, other = said
+    assert "answers another question" not in first + again
+    assert "its answer is read from" in again
+    assert "answers another question" in other
+
+
+def test_a_misspelt_word_of_a_policy_is_told_as_that() -> None:
+    with pytest.raises(KvtuneError, match=r"'snapk' is not known.*snapkv"):
+        read_policy_input(Path("snapk 25% int4"))
+
+
+def test_folders_of_other_prompt_lengths_are_others() -> None:
+    asked = [
+        library.search_request("llama-8b", "4090", "16GB", context=context)
+        for context in (8192, "8k", "64k", "4k-64k")
+    ]
+    names = [request.run_dir.name for request in asked]
+    assert names == [
+        "llama-3.1-8b-rtx-4090-16gb",
+        "llama-3.1-8b-rtx-4090-16gb",
+        "llama-3.1-8b-rtx-4090-16gb-64k",
+        "llama-3.1-8b-rtx-4090-16gb-4k-64k",
+    ]

@@ -93,6 +93,11 @@ def finished(request: SearchRequest) -> SearchResult | None:
     return _restored(request, ended)
 
 
+def answers_another(request: SearchRequest) -> bool:
+    """Whether a search that is no answer to this request has ended in its folder."""
+    return (request.run_dir / FINISHED).is_file() and finished(request) is None
+
+
 def _untouched(folder: Path, ended: Finished) -> bool:
     """Whether all files are there, as the search has written them."""
     try:

@@ -124,7 +124,8 @@ def search(
         gpu: a known card, a card's YAML file, or a profile; None for this machine's.
         mem: for everything together; None for all that the card shows.
         run_dir: where everything goes and is taken up again; None for
-            ``kvtune-runs/<model>-<gpu>-<mem>`` below the current folder.
+            ``kvtune-runs/<model>-<gpu>-<mem>`` below the current folder, and the length of
+            prompts where it is not 8192.
         progress: what is told of long work; None for silence.
         options: the rest, as ``SearchOptions`` lists it.
 
@@ -162,7 +163,8 @@ def search_request(
     context, longest = read_context_range(wanted, target.shape)
     called = "all" if mem is None else str(mem)
     stack = options.get("stack")
-    folder = run_dir or default_run_dir(target.shape.name, target.gpu.slug, called, stack)
+    length = "" if (context, longest) == (8192, None) else wanted
+    folder = run_dir or default_run_dir(target.shape.name, target.gpu.slug, called, stack, length)
     return SearchRequest(
         model=target.model,
         shape=target.shape,
@@ -229,9 +231,15 @@ def known_stack(stack: str | None) -> str | None:
     return find_exporter(stack).name if stack else None
 
 
-def default_run_dir(model: str, gpu: str, mem: str, stack: str | None = None) -> Path:
-    """``kvtune-runs/llama-3.1-8b-rtx-4090-16gb`` below the current folder."""
-    parts = (model, gpu, mem.replace(" ", "").lower(), *(("for", stack) if stack else ()))
+def default_run_dir(
+    model: str, gpu: str, mem: str, stack: str | None = None, context: str = ""
+) -> Path:
+    """``kvtune-runs/llama-3.1-8b-rtx-4090-16gb`` below the current folder.
+
+    Prompts of another length than usual, ``context``, and a stack are part of the name.
+    """
+    asked = [part.replace(" ", "").lower() for part in (mem, context) if part]
+    parts = (model, gpu, *asked, *(("for", stack) if stack else ()))
     return Path("kvtune-runs") / "-".join(part.replace("/", "-") for part in parts)
 
 

@@ -26,7 +26,7 @@ from kvtune.simulator.quality.tables import on_both_sides
 from kvtune.tuner.answer import Found, answer, cost_of
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.record import Recorder, selection_split
-from kvtune.tuner.finished import finished, keep_finished
+from kvtune.tuner.finished import answers_another, finished, keep_finished
 from kvtune.tuner.head_points import head_points
 from kvtune.tuner.limits import Excess, no_limits, none_within, note_on, within
 from kvtune.tuner.question import Candidate, Question, Solver, front, pick, policy_of
@@ -65,6 +65,11 @@ def _finished(request: SearchRequest, progress: Progress) -> SearchResult | None
         return None
     if found is not None:
         progress.note(f"this search has ended before; its answer is read from {request.run_dir}")
+    elif answers_another(request):
+        progress.note(
+            f"{request.run_dir} answers another question (other options, or edited files); this "
+            "answer will take its place. --run-dir keeps both."
+        )
     return found
 
 

@@ -16,9 +16,12 @@ _EXAMPLE = "'snapkv+adakv 25% int4'"
 
 
 def is_named(text: str) -> bool:
-    """Whether a text is words with a method, format or allocator first, and no path of a file."""
-    first = words_of(text)[:1]
-    return bool(first) and first[0] in {**methods(), **formats(), **allocators()}
+    """Whether a text is words of which one is a method, format or allocator, and no path of a file.
+
+    A misspelt word among others that are known is one of them still, so that it is told as that.
+    """
+    known = {**methods(), **formats(), **allocators()}
+    return "/" not in text and any(word in known for word in words_of(text))
 
 
 def words_of(text: str) -> list[str]:
