@@ -78,9 +78,9 @@ def naive_response(layer: LayerReplay, prompt: Compressed, block: int) -> Tensor
     whole = layer.signals
     full = Compressed(whole.keys, whole.values, torch.full((HEADS,), PROMPT), ())
     change = naive_output(layer, prompt) - naive_output(layer, full)
-    response = torch.zeros(HEADS, PROBES, OBSERVED // block, dtype=torch.float64)
+    response = torch.zeros(HEADS, PROBES, -(-OBSERVED // block), dtype=torch.float64)
     for s in range(PROBES):
-        for t in range(OBSERVED // block * block):
+        for t in range(OBSERVED):
             for h in range(HEADS):
                 for g in range(GROUP):
                     product = change[h, g, t] @ layer.probes[s, t, h, g].double()
@@ -104,7 +104,7 @@ def test_output_is_one_softmax_over_what_is_kept_and_what_is_observed(counts: li
     torch.testing.assert_close(layer.output(prompt), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("block", [1, 2, 3, 8])
+@pytest.mark.parametrize("block", [1, 2, 3, 8, 100])
 def test_response_is_the_change_times_the_probes_summed_over_heads_and_blocks(block: int) -> None:
     layer = make_layer(5)
     prompt = ragged(layer, [3, 6])

@@ -21,7 +21,7 @@ from kvtune.policies.option import Option
 from kvtune.policies.room import goes_on_evicting
 from kvtune.policies.slots import SlotCache, prompt_of
 from kvtune.simulator.quality.build import DEFAULT_BLOCK
-from kvtune.simulator.quality.replay import LayerReplay
+from kvtune.simulator.quality.replay import LayerReplay, in_blocks
 from kvtune.simulator.quality.tables import Floats, SampleFacts, Tables
 from kvtune.traces.signals import tensors_of
 from kvtune.traces.trace import SampleRecord, Trace
@@ -93,9 +93,7 @@ def decode_features(
     for columns in _side_by_side(options, layer):
         change = outputs(layer, [options[column] for column in columns], residual) - layer.full
         by_position = torch.einsum("bhgtd,sthgd->bhst", change, layer.probes)
-        whole = by_position[..., : by_position.shape[-1] // block * block]
-        found = whole.unflatten(-1, (-1, block)).sum(-1)
-        responses.update(zip(columns, found, strict=True))
+        responses.update(zip(columns, in_blocks(by_position, block), strict=True))
     stacked = torch.stack([responses[column] for column in range(len(options))], 1)
     probes, observed = layer.probes.shape[:2]
     features: Floats = (stacked.flatten(2) / (2 * observed * probes) ** 0.5).cpu().numpy()

@@ -14,6 +14,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kvtune.policies.apply import Compressed, apply_each
 from kvtune.policies.attention import attend, merge
@@ -107,9 +108,14 @@ class LayerReplay:
         """
         change = self.output(prompt) - self.full
         by_position = torch.einsum("...hgtd,sthgd->...hst", change, self.probes)
-        whole = by_position[..., : by_position.shape[-1] // block * block]
-        blocks: Tensor = whole.unflatten(-1, (-1, block))
-        return blocks.sum(-1)
+        return in_blocks(by_position, block)
+
+
+def in_blocks(by_position: Tensor, block: int) -> Tensor:
+    """Sums over blocks of the last dimension; the last block holds what is left, if anything is."""
+    missing = -by_position.shape[-1] % block
+    blocks: Tensor = functional.pad(by_position, (0, missing)).unflatten(-1, (-1, block))
+    return blocks.sum(-1)
 
 
 def replay_options(layer: LayerReplay, options: Sequence[Option], block: int) -> Tensor:
