@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING
 
-from kvtune.common.errors import KvtuneError
+from kvtune.cli.engine_flags import FlagParser, split_flags, whole_number, with_flag_name
 from kvtune.common.units import parse_tokens
 
 if TYPE_CHECKING:
     from kvtune.simulator.memory.engine_memory import EngineFlags
 
-T = TypeVar("T")
 _HINT = "--engine-args '--gpu-memory-utilization 0.9 --max-num-seqs 64 --kv-cache-dtype fp8'"
 _KV_BYTES = {"auto": 2.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0}
 _MOST_SEQUENCES = 2**20
@@ -27,11 +24,7 @@ def read_engine_args(text: str) -> tuple[EngineFlags, tuple[str, ...]]:
     """
     from kvtune.simulator.memory.engine_memory import EngineFlags
 
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise KvtuneError(f"--engine-args cannot be read: {error}", hint=_HINT) from error
-    words = [_dashed(word) for word in words]
+    words = [_dashed(word) for word in split_flags(text, _HINT)]
     known, others = _parser().parse_known_args(words)
     return EngineFlags(**vars(known)), tuple(others)
 
@@ -42,41 +35,22 @@ def _dashed(word: str) -> str:
     return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that raises mistakes as ``KvtuneError``."""
-
-    def error(self, message: str) -> NoReturn:
-        raise KvtuneError(f"--engine-args: {message}", hint=_HINT)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--gpu-memory-utilization", type=_told(_share))
-    parser.add_argument("--max-model-len", type=_told(parse_tokens))
-    parser.add_argument("--max-num-seqs", type=_told(_sequences))
-    parser.add_argument("--max-num-batched-tokens", type=_told(parse_tokens))
+    parser = FlagParser(_HINT)
+    parser.add_argument("--gpu-memory-utilization", type=with_flag_name(_share))
+    parser.add_argument("--max-model-len", type=with_flag_name(parse_tokens))
+    parser.add_argument("--max-num-seqs", type=with_flag_name(_sequences))
+    parser.add_argument("--max-num-batched-tokens", type=with_flag_name(parse_tokens))
     parser.add_argument(
-        "--kv-cache-dtype", type=_told(_kv_bytes), default=2.0, dest="kv_cache_bytes"
+        "--kv-cache-dtype", type=with_flag_name(_kv_bytes), default=2.0, dest="kv_cache_bytes"
     )
-    parser.add_argument("--block-size", type=_told(_block), default=16)
+    parser.add_argument("--block-size", type=with_flag_name(_block), default=16)
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument(
-        "--kv-cache-memory-bytes", "--kv-cache-memory", type=_told(_bytes),
+        "--kv-cache-memory-bytes", "--kv-cache-memory", type=with_flag_name(_bytes),
         dest="kv_cache_memory_bytes",
     )  # fmt: skip
     return parser
-
-
-def _told(read: Callable[[str], T]) -> Callable[[str], T]:
-    """A reader whose errors argparse passes on with the name of the flag."""
-
-    def reader(text: str) -> T:
-        try:
-            return read(text)
-        except (KvtuneError, ValueError) as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return reader
 
 
 def _share(text: str) -> float:
@@ -86,22 +60,16 @@ def _share(text: str) -> float:
     return share
 
 
-def _whole(text: str, most: int, what: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 20) or not 1 <= int(text) <= most:
-        raise ValueError(f"{text[:20]} is no {what} from 1 to {most:,}")
-    return int(text)
-
-
 def _sequences(text: str) -> int:
-    return _whole(text, _MOST_SEQUENCES, "number of sequences")
+    return whole_number(text, _MOST_SEQUENCES, "number of sequences")
 
 
 def _block(text: str) -> int:
-    return _whole(text, 65_536, "number of tokens")
+    return whole_number(text, 65_536, "number of tokens")
 
 
 def _bytes(text: str) -> int:
-    return _whole(text, 2**50, "number of bytes")
+    return whole_number(text, 2**50, "number of bytes")
 
 
 def _kv_bytes(text: str) -> float:

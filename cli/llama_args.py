@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from kvtune.common.errors import KvtuneError, nearest
+from kvtune.cli.engine_flags import FlagParser, split_flags, whole_number, with_flag_name
+from kvtune.common.errors import nearest
 from kvtune.common.units import parse_tokens
 
 if TYPE_CHECKING:
@@ -24,31 +24,32 @@ def read_llama_args(text: str) -> tuple[LlamaFlags, tuple[str, ...]]:
     """
     from kvtune.simulator.memory.llama_memory import LlamaFlags
 
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise KvtuneError(f"--engine-args cannot be read: {error}", hint=_HINT) from error
-    known, others = _parser().parse_known_args(words)
+    known, others = _parser().parse_known_args(split_flags(text, _HINT))
     return LlamaFlags(**vars(known)), tuple(others)
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that raises mistakes as ``KvtuneError``."""
-
-    def error(self, message: str) -> NoReturn:
-        raise KvtuneError(f"--engine-args: {message}", hint=_HINT)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-c", "--ctx-size", type=_context)
-    parser.add_argument("-ub", "--ubatch-size", type=_tokens, default=512, dest="ubatch")
+    parser = FlagParser(_HINT)
+    parser.add_argument("-c", "--ctx-size", type=with_flag_name(_context))
     parser.add_argument(
-        "-fa", "--flash-attn", type=_flash, default=True, dest="flash", nargs="?", const=True
+        "-ub", "--ubatch-size", type=with_flag_name(parse_tokens), default=512, dest="ubatch"
     )
-    parser.add_argument("-ctk", "--cache-type-k", type=_kind, default="f16", dest="key_type")
-    parser.add_argument("-ctv", "--cache-type-v", type=_kind, default="f16", dest="value_type")
-    parser.add_argument("-np", "--parallel", type=_slots, default=1, dest="slots")
+    parser.add_argument(
+        "-fa",
+        "--flash-attn",
+        type=with_flag_name(_flash),
+        default=True,
+        dest="flash",
+        nargs="?",
+        const=True,
+    )
+    parser.add_argument(
+        "-ctk", "--cache-type-k", type=with_flag_name(_kind), default="f16", dest="key_type"
+    )
+    parser.add_argument(
+        "-ctv", "--cache-type-v", type=with_flag_name(_kind), default="f16", dest="value_type"
+    )
+    parser.add_argument("-np", "--parallel", type=with_flag_name(_slots), default=1, dest="slots")
     parser.add_argument("-kvu", "--kv-unified", action="store_true", dest="unified")
     parser.add_argument("--swa-full", action="store_true")
     return parser
@@ -56,25 +57,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _context(text: str) -> int | None:
     """Tokens; 0 for what the server chooses."""
-    return None if text == "0" else _tokens(text)
-
-
-def _tokens(text: str) -> int:
-    try:
-        return parse_tokens(text)
-    except KvtuneError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    return None if text == "0" else parse_tokens(text)
 
 
 def _slots(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 5) or not 1 <= int(text) <= 256:
-        raise argparse.ArgumentTypeError(f"{text[:20]} is no number of slots from 1 to 256")
-    return int(text)
+    return whole_number(text, 256, "number of slots")
 
 
 def _flash(text: str) -> bool:
     if text.lower() not in (*_ON, *_OFF):
-        raise argparse.ArgumentTypeError(f"{text[:20]} is none of on, off and auto")
+        raise ValueError(f"{text[:20]} is none of on, off and auto")
     return text.lower() in _ON
 
 
@@ -82,7 +74,7 @@ def _kind(text: str) -> str:
     from kvtune.simulator.memory.llama_memory import CACHE_BYTES
 
     if text.lower() not in CACHE_BYTES:
-        raise argparse.ArgumentTypeError(
+        raise ValueError(
             f"{text[:20]} is no type of llama.cpp's cache. {nearest(text, list(CACHE_BYTES))}"
         )
     return text.lower()
