@@ -15,17 +15,17 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from functools import reduce
 from itertools import product
+from operator import or_
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import workers
-from divisions import divided
 from outcomes import Outcome, used
 from plans import Plan, Variant, choose, search
-from quality_bench import Bench
+from quality_bench import Bench, opened
 from recorded_parts import attempt
 
 from kvtune.policies.allocators.model_wide import ModelWide
@@ -42,7 +42,6 @@ from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.simulator.quality.tables import Tables, join
-from kvtune.traces.models import load_model
 from kvtune.tuner.options import Menu, Pair
 
 SHARES = (0.01, 0.03, 0.06)
@@ -115,12 +114,11 @@ def evaluation(bench: Bench) -> list[Any]:
     return list(dict.fromkeys([*bench.of("evaluate"), *bench.division.needles]))
 
 
-def tables(bench: Bench, menu: Menu, probes: int) -> Tables:
+def tables(bench: Bench, options: Sequence[Option], probes: int) -> Tables:
     """Losses of every option on search and selection samples."""
     samples = [*bench.of("search"), *bench.of("select")]
-    made = bench.crew.everywhere(
-        workers.captured_tables, samples, menu.options(), menu.needs, probes
-    )
+    needs = reduce(or_, (option.method.needs for option in options))
+    made = bench.crew.everywhere(workers.captured_tables, samples, options, needs, probes)
     return join(made)
 
 
@@ -137,7 +135,7 @@ def plans(
     ``kept`` takes their policies and outcomes by share.
     """
     started = time.monotonic()
-    measured = tables(bench, menu, probes)
+    measured = tables(bench, menu.options(), probes)
     seconds = time.monotonic() - started
     options = measured.options
     fitted = np.array([isinstance(o.method, AttentionMatching) for o in options])
@@ -187,19 +185,10 @@ def main() -> None:
         counts, methods, published = (256,), MENU[5:], PUBLISHED[3:4]
         fitted, shares = FITTED[1:2], (0.06,)
     menu = Menu(methods, tuple(n / 1792 for n in counts), FORMATS)
-    place = workers.Place(arguments.model, arguments.device, arguments.scratch)
-    with workers.Crew(place, arguments.workers) as crew:
-        loaded = load_model(arguments.model, device=arguments.device, dtype="float32")
-        crew.model_is_stored()
-        division = divided(
-            loaded.tokenizer, per_kind, select_needles=2, needles=needles, tokens=tokens,
-            observed=observed,
-        )  # fmt: skip
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        bench = Bench(arguments.out.parent, loaded, crew, division, file=arguments.out.name)
-        cuda = arguments.device != "cpu"
-        bench.record("device", torch.cuda.get_device_name() if cuda else "cpu")
-        bench.record("setting", {"workload": division.workload, "probes": probes})
+    with opened(
+        arguments, tokens=tokens, observed=observed, per_kind=per_kind, needles=needles,
+        probes=probes,
+    ) as bench:  # fmt: skip
         attempt(bench.record, "plans", lambda: plans(bench, menu, probes, shares))
         attempt(bench.record, "published", lambda: uniform(bench, published, shares))
         attempt(bench.record, "compaction", lambda: uniform(bench, fitted, shares))

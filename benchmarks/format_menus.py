@@ -21,17 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import workers
 from compaction import evaluation, summary, tables
-from divisions import divided
 from outcomes import times_as_much, used
 from plans import Plan, Variant, choose, search
-from quality_bench import Bench
+from quality_bench import Bench, opened
 from recorded_parts import attempt, say
 
 from kvtune.simulator.quality.tables import Tables
-from kvtune.traces.models import load_model
 from kvtune.tuner.options import FULL, METHODS, ROTATED, Menu
 
 SHARES = (0.03, 0.06, 0.12, 0.25)
@@ -93,19 +89,9 @@ def main() -> None:
         tokens, observed, per_kind, needles = 192, 32, (1, 1, 1), 1
         counts, shares, methods = (256,), SHARES[2:3], METHODS[2:]
     menu = Menu(methods, tuple(n / 1792 for n in counts), (*FULL.formats, *ROTATED))
-    place = workers.Place(arguments.model, arguments.device, arguments.scratch)
-    with workers.Crew(place, arguments.workers) as crew:
-        loaded = load_model(arguments.model, device=arguments.device, dtype="float32")
-        crew.model_is_stored()
-        division = divided(
-            loaded.tokenizer, per_kind, select_needles=2, needles=needles, tokens=tokens,
-            observed=observed,
-        )  # fmt: skip
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        bench = Bench(arguments.out.parent, loaded, crew, division, file=arguments.out.name)
-        cuda = arguments.device != "cpu"
-        bench.record("device", torch.cuda.get_device_name() if cuda else "cpu")
-        bench.record("setting", {"workload": division.workload})
+    with opened(
+        arguments, tokens=tokens, observed=observed, per_kind=per_kind, needles=needles,
+    ) as bench:  # fmt: skip
         attempt(
             bench.record,
             "measured",

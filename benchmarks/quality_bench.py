@@ -1,20 +1,23 @@
-"""A run of ``quality.py`` or ``compaction.py``: its model, samples, processes and figures."""
+"""A run of ``quality.py``, ``compaction.py`` and their like: model, samples, processes, figures."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import workers
-from divisions import KINDS, Division
+from divisions import KINDS, Division, divided
 from outcomes import Outcome
 
 from kvtune.policies.policy import Policy
-from kvtune.traces.models import LoadedModel
+from kvtune.traces.models import LoadedModel, load_model
 from kvtune.traces.samples import Sample
 
 
@@ -69,3 +72,39 @@ class Bench:
     def full_bytes(self) -> int:
         layers, heads, head_dim = self.shape
         return 4 * layers * heads * head_dim * self.prompt
+
+
+@contextmanager
+def opened(
+    arguments: argparse.Namespace,
+    *,
+    tokens: int,
+    observed: int,
+    per_kind: tuple[int, int, int],
+    needles: int,
+    **setting: Any,
+) -> Iterator[Bench]:
+    """A run whose processes and model are there, and that has said on which device and samples.
+
+    Args:
+        arguments: ``model``, ``device``, ``scratch``, ``workers`` and ``out``, a file.
+        tokens: of each sample.
+        observed: of those, after the prompt.
+        per_kind: search, selection and evaluation samples of each kind of text.
+        needles: evaluation samples of needles besides.
+        setting: what else the result says of the run.
+    """
+    place = workers.Place(arguments.model, arguments.device, arguments.scratch)
+    with workers.Crew(place, arguments.workers) as crew:
+        loaded = load_model(arguments.model, device=arguments.device, dtype="float32")
+        crew.model_is_stored()
+        division = divided(
+            loaded.tokenizer, per_kind, select_needles=2, needles=needles, tokens=tokens,
+            observed=observed,
+        )  # fmt: skip
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        bench = Bench(arguments.out.parent, loaded, crew, division, file=arguments.out.name)
+        cuda = arguments.device != "cpu"
+        bench.record("device", torch.cuda.get_device_name() if cuda else "cpu")
+        bench.record("setting", {"workload": division.workload} | setting)
+        yield bench

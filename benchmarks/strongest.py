@@ -21,19 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import workers
 from compaction import COUNTS, FORMATS, MENU, evaluation, plans, summary
-from divisions import divided
 from outcomes import Outcome, times_as_much
-from quality_bench import Bench
+from quality_bench import Bench, opened
 from recorded_parts import attempt
 
 from kvtune.policies.format import Format
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.grouped import Int2, Int3, Int4, Int8
 from kvtune.policies.policy import Policy
-from kvtune.traces.models import load_model
 from kvtune.tuner.baselines import COSTS, FAMILIES, STRONG, Stored, candidates
 from kvtune.tuner.options import Menu
 
@@ -177,19 +173,10 @@ def main() -> None:
         tokens, observed, per_kind, needles, probes = 256, 64, (1, 1, 1), 1, 1
         counts, methods, shares = (128,), (MENU[2], MENU[5]), (0.12,)
     menu = Menu(methods, tuple(n / 1792 for n in counts), FORMATS)
-    place = workers.Place(arguments.model, arguments.device, arguments.scratch)
-    with workers.Crew(place, arguments.workers) as crew:
-        loaded = load_model(arguments.model, device=arguments.device, dtype="float32")
-        crew.model_is_stored()
-        division = divided(
-            loaded.tokenizer, per_kind, select_needles=2, needles=needles, tokens=tokens,
-            observed=observed,
-        )  # fmt: skip
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        bench = Bench(arguments.out.parent, loaded, crew, division, file=arguments.out.name)
-        cuda = arguments.device != "cpu"
-        bench.record("device", torch.cuda.get_device_name() if cuda else "cpu")
-        bench.record("setting", {"workload": division.workload, "probes": probes})
+    with opened(
+        arguments, tokens=tokens, observed=observed, per_kind=per_kind, needles=needles,
+        probes=probes,
+    ) as bench:  # fmt: skip
         measure(bench, menu, probes, shares, arguments.tiny)
 
 
