@@ -5,7 +5,7 @@
 The file is that of ``benchmarks/compressing.py``. The errors are relative, in logarithms, so that a
 method which takes a millisecond counts as one that takes a second. Each method is also left out of
 a fit in turn and predicted by it; that error is what the rates are worth for methods that nobody
-measured. Differences too small to be told from the noise of reading (1 % of it) are left out. Two
+measured. Differences below the noise of reading (1 % of it) are left out. Two
 prefills under plans that were timed before, of many long prompts, hold every fit to what a busy
 card does; most of the other cases wait for the host.
 """
@@ -95,7 +95,7 @@ PREFILLS = (
 
 
 def points(found: dict[str, Any]) -> list[Point]:
-    """What the file holds that can be told from noise."""
+    """The measurements of the file that exceed the noise."""
     return [
         Point(case, method, found[case.name][method]["measured"])
         for case in cases(tiny=False)

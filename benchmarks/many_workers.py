@@ -61,7 +61,7 @@ def worker(url: str, name: str, sleep_s: float, gate: Path) -> None:
 def run(
     url: str, name: str, workers: int, trials: int, sleep_s: float, kill: int = 0
 ) -> dict[str, Any]:
-    """Run one study with so many workers, ``kill`` of which are killed meanwhile."""
+    """Run one study with ``workers`` workers and kill ``kill`` of them while it runs."""
     study = create(open_storage(url, PATIENCE), name, trials, ["minimize"])
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from kvtune.common.estimate import BAND, Estimate
+from kvtune.common.progress import Silent
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.document import ModelFacts, PolicyDocument, write_policy
@@ -20,6 +21,17 @@ from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.plans import Plan, write_line
 from kvtune.tuner.options import SMALL
 from kvtune.tuner.request import SearchRequest
+
+
+class Notes(Silent):
+    """Progress that keeps its notes."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.said.append(message)
+
 
 KINDS = ("code", "prose", "retrieval")
 CONTEXT = 8192

@@ -11,7 +11,7 @@ import pytest
 import kvtune
 from kvtune.cli.inputs import read_policy_input
 from kvtune.common.errors import KvtuneError
-from kvtune.common.progress import Silent
+from kvtune.tests.made_up import Notes
 from kvtune.tuner import library
 
 ROOT = Path(kvtune.__file__).parent
@@ -146,20 +146,13 @@ def test_options_are_those_of_the_command() -> None:
 def test_a_search_that_takes_anothers_place_says_so(tmp_path: Path) -> None:
     """Three questions one after another in one folder; the second and the third differ."""
 
-    class Told(Silent):
-        def __init__(self) -> None:
-            self.notes: list[str] = []
-
-        def note(self, message: str) -> None:
-            self.notes.append(message)
-
     said = []
     for batch in (1, 1, 2):
-        told = Told()
+        notes = Notes()
         kvtune.search(
-            "llama-8b", "4090", "16GB", run_dir=tmp_path / "run", batch=batch, progress=told
+            "llama-8b", "4090", "16GB", run_dir=tmp_path / "run", batch=batch, progress=notes
         )
-        said.append(" ".join(told.notes))
+        said.append(" ".join(notes.said))
     first, again, other = said
     assert "answers another question" not in first + again
     assert "its answer is read from" in again

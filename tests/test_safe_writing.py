@@ -17,17 +17,8 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.files import append_text, write_text
 from kvtune.common.lock import locked
 from kvtune.common.progress import Silent
+from kvtune.tests.made_up import Notes
 from kvtune.tuner.journal import Journal, Trial
-
-
-class Notes(Silent):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.said.append(message)
 
 
 def trial(number: int) -> Trial:

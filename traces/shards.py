@@ -32,7 +32,7 @@ PARTS = "parts"
 
 @dataclass(frozen=True)
 class CaptureJob:
-    """A capture, as every worker is told it.
+    """The settings of a capture, which every worker receives.
 
     Args:
         model: name or path of the model, which every worker loads.

@@ -1,4 +1,4 @@
-"""Bytes of a prompt on a serving stack, and how many sequences it is told to run at once."""
+"""Bytes of a prompt on a serving stack, and how many sequences its configuration allows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def bytes_line(plan: Plan, stack_bytes: int) -> Line:
 
 
 def sequences_that_fit(plan: Plan, stack: str, sequence_bytes: int) -> tuple[int, Line]:
-    """How many sequences at once the stack is told to run, never more than fit.
+    """The number of sequences that the configuration allows at once, never more than fit.
 
     Where the policy file does not say how much memory is left for the cache, what its own sequences
     take is known to be there, and no more.

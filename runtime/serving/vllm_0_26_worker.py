@@ -25,9 +25,9 @@ class Worker(_Worker):  # type: ignore[misc]
     """vLLM's worker, whose layers ask for what the plan takes."""
 
     def init_device(self) -> None:
-        """As ever; and whoever asks the runner what layers need is told the plan's needs.
+        """Prepare the device, and have the model runner report the plan's cache specification.
 
-        That is this worker, and the runner itself when it tries out how much memory graphs take.
+        This worker asks for it, and the runner itself when it profiles the memory of graphs.
         """
         super().init_device()
         runner = self.model_runner

@@ -91,7 +91,7 @@ class LlamaCpp(EngineWide):
         check(config, plan.facts.head_dim)
 
     def file(self, config: dict[str, Any]) -> tuple[str, str]:
-        """The preset."""
+        """The configuration file in llama-server's preset format."""
         lines = "".join(f"{key} = {value}\n" for key, value in config.items())
         return "llama-preset.ini", f"version = 1\n\n[kvtune]\n{lines}"
 
