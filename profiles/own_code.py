@@ -15,9 +15,15 @@ def check_own_code(config: Mapping[str, Any], file: str) -> None:
     Its type may be one that transformers knows, and its layers still be others.
 
     Raises:
-        KvtuneError: it is such a model.
+        KvtuneError: it is such a model, or its classes are no list of names.
     """
-    named = [str(name) for name in config.get("architectures") or ()]
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise KvtuneError(
+            f"'architectures' must be a list of class names, not {str(named)[:60]}",
+            where=file,
+            hint='write it as ["LlamaForCausalLM"], with the model\'s own class.',
+        )
     if not config.get("auto_map") or not named or any(name in known_classes() for name in named):
         return
     raise KvtuneError(

@@ -33,3 +33,10 @@ def test_a_class_of_its_own_is_never_counted_as_its_types() -> None:
 )
 def test_known_layers_are_counted(config: dict[str, Any]) -> None:
     assert shape_of(config, "config.json", "m").kv_bytes_per_token() == 2 * 2 * 2 * 16 * 2
+
+
+@pytest.mark.parametrize("classes", [True, 7, "LlamaForCausalLM", {"a": 1}, [3], [["x"]]])
+def test_classes_that_are_no_list_of_names_are_refused(classes: object) -> None:
+    with pytest.raises(KvtuneError, match="must be a list of class names") as caught:
+        shape_of({**LLAMA, "architectures": classes}, "config.json", "m")
+    assert caught.value.where == "config.json"
