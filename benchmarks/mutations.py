@@ -73,7 +73,7 @@ MUTATIONS = (
     Mutation(
         "contract hooks",
         "log-weights of virtual entries are dropped",
-        "policies/apply.py",
+        "policies/storage.py",
         "weights[at, end : end + len(part.tokens)] = part.log_weight",
         "weights[at, end : end + len(part.tokens)] = 0",
         CONTRACT,
@@ -81,7 +81,7 @@ MUTATIONS = (
     Mutation(
         "contract hooks",
         "a reader's selection is ignored",
-        "policies/apply.py",
+        "policies/compressed.py",
         "        for reader, rows in self.readers.items():\n            read =",
         "        for reader, rows in list(self.readers.items())[:0]:\n            read =",
         CONTRACT,

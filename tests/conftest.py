@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, whoever does that
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: more threads would only be in the way
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Where nothing compiled is kept, every worker and every process a test starts compiles all of kvtune.
+# Or every worker and every process that a test starts would compile all of kvtune again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 settings.register_profile("kvtune", deadline=None, derandomize=True)
@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
-    """Spare the garbage collector what lives as long as the tests: modules and thousands of cases."""
+    """Spare the garbage collector what outlives all tests: modules and thousands of cases."""
     gc.disable()
     try:
         return (yield)
