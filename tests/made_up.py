@@ -282,11 +282,16 @@ def little_workload() -> Workload:
     return Workload(dict.fromkeys(("search", "select", "evaluate"), each), tokens=96, observed=16)
 
 
-def of_own_weights(model: Path, run_dir: Path, **asked: Any) -> SearchRequest:
-    """A search on a tiny model's folder, with room for not quite one uncompressed prompt."""
+def of_own_weights(model: Path, run_dir: Path, sequences: int = 1, **asked: Any) -> SearchRequest:
+    """A search on a tiny model's folder, with room for 90 tokens of all sequences in 16 bits.
+
+    Of 80 prompt tokens and 4 generated ones, which do not quite fit: pages hold 16 each.
+    """
     shape, gpu = shape_from_config(model), find_gpu("4090")
     sizes: dict[str, Any] = {"context_tokens": 80, "weights": "bf16"}
-    used = memory_budget(shape, gpu, 10**10, **sizes)
-    limit = 10**10 - used.cache_bytes + shape.kv_bytes(90)  # one takes six pages of 16
+    used = memory_budget(shape, gpu, 10**10, batch=sequences, **sizes)
+    limit = 10**10 - used.cache_bytes + shape.kv_bytes(90)
     more = {"generated_tokens": 4, "largest_kl": 0.5, "trials": 10, "device": "cpu"} | asked
+    if sequences > 1:
+        more["sequences"] = sequences
     return SearchRequest(str(model), shape, gpu, limit, run_dir, **sizes, **more)

@@ -36,15 +36,15 @@ def test_a_search_among_all_methods_runs_to_its_end(
     model = tmp_path / "tiny"
     make_network(LlamaConfig(**{**tiny_fields, "num_hidden_layers": 4})).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    request = of_own_weights(model, tmp_path / "run", menu="all", sequences=3)
+    request = of_own_weights(model, tmp_path / "run", 2, menu="all")
     result = run_search(request)
 
     offered = {option.method for option in own_trace(request, Silent()).tables.options}
     assert offered >= set(every_method(calibrated=False, pairs=True))
     assert {option.method for option in result.policy.options()} <= offered
-    assert result.sequences == 3
+    assert result.sequences == 2
     assert result.prompt_bytes == result.policy.footprint(80, request.shape.head_dim)
-    assert 3 * result.prompt_bytes <= result.budget.cache_bytes
+    assert 2 * result.prompt_bytes <= result.budget.cache_bytes
     assert result.quality.kl.tier == "live"
     assert result.quality.kl.value > 0
     assert {baseline.live is not None for baseline in result.baselines} == {True}
