@@ -24,9 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LEFT_OUT = shutil.ignore_patterns(
-    ".git", ".venv*", "*.egg-info", "__pycache__", ".*_cache", "kvtune-runs"
-)
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "*.egg-info", ".*_cache", "kvtune-runs")
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ MUTATIONS = (
     Mutation(
         "contract hooks",
         "log-weights of virtual entries are dropped",
-        "policies/apply.py",
+        "policies/storage.py",
         "weights[at, end : end + len(part.tokens)] = part.log_weight",
         "weights[at, end : end + len(part.tokens)] = 0",
         CONTRACT,
@@ -81,7 +79,7 @@ MUTATIONS = (
     Mutation(
         "contract hooks",
         "a reader's selection is ignored",
-        "policies/apply.py",
+        "policies/compressed.py",
         "        for reader, rows in self.readers.items():\n            read =",
         "        for reader, rows in list(self.readers.items())[:0]:\n            read =",
         CONTRACT,
@@ -225,13 +223,24 @@ def main() -> None:
         if not asked.only or any(word in each.what for word in asked.only)
     ]
     broken = failing_anyway(planted)
+    found: list[Found] = []
     with ThreadPoolExecutor(asked.jobs) as pool:
-        found = list(pool.map(lambda each: judge(each, broken, asked.guards_only), planted))
+        for one in pool.map(lambda each: judge(each, broken, asked.guards_only), planted):
+            found.append(one)
+            if asked.out:  # now, so that a run that is cut short leaves what it found
+                write(asked.out, found, asked.guards_only)
+    print(f"{sum(bool(one.caught_by) for one in found)} of {len(found)} faults caught")
+
+
+def write(path: Path, found: Sequence[Found], guards_only: bool) -> None:
     caught = sum(bool(one.caught_by) for one in found)
-    print(f"{caught} of {len(found)} faults caught")
-    if asked.out:
-        kept = {"caught": caught, "planted": len(found), "faults": [asdict(one) for one in found]}
-        asked.out.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    kept = {
+        "caught": caught,
+        "planted": len(found),
+        "guards_only": guards_only,
+        "faults": [asdict(one) for one in found],
+    }
+    path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
 def failing_anyway(planted: Sequence[Mutation]) -> list[str]:

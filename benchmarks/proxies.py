@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvtune.policies.apply import Kept, ask, store
+from kvtune.policies.kept import Kept, ask
 from kvtune.policies.policy import Policy
+from kvtune.policies.storage import store
 from kvtune.simulator.quality.build import DEFAULT_BLOCK, ahead
 from kvtune.simulator.quality.replay import LayerReplay
 from kvtune.traces.trace import SampleRecord, Trace

@@ -38,7 +38,7 @@ from kvtune.policies.policy import Policy
 from kvtune.runtime.cache.backend import Backend, PlainBackend, backend_for
 from kvtune.runtime.serving.blocks import PlannedBlocks
 from kvtune.runtime.serving.running import Running
-from kvtune.runtime.serving.seats import most_room
+from kvtune.runtime.serving.seat_planning import most_room
 from kvtune.traces.seam import causal_attention, prompt_attention
 
 Draw = Callable[[int, int, int, torch.device], list[Tensor]]

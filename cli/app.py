@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import Annotated, Any
 
 import typer
@@ -46,6 +47,7 @@ Start with: kvtune search --model llama-8b --gpu 4090 --mem 16GB
 """
 
 
+@cache
 def build() -> Any:
     """The click command that runs kvtune; no command's own work is imported for it."""
     app = typer.Typer(

@@ -19,13 +19,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.rotary import turn
-from kvtune.policies.apply import ask, store
 from kvtune.policies.decode import FREE, DecodeMethod, DecodeState, SentDrops, opened
 from kvtune.policies.format import Format, Role
 from kvtune.policies.formats.bf16 import Bf16
+from kvtune.policies.kept import ask
 from kvtune.policies.method import Method
 from kvtune.policies.option import ALL, Option
 from kvtune.policies.signals import Signals
+from kvtune.policies.storage import store
 
 Forms = tuple[Format, Format]
 """Of keys and of values."""

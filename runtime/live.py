@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.apply import Compressed, apply_together, linked
+from kvtune.policies.apply import apply_together, linked
 from kvtune.policies.attention import attend, merge
+from kvtune.policies.compressed import Compressed
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.runtime.prompts import Prompt, refuse_window

@@ -185,7 +185,8 @@ def _cost(
     tokens, batch, weights = budget.context_tokens, budget.batch, budget.weight_format
     beside = footprint_of_lengths(shape.layers, shape.kv_heads) if policy else 0
     prompt_bytes = sum(held.prompt.values()) + beside
-    waiting = waiting_bytes(shape, tokens) if policy and policy.waits else 0
+    waits = policy is not None and policy.waits
+    waiting = waiting_bytes(shape.kv_bytes(tokens), shape.layers) if waits else 0
     read = dict(held.read) or {"bf16": 0}  # nothing where all lies on the host
     step = decode_step(shape, gpu, weights, batch, read, "runtime")
     on_host = policy if policy and policy.uses_host else None

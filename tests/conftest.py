@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +15,26 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, whoever does that
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: more threads would only be in the way
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Or every worker and every process that a test starts would compile all of kvtune again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 settings.register_profile("kvtune", deadline=None, derandomize=True)
 settings.load_profile("kvtune")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "real_model: needs SmolLM2 in the model store, or pip once")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Spare the garbage collector what outlives all tests: modules and thousands of cases."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,10 @@ from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.document import ModelFacts, PolicyDocument, write_policy
 from kvtune.profiles.gpus import find_gpu
+from kvtune.profiles.model_config import shape_from_config
 from kvtune.profiles.models import find_model
+from kvtune.simulator.memory.budget import memory_budget
+from kvtune.traces.workloads import Workload
 from kvtune.tuner.explore import PLANS_FILE
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.plans import Plan, write_line
@@ -271,3 +274,24 @@ def llama(run_dir: Path, **changes: Any) -> SearchRequest:
         shape.name, shape, find_gpu("4090"), 16 * 10**9, run_dir, largest_kl=0.1, trials=12
     )
     return replace(asked, **changes)
+
+
+def little_workload() -> Workload:
+    """Two samples of 80 prompt tokens in each split, in the place of the built-in texts."""
+    each = {"prose": 1, "code": 1}
+    return Workload(dict.fromkeys(("search", "select", "evaluate"), each), tokens=96, observed=16)
+
+
+def of_own_weights(model: Path, run_dir: Path, sequences: int = 1, **asked: Any) -> SearchRequest:
+    """A search on a tiny model's folder, with room for 90 tokens of all sequences in 16 bits.
+
+    Of 80 prompt tokens and 4 generated ones, which do not quite fit: pages hold 16 each.
+    """
+    shape, gpu = shape_from_config(model), find_gpu("4090")
+    sizes: dict[str, Any] = {"context_tokens": 80, "weights": "bf16"}
+    used = memory_budget(shape, gpu, 10**10, batch=sequences, **sizes)
+    limit = 10**10 - used.cache_bytes + shape.kv_bytes(90)
+    more = {"generated_tokens": 4, "largest_kl": 0.5, "trials": 10, "device": "cpu"} | asked
+    if sequences > 1:
+        more["sequences"] = sequences
+    return SearchRequest(str(model), shape, gpu, limit, run_dir, **sizes, **more)

@@ -75,7 +75,7 @@ def test_every_command_and_option_exists(page: Path) -> None:
     for block in blocks(page):
         for words in commands_of(block["text"]):
             command, rest = options_of(words)
-            assert command is not build(), words
+            assert command is not build() or all(word.startswith("-") for word in rest), words
             known = {name for param in command.params for name in param.opts} | {"--help", "-h"}
             given = {word.partition("=")[0] for word in rest if re.match(r"--?[a-z]", word)}
             if hasattr(command, "commands"):

@@ -13,7 +13,7 @@ from kvtune.policies.allocators.adakv import AdaKV
 from kvtune.policies.allocators.as_given import AsGiven
 from kvtune.policies.allocators.model_wide import ModelWide
 from kvtune.policies.allocators.pyramid import Pyramid
-from kvtune.policies.apply import ask
+from kvtune.policies.kept import ask
 from kvtune.policies.method import Method
 from kvtune.policies.methods.expected_attention import ExpectedAttention
 from kvtune.policies.methods.keydiff import KeyDiff, KeyDiffBlockwise

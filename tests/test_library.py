@@ -11,6 +11,7 @@ import pytest
 import kvtune
 from kvtune.cli.inputs import read_policy_input
 from kvtune.common.errors import KvtuneError
+from kvtune.simulator.quality.tables import Tables
 from kvtune.tests.made_up import Notes
 from kvtune.tuner import library
 
@@ -143,7 +144,7 @@ def test_options_are_those_of_the_command() -> None:
     assert of_command - {"text"} | {"texts"} == set(library.SearchOptions.__annotations__)
 
 
-def test_a_search_that_takes_anothers_place_says_so(tmp_path: Path) -> None:
+def test_a_search_that_takes_anothers_place_says_so(packaged: Tables, tmp_path: Path) -> None:
     """Three questions one after another in one folder; the second and the third differ."""
 
     said = []

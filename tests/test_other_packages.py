@@ -36,30 +36,57 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
-def run(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(  # noqa: S603
-        [sys.executable, "-m", *arguments], env=environment, capture_output=True, text=True
-    )
+COMMANDS = """
+import contextlib, io, json, runpy, sys
+printed = []
+for module, *words in json.loads(sys.argv[1]):
+    out, sys.argv = io.StringIO(), [module, *words]
+    with contextlib.redirect_stdout(out):
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as ended:
+            code = ended.code or 0
+    printed.append([code, out.getvalue()])
+print(json.dumps(printed))
+"""
 
 
-def test_the_command_line_lists_it(elsewhere: dict[str, str]) -> None:
-    listed = json.loads(run(["kvtune", "policies", "--json"], elsewhere).stdout)
-    assert "middle_out" in {policy["name"] for policy in listed["policies"]}
-
-
-def test_a_policy_file_may_name_it(elsewhere: dict[str, str], tmp_path: Path) -> None:
-    file = tmp_path / "policy.yaml"
+@pytest.fixture(scope="module")
+def printed(
+    elsewhere: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> list[tuple[int, str]]:
+    """Exit codes and outputs of three commands in one process of that environment."""
+    file = tmp_path_factory.mktemp("policies") / "policy.yaml"
     file.write_text("kvtune_policy: 1\npolicy: {method: {name: middle_out, sinks: 2}, budget: 9}\n")
-    ran = run(
-        ["kvtune", "estimate", "-m", "smollm2-135m", "-g", "h100", "--policy", str(file)], elsewhere
-    )
+    commands = [
+        ["kvtune", "policies", "--json"],
+        ["kvtune", "estimate", "-m", "smollm2-135m", "-g", "h100", "--policy", str(file)],
+        ["kvtune.policies.testing", "middle_out"],
+    ]
+    ran = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", COMMANDS, json.dumps(commands)],
+        env=elsewhere, capture_output=True, text=True,
+    )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
+    return [(code, output) for code, output in json.loads(ran.stdout)]
 
 
-def test_the_suite_judges_it(elsewhere: dict[str, str]) -> None:
-    ran = run(["kvtune.policies.testing", "middle_out"], elsewhere)
-    assert ran.returncode == 0, ran.stderr
-    assert "keeps the highest scores" in ran.stdout
+def test_the_command_line_lists_it(printed: list[tuple[int, str]]) -> None:
+    code, output = printed[0]
+    assert code == 0
+    assert "middle_out" in {policy["name"] for policy in json.loads(output)["policies"]}
+
+
+def test_a_policy_file_may_name_it(printed: list[tuple[int, str]]) -> None:
+    code, output = printed[1]
+    assert code == 0
+    assert output
+
+
+def test_the_suite_judges_it(printed: list[tuple[int, str]]) -> None:
+    code, output = printed[2]
+    assert code == 0, output
+    assert "keeps the highest scores" in output
 
 
 def test_the_suite_fails_a_wrong_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,25 +113,25 @@ def test_pages_hold_and_answer_what_slots_do(
 def test_bounded_heads_stay_bounded(
     make_network: Callable[..., Any], tiny_fields: dict[str, Any]
 ) -> None:
-    """A head a method, several hundred tokens: the pages of the first few, and no more memory."""
+    """A head a method, more tokens than two budgets: the pages of the first few, no more memory."""
     from transformers import LlamaConfig
 
-    heads, tokens = len(METHODS), 160
+    heads, budget, tokens = len(METHODS), 48, 90
     shape = {"num_attention_heads": heads, "num_key_value_heads": heads, "hidden_size": 8 * heads}
     fields = {**tiny_fields, **shape, "num_hidden_layers": 1}
     network = make_network(LlamaConfig(**fields)).eval()
-    options = tuple(Option(method, Budget(tokens=100)) for method in METHODS)
+    options = tuple(Option(method, Budget(tokens=budget)) for method in METHODS)
     cache = load_cache(Policy("all", (options,)), network, evicts=True, new_tokens=64)
-    network(**ids(120), past_key_values=cache)
+    network(**ids(60), past_key_values=cache)
     layer, memory, taken = cache.layers[0].paged, cache.pool.memory.numel(), []
     for at in range(tokens):
-        step(network, cache, torch.tensor([2 + at % 200]), torch.tensor([120 + at]))
+        step(network, cache, torch.tensor([2 + at % 200]), torch.tensor([60 + at]))
         taken.append([len(cells) for cells in layer.pages[GROWN]])
-    most = [-(-method.most(100, 100) // 16) for method in METHODS]
+    most = [-(-method.most(budget, budget) // 16) for method in METHODS]
     assert (torch.tensor(taken) <= torch.tensor(most)).all()
     assert cache.page_bytes() == layer.growing_layout.page_bytes * sum(taken[-1])
     assert cache.pool.memory.numel() == memory
-    assert min(cache.evicted()[0]) > tokens - 100
+    assert min(cache.evicted()[0]) > tokens - budget
     assert layer.paged.lengths.tolist() == layer.lengths.ravel().tolist()
     cache.pool.check_integrity()
 
@@ -179,10 +179,10 @@ def test_heads_that_do_not_evict_grow_beside_those_that_do(network: Any) -> None
         (Option(Tova(), Budget(tokens=6)), Option(Tova(), Budget(tokens=6))),
     )
     cache = load_cache(Policy("mixed", heads), network, evicts=True, new_tokens=8)
-    network.generate(**ids(40), max_new_tokens=101, min_new_tokens=101, past_key_values=cache)
-    assert cache.evicted() == [[100, 0], [0, 100], [100, 100]]
+    network.generate(**ids(40), max_new_tokens=51, min_new_tokens=51, past_key_values=cache)
+    assert cache.evicted() == [[50, 0], [0, 50], [50, 50]]
     lengths = [layer.paged.lengths.sum(0).tolist() for layer in cache.layers]
-    assert lengths == [[5, 111], [140, 7], [6, 6]]
+    assert lengths == [[5, 61], [90, 7], [6, 6]]
     cache.pool.check_integrity()
 
 

@@ -172,15 +172,16 @@ def test_a_model_decodes_as_ever_with_a_launch_less(
 ) -> None:
     import transformers
 
-    fields = {**tiny_fields, "head_dim": 64, "num_hidden_layers": 2}
-    slides = {"sliding_window": 12} if "Gemma" in family else {}
+    fields = {**tiny_fields, "head_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    fields["num_key_value_heads"] = 1
+    slides = {"sliding_window": 5} if "Gemma" in family else {}
     network = make_network(getattr(transformers, f"{family}Config")(**fields, **slides)).eval()
-    ids = torch.randint(2, 250, (1, 14), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(2, 250, (1, 7), generator=torch.Generator().manual_seed(0))
 
     def through_pages(backend: Backend) -> Tensor:
         monkeypatch.setattr("kvtune.runtime.cache.policy_cache.backend_for", lambda _: backend)
         with fused(network):
-            return told(network, ids, load_cache(Policy.uniform(Option(), 2, 2), network))
+            return told(network, ids, load_cache(Policy.uniform(Option(), 2, 1), network))
 
     expected = told(network, ids, transformers.DynamicCache(config=network.config))
     with fused(network):

@@ -15,7 +15,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.policies.allocators.cake_layers import CakeLayers
 from kvtune.policies.allocators.compresskv_layers import CompressKVLayers
 from kvtune.policies.allocators.model_wide import ModelWide
-from kvtune.policies.apply import ask
+from kvtune.policies.kept import ask
 from kvtune.policies.methods.cake import Cake
 from kvtune.policies.methods.compresskv import CompressKV
 from kvtune.policies.methods.expected_attention import ExpectedAttention

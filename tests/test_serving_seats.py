@@ -17,7 +17,7 @@ from kvtune.policies.policy import Policy
 from kvtune.runtime.cache.backend import Backend, PlainBackend, TritonBackend
 from kvtune.runtime.serving.blocks import PlannedBlocks
 from kvtune.runtime.serving.running import Running
-from kvtune.runtime.serving.seats import most_room
+from kvtune.runtime.serving.seat_planning import most_room
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 pytest.importorskip("triton", reason="Triton is not installed; the kernels have no interpreter")

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.allocators.adakv import AdaKV
-from kvtune.policies.apply import Compressed, apply, apply_each, apply_options, apply_together
+from kvtune.policies.apply import apply, apply_each, apply_options, apply_together
+from kvtune.policies.compressed import Compressed
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.grouped import Int2, Int4, Int8
 from kvtune.policies.methods.full import Full

@@ -23,11 +23,9 @@ from kvtune.policies.methods.quest import Quest
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.document import read_policy
 from kvtune.profiles.gpus import find_gpu
-from kvtune.profiles.model_config import shape_from_config
 from kvtune.profiles.models import find_model
-from kvtune.simulator.memory.budget import memory_budget
 from kvtune.simulator.quality.tables import Tables
-from kvtune.tests.made_up import llama, write_study
+from kvtune.tests.made_up import little_workload, llama, of_own_weights, write_study
 from kvtune.tuner import sources
 from kvtune.tuner.baselines import FAMILIES
 from kvtune.tuner.options import METHODS, Menu, alike, every_method
@@ -206,21 +204,10 @@ def own(
 ) -> SearchRequest:
     """A search on the tiny model, with room for not quite one uncompressed prompt in pages."""
     from kvtune.traces import workloads
-    from kvtune.traces.workloads import Workload
 
-    each = {"prose": 1, "code": 1}
-    counts = dict.fromkeys(("search", "select", "evaluate"), each)
-    little = Workload(counts, tokens=96, observed=16)
-    monkeypatch.setattr(workloads, "named_workload", lambda *_: little)
+    monkeypatch.setattr(workloads, "named_workload", lambda *_: little_workload())
     monkeypatch.setenv("KVTUNE_CACHE", str(tmp_path / "cache"))
-    shape, gpu = shape_from_config(saved_model), find_gpu("4090")
-    sizes = {"context_tokens": 80, "weights": "bf16"}
-    used = memory_budget(shape, gpu, 10**10, **sizes)  # type: ignore[arg-type]
-    limit = 10**10 - used.cache_bytes + shape.kv_bytes(90)  # one takes six pages of 16
-    return SearchRequest(
-        str(saved_model), shape, gpu, limit, tmp_path / "run", **sizes,  # type: ignore[arg-type]
-        generated_tokens=4, largest_kl=0.5, trials=10, device="cpu",
-    )  # fmt: skip
+    return of_own_weights(saved_model, tmp_path / "run")
 
 
 def test_a_menu_of_all_methods_is_captured_for_and_replayed(

@@ -18,6 +18,7 @@ from kvtune.policies.export.limits import EngineLimits
 from kvtune.policies.option import Option
 from kvtune.policies.paging import landing_bytes
 from kvtune.policies.policy import Policy, footprint_of_lengths
+from kvtune.simulator.memory.peak import waiting_bytes
 from kvtune.simulator.quality.tables import Tables
 from kvtune.tuner.allocate import Problem, solve, solve_both
 from kvtune.tuner.exchange import Choice
@@ -97,7 +98,8 @@ class Question:
     def _room(self, context: int, sequences: int, waits: bool) -> int:
         """Bytes for the caches of so many sequences."""
         room = self.rooms[context] - self.working(context, sequences)
-        return room - self._waiting(context, waits) - sequences * self._landing(context)
+        waiting = waiting_bytes(self.full_bytes(context), self.tables.layers) if waits else 0
+        return room - waiting - sequences * self._landing(context)
 
     def _landing(self, context: int) -> int:
         """Bytes where pages from the host land, one layer's, of one sequence at most."""
@@ -106,11 +108,6 @@ class Question:
         shape = context, self.head_dim
         each = max(landing_bytes(o, o.budget.resolve(context), *shape) for o in self.options)
         return min(self.tables.kv_heads * each, 2 * self.most_moved)
-
-    def _waiting(self, context: int, waits: bool) -> int:
-        """Bytes of one uncompressed prompt that is held until its end, but for one layer."""
-        layers = self.tables.layers
-        return self.full_bytes(context) * (layers - 1) // layers if waits else 0
 
     def prompt_budget(self, context: int, sequences: int, waits: bool = False) -> int:
         """Bytes that the pages of each sequence's compressed prompt may take.

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvtune.policies.apply import ask, held_bytes
+from kvtune.policies.kept import ask
 from kvtune.policies.parts import HeadPart
 from kvtune.policies.policy import Policy
 from kvtune.policies.reader import BlockReader
 from kvtune.policies.room import Room
 from kvtune.policies.signals import Signals
+from kvtune.policies.storage import held_bytes
 from kvtune.runtime.cache.placing import place
 from kvtune.runtime.cache.selecting import paged_reader
 

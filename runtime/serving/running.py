@@ -25,7 +25,8 @@ from kvtune.runtime.serving.compressing import compress
 from kvtune.runtime.serving.held import Held, Stored
 from kvtune.runtime.serving.pages import RequestPages
 from kvtune.runtime.serving.reading import Reading
-from kvtune.runtime.serving.seats import Seats, Size
+from kvtune.runtime.serving.seat_planning import Size
+from kvtune.runtime.serving.seats import Seats
 from kvtune.traces.seam import prompt_attention
 
 _HEADS_TIMES_TOKENS = 2**17

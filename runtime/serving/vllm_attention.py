@@ -23,7 +23,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from kvtune.common.errors import KvtuneError
 from kvtune.runtime.serving.running import Running, Step
-from kvtune.runtime.serving.seats import most_room
+from kvtune.runtime.serving.seat_planning import most_room
 
 
 def register_attention(backend: str) -> None:

@@ -45,12 +45,13 @@ def peak_memory(
     return add(*parts, exact(cache_bytes_per_sequence * batch, "B"))
 
 
-def waiting_bytes(shape: ModelShape, context_tokens: int) -> int:
-    """What is held beside all else while a policy waits for the end of one prompt.
+def waiting_bytes(full_bytes: int, layers: int) -> int:
+    """Bytes held beside all else while a policy waits for the end of one prompt.
 
-    Its uncompressed cache but for one layer's, which is part of every prefill.
+    They are the prompt's uncompressed cache, ``full_bytes``, but for one of its layers, which is
+    part of every prefill.
     """
-    return shape.kv_bytes(context_tokens) * (shape.layers - 1) // shape.layers
+    return full_bytes * (layers - 1) // layers
 
 
 def largest_batch(

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kvtune.policies.apply import Compressed, apply_each
+from kvtune.policies.apply import apply_each
 from kvtune.policies.attention import attend, merge
+from kvtune.policies.compressed import Compressed
 from kvtune.policies.option import Option
 from kvtune.policies.signals import Signals
 from kvtune.traces.trace import LayerTrace

@@ -189,7 +189,8 @@ def _waiting(
     """Bytes of one prompt that plans hold uncompressed until its end; 0 of others, ``[n]``."""
     waits = np.array([holds_whole_prompt(option) for option in options], bool)
     lengths, which = np.unique(contexts, return_inverse=True)
-    each = np.array([waiting_bytes(shape, int(context)) for context in lengths], np.float64)
+    full = [shape.kv_bytes(int(context)) for context in lengths]
+    each = np.array([waiting_bytes(held, shape.layers) for held in full], np.float64)
     held: Floats = each[which] * (counts[:, waits].sum(1) > 0)
     return held
 

@@ -1,0 +1,57 @@
+"""A shortcut for methods that only drop tokens: all heads are gathered and stored as one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from kvtune.policies.compressed import Compressed
+from kvtune.policies.format import Format, Role
+from kvtune.policies.method import Method
+from kvtune.policies.option import Option
+from kvtune.policies.parts import PartPlan
+from kvtune.policies.signals import Signals
+
+
+def kept_tokens(method: Method, budget: int, signals: Signals) -> Tensor | None:
+    """The tokens ``[H, n]`` that a method keeps, where that is all it does; None otherwise."""
+    parts = method.parts(signals, budget)
+    if len(parts) != 1 or method.reader(budget) is not None:
+        return None
+    part = parts[0]
+    changed = (part.keys, part.values, part.formats)
+    plain = part.plan.is_plain and all(each is None for each in changed)
+    return part.tokens if plain and part.tokens.shape[-1] else None
+
+
+def store_tokens(
+    options: Sequence[Option], kept: Mapping[Method, Tensor], signals: Signals
+) -> Compressed:
+    """Options of methods that only drop tokens, ``[O, H, n, D]``; each format stores once."""
+    tokens = torch.stack(list(kept.values()))  # [M, H, n]
+    lead, (size, head_dim) = tokens.shape[:2], (tokens.shape[-1], signals.keys.shape[-1])
+    counts = torch.full((lead[0] * lead[1],), size, device=tokens.device)
+    methods = torch.tensor([list(kept).index(option.method) for option in options])
+
+    def stored(whole: Tensor, forms: Sequence[Format], role: Role) -> Tensor:
+        at = tokens[..., None].expand(*tokens.shape, head_dim)
+        plain = whole.expand(len(tokens), *whole.shape).gather(2, at).flatten(0, 1)
+        found = torch.empty(len(options), lead[1], size, head_dim, device=whole.device)
+        for form in dict.fromkeys(forms):
+            columns = [column for column, other in enumerate(forms) if other == form]
+            narrow = form.roundtrip(plain, counts, role).unflatten(0, lead)
+            found[columns] = narrow[methods[columns]].to(found.dtype)
+        return found
+
+    each = [
+        PartPlan(size).stored_bytes((option.keys, option.values), head_dim) for option in options
+    ]
+    return Compressed(
+        stored(signals.keys, [option.keys for option in options], "keys"),
+        stored(signals.values, [option.values for option in options], "values"),
+        torch.full((len(options), lead[1]), size, device=tokens.device),
+        tuple(lead[1] * sum(both) for both in each),
+        padded=False,
+    )
