@@ -119,6 +119,7 @@ def test_the_choice_of_a_sampler_has_a_reason() -> None:
 class Point:
     kl: float
     tokens_at_once: int
+    weights: str = "bf16"
 
 
 def brute(points: Sequence[Point], worst: float) -> float:

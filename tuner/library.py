@@ -24,6 +24,7 @@ from kvtune.common.units import Amount, parse_bytes, parse_seconds, parse_tokens
 from kvtune.policies.policy_file.document import PolicyDocument, read_policy
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.simulator.latency.chunks import Reading
+from kvtune.simulator.memory.weights import listed_formats
 from kvtune.tuner.cases import Asked, Card, Case
 from kvtune.tuner.limits import Limits
 from kvtune.tuner.request import SearchRequest
@@ -59,7 +60,8 @@ class SearchOptions(TypedDict, total=False):
         context: prompt tokens of a sequence, 8192; ``"4k-64k"`` lets the search choose.
         generated: tokens that each sequence generates, 256.
         batch: sequences at once; left out, as many as ``max_kl`` allows.
-        weights: weight format; ``"auto"`` takes the widest that fits.
+        weights: weight format; ``"auto"`` takes the widest that fits; of several, ``"bf16,int4"``,
+            or ``"any"``, the widest with which a plan does what is asked.
         max_kl: loss that is acceptable, nats a token, 0.02.
         trials: of the outer study, 60.
         workload: texts that are searched on: ``"small"`` for a CPU, ``"full"`` for a GPU.
@@ -251,7 +253,7 @@ def estimate(
     context: Amount | Sequence[Amount] = 8192,
     generated: Amount = 256,
     batch: int | Sequence[int] = 1,
-    weights: str = "auto",
+    weights: str | Sequence[str] = "auto",
     policy: Path | str | PolicyDocument | None = None,
     gpus: int = 1,
     stack: StackChoice = "kvtune",
@@ -267,7 +269,8 @@ def estimate(
         context: prompt tokens of a sequence, one length or several.
         generated: tokens that each sequence generates.
         batch: sequences at once, one number or several.
-        weights: weight format; ``"auto"`` takes the widest that fits.
+        weights: weight formats, one or several; ``"auto"`` takes the widest that fits, ``"any"`` is
+            16, 8 and 4 bits.
         policy: a policy file or its document.
         gpus: cards that share each layer.
         stack: whose kernels: kvtune's, or vllm, sglang or trtllm as NVIDIA measured them.
@@ -275,7 +278,7 @@ def estimate(
         chunk: tokens of a prompt that are read at once; None for all.
 
     Returns:
-        Every combination of card, context and batch: the full cache, then the policy.
+        Every combination of card, weights, context and batch: the full cache, then the policy.
 
     Raises:
         KvtuneError: something is unknown or out of bounds.
@@ -292,7 +295,7 @@ def estimate(
         cards=cards,
         contexts=[read_context(one, shape) for one in _several(context)],
         batches=[_within("--batch", one, 1, MOST_SEQUENCES) for one in _several(batch)],
-        weights=weights,
+        weights=listed_formats(",".join(_several(weights)), shape, cards[0].gpu),
         document=document,
         evicts=False,
         gpus=gpus,

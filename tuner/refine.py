@@ -77,7 +77,8 @@ def _finalists(found: Found) -> list[Candidate]:
     Plans that follow head scores are run whatever the tables say of them.
     """
     best = pick(front(found.expected), found.request.largest_kl)
-    same = [c for c in found.expected if (c.context, c.sequences) == (best.context, best.sequences)]
+    at = *best.place, best.sequences
+    same = [c for c in found.expected if (*c.place, c.sequences) == at]
     ranked = [best, *sorted(same, key=lambda c: c.kl)]
     each = list({c.choice.tobytes(): c for c in reversed(ranked)}.values())[::-1]
     return each[:FINALISTS] + [c for c in each[FINALISTS:] if BY_HEADS in c.parameters]

@@ -22,7 +22,8 @@ class SearchRequest:
         gpu: the card's profile.
         memory_bytes: device memory that everything together may take.
         run_dir: where config, journal, policy and result go; resumed if it holds this search.
-        weights: weight format, or "auto" for the widest that fits.
+        weights: weight format, or "auto" for the widest that fits; of several, separated by commas,
+            or "any", the widest with which a plan does what is asked.
         context_tokens: prompt tokens of each sequence; the fewest, where the search may choose.
         longest_context: the most that the search may choose, in doublings; None to choose nothing.
         generated_tokens: tokens each sequence generates, cached in 16 bits.

@@ -103,6 +103,7 @@ class FrontPoint:
         parameters: what the study chose.
         chosen: whether this is the plan.
         band: of a stand-in, around ``kl``; None where the loss is the model's own.
+        weights: format of the model's weights beside it; its own loss is in no figure.
     """
 
     kl: Loss
@@ -115,6 +116,7 @@ class FrontPoint:
     parameters: dict[str, Parameter]
     chosen: bool = False
     band: Estimate | None = None
+    weights: Name = ""
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,21 @@ class Point(Protocol):
     def tokens_at_once(self) -> int:
         """What memory serves, more is better."""
 
+    @property
+    def weights(self) -> str:
+        """The format of the weights; fronts of different formats are not compared."""
+
 
 def hypervolume(points: Sequence[Point], worst_loss: float) -> float:
-    """What a front covers: loss below ``worst_loss`` times the logarithm of tokens at once."""
+    """What fronts cover: loss below ``worst_loss`` times the logarithm of tokens at once.
+
+    Summed over the formats of the weights, each of which has a front of its own.
+    """
+    formats = sorted({point.weights for point in points})
+    return sum(_covered([p for p in points if p.weights == each], worst_loss) for each in formats)
+
+
+def _covered(points: Sequence[Point], worst_loss: float) -> float:
     ordered = sorted(points, key=lambda point: point.kl)
     covered, most = 0.0, 1.0
     for point in ordered:

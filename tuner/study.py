@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -45,15 +45,21 @@ def suggest(trial: optuna.Trial, question: Question) -> dict[str, Any]:
     if len(question.contexts) > 1:
         context = trial.suggest_categorical("context", question.contexts)
     chosen["context"] = context
+    if len(question.freed) > 1:
+        chosen["weights"] = trial.suggest_categorical("weights", list(question.freed))
+        question = question.under(chosen["weights"])
     chosen["sequences"] = question.sequences or trial.suggest_int(
-        _sequences_at(context), 1, max(question.most_sequences(context), 1), log=True
+        _sequences_at(context, chosen.get("weights")),
+        1,
+        max(question.most_sequences(context), 1),
+        log=True,
     )
     return chosen
 
 
-def _sequences_at(context: int) -> str:
-    """A context's own parameter: how many sequences fit depends on it."""
-    return f"sequences of {context} tokens"
+def _sequences_at(context: int, weights: str | None) -> str:
+    """A parameter of each context and format of weights: how many fit depends on them."""
+    return f"sequences of {context} tokens" + (f", {weights} weights" if weights else "")
 
 
 def _switches(question: Question) -> list[str]:
@@ -92,8 +98,7 @@ def run_study(
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     progress = progress or Silent()
-    fixed = solver.question.sequences and len(solver.question.contexts) == 1
-    brain = optuna.create_study(directions=["minimize"] if fixed else ["minimize", "maximize"])
+    brain = optuna.create_study(directions=list(solver.question.objectives))
     record = Journal(journal, progress)
     known = [_replay(brain, solver, trial, record, sampler, seed) for trial in record.trials]
     remaining = range(len(known), trials)
@@ -128,14 +133,14 @@ def _try(brain: optuna.Study, solver: Solver) -> Candidate | None:
     if candidate is None:
         brain.tell(trial, state=TrialState.FAIL)
         return None
-    brain.tell(trial, _values(candidate)[: len(brain.directions)])
+    brain.tell(trial, _values(candidate, solver.question))
     return candidate
 
 
-def values_of(trial: optuna.Trial, solver: Solver, objectives: int) -> list[float] | None:
+def values_of(trial: optuna.Trial, solver: Solver) -> list[float] | None:
     """A trial's values; None where its options cannot fit."""
     candidate = _answered(trial, solver)
-    return None if candidate is None else _values(candidate)[:objectives]
+    return None if candidate is None else _values(candidate, solver.question)
 
 
 def _answered(trial: optuna.Trial, solver: Solver) -> Candidate | None:
@@ -146,8 +151,14 @@ def _answered(trial: optuna.Trial, solver: Solver) -> Candidate | None:
     return candidate
 
 
-def _values(candidate: Candidate) -> list[float]:
-    return [candidate.kl, float(candidate.tokens_at_once)]
+def _values(candidate: Candidate, question: Question) -> list[float]:
+    """What the question's objectives are of a candidate."""
+    several = len(question.freed) > 1
+    return [
+        candidate.kl,
+        *([float(candidate.tokens_at_once)] if "maximize" in question.objectives else []),
+        *([float(candidate.freed_bytes)] if several else []),
+    ]
 
 
 def _recorded(trial: optuna.trial.FrozenTrial) -> Trial:
@@ -202,15 +213,16 @@ def enqueue_defaults(brain: optuna.Study, question: Question, skip: int) -> None
         brain.enqueue_trial({**default, "shrinkage": 0.4, **start})
 
 
-def _ladder(question: Question) -> list[dict[str, int]]:
-    """Steps from one sequence to as many as fit, eight in all or five a context."""
-    several = len(question.contexts) > 1
-    count = max(8 // len(question.contexts), 5)
-    steps = []
-    for context in question.contexts:
-        here = {"context": context} if several else {}
-        most = max(question.most_sequences(context), 1)
+def _ladder(question: Question) -> list[dict[str, Any]]:
+    """Steps from one sequence to as many as fit: eight, or five a context and format of weights."""
+    contexts, formats = question.contexts, list(question.freed)
+    count = max(8 // (len(contexts) * len(formats)), 5)
+    steps: list[dict[str, Any]] = []
+    for context, weights in product(contexts, formats):
+        here: dict[str, Any] = {"context": context} if len(contexts) > 1 else {}
+        here |= {"weights": weights} if len(formats) > 1 else {}
+        most = max(question.under(weights).most_sequences(context), 1)
         numbers = sorted({int(n) for n in np.geomspace(1, most, count).round()})
-        name = _sequences_at(context)
+        name = _sequences_at(context, here.get("weights"))
         steps += [here] if question.sequences else [{**here, name: n} for n in numbers]
     return steps

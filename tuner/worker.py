@@ -66,8 +66,6 @@ def publish(
     """Leave everything in the run directory that workers need."""
     folder = request.run_dir
     save_tables(solver.question.tables, folder / TABLES, {})
-    question = solver.question
-    fixed = question.sequences and len(question.contexts) == 1
     asked = asdict(replace(request, shape=None, gpu=None))  # type: ignore[arg-type]
     asked |= {"shape": request.shape.name, "gpu": request.gpu.slug}
     shared = Shared(
@@ -77,7 +75,7 @@ def publish(
         trials=trials,
         sampler=sampler,
         seed=request.seed,
-        objectives=("minimize",) if fixed else ("minimize", "maximize"),
+        objectives=solver.question.objectives,
         tables=sha256(folder / TABLES),
         request=json.loads(json.dumps(asked, default=str)),
     )
@@ -122,7 +120,7 @@ def join(folder: Path, solver_of: Callable[[SearchRequest, QualitySource], Solve
 def _work(study: optuna.Study, shared: Shared, solver: Solver) -> int:
     return work(
         study,
-        lambda trial: values_of(trial, solver, len(shared.objectives)),
+        lambda trial: values_of(trial, solver),
         lambda number: sampler_of(shared.sampler, shared.seed, number),
     )
 
