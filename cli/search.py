@@ -88,6 +88,16 @@ SamplerOption = Annotated[
         "--sampler", help="Which proposes trials; left out: by their number, with the reason."
     ),
 ]
+JobsOption = Annotated[
+    int,
+    typer.Option(
+        "--jobs",
+        metavar="N",
+        min=1,
+        max=1024,
+        help="Trials that are asked for at once and answered side by side, on so many cores.",
+    ),
+]
 StorageOption = Annotated[
     str | None,
     typer.Option(
@@ -174,6 +184,7 @@ def command(
     ttft: TtftOption = None,
     sequences: SequencesOption = None,
     sampler: SamplerOption = None,
+    jobs: JobsOption = 1,
     storage: StorageOption = None,
     engine: EngineOption = None,
     start: StartOption = None,
@@ -211,6 +222,7 @@ def command(
         ttft=ttft,
         sequences=sequences,
         sampler=sampler,
+        jobs=jobs,
         storage=storage,
         engine=engine,
         start=[read_policy_path(path) for path in start or ()],

@@ -107,7 +107,7 @@ def _front(result: SearchResult) -> RenderableType:
         *(["context"] if _chose_context(result) else []),
         "at once",
         *(["all heads"] if banded else []),
-        f"KL, {BAND if banded else 'table'}",
+        *([f"KL, {BAND}"] if banded else ["KL, chosen on", "KL, not chosen on"]),
         "of bf16",
         f"time per token, {tier}",
         *([] if banded else [f"tokens/s, {tier}"]),
@@ -132,6 +132,12 @@ def _weight_bytes(result: SearchResult, point: FrontPoint) -> float:
     return weight_bytes(result.request.shape, check_format(point.weights)).value
 
 
+def _loss(point: FrontPoint) -> str:
+    """The band of a stand-in, else the loss without the luck of the choice, where it is known."""
+    known = point.band or point.unseen
+    return f"{point.kl:.3g}" if known is None else figure(known, tier=False)
+
+
 def _chosen(result: SearchResult) -> FrontPoint:
     return next(point for point in result.front if point.chosen)
 
@@ -139,10 +145,10 @@ def _chosen(result: SearchResult) -> FrontPoint:
 def _best_with(result: SearchResult, weights: str) -> FrontPoint:
     """The plan with these weights that the search's rule prefers; the chosen one has been run."""
     points = [point for point in result.front if point.weights == weights]
-    within = [point for point in points if point.kl <= result.request.largest_kl]
+    within = [point for point in points if point.believed <= result.request.largest_kl]
     if within:
         return max(within, key=lambda p: (p.chosen, p.context_tokens * p.sequences))
-    return min(points, key=lambda p: (not p.chosen, p.kl))
+    return min(points, key=lambda p: (not p.chosen, p.believed))
 
 
 def _by_weights(result: SearchResult) -> RenderableType:
@@ -154,7 +160,7 @@ def _by_weights(result: SearchResult) -> RenderableType:
             point.weights,
             format_bytes(_weight_bytes(result, point)),
             f"{point.sequences} of {format_tokens(point.context_tokens)}",
-            figure(point.band, tier=False) if point.band else f"{point.kl:.3g}",
+            _loss(point),
             figure(point.time_per_token, tier=False),
             figure(point.tokens_per_second, tier=False),
         )
@@ -199,7 +205,11 @@ def _point(point: FrontPoint, context: bool) -> tuple[str, ...]:
         *([count(point.context_tokens)] if context else []),
         count(point.sequences),
         *([str(point.parameters["uniform"])] if point.band else []),
-        figure(point.band, tier=False) if point.band else f"{point.kl:.3g}",
+        *(
+            [figure(point.band, tier=False)]
+            if point.band
+            else [f"{point.kl:.3g}", figure(point.unseen, tier=False)]
+        ),
         percent(point.share),
         figure(point.time_per_token, tier=False),
         *([] if point.band else [figure(point.tokens_per_second, tier=False)]),

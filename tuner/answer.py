@@ -14,10 +14,11 @@ from kvtune.policies.paging import host_sequence_bytes
 from kvtune.policies.policy import Policy
 from kvtune.simulator.cost import Cost, policy_cost
 from kvtune.tuner.baselines import COSTS
+from kvtune.tuner.cross_fit import cross_fitted_front
 from kvtune.tuner.explore.record import selection_split
 from kvtune.tuner.lengths import length_note
 from kvtune.tuner.live_baselines import live_baselines
-from kvtune.tuner.question import Candidate, Solver, front
+from kvtune.tuner.question import Candidate, Solver
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import Baseline, FrontPoint, Quality, SearchResult
 from kvtune.tuner.serving_room import Budgets
@@ -144,7 +145,8 @@ def cost_of(
 
 
 def _front_points(found: Found, chosen: Candidate) -> tuple[FrontPoint, ...]:
-    shown = {c.number: c for c in (*front(found.expected), chosen)}.values()
+    points = cross_fitted_front(found.source, found.expected)
+    shown = {c.number: c for c in (chosen, *points)}.values()
     points = [_front_point(found, each, each.number == chosen.number) for each in shown]
     return tuple(sorted(points, key=lambda p: (p.context_tokens * p.sequences, -p.kl)))
 
@@ -163,6 +165,7 @@ def _front_point(found: Found, candidate: Candidate, chosen: bool) -> FrontPoint
         chosen=chosen,
         band=_band(found.source, candidate),
         weights=candidate.weights,
+        unseen=candidate.unseen,
     )
 
 
@@ -181,7 +184,7 @@ def _notes(found: Found, chosen: Candidate, quality: Quality) -> tuple[str, ...]
         limit = f"within {request.largest_kl:g} nats a token"
         reason = (
             f"the most found for which {whose} stays {limit}"
-            if chosen.kl <= request.largest_kl
+            if chosen.believed <= request.largest_kl
             else f"the least loss found; none stays {limit}"
         )
         notes.append(f"at once: {chosen.sequences} of {chosen.context} tokens, {reason}.")
@@ -211,7 +214,9 @@ def _weights_reason(found: Found, chosen: Candidate) -> str:
     formats, largest_kl = found.solver.question.freed, found.request.largest_kl
     if len(formats) == 1:
         return found.budgets[chosen.place].reason
-    which = "the widest within" if chosen.kl <= largest_kl else "the least loss; none is within"
+    which = (
+        "the widest within" if chosen.believed <= largest_kl else "the least loss; none is within"
+    )
     return (
         f"{chosen.weights} of {', '.join(formats)}: {which} {largest_kl:g} nats a token. Losses "
         "are the cache's alone: what narrower weights lose is not known and in no figure. Bytes "

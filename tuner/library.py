@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 N = TypeVar("N", int, float, "int | None")
 
-MOST_SEQUENCES, MOST_TRIALS, MOST_KL = 10**6, 10**5, 100.0
+MOST_SEQUENCES, MOST_TRIALS, MOST_KL, MOST_JOBS = 10**6, 10**5, 100.0, 1024
 _PROBES = {"cpu": 4, "cuda": 16}
 
 
@@ -72,6 +72,7 @@ class SearchOptions(TypedDict, total=False):
         ttft: most time for reading and compressing one prompt: ``"2s"``; left out, any.
         sequences: that must fit at once, at least; left out, one.
         sampler: ``"tpe"``, ``"nsga2"`` or ``"random"``; left out, by the number of trials.
+        jobs: trials that are asked for at once and answered side by side, 1.
         storage: URL of a database through which other workers share the trials.
         engine: makes trace and tables: ``"processes:4"``, or a dask scheduler's address.
         start: policy files of published patterns or former searches to begin with.
@@ -99,6 +100,7 @@ class SearchOptions(TypedDict, total=False):
     ttft: str | None
     sequences: int | None
     sampler: Sampler | None
+    jobs: int
     storage: str | None
     engine: str | None
     start: Iterable[Path | str]
@@ -160,6 +162,11 @@ def search_request(
             "--read-bytes and --moved-bytes are limits of two different searches",
             hint="give one of them.",
         )
+    if options.get("jobs", 1) > 1 and options.get("storage") is not None:
+        raise KvtuneError(
+            "--jobs answers trials side by side here, --storage shares them with workers",
+            hint="give one of them; kvtune worker can be started as often as there are cores.",
+        )
     shortest = wanted.partition("-")[0]
     target = read_target(model, gpu, mem, shortest, options.get("generated", 256))
     context, longest = read_context_range(wanted, target.shape)
@@ -189,6 +196,7 @@ def search_request(
         read_bytes=None if read is None else parse_bytes(read),
         limits=_limits(options),
         sampler=options.get("sampler"),
+        jobs=_within("--jobs", options.get("jobs", 1), 1, MOST_JOBS),
         storage=options.get("storage"),
         engine=options.get("engine"),
         starts=tuple(map(Path, options.get("start", ()))),

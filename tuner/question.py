@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Estimate
 from kvtune.policies.export.limits import EngineLimits
 from kvtune.policies.option import Option
 from kvtune.policies.paging import landing_bytes
@@ -185,6 +186,7 @@ class Candidate:
         excess: by which share of each limit it is beyond it; negative where it keeps to it.
         weights: format of the model's weights beside it.
         freed_bytes: that this format leaves beyond the widest one of the question.
+        unseen: of a point of the front, loss on samples that the choice did not see.
     """
 
     number: int
@@ -197,6 +199,12 @@ class Candidate:
     excess: dict[str, float] = field(default_factory=dict)
     weights: str = ""
     freed_bytes: int = 0
+    unseen: Estimate | None = None
+
+    @property
+    def believed(self) -> float:
+        """Loss without the luck of being the best of many, where that is known, nats/token."""
+        return self.kl if self.unseen is None else self.unseen.value
 
     @property
     def place(self) -> tuple[str, int]:
@@ -409,7 +417,7 @@ def pick(front_: Sequence[Candidate], largest_kl: float) -> Candidate:
     Of several formats of the weights the widest in which there is one: what narrower ones lose is
     in no figure.
     """
-    within = [candidate for candidate in front_ if candidate.kl <= largest_kl]
+    within = [candidate for candidate in front_ if candidate.believed <= largest_kl]
     if within:
         return min(within, key=lambda c: (c.freed_bytes, -c.tokens_at_once))
-    return min(front_, key=lambda c: c.kl)
+    return min(front_, key=lambda c: c.believed)

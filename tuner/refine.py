@@ -16,9 +16,10 @@ import numpy as np
 from kvtune.common.progress import Progress
 from kvtune.simulator.quality.calibration import Calibration
 from kvtune.tuner.answer import Found
+from kvtune.tuner.cross_fit import cross_fitted_front
 from kvtune.tuner.explore.record import selection_split
 from kvtune.tuner.head_points import BY_HEADS
-from kvtune.tuner.question import Candidate, front, pick
+from kvtune.tuner.question import Candidate, pick
 from kvtune.tuner.sources import QualitySource
 
 ROUNDS = 3
@@ -76,7 +77,7 @@ def _finalists(found: Found) -> list[Candidate]:
 
     Plans that follow head scores are run whatever the tables say of them.
     """
-    best = pick(front(found.expected), found.request.largest_kl)
+    best = pick(cross_fitted_front(found.source, found.expected), found.request.largest_kl)
     at = *best.place, best.sequences
     same = [c for c in found.expected if (*c.place, c.sequences) == at]
     ranked = [best, *sorted(same, key=lambda c: c.kl)]

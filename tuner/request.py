@@ -40,6 +40,7 @@ class SearchRequest:
         read_bytes: that a decode step may read of each sequence's prompt; None for any.
         limits: on time and number of sequences, which every plan has to keep to.
         sampler: which proposes trials; None for the one that their number suggests.
+        jobs: trials that are asked for at once and answered side by side.
         storage: URL of the database through which workers share the trials; None for none.
         engine: what makes trace and tables: ``processes:4`` or a dask scheduler's address; None for
             this process.
@@ -71,6 +72,7 @@ class SearchRequest:
     read_bytes: int | None = None
     limits: Limits = field(default_factory=Limits)
     sampler: Sampler | None = None
+    jobs: int = 1
     storage: str | None = None
     engine: str | None = None
     starts: tuple[Path, ...] = ()

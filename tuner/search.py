@@ -23,6 +23,7 @@ from kvtune.policies.paging import Growth, growing_bytes, head_bytes
 from kvtune.simulator.memory.peak import prefill_peak_bytes
 from kvtune.simulator.quality.tables import on_both_sides
 from kvtune.tuner.answer import Found, answer, cost_of
+from kvtune.tuner.cross_fit import cross_fitted_front
 from kvtune.tuner.explore.facts import EACH, Facts
 from kvtune.tuner.explore.record import Recorder, selection_split
 from kvtune.tuner.finished import answers_another, finished, keep_finished
@@ -111,6 +112,7 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
             progress=progress,
             sampler=sampler.name,
             found=record,
+            jobs=request.jobs,
         )
         if facts.trials
         else []
@@ -309,7 +311,8 @@ def _choose(found: Found, progress: Progress) -> tuple[Found, Candidate]:
     """The front's best; where the model can run, after live rounds on the selection samples."""
     run = live_on_selection(found, progress)
     if run is None:
-        return found, pick(front(found.expected), found.request.largest_kl)
+        points = cross_fitted_front(found.source, found.expected)
+        return found, pick(points, found.request.largest_kl)
     return refine(found, run)
 
 
