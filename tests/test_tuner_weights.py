@@ -170,7 +170,9 @@ def test_the_explorer_shows_each_plan_with_its_own_weights(
     assert figures.weights[study.chosen] == "fp8"
     assert figures.budget(study.chosen).cache_bytes == result.budget.cache_bytes
     assert figures.estimate("step_s", study.chosen).value == pytest.approx(result.latency.value)
-    assert study.document(study.plans[study.chosen], study.facts.weights).serving.weights == "fp8"
+    served = study.document(study.plans[study.chosen], study.facts.weights).serving
+    assert served is not None
+    assert served.weights == "fp8"
     alone = figures_of(study, replace(Setting.asked(study.facts), weights="int4"))
     rows = np.flatnonzero(study.weights == "int4")
     assert len(rows)

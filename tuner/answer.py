@@ -145,8 +145,8 @@ def cost_of(
 
 
 def _front_points(found: Found, chosen: Candidate) -> tuple[FrontPoint, ...]:
-    points = cross_fitted_front(found.source, found.expected)
-    shown = {c.number: c for c in (chosen, *points)}.values()
+    best = cross_fitted_front(found.source, found.expected)
+    shown = {c.number: c for c in (chosen, *best)}.values()
     points = [_front_point(found, each, each.number == chosen.number) for each in shown]
     return tuple(sorted(points, key=lambda p: (p.context_tokens * p.sequences, -p.kl)))
 

@@ -50,9 +50,11 @@ def left_out(losses: NDArray[np.float64], kinds: Sequence[str]) -> NDArray[np.fl
     """
     count = len(kinds)
     if count < 2:
-        return losses[losses.mean(1).argmin()]
+        best = losses.mean(1).argmin(keepdims=True)
+        return np.asarray(losses[best].ravel())
     best = (losses @ _weights_without(kinds)).argmin(0)
-    return losses[best, np.arange(count)]
+    found: NDArray[np.float64] = losses[best, np.arange(count)]
+    return found
 
 
 def _weights_without(kinds: Sequence[str]) -> NDArray[np.float64]:
