@@ -8,8 +8,8 @@ search samples; its loss is that of the tables on samples that were held out, wi
 heads, and its ratio to the variant that is in use, on the same samples, with a 95 % interval.
 ``price descent`` was in use before: a bisection of the byte price with coordinate sweeps. ``speed``
 scores random configurations, and allocates 80 layers x 8 KV heads x 60 options at one budget; its
-processor time tells what two free cores do, also while others use them. ``small_cases`` compares made-up
-problems of five to seven heads with the best of all their configurations.
+processor time tells what two free cores do, also while others use them. ``small_cases`` compares
+made-up problems of five to seven heads with the best of all their configurations.
 """
 
 from __future__ import annotations
