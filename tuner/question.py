@@ -26,6 +26,8 @@ from kvtune.tuner.limits import Excess, no_limits, with_excess
 from kvtune.tuner.linked import PAIRS, is_linked, solve_pairs
 from kvtune.tuner.within import expressible, format_label, is_narrow, splits_of
 
+_NO_MIX = 1e-3  # beyond its room by so little counts a trial that keeps each limit, but not both
+
 
 @dataclass(frozen=True)
 class Question:
@@ -246,11 +248,8 @@ class Solver:
 
     def answer(self, number: int, parameters: dict[str, Any]) -> Candidate | None:
         """Solve one trial; None where its options cannot fit."""
-        columns = self._columns(parameters)
         context, sequences = parameters["context"], parameters["sequences"]
-        question = self.question.under(parameters.get("weights", self.question.weights))
-        waits = any(holds_whole_prompt(question.tables.options[o]) for o in columns)
-        budget = question.prompt_budget(context, sequences, waits)
+        question, columns, budget = self._asked(parameters)
         whole = self.problems[context]
         problem = whole.allowing(columns).shrunk(parameters["shrinkage"])
         try:
@@ -260,6 +259,24 @@ class Solver:
         return replace(self, question=question).candidate(
             choice, context, sequences, parameters, number
         )
+
+    def beyond_room(self, parameters: dict[str, Any]) -> float:
+        """By which share of its own bytes the least that a trial could store is beyond its room."""
+        question, columns, budget = self._asked(parameters)
+        heads, problem = question.tables.heads, self.problems[parameters["context"]]
+        shares = [1 - budget / (heads * int(problem.footprint[columns].min()))]
+        if question.read_budget is not None and problem.read is not None:
+            least = heads * int(problem.read[columns].min())
+            shares.append(1 - question.read_budget / max(least, 1))
+        return max(*shares, _NO_MIX)
+
+    def _asked(self, parameters: dict[str, Any]) -> tuple[Question, Choice, int]:
+        """A trial's question, the options that it admits, and bytes for the pages of a prompt."""
+        columns = self._columns(parameters)
+        question = self.question.under(parameters.get("weights", self.question.weights))
+        waits = any(holds_whole_prompt(question.tables.options[o]) for o in columns)
+        at_once = parameters["context"], parameters["sequences"]
+        return question, columns, question.prompt_budget(*at_once, waits)
 
     def under(self, weights: str) -> Solver:
         """The same where the weights have one format."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +21,10 @@ class Point(Protocol):
     @property
     def tokens_at_once(self) -> int:
         """What memory serves, more is better."""
+
+    @property
+    def misses(self) -> Mapping[str, float]:
+        """The limits that it does not keep to; the front is of what keeps to all."""
 
     @property
     def weights(self) -> str:
@@ -49,11 +53,13 @@ def _covered(points: Sequence[Point], worst_loss: float) -> float:
 def stagnates(points: Sequence[Point], patience: int = PATIENCE) -> bool:
     """Whether the last ``patience`` points added less than half a percent to what was covered.
 
+    Points that miss a limit cover nothing, and a search that has no other goes on.
+
     The reference, the largest loss of the points before them, is fixed by what came first.
     """
     if len(points) <= patience:
         return False
-    before = points[:-patience]
-    worst = max(point.kl for point in before)
+    before, now = ([p for p in some if not p.misses] for some in (points[:-patience], points))
+    worst = max((point.kl for point in before), default=0.0)
     then = hypervolume(before, worst)
-    return then > 0 and hypervolume(points, worst) - then < LEAST_GAIN * then
+    return then > 0 and hypervolume(now, worst) - then < LEAST_GAIN * then

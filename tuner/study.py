@@ -25,6 +25,7 @@ from kvtune.tuner.stagnation import PATIENCE, stagnates
 if TYPE_CHECKING:
     import optuna
 
+ROOM = "room"
 Asked = tuple["optuna.Trial", dict[str, Any]]
 """A trial that was begun, and what it chose."""
 
@@ -71,8 +72,8 @@ def run_study(
                 break
             asked = [study.ask(number) for number in batch]
             answers = threads.map(lambda each: solver.answer(each[0].number, each[1]), asked)
-            for (trial, _), candidate in zip(asked, answers, strict=True):
-                study.tell(trial, candidate)
+            for one, candidate in zip(asked, answers, strict=True):
+                study.tell(one, candidate)
                 if candidate is not None:
                     candidates.append(candidate)
                     found(candidate)
@@ -119,18 +120,19 @@ class _Study:
             _ = trial.relative_params  # NSGA-II overlooks parents whose proposals nobody looked at
             return trial, suggest(trial, self.solver.question)
 
-    def tell(self, trial: optuna.Trial, candidate: Candidate | None) -> None:
-        """End a trial: failed where its options cannot fit.
+    def tell(self, asked: Asked, candidate: Candidate | None) -> None:
+        """End a trial; one whose options cannot fit has no values, but says how far they miss.
 
         Raises:
             KvtuneError: this question's trials cannot choose what was recorded.
         """
         from optuna.trial import TrialState
 
+        trial, _ = asked
+        _tell_limits(asked, candidate, self.solver)
         if candidate is None:
-            self.brain.tell(trial, state=TrialState.FAIL)
+            self.brain.tell(trial, state=TrialState.PRUNED)
         else:
-            _tell_limits(trial, candidate)
             self.brain.tell(trial, _values(candidate, self.solver.question))
         ended, number = _recorded(self.brain.trials[trial.number]), trial.number
         if number >= len(self.journal.trials):
@@ -145,15 +147,18 @@ class _Study:
 
 def values_of(trial: optuna.Trial, solver: Solver) -> list[float] | None:
     """A trial's values, its limits told to the sampler; None where its options cannot fit."""
-    candidate = solver.answer(trial.number, suggest(trial, solver.question))
+    parameters = suggest(trial, solver.question)
+    candidate = solver.answer(trial.number, parameters)
+    _tell_limits((trial, parameters), candidate, solver)
+    return None if candidate is None else _values(candidate, solver.question)
+
+
+def _tell_limits(asked: Asked, candidate: Candidate | None, solver: Solver) -> None:
+    """By which share of each limit a trial is beyond it, the room for its caches among them."""
+    trial, parameters = asked
     if candidate is None:
-        return None
-    _tell_limits(trial, candidate)
-    return _values(candidate, solver.question)
-
-
-def _tell_limits(trial: optuna.Trial, candidate: Candidate) -> None:
-    """By which share of each limit the candidate is beyond it."""
+        trial.set_constraint(ROOM, solver.beyond_room(parameters))
+        return
     for name, by in candidate.excess.items():
         trial.set_constraint(name, by)
 
