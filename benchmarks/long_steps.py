@@ -5,7 +5,7 @@
 
 Five caches read the same tokens side by side, as in ``long_plans.py``: the uncompressed one, a plan
 in four bits whose heads have budgets of their own under a bound, and three rules for all heads.
-Without ``--model`` it is a random Llama of four layers, whose losses mean nothing: what is measured
+Without ``--model`` it is a random Llama of two layers, whose losses mean nothing: what is measured
 is processor time by stretch of 256 tokens, so that others on the machine do not count, that of the
 model alone beside it, and the most bytes that the plan held, over its bound. What is done after
 ``--seconds`` is written.
@@ -39,13 +39,13 @@ SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)
 
 
 def random_llama() -> LoadedModel:
-    """Four layers of SmolLM2's width with random weights; its tokenizer is not needed."""
+    """Two layers with heads of 64 and random weights; it needs no tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=512, hidden_size=576, intermediate_size=1536, num_hidden_layers=4,
-        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
+        vocab_size=512, hidden_size=384, intermediate_size=768, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=3, max_position_embeddings=8192,
     )  # fmt: skip
     return wrap(LlamaForCausalLM(config).eval(), None, name="random-llama")
 
@@ -121,7 +121,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="", help="left out: a random Llama of four layers")
+    parser.add_argument("--model", default="", help="left out: a random Llama of two layers")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--seconds", type=float, default=1200.0)

@@ -210,6 +210,20 @@ class DecodeMethod(ScoredMethod):
         ascending = torch.cat((least, beyond), -1)
         return keys < ascending.gather(-1, drops[..., None])
 
+    def leaving_one(self, state: DecodeState) -> Tensor:
+        """The slot of the entry that ``leaving`` names where one leaves each head, ``[B, H, 1]``.
+
+        As nearly always while tokens are generated; no entries are sorted for it.
+        """
+        import torch
+
+        live, worth, protected = state.live, self.worth(state).float(), state.protected
+        kept = ~live if protected is None else protected | ~live
+        worth = worth.masked_fill(kept, torch.inf)
+        least = live & (worth == worth.amin(-1, keepdim=True))
+        never = torch.iinfo(torch.int64).max
+        return state.positions.masked_fill(~least, never).argmin(-1, keepdim=True)
+
 
 def opened(
     method: DecodeMethod | None, signals: Signals, positions: Tensor, heads: Tensor

@@ -227,15 +227,20 @@ class SlotCache:
         if shift is not None and self.rope is not None:
             keys = turn(keys, shift, self.rope)
         logits = (queries * self.scale) @ keys.transpose(-1, -2)
-        return logits.masked_fill_(~self.state.live[:, :, None], -torch.inf).softmax(-1)
+        if (self.sizes < keys.shape[2]).any():
+            logits.masked_fill_(~self.state.live[:, :, None], -torch.inf)
+        return logits.softmax(-1)
 
     def _evict(self, method: DecodeMethod) -> None:
         drops = method.drops(self.sizes, self.budgets, self.state.generated)
         if not drops.any():
             return
-        sent = self._drops.on(self.keys.device, drops)
-        leaving = method.leaving(self.state, sent, int(drops.max()))
-        self.state.positions.masked_fill_(leaving, FREE)
+        if (drops == 1).all():
+            self.state.positions.scatter_(-1, method.leaving_one(self.state), FREE)
+        else:
+            sent = self._drops.on(self.keys.device, drops)
+            leaving = method.leaving(self.state, sent, int(drops.max()))
+            self.state.positions.masked_fill_(leaving, FREE)
         self.sizes -= drops
         self.evicted += drops
 

@@ -50,8 +50,8 @@ def left_out(losses: NDArray[np.float64], kinds: Sequence[str]) -> NDArray[np.fl
     """
     count = len(kinds)
     if count < 2:
-        best = losses.mean(1).argmin(keepdims=True)
-        return np.asarray(losses[best].ravel())
+        alone: NDArray[np.float64] = losses[losses.mean(1).argmin()]
+        return alone
     best = (losses @ _weights_without(kinds)).argmin(0)
     found: NDArray[np.float64] = losses[best, np.arange(count)]
     return found
