@@ -98,7 +98,7 @@ def command(
     context: ContextOption = "8192",
     generated: options.Generated = "256",
     batch: BatchOption = "1",
-    weights: options.Weights = "auto",
+    weights: options.WeightFormats = "auto",
     policy: options.PolicyBeside = None,
     evicts: EvictsOption = False,
     prefix: PrefixOption = "0",
@@ -152,18 +152,20 @@ def _asked(
 ) -> Asked:
     from kvtune.cli.case_options import read_batch, read_cards, read_several
     from kvtune.common.units import parse_bytes, parse_tokens
+    from kvtune.simulator.memory.weights import listed_formats
     from kvtune.tuner.cases import Asked
     from kvtune.tuner.target import read_context, read_model
 
     name, shape = read_model(model)
+    cards = read_cards(gpu, figures, None if mem is None else parse_bytes(mem), price)
     return Asked(
         model=name,
         shape=shape,
         generated_tokens=parse_tokens(generated),
-        cards=read_cards(gpu, figures, None if mem is None else parse_bytes(mem), price),
+        cards=cards,
         contexts=read_several(context, "--context", lambda word: read_context(word, shape)),
         batches=read_several(batch, "--batch", read_batch),
-        weights=weights,
+        weights=listed_formats(weights, shape, cards[0].gpu),
         document=None,
         evicts=False,
     )

@@ -50,6 +50,7 @@ OPTIONS = {
         "ttft",
         "sequences",
         "sampler",
+        "jobs",
         "storage",
         "engine",
         "start",

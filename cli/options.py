@@ -145,14 +145,20 @@ Sequences = Annotated[
         help="Sequences at once; left out: as many as --max-kl allows.",
     ),
 ]
+_FORMATS = (
+    "bf16, fp8, int8, int4, awq, gptq, mxfp4, nvfp4, nf4, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, "
+    "q3_k_m; stored for a checkpoint's own, or auto for the widest that fits."
+)
 Weights = Annotated[
+    str, typer.Option("--weights", metavar="FORMAT", help=f"Weight format: {_FORMATS}")
+]
+WeightFormats = Annotated[
     str,
     typer.Option(
         "--weights",
-        metavar="FORMAT",
-        help="Weight format: bf16, fp8, int8, int4, awq, gptq, mxfp4, nvfp4, nf4, q8_0, q6_k, "
-        "q5_k_m, q4_k_m, q4_0, q3_k_m; stored for a checkpoint's own, or auto for the widest that "
-        "fits.",
+        metavar="FORMATS",
+        help=f"Weight format: {_FORMATS} Several are separated by commas, any is 16, 8 and 4 bits; "
+        "what narrower weights lose is counted nowhere.",
     ),
 ]
 Seed = Annotated[

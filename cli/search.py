@@ -88,6 +88,16 @@ SamplerOption = Annotated[
         "--sampler", help="Which proposes trials; left out: by their number, with the reason."
     ),
 ]
+JobsOption = Annotated[
+    int,
+    typer.Option(
+        "--jobs",
+        metavar="N",
+        min=1,
+        max=1024,
+        help="Trials that are asked for at once and answered side by side, on so many cores.",
+    ),
+]
 StorageOption = Annotated[
     str | None,
     typer.Option(
@@ -163,7 +173,7 @@ def command(
     context: ContextOption = "8192",
     generated: options.Generated = "256",
     batch: options.Sequences = None,
-    weights: options.Weights = "auto",
+    weights: options.WeightFormats = "auto",
     max_kl: MaxKlOption = 0.02,
     trials: options.Trials = 60,
     workload: options.Workload = "small",
@@ -174,6 +184,7 @@ def command(
     ttft: TtftOption = None,
     sequences: SequencesOption = None,
     sampler: SamplerOption = None,
+    jobs: JobsOption = 1,
     storage: StorageOption = None,
     engine: EngineOption = None,
     start: StartOption = None,
@@ -211,6 +222,7 @@ def command(
         ttft=ttft,
         sequences=sequences,
         sampler=sampler,
+        jobs=jobs,
         storage=storage,
         engine=engine,
         start=[read_policy_path(path) for path in start or ()],
@@ -274,14 +286,16 @@ def _search(requests: Sequence[SearchRequest], output: Output) -> None:
 def _search_long(requests: Sequence[SearchRequest], held_bytes: str, output: Output) -> None:
     from kvtune.cli.long_report import tables
     from kvtune.common.errors import KvtuneError
+    from kvtune.simulator.memory.weights import listed_formats
     from kvtune.tuner.long.search import read_bound, run_long_search
 
-    if len(requests) > 1 or len(requests[0].contexts) > 1:
-        raise KvtuneError(
-            "--held-bytes plans for one card and one context",
-            hint="name one --gpu and one --context.",
-        )
     request = requests[0]
+    several = len(listed_formats(request.weights, request.shape, request.gpu)) > 1
+    if several or len(requests) > 1 or len(request.contexts) > 1:
+        raise KvtuneError(
+            "--held-bytes plans for one card, one context and one format of weights",
+            hint="name one --gpu, one --context and one of --weights.",
+        )
     result = run_long_search(request, read_bound(held_bytes, request), progress=output.progress)
     output.show(*tables(result, request.run_dir))
     output.finish("search", result.as_dict() | {"run_dir": str(request.run_dir)})

@@ -59,11 +59,16 @@ def _facts(case: Case) -> dict[str, Any]:
         "copies": case.split.copies,
         "batch": case.batch,
         "policy": case.policy,
-        "weights": case.budget.weight_format if case.budget else None,
+        "weights": case.budget.weight_format if case.budget else _named(case),
         "fits": case.fits,
         "sequences_that_fit": case.sequences_that_fit,
         "limit_bytes": case.card.memory_bytes,
     }
+
+
+def _named(case: Case) -> str | None:
+    """The format that was asked for by name, of a case whose weights do not fit."""
+    return None if case.weights == "auto" else case.weights
 
 
 def _figures(case: Case) -> dict[str, Estimate | None]:
@@ -116,7 +121,8 @@ def _cells(cases: Sequence[Case]) -> tuple[list[str], list[list[str]]]:
 
 
 def _formats(cases: Sequence[Case]) -> list[str]:
-    return sorted({case.budget.weight_format for case in cases if case.budget})
+    found = (case.budget.weight_format if case.budget else _named(case) for case in cases)
+    return list(dict.fromkeys(each for each in found if each))
 
 
 def _row(case: Case) -> dict[str, str]:
@@ -128,7 +134,7 @@ def _row(case: Case) -> dict[str, str]:
         "copies x GPUs": f"{case.split.copies} x {case.split.gpus}",
         "prompts": f"{count(case.batch)} x {count(case.context_tokens)}",
         "policy": case.policy,
-        "weights": case.budget.weight_format if case.budget else "-",
+        "weights": case.budget.weight_format if case.budget else _named(case) or "-",
         "GiB of it": f"{case.card.memory_bytes / GIB:.1f}",
         "peak, GiB": memory,
         "most at once": most,

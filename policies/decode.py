@@ -188,12 +188,14 @@ class DecodeMethod(ScoredMethod):
         both = torch.tensor([[bounds(int(b)) for b in row] for row in budgets], device=device)
         return both[..., :1], both[..., 1:]
 
-    def leaving(self, state: DecodeState, drops: Tensor) -> Tensor:
+    def leaving(self, state: DecodeState, drops: Tensor, most: int | None = None) -> Tensor:
         """Which entries leave, ``[B, H, n]`` bool: the least worth, of equals the older.
 
         Args:
             state: is not changed.
             drops: how many of each head's live entries, ``[B, H]`` int64.
+            most: the largest of them, where the caller has it on the host: mostly one entry leaves,
+                and so many need not be sorted.
         """
         import torch
 
@@ -203,8 +205,24 @@ class DecodeMethod(ScoredMethod):
         never = torch.iinfo(torch.int64).max
         keys = _order(worth, state.positions).masked_fill(~state.live, never)
         beyond = torch.full_like(keys[..., :1], never)  # where all that is live leaves
-        ascending = torch.cat((keys.sort(-1).values, beyond), -1)
+        few = keys.shape[-1] if most is None else min(most + 1, keys.shape[-1])
+        least = keys.topk(few, largest=False).values
+        ascending = torch.cat((least, beyond), -1)
         return keys < ascending.gather(-1, drops[..., None])
+
+    def leaving_one(self, state: DecodeState) -> Tensor:
+        """The slot of the entry that ``leaving`` names where one leaves each head, ``[B, H, 1]``.
+
+        As nearly always while tokens are generated; no entries are sorted for it.
+        """
+        import torch
+
+        live, worth, protected = state.live, self.worth(state).float(), state.protected
+        kept = ~live if protected is None else protected | ~live
+        worth = worth.masked_fill(kept, torch.inf)
+        least = live & (worth == worth.amin(-1, keepdim=True))
+        never = torch.iinfo(torch.int64).max
+        return state.positions.masked_fill(~least, never).argmin(-1, keepdim=True)
 
 
 def opened(

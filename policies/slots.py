@@ -32,6 +32,7 @@ Forms = tuple[Format, Format]
 """Of keys and of values."""
 EXACT: Forms = (Bf16(), Bf16())
 ROLES: tuple[Role, Role] = ("keys", "values")
+_BLOCK = 256  # slots that are added where all are taken
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ class SlotCache:
         if method is not None:
             method.check_heads(budgets)
         self.most = self._most(room)
-        slots = int(self.most.max(initial=1))
+        self.grew = True  # whether the last token made a head hold more than ever before
+        slots = min(int(self.most.max(initial=1)), prompt.keys.shape[2] + _BLOCK)
         self.keys, self.values = (_widened(x, slots) for x in (prompt.keys, prompt.values))
         self.state = self._open(prompt, signals, _numbers(heads, signals), slots)
 
@@ -182,6 +184,8 @@ class SlotCache:
 
     def _enter(self, keys: Tensor, values: Tensor) -> None:
         state = self.state
+        if self.sizes.max(initial=0) == self.keys.shape[2]:
+            self._add_slots()
         slot = state.positions.argmin(-1, keepdim=True)  # the first free one
         state.generated += 1
         state.positions.scatter_(-1, slot, state.now)
@@ -190,7 +194,16 @@ class SlotCache:
         if self.method is not None:
             self.method.enter(state, slot, keys, values)
         self.sizes += 1
-        self.peak = np.maximum(self.peak, self.sizes)
+        self.grew = bool((self.sizes > self.peak).any())
+        if self.grew:
+            self.peak = np.maximum(self.peak, self.sizes)
+
+    def _add_slots(self) -> None:
+        """A block more of each head: every step reads all slots, so that few of them are empty."""
+        state, slots = self.state, self.keys.shape[2] + _BLOCK
+        self.keys, self.values = (_widened(x, slots) for x in (self.keys, self.values))
+        state.positions = _widened(state.positions, slots, FREE)
+        state.statistics = {name: _widened(x, slots) for name, x in state.statistics.items()}
 
     def _store_oldest(self) -> None:
         """Store the generated tokens that lie behind the residual window, a window's at a time."""
@@ -199,10 +212,14 @@ class SlotCache:
             return
         last = state.now - self.residual
         first = max(last - stride + 1, state.prompt_tokens)
-        old = ((state.positions >= first) & (state.positions <= last))[..., None]
-        counts = torch.full(old.shape[:2], old.shape[2], device=old.device)
+        old = (state.positions >= first) & (state.positions <= last)
+        chosen = old.float().topk(min(stride, old.shape[-1]), sorted=False)  # these, and others
+        counts = torch.full(old.shape[:2], chosen.indices.shape[-1], device=old.device)
         for tensor, form, role in zip((self.keys, self.values), self.forms, ROLES, strict=True):
-            tensor.copy_(torch.where(old, form.roundtrip(tensor, counts, role), tensor))
+            at = chosen.indices[..., None].expand(-1, -1, -1, tensor.shape[-1])
+            exact = tensor.gather(2, at)
+            stored = form.roundtrip(exact, counts, role)
+            tensor.scatter_(2, at, torch.where(chosen.values[..., None] > 0, stored, exact))
 
     def _attention(self, queries: Tensor) -> Tensor:
         """Probabilities over all slots ``[B, H, G, n]``, zero at empty ones."""
@@ -211,14 +228,20 @@ class SlotCache:
         if shift is not None and self.rope is not None:
             keys = turn(keys, shift, self.rope)
         logits = (queries * self.scale) @ keys.transpose(-1, -2)
-        return logits.masked_fill_(~self.state.live[:, :, None], -torch.inf).softmax(-1)
+        if (self.sizes < keys.shape[2]).any():
+            logits.masked_fill_(~self.state.live[:, :, None], -torch.inf)
+        return logits.softmax(-1)
 
     def _evict(self, method: DecodeMethod) -> None:
         drops = method.drops(self.sizes, self.budgets, self.state.generated)
         if not drops.any():
             return
-        leaving = method.leaving(self.state, self._drops.on(self.keys.device, drops))
-        self.state.positions.masked_fill_(leaving, FREE)
+        if (drops == 1).all():
+            self.state.positions.scatter_(-1, method.leaving_one(self.state), FREE)
+        else:
+            sent = self._drops.on(self.keys.device, drops)
+            leaving = method.leaving(self.state, sent, int(drops.max()))
+            self.state.positions.masked_fill_(leaving, FREE)
         self.sizes -= drops
         self.evicted += drops
 
@@ -265,9 +288,9 @@ def stores_apart(form: Format) -> bool:
     )
 
 
-def _widened(tensor: Tensor, slots: int) -> Tensor:
-    """``[B, H, slots, ...]`` with the tensor at the front, zeros behind; a copy."""
-    wide = tensor.new_zeros(*tensor.shape[:2], slots, *tensor.shape[3:])
+def _widened(tensor: Tensor, slots: int, behind: int = 0) -> Tensor:
+    """``[B, H, slots, ...]`` with the tensor at the front, one number behind; a copy."""
+    wide = tensor.new_full((*tensor.shape[:2], slots, *tensor.shape[3:]), behind)
     wide[:, :, : tensor.shape[2]] = tensor
     return wide
 

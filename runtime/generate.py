@@ -263,6 +263,12 @@ class Generation:
             total += float(group.cache.bytes_of(entries(group.cache))[own].sum())
         return total + footprint_of_lengths(geometry.layers, geometry.kv_heads)
 
+    def _grew(self, row: int) -> bool:
+        """Whether any of a policy's heads holds more than ever before."""
+        return any(
+            group.cache.grew for layer in self.layers for group in layer if row in group.rows
+        )
+
     def _refuse(self, entries: Callable[[SlotCache], NDArray[Any]], does: str) -> None:
         """Refuse policies whose heads, with so many entries each at once, exceed their limit.
 
@@ -271,7 +277,9 @@ class Generation:
         """
         for row, live in enumerate(self.policies):
             limit = live.limit_bytes
-            if limit is not None and (held := self._bytes(row, entries)) > limit:
+            if limit is None or not self._grew(row):
+                continue
+            if (held := self._bytes(row, entries)) > limit:
                 raise KvtuneError(
                     f"the policy {live.name!r} {does} {held:.0f} bytes, and {limit} are its limit",
                     hint="give its heads smaller budgets, or raise the limit.",

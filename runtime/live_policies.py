@@ -62,11 +62,19 @@ class Group:
     cache: SlotCache
 
     @cached_property
-    def index(self) -> tuple[Tensor, Tensor]:
-        """Picks ``[rows, heads, ...]`` out of a tensor ``[B, H, ...]``."""
+    def index(self) -> tuple[Tensor | slice, Tensor | slice]:
+        """Picks ``[rows, heads, ...]`` out of a tensor ``[B, H, ...]``; of neighbours a view."""
+        if (rows := _slice(self.rows)) and (heads := _slice(self.heads)):
+            return rows, heads
         device = self.cache.keys.device
-        rows, heads = (torch.tensor(x, device=device) for x in (self.rows, self.heads))
-        return rows[:, None], heads[None]
+        each, beside = (torch.tensor(x, device=device) for x in (self.rows, self.heads))
+        return each[:, None], beside[None]
+
+
+def _slice(numbers: tuple[int, ...]) -> slice | None:
+    """Consecutive numbers as a slice; None of others."""
+    first, end = numbers[0], numbers[-1] + 1
+    return slice(first, end) if numbers == tuple(range(first, end)) else None
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.rotary import turn
-from kvtune.policies.decode import DecodeMethod
+from kvtune.policies.decode import FREE, DecodeMethod, DecodeState
 from kvtune.policies.methods.a2sf import A2SF, DECODE, PREFILL
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.keyformer import Keyformer
@@ -386,3 +388,26 @@ def test_a_trimmed_prompt_is_reindexed_once() -> None:
     torch.testing.assert_close(merged[0][:, :2], turn(signals.keys[:, :2], gap, PlainRope()))
     assert torch.equal(merged[0][:, 2:], signals.keys[:, -CASE.budget + 2 :])
     assert StreamingLLM().merge(signals, kept) is None
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_the_one_that_leaves_is_what_sorting_all_would_name(seed: int) -> None:
+    """With equal worths, with empty slots, and where all that is live is protected."""
+    rng = torch.Generator().manual_seed(seed)
+    slots = 9
+    positions = torch.stack([torch.randperm(40, generator=rng)[:slots] for _ in range(6)]).reshape(
+        2, 3, slots
+    )
+    empty = torch.rand(positions.shape, generator=rng) < 0.3
+    empty[..., 0] = False
+    positions = positions.masked_fill(empty, FREE)
+    drawn = torch.randint(-1, 2, positions.shape, generator=rng).float() * 0.0
+    drawn += torch.randint(0, 3, positions.shape, generator=rng)
+    state = DecodeState(positions, 38, {"drawn": drawn}, 0, torch.arange(3), generated=2)
+    bounds = torch.randint(0, 20, (2, 2, 3, 1), generator=rng)
+    state.pinned = (bounds[0], bounds[1]) if seed % 3 else None
+    one = torch.ones(2, 3, dtype=torch.int64)
+    for most in (None, 1):
+        named = A2SF().leaving(state, one, most)
+        assert (named.sum(-1) == 1).all()
+        assert torch.equal(named.long().argmax(-1, keepdim=True), A2SF().leaving_one(state))

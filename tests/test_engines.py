@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 import pytest
 
 from kvtune.common.errors import KvtuneError
-from kvtune.tuner.engines import open_engine
+from kvtune.common.processes import own_device, processes
+from kvtune.tuner.engines import _devices, open_engine
 
 
 @pytest.mark.parametrize("name", ["processes:", "processes:0", "processes:x", "two", "processes"])
@@ -26,6 +30,31 @@ def test_a_scheduler_that_does_not_answer_is_told() -> None:
 
 @pytest.mark.full
 def test_processes_answer() -> None:
-    with open_engine("processes:2", "cpu") as (engine, devices):
+    with open_engine("processes:2", "cpu") as engine:
         assert engine.submit(abs, -3).result() == 3
-        assert devices == ("cpu",)
+
+
+def test_on_a_host_with_gpus_each_process_is_to_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert _devices("cuda") == ("cuda:0", "cuda:1")
+    assert _devices("cpu") == ("cpu",)
+
+
+def where(_: int) -> tuple[int, str]:
+    """By a worker: which process this is, and its device; slow enough that all take part."""
+    time.sleep(0.05)
+    return os.getpid(), own_device("none")
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.full)])
+def test_every_process_has_one_device_and_every_device_a_process(count: int) -> None:
+    devices = ("cuda:0", "cuda:1")
+    with processes(count, devices) as engine:
+        found = set(engine.map(where, range(20 * count)))
+        while len({process for process, _ in found}) < count:  # one that had not started yet
+            found |= set(engine.map(where, range(4 * count)))
+    assert len(found) == count, "a process keeps its device"
+    assert {device for _, device in found} == set(devices)
+    assert own_device("none") == "none", "the caller has none"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -119,6 +119,8 @@ def test_the_choice_of_a_sampler_has_a_reason() -> None:
 class Point:
     kl: float
     tokens_at_once: int
+    weights: str = "bf16"
+    misses: Mapping[str, float] = field(default_factory=dict)
 
 
 def brute(points: Sequence[Point], worst: float) -> float:
@@ -142,6 +144,40 @@ def test_a_front_that_stopped_growing_stops_the_study() -> None:
     assert stagnates([*first, *same])
     assert not stagnates([*first, *same[:20]])
     assert not stagnates([*first, *same[:39], Point(0.05, 200)])
+
+
+def test_plans_beyond_a_limit_do_not_stop_a_study_nor_hide_what_it_finds() -> None:
+    beyond = Point(0.001, 10**6, misses={"--tpot": 0.5})
+    first, same = [Point(0.5, 10), Point(0.1, 100)], [Point(0.2, 50)] * 39
+    assert not stagnates([beyond] * 60), "there is nothing yet to keep"
+    assert stagnates([*first, *same, beyond]), "what misses a limit adds nothing"
+    assert not stagnates([beyond, *first, *same, Point(0.05, 200)]), "and covers nothing"
+
+
+def test_a_trial_that_cannot_fit_says_how_far_it_misses(
+    make_tables: Callable[..., Tables], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvtune.tuner import study
+
+    tables, seen = make_tables(), {}
+    solver = Solver.of(replace(study_of(tables, 10**6).question, sequences=3))
+    tight = replace(solver, question=replace(solver.question, rooms={256: 8_000}))
+    told = study._tell_limits
+
+    def watched(asked: Any, candidate: Candidate | None, solver: Solver) -> None:
+        told(asked, candidate, solver)
+        if candidate is None:
+            seen[asked[0].number] = asked[0].constraints[study.ROOM], asked[1]
+
+    monkeypatch.setattr(study, "_tell_limits", watched)
+    found = run_study(tight, trials=30, sampler="random")
+    assert seen
+    assert not {each.number for each in found} & set(seen)
+    for by, parameters in seen.values():
+        columns = tight._columns(parameters)
+        least = tables.heads * int(tight.problems[256].footprint[columns].min())
+        assert by == pytest.approx(1 - (8_000 // 3) / least)
+        assert by > 0
 
 
 def test_the_front_is_of_plans_within_the_limits(make_tables: Callable[..., Tables]) -> None:

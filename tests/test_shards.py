@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from kvtune.common.processes import processes
 from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.snapkv import SnapKV
@@ -49,8 +49,8 @@ def alone(job: CaptureJob, folder: Path) -> Trace:
     return capture(loaded, job.samples, folder, probes=job.probes, signals=job.signals)
 
 
-def same(engine: Executor, job: CaptureJob, folder: Path, devices: tuple[str, ...]) -> None:
-    one, many = alone(job, folder), capture_on(engine, job, devices)
+def same(engine: Executor, job: CaptureJob, folder: Path) -> None:
+    one, many = alone(job, folder), capture_on(engine, job)
     assert [s.id for s in many.samples] == [s.id for s in one.samples]
     assert not (job.folder / PARTS).exists()
     for sample in one.samples:
@@ -58,23 +58,24 @@ def same(engine: Executor, job: CaptureJob, folder: Path, devices: tuple[str, ..
             ours, theirs = one.layer(sample.id, layer), many.layer(sample.id, layer)
             assert all((ours[name] == theirs[name]).all() for name in ours.tensors)
     tables = build_tables(one, OPTIONS, block=4)
-    shared = build_tables_on(engine, many, OPTIONS, block=4, devices=devices)
+    shared = build_tables_on(engine, many, OPTIONS, block=4)
     assert shared.factor.tobytes() == tables.factor.tobytes()
     assert np.array_equal(shared.loss, tables.loss)
-    assert capture_on(engine, job, devices).samples == many.samples  # what is there is not run
+    assert capture_on(engine, job).samples == many.samples  # what is there is not run
 
 
 @pytest.fixture
-def processes() -> Iterator[Executor]:
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as engine:
+def two() -> Iterator[Executor]:
+    with processes(2, ("cpu", "cpu:0")) as engine:
         yield engine
 
 
 @pytest.mark.full
 def test_two_processes_make_the_trace_and_tables_of_one(
-    processes: Executor, job: CaptureJob, tmp_path: Path
+    two: Executor, job: CaptureJob, tmp_path: Path
 ) -> None:
-    same(processes, job, tmp_path / "one", ("cpu", "cpu:0"))
+    """Each has a device of its own, as two GPUs of one host would be shared out."""
+    same(two, job, tmp_path / "one")
 
 
 @pytest.mark.full
@@ -87,7 +88,7 @@ def test_a_dask_cluster_makes_the_trace_and_tables_of_one_process(
         distributed.LocalCluster(**started, local_directory=str(tmp_path)) as cluster,
         distributed.Client(cluster) as client,
     ):
-        same(client.get_executor(), job, tmp_path / "one", ("cpu",))
+        same(client.get_executor(), job, tmp_path / "one")
 
 
 class Here(Executor):
@@ -102,4 +103,4 @@ class Here(Executor):
 
 
 def test_parts_are_joined_to_the_trace_of_one_process(job: CaptureJob, tmp_path: Path) -> None:
-    same(Here(), job, tmp_path / "one", ("cpu",))
+    same(Here(), job, tmp_path / "one")

@@ -9,7 +9,6 @@ probes drawn from its own stream, so that the trace is the same to the bit.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from kvtune.common.files import write_json
 from kvtune.common.lock import locked
+from kvtune.common.processes import own_device
 from kvtune.common.progress import Progress, Silent
 from kvtune.common.stored import read_json
 from kvtune.traces.manifest import MANIFEST
@@ -60,7 +60,7 @@ class CaptureJob:
 def capture_on(
     engine: Executor,
     job: CaptureJob,
-    devices: Sequence[str] = ("cpu",),
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> Trace:
     """Capture every sample on the engine, and join the samples to one trace.
@@ -68,16 +68,14 @@ def capture_on(
     Args:
         engine: runs the samples.
         job: what is captured.
-        devices: taken by turns, where a worker's host has several; one for a cluster whose workers
-            each see their own.
+        device: of workers that were given none of their own (``common.processes``).
         progress: told of every sample.
     """
     progress = progress or Silent()
     with locked(job.folder, wait=True, progress=progress):
         if not (job.folder / MANIFEST).is_file():
             waiting = [
-                engine.submit(capture_part, job, index, devices[index % len(devices)])
-                for index in range(len(job.samples))
+                engine.submit(capture_part, job, index, device) for index in range(len(job.samples))
             ]
             for part in progress.track(waiting, "capturing attention", len(waiting)):
                 part.result()
@@ -90,7 +88,7 @@ def capture_part(job: CaptureJob, index: int, device: str) -> None:
     from kvtune.traces.capture import capture_sample
     from kvtune.traces.writer import CaptureSettings, TraceWriter
 
-    loaded = _loaded(job.model, device, job.dtype)
+    loaded = _loaded(job.model, own_device(device), job.dtype)
     settings = CaptureSettings.of(
         loaded, job.samples, job.probes, job.seed, job.workload, job.queries, job.signals
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,14 +13,15 @@ from kvtune.common.units import format_bytes
 from kvtune.policies.paging import host_sequence_bytes
 from kvtune.policies.policy import Policy
 from kvtune.simulator.cost import Cost, policy_cost
-from kvtune.simulator.memory.budget import MemoryBudget
 from kvtune.tuner.baselines import COSTS
+from kvtune.tuner.cross_fit import cross_fitted_front
 from kvtune.tuner.explore.record import selection_split
 from kvtune.tuner.lengths import length_note
 from kvtune.tuner.live_baselines import live_baselines
-from kvtune.tuner.question import Candidate, Solver, front
+from kvtune.tuner.question import Candidate, Solver
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import Baseline, FrontPoint, Quality, SearchResult
+from kvtune.tuner.serving_room import Budgets
 from kvtune.tuner.sources import QualitySource
 from kvtune.tuner.stand_in_baselines import stand_in_baselines
 
@@ -34,7 +35,7 @@ class Found:
 
     Args:
         request: what was asked.
-        budgets: where the memory goes, by context.
+        budgets: where the memory goes, by format of the weights and context.
         source: of the quality.
         solver: the question, ready to answer.
         study: its key.
@@ -43,7 +44,7 @@ class Found:
     """
 
     request: SearchRequest
-    budgets: Mapping[int, MemoryBudget]
+    budgets: Budgets
     source: QualitySource
     solver: Solver
     study: str
@@ -54,7 +55,7 @@ class Found:
 def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
     """The chosen plan checked, beside the baselines, and the front that it stands on."""
     request, source, solver = found.request, found.source, found.solver
-    policy, budget = solver.policy(chosen), found.budgets[chosen.context]
+    policy, budget = solver.policy(chosen), found.budgets[chosen.place]
     cost = _cost(found, chosen)
     predicted = _predicted(source, chosen)
     compare = live_baselines if source.loaded else stand_in_baselines
@@ -108,7 +109,7 @@ def _times(
     if present_gpu() != request.gpu:
         return None, f"the GPU of this machine is no {request.gpu.name}, which the plan is for"
     progress.note("running the plan within its limit, and timing it beside the uncompressed cache")
-    budget = found.budgets[chosen.context]
+    budget = found.budgets[chosen.place]
     served = Served(
         chosen.sequences, chosen.context, request.generated_tokens, budget.limit_bytes, cost.memory
     )
@@ -134,17 +135,18 @@ def _cost(found: Found, candidate: Candidate) -> Cost:
 
 def cost_of(
     request: SearchRequest,
-    budgets: Mapping[int, MemoryBudget],
+    budgets: Budgets,
     policy: Policy,
     candidate: Candidate,
 ) -> Cost:
     """Memory and time with its sequences at once."""
-    at_once = replace(budgets[candidate.context], batch=candidate.sequences)
+    at_once = replace(budgets[candidate.place], batch=candidate.sequences)
     return policy_cost(policy, request.shape, request.gpu, at_once, request.generated_tokens)
 
 
 def _front_points(found: Found, chosen: Candidate) -> tuple[FrontPoint, ...]:
-    shown = {c.number: c for c in (*front(found.expected), chosen)}.values()
+    best = cross_fitted_front(found.source, found.expected)
+    shown = {c.number: c for c in (chosen, *best)}.values()
     points = [_front_point(found, each, each.number == chosen.number) for each in shown]
     return tuple(sorted(points, key=lambda p: (p.context_tokens * p.sequences, -p.kl)))
 
@@ -162,6 +164,8 @@ def _front_point(found: Found, candidate: Candidate, chosen: bool) -> FrontPoint
         parameters=candidate.parameters,
         chosen=chosen,
         band=_band(found.source, candidate),
+        weights=candidate.weights,
+        unseen=candidate.unseen,
     )
 
 
@@ -174,13 +178,13 @@ def _band(source: QualitySource, candidate: Candidate) -> Estimate | None:
 def _notes(found: Found, chosen: Candidate, quality: Quality) -> tuple[str, ...]:
     """Automatic choices, each with its reason."""
     request, prompt = found.request, found.source.tables.prompt_tokens
-    notes = [f"weights: {found.budgets[chosen.context].reason}"]
+    notes = [f"weights: {_weights_reason(found, chosen)}"]
     if request.sequences is None or len(request.contexts) > 1:
         whose = f"{quality.stand_in}'s loss" if quality.stand_in else "loss on selection"
         limit = f"within {request.largest_kl:g} nats a token"
         reason = (
             f"the most found for which {whose} stays {limit}"
-            if chosen.kl <= request.largest_kl
+            if chosen.believed <= request.largest_kl
             else f"the least loss found; none stays {limit}"
         )
         notes.append(f"at once: {chosen.sequences} of {chosen.context} tokens, {reason}.")
@@ -203,6 +207,21 @@ def _notes(found: Found, chosen: Candidate, quality: Quality) -> tuple[str, ...]
             f"{request.largest_kl:g}; fewer sequences (--batch) or more --mem lower it."
         )
     return tuple(notes)
+
+
+def _weights_reason(found: Found, chosen: Candidate) -> str:
+    """Why these weights; of several formats, what of them is not counted."""
+    formats, largest_kl = found.solver.question.freed, found.request.largest_kl
+    if len(formats) == 1:
+        return found.budgets[chosen.place].reason
+    which = (
+        "the widest within" if chosen.believed <= largest_kl else "the least loss; none is within"
+    )
+    return (
+        f"{chosen.weights} of {', '.join(formats)}: {which} {largest_kl:g} nats a token. Losses "
+        "are the cache's alone: what narrower weights lose is not known and in no figure. Bytes "
+        "and times are counted with each format's own."
+    )
 
 
 def _host_note(found: Found, chosen: Candidate, allowed_bytes: int) -> str:

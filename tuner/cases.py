@@ -1,4 +1,4 @@
-"""What is estimated: every combination of card, context, batch and policy that was asked for."""
+"""What is estimated: every combination of card, weights, context, batch and policy asked for."""
 
 from __future__ import annotations
 
@@ -79,6 +79,7 @@ class Case:
         cost: one card's memory, and one copy's time; None likewise.
         reason: why there is none.
         split: how many cards there are, and what they share.
+        weights: format of the weights as it was asked for.
     """
 
     card: Card
@@ -89,6 +90,7 @@ class Case:
     cost: Cost | None
     reason: str = ""
     split: Split = ONE_CARD
+    weights: str = "auto"
 
     @property
     def fits(self) -> bool:
@@ -140,7 +142,7 @@ class Asked:
         cards: where it may run.
         contexts: prompt tokens of a sequence.
         batches: sequences at once.
-        weights: weight format, or ``auto``.
+        weights: weight formats; ``auto`` for the widest that fits.
         document: a policy to set beside the full cache, or None.
         evicts: whether its methods go on evicting while tokens are generated.
         gpus: cards that share each layer; with ``total_gpus``, 1 tries all that divide it.
@@ -156,7 +158,7 @@ class Asked:
     cards: Sequence[Card]
     contexts: Sequence[int]
     batches: Sequence[int]
-    weights: str
+    weights: Sequence[str]
     document: PolicyDocument | None
     evicts: bool
     gpus: int = 1
@@ -167,8 +169,8 @@ class Asked:
 
     @property
     def is_one(self) -> bool:
-        """Whether there is one card, context, batch and way to use the cards."""
-        several = (self.cards, self.contexts, self.batches, self.splits())
+        """Whether there is one card, weight format, context, batch and way to use the cards."""
+        several = (self.cards, self.weights, self.contexts, self.batches, self.splits())
         return all(len(each) == 1 for each in several) and self.total_gpus is None
 
     @property
@@ -180,13 +182,14 @@ class Asked:
     def cases(self) -> Iterator[Case]:
         """Every combination, cards with the least memory first."""
         by_memory = sorted(self.cards, key=lambda card: card.memory_bytes)
-        every = product(by_memory, self.splits(), self.contexts, self.batches)
-        for card, split, context, batch in every:
+        every = product(by_memory, self.splits(), self.weights, self.contexts, self.batches)
+        for card, split, weights, context, batch in every:
             try:
-                yield from self.of(card, context, batch, split)
+                yield from self.of(card, context, batch, split, weights)
             except DoesNotFitError as error:
+                where = card, context, batch
                 for name in self._names():
-                    yield Case(card, context, batch, name, None, None, str(error), split)
+                    yield Case(*where, name, None, None, str(error), split, weights)
 
     def splits(self) -> list[Split]:
         """How the cards may be used: as asked for, or every way that gives all of them work.
@@ -207,24 +210,33 @@ class Asked:
         )
         return [Split(n, total // n) for n in shared if can_split(self.shape, n)]
 
-    def of(self, card: Card, context: int, batch: int, split: Split | None = None) -> list[Case]:
+    def of(
+        self,
+        card: Card,
+        context: int,
+        batch: int,
+        split: Split | None = None,
+        weights: str | None = None,
+    ) -> list[Case]:
         """One combination: the full cache, and the policy where there is one.
+
+        Left out, the first use of the cards and the first weight format that were asked for.
 
         Raises:
             KvtuneError: not even the weights and a small cache fit.
         """
-        split = split or self.splits()[0]
+        split, weights = split or self.splits()[0], weights or self.weights[0]
         from kvtune.simulator.deployment import Deployment
         from kvtune.simulator.memory.budget import memory_budget
 
         deployment = Deployment(self.shape, card.gpu, split.gpus, self.stack)
         budget = memory_budget(
             deployment.local, card.gpu, card.memory_bytes,
-            context_tokens=context, batch=split.batch(batch), weights=self.weights,
+            context_tokens=context, batch=split.batch(batch), weights=weights,
         )  # fmt: skip
         costs = self._costs(deployment, budget)
         return [
-            Case(card, context, batch, name, budget, cost, split=split)
+            Case(card, context, batch, name, budget, cost, split=split, weights=weights)
             for name, cost in costs.items()
         ]
 
@@ -298,7 +310,7 @@ class Asked:
 
     def _fits(self, card: Card, case: Case, context: int) -> bool:
         try:
-            cases = self.of(card, context, case.batch)
+            cases = self.of(card, context, case.batch, weights=case.weights)
         except KvtuneError:
             return False
         return next(found.fits for found in cases if found.policy == case.policy)

@@ -6,13 +6,13 @@ there (Slurm, Kubernetes, SSH) and gives the plain ``Executor`` that processes o
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.processes import processes
 from kvtune.common.progress import Progress
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ def captured(job: CaptureJob, loaded: LoadedModel, engine: str | None, progress:
     if engine is not None:
         from kvtune.traces.shards import capture_on
 
-        with open_engine(engine, loaded.device) as (workers, devices):
-            return capture_on(workers, job, devices, progress)
+        with open_engine(engine, loaded.device) as workers:
+            return capture_on(workers, job, loaded.device, progress)
     from kvtune.traces.capture import capture
 
     return capture(
@@ -54,30 +54,30 @@ def built(
     if engine is not None:
         from kvtune.simulator.quality.shards import build_tables_on
 
-        with open_engine(engine, device) as (workers, devices):
-            return build_tables_on(workers, trace, options, devices=devices, progress=progress)
+        with open_engine(engine, device) as workers:
+            return build_tables_on(workers, trace, options, device=device, progress=progress)
     from kvtune.simulator.quality.build import build_tables
 
     return build_tables(trace, options, device=device, progress=progress)
 
 
 @contextmanager
-def open_engine(name: str, device: str) -> Iterator[tuple[Executor, Sequence[str]]]:
-    """An engine and the devices that its work goes to by turns.
+def open_engine(name: str, device: str) -> Iterator[Executor]:
+    """An engine; processes of this host have a device each, a cluster's workers see their own.
 
     Args:
         name: ``processes:4``, or a dask scheduler's address, ``tcp://host:8786``.
-        device: the caller's; processes of this host share its GPUs out where it is one.
+        device: the caller's; where it is a GPU, processes of this host share all GPUs out.
 
     Raises:
         KvtuneError: it is neither, dask is not installed, or nobody answers.
     """
     if name.startswith(PROCESSES):
-        with ProcessPoolExecutor(_count(name), multiprocessing.get_context("spawn")) as engine:
-            yield engine, _devices(device)
+        with processes(_count(name), _devices(device)) as engine:
+            yield engine
         return
     with _client(name) as client:
-        yield client.get_executor(), (device,)
+        yield client.get_executor()
 
 
 def _count(name: str) -> int:

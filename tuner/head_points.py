@@ -41,6 +41,7 @@ def head_points(solver: Solver, scores: Floats, beside: Candidate, first: int) -
         beside: says context and sequences.
         first: number of the first of them.
     """
+    solver = solver.under(beside.weights)
     own = np.flatnonzero(~solver.linked)  # heads choose one by one, which links do not allow
     problem = solver.problems[beside.context].allowing(own)
     options = [solver.question.tables.options[o] for o in own]
@@ -50,15 +51,15 @@ def head_points(solver: Solver, scores: Floats, beside: Candidate, first: int) -
         "full": min(_in_full(options, problem, rank, budget), key=problem.value, default=None),
         "pool": _pooled(problem, scores, budget),
     }
+    named = {"weights": beside.weights} if "weights" in beside.parameters else {}
     found: list[Candidate] = []
     for rule, start in made.items():
         if start is None or problem.spent(start) > budget:
             continue
         choice = own[_filled(problem, start, rank, budget)]
-        asked = {BY_HEADS: rule, "context": beside.context, "sequences": beside.sequences}
-        kl, payload = solver.loss(choice), solver.payload(choice, beside.context)
         at = beside.context, beside.sequences
-        found.append(Candidate(first + len(found), asked, choice, kl, *at, payload))
+        asked = {BY_HEADS: rule, "context": beside.context, "sequences": beside.sequences, **named}
+        found.append(solver.candidate(choice, *at, asked, number=first + len(found)))
     return found
 
 

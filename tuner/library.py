@@ -24,6 +24,7 @@ from kvtune.common.units import Amount, parse_bytes, parse_seconds, parse_tokens
 from kvtune.policies.policy_file.document import PolicyDocument, read_policy
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.simulator.latency.chunks import Reading
+from kvtune.simulator.memory.weights import listed_formats
 from kvtune.tuner.cases import Asked, Card, Case
 from kvtune.tuner.limits import Limits
 from kvtune.tuner.request import SearchRequest
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 N = TypeVar("N", int, float, "int | None")
 
-MOST_SEQUENCES, MOST_TRIALS, MOST_KL = 10**6, 10**5, 100.0
+MOST_SEQUENCES, MOST_TRIALS, MOST_KL, MOST_JOBS = 10**6, 10**5, 100.0, 1024
 _PROBES = {"cpu": 4, "cuda": 16}
 
 
@@ -59,7 +60,8 @@ class SearchOptions(TypedDict, total=False):
         context: prompt tokens of a sequence, 8192; ``"4k-64k"`` lets the search choose.
         generated: tokens that each sequence generates, 256.
         batch: sequences at once; left out, as many as ``max_kl`` allows.
-        weights: weight format; ``"auto"`` takes the widest that fits.
+        weights: weight format; ``"auto"`` takes the widest that fits; of several, ``"bf16,int4"``,
+            or ``"any"``, the widest with which a plan does what is asked.
         max_kl: loss that is acceptable, nats a token, 0.02.
         trials: of the outer study, 60.
         workload: texts that are searched on: ``"small"`` for a CPU, ``"full"`` for a GPU.
@@ -70,6 +72,7 @@ class SearchOptions(TypedDict, total=False):
         ttft: most time for reading and compressing one prompt: ``"2s"``; left out, any.
         sequences: that must fit at once, at least; left out, one.
         sampler: ``"tpe"``, ``"nsga2"`` or ``"random"``; left out, by the number of trials.
+        jobs: trials that are asked for at once and answered side by side, 1.
         storage: URL of a database through which other workers share the trials.
         engine: makes trace and tables: ``"processes:4"``, or a dask scheduler's address.
         start: policy files of published patterns or former searches to begin with.
@@ -97,6 +100,7 @@ class SearchOptions(TypedDict, total=False):
     ttft: str | None
     sequences: int | None
     sampler: Sampler | None
+    jobs: int
     storage: str | None
     engine: str | None
     start: Iterable[Path | str]
@@ -158,6 +162,11 @@ def search_request(
             "--read-bytes and --moved-bytes are limits of two different searches",
             hint="give one of them.",
         )
+    if options.get("jobs", 1) > 1 and options.get("storage") is not None:
+        raise KvtuneError(
+            "--jobs answers trials side by side here, --storage shares them with workers",
+            hint="give one of them; kvtune worker can be started as often as there are cores.",
+        )
     shortest = wanted.partition("-")[0]
     target = read_target(model, gpu, mem, shortest, options.get("generated", 256))
     context, longest = read_context_range(wanted, target.shape)
@@ -187,6 +196,7 @@ def search_request(
         read_bytes=None if read is None else parse_bytes(read),
         limits=_limits(options),
         sampler=options.get("sampler"),
+        jobs=_within("--jobs", options.get("jobs", 1), 1, MOST_JOBS),
         storage=options.get("storage"),
         engine=options.get("engine"),
         starts=tuple(map(Path, options.get("start", ()))),
@@ -251,7 +261,7 @@ def estimate(
     context: Amount | Sequence[Amount] = 8192,
     generated: Amount = 256,
     batch: int | Sequence[int] = 1,
-    weights: str = "auto",
+    weights: str | Sequence[str] = "auto",
     policy: Path | str | PolicyDocument | None = None,
     gpus: int = 1,
     stack: StackChoice = "kvtune",
@@ -267,7 +277,8 @@ def estimate(
         context: prompt tokens of a sequence, one length or several.
         generated: tokens that each sequence generates.
         batch: sequences at once, one number or several.
-        weights: weight format; ``"auto"`` takes the widest that fits.
+        weights: weight formats, one or several; ``"auto"`` takes the widest that fits, ``"any"`` is
+            16, 8 and 4 bits.
         policy: a policy file or its document.
         gpus: cards that share each layer.
         stack: whose kernels: kvtune's, or vllm, sglang or trtllm as NVIDIA measured them.
@@ -275,7 +286,7 @@ def estimate(
         chunk: tokens of a prompt that are read at once; None for all.
 
     Returns:
-        Every combination of card, context and batch: the full cache, then the policy.
+        Every combination of card, weights, context and batch: the full cache, then the policy.
 
     Raises:
         KvtuneError: something is unknown or out of bounds.
@@ -292,7 +303,7 @@ def estimate(
         cards=cards,
         contexts=[read_context(one, shape) for one in _several(context)],
         batches=[_within("--batch", one, 1, MOST_SEQUENCES) for one in _several(batch)],
-        weights=weights,
+        weights=listed_formats(",".join(_several(weights)), shape, cards[0].gpu),
         document=document,
         evicts=False,
         gpus=gpus,

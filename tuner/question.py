@@ -6,14 +6,15 @@ A trial is solved on the search samples and judged on the selection samples.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Estimate
 from kvtune.policies.export.limits import EngineLimits
 from kvtune.policies.option import Option
 from kvtune.policies.paging import landing_bytes
@@ -25,6 +26,8 @@ from kvtune.tuner.exchange import Choice
 from kvtune.tuner.limits import Excess, no_limits, with_excess
 from kvtune.tuner.linked import PAIRS, is_linked, solve_pairs
 from kvtune.tuner.within import expressible, format_label, is_narrow, splits_of
+
+_NO_MIX = 1e-3  # beyond its room by so little counts a trial that keeps each limit, but not both
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Question:
         most_read: bytes that a decode step may read of each sequence's prompt; None for any.
         excess: by which share of each limit on its cost a candidate is beyond it.
         most_moved: bytes that it may bring over from the host, likewise; one of the two at most.
+        freed: bytes that each format of the weights leaves beyond ``rooms``, widest format first,
+            whose 0 they are; of several formats the study chooses.
     """
 
     tables: Tables
@@ -57,6 +62,32 @@ class Question:
     most_read: int | None = None
     excess: Excess = no_limits
     most_moved: int | None = None
+    freed: Mapping[str, int] = field(default_factory=lambda: {"": 0})
+
+    @property
+    def weights(self) -> str:
+        """The format of the weights; the widest, where the study chooses."""
+        return next(iter(self.freed))
+
+    def under(self, weights: str) -> Question:
+        """The same question where the weights have one format."""
+        freed = self.freed[weights]
+        rooms = {context: room + freed for context, room in self.rooms.items()}
+        return replace(self, rooms=rooms, freed={weights: freed})
+
+    @property
+    def objectives(self) -> tuple[Literal["minimize", "maximize"], ...]:
+        """Loss, then tokens at once and what the weights freed, each where the study chooses it.
+
+        What narrower weights lose is not known here. A plan that needs them is therefore no better
+        than one that serves less and does not: the bytes that they free count against it.
+        """
+        serves_more = self.sequences is None or len(self.contexts) > 1
+        return (
+            "minimize",
+            *(("maximize",) if serves_more else ()),
+            *(("minimize",) if len(self.freed) > 1 else ()),
+        )
 
     @property
     def options(self) -> list[Option]:
@@ -152,6 +183,9 @@ class Candidate:
         sequences: that fit at once.
         prompt_bytes: of one compressed prompt as formats count them, lengths included.
         excess: by which share of each limit it is beyond it; negative where it keeps to it.
+        weights: format of the model's weights beside it.
+        freed_bytes: that this format leaves beyond the widest one of the question.
+        unseen: of a point of the front, loss on samples that the choice did not see.
     """
 
     number: int
@@ -162,6 +196,19 @@ class Candidate:
     sequences: int
     prompt_bytes: int
     excess: dict[str, float] = field(default_factory=dict)
+    weights: str = ""
+    freed_bytes: int = 0
+    unseen: Estimate | None = None
+
+    @property
+    def believed(self) -> float:
+        """Loss without the luck of being the best of many, where that is known, nats/token."""
+        return self.kl if self.unseen is None else self.unseen.value
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """The format of the weights and the context: what memory is left depends on them."""
+        return self.weights, self.context
 
     @property
     def misses(self) -> dict[str, float]:
@@ -198,18 +245,61 @@ class Solver:
 
     def answer(self, number: int, parameters: dict[str, Any]) -> Candidate | None:
         """Solve one trial; None where its options cannot fit."""
-        columns = self._columns(parameters)
         context, sequences = parameters["context"], parameters["sequences"]
-        waits = any(holds_whole_prompt(self.question.tables.options[o]) for o in columns)
-        budget = self.question.prompt_budget(context, sequences, waits)
+        question, columns, budget = self._asked(parameters)
         whole = self.problems[context]
         problem = whole.allowing(columns).shrunk(parameters["shrinkage"])
         try:
             choice = columns[self._solved(problem, columns, budget, parameters["split"])]
         except KvtuneError:
             return None
-        kl, payload = self.loss(choice), self.payload(choice, context)
-        found = Candidate(number, parameters, choice, kl, context, sequences, payload)
+        return replace(self, question=question).candidate(
+            choice, context, sequences, parameters, number
+        )
+
+    def beyond_room(self, parameters: dict[str, Any]) -> float:
+        """By which share of its own bytes the least that a trial could store is beyond its room."""
+        question, columns, budget = self._asked(parameters)
+        heads, problem = question.tables.heads, self.problems[parameters["context"]]
+        shares = [1 - budget / (heads * int(problem.footprint[columns].min()))]
+        if question.read_budget is not None and problem.read is not None:
+            least = heads * int(problem.read[columns].min())
+            shares.append(1 - question.read_budget / max(least, 1))
+        return max(*shares, _NO_MIX)
+
+    def _asked(self, parameters: dict[str, Any]) -> tuple[Question, Choice, int]:
+        """A trial's question, the options that it admits, and bytes for the pages of a prompt."""
+        columns = self._columns(parameters)
+        question = self.question.under(parameters.get("weights", self.question.weights))
+        waits = any(holds_whole_prompt(question.tables.options[o]) for o in columns)
+        at_once = parameters["context"], parameters["sequences"]
+        return question, columns, question.prompt_budget(*at_once, waits)
+
+    def under(self, weights: str) -> Solver:
+        """The same where the weights have one format."""
+        return replace(self, question=self.question.under(weights))
+
+    def candidate(
+        self,
+        choice: Choice,
+        context: int,
+        sequences: int,
+        parameters: dict[str, Any],
+        number: int = 0,
+    ) -> Candidate:
+        """What a choice comes to, with the weights in the question's (widest) format."""
+        weights = self.question.weights
+        found = Candidate(
+            number=number,
+            parameters=parameters,
+            choice=choice,
+            kl=self.loss(choice),
+            context=context,
+            sequences=sequences,
+            prompt_bytes=self.payload(choice, context),
+            weights=weights,
+            freed_bytes=self.question.freed[weights],
+        )
         return with_excess(found, self.question.excess)
 
     @property
@@ -306,8 +396,28 @@ def has_exact_sinks(option: Option) -> bool:
     return any(getattr(form, "exact_first", 0) > 0 for form in (option.keys, option.values))
 
 
+def by_each_format(
+    solver: Solver, points: Callable[[Solver], Iterable[Candidate]]
+) -> Iterator[Candidate]:
+    """Points with the weights in every format that is asked about, which their parameters name."""
+    formats = solver.question.freed
+    for weights in formats:
+        named = {"weights": weights} if len(formats) > 1 else {}
+        for point in points(solver.under(weights)):
+            yield replace(point, parameters={**point.parameters, **named})
+
+
 def front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Candidates that no other beats in both predicted loss and tokens at once, most last."""
+    """Candidates that no other beats in both predicted loss and tokens at once, most last.
+
+    Those of each format of the weights among themselves, the widest format first.
+    """
+    formats = sorted({candidate.freed_bytes for candidate in candidates})
+    each = ([c for c in candidates if c.freed_bytes == freed] for freed in formats)
+    return [candidate for one in each for candidate in _front(one)]
+
+
+def _front(candidates: Sequence[Candidate]) -> list[Candidate]:
     best: list[Candidate] = []
     for candidate in sorted(candidates, key=lambda c: (-c.tokens_at_once, c.kl, c.number)):
         if not best or candidate.kl < best[-1].kl:
@@ -316,8 +426,12 @@ def front(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def pick(front_: Sequence[Candidate], largest_kl: float) -> Candidate:
-    """The candidate with most tokens at once within ``largest_kl``; else the least loss."""
-    within = [candidate for candidate in front_ if candidate.kl <= largest_kl]
+    """The candidate with most tokens at once within ``largest_kl``; else the least loss.
+
+    Of several formats of the weights the widest in which there is one: what narrower ones lose is
+    in no figure.
+    """
+    within = [candidate for candidate in front_ if candidate.believed <= largest_kl]
     if within:
-        return max(within, key=lambda c: c.tokens_at_once)
-    return min(front_, key=lambda c: c.kl)
+        return min(within, key=lambda c: (c.freed_bytes, -c.tokens_at_once))
+    return min(front_, key=lambda c: c.believed)

@@ -16,9 +16,10 @@ import numpy as np
 from kvtune.common.progress import Progress
 from kvtune.simulator.quality.calibration import Calibration
 from kvtune.tuner.answer import Found
+from kvtune.tuner.cross_fit import cross_fitted_front
 from kvtune.tuner.explore.record import selection_split
 from kvtune.tuner.head_points import BY_HEADS
-from kvtune.tuner.question import Candidate, front, pick
+from kvtune.tuner.question import Candidate, pick
 from kvtune.tuner.sources import QualitySource
 
 ROUNDS = 3
@@ -76,8 +77,9 @@ def _finalists(found: Found) -> list[Candidate]:
 
     Plans that follow head scores are run whatever the tables say of them.
     """
-    best = pick(front(found.expected), found.request.largest_kl)
-    same = [c for c in found.expected if (c.context, c.sequences) == (best.context, best.sequences)]
+    best = pick(cross_fitted_front(found.source, found.expected), found.request.largest_kl)
+    at = *best.place, best.sequences
+    same = [c for c in found.expected if (*c.place, c.sequences) == at]
     ranked = [best, *sorted(same, key=lambda c: c.kl)]
     each = list({c.choice.tobytes(): c for c in reversed(ranked)}.values())[::-1]
     return each[:FINALISTS] + [c for c in each[FINALISTS:] if BY_HEADS in c.parameters]

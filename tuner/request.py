@@ -22,7 +22,8 @@ class SearchRequest:
         gpu: the card's profile.
         memory_bytes: device memory that everything together may take.
         run_dir: where config, journal, policy and result go; resumed if it holds this search.
-        weights: weight format, or "auto" for the widest that fits.
+        weights: weight format, or "auto" for the widest that fits; of several, separated by commas,
+            or "any", the widest with which a plan does what is asked.
         context_tokens: prompt tokens of each sequence; the fewest, where the search may choose.
         longest_context: the most that the search may choose, in doublings; None to choose nothing.
         generated_tokens: tokens each sequence generates, cached in 16 bits.
@@ -39,6 +40,7 @@ class SearchRequest:
         read_bytes: that a decode step may read of each sequence's prompt; None for any.
         limits: on time and number of sequences, which every plan has to keep to.
         sampler: which proposes trials; None for the one that their number suggests.
+        jobs: trials that are asked for at once and answered side by side.
         storage: URL of the database through which workers share the trials; None for none.
         engine: what makes trace and tables: ``processes:4`` or a dask scheduler's address; None for
             this process.
@@ -70,6 +72,7 @@ class SearchRequest:
     read_bytes: int | None = None
     limits: Limits = field(default_factory=Limits)
     sampler: Sampler | None = None
+    jobs: int = 1
     storage: str | None = None
     engine: str | None = None
     starts: tuple[Path, ...] = ()

@@ -103,6 +103,9 @@ class FrontPoint:
         parameters: what the study chose.
         chosen: whether this is the plan.
         band: of a stand-in, around ``kl``; None where the loss is the model's own.
+        weights: format of the model's weights beside it; its own loss is in no figure.
+        unseen: the loss of the best of all that serve as many, on selection samples that each
+            choice did not see (cross-fitted); None of a plan that is not on the front.
     """
 
     kl: Loss
@@ -115,6 +118,13 @@ class FrontPoint:
     parameters: dict[str, Parameter]
     chosen: bool = False
     band: Estimate | None = None
+    weights: Name = ""
+    unseen: Estimate | None = None
+
+    @property
+    def believed(self) -> float:
+        """Loss without the luck of being the best of many, where that is known, nats/token."""
+        return self.kl if self.unseen is None else self.unseen.value
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from kvtune.common.progress import Progress, Silent
 from kvtune.common.units import format_bytes
 from kvtune.policies.head_scores import read_heads
 from kvtune.policies.paging import Growth, growing_bytes, head_bytes
-from kvtune.simulator.memory.budget import MemoryBudget, memory_budget
 from kvtune.simulator.memory.peak import prefill_peak_bytes
 from kvtune.simulator.quality.tables import on_both_sides
 from kvtune.tuner.answer import Found, answer, cost_of
-from kvtune.tuner.explore.facts import Facts
+from kvtune.tuner.cross_fit import cross_fitted_front
+from kvtune.tuner.explore.facts import EACH, Facts
 from kvtune.tuner.explore.record import Recorder, selection_split
 from kvtune.tuner.finished import answers_another, finished, keep_finished
 from kvtune.tuner.head_points import head_points
@@ -35,13 +35,19 @@ from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import SearchResult
 from kvtune.tuner.run_directory import record_config, write_result
 from kvtune.tuner.samplers import Sampler, choose
+from kvtune.tuner.serving_room import (
+    Budgets,
+    budgets_of,
+    formats_of,
+    freed,
+    notes_on,
+    rooms,
+)
 from kvtune.tuner.simple_points import simple_points
 from kvtune.tuner.sources import QualitySource, has_weights, own_trace, stand_in
 from kvtune.tuner.starts import start_points
 from kvtune.tuner.study import run_study
 from kvtune.tuner.within import limits_of
-
-Budgets = dict[int, MemoryBudget]  # by context
 
 
 def run_search(request: SearchRequest, progress: Progress | None = None) -> SearchResult:
@@ -74,8 +80,9 @@ def _finished(request: SearchRequest, progress: Progress) -> SearchResult | None
 
 
 def _search(request: SearchRequest, progress: Progress) -> SearchResult:
-    budgets = _budgets(request)
+    budgets = budgets_of(request)
     source, notes = _quality_source(request, progress)
+    notes = (*notes, *notes_on(request, budgets))
     if request.moved_bytes is not None:
         source = replace(source, tables=on_both_sides(source.tables))
     question = _question(request, budgets, source)
@@ -105,6 +112,7 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
             progress=progress,
             sampler=sampler.name,
             found=record,
+            jobs=request.jobs,
         )
         if facts.trials
         else []
@@ -191,7 +199,7 @@ def _by_head_scores(
 def _nothing_fits(request: SearchRequest, question: Question) -> DoesNotFitError:
     """The error that says how many sequences would fit."""
     context = request.context_tokens
-    most = question.most_sequences(context)
+    most = question.under(list(question.freed)[-1]).most_sequences(context)
     if request.read_bytes is not None and most:
         return DoesNotFitError(
             f"no plan of {context} tokens reads {format_bytes(request.read_bytes)} a step or less",
@@ -248,24 +256,6 @@ def _stand_in(request: SearchRequest, reason: str) -> tuple[QualitySource, tuple
     return source, (note, "methods: the stand-in's tables know those of --menu three alone.")
 
 
-def _budgets(request: SearchRequest) -> Budgets:
-    """Room for caches at every context; weights are the ones that serve the longest."""
-    budgets: Budgets = {}
-    weights = request.weights
-    for context in reversed(request.contexts):
-        budgets[context] = memory_budget(
-            request.shape,
-            request.gpu,
-            request.memory_bytes,
-            context_tokens=context,
-            batch=1,  # how many fit, compressed, is the study's to find
-            weights=weights,
-        )
-        weights = budgets[context].weight_format
-    reason = budgets[request.contexts[-1]].reason
-    return {context: replace(budget, reason=reason) for context, budget in budgets.items()}
-
-
 def _question(request: SearchRequest, budgets: Budgets, source: QualitySource) -> Question:
     shape, growth = request.shape, Growth(request.generated_tokens)
     generated = growing_bytes(request.generated_tokens, shape.head_dim)
@@ -286,11 +276,8 @@ def _question(request: SearchRequest, budgets: Budgets, source: QualitySource) -
     return Question(
         tables=source.tables,
         head_dim=shape.head_dim,
-        rooms={
-            context: int(budget.limit_bytes - budget.weights.value - budget.overhead.value)
-            for context, budget in budgets.items()
-        },
-        held={context: held(context) for context in budgets},
+        rooms=rooms(budgets),
+        held={context: held(context) for context in rooms(budgets)},
         generated_bytes=round(generated) * shape.layers * shape.kv_heads,
         working=working,
         sequences=request.sequences,
@@ -298,12 +285,13 @@ def _question(request: SearchRequest, budgets: Budgets, source: QualitySource) -
         most_read=request.read_bytes,
         excess=_excess(request, budgets, source),
         most_moved=request.moved_bytes,
+        freed=freed(budgets),
     )
 
 
 def solver_of(request: SearchRequest, source: QualitySource) -> Solver:
     """The question of a request over given tables, ready to answer trials."""
-    return Solver.of(_question(request, _budgets(request), source))
+    return Solver.of(_question(request, budgets_of(request), source))
 
 
 def _excess(request: SearchRequest, budgets: Budgets, source: QualitySource) -> Excess:
@@ -323,7 +311,8 @@ def _choose(found: Found, progress: Progress) -> tuple[Found, Candidate]:
     """The front's best; where the model can run, after live rounds on the selection samples."""
     run = live_on_selection(found, progress)
     if run is None:
-        return found, pick(front(found.expected), found.request.largest_kl)
+        points = cross_fitted_front(found.source, found.expected)
+        return found, pick(points, found.request.largest_kl)
     return refine(found, run)
 
 
@@ -337,14 +326,14 @@ def _recorded_anew(recorder: Recorder, found: Found) -> None:
 def _facts(request: SearchRequest, budgets: Budgets, source: QualitySource) -> Facts:
     """What all plans share, for those who look at them."""
     samples = source.tables.samples
-    splits = Counter(sample.split for sample in samples)
+    splits, formats = Counter(sample.split for sample in samples), formats_of(budgets)
     return Facts(
         study=_study_key(request, source),
         kvtune=kvtune.__version__,
         shape=request.shape,
         gpu=request.gpu.slug,
         memory_bytes=request.memory_bytes,
-        weights=budgets[request.contexts[-1]].weight_format,
+        weights=formats[0] if len(formats) == 1 else EACH,
         generated_tokens=request.generated_tokens,
         largest_kl=request.largest_kl,
         trials=0 if source.stand_in else request.trials,

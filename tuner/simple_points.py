@@ -7,12 +7,19 @@ try first. On a stand-in they are all there is: losses of single heads carry ove
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 
 from kvtune.tuner.limits import with_excess
-from kvtune.tuner.question import Candidate, Question, Solver, holds_whole_prompt
+from kvtune.tuner.question import (
+    Candidate,
+    Question,
+    Solver,
+    by_each_format,
+    holds_whole_prompt,
+)
 from kvtune.tuner.within import expressible
 
 
@@ -23,14 +30,17 @@ def simple_points(solver: Solver, first: int) -> list[Candidate]:
         solver: the question.
         first: number of the first of them; trials have the numbers before it.
     """
-    found = [
-        candidate
-        for context in solver.question.contexts
-        for option in range(len(solver.question.tables.options))
-        if expressible(solver.question.tables.options[option], solver.question.limits)
-        and (candidate := _point(solver, context, option)) is not None
-    ]
+    found = by_each_format(solver, _points)
     return [replace(each, number=number) for number, each in enumerate(found, start=first)]
+
+
+def _points(solver: Solver) -> Iterator[Candidate]:
+    question = solver.question
+    for context in question.contexts:
+        for number, option in enumerate(question.tables.options):
+            if expressible(option, question.limits):
+                point = _point(solver, context, number)
+                yield from () if point is None else (point,)
 
 
 def _point(solver: Solver, context: int, option: int) -> Candidate | None:
@@ -45,25 +55,14 @@ def _point(solver: Solver, context: int, option: int) -> Candidate | None:
     )
     if reads_too_much or not 1 <= sequences <= most:
         return None
-    found = Candidate(
-        number=0,
-        parameters={
-            "uniform": question.tables.options[option].label,
-            "context": context,
-            "sequences": sequences,
-        },
-        choice=choice,
-        kl=solver.loss(choice),
-        context=context,
-        sequences=sequences,
-        prompt_bytes=solver.payload(choice, context),
-    )
+    label = question.tables.options[option].label
+    parameters = {"uniform": label, "context": context, "sequences": sequences}
+    found = solver.candidate(choice, context, sequences, parameters)
     return _as_many_as_time_allows(found, question)
 
 
 def _as_many_as_time_allows(found: Candidate, question: Question) -> Candidate:
     """The candidate with as many sequences as its limits on time allow, one where none do."""
-    found = with_excess(found, question.excess)
     if question.sequences or not {"--tpot", "--ttft"} & set(found.misses):
         return found
 

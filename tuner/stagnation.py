@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -22,9 +22,25 @@ class Point(Protocol):
     def tokens_at_once(self) -> int:
         """What memory serves, more is better."""
 
+    @property
+    def misses(self) -> Mapping[str, float]:
+        """The limits that it does not keep to; the front is of what keeps to all."""
+
+    @property
+    def weights(self) -> str:
+        """The format of the weights; fronts of different formats are not compared."""
+
 
 def hypervolume(points: Sequence[Point], worst_loss: float) -> float:
-    """What a front covers: loss below ``worst_loss`` times the logarithm of tokens at once."""
+    """What fronts cover: loss below ``worst_loss`` times the logarithm of tokens at once.
+
+    Summed over the formats of the weights, each of which has a front of its own.
+    """
+    formats = sorted({point.weights for point in points})
+    return sum(_covered([p for p in points if p.weights == each], worst_loss) for each in formats)
+
+
+def _covered(points: Sequence[Point], worst_loss: float) -> float:
     ordered = sorted(points, key=lambda point: point.kl)
     covered, most = 0.0, 1.0
     for point in ordered:
@@ -37,11 +53,13 @@ def hypervolume(points: Sequence[Point], worst_loss: float) -> float:
 def stagnates(points: Sequence[Point], patience: int = PATIENCE) -> bool:
     """Whether the last ``patience`` points added less than half a percent to what was covered.
 
+    Points that miss a limit cover nothing, and a search that has no other goes on.
+
     The reference, the largest loss of the points before them, is fixed by what came first.
     """
     if len(points) <= patience:
         return False
-    before = points[:-patience]
-    worst = max(point.kl for point in before)
+    before, now = ([p for p in some if not p.misses] for some in (points[:-patience], points))
+    worst = max((point.kl for point in before), default=0.0)
     then = hypervolume(before, worst)
-    return then > 0 and hypervolume(points, worst) - then < LEAST_GAIN * then
+    return then > 0 and hypervolume(now, worst) - then < LEAST_GAIN * then

@@ -19,9 +19,15 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.document import read_policy
 from kvtune.simulator.quality.tables import Tables
 from kvtune.tuner.exchange import Choice
-from kvtune.tuner.limits import with_excess
 from kvtune.tuner.linked import exchange_unlinked, is_linked
-from kvtune.tuner.question import Candidate, Question, Solver, evicts, holds_whole_prompt
+from kvtune.tuner.question import (
+    Candidate,
+    Question,
+    Solver,
+    by_each_format,
+    evicts,
+    holds_whole_prompt,
+)
 from kvtune.tuner.within import expressible
 
 _EXCHANGES = 200
@@ -39,12 +45,19 @@ def start_points(solver: Solver, files: Sequence[Path], first: int) -> list[Cand
         KvtuneError: a file is no policy, or one of another shape.
     """
     tables = solver.question.tables
-    found: list[Candidate] = []
-    for file in files:
-        policy = read_policy(file).bind(tables.layers, tables.kv_heads)
-        start = nearest_choice(policy, solver.question)
-        for context in solver.question.contexts:
-            found += _points(solver, context, start, file.name)
+    starts = {
+        file.name: nearest_choice(
+            read_policy(file).bind(tables.layers, tables.kv_heads), solver.question
+        )
+        for file in files
+    }
+
+    def points(solver: Solver) -> Iterator[Candidate]:
+        for name, start in starts.items():
+            for context in solver.question.contexts:
+                yield from _points(solver, context, start, name)
+
+    found = by_each_format(solver, points)
     return [replace(each, number=number) for number, each in enumerate(found, start=first)]
 
 
@@ -94,10 +107,11 @@ def _points(solver: Solver, context: int, start: Choice, name: str) -> Iterator[
     if not 1 <= sequences <= most or not _reads_little(solver, context, start):
         return
     budget = question.prompt_budget(context, sequences, waits)
-    yield _candidate(solver, context, sequences, start, {"start": name})
+    said = {"context": context, "sequences": sequences, "start": name}
+    yield solver.candidate(start, context, sequences, said)
     if question.read_budget is None:
         better = exchange_unlinked(problem, solver.linked, budget, start, _EXCHANGES)
-        yield _candidate(solver, context, sequences, better, {"start": name, "improved": True})
+        yield solver.candidate(better, context, sequences, {**said, "improved": True})
 
 
 def _reads_little(solver: Solver, context: int, choice: Choice) -> bool:
@@ -105,18 +119,3 @@ def _reads_little(solver: Solver, context: int, choice: Choice) -> bool:
     question = solver.question
     read = question.tables.bytes_read(context, question.head_dim)
     return question.read_budget is None or int(read[choice].sum()) <= question.read_budget
-
-
-def _candidate(
-    solver: Solver, context: int, sequences: int, choice: Choice, said: dict[str, str | bool]
-) -> Candidate:
-    found = Candidate(
-        number=0,
-        parameters={**said, "context": context, "sequences": sequences},
-        choice=choice,
-        kl=solver.loss(choice),
-        context=context,
-        sequences=sequences,
-        prompt_bytes=solver.payload(choice, context),
-    )
-    return with_excess(found, solver.question.excess)

@@ -20,12 +20,13 @@ from kvtune.common.stored import checked, read_json
 from kvtune.simulator.quality.tables_file import load_tables, save_tables
 from kvtune.tuner import source_models
 from kvtune.tuner.journal import Journal, Trial
+from kvtune.tuner.proposals import enqueue_defaults
 from kvtune.tuner.question import Solver
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.samplers import Sampler, sampler_of
 from kvtune.tuner.shared_study import create, finished, open_storage, work
 from kvtune.tuner.sources import QualitySource
-from kvtune.tuner.study import enqueue_defaults, values_of
+from kvtune.tuner.study import values_of
 
 if TYPE_CHECKING:
     import optuna
@@ -66,8 +67,6 @@ def publish(
     """Leave everything in the run directory that workers need."""
     folder = request.run_dir
     save_tables(solver.question.tables, folder / TABLES, {})
-    question = solver.question
-    fixed = question.sequences and len(question.contexts) == 1
     asked = asdict(replace(request, shape=None, gpu=None))  # type: ignore[arg-type]
     asked |= {"shape": request.shape.name, "gpu": request.gpu.slug}
     shared = Shared(
@@ -77,7 +76,7 @@ def publish(
         trials=trials,
         sampler=sampler,
         seed=request.seed,
-        objectives=("minimize",) if fixed else ("minimize", "maximize"),
+        objectives=solver.question.objectives,
         tables=sha256(folder / TABLES),
         request=json.loads(json.dumps(asked, default=str)),
     )
@@ -122,7 +121,7 @@ def join(folder: Path, solver_of: Callable[[SearchRequest, QualitySource], Solve
 def _work(study: optuna.Study, shared: Shared, solver: Solver) -> int:
     return work(
         study,
-        lambda trial: values_of(trial, solver, len(shared.objectives)),
+        lambda trial: values_of(trial, solver),
         lambda number: sampler_of(shared.sampler, shared.seed, number),
     )
 

@@ -75,6 +75,25 @@ def check_format(name: str) -> WeightFormat:
     raise KvtuneError(f"{name!r} is no weight format. {nearest(name, WEIGHT_FORMATS)}")
 
 
+def listed_formats(asked: str, shape: ModelShape, gpu: GpuProfile) -> tuple[str, ...]:
+    """The formats that ``bf16,int4``, ``any`` or ``auto`` names, largest weights first.
+
+    ``any`` is 16 bits, the 8-bit format that the card computes in, and int4; of a checkpoint that
+    is already quantised its own. ``auto`` stays one word: which it is depends on the memory.
+
+    Raises:
+        KvtuneError: one is unknown, or something empty is listed.
+    """
+    words = [word.strip().lower() for word in asked.split(",")]
+    if words == ["any"]:
+        wide, *narrower = formats_by_width(shape, gpu)
+        return (wide, *narrower[:1], *narrower[2:])
+    if words == ["auto"]:
+        return ("auto",)
+    formats = {check_format(word) for word in words}
+    return tuple(sorted(formats, key=lambda each: (-weight_bytes(shape, each).value, each)))
+
+
 def bits_per_weight(shape: ModelShape, weight_format: WeightFormat) -> float:
     """Bits of one quantised weight with its share of scales and zero points."""
     if weight_format == "stored":

@@ -13,6 +13,7 @@ from concurrent.futures import Executor
 from functools import cache
 from pathlib import Path
 
+from kvtune.common.processes import own_device
 from kvtune.common.progress import Progress, Silent
 from kvtune.policies.option import Option
 from kvtune.simulator.quality.build import (
@@ -31,7 +32,7 @@ def build_tables_on(
     options: Sequence[Option],
     *,
     block: int = DEFAULT_BLOCK,
-    devices: Sequence[str] = ("cpu",),
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> Tables:
     """What ``build_tables`` makes, replayed by the engine's workers.
@@ -41,16 +42,14 @@ def build_tables_on(
         trace: captured with probes.
         options: what to replay.
         block: positions whose responses are summed before squaring.
-        devices: taken by turns, where a worker's host has several.
+        device: of workers that were given none of their own (``common.processes``).
         progress: told of every (sample, layer).
     """
     layers = trace.geometry.layers
     cells = [(sample.id, layer) for sample in trace.samples for layer in range(layers)]
     waiting = [
-        engine.submit(
-            replay_cell, trace.root, *cell, tuple(options), block, devices[n % len(devices)]
-        )
-        for n, cell in enumerate(cells)
+        engine.submit(replay_cell, trace.root, *cell, tuple(options), block, device)
+        for cell in cells
     ]
     tracked = (progress or Silent()).track(waiting, "replaying options", len(waiting))
     found = [part.result() for part in tracked]
@@ -62,7 +61,8 @@ def replay_cell(
     root: Path, sample: str, layer: int, options: Sequence[Option], block: int, device: str
 ) -> Floats:
     """One layer of one sample, by a worker."""
-    return layer_features(load_layer(_trace(root), sample, layer, options, device), options, block)
+    loaded = load_layer(_trace(root), sample, layer, options, own_device(device))
+    return layer_features(loaded, options, block)
 
 
 @cache

@@ -80,9 +80,8 @@ def _heads(view: View, row: int) -> HeadMap:
 
 def _pictures(view: View, row: int) -> Iterator[Picture]:
     study = view.study
-    context = int(view.figures.context_tokens[row])
     heads = _heads(view, row)
-    parts = MemoryParts(view.figures.budgets[context], view.figures.estimate("memory", row))
+    parts = MemoryParts(view.figures.budget(row), view.figures.estimate("memory", row))
     quality = f"quality: {study.facts.quality}"
     fits = View(study, view.figures, view.setting, TOKENS, LOSS)
     size = View(study, view.figures, view.setting, BYTES, LOSS)

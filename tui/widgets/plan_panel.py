@@ -71,7 +71,7 @@ class PlanPanel(VerticalScroll):
         facts = self.query_one("#figures", Static)
         facts.update(table, layout=table.row_count != self._rows)
         self._rows = table.row_count
-        parts = MemoryParts(figures.budgets[context], peak)
+        parts = MemoryParts(figures.budget(row), peak)
         self.query_one(MemoryBar).show(parts)
         heading = f"Heads: {shade} by layer and KV head"
         self.query_one("#heads-heading", Static).update(heading, layout=False)

@@ -17,8 +17,9 @@ from kvtune.tuner.compare.additive import integer_program
 from kvtune.tuner.compare.ledger import Ledger
 from kvtune.tuner.compare.live_only import nsga2, random_search
 from kvtune.tuner.compare.setting import Setting
+from kvtune.tuner.cross_fit import cross_fitted_front
 from kvtune.tuner.exchange import Choice
-from kvtune.tuner.question import Candidate, Question, Solver, front, pick
+from kvtune.tuner.question import Candidate, Question, Solver, pick
 from kvtune.tuner.refine import Lives, recalibrated, refine
 from kvtune.tuner.simple_points import simple_points
 from kvtune.tuner.study import run_study
@@ -60,7 +61,8 @@ def tuner(setting: Setting, ledger: Ledger) -> Iterator[Choice]:
     source = setting.source
     found = Found(setting.request, {}, source, solver, "", candidates, ())
     studied = recalibrated(found, source.calibration)
-    yield pick(front(studied.expected), setting.request.largest_kl).choice
+    points = cross_fitted_front(studied.source, studied.expected)
+    yield pick(points, setting.request.largest_kl).choice
     kinds = setting.kinds("select")
 
     def run(wanted: Sequence[Candidate]) -> list[Lives]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from kvtune.common.estimate import Estimate
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
+from kvtune.tuner.explore.facts import EACH
 from kvtune.tuner.explore.plans import Floats, Integers, Plan
 from kvtune.tuner.explore.study import Study
 from kvtune.tuner.explore.what_if import Figures, Setting, figures
@@ -88,6 +89,8 @@ def _figures(study: Study, policy: Policy, plan: Plan, setting: Setting) -> Figu
     context = np.array([setting.context_tokens or plan.context_tokens], np.int64)
     sequences = np.array([setting.sequences or plan.sequences], np.int64)
     counts = taken[None].astype(np.float64)
+    if setting.weights == EACH:
+        setting = replace(setting, weights=str(plan.parameters.get("weights", EACH)))
     return figures(study.facts, options, counts, context, sequences, setting)
 
 

@@ -49,10 +49,16 @@ def _context(study: Study) -> list[str]:
     return [f"{tokens} tokens" for tokens in study.plans.context_tokens.tolist()]
 
 
+def _weights(study: Study) -> list[str]:
+    """The format of the model's weights beside each plan."""
+    return [str(name) for name in study.weights]
+
+
 DIMENSIONS: tuple[Dimension, ...] = (
     Dimension("method of most heads", _method),
     Dimension("bits", _bits),
     Dimension("split", _split),
     Dimension("context", _context),
+    Dimension("weights", _weights),
 )
-METHOD, BITS, SPLIT, CONTEXT = DIMENSIONS
+METHOD, BITS, SPLIT, CONTEXT, WEIGHTS = DIMENSIONS

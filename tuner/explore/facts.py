@@ -19,6 +19,7 @@ from kvtune.profiles.shape import ModelShape
 from kvtune.tuner.explore.plans import AGAIN, Size
 
 FORMAT = 1
+EACH = "each"
 _LARGEST, _LARGEST_SIZE = 2**50, 2**20
 
 
@@ -42,7 +43,7 @@ class Facts:
         shape: the model's shape.
         gpu: name of the card's profile.
         memory_bytes: that everything together may take.
-        weights: weight format that was asked for, or ``auto``.
+        weights: weight format, or ``each`` where every plan's parameters name its own.
         generated_tokens: that each sequence generates, in 16 bits.
         largest_kl: loss that is acceptable, nats/token.
         trials: that the study is to have.

@@ -22,8 +22,9 @@ from kvtune.policies.policy_file.document import (
     Serving,
     read_policy,
 )
+from kvtune.simulator.memory.weights import check_format, weight_bytes
 from kvtune.simulator.model_facts import model_facts
-from kvtune.tuner.explore.facts import Facts
+from kvtune.tuner.explore.facts import EACH, Facts
 from kvtune.tuner.explore.measured import Measured
 from kvtune.tuner.explore.plans import Plan, Plans
 from kvtune.tuner.result import Baseline, StoredResult
@@ -64,13 +65,28 @@ class Study:
         return self._best_so_far()
 
     def _best_so_far(self) -> int:
-        """Most tokens at once within the acceptable loss; else the least loss."""
+        """As the search picks: the widest weights, then most tokens at once, then least loss."""
         loss = self.plans.kl[:, 0]
         within = np.flatnonzero(loss <= self.facts.largest_kl)
         if not len(within):
             return int(loss.argmin())
         tokens = (self.plans.context_tokens * self.plans.sequences)[within]
-        return int(within[np.lexsort((loss[within], -tokens))[0]])
+        return int(within[np.lexsort((loss[within], -tokens, -self._weight_bytes[within]))[0]])
+
+    @cached_property
+    def weights(self) -> NDArray[np.str_]:
+        """Format of the model's weights beside each plan, ``[n]``."""
+        plans, same = self.plans.parameters, self.facts.weights
+        return np.array([str(each.get("weights", same)) for each in plans], np.str_)
+
+    @cached_property
+    def _weight_bytes(self) -> NDArray[np.float64]:
+        """Bytes of the model's weights beside each plan; 0 where all have the same, ``[n]``."""
+        if self.facts.weights != EACH:
+            return np.zeros(len(self.plans))
+        names, rows = np.unique(self.weights, return_inverse=True)
+        sizes = [weight_bytes(self.facts.shape, check_format(str(name))).value for name in names]
+        return np.array(sizes)[rows]
 
     @cached_property
     def option_counts(self) -> NDArray[np.float64]:
@@ -137,6 +153,7 @@ class Study:
     def document(self, plan: Plan, weights: str) -> PolicyDocument:
         """The plan as a policy file, with where it comes from."""
         facts, shape = self.facts, self.facts.shape
+        weights = str(plan.parameters["weights"]) if weights == EACH else weights
         source: Literal["own trace", "stand-in"] = "stand-in" if facts.stand_in else "own trace"
         trace = str((self.outcome.provenance if self.outcome else {}).get("trace", ""))
         return PolicyDocument(

@@ -117,7 +117,7 @@ class View:
         facts, contexts = self.study.facts, self.figures.budgets
         found = [Line(LOSS, facts.largest_kl, f"KL {facts.largest_kl:g} accepted")]
         if len(contexts) == 1:
-            ((context, budget),) = contexts.items()
+            (((_, context), budget),) = contexts.items()
             each = facts.shape.kv_bytes(context + facts.generated_tokens)
             full = budget.cache_bytes // each * context
             uncompressed = facts.shape.kv_bytes(context) / MIB
@@ -151,7 +151,7 @@ class View:
             return prompt / MIB
         facts = self.study.facts
         held = prompt + facts.shape.kv_bytes_per_token() * facts.generated_tokens
-        return float(self.figures.budgets[context].cache_bytes // held * context)
+        return float(self.figures.budget(chosen).cache_bytes // held * context)
 
     def share(self, baseline: Baseline) -> float:
         """A baseline's bytes over bf16's: those of the plan it stands beside, nearly."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency.steps import decode_steps
 from kvtune.simulator.memory.budget import MemoryBudget, memory_budget
 from kvtune.simulator.memory.peak import peak_memory, waiting_bytes
-from kvtune.tuner.explore.facts import Facts
+from kvtune.tuner.explore.facts import EACH, Facts
 from kvtune.tuner.explore.plans import Floats, Integers
 from kvtune.tuner.explore.study import Study
 from kvtune.tuner.question import holds_whole_prompt
@@ -31,7 +31,7 @@ class Setting:
     Args:
         gpu: the card.
         memory_bytes: that everything together may take.
-        weights: a format, or ``auto``.
+        weights: a format, ``auto``, or ``each`` for each plan's own.
         context_tokens: prompt tokens of a sequence; None for each plan's own.
         sequences: at once; None for each plan's own.
     """
@@ -63,7 +63,8 @@ class Figures:
         tokens_per_s: of all sequences together.
         fits: whether the peak is within the limit, ``[n]``.
         time_tier: of the seconds.
-        budgets: where the memory goes, by context.
+        weights: format of the model's weights, as it was asked for, ``[n]``.
+        budgets: where the memory goes, by that and context.
     """
 
     context_tokens: Integers
@@ -76,7 +77,12 @@ class Figures:
     tokens_per_s: Floats
     fits: NDArray[np.bool_]
     time_tier: Tier
-    budgets: dict[int, MemoryBudget]
+    weights: NDArray[np.str_]
+    budgets: dict[tuple[str, int], MemoryBudget]
+
+    def budget(self, row: int) -> MemoryBudget:
+        """Where the memory of one plan goes."""
+        return self.budgets[str(self.weights[row]), int(self.context_tokens[row])]
 
     def estimate(self, column: str, row: int) -> Estimate:
         """One figure with its interval and tier."""
@@ -95,7 +101,27 @@ def figures_of(study: Study, setting: Setting) -> Figures:
     plans, facts = study.plans, study.facts
     contexts = _or_own(setting.context_tokens, plans.context_tokens)
     sequences = _or_own(setting.sequences, plans.sequences)
-    return figures(facts, facts.options, study.option_counts, contexts, sequences, setting)
+    counts = study.option_counts
+    if setting.weights != EACH or not len(plans):
+        return figures(facts, facts.options, counts, contexts, sequences, setting)
+
+    def of(name: str) -> tuple[Integers, Figures]:
+        rows, alike = np.flatnonzero(study.weights == name), replace(setting, weights=name)
+        asked = counts[rows], contexts[rows], sequences[rows], alike
+        return rows, figures(facts, facts.options, *asked)
+
+    return _merged([of(str(name)) for name in np.unique(study.weights)])
+
+
+def _merged(parts: Sequence[tuple[Integers, Figures]]) -> Figures:
+    """Figures of groups of plans, given with their rows, as those of all plans."""
+    order = np.argsort(np.concatenate([rows for rows, _ in parts]))
+    names = [f.name for f in fields(Figures) if f.name not in ("time_tier", "budgets")]
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(found, name) for _, found in parts])[order] for name in names
+    }
+    budgets = {key: budget for _, found in parts for key, budget in found.budgets.items()}
+    return Figures(**columns, time_tier=parts[0][1].time_tier, budgets=budgets)
 
 
 def figures(
@@ -135,7 +161,8 @@ def figures(
         tokens_per_s=sequences[:, None] / time[:, [0, 2, 1]],
         fits=memory[:, 0] <= setting.memory_bytes,
         time_tier=steps.tier,
-        budgets=rooms,
+        weights=np.full(len(contexts), setting.weights),
+        budgets={(setting.weights, context): budget for context, budget in rooms.items()},
     )
 
 
