@@ -2,13 +2,13 @@
 
     cd benchmarks/results && python ../predictions_judged.py predictions-2-h200.json \
         --fitted-on predictions-short-gemma-3-270m-h200.json predictions-short-smollm2-h200.json \
-        --probes probes --fit ../../tuner/data/calibration.json
+        --probes probes --each --out predictions-judged.json --fit ../../tuner/data/calibration.json
 
 Every figure about a kind of text is of a calibration that was fitted on the other kinds alone, or,
 with ``--fitted-on RECORDED...``, on other runs, of other models or other lengths. ``after rounds``
-is what a search prints where the weights are at hand: the four plans of a share run on the selection
-samples, their level moves the calibration, and the plan that loses least there is printed; it is
-judged on the evaluation samples, on each kind of text and over all of them.
+is what a search prints where the weights are at hand: the four plans of a share run on the
+selection samples, their level moves the calibration, and the plan that loses least there is
+printed; it is judged on the evaluation samples, on each kind of text and over all of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
+from scipy.stats import norm, spearmanr
 
 from kvtune.common.files import write_json
 from kvtune.simulator.quality.calibration import (
@@ -223,8 +223,29 @@ def printed(recorded: Recorded, other: Calibration) -> dict[str, Any]:
         for kind, ratios in by_kind.items():
             found.setdefault(kind, {})[share] = round(float(np.median(ratios)), 3)
             inside[kind] += held(ratios, reach[kind])
-    found["within 80 % interval"] = {name: float(np.mean(each)) for name, each in inside.items()}
-    found["80 % interval reaches, times"] = {k: round(float(np.exp(r)), 2) for k, r in reach.items()}
+    found["within 80 % interval"] = {
+        name: round(float(np.mean(each)), 3) for name, each in inside.items()
+    }
+    found["80 % interval reaches, times"] = {
+        kind: round(float(np.exp(each)), 2) for kind, each in reach.items()
+    }
+    return found
+
+
+def by_chance(recorded: Recorded) -> float:
+    """Cells of a kind and a share within 0.8 to 1.25 if every level were right, of 24.
+
+    Texts of a kind differ: of the mean logarithm of live over predicted the standard error is known
+    from the cell's own evaluation samples.
+    """
+    found = 0.0
+    for kind in recorded.kinds:
+        ids = recorded.ids("plans", kind, "evaluate")
+        names = f"{recorded.probes}, all", "live"
+        predicted, live = (recorded.array("plans", ids, name) for name in names)
+        variance = np.log(live / predicted).var(0, ddof=1) / len(ids)
+        errors = [np.sqrt(variance[recorded.shares == share].mean()) for share in SHARES]
+        found += float(np.sum(2 * norm.cdf(np.log(1.25) / np.array(errors)) - 1))
     return found
 
 
@@ -297,6 +318,21 @@ def rank(predicted: Array, live: Array) -> float:
     return round(float(spearmanr(predicted, live).statistic), 4)
 
 
+def judged_run(runs: Sequence[Recorded], number: int) -> dict[str, Any]:
+    """One run, judged by the others, or where there are none kind by kind of text."""
+    recorded, others = runs[number], [*runs[:number], *runs[number + 1 :]]
+    calibration = fitted(others) if others else None
+    found: dict[str, Any] = {
+        **judged(recorded, calibration),
+        "cells that would be right by their texts alone": round(by_chance(recorded), 1),
+    }
+    if calibration:
+        found["after rounds"] = printed(recorded, calibration)
+    if recorded.data.get("mixed by sample"):  # a run that was cut short may hold plans alone
+        found["rank"] = ranks(recorded)
+    return found
+
+
 def read(file: Path, probes: str) -> Recorded:
     return Recorded(json.loads(file.read_text(encoding="utf-8")), probes)
 
@@ -308,20 +344,23 @@ def main() -> None:
     parser.add_argument(
         "--fitted-on", type=Path, nargs="+", default=[], help="other runs, to judge this one by"
     )
+    parser.add_argument("--each", action="store_true", help="judge each run by the others")
+    parser.add_argument("--out", type=Path, help="write what is printed here too")
     parser.add_argument(
         "--fit", type=Path, help="write the calibration of all runs by the first probes here"
     )
     arguments = parser.parse_args()
-    for probes in arguments.probes:
-        recorded = read(arguments.recorded, probes)
-        others = [read(file, probes) for file in arguments.fitted_on]
-        # A run that was cut short may hold plans alone.
-        ranked = {"rank": ranks(recorded)} if recorded.data.get("mixed by sample") else {}
-        other = fitted(others) if others else None
-        found = judged(recorded, other)
-        if other:
-            found["after rounds"] = printed(recorded, other)
-        print(json.dumps({probes: {**found, **ranked}}, indent=1))
+    files = [arguments.recorded, *arguments.fitted_on]
+    found = {
+        f"{files[number].stem}, {probes}": judged_run(
+            [read(file, probes) for file in files], number
+        )
+        for probes in arguments.probes
+        for number in range(len(files) if arguments.each else 1)
+    }
+    print(json.dumps(found, indent=1))
+    if arguments.out:
+        write_json(arguments.out, found)
     if arguments.fit:
         runs = [arguments.recorded, *arguments.fitted_on]
         calibration = fitted([read(file, arguments.probes[0]) for file in runs])
