@@ -159,7 +159,7 @@ def levelled_residuals(runs: Sequence[Recorded]) -> dict[Regime, list[float]]:
         others = [other for other in runs if other is not run]
         curves = {regime: believed_curve(others, regime) for regime in EVICTING}
         for rows in plans_by_share(run):
-            for kind, ratio in after_rounds(run, Calibration(curves), rows)[0].items():
+            for kind, ratio in after_rounds(run, Calibration(curves), rows).by_kind.items():
                 found[regime_of(kind, evicts=True)] += np.log(ratio).tolist()
     return found
 
@@ -176,15 +176,25 @@ def plans_by_share(recorded: Recorded) -> list[NDArray[np.int64]]:
     return [np.flatnonzero(recorded.shares == share) for share in np.unique(recorded.shares)]
 
 
-def after_rounds(
-    recorded: Recorded, calibration: Calibration, rows: NDArray[np.int64]
-) -> tuple[dict[str, Array], Array, int]:
+@dataclass(frozen=True)
+class Rounds:
     """Plans of one share on evaluation samples, when they have run on the selection samples.
 
-    Returns:
-        Live over printed by kind of text; the same of the mean over kinds; which of the plans lost
-        least on the selection samples.
+    Args:
+        by_kind: live over printed, ``[plans]``, of each kind of text.
+        over_kinds: the same of the mean over kinds.
+        best: which of the plans lost least on the selection samples.
+        level: logarithm by which the rounds moved what is printed.
     """
+
+    by_kind: dict[str, Array]
+    over_kinds: Array
+    best: int
+    level: float
+
+
+def after_rounds(recorded: Recorded, calibration: Calibration, rows: NDArray[np.int64]) -> Rounds:
+    """What rounds with the plans of one share come to."""
 
     def losses(split: str, by: Calibration) -> tuple[dict[str, Array], dict[str, Array]]:
         pairs = {kind: recorded.pair("plans", kind, split) for kind in recorded.kinds}
@@ -198,9 +208,12 @@ def after_rounds(
     each = range(len(rows))
     level = level_of([(plan_of(expected, plan), plan_of(seen, plan)) for plan in each])
     printed, live = losses("evaluate", calibration.levelled(level, len(rows)))
-    by_kind = {kind: live[kind] / printed[kind] for kind in recorded.kinds}
-    over_kinds = np.sum(list(live.values()), 0) / np.sum(list(printed.values()), 0)
-    return by_kind, over_kinds, int(np.sum(list(seen.values()), 0).argmin())
+    return Rounds(
+        {kind: live[kind] / printed[kind] for kind in recorded.kinds},
+        np.sum(list(live.values()), 0) / np.sum(list(printed.values()), 0),
+        int(np.sum(list(seen.values()), 0).argmin()),
+        level or 0.0,
+    )
 
 
 def plan_of(losses: dict[str, Array], plan: int) -> dict[str, float]:
@@ -210,18 +223,20 @@ def plan_of(losses: dict[str, Array], plan: int) -> dict[str, float]:
 
 def printed(recorded: Recorded, other: Calibration) -> dict[str, Any]:
     """What a search prints after live rounds, held against live runs on evaluation samples."""
-    found: dict[str, Any] = {"over kinds, chosen plan": {}, "over kinds, median": {}}
+    names = "over kinds, chosen plan", "the same by the curves alone", "over kinds, median"
+    found: dict[str, Any] = {name: {} for name in (*names, *recorded.kinds)}
     inside: dict[str, list[bool]] = {name: [] for name in ("over kinds", *recorded.kinds)}
     calibration = other.levelled(0.0, 0)
     reach = {kind: calibration.curve(kind, True).scatter(0.8)[1] for kind in recorded.kinds}
     for rows in plans_by_share(recorded):
-        by_kind, over_kinds, best = after_rounds(recorded, other, rows)
-        share = f"{recorded.shares[rows[0]]:.1%}"
-        found["over kinds, chosen plan"][share] = round(float(over_kinds[best]), 3)
-        found["over kinds, median"][share] = round(float(np.median(over_kinds)), 3)
-        inside["over kinds"] += held(over_kinds, float(np.mean(list(reach.values()))))
-        for kind, ratios in by_kind.items():
-            found.setdefault(kind, {})[share] = round(float(np.median(ratios)), 3)
+        rounds = after_rounds(recorded, other, rows)
+        chosen = float(rounds.over_kinds[rounds.best])
+        three = chosen, chosen * np.exp(rounds.level), np.median(rounds.over_kinds)
+        medians = {kind: np.median(ratios) for kind, ratios in rounds.by_kind.items()}
+        for name, ratio in {**dict(zip(names, three, strict=True)), **medians}.items():
+            found[name][f"{recorded.shares[rows[0]]:.1%}"] = round(float(ratio), 3)
+        inside["over kinds"] += held(rounds.over_kinds, float(np.mean(list(reach.values()))))
+        for kind, ratios in rounds.by_kind.items():
             inside[kind] += held(ratios, reach[kind])
     found["within 80 % interval"] = {
         name: round(float(np.mean(each)), 3) for name, each in inside.items()
