@@ -2,12 +2,13 @@
 
     cd benchmarks/results && python ../predictions_judged.py predictions-2-h200.json \
         --fitted-on predictions-short-gemma-3-270m-h200.json predictions-short-smollm2-h200.json \
-        --probes probes --fit ../../tuner/data/calibration.json
+        --probes probes --each --out predictions-judged.json --fit ../../tuner/data/calibration.json
 
 Every figure about a kind of text is of a calibration that was fitted on the other kinds alone, or,
-with ``--fitted-on RECORDED...``, on other runs, of other models or other lengths; ``levelled`` ones
-have also seen the same plan on that kind's selection samples, as a search does where the weights
-are at hand, and are judged on its evaluation samples.
+with ``--fitted-on RECORDED...``, on other runs, of other models or other lengths. ``after rounds``
+is what a search prints where the weights are at hand: the four plans of a share run on the
+selection samples, their level moves the calibration, and the plan that loses least there is
+printed; it is judged on the evaluation samples, on each kind of text and over all of them.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
+from scipy.stats import norm, spearmanr
 
 from kvtune.common.files import write_json
 from kvtune.simulator.quality.calibration import (
@@ -30,14 +31,18 @@ from kvtune.simulator.quality.calibration import (
     Calibration,
     Curve,
     Regime,
+    fit_curve,
     fit_left_out,
+    regime_of,
+    thinned,
     write_calibration,
 )
-from kvtune.tuner.refine import TRUST
+from kvtune.tuner.refine import level_of
 
 Array = NDArray[np.float64]
 SHARES = (0.03, 0.06, 0.12, 0.25)
 SPLITS = ("select", "evaluate")
+EVICTING: tuple[Regime, ...] = ("evicting", "evicting what is asked for")
 BELIEVED = 0.5
 
 
@@ -128,20 +133,141 @@ def curve_of(runs: Sequence[Pairs]) -> Curve:
 
 def fitted(runs: Sequence[Recorded]) -> Calibration:
     """What the package ships, or what other runs say of one that is left out."""
-
-    def plans(asked: bool) -> Curve:
-        return curve_of(
-            [plans_of(run, [k for k in run.kinds if (k in ASKED) == asked]) for run in runs]
-        )
-
+    left = levelled_residuals(runs)
     curves: dict[Regime, Curve] = {
-        "evicting": plans(False),
-        "evicting what is asked for": plans(True),
+        regime: replace(
+            curve_of([plans_of(run, kinds_of(run, regime)) for run in runs]),
+            levelled_residuals=thinned(left[regime]),
+        )
+        for regime in EVICTING
     }
     if stored := [pairs for run in runs if (pairs := quantised(run)).live]:
         curves = {"quantising": curve_of(stored), **curves}
     count = sum(len(run.data["plans"]) * len(run.ids("plans")) for run in runs)
     return Calibration(curves, runs=count)
+
+
+def kinds_of(recorded: Recorded, regime: Regime) -> list[str]:
+    """The kinds of text on which policies that evict follow a regime's curve."""
+    return [kind for kind in recorded.kinds if regime_of(kind, evicts=True) == regime]
+
+
+def levelled_residuals(runs: Sequence[Recorded]) -> dict[Regime, list[float]]:
+    """Logarithms of live over printed after rounds, each run by curves of the others."""
+    found: dict[Regime, list[float]] = {regime: [] for regime in EVICTING}
+    for run in runs if len(runs) > 1 else ():
+        others = [other for other in runs if other is not run]
+        curves = {regime: believed_curve(others, regime) for regime in EVICTING}
+        for rows in plans_by_share(run):
+            for kind, ratio in after_rounds(run, Calibration(curves), rows).by_kind.items():
+                found[regime_of(kind, evicts=True)] += np.log(ratio).tolist()
+    return found
+
+
+def believed_curve(runs: Sequence[Recorded], regime: Regime) -> Curve:
+    """What runs show, as far as it is believed of another."""
+    each = [plans_of(run, kinds_of(run, regime)) for run in runs]
+    predicted = [x for pairs in each for x in pairs.predicted]
+    return fit_curve(predicted, [y for pairs in each for y in pairs.live]).believed(BELIEVED)
+
+
+def plans_by_share(recorded: Recorded) -> list[NDArray[np.int64]]:
+    """Which plans belong together: those of one share of the bytes."""
+    return [np.flatnonzero(recorded.shares == share) for share in np.unique(recorded.shares)]
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Plans of one share on evaluation samples, when they have run on the selection samples.
+
+    Args:
+        by_kind: live over printed, ``[plans]``, of each kind of text.
+        over_kinds: the same of the mean over kinds.
+        best: which of the plans lost least on the selection samples.
+        level: logarithm by which the rounds moved what is printed.
+    """
+
+    by_kind: dict[str, Array]
+    over_kinds: Array
+    best: int
+    level: float
+
+
+def after_rounds(recorded: Recorded, calibration: Calibration, rows: NDArray[np.int64]) -> Rounds:
+    """What rounds with the plans of one share come to."""
+
+    def losses(split: str, by: Calibration) -> tuple[dict[str, Array], dict[str, Array]]:
+        pairs = {kind: recorded.pair("plans", kind, split) for kind in recorded.kinds}
+        printed = {
+            kind: np.array([by.value(each, kind, evicts=True) for each in x[rows]])
+            for kind, (x, _) in pairs.items()
+        }
+        return printed, {kind: y[rows] for kind, (_, y) in pairs.items()}
+
+    expected, seen = losses("select", calibration)
+    each = range(len(rows))
+    level = level_of([(plan_of(expected, plan), plan_of(seen, plan)) for plan in each])
+    printed, live = losses("evaluate", calibration.levelled(level, len(rows)))
+    return Rounds(
+        {kind: live[kind] / printed[kind] for kind in recorded.kinds},
+        np.sum(list(live.values()), 0) / np.sum(list(printed.values()), 0),
+        int(np.sum(list(seen.values()), 0).argmin()),
+        level or 0.0,
+    )
+
+
+def plan_of(losses: dict[str, Array], plan: int) -> dict[str, float]:
+    """One plan's losses by kind of text."""
+    return {kind: float(values[plan]) for kind, values in losses.items()}
+
+
+def printed(recorded: Recorded, other: Calibration) -> dict[str, Any]:
+    """What a search prints after live rounds, held against live runs on evaluation samples."""
+    names = "over kinds, chosen plan", "the same by the curves alone", "over kinds, median"
+    found: dict[str, Any] = {name: {} for name in (*names, *recorded.kinds)}
+    inside: dict[str, list[bool]] = {name: [] for name in ("over kinds", *recorded.kinds)}
+    calibration = other.levelled(0.0, 0)
+    reach = {kind: calibration.curve(kind, True).scatter(0.8)[1] for kind in recorded.kinds}
+    for rows in plans_by_share(recorded):
+        rounds = after_rounds(recorded, other, rows)
+        chosen = float(rounds.over_kinds[rounds.best])
+        three = chosen, chosen * np.exp(rounds.level), np.median(rounds.over_kinds)
+        medians = {kind: np.median(ratios) for kind, ratios in rounds.by_kind.items()}
+        for name, ratio in {**dict(zip(names, three, strict=True)), **medians}.items():
+            found[name][f"{recorded.shares[rows[0]]:.1%}"] = round(float(ratio), 3)
+        inside["over kinds"] += held(rounds.over_kinds, float(np.mean(list(reach.values()))))
+        for kind, ratios in rounds.by_kind.items():
+            inside[kind] += held(ratios, reach[kind])
+    found["within 80 % interval"] = {
+        name: round(float(np.mean(each)), 3) for name, each in inside.items()
+    }
+    found["80 % interval reaches, times"] = {
+        kind: round(float(np.exp(each)), 2) for kind, each in reach.items()
+    }
+    return found
+
+
+def by_chance(recorded: Recorded) -> float:
+    """Cells of a kind and a share within 0.8 to 1.25 if every level were right, of 24.
+
+    Texts of a kind differ: of the mean logarithm of live over predicted the standard error is known
+    from the cell's own evaluation samples.
+    """
+    found = 0.0
+    for kind in recorded.kinds:
+        ids = recorded.ids("plans", kind, "evaluate")
+        names = f"{recorded.probes}, all", "live"
+        predicted, live = (recorded.array("plans", ids, name) for name in names)
+        variance = np.log(live / predicted).var(0, ddof=1) / len(ids)
+        errors = [np.sqrt(variance[recorded.shares == share].mean()) for share in SHARES]
+        found += float(np.sum(2 * norm.cdf(np.log(1.25) / np.array(errors)) - 1))
+    return found
+
+
+def held(ratios: Array, reach: float) -> list[bool]:
+    """Whether each ratio lies within an interval, in logarithms."""
+    inside: list[bool] = (np.abs(np.log(ratios)) <= reach).tolist()
+    return inside
 
 
 def judged(recorded: Recorded, other: Calibration | None = None) -> dict[str, Any]:
@@ -162,17 +288,12 @@ def judged(recorded: Recorded, other: Calibration | None = None) -> dict[str, An
 def judged_on(recorded: Recorded, kind: str, curve: Curve) -> dict[str, Any]:
     """The same on one kind of text, under a curve."""
     x, y = recorded.pair("plans", kind, "evaluate")
-    seen_x, seen_y = recorded.pair("plans", kind, "select")
-    level = TRUST * np.log(seen_y / [curve.value(each) for each in seen_x])
-    calibrated = np.array([curve.value(each) for each in x])
-    low, high = curve.scatter(0.8)
-    columns = {"raw": x, "calibrated": calibrated, "levelled": calibrated * np.exp(level)}
+    reach = curve.scatter(0.8)[1]
+    columns = {"raw": x, "calibrated": np.array([curve.value(each) for each in x])}
     return {
         name: {
             "live over predicted": by_share(recorded, y / values),
-            "within 80 % interval": float(
-                np.mean((np.log(y / values) >= low) & (np.log(y / values) <= high))
-            ),
+            "within 80 % interval": float(np.mean(held(y / values, reach))),
         }
         for name, values in columns.items()
     }
@@ -212,6 +333,21 @@ def rank(predicted: Array, live: Array) -> float:
     return round(float(spearmanr(predicted, live).statistic), 4)
 
 
+def judged_run(runs: Sequence[Recorded], number: int) -> dict[str, Any]:
+    """One run, judged by the others, or where there are none kind by kind of text."""
+    recorded, others = runs[number], [*runs[:number], *runs[number + 1 :]]
+    calibration = fitted(others) if others else None
+    found: dict[str, Any] = {
+        **judged(recorded, calibration),
+        "cells that would be right by their texts alone": round(by_chance(recorded), 1),
+    }
+    if calibration:
+        found["after rounds"] = printed(recorded, calibration)
+    if recorded.data.get("mixed by sample"):  # a run that was cut short may hold plans alone
+        found["rank"] = ranks(recorded)
+    return found
+
+
 def read(file: Path, probes: str) -> Recorded:
     return Recorded(json.loads(file.read_text(encoding="utf-8")), probes)
 
@@ -223,17 +359,23 @@ def main() -> None:
     parser.add_argument(
         "--fitted-on", type=Path, nargs="+", default=[], help="other runs, to judge this one by"
     )
+    parser.add_argument("--each", action="store_true", help="judge each run by the others")
+    parser.add_argument("--out", type=Path, help="write what is printed here too")
     parser.add_argument(
         "--fit", type=Path, help="write the calibration of all runs by the first probes here"
     )
     arguments = parser.parse_args()
-    for probes in arguments.probes:
-        recorded = read(arguments.recorded, probes)
-        others = [read(file, probes) for file in arguments.fitted_on]
-        # A run that was cut short may hold plans alone.
-        ranked = {"rank": ranks(recorded)} if recorded.data.get("mixed by sample") else {}
-        found = judged(recorded, fitted(others) if others else None)
-        print(json.dumps({probes: {**found, **ranked}}, indent=1))
+    files = [arguments.recorded, *arguments.fitted_on]
+    found = {
+        f"{files[number].stem}, {probes}": judged_run(
+            [read(file, probes) for file in files], number
+        )
+        for probes in arguments.probes
+        for number in range(len(files) if arguments.each else 1)
+    }
+    print(json.dumps(found, indent=1))
+    if arguments.out:
+        write_json(arguments.out, found)
     if arguments.fit:
         runs = [arguments.recorded, *arguments.fitted_on]
         calibration = fitted([read(file, arguments.probes[0]) for file in runs])

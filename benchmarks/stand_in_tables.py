@@ -11,7 +11,6 @@ such a search would choose at equal bytes with the best option for that model.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,20 @@ from kvtune.common.files import write_json
 from kvtune.simulator.quality.tables import Tables, head_exchangeable
 from kvtune.simulator.quality.tables_file import load_tables
 from kvtune.tuner.band import band
-from kvtune.tuner.quality import mean_over_kinds
+from kvtune.tuner.quality import mean_over_kinds, ratio_interval
 from kvtune.tuner.question import evicts
-from kvtune.tuner.source_models import packaged_calibration, packaged_tables
+from kvtune.tuner.source_models import all_tables, packaged_calibration, packaged_tables
 
 ROUNDING = 1e-9  # nats/token: what replay says of a cache that loses nothing
-SHARES = (0.015, 0.03, 0.06, 0.12, 0.25, 0.3)
+SHARES = (0.015, 0.02, 0.03, 0.045, 0.06, 0.09, 0.12, 0.18, 0.25, 0.3)
 
 
-def losses(tables: Tables) -> list[tuple[list[float], list[str]]]:
-    """What each option loses on held-out samples, and their kinds of text."""
-    held_out = tables.of_split("evaluate")
-    kinds = [sample.kind for sample in held_out.samples]
+def losses(tables: Tables, split: str | None = "evaluate") -> list[tuple[list[float], list[str]]]:
+    """What each option loses on the samples of a split or on all, and their kinds of text."""
+    some = tables if split is None else tables.of_split(split)
+    kinds = [sample.kind for sample in some.samples]
     return [
-        (held_out.by_sample(np.array([number])).tolist(), kinds)
-        for number in range(len(held_out.options))
+        (some.by_sample(np.array([number])).tolist(), kinds) for number in range(len(some.options))
     ]
 
 
@@ -60,20 +58,32 @@ def bands(source: Tables, other: Tables) -> list[dict[str, Any]]:
     return rows
 
 
-def choices(source: Tables, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At equal bytes: the option that the source's losses choose, and the best for the model."""
+def choices(source: Tables, other: Tables) -> list[dict[str, Any]]:
+    """At equal bytes: the option that a search without weights chooses, and the best for the model.
+
+    The best is known only afterwards and is picked on the samples that it is shown for; all samples
+    of the other model count, since nothing was fitted on any.
+    """
     tokens, head_dim = source.prompt_tokens, source.head_dim
     shares = source.footprints(tokens, head_dim) / (4 * head_dim * tokens)
+    curves, judging = packaged_calibration(), all_tables(1, 1, head_dim, "any")[0]
+    pairs = zip(source.options, losses(judging, "select"), strict=True)
+    expected = [curves.mean(*ours, evicts(option)) for option, ours in pairs]
+    theirs = losses(other, None)
+    means = [mean_over_kinds(*each) for each in theirs]
     found = []
     for share in SHARES:
-        fits = [row for row, taken in zip(rows, shares, strict=True) if taken <= share]
-        chosen, best = (min(fits, key=lambda row: row[by]) for by in ("source", "loss"))
+        fits = np.flatnonzero(shares <= share)
+        chosen, best = (min(fits, key=lambda o: by[o]) for by in (expected, means))
+        kinds = theirs[chosen][1]
+        times = ratio_interval(theirs[chosen][0], theirs[best][0], kinds)
         found.append(
             {
                 "share": share,
-                "chosen": chosen["option"],
-                "best": best["option"],
-                "times the best's loss": round(chosen["loss"] / best["loss"], 3),
+                "chosen": source.options[chosen].label,
+                "best": source.options[best].label,
+                "times the best's loss": round(times[0], 3),
+                "interval": [round(end, 3) for end in times[1:]],
             }
         )
     return found
@@ -97,7 +107,7 @@ def main() -> None:
         "prompt tokens": other.prompt_tokens,
         "inside": float(np.mean([row["inside"] for row in rows])),
         "inside by method": inside,
-        "at equal bytes": choices(source, rows),
+        "at equal bytes": choices(source, other),
         "options": rows,
     }
     write_json(arguments.out, found)

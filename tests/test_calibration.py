@@ -109,15 +109,25 @@ def test_samples_scaled_have_their_kinds_calibrated_means(
     assert CURVES.mean(losses, KINDS, evicts) == pytest.approx(np.mean(list(means.values())))
 
 
-def test_levels_move_one_kind_of_text_where_something_is_evicted() -> None:
-    moved = CURVES.levelled({"prose": float(np.log(1.5))}, runs=2)
-    before = CURVES.value(0.01, "prose", True)
-    assert moved.value(0.01, "prose", True) == pytest.approx(1.5 * before)
-    for kind, evicts in (("prose", False), ("code", True)):
-        assert moved.value(0.01, kind, evicts) == CURVES.value(0.01, kind, evicts)
-    twice = moved.levelled({"prose": float(np.log(2.0))}, runs=1)
-    assert twice.value(0.01, "prose", True) == pytest.approx(3 * before)
-    assert twice.runs == 3
+def test_a_level_moves_what_evicts_on_every_kind_of_text_and_nothing_else() -> None:
+    moved = CURVES.levelled(float(np.log(1.5)), runs=2)
+    for kind in ("prose", "code", "retrieval"):
+        assert moved.value(0.01, kind, True) == pytest.approx(1.5 * CURVES.value(0.01, kind, True))
+        assert moved.value(0.01, kind, False) == CURVES.value(0.01, kind, False)
+    assert moved.runs == 2
+    assert NONE.levelled(float(np.log(3)), runs=1).value(0.01, "prose", True) == pytest.approx(0.03)
+
+
+def test_after_live_rounds_the_interval_is_what_was_seen_after_rounds() -> None:
+    curve = Curve((1e-3, 1e-1), (0.1, 0.5), (-0.4, 0.4), levelled_residuals=(-0.1, 0.1))
+    before = Calibration({"evicting": curve})
+    after = before.levelled(0.2, runs=1)
+    assert before.factors(["prose"], True, 0.8)[1] == pytest.approx(np.exp(0.4))
+    assert after.factors(["prose"], True, 0.8)[1] == pytest.approx(np.exp(0.1))
+    nothing_evicted = before.levelled(None, runs=1)
+    assert nothing_evicted.factors(["prose"], True, 0.8) == before.factors(["prose"], True, 0.8)
+    # Of a curve that no rounds were seen with, the interval stays.
+    assert CURVES.levelled(0.2, 1).factors(["code"], True, 0.8)[1] == pytest.approx(np.exp(0.2))
 
 
 def test_scatter_and_samples_widen_the_interval_together() -> None:
@@ -142,6 +152,9 @@ def test_the_packaged_calibration_leaves_what_is_nearly_right_nearly_as_it_is() 
         for predicted in (0.0011, 0.0047):
             assert 0.9 < shipped.value(predicted, kind, True) / predicted < 1.3
     assert shipped.value(0.08, "retrieval", True) > 1.2 * 0.08  # errors feed on each other
+    for kind in ("prose", "retrieval"):
+        after = shipped.levelled(0.0, 1).factors([kind], True, 0.8)
+        assert 1.1 < after[1] < shipped.factors([kind], True, 0.8)[1]
 
 
 def test_a_packaged_calibration_never_turns_two_plans_round() -> None:
@@ -155,10 +168,16 @@ def test_a_packaged_calibration_never_turns_two_plans_round() -> None:
 def test_a_calibration_reads_back_and_a_damaged_one_is_refused() -> None:
     plain: Any = json.loads(json.dumps(write_calibration(CURVES, "a test")))
     assert read_calibration(plain, "x").curves == CURVES.curves
-    for name, value in (("log_ratios", [0.1]), ("knots", [1.0, 0.1]), ("residuals", [0.2, -0.2])):
+    faults = {
+        "log_ratios": [0.1],
+        "knots": [1.0, 0.1],
+        "residuals": [0.2, -0.2],
+        "levelled_residuals": [0.2, -0.2],
+    }
+    for name, value in faults.items():
         damaged = json.loads(json.dumps(plain))
         damaged["curves"]["evicting"][name] = value
         with pytest.raises(KvtuneError):
             read_calibration(damaged, "x")
     with pytest.raises(KvtuneError):
-        read_calibration({**plain, "format": 2}, "x")
+        read_calibration({**plain, "format": 1}, "x")

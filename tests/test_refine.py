@@ -15,7 +15,7 @@ from kvtune.tests.made_up import llama
 from kvtune.tuner.answer import Found
 from kvtune.tuner.head_points import BY_HEADS, head_points
 from kvtune.tuner.question import Candidate, Question, Solver, evicts, front, pick
-from kvtune.tuner.refine import FINALISTS, ROUNDS, TRUST, recalibrated, refine
+from kvtune.tuner.refine import FINALISTS, ROUNDS, TRUST, level_of, recalibrated, refine
 from kvtune.tuner.sources import QualitySource
 
 
@@ -68,17 +68,23 @@ def test_a_model_that_loses_more_is_given_more_room(found: Found) -> None:
     assert ended.source.calibration.runs == len(model.asked) <= FINALISTS + ROUNDS - 1
 
 
-def test_what_a_kind_was_seen_to_lose_moves_its_prediction_by_as_much_as_is_trusted(
+def test_what_kinds_have_in_common_moves_all_predictions_by_as_much_as_is_trusted(
     found: Found,
 ) -> None:
-    first, *others = kinds_of(found)
-    times = {first: 3.0, **dict.fromkeys(others, 1.0)}
+    """One kind loses what was predicted and one nine times that: in the middle it is three."""
+    times = dict(zip(kinds_of(found), (1.0, 9.0), strict=True))
     ended, chosen = refine(found, Model(found, times))
     before = found.source.by_kind(chosen.choice)
     after = ended.source.by_kind(chosen.choice)
-    assert after[first] == pytest.approx(3.0**TRUST * before[first], rel=1e-6)
-    for kind in others:
-        assert after[kind] == pytest.approx(before[kind], rel=1e-6)
+    for kind, loss in before.items():
+        assert after[kind] == pytest.approx(3.0**TRUST * loss, rel=1e-6)
+
+
+def test_of_policies_that_lose_nothing_or_never_ran_no_level_is_known() -> None:
+    assert level_of([]) is None
+    assert level_of([({"prose": 0.0}, {"prose": 0.1}), ({"prose": 0.1}, {"prose": 0.0})]) is None
+    seen = [({"prose": 0.1}, {"prose": 0.2}), ({"prose": 0.1}, {"prose": 0.1})]
+    assert level_of(seen) == pytest.approx(TRUST * np.log(2) / 2)
 
 
 def test_a_model_that_does_as_predicted_changes_nothing(found: Found) -> None:

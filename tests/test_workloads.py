@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from kvtune.common.errors import KvtuneError
 from kvtune.traces import texts, workloads
-from kvtune.traces.needles import WORDS, number_of, words_of
+from kvtune.traces.needles import UNASKED_END, WORDS, number_of, words_of
 from kvtune.traces.samples import SPLITS, by_turns, content_hash
 from kvtune.traces.workloads import Workload, build
 
@@ -152,6 +152,17 @@ def test_needles_lie_at_different_depths(tokenizer: Any) -> None:
     ]
     assert min(depths) < 400
     assert max(depths) > 1000
+
+
+def test_the_last_tokens_of_a_prompt_do_not_show_what_is_asked(tokenizer: Any) -> None:
+    """Else methods with an observation window keep the needles, as they do in no other text."""
+    workload = Workload({"search": {"retrieval": 12}}, tokens=900, observed=130)
+    for sample in build(workload, tokenizer):
+        prompt = sample.token_ids[: sample.prompt]
+        last = tokenizer.decode(prompt[-UNASKED_END:])
+        assert NEEDLE.search(tokenizer.decode(prompt))
+        assert "magic" not in last
+        assert not re.search(r"\d{5}", last)
 
 
 def write_texts(folder: Path, count: int) -> Path:

@@ -39,6 +39,12 @@ TASK = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize them. "
     "I will quiz you about the numbers afterwards.\n\n"
 )
+UNASKED_END = 64
+"""Tokens at a prompt's end in which nothing is hidden.
+
+Methods that choose by the attention of the last tokens would otherwise be shown what will be asked
+for: with one needle among SnapKV's last 32 tokens they look at all others, and keep them.
+"""
 COPY_LEAD = "\n\nHere is a passage of the above once more:\n\n"
 RECALL_TASK = "Below is a list of keys and their values. Make sure to memorize them.\n\n"
 
@@ -194,7 +200,8 @@ def assemble(
     """Task, haystack with the hidden sentences, questions: N + 1 tokens.
 
     The questions end the text, so the observed part holds them all; where they do not fill it, it
-    begins with the haystack's own last tokens, in which nothing is hidden.
+    begins with the haystack's own last tokens, in which nothing is hidden. Nor is it in the last of
+    the prompt.
     """
     first, leading = [*codec.start, *codec.encode(task)], codec.encode(lead)
     asked_room = observed - len(leading)
@@ -210,7 +217,8 @@ def assemble(
             f"no question fits into {tokens} tokens of which {observed} are observed",
             hint="use more tokens; 64 observed tokens hold about three questions.",
         )
-    body = _hide(codec, haystack[:room], kept, prompt_room, rng)
+    places = prompt_room - min(UNASKED_END, prompt_room // 2)
+    body = _hide(codec, haystack[:room], kept, places, rng)
     text = [*first, *body]
     return Passage((*text, *asked), (*[-1] * len(text), *answers))
 
@@ -227,12 +235,12 @@ def _ask(
 
 
 def _hide(
-    codec: Codec, haystack: Sequence[int], questions: Sequence[Question], prompt_room: int,
+    codec: Codec, haystack: Sequence[int], questions: Sequence[Question], room: int,
     rng: random.Random,
 ) -> list[int]:  # fmt: skip
-    """The haystack with every hidden sentence after a drawn line's end of its prompt part."""
-    ends = [i for i in range(1, prompt_room + 1) if codec.decode(haystack[i - 1]).endswith("\n")]
-    places = ends if len(ends) >= len(questions) else list(range(prompt_room + 1))
+    """The haystack with every hidden sentence after a drawn line's end among ``room`` tokens."""
+    ends = [i for i in range(1, room + 1) if codec.decode(haystack[i - 1]).endswith("\n")]
+    places = ends if len(ends) >= len(questions) else list(range(room + 1))
     depths = sorted(rng.choices(places, k=len(questions)))
     body: list[int] = []
     for start, stop, question in zip([0, *depths], depths, questions, strict=False):

@@ -231,11 +231,12 @@ class Solver:
 
     @staticmethod
     def of(question: Question, rank: int = 64) -> Solver:
-        """Fit on the search samples; judge on the selection samples, if there are any."""
+        """Fit on the search samples, judge on the selection samples; on the others if none are."""
         tables = question.tables
         splits = {sample.split for sample in tables.samples}
         held = question.held
-        fit = Problem.of(tables.of_split("search"), held[question.contexts[0]], rank=rank)
+        fitted_on = tables.of_split("search" if "search" in splits else "select")
+        fit = Problem.of(fitted_on, held[question.contexts[0]], rank=rank)
         problems = {
             context: replace(fit, footprint=held[context], read=question.taken(context))
             for context in held

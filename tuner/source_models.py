@@ -49,10 +49,18 @@ def digests() -> list[str]:
 def all_tables(layers: int, kv_heads: int, head_dim: int, model: str) -> tuple[Tables, str]:
     """Every source's losses for a model of this shape, side by side, and the sources' names."""
     found = [packaged_tables()[0], *(tables for tables, _ in added())]
-    parts = [head_exchangeable(each, model, layers, kv_heads, head_dim) for each in found]
+    parts = [_judging(head_exchangeable(each, model, layers, kv_heads, head_dim)) for each in found]
     if len(parts) > 1:
         parts = [_kinds_of(part, source.model) for part, source in zip(parts, found, strict=True)]
     return join(parts), ", ".join(source.model for source in found)
+
+
+def _judging(tables: Tables) -> Tables:
+    """Search samples among the selection samples: nothing is fitted on them that they flatter."""
+    samples = (
+        replace(s, split="select" if s.split == "search" else s.split) for s in tables.samples
+    )
+    return replace(tables, samples=tuple(samples))
 
 
 def _kinds_of(tables: Tables, model: str) -> Tables:

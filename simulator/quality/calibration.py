@@ -49,11 +49,13 @@ class Curve:
         knots: predicted losses, rising, nats/token; none leaves predictions as they are.
         log_ratios: at each of them.
         residuals: logarithms of live over calibrated where it was not fitted, rising.
+        levelled_residuals: the same where live rounds had first shown the model's level.
     """
 
     knots: tuple[float, ...] = ()
     log_ratios: tuple[float, ...] = ()
     residuals: tuple[float, ...] = ()
+    levelled_residuals: tuple[float, ...] = ()
 
     def value(self, predicted: float) -> float:
         """What a live run should show, nats/token."""
@@ -62,11 +64,11 @@ class Curve:
         at = np.interp(np.log(predicted), np.log(self.knots), self.log_ratios)
         return float(predicted * np.exp(at))
 
-    def moved(self, level: float) -> Curve:
-        """The same with all ratios ``level`` higher, in logarithms."""
-        if not self.knots:
-            return replace(self, knots=(1.0,), log_ratios=(level,))
-        return replace(self, log_ratios=tuple(ratio + level for ratio in self.log_ratios))
+    def levelled(self, level: float) -> Curve:
+        """The same with all ratios ``level`` higher, in logarithms, and what then is left."""
+        ratios = tuple(ratio + level for ratio in self.log_ratios) or (level,)
+        left = self.levelled_residuals or self.residuals
+        return replace(self, knots=self.knots or (1.0,), log_ratios=ratios, residuals=left)
 
     def believed(self, share: float) -> Curve:
         """The same with ratios nearer to one: a share of their logarithms."""
@@ -88,22 +90,23 @@ class Curve:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A curve a regime, and a level a kind of text where live runs have shown one.
+    """A curve a regime, and the model's level where live runs have shown it.
 
     Args:
         curves: by regime; one that is missing leaves predictions as they are.
-        levels: by kind of text, logarithm of live over what the curves say of evicting policies.
+        level: logarithm of live over what the curves say of evicting policies; None where none
+            was run.
         runs: live runs of a policy on a sample that are behind it; 0 for none.
     """
 
     curves: Mapping[Regime, Curve] = field(default_factory=dict)
-    levels: Mapping[str, float] = field(default_factory=dict)
+    level: float | None = None
     runs: int = 0
 
     def curve(self, kind: str, evicts: bool) -> Curve:
         """What holds for a policy on a kind of text."""
         curve = self.curves.get(regime_of(kind, evicts), Curve())
-        return curve.moved(self.levels[kind]) if evicts and kind in self.levels else curve
+        return curve.levelled(self.level) if evicts and self.level is not None else curve
 
     def value(self, predicted: float, kind: str, evicts: bool) -> float:
         """What a live run on a kind of text should show, nats/token."""
@@ -135,10 +138,9 @@ class Calibration:
         low, high = np.mean(each, 0) if each else (0.0, 0.0)
         return float(np.exp(low)), float(np.exp(high))
 
-    def levelled(self, levels: Mapping[str, float], runs: int) -> Calibration:
-        """With levels by kind of text, in logarithms, that live runs have shown beside it."""
-        both = {kind: self.levels.get(kind, 0.0) + level for kind, level in levels.items()}
-        return replace(self, levels={**self.levels, **both}, runs=self.runs + runs)
+    def levelled(self, level: float | None, runs: int) -> Calibration:
+        """With what live runs have shown beside it; None where none of them evicted."""
+        return replace(self, level=level, runs=self.runs + runs)
 
 
 NONE = Calibration()
@@ -149,13 +151,14 @@ class _StoredCurve:
     knots: tuple[NotNegative, ...]
     log_ratios: tuple[Finite, ...]
     residuals: tuple[Finite, ...]
+    levelled_residuals: tuple[Finite, ...]
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """The form of a calibration in a file; ``levels`` belong to one search and are not stored."""
+    """The form of a calibration in a file; ``level`` belongs to one search and is not stored."""
 
-    format: Literal[1]
+    format: Literal[2]
     made_by: Name
     runs: Whole
     curves: dict[Regime, _StoredCurve]
@@ -171,8 +174,9 @@ def read_calibration(plain: Any, where: str) -> Calibration:
     for regime, curve in stored.curves.items():
         if len(curve.knots) != len(curve.log_ratios) or list(curve.knots) != sorted(curve.knots):
             raise KvtuneError(f"the knots of {regime!r} do not fit its ratios", where=where)
-        if list(curve.residuals) != sorted(curve.residuals):
-            raise KvtuneError(f"the residuals of {regime!r} are not in order", where=where)
+        for residuals in (curve.residuals, curve.levelled_residuals):
+            if list(residuals) != sorted(residuals):
+                raise KvtuneError(f"the residuals of {regime!r} are not in order", where=where)
     curves = {regime: Curve(**vars(curve)) for regime, curve in stored.curves.items()}
     return Calibration(curves, runs=stored.runs)
 
@@ -183,7 +187,7 @@ def write_calibration(calibration: Calibration, made_by: str) -> dict[str, Any]:
         regime: {name: [float(f"{x:.5g}") for x in row] for name, row in asdict(curve).items()}
         for regime, curve in calibration.curves.items()
     }
-    return {"format": 1, "made_by": made_by, "runs": calibration.runs, "curves": curves}
+    return {"format": 2, "made_by": made_by, "runs": calibration.runs, "curves": curves}
 
 
 def fit_curve(predicted: ArrayLike, live: ArrayLike) -> Curve:
@@ -243,12 +247,13 @@ def fit_left_out(
             if min(a, b) > _SMALLEST
         ]
     whole = fit_curve(x, y).believed(believed)
-    return replace(whole, residuals=tuple(_thinned(sorted(residuals))))
+    return replace(whole, residuals=thinned(residuals))
 
 
-def _thinned(ordered: Sequence[float], most: int = 199) -> list[float]:
+def thinned(values: Sequence[float], most: int = 199) -> tuple[float, ...]:
     """Evenly spaced order statistics, so that a file stays small."""
+    ordered = sorted(values)
     if len(ordered) <= most:
-        return list(ordered)
+        return tuple(ordered)
     at = np.linspace(0, len(ordered) - 1, most).round().astype(int)
-    return [ordered[row] for row in at]
+    return tuple(ordered[row] for row in at)
