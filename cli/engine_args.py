@@ -50,6 +50,15 @@ def _parser() -> argparse.ArgumentParser:
         "--kv-cache-memory-bytes", "--kv-cache-memory", type=with_flag_name(_bytes),
         dest="kv_cache_memory_bytes",
     )  # fmt: skip
+    parser.add_argument(
+        "--enable-prefix-caching", action=argparse.BooleanOptionalAction, dest="shares_states"
+    )
+    parser.add_argument(
+        "--mamba-cache-mode", type=with_flag_name(_shares_states), dest="shares_states"
+    )
+    parser.add_argument(
+        "--mamba-ssm-cache-dtype", type=with_flag_name(_state_bytes), dest="state_element_bytes"
+    )
     return parser
 
 
@@ -70,6 +79,20 @@ def _block(text: str) -> int:
 
 def _bytes(text: str) -> int:
     return whole_number(text, 2**50, "number of bytes")
+
+
+def _shares_states(text: str) -> bool:
+    modes = {"none": False, "align": True}
+    if text not in modes:
+        raise ValueError(f"states kept in mode {text[:20]!r} are not modelled: none and align are")
+    return modes[text]
+
+
+def _state_bytes(text: str) -> int | None:
+    sizes = {"auto": None, "float32": 4, "float16": 2, "bfloat16": 2}
+    if text not in sizes:
+        raise ValueError(f"{text[:20]!r} is no type of a state: {', '.join(sizes)}")
+    return sizes[text]
 
 
 def _kv_bytes(text: str) -> float:

@@ -10,7 +10,7 @@ from kvtune.common.errors import nearest
 from kvtune.common.units import parse_tokens
 
 if TYPE_CHECKING:
-    from kvtune.simulator.memory.llama_memory import LlamaFlags
+    from kvtune.simulator.memory.llama_flags import LlamaFlags
 
 _HINT = "--engine-args '-c 32768 -ub 512 -fa on -ctk q8_0 -ctv q8_0 -np 4'"
 _ON, _OFF = ("on", "1", "auto", "enabled"), ("off", "0", "disabled")
@@ -22,7 +22,7 @@ def read_llama_args(text: str) -> tuple[LlamaFlags, tuple[str, ...]]:
     Raises:
         KvtuneError: the words cannot be taken apart, or a value makes no sense.
     """
-    from kvtune.simulator.memory.llama_memory import LlamaFlags
+    from kvtune.simulator.memory.llama_flags import LlamaFlags
 
     known, others = _parser().parse_known_args(split_flags(text, _HINT))
     return LlamaFlags(**vars(known)), tuple(others)
@@ -52,12 +52,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-np", "--parallel", type=with_flag_name(_slots), default=1, dest="slots")
     parser.add_argument("-kvu", "--kv-unified", action="store_true", dest="unified")
     parser.add_argument("--swa-full", action="store_true")
+    parser.add_argument(
+        "-ngl", "--n-gpu-layers", "--gpu-layers", type=with_flag_name(_layers), dest="gpu_layers"
+    )
+    parser.add_argument("-nkvo", "--no-kv-offload", action="store_false", dest="cache_on_gpu")
     return parser
 
 
 def _context(text: str) -> int | None:
     """Tokens; 0 for what the server chooses."""
     return None if text == "0" else parse_tokens(text)
+
+
+def _layers(text: str) -> int | None:
+    """Layers on the GPU; None for all."""
+    if text.lower() in ("-1", "all", "auto"):
+        return None
+    return 0 if text == "0" else whole_number(text, 2**31 - 1, "number of layers")
 
 
 def _slots(text: str) -> int:
@@ -71,7 +82,7 @@ def _flash(text: str) -> bool:
 
 
 def _kind(text: str) -> str:
-    from kvtune.simulator.memory.llama_memory import CACHE_BYTES
+    from kvtune.simulator.memory.llama_flags import CACHE_BYTES
 
     if text.lower() not in CACHE_BYTES:
         raise ValueError(

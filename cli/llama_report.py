@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from kvtune.simulator.memory.llama_memory import LlamaFlags, LlamaMemory
+    from kvtune.simulator.memory.llama_flags import LlamaFlags
+    from kvtune.simulator.memory.llama_memory import LlamaMemory
     from kvtune.tuner.cases import Asked, Case
 
 
@@ -72,7 +73,9 @@ def llama_table(memory: LlamaMemory) -> RenderableType:
         ("+ graph", memory.compute, "compute buffer size, of the GPU"),
         ("+ process", memory.process, "driver and libraries"),
         ("= together", memory.total, f"of {memory.limit_bytes / GIB:.2f} GiB"),
-        ("host", memory.host_compute, "compute buffer size, of the host"),
+        ("host weights", memory.host_weights, "model buffer size, of the host"),
+        ("+ cache", memory.host_cache, "KV and RS buffer size, of the host"),
+        ("+ graph", memory.host_compute, "compute buffer size, of the host"),
     )
     rows = [
         (name, f"{part.value / MIB:,.2f}", _interval(part.low, part.high), words)
@@ -99,6 +102,7 @@ def _interval(low: float, high: float) -> str:
 def llama_json(memory: LlamaMemory) -> dict[str, Any]:
     """The form that goes into JSON."""
     plain = {key: getattr(memory, key) for key in ("device_bytes", "limit_bytes", "ctx_size")}
-    figures = ("weights", "cache", "compute", "host_compute", "process", "total", "tokens")
+    figures = ("weights", "cache", "compute", "process", "total", "tokens")
+    figures += ("host_weights", "host_cache", "host_compute")
     found = {key: getattr(memory, key).as_dict() for key in figures}
     return {"release": memory.version, **plain, **found}

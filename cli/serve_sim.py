@@ -103,6 +103,7 @@ HostMemOption = Annotated[
 def command(
     model: options.Model,
     gpu: options.Gpu = None,
+    gpus: options.Gpus = 1,
     mem: options.Memory = None,
     policy: options.PolicyBeside = None,
     rate: RateOption = None,
@@ -147,6 +148,7 @@ def command(
         Limits(max_sequences, max_batched_tokens),
         block_tokens=block,
         host_bytes=0 if host_mem is None else parse_bytes(host_mem),
+        gpus=gpus,
     )
     policies = [None] if policy is None else [None, _policy(policy, shape)]
     with speaking(as_json, quiet) as out:
@@ -234,12 +236,21 @@ def _table(serving: Server, asked: Requests, found: list[Served]) -> RenderableT
         ("prompt tokens shared", *(count(each.shared_tokens) for each in found)),
     ]
     return table(
-        f"{serving.shape.name} ({serving.weights}) on {serving.gpu.name} serves {asked.source}",
+        f"{serving.shape.name} ({serving.weights}) on {_cards(serving)} serves {asked.source}",
         ("", *(each.name for each in found)),
         rows,
-        caption=f"cache memory {figure(serving.cache)} in {count(found[0].blocks)} blocks of "
-        f"{format_bytes(found[0].block_bytes)}; intervals: all times at their low or high ends",
+        caption=f"cache memory {figure(serving.cache)}{_each(serving)} in "
+        f"{count(found[0].blocks)} blocks of {format_bytes(found[0].block_bytes)}; "
+        "intervals: all times at their low or high ends",
     )
+
+
+def _cards(serving: Server) -> str:
+    return serving.gpu.name if serving.gpus == 1 else f"{serving.gpus} x {serving.gpu.name}"
+
+
+def _each(serving: Server) -> str:
+    return "" if serving.gpus == 1 else " of each card"
 
 
 def _refused(found: list[Served]) -> list[tuple[str, ...]]:
@@ -266,6 +277,7 @@ def _answer(
     return {
         "model": serving.shape.name,
         "gpu": serving.gpu.slug,
+        "gpus": serving.gpus,
         "weight_format": serving.weights,
         "cache": serving.cache,
         "requests": {"source": asked.source, "count": len(asked), "seed": seed},

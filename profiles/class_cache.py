@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 from kvtune.common.errors import KvtuneError
@@ -29,7 +30,26 @@ def layers_of(model: Any, text: Any, file: str) -> tuple[LayerCache, ...]:
             f"what {text.model_type} caches cannot be told without its weights", where=file,
             hint="an encoder caches nothing; a decoder with a cache of its own is not counted.",
         )  # fmt: skip
-    return found
+    each = _recurrent_bytes(text)
+    return tuple(
+        replace(layer, recurrent_bytes=each) if layer.recurrent_elements else layer
+        for layer in found
+    )
+
+
+def _recurrent_bytes(text: Any) -> int:
+    """Bytes of a recurrent number in engines that serve the model.
+
+    Configurations name it; without a name it is float32 in Nemotron-H and in Kimi's delta
+    attention, and as wide as the model's other numbers elsewhere.
+    """
+    name = next(
+        (found for key in ("mamba_ssm_dtype", "mamba_ssm_cache_dtype")
+         if (found := getattr(text, key, None))), None,
+    )  # fmt: skip
+    if name is None:
+        return 4 if text.model_type in ("nemotron_h", "kimi_linear") else 2
+    return 4 if "32" in str(name) else 2
 
 
 def _filled(model: Any, file: str) -> tuple[LayerCache, ...] | None:
@@ -97,15 +117,9 @@ def _layer(entry: Any, file: str) -> LayerCache:
             f"what a {type(entry).__name__} keeps beside keys and values is not counted", where=file
         )
     keys, values = getattr(entry, "keys", None), getattr(entry, "values", None)
-    states = [
-        state
-        for name in ("conv_states", "recurrent_states")
-        for state in (getattr(entry, name, None) or {}).values()
-        if isinstance(state, torch.Tensor)
-    ]
-    state_bytes = sum(math.prod(s.shape[1:]) * s.element_size() for s in states)
+    state = _state_parts(entry)
     if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor):
-        return LayerCache(state_bytes=state_bytes)
+        return LayerCache(**state)
     index = getattr(entry, "indexer_keys", None)
     window = getattr(entry, "sliding_window", None)
     return LayerCache(
@@ -113,11 +127,36 @@ def _layer(entry: Any, file: str) -> LayerCache:
         key_dim=keys.shape[-1],
         value_dim=0 if values is keys else values.shape[-1],
         window=int(window) if window else None,
-        state_bytes=state_bytes,
+        **state,
         index_dim=index.shape[-1] if isinstance(index, torch.Tensor) else 0,
         compress_rate=entry.compress_rate if compressed else 0,
         compressed_dim=_compressed_dim(entry) if compressed else 0,
     )
+
+
+def _state_parts(entry: Any) -> dict[str, int]:
+    """Bytes of a layer's states, with the channels of its convolutions and its recurrent numbers.
+
+    Convolutions of different widths in one layer leave the parts unknown.
+    """
+    inputs, recurrent = (_tensors(entry, name) for name in ("conv_states", "recurrent_states"))
+    size = sum(math.prod(s.shape[1:]) * s.element_size() for s in (*inputs, *recurrent))
+    widths = {state.shape[-1] for state in inputs}
+    if len(widths) != 1:
+        return {"state_bytes": size}
+    return {
+        "state_bytes": size,
+        "conv_channels": sum(math.prod(state.shape[1:-1]) for state in inputs),
+        "conv_width": widths.pop(),
+        "recurrent_elements": sum(math.prod(state.shape[1:]) for state in recurrent),
+    }
+
+
+def _tensors(entry: Any, name: str) -> list[Any]:
+    import torch
+
+    held = (getattr(entry, name, None) or {}).values()
+    return [state for state in held if isinstance(state, torch.Tensor)]
 
 
 _COUNTED = "transformers.cache_utils"  # whose layers have nothing but what is read here

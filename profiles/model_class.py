@@ -114,7 +114,7 @@ def _digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-_FORMAT = 3  # raised whenever the same class would be read otherwise
+_FORMAT = 4  # raised whenever the same class would be read otherwise
 _IRRELEVANT = (
     "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "use_cache",
     "quantization_config", "compression_config", "attn_implementation", "device_map",

@@ -44,6 +44,7 @@ def shape_of(
     _check_heads(text, file)
     facts = facts_of(config, file)
     heads, width = _heads(facts)
+    longest = longest_context(text, file, facts.max_context)
     return ModelShape(
         name=name,
         layers=len(facts.layers),
@@ -53,7 +54,8 @@ def shape_of(
         hidden_size=facts.hidden_size,
         intermediate_size=facts.intermediate_size,
         vocab_size=facts.vocab_size,
-        max_context=longest_context(text, file, facts.max_context),
+        max_context=longest,
+        rotary_elements=_rotary_elements(text, longest, width),
         tied_embeddings=facts.tied,
         windows=tuple(layer.window for layer in facts.layers),
         latent=facts.latent,
@@ -107,6 +109,20 @@ def _check_heads(text: Mapping[str, Any], file: str) -> None:
             raise KvtuneError(
                 f"{key!r} must be a whole number of at least 1, not {repr(value)[:40]}", where=file
             )
+
+
+def _rotary_elements(text: Mapping[str, Any], longest: int, width: int) -> int | None:
+    """Numbers in the tables of rotary embeddings where there are more than one a position.
+
+    Linear scaling tables every position that it divides; sliding layers may have their own base.
+    """
+    scaling = text.get("rope_scaling")
+    linear = isinstance(scaling, Mapping) and "linear" in (
+        scaling.get("rope_type"), scaling.get("type")
+    )  # fmt: skip
+    factor = scaling.get("factor") if linear and isinstance(scaling, Mapping) else 1
+    tables = (factor if isinstance(factor, (int, float)) else 1) + ("rope_local_base_freq" in text)
+    return int(tables * longest * width) if tables != 1 else None
 
 
 def _heads(facts: ClassFacts) -> tuple[int, int]:

@@ -37,7 +37,8 @@ _COUNTS = (
 _REQUIRED = (*_COUNTS, "tied_embeddings", "source")
 _OPTIONAL = (
     "aliases", "window", "full_every", "latent", "experts", "biases", "query_key_norm",
-    "norms_per_layer", "sinks", "other_parameters", "cache", "counted",
+    "norms_per_layer", "sinks", "other_parameters", "rotary_elements",
+    "cache", "counted",
 )  # fmt: skip
 _SUFFIX = re.compile(  # what a repository's name says beside the shape: tuning, weights' format
     r"-(instruct|thinking|it|chat|hf|base|pt|gguf|bf16|fp8|nvfp4|mxfp4|awq|gptq|qat|int4|int8|q\d(-\w){0,2})$"
@@ -154,6 +155,7 @@ _READERS: dict[str, Callable[[Located], object]] = {
     "norms_per_layer": lambda entry: entry.count(),
     "sinks": lambda entry: entry.flag(),
     "other_parameters": lambda entry: entry.count(0),
+    "rotary_elements": lambda entry: entry.count(),
     "counted": _counted,
 }
 

@@ -66,6 +66,11 @@ class LayerCache:
         value_dim: the same of a value; of a latent the width of its rotary key.
         window: tokens that are kept; None for all.
         state_bytes: recurrent and convolutional state, whatever the length.
+        conv_channels: of that, channels whose last inputs a convolution keeps; 0 where not known.
+        conv_width: inputs of a channel that the convolution spans.
+        recurrent_elements: numbers of the recurrent state.
+        recurrent_bytes: of such a number in engines that serve the model, as its configuration
+            asks: 4 for float32, 2 where it asks for nothing.
         index_dim: cached numbers of a token's index key (DeepSeek sparse attention).
         compress_rate: tokens that one entry stands for beside the window (DeepSeek-V4); 0 without.
         compressed_dim: cached numbers of such an entry.
@@ -76,6 +81,10 @@ class LayerCache:
     value_dim: int = 0
     window: int | None = None
     state_bytes: int = 0
+    conv_channels: int = 0
+    conv_width: int = 0
+    recurrent_elements: int = 0
+    recurrent_bytes: int = 2
     index_dim: int = 0
     compress_rate: int = 0
     compressed_dim: int = 0
@@ -185,6 +194,8 @@ class ModelShape:
         norms_per_layer: norms of hidden width a layer.
         sinks: whether each query head keeps one learned sink logit.
         other_parameters: parameters beside the text model, such as a vision tower.
+        rotary_elements: numbers in an engine's tables of rotary embeddings; None for one of all
+            positions by the head's width.
         cache: what each layer caches; empty where all layers are alike but for ``windows``.
         counted: parameters as they were counted in the model's own class; None where the fields
             above say them.
@@ -211,6 +222,7 @@ class ModelShape:
     norms_per_layer: int = 2
     sinks: bool = False
     other_parameters: int = 0
+    rotary_elements: int | None = None
     cache: tuple[LayerCache, ...] = ()
     counted: ParameterCounts | None = None
     stored: StoredWeights | None = None

@@ -64,7 +64,9 @@ def _share_of_cache(layer: LayerCache, gpus: int, shape: ModelShape) -> LayerCac
                 f"a layer of {shape.name} has {heads} KV heads, which {gpus} GPUs cannot share"
             )
         heads = max(1, heads // gpus)
-    return replace(layer, kv_heads=heads, state_bytes=-(-layer.state_bytes // gpus))
+    divided = ("state_bytes", "conv_channels", "recurrent_elements")
+    parts = {name: -(-getattr(layer, name) // gpus) for name in divided}
+    return replace(layer, kv_heads=heads, **parts)
 
 
 def _share_of_counts(counts: ParameterCounts, gpus: int) -> ParameterCounts:

@@ -13,9 +13,9 @@ from kvtune.profiles.elsewhere import SYSTEM_OF_CARD, Stack, require_systems_fol
 from kvtune.profiles.gpus import GpuProfile, find_gpu
 from kvtune.profiles.shape import ModelShape
 from kvtune.profiles.split import split_over
-from kvtune.simulator.latency import priors
 from kvtune.simulator.latency.elsewhere import ServingTables
 from kvtune.simulator.latency.serving_kernels import Overheads, ServingModel
+from kvtune.simulator.latency.sums import sums_over_gpus
 from kvtune.simulator.memory.budget import MemoryBudget
 
 StackChoice = Literal["kvtune", "vllm", "sglang", "trtllm"]
@@ -82,21 +82,9 @@ class Deployment:
         """With two sums over the GPUs a layer."""
         if self.gpus == 1:
             return alone
-        moved = 2 * (self.gpus - 1) / self.gpus * 2 * rows * self.shape.hidden_size
-        value, low, high = (
-            getattr(alone, end)
-            + 2
-            * self.shape.layers
-            * (getattr(priors.SUM_FLOOR_S, end)
-               + moved / (self._link * getattr(priors.LINK_SHARE, other)))
-            for end, other in (("value", "value"), ("low", "high"), ("high", "low"))
-        )  # fmt: skip
+        sums = sums_over_gpus(self.shape, self.gpu, self.gpus, rows).at()
+        value, low, high = (getattr(alone, e) + getattr(sums, e) for e in ("value", "low", "high"))
         return Estimate(value, low, high, "s", "datasheet")
-
-    @property
-    def _link(self) -> float:
-        kind = (self.gpu.architecture, self.gpu.memory_kind)
-        return priors.LINK_BYTES_PER_S.get(kind, self.gpu.pcie_bytes_per_s)
 
     def _served(self, stack: Stack, budget: MemoryBudget, held: int) -> tuple[Estimate, Estimate]:
         """A step at the longest cache, and a prefill, from the stack's tables."""

@@ -17,7 +17,9 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.units import GIB, MIB
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
-from kvtune.simulator.memory.llama_memory import MARGIN_BYTES, LlamaFlags, llama_memory
+from kvtune.profiles.shape import StoredWeights
+from kvtune.simulator.memory.llama_flags import LlamaFlags
+from kvtune.simulator.memory.llama_memory import MARGIN_BYTES, llama_memory
 
 LLAMA, CARD = find_model("llama-3.1-8b"), find_gpu("4090")
 _OFF = "--ctx-size 2048 --flash-attn off"  # 4 MiB of 164, inside the interval
@@ -68,8 +70,70 @@ def test_recurrent_states_are_those_printed() -> None:
     shape = find_model("qwen3.6-27b")
     flags = LlamaFlags(ctx_size=32768)
     found = llama_memory(shape, find_gpu("h200"), "bf16", flags).cache
-    states = 149.62 * MIB
-    assert found.low <= 2048 * MIB + states <= found.high
+    assert found.value / MIB == pytest.approx(2048 + 149.62, abs=0.01)
+
+
+# Logs of layers on the host: Qwen3.5-9B, Q4_K with other types among it, builds about b9849, on an
+# RTX 3060 with 20 of 33 layers and on another card with 31 (a public repository's start reports;
+# known by their text only). MiB: model, KV and RS buffers of the GPU, then of the host.
+_PARTLY = (
+    ("-c 8192 -ub 2048 -ngl 20", (3393.11, 160 + 29.31, 498.00), (2286.14, 96 + 20.94, 128.16)),
+    (
+        "-c 8192 -ub 2048 -np 4 -kvu -ngl 31",
+        (4854.94, 256 + 184.25, 447.38), (824.31, 16.75, 128.44),
+    ),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "device", "host"), _PARTLY)
+def test_layers_on_the_host_take_what_logs_print(
+    words: str, device: tuple[float, float, float], host: tuple[float, float, float]
+) -> None:
+    size = (device[0] + host[0]) * MIB
+    stored = StoredWeights("Q4_K", 5.07, size, size, size)
+    shape = replace(find_model("qwen3.5-9b"), stored=stored)
+    found = llama_memory(shape, CARD, "stored", read_llama_args(words)[0], "b9849")
+    assert found.weights.value / MIB == pytest.approx(device[0], rel=0.01)
+    assert found.host_weights.value / MIB == pytest.approx(host[0], rel=0.02)
+    assert found.cache.value / MIB == pytest.approx(device[1], abs=0.01)
+    assert found.host_cache.value / MIB == pytest.approx(host[1], abs=0.01)
+    assert found.compute.low <= device[2] * MIB <= found.compute.high
+    assert found.compute.value / MIB == pytest.approx(device[2], rel=0.1)
+    assert found.host_compute.value / MIB == pytest.approx(host[2], rel=0.01)
+
+
+def test_the_output_matrix_went_to_the_gpu_last_before_december_2025() -> None:
+    # KoboldCpp, Mixtral 8x7B, "offloading 12 repeating layers": 771.75 MiB of KV on the GPU and
+    # 1286.25 on the host (a public guide's log, known by its text only).
+    mixtral = find_model("mixtral-8x7b")
+    flags = read_llama_args("-c 16464 -ngl 12")[0]
+    old, new = (llama_memory(mixtral, CARD, "q4_0", flags, build) for build in ("b2000", "b9849"))
+    assert old.cache.value / old.host_cache.value == pytest.approx(771.75 / 1286.25)
+    assert new.cache.value / new.host_cache.value == pytest.approx(11 / 21)
+    layer = 4096 * 14336 * 3 * 8 * 4.5 / 8
+    assert old.weights.value - new.weights.value > 0.9 * layer
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    layers=st.integers(0, 40), build=st.sampled_from(["b2000", "b9849"]), cache=st.booleans(),
+    model=st.sampled_from(["llama-3.1-8b", "gemma-3-4b", "qwen3.5-4b"]),
+)  # fmt: skip
+def test_what_is_not_on_the_gpu_is_on_the_host(
+    layers: int, build: str, cache: bool, model: str
+) -> None:
+    shape = find_model(model)
+    flags = LlamaFlags(ctx_size=4096, cache_on_gpu=cache)
+    whole = llama_memory(shape, CARD, "q4_0", flags, build)
+    part = llama_memory(shape, CARD, "q4_0", replace(flags, gpu_layers=layers), build)
+    more = llama_memory(shape, CARD, "q4_0", replace(flags, gpu_layers=layers + 1), build)
+    total = whole.weights.value + whole.host_weights.value
+    copy = total - part.weights.value - part.host_weights.value  # of a tied output matrix
+    assert copy == pytest.approx(0, abs=1) or (shape.tied_embeddings and copy > 0)
+    assert part.cache.value + part.host_cache.value == whole.cache.value + whole.host_cache.value
+    assert part.weights.value <= more.weights.value <= whole.weights.value
+    assert part.cache.value <= (whole.cache.value if cache else 0)
+    assert part.total.value <= whole.total.value + part.compute.value
 
 
 @settings(deadline=None, max_examples=30)
@@ -119,7 +183,8 @@ def test_builds_before_june_2026_reserve_all_logits() -> None:
     ("words", "said"),
     [
         ("-ctk q9", "no type of llama.cpp's cache"), ("-c many", "no number of tokens"),
-        ("-np 0", "no number of slots"), ("-fa perhaps", "none of on, off and auto"),
+        ("-np 0", "no number of slots"), ("-ngl some", "number of layers"),
+        ("-fa perhaps", "none of on, off and auto"),
         ("'-c", "cannot be read"), ("-ctv q8_0 -fa off", "with flash attention only"),
     ],
 )  # fmt: skip

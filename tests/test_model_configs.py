@@ -43,6 +43,7 @@ PUBLISHED = {
     "olmo-2-32b": (32.2, None), "olmo-3-7b": (7.30, None), "olmo-3-32b": (32.2, None),
     "qwen3.5-4b": (4.21, None), "qwen3.5-9b": (8.95, None),  # 4.5 and 9.4 with their towers
     "granite-4.0-h-tiny": (7, None), "granite-4.0-h-1b": (1.5, None),
+    "gemma-3n-e2b": (4.44, None),  # 5.44 B with its towers
     "gemma-3n-e4b": (6.87, None),  # 7.85 B with its towers for images and sound
 }  # fmt: skip
 
@@ -74,6 +75,7 @@ BYTES = {
     # 15 layers of their own, three of them full; 24 and four
     "gemma-4-e2b": 12 * 2 * 256 * 2 + 3 * 2 * 512 * 2,
     "gemma-4-e4b": 20 * 2 * 2 * 256 * 2 + 4 * 2 * 2 * 512 * 2,
+    "gemma-3n-e2b": 20 * 2 * 2 * 256 * 2,
     "granite-4.0-h-tiny": 4 * 2 * 4 * 128 * 2,
     "minimax-m1": 80 // 8 * 2 * 8 * 128 * 2,
     "minimax-m2": 62 * 2 * 8 * 128 * 2,

@@ -28,6 +28,7 @@ PARAMETERS = {
     "qwen3-30b-a3b": 30_532_122_624,
     "qwen3-235b-a22b": 235_093_634_560,
     "mistral-small-24b": 23_572_403_200,
+    "mistral-small-3.1-24b": 24_011_361_280,
     "ministral-8b": 8_019_808_256,
     "mixtral-8x7b": 46_702_792_704,
     "phi-4-mini": 3_836_021_760,

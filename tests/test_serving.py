@@ -19,7 +19,9 @@ from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
+from kvtune.profiles.split import split_over
 from kvtune.simulator.latency.steps import decode_step, prefill
+from kvtune.simulator.latency.sums import sums_over_gpus
 from kvtune.simulator.serving.engine import Engine, serve
 from kvtune.simulator.serving.footprint import footprint
 from kvtune.simulator.serving.memory import Memory
@@ -316,6 +318,40 @@ def test_times_are_the_latency_models_at_the_grids_points() -> None:
     assert of.mixed(0, 0, 0, [Chunk(0, 1024)]) == pytest.approx(whole.value, rel=0.02)
     halves = of.mixed(0, 0, 0, [Chunk(0, 512)]) + of.mixed(0, 0, 0, [Chunk(512, 512)])
     assert halves > whole.value
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 4, 16])
+def test_several_cards_share_steps_and_cache_as_estimates_have_them(gpus: int) -> None:
+    llama, limits = find_model("llama-8b"), Limits(8, 2048)
+    serving = server(llama, H100, H100.visible_bytes, "bf16", limits, gpus=gpus)
+    alone = server(llama, H100, H100.visible_bytes, "bf16", limits)
+    asked = generate(20, 1.0, Lengths(1024, 1024), Lengths(128, 128), longest=131072)
+    ready, single = prepare(serving, asked, None), prepare(alone, asked, None)
+    # 8 KV heads: beyond 8 cards, some hold the same.
+    assert ready.footprint.token * min(gpus, 8) == single.footprint.token
+    assert serving.cache.value >= alone.cache.value
+    local = split_over(llama, gpus)
+    held = local.kv_bytes(1024 + 128)
+    step = decode_step(local, H100, "bf16", 8, held, "runtime").value
+    for rows, found in (
+        (8, ready.times["value"].decoding(8, 1024, 128) - step),
+        (1024, ready.times["value"].mixed(0, 0, 0, [Chunk(0, 1024)])
+         - prefill(local, H100, "bf16", 1024, execution="runtime").value),
+    ):  # fmt: skip
+        sums = sums_over_gpus(llama, H100, gpus, rows).at().value
+        assert found == pytest.approx(sums, rel=0.02, abs=3e-5)
+    report = serve(ready, asked, Goals())
+    assert report.finished == 20
+
+
+def test_a_policy_on_several_cards_is_refused() -> None:
+    serving = server(SMOL, H100, H100.visible_bytes, "bf16", Limits(8, 2048), gpus=3)
+    policy = Policy.uniform(Option(keys=Int4(), values=Int4()), SMOL.layers, SMOL.kv_heads)
+    asked = generate(5, 1.0, Lengths(256, 256), Lengths(16, 16), longest=2048)
+    with pytest.raises(KvtuneError, match="one GPU only"):
+        prepare(serving, asked, policy)
+    with pytest.raises(KvtuneError, match="cannot share evenly"):
+        server(SMOL, H100, H100.visible_bytes, "bf16", Limits(8, 2048), gpus=2)
 
 
 def test_bytes_are_the_policys_own_and_only_eviction_stops_sharing() -> None:

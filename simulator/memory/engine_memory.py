@@ -5,14 +5,15 @@ the peak of that run leaves of ``gpu_memory_utilization`` times the card's whole
 that of the sampler, which handles a row of logits for each of ``max_num_seqs`` sequences, or that
 of the feed-forward blocks over ``max_num_batched_tokens`` tokens, whichever is larger.
 
-The constants were fitted on what releases printed (``benchmarks/engine_tokens.py`` has each log's
-source, and the logs that were left out of the fit).
+Recurrent layers make attention blocks longer (``engine_blocks``), and weights are counted as they
+are allocated (``engine_weights``). The constants were fitted on what releases printed
+(``benchmarks/engine_tokens.py`` has each log's source, and the logs that were left out of the fit).
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate, exact
@@ -20,9 +21,10 @@ from kvtune.common.units import GIB
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.profiles.split import split_over
-from kvtune.simulator.memory.engine_blocks import CacheBlocks, cache_blocks
+from kvtune.simulator.memory.engine_blocks import BlockRules, CacheBlocks, cache_blocks
+from kvtune.simulator.memory.engine_weights import engine_weights
 from kvtune.simulator.memory.peak import add
-from kvtune.simulator.memory.weights import WeightFormat, weight_bytes
+from kvtune.simulator.memory.weights import WeightFormat
 
 Range = tuple[float, float, float]  # value, low, high
 
@@ -41,6 +43,10 @@ class Release:
         graphs_bytes: reserved for CUDA graphs before the cache is sized.
         keeps_expert_buffers: whether the buffers of routed experts outlast the forward pass.
         counts_requests: whether the tokens printed are those of whole requests at once.
+        shares_states: whether recurrent states are kept for other requests unless flags say no.
+        latent_step: tokens that kernels of latent attention read at once beside recurrent layers.
+        padded_below: how many times the rarest kind of layer the commonest may be for groups as
+            large as that (``BlockRules``).
     """
 
     since: tuple[int, int]
@@ -52,6 +58,9 @@ class Release:
     graphs_bytes: Range = (0.0, 0.0, 0.0)
     keeps_expert_buffers: bool = False
     counts_requests: bool = False
+    shares_states: bool = False
+    latent_step: int = 64
+    padded_below: float = 1.5
 
 
 def _gib(value: float, low: float, high: float) -> Range:
@@ -59,26 +68,35 @@ def _gib(value: float, low: float, high: float) -> Range:
 
 
 _NONE: Range = (0.0, 0.0, 0.0)
+_FROM_21 = Release(
+    (0, 21), 0.92, (14.52, 6.5, 15.2), 5_700, _gib(0.25, 0.05, 0.46), _gib(1.85, 0.3, 2.1),
+    graphs_bytes=_gib(0.6, 0.1, 1.3), keeps_expert_buffers=True, counts_requests=True,
+)  # fmt: skip
 RELEASES = (
-    Release((0, 9), 0.90, (37.75, 36.5, 39.5), 9_500, _gib(0.13, 0.02, 0.30), _gib(0.42, 0.1, 0.9)),
+    Release(
+        (0, 9), 0.90, (37.75, 36.5, 39.5), 9_500, _gib(0.13, 0.02, 0.30), _gib(0.42, 0.1, 0.9),
+        padded_below=1.0,
+    ),
     Release(
         (0, 17), 0.90, (14.52, 14.0, 15.2), 5_700, _gib(0.13, 0.02, 0.30), _gib(0.42, 0.1, 2.0),
-        keeps_expert_buffers=True,
+        keeps_expert_buffers=True, padded_below=1.25,
     ),
     Release(
         (0, 18), 0.90, (14.52, 14.0, 15.2), 5_700, _gib(0.25, 0.05, 0.46), _gib(1.85, 1.0, 2.1),
         keeps_expert_buffers=True,
     ),
-    Release(
-        (0, 21), 0.92, (14.52, 6.5, 15.2), 5_700, _gib(0.25, 0.05, 0.46), _gib(1.85, 0.3, 2.1),
-        graphs_bytes=_gib(0.6, 0.1, 1.3), keeps_expert_buffers=True, counts_requests=True,
-    ),
+    _FROM_21,
+    replace(_FROM_21, since=(0, 26), shares_states=True),
     Release(
         (0, 27), 0.92, (7.0, 6.0, 15.2), 5_700, _gib(0.26, 0.05, 0.46), _gib(1.85, 0.3, 2.1),
         graphs_bytes=_gib(0.4, 0.1, 1.3), keeps_expert_buffers=True, counts_requests=True,
+        shares_states=True, latent_step=128,
     ),
 )  # fmt: skip
 NEWEST = "0.31"  # the newest release that a log was seen of
+_IMAGE_BYTES: Range = (10_000.0, 0.0, 30_000.0)
+"""Pixels of the images that one token of an encoder's output stands for. Gemma 3 has 18,816,
+Mistral Small 4,600; what was printed of four such models is within 0.15 GiB of this."""
 _TOKENS_HELD = 3.55  # hidden states of all tokens at the widest moment of a layer, beside its MLP
 
 
@@ -95,6 +113,8 @@ class EngineFlags:
         block_size: tokens of a block.
         enforce_eager: whether no CUDA graphs are captured.
         kv_cache_memory_bytes: of the cache, in place of all that is left.
+        shares_states: whether recurrent states are kept for prompts with the same beginning.
+        state_element_bytes: of a number of a recurrent state.
     """
 
     gpu_memory_utilization: float | None = None
@@ -105,6 +125,8 @@ class EngineFlags:
     block_size: int = 16
     enforce_eager: bool = False
     kv_cache_memory_bytes: int | None = None
+    shares_states: bool | None = None
+    state_element_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -159,13 +181,13 @@ def engine_memory(
     """
     release = find_release(version)
     local = split_over(shape, gpus)
-    blocks = cache_blocks(local, flags.block_size, flags.kv_cache_bytes)
+    blocks = cache_blocks(local, _rules(flags, release))
     share = release.utilization
     if flags.gpu_memory_utilization is not None:
         share = flags.gpu_memory_utilization
     limit = int(share * gpu.visible_bytes)
     parts = (
-        weight_bytes(local, weight_format),
+        engine_weights(shape, local, weight_format, gpu),
         _activation(shape, local, gpu, weight_format, flags, release),
         _process(release, gpus),
         _estimate(_NONE if flags.enforce_eager else release.graphs_bytes),
@@ -173,7 +195,16 @@ def engine_memory(
     cache = _left(limit, parts, flags)
     return EngineMemory(
         version, gpu.visible_bytes, limit, *parts, cache,
-        _tokens(shape, gpu, flags, release, blocks, cache), flags.block_size,
+        _tokens(shape, gpu, flags, release, blocks, cache), blocks.block_size,
+    )  # fmt: skip
+
+
+def _rules(flags: EngineFlags, release: Release) -> BlockRules:
+    shares = release.shares_states if flags.shares_states is None else flags.shares_states
+    return BlockRules(
+        block_size=flags.block_size, element_bytes=flags.kv_cache_bytes,
+        state_blocks=2 if shares else 1, state_element_bytes=flags.state_element_bytes,
+        latent_step=release.latent_step, padded_below=release.padded_below,
     )  # fmt: skip
 
 
@@ -216,20 +247,26 @@ def _activation(
     flags: EngineFlags,
     release: Release,
 ) -> Estimate:
-    """Peak of the profile run: the sampler's over all rows, or the feed-forward blocks'."""
+    """Peak of the profile run: the sampler's over all rows, or the feed-forward blocks'.
+
+    What an encoder of images gave is held meanwhile: a step's tokens in all, with their pixels.
+    """
     tokens, rows = _batch(gpu, flags)
+    images = _IMAGE_BYTES if shape.parameter_counts().other else _NONE
+    encoded = 2.0 * shape.hidden_size if any(images) else 0.0
     hidden = 2.0 * shape.hidden_size
     fixed = release.token_bytes * tokens
     experts = _expert_buffers(local, weight_format, tokens)
     kept = experts if release.keeps_expert_buffers else 0.0
     forward = tokens * _feed_forward_bytes(local) + experts
 
-    def peak(logit_bytes: float, factor: float) -> float:
+    def peak(logit_bytes: float, factor: float, image_bytes: float) -> float:
         sampler = logit_bytes * rows * shape.vocab_size + hidden * (tokens + rows) + kept
-        return fixed + max(sampler, factor * (forward + _TOKENS_HELD * hidden * tokens))
+        held = fixed + tokens * (image_bytes + encoded)
+        return held + max(sampler, factor * (forward + _TOKENS_HELD * hidden * tokens))
 
-    value, low, high = release.logit_bytes
-    return _estimate((peak(value, 1.0), peak(low, 0.85), peak(high, 1.15)))
+    value, low, high = map(peak, release.logit_bytes, (1.0, 0.85, 1.15), images)
+    return _estimate((value, low, high))
 
 
 def _feed_forward_bytes(local: ModelShape) -> float:

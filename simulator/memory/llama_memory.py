@@ -1,7 +1,8 @@
 """What llama.cpp prints of its memory on one GPU, and the longest context that it fits there.
 
-Every layer is taken to be on the GPU. llama.cpp fits its context to what is free less a margin of
-1 GiB, in steps of 256 tokens; the same is done here.
+Layers are on the GPU as far as ``-ngl`` says (``llama_offload``), all where it does not. llama.cpp
+fits its context to what is free less a margin of 1 GiB, in steps of 256 tokens; the same is done
+here.
 """
 
 from __future__ import annotations
@@ -9,56 +10,36 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_right
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 from kvtune.common.errors import KvtuneError
-from kvtune.common.estimate import Estimate, exact
+from kvtune.common.estimate import Estimate
 from kvtune.common.units import MIB
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
+from kvtune.simulator.memory.llama_cache import cache_buffers
+from kvtune.simulator.memory.llama_flags import CACHE_BYTES, DEFAULTS, LlamaFlags
 from kvtune.simulator.memory.llama_graph import graph_buffer, padded_cells
+from kvtune.simulator.memory.llama_offload import (
+    Offload,
+    layer_bytes,
+    offload_of,
+    split_weights,
+)
 from kvtune.simulator.memory.peak import add
-from kvtune.simulator.memory.weights import WeightFormat, weight_bytes
+from kvtune.simulator.memory.weights import WeightFormat
 
 STEP = 256
 MARGIN_BYTES = 1024 * MIB  # that llama.cpp leaves free where it chooses the context itself
 _CONTEXT = Estimate(400 * MIB, 250 * MIB, 750 * MIB, "B", "assumed")
 """Of a CUDA process beside its buffers. llama.cpp's own breakdown calls it unaccounted: 749 MiB on
 an RTX PRO 6000 (github.com/ggml-org/llama.cpp/issues/27953)."""
-CACHE_BYTES = {
-    "f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32,
-    "q4_1": 20 / 32, "q4_0": 18 / 32, "iq4_nl": 18 / 32,
-}  # fmt: skip
 # Builds before the first compute all of a micro-batch's logits when they reserve, later than the
 # second one row a slot: github.com/ggml-org/llama.cpp/pull/23861, opened at build 9400 or so.
 _ALL_ROWS, _SLOT_ROWS = 9272, 9600
 NEWEST = "b10867"
-
-
-@dataclass(frozen=True)
-class LlamaFlags:
-    """Flags of ``llama-server`` that decide what it allocates; None for what the server chooses.
-
-    Args:
-        ctx_size: tokens of all slots together.
-        ubatch: tokens of a micro-batch.
-        flash: whether flash attention is on.
-        key_type: of cached keys, as ``--cache-type-k`` has it.
-        value_type: of cached values.
-        slots: requests at once.
-        unified: whether the slots share one cache, so that each may fill all of it.
-        swa_full: whether layers with a window keep the whole context.
-    """
-
-    ctx_size: int | None = None
-    ubatch: int = 512
-    flash: bool = True
-    key_type: str = "f16"
-    value_type: str = "f16"
-    slots: int = 1
-    unified: bool = False
-    swa_full: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +54,9 @@ class LlamaMemory:
         weights: "model buffer size" of the GPU.
         cache: "KV buffer size", and "RS buffer size" of recurrent layers.
         compute: "compute buffer size" of the GPU.
-        host_compute: the same of the host.
+        host_weights: "model buffer size" of the host.
+        host_cache: the caches that are kept there.
+        host_compute: "compute buffer size" of the host.
         process: of the driver and libraries.
         tokens: the longest context that fits with llama.cpp's margin.
     """
@@ -85,6 +68,8 @@ class LlamaMemory:
     weights: Estimate
     cache: Estimate
     compute: Estimate
+    host_weights: Estimate
+    host_cache: Estimate
     host_compute: Estimate
     process: Estimate
     tokens: Estimate
@@ -99,11 +84,11 @@ def llama_memory(
     shape: ModelShape,
     gpu: GpuProfile,
     weight_format: WeightFormat,
-    flags: LlamaFlags = LlamaFlags(),
+    flags: LlamaFlags = DEFAULTS,
     version: str = NEWEST,
     limit_bytes: int | None = None,
 ) -> LlamaMemory:
-    """What ``llama-server`` would print with all layers on the card.
+    """What ``llama-server`` would print.
 
     Raises:
         KvtuneError: a build that is none, values in few bits without flash attention, or layers
@@ -121,14 +106,50 @@ def llama_memory(
             "is not modelled"
         )
     limit = gpu.visible_bytes if limit_bytes is None else min(limit_bytes, gpu.visible_bytes)
-    fixed = add(_on_device(shape, weight_format), _CONTEXT)
-    fits = _fitting(shape, flags, build, fixed, limit)
+    offload = offload_of(shape.layers, flags.gpu_layers, flags.cache_on_gpu, build)
+    weights, host_weights = split_weights(shape, weight_format, offload)
+    copied = layer_bytes(shape, weight_format)
+    parts = partial(_parts, shape, flags, build, offload, copied)
+    fits = _fitting(shape, parts, add(weights, _CONTEXT), limit)
     ctx = flags.ctx_size or max(STEP, int(fits.value))
-    device, host = _compute(shape, flags, build, ctx)
+    cache, host_cache, device, host = parts(ctx)
     return LlamaMemory(
-        version, gpu.visible_bytes, limit, padded_cells(ctx), _on_device(shape, weight_format),
-        _cache(shape, flags, ctx), device, host, _CONTEXT, fits,
+        version, gpu.visible_bytes, limit, padded_cells(ctx), weights, cache, device,
+        host_weights, host_cache, host, _CONTEXT, fits,
     )  # fmt: skip
+
+
+def _parts(
+    shape: ModelShape, flags: LlamaFlags, build: int, offload: Offload, copied: float, ctx: int
+) -> tuple[Estimate, Estimate, Estimate, Estimate]:
+    """Cache on the GPU and on the host, then the compute buffers of both."""
+    compute = _compute(shape, flags, build, ctx)
+    if not offload.whole:
+        compute = _partly(shape, flags, offload, copied, *compute)
+    return (*cache_buffers(shape, flags, ctx, offload), *compute)
+
+
+def _partly(
+    shape: ModelShape,
+    flags: LlamaFlags,
+    offload: Offload,
+    copied: float,
+    device: Estimate,
+    host: Estimate,
+) -> tuple[Estimate, Estimate]:
+    """Compute buffers where layers are on the host.
+
+    Prompts are computed on the GPU all the same, with the weights of a host's layer copied over:
+    two logs had a half and a whole layer's beside the buffer. What the host computes itself may be
+    as much as the GPU would.
+    """
+    hidden = 4.0 * flags.ubatch * shape.hidden_size
+    more = copied if offload.first else 0.0
+    part = Estimate(
+        device.value + 0.75 * more, 0.5 * device.low if offload.first else device.low,
+        device.high + 1.25 * more, "B", "assumed",
+    )  # fmt: skip
+    return part, Estimate(host.value + hidden, host.low, host.high + device.high, "B", "assumed")
 
 
 def read_build(version: str) -> int:
@@ -143,45 +164,6 @@ def read_build(version: str) -> int:
             f"{version[:20]!r} is no build of llama.cpp", hint=f"write for example {NEWEST}."
         )
     return int(match[1])
-
-
-def _on_device(shape: ModelShape, weight_format: WeightFormat) -> Estimate:
-    """All weights but embeddings, which stay on the host; one that is tied is there twice."""
-    whole, counts = weight_bytes(shape, weight_format), shape.parameter_counts()
-    output = shape.vocab_size * shape.hidden_size if shape.tied_embeddings else 0
-    on_host = max(0, counts.embedding - output)
-    if not on_host:
-        return whole
-    share = on_host / (counts.embedding + counts.head + counts.matrices)
-    stays = share * whole.value if weight_format != "bf16" else 2.0 * on_host
-    return Estimate(
-        whole.value - stays, whole.low - 1.1 * stays, whole.high - 0.6 * stays, "B", "assumed"
-    )
-
-
-def _cache(shape: ModelShape, flags: LlamaFlags, ctx: int) -> Estimate:
-    """Keys and values of all cells, and recurrent states of all slots."""
-    keys, values = CACHE_BYTES[flags.key_type], CACHE_BYTES[flags.value_type]
-    size = 0.0
-    for layer in shape.layer_caches:
-        cells = _cells(flags, ctx, layer.window)
-        held = layer.key_dim * keys + layer.value_dim * values
-        size += cells * layer.kv_heads * held + flags.slots * layer.state_bytes
-    hybrid = any(layer.state_bytes for layer in shape.layer_caches)
-    if not hybrid:
-        return exact(int(size), "B")
-    return Estimate(
-        size, 0.95 * size, 1.1 * size, "B", "assumed"
-    )  # states in float32, or in 16 bits
-
-
-def _cells(flags: LlamaFlags, ctx: int, window: int | None) -> int:
-    """Of one layer's cache, over all slots; a window keeps what a micro-batch adds to it."""
-    cells = padded_cells(ctx)
-    if window is None or flags.swa_full:
-        return cells
-    slots = 1 if flags.unified else flags.slots
-    return min(cells, slots * padded_cells(window + flags.ubatch))
 
 
 def _compute(
@@ -224,15 +206,17 @@ def _widened(shape: ModelShape, flags: LlamaFlags, ctx: int) -> float:
 
 
 def _fitting(
-    shape: ModelShape, flags: LlamaFlags, build: int, fixed: Estimate, limit: int
+    shape: ModelShape,
+    parts: Callable[[int], tuple[Estimate, ...]],
+    fixed: Estimate,
+    limit: int,
 ) -> Estimate:
     """Tokens of the longest context whose buffers fit, up to the model's own length."""
     steps = range(STEP, padded_cells(shape.max_context) + 1, STEP)
 
     def needed(tokens: int, end: str) -> int:
-        one = replace(flags, ctx_size=tokens)
-        parts = fixed, _cache(shape, one, tokens), _compute(shape, one, build, tokens)[0]
-        return math.ceil(sum(float(getattr(part, end)) for part in parts)) + MARGIN_BYTES
+        cache, _, compute, _ = parts(tokens)
+        return math.ceil(sum(getattr(part, end) for part in (fixed, cache, compute))) + MARGIN_BYTES
 
     def longest(end: str) -> float:
         return float(STEP * bisect_right(steps, limit, key=lambda tokens: needed(tokens, end)))

@@ -1,4 +1,4 @@
-"""A model on a card that serves requests, and what one policy's sequences take of it."""
+"""A model on cards that serve requests, and what one policy's sequences take of each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from kvtune.common.estimate import Estimate
 from kvtune.common.units import format_bytes
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
+from kvtune.profiles.split import split_over
 from kvtune.simulator.memory.budget import memory_budget
 from kvtune.simulator.memory.peak import add, fixed_parts
 from kvtune.simulator.memory.weights import WeightFormat
@@ -23,13 +24,14 @@ class Server:
     """What serves.
 
     Args:
-        shape: the model.
-        gpu: the card.
+        shape: the whole model.
+        gpu: one of the cards.
         weights: format of the matrices.
-        cache: memory for the cache, bytes.
+        cache: memory for the cache on each card, bytes.
         limits: of the engine's steps.
         block_tokens: generated tokens that a block holds.
-        host_bytes: for sequences that had to leave the card; 0 for none.
+        host_bytes: for the share of each card in sequences that had to leave; 0 for none.
+        gpus: cards that share each layer.
     """
 
     shape: ModelShape
@@ -39,6 +41,12 @@ class Server:
     limits: Limits
     block_tokens: int = 16
     host_bytes: int = 0
+    gpus: int = 1
+
+    @property
+    def local(self) -> ModelShape:
+        """One card's share of the model."""
+        return split_over(self.shape, self.gpus)
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Prepared:
     Args:
         name: of the policy.
         server: model, card and engine.
-        footprint: bytes of a sequence.
+        footprint: bytes of a sequence on each card.
         times: of the engine's steps: likely, and at both ends of their intervals.
     """
 
@@ -72,12 +80,25 @@ def server(
     *,
     block_tokens: int = 16,
     host_bytes: int = 0,
+    gpus: int = 1,
 ) -> Server:
-    """Split a memory limit: weights, overhead and a step's activations, the rest for the cache.
+    """Split each card's memory: weights, overhead and a step's activations, the rest for the cache.
+
+    Args:
+        shape: the whole model.
+        gpu: one of the cards.
+        memory_bytes: limit of each card.
+        weights: format of the matrices, or ``auto``.
+        limits: of the engine's steps.
+        block_tokens: generated tokens that a block holds.
+        host_bytes: of the host for sequences that had to leave all cards.
+        gpus: cards that share each layer.
 
     Raises:
-        KvtuneError: nothing is left for the cache, or a step cannot hold all sequences.
+        KvtuneError: nothing is left for the cache, a step cannot hold all sequences, or so many
+            cards cannot share the model's heads.
     """
+    local = split_over(shape, gpus)
     if limits.step_tokens < limits.sequences:
         raise KvtuneError(
             f"a step of {limits.step_tokens} tokens cannot give {limits.sequences} sequences one "
@@ -85,17 +106,18 @@ def server(
             hint="raise --max-batched-tokens or lower --max-sequences.",
         )
     asked = min(limits.step_tokens, shape.max_context)
-    chosen = memory_budget(shape, gpu, memory_bytes, context_tokens=asked, weights=weights)
+    chosen = memory_budget(local, gpu, memory_bytes, context_tokens=asked, weights=weights)
     parts = fixed_parts(
-        shape, gpu, chosen.weight_format, asked, limits.sequences, limits.step_tokens
+        local, gpu, chosen.weight_format, asked, limits.sequences, limits.step_tokens
     )
     fixed = add(*parts)
     left, low, high = (max(memory_bytes - end, 0) for end in (fixed.value, fixed.high, fixed.low))
-    if left < shape.kv_bytes(block_tokens):
+    if left < local.kv_bytes(block_tokens):
         raise KvtuneError(
             f"nothing of {format_bytes(memory_bytes)} is left for the cache when steps hold "
             f"{limits.step_tokens} tokens of {limits.sequences} sequences",
             hint="lower --max-batched-tokens or --max-sequences, or raise --mem.",
         )
     cache = Estimate(left, low, high, "B", "assumed")
-    return Server(shape, gpu, chosen.weight_format, cache, limits, block_tokens, host_bytes)
+    host = host_bytes // gpus
+    return Server(shape, gpu, chosen.weight_format, cache, limits, block_tokens, host, gpus)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
@@ -15,6 +18,7 @@ from kvtune.simulator.latency.answers import TIERS, Times
 from kvtune.simulator.latency.compression import compression
 from kvtune.simulator.latency.overheads import transfer
 from kvtune.simulator.latency.steps import decode_steps, prefill, prefills
+from kvtune.simulator.latency.sums import sums_over_gpus
 from kvtune.simulator.memory.policy_bytes import cache_bytes_by_format
 from kvtune.simulator.memory.weights import WeightFormat
 from kvtune.simulator.serving.footprint import footprint
@@ -53,9 +57,15 @@ def prepare(server: Server, requests: Requests, policy: Policy | None) -> Prepar
         policy: for the model; None for the uncompressed cache.
 
     Raises:
-        KvtuneError: the policy is for another shape, or cannot be costed on this one.
+        KvtuneError: the policy is for another shape, or cannot be costed on this one or on several
+            cards.
     """
-    shape, limits = server.shape, server.limits
+    if policy is not None and server.gpus > 1:
+        raise KvtuneError(
+            "a policy can be costed on one GPU only, as yet",
+            hint="leave out --gpus, or --policy.",
+        )
+    shape, limits = server.local, server.limits
     prompts = _possible(requests, shape.max_context)
     longest_output = min(int(requests.output_tokens.max()), shape.max_context)
     held = footprint(shape, policy, prompts, longest_output)
@@ -66,7 +76,8 @@ def prepare(server: Server, requests: Requests, policy: Policy | None) -> Prepar
         step_tokens=limits.step_tokens,
         block_bytes=server.block_tokens * held.token,
     )
-    times = step_times(shape, server.gpu, server.weights, policy, load)
+    sums = partial(sums_over_gpus, server.shape, server.gpu, server.gpus)
+    times = step_times(shape, server.gpu, server.weights, policy, load, sums)
     return Prepared(policy.name if policy else "full cache", server, held, times)
 
 
@@ -87,23 +98,30 @@ def step_times(
     weights: WeightFormat,
     policy: Policy | None,
     load: Load,
+    sums: Callable[[npt.ArrayLike], Times] | None = None,
 ) -> dict[End, StepTimes]:
     """The likely times and both ends of their intervals.
 
     Args:
-        shape: the model.
+        shape: the model, or one card's share of it.
         gpu: the card.
         weights: format of the matrices.
         policy: for the shape; None for the uncompressed cache.
         load: what may occur.
+        sums: over the cards that share each layer, of a pass over so many tokens; None for one
+            card.
     """
     prompts = np.linspace(*load.prompts, PROMPTS if load.prompts[1] > load.prompts[0] else 1)
     generated = np.linspace(0, load.output_tokens, GENERATED)
     longest = max(load.prompts[1] + load.output_tokens, load.step_tokens + load.sequences)
     tokens = np.linspace(1, max(longest, 2), PASSES)
+    batch = np.arange(1, load.sequences + 1)
     decode = _decoding(shape, gpu, weights, policy, load, prompts, generated)
-    empty = decode_steps(shape, gpu, weights, np.arange(1, load.sequences + 1), 0.0, "runtime")
+    empty = decode_steps(shape, gpu, weights, batch, 0.0, "runtime")
     passes = prefills(shape, gpu, weights, tokens, execution="runtime")
+    if sums is not None:
+        decode = _plus(decode, sums(batch[:, None, None]))
+        empty, passes = _plus(empty, sums(batch)), _plus(passes, sums(tokens))
     squeezed = _compressing(shape, gpu, weights, policy, load.prompts)
     copy = transfer(gpu, load.block_bytes * np.array([0.0, 1024.0]), "device_to_host")
     parts = (decode, empty, passes, squeezed, copy)
@@ -124,6 +142,13 @@ def step_times(
         )
 
     return {end: at_end(end) for end in ("value", "low", "high")}
+
+
+def _plus(alone: Times, sums: Times) -> Times:
+    """Times of one card's share with sums over the cards, which are 0 for one card."""
+    ends = (getattr(alone, end) + getattr(sums, end) for end in ("value_s", "low_s", "high_s"))
+    several = bool(np.any(sums.value_s))
+    return Times(*ends, sums.tier if several else alone.tier, None if several else alone.tiers)
 
 
 def _decoding(
