@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
+from kvtune.policies import ragged
 from kvtune.policies.method import Method, ScoredMethod
 from kvtune.policies.parts import VIRTUAL, entries_of
 from kvtune.policies.reader import Held
@@ -111,6 +112,19 @@ def prompts_choose_alone(method: Method, case: Case) -> None:
         if merged is not None and merged_alone is not None:
             for ours, theirs in zip(merged, merged_alone, strict=True):
                 assert torch.allclose(ours.chunk(2)[side], theirs, atol=1e-6)
+
+
+def budgets_of_heads_are_kept_in_one_pass(method: Method, case: Case) -> None:
+    """Asked once for heads of different budgets, each keeps what it would under its own."""
+    if not (isinstance(method, ScoredMethod) and method.ranks_alone):
+        return
+    signals = shared_signals(case)
+    most = min(case.budget, case.prompt_tokens)
+    budgets = [max(0, most - 2 * head) for head in range(case.kv_heads)]
+    limits = torch.from_numpy(ragged.limits(method, budgets))
+    found = ragged.keep_each(method.scores_once(signals), limits, sum(budgets)).split(budgets)
+    for head, (budget, kept) in enumerate(zip(budgets, found, strict=True)):
+        assert torch.equal(kept, method.keep(signals, budget)[head])
 
 
 def parts_are_as_planned(method: Method, case: Case) -> None:
@@ -235,6 +249,7 @@ METHOD_CHECKS: tuple[MethodCheck, ...] = (
     choice_is_the_same_again,
     heads_choose_alone,
     prompts_choose_alone,
+    budgets_of_heads_are_kept_in_one_pass,
     parts_are_as_planned,
     parts_are_the_same_again,
     reader_selects_real_blocks,

@@ -1,180 +1,190 @@
-"""What a plan makes of a prompt: tokens are chosen, and written into the request's pages.
+"""What a plan makes of a step's prompts: tokens are chosen, and written into requests' pages.
 
-Heads with one option and one budget are a group, and every operation is one of a whole group or of
-all heads, so that a prompt costs the host about the same whatever number of layers it is.
+All heads of all prompts and of many layers lie in one table: places and records are made of it in
+one pass of the host, and all pages of a layout are written by one launch. A method is asked once
+about heads of whatever budgets, so that a step costs the host about the same whatever number of
+heads there are, and little more for each prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvtune.policies.pages import PageLayout
+from kvtune.policies import ragged
+from kvtune.policies.method import Method, ScoredMethod
 from kvtune.policies.parts import Part
 from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.backend import Backend, Writing
-from kvtune.runtime.cache.segments import CODED, GROWN, Ints, runs
+from kvtune.runtime.cache.segments import CODED, Ints
 from kvtune.runtime.cache.sending import sent
-from kvtune.runtime.cache.storing import Records, fp8_scales
-from kvtune.runtime.serving.blocks import Alike
+from kvtune.runtime.cache.storing import fp8_scales
+from kvtune.runtime.serving.blocks import PlannedBlocks
 from kvtune.runtime.serving.held import KINDS, Stored
-from kvtune.runtime.serving.pages import RequestPages
-
-
-def compress(
-    groups: Sequence[Alike],
-    signals: Signals,
-    heads: int,
-    pages: RequestPages,
-    memory: Tensor,
-    backend: Backend,
-) -> Stored:
-    """Put layers that lie side by side in ``signals`` into pages.
-
-    Args:
-        groups: their heads, each in one group.
-        signals: of all of them.
-        heads: KV heads of a layer.
-        pages: of the request, taken as far as they are needed.
-        memory: the engine's, ``[bytes]`` uint8; written to in these pages alone.
-        backend: who writes them.
-    """
-    laid = _lay_out(groups, len(signals.keys), signals.keys.shape[-1], pages)
-    layouts = {each.layout.code: each.layout for each in groups} | {laid.grows.code: laid.grows}
-    tables = [laid.records(layout) for layout in layouts.values()]
-    order, sizes, *records = sent([laid.order, laid.sizes, *tables], memory.device)
-    chosen, keys, values = _choose(groups, signals, order)
-    scales = torch.ones(KINDS, len(keys), 2, device=memory.device)
-    if any("fp8" in (layout.keys, layout.values) for layout in layouts.values()):
-        listed = torch.repeat_interleave(order, sizes.long(), output_size=len(chosen)).long()
-        magnitudes = torch.stack([x.abs().amax(-1) for x in (keys, values)])
-        scales[CODED] = fp8_scales(magnitudes, chosen.long(), listed)
-    for layout, pages_of_it in zip(layouts.values(), records, strict=True):
-        if len(pages_of_it):
-            writing = Writing(layout, keys, values, chosen, pages_of_it, scales.view(-1, 2))
-            backend.write(memory, writing)
-    return laid.stored(heads, scales)
-
-
-def _choose(
-    groups: Sequence[Alike], signals: Signals, order: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Kept tokens, group by group, as int32; keys and values, merged where a method merges."""
-    keys, values = signals.keys, signals.values
-    parts: dict[object, Part] = {}
-    found, first = [], 0
-    for each in groups:
-        asked = each.option.method, each.budget
-        if asked not in parts:
-            (parts[asked],) = each.option.method.parts(signals, each.budget)
-        part, rows = parts[asked], order[first : first + len(each.heads)]
-        first += len(each.heads)
-        tokens = part.tokens.index_select(0, rows)
-        if part.keys is not None and part.values is not None:
-            at = rows.long()[:, None], tokens
-            keys, values = keys.clone(), values.clone()
-            keys[at], values[at] = part.keys[at[0][:, 0]], part.values[at[0][:, 0]]
-        found.append(tokens.flatten())
-    return torch.cat(found).int(), keys, values
+from kvtune.runtime.serving.laying import Laid, lay_out
+from kvtune.runtime.serving.reading import Asked, Prompts
 
 
 @dataclass(frozen=True)
-class _Laid:
-    """Where the tokens of n heads lie.
+class Question:
+    """What one method is asked about its heads in a piece.
 
     Args:
-        grows: the layout of growing pages.
-        order: heads as their tokens are listed.
-        sizes: tokens of each, in that order.
-        first: of each head, where its tokens begin in the list.
-        exact: of them, how many lie in growing pages: the first ones.
-        coded: and how many in pages of the option's format.
-        layouts: of these.
-        coded_pages: of each head.
-        coded_cells: first cells of these pages, head after head.
-        grown_pages: of each head.
-        grown_cells: likewise.
+        method: which.
+        piece: number of the piece.
+        heads: as they lie in the table of all prompts' heads.
+        rows: of the piece's signals that these are.
+        budgets: tokens of each of the piece's rows; 0 of others' heads. All budgets of the heads
+            are the same where the method cannot rank heads of several at once.
     """
 
-    grows: PageLayout
-    order: Ints
-    sizes: Ints
-    first: Ints
-    exact: Ints
-    coded: Ints
-    layouts: list[PageLayout]
-    coded_pages: Ints
-    coded_cells: Ints
-    grown_pages: Ints
-    grown_cells: Ints
+    method: Method
+    piece: int
+    heads: Ints
+    rows: Ints
+    budgets: Ints
 
-    def records(self, layout: PageLayout) -> Records:
-        """``Writing.records`` of all pages of one layout."""
-        mine = np.array([each.code == layout.code for each in self.layouts])
-        listed = [self._listed(layout, CODED, np.flatnonzero(mine & (self.coded > 0)))]
-        if layout.code == self.grows.code:
-            listed.append(self._listed(layout, GROWN, np.flatnonzero(self.exact > 0)))
-        return np.concatenate(listed).astype(np.int32)
+    @property
+    def is_ragged(self) -> bool:
+        """Whether heads may have several budgets."""
+        return isinstance(self.method, ScoredMethod) and self.method.ranks_alone
 
-    def _listed(self, layout: PageLayout, kind: int, heads: Ints) -> Ints:
-        """Of one kind of pages of some heads."""
-        grown = kind == GROWN
-        tokens, pages, cells = (
-            (self.exact, self.grown_pages, self.grown_cells)
-            if grown
-            else (self.coded, self.coded_pages, self.coded_cells)
-        )
-        mine, starts = pages[heads], (pages.cumsum() - pages)[heads]
-        head, before = np.repeat(heads, mine), layout.page_tokens * runs(mine)
-        first = self.first[head] + (0 if grown else self.exact[head]) + before
-        count = np.minimum(tokens[head] - before, layout.page_tokens)
-        columns = head, first, count, cells[runs(mine, starts)], kind * len(self.first) + head
-        return np.stack(columns, axis=1)
-
-    def stored(self, heads: int, fp8_scales: Tensor) -> Stored:
-        """The same as a request holds it, layer by layer."""
-        most = max(int(self.grown_pages.max()), 1)
-        cells = np.zeros((len(self.grown_pages), most), np.int64)
-        at = np.repeat(np.arange(len(cells)), self.grown_pages), runs(self.grown_pages)
-        cells[at] = self.grown_cells
-        return Stored(
-            self.coded.reshape(-1, heads),
-            self.coded_pages.reshape(-1, heads),
-            self.coded_cells,
-            self.exact.reshape(-1, heads),
-            cells.reshape(-1, heads, most),
-            self.grown_pages.reshape(-1, heads),
-            fp8_scales.view(KINDS, -1, heads, 2).transpose(0, 1),
-        )
+    def table(self) -> Ints:
+        """What the device must know: limits of all of the piece's rows, or which rows are asked."""
+        if isinstance(self.method, ScoredMethod) and self.is_ragged:
+            return ragged.limits(self.method, self.budgets.tolist())
+        return self.rows
 
 
-def _lay_out(groups: Sequence[Alike], heads: int, head_dim: int, pages: RequestPages) -> _Laid:
-    """Take pages for all of ``heads`` heads."""
-    grows = PageLayout(head_dim)
-    order = np.concatenate([np.array(each.heads) for each in groups])
-    exact, coded, coded_pages, page_cells = (np.zeros(heads, np.int64) for _ in range(4))
-    layouts = [grows] * heads
-    for each in groups:
-        exact[each.heads], coded[each.heads] = each.exact, each.coded
-        coded_pages[each.heads] = each.layout.pages_for(each.coded)
-        page_cells[each.heads] = each.layout.page_cells
-        for head in each.heads:
-            layouts[head] = each.layout
-    sizes = (exact + coded)[order]
-    first = np.zeros(heads, np.int64)
-    first[order] = sizes.cumsum() - sizes
-    of_page = np.repeat(page_cells, coded_pages)
-    coded_cells = np.zeros(len(of_page), np.int64)
-    for size in np.unique(of_page).tolist():
-        mine = of_page == size
-        coded_cells[mine] = pages.take(int(mine.sum()), size)
-    grown_pages = -(-exact // grows.page_tokens)
-    grown_cells = pages.take(int(grown_pages.sum()), grows.page_cells)
-    return _Laid(
-        grows, order, sizes, first, exact, coded, layouts,
-        coded_pages, coded_cells, grown_pages, grown_cells,
-    )  # fmt: skip
+def compress(
+    planned: PlannedBlocks,
+    prompts: Prompts,
+    budgets: Ints,
+    pieces: Sequence[Asked],
+    signals: Iterable[Signals],
+    memory: Tensor,
+    backend: Backend,
+) -> list[Stored]:
+    """Put the layers that prompts hold into pages; one answer for each prompt.
+
+    Args:
+        planned: the plan.
+        prompts: whose requests' pages are taken as far as they are needed.
+        budgets: tokens of each prompt's heads, ``[n, heads]``.
+        pieces: in which methods are asked.
+        signals: of each piece; may be made when they are needed.
+        memory: the engine's, ``[bytes]`` uint8; written to in these pages alone.
+        backend: who writes them.
+    """
+    a_layer = planned.policy.kv_heads
+    kinds = planned.kinds[a_layer * prompts.layers.start : a_layer * prompts.layers.stop]
+    questions = [q for number, piece in enumerate(pieces)
+                 for q in _questions(planned, number, piece, kinds, budgets)]  # fmt: skip
+    listed = np.concatenate([question.heads for question in questions])
+    laid = lay_out(planned, kinds, budgets, prompts.requests, listed)
+    sizes, starts = (laid.exact + laid.coded)[listed], prompts.starts[listed // len(kinds)]
+    records = [laid.records(layout) for layout in laid.layouts]
+    tables = [question.table() for question in questions]
+    order, counts, begins, *there = sent([listed, sizes, starts, *tables, *records], memory.device)
+    chosen, merged = _choose(questions, signals, there)
+    # Of each kept token: its head, and its place among the tokens of all prompts.
+    head, start = (
+        torch.repeat_interleave(each, counts, output_size=len(chosen)) for each in (order, begins)
+    )
+    places = chosen + start
+    for first, part in merged:
+        _store_merged(prompts, part, order[first:], begins[first:])
+    scales = _scales(laid, prompts, head.long(), places)
+    for layout, pages in zip(laid.layouts, there[len(questions) :], strict=True):
+        if len(pages):
+            writing = Writing(
+                layout, prompts.keys, prompts.values, places.int(), pages, scales.view(-1, 2)
+            )
+            backend.write(memory, writing)
+    return [laid.stored(number, scales) for number in range(len(prompts.requests))]
+
+
+def _questions(
+    planned: PlannedBlocks, number: int, piece: Asked, kinds: Ints, budgets: Ints
+) -> Iterator[Question]:
+    """All that is asked about one piece."""
+    heads, prompts = np.array(piece.heads), np.array(piece.prompts)
+    table = (len(kinds) * prompts[:, None] + heads).ravel()
+    known = list(dict.fromkeys(option.method for option in planned.options))
+    which = np.array([known.index(option.method) for option in planned.options])
+    mine, asked = np.tile(which[kinds[heads]], len(prompts)), budgets[prompts][:, heads].ravel()
+    for method in np.unique(mine).tolist():
+        rows = np.flatnonzero(mine == method)
+        theirs = np.where(mine == method, asked, 0)
+        whole = Question(known[method], number, table[rows], rows, theirs)
+        if whole.is_ragged:
+            yield whole
+            continue
+        for budget in np.unique(asked[rows]).tolist():
+            alike = rows[asked[rows] == budget]
+            yield replace(whole, heads=table[alike], rows=alike, budgets=asked[alike])
+
+
+def _choose(
+    questions: Sequence[Question], signals: Iterable[Signals], tables: Sequence[Tensor]
+) -> tuple[Tensor, list[tuple[int, Part]]]:
+    """Kept tokens, question by question and head by head, int64.
+
+    Also the parts of methods that store other keys and values than the kept tokens' own, each with
+    the number of its first head among all that are listed.
+    """
+    found, merged, first = [], [], 0
+    asked = itertools.groupby(zip(questions, tables, strict=False), key=lambda both: both[0].piece)
+    for (_, group), shown in zip(asked, signals, strict=True):
+        for question, table in group:
+            method = question.method
+            if isinstance(method, ScoredMethod) and question.is_ragged:
+                count = int(question.budgets.sum())
+                found.append(ragged.keep_each(method.scores_once(shown), table, count))
+            else:
+                (part,) = method.parts(shown, int(question.budgets[0]))
+                mine = _of_rows(part, table)
+                found.append(mine.tokens.flatten())
+                if mine.keys is not None:
+                    merged.append((first, mine))
+            first += len(question.heads)
+    return torch.cat(found), merged
+
+
+def _of_rows(part: Part, rows: Tensor) -> Part:
+    """Some heads' entries."""
+    whole = (part.tokens, part.keys, part.values)
+    tokens, keys, values = (None if x is None else x.index_select(0, rows) for x in whole)
+    return Part(part.tokens if tokens is None else tokens, keys, values)
+
+
+def _store_merged(prompts: Prompts, part: Part, heads: Tensor, begins: Tensor) -> None:
+    """Put a part's keys and values where its tokens' own were; nobody asks about these again."""
+    if part.keys is None or part.values is None:
+        return
+    count = len(part.tokens)
+    rows = (heads[:count] % len(prompts.keys)).long()[:, None]
+    places = part.tokens + begins[:count, None]
+    prompts.keys[rows, places], prompts.values[rows, places] = part.keys, part.values
+
+
+def _scales(laid: Laid, prompts: Prompts, head: Tensor, places: Tensor) -> Tensor:
+    """``[kinds, heads, 2]``, 1 but where formats share a scale among a head's tokens.
+
+    Args:
+        laid: the table of heads.
+        prompts: what they hold.
+        head: of each kept token, its head in the table.
+        places: in the token axis of what prompts hold.
+    """
+    scales = torch.ones(KINDS, len(laid.first), 2, device=places.device)
+    if any("fp8" in (layout.keys, layout.values) for layout in laid.layouts):
+        held = (prompts.keys, prompts.values)
+        magnitudes = torch.stack([x.abs().amax(-1) for x in held])[:, head % laid.heads, places]
+        scales[CODED] = fp8_scales(magnitudes, head, len(laid.first))
+    return scales
