@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvtune.policies import ragged
@@ -115,16 +116,23 @@ def prompts_choose_alone(method: Method, case: Case) -> None:
 
 
 def budgets_of_heads_are_kept_in_one_pass(method: Method, case: Case) -> None:
-    """Asked once for heads of different budgets, each keeps what it would under its own."""
+    """Heads of different budgets, and of a shorter prompt, each keep what they would alone."""
     if not (isinstance(method, ScoredMethod) and method.ranks_alone):
         return
-    signals = shared_signals(case)
-    most = min(case.budget, case.prompt_tokens)
-    budgets = [max(0, most - 2 * head) for head in range(case.kv_heads)]
-    limits = torch.from_numpy(ragged.limits(method, budgets))
-    found = ragged.keep_each(method.scores_once(signals), limits, sum(budgets)).split(budgets)
-    for head, (budget, kept) in enumerate(zip(budgets, found, strict=True)):
-        assert torch.equal(kept, method.keep(signals, budget)[head])
+    shorter = replace(case, prompt_tokens=max(1, case.prompt_tokens // 2))
+    both = shared_signals(case), shared_signals(shorter)
+    scores, limits, budgets = [], [], []
+    for signals in both:
+        most, tokens = min(case.budget, signals.prompt_tokens), signals.prompt_tokens
+        theirs = [max(0, most - 2 * head) for head in range(case.kv_heads)]
+        padding = (0, case.prompt_tokens - tokens)
+        scores.append(F.pad(method.scores_once(signals), padding, value=-torch.inf))
+        limits.append(torch.from_numpy(ragged.limits(method, theirs, tokens)))
+        budgets += theirs
+    found = ragged.keep_each(torch.cat(scores), torch.cat(limits), sum(budgets)).split(budgets)
+    for number, (budget, kept) in enumerate(zip(budgets, found, strict=True)):
+        prompt, head = divmod(number, case.kv_heads)
+        assert torch.equal(kept, method.keep(both[prompt], budget)[head])
 
 
 def parts_are_as_planned(method: Method, case: Case) -> None:

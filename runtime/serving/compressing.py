@@ -1,16 +1,14 @@
 """What a plan makes of a step's prompts: tokens are chosen, and written into requests' pages.
 
 All heads of all prompts and of many layers lie in one table: places and records are made of it in
-one pass of the host, and all pages of a layout are written by one launch. A method is asked once
-about heads of whatever budgets, so that a step costs the host about the same whatever number of
-heads there are, and little more for each prompt.
+one pass of the host, and all pages of a layout are written by one launch. Methods score prompts
+piece by piece; heads of all methods, budgets and lengths are then ranked at once.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -31,34 +29,43 @@ from kvtune.runtime.serving.reading import Asked, Prompts
 
 
 @dataclass(frozen=True)
-class Question:
-    """What one method is asked about its heads in a piece.
+class Rows:
+    """The heads that methods are shown, piece after piece, and what each may keep.
 
     Args:
-        method: which.
-        piece: number of the piece.
-        heads: as they lie in the table of all prompts' heads.
-        rows: of the piece's signals that these are.
-        budgets: tokens of each of the piece's rows; 0 of others' heads. All budgets of the heads
-            are the same where the method cannot rank heads of several at once.
+        heads: in the table of all prompts' heads.
+        methods: number of each one's method.
+        budgets: tokens of each.
+        prompts: whose they are.
+        ends: of each piece, where its rows end.
+    """
+
+    heads: Ints
+    methods: Ints
+    budgets: Ints
+    prompts: Ints
+    ends: Ints
+
+    def piece(self, number: int) -> slice:
+        """The rows of one piece."""
+        return slice(int(self.ends[number - 1]) if number else 0, int(self.ends[number]))
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Heads of one piece and budget whose method cannot be ranked with others.
+
+    Args:
+        method: theirs.
+        budget: tokens of each.
+        rows: which rows of the piece they are.
+        heads: in the table of all prompts' heads.
     """
 
     method: Method
-    piece: int
-    heads: Ints
+    budget: int
     rows: Ints
-    budgets: Ints
-
-    @property
-    def is_ragged(self) -> bool:
-        """Whether heads may have several budgets."""
-        return isinstance(self.method, ScoredMethod) and self.method.ranks_alone
-
-    def table(self) -> Ints:
-        """What the device must know: limits of all of the piece's rows, or which rows are asked."""
-        if isinstance(self.method, ScoredMethod) and self.is_ragged:
-            return ragged.limits(self.method, self.budgets.tolist())
-        return self.rows
+    heads: Ints
 
 
 def compress(
@@ -83,93 +90,143 @@ def compress(
     """
     a_layer = planned.policy.kv_heads
     kinds = planned.kinds[a_layer * prompts.layers.start : a_layer * prompts.layers.stop]
-    questions = [q for number, piece in enumerate(pieces)
-                 for q in _questions(planned, number, piece, kinds, budgets)]  # fmt: skip
-    listed = np.concatenate([question.heads for question in questions])
-    laid = lay_out(planned, kinds, budgets, prompts.requests, listed)
-    sizes, starts = (laid.exact + laid.coded)[listed], prompts.starts[listed // len(kinds)]
-    records = [laid.records(layout) for layout in laid.layouts]
-    tables = [question.table() for question in questions]
-    order, counts, begins, *there = sent([listed, sizes, starts, *tables, *records], memory.device)
-    chosen, merged = _choose(questions, signals, there)
+    methods = list(dict.fromkeys(option.method for option in planned.options))
+    which = np.array([methods.index(option.method) for option in planned.options])
+    rows = _rows(pieces, which[kinds], budgets)
+    limits = _limits(methods, rows, [request.prompt_tokens for request in prompts.requests])
+    apart = [_apart(methods, rows, number) for number in range(len(pieces))]
+    others = [each for piece in apart for each in piece]
+
+    heads = np.concatenate([rows.heads, *(each.heads for each in others)])
+    later = [np.full(len(each.heads), each.budget) for each in others]
+    sizes = np.concatenate([limits[:, 0], *later])
+    laid = lay_out(planned, kinds, budgets, prompts.requests, (heads, sizes))
+    tables = [heads, sizes, prompts.starts[heads // len(kinds)], rows.methods, limits]
+    tables += [each.rows for each in others] + [laid.records(layout) for layout in laid.layouts]
+    head, count, start, method, limit, *there = sent(tables, memory.device)
+
+    scores, parts = _asked(methods, rows, method, signals, apart, there)
+    tokens = [ragged.keep_each(scores, limit, int(limits[:, 0].sum()))]
+    tokens += [part.tokens.flatten() for part in parts]
     # Of each kept token: its head, and its place among the tokens of all prompts.
-    head, start = (
-        torch.repeat_interleave(each, counts, output_size=len(chosen)) for each in (order, begins)
-    )
-    places = chosen + start
-    for first, part in merged:
-        _store_merged(prompts, part, order[first:], begins[first:])
-    scales = _scales(laid, prompts, head.long(), places)
-    for layout, pages in zip(laid.layouts, there[len(questions) :], strict=True):
+    total = int(sizes.sum())
+    owner, offset = (torch.repeat_interleave(x, count, output_size=total) for x in (head, start))
+    places = torch.cat(tokens) + offset
+    first = len(rows.heads)
+    for part in parts:
+        mine = slice(first, first := first + len(part.tokens))
+        _store_merged(prompts, part, head[mine], start[mine])
+    scales = _scales(laid, prompts, owner.long(), places)
+    for layout, pages in zip(laid.layouts, there[len(others) :], strict=True):
         if len(pages):
-            writing = Writing(
-                layout, prompts.keys, prompts.values, places.int(), pages, scales.view(-1, 2)
-            )
-            backend.write(memory, writing)
+            held = (prompts.keys, prompts.values, places.int(), pages, scales.view(-1, 2))
+            backend.write(memory, Writing(layout, *held))
     return [laid.stored(number, scales) for number in range(len(prompts.requests))]
 
 
-def _questions(
-    planned: PlannedBlocks, number: int, piece: Asked, kinds: Ints, budgets: Ints
-) -> Iterator[Question]:
-    """All that is asked about one piece."""
-    heads, prompts = np.array(piece.heads), np.array(piece.prompts)
-    table = (len(kinds) * prompts[:, None] + heads).ravel()
-    known = list(dict.fromkeys(option.method for option in planned.options))
-    which = np.array([known.index(option.method) for option in planned.options])
-    mine, asked = np.tile(which[kinds[heads]], len(prompts)), budgets[prompts][:, heads].ravel()
-    for method in np.unique(mine).tolist():
-        rows = np.flatnonzero(mine == method)
-        theirs = np.where(mine == method, asked, 0)
-        whole = Question(known[method], number, table[rows], rows, theirs)
-        if whole.is_ragged:
-            yield whole
-            continue
-        for budget in np.unique(asked[rows]).tolist():
-            alike = rows[asked[rows] == budget]
-            yield replace(whole, heads=table[alike], rows=alike, budgets=asked[alike])
+def _rows(pieces: Sequence[Asked], methods: Ints, budgets: Ints) -> Rows:
+    """The table of what is asked; ``methods`` are those of one prompt's heads."""
+    each = [
+        (np.repeat(piece.prompts, len(piece.heads)), np.tile(piece.heads, len(piece.prompts)))
+        for piece in pieces
+    ]
+    prompts, heads = (np.concatenate(column) for column in zip(*each, strict=True))
+    ends = np.cumsum([len(numbers) for numbers, _ in each])
+    table = len(methods) * prompts + heads
+    return Rows(table, methods[heads], budgets[prompts, heads], prompts, ends)
 
 
-def _choose(
-    questions: Sequence[Question], signals: Iterable[Signals], tables: Sequence[Tensor]
-) -> tuple[Tensor, list[tuple[int, Part]]]:
-    """Kept tokens, question by question and head by head, int64.
+def _limits(methods: Sequence[Method], rows: Rows, lengths: Sequence[int]) -> Ints:
+    """What ``ragged.keep_each`` is given; a budget of 0 where a method is asked apart."""
+    tokens = np.array(lengths)[rows.prompts]
+    limits = np.stack([np.zeros_like(tokens)] * 3 + [tokens], axis=1)
+    for number, method in enumerate(methods):
+        if (known := _ranked(method)) is not None:
+            mine = np.flatnonzero(rows.methods == number)
+            limits[mine, :3] = ragged.limits(known, rows.budgets[mine].tolist(), 0)[:, :3]
+    return limits
 
-    Also the parts of methods that store other keys and values than the kept tokens' own, each with
-    the number of its first head among all that are listed.
+
+def _apart(methods: Sequence[Method], rows: Rows, number: int) -> list[Apart]:
+    """What is asked apart about one piece."""
+    piece, found = rows.piece(number), []
+    mine, asked, heads = (x[piece] for x in (rows.methods, rows.budgets, rows.heads))
+    for which, method in enumerate(methods):
+        if _ranked(method) is None:
+            for budget in np.unique(asked[mine == which]).tolist():
+                alike = np.flatnonzero((mine == which) & (asked == budget))
+                found.append(Apart(method, budget, alike, heads[alike]))
+    return found
+
+
+def _ranked(method: Method) -> ScoredMethod | None:
+    """The method, where its heads can be ranked with others."""
+    return method if isinstance(method, ScoredMethod) and method.ranks_alone else None
+
+
+def _asked(
+    methods: Sequence[Method],
+    rows: Rows,
+    which: Tensor,
+    shown: Iterable[Signals],
+    apart: Sequence[Sequence[Apart]],
+    tables: Sequence[Tensor],
+) -> tuple[Tensor, list[Part]]:
+    """Ask about each piece, one after another.
+
+    Args:
+        methods: by number.
+        rows: what is asked.
+        which: the rows' methods, on the device.
+        shown: signals of each piece.
+        apart: what is asked apart about each piece.
+        tables: rows of each of these, on the device.
+
+    Returns:
+        Scores of all rows ``[rows, P]``, minus infinity behind shorter prompts, and the parts of
+        heads that are asked apart.
     """
-    found, merged, first = [], [], 0
-    asked = itertools.groupby(zip(questions, tables, strict=False), key=lambda both: both[0].piece)
-    for (_, group), shown in zip(asked, signals, strict=True):
-        for question, table in group:
-            method = question.method
-            if isinstance(method, ScoredMethod) and question.is_ragged:
-                count = int(question.budgets.sum())
-                found.append(ragged.keep_each(method.scores_once(shown), table, count))
-            else:
-                (part,) = method.parts(shown, int(question.budgets[0]))
-                mine = _of_rows(part, table)
-                found.append(mine.tokens.flatten())
-                if mine.keys is not None:
-                    merged.append((first, mine))
-            first += len(question.heads)
-    return torch.cat(found), merged
+    found, parts, table = list[Tensor](), list[Part](), iter(tables)
+    for number, signals in enumerate(shown):
+        here = rows.piece(number)
+        found.append(_scores(methods, np.unique(rows.methods[here]).tolist(), which[here], signals))
+        for asked in apart[number]:
+            (part,) = asked.method.parts(signals, asked.budget)
+            parts.append(_of_rows(part, next(table)))
+    longest = max(each.shape[1] for each in found)
+    scores = which.new_full((len(which), longest), -torch.inf, dtype=torch.float32)
+    for number, each in enumerate(found):
+        scores[rows.piece(number), : each.shape[1]] = each
+    return scores, parts
+
+
+def _scores(
+    methods: Sequence[Method], numbers: Sequence[int], which: Tensor, signals: Signals
+) -> Tensor:
+    """Scores of one piece's heads, each by its own method; of those that are asked apart zeros."""
+    found = None
+    for number in numbers:
+        if (method := _ranked(methods[number])) is not None:
+            own = method.scores_once(signals)
+            found = own if found is None else own.where(which[:, None] == number, found)
+    if found is None:
+        return torch.zeros(signals.keys.shape[:2], device=which.device)
+    return found
 
 
 def _of_rows(part: Part, rows: Tensor) -> Part:
     """Some heads' entries."""
-    whole = (part.tokens, part.keys, part.values)
-    tokens, keys, values = (None if x is None else x.index_select(0, rows) for x in whole)
-    return Part(part.tokens if tokens is None else tokens, keys, values)
+    keys, values = (
+        None if each is None else each.index_select(0, rows) for each in (part.keys, part.values)
+    )
+    return Part(part.tokens.index_select(0, rows), keys, values)
 
 
-def _store_merged(prompts: Prompts, part: Part, heads: Tensor, begins: Tensor) -> None:
+def _store_merged(prompts: Prompts, part: Part, heads: Tensor, starts: Tensor) -> None:
     """Put a part's keys and values where its tokens' own were; nobody asks about these again."""
     if part.keys is None or part.values is None:
         return
-    count = len(part.tokens)
-    rows = (heads[:count] % len(prompts.keys)).long()[:, None]
-    places = part.tokens + begins[:count, None]
+    rows, places = (heads % len(prompts.keys)).long()[:, None], part.tokens + starts[:, None]
     prompts.keys[rows, places], prompts.values[rows, places] = part.keys, part.values
 
 

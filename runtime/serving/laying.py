@@ -101,7 +101,11 @@ class Laid:
 
 
 def lay_out(
-    planned: PlannedBlocks, kinds: Ints, budgets: Ints, requests: Sequence[Held], order: Ints
+    planned: PlannedBlocks,
+    kinds: Ints,
+    budgets: Ints,
+    requests: Sequence[Held],
+    listed: tuple[Ints, Ints],
 ) -> Laid:
     """Take pages for everything that is kept.
 
@@ -110,7 +114,8 @@ def lay_out(
         kinds: the option of each head of one prompt.
         budgets: tokens of each prompt's heads, ``[n, heads]``.
         requests: the n, whose pages are taken.
-        order: the table's heads as their tokens are listed.
+        listed: the table's heads in the order in which their tokens are listed, and how many of
+            them; one that comes more than once has its tokens where it comes last.
     """
     each = [
         planned.entries(kinds, mine, request.prompt_tokens)
@@ -118,7 +123,7 @@ def lay_out(
     ]
     exact, coded = (np.concatenate(entries) for entries in zip(*each, strict=True))
     all_kinds = np.tile(kinds, len(requests))
-    sizes = (exact + coded)[order]
+    order, sizes = listed
     first = np.zeros(len(exact), np.int64)
     first[order] = sizes.cumsum() - sizes
     grows = PageLayout(planned.head_dim)
