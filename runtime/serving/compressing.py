@@ -126,12 +126,9 @@ def compress(
 
 def _rows(pieces: Sequence[Asked], methods: Ints, budgets: Ints) -> Rows:
     """The table of what is asked; ``methods`` are those of one prompt's heads."""
-    each = [
-        (np.repeat(piece.prompts, len(piece.heads)), np.tile(piece.heads, len(piece.prompts)))
-        for piece in pieces
-    ]
-    prompts, heads = (np.concatenate(column) for column in zip(*each, strict=True))
-    ends = np.cumsum([len(numbers) for numbers, _ in each])
+    counts = [len(piece.heads) for piece in pieces]
+    prompts = np.repeat([piece.prompt for piece in pieces], counts)
+    heads, ends = np.concatenate([piece.heads for piece in pieces]), np.cumsum(counts)
     table = len(methods) * prompts + heads
     return Rows(table, methods[heads], budgets[prompts, heads], prompts, ends)
 

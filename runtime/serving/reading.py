@@ -24,14 +24,14 @@ _ASKED_AT_ONCE = 2**17
 
 @dataclass(frozen=True)
 class Asked:
-    """Neighbouring heads of equally long prompts, which a method is asked about at once.
+    """Neighbouring heads of a prompt, which methods are asked about at once.
 
     Args:
-        prompts: numbers of the prompts.
-        heads: of the layers that are held, layer by layer; side by side for each prompt.
+        prompt: its number.
+        heads: of the layers that are held, layer by layer.
     """
 
-    prompts: list[int]
+    prompt: int
     heads: range
 
 
@@ -110,20 +110,12 @@ class Prompts:
         self.layers, self.keys, self.values = range(0), torch.empty(0), torch.empty(0)
         self._queries, self._sums = [], []
 
-    def asked(self, together: bool) -> list[Asked]:
-        """In which pieces methods are asked about what is held.
-
-        Args:
-            together: whether prompts of one length may lie side by side, as if they were heads.
-        """
-        groups: dict[tuple[int, int], list[int]] = {}
-        for number, request in enumerate(self.requests):
-            alone = 0 if together else number
-            groups.setdefault((request.prompt_tokens, alone), []).append(number)
+    def asked(self) -> list[Asked]:
+        """In which pieces methods are asked about what is held, prompt by prompt."""
         return [
-            Asked(prompts, heads)
-            for (tokens, _), prompts in groups.items()
-            for heads in self._pieces(tokens * len(prompts))
+            Asked(number, heads)
+            for number, request in enumerate(self.requests)
+            for heads in self._pieces(request.prompt_tokens)
         ]
 
     def _pieces(self, tokens: int) -> Iterator[range]:
@@ -134,11 +126,7 @@ class Prompts:
 
     def signals(self, asked: Asked, scale: float) -> Signals:
         """What methods may look at; ``scale`` is that of the logits."""
-        each = [self._signals_of(number, asked.heads, scale) for number in asked.prompts]
-        return each[0] if len(each) == 1 else Signals.side_by_side(each)
-
-    def _signals_of(self, number: int, heads: range, scale: float) -> Signals:
-        """Of one prompt."""
+        number, heads = asked.prompt, asked.heads
         start, tail = int(self.starts[number]), sum(self.tails[:number])
         tokens = slice(start, start + self.requests[number].prompt_tokens)
         rows = slice(heads.start, heads.stop)

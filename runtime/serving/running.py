@@ -208,7 +208,7 @@ class Running:
         budgets = np.stack(
             [r.budgets[layers.start : layers.stop].ravel() for r in prompts.requests]
         )
-        pieces = prompts.asked(self.alone)
+        pieces = prompts.asked()
         signals: Iterable[Signals] = (prompts.signals(each, scale) for each in pieces)
         if not self.alone:  # one layer, each prompt for itself: budgets are known when it is seen
             signals = list(signals)
