@@ -65,6 +65,11 @@ class Method(ABC):
         return self.heads_are_alike and not self.looks_across_heads
 
     @property
+    def only_drops(self) -> bool:
+        """Whether every token that it keeps is stored with that token's own key and value."""
+        return type(self).merge is Method.merge and type(self).parts is Method.parts
+
+    @property
     def looks_ahead(self) -> bool:
         """Whether it reads what no server could: a bound for others, not a policy to serve."""
         return self.needs.future or self.needs.probes
@@ -150,19 +155,29 @@ class ScoredMethod(Method):
             best = newest_first.argsort(dim=-1, descending=True, stable=True)
             return signals.prompt_tokens - 1 - best
 
-        first, last = self._protected_within(budget)
+        first, last = self.protected_within(budget)
         return signals.once(f"{self!r}, best first, protected {first} and {last}", sort)
 
     def ranked(self, signals: Signals, budget: int) -> Tensor:
         """A copy of the scores, ``[H, P]``, the protected tokens at infinity."""
-        scores = signals.once(repr(self), partial(self.scores, signals))
-        first, last = self._protected_within(budget)
+        scores = self.scores_once(signals)
+        first, last = self.protected_within(budget)
         ranked = scores.clone()
         ranked[:, :first] = float("inf")
         ranked[:, scores.shape[-1] - last :] = float("inf")
         return ranked
 
-    def _protected_within(self, budget: int) -> tuple[int, int]:
+    def scores_once(self, signals: Signals) -> Tensor:
+        """The scores, computed at the first asking; not to be changed."""
+        return signals.once(repr(self), partial(self.scores, signals))
+
+    @property
+    def ranks_alone(self) -> bool:
+        """Whether scores and protected places say all, so that ``ragged.keep_each`` may choose."""
+        own = type(self)
+        return self.only_drops and own.keep is ScoredMethod.keep and own.plan is Method.plan
+
+    def protected_within(self, budget: int) -> tuple[int, int]:
         """The same as ``protected``, as far as the budget goes."""
         first, last = self.protected(budget)
         first = min(first, budget)

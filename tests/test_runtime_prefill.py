@@ -32,6 +32,7 @@ from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.pool import Pool
 from kvtune.runtime.cache.segments import CODED, SETTLED
 from kvtune.runtime.cache.storing import store_prompts
+from kvtune.traces import seam
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -114,6 +115,22 @@ def test_a_sequence_more_asks_for_few_operations_and_no_wait(
     assert few["waits"] == many["waits"] == 1  # at the end: whether all that was read is finite
     assert few["copies"] == many["copies"] == 3 * LAYERS
     assert few["writes"] == many["writes"] <= 3 * LAYERS
+
+
+def test_a_prompt_is_read_without_the_attention_that_is_planned_for_every_length(
+    network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed: list[bool] = []
+    answer, cache = seam.causal_attention, load_cache(PLAN, network)
+
+    def noted(*args: Any) -> Tensor:
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return answer(*args)
+
+    monkeypatch.setattr(seam, "causal_attention", noted)
+    with torch.no_grad():
+        network(prompts(2), past_key_values=cache)
+    assert allowed == [False] * LAYERS
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ from kvtune.policies.paging import pages_of
 from kvtune.policies.policy import Policy
 from kvtune.runtime.cache.backend import PlainBackend
 from kvtune.runtime.cache.policy_cache import PolicyCache
-from kvtune.runtime.serving import vllm_plugin
+from kvtune.runtime.cache.segments import CODED
+from kvtune.runtime.serving import compressing, laying, reading, seats, vllm_plugin
 from kvtune.runtime.serving.blocks import PlannedBlocks, check_servable
 from kvtune.runtime.serving.pages import RequestPages
 from kvtune.runtime.serving.running import Running
@@ -331,6 +333,89 @@ def one_step(
             expected = alone[number].answer(layer, q[mine], k[mine], v[mine])
             torch.testing.assert_close(out[mine], expected, atol=1e-2, rtol=1e-2)
         assert not out[starts[-1] :].any(), "padding is left alone"
+
+
+LENGTHS = [40, 130, 40, 9, 40]
+
+
+def read(policy: Policy, steps: list[list[int]]) -> tuple[Running, list[Tensor]]:
+    """Prompts that come together or one by one, and their answers, each layer's in turn."""
+    planned = PlannedBlocks(policy, D)
+    running = Running(planned, torch.device("cpu"), PlainBackend())
+    running.attach(torch.zeros(400 * planned.block_bytes, dtype=torch.int8))
+    engine = Engine(planned, list(range(1, 400)))
+    assert all(engine.give(number, tokens) for number, tokens in enumerate(LENGTHS))
+    draw = torch.Generator().manual_seed(3)
+    drawn = [torch.randn(L, n, HQ + 2 * H, D, generator=draw).bfloat16() for n in LENGTHS]
+    answers: list[Tensor] = []
+    for numbers in steps:
+        lengths = [LENGTHS[number] for number in numbers]
+        starts = [sum(lengths[:at]) for at in range(len(lengths) + 1)]
+        step = running.begin(Table([engine.blocks[n] for n in numbers]), starts, lengths)
+        for layer in range(L):
+            qkv = torch.cat([drawn[number][layer] for number in numbers]).split((HQ, H, H), 1)
+            out = torch.zeros(starts[-1], HQ, D).bfloat16()
+            running.attend(step, layer, qkv, out, SCALE)
+            answers += [out.split(lengths)[number] for number in range(len(numbers))]
+    return running, answers
+
+
+@pytest.mark.parametrize("most", [2**17, 300, 1])
+@pytest.mark.parametrize("policy", [*POLICIES, merging()], ids=lambda policy: policy.name)
+def test_prompts_of_one_step_are_stored_as_if_each_came_in_a_step_of_its_own(
+    policy: Policy, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tokens in the same pages, to the byte, however many methods see at once."""
+    alone, expected = read(policy, [[number] for number in range(len(LENGTHS))])
+    monkeypatch.setattr(reading, "_ASKED_AT_ONCE", most)
+    monkeypatch.setattr(reading, "_HELD_AT_ONCE", 2 * most)
+    together, found = read(policy, [list(range(len(LENGTHS)))])
+    assert alone.memory is not None
+    assert alone.memory.any()
+    assert together.memory is not None
+    assert torch.equal(alone.memory, together.memory)
+    in_order = [found[layer * len(LENGTHS) + n] for n in range(len(LENGTHS)) for layer in range(L)]
+    for one, other in zip(in_order, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    pairs = zip(alone.held.values(), together.held.values(), strict=True)
+    fp8 = torch.tensor([[pages_of(o, D).keys == "fp8" for o in row] for row in policy.heads])
+    for mine, theirs in ((a.settled(), b.settled()) for a, b in pairs):
+        assert mine.coded_cells.tolist() == theirs.coded_cells.tolist()
+        assert mine.cells.tolist() == theirs.cells.tolist()
+        scales = (each.fp8_scales[:, CODED][fp8] for each in (mine, theirs))
+        torch.testing.assert_close(*scales)
+
+
+def test_prompts_of_one_step_share_tables_and_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt more adds what its own attention and scores take, and nothing to the rest."""
+    counts: list[Counter[str]] = []
+    for numbers in ([1], [1, 3, 4]):
+        told: Counter[str] = Counter()
+        counts.append(told)
+        for owner, name in ((compressing, "sent"), (PlainBackend, "write"), (laying, "_taken")):
+            call = getattr(owner, name)
+
+            def noted(*args: Any, told: Any = told, call: Any = call, name: str = name) -> Any:
+                told[name] += 1
+                return call(*args)
+
+            monkeypatch.setattr(owner, name, noted)
+        read(mixed(), [numbers])
+        monkeypatch.undo()
+    assert counts[0] == counts[1]
+    assert counts[0]["sent"] == 1
+    assert counts[0]["write"] == len({pages_of(o, D).code for o in mixed().options()})
+
+
+def test_who_has_been_read_is_seated_while_the_device_still_reads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    running, _ = read(mixed(), [[0, 3]])
+    monkeypatch.setattr(seats.Seats, "_enter", None)  # would be called, and cannot be
+    first, other = running.held
+    table = Table([list(range(first, first + 100)), list(range(other, other + 100))])
+    step = running.begin(table, [0, 1, 2], [LENGTHS[0] + 1, LENGTHS[3] + 1])
+    assert step.generating == 2
 
 
 def test_a_prompt_in_pieces_is_refused() -> None:

@@ -73,7 +73,7 @@ class Served:
         lengths = [*(self.lengths[n] for n in numbers), *[0] * padding]
         step = self.running.begin(Table(numbers + [-1] * padding), starts, lengths)
         assert step.generating == len(numbers)
-        return self.answer(type(step)([], rows, slice(0, rows)), rows, draw)
+        return self.answer(type(step)(None, rows, slice(0, rows)), rows, draw)
 
     def answer(self, step: Any, tokens: int, draw: torch.Generator) -> list[Tensor]:
         outputs = []

@@ -93,8 +93,24 @@ def test_causal_attention_is_softmax_over_the_keys_in_reach(
     draw = torch.Generator().manual_seed(queries)
     q = torch.randn(1, 4, queries, 8, generator=draw)
     k, v = torch.randn(2, 1, 2, keys, 8, generator=draw)
-    found = seam.causal_attention(q, k, v, 0.3, window)
-    torch.testing.assert_close(found, naive(q, k, v, 0.3, window)[0])
+    for answer in (seam.causal_attention, seam.prompt_attention):
+        found = answer(q, k, v, 0.3, window)
+        torch.testing.assert_close(found, naive(q, k, v, 0.3, window)[0])
+
+
+def test_prompts_are_read_without_the_attention_that_plans_every_length(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    allowed: list[bool] = []
+    monkeypatch.setattr(
+        seam, "_sdpa", lambda *_, **__: allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+    )
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    x = torch.zeros(1, 2, 3, 8)
+    seam.prompt_attention(x, x, x, 1.0)
+    seam.prompt_attention(x, x, x, 1.0, window=3)
+    assert allowed == [False, False]
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 @pytest.mark.parametrize("window", [None, 5])

@@ -86,17 +86,23 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int 
     return _tail(q, k, v, scale, None)
 
 
-def prompt_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of one prompt whose length no other has, ``[B, Hq, P, D]``.
+def prompt_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None
+) -> Tensor:
+    """Causal attention of prompts of a length that no others had, ``[B, Hq, P, D]``.
 
     PyTorch prefers cuDNN's attention on Hopper, which is planned anew for every length: 39 ms on an
-    H200 (``benchmarks/results/serving-graphs-h200.json``).
+    H200 (``benchmarks/results/serving-graphs-h200.json``). Arguments are ``causal_attention``'s.
     """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.backends import cuda
 
-    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(others):
-        return causal_attention(q, k, v, scale, None)
+    # torch.nn.attention.sdpa_kernel does the same in some 20 us of the host, for every layer.
+    before = cuda.cudnn_sdp_enabled()
+    cuda.enable_cudnn_sdp(False)
+    try:
+        return causal_attention(q, k, v, scale, window)
+    finally:
+        cuda.enable_cudnn_sdp(before)
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:

@@ -43,6 +43,11 @@ class StreamingLLM(DecodeMethod):
         "kept", "where keys appear: at their own positions, or renumbered inside the cache"
     )
 
+    @property
+    def only_drops(self) -> bool:
+        """Unless keys are renumbered."""
+        return self.positions == "kept"
+
     def protected(self, budget: int) -> tuple[int, int]:
         """The sinks."""
         return self.sinks, 0

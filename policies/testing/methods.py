@@ -8,8 +8,10 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from kvtune.policies import ragged
 from kvtune.policies.method import Method, ScoredMethod
 from kvtune.policies.parts import VIRTUAL, entries_of
 from kvtune.policies.reader import Held
@@ -111,6 +113,26 @@ def prompts_choose_alone(method: Method, case: Case) -> None:
         if merged is not None and merged_alone is not None:
             for ours, theirs in zip(merged, merged_alone, strict=True):
                 assert torch.allclose(ours.chunk(2)[side], theirs, atol=1e-6)
+
+
+def budgets_of_heads_are_kept_in_one_pass(method: Method, case: Case) -> None:
+    """Heads of different budgets, and of a shorter prompt, each keep what they would alone."""
+    if not (isinstance(method, ScoredMethod) and method.ranks_alone):
+        return
+    shorter = replace(case, prompt_tokens=max(1, case.prompt_tokens // 2))
+    both = shared_signals(case), shared_signals(shorter)
+    scores, limits, budgets = [], [], []
+    for signals in both:
+        most, tokens = min(case.budget, signals.prompt_tokens), signals.prompt_tokens
+        theirs = [max(0, most - 2 * head) for head in range(case.kv_heads)]
+        padding = (0, case.prompt_tokens - tokens)
+        scores.append(F.pad(method.scores_once(signals), padding, value=-torch.inf))
+        limits.append(torch.from_numpy(ragged.limits(method, theirs, tokens)))
+        budgets += theirs
+    found = ragged.keep_each(torch.cat(scores), torch.cat(limits), sum(budgets)).split(budgets)
+    for number, (budget, kept) in enumerate(zip(budgets, found, strict=True)):
+        prompt, head = divmod(number, case.kv_heads)
+        assert torch.equal(kept, method.keep(both[prompt], budget)[head])
 
 
 def parts_are_as_planned(method: Method, case: Case) -> None:
@@ -235,6 +257,7 @@ METHOD_CHECKS: tuple[MethodCheck, ...] = (
     choice_is_the_same_again,
     heads_choose_alone,
     prompts_choose_alone,
+    budgets_of_heads_are_kept_in_one_pass,
     parts_are_as_planned,
     parts_are_the_same_again,
     reader_selects_real_blocks,

@@ -35,7 +35,7 @@ from kvtune.runtime.kernels.reference import rotate
 from kvtune.runtime.rotation import owed
 from kvtune.traces.geometry import check_shapes
 from kvtune.traces.masks import MaskFunction, check_described, left_padding
-from kvtune.traces.seam import causal_attention, refuse_unknown
+from kvtune.traces.seam import prompt_attention, refuse_unknown
 
 if TYPE_CHECKING:
     from kvtune.runtime.cache.policy_cache import PolicyCache
@@ -84,7 +84,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         lengths = [cache.prompts[row] for row in cache.reading][: len(k)]
         alike = equally_long(lengths, k.shape[2])
         parts = [(q[at], k[at], v[at]) for at in alike]
-        outputs = [causal_attention(*part, scale, self.window) for part in parts]
+        outputs = [prompt_attention(*part, scale, self.window) for part in parts]
         self.take_in([signals for part in parts for signals in self.signals(*part, scale)])
         return padded(outputs, q.shape[2])
 

@@ -62,7 +62,7 @@ def store_prompts(
     if any("fp8" in (layout.keys, layout.values) for layout in layer.layouts):
         by_kind = layer.fp8_scales.view(3, -1, 2)[:, rows].unflatten(1, (-1, len(kept)))
         row = torch.repeat_interleave(counts.long(), output_size=len(chosen))
-        by_kind[CODED] = fp8_scales(magnitudes, chosen, row)
+        by_kind[CODED] = fp8_scales(magnitudes[:, row, chosen], row, len(kept))
         by_kind[SETTLED] = by_kind[CODED]  # what settles is held to the prompt's range
     places = chosen.int()
     for layout, pages in zip(layouts.values(), records, strict=False):
@@ -145,15 +145,16 @@ def _listed(
     return np.stack(columns, axis=1).astype(np.int32)
 
 
-def fp8_scales(magnitudes: Tensor, chosen: Tensor, row: Tensor) -> Tensor:
-    """``[n, 2]`` float32, of the tokens that are kept; 1 where there are none.
+def fp8_scales(magnitudes: Tensor, row: Tensor, rows: int) -> Tensor:
+    """``[rows, 2]`` float32, of the tokens that are kept; 1 where there are none.
 
     Args:
-        magnitudes: ``[2, n, P]``, the largest of each key's numbers, and of each value's.
-        chosen: kept tokens of all rows.
-        row: whose each is, int64.
+        magnitudes: ``[2, n]``, the largest number of each kept key, and of each kept value.
+        row: whose each is, int64 ``[n]``.
+        rows: how many there are.
     """
-    none = magnitudes.new_full(magnitudes.shape[:2], LARGEST_E4M3, dtype=torch.float32)
-    theirs = magnitudes[:, row, chosen].float()
-    largest = none.scatter_reduce(1, row.expand(2, -1), theirs, "amax", include_self=False)
+    none = magnitudes.new_full((2, rows), LARGEST_E4M3, dtype=torch.float32)
+    largest = none.scatter_reduce(
+        1, row.expand(2, -1), magnitudes.float(), "amax", include_self=False
+    )
     return fp8_scale(largest).T

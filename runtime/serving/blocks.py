@@ -8,11 +8,11 @@ The scheduler and the worker ask the same object: what one admits the other can 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.option import Option
@@ -23,6 +23,8 @@ from kvtune.policies.policy import Policy
 
 AHEAD_TOKENS = 16
 """Pages are given to generated tokens so many at a time, for all heads at once."""
+
+Ints = NDArray[np.int64]
 
 _TYPICAL_PROMPT_TOKENS = 2048
 _COUNTS_KEPT = 2**14
@@ -45,27 +47,6 @@ class SequencePages:
     def growing(self, new_tokens: int) -> int:
         """Pages of 16 bits that hold exact prompt tokens and so many tokens after the prompt."""
         return sum(heads * -(-(tokens + new_tokens) // BF16_PAGE) for tokens, heads in self.exact)
-
-
-@dataclass(frozen=True)
-class Alike:
-    """Heads with one option and one budget.
-
-    Args:
-        option: theirs.
-        layout: of the pages of their coded tokens.
-        budget: tokens of each.
-        heads: which ones.
-        exact: tokens of each in 16-bit pages that go on growing.
-        coded: in pages of the option's formats.
-    """
-
-    option: Option
-    layout: PageLayout
-    budget: int
-    heads: list[int]
-    exact: int
-    coded: int
 
 
 @dataclass(frozen=True)
@@ -137,8 +118,8 @@ class PlannedBlocks:
     def most_coded_pages(self, longest: int) -> int:
         """Pages of a layer in the prompt's formats, of a prompt of at most ``longest`` tokens."""
         budgets = self.policy.budgets(longest).reshape(self.policy.layers, -1)
-        kinds = np.array(self._kinds).reshape(budgets.shape)
-        smallest = np.array([layout.page_tokens for _, layout in self._options])[kinds]
+        smallest = np.array([layout.page_tokens for layout in self.layouts])[self.kinds]
+        smallest = smallest.reshape(budgets.shape)
         if self.spare:  # a layer's heads share its tokens
             return int((-(-budgets.sum(1) // smallest.min(1))).max()) + budgets.shape[1]
         return int((-(-budgets // smallest)).sum(1).max())
@@ -149,45 +130,46 @@ class PlannedBlocks:
         return 0 if self.policy.allocator.name == "as_given" else 1
 
     @cached_property
-    def _options(self) -> list[tuple[Option, PageLayout]]:
-        """Options that occur, and their pages."""
-        options = dict.fromkeys(self.policy.options())
-        return [(option, pages_of(option, self.head_dim)) for option in options]
+    def options(self) -> list[Option]:
+        """Options that occur."""
+        return list(dict.fromkeys(self.policy.options()))
 
     @cached_property
-    def _kinds(self) -> list[int]:
-        """Which of the options each head has."""
-        numbers = {option: number for number, (option, _) in enumerate(self._options)}
-        return [numbers[option] for option in self.policy.options()]
+    def layouts(self) -> list[PageLayout]:
+        """The pages of each of these."""
+        return [pages_of(option, self.head_dim) for option in self.options]
 
-    def alike(self, first: int, budgets: Sequence[int], prompt_tokens: int) -> list[Alike]:
-        """Heads of neighbouring layers by option and budget, and what each then stores.
+    @cached_property
+    def kinds(self) -> Ints:
+        """Which of the options each head has, layer by layer, ``[L * H]``."""
+        numbers = {option: number for number, option in enumerate(self.options)}
+        return np.array([numbers[option] for option in self.policy.options()], np.int64)
+
+    def entries(self, kinds: Ints, budgets: Ints, prompt_tokens: int) -> tuple[Ints, Ints]:
+        """Entries of a prompt in 16-bit pages that go on growing, and in pages of heads' formats.
 
         Args:
-            first: the layers' first head, counted through all layers.
-            budgets: tokens of each head.
+            kinds: of some heads.
+            budgets: tokens of each.
             prompt_tokens: of the prompt.
         """
-        heads: dict[tuple[int, int], list[int]] = {}
-        kinds = self._kinds[first : first + len(budgets)]
-        for head, (kind, budget) in enumerate(zip(kinds, budgets, strict=True)):
-            heads.setdefault((kind, budget), []).append(head)
-        found = []
-        for (kind, budget), mine in heads.items():
-            option, layout = self._options[kind]
-            both = planned_entries(option, budget, prompt_tokens, self.head_dim)
-            found.append(Alike(option, layout, budget, mine, *both))
-        return found
+        pairs, heads = np.unique(np.stack([kinds, budgets]), axis=1, return_inverse=True)
+        both = [
+            planned_entries(self.options[kind], budget, prompt_tokens, self.head_dim)
+            for kind, budget in pairs.T.tolist()
+        ]
+        exact, coded = np.array(both, np.int64).reshape(-1, 2)[heads].T
+        return exact, coded
 
     def _sequence(self, prompt_tokens: int) -> SequencePages:
+        budgets = self.policy.budgets(prompt_tokens).ravel()
+        exact, coded = self.entries(self.kinds, budgets, prompt_tokens)
         fixed: Counter[int] = Counter()
-        exact: Counter[int] = Counter()
-        budgets = self.policy.budgets(prompt_tokens).ravel().tolist()
-        for each in self.alike(0, budgets, prompt_tokens):
-            count = each.layout.pages_for(each.coded) + self.spare
-            fixed[each.layout.page_cells] += len(each.heads) * count
-            exact[each.exact] += len(each.heads)
-        return SequencePages(dict(fixed), tuple(sorted(exact.items())))
+        for kind, layout in enumerate(self.layouts):
+            mine = coded[self.kinds == kind]
+            fixed[layout.page_cells] += int((-(-mine // layout.page_tokens) + self.spare).sum())
+        heads = zip(*(each.tolist() for each in np.unique(exact, return_counts=True)), strict=True)
+        return SequencePages(dict(fixed), tuple(heads))
 
 
 def with_room_ahead(new_tokens: int) -> int:

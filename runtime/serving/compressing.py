@@ -1,180 +1,244 @@
-"""What a plan makes of a prompt: tokens are chosen, and written into the request's pages.
+"""What a plan makes of a step's prompts: tokens are chosen, and written into requests' pages.
 
-Heads with one option and one budget are a group, and every operation is one of a whole group or of
-all heads, so that a prompt costs the host about the same whatever number of layers it is.
+All heads of all prompts and of many layers lie in one table: places and records are made of it in
+one pass of the host, and all pages of a layout are written by one launch. Methods score prompts
+piece by piece; heads of all methods, budgets and lengths are then ranked at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvtune.policies.pages import PageLayout
+from kvtune.policies import ragged
+from kvtune.policies.method import Method, ScoredMethod
 from kvtune.policies.parts import Part
 from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.backend import Backend, Writing
-from kvtune.runtime.cache.segments import CODED, GROWN, Ints, runs
+from kvtune.runtime.cache.segments import CODED, Ints
 from kvtune.runtime.cache.sending import sent
-from kvtune.runtime.cache.storing import Records, fp8_scales
-from kvtune.runtime.serving.blocks import Alike
+from kvtune.runtime.cache.storing import fp8_scales
+from kvtune.runtime.serving.blocks import PlannedBlocks
 from kvtune.runtime.serving.held import KINDS, Stored
-from kvtune.runtime.serving.pages import RequestPages
-
-
-def compress(
-    groups: Sequence[Alike],
-    signals: Signals,
-    heads: int,
-    pages: RequestPages,
-    memory: Tensor,
-    backend: Backend,
-) -> Stored:
-    """Put layers that lie side by side in ``signals`` into pages.
-
-    Args:
-        groups: their heads, each in one group.
-        signals: of all of them.
-        heads: KV heads of a layer.
-        pages: of the request, taken as far as they are needed.
-        memory: the engine's, ``[bytes]`` uint8; written to in these pages alone.
-        backend: who writes them.
-    """
-    laid = _lay_out(groups, len(signals.keys), signals.keys.shape[-1], pages)
-    layouts = {each.layout.code: each.layout for each in groups} | {laid.grows.code: laid.grows}
-    tables = [laid.records(layout) for layout in layouts.values()]
-    order, sizes, *records = sent([laid.order, laid.sizes, *tables], memory.device)
-    chosen, keys, values = _choose(groups, signals, order)
-    scales = torch.ones(KINDS, len(keys), 2, device=memory.device)
-    if any("fp8" in (layout.keys, layout.values) for layout in layouts.values()):
-        listed = torch.repeat_interleave(order, sizes.long(), output_size=len(chosen)).long()
-        magnitudes = torch.stack([x.abs().amax(-1) for x in (keys, values)])
-        scales[CODED] = fp8_scales(magnitudes, chosen.long(), listed)
-    for layout, pages_of_it in zip(layouts.values(), records, strict=True):
-        if len(pages_of_it):
-            writing = Writing(layout, keys, values, chosen, pages_of_it, scales.view(-1, 2))
-            backend.write(memory, writing)
-    return laid.stored(heads, scales)
-
-
-def _choose(
-    groups: Sequence[Alike], signals: Signals, order: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Kept tokens, group by group, as int32; keys and values, merged where a method merges."""
-    keys, values = signals.keys, signals.values
-    parts: dict[object, Part] = {}
-    found, first = [], 0
-    for each in groups:
-        asked = each.option.method, each.budget
-        if asked not in parts:
-            (parts[asked],) = each.option.method.parts(signals, each.budget)
-        part, rows = parts[asked], order[first : first + len(each.heads)]
-        first += len(each.heads)
-        tokens = part.tokens.index_select(0, rows)
-        if part.keys is not None and part.values is not None:
-            at = rows.long()[:, None], tokens
-            keys, values = keys.clone(), values.clone()
-            keys[at], values[at] = part.keys[at[0][:, 0]], part.values[at[0][:, 0]]
-        found.append(tokens.flatten())
-    return torch.cat(found).int(), keys, values
+from kvtune.runtime.serving.laying import Laid, lay_out
+from kvtune.runtime.serving.reading import Asked, Prompts
 
 
 @dataclass(frozen=True)
-class _Laid:
-    """Where the tokens of n heads lie.
+class Rows:
+    """The heads that methods are shown, piece after piece, and what each may keep.
 
     Args:
-        grows: the layout of growing pages.
-        order: heads as their tokens are listed.
-        sizes: tokens of each, in that order.
-        first: of each head, where its tokens begin in the list.
-        exact: of them, how many lie in growing pages: the first ones.
-        coded: and how many in pages of the option's format.
-        layouts: of these.
-        coded_pages: of each head.
-        coded_cells: first cells of these pages, head after head.
-        grown_pages: of each head.
-        grown_cells: likewise.
+        heads: in the table of all prompts' heads.
+        methods: number of each one's method.
+        budgets: tokens of each.
+        prompts: whose they are.
+        ends: of each piece, where its rows end.
     """
 
-    grows: PageLayout
-    order: Ints
-    sizes: Ints
-    first: Ints
-    exact: Ints
-    coded: Ints
-    layouts: list[PageLayout]
-    coded_pages: Ints
-    coded_cells: Ints
-    grown_pages: Ints
-    grown_cells: Ints
+    heads: Ints
+    methods: Ints
+    budgets: Ints
+    prompts: Ints
+    ends: Ints
 
-    def records(self, layout: PageLayout) -> Records:
-        """``Writing.records`` of all pages of one layout."""
-        mine = np.array([each.code == layout.code for each in self.layouts])
-        listed = [self._listed(layout, CODED, np.flatnonzero(mine & (self.coded > 0)))]
-        if layout.code == self.grows.code:
-            listed.append(self._listed(layout, GROWN, np.flatnonzero(self.exact > 0)))
-        return np.concatenate(listed).astype(np.int32)
-
-    def _listed(self, layout: PageLayout, kind: int, heads: Ints) -> Ints:
-        """Of one kind of pages of some heads."""
-        grown = kind == GROWN
-        tokens, pages, cells = (
-            (self.exact, self.grown_pages, self.grown_cells)
-            if grown
-            else (self.coded, self.coded_pages, self.coded_cells)
-        )
-        mine, starts = pages[heads], (pages.cumsum() - pages)[heads]
-        head, before = np.repeat(heads, mine), layout.page_tokens * runs(mine)
-        first = self.first[head] + (0 if grown else self.exact[head]) + before
-        count = np.minimum(tokens[head] - before, layout.page_tokens)
-        columns = head, first, count, cells[runs(mine, starts)], kind * len(self.first) + head
-        return np.stack(columns, axis=1)
-
-    def stored(self, heads: int, fp8_scales: Tensor) -> Stored:
-        """The same as a request holds it, layer by layer."""
-        most = max(int(self.grown_pages.max()), 1)
-        cells = np.zeros((len(self.grown_pages), most), np.int64)
-        at = np.repeat(np.arange(len(cells)), self.grown_pages), runs(self.grown_pages)
-        cells[at] = self.grown_cells
-        return Stored(
-            self.coded.reshape(-1, heads),
-            self.coded_pages.reshape(-1, heads),
-            self.coded_cells,
-            self.exact.reshape(-1, heads),
-            cells.reshape(-1, heads, most),
-            self.grown_pages.reshape(-1, heads),
-            fp8_scales.view(KINDS, -1, heads, 2).transpose(0, 1),
-        )
+    def piece(self, number: int) -> slice:
+        """The rows of one piece."""
+        return slice(int(self.ends[number - 1]) if number else 0, int(self.ends[number]))
 
 
-def _lay_out(groups: Sequence[Alike], heads: int, head_dim: int, pages: RequestPages) -> _Laid:
-    """Take pages for all of ``heads`` heads."""
-    grows = PageLayout(head_dim)
-    order = np.concatenate([np.array(each.heads) for each in groups])
-    exact, coded, coded_pages, page_cells = (np.zeros(heads, np.int64) for _ in range(4))
-    layouts = [grows] * heads
-    for each in groups:
-        exact[each.heads], coded[each.heads] = each.exact, each.coded
-        coded_pages[each.heads] = each.layout.pages_for(each.coded)
-        page_cells[each.heads] = each.layout.page_cells
-        for head in each.heads:
-            layouts[head] = each.layout
-    sizes = (exact + coded)[order]
-    first = np.zeros(heads, np.int64)
-    first[order] = sizes.cumsum() - sizes
-    of_page = np.repeat(page_cells, coded_pages)
-    coded_cells = np.zeros(len(of_page), np.int64)
-    for size in np.unique(of_page).tolist():
-        mine = of_page == size
-        coded_cells[mine] = pages.take(int(mine.sum()), size)
-    grown_pages = -(-exact // grows.page_tokens)
-    grown_cells = pages.take(int(grown_pages.sum()), grows.page_cells)
-    return _Laid(
-        grows, order, sizes, first, exact, coded, layouts,
-        coded_pages, coded_cells, grown_pages, grown_cells,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Apart:
+    """Heads of one piece and budget whose method cannot be ranked with others.
+
+    Args:
+        method: theirs.
+        budget: tokens of each.
+        rows: which rows of the piece they are.
+        heads: in the table of all prompts' heads.
+    """
+
+    method: Method
+    budget: int
+    rows: Ints
+    heads: Ints
+
+
+def compress(
+    planned: PlannedBlocks,
+    prompts: Prompts,
+    budgets: Ints,
+    pieces: Sequence[Asked],
+    signals: Iterable[Signals],
+    memory: Tensor,
+    backend: Backend,
+) -> list[Stored]:
+    """Put the layers that prompts hold into pages; one answer for each prompt.
+
+    Args:
+        planned: the plan.
+        prompts: whose requests' pages are taken as far as they are needed.
+        budgets: tokens of each prompt's heads, ``[n, heads]``.
+        pieces: in which methods are asked.
+        signals: of each piece; may be made when they are needed.
+        memory: the engine's, ``[bytes]`` uint8; written to in these pages alone.
+        backend: who writes them.
+    """
+    a_layer = planned.policy.kv_heads
+    kinds = planned.kinds[a_layer * prompts.layers.start : a_layer * prompts.layers.stop]
+    methods = list(dict.fromkeys(option.method for option in planned.options))
+    which = np.array([methods.index(option.method) for option in planned.options])
+    rows = _rows(pieces, which[kinds], budgets)
+    limits = _limits(methods, rows, [request.prompt_tokens for request in prompts.requests])
+    apart = [_apart(methods, rows, number) for number in range(len(pieces))]
+    others = [each for piece in apart for each in piece]
+
+    heads = np.concatenate([rows.heads, *(each.heads for each in others)])
+    later = [np.full(len(each.heads), each.budget) for each in others]
+    sizes = np.concatenate([limits[:, 0], *later])
+    laid = lay_out(planned, kinds, budgets, prompts.requests, (heads, sizes))
+    tables = [heads, sizes, prompts.starts[heads // len(kinds)], rows.methods, limits]
+    tables += [each.rows for each in others] + [laid.records(layout) for layout in laid.layouts]
+    head, count, start, method, limit, *there = sent(tables, memory.device)
+
+    scores, parts = _asked(methods, rows, method, signals, apart, there)
+    tokens = [ragged.keep_each(scores, limit, int(limits[:, 0].sum()))]
+    tokens += [part.tokens.flatten() for part in parts]
+    # Of each kept token: its head, and its place among the tokens of all prompts.
+    total = int(sizes.sum())
+    owner, offset = (torch.repeat_interleave(x, count, output_size=total) for x in (head, start))
+    places = torch.cat(tokens) + offset
+    first = len(rows.heads)
+    for part in parts:
+        mine = slice(first, first := first + len(part.tokens))
+        _store_merged(prompts, part, head[mine], start[mine])
+    scales = _scales(laid, prompts, owner.long(), places)
+    for layout, pages in zip(laid.layouts, there[len(others) :], strict=True):
+        if len(pages):
+            held = (prompts.keys, prompts.values, places.int(), pages, scales.view(-1, 2))
+            backend.write(memory, Writing(layout, *held))
+    return [laid.stored(number, scales) for number in range(len(prompts.requests))]
+
+
+def _rows(pieces: Sequence[Asked], methods: Ints, budgets: Ints) -> Rows:
+    """The table of what is asked; ``methods`` are those of one prompt's heads."""
+    counts = [len(piece.heads) for piece in pieces]
+    prompts = np.repeat([piece.prompt for piece in pieces], counts)
+    heads, ends = np.concatenate([piece.heads for piece in pieces]), np.cumsum(counts)
+    table = len(methods) * prompts + heads
+    return Rows(table, methods[heads], budgets[prompts, heads], prompts, ends)
+
+
+def _limits(methods: Sequence[Method], rows: Rows, lengths: Sequence[int]) -> Ints:
+    """What ``ragged.keep_each`` is given; a budget of 0 where a method is asked apart."""
+    tokens = np.array(lengths)[rows.prompts]
+    limits = np.stack([np.zeros_like(tokens)] * 3 + [tokens], axis=1)
+    for number, method in enumerate(methods):
+        if (known := _ranked(method)) is not None:
+            mine = np.flatnonzero(rows.methods == number)
+            limits[mine, :3] = ragged.limits(known, rows.budgets[mine].tolist(), 0)[:, :3]
+    return limits
+
+
+def _apart(methods: Sequence[Method], rows: Rows, number: int) -> list[Apart]:
+    """What is asked apart about one piece."""
+    piece, found = rows.piece(number), []
+    mine, asked, heads = (x[piece] for x in (rows.methods, rows.budgets, rows.heads))
+    for which, method in enumerate(methods):
+        if _ranked(method) is None:
+            for budget in np.unique(asked[mine == which]).tolist():
+                alike = np.flatnonzero((mine == which) & (asked == budget))
+                found.append(Apart(method, budget, alike, heads[alike]))
+    return found
+
+
+def _ranked(method: Method) -> ScoredMethod | None:
+    """The method, where its heads can be ranked with others."""
+    return method if isinstance(method, ScoredMethod) and method.ranks_alone else None
+
+
+def _asked(
+    methods: Sequence[Method],
+    rows: Rows,
+    which: Tensor,
+    shown: Iterable[Signals],
+    apart: Sequence[Sequence[Apart]],
+    tables: Sequence[Tensor],
+) -> tuple[Tensor, list[Part]]:
+    """Ask about each piece, one after another.
+
+    Args:
+        methods: by number.
+        rows: what is asked.
+        which: the rows' methods, on the device.
+        shown: signals of each piece.
+        apart: what is asked apart about each piece.
+        tables: rows of each of these, on the device.
+
+    Returns:
+        Scores of all rows ``[rows, P]``, minus infinity behind shorter prompts, and the parts of
+        heads that are asked apart.
+    """
+    found, parts, table = list[Tensor](), list[Part](), iter(tables)
+    for number, signals in enumerate(shown):
+        here = rows.piece(number)
+        found.append(_scores(methods, np.unique(rows.methods[here]).tolist(), which[here], signals))
+        for asked in apart[number]:
+            (part,) = asked.method.parts(signals, asked.budget)
+            parts.append(_of_rows(part, next(table)))
+    longest = max(each.shape[1] for each in found)
+    scores = which.new_full((len(which), longest), -torch.inf, dtype=torch.float32)
+    for number, each in enumerate(found):
+        scores[rows.piece(number), : each.shape[1]] = each
+    return scores, parts
+
+
+def _scores(
+    methods: Sequence[Method], numbers: Sequence[int], which: Tensor, signals: Signals
+) -> Tensor:
+    """Scores of one piece's heads, each by its own method; of those that are asked apart zeros."""
+    found = None
+    for number in numbers:
+        if (method := _ranked(methods[number])) is not None:
+            own = method.scores_once(signals)
+            found = own if found is None else own.where(which[:, None] == number, found)
+    if found is None:
+        return torch.zeros(signals.keys.shape[:2], device=which.device)
+    return found
+
+
+def _of_rows(part: Part, rows: Tensor) -> Part:
+    """Some heads' entries."""
+    keys, values = (
+        None if each is None else each.index_select(0, rows) for each in (part.keys, part.values)
+    )
+    return Part(part.tokens.index_select(0, rows), keys, values)
+
+
+def _store_merged(prompts: Prompts, part: Part, heads: Tensor, starts: Tensor) -> None:
+    """Put a part's keys and values where its tokens' own were; nobody asks about these again."""
+    if part.keys is None or part.values is None:
+        return
+    rows, places = (heads % len(prompts.keys)).long()[:, None], part.tokens + starts[:, None]
+    prompts.keys[rows, places], prompts.values[rows, places] = part.keys, part.values
+
+
+def _scales(laid: Laid, prompts: Prompts, head: Tensor, places: Tensor) -> Tensor:
+    """``[kinds, heads, 2]``, 1 but where formats share a scale among a head's tokens.
+
+    Args:
+        laid: the table of heads.
+        prompts: what they hold.
+        head: of each kept token, its head in the table.
+        places: in the token axis of what prompts hold.
+    """
+    scales = torch.ones(KINDS, len(laid.first), 2, device=places.device)
+    if any("fp8" in (layout.keys, layout.values) for layout in laid.layouts):
+        held = (prompts.keys, prompts.values)
+        magnitudes = torch.stack([x.abs().amax(-1) for x in held])[:, head % laid.heads, places]
+        scales[CODED] = fp8_scales(magnitudes, head, len(laid.first))
+    return scales

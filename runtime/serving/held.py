@@ -13,7 +13,6 @@ from kvtune.policies.pages import BF16_PAGE
 from kvtune.runtime.cache.segments import Ints, runs
 from kvtune.runtime.serving.blocks import with_room_ahead
 from kvtune.runtime.serving.pages import RequestPages
-from kvtune.runtime.serving.reading import Reading
 
 KINDS = 2
 """Of a served request's segments: coded and growing; none settles."""
@@ -90,8 +89,7 @@ class Held:
         prompt_tokens: read in one piece.
         tokens: seen so far.
         pages: its own.
-        budgets: of each layer's heads, ``[L][H]``.
-        reading: layers that have read the prompt and are yet to be compressed.
+        budgets: of each layer's heads, ``[L, H]``, none beyond the prompt.
         parts: layers that are in pages.
         appended: tokens that steps have added after the prompt.
         stored: all layers, once they have read the prompt.
@@ -100,8 +98,7 @@ class Held:
     prompt_tokens: int
     tokens: int
     pages: RequestPages
-    budgets: list[list[int]]
-    reading: Reading | None = None
+    budgets: Ints
     parts: list[Stored] = field(default_factory=list)
     appended: int = 0
     stored: Stored | None = None

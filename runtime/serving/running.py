@@ -10,53 +10,26 @@ its blocks are given to others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
+from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.backend import Backend, TritonBackend, backend_for
 from kvtune.runtime.cache.reading import column_sums
+from kvtune.runtime.cache.sending import sent
 from kvtune.runtime.serving.blocks import PlannedBlocks
 from kvtune.runtime.serving.compressing import compress
-from kvtune.runtime.serving.held import Held, Stored
+from kvtune.runtime.serving.held import Held
 from kvtune.runtime.serving.pages import RequestPages
-from kvtune.runtime.serving.reading import Reading
+from kvtune.runtime.serving.reading import Prompts
 from kvtune.runtime.serving.seat_planning import Size
 from kvtune.runtime.serving.seats import Seats
+from kvtune.runtime.serving.step import BlockTable, Step
 from kvtune.traces.seam import prompt_attention
-
-_HEADS_TIMES_TOKENS = 2**17
-"""Compressed at once: a prompt of 1,024 tokens in 16 layers of 8 heads, with some 300 MB of working
-memory."""
-
-
-class BlockTable(Protocol):
-    """The engine's table of blocks, of the requests of one step."""
-
-    def first(self) -> list[int]:
-        """The first block of each request; 0 of rows that only pad the step."""
-
-    def blocks(self, row: int, start: int, stop: int) -> list[int]:
-        """Some of one request's blocks."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of the engine.
-
-    Args:
-        prompts: requests that read their prompt, and where in the step's tokens.
-        generating: rows that append one token each, rows of nobody in a captured step included.
-        places: where in the step's tokens; ``[n]``, or a slice of neighbours.
-    """
-
-    prompts: list[tuple[Held, slice]]
-    generating: int
-    places: Tensor | slice
 
 
 class Running:
@@ -111,23 +84,24 @@ class Running:
         Raises:
             KvtuneError: a prompt comes in pieces.
         """
-        prompts, generating, places = [], [], []
+        prompts, read, generating, places = [], [], [], []
         for row, first in enumerate(table.first()[: len(lengths)]):
             start, stop, tokens = starts[row], starts[row + 1], lengths[row]
             if first == 0 or stop == start:
                 continue
             if stop - start == tokens:
-                prompts.append((self._new(table, row, first, tokens), slice(start, stop)))
+                prompts.append(self._new(table, row, first, tokens))
+                read.append(slice(start, stop))
             else:
                 generating.append(self._known(table, row, first, stop - start, tokens))
                 places.append(start)
         self._seat(generating)
-        return Step(prompts, len(generating), self._places(places))
+        return Step(self._prompts(prompts, read), len(generating), self._places(places))
 
     def nobody(self, rows: int) -> Step:
         """A step of rows that are nobody's: it reads nothing and writes nowhere."""
         self._seats.seat([])
-        return Step([], rows, slice(0, rows))
+        return Step(None, rows, slice(0, rows))
 
     def capture(self, rows: int) -> Step:
         """The same, for a graph: replayed it serves those whom the last ``begin`` has seated."""
@@ -146,10 +120,12 @@ class Running:
             out: ``[T, Hq, D]``, is filled in.
             scale: of the logits.
         """
-        for request, at in step.prompts:
-            out[at] = self._prompt(request, layer, tuple(x[at] for x in qkv), scale)
+        if step.prompts:
+            self._read(step.prompts, layer, qkv, out, scale)
         if step.generating:
             self._generate(layer, tuple(x[step.places] for x in qkv), step.places, out, scale)
+        if step.prompts and layer == self.policy.layers - 1:
+            self._seats.expect(step.prompts.requests)
 
     def _seat(self, requests: list[Held]) -> None:
         if requests:
@@ -161,10 +137,10 @@ class Running:
         """Neighbours need no copy."""
         if places and places == list(range(places[0], places[0] + len(places))):
             return slice(places[0], places[0] + len(places))
-        return torch.tensor(places, device=self.device)
+        return sent([np.array(places, np.int64)], self.device)[0].long()
 
     def _new(self, table: BlockTable, row: int, first: int, tokens: int) -> Held:
-        budgets = self.policy.budgets(tokens).clip(0, tokens).tolist()
+        budgets = self.policy.budgets(tokens).clip(0, tokens)
         request = Held(tokens, tokens, RequestPages(self.planned.block_cells), budgets)
         self.held[first] = request
         self._give(request, first, table, row)
@@ -195,41 +171,61 @@ class Running:
             self._owners[block] = first, request
         request.pages.add(blocks)
 
-    def _prompt(self, request: Held, layer: int, qkv: tuple[Tensor, ...], scale: float) -> Tensor:
-        """Causal attention over one prompt ``[T, Hq, D]``; keeps what the plan says of it."""
-        q, k, v = (x.transpose(0, 1) for x in qkv)
-        output = prompt_attention(q[None], k[None], v[None], scale)[0]
-        sums, window = self._column_sums(q, k, scale), self.needs.queries(len(qkv[0]))
-        if sums is not None:
-            window = min(self.needs.window, len(qkv[0]))
-        reading = request.reading or Reading.begin(self._next(request, layer), qkv[1], scale)
-        reading.add(qkv[1], qkv[2], q[:, len(qkv[0]) - window :].clone(), sums)
-        request.reading = None if reading.is_whole else reading
-        if reading.is_whole:
-            request.parts.append(self._compressed(request, reading))
-        return output.transpose(0, 1)
+    def _prompts(self, requests: list[Held], places: list[slice]) -> Prompts | None:
+        """Requests that read their prompts at these places, and the queries that methods see."""
+        if not requests:
+            return None
+        tails = [self._tail(request.prompt_tokens) for request in requests]
+        return Prompts(requests, places, tails, self.device)
 
-    def _next(self, request: Held, layer: int) -> range:
-        """Layers that are compressed together: for each one alone the host has as much to do."""
-        rows = request.prompt_tokens * self.policy.kv_heads
-        count = max(1, _HEADS_TIMES_TOKENS // rows) if self.alone else 1
-        return range(layer, min(layer + count, self.policy.layers))
+    def _tail(self, tokens: int) -> int:
+        """How many of a prompt's last queries methods look at; sums are made of all at once."""
+        return min(self.needs.window, tokens) if self._sums else self.needs.queries(tokens)
 
-    def _compressed(self, request: Held, reading: Reading) -> Stored:
-        """The layers that have read the prompt, in pages."""
-        layers, heads, signals = reading.layers, self.policy.kv_heads, reading.signals
-        budgets = [budget for n in layers for budget in request.budgets[n]]
-        if not self.alone:
-            budgets = self.policy.split(layers.start, budgets, signals)
-        groups = self.planned.alike(heads * layers.start, budgets, request.prompt_tokens)
+    def _read(
+        self,
+        prompts: Prompts,
+        layer: int,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        out: Tensor,
+        scale: float,
+    ) -> None:
+        """Causal attention over each prompt; keeps what the plan says of it."""
+        sums = []
+        for at in prompts.places:
+            q, k, v = (x[at].transpose(0, 1)[None] for x in qkv)
+            out[at] = prompt_attention(q, k, v, scale)[0].transpose(0, 1)
+            if self._sums:
+                sums.append(column_sums(q, k, scale)[0])
+        last = self.policy.layers - 1 if self.alone else layer
+        if prompts.add(layer, last, qkv, sums):
+            self._compress(prompts, scale)
+
+    def _compress(self, prompts: Prompts, scale: float) -> None:
+        """Put the layers that have been read into pages."""
         if self.memory is None:
             raise RuntimeError("the engine has not said where its memory is")
-        return compress(groups, signals, heads, request.pages, self.memory, self.backend)
+        layers = prompts.layers
+        budgets = np.stack(
+            [r.budgets[layers.start : layers.stop].ravel() for r in prompts.requests]
+        )
+        pieces = prompts.asked()
+        signals: Iterable[Signals] = (prompts.signals(each, scale) for each in pieces)
+        if not self.alone:  # one layer, each prompt for itself: budgets are known when it is seen
+            signals = list(signals)
+            each = zip(budgets.tolist(), signals, strict=True)
+            budgets = np.array([self.policy.split(layers.start, *both) for both in each])
+        stored = compress(
+            self.planned, prompts, budgets, pieces, signals, self.memory, self.backend
+        )
+        for request, part in zip(prompts.requests, stored, strict=True):
+            request.parts.append(part)
+        prompts.taken()
 
-    def _column_sums(self, q: Tensor, k: Tensor, scale: float) -> Tensor | None:
-        if not (self.needs.column_sums and isinstance(self.backend, TritonBackend)):
-            return None
-        return column_sums(q[None], k[None], scale)[0]
+    @property
+    def _sums(self) -> bool:
+        """Whether what each key draws is counted while a prompt is read, by a kernel."""
+        return self.needs.column_sums and isinstance(self.backend, TritonBackend)
 
     def _generate(
         self, layer: int, qkv: tuple[Tensor, ...], places: Tensor | slice, out: Tensor, scale: float

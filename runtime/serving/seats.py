@@ -77,6 +77,15 @@ class Seats:
             at = {id(one): seat for seat, one in enumerate(self.seated) if one is not None}
         self._order([at[id(one)] for one in requests])
 
+    def expect(self, coming: Sequence[Held]) -> None:
+        """Write requests that are to generate next into seats, beside those of this step.
+
+        To be called when the step's last layer has been launched: the host then works on tables
+        while the device still reads prompts.
+        """
+        here = {seat: one for seat in self.together if (one := self.seated[seat]) is not None}
+        self._enter(coming, here, len(here) + len(coming))
+
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """One token a request, ``[n, H, D]``, in the order of the requests."""
         self.backend.append_seated(self.paged[layer], self.seating, keys, values)

@@ -22,8 +22,9 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from kvtune.common.errors import KvtuneError
-from kvtune.runtime.serving.running import Running, Step
+from kvtune.runtime.serving.running import Running
 from kvtune.runtime.serving.seat_planning import most_room
+from kvtune.runtime.serving.step import Step
 
 
 def register_attention(backend: str) -> None:
