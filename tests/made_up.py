@@ -291,7 +291,8 @@ def of_own_weights(model: Path, run_dir: Path, sequences: int = 1, **asked: Any)
     sizes: dict[str, Any] = {"context_tokens": 80, "weights": "bf16"}
     used = memory_budget(shape, gpu, 10**10, batch=sequences, **sizes)
     limit = 10**10 - used.cache_bytes + shape.kv_bytes(90)
-    more = {"generated_tokens": 4, "largest_kl": 0.5, "trials": 10, "device": "cpu"} | asked
+    more: dict[str, Any] = {"generated_tokens": 4, "largest_kl": 0.5, "trials": 10, "device": "cpu"}
+    more |= asked
     if sequences > 1:
         more["sequences"] = sequences
     return SearchRequest(str(model), shape, gpu, limit, run_dir, **sizes, **more)

@@ -46,7 +46,7 @@ from kvtune.runtime.kernels.reference import attend, read_page, write_page
 from kvtune.runtime.kernels.tiles import TABLE_AHEAD, Segments, plan_tiles
 from kvtune.tests.tiers import first
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "quick_interpreter")
 INTERPRETED = [name for name in KEY_CODES if name != "fp8"]  # the interpreter rounds e4m3 wrongly
 TURNED_KEYS = [name for name in ALL_KEY_CODES if name not in KEY_CODES]
 TURNED_VALUES = [name for name in VALUE_CODES if name not in CODES]

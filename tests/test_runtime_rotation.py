@@ -31,7 +31,7 @@ from kvtune.runtime.kernels.elementwise import rotate
 from kvtune.runtime.rotation import Rotation, owed, rotate_later
 from kvtune.tests.tiers import first
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "quick_interpreter")
 TOKENS = 3
 Append = Callable[[PagedLayer, Rotation, Tensor], Tensor]
 

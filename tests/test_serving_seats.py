@@ -19,7 +19,7 @@ from kvtune.runtime.serving.blocks import PlannedBlocks
 from kvtune.runtime.serving.running import Running
 from kvtune.runtime.serving.seat_planning import most_room
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "quick_interpreter")
 pytest.importorskip("triton", reason="Triton is not installed; the kernels have no interpreter")
 if os.environ["TRITON_INTERPRET"] != "1":
     pytest.skip("Triton's interpreter is switched off", allow_module_level=True)

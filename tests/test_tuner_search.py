@@ -198,15 +198,25 @@ def saved_model(
     return folder
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tiny model's searches keep traces and tables for each other."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
 def own(
-    saved_model: Path, packaged: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved_model: Path,
+    cache: Path,
+    packaged: Tables,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> SearchRequest:
     """A search on the tiny model, with room for not quite one uncompressed prompt in pages."""
     from kvtune.traces import workloads
 
     monkeypatch.setattr(workloads, "named_workload", lambda *_: little_workload())
-    monkeypatch.setenv("KVTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("KVTUNE_CACHE", str(cache))
     return of_own_weights(saved_model, tmp_path / "run")
 
 

@@ -98,12 +98,12 @@ class SeatPlanner:
     @property
     def layers(self) -> int:
         """L."""
-        return self.codes.shape[1]
+        return int(self.codes.shape[1])
 
     @property
     def heads(self) -> int:
         """H of a layer."""
-        return self.codes.shape[2]
+        return int(self.codes.shape[2])
 
     @property
     def tiles_a_seat(self) -> int:
