@@ -212,9 +212,9 @@ def _run(row: dict[str, str], folder: Path, configs: Path) -> Run:
     plain = all(number(n) == 1 for n in ("attention_dp_size", "pp_size", "moe_ep_size"))
     if row["mode"] != "agg" or not plain or gpus > 8:
         raise KvtuneError("disaggregated, expert or pipeline parallel, or more than 8 GPUs")
-    if row["moe_tp_size"] and int(number("moe_tp_size")) != gpus:
-        raise KvtuneError("experts on another number of GPUs than attention")
     shape = _shape(row["model_path"], configs)
+    if shape.experts and row["moe_tp_size"] and int(number("moe_tp_size")) != gpus:
+        raise KvtuneError("experts on another number of GPUs than attention")
     tables = ServingTables(folder, row["system"], row["backend"])  # type: ignore[arg-type]
     form, experts = _formats(row)
     kv = "fp8" if row["precision"] in ("fp8", "fp4") and _kv_fp8(row) else "bfloat16"
