@@ -1,6 +1,7 @@
 """How well times from NVIDIA's measured tables hold: points, systems and serving runs left out.
 
     python -m kvtune.benchmarks.hardware_tables --systems FOLDER --configs FOLDER --out FILE
+    python -m kvtune.benchmarks.hardware_tables ... --runs-every 3 --out FILE  # a third of the runs
 
 FOLDER are ``systems`` and ``model_configs`` of an unpacked ``aiconfigurator-core`` wheel (left out:
 the installed one). No row of the tables is written, only errors.
@@ -165,6 +166,7 @@ class Run:
     group: str
     stack: str
     layers: int
+    several: bool
     concurrent: float
     generated: int
     decode: float
@@ -182,11 +184,19 @@ _SAME = {
 }
 
 
-def read_runs(folder: Path, configs: Path) -> tuple[list[Run], dict[str, int]]:
-    """Runs with aggregated serving that the model can answer, and why others are left out."""
+def read_runs(folder: Path, configs: Path, every: int = 1) -> tuple[list[Run], dict[str, int]]:
+    """Runs with aggregated serving that the model can answer, and why others are left out.
+
+    Args:
+        folder: the tables.
+        configs: the models' configurations.
+        every: take one row of so many, drawn by its number.
+    """
     found, left = [], defaultdict(int)
     with (folder / "silicon_sample.csv").open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
+        for number, row in enumerate(csv.DictReader(file)):
+            if number * 7919 % every:
+                continue
             try:
                 found.append(_run(row, folder, configs))
             except KvtuneError as error:
@@ -203,6 +213,8 @@ def _run(row: dict[str, str], folder: Path, configs: Path) -> Run:
     if row["mode"] != "agg" or not plain or gpus > 8:
         raise KvtuneError("disaggregated, expert or pipeline parallel, or more than 8 GPUs")
     shape = _shape(row["model_path"], configs)
+    if shape.experts and row["moe_tp_size"] and int(number("moe_tp_size")) != gpus:
+        raise KvtuneError("experts on another number of GPUs than attention")
     tables = ServingTables(folder, row["system"], row["backend"])  # type: ignore[arg-type]
     form, experts = _formats(row)
     kv = "fp8" if row["precision"] in ("fp8", "fp4") and _kv_fp8(row) else "bfloat16"
@@ -217,6 +229,7 @@ def _run(row: dict[str, str], folder: Path, configs: Path) -> Run:
     together = max(1, 8192 // prompt)
     return Run(
         group=f"{row['model_path']} {row['system']}", stack=row["backend"], layers=shape.layers,
+        several=gpus > 1,
         concurrent=batch, generated=generated,
         decode=float(model.decode(batch, prompt + generated / 2)),
         prefill=float(model.prefill(prompt)),
@@ -253,10 +266,11 @@ def _shape(model: str, configs: Path) -> ModelShape:
 
 
 # What a run adds to its kernels. TPOT: a layer's and a step's overheads, and the prefills of the
-# others, which stop the decoding of all. TTFT: the prefill, a step, a fixed part, and the queue
-# of prompts that arrive together. Parameters are positive: their logarithms are fitted.
+# others, which stop the decoding of all. TTFT: the prefill by a factor, launches a layer, a step;
+# all of it grows with a power of the sequences at once, and beside it waits the queue of prompts
+# that arrive together. Parameters are positive: their logarithms are fitted.
 TPOT_START = np.log([0.9, 8e-6, 1e-3, 5e-6])
-TTFT_START = np.log([10e-3, 0.1, 1.0])
+TTFT_START = np.log([1.0, 0.4e-3, 1.0, 0.1, 0.1])
 
 
 Columns = dict[str, Any]
@@ -276,11 +290,36 @@ def tpot(x: Any, of: Columns) -> Any:
     return own + share * others
 
 
+def tpot_scaled(x: Any, of: Columns) -> Any:
+    """Seconds a token with the kernels by a factor, and a time a layer where GPUs share it."""
+    factor, shared, *others = x
+    more = (np.exp(factor) - 1) * of["decode"] + np.exp(shared) * of["layers"] * of["several"]
+    return tpot(np.array(others), of) + more
+
+
 def ttft(x: Any, of: Columns) -> Any:
     """Seconds to the first token; the step is the measured one, so that errors are TTFT's own."""
+    factor, layer, step, power, queue = np.exp(x)
+    alone = factor * of["prefill"] + layer * of["layers"] + step * of["tpot"]
+    waiting = (of["concurrent"] - 1) * of["prefill_each"]
+    return alone * of["concurrent"] ** min(power, 1.0) + queue * waiting
+
+
+def ttft_in_line(x: Any, of: Columns) -> Any:
+    """Seconds to the first token as the sum of a prefill, a step, a fixed part and a queue."""
     fixed, queue, step = np.exp(x)
     waiting = (of["concurrent"] - 1) * of["prefill_each"]
     return of["prefill"] + fixed + step * of["tpot"] + queue * waiting
+
+
+FUNCTIONS: dict[str, tuple[Any, str, Any]] = {
+    "tpot": (tpot, "tpot", TPOT_START),
+    "ttft": (ttft, "ttft", TTFT_START),
+    "tpot: kernels by a factor": (
+        tpot_scaled, "tpot", np.concatenate([[0.0, np.log(2e-6)], TPOT_START])
+    ),
+    "ttft: sum of its parts": (ttft_in_line, "ttft", np.log([10e-3, 0.1, 1.0])),
+}  # fmt: skip
 
 
 def fit(function: Any, runs: list[Run], kind: str, start: Any) -> Any:
@@ -303,16 +342,18 @@ def half_width(ratios: list[Any]) -> float:
     return float(off[order][np.searchsorted(reached, 0.8)])
 
 
-def runs_left_out(runs: list[Run], kind: str) -> dict[str, Any]:
+def runs_left_out(runs: list[Run], name: str) -> dict[str, Any]:
     """Each model on each system predicted by parameters of all others of its stack.
 
     The interval of a group is as wide as the errors of all other groups, themselves left out.
     """
-    function, start = (tpot, TPOT_START) if kind == "tpot" else (ttft, TTFT_START)
+    function, kind, start = FUNCTIONS[name]
     ratios: dict[str, Any] = {}
     fitted = {}
     for stack in STACKS:
         of_stack = [r for r in runs if r.stack == stack]
+        if len({r.group for r in of_stack}) < 2:
+            continue  # nothing to fit on where the only group is left out
         for group in sorted({r.group for r in of_stack}):
             others = [r for r in of_stack if r.group != group]
             held = columns([r for r in of_stack if r.group == group])
@@ -437,16 +478,27 @@ def main() -> None:
     parser.add_argument("--systems", type=Path)
     parser.add_argument("--configs", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--runs-every", type=int, help="only whole runs, one row of so many, and nothing else"
+    )
     given = parser.parse_args()
     folder = given.systems or require_systems_folder()
-    runs, left = read_runs(folder, given.configs or folder.parent / "model_configs")
+    configs = given.configs or folder.parent / "model_configs"
+    runs, left = read_runs(folder, configs, given.runs_every or 1)
+    of_runs = {
+        "used": len(runs), "left_out_for": left,
+        **{name: runs_left_out(runs, name) for name in FUNCTIONS}, "ways": ways_tried(runs),
+    }  # fmt: skip
+    if given.runs_every:
+        of_runs = {"tables": "aiconfigurator-core 0.12.0", "one_of": given.runs_every, **of_runs}
+        given.out.write_text(json.dumps(of_runs, indent=1) + "\n", encoding="utf-8")
+        for name in FUNCTIONS:
+            print(name, of_runs[name]["all"], "inside:", of_runs[name]["inside_interval"])
+        return
     report = {
         "tables": "aiconfigurator-core 0.12.0",
         "estimates_a_second": round(estimates_a_second(folder)),
-        "runs": {
-            "used": len(runs), "left_out_for": left, "tpot": runs_left_out(runs, "tpot"),
-            "ttft": runs_left_out(runs, "ttft"), "ways": ways_tried(runs),
-        },
+        "runs": of_runs,
         "systems_left_out": systems_left_out(folder, chips=False),
         "chips_left_out": systems_left_out(folder, chips=True),
         "achieved_shares": achieved_shares(folder),

@@ -307,6 +307,9 @@ class CountingBench:
     def available_bytes(self) -> int:
         return 0
 
+    def outside_bytes(self) -> int:
+        return 0
+
     @contextmanager
     def capped(self, limit_bytes: int) -> Iterator[int]:
         """From the tensors that are there now, weights among them."""

@@ -102,7 +102,9 @@ def _interval(low: float, high: float) -> str:
 def llama_json(memory: LlamaMemory) -> dict[str, Any]:
     """The form that goes into JSON."""
     plain = {key: getattr(memory, key) for key in ("device_bytes", "limit_bytes", "ctx_size")}
-    figures = ("weights", "cache", "compute", "process", "total", "tokens")
-    figures += ("host_weights", "host_cache", "host_compute")
+    figures = (
+        "weights", "cache", "compute", "process", "total", "tokens",
+        "host_weights", "host_cache", "host_compute",
+    )  # fmt: skip
     found = {key: getattr(memory, key).as_dict() for key in figures}
     return {"release": memory.version, **plain, **found}

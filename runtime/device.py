@@ -44,6 +44,9 @@ class Bench(Protocol):
     def reserved_bytes(self) -> int:
         """The most that the allocator of tensors has taken since, in use or not."""
 
+    def outside_bytes(self) -> int:
+        """What the process takes beside the allocator of tensors, now."""
+
     def capped(self, limit_bytes: int) -> AbstractContextManager[int]:
         """Hold the process to a limit until the block ends; what it takes beside tensors."""
 
@@ -96,13 +99,17 @@ class CudaBench:
         """Bytes that torch's allocator has reserved."""
         return int(torch.cuda.max_memory_reserved())
 
+    def outside_bytes(self) -> int:
+        """Context, libraries and kernels, where the driver tells processes apart."""
+        free, total = torch.cuda.mem_get_info()
+        used = total - free - self._monitor.others_bytes()
+        return max(int(used - torch.cuda.memory_reserved()), 0)
+
     @contextmanager
     def capped(self, limit_bytes: int) -> Iterator[int]:
         """torch's allocator is given the limit, less what this process takes beside it."""
-        free, total = torch.cuda.mem_get_info()
-        used = total - free - self._monitor.others_bytes()
-        outside = max(int(used - torch.cuda.memory_reserved()), 0)
-        share = (limit_bytes - outside) / total
+        outside = self.outside_bytes()
+        share = (limit_bytes - outside) / torch.cuda.mem_get_info()[1]
         torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), 1.0))
         try:
             yield outside

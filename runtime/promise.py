@@ -36,7 +36,7 @@ class Within:
         finished: whether it ran to its end; if not, memory ran out.
         peak_bytes: by torch, of tensors, weights included.
         reserved_bytes: by torch, the most that its allocator has taken.
-        outside_bytes: that the process takes beside the allocator.
+        outside_bytes: that the process takes beside the allocator, before or after the run.
         device_bytes: by NVML, the most in use on the device; None where there is none.
         page_bytes: of the cache's pages at the end; None where it did not finish.
         seconds: of prompts and tokens together; None where it did not finish.
@@ -95,7 +95,8 @@ def run_within(
                 finished=done is not None,
                 peak_bytes=bench.peak_bytes(),
                 reserved_bytes=bench.reserved_bytes(),
-                outside_bytes=outside,
+                # Kernels and libraries may have been loaded since the cap was set.
+                outside_bytes=max(outside, bench.outside_bytes()),
                 device_bytes=bench.device_bytes(),
                 page_bytes=done and done[0],
                 seconds=done and done[1],

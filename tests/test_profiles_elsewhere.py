@@ -83,6 +83,11 @@ def systems(tmp_path_factory: pytest.TempPathFactory) -> Path:
          "distribution": "balanced", "latency": 0.05 * n / ep + 0.1}
         for n in (1, 16, 256) for ep in (1, 2)
     ]  # fmt: skip
+    experts += [  # one is the faster for few tokens, the other for many
+        experts[0] | {"moe_dtype": form, "num_tokens": n, "latency": latency}
+        for form, times in (("fp8", (0.1, 0.4, 9.0)), ("fp8_block", (0.2, 0.3, 1.0)))
+        for n, latency in zip((1, 16, 256), times, strict=True)
+    ]
     write(folder, "moe", "vllm", "0.24.0", "moe_perf", experts)
     return folder
 
@@ -145,6 +150,8 @@ def test_experts_over_gpus_are_whole_where_shares_were_not_measured(tables: Serv
     assert float(tables.experts(ExpertShape(2048, 768, 8, 128, 2), "bfloat16", 16)) == (
         pytest.approx((0.05 * 8 + 0.1) * 1e-3)
     )
+    faster = tables.experts(ExpertShape(2048, 768, 8, 128, 1), "fp8", [1, 16, 256])
+    assert faster == pytest.approx([1e-4, 3e-4, 1e-3])
     with pytest.raises(KvtuneError, match="no measured experts of this shape"):
         tables.experts(ExpertShape(2048, 768, 4, 128, 1), "bfloat16", 16)
 

@@ -36,6 +36,7 @@ class MadeUpBench:
 
     def __init__(self, reserved: int) -> None:
         self.reserved, self.events = reserved, list[str]()
+        self.loaded = 0  # beside the allocator, since the cap was set
 
     def seconds(self, call: Callable[[], object]) -> float:
         call()
@@ -61,6 +62,9 @@ class MadeUpBench:
 
     def available_bytes(self) -> int:
         raise AssertionError("nobody asks")
+
+    def outside_bytes(self) -> int:
+        return OUTSIDE + self.loaded
 
     @contextmanager
     def capped(self, limit_bytes: int) -> Iterator[int]:
@@ -136,6 +140,14 @@ def test_a_plan_that_runs_out_of_memory_is_no_error(
 def test_a_process_that_takes_more_than_its_limit_has_not_kept_it(network: Any) -> None:
     found = run_within(PLAN, network, prompts(1, 90), 4, LIMIT, MadeUpBench(LIMIT))
     assert found.finished
+    assert not found.kept
+
+
+def test_what_was_loaded_during_the_run_counts_too(network: Any) -> None:
+    bench = MadeUpBench(LIMIT - OUTSIDE)
+    bench.loaded = 1
+    found = run_within(PLAN, network, prompts(1, 90), 4, LIMIT, bench)
+    assert found.process_bytes == LIMIT + 1
     assert not found.kept
 
 

@@ -70,6 +70,9 @@ class MadeUpBench:
     def reserved_bytes(self) -> int:
         return self.peak_bytes()
 
+    def outside_bytes(self) -> int:
+        return 0
+
     def capped(self, limit_bytes: int) -> AbstractContextManager[int]:
         return nullcontext(0)
 

@@ -216,7 +216,8 @@ def _fitting(
 
     def needed(tokens: int, end: str) -> int:
         cache, _, compute, _ = parts(tokens)
-        return math.ceil(sum(getattr(part, end) for part in (fixed, cache, compute))) + MARGIN_BYTES
+        used = sum(float(getattr(part, end)) for part in (fixed, cache, compute))
+        return math.ceil(used) + MARGIN_BYTES
 
     def longest(end: str) -> float:
         return float(STEP * bisect_right(steps, limit, key=lambda tokens: needed(tokens, end)))

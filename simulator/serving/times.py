@@ -146,9 +146,12 @@ def step_times(
 
 def _plus(alone: Times, sums: Times) -> Times:
     """Times of one card's share with sums over the cards, which are 0 for one card."""
-    ends = (getattr(alone, end) + getattr(sums, end) for end in ("value_s", "low_s", "high_s"))
-    several = bool(np.any(sums.value_s))
-    return Times(*ends, sums.tier if several else alone.tier, None if several else alone.tiers)
+    value, low, high = (
+        getattr(alone, end) + getattr(sums, end) for end in ("value_s", "low_s", "high_s")
+    )
+    if not np.any(sums.value_s):
+        return Times(value, low, high, alone.tier, alone.tiers)
+    return Times(value, low, high, sums.tier)
 
 
 def _decoding(
