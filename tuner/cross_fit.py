@@ -61,8 +61,9 @@ def _weights_without(kinds: Sequence[str]) -> NDArray[np.float64]:
     """Weights of all samples in a mean over kinds, one sample left out by column, ``[n, n]``."""
     alike = np.equal.outer(np.array(kinds), np.array(kinds)).astype(float)
     kept = 1 - np.eye(len(kinds))
-    each: NDArray[np.float64] = kept / np.maximum(alike @ kept, 1)
-    return each / each.sum(0)
+    each = kept / np.maximum(alike @ kept, 1)
+    weights: NDArray[np.float64] = each / each.sum(0)
+    return weights
 
 
 def _by_sample(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -89,7 +89,6 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
     solver = Solver.of(question)
     facts = _facts(request, budgets, source)
     recorder = Recorder(request.run_dir, facts, source)
-    sampler = choose(request.sampler, facts.trials)
 
     def record(candidate: Candidate) -> None:
         if candidate.misses:
@@ -98,25 +97,8 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
             record_config(request)
         recorder.add(candidate)
 
-    if facts.trials:
-        notes = (*notes, f"sampler: {sampler.name}, because {sampler.reason}.")
-    journal = request.run_dir / f"study-{facts.study}.journal"
-    if facts.trials and request.storage:
-        _share_trials(request, solver, facts, sampler.name, journal, progress)
-    trials = (
-        run_study(
-            solver,
-            trials=facts.trials,
-            seed=request.seed,
-            journal=journal,
-            progress=progress,
-            sampler=sampler.name,
-            found=record,
-            jobs=request.jobs,
-        )
-        if facts.trials
-        else []
-    )
+    trials, reason = _trials(request, solver, facts, record, progress)
+    notes = (*notes, *reason)
     simple = simple_points(solver, first=facts.trials)
     for point in simple:
         record(point)
@@ -142,6 +124,33 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
     write_result(result)
     keep_finished(result)
     return result
+
+
+def _trials(
+    request: SearchRequest,
+    solver: Solver,
+    facts: Facts,
+    record: Callable[[Candidate], None],
+    progress: Progress,
+) -> tuple[list[Candidate], list[str]]:
+    """The study's candidates, and why its sampler; none of a stand-in, where nothing is drawn."""
+    if not facts.trials:
+        return [], []
+    sampler = choose(request.sampler, facts.trials)
+    journal = request.run_dir / f"study-{facts.study}.journal"
+    if request.storage:
+        _share_trials(request, solver, facts, sampler.name, journal, progress)
+    found = run_study(
+        solver,
+        trials=facts.trials,
+        seed=request.seed,
+        journal=journal,
+        progress=progress,
+        sampler=sampler.name,
+        found=record,
+        jobs=request.jobs,
+    )
+    return found, [f"sampler: {sampler.name}, because {sampler.reason}."]
 
 
 def _share_trials(
