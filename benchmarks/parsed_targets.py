@@ -1,6 +1,6 @@
 """Exported files read by the stacks' own parsers, where these can be imported without a GPU.
 
-    pip install lmdeploy sglang mlx-lm      # what is missing is passed over
+    pip install lmdeploy sglang mlx-lm lmcache      # what is missing is passed over
     python benchmarks/parsed_targets.py --out FILE
 
 Plans of 16, 8 and 4 bits are exported for a model of an 8B's shape, and each file is given to what
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import shlex
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -37,9 +39,13 @@ FORMATS = {"16 bits": Bf16, "8 bits": Int8, "4 bits": Int4}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", choices=sorted(PARSERS), help="the others' answers stay")
     arguments = parser.parse_args()
-    found: dict[str, Any] = {}
+    known = arguments.only and arguments.out.exists()
+    found: dict[str, Any] = json.loads(arguments.out.read_text("utf-8")) if known else {}
     for stack, (package, read) in PARSERS.items():
+        if arguments.only not in (None, stack):
+            continue
         for plan in FORMATS:
             print(f"{stack}, {plan}...", file=sys.stderr, flush=True)
             found.setdefault(stack, {})[plan] = told = parsed(stack, package, read, plan)
@@ -56,7 +62,7 @@ def parsed(
     document = PolicyDocument(policy, FACTS, serving=Serving(context_tokens=4096, batch=4))
     made = find_exporter(stack)().export(document, model="models/8b")
     try:
-        release = importlib.metadata.version(package)
+        release = importlib.metadata.version(package) if package else "the shell"
         with tempfile.TemporaryDirectory() as folder:
             for name, text in made.files.items():
                 Path(folder, name).write_text(text, "utf-8")
@@ -124,10 +130,31 @@ def mlx(made: Export, folder: Path) -> dict[str, Any]:
     return compared(asked, read)
 
 
+def lmcache(made: Export, folder: Path) -> dict[str, Any]:
+    """The configuration that LMCache makes of its file; what it does not know it passes over."""
+    from lmcache.v1.config import LMCacheEngineConfig
+
+    read = LMCacheEngineConfig.from_file(str(folder / "lmcache.yaml"))
+    asked = yaml.safe_load(made.files["lmcache.yaml"])
+    return compared({name: str(value) for name, value in asked.items()}, read)
+
+
+def ollama(made: Export, folder: Path) -> dict[str, Any]:
+    """The variables that a shell hands to ``ollama serve``, as the file's note says to start it."""
+    words = ["sh", "-c", "set -a; . ./ollama.env; env"]
+    told = subprocess.run(words, cwd=folder, env={}, capture_output=True, text=True, check=True)  # noqa: S603
+    read = dict(line.split("=", 1) for line in told.stdout.splitlines())
+    lines = (x for x in made.files["ollama.env"].splitlines() if x and x[0] != "#")
+    asked = dict(line.split("=", 1) for line in lines)
+    return {name: (shlex.split(value)[0], read.get(name)) for name, value in asked.items()}
+
+
 PARSERS: dict[str, tuple[str, Callable[[Export, Path], dict[str, Any]]]] = {
     "lmdeploy": ("lmdeploy", lmdeploy),
     "sglang": ("sglang", sglang),
     "mlx": ("mlx-lm", mlx),
+    "lmcache": ("lmcache", lmcache),
+    "ollama": ("", ollama),
 }
 
 if __name__ == "__main__":

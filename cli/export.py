@@ -23,8 +23,8 @@ ToOption = Annotated[
     typer.Option(
         "--to",
         metavar="STACK",
-        help="transformers, vllm, llama-cpp, ik-llama, sglang, tensorrt-llm, lmdeploy, ollama, "
-        "openvino or mlx.",
+        help="transformers, kvpress, vllm, lmcache, llama-cpp, ik-llama, sglang, tensorrt-llm, "
+        "lmdeploy, ollama, openvino or mlx.",
     ),
 ]
 OutOption = Annotated[

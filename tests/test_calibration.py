@@ -181,3 +181,12 @@ def test_a_calibration_reads_back_and_a_damaged_one_is_refused() -> None:
             read_calibration(damaged, "x")
     with pytest.raises(KvtuneError):
         read_calibration({**plain, "format": 1}, "x")
+
+
+def test_a_lower_level_gives_a_narrower_interval_around_the_same_loss() -> None:
+    losses, kinds = [0.02, 0.03, 0.05], ["prose", "code", "retrieval"]
+    wide, narrow = (
+        calibrated(CURVES, losses, kinds, "table", evicts=True, level=level)
+        for level in (0.95, 0.8)
+    )
+    assert wide.low < narrow.low < narrow.value == wide.value < narrow.high < wide.high

@@ -212,11 +212,19 @@ def of_kvpress(made: Export) -> Meaning:
     return Meaning(kept, L * H * tokens * 4 * D, None)
 
 
+def of_lmcache(made: Export) -> Meaning:
+    read = yaml.safe_load(made.files["lmcache.yaml"])
+    assert P % read["chunk_size"] == 0
+    each = L * H * P * 4 * D  # a sequence is as long as the plan's context here
+    held = read["max_local_cpu_size"] * 1024**3
+    return Meaning("all", each, int(held // each) if held % each < 2**20 else -1)
+
+
 MEANING = {
     "vllm": of_vllm, "llama-cpp": of_llama_cpp, "transformers": of_transformers,
     "sglang": of_sglang, "tensorrt-llm": of_tensorrt_llm, "ollama": of_ollama,
     "lmdeploy": of_lmdeploy, "openvino": of_openvino, "mlx": of_mlx,
-    "ik-llama": of_ik_llama, "kvpress": of_kvpress,
+    "ik-llama": of_ik_llama, "kvpress": of_kvpress, "lmcache": of_lmcache,
 }  # fmt: skip
 
 
@@ -596,6 +604,8 @@ def test_a_stack_that_cannot_hold_one_sequence_says_so() -> None:
         ("ollama", {"OLLAMA_KV_CACHE_TYPE": "q5_0"}),
         ("openvino", {"properties": {"KV_CACHE_PRECISION": "i2"}}),
         ("mlx", {"kv-bits": 5}),
+        ("lmcache", {"max_local_cpu_size": 0.0}),
+        ("lmcache", {"remote_serde": "cachegen"}),
     ],
 )
 def test_what_a_stack_refuses_or_takes_silently_is_refused_here(

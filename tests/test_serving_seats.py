@@ -130,5 +130,7 @@ def test_tables_of_a_captured_step_never_move() -> None:
     for number in range(1, MOST):
         served.read(number, 5, draw)
     served.generate([3, 0, 1, 2], MOST, draw)
+    served.read(2, 5, draw)  # all of them have ended when this one comes
+    served.generate([2], MOST, draw)
     with pytest.raises(RuntimeError, match="too small"):
         seats._allocate(seats.size.with_room(seats=MOST + 1))

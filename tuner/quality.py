@@ -104,10 +104,14 @@ def _strata(kinds: Sequence[str]) -> NDArray[np.str_]:
 
 
 def estimate(
-    values: ArrayLike, kinds: Sequence[str], tier: Tier, unit: str = "nats/token"
+    values: ArrayLike,
+    kinds: Sequence[str],
+    tier: Tier,
+    unit: str = "nats/token",
+    level: float = 0.95,
 ) -> Estimate:
-    """Mean with its 95 % interval over samples."""
-    low, high = mean_interval(values, kinds)
+    """Mean with its interval over samples."""
+    low, high = mean_interval(values, kinds, level)
     return Estimate(mean_over_kinds(values, kinds), low, high, unit, tier)
 
 
@@ -118,23 +122,29 @@ def calibrated(
     tier: Tier,
     *,
     evicts: bool,
+    level: float = 0.95,
 ) -> Estimate:
     """A policy's predicted losses on samples as what a live run should show.
 
     The interval holds what samples differ by and what live runs were seen to leave the calibration
     by; the two have nothing to do with each other, so their squares add, in logarithms.
     """
-    found = estimate(calibration.applied(losses, kinds, evicts), kinds, tier)
-    return widened(found, calibration, kinds, evicts=evicts)
+    found = estimate(calibration.applied(losses, kinds, evicts), kinds, tier, level=level)
+    return widened(found, calibration, kinds, evicts=evicts, level=level)
 
 
 def widened(
-    found: Estimate, calibration: Calibration, kinds: Sequence[str], *, evicts: bool
+    found: Estimate,
+    calibration: Calibration,
+    kinds: Sequence[str],
+    *,
+    evicts: bool,
+    level: float = 0.95,
 ) -> Estimate:
     """A calibrated loss, its interval wider by what live runs leave the calibration by."""
     if found.value <= 0:
         return found
-    less, more = calibration.factors(kinds, evicts, 0.95)
+    less, more = calibration.factors(kinds, evicts, level)
     down = np.hypot(np.log(found.value / found.low), min(np.log(less), 0.0))
     up = np.hypot(np.log(found.high / found.value), max(np.log(more), 0.0))
     low, high = found.value * np.exp(-down), found.value * np.exp(up)

@@ -128,8 +128,7 @@ class Running:
             self._seats.expect(step.prompts.requests)
 
     def _seat(self, requests: list[Held]) -> None:
-        if requests:
-            self._seats.seat(requests)
+        self._seats.seat(requests)
         for request in requests:
             request.appended += 1
 
