@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,6 +30,13 @@ def known_models(begun: str) -> list[str]:
     from kvtune.profiles.models import list_models
 
     return [shape.name for shape in list_models() if shape.name.startswith(begun)]
+
+
+def _device(name: str | None) -> str | None:
+    """The device, refused before torch is imported where no machine has one of that name."""
+    if name is None or re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
+        return name
+    raise typer.BadParameter(f"{name!r} is no device: use cpu, cuda or cuda:0")
 
 
 Json = Annotated[
@@ -165,6 +173,7 @@ Device = Annotated[
         "--device",
         metavar="DEVICE",
         help="Where the model runs: cpu or cuda; left out: a GPU if any.",
+        callback=_device,
     ),
 ]
 Workload = Annotated[

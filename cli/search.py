@@ -272,9 +272,9 @@ def _search(requests: Sequence[SearchRequest], output: Output) -> None:
 
 
 def _search_long(requests: Sequence[SearchRequest], held_bytes: str, output: Output) -> None:
-    from kvtune.cli.long_report import tables
     from kvtune.common.errors import KvtuneError
-    from kvtune.tuner.long.search import read_bound, run_long_search
+    from kvtune.tuner.long.bound import read_bound
+    from kvtune.tuner.target import read_weights
 
     if len(requests) > 1 or len(requests[0].contexts) > 1:
         raise KvtuneError(
@@ -282,7 +282,12 @@ def _search_long(requests: Sequence[SearchRequest], held_bytes: str, output: Out
             hint="name one --gpu and one --context.",
         )
     request = requests[0]
-    result = run_long_search(request, read_bound(held_bytes, request), progress=output.progress)
+    bound = read_bound(held_bytes, request)
+    read_weights(request.model)
+    from kvtune.cli.long_report import tables
+    from kvtune.tuner.long.search import run_long_search
+
+    result = run_long_search(request, bound, progress=output.progress)
     output.show(*tables(result, request.run_dir))
     output.finish("search", result.as_dict() | {"run_dir": str(request.run_dir)})
 
