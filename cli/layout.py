@@ -1,8 +1,8 @@
 """Tables that lose no character where they are wider than the screen.
 
 Where a table is too wide its headings wrap first, then long sentences, then the intervals of its
-figures move to a line of their own, then the names wrap between words, and last the columns move
-together. What is still too wide stays whole and is left to the terminal.
+figures move to a line of their own, then the names wrap between words, and the columns move
+together. Where that is not enough either, each row becomes a paragraph: a line for every column.
 """
 
 from __future__ import annotations
@@ -63,9 +63,19 @@ class Grid:
                 break
         return found
 
+    def in_paragraphs(self) -> Grid:
+        """Every row as lines of a heading and its cell, without those that are empty."""
+        lines: list[tuple[str, str]] = []
+        for row in self.rows:
+            cells = [(h, cell) for h, cell in zip(self.columns, row, strict=True) if cell]
+            lines += [("", "")] * bool(lines) + cells
+        return Grid(("", ""), tuple(lines), frozenset({0, 1}), self.gap)
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draw the form that fits; rich itself is left nothing to cut."""
         grid = self.fitted(options.max_width)
+        if grid.width > options.max_width:
+            grid = self.in_paragraphs().fitted(options.max_width)
         room = max(options.max_width, grid.width)
         yield from console.render(grid._table(), options.update(width=room, max_width=room))
 

@@ -153,16 +153,11 @@ Sequences = Annotated[
         help="Sequences at once; left out: as many as --max-kl allows.",
     ),
 ]
-Weights = Annotated[
-    str,
-    typer.Option(
-        "--weights",
-        metavar="FORMAT",
-        help="Weight format: bf16, fp8, int8, int4, awq, gptq, mxfp4, nvfp4, nf4, q8_0, q6_k, "
-        "q5_k_m, q4_k_m, q4_0, q3_k_m; stored for a checkpoint's own, or auto for the widest that "
-        "fits.",
-    ),
-]
+WEIGHTS_HELP = (
+    "Weight format: bf16, fp8, int8, int4, awq, gptq, mxfp4, nvfp4, nf4, q8_0, q6_k, q5_k_m, "
+    "q4_k_m, q4_0, q3_k_m; stored for a checkpoint's own, or auto for the widest that fits."
+)
+Weights = Annotated[str, typer.Option("--weights", metavar="FORMAT", help=WEIGHTS_HELP)]
 Seed = Annotated[
     int,
     typer.Option("--seed", metavar="N", min=0, max=MOST_SEED, help="Of everything that is drawn."),
