@@ -40,8 +40,9 @@ from kvtune.simulator.quality.tables import Tables, join
 from kvtune.traces.models import load_model
 from kvtune.traces.samples import Sample, by_turns
 from kvtune.traces.workloads import Workload, build
+from kvtune.tuner.long.bound import mean_full_bytes
 from kvtune.tuner.long.live import capture_long, generate, live_policy
-from kvtune.tuner.long.menu import LongMenu, mean_full_bytes, most_bytes
+from kvtune.tuner.long.menu import LongMenu, most_bytes
 from kvtune.tuner.long.plans import FINALISTS, Generated, LongPlan, candidates
 from kvtune.tuner.quality import mean_interval, mean_over_kinds, ratio_interval
 

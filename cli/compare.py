@@ -55,7 +55,6 @@ def command(
 ) -> None:
     """Ways to search beside each other, at equal bytes and time."""
     from kvtune.cli.inputs import check_writable, read_shares
-    from kvtune.tuner.compare.run import CompareRequest, run_comparison
     from kvtune.tuner.library import weights_request
 
     check_writable(out, "--out")
@@ -65,9 +64,10 @@ def command(
         model, out, trials=trials, workload=workload, menu=menu, texts=text or (), seed=seed,
         device=device,
     )  # fmt: skip
-    request = CompareRequest(search, wanted, seconds, names)
     with speaking(as_json, quiet) as output:
-        found = run_comparison(request, output.progress)
+        from kvtune.tuner.compare.run import CompareRequest, run_comparison
+
+        found = run_comparison(CompareRequest(search, wanted, seconds, names), output.progress)
         pictures = _pictures(found, out)
         for share in found.shares:
             output.show(_table(found, share), "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -34,15 +34,37 @@ GpuOption = Annotated[
     ),
 ]
 ContextOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--context",
         metavar="TOKENS",
-        help="Prompt tokens of a sequence: 8192 or 32k (k is 1024); several: 8k,32k.",
+        help="Prompt tokens of a sequence: 8192 or 32k (k is 1024); several: 8k,32k; left out: "
+        "what --policy was planned for, else 8192.",
+    ),
+]
+GeneratedOption = Annotated[
+    str | None,
+    typer.Option(
+        "--generated",
+        metavar="TOKENS",
+        help="Tokens that each sequence generates, kept in 16 bits; left out: as planned, or 256.",
     ),
 ]
 BatchOption = Annotated[
-    str, typer.Option("--batch", metavar="N", help="Sequences at once; several: 1,8,32.")
+    str | None,
+    typer.Option(
+        "--batch",
+        metavar="N",
+        help="Sequences at once; several: 1,8,32; left out: as planned, else 1.",
+    ),
+]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="FORMATS",
+        help=f"{options.SEVERAL_WEIGHTS_HELP} Left out: as planned, else auto.",
+    ),
 ]
 EvictsOption = Annotated[
     bool,
@@ -95,10 +117,10 @@ def command(
     gpu_bandwidth: options.GpuBandwidth = None,
     gpu_flops: options.GpuFlops = None,
     mem: options.Memory = None,
-    context: ContextOption = "8192",
-    generated: options.Generated = "256",
-    batch: BatchOption = "1",
-    weights: options.WeightFormats = "auto",
+    context: ContextOption = None,
+    generated: GeneratedOption = None,
+    batch: BatchOption = None,
+    weights: WeightsOption = None,
     policy: options.PolicyBeside = None,
     evicts: EvictsOption = False,
     prefix: PrefixOption = "0",
@@ -115,14 +137,16 @@ def command(
     figures = gpu_memory, gpu_bandwidth, gpu_flops
     engine = read_engine(stack, engine_args, engine_version)
     kernels, told = _kernels(stack)
+    document = _document(policy)
+    served, planned = _planned(document, context, generated, batch, weights)
     asked = replace(
-        _asked(model, gpu, figures, mem, context, generated, batch, weights, price),
-        document=_document(policy),
+        _asked(model, gpu, figures, mem, served, price),
+        document=document,
         evicts=evicts,
         gpus=gpus,
         total_gpus=total_gpus,
         stack=kernels,
-        told=(*told, *(engine.notes if engine else ())),
+        told=(*told, *planned, *(engine.notes if engine else ())),
         reading=Reading.of(prefix, chunk),
     )
     with speaking(as_json or form == "json", quiet) as output:
@@ -139,15 +163,43 @@ def command(
 DOES_NOT_FIT = 3
 
 
+class _Served(NamedTuple):
+    """What is served, as it is written."""
+
+    context: str
+    generated: str
+    batch: str
+    weights: str
+
+
+_USUALLY = _Served("8192", "256", "1", "auto")
+
+
+def _planned(
+    document: PolicyDocument | None, *given: str | None
+) -> tuple[_Served, tuple[str, ...]]:
+    """What is given, else what the policy was planned for, and a note on it; else as usual."""
+    plan = document.serving if document else None
+    figures = (plan.context_tokens, plan.generated_tokens, plan.batch, plan.weights) if plan else ()
+    known = [str(figure) if figure else None for figure in figures] or [None] * len(given)
+    taken = {
+        option: value
+        for option, asked, value in zip(_Served._fields, given, known, strict=True)
+        if asked is None and value is not None
+    }
+    found = _USUALLY._replace(
+        **{name: each for name, each in zip(_Served._fields, given, strict=True) if each}, **taken
+    )
+    options = " ".join(f"--{name} {value}" for name, value in taken.items())
+    return found, (f"planned for {options}, as the policy's file says",) if taken else ()
+
+
 def _asked(
     model: str,
     gpu: str | None,
     figures: tuple[str | None, str | None, str | None],
     mem: str | None,
-    context: str,
-    generated: str,
-    batch: str,
-    weights: str,
+    served: _Served,
     price: str | None,
 ) -> Asked:
     from kvtune.cli.case_options import read_batch, read_cards, read_several
@@ -161,11 +213,11 @@ def _asked(
     return Asked(
         model=name,
         shape=shape,
-        generated_tokens=parse_tokens(generated),
+        generated_tokens=parse_tokens(served.generated),
         cards=cards,
-        contexts=read_several(context, "--context", lambda word: read_context(word, shape)),
-        batches=read_several(batch, "--batch", read_batch),
-        weights=listed_formats(weights, shape, cards[0].gpu),
+        contexts=read_several(served.context, "--context", lambda word: read_context(word, shape)),
+        batches=read_several(served.batch, "--batch", read_batch),
+        weights=listed_formats(served.weights, shape, cards[0].gpu),
         document=None,
         evicts=False,
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import typer
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.files import WRITTEN
 from kvtune.common.words import printable
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -24,6 +25,7 @@ def exit_code(command: Callable[[], object]) -> int:
 
     Errors that are no user's mistake keep their traceback.
     """
+    before = WRITTEN.files
     try:
         code = command()
         sys.stdout.flush()
@@ -34,7 +36,7 @@ def exit_code(command: Callable[[], object]) -> int:
     except USAGE_ERROR as error:
         return _say(usage_message(error), _usage_hint(error))
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print(_interrupted(kept=WRITTEN.files > before), file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         return _closed_pipe()
@@ -44,6 +46,12 @@ def exit_code(command: Callable[[], object]) -> int:
         where = f"{error.filename}: " if error.filename else ""
         return _say(f"{where}{error.strerror}", _ROOM if error.errno in _FULL else None)
     return code if isinstance(code, int) else 0
+
+
+def _interrupted(*, kept: bool) -> str:
+    if kept:
+        return "interrupted; run the same command again to go on"
+    return "interrupted before anything was saved"
 
 
 def _say(message: str, hint: str | None, code: int = MISTAKE) -> int:

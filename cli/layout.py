@@ -1,16 +1,18 @@
 """Tables that lose no character where they are wider than the screen.
 
 Where a table is too wide its headings wrap first, then long sentences, then the intervals of its
-figures move to a line of their own, then the names wrap between words, and last the columns move
-together. What is still too wide stays whole and is left to the terminal.
+figures move to a line of their own, then the names wrap between words, and the columns move
+together. Where that is not enough either, a row takes several lines, and the headings as many: the
+first columns, then the others below them, indented.
 """
 
 from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 GAP, NARROW_GAP = 2, 1  # spaces between two columns
+INDENT = 2  # spaces before columns that stand below others
 SENTENCE = 24  # characters that a column of words keeps before figures are broken
 
 
@@ -63,9 +66,49 @@ class Grid:
                 break
         return found
 
+    def folded(self, width: int) -> Grid:
+        """One column in which every row takes several lines, each with as many cells as fit."""
+        parts = [part.fitted(width - INDENT) for part in self._parts(width - INDENT)]
+        head, *rows = (
+            _folded(lines) for lines in zip(*(part.lines() for part in parts), strict=True)
+        )
+        return Grid((head,), tuple((row,) for row in rows), frozenset({0}), self.gap)
+
+    def _parts(self, width: int) -> Iterator[Grid]:
+        """Neighbouring columns that fit side by side, each time as many as possible."""
+        grid = _words_wrapped(_headings_wrapped(self), width, SENTENCE)
+        begin = 0
+        for end in range(1, len(self.columns) + 1):
+            if end == len(self.columns) or grid._of(begin, end + 1).width > width:
+                yield grid._of(begin, end)
+                begin = end
+
+    def _of(self, begin: int, end: int) -> Grid:
+        """Some of the columns."""
+        rows = tuple(row[begin:end] for row in self.rows)
+        left = frozenset(column - begin for column in self.left if begin <= column < end)
+        return Grid(self.columns[begin:end], rows, left, self.gap)
+
+    def lines(self) -> list[str]:
+        """Headings and rows as text, cells side by side, each with its own line breaks."""
+        widths = self.widths()
+        return ["\n".join(self._side_by_side(row, widths)) for row in (self.columns, *self.rows)]
+
+    def _side_by_side(self, row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
+        cells = [cell.split("\n") for cell in row]
+        for words in zip_longest(*cells, fillvalue=""):
+            padded = (
+                (word + space if column in self.left else space + word)
+                for column, (word, size) in enumerate(zip(words, widths, strict=True))
+                for space in [" " * (size - _width(word))]
+            )
+            yield (" " * self.gap).join(padded).rstrip()
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draw the form that fits; rich itself is left nothing to cut."""
         grid = self.fitted(options.max_width)
+        if grid.width > options.max_width:
+            grid = self.folded(options.max_width)
         room = max(options.max_width, grid.width)
         yield from console.render(grid._table(), options.update(width=room, max_width=room))
 
@@ -98,6 +141,11 @@ def _narrower(grid: Grid, width: int) -> Iterator[Grid]:
     grid = _words_wrapped(grid, width, 1)
     yield grid
     yield replace(grid, gap=NARROW_GAP)
+
+
+def _folded(parts: Sequence[str]) -> str:
+    """Texts below each other, all but the first indented."""
+    return "\n".join([parts[0], *(textwrap.indent(part, " " * INDENT) for part in parts[1:])])
 
 
 def _headings_wrapped(grid: Grid) -> Grid:

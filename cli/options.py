@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,6 +30,13 @@ def known_models(begun: str) -> list[str]:
     from kvtune.profiles.models import list_models
 
     return [shape.name for shape in list_models() if shape.name.startswith(begun)]
+
+
+def _device(name: str | None) -> str | None:
+    """The device, refused before torch is imported where no machine has one of that name."""
+    if name is None or re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
+        return name
+    raise typer.BadParameter(f"{name!r} is no device: use cpu, cuda or cuda:0")
 
 
 Json = Annotated[
@@ -145,21 +153,17 @@ Sequences = Annotated[
         help="Sequences at once; left out: as many as --max-kl allows.",
     ),
 ]
-_FORMATS = (
-    "bf16, fp8, int8, int4, awq, gptq, mxfp4, nvfp4, nf4, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, "
-    "q3_k_m; stored for a checkpoint's own, or auto for the widest that fits."
+WEIGHTS_HELP = (
+    "Weight format: bf16, fp8, int8, int4, awq, gptq, mxfp4, nvfp4, nf4, q8_0, q6_k, q5_k_m, "
+    "q4_k_m, q4_0, q3_k_m; stored for a checkpoint's own, or auto for the widest that fits."
 )
-Weights = Annotated[
-    str, typer.Option("--weights", metavar="FORMAT", help=f"Weight format: {_FORMATS}")
-]
+SEVERAL_WEIGHTS_HELP = (
+    f"{WEIGHTS_HELP} Several are separated by commas, any is 16, 8 and 4 bits; what narrower "
+    "weights lose is counted nowhere."
+)
+Weights = Annotated[str, typer.Option("--weights", metavar="FORMAT", help=WEIGHTS_HELP)]
 WeightFormats = Annotated[
-    str,
-    typer.Option(
-        "--weights",
-        metavar="FORMATS",
-        help=f"Weight format: {_FORMATS} Several are separated by commas, any is 16, 8 and 4 bits; "
-        "what narrower weights lose is counted nowhere.",
-    ),
+    str, typer.Option("--weights", metavar="FORMATS", help=SEVERAL_WEIGHTS_HELP)
 ]
 Seed = Annotated[
     int,
@@ -171,6 +175,7 @@ Device = Annotated[
         "--device",
         metavar="DEVICE",
         help="Where the model runs: cpu or cuda; left out: a GPU if any.",
+        callback=_device,
     ),
 ]
 Workload = Annotated[

@@ -1,4 +1,4 @@
-"""Where words go: answers to stdout, talk to stderr; with --json one object alone on stdout."""
+"""Where words go: answers to stdout, progress to stderr; with --json one object alone on stdout."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Output:
 
     Args:
         stdout: the process's own stdout.
-        as_json: one object on stdout; tables go to stderr.
-        quiet: no progress, and no tables beside JSON.
+        as_json: one object on stdout, and no tables.
+        quiet: no progress.
     """
 
     stdout: TextIO
@@ -49,16 +49,15 @@ class Output:
         return Silent() if self.quiet else Bars()
 
     def show(self, *parts: RenderableType) -> None:
-        """Print tables and sentences, for people."""
-        if self.as_json and self.quiet:
+        """Print tables and sentences, for people; with JSON its keys say the same."""
+        if self.as_json:
             return
-        stream = sys.stderr if self.as_json else self.stdout
-        console = _console(stream)
+        console = _console(self.stdout)
         with console.capture() as capture:
             for part in parts:
                 console.print(printable(part) if isinstance(part, str) else part, crop=False)
         lines = capture.get().splitlines()
-        print("\n".join(line.rstrip() for line in lines), file=stream, flush=True)
+        print("\n".join(line.rstrip() for line in lines), file=self.stdout, flush=True)
 
     def finish(self, command: str, answer: Mapping[str, Any]) -> None:
         """Print the command's JSON object, if it was asked for."""

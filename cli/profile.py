@@ -39,12 +39,16 @@ def command(
 ) -> None:
     """Measure this machine's GPU: kernels, copies, memory."""
     from kvtune.cli.inputs import check_writable
-    from kvtune.runtime.measure.session import Request, profile_gpu
+    from kvtune.profiles.gpus import find_gpu
 
     check_writable(out, "--out")
+    if gpu is not None:
+        find_gpu(gpu)
     typed = " ".join(["kvtune", *sys.argv[1:]])
-    request = Request(out, gpu, minutes, quick, shared, typed)
     with speaking(as_json, quiet) as output:
+        from kvtune.runtime.measure.session import Request, profile_gpu
+
+        request = Request(out, gpu, minutes, quick, shared, typed)
         outcome = profile_gpu(request, output.progress)
         output.show(*_sentences(outcome, out))
         _finish(output, outcome, out)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvtune.cli import options
-from kvtune.cli.output import speaking
+from kvtune.cli.output import one_line, speaking
 from kvtune.cli.studies import Study, find_study
 
 
@@ -33,5 +33,5 @@ def command(
         from kvtune.tui.report.write import write_report
 
         files = write_report(found, target, output.progress)
-        output.show(*(f"wrote {path}" for path in files))
+        output.show(one_line(f"wrote {files[0]}, and {len(files) - 1} files of what it shows"))
         output.finish("report", {"study": folder, "state": found.state, "files": files})

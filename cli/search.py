@@ -284,10 +284,10 @@ def _search(requests: Sequence[SearchRequest], output: Output) -> None:
 
 
 def _search_long(requests: Sequence[SearchRequest], held_bytes: str, output: Output) -> None:
-    from kvtune.cli.long_report import tables
     from kvtune.common.errors import KvtuneError
     from kvtune.simulator.memory.weights import listed_formats
-    from kvtune.tuner.long.search import read_bound, run_long_search
+    from kvtune.tuner.long.bound import read_bound
+    from kvtune.tuner.target import read_weights
 
     request = requests[0]
     several = len(listed_formats(request.weights, request.shape, request.gpu)) > 1
@@ -296,7 +296,12 @@ def _search_long(requests: Sequence[SearchRequest], held_bytes: str, output: Out
             "--held-bytes plans for one card, one context and one format of weights",
             hint="name one --gpu, one --context and one of --weights.",
         )
-    result = run_long_search(request, read_bound(held_bytes, request), progress=output.progress)
+    bound = read_bound(held_bytes, request)
+    read_weights(request.model)
+    from kvtune.cli.long_report import tables
+    from kvtune.tuner.long.search import run_long_search
+
+    result = run_long_search(request, bound, progress=output.progress)
     output.show(*tables(result, request.run_dir))
     output.finish("search", result.as_dict() | {"run_dir": str(request.run_dir)})
 

@@ -14,8 +14,8 @@ from kvtune.cli.timed import times_table
 from kvtune.common.estimate import BAND
 from kvtune.common.units import MIB, format_bytes, format_tokens
 from kvtune.common.words import accuracy, count, figure, percent
+from kvtune.simulator.cost import one_after_the_other
 from kvtune.simulator.memory.weights import check_format, weight_bytes
-from kvtune.tuner.expected import one_after_the_other
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import Baseline, FrontPoint, Quality, SearchResult
 from kvtune.tuner.serving_room import budgets_of, formats_of

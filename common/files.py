@@ -8,11 +8,22 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
 
 from kvtune.common.errors import KvtuneError
+
+
+@dataclass
+class Written:
+    """Files that this process has finished, so that an interrupt can say whether any is kept."""
+
+    files: int = 0
+
+
+WRITTEN = Written()
 
 
 def cache_dir() -> Path:
@@ -48,6 +59,7 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.chmod(0o644)
         _flush(temporary)
         temporary.replace(path)
+        WRITTEN.files += 1
     except OSError as error:
         raise unwritable(path, error) from error
     finally:
@@ -88,6 +100,7 @@ def append_text(path: Path, text: str) -> None:
             except OSError:
                 file.truncate(before)
                 raise
+            WRITTEN.files += 1
     except OSError as error:
         raise unwritable(path, error) from error
 

@@ -12,11 +12,12 @@ import math
 import re
 from collections.abc import Hashable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar, cast
-
-from pydantic import TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from kvtune.common.errors import KvtuneError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 LARGEST_FILE = 2**28
 DEEPEST = 24
@@ -152,6 +153,8 @@ def checked(schema: type[T], value: Any, where: str, hint: str | None = None) ->
     Raises:
         KvtuneError: the first thing that is not as the schema says, with its keys.
     """
+    from pydantic import ValidationError
+
     read = _adapter(cast(Hashable, schema)).validate_json
     try:
         return cast(T, read(json.dumps(value), strict=True, extra="forbid"))
@@ -167,6 +170,8 @@ def checked(schema: type[T], value: Any, where: str, hint: str | None = None) ->
 
 @functools.cache
 def _adapter(schema: Hashable) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
     return TypeAdapter(cast(Any, schema))
 
 

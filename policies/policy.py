@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 _LENGTH_BYTES = 4  # an int32 a KV head: ragged heads must know their length
 
 
+def label_of(option: Option, allocator: Allocator) -> str:
+    """``snapkv+adakv 25% int4``: an option for all heads, and what splits its budgets anew."""
+    if isinstance(allocator, AsGiven):
+        return option.label
+    method = option.method.label
+    return f"{method}+{allocator.name}{option.label.removeprefix(method)}"
+
+
 @dataclass(frozen=True)
 class Policy:
     """An option for every (layer, KV head), and the allocator that may move budgets.
@@ -44,7 +52,8 @@ class Policy:
     ) -> Policy:
         """The same option everywhere."""
         heads = ((option,) * kv_heads,) * layers
-        return Policy(name or option.label, heads, allocator or AsGiven())
+        allocator = allocator or AsGiven()
+        return Policy(name or label_of(option, allocator), heads, allocator)
 
     @property
     def layers(self) -> int:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvtune.common.errors import KvtuneError
 from kvtune.profiles.config_file import read_config
 from kvtune.profiles.context_length import longest_context
-from kvtune.profiles.model_class import ClassFacts, facts_of
 from kvtune.profiles.shape import ModelShape
 from kvtune.profiles.stored_weights import stored_weights
+
+if TYPE_CHECKING:
+    from kvtune.profiles.model_class import ClassFacts
 
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 
@@ -42,6 +44,8 @@ def shape_of(
     config = _completed(config)
     text = _text_of(config)
     _check_heads(text, file)
+    from kvtune.profiles.model_class import facts_of
+
     facts = facts_of(config, file)
     heads, width = _heads(facts)
     longest = longest_context(text, file, facts.max_context)

@@ -77,12 +77,7 @@ class Cost:
     @property
     def first_token(self) -> Estimate:
         """Seconds until a prompt that waits for no other has its first token."""
-        low, value, high = (
-            getattr(self.prefill, end) + getattr(self.compression, end)
-            for end in ("low", "value", "high")
-        )
-        tier = self.compression.tier if self.compression.value else self.prefill.tier
-        return Estimate(value, low, high, "s", tier)
+        return one_after_the_other(self.prefill, self.compression)
 
 
 def full_cost(
@@ -240,3 +235,9 @@ def per_second(step: Estimate, sequences: int) -> Estimate:
     """Tokens a second from the time of a step; the slow end of one is the low end of the other."""
     value, low, high = (sequences / end for end in (step.value, step.high, step.low))
     return Estimate(value, low, high, "tokens/s", step.tier)
+
+
+def one_after_the_other(first: Estimate, then: Estimate) -> Estimate:
+    """Both times together, no surer than the second where it takes any."""
+    value, low, high = (getattr(first, e) + getattr(then, e) for e in ("value", "low", "high"))
+    return Estimate(value, low, high, first.unit, then.tier if then.value else first.tier)

@@ -19,7 +19,8 @@ from kvtune.policies.methods.quest import Quest
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.runtime.live import run_live
 from kvtune.traces.calibration import Calibration, keep_calibration
-from kvtune.tuner.bench import Entry, asked_before, bench, entries
+from kvtune.tuner.bench import asked_before, bench
+from kvtune.tuner.bench_entries import Entry, entries
 from kvtune.tuner.bench_runs import RUNS, Run
 from kvtune.tuner.leaderboard import full_cache, standings
 

@@ -17,6 +17,7 @@ import pytest
 import kvtune
 from kvtune.__main__ import main
 from kvtune.cli.app import build
+from kvtune.common.files import write_text
 from kvtune.policies.policy_file.document import read_policy
 
 ROOT = Path(kvtune.__file__).parent
@@ -228,6 +229,17 @@ def test_a_damaged_gguf_is_told(run: Run, tmp_path: Path) -> None:
 
 def test_an_interrupt_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvtune.profiles.models.list_models", interrupted)
+    assert run("models") == Ran(130, "", "interrupted before anything was saved\n")
+
+
+def test_an_interrupt_says_whether_the_same_command_goes_on(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted() -> None:
+        write_text(tmp_path / "half", "of the work")
         raise KeyboardInterrupt
 
     monkeypatch.setattr("kvtune.profiles.models.list_models", interrupted)

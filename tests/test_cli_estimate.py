@@ -65,13 +65,15 @@ def test_a_sweep_is_the_single_estimates_side_by_side(capsys: pytest.CaptureFixt
     assert each * row["latency"]["value"] == pytest.approx(1)
 
 
-def test_any_card_is_every_card_by_memory(capsys: pytest.CaptureFixture[str]) -> None:
+def test_any_card_is_every_card_those_that_fit_first_by_memory(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     from kvtune.profiles.gpus import list_gpus
 
     rows = answer(capsys, "--gpu", "any", "--context", "32k", "--batch", "8")["rows"]
     assert {row["gpu"] for row in rows} == {gpu.slug for gpu in list_gpus()}
-    sizes = [row["limit_bytes"] for row in rows]
-    assert sizes == sorted(sizes)
+    order = [(not row["fits"], row["limit_bytes"]) for row in rows]
+    assert order == sorted(order)
     assert {row["fits"] for row in rows} == {False, True}
     for row in rows:
         taken = row["memory"] and row["memory"]["value"]  # none where not even weights fit
@@ -182,6 +184,53 @@ def test_a_policy_in_words_is_the_same_as_its_file(
     by_file = answer(capsys, *words, "p.yaml")["policies"][1]
     for said in ("snapkv+adakv 12.5% int4 int2", "SnapKV, AdaKV, 12.5%, int4, int2"):
         assert answer(capsys, *words, said)["policies"][1] == by_file
+
+
+def test_a_name_says_which_allocator_splits_the_budgets(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("--gpu", "4090", "--policy", "snapkv+adakv 25% int4")
+    assert answer(capsys, *words)["policies"][1]["name"] == "snapkv+adakv 25% int4"
+
+
+PLANNED = """kvtune_policy: 1
+policy: {method: snapkv, budget: 25%}
+serving: {weights: int4, context_tokens: 4096, generated_tokens: 64, batch: 5}
+"""
+
+
+def test_a_policy_file_says_what_it_was_planned_for_and_options_win(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text(PLANNED)
+    planned = answer(capsys, "--gpu", "4090", "--policy", str(path))
+    said = ("--weights", "int4", "--context", "4096", "--generated", "64", "--batch", "5")
+    again = answer(capsys, "--gpu", "4090", "--policy", str(path), *said)
+    assert again["notes"] == []
+    (note,) = planned["notes"]
+    assert all(word in note for word in said)
+    assert {**planned, "notes": []} == again
+    other = answer(capsys, "--gpu", "4090", "--policy", str(path), "--batch", "2")
+    assert {row["batch"] for row in other["rows"]} == {2}
+    assert other["budget"]["weight_format"] == "int4"
+
+
+def test_cards_that_fit_come_first_by_cost_then_by_memory(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("--gpu", "rtx-3060,h100,4090,l4", "--weights", "bf16")
+    by_memory = [row["gpu"] for row in answer(capsys, *words)["rows"]]
+    assert by_memory == ["l4", "rtx-4090", "h100-sxm", "rtx-3060"]
+    priced = answer(capsys, *words, "--price-per-hour", "0.1,0.01,9,2")["rows"]
+    assert [row["gpu"] for row in priced] == ["h100-sxm", "l4", "rtx-4090", "rtx-3060"]
+
+
+def test_json_is_answered_without_a_word_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*LLAMA, "--gpu", "4090", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["fits"]
+    assert captured.err == ""
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,22 @@ def test_a_table_loses_no_character_at_any_width(rows: list[Any], data: st.DataO
     text = shown(width, table("", columns, rows, left=(0, 3)))
     cells = [*columns, *(cell for row in rows for cell in row)]
     assert sorted(text.split()) == sorted(word for cell in cells for word in cell.split())
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_columns_stand_below_others_where_they_have_no_room() -> None:
+    rows = [("snapkv+adakv", *["0.0146 [0.0074, 0.029]"] * 4), ("h2o", "1", "2", "3", "4")]
+    lines = shown(42, table("", ("policy", "a", "b", "c", "d"), rows)).splitlines()
+    assert lines == [
+        "policy                             a",
+        "                       b",
+        "                       c",
+        "                       d",
+        "snapkv+adakv  0.0146 [0.0074, 0.029]",
+        *["  0.0146 [0.0074, 0.029]"] * 3,
+        "h2o                                1",
+        *[f"                       {n}" for n in (2, 3, 4)],
+    ]
 
 
 @given(st.lists(st.tuples(WORDS, FIGURE), min_size=1, max_size=4))

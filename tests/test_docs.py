@@ -16,6 +16,7 @@ import kvtune
 from kvtune.__main__ import main
 from kvtune.cli.app import build
 from kvtune.policies.policy_file.document import read_policy
+from kvtune.tuner.library import search_request
 
 ROOT = Path(kvtune.__file__).parent
 DOCS = ROOT / "docs"
@@ -117,6 +118,25 @@ def test_the_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_page(DOCS / "tutorial.md", tmp_path, monkeypatch, "run", "run: full") > 8
     assert list((tmp_path / "kvtune-runs").glob("*/card/card.svg"))
+
+
+@pytest.mark.parametrize("page", [DOCS / "tutorial.md", ROOT / "README.md"], ids=lambda p: p.name)
+def test_run_directories_that_a_page_names_are_those_its_searches_make(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    searches = [words[1:] for b in blocks(page) for words in commands_of(b["text"])
+                if words[0] == "search"]  # fmt: skip
+    made = {run_directory(words) for words in searches}
+    named = set(re.findall(r"kvtune-runs/[\w.-]+\w", text))
+    assert named
+    assert named <= made
+
+
+def run_directory(words: list[str]) -> str:
+    """Where a search with these options puts everything."""
+    given = build().commands["search"].make_context("search", words).params
+    names = ("context", "stack", "moved_bytes")
+    asked = {name: given[name] for name in names if given[name] is not None}
+    return str(search_request(given["model"], given["gpu"], given["mem"], **asked).run_dir)
 
 
 def test_every_page_is_in_the_site_and_every_link_leads_to_a_file() -> None:

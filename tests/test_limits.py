@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from kvtune.common.errors import DoesNotFitError
 from kvtune.common.units import parse_seconds
+from kvtune.simulator.cost import one_after_the_other
 from kvtune.simulator.quality.tables import Tables
 from kvtune.tests.made_up import llama
 from kvtune.tests.tiers import first
-from kvtune.tuner.expected import one_after_the_other
 from kvtune.tuner.limits import Limits, _rounded_up
 from kvtune.tuner.question import Candidate, Question, Solver, front
 from kvtune.tuner.request import SearchRequest

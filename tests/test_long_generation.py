@@ -26,7 +26,8 @@ from kvtune.runtime.generate import Generation
 from kvtune.runtime.live_policies import LivePolicy
 from kvtune.simulator.quality.decoding import all_layers, build_decode_tables, decode_features
 from kvtune.simulator.quality.replay import LayerReplay
-from kvtune.tuner.long.menu import LongMenu, mean_full_bytes, most_bytes
+from kvtune.tuner.long.bound import mean_full_bytes
+from kvtune.tuner.long.menu import LongMenu, most_bytes
 from kvtune.tuner.long.plans import Generated, candidates, choose
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -267,3 +268,13 @@ def test_points_of_the_front_say_what_they_are(folder: Path, html: str) -> None:
     assert with_titles(svg, "a-front-points", ["1"]) == svg
     both = with_titles(svg, "a-front-points", ["<b>", "2"])
     assert both.count("<title>&lt;b&gt;</title>") == both.count("<title>2</title>") == 1
+
+
+def test_heads_that_are_all_alike_are_told_in_a_sentence(tmp_path: Path, outlines: None) -> None:
+    study = StudyReader(write_study(tmp_path / "run")).read()
+    alike = replace(study.facts, options=(study.facts.options[0],) * len(study.facts.options))
+    write_report(replace(study, facts=alike), tmp_path / "report")
+    html = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    words = f"get the same: {alike.options[0].label}."
+    assert words in html
+    assert not (tmp_path / "report" / "heads-budget.png").exists()

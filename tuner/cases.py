@@ -131,6 +131,14 @@ class Case:
         return Estimate(value, low, high, "per million tokens", rate.tier)
 
 
+def _worth(cases: Sequence[Case]) -> tuple[bool, float, int]:
+    """By which cards are sorted, from their cases of the full cache and the policy."""
+    fitting = [case for case in cases if case.policy == cases[-1].policy and case.fits]
+    costs = [case.cost_per_million_tokens for case in fitting]
+    least = min((cost.value for cost in costs if cost), default=0.0)
+    return not fitting, least, cases[0].card.memory_bytes
+
+
 @dataclass(frozen=True)
 class Asked:
     """What ``kvtune estimate`` was asked for.
@@ -180,10 +188,15 @@ class Asked:
         return (*self.told, *((beyond,) if beyond else ()))
 
     def cases(self) -> Iterator[Case]:
-        """Every combination, cards with the least memory first."""
-        by_memory = sorted(self.cards, key=lambda card: card.memory_bytes)
-        every = product(by_memory, self.splits(), self.weights, self.contexts, self.batches)
-        for card, split, weights, context, batch in every:
+        """Every combination by card: those that fit first, of them the cheapest, then by memory."""
+        every = [list(self._on(card)) for card in self.cards]
+        for cases in sorted(every, key=_worth):
+            yield from cases
+
+    def _on(self, card: Card) -> Iterator[Case]:
+        """All that was asked for on one card."""
+        every = product(self.splits(), self.weights, self.contexts, self.batches)
+        for split, weights, context, batch in every:
             try:
                 yield from self.of(card, context, batch, split, weights)
             except DoesNotFitError as error:

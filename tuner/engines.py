@@ -80,6 +80,22 @@ def open_engine(name: str, device: str) -> Iterator[Executor]:
         yield client.get_executor()
 
 
+def check_engine(name: str) -> None:
+    """Refuse what is neither processes of this host nor an address; nobody is asked yet.
+
+    Raises:
+        KvtuneError: it is neither.
+    """
+    if name.startswith(PROCESSES):
+        _count(name)
+    elif "://" not in name:
+        raise KvtuneError(
+            f"{name!r} is no engine",
+            where="--engine",
+            hint="processes:4 for this host, tcp://HOST:8786 for a dask scheduler.",
+        )
+
+
 def _count(name: str) -> int:
     text = name.removeprefix(PROCESSES)
     if not text.isdigit() or not 0 < int(text) <= 1024:
@@ -99,12 +115,7 @@ def _devices(device: str) -> Sequence[str]:
 
 @contextmanager
 def _client(address: str) -> Iterator[Any]:
-    if "://" not in address:
-        raise KvtuneError(
-            f"{address!r} is no engine",
-            where="--engine",
-            hint="processes:4 for this host, tcp://HOST:8786 for a dask scheduler.",
-        )
+    check_engine(address)
     try:
         from dask.distributed import Client
 

@@ -13,7 +13,7 @@ from kvtune.profiles.shape import ModelShape
 from kvtune.runtime.largest import NEW_TOKENS as LARGEST_NEW_TOKENS
 from kvtune.runtime.largest import Largest
 from kvtune.runtime.timing import NEW_TOKENS, STEPS, STRETCHES, Decoding, Timing
-from kvtune.simulator.cost import per_second
+from kvtune.simulator.cost import one_after_the_other, per_second
 from kvtune.simulator.latency.compression import compression
 from kvtune.simulator.latency.steps import decode_step, prefill
 from kvtune.simulator.memory.peak import add, largest_batch, overhead_bytes, prefill_peak_bytes
@@ -125,9 +125,3 @@ class Card:
 
     def _sequence(self, policy: Policy, new_tokens: int) -> int:
         return sequence_bytes(policy, self.tokens, self.shape.head_dim, Growth(new_tokens))
-
-
-def one_after_the_other(first: Estimate, then: Estimate) -> Estimate:
-    """Both times together, no surer than the second where it takes any."""
-    value, low, high = (getattr(first, e) + getattr(then, e) for e in ("value", "low", "high"))
-    return Estimate(value, low, high, first.unit, then.tier if then.value else first.tier)

@@ -21,15 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 from kvtune.common.errors import KvtuneError
 from kvtune.common.progress import Progress
 from kvtune.common.units import Amount, parse_bytes, parse_seconds, parse_tokens
-from kvtune.policies.policy_file.document import PolicyDocument, read_policy
 from kvtune.profiles.gpus import GpuProfile
-from kvtune.simulator.latency.chunks import Reading
-from kvtune.simulator.memory.weights import listed_formats
-from kvtune.tuner.cases import Asked, Card, Case
 from kvtune.tuner.limits import Limits
 from kvtune.tuner.request import SearchRequest
-from kvtune.tuner.result import SearchResult
-from kvtune.tuner.samplers import Sampler
 from kvtune.tuner.target import (
     read_context,
     read_context_range,
@@ -43,9 +37,13 @@ from kvtune.tuner.target import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from kvtune.policies.policy_file.document import PolicyDocument
     from kvtune.simulator.deployment import StackChoice
     from kvtune.traces.models import LoadedModel
     from kvtune.traces.trace import Trace
+    from kvtune.tuner.cases import Card, Case
+    from kvtune.tuner.result import SearchResult
+    from kvtune.tuner.samplers import Sampler
 
 N = TypeVar("N", int, float, "int | None")
 
@@ -174,7 +172,7 @@ def search_request(
     stack = options.get("stack")
     length = "" if (context, longest) == (8192, None) else wanted
     folder = run_dir or default_run_dir(target.shape.name, target.gpu.slug, called, stack, length)
-    return SearchRequest(
+    request = SearchRequest(
         model=target.model,
         shape=target.shape,
         gpu=target.gpu,
@@ -204,6 +202,10 @@ def search_request(
         heads=None if heads is None else Path(heads),
         texts=read_texts(options.get("texts", ())),
     )
+    from kvtune.tuner.checks import check_request
+
+    check_request(request)
+    return request
 
 
 def _limits(options: SearchOptions) -> Limits:
@@ -291,6 +293,11 @@ def estimate(
     Raises:
         KvtuneError: something is unknown or out of bounds.
     """
+    from kvtune.policies.policy_file.document import PolicyDocument, read_policy
+    from kvtune.simulator.latency.chunks import Reading
+    from kvtune.simulator.memory.weights import listed_formats
+    from kvtune.tuner.cases import Asked
+
     name, shape = read_model(model)
     cards = [_card(one, mem) for one in _several(gpu)]
     document = (
@@ -386,5 +393,7 @@ def _within(option: str, number: N, least: float, most: float) -> N:
 
 
 def _card(gpu: str | GpuProfile | None, mem: Amount | None) -> Card:
+    from kvtune.tuner.cases import Card
+
     profile = gpu if isinstance(gpu, GpuProfile) else read_gpu(gpu)
     return Card(profile, profile.visible_bytes if mem is None else parse_bytes(mem), None)

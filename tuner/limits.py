@@ -8,19 +8,12 @@ from math import ceil, floor, log10
 from typing import TYPE_CHECKING
 
 from kvtune.common.errors import DoesNotFitError
-from kvtune.simulator.cost import Cost
-from kvtune.tuner.expected import one_after_the_other
 
 if TYPE_CHECKING:
-    from kvtune.common.estimate import Estimate
+    from kvtune.simulator.cost import Cost
     from kvtune.tuner.question import Candidate
 
 MILLISECONDS = 1000.0
-
-
-def first_token(cost: Cost) -> Estimate:
-    """Time to the first token of a prompt that need not wait: reading it and compressing it."""
-    return one_after_the_other(cost.prefill, cost.compression)
 
 
 @dataclass(frozen=True)
@@ -47,7 +40,7 @@ class Limits:
         found = {}
         for name, limit, figure in (
             ("--tpot", self.time_per_token_s, cost.latency.value),
-            ("--ttft", self.first_token_s, first_token(cost).value),
+            ("--ttft", self.first_token_s, cost.first_token.value),
         ):
             if limit is not None:
                 found[name] = figure / limit - 1

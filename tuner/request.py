@@ -81,6 +81,13 @@ class SearchRequest:
     texts: tuple[Path, ...] = ()
 
     @property
+    def has_weights(self) -> bool:
+        """Whether it names something that can be loaded."""
+        from kvtune.traces.models import KNOWN
+
+        return not self.stand_in and (self.model in KNOWN or self.model != self.shape.name)
+
+    @property
     def reads_less(self) -> bool:
         """Whether heads may hold more than a step reads of them."""
         return self.read_bytes is not None or self.moved_bytes is not None

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 if TYPE_CHECKING:
     import optuna
 
@@ -37,6 +35,7 @@ def choose(asked: Sampler | None, trials: int) -> Choice:
 
 def sampler_of(name: Sampler, seed: int, number: int) -> optuna.samplers.BaseSampler:
     """A trial's own: its draws must not depend on how many were drawn since the last start."""
+    import numpy as np
     from optuna import samplers
 
     stream = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])

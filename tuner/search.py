@@ -18,11 +18,11 @@ from kvtune.common.errors import DoesNotFitError, KvtuneError
 from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
 from kvtune.common.units import format_bytes
-from kvtune.policies.head_scores import read_heads
 from kvtune.policies.paging import Growth, growing_bytes, head_bytes
 from kvtune.simulator.memory.peak import prefill_peak_bytes
 from kvtune.simulator.quality.tables import on_both_sides
 from kvtune.tuner.answer import Found, answer, cost_of
+from kvtune.tuner.checks import check_request, no_head_is_known, scores_of
 from kvtune.tuner.cross_fit import cross_fitted_front
 from kvtune.tuner.explore.facts import EACH, Facts
 from kvtune.tuner.explore.record import Recorder, selection_split
@@ -44,7 +44,7 @@ from kvtune.tuner.serving_room import (
     rooms,
 )
 from kvtune.tuner.simple_points import simple_points
-from kvtune.tuner.sources import QualitySource, has_weights, own_trace, stand_in
+from kvtune.tuner.sources import QualitySource, own_trace, stand_in
 from kvtune.tuner.starts import start_points
 from kvtune.tuner.study import run_study
 from kvtune.tuner.within import limits_of
@@ -57,7 +57,7 @@ def run_search(request: SearchRequest, progress: Progress | None = None) -> Sear
         KvtuneError: nothing fits, the shape cannot be searched, or a file cannot be written.
     """
     progress = progress or Silent()
-    _refuse_unknown_layers(request)
+    check_request(request)
     with locked(request.run_dir):
         return _finished(request, progress) or _search(request, progress)
 
@@ -178,11 +178,7 @@ def _starts(
         KvtuneError: there are some, and a stand-in, whose heads are no heads of this model.
     """
     if request.starts and source.stand_in:
-        raise KvtuneError(
-            f"{request.starts[0].name} gives heads options of their own, and of "
-            f"{request.shape.name} no head's loss is known",
-            hint="give the model's weights (--model PATH), or leave out --start.",
-        )
+        raise no_head_is_known(request)
     return start_points(solver, request.starts, first)
 
 
@@ -192,17 +188,10 @@ def _by_head_scores(
     """Plans that follow the request's head scores, with as many tokens at once as the pick."""
     if request.heads is None:
         return []
-    heads, shape = read_heads(request.heads), request.shape
-    name = "retrieval" if "retrieval" in heads.scores else sorted(heads.scores)[0]
-    scores = heads.of_kv_heads(name, shape.kv_heads)
-    if len(scores) != shape.layers:
-        raise KvtuneError(
-            f"has scores of {len(scores)} layers, {shape.name} has {shape.layers}",
-            where=str(request.heads),
-            hint="kvtune heads detect measures this model's.",
-        )
     best = pick(front(candidates), request.largest_kl)
-    return head_points(solver, scores, best, first=max(c.number for c in candidates) + 1)
+    return head_points(
+        solver, scores_of(request), best, first=max(c.number for c in candidates) + 1
+    )
 
 
 def _nothing_fits(request: SearchRequest, question: Question) -> DoesNotFitError:
@@ -229,22 +218,11 @@ def _nothing_fits(request: SearchRequest, question: Question) -> DoesNotFitError
     )
 
 
-def _refuse_unknown_layers(request: SearchRequest) -> None:
-    longest = request.contexts[-1] + request.generated_tokens
-    if not request.shape.keeps_all(longest):
-        raise KvtuneError(
-            f"{request.shape.name} has sliding-window, latent, recurrent or unequal layers, "
-            "which search cannot plan yet",
-            hint="kvtune estimate tells what its uncompressed cache takes; contexts that are no "
-            "longer than the window can be planned.",
-        )
-
-
 def _quality_source(
     request: SearchRequest, progress: Progress
 ) -> tuple[QualitySource, tuple[str, ...]]:
     """The model's own trace where its weights are at hand, else the packaged stand-in."""
-    if not has_weights(request):
+    if not request.has_weights:
         reason = "asked for" if request.stand_in else f"no weights of {request.shape.name} at hand"
         return _stand_in(request, reason)
     try:

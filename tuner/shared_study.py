@@ -39,6 +39,22 @@ class Patience:
     poll_s: float = 1.0
 
 
+_STORAGES = (
+    "postgresql+psycopg://USER@HOST/DB (pip install 'kvtune[workers]'), sqlite:///FILE, or "
+    "grpc://HOST:PORT."
+)
+
+
+def check_storage(url: str) -> None:
+    """Refuse what is no database's URL; nobody is asked yet.
+
+    Raises:
+        KvtuneError: it is none.
+    """
+    if not url.partition("://")[1]:
+        raise KvtuneError(f"{url!r} is no URL of a database", where="--storage", hint=_STORAGES)
+
+
 def open_storage(url: str, patience: Patience | None = None) -> optuna.storages.BaseStorage:
     """A database by its SQLAlchemy URL, or Optuna's gRPC proxy in front of one by ``grpc://``.
 
@@ -66,8 +82,7 @@ def open_storage(url: str, patience: Patience | None = None) -> optuna.storages.
         raise KvtuneError(
             f"this study's storage cannot be opened: {str(error).splitlines()[0]}",
             where=url,
-            hint="postgresql+psycopg://USER@HOST/DB (pip install 'kvtune[workers]'), "
-            "sqlite:///FILE, or grpc://HOST:PORT.",
+            hint=_STORAGES,
         ) from error
 
 

@@ -112,13 +112,6 @@ def stand_in(shape: ModelShape) -> QualitySource:
     )
 
 
-def has_weights(request: SearchRequest) -> bool:
-    """Whether the request names something that can be loaded."""
-    from kvtune.traces.models import KNOWN
-
-    return not request.stand_in and (request.model in KNOWN or request.model != request.shape.name)
-
-
 def own_trace(request: SearchRequest, progress: Progress) -> QualitySource:
     """Load the model, capture its trace, build its tables; what is finished is used again.
 

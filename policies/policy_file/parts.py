@@ -11,7 +11,7 @@ from kvtune.common.estimate import Estimate
 from kvtune.policies.allocator import Allocator
 from kvtune.policies.allocators.as_given import AsGiven
 from kvtune.policies.option import Option
-from kvtune.policies.policy import Policy
+from kvtune.policies.policy import Policy, label_of
 
 VERSION = 1
 _ROOTED = re.compile(r"^(/|~|[A-Za-z]:[\\/]|\\\\)")
@@ -156,7 +156,8 @@ class Pattern:
                     f"the model has {kv_heads} KV heads"
                 )
             rows[layer] = options * kv_heads if len(options) == 1 else options
-        return Policy(self.name or self.option.label, tuple(rows), self.allocator)
+        name = self.name or label_of(self.option, self.allocator)
+        return Policy(name, tuple(rows), self.allocator)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import nnls
 
 FloatArray = npt.NDArray[np.float64]
 Features = Callable[[FloatArray, FloatArray], FloatArray]
@@ -147,6 +146,8 @@ def _matrix(
 
 def _fit(terms: FloatArray, logs: FloatArray) -> FloatArray:
     """Weights, none negative, that make relative errors small; never zero in all terms."""
+    from scipy.optimize import nnls  # takes half a second to import, and most commands fit nothing
+
     known = ~np.isnan(logs)
     seconds = np.exp(logs[known])
     weights, _ = nnls(terms[known] / seconds[:, None], np.ones(len(seconds)))

@@ -93,9 +93,11 @@ def _pictures(view: View, row: int) -> Iterator[Picture]:
     yield "front-bytes", caption, charts.front_chart(size), 8.5, 4.6
     yield "front-rate", caption, charts.front_chart(rate), 8.5, 4.6
     yield "memory", "The chosen plan's memory.", charts.memory_chart(parts), 8.5, 1.5
-    high = 1.2 + 0.16 * heads.share.shape[1]
-    yield "heads-budget", "What each head keeps.", charts.heads_chart(heads, "budget"), 8.5, high
-    yield "heads-bits", "How it is stored.", charts.heads_chart(heads, "bits"), 8.5, high
+    if not _same_everywhere(heads):
+        high = 1.2 + 0.16 * heads.share.shape[1]
+        budget, bits = (charts.heads_chart(heads, shade) for shade in ("budget", "bits"))
+        yield "heads-budget", "What each head keeps.", budget, 8.5, high
+        yield "heads-bits", "How it is stored.", bits, 8.5, high
     if rows := _kinds(study, row):
         words = f"Held-out loss by kind of text, predicted, {quality}."
         yield "kinds", words, charts.kinds_chart(study.facts.kinds, rows), 8.5, 3.4
@@ -141,13 +143,26 @@ def _sections(view: View, row: int, drawn: dict[str, str]) -> Iterator[tuple[str
     if study.outcome is not None:
         yield "Beside others at equal bytes", table(baselines_table(study))
     yield f"The plan of trial {plan.trial}", table(plan_table(view, row)) + drawn["memory"]
-    yield "Head by head", drawn["heads-budget"] + drawn["heads-bits"]
+    yield "Head by head", _head_by_head(_heads(view, row), drawn)
     yield "Why", listed(why(study, plan))
     yield "The front by bytes and by speed", drawn["front-bytes"] + drawn["front-rate"]
     if "kinds" in drawn:
         yield "Task by task", drawn["kinds"] + drawn.get("kinds-live", "")
     yield "Plans of the front", table(front_table(view))
     yield "Provenance", pairs(_provenance(study))
+
+
+def _same_everywhere(heads: HeadMap) -> bool:
+    return len({option for layer in heads.options for option in layer}) == 1
+
+
+def _head_by_head(heads: HeadMap, drawn: dict[str, str]) -> str:
+    """Two maps; of a plan whose heads are all alike a sentence says it all."""
+    if _same_everywhere(heads):
+        layers, kv_heads = heads.share.shape
+        alike = heads.options[0][0].label
+        return listed([f"All {kv_heads} KV heads of all {layers} layers get the same: {alike}."])
+    return drawn["heads-budget"] + drawn["heads-bits"]
 
 
 def _provenance(study: Study) -> dict[str, Any]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from operator import itemgetter
 from typing import Literal
 
 import numpy as np
+from rich.segment import Segment
 from rich.text import Text
 from textual.events import MouseMove
+from textual.geometry import Region, Size
+from textual.strip import Strip
 from textual.widget import Widget
 
 from kvtune.tui.palette import BARS, Colours, colours_of, ramp
@@ -19,6 +22,8 @@ from kvtune.tuner.explore.compare import HeadMap
 Shade = Literal["budget", "bits", "method"]
 SHADES: tuple[Shade, ...] = ("budget", "bits", "method")
 _MARGIN = 3  # columns of row labels
+Cell = Callable[[int, int], tuple[str, str]]
+"""Glyph and colour of a layer's head."""
 _METHOD_COLOURS = ("muted", "primary", "accent", "warning", "success", "error", "secondary")
 
 
@@ -31,52 +36,70 @@ class HeatMap(Widget):
         super().__init__(id=id)
         self.heads: HeadMap | None = None
         self.shade: Shade = "budget"
+        self._drawn: list[Text] = []
+        self._drawn_for: tuple[HeadMap | None, object] = (None, None)
 
     def show(self, heads: HeadMap | None, shade: Shade) -> None:
-        """Draw a policy, or the sentence that there is none."""
-        before = (self._size_of(self.heads), self.shade)
+        """Draw a policy, or the sentence that there is none; only lines that change are painted."""
+        before, width = self._drawn, self.size.width
         self.heads, self.shade = heads, shade
-        self.refresh(layout=before != (self._size_of(heads), shade))
+        after = self._lines(width)
+        if len(before) != len(after):
+            self.refresh(layout=True)
+            return
+        pairs = enumerate(zip(before, after, strict=True))
+        if changed := [Region(0, y, width, 1) for y, pair in pairs if differ(*pair)]:
+            self.refresh(*changed)
 
-    @staticmethod
-    def _size_of(heads: HeadMap | None) -> tuple[int, ...]:
-        return () if heads is None else heads.tokens.shape
+    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
+        """Lines at the width to come: the widget's own is still that of the layout before."""
+        return len(self._lines(width))
 
-    @property
-    def _wide(self) -> int:
-        """Columns of a layer: as many as there is room for, up to four."""
-        layers = len(self.heads.options) if self.heads else 1
-        return min(max((self.size.width - _MARGIN) // layers, 1), 4)
+    def render_line(self, y: int) -> Strip:
+        """One line of the map, which is kept as long as nothing about it changes."""
+        lines, ground = self._lines(self.size.width), self.rich_style
+        if y >= len(lines):
+            return Strip.blank(self.size.width, ground)
+        parts = lines[y].render(self.app.console)
+        strip = Strip([Segment(part.text, ground + (part.style or ground)) for part in parts])
+        return strip.adjust_cell_length(self.size.width, ground)
 
-    @property
-    def _across(self) -> int:
-        """Layers on a line."""
-        return max((self.size.width - _MARGIN) // self._wide, 8)
-
-    def render(self) -> Text:
+    def _lines(self, width: int) -> list[Text]:
         """The map, with layer numbers above and a legend below."""
-        if self.heads is None:
-            return Text("Only the loss of this baseline is known, not its heads.")
-        layers = len(self.heads.options)
-        blocks = [
-            self._block(self.heads, range(at, min(at + self._across, layers)))
-            for at in range(0, layers, self._across)
-        ]
-        return Text("\n").join([*blocks, self._legend(self.heads)])
+        asked = (self.shade, width, self.app.theme)
+        if self._drawn_for[0] is not self.heads or self._drawn_for[1] != asked:
+            self._drawn_for, self._drawn = (self.heads, asked), self._laid(width)
+        return self._drawn
 
-    def _block(self, heads: HeadMap, layers: range) -> Text:
-        colours = colours_of(self.app)
-        cell = self._cells(heads, colours)
-        lines = [Text(f"{'':{_MARGIN}}{ruler(layers, self._wide)}", colours["muted"])]
-        for head in range(len(heads.options[0])):
-            line = Text(f"{head:>2} ", colours["muted"], no_wrap=True)
+    def _laid(self, width: int) -> list[Text]:
+        console, colours = self.app.console, colours_of(self.app)
+        if self.heads is None:
+            words = Text("Only the loss of this baseline is known, not its heads.", end="")
+            return list(words.wrap(console, max(width, 1)))
+        layers, (wide, across) = len(self.heads.options), self._columns(width)
+        cell = self._cells(self.heads, colours)
+        lines: list[Text] = []
+        for at in range(0, layers, across):
+            lines += self._block(range(at, min(at + across, layers)), wide, cell, colours["muted"])
+        return lines + list(self._legend(self.heads, colours).wrap(console, max(width, 1)))
+
+    def _columns(self, width: int) -> tuple[int, int]:
+        """Columns of a layer, as many as there is room for, up to four; and layers on a line."""
+        layers = len(self.heads.options) if self.heads else 1
+        wide = min(max((width - _MARGIN) // layers, 1), 4)
+        return wide, max((width - _MARGIN) // wide, 8)
+
+    def _block(self, layers: range, wide: int, cell: Cell, muted: str) -> Iterator[Text]:
+        assert self.heads is not None  # noqa: S101 - drawn only with heads
+        yield Text(f"{'':{_MARGIN}}{ruler(layers, wide)}", muted, end="")
+        for head in range(len(self.heads.options[0])):
+            line = Text(f"{head:>2} ", muted, end="")
             cells = [cell(layer, head) for layer in layers]
             for colour, run in groupby(cells, key=itemgetter(1)):
-                line.append("".join(glyph * self._wide for glyph, _ in run), colour)
-            lines.append(line)
-        return Text("\n", no_wrap=True).join(lines)
+                line.append("".join(glyph * wide for glyph, _ in run), colour)
+            yield line
 
-    def _cells(self, heads: HeadMap, colours: Colours) -> Callable[[int, int], tuple[str, str]]:
+    def _cells(self, heads: HeadMap, colours: Colours) -> Cell:
         """What stands for a layer's head: glyph and colour."""
         if self.shade == "budget":
             shades = [ramp(colours, level / 8) for level in range(9)]
@@ -92,8 +115,7 @@ class HeatMap(Widget):
         }
         return lambda layer, head: marks[heads.options[layer][head].method.name]
 
-    def _legend(self, heads: HeadMap) -> Text:
-        colours = colours_of(self.app)
+    def _legend(self, heads: HeadMap, colours: Colours) -> Text:
         if self.shade == "method":
             return Text("  ").join(
                 Text.assemble((glyph, colours[_METHOD_COLOURS[index % 7]]), f" {name}")
@@ -116,15 +138,21 @@ class HeatMap(Widget):
         if self.heads is None:
             return None
         block, row = divmod(y, len(self.heads.options[0]) + 1)
-        column, head = (x - _MARGIN) // self._wide, row - 1
-        layer = block * self._across + column
-        if head < 0 or x < _MARGIN or column >= self._across:
+        wide, across = self._columns(self.size.width)
+        column, head = (x - _MARGIN) // wide, row - 1
+        layer = block * across + column
+        if head < 0 or x < _MARGIN or column >= across:
             return None
         if layer >= len(self.heads.options):
             return None
         option = self.heads.options[layer][head]
         tokens = int(self.heads.tokens[layer, head])
         return f"layer {layer}, KV head {head}: {option.label}, {tokens} tokens"
+
+
+def differ(one: Text, other: Text) -> bool:
+    """Whether two lines look different: in their words or in their colours."""
+    return one != other or one.style != other.style
 
 
 def ruler(layers: range, wide: int = 1) -> str:

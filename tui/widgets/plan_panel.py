@@ -48,7 +48,7 @@ class PlanPanel(VerticalScroll):
     PlanPanel > #why { color: $text-muted; }
     """
 
-    _rows = 0
+    _rows, _shade = 0, ""
 
     def compose(self) -> ComposeResult:
         """Headline, figures, memory, heads, reasons."""
@@ -74,7 +74,9 @@ class PlanPanel(VerticalScroll):
         parts = MemoryParts(figures.budget(row), peak)
         self.query_one(MemoryBar).show(parts)
         heading = f"Heads: {shade} by layer and KV head"
-        self.query_one("#heads-heading", Static).update(heading, layout=False)
+        if shade != self._shade:
+            self.query_one("#heads-heading", Static).update(heading, layout=False)
+            self._shade = shade
         self.query_one(HeatMap).show(HeadMap.of(policy, context), shade)
         self._tell("\n".join(why(selected.study, plan)))
 

@@ -97,9 +97,3 @@ def footprints(
     """The most bytes of one head under each option, ``[O]``."""
     shape = prompt_tokens, generated, residual, head_dim
     return np.array([most_bytes(option, *shape) for option in options], np.int64)
-
-
-def mean_full_bytes(prompt_tokens: int, generated: int, heads: int, head_dim: int) -> float:
-    """Bytes of the uncompressed cache in 16 bits, mean over the steps of a generation."""
-    entry = 2 * Bf16().bound(1, head_dim, "keys")
-    return (prompt_tokens + (generated + 1) / 2) * heads * entry

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import kvtune
-from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.common.files import cache_dir, write_json, write_text
 from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
 from kvtune.policies.policy_file.document import PolicyDocument, Serving, write_policy
 from kvtune.simulator.model_facts import model_facts
-from kvtune.tuner.long.menu import LongMenu, mean_full_bytes
+from kvtune.tuner.long.bound import mean_full_bytes
+from kvtune.tuner.long.menu import LongMenu
 from kvtune.tuner.long.plans import Generated, LongPlan, candidates, choose
 from kvtune.tuner.quality import estimate, ratio_interval
 from kvtune.tuner.request import SearchRequest
@@ -207,29 +207,3 @@ def _write(request: SearchRequest, result: LongResult) -> None:
     write_text(Path(request.run_dir) / PLAN_FILE, write_policy(document))
     plain = {"model": request.shape.name, "kvtune": kvtune.__version__} | result.as_dict()
     write_json(Path(request.run_dir) / "result.json", plain)
-
-
-def read_bound(text: str, request: SearchRequest) -> int:
-    """Bytes of a bound: ``60MB``, or ``10%`` of the uncompressed cache's mean over the steps.
-
-    Raises:
-        KvtuneError: it is neither, or no share.
-    """
-    from kvtune.common.units import parse_bytes
-
-    if not text.endswith("%"):
-        return parse_bytes(text)
-    shape = request.shape
-    try:
-        share = float(text[:-1]) / 100
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise KvtuneError(
-            f"{text!r} is no share of the cache",
-            where="--held-bytes",
-            hint="a size such as 60MB, or a share such as 10%.",
-        )
-    heads = shape.layers * shape.kv_heads
-    full = mean_full_bytes(request.context_tokens, request.generated_tokens, heads, shape.head_dim)
-    return int(share * full)
