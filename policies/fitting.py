@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _INDEPENDENT = 1e-5  # of a column's square that must be left beside those chosen before it
-_RIDGE = 1e-3  # of the mean square of the columns: how firmly fits are held to what was there
+RIDGE = 1e-3  # of the mean square of the columns: how firmly fits are held to what was there
 _ROUNDS, _STEPS = 3, 30  # of solving without negative weights, and of projected gradients
 _LEAST_WEIGHT = 1e-4
 
@@ -55,7 +55,7 @@ def pursued(attention: Tensor, values: Tensor, count: int) -> Tensor:
     return torch.stack(order, -1) if order else row.new_zeros(heads, 0)
 
 
-def mass_weights(columns: Tensor) -> Tensor:
+def mass_weights(columns: Tensor, ridge: float = RIDGE) -> Tensor:
     """Weights of the kept keys whose weighted attention sums to one for every query: ``[H, n]``.
 
     Non-negative least squares, held to weights of one: a few solutions, each without the keys
@@ -63,11 +63,12 @@ def mass_weights(columns: Tensor) -> Tensor:
 
     Args:
         columns: of attention, ``[H, R, n]`` float64.
+        ridge: how firmly, of the mean square of the columns.
     """
     gram = columns.transpose(1, 2) @ columns
-    wanted, ridge = columns.sum(1), _ridge(gram)
-    gram = gram + torch.diag_embed(ridge)
-    wanted = wanted + ridge
+    wanted, held_by = columns.sum(1), _ridge(gram, ridge)
+    gram = gram + torch.diag_embed(held_by)
+    wanted = wanted + held_by
     rate = 1 / gram.sum(-1).amax(-1, keepdim=True).clamp_min(1e-300)
     held = torch.ones_like(wanted)
     for _ in range(_ROUNDS):
@@ -83,7 +84,9 @@ def mass_weights(columns: Tensor) -> Tensor:
     return weights.clamp_min(_LEAST_WEIGHT)
 
 
-def fitted_values(columns: Tensor, weights: Tensor, outputs: Tensor, own: Tensor) -> Tensor:
+def fitted_values(
+    columns: Tensor, weights: Tensor, outputs: Tensor, own: Tensor, ridge: float = RIDGE
+) -> Tensor:
     """Values whose attention is nearest to the outputs over the whole prompt: ``[H, n, D]``.
 
     Least squares, held to the tokens' own values.
@@ -93,11 +96,12 @@ def fitted_values(columns: Tensor, weights: Tensor, outputs: Tensor, own: Tensor
         weights: of the keys, ``[H, n]``.
         outputs: of the reference queries, ``[H, R, D]``.
         own: values of the kept tokens, ``[H, n, D]``.
+        ridge: how firmly they are held to these, of the mean square of the shares.
     """
     shares = columns * weights[:, None]
     shares = shares / shares.sum(-1, keepdim=True).clamp_min(1e-300)
     gram = shares.transpose(1, 2) @ shares
-    gram = gram + torch.diag_embed(_ridge(gram))
+    gram = gram + torch.diag_embed(_ridge(gram, ridge))
     missing = outputs.double() - shares @ own.double()
     return own.double() + _solved(gram, shares.transpose(1, 2) @ missing)
 
@@ -108,7 +112,7 @@ def _solved(gram: Tensor, wanted: Tensor) -> Tensor:
     return solution
 
 
-def _ridge(gram: Tensor) -> Tensor:
+def _ridge(gram: Tensor, share: float) -> Tensor:
     """``[H, n]``, the same for all columns of a head."""
     square = gram.diagonal(dim1=-2, dim2=-1)
-    return (_RIDGE * square.mean(-1, keepdim=True)).clamp_min(1e-12).expand_as(square)
+    return (share * square.mean(-1, keepdim=True)).clamp_min(1e-12).expand_as(square)
