@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kvtune.common.rotary import later_queries
 from kvtune.policies.attention import attend, merge
-from kvtune.policies.fitting import RIDGE, fitted_values, mass_weights, pursued
+from kvtune.policies.fitting import RIDGE, fitted_together, fitted_values, mass_weights, pursued
 from kvtune.policies.signals import Needs, Signals
 from kvtune.runtime.prompts import fresh_prompt
 from kvtune.traces.models import load_model
@@ -35,7 +35,6 @@ from kvtune.traces.workloads import Workload, build
 
 KINDS = ("prose", "code", "retrieval")
 SHARES = (0.01, 0.03)
-ROUNDS = 6
 Fit = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Choose = Callable[[Tensor, Tensor, int], Tensor]
 
@@ -91,55 +90,6 @@ def held(ridge: float) -> Fit:
     return partial(apart, ridge=ridge)
 
 
-def together(columns: Tensor, outputs: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Gauss and Newton's steps of the log-weights on output and mass, values solved after each."""
-    weights, values = apart(columns, outputs, own)
-    best = apart(columns, outputs, own)
-    least = error_of(columns, weights, values, outputs)
-    loudness = outputs.double().square().sum(-1).mean(1)[:, None]
-    damping = torch.full_like(least, 0.1)
-    for _ in range(ROUNDS):
-        mass = (columns * weights[:, None]).sum(-1)
-        shares = columns * weights[:, None] / mass[..., None]
-        read = shares @ values
-        left = outputs.double() - read
-        # d output / d log w_j = share_j (v_j - output); d log mass / d log w_j = share_j.
-        inner = (
-            (shares.mT @ (shares * read.square().sum(-1, keepdim=True)))
-            + (shares.mT @ shares) * (values @ values.mT)
-            - 2 * symmetric((shares * (read @ values.mT)).mT @ shares)
-        )
-        gram = inner + loudness[..., None] * (shares.mT @ shares)
-        slope = (shares * ((left @ values.mT) - (left * read).sum(-1, keepdim=True))).sum(1)
-        slope = slope - (loudness * mass.log())[..., None].mul(shares).sum(1)
-        ridge = damping[:, None] * gram.diagonal(dim1=1, dim2=2).clamp_min(1e-12)
-        step = torch.linalg.solve(gram + torch.diag_embed(ridge), slope[..., None])[..., 0]
-        tried = weights * step.clamp(-1, 1).exp()
-        fitted = fitted_values(columns, tried, outputs, own)
-        error = error_of(columns, tried, fitted, outputs)
-        better = error < least
-        damping = torch.where(better, damping / 3, damping * 4)
-        least = torch.where(better, error, least)
-        pick = better[:, None]
-        weights = torch.where(pick, tried, weights)
-        values = torch.where(pick[..., None], fitted, values)
-        best = weights, values
-    return best
-
-
-def symmetric(matrix: Tensor) -> Tensor:
-    return (matrix + matrix.mT) / 2
-
-
-def error_of(columns: Tensor, weights: Tensor, values: Tensor, outputs: Tensor) -> Tensor:
-    """Squared error of outputs, and of the logarithm of mass in their units: ``[H]``."""
-    mass = (columns * weights[:, None]).sum(-1)
-    read = (columns * weights[:, None] / mass[..., None]) @ values
-    loudness = outputs.double().square().sum(-1).mean(1)
-    error = (outputs.double() - read).square().sum(-1).mean(1)
-    return error + loudness * mass.log().square().mean(1)
-
-
 def held_out(signals: Signals, kept: Tensor, weights: Tensor, values: Tensor) -> Tensor:
     """Relative squared error of the output at the observed tokens, ``[H]``."""
     future, heads = signals.future, len(signals.keys)
@@ -162,7 +112,7 @@ def held_out(signals: Signals, kept: Tensor, weights: Tensor, values: Tensor) ->
 WAYS: dict[str, tuple[int, Choose, Fit]] = {
     "as it is": (512, chosen, apart),
     "four times the queries": (2048, chosen, apart),
-    "fitted together": (512, chosen, together),
+    "fitted together": (512, chosen, fitted_together),
     "pruned": (512, pruned, apart),
     "held ten times as firmly": (512, chosen, held(10 * RIDGE)),
     "held a hundred times as firmly": (512, chosen, held(100 * RIDGE)),

@@ -13,6 +13,7 @@ _INDEPENDENT = 1e-5  # of a column's square that must be left beside those chose
 RIDGE = 1e-3  # of the mean square of the columns: how firmly fits are held to what was there
 _ROUNDS, _STEPS = 3, 30  # of solving without negative weights, and of projected gradients
 _LEAST_WEIGHT = 1e-4
+_REFINED, _DAMPING = 6, 0.1  # steps of fitting weights and values together, and the first one's
 
 
 def pursued(attention: Tensor, values: Tensor, count: int) -> Tensor:
@@ -104,6 +105,73 @@ def fitted_values(
     gram = gram + torch.diag_embed(_ridge(gram, ridge))
     missing = outputs.double() - shares @ own.double()
     return own.double() + _solved(gram, shares.transpose(1, 2) @ missing)
+
+
+def fitted_together(columns: Tensor, outputs: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights ``[H, n]`` and values ``[H, n, D]`` that lose least of outputs and mass together.
+
+    From ``mass_weights`` and ``fitted_values`` on: damped steps of Gauss and Newton's for the
+    logarithms of the weights, after each of which values are solved anew. A step that is no better
+    is not taken, so that no head ends with more error than it began with.
+
+    Args:
+        columns: of attention, ``[H, R, n]`` float64.
+        outputs: of the reference queries, ``[H, R, D]``.
+        own: values of the kept tokens, ``[H, n, D]``.
+    """
+    weights = mass_weights(columns)
+    values = fitted_values(columns, weights, outputs, own)
+    least = match_error(columns, weights, values, outputs)
+    damping = torch.full_like(least, _DAMPING)
+    for _ in range(_REFINED):
+        step = _weight_step(columns, weights, values, outputs.double(), damping)
+        tried = weights * step.clamp(-1, 1).exp()
+        fitted = fitted_values(columns, tried, outputs, own)
+        error = match_error(columns, tried, fitted, outputs)
+        better = error < least
+        damping = torch.where(better, damping / 3, damping * 4)
+        least = torch.where(better, error, least)
+        weights = torch.where(better[:, None], tried, weights)
+        values = torch.where(better[:, None, None], fitted, values)
+    return weights.clamp_min(_LEAST_WEIGHT), values
+
+
+def match_error(columns: Tensor, weights: Tensor, values: Tensor, outputs: Tensor) -> Tensor:
+    """Squared error of outputs, and of the logarithm of mass in the outputs' units: ``[H]``."""
+    mass, shares = _mass_and_shares(columns, weights)
+    error = (outputs.double() - shares @ values).square().sum(-1).mean(1)
+    return error + _loudness(outputs) * mass.log().square().mean(1)
+
+
+def _weight_step(
+    columns: Tensor, weights: Tensor, values: Tensor, outputs: Tensor, damping: Tensor
+) -> Tensor:
+    """What to add to the logarithms of the weights, ``[H, n]``.
+
+    d output / d log w_j = share_j (v_j - output), d log mass / d log w_j = share_j.
+    """
+    mass, shares = _mass_and_shares(columns, weights)
+    read, loudness = shares @ values, _loudness(outputs)[:, None]
+    left, crossed = outputs - read, shares * (read @ values.mT)
+    alike, mixed = shares.mT @ shares, crossed.mT @ shares
+    gram = shares.mT @ (shares * read.square().sum(-1, keepdim=True)) - mixed - mixed.mT
+    gram = gram + alike * (values @ values.mT + loudness[..., None])
+    slope = (shares * (left @ values.mT - (left * read).sum(-1, keepdim=True))).sum(1)
+    slope = slope - loudness * (shares * mass.log()[..., None]).sum(1)
+    ridge = damping[:, None] * gram.diagonal(dim1=1, dim2=2).clamp_min(1e-12)
+    return _solved(gram + torch.diag_embed(ridge), slope[..., None])[..., 0]
+
+
+def _mass_and_shares(columns: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """What the weighted keys have of each query's attention, and how they divide that."""
+    weighted = columns * weights[:, None]
+    mass = weighted.sum(-1).clamp_min(1e-300)
+    return mass, weighted / mass[..., None]
+
+
+def _loudness(outputs: Tensor) -> Tensor:
+    """Mean square of a head's outputs, ``[H]``."""
+    return outputs.double().square().sum(-1).mean(1)
 
 
 def _solved(gram: Tensor, wanted: Tensor) -> Tensor:

@@ -119,9 +119,7 @@ ROWS = st.lists(
     blocks=st.integers(1, 40),
     host=st.integers(0, 20),
     block_tokens=st.sampled_from([1, 4, 16]),
-    limits=st.tuples(
-        st.integers(1, 8), st.integers(8, 64), st.sampled_from(["arrival", "cached"])
-    ),
+    limits=st.tuples(st.integers(1, 8), st.integers(8, 64), st.sampled_from(["arrival", "cached"])),
     kept=st.sampled_from([1.0, 0.3, 0.05]),
     shares=st.booleans(),
 )

@@ -19,7 +19,6 @@ from kvtune.simulator.serving.sequence import Sequence
 from kvtune.simulator.serving.step import Counts, Limits, Step
 from kvtune.simulator.serving.step_times import Chunk, StepTimes
 
-
 LOOKED_THROUGH = 256
 """Waiting requests among which one is chosen by what is held of its prompt."""
 
