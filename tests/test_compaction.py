@@ -175,8 +175,7 @@ def test_fitting_together_never_loses_more_on_the_references() -> None:
 
 def test_a_method_may_fit_weights_and_values_together() -> None:
     signals = make_signals(Case(60, 60, group=2))
-    for fit in ("apart", "together"):
-        method = AttentionMatching(fit=fit)  # type: ignore[arg-type]
+    for method in (AttentionMatching(fit="apart"), AttentionMatching(fit="together")):
         part = method.parts(signals, 9)[0]
         assert part.plan == method.plan(9, 60)[0]
         assert part.values is not None

@@ -36,7 +36,8 @@ def held_parts(
         weight = (torch.rand(head_dim, generator=generator) + 0.1).bfloat16().float()
         part = HeadPart(torch.arange(count), balance=weight if balanced else None)
         row = number + (number > 0)  # row 1 has no part
-        held = HeldPart.of(row, part, tuple(own.bfloat16()), Option(Full(), ALL, *formats))  # type: ignore[arg-type]
+        both = own[0].bfloat16(), own[1].bfloat16()
+        held = HeldPart.of(row, part, both, Option(Full(), ALL, *formats))
         found.append(held)
     return found
 
@@ -86,11 +87,11 @@ def test_packed_bytes_are_those_that_a_plan_counts() -> None:
     formats = Allocated(mean_bits=2.25), Allocated(directions="hadamard")
     held = held_parts(64, formats, [90, 200], balanced=True)
     packed = Beside(held, 64, CPU, kernels=True)
-    exact = sum(x.numel() * x.element_size() for x in packed.dense[1:3])  # type: ignore[index]
+    assert packed.dense is not None
+    exact = packed.dense[1].nbytes + packed.dense[2].nbytes
     planned = sum(
-        form.bound(count, 64, role) for form, role in zip(formats, ("keys", "values"), strict=True)
-        for count in (90, 200)
-    )  # fmt: skip
+        formats[0].bound(n, 64, "keys") + formats[1].bound(n, 64, "values") for n in (90, 200)
+    )
     weights = 2 * 2 * 64
     assert packed.signed[0].nbytes + exact == planned + weights
 
