@@ -10,7 +10,10 @@ and all. Samples are taken one of each kind in turn until the time is up. A case
 recorded. ``--tune`` instead tries other shapes of the kernel for rotated pairs, one parameter after
 another, each from the best so far. ``--device cpu --tiny`` (with TRITON_INTERPRET=1) shows that it
 runs to its end. OSCAR's rotations are fitted first, to texts of the search split. With ``--live``
-no kernel is timed.
+no kernel is timed; ``--only`` and ``--tokens`` make that short enough for a CPU:
+
+    python benchmarks/formats.py --live --device cpu --tokens 1024 --each 1 \
+        --only "weighted, allocated 2.125" turboquant2 kitty+4 --out formats-signs-cpu.json
 """
 
 from __future__ import annotations
@@ -186,19 +189,25 @@ def options() -> dict[str, Option]:
     found = {name: Option(Full(), ALL, *pair) for name, pair in stored().items()}
     two, sinks = TurboQuant2(), {"exact_first": 4}
     for name, keys, values in (
-        ("weighted, allocated 2.1 / turboquant2", Allocated(mean_bits=2.1), two),
-        ("weighted, allocated 3 / turboquant2", Allocated(mean_bits=3.0), two),
-        ("weighted, allocated 3 / turboquant3", Allocated(mean_bits=3.0), TurboQuant3()),
+        ("weighted, allocated 2 / 2 rotated", Allocated(), _rotated(2.0)),
+        ("weighted, allocated 2.125 / 2 rotated", Allocated(mean_bits=2.125), _rotated(2.0)),
+        ("weighted, allocated 2.25 / 2 rotated", Allocated(mean_bits=2.25), _rotated(2.0)),
+        ("weighted, allocated 3 / 3 rotated", Allocated(mean_bits=3.0), _rotated(3.0)),
+        ("weighted, allocated 2.125 / turboquant2", Allocated(mean_bits=2.125), two),
         ("weighted, fitted 1.8 / turboquant2", Fitted(), two),
         ("weighted, rotated_int2+4", RotatedInt2(**sinks), RotatedInt2(**sinks)),
     ):
         found[name] = Option(WeightedKeys(), ALL, keys, values)
-    found["allocated 2.1 / turboquant2"] = Option(Full(), ALL, Allocated(mean_bits=2.1), two)
+    found["allocated 2.125 / turboquant2"] = Option(Full(), ALL, Allocated(mean_bits=2.125), two)
     grouped = RotatedInt2(group=128)
     found["oscar, 4 sinks"] = Option(Oscar(), ALL, grouped, grouped)
     found["oscar, 4 sinks and 32 recent"] = Option(Oscar(recent=32), ALL, grouped, grouped)
     found["oscar / turboquant2"] = Option(Oscar(), ALL, two, two)
     return found
+
+
+def _rotated(mean_bits: float) -> Allocated:
+    return Allocated(mean_bits=mean_bits, directions="hadamard")
 
 
 def stored() -> dict[str, tuple[Format, Format]]:
@@ -221,16 +230,19 @@ def stored() -> dict[str, tuple[Format, Format]]:
     return pairs
 
 
-def live(found: Found, device: str, tiny: bool) -> None:
+def live(found: Found, arguments: argparse.Namespace) -> None:
     """Every option on one sample after another, those of few bits first in each."""
-    loaded = load_model("smollm2-135m", device=device, dtype="float32")
-    fit = build(replace(WORKLOAD, counts=TINY) if tiny else WORKLOAD, loaded.tokenizer)
-    keep_learned(loaded.fingerprint, rotations(loaded, fit))
+    tiny, only = arguments.tiny, arguments.only
+    loaded = load_model("smollm2-135m", device=arguments.device, dtype="float32")
     shape = loaded.geometry
-    counts = {"evaluate": dict.fromkeys(KINDS[: 1 if tiny else 3], 1 if tiny else 12)}
-    length, observed = (200, 16) if tiny else (2048, 256)
-    samples = build(Workload(counts, tokens=length, observed=observed), loaded.tokenizer)
+    counts = {"evaluate": dict.fromkeys(KINDS[: 1 if tiny else 3], 1 if tiny else arguments.each)}
+    length = 200 if tiny else arguments.tokens
+    samples = build(Workload(counts, tokens=length, observed=length // 8), loaded.tokenizer)
     asked = dict(list(options().items())[-9 if tiny else 0 :])
+    asked = {name: asked[name] for name in only} if only else asked
+    if any(isinstance(option.method, Oscar) for option in asked.values()):
+        fit = build(replace(WORKLOAD, counts=TINY) if tiny else WORKLOAD, loaded.tokenizer)
+        keep_learned(loaded.fingerprint, rotations(loaded, fit))
     policies = {
         name: Policy.uniform(option, shape.layers, shape.kv_heads) for name, option in asked.items()
     }
@@ -282,6 +294,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small shapes, no times")
     parser.add_argument("--tune", action="store_true", help="shapes of the kernel alone")
     parser.add_argument("--live", action="store_true", help="what formats lose alone")
+    parser.add_argument("--only", nargs="+", help="names of formats, instead of all")
+    parser.add_argument("--tokens", type=int, default=2048, help="of a sample, an eighth observed")
+    parser.add_argument("--each", type=int, default=12, help="samples of each kind of text")
     arguments = parser.parse_args()
     parts = ("live",) if arguments.live else ("kernels", "live")
     found = Found(arguments.out, arguments.seconds, *(() if arguments.tune else parts))
@@ -291,7 +306,7 @@ def main() -> None:
         return
     if not arguments.live:
         found.attempt("kernels", lambda: kernels(found, arguments.tiny))
-    found.attempt("live", lambda: live(found, arguments.device, arguments.tiny))
+    found.attempt("live", lambda: live(found, arguments))
     found.write()
 
 

@@ -12,7 +12,7 @@ of what it says then (PIE), beside the same without turning keys (``spliced``). 
 what a question waits for its first answer token on a model of random weights (16 layers, 2048
 channels), 8192 tokens of documents and 64 of a question; ``saved`` is the share of the wait behind
 a full prefill. Caches are in device memory: loading them is not timed. ``--device cpu --tiny``
-shows that it runs to its end.
+shows that it runs to its end; ``--work`` counts operations instead of timing, on a CPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor
 from kvtune.runtime.reuse.blending import Rule, blended
 from kvtune.runtime.reuse.editing import Edit, edited
 from kvtune.runtime.reuse.parallel import ParallelContexts
-from kvtune.runtime.reuse.passes import PromptCache, encoded, joined, moved, part_of
+from kvtune.runtime.reuse.passes import PromptCache, encoded, joined, part_of, placed
 from kvtune.runtime.reuse.shortening import shortened
 from kvtune.traces.models import LoadedModel, load_model, wrap
 from kvtune.traces.passes import full_cache_handler, prompt_cache, run_observed
@@ -80,9 +80,7 @@ def ways(loaded: LoadedModel, sample: Sample) -> dict[str, Logits]:
         return contexts.logits(loaded, sample.token_ids[sample.prompt :])
 
     def apart() -> Tensor:
-        starts = [sum(map(len, parts[:n])) for n in range(len(parts))]
-        placed = [moved(loaded, x, at) for x, at in zip(chunks, starts, strict=True)]
-        return asked(loaded, sample, joined(placed))
+        return asked(loaded, sample, placed(loaded, chunks))
 
     def short(share: float) -> Tensor:
         fewer = shortened(loaded, prompt, share)
@@ -181,13 +179,12 @@ def report(found: Found, kl: dict[str, list[float]], digits: dict[str, list[floa
     found.write()
 
 
-def random_model(device: str, tiny: bool) -> LoadedModel:
-    """A model of random weights whose matrices are those of a model of 1B parameters."""
+def random_model(device: str, width: int = 2048, layers: int = 16) -> LoadedModel:
+    """A model of random weights, whose matrices are by default those of 1B parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    width, layers = (64, 3) if tiny else (2048, 16)
-    heads = 4 if tiny else 32
+    heads = 32 if width == 2048 else 4
     config = LlamaConfig(
         hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads // 4, head_dim=width // heads,
@@ -195,12 +192,12 @@ def random_model(device: str, tiny: bool) -> LoadedModel:
     )  # fmt: skip
     with torch.device(device):
         model = LlamaForCausalLM(config)
-    return wrap(model if tiny else model.bfloat16(), None, name="random")
+    return wrap(model if device == "cpu" else model.bfloat16(), None, name="random")
 
 
 def times(found: Found, device: str, tiny: bool) -> None:
     """Seconds to the first token of an answer, by each way, the question's tokens included."""
-    loaded = random_model(device, tiny)
+    loaded = random_model(device, 64, 3) if tiny else random_model(device)
     length = 400 if tiny else TIMED
     ids = torch.randint(2, 1000, (length,), generator=torch.Generator().manual_seed(0)).tolist()
     rows = found.figures["times"]
@@ -215,13 +212,14 @@ def times(found: Found, device: str, tiny: bool) -> None:
         found.write()
 
 
-def timed_ways(loaded: LoadedModel, ids: list[int]) -> dict[str, Callable[[], Any]]:
+def timed_ways(
+    loaded: LoadedModel, ids: list[int], asked_tokens: int = QUESTION
+) -> dict[str, Callable[[], Any]]:
     """What runs when a question comes, by each way, to its first answer token."""
-    parts, question, length = pieces(ids), ids[:QUESTION], len(ids)
+    parts, question, length = pieces(ids), ids[:asked_tokens], len(ids)
     with torch.no_grad():
         chunks = [prompt_cache(loaded, part) for part in parts]
         whole = prompt_cache(loaded, ids)
-    starts = [sum(map(len, parts[:n])) for n in range(len(parts))]
     contexts = ParallelContexts.of(loaded, parts[0], parts[1:])
     edit = Edit(length // 2, length // 2 + EDITED // 2, tuple(ids[:EDITED]))
 
@@ -234,13 +232,10 @@ def timed_ways(loaded: LoadedModel, ids: list[int]) -> dict[str, Callable[[], An
         with torch.no_grad():
             return prompt_cache(loaded, tokens)
 
-    def apart() -> PromptCache:
-        return joined([moved(loaded, x, at) for x, at in zip(chunks, starts, strict=True)])
-
     ways: dict[str, Callable[[], Any]] = {
         "full prefill": lambda: ask(prefill(ids)),
         "the same prompt again": lambda: ask(whole),
-        "apart": lambda: ask(apart()),
+        "apart": lambda: ask(placed(loaded, chunks)),
         "ape": lambda: contexts.logits(loaded, question),
         "edited (PIE)": lambda: ask(edited(loaded, whole, [edit])),
     }
@@ -252,6 +247,28 @@ def timed_ways(loaded: LoadedModel, ids: list[int]) -> dict[str, Callable[[], An
     for share in KEPT:
         ways[f"shortened to {share:.0%}"] = lambda s=share: ask(prefill(shortened(loaded, ids, s)))
     return ways
+
+
+def work(found: Found) -> None:
+    """Operations of matrices, and seconds of processor, of the timed ways, by a model an eighth as
+    wide over an eighth of the tokens: attention has the same share of the work."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    loaded, rows = random_model("cpu", width=256, layers=16), found.figures["work"]
+    ids = torch.randint(2, 1000, (TIMED // 8,), generator=torch.Generator().manual_seed(0))
+    rows["tokens"] = len(ids)
+    for name, case in timed_ways(loaded, ids.tolist(), QUESTION // 8).items():
+        case()
+        counter, begun = FlopCounterMode(display=False), time.process_time()
+        with counter:
+            case()
+        seconds = time.process_time() - begun
+        operations = round(counter.get_total_flops() / 1e9, 2)
+        row = rows[name] = {"matrices, 1e9": operations, "processor, s": round(seconds, 2)}
+        if "full prefill" in rows:
+            whole = rows["full prefill"]["processor, s"]
+            row["saved"] = round(1 - row["processor, s"] / whole, 2)
+        found.write()
 
 
 def median_s(case: Callable[[], Any], device: str) -> float:
@@ -279,8 +296,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=180, help="after which no sample is begun")
     parser.add_argument("--tiny", action="store_true", help="small shapes")
+    parser.add_argument("--work", action="store_true", help="count operations instead of timing")
     arguments = parser.parse_args()
-    found = Found(arguments.out, arguments.seconds, "times", "quality")
+    sections = ("work",) if arguments.work else ("times", "quality")
+    found = Found(arguments.out, arguments.seconds, *sections)
+    if arguments.work:
+        found.attempt("work", lambda: work(found))
+        return
     found.attempt("times", lambda: times(found, arguments.device, arguments.tiny))
     found.attempt("quality", lambda: quality(found, arguments.device, arguments.tiny))
     found.write()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -87,6 +87,14 @@ MaxBatchedTokensOption = Annotated[
         help="New tokens of a step, read or decoded.",
     ),
 ]
+OrderOption = Annotated[
+    Literal["arrival", "cached"],
+    typer.Option(
+        "--order",
+        help="Who of those that wait comes next: the first to arrive, or whose prompt is held in "
+        "the cache to the largest share (KVShare).",
+    ),
+]
 BlockOption = Annotated[
     int, typer.Option("--block", metavar="TOKENS", min=1, help="Tokens of a block of cache.")
 ]
@@ -119,6 +127,7 @@ def command(
     weights: options.Weights = "auto",
     max_sequences: MaxSequencesOption = 256,
     max_batched_tokens: MaxBatchedTokensOption = 2048,
+    order: OrderOption = "arrival",
     block: BlockOption = 16,
     host_mem: HostMemOption = None,
     seed: options.Seed = 0,
@@ -145,7 +154,7 @@ def command(
         card,
         card.visible_bytes if mem is None else parse_bytes(mem),
         weights,
-        Limits(max_sequences, max_batched_tokens),
+        Limits(max_sequences, max_batched_tokens, order),
         block_tokens=block,
         host_bytes=0 if host_mem is None else parse_bytes(host_mem),
         gpus=gpus,
@@ -284,6 +293,7 @@ def _answer(
         "engine": {
             "max_sequences": limits.sequences,
             "max_batched_tokens": limits.step_tokens,
+            "order": limits.order,
             "block_tokens": serving.block_tokens,
             "host_bytes": serving.host_bytes,
         },

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 QUERIES_LEFT_OUT = 4
 """First prompt queries that ``query_moments`` and ``later_queries`` leave out."""
 
-_LATER_QUERIES = 512
+LATER_QUERIES = 512
 _LATER_POSITIONS = 128
 
 
@@ -77,7 +77,7 @@ def query_moments(queries: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor]:
     return mean, centred.transpose(-1, -2) @ centred / plain.shape[1]
 
 
-def later_queries(queries: Tensor, rope: Rope | None) -> Tensor:
+def later_queries(queries: Tensor, rope: Rope | None, most: int = LATER_QUERIES) -> Tensor:
     """A sample of a prompt's queries, each turned to a position right behind the prompt.
 
     They stand for the queries to come: alike in content, and as far from every key as those will
@@ -86,15 +86,16 @@ def later_queries(queries: Tensor, rope: Rope | None) -> Tensor:
     Args:
         queries: of the whole prompt, after RoPE, ``[Hq, P, D]``.
         rope: of the layer, or None.
+        most: queries.
 
     Returns:
-        ``[Hq, n, D]`` float32, n at most 512, evenly spaced over the prompt.
+        ``[Hq, n, D]`` float32, n at most ``most``, evenly spaced over the prompt.
     """
     import torch
 
     tokens = queries.shape[1]
     first = min(QUERIES_LEFT_OUT, tokens - 1)
-    stride = -(-(tokens - first) // _LATER_QUERIES)
+    stride = -(-(tokens - first) // most)
     at = torch.arange(first + (tokens - 1 - first) % stride, tokens, stride, device=queries.device)
     sample = queries[:, at].float()
     if rope is None:

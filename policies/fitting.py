@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 _INDEPENDENT = 1e-5  # of a column's square that must be left beside those chosen before it
-_RIDGE = 1e-3  # of the mean square of the columns: how firmly fits are held to what was there
+RIDGE = 1e-3  # of the mean square of the columns: how firmly fits are held to what was there
 _ROUNDS, _STEPS = 3, 30  # of solving without negative weights, and of projected gradients
 _LEAST_WEIGHT = 1e-4
+_REFINED, _DAMPING = 6, 0.1  # steps of fitting weights and values together, and the first one's
 
 
 def pursued(attention: Tensor, values: Tensor, count: int) -> Tensor:
@@ -55,7 +56,7 @@ def pursued(attention: Tensor, values: Tensor, count: int) -> Tensor:
     return torch.stack(order, -1) if order else row.new_zeros(heads, 0)
 
 
-def mass_weights(columns: Tensor) -> Tensor:
+def mass_weights(columns: Tensor, ridge: float = RIDGE) -> Tensor:
     """Weights of the kept keys whose weighted attention sums to one for every query: ``[H, n]``.
 
     Non-negative least squares, held to weights of one: a few solutions, each without the keys
@@ -63,11 +64,12 @@ def mass_weights(columns: Tensor) -> Tensor:
 
     Args:
         columns: of attention, ``[H, R, n]`` float64.
+        ridge: how firmly, of the mean square of the columns.
     """
     gram = columns.transpose(1, 2) @ columns
-    wanted, ridge = columns.sum(1), _ridge(gram)
-    gram = gram + torch.diag_embed(ridge)
-    wanted = wanted + ridge
+    wanted, held_by = columns.sum(1), _ridge(gram, ridge)
+    gram = gram + torch.diag_embed(held_by)
+    wanted = wanted + held_by
     rate = 1 / gram.sum(-1).amax(-1, keepdim=True).clamp_min(1e-300)
     held = torch.ones_like(wanted)
     for _ in range(_ROUNDS):
@@ -83,7 +85,9 @@ def mass_weights(columns: Tensor) -> Tensor:
     return weights.clamp_min(_LEAST_WEIGHT)
 
 
-def fitted_values(columns: Tensor, weights: Tensor, outputs: Tensor, own: Tensor) -> Tensor:
+def fitted_values(
+    columns: Tensor, weights: Tensor, outputs: Tensor, own: Tensor, ridge: float = RIDGE
+) -> Tensor:
     """Values whose attention is nearest to the outputs over the whole prompt: ``[H, n, D]``.
 
     Least squares, held to the tokens' own values.
@@ -93,13 +97,81 @@ def fitted_values(columns: Tensor, weights: Tensor, outputs: Tensor, own: Tensor
         weights: of the keys, ``[H, n]``.
         outputs: of the reference queries, ``[H, R, D]``.
         own: values of the kept tokens, ``[H, n, D]``.
+        ridge: how firmly they are held to these, of the mean square of the shares.
     """
     shares = columns * weights[:, None]
     shares = shares / shares.sum(-1, keepdim=True).clamp_min(1e-300)
     gram = shares.transpose(1, 2) @ shares
-    gram = gram + torch.diag_embed(_ridge(gram))
+    gram = gram + torch.diag_embed(_ridge(gram, ridge))
     missing = outputs.double() - shares @ own.double()
     return own.double() + _solved(gram, shares.transpose(1, 2) @ missing)
+
+
+def fitted_together(columns: Tensor, outputs: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights ``[H, n]`` and values ``[H, n, D]`` that lose least of outputs and mass together.
+
+    From ``mass_weights`` and ``fitted_values`` on: damped steps of Gauss and Newton's for the
+    logarithms of the weights, after each of which values are solved anew. A step that is no better
+    is not taken, so that no head ends with more error than it began with.
+
+    Args:
+        columns: of attention, ``[H, R, n]`` float64.
+        outputs: of the reference queries, ``[H, R, D]``.
+        own: values of the kept tokens, ``[H, n, D]``.
+    """
+    weights = mass_weights(columns)
+    values = fitted_values(columns, weights, outputs, own)
+    least = match_error(columns, weights, values, outputs)
+    damping = torch.full_like(least, _DAMPING)
+    for _ in range(_REFINED):
+        step = _weight_step(columns, weights, values, outputs.double(), damping)
+        tried = weights * step.clamp(-1, 1).exp()
+        fitted = fitted_values(columns, tried, outputs, own)
+        error = match_error(columns, tried, fitted, outputs)
+        better = error < least
+        damping = torch.where(better, damping / 3, damping * 4)
+        least = torch.where(better, error, least)
+        weights = torch.where(better[:, None], tried, weights)
+        values = torch.where(better[:, None, None], fitted, values)
+    return weights.clamp_min(_LEAST_WEIGHT), values
+
+
+def match_error(columns: Tensor, weights: Tensor, values: Tensor, outputs: Tensor) -> Tensor:
+    """Squared error of outputs, and of the logarithm of mass in the outputs' units: ``[H]``."""
+    mass, shares = _mass_and_shares(columns, weights)
+    error = (outputs.double() - shares @ values).square().sum(-1).mean(1)
+    return error + _loudness(outputs) * mass.log().square().mean(1)
+
+
+def _weight_step(
+    columns: Tensor, weights: Tensor, values: Tensor, outputs: Tensor, damping: Tensor
+) -> Tensor:
+    """What to add to the logarithms of the weights, ``[H, n]``.
+
+    d output / d log w_j = share_j (v_j - output), d log mass / d log w_j = share_j.
+    """
+    mass, shares = _mass_and_shares(columns, weights)
+    read, loudness = shares @ values, _loudness(outputs)[:, None]
+    left, crossed = outputs - read, shares * (read @ values.mT)
+    alike, mixed = shares.mT @ shares, crossed.mT @ shares
+    gram = shares.mT @ (shares * read.square().sum(-1, keepdim=True)) - mixed - mixed.mT
+    gram = gram + alike * (values @ values.mT + loudness[..., None])
+    slope = (shares * (left @ values.mT - (left * read).sum(-1, keepdim=True))).sum(1)
+    slope = slope - loudness * (shares * mass.log()[..., None]).sum(1)
+    ridge = damping[:, None] * gram.diagonal(dim1=1, dim2=2).clamp_min(1e-12)
+    return _solved(gram + torch.diag_embed(ridge), slope[..., None])[..., 0]
+
+
+def _mass_and_shares(columns: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """What the weighted keys have of each query's attention, and how they divide that."""
+    weighted = columns * weights[:, None]
+    mass = weighted.sum(-1).clamp_min(1e-300)
+    return mass, weighted / mass[..., None]
+
+
+def _loudness(outputs: Tensor) -> Tensor:
+    """Mean square of a head's outputs, ``[H]``."""
+    return outputs.double().square().sum(-1).mean(1)
 
 
 def _solved(gram: Tensor, wanted: Tensor) -> Tensor:
@@ -108,7 +180,7 @@ def _solved(gram: Tensor, wanted: Tensor) -> Tensor:
     return solution
 
 
-def _ridge(gram: Tensor) -> Tensor:
+def _ridge(gram: Tensor, share: float) -> Tensor:
     """``[H, n]``, the same for all columns of a head."""
     square = gram.diagonal(dim1=-2, dim2=-1)
-    return (_RIDGE * square.mean(-1, keepdim=True)).clamp_min(1e-12).expand_as(square)
+    return (share * square.mean(-1, keepdim=True)).clamp_min(1e-12).expand_as(square)

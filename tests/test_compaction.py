@@ -11,9 +11,10 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from kvtune.common.rotary import later_queries, turn
+from kvtune.policies import fitting
 from kvtune.policies.apply import apply_options
 from kvtune.policies.attention import attend
-from kvtune.policies.fitting import fitted_values, mass_weights, pursued
+from kvtune.policies.fitting import fitted_together, fitted_values, mass_weights, pursued
 from kvtune.policies.methods.attention_matching import AttentionMatching
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.option import Budget, Option
@@ -126,3 +127,58 @@ def test_fitting_loses_less_than_the_same_budget_of_tokens(
 
 def test_a_whole_prompt_is_kept_as_it_is() -> None:
     assert error(Option(AttentionMatching(), Budget(tokens=61)), Case(61, 0)) < 1e-9
+
+
+def matched(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns, outputs and own values of six pursued tokens."""
+    attention, values = attention_of(seed), uniform(seed + 1, HEADS, TOKENS, SIZE)
+    kept = pursued(attention, values, 6)
+    columns = attention.gather(2, kept[:, None].expand(-1, ROWS, -1)).double()
+    own = values.gather(1, kept[..., None].expand(-1, -1, SIZE))
+    return columns, attention @ values, own
+
+
+def test_a_step_of_the_weights_is_gauss_and_newtons_of_the_whole_residual() -> None:
+    columns, outputs, own = matched(11)
+    weights = mass_weights(columns)
+    values = fitted_values(columns, weights, outputs, own)
+    damping = torch.tensor([0.1, 3.0], dtype=torch.float64)
+    found = fitting._weight_step(columns, weights, values, outputs.double(), damping)
+    for head in range(HEADS):
+        loudness = outputs[head].double().square().sum(-1).mean().sqrt()
+
+        def residual(logs: Tensor, head: int = head, loudness: Tensor = loudness) -> Tensor:
+            weighted = columns[head] * logs.exp()
+            mass = weighted.sum(-1, keepdim=True)
+            read = weighted / mass @ values[head]
+            both = torch.cat([read - outputs[head].double(), loudness * mass.log()], 1)
+            return both.flatten()
+
+        logs = weights[head].log()
+        slopes = torch.autograd.functional.jacobian(residual, logs)
+        gram = slopes.T @ slopes
+        gram = gram + damping[head] * gram.diagonal().diag()
+        expected = torch.linalg.solve(gram, -slopes.T @ residual(logs))
+        torch.testing.assert_close(found[head], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_fitting_together_never_loses_more_on_the_references() -> None:
+    for seed in range(5):
+        columns, outputs, own = matched(20 + 2 * seed)
+        weights = mass_weights(columns)
+        apart = weights, fitted_values(columns, weights, outputs, own)
+        together = fitted_together(columns, outputs, own)
+        errors = [fitting.match_error(columns, *fit, outputs) for fit in (together, apart)]
+        assert (errors[0] <= errors[1]).all()
+        assert (errors[0] < 0.95 * errors[1]).any(), "some step is taken"
+
+
+def test_a_method_may_fit_weights_and_values_together() -> None:
+    signals = make_signals(Case(60, 60, group=2))
+    for method in (AttentionMatching(fit="apart"), AttentionMatching(fit="together")):
+        part = method.parts(signals, 9)[0]
+        assert part.plan == method.plan(9, 60)[0]
+        assert part.values is not None
+        assert part.log_weight is not None
+        assert part.values.isfinite().all()
+        assert part.log_weight.isfinite().all()

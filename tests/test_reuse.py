@@ -186,3 +186,40 @@ def test_what_a_model_foresees_best_is_left_out(tiny_model: Any) -> None:
     assert shortened(tiny_model, IDS, 0.1, kept_last=6)[-6:] == IDS[-6:]
     with pytest.raises(KvtuneError, match="a share of 0"):
         shortened(tiny_model, IDS, 0.0)
+
+
+def test_scattered_rows_attend_as_they_would_among_all() -> None:
+    """In tiles that see no key behind their last row, against straight-line float64."""
+    from kvtune.traces import seam
+
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, h, 60, 8, generator=generator) for h in (6, 2, 2))
+    places = [0, 3, 4, 17, 18, 40, 59]
+    found = seam.attention_of_rows(q[:, :, places], k, v, 0.3, places)
+    for head, (row, place) in ((h, x) for h in range(6) for x in enumerate(places)):
+        keys, values = (x[0, head // 3, : place + 1].double().numpy() for x in (k, v))
+        weight = np.exp(keys @ q[0, head, place].double().numpy() * 0.3)
+        expected = weight @ values / weight.sum()
+        np.testing.assert_allclose(found[0, head, row], expected, atol=1e-5)
+
+
+def test_blending_some_tokens_computes_a_part_of_a_prefill(tiny_model: Any) -> None:
+    """Matrices of two layers for all tokens, and of all layers for those that run anew."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    ids = tuple(2 + (5 * n) % 250 for n in range(400))
+    chunks = [cache_of(tiny_model, ids[at : at + 100]) for at in range(0, 400, 100)]
+
+    def operations(case: Any) -> int:
+        with FlopCounterMode(display=False) as counter:
+            case()
+        return int(counter.get_total_flops())
+
+    whole = operations(lambda: cache_of(tiny_model, ids))
+    some, more = (
+        operations(lambda s=share: blended(tiny_model, ids, chunks, share=s))
+        for share in (0.1, 0.2)
+    )
+    layers = tiny_model.geometry.layers
+    assert 0 < more - some < 0.2 * whole, "a tenth of 300 tokens, through all layers"
+    assert some < (2 / layers + 0.2) * whole

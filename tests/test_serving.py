@@ -29,7 +29,7 @@ from kvtune.simulator.serving.record import Record
 from kvtune.simulator.serving.report import Goals, Served
 from kvtune.simulator.serving.requests import Lengths, Requests, generate
 from kvtune.simulator.serving.requests_file import read_requests
-from kvtune.simulator.serving.scheduler import Scheduler
+from kvtune.simulator.serving.scheduler import PASSED_OVER, Scheduler
 from kvtune.simulator.serving.sequence import Footprint, Prefix, Sequence
 from kvtune.simulator.serving.server import Server, server
 from kvtune.simulator.serving.step import Limits, Step
@@ -121,7 +121,7 @@ ROWS = st.lists(
     blocks=st.integers(1, 40),
     host=st.integers(0, 20),
     block_tokens=st.sampled_from([1, 4, 16]),
-    limits=st.tuples(st.integers(1, 8), st.integers(8, 64)),
+    limits=st.tuples(st.integers(1, 8), st.integers(8, 64), st.sampled_from(["arrival", "cached"])),
     kept=st.sampled_from([1.0, 0.3, 0.05]),
     shares=st.booleans(),
 )
@@ -130,7 +130,7 @@ def test_every_request_is_answered_or_refused_and_no_block_is_lost(
     blocks: int,
     host: int,
     block_tokens: int,
-    limits: tuple[int, int],
+    limits: tuple[int, int, Any],
     kept: float,
     shares: bool,
 ) -> None:
@@ -296,6 +296,28 @@ def test_shared_beginnings_are_read_once_unless_the_policy_evicts() -> None:
     chains = [Prefix(("a", "b"), 64), Prefix(("a", "c"), 64), Prefix(("x", "b"), 64)]
     asked = requests((0, 80, 1), (5, 80, 1), (9, 80, 1), prefixes=chains)
     assert run(asked).counts.shared_tokens == 32  # "b" after "x" is another text
+
+
+def test_prompts_that_are_held_already_go_first_where_asked() -> None:
+    """With room for one text's prefix, texts that come in turns are read again and again."""
+    texts = [Prefix((name,), 64) for name in "ab" * 6]
+    asked = requests(*((0, 80, 1) for _ in texts), prefixes=texts)
+    by_turns, cached = (
+        run(asked, blocks=7, limits=Limits(1, 400, order)) for order in ("arrival", "cached")
+    )
+    assert by_turns.counts.shared_tokens == 0
+    assert cached.counts.shared_tokens == 10 * 64  # all but the first of each text
+    order = np.argsort(cached.started_s, kind="stable").tolist()
+    assert order == [*range(0, 12, 2), *range(1, 12, 2)]
+
+
+def test_nobody_is_passed_over_for_ever() -> None:
+    held = Prefix(("a",), 64)
+    texts = [held, None, *[held] * (PASSED_OVER + 20)]
+    asked = requests(*((0, 80, 1) for _ in texts), prefixes=texts)
+    record = run(asked, limits=Limits(1, 400, "cached"))
+    order = np.argsort(record.started_s, kind="stable").tolist()
+    assert order.index(1) == 1 + PASSED_OVER
 
 
 def test_a_compressed_prompt_gives_blocks_back_when_it_has_been_read() -> None:

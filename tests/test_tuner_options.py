@@ -11,10 +11,22 @@ from kvtune.policies.methods.compresskv import CompressKV
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.methods.weighted_keys import WeightedKeys
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.signals import Needs
 from kvtune.traces.signals import SIGNALS
-from kvtune.tuner.options import FULL, LAPTOP, METHODS, ROTATED, SMALL, Menu, alike, every_method
+from kvtune.tuner.options import (
+    FULL,
+    LAPTOP,
+    METHODS,
+    ROTATED,
+    SMALL,
+    WEIGHTED,
+    WEIGHTED_BY,
+    Menu,
+    alike,
+    every_method,
+)  # fmt: skip
 from kvtune.tuner.sources import menu_of, queries_of, signals_of
 
 
@@ -68,9 +80,22 @@ def test_rotated_formats_are_in_the_menu_of_all_methods_alone() -> None:
             cast(Any, SimpleNamespace(workload=workload, menu=menu, reads_less=False, stack=None))
             for menu in ("three", "all")
         ]
-        three, every = (menu_of(request, calibrated=False).formats for request in asked)
-        assert every == (*three, *ROTATED)
-        assert not {*three} & {*ROTATED}
+        three, every = (menu_of(request, calibrated=False) for request in asked)
+        assert every.formats == (*three.formats, *ROTATED)
+        assert not {*three.formats} & {*ROTATED}
+        assert (three.weighted, every.weighted) == ((), WEIGHTED)
+
+
+def test_formats_by_channel_are_offered_behind_weighted_keys_alone() -> None:
+    """And a kernel attends to what they store."""
+    from kvtune.runtime.cache.signed import has_signs
+
+    menu = Menu((SnapKV(),), (0.5,), alike((Option().keys,)), WEIGHTED)
+    weighted = [option for option in menu.options() if (option.keys, option.values) in WEIGHTED]
+    assert len(weighted) == len(WEIGHTED) * (1 + len(WEIGHTED_BY))
+    assert {type(option.method) for option in weighted} == {WeightedKeys}
+    assert all(has_signs((option.keys, option.values), 64) for option in weighted)
+    assert menu.needs.later_queries
 
 
 def test_a_trace_records_what_the_menu_needs_and_what_baselines_read() -> None:

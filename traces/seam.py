@@ -86,6 +86,42 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int 
     return _tail(q, k, v, scale, None)
 
 
+def attention_of_rows(q: Tensor, k: Tensor, v: Tensor, scale: float, places: list[int]) -> Tensor:
+    """Causal attention of scattered tokens of a sequence, in the model's own precision.
+
+    Tiles of queries look at the keys up to their last one's place, so that no more is computed, nor
+    held, than causal attention needs.
+
+    Args:
+        q: queries of n tokens [1, Hq, n, D].
+        k: keys of all tokens [1, H, N, D].
+        v: values of all tokens.
+        scale: factor of the scores before the softmax.
+        places: of the n tokens, ascending.
+
+    Returns:
+        Output [1, Hq, n, D].
+    """
+    import torch
+    import torch.nn.functional as F
+
+    group = q.shape[1] // k.shape[1]
+    queries = q.unflatten(1, (-1, group))  # the group's queries are rows: keys are not repeated
+    key = torch.arange(k.shape[2], device=q.device)
+    at = torch.tensor(places, device=q.device)[:, None]
+    tiles = []
+    for start in range(0, len(places), _TILE_QUERIES):
+        stop = min(start + _TILE_QUERIES, len(places))
+        last = places[stop - 1] + 1
+        mine = queries[:, :, :, start:stop].flatten(2, 3)
+        seen = (key[:last] <= at[start:stop]).repeat(group, 1)
+        found = F.scaled_dot_product_attention(
+            mine, k[:, :, :last], v[:, :, :last], attn_mask=seen, scale=scale
+        )
+        tiles.append(found.unflatten(2, (group, -1)))
+    return torch.cat(tiles, 3).flatten(1, 2)
+
+
 def prompt_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None
 ) -> Tensor:

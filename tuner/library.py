@@ -369,12 +369,12 @@ def capture(
 def _signals(loaded: LoadedModel) -> tuple[str, ...]:
     """All that any search reads; a calibration only where the model has one."""
     from kvtune.traces.calibration import find_calibration
-    from kvtune.tuner.options import Menu, every_method
+    from kvtune.tuner.options import WEIGHTED, Menu, every_method
     from kvtune.tuner.sources import signals_of
 
     calibrated = find_calibration(loaded.fingerprint) is not None
     methods = every_method(calibrated=calibrated, reads_less=True)
-    return signals_of(Menu(methods, (), ()).needs)
+    return signals_of(Menu(methods, (), (), WEIGHTED).needs)
 
 
 def _several(one: Any) -> Sequence[Any]:

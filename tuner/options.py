@@ -10,6 +10,7 @@ from operator import or_
 
 from kvtune.policies.format import Format
 from kvtune.policies.formats.bf16 import Bf16
+from kvtune.policies.formats.fitted import Allocated
 from kvtune.policies.formats.grouped import Int2, Int3, Int4
 from kvtune.policies.formats.rotated import RotatedInt2, RotatedInt3, RotatedInt4
 from kvtune.policies.method import Method, methods
@@ -41,30 +42,40 @@ class Menu:
         methods: whom to keep.
         shares: of the prompt's tokens, below 1.
         formats: for keys and values.
+        weighted: formats for keys that ``weighted_keys`` scales, around ``WEIGHTED_BY``.
     """
 
     methods: tuple[Method, ...]
     shares: tuple[float, ...]
     formats: tuple[Pair, ...]
+    weighted: tuple[Pair, ...] = ()
 
     def options(self) -> tuple[Option, ...]:
         """All options, those that keep every token last."""
-        evicting = product(self.methods, self.shares, self.formats)
+        evicting = [
+            *product(self.methods, self.shares, self.formats),
+            *product(WEIGHTED_BY, self.shares, self.weighted),
+        ]
         return (
             *(Option(method, Budget(share=share), *pair) for method, share, pair in evicting),
             *(Option(Full(), ALL, *pair) for pair in self.formats),
+            *(Option(WeightedKeys(), ALL, *pair) for pair in self.weighted),
         )
 
     @property
     def needs(self) -> Needs:
         """The signals that its methods read together: what a trace has to hold."""
-        return reduce(or_, (method.needs for method in self.methods), Needs())
+        weighted = WEIGHTED_BY if self.weighted else ()
+        return reduce(or_, (method.needs for method in (*self.methods, *weighted)), Needs())
 
 
 def alike(formats: Sequence[Format]) -> tuple[Pair, ...]:
     """The same format for keys and values."""
     return tuple((form, form) for form in formats)
 
+
+WEIGHTED_BY: tuple[WeightedKeys, ...] = (WeightedKeys("snapkv"), WeightedKeys("h2o"))
+"""Rules around what chooses tokens, for formats that divide bits among channels."""
 
 SMALL_SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 METHODS: tuple[Method, ...] = (SnapKV(), H2O(), StreamingLLM())
@@ -107,6 +118,13 @@ ROTATED: tuple[Pair, ...] = (
 )
 """Rotated keys and values, and three bits, which the menu of all methods has besides."""
 
+WEIGHTED: tuple[Pair, ...] = (
+    (Allocated(mean_bits=3.0), Allocated(mean_bits=3.0, directions="hadamard")),
+    (Allocated(mean_bits=2.25), Allocated(mean_bits=2.0, directions="hadamard")),
+)
+"""Bits by channel behind ``weighted_keys``, which that menu has too: 3.2 and 2.3 bits, everything
+counted, that lose less than all others of so many."""
+
 READERS: tuple[Method, ...] = (Quest(block=64), Landmark(block=64))
 """Beside the three, where a search limits what is read; their blocks are the runtime's pages."""
 
@@ -119,8 +137,8 @@ def every_method(
     As published; A2SF as its authors set it for prompts. Left out are ``full``, which under a
     budget is StreamingLLM without sinks, ``protected`` and ``mustdrop``, whose spans
     only their user can set, ``lococo`` and ``oscar``, whose matrices are fitted to the model first,
-    ``weighted_keys``, which goes with two formats only, and ``random``, a floor to hold others
-    against.
+    ``weighted_keys``, which goes with the formats of ``Menu.weighted`` only, and ``random``, a
+    floor to hold others against.
 
     Args:
         calibrated: whether the model has a calibration; without one, what needs it is left out.

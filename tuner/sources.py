@@ -23,7 +23,7 @@ from kvtune.simulator.quality.tables_file import load_tables, save_tables
 from kvtune.traces.signals import SIGNALS
 from kvtune.tuner import source_models
 from kvtune.tuner.band import band
-from kvtune.tuner.options import FULL, LAPTOP, READERS, ROTATED, Menu, every_method
+from kvtune.tuner.options import FULL, LAPTOP, READERS, ROTATED, WEIGHTED, Menu, every_method
 from kvtune.tuner.quality import calibrated
 from kvtune.tuner.question import evicts
 from kvtune.tuner.request import SearchRequest
@@ -179,15 +179,16 @@ def _own_trace(
 def menu_of(request: SearchRequest, *, calibrated: bool, pairs: bool = False) -> Menu:
     """What a head may be given: shares and formats by workload, methods as the request asks.
 
-    The menu of all methods has rotated formats too, and a limit on what is read, or brought over
-    from the host, brings readers; of all these, what the stack can express stays. Links between
-    layers are on it where these come in ``pairs``.
+    The menu of all methods has rotated formats and weighted keys too, and a limit on what is read,
+    or brought over from the host, brings readers; of all these, what the stack can express stays.
+    Links between layers are on it where these come in ``pairs``.
     """
     menu = LAPTOP if request.workload == "small" else FULL
     reads_less = request.reads_less
     if request.menu == "all":
         methods = every_method(calibrated=calibrated, reads_less=reads_less, pairs=pairs)
-        menu = replace(menu, methods=methods, formats=(*menu.formats, *ROTATED))
+        formats = (*menu.formats, *ROTATED)
+        menu = replace(menu, methods=methods, formats=formats, weighted=WEIGHTED)
     elif reads_less:
         menu = replace(menu, methods=menu.methods + READERS)
     return menu_within(menu, limits_of(request.stack))

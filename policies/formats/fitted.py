@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from kvtune.policies.format import Role
 from kvtune.policies.formats.coded import Coded
-from kvtune.policies.formats.normal_codes import WIDEST, distortion, nearest_codes, numbers_of
+from kvtune.policies.formats.hadamard import hadamard
+from kvtune.policies.formats.normal_codes import EVEN
 from kvtune.policies.formats.packing import pack, unpack
 from kvtune.policies.registry import LONGEST_PROMPT, parameter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+WIDEST = len(EVEN) - 1
+"""Most bits of a direction."""
+
 _LARGEST = 127  # of the basis, in 8 bits
-_FITS = 3  # rounds of codes and scales
+_FITS = 3  # rounds of codes, and of scales
 _STEPS, _EVEN = 32, 128  # of a token's scale: 32 to a factor of two, and the one that stands for 1
 
 
@@ -24,14 +28,19 @@ _STEPS, _EVEN = 32, 128  # of a token's scale: 32 to a factor of two, and the on
 class Allocated(Coded):
     """Each channel with as many bits as lower the error most, and a scale a token.
 
-    z = x - m, m = the mean of the head's keys or values, s_c = the scale of channel c,
-    t = the token's, in 8 bits
+    z = x - m, m = the mean of the head's keys or values, s_c = the step of channel c,
+    t = the token's scale, in 8 bits
     of all bits of all channels, the D * ``mean_bits`` that lower the summed error most are given;
-    codes = nearest of Lloyd and Max's levels of z_c / (s_c t) with b_c bits, maybe none
+    code = the nearest of 2^b_c even steps about nothing: z_c = t s_c (code - (2^b_c - 1) / 2)
+
+    Even steps make every bit a sign: z_c is the sum of t s_c 2^p / 2, added or subtracted as bit p
+    says. A token is thus a row of D * ``mean_bits`` signs, whatever bits its channels have, and a
+    reader multiplies signs by its query, and weights by signs, channel by channel only at the ends.
+    ``directions="hadamard"`` rotates first, which suits values: their outliers are in no channels.
 
     The first tokens, the sinks, stay exact: their keys would take bits of all others. Where a
-    channel's errors matter by how it is read, scale it so first (``weighted_keys``). Mean, scale
-    and bits of each channel are stored with the prompt and counted.
+    channel's errors matter by how it is read, scale it so first (``weighted_keys``). Mean, step
+    and bits of each channel are stored with the prompt and counted; a token's signs fill bytes.
 
     Source: the allocation is Huang and Schultheiss, "Block Quantization of Correlated Gaussian
     Random Variables", IEEE Trans. Communications, 1963.
@@ -47,28 +56,37 @@ class Allocated(Coded):
         4, "first kept tokens left in 16 bits", unit="tokens", low=0, high=LONGEST_PROMPT
     )
     mean_bits: float = parameter(2.0, "of codes, over all channels", unit="bits", low=1, high=4)
+    directions: Literal["channels", "hadamard"] = parameter(
+        "channels", "what bits are divided among: channels, or those of a Hadamard rotation"
+    )
 
     @property
     def label(self) -> str:
-        """``allocated2+4``: mean bits, and four tokens exact."""
-        return f"{self.name}{self.mean_bits:g}+{self.exact_first}"
+        """``allocated2+4``: mean bits, and four tokens exact; ``allocated2-hadamard+4`` rotated."""
+        rotated = "" if self.directions == "channels" else f"-{self.directions}"
+        return f"{self.name}{self.mean_bits:g}{rotated}+{self.exact_first}"
 
-    def _code_bits(self, head_dim: int) -> int:
-        return int(self.mean_bits * head_dim)
+    def signs(self, head_dim: int) -> int:
+        """Bits of a token, over all directions: whole bytes, one at least."""
+        return 8 * max(round(self.mean_bits * head_dim / 8), 1)
 
     def code_bytes(self, tokens: int, head_dim: int, role: Role) -> int:
-        """Codes, a byte a token; mean, scale and bits a channel."""
-        codes = -(-tokens * self._code_bits(head_dim) // 8)
-        return codes + tokens + head_dim * (2 + 2 + 1)
+        """Signs, a byte a token; mean, step and bits a channel."""
+        return tokens * (self.signs(head_dim) // 8 + 1) + head_dim * (2 + 2 + 1)
+
+    def turned(self, rows: Tensor) -> Tensor:
+        """Rows ``[..., D]`` in the directions that have codes, or back: it is its own inverse."""
+        return hadamard(rows) if self.directions == "hadamard" else rows
 
     def codes(self, rows: Tensor, role: Role) -> Mapping[str, Tensor]:
         """The codes of these rows about their mean."""
+        rows = self.turned(rows)
         mean = rows.mean(0).half()
         return {"mean": mean, **self._coded_directions(rows - mean.float())}
 
     def numbers(self, buffers: Mapping[str, Tensor], shape: tuple[int, int], role: Role) -> Tensor:
-        """Levels times scales, plus the mean."""
-        return self._directions(buffers, shape) + buffers["mean"].float()
+        """Codes times steps, plus the mean."""
+        return self.turned(self._directions(buffers, shape) + buffers["mean"].float())
 
     def roundtrip(self, tensor: Tensor, counts: Tensor, role: Role) -> Tensor:
         """All heads at once."""
@@ -80,42 +98,39 @@ class Allocated(Coded):
             return tensor.clone()
         at = torch.arange(coded.shape[-2], device=tensor.device)
         real = (at < counts[..., None] - first)[..., None]
-        coded = coded.where(real, 0)
+        coded = self.turned(coded.where(real, 0))
         count = real.sum(-2, keepdim=True).clamp_min(1)
         mean = (coded.sum(-2, keepdim=True) / count).half().float()
-        stored = self._read_back((coded - mean).where(real, 0), real) + mean
+        z = (coded - mean).where(real, 0)
+        found = _quantised(z, real, self.signs(z.shape[-1]))
+        stored = self.turned(_levels(found.codes, found.widths) * found.scale + mean)
         return torch.cat([exact, stored.to(tensor.dtype)], -2)
-
-    def _read_back(self, z: Tensor, real: Tensor) -> Tensor:
-        """What ``_directions`` gives of ``_coded_directions`` of many heads, ``[..., n, D]``."""
-        codes, scales, widths, tokens = _quantised(z, real, self._code_bits(z.shape[-1]))
-        return _levels(codes, widths) * scales.float() * _scale_of(tokens)
 
     def _coded_directions(self, z: Tensor) -> dict[str, Tensor]:
         """Codes and scales of ``[n, D]`` without a mean."""
         import torch
 
         real = torch.ones(len(z), 1, dtype=torch.bool, device=z.device)
-        codes, scales, widths, tokens = _quantised(z, real, self._code_bits(z.shape[1]))
+        found = _quantised(z, real, self.signs(z.shape[1]))
         place = torch.arange(WIDEST, device=z.device)
-        flags = ((codes[..., None] >> place) & 1)[:, place < widths[0, :, None]]
+        flags = (found.codes[..., None] >> place) & 1
         return {
-            "codes": pack(flags.flatten(), 1), "scales": scales[0],
-            "widths": widths[0].to(torch.uint8), "tokens": tokens[:, 0],
-        }  # fmt: skip
+            "codes": pack(flags[:, place < found.widths[0, :, None]], 1),
+            "steps": found.steps[0],
+            "widths": found.widths[0].to(torch.uint8),
+            "tokens": found.tokens[:, 0],
+        }
 
     def _directions(self, buffers: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
         """What ``_coded_directions`` stored."""
         import torch
 
-        tokens, head_dim = shape
         widths = buffers["widths"].long()
         place = torch.arange(WIDEST, device=widths.device)
         flags = torch.zeros(*shape, WIDEST, dtype=torch.long, device=widths.device)
-        count = tokens * self._code_bits(head_dim)
-        flags[:, place < widths[:, None]] = unpack(buffers["codes"], 1, count).view(tokens, -1)
-        levels = _levels((flags << place).sum(-1), widths[None]) * buffers["scales"].float()
-        return levels * _scale_of(buffers["tokens"][:, None])
+        flags[:, place < widths[:, None]] = unpack(buffers["codes"], 1, self.signs(shape[1]))
+        levels = _levels((flags << place).sum(-1), widths[None]) * buffers["steps"].float()
+        return levels * scale_of(buffers["tokens"][:, None])
 
 
 @dataclass(frozen=True)
@@ -147,6 +162,7 @@ class Fitted(Allocated):
         """The rotation fitted to these rows, and their codes."""
         import torch
 
+        rows = self.turned(rows)
         mean = rows.mean(0).half()
         centred = rows - mean.float()
         covariance = centred.double().T @ centred.double()
@@ -158,43 +174,89 @@ class Fitted(Allocated):
         return beside | self._coded_directions(z)
 
     def numbers(self, buffers: Mapping[str, Tensor], shape: tuple[int, int], role: Role) -> Tensor:
-        """Levels times scales in the stored basis, plus the mean."""
+        """Codes times steps in the stored basis, plus the mean."""
         basis = buffers["basis"].float() * buffers["columns"].float()
-        return self._directions(buffers, shape) @ basis.T + buffers["mean"].float()
+        return self.turned(self._directions(buffers, shape) @ basis.T + buffers["mean"].float())
 
 
-def _quantised(z: Tensor, real: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes, and scales, widths and token scales as they are stored, of directions without a mean.
+@dataclass(frozen=True)
+class _Quantised:
+    """Codes and scales as they are stored.
+
+    Args:
+        codes: ``[..., n, D]``.
+        steps: ``[..., 1, D]`` in 16 bits.
+        widths: bits of each direction, ``[..., 1, D]``.
+        tokens: ``[..., n, 1]`` in 8 bits.
+    """
+
+    codes: Tensor
+    steps: Tensor
+    widths: Tensor
+    tokens: Tensor
+
+    @property
+    def scale(self) -> Tensor:
+        """What multiplies the levels of the codes."""
+        return self.steps.float() * scale_of(self.tokens)
+
+
+def _quantised(z: Tensor, real: Tensor, bits: int) -> _Quantised:
+    """Codes of directions without a mean, and scales of tokens and directions fitted to them in
+    turns.
 
     Args:
         z: ``[..., n, D]``, zeros where a token is not real.
         real: ``[..., n, 1]``.
         bits: of a token, over all directions.
-
-    Returns:
-        ``[..., n, D]``, ``[..., 1, D]`` in 16 bits, ``[..., 1, D]``, ``[..., n, 1]`` in 8 bits.
     """
+    import torch
+
     count = real.sum(-2, keepdim=True).clamp_min(1)
     variances = z.square().sum(-2, keepdim=True) / count
     widths = _widths(variances, bits)
-    tokens = _token_scales(z, variances, widths)
-    codes, scales = _fitted((z / _scale_of(tokens)).where(real, 0), real, widths)
-    return codes, scales, widths, tokens
+    best = torch.tensor([step for step, _ in EVEN], device=z.device)[widths]
+    steps, tokens = (variances.sqrt() * best).half(), _first_tokens(z, variances, widths)
+    for _ in range(_FITS):
+        levels = _levels(_codes(z / scale_of(tokens), steps, widths), widths)
+        tokens = _logarithms(_share(z, levels * steps.float(), -1))
+        scaled = (levels * scale_of(tokens)).where(real, 0)
+        steps = _share(z, scaled, -2).clamp_min(0).half()
+    return _Quantised(_codes(z / scale_of(tokens), steps, widths), steps, widths, tokens)
 
 
-def _token_scales(z: Tensor, variances: Tensor, widths: Tensor) -> Tensor:
-    """How much longer than others each token is, as logarithms in 8 bits; of what is coded, in
-    units of each direction."""
-    import torch
+def _codes(z: Tensor, steps: Tensor, widths: Tensor) -> Tensor:
+    """The nearest codes of what is in units of its token's scale."""
+    most = (1 << widths) - 1.0
+    unit = z / steps.float().where(steps > 0, 1.0) + most / 2
+    return unit.round().clamp_min(0).minimum(most).long()
 
+
+def _share(z: Tensor, levels: Tensor, dim: int) -> Tensor:
+    """What multiplies the levels to come nearest to z, in the least of squares."""
+    power = levels.square().sum(dim, keepdim=True)
+    return (z * levels).sum(dim, keepdim=True) / power.clamp_min(1e-30)
+
+
+def _first_tokens(z: Tensor, variances: Tensor, widths: Tensor) -> Tensor:
+    """How much longer than others each token is, in 8 bits; of what is coded, in units of each
+    direction."""
     coded = widths > 0
     spread = (z.square() / variances.clamp_min(1e-30)).where(coded, 0)
     size = spread.sum(-1, keepdim=True) / coded.sum(-1, keepdim=True).clamp_min(1)
-    return (size.clamp_min(1e-30).log2() * _STEPS / 2 + _EVEN).round().clamp(0, 255).to(torch.uint8)
+    return _logarithms(size.sqrt())
 
 
-def _scale_of(tokens: Tensor) -> Tensor:
-    """What multiplies a token's directions, from their logarithms."""
+def _logarithms(scales: Tensor) -> Tensor:
+    """Of tokens, as they are stored."""
+    import torch
+
+    logarithms = scales.clamp_min(1e-30).log2() * _STEPS + _EVEN
+    return logarithms.round().clamp(0, 255).to(torch.uint8)
+
+
+def scale_of(tokens: Tensor) -> Tensor:
+    """What multiplies a token's directions, from their logarithms in 8 bits."""
     return ((tokens.float() - _EVEN) / _STEPS).exp2()
 
 
@@ -203,7 +265,7 @@ def _widths(variances: Tensor, bits: int) -> Tensor:
     fall, so that the largest of all are some first bits of each."""
     import torch
 
-    gains = [distortion(width) - distortion(width + 1) for width in range(WIDEST)]
+    gains = [EVEN[width][1] - EVEN[width + 1][1] for width in range(WIDEST)]
     gain = variances[..., None] * torch.tensor(gains, device=variances.device)
     order = gain.flatten(-2).argsort(dim=-1, descending=True, stable=True)
     # Of directions without spread every gain is nothing: first bits come first there too.
@@ -212,31 +274,6 @@ def _widths(variances: Tensor, bits: int) -> Tensor:
     return given.view(gain.shape).sum(-1)
 
 
-def _fitted(z: Tensor, real: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes, and scales ``[..., 1, D]`` in 16 bits, fitted to each other in turns."""
-    import torch
-
-    count = real.sum(-2, keepdim=True).clamp_min(1)
-    scales = (z.square().sum(-2, keepdim=True) / count).sqrt()
-    codes = torch.zeros_like(z, dtype=torch.long)
-    for _ in range(_FITS):
-        scales = scales.half().float()
-        unit = z / torch.where(scales > 0, scales, 1.0)
-        codes = torch.zeros_like(codes)
-        for width in range(1, WIDEST + 1):
-            codes = torch.where(widths == width, nearest_codes(unit, width), codes)
-        level = _levels(codes, widths).where(real, 0)
-        power = level.square().sum(-2, keepdim=True)
-        best = (z * level).sum(-2, keepdim=True) / power.clamp_min(1e-30)
-        before, scales = scales, torch.where(power > 0, best.clamp_min(0), scales)
-    return codes, before.half()
-
-
 def _levels(codes: Tensor, widths: Tensor) -> Tensor:
-    import torch
-
-    found = torch.zeros(codes.shape, device=codes.device)
-    for width in range(1, WIDEST + 1):
-        mine = widths == width
-        found = torch.where(mine, numbers_of(codes.where(mine, 0), width), found)
-    return found
+    """What codes stand for, in steps; nothing where a direction has no bits."""
+    return codes - ((1 << widths) - 1) / 2

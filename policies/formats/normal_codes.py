@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-WIDEST = 5
-"""Bits of the largest table."""
+EVEN = (
+    (0.0, 1.0), (1.596, 0.3634), (0.9957, 0.1188), (0.5860, 0.03744), (0.3352, 0.01154),
+    (0.1881, 0.003495), (0.1041, 0.001041),
+)  # fmt: skip
+"""By bits, the step of evenly spaced levels that loses least of a standard normal number, and its
+mean squared error: to five bits from Max, "Quantizing for Minimum Distortion", 1960, table II."""
 
 _ITERATIONS = 2000
 
@@ -29,15 +33,6 @@ def levels(bits: int) -> tuple[float, ...]:
         ends = [-math.inf, *((a + b) / 2 for a, b in pairwise(found)), math.inf]
         found = [_mean_between(a, b) for a, b in pairwise(ends)]
     return tuple(found) if bits else (0.0,)
-
-
-@cache
-def distortion(bits: int) -> float:
-    """Mean squared error of ``levels(bits)`` for a standard normal number."""
-    some = levels(bits)
-    ends = [-math.inf, *((a + b) / 2 for a, b in pairwise(some)), math.inf]
-    weights = [_below(b) - _below(a) for a, b in pairwise(ends)]
-    return 1 - sum(weight * level**2 for weight, level in zip(weights, some, strict=True))
 
 
 def nearest_codes(numbers: Tensor, bits: int) -> Tensor:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _REFERENCES = 512  # queries a query head
+_STEPS_TOGETHER = 6
 _NEEDS = {
     "prompt": Needs(later_queries=True),
     "repeat": Needs(repeat_queries=True),
@@ -43,7 +44,8 @@ class AttentionMatching(Method):
     a pass that repeats the prompt, or from self-study); the mass is matched in relative terms;
     weights and values are held to 1 and to the tokens' own by a small ridge; budgets are the
     policy's. ``select`` names a cheaper variant: the tokens that another method keeps, with fitted
-    weights and values.
+    weights and values. ``fit="together"``, ours, goes on from there: damped Gauss-Newton steps of
+    the log-weights on outputs and mass, values solved after each.
     Cost: O(Hq R P (D + budget)) once a prompt; a log-weight an entry.
     """
 
@@ -61,6 +63,10 @@ class AttentionMatching(Method):
         128, "most tokens that pursuit chooses; those of most attention follow",
         unit="tokens", low=1, high=4096,
     )  # fmt: skip
+
+    fit: Literal["apart", "together"] = parameter(
+        "apart", "weights by the mass and then values, or steps that fit both to outputs and mass"
+    )
 
     @property
     def needs(self) -> Needs:
@@ -81,21 +87,24 @@ class AttentionMatching(Method):
 
     def parts(self, signals: Signals, budget: int) -> list[Part]:
         """The chosen tokens' keys with fitted weights and values; all as they are if all fit."""
-        from kvtune.policies.fitting import fitted_values, mass_weights
+        from kvtune.policies.fitting import fitted_together, fitted_values, mass_weights
 
         kept = self.keep(signals, budget)
         if not 0 < budget < signals.prompt_tokens:
             return [Part(kept)]
         attention = self._attention(signals)
         columns = attention.gather(2, kept[:, None].expand(-1, attention.shape[1], -1)).double()
-        weights = mass_weights(columns)
         keys, own = (
             whole.gather(1, kept[..., None].expand(-1, -1, whole.shape[-1]))
             for whole in (signals.keys, signals.values)
         )
         outputs = attention @ signals.values.float()
-        values = fitted_values(columns, weights, outputs, own).to(own.dtype)
-        return [Part(kept, keys, values, weights.log().float())]
+        if self.fit == "together":
+            weights, values = fitted_together(columns, outputs, own)
+        else:
+            weights = mass_weights(columns)
+            values = fitted_values(columns, weights, outputs, own)
+        return [Part(kept, keys, values.to(own.dtype), weights.log().float())]
 
     def plan(self, budget: int, prompt_tokens: int) -> tuple[PartPlan, ...]:
         """A log-weight beside every entry, unless all tokens stay as they are."""
@@ -143,8 +152,10 @@ class AttentionMatching(Method):
         logits = 2 * rows * shape.prompt_tokens * shape.head_dim
         steps = min(size, self.pursued) if self.select == "pursuit" else 0
         pursuit = 2 * rows * shape.prompt_tokens * steps
-        systems = 4 * rows * size**2 + 2 * shape.kv_heads * float(size) ** 3
+        rounds = 1 if self.fit == "apart" else 1 + _STEPS_TOGETHER
+        systems = rounds * (4 * rows * size**2 + 2 * shape.kv_heads * float(size) ** 3)
         moved = 4 * rows * shape.prompt_tokens * (2 + steps)
-        launches = 390 + 45.0 * steps  # one pursued token after another
+        # One pursued token after another.
+        launches = 390 + 45.0 * steps + 90 * (rounds - 1)
         more = Work(2 * logits + pursuit + systems, moved, launches=launches)
         return super().work(shape, budget) + more

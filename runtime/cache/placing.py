@@ -18,6 +18,7 @@ from kvtune.policies.pages import exact_tokens, has_pages
 from kvtune.policies.paging import is_coded, is_exact, may_lie_on_host
 from kvtune.policies.parts import HeadPart
 from kvtune.policies.policy import Policy
+from kvtune.runtime.cache.signed import has_signs
 
 Placed = tuple[Tensor, int, "tuple[Tensor, Tensor] | None", list[HeadPart]]
 
@@ -25,7 +26,11 @@ Placed = tuple[Tensor, int, "tuple[Tensor, Tensor] | None", list[HeadPart]]
 def warn_of_slow_formats(policy: Policy, head_dim: int) -> None:
     """Say which options are read back from their encoded form at every step."""
     options = dict.fromkeys(policy.options())
-    slow = [option.label for option in options if not has_pages(option, head_dim)]
+    slow = [
+        option.label
+        for option in options
+        if not (has_pages(option, head_dim) or has_signs((option.keys, option.values), head_dim))
+    ]
     if slow:
         warnings.warn(
             f"{', '.join(slow)}: these formats have no pages; they are held encoded and read back "

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.attention import attend
-from kvtune.runtime.reuse.passes import PromptCache, joined, moved, refuse_windows, tokens_of
+from kvtune.runtime.reuse.passes import PromptCache, placed, refuse_windows, tokens_of
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.passes import run_prompt
-from kvtune.traces.seam import attending
+from kvtune.traces.seam import attending, attention_of_rows
 
 CHECK_LAYER = 1
 Rule = Literal["cacheblend", "kvshare"]
@@ -66,14 +65,11 @@ def blended(
     Raises:
         KvtuneError: tokens and chunks do not fit together, or a layer slides.
     """
-    starts = [0]
-    for chunk in chunks:
-        starts.append(starts[-1] + tokens_of(chunk))
-    if starts[-1] != len(token_ids):
-        raise KvtuneError(f"{len(token_ids)} tokens, but chunks of {starts[-1]}")
+    whole = sum(map(tokens_of, chunks))
+    if whole != len(token_ids):
+        raise KvtuneError(f"{len(token_ids)} tokens, but chunks of {whole}")
     refuse_windows(loaded, len(token_ids))
-    pairs = zip(chunks, starts, strict=False)
-    cache = joined([moved(loaded, chunk, start) for chunk, start in pairs])
+    cache = placed(loaded, chunks)
     first = tokens_of(chunks[0])
     with torch.no_grad():
         fresh, queries = _first_layers(loaded, token_ids)
@@ -130,20 +126,18 @@ def _run_anew(
     fresh: PromptCache,
     cache: PromptCache,
 ) -> PromptCache:
-    """Some tokens through all layers; each sees every token up to its own position."""
-    found = PromptCache()
+    """Some tokens through all layers; each sees every token up to its own position. Writes theirs
+    into the cache."""
+    found, rows = PromptCache(), places.tolist()
 
     def handler(
         layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Tensor:
-        keys, values = (x.clone() for x in (fresh if layer < len(fresh) else cache)[layer])
+        keys, values = (fresh if layer < len(fresh) else cache)[layer]
         if layer >= len(fresh):
             keys[:, :, places], values[:, :, places] = k, v
         found.append((keys, values))
-        visible = torch.arange(keys.shape[2], device=q.device) <= places[:, None]
-        queries = q.float().unflatten(1, (keys.shape[1], -1))
-        whole = keys.float()[:, :, None], values.float()[:, :, None]
-        return attend(queries, *whole, visible, scale)[0].flatten(1, 2).to(q.dtype)
+        return attention_of_rows(q, keys, values, scale, rows)
 
     ids = torch.tensor(list(token_ids), device=loaded.device)[places][None]
     with attending(handler):

@@ -46,6 +46,19 @@ def moved(loaded: LoadedModel, cache: PromptCache, steps: int) -> PromptCache:
     return found
 
 
+def placed(loaded: LoadedModel, caches: Sequence[PromptCache]) -> PromptCache:
+    """One cache of several, each from position 0 on, one behind the other: keys are turned to their
+    places a layer at a time, as many caches as there may be. The tensors are nobody else's.
+    """
+    counts = torch.tensor([tokens_of(cache) for cache in caches])
+    steps = (counts.cumsum(0) - counts).repeat_interleave(counts).to(caches[0][0][0].device)
+    found = []
+    for layer, (k, v) in enumerate(joined(caches)):
+        rope = loaded.geometry.rope_at(layer)
+        found.append((k if rope is None else turn(k.float(), steps, rope).to(k.dtype), v))
+    return found
+
+
 def encoded(loaded: LoadedModel, token_ids: Sequence[int], before: PromptCache) -> PromptCache:
     """Keys and values of tokens that follow a cache, each of which sees it and those before."""
     attend, found = full_cache_handler(before), PromptCache()

@@ -129,6 +129,10 @@ class Memory:
         sequence.blocks, sequence.shared, sequence.read = blocks, found, held
         return True
 
+    def held_share(self, sequence: Sequence) -> float:
+        """Of a waiting prompt, how much is held already."""
+        return self._find(sequence)[1] / sequence.prompt
+
     def _find(self, sequence: Sequence) -> tuple[list[Segment], int]:
         """Segments of a prompt that are held, and how many of its tokens they hold."""
         prefix = sequence.prefix
@@ -136,7 +140,7 @@ class Memory:
             return [], 0
         ends = prefix.ends(self.block_tokens)
         found = self.prefixes.find(prefix.ids, ends)
-        while found and ends[len(found) - 1] >= sequence.to_read:
+        while found and ends[len(found) - 1] >= sequence.prompt + sequence.generated:
             found.pop()  # the last token is read anyway, since its answer is wanted
         return found, ends[len(found) - 1] if found else 0
 

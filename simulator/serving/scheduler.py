@@ -2,7 +2,10 @@
 
 Continuous batching as vLLM's v1 scheduler does it: each step gives every answered sequence a token
 and fills the rest of its token budget with chunks of prompts, first come first served. When blocks
-run out, the sequence that was admitted last gives its own back and waits at the front.
+run out, the sequence that was admitted last gives its own back and waits at the front. By
+``Limits.order`` the prompts that are held to the largest share come first instead, after KVShare
+(Yang et al., arXiv 2503.16525), whose released code has no scheduler: how long one may be passed
+over, and how far the queue is looked through, are ours.
 """
 
 from __future__ import annotations
@@ -15,6 +18,12 @@ from kvtune.simulator.serving.memory import Memory
 from kvtune.simulator.serving.sequence import Sequence
 from kvtune.simulator.serving.step import Counts, Limits, Step
 from kvtune.simulator.serving.step_times import Chunk, StepTimes
+
+LOOKED_THROUGH = 256
+"""Waiting requests among which one is chosen by what is held of its prompt."""
+
+PASSED_OVER = 64
+"""Later requests that may go before the first one that waits."""
 
 
 class Scheduler:
@@ -33,6 +42,7 @@ class Scheduler:
         self.reading: dict[Sequence, None] = {}
         self.decoding = Decoding(memory)
         self.counts = Counts()
+        self._passed_over = 0  # by how many the first one that waits
 
     def plan(self, quiet_s: float) -> Step | None:
         """The next step, with the blocks that it takes; None where there is nothing to do.
@@ -132,10 +142,12 @@ class Scheduler:
         """Take from the queue, in order, while tokens, sequences and blocks are left."""
         left = self.limits.step_tokens - self.decoding.count - sum(c.tokens for c in chunks)
         while self.waiting and len(self.running) < self.limits.sequences and left > 0:
-            sequence = self.waiting[0]
+            place = self._next()
+            sequence = self.waiting[place]
             if not (self._return(sequence, step) if sequence.swapped else self._begin(sequence)):
                 return
-            self.waiting.popleft()
+            del self.waiting[place]
+            self._passed_over = self._passed_over + 1 if place else 0
             self.running[sequence] = None
             step.admitted.append(sequence)
             if sequence in self.reading:
@@ -143,6 +155,15 @@ class Scheduler:
                 left -= chunks[-1].tokens
             else:
                 left -= 1
+
+    def _next(self) -> int:
+        """The place in the queue of who is taken next; of equals the first, and who was here."""
+        first = self.waiting[0]
+        was_here = first.swapped or first.generated
+        if self.limits.order == "arrival" or was_here or self._passed_over >= PASSED_OVER:
+            return 0
+        places = range(min(len(self.waiting), LOOKED_THROUGH))
+        return max(places, key=lambda at: (self.memory.held_share(self.waiting[at]), -at))
 
     def _begin(self, sequence: Sequence) -> bool:
         """Start to read a prompt, if its blocks can be had."""

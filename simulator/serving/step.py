@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from kvtune.simulator.serving.sequence import Sequence
 
@@ -14,10 +15,13 @@ class Limits:
     Args:
         sequences: at once.
         step_tokens: new tokens of a step, decoded and read.
+        order: who of those that wait comes next: the first to arrive, or whose prompt is held to
+            the largest share.
     """
 
     sequences: int
     step_tokens: int
+    order: Literal["arrival", "cached"] = "arrival"
 
 
 @dataclass
