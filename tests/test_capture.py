@@ -34,6 +34,9 @@ class SetUp:
     def slopes(self, first: int, count: int) -> torch.Tensor:
         return self.directions[first : first + count]
 
+    def before(self, weight: torch.Tensor, first: int, count: int) -> torch.Tensor:
+        return self.slopes(first, count) @ weight
+
 
 def hf_reference(
     loaded: Any, sample: Any, directions: torch.Tensor

@@ -19,8 +19,9 @@ from kvtune.common.progress import Progress, Silent
 from kvtune.common.rotary import later_queries, query_moments
 from kvtune.traces.asking import ASKED, asked_again
 from kvtune.traces.calibration import require_calibration
+from kvtune.traces.output_head import OutputHead, Slopes
 from kvtune.traces.passes import run_observed, run_prompt
-from kvtune.traces.probes import Drawn, Probes
+from kvtune.traces.probes import Probes
 from kvtune.traces.samples import Sample
 from kvtune.traces.sentences import sentence_ends
 from kvtune.traces.signals import column_sums
@@ -213,9 +214,11 @@ def observe(
     together = _together(loaded, sample, probes.count)
     observed_ids = sample.token_ids[sample.prompt :]
     with torch.inference_mode(False), torch.enable_grad():
-        logits = run_observed(loaded, observed_ids, sample.prompt, handler)
+        with OutputHead.of(loaded.model) as head:
+            logits = run_observed(loaded, observed_ids, sample.prompt, handler)
         log_p = logits[0].detach().float().log_softmax(-1)  # [C, vocabulary]
-        gradients = _gradients(logits, outputs, probes.draw(log_p, sample.id), together)
+        end, slopes = head.directions(logits, probes.draw(log_p, sample.id))
+        gradients = _gradients(end, outputs, slopes, probes.count, together)
     targets = torch.tensor(sample.targets, device=log_p.device)[:, None]
     return Observed(
         rows, gradients, log_p.gather(1, targets)[:, 0].tolist(), log_p.argmax(-1).tolist()
@@ -233,21 +236,21 @@ def _together(loaded: LoadedModel, sample: Sample, probes: int) -> int:
     return max(1, min(probes, _PROBE_BYTES // a_probe))
 
 
-def _gradients(logits: Tensor, outputs: list[Tensor], drawn: Drawn, together: int) -> list[Tensor]:
-    """Gradients of the drawn directions at every layer's attention output, [S, C, Hq, D] each."""
+def _gradients(
+    end: Tensor, outputs: list[Tensor], slopes: Slopes, probes: int, together: int
+) -> list[Tensor]:
+    """Gradients of the probes' directions at every layer's attention output, [S, C, Hq, D] each."""
     import torch
 
-    probes = len(drawn.labels)
     pieces: list[list[Tensor]] = [[] for _ in outputs]
     for first in range(0, probes, together):
-        slopes = drawn.slopes(first, together).to(logits.dtype)
-        grads = torch.autograd.grad(
-            logits,
-            outputs,
-            grad_outputs=slopes[:, None],
-            retain_graph=first + together < probes,
-            is_grads_batched=True,
-        )
+        more = first + together < probes
+
+        def back(slope: Tensor, more: bool = more) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(end, outputs, slope, retain_graph=more)
+
+        # Not ``is_grads_batched``, whose older vmap takes many operations apart, probe by probe.
+        grads = torch.func.vmap(back)(slopes(first, together)[:, None].to(end.dtype))
         for piece, grad in zip(pieces, grads, strict=True):
             piece.append(grad[:, 0].transpose(1, 2))  # [probes of this pass, C, Hq, D]
     return [torch.cat(piece) for piece in pieces]
