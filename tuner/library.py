@@ -62,7 +62,8 @@ class SearchOptions(TypedDict, total=False):
         weights: weight format; ``"auto"`` takes the widest that fits.
         max_kl: loss that is acceptable, nats a token, 0.02.
         trials: of the outer study, 60.
-        workload: texts that are searched on: ``"small"`` for a CPU, ``"full"`` for a GPU.
+        workload: texts that are searched on: ``"small"`` or ``"mixed"`` (JSON, logs, conversations
+            and other languages too) for a CPU, ``"full"`` for a GPU.
         menu: methods that a head may have: ``"three"``, or ``"all"``.
         stack: a serving stack that the plan must be expressible on: ``"vllm"``, ``"llama-cpp"``...
         read_bytes: that a decode step may read of each sequence's prompt; left out, any.
@@ -89,7 +90,7 @@ class SearchOptions(TypedDict, total=False):
     weights: str
     max_kl: float
     trials: int
-    workload: Literal["small", "full"]
+    workload: Literal["small", "mixed", "full"]
     menu: Literal["three", "all"]
     stack: str | None
     read_bytes: Amount | None
@@ -306,7 +307,7 @@ def capture(
     model: str,
     out: Path | str,
     *,
-    workload: Literal["small", "full"] = "small",
+    workload: Literal["small", "mixed", "full"] = "small",
     texts: Iterable[Path | str] = (),
     probes: int | None = None,
     seed: int = 0,
@@ -318,7 +319,7 @@ def capture(
     Args:
         model: a Hugging Face folder or id, a GGUF file, or a name whose weights are fetched.
         out: folder of the trace; what an interrupted call finished there is kept.
-        workload: ``"small"`` for a CPU, ``"full"`` for a GPU.
+        workload: ``"small"`` or ``"mixed"`` for a CPU, ``"full"`` for a GPU.
         texts: your own .txt or .jsonl files, instead of the built-in ones.
         probes: Fisher probes a sample; None for 4 on a CPU and 16 on a GPU.
         seed: of everything that is drawn.
