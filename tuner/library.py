@@ -15,6 +15,7 @@ Mistakes raise ``kvtune.KvtuneError``, whose ``hint`` says what to write instead
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
@@ -310,6 +311,7 @@ def capture(
     workload: Literal["small", "mixed", "full"] = "small",
     texts: Iterable[Path | str] = (),
     probes: int | None = None,
+    tokens: int | None = None,
     seed: int = 0,
     device: str | None = None,
     progress: Progress | None = None,
@@ -322,6 +324,8 @@ def capture(
         workload: ``"small"`` or ``"mixed"`` for a CPU, ``"full"`` for a GPU.
         texts: your own .txt or .jsonl files, instead of the built-in ones.
         probes: Fisher probes a sample; None for 4 on a CPU and 16 on a GPU.
+        tokens: of every sample; None for the workload's own. Memory grows with it, not with its
+            square; the model must be made for so many.
         seed: of everything that is drawn.
         device: ``"cpu"`` or ``"cuda"``; None for a GPU if there is one.
         progress: what is told of long work; None for silence.
@@ -336,6 +340,8 @@ def capture(
     from kvtune.traces.workloads import build, named_workload
 
     plan = named_workload(workload, seed, files)
+    if tokens is not None:
+        plan = replace(plan, tokens=tokens)
     loaded = load_model(name, device=device or best_device(), progress=progress)
     return record(
         loaded,
