@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 _PROBE_BYTES = 2**30
 _WRITERS = 8
+_STAYING_QUERIES = 1024
+"""Prompt queries that stay on the device until a sample is written: fetching those of each layer as
+it runs would wait for it."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class _Prompt:
     """What the prompt pass leaves, per layer."""
 
     cache: list[tuple[Tensor, Tensor]]  # k, v [1, H, P, D] on the model's device
-    queries: list[Tensor]  # [Hq, P or fewer, D] on the CPU
+    queries: list[Tensor]  # [Hq, P or fewer, D]; many are on the CPU
     signals: list[dict[str, Tensor]]  # by name, as asked for
 
 
@@ -151,7 +154,8 @@ def _run_prompt(loaded: LoadedModel, sample: Sample, settings: CaptureSettings) 
 
     def keep(layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         result.cache.append((k, v))
-        result.queries.append(q[0, :, q.shape[2] - tail :].cpu())
+        kept = q[0, :, q.shape[2] - tail :].clone()  # a view would keep all queries alive
+        result.queries.append(kept if tail <= _STAYING_QUERIES else kept.cpu())
         found: dict[str, Tensor] = {}
         if "column_sums" in settings.signals:
             window = geometry.windows[layer]
@@ -261,9 +265,9 @@ def _tensors(prompt: _Prompt, observed: Observed, layer: int) -> dict[str, Tenso
     import torch
 
     q, k, v, output = observed.rows[layer]
-    keys, values = prompt.cache[layer]
+    (keys, values), asked = prompt.cache[layer], prompt.queries[layer]
     tensors = {
-        "q": torch.cat([prompt.queries[layer], q.cpu()], dim=1),  # [Hq, N or fewer, D]
+        "q": torch.cat([asked, q.to(asked.device)], dim=1),  # [Hq, N or fewer, D]
         "k": torch.cat([keys[0], k], dim=1),  # [H, N, D]
         "v": torch.cat([values[0], v], dim=1),  # [H, N, D]
         "output": output,  # [Hq, C, D]
