@@ -13,12 +13,12 @@ from torch.profiler import ProfilerActivity, profile
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.grouped import Int4
 from kvtune.simulator.quality.build import build_tables
+from kvtune.tests.conftest import TINY, tiny_network
 from kvtune.traces import capture as capturing
 from kvtune.traces import signals
 from kvtune.traces.capture import capture
 from kvtune.traces.models import wrap
 from kvtune.tuner.options import METHODS, Menu, alike
-from tests.conftest import TINY, tiny_network
 
 Make = Callable[..., Any]
 OPTIONS = Menu(METHODS, (1 / 16, 1 / 4), alike((Bf16(), Int4()))).options()
