@@ -37,7 +37,7 @@ def peak_bytes(loaded: Any, sample: Any, folder: Path) -> int:
     """The most that torch holds at once for capturing a sample, beside what it held before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         capture(loaded, [sample], folder, probes=2, signals=("column_sums",), queries="observed")
-    events = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = seen.profiler.kineto_results.events()
     held = peak = 0
     for event in events:
         if event.name() == "[memory]":
