@@ -27,6 +27,15 @@ def command(
             "--probes", metavar="S", min=1, help="Probes a sample; 4 on a CPU, 16 on a GPU."
         ),
     ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--tokens",
+            metavar="N",
+            min=2,
+            help="Of every sample, instead of 1024 or 2048; the observed part keeps its length.",
+        ),
+    ] = None,
     seed: options.Seed = 0,
     device: options.Device = None,
     as_json: options.Json = False,
@@ -47,6 +56,7 @@ def command(
             workload=workload,
             texts=texts,
             probes=probes,
+            tokens=tokens,
             seed=seed,
             device=device,
             progress=output.progress,

@@ -60,7 +60,7 @@ OPTIONS = {
         "stand_in",
         "seed",
     ),
-    "What it is measured on": ("trace", "split", "workload", "text", "device"),
+    "What it is measured on": ("trace", "split", "workload", "text", "tokens", "device"),
     "Policy": ("policy", "evicts", "to", "compare", "allow_stand_in", "strict"),
 }
 

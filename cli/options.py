@@ -179,17 +179,19 @@ Device = Annotated[
     ),
 ]
 Workload = Annotated[
-    Literal["small", "full"],
+    Literal["small", "mixed", "full"],
     typer.Option(
         "--workload",
-        help="small: nine samples of 1024 tokens, for two CPU cores; full: of 2048, for a GPU.",
+        help="small: nine samples of 1024 tokens, for two CPU cores; mixed: 21, with JSON, logs, "
+        "conversations and other languages; full: of 2048, for a GPU.",
     ),
 ]
 HeldOut = Annotated[
-    Literal["small", "full", "tasks"],
+    Literal["small", "mixed", "full", "tasks"],
     typer.Option(
         "--workload",
-        help="small: texts of 1024 tokens, for two CPU cores; full: of 2048, for a GPU; tasks: "
+        help="small: texts of 1024 tokens, for two CPU cores; mixed: with JSON, logs, "
+        "conversations and other languages; full: of 2048, for a GPU; tasks: "
         "needles, variable tracking, common words, turns, instructions kept and leaked.",
     ),
 ]

@@ -209,6 +209,10 @@ _ABOUT = {
     "recall": "values of keys in a long list (Liu et al., 2023)",
     "chat": "answers about a manual, turn by turn",
     "copy": "a long text, word for word",
+    "json": "orders of a few customers as JSON, made up",
+    "logs": "lines that services write while they answer requests, made up",
+    "dialogue": "two people settling who brings what, made up",
+    "language": "stories in German, French and Spanish, made up",
     "user": "the searcher's own text",
 }
 

@@ -156,7 +156,7 @@ def _model(document: PolicyDocument, asked: str | None) -> tuple[str, ModelShape
 
 def _samples(
     loaded: LoadedModel,
-    workload: Literal["small", "full", "tasks"],
+    workload: Literal["small", "mixed", "full", "tasks"],
     seed: int,
     texts: Sequence[Path],
 ) -> list[Sample]:

@@ -33,17 +33,19 @@ def store_tokens(
     tokens = torch.stack(list(kept.values()))  # [M, H, n]
     lead, (size, head_dim) = tokens.shape[:2], (tokens.shape[-1], signals.keys.shape[-1])
     counts = torch.full((lead[0] * lead[1],), size, device=tokens.device)
-    methods = torch.tensor([list(kept).index(option.method) for option in options])
+    row_of = {method: row for row, method in enumerate(kept)}
+    rows = [row_of[option.method] for option in options]
+    prompt = signals.keys.shape[-2]
+    first = torch.arange(lead[1], device=tokens.device)[:, None] * prompt
+    places = (tokens + first).flatten()
 
     def stored(whole: Tensor, forms: Sequence[Format], role: Role) -> Tensor:
-        at = tokens[..., None].expand(*tokens.shape, head_dim)
-        plain = whole.expand(len(tokens), *whole.shape).gather(2, at).flatten(0, 1)
-        found = torch.empty(len(options), lead[1], size, head_dim, device=whole.device)
-        for form in dict.fromkeys(forms):
-            columns = [column for column, other in enumerate(forms) if other == form]
-            narrow = form.roundtrip(plain, counts, role).unflatten(0, lead)
-            found[columns] = narrow[methods[columns]].to(found.dtype)
-        return found
+        plain = whole.flatten(0, 1).index_select(0, places).view(-1, size, head_dim)
+        back = {
+            form: form.roundtrip(plain, counts, role).float().unflatten(0, lead)
+            for form in dict.fromkeys(forms)
+        }
+        return torch.stack([back[form][row] for form, row in zip(forms, rows, strict=True)])
 
     each = [
         PartPlan(size).stored_bytes((option.keys, option.values), head_dim) for option in options

@@ -16,7 +16,7 @@ from kvtune.traces import capture as room
 from kvtune.traces.capture import capture
 from kvtune.traces.passes import full_cache_handler, prompt_cache, run_observed
 from kvtune.traces.probes import Probes
-from kvtune.traces.writer import compact
+from kvtune.traces.writer import CaptureSettings, compact
 
 Make = Callable[..., list[Any]]
 
@@ -33,6 +33,9 @@ class SetUp:
 
     def slopes(self, first: int, count: int) -> torch.Tensor:
         return self.directions[first : first + count]
+
+    def before(self, weight: torch.Tensor, first: int, count: int) -> torch.Tensor:
+        return self.slopes(first, count) @ weight
 
 
 def hf_reference(
@@ -287,3 +290,15 @@ def test_half_precision_is_used_only_where_it_can_hold_the_values(
     value: float, dtype: torch.dtype, stored: torch.dtype
 ) -> None:
     assert compact("k", torch.full((3,), value, dtype=dtype)).dtype == stored
+
+
+def test_of_a_prompts_queries_only_those_that_are_stored_stay_in_memory(
+    tiny_model: Any, make_samples: Make
+) -> None:
+    (sample,) = make_samples(1)
+    settings = CaptureSettings.of(tiny_model, [sample], 1, 0, "", 20, ())
+    prompt = room._run_prompt(tiny_model, sample, settings)
+    tail = 20 - sample.observed
+    for queries in prompt.queries:
+        assert queries.shape == (4, tail, 8)
+        assert queries.untyped_storage().nbytes() == 4 * tail * 8 * queries.element_size()

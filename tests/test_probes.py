@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvtune.traces.output_head import OutputHead
 from kvtune.traces.probes import Probes
 
 
@@ -52,3 +53,28 @@ def test_probes_ask_nothing_of_a_shift_of_all_logits() -> None:
     log_p = torch.randn(5, 30, generator=torch.Generator().manual_seed(0)).mul(4).log_softmax(-1)
     slopes = Probes(6).draw(log_p, "a").slopes(0, 6)
     torch.testing.assert_close(slopes.sum(-1), torch.zeros(6, 5), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 6), (2, 3), (4, 9)])
+def test_directions_before_a_linear_head_are_those_of_the_logits_through_it(
+    first: int, count: int
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    log_p = torch.randn(5, 30, generator=generator).mul(4).log_softmax(-1)
+    weight = torch.randn(30, 7, generator=generator)
+    drawn = Probes(6).draw(log_p, "a")
+    found = drawn.before(weight, first, count)
+    expected = drawn.slopes(first, count).double() @ weight.double()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [None, 2.0])
+def test_a_head_whose_output_is_changed_further_is_not_passed_over(scale: float | None) -> None:
+    head, hidden = torch.nn.Linear(7, 30, bias=False), torch.ones(1, 5, 7)
+    with OutputHead(head) as watched:
+        output = head(hidden)
+    logits = output if scale is None else output * scale
+    drawn = Probes(2).draw(logits[0].detach().log_softmax(-1), "a")
+    end, slopes = watched.directions(logits, drawn)
+    assert end is (hidden if scale is None else logits)
+    assert slopes(0, 2).shape == (2, 5, end.shape[-1])

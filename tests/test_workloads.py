@@ -6,6 +6,8 @@ import json
 import random
 import re
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 
 from kvtune.common.errors import KvtuneError
 from kvtune.traces import texts, workloads
+from kvtune.traces.made_up_texts import MAKERS
 from kvtune.traces.needles import UNASKED_END, WORDS, number_of, words_of
 from kvtune.traces.samples import SPLITS, by_turns, content_hash
 from kvtune.traces.workloads import Workload, build
@@ -69,7 +72,11 @@ def runs(items: list[Any], length: int) -> set[tuple[Any, ...]]:
     return {tuple(items[i : i + length]) for i in range(len(items) - length + 1)}
 
 
-@pytest.mark.parametrize("source", [texts.prose, texts.code], ids=["prose", "code"])
+@pytest.mark.parametrize(
+    "source",
+    [texts.prose, texts.code, *(partial(texts.made_up, kind) for kind in MAKERS)],
+    ids=["prose", "code", *MAKERS],
+)
 def test_no_run_of_words_is_in_two_splits(source: Any) -> None:
     found = {
         split: set().union(*(runs(texts.words(d.text), texts.SHARED_WORDS) for d in documents))
@@ -259,3 +266,54 @@ def test_the_ready_made_workloads_hold_what_they_are_for() -> None:
     assert sum(standard.counts["search"].values()) == 14
     assert "search: 1 prose, 1 code, 1 retrieval" in small.describe()
     assert json.loads(json.dumps(standard.as_dict()))["tokens"] == 2048
+
+
+def test_made_up_json_is_json_whose_totals_are_right_and_whose_customers_come_back() -> None:
+    records = [json.loads(text) for text in MAKERS["json"](random.Random(3))]  # noqa: S311
+    assert all(r["total"] == sum(line["cents"] for line in r["lines"]) for r in records)
+    customers = Counter(r["customer"]["id"] for r in records)
+    assert len(customers) == 4
+    assert sum(customers.values()) == len(records) > 20
+    assert len({r["order"] for r in records}) == len(records)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_what_splits_share_is_a_small_part_of_what_is_made_up(kind: str) -> None:
+    sizes = [sum(len(d.text) for d in documents) for documents in texts.made_up(kind).values()]
+    assert min(sizes) > 0.9 * max(sizes) > 90_000
+
+
+def test_made_up_logs_are_in_order_of_time() -> None:
+    lines = "\n".join(MAKERS["logs"](random.Random(0))).splitlines()  # noqa: S311
+    assert [line[:23] for line in lines] == sorted(line[:23] for line in lines)
+    assert {line.split()[1] for line in lines} == {"INFO", "ERROR"}
+
+
+def test_what_a_made_up_dialogue_is_reminded_of_is_what_was_settled_last() -> None:
+    said: dict[tuple[str, str], str] = {}
+    reminders = 0
+    for turn in MAKERS["dialogue"](random.Random(5)):  # noqa: S311
+        if found := re.search(r"(\d+) (\w+)s to (\w+) at", turn):
+            said[found[2], found[3]] = found[1]
+        elif found := re.search(r"We said (\d+), the (\w+)s for (\w+)\.", turn):
+            reminders += 1
+            assert said[found[2], found[3]] == found[1]
+    assert reminders > 5
+
+
+def test_made_up_stories_are_each_in_one_of_three_languages() -> None:
+    marks = {"German": " nach ", "French": " pour ", "Spanish": " hacia "}
+    seen = set()
+    for seed in range(20):
+        story = " ".join(MAKERS["language"](random.Random(seed)))  # noqa: S311
+        mine = [language for language, mark in marks.items() if mark in story]
+        assert len(mine) == 1
+        seen.update(mine)
+    assert seen == set(marks)
+
+
+def test_the_mixed_workload_has_every_kind_in_every_split(tokenizer: Any) -> None:
+    plan = replace(workloads.mixed(), tokens=700, observed=200)
+    made = Counter((sample.split, sample.kind) for sample in build(plan, tokenizer))
+    kinds = {"prose", "code", "retrieval", "json", "logs", "dialogue", "language"}
+    assert made == dict.fromkeys(((split, kind) for split in SPLITS for kind in kinds), 1)

@@ -19,8 +19,9 @@ from kvtune.common.progress import Progress, Silent
 from kvtune.common.rotary import later_queries, query_moments
 from kvtune.traces.asking import ASKED, asked_again
 from kvtune.traces.calibration import require_calibration
+from kvtune.traces.output_head import OutputHead, Slopes
 from kvtune.traces.passes import run_observed, run_prompt
-from kvtune.traces.probes import Drawn, Probes
+from kvtune.traces.probes import Probes
 from kvtune.traces.samples import Sample
 from kvtune.traces.sentences import sentence_ends
 from kvtune.traces.signals import column_sums
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 _PROBE_BYTES = 2**30
 _WRITERS = 8
+_STAYING_QUERIES = 1024
+"""Prompt queries that stay on the device until a sample is written: fetching those of each layer as
+it runs would wait for it."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class _Prompt:
     """What the prompt pass leaves, per layer."""
 
     cache: list[tuple[Tensor, Tensor]]  # k, v [1, H, P, D] on the model's device
-    queries: list[Tensor]  # [Hq, P or fewer, D] on the CPU
+    queries: list[Tensor]  # [Hq, P or fewer, D]; many are on the CPU
     signals: list[dict[str, Tensor]]  # by name, as asked for
 
 
@@ -150,7 +154,8 @@ def _run_prompt(loaded: LoadedModel, sample: Sample, settings: CaptureSettings) 
 
     def keep(layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         result.cache.append((k, v))
-        result.queries.append(q[0, :, q.shape[2] - tail :].cpu())
+        kept = q[0, :, q.shape[2] - tail :].clone()  # a view would keep all queries alive
+        result.queries.append(kept if tail <= _STAYING_QUERIES else kept.cpu())
         found: dict[str, Tensor] = {}
         if "column_sums" in settings.signals:
             window = geometry.windows[layer]
@@ -213,9 +218,11 @@ def observe(
     together = _together(loaded, sample, probes.count)
     observed_ids = sample.token_ids[sample.prompt :]
     with torch.inference_mode(False), torch.enable_grad():
-        logits = run_observed(loaded, observed_ids, sample.prompt, handler)
+        with OutputHead.of(loaded.model) as head:
+            logits = run_observed(loaded, observed_ids, sample.prompt, handler)
         log_p = logits[0].detach().float().log_softmax(-1)  # [C, vocabulary]
-        gradients = _gradients(logits, outputs, probes.draw(log_p, sample.id), together)
+        end, slopes = head.directions(logits, probes.draw(log_p, sample.id))
+        gradients = _gradients(end, outputs, slopes, probes.count, together)
     targets = torch.tensor(sample.targets, device=log_p.device)[:, None]
     return Observed(
         rows, gradients, log_p.gather(1, targets)[:, 0].tolist(), log_p.argmax(-1).tolist()
@@ -233,21 +240,21 @@ def _together(loaded: LoadedModel, sample: Sample, probes: int) -> int:
     return max(1, min(probes, _PROBE_BYTES // a_probe))
 
 
-def _gradients(logits: Tensor, outputs: list[Tensor], drawn: Drawn, together: int) -> list[Tensor]:
-    """Gradients of the drawn directions at every layer's attention output, [S, C, Hq, D] each."""
+def _gradients(
+    end: Tensor, outputs: list[Tensor], slopes: Slopes, probes: int, together: int
+) -> list[Tensor]:
+    """Gradients of the probes' directions at every layer's attention output, [S, C, Hq, D] each."""
     import torch
 
-    probes = len(drawn.labels)
     pieces: list[list[Tensor]] = [[] for _ in outputs]
     for first in range(0, probes, together):
-        slopes = drawn.slopes(first, together).to(logits.dtype)
-        grads = torch.autograd.grad(
-            logits,
-            outputs,
-            grad_outputs=slopes[:, None],
-            retain_graph=first + together < probes,
-            is_grads_batched=True,
-        )
+        more = first + together < probes
+
+        def back(slope: Tensor, more: bool = more) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(end, outputs, slope, retain_graph=more)
+
+        # Not ``is_grads_batched``, whose older vmap takes many operations apart, probe by probe.
+        grads = torch.func.vmap(back)(slopes(first, together)[:, None].to(end.dtype))
         for piece, grad in zip(pieces, grads, strict=True):
             piece.append(grad[:, 0].transpose(1, 2))  # [probes of this pass, C, Hq, D]
     return [torch.cat(piece) for piece in pieces]
@@ -258,9 +265,9 @@ def _tensors(prompt: _Prompt, observed: Observed, layer: int) -> dict[str, Tenso
     import torch
 
     q, k, v, output = observed.rows[layer]
-    keys, values = prompt.cache[layer]
+    (keys, values), asked = prompt.cache[layer], prompt.queries[layer]
     tensors = {
-        "q": torch.cat([prompt.queries[layer], q.cpu()], dim=1),  # [Hq, N or fewer, D]
+        "q": torch.cat([asked, q.to(asked.device)], dim=1),  # [Hq, N or fewer, D]
         "k": torch.cat([keys[0], k], dim=1),  # [H, N, D]
         "v": torch.cat([values[0], v], dim=1),  # [H, N, D]
         "output": output,  # [Hq, C, D]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import importlib.metadata
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,13 +76,28 @@ def load_model(
         KvtuneError: unknown name, unreadable files, no such device, unknown dtype.
     """
     progress = progress or Silent()
-    device = _device(device)
-    dtype, reason = choose_dtype(device, dtype)
-    seam.register()
-    name = str(name_or_path)
-    folder = _folder(name, progress)
-    model, tokenizer = _read(folder, dtype, device, trust_remote_code)
-    return wrap(model, tokenizer, name=name, dtype_reason=reason)
+    with _not_collecting():
+        device = _device(device)
+        dtype, reason = choose_dtype(device, dtype)
+        seam.register()
+        name = str(name_or_path)
+        folder = _folder(name, progress)
+        model, tokenizer = _read(folder, dtype, device, trust_remote_code)
+        return wrap(model, tokenizer, name=name, dtype_reason=reason)
+
+
+@contextlib.contextmanager
+def _not_collecting() -> Iterator[None]:
+    """Pause Python's search for garbage cycles: importing transformers makes objects by the million
+    that all stay, and looking through them again and again took a quarter of the loading.
+    """  # fmt: skip
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def wrap(model: Any, tokenizer: Any, *, name: str, dtype_reason: str = "as given") -> LoadedModel:

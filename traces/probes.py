@@ -93,3 +93,20 @@ class Drawn:
         slopes = -(margins + rest)[..., None] * self.others
         slopes.scatter_add_(2, self.top.expand_as(labels)[..., None], margins[..., None])
         return slopes.scatter_add_(2, labels[..., None], rest[..., None])
+
+    def before(self, weight: Tensor, first: int, count: int) -> Tensor:
+        """The same directions before a linear output head, ``[count, C, hidden size]``.
+
+        All probes share the direction of the others, which goes through the head's product once;
+        that of one token is a row of its weight.
+
+        Args:
+            weight: of the head, ``[vocabulary, hidden size]``.
+            first: of the probes.
+            count: how many of them.
+        """
+        margins, labels = (x[first : first + count] for x in (self.margins, self.labels))
+        rest = self.rest[:, None]
+        shared = (self.others.to(weight.dtype) @ weight).to(self.others.dtype)
+        top, rows = weight[self.top].to(shared.dtype), weight[labels].to(shared.dtype)
+        return margins[..., None] * (top - shared) + rest * (rows - shared)

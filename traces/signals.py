@@ -25,7 +25,7 @@ TENSORS_OF = {
 SIGNALS = tuple(TENSORS_OF)
 
 _TILE_BYTES = 2**26
-_TILE_QUERIES = 256  # the fewer, the fewer scores of later keys are computed for nothing
+_TILE_QUERIES = 128  # the fewer, the fewer scores of later keys are computed for nothing
 
 
 def check_signals(signals: tuple[str, ...]) -> None:
@@ -68,9 +68,10 @@ def column_sums(q: Tensor, k: Tensor, scale: float, window: int | None) -> Tenso
         rows = q[:, start:stop].reshape(heads, -1, head_dim).float() * scale  # [H, G * T, D]
         scores = rows @ k[:, first:stop].float().transpose(-1, -2)
         scores = scores.view(heads, group, stop - start, stop - first)
-        hidden = at[None, first:stop] > at[start:stop, None]
+        masked = start if window is None else first  # keys before it are seen by the whole tile
+        hidden = at[None, masked:stop] > at[start:stop, None]
         if window is not None:
-            hidden = hidden | (at[None, first:stop] <= at[start:stop, None] - window)
-        mass = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
-        sums[:, :, first:stop] += mass.sum(-2)
+            hidden = hidden | (at[None, masked:stop] <= at[start:stop, None] - window)
+        scores[..., masked - first :].masked_fill_(hidden, float("-inf"))
+        sums[:, :, first:stop] += scores.softmax(-1).sum(-2)
     return sums.flatten(0, 1)

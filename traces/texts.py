@@ -6,6 +6,7 @@ out of one of them, so that no run of ``SHARED_WORDS`` words is in two splits.
 
 from __future__ import annotations
 
+import random
 import re
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.stored import parse_json, read_text
+from kvtune.traces.made_up_texts import MAKERS
 from kvtune.traces.samples import SPLITS, Split
 
 SHARES: Mapping[Split, float] = {"search": 0.4, "select": 0.2, "evaluate": 0.4}
@@ -85,6 +87,21 @@ def chat() -> Mapping[Split, tuple[Document, ...]]:
         split: tuple(Document(d.name, "\n\n".join(_turns(d))) for d in documents)
         for split, documents in prose().items()
     }
+
+
+_MADE_UP_DOCUMENTS = 24  # of a split
+
+
+@cache
+def made_up(kind: str) -> Mapping[Split, tuple[Document, ...]]:
+    """Texts that code makes up, by split: each document is drawn from a stream of its own."""
+    dealt: dict[Split, list[Document]] = {split: [] for split in SPLITS}
+    for split, documents in dealt.items():
+        for number in range(_MADE_UP_DOCUMENTS):
+            name = f"{kind}/{split}/{number}"
+            paragraphs = MAKERS[kind](random.Random(name))  # noqa: S311 - samples, not secrets
+            documents.append(Document(name, "\n\n".join(paragraphs)))
+    return _without_shared(dealt)
 
 
 def _turns(document: Document) -> Iterator[str]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from kvtune.common.errors import KvtuneError, nearest
 from kvtune.traces import texts
+from kvtune.traces.made_up_texts import MAKERS
 from kvtune.traces.needles import Codec, Passage, copied, recall, retrieval
 from kvtune.traces.samples import KINDS, SPLITS, Kind, Sample, Split
 from kvtune.traces.tasks import TASKS, Setting
@@ -72,7 +73,7 @@ class Workload:
         return {**asdict(self), "files": [str(path) for path in self.files]}
 
 
-_USER_SAMPLES = {"small": 3, "full": 8, "tasks": 2}
+_USER_SAMPLES = {"small": 3, "mixed": 3, "full": 8, "tasks": 2}
 
 
 def small(seed: int = 0) -> Workload:
@@ -82,6 +83,12 @@ def small(seed: int = 0) -> Workload:
     several times better than they are.
     """
     each = {"prose": 1, "code": 1, "retrieval": 1}
+    return Workload(dict.fromkeys(SPLITS, each), tokens=1024, observed=128, seed=seed)
+
+
+def mixed(seed: int = 0) -> Workload:
+    """As ``small``, with JSON, logs, conversations and other languages beside the three kinds."""
+    each = dict.fromkeys(("prose", "code", "retrieval", *MAKERS), 1)
     return Workload(dict.fromkeys(SPLITS, each), tokens=1024, observed=128, seed=seed)
 
 
@@ -101,10 +108,10 @@ def tasks(seed: int = 0) -> Workload:
 
 
 def named_workload(
-    name: Literal["small", "full", "tasks"], seed: int, texts: Sequence[Path] = ()
+    name: Literal["small", "mixed", "full", "tasks"], seed: int, texts: Sequence[Path] = ()
 ) -> Workload:
     """One of the ready-made ones; with texts of the user's, cut from those alone."""
-    workload = {"small": small, "full": standard, "tasks": tasks}[name](seed)
+    workload = {"small": small, "mixed": mixed, "full": standard, "tasks": tasks}[name](seed)
     if not texts:
         return workload
     each: Mapping[str, int] = {"user": _USER_SAMPLES[name]}
@@ -219,6 +226,7 @@ def _documents(workload: Workload, kind: Kind) -> Mapping[Split, Sequence[texts.
         "code": texts.code,
         "chat": texts.chat,
         "user": lambda: texts.user(workload.files),
+        **{kind: partial(texts.made_up, kind) for kind in MAKERS},
     }
     return sources[kind]()
 

@@ -15,6 +15,7 @@ Mistakes raise ``kvtune.KvtuneError``, whose ``hint`` says what to write instead
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
@@ -62,7 +63,8 @@ class SearchOptions(TypedDict, total=False):
             or ``"any"``, the widest with which a plan does what is asked.
         max_kl: loss that is acceptable, nats a token, 0.02.
         trials: of the outer study, 60.
-        workload: texts that are searched on: ``"small"`` for a CPU, ``"full"`` for a GPU.
+        workload: texts that are searched on: ``"small"`` or ``"mixed"`` (JSON, logs, conversations
+            and other languages too) for a CPU, ``"full"`` for a GPU.
         menu: methods that a head may have: ``"three"``, or ``"all"``.
         stack: a serving stack that the plan must be expressible on: ``"vllm"``, ``"llama-cpp"``...
         read_bytes: that a decode step may read of each sequence's prompt; left out, any.
@@ -90,7 +92,7 @@ class SearchOptions(TypedDict, total=False):
     weights: str
     max_kl: float
     trials: int
-    workload: Literal["small", "full"]
+    workload: Literal["small", "mixed", "full"]
     menu: Literal["three", "all"]
     stack: str | None
     read_bytes: Amount | None
@@ -324,9 +326,10 @@ def capture(
     model: str,
     out: Path | str,
     *,
-    workload: Literal["small", "full"] = "small",
+    workload: Literal["small", "mixed", "full"] = "small",
     texts: Iterable[Path | str] = (),
     probes: int | None = None,
+    tokens: int | None = None,
     seed: int = 0,
     device: str | None = None,
     progress: Progress | None = None,
@@ -336,9 +339,11 @@ def capture(
     Args:
         model: a Hugging Face folder or id, a GGUF file, or a name whose weights are fetched.
         out: folder of the trace; what an interrupted call finished there is kept.
-        workload: ``"small"`` for a CPU, ``"full"`` for a GPU.
+        workload: ``"small"`` or ``"mixed"`` for a CPU, ``"full"`` for a GPU.
         texts: your own .txt or .jsonl files, instead of the built-in ones.
         probes: Fisher probes a sample; None for 4 on a CPU and 16 on a GPU.
+        tokens: of every sample; None for the workload's own. Memory grows with it, not with its
+            square; the model must be made for so many.
         seed: of everything that is drawn.
         device: ``"cpu"`` or ``"cuda"``; None for a GPU if there is one.
         progress: what is told of long work; None for silence.
@@ -353,6 +358,8 @@ def capture(
     from kvtune.traces.workloads import build, named_workload
 
     plan = named_workload(workload, seed, files)
+    if tokens is not None:
+        plan = replace(plan, tokens=tokens)
     loaded = load_model(name, device=device or best_device(), progress=progress)
     return record(
         loaded,

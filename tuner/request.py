@@ -33,7 +33,8 @@ class SearchRequest:
         seed: of everything drawn.
         stand_in: use the packaged tables even where weights are at hand.
         device: for capture and live runs, "cpu" or "cuda"; None picks CUDA if there is one.
-        workload: "small" (nine samples of 1024 tokens, sized for a laptop) or "full" (2048 tokens).
+        workload: "small" (nine samples of 1024 tokens, sized for a laptop), "mixed" (21 of them, of
+            seven kinds) or "full" (2048 tokens).
         menu: methods that a head may be given: "three" (snapkv, h2o, streaming_llm) or "all".
         stack: the serving stack that the plan must be expressible on, as exporters are called;
             None for any plan.
@@ -66,7 +67,7 @@ class SearchRequest:
     seed: int = 0
     stand_in: bool = False
     device: str | None = None
-    workload: Literal["small", "full"] = "small"
+    workload: Literal["small", "mixed", "full"] = "small"
     menu: Literal["three", "all"] = "three"
     stack: str | None = None
     read_bytes: int | None = None

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from kvtune.traces.models import LoadedModel
     from kvtune.traces.trace import Trace
 
-_PROBES = {"small": 4, "full": 16}
+_PROBES = {"small": 4, "mixed": 4, "full": 16}
 _LEAST_WINDOW = 64  # prompt queries of every trace: policies that come later may look at them
 
 
@@ -183,7 +183,7 @@ def menu_of(request: SearchRequest, *, calibrated: bool, pairs: bool = False) ->
     or brought over from the host, brings readers; of all these, what the stack can express stays.
     Links between layers are on it where these come in ``pairs``.
     """
-    menu = LAPTOP if request.workload == "small" else FULL
+    menu = FULL if request.workload == "full" else LAPTOP
     reads_less = request.reads_less
     if request.menu == "all":
         methods = every_method(calibrated=calibrated, reads_less=reads_less, pairs=pairs)

@@ -99,10 +99,11 @@ class Grouped(Format):
         rows = torch.cat(parts, -1)
         return torch.cat([exact, rows.T if along_tokens else rows])
 
-    def _codes(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes of ``[..., groups, width]``, with the scale and offset of each group."""
-        step, low = self._grid(groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True))
-        return ((groups - low) / step).round().clamp(0, 2**self.bits - 1), step, low
+    def _codes(self, groups: Tensor, axis: int = -1) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes of groups that lie along an axis, with the scale and offset of each group."""
+        step, low = self._grid(groups.amin(axis, keepdim=True), groups.amax(axis, keepdim=True))
+        codes = (groups - low).div_(step).round_().clamp_(0, 2**self.bits - 1)
+        return codes, step, low
 
     def _grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and offset, rounded to 16 bits, of groups between these ends."""
@@ -117,46 +118,52 @@ class Grouped(Format):
         import torch
 
         exact, coded = tensor[..., : self.exact_first, :], tensor[..., self.exact_first :, :]
-        real = torch.arange(coded.shape[-2], device=tensor.device) < (
-            counts[..., None] - self.exact_first
-        )
         along_tokens = self.is_along_tokens(role)
         if along_tokens:
-            coded, real = coded.transpose(-1, -2), real[..., None, :]
-        else:
-            real = real[..., None]
-        stored = self._quantise(coded.float(), real.expand(coded.shape))
-        stored = stored.transpose(-1, -2) if along_tokens else stored
+            coded = _last_repeated(coded, counts - self.exact_first)
+        stored = self._quantise(coded.float(), -2 if along_tokens else -1)
         return torch.cat([exact, stored.to(tensor.dtype)], dim=-2)
 
     def is_along_tokens(self, role: Role) -> bool:
         """Whether a group is of one channel's tokens, not of one token's channels."""
         return role == "keys" and self.keys_by == "channel"
 
-    def _quantise(self, rows: Tensor, real: Tensor) -> Tensor:
-        """Groups along the last axis, which is padded to whole groups for the while."""
+    def _quantise(self, rows: Tensor, axis: int) -> Tensor:
+        """Groups along an axis, the last of them short where the length is no multiple."""
         import torch
-        import torch.nn.functional as F
 
-        length = rows.shape[-1]
         if rows.numel() == 0:
             return rows
-        padding = (0, -length % self.group)
-        grouped = F.pad(rows, padding).unflatten(-1, (-1, self.group))
-        inside = F.pad(real, padding).unflatten(-1, (-1, self.group))
-        some = inside.any(-1, keepdim=True)  # a group of padding alone must stay finite
-        low = grouped.masked_fill(~inside, torch.inf).amin(-1, keepdim=True).where(some, 0)
-        high = grouped.masked_fill(~inside, -torch.inf).amax(-1, keepdim=True).where(some, 0)
-        step, low = self._grid(low, high)
-        codes = ((grouped - low) / step).round().clamp(0, 2**self.bits - 1)
-        back: Tensor = (codes * step + low).flatten(-2)
-        return back[..., :length]
+        length = rows.shape[axis]
+        whole = length // self.group * self.group
+        sizes = [size for size in (whole, length - whole) if size]
+        parts = [
+            self._back(part.unflatten(axis, (-1, min(self.group, part.shape[axis]))), axis)
+            for part in rows.split(sizes, axis)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+
+    def _back(self, groups: Tensor, axis: int) -> Tensor:
+        """What is read back of whole groups, with these side by side along the axis."""
+        codes, step, low = self._codes(groups, axis)
+        return codes.mul_(step).add_(low).flatten(axis - 1, axis)
 
     def _axes(self, tokens: int, head_dim: int, role: Role) -> tuple[int, int]:
         return (tokens, head_dim) if self.is_along_tokens(role) else (head_dim, tokens)
 
     def _group_bytes(self, elements: int) -> int:
         return -(-elements * self.bits // 8) + _GROUP_BYTES
+
+
+def _last_repeated(tensor: Tensor, counts: Tensor) -> Tensor:
+    """``[..., n, D]`` whose last real token stands in for all behind it: no group grows wider."""
+    import torch
+
+    if tensor.numel() == 0:
+        return tensor
+    place = torch.arange(tensor.shape[-2], device=tensor.device)
+    at = (counts - 1).clamp_min(0)[..., None, None].expand(*counts.shape, 1, tensor.shape[-1])
+    return torch.where((place < counts[..., None])[..., None], tensor, tensor.gather(-2, at))
 
 
 @dataclass(frozen=True)

@@ -85,21 +85,23 @@ class LayerReplay:
         )
 
     @cached_property
+    def whole(self) -> Compressed:
+        """The uncompressed prompt."""
+        keys, values = self.signals.keys, self.signals.values
+        counts = torch.full(keys.shape[:1], self.signals.prompt_tokens, device=keys.device)
+        return Compressed(keys, values, counts, (), padded=False)
+
+    @cached_property
     def full(self) -> Tensor:
         """Attention output over the uncompressed cache, ``[H, G, C, D]``."""
-        whole = self.signals
-        counts = torch.full(whole.keys.shape[:1], whole.prompt_tokens, device=whole.keys.device)
-        return self.output(Compressed(whole.keys, whole.values, counts, (), padded=False))
+        return self.output(self.whole)
 
     def output(self, prompt: Compressed) -> Tensor:
         """Attention output over a compressed prompt and the observed tokens, ``[..., H, G, C, D]``.
 
         Leading dimensions of the prompt, a batch of options, are kept.
         """
-        keys, values = prompt.keys.unsqueeze(-3), prompt.values.unsqueeze(-3)
-        visible, scale = prompt.visible(self.queries), self.signals.scale
-        past = attend(self.queries, keys, values, visible, scale, prompt.weights)
-        return merge(past, self.recent)
+        return merge(self._past(prompt), self.recent)
 
     def response(self, prompt: Compressed, block: int) -> Tensor:
         """How the drawn labels' log-likelihood responds, ``[..., H, S, C / block]`` nats.
@@ -107,9 +109,36 @@ class LayerReplay:
         Summed over a KV head's queries and over blocks of ``block`` positions: a lost token errs
         the same way at many positions, and squaring them one by one would not see it.
         """
-        change = self.output(prompt) - self.full
-        by_position = torch.einsum("...hgtd,sthgd->...hst", change, self.probes)
-        return in_blocks(by_position, block)
+        change = self._beyond_recent(prompt) - self._full_beyond_recent
+        return in_blocks(change.transpose(-1, -2), block)
+
+    def _past(self, prompt: Compressed) -> tuple[Tensor, Tensor]:
+        """Attention to a compressed prompt alone, and its log-sum-exp."""
+        keys, values = prompt.keys.unsqueeze(-3), prompt.values.unsqueeze(-3)
+        visible, scale = prompt.visible(self.queries), self.signals.scale
+        return attend(self.queries, keys, values, visible, scale, prompt.weights)
+
+    def _beyond_recent(self, prompt: Compressed) -> Tensor:
+        """What the labels gain by seeing the prompt beside the recent tokens, ``[..., H, C, S]``.
+
+        The merged output is ``recent + share * (past - recent)``, and probes are linear in it: each
+        part meets them alone, in S numbers instead of D, and no merged output is written.
+        """
+        past, log_sum = self._past(prompt)
+        share = (log_sum - self.recent[1]).sigmoid()[..., None]
+        return (share * (self._by_probe(past) - self._recent_by_probe)).sum(-3)
+
+    @cached_property
+    def _full_beyond_recent(self) -> Tensor:
+        return self._beyond_recent(self.whole)
+
+    @cached_property
+    def _recent_by_probe(self) -> Tensor:
+        return self._by_probe(self.recent[0])
+
+    def _by_probe(self, output: Tensor) -> Tensor:
+        """Outputs ``[..., H, G, C, D]`` times the probes, ``[..., H, G, C, S]``."""
+        return torch.einsum("...hgtd,sthgd->...hgts", output, self.probes)
 
 
 def in_blocks(by_position: Tensor, block: int) -> Tensor:

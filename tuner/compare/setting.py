@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from kvtune.traces.trace import Trace
     from kvtune.traces.workloads import Workload
 
-PROBES = {"small": 4, "full": 16}
+PROBES = {"small": 4, "mixed": 4, "full": 16}
 
 
 @dataclass(frozen=True)
