@@ -29,7 +29,7 @@ from kvtune.common.files import write_json
 from kvtune.runtime.serving import compressing, running
 from kvtune.runtime.serving.blocks import PlannedBlocks
 from kvtune.runtime.serving.running import Running
-from kvtune.runtime.serving.seats import most_room
+from kvtune.runtime.serving.seat_planning import most_room
 
 LAYERS, HQ, H, D = 32, 32, 8, 16
 STEPS = {"one prompt": [1191], "three prompts": [1100, 1191, 1300]}

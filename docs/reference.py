@@ -54,7 +54,10 @@ def _commands(group: Any, above: tuple[str, ...]) -> Iterator[tuple[tuple[str, .
 
 
 def _command(path: tuple[str, ...], command: Any) -> str:
-    context = command.context_class(command, info_name=f"kvtune {' '.join(path)}")
+    names = build().context_settings["help_option_names"]
+    context = command.context_class(
+        command, info_name=f"kvtune {' '.join(path)}", help_option_names=names
+    )
     usage = " ".join([context.info_name, *command.collect_usage_pieces(context)])
     records = [p.get_help_record(context) for p in command.get_params(context)]
     rows = [f"- `{name}`: {_spaced(text)}" for name, text in filter(None, records)]

@@ -173,7 +173,8 @@ def _finish(folder: Path, about: Facts, made: list[Plan], live: bool) -> None:
     point = {
         "kl": value, "context_tokens": chosen.context_tokens, "sequences": chosen.sequences,
         "prompt_bytes": chosen.prompt_bytes, "share": 0.1, "time_per_token": second,
-        "tokens_per_second": rate, "parameters": chosen.parameters, "chosen": True, "band": None,
+        "tokens_per_second": rate, "parameters": chosen.parameters, "weights": "fp8",
+        "chosen": True, "band": None,
     }  # fmt: skip
     result = {
         "kvtune": about.kvtune,

@@ -116,7 +116,10 @@ def point(sequences: int, chosen: bool, live: bool) -> FrontPoint:
     if not live:
         parameters, band = {"uniform": "snapkv 25% int4"}, kl(loss, BAND)
     return FrontPoint(
-        loss, 8192, sequences, 64_000_000, share, seconds(0.0312), rate, parameters, chosen, band
+        *(loss, 8192, sequences, 64_000_000, share, seconds(0.0312), rate, parameters, "fp8"),
+        chosen=chosen,
+        band=band,
+        unseen=kl(1.2 * loss) if live else None,
     )
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import time
-
 import pytest
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.processes import own_device, processes
+from kvtune.tests.placed import where
 from kvtune.tuner.engines import _devices, open_engine
 
 
@@ -40,12 +38,6 @@ def test_on_a_host_with_gpus_each_process_is_to_have_one(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert _devices("cuda") == ("cuda:0", "cuda:1")
     assert _devices("cpu") == ("cpu",)
-
-
-def where(_: int) -> tuple[int, str]:
-    """By a worker: which process this is, and its device; slow enough that all take part."""
-    time.sleep(0.05)
-    return os.getpid(), own_device("none")
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.full)])

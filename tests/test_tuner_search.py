@@ -20,6 +20,7 @@ from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.head_scores import About, HeadScores, write_heads
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.quest import Quest
+from kvtune.policies.methods.weighted_keys import WeightedKeys
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.document import read_policy
 from kvtune.profiles.gpus import find_gpu
@@ -228,7 +229,8 @@ def test_a_menu_of_all_methods_is_captured_for_and_replayed(
     assert source.trace is not None
     assert "reconstruction" in source.trace.manifest["signals"]
     named = {option.method for option in source.tables.options}
-    assert named == {*every_method(calibrated=False), Full()}
+    weighted = {WeightedKeys(by=by) for by in ("snapkv", "h2o", "full")}
+    assert named == {*every_method(calibrated=False), *weighted, Full()}
     assert (source.tables.loss >= 0).all()
 
 
@@ -384,9 +386,11 @@ def test_the_plan_is_timed_as_validate_would_on_the_card_it_is_for(
         loaded=types.SimpleNamespace(device=device),
         trace=types.SimpleNamespace(of_split=lambda split: (split,)),
     )
-    chosen: Any = types.SimpleNamespace(sequences=7, context=4096)
+    chosen: Any = types.SimpleNamespace(sequences=7, context=4096, place=("bf16", 4096))
     budget = types.SimpleNamespace(limit_bytes=10**9, weight_format="bf16")
-    found: Any = types.SimpleNamespace(request=request, source=source, budgets={4096: budget})
+    found: Any = types.SimpleNamespace(
+        request=request, source=source, budgets={("bf16", 4096): budget}
+    )
     cost: Any = types.SimpleNamespace(memory=exact(9e8, "B"))
     times, reason = answer._times(found, "the plan", chosen, cost, Silent())  # type: ignore[arg-type]
     assert (times, reason) == (None, untimed)

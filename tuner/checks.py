@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.head_scores import Floats, read_heads
 from kvtune.policies.policy_file.document import read_policy
-from kvtune.simulator.memory.weights import check_format
+from kvtune.simulator.memory.weights import listed_formats
 from kvtune.tuner.engines import check_engine
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.shared_study import check_storage
@@ -19,8 +19,7 @@ def check_request(request: SearchRequest) -> None:
             a policy or scores that are damaged or made for another model.
     """
     _check_layers(request)
-    if request.weights != "auto":
-        check_format(request.weights)
+    listed_formats(request.weights, request.shape, request.gpu)
     if request.engine is not None:
         check_engine(request.engine)
     if request.storage is not None:

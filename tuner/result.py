@@ -101,9 +101,9 @@ class FrontPoint:
         time_per_token: of a decode step with all sequences, seconds.
         tokens_per_second: of all sequences together.
         parameters: what the study chose.
+        weights: format of the model's weights beside it; its own loss is in no figure.
         chosen: whether this is the plan.
         band: of a stand-in, around ``kl``; None where the loss is the model's own.
-        weights: format of the model's weights beside it; its own loss is in no figure.
         unseen: the loss of the best of all that serve as many, on selection samples that each
             choice did not see (cross-fitted); None of a plan that is not on the front.
     """
@@ -116,9 +116,9 @@ class FrontPoint:
     time_per_token: Estimate
     tokens_per_second: Estimate
     parameters: dict[str, Parameter]
+    weights: Name
     chosen: bool = False
     band: Estimate | None = None
-    weights: Name = ""
     unseen: Estimate | None = None
 
     @property
