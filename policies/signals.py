@@ -40,6 +40,7 @@ class Needs:
         probes: how the loss responds to the observed tokens' attention output; likewise.
         linked: the keys and values of another layer, which ``Method.linked_layer`` names.
         sentences: which tokens end a sentence.
+        rope: the model's rotary positions, which a serving engine does not show.
     """
 
     window: int = 0
@@ -55,6 +56,7 @@ class Needs:
     repeat_queries: bool = False
     study_queries: bool = False
     learned: bool = False
+    rope: bool = False
 
     @property
     def asks_model(self) -> bool:

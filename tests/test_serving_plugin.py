@@ -22,6 +22,7 @@ from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.gear import Gear
 from kvtune.policies.formats.grouped import Int2, Int4, Int8
 from kvtune.policies.methods.cam import CaM
+from kvtune.policies.methods.ems import EMSReconstruction
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.kvzip import KVzip
@@ -239,6 +240,8 @@ def test_a_plan_travels_between_processes() -> None:
         Option(Razor(), Budget(100)),
         Option(Quest(block=64), Budget(64)),
         Option(Full(), ALL, Gear(), Gear()),
+        Option(StreamingLLM(positions="reindexed"), Budget(64)),
+        Option(EMSReconstruction(space="pre_rope"), Budget(64)),
     ],
     ids=lambda option: option.method.name,
 )

@@ -49,8 +49,8 @@ class ActQKV(ReadingMethod):
 
     @property
     def needs(self) -> Needs:
-        """Every query of the prompt, and their statistics."""
-        return Needs(window=ALL_QUERIES, query_moments=True)
+        """Every query of the prompt, their statistics, and positions."""
+        return Needs(window=ALL_QUERIES, query_moments=True, rope=True)
 
     def reader(self, budget: int) -> Probe:
         """Blocks by the probe."""

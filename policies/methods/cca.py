@@ -43,8 +43,8 @@ class CCA(Method):
 
     @property
     def needs(self) -> Needs:
-        """The last query of every group."""
-        return Needs(window=ALL_QUERIES)
+        """The last query of every group, and positions to turn its keys to."""
+        return Needs(window=ALL_QUERIES, rope=True)
 
     def keep(self, signals: Signals, budget: int) -> Tensor:
         """The newest tokens, as many as the budget."""

@@ -48,8 +48,8 @@ class EMSReconstruction(ScoredMethod):
 
     @property
     def needs(self) -> Needs:
-        """Column sums and the window."""
-        return Needs(window=self.window, column_sums=True)
+        """Column sums and the window; positions where keys are compared before RoPE."""
+        return Needs(window=self.window, column_sums=True, rope=self.space == "pre_rope")
 
     def protected(self, budget: int) -> tuple[int, int]:
         """The window."""

@@ -44,8 +44,8 @@ class ExpectedAttention(ScoredMethod):
 
     @property
     def needs(self) -> Needs:
-        """Moments of the queries before RoPE."""
-        return Needs(query_moments=True)
+        """Moments of the queries before RoPE, and positions to turn them to."""
+        return Needs(query_moments=True, rope=True)
 
     def protected(self, budget: int) -> tuple[int, int]:
         """The sinks."""

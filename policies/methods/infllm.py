@@ -46,8 +46,8 @@ class InfLLM(ReadingMethod):
 
     @property
     def needs(self) -> Needs:
-        """Every query of the prompt, for local scores."""
-        return Needs(window=ALL_QUERIES)
+        """Every query of the prompt, for local scores, and positions to turn queries to."""
+        return Needs(window=ALL_QUERIES, rope=True)
 
     def reader(self, budget: int) -> Reader:
         """Blocks by their representatives."""

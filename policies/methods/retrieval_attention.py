@@ -66,8 +66,8 @@ class RetrievalAttention(ReadingMethod):
 
     @property
     def needs(self) -> Needs:
-        """Every query of the prompt, for the graph."""
-        return Needs(window=ALL_QUERIES)
+        """Every query of the prompt, for the graph, and positions to turn them to."""
+        return Needs(window=ALL_QUERIES, rope=True)
 
     def reader(self, budget: int) -> IndexSearch:
         """A search for every query."""

@@ -11,7 +11,7 @@ from kvtune.policies.parts import Part
 from kvtune.policies.reader import Held
 from kvtune.policies.recall import MiddleBlocks, between
 from kvtune.policies.registry import parameter
-from kvtune.policies.signals import Signals
+from kvtune.policies.signals import Needs, Signals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +46,11 @@ class ShadowKV(ReadingMethod):
     rank: int = parameter(160, "directions that keys are rebuilt from", low=1, high=65536)
     chunk: int = parameter(8, "tokens of a chunk", unit="tokens", low=1, high=4096)
     recent: int = parameter(4, "last chunks always read", low=0, high=4096)
+
+    @property
+    def needs(self) -> Needs:
+        """Positions to turn keys back from."""
+        return Needs(rope=True)
 
     @property
     def looks_across_heads(self) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from kvtune.common.rotary import turn
 from kvtune.policies.decode import DecodeMethod, DecodeState
 from kvtune.policies.registry import LONGEST_PROMPT, parameter
-from kvtune.policies.signals import Signals
+from kvtune.policies.signals import Needs, Signals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +42,11 @@ class StreamingLLM(DecodeMethod):
     positions: Literal["kept", "reindexed"] = parameter(
         "kept", "where keys appear: at their own positions, or renumbered inside the cache"
     )
+
+    @property
+    def needs(self) -> Needs:
+        """Positions, where keys are renumbered."""
+        return Needs(rope=self.positions == "reindexed")
 
     @property
     def only_drops(self) -> bool:

@@ -9,6 +9,7 @@ from kvtune.policies.method import ReadingMethod
 from kvtune.policies.reader import Held, Reader
 from kvtune.policies.recall import best, between, clamped, ends, of_layer
 from kvtune.policies.registry import LONGEST_PROMPT, parameter
+from kvtune.policies.signals import Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +43,11 @@ class TokenSelect(ReadingMethod):
     similarity: float = parameter(
         0.9, "cosine of queries from which a selection is reused; 2 never", low=-1, high=2
     )
+
+    @property
+    def needs(self) -> Needs:
+        """Positions to turn queries and keys to."""
+        return Needs(rope=True)
 
     def reader(self, budget: int) -> Reader:
         """The layer's votes."""

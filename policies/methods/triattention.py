@@ -40,8 +40,8 @@ class TriAttention(ScoredMethod):
 
     @property
     def needs(self) -> Needs:
-        """Every query of the prompt, for centres and lengths."""
-        return Needs(window=ALL_QUERIES)
+        """Every query of the prompt, for centres and lengths, before RoPE."""
+        return Needs(window=ALL_QUERIES, rope=True)
 
     def scores(self, signals: Signals) -> Tensor:
         """Standardised a query head; the highest of the group."""

@@ -131,7 +131,7 @@ def lean_signals(method: Method, full: Signals) -> Signals:
         full.scale,
         full.column_sums().flatten(0, 1) if needs.column_sums else None,
         layer=full.layer,
-        rope=full.rope,
+        rope=full.rope if needs.rope else None,
         recorded_query_moments=(moments[0], moments[1]) if needs.query_moments else None,
         recorded_later_queries=full.later_queries().flatten(0, 1) if needs.later_queries else None,
         reconstruction=full.reconstruction if needs.reconstruction else None,

@@ -8,7 +8,7 @@ The scheduler and the worker ask the same object: what one admits the other can 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -20,6 +20,7 @@ from kvtune.policies.pages import BF16_PAGE, PageLayout, has_pages
 from kvtune.policies.paging import pages_of, planned_entries
 from kvtune.policies.parts import PartPlan
 from kvtune.policies.policy import Policy
+from kvtune.policies.signals import Needs
 
 AHEAD_TOKENS = 16
 """Pages are given to generated tokens so many at a time, for all heads at once."""
@@ -183,9 +184,8 @@ def check_servable(policy: Policy, head_dim: int) -> None:
     Raises:
         KvtuneError: says which option it is.
     """
-    needs = policy.needs
     hint = "search with --method streaming_llm,snapkv,h2o,full, or another of these."
-    if policy.waits or needs.calibration or needs.query_moments or needs.future or needs.probes:
+    if policy.waits or replace(policy.needs, window=0, column_sums=False) != Needs():
         raise KvtuneError(
             f"the policy {policy.name!r} asks for more than reading each layer's prompt once",
             hint=hint,
