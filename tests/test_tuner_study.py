@@ -315,3 +315,10 @@ def test_a_published_pattern_starts_a_search_and_is_improved(
     assert solver.problems[256].spent(improved.choice) <= solver.question.prompt_budget(
         256, improved.sequences
     )
+    # It reads its whole cache on the device, and brings nothing over from the host.
+    with_host = Solver.of(replace(question(tables), most_moved=1))
+    assert [each.choice.tolist() for each in start_points(with_host, [file], first=7)] == [
+        choice.tolist()
+    ]
+    reads_little = Solver.of(replace(question(tables), most_read=1))
+    assert not start_points(reads_little, [file], first=7)

@@ -115,7 +115,7 @@ def _points(solver: Solver, context: int, start: Choice, name: str) -> Iterator[
 
 
 def _reads_little(solver: Solver, context: int, choice: Choice) -> bool:
-    """Whether a step reads no more of a prompt than it may."""
+    """Whether a step reads, or brings over, no more of a prompt than it may."""
     question = solver.question
-    read = question.tables.bytes_read(context, question.head_dim)
-    return question.read_budget is None or int(read[choice].sum()) <= question.read_budget
+    taken = question.taken(context)[choice].sum()
+    return question.read_budget is None or int(taken) <= question.read_budget
