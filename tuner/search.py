@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from kvtune.tuner.explore.record import Recorder, selection_split
 from kvtune.tuner.finished import answers_another, finished, keep_finished
 from kvtune.tuner.head_points import head_points
 from kvtune.tuner.limits import Excess, no_limits, none_within, note_on, within
-from kvtune.tuner.question import Candidate, Question, Solver, front, pick, policy_of
+from kvtune.tuner.question import Candidate, Question, Solver, pick, policy_of
 from kvtune.tuner.refine import live_on_selection, recalibrated, refine
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import SearchResult
@@ -111,12 +111,15 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
     candidates = within(tried)
     if not candidates:
         raise none_within(request.limits, tried)
-    by_heads = _by_head_scores(request, solver, candidates)
+    studied = Found(request, budgets, source, solver, facts.study, candidates, notes)
+    by_heads = _by_head_scores(recalibrated(studied, source.calibration))
     for point in by_heads:
         record(point)
-    candidates, tried = [*candidates, *within(by_heads)], [*tried, *by_heads]
-    notes = (*notes, *note_on(tried))
-    studied = Found(request, budgets, source, solver, facts.study, candidates, notes)
+    studied = replace(
+        studied,
+        expected=[*candidates, *within(by_heads)],
+        notes=(*notes, *note_on([*tried, *by_heads])),
+    )
     ended, chosen = _choose(recalibrated(studied, source.calibration), progress)
     if ended.source is not source:
         _recorded_anew(recorder, ended)
@@ -182,16 +185,18 @@ def _starts(
     return start_points(solver, request.starts, first)
 
 
-def _by_head_scores(
-    request: SearchRequest, solver: Solver, candidates: Sequence[Candidate]
-) -> list[Candidate]:
-    """Plans that follow the request's head scores, with as many tokens at once as the pick."""
+def _by_head_scores(found: Found) -> list[Candidate]:
+    """Plans that follow the request's head scores, with as many tokens at once as the pick.
+
+    The pick is that of the study so far, by the rule of its end: live rounds only run plans beside
+    it that have as many.
+    """
+    request = found.request
     if request.heads is None:
         return []
-    best = pick(front(candidates), request.largest_kl)
-    return head_points(
-        solver, scores_of(request), best, first=max(c.number for c in candidates) + 1
-    )
+    best = pick(cross_fitted_front(found.source, found.expected), request.largest_kl)
+    first = max(candidate.number for candidate in found.expected) + 1
+    return head_points(found.solver, scores_of(request), best, first)
 
 
 def _nothing_fits(request: SearchRequest, question: Question) -> DoesNotFitError:
