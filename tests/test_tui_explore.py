@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Estimate
 from kvtune.common.stored import checked, parse_json
 from kvtune.policies.methods.kvzip import KVzip
 from kvtune.policies.option import Budget, Option
@@ -313,6 +314,34 @@ def test_every_plan_has_its_reason(study: Study) -> None:
     reasons = [why(study, study.plans[row])[0] for row in range(len(study.plans))]
     assert reasons[study.chosen].startswith("It holds most tokens")
     assert all(r.startswith("Not chosen") for i, r in enumerate(reasons) if i != study.chosen)
+
+
+def test_a_plan_within_the_limit_by_luck_is_not_said_to_have_lost_to_finalists(
+    study: Study,
+) -> None:
+    """The plan with most tokens looks good enough; on unseen samples its like are not."""
+    rows = [study.plans[row] for row in range(len(study.plans))]
+    within = [p for p in rows if p.kl.value <= study.facts.largest_kl]
+    lucky = max(within, key=lambda p: p.sequences)
+    second = max((p for p in within if p.sequences < lucky.sequences), key=lambda p: p.sequences)
+    assert study.outcome is not None
+    (point,) = study.outcome.front
+    chosen = replace(point, parameters=second.parameters, sequences=second.sequences)
+    picked = replace(study, outcome=replace(study.outcome, front=(chosen,)))
+    assert why(picked, second)[0].startswith("It holds most tokens")
+    assert "samples that the choice did not see" in why(picked, lucky)[0]
+    unseen = Estimate(0.03, 0.02, 0.04, "nats/token", "table")
+    on_front = replace(
+        point, parameters=lucky.parameters, sequences=lucky.sequences, chosen=False, unseen=unseen
+    )
+    picked = replace(study, outcome=replace(study.outcome, front=(chosen, on_front)))
+    assert "loses more than the 0.02" in why(picked, lucky)[0]
+
+
+def test_while_a_search_runs_its_best_is_said_to_be_of_now(tmp_path: Path) -> None:
+    study = StudyReader(write_study(tmp_path, 30, finished=False)).read()
+    assert study.chosen is not None
+    assert "may pick another" in why(study, study.plans[study.chosen])[0]
 
 
 # --- two beside each other -----------------------------------------------------------------------

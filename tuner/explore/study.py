@@ -65,13 +65,26 @@ class Study:
         return self._best_so_far()
 
     def _best_so_far(self) -> int:
-        """As the search picks: the widest weights, then most tokens at once, then least loss."""
+        """Of plans within the limit: the widest weights, most tokens at once, then least loss.
+
+        Each plan's own loss counts here. The search's end counts, at every point of the front, the
+        loss on samples that the choice did not see, which one plan's line cannot tell; it may then
+        pick a plan that serves fewer.
+        """
         loss = self.plans.kl[:, 0]
         within = np.flatnonzero(loss <= self.facts.largest_kl)
         if not len(within):
             return int(loss.argmin())
         tokens = (self.plans.context_tokens * self.plans.sequences)[within]
         return int(within[np.lexsort((loss[within], -tokens, -self._weight_bytes[within]))[0]])
+
+    def believed(self, plan: Plan) -> float:
+        """Loss without the luck of being the best of many, where the result has it, nats/token."""
+        if self.outcome is not None:
+            for point in self.outcome.front:
+                if point.parameters == plan.parameters:
+                    return point.believed
+        return plan.kl.value
 
     @cached_property
     def weights(self) -> NDArray[np.str_]:
@@ -87,6 +100,10 @@ class Study:
         names, rows = np.unique(self.weights, return_inverse=True)
         sizes = [weight_bytes(self.facts.shape, check_format(str(name))).value for name in names]
         return np.array(sizes)[rows]
+
+    def weight_bytes_of(self, plan: Plan) -> float:
+        """Bytes of the model's weights beside a plan; 0 where all plans have the same."""
+        return float(self._weight_bytes[np.flatnonzero(self.plans.trial == plan.trial)[0]])
 
     @cached_property
     def option_counts(self) -> NDArray[np.float64]:

@@ -18,25 +18,42 @@ def _verdict(study: Study, plan: Plan) -> str:
     row = study.chosen
     if row is None:
         return "no plan yet."
-    chosen, limit = study.plans[row], study.facts.largest_kl
-    tokens, most = (p.context_tokens * p.sequences for p in (plan, chosen))
+    chosen = study.plans[row]
     if plan.trial == chosen.trial:
-        within = "holds most tokens at once of the plans within" if _within(study, plan) else (
-            "loses least; none is within"
-        )  # fmt: skip
-        return f"It {within} {limit:g} nats a token on selection samples."
-    if not _within(study, plan):
-        return f"Not chosen: it loses more than the {limit:g} nats a token that are accepted."
-    if tokens < most:
+        return _why_chosen(study, plan)
+    return f"Not chosen: {_why_not(study, plan, chosen)}."
+
+
+def _why_chosen(study: Study, plan: Plan) -> str:
+    limit = study.facts.largest_kl
+    reason = (
+        "holds most tokens at once of the plans within"
+        if study.believed(plan) <= limit
+        else "loses least; none is within"
+    )
+    later = "" if study.outcome else " The search's end leaves out luck, and may pick another."
+    return f"It {reason} {limit:g} nats a token on selection samples.{later}"
+
+
+def _why_not(study: Study, plan: Plan, chosen: Plan) -> str:
+    """The search's rule, step by step: the limit, the widest weights, the most tokens at once."""
+    limit, name = study.facts.largest_kl, f"trial {chosen.trial}"
+    if study.believed(plan) > limit:
+        return f"it loses more than the {limit:g} nats a token that are accepted"
+    if study.believed(chosen) > limit:
+        return f"on samples that a choice did not see, none stays within {limit:g} nats a token"
+    tokens, most = (each.context_tokens * each.sequences for each in (plan, chosen))
+    bytes_wide, wanted = (study.weight_bytes_of(each) for each in (plan, chosen))
+    if bytes_wide < wanted:
+        return f"{name} does what is asked with wider weights"
+    if (bytes_wide, tokens) > (wanted, most):
         return (
-            f"Not chosen: it holds {count(tokens)} tokens at once, "
-            f"trial {chosen.trial} {count(most)}."
+            "on samples that the choice did not see, the best of the plans that serve as much "
+            f"loses more than {limit:g} nats a token"
         )
-    return f"Not chosen: trial {chosen.trial} did better among the finalists."
-
-
-def _within(study: Study, plan: Plan) -> bool:
-    return plan.kl.value <= study.facts.largest_kl
+    if tokens < most:
+        return f"it holds {count(tokens)} tokens at once, {name} {count(most)}"
+    return f"{name} did better among the finalists"
 
 
 def _notes(study: Study, plan: Plan) -> list[str]:
