@@ -160,4 +160,4 @@ def _column(column: Any) -> npt.NDArray[Any]:
 def _version_key(name: str) -> tuple[tuple[int, str], ...]:
     """Versions in order: numbers by value, a release candidate before its release."""
     parts = re.findall(r"\d+|[a-z]+", name.lower())
-    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in parts)
+    return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in parts)

@@ -56,6 +56,7 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         (*SERVED, "--sampler", "grid"),
         (*SERVED, "--storage", "nowhere"),
         (*SERVED, "--engine", "nowhere"),
+        (*SERVED, "--engine", "processes:²"),
         (*SERVED, "--start", "nowhere.yaml"),
         (*SERVED, "--start", "misspelt.yaml"),
         (*SERVED, "--moved-bytes", "50"),

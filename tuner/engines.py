@@ -98,7 +98,7 @@ def check_engine(name: str) -> None:
 
 def _count(name: str) -> int:
     text = name.removeprefix(PROCESSES)
-    if not text.isdigit() or not 0 < int(text) <= 1024:
+    if not text.isdecimal() or not 0 < int(text) <= 1024:
         raise KvtuneError(
             f"{text!r} is no number of processes", where="--engine", hint=f"{PROCESSES}4, say."
         )

@@ -154,4 +154,4 @@ def _driver_index(index: int) -> int:
     """The driver counts all GPUs of the machine."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     named = visible[index].strip() if index < len(visible) else ""
-    return int(named) if named.isdigit() else index
+    return int(named) if named.isdecimal() else index

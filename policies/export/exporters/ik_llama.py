@@ -130,7 +130,7 @@ def check(config: dict[str, object], layers: int) -> None:
         if key in ("cache-type-k", "cache-type-v") and value not in TYPES:
             raise ValueError(f"{key} cannot be {value}")
         if key.startswith("cache-type-") and key.endswith(("-first", "-last")):
-            if name not in TYPES or not number.isdigit() or int(number) < 1:
+            if name not in TYPES or not number.isdecimal() or int(number) < 1:
                 raise ValueError(f"{key} is a type, a comma and layers, not {value}")
             ended += int(number) * ("-k-" in key)
     if ended >= layers:

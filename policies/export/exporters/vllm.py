@@ -125,7 +125,7 @@ def check(config: dict[str, Any], layers: int) -> None:
     if config["kv-cache-dtype"] not in {"auto", *DTYPES}:
         raise ValueError(f"kv-cache-dtype cannot be {config['kv-cache-dtype']!r}")
     for layer in config.get("kv-cache-dtype-skip-layers", []):
-        if not (isinstance(layer, str) and layer.isdigit() and int(layer) < layers):
+        if not (isinstance(layer, str) and layer.isdecimal() and int(layer) < layers):
             raise ValueError(f"kv-cache-dtype-skip-layers: {layer!r} is no layer of {layers}")
     whole = ("max-model-len", "max-num-seqs", "max-num-batched-tokens", "kv-cache-memory-bytes")
     for key in whole:
