@@ -32,7 +32,7 @@ from kvtune.traces.samples import Sample
 from kvtune.traces.workloads import Workload, build
 from kvtune.tuner.allocate import Problem, solve
 from kvtune.tuner.options import LAPTOP
-from kvtune.tuner.question import policy_of
+from kvtune.tuner.solver import policy_of
 from kvtune.tuner.validate import union_of_needs
 
 SHARES = (0.03, 0.06, 0.12, 0.25)

@@ -28,7 +28,7 @@ from kvtune.traces import needles
 from kvtune.traces.models import LoadedModel, load_model
 from kvtune.traces.workloads import Workload, build
 from kvtune.tuner.options import LAPTOP
-from kvtune.tuner.question import policy_of
+from kvtune.tuner.solver import policy_of
 from kvtune.tuner.validate import union_of_needs, validate_policies
 
 KINDS = ("prose", "code", "retrieval")

@@ -15,7 +15,7 @@ from kvtune.policies.policy import Policy
 from kvtune.simulator.quality.tables import Tables
 from kvtune.traces.samples import Sample
 from kvtune.tuner.allocate import Problem, solve
-from kvtune.tuner.question import policy_of
+from kvtune.tuner.solver import policy_of
 
 EMPHASES = (1.0, 4.0)  # how much retrieval counts beside prose and code
 HARDLY_MORE = 1.15  # plans that lose up to so many times the least are told apart by their needles

@@ -45,7 +45,7 @@ from kvtune.traces.workloads import Workload, build
 from kvtune.tuner.allocate import Problem, solve
 from kvtune.tuner.baselines import FAMILIES, STRONG, candidates
 from kvtune.tuner.options import LAPTOP, Menu
-from kvtune.tuner.question import evicts, policy_of
+from kvtune.tuner.solver import evicts, policy_of
 from kvtune.tuner.validate import union_of_needs
 
 SHARES = (0.02, 0.03, 0.045, 0.06, 0.09, 0.12, 0.18, 0.25, 0.35)

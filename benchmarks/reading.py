@@ -58,8 +58,8 @@ from kvtune.tuner import sources
 from kvtune.tuner.allocate import Choice, Problem, exchange, solve, solve_both
 from kvtune.tuner.baselines import fill
 from kvtune.tuner.options import Menu
-from kvtune.tuner.question import policy_of
 from kvtune.tuner.request import SearchRequest
+from kvtune.tuner.solver import policy_of
 from kvtune.tuner.sources import QualitySource, own_trace
 from kvtune.tuner.validate import union_of_needs, validate_policies
 

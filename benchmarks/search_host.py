@@ -34,10 +34,11 @@ from kvtune.tuner.baselines import candidates
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.record import Recorder
 from kvtune.tuner.options import FULL
-from kvtune.tuner.question import Question, Solver
+from kvtune.tuner.question import Question
 from kvtune.tuner.refine import recalibrated
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.simple_points import simple_points
+from kvtune.tuner.solver import Solver
 from kvtune.tuner.sources import QualitySource
 
 CONTEXT, GENERATED, FEATURES = 8192, 256, 256

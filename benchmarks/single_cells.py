@@ -42,7 +42,7 @@ from kvtune.traces.workloads import Workload, build
 from kvtune.tuner.allocate import Problem, solve
 from kvtune.tuner.exchange import Choice
 from kvtune.tuner.options import LAPTOP, Menu
-from kvtune.tuner.question import policy_of
+from kvtune.tuner.solver import policy_of
 from kvtune.tuner.sources import queries_of, signals_of
 
 ROWS = {"cpu": 6, "cuda": 16}  # policies a batch

@@ -24,7 +24,7 @@ from kvtune.simulator.quality.tables import head_exchangeable
 from kvtune.traces.models import LoadedModel, load_model
 from kvtune.traces.workloads import Workload, build
 from kvtune.tuner.band import band
-from kvtune.tuner.question import evicts
+from kvtune.tuner.solver import evicts
 from kvtune.tuner.source_models import packaged_calibration, packaged_tables
 
 EACH = {"prose": 1, "code": 1, "retrieval": 1}

@@ -21,7 +21,7 @@ from kvtune.simulator.quality.tables import Tables, head_exchangeable
 from kvtune.simulator.quality.tables_file import load_tables
 from kvtune.tuner.band import band
 from kvtune.tuner.quality import mean_over_kinds, ratio_interval
-from kvtune.tuner.question import evicts
+from kvtune.tuner.solver import evicts
 from kvtune.tuner.source_models import all_tables, packaged_calibration, packaged_tables
 
 ROUNDING = 1e-9  # nats/token: what replay says of a cache that loses nothing

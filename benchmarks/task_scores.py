@@ -32,7 +32,7 @@ from kvtune.traces.tasks import TASKS
 from kvtune.traces.workloads import Workload, build
 from kvtune.tuner.allocate import Problem, solve
 from kvtune.tuner.baselines import FAMILIES, STRONG, candidates
-from kvtune.tuner.question import policy_of
+from kvtune.tuner.solver import policy_of
 from kvtune.tuner.source_models import packaged_tables
 from kvtune.tuner.validate import union_of_needs
 

@@ -19,12 +19,14 @@ from kvtune.simulator.cost import one_after_the_other
 from kvtune.simulator.quality.tables import Tables
 from kvtune.tests.made_up import llama
 from kvtune.tests.tiers import first
+from kvtune.tuner.candidate import Candidate, front
 from kvtune.tuner.limits import Limits, _rounded_up
-from kvtune.tuner.question import Candidate, Question, Solver, front
+from kvtune.tuner.question import Question
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.samplers import Sampler, choose
 from kvtune.tuner.search import run_search
 from kvtune.tuner.simple_points import simple_points
+from kvtune.tuner.solver import Solver
 from kvtune.tuner.stagnation import hypervolume, stagnates
 from kvtune.tuner.study import run_study
 

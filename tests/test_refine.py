@@ -13,9 +13,11 @@ from kvtune.simulator.quality.calibration import NONE
 from kvtune.simulator.quality.tables import Tables
 from kvtune.tests.made_up import llama
 from kvtune.tuner.answer import Found
+from kvtune.tuner.candidate import Candidate, front, pick
 from kvtune.tuner.head_points import BY_HEADS, head_points
-from kvtune.tuner.question import Candidate, Question, Solver, evicts, front, pick
+from kvtune.tuner.question import Question
 from kvtune.tuner.refine import FINALISTS, ROUNDS, TRUST, level_of, recalibrated, refine
+from kvtune.tuner.solver import Solver, evicts
 from kvtune.tuner.sources import QualitySource
 
 

@@ -19,9 +19,9 @@ from kvtune.simulator.quality.tables_file import save_tables
 from kvtune.tests.made_up import llama
 from kvtune.tuner import source_models
 from kvtune.tuner.band import band
-from kvtune.tuner.question import evicts
 from kvtune.tuner.result import SearchResult
 from kvtune.tuner.search import run_search
+from kvtune.tuner.solver import evicts
 from kvtune.tuner.stand_in_baselines import loss_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,9 +13,11 @@ import pytest
 from kvtune.common.errors import KvtuneError
 from kvtune.common.progress import Silent
 from kvtune.simulator.quality.tables import Tables
+from kvtune.tuner.candidate import Candidate
 from kvtune.tuner.library import search_request
-from kvtune.tuner.question import Candidate, Question, Solver
+from kvtune.tuner.question import Question
 from kvtune.tuner.samplers import Sampler
+from kvtune.tuner.solver import Solver
 from kvtune.tuner.study import run_study
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -19,8 +19,9 @@ from kvtune.tuner.allocate import Problem, solve
 from kvtune.tuner.exchange import Choice
 from kvtune.tuner.head_points import head_points
 from kvtune.tuner.linked import exchange_unlinked, is_linked, solve_pairs
-from kvtune.tuner.question import Question, Solver
+from kvtune.tuner.question import Question
 from kvtune.tuner.simple_points import simple_points
+from kvtune.tuner.solver import Solver
 from kvtune.tuner.starts import start_points
 from kvtune.tuner.study import run_study
 

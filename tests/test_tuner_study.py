@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from kvtune.policies.methods.kvzip import KVzip
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.simulator.quality.tables import Tables
-from kvtune.tuner.question import Candidate, Question, Solver, front, pick
+from kvtune.tuner.candidate import Candidate, front, pick
+from kvtune.tuner.question import Question
+from kvtune.tuner.solver import Solver
 from kvtune.tuner.study import run_study
 
 Make = Callable[..., Tables]

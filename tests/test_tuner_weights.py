@@ -16,11 +16,13 @@ from kvtune.profiles.models import find_model
 from kvtune.simulator.memory.weights import listed_formats
 from kvtune.simulator.quality.tables import Tables
 from kvtune.tests.made_up import llama
+from kvtune.tuner.candidate import Candidate, front, pick
 from kvtune.tuner.explore.reader import StudyReader
 from kvtune.tuner.explore.what_if import Setting, figures_of
-from kvtune.tuner.question import Candidate, Question, Solver, front, pick
+from kvtune.tuner.question import Question
 from kvtune.tuner.search import run_search
 from kvtune.tuner.simple_points import simple_points
+from kvtune.tuner.solver import Solver
 from kvtune.tuner.stagnation import hypervolume
 from kvtune.tuner.study import run_study
 

@@ -17,8 +17,9 @@ from kvtune.policies.policy_file.document import ModelFacts, PolicyDocument, Ser
 from kvtune.simulator.quality.tables import SampleFacts, Tables
 from kvtune.tests.tiers import first
 from kvtune.tuner.options import LAPTOP
-from kvtune.tuner.question import Question, Solver
+from kvtune.tuner.question import Question
 from kvtune.tuner.simple_points import simple_points
+from kvtune.tuner.solver import Solver
 from kvtune.tuner.study import run_study
 from kvtune.tuner.within import expressible, limits_of, menu_within
 

@@ -14,14 +14,15 @@ from kvtune.policies.paging import host_sequence_bytes
 from kvtune.policies.policy import Policy
 from kvtune.simulator.cost import Cost, policy_cost
 from kvtune.tuner.baselines import COSTS
+from kvtune.tuner.candidate import Candidate
 from kvtune.tuner.cross_fit import cross_fitted_front
 from kvtune.tuner.explore.record import selection_split
 from kvtune.tuner.lengths import length_note
 from kvtune.tuner.live_baselines import live_baselines
-from kvtune.tuner.question import Candidate, Solver
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import Baseline, FrontPoint, Quality, SearchResult
 from kvtune.tuner.serving_room import Budgets
+from kvtune.tuner.solver import Solver
 from kvtune.tuner.sources import QualitySource
 from kvtune.tuner.stand_in_baselines import stand_in_baselines
 

@@ -14,9 +14,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtune.tuner.candidate import Candidate, front
 from kvtune.tuner.explore.record import selection_split
 from kvtune.tuner.quality import estimate, widened
-from kvtune.tuner.question import Candidate, front
 from kvtune.tuner.sources import QualitySource
 
 

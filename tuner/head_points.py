@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from kvtune.policies.head_scores import Floats
 from kvtune.policies.option import Option
 from kvtune.tuner.allocate import Problem
+from kvtune.tuner.candidate import Candidate
 from kvtune.tuner.exchange import Choice
-from kvtune.tuner.question import Candidate, Solver, evicts
+from kvtune.tuner.solver import Solver, evicts
 
 BY_HEADS = "heads"
 """The parameter that says by which rule of head scores a candidate was made."""

@@ -11,7 +11,7 @@ from kvtune.common.errors import DoesNotFitError
 
 if TYPE_CHECKING:
     from kvtune.simulator.cost import Cost
-    from kvtune.tuner.question import Candidate
+    from kvtune.tuner.candidate import Candidate
 
 MILLISECONDS = 1000.0
 

@@ -20,10 +20,11 @@ from kvtune.common.progress import Progress
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.tuner.allocate import Problem, solve
 from kvtune.tuner.baselines import FAMILIES, Stored, candidates, strong_families
+from kvtune.tuner.candidate import Candidate
 from kvtune.tuner.exchange import Choice
 from kvtune.tuner.quality import ratio_interval
-from kvtune.tuner.question import Candidate, Solver, evicts, policy_of
 from kvtune.tuner.result import PLAN_FILE, Baseline
+from kvtune.tuner.solver import Solver, evicts, policy_of
 from kvtune.tuner.sources import QualitySource
 
 if TYPE_CHECKING:

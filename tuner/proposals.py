@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvtune.tuner.question import Question, evicts, has_exact_sinks, is_variant
+from kvtune.tuner.question import Question
+from kvtune.tuner.solver import evicts, has_exact_sinks, is_variant
 
 if TYPE_CHECKING:
     import optuna

@@ -16,10 +16,10 @@ import numpy as np
 from kvtune.common.progress import Progress
 from kvtune.simulator.quality.calibration import Calibration
 from kvtune.tuner.answer import Found
+from kvtune.tuner.candidate import Candidate, pick
 from kvtune.tuner.cross_fit import cross_fitted_front
 from kvtune.tuner.explore.record import selection_split
 from kvtune.tuner.head_points import BY_HEADS
-from kvtune.tuner.question import Candidate, pick
 from kvtune.tuner.sources import QualitySource
 
 ROUNDS = 3

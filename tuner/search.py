@@ -22,6 +22,7 @@ from kvtune.policies.paging import Growth, growing_bytes, head_bytes
 from kvtune.simulator.memory.peak import prefill_peak_bytes
 from kvtune.simulator.quality.tables import on_both_sides
 from kvtune.tuner.answer import Found, answer, cost_of
+from kvtune.tuner.candidate import Candidate, pick
 from kvtune.tuner.checks import check_request, no_head_is_known, scores_of
 from kvtune.tuner.cross_fit import cross_fitted_front
 from kvtune.tuner.explore.facts import EACH, Facts
@@ -29,7 +30,7 @@ from kvtune.tuner.explore.record import Recorder, selection_split
 from kvtune.tuner.finished import answers_another, finished, keep_finished
 from kvtune.tuner.head_points import head_points
 from kvtune.tuner.limits import Excess, no_limits, none_within, note_on, within
-from kvtune.tuner.question import Candidate, Question, Solver, pick, policy_of
+from kvtune.tuner.question import Question
 from kvtune.tuner.refine import live_on_selection, recalibrated, refine
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import SearchResult
@@ -44,6 +45,7 @@ from kvtune.tuner.serving_room import (
     rooms,
 )
 from kvtune.tuner.simple_points import simple_points
+from kvtune.tuner.solver import Solver, policy_of
 from kvtune.tuner.sources import QualitySource, own_trace, stand_in
 from kvtune.tuner.starts import start_points
 from kvtune.tuner.study import run_study

@@ -12,14 +12,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from kvtune.tuner.candidate import Candidate
 from kvtune.tuner.limits import with_excess
-from kvtune.tuner.question import (
-    Candidate,
-    Question,
-    Solver,
-    by_each_format,
-    holds_whole_prompt,
-)
+from kvtune.tuner.question import Question
+from kvtune.tuner.solver import Solver, by_each_format, holds_whole_prompt
 from kvtune.tuner.within import expressible
 
 

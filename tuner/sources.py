@@ -25,8 +25,8 @@ from kvtune.tuner import source_models
 from kvtune.tuner.band import band
 from kvtune.tuner.options import FULL, LAPTOP, READERS, ROTATED, WEIGHTED, Menu, every_method
 from kvtune.tuner.quality import calibrated
-from kvtune.tuner.question import evicts
 from kvtune.tuner.request import SearchRequest
+from kvtune.tuner.solver import evicts
 from kvtune.tuner.within import limits_of, menu_within
 
 if TYPE_CHECKING:

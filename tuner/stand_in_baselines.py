@@ -13,9 +13,10 @@ from kvtune.policies.pages import CODES
 from kvtune.policies.policy import Policy
 from kvtune.tuner.band import band_of_live
 from kvtune.tuner.baselines import FAMILIES
+from kvtune.tuner.candidate import Candidate
 from kvtune.tuner.live_baselines import Compared, plan_of
-from kvtune.tuner.question import Candidate, Solver
 from kvtune.tuner.result import Baseline
+from kvtune.tuner.solver import Solver
 from kvtune.tuner.source_models import STAND_IN
 from kvtune.tuner.sources import QualitySource
 

@@ -18,16 +18,11 @@ from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.document import read_policy
 from kvtune.simulator.quality.tables import Tables
+from kvtune.tuner.candidate import Candidate
 from kvtune.tuner.exchange import Choice
 from kvtune.tuner.linked import exchange_unlinked, is_linked
-from kvtune.tuner.question import (
-    Candidate,
-    Question,
-    Solver,
-    by_each_format,
-    evicts,
-    holds_whole_prompt,
-)
+from kvtune.tuner.question import Question
+from kvtune.tuner.solver import Solver, by_each_format, evicts, holds_whole_prompt
 from kvtune.tuner.within import expressible
 
 _EXCHANGES = 200

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.progress import Progress, Silent
+from kvtune.tuner.candidate import Candidate
 from kvtune.tuner.journal import Journal, Trial
 from kvtune.tuner.proposals import enqueue_defaults, suggest
-from kvtune.tuner.question import Candidate, Question, Solver
+from kvtune.tuner.question import Question
 from kvtune.tuner.samplers import Sampler, sampler_of
+from kvtune.tuner.solver import Solver
 from kvtune.tuner.stagnation import PATIENCE, stagnates
 
 if TYPE_CHECKING:

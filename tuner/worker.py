@@ -21,10 +21,10 @@ from kvtune.simulator.quality.tables_file import load_tables, save_tables
 from kvtune.tuner import source_models
 from kvtune.tuner.journal import Journal, Trial
 from kvtune.tuner.proposals import enqueue_defaults
-from kvtune.tuner.question import Solver
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.samplers import Sampler, sampler_of
 from kvtune.tuner.shared_study import create, finished, open_storage, work
+from kvtune.tuner.solver import Solver
 from kvtune.tuner.sources import QualitySource
 from kvtune.tuner.study import values_of
 

@@ -23,8 +23,8 @@ from kvtune.tuner.compare.strategies import STRATEGIES, Strategy
 from kvtune.tuner.compare.written import write_comparison
 from kvtune.tuner.exchange import Choice
 from kvtune.tuner.quality import estimate, ratio_interval
-from kvtune.tuner.question import policy_of
 from kvtune.tuner.request import SearchRequest
+from kvtune.tuner.solver import policy_of
 from kvtune.tuner.sources import QualitySource
 
 POINTS = 6  # of a strategy's curve that run on the held-out samples

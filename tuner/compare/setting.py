@@ -24,8 +24,8 @@ from kvtune.tuner import source_models
 from kvtune.tuner.allocate import Problem
 from kvtune.tuner.compare.ledger import RunChoices
 from kvtune.tuner.exchange import Choice
-from kvtune.tuner.question import policy_of
 from kvtune.tuner.request import SearchRequest
+from kvtune.tuner.solver import policy_of
 from kvtune.tuner.sources import QualitySource, menu_of, queries_of, signals_of
 
 if TYPE_CHECKING:

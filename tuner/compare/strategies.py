@@ -13,15 +13,17 @@ import numpy as np
 
 from kvtune.tuner.allocate import solve
 from kvtune.tuner.answer import Found
+from kvtune.tuner.candidate import Candidate, pick
 from kvtune.tuner.compare.additive import integer_program
 from kvtune.tuner.compare.ledger import Ledger
 from kvtune.tuner.compare.live_only import nsga2, random_search
 from kvtune.tuner.compare.setting import Setting
 from kvtune.tuner.cross_fit import cross_fitted_front
 from kvtune.tuner.exchange import Choice
-from kvtune.tuner.question import Candidate, Question, Solver, pick
+from kvtune.tuner.question import Question
 from kvtune.tuner.refine import Lives, recalibrated, refine
 from kvtune.tuner.simple_points import simple_points
+from kvtune.tuner.solver import Solver
 from kvtune.tuner.study import run_study
 
 Search = Callable[[Setting, Ledger], Iterator[Choice]]

@@ -16,7 +16,7 @@ from kvtune.tuner.explore.plans import Plan, write_line
 
 if TYPE_CHECKING:
     from kvtune.simulator.quality.tables import Tables
-    from kvtune.tuner.question import Candidate
+    from kvtune.tuner.candidate import Candidate
     from kvtune.tuner.sources import QualitySource
 
 

@@ -21,7 +21,7 @@ from kvtune.simulator.memory.peak import peak_memory, waiting_bytes
 from kvtune.tuner.explore.facts import EACH, Facts
 from kvtune.tuner.explore.plans import Floats, Integers
 from kvtune.tuner.explore.study import Study
-from kvtune.tuner.question import holds_whole_prompt
+from kvtune.tuner.solver import holds_whole_prompt
 
 
 @dataclass(frozen=True)

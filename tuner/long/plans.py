@@ -20,7 +20,7 @@ from kvtune.tuner.allocate import Problem, solve
 from kvtune.tuner.exchange import Choice
 from kvtune.tuner.long.menu import LongMenu, footprints
 from kvtune.tuner.quality import mean_over_kinds
-from kvtune.tuner.question import policy_of
+from kvtune.tuner.solver import policy_of
 
 FINALISTS = 4
 
