@@ -33,7 +33,8 @@ def command(
             "--tokens",
             metavar="N",
             min=2,
-            help="Of every sample, instead of 1024 or 2048; the observed part keeps its length.",
+            help="Tokens of every sample, in place of the workload's 1024 or 2048; as many are "
+            "observed as before.",
         ),
     ] = None,
     seed: options.Seed = 0,

@@ -95,7 +95,7 @@ JobsOption = Annotated[
         metavar="N",
         min=1,
         max=1024,
-        help="Trials that are asked for at once and answered side by side, on so many cores.",
+        help="Trials that are proposed together and answered at the same time, one a core.",
     ),
 ]
 StorageOption = Annotated[

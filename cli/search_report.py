@@ -107,7 +107,7 @@ def _front(result: SearchResult) -> RenderableType:
         *(["context"] if _chose_context(result) else []),
         "at once",
         *(["all heads"] if banded else []),
-        *([f"KL, {BAND}"] if banded else ["KL, chosen on", "KL, not chosen on"]),
+        *([f"KL, {BAND}"] if banded else ["KL, selection", "KL, cross-fitted"]),
         "of bf16",
         f"time per token, {tier}",
         *([] if banded else [f"tokens/s, {tier}"]),
@@ -118,6 +118,7 @@ def _front(result: SearchResult) -> RenderableType:
         [_point(point, _chose_context(result)) for point in _thinned(shown)],
         left=(0,),
         caption=f"{_caption(result)}, predicted on selection samples; * is the plan"
+        + ("" if banded else "\ncross-fitted: on samples that the choice did not see")
         + ("; result.json holds every point" if len(result.front) > _ROWS else ""),
     )
 

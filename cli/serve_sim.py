@@ -91,8 +91,8 @@ OrderOption = Annotated[
     Literal["arrival", "cached"],
     typer.Option(
         "--order",
-        help="Who of those that wait comes next: the first to arrive, or whose prompt is held in "
-        "the cache to the largest share (KVShare).",
+        help="Which waiting request is admitted next: the first to arrive, or the one with the "
+        "largest share of its prompt held in the cache (KVShare).",
     ),
 ]
 BlockOption = Annotated[

@@ -72,7 +72,7 @@ class SearchOptions(TypedDict, total=False):
         ttft: most time for reading and compressing one prompt: ``"2s"``; left out, any.
         sequences: that must fit at once, at least; left out, one.
         sampler: ``"tpe"``, ``"nsga2"`` or ``"random"``; left out, by the number of trials.
-        jobs: trials that are asked for at once and answered side by side, 1.
+        jobs: trials that are proposed together and answered at the same time, 1.
         storage: URL of a database through which other workers share the trials.
         engine: makes trace and tables: ``"processes:4"``, or a dask scheduler's address.
         start: policy files of published patterns or former searches to begin with.
