@@ -16,14 +16,15 @@ from kvtune.policies.signals import Signals
 
 
 def kept_tokens(method: Method, budget: int, signals: Signals) -> Tensor | None:
-    """The tokens ``[H, n]`` that a method keeps, where that is all it does; None otherwise."""
-    parts = method.parts(signals, budget)
-    if len(parts) != 1 or method.reader(budget) is not None:
+    """The tokens ``[H, n]`` that a method keeps, where that is all it does; None otherwise.
+
+    Whether it is is known without asking: what a method fits to a prompt may take long, and is
+    asked for elsewhere.
+    """
+    if not method.only_drops or method.reader(budget) is not None:
         return None
-    part = parts[0]
-    changed = (part.keys, part.values, part.formats)
-    plain = part.plan.is_plain and all(each is None for each in changed)
-    return part.tokens if plain and part.tokens.shape[-1] else None
+    tokens = method.keep(signals, budget)
+    return tokens if tokens.shape[-1] else None
 
 
 def store_tokens(

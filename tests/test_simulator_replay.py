@@ -24,6 +24,7 @@ from kvtune.policies.methods.mikv import MiKV
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import ALL, Budget, Option
+from kvtune.policies.parts import Part
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
 from kvtune.policies.testing import uniform
@@ -150,6 +151,25 @@ def test_the_uncompressed_option_responds_with_exactly_nothing() -> None:
     layer = make_layer(3)
     assert torch.count_nonzero(replay_options(layer, OPTIONS, 1)[:, 0]) == 0
     assert torch.count_nonzero(replay_options(layer, OPTIONS, 1)[:, 1]) > 0
+
+
+def test_a_method_that_does_more_than_drop_tokens_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Some fit what they store to the prompt, which takes most of a replay."""
+    asked: list[int] = []
+    parts = MiKV.parts
+
+    def counted(method: MiKV, signals: Signals, budget: int) -> list[Part]:
+        asked.append(budget)
+        return parts(method, signals, budget)
+
+    monkeypatch.setattr(MiKV, "parts", counted)
+    signals = Signals(uniform(3, 4, 9, 8), *uniform(4, 2, 2, 9, 8), 0.4)
+    options = [Option(MiKV(), Budget(tokens=5)), Option(Full(), ALL, Int4(), Int4())]
+    rows = [row for some, _ in apply_each(options, 5, signals) for row in some]
+    assert sorted(rows) == [0, 1]
+    assert asked == [5]
 
 
 def test_a_batch_of_policies_responds_as_each_alone() -> None:
