@@ -165,7 +165,8 @@ def test_a_method_that_does_more_than_drop_tokens_is_asked_once(
         return parts(method, signals, budget)
 
     monkeypatch.setattr(MiKV, "parts", counted)
-    signals = Signals(uniform(3, 4, 9, 8), *uniform(4, 2, 2, 9, 8), 0.4)
+    keys, values = uniform(4, 2, 2, 9, 8)
+    signals = Signals(uniform(3, 4, 9, 8), keys, values, 0.4)
     options = [Option(MiKV(), Budget(tokens=5)), Option(Full(), ALL, Int4(), Int4())]
     rows = [row for some, _ in apply_each(options, 5, signals) for row in some]
     assert sorted(rows) == [0, 1]
