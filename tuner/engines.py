@@ -81,7 +81,7 @@ def open_engine(name: str, device: str) -> Iterator[Executor]:
 
 
 def check_engine(name: str) -> None:
-    """Refuse what is neither processes of this host nor an address; nobody is asked yet.
+    """Refuse what is neither processes of this host nor an address; no connection is made.
 
     Raises:
         KvtuneError: it is neither.

@@ -46,7 +46,7 @@ _STORAGES = (
 
 
 def check_storage(url: str) -> None:
-    """Refuse what is no database's URL; nobody is asked yet.
+    """Refuse what is no database's URL; no connection is made.
 
     Raises:
         KvtuneError: it is none.

@@ -220,7 +220,7 @@ def _of_rows(part: Part, rows: Tensor) -> Part:
 
 
 def _store_merged(prompts: Prompts, part: Part, heads: Tensor, starts: Tensor) -> None:
-    """Put a part's keys and values where its tokens' own were; nobody asks about these again."""
+    """Write a part's keys and values over its tokens' own, which no method is shown again."""
     if part.keys is None or part.values is None:
         return
     rows, places = (heads % len(prompts.keys)).long()[:, None], part.tokens + starts[:, None]

@@ -74,7 +74,7 @@ class Running:
             self.seats.prepare(query_heads)
 
     def begin(self, table: BlockTable, starts: Sequence[int], lengths: Sequence[int]) -> Step:
-        """Take in who is part of a step.
+        """Take in the requests that are part of a step.
 
         Args:
             table: of the step's requests.
@@ -99,7 +99,7 @@ class Running:
         return Step(self._prompts(prompts, read), len(generating), self._places(places))
 
     def nobody(self, rows: int) -> Step:
-        """A step of rows that are nobody's: it reads nothing and writes nowhere."""
+        """A step whose rows belong to no request: it reads nothing and writes nowhere."""
         self._seats.seat([])
         return Step(None, rows, slice(0, rows))
 

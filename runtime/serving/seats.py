@@ -1,9 +1,9 @@
 """Tables of the requests that generate, in device memory that stays where it is.
 
-Every request has a seat: its own part of each layer's page table, lengths and tiles. Who comes is
-written into a free seat, once for all layers; nobody else's entries are touched. A step then only
-says who sits where, so that its launches can be captured in a CUDA graph: the tables of a graph
-must have room from the beginning for all who may come (``most_room``).
+Every request has a seat: its own part of each layer's page table, lengths and tiles. A new request
+is written into a free seat, once for all layers; no other entries are touched. A step then only
+lists which seats take part, so that its launches can be captured in a CUDA graph: the tables of a
+graph must have room from the beginning for all requests that may come (``most_room``).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Seats:
         policy: for the model.
         head_dim: D.
         memory: the engine's, ``[bytes]`` uint8.
-        backend: who works on pages.
+        backend: reads and writes pages.
         room: of the tables at first; they are replaced by larger ones where it does not do.
     """
 
@@ -133,7 +133,9 @@ class Seats:
             self._allocate(size)
             coming, staying = [*staying.values(), *coming], {}
         free = [seat for seat in range(size.seats) if seat not in staying]
-        free.sort(key=lambda seat: self.seated[seat] is not None)  # who left keeps a seat for long
+        free.sort(
+            key=lambda seat: self.seated[seat] is not None
+        )  # requests that left keep their seats longest
         again = {id(one) for one in coming}
         self.seated = [None if id(one) in again else one for one in self.seated]
         for seat, one in zip(free, coming, strict=False):
@@ -195,7 +197,7 @@ class Seats:
         self.seated[seat], self.reach[seat] = request, reach(request)
 
     def _order(self, seats: list[int]) -> None:
-        """Say in device memory who sits where; the rows behind them are nobody's."""
+        """Write each row's seat into device memory; the rows behind them are empty."""
         if seats == self.together:
             return
         rows = max(len(seats), len(self.together))

@@ -1,4 +1,4 @@
-"""One step of a serving engine: who reads a prompt, and who generates."""
+"""One step of a serving engine: requests whose prompts are read, and requests that generate."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ class Scheduler:
                 left -= 1
 
     def _next(self) -> int:
-        """The place in the queue of who is taken next; of equals the first, and who was here."""
+        """The place in the queue of the request to admit next; a preempted first one always is."""
         first = self.waiting[0]
         was_here = first.swapped or first.generated
         if self.limits.order == "arrival" or was_here or self._passed_over >= PASSED_OVER:
