@@ -185,6 +185,12 @@ def check_servable(policy: Policy, head_dim: int) -> None:
         KvtuneError: says which option it is.
     """
     hint = "search with --method streaming_llm,snapkv,h2o,full, or another of these."
+    if policy.needs.rope:
+        raise KvtuneError(
+            f"the policy {policy.name!r} reads rotary positions, which a serving engine does not "
+            "show",
+            hint="leave keys at their positions (positions: kept, space: post_rope), or " + hint,
+        )
     if policy.waits or replace(policy.needs, window=0, column_sums=False) != Needs():
         raise KvtuneError(
             f"the policy {policy.name!r} asks for more than reading each layer's prompt once",
