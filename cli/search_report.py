@@ -19,7 +19,7 @@ from kvtune.simulator.cost import one_after_the_other
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import Baseline, Quality, SearchResult
 from kvtune.tuner.serving_room import budgets_of, formats_of
-from kvtune.tuner.verdict import Verdict
+from kvtune.tuner.verdict import Verdict, equal_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -113,8 +113,10 @@ def _baselines(result: SearchResult, comparison: str) -> RenderableType:
         f"KL in nats/token {intervals}, MiB of one prompt; * is the plan",
         *([f"retrieval of the full cache: {accuracy(full)}"] if full else []),
     ]
+    plan, *others = result.baselines
+    room = "at equal bytes" if equal_bytes(plan, others) else "in at most its bytes"
     return table(
-        "The plan beside others at equal bytes",
+        f"The plan beside others {room}",
         columns,
         [_baseline(baseline, tiers, live, retrieval) for baseline in result.baselines],
         left=(0, 1),

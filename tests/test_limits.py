@@ -209,3 +209,12 @@ def test_the_smallest_card_that_does_what_is_asked_is_found(
     assert memory == sorted(memory)
     with pytest.raises(DoesNotFitError, match="none of 1 cards"):
         smallest_gpu([on("4060")], Silent())
+
+
+def test_under_one_limit_the_smaller_card_is_tried_first(tmp_path: Path) -> None:
+    from kvtune.profiles.gpus import find_gpu
+    from kvtune.tuner.which_gpu import _size
+
+    asked = [llama(tmp_path / name, gpu=find_gpu(name)) for name in ("h100", "4090", "l4")]
+    assert len({each.memory_bytes for each in asked}) == 1
+    assert [each.gpu.slug for each in sorted(asked, key=_size)] == ["l4", "rtx-4090", "h100-sxm"]

@@ -22,6 +22,7 @@ class Policy:
     live: Estimate | None = None
     retrieval_accuracy: Estimate | None = None
     times_the_plan: Estimate | None = None
+    prompt_bytes: int = 1000
 
 
 def share(value: float) -> Estimate:
@@ -80,6 +81,15 @@ def test_a_policy_within_or_below_the_interval_is_not_beaten(value: float) -> No
 def test_one_above_the_interval_is_beaten_by_so_much() -> None:
     other = Policy("uniform", loss(0.0001), loss(0.11, "live"))  # predictions do not count
     assert verdict(other).comparison.endswith("uniform comes next and loses 10 times as much.")
+
+
+def test_a_rule_that_has_no_use_for_so_many_bytes_is_not_beaten_at_equal_ones() -> None:
+    words = [
+        verdict(Policy("uniform", loss(9), loss(0.11, "live"), prompt_bytes=size)).comparison
+        for size in (1000, 300)
+    ]
+    assert ["at equal bytes" in each for each in words] == [True, False]
+    assert "in at least as many bytes" in words[1]
 
 
 def test_losses_by_other_estimators_are_not_compared() -> None:

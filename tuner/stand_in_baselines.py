@@ -29,19 +29,20 @@ def stand_in_baselines(
     predicted: Estimate,
     progress: Progress,
 ) -> tuple[list[Compared], None]:
-    """The plan, and every family at its bytes; nothing is run."""
+    """The plan, and every family at its bytes, or at the most it takes; nothing is run."""
     plan = plan_of(policy, predicted, chosen.prompt_bytes, source.by_kind(chosen.choice))
-    share = chosen.prompt_bytes / solver.question.full_bytes(chosen.context)
+    whole = solver.question.full_bytes(chosen.context)
+    share = chosen.prompt_bytes / whole
     found = (
-        Compared(Baseline(said, family, loss, None, chosen.prompt_bytes), None)
-        for family, name, loss in _families(source, share)
+        Compared(Baseline(said, family, loss, None, round(min(share, most) * whole)), None)
+        for family, name, loss, most in _families(source, share)
         for said in (f"{name}{_unless_it_runs(name)}, live on {STAND_IN}",)
     )
     return [plan, *found], None
 
 
-def _families(source: QualitySource, share: float) -> Iterator[tuple[str, str, Estimate]]:
-    """Family, name and loss of those that are something of their own at this share.
+def _families(source: QualitySource, share: float) -> Iterator[tuple[str, str, Estimate, float]]:
+    """Family, name, loss and largest share of those that are something of their own at this share.
 
     Where all tokens fit in few bits a family has nothing to divide: its best is uniform's.
     """
@@ -50,7 +51,7 @@ def _families(source: QualitySource, share: float) -> Iterator[tuple[str, str, E
         if points and share >= _share(points[0]):
             nearest = min(points, key=lambda point: abs(np.log(_share(point) / share)))
             if nearest["name"].split()[0] == family:
-                yield family, nearest["name"], loss_at(points, share)
+                yield family, nearest["name"], loss_at(points, share), _share(points[-1])
 
 
 def _unless_it_runs(stored: str) -> str:

@@ -20,6 +20,10 @@ class Compared(Protocol):
         """What the policy is called."""
 
     @property
+    def prompt_bytes(self) -> int:
+        """Of one compressed prompt."""
+
+    @property
     def predicted(self) -> Estimate:
         """Its loss before anything ran live, nats/token."""
 
@@ -91,7 +95,7 @@ class Verdict:
 
     def _loss(self) -> str:
         """A number, or both ends of a band, inside which no number is likelier than others."""
-        if self.kl.tier == BAND:
+        if self.kl.tier == BAND and self.kl.low < self.kl.high:
             return f"{self.kl.low:.2g} to {self.kl.high:.2g}"
         return f"{self.kl.value:.2g}"
 
@@ -175,9 +179,13 @@ def _ahead(plan: Compared, others: Sequence[Compared]) -> str:
     if found := best.times_the_plan:
         times += f" ({found.low:.2g} to {found.high:.2g})"
     who = "the others" if len(others) > 1 else "the other"
-    return (
-        f"The plan loses less than {who} at equal bytes; {best.name} comes next and loses {times}."
-    )
+    room = "at equal bytes" if equal_bytes(plan, others) else "in at least as many bytes"
+    return f"The plan loses less than {who} {room}; {best.name} comes next and loses {times}."
+
+
+def equal_bytes(plan: Compared, others: Sequence[Compared]) -> bool:
+    """Whether all take the plan's bytes but for rounding; some rules have no use for so many."""
+    return all(other.prompt_bytes >= 0.97 * plan.prompt_bytes for other in others)
 
 
 def _listed(names: Sequence[str]) -> str:

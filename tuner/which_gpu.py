@@ -34,6 +34,8 @@ def smallest_gpu(
 ) -> tuple[list[Tried], SearchResult]:
     """Search card by card, least memory first, and stop at the first that works.
 
+    Under one limit for all of them the smaller card comes first, of equal ones the slower.
+
     Args:
         requests: the same search on different cards, each with a run directory of its own.
         progress: told of every search.
@@ -42,7 +44,7 @@ def smallest_gpu(
         DoesNotFitError: none of the cards works; with the reason of the largest.
     """
     tried: list[Tried] = []
-    for request in sorted(requests, key=lambda each: (each.memory_bytes, each.gpu.slug)):
+    for request in sorted(requests, key=_size):
         progress.note(f"searching for {request.gpu.name}")
         slug, memory = request.gpu.slug, request.memory_bytes
         try:
@@ -61,3 +63,9 @@ def smallest_gpu(
         f"none of {len(tried)} cards does what was asked; the largest, {last.gpu}: {last.reason}",
         hint="raise --max-kl or a limit, shorten --context, or list larger cards.",
     )
+
+
+def _size(request: SearchRequest) -> tuple[float, ...]:
+    """By what cards are put in order: what may be used of them, then what they are."""
+    gpu = request.gpu
+    return request.memory_bytes, gpu.visible_bytes, gpu.bandwidth.value
