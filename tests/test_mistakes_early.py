@@ -53,6 +53,7 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         (*SERVED, "--tpot", "fast"),
         (*SERVED, "--ttft", "fast"),
         (*SERVED, "--sequences", "0"),
+        (*SERVED, "--batch", "17", "--sequences", "30"),
         (*SERVED, "--sampler", "grid"),
         (*SERVED, "--storage", "nowhere"),
         (*SERVED, "--engine", "nowhere"),
