@@ -131,6 +131,7 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Memory and time on a GPU, or which GPU is needed; nothing is run."""
+    _check_form(form, as_json)
     from kvtune.cli.engine_report import read_engine
     from kvtune.simulator.latency.chunks import Reading
 
@@ -161,6 +162,15 @@ def command(
 
 
 DOES_NOT_FIT = 3
+
+
+def _check_form(form: str, as_json: bool) -> None:
+    from kvtune.common.errors import KvtuneError
+
+    if as_json and form in ("csv", "markdown"):
+        raise KvtuneError(
+            f"--format {form} and --json are two forms of one answer", hint="give one of them."
+        )
 
 
 class _Served(NamedTuple):

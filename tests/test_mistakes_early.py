@@ -33,6 +33,7 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         ("--model", "nowhere.gguf", "--gpu", "4090"),
         ("--model", "llama-8b", "--gpu", "40900"),
         ("--model", "llama-8b", "--gpu", "4090,h1000"),
+        ("--model", "llama-8b", "--gpu", "any,4090"),
         ("--model", "llama-8b", "--gpu", "nowhere.yaml"),
         (*SERVED, "--mem", "16QB"),
         (*SERVED, "--mem", "40GB"),
@@ -131,6 +132,8 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         (*SERVED, "--stack", "vllm", "--engine-version", "0.0"),
         (*SERVED, "--prefix", "some"),
         (*SERVED, "--format", "pdf"),
+        (*SERVED, "--format", "csv", "--json"),
+        (*SERVED, "--weights", "auto,int4"),
     ],
     "serve-sim": [
         ("--model", "llama-8bb", "--gpu", "4090", "--rate", "4"),

@@ -15,8 +15,8 @@ def check_request(request: SearchRequest) -> None:
     """Refuse what no search could be made of; files that it names are opened and read.
 
     Raises:
-        KvtuneError: an unknown weight format, engine or storage, layers that cannot be planned, more
-            sequences that must fit than are planned for, or a policy or scores that are damaged or
+        KvtuneError: an unknown weight format, engine or storage, layers that cannot be planned, a
+            number of sequences below the limit on it, or a policy or scores that are damaged or
             made for another model.
     """
     _check_layers(request)
