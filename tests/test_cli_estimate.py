@@ -238,7 +238,8 @@ def test_what_excludes_another_word_is_refused_beside_it(
     assert main([*LLAMA, *words]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert told in captured.err and hint in captured.err
+    assert told in captured.err
+    assert hint in captured.err
 
 
 def test_json_may_be_asked_for_twice(capsys: pytest.CaptureFixture[str]) -> None:

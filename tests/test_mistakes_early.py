@@ -144,6 +144,8 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         (*SERVED, "--rate", "4", "--prompt", "long"),
         (*SERVED, "--rate", "4", "--mem", "16QB"),
         (*SERVED, "--arrivals", "nowhere.csv"),
+        (*SERVED, "--arrivals", "nowhere.csv", "--prefix", "1k"),
+        (*SERVED, "--rate", "4", "--prefix", "4k"),
     ],
     "capture": [
         ("--model", "llama-8bb", "--out", "trace"),
