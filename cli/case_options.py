@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from kvtune.common.errors import KvtuneError
+from kvtune.common.errors import KvtuneError, check_alone
 from kvtune.tuner.cases import MILLION, Card
 
 T = TypeVar("T")
@@ -58,12 +58,15 @@ def read_cards(
         prices: per hour.
 
     Raises:
-        KvtuneError: one is unknown, or there are as many prices as cards in no way.
+        KvtuneError: one is unknown, ``any`` is not alone, or there are neither one price nor as
+            many as cards.
     """
     from kvtune.cli.described_card import read_card
     from kvtune.profiles.gpus import list_gpus
     from kvtune.tuner.target import read_gpu
 
+    if gpu is not None:
+        check_alone(gpu, "--gpu", ("any",))
     if any(figures):
         gpus = [read_card(gpu, *figures)]
     elif gpu is not None and gpu.lower() == "any":

@@ -131,22 +131,29 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Memory and time on a GPU, or which GPU is needed; nothing is run."""
+    _check_form(form, as_json)
     from kvtune.cli.engine_report import read_engine
+    from kvtune.cli.planned import notes_on_model, planned_options
     from kvtune.simulator.latency.chunks import Reading
 
     figures = gpu_memory, gpu_bandwidth, gpu_flops
     engine = read_engine(stack, engine_args, engine_version)
     kernels, told = _kernels(stack)
     document = _document(policy)
-    served, planned = _planned(document, context, generated, batch, weights)
+    options, planned = planned_options(
+        document, context=context, generated=generated, batch=batch, weights=weights
+    )
+    served = _USUALLY._replace(**options)
+    plain = _asked(model, gpu, figures, mem, served, price)
+    notes = (*planned, *notes_on_model(document, plain.shape))
     asked = replace(
-        _asked(model, gpu, figures, mem, served, price),
+        plain,
         document=document,
         evicts=evicts,
         gpus=gpus,
         total_gpus=total_gpus,
         stack=kernels,
-        told=(*told, *planned, *(engine.notes if engine else ())),
+        told=(*told, *notes, *(engine.notes if engine else ())),
         reading=Reading.of(prefix, chunk),
     )
     with speaking(as_json or form == "json", quiet) as output:
@@ -163,6 +170,15 @@ def command(
 DOES_NOT_FIT = 3
 
 
+def _check_form(form: str, as_json: bool) -> None:
+    from kvtune.common.errors import KvtuneError
+
+    if as_json and form in ("csv", "markdown"):
+        raise KvtuneError(
+            f"--format {form} and --json are two forms of one answer", hint="give one of them."
+        )
+
+
 class _Served(NamedTuple):
     """What is served, as it is written."""
 
@@ -173,25 +189,6 @@ class _Served(NamedTuple):
 
 
 _USUALLY = _Served("8192", "256", "1", "auto")
-
-
-def _planned(
-    document: PolicyDocument | None, *given: str | None
-) -> tuple[_Served, tuple[str, ...]]:
-    """What is given, else what the policy was planned for, and a note on it; else as usual."""
-    plan = document.serving if document else None
-    figures = (plan.context_tokens, plan.generated_tokens, plan.batch, plan.weights) if plan else ()
-    known = [str(figure) if figure else None for figure in figures] or [None] * len(given)
-    taken = {
-        option: value
-        for option, asked, value in zip(_Served._fields, given, known, strict=True)
-        if asked is None and value is not None
-    }
-    found = _USUALLY._replace(
-        **{name: each for name, each in zip(_Served._fields, given, strict=True) if each}, **taken
-    )
-    options = " ".join(f"--{name} {value}" for name, value in taken.items())
-    return found, (f"planned for {options}, as the policy's file says",) if taken else ()
 
 
 def _asked(
@@ -271,7 +268,7 @@ def _show(
     from kvtune.cli.engine_report import engine_of, engine_table
     from kvtune.cli.sweep_report import as_table
 
-    quality = _quality(asked.document)
+    quality = _quality(asked)
     if asked.is_one:
         output.show(*_tables(asked, cases, quality))
         memory = engine_of(engine, asked, cases[0])
@@ -316,10 +313,16 @@ def _verdict(asked: Asked, case: Case) -> str:
     return f"does not fit: {at_once} take {peak} at their peak{mend}"
 
 
-def _quality(document: PolicyDocument | None) -> str:
-    """An estimate runs nothing; what is known of the loss is what the file says."""
+def _quality(asked: Asked) -> str:
+    """An estimate runs nothing; what is known of the loss is what the file says of its model."""
+    from kvtune.cli.planned import other_model
+
+    document = asked.document
     known = document.provenance.quality if document and document.provenance else None
-    return f"{known}, as its file says" if known else "not estimated here; see kvtune search"
+    if not known:
+        return "not estimated here; see kvtune search"
+    other = other_model(document, asked.shape)
+    return f"{known}, as its file says" + (f" of {other}" if other else "")
 
 
 def _answer(
@@ -339,7 +342,7 @@ def _answer(
         "stack": asked.stack,
         "generated_tokens": asked.generated_tokens,
         "budget": cases[0].budget if one else None,
-        "quality": _quality(asked.document),
+        "quality": _quality(asked),
         "policies": named if one else None,
         "engine": as_json(engine_of(engine, asked, cases[0])) if one else None,
         "fits": any(case.fits for case in decisive),

@@ -31,6 +31,8 @@ OPTIONS = {
         "generated",
         "batch",
         "weights",
+        "prefix",
+        "chunk",
         "price",
     ),
     "A card and a stack of your own": (
@@ -58,11 +60,47 @@ OPTIONS = {
         "held_bytes",
         "heads",
         "stand_in",
-        "seed",
     ),
-    "What it is measured on": ("trace", "split", "workload", "text", "tokens", "device"),
+    "What it is measured on": (
+        "trace",
+        "split",
+        "workload",
+        "text",
+        "tokens",
+        "probes",
+        "seed",
+        "device",
+    ),
     "Policy": ("policy", "evicts", "to", "compare", "allow_stand_in", "strict"),
 }
+
+OWN_OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
+    "serve-sim": {
+        "Requests that arrive": (
+            "rate",
+            "requests",
+            "prompt",
+            "output",
+            "length_cv",
+            "burstiness",
+            "prefix",
+            "arrivals",
+            "seed",
+        ),
+        "How they are served": (
+            "slo_ttft",
+            "slo_tpot",
+            "max_sequences",
+            "max_batched_tokens",
+            "order",
+            "block",
+            "host_mem",
+        ),
+    },
+    "bench": {"What is compared": ("methods", "shares", "per_kind", "stored")},
+    "compare": {"What is compared": ("strategies", "shares", "seconds")},
+}
+"""Groups that one command alone has, by its name; they win over those of all commands."""
 
 EXAMPLES = {
     "search": (
@@ -92,6 +130,12 @@ EXAMPLES = {
     ),
     "capture": ("kvtune capture --model smollm2-135m --out trace",),
     "simulate": ("kvtune simulate policy.yaml --trace trace",),
+    "serve-sim": (
+        "kvtune serve-sim --model llama-8b --gpu h100 --rate 4 --prompt 2k --output 256 "
+        "--slo-ttft 1s --slo-tpot 50ms",
+        "kvtune serve-sim --model llama-8b --gpu 4090 --rate 1 --requests 1000 "
+        "--policy kvtune-runs/llama-3.1-8b-rtx-4090-16gb",
+    ),
     "gpus": ("kvtune gpus 4090",),
     "models": ("kvtune models llama3.1:8b", "kvtune models --json"),
     "policies": ("kvtune policies show snapkv+adakv",),
@@ -139,7 +183,8 @@ class Command(TyperCommand):
         """Write the options below a heading for each group."""
         found = [(param.name, param.get_help_record(ctx)) for param in self.get_params(ctx)]
         records = [(name, record) for name, record in found if record]
-        for title, rows in _grouped(records, OPTIONS, OTHERS).items():
+        groups = OPTIONS | OWN_OPTIONS.get(self.name or "", {})
+        for title, rows in _grouped(records, groups, OTHERS).items():
             with formatter.section(title):
                 formatter.write_dl(rows)
 

@@ -161,7 +161,14 @@ SEVERAL_WEIGHTS_HELP = (
     f"{WEIGHTS_HELP} Several are separated by commas, any is 16, 8 and 4 bits; what narrower "
     "weights lose is counted nowhere."
 )
-Weights = Annotated[str, typer.Option("--weights", metavar="FORMAT", help=WEIGHTS_HELP)]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="FORMAT",
+        help=f"{WEIGHTS_HELP} Left out: as --policy was planned, else auto.",
+    ),
+]
 WeightFormats = Annotated[
     str, typer.Option("--weights", metavar="FORMATS", help=SEVERAL_WEIGHTS_HELP)
 ]

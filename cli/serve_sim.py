@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,18 +11,10 @@ from kvtune.cli import options
 from kvtune.cli.output import speaking
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
+    from kvtune.policies.policy import Policy
+    from kvtune.policies.policy_file.document import PolicyDocument
     from kvtune.profiles.shape import ModelShape
-    from kvtune.simulator.serving.report import Goals, Served
     from kvtune.simulator.serving.requests import Requests
-    from kvtune.simulator.serving.server import Server
-
-LEFT_OUT = (
-    "left out: network, tokeniser and the scheduler's own time, outputs that end early, evicting "
-    "while decoding; memory is taken at its middle value (docs/serve-sim.md)"
-)
-
 
 RateOption = Annotated[
     float | None, typer.Option("--rate", metavar="R", help="Requests a second, on average.")
@@ -124,7 +116,7 @@ def command(
     arrivals: ArrivalsOption = None,
     slo_ttft: SloTtftOption = None,
     slo_tpot: SloTpotOption = None,
-    weights: options.Weights = "auto",
+    weights: options.Weights = None,
     max_sequences: MaxSequencesOption = 256,
     max_batched_tokens: MaxBatchedTokensOption = 2048,
     order: OrderOption = "arrival",
@@ -135,6 +127,9 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Serve requests that arrive over time, simulated."""
+    from kvtune.cli.inputs import read_policy_input
+    from kvtune.cli.planned import notes_on_model, planned_options
+    from kvtune.cli.serve_report import LEFT_OUT, answer, served_table
     from kvtune.common.units import parse_bytes, parse_seconds
     from kvtune.simulator.serving.engine import serve
     from kvtune.simulator.serving.report import Goals
@@ -145,6 +140,9 @@ def command(
 
     _, shape = read_model(model)
     card = read_gpu(gpu)
+    document = None if policy is None else read_policy_input(policy)
+    planned, notes = planned_options(document, weights=weights)
+    notes += notes_on_model(document, shape)
     goals = Goals(*(None if text is None else parse_seconds(text) for text in (slo_ttft, slo_tpot)))
     asked = _requests(
         arrivals, rate, requests, prompt, output, length_cv, burstiness, prefix, shape, seed
@@ -153,20 +151,23 @@ def command(
         shape,
         card,
         card.visible_bytes if mem is None else parse_bytes(mem),
-        weights,
+        planned.get("weights", "auto"),
         Limits(max_sequences, max_batched_tokens, order),
         block_tokens=block,
         host_bytes=0 if host_mem is None else parse_bytes(host_mem),
         gpus=gpus,
     )
-    policies = [None] if policy is None else [None, _policy(policy, shape)]
+    policies = _policies(document, shape)
+    notes += _sharing(asked, order, prefix)
     with speaking(as_json, quiet) as out:
         found = [
             serve(prepare(serving, asked, each), asked, goals)
             for each in out.progress.track(policies, "serving", len(policies))
         ]
-        out.show(_table(serving, asked, found), LEFT_OUT)
-        out.finish("serve-sim", _answer(serving, asked, found, goals, seed))
+        out.show(served_table(serving, asked, found), LEFT_OUT)
+        if notes:
+            out.show("", *(f"note: {note}" for note in notes))
+        out.finish("serve-sim", answer(serving, asked, found, goals, seed, notes))
 
 
 def _requests(
@@ -193,6 +194,12 @@ def _requests(
             hint="give --rate 4, or --arrivals FILE.",
         )
     if arrivals is not None:
+        if prefix is not None:
+            raise KvtuneError(
+                "--prefix is of requests that are drawn, and --arrivals names a file of them",
+                hint="leave out --prefix; the file's prefix_ids say what its prompts share "
+                "(docs/serve-sim.md).",
+            )
         return read_requests(arrivals)
     if not rate or rate <= 0:
         raise KvtuneError(f"--rate {rate} is not above zero", hint="--rate 4 is 4 a second.")
@@ -208,96 +215,20 @@ def _requests(
     )
 
 
-def _policy(path: Path, shape: ModelShape) -> Any:
-    from kvtune.cli.inputs import read_policy_input
-
-    return read_policy_input(path).bind(shape.layers, shape.kv_heads)
-
-
-def _table(serving: Server, asked: Requests, found: list[Served]) -> RenderableType:
-    from kvtune.cli.output import table
-    from kvtune.common.units import format_bytes
-    from kvtune.common.words import count, figure
-
-    words = {
-        "ttft_p50": "first token, p50", "ttft_p90": "first token, p90",
-        "ttft_p99": "first token, p99", "tpot_p50": "time per token, p50",
-        "tpot_p90": "time per token, p90", "tpot_p99": "time per token, p99",
-        "queue_time_mean": "wait in queue, mean", "tokens_per_second": "tokens/s",
-        "requests_per_second": "requests/s", "goodput": "goodput, requests/s",
-        "share_within_slo": "share within SLO", "mean_running": "running, mean",
-        "mean_waiting": "waiting, mean", "peak_memory": "cache, peak",
-        "mean_memory": "cache, mean",
-    }  # fmt: skip
-    rows = [
-        (
-            word,
-            *(figure(each.figures[name] if each.finished else None, tier=False) for each in found),
-        )
-        for name, word in words.items()
-        if name in found[0].figures
-    ]
-    rows += [
-        ("tier of all times", *(each.figures["ttft_p50"].tier for each in found)),
-        ("finished", *(f"{count(each.finished)} of {count(each.requests)}" for each in found)),
-        *_refused(found),
-        ("preemptions", *(_preemptions(each) for each in found)),
-        ("prompt tokens shared", *(count(each.shared_tokens) for each in found)),
-    ]
-    return table(
-        f"{serving.shape.name} ({serving.weights}) on {_cards(serving)} serves {asked.source}",
-        ("", *(each.name for each in found)),
-        rows,
-        caption=f"cache memory {figure(serving.cache)}{_each(serving)} in "
-        f"{count(found[0].blocks)} blocks of {format_bytes(found[0].block_bytes)}; "
-        "intervals: all times at their low or high ends",
-    )
+def _policies(document: PolicyDocument | None, shape: ModelShape) -> list[Policy | None]:
+    """The full cache, and the policy that was named."""
+    return [None, *([document.bind(shape.layers, shape.kv_heads)] if document else [])]
 
 
-def _cards(serving: Server) -> str:
-    return serving.gpu.name if serving.gpus == 1 else f"{serving.gpus} x {serving.gpu.name}"
-
-
-def _each(serving: Server) -> str:
-    return "" if serving.gpus == 1 else " of each card"
-
-
-def _refused(found: list[Served]) -> list[tuple[str, ...]]:
+def _sharing(asked: Requests, order: str, prefix: str | None) -> tuple[str, ...]:
+    """What was asked of shared beginnings and has no effect, or on some of the prompts alone."""
     from kvtune.common.words import count
 
-    reasons = dict.fromkeys(reason for each in found for reason in each.refused)
-    return [
-        (f"refused: {reason}", *(count(each.refused.get(reason, 0)) for each in found))
-        for reason in reasons
-    ]
-
-
-def _preemptions(each: Served) -> str:
-    from kvtune.common.words import count
-
-    moved = f", {count(each.swaps)} to the host" if each.host_blocks else ""
-    return count(each.preemptions) + moved
-
-
-def _answer(
-    serving: Server, asked: Requests, found: list[Served], goals: Goals, seed: int
-) -> dict[str, Any]:
-    limits = serving.limits
-    return {
-        "model": serving.shape.name,
-        "gpu": serving.gpu.slug,
-        "gpus": serving.gpus,
-        "weight_format": serving.weights,
-        "cache": serving.cache,
-        "requests": {"source": asked.source, "count": len(asked), "seed": seed},
-        "engine": {
-            "max_sequences": limits.sequences,
-            "max_batched_tokens": limits.step_tokens,
-            "order": limits.order,
-            "block_tokens": serving.block_tokens,
-            "host_bytes": serving.host_bytes,
-        },
-        "slo": goals,
-        "left_out": LEFT_OUT,
-        "policies": found,
-    }
+    notes = []
+    shorter = sum(each is None for each in asked.prefixes)
+    if prefix is not None and shorter:
+        of_all = f"{count(shorter)} of {count(len(asked))} prompts"
+        notes.append(f"{of_all} are shorter than --prefix {prefix}, and share nothing")
+    if order == "cached" and not any(asked.prefixes):
+        notes.append("--order cached changes nothing: no prompts are known to begin alike")
+    return tuple(notes)

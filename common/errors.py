@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class KvtuneError(Exception):
@@ -40,3 +40,24 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     if close:
         return "Did you mean " + " or ".join(repr(c) for c in close) + "?"
     return "Known: " + ", ".join(names) + "."
+
+
+def check_alone(listed: str, option: str, alone: Sequence[str]) -> None:
+    """Refuse a list in which a word that stands for several is not the only one.
+
+    Args:
+        listed: what was given, separated by commas.
+        option: that it was given to.
+        alone: the words that stand for several.
+
+    Raises:
+        KvtuneError: one of them stands beside another word.
+    """
+    words = [word.strip().lower() for word in listed.split(",")]
+    for word in alone:
+        if word in words and len(words) > 1:
+            others = ",".join(each for each in words if each not in alone)
+            other = f", or {option} {others}" if others else ""
+            raise KvtuneError(
+                f"{option} {listed}: {word} stands alone", hint=f"give {option} {word}{other}."
+            )

@@ -117,6 +117,26 @@ def test_python_m_runs_the_same_command() -> None:
     assert done.stdout == f"kvtune {kvtune.__version__}\n"
 
 
+@pytest.mark.parametrize("name", ["search", "estimate", "serve-sim", "bench", "compare"])
+def test_below_output_and_help_stands_nothing_else(name: str, run: Run) -> None:
+    shown = run(name, "--help").out
+    section = shown.split("Output and help:\n")[1].split("\n\n")[0]
+    found = set(re.findall(r"^  (?:-\w, )?(--[\w-]+)", section, re.MULTILINE))
+    assert found <= {"--out", "--run-dir", "--format", "--json", "--quiet", "--help"}
+    assert ("What is asked of the search:" in shown) == (name in ("search", "compare"))
+
+
+def test_groups_of_help_name_options_that_there_are() -> None:
+    from kvtune.cli.help import OPTIONS, OWN_OPTIONS
+
+    named = {name: {p.name for p in each.params} for name, each in build().commands.items()}
+    for groups, known in [
+        (OPTIONS, set().union(*named.values())),
+        *((groups, named[name]) for name, groups in OWN_OPTIONS.items()),
+    ]:
+        assert {option for options in groups.values() for option in options} <= known
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_takes_json_and_is_documented(name: str, run: Run) -> None:
     assert "--json" in run(name, "--help").out

@@ -216,6 +216,37 @@ def test_a_policy_file_says_what_it_was_planned_for_and_options_win(
     assert other["budget"]["weight_format"] == "int4"
 
 
+@pytest.mark.parametrize(
+    ("words", "told", "hint"),
+    [
+        (("--gpu", "any,4090"), "any stands alone", "give --gpu any, or --gpu 4090."),
+        (("--gpu", "4090, ANY"), "any stands alone", "give --gpu any, or --gpu 4090."),
+        (
+            ("--gpu", "4090", "--weights", "int4,any"),
+            "any stands",
+            "--weights any, or --weights int4",
+        ),
+        (("--gpu", "4090", "--weights", "auto,int4"), "auto stands", "or --weights int4."),
+        (("--gpu", "4090", "--weights", "any,auto"), "any stands", "give --weights any."),
+        (("--gpu", "4090", "--format", "csv", "--json"), "two forms", "give one of them."),
+        (("--gpu", "4090", "--format", "markdown", "--json"), "two forms", "give one of them."),
+    ],
+)
+def test_what_excludes_another_word_is_refused_beside_it(
+    words: tuple[str, ...], told: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*LLAMA, *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert told in captured.err
+    assert hint in captured.err
+
+
+def test_json_may_be_asked_for_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*LLAMA, "--gpu", "4090", "--format", "json", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fits"]
+
+
 def test_cards_that_fit_come_first_by_cost_then_by_memory(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

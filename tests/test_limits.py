@@ -13,13 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtune.common.errors import DoesNotFitError
+from kvtune.common.errors import DoesNotFitError, KvtuneError
 from kvtune.common.units import parse_seconds
 from kvtune.simulator.cost import one_after_the_other
 from kvtune.simulator.quality.tables import Tables
 from kvtune.tests.made_up import llama
 from kvtune.tests.tiers import first
 from kvtune.tuner.candidate import Candidate, front
+from kvtune.tuner.checks import check_request
 from kvtune.tuner.limits import Limits, _rounded_up
 from kvtune.tuner.question import Question
 from kvtune.tuner.request import SearchRequest
@@ -56,6 +57,19 @@ def test_the_error_names_limits_that_work(packaged: Tables, tmp_path: Path) -> N
     found = run_search(llama(tmp_path / "works", limits=works))
     assert one_after_the_other(found.prefill, found.compression).value <= parse_seconds(quoted[1])
     assert found.sequences >= free.sequences
+
+
+def test_a_number_at_once_below_its_own_limit_is_refused_before_anything_is_run(
+    tmp_path: Path,
+) -> None:
+    asked = llama(tmp_path / "run", sequences=17, limits=Limits(sequences=30))
+    with pytest.raises(KvtuneError, match="--sequences 30 asks for more") as caught:
+        run_search(asked)
+    assert not isinstance(caught.value, DoesNotFitError)
+    assert "--batch 30" in (caught.value.hint or "")
+    assert not asked.run_dir.exists()
+    check_request(replace(asked, sequences=30))
+    check_request(replace(asked, sequences=None))
 
 
 @given(st.floats(1e-3, 1e6))

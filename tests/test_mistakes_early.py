@@ -33,6 +33,7 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         ("--model", "nowhere.gguf", "--gpu", "4090"),
         ("--model", "llama-8b", "--gpu", "40900"),
         ("--model", "llama-8b", "--gpu", "4090,h1000"),
+        ("--model", "llama-8b", "--gpu", "any,4090"),
         ("--model", "llama-8b", "--gpu", "nowhere.yaml"),
         (*SERVED, "--mem", "16QB"),
         (*SERVED, "--mem", "40GB"),
@@ -53,6 +54,7 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         (*SERVED, "--tpot", "fast"),
         (*SERVED, "--ttft", "fast"),
         (*SERVED, "--sequences", "0"),
+        (*SERVED, "--batch", "17", "--sequences", "30"),
         (*SERVED, "--sampler", "grid"),
         (*SERVED, "--storage", "nowhere"),
         (*SERVED, "--engine", "nowhere"),
@@ -131,6 +133,8 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         (*SERVED, "--stack", "vllm", "--engine-version", "0.0"),
         (*SERVED, "--prefix", "some"),
         (*SERVED, "--format", "pdf"),
+        (*SERVED, "--format", "csv", "--json"),
+        (*SERVED, "--weights", "auto,int4"),
     ],
     "serve-sim": [
         ("--model", "llama-8bb", "--gpu", "4090", "--rate", "4"),
@@ -141,6 +145,8 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         (*SERVED, "--rate", "4", "--prompt", "long"),
         (*SERVED, "--rate", "4", "--mem", "16QB"),
         (*SERVED, "--arrivals", "nowhere.csv"),
+        (*SERVED, "--arrivals", "nowhere.csv", "--prefix", "1k"),
+        (*SERVED, "--rate", "4", "--prefix", "4k"),
     ],
     "capture": [
         ("--model", "llama-8bb", "--out", "trace"),

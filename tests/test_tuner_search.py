@@ -289,6 +289,17 @@ def test_a_stand_in_says_that_it_knows_three_methods(packaged: Tables, tmp_path:
     assert any("--menu three" in note for note in result.notes)
 
 
+def test_a_stand_in_says_which_options_change_nothing(packaged: Tables, tmp_path: Path) -> None:
+    given = llama(tmp_path / "run", trials=60, jobs=4, workload="mixed")
+    plain = run_search(llama(tmp_path / "plain", trials=60))
+    found = run_search(given)
+    assert [note for note in found.notes if note not in plain.notes] == [
+        "options: --workload and --jobs change nothing with a stand-in, which draws no trials and "
+        "runs no samples."
+    ]
+    assert (found.policy, found.quality) == (plain.policy, plain.quality)
+
+
 def test_a_models_own_search_runs_the_plan_and_its_baselines_live(
     own: SearchRequest, tmp_path: Path
 ) -> None:

@@ -127,7 +127,7 @@ def test_any_on_a_card_without_fp8_has_int8() -> None:
 
 @pytest.mark.parametrize("asked", ["bf17", "bf16,,int4", "any,bf16", ""])
 def test_what_is_no_list_of_formats_is_refused(asked: str) -> None:
-    with pytest.raises(KvtuneError, match="is no weight format"):
+    with pytest.raises(KvtuneError, match=r"is no weight format|any stands alone"):
         listed_formats(asked, find_model("llama-8b"), find_gpu("4090"))
 
 

@@ -15,10 +15,12 @@ def check_request(request: SearchRequest) -> None:
     """Refuse what no search could be made of; files that it names are opened and read.
 
     Raises:
-        KvtuneError: an unknown weight format, engine or storage, layers that cannot be planned, or
-            a policy or scores that are damaged or made for another model.
+        KvtuneError: an unknown weight format, engine or storage, layers that cannot be planned, a
+            number of sequences below the limit on it, or a policy or scores that are damaged or
+            made for another model.
     """
     _check_layers(request)
+    _check_sequences(request)
     listed_formats(request.weights, request.shape, request.gpu)
     if request.engine is not None:
         check_engine(request.engine)
@@ -40,6 +42,16 @@ def _check_layers(request: SearchRequest) -> None:
             "which search cannot plan yet",
             hint="kvtune estimate tells what its uncompressed cache takes; contexts that are no "
             "longer than the window can be planned.",
+        )
+
+
+def _check_sequences(request: SearchRequest) -> None:
+    planned, least = request.sequences, request.limits.sequences
+    if planned is not None and least is not None and planned < least:
+        raise KvtuneError(
+            f"--batch {planned} plans for exactly that many sequences at once, and --sequences "
+            f"{least} asks for more",
+            hint=f"give --sequences {least} alone, or --batch {least}.",
         )
 
 

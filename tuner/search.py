@@ -29,6 +29,7 @@ from kvtune.tuner.explore.facts import EACH, Facts
 from kvtune.tuner.explore.record import Recorder, selection_split
 from kvtune.tuner.finished import answers_another, finished, keep_finished
 from kvtune.tuner.head_points import head_points
+from kvtune.tuner.idle import notes_on_idle
 from kvtune.tuner.limits import Excess, no_limits, none_within, note_on, within
 from kvtune.tuner.question import Question
 from kvtune.tuner.refine import live_on_selection, recalibrated, refine
@@ -244,10 +245,10 @@ def _quality_source(
 
 def _stand_in(request: SearchRequest, reason: str) -> tuple[QualitySource, tuple[str, ...]]:
     source = stand_in(request.shape)
-    note = f"quality: stand-in ({source.stand_in}), because {reason}."
-    if request.menu == "three":
-        return source, (note,)
-    return source, (note, "methods: the stand-in's tables know those of --menu three alone.")
+    notes = [f"quality: stand-in ({source.stand_in}), because {reason}."]
+    if request.menu != "three":
+        notes.append("methods: the stand-in's tables know those of --menu three alone.")
+    return source, (*notes, *notes_on_idle(request))
 
 
 def _question(request: SearchRequest, budgets: Budgets, source: QualitySource) -> Question:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from kvtune.common.errors import KvtuneError, nearest
+from kvtune.common.errors import KvtuneError, check_alone, nearest
 from kvtune.common.estimate import Estimate, Tier, exact
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape, StoredWeights
@@ -82,8 +82,9 @@ def listed_formats(asked: str, shape: ModelShape, gpu: GpuProfile) -> tuple[str,
     is already quantised its own. ``auto`` stays one word: which it is depends on the memory.
 
     Raises:
-        KvtuneError: one is unknown, or something empty is listed.
+        KvtuneError: one is unknown, something empty is listed, or a word for several is not alone.
     """
+    check_alone(asked, "--weights", ("any", "auto"))
     words = [word.strip().lower() for word in asked.split(",")]
     if words == ["any"]:
         wide, *narrower = formats_by_width(shape, gpu)

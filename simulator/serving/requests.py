@@ -107,7 +107,8 @@ def generate(
         seed: of everything that is drawn.
 
     Raises:
-        KvtuneError: a rate that is not above zero, no request, or a negative burstiness.
+        KvtuneError: a rate that is not above zero, no request, a negative burstiness, or a shared
+            beginning that is longer than every prompt.
     """
     if not 0 < rate_per_s < np.inf or count < 1 or not 0 <= burstiness < np.inf:
         raise KvtuneError(
@@ -117,6 +118,12 @@ def generate(
     arrival = np.cumsum(_gaps(count, burstiness, rng)) / rate_per_s
     prompts = prompt.draw(count, rng, longest)
     outputs = output.draw(count, rng, longest)
+    if prefix_tokens > prompts.max():
+        raise KvtuneError(
+            f"a beginning of {format_tokens(prefix_tokens)} is longer than every prompt, so that "
+            "none would share it",
+            hint=f"shorten --prefix to {prompts.max()} or less, or lengthen --prompt.",
+        )
     shared = [_prefix(prefix_tokens, tokens) for tokens in prompts.tolist()]
     kind = {0.0: "evenly spaced", 1.0: "Poisson"}.get(burstiness, f"gamma, cv {burstiness:g}")
     source = f"{rate_per_s:g} requests a second ({kind}), prompts of {prompt}, outputs of {output}"
