@@ -36,13 +36,12 @@ class LlamaEngine:
         from kvtune.common.errors import KvtuneError
         from kvtune.simulator.memory.llama_memory import llama_memory
 
-        assert case.budget is not None  # noqa: S101 - looked at before
         if asked.gpus > 1:
             raise KvtuneError("how llama.cpp splits a model over several GPUs is not modelled")
         tokens = self.flags.slots * (case.context_tokens + asked.generated_tokens)
         flags = replace(self.flags, ctx_size=self.flags.ctx_size or tokens)
         return llama_memory(
-            asked.shape, case.card.gpu, case.budget.weight_format, flags, self.version,
+            asked.shape, case.card.gpu, case.weight_format(asked.shape), flags, self.version,
             case.card.memory_bytes,
         )  # fmt: skip
 
