@@ -136,6 +136,7 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Memory and time on a GPU, or which GPU is needed; nothing is run."""
+    from kvtune.cli.engine_asked import follow_engine
     from kvtune.cli.engine_report import read_engine
     from kvtune.simulator.latency.chunks import Reading
 
@@ -151,9 +152,11 @@ def command(
         gpus=gpus,
         total_gpus=total_gpus,
         stack=kernels,
-        told=(*told, *planned, *(engine.notes if engine else ())),
+        told=(*told, *planned),
         reading=Reading.of(prefix, chunk),
     )
+    told_flags = bool(engine_args or engine_version)
+    asked = follow_engine(engine, asked, told_flags=told_flags, told_context=context is not None)
     with speaking(as_json or form == "json", quiet) as output:
         cases, memory, verdict = _judged(asked, engine)
         if form in ("csv", "markdown"):

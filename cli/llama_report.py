@@ -27,6 +27,29 @@ class LlamaEngine:
     version: str
     notes: tuple[str, ...]
 
+    def slots(self, batch: int) -> int:
+        """As many as sequences at once, unless ``-np`` says more.
+
+        Raises:
+            KvtuneError: ``-np`` says fewer.
+        """
+        from kvtune.common.errors import KvtuneError
+
+        if 1 < self.flags.slots < batch:
+            raise KvtuneError(
+                f"--batch {batch} is more than the slots of -np {self.flags.slots}",
+                hint=f"give -np {batch}, or a smaller --batch.",
+            )
+        return max(self.flags.slots, batch)
+
+    def is_whole(self, layers: int) -> bool:
+        """Whether all layers and their cache are on the GPU."""
+        from kvtune.simulator.memory.llama_memory import read_build
+        from kvtune.simulator.memory.llama_offload import offload_of
+
+        flags, build = self.flags, read_build(self.version)
+        return offload_of(layers, flags.gpu_layers, flags.cache_on_gpu, build).whole
+
     def memory(self, asked: Asked, case: Case) -> LlamaMemory:
         """Its buffers for a case: all slots have the case's context unless a flag says another.
 
@@ -38,8 +61,9 @@ class LlamaEngine:
 
         if asked.gpus > 1:
             raise KvtuneError("how llama.cpp splits a model over several GPUs is not modelled")
-        tokens = self.flags.slots * (case.context_tokens + asked.generated_tokens)
-        flags = replace(self.flags, ctx_size=self.flags.ctx_size or tokens)
+        slots = self.slots(case.batch)
+        tokens = slots * (case.context_tokens + asked.generated_tokens)
+        flags = replace(self.flags, slots=slots, ctx_size=self.flags.ctx_size or tokens)
         return llama_memory(
             asked.shape, case.card.gpu, case.weight_format(asked.shape), flags, self.version,
             case.card.memory_bytes,

@@ -87,3 +87,42 @@ def test_vllm_starts_only_where_one_longest_request_fits(
     answer(capsys, *words, "--engine-args", "--max-model-len 128k", code=3)
     said = refusal(capsys, *words, "--engine-args", "--max-model-len 4k")
     assert "beyond --max-model-len 4096" in said
+
+
+@pytest.mark.parametrize(
+    ("stack", "flags"), [("llama-cpp", "-ngl 20"), ("vllm", "--max-num-seqs 8")]
+)
+def test_flags_beside_several_cases_are_refused_and_the_engine_is_told_to_be_left_out(
+    stack: str, flags: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--stack", stack, "--model", "llama-8b", "--gpu", "h100,h200")
+    assert "one --gpu" in refusal(capsys, *words, "--engine-args", flags)
+    assert any("kvtune's own count" in note for note in answer(capsys, *words)["notes"])
+
+
+def test_times_are_said_to_be_of_all_layers_on_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--stack", "llama-cpp", "--model", "llama-8b", "--gpu", "4090", "--engine-args")
+
+    def told(flags: str) -> bool:
+        notes = answer(capsys, *words, flags)["notes"]
+        return any("as if all layers were on the GPU" in note for note in notes)
+
+    assert told("-ngl 20")
+    assert told("-nkvo")
+    assert not told("-ngl 99")
+
+
+def test_the_context_of_llama_cpp_is_given_once(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--stack", "llama-cpp", "--model", "llama-8b", "--gpu", "4090", "--engine-args")
+    assert "both say" in refusal(capsys, *words, "-c 32k", "--context", "8192")
+    found = answer(capsys, *words, "-c 32k -np 2")
+    assert found["rows"][0]["context_tokens"] == 32768 // 2 - 256
+    assert found["engine"]["ctx_size"] == 32768
+    assert "no room" in refusal(capsys, *words, "-c 256")
+
+
+def test_sequences_at_once_have_a_slot_each(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--stack", "llama-cpp", "--model", "llama-8b", "--gpu", "h200", "--batch", "4")
+    assert answer(capsys, *words)["engine"]["ctx_size"] == 4 * (8192 + 256)
+    said = refusal(capsys, *words, "--engine-args", "-np 2")
+    assert "more than the slots of -np 2" in said
