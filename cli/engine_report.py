@@ -51,10 +51,9 @@ def read_engine(stack: str, engine_args: str, version: str | None) -> Engine | L
     from kvtune.cli.engine_args import read_engine_args
     from kvtune.simulator.memory.engine_memory import NEWEST, find_release
 
-    flags, others = read_engine_args(engine_args)
+    flags, notes = read_engine_args(engine_args)
     find_release(version or NEWEST)
-    unread = f"engine: not read, {' '.join(others)}" if others else ""
-    return Engine(flags, version or NEWEST, (unread,) if unread else ())
+    return Engine(flags, version or NEWEST, notes)
 
 
 def engine_of(

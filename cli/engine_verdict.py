@@ -121,7 +121,7 @@ def _fewer_layers(engine: LlamaEngine, asked: Asked, case: Case) -> Iterator[str
     for layers in range(min(most, asked.shape.layers), -1, -1):
         fewer = replace(engine, flags=replace(engine.flags, gpu_layers=layers))
         if _fits(fewer, asked, case):
-            yield f"--engine-args '-ngl {layers}'"
+            yield f"-ngl {layers} in --engine-args"
             return
 
 

@@ -79,10 +79,9 @@ def read_llama(engine_args: str, version: str | None) -> LlamaEngine:
     from kvtune.cli.llama_args import read_llama_args
     from kvtune.simulator.memory.llama_memory import NEWEST, read_build
 
-    flags, others = read_llama_args(engine_args)
+    flags, notes = read_llama_args(engine_args)
     read_build(version or NEWEST)
-    unread = (f"engine: not read, {' '.join(others)}",) if others else ()
-    return LlamaEngine(flags, version or NEWEST, unread)
+    return LlamaEngine(flags, version or NEWEST, notes)
 
 
 def llama_table(memory: LlamaMemory) -> RenderableType:

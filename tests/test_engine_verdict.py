@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from typing import Any
 
 import pytest
@@ -43,7 +42,7 @@ def test_the_layers_that_would_fit_do_and_one_more_does_not(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     found = answer(capsys, *LLAMA_CPP, code=3)
-    option, flags = shlex.split(found["would_fit"][0])
+    flags, option = found["would_fit"][0].split(" in ")
     assert option == "--engine-args"
     assert answer(capsys, *LLAMA_CPP, option, flags)["fits"]
     more = f"-ngl {int(flags.split()[1]) + 1}"
@@ -126,3 +125,22 @@ def test_sequences_at_once_have_a_slot_each(capsys: pytest.CaptureFixture[str]) 
     assert answer(capsys, *words)["engine"]["ctx_size"] == 4 * (8192 + 256)
     said = refusal(capsys, *words, "--engine-args", "-np 2")
     assert "more than the slots of -np 2" in said
+
+
+@pytest.mark.parametrize(
+    ("stack", "flags", "said"),
+    [
+        ("llama-cpp", "--ngl 20", "'-ngl'?"),
+        ("llama-cpp", "--ctx_size=8k", "'--ctx-size'?"),
+        ("vllm", "--gpu-memory-utilisation 0.5", "'--gpu-memory-utilization'?"),
+        ("vllm", "--tensor-parallel-size 2", "give --gpus of kvtune"),
+        ("vllm", "-tp 2", "give --gpus of kvtune"),
+    ],
+)
+def test_flags_that_are_not_read_are_told_with_what_was_meant(
+    stack: str, flags: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--stack", stack, "--model", "llama-8b", "--gpu", "h100", "--engine-args", flags)
+    (note,) = (note for note in answer(capsys, *words)["notes"] if "not read" in note)
+    assert flags in note
+    assert said in note
