@@ -48,7 +48,7 @@ def verdict_of(
     fits, text = _judged(engine, memory, asked, case)
     if fits:
         return Verdict(True, f"fits: {text}")
-    would = tuple(_what_would_fit(engine, asked, case))
+    would = (*_fewer_at_once(memory, asked, case), *_what_would_fit(engine, asked, case))
     mend = f"what would fit: {', or '.join(would)}" if would else "no known card is enough"
     return Verdict(False, f"does not fit: {text}; {mend}", would)
 
@@ -91,6 +91,14 @@ def _judged_vllm(
     start = f"; it starts with --max-model-len {held} or less"
     told = start if longest is None and sequence <= held < asked.shape.max_context else ""
     return held >= case.batch * sequence, said + told
+
+
+def _fewer_at_once(memory: Memory, asked: Asked, case: Case) -> tuple[str, ...]:
+    """The sequences that vLLM's cache holds; llama.cpp's table says the longest context."""
+    if isinstance(memory, LlamaMemory):
+        return ()
+    most = int(memory.tokens.value) // (case.context_tokens + asked.generated_tokens)
+    return (f"--batch {most}",) if 0 < most < case.batch else ()
 
 
 def _what_would_fit(engine: Engine | LlamaEngine, asked: Asked, case: Case) -> Iterator[str]:

@@ -74,7 +74,8 @@ def test_as_many_fit_as_the_engines_tokens_hold(capsys: pytest.CaptureFixture[st
     held = answer(capsys, *VLLM, "llama-8b")["engine"]["tokens"]["value"]
     most = int(held // (8192 + 256))
     assert answer(capsys, *VLLM, "llama-8b", "--batch", str(most))["fits"]
-    assert not answer(capsys, *VLLM, "llama-8b", "--batch", str(most + 1), code=3)["fits"]
+    found = answer(capsys, *VLLM, "llama-8b", "--batch", str(most + 1), code=3)
+    assert found["would_fit"][0] == f"--batch {most}"
 
 
 def test_vllm_starts_only_where_one_longest_request_fits(
