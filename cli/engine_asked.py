@@ -24,7 +24,7 @@ def follow_engine(
         engine: that was asked for.
         asked: by the other options.
         told_flags: whether flags or a version were given.
-        told_context: whether ``--context`` was given.
+        told_context: whether ``--context`` was given, here or in the policy's file.
 
     Raises:
         KvtuneError: flags beside several cases, or a context that is given twice.
@@ -63,9 +63,9 @@ def _with_context(engine: LlamaEngine, asked: Asked, told_context: bool) -> Aske
         return asked
     if told_context:
         raise KvtuneError(
-            f"-c {size} and --context both say how long the context is",
-            hint="leave --context out: prompts are then what -c has room for in each slot, "
-            "or leave -c out: it is then --context and --generated of each slot.",
+            f"-c {size} and --context, or the policy's file, both say how long the context is",
+            hint="leave -c out: it is then prompt and generated tokens of each slot; or leave "
+            "--context out: prompts are then what -c has room for in each slot.",
         )
     prompt = size // slots - asked.generated_tokens
     if prompt < 1:

@@ -156,7 +156,8 @@ def command(
         reading=Reading.of(prefix, chunk),
     )
     told_flags = bool(engine_args or engine_version)
-    asked = follow_engine(engine, asked, told_flags=told_flags, told_context=context is not None)
+    told_context = context is not None or _plans_context(document)
+    asked = follow_engine(engine, asked, told_flags=told_flags, told_context=told_context)
     with speaking(as_json or form == "json", quiet) as output:
         cases, memory, verdict = _judged(asked, engine)
         if form in ("csv", "markdown"):
@@ -200,6 +201,10 @@ def _planned(
     )
     options = " ".join(f"--{name} {value}" for name, value in taken.items())
     return found, (f"planned for {options}, as the policy's file says",) if taken else ()
+
+
+def _plans_context(document: PolicyDocument | None) -> bool:
+    return bool(document and document.serving and document.serving.context_tokens)
 
 
 def _asked(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,9 +113,16 @@ def test_times_are_said_to_be_of_all_layers_on_the_gpu(capsys: pytest.CaptureFix
     assert not told("-ngl 99")
 
 
-def test_the_context_of_llama_cpp_is_given_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_context_of_llama_cpp_is_given_once(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     words = ("--stack", "llama-cpp", "--model", "llama-8b", "--gpu", "4090", "--engine-args")
     assert "both say" in refusal(capsys, *words, "-c 32k", "--context", "8192")
+    planned = tmp_path / "policy.yaml"
+    planned.write_text(
+        "kvtune_policy: 1\npolicy: {method: snapkv, budget: 25%}\nserving: {context_tokens: 4096}\n"
+    )
+    assert "both say" in refusal(capsys, *words, "-c 32k", "--policy", str(planned))
     found = answer(capsys, *words, "-c 32k -np 2")
     assert found["rows"][0]["context_tokens"] == 32768 // 2 - 256
     assert found["engine"]["ctx_size"] == 32768
