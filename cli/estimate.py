@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -162,6 +163,7 @@ def command(
         cases, memory, verdict = _judged(asked, engine)
         if form in ("csv", "markdown"):
             _print_lines(output, form, cases)
+            _say_beside(output, asked, verdict)
         else:
             _show(output, asked, cases, memory, verdict)
         output.finish("estimate", _answer(asked, cases, memory, verdict))
@@ -303,6 +305,14 @@ def _print_lines(output: Output, form: str, cases: Sequence[Case]) -> None:
     from kvtune.cli.sweep_report import as_csv, as_markdown
 
     print(as_csv(cases) if form == "csv" else as_markdown(cases), file=output.stdout)
+
+
+def _say_beside(output: Output, asked: Asked, verdict: Verdict | None) -> None:
+    """On stderr what lines of figures have no place for: an engine's verdict, and notes."""
+    said = [verdict.text] if verdict else []
+    said += [f"note: {note}" for note in asked.notes]
+    if said and not output.quiet:
+        replace(output, stdout=sys.stderr).show(*said)
 
 
 def _show(

@@ -153,3 +153,15 @@ def test_flags_that_are_not_read_are_told_with_what_was_meant(
     (note,) = (note for note in answer(capsys, *words)["notes"] if "not read" in note)
     assert flags in note
     assert said in note
+
+
+def test_beside_lines_of_figures_the_engines_verdict_goes_to_stderr(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("estimate", *LLAMA_CPP, "--engine-args", "-ngl 20", "--format", "csv")
+    assert main([*words]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("\n") == 2
+    assert captured.err.startswith("fits: llama.cpp")
+    assert main([*words, "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
