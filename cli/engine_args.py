@@ -17,7 +17,7 @@ _MOST_SEQUENCES = 2**20
 
 
 def read_engine_args(text: str) -> tuple[EngineFlags, tuple[str, ...]]:
-    """The flags that decide how much cache there is, and the words that are not read.
+    """The flags that decide how much cache there is, and a note on words that are not read.
 
     Raises:
         KvtuneError: the words cannot be taken apart, or a value makes no sense.
@@ -25,8 +25,9 @@ def read_engine_args(text: str) -> tuple[EngineFlags, tuple[str, ...]]:
     from kvtune.simulator.memory.engine_memory import EngineFlags
 
     words = [_dashed(word) for word in split_flags(text, _HINT)]
-    known, others = _parser().parse_known_args(words)
-    return EngineFlags(**vars(known)), tuple(others)
+    parser = _parser()
+    known, others = parser.parse_known_args(words)
+    return EngineFlags(**vars(known)), parser.told(others)
 
 
 def _dashed(word: str) -> str:
@@ -35,7 +36,7 @@ def _dashed(word: str) -> str:
     return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> FlagParser:
     parser = FlagParser(_HINT)
     parser.add_argument("--gpu-memory-utilization", type=with_flag_name(_share))
     parser.add_argument("--max-model-len", type=with_flag_name(parse_tokens))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
-from kvtune.common.errors import KvtuneError
+from kvtune.common.errors import KvtuneError, meant
 
 T = TypeVar("T")
+
+_GPUS = ("--tensor-parallel-size", "-tp")
+_LIKE = 0.75  # flags of other purposes, such as --port and --block-size, are less alike
 
 
 def split_flags(text: str, hint: str) -> list[str]:
@@ -38,6 +41,19 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would have printed before exiting."""
         raise KvtuneError(f"--engine-args: {message}", hint=self._hint)
+
+    def told(self, others: Sequence[str]) -> tuple[str, ...]:
+        """A note on words that were not read, with the flags that may have been meant; or none."""
+        if not others:
+            return ()
+        flags = [word.partition("=")[0] for word in others if word.startswith("-")]
+        hints = dict.fromkeys(filter(None, map(self._hint_for, flags)))
+        return (" ".join((f"engine: not read, {' '.join(others)}.", *hints)),)
+
+    def _hint_for(self, flag: str) -> str:
+        if flag in _GPUS:
+            return f"For {flag} give --gpus of kvtune."
+        return meant(flag, self._option_string_actions, count=1, likeness=_LIKE)
 
 
 def with_flag_name(read: Callable[[str], T]) -> Callable[[str], T]:

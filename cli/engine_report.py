@@ -51,17 +51,16 @@ def read_engine(stack: str, engine_args: str, version: str | None) -> Engine | L
     from kvtune.cli.engine_args import read_engine_args
     from kvtune.simulator.memory.engine_memory import NEWEST, find_release
 
-    flags, others = read_engine_args(engine_args)
+    flags, notes = read_engine_args(engine_args)
     find_release(version or NEWEST)
-    unread = f"engine: not read, {' '.join(others)}" if others else ""
-    return Engine(flags, version or NEWEST, (unread,) if unread else ())
+    return Engine(flags, version or NEWEST, notes)
 
 
 def engine_of(
     engine: Engine | LlamaEngine | None, asked: Asked, case: Case
 ) -> EngineMemory | LlamaMemory | str | None:
     """The engine's memory for a case, or a sentence why it is not known."""
-    if engine is None or case.budget is None:
+    if engine is None:
         return None
     try:
         if isinstance(engine, Engine):
@@ -78,10 +77,8 @@ def _vllm(engine: Engine, asked: Asked, case: Case) -> EngineMemory:
     if flags.gpu_memory_utilization is None and card.memory_bytes < card.gpu.visible_bytes:
         share = card.memory_bytes / card.gpu.visible_bytes
         flags = replace(flags, gpu_memory_utilization=share)
-    assert case.budget is not None  # noqa: S101 - looked at before
-    return engine_memory(
-        asked.shape, card.gpu, case.budget.weight_format, flags, engine.version, asked.gpus
-    )
+    weights = case.weight_format(asked.shape)
+    return engine_memory(asked.shape, card.gpu, weights, flags, engine.version, asked.gpus)
 
 
 def engine_table(memory: EngineMemory | LlamaMemory) -> RenderableType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,14 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from kvtune.cli.engine_report import Engine
+    from kvtune.cli.engine_verdict import Verdict
     from kvtune.cli.llama_report import LlamaEngine
+    from kvtune.common.errors import DoesNotFitError
     from kvtune.policies.policy_file.document import PolicyDocument
     from kvtune.simulator.deployment import StackChoice
+    from kvtune.simulator.memory.budget import MemoryBudget
+    from kvtune.simulator.memory.engine_memory import EngineMemory
+    from kvtune.simulator.memory.llama_memory import LlamaMemory
     from kvtune.tuner.cases import Asked, Case
 
 
@@ -132,6 +138,7 @@ def command(
 ) -> None:
     """Memory and time on a GPU, or which GPU is needed; nothing is run."""
     _check_form(form, as_json)
+    from kvtune.cli.engine_asked import follow_engine
     from kvtune.cli.engine_report import read_engine
     from kvtune.cli.planned import notes_on_model, planned_options
     from kvtune.simulator.latency.chunks import Reading
@@ -153,16 +160,20 @@ def command(
         gpus=gpus,
         total_gpus=total_gpus,
         stack=kernels,
-        told=(*told, *notes, *(engine.notes if engine else ())),
+        told=(*told, *notes),
         reading=Reading.of(prefix, chunk),
     )
+    told_flags = bool(engine_args or engine_version)
+    told_context = context is not None or _plans_context(document)
+    asked = follow_engine(engine, asked, told_flags=told_flags, told_context=told_context)
     with speaking(as_json or form == "json", quiet) as output:
-        cases = _cases(asked)
+        cases, memory, verdict = _judged(asked, engine)
         if form in ("csv", "markdown"):
             _print_lines(output, form, cases)
+            _say_beside(output, asked, verdict)
         else:
-            _show(output, asked, cases, engine)
-        output.finish("estimate", _answer(asked, cases, engine))
+            _show(output, asked, cases, memory, verdict)
+        output.finish("estimate", _answer(asked, cases, memory, verdict))
     if not any(case.fits for case in _decisive(cases)):
         raise typer.Exit(DOES_NOT_FIT)
 
@@ -189,6 +200,10 @@ class _Served(NamedTuple):
 
 
 _USUALLY = _Served("8192", "256", "1", "auto")
+
+
+def _plans_context(document: PolicyDocument | None) -> bool:
+    return bool(document and document.serving and document.serving.context_tokens)
 
 
 def _asked(
@@ -244,11 +259,38 @@ def _document(path: Path | None) -> PolicyDocument | None:
     return None if path is None else read_policy_input(path)
 
 
-def _cases(asked: Asked) -> list[Case]:
-    """All combinations; of a single one that cannot fit, the error that says what would."""
-    if asked.is_one:
-        return asked.of(asked.cards[0], asked.contexts[0], asked.batches[0])
-    return list(asked.cases())
+def _judged(
+    asked: Asked, engine: Engine | LlamaEngine | None
+) -> tuple[list[Case], EngineMemory | LlamaMemory | str | None, Verdict | None]:
+    """All combinations; of a single one the engine's memory, and what it says in kvtune's place.
+
+    Raises:
+        DoesNotFitError: a single one cannot fit, and no engine's memory is known.
+    """
+    from kvtune.cli.engine_report import engine_of
+    from kvtune.cli.engine_verdict import verdict_of
+
+    if not asked.is_one:
+        return list(asked.cases()), None, None
+    cases, error = _one(asked)
+    memory = engine_of(engine, asked, cases[0])
+    verdict = verdict_of(engine, memory, asked, cases[0])
+    if error is not None and verdict is None:
+        raise error
+    if verdict is not None:
+        cases = [replace(case, engine_fits=verdict.fits) for case in cases]
+    return cases, memory, verdict
+
+
+def _one(asked: Asked) -> tuple[list[Case], DoesNotFitError | None]:
+    """The only combination, and why it has no costs."""
+    from kvtune.common.errors import DoesNotFitError
+
+    one = asked.cards[0], asked.contexts[0], asked.batches[0]
+    try:
+        return asked.of(*one), None
+    except DoesNotFitError as error:
+        return asked.refused(*one, asked.splits()[0], asked.weights[0], str(error)), error
 
 
 def _decisive(cases: Sequence[Case]) -> list[Case]:
@@ -262,16 +304,29 @@ def _print_lines(output: Output, form: str, cases: Sequence[Case]) -> None:
     print(as_csv(cases) if form == "csv" else as_markdown(cases), file=output.stdout)
 
 
+def _say_beside(output: Output, asked: Asked, verdict: Verdict | None) -> None:
+    """On stderr what lines of figures have no place for: an engine's verdict, and notes."""
+    said = [verdict.text] if verdict else []
+    said += [f"note: {note}" for note in asked.notes]
+    if said and not output.quiet:
+        replace(output, stdout=sys.stderr).show(*said)
+
+
 def _show(
-    output: Output, asked: Asked, cases: Sequence[Case], engine: Engine | LlamaEngine | None
+    output: Output,
+    asked: Asked,
+    cases: Sequence[Case],
+    memory: EngineMemory | LlamaMemory | str | None,
+    verdict: Verdict | None,
 ) -> None:
-    from kvtune.cli.engine_report import engine_of, engine_table
+    from kvtune.cli.engine_report import engine_table
     from kvtune.cli.sweep_report import as_table
 
     quality = _quality(asked)
     if asked.is_one:
-        output.show(*_tables(asked, cases, quality))
-        memory = engine_of(engine, asked, cases[0])
+        output.show(verdict.text if verdict else _verdict(asked, _decisive(cases)[0]))
+        if cases[0].budget is not None:
+            output.show("", *_tables(cases[0].budget, cases, quality))
         if memory is not None:
             output.show("", memory if isinstance(memory, str) else engine_table(memory))
     else:
@@ -280,17 +335,13 @@ def _show(
         output.show("", *(f"note: {note}" for note in notes))
 
 
-def _tables(asked: Asked, cases: Sequence[Case], quality: str) -> list[RenderableType]:
+def _tables(budget: MemoryBudget, cases: Sequence[Case], quality: str) -> list[RenderableType]:
     from kvtune.cli.tables import budget_table, cost_table
     from kvtune.common.words import figure
 
-    (budget,) = {id(case.budget): case.budget for case in cases}.values()
-    assert budget is not None  # noqa: S101 - a single case that has none is an error
     costs = {case.policy: case.cost for case in cases if case.cost}
     prices = [case.cost_per_million_tokens for case in cases]
     return [
-        _verdict(asked, _decisive(cases)[0]),
-        "",
         budget_table(budget, quality),
         "",
         cost_table(budget, costs, quality, [figure(p) for p in prices if p], first_tokens=True),
@@ -313,6 +364,12 @@ def _verdict(asked: Asked, case: Case) -> str:
     return f"does not fit: {at_once} take {peak} at their peak{mend}"
 
 
+def _would_fit(asked: Asked, case: Case, verdict: Verdict | None) -> Sequence[str]:
+    if verdict is not None:
+        return verdict.would_fit
+    return asked.what_would_fit(case) if asked.is_one and not case.fits else []
+
+
 def _quality(asked: Asked) -> str:
     """An estimate runs nothing; what is known of the loss is what the file says of its model."""
     from kvtune.cli.planned import other_model
@@ -326,9 +383,12 @@ def _quality(asked: Asked) -> str:
 
 
 def _answer(
-    asked: Asked, cases: Sequence[Case], engine: Engine | LlamaEngine | None
+    asked: Asked,
+    cases: Sequence[Case],
+    memory: EngineMemory | LlamaMemory | str | None,
+    verdict: Verdict | None,
 ) -> dict[str, Any]:
-    from kvtune.cli.engine_report import as_json, engine_of
+    from kvtune.cli.engine_report import as_json
     from kvtune.cli.sweep_report import as_rows
 
     one = asked.is_one
@@ -344,9 +404,9 @@ def _answer(
         "budget": cases[0].budget if one else None,
         "quality": _quality(asked),
         "policies": named if one else None,
-        "engine": as_json(engine_of(engine, asked, cases[0])) if one else None,
+        "engine": as_json(memory),
         "fits": any(case.fits for case in decisive),
-        "would_fit": asked.what_would_fit(decisive[0]) if one and not decisive[0].fits else [],
+        "would_fit": _would_fit(asked, decisive[0], verdict),
         "rows": as_rows(cases),
         "notes": asked.notes,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING
 
 from kvtune.cli.engine_flags import FlagParser, split_flags, whole_number, with_flag_name
@@ -17,18 +16,19 @@ _ON, _OFF = ("on", "1", "auto", "enabled"), ("off", "0", "disabled")
 
 
 def read_llama_args(text: str) -> tuple[LlamaFlags, tuple[str, ...]]:
-    """The flags that decide what is allocated, and the words that are not read.
+    """The flags that decide what is allocated, and a note on words that are not read.
 
     Raises:
         KvtuneError: the words cannot be taken apart, or a value makes no sense.
     """
     from kvtune.simulator.memory.llama_flags import LlamaFlags
 
-    known, others = _parser().parse_known_args(split_flags(text, _HINT))
-    return LlamaFlags(**vars(known)), tuple(others)
+    parser = _parser()
+    known, others = parser.parse_known_args(split_flags(text, _HINT))
+    return LlamaFlags(**vars(known)), parser.told(others)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> FlagParser:
     parser = FlagParser(_HINT)
     parser.add_argument("-c", "--ctx-size", type=with_flag_name(_context))
     parser.add_argument(

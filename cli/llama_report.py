@@ -27,6 +27,29 @@ class LlamaEngine:
     version: str
     notes: tuple[str, ...]
 
+    def slots(self, batch: int) -> int:
+        """As many as sequences at once, unless ``-np`` says more.
+
+        Raises:
+            KvtuneError: ``-np`` says fewer.
+        """
+        from kvtune.common.errors import KvtuneError
+
+        if 1 < self.flags.slots < batch:
+            raise KvtuneError(
+                f"--batch {batch} is more than the slots of -np {self.flags.slots}",
+                hint=f"give -np {batch}, or a smaller --batch.",
+            )
+        return max(self.flags.slots, batch)
+
+    def is_whole(self, layers: int) -> bool:
+        """Whether all layers and their cache are on the GPU."""
+        from kvtune.simulator.memory.llama_memory import read_build
+        from kvtune.simulator.memory.llama_offload import offload_of
+
+        flags, build = self.flags, read_build(self.version)
+        return offload_of(layers, flags.gpu_layers, flags.cache_on_gpu, build).whole
+
     def memory(self, asked: Asked, case: Case) -> LlamaMemory:
         """Its buffers for a case: all slots have the case's context unless a flag says another.
 
@@ -36,13 +59,13 @@ class LlamaEngine:
         from kvtune.common.errors import KvtuneError
         from kvtune.simulator.memory.llama_memory import llama_memory
 
-        assert case.budget is not None  # noqa: S101 - looked at before
         if asked.gpus > 1:
             raise KvtuneError("how llama.cpp splits a model over several GPUs is not modelled")
-        tokens = self.flags.slots * (case.context_tokens + asked.generated_tokens)
-        flags = replace(self.flags, ctx_size=self.flags.ctx_size or tokens)
+        slots = self.slots(case.batch)
+        tokens = slots * (case.context_tokens + asked.generated_tokens)
+        flags = replace(self.flags, slots=slots, ctx_size=self.flags.ctx_size or tokens)
         return llama_memory(
-            asked.shape, case.card.gpu, case.budget.weight_format, flags, self.version,
+            asked.shape, case.card.gpu, case.weight_format(asked.shape), flags, self.version,
             case.card.memory_bytes,
         )  # fmt: skip
 
@@ -56,10 +79,9 @@ def read_llama(engine_args: str, version: str | None) -> LlamaEngine:
     from kvtune.cli.llama_args import read_llama_args
     from kvtune.simulator.memory.llama_memory import NEWEST, read_build
 
-    flags, others = read_llama_args(engine_args)
+    flags, notes = read_llama_args(engine_args)
     read_build(version or NEWEST)
-    unread = (f"engine: not read, {' '.join(others)}",) if others else ()
-    return LlamaEngine(flags, version or NEWEST, unread)
+    return LlamaEngine(flags, version or NEWEST, notes)
 
 
 def llama_table(memory: LlamaMemory) -> RenderableType:

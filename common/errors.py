@@ -36,10 +36,13 @@ class DoesNotFitError(KvtuneError):
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """A "did you mean" sentence for an unknown name, or the list of what is known."""
     names = sorted(known)
-    close = difflib.get_close_matches(name.lower(), names, n=count, cutoff=0.5)
-    if close:
-        return "Did you mean " + " or ".join(repr(c) for c in close) + "?"
-    return "Known: " + ", ".join(names) + "."
+    return meant(name, names, count) or "Known: " + ", ".join(names) + "."
+
+
+def meant(name: str, known: Iterable[str], count: int = 3, likeness: float = 0.5) -> str:
+    """A "did you mean" sentence; empty where nothing known is as like the name as that."""
+    close = difflib.get_close_matches(name.lower(), sorted(known), n=count, cutoff=likeness)
+    return "Did you mean " + " or ".join(repr(c) for c in close) + "?" if close else ""
 
 
 def check_alone(listed: str, option: str, alone: Sequence[str]) -> None:

@@ -211,10 +211,10 @@ def test_states_kept_for_others_and_in_four_bytes_leave_fewer_tokens() -> None:
     assert tokens("--mamba-ssm-cache-dtype float32", "0.25") < tokens("", "0.25")
 
 
-def test_flags_that_say_nothing_of_memory_are_handed_back() -> None:
-    flags, others = read_engine_args("--port 80 --max-model-len 8k --kv-cache-dtype fp8_e4m3")
+def test_flags_that_say_nothing_of_memory_are_told() -> None:
+    flags, notes = read_engine_args("--port 80 --max-model-len 8k --kv-cache-dtype fp8_e4m3")
     assert (flags.max_model_len, flags.kv_cache_bytes) == (8192, 1.0)
-    assert others == ("--port", "80")
+    assert notes == ("engine: not read, --port 80.",)
 
 
 @pytest.mark.parametrize(

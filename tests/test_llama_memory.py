@@ -202,7 +202,7 @@ def test_builds_and_models_that_are_not_known_are_refused() -> None:
 
 def test_the_command_says_what_llama_cpp_would_print(capsys: pytest.CaptureFixture[str]) -> None:
     words = [
-        "estimate", "--model", "llama-8b", "--gpu", "4090", "--weights", "q4_0", "--context", "8k",
+        "estimate", "--model", "llama-8b", "--gpu", "4090", "--weights", "q4_0",
         "--stack", "llama-cpp", "--engine-args", "-c 32k -ctk q8_0 -ctv q8_0 --mlock",
     ]  # fmt: skip
     assert main([*words, "--json", "--quiet"]) == 0

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kvtune.simulator.cost import Cost, PartRead
     from kvtune.simulator.deployment import Deployment, StackChoice
     from kvtune.simulator.memory.budget import MemoryBudget
+    from kvtune.simulator.memory.weights import WeightFormat
 
 FULL = "full cache"
 STEP = 256  # tokens between the contexts that are tried
@@ -80,6 +81,8 @@ class Case:
         reason: why there is none.
         split: how many cards there are, and what they share.
         weights: format of the weights as it was asked for.
+        engine_fits: whether an engine's own memory has room for all sequences; None where no
+            engine was asked for, or what it takes is not known.
     """
 
     card: Card
@@ -91,13 +94,26 @@ class Case:
     reason: str = ""
     split: Split = ONE_CARD
     weights: str = "auto"
+    engine_fits: bool | None = None
 
     @property
     def fits(self) -> bool:
-        """Whether all sequences fit at once."""
+        """Whether all sequences fit at once, by the engine where its memory is known."""
+        if self.engine_fits is not None:
+            return self.engine_fits
         return self.cost is not None and self.cost.sequences_that_fit >= self.split.batch(
             self.batch
         )
+
+    def weight_format(self, shape: ModelShape) -> WeightFormat:
+        """Of the budget; where there is none the one asked for, or the narrowest for ``auto``."""
+        from kvtune.simulator.memory.weights import check_format, formats_by_width
+
+        if self.budget is not None:
+            return self.budget.weight_format
+        if self.weights == "auto":
+            return formats_by_width(shape, self.card.gpu)[-1]
+        return check_format(self.weights)
 
     @property
     def sequences_that_fit(self) -> int | None:
@@ -200,9 +216,16 @@ class Asked:
             try:
                 yield from self.of(card, context, batch, split, weights)
             except DoesNotFitError as error:
-                where = card, context, batch
-                for name in self._names():
-                    yield Case(*where, name, None, None, str(error), split, weights)
+                yield from self.refused(card, context, batch, split, weights, str(error))
+
+    def refused(
+        self, card: Card, context: int, batch: int, split: Split, weights: str, reason: str
+    ) -> list[Case]:
+        """One combination of which not even the weights and a small cache fit."""
+        return [
+            Case(card, context, batch, name, None, None, reason, split, weights)
+            for name in self._names()
+        ]
 
     def splits(self) -> list[Split]:
         """How the cards may be used: as asked for, or every way that gives all of them work.

@@ -1,0 +1,87 @@
+"""What an engine's flags change of what is estimated, and what is said beside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from kvtune.common.errors import KvtuneError
+
+if TYPE_CHECKING:
+    from kvtune.cli.engine_report import Engine
+    from kvtune.cli.llama_report import LlamaEngine
+    from kvtune.tuner.cases import Asked
+
+_ONE = "one --gpu, --weights, --context and --batch, and no --total-gpus"
+
+
+def follow_engine(
+    engine: Engine | LlamaEngine | None, asked: Asked, *, told_flags: bool, told_context: bool
+) -> Asked:
+    """What is asked for by the engine's flags too, with notes on what they do not reach.
+
+    Args:
+        engine: that was asked for.
+        asked: by the other options.
+        told_flags: whether flags or a version were given.
+        told_context: whether ``--context`` was given, here or in the policy's file.
+
+    Raises:
+        KvtuneError: flags beside several cases, or a context that is given twice.
+    """
+    from kvtune.cli.llama_report import LlamaEngine
+
+    if engine is None:
+        return asked
+    if not asked.is_one:
+        return _several(asked, told_flags)
+    if not isinstance(engine, LlamaEngine):
+        return _noted(asked, engine.notes)
+    return _noted(_with_context(engine, asked, told_context), engine.notes + _times(engine, asked))
+
+
+def _several(asked: Asked, told_flags: bool) -> Asked:
+    if told_flags:
+        raise KvtuneError(
+            "--engine-args and --engine-version are read for one case, and several are asked for",
+            hint=f"ask for {_ONE}.",
+        )
+    note = f"what fits is kvtune's own count; for the engine's memory ask for {_ONE}"
+    return _noted(asked, (note,))
+
+
+def _noted(asked: Asked, notes: tuple[str, ...]) -> Asked:
+    return replace(asked, told=(*asked.told, *notes))
+
+
+def _with_context(engine: LlamaEngine, asked: Asked, told_context: bool) -> Asked:
+    """Prompts as long as ``-c`` has room for in each slot, beside what is generated."""
+    from kvtune.tuner.target import read_context
+
+    size, slots = engine.flags.ctx_size, engine.slots(asked.batches[0])
+    if size is None:
+        return asked
+    if told_context:
+        raise KvtuneError(
+            f"-c {size} and --context, or the policy's file, both say how long the context is",
+            hint="leave -c out: it is then prompt and generated tokens of each slot; or leave "
+            "--context out: prompts are then what -c has room for in each slot.",
+        )
+    prompt = size // slots - asked.generated_tokens
+    if prompt < 1:
+        raise KvtuneError(
+            f"-c {size} has no room for a prompt beside {asked.generated_tokens} generated tokens "
+            f"in each of {slots} slots",
+            hint="give a larger -c, or fewer --generated tokens.",
+        )
+    return replace(asked, contexts=(read_context(str(prompt), asked.shape),))
+
+
+def _times(engine: LlamaEngine, asked: Asked) -> tuple[str, ...]:
+    """That times do not know of layers on the host."""
+    if engine.is_whole(asked.shape.layers):
+        return ()
+    return (
+        "times are as if all layers were on the GPU, and left out where those do not fit there; "
+        "with layers or cache on the host it is slower",
+    )

@@ -1,0 +1,140 @@
+"""Whether what is served fits by an engine's own memory, and what would where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from kvtune.cli.engine_report import Engine, engine_of
+from kvtune.common.errors import KvtuneError
+from kvtune.common.units import format_bytes
+from kvtune.common.words import count
+from kvtune.simulator.memory.llama_memory import LlamaMemory
+
+if TYPE_CHECKING:
+    from kvtune.cli.llama_report import LlamaEngine
+    from kvtune.simulator.memory.engine_memory import EngineMemory
+    from kvtune.tuner.cases import Asked, Case
+
+    Memory = EngineMemory | LlamaMemory
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an engine's memory says of a case.
+
+    Args:
+        fits: whether all sequences fit at once.
+        text: the headline.
+        would_fit: options with which it would, where it does not.
+    """
+
+    fits: bool
+    text: str
+    would_fit: tuple[str, ...] = ()
+
+
+def verdict_of(
+    engine: Engine | LlamaEngine | None, memory: Memory | str | None, asked: Asked, case: Case
+) -> Verdict | None:
+    """The engine's verdict; None where its memory is not known, or a policy is asked about.
+
+    Raises:
+        KvtuneError: a sequence is longer than the engine is told to take.
+    """
+    if engine is None or memory is None or isinstance(memory, str) or asked.document:
+        return None
+    fits, text = _judged(engine, memory, asked, case)
+    if fits:
+        return Verdict(True, f"fits: {text}")
+    would = (*_fewer_at_once(memory, asked, case), *_what_would_fit(engine, asked, case))
+    mend = f"what would fit: {', or '.join(would)}" if would else "no known card is enough"
+    return Verdict(False, f"does not fit: {text}; {mend}", would)
+
+
+def _judged(
+    engine: Engine | LlamaEngine, memory: Memory, asked: Asked, case: Case
+) -> tuple[bool, str]:
+    if isinstance(memory, LlamaMemory):
+        return _judged_llama(memory, case.weight_format(asked.shape))
+    assert isinstance(engine, Engine)  # noqa: S101 - whose memory it is
+    return _judged_vllm(engine, memory, asked, case)
+
+
+def _judged_llama(memory: LlamaMemory, weights: str) -> tuple[bool, str]:
+    host = memory.host_weights.value + memory.host_cache.value + memory.host_compute.value
+    return memory.total.value <= memory.limit_bytes, (
+        f"llama.cpp at a context of {count(memory.ctx_size)} tokens takes "
+        f"with {weights} weights {format_bytes(memory.total.value)} of the GPU's "
+        f"{format_bytes(memory.limit_bytes)}, and {format_bytes(host)} of the host"
+    )
+
+
+def _judged_vllm(
+    engine: Engine, memory: EngineMemory, asked: Asked, case: Case
+) -> tuple[bool, str]:
+    """vLLM starts only where its cache holds one request as long as ``--max-model-len``."""
+    sequence, held = case.context_tokens + asked.generated_tokens, int(memory.tokens.value)
+    longest = engine.flags.max_model_len
+    if longest is not None and sequence > longest:
+        raise KvtuneError(
+            f"{count(case.context_tokens)} tokens and {count(asked.generated_tokens)} generated "
+            f"are beyond --max-model-len {longest}",
+            hint="give a shorter --context, or a longer --max-model-len.",
+        )
+    said = f"vLLM's cache holds {count(held)} tokens"
+    if longest is not None and held < longest:
+        return False, f"{said}, less than one request of --max-model-len {longest}"
+    at_once = f"{count(held // sequence)} x {count(sequence)}"
+    said += f", so {at_once} at once; asked for: {count(case.batch)}"
+    start = f"; it starts with --max-model-len {held} or less"
+    told = start if longest is None and sequence <= held < asked.shape.max_context else ""
+    return held >= case.batch * sequence, said + told
+
+
+def _fewer_at_once(memory: Memory, asked: Asked, case: Case) -> tuple[str, ...]:
+    """The sequences that vLLM's cache holds; llama.cpp's table says the longest context."""
+    if isinstance(memory, LlamaMemory):
+        return ()
+    most = int(memory.tokens.value) // (case.context_tokens + asked.generated_tokens)
+    return (f"--batch {most}",) if 0 < most < case.batch else ()
+
+
+def _what_would_fit(engine: Engine | LlamaEngine, asked: Asked, case: Case) -> Iterator[str]:
+    """Fewer layers on the GPU, narrower weights, or the smallest known card."""
+    if not isinstance(engine, Engine):
+        yield from _fewer_layers(engine, asked, case)
+    from kvtune.profiles.gpus import list_gpus
+    from kvtune.simulator.memory.weights import formats_by_width, weight_bytes
+    from kvtune.tuner.cases import Card
+
+    now = weight_bytes(asked.shape, case.weight_format(asked.shape)).value
+    for weights in formats_by_width(asked.shape, case.card.gpu):
+        if weight_bytes(asked.shape, weights).value < now and _fits(
+            engine, asked, replace(case, budget=None, weights=weights)
+        ):
+            yield f"--weights {weights}"
+            break
+    larger = [gpu for gpu in list_gpus() if gpu.visible_bytes > case.card.memory_bytes]
+    for gpu in sorted(larger, key=lambda gpu: gpu.visible_bytes):
+        if _fits(engine, asked, replace(case, card=Card(gpu, gpu.visible_bytes, None))):
+            yield f"--gpu {gpu.slug}"
+            break
+
+
+def _fewer_layers(engine: LlamaEngine, asked: Asked, case: Case) -> Iterator[str]:
+    """The most layers that fit on the GPU, where fewer than now do."""
+    most = asked.shape.layers if engine.flags.gpu_layers is None else engine.flags.gpu_layers - 1
+    for layers in range(min(most, asked.shape.layers), -1, -1):
+        fewer = replace(engine, flags=replace(engine.flags, gpu_layers=layers))
+        if _fits(fewer, asked, case):
+            yield f"-ngl {layers} in --engine-args"
+            return
+
+
+def _fits(engine: Engine | LlamaEngine, asked: Asked, case: Case) -> bool:
+    memory = engine_of(engine, asked, case)
+    if memory is None or isinstance(memory, str):
+        return False
+    return _judged(engine, memory, asked, case)[0]

@@ -1,0 +1,167 @@
+"""Whether something fits is said by the engine that was asked for, also in the exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvtune.__main__ import main
+
+LLAMA_CPP = ("--stack", "llama-cpp", "--model", "llama-70b", "--gpu", "4090")
+VLLM = ("--stack", "vllm", "--gpu", "h100", "--model")
+
+
+def answer(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> dict[str, Any]:
+    assert main(["estimate", *words, "--json", "--quiet"]) == code
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["estimate", *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return " ".join(captured.err.split())
+
+
+def test_layers_on_the_host_make_room_on_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, *LLAMA_CPP, "--engine-args", "-ngl 20")
+    assert found["fits"]
+    assert found["rows"][0]["fits"]
+    assert found["engine"]["host_weights"]["value"] > 2 * found["engine"]["weights"]["value"]
+    assert main(["estimate", *LLAMA_CPP, "--engine-args", "-ngl 20"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("fits: llama.cpp")
+    assert "host weights" in captured.out
+    assert "error" not in captured.err
+
+
+def test_the_layers_that_would_fit_do_and_one_more_does_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = answer(capsys, *LLAMA_CPP, code=3)
+    flags, option = found["would_fit"][0].split(" in ")
+    assert option == "--engine-args"
+    assert answer(capsys, *LLAMA_CPP, option, flags)["fits"]
+    more = f"-ngl {int(flags.split()[1]) + 1}"
+    assert not answer(capsys, *LLAMA_CPP, option, more, code=3)["fits"]
+
+
+def test_a_cache_on_the_host_is_not_held_against_the_gpu(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("--stack", "llama-cpp", "--model", "llama-8b", "--gpu", "4090", "--weights", "bf16")
+    assert not answer(capsys, *words, "--context", "120k", code=3)["fits"]
+    moved = answer(capsys, *words, "--context", "120k", "--engine-args", "-nkvo")
+    assert moved["engine"]["cache"]["value"] == 0
+
+
+def test_a_cache_without_a_token_in_the_engine_does_not_fit(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = answer(capsys, *VLLM, "qwen3-next-80b-a3b", code=3)
+    assert found["engine"]["tokens"]["value"] == 0
+    assert not found["fits"]
+    (mended,) = (words.split() for words in found["would_fit"] if "--weights" in words)
+    assert answer(capsys, *VLLM, "qwen3-next-80b-a3b", *mended)["fits"]
+    assert main(["estimate", *VLLM, "qwen3-next-80b-a3b"]) == 3
+    assert capsys.readouterr().out.startswith("does not fit: vLLM's cache holds 0 tokens")
+
+
+def test_as_many_fit_as_the_engines_tokens_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    held = answer(capsys, *VLLM, "llama-8b")["engine"]["tokens"]["value"]
+    most = int(held // (8192 + 256))
+    assert answer(capsys, *VLLM, "llama-8b", "--batch", str(most))["fits"]
+    found = answer(capsys, *VLLM, "llama-8b", "--batch", str(most + 1), code=3)
+    assert found["would_fit"][0] == f"--batch {most}"
+
+
+def test_vllm_starts_only_where_one_longest_request_fits(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("--stack", "vllm", "--gpu", "4090", "--model", "llama-8b", "--weights", "bf16")
+    assert main(["estimate", *words]) == 0
+    assert "it starts with --max-model-len" in " ".join(capsys.readouterr().out.split())
+    answer(capsys, *words, "--engine-args", "--max-model-len 128k", code=3)
+    said = refusal(capsys, *words, "--engine-args", "--max-model-len 4k")
+    assert "beyond --max-model-len 4096" in said
+
+
+@pytest.mark.parametrize(
+    ("stack", "flags"), [("llama-cpp", "-ngl 20"), ("vllm", "--max-num-seqs 8")]
+)
+def test_flags_beside_several_cases_are_refused_and_the_engine_is_told_to_be_left_out(
+    stack: str, flags: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--stack", stack, "--model", "llama-8b", "--gpu", "h100,h200")
+    assert "one --gpu" in refusal(capsys, *words, "--engine-args", flags)
+    assert any("kvtune's own count" in note for note in answer(capsys, *words)["notes"])
+
+
+def test_times_are_said_to_be_of_all_layers_on_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--stack", "llama-cpp", "--model", "llama-8b", "--gpu", "4090", "--engine-args")
+
+    def told(flags: str) -> bool:
+        notes = answer(capsys, *words, flags)["notes"]
+        return any("as if all layers were on the GPU" in note for note in notes)
+
+    assert told("-ngl 20")
+    assert told("-nkvo")
+    assert not told("-ngl 99")
+
+
+def test_the_context_of_llama_cpp_is_given_once(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ("--stack", "llama-cpp", "--model", "llama-8b", "--gpu", "4090", "--engine-args")
+    assert "both say" in refusal(capsys, *words, "-c 32k", "--context", "8192")
+    planned = tmp_path / "policy.yaml"
+    planned.write_text(
+        "kvtune_policy: 1\npolicy: {method: snapkv, budget: 25%}\nserving: {context_tokens: 4096}\n"
+    )
+    assert "both say" in refusal(capsys, *words, "-c 32k", "--policy", str(planned))
+    found = answer(capsys, *words, "-c 32k -np 2")
+    assert found["rows"][0]["context_tokens"] == 32768 // 2 - 256
+    assert found["engine"]["ctx_size"] == 32768
+    assert "no room" in refusal(capsys, *words, "-c 256")
+
+
+def test_sequences_at_once_have_a_slot_each(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--stack", "llama-cpp", "--model", "llama-8b", "--gpu", "h200", "--batch", "4")
+    assert answer(capsys, *words)["engine"]["ctx_size"] == 4 * (8192 + 256)
+    said = refusal(capsys, *words, "--engine-args", "-np 2")
+    assert "more than the slots of -np 2" in said
+
+
+@pytest.mark.parametrize(
+    ("stack", "flags", "said"),
+    [
+        ("llama-cpp", "--ngl 20", "'-ngl'?"),
+        ("llama-cpp", "--ctx_size=8k", "'--ctx-size'?"),
+        ("vllm", "--gpu-memory-utilisation 0.5", "'--gpu-memory-utilization'?"),
+        ("vllm", "--tensor-parallel-size 2", "give --gpus of kvtune"),
+        ("vllm", "-tp 2", "give --gpus of kvtune"),
+    ],
+)
+def test_flags_that_are_not_read_are_told_with_what_was_meant(
+    stack: str, flags: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--stack", stack, "--model", "llama-8b", "--gpu", "h100", "--engine-args", flags)
+    (note,) = (note for note in answer(capsys, *words)["notes"] if "not read" in note)
+    assert flags in note
+    assert said in note
+
+
+def test_beside_lines_of_figures_the_engines_verdict_goes_to_stderr(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("estimate", *LLAMA_CPP, "--engine-args", "-ngl 20", "--format", "csv")
+    assert main([*words]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("\n") == 2
+    assert captured.err.startswith("fits: llama.cpp")
+    assert main([*words, "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
