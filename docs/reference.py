@@ -32,7 +32,7 @@ def pages() -> dict[str, str]:
 
 def commands() -> str:
     """Every command with its options and examples, in the order of ``kvtune --help``."""
-    app = build()
+    app = build.__wrapped__()  # commands keep the help option that they were first asked with
     known = dict(_commands(app, ()))
     order = [name for names in COMMANDS.values() for name in names]
     paths = sorted(known, key=lambda path: order.index(path[0]))
