@@ -3,7 +3,7 @@
     python benchmarks/capture_replay.py --out benchmarks/results/capture-replay-cpu.json
 
 SmolLM2 on one thread: the prompt's pass with its column sums, the observed pass with four probes,
-and every option of the laptop's menu on some layers. Of each the least of ``--times`` runs is told,
+and every option of the laptop's menu on some layers. The least of ``--times`` runs of each counts,
 per sample and per layer; ``search`` is what nine samples and 30 layers make of them. Processor time
 and not the clock's, because other work may run beside it. ``losses`` are the options' losses on
 those layers, so that two versions of kvtune can be held against each other.

@@ -25,6 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm_plugin import document
 
+from kvtune.benchmarks.serving_gpu import Table
 from kvtune.common.files import write_json
 from kvtune.runtime.serving import compressing, running
 from kvtune.runtime.serving.blocks import PlannedBlocks
@@ -69,19 +70,6 @@ class Nobody:
 
     def attend_seated(self, *_: Any) -> None:
         self.asked["decode attention"] += 1
-
-
-class Table:
-    """Blocks of each request, one after another from 1 on."""
-
-    def __init__(self, rows: list[list[int]]) -> None:
-        self.rows = rows
-
-    def first(self) -> list[int]:
-        return [row[0] for row in self.rows]
-
-    def blocks(self, row: int, start: int, stop: int) -> list[int]:
-        return self.rows[row][start:stop]
 
 
 def main() -> None:

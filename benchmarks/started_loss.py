@@ -164,9 +164,10 @@ def kvpress(arguments: argparse.Namespace, trace: Trace) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:  # ratios are of a prompt's length
             document = plan(arguments, BY_LAYER)
             exported("kvpress", document, arguments.model, Path(folder), sample.prompt)
-            told = json.loads(Path(folder, "kvpress.json").read_text("utf-8"))
+            settings = json.loads(Path(folder, "kvpress.json").read_text("utf-8"))
         press = presses.PerLayerCompressionPress(
-            getattr(presses, told["press"])(**told["settings"]), told["compression_ratios"]
+            getattr(presses, settings["press"])(**settings["settings"]),
+            settings["compression_ratios"],
         )
         ids, cache, found = torch.tensor([sample.token_ids]), DynamicCache(), []
         with torch.no_grad():
@@ -191,7 +192,7 @@ def llama_cpp(arguments: argparse.Namespace, trace: Trace) -> dict[str, Any]:
     for name in LLAMA:
         there = server_logs(arguments, samples, name)
         each = [divergence(one, other) for one, other in zip(full, there, strict=True)]
-        answers[name] = told(samples, each) | {"tokens_a_sample": len(full[0])}
+        answers[name] = losses_by_kind(samples, each) | {"tokens_a_sample": len(full[0])}
     return answers
 
 
@@ -254,10 +255,10 @@ def losses(samples: list[Sample], full: Logs, compressed: Logs) -> dict[str, Any
     for sample in samples:
         each.append(divergence(full(sample), compressed(sample)))
         print(f"  {sample.id}: {each[-1]:.4f}", file=sys.stderr, flush=True)
-    return told(samples, each)
+    return losses_by_kind(samples, each)
 
 
-def told(samples: list[Sample], each: list[float]) -> dict[str, Any]:
+def losses_by_kind(samples: list[Sample], each: list[float]) -> dict[str, Any]:
     by_kind: dict[str, list[float]] = {}
     for sample, loss in zip(samples, each, strict=True):
         by_kind.setdefault(sample.kind, []).append(loss)
@@ -276,13 +277,13 @@ def within(found: dict[str, Any]) -> dict[str, Any]:
     answers = {}
     for part, plans in found.items():
         for name, live in plans.items() if part in PARTS and part != "predicted" else ():
-            foretold = found.get("predicted", {}).get(name)
-            if foretold and isinstance(live, dict):
-                ratio, inside = live["kl"] / foretold["kl"], live["kl"] <= foretold["high"]
+            expected = found.get("predicted", {}).get(name)
+            if expected and isinstance(live, dict):
+                ratio, inside = live["kl"] / expected["kl"], live["kl"] <= expected["high"]
                 answers[f"{part}, {name}"] = {
                     "live": round(live["kl"], 5), "live_over_predicted": round(ratio, 3),
-                    "interval": [round(foretold["low"], 5), round(foretold["high"], 5)],
-                    "inside": bool(inside and live["kl"] >= foretold["low"]),
+                    "interval": [round(expected["low"], 5), round(expected["high"], 5)],
+                    "inside": bool(inside and live["kl"] >= expected["low"]),
                 }  # fmt: skip
     return answers
 

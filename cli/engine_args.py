@@ -27,7 +27,7 @@ def read_engine_args(text: str) -> tuple[EngineFlags, tuple[str, ...]]:
     words = [_dashed(word) for word in split_flags(text, _HINT)]
     parser = _parser()
     known, others = parser.parse_known_args(words)
-    return EngineFlags(**vars(known)), parser.told(others)
+    return EngineFlags(**vars(known)), parser.unread_notes(others)
 
 
 def _dashed(word: str) -> str:

@@ -42,7 +42,7 @@ class FlagParser(argparse.ArgumentParser):
         """Raise what argparse would have printed before exiting."""
         raise KvtuneError(f"--engine-args: {message}", hint=self._hint)
 
-    def told(self, others: Sequence[str]) -> tuple[str, ...]:
+    def unread_notes(self, others: Sequence[str]) -> tuple[str, ...]:
         """A note on words that were not read, with the flags that may have been meant; or none."""
         if not others:
             return ()

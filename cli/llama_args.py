@@ -25,7 +25,7 @@ def read_llama_args(text: str) -> tuple[LlamaFlags, tuple[str, ...]]:
 
     parser = _parser()
     known, others = parser.parse_known_args(split_flags(text, _HINT))
-    return LlamaFlags(**vars(known)), parser.told(others)
+    return LlamaFlags(**vars(known)), parser.unread_notes(others)
 
 
 def _parser() -> FlagParser:

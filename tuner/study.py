@@ -91,7 +91,7 @@ def _numbers(known: int, trials: int, progress: Progress) -> Iterator[int]:
 
 @dataclass
 class _Study:
-    """A study's trials, begun in order and told in order.
+    """A study's trials, begun in order and reported to Optuna in order.
 
     Args:
         brain: Optuna's, in memory.
