@@ -21,6 +21,7 @@ from kvtune.common.transformers_interface import attention_restored
 from kvtune.common.units import format_tokens
 from kvtune.policies.option import Option
 from kvtune.policies.pages import layout_of
+from kvtune.policies.paging import PREFILL_CHUNK_TOKENS
 from kvtune.policies.policy import Policy
 from kvtune.runtime.admission import read_prompts
 from kvtune.runtime.cache.policy_cache import PolicyCache, load_cache
@@ -31,6 +32,8 @@ STEPS = 16
 """Decode steps that are timed at once: a stretch long beside the resolution of a clock."""
 STRETCHES = 9
 PREFILLS = 3
+FEW_PROMPTS = 4
+"""That stand for a batch, prompts being read in turn, in all prefills but the last."""
 NEW_TOKENS = STEPS * (1 + STRETCHES) + 3
 """Room of each sequence: the first token and two before capturing are not timed."""
 
@@ -182,18 +185,22 @@ def time_decoding(
 def _prefills(
     policy: Policy, model: Any, prompts: Tensor, bench: Bench
 ) -> tuple[list[float], PolicyCache, Tensor]:
-    """Seconds of all prefills but the first, which compiles; the last one's cache and logits."""
+    """Seconds of all prefills but the first, which compiles; the last one's cache and logits.
+
+    Only the last reads the whole batch; from the first prompts' seconds the batch's are counted.
+    """
+    few = prompts[: max(FEW_PROMPTS, PREFILL_CHUNK_TOKENS // prompts.shape[1])]
     seconds: list[float] = []
     answers: list[Tensor] = []
-    for _ in range(PREFILLS):
+    for some in [few] * (PREFILLS - 1) + [prompts]:
         answers.clear()
         cache = load_cache(policy, model, new_tokens=NEW_TOKENS)
 
-        def read(cache: PolicyCache = cache) -> None:
-            answers.append(read_prompts(model, cache, prompts))
+        def read(cache: PolicyCache = cache, some: Tensor = some) -> None:
+            answers.append(read_prompts(model, cache, some))
 
         bench.forget_peak()
-        seconds.append(bench.seconds(read))
+        seconds.append(bench.seconds(read) * len(prompts) / len(some))
     return seconds[1:], cache, answers[0]
 
 

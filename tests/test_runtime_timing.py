@@ -26,6 +26,7 @@ from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
 from kvtune.runtime import timing
+from kvtune.runtime.admission import read_prompts
 from kvtune.runtime.device import CudaBench, bench_for
 from kvtune.runtime.largest import Bounds, Largest
 from kvtune.runtime.measure.monitor import NoMonitor, NvmlMonitor
@@ -122,6 +123,25 @@ def test_both_caches_are_timed_and_the_model_is_given_back(network: Any) -> None
     assert found.plan.device_bytes == 2 * found.plan.peak_bytes == 2000 * bench.calls
     assert found.full_cache.prompt_bytes > found.plan.prompt_bytes
     assert network.config._attn_implementation == "kvtune"
+
+
+def test_a_few_prompts_stand_for_a_batch_until_its_last_prefill(
+    network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six prompts by two take three times as long; the last prefill reads all six."""
+    read: list[int] = []
+
+    def counted(model: Any, cache: Any, some: Tensor) -> Tensor:
+        read.append(len(some))
+        return read_prompts(model, cache, some)
+
+    monkeypatch.setattr(timing, "read_prompts", counted)
+    monkeypatch.setattr(timing, "FEW_PROMPTS", 2)
+    monkeypatch.setattr(timing, "PREFILL_CHUNK_TOKENS", 100)
+    found = timing.time_policy(PLAN, network, prompts(6), MadeUpBench(SECONDS))
+    assert read == [2, 2, 6]
+    assert (found.prefill.value, found.batch) == (np.median([3 * 1.0, 3.0]), 6)
+    assert found.prompt_bytes == 6 * PLAN.footprint(70, 8)
 
 
 def test_every_stretch_is_as_many_steps_as_it_is_divided_by(
