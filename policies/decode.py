@@ -242,6 +242,22 @@ def opened(
     return DecodeState(positions, signals.prompt_tokens, statistics, signals.layer, heads)
 
 
+class SentDrops:
+    """How many entries leave each head, on the device: mostly the same as a step ago."""
+
+    def __init__(self) -> None:
+        self._sent: tuple[bytes, Tensor] | None = None
+
+    def on(self, device: torch.device, drops: NDArray[np.int64]) -> Tensor:
+        """The counts ``[B, H]``, sent only where they differ from the last ones."""
+        import torch
+
+        key = drops.tobytes()
+        if self._sent is None or self._sent[0] != key:
+            self._sent = key, torch.from_numpy(drops).to(device)
+        return self._sent[1]
+
+
 def _one_entry(value: float | Tensor) -> float | Tensor:
     """A number, or ``[B, H, ...]`` as ``[B, H, 1, ...]``."""
     return value if isinstance(value, float | int) else value.unsqueeze(2)

@@ -1,9 +1,8 @@
 """A cache of slots: one layer's entries under a method, while tokens are generated.
 
 An entry keeps its slot until it leaves, and the next token takes a free one: nothing is moved.
-``policies/apply.py`` says what a prompt leaves here, and ``policies/decode_driver.py`` what enters
-and leaves later; replay and live generation step this same object. Several policies that share a
-method, and all their heads, step together.
+The driver, ``policies/apply.py``, says what a prompt leaves here; replay and live generation step
+this same object. Several policies that share a method, and all their heads, step together.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.rotary import turn
-from kvtune.policies.decode import FREE, DecodeMethod, DecodeState, opened
-from kvtune.policies.decode_driver import DecodeDriver
+from kvtune.policies.decode import FREE, DecodeMethod, DecodeState, SentDrops, opened
 from kvtune.policies.format import Format, Role
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.kept import ask
@@ -121,33 +119,26 @@ class SlotCache:
         self.method, self.budgets = method, budgets
         self.forms, self.residual = forms, residual
         self.scale, self.rope = signals.scale, signals.rope
-        self.trimmed = signals.prompt_tokens - prompt.sizes
-        self.peak = prompt.sizes.copy()
-        self.evicted = np.zeros_like(prompt.sizes)
-        self.entry_steps = np.zeros_like(prompt.sizes)  # summed over steps: mean occupancy
-        self.most = self._most(prompt.sizes, room)
+        self.sizes = prompt.sizes.copy()
+        self.trimmed = signals.prompt_tokens - self.sizes
+        self.peak = self.sizes.copy()
+        self.evicted = np.zeros_like(self.sizes)
+        self.entry_steps = np.zeros_like(self.sizes)  # summed over steps: mean occupancy
+        self._drops = SentDrops()
+        if method is not None:
+            method.check_heads(budgets)
+        self.most = self._most(room)
         self.grew = True  # whether the last token made a head hold more than ever before
         slots = min(int(self.most.max(initial=1)), prompt.keys.shape[2] + _BLOCK)
         self.keys, self.values = (_widened(x, slots) for x in (prompt.keys, prompt.values))
-        state = self._open(prompt, signals, _numbers(heads, signals), slots)
-        self.driver = DecodeDriver(method, budgets, prompt.sizes.copy(), state)
+        self.state = self._open(prompt, signals, _numbers(heads, signals), slots)
 
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        """Entries of each head, ``[B, H]``."""
-        return self.driver.sizes
-
-    @property
-    def state(self) -> DecodeState:
-        """What is remembered of them."""
-        return self.driver.state
-
-    def _most(self, sizes: NDArray[np.int64], room: int) -> NDArray[np.int64]:
+    def _most(self, room: int) -> NDArray[np.int64]:
         """Entries of each head that are ever held at once, ``[B, H]``."""
-        grown = sizes + room
+        grown = self.sizes + room
         if self.method is None:
             return grown
-        pairs = zip(sizes.flat, self.budgets.flat, strict=True)
+        pairs = zip(self.sizes.flat, self.budgets.flat, strict=True)
         most = [self.method.most(int(held), int(budget)) for held, budget in pairs]
         bounded: NDArray[np.int64] = np.minimum(grown, np.array(most).reshape(grown.shape))
         return bounded
@@ -160,9 +151,12 @@ class SlotCache:
     def _open(self, prompt: Prompt, signals: Signals, heads: list[int], slots: int) -> DecodeState:
         device = prompt.keys.device
         place = torch.arange(slots, device=device)
-        real = place < torch.from_numpy(prompt.sizes).to(device)[..., None]
+        real = place < torch.from_numpy(self.sizes).to(device)[..., None]
         positions = _widened(prompt.positions, slots).masked_fill(~real, FREE)
-        return opened(self.method, signals, positions, torch.tensor(heads, device=device))
+        state = opened(self.method, signals, positions, torch.tensor(heads, device=device))
+        if self.method is not None:
+            state.pinned = self.method.pin(self.budgets, device)
+        return state
 
     def step(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attention output of the next token; changes the cache.
@@ -182,18 +176,24 @@ class SlotCache:
         self._store_oldest()
         attention = self._attention(queries)
         output = attention @ self.values
-        self.driver.observe(attention)
-        self._evict()
+        if self.method is not None:
+            self.method.observe(self.state, attention)
+            self._evict(self.method)
         self.entry_steps += self.sizes
         return output
 
     def _enter(self, keys: Tensor, values: Tensor) -> None:
+        state = self.state
         if self.sizes.max(initial=0) == self.keys.shape[2]:
             self._add_slots()
-        slot = self.state.positions.argmin(-1, keepdim=True)  # the first free one
+        slot = state.positions.argmin(-1, keepdim=True)  # the first free one
+        state.generated += 1
+        state.positions.scatter_(-1, slot, state.now)
         _put(self.keys, slot, keys[:, :, None])
         _put(self.values, slot, values[:, :, None])
-        self.driver.enter(slot, keys, values)
+        if self.method is not None:
+            self.method.enter(state, slot, keys, values)
+        self.sizes += 1
         self.grew = bool((self.sizes > self.peak).any())
         if self.grew:
             self.peak = np.maximum(self.peak, self.sizes)
@@ -232,19 +232,25 @@ class SlotCache:
             logits.masked_fill_(~self.state.live[:, :, None], -torch.inf)
         return logits.softmax(-1)
 
-    def _evict(self) -> None:
-        drops, positions = self.driver.drops(), self.state.positions
-        if drops is None or self.method is None:
+    def _evict(self, method: DecodeMethod) -> None:
+        drops = method.drops(self.sizes, self.budgets, self.state.generated)
+        if not drops.any():
             return
         if (drops == 1).all():
-            positions.scatter_(-1, self.method.leaving_one(self.state), FREE)
+            self.state.positions.scatter_(-1, method.leaving_one(self.state), FREE)
         else:
-            positions.masked_fill_(self.driver.leaving(drops), FREE)
+            sent = self._drops.on(self.keys.device, drops)
+            leaving = method.leaving(self.state, sent, int(drops.max()))
+            self.state.positions.masked_fill_(leaving, FREE)
+        self.sizes -= drops
         self.evicted += drops
 
     def kept(self) -> list[list[list[int]]]:
         """Positions that each head holds, ascending, ``[B][H]``."""
-        return self.driver.kept()
+        return [
+            [sorted(p for p in head if p != FREE) for head in row]
+            for row in self.state.positions.tolist()
+        ]
 
     def check_integrity(self) -> None:
         """Hold the books against the slots.
