@@ -56,7 +56,7 @@ class ParameterCounts:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All parameters that could be counted."""
         return self.sixteen_bit + self.matrices
 
     @property
