@@ -50,8 +50,9 @@ def _ends(losses: NDArray[np.float64], kinds: Sequence[str]) -> tuple[float, flo
     """The loss on the kind that loses least, on the one that loses most, and the mean."""
     labels = np.asarray(kinds)
     parts = [losses[labels == kind] for kind in sorted(set(kinds))]
-    low, high = zip(*(np.percentile(part, SAMPLES).tolist() for part in parts), strict=True)
-    return min(low), max(high), mean_over_kinds(losses, kinds)
+    low = float(min(np.percentile(part, SAMPLES[0]) for part in parts))
+    high = float(max(np.percentile(part, SAMPLES[1]) for part in parts))
+    return low, high, mean_over_kinds(losses, kinds)
 
 
 def band_of_live(kl: float, interval: Sequence[float], by_kind: Mapping[str, float]) -> Estimate:

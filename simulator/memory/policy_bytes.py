@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import ItemsView
 
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
@@ -12,11 +11,10 @@ from kvtune.profiles.shape import ModelShape
 
 def cache_bytes_by_format(policy: Policy, shape: ModelShape, prompt_tokens: int) -> Counter[str]:
     """Bytes of one compressed prompt by the name of their format, without the heads' lengths."""
-    found = Counter[str]()
-    for (option, tokens), heads in _alike(policy, prompt_tokens):
-        for form, size in bytes_of(option, tokens, prompt_tokens, shape.head_dim).items():
-            found[form] += heads * size
-    return +found
+    budgets = policy.budgets(prompt_tokens).flat
+    each = zip(policy.options(), budgets, strict=True)
+    head_dim = shape.head_dim
+    return sum((bytes_of(o, int(n), prompt_tokens, head_dim) for o, n in each), Counter[str]())
 
 
 def bytes_read_by_format(policy: Policy, shape: ModelShape, prompt_tokens: int) -> Counter[str]:
@@ -25,19 +23,13 @@ def bytes_read_by_format(policy: Policy, shape: ModelShape, prompt_tokens: int) 
     Of heads on the device; what a step reads of others is ``latency.host``'s to say.
     """
     found = Counter[str](bf16=0)
-    for (option, tokens), heads in _alike(policy, prompt_tokens):
+    for option, tokens in zip(policy.options(), policy.budgets(prompt_tokens).flat, strict=True):
         if option.on_host:
             continue
-        read = option.read_by_format(tokens, prompt_tokens, shape.head_dim)
+        read = option.read_by_format(int(tokens), prompt_tokens, shape.head_dim)
         for form, size in read.items():
-            found[form.name] += heads * size
+            found[form.name] += size
     return found
-
-
-def _alike(policy: Policy, prompt_tokens: int) -> ItemsView[tuple[Option, int], int]:
-    """Options with their tokens, and how many heads have them: mostly a few in hundreds."""
-    budgets = policy.budgets(prompt_tokens).ravel().tolist()
-    return Counter(zip(policy.options(), budgets, strict=True)).items()
 
 
 def bytes_of(option: Option, tokens: int, prompt_tokens: int, head_dim: int) -> Counter[str]:
