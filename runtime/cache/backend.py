@@ -135,10 +135,10 @@ class Growing:
 
 
 class TritonBackend:
-    """Does all of it with Triton's kernels."""
+    """The kernels."""
 
     def write(self, pool: Tensor, writing: Writing) -> None:
-        """Write a prompt's tokens into pages, in one launch."""
+        """One launch."""
         from kvtune.runtime.kernels.pages import store_pages
 
         keys, values, layout = writing.keys, writing.values, writing.layout
@@ -151,7 +151,7 @@ class TritonBackend:
         )  # fmt: skip
 
     def append(self, layer: Paged, growing: Growing, keys: Tensor, values: Tensor) -> None:
-        """Append a token to every row, in one launch."""
+        """One launch."""
         from kvtune.runtime.kernels.pages import append_token
 
         append_token[(len(growing.segments),)](*_appending(layer, growing, keys, values))
@@ -174,7 +174,7 @@ class TritonBackend:
         return rotated
 
     def move(self, layer: Paged, growing: Growing, moves: Moves) -> None:
-        """Move entries to other places of their rows, in one launch."""
+        """One launch."""
         from kvtune.runtime.kernels.pages import move_tokens
 
         move_tokens[(moves.sources.numel(),)](
@@ -185,13 +185,13 @@ class TritonBackend:
     def attend(
         self, q: Tensor, layer: Paged, scratch: Scratch, scale: float, seen: Seen | None = None
     ) -> Tensor:
-        """Attend to the pages of a layer, in one launch."""
+        """One launch."""
         if seen is None:
             return decode(q, layer, scratch, scale)
         return decode(q, layer, scratch, scale, lse=seen.lse, logits=seen.logits)
 
     def append_seated(self, layer: Paged, seating: Seating, keys: Tensor, values: Tensor) -> None:
-        """Append a token to the row of every seat, in one launch."""
+        """One launch."""
         from kvtune.runtime.kernels.pages import append_seated
 
         append_seated[(len(keys), seating.heads)](
@@ -204,7 +204,7 @@ class TritonBackend:
     def attend_seated(
         self, q: Tensor, layer: Paged, seating: Seating, scratch: Scratch, scale: float, out: Tensor
     ) -> None:
-        """Attend to the pages of every seat, in one launch."""
+        """One launch."""
         decode_seated(q, layer, seating, scratch, scale, out)
 
     def fetch(self, pool: Tensor, host: HostPool, fetching: Fetching) -> None:
