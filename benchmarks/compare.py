@@ -26,7 +26,7 @@ from kvtune.tuner.compare.run import CompareRequest, comparison
 from kvtune.tuner.compare.setting import prepare
 from kvtune.tuner.compare.strategies import STRATEGIES
 from kvtune.tuner.compare.written import as_plain
-from kvtune.tuner.library import weights_request
+from kvtune.tuner.search_options import weights_request
 
 SHARES = (0.06, 0.12)
 GPU = Workload(

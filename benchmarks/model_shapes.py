@@ -22,8 +22,9 @@ from typing import Any
 
 from kvtune.common.errors import KvtuneError
 from kvtune.profiles.class_cache import filled_cache
+from kvtune.profiles.layer_cache import LayerCache
 from kvtune.profiles.model_config import shape_of
-from kvtune.profiles.shape import LayerCache, ModelShape
+from kvtune.profiles.shape import ModelShape
 
 _CONTEXT, _GROWN = 131_072, 5_000
 VERDICTS = ("same", "interval", "refused", "DIFFERENT")

@@ -55,7 +55,7 @@ def command(
 ) -> None:
     """Ways to search beside each other, at equal bytes and time."""
     from kvtune.cli.inputs import check_writable, read_shares
-    from kvtune.tuner.library import weights_request
+    from kvtune.tuner.search_options import weights_request
 
     check_writable(out, "--out")
     wanted = tuple(read_shares(shares))

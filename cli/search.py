@@ -203,7 +203,7 @@ def command(
     from functools import partial
 
     from kvtune.cli.inputs import check_writable, read_policy_path
-    from kvtune.tuner.library import search_request
+    from kvtune.tuner.search_options import search_request
 
     asked = partial(
         search_request,

@@ -28,7 +28,7 @@ class Estimate:
         low: lower end of the interval; equals ``value`` where the tier is exact.
         high: upper end.
         unit: for example ``s``, ``B``, ``nats/token``.
-        tier: how the figure was come by.
+        tier: how the figure was obtained.
     """
 
     value: float

@@ -33,7 +33,7 @@ class Silent:
         yield from items
 
     def note(self, message: str) -> None:
-        """Say nothing."""
+        """Say nothing of the message."""
 
 
 class Bars:

@@ -33,7 +33,7 @@ class Kept:
 
     @property
     def heads(self) -> int:
-        """H."""
+        """How many KV heads these are, H."""
         return len(self.numbers)
 
     @property

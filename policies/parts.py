@@ -124,7 +124,7 @@ class HeadPart:
 
     @property
     def plan(self) -> PartPlan:
-        """Its size."""
+        """What is planned of the part before its tensors are known."""
         weighted, balanced = self.log_weight is not None, self.balance is not None
         size, turned = len(self.tokens), self.turns is not None
         return PartPlan(size, self.formats, weighted, balanced, self.shared_by, turned)

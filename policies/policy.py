@@ -57,12 +57,12 @@ class Policy:
 
     @property
     def layers(self) -> int:
-        """L."""
+        """How many layers the policy is for, L."""
         return len(self.heads)
 
     @property
     def kv_heads(self) -> int:
-        """H."""
+        """How many KV heads each layer has, H."""
         return len(self.heads[0])
 
     def options(self) -> Iterator[Option]:

@@ -6,7 +6,7 @@ which, and that is what keeps the two alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -150,77 +150,6 @@ class Signals:
     learned: Mapping[str, Tensor] = field(default_factory=dict)
     _memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
-    @staticmethod
-    def recorded(
-        tensors: Mapping[str, Tensor], prompt: int, scale: float, layer: int, rope: Rope | None
-    ) -> Signals:
-        """The signals of a recorded layer, by the names that capture gives its tensors.
-
-        Args:
-            tensors: ``q`` ``[Hq, Q, D]`` (all or a tail that ends with the observed ones), ``k``
-                and ``v`` ``[H, N, D]``, and the signals that were asked for.
-            prompt: P; the tokens after it were observed.
-            scale: factor of the scores before the softmax.
-            layer: which.
-            rope: its rotary positions.
-        """
-        queries, keys, values = tensors["q"], tensors["k"], tensors["v"]
-        first = queries.shape[1] - (keys.shape[1] - prompt)
-        moments = tuple(tensors[n] for n in ("query_mean", "query_covariance") if n in tensors)
-        error, ends = tensors.get("layer_error"), tensors.get("sentence_ends")
-        return Signals(
-            queries[:, :first],
-            keys[:, :prompt],
-            values[:, :prompt],
-            scale,
-            tensors.get("column_sums"),
-            layer=layer,
-            rope=rope,
-            recorded_query_moments=moments if len(moments) == 2 else None,
-            recorded_later_queries=tensors.get("later_queries"),
-            reconstruction=tensors.get("reconstruction"),
-            head_scores=tensors.get("head_scores"),
-            layer_error=None if error is None else float(error),
-            sentence_ends=None if ends is None else ends.bool(),
-            repeat_queries=tensors.get("repeat_queries"),
-            study_queries=tensors.get("study_queries"),
-            future=Future(
-                queries[:, first:], keys[:, prompt:], values[:, prompt:], tensors.get("probes")
-            ),
-        )
-
-    @staticmethod
-    def side_by_side(several: Sequence[Signals]) -> Signals:
-        """One layer of several prompts of one length, for methods that look at no other head.
-
-        What is no head's own (sentence ends, what was measured on the model, the observed tokens)
-        is left out.
-        """
-        import torch
-
-        def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
-            given = [tensor for tensor in tensors if tensor is not None]
-            return torch.cat(given) if given else None
-
-        own = ((each.queries, each.keys, each.values) for each in several)
-        queries, keys, values = (torch.cat(tensors) for tensors in zip(*own, strict=True))
-        moments = [each.recorded_query_moments or (None, None) for each in several]
-        means, covariances = (joined(tensors) for tensors in zip(*moments, strict=True))
-        return Signals(
-            queries,
-            keys,
-            values,
-            several[0].scale,
-            joined([each.recorded_column_sums for each in several]),
-            layer=several[0].layer,
-            rope=several[0].rope,
-            recorded_query_moments=(
-                None if means is None or covariances is None else (means, covariances)
-            ),
-            recorded_later_queries=joined([each.recorded_later_queries for each in several]),
-            reconstruction=joined([each.reconstruction for each in several]),
-        )
-
     @property
     def prompt_tokens(self) -> int:
         """P, the number of tokens that a choice is made among."""
@@ -336,26 +265,20 @@ class Signals:
 
     def _attend(self, window: int, end: int | None = None) -> Tensor:
         """Rows ``end - window`` to ``end`` of the causal attention matrix, ``[H, G, W, P]``."""
-        import torch
+        from kvtune.policies.prompt_attention import causal_attention
 
         end = self.prompt_tokens if end is None else end
         offset = self.queries.shape[-2] - self.prompt_tokens  # of row p in a recorded tail
         if offset + end - window < 0:
             raise ValueError(f"{window} queries are needed, {self.queries.shape[-2]} were recorded")
-        rows = self._by_kv_head(self.queries[:, offset + end - window : offset + end].float())
-        # A head's queries side by side: broadcasting would copy its keys for each of them.
-        logits = rows.flatten(1, 2) @ self.keys.float().transpose(-1, -2) * self.scale
-        logits = logits.view(*rows.shape[:3], -1)
-        row = torch.arange(end - window, end, device=logits.device)
-        column = torch.arange(self.prompt_tokens, device=logits.device)
-        return logits.masked_fill(column > row[:, None], -torch.inf).softmax(-1)
+        rows = self._by_kv_head(self.queries[:, offset + end - window : offset + end])
+        return causal_attention(rows, self.keys, self.scale, end - window)
 
     def _sum_columns(self) -> Tensor:
         import torch
 
-        sums = torch.zeros(
-            (*self._by_kv_head(self.queries).shape[:2], self.prompt_tokens), device=self.keys.device
-        )
+        shape = *self._by_kv_head(self.queries).shape[:2], self.prompt_tokens
+        sums = torch.zeros(shape, device=self.keys.device)
         for _, rows in self.attention_tiles():
             sums += rows.sum(-2)
         return sums
@@ -368,10 +291,9 @@ class Signals:
     def _look_ahead(self) -> Tensor:
         import torch
 
+        from kvtune.policies.prompt_attention import causal_attention
+
         future: Future = self.given("future")
-        rows = self._by_kv_head(future.queries.float())
-        keys = torch.cat((self.keys, future.keys), 1).float()
-        logits = rows @ keys.transpose(-1, -2).unsqueeze(1) * self.scale
-        later = torch.ones(rows.shape[2], rows.shape[2], device=rows.device).triu(1).bool()
-        logits[..., self.prompt_tokens :].masked_fill_(later, -torch.inf)
-        return logits.softmax(-1)[..., : self.prompt_tokens]
+        queries, prompt = self._by_kv_head(future.queries), self.prompt_tokens
+        keys = torch.cat((self.keys, future.keys), 1)
+        return causal_attention(queries, keys, self.scale, prompt)[..., :prompt]

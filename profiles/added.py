@@ -38,7 +38,7 @@ _TOLERANCE = 1.05  # what a kernel may be above the sheet: clocks and rounding d
 
 @dataclass(frozen=True)
 class Added:
-    """What was stored.
+    """What was added to the known cards and measured bundles.
 
     Args:
         kind: ``card`` or ``bundle``.

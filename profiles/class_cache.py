@@ -10,7 +10,7 @@ from typing import Any
 
 from kvtune.common.errors import KvtuneError
 from kvtune.profiles.class_values import first_of
-from kvtune.profiles.shape import LatentAttention, LayerCache
+from kvtune.profiles.layer_cache import LatentAttention, LayerCache
 
 
 def layers_of(model: Any, text: Any, file: str) -> tuple[LayerCache, ...]:

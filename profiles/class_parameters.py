@@ -7,7 +7,7 @@ from typing import Any
 
 from kvtune.common.errors import KvtuneError
 from kvtune.profiles.class_values import first_of
-from kvtune.profiles.shape import Experts, ParameterCounts
+from kvtune.profiles.parameter_counts import Experts, ParameterCounts
 
 _TOWER = re.compile(
     r"vision|visual|image|audio|speech|multi_modal|multimodal|mm_|projector|aligner|embed_tokens_"

@@ -43,7 +43,7 @@ class Tensor:
 
     @property
     def numbers(self) -> int:
-        """How many."""
+        """How many numbers the tensor holds."""
         return math.prod(self.shape)
 
 

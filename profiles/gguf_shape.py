@@ -8,14 +8,9 @@ from typing import Any
 
 from kvtune.common.errors import KvtuneError
 from kvtune.profiles.gguf_header import HINT, Header, read_header
-from kvtune.profiles.shape import (
-    Experts,
-    LatentAttention,
-    LayerCache,
-    ModelShape,
-    ParameterCounts,
-    StoredWeights,
-)
+from kvtune.profiles.layer_cache import LatentAttention, LayerCache
+from kvtune.profiles.parameter_counts import Experts, ParameterCounts, StoredWeights
+from kvtune.profiles.shape import ModelShape
 
 # Every n-th layer is full, by architecture (llama.cpp, src/models, set_swa_pattern); the window of
 # every other architecture is not used there.

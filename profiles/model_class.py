@@ -24,15 +24,11 @@ from kvtune.common.files import cache_dir, write_text
 from kvtune.profiles.class_cache import latent_of, layers_of
 from kvtune.profiles.class_parameters import counts_of, experts_of, is_tied
 from kvtune.profiles.class_values import first_of
+from kvtune.profiles.layer_cache import LatentAttention, LayerCache
 from kvtune.profiles.own_code import check_own_code
+from kvtune.profiles.parameter_counts import Experts, ParameterCounts
 from kvtune.profiles.plain_decoder import plain_shape
-from kvtune.profiles.shape import (
-    Experts,
-    LatentAttention,
-    LayerCache,
-    ModelShape,
-    ParameterCounts,
-)
+from kvtune.profiles.shape import ModelShape
 
 _MOST_PARAMETERS = 10**14
 _TOWERS_AT_MOST = 2 * 10**9  # but for InternViT-6B, what public towers have

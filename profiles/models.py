@@ -8,15 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from kvtune.common.errors import KvtuneError, nearest
+from kvtune.profiles.layer_cache import LatentAttention, LayerCache
 from kvtune.profiles.model_config import shape_from_config
-from kvtune.profiles.shape import (
-    Experts,
-    LatentAttention,
-    LayerCache,
-    ModelShape,
-    ParameterCounts,
-    alternating_windows,
-)
+from kvtune.profiles.parameter_counts import Experts, ParameterCounts
+from kvtune.profiles.shape import ModelShape, alternating_windows
 from kvtune.profiles.strict import Located, library
 
 __all__ = [

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvtune.common.errors import KvtuneError
-from kvtune.profiles.shape import LayerCache, ModelShape, ParameterCounts, StoredWeights
+from kvtune.profiles.layer_cache import LayerCache
+from kvtune.profiles.parameter_counts import ParameterCounts, StoredWeights
+from kvtune.profiles.shape import ModelShape
 
 
 def can_split(shape: ModelShape, gpus: int) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtune.common.errors import KvtuneError
-from kvtune.profiles.shape import ParameterCounts, StoredWeights
+from kvtune.profiles.parameter_counts import ParameterCounts, StoredWeights
 
 _MOST_HEADER_BYTES = 100 * 2**20
 # Modules that stay at 16 bits, by what their names hold, and the group of parameters that they are.

@@ -117,7 +117,7 @@ class CudaBench:
             torch.cuda.set_per_process_memory_fraction(1.0)
 
     def look(self) -> None:
-        """By NVML."""
+        """Ask NVML what is used now, and keep the most that was seen."""
         used = self._monitor.used_bytes()
         self._most = used if used is None else max(used, self._most or 0)
 

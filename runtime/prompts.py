@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.rotary import later_queries, query_moments
+from kvtune.policies.recorded import recorded_signals
 from kvtune.policies.signals import Future, Needs, Signals
 from kvtune.traces.asking import ASKED, asked_again
 from kvtune.traces.calibration import Calibration, require_calibration
@@ -52,7 +53,7 @@ def traced_prompt(
 def layer_signals(layer: LayerTrace) -> Signals:
     """What methods may look at, of one traced layer; its prompt queries may be a tail."""
     refuse_window(layer.layer, layer.window, layer.prompt_tokens)
-    return Signals.recorded(
+    return recorded_signals(
         layer.tensors, layer.prompt_tokens, layer.scale, layer.layer, layer.rope
     )
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kvtune.simulator.quality.tables import Tables
 from kvtune.tests.made_up import llama
+from kvtune.tests.tiers import first
 from kvtune.tuner.cross_fit import left_out
 from kvtune.tuner.quality import mean_interval, mean_over_kinds, ratio_interval
 from kvtune.tuner.search import run_search
@@ -29,12 +30,13 @@ def means(losses: Floats) -> Floats:
     return np.array([mean_over_kinds(row, KINDS) for row in losses])
 
 
-@pytest.mark.parametrize(("plans", "spread"), [(60, 0.3), (20, 0.6)])
-def test_the_best_of_many_is_believed_what_it_loses(plans: int, spread: float) -> None:
-    """400 searches with known losses: within its interval as often as an interval should be."""
+@pytest.mark.parametrize("drawn_from", first([(60, 0.3), (20, 0.6)]))
+def test_the_best_of_many_is_believed_what_it_loses(drawn_from: tuple[int, float]) -> None:
+    """200 searches with known losses: within its interval as often as an interval should be."""
+    plans, spread = drawn_from
     rng = np.random.default_rng(0)
     naive, fitted, inside = [], [], 0
-    for _ in range(400):
+    for _ in range(200):
         true = 0.01 * rng.lognormal(0, 0.1, plans)
         losses = drawn(rng, true, spread)
         best = int(means(losses).argmin())
@@ -46,7 +48,7 @@ def test_the_best_of_many_is_believed_what_it_loses(plans: int, spread: float) -
     assert np.mean(naive) < 0.9, "which is what there is to correct"
     error = np.std(fitted) / np.sqrt(len(fitted))
     assert abs(np.mean(fitted) - 1) < 0.02 + 2 * error
-    assert 0.86 <= inside / 400 <= 0.99
+    assert 0.86 <= inside / 200 <= 0.99
 
 
 def test_a_plan_that_is_better_everywhere_needs_no_correction() -> None:

@@ -33,14 +33,19 @@ from kvtune.policies.testing import decode as suite
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CASE = Case(29, 12, kv_heads=2, group=3, seed=5)
-Row = tuple[int, dict[int, Tensor]]  # query position, and for each visible key [G]
+Attended = dict[int, list[float]]  # by visible key: the weight of each query head of a group
+Row = tuple[int, Attended]  # query position, and what it attended to
 History = list[list[Row]]  # by head
 
 
-def attention_row(query: Tensor, keys: dict[int, Tensor], scale: float) -> dict[int, Tensor]:
+def attention_row(query: Tensor, keys: dict[int, Tensor], scale: float) -> Attended:
     """Attention of one head's queries ``[G, D]`` over the given keys, in float64."""
-    logits = torch.stack([query.double() @ key.double() for key in keys.values()], -1) * scale
-    return dict(zip(keys, logits.softmax(-1).unbind(-1), strict=True))
+    logits = torch.stack(list(keys.values())).double() @ query.double().T * scale
+    return dict(zip(keys, logits.softmax(0).tolist(), strict=True))
+
+
+def mean(weights: list[float]) -> float:
+    return sum(weights) / len(weights)
 
 
 class Oracle:
@@ -91,7 +96,7 @@ class Oracle:
 
 def drawn(history: History, head: int, j: int, factor: float = 1.0) -> float:
     now = history[head][-1][0]
-    return sum(float(row[j].mean()) * factor ** (now - q) for q, row in history[head] if j in row)
+    return sum(mean(row[j]) * factor ** (now - q) for q, row in history[head] if j in row)
 
 
 def of_h2o(history: History, head: int, j: int, step: int) -> float:
@@ -103,17 +108,17 @@ def of_a2sf(factor: float) -> Callable[[History, int, int, int], float]:
 
 
 def of_tova(history: History, head: int, j: int, step: int) -> float:
-    return float(torch.stack([rows[-1][1][j] for rows in history]).mean())
+    return mean([mean(rows[-1][1][j]) for rows in history])
 
 
 def of_tova_alone(history: History, head: int, j: int, step: int) -> float:
-    return float(history[head][-1][1][j].mean())
+    return mean(history[head][-1][1][j])
 
 
 def of_scissorhands(window: int) -> Callable[[History, int, int, int], float]:
     def worth(history: History, head: int, j: int, step: int) -> float:
         rows = [row for q, row in history[head][-window:] if q >= j]
-        return -sum(float(row[j].mean()) < 1 / len(row) for row in rows) / len(rows)
+        return -sum(mean(row[j]) < 1 / len(row) for row in rows) / len(rows)
 
     return worth
 
@@ -124,13 +129,22 @@ def of_streaming(history: History, head: int, j: int, step: int) -> float:
 
 def of_keyformer(method: Keyformer, prompt: int) -> Callable[[History, int, int, int], float]:
     def worth(history: History, head: int, j: int, step: int) -> float:
-        return sum(softened(row, head, q)[j] for q, row in history[head] if j in row)
+        return sum(once(row, head, q)[j] for q, row in history[head] if j in row)
 
-    def softened(row: dict[int, Tensor], head: int, query: int) -> dict[int, float]:
+    known: dict[tuple[int, int], tuple[Attended, dict[int, float]]] = {}
+
+    def once(row: Attended, head: int, query: int) -> dict[int, float]:
+        """A row is asked for again at every later token."""
+        found = known.get((head, query))
+        if found is None or found[0] is not row:
+            found = known[head, query] = row, softened(row, head, query)
+        return found[1]
+
+    def softened(row: Attended, head: int, query: int) -> dict[int, float]:
         generated = max(0, query - prompt + 1)
         slope = (method.end - method.start) / method.horizon
         temperature = min(method.start + generated * slope, method.end)
-        logits = torch.stack(list(row.values()), -1).log()  # [G, n]
+        logits = torch.tensor(list(row.values()), dtype=torch.float64).T.log()  # [G, n]
         group = len(logits)
         number = torch.arange(head * group, (head + 1) * group)[:, None]
         noise = gumbel(method.seed, number, torch.tensor(query), torch.tensor(list(row)))
@@ -149,7 +163,7 @@ def of_lazy(method: LazyEviction, prompt: int) -> Callable[[History, int, int, i
             last = 0
         for q, row in history[head]:
             t = q - prompt + 1
-            if q >= first and j in row and float(row[j].max()) >= method.threshold:
+            if q >= first and j in row and max(row[j]) >= method.threshold:
                 gap, last = max(gap, t - last), t
         overdue = 2 / (1 + math.exp(min(700, method.h1_shift + (step - last) / (gap + 1e-5))))
         if method.h2 == "off" or gap == 0:

@@ -16,7 +16,7 @@ import kvtune
 from kvtune.__main__ import main
 from kvtune.cli.app import build
 from kvtune.policies.policy_file.document import read_policy
-from kvtune.tuner.library import search_request
+from kvtune.tuner.search_options import search_request
 
 ROOT = Path(kvtune.__file__).parent
 DOCS = ROOT / "docs"

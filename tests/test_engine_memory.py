@@ -14,8 +14,9 @@ from kvtune.benchmarks.engine_tokens import GOAL, Row, rows
 from kvtune.cli.engine_args import read_engine_args
 from kvtune.common.errors import KvtuneError
 from kvtune.profiles.gpus import find_gpu
+from kvtune.profiles.layer_cache import LayerCache
 from kvtune.profiles.models import find_model
-from kvtune.profiles.shape import LayerCache, ParameterCounts, StoredWeights
+from kvtune.profiles.parameter_counts import ParameterCounts, StoredWeights
 from kvtune.profiles.split import split_over
 from kvtune.simulator.memory.engine_blocks import (
     BlockGroup,

@@ -13,7 +13,7 @@ from kvtune.cli.inputs import read_policy_input
 from kvtune.common.errors import KvtuneError
 from kvtune.simulator.quality.tables import Tables
 from kvtune.tests.made_up import Notes
-from kvtune.tuner import library
+from kvtune.tuner import search_options
 
 ROOT = Path(kvtune.__file__).parent
 
@@ -141,7 +141,7 @@ def test_options_are_those_of_the_command() -> None:
     # held_bytes has an answer of another kind: tuner.long.search.run_long_search gives it.
     elsewhere = {"model", "gpu", "mem", "run_dir", "as_json", "quiet", "held_bytes"}
     of_command = set(inspect.signature(search.command).parameters) - elsewhere
-    assert of_command - {"text"} | {"texts"} == set(library.SearchOptions.__annotations__)
+    assert of_command - {"text"} | {"texts"} == set(search_options.SearchOptions.__annotations__)
 
 
 def test_a_search_that_takes_anothers_place_says_so(packaged: Tables, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_misspelt_word_of_a_policy_is_told_as_that() -> None:
 
 def test_folders_of_other_prompt_lengths_are_others() -> None:
     asked = [
-        library.search_request("llama-8b", "4090", "16GB", context=context)
+        search_options.search_request("llama-8b", "4090", "16GB", context=context)
         for context in (8192, "8k", "64k", "4k-64k")
     ]
     names = [request.run_dir.name for request in asked]

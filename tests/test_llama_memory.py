@@ -17,7 +17,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.units import GIB, MIB
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
-from kvtune.profiles.shape import StoredWeights
+from kvtune.profiles.parameter_counts import StoredWeights
 from kvtune.simulator.memory.llama_flags import LlamaFlags
 from kvtune.simulator.memory.llama_memory import MARGIN_BYTES, llama_memory
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -14,76 +16,70 @@ from typing import Any
 import pytest
 
 import kvtune
+from kvtune.__main__ import main
 from kvtune.common.errors import KvtuneError
 from kvtune.policies import registry
 from kvtune.policies.method import PACKAGE, Method, methods
 from kvtune.policies.registry import group_of, registered
+from kvtune.policies.testing.__main__ import main as judge_by_name
 from kvtune.policies.testing.judge import judge
 
 EXAMPLE = Path(kvtune.__file__).parent / "docs" / "example-policy"
 
 
 @pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment in which the example of the docs is installed from a wheel of its own."""
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the example of the docs is installed from a wheel of its own."""
     folder, source = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("source") / "example"
     shutil.copytree(EXAMPLE, source)  # a build leaves files beside what it builds
     install = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run(  # noqa: S603
         [sys.executable, *install, "--target", str(folder), str(source)], check=True
     )
-    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return folder
 
 
-COMMANDS = """
-import contextlib, io, json, runpy, sys
-printed = []
-for module, *words in json.loads(sys.argv[1]):
-    out, sys.argv = io.StringIO(), [module, *words]
-    with contextlib.redirect_stdout(out):
-        try:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-        except SystemExit as ended:
-            code = ended.code or 0
-    printed.append([code, out.getvalue()])
-print(json.dumps(printed))
-"""
+Ended = tuple[int, str]
+"""An exit code and what was printed."""
+
+
+def ended(command: Callable[[list[str]], int], words: list[str]) -> Ended:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        return command(words), out.getvalue()
 
 
 @pytest.fixture(scope="module")
-def printed(
-    elsewhere: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> list[tuple[int, str]]:
-    """Exit codes and outputs of three commands in one process of that environment."""
+def printed(elsewhere: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Ended]:
+    """Three commands where that folder is searched for packages; nothing of it is known after."""
     file = tmp_path_factory.mktemp("policies") / "policy.yaml"
     file.write_text("kvtune_policy: 1\npolicy: {method: {name: middle_out, sinks: 2}, budget: 9}\n")
-    commands = [
-        ["kvtune", "policies", "--json"],
-        ["kvtune", "estimate", "-m", "smollm2-135m", "-g", "h100", "--policy", str(file)],
-        ["kvtune.policies.testing", "middle_out"],
-    ]
-    ran = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", COMMANDS, json.dumps(commands)],
-        env=elsewhere, capture_output=True, text=True,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    return [(code, output) for code, output in json.loads(ran.stdout)]
+    estimate = ["estimate", "-m", "smollm2-135m", "-g", "h100", "--policy", str(file)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(elsewhere))
+        registered.cache_clear()
+        try:
+            return [
+                ended(main, ["policies", "--json"]),
+                ended(main, estimate),
+                ended(judge_by_name, ["middle_out"]),
+            ]
+        finally:
+            registered.cache_clear()
 
 
-def test_the_command_line_lists_it(printed: list[tuple[int, str]]) -> None:
+def test_the_command_line_lists_it(printed: list[Ended]) -> None:
     code, output = printed[0]
     assert code == 0
     assert "middle_out" in {policy["name"] for policy in json.loads(output)["policies"]}
 
 
-def test_a_policy_file_may_name_it(printed: list[tuple[int, str]]) -> None:
+def test_a_policy_file_may_name_it(printed: list[Ended]) -> None:
     code, output = printed[1]
     assert code == 0
     assert output
 
 
-def test_the_suite_judges_it(printed: list[tuple[int, str]]) -> None:
+def test_the_suite_judges_it(printed: list[Ended]) -> None:
     code, output = printed[2]
     assert code == 0, output
     assert "keeps the highest scores" in output

@@ -272,8 +272,8 @@ def test_padded_sequences_answer_as_each_alone(network: Any) -> None:
 
 def test_a_long_generation_takes_more_pages_as_it_goes(network: Any) -> None:
     cache = load_cache(mixed(), network, new_tokens=8)
-    network.generate(**ids(30), max_new_tokens=70, min_new_tokens=70, past_key_values=cache)
-    assert cache.layers[2].paged.lengths[1].tolist() == [69, 69]
+    network.generate(**ids(30), max_new_tokens=40, min_new_tokens=40, past_key_values=cache)
+    assert cache.layers[2].paged.lengths[1].tolist() == [39, 39]
     assert cache.page_bytes() == sum(layer.paged.page_bytes() for layer in cache.layers)
     cache.pool.check_integrity()
 
@@ -291,7 +291,7 @@ def leaving(layer: Any, moves: list[list[tuple[int, int]]], counts: list[int]) -
 def test_evicting_keeps_the_others_and_frees_pages(network: Any) -> None:
     policy = Policy.uniform(Option(), 3, 2)
     cache = load_cache(policy, network)
-    network.generate(**ids(10), max_new_tokens=140, min_new_tokens=140, past_key_values=cache)
+    network.generate(**ids(10), max_new_tokens=76, min_new_tokens=76, past_key_values=cache)
     layer = cache.layers[1].paged
     before = layer.page_bytes()
     q, scratch = torch.ones(2, 2, 8), Scratch(2, layer.slots, 2, 8, "cpu")
@@ -300,11 +300,11 @@ def test_evicting_keeps_the_others_and_frees_pages(network: Any) -> None:
     torch.testing.assert_close(layer.attend(q, scratch, 0.3), everything)
     layer.append(torch.ones(1, 2, 8), torch.full((1, 2, 8), 1e4))  # to go where the third was
     layer.count_appended()
-    layer.leave(leaving(layer, [[(139, 2)], [(139, 2)]], [137, 69]))
-    gone = 2 * -(-140 // 16) - -(-(3 + 1) // 16) - -(-(71 + 1) // 16)
+    layer.leave(leaving(layer, [[(75, 2)], [(75, 2)]], [73, 37]))
+    gone = 2 * -(-76 // 16) - -(-(3 + 1) // 16) - -(-(39 + 1) // 16)
     assert before - layer.page_bytes() == gone * layer.growing_layout.page_bytes
-    assert layer.lengths[1].tolist() == [3, 71]
-    assert layer.evicted.tolist() == [137, 69]
+    assert layer.lengths[1].tolist() == [3, 39]
+    assert layer.evicted.tolist() == [73, 37]
     assert (layer.attend(q, scratch, 0.3).abs() > 10).all()
     cache.pool.check_integrity()
 

@@ -116,16 +116,16 @@ def test_bounded_heads_stay_bounded(
     """A head a method, more tokens than two budgets: the pages of the first few, no more memory."""
     from transformers import LlamaConfig
 
-    heads, budget, tokens = len(METHODS), 48, 90
+    heads, budget, tokens = len(METHODS), 24, 50
     shape = {"num_attention_heads": heads, "num_key_value_heads": heads, "hidden_size": 8 * heads}
     fields = {**tiny_fields, **shape, "num_hidden_layers": 1}
     network = make_network(LlamaConfig(**fields)).eval()
     options = tuple(Option(method, Budget(tokens=budget)) for method in METHODS)
     cache = load_cache(Policy("all", (options,)), network, evicts=True, new_tokens=64)
-    network(**ids(60), past_key_values=cache)
+    network(**ids(36), past_key_values=cache)
     layer, memory, taken = cache.layers[0].paged, cache.pool.memory.numel(), []
     for at in range(tokens):
-        step(network, cache, torch.tensor([2 + at % 200]), torch.tensor([60 + at]))
+        step(network, cache, torch.tensor([2 + at]), torch.tensor([36 + at]))
         taken.append([len(cells) for cells in layer.pages[GROWN]])
     most = [-(-method.most(budget, budget) // 16) for method in METHODS]
     assert (torch.tensor(taken) <= torch.tensor(most)).all()
@@ -137,16 +137,16 @@ def test_bounded_heads_stay_bounded(
 
 
 def test_pages_that_bulk_drops_give_back_are_used_again(network: Any) -> None:
-    policy = uniform(Scissorhands(drop_share=0.75), Budget(tokens=128))
+    policy = uniform(Scissorhands(drop_share=0.75), Budget(tokens=64))
     cache = load_cache(policy, network, evicts=True, new_tokens=64)
-    network(**ids(140), past_key_values=cache)
+    network(**ids(70), past_key_values=cache)
     layer, pages = cache.layers[0].paged, []
-    for at in range(140):
-        step(network, cache, torch.tensor([2 + at]), torch.tensor([140 + at]))
+    for at in range(60):
+        step(network, cache, torch.tensor([2 + at]), torch.tensor([70 + at]))
         pages.append(cache.page_bytes() // layer.growing_layout.page_bytes)
-    assert pages[0] == pages[96] == 6 * 3  # 33 tokens a row
-    assert pages[95] == 6 * 8  # 128
-    assert cache.evicted() == [[2 * 96] * 2] * 3
+    assert pages[0] == pages[48] == 6 * 2  # 17 tokens a row
+    assert pages[47] == 6 * 4  # 64
+    assert cache.evicted() == [[2 * 48] * 2] * 3
     cache.pool.check_integrity()
 
 
@@ -159,7 +159,7 @@ def test_padded_sequences_evict_as_each_alone(network: Any) -> None:
     alone = [load_cache(policy, network, evicts=True) for _ in lengths]
     for row, (cache, length) in enumerate(zip(alone, lengths, strict=True)):
         network(inputs["input_ids"][row : row + 1, 70 - length :], past_key_values=cache)
-    for turn in range(12):
+    for turn in range(6):
         tokens, at = torch.tensor([5, 9, 30]) + turn, torch.tensor(lengths) + turn
         logits = step(network, together, tokens, at)
         for row, cache in enumerate(alone):
@@ -179,10 +179,10 @@ def test_heads_that_do_not_evict_grow_beside_those_that_do(network: Any) -> None
         (Option(Tova(), Budget(tokens=6)), Option(Tova(), Budget(tokens=6))),
     )
     cache = load_cache(Policy("mixed", heads), network, evicts=True, new_tokens=8)
-    network.generate(**ids(40), max_new_tokens=51, min_new_tokens=51, past_key_values=cache)
-    assert cache.evicted() == [[50, 0], [0, 50], [50, 50]]
+    network.generate(**ids(40), max_new_tokens=31, min_new_tokens=31, past_key_values=cache)
+    assert cache.evicted() == [[30, 0], [0, 30], [30, 30]]
     lengths = [layer.paged.lengths.sum(0).tolist() for layer in cache.layers]
-    assert lengths == [[5, 61], [90, 7], [6, 6]]
+    assert lengths == [[5, 41], [70, 7], [6, 6]]
     cache.pool.check_integrity()
 
 
@@ -196,17 +196,17 @@ def test_an_allocator_moves_decode_budgets_too(network: Any) -> None:
 
 
 def test_a_budget_beyond_the_prompt_is_filled_first(network: Any) -> None:
-    cache = load_cache(uniform(H2O(), Budget(tokens=50)), network, evicts=True)
-    network.generate(**ids(30), max_new_tokens=41, min_new_tokens=41, past_key_values=cache)
-    assert cache.evicted() == [[20, 20]] * 3
-    assert cache.layers[0].paged.lengths[1].tolist() == [50, 50]
+    cache = load_cache(uniform(H2O(), Budget(tokens=40)), network, evicts=True)
+    network.generate(**ids(30), max_new_tokens=26, min_new_tokens=26, past_key_values=cache)
+    assert cache.evicted() == [[15, 15]] * 3
+    assert cache.layers[0].paged.lengths[1].tolist() == [40, 40]
 
 
 def test_unless_asked_nothing_leaves(network: Any) -> None:
     cache = load_cache(uniform(H2O(), Budget(tokens=20)), network)
-    network.generate(**ids(30), max_new_tokens=41, min_new_tokens=41, past_key_values=cache)
+    network.generate(**ids(30), max_new_tokens=21, min_new_tokens=21, past_key_values=cache)
     assert cache.evicted() == [[0, 0]] * 3
-    assert cache.layers[0].paged.lengths.sum(0).tolist() == [60, 60]
+    assert cache.layers[0].paged.lengths.sum(0).tolist() == [40, 40]
 
 
 def test_the_decode_loop_evicts_as_transformers_own_does(network: Any) -> None:
@@ -214,11 +214,11 @@ def test_the_decode_loop_evicts_as_transformers_own_does(network: Any) -> None:
     network.generation_config.eos_token_id = None
     inputs, policy = ids(60, 31), uniform(H2O(), Budget(tokens=25))
     cache = load_cache(policy, network, evicts=True)
-    ours = generate(network, cache, inputs["input_ids"], inputs["attention_mask"], new_tokens=30)
+    ours = generate(network, cache, inputs["input_ids"], inputs["attention_mask"], new_tokens=16)
     again = load_cache(policy, network, evicts=True)
-    theirs = network.generate(**inputs, max_new_tokens=30, do_sample=False, past_key_values=again)
+    theirs = network.generate(**inputs, max_new_tokens=16, do_sample=False, past_key_values=again)
     assert torch.equal(ours, theirs[:, 60:])
-    assert cache.evicted() == again.evicted() == [[29] * 4] * 3
+    assert cache.evicted() == again.evicted() == [[15] * 4] * 3
 
 
 def test_what_pages_cannot_evict_is_refused(network: Any) -> None:

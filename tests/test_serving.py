@@ -202,16 +202,16 @@ def one_by_one(count: int, outputs: np.ndarray, use: float) -> tuple[np.ndarray,
 
 @pytest.mark.parametrize("use", [0.3, 0.7])
 def test_one_at_a_time_with_fixed_service_is_an_m_d_1_queue(use: float) -> None:
-    arrival, waited = one_by_one(15_000, np.full(15_000, 100), use)
-    assert waited == pytest.approx(lindley(arrival, np.ones(15_000)), abs=1e-6)
-    assert waited.mean() == pytest.approx(use / (2 * (1 - use)), rel=0.08)  # a small sample
+    arrival, waited = one_by_one(5_000, np.full(5_000, 100), use)
+    assert waited == pytest.approx(lindley(arrival, np.ones(5_000)), abs=1e-6)
+    assert waited.mean() == pytest.approx(use / (2 * (1 - use)), rel=0.14)  # a small sample
 
 
 def test_one_at_a_time_with_exponential_service_is_an_m_m_1_queue() -> None:
-    steps = np.ceil(np.random.default_rng(4).exponential(100, 15_000)).astype(np.int64)
-    arrival, waited = one_by_one(15_000, steps, 0.5)
+    steps = np.ceil(np.random.default_rng(4).exponential(100, 5_000)).astype(np.int64)
+    arrival, waited = one_by_one(5_000, steps, 0.5)
     assert waited == pytest.approx(lindley(arrival, steps / 100), abs=1e-6)
-    assert waited.mean() == pytest.approx(1.0, rel=0.12)
+    assert waited.mean() == pytest.approx(1.0, rel=0.2)
 
 
 def step_by_step(asked: Requests, of: StepTimes, most: int) -> tuple[list[float], list[float]]:

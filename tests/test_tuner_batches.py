@@ -14,9 +14,9 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.progress import Silent
 from kvtune.simulator.quality.tables import Tables
 from kvtune.tuner.candidate import Candidate
-from kvtune.tuner.library import search_request
 from kvtune.tuner.question import Question
 from kvtune.tuner.samplers import Sampler
+from kvtune.tuner.search_options import search_request
 from kvtune.tuner.solver import Solver
 from kvtune.tuner.study import run_study
 

@@ -26,7 +26,7 @@ _AGAIN = "remove the file; the model is then calibrated again."
 
 @dataclass(frozen=True)
 class Calibration:
-    """Of one model.
+    """What was measured once on one model.
 
     Args:
         head_scores: attention mass that each query head pays to what it is about to copy,

@@ -41,7 +41,7 @@ class OutputHead:
         return OutputHead(head if type(head) is nn.Linear else None)
 
     def __enter__(self) -> OutputHead:
-        """Begin to watch."""
+        """Begin to watch the output head."""
 
         def keep(_: Any, given: tuple[Tensor, ...], output: Tensor) -> None:
             self.seen.append((given[0], output))
@@ -50,7 +50,7 @@ class OutputHead:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End it."""
+        """Stop watching the output head."""
         if self._hook is not None:
             self._hook.remove()
 

@@ -30,7 +30,7 @@ _QUERIES = 512  # of a head, over all chunks
 
 @dataclass(frozen=True)
 class Repeated:
-    """Of one layer.
+    """What repeating the prompt shows of one layer.
 
     Args:
         scores: the most attention that repeating pays to each key, ``[H, P]`` float32.

@@ -152,7 +152,7 @@ class Trace:
 
     @property
     def probes(self) -> int:
-        """S."""
+        """How many probes each sample was captured with, S."""
         return int(self.manifest["probes"])
 
     @property

@@ -1,1 +1,1 @@
-"""Looking at it."""
+"""Terminal user interface, and reports as pages and pictures."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Found:
-    """A finished study.
+    """A finished study with what it was asked and searched on.
 
     Args:
         request: what was asked.

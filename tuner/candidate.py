@@ -12,7 +12,7 @@ from kvtune.tuner.exchange import Choice
 
 @dataclass(frozen=True)
 class Candidate:
-    """One trial's answer.
+    """A configuration that a trial answered with, and what it is worth.
 
     Args:
         number: of the trial.

@@ -56,7 +56,7 @@ class Split:
 
     @property
     def cards(self) -> int:
-        """All of them."""
+        """How many cards there are in all."""
         return self.gpus * self.copies
 
     def batch(self, sequences: int) -> int:

@@ -25,7 +25,7 @@ _AGAIN = "remove the file; the same search then begins anew and finds the same."
 
 @dataclass(frozen=True)
 class Trial:
-    """A finished trial.
+    """A finished trial as the journal records it.
 
     Args:
         trial: number, from 0 on.

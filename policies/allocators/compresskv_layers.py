@@ -40,7 +40,7 @@ class CompressKVLayers(Allocator):
 
     @property
     def needs(self) -> Needs:
-        """The layers' errors."""
+        """The error of each layer, measured on the model once."""
         return Needs(calibration=True)
 
     def settle(

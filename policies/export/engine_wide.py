@@ -46,7 +46,7 @@ class CacheType:
 
 
 def sixteen_bits(name: str) -> CacheType:
-    """The uncompressed type."""
+    """The engine's name of an uncompressed cache."""
     return CacheType(name, (16, 16), lambda head_dim: 4.0 * head_dim, "bf16", "16 bits")
 
 

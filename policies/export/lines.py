@@ -20,7 +20,7 @@ class Line:
     detail: str
 
     def __str__(self) -> str:
-        """For reports."""
+        """The line as a report prints it."""
         return f"{self.status + ':':<17}{self.field} - {self.detail}"
 
 

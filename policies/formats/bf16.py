@@ -31,7 +31,7 @@ class Bf16(Format):
         return Stored({"numbers": narrow}, len(tensor))
 
     def decode(self, stored: Stored, head_dim: int, role: Role) -> Tensor:
-        """The numbers."""
+        """The numbers as they were stored."""
         return stored.buffers["numbers"].float()
 
     def roundtrip(self, tensor: Tensor, counts: Tensor, role: Role) -> Tensor:

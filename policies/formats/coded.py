@@ -44,7 +44,7 @@ class Coded(Format):
 
     @property
     def exact_tokens(self) -> int:
-        """``exact_first``."""
+        """The first ``exact_first`` tokens stay in 16 bits."""
         exact: int = self.exact_first
         return exact
 

@@ -61,7 +61,7 @@ class Grouped(Format):
 
     @property
     def exact_tokens(self) -> int:
-        """``exact_first``."""
+        """The first ``exact_first`` tokens stay in 16 bits."""
         return self.exact_first
 
     def encode(self, tensor: Tensor, role: Role) -> Stored:

@@ -149,7 +149,7 @@ class _Responses:
 
     @staticmethod
     def of(signals: Signals, block: int) -> _Responses:
-        """Nothing gone yet."""
+        """The responses before any token has been dropped."""
         import torch
 
         future: Future = signals.given("future")

@@ -53,7 +53,7 @@ class MiniCache(Method):
         return layer - 1 if self._is_second(layer) else layer + 1
 
     def keep(self, signals: Signals, budget: int) -> Tensor:
-        """The retained tokens."""
+        """The tokens that keep their own keys and values."""
         import torch
 
         other, _ = signals.given("linked")

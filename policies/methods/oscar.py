@@ -55,7 +55,7 @@ class Oscar(Method):
 
     @property
     def needs(self) -> Needs:
-        """The matrices."""
+        """The rotations that were fitted to the model."""
         return Needs(learned=True)
 
     def keep(self, signals: Signals, budget: int) -> Tensor:

@@ -74,7 +74,7 @@ def key_parts(code, head_dim):
 
 @triton.constexpr_function
 def first_channel(part, code, head_dim):
-    """Of a part."""
+    """The first channel that a part of a packed row holds."""
     fields = fields_of(code)
     return part % fields * (head_dim // fields) + part // fields * (
         head_dim // parts_of(code, head_dim)

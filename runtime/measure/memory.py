@@ -10,7 +10,7 @@ from kvtune.profiles.models import find_model
 
 @dataclass(frozen=True)
 class MemoryReading:
-    """MiB each.
+    """Memory of a process that decodes, in MiB each.
 
     Args:
         visible: all that a process can see.

@@ -24,7 +24,7 @@ class Monitor(Protocol):
     """Reads a GPU's state."""
 
     def state(self) -> State:
-        """Of this moment."""
+        """The state of the GPU at this moment."""
         ...
 
     def used_bytes(self) -> int | None:
@@ -48,23 +48,23 @@ class NoMonitor:
     """Where NVML is missing: nothing is known, and every row says so by zeros."""
 
     def state(self) -> State:
-        """Zeros."""
+        """A state of zeros."""
         return State()
 
     def used_bytes(self) -> int | None:
-        """Unknown."""
+        """None: what is used is not known."""
         return None
 
     def other_processes(self) -> int:
-        """Unknown."""
+        """Zero: other processes are not known."""
         return 0
 
     def others_bytes(self) -> int:
-        """Unknown."""
+        """Zero: what other processes use is not known."""
         return 0
 
     def driver(self) -> str:
-        """Unknown."""
+        """A word for a driver that is not known."""
         return "unknown"
 
 
@@ -119,7 +119,7 @@ class NvmlMonitor:
             return []
 
     def driver(self) -> str:
-        """For example ``580.159.04``."""
+        """The version of the driver, for example ``580.159.04``."""
         version = self._nvml.nvmlSystemGetDriverVersion()
         return version.decode() if isinstance(version, bytes) else str(version)
 

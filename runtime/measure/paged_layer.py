@@ -31,7 +31,7 @@ class Run:
 
     @property
     def pages(self) -> int:
-        """That they take."""
+        """How many pages these tokens take."""
         return self.layout.pages_for(self.tokens)
 
 
@@ -51,7 +51,7 @@ class RandomLayer:
 
     @property
     def scale(self) -> float:
-        """Of the logits."""
+        """The factor that logits are multiplied with before the softmax."""
         return float(self.query.shape[2] ** -0.5)
 
 

@@ -67,12 +67,12 @@ class Case:
 
     @property
     def pairs(self) -> tuple[int, ...]:
-        """Formats that occur."""
+        """Pairs of key and value formats that occur."""
         return tuple(sorted({run.layout.code for run in self.runs}, reverse=True))
 
     @property
     def held_bytes(self) -> int:
-        """Of its pages."""
+        """Bytes of the pages that it holds."""
         return sum(run.pages * run.layout.page_bytes for run in self.runs)
 
 

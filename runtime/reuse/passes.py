@@ -17,7 +17,7 @@ PromptCache = list[tuple[Tensor, Tensor]]
 
 
 def tokens_of(cache: PromptCache) -> int:
-    """T."""
+    """How many tokens a prompt's cache holds, T."""
     return cache[0][0].shape[2]
 
 

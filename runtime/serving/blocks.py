@@ -132,7 +132,7 @@ class PlannedBlocks:
 
     @cached_property
     def options(self) -> list[Option]:
-        """Options that occur."""
+        """The distinct options of the policy's heads."""
         return list(dict.fromkeys(self.policy.options()))
 
     @cached_property

@@ -97,7 +97,7 @@ class SeatPlanner:
 
     @property
     def layers(self) -> int:
-        """L."""
+        """How many layers are planned for, L."""
         return int(self.codes.shape[1])
 
     @property

@@ -52,7 +52,7 @@ class PlanBackend(AttentionBackend):  # type: ignore[misc]
 
     @staticmethod
     def get_impl_cls() -> type[Impl]:
-        """What layers call."""
+        """The class whose objects vLLM's layers call."""
         return Impl
 
     @staticmethod

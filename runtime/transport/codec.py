@@ -74,7 +74,7 @@ class Encoded:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that travel."""
+        """How many bytes travel."""
         return sum(buffer.nbytes for buffer in self.buffers.values())
 
     @property

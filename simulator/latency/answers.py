@@ -34,7 +34,7 @@ class Times:
         value_s: likely times, any shape.
         low_s: lower ends of the 10-90 % intervals, same shape.
         high_s: upper ends, same shape.
-        tier: how the least certain of them was come by.
+        tier: how the least certain of them was obtained.
         tiers: index of each one's tier in ``TIERS``; None where all have the same.
     """
 
@@ -45,7 +45,7 @@ class Times:
     tiers: npt.NDArray[np.intp] | None = None
 
     def at(self, *index: int) -> Estimate:
-        """One of them."""
+        """The estimate at one place of the arrays."""
         value, low, high = (float(part[index]) for part in (self.value_s, self.low_s, self.high_s))
         tier = self.tier if self.tiers is None else TIERS[int(self.tiers[index])]
         return Estimate(value, low, high, "s", tier)

@@ -19,7 +19,7 @@ class _OfModel(Protocol):
 
     @property
     def shape(self) -> ModelShape:
-        """The model."""
+        """The shape of the model."""
 
 
 def by_width(

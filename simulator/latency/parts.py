@@ -39,7 +39,7 @@ class Parts:
 
     @property
     def total(self) -> FloatArray:
-        """Their sum."""
+        """The sum of all parts."""
         return np.asarray(self.attention + self.matrices + self.rest + self.beside)
 
     @property

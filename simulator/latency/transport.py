@@ -29,7 +29,7 @@ class Chunk:
     decode_s: float = 0.0
 
     def sent_bytes(self, choice: str) -> int:
-        """Bytes that travel."""
+        """How many bytes travel."""
         return self.text_bytes if choice == TEXT else self.level_bytes[choice]
 
 

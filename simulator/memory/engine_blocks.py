@@ -13,7 +13,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from kvtune.common.errors import KvtuneError
-from kvtune.profiles.shape import LayerCache, ModelShape
+from kvtune.profiles.layer_cache import LayerCache
+from kvtune.profiles.shape import ModelShape
 
 _KERNEL_STEP = 16  # tokens that attention kernels read at once
 

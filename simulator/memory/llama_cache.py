@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from kvtune.common.estimate import Estimate, exact
-from kvtune.profiles.shape import LayerCache, ModelShape
+from kvtune.profiles.layer_cache import LayerCache
+from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.memory.llama_flags import CACHE_BYTES, LlamaFlags
 from kvtune.simulator.memory.llama_graph import padded_cells
 from kvtune.simulator.memory.llama_offload import Offload

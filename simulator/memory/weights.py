@@ -8,7 +8,8 @@ from typing import Literal, get_args
 from kvtune.common.errors import KvtuneError, check_alone, nearest
 from kvtune.common.estimate import Estimate, Tier, exact
 from kvtune.profiles.gpus import GpuProfile
-from kvtune.profiles.shape import ModelShape, StoredWeights
+from kvtune.profiles.parameter_counts import StoredWeights
+from kvtune.profiles.shape import ModelShape
 
 KernelFormat = Literal["bf16", "fp8", "int8", "int4"]
 WeightFormat = Literal[

@@ -20,6 +20,7 @@ from kvtune.policies.apply import apply_each
 from kvtune.policies.attention import attend, merge
 from kvtune.policies.compressed import Compressed
 from kvtune.policies.option import Option
+from kvtune.policies.recorded import recorded_signals, signals_side_by_side
 from kvtune.policies.signals import Signals
 from kvtune.traces.trace import LayerTrace
 
@@ -47,7 +48,7 @@ class LayerReplay:
         """Split a layer's trace into its prompt and its observed tokens."""
         tensors = {name: tensor.to(device).float() for name, tensor in trace.tensors.items()}
         return LayerReplay.of_signals(
-            Signals.recorded(tensors, trace.prompt_tokens, trace.scale, trace.layer, trace.rope)
+            recorded_signals(tensors, trace.prompt_tokens, trace.scale, trace.layer, trace.rope)
         )
 
     @staticmethod
@@ -73,7 +74,7 @@ class LayerReplay:
             for name in ("queries", "keys", "values")
         )
         probes = torch.cat([each.probes for each in several], 2)
-        return LayerReplay(Signals.side_by_side(signals), queries, keys, values, probes)
+        return LayerReplay(signals_side_by_side(signals), queries, keys, values, probes)
 
     @cached_property
     def recent(self) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from kvtune.simulator.serving.step_times import End, StepTimes
 
 @dataclass(frozen=True)
 class Server:
-    """What serves.
+    """What serves requests: a model, cards, and the limits of an engine.
 
     Args:
         shape: the whole model.

@@ -67,7 +67,7 @@ class FilterScreen(ModalScreen[Filter | None]):
 
     @on(Button.Pressed, "#all")
     def take_away(self) -> None:
-        """Everything."""
+        """Take all filters away."""
         self.dismiss(Filter())
 
     @on(Button.Pressed, "#show")

@@ -31,7 +31,7 @@ _MARKS = (
     ("u p a l g", "baselines at the plan's bytes: uniform, pyramid, AdaKV, per layer, greedy"),
 )
 _TIERS = (
-    "Every figure says how it was come by. Loss: table (predicted), replay (exact for one plan), "
+    "Every figure says how it was obtained. Loss: table (predicted), replay (exact for one plan), "
     "live (the model ran). Memory and time: measured, interpolated, fitted, transferred, "
     "datasheet, assumed; exact is counted. Intervals: 95 % over samples for loss, else 10-90 %."
 )

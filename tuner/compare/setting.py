@@ -46,7 +46,7 @@ class Prepared:
 
     @property
     def seconds(self) -> float:
-        """Both together."""
+        """Seconds for capture and tables together."""
         return self.capture_s + self.tables_s
 
 
@@ -73,7 +73,7 @@ class Setting:
 
     @property
     def tables(self) -> Tables:
-        """Of every split."""
+        """The tables of the samples of every split."""
         return self.source.tables
 
     @property

@@ -41,7 +41,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class _Quality:
-    """The loss, flat."""
+    """A loss as ``result.json`` writes it: value and interval side by side."""
 
     kl_nats_per_token: Loss
     interval: tuple[Loss, Loss]

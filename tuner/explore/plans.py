@@ -30,7 +30,7 @@ _MISFIT = "does not fit the study's first line"
 
 @dataclass(frozen=True)
 class Plan:
-    """One trial's answer.
+    """The plan that one trial of a study answered with.
 
     Args:
         trial: number.

@@ -46,7 +46,7 @@ class Ends:
     last: tuple[str, int] = ("", 0)
 
     def kinds(self, layers: int) -> list[str]:
-        """Of each layer."""
+        """The type of each layer's cache."""
         (first, n), (last, m) = self.first, self.last
         return [first] * n + [self.between] * (layers - n - m) + [last] * m
 

@@ -1,0 +1,209 @@
+"""What a search may be asked, as options of the command line and the library, and its request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar
+
+from kvtune.common.errors import KvtuneError
+from kvtune.common.units import Amount, parse_bytes, parse_seconds
+from kvtune.profiles.gpus import GpuProfile
+from kvtune.tuner.limits import Limits
+from kvtune.tuner.request import SearchRequest
+from kvtune.tuner.target import read_context_range, read_target, read_texts, read_weights
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from kvtune.tuner.samplers import Sampler
+
+N = TypeVar("N", int, float, "int | None")
+
+MOST_SEQUENCES, MOST_TRIALS, MOST_KL, MOST_JOBS = 10**6, 10**5, 100.0, 1024
+
+
+class SearchOptions(TypedDict, total=False):
+    """How hard to look, and at what; every one may be left out.
+
+    Keys:
+        context: prompt tokens of a sequence, 8192; ``"4k-64k"`` lets the search choose.
+        generated: tokens that each sequence generates, 256.
+        batch: sequences at once; left out, as many as ``max_kl`` allows.
+        weights: weight format; ``"auto"`` takes the widest that fits; of several, ``"bf16,int4"``,
+            or ``"any"``, the widest with which a plan does what is asked.
+        max_kl: loss that is acceptable, nats a token, 0.02.
+        trials: of the outer study, 60.
+        workload: texts that are searched on: ``"small"`` or ``"mixed"`` (JSON, logs, conversations
+            and other languages too) for a CPU, ``"full"`` for a GPU.
+        menu: methods that a head may have: ``"three"``, or ``"all"``.
+        stack: a serving stack that the plan must be expressible on: ``"vllm"``, ``"llama-cpp"``...
+        read_bytes: that a decode step may read of each sequence's prompt; left out, any.
+        tpot: most time of a decode step of all sequences: ``"30ms"``; left out, any.
+        ttft: most time for reading and compressing one prompt: ``"2s"``; left out, any.
+        sequences: that must fit at once, at least; left out, one.
+        sampler: ``"tpe"``, ``"nsga2"`` or ``"random"``; left out, by the number of trials.
+        jobs: trials that are proposed together and answered at the same time, 1.
+        storage: URL of a database through which other workers share the trials.
+        engine: makes trace and tables: ``"processes:4"``, or a dask scheduler's address.
+        start: policy files of published patterns or former searches to begin with.
+        heads: a file of head scores (``kvtune heads``); plans that follow them are run beside
+            others, where the model's weights are at hand.
+        moved_bytes: that a decode step may bring over from the host of each sequence's prompt; with
+            it heads may lie there.
+        texts: your own .txt or .jsonl files, instead of the built-in ones.
+        stand_in: uses the packaged tables even where weights are at hand.
+        seed: of everything that is drawn, 0.
+        device: where the model runs, ``"cpu"`` or ``"cuda"``; left out, a GPU if there is one.
+    """
+
+    context: Amount
+    generated: Amount
+    batch: int | None
+    weights: str
+    max_kl: float
+    trials: int
+    workload: Literal["small", "mixed", "full"]
+    menu: Literal["three", "all"]
+    stack: str | None
+    read_bytes: Amount | None
+    tpot: str | None
+    ttft: str | None
+    sequences: int | None
+    sampler: Sampler | None
+    jobs: int
+    storage: str | None
+    engine: str | None
+    start: Iterable[Path | str]
+    moved_bytes: Amount | None
+    heads: Path | str | None
+    texts: Iterable[Path | str]
+    stand_in: bool
+    seed: int
+    device: str | None
+
+
+def search_request(
+    model: str,
+    gpu: str | GpuProfile | None = None,
+    mem: Amount | None = None,
+    *,
+    run_dir: Path | str | None = None,
+    **options: Unpack[SearchOptions],
+) -> SearchRequest:
+    """What ``search`` is asked, checked; nothing is run or written.
+
+    Raises:
+        KvtuneError: something is unknown or out of bounds.
+    """
+    wanted = str(options.get("context", 8192))
+    read, moved = options.get("read_bytes"), options.get("moved_bytes")
+    heads = options.get("heads")
+    if read is not None and moved is not None:
+        raise KvtuneError(
+            "--read-bytes and --moved-bytes are limits of two different searches",
+            hint="give one of them.",
+        )
+    if options.get("jobs", 1) > 1 and options.get("storage") is not None:
+        raise KvtuneError(
+            "--jobs answers trials side by side here, --storage shares them with workers",
+            hint="give one of them; kvtune worker can be started as often as there are cores.",
+        )
+    shortest = wanted.partition("-")[0]
+    target = read_target(model, gpu, mem, shortest, options.get("generated", 256))
+    context, longest = read_context_range(wanted, target.shape)
+    called = "all" if mem is None else str(mem)
+    stack = options.get("stack")
+    length = "" if (context, longest) == (8192, None) else wanted
+    folder = run_dir or default_run_dir(target.shape.name, target.gpu.slug, called, stack, length)
+    request = SearchRequest(
+        model=target.model,
+        shape=target.shape,
+        gpu=target.gpu,
+        memory_bytes=target.memory_bytes,
+        run_dir=Path(folder),
+        weights=options.get("weights", "auto"),
+        context_tokens=context,
+        longest_context=longest,
+        generated_tokens=target.generated_tokens,
+        sequences=within_bounds("--batch", options.get("batch"), 1, MOST_SEQUENCES),
+        largest_kl=within_bounds("--max-kl", options.get("max_kl", 0.02), 0, MOST_KL),
+        trials=within_bounds("--trials", options.get("trials", 60), 1, MOST_TRIALS),
+        seed=options.get("seed", 0),
+        stand_in=options.get("stand_in", False),
+        device=options.get("device"),
+        workload=options.get("workload", "small"),
+        menu=options.get("menu", "three"),
+        stack=known_stack(stack),
+        read_bytes=None if read is None else parse_bytes(read),
+        limits=_limits(options),
+        sampler=options.get("sampler"),
+        jobs=within_bounds("--jobs", options.get("jobs", 1), 1, MOST_JOBS),
+        storage=options.get("storage"),
+        engine=options.get("engine"),
+        starts=tuple(map(Path, options.get("start", ()))),
+        moved_bytes=None if moved is None else parse_bytes(moved),
+        heads=None if heads is None else Path(heads),
+        texts=read_texts(options.get("texts", ())),
+    )
+    from kvtune.tuner.checks import check_request
+
+    check_request(request)
+    return request
+
+
+def _limits(options: SearchOptions) -> Limits:
+    tpot, ttft = options.get("tpot"), options.get("ttft")
+    return Limits(
+        time_per_token_s=None if tpot is None else parse_seconds(tpot),
+        first_token_s=None if ttft is None else parse_seconds(ttft),
+        sequences=within_bounds("--sequences", options.get("sequences"), 1, MOST_SEQUENCES),
+    )
+
+
+def weights_request(
+    model: str, run_dir: Path | str, **options: Unpack[SearchOptions]
+) -> SearchRequest:
+    """A search's request where only the model, its samples and its menu matter: no card is served.
+
+    Raises:
+        KvtuneError: the weights are not at hand, or something is unknown or out of bounds.
+    """
+    from kvtune.profiles.gpus import list_gpus
+
+    name = read_weights(model)[0]
+    options["context"] = 1024
+    return search_request(name, list_gpus()[0], run_dir=run_dir, **options)
+
+
+def known_stack(stack: str | None) -> str | None:
+    """A stack's name, if an exporter has it.
+
+    Raises:
+        KvtuneError: none has.
+    """
+    from kvtune.policies.export.contract import find_exporter
+
+    return find_exporter(stack).name if stack else None
+
+
+def default_run_dir(
+    model: str, gpu: str, mem: str, stack: str | None = None, context: str = ""
+) -> Path:
+    """``kvtune-runs/llama-3.1-8b-rtx-4090-16gb`` below the current folder.
+
+    Prompts of another length than usual, ``context``, and a stack are part of the name.
+    """
+    asked = [part.replace(" ", "").lower() for part in (mem, context) if part]
+    parts = (model, gpu, *asked, *(("for", stack) if stack else ()))
+    return Path("kvtune-runs") / "-".join(part.replace("/", "-") for part in parts)
+
+
+def within_bounds(option: str, number: N, least: float, most: float) -> N:
+    """``number``, where it lies within the bounds or is None."""
+    if number is not None and not least <= number <= most:
+        raise KvtuneError(
+            f"{option} {number} is not between {least:,} and {most:,}",
+            hint=f"give a number from {least:,} to {most:,}.",
+        )
+    return number
