@@ -23,12 +23,20 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.common.words import accuracy, figure
 from kvtune.tuner.bench_runs import ASKED, read_runs
-from kvtune.tuner.leaderboard import Standing, full_cache, standings
+from kvtune.tuner.leaderboard import (
+    Board,
+    Standing,
+    full_cache,
+    on_board,
+    standings,
+    too_large,
+)
 
 SETTINGS = ("asked_after", "asked_before", "second_question")
+BOARDS: tuple[Board, ...] = ("held", "read")
 MARK = "<!-- python benchmarks/leaderboard.py writes what follows -->"
 COLUMNS = (
-    "policy", "bytes", "KL, nats/token", "asked after", "asked before", "second question",
+    "policy", "held", "read", "KL, nats/token", "asked after", "asked before", "second question",
     "heads evicting", "runs",
 )  # fmt: skip
 
@@ -91,11 +99,14 @@ def page(found: dict[str, Any]) -> str:
     rows = [standing(row) for row in found["standings"]]
     most = max(row.samples for row in rows)
     full = (accuracy(estimate(found["full_cache"][name])) for name in SETTINGS)
-    parts = [f"Full cache: {', '.join(' '.join(x) for x in zip(COLUMNS[3:6], full, strict=True))}."]
+    parts = [f"Full cache: {', '.join(' '.join(x) for x in zip(COLUMNS[4:7], full, strict=True))}."]
     for share in sorted({row.share for row in rows}):
-        there = [row for row in rows if row.share == share]
-        cells = [line(row, found["heads"], most) for row in there]
-        parts += [f"## At {100 * share:g} % of the bf16 bytes", table(cells)]
+        for board in BOARDS if any(row.reads_less for row in rows) else BOARDS[:1]:
+            cells = [line(row, found["heads"], most) for row in on_board(board, rows, share)]
+            parts += [f"## At {100 * share:g} % of the bf16 bytes {board}", table(cells)]
+        if missing := too_large(rows, share):
+            named = ", ".join(f"`{name}`" for name in missing)
+            parts.append(f"Cannot be filled to {100 * share:g} %: {named}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -103,6 +114,7 @@ def line(row: Standing, heads: int, most: int) -> tuple[str, ...]:
     return (
         f"`{row.policy}`" + (" (looks ahead)" if row.looks_ahead else ""),
         f"{100 * row.taken:.2f} %",
+        f"{100 * row.read:.2f} %",
         figure(row.kl, tier=False),
         *(accuracy(each) for each in (row.after, row.known, row.second)),
         f"{100 * row.evicted / (row.samples * heads):.1f} %",

@@ -22,7 +22,7 @@ from kvtune.traces.calibration import Calibration, keep_calibration
 from kvtune.tuner.bench import asked_before, bench
 from kvtune.tuner.bench_entries import Entry, entries
 from kvtune.tuner.bench_runs import RUNS, Run
-from kvtune.tuner.leaderboard import full_cache, standings
+from kvtune.tuner.leaderboard import full_cache, on_board, standings, too_large
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -172,7 +172,8 @@ def test_the_committed_page_is_the_committed_result() -> None:
     written = (root / "docs/leaderboard.md").read_text()
     assert written.split(leaderboard.MARK)[1].strip() == leaderboard.page(found).strip()
     assert {row["policy"] for row in found["standings"]} <= {entry.name for entry in entries()}
-    assert all(row["evicted"] > 0 for row in found["standings"])
+    rows = [leaderboard.standing(row) for row in found["standings"]]
+    assert all(row.evicted > 0 or row.reads_less for row in rows)
 
 
 def test_readers_are_filled_by_what_they_read(
@@ -190,3 +191,7 @@ def test_readers_are_filled_by_what_they_read(
     found = {standing.policy: standing for standing in standings(runs)}
     assert found["quest"].reads_less
     assert not found["streaming_llm"].reads_less
+    rows = standings([*runs, run_of("token_select", 0.1, share=0.7)])
+    assert [row.policy for row in on_board("held", rows, 0.5)] == ["streaming_llm"]
+    assert {row.policy for row in on_board("read", rows, 0.5)} == {"quest", "streaming_llm"}
+    assert too_large(rows, 0.5) == ["token_select"]
