@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -133,7 +134,10 @@ def generated(network: Any, policy: Policy, ids: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("method", [INDEX, LISTS], ids=repr)
+FAISS = [replace(INDEX, joins="hnsw")] if importlib.util.find_spec("faiss") else []
+
+
+@pytest.mark.parametrize("method", [INDEX, LISTS, *FAISS], ids=repr)
 def test_an_index_on_the_host_finds_what_it_finds_on_the_device(
     network: Any, method: Method
 ) -> None:
