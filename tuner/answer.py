@@ -237,10 +237,11 @@ def _host_note(found: Found, chosen: Candidate, allowed_bytes: int) -> str:
         f"{format_bytes(moved)}, --moved-bytes allows {format_bytes(allowed_bytes)}."
     )
     if found.source.stand_in and not heads:
+        whole = format_bytes(_kept_bytes(policy, chosen, head_dim))
         note += (
-            " A stand-in knows no reader and gives all heads one option, so that a step brings over "
-            f"all that is kept of a prompt: here {format_bytes(_kept_bytes(policy, chosen, head_dim))}."
-            " With weights (--model PATH) readers are on the menu, which bring over what they read."
+            " A stand-in knows no reader and gives all heads one option, so that a step brings "
+            f"over all that is kept of a prompt: here {whole}. With weights (--model PATH) readers "
+            "are on the menu, which bring over what they read."
         )
     return note
 

@@ -145,7 +145,8 @@ class IndexSearch(Reader):
         worth = torch.full((len(asked), len(index.keys)), -torch.inf, device=asked.device)
         lowest = logits.masked_fill(~met, -torch.inf)
         worth = worth.scatter_reduce(1, ids.clamp_min(0), lowest, "amax")
-        return worth.unflatten(0, queries.shape[:2])
+        found: Tensor = worth.unflatten(0, queries.shape[:2])
+        return found
 
     def index(self, held: Held, row: int, count: int) -> KeyGraph | QueryIndex | PlainIndex:
         """The index over the prompt's keys of one row; built once a prompt."""
@@ -163,18 +164,15 @@ class IndexSearch(Reader):
                 keys, queries, _clusters(len(keys)), self.near, self._listed(len(keys)), self.degree
             )
 
-        index: KeyGraph | QueryIndex | PlainIndex = signals.once(
-            f"{self} {head} {tokens.tolist()}", build
-        )
-        return index
+        return signals.once(f"{self} {head} {tokens.tolist()}", build)
 
     def entries_read(self, entries: int) -> int:
         """Most entries that a step reads."""
         return min(entries, self.budget)
 
     def index_bytes(self, entries: int, head_dim: int) -> int:
-        """Neighbours in 32 bits; of lists, centres in 16 and keys with their shares in 32 too; FAISS's
-        copy of the keys."""
+        """Neighbours in 32 bits, and FAISS's copy of the keys; of lists, centres in 16 and keys with
+        their shares in 32 too."""
         middle = max(entries - self.first - self.last, 0)
         if self.joins == "hnsw":  # the lowest layer's links, and a copy of the keys in 32 bits
             return middle * _NUMBER_BYTES * (2 * self.degree + head_dim)
