@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Literal
 
 from kvtune.common.rotary import turn
@@ -164,15 +165,16 @@ class IndexSearch(Reader):
                 keys, queries, _clusters(len(keys)), self.near, self._listed(len(keys)), self.degree
             )
 
-        return signals.once(f"{self} {head} {tokens.tolist()}", build)
+        which = blake2b(tokens.cpu().numpy().tobytes()).hexdigest()
+        return signals.once(f"{self} {head} {which}", build)
 
     def entries_read(self, entries: int) -> int:
         """Most entries that a step reads."""
         return min(entries, self.budget)
 
     def index_bytes(self, entries: int, head_dim: int) -> int:
-        """Neighbours in 32 bits, and FAISS's copy of the keys; of lists, centres in 16 and keys with
-        their shares in 32 too."""
+        """Neighbours in 32 bits, and FAISS's copy of the keys; of lists, centres in 16 bits and
+        keys with their shares in 32 too."""
         middle = max(entries - self.first - self.last, 0)
         if self.joins == "hnsw":  # the lowest layer's links, and a copy of the keys in 32 bits
             return middle * _NUMBER_BYTES * (2 * self.degree + head_dim)
