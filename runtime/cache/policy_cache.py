@@ -335,9 +335,9 @@ class PolicyCache(Cache):  # type: ignore[misc]
     @property
     def can_be_captured(self) -> bool:
         """Whether a decode step asks nothing of the host."""
-        beside = [layer.paged.beside for layer in self.layers if hasattr(layer, "paged")]
-        dense = all(each is None or each.is_dense for each in beside)
-        dense = dense and not any(layer.paged.searched for layer in self.layers)
+        read = [layer.paged for layer in self.layers if hasattr(layer, "paged")]
+        dense = all(each.beside is None or each.beside.is_dense for each in read)
+        dense = dense and not any(each.searched for each in read)
         return dense and isinstance(self.backend, TritonBackend) and not self.evicts
 
     def prompt_bytes(self) -> int:
@@ -350,7 +350,8 @@ class PolicyCache(Cache):  # type: ignore[misc]
 
     def host_bytes(self) -> int:
         """Bytes of keys and values on the host: pages in use, and what is searched there."""
-        searched = [each for layer in self.layers for each in layer.paged.searched]
+        read = [layer.paged for layer in self.layers if hasattr(layer, "paged")]
+        searched = [each for layer in read for each in layer.searched]
         found: int = sum(each.nbytes for each in searched if each.on_host)
         return found + (0 if self.host_pool is None else self.host_pool.used_bytes)
 
