@@ -1,6 +1,6 @@
 """Whether the heads that are found are the heads that are needed, on SmolLM2.
 
-    python benchmarks/heads.py --out benchmarks/results/heads-h200.json [--heads rlkv.safetensors]
+    python benchmarks/heads.py --out benchmarks/results/heads-2-h200.json [--heads rlkv.safetensors]
 
 ``masked`` answers held-out 8-needle samples with the top 5 % of retrieval heads silenced, in the
 prompt and after it, and with as many others drawn at random, five times. ``overlap`` holds every

@@ -7,22 +7,23 @@
 
 The first line runs it, the second writes the standings and the tables, the third those of another
 bench of the same samples, in which some policies were run again, the last the tables alone, from
-the standings that are there. What stands above the tables is written by hand.
+the standings that are there; --out and --page name another result and page. What stands above the tables is written by hand.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.common.words import accuracy, figure
-from kvtune.tuner.bench_runs import ASKED, read_runs
+from kvtune.tuner.bench_runs import ASKED, Run, read_runs
 from kvtune.tuner.leaderboard import (
     Board,
     Standing,
@@ -31,6 +32,7 @@ from kvtune.tuner.leaderboard import (
     standings,
     too_large,
 )
+from kvtune.tuner.validate import Right
 
 SETTINGS = ("asked_after", "asked_before", "second_question")
 BOARDS: tuple[Board, ...] = ("held", "read")
@@ -43,7 +45,7 @@ COLUMNS = (
 
 def result(folder: Path, device: str) -> dict[str, Any]:
     """Everything that a bench's folder holds, as one JSON object."""
-    asked, runs = json.loads((folder / ASKED).read_text()), read_runs(folder)
+    asked, runs = json.loads((folder / ASKED).read_text()), finished(read_runs(folder))
     kinds = {run.sample: run.kind for run in runs if run.setting == "asked after"}
     full = dict(zip(SETTINGS, full_cache(runs), strict=True))
     return {
@@ -76,13 +78,23 @@ def merged(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     return before | {"standings": rows, "runs": sum(row["samples"] for row in rows)}
 
 
+def finished(runs: Sequence[Run]) -> list[Run]:
+    """Without the sample in which a bench was interrupted, which only some policies have run."""
+    counts = Counter(run.sample for run in runs)
+    return [run for run in runs if counts[run.sample] == max(counts.values())]
+
+
 def plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, Right):
+        return asdict(value)
     return value.as_dict() if isinstance(value, Estimate) else value
 
 
 def estimate(value: Any) -> Any:
     """Back from JSON, where it is an estimate."""
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or "interval" not in value:
         return value
     return Estimate(value["value"], *value["interval"], value["unit"], value["tier"])
 

@@ -161,15 +161,22 @@ def test_shares_are_percentages() -> None:
             read_shares(wrong)
 
 
-def test_the_committed_page_is_the_committed_result() -> None:
+@pytest.mark.parametrize(
+    ("page", "result"),
+    [
+        ("leaderboard.md", "leaderboard-h100.json"),
+        ("leaderboard-readers.md", "leaderboard-readers-h200.json"),
+    ],
+)
+def test_the_committed_page_is_the_committed_result(page: str, result: str) -> None:
     root = Path(__file__).parents[1]
     sys.path.insert(0, str(root / "benchmarks"))
     try:
         leaderboard = importlib.import_module("leaderboard")
     finally:
         sys.path.remove(str(root / "benchmarks"))
-    found = json.loads((root / "benchmarks/results/leaderboard-h100.json").read_text())
-    written = (root / "docs/leaderboard.md").read_text()
+    found = json.loads((root / "benchmarks/results" / result).read_text())
+    written = (root / "docs" / page).read_text()
     assert written.split(leaderboard.MARK)[1].strip() == leaderboard.page(found).strip()
     assert {row["policy"] for row in found["standings"]} <= {entry.name for entry in entries()}
     rows = [leaderboard.standing(row) for row in found["standings"]]
