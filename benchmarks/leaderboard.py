@@ -7,7 +7,8 @@
 
 The first line runs it, the second writes the standings and the tables, the third those of another
 bench of the same samples, in which some policies were run again, the last the tables alone, from
-the standings that are there; --out and --page name another result and page. What stands above the tables is written by hand.
+the standings that are there; --out and --page name another result and page. What stands above the
+tables is written by hand.
 """
 
 from __future__ import annotations

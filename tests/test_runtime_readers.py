@@ -33,6 +33,7 @@ from kvtune.policies.signals import Signals
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.kernels.launch import Scratch
+from kvtune.tests.tiers import first
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -86,7 +87,7 @@ def read(network: Any, policy: Policy) -> tuple[PolicyCache, list[Signals]]:
     return cache, seen
 
 
-@pytest.mark.parametrize("form", [None, Int4()], ids=["16 bits", "int4"])
+@pytest.mark.parametrize("form", first([None, Int4()]), ids=["16 bits", "int4"])
 @pytest.mark.parametrize("method", READERS, ids=lambda method: method.label)
 def test_a_reader_chooses_step_by_step_what_it_chooses_in_replay(
     network: Any, method: Method, form: Int4 | None
@@ -157,7 +158,7 @@ def test_an_index_on_the_host_finds_what_it_finds_on_the_device(
 
 def test_heads_of_a_layer_may_read_in_several_ways(network: Any) -> None:
     kinds = [
-        Option(TokenSelect(4, 8), Budget(tokens=30)),
+        Option(TokenSelect(4, 8), Budget(tokens=30), Int4(), Int4()),
         Option(SnapKV(window=4), Budget(tokens=30)),
         Option(LISTS, Budget(tokens=30), tier="host"),
         Option(Quest(block=64), Budget(tokens=64)),
