@@ -1,11 +1,12 @@
 """Whether the heads that are found are the heads that are needed, on SmolLM2.
 
-    python benchmarks/heads.py --out benchmarks/results/heads-h200.json
+    python benchmarks/heads.py --out benchmarks/results/heads-2-h200.json [--heads rlkv.safetensors]
 
 ``masked`` answers held-out 8-needle samples with the top 5 % of retrieval heads silenced, in the
 prompt and after it, and with as many others drawn at random, five times. ``overlap`` holds every
 head score against the bytes that our own tuner gives each KV head at 6 and 12 %: rank correlation,
-and how many of the top tenth are the same.
+and how many of the top tenth are the same. The scores of --heads, learned gates, are held against
+it too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from kvtune.policies.head_plans import most
-from kvtune.policies.head_scores import HeadScores, write_heads
+from kvtune.policies.head_scores import HeadScores, read_heads, write_heads
 from kvtune.runtime.head_detectors import detect
 from kvtune.traces.models import LoadedModel, load_model
 from kvtune.traces.samples import Sample
@@ -108,6 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--heads", type=Path, help="more head scores, such as RLKV's gates")
     parser.add_argument("--tiny", action="store_true", help="that it runs, in a minute")
     arguments = parser.parse_args()
     loaded = load_model("smollm2-135m", device=arguments.device, dtype="float32")
@@ -133,6 +136,11 @@ def main() -> None:
         "masked",
         lambda: masked(loaded, heads, samples, 1 if arguments.tiny else DRAWS),
     )
+    if arguments.heads:
+        more = read_heads(arguments.heads)
+        heads = replace(
+            heads, scores={**heads.scores, **more.scores}, about={**heads.about, **more.about}
+        )
     attempt(record, "overlap", lambda: overlap(heads))
     arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     say(json.dumps(found["masked"]))

@@ -7,35 +7,46 @@
 
 The first line runs it, the second writes the standings and the tables, the third those of another
 bench of the same samples, in which some policies were run again, the last the tables alone, from
-the standings that are there. What stands above the tables is written by hand.
+the standings that are there; --out and --page name another result and page. What stands above the
+tables is written by hand.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.common.words import accuracy, figure
-from kvtune.tuner.bench_runs import ASKED, read_runs
-from kvtune.tuner.leaderboard import Standing, full_cache, standings
+from kvtune.tuner.bench_runs import ASKED, Run, read_runs
+from kvtune.tuner.leaderboard import (
+    Board,
+    Standing,
+    full_cache,
+    on_board,
+    standings,
+    too_large,
+)
+from kvtune.tuner.validate import Right
 
 SETTINGS = ("asked_after", "asked_before", "second_question")
+BOARDS: tuple[Board, ...] = ("held", "read")
 MARK = "<!-- python benchmarks/leaderboard.py writes what follows -->"
 COLUMNS = (
-    "policy", "bytes", "KL, nats/token", "asked after", "asked before", "second question",
+    "policy", "held", "read", "KL, nats/token", "asked after", "asked before", "second question",
     "heads evicting", "runs",
 )  # fmt: skip
 
 
 def result(folder: Path, device: str) -> dict[str, Any]:
     """Everything that a bench's folder holds, as one JSON object."""
-    asked, runs = json.loads((folder / ASKED).read_text()), read_runs(folder)
+    asked, runs = json.loads((folder / ASKED).read_text()), finished(read_runs(folder))
     kinds = {run.sample: run.kind for run in runs if run.setting == "asked after"}
     full = dict(zip(SETTINGS, full_cache(runs), strict=True))
     return {
@@ -68,13 +79,23 @@ def merged(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     return before | {"standings": rows, "runs": sum(row["samples"] for row in rows)}
 
 
+def finished(runs: Sequence[Run]) -> list[Run]:
+    """Without the sample in which a bench was interrupted, which only some policies have run."""
+    counts = Counter(run.sample for run in runs)
+    return [run for run in runs if counts[run.sample] == max(counts.values())]
+
+
 def plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, Right):
+        return asdict(value)
     return value.as_dict() if isinstance(value, Estimate) else value
 
 
 def estimate(value: Any) -> Any:
     """Back from JSON, where it is an estimate."""
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or "interval" not in value:
         return value
     return Estimate(value["value"], *value["interval"], value["unit"], value["tier"])
 
@@ -91,11 +112,14 @@ def page(found: dict[str, Any]) -> str:
     rows = [standing(row) for row in found["standings"]]
     most = max(row.samples for row in rows)
     full = (accuracy(estimate(found["full_cache"][name])) for name in SETTINGS)
-    parts = [f"Full cache: {', '.join(' '.join(x) for x in zip(COLUMNS[3:6], full, strict=True))}."]
+    parts = [f"Full cache: {', '.join(' '.join(x) for x in zip(COLUMNS[4:7], full, strict=True))}."]
     for share in sorted({row.share for row in rows}):
-        there = [row for row in rows if row.share == share]
-        cells = [line(row, found["heads"], most) for row in there]
-        parts += [f"## At {100 * share:g} % of the bf16 bytes", table(cells)]
+        for board in BOARDS if any(row.reads_less for row in rows) else BOARDS[:1]:
+            cells = [line(row, found["heads"], most) for row in on_board(board, rows, share)]
+            parts += [f"## At {100 * share:g} % of the bf16 bytes {board}", table(cells)]
+        if missing := too_large(rows, share):
+            named = ", ".join(f"`{name}`" for name in missing)
+            parts.append(f"Cannot be filled to {100 * share:g} %: {named}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -103,6 +127,7 @@ def line(row: Standing, heads: int, most: int) -> tuple[str, ...]:
     return (
         f"`{row.policy}`" + (" (looks ahead)" if row.looks_ahead else ""),
         f"{100 * row.taken:.2f} %",
+        f"{100 * row.read:.2f} %",
         figure(row.kl, tier=False),
         *(accuracy(each) for each in (row.after, row.known, row.second)),
         f"{100 * row.evicted / (row.samples * heads):.1f} %",

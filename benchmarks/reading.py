@@ -1,12 +1,14 @@
 """Everyone at equal bytes held and at equal bytes read, live on SmolLM2's held-out samples.
 
-    python benchmarks/reading.py --out benchmarks/results/reading-h200.json [--seconds 200]
+    python benchmarks/reading.py --out FILE [--seconds 200] [--shares 3,12] [--parts held,read]
     python benchmarks/reading.py --device cpu --tiny --out FILE     # that it runs
 
 ``held``: RazorAttention, DuoAttention's and RLKV's rules and HeadKV beside the tuned plan at 3, 6
 and 12 % of a prompt's bf16 bytes held. ``read``: readers beside the plan, each filled to read so
-much a step; Quest and TokenSelect first, the others as long as there is time. Ends and blocks are
-scaled to prompts of under a thousand tokens, which the published ones would swallow.
+much a step, at these shares and at 25 %, the least that TokenSelect can be filled to; Quest and
+TokenSelect first, the ``others`` as long as there is time. Ends and blocks are scaled to prompts of
+under a thousand tokens, which the published ones would swallow. Every baseline is filled in 16 bits
+and in 4 bits with sinks in 16, and shown in the one that loses less on the selection samples.
 
 The plan is chosen without the held-out samples: what tables predict to be best, what an exchange
 makes of each baseline's allocation on the plan's own menu, and the baselines themselves, which a
@@ -21,31 +23,26 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from reading_baselines import FIRST, OTHERS, Baseline, Filler
 from recorded_parts import attempt, say
 
 from kvtune.common.progress import Silent
-from kvtune.policies.allocators.as_given import AsGiven
 from kvtune.policies.formats.bf16 import Bf16
-from kvtune.policies.head_plans import headkv_plan, most, two_kinds
 from kvtune.policies.head_scores import Floats, read_heads
 from kvtune.policies.method import Method
-from kvtune.policies.methods.actqkv import ActQKV
-from kvtune.policies.methods.infllm import InfLLM
 from kvtune.policies.methods.landmark import Landmark
 from kvtune.policies.methods.quest import Quest
-from kvtune.policies.methods.razor import Razor
-from kvtune.policies.methods.recycled import Recycled
-from kvtune.policies.methods.shadowkv import ShadowKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
-from kvtune.policies.methods.token_select import TokenSelect
-from kvtune.policies.option import Budget, Option
-from kvtune.policies.policy import Policy
+from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
 from kvtune.runtime.head_detectors import detect
@@ -53,26 +50,20 @@ from kvtune.runtime.prompts import fresh_prompt
 from kvtune.traces import workloads
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample
-from kvtune.traces.workloads import Workload, build
+from kvtune.traces.workloads import Counts, Workload, build
 from kvtune.tuner import sources
 from kvtune.tuner.allocate import Choice, Problem, exchange, solve, solve_both
-from kvtune.tuner.baselines import fill
-from kvtune.tuner.options import Menu
+from kvtune.tuner.options import FULL, Menu
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.solver import policy_of
 from kvtune.tuner.sources import QualitySource, own_trace
 from kvtune.tuner.validate import union_of_needs, validate_policies
 
-SHARES = (0.12, 0.03, 0.06)
-FIRST: tuple[Method, ...] = (Quest(), Quest(block=64), TokenSelect(sinks=4, recent=16))
-OTHERS: tuple[Method, ...] = (
-    Landmark(block=16),
-    Landmark(block=64),
-    InfLLM(block=16, sinks=4, recent=32),
-    ActQKV(block=16, sinks=4, recent=32),
-    ShadowKV(),
-    Recycled(stride=50),
-)
+SHARES = {"held": (0.03, 0.12, 0.06), "read": (0.12, 0.03, 0.06, 0.25)}
+ON_THE_MENU: tuple[Method, ...] = (Quest(), Landmark(block=16))
+"""Readers that a plan may use: the search has blocks of 64, of which such prompts have 14."""
+BY = {"search": {"prose": 4, "code": 4, "retrieval": 8}}
+"""Samples that tables are made of."""
 
 
 def margin(losses: Sequence[float], plan: Sequence[float]) -> dict[str, Any]:
@@ -87,21 +78,30 @@ def margin(losses: Sequence[float], plan: Sequence[float]) -> dict[str, Any]:
     ), "of": len(plan)}  # fmt: skip
 
 
-def make_small() -> None:
-    """Few options and short samples, so that a CPU gets through."""
-    counts = {split: {"retrieval": 1} for split in ("search", "select", "evaluate")}
-    little = Workload(counts, tokens=640, observed=128)
-    workloads.named_workload = lambda *_: little  # type: ignore[assignment]
-    sources.LAPTOP = Menu((StreamingLLM(),), (1 / 16, 1 / 4), ((Bf16(), Bf16()),))
+def searched(tokens: int, tiny: bool, counts: Counts) -> None:
+    """Tables of search samples alone, of these lengths and of a menu that suits them."""
+    plan = Workload(counts, tokens=tokens + 128, observed=128)
+    workloads.named_workload = lambda *_: plan  # type: ignore[assignment]
+    sources.READERS = ON_THE_MENU
+    little = Menu((StreamingLLM(),), (1 / 64, 1 / 4), ((Bf16(), Bf16()),))
+    sources.LAPTOP = little if tiny else FULL
 
 
 class Bench:
     """The model, its tables, and what everybody is chosen and judged on."""
 
-    def __init__(self, device: str, tiny: bool, folder: Path) -> None:
-        if tiny:
-            make_small()
+    def __init__(self, device: str, tiny: bool, folder: Path, few: bool = False) -> None:
+        """Capture the search samples and make tables of them.
+
+        Args:
+            device: of the model.
+            tiny: one sample of each split and a menu of seven options.
+            folder: of the search, which is not run.
+            few: a quarter of the search samples, for a CPU.
+        """
         self.tokens = 512 if tiny else 896
+        one, quarter = {"retrieval": 1}, {"prose": 1, "code": 1, "retrieval": 2}
+        searched(self.tokens, tiny, {"search": one if tiny else quarter} if tiny or few else BY)
         shape = find_model("smollm2-135m")
         request = SearchRequest(
             "smollm2-135m", shape, find_gpu("h200"), 10**11, folder, context_tokens=self.tokens,
@@ -113,11 +113,11 @@ class Bench:
         geometry = self.loaded.geometry
         self.shape = self.tokens, geometry.layers, geometry.kv_heads, geometry.head_dim
         self.full = 4 * int(np.prod(self.shape))
-        few = {"retrieval": 1}
-        kinds = few if tiny else {"prose": 4, "code": 4, "retrieval": 8}
+        self.filler = Filler(self.shape, self.full)
         self.exchanged: dict[float, list[Policy]] = {}  # by the share that they hold
+        kinds = one if tiny else {"prose": 4, "code": 4, "retrieval": 8}
         self.judges = self._samples("evaluate", kinds)
-        kinds = few if tiny else {"prose": 2, "code": 2, "retrieval": 4}
+        kinds = one if tiny else {"prose": 2, "code": 2, "retrieval": 4}
         self.selection = self._samples("select", kinds)
 
     def _samples(self, split: str, kinds: dict[str, int]) -> Sequence[Sample]:
@@ -125,35 +125,38 @@ class Bench:
         return build(plan, self.loaded.tokenizer)
 
     def compared(
-        self, share: float, read: bool, baselines: Sequence[Policy], each: int = 3
+        self, share: float, read: bool, baselines: Sequence[Baseline], each: int = 3
     ) -> dict[str, Any]:
-        """The plan and its baselines on held-out samples, and how the plan was chosen.
+        """The plan and its baselines on held-out samples, and how they were chosen.
 
         Args:
             share: of a prompt's bf16 bytes.
             read: whether it is of what a step reads, or of what is held.
-            baselines: filled to it.
+            baselines: filled to it; the format of each that loses least on the selection samples.
             each: baselines whose allocation a plan starts from.
         """
+        everyone = [policy for baseline in baselines for policy in baseline]
         if not read:
-            self.exchanged[share] = [
-                self._exchanged(share, baseline) for baseline in baselines[:each]
-            ]
+            starts = [baseline[0] for baseline in baselines[:each]]
+            self.exchanged[share] = [self._exchanged(share, start) for start in starts]
         # A plan that holds so much reads no more, so that it stands here in both parts.
-        candidates = [*self._solved(share, read), *baselines, *self.exchanged.get(share, [])]
-        chosen = self._live(candidates, self.selection)
-        best = min(range(len(chosen)), key=lambda n: chosen[n].live.value)
-        plan = Policy("kvtune plan", candidates[best].heads, candidates[best].allocator)
-        judged = [plan, candidates[0], *baselines]
+        candidates = [*self._solved(share, read), *everyone, *self.exchanged.get(share, [])]
+        within = [each for each in candidates if self._share(each, read) <= share]
+        found = self._live(candidates, self.selection)
+        losses = {
+            policy.name: run.live.value for policy, run in zip(candidates, found, strict=True)
+        }
+        best = min(within, key=lambda policy: losses[policy.name])
+        plan = Policy("kvtune plan", best.heads, best.allocator)
+        shown = [min(each, key=lambda policy: losses[policy.name]) for each in baselines]
+        judged = [plan, candidates[0], *shown]
         runs = self._live(judged, self.judges)
-        rows = [self._row(policy, found) for policy, found in zip(judged, runs, strict=True)]
+        rows = [self._row(policy, run) for policy, run in zip(judged, runs, strict=True)]
         return {
             "rows": rows,
-            "chosen": candidates[best].name,
-            "on_selection": {
-                policy.name: found.live.value
-                for policy, found in zip(candidates, chosen, strict=True)
-            },
+            "chosen": best.name,
+            "readers": sum(o.method.reader(1) is not None for o in best.options()),
+            "on_selection": losses,
             "margins": {
                 policy.name: margin(run.losses, runs[0].losses)
                 for policy, run in zip(judged[1:], runs[1:], strict=True)
@@ -161,27 +164,30 @@ class Bench:
         }
 
     def _solved(self, share: float, read: bool) -> list[Policy]:
-        """What the tables predict to be best, with several shares of the terms between heads."""
-        tables, found = self.source.tables, []
-        problem, budget = self._problem(read), int(share * self.full)
-        for shrinkage in (0.4, 0.1, 0.8):
-            asked = problem.shrunk(shrinkage)
+        """What the tables predict to be best, with several shares of the terms between heads, and
+        with needles counting four times."""
+        budget, found = int(share * self.full), []
+        ways = [(0.4, {}), (0.1, {}), (0.8, {}), (0.4, {"retrieval": 4.0})]
+        for shrinkage, emphasis in ways:
+            asked = self._problem(read, emphasis).shrunk(shrinkage)
             choice = (
                 solve_both(asked, 2 * self.full, budget)
                 if read
                 else exchange(asked, budget, solve(asked, budget))
             )
-            found.append(policy_of(tables, choice, f"solved, {shrinkage:g} of the cross terms"))
+            name = f"solved, {shrinkage:g} of the cross terms"
+            name += ", needles four times" if emphasis else ""
+            found.append(policy_of(self.source.tables, choice, name))
         return found
 
-    def _problem(self, read: bool) -> Problem:
+    def _problem(self, read: bool, emphasis: Mapping[str, float] | None = None) -> Problem:
         tables = self.source.tables
         footprint = tables.footprints(self.tokens, tables.head_dim)
-        problem = Problem.of(tables.of_split("search"), footprint)
+        problem = Problem.of(tables.of_split("search"), footprint, emphasis=emphasis)
         if not read:
             return problem
         taken = tables.bytes_read(self.tokens, tables.head_dim)
-        return Problem(problem.loss, problem.factor, footprint, read=taken)
+        return replace(problem, read=taken)
 
     def _exchanged(self, share: float, baseline: Policy) -> Policy:
         """A baseline's bytes a head on the plan's menu, then traded while that lowers the loss."""
@@ -207,6 +213,12 @@ class Bench:
         prompts = {s.id: fresh_prompt(self.loaded, s, needs) for s in samples}
         return validate_policies(policies, self.loaded, samples, lambda s: prompts[s.id])
 
+    def _share(self, policy: Policy, read: bool) -> float:
+        """Of a prompt's bf16 bytes, what is held or what a step reads; without a length a head."""
+        measure = policy.read_bytes if read else policy.footprint
+        lengths = footprint_of_lengths(*self.shape[1:3])
+        return (measure(self.tokens, self.shape[-1]) - lengths) / self.full
+
     def _row(self, policy: Policy, found: Any) -> dict[str, Any]:
         tokens, head_dim = self.shape[0], self.shape[-1]
         return {
@@ -218,63 +230,10 @@ class Bench:
         }
 
     def at_equal_reads(self, share: float, readers: Sequence[Method]) -> dict[str, Any]:
-        return self.compared(share, True, [self._reading(share, method) for method in readers])
-
-    def _reading(self, share: float, method: Method) -> Policy:
-        """Filled to the share; what reads more only to choose attends to that share of tokens."""
-        budget = int(share * self.full)
-        filled = fill(Option(method), AsGiven(), budget, *self.shape, reads=True)
-        if filled is not None:
-            return filled
-        option = Option(method, Budget(tokens=max(round(share * self.tokens), 1)))
-        name = f"{method.label}, attending to the share and reading more"
-        return Policy.uniform(option, *self.shape[1:3], name=name)
+        return self.compared(share, True, [self.filler.reader(share, each) for each in readers])
 
     def at_equal_bytes(self, share: float, heads: dict[str, Floats]) -> dict[str, Any]:
-        return self.compared(share, False, list(self._head_plans(share, heads)))
-
-    def _head_plans(self, share: float, heads: dict[str, Floats]) -> Sequence[Policy]:
-        budget, tokens = int(share * self.full), self.shape[0]
-        rest = max(round(share / 2 * tokens), 8)
-        kinds = {
-            "RazorAttention": ("induction", Razor()),
-            "DuoAttention's rule on retrieval heads": ("retrieval", StreamingLLM()),
-            "RLKV": ("rlkv", StreamingLLM(sinks=16)),
-        }
-        found = [
-            self._filled(budget, most_of(name, heads[score], method), heads[score].size, rest)
-            for name, (score, method) in kinds.items()
-            if score in heads
-        ]
-        mean = self._most(budget, 9, tokens, lambda m: headkv_plan(heads["retrieval"], m))
-        by_mean = None if mean is None else headkv_plan(heads["retrieval"], mean)
-        return [policy for policy in (by_mean, *found) if policy is not None]
-
-    def _filled(
-        self, budget: int, make: Callable[[int, int], Policy], heads: int, rest: int
-    ) -> Policy | None:
-        """As many heads in full as fit; then as many tokens of the others as still do."""
-        count = self._most(budget, 1, heads, lambda n: make(n, rest))
-        if count is None:
-            return None
-        more = self._most(budget, rest, self.tokens, lambda tokens: make(count, tokens))
-        return make(count, more or rest)
-
-    def _most(self, budget: int, low: int, high: int, make: Callable[[int], Policy]) -> int | None:
-        """The largest number whose plan takes no more than the budget, by bisection."""
-        best = None
-        while low <= high:
-            middle = (low + high) // 2
-            if make(middle).footprint(self.shape[0], self.shape[-1]) <= budget:
-                best, low = middle, middle + 1
-            else:
-                high = middle - 1
-        return best
-
-
-def most_of(name: str, score: Floats, method: Method) -> Callable[[int, int], Policy]:
-    """Return plans that keep ``count`` best-scored heads whole, and ``rest`` tokens of others."""
-    return lambda count, rest: two_kinds(name, most(score, count / score.size), method, rest)
+        return self.compared(share, False, self.filler.by_heads(share, heads))
 
 
 def scores_of(bench: Bench, tiny: bool, file: Path | None) -> dict[str, Floats]:
@@ -298,6 +257,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="that it runs, in some minutes")
     parser.add_argument("--seconds", type=float, default=200, help="begin no part after so many")
     parser.add_argument("--heads", type=Path, help="head scores with the score rlkv")
+    parser.add_argument("--few", action="store_true", help="a quarter of the search samples")
+    parser.add_argument("--parts", default="held,read,others", help="some of these")
+    parser.add_argument("--shares", default="", help="some of the shares, in percent: 3,12")
     arguments = parser.parse_args()
     begun = time.monotonic()
     found: dict[str, Any] = {"torch": torch.__version__}
@@ -306,30 +268,50 @@ def main() -> None:
         found[name] = part
         arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
-    def part(name: str, measure: Callable[[], Any]) -> None:
-        if time.monotonic() - begun > arguments.seconds:
-            say("out of time before", name)
-            return
-        attempt(record, name, measure)
-
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(arguments.device, arguments.tiny, Path(folder))
+        bench = Bench(arguments.device, arguments.tiny, Path(folder), arguments.few)
+        tables = time.monotonic()
         heads = scores_of(bench, arguments.tiny, arguments.heads)
-        say("tables and head scores", f"{time.monotonic() - begun:.0f} s")
-        found |= {"device": bench.loaded.device, "samples": len(bench.judges)}
+        say(f"tables {tables - begun:.0f} s, head scores {time.monotonic() - tables:.0f} s")
+        found |= {
+            "device": bench.loaded.device, "samples": len(bench.judges),
+            "tables of": bench.source.provenance["workload"],
+            "options": len(bench.source.tables.options),
+        }  # fmt: skip
         if "rlkv" not in heads:
             found["RLKV"] = "left out: no trained gates were given (--heads)"
-        shares = SHARES[:1] if arguments.tiny else SHARES
-        for share in shares:
-            name = f"{100 * share:g} %"
-            part(f"held {name}", lambda s=share: bench.at_equal_bytes(s, heads))
-            part(f"read {name}", lambda s=share: bench.at_equal_reads(s, FIRST))
-        for share in () if arguments.tiny else shares:
-            name = f"read {100 * share:g} %, others"
-            part(name, lambda s=share: bench.at_equal_reads(s, OTHERS))
+        for name, share in wanted(arguments):
+            if time.monotonic() - begun > arguments.seconds:
+                say("out of time before", name, share)
+                continue
+            measure = {
+                "held": partial(bench.at_equal_bytes, share, heads),
+                "read": partial(bench.at_equal_reads, share, FIRST),
+                "others": partial(bench.at_equal_reads, share, OTHERS),
+            }[name]
+            label = {"others": f"read {100 * share:g} %, others"}.get(
+                name, f"{name} {100 * share:g} %"
+            )
+            attempt(record, label, measure)
     for name, each in found.items():
         for row in each["rows"] if isinstance(each, dict) and "rows" in each else ():
-            say(name, row["policy"], row["kl"], row["needles"], row["held"], row["read"])
+            kl, needles = row["kl"]["value"], row["needles"] and row["needles"]["value"]
+            say(name, row["policy"], kl, needles, row["held"], row["read"])
+
+
+def wanted(arguments: argparse.Namespace) -> Iterator[tuple[str, float]]:
+    """Parts and shares, the held and read ones of the lowest shares first."""
+    parts = arguments.parts.split(",")
+    only = {float(share) / 100 for share in arguments.shares.split(",") if share}
+    if arguments.tiny and not only:
+        only = {0.12}
+    pairs = [
+        (p, s) for both in zip_longest(*SHARES.values()) for p, s in zip(SHARES, both, strict=True)
+    ]
+    pairs += [("others", share) for share in SHARES["held"]]
+    for part, share in pairs:
+        if share is not None and part in parts and (not only or share in only):
+            yield part, share
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kvtune.traces.models import LoadedModel
     from kvtune.traces.samples import Sample
     from kvtune.tuner.bench_runs import Run
-    from kvtune.tuner.leaderboard import Standing
+    from kvtune.tuner.leaderboard import Board, Standing
 
 
 OutOption = Annotated[
@@ -63,7 +63,7 @@ def command(
     with speaking(as_json, quiet) as output:
         from kvtune.traces.models import best_device, load_model
         from kvtune.tuner.bench import bench
-        from kvtune.tuner.leaderboard import standings
+        from kvtune.tuner.leaderboard import on_board, standings, too_large
 
         loaded = load_model(
             name,
@@ -75,10 +75,10 @@ def command(
         runs = bench(loaded, samples, chosen, wanted, out, form=form, progress=output.progress)
         found = standings(runs)
         for share in wanted:
-            mine = [standing for standing in found if standing.share == share]
-            output.show(_table("held", share, [s for s in mine if not s.reads_less]), "")
-            if any(standing.reads_less for standing in mine):
-                output.show(_table("read", share, mine), "")
+            for board in ("held", "read") if any(s.reads_less for s in found) else ("held",):
+                output.show(_table(board, share, on_board(board, found, share)), "")
+            if missing := too_large(found, share):
+                output.show(f"cannot be filled to {100 * share:g} %: {', '.join(missing)}", "")
         output.show(_full(runs))
         output.finish("bench", _answer(loaded, found, runs, out))
 
@@ -106,9 +106,7 @@ def _samples(
     return build(replace(plan, counts={"evaluate": held_out}), loaded.tokenizer)
 
 
-def _table(
-    board: Literal["held", "read"], share: float, rows: Sequence[Standing]
-) -> RenderableType:
+def _table(board: Board, share: float, rows: Sequence[Standing]) -> RenderableType:
     """Everyone at equal bytes; on the board of bytes read, those too that hold everything."""
     from kvtune.common.words import accuracy, figure
 

@@ -7,7 +7,7 @@ head's bytes are the pages that it is given, not what of them is filled.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from kvtune.policies.formats.bf16 import Bf16
@@ -15,6 +15,7 @@ from kvtune.policies.option import Option
 from kvtune.policies.pages import PAGE, PageLayout, exact_tokens, has_pages, layout_of
 from kvtune.policies.parts import PartPlan, entries_of
 from kvtune.policies.policy import Policy
+from kvtune.policies.reader import BlockReader, Reader
 from kvtune.policies.room import Room
 
 PREFILL_CHUNK_TOKENS = 2048
@@ -54,6 +55,20 @@ class Growth:
     residual: int | None = None
 
 
+def reads_pages(reader: Reader | None) -> bool:
+    """Whether a reader chooses whole pages of the runtime, which kernels then read."""
+    return isinstance(reader, BlockReader) and reader.block == PAGE
+
+
+def chooses_entries(option: Option) -> bool:
+    """Whether a reader chooses among what the option stores in another way than by pages.
+
+    All of that then lies beside the pages, where single entries can be gathered.
+    """
+    reader = option.method.reader(PAGE)
+    return reader is not None and not reads_pages(reader)
+
+
 def pages_of(option: Option, head_dim: int) -> PageLayout:
     """The pages of an option's coded tokens; those of 16 bits where its formats have none."""
     return layout_of(option, head_dim) if has_pages(option, head_dim) else PageLayout(head_dim)
@@ -73,14 +88,15 @@ def planned_entries(
 
 
 def is_exact(plan: PartPlan, option: Option) -> bool:
-    """Whether a part is of tokens in 16 bits, with nothing beside them."""
-    return plan.is_plain and (plan.formats or (option.keys, option.values)) == EXACT
+    """Whether a part is of tokens in 16 bits, with nothing beside them, that pages hold."""
+    exact = (plan.formats or (option.keys, option.values)) == EXACT
+    return plan.is_plain and exact and not chooses_entries(option)
 
 
 def is_coded(plan: PartPlan, option: Option, head_dim: int) -> bool:
     """Whether a part is of tokens in the option's own formats, for which there are pages."""
     own = plan.formats in (None, (option.keys, option.values))
-    return plan.is_plain and own and has_pages(option, head_dim)
+    return plan.is_plain and own and has_pages(option, head_dim) and not chooses_entries(option)
 
 
 def head_pages(
@@ -119,9 +135,19 @@ def head_pages(
 
 
 def may_lie_on_host(option: Option, head_dim: int) -> bool:
-    """Whether pages of the option's formats hold all that it stores of a prompt."""
+    """Whether pages of the option's formats hold all that it stores of a prompt.
+
+    What an index on the host searches lies there without pages.
+    """
+    if chooses_entries(option):
+        return searched_on_host(option)
     plans = option.method.plan(PAGE, 2 * PAGE)
     return all(is_coded(plan, option, head_dim) for plan in plans)
+
+
+def searched_on_host(option: Option) -> bool:
+    """Whether the host, where the option lies there, also chooses what comes over."""
+    return replace(option, tier="host").compared_on_host(PAGE, 2 * PAGE) > 0
 
 
 def host_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> Pages:
@@ -173,15 +199,18 @@ def landing_cells(policy: Policy, prompt_tokens: int, head_dim: int, sequences: 
 
 
 def host_sequence_bytes(policy: Policy, prompt_tokens: int, head_dim: int) -> int:
-    """Pinned host memory of one sequence's prompt, whole pages in whole slabs."""
-    pages, budgets = Pages(), policy.budgets(prompt_tokens).flat
+    """Host memory of one sequence's prompt: whole pages in whole slabs, and indices with what they
+    search."""
+    pages, searched, budgets = Pages(), 0, policy.budgets(prompt_tokens).flat
     for option, budget in zip(policy.options(), budgets, strict=True):
+        if option.on_host and chooses_entries(option):
+            searched += option.ledger(int(budget), prompt_tokens, head_dim).host_bytes
         pages += host_pages(option, int(budget), prompt_tokens, head_dim)
     by_size = Counter[int]()
     for layout, count in pages.items():
         by_size[layout.block_bytes] += count // layout.block_pages
     slabs = sum(-(-count // (HOST_SLAB_BYTES // size)) for size, count in by_size.items())
-    return slabs * HOST_SLAB_BYTES
+    return slabs * HOST_SLAB_BYTES + searched
 
 
 def pool_cells(pages: Pages) -> int:
@@ -240,7 +269,7 @@ def _beside_bytes(option: Option, budget: int, prompt_tokens: int, head_dim: int
     """Bytes of parts that pages cannot hold, and of a reader's index."""
     plans = option.method.plan(budget, prompt_tokens)
     total = 0
-    for plan in plans:
+    for plan in () if option.on_host else plans:
         paged = is_coded(plan, option, head_dim) or (len(plans) > 1 and is_exact(plan, option))
         if not paged:
             formats = plan.formats or (option.keys, option.values)

@@ -70,6 +70,11 @@ class Reader(ABC):
         """Whether some steps read more than others by plan."""
         return False
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether what a step reads depends on the queries of the steps before it."""
+        return False
+
     @abstractmethod
     def index_bytes(self, entries: int, head_dim: int) -> int:
         """Bytes held beside one head's entries to choose from them; without torch."""

@@ -22,7 +22,7 @@ from kvtune.traces.calibration import Calibration, keep_calibration
 from kvtune.tuner.bench import asked_before, bench
 from kvtune.tuner.bench_entries import Entry, entries
 from kvtune.tuner.bench_runs import RUNS, Run
-from kvtune.tuner.leaderboard import full_cache, standings
+from kvtune.tuner.leaderboard import full_cache, on_board, standings, too_large
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -161,18 +161,26 @@ def test_shares_are_percentages() -> None:
             read_shares(wrong)
 
 
-def test_the_committed_page_is_the_committed_result() -> None:
+@pytest.mark.parametrize(
+    ("page", "result"),
+    [
+        ("leaderboard.md", "leaderboard-h100.json"),
+        ("leaderboard-readers.md", "leaderboard-readers-h200.json"),
+    ],
+)
+def test_the_committed_page_is_the_committed_result(page: str, result: str) -> None:
     root = Path(__file__).parents[1]
     sys.path.insert(0, str(root / "benchmarks"))
     try:
         leaderboard = importlib.import_module("leaderboard")
     finally:
         sys.path.remove(str(root / "benchmarks"))
-    found = json.loads((root / "benchmarks/results/leaderboard-h100.json").read_text())
-    written = (root / "docs/leaderboard.md").read_text()
+    found = json.loads((root / "benchmarks/results" / result).read_text())
+    written = (root / "docs" / page).read_text()
     assert written.split(leaderboard.MARK)[1].strip() == leaderboard.page(found).strip()
     assert {row["policy"] for row in found["standings"]} <= {entry.name for entry in entries()}
-    assert all(row["evicted"] > 0 for row in found["standings"])
+    rows = [leaderboard.standing(row) for row in found["standings"]]
+    assert all(row.evicted > 0 or row.reads_less for row in rows)
 
 
 def test_readers_are_filled_by_what_they_read(
@@ -190,3 +198,7 @@ def test_readers_are_filled_by_what_they_read(
     found = {standing.policy: standing for standing in standings(runs)}
     assert found["quest"].reads_less
     assert not found["streaming_llm"].reads_less
+    rows = standings([*runs, run_of("token_select", 0.1, share=0.7)])
+    assert [row.policy for row in on_board("held", rows, 0.5)] == ["streaming_llm"]
+    assert {row.policy for row in on_board("read", rows, 0.5)} == {"quest", "streaming_llm"}
+    assert too_large(rows, 0.5) == ["token_select"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvtune.common.errors import KvtuneError
 from kvtune.policies.allocators.actqkv_layers import ActQKVLayers, entropy
 from kvtune.policies.apply import apply
 from kvtune.policies.attention import attend
@@ -514,6 +516,18 @@ def test_retrieval_attention_reads_the_largest_logits_where_its_search_is_exhaus
         RetrievalAttention(sinks, recent, TOKENS, 20, TOKENS, joins="lists", scanned=1.0),
     ):
         check(Option(method, Budget(tokens=budget)), signals, queries, read)
+    if importlib.util.find_spec("faiss"):
+        method = RetrievalAttention(sinks, recent, 16, TOKENS, TOKENS, joins="hnsw")
+        check(Option(method, Budget(tokens=budget)), signals, queries, read)
+
+
+def test_an_index_of_faiss_without_faiss_is_refused_with_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(KvtuneError, match="FAISS") as raised:
+        RetrievalAttention(joins="hnsw")
+    assert "kvtune[index]" in str(raised.value.hint)
 
 
 # TriAttention and CCA: no readers, but of this family

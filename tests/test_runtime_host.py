@@ -18,8 +18,8 @@ from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.landmark import Landmark
 from kvtune.policies.methods.quest import Quest
 from kvtune.policies.methods.razor import Razor
-from kvtune.policies.methods.retrieval_attention import RetrievalAttention
 from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.methods.token_select import TokenSelect
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.pages import PAGE, PageLayout
 from kvtune.policies.paging import (
@@ -258,7 +258,7 @@ def test_the_kernel_fetches_the_pages_that_torch_does() -> None:
     [
         (Option(Razor(), Budget(tokens=60), tier="host"), False, "more than pages"),
         (Option(H2O(), Budget(tokens=60), tier="host"), True, "go on evicting"),
-        (Option(RetrievalAttention(), Budget(tokens=60), tier="host"), False, "whole pages"),
+        (Option(TokenSelect(), Budget(tokens=60), tier="host"), False, "single tokens"),
     ],
     ids=["beside pages", "evicting", "entries"],
 )

@@ -300,6 +300,17 @@ def test_a_stand_in_says_which_options_change_nothing(packaged: Tables, tmp_path
     assert (found.policy, found.quality) == (plain.policy, plain.quality)
 
 
+def test_a_stand_in_says_what_a_step_would_bring_over_where_no_head_is_on_the_host(
+    packaged: Tables, tmp_path: Path
+) -> None:
+    few = run_search(llama(tmp_path / "few", moved_bytes=10**5, context_tokens=2048))
+    assert not few.policy.uses_host
+    assert any("bring over what they read" in note for note in few.notes)
+    many = run_search(llama(tmp_path / "many", moved_bytes=10**9, context_tokens=2048))
+    assert many.policy.uses_host
+    assert not any("bring over what they read" in note for note in many.notes)
+
+
 def test_a_models_own_search_runs_the_plan_and_its_baselines_live(
     own: SearchRequest, tmp_path: Path
 ) -> None:

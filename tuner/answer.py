@@ -231,10 +231,28 @@ def _host_note(found: Found, chosen: Candidate, allowed_bytes: int) -> str:
     heads = sum(option.on_host for option in policy.options())
     held = host_sequence_bytes(policy, chosen.context, head_dim)
     moved = policy.moved_bytes(chosen.context, head_dim)
-    return (
+    note = (
         f"host: {heads} of {policy.layers * policy.kv_heads} heads lie in the host's memory and "
         f"take {format_bytes(held)} of it for each sequence; a decode step brings over "
         f"{format_bytes(moved)}, --moved-bytes allows {format_bytes(allowed_bytes)}."
+    )
+    if found.source.stand_in and not heads:
+        whole = format_bytes(_kept_bytes(policy, chosen, head_dim))
+        note += (
+            " A stand-in knows no reader and gives all heads one option, so that a step brings "
+            f"over all that is kept of a prompt: here {whole}. With weights (--model PATH) readers "
+            "are on the menu, which bring over what they read."
+        )
+    return note
+
+
+def _kept_bytes(policy: Policy, chosen: Candidate, head_dim: int) -> int:
+    """What a step would bring over if all of the plan's heads lay on the host."""
+    there = [replace(option, tier="host") for option in policy.options()]
+    planned = policy.budgets(chosen.context).ravel().tolist()
+    return sum(
+        option.ledger(budget, chosen.context, head_dim).moved_bytes
+        for option, budget in zip(there, planned, strict=True)
     )
 
 

@@ -20,6 +20,7 @@ from kvtune.policies.methods.cake import Cake
 from kvtune.policies.methods.compresskv import CompressKV
 from kvtune.policies.methods.expected_attention import ExpectedAttention
 from kvtune.policies.methods.kvzip import KVzip
+from kvtune.policies.methods.retrieval_attention import RetrievalAttention
 from kvtune.policies.methods.snapkv import SnapKV
 
 
@@ -30,16 +31,18 @@ class Entry:
     Args:
         method: with its parameters.
         allocator: as given unless said.
+        variant: how it differs from the published method, in a word; empty where it does not.
     """
 
     method: Method
     allocator: Allocator = AsGiven()
+    variant: str = ""
 
     @property
     def name(self) -> str:
-        """The method's, and the allocator's if budgets are moved."""
+        """The method's, the variant's, and the allocator's if budgets are moved."""
         moved = "" if isinstance(self.allocator, AsGiven) else f" + {self.allocator.name}"
-        return self.method.name + moved
+        return self.method.name + (f" {self.variant}" if self.variant else "") + moved
 
     @property
     def reads_less(self) -> bool:
@@ -60,8 +63,12 @@ SPLIT = (
 """Methods with budgets split as their authors, or the field, do."""
 
 
+VARIANTS = (Entry(RetrievalAttention(joins="lists"), variant="(lists)"),)
+"""kvtune's own index, whose building takes seconds where the published graph takes minutes."""
+
+
 def entries(only: Sequence[str] = ()) -> tuple[Entry, ...]:
-    """All registered methods as they are published, then those with split budgets.
+    """All registered methods as they are published, those with split budgets, and variants.
 
     Args:
         only: names of entries or methods; all of them unless given.
@@ -69,7 +76,7 @@ def entries(only: Sequence[str] = ()) -> tuple[Entry, ...]:
     Raises:
         KvtuneError: a name is not known.
     """
-    everything = (*(Entry(kind()) for _, kind in sorted(methods().items())), *SPLIT)
+    everything = (*(Entry(kind()) for _, kind in sorted(methods().items())), *SPLIT, *VARIANTS)
     known = {name for entry in everything for name in (entry.name, entry.method.name)}
     for name in only:
         if name not in known:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -57,6 +58,26 @@ def standings(runs: Sequence[Run]) -> list[Standing]:
     keys = dict.fromkeys((run.share, run.policy) for run in runs)
     found = [_standing([run for run in runs if (run.share, run.policy) == key]) for key in keys]
     return sorted(found, key=lambda standing: (standing.share, standing.kl.value))
+
+
+Board = Literal["held", "read"]
+"""Equal bytes of what is held, or of what a step reads."""
+
+
+def on_board(board: Board, rows: Iterable[Standing], share: float) -> list[Standing]:
+    """Who stands on a board at a share, in the order given.
+
+    Who holds so much reads no more, and so stands on both; readers, which hold everything, are on
+    the board of bytes read alone.
+    """
+    return [row for row in rows if row.share == share and (board == "read" or not row.reads_less)]
+
+
+def too_large(rows: Iterable[Standing], share: float) -> list[str]:
+    """Policies that were tried, and cannot be filled to so small a share."""
+    rows = list(rows)
+    there = {row.policy for row in rows if row.share == share}
+    return [name for name in dict.fromkeys(row.policy for row in rows) if name not in there]
 
 
 def full_cache(runs: Sequence[Run]) -> tuple[Estimate | None, Estimate | None, Estimate | None]:

@@ -69,6 +69,11 @@ class Probe(Representatives):
 
     window: int
 
+    @property
+    def looks_back(self) -> bool:
+        """A window of queries shares a probe."""
+        return self.window > 1
+
     def score(self, held: Held, queries: Tensor) -> Tensor:
         """The layer's score of every block, ``[R, C, b]``; minus infinity where it is empty."""
         import torch

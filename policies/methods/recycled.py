@@ -124,6 +124,11 @@ class LastFullStep(Reader):
         """A full step reads everything."""
         return True
 
+    @property
+    def looks_back(self) -> bool:
+        """Steps read what the last full step showed."""
+        return True
+
     def entries_read(self, entries: int) -> int:
         """The mean over a stride, every full step counted that is due."""
         few = min(entries, self.budget)

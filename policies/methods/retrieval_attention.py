@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Literal
 
 from kvtune.common.rotary import turn
 from kvtune.policies.key_graph import KeyGraph
 from kvtune.policies.method import ReadingMethod
+from kvtune.policies.plain_index import PlainIndex, require_faiss
 from kvtune.policies.query_index import QueryIndex, centres_compared
 from kvtune.policies.reader import Held, Reader
 from kvtune.policies.recall import best, ends
@@ -35,6 +37,9 @@ class RetrievalAttention(ReadingMethod):
     queries look at most; a search compares centres near its query and ``scanned`` of the keys, half
     of them from the nearest clusters' lists and half neighbours of the best.
 
+    With ``joins: hnsw`` it is FAISS's HNSW graph of the keys (``pip install kvtune[index]``), which
+    the host searches wherever the head lies.
+
     Source: Liu et al., "RetrievalAttention: Accelerating Long-Context LLM Inference via Vector
     Retrieval", arXiv 2409.10516, with the graph of RoarGraph, arXiv 2408.08933; 128 and 512 tokens
     that are always read, 35 neighbours in each of two steps and 100 keys a query are theirs.
@@ -57,17 +62,23 @@ class RetrievalAttention(ReadingMethod):
     degree: int = parameter(35, "neighbours a key gets in each of two steps", low=1, high=128)
     near: int = parameter(100, "keys that a prompt query joins", low=2, high=1024)
     beam: int = parameter(100, "candidates of a search, and its most expansions", low=1, high=1024)
-    joins: Literal["queries", "keys", "lists"] = parameter(
-        "queries", "what joins keys: queries, keys as in a plain index, or lists of clusters"
+    joins: Literal["queries", "keys", "lists", "hnsw"] = parameter(
+        "queries",
+        "what joins keys: queries, keys as in a plain index, lists of clusters, or FAISS's HNSW",
     )
     scanned: float = parameter(
         0.05, "share of the keys that a search of lists compares", low=0.001, high=1
     )
 
+    def __post_init__(self) -> None:
+        """Refuse FAISS's index where there is no FAISS."""
+        if self.joins == "hnsw":
+            require_faiss()
+
     @property
     def needs(self) -> Needs:
         """Every query of the prompt, for the graph, and positions to turn them to."""
-        return Needs(window=ALL_QUERIES, rope=True)
+        return Needs() if self.joins == "hnsw" else Needs(window=ALL_QUERIES, rope=True)
 
     def reader(self, budget: int) -> IndexSearch:
         """A search for every query."""
@@ -99,7 +110,7 @@ class IndexSearch(Reader):
     degree: int
     near: int
     beam: int
-    joins: Literal["queries", "keys", "lists"]
+    joins: Literal["queries", "keys", "lists", "hnsw"]
     scanned: float
 
     def reads(self, held: Held, queries: Tensor) -> Tensor:
@@ -112,54 +123,61 @@ class IndexSearch(Reader):
         for row, count in enumerate(held.counts.tolist()):
             if count > self.first + self.last:
                 middle = slice(self.first, count - self.last)
-                worth[row, :, middle] = self.found(held, row, count, queries[row])[0].amax(0)
+                worth[row, :, middle] = self.found(held, row, count, queries[row]).amax(0)
         return best(held, worth, self.first, self.last, self.budget)
 
-    def found(self, held: Held, row: int, count: int, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """What the searches of one row end with, and what they compared, ``[G, C, middle]`` each.
+    def found(self, held: Held, row: int, count: int, queries: Tensor) -> Tensor:
+        """Logits of the keys that the searches of one row end with, ``[G, C, middle]``.
 
-        The first are logits, minus infinity where a key was not found.
+        Minus infinity where a key was not found.
         """
         import torch
 
         index, asked = self.index(held, row, count), queries.flatten(0, 1)
         if isinstance(index, QueryIndex):
             most = self._listed(len(index.keys))
-            ids, visited = index.search(asked, min(self.beam, most), most)
+            ids, _ = index.search(asked, min(self.beam, most), most)
+        elif isinstance(index, PlainIndex):
+            ids = index.search(asked, self.beam)
         else:
-            ids, visited = index.search(asked, self.beam)
+            ids, _ = index.search(asked, self.beam)
         met = ids >= 0
         logits = torch.einsum("qd,qbd->qb", asked, index.keys[ids])
-        worth = torch.full(visited.shape, -torch.inf, device=visited.device)
+        worth = torch.full((len(asked), len(index.keys)), -torch.inf, device=asked.device)
         lowest = logits.masked_fill(~met, -torch.inf)
         worth = worth.scatter_reduce(1, ids.clamp_min(0), lowest, "amax")
-        split = queries.shape[:2]
-        return worth.unflatten(0, split), visited.unflatten(0, split)
+        found: Tensor = worth.unflatten(0, queries.shape[:2])
+        return found
 
-    def index(self, held: Held, row: int, count: int) -> KeyGraph | QueryIndex:
+    def index(self, held: Held, row: int, count: int) -> KeyGraph | QueryIndex | PlainIndex:
         """The index over the prompt's keys of one row; built once a prompt."""
         signals, head = held.signals, int(held.heads[row])
         tokens = held.tokens[row, self.first : count - self.last]
 
-        def build() -> KeyGraph | QueryIndex:
-            queries = _queries_of(signals, head, turned=self.joins == "lists")
+        def build() -> KeyGraph | QueryIndex | PlainIndex:
             keys = signals.keys[head, tokens].float()
+            if self.joins == "hnsw":
+                return PlainIndex.build(keys, self.degree, self.near)
+            queries = _queries_of(signals, head, turned=self.joins == "lists")
             if self.joins != "lists":
                 return KeyGraph.build(keys, queries, self.degree, self.near, self.beam, self.joins)
             return QueryIndex.build(
                 keys, queries, _clusters(len(keys)), self.near, self._listed(len(keys)), self.degree
             )
 
-        index: KeyGraph | QueryIndex = signals.once(f"{self} {head} {tokens.tolist()}", build)
-        return index
+        which = blake2b(tokens.cpu().numpy().tobytes()).hexdigest()
+        return signals.once(f"{self} {head} {which}", build)
 
     def entries_read(self, entries: int) -> int:
         """Most entries that a step reads."""
         return min(entries, self.budget)
 
     def index_bytes(self, entries: int, head_dim: int) -> int:
-        """Neighbours in 32 bits; of lists, centres in 16 and keys with their shares in 32 too."""
+        """Neighbours in 32 bits, and FAISS's copy of the keys; of lists, centres in 16 bits and
+        keys with their shares in 32 too."""
         middle = max(entries - self.first - self.last, 0)
+        if self.joins == "hnsw":  # the lowest layer's links, and a copy of the keys in 32 bits
+            return middle * _NUMBER_BYTES * (2 * self.degree + head_dim)
         if self.joins != "lists":
             return middle * 2 * self.degree * _NUMBER_BYTES
         each = _KEY_BYTES * head_dim + 2 * _NUMBER_BYTES * self._listed(middle)

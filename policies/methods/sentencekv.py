@@ -122,6 +122,11 @@ class Sentences(Reader):
             found[:, :, step] = queries[:, :, begun : step + 1].mean(2)
         return found
 
+    @property
+    def looks_back(self) -> bool:
+        """Queries are averaged since the last sentence ended."""
+        return True
+
     def entries_read(self, entries: int) -> int:
         """Most entries that a step reads."""
         return min(entries, self.budget)

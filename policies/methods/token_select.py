@@ -103,6 +103,11 @@ class Votes(Reader):
             source[:, step] = torch.where(near, last, step)
         return source
 
+    @property
+    def looks_back(self) -> bool:
+        """A selection is reused for queries like those that made it."""
+        return self.similarity <= 1
+
     def entries_read(self, entries: int) -> int:
         """Most entries that a step reads."""
         return min(entries, self.budget)

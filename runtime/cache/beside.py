@@ -146,7 +146,7 @@ class Beside:
         taken = {id(each) for each in (*signed, *dense)}
         self.encoded = [each for each in held if id(each) not in taken]
         dense += [each.exact() for each in signed if each.formats[0].exact_tokens]
-        self.dense = self._stacked(dense, torch.bfloat16) if dense else None
+        self.dense = stacked(dense, head_dim, torch.bfloat16, device) if dense else None
         self.signed = _packed(signed, device)
 
     @property
@@ -165,35 +165,49 @@ class Beside:
         """
         parts = [self.dense] if self.dense is not None else []
         if self.encoded:
-            parts.append(self._stacked(self.encoded, torch.float32))
+            parts.append(stacked(self.encoded, self.head_dim, torch.float32, self.device))
         found = [
             (rows, attend(q[rows].float(), keys.float(), values.float(), None, scale, weight))
             for rows, keys, values, weight in parts
         ]
         found += [(each.rows, each.attend(q, scale)) for each in self.signed]
-        output = output.float()
-        for rows, ours in found:
-            joined = torch.logaddexp(lse[rows], ours[1])
-            output = output.index_copy(0, rows, merge((output[rows], lse[rows]), ours))
-            lse = lse.index_copy(0, rows, joined)
-        return output.to(q.dtype)
+        return joined(found, output, lse)[0].to(q.dtype)
 
-    def _stacked(
-        self, held: Sequence[HeldPart], dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows ``[R]``, keys and values ``[R, n, D]``, and log-weights ``[R, 1, n]``; several parts
-        of a row lie one behind the other, and what pads the shorter rows weighs nothing."""
-        by_row: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
-        for each in held:
-            keys, values = each.read(self.head_dim)
-            none = torch.zeros(len(keys), device=self.device)
-            weight = none if each.log_weight is None else each.log_weight
-            by_row.setdefault(each.row, []).append((keys.to(dtype), values.to(dtype), weight))
-        joined = [[torch.cat(x) for x in zip(*parts, strict=True)] for parts in by_row.values()]
-        keys, values = (pad_sequence([x[n] for x in joined], batch_first=True) for n in (0, 1))
-        weights = pad_sequence([x[2] for x in joined], True, -torch.inf)
-        rows = torch.tensor(list(by_row), device=self.device)
-        return rows, keys, values, weights[:, None]
+
+def joined(
+    found: Sequence[tuple[Tensor, tuple[Tensor, Tensor]]], output: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Attention over several parts of some rows' caches as one, in float32, and its log-sum-exp.
+
+    Args:
+        found: numbers of rows ``[R]``, and their output ``[R, G, D]`` and log-sum-exp ``[R, G]``.
+        output: of all rows over another part, ``[rows, G, D]``.
+        lse: its log-sum-exp, ``[rows, G]`` float32.
+    """
+    output = output.float()
+    for rows, ours in found:
+        together = torch.logaddexp(lse[rows], ours[1])
+        output = output.index_copy(0, rows, merge((output[rows], lse[rows]), ours))
+        lse = lse.index_copy(0, rows, together)
+    return output, lse
+
+
+def stacked(
+    held: Sequence[HeldPart], head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows ``[R]``, keys and values ``[R, n, D]``, and log-weights ``[R, 1, n]``; several parts of
+    a row lie one behind the other, and what pads the shorter rows weighs nothing."""
+    by_row: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for each in held:
+        keys, values = each.read(head_dim)
+        none = torch.zeros(len(keys), device=device)
+        weight = none if each.log_weight is None else each.log_weight
+        by_row.setdefault(each.row, []).append((keys.to(dtype), values.to(dtype), weight))
+    joined = [[torch.cat(x) for x in zip(*parts, strict=True)] for parts in by_row.values()]
+    keys, values = (pad_sequence([x[n] for x in joined], batch_first=True) for n in (0, 1))
+    weights = pad_sequence([x[2] for x in joined], True, -torch.inf)
+    rows = torch.tensor(list(by_row), device=device)
+    return rows, keys, values, weights[:, None]
 
 
 def _packed(held: Sequence[HeldPart], device: torch.device) -> list[SignedParts]:

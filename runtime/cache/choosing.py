@@ -12,12 +12,11 @@ from torch import Tensor
 from kvtune.policies.kept import ask
 from kvtune.policies.parts import HeadPart
 from kvtune.policies.policy import Policy
-from kvtune.policies.reader import BlockReader
+from kvtune.policies.reader import Reader
 from kvtune.policies.room import Room
 from kvtune.policies.signals import Signals
 from kvtune.policies.storage import held_bytes
 from kvtune.runtime.cache.placing import place
-from kvtune.runtime.cache.selecting import paged_reader
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,14 @@ class Choice:
     exact: list[int]
     merged: Mapping[int, tuple[Tensor, Tensor]]
     beside: list[list[HeadPart]]
-    readers: list[BlockReader | None]
+    readers: list[Reader | None]
     held_bytes: list[int]
     rooms: list[Room | None]
+
+    @property
+    def heads(self) -> range:
+        """Rows of the signals that were asked about: heads, of several prompts side by side."""
+        return range(len(self.readers))
 
 
 def choose(policy: Policy, planned: Sequence[int], signals: Signals, evicts: bool) -> Choice:
@@ -70,7 +74,7 @@ def choose(policy: Policy, planned: Sequence[int], signals: Signals, evicts: boo
         exact=[exact for _, exact, _, _ in placed],
         merged={row: both for row, (_, _, both, _) in enumerate(placed) if both is not None},
         beside=[beside for _, _, _, beside in placed],
-        readers=[paged_reader(option.method.reader(budget)) for _, option, budget in rows],
+        readers=[option.method.reader(budget) for _, option, budget in rows],
         held_bytes=[held_bytes(option, budget, each, head_dim) for each, option, budget in rows],
         rooms=rooms * prompts,
     )

@@ -5,8 +5,10 @@ Pages take most of it at once. What the rest is made of, tables of all rows toge
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +16,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kvtune.policies.pages import PAGE, PageLayout
-from kvtune.policies.reader import BlockReader
+from kvtune.policies.paging import reads_pages
+from kvtune.policies.reader import BlockReader, Reader
 from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.backend import TritonBackend
 from kvtune.runtime.cache.beside import Beside, HeldPart, Shared
 from kvtune.runtime.cache.choosing import Choice
+from kvtune.runtime.cache.entry_rows import EntryRows, searches
 from kvtune.runtime.cache.evicting import Evictor, Opening, evictors, openings
 from kvtune.runtime.cache.host_rows import EveryPage
 from kvtune.runtime.cache.paged_layer import PagedLayer
@@ -50,6 +54,11 @@ class Taken:
         return range(self.rows.start // heads, self.rows.stop // heads)
 
     @property
+    def readers(self) -> list[Reader | None]:
+        """Of each head that was read."""
+        return [reader for choice in self.choices for reader in choice.readers]
+
+    @property
     def kept(self) -> list[Tensor]:
         """Tokens of each head that was read."""
         return [tokens for choice in self.choices for tokens in choice.kept]
@@ -71,6 +80,7 @@ class Filling:
     window: int | None
     evicts: bool
     _beside: list[HeldPart] = field(default_factory=list)
+    _searched: list[EntryRows] = field(default_factory=list)
     _indexed: list[Indexed] = field(default_factory=list)
     _on_host: dict[PageLayout, list[Indexed]] = field(default_factory=dict)
     _places: list[Ints] = field(default_factory=list)
@@ -81,6 +91,7 @@ class Filling:
         if self.window:
             self._take_places(taken, self.window)
         self._take_beside(taken)
+        self._take_searched(taken)
         self._take_readers(taken)
         if self.evicts and not self.window:
             self._take_openings(taken)
@@ -92,6 +103,7 @@ class Filling:
         if self._beside:
             kernels = isinstance(layer.backend, TritonBackend)
             layer.beside = Beside(self._beside, head_dim, layer.pool.memory.device, kernels)
+        layer.searched = self._searched
         layer.indexed = _joined(self._indexed)
         if layer.host is not None:
             layer.host.indexed = [
@@ -116,15 +128,33 @@ class Filling:
             for signals, choice in zip(taken.read, taken.choices, strict=True)
             for head, parts in enumerate(choice.beside)
         ]
-        options, layer = taken.layer.options, taken.layer.number
+        options, layer, readers = taken.layer.options, taken.layer.number, taken.readers
         for row in range(taken.rows.start, taken.rows.stop):
-            parts, own = rows[(row - taken.rows.start) % len(rows)]
+            at = (row - taken.rows.start) % len(rows)
+            parts, own = rows[at]
+            if searches(readers[at]):
+                continue
             sequence, head = divmod(row, len(options))
             other = options[head].method.linked_layer(layer, self.layers)
             first = min(layer, layer if other is None else other)
             for part in parts:
                 shared = (self.shared, (sequence, head, first)) if part.shared_by > 1 else None
                 self._beside.append(HeldPart.of(row, part, own, options[head], shared))
+
+    def _take_searched(self, taken: Taken) -> None:
+        """Rows whose readers choose no pages: those of one reader and prompt together."""
+        options, together = taken.layer.options, defaultdict[Any, list[tuple[int, int]]](list)
+        places = [(n, head) for n, each in enumerate(taken.choices) for head in each.heads]
+        for row in range(taken.rows.start, taken.rows.stop):
+            number, head = places[(row - taken.rows.start) % len(places)]
+            reader = taken.choices[number].readers[head]
+            if searches(reader):
+                on_host = options[row % len(options)].on_host
+                together[number, reader, on_host].append((row, head))
+        for (number, reader, on_host), rows in together.items():
+            parts = taken.choices[number].beside
+            found = EntryRows.of(reader, rows, options, parts, taken.read[number], on_host)
+            self._searched.append(found)
 
     def _take_readers(self, taken: Taken) -> None:
         """Index keys for readers, as pages hold them."""
@@ -153,13 +183,13 @@ class Filling:
 
     def _readers(self, taken: Taken) -> dict[int, BlockReader]:
         """The reader of each row that has one, or whose pages come over from the host."""
-        layer, found = taken.layer, {}
-        readers = [reader for choice in taken.choices for reader in choice.readers]
+        layer, readers = taken.layer, taken.readers
+        found: dict[int, BlockReader] = {}
         for row in range(taken.rows.start, taken.rows.stop):
             reader = readers[(row - taken.rows.start) % len(readers)]
             if reader is None and layer.on_host[row]:
                 reader = EveryPage(PAGE, -(-int(layer.lengths[CODED, row]) // PAGE))
-            if reader is not None:
+            if isinstance(reader, BlockReader) and reads_pages(reader):
                 found[row] = reader
         return found
 

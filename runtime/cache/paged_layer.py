@@ -19,10 +19,11 @@ from torch import Tensor
 
 from kvtune.policies.option import Option
 from kvtune.policies.pages import BF16_PAGE, PAGE, PageLayout
-from kvtune.policies.paging import pages_of
+from kvtune.policies.paging import chooses_entries, pages_of
 from kvtune.policies.reader import BlockReader
 from kvtune.runtime.cache.backend import Backend, Growing, Seen
-from kvtune.runtime.cache.beside import Beside
+from kvtune.runtime.cache.beside import Beside, joined
+from kvtune.runtime.cache.entry_rows import EntryRows
 from kvtune.runtime.cache.host_rows import HostRows
 from kvtune.runtime.cache.pool import PageMemory
 from kvtune.runtime.cache.segments import (
@@ -68,7 +69,8 @@ class PagedLayer:
         self.number, self.options, self.head_dim = number, options, head_dim
         self.pool, self.backend, self.residual = pool, backend, residual
         self.layouts = [pages_of(option, head_dim) for option in options] * batch
-        self.on_host = np.array([option.on_host for option in options] * batch)
+        here = [option.on_host and not chooses_entries(option) for option in options]
+        self.on_host = np.array(here * batch)  # rows whose pages lie there
         self.growing_layout = PageLayout(head_dim)
         self.pages: list[list[Ints]] = [
             [np.zeros(0, np.int64) for _ in self.layouts] for _ in (CODED, GROWN, SETTLED)
@@ -84,6 +86,7 @@ class PagedLayer:
         self.evicted = np.zeros(len(self.layouts), np.int64)
         self.ring: Ring | None = None  # of a sliding layer; set before ``seal``
         self.beside: Beside | None = None  # what pages cannot hold
+        self.searched: list[EntryRows] = []  # rows whose readers choose no pages
         self.host: HostRows | None = None  # what lies on the host; set before prompts are stored
         self.readers: dict[
             int, BlockReader
@@ -229,13 +232,13 @@ class PagedLayer:
             self.host.begin(q)
         for selection in self.selections:
             selection.select(q, self.paged.table, self.paged.lengths)
-        if self.beside is None and self.host is None:
+        if self.beside is None and self.host is None and not self.searched:
             return self.backend.attend(q, self.paged, scratch, scale)
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
         output = self.backend.attend(q, self.paged, scratch, scale, Seen(lse))
         if self.host is not None:
             output, lse = self.host.finish(q, (output, lse), scratch, scale)
-        return output if self.beside is None else self.beside.merged(q, output, lse, scale)
+        return self._with_beside(q, output, lse, scale)
 
     def attend_seeing(self, q: Tensor, scratch: Scratch, scale: float) -> tuple[Tensor, Tensor]:
         """The same, and its weights on growing segments ``[rows, G, places]``, zero beyond them."""
@@ -252,9 +255,15 @@ class PagedLayer:
         lengths = paged.lengths[rows : 2 * rows, None, None]
         real = torch.arange(places, device=q.device) < lengths
         weights = (mine - seen.lse[..., None]).exp().where(real, 0)
-        if self.beside is not None:
-            output = self.beside.merged(q, output, seen.lse, scale)
-        return output, weights
+        return self._with_beside(q, output, seen.lse, scale), weights
+
+    def _with_beside(self, q: Tensor, output: Tensor, lse: Tensor, scale: float) -> Tensor:
+        """Attention over pages, joined to that over what lies beside them."""
+        if self.searched:
+            found = [each.attend(q, scale) for each in self.searched]
+            wide, lse = joined(found, output, lse)
+            output = wide.to(q.dtype)
+        return output if self.beside is None else self.beside.merged(q, output, lse, scale)
 
     def leave(self, leaving: Leaving) -> None:
         """Let entries go, in place; pages that not even the next token needs are given back."""
@@ -280,6 +289,8 @@ class PagedLayer:
             self.pages[kind][row] = np.zeros(0, np.int64)
         if self.host is not None:
             self.host.free(rows, self.layouts)
+        for each in self.searched:
+            each.free(rows)
         self.lengths[:, rows.start : rows.stop] = 0
         self.paged.lengths.view(3, -1)[:, rows.start : rows.stop] = 0
         if self.ring and self.growing.places is not None:

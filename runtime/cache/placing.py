@@ -15,7 +15,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.policies.decode import DecodeMethod
 from kvtune.policies.option import Option
 from kvtune.policies.pages import exact_tokens, has_pages
-from kvtune.policies.paging import is_coded, is_exact, may_lie_on_host
+from kvtune.policies.paging import chooses_entries, is_coded, is_exact, may_lie_on_host
 from kvtune.policies.parts import HeadPart
 from kvtune.policies.policy import Policy
 from kvtune.runtime.cache.signed import has_signs
@@ -47,6 +47,12 @@ def check_host(option: Option, head_dim: int, evicts: bool) -> None:
     """
     if not option.on_host:
         return
+    if chooses_entries(option) and not may_lie_on_host(option, head_dim):
+        raise KvtuneError(
+            f"{option.label!r} chooses single tokens on the device, and would move all of them",
+            hint="on the host pages are chosen (quest or landmark with block: 64), or an index is "
+            "searched (retrieval_attention); leave out tier: host.",
+        )
     if not may_lie_on_host(option, head_dim):
         raise KvtuneError(
             f"{option.label!r} stores more than pages of its formats hold",

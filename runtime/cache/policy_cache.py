@@ -57,7 +57,6 @@ from kvtune.runtime.cache.layer import CacheLayer, attention, padding_mask
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.placing import check_host, warn_of_slow_formats
 from kvtune.runtime.cache.pool import Pool
-from kvtune.runtime.cache.selecting import paged_reader
 from kvtune.runtime.cache.settling import check_residual, settle
 from kvtune.runtime.cache.whole_prompt import calibration_for, check_passes, repeated, when_read
 from kvtune.runtime.kernels.launch import Scratch
@@ -102,7 +101,6 @@ def load_cache(
     bound.check_fits(*shape)
     check_passes(bound, tokenizer)
     for option in dict.fromkeys(bound.options()):
-        paged_reader(option.method.reader(PAGE))
         check_host(option, geometry.head_dim, evicts)
     warn_of_slow_formats(bound, geometry.head_dim)
     if evicts:
@@ -337,8 +335,9 @@ class PolicyCache(Cache):  # type: ignore[misc]
     @property
     def can_be_captured(self) -> bool:
         """Whether a decode step asks nothing of the host."""
-        beside = [layer.paged.beside for layer in self.layers if hasattr(layer, "paged")]
-        dense = all(each is None or each.is_dense for each in beside)
+        read = [layer.paged for layer in self.layers if hasattr(layer, "paged")]
+        dense = all(each.beside is None or each.beside.is_dense for each in read)
+        dense = dense and not any(each.searched for each in read)
         return dense and isinstance(self.backend, TritonBackend) and not self.evicts
 
     def prompt_bytes(self) -> int:
@@ -350,8 +349,11 @@ class PolicyCache(Cache):  # type: ignore[misc]
         return self.pool.used_bytes
 
     def host_bytes(self) -> int:
-        """Bytes of all pages in use on the host."""
-        return 0 if self.host_pool is None else self.host_pool.used_bytes
+        """Bytes of keys and values on the host: pages in use, and what is searched there."""
+        read = [layer.paged for layer in self.layers if hasattr(layer, "paged")]
+        searched = [each for layer in read for each in layer.searched]
+        found: int = sum(each.nbytes for each in searched if each.on_host)
+        return found + (0 if self.host_pool is None else self.host_pool.used_bytes)
 
     def kept(self) -> list[list[int]]:
         """Prompt tokens kept, by layer and row."""

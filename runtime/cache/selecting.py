@@ -15,30 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from kvtune.common.errors import KvtuneError
 from kvtune.policies.pages import PAGE, PageLayout
-from kvtune.policies.reader import BlockReader, Reader
-
-
-def paged_reader(reader: Reader | None) -> BlockReader | None:
-    """The reader, as one whose blocks are the runtime's pages.
-
-    Raises:
-        KvtuneError: it is none; says what would do.
-    """
-    if reader is None:
-        return None
-    if not isinstance(reader, BlockReader):
-        raise KvtuneError(
-            f"the paged runtime reads whole pages, and {type(reader).__name__} chooses entries",
-            hint="replay, live runs, search and bench have it; here use quest or landmark.",
-        )
-    if reader.block != PAGE:
-        raise KvtuneError(
-            f"the paged runtime reads whole pages of {PAGE} tokens, not blocks of {reader.block}",
-            hint=f"give the method block: {PAGE}.",
-        )
-    return reader
+from kvtune.policies.reader import BlockReader
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.choosing import Choice
 from kvtune.runtime.cache.policy_cache import PolicyCache, load_cache
-from kvtune.runtime.cache.selecting import paged_reader
 from kvtune.runtime.measure.plain_model import random_tensor
 
 
@@ -55,7 +54,7 @@ def _choice(heads: Sequence[tuple[Option, int]], signals: Signals) -> Choice:
         ],
         merged={},
         beside=[[] for _ in heads],
-        readers=[paged_reader(option.method.reader(budget)) for option, budget in heads],
+        readers=[option.method.reader(budget) for option, budget in heads],
         held_bytes=[option.footprint(budget, tokens, size) for option, budget in heads],
         rooms=[None for _ in heads],
     )

@@ -1,0 +1,168 @@
+"""Heads whose reader chooses entries in another way than by pages: votes, searches, sentences.
+
+What such a head stores lies beside the pages, as its formats encode it. At every step the reader is
+shown all of it and the queries, as replay shows them; what it chooses is gathered, attended to, and
+joined to attention over the pages by its log-sum-exp. Where the head lies on the host, the search
+runs there on the host's own copy, and only what was found comes over. A step waits for the host, so
+that no graph captures it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from kvtune.policies.attention import attend
+from kvtune.policies.option import Option
+from kvtune.policies.paging import EXACT, reads_pages
+from kvtune.policies.parts import HeadPart
+from kvtune.policies.reader import Held, Reader
+from kvtune.policies.signals import Signals
+from kvtune.runtime.cache.beside import HeldPart, stacked
+
+
+class EntryRows:
+    """Rows of a layer that share a reader and the signals of the prompt that they were read with.
+
+    Args:
+        reader: chooses.
+        held: what each row stores, one part a row.
+        tokens: the prompt token of each entry, of each row.
+        heads: the row of the signals that each row is.
+        sequences: of each row.
+        signals: of the layer's prompt, on the device that the reader works on.
+        on_host: whether the rows lie on the host, where the reader then works.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        held: Sequence[HeldPart],
+        tokens: Sequence[Tensor],
+        heads: Sequence[int],
+        sequences: Sequence[int],
+        signals: Signals,
+        on_host: bool,
+    ) -> None:
+        device = signals.keys.device
+        self.reader, self.signals, self.head_dim = reader, signals, signals.keys.shape[-1]
+        self.rows = torch.tensor([each.row for each in held], device=device)
+        self.heads = torch.tensor(heads, device=device)
+        self.sequences = torch.tensor(sequences, device=device)
+        self.tokens = pad_sequence(list(tokens), batch_first=True).to(device)
+        self.counts = torch.tensor([len(each) for each in tokens], device=device)
+        self.asked: Tensor | None = None  # queries so far, of readers that look back
+        self.steps, self.on_host = 0, on_host
+        dense = all(each.formats == EXACT for each in held)
+        self.encoded = [] if dense else list(held)
+        self.dense = stacked(held, self.head_dim, torch.bfloat16, device) if dense else None
+
+    @staticmethod
+    def of(
+        reader: Reader,
+        rows: Sequence[tuple[int, int]],
+        options: Sequence[Option],
+        parts: Sequence[Sequence[HeadPart]],
+        signals: Signals,
+        on_host: bool,
+    ) -> EntryRows:
+        """Encode what some rows store.
+
+        Args:
+            reader: of all of them.
+            rows: each with the head of the signals that it is.
+            options: one a KV head.
+            parts: of every head of the signals.
+            signals: of the layer's prompt, or of several side by side.
+            on_host: whether they lie there.
+        """
+        device = torch.device("cpu") if on_host else signals.keys.device
+        own = signals.keys.to(device), signals.values.to(device)
+        held = [
+            HeldPart.of(
+                row, moved(part, device), (own[0][head], own[1][head]), options[row % len(options)]
+            )
+            for row, head in rows
+            for part in parts[head]
+        ]
+        tokens = [torch.cat([part.tokens for part in parts[head]]) for _, head in rows]
+        sequences = [row // len(options) for row, _ in rows]
+        shown = replace(
+            signals,
+            queries=signals.queries.to(device),
+            keys=own[0],
+            values=own[1][:, :0].clone(),
+            _memo={},
+        )
+        return EntryRows(reader, held, tokens, [n for _, n in rows], sequences, shown, on_host)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values stored."""
+        if self.dense is not None:
+            return sum(x.nbytes for x in self.dense[1:3])
+        return sum(x.encoded.keys.nbytes + x.encoded.values.nbytes for x in self.encoded)
+
+    def free(self, rows: range) -> None:
+        """These rows read nothing from now on."""
+        self.counts[(self.rows >= rows.start) & (self.rows < rows.stop)] = 0
+
+    def attend(self, q: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Attention of one step over what the reader chooses.
+
+        Args:
+            q: of all rows of the layer, ``[rows, G, D]``.
+            scale: multiplies the logits.
+
+        Returns:
+            The rows' numbers ``[R]``, output ``[R, G, D]`` and log-sum-exp ``[R, G]``, beside q.
+        """
+        asking = q.index_select(0, self.rows.to(q.device)).float()
+        keys, values, weights = self._chosen(asking.to(self.rows.device))
+        visible, near = weights > -torch.inf, q.device
+        output, lse = attend(
+            asking, keys.to(near), values.to(near), visible.to(near), scale, weights.to(near)
+        )
+        # A row that was freed reads nothing anywhere, and no weight may become 0 / 0.
+        return self.rows.to(near), (output, lse.clamp_min(torch.finfo(lse.dtype).min))
+
+    def _chosen(self, asking: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values ``[R, k, D]`` that this step reads, and their log-weights ``[R, 1, k]``;
+        minus infinity where a row reads fewer than k."""
+        _, keys, values, weights = self.dense or stacked(
+            self.encoded, self.head_dim, torch.float32, self.rows.device
+        )
+        flags = self._read(keys.float(), asking)
+        most = int(flags.sum(-1).max())
+        there, at = flags.int().topk(most, -1)
+        keys, values = (
+            x.gather(1, at[..., None].expand(-1, -1, x.shape[-1])) for x in (keys, values)
+        )
+        weights = weights.gather(2, at[:, None]).masked_fill(there[:, None] == 0, -torch.inf)
+        return keys.float(), values.float(), weights
+
+    def _read(self, keys: Tensor, asking: Tensor) -> Tensor:
+        """Which entries this step reads, ``[R, n]`` bool."""
+        queries = asking[:, :, None]
+        if self.reader.looks_back:
+            queries = queries if self.asked is None else torch.cat([self.asked, queries], 2)
+            self.asked = queries
+        self.steps += 1
+        start = self.signals.prompt_tokens + self.steps - queries.shape[2]
+        held = Held(keys, self.counts, self.tokens, self.heads, self.sequences, self.signals, start)
+        return self.reader.reads(held, queries)[:, -1] & held.real
+
+
+def searches(reader: Reader | None) -> bool:
+    """Whether a reader chooses in another way than by pages."""
+    return reader is not None and not reads_pages(reader)
+
+
+def moved(part: HeadPart, device: torch.device) -> HeadPart:
+    """The same part on another device."""
+    keys, values = (None if x is None else x.to(device) for x in (part.keys, part.values))
+    return replace(part, tokens=part.tokens.to(device), keys=keys, values=values)

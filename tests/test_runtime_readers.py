@@ -1,0 +1,211 @@
+"""Readers that choose no pages, in the paged runtime: step by step they read what replay reads."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.apply import apply
+from kvtune.policies.attention import attend
+from kvtune.policies.formats.grouped import Int4
+from kvtune.policies.method import Method, methods
+from kvtune.policies.methods.actqkv import ActQKV
+from kvtune.policies.methods.infllm import InfLLM
+from kvtune.policies.methods.landmark import Landmark
+from kvtune.policies.methods.quest import Quest
+from kvtune.policies.methods.recycled import Recycled
+from kvtune.policies.methods.retrieval_attention import RetrievalAttention
+from kvtune.policies.methods.sentencekv import SentenceKV
+from kvtune.policies.methods.shadowkv import ShadowKV
+from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.methods.token_select import TokenSelect
+from kvtune.policies.option import Budget, Option
+from kvtune.policies.paging import Growth, host_sequence_bytes, sequence_bytes
+from kvtune.policies.policy import Policy
+from kvtune.policies.signals import Signals
+from kvtune.runtime import load_cache
+from kvtune.runtime.cache.policy_cache import PolicyCache
+from kvtune.runtime.kernels.launch import Scratch
+from kvtune.tests.tiers import first
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:kvtune's kernels need"),
+]
+
+PROMPT, STEPS = 100, 5
+INDEX = RetrievalAttention(sinks=4, recent=8, degree=4, near=8, beam=12)
+LISTS = replace(INDEX, joins="lists", scanned=0.4)
+READERS: tuple[Method, ...] = (
+    Quest(block=16),
+    Landmark(block=8),
+    TokenSelect(sinks=4, recent=8, similarity=0.3),
+    InfLLM(block=8, sinks=4, recent=8),
+    ActQKV(block=8, sinks=4, recent=8),
+    ShadowKV(rank=8, chunk=4, recent=2),
+    Recycled(stride=3),
+    INDEX,
+    LISTS,
+)
+
+
+@pytest.fixture
+def network(make_network: Callable[..., Any], tiny_fields: dict[str, Any]) -> Any:
+    from transformers import LlamaConfig
+
+    return make_network(LlamaConfig(**tiny_fields)).float().eval()
+
+
+def uniform(option: Option, network: Any) -> Policy:
+    config = network.config
+    return Policy.uniform(option, config.num_hidden_layers, config.num_key_value_heads)
+
+
+def prompts(count: int = 1, tokens: int = PROMPT) -> Tensor:
+    return torch.randint(1, 60, (count, tokens), generator=torch.Generator().manual_seed(3))
+
+
+def read(network: Any, policy: Policy) -> tuple[PolicyCache, list[Signals]]:
+    """A cache that has read the prompt, and what each layer was shown of it."""
+    cache, seen = load_cache(policy, network), []
+    original = type(cache.layers[0]).take_in
+
+    def spying(layer: Any, signals: list[Signals]) -> None:
+        seen.extend(signals)
+        original(layer, signals)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(type(cache.layers[0]), "take_in", spying)
+        network(prompts(), past_key_values=cache)
+    return cache, seen
+
+
+@pytest.mark.parametrize("form", first([None, Int4()]), ids=["16 bits", "int4"])
+@pytest.mark.parametrize("method", READERS, ids=lambda method: method.label)
+def test_a_reader_chooses_step_by_step_what_it_chooses_in_replay(
+    network: Any, method: Method, form: Int4 | None
+) -> None:
+    option = Option(method, Budget(tokens=30))
+    option = option if form is None else replace(option, keys=form, values=form)
+    policy = uniform(option, network)
+    if form is None:
+        network.bfloat16()  # so that what 16 bits store is what was seen
+    cache, seen = read(network, policy)
+    assert cache.prompt_bytes() == policy.footprint(PROMPT, 8)
+    heads = policy.kv_heads
+    for number, signals in enumerate(seen[:2]):
+        part = apply(policy, number, [30] * heads, replace(signals, _memo={}))
+        generator = torch.Generator().manual_seed(number)
+        q = torch.randn(heads, 2, STEPS, 8, generator=generator)
+        visible = part.visible(q)
+        assert visible is not None
+        assert not visible.all()
+        layer = cache.layers[number].paged
+        for step in range(STEPS):
+            scratch = Scratch(heads, layer.slots, 2, 8, "cpu")
+            ours = layer.attend(q[:, :, step], scratch, signals.scale)
+            mask = visible[..., min(step, visible.shape[-2] - 1), :]
+            keys, values = part.keys.float(), part.values.float()
+            theirs, _ = attend(q[:, :, step], keys, values, mask, signals.scale)
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", [TokenSelect(4, 8, 0.3), Quest(block=16), LISTS], ids=repr)
+def test_sequences_side_by_side_read_as_each_alone(network: Any, method: Method) -> None:
+    policy, ids = uniform(Option(method, Budget(tokens=30)), network), prompts(3)
+    together = generated(network, policy, ids)
+    alone = torch.cat([generated(network, policy, row[None]) for row in ids], 1)
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+
+
+def generated(network: Any, policy: Policy, ids: Tensor) -> Tensor:
+    """Logits of a prompt's last token and of three more, through the cache."""
+    with load_cache(policy, network) as cache, torch.no_grad():
+        found = [network(ids, past_key_values=cache).logits[:, -1]]
+        for token in (5, 7, 5):
+            more = torch.full((len(ids), 1), token)
+            found.append(network(more, past_key_values=cache).logits[:, -1])
+    return torch.stack(found)
+
+
+FAISS = [replace(INDEX, joins="hnsw")] if importlib.util.find_spec("faiss") else []
+
+
+@pytest.mark.parametrize("method", [INDEX, LISTS, *FAISS], ids=repr)
+def test_an_index_on_the_host_finds_what_it_finds_on_the_device(
+    network: Any, method: Method
+) -> None:
+    here, ids = Option(method, Budget(tokens=30)), prompts(2)
+    there = uniform(replace(here, tier="host"), network)
+    expected = generated(network, uniform(here, network), ids)
+    torch.testing.assert_close(generated(network, there, ids), expected, atol=1e-5, rtol=0)
+    cache, _ = read(network, there)
+    stored = 4 * 8 * PROMPT * there.layers * there.kv_heads
+    assert cache.host_bytes() == stored
+    assert cache.prompt_bytes() == there.footprint(PROMPT, 8) < stored
+    assert not cache.can_be_captured
+    assert host_sequence_bytes(there, PROMPT, 8) > stored  # the index lies there too
+    on_device = sequence_bytes(uniform(here, network), PROMPT, 8, Growth(0))
+    assert on_device - sequence_bytes(there, PROMPT, 8, Growth(0)) > stored
+
+
+def test_heads_of_a_layer_may_read_in_several_ways(network: Any) -> None:
+    kinds = [
+        Option(TokenSelect(4, 8), Budget(tokens=30), Int4(), Int4()),
+        Option(SnapKV(window=4), Budget(tokens=30)),
+        Option(LISTS, Budget(tokens=30), tier="host"),
+        Option(Quest(block=64), Budget(tokens=64)),
+    ]
+    layers, heads = network.config.num_hidden_layers, network.config.num_key_value_heads
+    rows = [[kinds[(layer * heads + head) % 4] for head in range(heads)] for layer in range(layers)]
+    found = generated(network, Policy("mixed", tuple(map(tuple, rows))), prompts(2))
+    assert found.isfinite().all()
+
+
+def test_a_reader_of_sentences_is_refused_with_the_reason(network: Any) -> None:
+    with pytest.raises(KvtuneError, match="sentences"):
+        load_cache(uniform(Option(SentenceKV(), Budget(tokens=30)), network), network)
+
+
+def test_rows_that_are_freed_read_nothing(network: Any) -> None:
+    policy = uniform(Option(LISTS, Budget(tokens=30)), network)
+    with load_cache(policy, network) as cache, torch.no_grad():
+        network(prompts(2), past_key_values=cache)
+    layer = cache.layers[0].paged
+    rows, scratch = layer.rows, Scratch(layer.rows, layer.slots, 2, 8, "cpu")
+    q = torch.randn(rows, 2, 8, generator=torch.Generator().manual_seed(0))
+    before = layer.attend(q, scratch, 1.0)
+    layer.free(0)
+    after = layer.attend(q, scratch, 1.0)
+    assert not after[: rows // 2].any()
+    torch.testing.assert_close(after[rows // 2 :], before[rows // 2 :])
+
+
+@pytest.mark.parametrize("name", [n for n, kind in methods().items() if kind().reader(1)])
+def test_a_reader_that_does_not_look_back_needs_the_last_query_alone(
+    network: Any, name: str
+) -> None:
+    made = {each.name: each for each in READERS if each.name != "retrieval_attention"}
+    made |= {"retrieval_attention": LISTS, "sentencekv": SentenceKV(window=8)}
+    reader = made[name].reader(30)
+    assert reader is not None
+    if reader.looks_back:
+        assert name in {"token_select", "recycled", "sentencekv"}
+        return
+    policy = uniform(Option(made[name], Budget(tokens=30)), network)
+    _, seen = read(network, policy)
+    searched = read(network, policy)[0].layers[1].paged.searched[0]
+    q = torch.randn(policy.kv_heads, 2, STEPS, 8, generator=torch.Generator().manual_seed(1))
+    searched.steps = STEPS - 1
+    part = apply(policy, 1, [30] * policy.kv_heads, seen[1])
+    expected = part.visible(q)
+    assert expected is not None
+    found = searched._read(part.keys.float(), q[:, :, -1])
+    assert torch.equal(found, expected[:, 0, -1])
