@@ -7,12 +7,19 @@ head's bytes are the pages that it is given, not what of them is filled.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.option import Option
-from kvtune.policies.pages import PAGE, PageLayout, exact_tokens, has_pages, layout_of
+from kvtune.policies.pages import (
+    PAGE,
+    PageLayout,
+    PageTables,
+    exact_tokens,
+    has_pages,
+    layout_of,
+)
 from kvtune.policies.parts import PartPlan, entries_of
 from kvtune.policies.policy import Policy
 from kvtune.policies.room import Room
@@ -35,8 +42,8 @@ TABLE_BYTES = 192
 
 EXACT = (Bf16(), Bf16())
 
-Pages = Counter[PageLayout]
-"""How many of each."""
+Pages = Counter[PageLayout | PageTables]
+"""How many of each; tables of a head's pages count as one."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +86,11 @@ def is_exact(plan: PartPlan, option: Option) -> bool:
 
 def is_coded(plan: PartPlan, option: Option, head_dim: int) -> bool:
     """Whether a part is of tokens in the option's own formats, for which there are pages."""
-    own = plan.formats in (None, (option.keys, option.values))
-    return plan.is_plain and own and has_pages(option, head_dim)
+    if plan.formats not in (None, (option.keys, option.values)) or not has_pages(option, head_dim):
+        return False
+    if layout_of(option, head_dim).has_tables:  # which say what a channel's steps are
+        return replace(plan, balanced=False).is_plain
+    return plan.is_plain
 
 
 def head_pages(
@@ -109,19 +119,22 @@ def head_pages(
         coded, grown = 0, min(budget + growth.new_tokens, window)
     elif room:
         coded, grown = 0, room.most
-    if growth.residual is not None and layout != growing:
+    if growth.residual is not None and layout != growing and not layout.has_tables:
         grown = min(grown, exact + growth.residual + 2 * PAGE)
         settled = 1 + growth.new_tokens // PAGE
     if option.on_host:
         coded = 0
-    coded_pages = settled + layout.pages_for(coded)
-    return Pages({layout: coded_pages}) + Pages({growing: growing.pages_for(grown)})
+    pages = Pages({layout: settled + layout.pages_for(coded)})
+    if layout.has_tables and coded:
+        pages[layout.tables] = 1
+    return pages + Pages({growing: growing.pages_for(grown)})
 
 
 def may_lie_on_host(option: Option, head_dim: int) -> bool:
     """Whether pages of the option's formats hold all that it stores of a prompt."""
     plans = option.method.plan(PAGE, 2 * PAGE)
-    return all(is_coded(plan, option, head_dim) for plan in plans)
+    whole = all(is_coded(plan, option, head_dim) for plan in plans)
+    return whole and not layout_of(option, head_dim).has_tables
 
 
 def host_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> Pages:
@@ -231,7 +244,7 @@ def growing_bytes(tokens: int, head_dim: int) -> float:
     return layout.pages_for(tokens) * _share_of_slab(layout)
 
 
-def _share_of_slab(layout: PageLayout) -> float:
+def _share_of_slab(layout: PageLayout | PageTables) -> float:
     """Bytes of a pool for each page of this size."""
     return SLAB_CELLS * layout.cell_bytes / (SLAB_CELLS // layout.page_cells)
 

@@ -15,6 +15,7 @@ from kvtune.runtime.cache.host_pool import HostPool
 from kvtune.runtime.cache.plain_pages import append_rows, attend_pages, records_in_order
 from kvtune.runtime.kernels.launch import Paged, Scratch, Seating, decode, decode_seated
 from kvtune.runtime.kernels.reference import rotate, write_page
+from kvtune.runtime.kernels.reference_signs import Kept, write_sign_pages
 from kvtune.runtime.rotation import Rotation
 
 
@@ -29,6 +30,7 @@ class Writing:
         chosen: int32 token indices, one list after another.
         records: ``[pages, 5]`` int32: head, first place in ``chosen``, tokens, cell, segment.
         fp8_scales: ``[segments, 2]`` float32.
+        fitted: of pages that are read by tables, where these go; else None.
     """
 
     layout: PageLayout
@@ -37,6 +39,21 @@ class Writing:
     chosen: Tensor
     records: Tensor
     fp8_scales: Tensor
+    fitted: Fitted | None = None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Tables that are fitted to all of a head's tokens.
+
+    Args:
+        cells: the first cell of each segment's, by the number of the segment.
+        weights: ``[H, D]`` of the heads of ``Writing.keys``, by which these are multiplied before
+            they are coded, and divided where they are read; or None.
+    """
+
+    cells: Tensor
+    weights: Tensor | None = None
 
 
 class Backend(Protocol):
@@ -138,9 +155,12 @@ class TritonBackend:
     """The kernels."""
 
     def write(self, pool: Tensor, writing: Writing) -> None:
-        """One launch."""
+        """One launch; signs in plain torch, whose codes all of a head's tokens decide."""
         from kvtune.runtime.kernels.pages import store_pages
 
+        if writing.fitted is not None:
+            write_fitted(pool, writing, writing.fitted)
+            return
         keys, values, layout = writing.keys, writing.values, writing.layout
         store_pages[(len(writing.records),)](
             keys, values, keys.stride(0), keys.stride(1), writing.chosen,
@@ -223,8 +243,11 @@ class PlainBackend:
     """Plain torch: what the kernels are tested against, and what answers without a GPU."""
 
     def write(self, pool: Tensor, writing: Writing) -> None:
-        """A page at a time."""
+        """A page at a time; signs all together."""
         layout = writing.layout
+        if writing.fitted is not None:
+            write_fitted(pool, writing, writing.fitted)
+            return
         for head, first, count, cell, segment in writing.records.tolist():
             at = writing.chosen[first : first + count].long()
             page = write_page(
@@ -298,6 +321,27 @@ class PlainBackend:
             .view(2, BF16_PAGE, -1)
             for c in layer.table[first:last].tolist()
         ]
+
+
+def write_fitted(pool: Tensor, writing: Writing, fitted: Fitted) -> None:
+    """Pages of signs and their tables; reads back how long the longest segment is."""
+    layout, records = writing.layout, writing.records.long()
+    row, first, count, cell, segment = records.unbind(1)
+    segments, which = segment.unique(return_inverse=True)
+    begin = first.new_full((len(segments),), 2**62).scatter_reduce(0, which, first, "amin")
+    tokens = torch.zeros_like(begin).index_add_(0, which, count)
+    head = torch.zeros_like(begin).scatter_(0, which, row)
+    inside = torch.arange(int(tokens.max()), device=pool.device)
+    listed = (begin[:, None] + inside).clamp_max(len(writing.chosen) - 1)
+    at = head[:, None], writing.chosen.long()[listed]
+    weights = None if fitted.weights is None else fitted.weights[head].float()
+    kept = Kept(writing.keys[at].float(), writing.values[at].float(), tokens, weights)
+    pages, tables = write_sign_pages(kept, layout)
+    cells = pool.view(-1, layout.cell_bytes)
+    pages = pages[which, (first - begin[which]) // layout.page_tokens]
+    for start, laid in ((cell, pages), (fitted.cells.long()[segments], tables)):
+        parts = laid.view(len(start), -1, layout.cell_bytes)
+        cells[start[:, None] + torch.arange(parts.shape[1], device=pool.device)] = parts
 
 
 def _appending(layer: Paged, growing: Growing, keys: Tensor, values: Tensor) -> tuple[Any, ...]:
