@@ -171,6 +171,11 @@ class PageLayout:
         """
         return is_signs(self.keys)
 
+    @property
+    def settles(self) -> bool:
+        """Whether generated tokens may take this format when they have become old."""
+        return not self.has_tables and self != PageLayout(self.head_dim)
+
     @cached_property
     def tables(self) -> PageTables:
         """What these tables take."""

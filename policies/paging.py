@@ -119,7 +119,7 @@ def head_pages(
         coded, grown = 0, min(budget + growth.new_tokens, window)
     elif room:
         coded, grown = 0, room.most
-    if growth.residual is not None and layout != growing and not layout.has_tables:
+    if growth.residual is not None and layout.settles:
         grown = min(grown, exact + growth.residual + 2 * PAGE)
         settled = 1 + growth.new_tokens // PAGE
     if option.on_host:

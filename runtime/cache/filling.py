@@ -16,7 +16,6 @@ from torch.nn.utils.rnn import pad_sequence
 from kvtune.policies.pages import PAGE, PageLayout
 from kvtune.policies.reader import BlockReader
 from kvtune.policies.signals import Signals
-from kvtune.runtime.cache.backend import TritonBackend
 from kvtune.runtime.cache.beside import Beside, HeldPart, Shared
 from kvtune.runtime.cache.choosing import Choice
 from kvtune.runtime.cache.evicting import Evictor, Opening, evictors, openings
@@ -90,8 +89,7 @@ class Filling:
         if self._places:
             layer.ring = Ring(np.concatenate(self._places))
         if self._beside:
-            kernels = isinstance(layer.backend, TritonBackend)
-            layer.beside = Beside(self._beside, head_dim, layer.pool.memory.device, kernels)
+            layer.beside = Beside(self._beside, head_dim, layer.pool.memory.device)
         layer.indexed = _joined(self._indexed)
         if layer.host is not None:
             layer.host.indexed = [

@@ -55,7 +55,7 @@ def spread_queries(q, factor, pool_half, tables, D: tl.constexpr, G: tl.constexp
     pool_half += tables // 2
     amounts = pool_half + _tables_at("key amounts", KEYS, D) // 2
     channels = pool_bytes + _tables_at("key channels", KEYS, D)
-    queries, half = (), tl.zeros([M], tl.float32)
+    queries, half = (), tl.zeros([RUN, M], tl.float32)
     for run in tl.static_range(sign_runs(KEYS, D)):
         real = byte + run * RUN < BYTES
         for field in tl.static_range(8):
@@ -64,16 +64,17 @@ def spread_queries(q, factor, pool_half, tables, D: tl.constexpr, G: tl.constexp
             amount = tl.load(amounts + sign, mask=real, other=0).to(tl.float32)
             query = tl.load(q + head * D + channel[:, None], mask=head < G, other=0)
             spread = (query.to(tl.float32) * (amount * factor)[:, None]).to(tl.float16)
-            half += tl.sum(spread.to(tl.float32), 0)
+            half += spread.to(tl.float32)
             # As much smaller as the bit is larger than a byte's lowest.
             queries = queries + (spread * tl.full([1, 1], 2.0**-field, tl.float16),)
-    shift = tl.zeros([M], tl.float32)
+    shift = tl.zeros([BLOCK, M], tl.float32)
     some = tl.arange(0, BLOCK)
     for first in tl.static_range(0, D, 32):
         mean = tl.load(pool_half + _tables_at("key means", KEYS, D) // 2 + first + some)
         query = tl.load(q + head * D + (first + some)[:, None], mask=head < G, other=0)
-        shift += tl.sum(query.to(tl.float32) * (mean.to(tl.float32) * factor)[:, None], 0)
-    return queries, (shift, half * -0.5)
+        shift += query.to(tl.float32) * (mean.to(tl.float32) * factor)[:, None]
+    sums = (tl.sum(shift, 0), tl.sum(half, 0) * -0.5)
+    return queries, sums
 
 
 @triton.jit
