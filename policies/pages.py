@@ -276,10 +276,10 @@ def _stored(form: Format, head_dim: int) -> str:
 def _stored_signs(form: Format, head_dim: int) -> str:
     rotated = ROTATED if form.directions == "hadamard" else ""  # type: ignore[attr-defined]
     name = f"signs{form.mean_bits:g}"  # type: ignore[attr-defined]
-    if name not in SIGNS or head_dim not in KERNEL_HEAD_DIMS:
+    if name not in SIGNS or (SIGNS[name] - 5) * head_dim % 64:
         raise KvtuneError(
             f"the runtime stores no {form.label} of {head_dim} channels",
-            hint="it stores whole eighths from 1.5 to 3.25 bits, of 64, 128 or 256 channels.",
+            hint="it stores eighths of a bit, from 1.5 to 3.25, where a token's fill whole bytes.",
         )
     return rotated + name
 

@@ -137,7 +137,7 @@ def test_which_rows_of_signs_have_pages() -> None:
     assert not has(Allocated(mean_bits=2.3), Allocated())
     assert not has(Allocated(directions=TURNED), Allocated())
     assert not has(Allocated(), Allocated(exact_first=0))
-    assert not has(Allocated(), Allocated(), 96)
+    assert not has(Allocated(mean_bits=2.125), Allocated(), 20)
     assert not has_pages(Option(Full(), ALL, Allocated(), Option().values), 64)
     codes = {PageLayout(64, name, name).code for name in SIGNS}
     assert {PageLayout.of(64, code).code for code in codes} == codes

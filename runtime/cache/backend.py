@@ -48,8 +48,8 @@ class Fitted:
 
     Args:
         cells: the first cell of each segment's, by the number of the segment.
-        weights: ``[H, D]`` of the heads of ``Writing.keys``, by which these are multiplied before
-            they are coded, and divided where they are read; or None.
+        weights: ``[segments, D]``, by which keys are multiplied before they are coded, and divided
+            where they are read; or None.
     """
 
     cells: Tensor
@@ -334,7 +334,7 @@ def write_fitted(pool: Tensor, writing: Writing, fitted: Fitted) -> None:
     inside = torch.arange(int(tokens.max()), device=pool.device)
     listed = (begin[:, None] + inside).clamp_max(len(writing.chosen) - 1)
     at = head[:, None], writing.chosen.long()[listed]
-    weights = None if fitted.weights is None else fitted.weights[head].float()
+    weights = None if fitted.weights is None else fitted.weights[segments].float()
     kept = Kept(writing.keys[at].float(), writing.values[at].float(), tokens, weights)
     pages, tables = write_sign_pages(kept, layout)
     cells = pool.view(-1, layout.cell_bytes)

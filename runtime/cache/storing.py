@@ -110,7 +110,12 @@ def _tables(
     held[rows] = layer.lengths[CODED, rows] > 0
     mine = np.flatnonzero(held & (layer.codes[CODED] == layout.code))
     layer.tables[mine] = layer.pool.take(len(mine), layout.tables.page_cells)
-    return Fitted(sent([layer.tables], layer.pool.memory.device)[0], weights)
+    there = sent([layer.tables], layer.pool.memory.device)[0]
+    if weights is not None:
+        every = weights.new_ones(layer.rows, weights.shape[1])
+        every[rows] = weights.repeat((rows.stop - rows.start) // len(weights), 1)
+        weights = every
+    return Fitted(there, weights)
 
 
 def _on_host(
