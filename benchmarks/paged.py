@@ -64,12 +64,11 @@ class Layer:
                 at += 1
         return torch.cat(keys).double(), torch.cat(values).double()
 
-
     def _read(self, page: Tensor, layout: PageLayout, segment: int) -> tuple[Tensor, Tensor]:
         if not layout.has_tables:
             return read_page(page, layout, self.paged.fp8_scales[segment])
         start = int(self.tables[segment]) * layout.cell_bytes
-        size = layout.tables.page_cells * layout.cell_bytes
+        size = layout.tables.page_bytes
         tables = self.paged.pool[start : start + size]
         keys, values = read_sign_pages(page[None], tables[None], layout)
         return keys[0], values[0]

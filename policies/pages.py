@@ -17,10 +17,11 @@ scales    fp16, then offsets likewise: of keys by channel [D/f, f], one a channe
           which its codes are met
 
 rotated   integers whose keys or values were multiplied by a Hadamard matrix before; they lie alike
-signs     of ``policies.formats.fitted.Allocated``: bytes of eight signs, channel by channel, in such
-          units too, keys [32, S/8], values [S/8, 32]; behind each a byte a token, its scale. What
-          all of a head's tokens share lies in tables of its own, whole cells of the same memory:
-          means, what each of a key's signs counts and in which channel, steps and bits of values
+signs     of ``policies.formats.fitted.Allocated``: bytes of eight signs, channel by channel, in
+          such units too, keys [32, S/8], values [S/8, 32]; behind each a byte a token, its scale.
+          What all of a head's tokens share lies in tables of its own, whole cells of the same
+          memory: means, what each of a key's signs counts and in which channel, steps and bits of
+          values
 
 Sizes are whole cells of 4 D bytes, so that pages of all formats share one pool.
 """
@@ -214,6 +215,11 @@ class PageTables:
         """Cells that they take."""
         return -(-self.used_bytes // self.cell_bytes)
 
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of these cells."""
+        return self.page_cells * self.cell_bytes
+
 
 def layout_of(option: Option, head_dim: int) -> PageLayout:
     """The pages that an option's coded tokens lie in.
@@ -222,7 +228,7 @@ def layout_of(option: Option, head_dim: int) -> PageLayout:
         KvtuneError: a format, a group or a head dimension that the runtime does not store.
     """
     keys, values = (_stored(form, head_dim) for form in (option.keys, option.values))
-    if is_signs(keys) != is_signs(values) or is_signs(keys) and is_rotated(keys):
+    if is_signs(keys) != is_signs(values) or (is_signs(keys) and is_rotated(keys)):
         raise KvtuneError(
             f"the runtime stores no {option.keys.label} beside {option.values.label}",
             hint="allocated keys, by channel, go with allocated values.",

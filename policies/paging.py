@@ -45,6 +45,9 @@ EXACT = (Bf16(), Bf16())
 Pages = Counter[PageLayout | PageTables]
 """How many of each; tables of a head's pages count as one."""
 
+CodedPages = Counter[PageLayout]
+"""The same of those that may lie on the host, which have no tables."""
+
 
 @dataclass(frozen=True)
 class Growth:
@@ -137,16 +140,16 @@ def may_lie_on_host(option: Option, head_dim: int) -> bool:
     return whole and not layout_of(option, head_dim).has_tables
 
 
-def host_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> Pages:
+def host_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> CodedPages:
     """Pages of one head's prompt that lie on the host, of whole blocks of 64 tokens."""
     if not option.on_host:
-        return Pages()
+        return CodedPages()
     coded = planned_entries(option, budget, prompt_tokens, head_dim)[1]
     layout = pages_of(option, head_dim)
-    return Pages({layout: layout.block_pages * -(-coded // PAGE)})
+    return CodedPages({layout: layout.block_pages * -(-coded // PAGE)})
 
 
-def arriving_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> Pages:
+def arriving_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> CodedPages:
     """Pages of one head that come over from the host at a step, and lie on the device then."""
     pages, reader = (
         host_pages(option, budget, prompt_tokens, head_dim),
@@ -155,7 +158,7 @@ def arriving_pages(option: Option, budget: int, prompt_tokens: int, head_dim: in
     if reader is None:
         return pages
     most = -(-reader.entries_read(prompt_tokens) // PAGE)
-    return Pages({layout: min(n, layout.block_pages * most) for layout, n in pages.items()})
+    return CodedPages({layout: min(n, layout.block_pages * most) for layout, n in pages.items()})
 
 
 def landing_bytes(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> int:
@@ -164,16 +167,18 @@ def landing_bytes(option: Option, budget: int, prompt_tokens: int, head_dim: int
     return round(sum(count * _share_of_slab(layout) for layout, count in pages.items()))
 
 
-def landing_pages(policy: Policy, prompt_tokens: int, head_dim: int, sequences: int = 1) -> Pages:
+def landing_pages(
+    policy: Policy, prompt_tokens: int, head_dim: int, sequences: int = 1
+) -> CodedPages:
     """Pages on the device for what comes over at a step: layers take turns, the largest counts."""
-    most, budgets = Pages(), policy.budgets(prompt_tokens)
+    most, budgets = CodedPages(), policy.budgets(prompt_tokens)
     if not policy.uses_host:
         return most
     for options, planned in zip(policy.heads, budgets.tolist(), strict=True):
-        layer = Pages()
+        layer = CodedPages()
         for option, budget in zip(options, planned, strict=True):
             layer += arriving_pages(option, budget, prompt_tokens, head_dim)
-        most |= Pages({layout: sequences * count for layout, count in layer.items()})
+        most |= CodedPages({layout: sequences * count for layout, count in layer.items()})
     return most
 
 
@@ -187,7 +192,7 @@ def landing_cells(policy: Policy, prompt_tokens: int, head_dim: int, sequences: 
 
 def host_sequence_bytes(policy: Policy, prompt_tokens: int, head_dim: int) -> int:
     """Pinned host memory of one sequence's prompt, whole pages in whole slabs."""
-    pages, budgets = Pages(), policy.budgets(prompt_tokens).flat
+    pages, budgets = CodedPages(), policy.budgets(prompt_tokens).flat
     for option, budget in zip(policy.options(), budgets, strict=True):
         pages += host_pages(option, int(budget), prompt_tokens, head_dim)
     by_size = Counter[int]()

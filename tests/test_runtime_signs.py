@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ from kvtune.runtime.kernels.reference import attend
 from kvtune.tests.tiers import first
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_interpreter")
-TURNED = "hadamard"
+TURNED: Literal["hadamard"] = "hadamard"
 CASES: list[tuple[int, tuple[Allocated, Allocated], bool]] = [
     (64, (Allocated(mean_bits=2.25), Allocated(directions=TURNED)), True),
     (64, (Allocated(0, 1.5), Allocated(0, 3.25)), False),
@@ -60,7 +60,9 @@ def filled(
         for number, (form, factor) in enumerate(zip(formats, (scale, 1.0), strict=True)):
             role = ("keys", "values")[number]
             stored = form.encode(both[number] * factor, role)  # type: ignore[arg-type]
-            both[number][sinks:] = form.decode(stored, head_dim, role)[sinks:] / scale**(1 - number)  # type: ignore[arg-type]
+            both[number][sinks:] = form.decode(stored, head_dim, role)[sinks:] / scale ** (
+                1 - number
+            )  # type: ignore[arg-type]
         expected.append((both[0], both[1]))
     return layer, expected
 

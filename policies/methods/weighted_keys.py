@@ -78,7 +78,8 @@ class WeightedKeys(Method):
         if self.queries == "later":
             return signals.later_queries()
         recent = signals.queries[:, -_RECENT:].float()
-        return recent.unflatten(0, (len(signals.keys), -1))
+        grouped: Tensor = recent.unflatten(0, (len(signals.keys), -1))
+        return grouped
 
     def plan(self, budget: int, prompt_tokens: int) -> tuple[PartPlan, ...]:
         """The plan of the method inside, with a weight a channel."""

@@ -77,7 +77,9 @@ class PagedLayer:
         self.codes = np.array(
             [[self.layout(k, n).code for n in range(self.rows)] for k in range(3)]
         )
-        self.tables = np.full(len(self.layouts), NOWHERE)  # first cells, of rows whose pages have some
+        self.tables = np.full(
+            len(self.layouts), NOWHERE
+        )  # first cells, of rows whose pages have some
         self.lengths = np.zeros((3, len(self.layouts)), np.int64)
         self.exact = np.zeros(len(self.layouts), np.int64)  # first tokens of a growing segment
         self.kept: list[int] = [0] * len(self.layouts)

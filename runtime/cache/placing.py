@@ -43,11 +43,7 @@ class Placed:
 def warn_of_slow_formats(policy: Policy, head_dim: int) -> None:
     """Say which options are read back from their encoded form at every step."""
     options = dict.fromkeys(policy.options())
-    slow = [
-        option.label
-        for option in options
-        if not has_pages(option, head_dim)
-    ]
+    slow = [option.label for option in options if not has_pages(option, head_dim)]
     if slow:
         warnings.warn(
             f"{', '.join(slow)}: these formats have no pages; they are held encoded and read back "

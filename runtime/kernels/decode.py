@@ -38,8 +38,6 @@ from kvtune.runtime.kernels.logits import load_queries, logits_of
 from kvtune.runtime.kernels.signs import (
     RUN,
     add_sign_values,
-    sign_logits,
-    sign_runs,
     spread_queries,
     store_channels,
 )

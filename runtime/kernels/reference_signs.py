@@ -57,9 +57,7 @@ def write_sign_pages(kept: Kept, layout: PageLayout) -> tuple[Tensor, Tensor]:
     return pages, tables
 
 
-def read_sign_pages(
-    pages: Tensor, tables: Tensor, layout: PageLayout
-) -> tuple[Tensor, Tensor]:
+def read_sign_pages(pages: Tensor, tables: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
     """Keys and values ``[n, 64, D]`` float32, rotated back.
 
     Args:
@@ -86,7 +84,9 @@ def read_sign_pages(
         at = (first + place).clamp_max(value_bits.shape[2] - 1).expand_as(levels)
         levels += torch.where(place < width, (value_bits.gather(2, at) - 0.5) * 2**place, 0)
     values = levels * steps.view(torch.float16).float()[:, None]
-    scales = [scale_of(pages[:, at:][:, :PAGE, None]) for at in (layout.key_scales, layout.value_scales)]
+    scales = [
+        scale_of(pages[:, at:][:, :PAGE, None]) for at in (layout.key_scales, layout.value_scales)
+    ]
     keys = keys * scales[0] + key_means.view(torch.float16).float()[:, None]
     values = values * scales[1] + value_means.view(torch.float16).float()[:, None]
     return keys, hadamard(values) if is_rotated(layout.values) else values
@@ -113,7 +113,9 @@ def _written(kept: Kept, layout: PageLayout) -> tuple[Tensor, Tensor]:
     ]  # fmt: skip
     whole = layout.page_bytes, layout.tables.page_cells * layout.cell_bytes
     laid = torch.cat(pages, -1), torch.cat([each.view(torch.uint8) for each in tables], -1)
-    found = [F.pad(each, (0, size - each.shape[-1])) for each, size in zip(laid, whole, strict=True)]
+    found = [
+        F.pad(each, (0, size - each.shape[-1])) for each, size in zip(laid, whole, strict=True)
+    ]
     return found[0], found[1]
 
 
@@ -158,12 +160,13 @@ def _by_page(rows: Tensor) -> Tensor:
     """``[R, n, ...]`` as ``[R, pages, 64, ...]``, zeros behind the last token."""
     missing = -rows.shape[1] % PAGE
     padded = F.pad(rows, (*[0, 0] * (rows.dim() - 2), 0, missing))
-    return padded.unflatten(1, (-1, PAGE))
+    paged: Tensor = padded.unflatten(1, (-1, PAGE))
+    return paged
 
 
 def _units(packed: Tensor, by_token: bool) -> Tensor:
     """Bytes ``[R, n, B]`` as they lie in pages ``[R, pages, 64 B]``: tokens t, t + 32 together."""
-    halves = _by_page(packed).unflatten(2, (2, _HALF))  # [R, pages, half, 32, B]
+    halves: Tensor = _by_page(packed).unflatten(2, (2, _HALF))  # [R, pages, half, 32, B]
     return halves.permute((0, 1, 3, 4, 2) if by_token else (0, 1, 4, 3, 2)).flatten(2)
 
 

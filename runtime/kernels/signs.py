@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvtune.runtime.kernels.codes import HALF, code_bytes, mask_of, plain_code, sign_bytes
+from kvtune.runtime.kernels.codes import HALF, code_bytes, mask_of, sign_bytes
 from kvtune.runtime.kernels.turning import mixed
 from kvtune.runtime.kernels.turning import signs as hadamard
 
