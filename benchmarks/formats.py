@@ -10,7 +10,8 @@ and all. Samples are taken one of each kind in turn until the time is up. A case
 recorded. ``--tune`` instead tries other shapes of the kernel for rotated pairs, one parameter after
 another, each from the best so far. ``--device cpu --tiny`` (with TRITON_INTERPRET=1) shows that it
 runs to its end. OSCAR's rotations are fitted first, to texts of the search split. With ``--live``
-no kernel is timed, with ``--kernels`` nothing else; ``--only`` and ``--tokens`` make that short enough for a CPU:
+no kernel is timed, with ``--kernels`` nothing else; ``--only`` and ``--tokens`` make that short
+enough for a CPU:
 
     python benchmarks/formats.py --live --device cpu --tokens 1024 --each 1 \
         --only "weighted, allocated 2.125" turboquant2 kitty+4 --out formats-signs-cpu.json

@@ -55,15 +55,14 @@ def filled(
     expected = []
     for head, count in enumerate(tokens):
         scale = torch.ones(head_dim) if weights is None else weights[head]
+        mine = keys[head, :count].float(), values[head, :count].float()
+        read = (
+            formats[0].decode(formats[0].encode(mine[0] * scale, "keys"), head_dim, "keys") / scale,
+            formats[1].decode(formats[1].encode(mine[1], "values"), head_dim, "values"),
+        )
         sinks = min(formats[0].exact_first, count)
-        both = [keys[head, :count].float(), values[head, :count].float()]
-        for number, (form, factor) in enumerate(zip(formats, (scale, 1.0), strict=True)):
-            role = ("keys", "values")[number]
-            stored = form.encode(both[number] * factor, role)  # type: ignore[arg-type]
-            both[number][sinks:] = form.decode(stored, head_dim, role)[sinks:] / scale ** (
-                1 - number
-            )  # type: ignore[arg-type]
-        expected.append((both[0], both[1]))
+        pair = [torch.cat([a[:sinks], b[sinks:]]) for a, b in zip(mine, read, strict=True)]
+        expected.append((pair[0], pair[1]))
     return layer, expected
 
 

@@ -77,9 +77,7 @@ class PagedLayer:
         self.codes = np.array(
             [[self.layout(k, n).code for n in range(self.rows)] for k in range(3)]
         )
-        self.tables = np.full(
-            len(self.layouts), NOWHERE
-        )  # first cells, of rows whose pages have some
+        self.tables = np.full(len(self.layouts), NOWHERE)  # first cells, where pages have some
         self.lengths = np.zeros((3, len(self.layouts)), np.int64)
         self.exact = np.zeros(len(self.layouts), np.int64)  # first tokens of a growing segment
         self.kept: list[int] = [0] * len(self.layouts)
@@ -326,4 +324,6 @@ class PagedLayer:
             len(cells) * self.layout(kind, row).page_bytes
             for kind, rows in enumerate(self.pages)
             for row, cells in enumerate(rows)
+        ) + sum(
+            self.layouts[row].tables.page_bytes for row in np.flatnonzero(self.tables != NOWHERE)
         )

@@ -111,12 +111,16 @@ def _written(kept: Kept, layout: PageLayout) -> tuple[Tensor, Tensor]:
         _units(key_signs.bytes_of(key_codes), True), _by_page(key_codes.tokens[..., 0]),
         _units(value_signs.bytes_of(value_codes), False), _by_page(value_codes.tokens[..., 0]),
     ]  # fmt: skip
-    whole = layout.page_bytes, layout.tables.page_cells * layout.cell_bytes
-    laid = torch.cat(pages, -1), torch.cat([each.view(torch.uint8) for each in tables], -1)
-    found = [
-        F.pad(each, (0, size - each.shape[-1])) for each, size in zip(laid, whole, strict=True)
-    ]
-    return found[0], found[1]
+    return (
+        _padded(torch.cat(pages, -1), layout.page_bytes),
+        _padded(
+            torch.cat([each.view(torch.uint8) for each in tables], -1), layout.tables.page_bytes
+        ),
+    )
+
+
+def _padded(laid: Tensor, size: int) -> Tensor:
+    return F.pad(laid, (0, size - laid.shape[-1]))
 
 
 def _form(name: str, head_dim: int) -> Allocated:
