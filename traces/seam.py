@@ -118,7 +118,10 @@ class RowAttention:
         self._biases = self._biases or [self._bias(start, group, q) for start in starts]
         tiles = []
         for start, bias in zip(starts, self._biases, strict=True):
-            mine, last = queries[:, :, :, start : start + _TILE_QUERIES].flatten(2, 3), bias.shape[1]
+            mine, last = (
+                queries[:, :, :, start : start + _TILE_QUERIES].flatten(2, 3),
+                bias.shape[1],
+            )
             found = F.scaled_dot_product_attention(
                 mine, k[:, :, :last], v[:, :, :last], attn_mask=bias, scale=scale
             )
@@ -131,7 +134,9 @@ class RowAttention:
 
         rows = torch.tensor(self._places[start : start + _TILE_QUERIES], device=like.device)
         last = self._places[start : start + _TILE_QUERIES][-1] + 1
-        key = torch.arange(-(-last // 16) * 16, device=like.device)  # CUDA's kernel wants it aligned
+        key = torch.arange(
+            -(-last // 16) * 16, device=like.device
+        )  # CUDA's kernel wants it aligned
         hidden = (key > rows[:, None]).repeat(group, 1)
         bias = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
         return bias.masked_fill_(hidden, -torch.inf)[:, :last]

@@ -20,6 +20,7 @@ from torch import Tensor
 from kvtune.common.errors import KvtuneError
 from kvtune.runtime.reuse.passes import (
     PromptCache,
+    part_of,
     placed,
     refuse_windows,
     run_anew,
@@ -83,10 +84,13 @@ def blended(
     first, ids = tokens_of(chunks[0]), [*token_ids, *question]
     with torch.no_grad():
         fresh, queries = _first_layers(loaded, ids)
-        worth = _worth(rule, cache[CHECK_LAYER], fresh[-1], queries, loaded.geometry.scale)
+        cached, now = (
+            part_of([each], slice(0, whole))[0] for each in (cache[CHECK_LAYER], fresh[-1])
+        )
+        worth = _worth(rule, cached, now, queries, loaded.geometry.scale)
     cache[: len(fresh)] = fresh
     count = int(share * (whole - first))
-    chosen = (first + worth[first:whole].topk(count).indices).sort().values
+    chosen = (first + worth[first:].topk(count).indices).sort().values
     places = [*chosen.tolist(), *range(whole, whole + asked)]
     logits = None
     if places:
