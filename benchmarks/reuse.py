@@ -12,8 +12,9 @@ of what it says then (PIE), beside the same without turning keys (``spliced``). 
 what a question waits for its first answer token on models of random weights of Llama's shapes (1B:
 16 layers of 2048 channels; 8B: 32 of 4096), 8192 tokens of documents and 64 of a question, which
 every way runs in one pass with what it computes; ``saved`` is the share of the wait behind a full
-prefill, documents and question in one pass. Caches are in device memory: loading them is not timed. ``--device cpu --tiny``
-shows that it runs to its end; ``--work`` counts operations instead of timing, on a CPU.
+prefill, documents and question in one pass. Caches are in device memory: loading them is not
+timed. ``--device cpu --tiny`` shows that it runs to its end; ``--work`` counts operations instead
+of timing, on a CPU.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from kvtune.runtime.reuse.passes import PromptCache, encoded, joined, part_of, p
 from kvtune.runtime.reuse.shortening import shortened
 from kvtune.traces.models import LoadedModel, load_model, wrap
 from kvtune.traces.passes import full_cache_handler, prompt_cache, run_observed
-from kvtune.traces.seam import causal_attention
 from kvtune.traces.samples import Sample
+from kvtune.traces.seam import causal_attention
 from kvtune.traces.workloads import Workload, build
 from kvtune.tuner.quality import estimate
 
