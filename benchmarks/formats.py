@@ -208,6 +208,10 @@ def options() -> dict[str, Option]:
         ("weighted, rotated_int2+4", RotatedInt2(**sinks), RotatedInt2(**sinks)),
     ):
         found[name] = Option(WeightedKeys(), ALL, keys, values)
+    pair = Allocated(mean_bits=2.25), _rotated(2.0)
+    found["allocated 2.25 / 2 rotated"] = Option(Full(), ALL, *pair)
+    recent = "recent weighted, allocated 2.25 / 2 rotated"
+    found[recent] = Option(WeightedKeys(queries="recent"), ALL, *pair)
     found["allocated 2.125 / turboquant2"] = Option(Full(), ALL, Allocated(mean_bits=2.125), two)
     grouped = RotatedInt2(group=128)
     found["oscar, 4 sinks"] = Option(Oscar(), ALL, grouped, grouped)
