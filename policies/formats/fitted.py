@@ -66,6 +66,11 @@ class Allocated(Coded):
         rotated = "" if self.directions == "channels" else f"-{self.directions}"
         return f"{self.name}{self.mean_bits:g}{rotated}+{self.exact_first}"
 
+    @property
+    def code_bits(self) -> float:
+        """``mean_bits``."""
+        return self.mean_bits
+
     def signs(self, head_dim: int) -> int:
         """Bits of a token, over all directions: whole bytes, one at least."""
         return 8 * max(round(self.mean_bits * head_dim / 8), 1)
