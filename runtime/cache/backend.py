@@ -18,6 +18,10 @@ from kvtune.runtime.kernels.reference import rotate, write_page
 from kvtune.runtime.kernels.reference_signs import Kept, write_sign_pages
 from kvtune.runtime.rotation import Rotation
 
+_CODED_AT_ONCE = 2**23
+"""Numbers of keys that are fitted at once; what this takes beside them is thirty times as many
+bytes."""
+
 
 @dataclass(frozen=True)
 class Writing:
@@ -324,24 +328,35 @@ class PlainBackend:
 
 
 def write_fitted(pool: Tensor, writing: Writing, fitted: Fitted) -> None:
-    """Pages of signs and their tables; reads back how long the longest segment is."""
-    layout, records = writing.layout, writing.records.long()
-    row, first, count, cell, segment = records.unbind(1)
-    segments, which = segment.unique(return_inverse=True)
-    begin = first.new_full((len(segments),), 2**62).scatter_reduce(0, which, first, "amin")
+    """Pages of signs and their tables, some heads at a time; waits once for their lengths."""
+    layout, chosen = writing.layout, writing.chosen.long()
+    row, first, count, cell, segment = writing.records.long().unbind(1)
+    segments, which, pages = segment.unique_consecutive(return_inverse=True, return_counts=True)
+    ends = pages.cumsum(0)
+    head, begin = row[ends - pages], first[ends - pages]
     tokens = torch.zeros_like(begin).index_add_(0, which, count)
-    head = torch.zeros_like(begin).scatter_(0, which, row)
-    inside = torch.arange(int(tokens.max()), device=pool.device)
-    listed = (begin[:, None] + inside).clamp_max(len(writing.chosen) - 1)
-    at = head[:, None], writing.chosen.long()[listed]
-    weights = None if fitted.weights is None else fitted.weights[segments].float()
-    kept = Kept(writing.keys[at].float(), writing.values[at].float(), tokens, weights)
-    pages, tables = write_sign_pages(kept, layout)
-    cells = pool.view(-1, layout.cell_bytes)
-    pages = pages[which, (first - begin[which]) // layout.page_tokens]
-    for start, laid in ((cell, pages), (fitted.cells.long()[segments], tables)):
-        parts = laid.view(len(start), -1, layout.cell_bytes)
-        cells[start[:, None] + torch.arange(parts.shape[1], device=pool.device)] = parts
+    page_ends, lengths = torch.stack([ends, tokens]).tolist()
+    tables_at, cells = fitted.cells.long()[segments], pool.view(-1, layout.cell_bytes)
+    step = max(_CODED_AT_ONCE // (max(lengths) * layout.head_dim), 1)
+    for start in range(0, len(lengths), step):
+        some = slice(start, min(start + step, len(lengths)))
+        mine = slice(page_ends[start - 1] if start else 0, page_ends[some.stop - 1])
+        inside = torch.arange(max(lengths[some]), device=pool.device)
+        listed = (begin[some, None] + inside).clamp_max(len(chosen) - 1)
+        at = head[some, None], chosen[listed]
+        weights = None if fitted.weights is None else fitted.weights[segments[some]].float()
+        kept = Kept(writing.keys[at].float(), writing.values[at].float(), tokens[some], weights)
+        every, tables = write_sign_pages(kept, layout)
+        own = which[mine]
+        laid = every[own - start, (first[mine] - begin[own]) // layout.page_tokens]
+        _put(cells, cell[mine], laid)
+        _put(cells, tables_at[some], tables)
+
+
+def _put(cells: Tensor, first: Tensor, laid: Tensor) -> None:
+    """Write bytes ``[n, bytes]`` into whole cells from each one's first on."""
+    parts = laid.view(len(first), -1, cells.shape[1])
+    cells[first[:, None] + torch.arange(parts.shape[1], device=cells.device)] = parts
 
 
 def _appending(layer: Paged, growing: Growing, keys: Tensor, values: Tensor) -> tuple[Any, ...]:

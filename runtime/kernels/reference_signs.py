@@ -8,7 +8,6 @@ were weighted are read divided by their weights, which is part of their steps an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +19,6 @@ from kvtune.policies.formats.hadamard import hadamard
 from kvtune.policies.pages import PAGE, PageLayout, is_rotated, sign_bytes
 
 _HALF = PAGE // 2
-_AT_ONCE = 2**24
-"""Numbers of keys that are coded at once."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +37,33 @@ class Kept:
     counts: Tensor
     weights: Tensor | None = None
 
-    def pieces(self) -> Iterator[tuple[slice, Kept]]:
-        """Some heads at a time."""
-        rows, tokens, head_dim = self.keys.shape
-        step = max(_AT_ONCE // max(tokens * head_dim, 1), 1)
-        for start in range(0, rows, step):
-            some = slice(start, start + step)
-            weights = None if self.weights is None else self.weights[some]
-            yield some, Kept(self.keys[some], self.values[some], self.counts[some], weights)
-
 
 def write_sign_pages(kept: Kept, layout: PageLayout) -> tuple[Tensor, Tensor]:
     """Bytes of pages ``[R, pages, page_bytes]`` and of tables ``[R, cells of them * 4 D]``."""
-    both = [_written(piece, layout) for _, piece in kept.pieces()]
-    pages, tables = (torch.cat(parts) for parts in zip(*both, strict=True))
-    return pages, tables
+    keys = kept.keys if kept.weights is None else kept.keys * kept.weights[:, None]
+    key_mean, key_codes = _form(layout.keys, layout.head_dim).coded_rows(keys, kept.counts)
+    value_mean, value_codes = _form(layout.values, layout.head_dim).coded_rows(
+        kept.values, kept.counts
+    )
+    weights = 1.0 if kept.weights is None else kept.weights
+    key_signs = _Signs.of(key_codes, sign_bytes(layout.keys, layout.head_dim))
+    value_signs = _Signs.of(value_codes, sign_bytes(layout.values, layout.head_dim))
+    amounts = (key_codes.steps[:, 0].float() / weights).gather(1, key_signs.channel)
+    tables = [
+        (key_mean[:, 0].float() / weights).half(), value_mean[:, 0], value_codes.steps[:, 0],
+        value_signs.first.to(torch.int16), (amounts * (1 << key_signs.place)).half(),
+        key_signs.channel.to(torch.uint8), value_codes.widths[:, 0].to(torch.uint8),
+    ]  # fmt: skip
+    pages = [
+        _units(key_signs.bytes_of(key_codes), True), _by_page(key_codes.tokens[..., 0]),
+        _units(value_signs.bytes_of(value_codes), False), _by_page(value_codes.tokens[..., 0]),
+    ]  # fmt: skip
+    return (
+        _padded(torch.cat(pages, -1), layout.page_bytes),
+        _padded(
+            torch.cat([each.view(torch.uint8) for each in tables], -1), layout.tables.page_bytes
+        ),
+    )
 
 
 def read_sign_pages(pages: Tensor, tables: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
@@ -90,33 +99,6 @@ def read_sign_pages(pages: Tensor, tables: Tensor, layout: PageLayout) -> tuple[
     keys = keys * scales[0] + key_means.view(torch.float16).float()[:, None]
     values = values * scales[1] + value_means.view(torch.float16).float()[:, None]
     return keys, hadamard(values) if is_rotated(layout.values) else values
-
-
-def _written(kept: Kept, layout: PageLayout) -> tuple[Tensor, Tensor]:
-    keys = kept.keys if kept.weights is None else kept.keys * kept.weights[:, None]
-    key_mean, key_codes = _form(layout.keys, layout.head_dim).coded_rows(keys, kept.counts)
-    value_mean, value_codes = _form(layout.values, layout.head_dim).coded_rows(
-        kept.values, kept.counts
-    )
-    weights = 1.0 if kept.weights is None else kept.weights
-    key_signs = _Signs.of(key_codes, sign_bytes(layout.keys, layout.head_dim))
-    value_signs = _Signs.of(value_codes, sign_bytes(layout.values, layout.head_dim))
-    amounts = (key_codes.steps[:, 0].float() / weights).gather(1, key_signs.channel)
-    tables = [
-        (key_mean[:, 0].float() / weights).half(), value_mean[:, 0], value_codes.steps[:, 0],
-        value_signs.first.to(torch.int16), (amounts * (1 << key_signs.place)).half(),
-        key_signs.channel.to(torch.uint8), value_codes.widths[:, 0].to(torch.uint8),
-    ]  # fmt: skip
-    pages = [
-        _units(key_signs.bytes_of(key_codes), True), _by_page(key_codes.tokens[..., 0]),
-        _units(value_signs.bytes_of(value_codes), False), _by_page(value_codes.tokens[..., 0]),
-    ]  # fmt: skip
-    return (
-        _padded(torch.cat(pages, -1), layout.page_bytes),
-        _padded(
-            torch.cat([each.view(torch.uint8) for each in tables], -1), layout.tables.page_bytes
-        ),
-    )
 
 
 def _padded(laid: Tensor, size: int) -> Tensor:
