@@ -1,13 +1,17 @@
-"""Compaction by fitting at 1, 3 and 6 % of the bytes: live KL and needle digits on a GPU.
+"""Compaction by fitting and bits by channel, 1 to 25 % of the bytes: live KL and needle digits.
 
-    python benchmarks/compaction.py --out benchmarks/results/compaction-h200.json
+    python benchmarks/compaction.py --out benchmarks/results/compaction-h200.json [--seconds 540]
 
-SmolLM2-135M on samples as ``quality.py`` makes them. At every share of the bf16 bytes: Attention
-Matching and its cheap variants in several precisions, every published method of the menu in the
+SmolLM2-135M on samples as ``quality.py`` makes them, on a GPU. At every share of the bf16 bytes:
+plans found by the search with compaction in the menu, with the formats of ``options.WEIGHTED``
+besides (2.3 and 3.2 bits an element behind weighted keys), without either, and with compaction in
+16 bits alone, which stands for Attention Matching with budgets of its own. ``times`` is how many
+times the loss of the menu without either that of each menu is, with a 95 % interval over samples
+that are drawn alike for both. Then, at 1, 3 and 6 %, every published method of the menu in the
 precision that suits it best (by the very figures that are shown, which is generous to it), and
-plans found by the search with and without compaction in the menu, and with compaction in 16 bits
-alone, which stands for Attention Matching with budgets of its own. Plans are picked among search
-settings on selection samples that the evaluation does not share. A part that fails is recorded.
+Attention Matching and its cheap variants alike in all heads. Plans are picked among search settings
+on selection samples that the evaluation does not share. Shares come in the order of the issue's
+numbers; none is begun, and no part, after ``--seconds``. A part that fails is recorded.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 from itertools import product
 from operator import or_
@@ -23,10 +28,10 @@ from typing import Any
 
 import numpy as np
 import workers
-from outcomes import Outcome, used
+from outcomes import Outcome, times_as_much, used
 from plans import Plan, Variant, choose, search
 from quality_bench import Bench, opened
-from recorded_parts import attempt
+from recorded_parts import attempt, say
 
 from kvtune.policies.allocators.model_wide import ModelWide
 from kvtune.policies.formats.bf16 import Bf16
@@ -42,9 +47,10 @@ from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.simulator.quality.tables import Tables, join
-from kvtune.tuner.options import Menu, Pair
+from kvtune.tuner.options import WEIGHTED, Menu, Pair
 
 SHARES = (0.01, 0.03, 0.06)
+PLANNED = (0.03, 0.06, 0.01, 0.12, 0.25)
 FORMATS: tuple[Pair, ...] = (
     (Bf16(), Bf16()),
     (Int4(exact_first=4), Int4(exact_first=4)),
@@ -61,8 +67,11 @@ PUBLISHED: tuple[Method, ...] = (
 )  # fmt: skip
 MATCHED = AttentionMatching(fit="together")
 MENU = (SnapKV(), SnapKV(recent=8), H2O(), StreamingLLM(), KVzip(), MATCHED)
+ALLOCATED = "with compaction and allocated"
 MENUS = ("with compaction", "without", "compaction in 16 bits")
+EVERY_MENU = (*MENUS, ALLOCATED)
 COUNTS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 448)  # of 1792 tokens
+MORE_COUNTS = (*COUNTS, 896)
 MOST_FITTED = 256  # entries a head: what fits cost grows with their cube
 
 
@@ -131,6 +140,19 @@ def tables(bench: Bench, options: Sequence[Option], probes: int) -> Tables:
     return join(made)
 
 
+def columns_of(options: Sequence[Option]) -> dict[str, np.ndarray]:
+    """What each menu has, as columns of the tables."""
+    fitted = np.array([isinstance(o.method, AttentionMatching) for o in options])
+    plain = np.array([(o.keys, o.values) == FORMATS[0] for o in options])
+    allocated = np.array([(o.keys, o.values) in WEIGHTED for o in options])
+    return {
+        "with compaction": np.flatnonzero(~allocated),
+        "without": np.flatnonzero(~fitted & ~allocated),
+        "compaction in 16 bits": np.flatnonzero(fitted & plain),
+        ALLOCATED: np.arange(len(options)),
+    }
+
+
 def plans(
     bench: Bench,
     menu: Menu,
@@ -138,69 +160,107 @@ def plans(
     shares: Sequence[float],
     names: Sequence[str] = MENUS,
     kept: dict[str, dict[str, tuple[Policy, Outcome]]] | None = None,
+    until: float = float("inf"),
 ) -> dict[str, Any]:
-    """The plan at every share with compaction, without, and of compaction in 16 bits alone.
+    """Every menu's plan at every share that is begun before the time ``until``.
 
     ``kept`` takes their policies and outcomes by share.
     """
     started = time.monotonic()
     measured = tables(bench, [*filter(is_offered, menu.options())], probes)
-    seconds = time.monotonic() - started
-    options = measured.options
-    fitted = np.array([isinstance(o.method, AttentionMatching) for o in options])
-    plain = np.array([(o.keys, o.values) == FORMATS[0] for o in options])
-    menus = {
-        "with compaction": np.arange(len(options)),
-        "without": np.flatnonzero(~fitted),
-        "compaction in 16 bits": np.flatnonzero(fitted & plain),
-    }
+    result: dict[str, Any] = {"table_seconds": time.monotonic() - started}
+    for share in shares:
+        if time.monotonic() > until:
+            say("no time for", share)
+            break
+        found = planned(bench, measured, share, names)
+        result.setdefault("on_selection", {}).update(found.losses)
+        rows = {name: summary(*pair) | used_by(pair[0]) for name, pair in found.run.items()}
+        if "without" in found.run:
+            for name, (_, outcome) in found.run.items():
+                times, interval = times_as_much(found.run["without"][1], outcome)
+                rows[name] |= {"times": times, "times_interval": interval}
+        for name, plan in found.plans.items():
+            rows[name]["predicted"] = plan.predicted
+        result[f"{share:.0%}"] = rows
+        if kept is not None:
+            kept[f"{share:.0%}"] = found.run
+        bench.record("plans", result)
+    return result
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The plans that were picked at one share, by menu.
+
+    Args:
+        plans: as the search made them.
+        run: their policies, and what evaluation samples say of them.
+        losses: predicted and live on selection samples, of all plans that were tried.
+    """
+
+    plans: dict[str, Plan]
+    run: dict[str, tuple[Policy, Outcome]]
+    losses: dict[str, tuple[float, float]]
+
+
+def planned(bench: Bench, measured: Tables, share: float, names: Sequence[str]) -> Planned:
+    """Search, pick on selection samples, and run on those of evaluation."""
+    menus = columns_of(measured.options)
     settings = product(((name, menus[name]) for name in names), (0.0, 0.3), (1.0, 4.0))
     wanted = [
         Variant(f"{name}, cross terms {cross}, retrieval x{emphasis:g}", columns, cross, emphasis)
         for (name, columns), cross, emphasis in settings
     ]
-    found, _ = search(measured, shares, wanted)
-    groups: dict[tuple[float, str], list[Plan]] = {}
+    found, _ = search(measured, (share,), wanted)
+    groups: dict[str, list[Plan]] = {}
     for plan in found:
-        groups.setdefault((plan.share, plan.variant.name.split(", ")[0]), []).append(plan)
+        groups.setdefault(plan.variant.name.split(", ")[0], []).append(plan)
     choice = choose(groups, bench.run, bench.of("select"), bench.division.select_needles)
-    picked = list(choice.plans.items())
-    outcomes = bench.run([plan.policy for _, plan in picked], evaluation(bench))
-    result: dict[str, Any] = {"table_seconds": seconds, "on_selection": choice.losses}
-    for ((share, name), plan), outcome in zip(picked, outcomes, strict=True):
-        row = summary(plan.policy, outcome) | {
-            "predicted": plan.predicted,
-            "options": used(plan.policy),
-        }
-        result.setdefault(f"{share:.0%}", {})[name] = row
-        if kept is not None:
-            kept.setdefault(f"{share:.0%}", {})[name] = plan.policy, outcome
-    return result
+    policies = {name: plan.policy for name, plan in choice.plans.items()}
+    outcomes = bench.run(list(policies.values()), evaluation(bench))
+    pairs = zip(policies.items(), outcomes, strict=True)
+    return Planned(
+        choice.plans, {name: (policy, one) for (name, policy), one in pairs}, choice.losses
+    )
+
+
+def used_by(policy: Policy) -> dict[str, Any]:
+    """The options that a policy's heads have."""
+    return {"options": used(policy)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, default=Path("kvtune-runs/compaction-traces"))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=540)
     parser.add_argument("--tiny", action="store_true", help="one short sample of each kind")
     arguments = parser.parse_args()
+    until = time.monotonic() + arguments.seconds
     tokens, observed, per_kind, needles, probes = 2048, 256, (3, 1, 2), 8, 16
-    counts, methods, published, fitted, shares = COUNTS, MENU, PUBLISHED, FITTED, SHARES
+    counts, methods, published, fitted, shares = MORE_COUNTS, MENU, PUBLISHED, FITTED, SHARES
+    at = PLANNED
     if arguments.tiny:
         tokens, observed, per_kind, needles, probes = 192, 32, (1, 1, 1), 1, 1
         counts, methods, published = (256,), MENU[5:], PUBLISHED[3:4]
         fitted, shares = FITTED[1:2], (0.06,)
-    menu = Menu(methods, tuple(n / 1792 for n in counts), FORMATS)
+        at = shares
+    menu = Menu(methods, tuple(n / 1792 for n in counts), FORMATS, WEIGHTED)
     with opened(
         arguments, tokens=tokens, observed=observed, per_kind=per_kind, needles=needles,
         probes=probes,
     ) as bench:  # fmt: skip
-        attempt(bench.record, "plans", lambda: plans(bench, menu, probes, shares))
-        attempt(bench.record, "published", lambda: uniform(bench, published, shares))
-        attempt(bench.record, "compaction", lambda: uniform(bench, fitted, shares))
+        names = EVERY_MENU[-1:] if arguments.tiny else EVERY_MENU
+        attempt(bench.record, "plans", lambda: plans(bench, menu, probes, at, names, until=until))
+        for part, some in (("published", published), ("compaction", fitted)):
+            if time.monotonic() < until:
+                attempt(bench.record, part, lambda some=some: uniform(bench, some, shares))
 
 
 if __name__ == "__main__":

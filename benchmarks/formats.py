@@ -10,7 +10,8 @@ and all. Samples are taken one of each kind in turn until the time is up. A case
 recorded. ``--tune`` instead tries other shapes of the kernel for rotated pairs, one parameter after
 another, each from the best so far. ``--device cpu --tiny`` (with TRITON_INTERPRET=1) shows that it
 runs to its end. OSCAR's rotations are fitted first, to texts of the search split. With ``--live``
-no kernel is timed; ``--only`` and ``--tokens`` make that short enough for a CPU:
+no kernel is timed, with ``--kernels`` nothing else; ``--only`` and ``--tokens`` make that short
+enough for a CPU:
 
     python benchmarks/formats.py --live --device cpu --tokens 1024 --each 1 \
         --only "weighted, allocated 2.125" turboquant2 kitty+4 --out formats-signs-cpu.json
@@ -70,8 +71,14 @@ PAIRS = {
     "int2": ("int2", "int2"),
     "rotated int2": ("rotated_int2-token", "rotated_int2"),
     "rotated int4 keys, rotated int2 values": ("rotated_int4-token", "rotated_int2"),
+    "allocated 2.25, 2 rotated": ("signs2.25", "rotated_signs2"),
+    "allocated 2, 2": ("signs2", "signs2"),
+    "allocated 3, 3 rotated": ("signs3", "rotated_signs3"),
 }
-TUNED = ("rotated int4", "rotated int3", "rotated int2", "int4", "int3")
+TUNED = (
+    "allocated 2.25, 2 rotated", "allocated 3, 3 rotated",
+    "rotated int4", "rotated int3", "rotated int2", "int4", "int3",
+)  # fmt: skip
 TRIED = {"programs": (None, 396, 660, 792, 1056), "stages": (3, 2, 4), "warps": (1, 2)}
 TINY = {"search": {"prose": 1}}
 TOGETHER = 4  # policies in one batch
@@ -132,9 +139,12 @@ def microseconds(
     return {"us": round(1e6 * seconds, 2), "mb": round(layers[0].payload_bytes / 1e6, 2)}
 
 
-def kernels(found: Found, tiny: bool) -> None:
+def kernels(found: Found, arguments: argparse.Namespace) -> None:
     """Errors of every pair, then times; ratios are to bf16 over the same tokens."""
+    tiny, only = arguments.tiny, arguments.only
     for name, pair in PAIRS.items():
+        if found.is_over() or (only and name not in ("bf16", *only)):
+            continue
         shapes = ((64, 100),) if tiny else ((64, 3000), (128, 3000))
         errors = {
             str(head_dim): found.attempt(
@@ -198,6 +208,10 @@ def options() -> dict[str, Option]:
         ("weighted, rotated_int2+4", RotatedInt2(**sinks), RotatedInt2(**sinks)),
     ):
         found[name] = Option(WeightedKeys(), ALL, keys, values)
+    pair = Allocated(mean_bits=2.25), _rotated(2.0)
+    found["allocated 2.25 / 2 rotated"] = Option(Full(), ALL, *pair)
+    recent = "recent weighted, allocated 2.25 / 2 rotated"
+    found[recent] = Option(WeightedKeys(queries="recent"), ALL, *pair)
     found["allocated 2.125 / turboquant2"] = Option(Full(), ALL, Allocated(mean_bits=2.125), two)
     grouped = RotatedInt2(group=128)
     found["oscar, 4 sinks"] = Option(Oscar(), ALL, grouped, grouped)
@@ -294,19 +308,22 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small shapes, no times")
     parser.add_argument("--tune", action="store_true", help="shapes of the kernel alone")
     parser.add_argument("--live", action="store_true", help="what formats lose alone")
+    parser.add_argument("--kernels", action="store_true", help="errors and times alone")
     parser.add_argument("--only", nargs="+", help="names of formats, instead of all")
     parser.add_argument("--tokens", type=int, default=2048, help="of a sample, an eighth observed")
     parser.add_argument("--each", type=int, default=12, help="samples of each kind of text")
     arguments = parser.parse_args()
-    parts = ("live",) if arguments.live else ("kernels", "live")
+    parts = [name for name in ("kernels", "live") if getattr(arguments, name)]
+    parts = parts or ["kernels", "live"]
     found = Found(arguments.out, arguments.seconds, *(() if arguments.tune else parts))
     if arguments.tune:
         found.attempt("tuned", lambda: tuned(found, arguments.tiny))
         found.write()
         return
-    if not arguments.live:
-        found.attempt("kernels", lambda: kernels(found, arguments.tiny))
-    found.attempt("live", lambda: live(found, arguments))
+    if "kernels" in parts:
+        found.attempt("kernels", lambda: kernels(found, arguments))
+    if "live" in parts:
+        found.attempt("live", lambda: live(found, arguments))
     found.write()
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from kvtune.policies.pages import PageLayout
+from kvtune.runtime.cache.backend import Fitted, TritonBackend, Writing
 from kvtune.runtime.kernels.launch import Paged, Scratch, Shape, decode
-from kvtune.runtime.kernels.pages import store_pages
 from kvtune.runtime.kernels.reference import read_page
+from kvtune.runtime.kernels.reference_signs import read_sign_pages
 from kvtune.runtime.kernels.tiles import TABLE_AHEAD, Segments, plan_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there, Triton's interpreter can check
@@ -41,6 +42,7 @@ class Layer:
     head_dim: int
     runs: Sequence[Run]
     payload_bytes: int
+    tables: Tensor
 
     @property
     def rows(self) -> int:
@@ -55,18 +57,27 @@ class Layer:
                 if run.row == row:
                     start = int(self.paged.table[at]) * layout.cell_bytes
                     raw = self.paged.pool[start : start + layout.page_bytes]
-                    pair = read_page(raw, layout, self.paged.fp8_scales[segment])
+                    pair = self._read(raw, layout, segment)
                     count = min(layout.page_tokens, run.tokens - page)
                     keys.append(pair[0][:count])
                     values.append(pair[1][:count])
                 at += 1
         return torch.cat(keys).double(), torch.cat(values).double()
 
+    def _read(self, page: Tensor, layout: PageLayout, segment: int) -> tuple[Tensor, Tensor]:
+        if not layout.has_tables:
+            return read_page(page, layout, self.paged.fp8_scales[segment])
+        start = int(self.tables[segment]) * layout.cell_bytes
+        size = layout.tables.page_bytes
+        tables = self.paged.pool[start : start + size]
+        keys, values = read_sign_pages(page[None], tables[None], layout)
+        return keys[0], values[0]
+
 
 def make_layer(
     runs: Sequence[Run], rows: int, group: int, head_dim: int, programs: int | None = None
 ) -> Layer:
-    """Random tokens through ``store_pages``; pages of all rows are shuffled in the pool."""
+    """Random tokens in pages; those of all rows are shuffled in the pool, tables behind them."""
     longest = max(run.tokens for run in runs)
     keys = torch.randn(rows, max(longest, 1), head_dim, device=DEVICE, dtype=torch.bfloat16)
     values = torch.randn_like(keys)
@@ -76,17 +87,21 @@ def make_layer(
     order = np.random.default_rng(0).permutation(len(cells))
     start = np.empty(len(cells), np.int64)
     start[order] = cells[order].cumsum() - cells[order]
+    tables = np.array([x.tables.page_cells if x.has_tables else 0 for x in layouts])
+    every = int(cells.sum() + tables.sum())
+    tables_at = cells.sum() + tables.cumsum() - tables
     segments = Segments(
         np.array([run.row for run in runs]),
         np.array([layout.code for layout in layouts]),
         pages.cumsum() - pages,
         pages,
         np.array([run.tokens for run in runs]),
+        tables_at,
     )
     tiles = plan_tiles(segments, start, programs)
     top = torch.full((len(runs), 2), 5.0 / 448, device=DEVICE)  # normal numbers stay below 5
     paged = Paged(
-        torch.zeros(int(cells.sum()) * 4 * head_dim, dtype=torch.uint8, device=DEVICE),
+        torch.zeros(every * 4 * head_dim, dtype=torch.uint8, device=DEVICE),
         torch.tensor(np.append(start, [0] * TABLE_AHEAD), dtype=torch.int32, device=DEVICE),
         torch.tensor([run.tokens for run in runs], dtype=torch.int32, device=DEVICE),
         top,
@@ -94,19 +109,23 @@ def make_layer(
         tiles.pairs,
         head_dim,
     )
-    _fill(paged, runs, pages, start, keys, values)
+    there = torch.tensor(tables_at, dtype=torch.int32, device=DEVICE)
+    _fill(paged, runs, pages, start, (keys, values), there)
     payload = sum(_payload(run, layout) for run, layout in zip(runs, layouts, strict=True))
     scratch = Scratch.fits(tiles, rows, group, head_dim, DEVICE)
-    return Layer(paged, scratch, group, head_dim, runs, payload)
+    return Layer(paged, scratch, group, head_dim, runs, payload, there)
 
 
 def _payload(run: Run, layout: PageLayout) -> int:
-    return run.tokens * layout.page_bytes // layout.page_tokens
+    tables = layout.tables.used_bytes if layout.has_tables else 0
+    return run.tokens * layout.page_bytes // layout.page_tokens + tables
 
 
 def _fill(
-    paged: Paged, runs: Sequence[Run], pages: Any, start: Any, keys: Tensor, values: Tensor
-) -> None:
+    paged: Paged, runs: Sequence[Run], pages: Any, start: Any, held: tuple[Tensor, Tensor],
+    tables: Tensor,
+) -> None:  # fmt: skip
+    keys, values = held
     segment = np.repeat(np.arange(len(runs)), pages)
     turn = np.arange(len(segment)) - np.repeat(pages.cumsum() - pages, pages)
     each = np.array([PageLayout(keys.shape[2], r.keys, r.values).page_tokens for r in runs])[
@@ -120,12 +139,10 @@ def _fill(
     for pair in pairs:
         mine = [(runs[s].keys, runs[s].values) == pair for s in segment]
         some = torch.tensor(records[mine].astype(np.int32), device=DEVICE)
-        store_pages[(len(some),)](
-            keys, values, keys.stride(0), keys.stride(1), chosen, some, paged.fp8_scales,
-            paged.pool, paged.pool.view(torch.float16), paged.pool.view(torch.bfloat16),
-            paged.pool.view(torch.float8_e4m3fn),
-            keys.shape[2], *PageLayout(keys.shape[2], *pair).codes,
-        )  # fmt: skip
+        layout = PageLayout(keys.shape[2], *pair)
+        fitted = Fitted(tables) if layout.has_tables else None
+        writing = Writing(layout, keys, values, chosen, some, paged.fp8_scales, fitted)
+        TritonBackend().write(paged.pool, writing)
 
 
 def uniform(rows: int, tokens: int, keys: str = "bf16", values: str = "") -> list[Run]:

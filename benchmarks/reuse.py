@@ -9,10 +9,12 @@ the share of answer digits that are right. ``apart`` only turns keys to their pl
 anew); ``shortened`` leaves the tokens out that the model itself foresees best, a surrogate for
 LLMLingua-2; ``edited`` replaces tokens in the middle of the prompt and is held against a prefill
 of what it says then (PIE), beside the same without turning keys (``spliced``). ``times`` is
-what a question waits for its first answer token on a model of random weights (16 layers, 2048
-channels), 8192 tokens of documents and 64 of a question; ``saved`` is the share of the wait behind
-a full prefill. Caches are in device memory: loading them is not timed. ``--device cpu --tiny``
-shows that it runs to its end; ``--work`` counts operations instead of timing, on a CPU.
+what a question waits for its first answer token on models of random weights of Llama's shapes (1B:
+16 layers of 2048 channels; 8B: 32 of 4096), 8192 tokens of documents and 64 of a question, which
+every way runs in one pass with what it computes; ``saved`` is the share of the wait behind a full
+prefill, documents and question in one pass. Caches are in device memory: loading them is not
+timed. ``--device cpu --tiny`` shows that it runs to its end; ``--work`` counts operations instead
+of timing, on a CPU.
 """
 
 from __future__ import annotations
@@ -29,13 +31,14 @@ from formats import Found
 from torch import Tensor
 
 from kvtune.runtime.reuse.blending import Rule, blended
-from kvtune.runtime.reuse.editing import Edit, edited
+from kvtune.runtime.reuse.editing import Edit, asked_edited, edited
 from kvtune.runtime.reuse.parallel import ParallelContexts
 from kvtune.runtime.reuse.passes import PromptCache, encoded, joined, part_of, placed
 from kvtune.runtime.reuse.shortening import shortened
 from kvtune.traces.models import LoadedModel, load_model, wrap
 from kvtune.traces.passes import full_cache_handler, prompt_cache, run_observed
 from kvtune.traces.samples import Sample
+from kvtune.traces.seam import causal_attention
 from kvtune.traces.workloads import Workload, build
 from kvtune.tuner.quality import estimate
 
@@ -45,6 +48,7 @@ RULES: tuple[Rule, ...] = ("cacheblend", "kvshare")
 KEPT = (0.5, 0.33)
 APE = ((1.0, 1.0), (0.9, 0.9), (0.8, 0.9))
 TIMED, QUESTION = 8192, 64
+SIZES = {"1B": (2048, 16), "8B": (4096, 32)}  # channels and layers
 REPEATS = 5
 
 Logits = Callable[[], Tensor]
@@ -73,7 +77,10 @@ def ways(loaded: LoadedModel, sample: Sample) -> dict[str, Logits]:
         chunks = [prompt_cache(loaded, part) for part in parts]
 
     def by(rule: Rule, share: float) -> Tensor:
-        return asked(loaded, sample, blended(loaded, prompt, chunks, share=share, rule=rule).cache)
+        rest = sample.token_ids[sample.prompt :]
+        found = blended(loaded, prompt, chunks, share=share, rule=rule, question=rest).logits
+        assert found is not None
+        return found
 
     def ape(temperature: float, scale: float) -> Tensor:
         contexts = ParallelContexts.of(loaded, parts[0], parts[1:], temperature, scale)
@@ -179,37 +186,46 @@ def report(found: Found, kl: dict[str, list[float]], digits: dict[str, list[floa
     found.write()
 
 
-def random_model(device: str, width: int = 2048, layers: int = 16) -> LoadedModel:
-    """A model of random weights, whose matrices are by default those of 1B parameters."""
+def random_model(device: str, width: int, layers: int) -> LoadedModel:
+    """A model of random weights, in bf16 but on a CPU."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    heads = 32 if width == 2048 else 4
+    heads = 32 if width >= 2048 else 4
     config = LlamaConfig(
-        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads // 4, head_dim=width // heads,
-        vocab_size=1000, max_position_embeddings=16384,
+        hidden_size=width, intermediate_size=4 * width if width < 4096 else 14336,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads // 4,
+        head_dim=width // heads, vocab_size=1000, max_position_embeddings=16384,
+        dtype=torch.float32 if device == "cpu" else torch.bfloat16,
     )  # fmt: skip
-    with torch.device(device):
-        model = LlamaForCausalLM(config)
-    return wrap(model if device == "cpu" else model.bfloat16(), None, name="random")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(config.dtype)
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    return wrap(model, None, name="random")
 
 
 def times(found: Found, device: str, tiny: bool) -> None:
     """Seconds to the first token of an answer, by each way, the question's tokens included."""
-    loaded = random_model(device, 64, 3) if tiny else random_model(device)
     length = 400 if tiny else TIMED
     ids = torch.randint(2, 1000, (length,), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = found.figures["times"]
-    rows["tokens"], rows["question"], rows["documents"] = length, QUESTION, DOCUMENTS
-    for name, case in timed_ways(loaded, ids).items():
-        seconds = found.attempt(f"time of {name}", lambda c=case: median_s(c, device))
-        if seconds:
-            row = rows[name] = {"first token, ms": round(1e3 * seconds, 2)}
-            if "full prefill" in rows:
-                whole = rows["full prefill"]["first token, ms"]
-                row["saved"] = round(1 - row["first token, ms"] / whole, 3)
-        found.write()
+    for size, shape in {"tiny": (64, 3)}.items() if tiny else SIZES.items():
+        loaded = random_model(device, *shape)
+        rows = found.figures["times"][size] = {
+            "tokens": length, "question": QUESTION, "documents": DOCUMENTS,
+        }  # fmt: skip
+        for name, case in timed_ways(loaded, ids).items():
+            seconds = found.attempt(f"time of {name}", lambda c=case: median_s(c, device))
+            if seconds:
+                row = rows[name] = {"first token, ms": round(1e3 * seconds, 2)}
+                if "full prefill" in rows:
+                    whole = rows["full prefill"]["first token, ms"]
+                    row["saved"] = round(1 - row["first token, ms"] / whole, 3)
+            found.write()
+        del loaded
 
 
 def timed_ways(
@@ -229,23 +245,33 @@ def timed_ways(
             run_observed(loaded, question, tokens, full_cache_handler(cache))
 
     def prefill(tokens: Sequence[int]) -> PromptCache:
+        """Prompt and question in one pass."""
+        kept = PromptCache()
+
+        def keep(
+            layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+        ) -> Tensor:
+            kept.append((k, v))
+            return causal_attention(q, k, v, scale, window)
+
         with torch.no_grad():
-            return prompt_cache(loaded, tokens)
+            run_observed(loaded, [*tokens, *question], 0, keep)
+        return kept
 
     ways: dict[str, Callable[[], Any]] = {
-        "full prefill": lambda: ask(prefill(ids)),
+        "full prefill": lambda: prefill(ids),
         "the same prompt again": lambda: ask(whole),
         "apart": lambda: ask(placed(loaded, chunks)),
         "ape": lambda: contexts.logits(loaded, question),
-        "edited (PIE)": lambda: ask(edited(loaded, whole, [edit])),
+        "edited (PIE)": lambda: asked_edited(loaded, whole, [edit], question),
     }
     for rule in RULES:
         for share in SHARES:
-            ways[f"{rule} {share:.0%}"] = lambda r=rule, s=share: ask(
-                blended(loaded, ids, chunks, share=s, rule=r).cache
+            ways[f"{rule} {share:.0%}"] = lambda r=rule, s=share: blended(
+                loaded, ids, chunks, share=s, rule=r, question=question
             )
     for share in KEPT:
-        ways[f"shortened to {share:.0%}"] = lambda s=share: ask(prefill(shortened(loaded, ids, s)))
+        ways[f"shortened to {share:.0%}"] = lambda s=share: prefill(shortened(loaded, ids, s))
     return ways
 
 

@@ -87,6 +87,11 @@ class Format(ABC):
         return 0
 
     @property
+    def code_bits(self) -> float:
+        """Bits of an element's code in the mean, without scales."""
+        return self.bits
+
+    @property
     def label(self) -> str:
         """Short text for tables and plots, for example ``int4``."""
         return self.name

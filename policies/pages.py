@@ -17,6 +17,11 @@ scales    fp16, then offsets likewise: of keys by channel [D/f, f], one a channe
           which its codes are met
 
 rotated   integers whose keys or values were multiplied by a Hadamard matrix before; they lie alike
+signs     of ``policies.formats.fitted.Allocated``: bytes of eight signs, channel by channel, in
+          such units too, keys [32, S/8], values [S/8, 32]; behind each a byte a token, its scale.
+          What all of a head's tokens share lies in tables of its own, whole cells of the same
+          memory: means, what each of a key's signs counts and in which channel, steps and bits of
+          values
 
 Sizes are whole cells of 4 D bytes, so that pages of all formats share one pool.
 """
@@ -56,6 +61,9 @@ ROTATED = "rotated_"
 TURNED = 32
 """What is added to a format's number where it is rotated; a pair's keys count twice as much."""
 
+SIGNS = {f"signs{eighths / 8:g}": eighths + 5 for eighths in range(12, 27)}
+"""Rows of signs, by their mean bits: 17 of one and a half, 31 of three and a quarter."""
+
 VALUE_CODES = CODES | {ROTATED + name: code + TURNED for name, code in _INTEGERS.items()}
 """Numbers by which kernels know the formats of values."""
 
@@ -63,6 +71,9 @@ ALL_KEY_CODES = KEY_CODES | {
     ROTATED + name: code + TURNED for name, code in KEY_CODES.items() if code <= 8
 }
 """Numbers by which kernels know the formats of keys."""
+
+_SIGN_CODES = SIGNS | {ROTATED + name: code + TURNED for name, code in SIGNS.items()}
+_ALL_CODES = ALL_KEY_CODES | VALUE_CODES | _SIGN_CODES
 
 CLIP = {2: 0.7, 3: 0.85, 4: 1.0, 8: 1.0}
 """What is left of the range of a rotated group, by its bits: the formats' own defaults."""
@@ -76,8 +87,8 @@ class PageLayout:
 
     Args:
         head_dim: D.
-        keys: a key of ``ALL_KEY_CODES``.
-        values: a key of ``VALUE_CODES``.
+        keys: a key of ``ALL_KEY_CODES``; of ``SIGNS`` where values are signs too.
+        values: a key of ``VALUE_CODES``; or signs, rotated or not.
     """
 
     head_dim: int
@@ -87,14 +98,14 @@ class PageLayout:
     @staticmethod
     def of(head_dim: int, code: int) -> PageLayout:
         """The layout that has this ``code``."""
-        names = {number: name for name, number in ALL_KEY_CODES.items()}
+        names = {number: name for name, number in _ALL_CODES.items()}
         keys, values = divmod(code, 2 * TURNED)
         return PageLayout(head_dim, names[keys], names[values])
 
     @property
     def codes(self) -> tuple[int, int]:
         """What kernels call the keys' and the values' formats."""
-        return ALL_KEY_CODES[self.keys], VALUE_CODES[self.values]
+        return _ALL_CODES[self.keys], _ALL_CODES[self.values]
 
     @property
     def code(self) -> int:
@@ -153,6 +164,25 @@ class PageLayout:
         """Cells of such a block."""
         return self.block_pages * self.page_cells
 
+    @property
+    def has_tables(self) -> bool:
+        """Whether a head's pages are read by tables that were fitted to all of its tokens.
+
+        They take no tokens that come later, and stay on the device.
+        """
+        return is_signs(self.keys)
+
+    @property
+    def settles(self) -> bool:
+        """Whether generated tokens may take this format when they have become old."""
+        return not self.has_tables and self != PageLayout(self.head_dim)
+
+    @cached_property
+    def tables(self) -> PageTables:
+        """What these tables take."""
+        signs = 8 * sign_bytes(self.keys, self.head_dim)
+        return PageTables(self.head_dim, 9 * self.head_dim + 3 * signs)
+
     def pages_for(self, tokens: int) -> int:
         """Pages that so many tokens take."""
         return -(-tokens // self.page_tokens)
@@ -162,6 +192,35 @@ class PageLayout:
         return -(-pages * self.page_tokens // PAGE)
 
 
+@dataclass(frozen=True)
+class PageTables:
+    """Tables of one head's pages of signs, which lie in the same memory.
+
+    Args:
+        head_dim: D.
+        used_bytes: means of keys and of values, steps and first signs of values, what a key's signs
+            count, their channels, and the bits of values.
+    """
+
+    head_dim: int
+    used_bytes: int
+
+    @property
+    def cell_bytes(self) -> int:
+        """What sizes and places in a pool are multiples of."""
+        return 4 * self.head_dim
+
+    @property
+    def page_cells(self) -> int:
+        """Cells that they take."""
+        return -(-self.used_bytes // self.cell_bytes)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of these cells."""
+        return self.page_cells * self.cell_bytes
+
+
 def layout_of(option: Option, head_dim: int) -> PageLayout:
     """The pages that an option's coded tokens lie in.
 
@@ -169,6 +228,11 @@ def layout_of(option: Option, head_dim: int) -> PageLayout:
         KvtuneError: a format, a group or a head dimension that the runtime does not store.
     """
     keys, values = (_stored(form, head_dim) for form in (option.keys, option.values))
+    if is_signs(keys) != is_signs(values) or (is_signs(keys) and is_rotated(keys)):
+        raise KvtuneError(
+            f"the runtime stores no {option.keys.label} beside {option.values.label}",
+            hint="allocated keys, by channel, go with allocated values.",
+        )
     if getattr(option.keys, "keys_by", None) == "token":
         keys += AS_VALUES
     if exact_tokens(option.keys) != exact_tokens(option.values):
@@ -199,6 +263,8 @@ def has_pages(option: Option, head_dim: int) -> bool:
 
 
 def _stored(form: Format, head_dim: int) -> str:
+    if form.name == "allocated":
+        return _stored_signs(form, head_dim)
     if form.name not in VALUE_CODES:
         raise KvtuneError(
             f"the runtime stores no {form.name}", hint=f"it stores {', '.join(VALUE_CODES)}."
@@ -211,6 +277,22 @@ def _stored(form: Format, head_dim: int) -> str:
     if head_dim % 4:
         raise KvtuneError(f"the runtime does not store heads of {head_dim} channels")
     return form.name
+
+
+def _stored_signs(form: Format, head_dim: int) -> str:
+    rotated = ROTATED if form.directions == "hadamard" else ""  # type: ignore[attr-defined]
+    name = f"signs{form.mean_bits:g}"  # type: ignore[attr-defined]
+    if name not in SIGNS or (SIGNS[name] - 5) * head_dim % 64:
+        raise KvtuneError(
+            f"the runtime stores no {form.label} of {head_dim} channels",
+            hint="it stores eighths of a bit, from 1.5 to 3.25, where a token's fill whole bytes.",
+        )
+    return rotated + name
+
+
+def is_signs(name: str) -> bool:
+    """Whether a page holds rows of signs."""
+    return name.removeprefix(ROTATED) in SIGNS
 
 
 def is_integer(name: str) -> bool:
@@ -228,6 +310,11 @@ def is_by_token(name: str) -> bool:
     return name.endswith(AS_VALUES)
 
 
+def sign_bytes(name: str, head_dim: int) -> int:
+    """Bytes of a token's signs."""
+    return (SIGNS[name.removeprefix(ROTATED)] - 5) * head_dim // 64
+
+
 def bits(name: str) -> int:
     """Bits an element, scales aside."""
     return BITS[name.removeprefix(ROTATED).removesuffix(AS_VALUES)]
@@ -240,11 +327,15 @@ def fields(name: str) -> int:
 
 def code_bytes(name: str, head_dim: int, tokens: int = PAGE) -> int:
     """Bytes of the codes of a page of so many tokens, of keys or of values."""
+    if is_signs(name):
+        return tokens * sign_bytes(name, head_dim)
     return tokens * head_dim * bits(name) // 8
 
 
 def scale_bytes(name: str, head_dim: int, by_token: bool) -> int:
     """Bytes of a page's scales and offsets, of keys or of values."""
+    if is_signs(name):
+        return PAGE
     if not is_integer(name):
         return 0
     return 4 * (PAGE * token_groups(head_dim) if by_token else head_dim)

@@ -12,7 +12,14 @@ from functools import lru_cache
 
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.option import Option
-from kvtune.policies.pages import PAGE, PageLayout, exact_tokens, has_pages, layout_of
+from kvtune.policies.pages import (
+    PAGE,
+    PageLayout,
+    PageTables,
+    exact_tokens,
+    has_pages,
+    layout_of,
+)
 from kvtune.policies.parts import PartPlan, entries_of
 from kvtune.policies.policy import Policy
 from kvtune.policies.reader import BlockReader, Reader
@@ -36,8 +43,11 @@ TABLE_BYTES = 192
 
 EXACT = (Bf16(), Bf16())
 
-Pages = Counter[PageLayout]
-"""How many of each."""
+Pages = Counter[PageLayout | PageTables]
+"""How many of each; tables of a head's pages count as one."""
+
+CodedPages = Counter[PageLayout]
+"""The same of those that may lie on the host, which have no tables."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,11 @@ def is_exact(plan: PartPlan, option: Option) -> bool:
 def is_coded(plan: PartPlan, option: Option, head_dim: int) -> bool:
     """Whether a part is of tokens in the option's own formats, for which there are pages."""
     own = plan.formats in (None, (option.keys, option.values))
-    return plan.is_plain and own and has_pages(option, head_dim) and not chooses_entries(option)
+    if not own or not has_pages(option, head_dim) or chooses_entries(option):
+        return False
+    if layout_of(option, head_dim).has_tables:  # which say what a channel's steps are
+        return replace(plan, balanced=False).is_plain
+    return plan.is_plain
 
 
 def head_pages(
@@ -125,13 +139,15 @@ def head_pages(
         coded, grown = 0, min(budget + growth.new_tokens, window)
     elif room:
         coded, grown = 0, room.most
-    if growth.residual is not None and layout != growing:
+    if growth.residual is not None and layout.settles:
         grown = min(grown, exact + growth.residual + 2 * PAGE)
         settled = 1 + growth.new_tokens // PAGE
     if option.on_host:
         coded = 0
-    coded_pages = settled + layout.pages_for(coded)
-    return Pages({layout: coded_pages}) + Pages({growing: growing.pages_for(grown)})
+    pages = Pages({layout: settled + layout.pages_for(coded)})
+    if layout.has_tables and coded:
+        pages[layout.tables] = 1
+    return pages + Pages({growing: growing.pages_for(grown)})
 
 
 def may_lie_on_host(option: Option, head_dim: int) -> bool:
@@ -142,7 +158,8 @@ def may_lie_on_host(option: Option, head_dim: int) -> bool:
     if chooses_entries(option):
         return searched_on_host(option)
     plans = option.method.plan(PAGE, 2 * PAGE)
-    return all(is_coded(plan, option, head_dim) for plan in plans)
+    whole = all(is_coded(plan, option, head_dim) for plan in plans)
+    return whole and not layout_of(option, head_dim).has_tables
 
 
 def searched_on_host(option: Option) -> bool:
@@ -150,16 +167,16 @@ def searched_on_host(option: Option) -> bool:
     return replace(option, tier="host").compared_on_host(PAGE, 2 * PAGE) > 0
 
 
-def host_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> Pages:
+def host_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> CodedPages:
     """Pages of one head's prompt that lie on the host, of whole blocks of 64 tokens."""
     if not option.on_host:
-        return Pages()
+        return CodedPages()
     coded = planned_entries(option, budget, prompt_tokens, head_dim)[1]
     layout = pages_of(option, head_dim)
-    return Pages({layout: layout.block_pages * -(-coded // PAGE)})
+    return CodedPages({layout: layout.block_pages * -(-coded // PAGE)})
 
 
-def arriving_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> Pages:
+def arriving_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> CodedPages:
     """Pages of one head that come over from the host at a step, and lie on the device then."""
     pages, reader = (
         host_pages(option, budget, prompt_tokens, head_dim),
@@ -168,7 +185,7 @@ def arriving_pages(option: Option, budget: int, prompt_tokens: int, head_dim: in
     if reader is None:
         return pages
     most = -(-reader.entries_read(prompt_tokens) // PAGE)
-    return Pages({layout: min(n, layout.block_pages * most) for layout, n in pages.items()})
+    return CodedPages({layout: min(n, layout.block_pages * most) for layout, n in pages.items()})
 
 
 def landing_bytes(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> int:
@@ -177,16 +194,18 @@ def landing_bytes(option: Option, budget: int, prompt_tokens: int, head_dim: int
     return round(sum(count * _share_of_slab(layout) for layout, count in pages.items()))
 
 
-def landing_pages(policy: Policy, prompt_tokens: int, head_dim: int, sequences: int = 1) -> Pages:
+def landing_pages(
+    policy: Policy, prompt_tokens: int, head_dim: int, sequences: int = 1
+) -> CodedPages:
     """Pages on the device for what comes over at a step: layers take turns, the largest counts."""
-    most, budgets = Pages(), policy.budgets(prompt_tokens)
+    most, budgets = CodedPages(), policy.budgets(prompt_tokens)
     if not policy.uses_host:
         return most
     for options, planned in zip(policy.heads, budgets.tolist(), strict=True):
-        layer = Pages()
+        layer = CodedPages()
         for option, budget in zip(options, planned, strict=True):
             layer += arriving_pages(option, budget, prompt_tokens, head_dim)
-        most |= Pages({layout: sequences * count for layout, count in layer.items()})
+        most |= CodedPages({layout: sequences * count for layout, count in layer.items()})
     return most
 
 
@@ -201,7 +220,7 @@ def landing_cells(policy: Policy, prompt_tokens: int, head_dim: int, sequences: 
 def host_sequence_bytes(policy: Policy, prompt_tokens: int, head_dim: int) -> int:
     """Host memory of one sequence's prompt: whole pages in whole slabs, and indices with what they
     search."""
-    pages, searched, budgets = Pages(), 0, policy.budgets(prompt_tokens).flat
+    pages, searched, budgets = CodedPages(), 0, policy.budgets(prompt_tokens).flat
     for option, budget in zip(policy.options(), budgets, strict=True):
         if option.on_host and chooses_entries(option):
             searched += option.ledger(int(budget), prompt_tokens, head_dim).host_bytes
@@ -260,7 +279,7 @@ def growing_bytes(tokens: int, head_dim: int) -> float:
     return layout.pages_for(tokens) * _share_of_slab(layout)
 
 
-def _share_of_slab(layout: PageLayout) -> float:
+def _share_of_slab(layout: PageLayout | PageTables) -> float:
     """Bytes of a pool for each page of this size."""
     return SLAB_CELLS * layout.cell_bytes / (SLAB_CELLS // layout.page_cells)
 

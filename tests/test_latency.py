@@ -134,7 +134,8 @@ def test_the_factor_of_a_narrow_cache_falls_with_its_bits() -> None:
 
 
 def test_every_format_has_a_price_of_its_own_and_an_unreported_one_a_wider() -> None:
-    assert {*VALUE_CODES} <= {*CACHE_FACTOR} <= {*formats()}  # what has pages was reported on
+    # What has pages is priced.
+    assert {*VALUE_CODES, "allocated"} == {*CACHE_FACTOR} <= {*formats()}
     widest = max(prior.high / prior.low for prior in CACHE_FACTOR.values())
     assert cache_factor("fp6", "high") / cache_factor("fp6", "low") > 2 * widest
 

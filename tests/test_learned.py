@@ -19,6 +19,7 @@ from kvtune.policies.formats.fitted import Allocated
 from kvtune.policies.formats.grouped import Int2
 from kvtune.policies.formats.rotated import RotatedInt2
 from kvtune.policies.formats.turboquant import TurboQuant2
+from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.lococo import LoCoCo
 from kvtune.policies.methods.oscar import Oscar
 from kvtune.policies.methods.weighted_keys import WeightedKeys
@@ -238,3 +239,12 @@ def test_training_lowers_the_loss_and_leaves_the_model_alone(
     found = kernels(tiny_model, samples, steps=1, slots=4)
     assert found["lococo_weight"].shape == (3, 4, 2 * tiny_model.geometry.head_dim, 21)
     assert torch.equal(prompt_cache(tiny_model, samples[0].token_ids)[-1][0], before)
+
+
+def test_stacks_are_told_the_mean_bits_of_divided_ones() -> None:
+    """Not the least that a channel may have, by which a type of too few bits would look enough."""
+    from kvtune.policies.export.flatten import flatten
+
+    pair = Allocated(mean_bits=2.25), Allocated(mean_bits=3.0)
+    found = flatten([Option(Full(), ALL, *pair), Option()])
+    assert (found.key_bits, found.value_bits) == ((2.25 + 16) / 2, (3 + 16) / 2)

@@ -10,12 +10,12 @@ import torch
 
 from kvtune.common.errors import KvtuneError
 from kvtune.runtime.reuse.blending import blended
-from kvtune.runtime.reuse.editing import Edit, edited
+from kvtune.runtime.reuse.editing import Edit, asked_edited, edited
 from kvtune.runtime.reuse.parallel import ParallelContexts
 from kvtune.runtime.reuse.passes import PromptCache, moved, part_of
 from kvtune.runtime.reuse.shortening import self_information, shortened
 from kvtune.tests.full_cache import observed_logits
-from kvtune.traces.passes import prompt_cache
+from kvtune.traces.passes import full_cache_handler, prompt_cache, run_observed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -167,6 +167,32 @@ def test_the_tokens_that_differ_most_run_anew(
     assert errors[0] < errors[1]
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_a_question_runs_in_the_pass_of_the_tokens_that_run_anew(
+    tiny_model: Any, share: float
+) -> None:
+    chunks = [cache_of(tiny_model, part) for part in (IDS[:12], IDS[12:30])]
+    both = blended(tiny_model, IDS[:30], chunks, share=share, question=IDS[30:])
+    before = blended(tiny_model, IDS[:30], chunks, share=share)
+    assert both.logits is not None
+    assert before.logits is None
+    same([(k[:, :, :30], v[:, :, :30]) for k, v in both.cache], before.cache)
+    with torch.no_grad():
+        expected = run_observed(tiny_model, IDS[30:], 30, full_cache_handler(before.cache))[0]
+    torch.testing.assert_close(both.logits, expected, atol=1e-4, rtol=0)
+
+
+def test_a_question_about_an_edited_prompt_takes_one_pass(tiny_model: Any) -> None:
+    cache, edits = cache_of(tiny_model, IDS[:30]), [Edit(10, 14, NEW)]
+    found, logits = asked_edited(tiny_model, cache, edits, IDS[30:])
+    apart = edited(tiny_model, cache, edits)
+    same(part_of(found, slice(0, 31)), apart)
+    with torch.no_grad():
+        expected = run_observed(tiny_model, IDS[30:], 31, full_cache_handler(apart))[0]
+    assert logits is not None
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
 def test_chunks_that_do_not_make_the_prompt_are_refused(tiny_model: Any) -> None:
     with pytest.raises(KvtuneError, match="40 tokens, but chunks of 12"):
         blended(tiny_model, IDS, [cache_of(tiny_model, IDS[:12])])
@@ -195,7 +221,9 @@ def test_scattered_rows_attend_as_they_would_among_all() -> None:
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(1, h, 60, 8, generator=generator) for h in (6, 2, 2))
     places = [0, 3, 4, 17, 18, 40, 59]
-    found = seam.attention_of_rows(q[:, :, places], k, v, 0.3, places)
+    attend = seam.RowAttention(places)
+    found, again = (attend(q[:, :, places], k, v, 0.3) for _ in range(2))
+    assert torch.equal(found, again)
     for head, (row, place) in ((h, x) for h in range(6) for x in enumerate(places)):
         keys, values = (x[0, head // 3, : place + 1].double().numpy() for x in (k, v))
         weight = np.exp(keys @ q[0, head, place].double().numpy() * 0.3)

@@ -154,6 +154,8 @@ PLAIN = [
 ]
 """What chooses from reading a prompt once; for the others see test_runtime_whole_prompt.py."""
 
+HADAMARD = Allocated(directions="hadamard")
+
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_every_method_keeps_what_it_keeps_in_replay(network: Any, name: str) -> None:
@@ -176,6 +178,9 @@ def test_every_method_keeps_what_it_keeps_in_replay(network: Any, name: str) -> 
         Option(Full(), ALL, Int4(exact_first=4), Int4()),
         Option(Full(), ALL, Int4(group=32), Int4(group=32)),
         Option(WeightedKeys("snapkv"), Budget(tokens=70), Allocated(), TurboQuant2()),
+        Option(WeightedKeys("snapkv"), Budget(tokens=70), Allocated(mean_bits=3.0), HADAMARD),
+        Option(WeightedKeys(), ALL, Allocated(mean_bits=3.0), HADAMARD),
+        Option(Full(), ALL, Allocated(0, 3.0), Allocated(0)),
     ],
     ids=lambda option: option.label,
 )

@@ -25,6 +25,7 @@ from kvtune.policies.pages import PAGE, PageLayout
 from kvtune.policies.paging import (
     HOST_SLAB_BYTES,
     Growth,
+    Pages,
     arriving_pages,
     head_pages,
     host_pages,
@@ -145,7 +146,7 @@ def test_pages_are_where_the_plan_says(network: Any) -> None:
     assert cache.host_pool is not None
     assert cache.host_pool.held_bytes == host_sequence_bytes(policy, PROMPT, head_dim)
     landing = landing_pages(policy, PROMPT, head_dim)
-    here = landing.copy()
+    here = Pages(landing)
     for each in asked:
         here += head_pages(*each, growth)
     assert cache.page_bytes() == sum(layout.page_bytes * n for layout, n in here.items())

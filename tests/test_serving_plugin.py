@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.allocators.adakv import AdaKV
+from kvtune.policies.formats.fitted import Allocated
 from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.gear import Gear
 from kvtune.policies.formats.grouped import Int2, Int4, Int8
@@ -30,6 +31,7 @@ from kvtune.policies.methods.quest import Quest
 from kvtune.policies.methods.razor import Razor
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
+from kvtune.policies.methods.weighted_keys import WeightedKeys
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.pages import BF16_PAGE, PageLayout
 from kvtune.policies.paging import pages_of
@@ -79,7 +81,16 @@ def merging() -> Policy:
     return Policy("merging", rows * L)
 
 
+def signed() -> Policy:
+    """Keys weighted by queries that an engine shows, in rows of signs."""
+    formats = Allocated(mean_bits=3.0), Allocated(mean_bits=2.0, directions="hadamard")
+    every = Option(WeightedKeys(queries="recent"), ALL, *formats)
+    some = Option(WeightedKeys("snapkv", queries="recent"), Budget(tokens=70), *formats)
+    return Policy("signed", ((every, some), (some, Option(Full(), ALL, *formats))))
+
+
 POLICIES = [mixed(), split()]
+OF_EVERY_KIND = [*POLICIES, merging(), signed()]
 
 
 @dataclass
@@ -109,7 +120,7 @@ class Engine:
 # Blocks
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+@pytest.mark.parametrize("policy", [*POLICIES, signed()], ids=lambda policy: policy.name)
 def test_nobody_is_lost_and_nothing_leaks_over_many_requests(policy: Policy) -> None:
     """600 requests of mixed lengths, with aborts and preemptions."""
     planned, draw = PlannedBlocks(policy, D), random.Random(0)  # noqa: S311
@@ -282,7 +293,7 @@ class Alone:
         return answered
 
 
-@pytest.mark.parametrize("policy", [*POLICIES, merging()], ids=lambda policy: policy.name)
+@pytest.mark.parametrize("policy", OF_EVERY_KIND, ids=lambda policy: policy.name)
 def test_requests_that_come_and_go_are_answered_as_if_each_were_alone(policy: Policy) -> None:
     """Joining, leaving, a block that changes hands, and a second life after preemption."""
     planned = PlannedBlocks(policy, D)
@@ -364,11 +375,14 @@ def read(policy: Policy, steps: list[list[int]]) -> tuple[Running, list[Tensor]]
 
 
 @pytest.mark.parametrize("most", [2**17, 300, 1])
-@pytest.mark.parametrize("policy", [*POLICIES, merging()], ids=lambda policy: policy.name)
+@pytest.mark.parametrize("policy", OF_EVERY_KIND[:3], ids=lambda policy: policy.name)
 def test_prompts_of_one_step_are_stored_as_if_each_came_in_a_step_of_its_own(
     policy: Policy, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same tokens in the same pages, to the byte, however many methods see at once."""
+    """The same tokens in the same pages, to the byte, however many methods see at once.
+
+    But for signs: their tables are sums, whose last bits depend on the longest prompt beside them.
+    """
     alone, expected = read(policy, [[number] for number in range(len(LENGTHS))])
     monkeypatch.setattr(reading, "_ASKED_AT_ONCE", most)
     monkeypatch.setattr(reading, "_HELD_AT_ONCE", 2 * most)

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvtune.policies.formats.fitted import Allocated
 from kvtune.policies.formats.grouped import Int2, Int4
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
-from kvtune.policies.option import Budget, Option
+from kvtune.policies.methods.weighted_keys import WeightedKeys
+from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.runtime.cache.backend import Backend, PlainBackend, TritonBackend
 from kvtune.runtime.serving.blocks import PlannedBlocks
@@ -24,11 +26,17 @@ pytest.importorskip("triton", reason="Triton is not installed; the kernels have 
 if os.environ["TRITON_INTERPRET"] != "1":
     pytest.skip("Triton's interpreter is switched off", allow_module_level=True)
 
-L, HQ, H, D = 1, 4, 2, 64
+L, HQ, H, D = 1, 6, 3, 64
 LONGEST, MOST = 400, 4
 POLICY = Policy(
     "mixed",
-    ((Option(StreamingLLM(), Budget(tokens=70)), Option(SnapKV(), Budget(60), Int4(), Int2())),),
+    (
+        (
+            Option(StreamingLLM(), Budget(tokens=70)),
+            Option(SnapKV(), Budget(60), Int4(), Int2()),
+            Option(WeightedKeys(queries="recent"), ALL, Allocated(), Allocated()),
+        ),
+    ),
 )
 PLANNED = PlannedBlocks(POLICY, D)
 

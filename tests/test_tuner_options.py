@@ -87,14 +87,14 @@ def test_rotated_formats_are_in_the_menu_of_all_methods_alone() -> None:
 
 
 def test_formats_by_channel_are_offered_behind_weighted_keys_alone() -> None:
-    """And a kernel attends to what they store."""
-    from kvtune.runtime.cache.signed import has_signs
+    """And pages hold what they store."""
+    from kvtune.policies.pages import has_pages
 
     menu = Menu((SnapKV(),), (0.5,), alike((Option().keys,)), WEIGHTED)
     weighted = [option for option in menu.options() if (option.keys, option.values) in WEIGHTED]
     assert len(weighted) == len(WEIGHTED) * (1 + len(WEIGHTED_BY))
     assert {type(option.method) for option in weighted} == {WeightedKeys}
-    assert all(has_signs((option.keys, option.values), 64) for option in weighted)
+    assert all(has_pages(option, head_dim) for option in weighted for head_dim in (64, 128))
     assert menu.needs.later_queries
 
 

@@ -86,40 +86,60 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int 
     return _tail(q, k, v, scale, None)
 
 
-def attention_of_rows(q: Tensor, k: Tensor, v: Tensor, scale: float, places: list[int]) -> Tensor:
+class RowAttention:
     """Causal attention of scattered tokens of a sequence, in the model's own precision.
 
     Tiles of queries look at the keys up to their last one's place, so that no more is computed, nor
-    held, than causal attention needs.
+    held, than causal attention needs. What each of them sees is worked out once for all layers.
 
     Args:
-        q: queries of n tokens [1, Hq, n, D].
-        k: keys of all tokens [1, H, N, D].
-        v: values of all tokens.
-        scale: factor of the scores before the softmax.
         places: of the n tokens, ascending.
-
-    Returns:
-        Output [1, Hq, n, D].
     """
-    import torch
-    import torch.nn.functional as F
 
-    group = q.shape[1] // k.shape[1]
-    queries = q.unflatten(1, (-1, group))  # the group's queries are rows: keys are not repeated
-    key = torch.arange(k.shape[2], device=q.device)
-    at = torch.tensor(places, device=q.device)[:, None]
-    tiles = []
-    for start in range(0, len(places), _TILE_QUERIES):
-        stop = min(start + _TILE_QUERIES, len(places))
-        last = places[stop - 1] + 1
-        mine = queries[:, :, :, start:stop].flatten(2, 3)
-        seen = (key[:last] <= at[start:stop]).repeat(group, 1)
-        found = F.scaled_dot_product_attention(
-            mine, k[:, :, :last], v[:, :, :last], attn_mask=seen, scale=scale
-        )
-        tiles.append(found.unflatten(2, (group, -1)))
-    return torch.cat(tiles, 3).flatten(1, 2)
+    def __init__(self, places: list[int]) -> None:
+        self._places = places
+        self._biases: list[Tensor] = []
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """One layer's output, ``[1, Hq, n, D]``.
+
+        Args:
+            q: queries of the n tokens [1, Hq, n, D].
+            k: keys of all tokens [1, H, N, D].
+            v: values of all tokens.
+            scale: factor of the scores before the softmax.
+        """
+        import torch
+        import torch.nn.functional as F
+
+        group = q.shape[1] // k.shape[1]
+        queries = q.unflatten(1, (-1, group))  # the group's queries are rows: keys are not repeated
+        starts = range(0, len(self._places), _TILE_QUERIES)
+        self._biases = self._biases or [self._bias(start, group, q) for start in starts]
+        tiles = []
+        for start, bias in zip(starts, self._biases, strict=True):
+            mine, last = (
+                queries[:, :, :, start : start + _TILE_QUERIES].flatten(2, 3),
+                bias.shape[1],
+            )
+            found = F.scaled_dot_product_attention(
+                mine, k[:, :, :last], v[:, :, :last], attn_mask=bias, scale=scale
+            )
+            tiles.append(found.unflatten(2, (group, -1)))
+        return torch.cat(tiles, 3).flatten(1, 2)
+
+    def _bias(self, start: int, group: int, like: Tensor) -> Tensor:
+        """What is added to a tile's logits, ``[group * rows, keys]``: nothing where it sees."""
+        import torch
+
+        rows = torch.tensor(self._places[start : start + _TILE_QUERIES], device=like.device)
+        last = self._places[start : start + _TILE_QUERIES][-1] + 1
+        key = torch.arange(
+            -(-last // 16) * 16, device=like.device
+        )  # CUDA's kernel wants it aligned
+        hidden = (key > rows[:, None]).repeat(group, 1)
+        bias = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+        return bias.masked_fill_(hidden, -torch.inf)[:, :last]
 
 
 def prompt_attention(

@@ -38,8 +38,8 @@ def flatten(options: Sequence[Option]) -> Flat:
     return Flat(
         tuple(dict.fromkeys(option.keys.name for option in options)),
         tuple(dict.fromkeys(option.values.name for option in options)),
-        fmean(option.keys.bits for option in options),
-        fmean(option.values.bits for option in options),
+        fmean(option.keys.code_bits for option in options),
+        fmean(option.values.code_bits for option in options),
         tuple(dict.fromkeys(o.keys.keys_by for o in options if isinstance(o.keys, Grouped))),
     )
 

@@ -66,6 +66,11 @@ class Allocated(Coded):
         rotated = "" if self.directions == "channels" else f"-{self.directions}"
         return f"{self.name}{self.mean_bits:g}{rotated}+{self.exact_first}"
 
+    @property
+    def code_bits(self) -> float:
+        """``mean_bits``."""
+        return self.mean_bits
+
     def signs(self, head_dim: int) -> int:
         """Bits of a token, over all directions: whole bytes, one at least."""
         return 8 * max(round(self.mean_bits * head_dim / 8), 1)
@@ -96,15 +101,25 @@ class Allocated(Coded):
         exact, coded = tensor[..., :first, :], tensor[..., first:, :].float()
         if not coded.numel():
             return tensor.clone()
-        at = torch.arange(coded.shape[-2], device=tensor.device)
-        real = (at < counts[..., None] - first)[..., None]
-        coded = self.turned(coded.where(real, 0))
-        count = real.sum(-2, keepdim=True).clamp_min(1)
-        mean = (coded.sum(-2, keepdim=True) / count).half().float()
-        z = (coded - mean).where(real, 0)
-        found = _quantised(z, real, self.signs(z.shape[-1]))
-        stored = self.turned(_levels(found.codes, found.widths) * found.scale + mean)
+        mean, found = self.coded_rows(coded, counts - first)
+        levels = _levels(found.codes, found.widths)
+        stored = self.turned(levels * found.scale + mean.float())
         return torch.cat([exact, stored.to(tensor.dtype)], -2)
+
+    def coded_rows(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Quantised]:
+        """Means ``[..., 1, D]`` in 16 bits and codes of many heads' rows ``[..., n, D]`` float32.
+
+        Of each head the first ``counts`` are tokens; what lies beyond has codes of nothing.
+        """
+        import torch
+
+        at = torch.arange(rows.shape[-2], device=rows.device)
+        real = (at < counts[..., None])[..., None]
+        turned = self.turned(rows.where(real, 0))
+        count = real.sum(-2, keepdim=True).clamp_min(1)
+        mean = (turned.sum(-2, keepdim=True) / count).half()
+        z = (turned - mean.float()).where(real, 0)
+        return mean, _quantised(z, real, self.signs(z.shape[-1]))
 
     def _coded_directions(self, z: Tensor) -> dict[str, Tensor]:
         """Codes and scales of ``[n, D]`` without a mean."""
@@ -180,7 +195,7 @@ class Fitted(Allocated):
 
 
 @dataclass(frozen=True)
-class _Quantised:
+class Quantised:
     """Codes and scales as they are stored.
 
     Args:
@@ -201,7 +216,7 @@ class _Quantised:
         return self.steps.float() * scale_of(self.tokens)
 
 
-def _quantised(z: Tensor, real: Tensor, bits: int) -> _Quantised:
+def _quantised(z: Tensor, real: Tensor, bits: int) -> Quantised:
     """Codes of directions without a mean, and scales of tokens and directions fitted to them in
     turns.
 
@@ -222,7 +237,7 @@ def _quantised(z: Tensor, real: Tensor, bits: int) -> _Quantised:
         tokens = _logarithms(_share(z, levels * steps.float(), -1))
         scaled = (levels * scale_of(tokens)).where(real, 0)
         steps = _share(z, scaled, -2).clamp_min(0).half()
-    return _Quantised(_codes(z / scale_of(tokens), steps, widths), steps, widths, tokens)
+    return Quantised(_codes(z / scale_of(tokens), steps, widths), steps, widths, tokens)
 
 
 def _codes(z: Tensor, steps: Tensor, widths: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from kvtune.policies.work import LayerShape, Work
 if TYPE_CHECKING:
     from torch import Tensor
 
+_RECENT = 64
 _SMALLEST = 1e-3  # of a channel's weight, of the head's largest
 
 
@@ -42,14 +43,20 @@ class WeightedKeys(Method):
         "streaming_llm",
     ] = parameter("full", "the method that chooses what stays")  # fmt: skip
 
+    queries: Literal["later", "recent"] = parameter(
+        "later", "whose squares are taken: a sample of all, turned to positions behind the prompt, "
+        "or the last 64 as they are, which a serving engine shows",
+    )  # fmt: skip
+
     @property
     def _method(self) -> Method:
         return find_method(self.by)()
 
     @property
     def needs(self) -> Needs:
-        """What the method inside reads, and a sample of queries to come."""
-        return self._method.needs | Needs(later_queries=True)
+        """What the method inside reads, and queries."""
+        ours = Needs(window=_RECENT) if self.queries == "recent" else Needs(later_queries=True)
+        return self._method.needs | ours
 
     @property
     def looks_across_heads(self) -> bool:
@@ -62,8 +69,17 @@ class WeightedKeys(Method):
 
     def parts(self, signals: Signals, budget: int) -> list[Part]:
         """The parts of the method inside, their keys weighted."""
-        weights = signals.once("weights of keys", lambda: _weights(signals))
+        name = f"weights of keys by {self.queries} queries"
+        weights = signals.once(name, lambda: _weights(self._queries(signals)))
         return [replace(part, balance=weights) for part in self._method.parts(signals, budget)]
+
+    def _queries(self, signals: Signals) -> Tensor:
+        """Of each KV head, ``[H, G, n, D]`` float32."""
+        if self.queries == "later":
+            return signals.later_queries()
+        recent = signals.queries[:, -_RECENT:].float()
+        grouped: Tensor = recent.unflatten(0, (len(signals.keys), -1))
+        return grouped
 
     def plan(self, budget: int, prompt_tokens: int) -> tuple[PartPlan, ...]:
         """The plan of the method inside, with a weight a channel."""
@@ -77,9 +93,8 @@ class WeightedKeys(Method):
         return self._method.work(shape, budget) + Work(read / 2, read, launches=6)
 
 
-def _weights(signals: Signals) -> Tensor:
+def _weights(queries: Tensor) -> Tensor:
     """``[H, D]``, rounded as they are stored; the head's largest is 1."""
-    queries = signals.later_queries()
     size = queries.square().mean((1, 2)).sqrt()
     most = size.amax(-1, keepdim=True).clamp_min(1e-30)
     weights: Tensor = (size / most).clamp_min(_SMALLEST).bfloat16().float()

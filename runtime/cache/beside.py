@@ -1,16 +1,15 @@
 """What pages cannot hold: entries with a log-weight, formats without pages, shared directions.
 
 Entries in 16 bits, such as RazorAttention's compensation token, lie in one dense tensor a layer, so
-that a step attends to them in a few operations. Rows of signs are packed and have a kernel. All
-others stay encoded and are read back at every step: the memory is saved and the time is not, until
-such a format has pages of its own. Their attention is joined to that over pages by its log-sum-exp.
+that a step attends to them in a few operations. All others stay encoded and are read back at every
+step: the memory is saved and the time is not, until such a format has pages of its own. Their
+attention is joined to that over pages by its log-sum-exp.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,6 @@ from kvtune.policies.format import Format, Role, Stored
 from kvtune.policies.option import Option
 from kvtune.policies.paging import EXACT
 from kvtune.policies.parts import HeadPart
-from kvtune.runtime.cache.signed import Rows, SignedParts, has_signs
 
 Shared = dict[tuple[int, int, int], "Encoded"]
 """Directions that two layers share, by sequence, KV head and the first of the two layers."""
@@ -94,21 +92,6 @@ class HeldPart:
                 shared[0][shared[1]] = found
         return HeldPart(row, found, formats, part.log_weight, part.balance, lengths, part.turns)
 
-    def is_signed(self, head_dim: int) -> bool:
-        """Whether a kernel attends to its codes as they are stored."""
-        plain = self.log_weight is None and self.lengths is None and self.turns is None
-        stored = self.encoded.keys, self.encoded.values
-        coded = {len(each.buffers.get("tokens", ())) for each in stored}
-        return plain and has_signs(self.formats, head_dim) and len(coded) == 1 and coded != {0}
-
-    def exact(self) -> HeldPart:
-        """Its first tokens, which are stored in 16 bits; nothing is beside them any more."""
-        keys, values = (x.buffers["exact"] for x in (self.encoded.keys, self.encoded.values))
-        if self.balance is not None:
-            keys = keys / self.balance
-        found = Encoded(EXACT[0].encode(keys, "keys"), EXACT[1].encode(values, "values"))
-        return replace(self, encoded=found, formats=EXACT, balance=None)
-
     def read(self, head_dim: int) -> tuple[Tensor, Tensor]:
         """Keys and values ``[n, D]`` float32."""
         roles: tuple[Role, Role] = ("keys", "values")
@@ -129,25 +112,19 @@ class HeldPart:
 class Beside:
     """One layer's parts that lie beside its pages, and attention over them."""
 
-    def __init__(
-        self, held: Sequence[HeldPart], head_dim: int, device: torch.device, kernels: bool = False
-    ) -> None:
-        """Lay out what is held: 16-bit parts in one tensor, signs packed, others as they are.
+    def __init__(self, held: Sequence[HeldPart], head_dim: int, device: torch.device) -> None:
+        """Lay out what is held: 16-bit parts in one tensor, others as they are.
 
         Args:
             held: all parts of the layer's rows.
             head_dim: D.
             device: where they lie.
-            kernels: whether kernels run there.
         """
         self.head_dim, self.device = head_dim, device
-        signed = [each for each in held if kernels and each.is_signed(head_dim)]
         dense = [each for each in held if each.formats == EXACT and each.lengths is None]
-        taken = {id(each) for each in (*signed, *dense)}
+        taken = {id(each) for each in dense}
         self.encoded = [each for each in held if id(each) not in taken]
-        dense += [each.exact() for each in signed if each.formats[0].exact_tokens]
         self.dense = stacked(dense, head_dim, torch.bfloat16, device) if dense else None
-        self.signed = _packed(signed, device)
 
     @property
     def is_dense(self) -> bool:
@@ -170,7 +147,6 @@ class Beside:
             (rows, attend(q[rows].float(), keys.float(), values.float(), None, scale, weight))
             for rows, keys, values, weight in parts
         ]
-        found += [(each.rows, each.attend(q, scale)) for each in self.signed]
         return joined(found, output, lse)[0].to(q.dtype)
 
 
@@ -208,31 +184,3 @@ def stacked(
     weights = pad_sequence([x[2] for x in joined], True, -torch.inf)
     rows = torch.tensor(list(by_row), device=device)
     return rows, keys, values, weights[:, None]
-
-
-def _packed(held: Sequence[HeldPart], device: torch.device) -> list[SignedParts]:
-    """Parts in one pair of formats together, no two of one row."""
-    groups: dict[object, list[HeldPart]] = defaultdict(list)
-    seen: dict[object, int] = defaultdict(int)
-    for each in held:
-        kind = each.formats, each.balance is None
-        turn = seen[kind, each.row]
-        seen[kind, each.row] += 1
-        groups[kind, turn].append(each)
-    return [_together(mine, device) for mine in groups.values()]
-
-
-def _together(held: Sequence[HeldPart], device: torch.device) -> SignedParts:
-    keys, values = (
-        Rows.of(form, [stored.buffers for stored in both])  # type: ignore[arg-type]
-        for form, both in zip(
-            held[0].formats, zip(*((x.encoded.keys, x.encoded.values) for x in held), strict=True),
-            strict=True,
-        )
-    )  # fmt: skip
-    counts = [len(each.encoded.keys.buffers["tokens"]) for each in held]
-    starts = torch.tensor([0, *counts]).cumsum(0).int().to(device)
-    rows = torch.tensor([each.row for each in held], device=device)
-    balance = [each.balance for each in held if each.balance is not None]
-    weights = torch.stack(balance).bfloat16() if balance else None
-    return SignedParts(rows, keys, values, starts, max(counts), weights)

@@ -28,6 +28,7 @@ class Choice:
         exact: how many of each head's stay in 16 bits.
         merged: keys and values ``[n, D]`` of heads whose method stores others than the kept
             tokens' own.
+        weights: of heads whose keys in pages are coded times them, ``[D]``.
         beside: parts of each head that pages cannot hold.
         readers: of heads that do not read all that they hold; None of others.
         held_bytes: of each head, as formats count them.
@@ -37,6 +38,7 @@ class Choice:
     kept: list[Tensor]
     exact: list[int]
     merged: Mapping[int, tuple[Tensor, Tensor]]
+    weights: Mapping[int, Tensor]
     beside: list[list[HeadPart]]
     readers: list[Reader | None]
     held_bytes: list[int]
@@ -70,10 +72,11 @@ def choose(policy: Policy, planned: Sequence[int], signals: Signals, evicts: boo
     rows = list(zip(parts, options * prompts, held * prompts, strict=True))
     placed = [place(each, option, head_dim) for each, option, _ in rows]
     return Choice(
-        kept=[tokens for tokens, _, _, _ in placed],
-        exact=[exact for _, exact, _, _ in placed],
-        merged={row: both for row, (_, _, both, _) in enumerate(placed) if both is not None},
-        beside=[beside for _, _, _, beside in placed],
+        kept=[head.tokens for head in placed],
+        exact=[head.exact for head in placed],
+        merged={row: head.merged for row, head in enumerate(placed) if head.merged is not None},
+        weights={row: head.weights for row, head in enumerate(placed) if head.weights is not None},
+        beside=[head.beside for head in placed],
         readers=[option.method.reader(budget) for _, option, budget in rows],
         held_bytes=[held_bytes(option, budget, each, head_dim) for each, option, budget in rows],
         rooms=rooms * prompts,
@@ -93,6 +96,18 @@ def side_by_side(read: Sequence[Signals], choices: Sequence[Choice]) -> tuple[Te
             keys[row, tokens], values[row, tokens] = merged
         first += len(choice.kept)
     return keys, values
+
+
+def weights_of(choices: Sequence[Choice], like: Tensor) -> Tensor | None:
+    """Weights ``[n, D]`` of the keys ``like`` of ``side_by_side``; ones where a head has none."""
+    if not any(choice.weights for choice in choices):
+        return None
+    found, first = like.new_ones(len(like), like.shape[-1], dtype=torch.float32), 0
+    for choice in choices:
+        for head, weights in choice.weights.items():
+            found[first + head] = weights
+        first += len(choice.kept)
+    return found
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:

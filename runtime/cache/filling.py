@@ -19,7 +19,6 @@ from kvtune.policies.pages import PAGE, PageLayout
 from kvtune.policies.paging import reads_pages
 from kvtune.policies.reader import BlockReader, Reader
 from kvtune.policies.signals import Signals
-from kvtune.runtime.cache.backend import TritonBackend
 from kvtune.runtime.cache.beside import Beside, HeldPart, Shared
 from kvtune.runtime.cache.choosing import Choice
 from kvtune.runtime.cache.entry_rows import EntryRows, searches
@@ -101,8 +100,7 @@ class Filling:
         if self._places:
             layer.ring = Ring(np.concatenate(self._places))
         if self._beside:
-            kernels = isinstance(layer.backend, TritonBackend)
-            layer.beside = Beside(self._beside, head_dim, layer.pool.memory.device, kernels)
+            layer.beside = Beside(self._beside, head_dim, layer.pool.memory.device)
         layer.searched = self._searched
         layer.indexed = _joined(self._indexed)
         if layer.host is not None:

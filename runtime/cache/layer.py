@@ -20,7 +20,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.transformers_interface import count_of
 from kvtune.policies.pages import PAGE
 from kvtune.policies.signals import Signals
-from kvtune.runtime.cache.choosing import Choice, choose, side_by_side
+from kvtune.runtime.cache.choosing import Choice, choose, side_by_side, weights_of
 from kvtune.runtime.cache.evicting import Evictor
 from kvtune.runtime.cache.filling import Filling, Taken
 from kvtune.runtime.cache.host_rows import HostRows
@@ -151,7 +151,9 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         none = self.window or NO_END
         paged.most[rows] = np.resize([room.most if room else none for room in rooms], count)
         exact = [count for choice in choices for count in choice.exact]
-        store_prompts(paged, *side_by_side(taken.read, choices), taken.kept, exact, rows)
+        keys, values = side_by_side(taken.read, choices)
+        weights = weights_of(choices, keys)
+        store_prompts(paged, keys, values, taken.kept, exact, rows, weights)
         held = [size for choice in choices for size in choice.held_bytes]
         paged.held_bytes[rows] = np.resize(held, count).tolist()
 

@@ -27,6 +27,7 @@ class Pages:
         places: of their first tokens where logits are wanted, ``[n]``.
         tiles: that they are part of, ``[n]``.
         before: tokens of their tile in earlier pages, ``[n]``.
+        tables: first cells of the tables that they are read by, ``[n]``.
     """
 
     layout: PageLayout
@@ -36,6 +37,7 @@ class Pages:
     places: Tensor
     tiles: Tensor
     before: Tensor
+    tables: Tensor
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class _Tiles:
     most: Tensor
     segment: Tensor
     place: Tensor
+    tables: Tensor
 
     def tokens(self, lengths: Tensor) -> Tensor:
         """In each tile, ``[m]``."""
@@ -68,6 +71,7 @@ class _Tiles:
             places=self.place[tile] + size * within,
             tiles=tile,
             before=size * within,
+            tables=self.tables[tile],
         )
 
 
@@ -113,4 +117,4 @@ def _tiles_of(layer: Paged, code: int) -> _Tiles:
     tiles = layer.tiles[layer.tiles[:, 1] == code].long()
     row, _, entry, before, most, segment = tiles[:, :6].unbind(1)
     layout = PageLayout.of(layer.head_dim, code)
-    return _Tiles(layout, row, entry, before, most, segment, tiles[:, 11])
+    return _Tiles(layout, row, entry, before, most, segment, tiles[:, 11], tiles[:, 12])

@@ -30,6 +30,7 @@ from kvtune.runtime.cache.segments import (
     CODED,
     GROWN,
     NO_END,
+    NOWHERE,
     SETTLED,
     Ints,
     Leaving,
@@ -78,6 +79,7 @@ class PagedLayer:
         self.codes = np.array(
             [[self.layout(k, n).code for n in range(self.rows)] for k in range(3)]
         )
+        self.tables = np.full(len(self.layouts), NOWHERE)  # first cells, where pages have some
         self.lengths = np.zeros((3, len(self.layouts)), np.int64)
         self.exact = np.zeros(len(self.layouts), np.int64)  # first tokens of a growing segment
         self.kept: list[int] = [0] * len(self.layouts)
@@ -141,7 +143,8 @@ class PagedLayer:
         fixed[: self.rows] = [number not in self.readers for number in range(self.rows)]
         tokens = np.where(fixed, self.lengths[:kinds].ravel(), -1)
         shape = shape_for(tuple(sorted(set(pairs.tolist()), reverse=True)), self.head_dim)
-        segments = Segments(row, pairs, starts, pages, tokens)
+        tables = np.tile(np.maximum(self.tables, 0), kinds)
+        segments = Segments(row, pairs, starts, pages, tokens, tables)
         tiles = plan_tiles(segments, table, shape.programs)
         self.tables_at = starts.reshape(rooms.shape)
         self.places = np.append(segments.places, segments.most.sum())  # of segments, and their end
@@ -178,7 +181,7 @@ class PagedLayer:
             coded[row] = pages_read(reader, layout.blocks_of(coded[row]), layout)
         if self.residual is None:
             return np.stack([coded, np.full(self.rows, self._growing_room(ends))])
-        settle = np.array([layout != self.growing_layout for layout in self.layouts])
+        settle = np.array([layout.settles for layout in self.layouts])
         open_ends = np.maximum(self.lengths[GROWN], self.exact + self.residual + PAGE) + PAGE
         ends = np.where(settle, np.minimum(ends, open_ends), ends)
         settled = (settled - (-new_tokens // PAGE)) * settle
@@ -287,6 +290,11 @@ class PagedLayer:
             if len(self.pages[kind][row]):
                 self.pool.give(self.pages[kind][row], self.layout(kind, row).page_cells)
             self.pages[kind][row] = np.zeros(0, np.int64)
+        for row in rows:
+            if self.tables[row] != NOWHERE:
+                layout = self.layouts[row].tables
+                self.pool.give(self.tables[row : row + 1], layout.page_cells)
+        self.tables[rows.start : rows.stop] = NOWHERE
         if self.host is not None:
             self.host.free(rows, self.layouts)
         for each in self.searched:
@@ -327,4 +335,6 @@ class PagedLayer:
             len(cells) * self.layout(kind, row).page_bytes
             for kind, rows in enumerate(self.pages)
             for row, cells in enumerate(rows)
+        ) + sum(
+            self.layouts[row].tables.page_bytes for row in np.flatnonzero(self.tables != NOWHERE)
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,19 +19,31 @@ from kvtune.policies.pages import exact_tokens, has_pages
 from kvtune.policies.paging import chooses_entries, is_coded, is_exact, may_lie_on_host
 from kvtune.policies.parts import HeadPart
 from kvtune.policies.policy import Policy
-from kvtune.runtime.cache.signed import has_signs
 
-Placed = tuple[Tensor, int, "tuple[Tensor, Tensor] | None", list[HeadPart]]
+
+@dataclass(frozen=True)
+class Placed:
+    """Where one head's parts go.
+
+    Args:
+        tokens: for pages, those in 16 bits first.
+        exact: how many of them stay in 16 bits.
+        merged: keys and values ``[n, D]`` to store instead of the tokens' own, or None.
+        weights: ``[D]``, by which keys in pages are multiplied before they are coded, or None.
+        beside: parts that pages cannot hold.
+    """
+
+    tokens: Tensor
+    exact: int
+    merged: tuple[Tensor, Tensor] | None
+    weights: Tensor | None
+    beside: list[HeadPart]
 
 
 def warn_of_slow_formats(policy: Policy, head_dim: int) -> None:
     """Say which options are read back from their encoded form at every step."""
     options = dict.fromkeys(policy.options())
-    slow = [
-        option.label
-        for option in options
-        if not (has_pages(option, head_dim) or has_signs((option.keys, option.values), head_dim))
-    ]
+    slow = [option.label for option in options if not has_pages(option, head_dim)]
     if slow:
         warnings.warn(
             f"{', '.join(slow)}: these formats have no pages; they are held encoded and read back "
@@ -66,16 +79,12 @@ def check_host(option: Option, head_dim: int, evicts: bool) -> None:
 
 
 def place(parts: Sequence[HeadPart], option: Option, head_dim: int) -> Placed:
-    """Divide one head's parts.
-
-    Returns:
-        tokens for pages, those in 16 bits first; how many of them stay in 16 bits; keys and values
-        ``[n, D]`` to store instead of the tokens' own, or None; and the parts that go beside.
-    """
+    """Divide one head's parts."""
     if len(parts) == 1 and is_coded(parts[0].plan, option, head_dim):
         only = parts[0]
         both = None if only.keys is None or only.values is None else (only.keys, only.values)
-        return only.tokens, min(exact_tokens(option.keys), len(only.tokens)), both, []
+        exact_first = min(exact_tokens(option.keys), len(only.tokens))
+        return Placed(only.tokens, exact_first, both, only.balance, [])
     own = [part for part in parts if part.keys is None]
     exact = [part for part in own if len(parts) > 1 and is_exact(part.plan, option)]
     coded = [part for part in own if part not in exact and is_coded(part.plan, option, head_dim)]
@@ -83,4 +92,6 @@ def place(parts: Sequence[HeadPart], option: Option, head_dim: int) -> Placed:
     tokens = torch.cat([parts[0].tokens[:0], *(part.tokens for part in exact + coded)])
     front = sum(len(part.tokens) for part in exact)
     front += min(exact_tokens(option.keys), len(coded[0].tokens)) if coded else 0
-    return tokens, front, None, [part for part in parts if id(part) not in paged]
+    weights = coded[0].balance if coded else None
+    beside = [part for part in parts if id(part) not in paged]
+    return Placed(tokens, front, None, weights, beside)

@@ -15,6 +15,7 @@ from kvtune.policies.pages import BF16_PAGE, PageLayout
 from kvtune.runtime.cache.page_map import Pages, pages_with_tokens
 from kvtune.runtime.kernels.launch import Paged, Seating
 from kvtune.runtime.kernels.reference import read_pages
+from kvtune.runtime.kernels.reference_signs import read_sign_pages
 
 if TYPE_CHECKING:
     from kvtune.runtime.cache.backend import Growing, Seen
@@ -25,8 +26,7 @@ def attend_pages(q: Tensor, layer: Paged, scale: float, seen: Seen | None) -> Te
     queries = q.float() * scale
     read = []
     for pages, tokens in pages_with_tokens(layer):
-        scales = layer.fp8_scales[pages.segments]
-        keys, values = read_pages(_bytes(layer, pages), pages.layout, scales)
+        keys, values = _read(layer, pages)
         logits = torch.bmm(queries[pages.rows], keys.mT)
         if seen is not None and seen.logits is not None:
             _note(seen.logits, logits, pages)
@@ -64,6 +64,17 @@ def _merged(queries: Tensor, read: list[tuple[Tensor, Tensor, Tensor]]) -> tuple
         total.index_add_(0, rows, weights.sum(-1))
         output.index_add_(0, rows, torch.bmm(weights, values))
     return output / total.clamp_min(torch.finfo(total.dtype).tiny)[..., None], most + total.log()
+
+
+def _read(layer: Paged, pages: Pages) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[n, tokens, D]`` float32."""
+    layout = pages.layout
+    if not layout.has_tables:
+        return read_pages(_bytes(layer, pages), layout, layer.fp8_scales[pages.segments])
+    inside = torch.arange(layout.tables.page_cells, device=layer.pool.device)
+    cells = layer.pool.view(-1, layout.cell_bytes)
+    tables = cells[pages.tables[:, None] + inside].flatten(1)
+    return read_sign_pages(_bytes(layer, pages), tables, layout)
 
 
 def _bytes(layer: Paged, pages: Pages) -> Tensor:

@@ -18,6 +18,9 @@ CODED, GROWN, SETTLED = range(3)
 NO_END = np.iinfo(np.int64).max // 2
 """Of a row that only grows: the most entries that it may hold."""
 
+NOWHERE = -1
+"""Instead of a cell: of a row whose pages have no tables."""
+
 
 @dataclass(frozen=True)
 class Leaving:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtune.policies.pages import PageLayout, exact_tokens
-from kvtune.runtime.cache.backend import Writing
+from kvtune.runtime.cache.backend import Fitted, Writing
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.segments import CODED, GROWN, NO_END, SETTLED, Ints, runs
 from kvtune.runtime.cache.sending import sent
@@ -30,6 +30,7 @@ def store_prompts(
     kept: Sequence[Tensor],
     exact: Sequence[int] | None = None,
     rows: slice | None = None,
+    weights: Tensor | None = None,
 ) -> None:
     """Put kept prompt tokens into pages. Once for each row, before the layer is sealed.
 
@@ -42,6 +43,9 @@ def store_prompts(
         values: likewise.
         kept: token indices of each of the n, those that stay in 16 bits first.
         exact: how many of each do; the first ones that their format leaves exact unless given.
+        rows: of the layer, those that are stored; all of them unless given.
+        weights: ``[n, D]``, by which keys are multiplied before they are coded and divided where
+            they are read, in pages that have tables; None where no method weights them.
 
     Raises:
         KvtuneError: the pool is full.
@@ -67,7 +71,8 @@ def store_prompts(
     places = chosen.int()
     for layout, pages in zip(layouts.values(), records, strict=False):
         if len(pages):
-            writing = Writing(layout, keys, values, places, pages, layer.fp8_scales)
+            fitted = _tables(layer, layout, rows, weights)
+            writing = Writing(layout, keys, values, places, pages, layer.fp8_scales, fitted)
             layer.backend.write(layer.pool.memory, writing)
     for (layout, place, _), pages in zip(there, records[len(layouts) :], strict=True):
         writing = Writing(layout, keys, values, places, pages, layer.fp8_scales)
@@ -93,6 +98,24 @@ def _records(layer: PagedLayer, layout: PageLayout, rows: slice, sizes: Ints) ->
     mine = np.flatnonzero((layer.codes[:SETTLED].ravel() == layout.code) & (held > 0))
     cells = layer.take(mine, -(-held[mine] // layout.page_tokens), layout)
     return _listed(layer, layout, rows, sizes, mine, held[mine], cells)
+
+
+def _tables(
+    layer: PagedLayer, layout: PageLayout, rows: slice, weights: Tensor | None
+) -> Fitted | None:
+    """Take room for the tables of some rows' pages of one layout, where it has any."""
+    if not layout.has_tables:
+        return None
+    held = np.zeros(layer.rows, bool)
+    held[rows] = layer.lengths[CODED, rows] > 0
+    mine = np.flatnonzero(held & (layer.codes[CODED] == layout.code))
+    layer.tables[mine] = layer.pool.take(len(mine), layout.tables.page_cells)
+    there = sent([layer.tables], layer.pool.memory.device)[0]
+    if weights is not None:
+        every = weights.new_ones(layer.rows, weights.shape[1])
+        every[rows] = weights.repeat((rows.stop - rows.start) // len(weights), 1)
+        weights = every
+    return Fitted(there, weights)
 
 
 def _on_host(

@@ -48,6 +48,18 @@ def is_turned(code):
 
 
 @triton.constexpr_function
+def is_signs(code):
+    """Whether a page holds rows of signs."""
+    return code % 32 > 16
+
+
+@triton.constexpr_function
+def sign_bytes(code, head_dim):
+    """Bytes of a token's signs; a format's number is five above its bits in eighths."""
+    return (code % 32 - 5) * head_dim // 64
+
+
+@triton.constexpr_function
 def drawn_in(code, turned):
     """What either end of a group's range loses; see ``layout.CLIP``."""
     clip = {2: 0.7, 3: 0.85}.get(bits_of(code), 1.0) if turned else 1.0
@@ -102,6 +114,8 @@ def page_tokens(keys, values):
 @triton.constexpr_function
 def code_bytes(code, head_dim, tokens=64):
     """Bytes of the codes of a page of so many tokens."""
+    if code % 32 > 16:
+        return tokens * (code % 32 - 5) * head_dim // 64
     return tokens * head_dim * bits_of(code) // 8
 
 
@@ -114,6 +128,8 @@ def plane_at(head_dim):
 @triton.constexpr_function
 def scale_bytes(code, head_dim):
     """Bytes of a page's key scales; by channel and by token alike, as a group has 64 elements."""
+    if code % 32 > 16:
+        return 64
     return 4 * head_dim if code <= 8 else 0
 
 
@@ -165,7 +181,7 @@ def masked(units, HALF_PAGE: tl.constexpr, FIELD: tl.constexpr, CODE: tl.constex
             field = (bits | third).to(tl.uint16).to(tl.float16, bitcast=True)
     elif NATIVE:
         field = tl.inline_asm_elementwise(
-            _mask(HALF_PAGE, MASK), "=r,r", [units[0]], dtype=tl.float16, is_pure=True, pack=2
+            mask_of(HALF_PAGE, MASK), "=r,r", [units[0]], dtype=tl.float16, is_pure=True, pack=2
         )
     else:
         bits = units[0].to(tl.uint16, bitcast=True) >> SHIFT
@@ -174,7 +190,7 @@ def masked(units, HALF_PAGE: tl.constexpr, FIELD: tl.constexpr, CODE: tl.constex
 
 
 @triton.constexpr_function
-def _mask(half, mask):
+def mask_of(half, mask):
     """PTX that masks one field of two units."""
     if half == 0:
         return f"and.b32 $0, $1, {mask * 0x10001};"

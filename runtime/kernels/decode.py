@@ -23,6 +23,7 @@ from kvtune.runtime.kernels.codes import (
     first_channel,
     group_of,
     groups_of,
+    is_signs,
     is_turned,
     load_units,
     masked,
@@ -34,6 +35,12 @@ from kvtune.runtime.kernels.codes import (
     unit_of,
 )
 from kvtune.runtime.kernels.logits import load_queries, logits_of
+from kvtune.runtime.kernels.signs import (
+    RUN,
+    add_sign_values,
+    spread_queries,
+    store_channels,
+)
 from kvtune.runtime.kernels.turning import store_turned
 
 TILE_FIELDS = tl.constexpr(16)
@@ -47,11 +54,12 @@ def decode_attention(
     q, out, row_lse, logits_out,
     pool_half, pool_bf16, pool_fp8,
     tiles, table, lengths, fp8_scales,
-    scratch, scratch_lse, arrived, softmax_scale,
+    scratch, scratch_lse, gathered, arrived, softmax_scale,
     D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     PAIRS: tl.constexpr, N_PAIRS: tl.constexpr,
     STAGES: tl.constexpr, NATIVE: tl.constexpr, EXPORT: tl.constexpr,
     seats=None, query_stride=0, H: tl.constexpr = 1, SEAT_TILES: tl.constexpr = 0,
+    SIGNS: tl.constexpr = 0,
 ):  # fmt: skip
     """One tile; see ``tiles.Tile`` for its fields.
 
@@ -70,10 +78,12 @@ def decode_attention(
         lengths: [segments] int32 tokens.
         fp8_scales: [segments, 2] float32.
         scratch, scratch_lse: [slots, G, D], [slots, G] float32.
+        gathered: [slots, SIGNS, G] float32, where values are rows of signs.
         arrived: [rows] int32 zeros, and zeros again afterwards.
         seats: [sequences] int32 the seat of each; negative where there is no sequence.
         H: KV heads of a sequence with a seat.
         SEAT_TILES: tiles of a seat; 0 where sequences have none.
+        SIGNS: of a value, at most.
     """
     if SEAT_TILES:
         member = tl.program_id(1)
@@ -90,6 +100,7 @@ def decode_attention(
     segment, slot, others = tl.load(tile + 5), tl.load(tile + 6), tl.load(tile + 7)
     # others: slots of this row before this one * 65536 + all of them
     known, cell, second = tl.load(tile + 8), tl.load(tile + 9), tl.load(tile + 10)
+    tables = tl.load(tile + 12).to(tl.int64) * (4 * D)
     length = tl.load(lengths + segment, mask=known < 0, other=known)
     tokens = tl.minimum(length - first, most)
     if EXPORT:
@@ -97,8 +108,9 @@ def decode_attention(
     for n in tl.static_range(N_PAIRS):
         if pair == PAIRS[n]:
             _attend_tile(
-                query, scratch + slot * G * D, scratch_lse + slot * G, logits_out,
-                pool_half, pool_bf16, pool_fp8,
+                query, scratch + slot * G * D, scratch_lse + slot * G,
+                gathered + slot * G * SIGNS, logits_out,
+                pool_half, pool_bf16, pool_fp8, tables,
                 table, at, cell, second, tokens, fp8_scales + 2 * segment, softmax_scale,
                 D, G, M, PAIRS[n] // 64, PAIRS[n] % 64,
                 STAGES, _halves_a_step(PAIRS[n]), NATIVE, EXPORT,
@@ -115,8 +127,8 @@ def decode_attention(
 
 @triton.jit
 def _attend_tile(
-    q, scratch, scratch_lse, logits_out,
-    pool_half, pool_bf16, pool_fp8,
+    q, scratch, scratch_lse, gathered, logits_out,
+    pool_half, pool_bf16, pool_fp8, tables,
     table, at, cell, second, tokens, fp8_scales, softmax_scale,
     D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr,
@@ -131,8 +143,8 @@ def _attend_tile(
     """
     KEYS: tl.constexpr = plain_code(KEY_CODE)
     VALUES: tl.constexpr = plain_code(VALUE_CODE)
-    PARTS: tl.constexpr = parts_of(VALUES, D)
-    W: tl.constexpr = D // PARTS
+    PARTS: tl.constexpr = _sums_of(VALUES, D)
+    W: tl.constexpr = RUN if is_signs(VALUES) else D // PARTS
     TOKENS: tl.constexpr = page_tokens(KEYS, VALUES)
     PAIRED: tl.constexpr = TOKENS < HALF
     STEPS: tl.constexpr = _steps_a_page(TOKENS, HALVES)
@@ -144,7 +156,10 @@ def _attend_tile(
         factor *= tl.load(fp8_scales)
     if VALUES == FP8:
         value_scale = tl.load(fp8_scales + 1)
-    queries, query_sums = load_queries(q, factor, D, G, M, KEYS, is_turned(KEY_CODE))
+    if is_signs(KEYS):
+        queries, query_sums = spread_queries(q, factor, pool_half, tables, D, G, M, KEYS)
+    else:
+        queries, query_sums = load_queries(q, factor, D, G, M, KEYS, is_turned(KEY_CODE))
     acc, shifts = _zeros(M, W, PARTS), _zeros(M, HALF, groups_of(VALUES, D))
     totals = tl.zeros([HALF, M], tl.float32)  # summed over tokens at the end
     largest = tl.full([M], -1e30, tl.float32)
@@ -186,6 +201,23 @@ def _attend_tile(
                                   start + VALUES_AT, gap, begin,
                                   D, VALUES, HALVES, PAIRED, NATIVE)  # fmt: skip
     total = tl.sum(totals, 0)
+    lse = tl.where(total > 0, (largest - LIFT + tl.log2(total)) / LOG2_E, -float("inf"))
+    tl.store(scratch_lse + head, lse, mask=head < G)
+    if is_signs(VALUES):
+        store_channels(scratch, gathered, acc, shifts, total, pool_half, tables,
+                       D, G, M, KEYS, VALUES, is_turned(VALUE_CODE))  # fmt: skip
+    else:
+        _store_parts(scratch, acc, shifts, total, value_scale, D, G, M, VALUES, PARTS,
+                     is_turned(VALUE_CODE))  # fmt: skip
+
+
+@triton.jit
+def _store_parts(scratch, acc, shifts, total, value_scale, D: tl.constexpr, G: tl.constexpr,
+                 M: tl.constexpr, VALUES: tl.constexpr, PARTS: tl.constexpr,
+                 TURNED: tl.constexpr):  # fmt: skip
+    """The output by channel, out of a step's accumulators."""
+    W: tl.constexpr = D // PARTS
+    head = tl.arange(0, M)
     share = value_scale / tl.maximum(total, 1e-30)
     FIELDS: tl.constexpr = fields_of(VALUES)
     outputs = ()
@@ -195,15 +227,21 @@ def _attend_tile(
             shift = tl.sum(shifts[group_of(part, VALUES, D)], 0)
             output = output * unit_of(part % FIELDS, VALUES) + shift[None, :]
         outputs = outputs + (output * share[None, :],)
-    if is_turned(VALUE_CODE):
+    if TURNED:
         store_turned(scratch, outputs, D, G, M, VALUES, PARTS)
     else:
         channel = tl.arange(0, W)
         for part in tl.static_range(PARTS):
             place = head[None, :] * D + first_channel(part, VALUES, D) + channel[:, None]
             tl.store(scratch + place, outputs[part], mask=head[None, :] < G)
-    lse = tl.where(total > 0, (largest - LIFT + tl.log2(total)) / LOG2_E, -float("inf"))
-    tl.store(scratch_lse + head, lse, mask=head < G)
+
+
+@triton.constexpr_function
+def _sums_of(values, head_dim):
+    """Accumulators of a tile: one a part, or a run's bit of signs."""
+    if values > 16:
+        return 8 * (((values - 5) * head_dim // 64 + 15) // 16)
+    return parts_of(values, head_dim)
 
 
 @triton.jit
@@ -217,7 +255,10 @@ def _add_values(acc, shifts, shrink, weights, pool_half, pool_bf16, pool_fp8, st
     W: tl.constexpr = D // parts_of(VALUES, D)
     channel, token = tl.arange(0, W), tl.arange(0, HALF)
     added, moved = (), ()
-    if VALUES >= FP8:
+    if is_signs(VALUES):
+        added, moved = add_sign_values(acc, shifts, shrink, weights, pool_half, start,
+                                       D, VALUES, NATIVE)  # fmt: skip
+    elif VALUES >= FP8:
         sums = acc[0] * shrink[None, :]
         for half in tl.static_range(HALVES):
             first = begin + half * HALF
@@ -269,8 +310,8 @@ def _highest(halves, HALVES: tl.constexpr):
 
 @triton.constexpr_function
 def _halves_a_step(pair):
-    """Half pages a step: integers of two halves share a unit."""
-    return 1 if min(pair // 64 % 32, pair % 32) > 8 else 2
+    """Half pages a step: integers, and signs, of two halves share a unit."""
+    return 1 if 8 < min(pair // 64 % 32, pair % 32) <= 16 else 2
 
 
 @triton.constexpr_function

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.pages import KERNEL_HEAD_DIMS
+from kvtune.policies.pages import KERNEL_HEAD_DIMS, PageLayout, is_signs, sign_bytes
 from kvtune.profiles.tuned import find_tuned
 from kvtune.runtime.kernels.tiles import Tiles, kind_of
 
@@ -119,6 +119,14 @@ class Scratch:
         self.lse = torch.empty(slots, group, device=device)
         self.arrived = torch.zeros(rows, dtype=torch.int32, device=device)
         self.row_lse = torch.empty(rows, group, device=device)
+        self._gathered = torch.empty(0, device=device)
+
+    def gathered(self, signs: int) -> Tensor:
+        """Room for sums by sign of every slot, ``[slots, signs, G]``; kept for the next call."""
+        slots, group, _ = self.parts.shape
+        if self._gathered.numel() < slots * signs * group:
+            self._gathered = self.lse.new_empty(slots * signs * group)
+        return self._gathered
 
     @staticmethod
     def fits(tiles: Tiles, rows: int, group: int, head_dim: int, device: Any) -> Scratch:
@@ -205,16 +213,24 @@ def _launch(
         raise KvtuneError(f"the kernels have heads of {KERNEL_HEAD_DIMS} channels, not {head_dim}")
     shape = shape or shape_for(cache.pairs, head_dim)
     heads = max(8, 1 << (group - 1).bit_length())
+    signs = signs_of(cache.pairs, head_dim)
     # One warp's registers hold 1024 sums; more are spilled, and shared among warps are not.
     warps = shape.warps if head_dim * heads <= 1024 else max(shape.warps, 4)
     decode_attention[grid](
         q, out, lse, lse if logits is None else logits,
         *cache.typed,
         cache.tiles, cache.table, cache.lengths, cache.fp8_scales,
-        scratch.parts, scratch.lse, scratch.arrived, scale,
+        scratch.parts, scratch.lse, scratch.gathered(signs), scratch.arrived, scale,
         D=head_dim, G=group, M=heads,
         PAIRS=cache.pairs, N_PAIRS=len(cache.pairs),
         STAGES=shape.stages, NATIVE=q.is_cuda,
         EXPORT=0 if logits is None else logits.shape[1],
-        num_warps=warps, **seated,
+        SIGNS=signs, num_warps=warps, **seated,
     )  # fmt: skip
+
+
+@functools.cache
+def signs_of(pairs: tuple[int, ...], head_dim: int) -> int:
+    """Signs of a value at most, where any are rows of signs."""
+    names = [PageLayout.of(head_dim, pair).values for pair in pairs]
+    return max((8 * sign_bytes(name, head_dim) for name in names if is_signs(name)), default=0)

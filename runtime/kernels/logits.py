@@ -20,12 +20,14 @@ from kvtune.runtime.kernels.codes import (
     group_of,
     groups_of,
     is_by_token,
+    is_signs,
     key_parts,
     load_units,
     masked,
     parts_of,
     product,
 )
+from kvtune.runtime.kernels.signs import sign_logits
 from kvtune.runtime.kernels.turning import turned_queries
 
 
@@ -88,7 +90,9 @@ def logits_of(queries, sums, pool_half, pool_bf16, pool_fp8, start, gap, begin, 
         begin: the first token that is looked at.
         factor: logits are multiplied by it.
     """
-    if KEYS >= FP8:
+    if is_signs(KEYS):
+        logits = sign_logits(queries, sums, pool_half, start, D, M, KEYS, NATIVE)
+    elif KEYS >= FP8:
         logits = _float_logits(queries, pool_bf16, pool_fp8, start, gap, begin, factor,
                                D, KEYS, HALVES, PAIRED, NATIVE)  # fmt: skip
     elif is_by_token(KEYS):

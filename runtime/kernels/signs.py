@@ -1,8 +1,10 @@
-"""Decode attention over tokens that are rows of signs, as ``policies.formats.fitted`` makes them.
+"""Rows of signs inside decode attention: what a step's keys say, and what its values add.
 
-A channel of b bits is b signs, of which sign p counts 2^p halves of the channel's step: a query is
-spread over the signs of its channels once, keys are then one product of signs whatever bits their
-channels have, and values are gathered by sign and brought back to channels once, at the end.
+A channel of b bits is b signs, of which sign p counts 2^p steps of the channel. A query is spread
+over the signs of its channels once a tile, so that keys are one product of bits whatever widths
+their channels have; values are gathered by sign, and brought back to channels once. A bit is masked
+out of its byte as it lies, a number below the normal ones (``codes.masked``): that it stands for
+half a step up or down is put right by the sums over all signs.
 """
 
 from __future__ import annotations
@@ -10,144 +12,214 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvtune.runtime.kernels.turning import negative_where_odd
+from kvtune.runtime.kernels.codes import HALF, code_bytes, mask_of, sign_bytes
+from kvtune.runtime.kernels.turning import mixed
+from kvtune.runtime.kernels.turning import signs as hadamard
 
-CHUNK = tl.constexpr(32)  # signs that are multiplied at once
-STEP = tl.constexpr(64)  # tokens
-LOG2_E = tl.constexpr(1.4426950408889634)
-LIFT = tl.constexpr(6.0)  # weights are 2^6 times too large, which keeps small ones normal in fp16
+RUN = tl.constexpr(16)  # bytes that are read at once
+WIDEST = tl.constexpr(6)  # bits of a channel at most
+BLOCK = tl.constexpr(32)  # channels that outputs are made of at once
+
+
+@triton.constexpr_function
+def sign_runs(code, head_dim):
+    """Runs of bytes of a token; the last one may go on into what lies behind."""
+    return (sign_bytes(code, head_dim) + 15) // 16
+
+
+@triton.constexpr_function
+def _tables_at(which, code, head_dim):
+    """Where tables begin among a head's, in bytes: see ``reference_signs``."""
+    signs = 8 * sign_bytes(code, head_dim)
+    return {
+        "key means": 0, "value means": 2 * head_dim, "value steps": 4 * head_dim,
+        "value firsts": 6 * head_dim, "key amounts": 8 * head_dim,
+        "key channels": 8 * head_dim + 2 * signs, "value widths": 8 * head_dim + 3 * signs,
+    }[which]  # fmt: skip
+
+
+@triton.constexpr_function
+def _unit(field):
+    """What a masked bit counts of one."""
+    return 2.0 ** (24 - field)
 
 
 @triton.jit
-def attend_signs(
-    q, rows, starts, balance,
-    key_codes, key_tokens, key_steps, key_means, key_widths,
-    value_codes, value_tokens, value_steps, value_means, value_widths,
-    out, lse, softmax_scale,
-    D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
-    KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr,
-    BALANCED: tl.constexpr, KEYS_TURNED: tl.constexpr, VALUES_TURNED: tl.constexpr,
-    SPLIT: tl.constexpr,
-):  # fmt: skip
-    """SPLIT tokens of one part with the query heads of its group.
+def spread_queries(q, factor, pool_half, tables, D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
+                   KEYS: tl.constexpr):  # fmt: skip
+    """The group's queries [16, M] fp16 by run and bit, times ``factor``; and beside them what
+    means [M] and half of all signs [M] add to a logit."""
+    BYTES: tl.constexpr = sign_bytes(KEYS, D)
+    head, byte = tl.arange(0, M)[None, :], tl.arange(0, RUN)
+    pool_bytes = pool_half.to(tl.pointer_type(tl.uint8), bitcast=True) + tables
+    pool_half += tables // 2
+    amounts = pool_half + _tables_at("key amounts", KEYS, D) // 2
+    channels = pool_bytes + _tables_at("key channels", KEYS, D)
+    queries, half = (), tl.zeros([RUN, M], tl.float32)
+    for run in tl.static_range(sign_runs(KEYS, D)):
+        real = byte + run * RUN < BYTES
+        for field in tl.static_range(8):
+            sign = (byte + run * RUN) * 8 + field
+            channel = tl.load(channels + sign, mask=real, other=0).to(tl.int32)
+            amount = tl.load(amounts + sign, mask=real, other=0).to(tl.float32)
+            query = tl.load(q + head * D + channel[:, None], mask=head < G, other=0)
+            spread = (query.to(tl.float32) * (amount * factor)[:, None]).to(tl.float16)
+            half += spread.to(tl.float32)
+            # As much smaller as the bit is larger than a byte's lowest.
+            queries = queries + (spread * tl.full([1, 1], 2.0**-field, tl.float16),)
+    shift = tl.zeros([BLOCK, M], tl.float32)
+    some = tl.arange(0, BLOCK)
+    for first in tl.static_range(0, D, 32):
+        mean = tl.load(pool_half + _tables_at("key means", KEYS, D) // 2 + first + some)
+        query = tl.load(q + head * D + (first + some)[:, None], mask=head < G, other=0)
+        shift += query.to(tl.float32) * (mean.to(tl.float32) * factor)[:, None]
+    sums = (tl.sum(shift, 0), tl.sum(half, 0) * -0.5)
+    return queries, sums
+
+
+@triton.jit
+def sign_logits(queries, sums, pool_half, start, D: tl.constexpr, M: tl.constexpr,
+                KEYS: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+    """Logits of a page by halves, each [32, M]."""
+    BYTES: tl.constexpr = sign_bytes(KEYS, D)
+    RUNS: tl.constexpr = sign_runs(KEYS, D)
+    token, byte = tl.arange(0, HALF), tl.arange(0, RUN)
+    units = ()
+    for run in tl.static_range(RUNS):
+        place = token[:, None] * BYTES + (byte + run * RUN)[None, :]
+        units = units + (tl.load(pool_half + start // 2 + place),)
+    scales = pool_half.to(tl.pointer_type(tl.uint8), bitcast=True) + start + code_bytes(KEYS, D)
+    logits = ()
+    for half in tl.static_range(2):
+        products = tl.zeros([HALF, M], tl.float32)
+        for run in tl.static_range(RUNS):
+            low = lowered(units[run], half, NATIVE)
+            for field in tl.static_range(8):
+                bits = bit_of(low, field, NATIVE)
+                products = tl.dot(bits, queries[run * 8 + field], products)
+        scale = token_scale(tl.load(scales + half * HALF + token))
+        level = products * _unit(0) + sums[1][None, :]
+        logits = logits + (level * scale[:, None] + sums[0][None, :],)
+    return logits
+
+
+@triton.jit
+def add_sign_values(acc, shifts, shrink, weights, pool_half, start, D: tl.constexpr,
+                    VALUES: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+    """Sums [16, M] by run and bit, and those of all weights times tokens' scales, after a page."""
+    RUNS: tl.constexpr = sign_runs(VALUES, D)
+    token, byte = tl.arange(0, HALF), tl.arange(0, RUN)
+    scales = pool_half.to(tl.pointer_type(tl.uint8), bitcast=True) + start + code_bytes(VALUES, D)
+    shift = shifts[0] * shrink[None, :]
+    scaled = ()
+    for half in tl.static_range(2):
+        scale = token_scale(tl.load(scales + half * HALF + token))
+        weight = (weights[half] * scale[:, None]).to(tl.float16)
+        shift += weight.to(tl.float32)
+        scaled = scaled + (weight,)
+    added = ()
+    for run in tl.static_range(RUNS):
+        place = (byte + run * RUN)[:, None] * HALF + token[None, :]
+        units = tl.load(pool_half + start // 2 + place)
+        low, high = lowered(units, 0, NATIVE), lowered(units, 1, NATIVE)
+        for field in tl.static_range(8):
+            sums = acc[run * 8 + field] * shrink[None, :]
+            sums = tl.dot(bit_of(low, field, NATIVE), scaled[0], sums)
+            added = added + (tl.dot(bit_of(high, field, NATIVE), scaled[1], sums),)
+    return added, (shift,)
+
+
+@triton.jit
+def store_channels(scratch, gathered, acc, shifts, total, pool_half, tables, D: tl.constexpr,
+                   G: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+                   TURNED: tl.constexpr):  # fmt: skip
+    """The output by channel, out of sums by sign that go by way of memory, which finds them.
 
     Args:
-        q: [rows of the layer, G, D].
-        rows: [parts] int64, whose each is.
-        starts: [parts + 1] int32, the first token of each among those of all.
-        balance: [parts, D], keys are read divided by it, where BALANCED.
-        key_codes: [tokens, KEY_BYTES] uint8, a sign a bit, the lowest first; so of values.
-        key_tokens: [tokens] uint8, logarithms of the tokens' scales; so of values.
-        key_steps, key_means: [parts, D] fp16, of directions; so of values.
-        key_widths: [parts, D] uint8, signs of each direction; so of values.
-        out: [parts, splits, G, D] float32.
-        lse: [parts, splits, G] float32, natural.
-        KEYS_TURNED, VALUES_TURNED: whether directions are channels times a Hadamard matrix.
+        gathered: [signs, G] float32 of this program's own.
     """
-    part, split = tl.program_id(0), tl.program_id(1)
-    begin = tl.load(starts + part) + split * SPLIT
-    tokens = tl.minimum(tl.load(starts + part + 1) - begin, SPLIT)
-    channel, head, token = tl.arange(0, D), tl.arange(0, M), tl.arange(0, STEP)
-    place = head[None, :] * D + channel[:, None]
-    query = tl.load(q + tl.load(rows + part) * (G * D) + place, mask=head[None, :] < G, other=0)
-    query = query.to(tl.float32) * (softmax_scale * LOG2_E)
-    if BALANCED:
-        query /= tl.load(balance + part * D + channel).to(tl.float32)[:, None]
-    if KEYS_TURNED:
-        query = _turned(query, D)
-    bias = tl.sum(query * tl.load(key_means + part * D + channel).to(tl.float32)[:, None], 0)
-    query *= tl.load(key_steps + part * D + channel).to(tl.float32)[:, None]
-    widths = tl.load(key_widths + part * D + channel).to(tl.int32)
-    first = tl.cumsum(widths, 0) - widths
-    queries = ()
-    for chunk in tl.static_range((8 * KEY_BYTES + 31) // 32):
-        spread = tl.dot(_shares(first, widths, chunk), query.to(tl.float16))
-        queries = queries + (spread.to(tl.float16),)
-    sums = ()
-    for _ in tl.static_range((8 * VALUE_BYTES + 31) // 32):
-        sums = sums + (tl.zeros([CHUNK, M], tl.float32),)
-    total = tl.zeros([M], tl.float32)
-    largest = tl.full([M], -1e30, tl.float32)
-    for at in tl.range(0, tokens, STEP):
-        real = at + token < tokens
-        mine = (begin + at + token).to(tl.int64)
-        logits = tl.zeros([STEP, M], tl.float32)
-        for chunk in tl.static_range((8 * KEY_BYTES + 31) // 32):
-            signs = _signs(key_codes + mine[:, None] * KEY_BYTES, tl.arange(0, CHUNK)[None, :],
-                           real[:, None], chunk, KEY_BYTES)  # fmt: skip
-            logits = tl.dot(signs, queries[chunk], logits)
-        logits = logits * _scale(key_tokens + mine, real)[:, None] + bias[None, :]
-        logits = tl.where(real[:, None], logits, -float("inf"))
-        peak = tl.maximum(largest, tl.max(logits, 0))
-        shrink = tl.exp2(largest - peak)
-        largest = peak
-        weights = tl.exp2(logits - (peak - LIFT)[None, :])
-        total = total * shrink + tl.sum(weights, 0)
-        scaled = (weights * _scale(value_tokens + mine, real)[:, None]).to(tl.float16)
-        gathered = ()
-        for chunk in tl.static_range((8 * VALUE_BYTES + 31) // 32):
-            signs = _signs(value_codes + mine[None, :] * VALUE_BYTES, tl.arange(0, CHUNK)[:, None],
-                           real[None, :], chunk, VALUE_BYTES)  # fmt: skip
-            gathered = gathered + (tl.dot(signs, scaled, sums[chunk] * shrink[None, :]),)
-        sums = gathered
-    share = 1 / tl.maximum(total, 1e-30)
-    widths = tl.load(value_widths + part * D + channel).to(tl.int32)
-    first = tl.cumsum(widths, 0) - widths
-    output = tl.zeros([D, M], tl.float32)
-    for chunk in tl.static_range((8 * VALUE_BYTES + 31) // 32):
-        shares = tl.trans(_shares(first, widths, chunk))
-        output = _product(shares, sums[chunk] * share[None, :], output)
-    output *= tl.load(value_steps + part * D + channel).to(tl.float32)[:, None]
-    output += tl.load(value_means + part * D + channel).to(tl.float32)[:, None]
-    if VALUES_TURNED:
-        output = _turned(output, D)
-    slot = part * tl.num_programs(1) + split
-    tl.store(out + slot * (G * D) + place, output, mask=head[None, :] < G)
-    log = (largest - LIFT + tl.log2(tl.maximum(total, 1e-30))) / LOG2_E
-    log = tl.where(total > 0, log, -float("inf"))
-    tl.store(lse + slot * G + head, log, mask=head < G)
+    BYTES: tl.constexpr = sign_bytes(VALUES, D)
+    head, byte = tl.arange(0, M)[None, :], tl.arange(0, RUN)
+    for run in tl.static_range(sign_runs(VALUES, D)):
+        for field in tl.static_range(8):
+            sign = ((byte + run * RUN) * 8 + field)[:, None]
+            real = (byte + run * RUN < BYTES)[:, None] & (head < G)
+            tl.store(gathered + sign * G + head, acc[run * 8 + field] * _unit(field), mask=real)
+    tl.debug_barrier()
+    share = 1.0 / tl.maximum(total, 1e-30)
+    all_weights = tl.sum(shifts[0], 0) * share
+    pool_bytes = pool_half.to(tl.pointer_type(tl.uint8), bitcast=True) + tables
+    pool_half += tables // 2
+    pool_short = pool_half.to(tl.pointer_type(tl.int16), bitcast=True)
+    some = tl.arange(0, BLOCK)
+    blocks = ()
+    for start in tl.static_range(0, D, 32):
+        channel = start + some
+        mean = tl.load(pool_half + _tables_at("value means", KEYS, D) // 2 + channel)
+        step = tl.load(pool_half + _tables_at("value steps", KEYS, D) // 2 + channel)
+        first = tl.load(pool_short + _tables_at("value firsts", KEYS, D) // 2 + channel)
+        width = tl.load(pool_bytes + _tables_at("value widths", KEYS, D) + channel).to(tl.int32)
+        levels = tl.zeros([BLOCK, M], tl.float32)
+        for bit in tl.static_range(WIDEST):
+            place = (first.to(tl.int32) + bit)[:, None] * G + head
+            real = (bit < width)[:, None] & (head < G)
+            sums = tl.load(gathered + place, mask=real, other=0, cache_modifier=".cg")
+            levels += sums * (1 << bit)
+        middle = ((1 << width) - 1).to(tl.float32) * 0.5
+        levels = levels * share[None, :] - middle[:, None] * all_weights[None, :]
+        there = tl.where(total > 0, 1.0, 0.0)[None, :]
+        output = levels * step.to(tl.float32)[:, None] + mean.to(tl.float32)[:, None] * there
+        blocks = blocks + (output,)
+    if TURNED:
+        _store_turned(scratch, blocks, D, G, M)
+    else:
+        for block in tl.static_range(D // 32):
+            place = head * D + (block * 32 + some)[:, None]
+            tl.store(scratch + place, blocks[block], mask=head < G)
 
 
 @triton.jit
-def _shares(first, widths, chunk):
-    """What each sign of a chunk counts in each direction, in steps: [32, D] fp16."""
-    sign = (tl.arange(0, CHUNK) + chunk * CHUNK)[:, None] - first[None, :]
-    inside = (sign >= 0) & (sign < widths[None, :])
-    return tl.where(inside, tl.exp2(tl.where(inside, sign, 0).to(tl.float32)), 0).to(tl.float16)
+def _store_turned(scratch, blocks, D: tl.constexpr, G: tl.constexpr, M: tl.constexpr):
+    """Outputs by block of channels, rotated back; each as two numbers of fp16."""
+    head, channel = tl.arange(0, M)[None, :], tl.arange(0, BLOCK)
+    matrix = hadamard(channel, channel)
+    turned = mixed(blocks, D // 32)
+    for block in tl.static_range(D // 32):
+        output = turned[block] * (D**-0.5)
+        coarse = output.to(tl.float16)
+        rest = (output - coarse.to(tl.float32)).to(tl.float16)
+        sums = tl.dot(matrix, rest, tl.dot(matrix, coarse))
+        place = head * D + (block * 32 + channel)[:, None]
+        tl.store(scratch + place, sums, mask=head < G)
 
 
 @triton.jit
-def _signs(codes, sign, real, chunk, BYTES: tl.constexpr):
-    """A chunk's signs of some tokens, a half up or down in fp16; beyond a token's bytes anything.
-
-    Args:
-        codes: each token's first byte.
-        sign: 0 to 31, along the other axis.
-        real: which tokens there are.
-    """
-    byte = chunk * 4 + sign // 8
-    bits = tl.load(codes + byte, mask=real & (byte < BYTES), other=0)
-    return ((bits >> (sign % 8)) & 1).to(tl.float16) - 0.5
+def token_scale(logarithm):
+    """What multiplies a token's channels, from its logarithm in 8 bits."""
+    return tl.exp2((logarithm.to(tl.float32) - 128.0) * 0.03125)
 
 
 @triton.jit
-def _scale(tokens, real):
-    """What multiplies each token, from its logarithm in 8 bits."""
-    logarithm = tl.load(tokens, mask=real, other=0).to(tl.float32)
-    return tl.exp2((logarithm - 128.0) * 0.03125)
+def lowered(units, HALF_PAGE: tl.constexpr, NATIVE: tl.constexpr):
+    """Units whose lower byte is that of one half page; above it anything."""
+    if HALF_PAGE == 0:
+        low = units
+    elif NATIVE:
+        low = tl.inline_asm_elementwise(
+            "shr.b32 $0, $1, 8;", "=r,r", [units], dtype=tl.float16, is_pure=True, pack=2
+        )
+    else:
+        low = (units.to(tl.uint16, bitcast=True) >> 8).to(tl.float16, bitcast=True)
+    return low
 
 
 @triton.jit
-def _turned(columns, D: tl.constexpr):
-    """Columns [D, M] times a Hadamard matrix."""
-    channel = tl.arange(0, D)
-    matrix = negative_where_odd(channel[:, None] & channel[None, :])
-    return _product(matrix, columns, tl.zeros_like(columns)) * (D**-0.5)
-
-
-@triton.jit
-def _product(left, right, total):
-    """Of a matrix that fp16 holds and one that it does not: as two numbers, nothing is lost."""
-    coarse = right.to(tl.float16)
-    rest = (right - coarse.to(tl.float32)).to(tl.float16)
-    return tl.dot(left, rest, tl.dot(left, coarse, total))
+def bit_of(units, FIELD: tl.constexpr, NATIVE: tl.constexpr):
+    """One bit of each unit's lower byte as fp16 whose bits it is."""
+    if NATIVE:
+        bits = tl.inline_asm_elementwise(
+            mask_of(0, 1 << FIELD), "=r,r", [units], dtype=tl.float16, is_pure=True, pack=2
+        )
+    else:
+        bits = (units.to(tl.uint16, bitcast=True) & (1 << FIELD)).to(tl.float16, bitcast=True)
+    return bits

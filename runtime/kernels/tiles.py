@@ -33,13 +33,15 @@ FEW_BITS_PROGRAMS = 8 * PROCESSORS
 memory, and twice as many programs hide more of it (4 to 17 % of the time on an H200,
 ``benchmarks/results/formats-tune-h200.json``)."""
 
-_FEW_BITS = (1, 2, 5, 6)
+_FEW_BITS = (1, 2, 5, 6, *range(17, 32))
 _SMALLEST_TILE = 2  # blocks of 64 tokens: while one is worked on, another is on its way
 _PAGE_COST = {
     16: 1.0, 9: 0.55, 8: 0.6, 7: 0.6, 6: 0.45, 5: 0.45, 4: 0.35, 3: 0.35, 2: 0.28, 1: 0.28,
+    **dict.fromkeys(range(17, 32), 0.4),
 }  # fmt: skip
-"""Time of 64 tokens by format, bf16 as 1: bytes, and the work of unpacking them. Keys by token
-were not measured and count as those by channel, whose loop is about as long."""
+"""Time of 64 tokens by format, bf16 as 1: bytes, and the work of unpacking them. Keys by token and
+rows of signs were not measured; the former count as keys by channel, whose loop is about as long,
+signs as a little more than others of two and three bits."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Segments:
         table_at: its first entry in the page table.
         pages: how many it has or may grow to while these tiles are used.
         tokens: how many it has; -1 if that is to be looked up, because it grows.
+        tables: first cells of tables by which its pages are read; None where none has any.
     """
 
     row: Ints
@@ -59,6 +62,7 @@ class Segments:
     table_at: Ints
     pages: Ints
     tokens: Ints
+    tables: Ints | None = None
 
     @property
     def most(self) -> Ints:
@@ -79,7 +83,7 @@ class Tiles:
         records: ``[n, 16]`` int32: row, pair, first table entry, tokens of the segment before it,
             tokens at most, segment, slot, slots of the row before it * 65536 + all of them; then,
             so that reading may begin at once, the segment's tokens and the first two pages' cells,
-            or -1; and its first place where logits are wanted.
+            or -1; its first place where logits are wanted; and the first cell of its tables.
         pairs: the pairs that occur.
     """
 
@@ -89,7 +93,7 @@ class Tiles:
 
 def kind_of(pairs: Iterable[int]) -> str:
     """Whether a layer's pages are all floats, all unpacked from integers, or mixed."""
-    kinds = {"integers" if min(_formats_of(pair)) <= 8 else "floats" for pair in pairs}
+    kinds = {"floats" if 8 < min(_formats_of(pair)) <= 16 else "integers" for pair in pairs}
     return kinds.pop() if len(kinds) == 1 else "mixed"
 
 
@@ -147,9 +151,11 @@ def plan_tiles(segments: Segments, table: Ints, programs: int | None = None) -> 
     listed = np.append(table, [0, 0])
     cell = np.where(tokens > first, listed[at], -1)
     second = np.where(tokens > first + each, listed[at + 1], -1)
+    tables = np.zeros_like(row) if segments.tables is None else segments.tables[segment]
     columns = (
         row, segments.pair[segment], at, first, most, segment, slot,
         before * 65536 + count, tokens, cell, second, segments.places[segment] + first,
+        tables,
     )  # fmt: skip
     records = np.zeros((len(row), FIELDS), np.int32)
     records[:, : len(columns)] = np.stack(columns, axis=1)

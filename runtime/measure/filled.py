@@ -53,6 +53,7 @@ def _choice(heads: Sequence[tuple[Option, int]], signals: Signals) -> Choice:
             min(exact_tokens(option.keys), n) for (option, _), n in zip(heads, entries, strict=True)
         ],
         merged={},
+        weights={},
         beside=[[] for _ in heads],
         readers=[option.method.reader(budget) for option, budget in heads],
         held_bytes=[option.footprint(budget, tokens, size) for option, budget in heads],

@@ -18,10 +18,17 @@ import torch
 from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
-from kvtune.runtime.reuse.passes import PromptCache, placed, refuse_windows, tokens_of
+from kvtune.runtime.reuse.passes import (
+    PromptCache,
+    part_of,
+    placed,
+    refuse_windows,
+    run_anew,
+    tokens_of,
+    with_room,
+)
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.passes import run_prompt
-from kvtune.traces.seam import attending, attention_of_rows
 
 CHECK_LAYER = 1
 Rule = Literal["cacheblend", "kvshare"]
@@ -32,12 +39,14 @@ class Blended:
     """A prompt's cache made of its chunks' caches.
 
     Args:
-        cache: of the whole prompt.
-        recomputed: places of the tokens that ran through all layers, ascending ``[n]``.
+        cache: of the whole prompt, and of the question where there is one.
+        recomputed: places of the chunks' tokens that ran through all layers, ascending ``[n]``.
+        logits: of the question's tokens ``[C, vocabulary]``; None without one.
     """
 
     cache: PromptCache
     recomputed: Tensor
+    logits: Tensor | None = None
 
 
 class _EnoughLayersError(Exception):
@@ -51,6 +60,7 @@ def blended(
     *,
     share: float = 0.15,
     rule: Rule = "cacheblend",
+    question: Sequence[int] = (),
 ) -> Blended:
     """Join chunks' caches and run a share of their tokens anew.
 
@@ -61,26 +71,32 @@ def blended(
             and nothing of it is run anew.
         share: of the other chunks' tokens to run anew, rounded down.
         rule: how tokens are scored.
+        question: tokens behind the chunks, which nobody has cached: they run in the same passes.
 
     Raises:
         KvtuneError: tokens and chunks do not fit together, or a layer slides.
     """
-    whole = sum(map(tokens_of, chunks))
+    whole, asked = sum(map(tokens_of, chunks)), len(question)
     if whole != len(token_ids):
         raise KvtuneError(f"{len(token_ids)} tokens, but chunks of {whole}")
-    refuse_windows(loaded, len(token_ids))
-    cache = placed(loaded, chunks)
-    first = tokens_of(chunks[0])
+    refuse_windows(loaded, whole + asked)
+    cache = with_room(placed(loaded, chunks), asked)
+    first, ids = tokens_of(chunks[0]), [*token_ids, *question]
     with torch.no_grad():
-        fresh, queries = _first_layers(loaded, token_ids)
-        worth = _worth(rule, cache[CHECK_LAYER], fresh[-1], queries, loaded.geometry.scale)
-        count = int(share * (len(token_ids) - first))
-        places = (first + worth[first:].topk(count).indices).sort().values
-        if count:
-            cache = _run_anew(loaded, token_ids, places, fresh, cache)
-        else:
-            cache = [*fresh, *cache[len(fresh) :]]
-    return Blended(cache, places)
+        fresh, queries = _first_layers(loaded, ids)
+        cached, now = (
+            part_of([each], slice(0, whole))[0] for each in (cache[CHECK_LAYER], fresh[-1])
+        )
+        worth = _worth(rule, cached, now, queries, loaded.geometry.scale)
+    cache[: len(fresh)] = fresh
+    count = int(share * (whole - first))
+    chosen = (first + worth[first:].topk(count).indices).sort().values
+    places = [*chosen.tolist(), *range(whole, whole + asked)]
+    logits = None
+    if places:
+        mine = [ids[place] for place in places]
+        logits = run_anew(loaded, mine, places, cache, len(fresh), asked)
+    return Blended(cache, chosen, logits)
 
 
 def _first_layers(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[PromptCache, Tensor]:
@@ -117,34 +133,3 @@ def _worth(
     attention = (asking @ keys.transpose(-1, -2) * scale).softmax(-1).mean((0, 1))
     worth: Tensor = change.abs().sum((0, 2)) * attention
     return worth
-
-
-def _run_anew(
-    loaded: LoadedModel,
-    token_ids: Sequence[int],
-    places: Tensor,
-    fresh: PromptCache,
-    cache: PromptCache,
-) -> PromptCache:
-    """Some tokens through all layers; each sees every token up to its own position. Writes theirs
-    into the cache."""
-    found, rows = PromptCache(), places.tolist()
-
-    def handler(
-        layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
-    ) -> Tensor:
-        keys, values = (fresh if layer < len(fresh) else cache)[layer]
-        if layer >= len(fresh):
-            keys[:, :, places], values[:, :, places] = k, v
-        found.append((keys, values))
-        return attention_of_rows(q, keys, values, scale, rows)
-
-    ids = torch.tensor(list(token_ids), device=loaded.device)[places][None]
-    with attending(handler):
-        loaded.model.base_model(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),  # or gaps would be taken for packed texts
-            position_ids=places[None],
-            use_cache=False,
-        )
-    return found

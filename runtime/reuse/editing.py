@@ -10,15 +10,18 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from kvtune.common.errors import KvtuneError
 from kvtune.runtime.reuse.passes import (
     PromptCache,
-    encoded,
     joined,
     moved,
     part_of,
     refuse_windows,
+    run_anew,
     tokens_of,
+    with_room,
 )
 from kvtune.traces.models import LoadedModel
 
@@ -48,19 +51,35 @@ def edited(loaded: LoadedModel, cache: PromptCache, edits: Sequence[Edit]) -> Pr
     Raises:
         KvtuneError: edits overlap or lie outside the prompt, or a layer slides.
     """
-    tokens = tokens_of(cache)
+    return asked_edited(loaded, cache, edits, ())[0]
+
+
+def asked_edited(
+    loaded: LoadedModel, cache: PromptCache, edits: Sequence[Edit], question: Sequence[int]
+) -> tuple[PromptCache, Tensor | None]:
+    """The same, with a question behind it whose tokens run in the pass of those that are new.
+
+    Returns:
+        The cache, of the question too, and the question's logits ``[C, vocabulary]`` or None.
+    """
+    tokens, asked = tokens_of(cache), len(question)
     _check(edits, tokens)
-    longest = tokens + sum(len(edit.token_ids) for edit in edits)
+    longest = tokens + sum(len(edit.token_ids) for edit in edits) + asked
     refuse_windows(loaded, longest)
-    if not edits:
-        return cache
-    found = part_of(cache, slice(0, edits[0].start))
+    if not edits and not asked:
+        return cache, None
+    found = part_of(cache, slice(0, edits[0].start if edits else tokens))
+    ids, places = list[int](), list[int]()
     for edit, following in zip(edits, [*(e.start for e in edits[1:]), tokens], strict=True):
-        if edit.token_ids:
-            found = joined([found, encoded(loaded, edit.token_ids, found)])
+        ids += edit.token_ids
+        places += range(tokens_of(found), tokens_of(found) + len(edit.token_ids))
+        found = with_room(found, len(edit.token_ids))
         kept = part_of(cache, slice(edit.stop, following))
         found = joined([found, moved(loaded, kept, tokens_of(found) - edit.stop)])
-    return found
+    ids += question
+    places += range(tokens_of(found), tokens_of(found) + asked)
+    found = with_room(found, asked)
+    return found, run_anew(loaded, ids, places, found, asked=asked) if ids else None
 
 
 def _check(edits: Sequence[Edit], tokens: int) -> None:

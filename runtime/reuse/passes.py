@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.rotary import turn
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.passes import full_cache_handler, run_observed
+from kvtune.traces.seam import RowAttention, attending
 
 PromptCache = list[tuple[Tensor, Tensor]]
 """Keys and values of every layer, ``[1, H, T, D]`` each, keys after RoPE."""
@@ -72,6 +74,59 @@ def encoded(loaded: LoadedModel, token_ids: Sequence[int], before: PromptCache) 
     with torch.no_grad():
         run_observed(loaded, token_ids, tokens_of(before), handler)
     return found
+
+
+def with_room(cache: PromptCache, tokens: int) -> PromptCache:
+    """The cache with room for so many tokens behind it, zeros until ``run_anew`` fills them in."""
+    if not tokens:
+        return cache
+    return [(F.pad(k, (0, 0, 0, tokens)), F.pad(v, (0, 0, 0, tokens))) for k, v in cache]
+
+
+def run_anew(
+    loaded: LoadedModel,
+    token_ids: Sequence[int],
+    places: Sequence[int],
+    cache: PromptCache,
+    exact: int = 0,
+    asked: int = 0,
+) -> Tensor | None:
+    """Run scattered tokens in one pass; each sees every token up to its own place.
+
+    Args:
+        loaded: the model.
+        token_ids: theirs.
+        places: theirs among the cache's tokens, ascending.
+        cache: of all tokens; its keys and values of these are overwritten.
+        exact: so many first layers hold these tokens' keys and values already.
+        asked: tokens at the end whose logits are wanted.
+
+    Returns:
+        Logits ``[asked, vocabulary]``, or None.
+    """
+    attend, at = RowAttention(list(places)), torch.tensor(list(places), device=loaded.device)
+
+    def handler(
+        layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        keys, values = cache[layer]
+        if layer >= exact:
+            keys[:, :, at], values[:, :, at] = k, v
+        return attend(q, keys, values, scale)
+
+    ids = torch.tensor([list(token_ids)], device=loaded.device)
+    given = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),  # or gaps would be taken for packed texts
+        "position_ids": at[None],
+        "use_cache": False,
+    }
+    with torch.no_grad(), attending(handler):
+        if not asked:
+            loaded.model.base_model(**given)
+            return None
+        logits: Tensor = loaded.model(**given).logits[0, -asked:]
+    return logits
 
 
 def refuse_windows(loaded: LoadedModel, tokens: int) -> None:

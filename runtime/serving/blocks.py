@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.option import Option
-from kvtune.policies.pages import BF16_PAGE, PageLayout, has_pages
-from kvtune.policies.paging import pages_of, planned_entries
-from kvtune.policies.parts import PartPlan
+from kvtune.policies.pages import BF16_PAGE, PageLayout
+from kvtune.policies.paging import is_coded, pages_of, planned_entries
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs
 
@@ -162,6 +161,11 @@ class PlannedBlocks:
         exact, coded = np.array(both, np.int64).reshape(-1, 2)[heads].T
         return exact, coded
 
+    @staticmethod
+    def table_cells(layout: PageLayout) -> int:
+        """Cells of the tables that a head's pages are read by; 0 where they have none."""
+        return layout.tables.page_cells if layout.has_tables else 0
+
     def _sequence(self, prompt_tokens: int) -> SequencePages:
         budgets = self.policy.budgets(prompt_tokens).ravel()
         exact, coded = self.entries(self.kinds, budgets, prompt_tokens)
@@ -169,6 +173,8 @@ class PlannedBlocks:
         for kind, layout in enumerate(self.layouts):
             mine = coded[self.kinds == kind]
             fixed[layout.page_cells] += int((-(-mine // layout.page_tokens) + self.spare).sum())
+            if tables := self.table_cells(layout):
+                fixed[tables] += len(mine) if self.spare else int((mine > 0).sum())
         heads = zip(*(each.tolist() for each in np.unique(exact, return_counts=True)), strict=True)
         return SequencePages(dict(fixed), tuple(heads))
 
@@ -198,6 +204,6 @@ def check_servable(policy: Policy, head_dim: int) -> None:
         )
     for option in dict.fromkeys(policy.options()):
         plans, reader = option.method.plan(100, 1000), option.method.reader(100)
-        paged = len(plans) == 1 and plans[0] == PartPlan(plans[0].entries)
-        if option.on_host or reader is not None or not (paged and has_pages(option, head_dim)):
+        paged = len(plans) == 1 and is_coded(plans[0], option, head_dim)
+        if option.on_host or reader is not None or not paged:
             raise KvtuneError(f"{option.label!r} holds more than pages of tokens", hint=hint)

@@ -18,7 +18,7 @@ from kvtune.policies import ragged
 from kvtune.policies.method import Method, ScoredMethod
 from kvtune.policies.parts import Part
 from kvtune.policies.signals import Signals
-from kvtune.runtime.cache.backend import Backend, Writing
+from kvtune.runtime.cache.backend import Backend, Fitted, Writing
 from kvtune.runtime.cache.segments import CODED, Ints
 from kvtune.runtime.cache.sending import sent
 from kvtune.runtime.cache.storing import fp8_scales
@@ -102,8 +102,9 @@ def compress(
     sizes = np.concatenate([limits[:, 0], *later])
     laid = lay_out(planned, kinds, budgets, prompts.requests, (heads, sizes))
     tables = [heads, sizes, prompts.starts[heads // len(kinds)], rows.methods, limits]
-    tables += [each.rows for each in others] + [laid.records(layout) for layout in laid.layouts]
-    head, count, start, method, limit, *there = sent(tables, memory.device)
+    tables += [laid.tables, *(each.rows for each in others)]
+    tables += [laid.records(layout) for layout in laid.layouts]
+    head, count, start, method, limit, cells, *there = sent(tables, memory.device)
 
     scores, parts = _asked(methods, rows, method, signals, apart, there)
     tokens = [ragged.keep_each(scores, limit, int(limits[:, 0].sum()))]
@@ -112,15 +113,20 @@ def compress(
     total = int(sizes.sum())
     owner, offset = (torch.repeat_interleave(x, count, output_size=total) for x in (head, start))
     places = torch.cat(tokens) + offset
-    first = len(rows.heads)
+    first, weights = len(rows.heads), None
     for part in parts:
         mine = slice(first, first := first + len(part.tokens))
         _store_merged(prompts, part, head[mine], start[mine])
+        if part.balance is not None:
+            ones = part.balance.new_ones(len(laid.first), planned.head_dim)
+            weights = ones if weights is None else weights
+            weights[head[mine].long()] = part.balance
     scales = _scales(laid, prompts, owner.long(), places)
     for layout, pages in zip(laid.layouts, there[len(others) :], strict=True):
         if len(pages):
             held = (prompts.keys, prompts.values, places.int(), pages, scales.view(-1, 2))
-            backend.write(memory, Writing(layout, *held))
+            fitted = Fitted(cells, weights) if layout.has_tables else None
+            backend.write(memory, Writing(layout, *held, fitted))
     return [laid.stored(number, scales) for number in range(len(prompts.requests))]
 
 
@@ -213,10 +219,11 @@ def _scores(
 
 def _of_rows(part: Part, rows: Tensor) -> Part:
     """Some heads' entries."""
-    keys, values = (
-        None if each is None else each.index_select(0, rows) for each in (part.keys, part.values)
+    keys, values, balance = (
+        None if each is None else each.index_select(0, rows)
+        for each in (part.keys, part.values, part.balance)
     )
-    return Part(part.tokens.index_select(0, rows), keys, values)
+    return Part(part.tokens.index_select(0, rows), keys, values, balance=balance)
 
 
 def _store_merged(prompts: Prompts, part: Part, heads: Tensor, starts: Tensor) -> None:

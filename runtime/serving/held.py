@@ -30,6 +30,7 @@ class Stored:
         cells: first cells of growing pages ``[L, H, most]``.
         have: how many of them there are ``[L, H]``.
         fp8_scales: ``[L, kinds, H, 2]``.
+        tables: first cells of the tables of coded pages ``[L, H]``; 0 where they have none.
         room: tokens after the prompt that have pages.
     """
 
@@ -40,6 +41,7 @@ class Stored:
     cells: Ints
     have: Ints
     fp8_scales: Tensor
+    tables: Ints
     room: int = 0
 
     @classmethod
@@ -55,6 +57,7 @@ class Stored:
             np.concatenate(cells),
             np.concatenate([part.have for part in parts]),
             torch.cat([part.fp8_scales for part in parts]),
+            np.concatenate([part.tables for part in parts]),
         )
 
     def pages_for(self, new_tokens: int) -> Ints:

@@ -30,6 +30,7 @@ class Laid:
         coded_cells: first cells of these pages, head after head.
         grown_pages: of each head.
         grown_cells: first cells of these, likewise.
+        tables: first cells of the tables of each head's coded pages; 0 where they have none.
     """
 
     planned: PlannedBlocks
@@ -42,6 +43,7 @@ class Laid:
     coded_cells: Ints
     grown_pages: Ints
     grown_cells: Ints
+    tables: Ints
 
     @property
     def layouts(self) -> list[PageLayout]:
@@ -97,6 +99,7 @@ class Laid:
             cells.reshape(-1, a_layer, cells.shape[-1]),
             grown.reshape(-1, a_layer),
             fp8_scales[:, mine].view(KINDS, -1, a_layer, 2).transpose(0, 1),
+            self.tables[mine].reshape(-1, a_layer),
         )
 
 
@@ -129,11 +132,15 @@ def lay_out(
     grows = PageLayout(planned.head_dim)
     page_tokens = np.array([layout.page_tokens for layout in planned.layouts])[all_kinds]
     page_cells = np.array([layout.page_cells for layout in planned.layouts])[all_kinds]
+    table_cells = np.array([planned.table_cells(layout) for layout in planned.layouts])[all_kinds]
+    tables = np.zeros_like(coded)
+    read_by = (coded > 0) & (table_cells > 0)
+    tables[read_by] = _taken(requests, read_by.astype(np.int64), table_cells)
     coded_pages, grown_pages = -(-coded // page_tokens), -(-exact // grows.page_tokens)
     return Laid(
         planned, all_kinds, len(kinds), first, exact, coded,
         coded_pages, _taken(requests, coded_pages, page_cells),
-        grown_pages, _taken(requests, grown_pages, np.full_like(exact, grows.page_cells)),
+        grown_pages, _taken(requests, grown_pages, np.full_like(exact, grows.page_cells)), tables,
     )  # fmt: skip
 
 

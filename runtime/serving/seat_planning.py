@@ -158,6 +158,7 @@ class SeatPlanner:
             table_at=np.concatenate([starts, grows]),
             pages=np.concatenate([counts.ravel(), wanted.ravel()]),
             tokens=np.concatenate([stored.coded_tokens.ravel(), np.full(counts.size, -1)]),
+            tables=np.concatenate([stored.tables.ravel(), np.zeros_like(stored.tables.ravel())]),
         )
         some = np.flatnonzero(segments.pages > 0)
         held = Segments(*(each[some] for each in vars(segments).values()))

@@ -18,7 +18,7 @@ from kvtune.policies.pages import PageLayout
 from kvtune.policies.policy import Policy
 from kvtune.runtime.cache.backend import Backend
 from kvtune.runtime.cache.sending import sent
-from kvtune.runtime.kernels.launch import Paged, Scratch, Seating
+from kvtune.runtime.kernels.launch import Paged, Scratch, Seating, signs_of
 from kvtune.runtime.kernels.tiles import FIELDS
 from kvtune.runtime.serving.held import KINDS, Held
 from kvtune.runtime.serving.seat_planning import (
@@ -100,6 +100,7 @@ class Seats:
         slots, rows = self.size.seats * self.planner.tiles_a_seat, self.size.seats * self.heads
         group, device = query_heads // self.heads, self.memory.device
         self.scratch = Scratch(rows, slots, group, self.head_dim, device)
+        self.scratch.gathered(max(signs_of(pairs, self.head_dim) for pairs in self.planner.pairs))
         return self.scratch
 
     def _grow(self, staying: Mapping[int, Held]) -> None:
