@@ -6,7 +6,9 @@ Plans are solved on search samples with several kinds of probes, at shares of th
 2 to 35 %. Plans run live and are predicted on selection and evaluation samples, mixed policies on
 some of the latter. Every number is kept a policy and a sample, over all rows and over the rows
 whose target is an answer, so that calibrations can be fitted and judged afterwards without a GPU:
-``predictions_judged.py`` does it. Arithmetic is float32.
+``predictions_judged.py`` does it. ``saturated`` predictions are bounded by what is lost, position
+by position, when hardly anything of the prompt is left, which one more live run says. Baselines run
+last, live alone. Arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.streaming_llm import StreamingLLM
+from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs
 from kvtune.runtime.live import full_cache, run_live
@@ -237,19 +240,46 @@ def responses(prompt: Prompt, sample: Sample, policies: Sequence[Policy]) -> dic
     return {"all": total, "quantising": whole, "evicting": total - whole}
 
 
-def predicted(run: Run, sample: Sample, found: dict[str, Tensor]) -> dict[str, list[list[float]]]:
+def most_lost(loaded: LoadedModel, sample: Sample, prompt: Prompt, full: Tensor) -> Tensor:
+    """What is lost at every position with 1 % of the prompt left, its ends alone, ``[C]`` nats."""
+    geometry = loaded.geometry
+    option = Option(StreamingLLM(), Budget(share=0.01))
+    policy = Policy.uniform(option, geometry.layers, geometry.kv_heads)
+    return torch.from_numpy(run_live(loaded, sample, prompt, [policy], full)[0].kl).clamp(min=1e-6)
+
+
+def saturated(losses: Tensor, most: Tensor) -> Tensor:
+    """Losses that approach what can be lost at most, as many small steps on the way there would."""
+    return most * -torch.expm1(-losses / most)
+
+
+def predicted(
+    run: Run, sample: Sample, found: dict[str, Tensor], most: Tensor
+) -> dict[str, list[list[float]]]:
     """Predictions of every policy, ``[B]`` each by name: over all rows and over answers alone."""
     answers = torch.tensor(sample.answer_mask, device=found["all"].device)
+    most = most.to(found["all"])
     losses: dict[str, Tensor] = {}
     for name in run.probes:
         for part, responses_ in found.items():
             mine = responses_[:, run.columns(name)]
-            blocks = mine.unflatten(-1, (-1, DEFAULT_BLOCK)).sum(-1)
-            losses[f"{name}, {part}"] = (blocks**2).sum(-1).mean(1) / 2 / sample.observed
+            losses[f"{name}, {part}"] = by_block(mine).sum(-1) / sample.observed
         by_row = (found["all"][:, run.columns(name)] ** 2).mean(1) / 2
         losses[f"{name}, block 1"] = by_row.mean(-1)
         losses[f"{name}, answers"] = by_row[:, answers].mean(-1)
+        together = by_block(found["all"][:, run.columns(name)])
+        bounded = saturated(together, most.unflatten(-1, (-1, DEFAULT_BLOCK)).sum(-1))
+        losses[f"{name}, saturated"] = bounded.sum(-1) / sample.observed
+        rows = saturated(by_row, most)
+        losses[f"{name}, saturated rows"] = rows.mean(-1)
+        losses[f"{name}, saturated answers"] = rows[:, answers].mean(-1)
     return {name: rounded(loss) for name, loss in losses.items()}
+
+
+def by_block(responses_: Tensor) -> Tensor:
+    """What blocks of positions lose together, ``[B, blocks]`` nats, of responses ``[B, S, C]``."""
+    blocks = responses_.unflatten(-1, (-1, DEFAULT_BLOCK)).sum(-1)
+    return (blocks**2).mean(1) / 2
 
 
 def rounded(values: Any) -> list[Any]:
@@ -265,6 +295,7 @@ def compare(
     prompt = fresh_prompt(run.loaded, sample, needs) if live_alone else run.prompt(sample, needs)
     full = full_cache(run.loaded, sample, prompt)
     answers = np.array(sample.answer_mask)
+    most = None if live_alone else most_lost(run.loaded, sample, prompt, full)
     row: dict[str, Any] = {"live": [], "live, answers": [], "right": [], "full right": []}
     for at in range(0, len(policies), ROWS):
         some = policies[at : at + ROWS]
@@ -274,10 +305,10 @@ def compare(
             row["live, answers"] += rounded(one.kl[answers].mean() for one in runs)
             row["right"] += rounded(one.correct[answers].mean() for one in runs)
             row["full right"] = float(runs[0].full_correct[answers].mean())
-        if live_alone:
+        if most is None:
             continue
         found = responses(prompt, sample, some)
-        for name, losses in predicted(run, sample, found).items():
+        for name, losses in predicted(run, sample, found, most).items():
             row.setdefault(name, []).extend(losses)
     return row
 
@@ -303,7 +334,7 @@ def measure(run: Run, samples: Sequence[Sample], size: Size) -> None:
     run.record("tables and plans", round(run.seconds, 1))
     evaluate = [s for s in rest if s.split == "evaluate"]
     some_of_each = evaluate[: size.mixed_each * len(size.kinds)]
-    groups = (("plans", made, rest), ("rivals", others, evaluate), ("mixed", mixed, some_of_each))
+    groups = (("plans", made, rest), ("mixed", mixed, some_of_each), ("rivals", others, evaluate))
     for name, entries, some in groups:
         rows: dict[str, Any] = {}
         for sample in some:
@@ -363,7 +394,7 @@ TINY = Size(
 )
 
 
-SHORT = Size(tokens=448, observed=64, baseline_shares=())
+SHORT = Size(tokens=448, observed=64)
 """Samples that layers with a window of 512 tokens see whole: Gemma-3's can all be compressed."""
 
 CPU = replace(
@@ -373,6 +404,7 @@ CPU = replace(
     mixed_each=0,
     probes=4,
     shares=(0.06, 0.12, 0.25),
+    baseline_shares=(),
 )
 """What two cores measure of a small model in a quarter of an hour."""
 

@@ -1,14 +1,16 @@
 """Whether stand-in bands hold on a model that was no source: uniform options, live.
 
-``python benchmarks/stand_in.py MODEL results.json`` runs any model that kvtune loads, on a CPU in
-some minutes. Samples are short enough for layers with a window of 512 tokens. Given an earlier
-results file in place of MODEL, it holds those live losses against the bands of today.
+    python benchmarks/stand_in.py MODEL --out benchmarks/results/FILE.json
+
+runs any model that kvtune loads, on a CPU in some minutes. Samples are short enough for layers with
+a window of 512 tokens. Given an earlier results file in place of MODEL, it holds those live losses
+against the bands of today.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -68,29 +70,36 @@ def live(loaded: LoadedModel) -> dict[str, dict[str, float]]:
     return found
 
 
-def ran(model: str) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+def ran(model: str, device: str) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
     """What the model is, and its live losses: run now, or read from an earlier file."""
     if model.endswith(".json"):
         earlier = json.loads(Path(model).read_text(encoding="utf-8"))
         about = {name: earlier[name] for name in ("model", "fingerprint", "dtype")}
         return about, {row["option"]: row["live_by_kind"] for row in earlier["rows"]}
-    loaded = load_model(model)
+    loaded = load_model(model, device=device)
     about = {"model": Path(model).stem, "fingerprint": loaded.fingerprint, "dtype": loaded.dtype}
     return about, live(loaded)
 
 
-def main(model: str, out: str) -> None:
+def main() -> None:
     """Run, compare, write."""
-    (about, lives), expected = ran(model), bands()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="weights, or a results file")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    (about, lives), expected = ran(arguments.model, arguments.device), bands()
     rows = [
         {"option": label, "live": float(np.mean(list(kinds.values()))), "live_by_kind": kinds,
          "band": [expected[label].low, expected[label].high], "source": expected[label].value}
         for label, kinds in lives.items()
     ]  # fmt: skip
     inside = sum(row["band"][0] <= row["live"] <= row["band"][1] for row in rows)
-    write_json(Path(out), {**about, "samples": SAMPLES.describe(), "inside": inside, "rows": rows})
+    write_json(
+        arguments.out, {**about, "samples": SAMPLES.describe(), "inside": inside, "rows": rows}
+    )
     print(json.dumps({"inside": inside, "of": len(rows)}))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
