@@ -42,6 +42,7 @@ from kvtune.simulator.quality.build import DEFAULT_BLOCK, layer_features
 from kvtune.simulator.quality.replay import LayerReplay
 from kvtune.simulator.quality.tables import SampleFacts, Tables
 from kvtune.traces.models import LoadedModel, load_model
+from kvtune.traces.needles import UNASKED_END
 from kvtune.traces.probes import Drawn, Probes
 from kvtune.traces.samples import Sample, by_turns
 from kvtune.traces.workloads import Workload, build
@@ -429,6 +430,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if loaded.device != "cpu" else "cpu",
         "torch": torch.__version__,
         "workload": size.workload.describe(),
+        "no needle in the last": UNASKED_END,
         "probes": {name: probes.count for name, probes in run.probes.items()},
         "options": len(size.menu.options()),
     }

@@ -38,6 +38,7 @@ from kvtune.policies.policy import Policy
 from kvtune.simulator.quality.tables import Tables, compact, join
 from kvtune.simulator.quality.tables_file import save_tables
 from kvtune.traces.models import LoadedModel, load_model
+from kvtune.traces.needles import UNASKED_END
 from kvtune.traces.samples import Sample
 from kvtune.tuner.allocate import Problem, score
 from kvtune.tuner.baselines import FAMILIES, STRONG, candidates
@@ -364,7 +365,12 @@ def prepare(
     )
     bench = Bench(arguments.out, loaded, crew, division)
     bench.record("device", torch.cuda.get_device_name() if arguments.device != "cpu" else "cpu")
-    setting = {"workload": division.workload, "probes": size.probes, "dtype": "float32"}
+    setting = {
+        "workload": division.workload,
+        "no needle in the last": UNASKED_END,
+        "probes": size.probes,
+        "dtype": "float32",
+    }
     bench.record("setting", setting | {"workers": arguments.workers})
     return bench
 

@@ -18,6 +18,7 @@ from outcomes import Outcome
 
 from kvtune.policies.policy import Policy
 from kvtune.traces.models import LoadedModel, load_model
+from kvtune.traces.needles import UNASKED_END
 from kvtune.traces.samples import Sample
 
 
@@ -106,5 +107,6 @@ def opened(
         bench = Bench(arguments.out.parent, loaded, crew, division, file=arguments.out.name)
         cuda = arguments.device != "cpu"
         bench.record("device", torch.cuda.get_device_name() if cuda else "cpu")
-        bench.record("setting", {"workload": division.workload} | setting)
+        samples = {"workload": division.workload, "no needle in the last": UNASKED_END}
+        bench.record("setting", samples | setting)
         yield bench

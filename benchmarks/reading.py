@@ -52,6 +52,7 @@ from kvtune.runtime.head_detectors import detect
 from kvtune.runtime.prompts import fresh_prompt
 from kvtune.traces import workloads
 from kvtune.traces.models import LoadedModel
+from kvtune.traces.needles import UNASKED_END
 from kvtune.traces.samples import Sample
 from kvtune.traces.workloads import Workload, build
 from kvtune.tuner import sources
@@ -300,7 +301,7 @@ def main() -> None:
     parser.add_argument("--heads", type=Path, help="head scores with the score rlkv")
     arguments = parser.parse_args()
     begun = time.monotonic()
-    found: dict[str, Any] = {"torch": torch.__version__}
+    found: dict[str, Any] = {"torch": torch.__version__, "no needle in the last": UNASKED_END}
 
     def record(name: str, part: Any) -> None:
         found[name] = part

@@ -30,6 +30,7 @@ from kvtune.runtime.prompts import fresh_prompt
 from kvtune.simulator.quality.tables import Tables
 from kvtune.simulator.quality.tables_file import load_tables
 from kvtune.traces.models import LoadedModel, load_model
+from kvtune.traces.needles import UNASKED_END
 from kvtune.traces.samples import by_turns
 from kvtune.traces.tasks import TASKS
 from kvtune.traces.workloads import Workload, build
@@ -103,7 +104,13 @@ def main() -> None:
     rows: list[dict[str, Any]] = [
         {"share": share, "policy": name, "kl": {}, "right": {}} for share, name, _ in entries
     ]
-    found: dict[str, Any] = {"workload": workload.describe(), "full": {}, "policies": rows}
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if loaded.device != "cpu" else "cpu",
+        "workload": workload.describe(),
+        "no needle in the last": UNASKED_END,
+        "full": {},
+        "policies": rows,
+    }
     for sample in by_turns(build(workload, loaded.tokenizer)):
         if time.monotonic() - started > arguments.seconds:
             found.setdefault("left out", []).append(sample.id)
