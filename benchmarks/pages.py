@@ -46,9 +46,13 @@ WITHIN = (0.8, 1.25)
 LONG, GEMMA, SMALL = (
     "predictions-2-h200", "predictions-short-gemma-3-270m-h200", "predictions-short-smollm2-h200",
 )  # fmt: skip
+MEASURED = (
+    "strongest-h200.json", f"{LONG}.json", f"{SMALL}.json", f"{GEMMA}.json",
+    "task-scores-h200.json", "reading-h200.json", "stand-in-gemma-3-270m.json",
+)  # fmt: skip
 Figures = dict[str, Any]
 _BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
-_SCREEN = re.compile(r"```\n17? ?.*? prompts? of .*?```", re.DOTALL)
+_SCREEN = re.compile(r"```\n\d+ prompts? of .*?```", re.DOTALL)
 _COMMAND = ("search", "--model", "llama-8b", "--gpu", "4090", "--mem", "16GB")
 
 
@@ -59,11 +63,15 @@ def result(name: str) -> Figures:
     return found
 
 
-@cache
-def quality() -> Figures:
+def quality_file() -> Path:
     """The one run of quality.py that is kept."""
     (file,) = (HERE / "results").glob("quality-*.json")
-    return result(file.name)
+    return file
+
+
+def quality() -> Figures:
+    """Its figures."""
+    return result(quality_file().name)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -88,11 +96,30 @@ def families() -> list[str]:
 def measured_on() -> str:
     """What the table of plans was measured on."""
     found = quality()
-    plan = found["retrieval"][0]
+    plan, setting = found["retrieval"][0], found["setting"]
+    end = setting.get("no needle in the last")
+    where = "anywhere in it" if end is None else f"none in its last {end} tokens"
     return (
-        f"{found['setting']['workload']}; {found['device']}, {found['setting']['dtype']}. The full "
-        f"cache gets {100 * plan['full_digits']:.1f} % of {plan['needles_asked']} needles' digits."
+        f"Samples: {setting['workload']}; needles are hidden in the prompt, {where}. "
+        f"{found['device']}, {setting['dtype']}, `{quality_file().name}`. The full cache gets "
+        f"{100 * plan['full_digits']:.1f} % of {plan['needles_asked']} needles' digits."
     )
+
+
+def samples() -> str:
+    """What every file of figures about quality was measured on."""
+
+    def row(name: str) -> Sequence[str]:
+        found = result(name)
+        setting = found.get("setting", found)
+        size = setting.get("workload") or setting.get("samples")
+        end = setting.get("no needle in the last")
+        where = "anywhere in the prompt" if end is None else f"not in its last {end} tokens"
+        device = found.get("device", "cuda" if "h200" in name else "cpu")
+        return f"`{name}`", device.replace("NVIDIA ", ""), str(size), where
+
+    names = [quality_file().name, *MEASURED]
+    return table(("file", "on", "samples", "needles lie"), map(row, names))
 
 
 def digits(share: str) -> Figures:
@@ -417,6 +444,7 @@ def reading() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "measured-on": measured_on,
+    "samples": samples,
     "shown-first": shown_first,
     "strongest-first": strongest_first,
     "equal-bytes": equal_bytes,

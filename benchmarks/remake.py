@@ -3,14 +3,14 @@
     python benchmarks/remake.py run FOLDER --gemma gemma-3-270m-q4_k_m.gguf --group packaged
     python benchmarks/remake.py run FOLDER --group shown
     python benchmarks/remake.py install FOLDER
-    python benchmarks/quality_tables.py
+    python benchmarks/pages.py --screen
 
 ``run`` starts every part of a group at once, on one GPU, each with a log beside its results, and
 ends after ``--seconds``: parts write as they go, and what is there by then stays. ``packaged`` are
 the tables, the baselines' curves, the recorded predictions and a second model's tables; ``shown``
 what pages say beside them, some of it by the new tables. ``install`` needs no GPU: it copies what
 came back where it belongs, fits the calibration, writes the hash and judges the stand-in anew. What
-is missing is said, and left as it was.
+is missing is said, and left as it was. ``pages.py`` then writes the figures into the pages.
 """
 
 from __future__ import annotations
@@ -153,6 +153,9 @@ def install(folder: Path) -> Iterator[str]:
     """Put everything that came back where it belongs; what was done, or is missing, in words."""
     for name, kept in COPIED.items():
         if (folder / name).is_file():
+            if name == "quality.json":
+                for earlier in RESULTS.glob("quality-*.json"):
+                    earlier.unlink()
             shutil.copyfile(folder / name, RESULTS / kept)
             yield f"{kept}: copied"
         else:
@@ -189,7 +192,10 @@ def _fit(folder: Path) -> str:
         "predictions_judged.py", LONG, "--fitted-on", *SHORT, "--probes", "probes", "--each",
         "--out", "predictions-judged.json", "--fit", str(DATA / CALIBRATION),
     )  # fmt: skip
-    return f"{CALIBRATION}: fitted, and predictions-judged.json"
+    alone = "predictions-judged-alone.json"
+    _python("predictions_judged.py", LONG, "--probes", "probes", "--out", alone)
+    _python("ranking_ways.py", "--out", "ranking-ways.json")
+    return f"{CALIBRATION}: fitted; predictions-judged.json, {alone} and ranking-ways.json made"
 
 
 def _judge_stand_in(folder: Path) -> Iterator[str]:

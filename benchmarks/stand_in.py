@@ -24,6 +24,7 @@ from kvtune.runtime.live import run_live
 from kvtune.runtime.prompts import fresh_prompt
 from kvtune.simulator.quality.tables import head_exchangeable
 from kvtune.traces.models import LoadedModel, load_model
+from kvtune.traces.needles import UNASKED_END
 from kvtune.traces.workloads import Workload, build
 from kvtune.tuner.band import band
 from kvtune.tuner.solver import evicts
@@ -74,10 +75,16 @@ def ran(model: str, device: str) -> tuple[dict[str, Any], dict[str, dict[str, fl
     """What the model is, and its live losses: run now, or read from an earlier file."""
     if model.endswith(".json"):
         earlier = json.loads(Path(model).read_text(encoding="utf-8"))
-        about = {name: earlier[name] for name in ("model", "fingerprint", "dtype")}
+        kept = ("model", "fingerprint", "dtype", "no needle in the last")
+        about = {name: earlier[name] for name in kept if name in earlier}
         return about, {row["option"]: row["live_by_kind"] for row in earlier["rows"]}
     loaded = load_model(model, device=device)
-    about = {"model": Path(model).stem, "fingerprint": loaded.fingerprint, "dtype": loaded.dtype}
+    about = {
+        "model": Path(model).stem,
+        "fingerprint": loaded.fingerprint,
+        "dtype": loaded.dtype,
+        "no needle in the last": UNASKED_END,
+    }
     return about, live(loaded)
 
 
