@@ -89,13 +89,25 @@ class Joint(Probes):
 class _Several:
     """Draws of several families, asked for as if they were one."""
 
-    def __init__(self, drawn: Sequence[Drawn]) -> None:
-        self.each = [(part, row) for part in drawn for row in range(len(part.labels))]
-        self.labels = self.each
+    def __init__(self, parts: Sequence[Drawn]) -> None:
+        self.parts = parts
+        self.labels = [label for part in parts for label in part.labels]
 
     def slopes(self, first: int, count: int) -> Tensor:
-        some = self.each[first : first + count]
-        return torch.cat([part.slopes(row, 1) for part, row in some])
+        """Directions of the logits, as of one family."""
+        return torch.cat([part.slopes(*some) for part, some in self._within(first, count)])
+
+    def before(self, weight: Tensor, first: int, count: int) -> Tensor:
+        """The same before the output head."""
+        return torch.cat([part.before(weight, *some) for part, some in self._within(first, count)])
+
+    def _within(self, first: int, count: int) -> Iterator[tuple[Drawn, tuple[int, int]]]:
+        """The families that some of all probes belong to, and which of each family's they are."""
+        for part in self.parts:
+            low, high = max(first, 0), min(first + count, len(part.labels))
+            if low < high:
+                yield part, (low, high - low)
+            first -= len(part.labels)
 
 
 def families(count: int) -> dict[str, Probes]:

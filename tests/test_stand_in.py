@@ -13,6 +13,7 @@ import pytest
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.words import figure
+from kvtune.policies.policy_file.document import read_policy
 from kvtune.simulator.quality.calibration import Calibration, Curve, Regime
 from kvtune.simulator.quality.tables import Tables
 from kvtune.simulator.quality.tables_file import save_tables
@@ -80,6 +81,47 @@ def test_no_other_option_for_all_heads_beats_the_plan_on_the_source(
             by_sample = check.by_sample(np.full(packaged.heads, number))
             losses[option.label] = float(check.sample_weights() @ by_sample)
     assert result.policy.heads[0][0].label == min(losses, key=losses.__getitem__)
+
+
+# Rules that decide at run time
+
+
+def with_kvzip(times: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KVzip with one budget over the model, which loses so many times what uniform rules do."""
+    tables, about = source_models.packaged_tables()
+    curve = [
+        {**p, "name": "model_wide kvzip int4+4", "kl": times * p["kl"],
+         "kl_interval": [times * end for end in p["kl_interval"]]}
+        for p in about["baselines"]["uniform"]
+    ]  # fmt: skip
+    known = {**about, "baselines": {**about["baselines"], "kvzip": curve}}
+    monkeypatch.setattr(source_models, "packaged_tables", lambda: (tables, known))
+
+
+def test_a_newer_rule_that_loses_less_stands_beside_the_plan_with_a_policy_of_its_bytes(
+    packaged: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_kvzip(1e-3, monkeypatch)
+    result = run_search(llama(tmp_path, sequences=60))
+    plan, *_, kvzip = result.baselines
+    assert (kvzip.family, kvzip.predicted.tier) == ("kvzip", "stand-in band")
+    assert kvzip.predicted.value < plan.predicted.value
+    document = read_policy((tmp_path / "baselines" / "kvzip.yaml").read_text())
+    assert document.policy.allocator.name == "model_wide"
+    bound = document.bind(result.request.shape.layers, result.request.shape.kv_heads)
+    taken = bound.footprint(result.context_tokens, result.request.shape.head_dim)
+    assert taken <= kvzip.prompt_bytes <= plan.prompt_bytes
+    assert taken > 0.99 * kvzip.prompt_bytes
+    assert any("reads the prompt a second time" in note for note in result.notes)
+
+
+def test_a_newer_rule_that_loses_more_is_left_out(
+    packaged: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_kvzip(1e3, monkeypatch)
+    families = {each.family for each in run_search(llama(tmp_path, sequences=60)).baselines}
+    assert "uniform" in families
+    assert "kvzip" not in families
 
 
 # The band
