@@ -41,6 +41,7 @@ from kvtune.runtime.prompts import Prompt, fresh_prompt
 from kvtune.simulator.quality.build import DEFAULT_BLOCK, layer_features
 from kvtune.simulator.quality.replay import LayerReplay
 from kvtune.simulator.quality.tables import SampleFacts, Tables
+from kvtune.traces.calibration import find_calibration
 from kvtune.traces.models import LoadedModel, load_model
 from kvtune.traces.needles import UNASKED_END
 from kvtune.traces.probes import Drawn, Probes
@@ -221,12 +222,14 @@ def baselines(loaded: LoadedModel, prompt: int, shares: Sequence[float]) -> list
     geometry = loaded.geometry
     shape = (geometry.layers, geometry.kv_heads, geometry.head_dim)
     full = 4 * geometry.layers * geometry.kv_heads * geometry.head_dim * prompt
+    calibrated = find_calibration(loaded.fingerprint) is not None
     forms = {Int4(), Int4(exact_first=4)}
     return [
         Entry(policy, {"group": "rival", "family": family, "share": share})
         for share, family in product(shares, (*FAMILIES, *STRONG))
         for policy in candidates(family, int(share * full), prompt, *shape)
         if policy.heads[0][0].keys in forms and policy.heads[0][0].method not in LEFT_OUT
+        if calibrated or not policy.needs.calibration
     ]
 
 

@@ -41,12 +41,13 @@ LONG = "predictions-2-h200.json"
 SHORT = ("predictions-short-gemma-3-270m-h200.json", "predictions-short-smollm2-h200.json")
 SECOND = "gemma-3-270m"
 LIVE, REPLAYED = f"stand-in-{SECOND}.json", f"stand-in-tables-{SECOND}.json"
+RULES = f"stand-in-families-{SECOND}-h200.json"
 COPIED = {
     "quality.json": "quality-h200.json",
     "strongest-h200.json": "strongest-h200.json",
     "reading-h200.json": "reading-h200.json",
     "task-scores-h200.json": "task-scores-h200.json",
-    **{name: name for name in (LONG, *SHORT)},
+    **{name: name for name in (LONG, *SHORT, RULES)},
 }
 """What parts write, and what it is called among the results."""
 _GRACE = 15.0  # seconds that parts have to write before they are ended
@@ -97,6 +98,11 @@ def groups(
             predictions(SHORT[0], str(gemma), size),
             Part("second-source", ("second_source.py", str(gemma), *named, "--scratch", scratch)),
             Part("stand-in", ("stand_in.py", str(gemma), "--out", str(folder / LIVE))),
+            Part(
+                "families",
+                ("stand_in_families.py", str(gemma), *small, "--out", str(folder / RULES)),
+                0.9,
+            ),
         ]
     tables = folder / TABLES
     used = ("--tables", str(tables)) if tables.exists() else ()
