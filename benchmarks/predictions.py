@@ -28,6 +28,7 @@ import torch
 from policies_mixed import mixed_policies
 from torch import Tensor
 
+from kvtune.common.files import atomic
 from kvtune.policies.apply import apply_together
 from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.methods.full import Full
@@ -130,8 +131,8 @@ class Run:
     def record(self, name: str, value: Any) -> None:
         self.found[name] = value
         self.found["seconds"] = round(self.seconds, 1)
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.out.write_text(json.dumps(self.found) + "\n", encoding="utf-8")
+        with atomic(self.out) as temporary:  # a run may be ended at any time
+            temporary.write_text(json.dumps(self.found) + "\n", encoding="utf-8")
         print(f"[{self.seconds:6.1f} s] {name}", file=sys.stderr, flush=True)
 
     @property

@@ -16,6 +16,7 @@ import workers
 from divisions import KINDS, Division, divided
 from outcomes import Outcome
 
+from kvtune.common.files import atomic
 from kvtune.policies.policy import Policy
 from kvtune.traces.models import LoadedModel, load_model
 from kvtune.traces.needles import UNASKED_END
@@ -37,7 +38,8 @@ class Bench:
     def record(self, name: str, value: Any) -> None:
         self.figures[name] = value
         self.figures["seconds"] = round(time.monotonic() - self.started, 1)
-        (self.out / self.file).write_text(json.dumps(self.figures, indent=1) + "\n")
+        with atomic(self.out / self.file) as temporary:  # a run may be ended at any time
+            temporary.write_text(json.dumps(self.figures, indent=1) + "\n")
         print(f"[{self.figures['seconds']:7.1f} s] {name}", flush=True)
 
     @property

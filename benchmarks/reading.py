@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from recorded_parts import attempt, say
 
+from kvtune.common.files import atomic
 from kvtune.common.progress import Silent
 from kvtune.policies.allocators.as_given import AsGiven
 from kvtune.policies.formats.bf16 import Bf16
@@ -305,7 +306,8 @@ def main() -> None:
 
     def record(name: str, part: Any) -> None:
         found[name] = part
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        with atomic(arguments.out) as temporary:  # a run may be ended at any time
+            temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
     def part(name: str, measure: Callable[[], Any]) -> None:
         if time.monotonic() - begun > arguments.seconds:

@@ -16,9 +16,11 @@ is missing is said, and left as it was. ``pages.py`` then writes the figures int
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -50,7 +52,6 @@ COPIED = {
     **{name: name for name in (LONG, *SHORT, RULES)},
 }
 """What parts write, and what it is called among the results."""
-_GRACE = 15.0  # seconds that parts have to write before they are ended
 
 
 @dataclass(frozen=True)
@@ -131,28 +132,29 @@ def groups(
 def run(parts: Sequence[Part], folder: Path, device: str, seconds: float) -> None:
     """Run parts side by side, and end those that outlast the time."""
     folder.mkdir(parents=True, exist_ok=True)
-    until, running = time.monotonic() + seconds, {}
+    until = time.monotonic() + seconds
+    running: dict[str, subprocess.Popen[bytes]] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
-    for part in parts:
-        words = [sys.executable, str(HERE / part.words[0]), *part.words[1:], "--device", device]
-        if part.seconds is not None:
-            words += ["--seconds", str(round(part.seconds * seconds))]
-        with (folder / f"{part.name}.log").open("w") as log:
-            running[part.name] = subprocess.Popen(  # noqa: S603 - our own scripts
-                words, stdout=log, stderr=subprocess.STDOUT, env=environment
-            )
-    for name, process in running.items():
-        try:
-            left = max(until - _GRACE - time.monotonic(), 0.1)
-            say(name, "ended with", process.wait(left))
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            say(name, "was ended after", f"{seconds:g} s")
-    for process in running.values():
-        try:
-            process.wait(_GRACE)
-        except subprocess.TimeoutExpired:
-            process.kill()
+    try:
+        for part in parts:
+            words = [sys.executable, str(HERE / part.words[0]), *part.words[1:], "--device", device]
+            if part.seconds is not None:
+                words += ["--seconds", str(round(part.seconds * seconds))]
+            with (folder / f"{part.name}.log").open("w") as log:
+                running[part.name] = subprocess.Popen(  # noqa: S603 - our own scripts
+                    words, stdout=log, stderr=subprocess.STDOUT, env=environment,
+                    start_new_session=True,
+                )  # fmt: skip
+        for name, process in running.items():
+            try:
+                left = max(until - time.monotonic(), 0.1)
+                say(name, "ended with", process.wait(left))
+            except subprocess.TimeoutExpired:
+                say(name, "was ended after", f"{seconds:g} s")
+    finally:
+        for process in running.values():  # with the processes that they began themselves
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def install(folder: Path) -> Iterator[str]:
