@@ -194,7 +194,9 @@ def needles() -> str:
 
 def ranking() -> str:
     """Rank correlation of predictions and of simpler measures with what live runs lose."""
-    found = quality()["ranking"]
+    found = quality().get("ranking")
+    if not isinstance(found, dict):
+        return "This run was ended before it was measured."
     names = {
         "probes": "probes (kvtune)",
         "mass": "attention mass lost",

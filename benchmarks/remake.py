@@ -52,6 +52,14 @@ COPIED = {
     **{name: name for name in (LONG, *SHORT, RULES)},
 }
 """What parts write, and what it is called among the results."""
+SHOWN = {
+    "quality.json": ("baseline_curves", "at_equal_bytes", "retrieval"),
+    "strongest-h200.json": ("plans", "baselines"),
+    "reading-h200.json": ("held 12 %",),
+    LONG: ("plans by sample",),
+    RULES: ("best",),
+}
+"""Parts of a result without which it shows less than the one before; one that failed is text."""
 
 
 @dataclass(frozen=True)
@@ -160,17 +168,25 @@ def run(parts: Sequence[Part], folder: Path, device: str, seconds: float) -> Non
 def install(folder: Path) -> Iterator[str]:
     """Put everything that came back where it belongs; what was done, or is missing, in words."""
     for name, kept in COPIED.items():
-        if (folder / name).is_file():
+        if _is_whole(folder / name):
             if name == "quality.json":
                 for earlier in RESULTS.glob("quality-*.json"):
                     earlier.unlink()
             shutil.copyfile(folder / name, RESULTS / kept)
             yield f"{kept}: copied"
         else:
-            yield f"{kept}: MISSING, left as it was"
+            yield f"{kept}: MISSING or not whole, left as it was"
     yield _install_tables(folder / TABLES)
     yield _fit(folder)
     yield from _judge_stand_in(folder)
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a result file is there, with the parts that pages show."""
+    if not file.is_file():
+        return False
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return all(isinstance(found.get(part), dict | list) for part in SHOWN.get(file.name, ()))
 
 
 def _install_tables(file: Path) -> str:
