@@ -43,12 +43,18 @@ KINDS = {
     "retrieval": "retrieval",
 }
 WITHIN = (0.8, 1.25)
+RUNS = {
+    "predictions-2-h200": "SmolLM2, 1,792 tokens",
+    "predictions-middle-smollm2-h200": "SmolLM2, 896 tokens",
+    "predictions-short-smollm2-h200": "SmolLM2, 384 tokens",
+    "predictions-short-gemma-3-270m-h200": "Gemma-3-270M, 384 tokens",
+}
 LONG, GEMMA, SMALL = (
     "predictions-2-h200", "predictions-short-gemma-3-270m-h200", "predictions-short-smollm2-h200",
 )  # fmt: skip
 MEASURED = (
-    "strongest-h200.json", f"{LONG}.json", f"{SMALL}.json", f"{GEMMA}.json",
-    "task-scores-h200.json", "reading-h200.json", "stand-in-gemma-3-270m.json",
+    "strongest-h200.json", *(f"{name}.json" for name in RUNS), "task-scores-h200.json",
+    "reading-h200.json", "stand-in-gemma-3-270m.json", "stand-in-families-gemma-3-270m-h200.json",
 )  # fmt: skip
 Figures = dict[str, Any]
 _BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
@@ -118,7 +124,10 @@ def samples() -> str:
         device = found.get("device", "cuda" if "h200" in name else "cpu")
         return f"`{name}`", device.replace("NVIDIA ", ""), str(size), where
 
-    names = [quality_file().name, *MEASURED]
+    names = [
+        quality_file().name,
+        *(name for name in MEASURED if (HERE / "results" / name).exists()),
+    ]
     return table(("file", "on", "samples", "needles lie"), map(row, names))
 
 
@@ -318,13 +327,15 @@ def levels(file: str, name: str, column: str) -> str:
     return f"{table(('kind', 'raw, 3 / 6 / 12 / 25 %', column, 'within 80 %'), rows)}\n\n{said}"
 
 
+def judged_runs() -> dict[str, str]:
+    """Runs of predictions.py that were judged by each other, and what they are called."""
+    judged = result("predictions-judged.json")
+    return {name: label for name, label in RUNS.items() if f"{name}, probes" in judged}
+
+
 def rounds() -> str:
     """What a search prints after live rounds over what is live, by run."""
-    names = {
-        LONG: "SmolLM2, 1,792 tokens",
-        SMALL: "SmolLM2, 384 tokens",
-        GEMMA: "Gemma-3-270M, 384 tokens",
-    }
+    names = judged_runs()
 
     def row(name: str, label: str) -> Sequence[str]:
         found = result("predictions-judged.json")[f"{name}, probes"]["after rounds"]
@@ -353,11 +364,7 @@ def rounds() -> str:
 
 def ranks() -> str:
     """Rank correlation with live loss on every recorded run."""
-    names = {
-        LONG: "SmolLM2, 1,792 tokens",
-        SMALL: "SmolLM2, 384 tokens",
-        GEMMA: "Gemma-3-270M, 384 tokens",
-    }
+    names = judged_runs()
     rows = []
     for name, label in names.items():
         found = result("predictions-judged.json")[f"{name}, probes"].get("rank")
@@ -426,6 +433,25 @@ def stand_in_choices() -> str:
     return f"{table(heads, [cells])}\n\n{said}"
 
 
+def stand_in_families() -> str:
+    """Rules that decide at run time, on a model that was no source."""
+    if not (HERE / "results" / "stand-in-families-gemma-3-270m-h200.json").exists():
+        return "No run is recorded yet."
+    best = result("stand-in-families-gemma-3-270m-h200.json")["best"]
+    names = list(dict.fromkeys(family for row in best.values() for family in row))
+
+    def cell(row: Figures, family: str) -> str:
+        if family not in row:
+            return "-"
+        found = row[family]
+        times, ends = found["times the best uniform"], interval(found["interval"], ".2f")
+        return f"{found['loss']:.3g} ({times:.2f} {ends})"
+
+    rows = [(spaced(share), *(cell(row, name) for name in names)) for share, row in best.items()]
+    labels = {**FAMILIES, "offered": "offered by the packaged tables"}
+    return table(("KV bytes", *(labels[name] for name in names)), rows)
+
+
 def reading() -> str:
     """Head scores' rules and readers beside the plan, at equal bytes."""
     found, rows = result("reading-h200.json"), []
@@ -467,6 +493,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "ranking-ways": ways,
     "stand-in-live": stand_in_live,
     "stand-in-choices": stand_in_choices,
+    "stand-in-families": stand_in_families,
     "reading": reading,
 }
 

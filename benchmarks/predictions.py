@@ -414,6 +414,9 @@ TINY = Size(
 SHORT = Size(tokens=448, observed=64)
 """Samples that layers with a window of 512 tokens see whole: Gemma-3's can all be compressed."""
 
+MIDDLE = Size(tokens=1024, observed=128, baseline_shares=())
+"""Samples as long as those that a search captures by itself."""
+
 CPU = replace(
     SHORT,
     kinds=("prose", "code", "retrieval"),
@@ -425,7 +428,7 @@ CPU = replace(
 )
 """What two cores measure of a small model in a quarter of an hour."""
 
-SIZES = {"whole": Size(), "short": SHORT, "cpu": CPU, "tiny": TINY}
+SIZES = {"whole": Size(), "middle": MIDDLE, "short": SHORT, "cpu": CPU, "tiny": TINY}
 
 
 def main() -> None:

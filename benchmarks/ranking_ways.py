@@ -31,6 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 RUNS = {
     "predictions-h200.json": "SmolLM2, 1,792 tokens, first run",
     "predictions-2-h200.json": "SmolLM2, 1,792 tokens",
+    "predictions-middle-smollm2-h200.json": "SmolLM2, 896 tokens",
     "predictions-short-smollm2-h200.json": "SmolLM2, 384 tokens",
     "predictions-short-gemma-3-270m-h200.json": "Gemma-3-270M, 384 tokens",
 }
@@ -214,6 +215,8 @@ def main() -> None:
     arguments = parser.parse_args()
     found = {}
     for file, label in RUNS.items():
+        if not (RESULTS / file).is_file():
+            continue
         data = json.loads((RESULTS / file).read_text(encoding="utf-8"))
         if data.get("mixed by sample"):  # a run that was cut short may hold plans alone
             found[file] = of_run(Mixed(data), label)

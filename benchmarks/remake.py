@@ -41,6 +41,7 @@ DATA = HERE.parent / "tuner" / "data"
 TABLES = f"{STAND_IN}.safetensors"
 LONG = "predictions-2-h200.json"
 SHORT = ("predictions-short-gemma-3-270m-h200.json", "predictions-short-smollm2-h200.json")
+MIDDLE = "predictions-middle-smollm2-h200.json"
 SECOND = "gemma-3-270m"
 LIVE, REPLAYED = f"stand-in-{SECOND}.json", f"stand-in-tables-{SECOND}.json"
 RULES = f"stand-in-families-{SECOND}-h200.json"
@@ -49,7 +50,7 @@ COPIED = {
     "strongest-h200.json": "strongest-h200.json",
     "reading-h200.json": "reading-h200.json",
     "task-scores-h200.json": "task-scores-h200.json",
-    **{name: name for name in (LONG, *SHORT, RULES)},
+    **{name: name for name in (LONG, MIDDLE, *SHORT, RULES)},
 }
 """What parts write, and what it is called among the results."""
 SHOWN = {
@@ -83,7 +84,7 @@ def groups(
     """The parts of every group, what is needed most first."""
     small = ("--tiny",) if tiny else ()
     size = ("--size", "tiny") if tiny else ("--size", "short")
-    whole = ("--size", "tiny") if tiny else ("--size", "whole")
+    whole, middle = (("--size", "tiny" if tiny else name) for name in ("whole", "middle"))
     crew = "2" if tiny else "6"
     scratch = str(folder / "scratch")
 
@@ -100,6 +101,7 @@ def groups(
         ),
         predictions(LONG, model, whole),
         predictions(SHORT[1], model, size),
+        predictions(MIDDLE, model, middle),
     ]  # fmt: skip
     if gemma is not None:
         named = ("--name", SECOND, "--out", str(folder / f"{SECOND}.safetensors"))
@@ -204,22 +206,28 @@ def _install_tables(file: Path) -> str:
 
 
 def _fit(folder: Path) -> str:
-    """The calibration, from the three runs of predictions, if every plan ran in each."""
+    """The calibration, from the runs of predictions in which every plan ran on every sample."""
     for name in (LONG, *SHORT):
-        if not (folder / name).is_file():
-            return f"{CALIBRATION}: MISSING {name}, left as it was"
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
-        samples = [each for each in found["samples"].values() if each["split"] != "search"]
-        if len(found.get("plans by sample", {})) < len(samples):
-            return f"{CALIBRATION}: plans ran on too few samples in {name}, left as it was"
+        if not _all_plans_ran(folder / name):
+            return f"{CALIBRATION}: MISSING plans on some samples of {name}, left as it was"
+    others = [*SHORT, *([MIDDLE] if _all_plans_ran(folder / MIDDLE) else [])]
     _python(
-        "predictions_judged.py", LONG, "--fitted-on", *SHORT, "--probes", "probes", "--each",
+        "predictions_judged.py", LONG, "--fitted-on", *others, "--probes", "probes", "--each",
         "--out", "predictions-judged.json", "--fit", str(DATA / CALIBRATION),
     )  # fmt: skip
     alone = "predictions-judged-alone.json"
     _python("predictions_judged.py", LONG, "--probes", "probes", "--out", alone)
     _python("ranking_ways.py", "--out", "ranking-ways.json")
     return f"{CALIBRATION}: fitted; predictions-judged.json, {alone} and ranking-ways.json made"
+
+
+def _all_plans_ran(file: Path) -> bool:
+    """Whether a run of predictions was not ended before its plans had run on all samples."""
+    if not file.is_file():
+        return False
+    found = json.loads(file.read_text(encoding="utf-8"))
+    samples = [each for each in found.get("samples", {}).values() if each["split"] != "search"]
+    return 0 < len(samples) <= len(found.get("plans by sample", {}))
 
 
 def _judge_stand_in(folder: Path) -> Iterator[str]:
