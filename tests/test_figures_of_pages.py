@@ -50,11 +50,11 @@ def test_the_figures_come_from_the_files(
         "at_equal_bytes": {},
         "retrieval": [{"policy": "a plan", "digits": 0.5, "points_below_full": 9.87}],
     }
-    for share in pages.SHARES:
+    for share in pages.quality_pages.SHARES:
         row = {"kl": 0.125, "variant": "a plan"}
         found["at_equal_bytes"][share] = {"plan": row, "uniform": {"kl": 0.75}}
-    monkeypatch.setattr(pages, "quality", lambda: found)
-    assert "| 3 % | 0.75 | **0.125** | 50.0 % (9.9) |" in pages.shown_first()
+    monkeypatch.setattr(pages.quality_pages, "quality", lambda: found)
+    assert "| 3 % | 0.75 | **0.125** | 50.0 % (9.9) |" in pages.quality_pages.shown_first()
 
 
 def test_the_first_screen_is_found_in_the_readme(pages: ModuleType) -> None:
