@@ -54,10 +54,15 @@ class Bench:
         return self.of(split)[: each * len(KINDS)]
 
     def run(self, policies: Sequence[Policy], samples: Sequence[Sample]) -> list[Outcome]:
-        """Every policy live on every sample."""
+        """Every policy live on every sample, which several processes share where it is few."""
         outcomes = [Outcome() for _ in policies]
-        answers = self.crew.everywhere(workers.live, samples, list(policies))
-        for sample, runs in zip(samples, answers, strict=True):
+        shares = max(self.crew.count // max(len(samples), 1), 1)
+        each = max(-(-len(policies) // shares), 1)
+        parts = [list(policies[at : at + each]) for at in range(0, len(policies), each)]
+        work = [workers.Share(sample, part) for sample in samples for part in parts]
+        answers = iter(self.crew.everywhere(workers.live_share, work))
+        for sample in samples:
+            runs = [run for _ in parts for run in next(answers)]
             for outcome, run in zip(outcomes, runs, strict=True):
                 outcome.add(sample, run, self.full_bytes)
         return outcomes
