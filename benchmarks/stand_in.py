@@ -78,7 +78,7 @@ def ran(model: str, device: str) -> tuple[dict[str, Any], dict[str, dict[str, fl
         kept = ("model", "fingerprint", "dtype", "no needle in the last")
         about = {name: earlier[name] for name in kept if name in earlier}
         return about, {row["option"]: row["live_by_kind"] for row in earlier["rows"]}
-    loaded = load_model(model, device=device)
+    loaded = load_model(model, device=device, dtype="float32")
     about = {
         "model": Path(model).stem,
         "fingerprint": loaded.fingerprint,
