@@ -46,13 +46,10 @@ def test_a_changed_figure_is_written_anew_and_the_text_around_it_stays(pages: Mo
 def test_the_figures_come_from_the_files(
     pages: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = {
-        "at_equal_bytes": {},
-        "retrieval": [{"policy": "a plan", "digits": 0.5, "points_below_full": 9.87}],
-    }
-    for share in pages.quality_pages.SHARES:
-        row = {"kl": 0.125, "variant": "a plan"}
-        found["at_equal_bytes"][share] = {"plan": row, "uniform": {"kl": 0.75}}
+    row = {"plan": {"kl": 0.125, "variant": "a plan"}, "uniform": {"kl": 0.75}}
+    digits = {"policy": "a plan", "digits": 0.5, "points_below_full": 9.87}
+    shares = dict.fromkeys(pages.quality_pages.SHARES, row)
+    found = {"at_equal_bytes": shares, "retrieval": [digits]}
     monkeypatch.setattr(pages.quality_pages, "quality", lambda: found)
     assert "| 3 % | 0.75 | **0.125** | 50.0 % (9.9) |" in pages.quality_pages.shown_first()
 
