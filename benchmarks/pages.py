@@ -25,8 +25,9 @@ from predictions_pages import GEMMA, LONG, RUNS, SMALL, levels, ranks, rounds, w
 
 ROOT = HERE.parent
 MEASURED = (
-    "strongest-h200.json", *(f"{name}.json" for name in RUNS), "task-scores-h200.json",
-    "reading-h200.json", "stand-in-gemma-3-270m.json", "stand-in-families-gemma-3-270m-h200.json",
+    "strongest-plans-h200.json", "strongest-h200.json", *(f"{name}.json" for name in RUNS),
+    "task-scores-h200.json", "stand-in-gemma-3-270m.json",
+    "stand-in-families-gemma-3-270m-h200.json",
 )  # fmt: skip
 ALONE, EACH = "predictions-judged-alone.json", "predictions-judged.json"
 _BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
@@ -73,7 +74,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "stand-in-live": stand_in_pages.stand_in_live,
     "stand-in-choices": stand_in_pages.stand_in_choices,
     "stand-in-families": stand_in_pages.stand_in_families,
-    "reading": quality_pages.reading,
 }
 
 

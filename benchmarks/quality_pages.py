@@ -167,19 +167,23 @@ def strongest() -> str:
 
 
 def strongest_first() -> str:
-    """README's short form: the best published method beside both plans."""
+    """README's short form: the best baseline of all beside the plan, and one with fitted keys."""
+    fitted = result("strongest-plans-h200.json")["plans"]
+    points = {row["policy"]: row["points_below_full"] for row in quality()["retrieval"]}
 
     def row(share: str) -> Sequence[str]:
-        fitted, plain, best = ((r[1], r[2], r[3], r[4]) for r in strongest_rows(share, 1))
-        times = float(best[1]) / float(fitted[1])
+        entry, ours = quality()["at_equal_bytes"][share], fitted[share]["with compaction"]
+        best = min((entry[family] for family in families()), key=lambda each: float(each["kl"]))
+        times = f"({best['kl'] / ours['kl']:.1f} times lower)"
+        below = points[best["name"]], digits(share)["points_below_full"], ours["points_below_full"]
         return (
-            spaced(share), f"{best[0]}: {best[1]}", plain[1],
-            f"**{fitted[1]}** ({times:.1f} times lower)", f"{best[3]} / {plain[3]} / {fitted[3]}",
+            spaced(share), f"{best['name']}: {best['kl']:.3g}", f"{entry['plan']['kl']:.3g}",
+            f"**{ours['kl']:.3g}** {times}", " / ".join(f"{max(each, 0):.1f}" for each in below),
         )  # fmt: skip
 
     head = (
-        "KV bytes", "best published", "kvtune", "kvtune with fitted keys",
-        "digits below the full cache: best published / kvtune / fitted",
+        "KV bytes", "best of all baselines", "kvtune", "kvtune with fitted keys",
+        "digits below the full cache: baseline / kvtune / fitted",
     )  # fmt: skip
     return table(head, map(row, SHARES))
 
@@ -205,21 +209,3 @@ def tasks() -> str:
     return table(
         ("KV bytes", "", *found["full"]), [("100 %", "full cache", *cells(found["full"])), *rows]
     )
-
-
-def reading() -> str:
-    """Head scores' rules and readers beside the plan, at equal bytes."""
-    found, rows = result("reading-h200.json"), []
-    for name, part in found.items():
-        if not isinstance(part, dict) or "rows" not in part:
-            continue
-        plan = part["rows"][0]
-        for row in (row for row in part["rows"] if not row["policy"].startswith("solved")):
-            kl, ends = row["kl"]["value"], row["kl"]["interval"]
-            needles_ = row["needles"] and f"{100 * row['needles']['value']:.0f} %"
-            taken = f"{100 * row['held']:.1f} / {100 * row['read']:.1f} %"
-            times = f"{kl / plan['kl']['value']:.1f}"
-            policy = row["policy"].removesuffix(", attending to the share and reading more")
-            rows.append((name, policy, f"{kl:.3g} {interval(ends)}", times, needles_ or "-", taken))
-    head = "", "policy", "KL", "times the plan's", "needle digits", "held / read"
-    return table(head, rows)

@@ -31,7 +31,7 @@ from kvtune.tuner.solver import evicts
 from kvtune.tuner.source_models import packaged_calibration, packaged_tables
 
 EACH = {"prose": 1, "code": 1, "retrieval": 1}
-SAMPLES = Workload({"evaluate": EACH}, tokens=448, observed=28, needles=1)
+SAMPLES = Workload({"evaluate": EACH}, tokens=448, observed=32, needles=1)
 OPTIONS = (
     "full all int4+4", "full all int4", "full all int4+4/int2+4",
     "h2o 50% int4+4", "h2o 50% int4+4/int2+4", "h2o 25% int4", "h2o 14.3% int4+4",

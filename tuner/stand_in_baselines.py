@@ -100,9 +100,14 @@ def _families(source: QualitySource, share: float, among: Iterable[str]) -> Iter
 
 
 def _is_its_own(family: str, name: str) -> bool:
-    """Whether a rule's name, its allocator and then its method, is one of the family."""
+    """Whether a rule's name, its allocator and then its method, is one of the family's own.
+
+    Whatever divides budgets and keeps everything is the uniform rule of that format.
+    """
     allocator, method = (*name.split(), "")[:2]
-    return method == family if family in STRONG else allocator == family
+    if family in STRONG:
+        return method == family
+    return allocator == family and (method != "full" or family == "uniform")
 
 
 def _unless_it_runs(stored: str) -> str:
