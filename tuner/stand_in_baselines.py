@@ -96,7 +96,8 @@ def _families(source: QualitySource, share: float, among: Iterable[str]) -> Iter
         if points and share >= _share(points[0]):
             nearest = min(points, key=lambda point: abs(np.log(_share(point) / share)))
             if _is_its_own(family, nearest["name"]):
-                yield _Row(family, nearest["name"], loss_at(points, share), _share(points[-1]))
+                loss = loss_at(points, share, family)
+                yield _Row(family, nearest["name"], loss, _share(points[-1]))
 
 
 def _is_its_own(family: str, name: str) -> bool:
@@ -116,14 +117,14 @@ def _unless_it_runs(stored: str) -> str:
     return "" if form in CODES else " (simulated only)"
 
 
-def loss_at(points: Sequence[dict[str, Any]], share: float) -> Estimate:
+def loss_at(points: Sequence[dict[str, Any]], share: float, family: str = "uniform") -> Estimate:
     """A family's band at a share, straight between measured points in logarithms.
 
     Beyond the last point it is that point's: more bytes than it takes do no harm.
     """
     column = np.log([_share(point) for point in points])
     bands = [
-        band_of_live(point["kl"], point["kl_interval"], point.get("kl_by_kind", {}))
+        band_of_live(point["kl"], point["kl_interval"], point.get("kl_by_kind", {}), family)
         for point in points
     ]
 
