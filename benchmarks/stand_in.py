@@ -75,7 +75,7 @@ def ran(model: str, device: str) -> tuple[dict[str, Any], dict[str, dict[str, fl
     """What the model is, and its live losses: run now, or read from an earlier file."""
     if model.endswith(".json"):
         earlier = json.loads(Path(model).read_text(encoding="utf-8"))
-        kept = ("model", "fingerprint", "dtype", "no needle in the last")
+        kept = ("model", "fingerprint", "dtype", "no needle in the last", "samples")
         about = {name: earlier[name] for name in kept if name in earlier}
         return about, {row["option"]: row["live_by_kind"] for row in earlier["rows"]}
     loaded = load_model(model, device=device, dtype="float32")
@@ -84,6 +84,7 @@ def ran(model: str, device: str) -> tuple[dict[str, Any], dict[str, dict[str, fl
         "fingerprint": loaded.fingerprint,
         "dtype": loaded.dtype,
         "no needle in the last": UNASKED_END,
+        "samples": SAMPLES.describe(),
     }
     return about, live(loaded)
 
@@ -102,9 +103,7 @@ def main() -> None:
         for label, kinds in lives.items()
     ]  # fmt: skip
     inside = sum(row["band"][0] <= row["live"] <= row["band"][1] for row in rows)
-    write_json(
-        arguments.out, {**about, "samples": SAMPLES.describe(), "inside": inside, "rows": rows}
-    )
+    write_json(arguments.out, {**about, "inside": inside, "rows": rows})
     print(json.dumps({"inside": inside, "of": len(rows)}))
 
 
