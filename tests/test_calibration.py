@@ -161,7 +161,8 @@ def test_the_packaged_calibration_leaves_what_is_nearly_right_nearly_as_it_is() 
     for kind in ("prose", "retrieval"):
         after = shipped.levelled(0.0, 1, 1792).factors([kind], True, 0.8)
         short = shipped.levelled(0.0, 1, 384).factors([kind], True, 0.8)
-        assert 1.1 < after[1] < short[1] < shipped.factors([kind], True, 0.8)[1]
+        assert 1.1 < after[1] < shipped.factors([kind], True, 0.8)[1]
+        assert after[1] < short[1]  # short samples observe less, and scatter more
 
 
 def test_a_packaged_calibration_never_turns_two_plans_round() -> None:
