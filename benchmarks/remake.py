@@ -45,9 +45,11 @@ MIDDLE = "predictions-middle-smollm2-h200.json"
 SECOND = "gemma-3-270m"
 LIVE, REPLAYED = f"stand-in-{SECOND}.json", f"stand-in-tables-{SECOND}.json"
 RULES = f"stand-in-families-{SECOND}-h200.json"
+STRONGEST, PLANS = "strongest-h200.json", "strongest-plans-h200.json"
+"""Plans are shown beside the baselines of quality.py too, and may have come without their own."""
 COPIED = {
     "quality.json": "quality-h200.json",
-    "strongest-h200.json": "strongest-h200.json",
+    STRONGEST: STRONGEST,
     "reading-h200.json": "reading-h200.json",
     "task-scores-h200.json": "task-scores-h200.json",
     **{name: name for name in (LONG, MIDDLE, *SHORT, RULES)},
@@ -55,7 +57,7 @@ COPIED = {
 """What parts write, and what it is called among the results."""
 SHOWN = {
     "quality.json": ("baseline_curves", "at_equal_bytes", "retrieval"),
-    "strongest-h200.json": ("plans", "baselines"),
+    STRONGEST: ("plans", "baselines"),
     "reading-h200.json": ("held 12 %",),
     LONG: ("plans by sample",),
     RULES: ("best",),
@@ -178,17 +180,21 @@ def install(folder: Path) -> Iterator[str]:
             yield f"{kept}: copied"
         else:
             yield f"{kept}: MISSING or not whole, left as it was"
+    if _is_whole(folder / STRONGEST, ("plans",)):
+        shutil.copyfile(folder / STRONGEST, RESULTS / PLANS)
+        yield f"{PLANS}: copied"
     yield _install_tables(folder / TABLES)
     yield _fit(folder)
     yield from _judge_stand_in(folder)
 
 
-def _is_whole(file: Path) -> bool:
-    """Whether a result file is there, with the parts that pages show."""
+def _is_whole(file: Path, parts: Sequence[str] | None = None) -> bool:
+    """Whether a result file is there, with some parts or with those that pages show."""
     if not file.is_file():
         return False
     found = json.loads(file.read_text(encoding="utf-8"))
-    return all(isinstance(found.get(part), dict | list) for part in SHOWN.get(file.name, ()))
+    shown = SHOWN.get(file.name, ()) if parts is None else parts
+    return all(isinstance(found.get(part), dict | list) for part in shown)
 
 
 def _install_tables(file: Path) -> str:
