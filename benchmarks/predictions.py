@@ -6,7 +6,9 @@ Plans are solved on search samples with several kinds of probes, at shares of th
 2 to 35 %. Plans run live and are predicted on selection and evaluation samples, mixed policies on
 some of the latter. Every number is kept a policy and a sample, over all rows and over the rows
 whose target is an answer, so that calibrations can be fitted and judged afterwards without a GPU:
-``predictions_judged.py`` does it. Arithmetic is float32.
+``predictions_judged.py`` does it. ``saturated`` predictions are bounded by what is lost, position
+by position, when hardly anything of the prompt is left, which one more live run says. Baselines run
+last, live alone. Arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -26,11 +28,13 @@ import torch
 from policies_mixed import mixed_policies
 from torch import Tensor
 
+from kvtune.common.files import atomic
 from kvtune.policies.apply import apply_together
 from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.streaming_llm import StreamingLLM
+from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs
 from kvtune.runtime.live import full_cache, run_live
@@ -38,7 +42,9 @@ from kvtune.runtime.prompts import Prompt, fresh_prompt
 from kvtune.simulator.quality.build import DEFAULT_BLOCK, layer_features
 from kvtune.simulator.quality.replay import LayerReplay
 from kvtune.simulator.quality.tables import SampleFacts, Tables
+from kvtune.traces.calibration import find_calibration
 from kvtune.traces.models import LoadedModel, load_model
+from kvtune.traces.needles import UNASKED_END
 from kvtune.traces.probes import Drawn, Probes
 from kvtune.traces.samples import Sample, by_turns
 from kvtune.traces.workloads import Workload, build
@@ -85,13 +91,25 @@ class Joint(Probes):
 class _Several:
     """Draws of several families, asked for as if they were one."""
 
-    def __init__(self, drawn: Sequence[Drawn]) -> None:
-        self.each = [(part, row) for part in drawn for row in range(len(part.labels))]
-        self.labels = self.each
+    def __init__(self, parts: Sequence[Drawn]) -> None:
+        self.parts = parts
+        self.labels = [label for part in parts for label in part.labels]
 
     def slopes(self, first: int, count: int) -> Tensor:
-        some = self.each[first : first + count]
-        return torch.cat([part.slopes(row, 1) for part, row in some])
+        """Directions of the logits, as of one family."""
+        return torch.cat([part.slopes(*some) for part, some in self._within(first, count)])
+
+    def before(self, weight: Tensor, first: int, count: int) -> Tensor:
+        """The same before the output head."""
+        return torch.cat([part.before(weight, *some) for part, some in self._within(first, count)])
+
+    def _within(self, first: int, count: int) -> Iterator[tuple[Drawn, tuple[int, int]]]:
+        """The families that some of all probes belong to, and which of each family's they are."""
+        for part in self.parts:
+            low, high = max(first, 0), min(first + count, len(part.labels))
+            if low < high:
+                yield part, (low, high - low)
+            first -= len(part.labels)
 
 
 def families(count: int) -> dict[str, Probes]:
@@ -113,8 +131,8 @@ class Run:
     def record(self, name: str, value: Any) -> None:
         self.found[name] = value
         self.found["seconds"] = round(self.seconds, 1)
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.out.write_text(json.dumps(self.found) + "\n", encoding="utf-8")
+        with atomic(self.out) as temporary:  # a run may be ended at any time
+            temporary.write_text(json.dumps(self.found) + "\n", encoding="utf-8")
         print(f"[{self.seconds:6.1f} s] {name}", file=sys.stderr, flush=True)
 
     @property
@@ -205,12 +223,14 @@ def baselines(loaded: LoadedModel, prompt: int, shares: Sequence[float]) -> list
     geometry = loaded.geometry
     shape = (geometry.layers, geometry.kv_heads, geometry.head_dim)
     full = 4 * geometry.layers * geometry.kv_heads * geometry.head_dim * prompt
+    calibrated = find_calibration(loaded.fingerprint) is not None
     forms = {Int4(), Int4(exact_first=4)}
     return [
         Entry(policy, {"group": "rival", "family": family, "share": share})
         for share, family in product(shares, (*FAMILIES, *STRONG))
         for policy in candidates(family, int(share * full), prompt, *shape)
         if policy.heads[0][0].keys in forms and policy.heads[0][0].method not in LEFT_OUT
+        if calibrated or not policy.needs.calibration
     ]
 
 
@@ -237,19 +257,46 @@ def responses(prompt: Prompt, sample: Sample, policies: Sequence[Policy]) -> dic
     return {"all": total, "quantising": whole, "evicting": total - whole}
 
 
-def predicted(run: Run, sample: Sample, found: dict[str, Tensor]) -> dict[str, list[list[float]]]:
+def most_lost(loaded: LoadedModel, sample: Sample, prompt: Prompt, full: Tensor) -> Tensor:
+    """What is lost at every position with 1 % of the prompt left, its ends alone, ``[C]`` nats."""
+    geometry = loaded.geometry
+    option = Option(StreamingLLM(), Budget(share=0.01))
+    policy = Policy.uniform(option, geometry.layers, geometry.kv_heads)
+    return torch.from_numpy(run_live(loaded, sample, prompt, [policy], full)[0].kl).clamp(min=1e-6)
+
+
+def saturated(losses: Tensor, most: Tensor) -> Tensor:
+    """Losses that approach what can be lost at most, as many small steps on the way there would."""
+    return most * -torch.expm1(-losses / most)
+
+
+def predicted(
+    run: Run, sample: Sample, found: dict[str, Tensor], most: Tensor
+) -> dict[str, list[list[float]]]:
     """Predictions of every policy, ``[B]`` each by name: over all rows and over answers alone."""
     answers = torch.tensor(sample.answer_mask, device=found["all"].device)
+    most = most.to(found["all"])
     losses: dict[str, Tensor] = {}
     for name in run.probes:
         for part, responses_ in found.items():
             mine = responses_[:, run.columns(name)]
-            blocks = mine.unflatten(-1, (-1, DEFAULT_BLOCK)).sum(-1)
-            losses[f"{name}, {part}"] = (blocks**2).sum(-1).mean(1) / 2 / sample.observed
+            losses[f"{name}, {part}"] = by_block(mine).sum(-1) / sample.observed
         by_row = (found["all"][:, run.columns(name)] ** 2).mean(1) / 2
         losses[f"{name}, block 1"] = by_row.mean(-1)
         losses[f"{name}, answers"] = by_row[:, answers].mean(-1)
+        together = by_block(found["all"][:, run.columns(name)])
+        bounded = saturated(together, most.unflatten(-1, (-1, DEFAULT_BLOCK)).sum(-1))
+        losses[f"{name}, saturated"] = bounded.sum(-1) / sample.observed
+        rows = saturated(by_row, most)
+        losses[f"{name}, saturated rows"] = rows.mean(-1)
+        losses[f"{name}, saturated answers"] = rows[:, answers].mean(-1)
     return {name: rounded(loss) for name, loss in losses.items()}
+
+
+def by_block(responses_: Tensor) -> Tensor:
+    """What blocks of positions lose together, ``[B, blocks]`` nats, of responses ``[B, S, C]``."""
+    blocks = responses_.unflatten(-1, (-1, DEFAULT_BLOCK)).sum(-1)
+    return (blocks**2).mean(1) / 2
 
 
 def rounded(values: Any) -> list[Any]:
@@ -265,6 +312,7 @@ def compare(
     prompt = fresh_prompt(run.loaded, sample, needs) if live_alone else run.prompt(sample, needs)
     full = full_cache(run.loaded, sample, prompt)
     answers = np.array(sample.answer_mask)
+    most = None if live_alone else most_lost(run.loaded, sample, prompt, full)
     row: dict[str, Any] = {"live": [], "live, answers": [], "right": [], "full right": []}
     for at in range(0, len(policies), ROWS):
         some = policies[at : at + ROWS]
@@ -274,10 +322,10 @@ def compare(
             row["live, answers"] += rounded(one.kl[answers].mean() for one in runs)
             row["right"] += rounded(one.correct[answers].mean() for one in runs)
             row["full right"] = float(runs[0].full_correct[answers].mean())
-        if live_alone:
+        if most is None:
             continue
         found = responses(prompt, sample, some)
-        for name, losses in predicted(run, sample, found).items():
+        for name, losses in predicted(run, sample, found, most).items():
             row.setdefault(name, []).extend(losses)
     return row
 
@@ -303,7 +351,7 @@ def measure(run: Run, samples: Sequence[Sample], size: Size) -> None:
     run.record("tables and plans", round(run.seconds, 1))
     evaluate = [s for s in rest if s.split == "evaluate"]
     some_of_each = evaluate[: size.mixed_each * len(size.kinds)]
-    groups = (("plans", made, rest), ("rivals", others, evaluate), ("mixed", mixed, some_of_each))
+    groups = (("plans", made, rest), ("mixed", mixed, some_of_each), ("rivals", others, evaluate))
     for name, entries, some in groups:
         rows: dict[str, Any] = {}
         for sample in some:
@@ -363,8 +411,11 @@ TINY = Size(
 )
 
 
-SHORT = Size(tokens=448, observed=64, baseline_shares=())
+SHORT = Size(tokens=448, observed=64)
 """Samples that layers with a window of 512 tokens see whole: Gemma-3's can all be compressed."""
+
+MIDDLE = Size(tokens=1024, observed=128, baseline_shares=())
+"""Samples as long as those that a search captures by itself."""
 
 CPU = replace(
     SHORT,
@@ -373,10 +424,11 @@ CPU = replace(
     mixed_each=0,
     probes=4,
     shares=(0.06, 0.12, 0.25),
+    baseline_shares=(),
 )
 """What two cores measure of a small model in a quarter of an hour."""
 
-SIZES = {"whole": Size(), "short": SHORT, "cpu": CPU, "tiny": TINY}
+SIZES = {"whole": Size(), "middle": MIDDLE, "short": SHORT, "cpu": CPU, "tiny": TINY}
 
 
 def main() -> None:
@@ -397,6 +449,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if loaded.device != "cpu" else "cpu",
         "torch": torch.__version__,
         "workload": size.workload.describe(),
+        "no needle in the last": UNASKED_END,
         "probes": {name: probes.count for name, probes in run.probes.items()},
         "options": len(size.menu.options()),
     }

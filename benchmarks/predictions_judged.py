@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -93,6 +94,12 @@ class Recorded:
         return tuple(self.array(group, ids, name).mean(0) for name in both)  # type: ignore[return-value]
 
     @property
+    def prompt_tokens(self) -> int:
+        """Of every sample, as the workload's description says it."""
+        tokens, observed = re.findall(r"\b[NC]=(\d+)", self.data["workload"])
+        return int(tokens) - int(observed)
+
+    @property
     def shares(self) -> Array:
         """The share of bytes of every plan."""
         return np.array([plan["share"] for plan in self.data["plans"]])
@@ -137,7 +144,7 @@ def fitted(runs: Sequence[Recorded]) -> Calibration:
     curves: dict[Regime, Curve] = {
         regime: replace(
             curve_of([plans_of(run, kinds_of(run, regime)) for run in runs]),
-            levelled_residuals=thinned(left[regime]),
+            levelled_residuals={n: thinned(values) for n, values in left[regime].items()},
         )
         for regime in EVICTING
     }
@@ -152,15 +159,19 @@ def kinds_of(recorded: Recorded, regime: Regime) -> list[str]:
     return [kind for kind in recorded.kinds if regime_of(kind, evicts=True) == regime]
 
 
-def levelled_residuals(runs: Sequence[Recorded]) -> dict[Regime, list[float]]:
-    """Logarithms of live over printed after rounds, each run by curves of the others."""
-    found: dict[Regime, list[float]] = {regime: [] for regime in EVICTING}
+def levelled_residuals(runs: Sequence[Recorded]) -> dict[Regime, dict[int, list[float]]]:
+    """Logarithms of live over printed after rounds, each run by curves of the others.
+
+    By the length of the run's prompts: short samples observe fewer tokens, and scatter more.
+    """
+    found: dict[Regime, dict[int, list[float]]] = {regime: {} for regime in EVICTING}
     for run in runs if len(runs) > 1 else ():
         others = [other for other in runs if other is not run]
         curves = {regime: believed_curve(others, regime) for regime in EVICTING}
         for rows in plans_by_share(run):
             for kind, ratio in after_rounds(run, Calibration(curves), rows).by_kind.items():
-                found[regime_of(kind, evicts=True)] += np.log(ratio).tolist()
+                left = found[regime_of(kind, evicts=True)].setdefault(run.prompt_tokens, [])
+                left += np.log(ratio).tolist()
     return found
 
 
@@ -207,7 +218,8 @@ def after_rounds(recorded: Recorded, calibration: Calibration, rows: NDArray[np.
     expected, seen = losses("select", calibration)
     each = range(len(rows))
     level = level_of([(plan_of(expected, plan), plan_of(seen, plan)) for plan in each])
-    printed, live = losses("evaluate", calibration.levelled(level, len(rows)))
+    levelled = calibration.levelled(level, len(rows), recorded.prompt_tokens)
+    printed, live = losses("evaluate", levelled)
     return Rounds(
         {kind: live[kind] / printed[kind] for kind in recorded.kinds},
         np.sum(list(live.values()), 0) / np.sum(list(printed.values()), 0),
@@ -226,7 +238,7 @@ def printed(recorded: Recorded, other: Calibration) -> dict[str, Any]:
     names = "over kinds, chosen plan", "the same by the curves alone", "over kinds, median"
     found: dict[str, Any] = {name: {} for name in (*names, *recorded.kinds)}
     inside: dict[str, list[bool]] = {name: [] for name in ("over kinds", *recorded.kinds)}
-    calibration = other.levelled(0.0, 0)
+    calibration = other.levelled(0.0, 0, recorded.prompt_tokens)
     reach = {kind: calibration.curve(kind, True).scatter(0.8)[1] for kind in recorded.kinds}
     for rows in plans_by_share(recorded):
         rounds = after_rounds(recorded, other, rows)

@@ -16,8 +16,10 @@ import workers
 from divisions import KINDS, Division, divided
 from outcomes import Outcome
 
+from kvtune.common.files import atomic
 from kvtune.policies.policy import Policy
 from kvtune.traces.models import LoadedModel, load_model
+from kvtune.traces.needles import UNASKED_END
 from kvtune.traces.samples import Sample
 
 
@@ -36,7 +38,8 @@ class Bench:
     def record(self, name: str, value: Any) -> None:
         self.figures[name] = value
         self.figures["seconds"] = round(time.monotonic() - self.started, 1)
-        (self.out / self.file).write_text(json.dumps(self.figures, indent=1) + "\n")
+        with atomic(self.out / self.file) as temporary:  # a run may be ended at any time
+            temporary.write_text(json.dumps(self.figures, indent=1) + "\n")
         print(f"[{self.figures['seconds']:7.1f} s] {name}", flush=True)
 
     @property
@@ -51,10 +54,15 @@ class Bench:
         return self.of(split)[: each * len(KINDS)]
 
     def run(self, policies: Sequence[Policy], samples: Sequence[Sample]) -> list[Outcome]:
-        """Every policy live on every sample."""
+        """Every policy live on every sample, which several processes share where it is few."""
         outcomes = [Outcome() for _ in policies]
-        answers = self.crew.everywhere(workers.live, samples, list(policies))
-        for sample, runs in zip(samples, answers, strict=True):
+        shares = max(self.crew.count // max(len(samples), 1), 1)
+        each = max(-(-len(policies) // shares), 1)
+        parts = [list(policies[at : at + each]) for at in range(0, len(policies), each)]
+        work = [workers.Share(sample, part) for sample in samples for part in parts]
+        answers = iter(self.crew.everywhere(workers.live_share, work))
+        for sample in samples:
+            runs = [run for _ in parts for run in next(answers)]
             for outcome, run in zip(outcomes, runs, strict=True):
                 outcome.add(sample, run, self.full_bytes)
         return outcomes
@@ -106,5 +114,6 @@ def opened(
         bench = Bench(arguments.out.parent, loaded, crew, division, file=arguments.out.name)
         cuda = arguments.device != "cpu"
         bench.record("device", torch.cuda.get_device_name() if cuda else "cpu")
-        bench.record("setting", {"workload": division.workload} | setting)
+        samples = {"workload": division.workload, "no needle in the last": UNASKED_END}
+        bench.record("setting", samples | setting)
         yield bench

@@ -35,6 +35,7 @@ import torch
 from reading_baselines import FIRST, OTHERS, Baseline, Filler
 from recorded_parts import attempt, say
 
+from kvtune.common.files import atomic
 from kvtune.common.progress import Silent
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.head_scores import Floats, read_heads
@@ -49,6 +50,7 @@ from kvtune.runtime.head_detectors import detect
 from kvtune.runtime.prompts import fresh_prompt
 from kvtune.traces import workloads
 from kvtune.traces.models import LoadedModel
+from kvtune.traces.needles import UNASKED_END
 from kvtune.traces.samples import Sample
 from kvtune.traces.workloads import Counts, Workload, build
 from kvtune.tuner import sources
@@ -262,11 +264,12 @@ def main() -> None:
     parser.add_argument("--shares", default="", help="some of the shares, in percent: 3,12")
     arguments = parser.parse_args()
     begun = time.monotonic()
-    found: dict[str, Any] = {"torch": torch.__version__}
+    found: dict[str, Any] = {"torch": torch.__version__, "no needle in the last": UNASKED_END}
 
     def record(name: str, part: Any) -> None:
         found[name] = part
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        with atomic(arguments.out) as temporary:  # a run may be ended at any time
+            temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(arguments.device, arguments.tiny, Path(folder), arguments.few)

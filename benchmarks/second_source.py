@@ -38,7 +38,9 @@ def main() -> None:
     parser.add_argument("--probes", type=int, default=8)
     arguments = parser.parse_args()
     progress = Bars()
-    loaded = load_model(arguments.model, device=arguments.device, progress=progress)
+    loaded = load_model(
+        arguments.model, device=arguments.device, dtype="float32", progress=progress
+    )
     needs = FULL.needs | Needs(column_sums=True)
     trace = capture(
         loaded,

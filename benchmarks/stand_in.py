@@ -1,14 +1,16 @@
 """Whether stand-in bands hold on a model that was no source: uniform options, live.
 
-``python benchmarks/stand_in.py MODEL results.json`` runs any model that kvtune loads, on a CPU in
-some minutes. Samples are short enough for layers with a window of 512 tokens. Given an earlier
-results file in place of MODEL, it holds those live losses against the bands of today.
+    python benchmarks/stand_in.py MODEL --out benchmarks/results/FILE.json
+
+runs any model that kvtune loads, on a CPU in some minutes. Samples are short enough for layers with
+a window of 512 tokens. Given an earlier results file in place of MODEL, it holds those live losses
+against the bands of today.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -22,13 +24,14 @@ from kvtune.runtime.live import run_live
 from kvtune.runtime.prompts import fresh_prompt
 from kvtune.simulator.quality.tables import head_exchangeable
 from kvtune.traces.models import LoadedModel, load_model
+from kvtune.traces.needles import UNASKED_END
 from kvtune.traces.workloads import Workload, build
 from kvtune.tuner.band import band
 from kvtune.tuner.solver import evicts
 from kvtune.tuner.source_models import packaged_calibration, packaged_tables
 
 EACH = {"prose": 1, "code": 1, "retrieval": 1}
-SAMPLES = Workload({"evaluate": EACH}, tokens=448, observed=28, needles=1)
+SAMPLES = Workload({"evaluate": EACH}, tokens=448, observed=32, needles=1)
 OPTIONS = (
     "full all int4+4", "full all int4", "full all int4+4/int2+4",
     "h2o 50% int4+4", "h2o 50% int4+4/int2+4", "h2o 25% int4", "h2o 14.3% int4+4",
@@ -68,29 +71,41 @@ def live(loaded: LoadedModel) -> dict[str, dict[str, float]]:
     return found
 
 
-def ran(model: str) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+def ran(model: str, device: str) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
     """What the model is, and its live losses: run now, or read from an earlier file."""
     if model.endswith(".json"):
         earlier = json.loads(Path(model).read_text(encoding="utf-8"))
-        about = {name: earlier[name] for name in ("model", "fingerprint", "dtype")}
+        kept = ("model", "fingerprint", "dtype", "no needle in the last", "samples")
+        about = {name: earlier[name] for name in kept if name in earlier}
         return about, {row["option"]: row["live_by_kind"] for row in earlier["rows"]}
-    loaded = load_model(model)
-    about = {"model": Path(model).stem, "fingerprint": loaded.fingerprint, "dtype": loaded.dtype}
+    loaded = load_model(model, device=device, dtype="float32")
+    about = {
+        "model": Path(model).stem,
+        "fingerprint": loaded.fingerprint,
+        "dtype": loaded.dtype,
+        "no needle in the last": UNASKED_END,
+        "samples": SAMPLES.describe(),
+    }
     return about, live(loaded)
 
 
-def main(model: str, out: str) -> None:
+def main() -> None:
     """Run, compare, write."""
-    (about, lives), expected = ran(model), bands()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="weights, or a results file")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    (about, lives), expected = ran(arguments.model, arguments.device), bands()
     rows = [
         {"option": label, "live": float(np.mean(list(kinds.values()))), "live_by_kind": kinds,
          "band": [expected[label].low, expected[label].high], "source": expected[label].value}
         for label, kinds in lives.items()
     ]  # fmt: skip
     inside = sum(row["band"][0] <= row["live"] <= row["band"][1] for row in rows)
-    write_json(Path(out), {**about, "samples": SAMPLES.describe(), "inside": inside, "rows": rows})
+    write_json(arguments.out, {**about, "inside": inside, "rows": rows})
     print(json.dumps({"inside": inside, "of": len(rows)}))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,17 +56,21 @@ class Entry:
         return self.policy.name.rsplit(" ", 1)[0]
 
 
+def stored_at(share: float, family: str) -> set[Stored]:
+    """A family's methods in the precisions that may pay at a share of the bytes."""
+    forms = _WIDE if share >= _WIDE_FROM else _NARROW
+    return {(method, form) for _, method in (FAMILIES | STRONG)[family] for form in forms}
+
+
 def entries(bench: Bench, shares: Sequence[float], families: Sequence[str]) -> Iterator[Entry]:
     """Every baseline in every precision that may pay."""
     layers, heads, head_dim = bench.shape
     for share in shares:
-        forms = _WIDE if share >= _WIDE_FROM else _NARROW
         for family in families:
-            methods = {method for _, method in (FAMILIES | STRONG)[family]}
-            only: set[Stored] = {(method, form) for method in methods for form in forms}
             for policy in candidates(
-                family, int(share * bench.full_bytes), bench.prompt, layers, heads, head_dim, only
-            ):
+                family, int(share * bench.full_bytes), bench.prompt, layers, heads, head_dim,
+                stored_at(share, family),
+            ):  # fmt: skip
                 yield Entry(share, family, policy)
 
 
@@ -109,8 +114,13 @@ def shown(ours: dict[str, tuple[Policy, Outcome]], theirs: dict[str, Any]) -> di
     return rows
 
 
-def measure(bench: Bench, menu: Menu, probes: int, shares: Sequence[float], tiny: bool) -> None:
-    """Baselines and plans; each part's figures are written as they come."""
+def measure(
+    bench: Bench, menu: Menu, probes: int, shares: Sequence[float], tiny: bool, until: float
+) -> None:
+    """Plans and baselines; each part's figures are written as they come, and none begun too late.
+
+    ``until`` is the last ``time.monotonic()`` at which one is.
+    """
     families = ["kvzip"] if tiny else [*FAMILIES, *STRONG]
     kept: dict[str, Any] = {}
 
@@ -127,8 +137,9 @@ def measure(bench: Bench, menu: Menu, probes: int, shares: Sequence[float], tiny
         kept["ours"] = found
         return figures
 
-    attempt(bench.record, "baselines", theirs)
-    attempt(bench.record, "plans", ours)
+    for name, part in (("plans", ours), ("baselines", theirs)):
+        if time.monotonic() < until:
+            attempt(bench.record, name, part)
     if {"ours", "theirs"} <= kept.keys():
         for share, others in kept["theirs"]["outcomes"].items():
             bench.record(f"at {share}", shown(kept["ours"][share], others))
@@ -162,8 +173,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="one short sample of each kind")
+    parser.add_argument("--seconds", type=float, default=600.0, help="no part is begun after")
     parser.add_argument("--table", type=Path, help="print a finished run as Markdown instead")
-    arguments = parser.parse_args()
+    arguments, begun = parser.parse_args(), time.monotonic()
     if arguments.table:
         print("\n".join(table(arguments.table)))
         return
@@ -177,7 +189,7 @@ def main() -> None:
         arguments, tokens=tokens, observed=observed, per_kind=per_kind, needles=needles,
         probes=probes,
     ) as bench:  # fmt: skip
-        measure(bench, menu, probes, shares, arguments.tiny)
+        measure(bench, menu, probes, shares, arguments.tiny, begun + arguments.seconds)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@
 
 SmolLM2-135M on the made-up tasks of ``traces/tasks.py`` (needles among noise and among others,
 variable tracking, common and frequent words, turns about one context, instructions kept, secrets
-leaked), all asked after the prompt was compressed. Plans come from the packaged tables, which hold
-no task. Beside each share of answer tokens that the model would have given stands the full cache's
-own; of ``leak`` a lower one is the better. Written after every sample, until ``--seconds``.
+leaked), all asked after the prompt was compressed. Plans come from the packaged tables, or those of
+``--tables``, which hold no task. Beside each share of answer tokens that the model would have given
+stands the full cache's own; of ``leak`` a lower one is the better. Written after every sample,
+until ``--seconds``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.runtime.live import full_cache, run_live
 from kvtune.runtime.prompts import fresh_prompt
+from kvtune.simulator.quality.tables import Tables
+from kvtune.simulator.quality.tables_file import load_tables
 from kvtune.traces.models import LoadedModel, load_model
+from kvtune.traces.needles import UNASKED_END
 from kvtune.traces.samples import by_turns
 from kvtune.traces.tasks import TASKS
 from kvtune.traces.workloads import Workload, build
@@ -41,9 +45,8 @@ BASELINES = ("uniform", "adakv", "kvzip", "expected_attention")
 ROWS = 18
 
 
-def plans(shares: Sequence[float]) -> list[tuple[float, str, Policy]]:
-    """The packaged tables' plan at every share of the bf16 bytes."""
-    tables = packaged_tables()[0]
+def plans(tables: Tables, shares: Sequence[float]) -> list[tuple[float, str, Policy]]:
+    """The tables' plan at every share of the bf16 bytes."""
     footprint = tables.footprints(tables.prompt_tokens, tables.head_dim)
     problem = Problem.of(tables.of_split("search"), footprint)
     full = 4 * tables.heads * tables.head_dim * tables.prompt_tokens
@@ -81,9 +84,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4, help="of each task")
     parser.add_argument("--seconds", type=float, default=150.0, help="no sample is begun after")
     parser.add_argument("--tiny", action="store_true", help="one short sample of each task")
+    parser.add_argument("--tables", type=Path, help="of quality.py, in place of the packaged ones")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     started = time.monotonic()
+    tables = load_tables(arguments.tables)[0] if arguments.tables else packaged_tables()[0]
     torch.backends.cuda.matmul.allow_tf32 = False
     loaded = load_model("smollm2-135m", device=arguments.device, dtype="float32")
     tokens, observed, each, shares = 2048, 256, arguments.samples, SHARES
@@ -92,14 +97,20 @@ def main() -> None:
         tokens, observed, each, shares, families = 384, 128, 1, SHARES[2:3], BASELINES[:1]
     workload = Workload({"evaluate": dict.fromkeys(TASKS, each)}, tokens=tokens, observed=observed)
     entries = [
-        *plans(shares),
+        *plans(tables, shares),
         *baselines(loaded, tokens - observed, shares, families),
     ]
     policies = [policy for _, _, policy in entries]
     rows: list[dict[str, Any]] = [
         {"share": share, "policy": name, "kl": {}, "right": {}} for share, name, _ in entries
     ]
-    found: dict[str, Any] = {"workload": workload.describe(), "full": {}, "policies": rows}
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if loaded.device != "cpu" else "cpu",
+        "workload": workload.describe(),
+        "no needle in the last": UNASKED_END,
+        "full": {},
+        "policies": rows,
+    }
     for sample in by_turns(build(workload, loaded.tokenizer)):
         if time.monotonic() - started > arguments.seconds:
             found.setdefault("left out", []).append(sample.id)

@@ -108,9 +108,9 @@ class Crew:
         for process in multiprocessing.active_children():
             process.terminate()
 
-    def everywhere(self, task: Any, samples: Sequence[Sample], *arguments: Any) -> list[Any]:
-        """The task on every sample, answers in order; fails with the first that does."""
-        futures: list[Future[Any]] = [self._pool.submit(task, s, *arguments) for s in samples]
+    def everywhere(self, task: Any, items: Sequence[Named], *arguments: Any) -> list[Any]:
+        """The task on every item, answers in order; fails with the first that does."""
+        futures: list[Future[Any]] = [self._pool.submit(task, each, *arguments) for each in items]
         return [future.result() for future in futures]
 
     def until(
@@ -197,6 +197,24 @@ def live(sample: Sample, policies: Sequence[Policy]) -> list[LiveRun]:
     for first in range(0, len(policies), ROWS):
         runs += run_live(loaded(), sample, prompt, policies[first : first + ROWS], full)
     return runs
+
+
+@dataclass(frozen=True)
+class Share:
+    """Some of the policies that one sample runs under, for one process of several."""
+
+    sample: Sample
+    policies: Sequence[Policy]
+
+    @property
+    def id(self) -> str:
+        """The sample's."""
+        return self.sample.id
+
+
+def live_share(share: Share) -> list[LiveRun]:
+    """The sample under its share of the policies."""
+    return live(share.sample, share.policies)
 
 
 def predicted(sample: Sample, policies: Sequence[Policy]) -> dict[str, np.ndarray]:

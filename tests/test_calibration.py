@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
@@ -110,24 +111,29 @@ def test_samples_scaled_have_their_kinds_calibrated_means(
 
 
 def test_a_level_moves_what_evicts_on_every_kind_of_text_and_nothing_else() -> None:
-    moved = CURVES.levelled(float(np.log(1.5)), runs=2)
+    moved = CURVES.levelled(float(np.log(1.5)), 2, 1792)
     for kind in ("prose", "code", "retrieval"):
         assert moved.value(0.01, kind, True) == pytest.approx(1.5 * CURVES.value(0.01, kind, True))
         assert moved.value(0.01, kind, False) == CURVES.value(0.01, kind, False)
     assert moved.runs == 2
-    assert NONE.levelled(float(np.log(3)), runs=1).value(0.01, "prose", True) == pytest.approx(0.03)
+    tripled = NONE.levelled(float(np.log(3)), 1, 1792)
+    assert tripled.value(0.01, "prose", True) == pytest.approx(0.03)
 
 
 def test_after_live_rounds_the_interval_is_what_was_seen_after_rounds() -> None:
-    curve = Curve((1e-3, 1e-1), (0.1, 0.5), (-0.4, 0.4), levelled_residuals=(-0.1, 0.1))
+    left = {400: (-0.3, 0.3), 1800: (-0.1, 0.1)}
+    curve = Curve((1e-3, 1e-1), (0.1, 0.5), (-0.4, 0.4), left)
     before = Calibration({"evicting": curve})
-    after = before.levelled(0.2, runs=1)
     assert before.factors(["prose"], True, 0.8)[1] == pytest.approx(np.exp(0.4))
-    assert after.factors(["prose"], True, 0.8)[1] == pytest.approx(np.exp(0.1))
-    nothing_evicted = before.levelled(None, runs=1)
+    # On prompts of the nearest length: 900 lies nearer to twice as many than to 400.
+    for prompt, reach in ((100, 0.3), (400, 0.3), (840, 0.3), (900, 0.1), (1800, 0.1), (9000, 0.1)):
+        after = before.levelled(0.2, 1, prompt)
+        assert after.factors(["prose"], True, 0.8)[1] == pytest.approx(np.exp(reach)), prompt
+    nothing_evicted = before.levelled(None, 1, 1800)
     assert nothing_evicted.factors(["prose"], True, 0.8) == before.factors(["prose"], True, 0.8)
     # Of a curve that no rounds were seen with, the interval stays.
-    assert CURVES.levelled(0.2, 1).factors(["code"], True, 0.8)[1] == pytest.approx(np.exp(0.2))
+    still = CURVES.levelled(0.2, 1, 1800)
+    assert still.factors(["code"], True, 0.8)[1] == pytest.approx(np.exp(0.2))
 
 
 def test_scatter_and_samples_widen_the_interval_together() -> None:
@@ -153,8 +159,10 @@ def test_the_packaged_calibration_leaves_what_is_nearly_right_nearly_as_it_is() 
             assert 0.9 < shipped.value(predicted, kind, True) / predicted < 1.3
     assert shipped.value(0.08, "retrieval", True) > 1.2 * 0.08  # errors feed on each other
     for kind in ("prose", "retrieval"):
-        after = shipped.levelled(0.0, 1).factors([kind], True, 0.8)
+        after = shipped.levelled(0.0, 1, 1792).factors([kind], True, 0.8)
+        short = shipped.levelled(0.0, 1, 384).factors([kind], True, 0.8)
         assert 1.1 < after[1] < shipped.factors([kind], True, 0.8)[1]
+        assert after[1] < short[1]  # short samples observe less, and scatter more
 
 
 def test_a_packaged_calibration_never_turns_two_plans_round() -> None:
@@ -166,13 +174,17 @@ def test_a_packaged_calibration_never_turns_two_plans_round() -> None:
 
 
 def test_a_calibration_reads_back_and_a_damaged_one_is_refused() -> None:
-    plain: Any = json.loads(json.dumps(write_calibration(CURVES, "a test")))
-    assert read_calibration(plain, "x").curves == CURVES.curves
+    left = {384: (-0.2, 0.2), 1792: (-0.1,)}
+    curves = {
+        regime: replace(curve, levelled_residuals=left) for regime, curve in CURVES.curves.items()
+    }
+    plain: Any = json.loads(json.dumps(write_calibration(Calibration(curves), "a test")))
+    assert read_calibration(plain, "x").curves == curves
     faults = {
         "log_ratios": [0.1],
         "knots": [1.0, 0.1],
         "residuals": [0.2, -0.2],
-        "levelled_residuals": [0.2, -0.2],
+        "levelled_residuals": [{"prompt_tokens": 384, "residuals": [0.2, -0.2]}],
     }
     for name, value in faults.items():
         damaged = json.loads(json.dumps(plain))
@@ -180,7 +192,7 @@ def test_a_calibration_reads_back_and_a_damaged_one_is_refused() -> None:
         with pytest.raises(KvtuneError):
             read_calibration(damaged, "x")
     with pytest.raises(KvtuneError):
-        read_calibration({**plain, "format": 1}, "x")
+        read_calibration({**plain, "format": 2}, "x")
 
 
 def test_a_lower_level_gives_a_narrower_interval_around_the_same_loss() -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Compared(NamedTuple):
-    """The plan, or a baseline, with its policy; None of a stand-in's baselines."""
+    """The plan, or a baseline, with its policy; None where the runtime cannot store it."""
 
     baseline: Baseline
     policy: Policy | None
@@ -49,7 +49,7 @@ def plan_of(
     return Compared(found, policy)
 
 
-def _file(family: str) -> str:
+def file_of(family: str) -> str:
     """Where a baseline's policy lies in the run directory."""
     return f"baselines/{family}.yaml"
 
@@ -155,7 +155,7 @@ def _allocated(source: QualitySource, family: str, choice: Choice, spent: int) -
         live=None,
         prompt_bytes=spent,
         by_kind=source.by_kind(choice),
-        policy=_file(family),
+        policy=file_of(family),
     )
     return Compared(found, policy_of(source.tables, choice, name))
 
@@ -172,7 +172,7 @@ def _simple(
         live=None,
         prompt_bytes=policy.footprint(source.tables.prompt_tokens, source.tables.head_dim),
         by_kind=source.calibration.by_kind(losses, kinds, some),
-        policy=_file(family),
+        policy=file_of(family),
     )
     return Compared(found, policy)
 

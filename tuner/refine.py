@@ -94,7 +94,8 @@ def _levelled(source: QualitySource, measured: Sequence[tuple[Candidate, Lives]]
         for candidate, lives in measured
         if source.evicts(candidate.choice)
     ]
-    return source.calibration.levelled(level_of(seen), runs=len(measured))
+    tokens = source.tables.prompt_tokens
+    return source.calibration.levelled(level_of(seen), runs=len(measured), prompt_tokens=tokens)
 
 
 def level_of(seen: Sequence[tuple[Mapping[str, float], Lives]]) -> float | None:

@@ -1,8 +1,12 @@
-"""A stand-in's plan beside other simple rules, as far as they ran live on the source model."""
+"""A stand-in's plan beside other rules, as far as they ran live on the source model.
+
+All of them decide at run time, from the prompt, so that none needs to know the model's heads.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,9 +16,9 @@ from kvtune.common.progress import Progress
 from kvtune.policies.pages import CODES
 from kvtune.policies.policy import Policy
 from kvtune.tuner.band import band_of_live
-from kvtune.tuner.baselines import FAMILIES
+from kvtune.tuner.baselines import FAMILIES, PRECISIONS, STRONG, candidates
 from kvtune.tuner.candidate import Candidate
-from kvtune.tuner.live_baselines import Compared, plan_of
+from kvtune.tuner.live_baselines import Compared, file_of, plan_of
 from kvtune.tuner.result import Baseline
 from kvtune.tuner.solver import Solver
 from kvtune.tuner.source_models import STAND_IN
@@ -29,29 +33,82 @@ def stand_in_baselines(
     predicted: Estimate,
     progress: Progress,
 ) -> tuple[list[Compared], None]:
-    """The plan, and every family at its bytes, or at the most it takes; nothing is run."""
+    """The plan, and every family at its bytes, or at the most it takes; nothing is run.
+
+    Of what has been published since the simple families, those that lose less than these and the
+    plan. A rule that the runtime can store comes with its policy.
+    """
     plan = plan_of(policy, predicted, chosen.prompt_bytes, source.by_kind(chosen.choice))
-    whole = solver.question.full_bytes(chosen.context)
-    share = chosen.prompt_bytes / whole
-    found = (
-        Compared(Baseline(said, family, loss, None, round(min(share, most) * whole)), None)
-        for family, name, loss, most in _families(source, share)
-        for said in (f"{name}{_unless_it_runs(name)}, live on {STAND_IN}",)
-    )
-    return [plan, *found], None
+    share = chosen.prompt_bytes / solver.question.full_bytes(chosen.context)
+    found = [
+        _compared(row, solver, chosen.context, share) for row in _families(source, share, FAMILIES)
+    ]
+    least = min([predicted.value, *(row.baseline.predicted.value for row in found)])
+    strong = [
+        _compared(row, solver, chosen.context, share)
+        for row in _families(source, share, STRONG)
+        if row.loss.value < least
+    ]
+    return [plan, *found, *strong], None
 
 
-def _families(source: QualitySource, share: float) -> Iterator[tuple[str, str, Estimate, float]]:
-    """Family, name, loss and largest share of those that are something of their own at this share.
+@dataclass(frozen=True)
+class _Row:
+    """What a family's curve says at a share: its best rule there, its loss, its largest share."""
+
+    family: str
+    name: str
+    loss: Estimate
+    most: float
+
+
+def _compared(row: _Row, solver: Solver, context: int, share: float) -> Compared:
+    """A family's best rule as a baseline, with its policy where it can run."""
+    whole = solver.question.full_bytes(context)
+    spent = round(min(share, row.most) * whole)
+    policy = _policy(row, solver, context, spent)
+    said = f"{row.name}{_unless_it_runs(row.name)}, live on {STAND_IN}"
+    file = None if policy is None else file_of(row.family)
+    return Compared(Baseline(said, row.family, row.loss, None, spent, policy=file), policy)
+
+
+def _policy(row: _Row, solver: Solver, context: int, spent: int) -> Policy | None:
+    """The rule filled to its bytes for this model; None where the runtime has no pages for it."""
+    tables, head_dim = solver.question.tables, solver.question.head_dim
+    shape = context, tables.layers, tables.kv_heads, head_dim
+    stored = {
+        (method, form)
+        for _, method in (FAMILIES | STRONG)[row.family]
+        for form in PRECISIONS
+        if form.label == row.name.rsplit(" ", 1)[-1]
+    }
+    made = candidates(row.family, spent, *shape, stored)
+    return next((policy for policy in made if policy.name == row.name), None)
+
+
+def _families(source: QualitySource, share: float, among: Iterable[str]) -> Iterator[_Row]:
+    """Families that are something of their own at this share.
 
     Where all tokens fit in few bits a family has nothing to divide: its best is uniform's.
     """
-    for family in FAMILIES:
+    for family in among:
         points = source.curves.get(family, [])
         if points and share >= _share(points[0]):
             nearest = min(points, key=lambda point: abs(np.log(_share(point) / share)))
-            if nearest["name"].split()[0] == family:
-                yield family, nearest["name"], loss_at(points, share), _share(points[-1])
+            if _is_its_own(family, nearest["name"]):
+                loss = loss_at(points, share, family)
+                yield _Row(family, nearest["name"], loss, _share(points[-1]))
+
+
+def _is_its_own(family: str, name: str) -> bool:
+    """Whether a rule's name, its allocator and then its method, is one of the family's own.
+
+    Whatever divides budgets and keeps everything is the uniform rule of that format.
+    """
+    allocator, method = (*name.split(), "")[:2]
+    if family in STRONG:
+        return method == family
+    return allocator == family and (method != "full" or family == "uniform")
 
 
 def _unless_it_runs(stored: str) -> str:
@@ -60,14 +117,14 @@ def _unless_it_runs(stored: str) -> str:
     return "" if form in CODES else " (simulated only)"
 
 
-def loss_at(points: Sequence[dict[str, Any]], share: float) -> Estimate:
+def loss_at(points: Sequence[dict[str, Any]], share: float, family: str = "uniform") -> Estimate:
     """A family's band at a share, straight between measured points in logarithms.
 
     Beyond the last point it is that point's: more bytes than it takes do no harm.
     """
     column = np.log([_share(point) for point in points])
     bands = [
-        band_of_live(point["kl"], point["kl_interval"], point.get("kl_by_kind", {}))
+        band_of_live(point["kl"], point["kl_interval"], point.get("kl_by_kind", {}), family)
         for point in points
     ]
 

@@ -10,13 +10,13 @@ and policies that it was not fitted to.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvtune.common.bounds import Finite, Name, NotNegative, Whole
+from kvtune.common.bounds import Count, Finite, Name, NotNegative, Whole
 from kvtune.common.errors import KvtuneError
 from kvtune.common.stored import checked
 
@@ -49,13 +49,14 @@ class Curve:
         knots: predicted losses, rising, nats/token; none leaves predictions as they are.
         log_ratios: at each of them.
         residuals: logarithms of live over calibrated where it was not fitted, rising.
-        levelled_residuals: the same where live rounds had first shown the model's level.
+        levelled_residuals: the same where live rounds had first shown the model's level, by the
+            tokens of the prompts that it was seen on.
     """
 
     knots: tuple[float, ...] = ()
     log_ratios: tuple[float, ...] = ()
     residuals: tuple[float, ...] = ()
-    levelled_residuals: tuple[float, ...] = ()
+    levelled_residuals: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
 
     def value(self, predicted: float) -> float:
         """What a live run should show, nats/token."""
@@ -64,11 +65,21 @@ class Curve:
         at = np.interp(np.log(predicted), np.log(self.knots), self.log_ratios)
         return float(predicted * np.exp(at))
 
-    def levelled(self, level: float) -> Curve:
+    def levelled(self, level: float, prompt_tokens: int) -> Curve:
         """The same with all ratios ``level`` higher, in logarithms, and what then is left."""
         ratios = tuple(ratio + level for ratio in self.log_ratios) or (level,)
-        left = self.levelled_residuals or self.residuals
+        left = self.left_at(prompt_tokens)
         return replace(self, knots=self.knots or (1.0,), log_ratios=ratios, residuals=left)
+
+    def left_at(self, prompt_tokens: int) -> tuple[float, ...]:
+        """The residuals after live rounds that were seen on prompts nearest in length.
+
+        Short samples observe fewer tokens, and their losses scatter more.
+        """
+        if not self.levelled_residuals:
+            return self.residuals
+        lengths = self.levelled_residuals
+        return lengths[min(lengths, key=lambda n: abs(np.log(n / prompt_tokens)))]
 
     def believed(self, share: float) -> Curve:
         """The same with ratios nearer to one: a share of their logarithms."""
@@ -96,17 +107,21 @@ class Calibration:
         curves: by regime; one that is missing leaves predictions as they are.
         level: logarithm of live over what the curves say of evicting policies; None where none
             was run.
+        prompt_tokens: of the samples that showed the level.
         runs: live runs of a policy on a sample that are behind it; 0 for none.
     """
 
     curves: Mapping[Regime, Curve] = field(default_factory=dict)
     level: float | None = None
     runs: int = 0
+    prompt_tokens: int = 1
 
     def curve(self, kind: str, evicts: bool) -> Curve:
         """What holds for a policy on a kind of text."""
         curve = self.curves.get(regime_of(kind, evicts), Curve())
-        return curve.levelled(self.level) if evicts and self.level is not None else curve
+        if not evicts or self.level is None:
+            return curve
+        return curve.levelled(self.level, self.prompt_tokens)
 
     def value(self, predicted: float, kind: str, evicts: bool) -> float:
         """What a live run on a kind of text should show, nats/token."""
@@ -138,12 +153,18 @@ class Calibration:
         low, high = np.mean(each, 0) if each else (0.0, 0.0)
         return float(np.exp(low)), float(np.exp(high))
 
-    def levelled(self, level: float | None, runs: int) -> Calibration:
+    def levelled(self, level: float | None, runs: int, prompt_tokens: int) -> Calibration:
         """With what live runs have shown beside it; None where none of them evicted."""
-        return replace(self, level=level, runs=self.runs + runs)
+        return replace(self, level=level, runs=self.runs + runs, prompt_tokens=prompt_tokens)
 
 
 NONE = Calibration()
+
+
+@dataclass(frozen=True)
+class _StoredResiduals:
+    prompt_tokens: Count
+    residuals: tuple[Finite, ...]
 
 
 @dataclass(frozen=True)
@@ -151,14 +172,14 @@ class _StoredCurve:
     knots: tuple[NotNegative, ...]
     log_ratios: tuple[Finite, ...]
     residuals: tuple[Finite, ...]
-    levelled_residuals: tuple[Finite, ...]
+    levelled_residuals: tuple[_StoredResiduals, ...]
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """The form of a calibration in a file; ``level`` belongs to one search and is not stored."""
+    """The form of a calibration in a file; what belongs to one search is not stored."""
 
-    format: Literal[2]
+    format: Literal[3]
     made_by: Name
     runs: Whole
     curves: dict[Regime, _StoredCurve]
@@ -174,20 +195,41 @@ def read_calibration(plain: Any, where: str) -> Calibration:
     for regime, curve in stored.curves.items():
         if len(curve.knots) != len(curve.log_ratios) or list(curve.knots) != sorted(curve.knots):
             raise KvtuneError(f"the knots of {regime!r} do not fit its ratios", where=where)
-        for residuals in (curve.residuals, curve.levelled_residuals):
+        after = (each.residuals for each in curve.levelled_residuals)
+        for residuals in (curve.residuals, *after):
             if list(residuals) != sorted(residuals):
                 raise KvtuneError(f"the residuals of {regime!r} are not in order", where=where)
-    curves = {regime: Curve(**vars(curve)) for regime, curve in stored.curves.items()}
+    curves = {
+        regime: Curve(
+            curve.knots,
+            curve.log_ratios,
+            curve.residuals,
+            {each.prompt_tokens: each.residuals for each in curve.levelled_residuals},
+        )
+        for regime, curve in stored.curves.items()
+    }
     return Calibration(curves, runs=stored.runs)
 
 
 def write_calibration(calibration: Calibration, made_by: str) -> dict[str, Any]:
     """The form that goes into JSON."""
+
+    def rounded(row: Sequence[float]) -> list[float]:
+        return [float(f"{x:.5g}") for x in row]
+
     curves = {
-        regime: {name: [float(f"{x:.5g}") for x in row] for name, row in asdict(curve).items()}
+        regime: {
+            "knots": rounded(curve.knots),
+            "log_ratios": rounded(curve.log_ratios),
+            "residuals": rounded(curve.residuals),
+            "levelled_residuals": [
+                {"prompt_tokens": length, "residuals": rounded(left)}
+                for length, left in sorted(curve.levelled_residuals.items())
+            ],
+        }
         for regime, curve in calibration.curves.items()
     }
-    return {"format": 2, "made_by": made_by, "runs": calibration.runs, "curves": curves}
+    return {"format": 3, "made_by": made_by, "runs": calibration.runs, "curves": curves}
 
 
 def fit_curve(predicted: ArrayLike, live: ArrayLike) -> Curve:

@@ -23,6 +23,7 @@ from kvtune.policies.option import Ledger, Option
 from kvtune.policies.paging import may_lie_on_host
 
 Floats = NDArray[np.float32]
+_ROUNDING = 1e-9  # nats/token: what replay says of the same sums in another order
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,9 @@ def head_exchangeable(
     """
     heads, count = layers * kv_heads, len(tables.samples)
     alike = [tables.by_sample(np.full(tables.heads, o)) for o in range(len(tables.options))]
-    each = np.stack(alike, 1)[:, None] / np.float32(heads)  # [n, 1, O]
+    losses = np.stack(alike, 1)
+    losses[losses < _ROUNDING] = 0  # of a cache that loses nothing
+    each = losses[:, None] / np.float32(heads)  # [n, 1, O]
     return replace(
         tables,
         model=model,

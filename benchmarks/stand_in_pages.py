@@ -1,0 +1,52 @@
+"""Figures of a stand-in on a model that was no source, for the pages."""
+
+from __future__ import annotations
+
+from page_tables import FAMILIES, HERE, Figures, interval, result, spaced, table
+
+
+def stand_in_live() -> str:
+    """Options of a model that was no source, live, and their bands."""
+    found = result("stand-in-gemma-3-270m.json")
+    rows = [
+        (row["option"], f"{row['band'][0]:.2g} to {row['band'][1]:.2g}", f"{row['live']:.2g}")
+        for row in found["rows"]
+    ]
+    said = f"{found['inside']} of {len(rows)} lie inside."
+    return f"{table(('option', 'band, nats/token', 'live'), rows)}\n\n{said}"
+
+
+def stand_in_choices() -> str:
+    """What a search without weights chooses, over the best of the options."""
+    found = result("stand-in-tables-gemma-3-270m.json")
+    rows = found["at equal bytes"]
+    times = [row["times the best's loss"] for row in rows]
+    cells = [f"**{each:.2f}**" if each > 1.1 else f"{each:.2f}" for each in times]
+    over = sum(each > 1.1 for each in times)
+    said = (
+        f"By its own tables {100 * found['inside']:.0f} % of {len(found['options'])} options lie "
+        f"inside their bands. **Missed in {over} of {len(rows)}**, worst {max(times):.2f} times."
+        if over
+        else f"All {len(rows)} are within 1.1."
+    )
+    heads = [f"{100 * row['share']:g} %" for row in rows]
+    return f"{table(heads, [cells])}\n\n{said}"
+
+
+def stand_in_families() -> str:
+    """Rules that decide at run time, on a model that was no source."""
+    if not (HERE / "results" / "stand-in-families-gemma-3-270m-h200.json").exists():
+        return "No run is recorded yet."
+    best = result("stand-in-families-gemma-3-270m-h200.json")["best"]
+    names = list(dict.fromkeys(family for row in best.values() for family in row))
+
+    def cell(row: Figures, family: str) -> str:
+        if family not in row:
+            return "-"
+        found = row[family]
+        times, ends = found["times the best uniform"], interval(found["interval"], ".2f")
+        return f"{found['loss']:.3g} ({times:.2f} {ends})"
+
+    rows = [(spaced(share), *(cell(row, name) for name in names)) for share, row in best.items()]
+    labels = {**FAMILIES, "offered": "offered by the packaged tables"}
+    return table(("KV bytes", *(labels[name] for name in names)), rows)
