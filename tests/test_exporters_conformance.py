@@ -91,7 +91,7 @@ def of_vllm(made: Export) -> Meaning:
     kinds = read.get("hf-overrides", {}).get("layer_types", ["full_attention"] * L)
     window = read.get("hf-overrides", {}).get("sliding_window", 0)
     bits = {"auto": (16, 0), "fp8": (8, 0), "int8_per_token_head": (8, 4),
-            "int4_per_token_head": (4, 4),
+            "int4_per_token_head": (4, 4), "fp8_per_token_head": (8, 4),
             "turboquant_k8v4": (16, 0)}  # fmt: skip  # it leaves two layers at each end alone
     code, scale = bits[read["kv-cache-dtype"]]
     total = 0

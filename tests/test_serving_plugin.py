@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.vllm_releases import EXPORTED, LIKE_SERVED, LOGGED, SERVED
 from kvtune.policies.allocators.adakv import AdaKV
 from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.gear import Gear
@@ -505,9 +506,17 @@ def test_a_release_that_nobody_knows_is_refused_by_name(release: str) -> None:
 
 
 def test_every_release_that_is_known_has_an_adapter() -> None:
-    assert {(0, 26), (0, 32), (0, 33)} <= set(vllm_plugin.ADAPTERS)
+    known = {tuple(map(int, each.split("."))) for each in (*SERVED, *LIKE_SERVED)}
+    assert known == set(vllm_plugin.ADAPTERS)
     for module in vllm_plugin.ADAPTERS.values():
         assert importlib.util.find_spec(module), module
+
+
+def test_the_releases_that_the_page_names_are_those_of_the_code() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "faq.md").read_text("utf-8")
+    told = re.findall(r"^\| (.*) \| ([0-9., ]+) \|$", page, re.MULTILINE)
+    found = [tuple(releases.split(", ")) for _, releases in told]
+    assert found == [SERVED, LIKE_SERVED, (EXPORTED,), (LOGGED,)]
 
 
 def test_the_entry_point_is_the_plugins() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.words import figure
 from kvtune.policies.export.contract import exporters
 from kvtune.policies.export.plan import Plan, plan_of
 from kvtune.policies.option import Option
@@ -82,5 +83,4 @@ def _loss_of_plan(document: PolicyDocument) -> str:
     quality = document.provenance.quality if document.provenance else None
     if quality is None or quality.kl_nats_per_token is None:
         return "not known"
-    loss = quality.kl_nats_per_token
-    return f"{loss.value:.4g} [{loss.low:.4g}, {loss.high:.4g}]"
+    return figure(quality.kl_nats_per_token)
