@@ -8,7 +8,7 @@ runs this file in processes of its own, in an environment that has vLLM and kvtu
     right-*         a small model whose weights are read from a file: greedy answers, and how likely
                     each token was
     alone           the same tokens in transformers, uncompressed and under the plan in our live
-                    cache
+                    cache, in bf16 and in float32: what rounding alone changes
     stock, plan     a model of an 8B's shape with random weights; the same version, flags, memory,
                     and lengths as in Azure's conversations (``data/azure_conversations_2023.csv``).
                     ``short``: many requests at once, cache memory for about 25 of them
@@ -351,8 +351,11 @@ def followed(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(os.environ["MODEL_FOLDER"], dtype=torch.bfloat16)
-    model = model.to(arguments.device).eval()
+    def loaded(dtype: torch.dtype) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(os.environ["MODEL_FOLDER"], dtype=dtype)
+        return model.to(arguments.device).eval()
+
+    model, exact = loaded(torch.bfloat16), loaded(torch.float32)
     found = {}
     for name, policy in (("stock", None), ("plan", os.environ["KVTUNE_POLICY"])):
         path = arguments.out.with_suffix(f".right-{name}.json")
@@ -363,9 +366,14 @@ def followed(arguments: argparse.Namespace) -> dict[str, Any]:
         with torch.no_grad():
             gaps = [one_followed(model, policy, answer) for answer in answers]
             others = [one_followed(model, None, answer) for answer in answers]
+            rounded = [one_followed(exact, policy, answer) for answer in answers]
         found[name] = {
             "mean_logprob_gap": [mean_size(gap) for gap, _ in gaps],
             "gap_to_uncompressed": [mean_size(gap) for gap, _ in others],
+            "gap_by_rounding_to_bf16": [
+                mean_size([one - other for one, other in zip(*both, strict=True)])
+                for both in ((a[0], b[0]) for a, b in zip(gaps, rounded, strict=True))
+            ],
             "tokens_that_are_likeliest_here": [f"{n} of {len(gap)}" for gap, n in gaps],
         }
     return found
