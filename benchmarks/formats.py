@@ -15,6 +15,9 @@ enough for a CPU:
 
     python benchmarks/formats.py --live --device cpu --tokens 1024 --each 1 \
         --only "weighted, allocated 2.125" turboquant2 kitty+4 --out formats-signs-cpu.json
+    python benchmarks/formats.py --live --device cpu --tokens 1024 --each 2 --seconds 900 \
+        --only int4 int4_token_head int8_token_head fp8_token_head q8_0 q4_0 q8_0-rotated \
+        q4_0-rotated --out formats-stacks-cpu.json
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from kvtune.policies.formats.grouped import Int2, Int4
 from kvtune.policies.formats.hqq import Hqq2
 from kvtune.policies.formats.kitty import Kitty
 from kvtune.policies.formats.kivi import Kivi
+from kvtune.policies.formats.llama_cpp import Q4, Q8
 from kvtune.policies.formats.rotated import RotatedInt2, RotatedInt4
 from kvtune.policies.formats.turboquant import TurboQuant1, TurboQuant2, TurboQuant3
 from kvtune.policies.methods.full import Full
@@ -241,6 +245,8 @@ def stored() -> dict[str, tuple[Format, Format]]:
     at_228["kitty, groups of 128"] = (Kitty(group=128, boosted=0.0625), Kitty(group=128))
     pairs |= at_228
     pairs["int2+4 / rotated_int2+4"] = (Int2(**sinks), RotatedInt2(**sinks))
+    for form in (Q8(rotation="hadamard"), Q4(rotation="hadamard")):  # as llama.cpp has them now
+        pairs[form.label] = (form, form)
     return pairs
 
 

@@ -2,6 +2,7 @@
 
     pip install xllamacpp kvpress       # a part whose package is missing is passed over
     python benchmarks/started_loss.py --trace DIR --model DIR --gguf FILE --out FILE [--only PART]
+        [--policy FILE]
 
 ``--trace`` is what ``kvtune capture`` wrote of the model. Plans are exported and run on the trace's
 held-out samples: the prompt, then the observed tokens, whose next-token distributions are held
@@ -10,7 +11,8 @@ text). Parts, whose answers are added to the file:
 
     predicted       every plan replayed on these samples and calibrated, as a search does it, with
                     its interval of 80 %: what samples differ by, and left-out live runs
-    transformers    the exported kv_cache.py, a plan that differs from head to head
+    transformers    the exported kv_cache.py, a plan that differs from head to head: the one that a
+                    search wrote to ``--policy``, else one that is made up
     kvpress         its press, another number of tokens in every layer
     llama-cpp       xllamacpp, which is llama-server in process, q8_0 and q4_0; every ``--every``-th
                     observed token, all probabilities of the vocabulary
@@ -41,10 +43,12 @@ from kvtune.policies.methods.full import Full
 from kvtune.policies.option import ALL, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.document import PolicyDocument, write_policy
+from kvtune.policies.policy_file.reader import read_policy
 from kvtune.traces.samples import Sample
 from kvtune.traces.trace import Trace, open_trace
 
 LLAMA = {"q8_0": Q8, "q4_0": Q4}
+SEARCHED = "as searched"
 LEVEL = 0.8
 Logs = Callable[[Sample], Tensor]
 
@@ -54,6 +58,7 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, required=True)
     parser.add_argument("--model", required=True, help="the traced model, as transformers loads it")
     parser.add_argument("--gguf", type=Path, help="the same weights, for llama.cpp")
+    parser.add_argument("--policy", type=Path, help="that kvtune search wrote for the model")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", choices=sorted(PARTS))
     parser.add_argument("--every", type=int, default=8)
@@ -67,7 +72,7 @@ def main() -> None:
             continue
         print(f"{name}...", file=sys.stderr, flush=True)
         try:
-            found[name] = part(arguments, trace)
+            found[name] = {**found.get(name, {}), **part(arguments, trace)}
         except Exception as fault:
             traceback.print_exc()
             found[name] = {"fault": repr(fault)}
@@ -78,6 +83,8 @@ def main() -> None:
 
 def plan(arguments: argparse.Namespace, name: str) -> PolicyDocument:
     """A plan by name; llama.cpp's are its own types for all keys and values."""
+    if name == SEARCHED:
+        return read_policy(arguments.policy)
     if name not in LLAMA:
         return plan_of(arguments, name)
     facts = plan_of(arguments, MIXED).model
@@ -86,23 +93,29 @@ def plan(arguments: argparse.Namespace, name: str) -> PolicyDocument:
     return PolicyDocument(policy, facts)
 
 
+def by_head(arguments: argparse.Namespace) -> str:
+    """The plan that transformers runs."""
+    return SEARCHED if arguments.policy else MIXED
+
+
 def predicted(arguments: argparse.Namespace, trace: Trace) -> dict[str, Any]:
     """Replayed losses as what a live run should show, and how far live runs lay from that."""
     from kvtune.simulator.quality.evaluate import replay_policies
     from kvtune.tuner.quality import calibrated
     from kvtune.tuner.source_models import packaged_calibration
 
-    names, samples, curves = [MIXED, BY_LAYER, *LLAMA], held_out(trace), packaged_calibration()
+    names = [by_head(arguments), BY_LAYER, *LLAMA]
+    samples, curves = held_out(trace), packaged_calibration()
     policies = [plan(arguments, name).policy for name in names]
     losses = replay_policies(trace, samples, policies)
     kinds = [sample.kind for sample in samples]
     answers = {}
     for name, each in zip(names, losses, strict=True):
         evicts = name not in LLAMA
-        printed = calibrated(curves, each, kinds, "table", evicts=evicts, level=LEVEL)
+        told = calibrated(curves, each, kinds, "table", evicts=evicts, level=LEVEL)
         alone = [float(f) for f in curves.factors(kinds, evicts, LEVEL)]
         answers[name] = {
-            "kl": printed.value, "low": printed.low, "high": printed.high,
+            "kl": told.value, "low": told.low, "high": told.high,
             "by_sample": [float(loss) for loss in each], "factors_of_models_alone": alone,
         }  # fmt: skip
     return answers
@@ -124,7 +137,8 @@ def transformers(arguments: argparse.Namespace, trace: Trace) -> dict[str, Any]:
 
     full, stock = model(), model()
     with tempfile.TemporaryDirectory() as folder:
-        exported("transformers", plan(arguments, MIXED), arguments.model, Path(folder))
+        document = plan(arguments, by_head(arguments))
+        exported("transformers", document, arguments.model, Path(folder))
         spec = importlib.util.spec_from_file_location("kv_cache", Path(folder, "kv_cache.py"))
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -137,7 +151,15 @@ def transformers(arguments: argparse.Namespace, trace: Trace) -> dict[str, Any]:
                     out = stock(input_ids=part, use_cache=True, **cache_argument(stock, cache))
             return out.logits[0].float().log_softmax(-1)
 
-        return {MIXED: losses(held_out(trace), uncompressed(full), compressed)}
+        found = losses(held_out(trace), uncompressed(full), compressed)
+        return {by_head(arguments): found | printed(document)}
+
+
+def printed(document: PolicyDocument) -> dict[str, Any]:
+    """The loss that a search printed with its plan."""
+    quality = document.provenance.quality if document.provenance else None
+    loss = quality.kl_nats_per_token if quality else None
+    return {"printed": loss.as_dict()} if loss else {}
 
 
 def uncompressed(model: Any) -> Logs:

@@ -8,7 +8,7 @@ runs this file in processes of its own, in an environment that has vLLM and kvtu
     right-*         a small model whose weights are read from a file: greedy answers, and how likely
                     each token was
     alone           the same tokens in transformers, uncompressed and under the plan in our live
-                    cache
+                    cache, in bf16 and in float32: what rounding alone changes
     stock, plan     a model of an 8B's shape with random weights; the same version, flags, memory,
                     and lengths as in Azure's conversations (``data/azure_conversations_2023.csv``).
                     ``short``: many requests at once, cache memory for about 25 of them
@@ -118,6 +118,14 @@ def in_a_process(
     return json.loads(path.read_text("utf-8"))
 
 
+def fitting_lengths() -> list[tuple[int, int]]:
+    """Prompt and answer tokens of the trace's requests that are not too long, in its order."""
+    with LENGTHS.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    pairs = [(int(row["prompt_tokens"]), int(row["generated_tokens"])) for row in rows]
+    return [(prompt, answer) for prompt, answer in pairs if prompt + answer < LONGEST]
+
+
 def model_folder(part: str, arguments: argparse.Namespace) -> Path:
     """A folder with a model's config; the small one also gets weights."""
     weights = part not in ("stock", "plan")
@@ -160,8 +168,8 @@ def steps_of(arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     engine = Engine(arguments)
     if arguments.child.startswith("right"):
         return {"start": engine.start, "greedy": engine.greedy}
-    return {"start": engine.start, "warm": engine.warm, "short": engine.short,
-            "ample": engine.ample, "tight": engine.tight}  # fmt: skip
+    return {"start": engine.start, "warm": engine.warm, "tight": engine.tight,
+            "ample": engine.ample, "short": engine.short}  # fmt: skip
 
 
 class Engine:
@@ -239,10 +247,7 @@ class Engine:
 
     def requests(self, count: int) -> list[tuple[int, int]]:
         """Prompt and answer tokens of requests, in the order of the trace."""
-        with LENGTHS.open(encoding="utf-8") as file:
-            rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
-        pairs = [(int(row["prompt_tokens"]), int(row["generated_tokens"])) for row in rows]
-        fitting = [(p, g) for p, g in pairs if p + g < LONGEST]
+        fitting = fitting_lengths()
         if self.arguments.tiny:
             fitting = [(p // 8 + 1, g // 8 + 1) for p, g in fitting[:40]]
             count = min(count, 20)
@@ -252,10 +257,19 @@ class Engine:
         """Serve until all have ended or the time is over; then the rest is aborted."""
         waiting = list(enumerate(asked))[::-1]
         inside: set[str] = set()
+        scheduler, again = self.core.scheduler, list[int]()
+        preempt = scheduler._preempt_request
+
+        def noted(request: Any, *rest: Any, **named: Any) -> Any:
+            again.append(request.num_tokens)
+            return preempt(request, *rest, **named)
+
+        scheduler._preempt_request = noted
         read = generated = ended = most = steps = 0
         took_each: list[float] = []
         begun = time.monotonic()
         told: dict[str, int] = {}
+        half = 0  # tokens generated in the first half of the time
         while (waiting or inside) and time.monotonic() - begun < seconds:
             while waiting and len(inside) < at_once:
                 inside.add(self.add(*waiting.pop()))
@@ -272,8 +286,10 @@ class Engine:
                     inside.discard(output.request_id)
                     ended += 1
             steps += 1
+            half = generated if time.monotonic() - begun < seconds / 2 else half
             most = max(most, len(self.core.scheduler.running))
         took = time.monotonic() - begun
+        scheduler._preempt_request = preempt
         self.engine.abort_request(list(inside))
         while self.engine.has_unfinished_requests():
             self.engine.step()
@@ -282,8 +298,13 @@ class Engine:
             "prompt_tokens": read, "generated_tokens": generated,
             "generated_a_second": round(generated / took, 1),
             "ended_a_second": round(ended / took, 3),
+            "generated_a_second_later": round((generated - half) / max(took - seconds / 2, 1), 1),
+            "preempted": len(again), "tokens_read_again": sum(again),
             "step_ms": round(1e3 * took / max(steps, 1), 2),
             "step_ms_median": round(1e3 * statistics.median(took_each), 2),
+            "seconds_beyond_median_steps": round(
+                took - len(took_each) * statistics.median(took_each), 2
+            ),
             "step_ms_longest_tenth": round(1e3 * sorted(took_each)[-1 - len(took_each) // 10], 2),
         }  # fmt: skip
 
@@ -330,8 +351,11 @@ def followed(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(os.environ["MODEL_FOLDER"], dtype=torch.bfloat16)
-    model = model.to(arguments.device).eval()
+    def loaded(dtype: torch.dtype) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(os.environ["MODEL_FOLDER"], dtype=dtype)
+        return model.to(arguments.device).eval()
+
+    model, exact = loaded(torch.bfloat16), loaded(torch.float32)
     found = {}
     for name, policy in (("stock", None), ("plan", os.environ["KVTUNE_POLICY"])):
         path = arguments.out.with_suffix(f".right-{name}.json")
@@ -342,9 +366,14 @@ def followed(arguments: argparse.Namespace) -> dict[str, Any]:
         with torch.no_grad():
             gaps = [one_followed(model, policy, answer) for answer in answers]
             others = [one_followed(model, None, answer) for answer in answers]
+            rounded = [one_followed(exact, policy, answer) for answer in answers]
         found[name] = {
             "mean_logprob_gap": [mean_size(gap) for gap, _ in gaps],
             "gap_to_uncompressed": [mean_size(gap) for gap, _ in others],
+            "gap_by_rounding_to_bf16": [
+                mean_size([one - other for one, other in zip(*both, strict=True)])
+                for both in ((a[0], b[0]) for a, b in zip(gaps, rounded, strict=True))
+            ],
             "tokens_that_are_likeliest_here": [f"{n} of {len(gap)}" for gap, n in gaps],
         }
     return found

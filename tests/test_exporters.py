@@ -26,6 +26,8 @@ from kvtune.policies.format import formats
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.grouped import Int2, Int4, Int8
+from kvtune.policies.formats.llama_cpp import Q4, Q8
+from kvtune.policies.formats.token_head import Fp8TokenHead, Int4TokenHead, Int8TokenHead
 from kvtune.policies.method import methods
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
@@ -243,6 +245,10 @@ def test_refinements_that_are_lost_are_reported(name: str) -> None:
         (Int8(), Int8(), "int8_per_token_head", "approximated"),
         (Int4(), Int4(), "int4_per_token_head", "approximated"),
         (Fp8(), Fp8(), "fp8", "approximated"),
+        (Int4TokenHead(), Int4TokenHead(), "int4_per_token_head", "kept"),
+        (Int8TokenHead(), Int8TokenHead(), "int8_per_token_head", "kept"),
+        (Fp8TokenHead(), Fp8TokenHead(), "fp8_per_token_head", "kept"),
+        (Int8TokenHead(), Int4TokenHead(), "turboquant_k8v4", "not expressible"),
         (Fp8(), Int4(), "turboquant_k8v4", "not expressible"),
         (Int2(), Int2(), "turboquant_3bit_nc", "not expressible"),
     ],
@@ -356,6 +362,10 @@ def test_vllm_bytes_follow_its_allocation() -> None:
     [
         (Int8(), Int8(), "q8_0", ("approximated", "approximated")),
         (Int4(), Int4(), "q4_0", ("approximated", "approximated")),
+        (Q4(rotation="hadamard"), Q4(rotation="hadamard"), "q4_0", ("kept", "kept")),
+        (Q8(rotation="hadamard"), Q8(rotation="hadamard"), "q8_0", ("kept", "kept")),
+        (Q4(), Q4(), "q4_0", ("approximated", "approximated")),
+        (Q8(rotation="hadamard"), Q4(), "q8_0", ("kept", "not expressible")),
         (Int8(), Int4(), "q8_0", ("approximated", "not expressible")),
         (Bf16(), Int4(), "f16", ("kept", "not expressible")),
         (Fp8(), Int2(), "q8_0", ("not expressible", "not expressible")),

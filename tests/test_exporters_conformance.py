@@ -91,7 +91,7 @@ def of_vllm(made: Export) -> Meaning:
     kinds = read.get("hf-overrides", {}).get("layer_types", ["full_attention"] * L)
     window = read.get("hf-overrides", {}).get("sliding_window", 0)
     bits = {"auto": (16, 0), "fp8": (8, 0), "int8_per_token_head": (8, 4),
-            "int4_per_token_head": (4, 4),
+            "int4_per_token_head": (4, 4), "fp8_per_token_head": (8, 4),
             "turboquant_k8v4": (16, 0)}  # fmt: skip  # it leaves two layers at each end alone
     code, scale = bits[read["kv-cache-dtype"]]
     total = 0
@@ -577,10 +577,10 @@ def test_every_stack_stands_beside_the_plan_and_the_uncompressed_cache() -> None
 def test_a_loss_stands_only_beside_stacks_that_keep_the_plan() -> None:
     rows = {row.name: row for row in compared(document(Option()))}
     assert {row.loss for name, row in rows.items() if name != "uncompressed"} == {
-        "0.0123 [0.01, 0.02]"
+        "0.0123 [0.01, 0.02] table"
     }
     rows = {row.name: row for row in compared(document(Option(SnapKV(), Budget(BUDGET))))}
-    assert rows["kvtune"].loss == rows["transformers"].loss == "0.0123 [0.01, 0.02]"
+    assert rows["kvtune"].loss == rows["transformers"].loss == "0.0123 [0.01, 0.02] table"
     for name in set(exporters()) - {"transformers"}:
         assert rows[name].loss == f"not the plan's: kvtune search --for {name}"
 

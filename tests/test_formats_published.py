@@ -22,7 +22,7 @@ from kvtune.policies.formats.kvquant import KvQuant
 from kvtune.policies.formats.llama_cpp import Q4, Q8
 from kvtune.policies.formats.qaq import Qaq
 from kvtune.policies.formats.staircase import Staircase
-from kvtune.policies.formats.token_head import Fp8TokenHead, Int8TokenHead
+from kvtune.policies.formats.token_head import Fp8TokenHead, Int4TokenHead, Int8TokenHead
 from kvtune.policies.formats.turboquant import TurboQuant2, TurboQuant3, TurboQuant4
 from kvtune.policies.testing.cases import uniform
 
@@ -171,6 +171,29 @@ def test_scales_a_token_and_head_follow_its_largest_number(form: Format, half_st
     allowed = half_step * largest if half_step else np.abs(x) * 2**-4 + largest / 448 * 2**-10
     assert (error <= allowed * (1 + 1e-5)).all()
     assert form.bound(30, 64, "keys") == 30 * 68
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_vllms_four_bits_are_rotated_with_its_signs_before(head_dim: int) -> None:
+    """As its kernel says: H (s x), (max - min) / 15, a zero point of 4 bits, and back."""
+    x = rows_of(11, 40, head_dim).double().numpy() * np.logspace(-2, 2, 40)[:, None]
+    turn = hadamard(head_dim).astype(float)
+    drawn = torch.bernoulli(
+        torch.full((head_dim,), 0.5), generator=torch.Generator().manual_seed(0x9E3779B9)
+    )
+    signs = 2 * drawn.double().numpy() - 1
+    turned = (x * signs) @ turn
+    low, high = turned.min(1, keepdims=True), turned.max(1, keepdims=True)
+    step = (high - low) / 15
+    zero = np.clip(np.floor(-low / step + 0.5), 0, 15)
+    codes = np.clip(np.floor(turned / step + zero + 0.5), 0, 15)
+    expected = ((codes - zero) * step) @ turn / head_dim * signs
+    form = Int4TokenHead()
+    found = read(form, torch.tensor(x).float(), "keys")
+    off = np.abs(found - expected).max(1) / np.abs(x).max(1)
+    assert np.median(off) < 1e-5  # a number at the middle between two codes may take either
+    assert off.max() < 0.2
+    assert form.bound(40, head_dim, "keys") == 40 * (head_dim // 2 + 4)
 
 
 @pytest.mark.parametrize("role", ["keys", "values"])

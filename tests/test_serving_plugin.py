@@ -8,6 +8,7 @@ import pickle
 import random
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.vllm_releases import EXPORTED, LIKE_SERVED, LOGGED, SERVED
 from kvtune.policies.allocators.adakv import AdaKV
 from kvtune.policies.formats.fitted import Allocated
 from kvtune.policies.formats.fp8 import Fp8
@@ -39,8 +41,8 @@ from kvtune.policies.policy import Policy
 from kvtune.runtime.cache.backend import PlainBackend
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.cache.segments import CODED
-from kvtune.runtime.serving import compressing, laying, reading, seats, vllm_plugin
-from kvtune.runtime.serving.blocks import PlannedBlocks, check_servable
+from kvtune.runtime.serving import asking, compressing, laying, reading, seats, vllm_plugin
+from kvtune.runtime.serving.blocks import PlannedBlocks, check_servable, left_to_answers
 from kvtune.runtime.serving.pages import RequestPages
 from kvtune.runtime.serving.running import Running
 from kvtune.traces.geometry import Geometry
@@ -162,6 +164,49 @@ def test_nobody_is_lost_and_nothing_leaks_over_many_requests(policy: Policy) -> 
         assert sorted(owned + engine.free) == list(range(1, total + 1))
     assert ended["answered"] + ended["aborted"] == len(answers)
     assert min(ended.values()) > 20, ended
+
+
+def read_again(planned: PlannedBlocks, total: int, left: Callable[[int], int]) -> tuple[int, int]:
+    """Tokens that 120 requests read more than once, and steps, where so many blocks are left."""
+    engine, draw = Engine(planned, list(range(1, total + 1))), random.Random(1)  # noqa: S311
+    waiting = [(n, draw.randint(100, 600), draw.randint(1, 20)) for n in range(120)]
+    running: dict[int, tuple[int, int]] = {}  # tokens, strides to come
+    again = steps = 0
+    while waiting or running:
+        while waiting:
+            number, tokens, _ = waiting[0]
+            kept = left(total) if running else 0
+            if planned.blocks(tokens, tokens) + kept > len(engine.free):
+                break
+            assert engine.give(number, tokens)
+            running[number] = waiting.pop(0)[1:]
+        for number in list(running):
+            while number in running and not engine.give(number, running[number][0] + STRIDE):
+                youngest, (seen, rest) = running.popitem()
+                engine.take_back(youngest)
+                waiting.insert(0, (youngest, seen, rest))
+                again += seen
+            if number in running:
+                tokens, rest = running.pop(number)
+                if rest > 1:
+                    running[number] = tokens + STRIDE, rest - 1
+                else:
+                    engine.take_back(number)
+        running = dict(sorted(running.items()))
+        steps += 1
+    return again, steps
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+def test_new_prompts_leave_blocks_to_the_answers_of_those_that_run(policy: Policy) -> None:
+    """Else prompts are read again and again; whoever needs all memory is admitted alone."""
+    planned = PlannedBlocks(policy, D)
+    total = 12 * planned.blocks(600, 900)
+    nothing, _ = read_again(planned, total, lambda _: 0)
+    some, _ = read_again(planned, total, left_to_answers)
+    assert some < nothing / 2
+    least = planned.blocks(600, 600 + 20 * STRIDE)
+    assert read_again(planned, least, left_to_answers)[1] > 120
 
 
 def carved(engine: Engine, number: int, prompt: int) -> RequestPages:
@@ -386,6 +431,7 @@ def test_prompts_of_one_step_are_stored_as_if_each_came_in_a_step_of_its_own(
     alone, expected = read(policy, [[number] for number in range(len(LENGTHS))])
     monkeypatch.setattr(reading, "_ASKED_AT_ONCE", most)
     monkeypatch.setattr(reading, "_HELD_AT_ONCE", 2 * most)
+    monkeypatch.setattr(asking, "_RANKED_AT_ONCE", 2 * most)
     together, found = read(policy, [list(range(len(LENGTHS)))])
     assert alone.memory is not None
     assert alone.memory.any()
@@ -474,9 +520,17 @@ def test_a_release_that_nobody_knows_is_refused_by_name(release: str) -> None:
 
 
 def test_every_release_that_is_known_has_an_adapter() -> None:
-    assert {(0, 26), (0, 32), (0, 33)} <= set(vllm_plugin.ADAPTERS)
+    known = {tuple(map(int, each.split("."))) for each in (*SERVED, *LIKE_SERVED)}
+    assert known == set(vllm_plugin.ADAPTERS)
     for module in vllm_plugin.ADAPTERS.values():
         assert importlib.util.find_spec(module), module
+
+
+def test_the_releases_that_the_page_names_are_those_of_the_code() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "faq.md").read_text("utf-8")
+    told = re.findall(r"^\| (.*) \| ([0-9., ]+) \|$", page, re.MULTILINE)
+    found = [tuple(releases.split(", ")) for _, releases in told]
+    assert found == [SERVED, LIKE_SERVED, (EXPORTED,), (LOGGED,)]
 
 
 def test_the_entry_point_is_the_plugins() -> None:

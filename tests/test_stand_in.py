@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,12 +14,13 @@ import pytest
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.words import figure
-from kvtune.policies.policy_file.document import read_policy
+from kvtune.policies.export.contract import exporters, find_exporter
+from kvtune.policies.policy_file.reader import read_policy
 from kvtune.simulator.quality.calibration import Calibration, Curve, Regime
 from kvtune.simulator.quality.tables import Tables
 from kvtune.simulator.quality.tables_file import save_tables
 from kvtune.tests.made_up import llama
-from kvtune.tuner import source_models
+from kvtune.tuner import source_models, stack_formats
 from kvtune.tuner.band import band
 from kvtune.tuner.result import SearchResult
 from kvtune.tuner.search import run_search
@@ -168,6 +170,30 @@ def test_a_loss_without_weights_is_printed_as_a_band_that_holds_the_sources_own_
     printed = figure(result.quality.kl)
     assert re.fullmatch(r"[\d.e-]+ to [\d.e-]+, stand-in band", printed)
     assert tables(result)
+
+
+@pytest.mark.parametrize("stack", ["vllm", "llama-cpp"])
+def test_a_plan_inside_a_stack_keeps_its_loss_when_it_is_exported(
+    stack: str, tmp_path: Path
+) -> None:
+    """Formats of the plan are the stack's own, and the same band stands in the exported file."""
+    result = run_search(llama(tmp_path, stack=stack))
+    assert result.front[-1].prompt_bytes < 0.4 * result.front[0].prompt_bytes
+    document = read_policy(tmp_path / "policy.yaml")
+    made = find_exporter(stack)().export(document, allow_stand_in=True)
+    assert made.keeps_loss, made.report
+    assert figure(result.quality.kl) in made.files["REPORT.txt"]
+
+
+def test_what_a_stacks_formats_lose_was_measured_beside_the_same_four_bits() -> None:
+    file = Path(__file__).parents[1] / "benchmarks/results/formats-stacks-cpu.json"
+    live = json.loads(file.read_text("utf-8"))["live"]
+    for label, ratios in stack_formats.RATIOS.items():
+        for kind, ratio in ratios.items():
+            told = (sum(live[name][kind]) for name in (label, stack_formats.BESIDE.keys.name))
+            assert ratio == pytest.approx(next(told) / next(told), rel=0.01)
+    owned = {form.label for kind in exporters().values() for form in kind.limits.own}
+    assert owned == set(stack_formats.RATIOS)
 
 
 def test_beyond_its_last_point_a_curve_stays_where_it_is() -> None:

@@ -48,6 +48,7 @@ from kvtune.tuner.serving_room import (
 from kvtune.tuner.simple_points import simple_points
 from kvtune.tuner.solver import Solver, policy_of
 from kvtune.tuner.sources import QualitySource, own_trace, stand_in
+from kvtune.tuner.stack_formats import with_formats_of
 from kvtune.tuner.starts import start_points
 from kvtune.tuner.study import run_study
 from kvtune.tuner.within import limits_of
@@ -245,6 +246,7 @@ def _quality_source(
 
 def _stand_in(request: SearchRequest, reason: str) -> tuple[QualitySource, tuple[str, ...]]:
     source = stand_in(request.shape)
+    source = replace(source, tables=with_formats_of(source.tables, limits_of(request.stack)))
     notes = [f"quality: stand-in ({source.stand_in}), because {reason}."]
     if request.menu != "three":
         notes.append("methods: the stand-in's tables know those of --menu three alone.")

@@ -7,6 +7,7 @@ from itertools import product
 from kvtune.policies.export.contract import find_exporter
 from kvtune.policies.export.limits import EngineLimits
 from kvtune.policies.format import Format, formats
+from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.option import Option
 from kvtune.tuner.options import Menu, Pair
 
@@ -28,12 +29,8 @@ def menu_within(menu: Menu, limits: EngineLimits | None) -> Menu:
     """A menu's methods that a stack runs, in all formats that it stores."""
     if limits is None:
         return menu
-    known = [kind() for kind in formats().values()]
-    keys = [form for form in known if form.name in limits.key_formats]
-    values = [form for form in known if form.name in limits.value_formats]
-    pairs: list[Pair] = [(form, form) for form in keys if form in values]
-    if limits.keys_differ_from_values:
-        pairs = list(product(keys, values))
+    known = [Bf16(), *limits.own] if limits.own else [kind() for kind in formats().values()]
+    pairs: list[Pair] = [pair for pair in product(known, known) if limits.stores(*pair)]
     methods = tuple(method for method in menu.methods if method.name in limits.methods)
     return Menu(methods, menu.shares, tuple(sorted(pairs, key=_bits, reverse=True)))
 
@@ -44,11 +41,10 @@ def expressible(option: Option, limits: EngineLimits | None) -> bool:
         return True
     if option.on_host:
         return False
-    stored = option.keys.name in limits.key_formats and option.values.name in limits.value_formats
-    alike = limits.keys_differ_from_values or option.keys == option.values
     runs = option.budget.resolve(2**20) == 2**20 or option.method.name in limits.methods
     exact = any(form.exact_tokens for form in (option.keys, option.values))
-    return stored and alike and runs and (limits.formats == "head" or not exact)
+    stored = limits.stores(option.keys, option.values)
+    return stored and runs and (limits.formats == "head" or not exact)
 
 
 def splits_of(limits: EngineLimits | None) -> tuple[str, ...]:

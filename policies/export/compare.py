@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.words import figure
 from kvtune.policies.export.contract import exporters
 from kvtune.policies.export.plan import Plan, plan_of
 from kvtune.policies.option import Option
+from kvtune.policies.pages import has_pages
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.parts import ModelFacts, PolicyDocument
 
@@ -44,9 +46,15 @@ def compared(
     loss = _loss_of_plan(document)
     ours = [
         Compared("uncompressed", *_own(plan, full), "0", "exact"),
-        Compared("kvtune", *_own(plan, plan.policy), loss, "runtime, and vLLM by plugin"),
+        Compared("kvtune", *_own(plan, plan.policy), loss, _proof(plan)),
     ]
     return ours + [_on(name, document, facts, context_tokens, loss) for name in sorted(exporters())]
+
+
+def _proof(plan: Plan) -> str:
+    """By what kvtune serves it; the plugin holds pages alone."""
+    paged = all(has_pages(option, plan.facts.head_dim) for option in plan.policy.options())
+    return "runtime, and vLLM by plugin" if paged else "runtime"
 
 
 def _own(plan: Plan, policy: Policy) -> tuple[int, int | None]:
@@ -82,5 +90,4 @@ def _loss_of_plan(document: PolicyDocument) -> str:
     quality = document.provenance.quality if document.provenance else None
     if quality is None or quality.kl_nats_per_token is None:
         return "not known"
-    loss = quality.kl_nats_per_token
-    return f"{loss.value:.4g} [{loss.low:.4g}, {loss.high:.4g}]"
+    return figure(quality.kl_nats_per_token)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from kvtune.policies.format import Format
+
 Scope = Literal["engine", "layer", "head"]
 
 
@@ -21,6 +23,8 @@ class EngineLimits:
         distinct_budgets: how many budgets below the full context; None for any number.
         distinct_formats: how many formats beside 16 bits; None for any number.
         keys_differ_from_values: whether keys and values may have different formats.
+        own: formats that are the engine's own arithmetic, whose loss is known of what runs there; a
+            search takes these and 16 bits, where there are some.
     """
 
     methods: frozenset[str]
@@ -31,3 +35,12 @@ class EngineLimits:
     distinct_budgets: int | None = None
     distinct_formats: int | None = None
     keys_differ_from_values: bool = True
+    own: tuple[Format, ...] = ()
+
+    def stores(self, keys: Format, values: Format) -> bool:
+        """Whether a search may give a head these formats."""
+        if self.own:
+            named = all(form in self.own or form.name == "bf16" for form in (keys, values))
+        else:
+            named = keys.name in self.key_formats and values.name in self.value_formats
+        return named and (self.keys_differ_from_values or keys == values)

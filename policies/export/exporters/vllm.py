@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from kvtune.common.vllm_releases import EXPORTED
 from kvtune.common.yaml_tree import flow
 from kvtune.policies.export.capacity import bytes_line, sequences_that_fit
 from kvtune.policies.export.contract import Export, Exporter
@@ -22,11 +23,13 @@ from kvtune.policies.export.flatten import (
 from kvtune.policies.export.limits import EngineLimits
 from kvtune.policies.export.lines import Line, comment
 from kvtune.policies.export.plan import Plan
+from kvtune.policies.formats.token_head import Fp8TokenHead, Int4TokenHead, Int8TokenHead
 from kvtune.policies.option import Option
 
 DTYPES = {
     "fp8": (8, 8),
     "int8_per_token_head": (8, 8),
+    "fp8_per_token_head": (8, 8),
     "turboquant_k8v4": (8, 4),
     "int4_per_token_head": (4, 4),
     "turboquant_k3v4_nc": (3, 4),
@@ -36,7 +39,10 @@ DTYPES = {
 _NEAREST = {
     ("fp8", "fp8"): "fp8", ("int8", "int8"): "int8_per_token_head",
     ("int4", "int4"): "int4_per_token_head",
+    **{(f"{kind}_token_head",) * 2: f"{kind}_per_token_head" for kind in ("int8", "fp8", "int4")},
 }  # fmt: skip
+_OWN = Int8TokenHead(), Fp8TokenHead(), Int4TokenHead()
+_STORED = frozenset({"bf16", *(name for pair in _NEAREST for name in pair)})
 _NARROW = 12  # mean bits below which a layer is quantised
 _BATCHED_TOKENS = 512
 _PAGE = 32  # tokens of a block at most; 16 where all layers have one dtype
@@ -48,13 +54,12 @@ class Vllm(Exporter):
 
     name = "vllm"
     stack = "vLLM"
-    stack_version = "0.33.0"
+    stack_version = EXPORTED
     source = "vllm/config/cache.py, vllm/engine/arg_utils.py, vllm/models/llama.py"
     proof = "schema mirror"
     limits = EngineLimits(
-        frozenset({"full"}), frozenset({"bf16", "fp8", "int8", "int4"}),
-        frozenset({"bf16", "fp8", "int8", "int4"}), "layer", "layer",
-        distinct_budgets=1, distinct_formats=1, keys_differ_from_values=False,
+        frozenset({"full"}), _STORED, _STORED, "layer", "layer",
+        distinct_budgets=1, distinct_formats=1, keys_differ_from_values=False, own=_OWN,
     )  # fmt: skip
 
     def render(self, plan: Plan) -> Export:
@@ -99,8 +104,8 @@ _NOTES = (
     "generated tokens are stored like the prompt's.",
     "kv-cache-memory-bytes, where given, is what the plan leaves for caches; it overrides "
     "gpu-memory-utilization.",
-    "int4/int8_per_token_head run on the Triton backend only; turboquant_* also exempts the first "
-    "and the last two layers by itself.",
+    "int4, int8 and fp8_per_token_head run on the Triton backend only; turboquant_* also exempts "
+    "the first and the last two layers by itself.",
     "fp8 scales come from the checkpoint, else 1.0; calculate_kv_scales no longer exists.",
 )
 _WINDOW_NOTES = (
@@ -200,6 +205,8 @@ def _format_line(layers: list[Flat], dtype: str, rounded: bool) -> Line:
         return Line(label, "kept", "16 bits")
     if (keys, values) not in _NEAREST:
         return Line(label, "not expressible", f"no such dtype; used {dtype} instead")
+    if keys in {form.name for form in _OWN}:
+        return Line(label, "kept", f"{dtype}: its own arithmetic")
     scales = "scales of the checkpoint, else 1.0" if dtype == "fp8" else "a scale a token and head"
     return Line(label, "approximated", f"{dtype}: {scales}{grouping_text(*layers)}")
 
