@@ -45,6 +45,8 @@ class DecodeState:
         generated: tokens that have entered since the prompt.
         pinned: how many tokens at the sequence's start and at its end never leave, ``[B, H, 1]``
             int64 each; none where not given.
+        newest: position of the newest token, ``[B, H, 1]`` int64, where the driver counts on the
+            device; ``now`` is meant where not given.
     """
 
     positions: Tensor
@@ -54,6 +56,7 @@ class DecodeState:
     heads: Tensor
     generated: int = 0
     pinned: tuple[Tensor, Tensor] | None = None
+    newest: Tensor | None = None
 
     @property
     def live(self) -> Tensor:
@@ -67,11 +70,15 @@ class DecodeState:
 
     @property
     def protected(self) -> Tensor | None:
-        """Slots whose token never leaves, ``[B, H, n]`` bool; None where no token is pinned."""
+        """Slots whose token never leaves, ``[B, H, n]`` bool; None where no token is pinned.
+
+        Those that hold no token are among them.
+        """
         if self.pinned is None:
             return None
         first, last = self.pinned
-        return (self.positions < first) | (self.positions > self.now - last)
+        now = self.now if self.newest is None else self.newest
+        return (self.positions < first) | (self.positions > now - last)
 
 
 @dataclass(frozen=True)
@@ -217,12 +224,11 @@ class DecodeMethod(ScoredMethod):
         """
         import torch
 
-        live, worth, protected = state.live, self.worth(state).float(), state.protected
-        kept = ~live if protected is None else protected | ~live
-        worth = worth.masked_fill(kept, torch.inf)
+        live, kept = state.live, state.protected
+        worth = self.worth(state).float().masked_fill(~live if kept is None else kept, torch.inf)
         least = live & (worth == worth.amin(-1, keepdim=True))
         never = torch.iinfo(torch.int64).max
-        return state.positions.masked_fill(~least, never).argmin(-1, keepdim=True)
+        return torch.where(least, state.positions, never).argmin(-1, keepdim=True)
 
 
 def opened(

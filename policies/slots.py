@@ -124,7 +124,8 @@ class SlotCache:
         self.peak = self.sizes.copy()
         self.evicted = np.zeros_like(self.sizes)
         self.entry_steps = np.zeros_like(self.sizes)  # summed over steps: mean occupancy
-        self._drops = SentDrops()
+        self.drops = np.zeros_like(self.sizes)  # entries that leave in this step
+        self._sent = SentDrops()
         if method is not None:
             method.check_heads(budgets)
         self.most = self._most(room)
@@ -154,6 +155,7 @@ class SlotCache:
         real = place < torch.from_numpy(self.sizes).to(device)[..., None]
         positions = _widened(prompt.positions, slots).masked_fill(~real, FREE)
         state = opened(self.method, signals, positions, torch.tensor(heads, device=device))
+        state.newest = torch.full_like(positions[:, :, :1], state.now)
         if self.method is not None:
             state.pinned = self.method.pin(self.budgets, device)
         return state
@@ -172,31 +174,74 @@ class SlotCache:
         Returns:
             Output ``[B, H, G, D]`` float32.
         """
-        self._enter(keys, values)
+        self.prepare()
+        output = self.attend(queries, keys, values)
+        self.count()
+        return output
+
+    def prepare(self) -> None:
+        """What the host does before a step: make room, and say how many entries will leave."""
+        if self.sizes.max(initial=0) == self.keys.shape[2]:
+            self._add_slots()
+        self.state.generated += 1
         self._store_oldest()
+        if self.method is not None:
+            self.drops = self.method.drops(self.sizes + 1, self.budgets, self.state.generated)
+
+    @property
+    def pattern(self) -> tuple[int, bool, bytes]:
+        """Steps of the same pattern are the same operations on the same memory of the device."""
+        return self.keys.shape[2], self._has_empty, self.drops.tobytes()
+
+    @property
+    def _has_empty(self) -> bool:
+        """Whether a slot is empty while the coming token attends."""
+        return bool(self.sizes.min(initial=0) + 1 < self.keys.shape[2])
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """What the device does in a step; the arguments are those of ``step``.
+
+        It follows from what ``prepare`` has left and never waits for the device, and all that
+        outlives it stays where it lies, so that a CUDA graph of it can be replayed.
+        """
+        self._enter(keys, values)
         attention = self._attention(queries)
         output = attention @ self.values
         if self.method is not None:
-            self.method.observe(self.state, attention)
+            self._observe(self.method, attention)
             self._evict(self.method)
-        self.entry_steps += self.sizes
         return output
 
-    def _enter(self, keys: Tensor, values: Tensor) -> None:
-        state = self.state
-        if self.sizes.max(initial=0) == self.keys.shape[2]:
-            self._add_slots()
-        slot = state.positions.argmin(-1, keepdim=True)  # the first free one
-        state.generated += 1
-        state.positions.scatter_(-1, slot, state.now)
-        _put(self.keys, slot, keys[:, :, None])
-        _put(self.values, slot, values[:, :, None])
-        if self.method is not None:
-            self.method.enter(state, slot, keys, values)
+    def count(self) -> None:
+        """What the host notes after a step."""
         self.sizes += 1
         self.grew = bool((self.sizes > self.peak).any())
         if self.grew:
             self.peak = np.maximum(self.peak, self.sizes)
+        if self.drops.any():
+            self.sizes -= self.drops
+            self.evicted += self.drops
+        self.entry_steps += self.sizes
+
+    def _enter(self, keys: Tensor, values: Tensor) -> None:
+        state = self.state
+        assert state.newest is not None
+        slot = state.positions.argmin(-1, keepdim=True)  # the first free one
+        state.newest += 1
+        state.positions.scatter_(-1, slot, state.newest)
+        for held, new, form, role in zip(
+            (self.keys, self.values), (keys, values), self.forms, ROLES, strict=True
+        ):
+            _put(held, slot, self._as_held(new[:, :, None], form, role))
+        if self.method is not None:
+            self.method.enter(state, slot, keys, values)
+
+    def _as_held(self, new: Tensor, form: Format, role: Role) -> Tensor:
+        """A token as it is held when it enters: in 16 bits if there is a residual window."""
+        if self.residual or self.forms == EXACT:
+            return new
+        one = torch.ones(new.shape[:2], dtype=torch.int64, device=new.device)
+        return form.roundtrip(new, one, role)
 
     def _add_slots(self) -> None:
         """A block more of each head: every step reads all slots, so that few of them are empty."""
@@ -207,8 +252,8 @@ class SlotCache:
 
     def _store_oldest(self) -> None:
         """Store the generated tokens that lie behind the residual window, a window's at a time."""
-        state, stride = self.state, max(self.residual, 1)
-        if self.forms == EXACT or state.generated % stride:
+        state, stride = self.state, self.residual
+        if self.forms == EXACT or not stride or state.generated % stride:
             return
         last = state.now - self.residual
         first = max(last - stride + 1, state.prompt_tokens)
@@ -228,22 +273,36 @@ class SlotCache:
         if shift is not None and self.rope is not None:
             keys = turn(keys, shift, self.rope)
         logits = (queries * self.scale) @ keys.transpose(-1, -2)
-        if (self.sizes < keys.shape[2]).any():
-            logits.masked_fill_(~self.state.live[:, :, None], -torch.inf)
+        if self._has_empty:
+            logits.masked_fill_(self.state.positions[:, :, None] == FREE, -torch.inf)
         return logits.softmax(-1)
 
+    def _observe(self, method: DecodeMethod, attention: Tensor) -> None:
+        """Let the method take note; its statistics stay where they lie."""
+        state = self.state
+        held = dict(state.statistics)
+        method.observe(state, attention)
+        found, state.statistics = state.statistics, held
+        for name, tensor in held.items():
+            if found[name] is not tensor:
+                tensor.copy_(found[name])
+
     def _evict(self, method: DecodeMethod) -> None:
-        drops = method.drops(self.sizes, self.budgets, self.state.generated)
-        if not drops.any():
+        most = int(self.drops.max(initial=0))
+        if not most:
             return
-        if (drops == 1).all():
-            self.state.positions.scatter_(-1, method.leaving_one(self.state), FREE)
-        else:
-            sent = self._drops.on(self.keys.device, drops)
-            leaving = method.leaving(self.state, sent, int(drops.max()))
-            self.state.positions.masked_fill_(leaving, FREE)
-        self.sizes -= drops
-        self.evicted += drops
+        positions = self.state.positions
+        if most > 1:
+            sent = self._sent.on(positions.device, self.drops)
+            positions.masked_fill_(method.leaving(self.state, sent, most), FREE)
+            return
+        slot = method.leaving_one(self.state)
+        if self.drops.all():
+            positions.scatter_(-1, slot, FREE)
+            return
+        leaves = self._sent.on(positions.device, self.drops)[..., None] > 0
+        stays = positions.gather(-1, slot)
+        positions.scatter_(-1, slot, stays.masked_fill(leaves, FREE))
 
     def kept(self) -> list[list[list[int]]]:
         """Positions that each head holds, ascending, ``[B][H]``."""
