@@ -119,10 +119,13 @@ class DecodeMethod(ScoredMethod):
         """
         fresh = self.fresh(state, keys, values)
         for name, statistic in state.statistics.items():
-            start = statistic[:, :, :1].clone()
-            start[:] = _one_entry(fresh.get(name, 0))
-            at = slot.reshape(*slot.shape, *(1,) * (statistic.dim() - 3)).expand_as(start)
-            statistic.scatter_(2, at, start)
+            shape = (*slot.shape, *statistic.shape[3:])
+            at = slot.reshape(*slot.shape, *(1,) * (statistic.dim() - 3)).expand(shape)
+            start = fresh.get(name, 0)
+            if isinstance(start, float | int):
+                statistic.scatter_(2, at, start)
+            else:
+                statistic.scatter_(2, at, start.unsqueeze(2).expand(shape).to(statistic.dtype))
 
     def observe(self, state: DecodeState, attention: Tensor) -> None:
         """Take note of the newest token's attention. Changes the state's statistics only.
@@ -162,6 +165,14 @@ class DecodeMethod(ScoredMethod):
     def entry_bits(self) -> int:
         """Bits of statistics that a runtime holds beside each entry of a KV head."""
         return 0
+
+    @property
+    def reads_step_number(self) -> bool:
+        """Whether ``state.now`` or ``state.generated`` is read, which only the host counts.
+
+        In ``fresh``, ``observe``, ``worth`` or ``shift``; no graph can replay such a step.
+        """
+        return False
 
     def shift(self, state: DecodeState) -> Tensor | None:
         """Positions by which each key appears later than its own, ``[B, H, n]``; None for none."""
@@ -262,11 +273,6 @@ class SentDrops:
         if self._sent is None or self._sent[0] != key:
             self._sent = key, torch.from_numpy(drops).to(device)
         return self._sent[1]
-
-
-def _one_entry(value: float | Tensor) -> float | Tensor:
-    """A number, or ``[B, H, ...]`` as ``[B, H, 1, ...]``."""
-    return value if isinstance(value, float | int) else value.unsqueeze(2)
 
 
 def _order(worth: Tensor, positions: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ this same object. Several policies that share a method, and all their heads, ste
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -155,9 +157,13 @@ class SlotCache:
         real = place < torch.from_numpy(self.sizes).to(device)[..., None]
         positions = _widened(prompt.positions, slots).masked_fill(~real, FREE)
         state = opened(self.method, signals, positions, torch.tensor(heads, device=device))
-        state.newest = torch.full_like(positions[:, :, :1], state.now)
+        return self._counted(state)
+
+    def _counted(self, state: DecodeState) -> DecodeState:
+        """A state that knows of each head what it pins and which token is the newest."""
+        self._newest = state.newest = torch.full_like(state.positions[:, :, :1], state.now)
         if self.method is not None:
-            state.pinned = self.method.pin(self.budgets, device)
+            state.pinned = self.method.pin(self.budgets, state.positions.device)
         return state
 
     def step(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -225,10 +231,9 @@ class SlotCache:
 
     def _enter(self, keys: Tensor, values: Tensor) -> None:
         state = self.state
-        assert state.newest is not None
         slot = state.positions.argmin(-1, keepdim=True)  # the first free one
-        state.newest += 1
-        state.positions.scatter_(-1, slot, state.newest)
+        self._newest += 1
+        state.positions.scatter_(-1, slot, self._newest)
         for held, new, form, role in zip(
             (self.keys, self.values), (keys, values), self.forms, ROLES, strict=True
         ):
@@ -323,6 +328,33 @@ class SlotCache:
                     raise KvtuneError(f"a head holds {len(held)} tokens, {size} were counted")
 
 
+def joined(caches: Sequence[SlotCache]) -> SlotCache:
+    """Caches of equally long prompts as one: their first rows, then their second ones...
+
+    Args:
+        caches: of the same heads of one layer, under one method, which have not stepped.
+    """
+    if len(caches) == 1:
+        return caches[0]
+    found, slots = copy.copy(caches[0]), max(cache.keys.shape[2] for cache in caches)
+    for name in ("budgets", "sizes", "trimmed", "peak", "evicted", "entry_steps", "drops", "most"):
+        rows = np.stack([getattr(cache, name) for cache in caches], 1)
+        setattr(found, name, rows.reshape(-1, rows.shape[-1]))
+
+    def rows_of(each: Iterable[Tensor], behind: int = 0) -> Tensor:
+        return torch.stack([_widened(x, slots, behind) for x in each], 1).flatten(0, 1)
+
+    states = [cache.state for cache in caches]
+    found.keys = rows_of(cache.keys for cache in caches)
+    found.values = rows_of(cache.values for cache in caches)
+    positions = rows_of((state.positions for state in states), FREE)
+    statistics = {
+        name: rows_of(state.statistics[name] for state in states) for name in states[0].statistics
+    }
+    found.state = found._counted(replace(states[0], positions=positions, statistics=statistics))
+    return found
+
+
 def held_bytes(
     entries: NDArray[Any], forms: Forms, residual: int, statistics_bits: int, head_dim: int
 ) -> NDArray[np.float64]:
@@ -330,13 +362,16 @@ def held_bytes(
 
     One stays so, and another fills until its tokens are stored together.
     """
-    exact, stored = (
-        sum(form.bound(1, head_dim, role) for form, role in zip(both, ROLES, strict=True))
-        for both in (EXACT, forms)
-    )
+    exact, stored = _entry_bytes(EXACT, head_dim), _entry_bytes(forms, head_dim)
     found: NDArray[np.float64] = entries * (stored + statistics_bits / 8)
     found += np.minimum(entries, 2 * residual) * (exact - stored)
     return found
+
+
+@cache
+def _entry_bytes(forms: Forms, head_dim: int) -> int:
+    """Bytes of one token's key and value."""
+    return sum(form.bound(1, head_dim, role) for form, role in zip(forms, ROLES, strict=True))
 
 
 def stores_apart(form: Format) -> bool:

@@ -73,14 +73,14 @@ def test_the_residual_window_is_counted_in_16_bits() -> None:
 def watched(generation: Generation, layer: int) -> list[tuple[Tensor, Tensor]]:
     """Let the first cache of a layer of a policy remember the keys that enter."""
     group = next(g for g in generation.layers[layer] if 1 in g.rows)
-    step = group.cache.step
+    step = group.cache.attend
     seen: list[tuple[Tensor, Tensor]] = []
 
     def stepped(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         seen.append((keys.clone(), values.clone()))
         return step(queries, keys, values)
 
-    group.cache.step = stepped  # type: ignore[method-assign]
+    group.cache.attend = stepped  # type: ignore[method-assign]
     return seen
 
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from kvtune.common.progress import Progress
 from kvtune.policies.policy import Policy
-from kvtune.runtime.generate import Generation, GenerationRun
+from kvtune.runtime.generate import Generation
+from kvtune.runtime.generation_run import GenerationRun
 from kvtune.runtime.live_policies import LivePolicy
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample
