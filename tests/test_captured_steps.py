@@ -126,7 +126,8 @@ def test_several_texts_in_formats_with_budgets_that_fill_one_by_one(
         LivePolicy(Policy("mixed", heads), residual=3),
         uniform(Option(H2O(), Budget(tokens=11), form, form)),
     ]
-    texts, drawn = prompts(3), {"room": TOKENS, "temperature": 1.0}
+    texts = prompts(3)
+    drawn: dict[str, Any] = {"room": TOKENS, "temperature": 1.0}
     together = Generations(tiny_model, texts, policies, seeds=[5, 6, 7], **drawn)
     steps = captured(together, monkeypatch)
     together.advance(TOKENS)

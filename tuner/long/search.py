@@ -158,16 +158,13 @@ def _judged(
     progress: Progress,
 ) -> LongResult:
     """The plan and the best uniform option, on prompts that took no part in the choice."""
-    from kvtune.tuner.long.live import generate, live_policy
+    from kvtune.tuner.long.live import in_batches, live_policy
 
     uniform = next((each for each in found if each.is_uniform), None)
     beside = [plan, *([uniform] if uniform and uniform is not plan else [])]
     held_out = [sample for sample in samples if sample.split == "evaluate"]
-    runs = []
-    for number, sample in enumerate(progress.track(held_out, "judging", len(held_out))):
-        ids = sample.token_ids[: asked.prompt_tokens + 1]
-        both = [live_policy(each.policy, asked) for each in beside]
-        runs.append(generate(loaded, ids, both, asked.tokens, seed=number))
+    both = [live_policy(each.policy, asked) for each in beside]
+    runs = in_batches(loaded, held_out, both, asked.prompt_tokens, asked.tokens, progress)
     kinds = [sample.kind for sample in held_out]
     losses = [[float(run[row].kl.mean()) for run in runs] for row in range(len(beside))]
     baseline = losses[1] if len(losses) > 1 else None
