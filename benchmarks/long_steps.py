@@ -110,7 +110,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     assert bound is not None
     return {
         "model": loaded.name, "prompts": arguments.prompts, "prompt_tokens": prompt,
-        "generated": generation.generated, "of": tokens, "caches": sum(len(layer) for layer in generation.layers),
+        "generated": generation.generated, "of": tokens,
+        "caches": sum(len(layer) for layer in generation.layers),
         "model_alone_s": model_alone(loaded, len(generation.policies) * arguments.prompts),
         "stretches": stretches,
         "processor_s": sum(s["tokens"] * s["processor_s_a_token"] for s in stretches),
