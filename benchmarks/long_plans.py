@@ -44,8 +44,8 @@ from kvtune.traces.samples import Sample, by_turns
 from kvtune.traces.workloads import Workload, build
 from kvtune.tuner.long.bound import mean_full_bytes
 from kvtune.tuner.long.live import capture_long, generate, live_policy
-from kvtune.tuner.long.menu import LongMenu, most_bytes
-from kvtune.tuner.long.plans import FINALISTS, Generated, LongPlan, candidates
+from kvtune.tuner.long.menu import LongMenu
+from kvtune.tuner.long.plans import Generated, LongPlan, candidates, finalists
 from kvtune.tuner.quality import mean_interval, mean_over_kinds, ratio_interval
 
 SINGLE = {"a2sf 0.95": PREFILL, "tova": Tova()}
@@ -130,24 +130,12 @@ def single_methods(geometry: Any, asked: Generated, share: float) -> list[LivePo
     return found
 
 
-def uniform_in_format(plan: LongPlan, geometry: Any, asked: Generated) -> LivePolicy | None:
-    """The largest uniform A2SF in four bits within the bound: what the format alone brings."""
-    form = next((f for f in asked.menu.formats if f.bits == 4), None)
-    if form is None:
+def uniform_in_format(plans: list[LongPlan], asked: Generated) -> LivePolicy | None:
+    """The best uniform plan within the bound, if it stores fewer than 16 bits."""
+    best = next((plan for plan in plans if plan.is_uniform), None)
+    if best is None or best.policy.heads[0][0].keys.bits == 16:
         return None
-    heads, everything = geometry.layers * geometry.kv_heads, asked.prompt_tokens + asked.tokens
-    shape = asked.prompt_tokens, asked.tokens, asked.menu.residual, geometry.head_dim
-    low, high = 0, everything
-    while low < high:
-        middle = (low + high + 1) // 2
-        option = Option(PREFILL, Budget(tokens=middle), form, form)
-        fits = heads * (most_bytes(option, *shape) + 4) <= asked.bound_bytes
-        low, high = (middle, high) if fits else (low, middle - 1)
-    if not low:
-        return None
-    option = Option(PREFILL, Budget(tokens=low), form, form)
-    name = f"a2sf 0.95 {form.label} everywhere"
-    return live_policy(Policy.uniform(option, geometry.layers, geometry.kv_heads, name=name), asked)
+    return live_policy(best.policy, asked)
 
 
 def summary(parts: list[Part], bound: int, full: float) -> Part:
@@ -221,8 +209,8 @@ def measure(arguments: argparse.Namespace, out: Part) -> None:
         }
         note(f"{len(found)} candidates")
 
-        finalists = [p for p in found if not p.is_uniform][:FINALISTS]
-        runs = [live_policy(p.policy, asked) for p in finalists]
+        tried = finalists(found)
+        runs = [live_policy(p.policy, asked) for p in tried]
         ahead = min(arguments.live_tokens, tokens)
         stop = time.monotonic() + 0.2 * arguments.seconds
         task = runs, prompt, ahead, stop
@@ -232,13 +220,13 @@ def measure(arguments: argparse.Namespace, out: Part) -> None:
         ]
         out["live_steps"] = live[0]["steps"] | {"tokens": live[0]["tokens"]}
         losses = np.mean([[r["kl"] for r in part["runs"]] for part in live], 0)
-        plan = finalists[int(losses.argmin())]
-        out["live_rounds"] = {p.name: float(x) for p, x in zip(finalists, losses, strict=True)}
+        plan = tried[int(losses.argmin())]
+        out["live_rounds"] = {p.name: float(x) for p, x in zip(tried, losses, strict=True)}
         out["plan"] = {"name": plan.name, "options": counted(plan)}
         note(f"plan: {plan.name}")
 
         mine = live_policy(replace(plan.policy, name="plan"), asked)
-        beside = uniform_in_format(plan, geometry, asked)
+        beside = uniform_in_format(found, asked)
         all_ = [
             mine,
             *single_methods(geometry, asked, arguments.share),

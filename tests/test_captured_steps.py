@@ -41,7 +41,7 @@ class Recorded(TorchDispatchMode):
     """A graph on a CPU; it has run when it is recorded, so that its first replay does nothing."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[tuple[Any, Any, Any, Any]] = []
         self.replays = 0
 

@@ -172,6 +172,13 @@ def test_every_candidate_keeps_the_bound_and_the_live_one_is_chosen(tiny_trace: 
     found = candidates(tables, asked)
     assert all(plan.most_bytes <= asked.bound_bytes for plan in found)
     assert any(not plan.is_uniform for plan in found)
+    for plan in (
+        plan for plan in found if plan.is_uniform and plan.policy.heads[0][0].budget != ALL
+    ):
+        option = plan.policy.heads[0][0]
+        wider = replace(option, budget=Budget(tokens=(option.budget.tokens or 0) + 1))
+        more = most_bytes(wider, *asked.shape(8)) + 4
+        assert plan.most_bytes <= asked.bound_bytes < LAYERS * HEADS * more
     assert [p.predicted for p in found] == sorted(p.predicted for p in found)
     plan, rounds = choose(found, lambda plans: [float(-n) for n in range(len(plans))])
     assert plan.name == list(rounds)[-1]
