@@ -35,6 +35,7 @@ from kvtune.policies.methods.a2sf import PREFILL
 from kvtune.policies.methods.tova import Tova
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
+from kvtune.runtime.generate import Generations
 from kvtune.runtime.generation_run import GenerationRun
 from kvtune.runtime.live_policies import LivePolicy
 from kvtune.simulator.quality.decoding import build_decode_tables
@@ -101,6 +102,27 @@ def generated(
         }
         for sample, runs in zip(batch.samples, found.runs, strict=True)
     ]
+
+
+def replayed_beside_plain(batch: Batch, policies: list[LivePolicy], prompt: int) -> Part:
+    """A few steps replayed as a graph beside the same steps launched one by one."""
+    found = []
+    for captures in (True, False):
+        loaded = workers.loaded()
+        prompts = [sample.token_ids[: prompt + 1] for sample in batch.samples]
+        both = Generations(loaded, prompts, policies, room=SHORT)
+        both.steps.captures &= captures
+        started = time.monotonic()
+        both.advance(SHORT)
+        runs = both.runs()  # waits for the device
+        losses = np.array([[run.kl for run in each] for each in runs])
+        found.append((losses, both.steps.replayed, (time.monotonic() - started) / SHORT))
+    (ours, replayed, quick_s), (plain, _, plain_s) = found
+    return {
+        "replayed": replayed, "of": SHORT, "seconds_a_step": quick_s, "plain_s_a_step": plain_s,
+        "largest_difference": float(abs(ours - plain).max()),
+        "largest_kl": float(plain.max()),
+    }  # fmt: skip
 
 
 def outcome(run: GenerationRun) -> Part:
@@ -209,12 +231,15 @@ def measure(arguments: argparse.Namespace, out: Part) -> None:
         }
         note(f"{len(found)} candidates")
 
+        select = [Batch("select", tuple(samples["select"]))]
         tried = finalists(found)
         runs = [live_policy(p.policy, asked) for p in tried]
         ahead = min(arguments.live_tokens, tokens)
         stop = time.monotonic() + 0.2 * arguments.seconds
         task = runs, prompt, ahead, stop
-        select = [Batch("select", tuple(samples["select"]))]
+        for _, beside in crew.until(stop, replayed_beside_plain, select, runs, prompt):
+            out["replayed_beside_plain"] = beside
+            note(f"replayed beside plain: {beside}")
         live = [
             part for _, parts in crew.until(stop + 15, generated, select, *task) for part in parts
         ]

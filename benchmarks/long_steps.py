@@ -106,7 +106,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         spent = time.process_time() - started
         done = generation.generated - first
         stretches.append({"first": first, "tokens": done, "processor_s_a_token": spent / done})
-    runs, bound = generation.results_of(0), side_by_side[0].limit_bytes
+    runs, bound = generation.runs()[0], side_by_side[0].limit_bytes
     assert bound is not None
     return {
         "model": loaded.name, "prompts": arguments.prompts, "prompt_tokens": prompt,

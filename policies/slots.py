@@ -322,10 +322,16 @@ class SlotCache:
         Raises:
             KvtuneError: a head holds more or fewer tokens than were counted, or one twice.
         """
-        for sizes, row in zip(self.sizes.tolist(), self.kept(), strict=True):
-            for size, held in zip(sizes, row, strict=True):
-                if len(held) != size or len(set(held)) != size:
-                    raise KvtuneError(f"a head holds {len(held)} tokens, {size} were counted")
+        ordered = self.state.positions.sort(-1).values
+        held = (ordered != FREE).sum(-1)
+        again = ((ordered.diff(dim=-1) == 0) & (ordered[..., 1:] != FREE)).sum(-1)
+        counted = torch.from_numpy(self.sizes).to(held.device)
+        for wrong in ((held != counted) | (again > 0)).nonzero().tolist():
+            row, head = wrong
+            raise KvtuneError(
+                f"a head holds {held[row, head] - again[row, head]} tokens, "
+                f"{counted[row, head]} were counted"
+            )
 
 
 def joined(caches: Sequence[SlotCache]) -> SlotCache:

@@ -17,7 +17,7 @@ class Steps:
     """
 
     def __init__(self, step: Callable[[], None], *, captures: bool) -> None:
-        self._step, self._captures = step, captures
+        self._step, self.captures = step, captures
         self._pattern: Hashable = None
         self._graph: Any = None
         self._pool: Any = None
@@ -27,7 +27,7 @@ class Steps:
     def run(self, pattern: Hashable) -> None:
         """One step; steps of one pattern are the same operations on the same memory."""
         alike, self._pattern = pattern == self._pattern, pattern
-        if not (alike and self._captures):
+        if not (alike and self.captures):
             self._graph = None
             self._step()
             return
@@ -42,8 +42,8 @@ class Steps:
         try:
             self._graph = self._recorded()
         except RuntimeError as error:
-            self.fault, self._captures = f"{type(error).__name__}: {error}"[:300], False
-        return self._captures
+            self.fault, self.captures = f"{type(error).__name__}: {error}"[:300], False
+        return self.captures
 
     def _recorded(self) -> Any:
         """A graph of the step; all of them share one pool of memory, since one runs at a time."""

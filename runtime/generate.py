@@ -36,7 +36,7 @@ from kvtune.traces.seam import attending
 class Generations:
     """Texts that are generated side by side, each under the same policies, in stretches.
 
-    Life: build it (the prompts run), ``advance`` as often as wanted, ``results_of``. What a step
+    Life: build it (the prompts run), ``advance`` as often as wanted, ``runs``. What a step
     takes is mostly what it launches, so that several prompts take little longer than one.
     """
 
@@ -178,8 +178,8 @@ class Generations:
             scores = scores / self.temperature + gumbel(0, step + self._seeds, each)
         return scores.argmax(-1)
 
-    def results_of(self, prompt: int) -> list[GenerationRun]:
-        """Every policy on one text so far, the full cache left out.
+    def runs(self) -> list[list[GenerationRun]]:
+        """Every policy on each text so far, the full cache left out.
 
         Raises:
             KvtuneError: nothing was generated, an output is NaN, or a cache's books are wrong.
@@ -188,16 +188,21 @@ class Generations:
             raise KvtuneError("nothing has been generated yet")
         for group in self._groups:
             group.cache.check_integrity()
-        kl, nll, agrees = (each[:, prompt] for each in self._measured.first(self.generated))
-        for row, live in enumerate(self.policies):
-            if not np.isfinite(kl[row]).all():
+        kl, nll, agrees = self._measured.first(self.generated)
+        for live, losses in zip(self.policies, kl, strict=True):
+            if not np.isfinite(losses).all():
                 raise KvtuneError(f"the policy {live.name!r} made the model's output NaN")
-        books = (self._books(row * self.prompts + prompt) for row in range(len(self.policies)))
         return [
-            GenerationRun(live.name, kl[row], nll[row], nll[0], agrees[row], **found)
-            for row, (live, found) in enumerate(zip(self.policies, books, strict=True))
-            if row
-        ]
+            [
+                GenerationRun(
+                    live.name, kl[at, text], nll[at, text], nll[0, text], agrees[at, text],
+                    **self._books(at * self.prompts + text),
+                )
+                for at, live in enumerate(self.policies)
+                if at
+            ]
+            for text in range(self.prompts)
+        ]  # fmt: skip
 
     def _books(self, row: int) -> dict[str, Any]:
         """What the caches of one row of the batch counted."""
@@ -214,8 +219,8 @@ class Generations:
             "evicted": evicted,
             "trimmed": trimmed,
             "peak_entries": peak,
-            "mean_bytes": self._bytes(lambda cache: cache.entry_steps / self.generated)[row],
-            "peak_bytes": self._bytes(lambda cache: cache.peak)[row],
+            "mean_bytes": float(self._bytes(lambda cache: cache.entry_steps / self.generated)[row]),
+            "peak_bytes": float(self._bytes(lambda cache: cache.peak)[row]),
             "statistics_bytes": float((steps / self.generated * bits).sum() / 8),
         }
 
@@ -288,8 +293,8 @@ class Generation(Generations):
         return found
 
     def results(self) -> list[GenerationRun]:
-        """Every policy so far, the full cache left out; see ``results_of``."""
-        return self.results_of(0)
+        """Every policy so far, the full cache left out; see ``runs``."""
+        return self.runs()[0]
 
 
 def prompt_signals(loaded: LoadedModel, prompt_ids: Sequence[int], needs: Needs) -> Prompt:

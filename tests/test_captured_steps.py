@@ -73,7 +73,7 @@ def captured(generation: Generations, monkeypatch: pytest.MonkeyPatch) -> Steps:
             steps._step()
         return graph
 
-    steps._captures = True
+    steps.captures = True
     monkeypatch.setattr(steps, "_recorded", recorded)
     return steps
 
@@ -137,7 +137,7 @@ def test_several_texts_in_formats_with_budgets_that_fill_one_by_one(
         alone = Generation(tiny_model, text, policies, seed=5 + number, **drawn)
         alone.advance(TOKENS)
         assert together.tokens_of(number)[1:].tolist() == alone.token_ids
-        for one, two in zip(alone.results(), together.results_of(number), strict=True):
+        for one, two in zip(alone.results(), together.runs()[number], strict=True):
             np.testing.assert_allclose(one.kl, two.kl, rtol=1e-3)  # codes may round otherwise
             np.testing.assert_array_equal(one.evicted, two.evicted)
             assert (one.mean_bytes, one.peak_bytes) == (two.mean_bytes, two.peak_bytes)
@@ -154,7 +154,7 @@ def test_a_step_that_cannot_be_captured_is_run(
     def fails() -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    other.steps._captures = True
+    other.steps.captures = True
     monkeypatch.setattr(other.steps, "_recorded", fails)
     for generation in (plain, other):
         generation.advance(8)

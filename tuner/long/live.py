@@ -100,8 +100,7 @@ def generate(
         generations.advance(stretch)
         if until():
             break
-    runs = [generations.results_of(number) for number in range(len(prompts))]
-    return Live(runs, generations.steps.replayed, generations.steps.fault)
+    return Live(generations.runs(), generations.steps.replayed, generations.steps.fault)
 
 
 def in_batches(
