@@ -243,10 +243,12 @@ def measure(arguments: argparse.Namespace, out: Part) -> None:
         live = [
             part for _, parts in crew.until(stop + 15, generated, select, *task) for part in parts
         ]
-        out["live_steps"] = live[0]["steps"] | {"tokens": live[0]["tokens"]}
-        losses = np.mean([[r["kl"] for r in part["runs"]] for part in live], 0)
-        plan = tried[int(losses.argmin())]
-        out["live_rounds"] = {p.name: float(x) for p, x in zip(tried, losses, strict=True)}
+        plan = tried[0]
+        if live:
+            out["live_steps"] = live[0]["steps"] | {"tokens": live[0]["tokens"]}
+            losses = np.mean([[r["kl"] for r in part["runs"]] for part in live], 0)
+            plan = tried[int(losses.argmin())]
+            out["live_rounds"] = {p.name: float(x) for p, x in zip(tried, losses, strict=True)}
         out["plan"] = {"name": plan.name, "options": counted(plan)}
         note(f"plan: {plan.name}")
 
