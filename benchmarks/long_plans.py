@@ -1,6 +1,6 @@
 """A plan of ``kvtune search --held-bytes`` beside single methods, over long generations.
 
-    python benchmarks/long_plans.py --device cuda --workers 4 --prompts 8 --seconds 540 \
+    python benchmarks/long_plans.py --device cuda --prompts 8 --seconds 540 \
         --out benchmarks/results/long-plans-h200.json
     python benchmarks/long_plans.py --device cpu --tiny --seconds 120 --out /tmp/long.json
 
@@ -223,7 +223,7 @@ def measure(arguments: argparse.Namespace, out: Part) -> None:
         asked = Generated(prompt, tokens, int(arguments.share * full), menu)
         out |= {"bound_bytes": asked.bound_bytes, "full_mean_bytes": full, "faults": []}
         order = [*samples["select"], *samples["search"]]
-        due = started + 0.4 * arguments.seconds
+        due = started + 0.45 * arguments.seconds
         parts = [part for _, part in crew.until(due, tables_of, order, menu)]
         found = candidates(join(parts), asked)
         out["candidates"] = {
@@ -311,13 +311,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=6)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--search", type=int, default=2, help="samples a kind to fit on")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--observed", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--live-tokens", type=int, default=384)
+    parser.add_argument("--live-tokens", type=int, default=1536)
     parser.add_argument("--share", type=float, default=0.1)
     parser.add_argument("--residual", type=int, default=16)
     parser.add_argument("--bounded", type=int, default=100)
