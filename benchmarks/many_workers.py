@@ -3,8 +3,8 @@
     python benchmarks/many_workers.py --out benchmarks/results/many-workers-1s-cpu.json
     python benchmarks/many_workers.py --sleep 3 --alone 20 --crews "one worker" "some are killed" \
         --out benchmarks/results/many-workers-cpu.json
-    python benchmarks/many_workers.py --trials 300 --alone 20 --crews "one worker" "some are killed" \
-        --out benchmarks/results/many-workers-processor-cpu.json
+    python benchmarks/many_workers.py --trials 300 --alone 20 --crews "one worker" \
+        "some are killed" --out benchmarks/results/many-workers-processor-cpu.json
     python benchmarks/many_workers.py --trials 40 --workers 3 --kill 1 --sleep 0.2 --out /tmp/w.json
 
 A trial sleeps. First one worker alone does ``--alone`` trials, whose rate the others are held
