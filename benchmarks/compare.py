@@ -75,7 +75,7 @@ def measure(arguments: argparse.Namespace, until: float) -> dict[str, Any]:
     loaded = load_model(arguments.model, device=arguments.device, dtype="float32")
     workload = TINY if arguments.tiny else GPU
     source, prepared = prepare(search, workload, loaded, progress)
-    found: dict[str, Any] = {"device": device_name(arguments.device), "outcomes": [], "faults": []}
+    found: dict[str, Any] = {"device": device_name(arguments.device), "faults": []}
     found |= {"samples": workload.describe(), "each_s": arguments.each}
     for share in arguments.shares:
         left, outcomes = list(arguments.strategies), found.setdefault(f"at {share}", {})
