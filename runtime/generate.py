@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvtune.common.captured_steps import Steps
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.noise import first_mixed, gumbel
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.policies.signals import Needs
 from kvtune.policies.slots import SlotCache
-from kvtune.runtime.captured_steps import Steps
 from kvtune.runtime.generation_run import GenerationRun, Measured
 from kvtune.runtime.live_policies import Group, LivePolicy, check, groups, side_by_side
 from kvtune.runtime.prompts import Prompt, fresh_prompt, refuse_window

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kvtune.common.captured_steps import Steps
 from kvtune.policies.decode import DecodeMethod
 from kvtune.policies.formats.rotated import RotatedInt4
 from kvtune.policies.methods.a2sf import A2SF
@@ -26,9 +27,10 @@ from kvtune.policies.methods.tova import Tova
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.testing.decode import decode_methods
-from kvtune.runtime.captured_steps import Steps
 from kvtune.runtime.generate import Generation, Generations
 from kvtune.runtime.live_policies import LivePolicy
+from kvtune.simulator.quality import decoding
+from kvtune.simulator.quality.decoding import all_layers, decode_features
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,21 +63,25 @@ class Recorded(TorchDispatchMode):
                     old.copy_(new)
 
 
-def captured(generation: Generations, monkeypatch: pytest.MonkeyPatch) -> Steps:
-    """Let a generation replay its steps."""
-    steps = generation.steps
+class OnCpu(Steps):
+    """Steps that are recorded here as a GPU would."""
 
-    def recorded() -> Recorded:
+    def __init__(self, step: Any, *, captures: bool = True) -> None:
+        super().__init__(step, captures=True)
+
+    def _recorded(self) -> Recorded:
         graph = Recorded()
-        with monkeypatch.context() as patch, graph:
+        with pytest.MonkeyPatch.context() as patch, graph:
             patch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
             patch.setattr("transformers.masking_utils.is_tracing", lambda *_: True)
-            steps._step()
+            self._step()
         return graph
 
-    steps.captures = True
-    monkeypatch.setattr(steps, "_recorded", recorded)
-    return steps
+
+def captured(generation: Generations) -> Steps:
+    """Let a generation replay its steps."""
+    generation.steps = OnCpu(generation._step)
+    return generation.steps
 
 
 def uniform(option: Option, **kwargs: Any) -> LivePolicy:
@@ -92,14 +98,14 @@ METHODS = [kind() for kind in decode_methods().values()]
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_a_replayed_step_is_a_step_unless_the_method_says_otherwise(
-    tiny_model: Any, method: DecodeMethod, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Any, method: DecodeMethod
 ) -> None:
     method = LazyEviction(window=8) if isinstance(method, LazyEviction) else method
     policies = [uniform(Option(method, Budget(tokens=budget))) for budget in (9, 20)]
     plain, replayed = (
         Generation(tiny_model, prompts(1)[0], policies, room=TOKENS) for _ in range(2)
     )
-    steps = captured(replayed, monkeypatch)
+    steps = captured(replayed)
     for generation in (plain, replayed):
         generation.advance(TOKENS)
     assert steps.replayed > TOKENS / 3
@@ -111,9 +117,7 @@ def test_a_replayed_step_is_a_step_unless_the_method_says_otherwise(
     assert alike != method.reads_step_number
 
 
-def test_several_texts_in_formats_with_budgets_that_fill_one_by_one(
-    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_texts_in_formats_with_budgets_that_fill_one_by_one(tiny_model: Any) -> None:
     """Each text is what it would be alone, replayed or not."""
     form = RotatedInt4()
     option = Option(A2SF(recent=2), Budget(tokens=40), form, form)
@@ -129,7 +133,7 @@ def test_several_texts_in_formats_with_budgets_that_fill_one_by_one(
     texts = prompts(3)
     drawn: dict[str, Any] = {"room": TOKENS, "temperature": 1.0}
     together = Generations(tiny_model, texts, policies, seeds=[5, 6, 7], **drawn)
-    steps = captured(together, monkeypatch)
+    steps = captured(together)
     together.advance(TOKENS)
     assert TOKENS / 3 < steps.replayed < TOKENS
     assert not steps.fault
@@ -141,6 +145,28 @@ def test_several_texts_in_formats_with_budgets_that_fill_one_by_one(
             np.testing.assert_allclose(one.kl, two.kl, rtol=1e-3)  # codes may round otherwise
             np.testing.assert_array_equal(one.evicted, two.evicted)
             assert (one.mean_bytes, one.peak_bytes) == (two.mean_bytes, two.peak_bytes)
+
+
+def test_replayed_tables_are_those_of_plain_steps(
+    tiny_trace: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Steps] = []
+
+    def recorded(step: Any, **options: Any) -> Steps:
+        made.append(OnCpu(step))
+        return made[-1]
+
+    sample, form = tiny_trace.samples[0], RotatedInt4()
+    budget = Budget(tokens=sample.prompt + 4)
+    options = [
+        Option(A2SF(recent=2), Budget(tokens=9)), Option(A2SF(recent=2), budget),
+        Option(H2O(), budget, form, form), Option(Full(), ALL, form, form),
+    ]  # fmt: skip
+    layers = all_layers(tiny_trace, sample, "cpu")
+    plain = decode_features(layers, options, 3, 4)
+    monkeypatch.setattr(decoding, "Steps", recorded)
+    np.testing.assert_array_equal(decode_features(layers, options, 3, 4), plain)
+    assert all(steps.replayed > 0 and not steps.fault for steps in made)
 
 
 def test_a_step_that_cannot_be_captured_is_run(

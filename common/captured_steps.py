@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any
 
-import torch
-
 
 class Steps:
     """Runs a step of the device: as a graph once the same operations come a second time.
@@ -20,7 +18,6 @@ class Steps:
         self._step, self.captures = step, captures
         self._pattern: Hashable = None
         self._graph: Any = None
-        self._pool: Any = None
         self.replayed = 0
         self.fault = ""  # why nothing is captured any longer
 
@@ -46,9 +43,10 @@ class Steps:
         return self.captures
 
     def _recorded(self) -> Any:
-        """A graph of the step; all of them share one pool of memory, since one runs at a time."""
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        """A graph of the step, with memory of its own: that of the last one goes with it."""
+        import torch
+
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step()
         return graph
