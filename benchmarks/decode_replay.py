@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtune.policies.decode import FREE, DecodeMethod
-from kvtune.policies.slots import SlotCache, prompt_of
+from kvtune.policies.slot_prompt import prompt_of
+from kvtune.policies.slots import SlotCache
 from kvtune.simulator.quality.replay import LayerReplay
 
 

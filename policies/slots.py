@@ -9,82 +9,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.rotary import turn
 from kvtune.policies.decode import FREE, DecodeMethod, DecodeState, SentDrops, opened
 from kvtune.policies.format import Format, Role
-from kvtune.policies.formats.bf16 import Bf16
-from kvtune.policies.kept import ask
-from kvtune.policies.method import Method
-from kvtune.policies.option import ALL, Option
 from kvtune.policies.signals import Signals
-from kvtune.policies.storage import store
+from kvtune.policies.slot_bytes import EXACT, ROLES, Forms, held_bytes
+from kvtune.policies.slot_prompt import Prompt, numbers_of
 
-Forms = tuple[Format, Format]
-"""Of keys and of values."""
-EXACT: Forms = (Bf16(), Bf16())
-ROLES: tuple[Role, Role] = ("keys", "values")
 _BLOCK = 256  # slots that are added where all are taken
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What is kept of a layer's prompt, to open a cache with.
-
-    Args:
-        positions: of the kept tokens, ``[B, H, n]`` int64; of a row only the first few are real.
-        sizes: how many, ``[B, H]``.
-        keys: ``[B, H, n, D]``, as read back from storage.
-        values: likewise.
-    """
-
-    positions: Tensor
-    sizes: NDArray[np.int64]
-    keys: Tensor
-    values: Tensor
-
-
-def prompt_of(
-    method: Method,
-    signals: Signals,
-    budgets: NDArray[np.int64],
-    *,
-    heads: Sequence[int] | None = None,
-    evicts: bool = True,
-    forms: Forms = EXACT,
-) -> Prompt:
-    """Some heads of a layer's prompt, trimmed by one method, ``[B, H, ...]``.
-
-    Args:
-        method: chooses.
-        signals: of the whole layer.
-        budgets: ``[B, H]``.
-        heads: which of the layer's KV heads these are; all unless given.
-        evicts: whether the method goes on evicting; if not, what it merges is stored merged.
-        forms: how keys and values are stored; full precision unless given.
-    """
-    tokens = signals.prompt_tokens
-    whole = evicts and isinstance(method, DecodeMethod) and not method.trims_prompt
-    sizes = np.full_like(budgets, tokens) if whole else budgets.clip(0, tokens)
-    rows, each = [[Option(method, ALL, *forms)] * sizes.shape[1]] * len(sizes), sizes.tolist()
-    kept = ask(rows, each, signals, heads=_numbers(heads, signals), goes_on=evicts)
-    stored = store(rows, each, kept, signals)
-    positions = pad_sequence(kept.tokens, batch_first=True).unflatten(0, sizes.shape)
-    return Prompt(positions, sizes, stored.keys, stored.values)
-
-
-def _numbers(heads: Sequence[int] | None, signals: Signals) -> list[int]:
-    return list(range(signals.keys.shape[0]) if heads is None else heads)
 
 
 class SlotCache:
@@ -134,7 +75,7 @@ class SlotCache:
         self.grew = True  # whether the last token made a head hold more than ever before
         slots = min(int(self.most.max(initial=1)), prompt.keys.shape[2] + _BLOCK)
         self.keys, self.values = (_widened(x, slots) for x in (prompt.keys, prompt.values))
-        self.state = self._open(prompt, signals, _numbers(heads, signals), slots)
+        self.state = self._open(prompt, signals, numbers_of(heads, signals), slots)
 
     def _most(self, room: int) -> NDArray[np.int64]:
         """Entries of each head that are ever held at once, ``[B, H]``."""
@@ -359,33 +300,6 @@ def joined(caches: Sequence[SlotCache]) -> SlotCache:
     }
     found.state = found._counted(replace(states[0], positions=positions, statistics=statistics))
     return found
-
-
-def held_bytes(
-    entries: NDArray[Any], forms: Forms, residual: int, statistics_bits: int, head_dim: int
-) -> NDArray[np.float64]:
-    """Bytes of so many entries of a head, two residual windows in 16 bits; runs without torch.
-
-    One stays so, and another fills until its tokens are stored together.
-    """
-    exact, stored = _entry_bytes(EXACT, head_dim), _entry_bytes(forms, head_dim)
-    found: NDArray[np.float64] = entries * (stored + statistics_bits / 8)
-    found += np.minimum(entries, 2 * residual) * (exact - stored)
-    return found
-
-
-@cache
-def _entry_bytes(forms: Forms, head_dim: int) -> int:
-    """Bytes of one token's key and value."""
-    return sum(form.bound(1, head_dim, role) for form, role in zip(forms, ROLES, strict=True))
-
-
-def stores_apart(form: Format) -> bool:
-    """Whether every token is stored by itself, so that it can leave without the others."""
-    many = 4096  # as long as groups get
-    return not form.bytes_vary and all(
-        form.bound(many, 64, role) == many * form.bound(1, 64, role) for role in ROLES
-    )
 
 
 def _widened(tensor: Tensor, slots: int, behind: int = 0) -> Tensor:

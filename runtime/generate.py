@@ -9,22 +9,20 @@ each other, as they would in service. Float32 inside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Set
-from functools import cached_property
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtune.common.captured_steps import Steps
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.noise import first_mixed, gumbel
 from kvtune.policies.option import Option
-from kvtune.policies.policy import Policy, footprint_of_lengths
+from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs
-from kvtune.policies.slots import SlotCache
+from kvtune.runtime.generation_books import Books
 from kvtune.runtime.generation_run import GenerationRun, Measured
 from kvtune.runtime.live_policies import Group, LivePolicy, check, groups, side_by_side
 from kvtune.runtime.prompts import Prompt, fresh_prompt, refuse_window
@@ -81,7 +79,8 @@ class Generations:
         self._seeds = torch.tensor([[first_mixed(seed)] for seed in each], device=device)
         self.layers = self._fill(prompts)
         self.generated = 0  # tokens so far
-        self._refuse(lambda cache: cache.most, "could come to hold")
+        self._books = Books(self.layers, self.policies, self.prompts, geometry)
+        self._books.refuse(lambda cache: cache.most, "could come to hold")
         first = torch.tensor([prompt[-1] for prompt in prompts], device=device)
         self._measured = Measured(len(self.policies), first, room)
         self._newest = first.repeat(len(self.policies))[:, None]  # [B * P, 1], a policy's together
@@ -138,7 +137,7 @@ class Generations:
             self.steps.run(tuple(cache.pattern for cache in caches))
             for cache in caches:
                 cache.count()
-            self._refuse(lambda cache: cache.peak, "holds")
+            self._books.refuse(lambda cache: cache.peak, "holds")
             self.generated += 1
 
     def _refuse_windows(self) -> None:
@@ -196,77 +195,13 @@ class Generations:
             [
                 GenerationRun(
                     live.name, kl[at, text], nll[at, text], nll[0, text], agrees[at, text],
-                    **self._books(at * self.prompts + text),
+                    **self._books.of_row(at * self.prompts + text, self.generated),
                 )
                 for at, live in enumerate(self.policies)
                 if at
             ]
             for text in range(self.prompts)
         ]  # fmt: skip
-
-    def _books(self, row: int) -> dict[str, Any]:
-        """What the caches of one row of the batch counted."""
-        geometry = self.loaded.geometry
-        shape = (geometry.layers, geometry.kv_heads)
-        evicted, trimmed, peak, steps, bits = (np.zeros(shape, np.int64) for _ in range(5))
-        for layer, groups_ in enumerate(self.layers):
-            for group in (group for group in groups_ if row in group.rows):
-                own, at, cache = group.rows.index(row), (layer, list(group.heads)), group.cache
-                evicted[at], trimmed[at] = cache.evicted[own], cache.trimmed[own]
-                peak[at], steps[at] = cache.peak[own], cache.entry_steps[own]
-                bits[at] = 0 if cache.method is None else cache.method.entry_bits
-        return {
-            "evicted": evicted,
-            "trimmed": trimmed,
-            "peak_entries": peak,
-            "mean_bytes": float(self._bytes(lambda cache: cache.entry_steps / self.generated)[row]),
-            "peak_bytes": float(self._bytes(lambda cache: cache.peak)[row]),
-            "statistics_bytes": float((steps / self.generated * bits).sum() / 8),
-        }
-
-    def _bytes(
-        self, entries: Callable[[SlotCache], NDArray[Any]], rows: Set[int] | None = None
-    ) -> NDArray[np.float64]:
-        """Bytes of each row with so many entries in each head, lengths included, ``[B * P]``.
-
-        Args:
-            entries: of a cache's heads.
-            rows: that are wanted; all unless given.
-        """
-        geometry = self.loaded.geometry
-        total = np.zeros(len(self.policies) * self.prompts)
-        for group in self._groups:
-            if rows is None or rows & set(group.rows):
-                total[list(group.rows)] += group.cache.bytes_of(entries(group.cache)).sum(1)
-        return total + footprint_of_lengths(geometry.layers, geometry.kv_heads)
-
-    def _refuse(self, entries: Callable[[SlotCache], NDArray[Any]], does: str) -> None:
-        """Refuse policies whose heads, with so many entries each at once, exceed their limit.
-
-        Raises:
-            KvtuneError: names the first.
-        """
-        rows = self._limits.keys()
-        if not any(group.cache.grew and rows & set(group.rows) for group in self._groups):
-            return
-        held = self._bytes(entries, rows)
-        for row, limit in self._limits.items():
-            if held[row] > limit:
-                name = self.policies[row // self.prompts].name
-                raise KvtuneError(
-                    f"the policy {name!r} {does} {held[row]:.0f} bytes, and {limit} are its limit",
-                    hint="give its heads smaller budgets, or raise the limit.",
-                )
-
-    @cached_property
-    def _limits(self) -> dict[int, int]:
-        """Bytes that a row of the batch may hold, where its policy has a limit."""
-        return {
-            policy * self.prompts + prompt: live.limit_bytes
-            for policy, live in enumerate(self.policies)
-            for prompt in range(self.prompts)
-            if live.limit_bytes is not None
-        }
 
 
 class Generation(Generations):

@@ -19,7 +19,9 @@ from kvtune.policies.parts import PartPlan
 from kvtune.policies.policy import Policy
 from kvtune.policies.room import beyond_prompt, goes_on_evicting
 from kvtune.policies.signals import Signals
-from kvtune.policies.slots import Forms, SlotCache, joined, prompt_of, stores_apart
+from kvtune.policies.slot_bytes import Forms, stores_apart
+from kvtune.policies.slot_prompt import prompt_of
+from kvtune.policies.slots import SlotCache, joined
 from kvtune.traces.geometry import Geometry
 
 

@@ -21,7 +21,7 @@ from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
-from kvtune.policies.slots import ROLES, held_bytes, stores_apart
+from kvtune.policies.slot_bytes import ROLES, held_bytes, stores_apart
 from kvtune.runtime.generate import Generation
 from kvtune.runtime.live_policies import LivePolicy
 from kvtune.simulator.quality.decoding import all_layers, build_decode_tables, decode_features

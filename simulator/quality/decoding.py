@@ -20,7 +20,8 @@ from kvtune.common.progress import Progress, Silent
 from kvtune.policies.decode import DecodeMethod
 from kvtune.policies.option import Option
 from kvtune.policies.room import goes_on_evicting
-from kvtune.policies.slots import SlotCache, prompt_of
+from kvtune.policies.slot_prompt import prompt_of
+from kvtune.policies.slots import SlotCache
 from kvtune.simulator.quality.build import DEFAULT_BLOCK
 from kvtune.simulator.quality.replay import LayerReplay, in_blocks
 from kvtune.simulator.quality.tables import Floats, SampleFacts, Tables
