@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtune.policies.decode import FREE, DecodeMethod
-from kvtune.policies.slots import SlotCache, prompt_of
-from kvtune.simulator.quality.decoding import tokens_of
+from kvtune.policies.slot_prompt import prompt_of
+from kvtune.policies.slots import SlotCache
 from kvtune.simulator.quality.replay import LayerReplay
 
 
@@ -56,9 +56,10 @@ def replay_decoding(
     cache = SlotCache(method, prompt, layer.signals, budgets, observed)
     rows = full_attention(layer)
     outputs, seen = [], []
-    for t, token in enumerate(tokens_of(layer, len(budgets))):
+    for t in range(observed):
+        token = layer.queries[:, :, t], layer.keys[:, t], layer.values[:, t]
         seen.append(_visible(cache, rows[:, :, t]))
-        outputs.append(cache.step(*token))
+        outputs.append(cache.step(*(x.expand(len(budgets), *x.shape) for x in token)))
     mass, cosine = torch.stack(seen, -1)
     return DecodeReplay(torch.stack(outputs, -2), mass, cosine, cache)
 

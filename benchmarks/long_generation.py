@@ -35,7 +35,8 @@ from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.methods.tova import Tova
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
-from kvtune.runtime.generate import Generation, GenerationRun
+from kvtune.runtime.generate import Generation
+from kvtune.runtime.generation_run import GenerationRun
 from kvtune.runtime.live_policies import LivePolicy
 from kvtune.traces.models import load_model
 from kvtune.traces.samples import Sample, by_turns

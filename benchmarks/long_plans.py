@@ -1,15 +1,16 @@
 """A plan of ``kvtune search --held-bytes`` beside single methods, over long generations.
 
-    python benchmarks/long_plans.py --device cuda --workers 4 --prompts 4 --seconds 290 \
+    python benchmarks/long_plans.py --device cuda --prompts 8 --seconds 540 \
         --out benchmarks/results/long-plans-h200.json
     python benchmarks/long_plans.py --device cpu --tiny --seconds 120 --out /tmp/long.json
 
 The bound is a share of the full cache's mean bytes, and a plan may hold no more at any moment; each
 single method has the largest budget whose *mean* bytes are within that share, and may peak higher.
 Tables are replayed on samples with long observed parts, in processes side by side, the finalists
-generate on selection prompts, and plan and methods then on prompts that neither has seen. Last,
-with the time that is left, ``--bounded`` short generations of the plan alone count how often the
-bytes held rose above the bound. What is done when ``--seconds`` are over is written.
+generate on selection prompts, and plan and methods then on prompts that neither has seen; prompts
+generate as one batch. Last, with the time that is left, ``--bounded`` short generations of the plan
+alone count how often the bytes held rose above the bound. What is done when ``--seconds`` are over
+is written.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from kvtune.policies.methods.a2sf import PREFILL
 from kvtune.policies.methods.tova import Tova
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
+from kvtune.runtime.generate import Generations
+from kvtune.runtime.generation_run import GenerationRun
 from kvtune.runtime.live_policies import LivePolicy
 from kvtune.simulator.quality.decoding import build_decode_tables
 from kvtune.simulator.quality.tables import Tables, join
@@ -42,13 +45,14 @@ from kvtune.traces.samples import Sample, by_turns
 from kvtune.traces.workloads import Workload, build
 from kvtune.tuner.long.bound import mean_full_bytes
 from kvtune.tuner.long.live import capture_long, generate, live_policy
-from kvtune.tuner.long.menu import LongMenu, most_bytes
-from kvtune.tuner.long.plans import FINALISTS, Generated, LongPlan, candidates
+from kvtune.tuner.long.menu import LongMenu
+from kvtune.tuner.long.plans import Generated, LongPlan, candidates, finalists
 from kvtune.tuner.quality import mean_interval, mean_over_kinds, ratio_interval
 
 SINGLE = {"a2sf 0.95": PREFILL, "tova": Tova()}
 """The two that lose least at a tenth of the bytes in ``results/long-generation-cpu.json``."""
 SHORT = 24  # tokens of a generation that only asks whether the bound holds
+TOGETHER = 10  # of those side by side
 Part = dict[str, Any]
 
 
@@ -64,35 +68,74 @@ def tables_of(sample: Sample, menu: LongMenu) -> Tables:
         )
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Samples whose prompts generate side by side."""
+
+    id: str
+    samples: tuple[Sample, ...]
+
+
 def generated(
-    sample: Sample, policies: list[LivePolicy], prompt: int, tokens: int, until: float
-) -> Part:
-    """One prompt's generation under all policies, as far as time allows."""
-    runs = generate(
+    batch: Batch, policies: list[LivePolicy], prompt: int, tokens: int, until: float
+) -> list[Part]:
+    """Generations of a batch under all policies, as far as time allows."""
+    started = time.monotonic()
+    found = generate(
         workers.loaded(),
-        sample.token_ids[: prompt + 1],
+        [sample.token_ids[: prompt + 1] for sample in batch.samples],
         policies,
         tokens,
-        seed=int(sample.id.rsplit("-", 1)[-1]),
+        seeds=[int(sample.id.rsplit("-", 1)[-1]) for sample in batch.samples],
         until=lambda: time.monotonic() > until,
     )
+    steps = {
+        "seconds": time.monotonic() - started, "replayed": found.replayed, "fault": found.fault,
+    }  # fmt: skip
+    return [
+        {
+            "prompt": sample.id,
+            "kind": sample.kind,
+            "tokens": len(runs[0].kl),
+            "steps": steps,
+            "runs": [outcome(run) for run in runs],
+        }
+        for sample, runs in zip(batch.samples, found.runs, strict=True)
+    ]
+
+
+def replayed_beside_plain(batch: Batch, policies: list[LivePolicy], prompt: int) -> Part:
+    """A few steps replayed as a graph beside the same steps launched one by one."""
+    found = []
+    for captures in (True, False):
+        loaded = workers.loaded()
+        prompts = [sample.token_ids[: prompt + 1] for sample in batch.samples]
+        both = Generations(loaded, prompts, policies, room=SHORT)
+        both.steps.captures &= captures
+        started = time.monotonic()
+        both.advance(SHORT)
+        runs = both.runs()  # waits for the device
+        losses = np.array([[run.kl for run in each] for each in runs])
+        found.append((losses, both.steps.replayed, (time.monotonic() - started) / SHORT))
+    (ours, replayed, quick_s), (plain, _, plain_s) = found
     return {
-        "prompt": sample.id,
-        "kind": sample.kind,
-        "tokens": len(runs[0].kl),
-        "runs": [
-            {
-                "name": run.name,
-                "kl": float(run.kl.mean()),
-                "kl_by_quarter": [float(q.mean()) for q in np.array_split(run.kl, 4)],
-                "agreement": float(run.agrees.mean()),
-                "mean_bytes": run.mean_bytes,
-                "peak_bytes": run.peak_bytes,
-                "evicted_least": int(run.evicted.min()),
-                "evicted_mean": float(run.evicted.mean()),
-            }
-            for run in runs
-        ],
+        "replayed": replayed, "of": SHORT, "seconds_a_step": quick_s, "plain_s_a_step": plain_s,
+        "largest_difference": float(abs(ours - plain).max()),
+        "largest_kl": float(plain.max()),
+    }  # fmt: skip
+
+
+def outcome(run: GenerationRun) -> Part:
+    """One policy on one prompt."""
+    return {
+        "name": run.name,
+        "kl": float(run.kl.mean()),
+        "kl_by_quarter": [float(q.mean()) for q in np.array_split(run.kl, 4)],
+        "agreement": float(run.agrees.mean()),
+        "mean_bytes": run.mean_bytes,
+        "peak_bytes": run.peak_bytes,
+        "evicted_least": int(run.evicted.min()),
+        "evicted_mean": float(run.evicted.mean()),
     }
 
 
@@ -109,24 +152,12 @@ def single_methods(geometry: Any, asked: Generated, share: float) -> list[LivePo
     return found
 
 
-def uniform_in_format(plan: LongPlan, geometry: Any, asked: Generated) -> LivePolicy | None:
-    """The largest uniform A2SF in four bits within the bound: what the format alone brings."""
-    form = next((f for f in asked.menu.formats if f.bits == 4), None)
-    if form is None:
+def uniform_in_format(plans: list[LongPlan], asked: Generated) -> LivePolicy | None:
+    """The best uniform plan within the bound, if it stores fewer than 16 bits."""
+    best = next((plan for plan in plans if plan.is_uniform), None)
+    if best is None or best.policy.heads[0][0].keys.bits == 16:
         return None
-    heads, everything = geometry.layers * geometry.kv_heads, asked.prompt_tokens + asked.tokens
-    shape = asked.prompt_tokens, asked.tokens, asked.menu.residual, geometry.head_dim
-    low, high = 0, everything
-    while low < high:
-        middle = (low + high + 1) // 2
-        option = Option(PREFILL, Budget(tokens=middle), form, form)
-        fits = heads * (most_bytes(option, *shape) + 4) <= asked.bound_bytes
-        low, high = (middle, high) if fits else (low, middle - 1)
-    if not low:
-        return None
-    option = Option(PREFILL, Budget(tokens=low), form, form)
-    name = f"a2sf 0.95 {form.label} everywhere"
-    return live_policy(Policy.uniform(option, geometry.layers, geometry.kv_heads, name=name), asked)
+    return live_policy(best.policy, asked)
 
 
 def summary(parts: list[Part], bound: int, full: float) -> Part:
@@ -192,7 +223,7 @@ def measure(arguments: argparse.Namespace, out: Part) -> None:
         asked = Generated(prompt, tokens, int(arguments.share * full), menu)
         out |= {"bound_bytes": asked.bound_bytes, "full_mean_bytes": full, "faults": []}
         order = [*samples["select"], *samples["search"]]
-        due = started + 0.4 * arguments.seconds
+        due = started + 0.45 * arguments.seconds
         parts = [part for _, part in crew.until(due, tables_of, order, menu)]
         found = candidates(join(parts), asked)
         out["candidates"] = {
@@ -200,35 +231,41 @@ def measure(arguments: argparse.Namespace, out: Part) -> None:
         }
         note(f"{len(found)} candidates")
 
-        finalists = [p for p in found if not p.is_uniform][:FINALISTS]
-        runs = [live_policy(p.policy, asked) for p in finalists]
+        select = [Batch("select", tuple(samples["select"]))]
+        tried = finalists(found)
+        runs = [live_policy(p.policy, asked) for p in tried]
         ahead = min(arguments.live_tokens, tokens)
         stop = time.monotonic() + 0.2 * arguments.seconds
         task = runs, prompt, ahead, stop
-        live = [part for _, part in crew.until(stop + 15, generated, samples["select"], *task)]
-        losses = np.mean([[r["kl"] for r in part["runs"]] for part in live], 0)
-        plan = finalists[int(losses.argmin())]
-        out["live_rounds"] = {p.name: float(x) for p, x in zip(finalists, losses, strict=True)}
+        for _, beside in crew.until(stop, replayed_beside_plain, select, runs, prompt):
+            out["replayed_beside_plain"] = beside
+            note(f"replayed beside plain: {beside}")
+        live = [
+            part for _, parts in crew.until(stop + 15, generated, select, *task) for part in parts
+        ]
+        plan = tried[0]
+        if live:
+            out["live_steps"] = live[0]["steps"] | {"tokens": live[0]["tokens"]}
+            losses = np.mean([[r["kl"] for r in part["runs"]] for part in live], 0)
+            plan = tried[int(losses.argmin())]
+            out["live_rounds"] = {p.name: float(x) for p, x in zip(tried, losses, strict=True)}
         out["plan"] = {"name": plan.name, "options": counted(plan)}
         note(f"plan: {plan.name}")
 
         mine = live_policy(replace(plan.policy, name="plan"), asked)
-        beside = uniform_in_format(plan, geometry, asked)
+        beside = uniform_in_format(found, asked)
         all_ = [
             mine,
             *single_methods(geometry, asked, arguments.share),
             *([beside] if beside else []),
         ]
         hand_back = end - 0.12 * arguments.seconds if arguments.bounded else end - 15
-        done: list[Part] = []
-        held_out = samples["evaluate"][: arguments.prompts]
-        for _, part in crew.until(
-            hand_back + 12, generated, held_out, all_, prompt, tokens, hand_back
-        ):
-            done.append(part)
+        held_out = [Batch("held out", tuple(samples["evaluate"][: arguments.prompts]))]
+        task = all_, prompt, tokens, hand_back
+        for _, done in crew.until(hand_back + 12, generated, held_out, *task):
             out["contenders"] = summary(done, asked.bound_bytes, full)
             out["prompts"] = [{k: v for k, v in p.items() if k != "runs"} for p in done]
-            note(f"{part['prompt']}: {part['tokens']} tokens")
+            note(f"{done[0]['tokens']} tokens of each of {len(done)} prompts: {done[0]['steps']}")
         out["faults"] += [str(failure) for failure in crew.failures]
         bounded(arguments, crew, samples, plan, asked, end, out)
         note("done")
@@ -256,10 +293,14 @@ def bounded(
                 token_ids=texts[n % len(texts)].token_ids[n // len(texts):])
         for n in range(arguments.bounded)
     ]  # fmt: skip
+    batches = [
+        Batch(f"bounded {at}", tuple(many[at : at + TOGETHER]))
+        for at in range(0, len(many), TOGETHER)
+    ]
     run = [live_policy(plan.policy, asked)]
     ratios: list[float] = []
-    for _, part in crew.until(end, generated, many, run, asked.prompt_tokens, SHORT, end - 5):
-        ratios.append(part["runs"][0]["peak_bytes"] / asked.bound_bytes)
+    for _, parts in crew.until(end, generated, batches, run, asked.prompt_tokens, SHORT, end - 5):
+        ratios += [part["runs"][0]["peak_bytes"] / asked.bound_bytes for part in parts]
     out["bounded"] = {
         "generations": len(ratios), "tokens": SHORT, "above_the_bound": sum(r > 1 for r in ratios),
         "largest_over_bound": max(ratios, default=None),
@@ -270,18 +311,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=6)
+    parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--search", type=int, default=2, help="samples a kind to fit on")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--observed", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--live-tokens", type=int, default=384)
+    parser.add_argument("--live-tokens", type=int, default=1536)
     parser.add_argument("--share", type=float, default=0.1)
     parser.add_argument("--residual", type=int, default=16)
     parser.add_argument("--bounded", type=int, default=100)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--seconds", type=float, default=290.0)
+    parser.add_argument("--seconds", type=float, default=540.0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/long-plans-h200.json"))
     arguments = parser.parse_args()
     if arguments.tiny:

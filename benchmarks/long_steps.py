@@ -1,10 +1,12 @@
 """What a step of a live long generation takes of a processor, over all of its 4,096 tokens.
 
     python benchmarks/long_steps.py --out benchmarks/results/long-steps-cpu.json
+    python benchmarks/long_steps.py --prompts 4 --out benchmarks/results/long-steps-4-cpu.json
     python benchmarks/long_steps.py --model smollm2-135m --tokens 32 --out /tmp/steps.json
 
 Five caches read the same tokens side by side, as in ``long_plans.py``: the uncompressed one, a plan
 in four bits whose heads have budgets of their own under a bound, and three rules for all heads.
+``--prompts`` generate as one batch; a token is then one of each prompt.
 Without ``--model`` it is a random Llama of two layers, whose losses mean nothing: what is measured
 is processor time by stretch of 256 tokens, so that others on the machine do not count, that of the
 model alone beside it, and the most bytes that the plan held, over its bound. What is done after
@@ -29,7 +31,7 @@ from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.tova import Tova
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy, footprint_of_lengths
-from kvtune.runtime.generate import Generation
+from kvtune.runtime.generate import Generations
 from kvtune.runtime.live_policies import LivePolicy
 from kvtune.traces.models import LoadedModel, load_model, wrap
 from kvtune.tuner.long.menu import most_bytes
@@ -93,9 +95,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     loaded = load_model(arguments.model, dtype="float32") if arguments.model else random_llama()
     prompt, tokens = arguments.prompt_tokens, arguments.tokens
     vocabulary = loaded.model.config.vocab_size
-    ids = np.random.default_rng(1).integers(3, vocabulary, prompt + 1).tolist()
+    shape = arguments.prompts, prompt + 1
+    ids = np.random.default_rng(1).integers(3, vocabulary, shape).tolist()
     side_by_side = policies(loaded, prompt, tokens)
-    generation = Generation(loaded, ids, side_by_side, room=tokens, temperature=1.0)
+    generation = Generations(loaded, ids, side_by_side, room=tokens, temperature=1.0)
     stretches = []
     while generation.generated < tokens and time.monotonic() < end:
         first, started = generation.generated, time.process_time()
@@ -103,12 +106,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         spent = time.process_time() - started
         done = generation.generated - first
         stretches.append({"first": first, "tokens": done, "processor_s_a_token": spent / done})
-    runs, bound = generation.results(), side_by_side[0].limit_bytes
+    runs, bound = generation.runs()[0], side_by_side[0].limit_bytes
     assert bound is not None
     return {
-        "model": loaded.name, "prompt_tokens": prompt, "generated": generation.generated,
-        "of": tokens, "caches": sum(len(layer) for layer in generation.layers),
-        "model_alone_s": model_alone(loaded, len(generation.policies)),
+        "model": loaded.name, "prompts": arguments.prompts, "prompt_tokens": prompt,
+        "generated": generation.generated, "of": tokens,
+        "caches": sum(len(layer) for layer in generation.layers),
+        "model_alone_s": model_alone(loaded, len(generation.policies) * arguments.prompts),
         "stretches": stretches,
         "processor_s": sum(s["tokens"] * s["processor_s_a_token"] for s in stretches),
         "peak_over_bound": runs[0].peak_bytes / bound,
@@ -122,6 +126,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="", help="left out: a random Llama of two layers")
+    parser.add_argument("--prompts", type=int, default=1)
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--seconds", type=float, default=1200.0)

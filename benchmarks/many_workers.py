@@ -3,13 +3,17 @@
     python benchmarks/many_workers.py --out benchmarks/results/many-workers-1s-cpu.json
     python benchmarks/many_workers.py --sleep 3 --alone 20 --crews "one worker" "some are killed" \
         --out benchmarks/results/many-workers-cpu.json
+    python benchmarks/many_workers.py --trials 300 --alone 20 --crews "one worker" \
+        "some are killed" --out benchmarks/results/many-workers-processor-cpu.json
     python benchmarks/many_workers.py --trials 40 --workers 3 --kill 1 --sleep 0.2 --out /tmp/w.json
 
 A trial sleeps. First one worker alone does ``--alone`` trials, whose rate the others are held
 against; then ``--workers`` do ``--trials``; then they do as many again while ``--kill`` of them are
 killed with SIGKILL, each within a trial, and others take their places. The clock begins when every
-worker is ready, because starting Python is no part of a rate. Needs PostgreSQL's programs (Debian:
-postgresql) and psycopg (``kvtune[workers]``).
+worker is ready, because starting Python is no part of a rate. On a machine that does other work,
+the processor time of a trial, of the server and of workers that were not killed, says how many
+cores all of them need. Needs PostgreSQL's programs (Debian: postgresql) and psycopg
+(``kvtune[workers]``).
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from kvtune.tests.postgres import postgres
 from kvtune.tuner.shared_study import Patience, create, finished, open_storage, slot_of, work
 
 CREWS = ("one worker", "all live", "some are killed")
+SPENT = "spent"  # folder: processor seconds and trials of each worker that ended by itself
 PATIENCE = Patience(heartbeat_s=2, grace_s=12, poll_s=0.5)
 
 
@@ -55,7 +60,10 @@ def worker(url: str, name: str, sleep_s: float, gate: Path) -> None:
         mine.write_text("")
         return [x]
 
-    work(study, objective, lambda slot: optuna.samplers.RandomSampler(seed=slot), PATIENCE)
+    started = time.process_time()
+    done = work(study, objective, lambda slot: optuna.samplers.RandomSampler(seed=slot), PATIENCE)
+    spent = gate / SPENT / str(os.getpid())
+    spent.write_text(f"{time.process_time() - started} {done}")
 
 
 def run(
@@ -64,8 +72,10 @@ def run(
     """Run one study with ``workers`` workers and kill ``kill`` of them while it runs."""
     study = create(open_storage(url, PATIENCE), name, trials, ["minimize"])
     spawn = multiprocessing.get_context("spawn")
+    before = server_s(url)
     with tempfile.TemporaryDirectory() as folder:
         gate = Path(folder)
+        (gate / SPENT).mkdir()
 
         def start() -> Any:
             process = spawn.Process(target=worker, args=(url, name, sleep_s, gate))
@@ -73,7 +83,7 @@ def run(
             return process
 
         processes = [start() for _ in range(workers)]
-        while len(list(gate.iterdir())) < workers:
+        while len(list(gate.iterdir())) < workers + 1:
             time.sleep(0.1)
         (gate / "go").touch()
         killed: list[int] = []
@@ -86,7 +96,24 @@ def run(
                 victim.join()
                 (gate / str(victim.pid)).unlink()
                 processes[processes.index(victim)] = start()
-    return outcome(study, trials, workers, killed)
+        for process in processes:
+            process.join()
+        told = [path.read_text().split() for path in (gate / SPENT).iterdir()]
+    theirs = sum(float(spent) for spent, _ in told) / sum(int(done) for _, done in told)
+    each = theirs + (server_s(url) - before) / trials
+    found = outcome(study, trials, workers, killed)
+    return found | {
+        "processor_s_a_trial": each,
+        "cores_that_all_workers_need": workers * each / (sleep_s + each),
+    }
+
+
+def server_s(url: str) -> float:
+    """Processor seconds of the server and of its processes that have ended."""
+    folder = Path(url.partition("host=")[2]) / "data"
+    number = (folder / "postmaster.pid").read_text().split()[0]
+    fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+    return sum(int(field) for field in fields[11:15]) / os.sysconf("SC_CLK_TCK")
 
 
 def in_trial(gate: Path, process: Any) -> int | None:
@@ -98,7 +125,7 @@ def in_trial(gate: Path, process: Any) -> int | None:
 
 def begun(gate: Path) -> int:
     """The largest number of a trial that sleeps now."""
-    numbers = [path.read_text() for path in gate.iterdir() if path.name != "go"]
+    numbers = [path.read_text() for path in gate.iterdir() if path.name not in ("go", SPENT)]
     return max((int(number) for number in numbers if number), default=0)
 
 

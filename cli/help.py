@@ -8,6 +8,7 @@ from typing import Any
 from typer.core import TyperCommand, TyperGroup
 
 from kvtune.cli.failures import USAGE_ERROR, usage_message
+from kvtune.cli.unread import refuse_unread
 from kvtune.common.errors import KvtuneError
 
 OTHERS = "Output and help"
@@ -172,8 +173,9 @@ class Command(TyperCommand):
             raise
 
     def invoke(self, ctx: Any) -> Any:
-        """Run; of a mistake, say too which options a file gave."""
+        """Run what reads all that was typed; of a mistake, say too which options a file gave."""
         try:
+            refuse_unread(ctx)
             return super().invoke(ctx)
         except KvtuneError as error:
             error.hint = _with_origins(ctx, error)

@@ -35,6 +35,7 @@ def tables(result: LongResult, run_dir: Path) -> list[RenderableType]:
         "",
         f"The policy lies in {run_dir / PLAN_FILE}; the newest {asked.menu.residual} generated "
         "tokens stay in 16 bits where a head stores fewer.",
+        *(f"note: {note}" for note in result.notes),
     ]
 
 

@@ -286,7 +286,7 @@ def _search(requests: Sequence[SearchRequest], output: Output) -> None:
 def _search_long(requests: Sequence[SearchRequest], held_bytes: str, output: Output) -> None:
     from kvtune.common.errors import KvtuneError
     from kvtune.simulator.memory.weights import listed_formats
-    from kvtune.tuner.long.bound import read_bound
+    from kvtune.tuner.long.bound import check_fits, read_bound
     from kvtune.tuner.target import read_weights
 
     request = requests[0]
@@ -297,6 +297,7 @@ def _search_long(requests: Sequence[SearchRequest], held_bytes: str, output: Out
             hint="name one --gpu, one --context and one of --weights.",
         )
     bound = read_bound(held_bytes, request)
+    check_fits(bound, request)
     read_weights(request.model)
     from kvtune.cli.long_report import tables
     from kvtune.tuner.long.search import run_long_search

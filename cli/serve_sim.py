@@ -194,12 +194,6 @@ def _requests(
             hint="give --rate 4, or --arrivals FILE.",
         )
     if arrivals is not None:
-        if prefix is not None:
-            raise KvtuneError(
-                "--prefix is of requests that are drawn, and --arrivals names a file of them",
-                hint="leave out --prefix; the file's prefix_ids say what its prompts share "
-                "(docs/serve-sim.md).",
-            )
         return read_requests(arrivals)
     if not rate or rate <= 0:
         raise KvtuneError(f"--rate {rate} is not above zero", hint="--rate 4 is 4 a second.")

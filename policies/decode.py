@@ -45,6 +45,8 @@ class DecodeState:
         generated: tokens that have entered since the prompt.
         pinned: how many tokens at the sequence's start and at its end never leave, ``[B, H, 1]``
             int64 each; none where not given.
+        newest: position of the newest token, ``[B, H, 1]`` int64, where the driver counts on the
+            device; ``now`` is meant where not given.
     """
 
     positions: Tensor
@@ -54,6 +56,7 @@ class DecodeState:
     heads: Tensor
     generated: int = 0
     pinned: tuple[Tensor, Tensor] | None = None
+    newest: Tensor | None = None
 
     @property
     def live(self) -> Tensor:
@@ -67,11 +70,15 @@ class DecodeState:
 
     @property
     def protected(self) -> Tensor | None:
-        """Slots whose token never leaves, ``[B, H, n]`` bool; None where no token is pinned."""
+        """Slots whose token never leaves, ``[B, H, n]`` bool; None where no token is pinned.
+
+        Those that hold no token are among them.
+        """
         if self.pinned is None:
             return None
         first, last = self.pinned
-        return (self.positions < first) | (self.positions > self.now - last)
+        now = self.now if self.newest is None else self.newest
+        return (self.positions < first) | (self.positions > now - last)
 
 
 @dataclass(frozen=True)
@@ -112,10 +119,13 @@ class DecodeMethod(ScoredMethod):
         """
         fresh = self.fresh(state, keys, values)
         for name, statistic in state.statistics.items():
-            start = statistic[:, :, :1].clone()
-            start[:] = _one_entry(fresh.get(name, 0))
-            at = slot.reshape(*slot.shape, *(1,) * (statistic.dim() - 3)).expand_as(start)
-            statistic.scatter_(2, at, start)
+            shape = (*slot.shape, *statistic.shape[3:])
+            at = slot.reshape(*slot.shape, *(1,) * (statistic.dim() - 3)).expand(shape)
+            start = fresh.get(name, 0)
+            if isinstance(start, float | int):
+                statistic.scatter_(2, at, start)
+            else:
+                statistic.scatter_(2, at, start.unsqueeze(2).expand(shape).to(statistic.dtype))
 
     def observe(self, state: DecodeState, attention: Tensor) -> None:
         """Take note of the newest token's attention. Changes the state's statistics only.
@@ -155,6 +165,14 @@ class DecodeMethod(ScoredMethod):
     def entry_bits(self) -> int:
         """Bits of statistics that a runtime holds beside each entry of a KV head."""
         return 0
+
+    @property
+    def reads_step_number(self) -> bool:
+        """Whether ``state.now`` or ``state.generated`` is read, which only the host counts.
+
+        In ``fresh``, ``observe``, ``worth`` or ``shift``; no graph can replay such a step.
+        """
+        return False
 
     def shift(self, state: DecodeState) -> Tensor | None:
         """Positions by which each key appears later than its own, ``[B, H, n]``; None for none."""
@@ -217,12 +235,11 @@ class DecodeMethod(ScoredMethod):
         """
         import torch
 
-        live, worth, protected = state.live, self.worth(state).float(), state.protected
-        kept = ~live if protected is None else protected | ~live
-        worth = worth.masked_fill(kept, torch.inf)
+        live, kept = state.live, state.protected
+        worth = self.worth(state).float().masked_fill(~live if kept is None else kept, torch.inf)
         least = live & (worth == worth.amin(-1, keepdim=True))
         never = torch.iinfo(torch.int64).max
-        return state.positions.masked_fill(~least, never).argmin(-1, keepdim=True)
+        return torch.where(least, state.positions, never).argmin(-1, keepdim=True)
 
 
 def opened(
@@ -256,11 +273,6 @@ class SentDrops:
         if self._sent is None or self._sent[0] != key:
             self._sent = key, torch.from_numpy(drops).to(device)
         return self._sent[1]
-
-
-def _one_entry(value: float | Tensor) -> float | Tensor:
-    """A number, or ``[B, H, ...]`` as ``[B, H, 1, ...]``."""
-    return value if isinstance(value, float | int) else value.unsqueeze(2)
 
 
 def _order(worth: Tensor, positions: Tensor) -> Tensor:

@@ -26,11 +26,16 @@ def gumbel(seed: int, *coordinates: Tensor) -> Tensor:
         coordinates: int64 tensors that broadcast together; put the largest one last, since all
             before it are mixed at their own size.
     """
-    state = _mix(coordinates[0] + seed * _STEP % 2**63)
+    state = _mix(coordinates[0] + first_mixed(seed))
     for coordinate in coordinates[1:]:
         state = _mix(state * _STEP + coordinate)
     uniform = (_shift(state, 41).float() + 0.5) * 2.0**-23  # in (0, 1), exact in float32
     return -(-uniform.log()).log()
+
+
+def first_mixed(seed: int) -> int:
+    """What a seed adds to the first coordinate: added beforehand, it may differ from row to row."""
+    return seed * _STEP % 2**63
 
 
 def _mix(state: Tensor) -> Tensor:

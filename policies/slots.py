@@ -7,82 +7,25 @@ this same object. Several policies that share a method, and all their heads, ste
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.rotary import turn
 from kvtune.policies.decode import FREE, DecodeMethod, DecodeState, SentDrops, opened
 from kvtune.policies.format import Format, Role
-from kvtune.policies.formats.bf16 import Bf16
-from kvtune.policies.kept import ask
-from kvtune.policies.method import Method
-from kvtune.policies.option import ALL, Option
 from kvtune.policies.signals import Signals
-from kvtune.policies.storage import store
+from kvtune.policies.slot_bytes import EXACT, ROLES, Forms, held_bytes
+from kvtune.policies.slot_prompt import Prompt, numbers_of
 
-Forms = tuple[Format, Format]
-"""Of keys and of values."""
-EXACT: Forms = (Bf16(), Bf16())
-ROLES: tuple[Role, Role] = ("keys", "values")
 _BLOCK = 256  # slots that are added where all are taken
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What is kept of a layer's prompt, to open a cache with.
-
-    Args:
-        positions: of the kept tokens, ``[B, H, n]`` int64; of a row only the first few are real.
-        sizes: how many, ``[B, H]``.
-        keys: ``[B, H, n, D]``, as read back from storage.
-        values: likewise.
-    """
-
-    positions: Tensor
-    sizes: NDArray[np.int64]
-    keys: Tensor
-    values: Tensor
-
-
-def prompt_of(
-    method: Method,
-    signals: Signals,
-    budgets: NDArray[np.int64],
-    *,
-    heads: Sequence[int] | None = None,
-    evicts: bool = True,
-    forms: Forms = EXACT,
-) -> Prompt:
-    """Some heads of a layer's prompt, trimmed by one method, ``[B, H, ...]``.
-
-    Args:
-        method: chooses.
-        signals: of the whole layer.
-        budgets: ``[B, H]``.
-        heads: which of the layer's KV heads these are; all unless given.
-        evicts: whether the method goes on evicting; if not, what it merges is stored merged.
-        forms: how keys and values are stored; full precision unless given.
-    """
-    tokens = signals.prompt_tokens
-    whole = evicts and isinstance(method, DecodeMethod) and not method.trims_prompt
-    sizes = np.full_like(budgets, tokens) if whole else budgets.clip(0, tokens)
-    rows, each = [[Option(method, ALL, *forms)] * sizes.shape[1]] * len(sizes), sizes.tolist()
-    kept = ask(rows, each, signals, heads=_numbers(heads, signals), goes_on=evicts)
-    stored = store(rows, each, kept, signals)
-    positions = pad_sequence(kept.tokens, batch_first=True).unflatten(0, sizes.shape)
-    return Prompt(positions, sizes, stored.keys, stored.values)
-
-
-def _numbers(heads: Sequence[int] | None, signals: Signals) -> list[int]:
-    return list(range(signals.keys.shape[0]) if heads is None else heads)
 
 
 class SlotCache:
@@ -124,14 +67,15 @@ class SlotCache:
         self.peak = self.sizes.copy()
         self.evicted = np.zeros_like(self.sizes)
         self.entry_steps = np.zeros_like(self.sizes)  # summed over steps: mean occupancy
-        self._drops = SentDrops()
+        self.drops = np.zeros_like(self.sizes)  # entries that leave in this step
+        self._sent = SentDrops()
         if method is not None:
             method.check_heads(budgets)
         self.most = self._most(room)
         self.grew = True  # whether the last token made a head hold more than ever before
         slots = min(int(self.most.max(initial=1)), prompt.keys.shape[2] + _BLOCK)
         self.keys, self.values = (_widened(x, slots) for x in (prompt.keys, prompt.values))
-        self.state = self._open(prompt, signals, _numbers(heads, signals), slots)
+        self.state = self._open(prompt, signals, numbers_of(heads, signals), slots)
 
     def _most(self, room: int) -> NDArray[np.int64]:
         """Entries of each head that are ever held at once, ``[B, H]``."""
@@ -154,8 +98,13 @@ class SlotCache:
         real = place < torch.from_numpy(self.sizes).to(device)[..., None]
         positions = _widened(prompt.positions, slots).masked_fill(~real, FREE)
         state = opened(self.method, signals, positions, torch.tensor(heads, device=device))
+        return self._counted(state)
+
+    def _counted(self, state: DecodeState) -> DecodeState:
+        """A state that knows of each head what it pins and which token is the newest."""
+        self._newest = state.newest = torch.full_like(state.positions[:, :, :1], state.now)
         if self.method is not None:
-            state.pinned = self.method.pin(self.budgets, device)
+            state.pinned = self.method.pin(self.budgets, state.positions.device)
         return state
 
     def step(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -172,31 +121,73 @@ class SlotCache:
         Returns:
             Output ``[B, H, G, D]`` float32.
         """
-        self._enter(keys, values)
+        self.prepare()
+        output = self.attend(queries, keys, values)
+        self.count()
+        return output
+
+    def prepare(self) -> None:
+        """What the host does before a step: make room, and say how many entries will leave."""
+        if self.sizes.max(initial=0) == self.keys.shape[2]:
+            self._add_slots()
+        self.state.generated += 1
         self._store_oldest()
+        if self.method is not None:
+            self.drops = self.method.drops(self.sizes + 1, self.budgets, self.state.generated)
+
+    @property
+    def pattern(self) -> tuple[int, bool, bytes]:
+        """Steps of the same pattern are the same operations on the same memory of the device."""
+        return self.keys.shape[2], self._has_empty, self.drops.tobytes()
+
+    @property
+    def _has_empty(self) -> bool:
+        """Whether a slot is empty while the coming token attends."""
+        return bool(self.sizes.min(initial=0) + 1 < self.keys.shape[2])
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """What the device does in a step; the arguments are those of ``step``.
+
+        It follows from what ``prepare`` has left and never waits for the device, and all that
+        outlives it stays where it lies, so that a CUDA graph of it can be replayed.
+        """
+        self._enter(keys, values)
         attention = self._attention(queries)
         output = attention @ self.values
         if self.method is not None:
-            self.method.observe(self.state, attention)
+            self._observe(self.method, attention)
             self._evict(self.method)
-        self.entry_steps += self.sizes
         return output
 
-    def _enter(self, keys: Tensor, values: Tensor) -> None:
-        state = self.state
-        if self.sizes.max(initial=0) == self.keys.shape[2]:
-            self._add_slots()
-        slot = state.positions.argmin(-1, keepdim=True)  # the first free one
-        state.generated += 1
-        state.positions.scatter_(-1, slot, state.now)
-        _put(self.keys, slot, keys[:, :, None])
-        _put(self.values, slot, values[:, :, None])
-        if self.method is not None:
-            self.method.enter(state, slot, keys, values)
+    def count(self) -> None:
+        """What the host notes after a step."""
         self.sizes += 1
         self.grew = bool((self.sizes > self.peak).any())
         if self.grew:
             self.peak = np.maximum(self.peak, self.sizes)
+        if self.drops.any():
+            self.sizes -= self.drops
+            self.evicted += self.drops
+        self.entry_steps += self.sizes
+
+    def _enter(self, keys: Tensor, values: Tensor) -> None:
+        state = self.state
+        slot = state.positions.argmin(-1, keepdim=True)  # the first free one
+        self._newest += 1
+        state.positions.scatter_(-1, slot, self._newest)
+        for held, new, form, role in zip(
+            (self.keys, self.values), (keys, values), self.forms, ROLES, strict=True
+        ):
+            _put(held, slot, self._as_held(new[:, :, None], form, role))
+        if self.method is not None:
+            self.method.enter(state, slot, keys, values)
+
+    def _as_held(self, new: Tensor, form: Format, role: Role) -> Tensor:
+        """A token as it is held when it enters: in 16 bits if there is a residual window."""
+        if self.residual or self.forms == EXACT:
+            return new
+        one = torch.ones(new.shape[:2], dtype=torch.int64, device=new.device)
+        return form.roundtrip(new, one, role)
 
     def _add_slots(self) -> None:
         """A block more of each head: every step reads all slots, so that few of them are empty."""
@@ -207,8 +198,8 @@ class SlotCache:
 
     def _store_oldest(self) -> None:
         """Store the generated tokens that lie behind the residual window, a window's at a time."""
-        state, stride = self.state, max(self.residual, 1)
-        if self.forms == EXACT or state.generated % stride:
+        state, stride = self.state, self.residual
+        if self.forms == EXACT or not stride or state.generated % stride:
             return
         last = state.now - self.residual
         first = max(last - stride + 1, state.prompt_tokens)
@@ -228,22 +219,36 @@ class SlotCache:
         if shift is not None and self.rope is not None:
             keys = turn(keys, shift, self.rope)
         logits = (queries * self.scale) @ keys.transpose(-1, -2)
-        if (self.sizes < keys.shape[2]).any():
-            logits.masked_fill_(~self.state.live[:, :, None], -torch.inf)
+        if self._has_empty:
+            logits.masked_fill_(self.state.positions[:, :, None] == FREE, -torch.inf)
         return logits.softmax(-1)
 
+    def _observe(self, method: DecodeMethod, attention: Tensor) -> None:
+        """Let the method take note; its statistics stay where they lie."""
+        state = self.state
+        held = dict(state.statistics)
+        method.observe(state, attention)
+        found, state.statistics = state.statistics, held
+        for name, tensor in held.items():
+            if found[name] is not tensor:
+                tensor.copy_(found[name])
+
     def _evict(self, method: DecodeMethod) -> None:
-        drops = method.drops(self.sizes, self.budgets, self.state.generated)
-        if not drops.any():
+        most = int(self.drops.max(initial=0))
+        if not most:
             return
-        if (drops == 1).all():
-            self.state.positions.scatter_(-1, method.leaving_one(self.state), FREE)
-        else:
-            sent = self._drops.on(self.keys.device, drops)
-            leaving = method.leaving(self.state, sent, int(drops.max()))
-            self.state.positions.masked_fill_(leaving, FREE)
-        self.sizes -= drops
-        self.evicted += drops
+        positions = self.state.positions
+        if most > 1:
+            sent = self._sent.on(positions.device, self.drops)
+            positions.masked_fill_(method.leaving(self.state, sent, most), FREE)
+            return
+        slot = method.leaving_one(self.state)
+        if self.drops.all():
+            positions.scatter_(-1, slot, FREE)
+            return
+        leaves = self._sent.on(positions.device, self.drops)[..., None] > 0
+        stays = positions.gather(-1, slot)
+        positions.scatter_(-1, slot, stays.masked_fill(leaves, FREE))
 
     def kept(self) -> list[list[list[int]]]:
         """Positions that each head holds, ascending, ``[B][H]``."""
@@ -258,34 +263,43 @@ class SlotCache:
         Raises:
             KvtuneError: a head holds more or fewer tokens than were counted, or one twice.
         """
-        for sizes, row in zip(self.sizes.tolist(), self.kept(), strict=True):
-            for size, held in zip(sizes, row, strict=True):
-                if len(held) != size or len(set(held)) != size:
-                    raise KvtuneError(f"a head holds {len(held)} tokens, {size} were counted")
+        ordered = self.state.positions.sort(-1).values
+        held = (ordered != FREE).sum(-1)
+        again = ((ordered.diff(dim=-1) == 0) & (ordered[..., 1:] != FREE)).sum(-1)
+        counted = torch.from_numpy(self.sizes).to(held.device)
+        for wrong in ((held != counted) | (again > 0)).nonzero().tolist():
+            row, head = wrong
+            raise KvtuneError(
+                f"a head holds {held[row, head] - again[row, head]} tokens, "
+                f"{counted[row, head]} were counted"
+            )
 
 
-def held_bytes(
-    entries: NDArray[Any], forms: Forms, residual: int, statistics_bits: int, head_dim: int
-) -> NDArray[np.float64]:
-    """Bytes of so many entries of a head, two residual windows in 16 bits; runs without torch.
+def joined(caches: Sequence[SlotCache]) -> SlotCache:
+    """Caches of equally long prompts as one: their first rows, then their second ones...
 
-    One stays so, and another fills until its tokens are stored together.
+    Args:
+        caches: of the same heads of one layer, under one method, which have not stepped.
     """
-    exact, stored = (
-        sum(form.bound(1, head_dim, role) for form, role in zip(both, ROLES, strict=True))
-        for both in (EXACT, forms)
-    )
-    found: NDArray[np.float64] = entries * (stored + statistics_bits / 8)
-    found += np.minimum(entries, 2 * residual) * (exact - stored)
+    if len(caches) == 1:
+        return caches[0]
+    found, slots = copy.copy(caches[0]), max(cache.keys.shape[2] for cache in caches)
+    for name in ("budgets", "sizes", "trimmed", "peak", "evicted", "entry_steps", "drops", "most"):
+        rows = np.stack([getattr(cache, name) for cache in caches], 1)
+        setattr(found, name, rows.reshape(-1, rows.shape[-1]))
+
+    def rows_of(each: Iterable[Tensor], behind: int = 0) -> Tensor:
+        return torch.stack([_widened(x, slots, behind) for x in each], 1).flatten(0, 1)
+
+    states = [cache.state for cache in caches]
+    found.keys = rows_of(cache.keys for cache in caches)
+    found.values = rows_of(cache.values for cache in caches)
+    positions = rows_of((state.positions for state in states), FREE)
+    statistics = {
+        name: rows_of(state.statistics[name] for state in states) for name in states[0].statistics
+    }
+    found.state = found._counted(replace(states[0], positions=positions, statistics=statistics))
     return found
-
-
-def stores_apart(form: Format) -> bool:
-    """Whether every token is stored by itself, so that it can leave without the others."""
-    many = 4096  # as long as groups get
-    return not form.bytes_vary and all(
-        form.bound(many, 64, role) == many * form.bound(1, 64, role) for role in ROLES
-    )
 
 
 def _widened(tensor: Tensor, slots: int, behind: int = 0) -> Tensor:

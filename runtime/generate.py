@@ -1,163 +1,116 @@
 """Generating tokens while the cache evicts, on the real model, held against the full cache.
 
-The full cache, the batch's first row, chooses the tokens; every policy reads those same tokens
-from a cache of its own. Each layer's entries live in slots, grouped by method, and a method that
-evicts while decoding does so after each token, in each layer, with what that layer has become
-under the policy: errors feed on each other, as they would in service. Float32 inside.
+The full cache, the first policy, chooses the tokens; every policy reads those same tokens from a
+cache of its own. Several prompts are rows of one batch, so that a step is launched once for all.
+Each layer's entries live in slots, grouped by method, and a method that evicts while decoding does
+so after each token, in each layer, with what that layer has become under the policy: errors feed on
+each other, as they would in service. Float32 inside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from kvtune.common.captured_steps import Steps
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.noise import gumbel
+from kvtune.policies.noise import first_mixed, gumbel
 from kvtune.policies.option import Option
-from kvtune.policies.policy import Policy, footprint_of_lengths
+from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs
-from kvtune.policies.slots import SlotCache
-from kvtune.runtime.live_policies import Group, LivePolicy, check, groups
+from kvtune.runtime.generation_books import Books
+from kvtune.runtime.generation_run import GenerationRun, Measured
+from kvtune.runtime.live_policies import Group, LivePolicy, check, groups, side_by_side
 from kvtune.runtime.prompts import Prompt, fresh_prompt, refuse_window
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample
 from kvtune.traces.seam import attending
 
 
-@dataclass(frozen=True)
-class GenerationRun:
-    """One policy over the tokens that the full cache generated.
+class Generations:
+    """Texts that are generated side by side, each under the same policies, in stretches.
 
-    Args:
-        name: the policy's.
-        kl: divergence from the full cache at every step, ``[T]`` nats.
-        nll: negative log-likelihood of the next generated token, ``[T]`` nats.
-        full_nll: the same under the full cache.
-        agrees: whether the likeliest next token is the full cache's, ``[T]``.
-        evicted: entries that left while decoding, ``[L, H]``: proof that the policy fired.
-        trimmed: prompt tokens that left when the prompt was complete, ``[L, H]``.
-        peak_entries: most entries at once, the newest included, ``[L, H]``.
-        mean_bytes: of the cache, its statistics and lengths, mean over steps.
-        peak_bytes: likewise with every head at its peak.
-        statistics_bytes: the part of the mean that is the method's statistics.
-    """
-
-    name: str
-    kl: NDArray[np.float32]
-    nll: NDArray[np.float32]
-    full_nll: NDArray[np.float32]
-    agrees: NDArray[np.bool_]
-    evicted: NDArray[np.int64]
-    trimmed: NDArray[np.int64]
-    peak_entries: NDArray[np.int64]
-    mean_bytes: float
-    peak_bytes: float
-    statistics_bytes: float
-
-
-class _Measured:
-    """What is kept of every step, in room taken once.
-
-    Small tensors that stay, allocated step by step between the logits that go, would leave the
-    heap in pieces that no logits fit into again: it grew by a step's logits with every step.
-    """
-
-    def __init__(self, rows: int, room: int, first: int, device: str) -> None:
-        self.tokens = torch.zeros(room + 1, dtype=torch.int64, device=device)
-        self.tokens[0] = first
-        self._kl, self._nll = (torch.zeros(rows, room, device=device) for _ in range(2))
-        self._agrees = torch.zeros(rows, room, dtype=torch.bool, device=device)
-
-    def put(self, step: int, logits: Tensor, chosen: Tensor) -> None:
-        """KL from the first row ``[B]``, the chosen token's NLL, and whether the likeliest agree.
-
-        Args:
-            step: from 0.
-            logits: ``[B, vocabulary]``.
-            chosen: the token that the first row chose.
-        """
-        ours = logits.log_softmax(-1)
-        likeliest = logits.argmax(-1)
-        self.tokens[step + 1] = chosen
-        self._kl[:, step] = (ours[0].exp() * (ours[0] - ours)).sum(-1)
-        self._nll[:, step] = -ours[:, chosen]
-        self._agrees[:, step] = likeliest == likeliest[0]
-
-    def first(self, steps: int) -> tuple[NDArray[Any], ...]:
-        """KL, NLL and agreement of the first so many steps, ``[B, steps]`` each."""
-        whole = self._kl, self._nll, self._agrees
-        return tuple(each[:, :steps].cpu().numpy() for each in whole)
-
-
-class Generation:
-    """A generation that can be advanced in stretches, and asked for its results in between.
-
-    Life: build it (the prompt runs), ``advance`` as often as wanted, ``results``.
+    Life: build it (the prompts run), ``advance`` as often as wanted, ``runs``. What a step
+    takes is mostly what it launches, so that several prompts take little longer than one.
     """
 
     def __init__(
         self,
         loaded: LoadedModel,
-        prompt_ids: Sequence[int],
+        prompts: Sequence[Sequence[int]],
         policies: Sequence[LivePolicy],
         *,
         room: int,
         temperature: float = 0.0,
-        seed: int = 0,
+        seeds: Sequence[int] = (),
         banned: Sequence[int] = (),
     ) -> None:
-        """Run the prompt and fill every cache.
+        """Run the prompts and fill every cache.
 
         Args:
             loaded: the model.
-            prompt_ids: the prompt, two tokens or more; its last token is the first to be read from
-                the caches.
+            prompts: equally long, two tokens or more each; the last token is the first to be read
+                from the caches.
             policies: policies of this model's shape, whose formats store each token apart.
             room: tokens that will be generated at most.
             temperature: of the full cache's choices; 0 takes the likeliest.
-            seed: of the choices.
+            seeds: of each prompt's choices; 0, 1, 2... unless given.
             banned: tokens that are never chosen, such as the end of the text.
 
         Raises:
-            KvtuneError: a prompt of one token, another model's policy, one whose tokens share
-                scales, or one that could come to hold more than its limit.
+            KvtuneError: prompts of one token or of several lengths, another model's policy, one
+                whose tokens share scales, or one that could come to hold more than its limit.
         """
-        check(loaded.geometry, prompt_ids, policies)
-        self.loaded, self.room = loaded, room
-        self.temperature, self.seed = temperature, seed
-        self.banned = torch.tensor(list(banned), dtype=torch.int64, device=loaded.device)
-        geometry = loaded.geometry
+        for prompt in prompts:
+            check(loaded.geometry, prompt, policies)
+        if len({len(prompt) for prompt in prompts}) != 1:
+            raise KvtuneError("texts that are generated side by side need equally long prompts")
+        self.loaded, self.room, self.temperature = loaded, room, temperature
+        geometry, device = loaded.geometry, loaded.device
         full = LivePolicy(Policy.uniform(Option(), geometry.layers, geometry.kv_heads, name="full"))
-        self.policies = [full, *policies]
-        self.prompt_tokens = len(prompt_ids) - 1
-        self.layers = self._fill(prompt_ids)
+        self.policies, self.prompts = [full, *policies], len(prompts)
+        self.prompt_tokens = len(prompts[0]) - 1
+        self.banned = torch.tensor(list(banned), dtype=torch.int64, device=device)
+        each = seeds or range(len(prompts))
+        self._seeds = torch.tensor([[first_mixed(seed)] for seed in each], device=device)
+        self.layers = self._fill(prompts)
         self.generated = 0  # tokens so far
-        self._refuse(lambda cache: cache.most, "could come to hold")
-        self._measured = _Measured(len(self.policies), room, prompt_ids[-1], loaded.device)
+        self._books = Books(self.layers, self.policies, self.prompts, geometry)
+        self._books.refuse(lambda cache: cache.most, "could come to hold")
+        first = torch.tensor([prompt[-1] for prompt in prompts], device=device)
+        self._measured = Measured(len(self.policies), first, room)
+        self._newest = first.repeat(len(self.policies))[:, None]  # [B * P, 1], a policy's together
+        self._at = torch.full((1, 1), self.prompt_tokens - 1, device=device)  # its position
+        self.steps = Steps(self._step, captures=self._can_be_captured)
 
     @property
-    def tokens(self) -> Tensor:
-        """The prompt's last token, then what the full cache has generated, ``[T + 1]``."""
-        return self._measured.tokens[: self.generated + 1]
+    def _can_be_captured(self) -> bool:
+        methods = {group.cache.method for group in self._groups}
+        by_host = any(method.reads_step_number for method in methods if method is not None)
+        return "cuda" in self.loaded.device and not by_host
 
     @property
-    def token_ids(self) -> list[int]:
-        """What the full cache has generated."""
-        found: list[int] = self.tokens[1:].tolist()
-        return found
+    def _groups(self) -> Iterator[Group]:
+        return (group for layer in self.layers for group in layer)
 
-    def _fill(self, prompt_ids: Sequence[int]) -> list[list[Group]]:
-        """Every layer's caches, holding the compressed prompt."""
+    def tokens_of(self, prompt: int) -> Tensor:
+        """The prompt's last token, then what its full cache has generated, ``[T + 1]``."""
+        return self._measured.tokens[prompt, : self.generated + 1]
+
+    def _fill(self, prompts: Sequence[Sequence[int]]) -> list[list[Group]]:
+        """Every layer's caches, holding the compressed prompts."""
         needs = Needs()
         for live in self.policies:
             needs |= live.policy.needs
-        prompt = prompt_signals(self.loaded, prompt_ids, needs)
+        each = [self._filled(prompt_signals(self.loaded, ids, needs)) for ids in prompts]
+        return [side_by_side(layer) for layer in zip(*each, strict=True)]
+
+    def _filled(self, prompt: Prompt) -> list[list[Group]]:
+        """Every layer's caches of one prompt."""
         budgets = [c.policy.settle(self.prompt_tokens, prompt) for c in self.policies]
         layers = []
         for layer in range(self.loaded.geometry.layers):
@@ -171,119 +124,112 @@ class Generation:
 
     @torch.no_grad()
     def advance(self, tokens: int) -> None:
-        """Generate so many more tokens.
+        """Generate so many more tokens of each text.
 
         Raises:
             KvtuneError: a cache has come to hold more than its policy's limit.
         """
+        caches = [group.cache for group in self._groups]
         for _ in range(min(tokens, self.room - self.generated)):
-            logits = self._step()
-            self._refuse(lambda cache: cache.peak, "holds")
-            self._measured.put(self.generated, logits, self._choose(logits[0]))
+            self._refuse_windows()
+            for cache in caches:
+                cache.prepare()
+            self.steps.run(tuple(cache.pattern for cache in caches))
+            for cache in caches:
+                cache.count()
+            self._books.refuse(lambda cache: cache.peak, "holds")
             self.generated += 1
 
-    def _step(self) -> Tensor:
-        """Logits of all policies for the newest token, ``[B, vocabulary]`` float32."""
-        ids = self.tokens[-1].expand(len(self.policies), 1)
-        at = self.prompt_tokens + self.generated
-        positions = torch.full((1, 1), at, device=self.loaded.device)
+    def _refuse_windows(self) -> None:
+        for layer, window in enumerate(self.loaded.geometry.windows):
+            refuse_window(layer, window, self.prompt_tokens + self.generated + 1)
+
+    def _step(self) -> None:
+        """What the device does in a step: reads the newest tokens, measures, chooses the next."""
+        self._at += 1
         with attending(self._attend):
-            output = self.loaded.model(input_ids=ids, position_ids=positions, use_cache=False)
-        logits: Tensor = output.logits[:, -1].float()
-        return logits
+            output = self.loaded.model(
+                input_ids=self._newest, position_ids=self._at, use_cache=False
+            )
+        logits = output.logits[:, -1].float().unflatten(0, (len(self.policies), self.prompts))
+        step = self._at[0] - self.prompt_tokens
+        chosen = self._choose(logits[0], step)
+        self._measured.put(step, logits, chosen)
+        self._newest.copy_(chosen.repeat(len(self.policies))[:, None])
 
     def _attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Tensor:
         """Attention of one layer, as the seam asks for it."""
-        refuse_window(layer, window, self.prompt_tokens + self.generated + 1)
-        queries = q[:, :, 0].float().unflatten(1, (k.shape[1], -1))  # [B, H, G, D]
-        keys, values = k[:, :, 0].float(), v[:, :, 0].float()  # [B, H, D]
+        queries = q[:, :, 0].float().unflatten(1, (k.shape[1], -1))  # [B * P, H, G, D]
+        keys, values = k[:, :, 0].float(), v[:, :, 0].float()  # [B * P, H, D]
         output = torch.empty_like(queries)
         for group in self.layers[layer]:
             at = group.index
-            output[at] = group.cache.step(queries[at], keys[at], values[at])
+            output[at] = group.cache.attend(queries[at], keys[at], values[at])
         return output.flatten(1, 2)[:, :, None].to(q.dtype)
 
-    def _choose(self, logits: Tensor) -> Tensor:
-        scores = logits.clone()
-        scores[self.banned] = -torch.inf
+    def _choose(self, logits: Tensor, step: Tensor) -> Tensor:
+        """The next token of each text, ``[P]`` of ``[P, vocabulary]``."""
+        scores = logits.index_fill(-1, self.banned, -torch.inf)
         if self.temperature:
-            step = torch.full((1,), self.generated, device=scores.device)
-            each = torch.arange(len(scores), device=scores.device)
-            scores = scores / self.temperature + gumbel(self.seed, step, each)
-        return scores.argmax()
+            each = torch.arange(scores.shape[-1], device=scores.device)
+            scores = scores / self.temperature + gumbel(0, step + self._seeds, each)
+        return scores.argmax(-1)
 
-    def results(self) -> list[GenerationRun]:
-        """Every policy so far, the full cache left out.
+    def runs(self) -> list[list[GenerationRun]]:
+        """Every policy on each text so far, the full cache left out.
 
         Raises:
             KvtuneError: nothing was generated, an output is NaN, or a cache's books are wrong.
         """
         if not self.generated:
             raise KvtuneError("nothing has been generated yet")
-        for layer in self.layers:
-            for group in layer:
-                group.cache.check_integrity()
+        for group in self._groups:
+            group.cache.check_integrity()
         kl, nll, agrees = self._measured.first(self.generated)
-        for row, live in enumerate(self.policies):
-            if not np.isfinite(kl[row]).all():
+        for live, losses in zip(self.policies, kl, strict=True):
+            if not np.isfinite(losses).all():
                 raise KvtuneError(f"the policy {live.name!r} made the model's output NaN")
         return [
-            GenerationRun(live.name, kl[row], nll[row], nll[0], agrees[row], **self._books(row))
-            for row, live in enumerate(self.policies)
-            if row
-        ]
-
-    def _books(self, row: int) -> dict[str, Any]:
-        """What one policy's caches counted."""
-        geometry = self.loaded.geometry
-        shape = (geometry.layers, geometry.kv_heads)
-        evicted, trimmed, peak, steps, bits = (np.zeros(shape, np.int64) for _ in range(5))
-        for layer, groups_ in enumerate(self.layers):
-            for group in (group for group in groups_ if row in group.rows):
-                own, at, cache = group.rows.index(row), (layer, list(group.heads)), group.cache
-                evicted[at], trimmed[at] = cache.evicted[own], cache.trimmed[own]
-                peak[at], steps[at] = cache.peak[own], cache.entry_steps[own]
-                bits[at] = 0 if cache.method is None else cache.method.entry_bits
-        return {
-            "evicted": evicted,
-            "trimmed": trimmed,
-            "peak_entries": peak,
-            "mean_bytes": self._bytes(row, lambda cache: cache.entry_steps / self.generated),
-            "peak_bytes": self._bytes(row, lambda cache: cache.peak),
-            "statistics_bytes": float((steps / self.generated * bits).sum() / 8),
-        }
-
-    def _bytes(self, row: int, entries: Callable[[SlotCache], NDArray[Any]]) -> float:
-        """Bytes of one policy with so many entries in each head, lengths included."""
-        geometry, total = self.loaded.geometry, 0.0
-        for group in (group for layer in self.layers for group in layer if row in group.rows):
-            own = group.rows.index(row)
-            total += float(group.cache.bytes_of(entries(group.cache))[own].sum())
-        return total + footprint_of_lengths(geometry.layers, geometry.kv_heads)
-
-    def _grew(self, row: int) -> bool:
-        """Whether any of a policy's heads holds more than ever before."""
-        return any(
-            group.cache.grew for layer in self.layers for group in layer if row in group.rows
-        )
-
-    def _refuse(self, entries: Callable[[SlotCache], NDArray[Any]], does: str) -> None:
-        """Refuse policies whose heads, with so many entries each at once, exceed their limit.
-
-        Raises:
-            KvtuneError: names the first.
-        """
-        for row, live in enumerate(self.policies):
-            limit = live.limit_bytes
-            if limit is None or not self._grew(row):
-                continue
-            if (held := self._bytes(row, entries)) > limit:
-                raise KvtuneError(
-                    f"the policy {live.name!r} {does} {held:.0f} bytes, and {limit} are its limit",
-                    hint="give its heads smaller budgets, or raise the limit.",
+            [
+                GenerationRun(
+                    live.name, kl[at, text], nll[at, text], nll[0, text], agrees[at, text],
+                    **self._books.of_row(at * self.prompts + text, self.generated),
                 )
+                for at, live in enumerate(self.policies)
+                if at
+            ]
+            for text in range(self.prompts)
+        ]  # fmt: skip
+
+
+class Generation(Generations):
+    """One text; the arguments are those of ``Generations``."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        prompt_ids: Sequence[int],
+        policies: Sequence[LivePolicy],
+        *,
+        room: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        banned: Sequence[int] = (),
+    ) -> None:
+        more: dict[str, Any] = {"temperature": temperature, "seeds": [seed], "banned": banned}
+        super().__init__(loaded, [prompt_ids], policies, room=room, **more)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """What the full cache has generated."""
+        found: list[int] = self.tokens_of(0)[1:].tolist()
+        return found
+
+    def results(self) -> list[GenerationRun]:
+        """Every policy so far, the full cache left out; see ``runs``."""
+        return self.runs()[0]
 
 
 def prompt_signals(loaded: LoadedModel, prompt_ids: Sequence[int], needs: Needs) -> Prompt:

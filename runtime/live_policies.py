@@ -19,7 +19,9 @@ from kvtune.policies.parts import PartPlan
 from kvtune.policies.policy import Policy
 from kvtune.policies.room import beyond_prompt, goes_on_evicting
 from kvtune.policies.signals import Signals
-from kvtune.policies.slots import Forms, SlotCache, prompt_of, stores_apart
+from kvtune.policies.slot_bytes import Forms, stores_apart
+from kvtune.policies.slot_prompt import prompt_of
+from kvtune.policies.slots import SlotCache, joined
 from kvtune.traces.geometry import Geometry
 
 
@@ -48,15 +50,28 @@ class LivePolicy:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """What heads must have in common to share a cache; growing ones also their size."""
+
+    method: Method
+    evicts: bool
+    tokens: int
+    forms: Forms
+    residual: int
+
+
+@dataclass(frozen=True)
 class Group:
     """Heads of one layer that step together: the same heads of all policies with one method.
 
     Args:
+        kind: what they have in common.
         rows: of the batch.
         heads: KV heads of the layer.
         cache: theirs, ``[rows, heads, ...]``.
     """
 
+    kind: Kind
     rows: tuple[int, ...]
     heads: tuple[int, ...]
     cache: SlotCache
@@ -72,20 +87,10 @@ class Group:
 
 
 def _slice(numbers: tuple[int, ...]) -> slice | None:
-    """Consecutive numbers as a slice; None of others."""
-    first, end = numbers[0], numbers[-1] + 1
-    return slice(first, end) if numbers == tuple(range(first, end)) else None
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """What heads must have in common to share a cache; growing ones also their size."""
-
-    method: Method
-    evicts: bool
-    tokens: int
-    forms: Forms
-    residual: int
+    """Numbers that are equally far apart as a slice; None of others."""
+    step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    alike = range(numbers[0], numbers[-1] + 1, step) if step > 0 else range(0)
+    return slice(alike.start, alike.stop, step) if numbers == tuple(alike) else None
 
 
 def check(geometry: Geometry, prompt_ids: Sequence[int], policies: Sequence[LivePolicy]) -> None:
@@ -158,17 +163,40 @@ def groups(
         beyond = [[beyond_prompt(option, signals.prompt_tokens) for option in o] for o in options]
         budgets = np.maximum(kept, beyond)
         cache = SlotCache(method, prompt, signals, budgets, room, heads, kind.forms, kind.residual)
-        found.append(Group(tuple(rows), heads, cache))
+        found.append(Group(kind, tuple(rows), heads, cache))
     return found
+
+
+def side_by_side(prompts: Sequence[list[Group]]) -> list[Group]:
+    """One layer's caches of several equally long prompts, those that are alike as one.
+
+    Args:
+        prompts: each one's groups; a group's rows are policies.
+
+    Returns:
+        Groups whose rows are ``policy * prompts + prompt``.
+    """
+    alike: dict[object, list[tuple[int, Group]]] = {}
+    for prompt, found in enumerate(prompts):
+        for group in found:
+            key = group.kind, group.rows, group.heads
+            alike.setdefault(key, []).append((prompt, group))
+    return [_joined(each, len(prompts)) for each in alike.values()]
+
+
+def _joined(alike: Sequence[tuple[int, Group]], prompts: int) -> Group:
+    first = alike[0][1]
+    rows = tuple(row * prompts + prompt for row in first.rows for prompt, _ in alike)
+    return Group(first.kind, rows, first.heads, joined([group.cache for _, group in alike]))
 
 
 def _shared(
     policies: Sequence[LivePolicy], layer: int, tokens: NDArray[np.int64]
-) -> dict[tuple[_Kind, tuple[int, ...]], list[int]]:
+) -> dict[tuple[Kind, tuple[int, ...]], list[int]]:
     """Rows of the batch by what their heads have in common, and by which heads those are."""
-    found: dict[tuple[_Kind, tuple[int, ...]], list[int]] = {}
+    found: dict[tuple[Kind, tuple[int, ...]], list[int]] = {}
     for row, live in enumerate(policies):
-        heads_of: dict[_Kind, list[int]] = {}
+        heads_of: dict[Kind, list[int]] = {}
         for head, option in enumerate(live.policy.heads[layer]):
             kind = _kind(option, live, int(tokens[row, head]))
             heads_of.setdefault(kind, []).append(head)
@@ -177,7 +205,7 @@ def _shared(
     return found
 
 
-def _kind(option: Option, live: LivePolicy, tokens: int) -> _Kind:
+def _kind(option: Option, live: LivePolicy, tokens: int) -> Kind:
     goes_on = live.evicts and goes_on_evicting(option)
     forms = option.keys, option.values
-    return _Kind(option.method, goes_on, 0 if goes_on else tokens, forms, live.residual)
+    return Kind(option.method, goes_on, 0 if goes_on else tokens, forms, live.residual)

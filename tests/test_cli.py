@@ -656,6 +656,8 @@ def test_a_search_with_a_bound_plans_a_long_generation(
     found = ran.json
     assert found["peak_bytes"] <= found["most_bytes"] <= found["bound_bytes"]
     assert found["generated_live"] == 48
+    narrow = "rotated_int" in (tmp_path / "run" / "policy.yaml").read_text()
+    assert any("16 bits only" in note for note in found["notes"]) == narrow
     assert len(found["live_rounds"]) > 1
     assert read_policy(tmp_path / "run" / "policy.yaml").bind(3, 2).layers == 3
     refused = run(*words, "--held-bytes", "0%")

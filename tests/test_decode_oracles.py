@@ -26,7 +26,8 @@ from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.methods.tova import Tova
 from kvtune.policies.noise import gumbel
 from kvtune.policies.signals import Signals
-from kvtune.policies.slots import SlotCache, prompt_of
+from kvtune.policies.slot_prompt import prompt_of
+from kvtune.policies.slots import SlotCache
 from kvtune.policies.testing import Case, make_signals
 from kvtune.policies.testing import decode as suite
 

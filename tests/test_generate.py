@@ -27,7 +27,8 @@ from kvtune.policies.methods.tova import Tova
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.testing.decode import decode_methods
-from kvtune.runtime.generate import Generation, GenerationRun, prompt_signals
+from kvtune.runtime.generate import Generation, prompt_signals
+from kvtune.runtime.generation_run import GenerationRun
 from kvtune.runtime.live_policies import LivePolicy
 from kvtune.simulator.quality.replay import LayerReplay
 from kvtune.tests.full_cache import observed_logits
@@ -234,7 +235,7 @@ def test_short_prompts_and_budgets_below_sinks_and_window(
 def record(generation: Generation, layer: int, row: int) -> tuple[list[Tensor], ...]:
     """Let one row of one layer's group remember queries, keys and values."""
     group = next(g for g in generation.layers[layer] if row in g.rows)
-    own, step = group.rows.index(row), group.cache.step
+    own, step = group.rows.index(row), group.cache.attend
     seen: tuple[list[Tensor], ...] = ([], [], [])
 
     def stepped(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -243,7 +244,7 @@ def record(generation: Generation, layer: int, row: int) -> tuple[list[Tensor], 
             each.append(tensor[own])
         return step(*given)
 
-    group.cache.step = stepped  # type: ignore[method-assign]
+    group.cache.attend = stepped  # type: ignore[method-assign]
     return seen
 
 

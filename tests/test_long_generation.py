@@ -21,7 +21,7 @@ from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
-from kvtune.policies.slots import ROLES, held_bytes, stores_apart
+from kvtune.policies.slot_bytes import ROLES, held_bytes, stores_apart
 from kvtune.runtime.generate import Generation
 from kvtune.runtime.live_policies import LivePolicy
 from kvtune.simulator.quality.decoding import all_layers, build_decode_tables, decode_features
@@ -73,14 +73,14 @@ def test_the_residual_window_is_counted_in_16_bits() -> None:
 def watched(generation: Generation, layer: int) -> list[tuple[Tensor, Tensor]]:
     """Let the first cache of a layer of a policy remember the keys that enter."""
     group = next(g for g in generation.layers[layer] if 1 in g.rows)
-    step = group.cache.step
+    step = group.cache.attend
     seen: list[tuple[Tensor, Tensor]] = []
 
     def stepped(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         seen.append((keys.clone(), values.clone()))
         return step(queries, keys, values)
 
-    group.cache.step = stepped  # type: ignore[method-assign]
+    group.cache.attend = stepped  # type: ignore[method-assign]
     return seen
 
 
@@ -172,6 +172,13 @@ def test_every_candidate_keeps_the_bound_and_the_live_one_is_chosen(tiny_trace: 
     found = candidates(tables, asked)
     assert all(plan.most_bytes <= asked.bound_bytes for plan in found)
     assert any(not plan.is_uniform for plan in found)
+    for plan in (
+        plan for plan in found if plan.is_uniform and plan.policy.heads[0][0].budget != ALL
+    ):
+        option = plan.policy.heads[0][0]
+        wider = replace(option, budget=Budget(tokens=(option.budget.tokens or 0) + 1))
+        more = most_bytes(wider, *asked.shape(8)) + 4
+        assert plan.most_bytes <= asked.bound_bytes < LAYERS * HEADS * more
     assert [p.predicted for p in found] == sorted(p.predicted for p in found)
     plan, rounds = choose(found, lambda plans: [float(-n) for n in range(len(plans))])
     assert plan.name == list(rounds)[-1]

@@ -66,6 +66,8 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         (*SERVED, "--held-bytes", "50"),
         (*SERVED, "--held-bytes", "50MB"),
         (*SERVED, "--held-bytes", "50MB", "--context", "4k-8k"),
+        (*SERVED, "--held-bytes", "50MB", "--jobs", "2"),
+        (*SERVED, "--held-bytes", "500GB"),
         (*SERVED, "--heads", "nowhere.safetensors"),
         (*SERVED, "--heads", "scores.safetensors"),
         (*SERVED, "--text", "nowhere.txt"),
@@ -146,6 +148,7 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         (*SERVED, "--rate", "4", "--mem", "16QB"),
         (*SERVED, "--arrivals", "nowhere.csv"),
         (*SERVED, "--arrivals", "nowhere.csv", "--prefix", "1k"),
+        (*SERVED, "--arrivals", "nowhere.csv", "--requests", "9"),
         (*SERVED, "--rate", "4", "--prefix", "4k"),
     ],
     "capture": [

@@ -29,7 +29,8 @@ from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.document import read_policy
 from kvtune.policies.signals import Signals
-from kvtune.policies.slots import SlotCache, prompt_of
+from kvtune.policies.slot_prompt import prompt_of
+from kvtune.policies.slots import SlotCache
 from kvtune.policies.testing import Case, make_signals, uniform
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -99,9 +99,9 @@ def test_pages_hold_and_answer_what_slots_do(
     cache = load_cache(policy, network, evicts=True)
     network(torch.tensor([prompt[:-1]]), past_key_values=cache)
     nll = []
-    for at, token in enumerate(live.tokens[:-1]):
+    for at, token in enumerate(live.tokens_of(0)[:-1]):
         logits = step(network, cache, token[None], torch.tensor([PROMPT - 1 + at]))
-        nll.append(-logits[0].log_softmax(-1)[live.tokens[at + 1]])
+        nll.append(-logits[0].log_softmax(-1)[live.tokens_of(0)[at + 1]])
         assert positions(cache) == held[at]
     run = live.results()[0]
     torch.testing.assert_close(torch.stack(nll), torch.tensor(run.nll), atol=0.1, rtol=0.02)

@@ -81,7 +81,7 @@ class A2SF(DecodeMethod):
 
     def observe(self, state: DecodeState, attention: Tensor) -> None:
         """Forget a little, add the newest row."""
-        state.statistics["drawn"] = self.factor * state.statistics["drawn"] + attention.mean(2)
+        state.statistics["drawn"].mul_(self.factor).add_(attention.mean(2))
 
     def worth(self, state: DecodeState) -> Tensor:
         """Discounted attention."""

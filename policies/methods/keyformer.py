@@ -64,6 +64,11 @@ class Keyformer(DecodeMethod):
         """One float."""
         return 32
 
+    @property
+    def reads_step_number(self) -> bool:
+        """Noise and temperature follow it."""
+        return True
+
     def protected(self, budget: int) -> tuple[int, int]:
         """The recent window."""
         return 0, int(budget * self.recent_share)

@@ -74,6 +74,11 @@ class LazyEviction(DecodeMethod):
         """Two 32-bit integers."""
         return 64
 
+    @property
+    def reads_step_number(self) -> bool:
+        """Clocks do."""
+        return True
+
     def protected(self, budget: int) -> tuple[int, int]:
         """The observation window."""
         return 0, self.window

@@ -55,6 +55,11 @@ class Scissorhands(DecodeMethod):
         """One bit a remembered row."""
         return self.history
 
+    @property
+    def reads_step_number(self) -> bool:
+        """It says which row of the ring is the oldest."""
+        return True
+
     def protected(self, budget: int) -> tuple[int, int]:
         """The newest tokens, as far as a bulk drop leaves room for them."""
         return 0, min(self.recent, budget - self._bulk(budget))

@@ -53,6 +53,11 @@ class StreamingLLM(DecodeMethod):
         """Unless keys are renumbered."""
         return self.positions == "kept"
 
+    @property
+    def reads_step_number(self) -> bool:
+        """Where keys are renumbered."""
+        return self.positions == "reindexed"
+
     def protected(self, budget: int) -> tuple[int, int]:
         """The sinks."""
         return self.sinks, 0

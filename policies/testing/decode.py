@@ -22,7 +22,8 @@ from kvtune.policies.attention import attend
 from kvtune.policies.decode import FREE, DecodeMethod
 from kvtune.policies.method import methods
 from kvtune.policies.signals import Signals
-from kvtune.policies.slots import SlotCache, prompt_of
+from kvtune.policies.slot_prompt import prompt_of
+from kvtune.policies.slots import SlotCache
 from kvtune.policies.testing.cases import Case, shared_signals, uniform
 
 STEPS = 15

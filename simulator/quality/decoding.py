@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvtune.common.captured_steps import Steps
 from kvtune.common.progress import Progress, Silent
 from kvtune.policies.decode import DecodeMethod
 from kvtune.policies.option import Option
 from kvtune.policies.room import goes_on_evicting
-from kvtune.policies.slots import SlotCache, prompt_of
+from kvtune.policies.slot_prompt import prompt_of
+from kvtune.policies.slots import SlotCache
 from kvtune.simulator.quality.build import DEFAULT_BLOCK
 from kvtune.simulator.quality.replay import LayerReplay, in_blocks
 from kvtune.simulator.quality.tables import Floats, SampleFacts, Tables
@@ -139,16 +141,37 @@ def outputs(layer: LayerReplay, options: Sequence[Option], residual: int) -> Ten
         forms=forms,
         residual=residual,
     )
-    found = [cache.step(*each) for each in tokens_of(layer, len(options))]
-    return torch.stack(found, -2)
+    return _Stepped(layer, cache).run()
 
 
-def tokens_of(layer: LayerReplay, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Query, key and value of each observed token, for so many caches side by side."""
-    for t in range(layer.keys.shape[1]):
-        query, key, value = layer.queries[:, :, t], layer.keys[:, t], layer.values[:, t]
-        yield (
-            query.expand(rows, *query.shape),
-            key.expand(rows, *key.shape),
-            value.expand(rows, *value.shape),
-        )
+class _Stepped:
+    """A cache of slots that is stepped through the observed tokens.
+
+    The device counts the tokens itself, so that a step may be replayed as a graph.
+    """
+
+    def __init__(self, layer: LayerReplay, cache: SlotCache) -> None:
+        rows, (heads, group, observed, head_dim) = len(cache.sizes), layer.queries.shape
+        self.layer, self.cache, self.observed = layer, cache, observed
+        self.at = torch.zeros(1, dtype=torch.int64, device=layer.keys.device)
+        self.outputs = layer.queries.new_empty(rows, heads, group, observed, head_dim)
+
+    def run(self) -> Tensor:
+        """Attention outputs at all observed positions, ``[B, H, G, C, D]``."""
+        method = self.cache.method
+        by_host = method is not None and method.reads_step_number
+        steps = Steps(self.step, captures=self.at.is_cuda and not by_host)
+        for _ in range(self.observed):
+            self.cache.prepare()
+            steps.run(self.cache.pattern)
+            self.cache.count()
+        return self.outputs
+
+    def step(self) -> None:
+        """The next token, which all rows of the cache read."""
+        layer, rows = self.layer, len(self.outputs)
+        query = layer.queries.index_select(2, self.at)[:, :, 0]
+        key, value = (x.index_select(1, self.at)[:, 0] for x in (layer.keys, layer.values))
+        found = self.cache.attend(*(x.expand(rows, *x.shape) for x in (query, key, value)))
+        self.outputs.index_copy_(3, self.at, found[:, :, :, None])
+        self.at += 1

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from kvtune.common.progress import Progress
 from kvtune.policies.policy import Policy
-from kvtune.runtime.generate import Generation, GenerationRun
+from kvtune.runtime.generate import Generations
+from kvtune.runtime.generation_run import GenerationRun
 from kvtune.runtime.live_policies import LivePolicy
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample
@@ -22,6 +24,23 @@ from kvtune.tuner.sources import queries_of, signals_of
 PROBES = 4
 TEMPERATURE = 1.0
 """Of the full cache's choices: greedy texts of a small model repeat themselves."""
+_CACHE_BYTES = 4 * 2**30  # of caches that generate side by side, if none of them evicted
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Live:
+    """What was generated.
+
+    Args:
+        runs: every policy on each prompt.
+        replayed: steps that were replayed as a graph.
+        fault: why no graph was made, if one was tried.
+    """
+
+    runs: list[list[GenerationRun]]
+    replayed: int
+    fault: str
 
 
 def capture_long(
@@ -47,40 +66,62 @@ def capture_long(
 
 def generate(
     loaded: LoadedModel,
-    prompt_ids: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     policies: Sequence[LivePolicy],
     tokens: int,
     *,
-    seed: int = 0,
+    seeds: Sequence[int] = (),
     until: Callable[[], bool] = lambda: False,
     stretch: int = 16,
-) -> list[GenerationRun]:
+) -> Live:
     """Generate under several policies beside the full cache, whose tokens all of them read.
 
     Args:
         loaded: the model.
-        prompt_ids: its last token is the first to be read from the caches.
+        prompts: equally long, and generated from side by side; the last token of each is the first
+            to be read from its caches.
         policies: policies with their limits.
         tokens: to generate.
-        seed: of the full cache's choices.
+        seeds: of each full cache's choices; 0, 1, 2... unless given.
         until: whether to stop where it stands.
         stretch: tokens between two looks at that.
     """
     end = loaded.tokenizer.eos_token_id
-    generation = Generation(
+    generations = Generations(
         loaded,
-        prompt_ids,
+        prompts,
         policies,
         room=tokens,
         temperature=TEMPERATURE,
-        seed=seed,
+        seeds=seeds,
         banned=[] if end is None else [end],
     )
-    while generation.generated < tokens:
-        generation.advance(stretch)
+    while generations.generated < tokens:
+        generations.advance(stretch)
         if until():
             break
-    return generation.results()
+    return Live(generations.runs(), generations.steps.replayed, generations.steps.fault)
+
+
+def in_batches(
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    policies: Sequence[LivePolicy],
+    prompt_tokens: int,
+    tokens: int,
+    progress: Progress,
+) -> list[list[GenerationRun]]:
+    """Each sample's prompt generated from, as many side by side as memory is meant to take."""
+    geometry = loaded.geometry
+    entries = geometry.layers * geometry.kv_heads * (prompt_tokens + tokens)
+    each = entries * 2 * geometry.head_dim * _FLOAT_BYTES * (1 + len(policies))
+    at_once = max(1, _CACHE_BYTES // each)
+    batches = [range(at, min(at + at_once, len(samples))) for at in range(0, len(samples), at_once)]
+    found = []
+    for batch in progress.track(batches, "generating live", len(batches)):
+        prompts = [samples[number].token_ids[: prompt_tokens + 1] for number in batch]
+        found += generate(loaded, prompts, policies, tokens, seeds=batch).runs
+    return found
 
 
 def live_policy(policy: Policy, asked: Generated) -> LivePolicy:
@@ -98,13 +139,10 @@ def live_rounds(
     """How to run plans on the selection prompts for a few tokens of what is planned for."""
 
     def run(plans: Sequence[LongPlan]) -> list[float]:
-        each: list[list[float]] = []
-        for sample in progress.track(samples, "generating live", len(samples)):
-            policies = [live_policy(plan.policy, asked) for plan in plans]
-            ids = sample.token_ids[: asked.prompt_tokens + 1]
-            runs = generate(loaded, ids, policies, min(tokens, asked.tokens), seed=len(each))
-            each.append([float(run.kl.mean()) for run in runs])
-        kinds = [sample.kind for sample in samples]
-        return [mean_over_kinds(losses, kinds) for losses in np.array(each).T]
+        policies = [live_policy(plan.policy, asked) for plan in plans]
+        ahead = min(tokens, asked.tokens)
+        runs = in_batches(loaded, samples, policies, asked.prompt_tokens, ahead, progress)
+        losses = np.array([[run.kl.mean() for run in each] for each in runs], float)
+        return [mean_over_kinds(each, [sample.kind for sample in samples]) for each in losses.T]
 
     return run

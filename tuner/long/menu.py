@@ -21,7 +21,7 @@ from kvtune.policies.methods.tova import Tova
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.room import Room
 from kvtune.policies.signals import Needs
-from kvtune.policies.slots import held_bytes
+from kvtune.policies.slot_bytes import held_bytes
 
 
 @dataclass(frozen=True)

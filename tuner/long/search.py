@@ -15,7 +15,9 @@ from kvtune.common.estimate import Estimate
 from kvtune.common.files import cache_dir, write_json, write_text
 from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
+from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.policy_file.document import PolicyDocument, Serving, write_policy
+from kvtune.policies.room import goes_on_evicting
 from kvtune.simulator.model_facts import model_facts
 from kvtune.tuner.long.bound import mean_full_bytes
 from kvtune.tuner.long.menu import LongMenu
@@ -24,7 +26,8 @@ from kvtune.tuner.quality import estimate, ratio_interval
 from kvtune.tuner.request import SearchRequest
 
 OBSERVED = 1024
-LIVE_TOKENS = 256  # of each generation in which plans are tried
+LIVE_TOKENS = {"cpu": 256, "cuda": 1024}
+"""Of each generation in which plans are tried, at most."""
 PLAN_FILE = "policy.yaml"
 
 
@@ -58,6 +61,20 @@ class LongResult:
     generated: int
     prompts: int
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What stands in the way of serving the plan."""
+        narrow = any(
+            goes_on_evicting(option) and {option.keys, option.values} != {Bf16()}
+            for option in self.plan.policy.options()
+        )
+        if not narrow:
+            return ()
+        return (
+            "serving: heads evict from fewer than 16 bits, which runtime.generate.Generation runs; "
+            "pages (load_cache with evicts=True, and serving stacks) evict in 16 bits only.",
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """The form that goes into ``result.json``."""
         uniform = None if self.uniform_live is None else self.uniform_live.as_dict()
@@ -80,6 +97,7 @@ class LongResult:
             "peak_bytes": self.peak_bytes,
             "generated_live": self.generated,
             "held_out_prompts": self.prompts,
+            "notes": list(self.notes),
         }
 
 
@@ -119,7 +137,8 @@ def run_long_search(
         )
         found = candidates(tables, asked)
         select = [sample for sample in samples if sample.split == "select"]
-        plan, rounds = choose(found, live_rounds(loaded, select, asked, LIVE_TOKENS, progress))
+        ahead = LIVE_TOKENS[device.partition(":")[0]]
+        plan, rounds = choose(found, live_rounds(loaded, select, asked, ahead, progress))
         result = _judged(loaded, samples, asked, plan, rounds, found, progress)
         _write(request, result)
     return result
@@ -158,16 +177,13 @@ def _judged(
     progress: Progress,
 ) -> LongResult:
     """The plan and the best uniform option, on prompts that took no part in the choice."""
-    from kvtune.tuner.long.live import generate, live_policy
+    from kvtune.tuner.long.live import in_batches, live_policy
 
     uniform = next((each for each in found if each.is_uniform), None)
     beside = [plan, *([uniform] if uniform and uniform is not plan else [])]
     held_out = [sample for sample in samples if sample.split == "evaluate"]
-    runs = []
-    for number, sample in enumerate(progress.track(held_out, "judging", len(held_out))):
-        ids = sample.token_ids[: asked.prompt_tokens + 1]
-        both = [live_policy(each.policy, asked) for each in beside]
-        runs.append(generate(loaded, ids, both, asked.tokens, seed=number))
+    both = [live_policy(each.policy, asked) for each in beside]
+    runs = in_batches(loaded, held_out, both, asked.prompt_tokens, asked.tokens, progress)
     kinds = [sample.kind for sample in held_out]
     losses = [[float(run[row].kl.mean()) for run in runs] for row in range(len(beside))]
     baseline = losses[1] if len(losses) > 1 else None

@@ -1,0 +1,50 @@
+"""Options that a question does not read: refused where they were typed, never passed over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvtune.common.errors import KvtuneError
+
+UNREAD = {
+    "held_bytes": (
+        "batch", "max_kl", "trials", "menu", "stack", "read_bytes", "tpot", "ttft", "sequences",
+        "sampler", "jobs", "storage", "engine", "start", "moved_bytes", "heads", "stand_in",
+    ),
+    "arrivals": ("rate", "requests", "prompt", "output", "length_cv", "burstiness", "prefix"),
+}  # fmt: skip
+"""By the option that asks another question: those that only the command's usual one reads."""
+
+_INSTEAD = {
+    "held_bytes": "a long generation is planned for one sequence, by the bytes that it may hold at "
+    "any moment: leave out what it does not read, or leave out --held-bytes.",
+    "arrivals": "the file says when requests come, how long they are and, in prefix_ids, what they "
+    "share (docs/serve-sim.md): leave out what is of requests that are drawn at --rate.",
+}
+
+
+def refuse_unread(context: Any) -> None:
+    """Refuse options on this command line that the question it asks does not read.
+
+    What a file of defaults gives is not refused: it is meant for all commands.
+
+    Args:
+        context: of a command that is about to run.
+
+    Raises:
+        KvtuneError: names them.
+    """
+    options = {param.name: param.opts[0] for param in context.command.params}
+    for question, unread in UNREAD.items():
+        if not _was_typed(context, question):
+            continue
+        given = [options[name] for name in unread if _was_typed(context, name)]
+        if given:
+            raise KvtuneError(
+                f"{options[question]} does not read {' or '.join(given)}", hint=_INSTEAD[question]
+            )
+
+
+def _was_typed(context: Any, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
