@@ -128,7 +128,7 @@ def systems_left_out(folder: Path, chips: bool) -> dict[str, Any]:
 def _from_nearest(
     folder: Path, system: str, card: GpuProfile, stack: Any, heads: Heads, form: str, chips: bool
 ) -> list[float]:
-    from kvtune.simulator.deployment import _unlike
+    from kvtune.simulator.latency.stacks import unlike
 
     table = read_table(
         folder, system, "attention", stack, "generation_attention_perf", {"head_dim": heads.width}
@@ -140,7 +140,7 @@ def _from_nearest(
         if name != system and CARDS[name].vendor == card.vendor
         and not (chips and ALIKE.get(name, name) == ALIKE.get(system, system))
     ]  # fmt: skip
-    for name in sorted(others, key=lambda one: _unlike(CARDS[one], card)):
+    for name in sorted(others, key=lambda one: unlike(CARDS[one], card)):
         tables = ServingTables(folder, name, stack)
         try:
             if not points:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from kvtune.cli.llama_report import LlamaEngine
     from kvtune.common.errors import DoesNotFitError
     from kvtune.policies.policy_file.document import PolicyDocument
-    from kvtune.simulator.deployment import StackChoice
+    from kvtune.profiles.elsewhere import StackChoice
     from kvtune.simulator.memory.budget import MemoryBudget
     from kvtune.simulator.memory.engine_memory import EngineMemory
     from kvtune.simulator.memory.llama_memory import LlamaMemory
