@@ -37,6 +37,27 @@ class LogCurve:
         return self._curve.at(math.log(max(x, 1.0)))
 
 
+class StackGrids:
+    """Kernels of a serving stack over everything that an engine may ask for.
+
+    Args:
+        model: of the stack on its cards.
+        sequences: the most at once.
+        longest: tokens of the longest sequence.
+        step_tokens: the most new tokens of a step.
+    """
+
+    def __init__(self, model: ServingModel, sequences: int, longest: int, step_tokens: int) -> None:
+        last, most = max(longest, 2), step_tokens + sequences
+        self.rows, lengths = np.arange(1.0, sequences + 1), LogCurve.points(last, _LENGTHS)
+        attention = model.decode_attention(*np.meshgrid(self.rows, lengths, indexing="ij"))
+        prompts = LogCurve.points(last, _ROWS)
+        self.attention = [LogCurve(last, of_batch) for of_batch in attention]
+        self.context = LogCurve(last, model.context_attention(np.ones(_ROWS), prompts))
+        self.passes = LogCurve(most, model.passes(LogCurve.points(most, _ROWS)))
+        self.decode_passes, self.logits = model.passes(self.rows), model.logits(self.rows)
+
+
 class StackTimes:
     """Steps of an engine by the kernels of a serving stack.
 
@@ -44,28 +65,18 @@ class StackTimes:
     chunk to the tokens before it and that of the sequences that decode.
 
     Args:
-        model: of the stack on its cards.
-        sequences: the most at once.
-        longest: tokens of the longest sequence.
-        step_tokens: the most new tokens of a step.
+        model: of the stack on its cards, with its overheads.
+        grids: of the same model.
         tier: of the times.
     """
 
-    def __init__(
-        self, model: ServingModel, sequences: int, longest: int, step_tokens: int, tier: Tier
-    ) -> None:
+    def __init__(self, model: ServingModel, grids: StackGrids, tier: Tier) -> None:
         self.tier, self.compressing = tier, Curve(0, 1, [0.0, 0.0])
-        self.over, self.layers, self.scale = model.overheads, model.shape.layers, 1.0
-        last, most = max(longest, 2), step_tokens + sequences
-        rows, lengths = np.arange(1.0, sequences + 1), LogCurve.points(last, _LENGTHS)
-        attention = model.decode_attention(*np.meshgrid(rows, lengths, indexing="ij"))
-        self._attention = [LogCurve(last, of_batch) for of_batch in attention]
-        self._passes = LogCurve(most, model.passes(LogCurve.points(most, _ROWS)))
-        prompts = LogCurve.points(last, _ROWS)
-        self._context = LogCurve(last, model.context_attention(np.ones(_ROWS), prompts))
-        beside = self.over.kernels * model.logits(rows) + model.rest(rows)
+        self.over, self.grids, self.scale = model.overheads, grids, 1.0
+        self.launches_s = model.shape.layers * self.over.launches_s
+        beside = self.over.kernels * grids.logits + model.rest(grids.rows)
         self._beside: list[float] = beside.tolist()
-        self._decode: list[float] = (self.over.kernels * model.passes(rows) + beside).tolist()
+        self._decode: list[float] = (self.over.kernels * grids.decode_passes + beside).tolist()
 
     def scaled(self, factor: float) -> StackTimes:
         """The same with every time so many times as long."""
@@ -75,23 +86,23 @@ class StackTimes:
 
     def decoding(self, sequences: int, prompt: float, generated: float) -> float:
         """Seconds of one decode step; lengths are means."""
-        attention = self._attention[sequences - 1].at(prompt + generated)
+        attention = self.grids.attention[sequences - 1].at(prompt + generated)
         return self.scale * (self.over.kernels * attention + self._decode[sequences - 1])
 
     def mixed(
         self, sequences: int, prompt: float, generated: float, chunks: Iterable[Chunk]
     ) -> float:
         """Seconds of a step that reads chunks of prompts beside decoding."""
-        new = asked = sequences
-        kernels = self._attention[sequences - 1].at(prompt + generated) if sequences else 0.0
+        grids, new, asked, kernels = self.grids, sequences, sequences, 0.0
+        if sequences:
+            kernels += grids.attention[sequences - 1].at(prompt + generated)
         for start, tokens in chunks:
             new, asked = new + tokens, asked + 1
-            kernels += self._context.at(start + tokens)
-            kernels -= self._context.at(start) if start else 0.0
-        kernels += self._passes.at(new)
+            kernels += grids.context.at(start + tokens)
+            kernels -= grids.context.at(start) if start else 0.0
+        kernels += grids.passes.at(new)
         beside = self._beside[min(asked, len(self._beside)) - 1]
-        launches = self.layers * self.over.launches_s
-        return self.scale * max(self.over.reading * kernels + beside, launches)
+        return self.scale * max(self.over.reading * kernels + beside, self.launches_s)
 
     def copying(self, blocks: int) -> float:
         """Copies to the host are not costed by a stack's tables."""

@@ -26,7 +26,7 @@ from kvtune.simulator.memory.weights import WeightFormat
 from kvtune.simulator.serving.footprint import footprint
 from kvtune.simulator.serving.requests import Requests
 from kvtune.simulator.serving.server import Prepared, Server
-from kvtune.simulator.serving.stack_times import StackTimes
+from kvtune.simulator.serving.stack_times import StackGrids, StackTimes
 from kvtune.simulator.serving.step_times import Curve, End, EngineTimes, StepTimes
 
 PROMPTS, GENERATED, PASSES, COMPRESSIONS = 17, 9, 1025, 33  # points of the grids
@@ -98,9 +98,8 @@ def _of_stack(server: Server, stack: Stack, requests: Requests, policy: Policy |
     model, card = stack_model(server.shape, server.gpu, server.gpus, stack, server.weights)
     factor, tier = interval_of(card, server.gpu)
     limits, longest = server.limits, int(prompts.max()) + longest_output
-    times = StackTimes(
-        on_card(model, card, server.gpu), limits.sequences, longest, limits.step_tokens, tier
-    )
+    grids = StackGrids(model, limits.sequences, longest, limits.step_tokens)
+    times = StackTimes(on_card(model, card, server.gpu), grids, tier)
     ends: dict[End, EngineTimes] = {
         "value": times, "low": times.scaled(1 / factor), "high": times.scaled(factor),
     }  # fmt: skip
