@@ -41,9 +41,9 @@ from kvtune.simulator.serving.sequence import Footprint
 from kvtune.simulator.serving.stack_times import StackGrids, StackTimes
 from kvtune.simulator.serving.step import READING, Limits
 
-BLOCK = 16
+BLOCK = 64
 OTHER_BYTES = 3e9  # of a card beside weights and cache
-MOST = 400  # requests of a run that are simulated, where two of each client are fewer
+MOST = 300  # requests of a run that are simulated, where two of each client are fewer
 PUBLIC_WAVES, WAVES = 10, {"vllm": 10, "trtllm": 5, "sglang": 1}
 WEIGHT_BYTES = {"bfloat16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "int4_wo": 0.53}  # else 4 bits
 
@@ -88,10 +88,10 @@ class Simulator:
         """Mean seconds to the first token, seconds a token, and tokens of a prompt."""
         requests = drawn(run)
         over, front = overheads_of(x)
-        model, grids = self._grids(run.setting)
+        model, grids = self._grids(run.setting, max(512, run.concurrent))
         held, blocks = self._memory(run.setting, run.prompt + run.generated)
-        most = 2 * (run.prompt + run.generated) // BLOCK
-        memory = Memory(held, BLOCK, max(blocks, most), 0)
+        each = 2 * (run.prompt + run.generated) // BLOCK
+        memory = Memory(held, BLOCK, min(max(blocks, each), run.concurrent * each), 0)
         limits = Limits(
             run.concurrent, max(run.step_tokens, 2 * run.concurrent),
             reading=READING[run.setting.stack], hold_steps=run.hold_steps,
@@ -105,14 +105,14 @@ class Simulator:
         return waited + float(front.seconds(prompts, each.mean())), float(each.mean()), prompts
 
     @functools.cache  # noqa: B019  (one simulator a process)
-    def _grids(self, setting: Setting) -> tuple[ServingModel, StackGrids]:
+    def _grids(self, setting: Setting, sequences: int) -> tuple[ServingModel, StackGrids]:
         shape = shape_of(setting.model, self.configs)
         tables = ServingTables(self.folder, setting.system, setting.stack)
         model = ServingModel(
             tables, shape, setting.gpus, setting.matrices, setting.experts, setting.kv,
             setting.card.bandwidth_bytes_per_s, Overheads(),
         )  # fmt: skip
-        return model, StackGrids(model, 1024, 40_000, 40_000)
+        return model, StackGrids(model, sequences, 40_000, 40_000)
 
     @functools.cache  # noqa: B019
     def _memory(self, setting: Setting, tokens: int) -> tuple[Footprint, int]:
