@@ -1,6 +1,6 @@
 """Whole serving runs that others measured against serve-sim by a stack's tables, left out.
 
-    python -m kvtune.benchmarks.hardware_runs --every 3 --out benchmarks/results/hardware-runs.json
+    python -m kvtune.benchmarks.hardware_runs --every 5 --out benchmarks/results/hardware-runs.json
     python -m kvtune.benchmarks.hardware_runs --systems FOLDER --configs FOLDER ... --out FILE
 
 Each run is served again in simulation as its script served it: so many clients, each of which asks
@@ -19,7 +19,7 @@ import argparse
 import functools
 import json
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from kvtune.simulator.serving.step import READING, Limits
 
 BLOCK = 64
 OTHER_BYTES = 3e9  # of a card beside weights and cache
-MOST = 300  # requests of a run that are simulated, where two of each client are fewer
+MOST = 200  # requests of a run that are simulated, where two of each client are fewer
 PUBLIC_WAVES, WAVES = 10, {"vllm": 10, "trtllm": 5, "sglang": 1}
 WEIGHT_BYTES = {"bfloat16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "int4_wo": 0.53}  # else 4 bits
 
@@ -158,20 +158,26 @@ def _begin(folder: Path, configs: Path) -> None:
     _SIMULATOR.append(Simulator(folder, configs))
 
 
-def _simulated(asked: tuple[Run, Parameters]) -> tuple[float, float, float]:
-    return _SIMULATOR[0].times(*asked)
+def _simulated(run: Run, x: Parameters) -> tuple[float, float, float]:
+    return _SIMULATOR[0].times(run, x)
 
 
 class Pool:
-    """Simulates many runs on several processors."""
+    """Simulates many runs on several processors, those of one setting always on the same one."""
 
     def __init__(self, folder: Path, configs: Path, jobs: int) -> None:
-        self._pool = ProcessPoolExecutor(jobs, initializer=_begin, initargs=(folder, configs))
+        begin = {"initializer": _begin, "initargs": (folder, configs)}
+        self._workers = [ProcessPoolExecutor(1, **begin) for _ in range(jobs)]  # type: ignore[arg-type]
+        self._place: dict[Setting, int] = {}
 
     def times(self, runs: Sequence[Run], of: dict[Stack, Parameters]) -> Parameters:
         """First token, time a token, and tokens of a prompt, a row a run."""
-        asked = [(run, of[run.setting.stack]) for run in runs]
-        return np.array(list(self._pool.map(_simulated, asked, chunksize=8)))
+        asked = [self._submit(run, of[run.setting.stack]) for run in runs]
+        return np.array([each.result() for each in asked])
+
+    def _submit(self, run: Run, x: Parameters) -> Future[tuple[float, float, float]]:
+        place = self._place.setdefault(run.setting, len(self._place) % len(self._workers))
+        return self._workers[place].submit(_simulated, run, x)
 
 
 # --- the fit -----------------------------------------------------------------------------------
@@ -259,6 +265,7 @@ def told(ratios: Any, runs: Sequence[Run]) -> dict[str, Any]:
 def judged(pool: Pool, runs: Sequence[Run]) -> dict[str, Any]:
     """Every group predicted by parameters of all others of its stack."""
     base = pool.times(runs, {stack: np.array(prior) for stack, prior in PRIOR.items()})
+    print("nothing fitted:", np.median(abs(base[:, 1] / [r.tpot for r in runs] - 1)), flush=True)
     measured = np.array([[run.ttft, run.tpot] for run in runs])
     slope, off = slopes(pool, runs, base), np.log(measured) - np.log(base[:, :2])
     groups = np.array([run.setting.group for run in runs])
