@@ -235,10 +235,14 @@ def test_serving_by_a_stack_is_answered_with_an_interval(
     limits = Limits(16, 2048)
     serving = server(LLAMA, H200, H200.visible_bytes, "bf16", limits, stack="vllm")
     asked = generate_at_once(40, 8, Lengths(500, 600), Lengths(20, 30), longest=4096)
-    found = serve(prepare(serving, asked, None), asked, Goals()).figures["tpot_p50"]
+    ready = prepare(serving, asked, None)
+    figures = serve(ready, asked, Goals()).figures
+    found, first = figures["tpot_p50"], figures["ttft_p50"]
     assert found.tier == "measured elsewhere"
     assert found.low < found.value < found.high
     assert found.value > 2 * LLAMA.active_parameters / H200.bandwidth_bytes_per_s / 1.5
+    assert first.high >= first.value * ready.front.within > first.value
+    assert first.low <= first.value / ready.front.within
 
 
 def test_a_policy_is_not_costed_by_a_stack(systems: Path, monkeypatch: pytest.MonkeyPatch) -> None:
