@@ -132,6 +132,7 @@ class ServingModel:
         layer = (
             self._attention_matrices(rows)
             + 2 * self.tables.all_reduce(self.gpus, rows * shape.hidden_size)
+            + shape.norms_over_heads * self.tables.all_reduce(self.gpus, 2 * rows)
             + moved / (_ACHIEVED * self.bandwidth_bytes_per_s)
         )
         return np.asarray(shape.layers * layer + self._feed_forward(rows))

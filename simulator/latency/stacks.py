@@ -15,23 +15,24 @@ from kvtune.simulator.latency.elsewhere import ServingTables
 from kvtune.simulator.latency.front_end import FrontEnd
 from kvtune.simulator.latency.serving_kernels import Overheads, ServingModel
 
+# Half of the 80 % interval as a factor: of whole serving runs with their model and system left out,
+# a token and a first token; and of decode attention of systems whose chip was left out whole.
+STEP_FACTOR = 1.22
+_FIRST_TOKEN_FACTOR = 1.5
+TRANSFER_FACTOR = 1.45
+
 # Fitted on the whole serving runs of aiconfigurator-core 0.12.0 (benchmarks/hardware_runs.py;
-# benchmarks/results/hardware-runs.json, "parameters" of each stack).
+# benchmarks/results/hardware-runs.json, "parameters").
 OVERHEADS: dict[Stack, Overheads] = {
-    "vllm": Overheads(2.2e-6, 0.09e-3, 9.8e-6, 1.0, 1.16, 0.6e-3),
-    "sglang": Overheads(1.9e-6, 0.35e-3, 15e-6, 1.02, 1.05, 0.4e-3),
-    "trtllm": Overheads(1.2e-6, 0.29e-3, 9.5e-6, 0.95, 1.04, 0.36e-3),
+    "vllm": Overheads(3.0e-6, 0.17e-3, 6.2e-6, 1.01, 1.16, 0.6e-3),
+    "sglang": Overheads(1.9e-6, 0.35e-3, 18.0e-6, 1.03, 1.04, 0.4e-3),
+    "trtllm": Overheads(1.1e-6, 0.28e-3, 11.0e-6, 0.961, 1.07, 0.38e-3),
 }
 FRONT_ENDS: dict[Stack, FrontEnd] = {
-    "vllm": FrontEnd(13e-3, 4.7e-6, 1.6),
-    "sglang": FrontEnd(22e-3, 3.1e-6, 1.1),
-    "trtllm": FrontEnd(28e-3, 3.0e-6, 0.9),
+    "vllm": FrontEnd(16.0e-3, 4.5e-6, 1.4, _FIRST_TOKEN_FACTOR),
+    "sglang": FrontEnd(20.0e-3, 3.0e-6, 1.0, _FIRST_TOKEN_FACTOR),
+    "trtllm": FrontEnd(24.0e-3, 2.9e-6, 0.88, _FIRST_TOKEN_FACTOR),
 }
-# Half of the 80 % interval as a factor: of those runs with their model and system left out; and of
-# decode attention of systems whose chip was left out whole.
-STEP_FACTOR = 1.3
-FIRST_TOKEN_FACTOR = 1.8
-TRANSFER_FACTOR = 1.45
 
 _MATRIX_FORMATS = {"bf16": ("bfloat16",), "fp8": ("fp8", "fp8_block"), "int4": ("int4_wo",)}
 

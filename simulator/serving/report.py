@@ -94,7 +94,13 @@ def served(
     return Served(
         name=name,
         figures={
-            key: _estimate([run[key][0] for run in runs.values()], value, unit, tier)
+            key: _estimate(
+                [run[key][0] for run in runs.values()],
+                value,
+                unit,
+                tier,
+                front.within if key.startswith("ttft") else 1.0,
+            )
             for key, (value, unit) in runs["value"].items()
         },
         requests=len(record.requests),
@@ -172,6 +178,7 @@ def _good(ttft: NDArray[np.float64], tpot: NDArray[np.float64], goals: Goals) ->
     return good
 
 
-def _estimate(values: list[float], value: float, unit: str, tier: Tier) -> Estimate:
-    """One figure; its interval takes in the runs with other times."""
-    return Estimate(float(value), float(min(values)), float(max(values)), unit, tier)
+def _estimate(values: list[float], value: float, unit: str, tier: Tier, within: float) -> Estimate:
+    """One figure; its interval takes in the runs with other times, and is a factor at least."""
+    low, high = min(*values, value / within), max(*values, value * within)
+    return Estimate(float(value), float(low), float(high), unit, tier)
