@@ -9,7 +9,7 @@ from kvtune.profiles.elsewhere import Stack, StackChoice
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.profiles.split import split_over
-from kvtune.simulator.latency.stacks import interval_of, on_card, stack_model
+from kvtune.simulator.latency.stacks import FRONT_ENDS, interval_of, on_card, stack_model
 from kvtune.simulator.latency.sums import sums_over_gpus
 from kvtune.simulator.memory.budget import MemoryBudget
 
@@ -71,7 +71,8 @@ class Deployment:
         factor, tier = interval_of(card, self.gpu)
         model = on_card(model, card, self.gpu)
         step, first = model.decode(budget.batch, held), model.prefill(budget.context_tokens)
-        return _within(float(step), factor, tier), _within(float(first), factor, tier)
+        of_first = max(factor, FRONT_ENDS[stack].within)
+        return _within(float(step), factor, tier), _within(float(first), of_first, tier)
 
 
 def _within(seconds: float, factor: float, tier: Tier) -> Estimate:
