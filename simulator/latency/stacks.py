@@ -21,12 +21,6 @@ STEP_FACTOR = 1.22
 _FIRST_TOKEN_FACTOR = 1.5
 TRANSFER_FACTOR = 1.45
 
-# Half of the 80 % interval as a factor: of whole serving runs with their model and system left out,
-# a token and a first token; and of decode attention of systems whose chip was left out whole.
-STEP_FACTOR = 1.22
-_FIRST_TOKEN_FACTOR = 1.5
-TRANSFER_FACTOR = 1.45
-
 # Fitted on the whole serving runs of aiconfigurator-core 0.12.0 (benchmarks/hardware_runs.py;
 # benchmarks/results/hardware-runs.json, "parameters").
 OVERHEADS: dict[Stack, Overheads] = {
