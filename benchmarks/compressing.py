@@ -1,6 +1,6 @@
 """What compressing prompts takes beside reading them, method by method, and what is predicted.
 
-    python benchmarks/compressing.py --out compressing.json [--seconds 200]
+    python benchmarks/compressing.py --out compressing.json [--seconds 200] [--shape llama-3.1-8b]
 
 Random weights in the shapes of SmolLM2-135M and of eight layers of Llama-3.1-8B. Prompts are read
 as in service by each policy and uncompressed, in turn; the difference is what compressing takes.
@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=200)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shape", help="only cases of this one; left out: all")
     parser.add_argument("--tiny", action="store_true")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -159,6 +160,8 @@ def main() -> None:
     if asked.device == "cuda":
         found["device"] = torch.cuda.get_device_name()
     for case in cases(asked.tiny):
+        if asked.shape not in (None, case.shape.name):
+            continue
         if time.monotonic() > deadline:
             found["skipped"].append(case.name)
             continue

@@ -134,6 +134,17 @@ def left_out(every: Sequence[Point]) -> dict[str, list[float]]:
     return found
 
 
+def shapes_left_out(every: Sequence[Point]) -> dict[str, list[float]]:
+    """The same of each model; nothing where all points are of one."""
+    names = list(dict.fromkeys(point.case.shape.name for point in every))
+    found = {}
+    for name in names if len(names) > 1 else ():
+        rates = fitted([point for point in every if point.case.shape.name != name])
+        own = [point for point in every if point.case.shape.name == name]
+        found[name] = [float(np.exp(point.error(rates))) for point in own]
+    return found
+
+
 def summary(ratios: Sequence[float]) -> dict[str, float]:
     """Of predicted over measured: the median error, and how many are within a factor of 1.5."""
     logs = np.abs(np.log(ratios))
@@ -148,19 +159,24 @@ def summary(ratios: Sequence[float]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path)
+    parser.add_argument("files", type=Path, nargs="+", help="of compressing.py; cases of all")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    every = points(json.loads(asked.file.read_text(encoding="utf-8")))
+    found: dict[str, Any] = {}
+    for file in asked.files:
+        found |= json.loads(file.read_text(encoding="utf-8"))
+    every = points(found)
     if len(every) < 8:
-        raise SystemExit(f"{asked.file} holds {len(every)} measured points; 8 are the least")
+        raise SystemExit(f"there are {len(every)} measured points; 8 are the least")
     rates, others = fitted(every), left_out(every)
+    shapes = shapes_left_out(every)
     told = {
         "rates": asdict(rates),
         "as they are": summary([float(np.exp(p.error(RATES))) for p in every]),
         "fitted": summary([float(np.exp(p.error(rates))) for p in every]),
         "each method left out": summary([ratio for each in others.values() for ratio in each]),
         "by method left out": others,
+        "each shape left out": {shape: summary(ratios) for shape, ratios in shapes.items()},
     }
     print(json.dumps(told, indent=1))
     if asked.out:

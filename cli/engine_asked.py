@@ -27,7 +27,7 @@ def follow_engine(
         told_context: whether ``--context`` was given, here or in the policy's file.
 
     Raises:
-        KvtuneError: flags beside several cases, or a context that is given twice.
+        KvtuneError: flags beside several cases, or a context that ``-c`` has no room for.
     """
     from kvtune.cli.llama_report import LlamaEngine
 
@@ -46,8 +46,8 @@ def _several(asked: Asked, told_flags: bool) -> Asked:
             "--engine-args and --engine-version are read for one case, and several are asked for",
             hint=f"ask for {_ONE}.",
         )
-    note = f"what fits is kvtune's own count; for the engine's memory ask for {_ONE}"
-    return _noted(asked, (note,))
+    whose = "kvtune's own count" if asked.total_gpus or asked.document else "by the engine's memory"
+    return _noted(asked, (f"what fits is {whose}; for all of that memory ask for {_ONE}",))
 
 
 def _noted(asked: Asked, notes: tuple[str, ...]) -> Asked:
@@ -55,26 +55,28 @@ def _noted(asked: Asked, notes: tuple[str, ...]) -> Asked:
 
 
 def _with_context(engine: LlamaEngine, asked: Asked, told_context: bool) -> Asked:
-    """Prompts as long as ``-c`` has room for in each slot, beside what is generated."""
+    """Prompts as long as ``-c`` has room for in each slot, unless ``--context`` says less."""
     from kvtune.tuner.target import read_context
 
     size, slots = engine.flags.ctx_size, engine.slots(asked.batches[0])
     if size is None:
         return asked
-    if told_context:
-        raise KvtuneError(
-            f"-c {size} and --context, or the policy's file, both say how long the context is",
-            hint="leave -c out: it is then prompt and generated tokens of each slot; or leave "
-            "--context out: prompts are then what -c has room for in each slot.",
-        )
-    prompt = size // slots - asked.generated_tokens
-    if prompt < 1:
+    room = size // slots - asked.generated_tokens
+    if room < 1:
         raise KvtuneError(
             f"-c {size} has no room for a prompt beside {asked.generated_tokens} generated tokens "
             f"in each of {slots} slots",
             hint="give a larger -c, or fewer --generated tokens.",
         )
-    return replace(asked, contexts=(read_context(str(prompt), asked.shape),))
+    if not told_context:
+        return replace(asked, contexts=(read_context(str(room), asked.shape),))
+    if asked.contexts[0] > room:
+        raise KvtuneError(
+            f"-c {size} has room for {room} tokens of a prompt beside {asked.generated_tokens} "
+            f"generated ones in each of {slots} slots, and {asked.contexts[0]} are asked for",
+            hint="give a larger -c, or a shorter --context.",
+        )
+    return asked
 
 
 def _times(engine: LlamaEngine, asked: Asked) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -51,6 +51,22 @@ def verdict_of(
     would = (*_fewer_at_once(memory, asked, case), *_what_would_fit(engine, asked, case))
     mend = f"what would fit: {', or '.join(would)}" if would else "no known card is enough"
     return Verdict(False, f"does not fit: {text}; {mend}", would)
+
+
+def judged_each(
+    engine: Engine | LlamaEngine | None, asked: Asked, cases: Iterable[Case]
+) -> list[Case]:
+    """Cases with what an engine without flags says of each, where its memory is known."""
+    if engine is None or asked.total_gpus or asked.document:
+        return list(cases)
+    return [_by_engine(engine, asked, case) for case in cases]
+
+
+def _by_engine(engine: Engine | LlamaEngine, asked: Asked, case: Case) -> Case:
+    memory = engine_of(engine, asked, case)
+    if memory is None or isinstance(memory, str):
+        return case
+    return replace(case, engine_fits=_judged(engine, memory, asked, case)[0])
 
 
 def _judged(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from kvtune.cli.llama_report import LlamaEngine
     from kvtune.common.errors import DoesNotFitError
     from kvtune.policies.policy_file.document import PolicyDocument
-    from kvtune.simulator.deployment import StackChoice
+    from kvtune.profiles.elsewhere import StackChoice
     from kvtune.simulator.memory.budget import MemoryBudget
     from kvtune.simulator.memory.engine_memory import EngineMemory
     from kvtune.simulator.memory.llama_memory import LlamaMemory
@@ -197,10 +197,10 @@ def _judged(
         DoesNotFitError: a single one cannot fit, and no engine's memory is known.
     """
     from kvtune.cli.engine_report import engine_of
-    from kvtune.cli.engine_verdict import verdict_of
+    from kvtune.cli.engine_verdict import judged_each, verdict_of
 
     if not asked.is_one:
-        return list(asked.cases()), None, None
+        return judged_each(engine, asked, asked.cases()), None, None
     cases, error = _one(asked)
     memory = engine_of(engine, asked, cases[0])
     verdict = verdict_of(engine, memory, asked, cases[0])

@@ -79,6 +79,7 @@ OWN_OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "serve-sim": {
         "Requests that arrive": (
             "rate",
+            "concurrency",
             "requests",
             "prompt",
             "output",
@@ -89,6 +90,7 @@ OWN_OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
             "seed",
         ),
         "How they are served": (
+            "stack",
             "slo_ttft",
             "slo_tpot",
             "max_sequences",
@@ -134,6 +136,7 @@ EXAMPLES = {
     "serve-sim": (
         "kvtune serve-sim --model llama-8b --gpu h100 --rate 4 --prompt 2k --output 256 "
         "--slo-ttft 1s --slo-tpot 50ms",
+        "kvtune serve-sim --model llama-8b --gpu h200 --gpus 2 --stack vllm --concurrency 64",
         "kvtune serve-sim --model llama-8b --gpu 4090 --rate 1 --requests 1000 "
         "--policy kvtune-runs/llama-3.1-8b-rtx-4090-16gb",
     ),

@@ -18,6 +18,17 @@ LEFT_OUT = (
 )
 
 
+def left_out(serving: Server) -> str:
+    """What the times do not have in them."""
+    if serving.stack == "kvtune":
+        return LEFT_OUT
+    return (
+        "left out: outputs that end early, speculative decoding, other options of the engine; "
+        "network, tokeniser and scheduler as whole runs of the stack had them on average; memory "
+        "is taken at its middle value (docs/serve-sim.md)"
+    )
+
+
 def served_table(serving: Server, asked: Requests, found: list[Served]) -> RenderableType:
     """The full cache and the policy side by side."""
     from kvtune.cli.output import table
@@ -50,7 +61,8 @@ def served_table(serving: Server, asked: Requests, found: list[Served]) -> Rende
         ("prompt tokens shared", *(count(each.shared_tokens) for each in found)),
     ]
     return table(
-        f"{serving.shape.name} ({serving.weights}) on {_cards(serving)} serves {asked.source}",
+        f"{serving.shape.name} ({serving.weights}) on {_cards(serving)}{_by(serving)} serves "
+        f"{asked.source}",
         ("", *(each.name for each in found)),
         rows,
         caption=f"cache memory {figure(serving.cache)}{_each(serving)} in "
@@ -61,6 +73,10 @@ def served_table(serving: Server, asked: Requests, found: list[Served]) -> Rende
 
 def _cards(serving: Server) -> str:
     return serving.gpu.name if serving.gpus == 1 else f"{serving.gpus} x {serving.gpu.name}"
+
+
+def _by(serving: Server) -> str:
+    return "" if serving.stack == "kvtune" else f" by {serving.stack}'s kernels"
 
 
 def _each(serving: Server) -> str:
@@ -105,11 +121,13 @@ def answer(
             "max_sequences": limits.sequences,
             "max_batched_tokens": limits.step_tokens,
             "order": limits.order,
+            "stack": serving.stack,
+            "reading": limits.reading,
             "block_tokens": serving.block_tokens,
             "host_bytes": serving.host_bytes,
         },
         "slo": goals,
-        "left_out": LEFT_OUT,
+        "left_out": left_out(serving),
         "notes": notes,
         "policies": found,
     }

@@ -11,6 +11,7 @@ from kvtune.cli import options
 from kvtune.cli.output import speaking
 
 if TYPE_CHECKING:
+    from kvtune.cli.serve_requests import Drawn
     from kvtune.policies.policy import Policy
     from kvtune.policies.policy_file.document import PolicyDocument
     from kvtune.profiles.shape import ModelShape
@@ -90,6 +91,23 @@ OrderOption = Annotated[
 BlockOption = Annotated[
     int, typer.Option("--block", metavar="TOKENS", min=1, help="Tokens of a block of cache.")
 ]
+StackOption = Annotated[
+    Literal["kvtune", "vllm", "sglang", "trtllm"],
+    typer.Option(
+        "--stack",
+        help="Whose kernels and order of work: kvtune's own, or a serving stack's as NVIDIA "
+        "measured them (pip install 'kvtune\\[aiconfigurator]').",
+    ),
+]
+ConcurrencyOption = Annotated[
+    int | None,
+    typer.Option(
+        "--concurrency",
+        metavar="N",
+        min=1,
+        help="Requests at once instead of a rate: each of N clients asks anew when answered.",
+    ),
+]
 HostMemOption = Annotated[
     str | None,
     typer.Option(
@@ -105,8 +123,10 @@ def command(
     gpu: options.Gpu = None,
     gpus: options.Gpus = 1,
     mem: options.Memory = None,
+    stack: StackOption = "kvtune",
     policy: options.PolicyBeside = None,
     rate: RateOption = None,
+    concurrency: ConcurrencyOption = None,
     requests: RequestsOption = 10_000,
     prompt: PromptOption = "2k",
     output: OutputOption = "256",
@@ -129,12 +149,14 @@ def command(
     """Serve requests that arrive over time, simulated."""
     from kvtune.cli.inputs import read_policy_input
     from kvtune.cli.planned import notes_on_model, planned_options
-    from kvtune.cli.serve_report import LEFT_OUT, answer, served_table
+    from kvtune.cli.serve_report import answer, left_out, served_table
+    from kvtune.cli.serve_requests import Drawn
     from kvtune.common.units import parse_bytes, parse_seconds
     from kvtune.simulator.serving.engine import serve
     from kvtune.simulator.serving.report import Goals
+    from kvtune.simulator.serving.requests_file import read_requests
     from kvtune.simulator.serving.server import server
-    from kvtune.simulator.serving.step import Limits
+    from kvtune.simulator.serving.step import READING, Limits
     from kvtune.simulator.serving.times import prepare
     from kvtune.tuner.target import read_gpu, read_model
 
@@ -144,18 +166,19 @@ def command(
     planned, notes = planned_options(document, weights=weights)
     notes += notes_on_model(document, shape)
     goals = Goals(*(None if text is None else parse_seconds(text) for text in (slo_ttft, slo_tpot)))
-    asked = _requests(
-        arrivals, rate, requests, prompt, output, length_cv, burstiness, prefix, shape, seed
-    )
+    drawn = Drawn(rate, concurrency, requests, prompt, output, length_cv, burstiness, prefix, seed)
+    _check_sources(arrivals, drawn)
+    asked = drawn.requests(shape) if arrivals is None else read_requests(arrivals)
     serving = server(
         shape,
         card,
         card.visible_bytes if mem is None else parse_bytes(mem),
         planned.get("weights", "auto"),
-        Limits(max_sequences, max_batched_tokens, order),
+        Limits(max_sequences, max_batched_tokens, order, READING[stack]),
         block_tokens=block,
         host_bytes=0 if host_mem is None else parse_bytes(host_mem),
         gpus=gpus,
+        stack=stack,
     )
     policies = _policies(document, shape)
     notes += _sharing(asked, order, prefix)
@@ -164,49 +187,22 @@ def command(
             serve(prepare(serving, asked, each), asked, goals)
             for each in out.progress.track(policies, "serving", len(policies))
         ]
-        out.show(served_table(serving, asked, found), LEFT_OUT)
+        out.show(served_table(serving, asked, found), left_out(serving))
         if notes:
             out.show("", *(f"note: {note}" for note in notes))
         out.finish("serve-sim", answer(serving, asked, found, goals, seed, notes))
 
 
-def _requests(
-    arrivals: Path | None,
-    rate: float | None,
-    count: int,
-    prompt: str,
-    output: str,
-    length_cv: float,
-    burstiness: float,
-    prefix: str | None,
-    shape: ModelShape,
-    seed: int,
-) -> Requests:
-    """Drawn, or from a file."""
+def _check_sources(arrivals: Path | None, drawn: Drawn) -> None:
+    """Refuse requests from more than one place or from none."""
     from kvtune.common.errors import KvtuneError
-    from kvtune.common.units import parse_tokens
-    from kvtune.simulator.serving.requests import Lengths, generate
-    from kvtune.simulator.serving.requests_file import read_requests
 
-    if (arrivals is None) == (rate is None):
+    given = [each is not None for each in (arrivals, drawn.rate, drawn.concurrency)]
+    if sum(given) != 1:
         raise KvtuneError(
-            "requests come either at a rate or from a file",
-            hint="give --rate 4, or --arrivals FILE.",
+            "requests come at a rate, from so many clients, or from a file",
+            hint="give one of --rate 4, --concurrency 32 and --arrivals FILE.",
         )
-    if arrivals is not None:
-        return read_requests(arrivals)
-    if not rate or rate <= 0:
-        raise KvtuneError(f"--rate {rate} is not above zero", hint="--rate 4 is 4 a second.")
-    return generate(
-        count,
-        rate,
-        Lengths.parse(prompt, length_cv),
-        Lengths.parse(output, length_cv),
-        longest=shape.max_context,
-        burstiness=burstiness,
-        prefix_tokens=0 if prefix is None else parse_tokens(prefix),
-        seed=seed,
-    )
 
 
 def _policies(document: PolicyDocument | None, shape: ModelShape) -> list[Policy | None]:

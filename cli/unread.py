@@ -11,7 +11,9 @@ UNREAD = {
         "batch", "max_kl", "trials", "menu", "stack", "read_bytes", "tpot", "ttft", "sequences",
         "sampler", "jobs", "storage", "engine", "start", "moved_bytes", "heads", "stand_in",
     ),
-    "arrivals": ("rate", "requests", "prompt", "output", "length_cv", "burstiness", "prefix"),
+    "arrivals": (
+        "rate", "concurrency", "requests", "prompt", "output", "length_cv", "burstiness", "prefix",
+    ),
 }  # fmt: skip
 """By the option that asks another question: those that only the command's usual one reads."""
 
@@ -19,7 +21,7 @@ _INSTEAD = {
     "held_bytes": "a long generation is planned for one sequence, by the bytes that it may hold at "
     "any moment: leave out what it does not read, or leave out --held-bytes.",
     "arrivals": "the file says when requests come, how long they are and, in prefix_ids, what they "
-    "share (docs/serve-sim.md): leave out what is of requests that are drawn at --rate.",
+    "share (docs/serve-sim.md): leave out what is of requests that are drawn.",
 }
 
 

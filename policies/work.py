@@ -63,6 +63,9 @@ class Work:
         return self + Work(*(-value for value in vars(part).values()))
 
 
+_MOMENT_BYTES = 70.0
+"""That each number of the queries moves, as counted: to float32, turned back to before RoPE by five
+plain kernels, averaged, centred, and multiplied with itself."""
 _STUDIED = 192.0  # generated tokens: four answers of 48
 
 
@@ -84,7 +87,7 @@ def work_of_signals(needs: Needs, shape: LayerShape) -> Work:
         moved = 2 * keys + 2 * heads * tokens * 4.0
         total += Work(moved_bytes=moved, softmax_flops=products, launches=2)
     if needs.query_moments:
-        products, moved = 2.0 * heads * tokens * size**2, heads * tokens * size * 2.0
+        products, moved = 2.0 * heads * tokens * size**2, heads * tokens * size * _MOMENT_BYTES
         total += Work(products, moved, launches=_LAUNCHES["moments"])
     if needs.later_queries:
         moved = 8.0 * heads * min(tokens, 512) * size

@@ -13,6 +13,7 @@ _TOWER = re.compile(
     r"vision|visual|image|audio|speech|multi_modal|multimodal|mm_|projector|aligner|embed_tokens_"
     r"extend|vqmodel|\bmtp"
 )
+_QUERY_NORM = re.compile(r"\b(?:q|query)_(?:layer)?norm\.weight$")
 _FEED_FORWARD_NAME = re.compile(r"mlp|ffn|feed_forward|shared_expert|\bfc\d|dense_h_to_4h|moe|ff\b")
 
 
@@ -45,6 +46,12 @@ def _group(name: str, parameter: Any) -> str:
     if ".experts." in name or name.endswith(("input_linear.weight", "output_linear.weight")):
         return "small" if "bias" in name else "experts"
     return "feed_forward" if _FEED_FORWARD_NAME.search(name) else "attention"
+
+
+def query_norm_width(model: Any) -> int:
+    """Numbers that are normalised together where queries are; 0 for a model that does not."""
+    widths = (int(p.shape[-1]) for n, p in model.named_parameters() if _QUERY_NORM.search(n))
+    return next(widths, 0)
 
 
 def is_tied(model: Any) -> bool:

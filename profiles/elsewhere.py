@@ -20,6 +20,8 @@ from kvtune.common.errors import KvtuneError
 
 Stack = Literal["vllm", "sglang", "trtllm"]
 STACKS: tuple[Stack, ...] = get_args(Stack)
+StackChoice = Literal["kvtune", Stack]
+"""Whose kernels: our own or the datasheet's, or a stack's."""
 PACKAGE = "aiconfigurator_core"
 
 SYSTEM_OF_CARD = {

@@ -22,7 +22,7 @@ import kvtune
 from kvtune.common.errors import KvtuneError
 from kvtune.common.files import cache_dir, write_text
 from kvtune.profiles.class_cache import latent_of, layers_of
-from kvtune.profiles.class_parameters import counts_of, experts_of, is_tied
+from kvtune.profiles.class_parameters import counts_of, experts_of, is_tied, query_norm_width
 from kvtune.profiles.class_values import first_of
 from kvtune.profiles.layer_cache import LatentAttention, LayerCache
 from kvtune.profiles.own_code import check_own_code
@@ -49,6 +49,7 @@ class ClassFacts:
         tied: whether the output matrix is the embedding.
         experts: set for mixtures of experts.
         latent: set for multi-head latent attention.
+        query_norm_width: numbers that are normalised together where queries are, 0 if they are not.
     """
 
     layers: tuple[LayerCache, ...]
@@ -61,6 +62,7 @@ class ClassFacts:
     tied: bool
     experts: Experts | None = None
     latent: LatentAttention | None = None
+    query_norm_width: int = 0
 
 
 _FACTS = TypeAdapter(ClassFacts)
@@ -99,6 +101,7 @@ def _plain(shape: ModelShape) -> ClassFacts:
         vocab_size=shape.vocab_size,
         max_context=shape.max_context,
         tied=shape.tied_embeddings,
+        query_norm_width=shape.query_key_norm * shape.head_dim,
     )
 
 
@@ -110,7 +113,7 @@ def _digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-_FORMAT = 4  # raised whenever the same class would be read otherwise
+_FORMAT = 5  # raised whenever the same class would be read otherwise
 _IRRELEVANT = (
     "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "use_cache",
     "quantization_config", "compression_config", "attn_implementation", "device_map",
@@ -151,6 +154,7 @@ def build_facts(config: Mapping[str, Any], file: str) -> ClassFacts:
             tied=tied,
             experts=experts,
             latent=latent_of(text, layers),
+            query_norm_width=query_norm_width(model),
         )
 
 

@@ -64,6 +64,8 @@ def shape_of(
         windows=tuple(layer.window for layer in facts.layers),
         latent=facts.latent,
         experts=facts.experts,
+        query_key_norm=facts.query_norm_width > 0,
+        norms_over_heads=facts.query_norm_width > width,
         cache=facts.layers,
         counted=facts.counts,
         stored=stored_weights(config, facts.counts, file, folder),

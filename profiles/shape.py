@@ -33,7 +33,9 @@ class ModelShape:
         latent: set for multi-head latent attention.
         experts: set for mixtures of experts.
         biases: which attention projections carry a bias.
-        query_key_norm: whether queries and keys are normalised a head.
+        query_key_norm: whether queries and keys are normalised, each head by itself unless
+            ``norms_over_heads`` says all together, for which GPUs that share a layer have one sum
+            more.
         norms_per_layer: norms of hidden width a layer.
         sinks: whether each query head keeps one learned sink logit.
         other_parameters: parameters beside the text model, such as a vision tower.
@@ -62,6 +64,7 @@ class ModelShape:
     experts: Experts | None = None
     biases: Biases = "none"
     query_key_norm: bool = False
+    norms_over_heads: bool = False
     norms_per_layer: int = 2
     sinks: bool = False
     other_parameters: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from kvtune.common.rotary import query_moments
 from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.method import find_method
 from kvtune.policies.methods.h2o import H2O
@@ -53,6 +55,30 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that operations read and write, each number once an operation."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[Any],
+        args: Any = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        aliases = [returned.alias_info for returned in func._schema.returns]
+        if not any(alias is not None and not alias.is_write for alias in aliases):
+            seen = [*torch.utils._pytree.tree_leaves((args, kwargs, found))]
+            held = [x.untyped_storage().nbytes() for x in seen if isinstance(x, torch.Tensor)]
+            whole = [x.numel() * x.element_size() for x in seen if isinstance(x, torch.Tensor)]
+            self.bytes += sum(map(min, held, whole))  # an expanded number is read once
+        return found
+
+
 def signals(tokens: int) -> Signals:
     """Of a random prompt; column sums are given, as the runtime's own kernel makes them."""
     generator = torch.Generator().manual_seed(0)
@@ -76,6 +102,16 @@ def test_declared_launches_are_those_that_torch_makes(name: str) -> None:
     method = policy.heads[0][0].method
     declared = method.work(LayerShape(tokens, H * G, H, D), budgets[0]).launches
     assert 0.6 < declared / counted.count < 1.6
+
+
+def test_moments_of_queries_move_what_torch_moves() -> None:
+    waves = tuple(10_000 ** (-i / D) for i in range(0, D, 2))
+    tokens, rope = 4096, SimpleNamespace(inverse_frequencies=waves, attention_factor=1.0)
+    queries = torch.randn(H * G, tokens, D).bfloat16()
+    with Traffic() as counted:
+        query_moments(queries, rope)
+    declared = work_of_signals(Needs(query_moments=True), LayerShape(tokens, H * G, H, D))
+    assert 0.75 < declared.moved_bytes / counted.bytes < 1.33
 
 
 def test_a_windows_products_are_those_that_torch_counts() -> None:

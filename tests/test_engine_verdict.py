@@ -14,8 +14,9 @@ LLAMA_CPP = ("--stack", "llama-cpp", "--model", "llama-70b", "--gpu", "4090")
 VLLM = ("--stack", "vllm", "--gpu", "h100", "--model")
 
 
-def answer(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> dict[str, Any]:
-    assert main(["estimate", *words, "--json", "--quiet"]) == code
+def answer(capsys: pytest.CaptureFixture[str], *words: str, code: int | None = 0) -> dict[str, Any]:
+    found_code = main(["estimate", *words, "--json", "--quiet"])
+    assert code in (None, found_code)
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 
@@ -98,7 +99,22 @@ def test_flags_beside_several_cases_are_refused_and_the_engine_is_told_to_be_lef
 ) -> None:
     words = ("--stack", stack, "--model", "llama-8b", "--gpu", "h100,h200")
     assert "one --gpu" in refusal(capsys, *words, "--engine-args", flags)
-    assert any("kvtune's own count" in note for note in answer(capsys, *words)["notes"])
+    assert any("by the engine's memory" in note for note in answer(capsys, *words)["notes"])
+
+
+@pytest.mark.parametrize("stack", ["vllm", "llama-cpp"])
+def test_what_fits_on_each_of_several_cards_is_the_engines_own(
+    stack: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--stack", stack, "--model", "llama-8b", "--weights", "bf16")
+    cards = ("3090", "4090", "l4", "h100")
+    together = answer(capsys, *words, "--gpu", ",".join(cards), "--context", "16k,100k")
+    fits = {(row["gpu"], row["context_tokens"]): row["fits"] for row in together["rows"]}
+    assert set(fits.values()) == {True, False}
+    for card, context in (("4090", "16k"), ("4090", "100k"), ("h100", "100k")):
+        alone = answer(capsys, *words, "--gpu", card, "--context", context, code=None)
+        row = alone["rows"][0]
+        assert fits[row["gpu"], row["context_tokens"]] == row["fits"]
 
 
 def test_times_are_said_to_be_of_all_layers_on_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,16 +129,19 @@ def test_times_are_said_to_be_of_all_layers_on_the_gpu(capsys: pytest.CaptureFix
     assert not told("-ngl 99")
 
 
-def test_the_context_of_llama_cpp_is_given_once(
+def test_llama_cpps_context_may_be_longer_than_what_is_asked_of_it(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     words = ("--stack", "llama-cpp", "--model", "llama-8b", "--gpu", "4090", "--engine-args")
-    assert "both say" in refusal(capsys, *words, "-c 32k", "--context", "8192")
+    longer = answer(capsys, *words, "-c 32k", "--context", "8192")
+    assert longer["rows"][0]["context_tokens"] == 8192
+    assert longer["engine"]["ctx_size"] == 32768
+    assert "room for 7936 tokens" in refusal(capsys, *words, "-c 8k", "--context", "8192")
     planned = tmp_path / "policy.yaml"
     planned.write_text(
         "kvtune_policy: 1\npolicy: {method: snapkv, budget: 25%}\nserving: {context_tokens: 4096}\n"
     )
-    assert "both say" in refusal(capsys, *words, "-c 32k", "--policy", str(planned))
+    assert "4096 are asked for" in refusal(capsys, *words, "-c 4k", "--policy", str(planned))
     found = answer(capsys, *words, "-c 32k -np 2")
     assert found["rows"][0]["context_tokens"] == 32768 // 2 - 256
     assert found["engine"]["ctx_size"] == 32768

@@ -1,14 +1,11 @@
-"""Tables in the layout of aiconfigurator-core, made up from a formula, and what is read of them."""
+"""What is read of tables in the layout of aiconfigurator-core."""
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet as parquet
 import pytest
 
 from kvtune.common.errors import KvtuneError
@@ -19,76 +16,13 @@ from kvtune.profiles.split import split_over
 from kvtune.simulator.latency.elsewhere import Curve, ExpertShape, Heads, ServingTables
 from kvtune.simulator.latency.serving_kernels import Overheads, ServingModel
 from kvtune.simulator.latency.table_grid import fit_grids
-
-FLOOR, RATE = 8e-6, 4e12  # of the made-up card: seconds, bytes a second
-
-
-def decode_s(batch: float, tokens: float, kv: int, width: int = 128) -> float:
-    return float(np.hypot(FLOOR, batch * tokens * kv * width * 4 / RATE))
-
-
-def context_s(batch: float, tokens: float, query: int) -> float:
-    return FLOOR + batch * tokens**2 * query * 128 * 2 / 5e14
-
-
-def matrix_s(rows: float, out: float, wide: float) -> float:
-    return 3e-6 + max(2 * out * wide / RATE, 2 * rows * out * wide / 6e14)
-
-
-def write(folder: Path, op: str, stack: str, version: str, file: str, rows: list[Any]) -> None:
-    place = folder / "data" / "h200_sxm" / op / stack / version
-    place.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pyarrow.Table.from_pylist(rows), place / f"{file}.parquet")
+from kvtune.tests.made_up_tables import RATE, context_s, decode_s, matrix_s, write, write_systems
 
 
 @pytest.fixture(scope="module")
 def systems(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel") / "systems"
-    sizes = (1, 4, 16, 64)
-    heads = ((32, 8), (16, 4), (8, 2), (8, 1))
-    lengths = (1, 16, 256, 1024, 4096, 16384)
-    base = {"kernel_source": "fa", "head_dim": 128, "window_size": 0}
-    kinds: dict[str, Any] = {"attn_dtype": "bfloat16", "kv_cache_dtype": "bfloat16"}
-    decode = [
-        {**base, **kinds, "batch_size": b, "step": n - 1, "num_heads": q, "num_key_value_heads": k,
-         "latency": 1e3 * decode_s(b, n, k)}
-        for b, n, (q, k) in itertools.product(sizes, lengths, heads)
-    ]  # fmt: skip
-    context = [
-        {**base, **kinds, "batch_size": b, "isl": n, "num_heads": q, "num_key_value_heads": k,
-         "latency": 1e3 * context_s(b, n, q)}
-        for b, n, (q, k) in itertools.product(sizes, lengths[1:], heads)
-    ]  # fmt: skip
-    write(folder, "attention", "vllm", "0.24.0", "generation_attention_perf", decode)
-    slow = [{**row, "latency": 1.0} for row in decode]
-    write(folder, "attention", "vllm", "0.9.1", "generation_attention_perf", slow)
-    write(folder, "attention", "vllm", "0.24.0", "context_attention_perf", context)
-    widths = (256, 1024, 4096, 16384, 131072)
-    matrices: list[Any] = [
-        {"gemm_dtype": "bfloat16", "kernel_source": name, "m": m, "n": n, "k": k,
-         "latency": 1e3 * slower * matrix_s(m, n, k)}
-        for m, n, k in itertools.product((1, 8, 64, 512, 8192), widths, widths)
-        for name, slower in (("quick", 1), ("slow", 3))
-    ]  # fmt: skip
-    write(folder, "gemm", "vllm", "0.24.0", "gemm_perf", matrices)
-    sums = [
-        {"num_gpus": g, "message_size": 4**i, "kernel_source": kind,
-         "latency": 1e3 * (5e-6 + 2 * 4**i / 3e11) * slower}
-        for g in (2, 4) for i in range(4, 14) for kind, slower in (("x_graph", 1), ("x_eager", 9))
-    ]  # fmt: skip
-    write(folder, "comm", "vllm", "0.24.0", "custom_allreduce_perf", sums)
-    experts = [
-        {"moe_dtype": "bfloat16", "kernel_source": "e", "num_tokens": n, "hidden_size": 2048,
-         "inter_size": 768, "topk": 8, "num_experts": 128, "moe_tp_size": 1, "moe_ep_size": ep,
-         "distribution": "balanced", "latency": 0.05 * n / ep + 0.1}
-        for n in (1, 16, 256) for ep in (1, 2)
-    ]  # fmt: skip
-    experts += [  # one is the faster for few tokens, the other for many
-        experts[0] | {"moe_dtype": form, "num_tokens": n, "latency": latency}
-        for form, times in (("fp8", (0.1, 0.4, 9.0)), ("fp8_block", (0.2, 0.3, 1.0)))
-        for n, latency in zip((1, 16, 256), times, strict=True)
-    ]
-    write(folder, "moe", "vllm", "0.24.0", "moe_perf", experts)
+    write_systems(folder)
     return folder
 
 
@@ -138,6 +72,33 @@ def test_a_matrix_takes_the_time_of_its_fastest_kernel(tables: ServingTables) ->
         assert found == pytest.approx(matrix_s(rows, out, wide), rel=0.15)
     with pytest.raises(KvtuneError, match="no measured matrices in fp8; it has bfloat16"):
         tables.matrix(4096, 4096, "fp8", 1)
+
+
+def test_a_matrix_takes_the_time_of_the_fastest_stack_on_the_card(tmp_path: Path) -> None:
+    write_systems(tmp_path)
+    faster = [
+        {"gemm_dtype": "bfloat16", "m": m, "n": n, "k": k, "latency": 5e2 * matrix_s(m, n, k)}
+        for m in (1, 64, 8192) for n in (256, 16384) for k in (256, 16384)
+    ]  # fmt: skip
+    write(tmp_path, "gemm", "sglang", "0.5.0", "gemm_perf", faster)
+    tables = ServingTables(tmp_path, "h200_sxm", "vllm")
+    assert float(tables.matrix(16384, 16384, "bfloat16", 64)) == pytest.approx(
+        matrix_s(64, 16384, 16384) / 2, rel=0.01
+    )
+    assert float(tables.matrix(1024, 1024, "bfloat16", 8)) <= 1.01 * matrix_s(8, 1024, 1024)
+
+
+def test_experts_of_another_stack_stand_in_for_a_format_that_is_missing(tmp_path: Path) -> None:
+    write_systems(tmp_path)
+    row = {"moe_dtype": "nvfp4", "kernel_source": "e", "num_tokens": 16, "hidden_size": 2048,
+           "inter_size": 768, "topk": 8, "num_experts": 128, "moe_tp_size": 1, "moe_ep_size": 1,
+           "distribution": "balanced", "latency": 0.7}  # fmt: skip
+    slow = row | {"moe_dtype": "bfloat16", "latency": 1e-3}
+    write(tmp_path, "moe", "trtllm", "1.0", "moe_perf", [row, slow])
+    tables, shape = ServingTables(tmp_path, "h200_sxm", "vllm"), ExpertShape(2048, 768, 8, 128, 1)
+    assert float(tables.experts(shape, "nvfp4", 16)) == pytest.approx(0.7e-3)
+    own = float(tables.experts(shape, "bfloat16", 16))
+    assert own > 1e-4  # another stack's faster kernel is not taken where there is one of its own
 
 
 def test_sums_are_those_of_a_graph_and_nothing_on_one_gpu(tables: ServingTables) -> None:

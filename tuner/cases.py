@@ -15,10 +15,11 @@ from kvtune.tuner.target import beyond_length
 
 if TYPE_CHECKING:
     from kvtune.policies.policy_file.document import PolicyDocument
+    from kvtune.profiles.elsewhere import StackChoice
     from kvtune.profiles.gpus import GpuProfile
     from kvtune.profiles.shape import ModelShape
     from kvtune.simulator.cost import Cost, PartRead
-    from kvtune.simulator.deployment import Deployment, StackChoice
+    from kvtune.simulator.deployment import Deployment
     from kvtune.simulator.memory.budget import MemoryBudget
     from kvtune.simulator.memory.weights import WeightFormat
 

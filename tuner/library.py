@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from kvtune.policies.policy_file.document import PolicyDocument
-    from kvtune.simulator.deployment import StackChoice
+    from kvtune.profiles.elsewhere import StackChoice
     from kvtune.traces.models import LoadedModel
     from kvtune.traces.trace import Trace
     from kvtune.tuner.cases import Card, Case

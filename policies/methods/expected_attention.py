@@ -84,6 +84,7 @@ class ExpectedAttention(ScoredMethod):
         return turned(mean), turned(turned(covariance).transpose(-1, -2))
 
     def work(self, shape: LayerShape, budget: int) -> Work:
-        """The quadratic form of every key beside the moments."""
-        form = 2.0 * shape.query_heads * shape.prompt_tokens * shape.head_dim**2
-        return super().work(shape, budget) + Work(flops=form * self.covariance)
+        """The quadratic form of every key beside the moments, its numbers moved four times."""
+        numbers = self.covariance * shape.query_heads * shape.prompt_tokens * shape.head_dim
+        form = Work(flops=2.0 * numbers * shape.head_dim, moved_bytes=4 * 4.0 * numbers)
+        return super().work(shape, budget) + form

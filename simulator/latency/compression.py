@@ -42,11 +42,11 @@ class Rates:
     launch_s: float
 
 
-RATES = Rates(bandwidth=0.17, compute=0.02, softmax=0.14, launch_s=1.7e-5)
-"""Fitted by ``benchmarks/compressing_fit.py`` on what ten methods took of SmolLM2's shape on an
-H200 (``benchmarks/compressing.py``), whose rows wait for the host more than for the card, and on
-two prefills under plans: 82 ms a prompt of an 8B shape, half of whose layers needed column sums,
-and 20 ms of SmolLM2-135M, all of whose layers did."""
+RATES = Rates(bandwidth=0.16, compute=0.028, softmax=0.148, launch_s=1.4e-5)
+"""Fitted by ``benchmarks/compressing_fit.py`` on what ten methods took of SmolLM2's shape, whose
+rows wait for the host more than for the card, and of eight layers of Llama-3.1-8B's on an H200
+(``benchmarks/compressing.py``), and on two prefills under plans: 82 ms a prompt of an 8B shape,
+half of whose layers needed column sums, and 20 ms of SmolLM2-135M, all of whose layers did."""
 _STORE_LAUNCHES = 15
 """Kernels of a layer that put what is kept into pages."""
 _FACTOR = 2.5  # within it are most methods that were left out of the fit of these rates

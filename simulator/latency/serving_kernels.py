@@ -20,17 +20,36 @@ _ACHIEVED = 0.7  # of the bandwidth, by such kernels
 
 @dataclass(frozen=True)
 class Overheads:
-    """What the tables do not hold, fitted on whole serving runs (benchmarks/hardware_tables.py).
+    """What the tables do not hold, fitted on whole serving runs (benchmarks/hardware_runs.py).
 
     Args:
-        layer_s: kernels of a layer beside attention, matrices and sums, seconds.
-        step_s: of the host and the sampler a step, seconds.
-        sequence_s: of these a sequence, seconds.
+        small_kernel_s: of each kernel of a layer that no table has (:func:`small_kernels`).
+        step_s: of the host and the sampler a step.
+        sequence_s: of these a sequence.
+        kernels: how many times as long as in the tables a decode step's kernels take.
+        reading: likewise where prompts are read.
+        launches_s: of the host's launches a layer where prompts are read, which no graph holds: a
+            step takes no less, however fast its kernels are.
     """
 
-    layer_s: float
-    step_s: float
-    sequence_s: float
+    small_kernel_s: float = 0.0
+    step_s: float = 0.0
+    sequence_s: float = 0.0
+    kernels: float = 1.0
+    reading: float = 1.0
+    launches_s: float = 0.0
+
+
+def small_kernels(shape: ModelShape, matrix_format: str) -> int:
+    """Kernels of a layer beside attention, matrices, experts and sums over GPUs.
+
+    Norms, and one each for rotary positions, the cache and the activation; norms of queries and of
+    keys; router, choice and order of experts; and what brings the input of each of four matrices
+    into a format with a scale a block.
+    """
+    count = shape.norms_per_layer + 3 + 2 * shape.query_key_norm
+    count += 3 * (shape.experts is not None)
+    return count + 4 * (matrix_format in ("fp8_block", "nvfp4"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,36 +85,69 @@ class ServingModel:
     def decode(self, batch: npt.ArrayLike, tokens: npt.ArrayLike) -> FloatArray:
         """Seconds of a step of so many sequences with so many tokens in each one's cache."""
         sequences, held = (np.asarray(a, np.float64) for a in np.broadcast_arrays(batch, tokens))
-        attention = np.zeros(sequences.shape)
-        for window, layers in self._layers_by_window():
-            attention = attention + layers * self.tables.decode_attention(
-                self._heads, window, self.kv_format, sequences, held
-            )
-        return self._whole(attention, sequences, sequences)
+        kernels = self.decode_attention(sequences, held) + self.passes(sequences)
+        kernels = self.overheads.kernels * (kernels + self.logits(sequences))
+        return np.asarray(kernels + self.rest(sequences))
 
     def prefill(self, prompt: npt.ArrayLike, batch: npt.ArrayLike = 1) -> FloatArray:
         """Seconds of reading prompts of one length side by side."""
         tokens, prompts = (np.asarray(a, np.float64) for a in np.broadcast_arrays(prompt, batch))
-        attention = np.zeros(tokens.shape)
-        for window, layers in self._layers_by_window():
-            attention = attention + layers * self.tables.context_attention(
-                self._heads, window, self.kv_format, prompts, tokens
-            )
-        return self._whole(attention, tokens * prompts, prompts)
+        kernels = self.context_attention(prompts, tokens) + self.passes(tokens * prompts)
+        return self.reading_step(kernels, prompts)
 
-    def _whole(self, attention: FloatArray, rows: FloatArray, logits: FloatArray) -> FloatArray:
-        """With the matrices, experts, sums over GPUs and overheads of so many rows."""
-        shape, over = self.shape, self.overheads
+    def reading_step(self, kernels: npt.ArrayLike, rows: npt.ArrayLike) -> FloatArray:
+        """Seconds of a step that reads prompts.
+
+        Args:
+            kernels: seconds of its attention and passes, by the tables.
+            rows: of which logits are asked.
+        """
+        over, asked = self.overheads, np.asarray(rows, np.float64)
+        seconds = over.reading * np.asarray(kernels) + over.kernels * self.logits(asked)
+        launches = self.shape.layers * over.launches_s
+        return np.asarray(np.maximum(seconds + self.rest(asked), launches))
+
+    def decode_attention(self, batch: FloatArray, tokens: FloatArray) -> FloatArray:
+        """Of all layers, for one new token of each sequence."""
+        seconds = np.zeros(batch.shape)
+        for window, layers in self._layers_by_window():
+            seconds = seconds + layers * self.tables.decode_attention(
+                self._heads, window, self.kv_format, batch, tokens
+            )
+        return seconds
+
+    def context_attention(self, batch: FloatArray, tokens: FloatArray) -> FloatArray:
+        """Of all layers, over whole prompts."""
+        seconds = np.zeros(tokens.shape)
+        for window, layers in self._layers_by_window():
+            seconds = seconds + layers * self.tables.context_attention(
+                self._heads, window, self.kv_format, batch, tokens
+            )
+        return seconds
+
+    def passes(self, rows: FloatArray) -> FloatArray:
+        """Of all layers, for so many new tokens: matrices, experts and sums over GPUs."""
+        shape = self.shape
         moved = 2.0 * rows * shape.hidden_size * _PASSES_A_LAYER
         layer = (
             self._attention_matrices(rows)
             + 2 * self.tables.all_reduce(self.gpus, rows * shape.hidden_size)
-            + over.layer_s
+            + shape.norms_over_heads * self.tables.all_reduce(self.gpus, 2 * rows)
             + moved / (_ACHIEVED * self.bandwidth_bytes_per_s)
         )
-        head = self.tables.matrix(self._local.vocab_size, shape.hidden_size, "bfloat16", logits)
-        step = over.step_s + over.sequence_s * logits
-        return np.asarray(attention + shape.layers * layer + self._feed_forward(rows) + head + step)
+        return np.asarray(shape.layers * layer + self._feed_forward(rows))
+
+    def logits(self, rows: FloatArray) -> FloatArray:
+        """Of so many tokens."""
+        return self.tables.matrix(
+            self._local.vocab_size, self.shape.hidden_size, "bfloat16", np.maximum(rows, 1)
+        )
+
+    def rest(self, sequences: FloatArray) -> FloatArray:
+        """What a step takes beside the kernels of the tables."""
+        over = self.overheads
+        layer = small_kernels(self.shape, self.matrix_format) * over.small_kernel_s
+        return np.asarray(self.shape.layers * layer + over.step_s + over.sequence_s * sequences)
 
     def _attention_matrices(self, rows: FloatArray) -> FloatArray:
         local = self._local

@@ -46,7 +46,7 @@ def serve(
         return Engine(requests, scheduler, server.shape.max_context).run()
 
     tier = prepared.times["value"].tier
-    return served(prepared.name, {end: run(end) for end in ends}, goals, tier)
+    return served(prepared.name, {end: run(end) for end in ends}, goals, tier, prepared.front)
 
 
 class Engine:
@@ -65,28 +65,47 @@ class Engine:
         self.next_arrival_s = 0.0
         self._arrived = self.environment.event()
         self._requests = requests
+        self._queue = self._sequences()
 
     def run(self) -> Record:
         """Serve all requests; what was recorded of them."""
-        self.environment.process(self._arrive())
+        if self._requests.at_once:
+            self.next_arrival_s = math.inf
+            self._arrive_now(self._requests.at_once)
+        else:
+            self.environment.process(self._arrive())
         self.environment.process(self._serve())
         self.environment.run()
         return self.record
 
     def _arrive(self) -> Process:
         """Let every request arrive at its time."""
-        for at, sequence in self._sequences():
+        for at, sequence in self._queue:
             self.next_arrival_s = at
             yield self.environment.timeout(max(at - self.environment.now, 0.0))
-            if reason := self._refusal(sequence):
-                self.record.refuse(sequence, reason)
+            if not self._accept(sequence):
                 continue
-            self.scheduler.waiting.append(sequence)
             if not self._arrived.triggered:
                 self._arrived.succeed()
         self.next_arrival_s = math.inf
         if not self._arrived.triggered:
             self._arrived.succeed()
+
+    def _arrive_now(self, count: int) -> None:
+        """Let so many requests arrive that are not refused, or all that are left."""
+        for _, sequence in self._queue:
+            self.record.arrived_s[sequence.index] = self.environment.now
+            count -= self._accept(sequence)
+            if not count:
+                return
+
+    def _accept(self, sequence: Sequence) -> bool:
+        """Queue a request, unless it can never be served."""
+        if reason := self._refusal(sequence):
+            self.record.refuse(sequence, reason)
+            return False
+        self.scheduler.waiting.append(sequence)
+        return True
 
     def _serve(self) -> Process:
         """Take steps while there is anything to do, and wait for requests where there is not."""
@@ -102,7 +121,10 @@ class Engine:
                 continue
             record.begin(step, began, len(scheduler.running), len(scheduler.waiting))
             yield environment.timeout(step.seconds)
-            record.end(step, scheduler.complete(step), environment.now)
+            done = scheduler.complete(step)
+            record.end(step, done, environment.now)
+            if done and self._requests.at_once:
+                self._arrive_now(len(done))
 
     def _sequences(self) -> Iterator[tuple[float, Sequence]]:
         """Every request with its time of arrival."""

@@ -44,6 +44,7 @@ class Record:
         count = len(requests)
         self.requests, self.memory, self.counts = requests, memory, counts
         self.started_s, self.first_s, self.finished_s = ([math.inf] * count for _ in range(3))
+        self.arrived_s: list[float] = requests.arrival_s.tolist()
         self.refused: Counter[str] = Counter()
         self.samples: list[Sample] = []
         self.peak_blocks = self.peak_waiting = self.peak_running = 0

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtune.common.estimate import Estimate, Tier
+from kvtune.simulator.latency.front_end import NOTHING, FrontEnd
 from kvtune.simulator.serving.record import Record, Sample
 from kvtune.simulator.serving.step_times import End
 
@@ -71,7 +72,13 @@ class Served:
     timeline: list[Sample]
 
 
-def served(name: str, records: Mapping[End, Record], goals: Goals, tier: Tier) -> Served:
+def served(
+    name: str,
+    records: Mapping[End, Record],
+    goals: Goals,
+    tier: Tier,
+    front: FrontEnd = NOTHING,
+) -> Served:
     """The report of a policy's runs.
 
     Args:
@@ -79,14 +86,21 @@ def served(name: str, records: Mapping[End, Record], goals: Goals, tier: Tier) -
         records: of the run with likely times, and of those with all times at either end.
         goals: that goodput is counted under.
         tier: of the least certain time.
+        front: what a first token takes beside the engine's steps.
     """
-    runs = {end: measures(record, goals) for end, record in records.items()}
+    runs = {end: measures(record, goals, front) for end, record in records.items()}
     record = records["value"]
     memory, counts = record.memory, record.counts
     return Served(
         name=name,
         figures={
-            key: _estimate([run[key][0] for run in runs.values()], value, unit, tier)
+            key: _estimate(
+                [run[key][0] for run in runs.values()],
+                value,
+                unit,
+                tier,
+                front.within if key.startswith("ttft") else 1.0,
+            )
             for key, (value, unit) in runs["value"].items()
         },
         requests=len(record.requests),
@@ -107,18 +121,22 @@ def served(name: str, records: Mapping[End, Record], goals: Goals, tier: Tier) -
     )
 
 
-def measures(record: Record, goals: Goals) -> dict[str, tuple[float, str]]:
+def measures(
+    record: Record, goals: Goals, front: FrontEnd = NOTHING
+) -> dict[str, tuple[float, str]]:
     """Every figure of one run with its unit; nan where no request was answered."""
     first, finished, started = (
         np.asarray(each) for each in (record.first_s, record.finished_s, record.started_s)
     )
     done = np.isfinite(finished)
-    arrival, outputs = record.requests.arrival_s[done], record.requests.output_tokens[done]
+    arrival, outputs = np.asarray(record.arrived_s)[done], record.requests.output_tokens[done]
     first, finished, started = first[done], finished[done], started[done]
-    ttft, waited, whole = first - arrival, started - arrival, finished - arrival
     long = outputs > 1
     tpot = (finished - first)[long] / (outputs[long] - 1)
-    span = float(finished.max()) - float(record.requests.arrival_s[0]) if done.any() else np.nan
+    prompts = record.requests.prompt_tokens[done]
+    beside = front.seconds(prompts, tpot.mean() if len(tpot) else 0.0)
+    ttft, waited, whole = first - arrival + beside, started - arrival, finished - arrival + beside
+    span = float(finished.max()) - record.arrived_s[0] if done.any() else np.nan
     found: dict[str, tuple[float, str]] = {}
     for name, values in (
         ("ttft", ttft),
@@ -160,6 +178,7 @@ def _good(ttft: NDArray[np.float64], tpot: NDArray[np.float64], goals: Goals) ->
     return good
 
 
-def _estimate(values: list[float], value: float, unit: str, tier: Tier) -> Estimate:
-    """One figure; its interval takes in the runs with other times."""
-    return Estimate(float(value), float(min(values)), float(max(values)), unit, tier)
+def _estimate(values: list[float], value: float, unit: str, tier: Tier, within: float) -> Estimate:
+    """One figure; its interval takes in the runs with other times, and is a factor at least."""
+    low, high = min(*values, value / within), max(*values, value * within)
+    return Estimate(float(value), float(low), float(high), unit, tier)

@@ -23,6 +23,8 @@ class Requests:
         output_tokens: tokens that each answer has, at least 1.
         prefixes: shared beginnings of prompts, one a request; empty where none is known.
         source: one phrase on where the requests come from.
+        at_once: requests that are there at every time, each of the others arriving when one has
+            been answered; 0 where they arrive by ``arrival_s``.
     """
 
     arrival_s: NDArray[np.float64]
@@ -30,6 +32,7 @@ class Requests:
     output_tokens: NDArray[np.int64]
     prefixes: Sequence[Prefix | None] = ()
     source: str = ""
+    at_once: int = 0
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -128,6 +131,25 @@ def generate(
     kind = {0.0: "evenly spaced", 1.0: "Poisson"}.get(burstiness, f"gamma, cv {burstiness:g}")
     source = f"{rate_per_s:g} requests a second ({kind}), prompts of {prompt}, outputs of {output}"
     return Requests(arrival, prompts, outputs, shared if prefix_tokens else (), source)
+
+
+def generate_at_once(
+    count: int, at_once: int, prompt: Lengths, output: Lengths, *, longest: int, seed: int = 0
+) -> Requests:
+    """Draw requests of so many clients, each of which asks anew as soon as it was answered.
+
+    Args:
+        count: requests in all.
+        at_once: clients.
+        prompt: lengths of prompts.
+        output: lengths of answers.
+        longest: the most tokens that a drawn length may have.
+        seed: of everything that is drawn.
+    """
+    rng = np.random.default_rng(seed)
+    prompts, outputs = prompt.draw(count, rng, longest), output.draw(count, rng, longest)
+    source = f"{at_once} requests at once, prompts of {prompt}, outputs of {output}"
+    return Requests(np.zeros(count), prompts, outputs, (), source, at_once)
 
 
 def _gaps(count: int, burstiness: float, rng: np.random.Generator) -> NDArray[np.float64]:

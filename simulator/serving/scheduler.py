@@ -1,9 +1,12 @@
 """What every step of the engine does: who decodes, what is read, who is admitted or preempted.
 
 Continuous batching as vLLM's v1 scheduler does it: each step gives every answered sequence a token
-and fills the rest of its token budget with chunks of prompts, first come first served. When blocks
-run out, the sequence that was admitted last gives its own back and waits at the front. By
-``Limits.order`` the prompts that are held to the largest share come first instead, after KVShare
+and fills the rest of its token budget with chunks of prompts, first come first served. By
+``Limits.reading`` prompts are read whole instead, as TensorRT-LLM does by default, or in steps in
+which nothing decodes, as SGLang does.
+
+When blocks run out, the sequence that was admitted last gives its own back and waits at the front.
+By ``Limits.order`` the prompts that are held to the largest share come first instead, after KVShare
 (Yang et al., arXiv 2503.16525), whose released code has no scheduler: how long one may be passed
 over, and how far the queue is looked through, are ours.
 """
@@ -17,10 +20,13 @@ from kvtune.simulator.serving.decoding import Decoding
 from kvtune.simulator.serving.memory import Memory
 from kvtune.simulator.serving.sequence import Sequence
 from kvtune.simulator.serving.step import Counts, Limits, Step
-from kvtune.simulator.serving.step_times import Chunk, StepTimes
+from kvtune.simulator.serving.step_times import Chunk, EngineTimes
 
 LOOKED_THROUGH = 256
 """Waiting requests among which one is chosen by what is held of its prompt."""
+
+FULL_ENOUGH = 0.9
+"""Share of a step's tokens at which prompts are no longer held back for others."""
 
 PASSED_OVER = 64
 """Later requests that may go before the first one that waits."""
@@ -35,7 +41,7 @@ class Scheduler:
         limits: of a step.
     """
 
-    def __init__(self, memory: Memory, times: StepTimes, limits: Limits) -> None:
+    def __init__(self, memory: Memory, times: EngineTimes, limits: Limits) -> None:
         self.memory, self.times, self.limits = memory, times, limits
         self.waiting: deque[Sequence] = deque()
         self.running: dict[Sequence, None] = {}  # in the order in which they were admitted
@@ -43,6 +49,7 @@ class Scheduler:
         self.decoding = Decoding(memory)
         self.counts = Counts()
         self._passed_over = 0  # by how many the first one that waits
+        self._held_back = 0  # decode steps since prompts began to be held back
 
     def plan(self, quiet_s: float) -> Step | None:
         """The next step, with the blocks that it takes; None where there is nothing to do.
@@ -51,10 +58,13 @@ class Scheduler:
             quiet_s: seconds until the next request arrives.
         """
         step = Step()
+        if self.limits.reading == "alone" and self._read_alone(step):
+            return step
         preempted = self._make_room(step)
         self.decoding.grow(0, 1)
         chunks = self._read(step) if self.reading else []
-        if self.waiting and not preempted:
+        held_back = bool(self.waiting) and self._hold_back()
+        if self.waiting and not preempted and not held_back:
             self._admit(step, chunks)
         decoding = self.decoding
         if not self.running:
@@ -64,7 +74,7 @@ class Scheduler:
         sequences = decoding.count
         prompt = decoding.prompt_tokens / sequences if sequences else 0.0
         held = decoding.held_tokens / sequences if sequences else 0.0
-        if chunks or preempted or step.admitted:
+        if chunks or preempted or step.admitted or held_back:
             self._one_step(step, chunks, prompt, held)
         else:
             self._several_steps(step, prompt, held, quiet_s)
@@ -121,6 +131,34 @@ class Scheduler:
 
     # --- prompts --------------------------------------------------------------------------------
 
+    def _read_alone(self, step: Step) -> bool:
+        """A step of nothing but prompts, if any can be read."""
+        chunks = self._read(step) if self.reading else []
+        if self.waiting:
+            self._admit(step, chunks)
+        if not chunks:
+            return False
+        step.seconds += self.times.mixed(0, 0.0, 0.0, chunks) + self._compressing(step)
+        return True
+
+    def _hold_back(self) -> bool:
+        """Whether the prompts that wait may still be joined by others before they are read."""
+        limits = self.limits
+        if not (limits.hold_steps and self.decoding.count):
+            return False
+        if self._held_back < limits.hold_steps:
+            tokens = sum(sequence.prompt for sequence in self.waiting)
+            if tokens < FULL_ENOUGH * limits.step_tokens:
+                self._held_back += 1
+                return True
+        self._held_back = 0
+        return False
+
+    def _left(self, chunks: list[Chunk]) -> int:
+        """Tokens that a step with these chunks can still read."""
+        decoding = 0 if self.limits.reading == "alone" else self.decoding.count
+        return self.limits.step_tokens - decoding - sum(c.tokens for c in chunks)
+
     def _read(self, step: Step) -> list[Chunk]:
         """Chunks of prompts that have been begun, as far as the step's tokens go."""
         chunks: list[Chunk] = []
@@ -129,8 +167,7 @@ class Scheduler:
         return chunks
 
     def _read_chunk(self, sequence: Sequence, step: Step, chunks: list[Chunk]) -> None:
-        left = self.limits.step_tokens - self.decoding.count - sum(c.tokens for c in chunks)
-        tokens = min(left, sequence.to_read - sequence.read)
+        tokens = min(self._left(chunks), sequence.to_read - sequence.read)
         if tokens <= 0:
             return
         chunks.append(Chunk(sequence.read, tokens))
@@ -140,10 +177,12 @@ class Scheduler:
 
     def _admit(self, step: Step, chunks: list[Chunk]) -> None:
         """Take from the queue, in order, while tokens, sequences and blocks are left."""
-        left = self.limits.step_tokens - self.decoding.count - sum(c.tokens for c in chunks)
+        left = self._left(chunks)
         while self.waiting and len(self.running) < self.limits.sequences and left > 0:
             place = self._next()
             sequence = self.waiting[place]
+            if self.limits.reading == "whole" and chunks and sequence.prompt > left:
+                return
             if not (self._return(sequence, step) if sequence.swapped else self._begin(sequence)):
                 return
             del self.waiting[place]
@@ -195,8 +234,10 @@ class Scheduler:
             step.seconds += self.times.mixed(sequences, prompt, held, chunks)
         elif sequences:
             step.seconds += self.times.decoding(sequences, prompt, held)
-        for sequence in step.read:
-            step.seconds += self.times.compressing.at(sequence.prompt)
+        step.seconds += self._compressing(step)
+
+    def _compressing(self, step: Step) -> float:
+        return sum(self.times.compressing.at(sequence.prompt) for sequence in step.read)
 
     def _several_steps(self, step: Step, prompt: float, held: float, quiet_s: float) -> None:
         """Decode steps until the batch can change; their times rise evenly."""

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.common.units import format_bytes
+from kvtune.profiles.elsewhere import StackChoice
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.profiles.split import split_over
+from kvtune.simulator.latency.front_end import NOTHING, FrontEnd
 from kvtune.simulator.memory.budget import memory_budget
 from kvtune.simulator.memory.peak import add, fixed_parts
 from kvtune.simulator.memory.weights import WeightFormat
 from kvtune.simulator.serving.sequence import Footprint
 from kvtune.simulator.serving.step import Limits
-from kvtune.simulator.serving.step_times import End, StepTimes
+from kvtune.simulator.serving.step_times import End, EngineTimes
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Server:
         block_tokens: generated tokens that a block holds.
         host_bytes: for the share of each card in sequences that had to leave; 0 for none.
         gpus: cards that share each layer.
+        stack: whose kernels.
     """
 
     shape: ModelShape
@@ -42,6 +45,7 @@ class Server:
     block_tokens: int = 16
     host_bytes: int = 0
     gpus: int = 1
+    stack: StackChoice = "kvtune"
 
     @property
     def local(self) -> ModelShape:
@@ -58,12 +62,14 @@ class Prepared:
         server: model, card and engine.
         footprint: bytes of a sequence on each card.
         times: of the engine's steps: likely, and at both ends of their intervals.
+        front: what a first token takes beside them.
     """
 
     name: str
     server: Server
     footprint: Footprint
-    times: Mapping[End, StepTimes]
+    times: Mapping[End, EngineTimes]
+    front: FrontEnd = NOTHING
 
     @property
     def block_bytes(self) -> int:
@@ -81,6 +87,7 @@ def server(
     block_tokens: int = 16,
     host_bytes: int = 0,
     gpus: int = 1,
+    stack: StackChoice = "kvtune",
 ) -> Server:
     """Split each card's memory: weights, overhead and a step's activations, the rest for the cache.
 
@@ -93,6 +100,7 @@ def server(
         block_tokens: generated tokens that a block holds.
         host_bytes: of the host for sequences that had to leave all cards.
         gpus: cards that share each layer.
+        stack: whose kernels.
 
     Raises:
         KvtuneError: nothing is left for the cache, a step cannot hold all sequences, or so many
@@ -120,4 +128,4 @@ def server(
         )
     cache = Estimate(left, low, high, "B", "assumed")
     host = host_bytes // gpus
-    return Server(shape, gpu, chosen.weight_format, cache, limits, block_tokens, host, gpus)
+    return Server(shape, gpu, chosen.weight_format, cache, limits, block_tokens, host, gpus, stack)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from kvtune.profiles.elsewhere import StackChoice
 from kvtune.simulator.serving.sequence import Sequence
+
+Reading = Literal["chunks", "whole", "alone"]
+READING: dict[StackChoice, Reading] = {
+    "kvtune": "chunks", "vllm": "chunks", "sglang": "alone", "trtllm": "whole",
+}  # fmt: skip
+"""How each stack reads prompts unless it is told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -17,11 +24,16 @@ class Limits:
         step_tokens: new tokens of a step, decoded and read.
         order: who of those that wait comes next: the first to arrive, or whose prompt is held to
             the largest share.
+        reading: prompts are read in chunks beside decoding, whole beside decoding, or in steps of
+            their own.
+        hold_steps: decode steps for which prompts may be held back until they fill a step.
     """
 
     sequences: int
     step_tokens: int
     order: Literal["arrival", "cached"] = "arrival"
+    reading: Reading = "chunks"
+    hold_steps: int = 0
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,29 @@ class Curve:
         cell, share = self.place(x)
         low = self.values[cell]
         return low + share * (self.values[cell + 1] - low) if share else low
+
+
+class EngineTimes(Protocol):
+    """What an engine asks of the times of its steps, in seconds; lengths are means."""
+
+    @property
+    def tier(self) -> Tier:
+        """Of the least certain time."""
+
+    @property
+    def compressing(self) -> Curve:
+        """What compressing a prompt takes beside reading it, by its tokens."""
+
+    def decoding(self, sequences: int, prompt: float, generated: float) -> float:
+        """Of one decode step."""
+
+    def mixed(
+        self, sequences: int, prompt: float, generated: float, chunks: Iterable[Chunk]
+    ) -> float:
+        """Of a step that reads chunks of prompts beside decoding."""
+
+    def copying(self, blocks: int) -> float:
+        """Of a copy of so many blocks between host and device."""
 
 
 @dataclass(frozen=True)

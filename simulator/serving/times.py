@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.policy import Policy
+from kvtune.profiles.elsewhere import Stack
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency.answers import TIERS, Times
 from kvtune.simulator.latency.compression import compression
 from kvtune.simulator.latency.overheads import transfer
+from kvtune.simulator.latency.stacks import FRONT_ENDS, interval_of, on_card, stack_model
 from kvtune.simulator.latency.steps import decode_steps, prefill, prefills
 from kvtune.simulator.latency.sums import sums_over_gpus
 from kvtune.simulator.memory.policy_bytes import cache_bytes_by_format
@@ -24,7 +26,8 @@ from kvtune.simulator.memory.weights import WeightFormat
 from kvtune.simulator.serving.footprint import footprint
 from kvtune.simulator.serving.requests import Requests
 from kvtune.simulator.serving.server import Prepared, Server
-from kvtune.simulator.serving.step_times import Curve, End, StepTimes
+from kvtune.simulator.serving.stack_times import StackGrids, StackTimes
+from kvtune.simulator.serving.step_times import Curve, End, EngineTimes, StepTimes
 
 PROMPTS, GENERATED, PASSES, COMPRESSIONS = 17, 9, 1025, 33  # points of the grids
 
@@ -57,9 +60,11 @@ def prepare(server: Server, requests: Requests, policy: Policy | None) -> Prepar
         policy: for the model; None for the uncompressed cache.
 
     Raises:
-        KvtuneError: the policy is for another shape, or cannot be costed on this one or on several
-            cards.
+        KvtuneError: the policy is for another shape, or cannot be costed on this one, on several
+            cards or with a stack's kernels.
     """
+    if server.stack != "kvtune":
+        return _of_stack(server, server.stack, requests, policy)
     if policy is not None and server.gpus > 1:
         raise KvtuneError(
             "a policy can be costed on one GPU only, as yet",
@@ -79,6 +84,27 @@ def prepare(server: Server, requests: Requests, policy: Policy | None) -> Prepar
     sums = partial(sums_over_gpus, server.shape, server.gpu, server.gpus)
     times = step_times(shape, server.gpu, server.weights, policy, load, sums)
     return Prepared(policy.name if policy else "full cache", server, held, times)
+
+
+def _of_stack(server: Server, stack: Stack, requests: Requests, policy: Policy | None) -> Prepared:
+    """The uncompressed cache by a stack's kernels."""
+    if policy is not None:
+        raise KvtuneError(
+            f"a policy is not costed with {stack}'s kernels, which know whole caches only",
+            hint="leave out --policy, or --stack.",
+        )
+    prompts = _possible(requests, server.shape.max_context)
+    longest_output = min(int(requests.output_tokens.max()), server.shape.max_context)
+    model, card = stack_model(server.shape, server.gpu, server.gpus, stack, server.weights)
+    factor, tier = interval_of(card, server.gpu)
+    limits, longest = server.limits, int(prompts.max()) + longest_output
+    grids = StackGrids(model, limits.sequences, longest, limits.step_tokens)
+    times = StackTimes(on_card(model, card, server.gpu), grids, tier)
+    ends: dict[End, EngineTimes] = {
+        "value": times, "low": times.scaled(1 / factor), "high": times.scaled(factor),
+    }  # fmt: skip
+    held = footprint(server.local, None, prompts, longest_output)
+    return Prepared("full cache", server, held, ends, FRONT_ENDS[stack])
 
 
 def _possible(requests: Requests, longest: int) -> NDArray[np.int64]:

@@ -1,0 +1,126 @@
+"""A model by the kernels of a serving stack: whose tables, and what they do not hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Tier
+from kvtune.profiles.elsewhere import SYSTEM_OF_CARD, Stack, require_systems_folder
+from kvtune.profiles.gpus import GpuProfile, find_gpu
+from kvtune.profiles.shape import ModelShape
+from kvtune.simulator.latency.elsewhere import ServingTables
+from kvtune.simulator.latency.front_end import FrontEnd
+from kvtune.simulator.latency.serving_kernels import Overheads, ServingModel
+
+# Half of the 80 % interval as a factor: of whole serving runs with their model and system left out,
+# a token and a first token; and of decode attention of systems whose chip was left out whole.
+STEP_FACTOR = 1.22
+_FIRST_TOKEN_FACTOR = 1.5
+TRANSFER_FACTOR = 1.45
+
+# Fitted on the whole serving runs of aiconfigurator-core 0.12.0 (benchmarks/hardware_runs.py;
+# benchmarks/results/hardware-runs.json, "parameters").
+OVERHEADS: dict[Stack, Overheads] = {
+    "vllm": Overheads(2.5e-6, 0.14e-3, 6.1e-6, 1.0, 1.16, 0.59e-3),
+    "sglang": Overheads(1.8e-6, 0.34e-3, 18.0e-6, 1.03, 1.03, 0.4e-3),
+    "trtllm": Overheads(1.1e-6, 0.28e-3, 12.0e-6, 0.958, 1.07, 0.38e-3),
+}
+FRONT_ENDS: dict[Stack, FrontEnd] = {
+    "vllm": FrontEnd(16.0e-3, 4.5e-6, 1.4, _FIRST_TOKEN_FACTOR),
+    "sglang": FrontEnd(20.0e-3, 3.0e-6, 1.0, _FIRST_TOKEN_FACTOR),
+    "trtllm": FrontEnd(24.0e-3, 2.9e-6, 0.89, _FIRST_TOKEN_FACTOR),
+}
+
+_MATRIX_FORMATS = {"bf16": ("bfloat16",), "fp8": ("fp8", "fp8_block"), "int4": ("int4_wo",)}
+
+
+def stack_model(
+    shape: ModelShape, gpu: GpuProfile, gpus: int, stack: Stack, weight_format: str
+) -> tuple[ServingModel, GpuProfile]:
+    """A model over its bf16 cache, and the measured card that its times are of.
+
+    Args:
+        shape: the whole model.
+        gpu: the card; the most alike of those that were measured stands in for it.
+        gpus: that share each layer.
+        stack: whose kernels.
+        weight_format: of the matrices.
+
+    Raises:
+        KvtuneError: the tables have no such card, format or kind of attention.
+    """
+    card = nearest_measured(gpu)
+    tables = ServingTables(require_systems_folder(), SYSTEM_OF_CARD[card.slug], stack)
+    form = _format(tables, weight_format)
+    bandwidth = card.bandwidth_bytes_per_s
+    model = ServingModel(
+        tables, shape, gpus, form, form, "bfloat16", bandwidth, OVERHEADS[stack]
+    )  # fmt: skip
+    return model, card
+
+
+def on_card(model: ServingModel, card: GpuProfile, gpu: GpuProfile) -> ServingModel:
+    """A model on a card that was not measured: by the ratios of bandwidths and of bf16 rates."""
+    over = model.overheads
+    scaled = replace(
+        over,
+        kernels=over.kernels * card.bandwidth_bytes_per_s / gpu.bandwidth_bytes_per_s,
+        reading=over.reading * card.bf16_flop_per_s / gpu.bf16_flop_per_s,
+    )
+    return replace(model, overheads=scaled)
+
+
+def interval_of(card: GpuProfile, gpu: GpuProfile) -> tuple[float, Tier]:
+    """Half of the 80 % interval as a factor, and the tier: the card's own times or transferred."""
+    if card == gpu:
+        return STEP_FACTOR, "measured elsewhere"
+    return float(np.exp(np.hypot(np.log(STEP_FACTOR), np.log(TRANSFER_FACTOR)))), "transferred"
+
+
+def nearest_measured(gpu: GpuProfile) -> GpuProfile:
+    """The card itself where the tables have it, else the most alike: architecture, then rates.
+
+    Raises:
+        KvtuneError: another vendor's card than any that was measured.
+    """
+    cards = [find_gpu(slug) for slug in SYSTEM_OF_CARD]
+    alike = [card for card in cards if card.vendor == gpu.vendor]
+    if not alike:
+        raise KvtuneError(
+            f"no serving stack's kernels were measured on cards of {gpu.vendor}",
+            hint="leave --stack out: kvtune's own model answers from the datasheet.",
+        )
+    return min(alike, key=lambda card: unlike(card, gpu))
+
+
+def unlike(card: GpuProfile, gpu: GpuProfile) -> float:
+    """How different two cards are."""
+    if card.slug == gpu.slug:
+        return -1.0
+    rates = np.log(
+        [
+            card.bandwidth_bytes_per_s / gpu.bandwidth_bytes_per_s,
+            card.bf16_flop_per_s / gpu.bf16_flop_per_s,
+        ]
+    )
+    other = (card.architecture != gpu.architecture) + (card.memory_kind != gpu.memory_kind)
+    return float(np.sum(np.abs(rates)) + 2 * other)
+
+
+def _format(tables: ServingTables, weight_format: str) -> str:
+    """The tables' name of a weight format, the first that was measured.
+
+    Raises:
+        KvtuneError: none of them was.
+    """
+    measured = tables.matrix_formats()
+    for name in _MATRIX_FORMATS.get(weight_format, ()):
+        if name in measured:
+            return name
+    raise KvtuneError(
+        f"{tables.stack} on {tables.system} has no measured matrices in {weight_format}",
+        hint=f"measured: {', '.join(sorted(measured)) or 'none'}; --weights chooses one.",
+    )

@@ -1,0 +1,80 @@
+"""Tables in the layout of aiconfigurator-core, made up from a formula."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
+
+FLOOR, RATE = 8e-6, 4e12  # of the made-up card: seconds, bytes a second
+
+
+def decode_s(batch: float, tokens: float, kv: int, width: int = 128) -> float:
+    return float(np.hypot(FLOOR, batch * tokens * kv * width * 4 / RATE))
+
+
+def context_s(batch: float, tokens: float, query: int) -> float:
+    return FLOOR + batch * tokens**2 * query * 128 * 2 / 5e14
+
+
+def matrix_s(rows: float, out: float, wide: float) -> float:
+    return 3e-6 + max(2 * out * wide / RATE, 2 * rows * out * wide / 6e14)
+
+
+def write(folder: Path, op: str, stack: str, version: str, file: str, rows: list[Any]) -> None:
+    place = folder / "data" / "h200_sxm" / op / stack / version
+    place.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), place / f"{file}.parquet")
+
+
+def write_systems(folder: Path) -> None:
+    """Tables of one system and stack: attention, matrices, sums over GPUs and experts."""
+    sizes = (1, 4, 16, 64)
+    heads = ((32, 8), (16, 4), (8, 2), (8, 1))
+    lengths = (1, 16, 256, 1024, 4096, 16384)
+    base = {"kernel_source": "fa", "head_dim": 128, "window_size": 0}
+    kinds: dict[str, Any] = {"attn_dtype": "bfloat16", "kv_cache_dtype": "bfloat16"}
+    decode = [
+        {**base, **kinds, "batch_size": b, "step": n - 1, "num_heads": q, "num_key_value_heads": k,
+         "latency": 1e3 * decode_s(b, n, k)}
+        for b, n, (q, k) in itertools.product(sizes, lengths, heads)
+    ]  # fmt: skip
+    context = [
+        {**base, **kinds, "batch_size": b, "isl": n, "num_heads": q, "num_key_value_heads": k,
+         "latency": 1e3 * context_s(b, n, q)}
+        for b, n, (q, k) in itertools.product(sizes, lengths[1:], heads)
+    ]  # fmt: skip
+    write(folder, "attention", "vllm", "0.24.0", "generation_attention_perf", decode)
+    slow = [{**row, "latency": 1.0} for row in decode]
+    write(folder, "attention", "vllm", "0.9.1", "generation_attention_perf", slow)
+    write(folder, "attention", "vllm", "0.24.0", "context_attention_perf", context)
+    widths = (256, 1024, 4096, 16384, 131072)
+    matrices: list[Any] = [
+        {"gemm_dtype": "bfloat16", "kernel_source": name, "m": m, "n": n, "k": k,
+         "latency": 1e3 * slower * matrix_s(m, n, k)}
+        for m, n, k in itertools.product((1, 8, 64, 512, 8192), widths, widths)
+        for name, slower in (("quick", 1), ("slow", 3))
+    ]  # fmt: skip
+    write(folder, "gemm", "vllm", "0.24.0", "gemm_perf", matrices)
+    sums = [
+        {"num_gpus": g, "message_size": 4**i, "kernel_source": kind,
+         "latency": 1e3 * (5e-6 + 2 * 4**i / 3e11) * slower}
+        for g in (2, 4) for i in range(4, 14) for kind, slower in (("x_graph", 1), ("x_eager", 9))
+    ]  # fmt: skip
+    write(folder, "comm", "vllm", "0.24.0", "custom_allreduce_perf", sums)
+    experts = [
+        {"moe_dtype": "bfloat16", "kernel_source": "e", "num_tokens": n, "hidden_size": 2048,
+         "inter_size": 768, "topk": 8, "num_experts": 128, "moe_tp_size": 1, "moe_ep_size": ep,
+         "distribution": "balanced", "latency": 0.05 * n / ep + 0.1}
+        for n in (1, 16, 256) for ep in (1, 2)
+    ]  # fmt: skip
+    experts += [  # one is the faster for few tokens, the other for many
+        experts[0] | {"moe_dtype": form, "num_tokens": n, "latency": latency}
+        for form, times in (("fp8", (0.1, 0.4, 9.0)), ("fp8_block", (0.2, 0.3, 1.0)))
+        for n, latency in zip((1, 16, 256), times, strict=True)
+    ]
+    write(folder, "moe", "vllm", "0.24.0", "moe_perf", experts)

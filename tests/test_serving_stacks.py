@@ -1,0 +1,257 @@
+"""Serving in simulation by a stack's kernels, in its order of work, for clients that ask anew."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtune.common.errors import KvtuneError
+from kvtune.profiles.gpus import find_gpu
+from kvtune.profiles.models import find_model
+from kvtune.simulator.latency import stacks
+from kvtune.simulator.latency.elsewhere import ServingTables
+from kvtune.simulator.latency.front_end import FrontEnd
+from kvtune.simulator.latency.serving_kernels import Overheads, ServingModel, small_kernels
+from kvtune.simulator.latency.stacks import on_card
+from kvtune.simulator.serving.engine import Engine, serve
+from kvtune.simulator.serving.memory import Memory
+from kvtune.simulator.serving.record import Record
+from kvtune.simulator.serving.report import Goals, measures
+from kvtune.simulator.serving.requests import Lengths, Requests, generate_at_once
+from kvtune.simulator.serving.scheduler import Scheduler
+from kvtune.simulator.serving.sequence import Footprint
+from kvtune.simulator.serving.server import server
+from kvtune.simulator.serving.stack_times import StackGrids, StackTimes
+from kvtune.simulator.serving.step import Limits
+from kvtune.simulator.serving.step_times import Chunk, Curve, StepTimes
+from kvtune.simulator.serving.times import prepare
+from kvtune.tests.made_up_tables import RATE, write_systems
+
+LLAMA, H200 = find_model("llama-8b"), find_gpu("h200")
+OVER = Overheads(1e-6, 1e-4, 1e-6, kernels=1.1, reading=1.2, launches_s=1e-6)
+
+
+@pytest.fixture(scope="module")
+def systems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel") / "systems"
+    write_systems(folder)
+    return folder
+
+
+@pytest.fixture
+def model(systems: Path) -> ServingModel:
+    tables = ServingTables(systems, "h200_sxm", "vllm")
+    return ServingModel(tables, LLAMA, 1, "bfloat16", "bfloat16", "bfloat16", RATE, OVER)
+
+
+@pytest.fixture
+def steps(model: ServingModel) -> StackTimes:
+    return StackTimes(model, StackGrids(model, 64, 8192, 8192), "measured elsewhere")
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+@pytest.mark.parametrize("tokens", [30, 1000, 8000])
+def test_the_engine_reads_what_the_model_says(
+    model: ServingModel, steps: StackTimes, batch: int, tokens: int
+) -> None:
+    decode, prefill = float(model.decode(batch, tokens)), float(model.prefill(tokens))
+    assert steps.decoding(batch, tokens / 2, tokens / 2) == pytest.approx(decode, rel=0.02)
+    assert steps.mixed(0, 0, 0, [Chunk(0, tokens)]) == pytest.approx(prefill, rel=0.02)
+
+
+def test_a_prompt_in_chunks_takes_no_less_than_whole_and_decoding_beside_it_more(
+    steps: StackTimes,
+) -> None:
+    whole = steps.mixed(0, 0, 0, [Chunk(0, 4096)])
+    halves = [steps.mixed(0, 0, 0, [Chunk(at, 2048)]) for at in (0, 2048)]
+    assert halves[0] < halves[1]
+    assert sum(halves) > whole
+    assert steps.mixed(32, 900, 100, [Chunk(0, 4096)]) > whole
+    assert steps.scaled(2.0).mixed(0, 0, 0, [Chunk(0, 4096)]) == pytest.approx(2 * whole)
+
+
+def test_a_step_that_reads_waits_for_the_hosts_launches(model: ServingModel) -> None:
+    slow = replace(model, overheads=replace(OVER, launches_s=0.01))
+    assert float(slow.prefill(1)) == pytest.approx(LLAMA.layers * 0.01)
+    assert float(slow.decode(1, 1)) == float(model.decode(1, 1))  # which a graph launches
+
+
+def test_formats_with_a_scale_a_block_norms_of_heads_and_experts_are_kernels_more() -> None:
+    plain = small_kernels(LLAMA, "bfloat16")
+    assert small_kernels(LLAMA, "fp8") == plain
+    assert small_kernels(LLAMA, "nvfp4") == small_kernels(LLAMA, "fp8_block") == plain + 4
+    normed = replace(LLAMA, query_key_norm=True, experts=find_model("mixtral-8x7b").experts)
+    assert small_kernels(normed, "bfloat16") == plain + 2 + 3
+
+
+def test_another_card_decodes_by_its_bandwidth_and_reads_by_its_arithmetic(
+    model: ServingModel,
+) -> None:
+    card = find_gpu("4090")
+    other = on_card(model, H200, card)
+    bandwidths = H200.bandwidth_bytes_per_s / card.bandwidth_bytes_per_s
+    rates = H200.bf16_flop_per_s / card.bf16_flop_per_s
+    decode, prefill = (float(a / b) for a, b in (
+        (other.decode(8, 4000), model.decode(8, 4000)), (other.prefill(4000), model.prefill(4000))
+    ))  # fmt: skip
+    assert decode == pytest.approx(bandwidths, rel=0.1)
+    assert prefill == pytest.approx(rates, rel=0.1)
+
+
+# --- clients that ask anew ----------------------------------------------------------------------
+
+
+def steady(base: float = 1.0, a_token: float = 0.001) -> StepTimes:
+    """A step takes a second and what it reads."""
+    return StepTimes(
+        prompts=Curve(0, 99, [0, 99]), generated=Curve(0, 99, [0, 99]),
+        decode=[[[base, base], [base, base]]] * 33, empty=[base] * 33,
+        whole_pass=Curve(0, 999, [base, base + 999 * a_token]),
+        compute=Curve(0, 999, [0, 999 * a_token]), compressing=Curve(0, 99, [0, 0]),
+    )  # fmt: skip
+
+
+class Times:
+    """Made-up times that keep every step that reads."""
+
+    tier = "assumed"
+    compressing = Curve(0, 1, [0, 0])
+
+    def __init__(self) -> None:
+        self.inner, self.seen = steady(), list[tuple[int, list[Chunk]]]()
+
+    def decoding(self, sequences: int, prompt: float, generated: float) -> float:
+        return self.inner.decoding(sequences, prompt, generated)
+
+    def mixed(self, sequences: int, prompt: float, generated: float, chunks: Any) -> float:
+        self.seen.append((sequences, list(chunks)))
+        return self.inner.mixed(sequences, prompt, generated, chunks)
+
+    def copying(self, blocks: int) -> float:
+        return 0.0
+
+
+def run(asked: Requests, limits: Limits, of: Times | None = None) -> Record:
+    lengths = list(range(200))
+    memory = Memory(Footprint(lengths, lengths, 1), 16, 4000, 0)
+    return Engine(asked, Scheduler(memory, of or Times(), limits), 200).run()  # type: ignore[arg-type]
+
+
+def at_once(lengths: list[tuple[int, int]], clients: int) -> Requests:
+    prompts, outputs = (np.array(column, np.int64) for column in zip(*lengths, strict=True))
+    return Requests(np.zeros(len(lengths)), prompts, outputs, at_once=clients)
+
+
+LENGTHS = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 60)), min_size=1, max_size=40)
+READINGS = st.sampled_from(["chunks", "whole", "alone"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=LENGTHS, clients=st.integers(1, 12), reading=READINGS)
+def test_every_client_asks_anew_when_it_was_answered(
+    lengths: list[tuple[int, int]], clients: int, reading: Any
+) -> None:
+    record = run(at_once(lengths, clients), Limits(32, 100, reading=reading))
+    arrived, finished = np.array(record.arrived_s), np.array(record.finished_s)
+    assert np.all(np.isfinite(finished))
+    assert np.all(arrived[:clients] == 0)
+    # The k-th that asks anew does so when the k-th of all was answered.
+    assert (
+        arrived[clients:].tolist() == np.sort(finished)[: max(len(lengths) - clients, 0)].tolist()
+    )
+
+
+def test_what_can_never_be_served_keeps_no_client_waiting() -> None:
+    record = run(at_once([(5, 3), (190, 90), (5, 3), (5, 3)], 1), Limits(32, 100))
+    assert record.refused == {"longer than the model's context": 1}
+    assert np.isfinite(record.finished_s).sum() == 3
+
+
+def test_drawn_clients_are_as_many_as_asked() -> None:
+    asked = generate_at_once(50, 7, Lengths(10, 20), Lengths(5, 9), longest=99)
+    assert (len(asked), asked.at_once) == (50, 7)
+    assert asked.prompt_tokens.min() >= 10
+    assert asked.output_tokens.max() <= 9
+
+
+# --- how prompts are read -----------------------------------------------------------------------
+
+
+MANY = [(60, 20), (90, 7), (35, 13), (80, 9), (20, 30), (75, 5)] * 4
+
+
+def test_prompts_are_cut_where_they_are_read_in_chunks() -> None:
+    of = Times()
+    run(at_once(MANY, 5), Limits(32, 100, reading="chunks"), of)
+    assert any(chunk.start for _, chunks in of.seen for chunk in chunks)
+    assert any(sequences for sequences, _ in of.seen)
+
+
+def test_whole_prompts_are_read_beside_decoding() -> None:
+    of = Times()
+    run(at_once(MANY, 5), Limits(32, 100, reading="whole"), of)
+    assert not any(chunk.start for _, chunks in of.seen for chunk in chunks)
+    assert any(sequences for sequences, _ in of.seen)
+
+
+def test_prompts_are_read_in_steps_of_their_own() -> None:
+    of = Times()
+    record = run(at_once(MANY, 5), Limits(32, 100, reading="alone"), of)
+    assert {sequences for sequences, _ in of.seen} == {0}
+    assert record.counts.decoded == sum(outputs - 1 for _, outputs in MANY)
+
+
+def test_prompts_that_are_held_back_are_read_together() -> None:
+    alone, joined = Times(), Times()
+    asked = [(30, 10 + i) for i in range(24)]
+    run(at_once(asked, 8), Limits(32, 1000), alone)
+    run(at_once(asked, 8), Limits(32, 1000, hold_steps=20), joined)
+    assert len(joined.seen) < len(alone.seen)
+    assert sum(len(chunks) for _, chunks in joined.seen) == len(asked)
+
+
+# --- the whole ----------------------------------------------------------------------------------
+
+
+def test_a_first_token_waits_for_the_front_end() -> None:
+    record = run(at_once([(50, 10)], 1), Limits(32, 100))
+    bare, whole = measures(record, Goals()), measures(record, Goals(), FrontEnd(3.0, 0.1, 2.0))
+    later = 3.0 + 50 * 0.1 + 2.0 * bare["tpot_mean"][0]
+    assert whole["ttft_mean"][0] == pytest.approx(bare["ttft_mean"][0] + later)
+    assert whole["latency_mean"][0] == pytest.approx(bare["latency_mean"][0] + later)
+    assert whole["tpot_mean"] == bare["tpot_mean"]
+
+
+def test_serving_by_a_stack_is_answered_with_an_interval(
+    systems: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stacks, "require_systems_folder", lambda: systems)
+    limits = Limits(16, 2048)
+    serving = server(LLAMA, H200, H200.visible_bytes, "bf16", limits, stack="vllm")
+    asked = generate_at_once(40, 8, Lengths(500, 600), Lengths(20, 30), longest=4096)
+    ready = prepare(serving, asked, None)
+    figures = serve(ready, asked, Goals()).figures
+    found, first = figures["tpot_p50"], figures["ttft_p50"]
+    assert found.tier == "measured elsewhere"
+    assert found.low < found.value < found.high
+    assert found.value > 2 * LLAMA.active_parameters / H200.bandwidth_bytes_per_s / 1.5
+    assert first.high >= first.value * ready.front.within > first.value
+    assert first.low <= first.value / ready.front.within
+
+
+def test_a_policy_is_not_costed_by_a_stack(systems: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvtune.policies.option import Option
+    from kvtune.policies.policy import Policy
+
+    monkeypatch.setattr(stacks, "require_systems_folder", lambda: systems)
+    serving = server(LLAMA, H200, H200.visible_bytes, "bf16", Limits(16, 2048), stack="vllm")
+    asked = generate_at_once(4, 2, Lengths(50, 60), Lengths(2, 3), longest=4096)
+    policy = Policy.uniform(Option(), LLAMA.layers, LLAMA.kv_heads)
+    with pytest.raises(KvtuneError, match="not costed with vllm's kernels"):
+        prepare(serving, asked, policy)
