@@ -26,13 +26,14 @@ from typing import Any
 from kvtune.common.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
+INSTALL = "install -q --no-compile -c constraints/cpu.txt ."
 FIRST = "search --model llama-8b --gpu 4090 --mem 16GB"
 REAL = "search --model smollm2-135m --gpu 4090 --mem 1GiB"
 
 
 def step(words: list[str], folder: Path, store: Path) -> dict[str, Any]:
     """Run one command; its wall and CPU seconds, and the first lines of its answer."""
-    outside = ("PYTHONPATH", "VIRTUAL_ENV")
+    outside = ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE", "OMP_NUM_THREADS")
     environment = {k: v for k, v in os.environ.items() if k not in outside}
     load, began, before = os.getloadavg()[0], time.perf_counter(), os.times()
     done = subprocess.run(  # noqa: S603 - the steps below, of this file alone
@@ -77,7 +78,7 @@ def main() -> None:
         source, store, work = copied(place / "source"), place / "cache", place / "work"
         work.mkdir()
         scripts = place / "venv" / "bin"
-        pip = [str(scripts / "pip"), "install", "-q", "-c", "constraints/cpu.txt", "."]
+        pip = [str(scripts / "pip"), *INSTALL.split()]
         pip += ["--no-cache-dir"] if asked.no_pip_cache else []
         steps = [
             step([sys.executable, "-m", "venv", str(place / "venv")], source, store),
