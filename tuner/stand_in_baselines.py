@@ -19,6 +19,7 @@ from kvtune.tuner.result import Baseline
 from kvtune.tuner.solver import Solver
 from kvtune.tuner.source_models import STAND_IN
 from kvtune.tuner.sources import QualitySource
+from kvtune.tuner.verdict import OWN_FAMILY
 
 
 def stand_in_baselines(
@@ -34,11 +35,22 @@ def stand_in_baselines(
     whole = solver.question.full_bytes(chosen.context)
     share = chosen.prompt_bytes / whole
     found = (
-        Compared(Baseline(said, family, loss, None, round(min(share, most) * whole)), None)
+        Compared(Baseline(_said(name), family, loss, None, round(min(share, most) * whole)), None)
         for family, name, loss, most in _families(source, share)
-        for said in (f"{name}{_unless_it_runs(name)}, live on {STAND_IN}",)
     )
     return [plan, *found], None
+
+
+def _said(name: str) -> str:
+    """What a curve's row is called, by the measured point that is nearest.
+
+    The uniform rules' is no rival: the plan is one of them, and this is what they lost when run.
+    """
+    nearest = f"{name}{_unless_it_runs(name)}"
+    if name.split()[0] == OWN_FAMILY:
+        rule = nearest.removeprefix(f"{OWN_FAMILY} ")
+        return f"uniform rules, live on {STAND_IN} (nearest: {rule})"
+    return f"{nearest}, live on {STAND_IN}"
 
 
 def _families(source: QualitySource, share: float) -> Iterator[tuple[str, str, Estimate, float]]:
