@@ -225,6 +225,12 @@ def test_an_unwritable_folder_is_refused(run: Run, tmp_path: Path) -> None:
     assert_one_error(ran, "cannot write here", "--run-dir")
 
 
+def test_a_name_like_no_other_is_not_answered_with_all_that_are_known(run: Run) -> None:
+    ran = run("estimate", "--model", "llama-8b", "--gpu", "xyzzy")
+    assert_one_error(ran, "no GPU is known as 'xyzzy'", "kvtune gpus lists them")
+    assert len(ran.err) < 300
+
+
 def test_a_hub_id_that_is_not_known_is_told_the_nearest(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from kvtune.tuner.explore import PLANS_FILE
 from kvtune.tuner.explore.facts import Facts, read_facts
 from kvtune.tuner.explore.measured import read_measured
 from kvtune.tuner.explore.missing import no_study
-from kvtune.tuner.explore.plans import AGAIN, Plans, columns, read_line
+from kvtune.tuner.explore.plans import AGAIN, Plans, columns, read_lines
 from kvtune.tuner.explore.study import State, Study
 from kvtune.tuner.result import StoredResult, read_result
 
@@ -93,8 +93,7 @@ class StudyReader:
         def place(row: int) -> str:
             return f"{self.path}:{start + row}"
 
-        found = [read_line(line, place(row)) for row, line in enumerate(lines)]
-        plans = columns(found, facts.size, place)
+        plans = columns(read_lines(lines, place), facts.size, place)
         self._plans = plans if self._plans is None else self._plans + plans
         self._facts = facts
 
