@@ -109,7 +109,7 @@ def _chose_context(result: SearchResult) -> bool:
 def _prompts(result: SearchResult) -> str:
     contexts = result.request.contexts
     whole = format_tokens(contexts[-1])
-    return f"{contexts[0]} to {whole}" if _chose_context(result) else whole
+    return f"{count(contexts[0])} to {whole}" if _chose_context(result) else whole
 
 
 def _thinned(front: Sequence[FrontPoint]) -> list[FrontPoint]:

@@ -49,7 +49,7 @@ def _said(name: str) -> str:
     nearest = f"{name}{_unless_it_runs(name)}"
     if name.split()[0] == OWN_FAMILY:
         rule = nearest.removeprefix(f"{OWN_FAMILY} ")
-        return f"uniform rules, live on {STAND_IN} (nearest: {rule})"
+        return f"uniform rules, run live (nearest: {rule})"
     return f"{nearest}, live on {STAND_IN}"
 
 
