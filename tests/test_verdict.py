@@ -135,3 +135,8 @@ def test_what_the_plans_own_kind_of_rule_lost_live_on_a_stand_in_is_no_rival(
     assert said.endswith(f"when smollm2-135m ran them, {ran:.2g}, is {where} its band.")
     assert "not better" not in said
     assert "lost when" not in verdict(curve).comparison
+
+
+def test_a_curve_that_ends_before_the_plans_bytes_says_nothing_of_its_band() -> None:
+    curve = Policy("uniform rules, live", loss(0.9), family="uniform", prompt_bytes=300)
+    assert "its band" not in verdict(curve, stand_in="smollm2-135m").comparison

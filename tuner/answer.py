@@ -199,7 +199,7 @@ def _notes(found: Found, chosen: Candidate, quality: Quality) -> tuple[str, ...]
             f"reading: a decode step reads {format_bytes(read)} of each sequence's prompt, "
             f"--read-bytes allows {format_bytes(request.read_bytes)}."
         )
-    if prompt != chosen.context:
+    if prompt != chosen.context and quality.kl.high > 0:
         notes.append(length_note(quality.kl, prompt, chosen.context))
     if quality.kl.tier == BAND:
         notes.append(_band_note(request, quality))
