@@ -7,8 +7,8 @@ Runs what README says, as written, in an empty folder with a cache folder of its
 then also runs its second command, a search on a real model that ends in live runs. The goals: 90 s
 for the first, 180 s more for the second, on two cores that do nothing else; the machine's load is
 noted beside every step, and on a machine that does other things only processor seconds tell:
-``first-answer-before-cpu.json`` is of an install that compiled all files, on a quiet machine. Packages come from pip's cache where it holds them (``--no-pip-cache``
-fetches them all).
+``first-answer-before-cpu.json`` is of an install that compiled all files, on a quiet machine.
+Packages come from pip's cache where it holds them (``--no-pip-cache`` fetches them all).
 """
 
 from __future__ import annotations
