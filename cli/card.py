@@ -26,11 +26,11 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """A policy on one page, for papers and model pages."""
+    folder = find_study(study)
     from kvtune.cli.inputs import check_writable
     from kvtune.cli.policy_card import card_of
     from kvtune.tuner.explore.reader import StudyReader
 
-    folder = find_study(study)
     card = card_of(StudyReader(folder).read())
     target = out or folder / "card"
     check_writable(target, "--out")

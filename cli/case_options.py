@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from kvtune.common.errors import KvtuneError, check_alone
-from kvtune.tuner.cases import MILLION, Card
 
+if TYPE_CHECKING:
+    from kvtune.tuner.cases import Card
+
+_DEAREST = 1e6  # an hour of a card
 T = TypeVar("T")
 
 
@@ -78,6 +81,8 @@ def read_cards(
     limits = [g.visible_bytes if mem is None else min(mem, g.visible_bytes) for g in gpus]
     if mem is not None and not several:
         limits = [mem]  # more than the card has is told, not cut
+    from kvtune.tuner.cases import Card  # takes a while to import, and a mistake needs none of it
+
     return [Card(*found) for found in zip(gpus, limits, each, strict=True)]
 
 
@@ -98,7 +103,7 @@ def _price(word: str) -> float:
         price = float(word)
     except ValueError:
         price = -1.0
-    if not 0 < price < MILLION:
+    if not 0 < price < _DEAREST:
         raise KvtuneError(
             f"--price-per-hour {word} is no price", hint="write for example 0.35, or 0.35,2.50."
         )

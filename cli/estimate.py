@@ -70,7 +70,6 @@ def command(
     from kvtune.cli.engine_asked import follow_engine
     from kvtune.cli.engine_report import read_engine
     from kvtune.cli.planned import notes_on_model, planned_options
-    from kvtune.simulator.latency.chunks import Reading
 
     figures = gpu_memory, gpu_bandwidth, gpu_flops
     engine = read_engine(stack, engine_args, engine_version)
@@ -82,6 +81,8 @@ def command(
     served = _USUALLY._replace(**options)
     plain = _asked(model, gpu, figures, mem, served, price)
     notes = (*planned, *notes_on_model(document, plain.shape))
+    from kvtune.simulator.latency.chunks import Reading  # what was typed is read before it
+
     asked = replace(
         plain,
         document=document,
@@ -146,11 +147,12 @@ def _asked(
     from kvtune.cli.case_options import read_batch, read_cards, read_several
     from kvtune.common.units import parse_bytes, parse_tokens
     from kvtune.simulator.memory.weights import listed_formats
-    from kvtune.tuner.cases import Asked
     from kvtune.tuner.target import read_context, read_model
 
     name, shape = read_model(model)
     cards = read_cards(gpu, figures, None if mem is None else parse_bytes(mem), price)
+    from kvtune.tuner.cases import Asked  # takes a while to import, and a mistake needs none of it
+
     return Asked(
         model=name,
         shape=shape,

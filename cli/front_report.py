@@ -40,6 +40,7 @@ def front_table(result: SearchResult, caption: str) -> RenderableType:
         [_point(point, _chose_context(result)) for point in _thinned(shown)],
         left=(0,),
         caption=f"{caption}, predicted on selection samples; * is the plan"
+        + (", whose held-out loss stands above" if banded else "")
         + ("" if banded else "\ncross-fitted: on samples that the choice did not see")
         + ("; result.json holds every point" if len(result.front) > _ROWS else ""),
     )
@@ -108,7 +109,7 @@ def _chose_context(result: SearchResult) -> bool:
 def _prompts(result: SearchResult) -> str:
     contexts = result.request.contexts
     whole = format_tokens(contexts[-1])
-    return f"{contexts[0]} to {whole}" if _chose_context(result) else whole
+    return f"{count(contexts[0])} to {whole}" if _chose_context(result) else whole
 
 
 def _thinned(front: Sequence[FrontPoint]) -> list[FrontPoint]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
@@ -12,6 +13,7 @@ import typer
 
 from kvtune.cli.options import Json
 from kvtune.cli.output import speaking, table
+from kvtune.common.words import count
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -64,10 +66,19 @@ def show(
     with speaking(as_json, quiet=as_json) as output:
         for part in parts:
             apart = [""] if part is not parts[0] else []
-            output.show(*apart, f"{part.name} ({part.kind})", "", part.description)
+            output.show(*apart, f"{part.name} ({part.kind})", "", _flowing(part.description))
             if part.parameters:
                 output.show("", _parameters(part))
         output.finish("policies show", {"policies": parts})
+
+
+def _flowing(text: str) -> str:
+    """Lines of prose joined, for the screen to break; pseudo-code and ``Cost:`` keep theirs."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(
+        each if re.search(r"^ | = |<-", each, re.M) else re.sub(r"\n(?![A-Z]\w+:)", " ", each)
+        for each in paragraphs
+    )
 
 
 def _named(name: str) -> list[Part]:
@@ -152,4 +163,11 @@ def _range(parameter: dict[str, Any]) -> str:
     low, high = parameter["low"], parameter["high"]
     if low is None and high is None:
         return "-"
-    return f"{'' if low is None else f'{low:g}'}..{'' if high is None else f'{high:g}'}"
+    return f"{bound_words(low)}..{bound_words(high)}"
+
+
+def bound_words(end: float | None) -> str:
+    """``16 777 216`` and ``0.5``; nothing for no bound."""
+    if end is None:
+        return ""
+    return count(int(end)) if float(end).is_integer() else f"{end:g}"

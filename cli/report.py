@@ -22,10 +22,10 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """A study as a page that opens anywhere: plots, tables, provenance."""
+    folder = find_study(study)
     from kvtune.cli.inputs import check_writable
     from kvtune.tuner.explore.reader import StudyReader
 
-    folder = find_study(study)
     found = StudyReader(folder).read()
     target = out or folder / "report"
     check_writable(target, "--out")

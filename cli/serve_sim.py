@@ -149,19 +149,21 @@ def command(
     """Serve requests that arrive over time, simulated."""
     from kvtune.cli.inputs import read_policy_input
     from kvtune.cli.planned import notes_on_model, planned_options
+    from kvtune.common.units import parse_bytes, parse_seconds
+    from kvtune.tuner.target import read_gpu, read_model
+
+    _, shape = read_model(model)
+    card = read_gpu(gpu)
+    # What follows takes a while to import, and a misspelt name needs none of it.
     from kvtune.cli.serve_report import answer, left_out, served_table
     from kvtune.cli.serve_requests import Drawn
-    from kvtune.common.units import parse_bytes, parse_seconds
     from kvtune.simulator.serving.engine import serve
     from kvtune.simulator.serving.report import Goals
     from kvtune.simulator.serving.requests_file import read_requests
     from kvtune.simulator.serving.server import server
     from kvtune.simulator.serving.step import READING, Limits
     from kvtune.simulator.serving.times import prepare
-    from kvtune.tuner.target import read_gpu, read_model
 
-    _, shape = read_model(model)
-    card = read_gpu(gpu)
     document = None if policy is None else read_policy_input(policy)
     planned, notes = planned_options(document, weights=weights)
     notes += notes_on_model(document, shape)

@@ -60,11 +60,12 @@ def command(
 ) -> None:
     """Replay one policy on a trace: loss, memory, time."""
     from kvtune.cli.inputs import read_policy_input
-    from kvtune.cli.serving import planned_for
-    from kvtune.simulator.cost import policy_cost
 
     document = read_policy_input(policy)
     recorded = _open(trace)
+    from kvtune.cli.serving import planned_for  # takes a while to import: files are read first
+    from kvtune.simulator.cost import policy_cost
+
     target, budget = planned_for(
         document,
         model=model or (None if document.model else str(recorded.manifest["model"]["name"])),

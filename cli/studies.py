@@ -9,6 +9,7 @@ import typer
 
 from kvtune.common.errors import KvtuneError
 from kvtune.tuner.explore import PLANS_FILE
+from kvtune.tuner.explore.missing import FIRST_SEARCH, no_study
 
 RUNS = Path("kvtune-runs")
 
@@ -24,15 +25,18 @@ def find_study(named: Path | None) -> Path:
     """The run directory.
 
     Raises:
-        KvtuneError: none was named, and there is none below ``kvtune-runs``.
+        KvtuneError: the named one is none; none was named, and there is none below ``kvtune-runs``.
     """
     if named is not None:
-        return named.expanduser()
+        folder = named.expanduser()
+        if not (folder / PLANS_FILE).exists():
+            raise no_study(folder)
+        return folder
     found = sorted(RUNS.glob(f"*/{PLANS_FILE}"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise KvtuneError(
             "there is no study here",
             where=str(RUNS),
-            hint="kvtune search --model llama-8b --gpu 4090 --mem 16GB begins one.",
+            hint=FIRST_SEARCH,
         )
     return found[-1].parent

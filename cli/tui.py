@@ -25,9 +25,9 @@ def command(
     as_json: options.Json = False,
 ) -> None:
     """Explore a study on screen, finished or running."""
+    folder = find_study(study)
     from kvtune.tuner.explore.reader import StudyReader
 
-    folder = find_study(study)
     if as_json:
         with speaking(as_json, quiet=True) as output:
             output.finish("tui", _answer(StudyReader(folder).read()))

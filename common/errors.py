@@ -33,10 +33,20 @@ class DoesNotFitError(KvtuneError):
     exit_code = 3
 
 
+_LISTED = 80  # names that an error lists
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """A "did you mean" sentence for an unknown name, or the list of what is known."""
+    """A "did you mean" sentence for an unknown name, or the list of what is known.
+
+    A list that would fill the screen is counted instead; its callers say which command prints it.
+    """
     names = sorted(known)
-    return meant(name, names, count) or "Known: " + ", ".join(names) + "."
+    if close := meant(name, names, count):
+        return close
+    if len(names) > _LISTED:
+        return f"None of the {len(names)} known names is like it."
+    return "Known: " + ", ".join(names) + "."
 
 
 def meant(name: str, known: Iterable[str], count: int = 3, likeness: float = 0.5) -> str:

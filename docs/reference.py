@@ -14,7 +14,7 @@ from typing import Any
 
 from kvtune.cli.app import build
 from kvtune.cli.help import COMMANDS, EXAMPLES
-from kvtune.cli.policies import Part, known_parts
+from kvtune.cli.policies import Part, bound_words, known_parts
 from kvtune.policies.policy_file.parts import ModelFacts, Provenance, Quality, Serving
 from kvtune.policies.policy_file.writer import HEADER
 
@@ -152,7 +152,7 @@ def _part(part: Part) -> str:
 
 def _range(parameter: dict[str, Any]) -> str:
     low, high = parameter["low"], parameter["high"]
-    return "" if low is None and high is None else f"{low:g} to {high:g}"
+    return "" if low is None and high is None else f"{bound_words(low)} to {bound_words(high)}"
 
 
 def main() -> None:

@@ -225,6 +225,23 @@ def test_an_unwritable_folder_is_refused(run: Run, tmp_path: Path) -> None:
     assert_one_error(ran, "cannot write here", "--run-dir")
 
 
+def test_prose_about_a_policy_flows_and_pseudo_code_keeps_its_lines(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    said = run("policies", "show", "snapkv").out
+    assert "NeurIPS 2024, arXiv 2404.14469" in said
+    assert "\n           pooled over ``kernel`` neighbours" in said
+    assert "\nCost: O(Hq W P D)" in said
+    assert "1..16 777 216" in said
+
+
+def test_a_name_like_no_other_is_not_answered_with_all_that_are_known(run: Run) -> None:
+    ran = run("estimate", "--model", "llama-8b", "--gpu", "xyzzy")
+    assert_one_error(ran, "no GPU is known as 'xyzzy'", "kvtune gpus lists them")
+    assert len(ran.err) < 300
+
+
 def test_a_hub_id_that_is_not_known_is_told_the_nearest(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ def test_the_note_says_where_the_loss_may_lie_at_the_other_length() -> None:
     kl = Estimate(0.01, 0.008, 0.02, "nats/token", "live")
     longer, shorter = length_note(kl, 896, 8192), length_note(kl, 1792, 1024)
     assert "prompts of 896 tokens" in longer
-    assert "carried over to 8192" in longer
+    assert "carried over to 8 192 tokens" in longer
     assert "0.0034 to 0.027 nats" in longer
     assert "On shorter prompts" in shorter
     assert "0.0096 to 0.72 nats" in shorter

@@ -233,6 +233,21 @@ def test_a_chosen_format_that_does_not_fit_names_one_that_does() -> None:
     assert "16.00 GB (14.90 GiB)" in said
 
 
+def test_the_context_in_the_hint_fits_when_typed_back_and_a_longer_one_does_not() -> None:
+    asked: dict[str, Any] = {"limit_bytes": 17_500_000_000, "weights": "bf16"}
+    said = re.search(r"--context (\d+) at most", hint_of(**asked, context_tokens=65536))
+    assert said is not None
+    most = int(said[1])
+    assert memory_budget(LLAMA, CARD, **asked, context_tokens=most).weight_format == "bf16"
+    assert "does not fit" in hint_of(**asked, context_tokens=most + 1024)
+
+
+def test_a_shorter_context_is_not_offered_where_none_fits() -> None:
+    said = hint_of(shape=find_model("llama-3.3-70b"))
+    assert "no limit on this GPU is enough: int4 weights" in said
+    assert "context" not in said.split(" | ")[1]
+
+
 def test_a_limit_above_what_the_card_shows_is_refused_with_the_most_that_works() -> None:
     said = hint_of(limit_bytes=24 * GIB)
     assert "more than the 25.25 GB (23.52 GiB) that RTX 4090 shows" in said

@@ -23,6 +23,7 @@ class Policy:
     retrieval_accuracy: Estimate | None = None
     times_the_plan: Estimate | None = None
     prompt_bytes: int = 1000
+    family: str = "greedy"
 
 
 def share(value: float) -> Estimate:
@@ -123,3 +124,19 @@ def test_a_ratio_on_the_same_samples_decides_where_both_ran() -> None:
     assert "not better than greedy" in verdict(other(0.9, 2.4)).comparison
     sure = Policy("uniform", loss(1.0), loss(1.0, "live"), times_the_plan=None)
     assert "not better" not in verdict(sure).comparison
+
+
+@pytest.mark.parametrize(("ran", "where"), [(0.02, "within"), (0.001, "below"), (0.9, "above")])
+def test_what_the_plans_own_kind_of_rule_lost_live_on_a_stand_in_is_no_rival(
+    ran: float, where: str
+) -> None:
+    curve = Policy("uniform rules, live", loss(ran), family="uniform")
+    said = verdict(curve, stand_in="smollm2-135m").comparison
+    assert said.endswith(f"when smollm2-135m ran them, {ran:.2g}, is {where} its band.")
+    assert "not better" not in said
+    assert "lost when" not in verdict(curve).comparison
+
+
+def test_a_curve_that_ends_before_the_plans_bytes_says_nothing_of_its_band() -> None:
+    curve = Policy("uniform rules, live", loss(0.9), family="uniform", prompt_bytes=300)
+    assert "its band" not in verdict(curve, stand_in="smollm2-135m").comparison

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import kvtune
 from kvtune.common.estimate import BAND, Estimate
 from kvtune.common.progress import Progress
-from kvtune.common.units import format_bytes
+from kvtune.common.units import format_bytes, format_tokens
 from kvtune.policies.paging import host_sequence_bytes
 from kvtune.policies.policy import Policy
 from kvtune.simulator.cost import Cost, policy_cost
@@ -188,7 +188,8 @@ def _notes(found: Found, chosen: Candidate, quality: Quality) -> tuple[str, ...]
             if chosen.believed <= request.largest_kl
             else f"the least loss found; none stays {limit}"
         )
-        notes.append(f"at once: {chosen.sequences} of {chosen.context} tokens, {reason}.")
+        tokens = format_tokens(chosen.context)
+        notes.append(f"at once: {chosen.sequences} of {tokens}, {reason}.")
     if request.moved_bytes is not None:
         notes.append(_host_note(found, chosen, request.moved_bytes))
     if request.read_bytes is not None:
@@ -198,7 +199,7 @@ def _notes(found: Found, chosen: Candidate, quality: Quality) -> tuple[str, ...]
             f"reading: a decode step reads {format_bytes(read)} of each sequence's prompt, "
             f"--read-bytes allows {format_bytes(request.read_bytes)}."
         )
-    if prompt != chosen.context:
+    if prompt != chosen.context and quality.kl.high > 0:
         notes.append(length_note(quality.kl, prompt, chosen.context))
     if quality.kl.tier == BAND:
         notes.append(_band_note(request, quality))

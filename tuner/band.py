@@ -50,18 +50,17 @@ def band(
         calibration: from predicted to live, of the source.
         evicts: whether the policy keeps less than all tokens.
     """
-    after = calibration.applied(losses, kinds, evicts)
-    ends = (*_ends(np.asarray(losses, float), kinds), *_ends(after, kinds))
-    return _widened(mean_over_kinds(after, kinds), ends)
+    before, after = np.asarray(losses, float), calibration.applied(losses, kinds, evicts)
+    mean = mean_over_kinds(after, kinds)
+    ends = (*_ends(np.stack([before, after]), kinds), mean, mean_over_kinds(before, kinds))
+    return _widened(mean, ends)
 
 
-def _ends(losses: NDArray[np.float64], kinds: Sequence[str]) -> tuple[float, float, float]:
-    """The loss on the kind that loses least, on the one that loses most, and the mean."""
+def _ends(losses: NDArray[np.float64], kinds: Sequence[str]) -> tuple[float, float]:
+    """The loss on the kind that loses least and on the one that loses most, of rows ``[., n]``."""
     labels = np.asarray(kinds)
-    parts = [losses[labels == kind] for kind in sorted(set(kinds))]
-    low = float(min(np.percentile(part, SAMPLES[0]) for part in parts))
-    high = float(max(np.percentile(part, SAMPLES[1]) for part in parts))
-    return low, high, mean_over_kinds(losses, kinds)
+    parts = [np.percentile(losses[:, labels == kind], SAMPLES, axis=1) for kind in set(kinds)]
+    return float(min(part[0].min() for part in parts)), float(max(part[1].max() for part in parts))
 
 
 def band_of_live(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvtune.common.estimate import Estimate
+from kvtune.common.units import format_tokens
 
 LONGER = (0.43, 1.36)
 SHORTER = (1.2, 36.0)
@@ -17,9 +18,10 @@ def length_note(kl: Estimate, measured: int, context: int) -> str:
     """One line on a loss that was measured on prompts of other tokens than the plan is for."""
     low, high = LONGER if context > measured else SHORTER
     many = "longer" if context > measured else "shorter"
+    there, here = format_tokens(measured), format_tokens(context)
     return (
-        f"context: quality was measured on prompts of {measured} tokens; budgets are shares of "
-        f"the prompt and are carried over to {context}. On {many} prompts plans lost {low:g} to "
+        f"context: quality was measured on prompts of {there}; budgets are shares of the prompt "
+        f"and are carried over to {here}. On {many} prompts plans lost {low:g} to "
         f"{high:g} times as much (smollm2-135m, 1k to 8k tokens): {kl.low * low:.2g} to "
         f"{kl.high * high:.2g} nats a token."
     )

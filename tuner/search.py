@@ -125,7 +125,7 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
         notes=(*notes, *note_on([*tried, *by_heads])),
     )
     ended, chosen = _choose(recalibrated(studied, source.calibration), progress)
-    if ended.source is not source:
+    if not source.stand_in:  # live rounds have taught it, and others may have tried plans too
         _recorded_anew(recorder, ended)
     result = answer(ended, chosen, progress)
     write_result(result)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvtune.common.errors import DoesNotFitError
-from kvtune.common.units import format_bytes
+from kvtune.common.units import format_bytes, format_tokens
 from kvtune.simulator.memory.budget import MemoryBudget, memory_budget
 from kvtune.simulator.memory.weights import listed_formats
 from kvtune.tuner.request import SearchRequest
@@ -62,7 +62,15 @@ def notes_on(request: SearchRequest, budgets: Budgets) -> list[str]:
     if not left_out:
         return []
     limit = format_bytes(request.memory_bytes)
-    return [f"weights: {' and '.join(left_out)} leave no room for a cache in {limit}."]
+    words = " and ".join(left_out)
+    return [f"weights: {words} leave no room for a cache in {limit}{_longest(request, ' at')}."]
+
+
+def _longest(request: SearchRequest, before: str) -> str:
+    """Weights are chosen for the longest context: at the plan's others may fit."""
+    if len(request.contexts) == 1:
+        return ""
+    return f"{before} {format_tokens(request.contexts[-1])}, the longest context"
 
 
 def _with_weights(request: SearchRequest, asked: str) -> Budgets:
@@ -80,4 +88,5 @@ def _with_weights(request: SearchRequest, asked: str) -> Budgets:
         )
         weights = found[context].weight_format
     reason = found[request.contexts[-1]].reason
+    reason += _longest(request, "; chosen at") if asked == "auto" else ""
     return {(weights, c): replace(budget, reason=reason) for c, budget in found.items()}

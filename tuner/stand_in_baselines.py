@@ -23,6 +23,7 @@ from kvtune.tuner.result import Baseline
 from kvtune.tuner.solver import Solver
 from kvtune.tuner.source_models import STAND_IN
 from kvtune.tuner.sources import QualitySource
+from kvtune.tuner.verdict import OWN_FAMILY
 
 
 def stand_in_baselines(
@@ -67,9 +68,21 @@ def _compared(row: _Row, solver: Solver, context: int, share: float) -> Compared
     whole = solver.question.full_bytes(context)
     spent = round(min(share, row.most) * whole)
     policy = _policy(row, solver, context, spent)
-    said = f"{row.name}{_unless_it_runs(row.name)}, live on {STAND_IN}"
     file = None if policy is None else file_of(row.family)
-    return Compared(Baseline(said, row.family, row.loss, None, spent, policy=file), policy)
+    baseline = Baseline(_said(row.name), row.family, row.loss, None, spent, policy=file)
+    return Compared(baseline, policy)
+
+
+def _said(name: str) -> str:
+    """What a curve's row is called, by the measured point that is nearest.
+
+    The uniform rules' is no rival: the plan is one of them, and this is what they lost when run.
+    """
+    nearest = f"{name}{_unless_it_runs(name)}"
+    if name.split()[0] == OWN_FAMILY:
+        rule = nearest.removeprefix(f"{OWN_FAMILY} ")
+        return f"uniform rules, run live (nearest: {rule})"
+    return f"{nearest}, live on {STAND_IN}"
 
 
 def _policy(row: _Row, solver: Solver, context: int, spent: int) -> Policy | None:

@@ -11,6 +11,9 @@ from kvtune.common.units import GB, GIB, format_tokens
 from kvtune.common.words import count
 from kvtune.tuner.explore.study import Study
 
+OWN_FAMILY = "uniform"
+"""What all plans on a stand-in are: one option for all heads."""
+
 
 class Compared(Protocol):
     """The plan, or a policy that it is compared with at equal bytes."""
@@ -18,6 +21,10 @@ class Compared(Protocol):
     @property
     def name(self) -> str:
         """What the policy is called."""
+
+    @property
+    def family(self) -> str:
+        """Which way of allocating it belongs to."""
 
     @property
     def prompt_bytes(self) -> int:
@@ -133,11 +140,14 @@ class Verdict:
         if not self.policies:
             return ""
         plan, *others = self.policies
+        own = [other for other in others if self.stand_in and other.family == OWN_FAMILY]
+        others = [other for other in others if other not in own]
+        own = own if equal_bytes(plan, own) else []  # curves end before an uncompressed plan
         pairs = {other.name: alike(plan, other) for other in others}
         known = {other.name: other for other in others if pairs[other.name]}
         close = [name for name, other in known.items() if not is_better(plan, other)]
         apart = [name for name, pair in pairs.items() if pair is None]
-        said = []
+        said = [_as_run(plan, other, self.stand_in) for other in own]
         if close:
             where = "within the plan's interval or below it"
             said.append(f"The plan is not better than {_listed(close)}: {where}.")
@@ -165,6 +175,16 @@ def is_better(plan: Compared, other: Compared) -> bool:
         return other.times_the_plan.low > 1
     pair = alike(plan, other)
     return pair is not None and pair[1].value > pair[0].high
+
+
+def _as_run(plan: Compared, other: Compared, stand_in: str) -> str:
+    """Where the plan's own kind of rule, run live on the stand-in, lies in the plan's band."""
+    low, high, ran = plan.predicted.low, plan.predicted.high, other.predicted.value
+    where = "within" if low <= ran <= high else "below" if ran < low else "above"
+    return (
+        f"The plan is a uniform rule; what these lost when {stand_in} ran them, {ran:.2g}, is "
+        f"{where} its band."
+    )
 
 
 def _ahead(plan: Compared, others: Sequence[Compared]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvtune.common.errors import DoesNotFitError, KvtuneError
@@ -227,8 +228,13 @@ def _does_not_fit(
         f"overhead {overhead}, prefill of {format_tokens(context_tokens)} {prefill}, "
         f"and a cache of {format_tokens(batch * min(context_tokens, USEFUL_CACHE_TOKENS))}"
     )
-    hint = _what_fits(shape, gpu, limit, needs, least)
-    most = _most_sequences(shape, gpu, limit, min(needs, key=lambda n: needs[n]), context_tokens)
+    smallest = min(needs, key=lambda name: needs[name])
+
+    def longest(weight_format: WeightFormat) -> int:
+        return _longest_context(shape, gpu, limit, weight_format, context_tokens, batch)
+
+    hint = _what_fits(gpu, limit, needs, least, longest)
+    most = _most_sequences(shape, gpu, limit, smallest, context_tokens)
     if 0 < most < batch:
         hint = f"--batch {most} is the most that fits at this context. {hint[0].upper()}{hint[1:]}"
     return DoesNotFitError(message, hint=hint)
@@ -246,27 +252,52 @@ def _most_sequences(
     return bisect.bisect_left(batches, True, key=too_large)
 
 
-def _what_fits(
+def _longest_context(
     shape: ModelShape,
+    gpu: GpuProfile,
+    limit: int,
+    weight_format: WeightFormat,
+    tokens: int,
+    batch: int,
+) -> int:
+    """The longest context below ``tokens``, in whole kilotokens, that fits; 0 where none does."""
+    contexts = range(1024, tokens, 1024)
+
+    def too_long(context: int) -> bool:
+        return required_bytes(shape, gpu, weight_format, context, batch) > limit
+
+    fitting = bisect.bisect_left(contexts, True, key=too_long)
+    return contexts[fitting - 1] if fitting else 0
+
+
+def _what_fits(
     gpu: GpuProfile,
     limit: int,
     needs: dict[WeightFormat, int],
     tried: WeightFormat,
+    longest: Callable[[WeightFormat], int],
 ) -> str:
     fitting = [name for name, need in needs.items() if need <= limit]
     if fitting:
+        shorter = f", or --context {most} at most" if (most := longest(tried)) else ""
         return (
-            f"{fitting[0]} weights fit in this limit; {tried} ones need {_at_least(needs[tried])}."
+            f"{fitting[0]} weights fit in this limit; {tried} ones need "
+            f"{_at_least(needs[tried])}{shorter}."
         )
     smallest = min(needs, key=lambda name: needs[name])
+    most = longest(smallest)
     if needs[smallest] > gpu.visible_bytes:
+        shorter = f"--context {most} is the most that fits; else a" if most else "A"
+        where = " at this context" if most else ""
         return (
-            f"no limit on this GPU is enough at this context: {smallest} weights need "
+            f"no limit on this GPU is enough{where}: {smallest} weights need "
             f"{_at_least(needs[smallest])}, it shows {_both(gpu.visible_bytes)}. "
-            "A shorter context, a smaller model or a larger GPU is needed."
+            f"{shorter} smaller model or a larger GPU is needed."
         )
+    shorter = f"; in this one --context {most} is the most" if most else ""
     return (
-        f"the smallest limit that works is {_at_least(needs[smallest])}, with {smallest} weights."
+        f"the smallest limit that works is {_at_least(needs[smallest])}, with {smallest} "
+        f"weights{shorter}."
     )
 
 

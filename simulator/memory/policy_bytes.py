@@ -11,10 +11,11 @@ from kvtune.profiles.shape import ModelShape
 
 def cache_bytes_by_format(policy: Policy, shape: ModelShape, prompt_tokens: int) -> Counter[str]:
     """Bytes of one compressed prompt by the name of their format, without the heads' lengths."""
-    budgets = policy.budgets(prompt_tokens).flat
-    each = zip(policy.options(), budgets, strict=True)
-    head_dim = shape.head_dim
-    return sum((bytes_of(o, int(n), prompt_tokens, head_dim) for o, n in each), Counter[str]())
+    found = Counter[str]()
+    for (option, tokens), heads in _alike(policy, prompt_tokens).items():
+        for form, size in bytes_of(option, tokens, prompt_tokens, shape.head_dim).items():
+            found[form] += heads * size
+    return +found
 
 
 def bytes_read_by_format(policy: Policy, shape: ModelShape, prompt_tokens: int) -> Counter[str]:
@@ -23,13 +24,19 @@ def bytes_read_by_format(policy: Policy, shape: ModelShape, prompt_tokens: int) 
     Of heads on the device; what a step reads of others is ``latency.host``'s to say.
     """
     found = Counter[str](bf16=0)
-    for option, tokens in zip(policy.options(), policy.budgets(prompt_tokens).flat, strict=True):
+    for (option, tokens), heads in _alike(policy, prompt_tokens).items():
         if option.on_host:
             continue
-        read = option.read_by_format(int(tokens), prompt_tokens, shape.head_dim)
+        read = option.read_by_format(tokens, prompt_tokens, shape.head_dim)
         for form, size in read.items():
-            found[form.name] += size
+            found[form.name] += heads * size
     return found
+
+
+def _alike(policy: Policy, prompt_tokens: int) -> Counter[tuple[Option, int]]:
+    """How many heads have the same option and tokens: few differ, and each is counted once."""
+    budgets = policy.budgets(prompt_tokens).ravel().tolist()
+    return Counter(zip(policy.options(), budgets, strict=True))
 
 
 def bytes_of(option: Option, tokens: int, prompt_tokens: int, head_dim: int) -> Counter[str]:

@@ -70,8 +70,15 @@ class Tables:
 
     def of_split(self, split: str) -> Tables:
         """The samples of one split alone."""
-        rows = [row for row, sample in enumerate(self.samples) if sample.split == split]
-        return self.subset(rows)
+        if split not in self._known_splits:
+            rows = [row for row, sample in enumerate(self.samples) if sample.split == split]
+            self._known_splits[split] = self.subset(rows)
+        return self._known_splits[split]
+
+    @cached_property
+    def _known_splits(self) -> dict[str, Tables]:
+        """Of those asked for: a search asks with every candidate."""
+        return {}
 
     def subset(self, rows: Sequence[int]) -> Tables:
         """Some of the samples; those that stand side by side, as a split's do, are not copied."""

@@ -31,19 +31,18 @@ def plan_table(view: View, row: int) -> Table:
 
 
 def baselines_table(study: Study) -> Table:
-    """The plan and what it has to beat, at equal bytes."""
-    rows = [
-        (
-            baseline.name,
-            format_bytes(baseline.prompt_bytes),
-            figure(baseline.predicted),
-            figure(baseline.live),
-            accuracy(baseline.retrieval_accuracy),
-        )
-        for baseline in (study.outcome.baselines if study.outcome else ())
-    ]
-    headings = ("policy", "prompt", "KL predicted, held out", "KL live", "retrieval live")
-    return Table(headings, tuple(rows))
+    """The plan and what it has to beat, at equal bytes; columns of live figures where some ran."""
+    each = study.outcome.baselines if study.outcome else ()
+    columns = {
+        "policy": [baseline.name for baseline in each],
+        "prompt": [format_bytes(baseline.prompt_bytes) for baseline in each],
+        "KL predicted, held out": [figure(baseline.predicted) for baseline in each],
+    }
+    if any(baseline.live for baseline in each):
+        columns["KL live"] = [figure(baseline.live) for baseline in each]
+    if any(baseline.retrieval_accuracy for baseline in each):
+        columns["retrieval live"] = [accuracy(baseline.retrieval_accuracy) for baseline in each]
+    return Table(tuple(columns), tuple(zip(*columns.values(), strict=True)))
 
 
 def front_table(view: View) -> Table:

@@ -12,7 +12,8 @@ from kvtune.common.stored import parse_json, whole_lines
 from kvtune.tuner.explore import PLANS_FILE
 from kvtune.tuner.explore.facts import Facts, read_facts
 from kvtune.tuner.explore.measured import read_measured
-from kvtune.tuner.explore.plans import AGAIN, Plans, columns, read_line
+from kvtune.tuner.explore.missing import no_study
+from kvtune.tuner.explore.plans import AGAIN, Plans, columns, read_lines
 from kvtune.tuner.explore.study import State, Study
 from kvtune.tuner.result import StoredResult, read_result
 
@@ -67,7 +68,7 @@ class StudyReader:
                 file.seek(self._at)
                 text = file.read()
         except FileNotFoundError as error:
-            raise _no_study(self.folder) from error
+            raise no_study(self.folder) from error
         except OSError as error:
             raise KvtuneError(f"cannot read: {error.strerror}", where=str(self.path)) from error
         lines, half = whole_lines(text)  # the last line may be half written
@@ -92,8 +93,7 @@ class StudyReader:
         def place(row: int) -> str:
             return f"{self.path}:{start + row}"
 
-        found = [read_line(line, place(row)) for row, line in enumerate(lines)]
-        plans = columns(found, facts.size, place)
+        plans = columns(read_lines(lines, place), facts.size, place)
         self._plans = plans if self._plans is None else self._plans + plans
         self._facts = facts
 
@@ -115,17 +115,3 @@ class StudyReader:
             return "finished"
         silent = self.now() - self.path.stat().st_mtime
         return "running" if silent < _SILENCE_S else "stopped"
-
-
-def _no_study(folder: Path) -> KvtuneError:
-    if (folder / "result.json").exists():
-        return KvtuneError(
-            "this run was made before plans were recorded",
-            where=str(folder),
-            hint="run the same search again; it takes up what it has.",
-        )
-    return KvtuneError(
-        "there is no study here" if folder.is_dir() else "there is no such folder",
-        where=str(folder),
-        hint="kvtune search --model llama-8b --gpu 4090 --mem 16GB begins one.",
-    )
