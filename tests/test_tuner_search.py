@@ -373,6 +373,20 @@ def test_a_stand_in_can_be_asked_for_where_weights_are_at_hand(own: SearchReques
     assert "asked for" in " ".join(result.notes)
 
 
+def test_texts_of_ones_own_that_are_too_short_are_told_and_no_stand_in_takes_their_place(
+    packaged: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_short(*_: Any) -> None:
+        raise KvtuneError("the user text is enough for 1 samples of 1024 tokens, not 3")
+
+    monkeypatch.setattr("kvtune.tuner.search.own_trace", too_short)
+    known = {"model": "smollm2-135m", "shape": find_model("smollm2-135m")}
+    with pytest.raises(KvtuneError, match="enough for 1 samples"):
+        run_search(llama(tmp_path / "own", texts=(tmp_path / "mine.txt",), **known))
+    assert not (tmp_path / "own" / "result.json").exists()
+    assert run_search(llama(tmp_path / "built in", **known)).quality.source == "stand-in"
+
+
 OTHER_CARD = "the GPU of this machine is no RTX 4090, which the plan is for"
 
 

@@ -230,7 +230,10 @@ def _nothing_fits(request: SearchRequest, question: Question) -> DoesNotFitError
 def _quality_source(
     request: SearchRequest, progress: Progress
 ) -> tuple[QualitySource, tuple[str, ...]]:
-    """The model's own trace where its weights are at hand, else the packaged stand-in."""
+    """The model's own trace where its weights are at hand, else the packaged stand-in.
+
+    What is wrong with texts of the user's own is told: a stand-in reads none.
+    """
     if not request.has_weights:
         reason = "asked for" if request.stand_in else f"no weights of {request.shape.name} at hand"
         return _stand_in(request, reason)
@@ -239,7 +242,7 @@ def _quality_source(
     except KvtuneError as error:
         from kvtune.traces.models import KNOWN
 
-        if request.model not in KNOWN:
+        if request.model not in KNOWN or request.texts:
             raise
         return _stand_in(request, str(error))
 
