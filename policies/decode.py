@@ -259,22 +259,6 @@ def opened(
     return DecodeState(positions, signals.prompt_tokens, statistics, signals.layer, heads)
 
 
-class SentDrops:
-    """How many entries leave each head, on the device: mostly the same as a step ago."""
-
-    def __init__(self) -> None:
-        self._sent: tuple[bytes, Tensor] | None = None
-
-    def on(self, device: torch.device, drops: NDArray[np.int64]) -> Tensor:
-        """The counts ``[B, H]``, sent only where they differ from the last ones."""
-        import torch
-
-        key = drops.tobytes()
-        if self._sent is None or self._sent[0] != key:
-            self._sent = key, torch.from_numpy(drops).to(device)
-        return self._sent[1]
-
-
 def _order(worth: Tensor, positions: Tensor) -> Tensor:
     """One integer an entry that sorts by worth, then by position: exact, and without ties."""
     import torch

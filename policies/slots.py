@@ -1,8 +1,9 @@
 """A cache of slots: one layer's entries under a method, while tokens are generated.
 
 An entry keeps its slot until it leaves, and the next token takes a free one: nothing is moved.
-The driver, ``policies/apply.py``, says what a prompt leaves here; replay and live generation step
-this same object. Several policies that share a method, and all their heads, step together.
+``policies/apply.py`` says what a prompt leaves here, and ``policies/decode_driver.py`` what enters
+and leaves later; replay and live generation step this same object. Several policies that share a
+method, and all their heads, step together.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.rotary import turn
-from kvtune.policies.decode import FREE, DecodeMethod, DecodeState, SentDrops, opened
+from kvtune.policies.decode import FREE, DecodeMethod, DecodeState, opened
+from kvtune.policies.decode_driver import DecodeDriver
 from kvtune.policies.format import Format, Role
 from kvtune.policies.signals import Signals
 from kvtune.policies.slot_bytes import EXACT, ROLES, Forms, held_bytes
@@ -62,27 +64,33 @@ class SlotCache:
         self.method, self.budgets = method, budgets
         self.forms, self.residual = forms, residual
         self.scale, self.rope = signals.scale, signals.rope
-        self.sizes = prompt.sizes.copy()
-        self.trimmed = signals.prompt_tokens - self.sizes
-        self.peak = self.sizes.copy()
-        self.evicted = np.zeros_like(self.sizes)
-        self.entry_steps = np.zeros_like(self.sizes)  # summed over steps: mean occupancy
-        self.drops = np.zeros_like(self.sizes)  # entries that leave in this step
-        self._sent = SentDrops()
-        if method is not None:
-            method.check_heads(budgets)
-        self.most = self._most(room)
+        self.trimmed = signals.prompt_tokens - prompt.sizes
+        self.peak = prompt.sizes.copy()
+        self.evicted = np.zeros_like(prompt.sizes)
+        self.entry_steps = np.zeros_like(prompt.sizes)  # summed over steps: mean occupancy
+        self.most = self._most(prompt.sizes, room)
         self.grew = True  # whether the last token made a head hold more than ever before
         slots = min(int(self.most.max(initial=1)), prompt.keys.shape[2] + _BLOCK)
         self.keys, self.values = (_widened(x, slots) for x in (prompt.keys, prompt.values))
-        self.state = self._open(prompt, signals, numbers_of(heads, signals), slots)
+        state = self._open(prompt, signals, numbers_of(heads, signals), slots)
+        self.driver = DecodeDriver(method, budgets, prompt.sizes.copy(), state)
 
-    def _most(self, room: int) -> NDArray[np.int64]:
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Entries of each head, ``[B, H]``."""
+        return self.driver.sizes
+
+    @property
+    def state(self) -> DecodeState:
+        """What is remembered of them."""
+        return self.driver.state
+
+    def _most(self, sizes: NDArray[np.int64], room: int) -> NDArray[np.int64]:
         """Entries of each head that are ever held at once, ``[B, H]``."""
-        grown = self.sizes + room
+        grown = sizes + room
         if self.method is None:
             return grown
-        pairs = zip(self.sizes.flat, self.budgets.flat, strict=True)
+        pairs = zip(sizes.flat, self.budgets.flat, strict=True)
         most = [self.method.most(int(held), int(budget)) for held, budget in pairs]
         bounded: NDArray[np.int64] = np.minimum(grown, np.array(most).reshape(grown.shape))
         return bounded
@@ -95,17 +103,9 @@ class SlotCache:
     def _open(self, prompt: Prompt, signals: Signals, heads: list[int], slots: int) -> DecodeState:
         device = prompt.keys.device
         place = torch.arange(slots, device=device)
-        real = place < torch.from_numpy(self.sizes).to(device)[..., None]
+        real = place < torch.from_numpy(prompt.sizes).to(device)[..., None]
         positions = _widened(prompt.positions, slots).masked_fill(~real, FREE)
-        state = opened(self.method, signals, positions, torch.tensor(heads, device=device))
-        return self._counted(state)
-
-    def _counted(self, state: DecodeState) -> DecodeState:
-        """A state that knows of each head what it pins and which token is the newest."""
-        self._newest = state.newest = torch.full_like(state.positions[:, :, :1], state.now)
-        if self.method is not None:
-            state.pinned = self.method.pin(self.budgets, state.positions.device)
-        return state
+        return opened(self.method, signals, positions, torch.tensor(heads, device=device))
 
     def step(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attention output of the next token; changes the cache.
@@ -130,15 +130,13 @@ class SlotCache:
         """What the host does before a step: make room, and say how many entries will leave."""
         if self.sizes.max(initial=0) == self.keys.shape[2]:
             self._add_slots()
-        self.state.generated += 1
+        self.driver.prepare()
         self._store_oldest()
-        if self.method is not None:
-            self.drops = self.method.drops(self.sizes + 1, self.budgets, self.state.generated)
 
     @property
     def pattern(self) -> tuple[int, bool, bytes]:
         """Steps of the same pattern are the same operations on the same memory of the device."""
-        return self.keys.shape[2], self._has_empty, self.drops.tobytes()
+        return self.keys.shape[2], self._has_empty, self.driver.drops.tobytes()
 
     @property
     def _has_empty(self) -> bool:
@@ -154,33 +152,28 @@ class SlotCache:
         self._enter(keys, values)
         attention = self._attention(queries)
         output = attention @ self.values
+        self.driver.observe(attention)
         if self.method is not None:
-            self._observe(self.method, attention)
             self._evict(self.method)
         return output
 
     def count(self) -> None:
         """What the host notes after a step."""
-        self.sizes += 1
-        self.grew = bool((self.sizes > self.peak).any())
+        held = self.sizes + 1
+        self.grew = bool((held > self.peak).any())
         if self.grew:
-            self.peak = np.maximum(self.peak, self.sizes)
-        if self.drops.any():
-            self.sizes -= self.drops
-            self.evicted += self.drops
+            self.peak = np.maximum(self.peak, held)
+        self.evicted += self.driver.drops
+        self.driver.count()
         self.entry_steps += self.sizes
 
     def _enter(self, keys: Tensor, values: Tensor) -> None:
-        state = self.state
-        slot = state.positions.argmin(-1, keepdim=True)  # the first free one
-        self._newest += 1
-        state.positions.scatter_(-1, slot, self._newest)
+        slot = self.state.positions.argmin(-1, keepdim=True)  # the first free one
         for held, new, form, role in zip(
             (self.keys, self.values), (keys, values), self.forms, ROLES, strict=True
         ):
             _put(held, slot, self._as_held(new[:, :, None], form, role))
-        if self.method is not None:
-            self.method.enter(state, slot, keys, values)
+        self.driver.enter(slot, keys, values)
 
     def _as_held(self, new: Tensor, form: Format, role: Role) -> Tensor:
         """A token as it is held when it enters: in 16 bits if there is a residual window."""
@@ -223,39 +216,25 @@ class SlotCache:
             logits.masked_fill_(self.state.positions[:, :, None] == FREE, -torch.inf)
         return logits.softmax(-1)
 
-    def _observe(self, method: DecodeMethod, attention: Tensor) -> None:
-        """Let the method take note; its statistics stay where they lie."""
-        state = self.state
-        held = dict(state.statistics)
-        method.observe(state, attention)
-        found, state.statistics = state.statistics, held
-        for name, tensor in held.items():
-            if found[name] is not tensor:
-                tensor.copy_(found[name])
-
     def _evict(self, method: DecodeMethod) -> None:
-        most = int(self.drops.max(initial=0))
+        drops, positions = self.driver.drops, self.state.positions
+        most = int(drops.max(initial=0))
         if not most:
             return
-        positions = self.state.positions
         if most > 1:
-            sent = self._sent.on(positions.device, self.drops)
-            positions.masked_fill_(method.leaving(self.state, sent, most), FREE)
+            positions.masked_fill_(self.driver.leaving(), FREE)
             return
         slot = method.leaving_one(self.state)
-        if self.drops.all():
+        if drops.all():
             positions.scatter_(-1, slot, FREE)
             return
-        leaves = self._sent.on(positions.device, self.drops)[..., None] > 0
+        leaves = self.driver.sent_drops()[..., None] > 0
         stays = positions.gather(-1, slot)
         positions.scatter_(-1, slot, stays.masked_fill(leaves, FREE))
 
     def kept(self) -> list[list[list[int]]]:
         """Positions that each head holds, ascending, ``[B][H]``."""
-        return [
-            [sorted(p for p in head if p != FREE) for head in row]
-            for row in self.state.positions.tolist()
-        ]
+        return self.driver.kept()
 
     def check_integrity(self) -> None:
         """Hold the books against the slots.
@@ -284,9 +263,13 @@ def joined(caches: Sequence[SlotCache]) -> SlotCache:
     if len(caches) == 1:
         return caches[0]
     found, slots = copy.copy(caches[0]), max(cache.keys.shape[2] for cache in caches)
-    for name in ("budgets", "sizes", "trimmed", "peak", "evicted", "entry_steps", "drops", "most"):
+
+    def counts_of(name: str) -> NDArray[np.int64]:
         rows = np.stack([getattr(cache, name) for cache in caches], 1)
-        setattr(found, name, rows.reshape(-1, rows.shape[-1]))
+        return rows.reshape(-1, rows.shape[-1])
+
+    for name in ("budgets", "trimmed", "peak", "evicted", "entry_steps", "most"):
+        setattr(found, name, counts_of(name))
 
     def rows_of(each: Iterable[Tensor], behind: int = 0) -> Tensor:
         return torch.stack([_widened(x, slots, behind) for x in each], 1).flatten(0, 1)
@@ -298,7 +281,8 @@ def joined(caches: Sequence[SlotCache]) -> SlotCache:
     statistics = {
         name: rows_of(state.statistics[name] for state in states) for name in states[0].statistics
     }
-    found.state = found._counted(replace(states[0], positions=positions, statistics=statistics))
+    state = replace(states[0], positions=positions, statistics=statistics)
+    found.driver = DecodeDriver(found.method, found.budgets, counts_of("sizes"), state)
     return found
 
 

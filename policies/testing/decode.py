@@ -201,9 +201,8 @@ def statistics_of_the_new_token_are_its_own(method: DecodeMethod, case: Case) ->
     expected = method.statistics(longer)
     cache = opened(method, case, case.prompt_tokens)
     slot = cache.state.positions.argmin(-1, keepdim=True)
-    cache.state.generated += 1
-    cache.state.positions.scatter_(-1, slot, cache.state.now)
-    method.enter(cache.state, slot, keys[0][None], values[0][None])
+    cache.driver.prepare()
+    cache.driver.enter(slot, keys[0][None], values[0][None])
     for name in alone:
         entered = cache.state.statistics[name]
         at = slot.reshape(*slot.shape, *(1,) * (entered.dim() - 3))

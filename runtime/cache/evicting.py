@@ -1,9 +1,8 @@
-"""Evicting from pages while tokens are generated: a method's books beside a layer's rows.
+"""Evicting from pages while tokens are generated: a method's statistics beside a layer's rows.
 
-The contract is ``policies/decode.py``'s, and ``policies/slots.py`` steps the same: a token enters,
-attends to all that is live and to itself, is observed, and then entries leave. Here places are
-dense, place n of the books is place n of the row's growing segment, and what is last moves to
-where something has left. Only counts are known to the host: nobody waits for the device.
+The steps are ``policies/decode_driver.py``'s. Here places are dense, place n of the statistics is
+place n of the row's growing segment, and what is last moves to where something has left. Only
+counts are known to the host: nobody waits for the device.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.decode import FREE, DecodeMethod, DecodeState, SentDrops, opened
+from kvtune.policies.decode import FREE, DecodeMethod, DecodeState, opened
+from kvtune.policies.decode_driver import DecodeDriver
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
@@ -114,11 +114,10 @@ class Evictor:
         """
         first = found[0]
         self.method = first.method
-        self.budgets = np.array([[room.budget for room in each.rooms] for each in found])
-        self.sizes = np.array([[room.prompt for room in each.rooms] for each in found])
+        budgets = np.array([[room.budget for room in each.rooms] for each in found])
+        sizes = np.array([[room.prompt for room in each.rooms] for each in found])
         rows = [[each.sequence * heads + head for head in each.heads] for each in found]
         self.rows: Ints = np.array(rows)
-        self.method.check_heads(self.budgets)
         places = max(room.most for each in found for room in each.rooms)
         device = first.state.positions.device
         states = [each.state for each in found]
@@ -126,14 +125,13 @@ class Evictor:
             name: _joined([state.statistics[name] for state in states], places, 0)
             for name in first.state.statistics
         }
-        self.state = DecodeState(
+        state = DecodeState(
             _joined([state.positions for state in states], places, FREE),
             first.state.prompt_tokens, statistics, first.state.layer, first.state.heads,
-            pinned=self.method.pin(self.budgets, device),
         )  # fmt: skip
-        self.held = self.state.live.sum(-1, keepdim=True)
+        self.driver = DecodeDriver(self.method, budgets, sizes, state)
+        self.held = state.live.sum(-1, keepdim=True)
         self._rows = torch.as_tensor(self.rows, device=device)
-        self._drops = SentDrops()
 
     @cached_property
     def watches(self) -> bool:
@@ -142,31 +140,27 @@ class Evictor:
 
     def enter(self, keys: Tensor, values: Tensor) -> None:
         """Note the newest token of every row of the layer, ``[rows, D]`` after RoPE."""
-        state = self.state
-        state.generated += 1
-        state.positions.scatter_(-1, self.held, state.now)
-        self.method.enter(state, self.held, keys[self._rows], values[self._rows])
+        self.driver.prepare()
+        self.driver.enter(self.held, keys[self._rows], values[self._rows])
         self.held += 1
-        self.sizes += 1
 
     def observe(self, weights: Tensor) -> None:
-        """Be told what the newest token looked at, ``[rows of the layer, G, places]``."""
-        places = self.state.positions.shape[-1]
-        self.method.observe(self.state, weights[self._rows, :, :places])
+        """Pass on what the newest token attended to, ``[rows of the layer, G, places]``."""
+        places = self.driver.state.positions.shape[-1]
+        self.driver.observe(weights[self._rows, :, :places])
 
     def evict(self) -> Leaving | None:
-        """Take leave of what must go now; the pages are still to follow."""
-        drops = self.method.drops(self.sizes, self.budgets, self.state.generated)
-        if not drops.any():
-            return None
-        left = self._drops.on(self.held.device, drops)
-        leaving = self.method.leaving(self.state, left)
-        sources, targets = self._moves(leaving, left[..., None], int(drops.max()))
-        self._follow(sources, targets, left[..., None])
-        self.sizes -= drops
-        rows, by_row = self._rows.flatten().int(), (-1, sources.shape[-1])
-        moves = Moves(rows, sources.reshape(by_row).int(), targets.reshape(by_row).int())
-        return Leaving(self.rows.ravel(), moves, drops.ravel(), left.flatten().int())
+        """Which entries leave now, no longer remembered here; the caller moves the pages."""
+        drops, moved = self.driver.drops, None
+        if drops.any():
+            left = self.driver.sent_drops()
+            sources, targets = self._moves(self.driver.leaving(), left[..., None], int(drops.max()))
+            self._follow(sources, targets, left[..., None])
+            rows, by_row = self._rows.flatten().int(), (-1, sources.shape[-1])
+            moves = Moves(rows, sources.reshape(by_row).int(), targets.reshape(by_row).int())
+            moved = Leaving(self.rows.ravel(), moves, drops.ravel(), left.flatten().int())
+        self.driver.count()
+        return moved
 
     def _moves(self, leaving: Tensor, left: Tensor, most: int) -> tuple[Tensor, Tensor]:
         """Places ``[B, H, most]`` that are read, and written; both the last one where none is."""
@@ -180,8 +174,8 @@ class Evictor:
         return sources[..., :most], targets[..., :most]
 
     def _follow(self, sources: Tensor, targets: Tensor, left: Tensor) -> None:
-        """Move the books as the pages are moved."""
-        state = self.state
+        """Move the statistics as the pages are moved."""
+        state = self.driver.state
         self.held -= left
         for each in (state.positions, *state.statistics.values()):
             _put(each, targets, _at(each, sources))
@@ -190,15 +184,12 @@ class Evictor:
 
     def kept(self) -> dict[int, list[int]]:
         """Positions that each row holds, ascending."""
-        held = self.state.positions.flatten(0, 1).tolist()
-        return {
-            int(row): sorted(p for p in places if p != FREE)
-            for row, places in zip(self.rows.ravel(), held, strict=True)
-        }
+        held = (head for sequence in self.driver.kept() for head in sequence)
+        return dict(zip(self.rows.ravel().tolist(), held, strict=True))
 
 
 def evictors(found: Sequence[Opening], heads: int) -> list[Evictor]:
-    """Whoever can step together, does: a method, its heads, and equally long prompts."""
+    """One for each method, heads and prompt length: sequences that are alike step together."""
     alike: dict[tuple[DecodeMethod, tuple[int, ...], int], list[Opening]] = {}
     for each in found:
         key = each.method, each.heads, each.state.prompt_tokens

@@ -96,7 +96,7 @@ class Filling:
             self._take_openings(taken)
 
     def finish(self, layer: PagedLayer, head_dim: int) -> list[Evictor]:
-        """All prompts have been read: complete the layer; whoever goes on evicting."""
+        """Completes the layer when all prompts are read; returns what evicts from its pages."""
         if self._places:
             layer.ring = Ring(np.concatenate(self._places))
         if self._beside:
