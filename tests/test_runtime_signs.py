@@ -18,7 +18,7 @@ from kvtune.policies.methods.weighted_keys import WeightedKeys
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.pages import PAGE, SIGNS, PageLayout, has_pages, layout_of
 from kvtune.policies.paging import Growth, head_pages, pool_cells
-from kvtune.runtime.cache import backend
+from kvtune.runtime.cache import fitted_pages
 from kvtune.runtime.cache.backend import PlainBackend, Seen
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.pool import Pool
@@ -135,7 +135,7 @@ def test_heads_are_coded_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
     formats, q = (Allocated(), Allocated(directions=TURNED)), torch.ones(3, 2, 64)
     found = []
     for most in (2**20, 1):
-        monkeypatch.setattr(backend, "_CODED_AT_ONCE", most)
+        monkeypatch.setattr(fitted_pages, "_CODED_AT_ONCE", most)
         layer, _ = filled(64, formats, True, [90, 7, 200])
         scratch = Scratch(3, layer.slots, 2, 64, "cpu")
         found.append(layer.backend.attend(q, layer.paged, scratch, 0.125))
