@@ -26,7 +26,7 @@ from kvtune.simulator.serving.engine import Engine, serve
 from kvtune.simulator.serving.footprint import footprint
 from kvtune.simulator.serving.memory import Memory
 from kvtune.simulator.serving.record import Record
-from kvtune.simulator.serving.report import Goals, Served
+from kvtune.simulator.serving.report import Goals
 from kvtune.simulator.serving.requests import Lengths, Requests, generate
 from kvtune.simulator.serving.requests_file import read_requests
 from kvtune.simulator.serving.scheduler import PASSED_OVER, Scheduler
@@ -390,10 +390,6 @@ def test_bytes_are_the_policys_own_and_only_eviction_stops_sharing() -> None:
 
 def smol_server(memory_bytes: int = 2 * 10**9) -> Server:
     return server(SMOL, H100, memory_bytes, "bf16", Limits(32, 1024))
-
-
-def served_by_smol(asked: Requests, goals: Goals) -> Served:
-    return serve(prepare(smol_server(), asked, None), asked, goals)
 
 
 def smol_requests(seed: int = 0, burstiness: float = 1.0) -> Requests:
