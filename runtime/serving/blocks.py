@@ -25,8 +25,8 @@ AHEAD_TOKENS = 16
 """Pages are given to generated tokens so many at a time, for all heads at once."""
 
 _LEFT_TO_ANSWERS = 0.1
-"""Of an engine's blocks. Over Azure's lengths (``benchmarks/vllm_admission.py``) a twentieth leaves
-twice as many preemptions, and with 0.15 fewer tokens are generated again."""
+"""Of an engine's blocks. Over Azure's lengths in 1.25 GiB (``benchmarks/vllm_admission.py``) a
+twentieth leaves twice as many preemptions, and with 0.15 fewer tokens are generated."""
 
 Ints = NDArray[np.int64]
 
