@@ -11,7 +11,8 @@ each client (``WAVES``) were inferred from the runs.
 
 What the tables do not hold (``NAMES``) is fitted: each model on each system is predicted by
 parameters of all others of its stack. What was chosen by hand, ``WAVES`` among it, was chosen after
-looking at all rows, so that errors are not those of unseen runs. No row of the tables is written, only errors.
+looking at all rows, so that errors are not those of unseen runs. No row of the tables is written,
+only errors.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ PRIOR: dict[Stack, list[float]] = {
     "trtllm": [1, 1.5e-6, 0.3e-3, 5e-6, 1, 0.4e-3, 20e-3, 3e-6, 1],
 }
 SPREAD = np.array([0.07, 1e-6, 0.3e-3, 10e-6, 0.1, 0.3e-3, 15e-3, 3e-6, 1])
-"""How far each parameter may well be from what is assumed before the fit. Both were set by hand, with
-earlier fits of the same rows at hand (docs/hardware.md)."""
+"""How far each parameter may well be from what is assumed before the fit. Both were set by hand,
+with earlier fits of the same rows known (docs/hardware.md)."""
 
 Parameters = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -221,7 +222,7 @@ def parameters_of(kept: Any, slope: Parameters, off: Parameters, stack: Stack) -
 
 
 def summary(ratios: Any) -> dict[str, float]:
-    """Of predicted over measured."""
+    """How far predictions are from what was measured, by the ratios of the two."""
     found = np.asarray(ratios)
     wrong = np.abs(found - 1)
     return {

@@ -25,13 +25,13 @@ Figures = dict[str, Any]
 
 @cache
 def result(name: str) -> Figures:
-    """A result file."""
+    """The content of a file of ``benchmarks/results``."""
     found: Figures = json.loads((HERE / "results" / name).read_text(encoding="utf-8"))
     return found
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """A Markdown table of these columns and rows."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

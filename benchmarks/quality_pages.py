@@ -15,7 +15,7 @@ def quality_file() -> Path:
 
 
 def quality() -> Figures:
-    """Its figures."""
+    """The figures of that run."""
     return result(quality_file().name)
 
 

@@ -50,7 +50,7 @@ STRONGEST, PLANS = "strongest-h200.json", "strongest-plans-h200.json"
 COPIED = {
     "quality.json": "quality-h200.json",
     STRONGEST: STRONGEST,
-    "reading-h200.json": "reading-h200.json",
+    "reading-h200.json": "reading-2-h200.json",
     "task-scores-h200.json": "task-scores-h200.json",
     **{name: name for name in (LONG, MIDDLE, *SHORT, RULES)},
 }

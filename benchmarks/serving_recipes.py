@@ -57,7 +57,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """One measured run.
+    """One serving run that others measured: what was asked of which machine, and its times.
 
     Args:
         setting: model and machine.

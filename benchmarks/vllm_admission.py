@@ -40,7 +40,7 @@ Blocks = Callable[[int, int], int]
 
 @dataclass(eq=False)
 class Request:
-    """One of the trace.
+    """A request of the trace while it is served.
 
     Args:
         prompt: tokens that it is to read, its answer so far included.

@@ -208,7 +208,7 @@ class Share:
 
     @property
     def id(self) -> str:
-        """The sample's."""
+        """The name of the sample."""
         return self.sample.id
 
 

@@ -179,7 +179,7 @@ class PageLayout:
 
     @cached_property
     def tables(self) -> PageTables:
-        """What these tables take."""
+        """Size of the tables that belong to a head's pages of signs."""
         signs = 8 * sign_bytes(self.keys, self.head_dim)
         return PageTables(self.head_dim, 9 * self.head_dim + 3 * signs)
 
@@ -212,12 +212,12 @@ class PageTables:
 
     @property
     def page_cells(self) -> int:
-        """Cells that they take."""
+        """Cells of the pool that one head's tables take."""
         return -(-self.used_bytes // self.cell_bytes)
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of these cells."""
+        """Bytes of the cells that one head's tables take."""
         return self.page_cells * self.cell_bytes
 
 

@@ -60,7 +60,7 @@ class LayerCache:
 
     @property
     def elements_per_token(self) -> int:
-        """Cached numbers a token."""
+        """Numbers that the layer caches for each token."""
         return self.kv_heads * (self.key_dim + self.value_dim) + self.index_dim
 
     def tokens(self, context_tokens: int) -> int:

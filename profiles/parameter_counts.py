@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Experts:
-    """Routed feed-forward blocks.
+    """The routed experts of a mixture's feed-forward blocks.
 
     Args:
         count: routed experts a layer.

@@ -50,7 +50,7 @@ class Measured:
     """
 
     def __init__(self, policies: int, first: Tensor, room: int) -> None:
-        """Take the room.
+        """Allocate the tensors of all steps.
 
         Args:
             policies: B, the full cache among them as the first.

@@ -68,7 +68,7 @@ class Allocated(Coded):
 
     @property
     def code_bits(self) -> float:
-        """``mean_bits``."""
+        """Mean bits of a code, as asked for."""
         return self.mean_bits
 
     def signs(self, head_dim: int) -> int:

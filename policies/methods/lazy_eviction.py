@@ -76,7 +76,7 @@ class LazyEviction(DecodeMethod):
 
     @property
     def reads_step_number(self) -> bool:
-        """Clocks do."""
+        """Always: entries remember the step at which they were last looked at."""
         return True
 
     def protected(self, budget: int) -> tuple[int, int]:

@@ -55,7 +55,7 @@ class StreamingLLM(DecodeMethod):
 
     @property
     def reads_step_number(self) -> bool:
-        """Where keys are renumbered."""
+        """Only where keys are renumbered at every step."""
         return self.positions == "reindexed"
 
     def protected(self, budget: int) -> tuple[int, int]:

@@ -79,7 +79,7 @@ def check_host(option: Option, head_dim: int, evicts: bool) -> None:
 
 
 def place(parts: Sequence[HeadPart], option: Option, head_dim: int) -> Placed:
-    """Divide one head's parts."""
+    """Divide one head's parts into what pages hold and what lies beside them."""
     if len(parts) == 1 and is_coded(parts[0].plan, option, head_dim):
         only = parts[0]
         both = None if only.keys is None or only.values is None else (only.keys, only.values)

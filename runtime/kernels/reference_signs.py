@@ -134,7 +134,7 @@ class _Signs:
         return _Signs(first, channel, sign - first.gather(1, channel))
 
     def bytes_of(self, codes: Quantised) -> Tensor:
-        """``[R, n, bytes]`` uint8."""
+        """The signs of all tokens, eight a byte, ``[R, n, bytes]`` uint8."""
         rows, tokens, _ = codes.codes.shape
         at = self.channel[:, None].expand(-1, tokens, -1)
         flags = (codes.codes.to(torch.uint8).gather(2, at) >> self.place[:, None]) & 1

@@ -188,7 +188,7 @@ def _scores(
 
 
 def _of_rows(part: Part, rows: Tensor) -> Part:
-    """Some heads' entries."""
+    """The part of some of its heads alone."""
     keys, values, balance = (
         None if each is None else each.index_select(0, rows)
         for each in (part.keys, part.values, part.balance)

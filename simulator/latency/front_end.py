@@ -13,8 +13,8 @@ class FrontEnd:
     """What a first token takes beside the steps that read its prompt.
 
     Args:
-        request_s: of the server and the client, a request.
-        token_s: of the tokeniser, a token of the prompt.
+        request_s: seconds of the server and the client a request.
+        token_s: seconds of the tokeniser a token of the prompt.
         steps: decode steps for which a new request waits, since steps are planned ahead.
         within: half of the 80 % interval of a first token, as a factor.
     """
@@ -27,7 +27,7 @@ class FrontEnd:
     def seconds(
         self, prompt_tokens: npt.ArrayLike, step_s: npt.ArrayLike
     ) -> npt.NDArray[np.float64]:
-        """In all, where a decode step takes so long."""
+        """Seconds of a first token beside its prompt's steps, by the time of a decode step."""
         tokens, step = np.asarray(prompt_tokens, np.float64), np.asarray(step_s, np.float64)
         return np.asarray(self.request_s + self.token_s * tokens + self.steps * step)
 

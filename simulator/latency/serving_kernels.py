@@ -23,13 +23,14 @@ class Overheads:
     """What the tables do not hold, fitted on whole serving runs (benchmarks/hardware_runs.py).
 
     Args:
-        small_kernel_s: of each kernel of a layer that no table has (:func:`small_kernels`).
-        step_s: of the host and the sampler a step.
-        sequence_s: of these a sequence.
+        small_kernel_s: seconds of each kernel of a layer that no table has
+            (:func:`small_kernels`).
+        step_s: seconds of the host and the sampler a step.
+        sequence_s: seconds of these a sequence.
         kernels: how many times as long as in the tables a decode step's kernels take.
         reading: likewise where prompts are read.
-        launches_s: of the host's launches a layer where prompts are read, which no graph holds: a
-            step takes no less, however fast its kernels are.
+        launches_s: seconds of the host's launches a layer where prompts are read, which no graph
+            holds: a step takes no less, however fast its kernels are.
     """
 
     small_kernel_s: float = 0.0
@@ -108,7 +109,7 @@ class ServingModel:
         return np.asarray(np.maximum(seconds + self.rest(asked), launches))
 
     def decode_attention(self, batch: FloatArray, tokens: FloatArray) -> FloatArray:
-        """Of all layers, for one new token of each sequence."""
+        """Seconds of attention of all layers, for one new token of each sequence."""
         seconds = np.zeros(batch.shape)
         for window, layers in self._layers_by_window():
             seconds = seconds + layers * self.tables.decode_attention(
@@ -117,7 +118,7 @@ class ServingModel:
         return seconds
 
     def context_attention(self, batch: FloatArray, tokens: FloatArray) -> FloatArray:
-        """Of all layers, over whole prompts."""
+        """Seconds of attention of all layers, over whole prompts."""
         seconds = np.zeros(tokens.shape)
         for window, layers in self._layers_by_window():
             seconds = seconds + layers * self.tables.context_attention(
@@ -126,7 +127,7 @@ class ServingModel:
         return seconds
 
     def passes(self, rows: FloatArray) -> FloatArray:
-        """Of all layers, for so many new tokens: matrices, experts and sums over GPUs."""
+        """Seconds of all layers' matrices, experts and sums over GPUs, for so many new tokens."""
         shape = self.shape
         moved = 2.0 * rows * shape.hidden_size * _PASSES_A_LAYER
         layer = (
@@ -138,7 +139,7 @@ class ServingModel:
         return np.asarray(shape.layers * layer + self._feed_forward(rows))
 
     def logits(self, rows: FloatArray) -> FloatArray:
-        """Of so many tokens."""
+        """Seconds of the output matrix, over so many tokens."""
         return self.tables.matrix(
             self._local.vocab_size, self.shape.hidden_size, "bfloat16", np.maximum(rows, 1)
         )

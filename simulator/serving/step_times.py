@@ -60,22 +60,22 @@ class EngineTimes(Protocol):
 
     @property
     def tier(self) -> Tier:
-        """Of the least certain time."""
+        """The tier of the least certain time."""
 
     @property
     def compressing(self) -> Curve:
         """What compressing a prompt takes beside reading it, by its tokens."""
 
     def decoding(self, sequences: int, prompt: float, generated: float) -> float:
-        """Of one decode step."""
+        """Seconds of one decode step."""
 
     def mixed(
         self, sequences: int, prompt: float, generated: float, chunks: Iterable[Chunk]
     ) -> float:
-        """Of a step that reads chunks of prompts beside decoding."""
+        """Seconds of a step that reads chunks of prompts beside decoding."""
 
     def copying(self, blocks: int) -> float:
-        """Of a copy of so many blocks between host and device."""
+        """Seconds of a copy of so many blocks between host and device."""
 
 
 @dataclass(frozen=True)

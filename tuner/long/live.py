@@ -30,7 +30,7 @@ _FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class Live:
-    """What was generated.
+    """Generations of all policies on several prompts, and whether their steps were replayed.
 
     Args:
         runs: every policy on each prompt.
