@@ -32,7 +32,7 @@ _COUNTS = (
 _REQUIRED = (*_COUNTS, "tied_embeddings", "source")
 _OPTIONAL = (
     "aliases", "window", "full_every", "latent", "experts", "biases", "query_key_norm",
-    "norms_per_layer", "sinks", "other_parameters", "rotary_elements",
+    "norms_over_heads", "norms_per_layer", "sinks", "other_parameters", "rotary_elements",
     "cache", "counted",
 )  # fmt: skip
 _SUFFIX = re.compile(  # what a repository's name says beside the shape: tuning, weights' format
@@ -147,6 +147,7 @@ _READERS: dict[str, Callable[[Located], object]] = {
     "experts": _experts,
     "biases": lambda entry: entry.text(("none", "qkv", "all")),
     "query_key_norm": lambda entry: entry.flag(),
+    "norms_over_heads": lambda entry: entry.flag(),
     "norms_per_layer": lambda entry: entry.count(),
     "sinks": lambda entry: entry.flag(),
     "other_parameters": lambda entry: entry.count(0),

@@ -224,6 +224,19 @@ def write_config(folder: Path, **changes: object) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [("minimax-m2.5", 128 * (48 + 8)), ("olmo-2-7b", 128 * 64), ("qwen3-vl-8b", 2 * 128)],
+)
+def test_counted_models_say_how_queries_and_keys_are_normalised(name: str, width: int) -> None:
+    shape = find_model(name)
+    assert shape.query_key_norm
+    assert shape.norms_over_heads == (width > 2 * shape.head_dim)
+    router = shape.experts.count * (shape.hidden_size + 1) if shape.experts else 0
+    norms = 2 * shape.hidden_size + router + width  # of a layer
+    assert shape.parameter_counts().small == shape.layers * norms + shape.hidden_size
+
+
 def test_a_config_gives_the_same_shape_as_the_table(tmp_path: Path) -> None:
     ours, read = find_model("llama-8b"), shape_from_config(write_config(tmp_path))
     assert read.parameter_counts() == ours.parameter_counts()
