@@ -68,7 +68,10 @@ class Generations:
         for prompt in prompts:
             check(loaded.geometry, prompt, policies)
         if len({len(prompt) for prompt in prompts}) != 1:
-            raise KvtuneError("texts that are generated side by side need equally long prompts")
+            raise KvtuneError(
+                "texts that are generated side by side need equally long prompts",
+                hint="cut them to the shortest, or generate from each by itself (Generation).",
+            )
         self.loaded, self.room, self.temperature = loaded, room, temperature
         geometry, device = loaded.geometry, loaded.device
         full = LivePolicy(Policy.uniform(Option(), geometry.layers, geometry.kv_heads, name="full"))

@@ -35,6 +35,8 @@ class ExpertShape(NamedTuple):
     tp: int
 
 
+_UNMEASURED = "--weights chooses another format; without --stack kvtune's own model answers."
+
 # Checkpoints in fp8 have one scale a matrix or one a block, and tables have kernels of both by
 # themselves: of vLLM's on an H200 the first take three times as long, on a B200 the second.
 _EXPERT_KERNELS = {"fp8": ("fp8", "fp8_block")}
@@ -165,7 +167,8 @@ class ServingTables:
                 return np.asarray(np.minimum.reduce(seconds))
         raise KvtuneError(
             f"{self.stack} on {self.system} has no measured experts of this shape in "
-            f"{number_format}: {shape}"
+            f"{number_format}: {shape}",
+            hint=_UNMEASURED,
         )
 
     def _own_first(self) -> list[ServingTables]:
@@ -297,7 +300,8 @@ def _matrix_curve(tables: ServingTables, out: int, wide: int, number_format: str
     if number_format not in grids:
         raise KvtuneError(
             f"{tables.stack} on {tables.system} has no measured matrices in {number_format}; "
-            f"it has {', '.join(sorted(grids)) or 'none'}"
+            f"it has {', '.join(sorted(grids)) or 'none'}",
+            hint=_UNMEASURED,
         )
     grid = grids[number_format]
     found, beyond = grid.log_s, 0.0
