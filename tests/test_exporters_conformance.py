@@ -32,6 +32,7 @@ from kvtune.policies.method import Method, ScoredMethod, methods
 from kvtune.policies.methods.expected_attention import ExpectedAttention
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.kvzip import KVzip
+from kvtune.policies.methods.quest import Quest
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import ALL, Budget, Option
@@ -583,6 +584,15 @@ def test_a_loss_stands_only_beside_stacks_that_keep_the_plan() -> None:
     assert rows["kvtune"].loss == rows["transformers"].loss == "0.0123 [0.01, 0.02] table"
     for name in set(exporters()) - {"transformers"}:
         assert rows[name].loss == f"not the plan's: kvtune search --for {name}"
+
+
+@pytest.mark.parametrize(
+    ("option", "plugin"),
+    [(Option(SnapKV(), Budget(BUDGET)), True), (Option(Quest(block=64), Budget(64)), False)],
+)
+def test_the_plugin_is_named_only_for_what_it_serves(option: Option, plugin: bool) -> None:
+    rows = {row.name: row for row in compared(document(option))}
+    assert ("plugin" in rows["kvtune"].proof) == plugin
 
 
 def test_a_stack_that_cannot_hold_one_sequence_says_so() -> None:

@@ -38,11 +38,12 @@ from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.pages import BF16_PAGE, PageLayout
 from kvtune.policies.paging import pages_of
 from kvtune.policies.policy import Policy
+from kvtune.policies.servable import check_servable
 from kvtune.runtime.cache.backend import PlainBackend
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.cache.segments import CODED
 from kvtune.runtime.serving import asking, compressing, laying, reading, seats, vllm_plugin
-from kvtune.runtime.serving.blocks import PlannedBlocks, check_servable, left_to_answers
+from kvtune.runtime.serving.blocks import PlannedBlocks, left_to_answers
 from kvtune.runtime.serving.pages import RequestPages
 from kvtune.runtime.serving.running import Running
 from kvtune.traces.geometry import Geometry

@@ -9,9 +9,9 @@ from kvtune.common.words import figure
 from kvtune.policies.export.contract import exporters
 from kvtune.policies.export.plan import Plan, plan_of
 from kvtune.policies.option import Option
-from kvtune.policies.pages import has_pages
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.parts import ModelFacts, PolicyDocument
+from kvtune.policies.servable import check_servable
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,12 @@ def compared(
 
 
 def _proof(plan: Plan) -> str:
-    """By what kvtune serves it; the plugin holds pages alone."""
-    paged = all(has_pages(option, plan.facts.head_dim) for option in plan.policy.options())
-    return "runtime, and vLLM by plugin" if paged else "runtime"
+    """By what kvtune serves it: the vLLM plugin refuses what holds more than pages."""
+    try:
+        check_servable(plan.policy, plan.facts.head_dim)
+    except KvtuneError:
+        return "runtime"
+    return "runtime, and vLLM by plugin"
 
 
 def _own(plan: Plan, policy: Policy) -> tuple[int, int | None]:

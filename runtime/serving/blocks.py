@@ -8,18 +8,16 @@ The scheduler and the worker ask the same object: what one admits the other can 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtune.common.errors import KvtuneError
 from kvtune.policies.option import Option
 from kvtune.policies.pages import BF16_PAGE, PageLayout
-from kvtune.policies.paging import is_coded, pages_of, planned_entries
+from kvtune.policies.paging import pages_of, planned_entries
 from kvtune.policies.policy import Policy
-from kvtune.policies.signals import Needs
 
 AHEAD_TOKENS = 16
 """Pages are given to generated tokens so many at a time, for all heads at once."""
@@ -195,28 +193,3 @@ def left_to_answers(blocks: int) -> int:
     gives its last block to a new prompt soon preempts others, whose prompts are then read again.
     """
     return int(_LEFT_TO_ANSWERS * blocks)
-
-
-def check_servable(policy: Policy, head_dim: int) -> None:
-    """Refuse policies that need more than one layer's prompt at a time, or more than pages.
-
-    Raises:
-        KvtuneError: says which option it is.
-    """
-    hint = "search with --method streaming_llm,snapkv,h2o,full, or another of these."
-    if policy.needs.rope:
-        raise KvtuneError(
-            f"the policy {policy.name!r} reads rotary positions, which a serving engine does not "
-            "show",
-            hint="leave keys at their positions (positions: kept, space: post_rope), or " + hint,
-        )
-    if policy.waits or replace(policy.needs, window=0, column_sums=False) != Needs():
-        raise KvtuneError(
-            f"the policy {policy.name!r} asks for more than reading each layer's prompt once",
-            hint=hint,
-        )
-    for option in dict.fromkeys(policy.options()):
-        plans, reader = option.method.plan(100, 1000), option.method.reader(100)
-        paged = len(plans) == 1 and is_coded(plans[0], option, head_dim)
-        if option.on_host or reader is not None or not paged:
-            raise KvtuneError(f"{option.label!r} holds more than pages of tokens", hint=hint)

@@ -16,7 +16,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.policy_file.reader import read_policy
-from kvtune.runtime.serving.blocks import PlannedBlocks, check_servable, left_to_answers
+from kvtune.policies.servable import check_servable
+from kvtune.runtime.serving.blocks import PlannedBlocks, left_to_answers
 
 logger = init_logger("vllm.kvtune")
 
