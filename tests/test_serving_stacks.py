@@ -255,3 +255,16 @@ def test_a_policy_is_not_costed_by_a_stack(systems: Path, monkeypatch: pytest.Mo
     policy = Policy.uniform(Option(), LLAMA.layers, LLAMA.kv_heads)
     with pytest.raises(KvtuneError, match="not costed with vllm's kernels"):
         prepare(serving, asked, policy)
+
+
+def test_copies_to_the_host_are_not_taken_to_be_free(
+    systems: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stacks, "require_systems_folder", lambda: systems)
+    limits = Limits(16, 2048)
+    serving = server(
+        LLAMA, H200, H200.visible_bytes, "bf16", limits, host_bytes=10**9, stack="vllm"
+    )
+    asked = generate_at_once(4, 2, Lengths(50, 60), Lengths(2, 3), longest=4096)
+    with pytest.raises(KvtuneError, match="would cost nothing"):
+        prepare(serving, asked, None)

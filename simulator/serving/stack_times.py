@@ -105,5 +105,5 @@ class StackTimes:
         return self.scale * max(self.over.reading * kernels + beside, self.launches_s)
 
     def copying(self, blocks: int) -> float:
-        """Copies to the host are not costed by a stack's tables."""
+        """Nothing: servers that copy to the host are refused, since no table has the time."""
         return 0.0

@@ -93,6 +93,11 @@ def _of_stack(server: Server, stack: Stack, requests: Requests, policy: Policy |
             f"a policy is not costed with {stack}'s kernels, which know whole caches only",
             hint="leave out --policy, or --stack.",
         )
+    if server.host_bytes:
+        raise KvtuneError(
+            f"copies to the host are not in {stack}'s tables, and would cost nothing",
+            hint="leave out --host-mem (who must leave is then read again), or --stack.",
+        )
     prompts = _possible(requests, server.shape.max_context)
     longest_output = min(int(requests.output_tokens.max()), server.shape.max_context)
     model, card = stack_model(server.shape, server.gpu, server.gpus, stack, server.weights)
