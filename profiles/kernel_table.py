@@ -104,7 +104,7 @@ class KernelRow:
 
     @property
     def bytes_per_s(self) -> float:
-        """Achieved bandwidth."""
+        """Bandwidth that the kernel achieved, bytes a second."""
         return self.bytes / self.seconds
 
 

@@ -54,7 +54,7 @@ class A2SF(DecodeMethod):
 
     @property
     def entry_bits(self) -> int:
-        """One float."""
+        """A float32: the discounted attention that the entry has received."""
         return 32
 
     @property
@@ -84,7 +84,7 @@ class A2SF(DecodeMethod):
         state.statistics["drawn"].mul_(self.factor).add_(attention.mean(2))
 
     def worth(self, state: DecodeState) -> Tensor:
-        """Discounted attention."""
+        """The discounted attention that each entry has received."""
         return state.statistics["drawn"]
 
 

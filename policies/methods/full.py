@@ -24,7 +24,7 @@ class Full(ScoredMethod):
     shape = "window"
 
     def scores(self, signals: Signals) -> Tensor:
-        """Recency."""
+        """Positions: of a budget the newest tokens stay."""
         import torch
 
         heads, tokens, _ = signals.keys.shape

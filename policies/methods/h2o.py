@@ -43,7 +43,7 @@ class H2O(DecodeMethod):
 
     @property
     def entry_bits(self) -> int:
-        """One float."""
+        """A float32: the attention that the entry has received."""
         return 32
 
     def protected(self, budget: int) -> tuple[int, int]:
@@ -59,5 +59,5 @@ class H2O(DecodeMethod):
         state.statistics["drawn"] += attention.mean(2)
 
     def worth(self, state: DecodeState) -> Tensor:
-        """Accumulated attention."""
+        """The attention that each entry has received so far."""
         return state.statistics["drawn"]

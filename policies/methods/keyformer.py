@@ -61,7 +61,7 @@ class Keyformer(DecodeMethod):
 
     @property
     def entry_bits(self) -> int:
-        """One float."""
+        """A float32: the score that the entry has gathered."""
         return 32
 
     @property

@@ -138,10 +138,11 @@ class Growing:
 
 
 class TritonBackend:
-    """The kernels."""
+    """Attention and pages by Triton kernels, a launch for each method."""
 
     def write(self, pool: Tensor, writing: Writing) -> None:
-        """One launch; signs in plain torch, whose codes all of a head's tokens decide."""
+        """Write pages by one kernel; rows of signs in plain torch, since all of a head's tokens
+        decide their codes."""
         from kvtune.runtime.kernels.pages import store_pages
 
         if writing.fitted is not None:
@@ -157,7 +158,7 @@ class TritonBackend:
         )  # fmt: skip
 
     def append(self, layer: Paged, growing: Growing, keys: Tensor, values: Tensor) -> None:
-        """One launch."""
+        """Append one token a sequence by one kernel, and count the lengths."""
         from kvtune.runtime.kernels.pages import append_token
 
         append_token[(len(growing.segments),)](*_appending(layer, growing, keys, values))
@@ -165,7 +166,7 @@ class TritonBackend:
     def append_rotated(
         self, layer: Paged, growing: Growing, rotation: Rotation, values: Tensor
     ) -> Tensor:
-        """One launch: half of the programs append, the others rotate queries."""
+        """One kernel, of which half of the programs append and the others rotate queries."""
         from kvtune.runtime.kernels.pages import append_rotated
 
         q, k, cos, sin = rotation.q, rotation.k, rotation.cos, rotation.sin
@@ -180,7 +181,7 @@ class TritonBackend:
         return rotated
 
     def move(self, layer: Paged, growing: Growing, moves: Moves) -> None:
-        """One launch."""
+        """Move tokens within growing segments by one kernel."""
         from kvtune.runtime.kernels.pages import move_tokens
 
         move_tokens[(moves.sources.numel(),)](
@@ -191,13 +192,13 @@ class TritonBackend:
     def attend(
         self, q: Tensor, layer: Paged, scratch: Scratch, scale: float, seen: Seen | None = None
     ) -> Tensor:
-        """One launch."""
+        """Attend to all pages by one kernel, whose last program of a row merges its parts."""
         if seen is None:
             return decode(q, layer, scratch, scale)
         return decode(q, layer, scratch, scale, lse=seen.lse, logits=seen.logits)
 
     def append_seated(self, layer: Paged, seating: Seating, keys: Tensor, values: Tensor) -> None:
-        """One launch."""
+        """Append one token to each sequence with a seat, by one kernel."""
         from kvtune.runtime.kernels.pages import append_seated
 
         append_seated[(len(keys), seating.heads)](
@@ -210,11 +211,11 @@ class TritonBackend:
     def attend_seated(
         self, q: Tensor, layer: Paged, seating: Seating, scratch: Scratch, scale: float, out: Tensor
     ) -> None:
-        """One launch."""
+        """Attend for the sequences with a seat by one kernel."""
         decode_seated(q, layer, seating, scratch, scale, out)
 
     def fetch(self, pool: Tensor, host: HostPool, fetching: Fetching) -> None:
-        """One launch, which reads pinned memory over the bus: nobody asks the host."""
+        """Copy blocks by one kernel, which reads pinned memory over the bus without the host."""
         from kvtune.runtime.kernels.pages import FETCHED_AT_ONCE, fetch_blocks
 
         layout = fetching.layout
@@ -229,7 +230,7 @@ class PlainBackend:
     """Plain torch: what the kernels are tested against, and what answers without a GPU."""
 
     def write(self, pool: Tensor, writing: Writing) -> None:
-        """A page at a time; signs all together."""
+        """Write a page at a time; pages of signs all together."""
         layout = writing.layout
         if writing.fitted is not None:
             write_fitted(pool, writing, writing.fitted)

@@ -256,11 +256,11 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     get_max_cache_shape = get_max_length  # its name in the first releases
 
     def crop(self, max_length: int) -> None:
-        """Not possible."""
+        """Refused: what was evicted cannot come back."""
         raise KvtuneError("a compressed prompt cannot be cropped: what was evicted is gone")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Not possible."""
+        """Refused: what was evicted cannot come back."""
         raise KvtuneError("no beam search with a compressed prompt")
 
     def reset(self) -> None:

@@ -190,7 +190,7 @@ class ExplorerScreen(Screen[None]):
     @on(FrontPlot.Picked)
     @on(PlansTable.Picked)
     def move_cursor(self, event: FrontPlot.Picked | PlansTable.Picked) -> None:
-        """Another plan."""
+        """Show the plan that was picked in the plot or the table."""
         if event.row != self.row:
             self.row = event.row
             self._draw_cursor()

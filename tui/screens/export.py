@@ -67,7 +67,7 @@ class ExportScreen(ModalScreen[None]):
 
     @on(Button.Pressed, "#back")
     def go_back(self) -> None:
-        """Write nothing."""
+        """Leave the screen without writing anything."""
         self.app.pop_screen()
 
     @on(Button.Pressed, "#write")

@@ -59,7 +59,7 @@ class ValidateScreen(ModalScreen[None]):
                 yield Button("Cancel", id="stop")
 
     def on_mount(self) -> None:
-        """Begin."""
+        """Begin the live run when the screen is shown."""
         self.run_live()
 
     @work(exclusive=True)

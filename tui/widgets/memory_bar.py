@@ -53,7 +53,7 @@ class MemoryBar(Widget):
         self.parts: MemoryParts | None = None
 
     def show(self, parts: MemoryParts) -> None:
-        """Draw these."""
+        """Draw these parts of the memory."""
         first, self.parts = self.parts is None, parts
         self.refresh(layout=first)  # as high for every plan
 

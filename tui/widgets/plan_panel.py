@@ -30,7 +30,7 @@ class Selected:
 
     @property
     def study(self) -> Study:
-        """Its study."""
+        """The study that the plan is of."""
         return self.view.study
 
     @property
