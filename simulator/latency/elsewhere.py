@@ -145,8 +145,8 @@ class ServingTables:
         """Seconds of ``[rows, wide] x [wide, out]`` in a format of the tables.
 
         Of all stacks' kernels on the system the fastest: they call the same libraries, and where
-        one stack's table is slower, its harness had not tuned that kernel (by a factor of 8 with
-        vLLM's blocks of fp8 on a B200, which runs of it show not to be so).
+        one stack's table is slower, its harness is taken not to have tuned that kernel (vLLM's
+        blocks of fp8 on a B200 are 8 times slower in its table, and not in whole runs).
         """
         return _fastest_matrix(self, out, wide, number_format).at(rows)
 
