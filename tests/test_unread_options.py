@@ -17,7 +17,7 @@ VALUES = {
     "jobs": "2", "storage": "sqlite:///a.db", "engine": "processes:2", "start": "a.yaml",
     "moved_bytes": "5MB", "heads": "a.safetensors", "stand_in": None, "rate": "4",
     "requests": "9", "prompt": "1k", "output": "9", "length_cv": "1", "burstiness": "2",
-    "prefix": "50",
+    "prefix": "50", "concurrency": "8",
 }  # fmt: skip
 OPTIONS = {"stack": "--for"}
 
