@@ -88,10 +88,11 @@ def stored(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], list[list[i
         kept: list[Tensor],
         exact: list[int],
         rows: slice,
+        *weights: Tensor | None,
     ) -> None:
         for row, tokens in enumerate(kept, start=rows.start):
             found.setdefault((paged.number, row // 2), []).append(tokens.tolist())
-        original(paged, k, v, kept, exact, rows)
+        original(paged, k, v, kept, exact, rows, *weights)
 
     monkeypatch.setattr(layer_module, "store_prompts", spying)
     return found

@@ -16,8 +16,8 @@ VALUES = {
     "read_bytes": "5MB", "tpot": "9ms", "ttft": "1s", "sequences": "2", "sampler": "tpe",
     "jobs": "2", "storage": "sqlite:///a.db", "engine": "processes:2", "start": "a.yaml",
     "moved_bytes": "5MB", "heads": "a.safetensors", "stand_in": None, "rate": "4",
-    "concurrency": "3", "requests": "9", "prompt": "1k", "output": "9", "length_cv": "1",
-    "burstiness": "2", "prefix": "50",
+    "requests": "9", "prompt": "1k", "output": "9", "length_cv": "1", "burstiness": "2",
+    "prefix": "50", "concurrency": "8",
 }  # fmt: skip
 OPTIONS = {"stack": "--for"}
 
