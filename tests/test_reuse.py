@@ -214,16 +214,22 @@ def test_what_a_model_foresees_best_is_left_out(tiny_model: Any) -> None:
         shortened(tiny_model, IDS, 0.0)
 
 
-def test_scattered_rows_attend_as_they_would_among_all() -> None:
+@pytest.mark.parametrize("held", [0, 2000, 2**28], ids=lambda held: f"{held} bytes of masks")
+def test_scattered_rows_attend_as_they_would_among_all(
+    held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In tiles that see no key behind their last row, against straight-line float64."""
     from kvtune.traces import seam
 
+    monkeypatch.setattr(seam, "_TILE_QUERIES", 3)
+    monkeypatch.setattr(seam, "_HELD_BIASES", held)
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(1, h, 60, 8, generator=generator) for h in (6, 2, 2))
     places = [0, 3, 4, 17, 18, 40, 59]
     attend = seam.RowAttention(places)
     found, again = (attend(q[:, :, places], k, v, 0.3) for _ in range(2))
     assert torch.equal(found, again)
+    assert sum(bias.untyped_storage().nbytes() for bias in attend._biases.values()) <= held
     for head, (row, place) in ((h, x) for h in range(6) for x in enumerate(places)):
         keys, values = (x[0, head // 3, : place + 1].double().numpy() for x in (k, v))
         weight = np.exp(keys @ q[0, head, place].double().numpy() * 0.3)

@@ -22,6 +22,7 @@ NAME = "kvtune"
 """The attention implementation's name in ``model.config._attn_implementation``."""
 
 _TILE_QUERIES = 512
+_HELD_BIASES = 2**28  # bytes; masks of long prompts grow with the square of their tokens
 _CHANGES_THE_RESULT = ("softcap", "s_aux", "position_bias", "alibi", "head_mask")
 
 
@@ -90,7 +91,8 @@ class RowAttention:
     """Causal attention of scattered tokens of a sequence, in the model's own precision.
 
     Tiles of queries look at the keys up to their last one's place, so that no more is computed, nor
-    held, than causal attention needs. What each of them sees is worked out once for all layers.
+    held, than causal attention needs. What each of them sees is worked out once for all layers, as
+    far as that takes little memory, and in every layer beyond it.
 
     Args:
         places: of the n tokens, ascending.
@@ -98,7 +100,8 @@ class RowAttention:
 
     def __init__(self, places: list[int]) -> None:
         self._places = places
-        self._biases: list[Tensor] = []
+        self._biases: dict[int, Tensor] = {}
+        self._left = _HELD_BIASES
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """One layer's output, ``[1, Hq, n, D]``.
@@ -114,14 +117,11 @@ class RowAttention:
 
         group = q.shape[1] // k.shape[1]
         queries = q.unflatten(1, (-1, group))  # the group's queries are rows: keys are not repeated
-        starts = range(0, len(self._places), _TILE_QUERIES)
-        self._biases = self._biases or [self._bias(start, group, q) for start in starts]
         tiles = []
-        for start, bias in zip(starts, self._biases, strict=True):
-            mine, last = (
-                queries[:, :, :, start : start + _TILE_QUERIES].flatten(2, 3),
-                bias.shape[1],
-            )
+        for start in range(0, len(self._places), _TILE_QUERIES):
+            bias = self._bias(start, group, q)
+            mine = queries[:, :, :, start : start + _TILE_QUERIES].flatten(2, 3)
+            last = bias.shape[1]
             found = F.scaled_dot_product_attention(
                 mine, k[:, :, :last], v[:, :, :last], attn_mask=bias, scale=scale
             )
@@ -132,14 +132,19 @@ class RowAttention:
         """What is added to a tile's logits, ``[group * rows, keys]``: nothing where it sees."""
         import torch
 
-        rows = torch.tensor(self._places[start : start + _TILE_QUERIES], device=like.device)
-        last = self._places[start : start + _TILE_QUERIES][-1] + 1
-        key = torch.arange(
-            -(-last // 16) * 16, device=like.device
-        )  # CUDA's kernel wants it aligned
+        if start in self._biases:
+            return self._biases[start]
+        places = self._places[start : start + _TILE_QUERIES]
+        rows, last = torch.tensor(places, device=like.device), places[-1] + 1
+        # CUDA's kernel wants rows of whole 16s.
+        key = torch.arange(-(-last // 16) * 16, device=like.device)
         hidden = (key > rows[:, None]).repeat(group, 1)
         bias = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
-        return bias.masked_fill_(hidden, -torch.inf)[:, :last]
+        bias = bias.masked_fill_(hidden, -torch.inf)
+        if bias.nbytes <= self._left:
+            self._left -= bias.nbytes
+            self._biases[start] = bias[:, :last]
+        return bias[:, :last]
 
 
 def prompt_attention(
