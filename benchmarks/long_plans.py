@@ -29,6 +29,7 @@ import torch
 import workers
 from long_generation import fitting
 
+from kvtune.common.errors import KvtuneError
 from kvtune.common.files import write_json
 from kvtune.common.progress import Silent
 from kvtune.policies.methods.a2sf import PREFILL
@@ -40,6 +41,7 @@ from kvtune.runtime.generation_run import GenerationRun
 from kvtune.runtime.live_policies import LivePolicy
 from kvtune.simulator.quality.decoding import build_decode_tables
 from kvtune.simulator.quality.tables import Tables, join
+from kvtune.traces.geometry import Geometry
 from kvtune.traces.models import load_model
 from kvtune.traces.samples import Sample, by_turns
 from kvtune.traces.workloads import Workload, build
@@ -199,20 +201,44 @@ def samples_of(arguments: argparse.Namespace, tokenizer: Any) -> dict[str, list[
     }
 
 
+@dataclass
+class Run:
+    """What the stages of one measurement share.
+
+    Args:
+        arguments: of the command line.
+        crew: processes on the device.
+        samples: by split.
+        asked: the generation that is planned for.
+        started: when, by ``time.monotonic()``.
+        out: what is written after every stage.
+    """
+
+    arguments: argparse.Namespace
+    crew: Any
+    samples: dict[str, list[Sample]]
+    asked: Generated
+    started: float
+    out: Part
+
+    def at(self, share: float) -> float:
+        """When a share of the time has passed."""
+        return self.started + share * float(self.arguments.seconds)
+
+    def note(self, words: str) -> None:
+        """Say what has been done, and write what there is."""
+        print(f"{time.monotonic() - self.started:.0f} s: {words}", file=sys.stderr, flush=True)
+        write_json(self.arguments.out, self.out)
+
+
 def measure(arguments: argparse.Namespace, out: Part) -> None:
-    started = time.monotonic()
-    end = started + arguments.seconds
-    menu = LongMenu(residual=arguments.residual)
+    """Search plans, choose one live, set it beside others, and hold it to its bound."""
+    started, menu = time.monotonic(), LongMenu(residual=arguments.residual)
     if arguments.tiny:
         menu = replace(
             menu, methods=menu.methods[:2], shares=(1 / 16, 1 / 4), formats=menu.formats[:2]
         )
     place = workers.Place(arguments.model, arguments.device, arguments.out.parent)
-
-    def note(words: str) -> None:
-        print(f"{time.monotonic() - started:.0f} s: {words}", file=sys.stderr, flush=True)
-        write_json(arguments.out, out)
-
     with workers.Crew(place, arguments.workers) as crew:
         loaded = load_model(arguments.model, dtype="float32")
         crew.model_is_stored()
@@ -222,53 +248,68 @@ def measure(arguments: argparse.Namespace, out: Part) -> None:
         full = mean_full_bytes(prompt, tokens, heads, geometry.head_dim)
         asked = Generated(prompt, tokens, int(arguments.share * full), menu)
         out |= {"bound_bytes": asked.bound_bytes, "full_mean_bytes": full, "faults": []}
-        order = [*samples["select"], *samples["search"]]
-        due = started + 0.45 * arguments.seconds
-        parts = [part for _, part in crew.until(due, tables_of, order, menu)]
-        found = candidates(join(parts), asked)
-        out["candidates"] = {
-            p.name: {"predicted": p.predicted, "most_bytes": p.most_bytes} for p in found
-        }
-        note(f"{len(found)} candidates")
-
-        select = [Batch("select", tuple(samples["select"]))]
-        tried = finalists(found)
-        runs = [live_policy(p.policy, asked) for p in tried]
-        ahead = min(arguments.live_tokens, tokens)
-        stop = time.monotonic() + 0.2 * arguments.seconds
-        task = runs, prompt, ahead, stop
-        for _, beside in crew.until(stop, replayed_beside_plain, select, runs, prompt):
-            out["replayed_beside_plain"] = beside
-            note(f"replayed beside plain: {beside}")
-        live = [
-            part for _, parts in crew.until(stop + 15, generated, select, *task) for part in parts
-        ]
-        plan = tried[0]
-        if live:
-            out["live_steps"] = live[0]["steps"] | {"tokens": live[0]["tokens"]}
-            losses = np.mean([[r["kl"] for r in part["runs"]] for part in live], 0)
-            plan = tried[int(losses.argmin())]
-            out["live_rounds"] = {p.name: float(x) for p, x in zip(tried, losses, strict=True)}
-        out["plan"] = {"name": plan.name, "options": counted(plan)}
-        note(f"plan: {plan.name}")
-
-        mine = live_policy(replace(plan.policy, name="plan"), asked)
-        beside = uniform_in_format(found, asked)
-        all_ = [
-            mine,
-            *single_methods(geometry, asked, arguments.share),
-            *([beside] if beside else []),
-        ]
-        hand_back = end - 0.12 * arguments.seconds if arguments.bounded else end - 15
-        held_out = [Batch("held out", tuple(samples["evaluate"][: arguments.prompts]))]
-        task = all_, prompt, tokens, hand_back
-        for _, done in crew.until(hand_back + 12, generated, held_out, *task):
-            out["contenders"] = summary(done, asked.bound_bytes, full)
-            out["prompts"] = [{k: v for k, v in p.items() if k != "runs"} for p in done]
-            note(f"{done[0]['tokens']} tokens of each of {len(done)} prompts: {done[0]['steps']}")
+        run = Run(arguments, crew, samples, asked, started, out)
+        found = searched(run)
+        plan = chosen(run, found)
+        compared(run, plan, found, geometry, full)
         out["faults"] += [str(failure) for failure in crew.failures]
-        bounded(arguments, crew, samples, plan, asked, end, out)
-        note("done")
+        bounded(run, plan)
+        run.note("done")
+
+
+def searched(run: Run) -> list[LongPlan]:
+    """Plans by replay of as many samples as there is time for."""
+    order = [*run.samples["select"], *run.samples["search"]]
+    parts = [part for _, part in run.crew.until(run.at(0.45), tables_of, order, run.asked.menu)]
+    if not parts:
+        raise KvtuneError("no sample's tables were made in time", hint="give more --seconds.")
+    found = candidates(join(parts), run.asked)
+    run.out["candidates"] = {
+        p.name: {"predicted": p.predicted, "most_bytes": p.most_bytes} for p in found
+    }
+    run.note(f"{len(found)} candidates")
+    return found
+
+
+def chosen(run: Run, found: list[LongPlan]) -> LongPlan:
+    """The finalist that loses least live on the selection prompts; the first if none ran."""
+    select, tried = [Batch("select", tuple(run.samples["select"]))], finalists(found)
+    policies, prompt = [live_policy(p.policy, run.asked) for p in tried], run.asked.prompt_tokens
+    stop = time.monotonic() + 0.2 * run.arguments.seconds
+    for _, beside in run.crew.until(stop, replayed_beside_plain, select, policies, prompt):
+        run.out["replayed_beside_plain"] = beside
+        run.note(f"replayed beside plain: {beside}")
+    task = policies, prompt, min(run.arguments.live_tokens, run.asked.tokens), stop
+    answers = run.crew.until(stop + 15, generated, select, *task)
+    live, plan = [part for _, parts in answers for part in parts], tried[0]
+    if live:
+        run.out["live_steps"] = live[0]["steps"] | {"tokens": live[0]["tokens"]}
+        losses = np.mean([[r["kl"] for r in part["runs"]] for part in live], 0)
+        plan = tried[int(losses.argmin())]
+        run.out["live_rounds"] = {p.name: float(x) for p, x in zip(tried, losses, strict=True)}
+    run.out["plan"] = {"name": plan.name, "options": counted(plan)}
+    run.note(f"plan: {plan.name}")
+    return plan
+
+
+def compared(
+    run: Run, plan: LongPlan, found: list[LongPlan], geometry: Geometry, full: float
+) -> None:
+    """The plan, the best single methods and the best uniform option on held-out prompts."""
+    arguments, asked, out = run.arguments, run.asked, run.out
+    uniform = uniform_in_format(found, asked)
+    policies = [
+        live_policy(replace(plan.policy, name="plan"), asked),
+        *single_methods(geometry, asked, arguments.share),
+        *([uniform] if uniform else []),
+    ]
+    hand_back = run.at(0.88) if arguments.bounded else run.at(1) - 15
+    held_out = [Batch("held out", tuple(run.samples["evaluate"][: arguments.prompts]))]
+    task = policies, asked.prompt_tokens, asked.tokens, hand_back
+    for _, done in run.crew.until(hand_back + 12, generated, held_out, *task):
+        out["contenders"] = summary(done, asked.bound_bytes, full)
+        out["prompts"] = [{k: v for k, v in p.items() if k != "runs"} for p in done]
+        run.note(f"{done[0]['tokens']} tokens of each of {len(done)} prompts: {done[0]['steps']}")
 
 
 def counted(plan: LongPlan) -> dict[str, int]:
@@ -277,31 +318,24 @@ def counted(plan: LongPlan) -> dict[str, int]:
     return {label: labels.count(label) for label in sorted(set(labels))}
 
 
-def bounded(
-    arguments: argparse.Namespace,
-    crew: Any,
-    samples: Any,
-    plan: LongPlan,
-    asked: Generated,
-    end: float,
-    out: Part,
-) -> None:
+def bounded(run: Run, plan: LongPlan) -> None:
     """Short generations from many prompts: the most bytes that each ever held, over the bound."""
-    texts = [*samples["evaluate"], *samples["search"]]
+    asked, count, end = run.asked, run.arguments.bounded, run.at(1)
+    texts = [*run.samples["evaluate"], *run.samples["search"]]
     many = [
         replace(texts[n % len(texts)], id=f"bounded-{n}",
                 token_ids=texts[n % len(texts)].token_ids[n // len(texts):])
-        for n in range(arguments.bounded)
+        for n in range(count)
     ]  # fmt: skip
     batches = [
         Batch(f"bounded {at}", tuple(many[at : at + TOGETHER]))
         for at in range(0, len(many), TOGETHER)
     ]
-    run = [live_policy(plan.policy, asked)]
+    task = [live_policy(plan.policy, asked)], asked.prompt_tokens, SHORT, end - 5
     ratios: list[float] = []
-    for _, parts in crew.until(end, generated, batches, run, asked.prompt_tokens, SHORT, end - 5):
+    for _, parts in run.crew.until(end, generated, batches, *task):
         ratios += [part["runs"][0]["peak_bytes"] / asked.bound_bytes for part in parts]
-    out["bounded"] = {
+    run.out["bounded"] = {
         "generations": len(ratios), "tokens": SHORT, "above_the_bound": sum(r > 1 for r in ratios),
         "largest_over_bound": max(ratios, default=None),
     }  # fmt: skip
