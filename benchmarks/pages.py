@@ -90,10 +90,10 @@ def pages() -> list[Path]:
 def screen() -> str:
     """What README's first command prints, up to its notes."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "KVTUNE_CACHE": folder, "NO_COLOR": "1"}
+        given = {"KVTUNE_CACHE": folder, "NO_COLOR": "1", "COLUMNS": "100"}
         done = subprocess.run(  # noqa: S603 - our own command
             [sys.executable, "-m", "kvtune", *_COMMAND],
-            cwd=folder, env=environment, capture_output=True, text=True, check=True,
+            cwd=folder, env={**os.environ, **given}, capture_output=True, text=True, check=True,
         )  # fmt: skip
     return done.stdout.split("\nnote:")[0].rstrip()
 

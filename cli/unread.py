@@ -14,6 +14,7 @@ UNREAD = {
     "arrivals": (
         "rate", "concurrency", "requests", "prompt", "output", "length_cv", "burstiness", "prefix",
     ),
+    "stack": ("moved_bytes",),
 }  # fmt: skip
 """By the option that asks another question: those that only the command's usual one reads."""
 
@@ -22,6 +23,7 @@ _INSTEAD = {
     "any moment: leave out what it does not read, or leave out --held-bytes.",
     "arrivals": "the file says when requests come, how long they are and, in prefix_ids, what they "
     "share (docs/serve-sim.md): leave out what is of requests that are drawn.",
+    "stack": "no other stack keeps some heads' caches on the host: leave one of the two out.",
 }
 
 

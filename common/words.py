@@ -22,9 +22,20 @@ def figure(estimate: Estimate | None, *, tier: bool = True) -> str:
     show = _SHOWN.get(estimate.unit, _digits)
     text = show(estimate.value)
     if estimate.tier != "exact" and (estimate.low, estimate.high) != (estimate.value,) * 2:
-        show = _SHOWN.get(estimate.unit, _two_digits)
-        text += f" [{show(estimate.low)}, {show(estimate.high)}]"
+        text += f" [{', '.join(_ends(estimate, text))}]"
     return f"{text} {estimate.tier}" if tier else text
+
+
+def _ends(estimate: Estimate, value: str) -> tuple[str, str]:
+    """An interval's ends, in so many digits that they hold the value as it is shown."""
+    if show := _SHOWN.get(estimate.unit):
+        return show(estimate.low), show(estimate.high)
+    low, high = _two_digits(estimate.low), _two_digits(estimate.high)
+    if estimate.low <= estimate.value <= estimate.high and not (
+        float(low.replace(" ", "")) <= float(value.replace(" ", "")) <= float(high.replace(" ", ""))
+    ):
+        return _digits(estimate.low), _digits(estimate.high)
+    return low, high
 
 
 def percent(share: float) -> str:

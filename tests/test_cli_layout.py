@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 
 from kvtune.cli.layout import Grid
 from kvtune.cli.output import Output, one_line, table
-from kvtune.common.words import printable
+from kvtune.common.estimate import Estimate
+from kvtune.common.words import figure, printable
+from kvtune.tuner.cases import _two_digits_below
 
 WORDS = st.text("abcdefgh ", min_size=1, max_size=40).map(lambda text: " ".join(text.split()))
 FIGURE = st.sampled_from(["-", "1 234", "0.0146 [0.0074, 0.029]", "19.4 ms [15.4 ms, 23.6 ms]"])
@@ -102,3 +105,21 @@ def test_errors_spell_control_characters_out(capsys: pytest.CaptureFixture[str])
 
     assert exit_code(fails) == 3
     assert capsys.readouterr().err == "error: bad\\x1b[31m\n\nhint: hint\\x07\n"
+
+
+@given(st.floats(0.001, 9e5), st.floats(0.001, 1), st.floats(0.001, 1))
+def test_an_interval_holds_its_value_as_it_is_shown(
+    value: float, below: float, above: float
+) -> None:
+    """4.03 [4, 4] would say that the value lies outside."""
+    low, high = value * (1 - below / 9), value * (1 + above / 9)
+    text = figure(Estimate(value, low, high, "1/s", "fitted"), tier=False)
+    numbers = re.findall(r"[0-9.e+-]+", re.sub(r"(?<=\d) (?=\d)", "", text))
+    middle, least, most = (float(number) for number in numbers)
+    assert least <= middle <= most
+
+
+@given(st.floats(1e-4, 100))
+def test_a_share_that_fits_still_fits_when_it_is_typed(percent: float) -> None:
+    typed = float(_two_digits_below(percent))
+    assert 0.9 * percent <= typed <= percent * (1 + 1e-12)

@@ -112,7 +112,7 @@ def test_the_verdict_and_its_picture_come_first(html: str) -> None:
     assert 'class="verdict"' in first
     assert "nats per token" in first
     assert first.count("<svg") == 2  # for wide and for narrow screens
-    assert "The plan is not better than greedy per head" in first
+    assert "The plan is not shown to be better than greedy per head" in first
 
 
 NAME = "<script>alert(1)</script>\x1b]0;owned\x07"

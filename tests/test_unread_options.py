@@ -32,6 +32,7 @@ def test_what_a_question_does_not_read_is_refused(
     asked = {
         "held_bytes": (*SEARCH, "--held-bytes", "10%", "--run-dir", str(tmp_path / "run")),
         "arrivals": (*SERVED, "--arrivals", "requests.csv"),
+        "stack": (*SEARCH, "--for", "vllm", "--run-dir", str(tmp_path / "run")),
     }
     assert main([*asked[question], option, *([value] if value else [])]) == 2
     assert f"does not read {option}" in capsys.readouterr().err

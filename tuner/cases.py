@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -339,8 +340,8 @@ class Asked:
         if context := self._longest_context(case):
             found.append(f"--context {context}")
         if case.budget and case.policy == FULL and case.budget.cache_bytes:
-            share = 100 * case.budget.share_that_fits
-            found.append(f"a cache compressed to {share:.2g} % of bf16 (kvtune search)")
+            share = _two_digits_below(100 * case.budget.share_that_fits)
+            found.append(f"a cache compressed to {share} % of bf16 (kvtune search)")
         if larger := self._smallest_card(case):
             found.append(f"--gpu {larger}")
         return found
@@ -371,3 +372,9 @@ class Asked:
             if self._fits(Card(gpu, gpu.visible_bytes, None), case, case.context_tokens):
                 return gpu.slug
         return None
+
+
+def _two_digits_below(percent: float) -> str:
+    """A share that still fits when it is typed: rounded down to two digits, above zero."""
+    step = 10.0 ** (math.floor(math.log10(percent)) - 1)
+    return f"{math.floor(percent / step) * step:.2g}"

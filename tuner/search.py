@@ -78,9 +78,16 @@ def _finished(request: SearchRequest, progress: Progress) -> SearchResult | None
     elif answers_another(request):
         progress.note(
             f"{request.run_dir} answers another question (other options, or edited files); this "
-            "answer will take its place. --run-dir keeps both."
+            f"answer will take its place{_made_before(request.run_dir)}. --run-dir keeps both."
         )
     return found
+
+
+def _made_before(run_dir: Path) -> str:
+    made = [name for name in ("report", "card") if (run_dir / name).exists()]
+    if not made:
+        return ""
+    return f", but not that of its {' and '.join(made)}: make them again"
 
 
 def _search(request: SearchRequest, progress: Progress) -> SearchResult:

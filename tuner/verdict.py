@@ -150,7 +150,7 @@ class Verdict:
         said = [_as_run(plan, other, self.stand_in) for other in own]
         if close:
             where = "within the plan's interval or below it"
-            said.append(f"The plan is not better than {_listed(close)}: {where}.")
+            said.append(f"The plan is not shown to be better than {_listed(close)}: {where}.")
         elif known:
             said.append(_ahead(plan, list(known.values())))
         if apart:
