@@ -133,7 +133,7 @@ def main() -> None:
         for share, family, policy in everyone
     ]
     found: dict[str, Any] = {
-        "model": loaded.name,
+        "model": Path(loaded.name).name,
         "device": torch.cuda.get_device_name() if loaded.device != "cpu" else "cpu",
         "samples": workload.describe(),
         "no needle in the last": UNASKED_END,
