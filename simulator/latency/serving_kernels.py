@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,9 @@ from kvtune.profiles.shape import ModelShape
 from kvtune.profiles.split import split_over
 from kvtune.simulator.latency.elsewhere import ExpertShape, Heads, ServingTables
 from kvtune.simulator.latency.table_grid import FloatArray
+
+_Attention = Callable[[Heads, int | None, str, FloatArray, FloatArray], FloatArray]
+"""Seconds of one layer, by heads, window, format of the cache, sequences and tokens."""
 
 # Norms, rotary, activations and copies pass over the residual stream about this often a layer.
 _PASSES_A_LAYER = 14
@@ -110,20 +114,18 @@ class ServingModel:
 
     def decode_attention(self, batch: FloatArray, tokens: FloatArray) -> FloatArray:
         """Seconds of attention of all layers, for one new token of each sequence."""
-        seconds = np.zeros(batch.shape)
-        for window, layers in self._layers_by_window():
-            seconds = seconds + layers * self.tables.decode_attention(
-                self._heads, window, self.kv_format, batch, tokens
-            )
-        return seconds
+        return self._attention(self.tables.decode_attention, batch, tokens)
 
     def context_attention(self, batch: FloatArray, tokens: FloatArray) -> FloatArray:
         """Seconds of attention of all layers, over whole prompts."""
-        seconds = np.zeros(tokens.shape)
-        for window, layers in self._layers_by_window():
-            seconds = seconds + layers * self.tables.context_attention(
-                self._heads, window, self.kv_format, batch, tokens
-            )
+        return self._attention(self.tables.context_attention, batch, tokens)
+
+    def _attention(self, kernel: _Attention, batch: FloatArray, tokens: FloatArray) -> FloatArray:
+        windows = self.shape.windows
+        seconds = np.zeros(np.broadcast(batch, tokens).shape)
+        for window in dict.fromkeys(windows):
+            one = kernel(self._heads, window, self.kv_format, batch, tokens)
+            seconds = seconds + windows.count(window) * one
         return seconds
 
     def passes(self, rows: FloatArray) -> FloatArray:
@@ -193,7 +195,3 @@ class ServingModel:
     def _heads(self) -> Heads:
         local = self._local
         return Heads(local.query_heads, local.kv_heads, local.head_dim)
-
-    def _layers_by_window(self) -> list[tuple[int | None, int]]:
-        windows = self.shape.windows
-        return [(window, windows.count(window)) for window in dict.fromkeys(windows)]
