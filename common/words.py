@@ -22,20 +22,16 @@ def figure(estimate: Estimate | None, *, tier: bool = True) -> str:
     show = _SHOWN.get(estimate.unit, _digits)
     text = show(estimate.value)
     if estimate.tier != "exact" and (estimate.low, estimate.high) != (estimate.value,) * 2:
-        text += f" [{', '.join(_ends(estimate, text))}]"
+        text += f" [{', '.join(_ends(estimate))}]"
     return f"{text} {estimate.tier}" if tier else text
 
 
-def _ends(estimate: Estimate, value: str) -> tuple[str, str]:
-    """An interval's ends, in so many digits that they hold the value as it is shown."""
-    if show := _SHOWN.get(estimate.unit):
-        return show(estimate.low), show(estimate.high)
-    low, high = _two_digits(estimate.low), _two_digits(estimate.high)
-    if estimate.low <= estimate.value <= estimate.high and not (
-        float(low.replace(" ", "")) <= float(value.replace(" ", "")) <= float(high.replace(" ", ""))
-    ):
-        return _digits(estimate.low), _digits(estimate.high)
-    return low, high
+def _ends(estimate: Estimate) -> tuple[str, str]:
+    """The ends of an interval: two digits, or three where two would leave the value outside."""
+    low, high = estimate.low, estimate.high
+    inside = float(f"{low:.2g}") <= estimate.value <= float(f"{high:.2g}")
+    show = _SHOWN.get(estimate.unit, _two_digits if inside else _digits)
+    return show(low), show(high)
 
 
 def percent(share: float) -> str:
