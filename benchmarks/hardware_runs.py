@@ -3,11 +3,11 @@
     python -m kvtune.benchmarks.hardware_runs --every 5 --out benchmarks/results/hardware-runs.json
     python -m kvtune.benchmarks.hardware_runs --systems FOLDER --configs FOLDER ... --out FILE
 
-Each run is served again in simulation as its script served it: so many clients, each of which asks
-anew when it was answered, ten requests of each, lengths drawn between 0.8 and 1 of what the row
-says (github.com/SemiAnalysisAI/InferenceX, benchmarks/benchmark_lib.sh, utils/bench_serving). Of
-runs whose script is not public, lengths are drawn within a tenth of the row's and the requests of
-each client (``WAVES``) were inferred from the runs.
+Each run is simulated with the load that its script made: a fixed number of clients, each of which
+sends its next request when the last one is answered, ten requests a client, lengths drawn between
+0.8 and 1 of what the row says (github.com/SemiAnalysisAI/InferenceX, benchmarks/benchmark_lib.sh,
+utils/bench_serving). Of runs whose script is not public, lengths are drawn within a tenth of the
+row's and the requests of each client (``WAVES``) were inferred from the runs.
 
 What the tables do not hold (``NAMES``) is fitted: each model on each system is predicted by
 parameters of all others of its stack. What was chosen by hand, ``WAVES`` among it, was chosen after
@@ -218,7 +218,7 @@ def parameters_of(kept: Any, slope: Parameters, off: Parameters, stack: Stack) -
     return np.array(PRIOR[stack]) + fit(rows, np.concatenate([0.5 * off[kept, 0], off[kept, 1]]))
 
 
-# --- what is told ------------------------------------------------------------------------------
+# --- results ------------------------------------------------------------------------------
 
 
 def summary(ratios: Any) -> dict[str, float]:

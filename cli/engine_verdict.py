@@ -41,7 +41,7 @@ def verdict_of(
     """The engine's verdict; None where its memory is not known, or a policy is asked about.
 
     Raises:
-        KvtuneError: a sequence is longer than the engine is told to take.
+        KvtuneError: a sequence is longer than the maximum length that the engine was given.
     """
     if engine is None or memory is None or isinstance(memory, str) or asked.document:
         return None

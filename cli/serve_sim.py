@@ -202,7 +202,7 @@ def _check_sources(arrivals: Path | None, drawn: Drawn) -> None:
     given = [each is not None for each in (arrivals, drawn.rate, drawn.concurrency)]
     if sum(given) != 1:
         raise KvtuneError(
-            "requests come at a rate, from so many clients, or from a file",
+            "requests come at a rate, from a number of clients, or from a file",
             hint="give one of --rate 4, --concurrency 32 and --arrivals FILE.",
         )
 

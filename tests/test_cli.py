@@ -412,7 +412,7 @@ def test_requests_are_served_from_a_file(run: Run, tmp_path: Path) -> None:
 
 
 SERVING_MISTAKES: dict[str, tuple[tuple[Any, ...], str, str]] = {
-    "no requests": (SERVED, "from so many clients, or from a file", "--rate 4"),
+    "no requests": (SERVED, "from a number of clients, or from a file", "--rate 4"),
     "no time": ((*SERVED, "--rate", 1, "--slo-ttft", "1"), "time with a unit", "50ms"),
     "no rate": ((*SERVED, "--rate", 0), "not above zero", "--rate 4"),
     "no file": (("serve-sim", *SMOL, "--arrivals", "a.txt"), "nor .csv", "arrival_s"),

@@ -136,7 +136,7 @@ def generate(
 def generate_at_once(
     count: int, at_once: int, prompt: Lengths, output: Lengths, *, longest: int, seed: int = 0
 ) -> Requests:
-    """Draw requests of so many clients, each of which asks anew as soon as it was answered.
+    """Draw requests of a number of clients; each sends its next one when the last is answered.
 
     Args:
         count: requests in all.
