@@ -11,7 +11,8 @@ that are drawn alike for both. Then, at 1, 3 and 6 %, every published method of 
 precision that suits it best (by the very figures that are shown, which is generous to it), and
 Attention Matching and its cheap variants alike in all heads. Plans are picked among search settings
 on selection samples that the evaluation does not share. Shares come in the order of the issue's
-numbers; none is begun, and no part, after ``--seconds``. A part that fails is recorded.
+numbers; none is begun, and no part, after ``--seconds``. A part that fails is recorded. Tables take
+most of the time and are kept in ``--tables``: a second command goes on with other ``--shares``.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.simulator.quality.tables import Tables, join
+from kvtune.simulator.quality.tables_file import load_tables, save_tables
 from kvtune.tuner.options import WEIGHTED, Menu, Pair
 
 SHARES = (0.01, 0.03, 0.06)
@@ -132,7 +134,17 @@ def is_offered(option: Option) -> bool:
     return not (isinstance(option.method, AttentionMatching) and share * 1792 > MOST_FITTED)
 
 
-def tables(bench: Bench, options: Sequence[Option], probes: int) -> Tables:
+def tables(bench: Bench, options: Sequence[Option], probes: int, kept: Path | None) -> Tables:
+    """Losses of every option on search and selection samples, from the file where it is there."""
+    if kept and kept.is_file():
+        return load_tables(kept)[0]
+    made = measured_tables(bench, options, probes)
+    if kept:
+        save_tables(made, kept, {"probes": probes})
+    return made
+
+
+def measured_tables(bench: Bench, options: Sequence[Option], probes: int) -> Tables:
     """Losses of every option on search and selection samples."""
     samples = [*bench.of("search"), *bench.of("select")]
     needs = reduce(or_, (option.method.needs for option in options))
@@ -161,13 +173,14 @@ def plans(
     names: Sequence[str] = MENUS,
     kept: dict[str, dict[str, tuple[Policy, Outcome]]] | None = None,
     until: float = float("inf"),
+    table_file: Path | None = None,
 ) -> dict[str, Any]:
     """Every menu's plan at every share that is begun before the time ``until``.
 
-    ``kept`` takes their policies and outcomes by share.
+    ``kept`` takes their policies and outcomes by share; ``table_file`` is read, or written.
     """
     started = time.monotonic()
-    measured = tables(bench, [*filter(is_offered, menu.options())], probes)
+    measured = tables(bench, [*filter(is_offered, menu.options())], probes, table_file)
     result: dict[str, Any] = {"table_seconds": time.monotonic() - started}
     for share in shares:
         if time.monotonic() > until:
@@ -240,12 +253,14 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=540)
+    parser.add_argument("--shares", type=float, nargs="+", default=PLANNED, help="of the plans")
+    parser.add_argument("--tables", type=Path, help="of an earlier run; written if not there")
     parser.add_argument("--tiny", action="store_true", help="one short sample of each kind")
     arguments = parser.parse_args()
     until = time.monotonic() + arguments.seconds
     tokens, observed, per_kind, needles, probes = 2048, 256, (3, 1, 2), 8, 16
     counts, methods, published, fitted, shares = MORE_COUNTS, MENU, PUBLISHED, FITTED, SHARES
-    at = PLANNED
+    at = tuple(arguments.shares)
     if arguments.tiny:
         tokens, observed, per_kind, needles, probes = 192, 32, (1, 1, 1), 1, 1
         counts, methods, published = (256,), MENU[5:], PUBLISHED[3:4]
@@ -257,7 +272,11 @@ def main() -> None:
         probes=probes,
     ) as bench:  # fmt: skip
         names = EVERY_MENU[-1:] if arguments.tiny else EVERY_MENU
-        attempt(bench.record, "plans", lambda: plans(bench, menu, probes, at, names, until=until))
+
+        def planning(names: Sequence[str]) -> dict[str, Any]:
+            return plans(bench, menu, probes, at, names, None, until, arguments.tables)
+
+        attempt(bench.record, "plans", lambda: planning(names))
         for part, some in (("published", published), ("compaction", fitted)):
             if time.monotonic() < until:
                 attempt(bench.record, part, lambda some=some: uniform(bench, some, shares))
