@@ -53,6 +53,7 @@ from kvtune.tuner.options import WEIGHTED, Menu, Pair
 
 SHARES = (0.01, 0.03, 0.06)
 PLANNED = (0.03, 0.06, 0.01, 0.12, 0.25)
+PARTS = ("plans", "published", "compaction")
 FORMATS: tuple[Pair, ...] = (
     (Bf16(), Bf16()),
     (Int4(exact_first=4), Int4(exact_first=4)),
@@ -255,17 +256,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=540)
     parser.add_argument("--shares", type=float, nargs="+", default=PLANNED, help="of the plans")
     parser.add_argument("--tables", type=Path, help="of an earlier run; written if not there")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--tiny", action="store_true", help="one short sample of each kind")
     arguments = parser.parse_args()
     until = time.monotonic() + arguments.seconds
     tokens, observed, per_kind, needles, probes = 2048, 256, (3, 1, 2), 8, 16
-    counts, methods, published, fitted, shares = MORE_COUNTS, MENU, PUBLISHED, FITTED, SHARES
+    counts, methods, published, fitted = MORE_COUNTS, MENU, PUBLISHED, FITTED
     at = tuple(arguments.shares)
+    shares = [share for share in SHARES if share in at]
     if arguments.tiny:
         tokens, observed, per_kind, needles, probes = 192, 32, (1, 1, 1), 1, 1
         counts, methods, published = (256,), MENU[5:], PUBLISHED[3:4]
-        fitted, shares = FITTED[1:2], (0.06,)
-        at = shares
+        fitted, at, shares = FITTED[1:2], (0.06,), [0.06]
     menu = Menu(methods, tuple(n / 1792 for n in counts), FORMATS, WEIGHTED)
     with opened(
         arguments, tokens=tokens, observed=observed, per_kind=per_kind, needles=needles,
@@ -276,10 +278,14 @@ def main() -> None:
         def planning(names: Sequence[str]) -> dict[str, Any]:
             return plans(bench, menu, probes, at, names, None, until, arguments.tables)
 
-        attempt(bench.record, "plans", lambda: planning(names))
-        for part, some in (("published", published), ("compaction", fitted)):
+        work = {
+            "plans": lambda: planning(names),
+            "published": lambda: uniform(bench, published, shares),
+            "compaction": lambda: uniform(bench, fitted, shares),
+        }
+        for part in arguments.parts:
             if time.monotonic() < until:
-                attempt(bench.record, part, lambda some=some: uniform(bench, some, shares))
+                attempt(bench.record, part, work[part])
 
 
 if __name__ == "__main__":
