@@ -7,6 +7,7 @@ head's bytes are the pages that it is given, not what of them is filled.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -188,25 +189,40 @@ def arriving_pages(option: Option, budget: int, prompt_tokens: int, head_dim: in
     return CodedPages({layout: min(n, layout.block_pages * most) for layout, n in pages.items()})
 
 
-def landing_bytes(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> int:
-    """Bytes of the pool where one head's pages from the host land."""
-    pages = arriving_pages(option, budget, prompt_tokens, head_dim)
-    return round(sum(count * _share_of_slab(layout) for layout, count in pages.items()))
+def landing_bytes(layers: Iterable[Sequence[Option]], prompt_tokens: int, head_dim: int) -> int:
+    """Bytes of the pool where one sequence's pages from the host land, by its heads' options."""
+    planned = ([(o, o.budget.resolve(prompt_tokens)) for o in options] for options in layers)
+    return _pool_bytes(_largest_layer(planned, prompt_tokens, head_dim))
 
 
 def landing_pages(
     policy: Policy, prompt_tokens: int, head_dim: int, sequences: int = 1
 ) -> CodedPages:
     """Pages on the device for what comes over at a step: layers take turns, the largest counts."""
-    most, budgets = CodedPages(), policy.budgets(prompt_tokens)
     if not policy.uses_host:
-        return most
-    for options, planned in zip(policy.heads, budgets.tolist(), strict=True):
+        return CodedPages()
+    rows = zip(policy.heads, policy.budgets(prompt_tokens).tolist(), strict=True)
+    planned = (zip(options, budgets, strict=True) for options, budgets in rows)
+    pages = _largest_layer(planned, prompt_tokens, head_dim)
+    return CodedPages({layout: sequences * count for layout, count in pages.items()})
+
+
+def _largest_layer(
+    layers: Iterable[Iterable[tuple[Option, int]]], prompt_tokens: int, head_dim: int
+) -> CodedPages:
+    """Pages that come over for the heads of a layer, given with their budgets; the most of each."""
+    most = CodedPages()
+    for heads in layers:
         layer = CodedPages()
-        for option, budget in zip(options, planned, strict=True):
+        for option, budget in heads:
             layer += arriving_pages(option, budget, prompt_tokens, head_dim)
-        most |= CodedPages({layout: sequences * count for layout, count in layer.items()})
+        most |= layer
     return most
+
+
+def _pool_bytes(pages: CodedPages) -> int:
+    """Bytes of a pool's slabs that pages take their shares of."""
+    return round(sum(count * _share_of_slab(layout) for layout, count in pages.items()))
 
 
 def landing_cells(policy: Policy, prompt_tokens: int, head_dim: int, sequences: int) -> int:
@@ -262,8 +278,8 @@ def sequence_bytes(policy: Policy, prompt_tokens: int, head_dim: int, growth: Gr
     planned = zip(policy.options(), policy.budgets(prompt_tokens).flat, strict=True)
     heads = Counter((option, int(budget)) for option, budget in planned)
     extra = 0 if policy.allocator.name == "as_given" else 1
-    landing = landing_pages(policy, prompt_tokens, head_dim)
-    return round(sum(count * _share_of_slab(layout) for layout, count in landing.items())) + sum(
+    landing = _pool_bytes(landing_pages(policy, prompt_tokens, head_dim))
+    return landing + sum(
         count
         * (
             head_bytes(option, budget, prompt_tokens, head_dim, growth)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -19,7 +18,6 @@ from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
 from kvtune.common.units import format_bytes
 from kvtune.policies.paging import Growth, growing_bytes, head_bytes
-from kvtune.simulator.memory.peak import prefill_peak_bytes
 from kvtune.simulator.quality.tables import on_both_sides
 from kvtune.tuner.answer import Found, answer, cost_of
 from kvtune.tuner.candidate import Candidate, pick
@@ -264,6 +262,7 @@ def _stand_in(request: SearchRequest, reason: str) -> tuple[QualitySource, tuple
 
 
 def _question(request: SearchRequest, budgets: Budgets, source: QualitySource) -> Question:
+    """What is asked, in the bytes of the memory plans."""
     shape, growth = request.shape, Growth(request.generated_tokens)
     generated = growing_bytes(request.generated_tokens, shape.head_dim)
 
@@ -277,8 +276,10 @@ def _question(request: SearchRequest, budgets: Budgets, source: QualitySource) -
             np.int64,
         ) - round(generated)
 
+    memory = {context: budget for (_, context), budget in reversed(budgets.items())}
+
     def working(context: int, sequences: int) -> int:
-        return math.ceil(prefill_peak_bytes(shape, context, sequences).value)
+        return memory[context].beside_working() - memory[context].room(sequences)
 
     return Question(
         tables=source.tables,
@@ -308,7 +309,7 @@ def _excess(request: SearchRequest, budgets: Budgets, source: QualitySource) -> 
 
     def excess(candidate: Candidate) -> dict[str, float]:
         policy = policy_of(source.tables, candidate.choice, "")
-        cost = cost_of(request, budgets, policy, candidate)
+        cost = cost_of(budgets, policy, candidate)
         return request.limits.excess(cost, candidate.sequences)
 
     return excess

@@ -118,8 +118,7 @@ class View:
         found = [Line(LOSS, facts.largest_kl, f"KL {facts.largest_kl:g} accepted")]
         if len(contexts) == 1:
             (((_, context), budget),) = contexts.items()
-            each = facts.shape.kv_bytes(context + facts.generated_tokens)
-            full = budget.cache_bytes // each * context
+            full = int(budget.most(None).value) * context
             uncompressed = facts.shape.kv_bytes(context) / MIB
             found.append(Line(BYTES, uncompressed, f"{uncompressed:.0f} MiB uncompressed"))
             if full:
