@@ -177,6 +177,7 @@ def host_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -
     return CodedPages({layout: layout.block_pages * -(-coded // PAGE)})
 
 
+@lru_cache(maxsize=4096)
 def arriving_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> CodedPages:
     """Pages of one head that come over from the host at a step, and lie on the device then."""
     pages, reader = (
@@ -287,6 +288,15 @@ def sequence_bytes(policy: Policy, prompt_tokens: int, head_dim: int, growth: Gr
         )
         for (option, budget), count in heads.items()
     )
+
+
+def waiting_bytes(full_bytes: int, layers: int) -> int:
+    """Bytes held beside all else while a policy waits for the end of one prompt.
+
+    They are the prompt's uncompressed cache, ``full_bytes``, but for one of its layers, which is
+    part of every prefill.
+    """
+    return full_bytes * (layers - 1) // layers
 
 
 def growing_bytes(tokens: int, head_dim: int) -> float:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from kvtune.policies.export.limits import EngineLimits
 from kvtune.policies.option import Option
-from kvtune.policies.paging import landing_bytes
+from kvtune.policies.paging import landing_bytes, waiting_bytes
 from kvtune.policies.policy import footprint_of_lengths
-from kvtune.simulator.memory.peak import most_at_once, waiting_bytes
+from kvtune.simulator.memory.peak import most_at_once
 from kvtune.simulator.quality.tables import Tables
 from kvtune.tuner.exchange import Choice
 from kvtune.tuner.limits import Excess, no_limits
@@ -111,13 +111,14 @@ class Question:
         return 2 * 2 * context * self.head_dim * self.tables.heads
 
     def most_of(self, context: int, choice: Choice) -> int:
-        """As many sequences of a choice as fit at once: what a plan is searched and printed with.
+        """As many sequences of a choice as fit at once, as ``MemoryPlan`` counts of its policy.
 
-        ``MemoryPlan`` counts the same of the choice's policy.
+        Of a plan for another stack as many as its exporter says.
         """
         waits = any(holds_whole_prompt(self.tables.options[o]) for o in np.unique(choice))
         if self.counted is not None:
-            return self.counted(choice, context, self._room(context, 1, waits))
+            most = self.counted(choice, context, self._room(context, 1, waits))
+            return self.counted(choice, context, self._room(context, max(most, 1), waits))
         each = int(self.held[context][choice].sum()) + self.generated_bytes
         return most_at_once(
             each + self._landing(context, choice), lambda count: self._room(context, count, waits)
@@ -133,7 +134,7 @@ class Question:
         """Bytes where pages from the host land, of one sequence."""
         if self.most_moved is None:
             return 0
-        rows = choice.reshape(-1, self.tables.kv_heads)
+        rows = np.unique(choice.reshape(-1, self.tables.kv_heads), axis=0)  # few differ
         layers = [[self.tables.options[o] for o in row] for row in rows]
         return landing_bytes(layers, context, self.head_dim)
 
@@ -178,3 +179,16 @@ class Question:
         held = np.where(allowed, self.held[context], np.iinfo(np.int64).max)
         smallest = np.full(self.tables.heads, int(held.argmin()), np.int64)
         return self.most_of(context, smallest)
+
+    def most_within_reads(self, context: int) -> int:
+        """The most that fit of one option for all heads that reads, or moves, as little as asked.
+
+        0 where every option takes more, or fits not once.
+        """
+        heads, most = self.tables.heads, self.read_budget
+        taken, counts = self.taken(context), [0]
+        for number, option in enumerate(self.tables.options):
+            reads_little = most is None or heads * int(taken[number]) <= most
+            if reads_little and expressible(option, self.limits):
+                counts.append(self.most_of(context, np.full(heads, number, np.int64)))
+        return max(counts)

@@ -50,15 +50,6 @@ def peak_memory(
     return add(*parts, exact(cache_bytes_per_sequence * batch, "B"))
 
 
-def waiting_bytes(full_bytes: int, layers: int) -> int:
-    """Bytes held beside all else while a policy waits for the end of one prompt.
-
-    They are the prompt's uncompressed cache, ``full_bytes``, but for one of its layers, which is
-    part of every prefill.
-    """
-    return full_bytes * (layers - 1) // layers
-
-
 def most_at_once(each: float, room: Callable[[int], float]) -> int:
     """As many sequences of so many bytes each as fit; 0 where not even one does.
 

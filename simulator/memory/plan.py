@@ -9,7 +9,7 @@ from functools import cached_property
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.common.units import format_bytes
-from kvtune.policies.paging import PREFILL_CHUNK_TOKENS, Growth, sequence_bytes
+from kvtune.policies.paging import PREFILL_CHUNK_TOKENS, Growth, sequence_bytes, waiting_bytes
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
@@ -18,7 +18,6 @@ from kvtune.simulator.memory.peak import (
     most_at_once,
     overhead_bytes,
     prefill_peak_bytes,
-    waiting_bytes,
 )
 from kvtune.simulator.memory.policy_bytes import statistics_bytes
 from kvtune.simulator.memory.too_large import check_limit, does_not_fit, required_bytes

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.option import ALL
-from kvtune.policies.policy import Policy, footprint_of_lengths
+from kvtune.policies.paging import Growth, sequence_bytes
+from kvtune.policies.policy import Policy
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.memory.policy_bytes import cache_bytes_by_format
 from kvtune.simulator.serving.sequence import Footprint
 
 GRID = 128  # prompt lengths at which a policy's bytes are counted; between them they are a line
@@ -46,12 +46,13 @@ def footprint(
     if policy is None:
         return Footprint(reading, reading, max(token, 1))
     check_shape(shape, policy, longest + output_tokens)
-    beside = footprint_of_lengths(shape.layers, shape.kv_heads)
+    growth, answer = Growth(output_tokens), output_tokens * token
 
     def kept(tokens: int) -> int:
+        """Of a prompt, so that with the longest answer it is what the runtime's pages take."""
         if tokens == 0:
             return 0
-        return sum(map(int, cache_bytes_by_format(policy, shape, tokens).values())) + beside
+        return sequence_bytes(policy, tokens, shape.head_dim, growth) - answer
 
     return Footprint(reading, _by_length(kept, 0, longest), token, not evicts(policy))
 

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from kvtune.common.estimate import Estimate, Tier
 from kvtune.policies.option import Option
-from kvtune.policies.paging import Growth, head_bytes
+from kvtune.policies.paging import Growth, head_bytes, waiting_bytes
 from kvtune.policies.policy import footprint_of_lengths
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency.steps import decode_steps
-from kvtune.simulator.memory.peak import peak_memory, waiting_bytes
+from kvtune.simulator.memory.peak import peak_memory
 from kvtune.simulator.memory.plan import MemoryPlan, memory_plan
 from kvtune.tuner.explore.facts import EACH, Facts
 from kvtune.tuner.explore.plans import Floats, Integers
