@@ -18,9 +18,9 @@ from kvtune.simulator.memory.peak import (
     overhead_bytes,
     peak_memory,
     prefill_peak_bytes,
+    required_bytes,
 )
 from kvtune.simulator.memory.plan import MemoryPlan, memory_plan
-from kvtune.simulator.memory.too_large import required_bytes
 from kvtune.simulator.memory.weights import WEIGHT_FORMATS, bits_per_weight, weight_bytes
 
 LLAMA, SMOL, CARD = find_model("llama-8b"), find_model("smollm2-135m"), find_gpu("4090")

@@ -9,6 +9,7 @@ at a time, not all layers', beside the prompt's residual stream; feed-forward pa
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -22,6 +23,8 @@ from kvtune.simulator.memory.weights import WeightFormat, weight_bytes
 
 End = Literal["value", "low", "high"]
 """Of an estimate."""
+
+USEFUL_CACHE_TOKENS = 1024  # a smaller bf16 cache a sequence is not worth wider weights
 
 _WINDOW_QUERIES = 32
 """Last queries of a prompt whose attention methods look at: SnapKV's window."""
@@ -48,6 +51,18 @@ def peak_memory(
     """Peak device memory of a run whose caches take so many bytes a sequence, in bytes."""
     parts = fixed_parts(shape, gpu, weight_format, context_tokens, batch, chunk_tokens)
     return add(*parts, exact(cache_bytes_per_sequence * batch, "B"))
+
+
+def required_bytes(
+    shape: ModelShape,
+    gpu: GpuProfile,
+    weight_format: WeightFormat,
+    context_tokens: int,
+    batch: int = 1,
+) -> int:
+    """The smallest limit that works: everything else, and a useful cache for each sequence."""
+    useful = shape.kv_bytes(min(context_tokens, USEFUL_CACHE_TOKENS))
+    return math.ceil(peak_memory(shape, gpu, weight_format, useful, context_tokens, batch).value)
 
 
 def most_at_once(each: float, room: Callable[[int], float]) -> int:

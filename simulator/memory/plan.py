@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
-from kvtune.common.errors import KvtuneError
+from kvtune.common.errors import DoesNotFitError, KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.common.units import format_bytes
 from kvtune.policies.paging import PREFILL_CHUNK_TOKENS, Growth, sequence_bytes, waiting_bytes
@@ -14,13 +14,16 @@ from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.memory.peak import (
+    USEFUL_CACHE_TOKENS,
     End,
+    fixed_parts,
     most_at_once,
     overhead_bytes,
     prefill_peak_bytes,
+    required_bytes,
 )
 from kvtune.simulator.memory.policy_bytes import statistics_bytes
-from kvtune.simulator.memory.too_large import check_limit, does_not_fit, required_bytes
+from kvtune.simulator.memory.too_large import TooLarge, check_limit
 from kvtune.simulator.memory.weights import (
     WeightFormat,
     check_format,
@@ -212,7 +215,7 @@ def memory_plan(
         chosen = check_format(weights)
         reason = f"{format_name(shape, chosen)} weights, as asked for"
         if required_bytes(shape, gpu, chosen, context_tokens, batch) > limit:
-            raise does_not_fit(shape, gpu, limit, (chosen,), context_tokens, batch)
+            raise _too_large(shape, gpu, limit, (chosen,), context_tokens, batch)
     return MemoryPlan(shape, gpu, limit, chosen, reason, context_tokens, generated_tokens, batch)
 
 
@@ -224,7 +227,23 @@ def _widest(
     for index, weight_format in enumerate(formats):
         if required_bytes(shape, gpu, weight_format, context_tokens, batch) <= limit:
             return weight_format, _reason(shape, gpu, limit, formats[: index + 1])
-    raise does_not_fit(shape, gpu, limit, formats, context_tokens, batch)
+    raise _too_large(shape, gpu, limit, formats, context_tokens, batch)
+
+
+def _too_large(
+    shape: ModelShape,
+    gpu: GpuProfile,
+    limit: int,
+    tried: tuple[WeightFormat, ...],
+    context: int,
+    batch: int,
+) -> DoesNotFitError:
+    found = TooLarge(
+        shape, gpu, limit, context, batch, lambda *asked: required_bytes(shape, gpu, *asked)
+    )
+    cached_tokens = batch * min(context, USEFUL_CACHE_TOKENS)
+    parts = partial(fixed_parts, shape, gpu, context_tokens=context, batch=batch)
+    return found.error(tried, parts, cached_tokens)
 
 
 def _reason(shape: ModelShape, gpu: GpuProfile, limit: int, tried: tuple[WeightFormat, ...]) -> str:

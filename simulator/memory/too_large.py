@@ -1,32 +1,18 @@
-"""What a limit must hold at least, and what to say of one that does not."""
+"""What is said of a memory limit that is too small, or more than there is."""
 
 from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from kvtune.common.errors import DoesNotFitError, KvtuneError
+from kvtune.common.estimate import Estimate
 from kvtune.common.units import GB, GIB, format_bytes, format_tokens
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.memory.peak import add, fixed_parts, most_at_once, peak_memory
 from kvtune.simulator.memory.weights import WeightFormat, formats_by_width
-
-USEFUL_CACHE_TOKENS = 1024  # a smaller bf16 cache a sequence is not worth a wider weight format
-
-
-def required_bytes(
-    shape: ModelShape,
-    gpu: GpuProfile,
-    weight_format: WeightFormat,
-    context_tokens: int,
-    batch: int = 1,
-) -> int:
-    """The smallest limit that works: everything else, and a useful cache for each sequence."""
-    useful = shape.kv_bytes(min(context_tokens, USEFUL_CACHE_TOKENS))
-    peak = peak_memory(shape, gpu, weight_format, useful, context_tokens, batch)
-    return math.ceil(peak.value)
 
 
 def check_limit(gpu: GpuProfile, limit: int) -> None:
@@ -43,67 +29,71 @@ def check_limit(gpu: GpuProfile, limit: int) -> None:
         )
 
 
-def does_not_fit(
-    shape: ModelShape,
-    gpu: GpuProfile,
-    limit: int,
-    tried: tuple[WeightFormat, ...],
-    context_tokens: int,
-    batch: int,
-) -> DoesNotFitError:
-    """The error that says what is too large and what would fit."""
-    needs = {
-        weight_format: required_bytes(shape, gpu, weight_format, context_tokens, batch)
-        for weight_format in dict.fromkeys((*tried, *formats_by_width(shape, gpu)))
-    }
-    least = min(tried, key=lambda name: needs[name])
-    parts = fixed_parts(shape, gpu, least, context_tokens, batch)
-    weights, overhead, prefill = (format_bytes(part.value) for part in parts)
-    message = (
-        f"{shape.name} does not fit in {_both(limit)} on {gpu.name}: {least} weights {weights}, "
-        f"overhead {overhead}, prefill of {format_tokens(context_tokens)} {prefill}, "
-        f"and a cache of {format_tokens(batch * min(context_tokens, USEFUL_CACHE_TOKENS))}"
-    )
-    smallest = min(needs, key=lambda name: needs[name])
+@dataclass(frozen=True)
+class TooLarge:
+    """A model that a limit does not hold, and what else it would.
 
-    def longest(weight_format: WeightFormat) -> int:
-        return _longest_context(shape, gpu, limit, weight_format, context_tokens, batch)
+    Args:
+        shape: the model.
+        gpu: the card.
+        limit: in bytes.
+        context: prompt tokens of a sequence that were asked for.
+        batch: sequences at once, likewise.
+        required: the smallest limit that works for a format of the weights, a context and a batch.
+    """
 
-    hint = _what_fits(gpu, limit, needs, least, longest)
-    most = _most_sequences(shape, gpu, limit, smallest, context_tokens)
-    if 0 < most < batch:
-        hint = f"--batch {most} is the most that fits at this context. {hint[0].upper()}{hint[1:]}"
-    return DoesNotFitError(message, hint=hint)
+    shape: ModelShape
+    gpu: GpuProfile
+    limit: int
+    context: int
+    batch: int
+    required: Callable[[WeightFormat, int, int], int]
 
+    def error(
+        self,
+        tried: Sequence[WeightFormat],
+        parts: Callable[[WeightFormat], Sequence[Estimate]],
+        cached_tokens: int,
+    ) -> DoesNotFitError:
+        """The error that says what is too large and what would fit.
 
-def _most_sequences(
-    shape: ModelShape, gpu: GpuProfile, limit: int, weight_format: WeightFormat, tokens: int
-) -> int:
-    """The largest batch that leaves each sequence a useful cache; 0 where not even one fits."""
-    useful = shape.kv_bytes(min(tokens, USEFUL_CACHE_TOKENS))
+        Args:
+            tried: formats of the weights.
+            parts: weights, overhead and prefill with one of them.
+            cached_tokens: of the least cache that is useful, of all sequences.
+        """
+        known = dict.fromkeys((*tried, *formats_by_width(self.shape, self.gpu)))
+        needs = {name: self.required(name, self.context, self.batch) for name in known}
+        least = min(tried, key=lambda name: needs[name])
+        weights, overhead, prefill = (format_bytes(part.value) for part in parts(least))
+        message = (
+            f"{self.shape.name} does not fit in {_both(self.limit)} on {self.gpu.name}: {least} "
+            f"weights {weights}, overhead {overhead}, prefill of {format_tokens(self.context)} "
+            f"{prefill}, and a cache of {format_tokens(cached_tokens)}"
+        )
+        hint = _what_fits(self.gpu, self.limit, needs, least, self._longest_context)
+        most = self._most_sequences(min(needs, key=lambda name: needs[name]))
+        if 0 < most < self.batch:
+            first = f"--batch {most} is the most that fits at this context. "
+            hint = f"{first}{hint[0].upper()}{hint[1:]}"
+        return DoesNotFitError(message, hint=hint)
 
-    def room(batch: int) -> float:
-        return limit - add(*fixed_parts(shape, gpu, weight_format, tokens, batch)).value
+    def _most_sequences(self, weight_format: WeightFormat) -> int:
+        """The largest batch that leaves each sequence a useful cache; 0 where not one fits."""
+        batches = range(1, self.batch + 1)
+        return bisect.bisect_left(
+            batches, True, key=lambda n: self.required(weight_format, self.context, n) > self.limit
+        )
 
-    return most_at_once(useful, room)
-
-
-def _longest_context(
-    shape: ModelShape,
-    gpu: GpuProfile,
-    limit: int,
-    weight_format: WeightFormat,
-    tokens: int,
-    batch: int,
-) -> int:
-    """The longest context below ``tokens``, in whole kilotokens, that fits; 0 where none does."""
-    contexts = range(1024, tokens, 1024)
-
-    def too_long(context: int) -> bool:
-        return required_bytes(shape, gpu, weight_format, context, batch) > limit
-
-    fitting = bisect.bisect_left(contexts, True, key=too_long)
-    return contexts[fitting - 1] if fitting else 0
+    def _longest_context(self, weight_format: WeightFormat) -> int:
+        """The longest that fits, in whole kilotokens below what was asked for; 0 if none does."""
+        contexts = range(1024, self.context, 1024)
+        fitting = bisect.bisect_left(
+            contexts,
+            True,
+            key=lambda tokens: self.required(weight_format, tokens, self.batch) > self.limit,
+        )
+        return contexts[fitting - 1] if fitting else 0
 
 
 def _what_fits(
