@@ -37,7 +37,6 @@ def planned_for(
         target.memory_bytes,
         context_tokens=target.context_tokens,
         generated_tokens=target.generated_tokens,
-        batch=batch or served.batch or 1,
         weights=weights or served.weights or "auto",
     )
-    return target, budget
+    return target, budget.at(batch or served.batch or 1)

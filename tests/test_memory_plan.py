@@ -143,6 +143,8 @@ def test_a_found_plan_and_the_uncompressed_cache_are_counted_alike(
     memory: MemoryPlan, tmp_path: Path, more: dict[str, object]
 ) -> None:
     found = run_search(request(tmp_path, **more))
+    where = " as vllm lays them out" if more else ""
+    assert any(f"memory holds no more of this plan{where}." in note for note in found.notes)
     document = read_policy(tmp_path / "policy.yaml")
     rows = {row.name: row for row in compared(document)}
     assert rows[str(more.get("stack", "kvtune"))].sequences == found.sequences

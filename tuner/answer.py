@@ -182,7 +182,7 @@ def _notes(found: Found, chosen: Candidate, quality: Quality) -> tuple[str, ...]
             else f"the least loss found; none stays {limit}"
         )
         tokens = format_tokens(chosen.context)
-        notes.append(f"at once: {chosen.sequences} of {tokens}, {reason}.")
+        notes.append(f"at once: {chosen.sequences} of {tokens}, {reason}; {_room(found, chosen)}.")
     if request.moved_bytes is not None:
         notes.append(_host_note(found, chosen, request.moved_bytes))
     if request.read_bytes is not None:
@@ -202,6 +202,16 @@ def _notes(found: Found, chosen: Candidate, quality: Quality) -> tuple[str, ...]
             f"{request.largest_kl:g}; fewer sequences (--batch) or more --mem lower it."
         )
     return tuple(notes)
+
+
+def _room(found: Found, chosen: Candidate) -> str:
+    """Whether memory holds more of the plan, and who counts."""
+    question = found.solver.question.under(chosen.weights)
+    most = question.most_of(chosen.context, chosen.choice)
+    where = f" as {found.request.stack} lays them out" if question.counted else ""
+    if chosen.sequences < most:
+        return f"memory holds {most} of this plan{where}"
+    return f"memory holds no more of this plan{where}"
 
 
 def _weights_reason(found: Found, chosen: Candidate) -> str:

@@ -268,11 +268,13 @@ class Asked:
         from kvtune.simulator.memory.plan import memory_plan
 
         deployment = Deployment(self.shape, card.gpu, split.gpus, self.stack)
+        at_once = split.batch(batch)
         budget = memory_plan(
             deployment.local, card.gpu, card.memory_bytes,
             context_tokens=context, generated_tokens=self.generated_tokens,
-            batch=split.batch(batch), weights=weights,
-        )  # fmt: skip
+            # Of a policy more may fit than useful caches in 16 bits: the search asks as for one.
+            batch=1 if self.document else at_once, weights=weights,
+        ).at(at_once)  # fmt: skip
         costs = self._costs(deployment, budget)
         return [
             Case(card, context, batch, name, budget, cost, split=split, weights=weights)
