@@ -223,7 +223,7 @@ def _largest_layer(
 
 def _pool_bytes(pages: CodedPages) -> int:
     """Bytes of a pool's slabs that pages take their shares of."""
-    return round(sum(count * _share_of_slab(layout) for layout, count in pages.items()))
+    return round(sum(count * share_of_slab(layout) for layout, count in pages.items()))
 
 
 def landing_cells(policy: Policy, prompt_tokens: int, head_dim: int, sequences: int) -> int:
@@ -264,7 +264,7 @@ def head_bytes(
 ) -> int:
     """Device memory of one head: its pages' shares of slabs, tables, and what lies beside pages."""
     pages = head_pages(option, budget, prompt_tokens, head_dim, growth)
-    held = sum(count * _share_of_slab(layout) for layout, count in pages.items())
+    held = sum(count * share_of_slab(layout) for layout, count in pages.items())
     there = host_pages(option, budget, prompt_tokens, head_dim)
     places = PLACE_BYTES * sum(count // layout.block_pages for layout, count in there.items())
     beside = _beside_bytes(option, budget, prompt_tokens, head_dim)
@@ -284,7 +284,7 @@ def sequence_bytes(policy: Policy, prompt_tokens: int, head_dim: int, growth: Gr
         count
         * (
             head_bytes(option, budget, prompt_tokens, head_dim, growth)
-            + extra * round(_share_of_slab(pages_of(option, head_dim)))
+            + extra * round(share_of_slab(pages_of(option, head_dim)))
         )
         for (option, budget), count in heads.items()
     )
@@ -302,10 +302,10 @@ def waiting_bytes(full_bytes: int, layers: int) -> int:
 def growing_bytes(tokens: int, head_dim: int) -> float:
     """Bytes of the 16-bit pages that so many tokens of one head take."""
     layout = PageLayout(head_dim)
-    return layout.pages_for(tokens) * _share_of_slab(layout)
+    return layout.pages_for(tokens) * share_of_slab(layout)
 
 
-def _share_of_slab(layout: PageLayout | PageTables) -> float:
+def share_of_slab(layout: PageLayout | PageTables) -> float:
     """Bytes of a pool for each page of this size."""
     return SLAB_CELLS * layout.cell_bytes / (SLAB_CELLS // layout.page_cells)
 

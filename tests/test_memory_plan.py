@@ -27,7 +27,9 @@ from kvtune.simulator.serving.footprint import footprint
 from kvtune.tuner.cases import Asked, Card
 from kvtune.tuner.exchange import Choice
 from kvtune.tuner.explore.facts import Facts
-from kvtune.tuner.explore.what_if import Setting, figures
+from kvtune.tuner.explore.plans import Plans
+from kvtune.tuner.explore.study import Study
+from kvtune.tuner.explore.what_if import Setting, figures_of
 from kvtune.tuner.question import Question
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.search import run_search, solver_of
@@ -121,21 +123,22 @@ def test_search_estimate_export_serving_and_explorer_count_alike(
     held = footprint(SHAPE, policy, lengths, NEW).kept_bytes(CONTEXT, NEW)
     assert held == memory.sequence_bytes(policy), "serve-sim"
 
-    if not policy.uses_host:  # whose plans are known by how many heads take each option
-        counts = np.bincount(choice, minlength=len(tables.options))[None].astype(float)
-        facts = facts_of(tables.options)
-        here = Setting(GPU, LIMIT, "bf16")
-        asked = np.array([CONTEXT]), np.array([1])
-        columns = figures(facts, tables.options, counts, *asked, here)
-        assert columns.tokens_that_fit[0] == most * CONTEXT, "explorer"
+    study = study_of(tables.options, choice)
+    columns = figures_of(study, Setting(GPU, LIMIT, "bf16"))
+    assert columns.tokens_that_fit[0] == most * CONTEXT, "explorer"
 
 
-def facts_of(options: tuple[Option, ...]) -> Facts:
-    return Facts(
+def study_of(options: tuple[Option, ...], choice: Choice) -> Study:
+    """Of one plan; its losses are of no interest."""
+    facts = Facts(
         study="", kvtune="", shape=SHAPE, gpu=GPU.slug, memory_bytes=LIMIT, weights="bf16",
         generated_tokens=NEW, largest_kl=0.02, trials=0, seed=0, source="stand-in", stand_in="",
         kinds=(), selection_samples=0, held_out_samples=0, measured_tokens=CONTEXT, options=options,
     )  # fmt: skip
+    one, loss = np.array([1]), np.zeros((1, 3))
+    heads = choice[None].astype(np.uint16)
+    plans = Plans(one, CONTEXT * one, one, one, loss, loss, np.zeros((1, 0)), heads, [{}])
+    return Study(Path(), facts, plans, None, "finished")
 
 
 @pytest.mark.parametrize("more", [{}, {"stack": "vllm"}])

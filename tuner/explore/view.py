@@ -150,7 +150,7 @@ class View:
             return prompt / MIB
         facts = self.study.facts
         held = prompt + facts.shape.kv_bytes_per_token() * facts.generated_tokens
-        return float(self.figures.budget(chosen).cache_bytes // held * context)
+        return float(self.figures.budget(chosen).count(held) * context)
 
     def share(self, baseline: Baseline) -> float:
         """A baseline's bytes over bf16's: those of the plan it stands beside, nearly."""

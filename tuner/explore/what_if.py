@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kvtune.common.estimate import Estimate, Tier
 from kvtune.policies.option import Option
-from kvtune.policies.paging import Growth, head_bytes, waiting_bytes
+from kvtune.policies.paging import Growth, arriving_pages, head_bytes, share_of_slab, waiting_bytes
 from kvtune.policies.policy import footprint_of_lengths
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
@@ -101,13 +101,13 @@ def figures_of(study: Study, setting: Setting) -> Figures:
     plans, facts = study.plans, study.facts
     contexts = _or_own(setting.context_tokens, plans.context_tokens)
     sequences = _or_own(setting.sequences, plans.sequences)
-    counts = study.option_counts
+    counts, landing = study.option_counts, _landing(study, contexts)
     if setting.weights != EACH or not len(plans):
-        return figures(facts, facts.options, counts, contexts, sequences, setting)
+        return figures(facts, facts.options, counts, contexts, sequences, setting, landing)
 
     def of(name: str) -> tuple[Integers, Figures]:
         rows, alike = np.flatnonzero(study.weights == name), replace(setting, weights=name)
-        asked = counts[rows], contexts[rows], sequences[rows], alike
+        asked = counts[rows], contexts[rows], sequences[rows], alike, landing[rows]
         return rows, figures(facts, facts.options, *asked)
 
     return _merged([of(str(name)) for name in np.unique(study.weights)])
@@ -131,15 +131,19 @@ def figures(
     contexts: Integers,
     sequences: Integers,
     setting: Setting,
+    landing: Floats | int = 0,
 ) -> Figures:
-    """The same for any policies, given as how many heads take each option, ``[n, O]``."""
+    """The same for any policies, given as how many heads take each option, ``[n, O]``.
+
+    Where pages from the host land depends on what heads a layer has: ``landing``, bytes, ``[n]``.
+    """
     shape = facts.shape
     rooms = {int(c): _room(facts, setting, int(c)) for c in np.unique(contexts)}
     stored = _bytes_by_format(options, counts, contexts, shape.head_dim)
     lengths = footprint_of_lengths(shape.layers, shape.kv_heads)
     prompt = sum(stored.values(), np.zeros(len(counts))) + lengths
     generated = shape.kv_bytes_per_token() * facts.generated_tokens
-    held = _held(options, counts, contexts, shape.head_dim, facts.generated_tokens)
+    held = landing + _held(options, counts, contexts, shape.head_dim, facts.generated_tokens)
     stored["bf16"] = stored.get("bf16", np.zeros(len(counts))) + generated
     first = next(iter(rooms.values()), None)
     weights = first.weight_format if first else "bf16"
@@ -224,6 +228,24 @@ def _held(
         each = [head_bytes(o, o.budget.resolve(tokens), tokens, head_dim, growth) for o in options]
         found[rows] = counts[rows] @ np.array(each, np.float64)
     return found
+
+
+def _landing(study: Study, contexts: Integers) -> Floats:
+    """Bytes where pages from the host land, the largest layer's of each size, ``[n]``."""
+    shape, options = study.facts.shape, study.facts.options
+    found = np.zeros(len(contexts))
+    if not any(option.on_host for option in options):
+        return found
+    heads = study.plans.heads.reshape(-1, shape.layers, shape.kv_heads)
+    for context in np.unique(contexts).tolist():
+        rows = contexts == context
+        pages = [
+            arriving_pages(o, o.budget.resolve(context), context, shape.head_dim) for o in options
+        ]
+        for layout in {layout for each in pages for layout in each}:
+            counts = np.array([each[layout] for each in pages])
+            found[rows] += share_of_slab(layout) * counts[heads[rows]].sum(2).max(1)
+    return found.round()
 
 
 def _waiting(
