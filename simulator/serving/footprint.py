@@ -14,7 +14,7 @@ from kvtune.policies.policy import Policy
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.serving.sequence import Footprint
 
-GRID = 128  # prompt lengths at which a policy's bytes are counted; between them they are a line
+GRID, PAGED_GRID = 128, 33  # lengths at which bytes are counted; between them they are a line
 
 
 def evicts(policy: Policy) -> bool:
@@ -54,7 +54,7 @@ def footprint(
             return 0
         return sequence_bytes(policy, tokens, shape.head_dim, growth) - answer
 
-    return Footprint(reading, _by_length(kept, 0, longest), token, not evicts(policy))
+    return Footprint(reading, _by_length(kept, 0, longest, PAGED_GRID), token, not evicts(policy))
 
 
 def check_shape(shape: ModelShape, policy: Policy, tokens: int) -> None:
@@ -67,10 +67,10 @@ def check_shape(shape: ModelShape, policy: Policy, tokens: int) -> None:
         )
 
 
-def _by_length(size: Callable[[int], int], first: int, last: int) -> list[int]:
+def _by_length(size: Callable[[int], int], first: int, last: int, points: int = GRID) -> list[int]:
     """``size`` of every length, counted on a grid and rounded up between."""
     lengths = np.arange(first, last + 1)
-    grid = np.unique(np.linspace(first, last, GRID).astype(np.int64))
+    grid = np.unique(np.linspace(first, last, points).astype(np.int64))
     counted = [size(int(length)) for length in grid]
     found: list[int] = np.ceil(np.interp(lengths, grid, counted)).astype(np.int64).tolist()
     return found
