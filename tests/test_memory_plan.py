@@ -137,7 +137,7 @@ def study_of(options: tuple[Option, ...], choice: Choice) -> Study:
     )  # fmt: skip
     one, loss = np.array([1]), np.zeros((1, 3))
     heads = choice[None].astype(np.uint16)
-    plans = Plans(one, CONTEXT * one, one, one, loss, loss, np.zeros((1, 0)), heads, [{}])
+    plans = Plans(one, CONTEXT * one, one, one, loss, loss, np.zeros((1, 0)), heads, ({},))
     return Study(Path(), facts, plans, None, "finished")
 
 
