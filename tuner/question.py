@@ -146,19 +146,18 @@ class Question:
         each = max(landing_bytes([heads * [o]], context, self.head_dim) for o in self.options)
         return min(each, 2 * self.most_moved)
 
-    def prompt_budget(
-        self, context: int, sequences: int, waits: bool = False, landing: int | None = None
-    ) -> int:
+    def prompt_budget(self, context: int, sequences: int, waits: bool = False) -> int:
         """Bytes that the pages of each sequence's compressed prompt may take.
+
+        The most that where its pages from the host land may take comes off too.
 
         Args:
             context: prompt tokens.
             sequences: at once.
             waits: whether a policy may wait for a prompt's end, all layers of one uncompressed.
-            landing: bytes where its pages from the host land; None for the most that they may be.
         """
-        each = self._room(context, sequences, waits) // sequences - self.generated_bytes
-        return each - (self.most_landing(context) if landing is None else landing)
+        each = self._room(context, sequences, waits) // sequences
+        return each - self.generated_bytes - self.most_landing(context)
 
     @property
     def read_budget(self) -> int | None:

@@ -56,14 +56,15 @@ class Solver:
         question, columns, budget = self._asked(parameters)
         whole = self.problems[context]
         problem = whole.allowing(columns).shrunk(parameters["shrinkage"])
-        # Where pages from the host land is known of a choice alone: first as if they took nothing.
-        landing = question.most_landing(context)
-        for room in [budget + landing, budget] if landing else [budget]:
+        # What pages from the host land in is known of a choice alone: first as if it were nothing.
+        landing, least = question.most_landing(context), question.sequences or 1
+        tries = [(budget + landing, sequences), (budget, least)] if landing else [(budget, least)]
+        for room, needed in tries:
             try:
                 choice = columns[self._solved(problem, columns, room, parameters["split"])]
             except KvtuneError:
                 return None
-            if question.most_of(context, choice) >= (question.sequences or 1):
+            if question.most_of(context, choice) >= needed:
                 return replace(self, question=question).candidate(
                     choice, context, sequences, parameters, number
                 )
