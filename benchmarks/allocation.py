@@ -29,7 +29,7 @@ import numpy as np
 
 from kvtune.common.files import write_json
 from kvtune.simulator.quality.tables import Tables
-from kvtune.tuner.allocate import Problem, priced, score, solve
+from kvtune.tuner.allocate import Problem, priced, solve
 from kvtune.tuner.exchange import Choice, exchange
 from kvtune.tuner.quality import mean_over_kinds, ratio_interval
 from kvtune.tuner.source_models import packaged_tables
@@ -124,7 +124,7 @@ def scored_per_second(tables: Tables) -> dict[str, Any]:
     wall, cpu = [], []
     for _ in range(9):
         started = time.monotonic(), time.process_time()
-        score(problem, choices)
+        problem.values(choices)
         wall.append(time.monotonic() - started[0])
         cpu.append(time.process_time() - started[1])
     each = float(np.median(cpu)) / len(choices)

@@ -69,7 +69,7 @@ from kvtune.simulator.latency.parts import matrix_products
 from kvtune.simulator.latency.steps import decode_step
 from kvtune.simulator.latency.terms import matrices_in_format
 from kvtune.simulator.latency.transfer import tables_for
-from kvtune.simulator.memory.budget import memory_budget
+from kvtune.simulator.memory.plan import memory_plan
 from kvtune.simulator.memory.policy_bytes import bytes_read_by_format
 
 MODEL, LIMIT_BYTES = "llama-3.1-8b", 16 * 10**9
@@ -137,9 +137,9 @@ def predicted(
 ) -> dict[str, Any]:
     """A token's time and the peak on this card, before anything has run."""
     gpu = find_gpu("h200")
-    asked = {"context_tokens": context, "weights": "int4"}
-    budget = memory_budget(shape, gpu, None, **asked)  # type: ignore[arg-type]
-    cost = policy_cost(policy, shape, gpu, budget, new)
+    asked = {"context_tokens": context, "generated_tokens": new, "weights": "int4"}
+    budget = memory_plan(shape, gpu, None, **asked)  # type: ignore[arg-type]
+    cost = policy_cost(policy, budget)
     read = dict(bytes_read_by_format(policy, shape, context) + Counter(bf16=1))
     profiled = decode_step(shape, gpu, "int4", 1, read, "runtime")
     added = host_step(policy, shape, gpu, 1, context, parts.kernels)

@@ -23,7 +23,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,8 @@ from kvtune.runtime.device import Bench, CudaBench
 from kvtune.runtime.measure.monitor import open_monitor
 from kvtune.runtime.promise import run_within
 from kvtune.simulator.cost import policy_cost
-from kvtune.simulator.memory.budget import memory_budget
 from kvtune.simulator.memory.peak import overhead_bytes
+from kvtune.simulator.memory.plan import memory_plan
 from kvtune.tuner.allocate import Problem, solve
 from kvtune.tuner.source_models import packaged_tables
 
@@ -194,11 +194,11 @@ def peak_of(
     case: Case, shape: ModelShape, policy: Policy, gpu: GpuProfile, batch: int, tiny: bool
 ) -> Estimate:
     """The peak that ``kvtune estimate`` and ``kvtune search`` print; tensors alone on a CPU."""
-    budget = memory_budget(
-        shape, gpu, gpu.visible_bytes, context_tokens=case.prompt_tokens, weights="bf16"
-    )
-    at_once = replace(budget, batch=batch)
-    printed = policy_cost(policy, shape, gpu, at_once, case.new_tokens).memory
+    budget = memory_plan(
+        shape, gpu, gpu.visible_bytes, context_tokens=case.prompt_tokens,
+        generated_tokens=case.new_tokens, weights="bf16",
+    )  # fmt: skip
+    printed = policy_cost(policy, budget.at(batch)).memory
     if not tiny:
         return printed
     beside = overhead_bytes(shape, gpu, "bf16")

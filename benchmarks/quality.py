@@ -40,7 +40,7 @@ from kvtune.simulator.quality.tables_file import save_tables
 from kvtune.traces.models import LoadedModel, load_model
 from kvtune.traces.needles import UNASKED_END
 from kvtune.traces.samples import Sample
-from kvtune.tuner.allocate import Problem, score
+from kvtune.tuner.allocate import Problem
 from kvtune.tuner.baselines import FAMILIES, STRONG, candidates
 from kvtune.tuner.options import FULL, SMALL, Menu
 
@@ -122,7 +122,7 @@ def score_microseconds(tables: Tables) -> float:
     times = []
     for _ in range(5):
         started = time.monotonic()
-        score(problem, choices)
+        problem.values(choices)
         times.append((time.monotonic() - started) / len(choices))
     return float(np.median(times) * 1e6)
 

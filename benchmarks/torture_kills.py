@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import shape_from_config
-from kvtune.simulator.memory.budget import memory_budget
+from kvtune.simulator.memory.plan import memory_plan
 
 ANSWER = ("result.json", "policy.yaml", "plans.jsonl")
 _CONTEXT, _LIMIT = 512, 10**10
@@ -40,7 +40,7 @@ def own_weights(work: Path) -> list[str]:
     documents = [" ".join(rng.choices(words, k=300)) for _ in range(60)]
     text.write_text("".join(json.dumps({"text": each}) + "\n" for each in documents))
     shape = shape_from_config(folder)
-    budget = memory_budget(shape, find_gpu("4090"), _LIMIT, context_tokens=_CONTEXT, weights="bf16")
+    budget = memory_plan(shape, find_gpu("4090"), _LIMIT, context_tokens=_CONTEXT, weights="bf16")
     limit = _LIMIT - budget.cache_bytes + 4 * shape.kv_bytes(_CONTEXT)  # four prompts fit whole
     return [
         "--model", str(folder), "--mem", f"{limit}B", "--context", str(_CONTEXT),

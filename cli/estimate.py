@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from kvtune.common.errors import DoesNotFitError
     from kvtune.policies.policy_file.document import PolicyDocument
     from kvtune.profiles.elsewhere import StackChoice
-    from kvtune.simulator.memory.budget import MemoryBudget
     from kvtune.simulator.memory.engine_memory import EngineMemory
     from kvtune.simulator.memory.llama_memory import LlamaMemory
+    from kvtune.simulator.memory.plan import MemoryPlan
     from kvtune.tuner.cases import Asked, Case
 
 
@@ -266,7 +266,7 @@ def _show(
         output.show("", *(f"note: {note}" for note in notes))
 
 
-def _tables(budget: MemoryBudget, cases: Sequence[Case], quality: str) -> list[RenderableType]:
+def _tables(budget: MemoryPlan, cases: Sequence[Case], quality: str) -> list[RenderableType]:
     from kvtune.cli.tables import budget_table, cost_table
     from kvtune.common.words import figure
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvtune.policies.policy_file.document import PolicyDocument, Serving
-from kvtune.simulator.memory.budget import MemoryBudget, memory_budget
+from kvtune.simulator.memory.plan import MemoryPlan, memory_plan
 from kvtune.tuner.target import Target, read_target
 
 
@@ -17,7 +17,7 @@ def planned_for(
     generated: str | None,
     batch: int | None,
     weights: str | None,
-) -> tuple[Target, MemoryBudget]:
+) -> tuple[Target, MemoryPlan]:
     """What is served and the memory budget for it.
 
     Raises:
@@ -31,12 +31,12 @@ def planned_for(
         context or str(served.context_tokens or 8192),
         generated or str(served.generated_tokens or 256),
     )
-    budget = memory_budget(
+    budget = memory_plan(
         target.shape,
         target.gpu,
         target.memory_bytes,
         context_tokens=target.context_tokens,
-        batch=batch or served.batch or 1,
+        generated_tokens=target.generated_tokens,
         weights=weights or served.weights or "auto",
     )
-    return target, budget
+    return target, budget.at(batch or served.batch or 1)

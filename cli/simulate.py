@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kvtune.cli.replayed import Replayed
     from kvtune.policies.policy_file.document import PolicyDocument
     from kvtune.simulator.cost import Cost
-    from kvtune.simulator.memory.budget import MemoryBudget
+    from kvtune.simulator.memory.plan import MemoryPlan
     from kvtune.traces.trace import Trace
 
 _HINT = "capture one first: kvtune capture --model NAME --out DIR, then --trace DIR."
@@ -72,7 +72,7 @@ def command(
         gpu=gpu, mem=mem, context=context, generated=generated, batch=batch, weights=weights,
     )  # fmt: skip
     bound = document.bind(target.shape.layers, target.shape.kv_heads)
-    cost = policy_cost(bound, target.shape, target.gpu, budget, target.generated_tokens)
+    cost = policy_cost(bound, budget)
     with speaking(as_json, quiet) as output:
         from kvtune.cli.replayed import replay
         from kvtune.traces.models import best_device
@@ -96,7 +96,7 @@ def _open(folder: Path | None) -> Trace:
 
 
 def _report(
-    output: Output, document: PolicyDocument, found: Replayed, cost: Cost, budget: MemoryBudget
+    output: Output, document: PolicyDocument, found: Replayed, cost: Cost, budget: MemoryPlan
 ) -> None:
     from kvtune.cli.output import table
     from kvtune.cli.tables import cost_table

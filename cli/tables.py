@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from kvtune.simulator.cost import Cost
-    from kvtune.simulator.memory.budget import MemoryBudget
+    from kvtune.simulator.memory.plan import MemoryPlan
 
 
-def budget_table(budget: MemoryBudget, quality: str) -> RenderableType:
+def budget_table(budget: MemoryPlan, quality: str) -> RenderableType:
     """Where the memory goes: GiB with intervals, and what is left for the cache in tokens too."""
     parts = (
-        (f"{budget.gpu} shows", exact(budget.device_bytes, "B"), ""),
+        (f"{budget.gpu.name} shows", exact(budget.gpu.visible_bytes, "B"), ""),
         ("limit", exact(budget.limit_bytes, "B"), f"{budget.limit_bytes / GB:.2f} GB"),
         (f"- {budget.weight_format} weights", budget.weights, budget.reason),
         ("- overhead", budget.overhead, "context, graphs, allocator"),
@@ -29,7 +29,7 @@ def budget_table(budget: MemoryBudget, quality: str) -> RenderableType:
         ("= left for the cache", budget.cache, bf16_tokens(budget.cache_tokens)),
     )
     return table(
-        f"Memory of {budget.model} on {budget.gpu}",
+        f"Memory of {budget.shape.name} on {budget.gpu.name}",
         ("", "GiB", "interval", "tier", ""),
         [(name, *_gib(part), words) for name, part, words in parts],
         left=(0, 2, 3, 4),
@@ -48,7 +48,7 @@ def _gib(part: Estimate) -> tuple[str, str, str]:
 
 
 def cost_table(
-    budget: MemoryBudget,
+    budget: MemoryPlan,
     costs: Mapping[str, Cost],
     quality: str,
     priced: Sequence[str] = (),

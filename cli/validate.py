@@ -122,20 +122,18 @@ def _served(
     document: PolicyDocument, policy: Policy, shape: ModelShape, limit: int
 ) -> Served | None:
     """What the file was planned for, and the peak that is printed for it; None off known cards."""
-    from dataclasses import replace
-
     from kvtune.policies.policy_file.document import Serving
     from kvtune.simulator.cost import policy_cost
-    from kvtune.simulator.memory.budget import memory_budget
+    from kvtune.simulator.memory.plan import memory_plan
     from kvtune.tuner.timing import Served, present_gpu
 
     gpu, planned = present_gpu(), document.serving or Serving()
     if gpu is None:
         return None
     context, generated = planned.context_tokens or 8192, planned.generated_tokens or 256
-    budget = memory_budget(shape, gpu, limit, context_tokens=context, weights="bf16")
-    at_once = replace(budget, batch=planned.batch or 1)
-    peak = policy_cost(policy, shape, gpu, at_once, generated).memory
+    tokens = {"context_tokens": context, "generated_tokens": generated}
+    at_once = memory_plan(shape, gpu, limit, **tokens, weights="bf16").at(planned.batch or 1)
+    peak = policy_cost(policy, at_once).memory
     return Served(at_once.batch, context, generated, limit, peak)
 
 

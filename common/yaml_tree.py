@@ -18,6 +18,8 @@ from kvtune.common.errors import KvtuneError
 LARGEST_FILE = 2**20
 DEEPEST = 16
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+_NO_BREAKS = float("inf") if _DUMPER is yaml.SafeDumper else -1  # as each spells it
 _INTEGER = re.compile(r"[-+]?[0-9]{1,100}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _WORDS = {
@@ -77,13 +79,13 @@ def parse(text: str, file: str) -> Node:
 def flow(value: Any) -> str:
     """One line of YAML that ``parse``, and readers of YAML 1.1, read back equal."""
     text: str = yaml.dump(
-        value, Dumper=_Dumper, default_flow_style=True, width=float("inf"), sort_keys=False,
+        value, Dumper=_Dumper, default_flow_style=True, width=_NO_BREAKS, sort_keys=False,
         allow_unicode=True,
     )  # fmt: skip
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(_DUMPER):  # type: ignore[misc]
     """Quotes the texts that only YAML 1.2 takes for numbers, such as 1e5."""
 
     def ignore_aliases(self, data: Any) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 from kvtune.policies.format import Format
 from kvtune.policies.formats.bf16 import Bf16
@@ -75,6 +76,18 @@ class Option:
     keys: Format = Bf16()
     values: Format = Bf16()
     tier: MemoryTier = "device"
+
+    def __hash__(self) -> int:
+        """That of the fields, counted once: heads are told apart by it thousands of times."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.method, self.budget, self.keys, self.values, self.tier))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hash, which is another one in another process."""
+        return {name: value for name, value in vars(self).items() if name != "_hash"}
 
     @property
     def on_host(self) -> bool:

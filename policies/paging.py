@@ -7,6 +7,7 @@ head's bytes are the pages that it is given, not what of them is filled.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -176,6 +177,7 @@ def host_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -
     return CodedPages({layout: layout.block_pages * -(-coded // PAGE)})
 
 
+@lru_cache(maxsize=4096)
 def arriving_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> CodedPages:
     """Pages of one head that come over from the host at a step, and lie on the device then."""
     pages, reader = (
@@ -188,25 +190,40 @@ def arriving_pages(option: Option, budget: int, prompt_tokens: int, head_dim: in
     return CodedPages({layout: min(n, layout.block_pages * most) for layout, n in pages.items()})
 
 
-def landing_bytes(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> int:
-    """Bytes of the pool where one head's pages from the host land."""
-    pages = arriving_pages(option, budget, prompt_tokens, head_dim)
-    return round(sum(count * _share_of_slab(layout) for layout, count in pages.items()))
+def landing_bytes(layers: Iterable[Sequence[Option]], prompt_tokens: int, head_dim: int) -> int:
+    """Bytes of the pool where one sequence's pages from the host land, by its heads' options."""
+    planned = ([(o, o.budget.resolve(prompt_tokens)) for o in options] for options in layers)
+    return _pool_bytes(_largest_layer(planned, prompt_tokens, head_dim))
 
 
 def landing_pages(
     policy: Policy, prompt_tokens: int, head_dim: int, sequences: int = 1
 ) -> CodedPages:
     """Pages on the device for what comes over at a step: layers take turns, the largest counts."""
-    most, budgets = CodedPages(), policy.budgets(prompt_tokens)
     if not policy.uses_host:
-        return most
-    for options, planned in zip(policy.heads, budgets.tolist(), strict=True):
+        return CodedPages()
+    rows = zip(policy.heads, policy.budgets(prompt_tokens).tolist(), strict=True)
+    planned = (zip(options, budgets, strict=True) for options, budgets in rows)
+    pages = _largest_layer(planned, prompt_tokens, head_dim)
+    return CodedPages({layout: sequences * count for layout, count in pages.items()})
+
+
+def _largest_layer(
+    layers: Iterable[Iterable[tuple[Option, int]]], prompt_tokens: int, head_dim: int
+) -> CodedPages:
+    """Pages that come over for the heads of a layer, given with their budgets; the most of each."""
+    most = CodedPages()
+    for heads in layers:
         layer = CodedPages()
-        for option, budget in zip(options, planned, strict=True):
+        for option, budget in heads:
             layer += arriving_pages(option, budget, prompt_tokens, head_dim)
-        most |= CodedPages({layout: sequences * count for layout, count in layer.items()})
+        most |= layer
     return most
+
+
+def _pool_bytes(pages: CodedPages) -> int:
+    """Bytes of a pool's slabs that pages take their shares of."""
+    return round(sum(count * share_of_slab(layout) for layout, count in pages.items()))
 
 
 def landing_cells(policy: Policy, prompt_tokens: int, head_dim: int, sequences: int) -> int:
@@ -247,7 +264,7 @@ def head_bytes(
 ) -> int:
     """Device memory of one head: its pages' shares of slabs, tables, and what lies beside pages."""
     pages = head_pages(option, budget, prompt_tokens, head_dim, growth)
-    held = sum(count * _share_of_slab(layout) for layout, count in pages.items())
+    held = sum(count * share_of_slab(layout) for layout, count in pages.items())
     there = host_pages(option, budget, prompt_tokens, head_dim)
     places = PLACE_BYTES * sum(count // layout.block_pages for layout, count in there.items())
     beside = _beside_bytes(option, budget, prompt_tokens, head_dim)
@@ -262,24 +279,33 @@ def sequence_bytes(policy: Policy, prompt_tokens: int, head_dim: int, growth: Gr
     planned = zip(policy.options(), policy.budgets(prompt_tokens).flat, strict=True)
     heads = Counter((option, int(budget)) for option, budget in planned)
     extra = 0 if policy.allocator.name == "as_given" else 1
-    landing = landing_pages(policy, prompt_tokens, head_dim)
-    return round(sum(count * _share_of_slab(layout) for layout, count in landing.items())) + sum(
+    landing = _pool_bytes(landing_pages(policy, prompt_tokens, head_dim))
+    return landing + sum(
         count
         * (
             head_bytes(option, budget, prompt_tokens, head_dim, growth)
-            + extra * round(_share_of_slab(pages_of(option, head_dim)))
+            + extra * round(share_of_slab(pages_of(option, head_dim)))
         )
         for (option, budget), count in heads.items()
     )
 
 
+def waiting_bytes(full_bytes: int, layers: int) -> int:
+    """Bytes held beside all else while a policy waits for the end of one prompt.
+
+    They are the prompt's uncompressed cache, ``full_bytes``, but for one of its layers, which is
+    part of every prefill.
+    """
+    return full_bytes * (layers - 1) // layers
+
+
 def growing_bytes(tokens: int, head_dim: int) -> float:
     """Bytes of the 16-bit pages that so many tokens of one head take."""
     layout = PageLayout(head_dim)
-    return layout.pages_for(tokens) * _share_of_slab(layout)
+    return layout.pages_for(tokens) * share_of_slab(layout)
 
 
-def _share_of_slab(layout: PageLayout | PageTables) -> float:
+def share_of_slab(layout: PageLayout | PageTables) -> float:
     """Bytes of a pool for each page of this size."""
     return SLAB_CELLS * layout.cell_bytes / (SLAB_CELLS // layout.page_cells)
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate, exact
-from kvtune.policies.decode import DecodeMethod
 from kvtune.policies.option import Option
-from kvtune.policies.paging import Growth, host_sequence_bytes, sequence_bytes
+from kvtune.policies.paging import host_sequence_bytes
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.policies.room import Room
 from kvtune.profiles.gpus import GpuProfile
@@ -17,12 +16,13 @@ from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency.compression import compression
 from kvtune.simulator.latency.host import host_step
 from kvtune.simulator.latency.steps import decode_step, prefill
-from kvtune.simulator.memory.budget import MemoryBudget
-from kvtune.simulator.memory.peak import add, peak_memory, waiting_bytes
+from kvtune.simulator.memory.peak import add, peak_memory
+from kvtune.simulator.memory.plan import MemoryPlan
 from kvtune.simulator.memory.policy_bytes import (
     bytes_of,
     bytes_read_by_format,
     cache_bytes_by_format,
+    statistics_bytes,
 )
 
 
@@ -80,25 +80,17 @@ class Cost:
         return one_after_the_other(self.prefill, self.compression)
 
 
-def full_cost(
-    shape: ModelShape,
-    gpu: GpuProfile,
-    budget: MemoryBudget,
-    generated: int,
-    part: PartRead | None = None,
-) -> Cost:
+def full_cost(budget: MemoryPlan, part: PartRead | None = None) -> Cost:
     """The same for the uncompressed bf16 cache, of any shape."""
     tokens = budget.context_tokens
-    prompt, held = (Counter({"bf16": shape.kv_bytes(n)}) for n in (tokens, tokens + generated))
-    return _cost(shape, gpu, budget, _Held(prompt, held, held), held["bf16"], None, part)
+    ends = tokens, tokens + budget.generated_tokens
+    prompt, held = (Counter({"bf16": budget.shape.kv_bytes(end)}) for end in ends)
+    return _cost(budget, _Held(prompt, held, held), budget.sequence_bytes(None), None, part)
 
 
 def policy_cost(
     policy: Policy,
-    shape: ModelShape,
-    gpu: GpuProfile,
-    budget: MemoryBudget,
-    generated: int,
+    budget: MemoryPlan,
     *,
     evicts: bool = False,
     part: PartRead | None = None,
@@ -107,10 +99,8 @@ def policy_cost(
 
     Args:
         policy: for the shape's layers and KV heads.
-        shape: the model.
-        gpu: the card.
-        budget: says context, batch, weight format and room for the cache.
-        generated: tokens that each sequence has generated, the most it will hold.
+        budget: says model, card, weight format, context, batch, and the most that each sequence
+            generates.
         evicts: whether methods that can go on evicting while tokens are generated do; the time
             that they take for it at each step is not counted.
         part: of a prompt that is read; None for all of it at once.
@@ -118,13 +108,13 @@ def policy_cost(
     Raises:
         KvtuneError: another shape's policy, or layers whose cache is no full cache of heads.
     """
+    shape, tokens, generated = budget.shape, budget.context_tokens, budget.generated_tokens
     policy.check_fits(shape.layers, shape.kv_heads)
-    if not shape.keeps_all(budget.context_tokens + generated):
+    if not shape.keeps_all(tokens + generated):
         raise KvtuneError(
             f"{shape.name} has sliding-window, latent, recurrent or unequal layers; "
             "policies for those cannot be costed yet"
         )
-    tokens = budget.context_tokens
     prompt = cache_bytes_by_format(policy, shape, tokens)
     if evicts:
         held = _while_evicting(policy, shape, tokens, generated)
@@ -133,9 +123,7 @@ def policy_cost(
         new = Counter({"bf16": grown})
         read = bytes_read_by_format(policy, shape, tokens)
         held = _Held(prompt, prompt + new, read + new)
-    growth = Growth(generated, evicts)
-    size = sequence_bytes(policy, tokens, shape.head_dim, growth) + held.statistics
-    return _cost(shape, gpu, budget, held, size, policy, part)
+    return _cost(budget, held, budget.sequence_bytes(policy, evicts), policy, part)
 
 
 @dataclass(frozen=True)
@@ -153,7 +141,7 @@ class _Held:
 
 def _while_evicting(policy: Policy, shape: ModelShape, prompt_tokens: int, generated: int) -> _Held:
     """Heads that go on evicting hold no more than they may, and statistics beside each entry."""
-    prompt, most, bits_noted = Counter[str](), Counter[str](), 0
+    prompt, most = Counter[str](), Counter[str]()
     budgets = policy.budgets(prompt_tokens).flat
     for option, planned in zip(policy.options(), budgets, strict=True):
         room = Room.of(option, int(planned), prompt_tokens)
@@ -163,25 +151,17 @@ def _while_evicting(policy: Policy, shape: ModelShape, prompt_tokens: int, gener
         most += bytes_of(option, min(opened, ends), prompt_tokens, shape.head_dim)
         grown = max(ends - opened, 0)
         most["bf16"] += Option().footprint(grown, grown, shape.head_dim)
-        if room and isinstance(option.method, DecodeMethod):
-            bits_noted += ends * option.method.entry_bits
-    return _Held(prompt, most, most, -(-bits_noted // 8))
+    return _Held(prompt, most, most, statistics_bytes(policy, prompt_tokens, generated))
 
 
 def _cost(
-    shape: ModelShape,
-    gpu: GpuProfile,
-    budget: MemoryBudget,
-    held: _Held,
-    size: int,
-    policy: Policy | None,
-    part: PartRead | None,
+    budget: MemoryPlan, held: _Held, size: int, policy: Policy | None, part: PartRead | None
 ) -> Cost:
-    tokens, batch, weights = budget.context_tokens, budget.batch, budget.weight_format
+    shape, gpu, weights = budget.shape, budget.gpu, budget.weight_format
+    tokens, batch = budget.context_tokens, budget.batch
     beside = footprint_of_lengths(shape.layers, shape.kv_heads) if policy else 0
     prompt_bytes = sum(held.prompt.values()) + beside
-    waits = policy is not None and policy.waits
-    waiting = waiting_bytes(shape.kv_bytes(tokens), shape.layers) if waits else 0
+    waiting = budget.waiting(policy)
     read = dict(held.read) or {"bf16": 0}  # nothing where all lies on the host
     step = decode_step(shape, gpu, weights, batch, read, "runtime")
     on_host = policy if policy and policy.uses_host else None
@@ -194,7 +174,7 @@ def _cost(
         sequence_bytes=size,
         statistics_bytes=held.statistics,
         share=prompt_bytes / shape.kv_bytes(tokens),
-        sequences_that_fit=max(budget.cache_bytes - waiting, 0) // size,
+        sequences_that_fit=budget.count(size, waiting),
         memory=add(peak, exact(waiting, "B")),
         latency=step,
         prefill=first,

@@ -11,7 +11,7 @@ from kvtune.profiles.shape import ModelShape
 from kvtune.profiles.split import split_over
 from kvtune.simulator.latency.stacks import FRONT_ENDS, interval_of, on_card, stack_model
 from kvtune.simulator.latency.sums import sums_over_gpus
-from kvtune.simulator.memory.budget import MemoryBudget
+from kvtune.simulator.memory.plan import MemoryPlan
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class Deployment:
         self,
         step: Estimate,
         prefill: Estimate,
-        budget: MemoryBudget,
-        generated: int,
+        budget: MemoryPlan,
         read_tokens: int | None = None,
     ) -> tuple[Estimate, Estimate]:
         """A decode step and a prefill of all GPUs together over the uncompressed bf16 cache.
@@ -49,13 +48,12 @@ class Deployment:
             step: of one GPU's share alone, by kvtune's own model.
             prefill: likewise.
             budget: of one GPU's share.
-            generated: tokens that each sequence generates.
             read_tokens: of a prompt that the prefill reads; all of them unless given.
         """
         tokens, batch = budget.context_tokens, budget.batch
         if self.stack == "kvtune":
             return self._summed(step, batch), self._summed(prefill, read_tokens or tokens)
-        return self._served(self.stack, budget, tokens + generated)
+        return self._served(self.stack, budget, tokens + budget.generated_tokens)
 
     def _summed(self, alone: Estimate, rows: int) -> Estimate:
         """With two sums over the GPUs a layer."""
@@ -65,7 +63,7 @@ class Deployment:
         value, low, high = (getattr(alone, e) + getattr(sums, e) for e in ("value", "low", "high"))
         return Estimate(value, low, high, "s", "datasheet")
 
-    def _served(self, stack: Stack, budget: MemoryBudget, held: int) -> tuple[Estimate, Estimate]:
+    def _served(self, stack: Stack, budget: MemoryPlan, held: int) -> tuple[Estimate, Estimate]:
         """A step at the longest cache, and a prefill, from the stack's tables."""
         model, card = stack_model(self.shape, self.gpu, self.gpus, stack, budget.weight_format)
         factor, tier = interval_of(card, self.gpu)

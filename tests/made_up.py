@@ -17,7 +17,7 @@ from kvtune.policies.policy_file.document import ModelFacts, PolicyDocument, wri
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.model_config import shape_from_config
 from kvtune.profiles.models import find_model
-from kvtune.simulator.memory.budget import memory_budget
+from kvtune.simulator.memory.plan import memory_plan
 from kvtune.traces.workloads import Workload
 from kvtune.tuner.explore import PLANS_FILE
 from kvtune.tuner.explore.facts import Facts
@@ -290,7 +290,7 @@ def of_own_weights(model: Path, run_dir: Path, sequences: int = 1, **asked: Any)
     """
     shape, gpu = shape_from_config(model), find_gpu("4090")
     sizes: dict[str, Any] = {"context_tokens": 80, "weights": "bf16"}
-    used = memory_budget(shape, gpu, 10**10, batch=sequences, **sizes)
+    used = memory_plan(shape, gpu, 10**10, batch=sequences, **sizes)
     limit = 10**10 - used.cache_bytes + shape.kv_bytes(90)
     more: dict[str, Any] = {"generated_tokens": 4, "largest_kl": 0.5, "trials": 10, "device": "cpu"}
     more |= asked

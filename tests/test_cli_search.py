@@ -31,7 +31,7 @@ from kvtune.policies.policy_file.document import (
     write_policy,
 )
 from kvtune.policies.policy_file.document import Quality as FileQuality
-from kvtune.simulator.memory.budget import memory_budget
+from kvtune.simulator.memory.plan import memory_plan
 from kvtune.tests import made_up
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import Baseline, FrontPoint, Quality, SearchResult
@@ -73,7 +73,7 @@ def result_of(request: SearchRequest, live: bool) -> SearchResult:
         "uniform h2o int4": ("uniform", 0.077), "pyramid snapkv int4": ("pyramid", 0.081),
         "adakv snapkv int4": ("adakv", 0.078),
     }  # fmt: skip
-    budget = memory_budget(
+    budget = memory_plan(
         request.shape, request.gpu, request.memory_bytes, context_tokens=request.context_tokens
     )
     document = PolicyDocument(

@@ -561,7 +561,7 @@ def test_every_stack_stands_beside_the_plan_and_the_uncompressed_cache() -> None
     assert list(rows)[:2] == ["uncompressed", "kvtune"]
     assert set(rows) == {"uncompressed", "kvtune", *exporters()}
     full = 32 * 8 * 2 * 2 * 128 * 8192
-    assert rows["uncompressed"].prompt_bytes == full + 4 * 32 * 8
+    assert rows["uncompressed"].prompt_bytes == full
     plan = llama_plan().policy
     assert rows["kvtune"].prompt_bytes == plan.footprint(8192, 128)  # type: ignore[union-attr]
     assert rows["kvtune"].sequences == 45

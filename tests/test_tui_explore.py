@@ -22,7 +22,7 @@ from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import find_gpu
 from kvtune.simulator.cost import policy_cost
-from kvtune.simulator.memory.budget import memory_budget
+from kvtune.simulator.memory.plan import memory_plan
 from kvtune.tests.made_up import CONTEXT, facts, plans, write_study
 from kvtune.tuner.explore import PLANS_FILE
 from kvtune.tuner.explore.axes import AXES, LOSS, TOKENS, Axis, Filter, front, option_bits
@@ -190,15 +190,15 @@ def test_columns_agree_with_the_models_one_by_one(study: Study, changes: dict[st
     for row in (0, 17, 42):
         plan = study.plans[row]
         context = setting.context_tokens or plan.context_tokens
-        budget = memory_budget(
+        budget = memory_plan(
             shape,
             setting.gpu,
             setting.memory_bytes,
             context_tokens=context,
             weights=setting.weights,
         )
-        budget = replace(budget, batch=setting.sequences or plan.sequences)
-        cost = policy_cost(study.policy(plan), shape, setting.gpu, budget, generated)
+        budget = budget.at(setting.sequences or plan.sequences)
+        cost = policy_cost(study.policy(plan), replace(budget, generated_tokens=generated))
         assert figures.prompt_bytes[row] == cost.prompt_bytes
         assert figures.tokens_that_fit[row] == cost.sequences_that_fit * context
         assert figures.memory[row] == pytest.approx(
@@ -218,7 +218,7 @@ def test_a_plan_that_waits_holds_one_prompt_more_in_the_columns_too(study: Study
     counts = np.array([[float(shape.layers * shape.kv_heads)]])
     context, sequences = np.array([CONTEXT]), np.array([2])
     columns = figures(known, [option], counts, context, sequences, setting)
-    budget = memory_budget(
+    budget = memory_plan(
         shape,
         setting.gpu,
         setting.memory_bytes,
@@ -226,7 +226,7 @@ def test_a_plan_that_waits_holds_one_prompt_more_in_the_columns_too(study: Study
         weights=setting.weights,
     )
     policy = Policy.uniform(option, shape.layers, shape.kv_heads)
-    cost = policy_cost(policy, shape, setting.gpu, replace(budget, batch=2), known.generated_tokens)
+    cost = policy_cost(policy, replace(budget, batch=2, generated_tokens=known.generated_tokens))
     assert columns.memory[0, 0] == pytest.approx(cost.memory.value)
     assert columns.tokens_that_fit[0] == cost.sequences_that_fit * CONTEXT
 

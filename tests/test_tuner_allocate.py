@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvtune.common.errors import KvtuneError
 from kvtune.simulator.quality.tables import Tables
-from kvtune.tuner.allocate import Problem, priced, score, solve, solve_both
+from kvtune.tuner.allocate import Problem, priced, solve, solve_both
 from kvtune.tuner.bounded import optimum
 from kvtune.tuner.exchange import exchange
 
@@ -47,7 +47,7 @@ def brute_force(problem: Problem, budget: int) -> float:
     heads, options = problem.loss.shape
     every = np.array(list(product(range(options), repeat=heads)))
     within = every[problem.footprint[every].sum(1) <= budget]
-    return float(score(problem, within).min())
+    return float(problem.values(within).min())
 
 
 def largest_hull_step(problem: Problem) -> float:
@@ -250,7 +250,7 @@ def naive_value(problem: Problem, choice: Any) -> float:
 def test_scores_of_many_are_the_values_of_each(shrinkage: float) -> None:
     problem = random_problem(1, shrinkage=shrinkage)
     choices = np.random.default_rng(0).integers(0, 4, (20, 5))
-    for found, choice in zip(score(problem, choices), choices, strict=True):
+    for found, choice in zip(problem.values(choices), choices, strict=True):
         assert found == pytest.approx(naive_value(problem, choice), rel=1e-4)
         assert problem.value(choice) == pytest.approx(float(found), rel=1e-6)
 
@@ -326,7 +326,7 @@ def test_both_budgets_are_kept_to(seed: int, held: float, read: float) -> None:
         return
     assert problem.spent(found) <= budget
     assert int(problem.read[found].sum()) <= most_read
-    best = float(score(problem, choices[within]).min())
+    best = float(problem.values(choices[within]).min())
     # no worse than what keeps everybody on one option that fits both
     alike = [np.full(5, option) for option in range(5)]
     fits = [
@@ -347,5 +347,5 @@ def test_a_read_budget_that_is_no_limit_changes_nothing() -> None:
 def test_many_are_scored_by_several_threads_as_by_one() -> None:
     problem = random_problem(1, heads=6, options=5)
     choices = np.random.default_rng(0).integers(0, 5, (5000, 6))
-    pieces = [score(problem, choices[at : at + 700]) for at in range(0, 5000, 700)]
-    assert (score(problem, choices) == np.concatenate(pieces)).all()
+    pieces = [problem.values(choices[at : at + 700]) for at in range(0, 5000, 700)]
+    assert (problem.values(choices) == np.concatenate(pieces)).all()

@@ -56,14 +56,13 @@ class Found:
 def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
     """The chosen plan checked, beside the baselines, and the front that it stands on."""
     request, source, solver = found.request, found.source, found.solver
-    policy, budget = solver.policy(chosen), found.budgets[chosen.place]
+    policy, budget = solver.policy(chosen), found.budgets[chosen.place].at(chosen.sequences)
     cost = _cost(found, chosen)
     predicted = _predicted(source, chosen)
     compare = live_baselines if source.loaded else stand_in_baselines
     compared, validation = compare(source, solver, policy, chosen, predicted.kl, progress)
     baselines = tuple(row.baseline for row in compared)
     quality = replace(predicted, kl=validation.live) if validation else predicted
-    longest = chosen.context + request.generated_tokens
     times, untimed = _times(found, policy, chosen, cost, progress)
     return SearchResult(
         request=request,
@@ -82,7 +81,7 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
         latency=cost.latency,
         prefill=cost.prefill,
         compression=cost.compression,
-        full_cache_sequences=budget.cache_bytes // request.shape.kv_bytes(longest),
+        full_cache_sequences=int(budget.most(None).value),
         full_cache_accuracy=validation.full_cache_accuracy if validation else None,
         counters=validation.counters if validation else {},
         notes=(*found.notes, *_notes(found, chosen, quality), *_costs(baselines)),
@@ -131,18 +130,12 @@ def _predicted(source: QualitySource, chosen: Candidate) -> Quality:
 
 
 def _cost(found: Found, candidate: Candidate) -> Cost:
-    return cost_of(found.request, found.budgets, found.solver.policy(candidate), candidate)
+    return cost_of(found.budgets, found.solver.policy(candidate), candidate)
 
 
-def cost_of(
-    request: SearchRequest,
-    budgets: Budgets,
-    policy: Policy,
-    candidate: Candidate,
-) -> Cost:
+def cost_of(budgets: Budgets, policy: Policy, candidate: Candidate) -> Cost:
     """Memory and time with its sequences at once."""
-    at_once = replace(budgets[candidate.place], batch=candidate.sequences)
-    return policy_cost(policy, request.shape, request.gpu, at_once, request.generated_tokens)
+    return policy_cost(policy, budgets[candidate.place].at(candidate.sequences))
 
 
 def _front_points(found: Found, chosen: Candidate) -> tuple[FrontPoint, ...]:
@@ -189,7 +182,7 @@ def _notes(found: Found, chosen: Candidate, quality: Quality) -> tuple[str, ...]
             else f"the least loss found; none stays {limit}"
         )
         tokens = format_tokens(chosen.context)
-        notes.append(f"at once: {chosen.sequences} of {tokens}, {reason}.")
+        notes.append(f"at once: {chosen.sequences} of {tokens}, {reason}; {_room(found, chosen)}.")
     if request.moved_bytes is not None:
         notes.append(_host_note(found, chosen, request.moved_bytes))
     if request.read_bytes is not None:
@@ -209,6 +202,16 @@ def _notes(found: Found, chosen: Candidate, quality: Quality) -> tuple[str, ...]
             f"{request.largest_kl:g}; fewer sequences (--batch) or more --mem lower it."
         )
     return tuple(notes)
+
+
+def _room(found: Found, chosen: Candidate) -> str:
+    """Whether memory holds more of the plan, and who counts."""
+    question = found.solver.question.under(chosen.weights)
+    most = question.most_of(chosen.context, chosen.choice)
+    where = f" as {found.request.stack} lays them out" if question.counted else ""
+    if chosen.sequences < most:
+        return f"memory holds {most} of this plan{where}"
+    return f"memory holds no more of this plan{where}"
 
 
 def _weights_reason(found: Found, chosen: Candidate) -> str:

@@ -41,9 +41,7 @@ def optimum(problem: Problem, budget: int, known: Choice) -> Choice | None:
         return None
     if not len(left):
         return known
-    from kvtune.tuner.allocate import score
-
-    values = score(problem, left)
+    values = problem.values(left)
     row = int(values.argmin())
     return left[row] if values[row] < best else known
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kvtune.profiles.shape import ModelShape
     from kvtune.simulator.cost import Cost, PartRead
     from kvtune.simulator.deployment import Deployment
-    from kvtune.simulator.memory.budget import MemoryBudget
+    from kvtune.simulator.memory.plan import MemoryPlan
     from kvtune.simulator.memory.weights import WeightFormat
 
 FULL = "full cache"
@@ -91,7 +91,7 @@ class Case:
     context_tokens: int
     batch: int
     policy: str
-    budget: MemoryBudget | None
+    budget: MemoryPlan | None
     cost: Cost | None
     reason: str = ""
     split: Split = ONE_CARD
@@ -265,40 +265,39 @@ class Asked:
         """
         split, weights = split or self.splits()[0], weights or self.weights[0]
         from kvtune.simulator.deployment import Deployment
-        from kvtune.simulator.memory.budget import memory_budget
+        from kvtune.simulator.memory.plan import memory_plan
 
         deployment = Deployment(self.shape, card.gpu, split.gpus, self.stack)
-        budget = memory_budget(
+        at_once = split.batch(batch)
+        budget = memory_plan(
             deployment.local, card.gpu, card.memory_bytes,
-            context_tokens=context, batch=split.batch(batch), weights=weights,
-        )  # fmt: skip
+            context_tokens=context, generated_tokens=self.generated_tokens,
+            # Of a policy more may fit than useful caches in 16 bits: the search asks as for one.
+            batch=1 if self.document else at_once, weights=weights,
+        ).at(at_once)  # fmt: skip
         costs = self._costs(deployment, budget)
         return [
             Case(card, context, batch, name, budget, cost, split=split, weights=weights)
             for name, cost in costs.items()
         ]
 
-    def _costs(self, deployment: Deployment, budget: MemoryBudget) -> dict[str, Cost]:
+    def _costs(self, deployment: Deployment, budget: MemoryPlan) -> dict[str, Cost]:
         from kvtune.simulator.cost import full_cost, per_second, policy_cost
 
-        shape, generated = self.shape, self.generated_tokens
         part = self._part(deployment, budget)
-        alone = full_cost(deployment.local, deployment.gpu, budget, generated, part)
+        alone = full_cost(budget, part)
         read = part.tokens if part else None
-        step, first = deployment.times(alone.latency, alone.prefill, budget, generated, read)
+        step, first = deployment.times(alone.latency, alone.prefill, budget, read)
         rate = per_second(step, budget.batch)
         full = replace(alone, latency=step, prefill=first, tokens_per_second=rate)
         costs = {FULL: full}
         if self.document is not None:
             self._check_alone(deployment.gpus)
-            policy = self.document.bind(shape.layers, shape.kv_heads)
-            costs[policy.name] = policy_cost(
-                policy, shape, deployment.gpu, budget, generated, evicts=self.evicts,
-                part=part,
-            )  # fmt: skip
+            policy = self.document.bind(self.shape.layers, self.shape.kv_heads)
+            costs[policy.name] = policy_cost(policy, budget, evicts=self.evicts, part=part)
         return costs
 
-    def _part(self, deployment: Deployment, budget: MemoryBudget) -> PartRead | None:
+    def _part(self, deployment: Deployment, budget: MemoryPlan) -> PartRead | None:
         """How long prompts take that stand behind a prefix or are read in chunks; else None.
 
         Raises:

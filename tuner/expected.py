@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvtune.common.estimate import Estimate, exact
-from kvtune.policies.paging import Growth, sequence_bytes
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
@@ -16,9 +15,9 @@ from kvtune.runtime.timing import NEW_TOKENS, STEPS, STRETCHES, Decoding, Timing
 from kvtune.simulator.cost import one_after_the_other, per_second
 from kvtune.simulator.latency.compression import compression
 from kvtune.simulator.latency.steps import decode_step, prefill
-from kvtune.simulator.memory.peak import add, largest_batch, overhead_bytes, prefill_peak_bytes
+from kvtune.simulator.memory.peak import add
+from kvtune.simulator.memory.plan import MemoryPlan
 from kvtune.simulator.memory.policy_bytes import cache_bytes_by_format
-from kvtune.simulator.memory.weights import weight_bytes
 
 Pair = tuple[Estimate, float]
 """A predicted figure, and what was measured."""
@@ -95,13 +94,12 @@ class Card:
             step=step,
             tokens_per_second=per_second(step, batch),
             peak_bytes=tensors,
-            device_bytes=add(tensors, overhead_bytes(self.shape, self.gpu, "bf16")),
+            device_bytes=add(tensors, self._memory(NEW_TOKENS).overhead),
         )
 
     def expect_largest(self, policy: Policy) -> ExpectedLargest:
         """The largest batch of prompts that are read one after another."""
-        each, tokens = self._sequence(policy, LARGEST_NEW_TOKENS), self.tokens
-        batch = largest_batch(self.shape, self.gpu, "bf16", each, tokens)
+        batch = self._memory(LARGEST_NEW_TOKENS).most(policy)
         low, value, high = (
             self._rate(policy, int(n)) for n in (batch.low, batch.value, batch.high)
         )
@@ -119,9 +117,11 @@ class Card:
         return decode_step(self.shape, self.gpu, "bf16", batch, dict(held), "runtime")
 
     def _tensors(self, policy: Policy, batch: int) -> Estimate:
-        weights = weight_bytes(self.shape, "bf16")
-        working = prefill_peak_bytes(self.shape, self.tokens, batch)
-        return add(weights, working, exact(batch * self._sequence(policy, NEW_TOKENS), "B"))
+        memory = self._memory(NEW_TOKENS).at(batch)
+        caches = exact(batch * memory.sequence_bytes(policy), "B")
+        return add(memory.weights, memory.prefill, caches)
 
-    def _sequence(self, policy: Policy, new_tokens: int) -> int:
-        return sequence_bytes(policy, self.tokens, self.shape.head_dim, Growth(new_tokens))
+    def _memory(self, new_tokens: int) -> MemoryPlan:
+        """All of the card's memory, for sequences that generate so many tokens."""
+        limit = self.gpu.visible_bytes
+        return MemoryPlan(self.shape, self.gpu, limit, "bf16", "", self.tokens, new_tokens)

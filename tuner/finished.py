@@ -15,10 +15,11 @@ from kvtune.common.files import inside, sha256, write_json
 from kvtune.common.stored import checked, read_json
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.document import read_policy
-from kvtune.simulator.memory.budget import MemoryBudget
+from kvtune.simulator.memory.plan import MemoryPlan
+from kvtune.simulator.memory.weights import check_format
 from kvtune.tuner.explore import PLANS_FILE
 from kvtune.tuner.request import SearchRequest
-from kvtune.tuner.result import FIGURES, SearchResult, read_result
+from kvtune.tuner.result import FIGURES, SearchResult, StoredResult, read_result
 from kvtune.tuner.source_models import digests
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _restored(request: SearchRequest, ended: Finished) -> SearchResult:
         raise KvtuneError("this result cannot be read: it has no plan", where=where)
     return SearchResult(
         request=request,
-        budget=_budget(stored.budget, where),
+        budget=_memory(request, stored, where),
         policy=policies[stored.policy],
         policies=policies,
         times=_times(ended.times, where),
@@ -129,9 +130,21 @@ def _policy(request: SearchRequest, name: str) -> Policy:
     return document.bind(request.shape.layers, request.shape.kv_heads)
 
 
-def _budget(stored: dict[str, Any], where: str) -> MemoryBudget:
-    fields = {key: value for key, value in stored.items() if key != "share_that_fits"}
-    return checked(MemoryBudget, fields, where)
+def _memory(request: SearchRequest, stored: StoredResult, where: str) -> MemoryPlan:
+    """What does not follow from the request is read, and the rest must be as it was."""
+    known = MemoryPlan(
+        request.shape,
+        request.gpu,
+        request.memory_bytes,
+        check_format(str(stored.budget.get("weight_format"))),
+        str(stored.budget.get("reason")),
+        stored.context_tokens,
+        request.generated_tokens,
+        stored.sequences,
+    )
+    if json.loads(json.dumps(known.as_dict())) != stored.budget:
+        raise KvtuneError("this result cannot be read: its memory is another model's", where=where)
+    return known
 
 
 def _times_as_plain(times: Times | None) -> Any:

@@ -28,6 +28,11 @@ def is_linked(option: Option) -> bool:
     return option.method.needs.linked
 
 
+def holds_whole_prompt(option: Option) -> bool:
+    """Whether a prompt's uncompressed cache is held until all layers have read it."""
+    return option.method.needs.asks_model or is_linked(option)
+
+
 def solve_pairs(
     problem: Problem, linked: NDArray[np.bool_], heads_of_pair: int, solve: Solve
 ) -> Choice:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -12,12 +11,13 @@ from numpy.typing import NDArray
 
 from kvtune.policies.export.limits import EngineLimits
 from kvtune.policies.option import Option
-from kvtune.policies.paging import landing_bytes
+from kvtune.policies.paging import landing_bytes, waiting_bytes
 from kvtune.policies.policy import footprint_of_lengths
-from kvtune.simulator.memory.peak import waiting_bytes
+from kvtune.simulator.memory.peak import most_at_once
 from kvtune.simulator.quality.tables import Tables
+from kvtune.tuner.exchange import Choice
 from kvtune.tuner.limits import Excess, no_limits
-from kvtune.tuner.linked import PAIRS, is_linked
+from kvtune.tuner.linked import PAIRS, holds_whole_prompt, is_linked
 from kvtune.tuner.within import expressible, format_label, is_narrow, splits_of
 
 
@@ -40,6 +40,8 @@ class Question:
         most_moved: bytes that it may bring over from the host, likewise; one of the two at most.
         freed: bytes that each format of the weights leaves beyond ``rooms``, widest format first,
             whose 0 they are; of several formats the study chooses.
+        counted: how many sequences of a choice a stack that counts otherwise holds in so many
+            bytes, at a context; None for kvtune's own pages.
     """
 
     tables: Tables
@@ -54,6 +56,7 @@ class Question:
     excess: Excess = no_limits
     most_moved: int | None = None
     freed: Mapping[str, int] = field(default_factory=lambda: {"": 0})
+    counted: Callable[[Choice, int, int], int] | None = None
 
     @property
     def weights(self) -> str:
@@ -107,39 +110,54 @@ class Question:
         """Bytes of one uncompressed prompt, bf16."""
         return 2 * 2 * context * self.head_dim * self.tables.heads
 
-    def sequences_of(self, context: int, held_bytes: int, waits: bool = False) -> int:
-        """How many sequences fit whose compressed prompts take so many bytes of pages each."""
-        each = held_bytes + self.generated_bytes
-        counts = range(1, max(self.rooms[context], 0) // each + 1)
+    def most_of(self, context: int, choice: Choice) -> int:
+        """As many sequences of a choice as fit at once, as ``MemoryPlan`` counts of its policy.
 
-        def is_full(count: int) -> bool:
-            return count * each > self._room(context, count, waits)
-
-        return bisect.bisect_left(counts, True, key=is_full)
+        Of a plan for another stack as many as its exporter says.
+        """
+        waits = any(holds_whole_prompt(self.tables.options[o]) for o in np.unique(choice))
+        if self.counted is not None:
+            most = self.counted(choice, context, self._room(context, 1, waits))
+            return self.counted(choice, context, self._room(context, max(most, 1), waits))
+        each = int(self.held[context][choice].sum()) + self.generated_bytes
+        return most_at_once(
+            each + self._landing(context, choice), lambda count: self._room(context, count, waits)
+        )
 
     def _room(self, context: int, sequences: int, waits: bool) -> int:
         """Bytes for the caches of so many sequences."""
         room = self.rooms[context] - self.working(context, sequences)
         waiting = waiting_bytes(self.full_bytes(context), self.tables.layers) if waits else 0
-        return room - waiting - sequences * self._landing(context)
+        return room - waiting
 
-    def _landing(self, context: int) -> int:
-        """Bytes where pages from the host land, one layer's, of one sequence at most."""
+    def _landing(self, context: int, choice: Choice) -> int:
+        """Bytes where pages from the host land, of one sequence."""
         if self.most_moved is None:
             return 0
-        shape = context, self.head_dim
-        each = max(landing_bytes(o, o.budget.resolve(context), *shape) for o in self.options)
-        return min(self.tables.kv_heads * each, 2 * self.most_moved)
+        rows = np.unique(choice.reshape(-1, self.tables.kv_heads), axis=0)  # few differ
+        layers = [[self.tables.options[o] for o in row] for row in rows]
+        return landing_bytes(layers, context, self.head_dim)
+
+    def most_landing(self, context: int) -> int:
+        """The most that those may be of any choice that brings over no more than it may."""
+        if self.most_moved is None:
+            return 0
+        heads = self.tables.kv_heads
+        each = max(landing_bytes([heads * [o]], context, self.head_dim) for o in self.options)
+        return min(each, 2 * self.most_moved)
 
     def prompt_budget(self, context: int, sequences: int, waits: bool = False) -> int:
         """Bytes that the pages of each sequence's compressed prompt may take.
+
+        The most that where its pages from the host land may take comes off too.
 
         Args:
             context: prompt tokens.
             sequences: at once.
             waits: whether a policy may wait for a prompt's end, all layers of one uncompressed.
         """
-        return self._room(context, sequences, waits) // sequences - self.generated_bytes
+        each = self._room(context, sequences, waits) // sequences
+        return each - self.generated_bytes - self.most_landing(context)
 
     @property
     def read_budget(self) -> int | None:
@@ -157,5 +175,19 @@ class Question:
     def most_sequences(self, context: int) -> int:
         """As many as fit with every head on its smallest option."""
         allowed = [expressible(option, self.limits) for option in self.tables.options]
-        smallest = int(self.held[context][np.flatnonzero(allowed)].min())
-        return self.sequences_of(context, smallest * self.tables.heads)
+        held = np.where(allowed, self.held[context], np.iinfo(np.int64).max)
+        smallest = np.full(self.tables.heads, int(held.argmin()), np.int64)
+        return self.most_of(context, smallest)
+
+    def most_within_reads(self, context: int) -> int:
+        """The most that fit of one option for all heads that reads, or moves, as little as asked.
+
+        0 where every option takes more, or fits not once.
+        """
+        heads, most = self.tables.heads, self.read_budget
+        taken, counts = self.taken(context), [0]
+        for number, option in enumerate(self.tables.options):
+            reads_little = most is None or heads * int(taken[number]) <= most
+            if reads_little and expressible(option, self.limits):
+                counts.append(self.most_of(context, np.full(heads, number, np.int64)))
+        return max(counts)

@@ -16,7 +16,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate, Tier, checked_estimate
 from kvtune.common.stored import checked, read_json
 from kvtune.policies.policy import Policy
-from kvtune.simulator.memory.budget import MemoryBudget
+from kvtune.simulator.memory.plan import MemoryPlan
 from kvtune.tuner.request import SearchRequest
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ class SearchResult:
     """
 
     request: SearchRequest
-    budget: MemoryBudget
+    budget: MemoryPlan
     front: tuple[FrontPoint, ...]
     policy: Policy
     context_tokens: int

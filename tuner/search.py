@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -19,7 +18,6 @@ from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
 from kvtune.common.units import format_bytes
 from kvtune.policies.paging import Growth, growing_bytes, head_bytes
-from kvtune.simulator.memory.peak import prefill_peak_bytes
 from kvtune.simulator.quality.tables import on_both_sides
 from kvtune.tuner.answer import Found, answer, cost_of
 from kvtune.tuner.candidate import Candidate, pick
@@ -31,6 +29,7 @@ from kvtune.tuner.finished import answers_another, finished, keep_finished
 from kvtune.tuner.head_points import head_points
 from kvtune.tuner.idle import notes_on_idle
 from kvtune.tuner.limits import Excess, no_limits, none_within, note_on, within
+from kvtune.tuner.on_stack import counted_on
 from kvtune.tuner.question import Question
 from kvtune.tuner.refine import live_on_selection, recalibrated, refine
 from kvtune.tuner.request import SearchRequest
@@ -213,24 +212,30 @@ def _by_head_scores(found: Found) -> list[Candidate]:
 def _nothing_fits(request: SearchRequest, question: Question) -> DoesNotFitError:
     """The error that says how many sequences would fit."""
     context = request.context_tokens
-    most = question.under(list(question.freed)[-1]).most_sequences(context)
-    if request.read_bytes is not None and most:
-        return DoesNotFitError(
-            f"no plan of {context} tokens reads {format_bytes(request.read_bytes)} a step or less",
-            hint="raise --read-bytes or shorten --context.",
-        )
-    if request.moved_bytes is not None and most:
-        return DoesNotFitError(
-            f"no plan of {context} tokens brings over {format_bytes(request.moved_bytes)} a step "
-            "or less",
-            hint="raise --moved-bytes or --mem, or shorten --context.",
-        )
+    narrowest = question.under(list(question.freed)[-1])
+    most = narrowest.most_sequences(context)
+    if question.read_budget is not None and most:
+        most = narrowest.most_within_reads(context)
+        if not most:
+            return _reads_too_much(request)
     lower = f"--batch {most} is the most that fits, with every head compressed the furthest; "
     return DoesNotFitError(
         f"no plan fits {request.sequences or 1} sequences of {context} tokens in "
         f"{format_bytes(request.memory_bytes)}",
         hint=(lower if most else "")
         + "raise --mem, shorten --context or take narrower --weights for more.",
+    )
+
+
+def _reads_too_much(request: SearchRequest) -> DoesNotFitError:
+    """The error where memory would be enough, and no plan brings over or reads so little."""
+    does = f"reads {format_bytes(request.read_bytes or 0)}"
+    mend = "raise --read-bytes or shorten --context."
+    if request.moved_bytes is not None:
+        does = f"brings over {format_bytes(request.moved_bytes)}"
+        mend = "raise --moved-bytes or --mem, or shorten --context."
+    return DoesNotFitError(
+        f"no plan of {request.context_tokens} tokens {does} a step or less", hint=mend
     )
 
 
@@ -264,6 +269,7 @@ def _stand_in(request: SearchRequest, reason: str) -> tuple[QualitySource, tuple
 
 
 def _question(request: SearchRequest, budgets: Budgets, source: QualitySource) -> Question:
+    """What is asked, in the bytes of the memory plans."""
     shape, growth = request.shape, Growth(request.generated_tokens)
     generated = growing_bytes(request.generated_tokens, shape.head_dim)
 
@@ -277,8 +283,10 @@ def _question(request: SearchRequest, budgets: Budgets, source: QualitySource) -
             np.int64,
         ) - round(generated)
 
+    memory = {context: budget for (_, context), budget in reversed(budgets.items())}
+
     def working(context: int, sequences: int) -> int:
-        return math.ceil(prefill_peak_bytes(shape, context, sequences).value)
+        return memory[context].beside_working() - memory[context].room(sequences)
 
     return Question(
         tables=source.tables,
@@ -293,6 +301,7 @@ def _question(request: SearchRequest, budgets: Budgets, source: QualitySource) -
         excess=_excess(request, budgets, source),
         most_moved=request.moved_bytes,
         freed=freed(budgets),
+        counted=counted_on(request.stack, source.tables, shape, request.generated_tokens),
     )
 
 
@@ -308,7 +317,7 @@ def _excess(request: SearchRequest, budgets: Budgets, source: QualitySource) -> 
 
     def excess(candidate: Candidate) -> dict[str, float]:
         policy = policy_of(source.tables, candidate.choice, "")
-        cost = cost_of(request, budgets, policy, candidate)
+        cost = cost_of(budgets, policy, candidate)
         return request.limits.excess(cost, candidate.sequences)
 
     return excess

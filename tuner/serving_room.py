@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from kvtune.common.errors import DoesNotFitError
 from kvtune.common.units import format_bytes, format_tokens
-from kvtune.simulator.memory.budget import MemoryBudget, memory_budget
+from kvtune.simulator.memory.plan import MemoryPlan, memory_plan
 from kvtune.simulator.memory.weights import listed_formats
 from kvtune.tuner.request import SearchRequest
 
-Budgets = dict[tuple[str, int], MemoryBudget]
+Budgets = dict[tuple[str, int], MemoryPlan]
 """By format of the weights, widest first, and context."""
 
 
@@ -49,7 +49,7 @@ def rooms(budgets: Budgets) -> dict[int, int]:
     """Bytes for caches and what the runtime works with, by context, with the widest weights."""
     widest = formats_of(budgets)[0]
     return {
-        context: int(budget.limit_bytes - budget.weights.value - budget.overhead.value)
+        context: budget.beside_working()
         for (weights, context), budget in budgets.items()
         if weights == widest
     }
@@ -75,14 +75,15 @@ def _longest(request: SearchRequest, before: str) -> str:
 
 def _with_weights(request: SearchRequest, asked: str) -> Budgets:
     """One format's; ``auto`` is what serves the longest context."""
-    found: dict[int, MemoryBudget] = {}
+    found: dict[int, MemoryPlan] = {}
     weights = asked
     for context in reversed(request.contexts):
-        found[context] = memory_budget(
+        found[context] = memory_plan(
             request.shape,
             request.gpu,
             request.memory_bytes,
             context_tokens=context,
+            generated_tokens=request.generated_tokens,
             batch=1,  # how many fit, compressed, is the study's to find
             weights=weights,
         )

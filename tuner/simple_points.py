@@ -15,7 +15,7 @@ import numpy as np
 from kvtune.tuner.candidate import Candidate
 from kvtune.tuner.limits import with_excess
 from kvtune.tuner.question import Question
-from kvtune.tuner.solver import Solver, by_each_format, holds_whole_prompt
+from kvtune.tuner.solver import Solver, by_each_format
 from kvtune.tuner.within import expressible
 
 
@@ -40,10 +40,9 @@ def _points(solver: Solver) -> Iterator[Candidate]:
 
 
 def _point(solver: Solver, context: int, option: int) -> Candidate | None:
-    question, problem = solver.question, solver.problems[context]
+    question = solver.question
     choice = np.full(question.tables.heads, option, np.int64)
-    waits = holds_whole_prompt(question.tables.options[option])
-    most = question.sequences_of(context, problem.spent(choice), waits)
+    most = question.most_of(context, choice)
     sequences = question.sequences or most
     read = question.taken(context)[option]
     reads_too_much = question.read_budget is not None and (

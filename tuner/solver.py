@@ -20,7 +20,7 @@ from kvtune.tuner.allocate import Problem, solve, solve_both
 from kvtune.tuner.candidate import Candidate
 from kvtune.tuner.exchange import Choice
 from kvtune.tuner.limits import with_excess
-from kvtune.tuner.linked import PAIRS, is_linked, solve_pairs
+from kvtune.tuner.linked import PAIRS, holds_whole_prompt, is_linked, solve_pairs
 from kvtune.tuner.question import Question
 from kvtune.tuner.within import expressible, format_label, is_narrow
 
@@ -56,13 +56,19 @@ class Solver:
         question, columns, budget = self._asked(parameters)
         whole = self.problems[context]
         problem = whole.allowing(columns).shrunk(parameters["shrinkage"])
-        try:
-            choice = columns[self._solved(problem, columns, budget, parameters["split"])]
-        except KvtuneError:
-            return None
-        return replace(self, question=question).candidate(
-            choice, context, sequences, parameters, number
-        )
+        # What pages from the host land in is known of a choice alone: first as if it were nothing.
+        landing, least = question.most_landing(context), question.sequences or 1
+        tries = [(budget + landing, sequences), (budget, least)] if landing else [(budget, least)]
+        for room, needed in tries:
+            try:
+                choice = columns[self._solved(problem, columns, room, parameters["split"])]
+            except KvtuneError:
+                return None
+            if question.most_of(context, choice) >= needed:
+                return replace(self, question=question).candidate(
+                    choice, context, sequences, parameters, number
+                )
+        return None
 
     def beyond_room(self, parameters: dict[str, Any]) -> float:
         """By which share of its own bytes the least that a trial could store is beyond its room."""
@@ -94,7 +100,11 @@ class Solver:
         parameters: dict[str, Any],
         number: int = 0,
     ) -> Candidate:
-        """What a choice comes to, with the weights in the question's (widest) format."""
+        """What a choice comes to, with the weights in the question's (widest) format.
+
+        So many sequences were planned for. Where their number is not asked for, it is as many as
+        fit: what a plan leaves of its bytes is for more of them, unless they would miss a limit.
+        """
         weights = self.question.weights
         found = Candidate(
             number=number,
@@ -107,7 +117,12 @@ class Solver:
             weights=weights,
             freed_bytes=self.question.freed[weights],
         )
-        return with_excess(found, self.question.excess)
+        found = with_excess(found, self.question.excess)
+        most = self.question.most_of(context, choice)
+        if self.question.sequences is not None or most in (0, sequences):
+            return found
+        as_many = with_excess(replace(found, sequences=most), self.question.excess)
+        return found if set(as_many.misses) - set(found.misses) else as_many
 
     @property
     def linked(self) -> NDArray[np.bool_]:
@@ -181,11 +196,6 @@ def _allowed(option: Option, parameters: dict[str, Any]) -> bool:
     if has_exact_sinks(option) and not parameters.get("exact_sinks", True):
         return False
     return all(form.bits >= parameters["least_bits"] for form in (option.keys, option.values))
-
-
-def holds_whole_prompt(option: Option) -> bool:
-    """Whether a prompt's uncompressed cache is held until all layers have read it."""
-    return option.method.needs.asks_model or is_linked(option)
 
 
 def evicts(option: Option) -> bool:

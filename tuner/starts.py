@@ -20,9 +20,9 @@ from kvtune.policies.policy_file.document import read_policy
 from kvtune.simulator.quality.tables import Tables
 from kvtune.tuner.candidate import Candidate
 from kvtune.tuner.exchange import Choice
-from kvtune.tuner.linked import exchange_unlinked, is_linked
+from kvtune.tuner.linked import exchange_unlinked, holds_whole_prompt, is_linked
 from kvtune.tuner.question import Question
-from kvtune.tuner.solver import Solver, by_each_format, evicts, holds_whole_prompt
+from kvtune.tuner.solver import Solver, by_each_format, evicts
 from kvtune.tuner.within import expressible
 
 _EXCHANGES = 200
@@ -97,7 +97,7 @@ def _nearest(option: Option, tables: Tables, allowed: Sequence[int]) -> int:
 def _points(solver: Solver, context: int, start: Choice, name: str) -> Iterator[Candidate]:
     question, problem = solver.question, solver.problems[context]
     waits = any(holds_whole_prompt(question.tables.options[o]) for o in set(start))
-    most = question.sequences_of(context, problem.spent(start), waits)
+    most = question.most_of(context, start)
     sequences = question.sequences or most
     if not 1 <= sequences <= most or not _reads_little(solver, context, start):
         return

@@ -8,8 +8,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.words import figure
 from kvtune.policies.export.contract import exporters
 from kvtune.policies.export.plan import Plan, plan_of
-from kvtune.policies.option import Option
-from kvtune.policies.policy import Policy
+from kvtune.policies.paging import Growth, sequence_bytes, waiting_bytes
 from kvtune.policies.policy_file.parts import ModelFacts, PolicyDocument
 from kvtune.policies.servable import check_servable
 
@@ -42,11 +41,10 @@ def compared(
         KvtuneError: the document does not say which model it is for.
     """
     plan = plan_of(document, "", facts, context_tokens, None)
-    full = Policy.uniform(Option(), plan.facts.layers, plan.facts.kv_heads)
     loss = _loss_of_plan(document)
     ours = [
-        Compared("uncompressed", *_own(plan, full), "0", "exact"),
-        Compared("kvtune", *_own(plan, plan.policy), loss, _proof(plan)),
+        Compared("uncompressed", *_full(plan), "0", "exact"),
+        Compared("kvtune", *_own(plan), loss, _proof(plan)),
     ]
     return ours + [_on(name, document, facts, context_tokens, loss) for name in sorted(exporters())]
 
@@ -60,15 +58,27 @@ def _proof(plan: Plan) -> str:
     return "runtime, and vLLM by plugin"
 
 
-def _own(plan: Plan, policy: Policy) -> tuple[int, int | None]:
-    """Bytes of one prompt, and sequences that fit with their answers in 16 bits."""
+def _full(plan: Plan) -> tuple[int, int | None]:
+    """Bytes of one uncompressed prompt, and sequences that fit with their answers."""
     facts = plan.facts
-    size = policy.footprint(plan.context_tokens, facts.head_dim)
-    if plan.room_bytes is None:
-        return size, None
-    answer = plan.sequence_tokens - plan.context_tokens
     token = 2 * 2 * facts.layers * facts.kv_heads * facts.head_dim
-    return size, plan.room_bytes // (size + answer * token)
+    size = plan.context_tokens * token
+    return size, _fitting(plan, plan.sequence_tokens * token, 0)
+
+
+def _own(plan: Plan) -> tuple[int, int | None]:
+    """Bytes of one prompt as formats count them, and sequences that fit in kvtune's pages."""
+    policy, facts, context = plan.policy, plan.facts, plan.context_tokens
+    growth = Growth(plan.sequence_tokens - context)
+    each = sequence_bytes(policy, context, facts.head_dim, growth)
+    whole = 2 * 2 * context * facts.layers * facts.kv_heads * facts.head_dim
+    waiting = waiting_bytes(whole, facts.layers) if policy.waits else 0
+    return policy.footprint(context, facts.head_dim), _fitting(plan, each, waiting)
+
+
+def _fitting(plan: Plan, each: int, waiting: int) -> int | None:
+    """Sequences of so many bytes in what the file says is left for caches."""
+    return None if plan.room_bytes is None else max(plan.room_bytes - waiting, 0) // each
 
 
 def _on(

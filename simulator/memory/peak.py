@@ -9,6 +9,9 @@ at a time, not all layers', beside the prompt's residual stream; feed-forward pa
 from __future__ import annotations
 
 import bisect
+import math
+from collections.abc import Callable
+from typing import Literal
 
 from kvtune.common.estimate import Estimate, exact
 from kvtune.common.units import MIB
@@ -17,6 +20,11 @@ from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.measured import find_measured
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.memory.weights import WeightFormat, weight_bytes
+
+End = Literal["value", "low", "high"]
+"""Of an estimate."""
+
+USEFUL_CACHE_TOKENS = 1024  # a smaller bf16 cache a sequence is not worth wider weights
 
 _WINDOW_QUERIES = 32
 """Last queries of a prompt whose attention methods look at: SnapKV's window."""
@@ -45,47 +53,29 @@ def peak_memory(
     return add(*parts, exact(cache_bytes_per_sequence * batch, "B"))
 
 
-def waiting_bytes(full_bytes: int, layers: int) -> int:
-    """Bytes held beside all else while a policy waits for the end of one prompt.
-
-    They are the prompt's uncompressed cache, ``full_bytes``, but for one of its layers, which is
-    part of every prefill.
-    """
-    return full_bytes * (layers - 1) // layers
-
-
-def largest_batch(
+def required_bytes(
     shape: ModelShape,
     gpu: GpuProfile,
     weight_format: WeightFormat,
-    cache_bytes_per_sequence: float,
     context_tokens: int,
-    chunk_tokens: int = PREFILL_CHUNK_TOKENS,
-) -> Estimate:
-    """Sequences at once that fit on a card; 0 where not even one does.
+    batch: int = 1,
+) -> int:
+    """The smallest limit that works: everything else, and a useful cache for each sequence."""
+    useful = shape.kv_bytes(min(context_tokens, USEFUL_CACHE_TOKENS))
+    return math.ceil(peak_memory(shape, gpu, weight_format, useful, context_tokens, batch).value)
+
+
+def most_at_once(each: float, room: Callable[[int], float]) -> int:
+    """As many sequences of so many bytes each as fit; 0 where not even one does.
 
     Args:
-        shape: the model.
-        gpu: the card, all of whose memory may be used.
-        weight_format: of the matrices.
-        cache_bytes_per_sequence: of the longest that a sequence gets.
-        context_tokens: of each prompt; prompts are read one after another.
-        chunk_tokens: of a prompt that are read at once.
+        each: bytes of one sequence.
+        room: bytes for so many sequences, which do not grow with their number.
     """
-    most = int(gpu.visible_bytes // cache_bytes_per_sequence)
-
-    def fitting(end: str) -> int:
-        def is_full(batch: int) -> bool:
-            peak = peak_memory(
-                shape, gpu, weight_format, cache_bytes_per_sequence, context_tokens, batch,
-                chunk_tokens,
-            )  # fmt: skip
-            return bool(getattr(peak, end) > gpu.visible_bytes)
-
-        return bisect.bisect_left(range(1, most + 1), True, key=is_full)
-
-    value, low, high = (float(fitting(end)) for end in ("value", "high", "low"))
-    return Estimate(value, low, high, "sequences", "assumed")
+    most = max(int(room(1) // each), 0)
+    if most * each <= room(most):  # what the runtime works with seldom grows so far
+        return most
+    return bisect.bisect_left(range(1, most + 1), True, key=lambda n: n * each > room(n))
 
 
 def overhead_bytes(shape: ModelShape, gpu: GpuProfile, weight_format: WeightFormat) -> Estimate:

@@ -1,11 +1,13 @@
-"""Bytes of a compressed prompt by format, without the heads' lengths: held, and read by a step."""
+"""Bytes of a compressed prompt by format, without the heads' lengths: held, read, remembered."""
 
 from __future__ import annotations
 
 from collections import Counter
 
+from kvtune.policies.decode import DecodeMethod
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
+from kvtune.policies.room import Room
 from kvtune.profiles.shape import ModelShape
 
 
@@ -31,6 +33,16 @@ def bytes_read_by_format(policy: Policy, shape: ModelShape, prompt_tokens: int) 
         for form, size in read.items():
             found[form.name] += heads * size
     return found
+
+
+def statistics_bytes(policy: Policy, prompt_tokens: int, generated: int) -> int:
+    """Bytes that methods remember of one sequence's entries while they go on evicting."""
+    bits = 0
+    for option, planned in zip(policy.options(), policy.budgets(prompt_tokens).flat, strict=True):
+        room = Room.of(option, int(planned), prompt_tokens)
+        if room and isinstance(option.method, DecodeMethod):
+            bits += min(room.prompt + generated, room.most) * option.method.entry_bits
+    return -(-bits // 8)
 
 
 def _alike(policy: Policy, prompt_tokens: int) -> Counter[tuple[Option, int]]:

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.option import ALL
-from kvtune.policies.policy import Policy, footprint_of_lengths
+from kvtune.policies.paging import Growth, sequence_bytes
+from kvtune.policies.policy import Policy
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.memory.policy_bytes import cache_bytes_by_format
 from kvtune.simulator.serving.sequence import Footprint
 
-GRID = 128  # prompt lengths at which a policy's bytes are counted; between them they are a line
+GRID, PAGED_GRID = 128, 33  # lengths at which bytes are counted; between them they are a line
 
 
 def evicts(policy: Policy) -> bool:
@@ -46,14 +46,15 @@ def footprint(
     if policy is None:
         return Footprint(reading, reading, max(token, 1))
     check_shape(shape, policy, longest + output_tokens)
-    beside = footprint_of_lengths(shape.layers, shape.kv_heads)
+    growth, answer = Growth(output_tokens), output_tokens * token
 
     def kept(tokens: int) -> int:
+        """Of a prompt, so that with the longest answer it is what the runtime's pages take."""
         if tokens == 0:
             return 0
-        return sum(map(int, cache_bytes_by_format(policy, shape, tokens).values())) + beside
+        return sequence_bytes(policy, tokens, shape.head_dim, growth) - answer
 
-    return Footprint(reading, _by_length(kept, 0, longest), token, not evicts(policy))
+    return Footprint(reading, _by_length(kept, 0, longest, PAGED_GRID), token, not evicts(policy))
 
 
 def check_shape(shape: ModelShape, policy: Policy, tokens: int) -> None:
@@ -66,10 +67,10 @@ def check_shape(shape: ModelShape, policy: Policy, tokens: int) -> None:
         )
 
 
-def _by_length(size: Callable[[int], int], first: int, last: int) -> list[int]:
+def _by_length(size: Callable[[int], int], first: int, last: int, points: int = GRID) -> list[int]:
     """``size`` of every length, counted on a grid and rounded up between."""
     lengths = np.arange(first, last + 1)
-    grid = np.unique(np.linspace(first, last, GRID).astype(np.int64))
+    grid = np.unique(np.linspace(first, last, points).astype(np.int64))
     counted = [size(int(length)) for length in grid]
     found: list[int] = np.ceil(np.interp(lengths, grid, counted)).astype(np.int64).tolist()
     return found

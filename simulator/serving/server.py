@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
@@ -13,8 +13,7 @@ from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.profiles.split import split_over
 from kvtune.simulator.latency.front_end import NOTHING, FrontEnd
-from kvtune.simulator.memory.budget import memory_budget
-from kvtune.simulator.memory.peak import add, fixed_parts
+from kvtune.simulator.memory.plan import memory_plan
 from kvtune.simulator.memory.weights import WeightFormat
 from kvtune.simulator.serving.sequence import Footprint
 from kvtune.simulator.serving.step import Limits
@@ -114,18 +113,13 @@ def server(
             hint="raise --max-batched-tokens or lower --max-sequences.",
         )
     asked = min(limits.step_tokens, shape.max_context)
-    chosen = memory_budget(local, gpu, memory_bytes, context_tokens=asked, weights=weights)
-    parts = fixed_parts(
-        local, gpu, chosen.weight_format, asked, limits.sequences, limits.step_tokens
-    )
-    fixed = add(*parts)
-    left, low, high = (max(memory_bytes - end, 0) for end in (fixed.value, fixed.high, fixed.low))
-    if left < local.kv_bytes(block_tokens):
+    chosen = memory_plan(local, gpu, memory_bytes, context_tokens=asked, weights=weights)
+    cache = replace(chosen, batch=limits.sequences, chunk_tokens=limits.step_tokens).cache
+    if cache.value < local.kv_bytes(block_tokens):
         raise KvtuneError(
             f"nothing of {format_bytes(memory_bytes)} is left for the cache when steps hold "
             f"{limits.step_tokens} tokens of {limits.sequences} sequences",
             hint="lower --max-batched-tokens or --max-sequences, or raise --mem.",
         )
-    cache = Estimate(left, low, high, "B", "assumed")
     host = host_bytes // gpus
     return Server(shape, gpu, chosen.weight_format, cache, limits, block_tokens, host, gpus, stack)

@@ -10,7 +10,7 @@ from textual.widget import Widget
 from kvtune.common.estimate import Estimate
 from kvtune.common.units import GIB
 from kvtune.common.words import figure
-from kvtune.simulator.memory.budget import MemoryBudget
+from kvtune.simulator.memory.plan import MemoryPlan
 from kvtune.tui.palette import colours_of
 
 _GLYPHS = {"weights": "█", "overhead": "▓", "prefill": "▒", "cache": "▚", "free": "·"}
@@ -32,7 +32,7 @@ class MemoryParts:
         peak: of everything together.
     """
 
-    budget: MemoryBudget
+    budget: MemoryPlan
     peak: Estimate
 
     def sizes(self) -> dict[str, float]:

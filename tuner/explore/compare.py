@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kvtune.common.estimate import Estimate
 from kvtune.policies.option import Option
+from kvtune.policies.paging import landing_bytes
 from kvtune.policies.policy import Policy
 from kvtune.tuner.explore.facts import EACH
 from kvtune.tuner.explore.plans import Floats, Integers, Plan
@@ -91,7 +92,8 @@ def _figures(study: Study, policy: Policy, plan: Plan, setting: Setting) -> Figu
     counts = taken[None].astype(np.float64)
     if setting.weights == EACH:
         setting = replace(setting, weights=str(plan.parameters.get("weights", EACH)))
-    return figures(study.facts, options, counts, context, sequences, setting)
+    landing = landing_bytes(policy.heads, int(context[0]), study.facts.shape.head_dim)
+    return figures(study.facts, options, counts, context, sequences, setting, landing)
 
 
 @dataclass(frozen=True)

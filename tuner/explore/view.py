@@ -118,8 +118,7 @@ class View:
         found = [Line(LOSS, facts.largest_kl, f"KL {facts.largest_kl:g} accepted")]
         if len(contexts) == 1:
             (((_, context), budget),) = contexts.items()
-            each = facts.shape.kv_bytes(context + facts.generated_tokens)
-            full = budget.cache_bytes // each * context
+            full = int(budget.most(None).value) * context
             uncompressed = facts.shape.kv_bytes(context) / MIB
             found.append(Line(BYTES, uncompressed, f"{uncompressed:.0f} MiB uncompressed"))
             if full:
@@ -151,7 +150,7 @@ class View:
             return prompt / MIB
         facts = self.study.facts
         held = prompt + facts.shape.kv_bytes_per_token() * facts.generated_tokens
-        return float(self.figures.budget(chosen).cache_bytes // held * context)
+        return float(self.figures.budget(chosen).count(held) * context)
 
     def share(self, baseline: Baseline) -> float:
         """A baseline's bytes over bf16's: those of the plan it stands beside, nearly."""

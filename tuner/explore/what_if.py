@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 
 from kvtune.common.estimate import Estimate, Tier
 from kvtune.policies.option import Option
-from kvtune.policies.paging import Growth, head_bytes
+from kvtune.policies.paging import Growth, arriving_pages, head_bytes, share_of_slab, waiting_bytes
 from kvtune.policies.policy import footprint_of_lengths
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency.steps import decode_steps
-from kvtune.simulator.memory.budget import MemoryBudget, memory_budget
-from kvtune.simulator.memory.peak import peak_memory, waiting_bytes
+from kvtune.simulator.memory.peak import peak_memory
+from kvtune.simulator.memory.plan import MemoryPlan, memory_plan
 from kvtune.tuner.explore.facts import EACH, Facts
 from kvtune.tuner.explore.plans import Floats, Integers
 from kvtune.tuner.explore.study import Study
-from kvtune.tuner.solver import holds_whole_prompt
+from kvtune.tuner.linked import holds_whole_prompt
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class Figures:
     fits: NDArray[np.bool_]
     time_tier: Tier
     weights: NDArray[np.str_]
-    budgets: dict[tuple[str, int], MemoryBudget]
+    budgets: dict[tuple[str, int], MemoryPlan]
 
-    def budget(self, row: int) -> MemoryBudget:
+    def budget(self, row: int) -> MemoryPlan:
         """Where the memory of one plan goes."""
         return self.budgets[str(self.weights[row]), int(self.context_tokens[row])]
 
@@ -101,13 +101,13 @@ def figures_of(study: Study, setting: Setting) -> Figures:
     plans, facts = study.plans, study.facts
     contexts = _or_own(setting.context_tokens, plans.context_tokens)
     sequences = _or_own(setting.sequences, plans.sequences)
-    counts = study.option_counts
+    counts, landing = study.option_counts, _landing(study, contexts)
     if setting.weights != EACH or not len(plans):
-        return figures(facts, facts.options, counts, contexts, sequences, setting)
+        return figures(facts, facts.options, counts, contexts, sequences, setting, landing)
 
     def of(name: str) -> tuple[Integers, Figures]:
         rows, alike = np.flatnonzero(study.weights == name), replace(setting, weights=name)
-        asked = counts[rows], contexts[rows], sequences[rows], alike
+        asked = counts[rows], contexts[rows], sequences[rows], alike, landing[rows]
         return rows, figures(facts, facts.options, *asked)
 
     return _merged([of(str(name)) for name in np.unique(study.weights)])
@@ -131,15 +131,19 @@ def figures(
     contexts: Integers,
     sequences: Integers,
     setting: Setting,
+    landing: Floats | int = 0,
 ) -> Figures:
-    """The same for any policies, given as how many heads take each option, ``[n, O]``."""
+    """The same for any policies, given as how many heads take each option, ``[n, O]``.
+
+    Where pages from the host land depends on what heads a layer has: ``landing``, bytes, ``[n]``.
+    """
     shape = facts.shape
-    rooms = {int(c): _room(shape, setting, int(c)) for c in np.unique(contexts)}
+    rooms = {int(c): _room(facts, setting, int(c)) for c in np.unique(contexts)}
     stored = _bytes_by_format(options, counts, contexts, shape.head_dim)
     lengths = footprint_of_lengths(shape.layers, shape.kv_heads)
     prompt = sum(stored.values(), np.zeros(len(counts))) + lengths
     generated = shape.kv_bytes_per_token() * facts.generated_tokens
-    held = _held(options, counts, contexts, shape.head_dim, facts.generated_tokens)
+    held = landing + _held(options, counts, contexts, shape.head_dim, facts.generated_tokens)
     stored["bf16"] = stored.get("bf16", np.zeros(len(counts))) + generated
     first = next(iter(rooms.values()), None)
     weights = first.weight_format if first else "bf16"
@@ -149,13 +153,12 @@ def figures(
     time = np.stack([steps.value_s, steps.low_s, steps.high_s], axis=-1).reshape(-1, 3)
     waiting = _waiting(shape, options, counts, contexts)
     memory = _peaks(shape, setting, rooms, contexts, sequences, held) + waiting[:, None]
-    room = np.array([rooms[int(c)].cache_bytes for c in contexts], np.float64) - waiting
     return Figures(
         context_tokens=contexts,
         sequences=sequences,
         prompt_bytes=prompt.astype(np.int64),
         share=prompt / np.maximum(contexts * shape.kv_bytes_per_token(), 1),
-        tokens_that_fit=(room.clip(0) // held).astype(np.int64) * contexts,
+        tokens_that_fit=_that_fit(rooms, contexts, held, waiting) * contexts,
         memory=memory,
         step_s=time,
         tokens_per_s=sequences[:, None] / time[:, [0, 2, 1]],
@@ -170,14 +173,31 @@ def _or_own(asked: int | None, own: Integers) -> Integers:
     return own if asked is None else np.full(len(own), asked, np.int64)
 
 
-def _room(shape: ModelShape, setting: Setting, context: int) -> MemoryBudget:
-    return memory_budget(
-        shape,
+def _room(facts: Facts, setting: Setting, context: int) -> MemoryPlan:
+    return memory_plan(
+        facts.shape,
         setting.gpu,
         setting.memory_bytes,
         context_tokens=context,
+        generated_tokens=facts.generated_tokens,
         weights=setting.weights,
     )
+
+
+def _that_fit(
+    rooms: dict[int, MemoryPlan], contexts: Integers, held: Floats, waiting: Floats
+) -> Integers:
+    """Sequences of each plan that fit at once, ``[n]``; counted one by one where needed alone."""
+    found = np.zeros(len(contexts), np.int64)
+    for context, budget in rooms.items():
+        rows = np.flatnonzero(contexts == context)
+        most = ((budget.room(1) - waiting[rows]).clip(0) // held[rows]).astype(np.int64)
+        counts, which = np.unique(most, return_inverse=True)
+        room = np.array([budget.room(int(count)) for count in counts])[which]
+        found[rows] = most
+        for row in rows[most * held[rows] + waiting[rows] > room]:
+            found[row] = budget.count(float(held[row]), int(waiting[row]))
+    return found
 
 
 def _bytes_by_format(
@@ -210,6 +230,24 @@ def _held(
     return found
 
 
+def _landing(study: Study, contexts: Integers) -> Floats:
+    """Bytes where pages from the host land, the largest layer's of each size, ``[n]``."""
+    shape, options = study.facts.shape, study.facts.options
+    found = np.zeros(len(contexts))
+    if not any(option.on_host for option in options):
+        return found
+    heads = study.plans.heads.reshape(-1, shape.layers, shape.kv_heads)
+    for context in np.unique(contexts).tolist():
+        rows = contexts == context
+        pages = [
+            arriving_pages(o, o.budget.resolve(context), context, shape.head_dim) for o in options
+        ]
+        for layout in {layout for each in pages for layout in each}:
+            counts = np.array([each[layout] for each in pages])
+            found[rows] += share_of_slab(layout) * counts[heads[rows]].sum(2).max(1)
+    return found.round()
+
+
 def _waiting(
     shape: ModelShape, options: Sequence[Option], counts: Floats, contexts: Integers
 ) -> Floats:
@@ -225,7 +263,7 @@ def _waiting(
 def _peaks(
     shape: ModelShape,
     setting: Setting,
-    rooms: dict[int, MemoryBudget],
+    rooms: dict[int, MemoryPlan],
     contexts: Integers,
     sequences: Integers,
     held: Floats,
