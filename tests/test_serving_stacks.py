@@ -15,9 +15,10 @@ from kvtune.common.errors import KvtuneError
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
 from kvtune.simulator.latency import stacks
-from kvtune.simulator.latency.elsewhere import ServingTables
+from kvtune.simulator.latency.elsewhere.tables import ServingTables
 from kvtune.simulator.latency.front_end import FrontEnd
-from kvtune.simulator.latency.serving_kernels import Overheads, ServingModel, small_kernels
+from kvtune.simulator.latency.serving_kernels import ServingModel
+from kvtune.simulator.latency.stack_overheads import Overheads, small_kernels
 from kvtune.simulator.latency.stacks import on_card
 from kvtune.simulator.serving.engine import Engine, serve
 from kvtune.simulator.serving.memory import Memory
@@ -216,13 +217,26 @@ def test_prompts_that_are_held_back_are_read_together() -> None:
     assert sum(len(chunks) for _, chunks in joined.seen) == len(asked)
 
 
+@pytest.mark.parametrize("reading", ["alone", "chunks"])
+def test_new_requests_wait_until_the_engine_looks_for_them(reading: Any) -> None:
+    asked = [(30, 10 + i) for i in range(24)]
+    found = {}
+    for poll in (1, 7):
+        record = run(at_once(asked, 8), Limits(32, 1000, reading=reading, poll_steps=poll), Times())
+        found[poll] = np.array(record.first_s) - np.array(record.arrived_s)
+        assert np.all(np.isfinite(record.finished_s))
+    assert found[7][:8] == pytest.approx(found[1][:8])  # nothing decodes when they come
+    assert found[7][8:].mean() > found[1][8:].mean()
+
+
 # --- the whole ----------------------------------------------------------------------------------
 
 
 def test_a_first_token_waits_for_the_front_end() -> None:
     record = run(at_once([(50, 10)], 1), Limits(32, 100))
-    bare, whole = measures(record, Goals()), measures(record, Goals(), FrontEnd(3.0, 0.1, 2.0))
-    later = 3.0 + 50 * 0.1 + 2.0 * bare["tpot_mean"][0]
+    front = FrontEnd(3.0, 0.1, 2.0, peer_s=5.0)
+    bare, whole = measures(record, Goals()), measures(record, Goals(), front)
+    later = 3.0 + 50 * 0.1 + 2.0 * bare["tpot_mean"][0] + 5.0 * bare["mean_running"][0]
     assert whole["ttft_mean"][0] == pytest.approx(bare["ttft_mean"][0] + later)
     assert whole["latency_mean"][0] == pytest.approx(bare["latency_mean"][0] + later)
     assert whole["tpot_mean"] == bare["tpot_mean"]

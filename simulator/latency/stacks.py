@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -11,9 +12,11 @@ from kvtune.common.estimate import Tier
 from kvtune.profiles.elsewhere import SYSTEM_OF_CARD, Stack, require_systems_folder
 from kvtune.profiles.gpus import GpuProfile, find_gpu
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.latency.elsewhere import ServingTables
+from kvtune.simulator.latency.elsewhere.tables import ServingTables
 from kvtune.simulator.latency.front_end import FrontEnd
-from kvtune.simulator.latency.serving_kernels import Overheads, ServingModel
+from kvtune.simulator.latency.serving_kernels import ServingModel
+from kvtune.simulator.latency.stack_overheads import Overheads
+from kvtune.simulator.memory.weights import WeightFormat
 
 # Half of the 80 % interval as a factor: of whole serving runs with their model and system left out,
 # a token and a first token; and of decode attention of systems whose chip was left out whole.
@@ -29,35 +32,54 @@ OVERHEADS: dict[Stack, Overheads] = {
     "trtllm": Overheads(1.1e-6, 0.28e-3, 12.0e-6, 0.958, 1.07, 0.38e-3),
 }
 FRONT_ENDS: dict[Stack, FrontEnd] = {
-    "vllm": FrontEnd(16.0e-3, 4.5e-6, 1.4, _FIRST_TOKEN_FACTOR),
-    "sglang": FrontEnd(20.0e-3, 3.0e-6, 1.0, _FIRST_TOKEN_FACTOR),
-    "trtllm": FrontEnd(24.0e-3, 2.9e-6, 0.89, _FIRST_TOKEN_FACTOR),
+    "vllm": FrontEnd(16.0e-3, 4.5e-6, 1.4, 0.0, _FIRST_TOKEN_FACTOR),
+    "sglang": FrontEnd(20.0e-3, 3.0e-6, 1.0, 0.0, _FIRST_TOKEN_FACTOR),
+    "trtllm": FrontEnd(24.0e-3, 2.9e-6, 0.89, 0.0, _FIRST_TOKEN_FACTOR),
 }
 
-_MATRIX_FORMATS = {"bf16": ("bfloat16",), "fp8": ("fp8", "fp8_block"), "int4": ("int4_wo",)}
+KvFormat = Literal["bfloat16", "fp8"]
+KV_BYTES: dict[KvFormat, int] = {"bfloat16": 2, "fp8": 1}
+"""Bytes of a cached number, by the tables' name of its format."""
+
+
+@dataclass(frozen=True)
+class StackSetting:
+    """How a stack serves a model.
+
+    Args:
+        stack: whose kernels.
+        weights: format of the matrices.
+        gpus: that share each layer.
+        kv_format: of the cache.
+        expert_parallel: groups of GPUs that have routed experts of their own.
+    """
+
+    stack: Stack
+    weights: WeightFormat
+    gpus: int = 1
+    kv_format: KvFormat = "bfloat16"
+    expert_parallel: int = 1
 
 
 def stack_model(
-    shape: ModelShape, gpu: GpuProfile, gpus: int, stack: Stack, weight_format: str
+    shape: ModelShape, gpu: GpuProfile, setting: StackSetting
 ) -> tuple[ServingModel, GpuProfile]:
-    """A model over its bf16 cache, and the measured card that its times are of.
+    """A model over its whole cache, and the measured card that its times are of.
 
     Args:
         shape: the whole model.
         gpu: the card; the most alike of those that were measured stands in for it.
-        gpus: that share each layer.
-        stack: whose kernels.
-        weight_format: of the matrices.
+        setting: how it is served.
 
     Raises:
         KvtuneError: the tables have no such card, format or kind of attention.
     """
     card = nearest_measured(gpu)
-    tables = ServingTables(require_systems_folder(), SYSTEM_OF_CARD[card.slug], stack)
-    form = _format(tables, weight_format)
-    bandwidth = card.bandwidth_bytes_per_s
+    tables = ServingTables(require_systems_folder(), SYSTEM_OF_CARD[card.slug], setting.stack)
+    matrices, experts = table_formats(tables, shape, setting.weights)
     model = ServingModel(
-        tables, shape, gpus, form, form, "bfloat16", bandwidth, OVERHEADS[stack]
+        tables, shape, setting.gpus, matrices, experts, setting.kv_format,
+        card.bandwidth_bytes_per_s, OVERHEADS[setting.stack], setting.expert_parallel,
     )  # fmt: skip
     return model, card
 
@@ -110,17 +132,43 @@ def unlike(card: GpuProfile, gpu: GpuProfile) -> float:
     return float(np.sum(np.abs(rates)) + 2 * other)
 
 
-def _format(tables: ServingTables, weight_format: str) -> str:
-    """The tables' name of a weight format, the first that was measured.
+_MATRICES = {
+    "bf16": ("bfloat16",), "fp8": ("fp8", "fp8_block"), "int4": ("int4_wo",),
+    "nvfp4": ("nvfp4",), "mxfp4": ("bfloat16",),
+}  # fmt: skip
+_EXPERTS = {**_MATRICES, "mxfp4": ("w4a8_mxfp4_mxfp8", "w4a16_mxfp4")}
+_ALIKE = {"awq": "int4", "gptq": "int4"}
+
+
+def table_formats(
+    tables: ServingTables, shape: ModelShape, weights: WeightFormat
+) -> tuple[str, str]:
+    """The tables' names of the format of matrices and of routed experts, the first measured.
 
     Raises:
         KvtuneError: none of them was.
     """
+    name = _stored_as(shape) if weights == "stored" else _ALIKE.get(weights, weights)
     measured = tables.matrix_formats()
-    for name in _MATRIX_FORMATS.get(weight_format, ()):
-        if name in measured:
-            return name
-    raise KvtuneError(
-        f"{tables.stack} on {tables.system} has no measured matrices in {weight_format}",
-        hint=f"measured: {', '.join(sorted(measured)) or 'none'}; --weights chooses one.",
-    )
+    matrices = [each for each in _MATRICES.get(name, ()) if each in measured]
+    if not matrices:
+        raise KvtuneError(
+            f"{tables.stack} on {tables.system} has no measured matrices in {name}",
+            hint=f"measured: {', '.join(sorted(measured)) or 'none'}; --weights chooses one.",
+        )
+    if shape.experts is None:
+        return matrices[0], matrices[0]
+    found = [each for each in _EXPERTS[name] if tables.has_experts(each)]
+    return matrices[0], (found or matrices)[0]
+
+
+def _stored_as(shape: ModelShape) -> str:
+    """The format whose kernels run a checkpoint that is already quantised."""
+    name = shape.stored.name.lower() if shape.stored else ""
+    for part, alike in (
+        ("nvfp4", "nvfp4"), ("float4", "nvfp4"), ("mxfp4", "mxfp4"), ("fp8", "fp8"),
+        ("float8", "fp8"), ("int4", "int4"),
+    ):  # fmt: skip
+        if part in name:
+            return alike
+    return name or "a format that is not known"

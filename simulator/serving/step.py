@@ -27,6 +27,7 @@ class Limits:
         reading: prompts are read in chunks beside decoding, whole beside decoding, or in steps of
             their own.
         hold_steps: decode steps for which prompts may be held back until they fill a step.
+        poll_steps: decode steps between which the engine does not look for new requests.
     """
 
     sequences: int
@@ -34,6 +35,7 @@ class Limits:
     order: Literal["arrival", "cached"] = "arrival"
     reading: Reading = "chunks"
     hold_steps: int = 0
+    poll_steps: int = 1
 
 
 @dataclass

@@ -12,18 +12,24 @@ from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.policy import Policy
-from kvtune.profiles.elsewhere import Stack
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency.answers import TIERS, Times
 from kvtune.simulator.latency.compression import compression
 from kvtune.simulator.latency.overheads import transfer
-from kvtune.simulator.latency.stacks import FRONT_ENDS, interval_of, on_card, stack_model
+from kvtune.simulator.latency.stacks import (
+    FRONT_ENDS,
+    KV_BYTES,
+    StackSetting,
+    interval_of,
+    on_card,
+    stack_model,
+)
 from kvtune.simulator.latency.steps import decode_steps, prefill, prefills
 from kvtune.simulator.latency.sums import sums_over_gpus
 from kvtune.simulator.memory.policy_bytes import cache_bytes_by_format
 from kvtune.simulator.memory.weights import WeightFormat
-from kvtune.simulator.serving.footprint import footprint
+from kvtune.simulator.serving.footprint import footprint, whole_footprint
 from kvtune.simulator.serving.requests import Requests
 from kvtune.simulator.serving.server import Prepared, Server
 from kvtune.simulator.serving.stack_times import StackGrids, StackTimes
@@ -63,8 +69,8 @@ def prepare(server: Server, requests: Requests, policy: Policy | None) -> Prepar
         KvtuneError: the policy is for another shape, or cannot be costed on this one, on several
             cards or with a stack's kernels.
     """
-    if server.stack != "kvtune":
-        return _of_stack(server, server.stack, requests, policy)
+    if server.setting is not None:
+        return _of_stack(server, server.setting, requests, policy)
     if policy is not None and server.gpus > 1:
         raise KvtuneError(
             "a policy can be costed on one GPU only, as yet",
@@ -86,8 +92,11 @@ def prepare(server: Server, requests: Requests, policy: Policy | None) -> Prepar
     return Prepared(policy.name if policy else "full cache", server, held, times)
 
 
-def _of_stack(server: Server, stack: Stack, requests: Requests, policy: Policy | None) -> Prepared:
+def _of_stack(
+    server: Server, setting: StackSetting, requests: Requests, policy: Policy | None
+) -> Prepared:
     """The uncompressed cache by a stack's kernels."""
+    stack = setting.stack
     if policy is not None:
         raise KvtuneError(
             f"a policy is not costed with {stack}'s kernels, which know whole caches only",
@@ -100,7 +109,7 @@ def _of_stack(server: Server, stack: Stack, requests: Requests, policy: Policy |
         )
     prompts = _possible(requests, server.shape.max_context)
     longest_output = min(int(requests.output_tokens.max()), server.shape.max_context)
-    model, card = stack_model(server.shape, server.gpu, server.gpus, stack, server.weights)
+    model, card = stack_model(server.shape, server.gpu, setting)
     factor, tier = interval_of(card, server.gpu)
     limits, longest = server.limits, int(prompts.max()) + longest_output
     grids = StackGrids(model, limits.sequences, longest, limits.step_tokens)
@@ -108,7 +117,7 @@ def _of_stack(server: Server, stack: Stack, requests: Requests, policy: Policy |
     ends: dict[End, EngineTimes] = {
         "value": times, "low": times.scaled(1 / factor), "high": times.scaled(factor),
     }  # fmt: skip
-    held = footprint(server.local, None, prompts, longest_output)
+    held = whole_footprint(server.local, prompts, KV_BYTES[setting.kv_format])
     return Prepared("full cache", server, held, ends, FRONT_ENDS[stack])
 
 
