@@ -388,11 +388,12 @@ def check_runtime_alone(stack: str) -> None:
         KvtuneError: any but kvtune's own runtime.
     """
     if stack != "kvtune":
+        narrow = "" if stack == "llama-cpp" else "a cache of 8 bits is --kv-cache-dtype fp8; "
         raise KvtuneError(
             f"--policy is costed as kvtune's own runtime runs it, and --stack {stack} runs its own "
             "cache",
-            hint="leave out --stack; a cache of 8 bits is --kv-cache-dtype fp8, and kvtune export "
-            "--compare says what of a policy each stack can be given, and what fits there.",
+            hint=f"leave out --stack; {narrow}kvtune export --compare says what of a policy each "
+            "stack can be given, and what fits there.",
         )
 
 
