@@ -232,6 +232,8 @@ def parameters_of(kept: Any, slope: Parameters, off: Parameters, stack: Stack) -
 def summary(ratios: Any) -> dict[str, float]:
     """How far predictions are from what was measured, by the ratios of the two."""
     found = np.asarray(ratios)
+    if not len(found):
+        return {"count": 0}
     wrong = np.abs(found - 1)
     return {
         "count": len(found),

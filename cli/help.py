@@ -8,7 +8,7 @@ from typing import Any
 from typer.core import TyperCommand, TyperGroup
 
 from kvtune.cli.failures import USAGE_ERROR, usage_message
-from kvtune.cli.unread import refuse_unread
+from kvtune.cli.unread import let_typed_win, refuse_unread
 from kvtune.common.errors import KvtuneError
 
 OTHERS = "Output and help"
@@ -179,6 +179,7 @@ class Command(TyperCommand):
         """Run what reads all that was typed; of a mistake, say too which options a file gave."""
         try:
             refuse_unread(ctx)
+            let_typed_win(ctx)
             return super().invoke(ctx)
         except KvtuneError as error:
             error.hint = _with_origins(ctx, error)
