@@ -37,16 +37,16 @@ def write_systems(folder: Path) -> None:
     heads = ((32, 8), (16, 4), (8, 2), (8, 1))
     lengths = (1, 16, 256, 1024, 4096, 16384)
     base = {"kernel_source": "fa", "head_dim": 128, "window_size": 0}
-    kinds: dict[str, Any] = {"attn_dtype": "bfloat16", "kv_cache_dtype": "bfloat16"}
-    decode = [
-        {**base, **kinds, "batch_size": b, "step": n - 1, "num_heads": q, "num_key_value_heads": k,
-         "latency": 1e3 * decode_s(b, n, k)}
-        for b, n, (q, k) in itertools.product(sizes, lengths, heads)
+    formats = {"bfloat16": 1.0, "fp8": 0.5}  # and how many of the bytes are read
+    decode: list[Any] = [
+        {**base, "kv_cache_dtype": form, "batch_size": b, "step": n - 1, "num_heads": q,
+         "num_key_value_heads": k, "latency": 1e3 * decode_s(b, n * formats[form], k)}
+        for b, n, (q, k), form in itertools.product(sizes, lengths, heads, formats)
     ]  # fmt: skip
-    context = [
-        {**base, **kinds, "batch_size": b, "isl": n, "num_heads": q, "num_key_value_heads": k,
-         "latency": 1e3 * context_s(b, n, q)}
-        for b, n, (q, k) in itertools.product(sizes, lengths[1:], heads)
+    context: list[Any] = [
+        {**base, "kv_cache_dtype": form, "batch_size": b, "isl": n, "num_heads": q,
+         "num_key_value_heads": k, "latency": 1e3 * context_s(b, n, q)}
+        for b, n, (q, k), form in itertools.product(sizes, lengths[1:], heads, formats)
     ]  # fmt: skip
     write(folder, "attention", "vllm", "0.24.0", "generation_attention_perf", decode)
     slow = [{**row, "latency": 1.0} for row in decode]

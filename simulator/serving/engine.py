@@ -42,7 +42,8 @@ def serve(
     def run(end: End) -> Record:
         blocks, host = int(server.cache.value) // size, server.host_bytes // size
         memory = Memory(prepared.footprint, server.block_tokens, blocks, host)
-        scheduler = Scheduler(memory, prepared.times[end], server.limits)
+        limits = prepared.limits or server.limits
+        scheduler = Scheduler(memory, prepared.times[end], limits)
         return Engine(requests, scheduler, server.shape.max_context).run()
 
     tier = prepared.times["value"].tier

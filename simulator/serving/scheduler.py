@@ -51,6 +51,7 @@ class Scheduler:
         self._passed_over = 0  # by how many the first one that waits
         self._held_back = 0  # decode steps since prompts began to be held back
         self._decoded = 0  # decode steps since prompts were last read
+        self._left_to_answers = int((limits.left_to_answers or 0.0) * memory.pool.total)
 
     def plan(self, quiet_s: float) -> Step | None:
         """The next step, with the blocks that it takes; None where there is nothing to do.
@@ -213,7 +214,7 @@ class Scheduler:
 
     def _begin(self, sequence: Sequence) -> bool:
         """Start to read a prompt, if its blocks can be had."""
-        if not self.memory.admit(sequence):
+        if not self.memory.admit(sequence, self._left_to_answers if self.running else 0):
             return False
         self.reading[sequence] = None
         self.counts.prompt_tokens += sequence.to_read

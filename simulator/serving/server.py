@@ -69,6 +69,7 @@ class Prepared:
         footprint: bytes of a sequence on each card.
         times: of the engine's steps: likely, and at both ends of their intervals.
         front: what a first token takes beside them.
+        limits: of the engine's steps where the policy changes them; None for the server's.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Prepared:
     footprint: Footprint
     times: Mapping[End, EngineTimes]
     front: FrontEnd = NOTHING
+    limits: Limits | None = None
 
     @property
     def block_bytes(self) -> int:
