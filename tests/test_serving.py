@@ -180,6 +180,12 @@ def run(
     return Engine(asked, Scheduler(memory, of or times(), limits), LONGEST).run()
 
 
+def test_requests_of_one_moment_are_read_in_one_step() -> None:
+    together = run(requests(*[(0, 50, 10)] * 4, *[(7.5, 50, 10)] * 3))
+    assert len(set(together.first_s[:4])) == len(set(together.first_s[4:])) == 1
+    assert len(set(together.finished_s[:4])) == 1
+
+
 # --- oracles ------------------------------------------------------------------------------------
 
 
