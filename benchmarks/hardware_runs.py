@@ -13,8 +13,8 @@ What the tables do not hold (``NAMES``) is fitted: each model on each system is 
 parameters of all others of its stack. What was chosen by hand, ``WAVES`` among it, was chosen after
 looking at rows of all models but those of ``UNREAD``, so that those errors are not of unseen runs.
 ``blind`` has those that are: of the models of ``UNREAD``, by parameters of the others; and of half
-of the others, drawn once, by which nothing was chosen after the draw. No row of the tables is
-written, only errors.
+of the others, drawn once, by which nothing was chosen after the draw. No parameter is fitted on
+``UNREAD``. No row of the tables is written, only errors.
 """
 
 from __future__ import annotations
@@ -341,11 +341,10 @@ def judged_blind(pool: Pool, known: Fitted, unread: Sequence[Run]) -> dict[str, 
     ``half``: those of ``held_out_models``, by the others that had been read before. ``unread``:
     models whose rows were never read before they were judged here, by all that had been.
     """
-    held, models = held_out_models(known.runs), [run.setting.plain_model for run in known.runs]
-    read = np.array([model not in UNREAD for model in models])
-    out = np.array([model in held for model in models])
-    half = _where(known.runs, out)
-    asked = {"half": (half, read & ~out), "unread": (unread, read)}
+    held = held_out_models(known.runs)
+    out = np.array([run.setting.plain_model in held for run in known.runs])
+    half, every = _where(known.runs, out), np.ones(len(known.runs), bool)
+    asked = {"half": (half, ~out), "unread": (unread, every)}
     found = {}
     for name, (runs, kept) in asked.items():
         ratios = ratios_of(pool, runs, known.parameters(kept))
@@ -358,7 +357,7 @@ def judged_blind(pool: Pool, known: Fitted, unread: Sequence[Run]) -> dict[str, 
 
 def held_out_models(runs: Sequence[Run]) -> set[str]:
     """A half of the models that had been read, drawn once: nothing new is chosen by their rows."""
-    names = sorted({run.setting.plain_model for run in runs} - set(UNREAD))
+    names = sorted({run.setting.plain_model for run in runs})
     return set(np.random.default_rng(0).permutation(names)[1::2].tolist())
 
 
@@ -381,7 +380,8 @@ def main() -> None:
     given = parser.parse_args()
     folder = given.systems or require_systems_folder()
     configs = given.configs or folder.parent / "model_configs"
-    runs, left = read_runs(folder, configs, given.every)
+    some, left = read_runs(folder, configs, given.every)
+    runs = [run for run in some if run.setting.plain_model not in UNREAD]
     unread = [run for run in read_runs(folder, configs)[0] if run.setting.plain_model in UNREAD]
     report = {
         "tables": "aiconfigurator-core 0.12.0", "one_of": given.every,
