@@ -233,7 +233,10 @@ def _does_not_fit(
     def longest(weight_format: WeightFormat) -> int:
         return _longest_context(shape, gpu, limit, weight_format, context_tokens, batch)
 
-    hint = _what_fits(gpu, limit, needs, least, longest)
+    whole = peak_memory(
+        shape, gpu, smallest, shape.kv_bytes(context_tokens), context_tokens, batch
+    ).value
+    hint = _what_fits(gpu, limit, needs, least, longest, whole)
     most = _most_sequences(shape, gpu, limit, smallest, context_tokens)
     if 0 < most < batch:
         hint = f"--batch {most} is the most that fits at this context. {hint[0].upper()}{hint[1:]}"
@@ -276,7 +279,9 @@ def _what_fits(
     needs: dict[WeightFormat, int],
     tried: WeightFormat,
     longest: Callable[[WeightFormat], int],
+    whole: float,
 ) -> str:
+    """What would fit; ``whole`` is what the narrowest weights need beside an uncompressed cache."""
     fitting = [name for name, need in needs.items() if need <= limit]
     if fitting:
         shorter = f", or --context {most} at most" if (most := longest(tried)) else ""
@@ -295,9 +300,12 @@ def _what_fits(
             f"{shorter} smaller model or a larger GPU is needed."
         )
     shorter = f"; in this one --context {most} is the most" if most else ""
+    beside = ""
+    if whole > needs[smallest]:
+        beside = f" and a compressed cache; the whole cache needs {_at_least(whole)}"
     return (
         f"the smallest limit that works is {_at_least(needs[smallest])}, with {smallest} "
-        f"weights{shorter}."
+        f"weights{beside}{shorter}."
     )
 
 
