@@ -243,7 +243,8 @@ def test_gguf_windows_that_llama_cpp_does_not_use_and_those_nobody_knows(tmp_pat
     ("norms", "of_queries", "over_heads", "a_layer"),
     [
         ({"attn_norm": 1024, "ffn_norm": 1024}, False, False, 2),
-        ({"attn_norm": 1024, "ffn_norm": 1024, "attn_q_norm": 128, "attn_k_norm": 128}, True, False, 2),
+        ({"attn_norm": 1024, "ffn_norm": 1024, "attn_q_norm": 128, "attn_k_norm": 128},
+         True, False, 2),
         ({"attn_norm": 1024, "post_attention_norm": 1024, "ffn_norm": 1024, "post_ffw_norm": 1024,
           "attn_q_norm": 1024, "attn_k_norm": 1024}, True, True, 4),
     ],
@@ -254,7 +255,6 @@ def test_a_gguf_says_which_norms_a_layer_has(
     import numpy as np
 
     tensors = {f"blk.0.{name}.weight": np.ones(wide, np.float32) for name, wide in norms.items()}
-    keys = {"attention__key_length": 128, "attention__value_length": 128}
     model = shape_from_gguf(gguf_file(tmp_path / "m.gguf", "qwen3", table() | tensors))
     found = model.query_key_norm, model.norms_over_heads, model.norms_per_layer
     assert found == (of_queries, over_heads, a_layer)
