@@ -210,11 +210,11 @@ def slopes(pool: Pool, runs: Sequence[Run], base: Parameters) -> Parameters:
     return np.stack(found, axis=-1)
 
 
-def fit(slope: Parameters, off: Parameters) -> Parameters:
+def fit(slope: Parameters, off: Parameters, spread: Parameters = SPREAD) -> Parameters:
     """The least absolute errors in the logarithms, held lightly at what was assumed."""
     moved, weight = np.zeros(slope.shape[1]), np.ones(len(off))
     for _ in range(25):
-        normal = (slope * weight[:, None]).T @ slope + np.diag(SPREAD**-2)
+        normal = (slope * weight[:, None]).T @ slope + np.diag(spread**-2.0)
         moved = np.linalg.solve(normal, (slope * weight[:, None]).T @ off)
         weight = 1 / np.maximum(np.abs(off - slope @ moved), 0.03)
     return moved

@@ -73,14 +73,14 @@ def test_a_layer_multiplies_into_both_latents_and_out_of_them(systems: Path) -> 
         matrix_s(16, 1536 + 512 + 64, wide), matrix_s(16, heads * (128 + 64), 1536),
         matrix_s(16, wide, heads * 128), 2 * (2e-6 + 16 * heads * 128 * 512 * 2 / 5e14),
     )  # fmt: skip
-    assert float(model(systems)._attention_matrices(rows)) == pytest.approx(sum(parts), rel=0.1)
+    assert float(model(systems).attention_matrices(rows)) == pytest.approx(sum(parts), rel=0.1)
 
 
 def test_where_a_table_has_whole_layers_their_matrices_are_not_counted_twice(
     systems: Path,
 ) -> None:
     whole = model(systems, "vllm")
-    assert float(whole._attention_matrices(np.array(16.0))) == 0.0
+    assert float(whole.attention_matrices(np.array(16.0))) == 0.0
     with pytest.raises(KvtuneError, match="no measured latent attention over bfloat16 with matric"):
         whole.decode(1, 100)  # whole layers were measured with matrices in fp8 alone
     tables = ServingTables(systems, "h200_sxm", "vllm")

@@ -153,7 +153,7 @@ class ServingModel:
         shape = self.shape
         moved = 2.0 * rows * shape.hidden_size * _PASSES_A_LAYER
         layer = (
-            self._attention_matrices(rows)
+            self.attention_matrices(rows)
             + 2 * self.tables.all_reduce(self.gpus, rows * shape.hidden_size)
             + shape.norms_over_heads * self.tables.all_reduce(self.gpus, 2 * rows)
             + moved / (_ACHIEVED * self.bandwidth_bytes_per_s)
@@ -173,7 +173,8 @@ class ServingModel:
         layer = count * over.small_kernel_s
         return np.asarray(self.shape.layers * layer + over.step_s + over.sequence_s * sequences)
 
-    def _attention_matrices(self, rows: FloatArray) -> FloatArray:
+    def attention_matrices(self, rows: FloatArray) -> FloatArray:
+        """Seconds of one layer's projections around attention; none where its table has them."""
         if self._whole_attention:
             return np.zeros(np.shape(rows))
         local, latent = self._local, self.shape.latent
