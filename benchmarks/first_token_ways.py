@@ -1,6 +1,6 @@
 """Ways to predict first tokens better, chosen on half of the models and judged on the other half.
 
-    python -m kvtune.benchmarks.first_token_ways --every 5 --out benchmarks/results/first-token-ways.json
+    python -m kvtune.benchmarks.first_token_ways --every 5 --out results/first-token-ways.json
 
 Each way is one more term of a first token, fitted beside the others of ``hardware_runs.py``. Models
 are halved as there (``held_out_models``), before any way was tried: a way is chosen by the errors

@@ -72,7 +72,9 @@ def main() -> None:
     if arguments.tiny:
         shape = dataclasses.replace(shape, layers=2, windows=(None, None), vocab_size=1000)
     found = {
-        **{key: str(value) for key, value in vars(arguments).items() if key != "out"},
+        **{
+            key: str(value) for key, value in vars(arguments).items() if key not in ("out", "again")
+        },
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         **compare(shape, arguments),
     }

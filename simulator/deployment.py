@@ -12,9 +12,9 @@ from kvtune.profiles.shape import ModelShape
 from kvtune.profiles.split import split_over
 from kvtune.simulator.latency.chunks import Reading
 from kvtune.simulator.latency.stacks import (
-    FRONT_ENDS,
     KvFormat,
     StackSetting,
+    front_end,
     interval_of,
     on_card,
     stack_model,
@@ -92,13 +92,14 @@ class Deployment:
             stack, budget.weight_format, self.gpus, self.kv_format, self.expert_parallel
         )
         model, card = stack_model(self.shape, self.gpu, setting)
-        factor, tier = interval_of(card, self.gpu)
+        factor, tier = interval_of(card, self.gpu, self.shape)
         model, tokens = on_card(model, card, self.gpu), budget.context_tokens
         step = float(model.decode(budget.batch, tokens + generated))
         chunk = reading.chunk_tokens or (default_batch(self.gpu)[0] if stack == "vllm" else None)
         first = model.prefill_in_chunks(reading.new_tokens(tokens), reading.prefix_tokens, chunk)
-        front = float(FRONT_ENDS[stack].seconds(tokens, step, budget.batch))
-        of_first = max(factor, FRONT_ENDS[stack].within)
+        server = front_end(stack, self.shape)
+        front = float(server.seconds(tokens, step, budget.batch))
+        of_first = max(factor, server.within)
         return DeploymentTimes(
             _within(step, factor, tier),
             _within(first, of_first, tier),

@@ -19,23 +19,32 @@ from kvtune.simulator.latency.stack_overheads import Overheads
 from kvtune.simulator.memory.weights import WeightFormat
 
 # Half of the 80 % interval as a factor: of whole serving runs with their model and system left out,
-# a token and a first token; and of decode attention of systems whose chip was left out whole.
-STEP_FACTOR = 1.22
-_FIRST_TOKEN_FACTOR = 1.5
+# a token and a first token; the same of models with latent attention, whose runs nothing was fitted
+# on; and of decode attention of systems whose chip was left out whole.
+STEP_FACTOR, _LATENT_STEP_FACTOR = 1.21, 1.37
+_FIRST_TOKEN_FACTOR, _LATENT_FIRST_TOKEN_FACTOR = 1.55, 3.03
 TRANSFER_FACTOR = 1.45
 
 # Fitted on the whole serving runs of aiconfigurator-core 0.12.0 (benchmarks/hardware_runs.py;
 # benchmarks/results/hardware-runs.json, "parameters").
 OVERHEADS: dict[Stack, Overheads] = {
-    "vllm": Overheads(2.5e-6, 0.14e-3, 6.1e-6, 1.0, 1.16, 0.59e-3),
+    "vllm": Overheads(2.5e-6, 0.14e-3, 6.5e-6, 1.01, 1.15, 0.54e-3),
     "sglang": Overheads(1.8e-6, 0.34e-3, 18.0e-6, 1.03, 1.03, 0.4e-3),
-    "trtllm": Overheads(1.1e-6, 0.28e-3, 12.0e-6, 0.958, 1.07, 0.38e-3),
+    "trtllm": Overheads(1.1e-6, 0.3e-3, 12.0e-6, 0.953, 1.06, 0.37e-3),
 }
-FRONT_ENDS: dict[Stack, FrontEnd] = {
-    "vllm": FrontEnd(16.0e-3, 4.5e-6, 1.4, 0.0, _FIRST_TOKEN_FACTOR),
-    "sglang": FrontEnd(20.0e-3, 3.0e-6, 1.0, 0.0, _FIRST_TOKEN_FACTOR),
-    "trtllm": FrontEnd(24.0e-3, 2.9e-6, 0.89, 0.0, _FIRST_TOKEN_FACTOR),
+_FRONT_ENDS: dict[Stack, FrontEnd] = {
+    "vllm": FrontEnd(14.0e-3, 4.6e-6, 1.2, 0.21e-3),
+    "sglang": FrontEnd(20.0e-3, 3.0e-6, 1.0, 0.073e-3),
+    "trtllm": FrontEnd(23.0e-3, 2.5e-6, 1.4, 0.12e-3),
 }
+
+
+def front_end(stack: Stack, shape: ModelShape) -> FrontEnd:
+    """What a first token takes beside the engine's steps, with its interval."""
+    latent = shape.latent is not None
+    within = _LATENT_FIRST_TOKEN_FACTOR if latent else _FIRST_TOKEN_FACTOR
+    return replace(_FRONT_ENDS[stack], within=within)
+
 
 KvFormat = Literal["bfloat16", "fp8"]
 KV_BYTES: dict[KvFormat, int] = {"bfloat16": 2, "fp8": 1}
@@ -95,11 +104,12 @@ def on_card(model: ServingModel, card: GpuProfile, gpu: GpuProfile) -> ServingMo
     return replace(model, overheads=scaled)
 
 
-def interval_of(card: GpuProfile, gpu: GpuProfile) -> tuple[float, Tier]:
+def interval_of(card: GpuProfile, gpu: GpuProfile, shape: ModelShape) -> tuple[float, Tier]:
     """Half of the 80 % interval as a factor, and the tier: the card's own times or transferred."""
+    factor = STEP_FACTOR if shape.latent is None else _LATENT_STEP_FACTOR
     if card == gpu:
-        return STEP_FACTOR, "measured elsewhere"
-    return float(np.exp(np.hypot(np.log(STEP_FACTOR), np.log(TRANSFER_FACTOR)))), "transferred"
+        return factor, "measured elsewhere"
+    return float(np.exp(np.hypot(np.log(factor), np.log(TRANSFER_FACTOR)))), "transferred"
 
 
 def nearest_measured(gpu: GpuProfile) -> GpuProfile:

@@ -12,9 +12,9 @@ from kvtune.common.errors import KvtuneError
 from kvtune.policies.policy import Policy
 from kvtune.policies.servable import LEFT_TO_ANSWERS, check_servable
 from kvtune.simulator.latency.stacks import (
-    FRONT_ENDS,
     KV_BYTES,
     StackSetting,
+    front_end,
     interval_of,
     on_card,
     stack_model,
@@ -76,10 +76,10 @@ def _of_stack(
             hint="leave out --host-mem (who must leave is then read again), or --stack.",
         )
     model, card = stack_model(server.shape, server.gpu, setting)
-    factor, tier = interval_of(card, server.gpu)
+    factor, tier = interval_of(card, server.gpu, server.shape)
     longest = load.prompts[1] + load.output_tokens
     grids = StackGrids(model, load.sequences, longest, load.step_tokens)
-    scaled, front = on_card(model, card, server.gpu), FRONT_ENDS[setting.stack]
+    scaled, front = on_card(model, card, server.gpu), front_end(setting.stack, server.shape)
     if policy is None:
         times = StackTimes(scaled, grids, tier)
         held = whole_footprint(server.local, prompts, KV_BYTES[setting.kv_format])
