@@ -11,8 +11,10 @@ row's and the requests of each client (``WAVES``) were inferred from the runs.
 
 What the tables do not hold (``NAMES``) is fitted: each model on each system is predicted by
 parameters of all others of its stack. What was chosen by hand, ``WAVES`` among it, was chosen after
-looking at all rows, so that errors are not those of unseen runs. No row of the tables is written,
-only errors.
+looking at rows of all models but those of ``UNREAD``, so that those errors are not of unseen runs.
+``blind`` has those that are: of the models of ``UNREAD``, by parameters of the others; and of half
+of the others, drawn once, by which nothing was chosen after the draw. No parameter is fitted on
+``UNREAD``. No row of the tables is written, only errors.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import functools
 import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,13 @@ import numpy as np
 from kvtune.benchmarks.serving_recipes import Run, Setting, read_runs, shape_of
 from kvtune.profiles.elsewhere import STACKS, Stack, require_systems_folder
 from kvtune.profiles.split import split_over
-from kvtune.simulator.latency.elsewhere import ServingTables
+from kvtune.simulator.latency.elsewhere.tables import ServingTables
 from kvtune.simulator.latency.front_end import FrontEnd
-from kvtune.simulator.latency.serving_kernels import Overheads, ServingModel
+from kvtune.simulator.latency.serving_kernels import ServingModel
+from kvtune.simulator.latency.stack_overheads import Overheads
+from kvtune.simulator.latency.stacks import KV_BYTES
 from kvtune.simulator.serving.engine import Engine
-from kvtune.simulator.serving.footprint import footprint
+from kvtune.simulator.serving.footprint import whole_footprint
 from kvtune.simulator.serving.memory import Memory
 from kvtune.simulator.serving.requests import Requests
 from kvtune.simulator.serving.scheduler import Scheduler
@@ -51,17 +55,20 @@ WEIGHT_BYTES = {"bfloat16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "int4_wo": 0.53} 
 
 NAMES = (
     "kernels", "small_kernel_s", "step_s", "sequence_s", "reading", "launches_s",
-    "request_s", "token_s", "steps",
+    "request_s", "token_s", "steps", "peer_s",
 )  # fmt: skip
 FRONT = NAMES.index("request_s")  # from here on what no step takes
 PRIOR: dict[Stack, list[float]] = {
-    "vllm": [1, 2.5e-6, 0.3e-3, 5e-6, 1, 0.6e-3, 20e-3, 3e-6, 1],
-    "sglang": [1, 1.5e-6, 0.3e-3, 10e-6, 1, 0.4e-3, 20e-3, 3e-6, 1],
-    "trtllm": [1, 1.5e-6, 0.3e-3, 5e-6, 1, 0.4e-3, 20e-3, 3e-6, 1],
+    "vllm": [1, 2.5e-6, 0.3e-3, 5e-6, 1, 0.6e-3, 20e-3, 3e-6, 1, 0.1e-3],
+    "sglang": [1, 1.5e-6, 0.3e-3, 10e-6, 1, 0.4e-3, 20e-3, 3e-6, 1, 0.1e-3],
+    "trtllm": [1, 1.5e-6, 0.3e-3, 5e-6, 1, 0.4e-3, 20e-3, 3e-6, 1, 0.1e-3],
 }
-SPREAD = np.array([0.07, 1e-6, 0.3e-3, 10e-6, 0.1, 0.3e-3, 15e-3, 3e-6, 1])
+SPREAD = np.array([0.07, 1e-6, 0.3e-3, 10e-6, 0.1, 0.3e-3, 15e-3, 3e-6, 1, 0.3e-3])
 """How far each parameter may well be from what is assumed before the fit. Both were set by hand,
 with earlier fits of the same rows known (docs/hardware.md)."""
+
+UNREAD = ("deepseek-ai/DeepSeek-R1", "deepseek-ai/DeepSeek-V3", "moonshotai/Kimi-K2.5")
+"""Models with latent attention, whose rows nobody had looked at before they were first judged."""
 
 Parameters = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -98,6 +105,7 @@ class Simulator:
         limits = Limits(
             run.concurrent, max(run.step_tokens, 2 * run.concurrent),
             reading=READING[run.setting.stack], hold_steps=run.hold_steps,
+            poll_steps=run.poll_steps,
         )  # fmt: skip
         steps = StackTimes(replace(model, overheads=over), grids, "measured elsewhere")
         record = Engine(requests, Scheduler(memory, steps, limits), 10**9).run()
@@ -105,7 +113,8 @@ class Simulator:
         each = (done - first) / np.maximum(requests.output_tokens - 1, 1)
         prompts = float(requests.prompt_tokens.mean())
         waited = _as_of_all(first - np.array(record.arrived_s), run)
-        return waited + float(front.seconds(prompts, each.mean())), float(each.mean()), prompts
+        beside = float(front.seconds(prompts, each.mean(), run.concurrent))
+        return waited + beside, float(each.mean()), prompts
 
     @functools.cache  # noqa: B019  (one simulator a process)
     def _grids(self, setting: Setting, sequences: int) -> tuple[ServingModel, StackGrids]:
@@ -113,7 +122,7 @@ class Simulator:
         tables = ServingTables(self.folder, setting.system, setting.stack)
         model = ServingModel(
             tables, shape, setting.gpus, setting.matrices, setting.experts, setting.kv,
-            setting.card.bandwidth_bytes_per_s, Overheads(),
+            setting.card.bandwidth_bytes_per_s, Overheads(), setting.expert_parallel,
         )  # fmt: skip
         return model, StackGrids(model, sequences, 40_000, 40_000)
 
@@ -122,10 +131,7 @@ class Simulator:
         """Bytes of a sequence, and blocks that the cards' memory has for all."""
         shape = split_over(shape_of(setting.model, self.configs), setting.gpus)
         longest = int(1.2 * tokens)
-        full = footprint(shape, None, np.array([16, longest]), longest)
-        of = 2 if setting.kv == "bfloat16" else 1
-        reading = [each * of // 2 for each in full.reading]
-        held = Footprint(reading, reading, max(full.token * of // 2, 1))
+        held = whole_footprint(shape, np.array([16, longest]), KV_BYTES[setting.kv])
         form = setting.matrices if shape.experts is None else setting.experts
         weights = shape.parameters * WEIGHT_BYTES.get(form, 0.56)
         left = 0.9 * setting.card.visible_bytes - weights - OTHER_BYTES
@@ -192,7 +198,9 @@ def slopes(pool: Pool, runs: Sequence[Run], base: Parameters) -> Parameters:
     for place, step in enumerate(0.5 * SPREAD):
         if place >= FRONT:  # added to first tokens alone
             moved = base[:, :2].copy()
-            moved[:, 0] += step * (np.ones(len(base)), base[:, 2], base[:, 1])[place - FRONT]
+            at_once = np.array([run.concurrent for run in runs], float)
+            each = (np.ones(len(base)), base[:, 2], base[:, 1], at_once)
+            moved[:, 0] += step * each[place - FRONT]
         else:
             of = {stack: np.array(prior) for stack, prior in PRIOR.items()}
             for x in of.values():
@@ -202,11 +210,11 @@ def slopes(pool: Pool, runs: Sequence[Run], base: Parameters) -> Parameters:
     return np.stack(found, axis=-1)
 
 
-def fit(slope: Parameters, off: Parameters) -> Parameters:
+def fit(slope: Parameters, off: Parameters, spread: Parameters = SPREAD) -> Parameters:
     """The least absolute errors in the logarithms, held lightly at what was assumed."""
     moved, weight = np.zeros(slope.shape[1]), np.ones(len(off))
     for _ in range(25):
-        normal = (slope * weight[:, None]).T @ slope + np.diag(SPREAD**-2)
+        normal = (slope * weight[:, None]).T @ slope + np.diag(spread**-2.0)
         moved = np.linalg.solve(normal, (slope * weight[:, None]).T @ off)
         weight = 1 / np.maximum(np.abs(off - slope @ moved), 0.03)
     return moved
@@ -224,6 +232,8 @@ def parameters_of(kept: Any, slope: Parameters, off: Parameters, stack: Stack) -
 def summary(ratios: Any) -> dict[str, float]:
     """How far predictions are from what was measured, by the ratios of the two."""
     found = np.asarray(ratios)
+    if not len(found):
+        return {"count": 0}
     wrong = np.abs(found - 1)
     return {
         "count": len(found),
@@ -265,33 +275,99 @@ def told(ratios: Any, runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def judged(pool: Pool, runs: Sequence[Run]) -> dict[str, Any]:
-    """Every group predicted by parameters of all others of its stack."""
+@dataclass(frozen=True)
+class Fitted:
+    """Runs, how the simulation meets them as assumed, and how it changes with each parameter.
+
+    Args:
+        runs: that were measured.
+        base: times as assumed, a row a run.
+        slope: ``[runs, 2, parameters]``.
+    """
+
+    runs: Sequence[Run]
+    base: Parameters
+    slope: Parameters
+
+    @property
+    def measured(self) -> Parameters:
+        return np.array([[run.ttft, run.tpot] for run in self.runs])
+
+    @property
+    def stacks(self) -> Any:
+        return np.array([run.setting.stack for run in self.runs])
+
+    def parameters(self, kept: Any) -> dict[Stack, Parameters]:
+        """Of each stack, by some of the runs; as assumed where none of them is the stack's."""
+        off, stacks = np.log(self.measured) - np.log(self.base[:, :2]), self.stacks
+        own = {stack: kept & (stacks == stack) for stack in STACKS}
+        return {
+            stack: parameters_of(rows, self.slope, off, stack)
+            if rows.any() else np.array(PRIOR[stack])
+            for stack, rows in own.items()
+        }  # fmt: skip
+
+
+def judged(pool: Pool, runs: Sequence[Run], unread: Sequence[Run]) -> dict[str, Any]:
+    """Every group by parameters of all others of its stack; and blind, by those of other models."""
     base = pool.times(runs, {stack: np.array(prior) for stack, prior in PRIOR.items()})
     print("nothing fitted:", np.median(abs(base[:, 1] / [r.tpot for r in runs] - 1)), flush=True)
-    measured = np.array([[run.ttft, run.tpot] for run in runs])
-    slope, off = slopes(pool, runs, base), np.log(measured) - np.log(base[:, :2])
+    known = Fitted(runs, base, slopes(pool, runs, base))
+    blind = judged_blind(pool, known, unread)
+    print("blind:", {name: each["tpot"]["all"] for name, each in blind.items()}, flush=True)
     groups = np.array([run.setting.group for run in runs])
-    stacks = np.array([run.setting.stack for run in runs])
-    found = np.zeros_like(measured)
+    ratios = np.zeros_like(known.measured)
     for group in np.unique(groups):
-        own, stack = groups == group, group.split()[0]
-        x = parameters_of((stacks == stack) & ~own, slope, off, stack)
-        held = [run for run, is_own in zip(runs, own, strict=True) if is_own]
-        found[own] = pool.times(held, {stack: x})[:, :2]
-    of_all = {s: parameters_of(stacks == s, slope, off, s) for s in STACKS if s in stacks}
-    ratios, assumed = found / measured, base[:, :2] / measured
+        own = groups == group
+        ratios[own] = ratios_of(pool, _where(runs, own), known.parameters(~own))
+    assumed, of_all = base[:, :2] / known.measured, known.parameters(np.ones(len(runs), bool))
     return {
         "parameters": {
             stack: dict(zip(NAMES, [float(f"{v:.3g}") for v in x], strict=True))
             for stack, x in of_all.items()
         },
+        "blind": blind,
         "tpot": told(ratios[:, 1], runs),
         "ttft": told(ratios[:, 0], runs),
         "nothing_fitted": {
             "tpot": summary(assumed[:, 1]), "ttft": summary(assumed[:, 0])
         },
     }  # fmt: skip
+
+
+def judged_blind(pool: Pool, known: Fitted, unread: Sequence[Run]) -> dict[str, Any]:
+    """Models that no choice was made by, predicted by parameters of others alone.
+
+    ``half``: those of ``held_out_models``, by the others that had been read before. ``unread``:
+    models whose rows were never read before they were judged here, by all that had been.
+    """
+    held = held_out_models(known.runs)
+    out = np.array([run.setting.plain_model in held for run in known.runs])
+    half, every = _where(known.runs, out), np.ones(len(known.runs), bool)
+    asked = {"half": (half, ~out), "unread": (unread, every)}
+    found = {}
+    for name, (runs, kept) in asked.items():
+        ratios = ratios_of(pool, runs, known.parameters(kept))
+        found[name] = {
+            "models": sorted({run.setting.plain_model for run in runs}),
+            "tpot": told(ratios[:, 1], runs), "ttft": told(ratios[:, 0], runs),
+        }  # fmt: skip
+    return found
+
+
+def held_out_models(runs: Sequence[Run]) -> set[str]:
+    """A half of the models that had been read, drawn once: nothing new is chosen by their rows."""
+    names = sorted({run.setting.plain_model for run in runs})
+    return set(np.random.default_rng(0).permutation(names)[1::2].tolist())
+
+
+def ratios_of(pool: Pool, runs: Sequence[Run], of: dict[Stack, Parameters]) -> Parameters:
+    """Predicted over measured: first token and time a token, a row a run."""
+    return pool.times(runs, of)[:, :2] / np.array([[run.ttft, run.tpot] for run in runs])
+
+
+def _where(runs: Sequence[Run], chosen: Any) -> list[Run]:
+    return [run for run, is_chosen in zip(runs, chosen, strict=True) if is_chosen]
 
 
 def main() -> None:
@@ -304,11 +380,13 @@ def main() -> None:
     given = parser.parse_args()
     folder = given.systems or require_systems_folder()
     configs = given.configs or folder.parent / "model_configs"
-    runs, left = read_runs(folder, configs, given.every)
+    some, left = read_runs(folder, configs, given.every)
+    runs = [run for run in some if run.setting.plain_model not in UNREAD]
+    unread = [run for run in read_runs(folder, configs)[0] if run.setting.plain_model in UNREAD]
     report = {
         "tables": "aiconfigurator-core 0.12.0", "one_of": given.every,
         "used": len(runs), "left_out_for": left,
-        **judged(Pool(folder, configs, given.jobs), runs),
+        **judged(Pool(folder, configs, given.jobs), runs, unread),
     }  # fmt: skip
     given.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for name in ("tpot", "ttft"):

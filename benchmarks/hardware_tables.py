@@ -23,13 +23,14 @@ from kvtune.benchmarks.serving_recipes import CARDS
 from kvtune.common.errors import KvtuneError
 from kvtune.profiles.elsewhere import STACKS, read_table, require_systems_folder
 from kvtune.profiles.gpus import GpuProfile
-from kvtune.simulator.latency.elsewhere import (
+from kvtune.simulator.latency.elsewhere.attention import (
     Heads,
-    ServingTables,
     attention_features,
     attention_points,
 )
-from kvtune.simulator.latency.serving_kernels import Overheads, ServingModel
+from kvtune.simulator.latency.elsewhere.tables import ServingTables
+from kvtune.simulator.latency.serving_kernels import ServingModel
+from kvtune.simulator.latency.stack_overheads import Overheads
 from kvtune.simulator.latency.table_grid import fit_grids
 
 ALIKE = {"b200_sxm": 1, "b300_sxm": 1, "gb200": 1, "gb300": 1}  # one chip; left out together too

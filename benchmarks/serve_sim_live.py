@@ -6,6 +6,7 @@ and steps as a CUDA graph, and the simulation is given the same requests, batch 
 
 python benchmarks/serve_sim_live.py --gpu h200 --model llama-8b --batch 16 --out FILE
 python benchmarks/serve_sim_live.py --tiny    # any machine; shows that it runs, predicts nothing
+python benchmarks/serve_sim_live.py --again results/serve-sim-live-h200.json    # predict it anew
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from kvtune.runtime.cache.policy_cache import load_cache
 from kvtune.runtime.fuse import fused_on_gpu
 from kvtune.runtime.graph import DecodeLoop
 from kvtune.simulator.serving.engine import serve
+from kvtune.simulator.serving.prepare import prepare
 from kvtune.simulator.serving.report import Goals
 from kvtune.simulator.serving.requests import Requests
 from kvtune.simulator.serving.server import server
 from kvtune.simulator.serving.step import Limits
-from kvtune.simulator.serving.times import prepare
 
 UNTIMED = 3  # the first token, and two in the open before the graph is captured
 
@@ -58,8 +59,12 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--output", type=int, default=256)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--again", type=Path, help="a result whose measured run is predicted anew")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    if arguments.again:
+        predict_again(arguments.again)
+        return
     if arguments.tiny:
         arguments.model, arguments.gpu = "smollm2-135m", arguments.gpu or "h100"
         arguments.batch, arguments.batches, arguments.prompt, arguments.output = 2, 2, 96, 8
@@ -67,7 +72,9 @@ def main() -> None:
     if arguments.tiny:
         shape = dataclasses.replace(shape, layers=2, windows=(None, None), vocab_size=1000)
     found = {
-        **{key: str(value) for key, value in vars(arguments).items() if key != "out"},
+        **{
+            key: str(value) for key, value in vars(arguments).items() if key not in ("out", "again")
+        },
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         **compare(shape, arguments),
     }
@@ -88,9 +95,24 @@ def compare(shape: ModelShape, asked: argparse.Namespace) -> dict[str, Any]:
         "tpot_p50": step,
         "read_s": float(np.median([batch.read_s for batch in batches])),
     }
-    predicted = predict(shape, policy, asked)
+    return beside(measured, predict(shape, policy, asked))
+
+
+def beside(measured: dict[str, float], predicted: dict[str, Any]) -> dict[str, Any]:
+    """Both, and how far the latter is off."""
     errors = {key: predicted[key]["value"] / measured[key] - 1 for key in predicted}
     return {"measured": measured, "predicted": predicted, "predicted_over_measured": errors}
+
+
+def predict_again(path: Path) -> None:
+    """Write a result anew with what is predicted of its run today; nothing is run."""
+    known = json.loads(path.read_text(encoding="utf-8"))
+    numbers = {key: int(known[key]) for key in ("batch", "batches", "prompt", "output")}
+    gpu = known["device"].removeprefix("NVIDIA ").lower()
+    asked = argparse.Namespace(gpu=gpu, **numbers)
+    predicted = predict(find_model(known["model"]), None, asked)
+    write_json(path, known | beside(known["measured"], predicted))
+    print(path.name, json.dumps(beside(known["measured"], predicted)["predicted_over_measured"]))
 
 
 def run_batches(shape: ModelShape, policy: Policy | None, asked: argparse.Namespace) -> list[Batch]:

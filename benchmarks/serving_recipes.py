@@ -20,9 +20,15 @@ from kvtune.common.errors import KvtuneError
 from kvtune.profiles.elsewhere import SYSTEM_OF_CARD, Stack
 from kvtune.profiles.gpus import GpuProfile, find_gpu
 from kvtune.profiles.models import ModelShape, shape_from_config
+from kvtune.simulator.latency.stacks import KvFormat
 
 CARDS = {system: find_gpu(slug) for slug, system in SYSTEM_OF_CARD.items()}
 RECIPES = Path(__file__).parent / "data" / "serving_recipes.csv"
+
+_PUBLISHED = {
+    "Qwen3-32B": "Qwen/Qwen3-32B", "Llama-3.1-8B": "meta-llama/Llama-3.1-8B",
+    "DeepSeek-R1": "deepseek-ai/DeepSeek-R1", "DeepSeek-V3": "deepseek-ai/DeepSeek-V3",
+}  # fmt: skip
 
 Row = dict[str, str]
 
@@ -35,6 +41,7 @@ class Setting:
         model, system, stack: whose run.
         gpus: that share each layer.
         matrices, experts, kv: number formats, as the tables name them.
+        expert_parallel: groups of GPUs that have routed experts of their own.
     """
 
     model: str
@@ -43,11 +50,18 @@ class Setting:
     gpus: int
     matrices: str
     experts: str
-    kv: str
+    kv: KvFormat
+    expert_parallel: int = 1
 
     @property
     def card(self) -> GpuProfile:
         return CARDS[self.system]
+
+    @property
+    def plain_model(self) -> str:
+        """The model, in whichever format its publisher or another stored it."""
+        known = (model for name, model in _PUBLISHED.items() if name in self.model)
+        return next(known, self.model)
 
     @property
     def group(self) -> str:
@@ -66,6 +80,7 @@ class Run:
         public: whether the run's script is.
         step_tokens: new tokens of a step, at most.
         hold_steps: for which prompts may be held back.
+        poll_steps: between which the server does not look for new requests.
         ttft, tpot: seconds, means over the requests.
     """
 
@@ -78,6 +93,7 @@ class Run:
     hold_steps: int
     ttft: float
     tpot: float
+    poll_steps: int = 1
 
 
 def read_runs(folder: Path, configs: Path, every: int = 1) -> tuple[list[Run], dict[str, int]]:
@@ -104,32 +120,52 @@ def read_runs(folder: Path, configs: Path, every: int = 1) -> tuple[list[Run], d
 
 
 def _run(row: Row, configs: Path) -> Run:
-    gpus = _number(row, "tp_size")
-    plain = all(_number(row, n) == 1 for n in ("attention_dp_size", "pp_size", "moe_ep_size"))
+    gpus, groups = _number(row, "tp_size"), _number(row, "moe_ep_size")
+    plain = all(_number(row, n) == 1 for n in ("attention_dp_size", "pp_size"))
     if row["mode"] != "agg" or not plain or gpus > 8:
-        raise KvtuneError("disaggregated, expert or pipeline parallel, or more than 8 GPUs")
+        raise KvtuneError("disaggregated, attention or layers dealt out, or more than 8 GPUs")
     shape = shape_of(row["model_path"], configs)
-    if shape.latent is not None:
-        raise KvtuneError(f"{shape.name} has latent attention; its tables are not read yet")
-    if shape.experts and row["moe_tp_size"] and _number(row, "moe_tp_size") != gpus:
+    if shape.experts and row["moe_tp_size"] and _number(row, "moe_tp_size") * groups != gpus:
         raise KvtuneError("experts on another number of GPUs than attention")
-    recipe = _recipe(row)
+    recipe, concurrent = _recipe(row), _concurrent(row)
     prompt, generated = int(row["isl"]), int(row["osl"])
-    tokens = recipe["step_tokens"]
-    held_back = prompt == generated == 1024 and gpus < 8
     return Run(
         setting=Setting(
             row["model_path"], row["system"], row["backend"], gpus,  # type: ignore[arg-type]
             recipe["matrices"] or row["gemm_quant_mode"] or "bfloat16",
             recipe["experts"] or row["moe_quant_mode"] or "bfloat16",
-            recipe["kv"],
+            recipe["kv"], groups,  # type: ignore[arg-type]
         ),
-        concurrent=_concurrent(row), prompt=prompt, generated=generated,
+        concurrent=concurrent, prompt=prompt, generated=generated,
         public="gap-analysis" not in row["silicon_data_source"],
-        step_tokens=2 * prompt if tokens == "2x" else int(tokens),
-        hold_steps=int(recipe["hold_steps"]) if held_back else 0,
+        step_tokens=_step_tokens(recipe["step_tokens"], prompt, concurrent),
+        hold_steps=_hold_steps(recipe, prompt, generated, gpus, concurrent),
         ttft=float(row["silicon_ttft_ms"]) / 1e3, tpot=float(row["silicon_tpot_ms"]) / 1e3,
+        poll_steps=_poll_steps(recipe["poll_steps"], concurrent),
     )  # fmt: skip
+
+
+def _step_tokens(told: str, prompt: int, concurrent: int) -> int:
+    """``8192``; ``2x`` for two prompts; ``1x`` for one and all answers, ``1x, 8192`` at least."""
+    if told == "2x":
+        return 2 * prompt
+    if not told.startswith("1x"):
+        return int(told)
+    one = (prompt + concurrent + 127) // 64 * 64
+    return max(one, int(told.removeprefix("1x").removeprefix(", ") or 0))
+
+
+def _hold_steps(recipe: Row, prompt: int, generated: int, gpus: int, concurrent: int) -> int:
+    """Prompts are held back where both lengths are 1024, under a recipe's own condition."""
+    held = {"gpus<8": gpus < 8, "concurrent>=64": concurrent >= 64}.get(recipe["hold"], False)
+    return int(recipe["hold_steps"]) if held and prompt == generated == 1024 else 0
+
+
+def _poll_steps(told: str, concurrent: int) -> int:
+    """``10``, or ``10, 30 from 16`` requests at once on."""
+    few, _, many = told.partition(", ")
+    steps, _, least = many.partition(" from ")
+    return int(steps if steps and concurrent >= int(least) else few or 1)
 
 
 def _number(row: Row, name: str) -> int:
@@ -156,6 +192,7 @@ def _recipe(row: Row) -> Row:
         "system": "system",
         "stack": "backend",
         "precision": "precision",
+        "gpus": "tp_size",
     }
     for recipe in _recipes():
         fits = all(recipe[name] in ("", row[column]) for name, column in names.items())
@@ -169,6 +206,7 @@ _SAME = {
     "nvidia/Llama-3.1-8B-Instruct-FP8": "meta-llama/Meta-Llama-3.1-8B",
     "meta-llama/Llama-3.1-70B": "meta-llama/Meta-Llama-3.1-70B",
     "nvidia/Qwen3-32B-NVFP4": "Qwen/Qwen3-32B",
+    "moonshotai/Kimi-K2.5": "moonshotai/Kimi-K2-Instruct",  # its text model
 }
 
 

@@ -47,6 +47,7 @@ def _parser() -> FlagParser:
     )
     parser.add_argument("--block-size", type=with_flag_name(_block), default=16)
     parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--enable-expert-parallel", action="store_true", dest="expert_parallel")
     parser.add_argument(
         "--kv-cache-memory-bytes", "--kv-cache-memory", type=with_flag_name(_bytes),
         dest="kv_cache_memory_bytes",

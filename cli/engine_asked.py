@@ -10,8 +10,10 @@ from kvtune.common.errors import KvtuneError
 if TYPE_CHECKING:
     from kvtune.cli.engine_report import Engine
     from kvtune.cli.llama_report import LlamaEngine
+    from kvtune.simulator.latency.stacks import KvFormat
     from kvtune.tuner.cases import Asked
 
+_EAGER = "times are of CUDA graphs, which --enforce-eager turns off: it is slower"
 _ONE = "one --gpu, --weights, --context and --batch, and no --total-gpus"
 
 
@@ -24,7 +26,7 @@ def follow_engine(
         engine: that was asked for.
         asked: by the other options.
         told_flags: whether flags or a version were given.
-        told_context: whether ``--context`` was given, here or in the policy's file.
+        told_context: whether ``--context`` was given.
 
     Raises:
         KvtuneError: flags beside several cases, or a context that ``-c`` has no room for.
@@ -36,8 +38,41 @@ def follow_engine(
     if not asked.is_one:
         return _several(asked, told_flags)
     if not isinstance(engine, LlamaEngine):
-        return _noted(asked, engine.notes)
+        return _by_flags(engine, _noted(asked, engine.notes))
     return _noted(_with_context(engine, asked, told_context), engine.notes + _times(engine, asked))
+
+
+def with_typed(
+    engine: Engine | LlamaEngine | None, kv_format: KvFormat | None, chunk_tokens: int | None
+) -> Engine | LlamaEngine | None:
+    """vLLM with what ``--kv-cache-dtype`` and ``--chunk`` say beside its own flags.
+
+    Raises:
+        KvtuneError: a flag of ``--engine-args`` says another.
+    """
+    from kvtune.cli.llama_report import LlamaEngine
+
+    if engine is None or isinstance(engine, LlamaEngine):
+        return engine
+    from kvtune.simulator.latency.stacks import KV_BYTES
+
+    flags, size = engine.flags, kv_format and float(KV_BYTES[kv_format])
+    _agree("--kv-cache-dtype", size, None if flags.kv_cache_bytes == 2 else flags.kv_cache_bytes)
+    _agree("--chunk", chunk_tokens, flags.max_num_batched_tokens)
+    typed = replace(
+        flags,
+        kv_cache_bytes=size or flags.kv_cache_bytes,
+        max_num_batched_tokens=chunk_tokens or flags.max_num_batched_tokens,
+    )
+    return replace(engine, flags=typed)
+
+
+def _agree(option: str, typed: float | None, told: float | None) -> None:
+    if typed is not None and told is not None and typed != told:
+        raise KvtuneError(
+            f"{option} and --engine-args say two things of one",
+            hint=f"leave {option} out, or the flag.",
+        )
 
 
 def _several(asked: Asked, told_flags: bool) -> Asked:
@@ -46,8 +81,22 @@ def _several(asked: Asked, told_flags: bool) -> Asked:
             "--engine-args and --engine-version are read for one case, and several are asked for",
             hint=f"ask for {_ONE}.",
         )
-    whose = "kvtune's own count" if asked.total_gpus or asked.document else "by the engine's memory"
+    whose = "kvtune's own count" if asked.total_gpus else "by the engine's memory"
     return _noted(asked, (f"what fits is {whose}; for all of that memory ask for {_ONE}",))
+
+
+def _by_flags(engine: Engine, asked: Asked) -> Asked:
+    """Times of the cache, the steps and the experts that vLLM's flags ask for."""
+    flags = engine.flags
+    narrow = flags.kv_cache_bytes == 1
+    chunk = flags.max_num_batched_tokens or asked.reading.chunk_tokens
+    return replace(
+        asked,
+        kv_format="fp8" if narrow else "bfloat16",
+        reading=replace(asked.reading, chunk_tokens=chunk),
+        expert_parallel=asked.gpus if flags.expert_parallel else asked.expert_parallel,
+        told=(*asked.told, *((_EAGER,) if flags.enforce_eager else ())),
+    )
 
 
 def _noted(asked: Asked, notes: tuple[str, ...]) -> Asked:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from kvtune.cli.engine_report import Engine, engine_of
 from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import exact
 from kvtune.common.units import format_bytes
 from kvtune.common.words import count
+from kvtune.profiles.split import split_over
 from kvtune.simulator.memory.llama_memory import LlamaMemory
 
 if TYPE_CHECKING:
@@ -38,12 +40,12 @@ class Verdict:
 def verdict_of(
     engine: Engine | LlamaEngine | None, memory: Memory | str | None, asked: Asked, case: Case
 ) -> Verdict | None:
-    """The engine's verdict; None where its memory is not known, or a policy is asked about.
+    """The engine's verdict; None where its memory is not known.
 
     Raises:
         KvtuneError: a sequence is longer than the maximum length that the engine was given.
     """
-    if engine is None or memory is None or isinstance(memory, str) or asked.document:
+    if engine is None or memory is None or isinstance(memory, str):
         return None
     fits, text = _judged(engine, memory, asked, case)
     if fits:
@@ -57,16 +59,53 @@ def judged_each(
     engine: Engine | LlamaEngine | None, asked: Asked, cases: Iterable[Case]
 ) -> list[Case]:
     """Cases with what an engine without flags says of each, where its memory is known."""
-    if engine is None or asked.total_gpus or asked.document:
+    if engine is None or asked.total_gpus:
         return list(cases)
-    return [_by_engine(engine, asked, case) for case in cases]
+    return [_judged_one(engine, asked, case) for case in cases]
 
 
-def _by_engine(engine: Engine | LlamaEngine, asked: Asked, case: Case) -> Case:
+def _judged_one(engine: Engine | LlamaEngine, asked: Asked, case: Case) -> Case:
     memory = engine_of(engine, asked, case)
     if memory is None or isinstance(memory, str):
         return case
-    return replace(case, engine_fits=_judged(engine, memory, asked, case)[0])
+    return by_engine(engine, memory, asked, case, _judged(engine, memory, asked, case)[0])
+
+
+def by_engine(
+    engine: Engine | LlamaEngine | None, memory: Memory | str | None, asked: Asked, case: Case,
+    fits: bool,
+) -> Case:  # fmt: skip
+    """A case whose memory is what the engine takes, and whose sequences are those that it holds."""
+    if case.cost is None or memory is None or isinstance(memory, str):
+        return replace(case, engine_fits=fits)
+    if isinstance(memory, LlamaMemory):
+        assert not isinstance(engine, Engine)  # noqa: S101 - whose memory it is
+        prompt, most = _llama_sequences(memory, case, engine.slots(case.batch) if engine else 1)
+        peak = memory.total
+    else:
+        prompt, peak = case.cost.prompt_bytes, exact(memory.limit_bytes, "B")
+        most = _at_once(memory, asked, case)
+    whole = split_over(asked.shape, asked.gpus).kv_bytes(case.context_tokens)
+    cost = replace(
+        case.cost, prompt_bytes=prompt, share=prompt / whole, memory=peak, sequences_that_fit=most
+    )
+    return replace(case, engine_fits=fits, cost=cost)
+
+
+def _at_once(memory: EngineMemory, asked: Asked, case: Case) -> int:
+    """Sequences that vLLM's cache holds and that it runs at once."""
+    held = int(memory.tokens.value) // (case.context_tokens + asked.generated_tokens)
+    return min(held, memory.sequences)
+
+
+def _llama_sequences(memory: LlamaMemory, case: Case, slots: int) -> tuple[int, int]:
+    """Bytes of one prompt in llama.cpp's cache, and how many slots the GPU has room for."""
+    cached = memory.cache.value + memory.host_cache.value
+    prompt = int(cached * case.context_tokens / memory.ctx_size)
+    if not memory.cache.value:
+        return prompt, slots
+    room = memory.limit_bytes - memory.total.value + memory.cache.value
+    return prompt, max(int(room / (memory.cache.value / slots)), 0)
 
 
 def _judged(
@@ -104,6 +143,8 @@ def _judged_vllm(
         return False, f"{said}, less than one request of --max-model-len {longest}"
     at_once = f"{count(held // sequence)} x {count(sequence)}"
     said += f", so {at_once} at once; asked for: {count(case.batch)}"
+    if case.batch > memory.sequences:
+        return False, f"{said}, of which --max-num-seqs runs {memory.sequences}"
     start = f"; it starts with --max-model-len {held} or less"
     told = start if longest is None and sequence <= held < asked.shape.max_context else ""
     return held >= case.batch * sequence, said + told
@@ -113,7 +154,7 @@ def _fewer_at_once(memory: Memory, asked: Asked, case: Case) -> tuple[str, ...]:
     """The sequences that vLLM's cache holds; llama.cpp's table says the longest context."""
     if isinstance(memory, LlamaMemory):
         return ()
-    most = int(memory.tokens.value) // (case.context_tokens + asked.generated_tokens)
+    most = _at_once(memory, asked, case)
     return (f"--batch {most}",) if 0 < most < case.batch else ()
 
 

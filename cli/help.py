@@ -8,7 +8,7 @@ from typing import Any
 from typer.core import TyperCommand, TyperGroup
 
 from kvtune.cli.failures import USAGE_ERROR, usage_message
-from kvtune.cli.unread import refuse_unread
+from kvtune.cli.unread import let_typed_win, refuse_unread
 from kvtune.common.errors import KvtuneError
 
 OTHERS = "Output and help"
@@ -91,6 +91,8 @@ OWN_OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "How they are served": (
             "stack",
+            "kv_cache_dtype",
+            "expert_parallel",
             "slo_ttft",
             "slo_tpot",
             "max_sequences",
@@ -98,6 +100,7 @@ OWN_OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
             "order",
             "block",
             "host_mem",
+            "left_to_answers",
         ),
     },
     "bench": {"What is compared": ("methods", "shares", "per_kind", "stored")},
@@ -116,6 +119,8 @@ EXAMPLES = {
         "kvtune estimate --model llama-8b --gpu any --context 32k --batch 8",
         "kvtune estimate --model llama-70b --gpu h100 --total-gpus 8 --batch 64 --price 2.50",
         "kvtune estimate --model llama-8b --gpu 4090 --policy 'snapkv+adakv 25% int4'",
+        "kvtune estimate --model llama-8b --gpu h200 --stack vllm --engine-args "
+        "'--kv-cache-dtype fp8'",
         "kvtune estimate --model llama-8b --gpu 4090,h100 --context 8k,32k --batch 1,8 "
         "--price 0.40,2.50 --format markdown",
     ),
@@ -137,6 +142,8 @@ EXAMPLES = {
         "kvtune serve-sim --model llama-8b --gpu h100 --rate 4 --prompt 2k --output 256 "
         "--slo-ttft 1s --slo-tpot 50ms",
         "kvtune serve-sim --model llama-8b --gpu h200 --gpus 2 --stack vllm --concurrency 64",
+        "kvtune serve-sim --model deepseek-v3 --gpu h200 --gpus 8 --stack sglang "
+        "--kv-cache-dtype fp8 --concurrency 64",
         "kvtune serve-sim --model llama-8b --gpu 4090 --rate 1 --requests 1000 "
         "--policy kvtune-runs/llama-3.1-8b-rtx-4090-16gb",
     ),
@@ -179,6 +186,7 @@ class Command(TyperCommand):
         """Run what reads all that was typed; of a mistake, say too which options a file gave."""
         try:
             refuse_unread(ctx)
+            let_typed_win(ctx)
             return super().invoke(ctx)
         except KvtuneError as error:
             error.hint = _with_origins(ctx, error)

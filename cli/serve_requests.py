@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvtune.common.errors import KvtuneError
 
 if TYPE_CHECKING:
     from kvtune.profiles.shape import ModelShape
+    from kvtune.simulator.serving.report import Goals
     from kvtune.simulator.serving.requests import Requests
 
 
@@ -36,6 +38,22 @@ class Drawn:
     burstiness: float
     prefix: str | None
     seed: int
+
+    def or_from(self, arrivals: Path | None, shape: ModelShape) -> Requests:
+        """The requests of a file where one was named, else drawn ones.
+
+        Raises:
+            KvtuneError: requests from more than one place or from none, or none that make sense.
+        """
+        from kvtune.simulator.serving.requests_file import read_requests
+
+        given = [each is not None for each in (arrivals, self.rate, self.concurrency)]
+        if sum(given) != 1:
+            raise KvtuneError(
+                "requests come at a rate, from a number of clients, or from a file",
+                hint="give one of --rate 4, --concurrency 32 and --arrivals FILE.",
+            )
+        return self.requests(shape) if arrivals is None else read_requests(arrivals)
 
     def requests(self, shape: ModelShape) -> Requests:
         """Draw them for a model.
@@ -82,3 +100,25 @@ class Drawn:
                     "they come as others are answered",
                     hint=f"leave out {name}, or give --rate.",
                 )
+
+
+def read_goals(ttft: str | None, tpot: str | None) -> Goals:
+    """Objectives of times, as they were typed."""
+    from kvtune.common.units import parse_seconds
+    from kvtune.simulator.serving.report import Goals
+
+    return Goals(*(None if text is None else parse_seconds(text) for text in (ttft, tpot)))
+
+
+def sharing_notes(asked: Requests, order: str, prefix: str | None) -> tuple[str, ...]:
+    """What was asked of shared beginnings and has no effect, or on some of the prompts alone."""
+    from kvtune.common.words import count
+
+    notes = []
+    shorter = sum(each is None for each in asked.prefixes)
+    if prefix is not None and shorter:
+        of_all = f"{count(shorter)} of {count(len(asked))} prompts"
+        notes.append(f"{of_all} are shorter than --prefix {prefix}, and share nothing")
+    if order == "cached" and not any(asked.prefixes):
+        notes.append("--order cached changes nothing: no prompts are known to begin alike")
+    return tuple(notes)

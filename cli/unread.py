@@ -1,4 +1,4 @@
-"""Options that a question does not read: refused where they were typed, never passed over."""
+"""Options that exclude each other: what was typed wins over files, or is refused, never lost."""
 
 from __future__ import annotations
 
@@ -25,6 +25,23 @@ _INSTEAD = {
     "share (docs/serve-sim.md): leave out what is of requests that are drawn.",
     "stack": "no other stack keeps some heads' caches on the host: leave one of the two out.",
 }
+
+
+ONE_OF = (("rate", "concurrency", "arrivals"),)
+"""Options that answer one question: one that was typed wins over others that a file gives."""
+
+
+def let_typed_win(context: Any) -> None:
+    """Take back what files give where another answer to the same question was typed.
+
+    Args:
+        context: of a command that is about to run.
+    """
+    for names in ONE_OF:
+        if any(_was_typed(context, name) for name in names):
+            for name in names:
+                if name in context.params and not _was_typed(context, name):
+                    context.params[name] = None
 
 
 def refuse_unread(context: Any) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -133,6 +133,33 @@ def read_table(
         if len(table):
             return table
     return None
+
+
+_Tables = TypeVar("_Tables", bound="StackTables")
+
+
+@dataclass(frozen=True)
+class StackTables:
+    """Where the tables of one system and stack lie.
+
+    Args:
+        folder: the wheel's ``systems`` folder.
+        system: for example ``h200_sxm``.
+        stack: whose kernels.
+    """
+
+    folder: Path
+    system: str
+    stack: Stack
+
+    def read(self, op: str, file: str, equal: Mapping[str, object] | None = None) -> Table | None:
+        """A table of this stack, as :func:`read_table` finds it."""
+        return read_table(self.folder, self.system, op, self.stack, file, equal)
+
+    def own_first(self: _Tables) -> list[_Tables]:
+        """These tables and those of the other stacks on the system."""
+        others = (stack for stack in STACKS if stack != self.stack)
+        return [self, *(replace(self, stack=stack) for stack in others)]
 
 
 def _read(path: Path, equal: Mapping[str, object]) -> Table:

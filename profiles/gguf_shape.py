@@ -119,11 +119,29 @@ def _shape(keys: _Keys) -> ModelShape:
         windows=tuple(layer.window for layer in layers),
         latent=latent,
         experts=_experts(keys),
+        **_norms(keys.header, width, hidden),
         cache=layers,
         counted=counts,
         stored=_stored(keys.header, counts),
         source=keys.header.path.name,
     )
+
+
+def _norms(header: Header, width: int, hidden: int) -> dict[str, Any]:
+    """Which norms a layer has: of queries and keys by the head or over all, and of hidden width."""
+    norms = {
+        name.split(".", 2)[2]: tensor.numbers
+        for name, tensor in header.tensors.items()
+        if name.endswith("norm.weight") and name.startswith("blk.0.")
+    }
+    of_queries = norms.pop("attn_q_norm.weight", 0)
+    norms.pop("attn_k_norm.weight", 0)
+    wide = sum(numbers == hidden for numbers in norms.values())
+    return {
+        "query_key_norm": of_queries > 0,
+        "norms_over_heads": of_queries > max(width, 1),
+        "norms_per_layer": wide or 2,
+    }
 
 
 def _vocabulary(keys: _Keys) -> int:

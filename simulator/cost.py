@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate, exact
@@ -59,6 +59,8 @@ class Cost:
         tokens_per_second: decoded by all sequences together.
         host_bytes: pinned memory of the host that one sequence's prompt takes there.
         moved_bytes: that a decode step brings over from there for each sequence.
+        front: of a first token beside its prefill, where a serving stack's is known: its server,
+            tokeniser and the steps that are planned ahead, seconds.
     """
 
     prompt_bytes: int
@@ -73,19 +75,23 @@ class Cost:
     tokens_per_second: Estimate
     host_bytes: int = 0
     moved_bytes: int = 0
+    front: Estimate = field(default_factory=lambda: exact(0, "s"))
 
     @property
     def first_token(self) -> Estimate:
         """Seconds until a prompt that waits for no other has its first token."""
-        return one_after_the_other(self.prefill, self.compression)
+        read = one_after_the_other(self.prefill, self.compression)
+        return one_after_the_other(read, self.front)
 
 
-def full_cost(budget: MemoryPlan, part: PartRead | None = None) -> Cost:
-    """The same for the uncompressed bf16 cache, of any shape."""
-    tokens = budget.context_tokens
+def full_cost(
+    budget: MemoryPlan, part: PartRead | None = None, element_bytes: int = 2
+) -> Cost:
+    """The same for the whole cache in bf16, or in fp8 (``element_bytes`` 1), of any shape."""
+    tokens, name = budget.context_tokens, "bf16" if element_bytes == 2 else "fp8"
     ends = tokens, tokens + budget.generated_tokens
-    prompt, held = (Counter({"bf16": budget.shape.kv_bytes(end)}) for end in ends)
-    return _cost(budget, _Held(prompt, held, held), budget.sequence_bytes(None), None, part)
+    prompt, held = (Counter({name: budget.shape.kv_bytes(end, element_bytes)}) for end in ends)
+    return _cost(budget, _Held(prompt, held, held), held[name], None, part)
 
 
 def policy_cost(

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from kvtune.common.estimate import Estimate, Tier
+from kvtune.common.estimate import Estimate, Tier, exact
 from kvtune.profiles.elsewhere import Stack, StackChoice
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.profiles.split import split_over
-from kvtune.simulator.latency.stacks import FRONT_ENDS, interval_of, on_card, stack_model
+from kvtune.simulator.latency.chunks import Reading
+from kvtune.simulator.latency.stacks import (
+    KvFormat,
+    StackSetting,
+    front_end,
+    interval_of,
+    on_card,
+    stack_model,
+)
 from kvtune.simulator.latency.sums import sums_over_gpus
+from kvtune.simulator.memory.engine_memory import default_batch
 from kvtune.simulator.memory.plan import MemoryPlan
+
+
+class DeploymentTimes(NamedTuple):
+    """Seconds of a decode step, of a prefill, and of a first token beside its prefill."""
+
+    step: Estimate
+    prefill: Estimate
+    front: Estimate
 
 
 @dataclass(frozen=True)
@@ -23,12 +41,16 @@ class Deployment:
         gpu: one of the cards.
         gpus: how many.
         stack: whose kernels; ``kvtune`` for our own or the datasheet's.
+        kv_format: of a stack's cache.
+        expert_parallel: groups of GPUs that have routed experts of their own, under a stack.
     """
 
     shape: ModelShape
     gpu: GpuProfile
     gpus: int = 1
     stack: StackChoice = "kvtune"
+    kv_format: KvFormat = "bfloat16"
+    expert_parallel: int = 1
 
     @property
     def local(self) -> ModelShape:
@@ -36,24 +58,21 @@ class Deployment:
         return split_over(self.shape, self.gpus)
 
     def times(
-        self,
-        step: Estimate,
-        prefill: Estimate,
-        budget: MemoryPlan,
-        read_tokens: int | None = None,
-    ) -> tuple[Estimate, Estimate]:
-        """A decode step and a prefill of all GPUs together over the uncompressed bf16 cache.
+        self, step: Estimate, prefill: Estimate, budget: MemoryPlan, reading: Reading
+    ) -> DeploymentTimes:
+        """Times of all GPUs together over the uncompressed cache.
 
         Args:
             step: of one GPU's share alone, by kvtune's own model.
             prefill: likewise.
             budget: of one GPU's share.
-            read_tokens: of a prompt that the prefill reads; all of them unless given.
+            reading: how prompts are read.
         """
-        tokens, batch = budget.context_tokens, budget.batch
         if self.stack == "kvtune":
-            return self._summed(step, batch), self._summed(prefill, read_tokens or tokens)
-        return self._served(self.stack, budget, tokens + budget.generated_tokens)
+            read = reading.new_tokens(budget.context_tokens)
+            first = self._summed(prefill, read)
+            return DeploymentTimes(self._summed(step, budget.batch), first, exact(0, "s"))
+        return self._served(self.stack, budget, reading)
 
     def _summed(self, alone: Estimate, rows: int) -> Estimate:
         """With two sums over the GPUs a layer."""
@@ -63,14 +82,25 @@ class Deployment:
         value, low, high = (getattr(alone, e) + getattr(sums, e) for e in ("value", "low", "high"))
         return Estimate(value, low, high, "s", "datasheet")
 
-    def _served(self, stack: Stack, budget: MemoryPlan, held: int) -> tuple[Estimate, Estimate]:
+    def _served(self, stack: Stack, budget: MemoryPlan, reading: Reading) -> DeploymentTimes:
         """A step at the longest cache, and a prefill, from the stack's tables."""
-        model, card = stack_model(self.shape, self.gpu, self.gpus, stack, budget.weight_format)
-        factor, tier = interval_of(card, self.gpu)
-        model = on_card(model, card, self.gpu)
-        step, first = model.decode(budget.batch, held), model.prefill(budget.context_tokens)
-        of_first = max(factor, FRONT_ENDS[stack].within)
-        return _within(float(step), factor, tier), _within(float(first), of_first, tier)
+        setting = StackSetting(
+            stack, budget.weight_format, self.gpus, self.kv_format, self.expert_parallel
+        )
+        model, card = stack_model(self.shape, self.gpu, setting)
+        factor, tier = interval_of(card, self.gpu, self.shape)
+        model, tokens = on_card(model, card, self.gpu), budget.context_tokens
+        step = float(model.decode(budget.batch, tokens + budget.generated_tokens))
+        chunk = reading.chunk_tokens or (default_batch(self.gpu)[0] if stack == "vllm" else None)
+        first = model.prefill_in_chunks(reading.new_tokens(tokens), reading.prefix_tokens, chunk)
+        server = front_end(stack, self.shape)
+        front = float(server.seconds(tokens, step, budget.batch))
+        of_first = max(factor, server.within)
+        return DeploymentTimes(
+            _within(step, factor, tier),
+            _within(first, of_first, tier),
+            _within(front, of_first, tier),
+        )
 
 
 def _within(seconds: float, factor: float, tier: Tier) -> Estimate:

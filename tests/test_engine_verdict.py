@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,22 +129,64 @@ def test_times_are_said_to_be_of_all_layers_on_the_gpu(capsys: pytest.CaptureFix
 
 
 def test_llama_cpps_context_may_be_longer_than_what_is_asked_of_it(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ("--stack", "llama-cpp", "--model", "llama-8b", "--gpu", "4090", "--engine-args")
     longer = answer(capsys, *words, "-c 32k", "--context", "8192")
     assert longer["rows"][0]["context_tokens"] == 8192
     assert longer["engine"]["ctx_size"] == 32768
     assert "room for 7936 tokens" in refusal(capsys, *words, "-c 8k", "--context", "8192")
-    planned = tmp_path / "policy.yaml"
-    planned.write_text(
-        "kvtune_policy: 1\npolicy: {method: snapkv, budget: 25%}\nserving: {context_tokens: 4096}\n"
-    )
-    assert "4096 are asked for" in refusal(capsys, *words, "-c 4k", "--policy", str(planned))
+    assert "room for 3840 tokens" in refusal(capsys, *words, "-c 4k", "--context", "4096")
     found = answer(capsys, *words, "-c 32k -np 2")
     assert found["rows"][0]["context_tokens"] == 32768 // 2 - 256
     assert found["engine"]["ctx_size"] == 32768
     assert "no room" in refusal(capsys, *words, "-c 256")
+
+
+@pytest.mark.parametrize("stack", ["vllm", "sglang", "llama-cpp"])
+def test_a_policy_is_not_answered_by_kvtunes_own_runtime_in_a_stacks_name(
+    stack: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--model", "llama-8b", "--gpu", "h200", "--stack", stack, "--policy", "snapkv 25%")
+    said = refusal(capsys, *words)
+    assert f"--stack {stack} runs its own cache" in said
+    assert "kvtune export --compare" in said
+
+
+@pytest.mark.parametrize("stack", ["vllm", "llama-cpp"])
+def test_one_memory_is_told_and_it_is_the_engines(
+    stack: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--model", "llama-8b", "--gpu", "h200", "--stack", stack, "--weights", "bf16")
+    found = answer(capsys, *words, "--batch", "16")
+    assert found["budget"] is None
+    most = found["policies"][0]["sequences_that_fit"]
+    assert most == found["rows"][0]["sequences_that_fit"]
+    assert answer(capsys, *words, "--batch", str(most))["fits"]
+    assert not answer(capsys, *words, "--batch", str(most + 1), code=3)["fits"]
+    main(["estimate", *words])
+    shown = capsys.readouterr().out
+    assert shown.count("Memory of") == 1
+    assert "left for the cache" not in shown
+
+
+def test_vllms_flags_are_those_of_the_whole_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--model", "llama-8b", "--gpu", "h200", "--stack", "vllm", "--batch", "16")
+    wide = answer(capsys, *words)["policies"][0]
+    for narrow in (
+        answer(capsys, *words, "--engine-args", "--kv-cache-dtype fp8"),
+        answer(capsys, *words, "--kv-cache-dtype", "fp8"),
+    ):
+        cost = narrow["policies"][0]
+        assert cost["prompt_bytes"] == wide["prompt_bytes"] / 2
+        assert cost["share"] == 0.5
+        assert cost["latency"]["value"] < wide["latency"]["value"]
+    few = answer(capsys, *words, "--engine-args", "--max-num-seqs 8", code=3)
+    assert few["would_fit"][0] == "--batch 8"
+    flags = ("--engine-args", "--max-num-batched-tokens 4096", "--chunk", "2048")
+    assert "two things of one" in refusal(capsys, *words, *flags)
+    assert "-ctk" in refusal(capsys, *words[:5], "llama-cpp", "--kv-cache-dtype", "fp8")
+    assert "--policy" in refusal(capsys, *words[:4], "--kv-cache-dtype", "fp8")
 
 
 def test_sequences_at_once_have_a_slot_each(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from kvtune.benchmarks.serving_recipes import Row, Run, Setting, _recipe
 def row(model: str, system: str, stack: str, precision: str, measured: str) -> Row:
     return {
         "model_path": model, "system": system, "backend": stack, "precision": precision,
+        "tp_size": "4",
         "silicon_data_source": f"a.csv; measured={measured}T00:00:00Z; wip=False",
     }  # fmt: skip
 
@@ -73,9 +74,9 @@ def test_the_fit_finds_what_runs_were_made_of_and_stays_where_they_say_nothing()
 
 
 def test_parameters_are_never_negative() -> None:
-    over, front = overheads_of(np.full(9, -1.0))
+    over, front = overheads_of(np.full(10, -1.0))
     assert set(vars(over).values()) == {0.0}
-    assert (front.request_s, front.token_s, front.steps) == (0.0, 0.0, 0.0)
+    assert (front.request_s, front.token_s, front.steps, front.peer_s) == (0.0, 0.0, 0.0, 0.0)
 
 
 def test_an_interval_has_eight_of_ten_and_a_large_group_does_not_decide_alone() -> None:

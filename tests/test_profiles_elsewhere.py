@@ -13,8 +13,12 @@ from kvtune.profiles import elsewhere
 from kvtune.profiles.elsewhere import read_table
 from kvtune.profiles.models import find_model
 from kvtune.profiles.split import split_over
-from kvtune.simulator.latency.elsewhere import Curve, ExpertShape, Heads, ServingTables
-from kvtune.simulator.latency.serving_kernels import Overheads, ServingModel
+from kvtune.simulator.latency.elsewhere.attention import Heads
+from kvtune.simulator.latency.elsewhere.curve import Curve
+from kvtune.simulator.latency.elsewhere.experts import ExpertShape
+from kvtune.simulator.latency.elsewhere.tables import ServingTables
+from kvtune.simulator.latency.serving_kernels import ServingModel
+from kvtune.simulator.latency.stack_overheads import Overheads
 from kvtune.simulator.latency.table_grid import fit_grids
 from kvtune.tests.made_up_tables import RATE, context_s, decode_s, matrix_s, write, write_systems
 
@@ -113,7 +117,7 @@ def test_experts_over_gpus_are_whole_where_shares_were_not_measured(tables: Serv
     )
     faster = tables.experts(ExpertShape(2048, 768, 8, 128, 1), "fp8", [1, 16, 256])
     assert faster == pytest.approx([1e-4, 3e-4, 1e-3])
-    with pytest.raises(KvtuneError, match="no measured experts of this shape"):
+    with pytest.raises(KvtuneError, match="no measured 128 experts of 768 x 2048"):
         tables.experts(ExpertShape(2048, 768, 4, 128, 1), "bfloat16", 16)
 
 

@@ -26,6 +26,7 @@ from kvtune.simulator.latency.sums import sums_over_gpus
 from kvtune.simulator.serving.engine import Engine, serve
 from kvtune.simulator.serving.footprint import footprint
 from kvtune.simulator.serving.memory import Memory
+from kvtune.simulator.serving.prepare import prepare
 from kvtune.simulator.serving.record import Record
 from kvtune.simulator.serving.report import Goals
 from kvtune.simulator.serving.requests import Lengths, Requests, generate
@@ -35,7 +36,7 @@ from kvtune.simulator.serving.sequence import Footprint, Prefix, Sequence
 from kvtune.simulator.serving.server import Server, server
 from kvtune.simulator.serving.step import Limits, Step
 from kvtune.simulator.serving.step_times import Chunk, Curve, StepTimes
-from kvtune.simulator.serving.times import Load, prepare, step_times
+from kvtune.simulator.serving.times import Load, step_times
 
 LONGEST = 200
 SMOL, H100 = find_model("smollm2-135m"), find_gpu("h100")
@@ -178,6 +179,12 @@ def run(
 ) -> Record:
     memory = Memory(held or plain(), 16, blocks, host)
     return Engine(asked, Scheduler(memory, of or times(), limits), LONGEST).run()
+
+
+def test_requests_of_one_moment_are_read_in_one_step() -> None:
+    together = run(requests(*[(0, 50, 10)] * 4, *[(7.5, 50, 10)] * 3))
+    assert len(set(together.first_s[:4])) == len(set(together.first_s[4:])) == 1
+    assert len(set(together.finished_s[:4])) == 1
 
 
 # --- oracles ------------------------------------------------------------------------------------

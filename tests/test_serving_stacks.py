@@ -12,15 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtune.common.errors import KvtuneError
+from kvtune.policies.policy import Policy
+from kvtune.policies.policy_file.named import read_named
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
 from kvtune.simulator.latency import stacks
-from kvtune.simulator.latency.elsewhere import ServingTables
+from kvtune.simulator.latency.elsewhere.tables import ServingTables
 from kvtune.simulator.latency.front_end import FrontEnd
-from kvtune.simulator.latency.serving_kernels import Overheads, ServingModel, small_kernels
+from kvtune.simulator.latency.serving_kernels import ServingModel
+from kvtune.simulator.latency.stack_overheads import Overheads, small_kernels
 from kvtune.simulator.latency.stacks import on_card
 from kvtune.simulator.serving.engine import Engine, serve
 from kvtune.simulator.serving.memory import Memory
+from kvtune.simulator.serving.prepare import prepare
 from kvtune.simulator.serving.record import Record
 from kvtune.simulator.serving.report import Goals, measures
 from kvtune.simulator.serving.requests import Lengths, Requests, generate_at_once
@@ -30,7 +34,6 @@ from kvtune.simulator.serving.server import server
 from kvtune.simulator.serving.stack_times import StackGrids, StackTimes
 from kvtune.simulator.serving.step import Limits
 from kvtune.simulator.serving.step_times import Chunk, Curve, StepTimes
-from kvtune.simulator.serving.times import prepare
 from kvtune.tests.made_up_tables import RATE, write_systems
 
 LLAMA, H200 = find_model("llama-8b"), find_gpu("h200")
@@ -216,13 +219,26 @@ def test_prompts_that_are_held_back_are_read_together() -> None:
     assert sum(len(chunks) for _, chunks in joined.seen) == len(asked)
 
 
+@pytest.mark.parametrize("reading", ["alone", "chunks"])
+def test_new_requests_wait_until_the_engine_looks_for_them(reading: Any) -> None:
+    asked = [(30, 10 + i) for i in range(24)]
+    found = {}
+    for poll in (1, 7):
+        record = run(at_once(asked, 8), Limits(32, 1000, reading=reading, poll_steps=poll), Times())
+        found[poll] = np.array(record.first_s) - np.array(record.arrived_s)
+        assert np.all(np.isfinite(record.finished_s))
+    assert found[7][:8] == pytest.approx(found[1][:8])  # nothing decodes when they come
+    assert found[7][8:].mean() > found[1][8:].mean()
+
+
 # --- the whole ----------------------------------------------------------------------------------
 
 
 def test_a_first_token_waits_for_the_front_end() -> None:
     record = run(at_once([(50, 10)], 1), Limits(32, 100))
-    bare, whole = measures(record, Goals()), measures(record, Goals(), FrontEnd(3.0, 0.1, 2.0))
-    later = 3.0 + 50 * 0.1 + 2.0 * bare["tpot_mean"][0]
+    front = FrontEnd(3.0, 0.1, 2.0, peer_s=5.0)
+    bare, whole = measures(record, Goals()), measures(record, Goals(), front)
+    later = 3.0 + 50 * 0.1 + 2.0 * bare["tpot_mean"][0] + 5.0 * bare["mean_running"][0]
     assert whole["ttft_mean"][0] == pytest.approx(bare["ttft_mean"][0] + later)
     assert whole["latency_mean"][0] == pytest.approx(bare["latency_mean"][0] + later)
     assert whole["tpot_mean"] == bare["tpot_mean"]
@@ -245,16 +261,83 @@ def test_serving_by_a_stack_is_answered_with_an_interval(
     assert first.low <= first.value / ready.front.within
 
 
-def test_a_policy_is_not_costed_by_a_stack(systems: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvtune.policies.option import Option
-    from kvtune.policies.policy import Policy
+def planned(budget: str) -> Policy:
+    return read_named(budget).bind(LLAMA.layers, LLAMA.kv_heads)
 
+
+def test_a_policy_is_served_by_the_plugin_in_vllm_alone(
+    systems: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stacks, "require_systems_folder", lambda: systems)
+    asked = generate_at_once(4, 2, Lengths(50, 60), Lengths(2, 3), longest=4096)
+    others: list[dict[str, Any]] = [{"stack": "sglang"}, {"stack": "vllm", "kv_format": "fp8"}]
+    for other in others:
+        serving = server(LLAMA, H200, H200.visible_bytes, "bf16", Limits(16, 2048), **other)
+        with pytest.raises(KvtuneError, match="kvtune's plugin in vLLM"):
+            prepare(serving, asked, planned("snapkv 25% int4"))
+    serving = server(LLAMA, H200, H200.visible_bytes, "bf16", Limits(16, 2048), stack="vllm")
+    with pytest.raises(KvtuneError, match="more than reading each layer's prompt once"):
+        prepare(serving, asked, planned("kvzip 25%"))
+
+
+def test_a_policy_in_vllm_reads_whole_prompts_less_cache_and_leaves_blocks_to_answers(
+    systems: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stacks, "require_systems_folder", lambda: systems)
     serving = server(LLAMA, H200, H200.visible_bytes, "bf16", Limits(16, 2048), stack="vllm")
-    asked = generate_at_once(4, 2, Lengths(50, 60), Lengths(2, 3), longest=4096)
-    policy = Policy.uniform(Option(), LLAMA.layers, LLAMA.kv_heads)
-    with pytest.raises(KvtuneError, match="not costed with vllm's kernels"):
-        prepare(serving, asked, policy)
+    asked = generate_at_once(40, 8, Lengths(4000, 4000), Lengths(20, 30), longest=8192)
+    full, plan = (prepare(serving, asked, each) for each in (None, planned("snapkv 12% int4")))
+    assert full.limits is None
+    assert plan.limits == replace(serving.limits, reading="whole", left_to_answers=0.1)
+    one, other = full.times["value"], plan.times["value"]
+    alone = [each.decoding(16, 4000, 1) - each.decoding(16, 1, 1) for each in (one, other)]
+    assert alone[0] > 0
+    steps = [each.decoding(16, 4000, 1) for each in (one, other)]
+    assert steps[1] < steps[0]
+    assert other.compressing.at(4000) > one.compressing.at(4000) == 0
+    asked_for = replace(serving, limits=replace(serving.limits, left_to_answers=0.3))
+    chosen = prepare(asked_for, asked, planned("snapkv 12% int4"))
+    assert chosen.limits is not None
+    assert chosen.limits.left_to_answers == 0.3
+
+
+def test_a_new_request_leaves_a_share_of_the_blocks_unless_nobody_runs() -> None:
+    lengths = list(range(200))
+    asked = at_once([(64, 40)] * 12, 12)
+    most = {}
+    for share in (0.0, 0.5):
+        memory = Memory(Footprint(lengths, lengths, 1), 16, 40, 0)
+        limits = Limits(32, 400, left_to_answers=share)
+        record = Engine(asked, Scheduler(memory, Times(), limits), 200).run()  # type: ignore[arg-type]
+        assert np.all(np.isfinite(record.finished_s))
+        most[share] = record.peak_running, record.counts.preemptions
+    assert most[0.0][0] > most[0.5][0]
+    assert most[0.5][0] <= 20 // 4  # prompts have four blocks, and a sixth would not leave half
+    assert most[0.0][1] > most[0.5][1] == 0
+    alone = Memory(Footprint(lengths, lengths, 1), 16, 7, 0)
+    record = Engine(at_once([(90, 10)], 1), Scheduler(alone, Times(), limits), 200).run()  # type: ignore[arg-type]
+    assert np.isfinite(record.finished_s[0])
+
+
+def test_a_cache_of_eight_bits_holds_twice_as_much_and_is_read_by_its_own_kernels(
+    systems: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stacks, "require_systems_folder", lambda: systems)
+    asked = generate_at_once(8, 4, Lengths(1000, 1000), Lengths(20, 30), longest=8192)
+    wide, narrow = (
+        prepare(
+            server(
+                LLAMA, H200, H200.visible_bytes, "bf16", Limits(16, 2048), stack="vllm",
+                kv_format=form,
+            ),
+            asked, None,
+        )
+        for form in ("bfloat16", "fp8")
+    )  # fmt: skip
+    assert narrow.footprint.token == wide.footprint.token / 2
+    assert narrow.footprint.kept[900] == wide.footprint.kept[900] / 2
+    faster = narrow.times["value"].decoding(16, 4000, 1) / wide.times["value"].decoding(16, 4000, 1)
+    assert faster < 0.97
 
 
 def test_copies_to_the_host_are_not_taken_to_be_free(

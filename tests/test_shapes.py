@@ -239,6 +239,27 @@ def test_gguf_windows_that_llama_cpp_does_not_use_and_those_nobody_knows(tmp_pat
         shape_from_gguf(other)
 
 
+@pytest.mark.parametrize(
+    ("norms", "of_queries", "over_heads", "a_layer"),
+    [
+        ({"attn_norm": 1024, "ffn_norm": 1024}, False, False, 2),
+        ({"attn_norm": 1024, "ffn_norm": 1024, "attn_q_norm": 128, "attn_k_norm": 128},
+         True, False, 2),
+        ({"attn_norm": 1024, "post_attention_norm": 1024, "ffn_norm": 1024, "post_ffw_norm": 1024,
+          "attn_q_norm": 1024, "attn_k_norm": 1024}, True, True, 4),
+    ],
+)  # fmt: skip
+def test_a_gguf_says_which_norms_a_layer_has(
+    tmp_path: Path, norms: dict[str, int], of_queries: bool, over_heads: bool, a_layer: int
+) -> None:
+    import numpy as np
+
+    tensors = {f"blk.0.{name}.weight": np.ones(wide, np.float32) for name, wide in norms.items()}
+    model = shape_from_gguf(gguf_file(tmp_path / "m.gguf", "qwen3", table() | tensors))
+    found = model.query_key_norm, model.norms_over_heads, model.norms_per_layer
+    assert found == (of_queries, over_heads, a_layer)
+
+
 def test_gguf_lists_say_which_layers_attend(tmp_path: Path) -> None:
     keys = {"ssm__inner_size": 2048, "ssm__state_size": 16, "ssm__conv_kernel": 4}
     file = gguf_file(

@@ -12,6 +12,7 @@ from kvtune.common.errors import DoesNotFitError, KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.profiles.split import can_split
 from kvtune.simulator.latency.chunks import WHOLE, Reading, chunked_prefill
+from kvtune.simulator.latency.stacks import KV_BYTES, KvFormat
 from kvtune.tuner.target import beyond_length
 
 if TYPE_CHECKING:
@@ -174,6 +175,8 @@ class Asked:
         gpus: cards that share each layer; with ``total_gpus``, 1 tries all that divide it.
         total_gpus: cards in all, used as copies of the model that share the sequences; or None.
         stack: whose kernels.
+        kv_format: of a stack's cache.
+        expert_parallel: groups of GPUs that have routed experts of their own, under a stack.
         told: notes on the options.
         reading: whether a prefix is held, and how many tokens are read at once.
     """
@@ -190,6 +193,8 @@ class Asked:
     gpus: int = 1
     total_gpus: int | None = None
     stack: StackChoice = "kvtune"
+    kv_format: KvFormat = "bfloat16"
+    expert_parallel: int = 1
     told: tuple[str, ...] = ()
     reading: Reading = WHOLE
 
@@ -267,7 +272,9 @@ class Asked:
         from kvtune.simulator.deployment import Deployment
         from kvtune.simulator.memory.plan import memory_plan
 
-        deployment = Deployment(self.shape, card.gpu, split.gpus, self.stack)
+        deployment = Deployment(
+            self.shape, card.gpu, split.gpus, self.stack, self.kv_format, self.expert_parallel
+        )
         at_once = split.batch(batch)
         budget = memory_plan(
             deployment.local, card.gpu, card.memory_bytes,
@@ -285,11 +292,12 @@ class Asked:
         from kvtune.simulator.cost import full_cost, per_second, policy_cost
 
         part = self._part(deployment, budget)
-        alone = full_cost(budget, part)
-        read = part.tokens if part else None
-        step, first = deployment.times(alone.latency, alone.prefill, budget, read)
-        rate = per_second(step, budget.batch)
-        full = replace(alone, latency=step, prefill=first, tokens_per_second=rate)
+        alone = full_cost(budget, part, KV_BYTES[self.kv_format])
+        times = deployment.times(alone.latency, alone.prefill, budget, self.reading)
+        full = replace(
+            alone, latency=times.step, prefill=times.prefill, front=times.front,
+            tokens_per_second=per_second(times.step, budget.batch),
+        )  # fmt: skip
         costs = {FULL: full}
         if self.document is not None:
             self._check_alone(deployment.gpus)
@@ -301,18 +309,13 @@ class Asked:
         """How long prompts take that stand behind a prefix or are read in chunks; else None.
 
         Raises:
-            KvtuneError: another stack's tables, which hold whole prompts, or no prompt is left.
+            KvtuneError: no prompt is left.
         """
         from kvtune.simulator.cost import PartRead
 
-        if self.reading == WHOLE:
-            return None
-        if self.stack != "kvtune":
-            raise KvtuneError(
-                "prompts behind a prefix or in chunks are timed with kvtune's own model only",
-                hint="leave out --stack, or --prefix and --chunk.",
-            )
         new = self.reading.new_tokens(budget.context_tokens)
+        if self.reading == WHOLE or self.stack != "kvtune":
+            return None
         seconds = chunked_prefill(
             deployment.local, deployment.gpu, budget.weight_format, new,
             self.reading.prefix_tokens, self.reading.chunk_tokens, execution="runtime",
@@ -320,11 +323,12 @@ class Asked:
         return PartRead(new, seconds)
 
     def _check_alone(self, gpus: int) -> None:
-        """Refuse a policy over several GPUs or another stack's kernels, which cannot run it."""
-        if gpus > 1 or self.stack != "kvtune":
+        """Refuse a policy over several GPUs or under another stack."""
+        check_runtime_alone(self.stack)
+        if gpus > 1:
             raise KvtuneError(
-                "a policy can be costed on one GPU and with kvtune's own kernels only, as yet",
-                hint="leave out --gpus and --stack, or --policy.",
+                "a policy can be costed on one GPU only, as yet",
+                hint="leave out --gpus, or --policy.",
             )
 
     def _names(self) -> list[str]:
@@ -371,6 +375,22 @@ class Asked:
             if self._fits(Card(gpu, gpu.visible_bytes, None), case, case.context_tokens):
                 return gpu.slug
         return None
+
+
+def check_runtime_alone(stack: str) -> None:
+    """Refuse a policy under a stack that does not run it.
+
+    Raises:
+        KvtuneError: any but kvtune's own runtime.
+    """
+    if stack != "kvtune":
+        narrow = "" if stack == "llama-cpp" else "a cache of 8 bits is --kv-cache-dtype fp8; "
+        raise KvtuneError(
+            f"--policy is costed as kvtune's own runtime runs it, and --stack {stack} runs its own "
+            "cache",
+            hint=f"leave out --stack; {narrow}kvtune export --compare says what of a policy each "
+            "stack can be given, and what fits there.",
+        )
 
 
 def _two_digits_below(percent: float) -> str:

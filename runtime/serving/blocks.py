@@ -18,13 +18,10 @@ from kvtune.policies.option import Option
 from kvtune.policies.pages import BF16_PAGE, PageLayout
 from kvtune.policies.paging import pages_of, planned_entries
 from kvtune.policies.policy import Policy
+from kvtune.policies.servable import LEFT_TO_ANSWERS
 
 AHEAD_TOKENS = 16
 """Pages are given to generated tokens so many at a time, for all heads at once."""
-
-_LEFT_TO_ANSWERS = 0.1
-"""Of an engine's blocks. Over Azure's lengths in 1.25 GiB (``benchmarks/vllm_admission.py``) a
-twentieth leaves twice as many preemptions, and with 0.15 fewer tokens are generated."""
 
 Ints = NDArray[np.int64]
 
@@ -192,4 +189,4 @@ def left_to_answers(blocks: int) -> int:
     Under a plan a prompt takes few blocks and its answer as many as ever, so that an engine that
     gives its last block to a new prompt soon preempts others, whose prompts are then read again.
     """
-    return int(_LEFT_TO_ANSWERS * blocks)
+    return int(LEFT_TO_ANSWERS * blocks)

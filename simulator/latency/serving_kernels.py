@@ -2,59 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from kvtune.common.errors import KvtuneError
+from kvtune.profiles.layer_cache import LatentAttention
 from kvtune.profiles.shape import ModelShape
 from kvtune.profiles.split import split_over
-from kvtune.simulator.latency.elsewhere import ExpertShape, Heads, ServingTables
+from kvtune.simulator.latency.elsewhere.attention import Heads, Kind
+from kvtune.simulator.latency.elsewhere.experts import ExpertShape
+from kvtune.simulator.latency.elsewhere.latent import LatentCall, check_latent, has_kernels
+from kvtune.simulator.latency.elsewhere.tables import ServingTables
+from kvtune.simulator.latency.stack_overheads import Overheads, small_kernels
 from kvtune.simulator.latency.table_grid import FloatArray
-
-_Attention = Callable[[Heads, int | None, str, FloatArray, FloatArray], FloatArray]
-"""Seconds of one layer, by heads, window, format of the cache, sequences and tokens."""
 
 # Norms, rotary, activations and copies pass over the residual stream about this often a layer.
 _PASSES_A_LAYER = 14
 _ACHIEVED = 0.7  # of the bandwidth, by such kernels
 
-
-@dataclass(frozen=True)
-class Overheads:
-    """What the tables do not hold, fitted on whole serving runs (benchmarks/hardware_runs.py).
-
-    Args:
-        small_kernel_s: seconds of each kernel of a layer that no table has
-            (:func:`small_kernels`).
-        step_s: seconds of the host and the sampler a step.
-        sequence_s: seconds of these a sequence.
-        kernels: how many times as long as in the tables a decode step's kernels take.
-        reading: likewise where prompts are read.
-        launches_s: seconds of the host's launches a layer where prompts are read, which no graph
-            holds: a step takes no less, however fast its kernels are.
-    """
-
-    small_kernel_s: float = 0.0
-    step_s: float = 0.0
-    sequence_s: float = 0.0
-    kernels: float = 1.0
-    reading: float = 1.0
-    launches_s: float = 0.0
-
-
-def small_kernels(shape: ModelShape, matrix_format: str) -> int:
-    """Kernels of a layer beside attention, matrices, experts and sums over GPUs.
-
-    Norms, and one each for rotary positions, the cache and the activation; norms of queries and of
-    keys; router, choice and order of experts; and what brings the input of each of four matrices
-    into a format with a scale a block.
-    """
-    count = shape.norms_per_layer + 3 + 2 * shape.query_key_norm
-    count += 3 * (shape.experts is not None)
-    return count + 4 * (matrix_format in ("fp8_block", "nvfp4"))
+_LATENT_MATRICES = {"fp8": "fp8_block", "fp8_block": "fp8_block", "nvfp4": "nvfp4"}
+"""Formats of projections that whole layers of latent attention were measured in, else 16 bits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +39,11 @@ class ServingModel:
         kv_format: ``bfloat16`` or ``fp8``.
         bandwidth_bytes_per_s: of one GPU's memory.
         overheads: of the stack.
+        expert_parallel: groups of GPUs that have routed experts of their own; with 1, each GPU has
+            a share of every expert.
+
+    Raises:
+        KvtuneError: attention that was not measured, or experts that cannot be dealt so.
     """
 
     tables: ServingTables
@@ -80,11 +54,28 @@ class ServingModel:
     kv_format: str
     bandwidth_bytes_per_s: float
     overheads: Overheads
+    expert_parallel: int = 1
 
     def __post_init__(self) -> None:
-        if self.shape.latent is not None:
+        check_latent(self.tables, self.shape)
+        if any(c.state_bytes or c.index_dim or c.compress_rate for c in self.shape.cache):
             raise KvtuneError(
-                f"{self.shape.name} has latent attention; its tables are not read yet"
+                f"{self.shape.name} has layers that the stacks' tables are not read for: recurrent "
+                "states, index keys or compressed entries",
+                hint="without --stack kvtune's own model answers.",
+            )
+        experts, groups = self.shape.experts, self.expert_parallel
+        if groups == 1:
+            return
+        if experts is None:
+            raise KvtuneError(
+                f"{self.shape.name} has no routed experts to deal to {groups} groups of GPUs",
+                hint="leave out --expert-parallel.",
+            )
+        if self.gpus % groups or experts.count % groups:
+            raise KvtuneError(
+                f"{experts.count} experts on {self.gpus} GPUs cannot be dealt to {groups} groups",
+                hint="--expert-parallel divides both, for example as many as --gpus.",
             )
 
     def decode(self, batch: npt.ArrayLike, tokens: npt.ArrayLike) -> FloatArray:
@@ -112,15 +103,39 @@ class ServingModel:
         launches = self.shape.layers * over.launches_s
         return np.asarray(np.maximum(seconds + self.rest(asked), launches))
 
+    def prefill_in_chunks(self, tokens: int, prefix: int = 0, chunk: int | None = None) -> float:
+        """Seconds of reading one prompt chunk after chunk, each attending to all before it.
+
+        Args:
+            tokens: of the prompt that are read.
+            prefix: tokens before them that are held.
+            chunk: tokens of a step; all of them unless given.
+        """
+        end = prefix + tokens
+        begins = np.arange(prefix, end, chunk or tokens, dtype=np.float64)
+        ends, one = np.append(begins[1:], float(end)), np.ones(len(begins))
+        before = np.where(begins > 0, self.context_attention(one, np.maximum(begins, 1.0)), 0.0)
+        kernels = self.context_attention(one, ends) - before + self.passes(ends - begins)
+        return float(np.sum(self.reading_step(kernels, one)))
+
     def decode_attention(self, batch: FloatArray, tokens: FloatArray) -> FloatArray:
         """Seconds of attention of all layers, for one new token of each sequence."""
-        return self._attention(self.tables.decode_attention, batch, tokens)
+        return self._attention("generation", batch, tokens)
 
     def context_attention(self, batch: FloatArray, tokens: FloatArray) -> FloatArray:
         """Seconds of attention of all layers, over whole prompts."""
-        return self._attention(self.tables.context_attention, batch, tokens)
+        return self._attention("context", batch, tokens)
 
-    def _attention(self, kernel: _Attention, batch: FloatArray, tokens: FloatArray) -> FloatArray:
+    def _attention(self, kind: Kind, batch: FloatArray, tokens: FloatArray) -> FloatArray:
+        if self.shape.latent is not None:
+            projections = _LATENT_MATRICES.get(self.matrix_format, "bfloat16")
+            call = LatentCall(
+                kind, self._local.query_heads, self.kv_format,
+                projections if self._whole_attention else None,
+            )  # fmt: skip
+            return self.shape.layers * self.tables.latent_attention(call, batch, tokens)
+        decodes = kind == "generation"
+        kernel = self.tables.decode_attention if decodes else self.tables.context_attention
         windows = self.shape.windows
         seconds = np.zeros(np.broadcast(batch, tokens).shape)
         for window in dict.fromkeys(windows):
@@ -128,12 +143,17 @@ class ServingModel:
             seconds = seconds + windows.count(window) * one
         return seconds
 
+    @property
+    def _whole_attention(self) -> bool:
+        """Whether the tables have latent attention with its projections alone."""
+        return self.shape.latent is not None and not has_kernels(self.tables)
+
     def passes(self, rows: FloatArray) -> FloatArray:
         """Seconds of all layers' matrices, experts and sums over GPUs, for so many new tokens."""
         shape = self.shape
         moved = 2.0 * rows * shape.hidden_size * _PASSES_A_LAYER
         layer = (
-            self._attention_matrices(rows)
+            self.attention_matrices(rows)
             + 2 * self.tables.all_reduce(self.gpus, rows * shape.hidden_size)
             + shape.norms_over_heads * self.tables.all_reduce(self.gpus, 2 * rows)
             + moved / (_ACHIEVED * self.bandwidth_bytes_per_s)
@@ -149,11 +169,17 @@ class ServingModel:
     def rest(self, sequences: FloatArray) -> FloatArray:
         """What a step takes beside the kernels of the tables."""
         over = self.overheads
-        layer = small_kernels(self.shape, self.matrix_format) * over.small_kernel_s
+        count = small_kernels(self.shape, self.matrix_format, self._whole_attention)
+        layer = count * over.small_kernel_s
         return np.asarray(self.shape.layers * layer + over.step_s + over.sequence_s * sequences)
 
-    def _attention_matrices(self, rows: FloatArray) -> FloatArray:
-        local = self._local
+    def attention_matrices(self, rows: FloatArray) -> FloatArray:
+        """Seconds of one layer's projections around attention; none where its table has them."""
+        if self._whole_attention:
+            return np.zeros(np.shape(rows))
+        local, latent = self._local, self.shape.latent
+        if latent is not None:
+            return self._latent_matrices(local.query_heads, latent, rows)
         queries, width = local.query_heads * local.head_dim, local.hidden_size
         projected = queries + 2 * local.kv_heads * local.head_dim
         form = self.matrix_format
@@ -161,6 +187,19 @@ class ServingModel:
             self.tables.matrix(projected, width, form, rows)
             + self.tables.matrix(width, queries, form, rows)
         )
+
+    def _latent_matrices(self, heads: int, latent: LatentAttention, rows: FloatArray) -> FloatArray:
+        """Into both latents, queries out of theirs, the absorbed products, and out of the values.
+
+        Prompts multiply keys and values out of the latent instead, which is as much work.
+        """
+        width, form, rank = self.shape.hidden_size, self.matrix_format, latent.query_lora_rank
+        asked = heads * (latent.nope_dim + latent.rope_dim)
+        down = latent.kv_lora_rank + latent.rope_dim + (asked if rank is None else rank)
+        seconds = self.tables.matrix(down, width, form, rows) + self.tables.absorbed(heads, rows)
+        if rank is not None:
+            seconds = seconds + self.tables.matrix(asked, rank, form, rows)
+        return seconds + self.tables.matrix(width, heads * latent.value_dim, form, rows)
 
     def _feed_forward(self, rows: FloatArray) -> FloatArray:
         """Of all layers: dense blocks, routed experts and those that every token visits."""
@@ -172,7 +211,7 @@ class ServingModel:
         if experts is not None:
             routed = ExpertShape(
                 self.shape.hidden_size, experts.intermediate_size, experts.active,
-                experts.count, self.gpus,
+                experts.count, self.gpus // self.expert_parallel, self.expert_parallel,
             )  # fmt: skip
             layer = self.tables.experts(routed, self.expert_format, rows)
             if local.experts is not None and local.experts.shared_size:

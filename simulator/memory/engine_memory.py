@@ -116,6 +116,7 @@ class EngineFlags:
         kv_cache_memory_bytes: of the cache, in place of all that is left.
         shares_states: whether recurrent states are kept for prompts with the same beginning.
         state_element_bytes: of a number of a recurrent state.
+        expert_parallel: whether each GPU has routed experts of its own, which take as much memory.
     """
 
     gpu_memory_utilization: float | None = None
@@ -128,6 +129,7 @@ class EngineFlags:
     kv_cache_memory_bytes: int | None = None
     shares_states: bool | None = None
     state_element_bytes: int | None = None
+    expert_parallel: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ class EngineMemory:
         cache: left for the cache, as in "Available KV cache memory".
         tokens: as in "GPU KV cache size"; over all GPUs that share the model.
         block_size: tokens of a block.
+        sequences: that are run at once, at most.
     """
 
     release: str
@@ -157,6 +160,7 @@ class EngineMemory:
     cache: Estimate
     tokens: Estimate
     block_size: int
+    sequences: int
 
 
 def engine_memory(
@@ -197,6 +201,7 @@ def engine_memory(
     return EngineMemory(
         version, gpu.visible_bytes, limit, *parts, cache,
         _tokens(shape, gpu, flags, release, blocks, cache), blocks.block_size,
+        _batch(gpu, flags)[1],
     )  # fmt: skip
 
 

@@ -71,8 +71,11 @@ class TooLarge:
             f"weights {weights}, overhead {overhead}, prefill of {format_tokens(self.context)} "
             f"{prefill}, and a cache of {format_tokens(cached_tokens)}"
         )
-        hint = _what_fits(self.gpu, self.limit, needs, least, self._longest_context)
-        most = self._most_sequences(min(needs, key=lambda name: needs[name]))
+        smallest = min(needs, key=lambda name: needs[name])
+        cache = self.batch * self.shape.kv_bytes(self.context)
+        whole = sum(part.value for part in parts(smallest)) + cache
+        hint = _what_fits(self.gpu, self.limit, needs, least, self._longest_context, whole)
+        most = self._most_sequences(smallest)
         if 0 < most < self.batch:
             first = f"--batch {most} is the most that fits at this context. "
             hint = f"{first}{hint[0].upper()}{hint[1:]}"
@@ -102,7 +105,9 @@ def _what_fits(
     needs: dict[WeightFormat, int],
     tried: WeightFormat,
     longest: Callable[[WeightFormat], int],
+    whole: float,
 ) -> str:
+    """What would fit; ``whole`` is what the narrowest weights need beside an uncompressed cache."""
     fitting = [name for name, need in needs.items() if need <= limit]
     if fitting:
         shorter = f", or --context {most} at most" if (most := longest(tried)) else ""
@@ -121,9 +126,12 @@ def _what_fits(
             f"{shorter} smaller model or a larger GPU is needed."
         )
     shorter = f"; in this one --context {most} is the most" if most else ""
+    beside = ""
+    if whole > needs[smallest]:
+        beside = f" and a compressed cache; the whole cache needs {_at_least(whole)}"
     return (
         f"the smallest limit that works is {_at_least(needs[smallest])}, with {smallest} "
-        f"weights{shorter}."
+        f"weights{beside}{shorter}."
     )
 
 

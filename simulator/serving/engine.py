@@ -42,7 +42,8 @@ def serve(
     def run(end: End) -> Record:
         blocks, host = int(server.cache.value) // size, server.host_bytes // size
         memory = Memory(prepared.footprint, server.block_tokens, blocks, host)
-        scheduler = Scheduler(memory, prepared.times[end], server.limits)
+        limits = prepared.limits or server.limits
+        scheduler = Scheduler(memory, prepared.times[end], limits)
         return Engine(requests, scheduler, server.shape.max_context).run()
 
     tier = prepared.times["value"].tier
@@ -79,13 +80,12 @@ class Engine:
         return self.record
 
     def _arrive(self) -> Process:
-        """Let every request arrive at its time."""
+        """Let every request arrive at its time; those of one moment before a step is planned."""
         for at, sequence in self._queue:
-            self.next_arrival_s = at
-            yield self.environment.timeout(max(at - self.environment.now, 0.0))
-            if not self._accept(sequence):
-                continue
-            if not self._arrived.triggered:
+            if at > self.environment.now:
+                self.next_arrival_s = at
+                yield self.environment.timeout(at - self.environment.now)
+            if self._accept(sequence) and not self._arrived.triggered:
                 self._arrived.succeed()
         self.next_arrival_s = math.inf
         if not self._arrived.triggered:

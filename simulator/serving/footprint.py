@@ -40,11 +40,11 @@ def footprint(
         KvtuneError: a policy for another shape, or for layers whose cache is no full cache of
             heads.
     """
+    if policy is None:
+        return whole_footprint(shape, prompt_tokens)
     shortest, longest = int(prompt_tokens.min()), int(prompt_tokens.max())
     reading = _by_length(shape.kv_bytes, 0, longest)
     token = shape.kv_bytes(shortest + 1) - shape.kv_bytes(shortest)
-    if policy is None:
-        return Footprint(reading, reading, max(token, 1))
     check_shape(shape, policy, longest + output_tokens)
     growth, answer = Growth(output_tokens), output_tokens * token
 
@@ -55,6 +55,25 @@ def footprint(
         return sequence_bytes(policy, tokens, shape.head_dim, growth) - answer
 
     return Footprint(reading, _by_length(kept, 0, longest, PAGED_GRID), token, not evicts(policy))
+
+
+def whole_footprint(
+    shape: ModelShape, prompt_tokens: NDArray[np.int64], element_bytes: int = 2
+) -> Footprint:
+    """The footprint of the uncompressed cache.
+
+    Args:
+        shape: the model, or one card's share of it.
+        prompt_tokens: of all prompts.
+        element_bytes: of a cached number.
+    """
+    shortest, longest = int(prompt_tokens.min()), int(prompt_tokens.max())
+
+    def size(tokens: int) -> int:
+        return shape.kv_bytes(tokens, element_bytes)
+
+    held = _by_length(size, 0, longest)
+    return Footprint(held, held, max(size(shortest + 1) - size(shortest), 1))
 
 
 def check_shape(shape: ModelShape, policy: Policy, tokens: int) -> None:

@@ -111,8 +111,13 @@ class Memory:
 
     # --- reading a prompt -----------------------------------------------------------------------
 
-    def admit(self, sequence: Sequence) -> bool:
-        """Give what reading takes, with the beginning that is already held; False if too little."""
+    def admit(self, sequence: Sequence, leave: int = 0) -> bool:
+        """Give what reading takes, with the beginning that is already held; False if too little.
+
+        Args:
+            sequence: that waits.
+            leave: blocks that must be left to others.
+        """
         sequence.to_read = sequence.prompt + sequence.generated
         found, held = self._find(sequence)
         read, kept = self.footprint.read_bytes, self.footprint.kept_bytes
@@ -122,7 +127,7 @@ class Memory:
             self.blocks_for(kept(prompt, generated)) - _blocks_of(found),
         )
         self.prefixes.use(found)
-        blocks = self.take(own)
+        blocks = self.take(own) if own + leave <= self.prefixes.available else None
         if blocks is None:
             self.prefixes.release(found)
             return False

@@ -134,9 +134,10 @@ def measures(
     long = outputs > 1
     tpot = (finished - first)[long] / (outputs[long] - 1)
     prompts = record.requests.prompt_tokens[done]
-    beside = front.seconds(prompts, tpot.mean() if len(tpot) else 0.0)
-    ttft, waited, whole = first - arrival + beside, started - arrival, finished - arrival + beside
     span = float(finished.max()) - record.arrived_s[0] if done.any() else np.nan
+    running = record.running_seconds / span
+    beside = front.seconds(prompts, tpot.mean() if len(tpot) else 0.0, running)
+    ttft, waited, whole = first - arrival + beside, started - arrival, finished - arrival + beside
     found: dict[str, tuple[float, str]] = {}
     for name, values in (
         ("ttft", ttft),
@@ -154,7 +155,7 @@ def measures(
     memory = record.memory
     found["mean_memory"] = (record.block_seconds / span * memory.block_bytes, "B")
     found["peak_memory"] = (float(record.peak_blocks * memory.block_bytes), "B")
-    found["mean_running"] = (record.running_seconds / span, "sequences")
+    found["mean_running"] = (running, "sequences")
     found["mean_waiting"] = (record.waiting_seconds / span, "requests")
     found["busy"] = (record.busy_s / span, "share")
     return found

@@ -50,6 +50,8 @@ class Scheduler:
         self.counts = Counts()
         self._passed_over = 0  # by how many the first one that waits
         self._held_back = 0  # decode steps since prompts began to be held back
+        self._decoded = 0  # decode steps since prompts were last read
+        self._left_to_answers = int((limits.left_to_answers or 0.0) * memory.pool.total)
 
     def plan(self, quiet_s: float) -> Step | None:
         """The next step, with the blocks that it takes; None where there is nothing to do.
@@ -58,12 +60,13 @@ class Scheduler:
             quiet_s: seconds until the next request arrives.
         """
         step = Step()
-        if self.limits.reading == "alone" and self._read_alone(step):
+        unseen = bool(self.waiting) and self._is_unseen()
+        if self.limits.reading == "alone" and not unseen and self._read_alone(step):
             return step
         preempted = self._make_room(step)
         self.decoding.grow(0, 1)
         chunks = self._read(step) if self.reading else []
-        held_back = bool(self.waiting) and self._hold_back()
+        held_back = unseen or (bool(self.waiting) and self._hold_back())
         if self.waiting and not preempted and not held_back:
             self._admit(step, chunks)
         decoding = self.decoding
@@ -83,6 +86,7 @@ class Scheduler:
     def complete(self, step: Step) -> list[Sequence]:
         """Count a step that has ended; the requests that it finished."""
         self.counts.steps += max(step.decode_steps, 1)
+        self._decoded = 0 if step.read else self._decoded + step.decode_steps
         self.counts.decoded += step.decode_steps * self.decoding.count
         done = self.decoding.advance(step.decode_steps)
         for sequence in step.read:
@@ -140,6 +144,10 @@ class Scheduler:
             return False
         step.seconds += self.times.mixed(0, 0.0, 0.0, chunks) + self._compressing(step)
         return True
+
+    def _is_unseen(self) -> bool:
+        """Whether the engine has not yet looked for the requests that wait, as it decodes."""
+        return bool(self.decoding.count and self._decoded % self.limits.poll_steps)
 
     def _hold_back(self) -> bool:
         """Whether the prompts that wait may still be joined by others before they are read."""
@@ -206,7 +214,7 @@ class Scheduler:
 
     def _begin(self, sequence: Sequence) -> bool:
         """Start to read a prompt, if its blocks can be had."""
-        if not self.memory.admit(sequence):
+        if not self.memory.admit(sequence, self._left_to_answers if self.running else 0):
             return False
         self.reading[sequence] = None
         self.counts.prompt_tokens += sequence.to_read

@@ -13,6 +13,7 @@ from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.profiles.split import split_over
 from kvtune.simulator.latency.front_end import NOTHING, FrontEnd
+from kvtune.simulator.latency.stacks import KV_BYTES, KvFormat, StackSetting
 from kvtune.simulator.memory.plan import memory_plan
 from kvtune.simulator.memory.weights import WeightFormat
 from kvtune.simulator.serving.sequence import Footprint
@@ -33,7 +34,7 @@ class Server:
         block_tokens: generated tokens that a block holds.
         host_bytes: for the share of each card in sequences that had to leave; 0 for none.
         gpus: cards that share each layer.
-        stack: whose kernels.
+        setting: how a serving stack serves it; None for kvtune's own kernels.
     """
 
     shape: ModelShape
@@ -44,12 +45,17 @@ class Server:
     block_tokens: int = 16
     host_bytes: int = 0
     gpus: int = 1
-    stack: StackChoice = "kvtune"
+    setting: StackSetting | None = None
 
     @property
     def local(self) -> ModelShape:
         """One card's share of the model."""
         return split_over(self.shape, self.gpus)
+
+    @property
+    def stack(self) -> StackChoice:
+        """Whose kernels."""
+        return self.setting.stack if self.setting else "kvtune"
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Prepared:
         footprint: bytes of a sequence on each card.
         times: of the engine's steps: likely, and at both ends of their intervals.
         front: what a first token takes beside them.
+        limits: of the engine's steps where the policy changes them; None for the server's.
     """
 
     name: str
@@ -69,6 +76,7 @@ class Prepared:
     footprint: Footprint
     times: Mapping[End, EngineTimes]
     front: FrontEnd = NOTHING
+    limits: Limits | None = None
 
     @property
     def block_bytes(self) -> int:
@@ -87,6 +95,8 @@ def server(
     host_bytes: int = 0,
     gpus: int = 1,
     stack: StackChoice = "kvtune",
+    kv_format: KvFormat = "bfloat16",
+    expert_parallel: int = 1,
 ) -> Server:
     """Split each card's memory: weights, overhead and a step's activations, the rest for the cache.
 
@@ -100,6 +110,8 @@ def server(
         host_bytes: of the host for sequences that had to leave all cards.
         gpus: cards that share each layer.
         stack: whose kernels.
+        kv_format: of a stack's cache.
+        expert_parallel: groups of cards that have routed experts of their own, under a stack.
 
     Raises:
         KvtuneError: nothing is left for the cache, a step cannot hold all sequences, or so many
@@ -115,11 +127,15 @@ def server(
     asked = min(limits.step_tokens, shape.max_context)
     chosen = memory_plan(local, gpu, memory_bytes, context_tokens=asked, weights=weights)
     cache = replace(chosen, batch=limits.sequences, chunk_tokens=limits.step_tokens).cache
-    if cache.value < local.kv_bytes(block_tokens):
+    if cache.value < local.kv_bytes(block_tokens, KV_BYTES[kv_format]):
         raise KvtuneError(
             f"nothing of {format_bytes(memory_bytes)} is left for the cache when steps hold "
             f"{limits.step_tokens} tokens of {limits.sequences} sequences",
             hint="lower --max-batched-tokens or --max-sequences, or raise --mem.",
         )
     host = host_bytes // gpus
-    return Server(shape, gpu, chosen.weight_format, cache, limits, block_tokens, host, gpus, stack)
+    weight_format = chosen.weight_format
+    setting = None
+    if stack != "kvtune":
+        setting = StackSetting(stack, weight_format, gpus, kv_format, expert_parallel)
+    return Server(shape, gpu, weight_format, cache, limits, block_tokens, host, gpus, setting)

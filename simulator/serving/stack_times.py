@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from kvtune.common.estimate import Tier
 from kvtune.simulator.latency.serving_kernels import ServingModel
-from kvtune.simulator.serving.step_times import Chunk, Curve
+from kvtune.simulator.serving.step_times import Chunk, Curve, StepTimes
 
 _LENGTHS, _ROWS = 65, 257  # points of the grids, even in the logarithm
 
@@ -86,8 +86,12 @@ class StackTimes:
 
     def decoding(self, sequences: int, prompt: float, generated: float) -> float:
         """Seconds of one decode step; lengths are means."""
-        attention = self.grids.attention[sequences - 1].at(prompt + generated)
-        return self.scale * (self.over.kernels * attention + self._decode[sequences - 1])
+        attention = self.over.kernels * self._attention(sequences, prompt, generated)
+        return self.scale * (attention + self._decode[sequences - 1])
+
+    def _attention(self, sequences: int, prompt: float, generated: float) -> float:
+        """Seconds of the attention of a decode step, as the tables have it."""
+        return self.grids.attention[sequences - 1].at(prompt + generated)
 
     def mixed(
         self, sequences: int, prompt: float, generated: float, chunks: Iterable[Chunk]
@@ -95,7 +99,7 @@ class StackTimes:
         """Seconds of a step that reads chunks of prompts beside decoding."""
         grids, new, asked, kernels = self.grids, sequences, sequences, 0.0
         if sequences:
-            kernels += grids.attention[sequences - 1].at(prompt + generated)
+            kernels += self._attention(sequences, prompt, generated)
         for start, tokens in chunks:
             new, asked = new + tokens, asked + 1
             kernels += grids.context.at(start + tokens)
@@ -107,3 +111,23 @@ class StackTimes:
     def copying(self, blocks: int) -> float:
         """Nothing: servers that copy to the host are refused, since no table has the time."""
         return 0.0
+
+
+class PlannedTimes(StackTimes):
+    """The same under a policy, as kvtune's plugin runs it in a stack.
+
+    Attention of decode steps and the compressing of prompts are those of kvtune's own kernels.
+
+    Args:
+        model: of the stack on its cards, with its overheads.
+        grids: of the same model.
+        tier: of the times.
+        own: times of kvtune's runtime under the policy.
+    """
+
+    def __init__(self, model: ServingModel, grids: StackGrids, tier: Tier, own: StepTimes) -> None:
+        super().__init__(model, grids, tier)
+        self.own, self.compressing = own, own.compressing
+
+    def _attention(self, sequences: int, prompt: float, generated: float) -> float:
+        return self.own.decoding(sequences, prompt, generated) - self.own.empty[sequences]

@@ -27,6 +27,9 @@ class Limits:
         reading: prompts are read in chunks beside decoding, whole beside decoding, or in steps of
             their own.
         hold_steps: decode steps for which prompts may be held back until they fill a step.
+        poll_steps: decode steps between which the engine does not look for new requests.
+        left_to_answers: share of the blocks that a new request leaves to those that run, if any do;
+            None for what the stack does (kvtune's vLLM plugin leaves some).
     """
 
     sequences: int
@@ -34,6 +37,8 @@ class Limits:
     order: Literal["arrival", "cached"] = "arrival"
     reading: Reading = "chunks"
     hold_steps: int = 0
+    poll_steps: int = 1
+    left_to_answers: float | None = None
 
 
 @dataclass

@@ -4,30 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 from numpy.typing import NDArray
 
-from kvtune.common.errors import KvtuneError
 from kvtune.policies.policy import Policy
-from kvtune.profiles.elsewhere import Stack
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency.answers import TIERS, Times
 from kvtune.simulator.latency.compression import compression
 from kvtune.simulator.latency.overheads import transfer
-from kvtune.simulator.latency.stacks import FRONT_ENDS, interval_of, on_card, stack_model
 from kvtune.simulator.latency.steps import decode_steps, prefill, prefills
-from kvtune.simulator.latency.sums import sums_over_gpus
 from kvtune.simulator.memory.policy_bytes import cache_bytes_by_format
 from kvtune.simulator.memory.weights import WeightFormat
-from kvtune.simulator.serving.footprint import footprint
-from kvtune.simulator.serving.requests import Requests
-from kvtune.simulator.serving.server import Prepared, Server
-from kvtune.simulator.serving.stack_times import StackGrids, StackTimes
-from kvtune.simulator.serving.step_times import Curve, End, EngineTimes, StepTimes
+from kvtune.simulator.serving.step_times import Curve, End, StepTimes
 
 PROMPTS, GENERATED, PASSES, COMPRESSIONS = 17, 9, 1025, 33  # points of the grids
 
@@ -49,78 +40,6 @@ class Load:
     output_tokens: int
     step_tokens: int
     block_bytes: int
-
-
-def prepare(server: Server, requests: Requests, policy: Policy | None) -> Prepared:
-    """What the requests' sequences take under a policy, in bytes and in seconds.
-
-    Args:
-        server: model, card and engine.
-        requests: that will arrive.
-        policy: for the model; None for the uncompressed cache.
-
-    Raises:
-        KvtuneError: the policy is for another shape, or cannot be costed on this one, on several
-            cards or with a stack's kernels.
-    """
-    if server.stack != "kvtune":
-        return _of_stack(server, server.stack, requests, policy)
-    if policy is not None and server.gpus > 1:
-        raise KvtuneError(
-            "a policy can be costed on one GPU only, as yet",
-            hint="leave out --gpus, or --policy.",
-        )
-    shape, limits = server.local, server.limits
-    prompts = _possible(requests, shape.max_context)
-    longest_output = min(int(requests.output_tokens.max()), shape.max_context)
-    held = footprint(shape, policy, prompts, longest_output)
-    load = Load(
-        sequences=limits.sequences,
-        prompts=(int(prompts.min()), int(prompts.max())),
-        output_tokens=longest_output,
-        step_tokens=limits.step_tokens,
-        block_bytes=server.block_tokens * held.token,
-    )
-    sums = partial(sums_over_gpus, server.shape, server.gpu, server.gpus)
-    times = step_times(shape, server.gpu, server.weights, policy, load, sums)
-    return Prepared(policy.name if policy else "full cache", server, held, times)
-
-
-def _of_stack(server: Server, stack: Stack, requests: Requests, policy: Policy | None) -> Prepared:
-    """The uncompressed cache by a stack's kernels."""
-    if policy is not None:
-        raise KvtuneError(
-            f"a policy is not costed with {stack}'s kernels, which know whole caches only",
-            hint="leave out --policy, or --stack.",
-        )
-    if server.host_bytes:
-        raise KvtuneError(
-            f"copies to the host are not in {stack}'s tables, and would cost nothing",
-            hint="leave out --host-mem (who must leave is then read again), or --stack.",
-        )
-    prompts = _possible(requests, server.shape.max_context)
-    longest_output = min(int(requests.output_tokens.max()), server.shape.max_context)
-    model, card = stack_model(server.shape, server.gpu, server.gpus, stack, server.weights)
-    factor, tier = interval_of(card, server.gpu)
-    limits, longest = server.limits, int(prompts.max()) + longest_output
-    grids = StackGrids(model, limits.sequences, longest, limits.step_tokens)
-    times = StackTimes(on_card(model, card, server.gpu), grids, tier)
-    ends: dict[End, EngineTimes] = {
-        "value": times, "low": times.scaled(1 / factor), "high": times.scaled(factor),
-    }  # fmt: skip
-    held = footprint(server.local, None, prompts, longest_output)
-    return Prepared("full cache", server, held, ends, FRONT_ENDS[stack])
-
-
-def _possible(requests: Requests, longest: int) -> NDArray[np.int64]:
-    """Prompts that the model takes at all; the others are refused when they arrive."""
-    fitting = requests.prompt_tokens[requests.prompt_tokens < longest]
-    if not len(fitting):
-        raise KvtuneError(
-            f"no prompt is shorter than the {longest} tokens that the model takes",
-            hint="shorten them with --prompt, or in the file of --arrivals.",
-        )
-    return fitting
 
 
 def step_times(

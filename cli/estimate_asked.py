@@ -1,0 +1,151 @@
+"""What ``kvtune estimate`` was asked for, read from its options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from kvtune.cli.engine_report import Engine
+    from kvtune.cli.llama_report import LlamaEngine
+    from kvtune.cli.stack_options import CacheDtype
+    from kvtune.policies.policy_file.document import PolicyDocument
+    from kvtune.profiles.elsewhere import StackChoice
+    from kvtune.tuner.cases import Asked
+
+Figures = tuple[str | None, str | None, str | None]
+"""Memory, bandwidth and rate of a card, in place of its profile's."""
+
+
+class Served(NamedTuple):
+    """What is served, as it is written; None where it was not."""
+
+    context: str | None
+    generated: str | None
+    batch: str | None
+    weights: str | None
+
+
+_USUALLY = Served("8192", "256", "1", "auto")
+
+
+@dataclass(frozen=True)
+class Typed:
+    """Options as they were typed; see their help."""
+
+    model: str
+    gpu: str | None
+    figures: Figures
+    mem: str | None
+    served: Served
+    price: str | None
+    policy: Path | None
+    evicts: bool
+    gpus: int
+    total_gpus: int | None
+    prefix: str
+    chunk: str | None
+    stack: StackChoice | Literal["llama-cpp"]
+    engine_args: str
+    engine_version: str | None
+    kv_cache_dtype: CacheDtype | None
+    expert_parallel: int
+
+
+def read(typed: Typed) -> tuple[Asked, Engine | LlamaEngine | None]:
+    """What is asked for, and of which engine.
+
+    Raises:
+        KvtuneError: an option makes no sense, or not beside another.
+    """
+    from kvtune.cli.engine_asked import follow_engine, with_typed
+    from kvtune.cli.engine_report import read_engine
+    from kvtune.cli.planned import notes_on_model, planned_options
+    from kvtune.cli.stack_options import check_expert_parallel, read_cache_dtype
+
+    kv_format = read_cache_dtype(typed.stack, typed.kv_cache_dtype)
+    check_expert_parallel(typed.stack, typed.expert_parallel)
+    engine = read_engine(typed.stack, typed.engine_args, typed.engine_version)
+    document = _document(typed.policy, typed.stack)
+    kernels, told = _kernels(typed.stack)
+    options, planned = planned_options(document, **typed.served._asdict())
+    plain = _asked(typed, _USUALLY._replace(**options))
+    from kvtune.simulator.latency.chunks import Reading  # what was typed is read before it
+
+    reading = Reading.of(typed.prefix, typed.chunk)
+    engine = with_typed(engine, kv_format, reading.chunk_tokens)
+    asked = replace(
+        plain,
+        document=document,
+        evicts=typed.evicts,
+        gpus=typed.gpus,
+        total_gpus=typed.total_gpus,
+        stack=kernels,
+        kv_format=kv_format or "bfloat16",
+        expert_parallel=typed.expert_parallel,
+        told=(*told, *planned, *notes_on_model(document, plain.shape)),
+        reading=reading,
+    )
+    told_flags = bool(typed.engine_args or typed.engine_version)
+    told_context = typed.served.context is not None
+    return (
+        follow_engine(engine, asked, told_flags=told_flags, told_context=told_context),
+        engine,
+    )
+
+
+def _asked(typed: Typed, served: Served) -> Asked:
+    from kvtune.cli.case_options import read_batch, read_cards, read_several
+    from kvtune.common.units import parse_bytes, parse_tokens
+    from kvtune.simulator.memory.weights import listed_formats
+    from kvtune.tuner.target import read_context, read_model
+
+    name, shape = read_model(typed.model)
+    limit = None if typed.mem is None else parse_bytes(typed.mem)
+    cards = read_cards(typed.gpu, typed.figures, limit, typed.price)
+    from kvtune.tuner.cases import Asked  # takes a while to import, and a mistake needs none of it
+
+    context, generated, batch, weights = (word or "" for word in served)
+    return Asked(
+        model=name,
+        shape=shape,
+        generated_tokens=parse_tokens(generated),
+        cards=cards,
+        contexts=read_several(context, "--context", lambda word: read_context(word, shape)),
+        batches=read_several(batch, "--batch", read_batch),
+        weights=listed_formats(weights, shape, cards[0].gpu),
+        document=None,
+        evicts=False,
+    )
+
+
+def _kernels(
+    stack: StackChoice | Literal["llama-cpp"],
+) -> tuple[StackChoice, tuple[str, ...]]:
+    """Whose kernels the times are of: of engines the memory is known without their tables."""
+    if stack == "llama-cpp":
+        return "kvtune", ("times are kvtune's own: nobody's table has llama.cpp's kernels",)
+    if stack == "kvtune":
+        return stack, ()
+    if stack != "vllm":
+        return stack, (f"memory is kvtune's own count: {stack}'s is not modelled",)
+    from kvtune.common.errors import KvtuneError
+    from kvtune.profiles.elsewhere import require_systems_folder
+
+    try:
+        require_systems_folder()
+    except KvtuneError as missing:
+        return "kvtune", (f"times are kvtune's own: {missing.message}; {missing.hint}",)
+    return stack, ()
+
+
+def _document(path: Path | None, stack: str) -> PolicyDocument | None:
+    from kvtune.cli.inputs import read_policy_input
+
+    if path is None:
+        return None
+    from kvtune.tuner.cases import check_runtime_alone
+
+    check_runtime_alone(stack)
+    return read_policy_input(path)

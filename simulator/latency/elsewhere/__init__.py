@@ -1,0 +1,1 @@
+"""Kernel times of vLLM, SGLang and TensorRT-LLM from the tables that NVIDIA measured."""
