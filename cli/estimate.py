@@ -65,7 +65,7 @@ def command(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Memory and time on a GPU, or which GPU is needed; nothing is run."""
+    """Memory and time on a GPU, or which GPU is needed."""
     _check_form(form, as_json)
     from kvtune.cli.engine_asked import follow_engine
     from kvtune.cli.engine_report import read_engine
