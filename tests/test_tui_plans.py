@@ -83,8 +83,8 @@ def test_what_if_is_marked_and_escape_leaves_no_trace(study: Study) -> None:
 
 def test_memory_follows_the_card(study: Study) -> None:
     async def steps(pilot: Pilot[None]) -> None:
-        panel = screen_of(pilot).query_one(WhatIf)
         await pilot.press("w")
+        panel = screen_of(pilot).query_one(WhatIf)
         asked = panel.setting
         share = asked.memory_bytes / asked.gpu.visible_bytes
         other = find_gpu("h200")

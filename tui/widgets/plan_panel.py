@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich.table import Table
 from rich.text import Text
 from textual.app import ComposeResult
 from textual.containers import VerticalScroll
+from textual.content import Content
+from textual.geometry import Region
 from textual.widgets import Static
 
 from kvtune.common.units import format_bytes
 from kvtune.common.words import accuracy, count, figure, percent
 from kvtune.tui.widgets.heat_map import HeatMap, Shade
+from kvtune.tui.widgets.lines import Lines
 from kvtune.tui.widgets.memory_bar import MemoryBar, MemoryParts
 from kvtune.tuner.explore.compare import HeadMap
 from kvtune.tuner.explore.plans import Plan
@@ -48,17 +50,17 @@ class PlanPanel(VerticalScroll):
     PlanPanel > #why { color: $text-muted; }
     """
 
-    _rows, _shade = 0, ""
+    _shade, _headline = "", ""
 
     def compose(self) -> ComposeResult:
         """Headline, figures, memory, heads, reasons."""
-        yield Static(id="figures")
+        yield FigureLines(id="figures")
         yield Static("Memory, GiB", classes="heading")
         yield MemoryBar(id="memory-bar")
         yield Static(id="heads-heading", classes="heading")
         yield HeatMap(id="heads")
         yield Static("Why", classes="heading")
-        yield Static(id="why", markup=False)
+        yield Reasons(id="why")
 
     def show(self, selected: Selected, shade: Shade) -> None:
         """Draw a plan."""
@@ -66,25 +68,48 @@ class PlanPanel(VerticalScroll):
         context = int(figures.context_tokens[row])
         policy = selected.study.policy(plan)
         peak = figures.estimate("memory", row)
-        self.border_title = title(selected)
-        table = figures_table(selected)
-        facts = self.query_one("#figures", Static)
-        facts.update(table, layout=table.row_count != self._rows)
-        self._rows = table.row_count
-        parts = MemoryParts(figures.budget(row), peak)
-        self.query_one(MemoryBar).show(parts)
+        self._write_title(title(selected))
+        self.query_one(FigureLines).draw((*quality_rows(selected), *cost_rows(selected)))
+        self.query_one(MemoryBar).draw(MemoryParts(figures.budget(row), peak))
         heading = f"Heads: {shade} by layer and KV head"
         if shade != self._shade:
             self.query_one("#heads-heading", Static).update(heading, layout=False)
             self._shade = shade
         self.query_one(HeatMap).show(HeadMap.of(policy, context), shade)
-        self._tell("\n".join(why(selected.study, plan)))
+        self.query_one(Reasons).draw(why(selected.study, plan))
 
-    def _tell(self, reasons: str) -> None:
-        """Reasons; a new layout only where they take more or fewer lines."""
-        words = self.query_one("#why", Static)
-        lines = len(Text(reasons).wrap(self.app.console, max(words.size.width, 1)))
-        words.update(reasons, layout=lines != words.size.height)
+    def _write_title(self, words: str) -> None:
+        """Write into the border; only its line is painted, where Textual paints the whole panel."""
+        if words != self._headline:
+            self._headline, self._border_title = words, Content(words)
+            left, top = self.content_offset
+            self.refresh(Region(-left, -top, self.outer_size.width, 1))
+
+
+class FigureLines(Lines[tuple[tuple[str, str], ...]]):
+    """Labels and figures in two columns."""
+
+    def lay(self, content: tuple[tuple[str, str], ...], width: int) -> list[Text]:
+        """A line for each figure, or more where it is long."""
+        wide, lines = max(len(label) for label, _ in content) + 1, list[Text]()
+        for label, words in content:
+            parts = Text(words).wrap(self.app.console, max(width - wide, 1))
+            for number, part in enumerate(parts):
+                lines.append(Text(f"{'' if number else label:<{wide}}{part}", end=""))
+        return lines
+
+
+class Reasons(Lines[list[str]]):
+    """Sentences; as many lines as the most so far, so that the screen is not laid out for each."""
+
+    _most: tuple[int, int] = (0, 0)  # width, and lines at it
+
+    def lay(self, content: list[str], width: int) -> list[Text]:
+        """Each sentence on lines of its own."""
+        found = Text("\n".join(content), end="").wrap(self.app.console, max(width, 1))
+        most = max(len(found), self._most[1] if self._most[0] == width else 0)
+        self._most = (width, most)
+        return [*found, *(Text("", end="") for _ in range(most - len(found)))]
 
 
 def title(selected: Selected) -> str:
@@ -93,16 +118,6 @@ def title(selected: Selected) -> str:
     if selected.row == selected.study.chosen:
         words += " ★ " + ("chosen" if selected.study.outcome else "best so far")
     return f"{words}, what if" if selected.view.is_what_if else words
-
-
-def figures_table(selected: Selected) -> Table:
-    """Predicted and measured figures, each with interval and tier."""
-    table = Table(box=None, padding=(0, 1, 0, 0), show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column()
-    for label, words in (*quality_rows(selected), *cost_rows(selected)):
-        table.add_row(Text(label), Text(words))
-    return table
 
 
 def quality_rows(selected: Selected) -> list[tuple[str, str]]:
