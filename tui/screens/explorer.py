@@ -19,11 +19,12 @@ from kvtune.tui.screens.export import ExportScreen
 from kvtune.tui.screens.filters import FilterScreen
 from kvtune.tui.screens.help import HelpScreen
 from kvtune.tui.screens.validate import ValidateScreen
+from kvtune.tui.selected import Selected
 from kvtune.tui.widgets.heat_map import SHADES, Shade
 from kvtune.tui.widgets.keys import Keys
 from kvtune.tui.widgets.legend import Legend
 from kvtune.tui.widgets.notice import Notice, too_small
-from kvtune.tui.widgets.plan_panel import PlanPanel, Selected
+from kvtune.tui.widgets.plan_panel import PlanPanel
 from kvtune.tui.widgets.plans_table import PlansTable
 from kvtune.tui.widgets.plot import FrontPlot
 from kvtune.tui.widgets.status import status

@@ -11,7 +11,7 @@ import numpy as np
 from rich.text import Text
 from textual.events import MouseMove
 
-from kvtune.tui.palette import BARS, Colours, colours_of, ramp
+from kvtune.tui.palette import BARS, Colours, colours_of, level_of, ramp
 from kvtune.tui.widgets.lines import Lines
 from kvtune.tuner.explore.axes import option_bits
 from kvtune.tuner.explore.compare import HeadMap
@@ -124,13 +124,6 @@ def ruler(layers: range, wide: int = 1) -> str:
                 if column < len(line):
                     line[column] = digit
     return "".join(line)
-
-
-def level_of(share: float) -> int:
-    """Eighths of a bar for a share of the tokens: a halving a step, all tokens full."""
-    if share >= 1:
-        return 8
-    return int(np.clip(8 + np.floor(np.log2(max(share, 1e-9))), 1, 7))
 
 
 def share_words(level: int) -> str:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from rich.text import Text
 
-from kvtune.common.estimate import Estimate
 from kvtune.common.units import GIB
 from kvtune.common.words import figure
-from kvtune.simulator.memory.budget import MemoryBudget
+from kvtune.tui.memory_parts import MemoryParts
 from kvtune.tui.palette import Colours, colours_of
 from kvtune.tui.widgets.lines import Lines
 
@@ -21,26 +18,6 @@ _COLOURS = {
     "cache": "accent",
     "free": "muted",
 }
-
-
-@dataclass(frozen=True)
-class MemoryParts:
-    """A plan's memory.
-
-    Args:
-        budget: the fixed parts and the limit.
-        peak: of everything together.
-    """
-
-    budget: MemoryBudget
-    peak: Estimate
-
-    def sizes(self) -> dict[str, float]:
-        """Bytes by part; the cache is the peak less the rest, what is free may be nothing."""
-        fixed = {key: getattr(self.budget, key).value for key in ("weights", "overhead", "prefill")}
-        cache = max(self.peak.value - sum(fixed.values()), 0.0)
-        free = max(self.budget.limit_bytes - self.peak.value, 0.0)
-        return fixed | {"cache": cache, "free": free}
 
 
 class MemoryBar(Lines[MemoryParts]):
