@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kvtune.common.units import format_bytes
 from kvtune.common.words import accuracy, count, figure, percent
+from kvtune.simulator.memory.at_once import bytes_of_each, prompts_at_once
 from kvtune.tuner.explore.plans import Plan
 from kvtune.tuner.explore.study import Study
 from kvtune.tuner.explore.view import View
@@ -64,7 +65,16 @@ def cost_rows(selected: Selected) -> list[tuple[str, str]]:
     return [
         ("one prompt", f"{format_bytes(size)}, {percent(share)} of bf16"),
         ("prompts at once", at_once),
-        ("room for", f"{count(figures.tokens_that_fit[row])} tokens"),
+        ("room for", f"{_room(selected)} prompts, {count(figures.tokens_that_fit[row])} tokens"),
         ("time per token", figure(figures.estimate("step_s", row))),
         ("tokens/s", figure(figures.estimate("tokens_per_s", row))),
     ]
+
+
+def _room(selected: Selected) -> str:
+    """How many prompts fit at once: ``17 [14, 18]``."""
+    figures, row = selected.view.figures, selected.row
+    budget, running = figures.budget(row), int(figures.sequences[row])
+    each = bytes_of_each(running, figures.estimate("memory", row), budget)
+    most = int(figures.tokens_that_fit[row] // figures.context_tokens[row])
+    return figure(prompts_at_once(most, each, budget), tier=False)

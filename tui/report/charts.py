@@ -219,10 +219,12 @@ def _reach(ends: Floats) -> Floats:
 def _baselines(axes: Axes, view: View) -> None:
     """A cross for each baseline, and its name beside it, moved apart from the others' names."""
     lowest_first = sorted(view.baselines(), key=lambda found: found[2])
+    for baseline, x, y in lowest_first:
+        colour = COLOURS[FAMILIES.get(baseline.family, "red")]
+        axes.plot(x, y, "x", color=colour, markersize=7, markeredgewidth=2, zorder=4)
     heights = _apart([_height(axes, y) for _, _, y in lowest_first])
     for (baseline, x, y), height in zip(lowest_first, heights, strict=True):
         colour = COLOURS[FAMILIES.get(baseline.family, "red")]
-        axes.plot(x, y, "x", color=colour, markersize=7, markeredgewidth=2, zorder=4)
         axes.annotate(
             f"{words_of(baseline.family)} {y:.2g}",
             (x, y),
