@@ -103,12 +103,15 @@ def _saved(figure: Figure, kind: str) -> bytes:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     buffer = io.BytesIO()
+    canvas: Any  # matplotlib declares no types of these methods
     if kind == "svg":
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+        canvas = FigureCanvasSVG(figure)
+        canvas.print_svg(buffer, metadata={"Date": None})
     else:
         figure.set_facecolor("white")
         figure.set_dpi(144)
-        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+        canvas = FigureCanvasAgg(figure)
+        canvas.print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
 
 
