@@ -61,7 +61,7 @@ def test_the_error_names_limits_that_work(packaged: Tables, tmp_path: Path) -> N
 
 def test_the_way_out_is_a_plan_that_loses_what_is_accepted() -> None:
     def tried(kl: float, beyond: float) -> Candidate:
-        uniform, choice = {"uniform": "full all int4"}, np.zeros(4, np.uint16)
+        uniform, choice = {"uniform": "full all int4"}, np.zeros(4, np.int64)
         return Candidate(0, uniform, choice, kl, 8192, 4, 2**20, {"--tpot": beyond})
 
     near, far = tried(2.0, 0.1), tried(0.01, 0.5)

@@ -14,6 +14,8 @@ from textual.widgets import Input
 from kvtune.profiles.gpus import find_gpu
 from kvtune.tests.made_up import write_study
 from kvtune.tests.test_tui_app import FakeFeed, drive, screen_of
+from kvtune.tui.palette import FRONT
+from kvtune.tui.widgets.canvas import PlotCanvas
 from kvtune.tui.widgets.keys import Keys
 from kvtune.tui.widgets.plan_panel import FigureLines, PlanPanel
 from kvtune.tui.widgets.plans_table import PlansTable
@@ -247,3 +249,21 @@ def test_sliders_of_what_if_are_made_when_they_are_asked_for(study: Study) -> No
         assert screen_of(pilot).query_one(WhatIf).context.has_focus
 
     drive(FakeFeed(study), steps, (120, 40))
+
+
+def test_no_colour_hides_a_plan_of_the_front(study: Study) -> None:
+    async def steps(pilot: Pilot[None]) -> None:
+        plot = screen_of(pilot).query_one("#plot", PlotCanvas)
+
+        def discs() -> set[tuple[int, int]]:
+            lines = enumerate(plot._buffer)
+            return {(x, y) for y, line in lines for x, mark in enumerate(line) if mark == FRONT}
+
+        plain = discs()
+        assert plain
+        for _ in DIMENSIONS:
+            await pilot.press("k")
+            await pilot.pause()
+            assert discs() == plain
+
+    drive(FakeFeed(study), steps, (80, 24))
