@@ -16,14 +16,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: what follows ``kvtune``; None reads them from the process.
     """
-    from kvtune.cli.app import build, run
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")  # none is used, all would be looked for
+    from kvtune.cli.app import run
     from kvtune.cli.failures import exit_code
 
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         for name, setting in ALLOCATOR.items():
             os.environ.setdefault(name, setting)
     words = sys.argv[1:] if arguments is None else list(arguments)
-    return exit_code(lambda: run(build(), words))
+    return exit_code(lambda: run(words))
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ class Prompts:
 
     @staticmethod
     def drawn(prompt: int, tokens: int) -> Prompts:
-        """By seed."""
+        """Two prompts of random tokens, of which the second is padded on the left."""
         seeded = torch.Generator().manual_seed(1)
         ids = torch.randint(2, 500, (2, prompt + tokens), generator=seeded).to(DEVICE)
         mask = torch.ones_like(ids[:, :prompt])
@@ -147,7 +147,7 @@ class RoundedOtherwise(PlainBackend):
     def attend(
         self, q: Tensor, layer: Paged, scratch: Scratch, scale: float, seen: Seen | None = None
     ) -> Tensor:
-        """Likewise plain."""
+        """Attention by plain torch, with an error of the size that half precision has."""
         exact = super().attend(q.float(), layer, scratch, scale, seen)
         return (exact * (1 + 2**-9 * (2 * torch.rand_like(exact) - 1))).to(q.dtype)
 

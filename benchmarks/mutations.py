@@ -29,7 +29,7 @@ LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "*.egg-info", ".*_cache", "k
 
 @dataclass(frozen=True)
 class Mutation:
-    """One fault.
+    """A fault that is planted in the source, and the tests that ought to find it.
 
     Args:
         kind: of the five.

@@ -25,7 +25,7 @@ SHARES = 0.03, 0.06, 0.12, 0.25
 
 @dataclass(frozen=True)
 class Line:
-    """One plan.
+    """What one plan takes as formats count it, and as pages are handed out.
 
     Args:
         share: asked for.

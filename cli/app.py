@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from functools import cache
 from typing import Annotated, Any
@@ -10,36 +11,11 @@ import typer
 from typer.main import get_command
 
 import kvtune
-from kvtune.cli import (
-    bench,
-    capture,
-    card,
-    compare,
-    estimate,
-    export,
-    gpus,
-    heads,
-    import_policy,
-    models,
-    policies,
-    profile,
-    report,
-    search,
-    serve_sim,
-    simulate,
-    sources,
-    tui,
-    validate,
-    worker,
-)
 from kvtune.cli.config import Defaults, read_defaults
-from kvtune.cli.help import Command, Group
+from kvtune.cli.help import COMMANDS, Command, Group
 
-_COMMANDS = (
-    *(search, worker, tui, report, card, validate, bench, compare, simulate, estimate, serve_sim),
-    *(capture, export, import_policy),
-    *(profile, gpus, models),
-)
+_GROUPS = {"policies": "policies", "heads": "heads", "tables": "sources"}
+"""Commands that have commands of their own, and the module of each; others are called as theirs."""
 _ABOUT = """\
 What may be done to the KV cache, head by head, and what it costs.
 
@@ -47,9 +23,19 @@ Start with: kvtune search --model llama-8b --gpu 4090 --mem 16GB
 """
 
 
+def _known() -> list[str]:
+    """All commands, in the order of ``kvtune --help``."""
+    return [name for names in COMMANDS.values() for name in names]
+
+
 @cache
-def build() -> Any:
-    """The click command that runs kvtune; no command's own work is imported for it."""
+def build(only: str | None = None) -> Any:
+    """The click command that runs kvtune; no command's own work is imported for it.
+
+    Args:
+        only: the one command to import and describe, since all of them take a tenth of a second;
+            None for all.
+    """
     app = typer.Typer(
         name="kvtune",
         help=_ABOUT,
@@ -59,20 +45,21 @@ def build() -> Any:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     app.callback(invoke_without_command=True)(_alone)
-    for module in _COMMANDS:
-        name = module.__name__.rsplit(".", 1)[-1].replace("_", "-")
-        app.command(name=name, cls=Command)(module.command)
-    app.add_typer(policies.app, name="policies")
-    app.add_typer(heads.app, name="heads")
-    app.add_typer(sources.app, name="tables")
+    for name in [only] if only else _known():
+        module = importlib.import_module(f"kvtune.cli.{_GROUPS.get(name, name).replace('-', '_')}")
+        if name in _GROUPS:
+            app.add_typer(module.app, name=name)
+        else:
+            app.command(name=name, cls=Command)(module.command)
     return get_command(app)
 
 
-def run(app: Any, words: list[str]) -> Any:
+def run(words: list[str]) -> Any:
     """Run a command with the defaults of configuration files; help and completion need none."""
     plain = {"--help", "-h", "--version"} & set(words) or "_KVTUNE_COMPLETE" in os.environ
-    defaults = Defaults() if plain else read_defaults(app)
-    return app.main(
+    defaults = Defaults() if plain else read_defaults(build)
+    named = words[0] if words and words[0] in _known() else None
+    return build(named).main(
         args=words,
         prog_name="kvtune",
         standalone_mode=False,

@@ -54,12 +54,13 @@ def command(
     """All policies beside each other at equal bytes, live."""
     from kvtune.cli.inputs import check_writable, read_shares
     from kvtune.tuner.bench_entries import entries
-    from kvtune.tuner.target import read_texts, read_weights
 
     check_writable(out, "--out")
-    name, texts, wanted = read_weights(model)[0], read_texts(text or ()), read_shares(shares)
-    form = _format(stored)
+    wanted, form = read_shares(shares), _format(stored)
     chosen = entries([each.strip() for each in methods.split(",") if each.strip()])
+    from kvtune.tuner.target import read_texts, read_weights  # after what is checked without them
+
+    name, texts = read_weights(model)[0], read_texts(text or ())
     with speaking(as_json, quiet) as output:
         from kvtune.traces.models import best_device, load_model
         from kvtune.tuner.bench import bench

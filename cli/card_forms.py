@@ -21,7 +21,7 @@ def _facts(card: Card) -> list[Row]:
         ("needles found", f"{accuracy(card.retrieval)} live"),
         ("by the full cache", accuracy(card.full_cache_retrieval)),
     ]
-    prompts = _prompts(card.sequences, card.context_tokens)
+    prompts = f"{figure(card.at_once, tier=False)} x {format_tokens(card.context_tokens)}"
     full = count(card.full_cache_sequences)
     return [
         ("model", card.model),
@@ -29,10 +29,7 @@ def _facts(card: Card) -> list[Row]:
         ("loss", f"{figure(card.kl)}, nats per token"),
         ("quality", f"{card.quality}, {card.held_out_samples} held-out samples"),
         *(needles if card.retrieval else []),
-        (
-            "prompts at once",
-            f"{prompts}; uncompressed {full}",
-        ),
+        ("prompts at once", f"{prompts}; uncompressed {full}"),
         ("one prompt", f"{format_bytes(card.prompt_bytes)}, {percent(card.share)} of bf16"),
         ("peak memory", figure(card.memory)),
         ("time per token", figure(card.time_per_token)),
@@ -171,11 +168,16 @@ class _Page:
             self.text(line, kind)
             self.y += step
 
-    def row(self, cells: Row, places: Sequence[int], kind: str = "") -> None:
-        """Write the cells of a table's row."""
-        for cell, x in zip(cells, places, strict=True):
+    def row(self, cells: Row, places: Sequence[int], kind: str = "", most: int = _COLUMN) -> None:
+        """Write the cells of a table's row; a first one beyond ``most`` letters goes on below."""
+        first, *rest = cells
+        head, *more = textwrap.wrap(first, most) or [""]
+        for cell, x in zip((head, *rest), places, strict=True):
             self.text(cell, kind, x)
         self.y += _LINE
+        for line in more:
+            self.text(line, kind, places[0])
+            self.y += _LINE
 
     def bar(self, share: float, x: int, width: int, colour: str) -> None:
         """Draw a share of ``width`` beside the present line."""
@@ -229,11 +231,11 @@ def _draw_budgets(page: _Page, card: Card) -> None:
 
 
 def _draw_policies(page: _Page, card: Card) -> None:
-    places = (_MARGIN, 310, 380, 580, 690)
+    places = (_MARGIN, 300, 362, 600, 700)
     page.y += 12
     page.row(_POLICY_HEADINGS, places, "head")
     for row in _policies(card):
-        page.row((row[0][:42], *row[1:]), places)
+        page.row(row, places, most=36)
 
 
 def _draw_tasks(page: _Page, card: Card) -> None:
@@ -243,4 +245,4 @@ def _draw_tasks(page: _Page, card: Card) -> None:
     page.y += 12
     page.row(_TASK_HEADINGS, places, "head")
     for row in _tasks(card):
-        page.row((row[0][:12], *row[1:]), places)
+        page.row(row, places, most=12)

@@ -15,7 +15,7 @@ What stands on the command line wins, then ``kvtune.toml`` of the current folder
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,11 +57,11 @@ def user_file() -> Path:
     return platformdirs.user_config_path("kvtune") / FILE
 
 
-def read_defaults(app: Any, folder: Path | None = None) -> Defaults:
+def read_defaults(build: Callable[[], Any], folder: Path | None = None) -> Defaults:
     """The defaults that files give to an application's options.
 
     Args:
-        app: the whole command line.
+        build: makes the whole command line, which is asked for only where there is a file.
         folder: where ``kvtune.toml`` and ``pyproject.toml`` may lie; None for the current one.
 
     Raises:
@@ -74,7 +74,7 @@ def read_defaults(app: Any, folder: Path | None = None) -> Defaults:
     ):  # fmt: skip
         if path.is_file():
             content = _section(_parsed(path), section, path)
-            _Reader(path, ".".join(section), found).group(app, content)
+            _Reader(path, ".".join(section), found).group(build(), content)
     return found
 
 

@@ -50,7 +50,7 @@ def command(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Memory and time on a GPU, or which GPU is needed; nothing is run."""
+    """Memory and time on a GPU, or which GPU is needed."""
     _check_form(form, as_json)
     from kvtune.cli.estimate_asked import Served, Typed, read
 

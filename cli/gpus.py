@@ -39,7 +39,10 @@ def command(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Known GPUs, one GPU's figures and sources, or add FILE: keep a card or a measured bundle."""
+    """Known GPUs, one GPU's figures, or add FILE to keep another.
+
+    FILE is a card's .yaml or a bundle that kvtune profile measured.
+    """
     if (name == "add") != (file is not None):
         raise KvtuneError(
             "a file is kept by: kvtune gpus add FILE",

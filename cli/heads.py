@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kvtune.traces.models import LoadedModel
     from kvtune.traces.samples import Sample
 
-app = typer.Typer(help="Which heads retrieve: detect, import, export, and make policies of them.")
+app = typer.Typer(help="Which heads retrieve, and policies that are made of them.")
 
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Written.")]
 From = Annotated[Path, typer.Argument(metavar="FILE", help="Head scores of kvtune heads.")]
@@ -41,7 +41,7 @@ _SCORES = (
 
 @app.callback(invoke_without_command=True)
 def listed(context: typer.Context, as_json: options.Json = False) -> None:
-    """Which heads retrieve: detect, import, export, and make policies of them."""
+    """Which heads retrieve, and policies that are made of them."""
     if context.invoked_subcommand is not None:
         return
     with speaking(as_json, quiet=as_json) as output:

@@ -227,8 +227,8 @@ class Group(TyperGroup):
     """All commands, grouped by what they are for."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write the commands below a heading for each group."""
-        rows = [(n, (n, self.commands[n].get_short_help_str(60))) for n in self.list_commands(ctx)]
+        """Write the commands below a heading for each group; summaries are broken, never cut."""
+        rows = [(n, (n, self.commands[n].get_short_help_str(200))) for n in self.list_commands(ctx)]
         for title, inside in _grouped(rows, COMMANDS, "Commands").items():
             with formatter.section(title):
                 formatter.write_dl(inside)

@@ -6,12 +6,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvtune.common.errors import KvtuneError
+from kvtune.common.errors import KvtuneError, nearest
+from kvtune.common.stored import require_file
 
 if TYPE_CHECKING:
     from kvtune.policies.policy_file.document import PolicyDocument
 
 POLICY_FILE = "policy.yaml"
+_NO_POLICY = "kvtune search writes a policy file; see also kvtune policies."
 
 
 def read_policy_path(path: Path) -> Path:
@@ -25,12 +27,21 @@ def read_policy_input(named: Path) -> PolicyDocument:
     Raises:
         KvtuneError: no such file and no such words, or mistakes in them.
     """
-    from kvtune.policies.policy_file.document import read_policy
-    from kvtune.policies.policy_file.named import is_named, read_named
+    if not named.exists() and not named.suffix.startswith(".y"):
+        from kvtune.policies.policy_file.named import is_named, known_words, read_named, words_of
 
-    if not named.exists() and not named.suffix.startswith(".y") and is_named(str(named)):
-        return read_named(str(named))
-    return read_policy(read_policy_path(named))
+        if is_named(str(named)):
+            return read_named(str(named))
+        if len(words_of(str(named))) == 1 and "/" not in str(named):
+            near = nearest(str(named), known_words())
+            raise KvtuneError(
+                f"no file and no policy is called {str(named)!r}. {near}", hint=_NO_POLICY
+            )
+    path = read_policy_path(named)
+    require_file(path, _NO_POLICY)
+    from kvtune.policies.policy_file.document import read_policy  # takes a while to import
+
+    return read_policy(path)
 
 
 def check_writable(folder: Path, option: str) -> None:

@@ -86,29 +86,32 @@ def _named(name: str) -> list[Part]:
     from kvtune.common.errors import KvtuneError, nearest
     from kvtune.policies.policy_file.named import words_of
 
-    parts = {part.name: part for part in known_parts()}
+    found = _registered()
+    named = {name: (kind, cls) for kind, classes in found.items() for name, cls in classes.items()}
     wanted = words_of(name) or [name]
     for word in wanted:
-        if word not in parts:
+        if word not in named:
             raise KvtuneError(
-                f"no policy is known as {word!r}. {nearest(word, parts)}",
+                f"no policy is known as {word!r}. {nearest(word, named)}",
                 hint="kvtune policies lists them.",
             )
-    return [parts[word] for word in wanted]
+    return [_part(named[word][0], word, named[word][1]) for word in wanted]
 
 
 def known_parts() -> Iterator[Part]:
     """Everything registered, methods first."""
+    for kind, found in _registered().items():
+        for name in sorted(found):
+            yield _part(kind, name, found[name])
+
+
+def _registered() -> dict[str, dict[str, type[Any]]]:
+    """Classes by kind and name."""
     from kvtune.policies.allocator import allocators
     from kvtune.policies.format import formats
     from kvtune.policies.method import methods
 
-    kinds: dict[str, dict[str, type[Any]]] = {
-        "method": dict(methods()), "format": dict(formats()), "allocator": dict(allocators())
-    }  # fmt: skip
-    for kind, found in kinds.items():
-        for name in sorted(found):
-            yield _part(kind, name, found[name])
+    return {"method": {**methods()}, "format": {**formats()}, "allocator": {**allocators()}}
 
 
 def _part(kind: str, name: str, cls: type[Any]) -> Part:

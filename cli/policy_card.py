@@ -100,6 +100,7 @@ class Card:
         full_cache_retrieval: the same of the uncompressed cache, or None.
         context_tokens: of a prompt.
         sequences: prompts that fit at once.
+        at_once: the same, between those that fit at both ends of what is left for caches.
         full_cache_sequences: prompts that fit uncompressed.
         prompt_bytes: of one compressed prompt.
         share: of the bf16 bytes of the same prompt.
@@ -130,6 +131,7 @@ class Card:
     full_cache_retrieval: Estimate | None
     context_tokens: int
     sequences: int
+    at_once: Estimate
     full_cache_sequences: int
     prompt_bytes: int
     share: float
@@ -153,6 +155,7 @@ def card_of(study: Study) -> Card:
     Raises:
         KvtuneError: the search has not finished.
     """
+    from kvtune.simulator.memory.at_once import bytes_of_each, prompts_at_once
     from kvtune.tuner.explore.view import View
     from kvtune.tuner.explore.what_if import Setting, figures_of
     from kvtune.tuner.verdict import verdict_of
@@ -186,6 +189,11 @@ def card_of(study: Study) -> Card:
         full_cache_retrieval=outcome.full_cache_accuracy,
         context_tokens=verdict.context_tokens,
         sequences=verdict.sequences,
+        at_once=prompts_at_once(
+            verdict.sequences,
+            bytes_of_each(verdict.sequences, figures.estimate("memory", row), figures.budget(row)),
+            figures.budget(row),
+        ),
         full_cache_sequences=verdict.full_cache_sequences,
         prompt_bytes=int(figures.prompt_bytes[row]),
         share=float(figures.share[row]),

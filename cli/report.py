@@ -21,7 +21,7 @@ def command(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """A study as a page that opens anywhere: plots, tables, provenance."""
+    """A study as one page that opens anywhere: plots and tables."""
     folder = find_study(study)
     from kvtune.cli.inputs import check_writable
     from kvtune.tuner.explore.reader import StudyReader

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
-import typer
-
-from kvtune.cli import options
+from kvtune.cli import options, search_options
 from kvtune.cli.output import Output, speaking
 
 if TYPE_CHECKING:
@@ -18,184 +16,36 @@ if TYPE_CHECKING:
     from kvtune.tuner.which_gpu import Tried
 
 
-GpusOption = Annotated[
-    str | None,
-    typer.Option(
-        "--gpu",
-        "-g",
-        metavar="NAMES",
-        help="A known card (kvtune gpus) or a card's .yaml file; left out: this machine's. Of "
-        "several, separated by commas, or any for all: the smallest that does what is asked.",
-        autocompletion=options.known_gpus,
-    ),
-]
-ContextOption = Annotated[
-    str,
-    typer.Option(
-        "--context",
-        metavar="TOKENS",
-        help="Prompt tokens of a sequence: 8192 or 32k (k is 1024); 4k-64k lets the search "
-        "choose among doublings.",
-    ),
-]
-MaxKlOption = Annotated[
-    float,
-    typer.Option("--max-kl", metavar="NATS", min=0, max=100, help="Acceptable loss, nats a token."),
-]
-StackOption = Annotated[
-    str | None,
-    typer.Option(
-        "--for",
-        metavar="STACK",
-        help="Search inside what a serving stack can express (vllm, llama-cpp... as in "
-        "kvtune export --to); left out: any plan, which kvtune's own runtime serves.",
-    ),
-]
-ReadBytesOption = Annotated[
-    str | None,
-    typer.Option(
-        "--read-bytes",
-        metavar="SIZE",
-        help="A decode step may read so much of each sequence's prompt: 50MB; heads may then "
-        "hold more than they read (quest, landmark; with --menu all every reader).",
-    ),
-]
-TpotOption = Annotated[
-    str | None,
-    typer.Option("--tpot", metavar="TIME", help="Most time of a decode step: 30ms; as predicted."),
-]
-TtftOption = Annotated[
-    str | None,
-    typer.Option(
-        "--ttft",
-        metavar="TIME",
-        help="Most time for reading and compressing one prompt: 2s, 500ms; as predicted.",
-    ),
-]
-SequencesOption = Annotated[
-    int | None,
-    typer.Option(
-        "--sequences",
-        metavar="N",
-        min=1,
-        max=options.MOST_SEQUENCES,
-        help="That must fit at once, at least; --batch asks for a number itself.",
-    ),
-]
-SamplerOption = Annotated[
-    Literal["tpe", "nsga2", "random"] | None,
-    typer.Option(
-        "--sampler", help="Which proposes trials; left out: by their number, with the reason."
-    ),
-]
-JobsOption = Annotated[
-    int,
-    typer.Option(
-        "--jobs",
-        metavar="N",
-        min=1,
-        max=1024,
-        help="Trials that are proposed together and answered at the same time, one a core.",
-    ),
-]
-StorageOption = Annotated[
-    str | None,
-    typer.Option(
-        "--storage",
-        metavar="URL",
-        help="Share the trials with kvtune worker through a database: "
-        "postgresql+psycopg://USER@HOST/DB, sqlite:///FILE, or grpc://HOST:PORT (Optuna's proxy).",
-    ),
-]
-EngineOption = Annotated[
-    str | None,
-    typer.Option(
-        "--engine",
-        metavar="NAME",
-        help="Make trace and tables elsewhere: processes:4 of this host, its GPUs by turns, or a "
-        "dask scheduler, tcp://HOST:8786, whose workers share this machine's files.",
-    ),
-]
-StartOption = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--start",
-        metavar="POLICY",
-        help="A policy file or run directory whose plan the search begins with: a published head "
-        "pattern (kvtune heads, import-policy), a former search; repeatable.",
-    ),
-]
-MovedBytesOption = Annotated[
-    str | None,
-    typer.Option(
-        "--moved-bytes",
-        metavar="SIZE",
-        help="Heads may lie in the host's memory, as long as a decode step brings over no more "
-        "than this of each sequence's prompt: 20MB.",
-    ),
-]
-HeldBytesOption = Annotated[
-    str | None,
-    typer.Option(
-        "--held-bytes",
-        metavar="SIZE",
-        help="Plan for a long generation: heads go on evicting, and a sequence's cache never holds "
-        "more than this: 60MB, or 10% of what the uncompressed cache holds on average.",
-    ),
-]
-HeadsOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--heads",
-        metavar="FILE",
-        help="Head scores of kvtune heads: plans that follow them are run live beside the others, "
-        "where the model's weights are at hand.",
-    ),
-]
-StandInOption = Annotated[
-    bool, typer.Option("--stand-in", help="Use the packaged tables even if weights are here.")
-]
-RunDirOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--run-dir",
-        metavar="DIR",
-        help="Where everything goes, and is taken up again; left out: "
-        "kvtune-runs/<model>-<gpu>-<mem>, and --context and --for where they are given.",
-    ),
-]
-
-
 def command(
     model: options.Model,
-    gpu: GpusOption = None,
+    gpu: search_options.Gpus = None,
     mem: options.Memory = None,
-    context: ContextOption = "8192",
+    context: search_options.Context = None,
     generated: options.Generated = "256",
     batch: options.Sequences = None,
     weights: options.WeightFormats = "auto",
-    max_kl: MaxKlOption = 0.02,
+    max_kl: search_options.MaxKl = 0.02,
     trials: options.Trials = 60,
     workload: options.Workload = "small",
     menu: options.Menu = "three",
-    stack: StackOption = None,
-    read_bytes: ReadBytesOption = None,
-    tpot: TpotOption = None,
-    ttft: TtftOption = None,
-    sequences: SequencesOption = None,
-    sampler: SamplerOption = None,
-    jobs: JobsOption = 1,
-    storage: StorageOption = None,
-    engine: EngineOption = None,
-    start: StartOption = None,
-    moved_bytes: MovedBytesOption = None,
-    heads: HeadsOption = None,
-    held_bytes: HeldBytesOption = None,
+    stack: search_options.Stack = None,
+    read_bytes: search_options.ReadBytes = None,
+    tpot: search_options.Tpot = None,
+    ttft: search_options.Ttft = None,
+    sequences: search_options.Sequences = None,
+    sampler: search_options.Sampler = None,
+    jobs: search_options.Jobs = 1,
+    storage: search_options.Storage = None,
+    engine: search_options.Engine = None,
+    start: search_options.Start = None,
+    moved_bytes: search_options.MovedBytes = None,
+    heads: search_options.Heads = None,
+    held_bytes: search_options.HeldBytes = None,
     text: options.Texts = None,
-    stand_in: StandInOption = False,
+    stand_in: search_options.StandIn = False,
     seed: options.Seed = 0,
     device: options.Device = None,
-    run_dir: RunDirOption = None,
+    run_dir: search_options.RunDir = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -206,40 +56,20 @@ def command(
     from kvtune.tuner.search_options import search_request
 
     asked = partial(
-        search_request,
-        model,
-        context=context,
-        generated=generated,
-        batch=batch,
-        weights=weights,
-        max_kl=max_kl,
-        trials=trials,
-        workload=workload,
-        menu=menu,
-        stack=stack,
-        read_bytes=read_bytes,
-        tpot=tpot,
-        ttft=ttft,
-        sequences=sequences,
-        sampler=sampler,
-        jobs=jobs,
-        storage=storage,
-        engine=engine,
-        start=[read_policy_path(path) for path in start or ()],
-        moved_bytes=moved_bytes,
-        heads=heads,
-        texts=text or (),
-        stand_in=stand_in,
-        seed=seed,
-        device=device,
-    )
+        search_request, model, context=context, generated=generated, batch=batch, weights=weights,
+        max_kl=max_kl, trials=trials, workload=workload, menu=menu, stack=stack,
+        read_bytes=read_bytes, tpot=tpot, ttft=ttft, sequences=sequences, sampler=sampler,
+        jobs=jobs, storage=storage, engine=engine,
+        start=[read_policy_path(path) for path in start or ()], moved_bytes=moved_bytes,
+        heads=heads, texts=text or (), stand_in=stand_in, seed=seed, device=device,
+    )  # fmt: skip
     requests = _requests(asked, gpu, mem, run_dir)
     check_writable(requests[0].run_dir, "--run-dir")
     with speaking(as_json, quiet) as output:
         if held_bytes is None:
             _search(requests, output)
         else:
-            _search_long(requests, held_bytes, output)
+            _search_long(requests, held_bytes, run_dir, output)
 
 
 def _requests(
@@ -283,7 +113,11 @@ def _search(requests: Sequence[SearchRequest], output: Output) -> None:
     output.finish("search", search_json.answer(result) | {"gpus_tried": tried})
 
 
-def _search_long(requests: Sequence[SearchRequest], held_bytes: str, output: Output) -> None:
+def _search_long(
+    requests: Sequence[SearchRequest], held_bytes: str, run_dir: Path | None, output: Output
+) -> None:
+    from dataclasses import replace
+
     from kvtune.common.errors import KvtuneError
     from kvtune.simulator.memory.weights import listed_formats
     from kvtune.tuner.long.bound import check_fits, read_bound
@@ -299,6 +133,8 @@ def _search_long(requests: Sequence[SearchRequest], held_bytes: str, output: Out
     bound = read_bound(held_bytes, request)
     check_fits(bound, request)
     read_weights(request.model)
+    if run_dir is None:  # the search without this bound has a folder of its own
+        request = replace(request, run_dir=Path(f"{request.run_dir}-held-{held_bytes.lower()}"))
     from kvtune.cli.long_report import tables
     from kvtune.tuner.long.search import run_long_search
 

@@ -19,6 +19,8 @@ def answer(result: SearchResult) -> dict[str, Any]:
         "comparison": found.comparison,
         "plan": as_plain(read_policy(folder / POLICY_FILE)),
         "budget": result.budget,
+        "at_once": result.at_once,
+        "full_cache_at_once": result.full_cache_at_once,
         "times": result.times,
         "untimed": result.untimed,
     }

@@ -19,6 +19,7 @@ from kvtune.simulator.cost import one_after_the_other
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import Baseline, Quality, SearchResult
 from kvtune.tuner.serving_room import budgets_of, formats_of
+from kvtune.tuner.stand_in_baselines import LIVE_ON
 from kvtune.tuner.verdict import Verdict, equal_bytes
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def _baselines(result: SearchResult, comparison: str) -> RenderableType:
     intervals = "with 95 % intervals" if BAND not in tiers else "as bands"
     captions = [
         *([comparison] if comparison else []),
+        *_on_rules_that_ran(result),
         f"{_caption(result)}, {result.quality.samples} held-out samples",
         f"KL in nats/token {intervals}, MiB of one prompt; * is the plan",
         *([f"retrieval of the full cache: {accuracy(full)}"] if full else []),
@@ -122,6 +124,14 @@ def _baselines(result: SearchResult, comparison: str) -> RenderableType:
         left=(0, 1),
         caption="\n".join(captions),
     )
+
+
+def _on_rules_that_ran(result: SearchResult) -> list[str]:
+    """How to read the rows of a stand-in's rules."""
+    if not any(baseline.name.endswith(LIVE_ON) for baseline in result.baselines):
+        return []
+    model = result.quality.stand_in
+    return [f"live on {model}: what such rules lost when it ran them, read at the plan's bytes"]
 
 
 def _baseline(baseline: Baseline, tiers: Sequence[str], live: bool, retrieval: bool) -> list[str]:
@@ -161,8 +171,10 @@ def _plan(result: SearchResult) -> RenderableType:
 
 
 def _at_once(result: SearchResult) -> str:
-    tokens = format_tokens(result.context_tokens)
-    return f"{result.sequences} of {tokens}; uncompressed {result.full_cache_sequences}"
+    tokens, asked = format_tokens(result.context_tokens), result.request.sequences
+    ours = count(asked) if asked else figure(result.at_once, tier=False)
+    said = ", as asked" if asked else ""
+    return f"{ours} of {tokens}{said}; uncompressed {figure(result.full_cache_at_once)}"
 
 
 def _files(result: SearchResult) -> list[RenderableType]:

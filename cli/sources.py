@@ -9,18 +9,17 @@ import typer
 
 from kvtune.cli import options
 from kvtune.cli.output import speaking, table
+from kvtune.common.stored import require_file
 
 if TYPE_CHECKING:
     from kvtune.simulator.quality.tables import Tables
 
-app = typer.Typer(
-    help="Models that stand in for others; pack FOLDER writes one, add FILE takes it."
-)
+app = typer.Typer(help="Models whose tables stand in where weights are not at hand.")
 
 
 @app.callback(invoke_without_command=True)
 def listed(context: typer.Context, as_json: options.Json = False) -> None:
-    """Models that stand in for others; pack writes one, add takes it."""
+    """Models whose tables stand in where weights are not at hand."""
     if context.invoked_subcommand is not None:
         return
     from kvtune.tuner.source_models import added, packaged_tables
@@ -79,6 +78,7 @@ def add(
     as_json: options.Json = False,
 ) -> None:
     """Check a packed file and let its model stand in beside the others."""
+    require_file(file, "kvtune tables pack writes one.")
     from kvtune.tuner import source_models
 
     tables, kept = source_models.add(file, sha256)

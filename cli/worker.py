@@ -25,7 +25,7 @@ def command(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Join a search that shares its trials (kvtune search --storage)."""
+    """Join a search that shares its trials by --storage."""
     with speaking(as_json, quiet) as output:
         from kvtune.tuner.search import solver_of
         from kvtune.tuner.worker import join

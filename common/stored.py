@@ -46,6 +46,16 @@ def read_bytes(path: Path, hint: str | None = None, most: int = LARGEST_FILE) ->
     return data
 
 
+def require_file(path: Path, hint: str | None = None) -> None:
+    """Refuse a path that leads to no file, before what reads it is imported.
+
+    Raises:
+        KvtuneError: there is no such file.
+    """
+    if not path.is_file():
+        raise KvtuneError("no such file", where=str(path), hint=hint)
+
+
 def read_text(path: Path, hint: str | None = None, most: int = LARGEST_FILE) -> str:
     """A file's text.
 

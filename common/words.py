@@ -79,4 +79,9 @@ def _two_digits(value: float) -> str:
     return _digits(value) if abs(value) >= 100 else f"{value:.2g}"
 
 
-_SHOWN: dict[str, Callable[[float], str]] = {"B": format_bytes, "s": format_seconds}
+_SHOWN: dict[str, Callable[[float], str]] = {
+    "B": format_bytes,
+    "s": format_seconds,
+    "prompts": count,
+    "tokens": count,
+}

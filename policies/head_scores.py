@@ -74,7 +74,7 @@ class HeadScores:
             raise KvtuneError("the scores are of models with different numbers of layers")
 
     def score(self, name: str) -> Floats:
-        """One score.
+        """The values of one score for every layer and head.
 
         Raises:
             KvtuneError: there is none of that name.

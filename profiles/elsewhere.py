@@ -89,7 +89,7 @@ def systems_folder() -> Path | None:
 
 
 def require_systems_folder() -> Path:
-    """The same.
+    """The folder of systems, where the package has to be installed.
 
     Raises:
         KvtuneError: it is not installed.

@@ -13,7 +13,7 @@ from kvtune.common.errors import KvtuneError, nearest
 from kvtune.common.files import cache_dir
 from kvtune.common.stored import read_text
 from kvtune.common.units import GIB, MIB
-from kvtune.profiles.strict import Located, library, parse
+from kvtune.profiles.strict import Located, library, library_file, parse
 
 FigureKind = Literal["datasheet", "measured", "assumed"]
 MemoryKind = Literal["hbm", "gddr", "lpddr"]
@@ -152,8 +152,7 @@ def find_gpu(name: str) -> GpuProfile:
     """
     if name.endswith((".yaml", ".yml")):
         return read_gpu_file(Path(name).expanduser())
-    known = _names()
-    found = known.get(_normal(name)) or _without_memory(name)
+    found = _shipped(name) or _names().get(_normal(name)) or _without_memory(name)
     if found is not None:
         return found
     spelled = {alias for card in list_gpus() for alias in (card.slug, *card.aliases)}
@@ -298,8 +297,16 @@ def user_folder() -> Path:
 
 def forget_cards() -> None:
     """Read the cards anew when next asked, after one was added."""
+    _shipped.cache_clear()
     _profiles.cache_clear()
     _names.cache_clear()
+
+
+@functools.cache
+def _shipped(slug: str) -> GpuProfile | None:
+    """The card whose own name this is, for which not all cards need to be read."""
+    document = library_file("gpus", slug) if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", slug) else None
+    return None if document is None else _profile(slug, document)
 
 
 @functools.cache

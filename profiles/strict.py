@@ -131,6 +131,14 @@ def _located(node: yaml_tree.Node, file: str) -> Located:
     return Located(value, file, node.line, node.path)
 
 
+def library_file(folder: str, stem: str) -> Located | None:
+    """Content of one YAML file shipped in ``profiles/<folder>``; None where there is no such."""
+    file = resources.files("kvtune.profiles") / folder / f"{stem}.yaml"
+    if not file.is_file():
+        return None
+    return parse(file.read_text(encoding="utf-8"), f"profiles/{folder}/{stem}.yaml")
+
+
 def library(folder: str) -> Iterator[tuple[str, Located]]:
     """Stem and content of every YAML file shipped in ``profiles/<folder>``, by name."""
     files = (resources.files("kvtune.profiles") / folder).iterdir()

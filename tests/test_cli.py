@@ -126,6 +126,22 @@ def test_below_output_and_help_stands_nothing_else(name: str, run: Run) -> None:
     assert ("What is asked of the search:" in shown) == (name in ("search", "compare"))
 
 
+def test_the_summary_of_every_command_is_whole_at_80_columns(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = run("--help").out
+    assert "..." not in shown.replace("[ARGS]...", "")
+    assert all(re.search(rf"^  {name} +[A-Z].*\.$", shown, re.MULTILINE) for name in COMMANDS)
+
+
+def test_one_command_alone_is_what_it_is_among_all() -> None:
+    for name, command in build().commands.items():
+        alone = build(name).commands
+        assert list(alone) == [name]
+        assert [each.opts for each in alone[name].params] == [e.opts for e in command.params]
+
+
 def test_groups_of_help_name_options_that_there_are() -> None:
     from kvtune.cli.help import OPTIONS, OWN_OPTIONS
 

@@ -35,6 +35,7 @@ from kvtune.simulator.memory.plan import memory_plan
 from kvtune.tests import made_up
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import Baseline, FrontPoint, Quality, SearchResult
+from kvtune.tuner.search_options import SearchOptions, search_request
 
 GOLDEN = Path(__file__).parent / "golden" / "cli"
 WORDS = ["search", "--model", "llama-8b", "--gpu", "4090", "--mem", "16GB", "--run-dir", "run"]
@@ -270,6 +271,37 @@ def test_the_request_is_what_was_asked(
     assert request.contexts == (16384,)
     main([*WORDS[:7], "--context", "3k-13k"])
     assert asked[1].contexts == (3072, 6144, 12288, 13312)
+
+
+@pytest.mark.parametrize(
+    ("options", "folder"),
+    [
+        ({}, "llama-3.1-8b-rtx-4090-16gb"),
+        ({"context": "8k"}, "llama-3.1-8b-rtx-4090-16gb"),
+        ({"context": "32k"}, "llama-3.1-8b-rtx-4090-16gb-32k"),
+        ({"context": "8k-32k"}, "llama-3.1-8b-rtx-4090-16gb-8k-32k"),
+        ({"moved_bytes": "1.5 GB"}, "llama-3.1-8b-rtx-4090-16gb-moved-1.5gb"),
+        ({"read_bytes": "50MB"}, "llama-3.1-8b-rtx-4090-16gb-read-50mb"),
+        ({"stack": "vllm"}, "llama-3.1-8b-rtx-4090-16gb-for-vllm"),
+    ],
+)
+def test_searches_that_ask_for_something_else_do_not_share_a_folder(
+    options: SearchOptions, folder: str
+) -> None:
+    request = search_request("llama-8b", "4090", "16GB", **options)
+    assert request.run_dir == Path("kvtune-runs") / folder
+
+
+@pytest.mark.parametrize(
+    ("model", "generated", "context"),
+    [("llama-8b", 256, 8192), ("smollm2-135m", 256, 7936), ("smollm2-135m", 8192, 8192)],
+)
+def test_prompts_that_are_not_asked_for_leave_room_for_what_is_generated(
+    model: str, generated: int, context: int
+) -> None:
+    request = search_request(model, "4090", generated=generated, stand_in=True)
+    assert request.context_tokens == context
+    assert request.run_dir.name == f"{request.shape.name}-rtx-4090-all"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from kvtune.tests.made_up import llama
 from kvtune.tests.tiers import first
 from kvtune.tuner.candidate import Candidate, front
 from kvtune.tuner.checks import check_request
-from kvtune.tuner.limits import Limits, _rounded_up
+from kvtune.tuner.limits import Limits, _rounded_up, none_within
 from kvtune.tuner.question import Question
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.samplers import Sampler, choose
@@ -57,6 +57,19 @@ def test_the_error_names_limits_that_work(packaged: Tables, tmp_path: Path) -> N
     found = run_search(llama(tmp_path / "works", limits=works))
     assert one_after_the_other(found.prefill, found.compression).value <= parse_seconds(quoted[1])
     assert found.sequences >= free.sequences
+
+
+def test_the_way_out_is_a_plan_that_loses_what_is_accepted() -> None:
+    def tried(kl: float, beyond: float) -> Candidate:
+        uniform, choice = {"uniform": "full all int4"}, np.zeros(4, np.int64)
+        return Candidate(0, uniform, choice, kl, 8192, 4, 2**20, {"--tpot": beyond})
+
+    near, far = tried(2.0, 0.1), tried(0.01, 0.5)
+    limits = Limits(time_per_token_s=0.010)
+    assert "--tpot 15ms has a plan" in (none_within(limits, [near, far], 0.02).hint or "")
+    told = none_within(limits, [near], 0.02).hint or ""
+    assert "--tpot 11ms has a plan" in told
+    assert told.endswith("KL 2 nats a token, more than --max-kl 0.02.")
 
 
 def test_a_number_at_once_below_its_own_limit_is_refused_before_anything_is_run(

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from rich.table import Table
 from textual.pilot import Pilot
-from textual.widgets import Button, Input, Select, Static, Switch
+from textual.widgets import Button, Input, Select, Switch
 
 from kvtune.__main__ import main
 from kvtune.common.errors import KvtuneError
@@ -107,8 +107,7 @@ def screen_of(pilot: Pilot[None]) -> ExplorerScreen:
 
 
 def text_of(pilot: Pilot[None], selector: str) -> str:
-    widget = pilot.app.screen.query_one(selector, Static)
-    return str(widget.render())
+    return str(pilot.app.screen.query_one(selector).render())
 
 
 # --- moving --------------------------------------------------------------------------------------

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 from rich.text import Text
 from textual.pilot import Pilot
+from textual.strip import Strip
 from textual.widgets import Input
 
 from kvtune.profiles.gpus import find_gpu
 from kvtune.tests.made_up import write_study
 from kvtune.tests.test_tui_app import FakeFeed, drive, screen_of
+from kvtune.tui.palette import FRONT
+from kvtune.tui.widgets.canvas import PlotCanvas
 from kvtune.tui.widgets.keys import Keys
-from kvtune.tui.widgets.plan_panel import PlanPanel
+from kvtune.tui.widgets.plan_panel import FigureLines, PlanPanel
 from kvtune.tui.widgets.plans_table import PlansTable
 from kvtune.tui.widgets.plot_labels import labels, placed
 from kvtune.tui.widgets.ticks import LogTicks, nothing_of, place, zero_of
@@ -83,8 +86,8 @@ def test_what_if_is_marked_and_escape_leaves_no_trace(study: Study) -> None:
 
 def test_memory_follows_the_card(study: Study) -> None:
     async def steps(pilot: Pilot[None]) -> None:
-        panel = screen_of(pilot).query_one(WhatIf)
         await pilot.press("w")
+        panel = screen_of(pilot).query_one(WhatIf)
         asked = panel.setting
         share = asked.memory_bytes / asked.gpu.visible_bytes
         other = find_gpu("h200")
@@ -213,3 +216,54 @@ def test_a_click_on_a_key_presses_it(study: Study) -> None:
         assert screen.view.colour is DIMENSIONS[0]
 
     drive(FakeFeed(study), steps, (120, 40))
+
+
+def test_of_another_plan_only_lines_that_changed_are_painted(study: Study) -> None:
+    async def steps(pilot: Pilot[None]) -> None:
+        screen = screen_of(pilot)
+        lines = screen.query_one(FigureLines)
+        painted: list[int] = []
+        one_line = lines.render_line
+
+        def counted(y: int) -> Strip:
+            painted.append(y)
+            return one_line(y)
+
+        lines.render_line = counted  # type: ignore[method-assign]
+        before = [line.plain for line in lines.lines(lines.size.width)]
+        await pilot.press("left")
+        await pilot.pause(0.1)
+        after = [line.plain for line in lines.lines(lines.size.width)]
+        changed = {y for y, pair in enumerate(zip(before, after, strict=True)) if len({*pair}) > 1}
+        assert set(painted) == changed
+        assert 0 < len(changed) < len(after)
+
+    drive(FakeFeed(study), steps, (120, 40))
+
+
+def test_sliders_of_what_if_are_made_when_they_are_asked_for(study: Study) -> None:
+    async def steps(pilot: Pilot[None]) -> None:
+        assert not screen_of(pilot).query(WhatIf)
+        await pilot.press("escape")
+        await pilot.press("w")
+        assert screen_of(pilot).query_one(WhatIf).context.has_focus
+
+    drive(FakeFeed(study), steps, (120, 40))
+
+
+def test_no_colour_hides_a_plan_of_the_front(study: Study) -> None:
+    async def steps(pilot: Pilot[None]) -> None:
+        plot = screen_of(pilot).query_one("#plot", PlotCanvas)
+
+        def discs() -> set[tuple[int, int]]:
+            lines = enumerate(plot._buffer)
+            return {(x, y) for y, line in lines for x, mark in enumerate(line) if mark == FRONT}
+
+        plain = discs()
+        assert plain
+        for _ in DIMENSIONS:
+            await pilot.press("k")
+            await pilot.pause()
+            assert discs() == plain
+
+    drive(FakeFeed(study), steps, (80, 24))

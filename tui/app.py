@@ -10,6 +10,7 @@ from textual.screen import Screen
 from textual.worker import get_current_worker
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.garbage import kept_for_good
 from kvtune.tui.feed import Feed
 from kvtune.tui.messages import Arrived, Lost
 from kvtune.tui.screens.explorer import ExplorerScreen
@@ -53,16 +54,20 @@ class Explorer(App[None]):
         if any(w for w in self.workers if w.group == "feed" and w is not get_current_worker()):
             return
         try:
-            study = self.feed.read()
+            study = self.feed.read() if self.study else self._first_read()
         except KvtuneError as error:
             self.post_message(Lost(error))
         else:
             self.post_message(Arrived(study))
 
-    def on_arrived(self, message: Arrived) -> None:
+    def _first_read(self) -> Study:
+        with kept_for_good():
+            return self.feed.read()
+
+    async def on_arrived(self, message: Arrived) -> None:
         """Show the snapshot, if anything in it is new."""
         self.study = message.study
-        self.main.arrived(message.study)
+        await self.main.arrived(message.study)
 
     def on_lost(self, message: Lost) -> None:
         """Say what is wrong, and keep what was seen."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -62,3 +63,10 @@ def short(value: float) -> str:
         if value >= 0.9995 * size * (10 if unit == "k" else 1):
             return f"{value / size:.3g}{unit}"
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def level_of(share: float) -> int:
+    """Eighths of a bar for a share of the tokens: a halving a step, all tokens full."""
+    if share >= 1:
+        return 8
+    return min(max(8 + math.floor(math.log2(max(share, 1e-9))), 1), 7)

@@ -60,8 +60,8 @@ def search(
         gpu: a known card, a card's YAML file, or a profile; None for this machine's.
         mem: for everything together; None for all that the card shows.
         run_dir: where everything goes and is taken up again; None for
-            ``kvtune-runs/<model>-<gpu>-<mem>`` below the current folder, and the length of
-            prompts where it is not 8192.
+            ``kvtune-runs/<model>-<gpu>-<mem>`` below the current folder, followed by what else
+            was asked for: the length of prompts, a stack, bytes that are moved or read.
         progress: what is told of long work; None for silence.
         options: the rest, as ``SearchOptions`` lists it.
 

@@ -77,20 +77,24 @@ def within(candidates: Iterable[Candidate]) -> list[Candidate]:
     return [candidate for candidate in candidates if not candidate.misses]
 
 
-def none_within(limits: Limits, candidates: Sequence[Candidate]) -> DoesNotFitError:
+def none_within(
+    limits: Limits, candidates: Sequence[Candidate], largest_kl: float
+) -> DoesNotFitError:
     """The error that names the nearest limits for which there is a plan.
 
     Of plans with one option for all heads, where there are any: they are tried in every search, so
-    that what is quoted is found again.
+    that what is quoted is found again. Of these, plans that lose no more than is accepted, if any.
     """
     steady = [each for each in candidates if "uniform" in each.parameters] or list(candidates)
-    best = min(steady, key=lambda each: sum(each.misses.values()))
+    accepted = [each for each in steady if each.kl <= largest_kl]
+    best = min(accepted or steady, key=lambda each: sum(each.misses.values()))
+    more = "" if accepted else f", more than --max-kl {largest_kl:g}"
     nearest = " ".join(limits.at(name, excess) for name, excess in best.misses.items())
     beyond = " and ".join(f"{name} by {100 * by:.2g} %" for name, by in best.misses.items())
     return DoesNotFitError(
         f"no plan keeps to all limits; the nearest misses {beyond}",
         hint=f"{nearest} has a plan: {best.sequences} of {best.context} tokens at once, KL "
-        f"{best.kl:.2g} nats a token.",
+        f"{best.kl:.2g} nats a token{more}.",
     )
 
 

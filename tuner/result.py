@@ -6,7 +6,7 @@ says of it, read by schema: other keys, types and figures are refused.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +16,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate, Tier, checked_estimate
 from kvtune.common.stored import checked, read_json
 from kvtune.policies.policy import Policy
+from kvtune.simulator.memory.at_once import bytes_of_each, prompts_at_once
 from kvtune.simulator.memory.plan import MemoryPlan
 from kvtune.tuner.request import SearchRequest
 
@@ -218,6 +219,21 @@ class SearchResult:
     provenance: dict[str, Any] = field(default_factory=dict)
     times: Times | None = None
     untimed: str | None = None
+
+    @property
+    def at_once(self) -> Estimate:
+        """How many prompts fit at once with the plan; no more where a time bounds them."""
+        each = bytes_of_each(self.sequences, self.memory, self.budget)
+        found = prompts_at_once(self.sequences, each, self.budget)
+        limits = self.request.limits
+        timed = (limits.time_per_token_s, limits.first_token_s) != (None, None)
+        return replace(found, high=found.value) if timed else found
+
+    @property
+    def full_cache_at_once(self) -> Estimate:
+        """How many fit uncompressed."""
+        each = self.budget.full_cache_bytes / self.budget.batch
+        return prompts_at_once(self.full_cache_sequences, each, self.budget)
 
     def as_dict(self) -> dict[str, Any]:
         """As ``result.json`` holds it; the policies lie beside that file."""

@@ -120,7 +120,7 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
         raise _nothing_fits(request, question)
     candidates = within(tried)
     if not candidates:
-        raise none_within(request.limits, tried)
+        raise none_within(request.limits, tried, request.largest_kl)
     studied = Found(request, budgets, source, solver, facts.study, candidates, notes)
     by_heads = _by_head_scores(recalibrated(studied, source.calibration))
     for point in by_heads:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar
 
@@ -11,7 +11,14 @@ from kvtune.common.units import Amount, parse_bytes, parse_seconds
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.tuner.limits import Limits
 from kvtune.tuner.request import SearchRequest
-from kvtune.tuner.target import read_context_range, read_target, read_texts, read_weights
+from kvtune.tuner.target import (
+    USUAL_CONTEXT,
+    Target,
+    read_context_range,
+    read_target,
+    read_texts,
+    read_weights,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -27,7 +34,8 @@ class SearchOptions(TypedDict, total=False):
     """How hard to look, and at what; every one may be left out.
 
     Keys:
-        context: prompt tokens of a sequence, 8192; ``"4k-64k"`` lets the search choose.
+        context: prompt tokens of a sequence; left out, 8192 or what a shorter model leaves beside
+            the generated ones; ``"4k-64k"`` lets the search choose.
         generated: tokens that each sequence generates, 256.
         batch: sequences at once; left out, as many as ``max_kl`` allows.
         weights: weight format; ``"auto"`` takes the widest that fits; of several, ``"bf16,int4"``,
@@ -57,7 +65,7 @@ class SearchOptions(TypedDict, total=False):
         device: where the model runs, ``"cpu"`` or ``"cuda"``; left out, a GPU if there is one.
     """
 
-    context: Amount
+    context: Amount | None
     generated: Amount
     batch: int | None
     weights: str
@@ -96,7 +104,7 @@ def search_request(
     Raises:
         KvtuneError: something is unknown or out of bounds.
     """
-    wanted = str(options.get("context", 8192))
+    stack = known_stack(options.get("stack"))
     read, moved = options.get("read_bytes"), options.get("moved_bytes")
     heads = options.get("heads")
     if read is not None and moved is not None:
@@ -109,13 +117,17 @@ def search_request(
             "--jobs answers trials side by side here, --storage shares them with workers",
             hint="give one of them; kvtune worker can be started as often as there are cores.",
         )
-    shortest = wanted.partition("-")[0]
+    wanted = options.get("context")
+    shortest = None if wanted is None else str(wanted).partition("-")[0]
     target = read_target(model, gpu, mem, shortest, options.get("generated", 256))
-    context, longest = read_context_range(wanted, target.shape)
-    called = "all" if mem is None else str(mem)
-    stack = options.get("stack")
-    length = "" if (context, longest) == (8192, None) else wanted
-    folder = run_dir or default_run_dir(target.shape.name, target.gpu.slug, called, stack, length)
+    context, longest = (
+        (target.context_tokens, None)
+        if wanted is None
+        else read_context_range(str(wanted), target.shape)
+    )
+    length = None if longest is None and context == USUAL_CONTEXT else wanted
+    asked = {"": length, "for": stack, "moved": moved, "read": read}
+    folder = run_dir or default_run_dir(target, "all" if mem is None else mem, asked)
     request = SearchRequest(
         model=target.model,
         shape=target.shape,
@@ -134,7 +146,7 @@ def search_request(
         device=options.get("device"),
         workload=options.get("workload", "small"),
         menu=options.get("menu", "three"),
-        stack=known_stack(stack),
+        stack=stack,
         read_bytes=None if read is None else parse_bytes(read),
         limits=_limits(options),
         sampler=options.get("sampler"),
@@ -187,16 +199,23 @@ def known_stack(stack: str | None) -> str | None:
     return find_exporter(stack).name if stack else None
 
 
-def default_run_dir(
-    model: str, gpu: str, mem: str, stack: str | None = None, context: str = ""
-) -> Path:
+def default_run_dir(target: Target, mem: Amount, asked: Mapping[str, Amount | None]) -> Path:
     """``kvtune-runs/llama-3.1-8b-rtx-4090-16gb`` below the current folder.
 
-    Prompts of another length than usual, ``context``, and a stack are part of the name.
+    Args:
+        target: whose model and card are named first.
+        mem: the memory limit, as it was written.
+        asked: what makes it another search than the usual one of this limit, each with a word
+            before it: ``{"moved": "1.5GB"}``; None where it was not asked for.
     """
-    asked = [part.replace(" ", "").lower() for part in (mem, context) if part]
-    parts = (model, gpu, *asked, *(("for", stack) if stack else ()))
-    return Path("kvtune-runs") / "-".join(part.replace("/", "-") for part in parts)
+    words = [target.shape.name, target.gpu.slug, _in_a_name(mem)]
+    for word, value in asked.items():
+        words += [word, _in_a_name(value)] if value is not None else []
+    return Path("kvtune-runs") / "-".join(word.replace("/", "-") for word in words if word)
+
+
+def _in_a_name(value: Amount) -> str:
+    return str(value).replace(" ", "").lower()
 
 
 def within_bounds(option: str, number: N, least: float, most: float) -> N:

@@ -16,7 +16,7 @@ from typing import Any
 from kvtune.common.errors import KvtuneError
 from kvtune.common.files import atomic, cache_dir, sha256
 from kvtune.common.progress import Progress
-from kvtune.common.stored import parse_json
+from kvtune.common.stored import parse_json, require_file
 from kvtune.simulator.quality.calibration import Calibration, read_calibration
 from kvtune.simulator.quality.tables import Tables, head_exchangeable, join
 from kvtune.simulator.quality.tables_file import load_tables, save_tables
@@ -109,8 +109,7 @@ def add(file: Path, expected: str | None = None) -> tuple[Tables, Path]:
     Raises:
         KvtuneError: it is not that file, cannot be read, or does not fit the packaged tables.
     """
-    if not file.is_file():
-        raise KvtuneError("no such file", where=str(file), hint="kvtune tables pack writes one.")
+    require_file(file)
     digest = sha256(file)
     if expected is not None:
         _check_hash(file, expected.lower(), "fetch it again, or ask its contributor.")

@@ -23,7 +23,9 @@ from kvtune.tuner.result import Baseline
 from kvtune.tuner.solver import Solver
 from kvtune.tuner.source_models import STAND_IN
 from kvtune.tuner.sources import QualitySource
-from kvtune.tuner.verdict import OWN_FAMILY
+
+LIVE_ON = f", live on {STAND_IN}"
+"""What the names of such rules end with."""
 
 
 def stand_in_baselines(
@@ -78,11 +80,7 @@ def _said(name: str) -> str:
 
     The uniform rules' is no rival: the plan is one of them, and this is what they lost when run.
     """
-    nearest = f"{name}{_unless_it_runs(name)}"
-    if name.split()[0] == OWN_FAMILY:
-        rule = nearest.removeprefix(f"{OWN_FAMILY} ")
-        return f"uniform rules, run live (nearest: {rule})"
-    return f"{nearest}, live on {STAND_IN}"
+    return f"{name}{_unless_it_runs(name)}{LIVE_ON}"
 
 
 def _policy(row: _Row, solver: Solver, context: int, spent: int) -> Policy | None:

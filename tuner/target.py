@@ -12,6 +12,8 @@ from kvtune.common.words import count
 from kvtune.profiles.gpus import GpuProfile, detect_gpu, find_gpu
 from kvtune.profiles.models import ModelShape, find_model, shape_from_config
 
+USUAL_CONTEXT = 8192
+
 
 @dataclass(frozen=True)
 class Target:
@@ -44,10 +46,10 @@ def read_target(
     model: str,
     gpu: str | GpuProfile | None,
     mem: Amount | None,
-    context: Amount,
+    context: Amount | None,
     generated: Amount,
 ) -> Target:
-    """The options that say what is served.
+    """The options that say what is served; without a context, ``usual_context`` of the model.
 
     Raises:
         KvtuneError: one of them is unknown, has no unit, or is more than the model takes.
@@ -55,8 +57,9 @@ def read_target(
     name, shape = read_model(model)
     card = gpu if isinstance(gpu, GpuProfile) else read_gpu(gpu)
     memory = card.visible_bytes if mem is None else parse_bytes(mem)
-    tokens = (read_context(context, shape), parse_tokens(generated))
-    return Target(name, shape, card, memory, *tokens)
+    written = parse_tokens(generated)
+    read = usual_context(shape, written) if context is None else read_context(context, shape)
+    return Target(name, shape, card, memory, read, written)
 
 
 def read_model(name: str) -> tuple[str, ModelShape]:
@@ -145,6 +148,12 @@ def read_context(amount: Amount, shape: ModelShape) -> int:
             hint=f"--context {shape.max_context} is the most.",
         )
     return tokens
+
+
+def usual_context(shape: ModelShape, generated_tokens: int) -> int:
+    """Prompt tokens where none are asked for: 8192, or what a shorter model leaves for a prompt."""
+    left = shape.max_context - generated_tokens
+    return min(USUAL_CONTEXT, left if left > 0 else shape.max_context)
 
 
 def beyond_length(shape: ModelShape, context_tokens: int, generated_tokens: int) -> str | None:

@@ -28,7 +28,7 @@ class MiddleOut(ScoredMethod):
     sinks: int = parameter(4, "first tokens always kept", unit="tokens", low=0, high=4096)
 
     def protected(self, budget: int) -> tuple[int, int]:
-        """The sinks."""
+        """The first tokens always stay."""
         return self.sinks, 0
 
     def scores(self, signals: Signals) -> Tensor:

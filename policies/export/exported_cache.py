@@ -101,7 +101,7 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[misc]
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Drop all tokens, as before the first prompt."""
         self.stored: list[tuple[Stored, Stored]] = []
         self.keys: Any = None
         self.values: Any = None
@@ -183,7 +183,7 @@ class PolicyLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
-        """No limit."""
+        """Return -1: the cache grows without a limit."""
         return -1
 
     get_max_cache_shape = get_max_length  # its name in the first releases of transformers 5

@@ -35,7 +35,7 @@ class Blocks32(Coded):
 
     @property
     def label(self) -> str:
-        """``q4_0``, ``q4_0-rotated``."""
+        """The format's name, and whether it rotates: ``q4_0`` or ``q4_0-rotated``."""
         return super().label.replace(
             self.name, self.name + ("-rotated" if self.rotation != "none" else "")
         )

@@ -41,7 +41,7 @@ class CaM(Method):
 
     @property
     def needs(self) -> Needs:
-        """Column sums."""
+        """The attention that each key received, summed over queries."""
         return Needs(column_sums=True)
 
     def keep(self, signals: Signals, budget: int) -> Tensor:

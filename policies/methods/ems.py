@@ -52,7 +52,7 @@ class EMSReconstruction(ScoredMethod):
         return Needs(window=self.window, column_sums=True, rope=self.space == "pre_rope")
 
     def protected(self, budget: int) -> tuple[int, int]:
-        """The window."""
+        """The newest tokens always stay."""
         return 0, self.window
 
     def scores(self, signals: Signals) -> Tensor:

@@ -48,7 +48,7 @@ class ExpectedAttention(ScoredMethod):
         return Needs(query_moments=True, rope=True)
 
     def protected(self, budget: int) -> tuple[int, int]:
-        """The sinks."""
+        """The first tokens always stay."""
         return self.sinks, 0
 
     def scores(self, signals: Signals) -> Tensor:

@@ -43,7 +43,7 @@ class KVzip(ScoredMethod):
         return Needs(reconstruction=True)
 
     def protected(self, budget: int) -> tuple[int, int]:
-        """The sinks."""
+        """The first tokens always stay."""
         return self.sinks, 0
 
     def scores(self, signals: Signals) -> Tensor:

@@ -59,7 +59,7 @@ class StreamingLLM(DecodeMethod):
         return self.positions == "reindexed"
 
     def protected(self, budget: int) -> tuple[int, int]:
-        """The sinks."""
+        """The first tokens always stay."""
         return self.sinks, 0
 
     def statistics(self, signals: Signals) -> dict[str, Tensor]:
@@ -67,7 +67,7 @@ class StreamingLLM(DecodeMethod):
         return {}
 
     def worth(self, state: DecodeState) -> Tensor:
-        """Recency."""
+        """A token is worth the more the newer it is."""
         return state.positions.float()
 
     def shift(self, state: DecodeState) -> Tensor | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from kvtune.common.errors import KvtuneError, nearest
 from kvtune.policies.allocator import allocators
 from kvtune.policies.format import formats
 from kvtune.policies.method import methods
-from kvtune.policies.policy_file.parts import PolicyDocument
-from kvtune.policies.policy_file.reader import read_policy
+
+if TYPE_CHECKING:
+    from kvtune.policies.policy_file.parts import PolicyDocument
 
 _BUDGET = re.compile(r"all|[0-9]+|[0-9]+(\.[0-9]+)?%")
 _EXAMPLE = "'snapkv+adakv 25% int4'"
@@ -20,8 +22,13 @@ def is_named(text: str) -> bool:
 
     A misspelt word among others that are known is one of them still, so that it is told as that.
     """
-    known = {**methods(), **formats(), **allocators()}
+    known = known_words()
     return "/" not in text and any(word in known for word in words_of(text))
+
+
+def known_words() -> list[str]:
+    """Names of all methods, formats and allocators."""
+    return [*methods(), *formats(), *allocators()]
 
 
 def words_of(text: str) -> list[str]:
@@ -37,6 +44,8 @@ def read_named(text: str) -> PolicyDocument:
     Raises:
         KvtuneError: a word is unknown, or said twice; a budget is missing.
     """
+    from kvtune.policies.policy_file.reader import read_policy  # not to tell a mistake in a word
+
     found: dict[str, list[str]] = {}
     for word in words_of(text):
         found.setdefault(_kind_of(word, text), []).append(word)
@@ -70,8 +79,7 @@ def _kind_of(word: str, text: str) -> str:
     for kind, names in known.items():
         if word in names:
             return kind
-    every = [name for names in known.values() for name in names]
     raise KvtuneError(
-        f"policy {text!r}: {word!r} is not known. {nearest(word, every)}",
+        f"policy {text!r}: {word!r} is not known. {nearest(word, known_words())}",
         hint=f"a policy is a file, or words such as {_EXAMPLE}; kvtune policies lists them.",
     )

@@ -250,7 +250,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.seen + count_of(query_length), 0
 
     def get_max_length(self) -> int:
-        """No limit."""
+        """Return -1: the cache grows without a limit."""
         return -1
 
     get_max_cache_shape = get_max_length  # its name in the first releases

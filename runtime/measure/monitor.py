@@ -69,7 +69,7 @@ class NoMonitor:
 
 
 class NvmlMonitor:
-    """Asks NVML.
+    """Reads a GPU's state and the memory in use from NVIDIA's management library (NVML).
 
     Args:
         nvml: the module ``pynvml``, initialised.

@@ -25,7 +25,7 @@ def random_tensor(*size: int, device: str, scale: float = 0.02) -> Tensor:
 
 
 def rms_norm(hidden: Tensor, weight: Tensor) -> Tensor:
-    """``[M, width]``."""
+    """Root-mean-square norm of each row of ``hidden [M, width]``."""
     return F.rms_norm(hidden, (weight.shape[0],), weight, EPSILON)
 
 

@@ -96,7 +96,7 @@ def generate(
     prefix_tokens: int = 0,
     seed: int = 0,
 ) -> Requests:
-    """Draw requests.
+    """Draw requests that arrive at random, with random lengths.
 
     Args:
         count: how many.

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvtune.common.units import GIB
+from kvtune.tui.memory_parts import MemoryParts
 from kvtune.tui.palette import short, words_of
 from kvtune.tui.report import hover
-from kvtune.tui.widgets.memory_bar import MemoryParts
 from kvtune.tuner.explore.axes import option_bits
 from kvtune.tuner.explore.compare import HeadMap
 from kvtune.tuner.explore.plans import Floats
@@ -25,6 +25,7 @@ from kvtune.tuner.explore.view import View
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import Formatter
 
 Draw = Callable[["Axes"], None]
 
@@ -72,6 +73,7 @@ def _style() -> Iterator[None]:
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.facecolor": "none",
+        "figure.facecolor": "none",
         "grid.color": COLOURS["line"],
         "xtick.color": COLOURS["soft"],
         "ytick.color": COLOURS["soft"],
@@ -91,22 +93,25 @@ def rendered(
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.add_subplot())
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # laid out once; every saved file would do it twice more
+        figure.set_layout_engine("none")  # laid out once, not again for every saved file
         return {kind: _saved(figure, kind) for kind in kinds}
 
 
 def _saved(figure: Figure, kind: str) -> bytes:
+    """The figure in one format; ``Figure.savefig`` would draw it twice for each."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     buffer = io.BytesIO()
-    opaque = kind == "png"
-    metadata = {"Date": None} if kind == "svg" else {"Software": None}
-    figure.savefig(
-        buffer,
-        format=kind,
-        dpi=144,
-        transparent=not opaque,
-        facecolor="white" if opaque else "none",
-        metadata=metadata,
-    )
+    canvas: Any  # matplotlib declares no types of these methods
+    if kind == "svg":
+        canvas = FigureCanvasSVG(figure)
+        canvas.print_svg(buffer, metadata={"Date": None})
+    else:
+        figure.set_facecolor("white")
+        figure.set_dpi(144)
+        canvas = FigureCanvasAgg(figure)
+        canvas.print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -142,12 +147,27 @@ def front_chart(view: View) -> Draw:
         for line in view.lines:
             mark = axes.axvline if line.axis is view.x else axes.axhline
             mark(line.value, color=COLOURS["soft"], linestyle=":", linewidth=1.2, label=line.words)
-        axes.xaxis.set_major_formatter(lambda value, _: short(value))
-        axes.yaxis.set_major_formatter(lambda value, _: short(value))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: short(value))
+            axis.set_minor_formatter(_plain_labels())
         columns = _legend_columns(axes, 5)
         axes.figure.legend(fontsize=8, ncols=columns, loc="outside lower center")
 
     return draw
+
+
+def _plain_labels() -> Formatter:
+    """Labels between powers of ten where there are few of these, as text.
+
+    Matplotlib's own are formulas, and reading these took a tenth of the report's time.
+    """
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return short(x) if super().__call__(x, pos) else ""
+
+    return Plain()
 
 
 def _plans(axes: Axes, view: View) -> None:
@@ -202,10 +222,12 @@ def _reach(ends: Floats) -> Floats:
 def _baselines(axes: Axes, view: View) -> None:
     """A cross for each baseline, and its name beside it, moved apart from the others' names."""
     lowest_first = sorted(view.baselines(), key=lambda found: found[2])
+    for baseline, x, y in lowest_first:
+        colour = COLOURS[FAMILIES.get(baseline.family, "red")]
+        axes.plot(x, y, "x", color=colour, markersize=7, markeredgewidth=2, zorder=4)
     heights = _apart([_height(axes, y) for _, _, y in lowest_first])
     for (baseline, x, y), height in zip(lowest_first, heights, strict=True):
         colour = COLOURS[FAMILIES.get(baseline.family, "red")]
-        axes.plot(x, y, "x", color=colour, markersize=7, markeredgewidth=2, zorder=4)
         axes.annotate(
             f"{words_of(baseline.family)} {y:.2g}",
             (x, y),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from itertools import groupby
 
-from kvtune.tui.widgets.heat_map import level_of
+from kvtune.tui.palette import level_of
 from kvtune.tuner.explore.compare import HeadMap
 
 _CELL = 5

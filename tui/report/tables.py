@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from kvtune.common.units import format_bytes
 from kvtune.common.words import accuracy, count, figure, percent
-from kvtune.tui.widgets.plan_panel import Selected, cost_rows, quality_rows
+from kvtune.tui.selected import Selected, cost_rows, quality_rows
 from kvtune.tuner.explore.axes import AXES
 from kvtune.tuner.explore.study import Study
 from kvtune.tuner.explore.view import View

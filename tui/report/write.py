@@ -10,12 +10,12 @@ from typing import Any
 from kvtune.common.errors import KvtuneError
 from kvtune.common.files import atomic, write_text
 from kvtune.common.progress import Progress, Silent
+from kvtune.tui.memory_parts import MemoryParts
 from kvtune.tui.report import charts
 from kvtune.tui.report.emblem import emblem
 from kvtune.tui.report.hover import FRONT, front_titles, with_titles
 from kvtune.tui.report.page import listed, page, pairs, picture, table, verdict
 from kvtune.tui.report.tables import baselines_table, front_table, plan_table, plans_csv
-from kvtune.tui.widgets.memory_bar import MemoryParts
 from kvtune.tuner.explore.axes import BYTES, LOSS, RATE, TOKENS
 from kvtune.tuner.explore.compare import HeadMap
 from kvtune.tuner.explore.study import Study

@@ -14,8 +14,8 @@ from textual.widgets import Footer, Label, Select, Static
 from kvtune.common.estimate import Estimate
 from kvtune.common.units import format_bytes
 from kvtune.common.words import count, figure, percent
+from kvtune.tui.selected import Selected
 from kvtune.tui.widgets.heat_map import SHADES, HeatMap, Shade
-from kvtune.tui.widgets.plan_panel import Selected
 from kvtune.tui.widgets.ratio_map import RatioMap
 from kvtune.tuner.explore.compare import (
     HeadMap,

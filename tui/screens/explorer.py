@@ -19,11 +19,12 @@ from kvtune.tui.screens.export import ExportScreen
 from kvtune.tui.screens.filters import FilterScreen
 from kvtune.tui.screens.help import HelpScreen
 from kvtune.tui.screens.validate import ValidateScreen
+from kvtune.tui.selected import Selected
 from kvtune.tui.widgets.heat_map import SHADES, Shade
 from kvtune.tui.widgets.keys import Keys
 from kvtune.tui.widgets.legend import Legend
 from kvtune.tui.widgets.notice import Notice, too_small
-from kvtune.tui.widgets.plan_panel import PlanPanel, Selected
+from kvtune.tui.widgets.plan_panel import PlanPanel
 from kvtune.tui.widgets.plans_table import PlansTable
 from kvtune.tui.widgets.plot import FrontPlot
 from kvtune.tui.widgets.status import status
@@ -79,18 +80,22 @@ class ExplorerScreen(Screen[None]):
         self.error: KvtuneError | None = None
 
     def compose(self) -> ComposeResult:
-        """Status, plot and legend, what if, plan, hints; or a notice in their place."""
+        """Status, a notice and keys; the rest when there is something to draw."""
         yield Static(id="status", markup=False)
-        with Horizontal(id="body"):
-            with Vertical(id="left"):
-                yield FrontPlot(id="plot-front")
-                yield Input(id="search", placeholder="words of plans: snapkv 4 bits", compact=True)
-                yield PlansTable(id="plans-table")
-                yield Legend(id="legend")
-                yield WhatIf(id="what-if")
-            yield PlanPanel(id="plan", can_focus=True)
         yield Notice(id="notice")
         yield Keys()
+
+    async def _mount_body(self) -> None:
+        """Plot, legend and plan; the sliders of what if come when they are first asked for."""
+        left = Vertical(
+            FrontPlot(id="plot-front"),
+            Input(id="search", placeholder="words of plans: snapkv 4 bits", compact=True),
+            PlansTable(id="plans-table"),
+            Legend(id="legend"),
+            id="left",
+        )
+        plan = PlanPanel(id="plan", can_focus=True)
+        await self.mount(Horizontal(left, plan, id="body"), before="#notice")
 
     def on_mount(self) -> None:
         """Draw again in the colours of another theme."""
@@ -98,11 +103,12 @@ class ExplorerScreen(Screen[None]):
 
     # --- snapshots -------------------------------------------------------------------------
 
-    def arrived(self, study: Study) -> None:
+    async def arrived(self, study: Study) -> None:
         """Draw a snapshot; the cursor stays on its plan."""
         was_lost, self.error = self.error, None
         if self.view is None:
-            self.query_one(WhatIf).offer(study.facts)
+            if not self.query("#body"):
+                await self._mount_body()
             self._draw(study, Setting.asked(study.facts))
             self.query_one(FrontPlot).focus()
         elif was_lost or self._is_new(study):
@@ -122,7 +128,8 @@ class ExplorerScreen(Screen[None]):
         followed = row is None or (row == old.chosen and row == self.view.start)
         if old.facts.study != study.facts.study:
             self.row = self.marked = None
-            self.query_one(WhatIf).offer(study.facts)
+            if panel := self._what_if:
+                panel.offer(study.facts)
             self._draw(study, Setting.asked(study.facts))
             return
         if followed:
@@ -136,13 +143,17 @@ class ExplorerScreen(Screen[None]):
 
     def _draw(self, study: Study, setting: Setting) -> None:
         """A new view of a snapshot at a setting; an impossible setting keeps the last figures."""
-        panel = self.query_one(WhatIf)
+        panel = self._what_if
         try:
             figures = figures_of(study, setting)
         except KvtuneError as error:
-            panel.tell(f"{error.message}; shown is the last setting that fits")
+            if panel is None:
+                self.error = error
+            else:
+                panel.tell(f"{error.message}; shown is the last setting that fits")
             return
-        panel.tell("")
+        if panel is not None:
+            panel.tell("")
         if self.view is None:
             self.view = View(study, figures, setting)
         else:
@@ -177,13 +188,15 @@ class ExplorerScreen(Screen[None]):
         notice = self.query_one(Notice)
         words = too_small(self.size) or notice.words_for(study, self.view, self.error)
         notice.update(words or "")
-        self.set_class(bool(words), "-notice")
+        notice.display = bool(words)
+        self.query("#body").set(display=not words)
 
     @on(events.Resize)
     def fit(self) -> None:
         """Say so where the terminal is too small; fill the table where there is room for it."""
         self._show_state()
-        self.call_after_refresh(self._draw_cursor)
+        if self.view is not None:
+            self.call_after_refresh(self._draw_cursor)
 
     # --- moving ----------------------------------------------------------------------------
 
@@ -275,10 +288,21 @@ class ExplorerScreen(Screen[None]):
         self.marked = None if self.marked == self.row else self.row
         self._draw_cursor()
 
-    def action_what_if(self) -> None:
+    @property
+    def _what_if(self) -> WhatIf | None:
+        """The sliders, once they were asked for."""
+        return self.query_one_optional(WhatIf)
+
+    async def action_what_if(self) -> None:
         """Show the sliders, or put them away."""
-        panel = self.query_one(WhatIf)
-        panel.border_title = "What if"
+        if self.view is None:
+            return
+        panel = self._what_if
+        if panel is None:
+            panel = WhatIf(id="what-if")
+            await self.query_one("#left").mount(panel)
+            panel.border_title = "What if"
+            panel.offer(self.view.study.facts)
         self.toggle_class("-what-if")
         (panel.context if self.has_class("-what-if") else self.query_one(FrontPlot)).focus()
 
@@ -291,7 +315,8 @@ class ExplorerScreen(Screen[None]):
             self.query_one("#search", Input).value = ""
             self.query_one(PlansTable).focus()
             return
-        self.query_one(WhatIf).offer(self.view.study.facts)
+        if panel := self._what_if:
+            panel.offer(self.view.study.facts)
         self.remove_class("-what-if")
         if self.view.is_what_if:
             self._draw(self.view.study, Setting.asked(self.view.study.facts))

@@ -14,7 +14,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.files import write_text
 from kvtune.policies.export.contract import exporters, find_exporter, write_export
 from kvtune.policies.policy_file.document import PolicyDocument, write_policy
-from kvtune.tui.widgets.plan_panel import Selected
+from kvtune.tui.selected import Selected
 
 _POLICY = "policy file"
 

@@ -21,7 +21,7 @@ from kvtune.common.stored import read_json
 from kvtune.common.words import accuracy, figure
 from kvtune.policies.policy_file.document import write_policy
 from kvtune.tui.screens.export import document_of
-from kvtune.tui.widgets.plan_panel import Selected
+from kvtune.tui.selected import Selected
 from kvtune.tuner.explore.measured import Measured, keep_answer
 
 Command = Callable[[str, str], Sequence[str]]

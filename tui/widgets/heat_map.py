@@ -8,14 +8,11 @@ from operator import itemgetter
 from typing import Literal
 
 import numpy as np
-from rich.segment import Segment
 from rich.text import Text
 from textual.events import MouseMove
-from textual.geometry import Region, Size
-from textual.strip import Strip
-from textual.widget import Widget
 
-from kvtune.tui.palette import BARS, Colours, colours_of, ramp
+from kvtune.tui.palette import BARS, Colours, colours_of, level_of, ramp
+from kvtune.tui.widgets.lines import Lines
 from kvtune.tuner.explore.axes import option_bits
 from kvtune.tuner.explore.compare import HeadMap
 
@@ -27,51 +24,19 @@ Cell = Callable[[int, int], tuple[str, str]]
 _METHOD_COLOURS = ("muted", "primary", "accent", "warning", "success", "error", "secondary")
 
 
-class HeatMap(Widget):
+class HeatMap(Lines[tuple[HeadMap | None, Shade]]):
     """One cell a KV head; layers that do not fit on a line go on below."""
 
-    DEFAULT_CSS = "HeatMap { height: auto; }"
-
-    def __init__(self, *, id: str | None = None) -> None:  # noqa: A002 - Textual's name
-        super().__init__(id=id)
-        self.heads: HeadMap | None = None
-        self.shade: Shade = "budget"
-        self._drawn: list[Text] = []
-        self._drawn_for: tuple[HeadMap | None, object] = (None, None)
+    heads: HeadMap | None = None
+    shade: Shade = "budget"
 
     def show(self, heads: HeadMap | None, shade: Shade) -> None:
-        """Draw a policy, or the sentence that there is none; only lines that change are painted."""
-        before, width = self._drawn, self.size.width
-        self.heads, self.shade = heads, shade
-        after = self._lines(width)
-        if len(before) != len(after):
-            self.refresh(layout=True)
-            return
-        pairs = enumerate(zip(before, after, strict=True))
-        if changed := [Region(0, y, width, 1) for y, pair in pairs if differ(*pair)]:
-            self.refresh(*changed)
+        """Draw a policy, or the sentence that there is none."""
+        self.draw((heads, shade))
 
-    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
-        """Lines at the width to come: the widget's own is still that of the layout before."""
-        return len(self._lines(width))
-
-    def render_line(self, y: int) -> Strip:
-        """One line of the map, which is kept as long as nothing about it changes."""
-        lines, ground = self._lines(self.size.width), self.rich_style
-        if y >= len(lines):
-            return Strip.blank(self.size.width, ground)
-        parts = lines[y].render(self.app.console)
-        strip = Strip([Segment(part.text, ground + (part.style or ground)) for part in parts])
-        return strip.adjust_cell_length(self.size.width, ground)
-
-    def _lines(self, width: int) -> list[Text]:
+    def lay(self, content: tuple[HeadMap | None, Shade], width: int) -> list[Text]:
         """The map, with layer numbers above and a legend below."""
-        asked = (self.shade, width, self.app.theme)
-        if self._drawn_for[0] is not self.heads or self._drawn_for[1] != asked:
-            self._drawn_for, self._drawn = (self.heads, asked), self._laid(width)
-        return self._drawn
-
-    def _laid(self, width: int) -> list[Text]:
+        self.heads, self.shade = content
         console, colours = self.app.console, colours_of(self.app)
         if self.heads is None:
             words = Text("Only the loss of this baseline is known, not its heads.", end="")
@@ -150,11 +115,6 @@ class HeatMap(Widget):
         return f"layer {layer}, KV head {head}: {option.label}, {tokens} tokens"
 
 
-def differ(one: Text, other: Text) -> bool:
-    """Whether two lines look different: in their words or in their colours."""
-    return one != other or one.style != other.style
-
-
 def ruler(layers: range, wide: int = 1) -> str:
     """Layer numbers, one every eight layers at its column."""
     line = [" "] * (wide * len(layers))
@@ -164,13 +124,6 @@ def ruler(layers: range, wide: int = 1) -> str:
                 if column < len(line):
                     line[column] = digit
     return "".join(line)
-
-
-def level_of(share: float) -> int:
-    """Eighths of a bar for a share of the tokens: a halving a step, all tokens full."""
-    if share >= 1:
-        return 8
-    return int(np.clip(8 + np.floor(np.log2(max(share, 1e-9))), 1, 7))
 
 
 def share_words(level: int) -> str:

@@ -176,13 +176,14 @@ class FrontPlot(PlotWidget):
             self.scatter(x, y, marker_style=faint, hires_mode=HiResMode.BRAILLE)
             self.scatter(*self._positions(view, view.front), marker=FRONT, marker_style=strong)
             return
-        colours = colours_of(self.app)
-        for number, rows in enumerate(view.groups.values()):
-            style = colours[GROUPS[min(number, len(GROUPS) - 1)]]
+        colours, groups = colours_of(self.app), list(view.groups.values())
+        styles = [colours[GROUPS[min(n, len(GROUPS) - 1)]] for n in range(len(groups))]
+        for rows, style in zip(groups, styles, strict=True):
             seen = np.intersect1d(rows, self._seen)
+            dots = HiResMode.BRAILLE
+            self.scatter(*self._positions(view, seen), marker_style=style, hires_mode=dots)
+        for rows, style in zip(groups, styles, strict=True):  # above all other plans
             best = np.intersect1d(rows, view.front)
-            hires = HiResMode.BRAILLE
-            self.scatter(*self._positions(view, seen), marker_style=style, hires_mode=hires)
             self.scatter(*self._positions(view, best), marker=FRONT, marker_style=style)
 
     def _plot_baselines(self, view: View, colour: str) -> None:

@@ -110,7 +110,7 @@ class RepeatedStep:
         self._begun = [[x.clone() for x in some] for some in self._state]
 
     def __call__(self) -> None:
-        """Enqueue it."""
+        """Enqueue one decode step, then put the cache back to where it began."""
         with fused_on_gpu(self.loop.model):
             self.loop.advance(1)
         for now, then in zip(self._state, self._begun, strict=True):
