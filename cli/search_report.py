@@ -184,7 +184,7 @@ def _next(result: SearchResult) -> list[RenderableType]:
     name = result.request.shape.name
     return [
         f"quality of {name} itself: the same search with --model PATH, a folder of its weights",
-        _export(folder, "vllm", "--allow-stand-in"),
+        _export(folder, "transformers" if result.policy.waits else "vllm", "--allow-stand-in"),
     ]
 
 

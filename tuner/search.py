@@ -18,7 +18,8 @@ from kvtune.common.errors import DoesNotFitError, KvtuneError
 from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
 from kvtune.common.units import format_bytes
-from kvtune.policies.paging import Growth, growing_bytes, head_bytes
+from kvtune.policies.paging import Growth, growing_bytes, head_bytes, sequence_bytes
+from kvtune.policies.policy import Policy
 from kvtune.simulator.memory.peak import prefill_peak_bytes
 from kvtune.simulator.quality.tables import on_both_sides
 from kvtune.tuner.answer import Found, answer, cost_of
@@ -49,6 +50,7 @@ from kvtune.tuner.simple_points import simple_points
 from kvtune.tuner.solver import Solver, policy_of
 from kvtune.tuner.sources import QualitySource, own_trace, stand_in
 from kvtune.tuner.stack_formats import with_formats_of
+from kvtune.tuner.stand_in_rules import Filled, filled_rules, rule_points
 from kvtune.tuner.starts import start_points
 from kvtune.tuner.study import run_study
 from kvtune.tuner.within import limits_of
@@ -96,6 +98,8 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
     notes = (*notes, *notes_on(request, budgets))
     if request.moved_bytes is not None:
         source = replace(source, tables=on_both_sides(source.tables))
+    rules = _rules(request, budgets, source)
+    source = source.with_rules([each.rule for each in rules])
     question = _question(request, budgets, source)
     solver = Solver.of(question)
     facts = _facts(request, budgets, source)
@@ -111,6 +115,7 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
     trials, reason = _trials(request, solver, facts, record, progress)
     notes = (*notes, *reason)
     simple = simple_points(solver, first=facts.trials)
+    simple += rule_points(solver, rules, first=facts.trials + len(simple))
     for point in simple:
         record(point)
     starts = _starts(request, source, solver, first=facts.trials + len(simple))
@@ -263,6 +268,19 @@ def _stand_in(request: SearchRequest, reason: str) -> tuple[QualitySource, tuple
     return source, (*notes, *notes_on_idle(request))
 
 
+def _rules(request: SearchRequest, budgets: Budgets, source: QualitySource) -> list[Filled]:
+    """What a stand-in offers beside its options; a stack runs none that divides budgets itself."""
+    if not source.stand_in or request.stack is not None:
+        return []
+    shape, growth = request.shape, Growth(request.generated_tokens)
+
+    def held(policy: Policy, context: int) -> int:
+        return sequence_bytes(policy, context, shape.head_dim, growth)
+
+    question = _question(request, budgets, source)
+    return filled_rules(question, source.curves, held, request.largest_kl)
+
+
 def _question(request: SearchRequest, budgets: Budgets, source: QualitySource) -> Question:
     shape, growth = request.shape, Growth(request.generated_tokens)
     generated = growing_bytes(request.generated_tokens, shape.head_dim)
@@ -332,8 +350,9 @@ def _recorded_anew(recorder: Recorder, found: Found) -> None:
 
 def _facts(request: SearchRequest, budgets: Budgets, source: QualitySource) -> Facts:
     """What all plans share, for those who look at them."""
-    samples = source.tables.samples
-    splits, formats = Counter(sample.split for sample in samples), formats_of(budgets)
+    tables, formats = source.tables, formats_of(budgets)
+    samples = tables.samples
+    splits = Counter(sample.split for sample in samples)
     return Facts(
         study=_study_key(request, source),
         kvtune=kvtune.__version__,
@@ -348,10 +367,11 @@ def _facts(request: SearchRequest, budgets: Budgets, source: QualitySource) -> F
         source="stand-in" if source.stand_in else "own trace",
         stand_in=source.stand_in,
         kinds=tuple(sorted({s.kind for s in samples if s.split == "evaluate"})),
-        selection_samples=splits[selection_split(source.tables)],
+        selection_samples=splits[selection_split(tables)],
         held_out_samples=splits["evaluate"],
-        measured_tokens=source.tables.prompt_tokens,
-        options=source.tables.options,
+        measured_tokens=tables.prompt_tokens,
+        options=(*tables.options, *(rule.option for rule in tables.rules)),
+        allocators=tuple(rule.allocator.name for rule in tables.rules),
     )
 
 

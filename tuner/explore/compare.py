@@ -91,7 +91,8 @@ def _figures(study: Study, policy: Policy, plan: Plan, setting: Setting) -> Figu
     counts = taken[None].astype(np.float64)
     if setting.weights == EACH:
         setting = replace(setting, weights=str(plan.parameters.get("weights", EACH)))
-    return figures(study.facts, options, counts, context, sequences, setting)
+    given = [Policy.uniform(option, 1, 1, allocator=policy.allocator) for option in options]
+    return figures(study.facts, given, counts, context, sequences, setting)
 
 
 @dataclass(frozen=True)
