@@ -59,16 +59,27 @@ def _names(allocator: Allocator, method: Method, form: Format) -> tuple[str, str
     return f"{family} {method.label} {form.label}", f"{family} full {form.label}"
 
 
-def rows_at(curves: Curves, share: float, among: Iterable[str]) -> Iterator[Row]:
+def rows_at(
+    curves: Curves, share: float, among: Iterable[str], length: float = 1.0
+) -> Iterator[Row]:
     """Families that are something of their own at this share.
 
-    Where all tokens fit in few bits a family has nothing to divide: its best is uniform's.
+    Where all tokens fit in few bits a family has nothing to divide: its best is uniform's. First
+    tokens in 16 bits are as many in a short prompt and take more of its bytes, so that the
+    precision there is that of as many bytes in the source's prompts, not of the same share.
+
+    Args:
+        curves: of families.
+        share: of the bf16 bytes.
+        among: families.
+        length: of a prompt over that of the source's.
     """
+    stored = share * min(length, 1.0)
     for family in among:
         points = curves.get(family, [])
         able = [point for point in points if not (_keeps_all(point) and share_of(point) > share)]
         if able and share >= share_of(points[0]):
-            nearest = min(able, key=lambda point: abs(np.log(share_of(point) / share)))
+            nearest = min(able, key=lambda point: abs(np.log(share_of(point) / stored)))
             if _is_its_own(family, nearest["name"]):
                 yield row_at(points, share, family, nearest["name"])
 

@@ -38,9 +38,10 @@ def stand_in_baselines(
     plan = plan_of(policy, predicted, chosen.prompt_bytes, source.by_kind(chosen.choice))
     share = chosen.prompt_bytes / solver.question.full_bytes(chosen.context)
     rule = source.tables.rule_of(chosen.choice)
+    length = chosen.context / source.tables.prompt_tokens
 
     def compared(among: Iterable[str]) -> Iterator[Compared]:
-        for row in rows_at(source.curves, share, among):
+        for row in rows_at(source.curves, share, among, length):
             if rule is None or row.family != rule.family:  # else the plan itself
                 yield _compared(row, solver, chosen.context, share, of_options=rule is None)
 

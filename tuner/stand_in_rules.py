@@ -137,10 +137,10 @@ class _Filling:
 
     def at(self, sequences: int) -> Filled | None:
         """The best rule where so many sequences share the memory; None where none fits."""
-        whole = self.question.full_bytes(self.context)
-        share = self._room(sequences, waits=False) / whole
+        share = self._room(sequences, waits=False) / self.question.full_bytes(self.context)
+        length = self.context / self.question.tables.prompt_tokens
         best: Filled | None = None
-        for row in rows_at(self.curves, share, self.families) if share > 0 else ():
+        for row in rows_at(self.curves, share, self.families, length) if share > 0 else ():
             rule = self._filled(row, sequences)
             if rule is not None and (best is None or _value(rule) < _value(best.rule)):
                 best = Filled(rule, self.context, sequences, self.question.weights)
