@@ -96,19 +96,10 @@ def search_request(
     Raises:
         KvtuneError: something is unknown or out of bounds.
     """
+    _check_together(options)
     wanted = str(options.get("context", 8192))
     read, moved = options.get("read_bytes"), options.get("moved_bytes")
     heads = options.get("heads")
-    if read is not None and moved is not None:
-        raise KvtuneError(
-            "--read-bytes and --moved-bytes are limits of two different searches",
-            hint="give one of them.",
-        )
-    if options.get("jobs", 1) > 1 and options.get("storage") is not None:
-        raise KvtuneError(
-            "--jobs answers trials side by side here, --storage shares them with workers",
-            hint="give one of them; kvtune worker can be started as often as there are cores.",
-        )
     shortest = wanted.partition("-")[0]
     target = read_target(model, gpu, mem, shortest, options.get("generated", 256))
     context, longest = read_context_range(wanted, target.shape)
@@ -150,6 +141,20 @@ def search_request(
 
     check_request(request)
     return request
+
+
+def _check_together(options: SearchOptions) -> None:
+    """Refuse options of which a search can have one alone."""
+    if options.get("read_bytes") is not None and options.get("moved_bytes") is not None:
+        raise KvtuneError(
+            "--read-bytes and --moved-bytes are limits of two different searches",
+            hint="give one of them.",
+        )
+    if options.get("jobs", 1) > 1 and options.get("storage") is not None:
+        raise KvtuneError(
+            "--jobs answers trials side by side here, --storage shares them with workers",
+            hint="give one of them; kvtune worker can be started as often as there are cores.",
+        )
 
 
 def _limits(options: SearchOptions) -> Limits:
