@@ -24,13 +24,14 @@ from kvtune.simulator.quality.tables_file import save_tables
 from kvtune.tests.made_up import llama
 from kvtune.tuner import source_models, stack_formats
 from kvtune.tuner.band import band
-from kvtune.tuner.curves import loss_at
+from kvtune.tuner.curves import loss_at, rows_at
 from kvtune.tuner.explore.reader import StudyReader
 from kvtune.tuner.explore.what_if import Setting, figures_of
 from kvtune.tuner.limits import Limits
 from kvtune.tuner.result import SearchResult
 from kvtune.tuner.search import run_search
 from kvtune.tuner.solver import evicts
+from kvtune.tuner.stand_in_rules import GROUPS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -376,9 +377,24 @@ def test_bands_of_rules_that_ran_live_hold_what_the_same_rules_lost_on_that_mode
         (float(share[:-1]) / 100, family, row["loss"])
         for share, best in json.loads(file.read_text("utf-8"))["best"].items()
         for family, row in best.items()
-        if family != "offered"
+        if family not in ("offered", "option")
     ]
     assert len(cells) == 25
     for share, family, live in cells:
         found = loss_at(curves[family], share, family)
         assert found.low <= live <= found.high, (family, share)
+
+
+def test_what_is_offered_without_weights_is_within_a_tenth_of_the_best_uniform_rule() -> None:
+    """On the same model: what a search chooses today, by what those policies lost there."""
+    file = Path(__file__).parents[1] / "benchmarks/results/stand-in-families-gemma-3-270m-h200.json"
+    measured = json.loads(file.read_text("utf-8"))
+    tables, about = source_models.packaged_tables()
+    rules = [family for group in GROUPS for family in group]
+    for share, best in measured["best"].items():
+        rows = rows_at(
+            about["baselines"], float(share[:-1]) / 100, rules, 384 / tables.prompt_tokens
+        )
+        chosen = min(rows, key=lambda row: row.loss.value)
+        assert chosen.name == best["offered"]["policy"]
+        assert best["offered"]["loss"] <= 1.1 * best["uniform"]["loss"], share

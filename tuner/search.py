@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,20 +19,21 @@ from kvtune.common.errors import DoesNotFitError, KvtuneError
 from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
 from kvtune.common.units import format_bytes
-from kvtune.policies.paging import Growth, growing_bytes, head_bytes, sequence_bytes
-from kvtune.policies.policy import Policy
+from kvtune.policies.paging import Growth, growing_bytes, head_bytes
 from kvtune.simulator.memory.peak import prefill_peak_bytes
-from kvtune.simulator.quality.tables import on_both_sides
+from kvtune.simulator.quality.tables import Tables, on_both_sides
 from kvtune.tuner.answer import Found, answer, cost_of
 from kvtune.tuner.candidate import Candidate, pick
 from kvtune.tuner.checks import check_request, no_head_is_known, scores_of
 from kvtune.tuner.cross_fit import cross_fitted_front
 from kvtune.tuner.explore.facts import EACH, Facts
 from kvtune.tuner.explore.record import Recorder, selection_split
+from kvtune.tuner.filling import held_by_runtime
 from kvtune.tuner.finished import answers_another, finished, keep_finished
 from kvtune.tuner.head_points import head_points
 from kvtune.tuner.idle import notes_on_idle
 from kvtune.tuner.limits import Excess, no_limits, none_within, note_on, within
+from kvtune.tuner.live_rules import best_rule
 from kvtune.tuner.question import Question
 from kvtune.tuner.refine import live_on_selection, recalibrated, refine
 from kvtune.tuner.request import SearchRequest
@@ -50,7 +52,7 @@ from kvtune.tuner.simple_points import simple_points
 from kvtune.tuner.solver import Solver, policy_of
 from kvtune.tuner.sources import QualitySource, own_trace, stand_in
 from kvtune.tuner.stack_formats import with_formats_of
-from kvtune.tuner.stand_in_rules import Filled, filled_rules, rule_points
+from kvtune.tuner.stand_in_rules import Offer, offers_of, rule_points
 from kvtune.tuner.starts import start_points
 from kvtune.tuner.study import run_study
 from kvtune.tuner.within import limits_of
@@ -136,6 +138,7 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
         expected=[*candidates, *within(by_heads)],
         notes=(*notes, *note_on([*tried, *by_heads])),
     )
+    studied = _with_rule(studied, progress)
     ended, chosen = _choose(recalibrated(studied, source.calibration), progress)
     if not source.stand_in:  # live rounds have taught it, and others may have tried plans too
         _recorded_anew(recorder, ended)
@@ -215,6 +218,24 @@ def _by_head_scores(found: Found) -> list[Candidate]:
     return head_points(found.solver, scores_of(request), best, first)
 
 
+def _with_rule(found: Found, progress: Progress) -> Found:
+    """The study with the rule that live rounds run beside its pick; itself on a stand-in."""
+    request, source = found.request, found.source
+    if source.stand_in:
+        return found
+    points = cross_fitted_front(source, recalibrated(found, source.calibration).expected)
+    beside = pick(points, request.largest_kl)
+    rule = best_rule(found, beside, progress)
+    if rule is None:
+        return found
+    source = source.with_rules([rule])
+    solver = found.solver.asked(_question(request, found.budgets, source))
+    first = max(candidate.number for candidate in found.expected) + 1
+    offer = Offer(rule, beside.context, beside.sequences, beside.weights)
+    ruled = within(rule_points(solver, [offer], first))
+    return replace(found, source=source, solver=solver, expected=[*found.expected, *ruled])
+
+
 def _nothing_fits(request: SearchRequest, question: Question) -> DoesNotFitError:
     """The error that says how many sequences would fit."""
     context = request.context_tokens
@@ -268,17 +289,13 @@ def _stand_in(request: SearchRequest, reason: str) -> tuple[QualitySource, tuple
     return source, (*notes, *notes_on_idle(request))
 
 
-def _rules(request: SearchRequest, budgets: Budgets, source: QualitySource) -> list[Filled]:
+def _rules(request: SearchRequest, budgets: Budgets, source: QualitySource) -> list[Offer]:
     """What a stand-in offers beside its options; a stack runs none that divides budgets itself."""
     if not source.stand_in or request.stack is not None:
         return []
-    shape, growth = request.shape, Growth(request.generated_tokens)
-
-    def held(policy: Policy, context: int) -> int:
-        return sequence_bytes(policy, context, shape.head_dim, growth)
-
+    held = held_by_runtime(request.shape.head_dim, request.generated_tokens)
     question = _question(request, budgets, source)
-    return filled_rules(question, source.curves, held, request.largest_kl)
+    return offers_of(question, source.curves, held, request.largest_kl)
 
 
 def _question(request: SearchRequest, budgets: Budgets, source: QualitySource) -> Question:
@@ -343,7 +360,8 @@ def _choose(found: Found, progress: Progress) -> tuple[Found, Candidate]:
 
 def _recorded_anew(recorder: Recorder, found: Found) -> None:
     """The plans' file with what live runs have taught: none of its losses is of another kind."""
-    recorder = Recorder(recorder.path.parent, recorder.facts, found.source)
+    facts = replace(recorder.facts, **_given(found.source.tables))
+    recorder = Recorder(recorder.path.parent, facts, found.source)
     for candidate in found.expected:
         recorder.add(candidate)
 
@@ -370,9 +388,16 @@ def _facts(request: SearchRequest, budgets: Budgets, source: QualitySource) -> F
         selection_samples=splits[selection_split(tables)],
         held_out_samples=splits["evaluate"],
         measured_tokens=tables.prompt_tokens,
-        options=(*tables.options, *(rule.option for rule in tables.rules)),
-        allocators=tuple(rule.allocator.name for rule in tables.rules),
+        **_given(tables),
     )
+
+
+def _given(tables: Tables) -> dict[str, Any]:
+    """What a head may be given, rules behind the options, and their allocators."""
+    return {
+        "options": (*tables.options, *(rule.option for rule in tables.rules)),
+        "allocators": tuple(rule.allocator.name for rule in tables.rules),
+    }
 
 
 def _study_key(request: SearchRequest, source: QualitySource) -> str:

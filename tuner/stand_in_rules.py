@@ -10,20 +10,17 @@ since.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from kvtune.policies.allocators.as_given import AsGiven
-from kvtune.policies.methods.full import Full
-from kvtune.policies.option import ALL, Budget, Option
-from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.simulator.quality.rules import Rule
 from kvtune.simulator.quality.tables import Tables
 from kvtune.tuner.baselines import STRONG
 from kvtune.tuner.candidate import Candidate
 from kvtune.tuner.curves import Curves, Row, row_at, rows_at, share_of
+from kvtune.tuner.filling import Filling, SequenceBytes
 from kvtune.tuner.question import Question
 from kvtune.tuner.simple_points import as_many_as_time_allows
 from kvtune.tuner.solver import Solver
@@ -36,12 +33,10 @@ GROUPS: tuple[Collection[str], ...] = (
 """Families of which the best is a plan; what is calibrated on the model first needs the model."""
 _NEARLY = 0.99
 _STEPS = 12  # numbers of sequences, from one to as many as fit
-SequenceBytes = Callable[[Policy, int], int]
-"""Device memory of one sequence under a policy, its prompt so long."""
 
 
 @dataclass(frozen=True)
-class Filled:
+class Offer:
     """A rule that fills what so many sequences leave to each.
 
     Args:
@@ -57,9 +52,9 @@ class Filled:
     weights: str
 
 
-def filled_rules(
+def offers_of(
     question: Question, curves: Curves, held: SequenceBytes, largest_kl: float
-) -> list[Filled]:
+) -> list[Offer]:
     """Rules for every context and format of weights, from one sequence to as many as fit.
 
     Among them is the one with most sequences whose loss is acceptable.
@@ -70,27 +65,27 @@ def filled_rules(
         held: device memory of one sequence, by the runtime's rules.
         largest_kl: loss that is acceptable, nats/token.
     """
-    found: list[Filled] = []
+    found: list[Offer] = []
     for weights in question.freed:
         asked = question.under(weights)
         for context in asked.contexts:
             for group in GROUPS:
-                found += _of_group(_Filling(asked, curves, held, context, group), largest_kl)
+                found += _of_group(_Choosing(asked, curves, held, context, group), largest_kl)
     return found
 
 
-def rule_points(solver: Solver, filled: Sequence[Filled], first: int) -> list[Candidate]:
-    """Filled rules as candidates; the tables of ``solver`` have them in the same order.
+def rule_points(solver: Solver, offers: Sequence[Offer], first: int) -> list[Candidate]:
+    """Offers as candidates; the tables of ``solver`` have them in the same order.
 
     Args:
         solver: the question, with rules.
-        filled: the rules.
+        offers: the rules.
         first: number of the first candidate.
     """
     behind, heads = len(solver.question.tables.options), solver.question.tables.heads
     several = len(solver.question.freed) > 1
     points = []
-    for number, each in enumerate(filled):
+    for number, each in enumerate(offers):
         parameters = {
             "uniform": each.rule.label, "context": each.context, "sequences": each.sequences,
             **({"weights": each.weights} if several else {}),
@@ -102,21 +97,21 @@ def rule_points(solver: Solver, filled: Sequence[Filled], first: int) -> list[Ca
     return points
 
 
-def _of_group(filling: _Filling, largest_kl: float) -> Iterator[Filled]:
+def _of_group(choosing: _Choosing, largest_kl: float) -> Iterator[Offer]:
     """The best of some families at several numbers of sequences."""
-    question = filling.question
-    most = question.most_sequences(filling.context)
+    question = choosing.question
+    most = question.most_sequences(choosing.context)
     if question.sequences:
         counts = {question.sequences} if question.sequences <= most else set()
     else:
         counts = {int(n) for n in np.geomspace(1, max(most, 1), _STEPS).round()}
 
         def loses_more(count: int) -> bool:
-            found = filling.at(count)
+            found = choosing.at(count)
             return found is None or _value(found.rule) > largest_kl
 
         counts.add(max(bisect_left(range(1, most + 1), True, key=loses_more), 1))
-    each = (filling.at(count) for count in sorted(counts))
+    each = (choosing.at(count) for count in sorted(counts))
     return (found for found in each if found is not None)
 
 
@@ -126,8 +121,8 @@ def _value(rule: Rule) -> float:
 
 
 @dataclass(frozen=True)
-class _Filling:
-    """What rules of some families are filled to, at one context."""
+class _Choosing:
+    """The best rule of some families, by what they lost live on the source, at one context."""
 
     question: Question
     curves: Curves
@@ -135,66 +130,33 @@ class _Filling:
     context: int
     families: Collection[str]
 
-    def at(self, sequences: int) -> Filled | None:
-        """The best rule where so many sequences share the memory; None where none fits."""
-        share = self._room(sequences, waits=False) / self.question.full_bytes(self.context)
+    def at(self, sequences: int) -> Offer | None:
+        """The best where so many sequences share the memory; None where none fits."""
+        filling = Filling(self.question, self.held, self.context, sequences)
+        share = filling.room(waits=False) / self.question.full_bytes(self.context)
+        if share <= 0:
+            return None
         length = self.context / self.question.tables.prompt_tokens
-        best: Filled | None = None
-        for row in rows_at(self.curves, share, self.families, length) if share > 0 else ():
-            rule = self._filled(row, sequences)
-            if rule is not None and (best is None or _value(rule) < _value(best.rule)):
-                best = Filled(rule, self.context, sequences, self.question.weights)
-        return best
+        rows = rows_at(self.curves, share, self.families, length)
+        rules = [rule for row in rows if (rule := self._rule(row, filling)) is not None]
+        if not rules:
+            return None
+        best = min(rules, key=_value)
+        return Offer(best, self.context, sequences, self.question.weights)
 
-    def _room(self, sequences: int, *, waits: bool) -> int:
-        """Bytes of one sequence, generated tokens included."""
-        question = self.question
-        return question.prompt_budget(self.context, sequences, waits) + question.generated_bytes
-
-    def _filled(self, row: Row, sequences: int) -> Rule | None:
-        """A family's rule with the largest budget that fits; None where a token a head does not."""
+    def _rule(self, row: Row, filling: Filling) -> Rule | None:
+        """A family's rule, filled; None where nobody ran it with so few bytes."""
         parts = row.stored()
-        if parts is None:
+        filled = None if parts is None else filling.filled(*parts)
+        if filled is None:
             return None
-        allocator, method, form = parts
-        tables, context = self.question.tables, self.context
-
-        def option(tokens: int) -> Option:
-            if tokens < context:
-                return Option(method, Budget(share=tokens / context), form, form)
-            return Option(Full(), ALL, form, form)
-
-        room = self._room(
-            sequences, waits=Policy.uniform(option(1), 1, 1, allocator=allocator).waits
-        )
-
-        def fits(tokens: int) -> bool:
-            alone = Policy.uniform(option(tokens), 1, 1, allocator=allocator)
-            return tables.heads * self.held(alone, context) <= room and self._is_read(alone)
-
-        kept = bisect_left(range(1, context + 1), True, key=lambda tokens: not fits(tokens))
-        if not kept:
-            return None
-        if kept == context:  # nothing is left to divide
-            allocator = AsGiven()
-        policy = Policy.uniform(option(kept), 1, 1, allocator=allocator)
-        share = self._payload(policy) / self.question.full_bytes(context)
+        share = filled.prompt_bytes / self.question.full_bytes(self.context)
         points = self.curves[row.family]
-        if share < _NEARLY * share_of(points[0]):  # nobody ran it with so few
+        if share < _NEARLY * share_of(points[0]):
             return None
         lost = row_at(points, share, row.family, row.name)
-        return Rule(row.family, option(kept), allocator, _by_sample(lost, tables), lost.loss)
-
-    def _payload(self, alone: Policy) -> int:
-        """Bytes of a prompt as formats count them, from those of one head."""
-        heads = self.question.tables.heads
-        each = alone.footprint(self.context, self.question.head_dim) - footprint_of_lengths(1, 1)
-        return heads * each + footprint_of_lengths(1, heads)
-
-    def _is_read(self, alone: Policy) -> bool:
-        """Whether a decode step may read as much."""
-        most = self.question.most_read
-        return most is None or self._payload(alone) <= most
+        losses = _by_sample(lost, self.question.tables)
+        return Rule(row.family, filled.option, filled.allocator, losses, lost.loss)
 
 
 def _by_sample(row: Row, tables: Tables) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
