@@ -27,6 +27,7 @@ from kvtune.tuner.band import band
 from kvtune.tuner.options import FULL, LAPTOP, READERS, ROTATED, WEIGHTED, Menu, every_method
 from kvtune.tuner.quality import calibrated, mean_over_kinds
 from kvtune.tuner.request import SearchRequest
+from kvtune.tuner.screening import MOST, screened
 from kvtune.tuner.solver import evicts
 from kvtune.tuner.within import limits_of, menu_within
 
@@ -148,6 +149,9 @@ def own_trace(request: SearchRequest, progress: Progress) -> QualitySource:
     calibrated = find_calibration(loaded.fingerprint) is not None
     menu = menu_of(request, calibrated=calibrated, pairs=loaded.geometry.layers % 2 == 0)
     trace, key, provenance = _own_trace(request, loaded, menu, progress)
+    if len(menu.methods) > MOST:
+        kept = cache_dir() / "tables" / f"{request.shape.name}-{key}"
+        menu = screened(menu, trace, kept, loaded.device, progress)
     tables = _own_tables(request, trace, menu, key, loaded.device, progress)
     return QualitySource(
         tables,

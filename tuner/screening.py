@@ -1,0 +1,103 @@
+"""Which of many methods are replayed in full: those that together lose least, head by head.
+
+A layer of a sample takes a CPU 19 seconds with the menu of all methods, and a search has hundreds
+of them. Most methods are the best for hardly any head. All are therefore tried in one precision and
+at three budgets on a few layers, each kind of text once; what goes on is chosen one by one, each
+time the method that lowers most what heads lose if each has the best of the chosen ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvtune.common.files import write_json
+from kvtune.common.progress import Progress
+from kvtune.common.stored import read_json
+from kvtune.policies.formats.grouped import Int4
+from kvtune.policies.method import Method
+from kvtune.policies.option import Budget, Option
+from kvtune.simulator.quality.tables import Floats
+from kvtune.tuner.options import METHODS, Menu
+
+if TYPE_CHECKING:
+    from kvtune.traces.trace import SampleRecord, Trace
+
+MOST = 6
+"""Methods that go on, those of the smaller menu among them; more where more must."""
+_EVERY = 6  # layers
+_FORM = Int4(exact_first=4)
+
+
+def screened(menu: Menu, trace: Trace, kept: Path, device: str, progress: Progress) -> Menu:
+    """A menu with the methods that go on; the same again where a file holds what was found.
+
+    Args:
+        menu: with all methods.
+        trace: of the model, with the signals of all of them.
+        kept: folder of what was found.
+        device: where the arithmetic runs.
+        progress: told of every layer.
+    """
+    told = hashlib.sha256(repr((menu.methods, menu.shares)).encode()).hexdigest()[:12]
+    file = kept.with_name(f"{kept.name}-{told}-methods.json")
+    if file.exists():
+        names = read_json(file)["methods"]
+        return replace(menu, methods=tuple(m for m in menu.methods if m.label in names))
+    sure = [m for m in menu.methods if m in METHODS or m.reader(1) is not None]
+    methods = covering(_losses(menu, trace, device, progress), menu.methods, sure, MOST)
+    write_json(file, {"methods": [method.label for method in methods], "of": len(menu.methods)})
+    return replace(menu, methods=methods)
+
+
+def covering(
+    losses: Floats, methods: Sequence[Method], sure: Collection[Method], most: int
+) -> tuple[Method, ...]:
+    """Some of the methods, in their order: the sure ones, and what lowers most the least losses.
+
+    Args:
+        losses: of every method, budget and head, ``[M, B, I]``; budgets count alike.
+        methods: M of them.
+        sure: those that are kept whatever they lose.
+        most: how many in all, or as many as are sure; fewer where no other lowers anything.
+    """
+    scaled = losses / np.maximum(losses.min(0).sum(-1), 1e-12)[:, None]
+    chosen = [row for row, method in enumerate(methods) if method in sure]
+    while len(chosen) < min(most, len(methods)):
+        least = scaled[chosen].min(0) if chosen else np.full_like(scaled[0], np.inf)
+        chosen.append(int(np.minimum(scaled, least).sum((1, 2)).argmin()))
+    return tuple(methods[row] for row in sorted(set(chosen)))
+
+
+def _losses(menu: Menu, trace: Trace, device: str, progress: Progress) -> Floats:
+    """Of every method at three budgets, on heads of a few layers of one sample of a kind."""
+    from kvtune.simulator.quality.build import DEFAULT_BLOCK, layer_features, load_layer
+
+    shares = menu.shares[:: max(len(menu.shares) // 3, 1)][:3]
+    options = [
+        Option(method, Budget(share=share), _FORM, _FORM)
+        for method in menu.methods
+        for share in shares
+    ]
+    depth = trace.geometry.layers
+    cells = [
+        (sample.id, layer)
+        for sample in _one_of_each_kind(trace)
+        for layer in range(min(_EVERY // 2, depth - 1), depth, _EVERY)
+    ]
+    found = []
+    for sample, layer in progress.track(cells, "trying methods", len(cells)):
+        loaded = load_layer(trace, sample, layer, options, device)
+        found.append((layer_features(loaded, options, DEFAULT_BLOCK) ** 2).sum(-1))
+    every = np.concatenate(found).T.reshape(len(menu.methods), len(shares), -1)
+    return np.asarray(every, np.float32)
+
+
+def _one_of_each_kind(trace: Trace) -> list[SampleRecord]:
+    samples = trace.of_split("search") or trace.of_split("select")
+    return list({sample.kind: sample for sample in reversed(samples)}.values())
