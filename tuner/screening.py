@@ -51,7 +51,9 @@ def screened(menu: Menu, trace: Trace, kept: Path, device: str, progress: Progre
         return replace(menu, methods=tuple(m for m in menu.methods if m.label in names))
     sure = [m for m in menu.methods if m in METHODS or m.reader(1) is not None]
     methods = covering(_losses(menu, trace, device, progress), menu.methods, sure, MOST)
-    write_json(file, {"methods": [method.label for method in methods], "of": len(menu.methods)})
+    names = [method.label for method in methods]
+    progress.note(f"of {len(menu.methods)} methods these are replayed in full: {', '.join(names)}.")
+    write_json(file, {"methods": names, "of": len(menu.methods)})
     return replace(menu, methods=methods)
 
 
