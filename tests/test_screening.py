@@ -14,7 +14,7 @@ from kvtune.common.progress import Silent
 from kvtune.policies.method import Method
 from kvtune.tuner import screening
 from kvtune.tuner.options import LAPTOP, METHODS, every_method
-from kvtune.tuner.screening import covering, screened
+from kvtune.tuner.screening import covering, screened, within_bytes
 
 ALL = every_method(calibrated=False)
 
@@ -55,6 +55,15 @@ def test_budgets_count_alike_however_much_is_lost_at_them() -> None:
     every[1, 0] *= 0.9
     every[2, 1] *= 0.1
     assert covering(every, ALL[:3], ALL[:1], 2) == (ALL[0], ALL[2])
+
+
+def test_a_method_that_takes_more_bytes_is_compared_in_no_more_than_others() -> None:
+    losses = np.array([[[8.0], [4.0], [1.0]], [[0.5], [0.4], [0.3]], [[9.0], [5.0], [2.0]]])
+    taken = np.array([[10, 40, 160], [150, 170, 300], [10, 41, 160]])
+    found = within_bytes(losses.astype(np.float32), taken)
+    assert found[0].ravel().tolist() == [8.0, 4.0, 1.0]
+    assert found[1].ravel().tolist() == [9.0, 5.0, 0.5], "the worst, until its least fits"
+    assert found[2].ravel().tolist() == [9.0, 5.0, 2.0]
 
 
 def test_what_was_found_is_kept_and_the_three_are_among_it(

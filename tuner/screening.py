@@ -3,7 +3,8 @@
 A layer of a sample takes a CPU 19 seconds with the menu of all methods, and a search has hundreds
 of them. Most methods are the best for hardly any head. All are therefore tried in one precision and
 at three budgets on a few layers, each kind of text once; what goes on is chosen one by one, each
-time the method that lowers most what heads lose if each has the best of the chosen ones.
+time the method that lowers most what heads lose if each has the best of the chosen ones in as many
+bytes: some methods store the tokens too that others let go.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvtune.common.files import write_json
 from kvtune.common.progress import Progress
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 MOST = 6
 """Methods that go on, those of the smaller menu among them; more where more must."""
 _EVERY = 6  # layers
+_NEARLY = 1.1  # of the bytes of a budget: some keep a weight for every token
 _FORM = Int4(exact_first=4)
 
 
@@ -77,27 +80,51 @@ def covering(
 
 
 def _losses(menu: Menu, trace: Trace, device: str, progress: Progress) -> Floats:
-    """Of every method at three budgets, on heads of a few layers of one sample of a kind."""
+    """Of every method within three budgets of bytes, on heads of a few layers, ``[M, B, I]``."""
     from kvtune.simulator.quality.build import DEFAULT_BLOCK, layer_features, load_layer
 
-    shares = menu.shares[:: max(len(menu.shares) // 3, 1)][:3]
+    samples, depth = _one_of_each_kind(trace), trace.geometry.layers
+    shares = _spread(menu.shares)
     options = [
         Option(method, Budget(share=share), _FORM, _FORM)
         for method in menu.methods
         for share in shares
     ]
-    depth = trace.geometry.layers
     cells = [
         (sample.id, layer)
-        for sample in _one_of_each_kind(trace)
+        for sample in samples
         for layer in range(min(_EVERY // 2, depth - 1), depth, _EVERY)
     ]
     found = []
     for sample, layer in progress.track(cells, "trying methods", len(cells)):
         loaded = load_layer(trace, sample, layer, options, device)
         found.append((layer_features(loaded, options, DEFAULT_BLOCK) ** 2).sum(-1))
-    every = np.concatenate(found).T.reshape(len(menu.methods), len(shares), -1)
-    return np.asarray(every, np.float32)
+    each = np.concatenate(found).T.reshape(len(menu.methods), len(shares), -1)
+    prompt, head_dim = samples[0].prompt, trace.geometry.head_dim
+    taken = [o.footprint(o.budget.resolve(prompt), prompt, head_dim) for o in options]
+    return within_bytes(each, np.reshape(taken, each.shape[:2]))
+
+
+def within_bytes(losses: Floats, taken: NDArray[np.int64]) -> Floats:
+    """The least loss of every method in as few bytes as any method takes at a budget, or nearly.
+
+    A method that takes more at all of its budgets loses as much as the worst that does not.
+
+    Args:
+        losses: of every method, budget and head, ``[M, B, I]``, smallest budget first.
+        taken: bytes of a head, ``[M, B]``.
+    """
+    allowed = _NEARLY * taken.min(0)
+    fits = taken[:, None] <= allowed[:, None]  # [M, B allowed, B of a method]
+    least = np.where(fits[..., None], losses[:, None], np.inf).min(2)
+    worst = np.where(np.isfinite(least), least, 0).max(0)
+    return np.asarray(np.where(np.isfinite(least), least, worst), np.float32)
+
+
+def _spread(shares: Sequence[float]) -> list[float]:
+    """Three of the shares, the largest among them, evenly apart; fewer where there are fewer."""
+    count = len(shares)
+    return sorted({shares[count - 1 - part * count // 3] for part in range(min(count, 3))})
 
 
 def _one_of_each_kind(trace: Trace) -> list[SampleRecord]:
