@@ -77,7 +77,7 @@ def test_what_was_found_is_kept_and_the_three_are_among_it(
     assert set(METHODS) & set(methods) <= set(first.methods)
     assert len(first.methods) <= screening.MOST
     assert set(first.methods) <= set(methods)
-    monkeypatch.setattr(screening, "_losses", None)  # a second search tries nothing again
+    monkeypatch.setattr(screening, "losses_of_methods", None)  # a second search tries nothing again
     assert screened(menu, tiny_trace, tmp_path / "tiny", "cpu", Silent()) == first
     assert first.formats == menu.formats
 

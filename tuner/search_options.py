@@ -36,7 +36,7 @@ class SearchOptions(TypedDict, total=False):
         trials: of the outer study, 60.
         workload: texts that are searched on: ``"small"`` or ``"mixed"`` (JSON, logs, conversations
             and other languages too) for a CPU, ``"full"`` for a GPU.
-        menu: methods that a head may have: ``"three"``, or ``"all"``, of which the best six.
+        menu: methods that a head may have: ``"three"``, or ``"all"``, of which the best seven.
         stack: a serving stack that the plan must be expressible on: ``"vllm"``, ``"llama-cpp"``...
         read_bytes: that a decode step may read of each sequence's prompt; left out, any.
         tpot: most time of a decode step of all sequences: ``"30ms"``; left out, any.
