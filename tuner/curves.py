@@ -42,6 +42,11 @@ class Row:
     by_kind: dict[str, float]
     most: float
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the rule keeps every token."""
+        return _is_full(self.name)
+
     def stored(self) -> tuple[Allocator, Method, Format] | None:
         """The parts of the rule; None of one that this version cannot run."""
         parts = (
@@ -77,15 +82,17 @@ def rows_at(
     stored = share * min(length, 1.0)
     for family in among:
         points = curves.get(family, [])
-        able = [point for point in points if not (_keeps_all(point) and share_of(point) > share)]
+        able = [
+            point for point in points if not (_is_full(point["name"]) and share_of(point) > share)
+        ]
         if able and share >= share_of(points[0]):
             nearest = min(able, key=lambda point: abs(np.log(share_of(point) / stored)))
             if _is_its_own(family, nearest["name"]):
                 yield row_at(points, share, family, nearest["name"])
 
 
-def _keeps_all(point: Mapping[str, Any]) -> bool:
-    return str(point["name"]).split()[1] == "full"
+def _is_full(name: str) -> bool:
+    return name.split()[1] == "full"
 
 
 def row_at(points: Points, share: float, family: str, name: str) -> Row:

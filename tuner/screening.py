@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 MOST = 7
 """Methods that go on, those of the smaller menu among them; more where more must. On SmolLM2 seven
-lose 1.04 times what all 22 do together (``benchmarks/results/screening-cpu.json``)."""
+lose 1.02 times what all 22 do together, on layers that did not choose them 1.05
+(``benchmarks/results/screening-cpu.json``)."""
 _EVERY = 6  # layers
 _NEARLY = 1.1  # of the bytes of a budget: some keep a weight for every token
 _FORM = Int4(exact_first=4)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvtune.policies.option import ALL
 from kvtune.simulator.quality.rules import Rule
 from kvtune.simulator.quality.tables import Tables
 from kvtune.tuner.baselines import STRONG
@@ -138,19 +139,25 @@ class _Choosing:
             return None
         length = self.context / self.question.tables.prompt_tokens
         rows = rows_at(self.curves, share, self.families, length)
-        rules = [rule for row in rows if (rule := self._rule(row, filling)) is not None]
+        rules = [rule for row in rows if (rule := self._rule(row, filling, length)) is not None]
         if not rules:
             return None
         best = min(rules, key=_value)
         return Offer(best, self.context, sequences, self.question.weights)
 
-    def _rule(self, row: Row, filling: Filling) -> Rule | None:
-        """A family's rule, filled; None where nobody ran it with so few bytes."""
+    def _rule(self, row: Row, filling: Filling, length: float) -> Rule | None:
+        """A family's rule, filled; None where nobody ran it with so few bytes.
+
+        Where all tokens of one that keeps them do not fit in pages, it is the next smaller one.
+        """
         parts = row.stored()
         filled = None if parts is None else filling.filled(*parts)
         if filled is None:
             return None
         share = filled.prompt_bytes / self.question.full_bytes(self.context)
+        if row.keeps_all and filled.option.budget != ALL:
+            smaller = next(rows_at(self.curves, share, (row.family,), length), None)
+            return None if smaller is None else self._rule(smaller, filling, length)
         points = self.curves[row.family]
         if share < _NEARLY * share_of(points[0]):
             return None
