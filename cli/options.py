@@ -217,7 +217,8 @@ Menu = Annotated[
     typer.Option(
         "--menu",
         help="Methods that a head may have: three (snapkv, h2o, streaming_llm), or all that "
-        "choose when the prompt is complete; all takes several times as long.",
+        "choose when the prompt is complete: tried on a few layers, and the best seven in full; "
+        "all takes several times as long.",
     ),
 ]
 Texts = Annotated[

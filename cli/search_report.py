@@ -194,10 +194,10 @@ def _next(result: SearchResult) -> list[RenderableType]:
     if result.quality.source == "own trace":
         return [_export(folder, "transformers")]
     name = result.request.shape.name
-    return [
-        f"quality of {name} itself: the same search with --model PATH, a folder of its weights",
-        _export(folder, "vllm", "--allow-stand-in"),
-    ]
+    own = f"quality of {name} itself: the same search with --model PATH, a folder of its weights"
+    if result.policy.waits:  # which no other stack does
+        return [own, one_line(f"next: {shlex.join(['kvtune', 'export', str(folder)])} --compare")]
+    return [own, _export(folder, "vllm", "--allow-stand-in")]
 
 
 def _export(folder: Path, stack: str, *more: str) -> RenderableType:

@@ -27,7 +27,7 @@ def command(
 ) -> None:
     """Join a search that shares its trials by --storage."""
     with speaking(as_json, quiet) as output:
-        from kvtune.tuner.search import solver_of
+        from kvtune.tuner.asked import solver_of
         from kvtune.tuner.worker import join
 
         output.progress.note(f"joining the search in {study}")

@@ -272,15 +272,20 @@ def head_bytes(
 
 
 def sequence_bytes(policy: Policy, prompt_tokens: int, head_dim: int, growth: Growth) -> int:
-    """Device memory of one sequence's cache by its end, with where pages from the host land.
+    """Device memory of one sequence's cache by its end, with where pages from the host land."""
+    landing = _pool_bytes(landing_pages(policy, prompt_tokens, head_dim))
+    return landing + held_bytes(policy, prompt_tokens, head_dim, growth)
+
+
+def held_bytes(policy: Policy, prompt_tokens: int, head_dim: int, growth: Growth) -> int:
+    """The part of it that its heads' pages and tables take, and what lies beside pages.
 
     An allocator may need a page more a head, wherever it splits budgets by what it sees.
     """
     planned = zip(policy.options(), policy.budgets(prompt_tokens).flat, strict=True)
     heads = Counter((option, int(budget)) for option, budget in planned)
     extra = 0 if policy.allocator.name == "as_given" else 1
-    landing = _pool_bytes(landing_pages(policy, prompt_tokens, head_dim))
-    return landing + sum(
+    return sum(
         count
         * (
             head_bytes(option, budget, prompt_tokens, head_dim, growth)

@@ -84,9 +84,7 @@ class Cost:
         return one_after_the_other(read, self.front)
 
 
-def full_cost(
-    budget: MemoryPlan, part: PartRead | None = None, element_bytes: int = 2
-) -> Cost:
+def full_cost(budget: MemoryPlan, part: PartRead | None = None, element_bytes: int = 2) -> Cost:
     """The same for the whole cache in bf16, or in fp8 (``element_bytes`` 1), of any shape."""
     tokens, name = budget.context_tokens, "bf16" if element_bytes == 2 else "fp8"
     ends = tokens, tokens + budget.generated_tokens

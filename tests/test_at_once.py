@@ -25,7 +25,7 @@ def taken(budget: MemoryPlan, prompts: int, each: int, end: str) -> float:
     """The peak of so many prompts with every part at one end."""
     at_once = budget.at(max(prompts, 1))
     parts = at_once.weights, at_once.overhead, at_once.prefill
-    return prompts * each + sum(getattr(part, end) for part in parts)
+    return float(prompts * each + sum(getattr(part, end) for part in parts))
 
 
 @given(each=st.integers(2**20, 2**34))

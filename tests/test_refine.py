@@ -9,7 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvtune.policies.allocators.model_wide import ModelWide
+from kvtune.policies.formats.grouped import Int4
+from kvtune.policies.methods.kvzip import KVzip
+from kvtune.policies.option import Budget, Option
 from kvtune.simulator.quality.calibration import NONE
+from kvtune.simulator.quality.rules import Rule
 from kvtune.simulator.quality.tables import Tables
 from kvtune.tests.made_up import llama
 from kvtune.tuner.answer import Found
@@ -19,6 +24,7 @@ from kvtune.tuner.question import Question
 from kvtune.tuner.refine import FINALISTS, ROUNDS, TRUST, level_of, recalibrated, refine
 from kvtune.tuner.solver import Solver, evicts
 from kvtune.tuner.sources import QualitySource
+from kvtune.tuner.stand_in_rules import Offer, rule_points
 
 
 @pytest.fixture
@@ -164,3 +170,42 @@ def test_plans_that_follow_head_scores_run_whatever_is_predicted_and_win_where_t
 
     _, chosen = refine(recalibrated(both, NONE), run)
     assert chosen.number == 99
+
+
+def with_a_rule(found: Found, loss: float) -> Found:
+    """KVzip with one budget over the model beside the plans of a study."""
+    best = pick(front(found.expected), found.request.largest_kl)
+    losses = np.full(len(found.source.tables.samples), loss, np.float32)
+    option = Option(KVzip(), Budget(share=0.25), Int4(), Int4())
+    source = found.source.with_rules([Rule("kvzip", option, ModelWide(), losses)])
+    solver = found.solver.asked(replace(found.solver.question, tables=source.tables))
+    offer = Offer(source.tables.rules[0], best.context, best.sequences, best.weights)
+    (point,) = rule_points(solver, [offer], first=99)
+    both = replace(found, source=source, solver=solver, expected=[*found.expected, point])
+    return recalibrated(both, NONE)
+
+
+@pytest.mark.parametrize(("live", "wins"), [(1e-6, True), (5.0, False)])
+def test_a_rule_runs_whatever_is_predicted_and_is_the_plan_where_it_is_better(
+    found: Found, live: float, wins: bool
+) -> None:
+    both = with_a_rule(found, loss=9.0)
+
+    def run(candidates: Sequence[Candidate]) -> list[dict[str, float]]:
+        kinds = kinds_of(both)
+        return [dict.fromkeys(kinds, live if each.number == 99 else 0.01) for each in candidates]
+
+    chosen = refine(both, run)[1]
+    assert (chosen.number == 99) == wins
+    policy = both.solver.policy(chosen)
+    assert (policy.allocator.name == "model_wide") == wins
+    assert chosen.prompt_bytes == policy.footprint(chosen.context, both.source.tables.head_dim)
+
+
+def test_a_rules_loss_is_its_own_on_every_split(found: Found) -> None:
+    both = with_a_rule(found, loss=0.5)
+    (point,) = (each for each in both.expected if each.number == 99)
+    assert both.source.evicts(point.choice)
+    for split in ("select", "evaluate"):
+        assert both.source.value_of(point.choice, split) == pytest.approx(0.5)
+    assert point.kl == pytest.approx(0.5)

@@ -108,7 +108,7 @@ def shared(make_tables: Callable[..., Tables], tmp_path: Path) -> Any:
     """A small made-up search of Llama, its tables those of a source with as many heads."""
     tables = make_tables(layers=32, kv_heads=8, count=3)
     request = llama(tmp_path, trials=6, storage=f"sqlite:///{tmp_path}/study.db", sequences=2)
-    from kvtune.tuner.search import solver_of
+    from kvtune.tuner.asked import solver_of
 
     return request, solver_of(request, QualitySource(tables, _none())), solver_of
 

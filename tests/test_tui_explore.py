@@ -217,7 +217,7 @@ def test_a_plan_that_waits_holds_one_prompt_more_in_the_columns_too(study: Study
     setting, shape = Setting.asked(known), known.shape
     counts = np.array([[float(shape.layers * shape.kv_heads)]])
     context, sequences = np.array([CONTEXT]), np.array([2])
-    columns = figures(known, [option], counts, context, sequences, setting)
+    columns = figures(known, [Policy.uniform(option, 1, 1)], counts, context, sequences, setting)
     budget = memory_plan(
         shape,
         setting.gpu,

@@ -131,12 +131,18 @@ def test_what_the_plans_own_kind_of_rule_lost_live_on_a_stand_in_is_no_rival(
     ran: float, where: str
 ) -> None:
     curve = Policy("uniform rules, live", loss(ran), family="uniform")
-    said = verdict(curve, stand_in="smollm2-135m").comparison
+    plan = Policy("uniform full all int4", loss(0.02))
+    said = verdict(stand_in="smollm2-135m", policies=(plan, curve)).comparison
     assert said.endswith(f"when smollm2-135m ran them, {ran:.2g}, is {where} its band.")
     assert "not better" not in said
     assert "lost when" not in verdict(curve).comparison
+    rule = Policy("kvzip+model_wide 9% int4+4", loss(0.02))
+    said = verdict(stand_in="smollm2-135m", policies=(rule, curve)).comparison
+    assert "The plan is a uniform rule" not in said
+    assert "uniform rules, live" in said, "which a plan of another family is compared with"
 
 
 def test_a_curve_that_ends_before_the_plans_bytes_says_nothing_of_its_band() -> None:
     curve = Policy("uniform rules, live", loss(0.9), family="uniform", prompt_bytes=300)
-    assert "its band" not in verdict(curve, stand_in="smollm2-135m").comparison
+    plan = Policy("uniform full all bf16", loss(0.02))
+    assert "its band" not in verdict(stand_in="smollm2-135m", policies=(plan, curve)).comparison

@@ -84,7 +84,7 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
         full_cache_sequences=int(budget.most(None).value),
         full_cache_accuracy=validation.full_cache_accuracy if validation else None,
         counters=validation.counters if validation else {},
-        notes=(*found.notes, *_notes(found, chosen, quality), *_costs(baselines)),
+        notes=(*found.notes, *_notes(found, chosen, quality), *_costs(found, chosen, baselines)),
         provenance={
             "kvtune": kvtune.__version__,
             "seed": request.seed,
@@ -260,8 +260,11 @@ def _kept_bytes(policy: Policy, chosen: Candidate, head_dim: int) -> int:
     )
 
 
-def _costs(baselines: Sequence[Baseline]) -> Iterator[str]:
-    """What baselines take that is in no column."""
+def _costs(found: Found, chosen: Candidate, baselines: Sequence[Baseline]) -> Iterator[str]:
+    """What the plan, where it is a rule, and baselines take that is in no column."""
+    rule = found.source.tables.rule_of(chosen.choice)
+    if rule is not None and rule.family in COSTS:
+        yield f"cost: the plan {COSTS[rule.family]}; --ttft leaves out what takes too long."
     for baseline in baselines:
         if baseline.family in COSTS:
             yield f"cost: {baseline.name} {COSTS[baseline.family]}."

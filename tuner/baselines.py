@@ -71,6 +71,11 @@ COSTS: dict[str, str] = {
 """What a family takes beside its bytes, where it is anything."""
 
 
+def family_of(allocator: Allocator) -> str:
+    """What rules are called whose budgets it divides; ``uniform`` where they stay as given."""
+    return "uniform" if isinstance(allocator, AsGiven) else allocator.name
+
+
 def strong_families(recorded: Collection[str]) -> list[str]:
     """The families of ``STRONG`` that read no signal but these."""
 
@@ -123,7 +128,7 @@ def fill(
     wider precision is then the fairer candidate.
     """
 
-    family = "uniform" if isinstance(allocator, AsGiven) else allocator.name
+    family = family_of(allocator)
 
     def even(tokens: int, extra: int) -> NDArray[np.int64]:
         return (tokens + (np.arange(layers * kv_heads) < extra)).reshape(layers, kv_heads)

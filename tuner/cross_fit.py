@@ -74,7 +74,5 @@ def _by_sample(
     for candidate in candidates:
         key = candidate.choice.tobytes()
         if key not in known:
-            evicts = source.evicts(candidate.choice)
-            predicted = source.predicted(candidate.choice, split)
-            known[key] = source.calibration.applied(*predicted, evicts)
+            known[key] = source.expected(candidate.choice, split)[0]
     return np.array([known[candidate.choice.tobytes()] for candidate in candidates])

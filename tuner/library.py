@@ -111,16 +111,12 @@ def estimate(
     Raises:
         KvtuneError: something is unknown or out of bounds.
     """
-    from kvtune.policies.policy_file.document import PolicyDocument, read_policy
     from kvtune.simulator.latency.chunks import Reading
     from kvtune.simulator.memory.weights import listed_formats
     from kvtune.tuner.cases import Asked
 
     name, shape = read_model(model)
     cards = [_card(one, mem) for one in _several(gpu)]
-    document = (
-        policy if policy is None or isinstance(policy, PolicyDocument) else read_policy(policy)
-    )
     asked = Asked(
         model=name,
         shape=shape,
@@ -129,7 +125,7 @@ def estimate(
         contexts=[read_context(one, shape) for one in _several(context)],
         batches=[within_bounds("--batch", one, 1, MOST_SEQUENCES) for one in _several(batch)],
         weights=listed_formats(",".join(_several(weights)), shape, cards[0].gpu),
-        document=document,
+        document=_document(policy),
         evicts=False,
         gpus=gpus,
         stack=stack,
@@ -203,6 +199,14 @@ def _signals(loaded: LoadedModel) -> tuple[str, ...]:
 def _several(one: Any) -> Sequence[Any]:
     """A list as it is, a single thing as a list of one."""
     return one if isinstance(one, Sequence) and not isinstance(one, str) else [one]
+
+
+def _document(policy: Path | str | PolicyDocument | None) -> PolicyDocument | None:
+    from kvtune.policies.policy_file.document import PolicyDocument, read_policy
+
+    if policy is None or isinstance(policy, PolicyDocument):
+        return policy
+    return read_policy(policy)
 
 
 def _card(gpu: str | GpuProfile | None, mem: Amount | None) -> Card:

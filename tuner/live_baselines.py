@@ -62,14 +62,17 @@ def live_baselines(
     predicted: Estimate,
     progress: Progress,
 ) -> tuple[list[Compared], Validation | None]:
-    """On the model itself: every family's best by replay, then all of them live."""
+    """On the model itself: every family's best by replay, then all of them live.
+
+    The family of a plan that is a rule is the plan itself.
+    """
     from kvtune.runtime.prompts import traced_prompt
     from kvtune.tuner.validate import validate_policies
 
     trace, loaded, tables = source.trace, source.loaded, source.tables
     assert trace is not None  # noqa: S101 - own traces come with their model
     assert loaded is not None  # noqa: S101
-    samples = trace.of_split("evaluate")
+    samples, rule = trace.of_split("evaluate"), tables.rule_of(chosen.choice)
     budget = policy.footprint(tables.prompt_tokens, tables.head_dim)
     rows = [
         plan_of(policy, predicted, budget, source.by_kind(chosen.choice)),
@@ -77,8 +80,9 @@ def live_baselines(
             _allocated(source, family, choice, _own_bytes(source, choice))
             for family, choice in _allocations(source, budget).items()
         ),
-        *_best_of_families(source, trace, loaded.device, budget, progress),
-    ]
+        *(row for row in _best_of_families(source, trace, loaded.device, budget, progress)
+          if rule is None or row.baseline.family != rule.family),
+    ]  # fmt: skip
     found = validate_policies(
         [row.policy for row in rows if row.policy is not None],
         loaded,

@@ -76,13 +76,16 @@ def recalibrated(found: Found, calibration: Calibration) -> Found:
 def _finalists(found: Found) -> list[Candidate]:
     """The pick of the front, and the best others with no fewer at once; the pick first.
 
-    Plans that follow head scores are run whatever the tables say of them.
+    Plans that follow head scores, and rules, are run whatever the tables say of them.
     """
     best = pick(cross_fitted_front(found.source, found.expected), found.request.largest_kl)
     others = [c for c in found.expected if c.place == best.place and c.sequences >= best.sequences]
     ranked = [best, *sorted(others, key=lambda c: c.kl)]
     each = list({c.choice.tobytes(): c for c in reversed(ranked)}.values())[::-1]
-    return each[:FINALISTS] + [c for c in each[FINALISTS:] if BY_HEADS in c.parameters]
+    tables = found.source.tables
+    return each[:FINALISTS] + [
+        c for c in each[FINALISTS:] if BY_HEADS in c.parameters or tables.rule_of(c.choice)
+    ]
 
 
 def _levelled(source: QualitySource, measured: Sequence[tuple[Candidate, Lives]]) -> Calibration:

@@ -35,7 +35,8 @@ class SearchRequest:
         device: for capture and live runs, "cpu" or "cuda"; None picks CUDA if there is one.
         workload: "small" (nine samples of 1024 tokens, sized for a laptop), "mixed" (21 of them, of
             seven kinds) or "full" (2048 tokens).
-        menu: methods that a head may be given: "three" (snapkv, h2o, streaming_llm) or "all".
+        menu: methods that a head may be given: "three" (snapkv, h2o, streaming_llm), or "all", of
+            which the best seven are replayed in full.
         stack: the serving stack that the plan must be expressible on, as exporters are called;
             None for any plan.
         read_bytes: that a decode step may read of each sequence's prompt; None for any.

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-import kvtune
 from kvtune.common.errors import DoesNotFitError, KvtuneError
 from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
 from kvtune.common.units import format_bytes
-from kvtune.policies.paging import Growth, growing_bytes, head_bytes
 from kvtune.simulator.quality.tables import on_both_sides
-from kvtune.tuner.answer import Found, answer, cost_of
+from kvtune.tuner.answer import Found, answer
+from kvtune.tuner.asked import facts_of, given, question_of
 from kvtune.tuner.candidate import Candidate, pick
 from kvtune.tuner.checks import check_request, no_head_is_known, scores_of
 from kvtune.tuner.cross_fit import cross_fitted_front
-from kvtune.tuner.explore.facts import EACH, Facts
-from kvtune.tuner.explore.record import Recorder, selection_split
+from kvtune.tuner.explore.facts import Facts
+from kvtune.tuner.explore.record import Recorder
+from kvtune.tuner.filling import held_by_runtime
 from kvtune.tuner.finished import answers_another, finished, keep_finished
 from kvtune.tuner.head_points import head_points
 from kvtune.tuner.idle import notes_on_idle
-from kvtune.tuner.limits import Excess, no_limits, none_within, note_on, within
-from kvtune.tuner.on_stack import counted_on
+from kvtune.tuner.limits import none_within, note_on, within
+from kvtune.tuner.live_rules import best_rule
 from kvtune.tuner.question import Question
 from kvtune.tuner.refine import live_on_selection, recalibrated, refine
 from kvtune.tuner.request import SearchRequest
@@ -39,15 +33,13 @@ from kvtune.tuner.samplers import Sampler, choose
 from kvtune.tuner.serving_room import (
     Budgets,
     budgets_of,
-    formats_of,
-    freed,
     notes_on,
-    rooms,
 )
 from kvtune.tuner.simple_points import simple_points
-from kvtune.tuner.solver import Solver, policy_of
+from kvtune.tuner.solver import Solver
 from kvtune.tuner.sources import QualitySource, own_trace, stand_in
 from kvtune.tuner.stack_formats import with_formats_of
+from kvtune.tuner.stand_in_rules import Offer, offers_of, rule_points
 from kvtune.tuner.starts import start_points
 from kvtune.tuner.study import run_study
 from kvtune.tuner.within import limits_of
@@ -95,9 +87,11 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
     notes = (*notes, *notes_on(request, budgets))
     if request.moved_bytes is not None:
         source = replace(source, tables=on_both_sides(source.tables))
-    question = _question(request, budgets, source)
+    rules = _rules(request, budgets, source)
+    source = source.with_rules([each.rule for each in rules])
+    question = question_of(request, budgets, source)
     solver = Solver.of(question)
-    facts = _facts(request, budgets, source)
+    facts = facts_of(request, budgets, source)
     recorder = Recorder(request.run_dir, facts, source)
 
     def record(candidate: Candidate) -> None:
@@ -110,6 +104,7 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
     trials, reason = _trials(request, solver, facts, record, progress)
     notes = (*notes, *reason)
     simple = simple_points(solver, first=facts.trials)
+    simple += rule_points(solver, rules, first=facts.trials + len(simple))
     for point in simple:
         record(point)
     starts = _starts(request, source, solver, first=facts.trials + len(simple))
@@ -130,6 +125,7 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
         expected=[*candidates, *within(by_heads)],
         notes=(*notes, *note_on([*tried, *by_heads])),
     )
+    studied = _with_rule(studied, progress)
     ended, chosen = _choose(recalibrated(studied, source.calibration), progress)
     if not source.stand_in:  # live rounds have taught it, and others may have tried plans too
         _recorded_anew(recorder, ended)
@@ -209,6 +205,24 @@ def _by_head_scores(found: Found) -> list[Candidate]:
     return head_points(found.solver, scores_of(request), best, first)
 
 
+def _with_rule(found: Found, progress: Progress) -> Found:
+    """The study with the rule that live rounds run beside its pick; itself on a stand-in."""
+    request, source = found.request, found.source
+    if source.stand_in:
+        return found
+    points = cross_fitted_front(source, recalibrated(found, source.calibration).expected)
+    beside = pick(points, request.largest_kl)
+    rule = best_rule(found, beside, progress)
+    if rule is None:
+        return found
+    source = source.with_rules([rule])
+    solver = found.solver.asked(question_of(request, found.budgets, source))
+    first = max(candidate.number for candidate in found.expected) + 1
+    offer = Offer(rule, beside.context, beside.sequences, beside.weights)
+    ruled = within(rule_points(solver, [offer], first))
+    return replace(found, source=source, solver=solver, expected=[*found.expected, *ruled])
+
+
 def _nothing_fits(request: SearchRequest, question: Question) -> DoesNotFitError:
     """The error that says how many sequences would fit."""
     context = request.context_tokens
@@ -268,59 +282,13 @@ def _stand_in(request: SearchRequest, reason: str) -> tuple[QualitySource, tuple
     return source, (*notes, *notes_on_idle(request))
 
 
-def _question(request: SearchRequest, budgets: Budgets, source: QualitySource) -> Question:
-    """What is asked, in the bytes of the memory plans."""
-    shape, growth = request.shape, Growth(request.generated_tokens)
-    generated = growing_bytes(request.generated_tokens, shape.head_dim)
-
-    def held(context: int) -> NDArray[np.int64]:
-        """Beyond what generated tokens alone take: both lie in the same pages."""
-        return np.array(
-            [
-                head_bytes(o, o.budget.resolve(context), context, shape.head_dim, growth)
-                for o in source.tables.options
-            ],
-            np.int64,
-        ) - round(generated)
-
-    memory = {context: budget for (_, context), budget in reversed(budgets.items())}
-
-    def working(context: int, sequences: int) -> int:
-        return memory[context].beside_working() - memory[context].room(sequences)
-
-    return Question(
-        tables=source.tables,
-        head_dim=shape.head_dim,
-        rooms=rooms(budgets),
-        held={context: held(context) for context in rooms(budgets)},
-        generated_bytes=round(generated) * shape.layers * shape.kv_heads,
-        working=working,
-        sequences=request.sequences,
-        limits=limits_of(request.stack),
-        most_read=request.read_bytes,
-        excess=_excess(request, budgets, source),
-        most_moved=request.moved_bytes,
-        freed=freed(budgets),
-        counted=counted_on(request.stack, source.tables, shape, request.generated_tokens),
-    )
-
-
-def solver_of(request: SearchRequest, source: QualitySource) -> Solver:
-    """The question of a request over given tables, ready to answer trials."""
-    return Solver.of(_question(request, budgets_of(request), source))
-
-
-def _excess(request: SearchRequest, budgets: Budgets, source: QualitySource) -> Excess:
-    """How far candidates are beyond the request's limits, by the figures that are printed."""
-    if not request.limits.are_set:
-        return no_limits
-
-    def excess(candidate: Candidate) -> dict[str, float]:
-        policy = policy_of(source.tables, candidate.choice, "")
-        cost = cost_of(budgets, policy, candidate)
-        return request.limits.excess(cost, candidate.sequences)
-
-    return excess
+def _rules(request: SearchRequest, budgets: Budgets, source: QualitySource) -> list[Offer]:
+    """What a stand-in offers beside its options; a stack runs none that divides budgets itself."""
+    if not source.stand_in or request.stack is not None:
+        return []
+    held = held_by_runtime(request.shape.head_dim, request.generated_tokens)
+    question = question_of(request, budgets, source)
+    return offers_of(question, source.curves, held, request.largest_kl)
 
 
 def _choose(found: Found, progress: Progress) -> tuple[Found, Candidate]:
@@ -334,45 +302,7 @@ def _choose(found: Found, progress: Progress) -> tuple[Found, Candidate]:
 
 def _recorded_anew(recorder: Recorder, found: Found) -> None:
     """The plans' file with what live runs have taught: none of its losses is of another kind."""
-    recorder = Recorder(recorder.path.parent, recorder.facts, found.source)
+    facts = replace(recorder.facts, **given(found.source.tables))
+    recorder = Recorder(recorder.path.parent, facts, found.source)
     for candidate in found.expected:
         recorder.add(candidate)
-
-
-def _facts(request: SearchRequest, budgets: Budgets, source: QualitySource) -> Facts:
-    """What all plans share, for those who look at them."""
-    samples = source.tables.samples
-    splits, formats = Counter(sample.split for sample in samples), formats_of(budgets)
-    return Facts(
-        study=_study_key(request, source),
-        kvtune=kvtune.__version__,
-        shape=request.shape,
-        gpu=request.gpu.slug,
-        memory_bytes=request.memory_bytes,
-        weights=formats[0] if len(formats) == 1 else EACH,
-        generated_tokens=request.generated_tokens,
-        largest_kl=request.largest_kl,
-        trials=0 if source.stand_in else request.trials,
-        seed=request.seed,
-        source="stand-in" if source.stand_in else "own trace",
-        stand_in=source.stand_in,
-        kinds=tuple(sorted({s.kind for s in samples if s.split == "evaluate"})),
-        selection_samples=splits[selection_split(source.tables)],
-        held_out_samples=splits["evaluate"],
-        measured_tokens=source.tables.prompt_tokens,
-        options=source.tables.options,
-    )
-
-
-def _study_key(request: SearchRequest, source: QualitySource) -> str:
-    """A journal belongs to one question; another limit or model begins another."""
-    asked = asdict(
-        replace(request, run_dir=Path(), trials=0, engine=None, shape=None, gpu=None)  # type: ignore[arg-type]
-    )
-    names = [
-        request.shape.name,
-        request.gpu.slug,
-        source.provenance.get("trace") or source.provenance.get("sources"),
-    ]
-    text = json.dumps([asked, names, kvtune.__version__], default=str, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]

@@ -44,7 +44,7 @@ class SearchOptions(TypedDict, total=False):
         trials: of the outer study, 60.
         workload: texts that are searched on: ``"small"`` or ``"mixed"`` (JSON, logs, conversations
             and other languages too) for a CPU, ``"full"`` for a GPU.
-        menu: methods that a head may have: ``"three"``, or ``"all"``.
+        menu: methods that a head may have: ``"three"``, or ``"all"``, of which the best seven.
         stack: a serving stack that the plan must be expressible on: ``"vllm"``, ``"llama-cpp"``...
         read_bytes: that a decode step may read of each sequence's prompt; left out, any.
         tpot: most time of a decode step of all sequences: ``"30ms"``; left out, any.
@@ -104,19 +104,10 @@ def search_request(
     Raises:
         KvtuneError: something is unknown or out of bounds.
     """
+    _check_together(options)
     stack = known_stack(options.get("stack"))
     read, moved = options.get("read_bytes"), options.get("moved_bytes")
     heads = options.get("heads")
-    if read is not None and moved is not None:
-        raise KvtuneError(
-            "--read-bytes and --moved-bytes are limits of two different searches",
-            hint="give one of them.",
-        )
-    if options.get("jobs", 1) > 1 and options.get("storage") is not None:
-        raise KvtuneError(
-            "--jobs answers trials side by side here, --storage shares them with workers",
-            hint="give one of them; kvtune worker can be started as often as there are cores.",
-        )
     wanted = options.get("context")
     shortest = None if wanted is None else str(wanted).partition("-")[0]
     target = read_target(model, gpu, mem, shortest, options.get("generated", 256))
@@ -162,6 +153,20 @@ def search_request(
 
     check_request(request)
     return request
+
+
+def _check_together(options: SearchOptions) -> None:
+    """Refuse options of which a search can have one alone."""
+    if options.get("read_bytes") is not None and options.get("moved_bytes") is not None:
+        raise KvtuneError(
+            "--read-bytes and --moved-bytes are limits of two different searches",
+            hint="give one of them.",
+        )
+    if options.get("jobs", 1) > 1 and options.get("storage") is not None:
+        raise KvtuneError(
+            "--jobs answers trials side by side here, --storage shares them with workers",
+            hint="give one of them; kvtune worker can be started as often as there are cores.",
+        )
 
 
 def _limits(options: SearchOptions) -> Limits:

@@ -53,10 +53,10 @@ def _point(solver: Solver, context: int, option: int) -> Candidate | None:
     label = question.tables.options[option].label
     parameters = {"uniform": label, "context": context, "sequences": sequences}
     found = solver.candidate(choice, context, sequences, parameters)
-    return _as_many_as_time_allows(found, question)
+    return as_many_as_time_allows(found, question)
 
 
-def _as_many_as_time_allows(found: Candidate, question: Question) -> Candidate:
+def as_many_as_time_allows(found: Candidate, question: Question) -> Candidate:
     """The candidate with as many sequences as its limits on time allow, one where none do."""
     if question.sequences or not {"--tpot", "--ttft"} & set(found.misses):
         return found

@@ -88,6 +88,11 @@ class Solver:
         at_once = parameters["context"], parameters["sequences"]
         return question, columns, question.prompt_budget(*at_once, waits)
 
+    def asked(self, question: Question) -> Solver:
+        """The same reduced tables for a question that has rules behind its options."""
+        check = question.tables.of_split(self.check.samples[0].split)
+        return replace(self, question=question, check=check)
+
     def under(self, weights: str) -> Solver:
         """The same where the weights have one format."""
         return replace(self, question=self.question.under(weights))
@@ -153,6 +158,8 @@ class Solver:
     def payload(self, choice: Choice, context: int) -> int:
         """Bytes of one prompt as formats count them, lengths included; its pages take more."""
         question = self.question
+        if question.tables.rule_of(choice) is not None:
+            return policy_of(question.tables, choice, "").footprint(context, question.head_dim)
         each = question.tables.footprints(context, question.head_dim)
         return int(each[choice].sum()) + footprint_of_lengths(1, question.tables.heads)
 
@@ -175,13 +182,17 @@ class Solver:
 
     def policy(self, candidate: Candidate) -> Policy:
         """The candidate as a policy, budgets as shares of the prompt."""
-        option = candidate.parameters.get("uniform")
-        name = "kvtune plan" if option is None else f"uniform {option}"
-        return policy_of(self.question.tables, candidate.choice, name)
+        tables, label = self.question.tables, candidate.parameters.get("uniform")
+        rule = tables.rule_of(candidate.choice)
+        if rule is None or rule.family == "uniform":
+            label = "kvtune plan" if label is None else f"uniform {label}"
+        return policy_of(tables, candidate.choice, str(label))
 
 
 def policy_of(tables: Tables, choice: Choice, name: str) -> Policy:
-    """A choice of options, ``[I]``, as a policy."""
+    """A choice of options, or a rule, ``[I]``, as a policy."""
+    if (rule := tables.rule_of(choice)) is not None:
+        return rule.policy(tables.layers, tables.kv_heads, name)
     rows = choice.reshape(-1, tables.kv_heads)
     return Policy(name, tuple(tuple(tables.options[o] for o in row) for row in rows))
 

@@ -18,14 +18,16 @@ from kvtune.common.progress import Progress
 from kvtune.policies.signals import Needs
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.quality.calibration import Calibration
+from kvtune.simulator.quality.rules import Rule
 from kvtune.simulator.quality.tables import Floats, Tables
 from kvtune.simulator.quality.tables_file import load_tables, save_tables
 from kvtune.traces.signals import SIGNALS
 from kvtune.tuner import source_models
 from kvtune.tuner.band import band
 from kvtune.tuner.options import FULL, LAPTOP, READERS, ROTATED, WEIGHTED, Menu, every_method
-from kvtune.tuner.quality import calibrated
+from kvtune.tuner.quality import calibrated, mean_over_kinds
 from kvtune.tuner.request import SearchRequest
+from kvtune.tuner.screening import MOST, screened
 from kvtune.tuner.solver import evicts
 from kvtune.tuner.within import limits_of, menu_within
 
@@ -69,25 +71,45 @@ class QualitySource:
 
     def loss_of(self, choice: NDArray[np.int64], split: str = "evaluate") -> Estimate:
         """The same of a configuration, ``[I]``, on the samples of a split."""
+        rule = self.tables.rule_of(choice)
+        if rule is not None and rule.live is not None:
+            return rule.live
         losses, kinds = self.predicted(choice, split)
-        return self.loss(losses, kinds, "table", evicts=self.evicts(choice))
+        tier: Tier = "table" if rule is None else "replay"
+        return self.loss(losses, kinds, tier, evicts=self.evicts(choice))
 
     def value_of(self, choice: NDArray[np.int64], split: str) -> float:
         """The calibrated loss of a choice, without its interval, nats/token."""
-        return self.calibration.mean(*self.predicted(choice, split), self.evicts(choice))
+        return mean_over_kinds(*self.expected(choice, split))
 
     def by_kind(self, choice: NDArray[np.int64], split: str = "evaluate") -> dict[str, float]:
         """The calibrated loss of a choice by kind of text, nats/token."""
-        return self.calibration.by_kind(*self.predicted(choice, split), self.evicts(choice))
+        losses, kinds = self.expected(choice, split)
+        labels = np.asarray(kinds)
+        return {kind: float(losses[labels == kind].mean()) for kind in sorted(set(kinds))}
+
+    def expected(
+        self, choice: NDArray[np.int64], split: str
+    ) -> tuple[NDArray[np.float64], list[str]]:
+        """The calibrated losses of a configuration on the samples of a split, and their kinds."""
+        losses, kinds = self.predicted(choice, split)
+        rule = self.tables.rule_of(choice)
+        if rule is not None and rule.live is not None:
+            return np.asarray(losses, float), kinds
+        return self.calibration.applied(losses, kinds, self.evicts(choice)), kinds
 
     def predicted(self, choice: NDArray[np.int64], split: str) -> tuple[Floats, list[str]]:
         """What the tables say of a configuration on the samples of a split, and their kinds."""
         tables = self.tables.of_split(split)
         return tables.by_sample(choice), [sample.kind for sample in tables.samples]
 
+    def with_rules(self, rules: Sequence[Rule]) -> QualitySource:
+        """The same with rules behind the options of its tables."""
+        return replace(self, tables=replace(self.tables, rules=tuple(rules)))
+
     def evicts(self, choice: NDArray[np.int64]) -> bool:
         """Whether any head of a configuration keeps less than everything."""
-        return any(evicts(self.tables.options[option]) for option in np.unique(choice))
+        return any(map(evicts, self.tables.given(choice)))
 
 
 def stand_in(shape: ModelShape) -> QualitySource:
@@ -127,6 +149,9 @@ def own_trace(request: SearchRequest, progress: Progress) -> QualitySource:
     calibrated = find_calibration(loaded.fingerprint) is not None
     menu = menu_of(request, calibrated=calibrated, pairs=loaded.geometry.layers % 2 == 0)
     trace, key, provenance = _own_trace(request, loaded, menu, progress)
+    if len(menu.methods) > MOST:
+        kept = cache_dir() / "tables" / f"{request.shape.name}-{key}"
+        menu = screened(menu, trace, kept, loaded.device, progress)
     tables = _own_tables(request, trace, menu, key, loaded.device, progress)
     return QualitySource(
         tables,

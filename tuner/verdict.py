@@ -12,7 +12,7 @@ from kvtune.common.words import count
 from kvtune.tuner.explore.study import Study
 
 OWN_FAMILY = "uniform"
-"""What all plans on a stand-in are: one option for all heads."""
+"""What a stand-in's plans of the menu's options are, and how their names begin."""
 
 
 class Compared(Protocol):
@@ -140,7 +140,8 @@ class Verdict:
         if not self.policies:
             return ""
         plan, *others = self.policies
-        own = [other for other in others if self.stand_in and other.family == OWN_FAMILY]
+        uniform = bool(self.stand_in) and plan.name.startswith(OWN_FAMILY)
+        own = [other for other in others if uniform and other.family == OWN_FAMILY]
         others = [other for other in others if other not in own]
         own = own if equal_bytes(plan, own) else []  # curves end before an uncompressed plan
         pairs = {other.name: alike(plan, other) for other in others}

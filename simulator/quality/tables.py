@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from kvtune.common.bounds import Name
 from kvtune.policies.option import Ledger, Option
 from kvtune.policies.paging import may_lie_on_host
+from kvtune.simulator.quality.rules import Rule
 
 Floats = NDArray[np.float32]
 _ROUNDING = 1e-9  # nats/token: what replay says of the same sums in another order
@@ -50,6 +51,7 @@ class Tables:
         loss: own terms, ``[n, I, O]`` nats/token.
         factor: ``[g, I, O, r]``, square root of nats/token; ``[n, ...]`` until compacted.
         group: which factor each sample uses, ``[n]``.
+        rules: numbered behind the options; a configuration that has one has it for all heads.
     """
 
     model: str
@@ -62,11 +64,23 @@ class Tables:
     loss: Floats
     factor: Floats
     group: NDArray[np.int64]
+    rules: tuple[Rule, ...] = ()
 
     @property
     def heads(self) -> int:
         """I, all KV heads of all layers."""
         return self.layers * self.kv_heads
+
+    def rule_of(self, choice: NDArray[np.int64]) -> Rule | None:
+        """The rule that a configuration is, ``[I]``; None where heads have options of their own."""
+        behind = int(choice[0]) - len(self.options)
+        return self.rules[behind] if behind >= 0 else None
+
+    def given(self, choice: NDArray[np.int64]) -> list[Option]:
+        """The options that any head of a configuration has."""
+        if (rule := self.rule_of(choice)) is not None:
+            return [rule.option]
+        return [self.options[option] for option in np.unique(choice)]
 
     def of_split(self, split: str) -> Tables:
         """The samples of one split alone."""
@@ -90,6 +104,7 @@ class Tables:
             loss=_rows(self.loss, picked),
             factor=_rows(self.factor, groups),
             group=index.astype(np.int64),
+            rules=tuple(rule.on(picked) for rule in self.rules),
         )
 
     def with_options(self, columns: Sequence[int]) -> Tables:
@@ -148,6 +163,8 @@ class Tables:
             choice: option of each head, ``[I]``.
             cross: how much of the terms between heads to count.
         """
+        if (rule := self.rule_of(choice)) is not None:
+            return rule.loss
         head = np.arange(self.heads)
         own = self.loss[:, head, choice].sum(1)
         picked = self.factor[:, head, choice]  # [g, I, r]

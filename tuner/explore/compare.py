@@ -93,7 +93,8 @@ def _figures(study: Study, policy: Policy, plan: Plan, setting: Setting) -> Figu
     if setting.weights == EACH:
         setting = replace(setting, weights=str(plan.parameters.get("weights", EACH)))
     landing = landing_bytes(policy.heads, int(context[0]), study.facts.shape.head_dim)
-    return figures(study.facts, options, counts, context, sequences, setting, landing)
+    given = [Policy.uniform(option, 1, 1, allocator=policy.allocator) for option in options]
+    return figures(study.facts, given, counts, context, sequences, setting, landing)
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator
+from pydantic import AfterValidator, Field, PlainValidator
 
 from kvtune.common.bounds import Count, Loss, Name, Whole
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import BAND
 from kvtune.common.stored import checked
+from kvtune.policies.allocator import allocators
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.document import PolicyDocument, read_policy, write_policy
@@ -31,6 +32,12 @@ def _options_of(written: Any) -> tuple[Option, ...]:
     if not isinstance(menu, Policy):
         raise ValueError("must list its options in one layer")
     return menu.heads[0]
+
+
+def _known_allocator(name: str) -> str:
+    if name not in allocators():
+        raise ValueError(f"{name!r} is no allocator")
+    return name
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,8 @@ class Facts:
         held_out_samples: that no plan was chosen on.
         measured_tokens: prompt tokens of the samples.
         options: what a head may be given; lines hold their numbers.
+        allocators: of the last of the options, by name: those are of rules, which all heads have
+            and whose budgets are divided when a prompt is known.
     """
 
     study: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -74,6 +83,17 @@ class Facts:
     held_out_samples: Whole
     measured_tokens: Count
     options: Annotated[tuple[Option, ...], PlainValidator(_options_of)]
+    allocators: tuple[Annotated[str, AfterValidator(_known_allocator)], ...] = ()
+
+    @property
+    def given(self) -> list[Policy]:
+        """What a head may be given, each as a policy of one head."""
+        behind = len(self.options) - len(self.allocators)
+        names = ("as_given",) * behind + self.allocators
+        return [
+            Policy.uniform(option, 1, 1, allocator=allocators()[name]())
+            for option, name in zip(self.options, names, strict=True)
+        ]
 
     @property
     def quality(self) -> str:
@@ -115,6 +135,8 @@ def read_facts(plain: Any, where: str = "") -> Facts:
             where=where,
         )
     facts = checked(Facts, written, where, AGAIN)
+    if len(facts.allocators) > len(facts.options):
+        raise KvtuneError("it has more allocators than options", where=where, hint=AGAIN)
     _check_shape(facts.shape, where)
     return facts
 

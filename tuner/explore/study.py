@@ -120,10 +120,16 @@ class Study:
 
     def policy(self, plan: Plan) -> Policy:
         """The plan as a policy."""
-        options, heads = self.facts.options, self.facts.shape.kv_heads
+        given, heads = self.given, self.facts.shape.kv_heads
         rows = plan.heads.reshape(-1, heads)
-        name = f"kvtune plan {plan.trial}"
-        return Policy(name, tuple(tuple(options[o] for o in row) for row in rows))
+        allocator = given[int(plan.heads[0])].allocator
+        options = tuple(tuple(self.facts.options[o] for o in row) for row in rows)
+        return Policy(f"kvtune plan {plan.trial}", options, allocator)
+
+    @cached_property
+    def given(self) -> list[Policy]:
+        """What a head may be given, each as a policy of one head."""
+        return self.facts.given
 
     def baseline_policy(self, baseline: Baseline) -> Policy | None:
         """The policy of a baseline, where its file is there, its budgets as shares of a prompt."""

@@ -11,8 +11,14 @@ from numpy.typing import NDArray
 
 from kvtune.common.estimate import Estimate, Tier
 from kvtune.policies.option import Option
-from kvtune.policies.paging import Growth, arriving_pages, head_bytes, share_of_slab, waiting_bytes
-from kvtune.policies.policy import footprint_of_lengths
+from kvtune.policies.paging import (
+    Growth,
+    arriving_pages,
+    held_bytes,
+    share_of_slab,
+    waiting_bytes,
+)
+from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency.steps import decode_steps
@@ -21,7 +27,6 @@ from kvtune.simulator.memory.plan import MemoryPlan, memory_plan
 from kvtune.tuner.explore.facts import EACH, Facts
 from kvtune.tuner.explore.plans import Floats, Integers
 from kvtune.tuner.explore.study import Study
-from kvtune.tuner.linked import holds_whole_prompt
 
 
 @dataclass(frozen=True)
@@ -103,12 +108,12 @@ def figures_of(study: Study, setting: Setting) -> Figures:
     sequences = _or_own(setting.sequences, plans.sequences)
     counts, landing = study.option_counts, _landing(study, contexts)
     if setting.weights != EACH or not len(plans):
-        return figures(facts, facts.options, counts, contexts, sequences, setting, landing)
+        return figures(facts, study.given, counts, contexts, sequences, setting, landing)
 
     def of(name: str) -> tuple[Integers, Figures]:
         rows, alike = np.flatnonzero(study.weights == name), replace(setting, weights=name)
         asked = counts[rows], contexts[rows], sequences[rows], alike, landing[rows]
-        return rows, figures(facts, facts.options, *asked)
+        return rows, figures(facts, study.given, *asked)
 
     return _merged([of(str(name)) for name in np.unique(study.weights)])
 
@@ -126,24 +131,31 @@ def _merged(parts: Sequence[tuple[Integers, Figures]]) -> Figures:
 
 def figures(
     facts: Facts,
-    options: Sequence[Option],
+    given: Sequence[Policy],
     counts: Floats,
     contexts: Integers,
     sequences: Integers,
     setting: Setting,
     landing: Floats | int = 0,
 ) -> Figures:
-    """The same for any policies, given as how many heads take each option, ``[n, O]``.
+    """The same for any policies, told by how many heads take each option.
 
-    Where pages from the host land depends on what heads a layer has: ``landing``, bytes, ``[n]``.
+    Args:
+        facts: of the study.
+        given: the options, O of them, each as a policy of one head.
+        counts: ``[n, O]``.
+        contexts: prompt tokens of a sequence, ``[n]``.
+        sequences: at once, ``[n]``.
+        setting: what is asked instead of the study's own.
+        landing: bytes where pages from the host land, ``[n]``; which heads share a layer decides.
     """
-    shape = facts.shape
+    shape, options = facts.shape, [next(policy.options()) for policy in given]
     rooms = {int(c): _room(facts, setting, int(c)) for c in np.unique(contexts)}
     stored = _bytes_by_format(options, counts, contexts, shape.head_dim)
     lengths = footprint_of_lengths(shape.layers, shape.kv_heads)
     prompt = sum(stored.values(), np.zeros(len(counts))) + lengths
     generated = shape.kv_bytes_per_token() * facts.generated_tokens
-    held = landing + _held(options, counts, contexts, shape.head_dim, facts.generated_tokens)
+    held = landing + _held(given, counts, contexts, shape.head_dim, facts.generated_tokens)
     stored["bf16"] = stored.get("bf16", np.zeros(len(counts))) + generated
     first = next(iter(rooms.values()), None)
     weights = first.weight_format if first else "bf16"
@@ -151,7 +163,7 @@ def figures(
         shape, setting.gpu, weights, np.maximum(sequences, 1), dict(stored), "runtime"
     )
     time = np.stack([steps.value_s, steps.low_s, steps.high_s], axis=-1).reshape(-1, 3)
-    waiting = _waiting(shape, options, counts, contexts)
+    waiting = _waiting(shape, given, counts, contexts)
     memory = _peaks(shape, setting, rooms, contexts, sequences, held) + waiting[:, None]
     return Figures(
         context_tokens=contexts,
@@ -219,13 +231,13 @@ def _bytes_by_format(
 
 
 def _held(
-    options: Sequence[Option], counts: Floats, contexts: Integers, head_dim: int, generated: int
+    given: Sequence[Policy], counts: Floats, contexts: Integers, head_dim: int, generated: int
 ) -> Floats:
     """Bytes that the allocator hands out for one sequence of each plan, ``[n]``."""
     found, growth = np.zeros(len(counts)), Growth(generated)
     for context in np.unique(contexts):
         rows, tokens = contexts == context, int(context)
-        each = [head_bytes(o, o.budget.resolve(tokens), tokens, head_dim, growth) for o in options]
+        each = [held_bytes(policy, tokens, head_dim, growth) for policy in given]
         found[rows] = counts[rows] @ np.array(each, np.float64)
     return found
 
@@ -249,10 +261,10 @@ def _landing(study: Study, contexts: Integers) -> Floats:
 
 
 def _waiting(
-    shape: ModelShape, options: Sequence[Option], counts: Floats, contexts: Integers
+    shape: ModelShape, given: Sequence[Policy], counts: Floats, contexts: Integers
 ) -> Floats:
     """Bytes of one prompt that plans hold uncompressed until its end; 0 of others, ``[n]``."""
-    waits = np.array([holds_whole_prompt(option) for option in options], bool)
+    waits = np.array([policy.waits for policy in given], bool)
     lengths, which = np.unique(contexts, return_inverse=True)
     full = [shape.kv_bytes(int(context)) for context in lengths]
     each = np.array([waiting_bytes(held, shape.layers) for held in full], np.float64)
