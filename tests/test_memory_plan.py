@@ -24,6 +24,7 @@ from kvtune.simulator.memory.plan import MemoryPlan, memory_plan
 from kvtune.simulator.model_facts import model_facts
 from kvtune.simulator.quality.tables import on_both_sides
 from kvtune.simulator.serving.footprint import footprint
+from kvtune.tuner.asked import solver_of
 from kvtune.tuner.cases import Asked, Card
 from kvtune.tuner.exchange import Choice
 from kvtune.tuner.explore.facts import Facts
@@ -32,7 +33,7 @@ from kvtune.tuner.explore.study import Study
 from kvtune.tuner.explore.what_if import Setting, figures_of
 from kvtune.tuner.question import Question
 from kvtune.tuner.request import SearchRequest
-from kvtune.tuner.search import run_search, solver_of
+from kvtune.tuner.search import run_search
 from kvtune.tuner.solver import policy_of
 from kvtune.tuner.sources import QualitySource, stand_in
 
