@@ -270,7 +270,7 @@ def test_json_is_answered_without_a_word_beside_it(capsys: pytest.CaptureFixture
         ("snapkv+adakv", "how many tokens"),
         ("snapkv 25% inf4", "'int4'"),
         ("snapkv h2o 25%", "each a method"),
-        ("nothing.yaml", "cannot read"),
+        ("nothing.yaml", "no such file"),
     ],
 )
 def test_words_that_are_no_policy_are_told(

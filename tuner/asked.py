@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import kvtune
-from kvtune.policies.paging import Growth, growing_bytes, head_bytes
+from kvtune.policies.paging import Growth, growing_bytes, head_bytes, sequence_bytes
 from kvtune.simulator.quality.tables import Tables
 from kvtune.tuner.answer import cost_of
 from kvtune.tuner.candidate import Candidate
@@ -36,13 +36,15 @@ def question_of(request: SearchRequest, budgets: Budgets, source: QualitySource)
 
     def held(context: int) -> NDArray[np.int64]:
         """Beyond what generated tokens alone take: both lie in the same pages."""
-        return np.array(
-            [
-                head_bytes(o, o.budget.resolve(context), context, shape.head_dim, growth)
-                for o in source.tables.options
-            ],
-            np.int64,
-        ) - round(generated)
+        options = [
+            head_bytes(o, o.budget.resolve(context), context, shape.head_dim, growth)
+            for o in source.tables.options
+        ]
+        rules = [
+            sequence_bytes(rule.policy(1, 1), context, shape.head_dim, growth)
+            for rule in source.tables.rules
+        ]
+        return np.array([*options, *rules], np.int64) - round(generated)
 
     memory = {context: budget for (_, context), budget in reversed(budgets.items())}
 

@@ -30,7 +30,8 @@ class Question:
         head_dim: of the model that will run, which a stand-in's tables may differ from.
         rooms: bytes left for all sequences' caches and for what the runtime works with, by the
             context P of a sequence in tokens; of several contexts the study chooses.
-        held: bytes that one head's prompt takes in pages under each option, ``[O]``, by context.
+        held: bytes that one head's prompt takes in pages under each option, and under each rule
+            behind them, ``[O + rules]``, by context.
         generated_bytes: that each sequence's generated tokens take in pages of 16 bits.
         working: bytes that the runtime works with, for a context and so many sequences.
         sequences: how many at once; None lets the study choose.
@@ -115,7 +116,12 @@ class Question:
 
         Of a plan for another stack as many as its exporter says.
         """
-        waits = any(holds_whole_prompt(self.tables.options[o]) for o in np.unique(choice))
+        rule = self.tables.rule_of(choice)
+        waits = (
+            rule.policy(1, 1).waits
+            if rule is not None
+            else any(holds_whole_prompt(option) for option in self.tables.given(choice))
+        )
         if self.counted is not None:
             most = self.counted(choice, context, self._room(context, 1, waits))
             return self.counted(choice, context, self._room(context, max(most, 1), waits))
@@ -132,7 +138,7 @@ class Question:
 
     def _landing(self, context: int, choice: Choice) -> int:
         """Bytes where pages from the host land, of one sequence."""
-        if self.most_moved is None:
+        if self.most_moved is None or self.tables.rule_of(choice) is not None:
             return 0
         rows = np.unique(choice.reshape(-1, self.tables.kv_heads), axis=0)  # few differ
         layers = [[self.tables.options[o] for o in row] for row in rows]
@@ -175,7 +181,7 @@ class Question:
     def most_sequences(self, context: int) -> int:
         """As many as fit with every head on its smallest option."""
         allowed = [expressible(option, self.limits) for option in self.tables.options]
-        held = np.where(allowed, self.held[context], np.iinfo(np.int64).max)
+        held = np.where(allowed, self.held[context][: len(allowed)], np.iinfo(np.int64).max)
         smallest = np.full(self.tables.heads, int(held.argmin()), np.int64)
         return self.most_of(context, smallest)
 
