@@ -224,7 +224,11 @@ def own(
 def test_a_menu_of_all_methods_is_captured_for_and_replayed(
     own: SearchRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from kvtune.traces import workloads
+
     monkeypatch.setattr(sources, "LAPTOP", Menu(METHODS, (0.25,), alike((Bf16(),))))
+    one_text = replace(little_workload(), counts={"search": {"prose": 1}, "evaluate": {"code": 1}})
+    monkeypatch.setattr(workloads, "named_workload", lambda *_: one_text)
     source = sources.own_trace(replace(own, menu="all"), Silent())
     assert source.trace is not None
     assert "reconstruction" in source.trace.manifest["signals"]
