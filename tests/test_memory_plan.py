@@ -142,12 +142,16 @@ def study_of(options: tuple[Option, ...], choice: Choice) -> Study:
     return Study(Path(), facts, plans, None, "finished")
 
 
-@pytest.mark.parametrize("more", [{}, {"stack": "vllm"}])
+HOST = {"moved_bytes": MOVED, "largest_kl": 100.0}
+
+
+@pytest.mark.parametrize("more", [{}, {"stack": "vllm"}, HOST])
 def test_a_found_plan_and_the_uncompressed_cache_are_counted_alike(
     memory: MemoryPlan, tmp_path: Path, more: dict[str, object]
 ) -> None:
     found = run_search(request(tmp_path, **more))
-    where = " as vllm lays them out" if more else ""
+    assert found.policy.uses_host == (more == HOST)
+    where = " as vllm lays them out" if "stack" in more else ""
     assert any(f"memory holds no more of this plan{where}." in note for note in found.notes)
     document = read_policy(tmp_path / "policy.yaml")
     rows = {row.name: row for row in compared(document)}
@@ -163,21 +167,16 @@ def test_a_found_plan_and_the_uncompressed_cache_are_counted_alike(
     assert rows["uncompressed"].sequences == whole, "export --compare"
 
 
+@pytest.mark.full
 def test_so_many_as_are_said_to_fit_can_be_asked_for_and_one_more_is_refused(
-    memory: MemoryPlan, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     """With heads on the host, where --batch once refused what was said to fit."""
-    asked = {"moved_bytes": MOVED, "largest_kl": 100.0}
-    found = run_search(request(tmp_path / "first", **asked))
-    assert found.policy.uses_host
-    assert int(memory.most(found.policy).value) == found.sequences
-    document = read_policy(tmp_path / "first" / "policy.yaml")
-    assert asked_of_estimate(document) == found.sequences
-    assert compared(document)[1].sequences == found.sequences
-    again = run_search(request(tmp_path / "again", sequences=found.sequences, **asked))
+    found = run_search(request(tmp_path / "first", **HOST))
+    again = run_search(request(tmp_path / "again", sequences=found.sequences, **HOST))
     assert again.sequences == found.sequences
     with pytest.raises(DoesNotFitError, match=f"no plan fits {found.sequences + 1} ") as caught:
-        run_search(request(tmp_path / "more", sequences=found.sequences + 1, **asked))
+        run_search(request(tmp_path / "more", sequences=found.sequences + 1, **HOST))
     assert f"--batch {found.sequences} is the most" in str(caught.value.hint)
 
 

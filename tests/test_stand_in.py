@@ -22,6 +22,7 @@ from kvtune.simulator.quality.calibration import Calibration, Curve, Regime
 from kvtune.simulator.quality.tables import Tables
 from kvtune.simulator.quality.tables_file import save_tables
 from kvtune.tests.made_up import llama
+from kvtune.tests.tiers import first
 from kvtune.tuner import source_models, stack_formats
 from kvtune.tuner.band import band
 from kvtune.tuner.curves import loss_at, rows_at
@@ -43,26 +44,26 @@ def plans(result: SearchResult) -> list[tuple[Any, ...]]:
 # The plan
 
 
+@pytest.mark.parametrize("name", first(("all heads", "heads within layers", "layers", "turned")))
 def test_the_plan_is_the_same_whatever_the_order_of_the_sources_heads_and_layers(
-    packaged: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packaged: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    first = run_search(llama(tmp_path / "first"))
+    before = run_search(llama(tmp_path / "before"))
     about, rng = source_models.packaged_tables()[1], np.random.default_rng(1)
     within = rng.permuted(np.arange(packaged.heads).reshape(packaged.layers, -1), axis=1)
-    orders = {
+    order = {
         "heads within layers": within.ravel(),
         "layers": within[rng.permutation(packaged.layers)].ravel(),
-        "layers by one": np.roll(np.arange(packaged.heads), packaged.kv_heads),
+        "turned": np.roll(np.arange(packaged.heads), packaged.kv_heads),
         "all heads": rng.permutation(packaged.heads),
-    }
-    for name, order in orders.items():
-        moved = replace(packaged, loss=packaged.loss[:, order], factor=packaged.factor[:, order])
-        monkeypatch.setattr(source_models, "packaged_tables", lambda moved=moved: (moved, about))
-        again = run_search(llama(tmp_path / name))
-        assert again.policy == first.policy, name
-        assert plans(again) == plans(first), name
-        for ours, theirs in zip(again.front, first.front, strict=True):
-            assert ours.kl == pytest.approx(theirs.kl, rel=1e-3, abs=1e-9)
+    }[name]
+    moved = replace(packaged, loss=packaged.loss[:, order], factor=packaged.factor[:, order])
+    monkeypatch.setattr(source_models, "packaged_tables", lambda: (moved, about))
+    again = run_search(llama(tmp_path / "again"))
+    assert again.policy == before.policy
+    assert plans(again) == plans(before)
+    for ours, theirs in zip(again.front, before.front, strict=True):
+        assert ours.kl == pytest.approx(theirs.kl, rel=1e-3, abs=1e-9)
 
 
 def test_every_plan_of_the_front_has_one_option_for_all_heads(
