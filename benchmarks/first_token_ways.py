@@ -62,6 +62,15 @@ WAYS: dict[str, Way] = {
 OLD = len(NAMES) - 1  # the last parameter is what was taken of these ways
 
 
+def without_taken(known: Fitted) -> Fitted:
+    """The runs as they would be met without the way that was taken."""
+    own = np.array([PRIOR[run.setting.stack][OLD] * run.concurrent for run in known.runs])
+    base, slope = known.base.copy(), known.slope.copy()
+    base[:, 0] -= own
+    slope[:, 0] *= (known.base[:, 0] / base[:, 0])[:, None]
+    return Fitted(known.runs, base, slope)
+
+
 def errors(known: Fitted, terms: Parameters | None, kept: Any, asked: Any) -> Parameters:
     """Logarithms of predicted over measured first tokens of some runs, by parameters of others."""
     off = np.log(known.measured) - np.log(known.base[:, :2])
@@ -113,11 +122,11 @@ def main() -> None:
     runs = [run for run in some if run.setting.plain_model not in UNREAD]
     pool = Pool(folder, configs, given.jobs)
     base = pool.times(runs, {stack: np.array(prior) for stack, prior in PRIOR.items()})
-    known = Fitted(runs, base, slopes(pool, runs, base))
+    known = without_taken(Fitted(runs, base, slopes(pool, runs, base)))
     mixtures = [shape_of(run.setting.model, configs).experts is not None for run in runs]
     report: dict[str, Any] = {"runs": len(runs), "as before": judged(known, None)}
     for name, way in WAYS.items():
-        terms = np.array([way(*each) for each in zip(runs, base, mixtures, strict=True)])
+        terms = np.array([way(*each) for each in zip(runs, known.base, mixtures, strict=True)])
         report[name] = judged(known, terms)
         print(name, report[name], flush=True)
     given.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kvtune.cli.stack_options import CacheDtype
     from kvtune.policies.policy_file.document import PolicyDocument
     from kvtune.profiles.elsewhere import StackChoice
+    from kvtune.profiles.shape import ModelShape
     from kvtune.tuner.cases import Asked
 
 Figures = tuple[str | None, str | None, str | None]
@@ -68,9 +69,9 @@ def read(typed: Typed) -> tuple[Asked, Engine | LlamaEngine | None]:
     check_expert_parallel(typed.stack, typed.expert_parallel)
     engine = read_engine(typed.stack, typed.engine_args, typed.engine_version)
     document = _document(typed.policy, typed.stack)
-    kernels, told = _kernels(typed.stack)
     options, planned = planned_options(document, **typed.served._asdict())
     plain = _asked(typed, _USUALLY._replace(**options))
+    kernels, told = _kernels(typed.stack, plain.shape)
     from kvtune.simulator.latency.chunks import Reading  # what was typed is read before it
 
     reading = Reading.of(typed.prefix, typed.chunk)
@@ -121,7 +122,7 @@ def _asked(typed: Typed, served: Served) -> Asked:
 
 
 def _kernels(
-    stack: StackChoice | Literal["llama-cpp"],
+    stack: StackChoice | Literal["llama-cpp"], shape: ModelShape
 ) -> tuple[StackChoice, tuple[str, ...]]:
     """Whose kernels the times are of: of engines the memory is known without their tables."""
     if stack == "llama-cpp":
@@ -132,11 +133,16 @@ def _kernels(
         return stack, (f"memory is kvtune's own count: {stack}'s is not modelled",)
     from kvtune.common.errors import KvtuneError
     from kvtune.profiles.elsewhere import require_systems_folder
+    from kvtune.simulator.latency.serving_kernels import check_layers
 
     try:
         require_systems_folder()
     except KvtuneError as missing:
         return "kvtune", (f"times are kvtune's own: {missing.message}; {missing.hint}",)
+    try:
+        check_layers(shape)
+    except KvtuneError as unknown:
+        return "kvtune", (f"times are kvtune's own: {unknown.message}",)
     return stack, ()
 
 

@@ -40,6 +40,8 @@ OPTIONS = {
         "stack",
         "engine_args",
         "engine_version",
+        "kv_cache_dtype",
+        "expert_parallel",
         "gpu_memory",
         "gpu_bandwidth",
         "gpu_flops",
@@ -119,8 +121,7 @@ EXAMPLES = {
         "kvtune estimate --model llama-8b --gpu any --context 32k --batch 8",
         "kvtune estimate --model llama-70b --gpu h100 --total-gpus 8 --batch 64 --price 2.50",
         "kvtune estimate --model llama-8b --gpu 4090 --policy 'snapkv+adakv 25% int4'",
-        "kvtune estimate --model llama-8b --gpu h200 --stack vllm --engine-args "
-        "'--kv-cache-dtype fp8'",
+        "kvtune estimate --model llama-8b --gpu h200 --stack vllm --kv-cache-dtype fp8",
         "kvtune estimate --model llama-8b --gpu 4090,h100 --context 8k,32k --batch 1,8 "
         "--price 0.40,2.50 --format markdown",
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvtune.cli import options
-from kvtune.cli.output import speaking
+from kvtune.cli.output import Output, speaking
 from kvtune.cli.serve_options import (
     ArrivalsOption,
     BlockOption,
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from kvtune.policies.policy import Policy
     from kvtune.policies.policy_file.document import PolicyDocument
     from kvtune.profiles.shape import ModelShape
+    from kvtune.simulator.serving.report import Goals
+    from kvtune.simulator.serving.requests import Requests
+    from kvtune.simulator.serving.server import Server
 
 
 def command(
@@ -74,10 +77,7 @@ def command(
     card = read_gpu(gpu)
     # What follows takes a while to import, and a misspelt name needs none of it.
     from kvtune.cli.serve_engine import EngineTyped
-    from kvtune.cli.serve_report import answer, left_out, served_table
     from kvtune.cli.serve_requests import Drawn, read_goals, sharing_notes
-    from kvtune.simulator.serving.engine import serve
-    from kvtune.simulator.serving.prepare import prepare
 
     document = None if policy is None else read_policy_input(policy)
     planned, notes = planned_options(document, weights=weights)
@@ -92,14 +92,26 @@ def command(
     policies = _policies(document, shape)
     notes += notes_on_model(document, shape) + sharing_notes(asked, order, prefix)
     with speaking(as_json, quiet) as out:
-        found = [
-            serve(prepare(serving, asked, each), asked, goals)
-            for each in out.progress.track(policies, "serving", len(policies))
-        ]
-        out.show(served_table(serving, asked, found), left_out(serving))
-        if notes:
-            out.show("", *(f"note: {note}" for note in notes))
-        out.finish("serve-sim", answer(serving, asked, found, goals, seed, notes))
+        _answer(out, serving, asked, policies, goals, seed, notes)
+
+
+def _answer(
+    out: Output, serving: Server, asked: Requests, policies: list[Policy | None], goals: Goals,
+    seed: int, notes: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Serve the requests under each policy, and say what came of it."""
+    from kvtune.cli.serve_report import answer, left_out, served_table
+    from kvtune.simulator.serving.engine import serve
+    from kvtune.simulator.serving.prepare import prepare
+
+    found = [
+        serve(prepare(serving, asked, each), asked, goals)
+        for each in out.progress.track(policies, "serving", len(policies))
+    ]
+    out.show(served_table(serving, asked, found), left_out(serving))
+    if notes:
+        out.show("", *(f"note: {note}" for note in notes))
+    out.finish("serve-sim", answer(serving, asked, found, goals, seed, notes))
 
 
 def _policies(document: PolicyDocument | None, shape: ModelShape) -> list[Policy | None]:

@@ -44,6 +44,19 @@ def test_the_nearer_file_wins_and_the_command_line_over_all(
     assert answer(capsys, *ESTIMATE, "--gpu", "h100")["gpu"] == "h100-sxm"
 
 
+def test_one_of_several_answers_that_was_typed_wins_over_another_from_a_file(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "kvtune.toml").write_text("[serve-sim]\nrate = 4\n")
+    asked = ("serve-sim", "-m", "smollm2-135m", "-g", "h100", "--requests", "6", "--json", "-q")
+    lengths = ("--prompt", "64", "--output", "4")
+    assert "4 requests a second" in answer(capsys, *asked, *lengths)["requests"]["source"]
+    typed = answer(capsys, *asked, *lengths, "--concurrency", "2")
+    assert "2 requests at once" in typed["requests"]["source"]
+    assert main([*asked, *lengths, "--concurrency", "2", "--rate", "3"]) == 2  # both were typed
+    assert "give one of" in capsys.readouterr().err
+
+
 def test_a_list_is_several_and_a_required_option_may_come_from_the_file(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,6 +70,18 @@ def test_a_cache_without_a_token_in_the_engine_does_not_fit(
     assert answer(capsys, *VLLM, "qwen3-next-80b-a3b", *mended)["fits"]
     assert main(["estimate", *VLLM, "qwen3-next-80b-a3b"]) == 3
     assert capsys.readouterr().out.startswith("does not fit: vLLM's cache holds 0 tokens")
+
+
+def test_memory_is_told_of_layers_that_no_table_has(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from kvtune.profiles import elsewhere
+
+    monkeypatch.setattr(elsewhere, "systems_folder", lambda: tmp_path)
+    words = ("--stack", "vllm", "--gpu", "b200", "--model", "qwen3-next-80b-a3b")
+    found = answer(capsys, *words, code=None)
+    assert found["engine"]["tokens"]["value"] > 0
+    assert any("kvtune's own" in note and "recurrent states" in note for note in found["notes"])
 
 
 def test_as_many_fit_as_the_engines_tokens_hold(capsys: pytest.CaptureFixture[str]) -> None:

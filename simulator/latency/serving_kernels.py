@@ -26,6 +26,20 @@ _LATENT_MATRICES = {"fp8": "fp8_block", "fp8_block": "fp8_block", "nvfp4": "nvfp
 """Formats of projections that whole layers of latent attention were measured in, else 16 bits."""
 
 
+def check_layers(shape: ModelShape) -> None:
+    """Refuse layers that no stack's tables are read for.
+
+    Raises:
+        KvtuneError: recurrent states, index keys or compressed entries.
+    """
+    if any(each.state_bytes or each.index_dim or each.compress_rate for each in shape.cache):
+        raise KvtuneError(
+            f"{shape.name} has layers that the stacks' tables are not read for: recurrent states, "
+            "index keys or compressed entries",
+            hint="without --stack kvtune's own model answers.",
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class ServingModel:
     """One model on one or several GPUs of a system, served by one stack.
@@ -58,12 +72,7 @@ class ServingModel:
 
     def __post_init__(self) -> None:
         check_latent(self.tables, self.shape)
-        if any(c.state_bytes or c.index_dim or c.compress_rate for c in self.shape.cache):
-            raise KvtuneError(
-                f"{self.shape.name} has layers that the stacks' tables are not read for: recurrent "
-                "states, index keys or compressed entries",
-                hint="without --stack kvtune's own model answers.",
-            )
+        check_layers(self.shape)
         experts, groups = self.shape.experts, self.expert_parallel
         if groups == 1:
             return
