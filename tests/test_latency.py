@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvtune.benchmarks.rooflines import roofline_decode_steps, scaled_decode_steps
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.format import formats
-from kvtune.policies.pages import VALUE_CODES
+from kvtune.policies.page_formats import VALUE_CODES
 from kvtune.profiles.gpus import find_gpu, list_gpus
 from kvtune.profiles.models import find_model, list_models
 from kvtune.simulator.latency import steps as latency

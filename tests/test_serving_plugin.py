@@ -35,7 +35,8 @@ from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.methods.weighted_keys import WeightedKeys
 from kvtune.policies.option import ALL, Budget, Option
-from kvtune.policies.pages import BF16_PAGE, PageLayout
+from kvtune.policies.page_formats import BF16_PAGE
+from kvtune.policies.pages import PageLayout
 from kvtune.policies.paging import pages_of
 from kvtune.policies.policy import Policy
 from kvtune.policies.servable import check_servable

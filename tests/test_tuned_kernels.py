@@ -13,7 +13,8 @@ import torch
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.progress import Silent
-from kvtune.policies.pages import AS_VALUES, CODES, PageLayout
+from kvtune.policies.page_formats import AS_VALUES, CODES
+from kvtune.policies.pages import PageLayout
 from kvtune.profiles.gpus import list_gpus
 from kvtune.profiles.measured import Capture
 from kvtune.profiles.tuned import (

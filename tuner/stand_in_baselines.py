@@ -13,7 +13,7 @@ import numpy as np
 
 from kvtune.common.estimate import Estimate
 from kvtune.common.progress import Progress
-from kvtune.policies.pages import CODES
+from kvtune.policies.page_formats import CODES
 from kvtune.policies.policy import Policy
 from kvtune.tuner.band import band_of_live
 from kvtune.tuner.baselines import FAMILIES, PRECISIONS, STRONG, candidates

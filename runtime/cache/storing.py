@@ -64,7 +64,7 @@ def store_prompts(
     chosen = torch.cat(list(kept))
     magnitudes = torch.stack([x.abs().amax(-1) for x in (keys, values)])
     layer.finite[rows][: len(kept)] = magnitudes.amax(-1).isfinite().all(0)
-    if any("fp8" in (layout.keys, layout.values) for layout in layer.layouts):
+    if any(layout.has_head_scales for layout in layer.layouts):
         by_kind = layer.fp8_scales.view(3, -1, 2)[:, rows].unflatten(1, (-1, len(kept)))
         row = torch.repeat_interleave(counts.long(), output_size=len(chosen))
         by_kind[CODED] = fp8_scales(magnitudes[:, row, chosen], row, len(kept))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.pages import KERNEL_HEAD_DIMS, PageLayout, is_signs, sign_bytes
+from kvtune.policies.page_formats import is_signs, sign_bytes
+from kvtune.policies.pages import KERNEL_HEAD_DIMS, PageLayout
 from kvtune.profiles.tuned import find_tuned
 from kvtune.runtime.kernels.tiles import Tiles, kind_of
 

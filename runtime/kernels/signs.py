@@ -3,7 +3,7 @@
 A channel of b bits is b signs, of which sign p counts 2^p steps of the channel. A query is spread
 over the signs of its channels once a tile, so that keys are one product of bits whatever widths
 their channels have; values are gathered by sign, and brought back to channels once. A bit is masked
-out of its byte as it lies, a number below the normal ones (``codes.masked``): that it stands for
+out of its byte as it lies, a number below the normal ones (``unpacking``): that it stands for
 half a step up or down is put right by the sums over all signs.
 """
 
@@ -12,9 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvtune.runtime.kernels.codes import HALF, code_bytes, mask_of, sign_bytes
+from kvtune.runtime.kernels.codes import HALF, code_bytes, sign_bytes
 from kvtune.runtime.kernels.turning import mixed
 from kvtune.runtime.kernels.turning import signs as hadamard
+from kvtune.runtime.kernels.unpacking import mask_of
 
 RUN = tl.constexpr(16)  # bytes that are read at once
 WIDEST = tl.constexpr(6)  # bits of a channel at most

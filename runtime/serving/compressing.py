@@ -107,7 +107,7 @@ def _scales(laid: Laid, prompts: Prompts, head: Tensor, places: Tensor) -> Tenso
         places: in the token axis of what prompts hold.
     """
     scales = torch.ones(KINDS, len(laid.first), 2, device=places.device)
-    if any("fp8" in (layout.keys, layout.values) for layout in laid.layouts):
+    if any(layout.has_head_scales for layout in laid.layouts):
         held = (prompts.keys, prompts.values)
         magnitudes = torch.stack([x.abs().amax(-1) for x in held])[:, head % laid.heads, places]
         scales[CODED] = fp8_scales(magnitudes, head, len(laid.first))
