@@ -208,9 +208,6 @@ def _token_scales(pool_half, start, D: tl.constexpr, KEYS: tl.constexpr):
         for group in tl.static_range(GROUPS):
             scales = scales + by_half(tl.load(every + group * PAGE))
             zeros = zeros + by_half(tl.load(every + (GROUPS + group) * PAGE))
-    elif scales_of(KEYS) != "none":
-        for group in tl.static_range(GROUPS):
-            scale, zero = load_scales(pool_half, start, group, D, KEYS)
-            scales = scales + scale
-            zeros = zeros + zero
+    else:
+        scales, zeros = load_scales(pool_half, start, D, KEYS)
     return scales, zeros

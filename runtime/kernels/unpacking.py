@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from kvtune.runtime.kernels.codes import (
+    HALF,
     PAGE,
     bits_of,
     by_half,
@@ -189,27 +190,26 @@ def _all_levels():
     A permutation of bytes finds four codes' lower bytes, or upper ones, in eight magnitudes; others
     bring a level's bytes, and then both units' levels, together.
     """
-    level = [_half_bits(place, 3) for place in range(8)]  # 3: of four bits
-    low, high = ([x >> shift & 255 for x in level] for shift in (0, 8))
-    tables = [
-        sum(byte << (8 * n) for n, byte in enumerate(part[at : at + 4]))
-        for part in (low, high)
-        for at in (0, 4)
-    ]
     text = "{ .reg .b32 t, u, la, lb, ha, hb, l0, h0, l1, h1, a, b, c, d, s;"
-    for name, table in zip(("la", "lb", "ha", "hb"), tables, strict=True):
-        text += f" mov.b32 {name}, {table};"
+    text += f" mov.b32 la, {_four(0, 0)}; mov.b32 lb, {_four(4, 0)};"
+    text += f" mov.b32 ha, {_four(0, 8)}; mov.b32 hb, {_four(4, 8)};"
     text += " and.b32 t, $4, 0x77777777; shr.b32 u, t, 16;"
     text += " prmt.b32 l0, la, lb, t; prmt.b32 h0, ha, hb, t;"
     text += " prmt.b32 l1, la, lb, u; prmt.b32 h1, ha, hb, u;"
     text += " prmt.b32 a, l0, h0, 0x5140; prmt.b32 b, l1, h1, 0x5140;"
     text += " prmt.b32 c, l0, h0, 0x7362; prmt.b32 d, l1, h1, 0x7362;"
-    for n, (first, second, select) in enumerate(
-        (("a", "b", "0x5410"), ("a", "b", "0x7632"), ("c", "d", "0x5410"), ("c", "d", "0x7632"))
-    ):
+    for n in range(4):
+        both = "a, b" if n < 2 else "c, d"
+        half = "0x5410" if n % 2 == 0 else "0x7632"
         text += f" shl.b32 s, $4, {12 - 4 * n}; and.b32 s, s, 0x80008000;"
-        text += f" prmt.b32 ${n}, {first}, {second}, {select}; or.b32 ${n}, ${n}, s;"
+        text += f" prmt.b32 ${n}, {both}, {half}; or.b32 ${n}, ${n}, s;"
     return text + " }"
+
+
+@triton.constexpr_function
+def _four(first, shift):
+    """A byte of each of four magnitudes of codes of four bits, as one word."""
+    return sum((_half_bits(first + n, 3) >> shift & 255) << (8 * n) for n in range(4))
 
 
 @triton.constexpr_function
@@ -232,31 +232,46 @@ def _mask_with_third(half, mask, above):
 
 
 @triton.jit
-def load_scales(pool_half, start, GROUP: tl.constexpr, D: tl.constexpr, CODE: tl.constexpr):
-    """A group's scales by half page, each [32] float32, and the codes that stand for zero.
+def load_scales(pool_half, start, D: tl.constexpr, CODE: tl.constexpr):
+    """A page's scales by group, then half page, each [32] float32; and the codes that stand for
+    zero, where scales say them.
 
     Args:
         pool_half, start: the pool's memory, and the first byte of all scales.
-        GROUP: which of a token's groups.
     """
-    token = GROUP * PAGE + tl.arange(0, PAGE)
-    pool_bytes = pool_half.to(tl.pointer_type(tl.uint8), bitcast=True) + start
-    zeros = ()
+    GROUPS: tl.constexpr = groups_of(CODE, D)
+    scales, zeros = (), ()
+    if scales_of(CODE) == "power" or scales_of(CODE) == "e4m3":
+        every = pool_half.to(tl.pointer_type(tl.uint8), bitcast=True) + start
+        for two in tl.static_range(GROUPS // 2):  # a byte a thread could not be copied ahead
+            both = tl.load(every + two * (2 * PAGE) + tl.arange(0, 2 * PAGE))
+            first, last = tl.split(tl.permute(tl.reshape(both, [2, HALF, 2]), 1, 2, 0))
+            scales = scales + tl.split(_from_byte(first, CODE)) + tl.split(_from_byte(last, CODE))
+    elif scales_of(CODE) != "none":
+        for group in tl.static_range(GROUPS):
+            token = group * PAGE + tl.arange(0, PAGE)
+            if scales_of(CODE) == "single" or scales_of(CODE) == "single_zero":
+                every = pool_half.to(tl.pointer_type(tl.int32), bitcast=True) + start // 4
+                words = tl.load(every + token)
+                if scales_of(CODE) == "single_zero":
+                    zeros = zeros + by_half((words & 15).to(tl.float32))
+                    words = words & -16
+                scales = scales + by_half(words.to(tl.float32, bitcast=True))
+            else:
+                every = pool_half + start // 2
+                scales = scales + by_half(tl.load(every + token).to(tl.float32))
+                if scales_of(CODE) == "half_zero":
+                    zero = tl.load(every + GROUPS * PAGE + token)
+                    zeros = zeros + by_half(zero.to(tl.float32))
+    return scales, zeros
+
+
+@triton.jit
+def _from_byte(byte, CODE: tl.constexpr):
+    """What scales of a byte stand for: the exponent of a power of two, or a float of eight bits."""
+    bits = byte.to(tl.int32)
     if scales_of(CODE) == "power":
-        exponent = tl.load(pool_bytes + token).to(tl.int32)
-        scales = (exponent << 23).to(tl.float32, bitcast=True)
-    elif scales_of(CODE) == "e4m3":
-        eighth = tl.load(pool_bytes + token).to(tl.int32)
-        scales = (eighth << 7).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    elif scales_of(CODE) == "single" or scales_of(CODE) == "single_zero":
-        words = tl.load(pool_half.to(tl.pointer_type(tl.int32), bitcast=True) + start // 4 + token)
-        if scales_of(CODE) == "single_zero":
-            zeros = by_half((words & 15).to(tl.float32))
-            words = words & -16
-        scales = words.to(tl.float32, bitcast=True)
+        scale = (bits << 23).to(tl.float32, bitcast=True)
     else:
-        scales = tl.load(pool_half + start // 2 + token).to(tl.float32)
-        if scales_of(CODE) == "half_zero":
-            behind = groups_of(CODE, D) * PAGE
-            zeros = by_half(tl.load(pool_half + start // 2 + behind + token).to(tl.float32))
-    return by_half(scales), zeros
+        scale = (bits << 7).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return scale

@@ -85,6 +85,8 @@ def _scaled_weights(shifts, shrink, weights, pool_half, start,
     GROUPS: tl.constexpr = groups_of(VALUES, D)
     every = pool_half + start // 2 + tl.arange(0, PAGE)
     scaled, moved = (), ()
+    if scales_of(VALUES) != "offset":
+        scales, zeros = load_scales(pool_half, start, D, VALUES)
     for group in tl.static_range(GROUPS):
         shift = shifts[group] * shrink[None, :]
         if scales_of(VALUES) == "offset":
@@ -97,11 +99,10 @@ def _scaled_weights(shifts, shrink, weights, pool_half, start,
             for half in tl.static_range(2):
                 scaled = scaled + (weights[half].to(tl.float16),)
         else:
-            scale, zero = load_scales(pool_half, start, group, D, VALUES)
             for half in tl.static_range(2):
-                weight = (weights[half] * scale[half][:, None]).to(tl.float16)
+                weight = (weights[half] * scales[2 * group + half][:, None]).to(tl.float16)
                 if has_zeros(VALUES):
-                    shift -= weight.to(tl.float32) * zero[half][:, None]
+                    shift -= weight.to(tl.float32) * zeros[2 * group + half][:, None]
                 elif fixed_zero(VALUES) > 0:
                     shift -= weight.to(tl.float32) * fixed_zero(VALUES)
                 scaled = scaled + (weight,)
