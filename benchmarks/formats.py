@@ -36,6 +36,7 @@ import paged
 import torch
 
 from kvtune.policies.format import Format, formats
+from kvtune.policies.formats.blocked import block_forms
 from kvtune.policies.formats.fitted import Allocated, Fitted
 from kvtune.policies.formats.grouped import Int2, Int4
 from kvtune.policies.formats.hqq import Hqq2
@@ -78,12 +79,21 @@ PAIRS = {
     "allocated 2.25, 2 rotated": ("signs2.25", "rotated_signs2"),
     "allocated 2, 2": ("signs2", "signs2"),
     "allocated 3, 3 rotated": ("signs3", "rotated_signs3"),
+    "fp8": ("fp8", "fp8"),
+    **{name: (name, name) for name in block_forms() if "/" not in name},
 }
 TUNED = (
     "allocated 2.25, 2 rotated", "allocated 3, 3 rotated",
     "rotated int4", "rotated int3", "rotated int2", "int4", "int3",
 )  # fmt: skip
-TRIED = {"programs": (None, 396, 660, 792, 1056), "stages": (3, 2, 4), "warps": (1, 2)}
+TRIED = (
+    Shape(), Shape(stages=2), Shape(stages=4), Shape(programs=792), Shape(programs=1056),
+    Shape(registers=208, programs=1152), Shape(registers=184, programs=1408),
+    Shape(registers=168, programs=1536), Shape(registers=168, programs=1536, stages=2),
+    Shape(registers=144, programs=1792), Shape(registers=128, programs=2048),
+)  # fmt: skip
+"""More programs run at once where each takes fewer registers: 8 a processor of as many as the
+compiler likes, 12 of 168; numbers of programs are whole tiles a row of 64."""
 TINY = {"search": {"prose": 1}}
 TOGETHER = 4  # policies in one batch
 
@@ -157,7 +167,7 @@ def kernels(found: Found, arguments: argparse.Namespace) -> None:
             for head_dim, tokens in shapes
         }
         times: dict[str, Any] = {}
-        for megabytes in () if tiny else SIZES_MB:
+        for megabytes in () if tiny else arguments.sizes:
             times[str(megabytes)] = found.attempt(
                 f"time of {name}, {megabytes} MB", lambda p=pair, m=megabytes: microseconds(p, m)
             )
@@ -170,27 +180,24 @@ def kernels(found: Found, arguments: argparse.Namespace) -> None:
         found.write()
 
 
-def tuned(found: Found, tiny: bool) -> None:
-    """Times of rotated pairs by the kernel's shape; ``inf`` where one does not run."""
+def tuned(found: Found, arguments: argparse.Namespace) -> None:
+    """Times of pairs by the kernel's shape; ``inf`` where one does not run."""
+    tiny, names = arguments.tiny, arguments.only or TUNED
     sizes = (1,) if tiny else (256, 512)
     table = found.figures["tuned"] = {}
-    for name in ("bf16", *TUNED):
-        best, times = Shape(), table.setdefault(name, {})
-        for field, values in TRIED.items() if name != "bf16" else [("programs", (None,))]:
-            for value in values:
-                shape = replace(best, **{field: value})
-                if found.is_over() or str(shape) in times:
-                    continue
-                case = f"{name}, {shape}"
-                some = [
-                    found.attempt(case, lambda m=m, s=shape, n=name: timed(n, m, s, tiny))
-                    for m in sizes
-                ]
-                times[str(shape)] = [each["us"] if each else math.inf for each in some]
-                torch.cuda.empty_cache()
-                if sum(times[str(shape)]) < sum(times[str(best)]):
-                    best = shape
-                found.write()
+    for name in ("bf16", *names):
+        times = table.setdefault(name, {})
+        for shape in TRIED if name != "bf16" else TRIED[:1]:
+            if found.is_over():
+                continue
+            case = f"{name}, {shape}"
+            some = [
+                found.attempt(case, lambda m=m, s=shape, n=name: timed(n, m, s, tiny))
+                for m in sizes
+            ]
+            times[str(shape)] = [each["us"] if each else math.inf for each in some]
+            torch.cuda.empty_cache()
+            found.write()
 
 
 def timed(name: str, megabytes: int, shape: Shape, tiny: bool) -> dict[str, float]:
@@ -316,6 +323,7 @@ def main() -> None:
     parser.add_argument("--live", action="store_true", help="what formats lose alone")
     parser.add_argument("--kernels", action="store_true", help="errors and times alone")
     parser.add_argument("--only", nargs="+", help="names of formats, instead of all")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES_MB, help="MB that bf16 takes")
     parser.add_argument("--tokens", type=int, default=2048, help="of a sample, an eighth observed")
     parser.add_argument("--each", type=int, default=12, help="samples of each kind of text")
     arguments = parser.parse_args()
@@ -323,7 +331,7 @@ def main() -> None:
     parts = parts or ["kernels", "live"]
     found = Found(arguments.out, arguments.seconds, *(() if arguments.tune else parts))
     if arguments.tune:
-        found.attempt("tuned", lambda: tuned(found, arguments.tiny))
+        found.attempt("tuned", lambda: tuned(found, arguments))
         found.write()
         return
     if "kernels" in parts:
