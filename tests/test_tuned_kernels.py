@@ -218,7 +218,7 @@ def test_a_shape_that_does_not_run_is_not_chosen() -> None:
 
 
 def test_a_class_that_time_did_not_suffice_for_is_left_out() -> None:
-    turns = iter([True] * 20)
+    turns = iter([True] * 22)
     assert tune(128, KINDS, Clock(distance), lambda: next(turns, False)).keys() == {
         ("floats", 128)
     }  # fmt: skip
