@@ -79,7 +79,7 @@ class Blocks:
 
     def width_of(self, head_dim: int) -> int:
         """Channels of a block in heads of this many."""
-        return min(self.width or head_dim, head_dim)
+        return self.width or head_dim
 
     def count(self, head_dim: int) -> int:
         """Blocks of a token's head, a short last one among them."""

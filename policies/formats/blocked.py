@@ -52,6 +52,10 @@ class BlockFormat(Coded):
                 ``rows`` unless it is given.
         """
 
+    def blocks_in(self, head_dim: int) -> Blocks:
+        """How they lie in heads of so many channels."""
+        return self.blocks
+
     @property
     def page_name(self) -> str:
         """What pages call it: its label, whichever first tokens stay in 16 bits."""
@@ -64,7 +68,7 @@ class BlockFormat(Coded):
 
     def code_bytes(self, tokens: int, head_dim: int, role: Role) -> int:
         """Codes and scales, all of whole blocks."""
-        return tokens * self.blocks.token_bytes(head_dim)
+        return tokens * self.blocks_in(head_dim).token_bytes(head_dim)
 
     def codes(self, rows: Tensor, role: Role) -> Mapping[str, Tensor]:
         """Packed codes and scales, and the head's own where there is one."""
@@ -80,7 +84,7 @@ class BlockFormat(Coded):
 
     def numbers(self, buffers: Mapping[str, Tensor], shape: tuple[int, int], role: Role) -> Tensor:
         """The numbers that codes and scales stand for."""
-        blocks = self.blocks
+        blocks = self.blocks_in(shape[1])
         padded = blocks.count(shape[1]) * blocks.width_of(shape[1])
         codes = unpack(buffers["codes"], self.bits, padded)
         scales = buffers["scales"].unbind(-1) if "scales" in buffers else ()

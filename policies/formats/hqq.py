@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvtune.policies.blocks import WIDTHS, Blocks
@@ -47,6 +47,10 @@ class Hqq(BlockFormat):
         """Groups, integers and 16 bits with a zero point in 16 more."""
         return Blocks("integers", self.bits, self.group, "half_zero")
 
+    def blocks_in(self, head_dim: int) -> Blocks:
+        """A group is at most a token's head."""
+        return replace(self.blocks, width=min(self.group, head_dim))
+
     @classmethod
     def in_pages(cls) -> tuple[BlockFormat, ...]:
         """In groups that pages have."""
@@ -56,7 +60,7 @@ class Hqq(BlockFormat):
         """Fitted group by group; a short last group repeats its last channel."""
         import torch
 
-        width = self.blocks.width_of(rows.shape[-1])
+        width = min(self.group, rows.shape[-1])
         fill = rows[..., -1:].expand(*rows.shape[:-1], -rows.shape[-1] % width)
         groups = torch.cat([rows, fill], -1).unflatten(-1, (-1, width))
         scale, zero = self._fitted(groups)

@@ -232,5 +232,3 @@ def _zeros(M: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr):
     for _ in tl.static_range(PARTS):
         parts = parts + (tl.zeros([W, M], tl.float32),)
     return parts
-
-

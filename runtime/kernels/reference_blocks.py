@@ -53,4 +53,3 @@ def read_blocks(codes: Tensor, beside: Tensor, name: str, heads: Tensor, dim: in
         scales = [by_token(x.view(len(laid), -1, PAGE)).mT for x in laid.chunk(parts, 1)]
     rows = blocks.numbers(numbers, scales)
     return rows if blocks.scales != "e4m3" else rows * (heads[:, None, None] * SHARE_OF_FP8)
-

@@ -89,7 +89,9 @@ def _plainly(units, HALF_PAGE: tl.constexpr, FIELD: tl.constexpr, CODE: tl.const
     """The same without assembly, for Triton's interpreter."""
     BITS: tl.constexpr = bits_of(CODE)
     LOW: tl.constexpr = (1 << field_bits(CODE)) - 1
-    code = (units[0].to(tl.uint16, bitcast=True) >> (8 * HALF_PAGE + FIELD * field_bits(CODE))) & LOW
+    code = (
+        units[0].to(tl.uint16, bitcast=True) >> (8 * HALF_PAGE + FIELD * field_bits(CODE))
+    ) & LOW
     if BITS == 3:
         code |= ((units[1] >> (2 * FIELD + HALF_PAGE)) & 1) << 2
     if table_of(CODE) == "integers":
@@ -157,9 +159,7 @@ def _unpack(half, field, code):
             + f" mad.lo.u32 number, low, {level[1] - level[0]}, {level[0] * 0x10001};"
         )
         return _signed(found, _moved("sign", "$1", 14 - at, 0x8000))
-    return _signed(
-        f"mov.b32 number, {level[0] * 0x10001};", _moved("sign", "$1", 15 - at, 0x8000)
-    )
+    return _signed(f"mov.b32 number, {level[0] * 0x10001};", _moved("sign", "$1", 15 - at, 0x8000))
 
 
 @triton.constexpr_function

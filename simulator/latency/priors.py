@@ -76,10 +76,13 @@ CACHE_FACTOR = {
     # Counted, not measured: a page of 64 tokens of 2 bits takes 160 products of 16 x 16 x 8 and
     # four times as many masks, where two plain bits take half of either.
     "allocated": Prior(0.40, 0.15, 0.60),
-    **dict.fromkeys(("mxfp8", "q8_0", "int8_token_head", "fp8_token_head", "fp8_unscaled"),
-                    _EIGHT_BITS),
-    **dict.fromkeys(("mxfp4", "nvfp4", "q4_0", "hqq4", "int4_token_head", "turboquant4"),
-                    Prior(0.55, 0.30, 0.80)),
+    **dict.fromkeys(
+        ("mxfp8", "q8_0", "int8_token_head", "fp8_token_head", "fp8_unscaled"), _EIGHT_BITS
+    ),
+    **dict.fromkeys(
+        ("mxfp4", "nvfp4", "q4_0", "hqq4", "int4_token_head", "turboquant4"),
+        Prior(0.55, 0.30, 0.80),
+    ),
     "turboquant3": Prior(0.44, 0.20, 0.60),
     **dict.fromkeys(("hqq2", "turboquant2"), Prior(0.32, 0.15, 0.60)),
     "turboquant1": Prior(0.25, 0.10, 0.40),
