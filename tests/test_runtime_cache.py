@@ -437,10 +437,10 @@ def test_tiles_of_short_heads_are_of_128_tokens(form: str, each: int) -> None:
 
 
 def test_a_layer_is_cut_into_as_many_tiles_as_its_formats_allow_at_once() -> None:
-    bf16, int4, int2 = (65 * code for code in (16, 4, 2))
+    bf16, int4, int2 = (PageLayout(64, name, name).code for name in ("bf16", "int4", "int2"))
     kinds = {(bf16,): "floats", (int4, int2): "integers", (bf16, int4): "mixed"}
     assert {pairs: kind_of(pairs) for pairs in kinds} == kinds
-    assert kind_of((64 * 4 + 16,)) == "integers"  # integer keys, values in bf16
+    assert kind_of((PageLayout(64, "int4", "bf16").code,)) == "integers"
 
 
 @pytest.mark.parametrize("seed", range(5))

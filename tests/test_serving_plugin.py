@@ -100,7 +100,7 @@ def in_blocks() -> Policy:
     sinks, scaled = TurboQuant3(exact_first=4), Int8TokenHead()
     every = Option(Full(), ALL, sinks, TurboQuant2(exact_first=4))
     some = Option(SNAPKV, Budget(tokens=70), scaled, Int4TokenHead())
-    return Policy("in blocks", ((every, some), (some, Option(Full(), ALL, Int4(), scaled))))
+    return Policy("in blocks", ((some, some), (every, Option(Full(), ALL, Int4(), scaled))))
 
 
 POLICIES = [mixed(), split()]

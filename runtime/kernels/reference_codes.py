@@ -1,4 +1,4 @@
-"""Codes and scales as they lie in pages, in plain torch: n pages at once, keys (dim 0) or values (1).
+"""Codes and scales as they lie in pages, in plain torch: n pages at once, keys (dim 0) or values.
 
 The tokens t and t + 32 of a page lie side by side; a byte holds channels that are D / fields apart.
 """
@@ -69,7 +69,7 @@ def _rows(laid: Tensor, dim: int) -> Tensor:
 
 def _third_units(third: Tensor, dim: int) -> Tensor:
     """Single bits ``[n, 64, D]``: bit 2 f + h of byte (t, d) is that of token t + 32 h."""
-    many, _, head_dim = third.shape
+    many = len(third)
     parts = third.reshape(many, 2, _HALF, 8 // field_bits(3), -1)
     laid = (parts << _places(parts)).sum((1, 3), dtype=torch.uint8)
     return (laid if dim == 0 else laid.mT).flatten(1)

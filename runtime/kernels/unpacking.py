@@ -165,7 +165,8 @@ def _unpack(half, field, code):
 @triton.constexpr_function
 def _signed(number, sign):
     """PTX that puts a sign before a number."""
-    return f"{{ .reg .b32 low, sign, first, second, number; {number} {sign} or.b32 $0, number, sign; }}"
+    names = "low, sign, first, second, number"
+    return f"{{ .reg .b32 {names}; {number} {sign} or.b32 $0, number, sign; }}"
 
 
 @triton.constexpr_function
