@@ -97,10 +97,10 @@ def signed() -> Policy:
 
 def in_blocks() -> Policy:
     """Formats that their descriptions alone put into pages, with tokens in 16 bits before them."""
-    sinks, scaled = TurboQuant3(exact_first=4), Int8TokenHead()
-    every = Option(Full(), ALL, sinks, TurboQuant2(exact_first=4))
-    some = Option(SNAPKV, Budget(tokens=70), scaled, Int4TokenHead())
-    return Policy("in blocks", ((some, some), (every, Option(Full(), ALL, Int4(), scaled))))
+    few = Option(Full(), ALL, TurboQuant3(), TurboQuant2())
+    some = Option(SNAPKV, Budget(tokens=70), Int8TokenHead(), Int4TokenHead())
+    sinks = Option(Full(), ALL, Int4(exact_first=4), Int8TokenHead(exact_first=4))
+    return Policy("in blocks", ((few, few), (sinks, some)))
 
 
 POLICIES = [mixed(), split()]
