@@ -164,7 +164,7 @@ class TritonBackend:
 
     def append(self, layer: Paged, growing: Growing, keys: Tensor, values: Tensor) -> None:
         """Append one token a sequence by one kernel, and count the lengths."""
-        from kvtune.runtime.kernels.pages import append_token
+        from kvtune.runtime.kernels.appending import append_token
 
         append_token[(len(growing.segments),)](*_appending(layer, growing, keys, values))
 
@@ -172,7 +172,7 @@ class TritonBackend:
         self, layer: Paged, growing: Growing, rotation: Rotation, values: Tensor
     ) -> Tensor:
         """One kernel, of which half of the programs append and the others rotate queries."""
-        from kvtune.runtime.kernels.pages import append_rotated
+        from kvtune.runtime.kernels.appending import append_rotated
 
         q, k, cos, sin = rotation.q, rotation.k, rotation.cos, rotation.sin
         rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -187,7 +187,7 @@ class TritonBackend:
 
     def move(self, layer: Paged, growing: Growing, moves: Moves) -> None:
         """Move tokens within growing segments by one kernel."""
-        from kvtune.runtime.kernels.pages import move_tokens
+        from kvtune.runtime.kernels.appending import move_tokens
 
         move_tokens[(moves.sources.numel(),)](
             moves.rows, moves.sources, moves.targets, moves.sources.shape[1], growing.tables_at,
@@ -204,7 +204,7 @@ class TritonBackend:
 
     def append_seated(self, layer: Paged, seating: Seating, keys: Tensor, values: Tensor) -> None:
         """Append one token to each sequence with a seat, by one kernel."""
-        from kvtune.runtime.kernels.pages import append_seated
+        from kvtune.runtime.kernels.appending import append_seated
 
         append_seated[(len(keys), seating.heads)](
             keys, values, keys.stride()[:2], values.stride()[:2], seating.seats,
@@ -221,7 +221,7 @@ class TritonBackend:
 
     def fetch(self, pool: Tensor, host: HostPool, fetching: Fetching) -> None:
         """Copy blocks by one kernel, which reads pinned memory over the bus without the host."""
-        from kvtune.runtime.kernels.pages import FETCHED_AT_ONCE, fetch_blocks
+        from kvtune.runtime.kernels.appending import FETCHED_AT_ONCE, fetch_blocks
 
         layout = fetching.layout
         words = layout.block_bytes // 8

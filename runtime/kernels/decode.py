@@ -17,7 +17,6 @@ from kvtune.runtime.kernels.codes import (
     code_bytes,
     groups_of,
     has_head_scale,
-    has_random_signs,
     is_float,
     is_signs,
     is_turned,
@@ -74,17 +73,7 @@ def decode_attention(
         SEAT_TILES: tiles of a seat; 0 where sequences have none.
         SIGNS: of a value, at most.
     """
-    if SEAT_TILES:
-        member = tl.program_id(1)
-        seat = tl.load(seats + member)
-        tile = tiles + (tl.maximum(seat, 0) * SEAT_TILES + tl.program_id(0)) * TILE_FIELDS
-        head = tl.load(tile + HEAD_FIELD)
-        row, query = member * H + head, q + member.to(tl.int64) * query_stride + head * (G * D)
-        pair = tl.where(seat < 0, -1, tl.load(tile + 1))
-    else:
-        tile = tiles + tl.program_id(0) * TILE_FIELDS
-        row, pair = tl.load(tile), tl.load(tile + 1)
-        query = q + row * G * D
+    row, query, tile, pair = _tile_of(q, tiles, seats, query_stride, D, G, H, SEAT_TILES)
     at, first, most = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
     segment, slot, others = tl.load(tile + 5), tl.load(tile + 6), tl.load(tile + 7)
     # others: slots of this row before this one * 65536 + all of them
@@ -115,6 +104,24 @@ def decode_attention(
 
 
 @triton.jit
+def _tile_of(q, tiles, seats, query_stride, D: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
+             SEAT_TILES: tl.constexpr):  # fmt: skip
+    """This program's row, its queries, its record, and its formats: negative where it has none."""
+    if SEAT_TILES:
+        member = tl.program_id(1)
+        seat = tl.load(seats + member)
+        tile = tiles + (tl.maximum(seat, 0) * SEAT_TILES + tl.program_id(0)) * TILE_FIELDS
+        head = tl.load(tile + HEAD_FIELD)
+        row, query = member * H + head, q + member.to(tl.int64) * query_stride + head * (G * D)
+        pair = tl.where(seat < 0, -1, tl.load(tile + 1))
+    else:
+        tile = tiles + tl.program_id(0) * TILE_FIELDS
+        row, pair = tl.load(tile), tl.load(tile + 1)
+        query = q + row * G * D
+    return row, query, tile, pair
+
+
+@triton.jit
 def _attend_tile(
     q, scratch, scratch_lse, gathered, logits_out,
     pool_half, pool_bf16, pool_fp8, tables,
@@ -138,17 +145,9 @@ def _attend_tile(
     PAIRED: tl.constexpr = TOKENS < HALF
     STEPS: tl.constexpr = _steps_a_page(TOKENS, HALVES)
     VALUES_AT: tl.constexpr = code_bytes(KEYS, D, TOKENS) + scale_bytes(KEYS, D)
-    head, token = tl.arange(0, M), tl.arange(0, HALF)
-    factor = softmax_scale * LOG2_E
-    value_scale = 1.0
-    if KEYS == FP8 or has_head_scale(KEYS):
-        factor *= tl.load(fp8_scales) * whole_scale(KEYS, D)
-    elif has_random_signs(KEYS):
-        factor *= whole_scale(KEYS, D)
-    if VALUES == FP8 or has_head_scale(VALUES):
-        value_scale = tl.load(fp8_scales + 1) * whole_scale(VALUES, D)
-    elif has_random_signs(VALUES):
-        value_scale = whole_scale(VALUES, D)
+    head = tl.arange(0, M)
+    factor = softmax_scale * LOG2_E * _tensor_scale(fp8_scales, KEYS, D)
+    value_scale = _tensor_scale(fp8_scales + 1, VALUES, D)
     if is_signs(KEYS):
         queries, query_sums = spread_queries(q, factor, pool_half, tables, D, G, M, KEYS)
     else:
@@ -172,24 +171,9 @@ def _attend_tile(
             begin = (step % STEPS) * HALF
         halves = logits_of(queries, query_sums, pool_half, pool_bf16, pool_fp8, start, gap, begin,
                            factor, D, M, KEYS, HALVES, PAIRED, NATIVE)  # fmt: skip
-        logits = ()
-        for half in tl.static_range(HALVES):
-            place = token + (step * HALVES + half) * HALF
-            if EXPORT:
-                tl.store(logits_out + head[None, :] * EXPORT + place[:, None],
-                         halves[half] / LOG2_E,
-                         mask=(place < tokens)[:, None] & (head < G)[None, :])  # fmt: skip
-            known = tl.where((place < tokens)[:, None], halves[half], -float("inf"))
-            logits = logits + (known,)
-        peak = tl.maximum(largest, tl.max(_highest(logits, HALVES), 0))
-        shrink = tl.exp2(largest - peak)
-        largest = peak
-        weights = ()
-        totals = totals * shrink[None, :]
-        for half in tl.static_range(HALVES):
-            weight = tl.exp2(logits[half] - (peak - LIFT)[None, :])
-            totals += weight
-            weights = weights + (weight,)
+        if EXPORT:
+            _export(logits_out, halves, step, tokens, G, M, HALVES, EXPORT)
+        weights, shrink, largest, totals = _weigh(halves, step, tokens, largest, totals, HALVES)
         acc, shifts = add_values(acc, shifts, shrink, weights, pool_half, pool_bf16, pool_fp8,
                                  start + VALUES_AT, gap, begin,
                                  D, VALUES, HALVES, PAIRED, NATIVE)  # fmt: skip
@@ -202,6 +186,46 @@ def _attend_tile(
     else:
         store_parts(scratch, acc, shifts, total, value_scale, D, G, M, VALUES, PARTS,
                     is_turned(VALUE_CODE))  # fmt: skip
+
+
+@triton.jit
+def _tensor_scale(fp8_scale, CODE: tl.constexpr, D: tl.constexpr):
+    """What multiplies all of a head's keys, or values."""
+    scale = tl.full([], whole_scale(CODE, D), tl.float32)
+    if CODE == FP8 or has_head_scale(CODE):
+        scale *= tl.load(fp8_scale)
+    return scale
+
+
+@triton.jit
+def _export(logits_out, halves, step, tokens, G: tl.constexpr, M: tl.constexpr,
+            HALVES: tl.constexpr, EXPORT: tl.constexpr):  # fmt: skip
+    """A step's logits to where they are wanted, EXPORT being the tokens of a query's row."""
+    head, token = tl.arange(0, M)[None, :], tl.arange(0, HALF)[:, None]
+    for half in tl.static_range(HALVES):
+        place = token + (step * HALVES + half) * HALF
+        tl.store(logits_out + head * EXPORT + place, halves[half] / LOG2_E,
+                 mask=(place < tokens) & (head < G))  # fmt: skip
+
+
+@triton.jit
+def _weigh(halves, step, tokens, largest, totals, HALVES: tl.constexpr):
+    """A step's weights by half page, 2^LIFT times too large, beside the largest logit so far; what
+    sums before it are multiplied by; and the new largest logit and sums of weights."""
+    token = tl.arange(0, HALF)[:, None]
+    logits = ()
+    for half in tl.static_range(HALVES):
+        real = token + (step * HALVES + half) * HALF < tokens
+        logits = logits + (tl.where(real, halves[half], -float("inf")),)
+    peak = tl.maximum(largest, tl.max(_highest(logits, HALVES), 0))
+    shrink = tl.exp2(largest - peak)
+    totals = totals * shrink[None, :]
+    weights = ()
+    for half in tl.static_range(HALVES):
+        weight = tl.exp2(logits[half] - (peak - LIFT)[None, :])
+        totals += weight
+        weights = weights + (weight,)
+    return weights, shrink, peak, totals
 
 
 @triton.jit

@@ -27,11 +27,11 @@ from kvtune.runtime.kernels.codes import (
     product,
     scales_of,
 )
+from kvtune.runtime.kernels.scales import load_scales
 from kvtune.runtime.kernels.signs import sign_logits
 from kvtune.runtime.kernels.turning import turned_queries
 from kvtune.runtime.kernels.unpacking import (
     field_share,
-    load_scales,
     load_units,
     unit_of,
     unpacked,

@@ -24,9 +24,10 @@ from kvtune.runtime.kernels.codes import (
     product,
     scales_of,
 )
+from kvtune.runtime.kernels.scales import load_scales
 from kvtune.runtime.kernels.signs import add_sign_values
 from kvtune.runtime.kernels.turning import store_turned
-from kvtune.runtime.kernels.unpacking import load_scales, load_units, unit_of, unpacked
+from kvtune.runtime.kernels.unpacking import load_units, unit_of, unpacked
 
 
 @triton.constexpr_function
