@@ -50,7 +50,7 @@ def test_pages_hold_what_the_format_itself_decodes_to(name: str, head_dim: int) 
         return
     layout, both = layout_of(pair(form, form), head_dim), tensors(head_dim)
     scales = torch.stack([fp8_scale(x.abs().amax()) for x in both])
-    read = read_page(write_page(*both, layout, scales), layout, scales)
+    read = read_page(write_page(both[0], both[1], layout, scales), layout, scales)
     for role, held, own in zip(("keys", "values"), read, both, strict=True):
         stored = form.encode(own, role)  # type: ignore[arg-type]
         expected = form.decode(stored, head_dim, role)  # type: ignore[arg-type]

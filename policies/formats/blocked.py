@@ -109,7 +109,7 @@ def block_forms() -> Mapping[str, BlockFormat]:
 
 @cache
 def _numbered() -> Mapping[int, str]:
-    return {form.blocks.number: name for name, form in reversed(block_forms().items())}
+    return {form.blocks.number: name for name, form in reversed([*block_forms().items()])}
 
 
 def name_of(number: int) -> str:

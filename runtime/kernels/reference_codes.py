@@ -31,12 +31,14 @@ def read_codes(laid: Tensor, width: int, dim: int) -> Tensor:
 
 def by_unit(scales: Tensor) -> Tensor:
     """Scales by token ``[..., 64]`` as their tokens' codes lie."""
-    return scales.unflatten(-1, (2, _HALF)).transpose(-1, -2).flatten(-2)
+    units: Tensor = scales.unflatten(-1, (2, _HALF)).transpose(-1, -2).flatten(-2)
+    return units
 
 
 def by_token(laid: Tensor) -> Tensor:
     """What ``by_unit`` laid, ``[..., 64]``."""
-    return laid.unflatten(-1, (_HALF, 2)).transpose(-1, -2).flatten(-2)
+    tokens: Tensor = laid.unflatten(-1, (_HALF, 2)).transpose(-1, -2).flatten(-2)
+    return tokens
 
 
 def _pack(codes: Tensor, width: int) -> Tensor:
@@ -55,7 +57,7 @@ def _unpack(packed: Tensor, width: int) -> Tensor:
 
 def _units(packed: Tensor, dim: int) -> Tensor:
     """Bytes ``[n, 64, D / f]`` as they lie: tokens t and t + 32 side by side."""
-    halves = packed.unflatten(1, (2, _HALF))
+    halves: Tensor = packed.unflatten(1, (2, _HALF))
     return halves.permute((0, 2, 3, 1) if dim == 0 else (0, 3, 2, 1)).flatten(1)
 
 
