@@ -182,7 +182,7 @@ def test_kvshare_asks_with_the_last_query_but_one_of_a_question(tiny_model: Any)
     keys, values = (torch.cat([x[1][i] for x in apart], 2)[0].double() for i in (0, 1))
     change = cache_of(tiny_model, IDS[:30])[1][1][0].double() - values
     chosen = []
-    for question in (IDS[30:], IDS[30:][::-1], []):
+    for question in (IDS[30:], IDS[30:][::-1], IDS[:0]):
         worth = change.abs().sum((0, 2))
         worth = worth * drawn_by_the_last_but_one(tiny_model, [*IDS[:30], *question], keys)
         expected = (12 + worth[12:].topk(4).indices).sort().values.tolist()

@@ -21,6 +21,10 @@ from kvtune.policies.methods.full import Full
 from kvtune.policies.option import ALL, Option
 from kvtune.policies.page_formats import PAGE
 from kvtune.policies.pages import PageLayout, has_pages, layout_of
+from kvtune.runtime.cache.backend import PlainBackend
+from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.pool import Pool
+from kvtune.runtime.cache.storing import store_prompts
 from kvtune.runtime.kernels.launch import Scratch, decode
 from kvtune.runtime.kernels.reference import attend, fp8_scale, read_page, write_page
 from kvtune.tests.page_layers import layer
@@ -122,6 +126,18 @@ def test_kernels_attend_as_what_was_dequantised(case: tuple[int, list[str]]) -> 
         exact, exact_lse = attend(q[row].double(), keys, values, head_dim**-0.5)
         assert float((out[row] - exact).abs().max()) < 1e-3, kept[row]
         torch.testing.assert_close(lse[row].double(), exact_lse, atol=1e-3, rtol=1e-3)
+
+
+def test_a_head_scale_is_that_of_the_tokens_that_are_coded() -> None:
+    """Sinks in 16 bits, which are a hundred times larger, do not widen it."""
+    form = NvFp4(exact_first=4)
+    rows = tensors(64, 100)
+    rows[:, :4] *= 100
+    stored = PagedLayer(0, [pair(form, form)], 64, 1, Pool(4 * 576, 256, "cpu"), PlainBackend())
+    store_prompts(stored, rows[:1].bfloat16(), rows[1:].bfloat16(), [torch.arange(100)])
+    held = [float(form.codes(x[4:].bfloat16().float(), "keys")["head"]) for x in rows]
+    expected = torch.tensor(held) * 6  # codes of e2m1 end at 6
+    torch.testing.assert_close(stored.fp8_scales[0], expected)
 
 
 def test_a_format_of_another_package_would_have_pages_too() -> None:
