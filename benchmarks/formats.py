@@ -23,11 +23,13 @@ enough for a CPU:
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,7 +161,7 @@ def kernels(found: Found, arguments: argparse.Namespace) -> None:
     for name, pair in PAIRS.items():
         if found.is_over() or (only and name not in ("bf16", *only)):
             continue
-        shapes = ((64, 100),) if tiny else ((64, 3000), (128, 3000))
+        shapes = [(64, 100)] if tiny else [(width, 3000) for width in arguments.head_dims]
         errors = {
             str(head_dim): found.attempt(
                 f"error of {name}, {head_dim}", lambda p=pair, d=head_dim, t=tokens: error(p, d, t)
@@ -167,17 +169,31 @@ def kernels(found: Found, arguments: argparse.Namespace) -> None:
             for head_dim, tokens in shapes
         }
         times: dict[str, Any] = {}
+        found.figures["kernels"][name] = {"error": errors, "times": times}
+        found.write()
         for megabytes in () if tiny else arguments.sizes:
-            times[str(megabytes)] = found.attempt(
-                f"time of {name}, {megabytes} MB", lambda p=pair, m=megabytes: microseconds(p, m)
-            )
+            with alone(arguments.lock):
+                times[str(megabytes)] = found.attempt(
+                    f"time of {name}, {megabytes} MB",
+                    lambda p=pair, m=megabytes: microseconds(p, m),
+                )
             bf16 = found.figures["kernels"].get("bf16", {}).get("times", times)[str(megabytes)]
             if times[str(megabytes)] and bf16:
                 speed = bf16["us"] / times[str(megabytes)]["us"]
                 times[str(megabytes)]["times as fast as bf16"] = round(speed, 2)
             torch.cuda.empty_cache()
-        found.figures["kernels"][name] = {"error": errors, "times": times}
         found.write()
+
+
+@contextmanager
+def alone(lock: Path | None) -> Iterator[None]:
+    """While no other process times anything, of those that were given the same file."""
+    if lock is None:
+        yield
+        return
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
 
 
 def tuned(found: Found, arguments: argparse.Namespace) -> None:
@@ -323,6 +339,8 @@ def main() -> None:
     parser.add_argument("--live", action="store_true", help="what formats lose alone")
     parser.add_argument("--kernels", action="store_true", help="errors and times alone")
     parser.add_argument("--only", nargs="+", help="names of formats, instead of all")
+    parser.add_argument("--head-dims", type=int, nargs="+", default=(64, 128), help="of errors")
+    parser.add_argument("--lock", type=Path, help="a file by which processes time one at a time")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES_MB, help="MB that bf16 takes")
     parser.add_argument("--tokens", type=int, default=2048, help="of a sample, an eighth observed")
     parser.add_argument("--each", type=int, default=12, help="samples of each kind of text")
