@@ -63,11 +63,13 @@ def turned_queries(q, D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     SHARE: tl.constexpr = W // BLOCK
     head, channel = tl.arange(0, M)[None, :], tl.arange(0, BLOCK)
     matrix = signs(channel, channel)
-    blocks = ()
-    for block in tl.static_range(PARTS * SHARE):
+    loaded, blocks = (), ()
+    for block in tl.static_range(PARTS * SHARE):  # all on their way before one is waited for
         first = first_channel(block // SHARE, KEYS, D) + block % SHARE * BLOCK
         place = head * D + (first + channel)[:, None]
-        query = tl.load(q + place, mask=head < G, other=0)
+        loaded = loaded + (tl.load(q + place, mask=head < G, other=0),)
+    for block in tl.static_range(PARTS * SHARE):
+        query = loaded[block]
         if has_random_signs(KEYS):
             mine = _random_signs(
                 first_channel(block // SHARE, KEYS, D) + block % SHARE * BLOCK, BLOCK, D
