@@ -78,7 +78,7 @@ CACHE_FACTOR = {
     # benchmarks/results/formats-blocks-h200.json: from 256 MB to 1 GB; less where tiles are short,
     # since one begins by spreading its queries over signs. Formats in blocks that are not named
     # there are as their bits are.
-    "allocated": Prior(0.24, 0.06, 0.36),
+    "allocated": Prior(0.24, 0.08, 0.36),
     "mxfp4": Prior(0.56, 0.35, 0.66),
     **dict.fromkeys(_BLOCKS_OF_EIGHT, _EIGHT_BITS),
     **dict.fromkeys(_BLOCKS_OF_FOUR, Prior(0.55, 0.30, 0.80)),
