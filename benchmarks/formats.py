@@ -23,11 +23,13 @@ enough for a CPU:
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ import paged
 import torch
 
 from kvtune.policies.format import Format, formats
+from kvtune.policies.formats.blocked import block_forms
 from kvtune.policies.formats.fitted import Allocated, Fitted
 from kvtune.policies.formats.grouped import Int2, Int4
 from kvtune.policies.formats.hqq import Hqq2
@@ -78,12 +81,21 @@ PAIRS = {
     "allocated 2.25, 2 rotated": ("signs2.25", "rotated_signs2"),
     "allocated 2, 2": ("signs2", "signs2"),
     "allocated 3, 3 rotated": ("signs3", "rotated_signs3"),
+    "fp8": ("fp8", "fp8"),
+    **{name: (name, name) for name in block_forms() if "/" not in name},
 }
 TUNED = (
     "allocated 2.25, 2 rotated", "allocated 3, 3 rotated",
     "rotated int4", "rotated int3", "rotated int2", "int4", "int3",
 )  # fmt: skip
-TRIED = {"programs": (None, 396, 660, 792, 1056), "stages": (3, 2, 4), "warps": (1, 2)}
+TRIED = (
+    Shape(), Shape(stages=2), Shape(stages=4), Shape(programs=792), Shape(programs=1056),
+    Shape(registers=208, programs=1152), Shape(registers=184, programs=1408),
+    Shape(registers=168, programs=1536), Shape(registers=168, programs=1536, stages=2),
+    Shape(registers=144, programs=1792), Shape(registers=128, programs=2048),
+)  # fmt: skip
+"""More programs run at once where each takes fewer registers: 8 a processor of as many as the
+compiler likes, 12 of 168; numbers of programs are whole tiles a row of 64."""
 TINY = {"search": {"prose": 1}}
 TOGETHER = 4  # policies in one batch
 
@@ -149,7 +161,7 @@ def kernels(found: Found, arguments: argparse.Namespace) -> None:
     for name, pair in PAIRS.items():
         if found.is_over() or (only and name not in ("bf16", *only)):
             continue
-        shapes = ((64, 100),) if tiny else ((64, 3000), (128, 3000))
+        shapes = [(64, 100)] if tiny else [(width, 3000) for width in arguments.head_dims]
         errors = {
             str(head_dim): found.attempt(
                 f"error of {name}, {head_dim}", lambda p=pair, d=head_dim, t=tokens: error(p, d, t)
@@ -157,40 +169,51 @@ def kernels(found: Found, arguments: argparse.Namespace) -> None:
             for head_dim, tokens in shapes
         }
         times: dict[str, Any] = {}
-        for megabytes in () if tiny else SIZES_MB:
-            times[str(megabytes)] = found.attempt(
-                f"time of {name}, {megabytes} MB", lambda p=pair, m=megabytes: microseconds(p, m)
-            )
+        found.figures["kernels"][name] = {"error": errors, "times": times}
+        found.write()
+        for megabytes in () if tiny else arguments.sizes:
+            with alone(arguments.lock):
+                times[str(megabytes)] = found.attempt(
+                    f"time of {name}, {megabytes} MB",
+                    lambda p=pair, m=megabytes: microseconds(p, m),
+                )
             bf16 = found.figures["kernels"].get("bf16", {}).get("times", times)[str(megabytes)]
             if times[str(megabytes)] and bf16:
                 speed = bf16["us"] / times[str(megabytes)]["us"]
                 times[str(megabytes)]["times as fast as bf16"] = round(speed, 2)
             torch.cuda.empty_cache()
-        found.figures["kernels"][name] = {"error": errors, "times": times}
         found.write()
 
 
-def tuned(found: Found, tiny: bool) -> None:
-    """Times of rotated pairs by the kernel's shape; ``inf`` where one does not run."""
+@contextmanager
+def alone(lock: Path | None) -> Iterator[None]:
+    """While no other process times anything, of those that were given the same file."""
+    if lock is None:
+        yield
+        return
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+
+
+def tuned(found: Found, arguments: argparse.Namespace) -> None:
+    """Times of pairs by the kernel's shape; ``inf`` where one does not run."""
+    tiny, names = arguments.tiny, arguments.only or TUNED
     sizes = (1,) if tiny else (256, 512)
     table = found.figures["tuned"] = {}
-    for name in ("bf16", *TUNED):
-        best, times = Shape(), table.setdefault(name, {})
-        for field, values in TRIED.items() if name != "bf16" else [("programs", (None,))]:
-            for value in values:
-                shape = replace(best, **{field: value})
-                if found.is_over() or str(shape) in times:
-                    continue
-                case = f"{name}, {shape}"
-                some = [
-                    found.attempt(case, lambda m=m, s=shape, n=name: timed(n, m, s, tiny))
-                    for m in sizes
-                ]
-                times[str(shape)] = [each["us"] if each else math.inf for each in some]
-                torch.cuda.empty_cache()
-                if sum(times[str(shape)]) < sum(times[str(best)]):
-                    best = shape
-                found.write()
+    for name in ("bf16", *names):
+        times = table.setdefault(name, {})
+        for shape in TRIED if name != "bf16" else TRIED[:1]:
+            if found.is_over():
+                continue
+            case = f"{name}, {shape}"
+            some = [
+                found.attempt(case, lambda m=m, s=shape, n=name: timed(n, m, s, tiny))
+                for m in sizes
+            ]
+            times[str(shape)] = [each["us"] if each else math.inf for each in some]
+            torch.cuda.empty_cache()
+            found.write()
 
 
 def timed(name: str, megabytes: int, shape: Shape, tiny: bool) -> dict[str, float]:
@@ -316,6 +339,9 @@ def main() -> None:
     parser.add_argument("--live", action="store_true", help="what formats lose alone")
     parser.add_argument("--kernels", action="store_true", help="errors and times alone")
     parser.add_argument("--only", nargs="+", help="names of formats, instead of all")
+    parser.add_argument("--head-dims", type=int, nargs="+", default=(64, 128), help="of errors")
+    parser.add_argument("--lock", type=Path, help="a file by which processes time one at a time")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES_MB, help="MB that bf16 takes")
     parser.add_argument("--tokens", type=int, default=2048, help="of a sample, an eighth observed")
     parser.add_argument("--each", type=int, default=12, help="samples of each kind of text")
     arguments = parser.parse_args()
@@ -323,7 +349,7 @@ def main() -> None:
     parts = parts or ["kernels", "live"]
     found = Found(arguments.out, arguments.seconds, *(() if arguments.tune else parts))
     if arguments.tune:
-        found.attempt("tuned", lambda: tuned(found, arguments.tiny))
+        found.attempt("tuned", lambda: tuned(found, arguments))
         found.write()
         return
     if "kernels" in parts:

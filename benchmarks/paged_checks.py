@@ -14,7 +14,8 @@ from paged import DEVICE, Layer, Run, make_layer, uniform
 from torch import Tensor
 
 from kvtune.policies.option import Option
-from kvtune.policies.pages import PAGE, PageLayout
+from kvtune.policies.page_formats import PAGE
+from kvtune.policies.pages import PageLayout
 from kvtune.runtime.cache.backend import TritonBackend
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.pool import Pool

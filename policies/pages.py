@@ -16,6 +16,8 @@ scales    fp16, then offsets likewise: of keys by channel [D/f, f], one a channe
           keys by token [g, 32, 2], one a token and group of 64 channels; each in the order in
           which its codes are met
 
+blocks    of ``policies.blocks``: codes in units as those of integers, behind them each block's
+          scale [blocks, 32, 2] in its own bytes, and zero points in 16 bits likewise behind those
 rotated   integers whose keys or values were multiplied by a Hadamard matrix before; they lie alike
 signs     of ``policies.formats.fitted.Allocated``: bytes of eight signs, channel by channel, in
           such units too, keys [32, S/8], values [S/8, 32]; behind each a byte a token, its scale.
@@ -33,50 +35,29 @@ from functools import cached_property
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.format import Format
+from kvtune.policies.formats.blocked import BlockFormat, block_forms
 from kvtune.policies.option import Option
-
-PAGE = 64
-"""Tokens of a page whose keys or values are coded; also the group that shares a scale."""
-
-BF16_PAGE = 16
-"""Tokens of a page whose keys and values are both in 16 bits; half of a kernel's step, or all."""
-
-CODES = {"bf16": 16, "fp8": 9, "int8": 8, "int3": 6, "int4": 4, "int2": 2}
-"""What a kernel calls a format: its bits, 9 for fp8, and 6 for three bits."""
-
-BITS = {"bf16": 16, "fp8": 8, "int8": 8, "int4": 4, "int3": 3, "int2": 2}
-"""Bits an element, scales aside."""
-
-AS_VALUES = "-token"
-"""How the names of keys end that are grouped as values are, by token."""
-
-_INTEGERS = {name: code for name, code in CODES.items() if name.startswith("int")}
-
-KEY_CODES = CODES | {name + AS_VALUES: code - 1 for name, code in _INTEGERS.items()}
-"""Of keys: also integers by token, which are called one less than others."""
-
-ROTATED = "rotated_"
-"""How the names of formats begin whose numbers lie in a page times a Hadamard matrix."""
-
-TURNED = 32
-"""What is added to a format's number where it is rotated; a pair's keys count twice as much."""
-
-SIGNS = {f"signs{eighths / 8:g}": eighths + 5 for eighths in range(12, 27)}
-"""Rows of signs, by their mean bits: 17 of one and a half, 31 of three and a quarter."""
-
-VALUE_CODES = CODES | {ROTATED + name: code + TURNED for name, code in _INTEGERS.items()}
-"""Numbers by which kernels know the formats of values."""
-
-ALL_KEY_CODES = KEY_CODES | {
-    ROTATED + name: code + TURNED for name, code in KEY_CODES.items() if code <= 8
-}
-"""Numbers by which kernels know the formats of keys."""
-
-_SIGN_CODES = SIGNS | {ROTATED + name: code + TURNED for name, code in SIGNS.items()}
-_ALL_CODES = ALL_KEY_CODES | VALUE_CODES | _SIGN_CODES
-
-CLIP = {2: 0.7, 3: 0.85, 4: 1.0, 8: 1.0}
-"""What is left of the range of a rotated group, by its bits: the formats' own defaults."""
+from kvtune.policies.page_formats import (
+    AS_VALUES,
+    BF16_PAGE,
+    CLIP,
+    PAGE,
+    PAIR,
+    ROTATED,
+    SIGNS,
+    VALUE_CODES,
+    code_bytes,
+    field_bits,
+    has_head_scales,
+    is_by_token,
+    is_integer,
+    is_rotated,
+    is_signs,
+    named,
+    number_of,
+    scale_bytes,
+    sign_bytes,
+)
 
 KERNEL_HEAD_DIMS = (64, 128, 256)
 
@@ -87,8 +68,9 @@ class PageLayout:
 
     Args:
         head_dim: D.
-        keys: a key of ``ALL_KEY_CODES``; of ``SIGNS`` where values are signs too.
-        values: a key of ``VALUE_CODES``; or signs, rotated or not.
+        keys: a key of ``ALL_KEY_CODES`` or of ``block_forms``; of ``SIGNS`` where values are signs
+            too.
+        values: a key of ``VALUE_CODES`` or of ``block_forms``; or signs, rotated or not.
     """
 
     head_dim: int
@@ -98,20 +80,19 @@ class PageLayout:
     @staticmethod
     def of(head_dim: int, code: int) -> PageLayout:
         """The layout that has this ``code``."""
-        names = {number: name for name, number in _ALL_CODES.items()}
-        keys, values = divmod(code, 2 * TURNED)
-        return PageLayout(head_dim, names[keys], names[values])
+        keys, values = divmod(code, PAIR)
+        return PageLayout(head_dim, named(keys), named(values))
 
     @property
     def codes(self) -> tuple[int, int]:
         """What kernels call the keys' and the values' formats."""
-        return _ALL_CODES[self.keys], _ALL_CODES[self.values]
+        return number_of(self.keys), number_of(self.values)
 
     @property
     def code(self) -> int:
         """The pair as one number, for kernels."""
         keys, values = self.codes
-        return 2 * TURNED * keys + values
+        return PAIR * keys + values
 
     @property
     def page_tokens(self) -> int:
@@ -171,6 +152,11 @@ class PageLayout:
         They take no tokens that come later, and stay on the device.
         """
         return is_signs(self.keys)
+
+    @property
+    def has_head_scales(self) -> bool:
+        """Whether keys or values have a scale that all of a head's tokens share."""
+        return has_head_scales(self.keys) or has_head_scales(self.values)
 
     @property
     def settles(self) -> bool:
@@ -265,9 +251,12 @@ def has_pages(option: Option, head_dim: int) -> bool:
 def _stored(form: Format, head_dim: int) -> str:
     if form.name == "allocated":
         return _stored_signs(form, head_dim)
+    if isinstance(form, BlockFormat):
+        return _stored_blocks(form, head_dim)
     if form.name not in VALUE_CODES:
+        names = [*VALUE_CODES, "allocated", *dict.fromkeys(x.name for x in block_forms().values())]
         raise KvtuneError(
-            f"the runtime stores no {form.name}", hint=f"it stores {', '.join(VALUE_CODES)}."
+            f"the runtime stores no {form.name}", hint=f"it stores {', '.join(names)}."
         )
     clip = getattr(form, "clip", None)
     if clip is not None and clip != CLIP[form.bits]:
@@ -290,57 +279,11 @@ def _stored_signs(form: Format, head_dim: int) -> str:
     return rotated + name
 
 
-def is_signs(name: str) -> bool:
-    """Whether a page holds rows of signs."""
-    return name.removeprefix(ROTATED) in SIGNS
-
-
-def is_integer(name: str) -> bool:
-    """Whether a format has codes with scales."""
-    return name.removeprefix(ROTATED).startswith("int")
-
-
-def is_rotated(name: str) -> bool:
-    """Whether a page holds this format's numbers times a Hadamard matrix."""
-    return name.startswith(ROTATED)
-
-
-def is_by_token(name: str) -> bool:
-    """Whether these are keys that are grouped as values are."""
-    return name.endswith(AS_VALUES)
-
-
-def sign_bytes(name: str, head_dim: int) -> int:
-    """Bytes of a token's signs."""
-    return (SIGNS[name.removeprefix(ROTATED)] - 5) * head_dim // 64
-
-
-def bits(name: str) -> int:
-    """Bits an element, scales aside."""
-    return BITS[name.removeprefix(ROTATED).removesuffix(AS_VALUES)]
-
-
-def fields(name: str) -> int:
-    """Channels that share a byte, or what of one holds the lower two of their three bits."""
-    return 4 if bits(name) == 3 else 8 // bits(name)
-
-
-def code_bytes(name: str, head_dim: int, tokens: int = PAGE) -> int:
-    """Bytes of the codes of a page of so many tokens, of keys or of values."""
-    if is_signs(name):
-        return tokens * sign_bytes(name, head_dim)
-    return tokens * head_dim * bits(name) // 8
-
-
-def scale_bytes(name: str, head_dim: int, by_token: bool) -> int:
-    """Bytes of a page's scales and offsets, of keys or of values."""
-    if is_signs(name):
-        return PAGE
-    if not is_integer(name):
-        return 0
-    return 4 * (PAGE * token_groups(head_dim) if by_token else head_dim)
-
-
-def token_groups(head_dim: int) -> int:
-    """Groups of a token's channels that share a scale."""
-    return -(-head_dim // PAGE)
+def _stored_blocks(form: BlockFormat, head_dim: int) -> str:
+    blocks, fields = form.blocks, 8 // field_bits(form.bits)
+    if form.page_name not in block_forms():
+        raise KvtuneError(f"the runtime stores no {form.page_name}, blocks of {blocks.width}")
+    narrow = head_dim in KERNEL_HEAD_DIMS and head_dim < 16 * fields
+    if head_dim % blocks.width_of(head_dim) or head_dim % fields or head_dim % 4 or narrow:
+        raise KvtuneError(f"the runtime stores no {form.label} of {head_dim} channels")
+    return form.page_name

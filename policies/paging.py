@@ -13,14 +13,8 @@ from functools import lru_cache
 
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.option import Option
-from kvtune.policies.pages import (
-    PAGE,
-    PageLayout,
-    PageTables,
-    exact_tokens,
-    has_pages,
-    layout_of,
-)
+from kvtune.policies.page_formats import PAGE
+from kvtune.policies.pages import PageLayout, PageTables, exact_tokens, has_pages, layout_of
 from kvtune.policies.parts import PartPlan, entries_of
 from kvtune.policies.policy import Policy
 from kvtune.policies.reader import BlockReader, Reader

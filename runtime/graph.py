@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.transformers_interface import cache_argument
-from kvtune.policies.pages import PAGE
+from kvtune.policies.page_formats import PAGE
 from kvtune.runtime.admission import read_prompts
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.fuse import fused_on_gpu

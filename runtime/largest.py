@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from kvtune.common.transformers_interface import attention_restored
-from kvtune.policies.pages import PAGE
+from kvtune.policies.page_formats import PAGE
 from kvtune.policies.paging import Growth, sequence_bytes
 from kvtune.policies.policy import Policy
 from kvtune.runtime.admission import read_for_all

@@ -257,16 +257,18 @@ def test_hqq_fits_the_offset_by_half_quadratic_splitting(kind: Any) -> None:
     x = rows.double().numpy()
     most = 2**form.bits - 1
     scale = np.minimum(most / (x.max(1, keepdims=True) - x.min(1, keepdims=True)), 2e4)
-    zero, kept, best = -x.min(1, keepdims=True) * scale, None, np.inf
-    for _ in range(20):
-        q = np.clip(np.rint(x * scale + zero), 0, most)
-        rest = x - (q - zero) / scale
-        if np.abs(rest).mean() >= best:
-            break
-        best, kept = np.abs(rest).mean(), zero
-        size = np.abs(rest)
-        shrunk = np.sign(rest) * np.maximum(size - np.maximum(size, 1e-8) ** -0.3 / 10, 0)
-        zero = (q - (x - shrunk) * scale).mean(1, keepdims=True)
+    zero, kept = -x.min(1, keepdims=True) * scale, np.zeros((20, 1))
+    for row, best in enumerate([np.inf] * 20):  # each stops by itself
+        line, step, at = x[row], scale[row], zero[row]
+        for _ in range(20):
+            q = np.clip(np.rint(line * step + at), 0, most)
+            rest = line - (q - at) / step
+            if np.abs(rest).mean() >= best:
+                break
+            best, kept[row] = np.abs(rest).mean(), at
+            size = np.abs(rest)
+            shrunk = np.sign(rest) * np.maximum(size - np.maximum(size, 1e-8) ** -0.3 / 10, 0)
+            at = (q - (line - shrunk) * step).mean()
     q = np.clip(np.rint(x * scale + kept), 0, most)
     expected = (q - np.float16(kept).astype(float)) * np.float16(1 / scale).astype(float)
     close = np.abs(read(form, rows, "keys") - expected) < 2e-3 * (1 + np.abs(expected))

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from kvtune.benchmarks.rooflines import roofline_decode_steps, scaled_decode_steps
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.format import formats
-from kvtune.policies.pages import VALUE_CODES
+from kvtune.policies.formats.blocked import block_forms
+from kvtune.policies.page_formats import VALUE_CODES
 from kvtune.profiles.gpus import find_gpu, list_gpus
 from kvtune.profiles.models import find_model, list_models
 from kvtune.simulator.latency import steps as latency
@@ -135,7 +136,8 @@ def test_the_factor_of_a_narrow_cache_falls_with_its_bits() -> None:
 
 def test_every_format_has_a_price_of_its_own_and_an_unreported_one_a_wider() -> None:
     # What has pages is priced.
-    assert {*VALUE_CODES, "allocated"} == {*CACHE_FACTOR} <= {*formats()}
+    in_blocks = {form.name for form in block_forms().values()}
+    assert {*VALUE_CODES, "allocated", *in_blocks} == {*CACHE_FACTOR} <= {*formats()}
     widest = max(prior.high / prior.low for prior in CACHE_FACTOR.values())
     assert cache_factor("fp6", "high") / cache_factor("fp6", "low") > 2 * widest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -132,6 +133,21 @@ def test_running_all_tokens_anew_is_a_whole_pass(
     same(found.cache, cache_of(tiny_model, IDS))
 
 
+def drawn_by_the_last_but_one(
+    model: Any, token_ids: Sequence[int], keys: torch.Tensor
+) -> torch.Tensor:
+    """Of layer 1, the attention of the last token but one of a text to these keys ``[H, T, D]``."""
+    from kvtune.traces.passes import run_prompt
+
+    q: list[torch.Tensor] = []
+    run_prompt(model, token_ids, lambda layer, x, k, v: q.append(x[0].double()))
+    group = len(q[1]) // len(keys)
+    logits = torch.stack(
+        [keys[n // group] @ x[-2] * model.geometry.scale for n, x in enumerate(q[1])]
+    )
+    return logits.softmax(-1).mean(0)
+
+
 @pytest.mark.parametrize("rule", ["cacheblend", "kvshare"])
 def test_the_tokens_that_differ_most_run_anew(
     tiny_model: Any, rule: Literal["cacheblend", "kvshare"]
@@ -144,15 +160,7 @@ def test_the_tokens_that_differ_most_run_anew(
     change = whole[1][1][0].double() - old
     worth = change.square().sum((0, 2))
     if rule == "kvshare":
-        q: list[torch.Tensor] = []
-        from kvtune.traces.passes import run_prompt
-
-        run_prompt(tiny_model, IDS, lambda layer, x, k, v: q.append(x[0].double()))
-        group = len(q[1]) // len(old)
-        logits = torch.stack(
-            [old_keys[n // group] @ x[-2] * tiny_model.geometry.scale for n, x in enumerate(q[1])]
-        )
-        worth = change.abs().sum((0, 2)) * logits.softmax(-1).mean(0)
+        worth = change.abs().sum((0, 2)) * drawn_by_the_last_but_one(tiny_model, IDS, old_keys)
     worth[:12] = -1
     expected = worth.topk(7).indices.sort().values
     assert found.recomputed.tolist() == expected.tolist()
@@ -165,6 +173,23 @@ def test_the_tokens_that_differ_most_run_anew(
     nothing = blended(tiny_model, IDS, chunks, share=0.0, rule=rule)
     errors = [float((x.cache[2][1] - whole[2][1]).square().sum()) for x in (found, nothing)]
     assert errors[0] < errors[1]
+
+
+def test_kvshare_asks_with_the_last_query_but_one_of_a_question(tiny_model: Any) -> None:
+    """The prompt ends with the question; of the keys, only reused ones are looked at."""
+    chunks = [cache_of(tiny_model, part) for part in (IDS[:12], IDS[12:30])]
+    apart = [moved(tiny_model, chunk, n) for chunk, n in zip(chunks, (0, 12), strict=True)]
+    keys, values = (torch.cat([x[1][i] for x in apart], 2)[0].double() for i in (0, 1))
+    change = cache_of(tiny_model, IDS[:30])[1][1][0].double() - values
+    chosen = []
+    for question in (IDS[30:], IDS[30:][::-1], IDS[:0]):
+        worth = change.abs().sum((0, 2))
+        worth = worth * drawn_by_the_last_but_one(tiny_model, [*IDS[:30], *question], keys)
+        expected = (12 + worth[12:].topk(4).indices).sort().values.tolist()
+        found = blended(tiny_model, IDS[:30], chunks, share=0.25, rule="kvshare", question=question)
+        assert found.recomputed.tolist() == expected
+        chosen.append(expected)
+    assert chosen[0] != chosen[2], "the question is of no account"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25])

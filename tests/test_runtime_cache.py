@@ -22,7 +22,8 @@ from kvtune.policies.formats.gear import Gear
 from kvtune.policies.formats.grouped import Grouped, Int2, Int3, Int4, Int8
 from kvtune.policies.formats.kitty import Kitty
 from kvtune.policies.formats.rotated import Rotated, RotatedInt2, RotatedInt4, RotatedInt8
-from kvtune.policies.formats.turboquant import TurboQuant2
+from kvtune.policies.formats.token_head import Fp8Unscaled, Int4TokenHead, Int8TokenHead
+from kvtune.policies.formats.turboquant import TurboQuant2, TurboQuant3
 from kvtune.policies.method import Method, methods
 from kvtune.policies.methods.ems import EMSReconstruction
 from kvtune.policies.methods.full import Full
@@ -181,6 +182,9 @@ def test_every_method_keeps_what_it_keeps_in_replay(network: Any, name: str) -> 
         Option(WeightedKeys("snapkv"), Budget(tokens=70), Allocated(mean_bits=3.0), HADAMARD),
         Option(WeightedKeys(), ALL, Allocated(mean_bits=3.0), HADAMARD),
         Option(Full(), ALL, Allocated(0, 3.0), Allocated(0)),
+        Option(SnapKV(window=8), Budget(tokens=70), TurboQuant3(exact_first=4), TurboQuant2(4)),
+        Option(Full(), ALL, Int8TokenHead(), Int4TokenHead()),
+        Option(Full(), ALL, Fp8Unscaled(), Int4()),
     ],
     ids=lambda option: option.label,
 )
@@ -433,10 +437,10 @@ def test_tiles_of_short_heads_are_of_128_tokens(form: str, each: int) -> None:
 
 
 def test_a_layer_is_cut_into_as_many_tiles_as_its_formats_allow_at_once() -> None:
-    bf16, int4, int2 = (65 * code for code in (16, 4, 2))
+    bf16, int4, int2 = (PageLayout(64, name, name).code for name in ("bf16", "int4", "int2"))
     kinds = {(bf16,): "floats", (int4, int2): "integers", (bf16, int4): "mixed"}
     assert {pairs: kind_of(pairs) for pairs in kinds} == kinds
-    assert kind_of((64 * 4 + 16,)) == "integers"  # integer keys, values in bf16
+    assert kind_of((PageLayout(64, "int4", "bf16").code,)) == "integers"
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -21,7 +21,8 @@ from kvtune.policies.methods.razor import Razor
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.token_select import TokenSelect
 from kvtune.policies.option import ALL, Budget, Option
-from kvtune.policies.pages import PAGE, PageLayout
+from kvtune.policies.page_formats import PAGE
+from kvtune.policies.pages import PageLayout
 from kvtune.policies.paging import (
     HOST_SLAB_BYTES,
     Growth,

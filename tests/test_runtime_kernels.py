@@ -20,7 +20,7 @@ from kvtune.policies.formats.grouped import Int2, Int4
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.option import ALL, Budget, Option
-from kvtune.policies.pages import (
+from kvtune.policies.page_formats import (
     ALL_KEY_CODES,
     AS_VALUES,
     BF16_PAGE,
@@ -28,8 +28,8 @@ from kvtune.policies.pages import (
     KEY_CODES,
     PAGE,
     VALUE_CODES,
-    PageLayout,
 )
+from kvtune.policies.pages import PageLayout
 from kvtune.policies.policy import Policy
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache.backend import Growing, Moves, PlainBackend, TritonBackend, Writing
@@ -43,7 +43,8 @@ from kvtune.runtime.fuse import fused
 from kvtune.runtime.kernels.columns import column_sums
 from kvtune.runtime.kernels.launch import Paged, Scratch, decode
 from kvtune.runtime.kernels.reference import attend, read_page, write_page
-from kvtune.runtime.kernels.tiles import TABLE_AHEAD, Segments, plan_tiles
+from kvtune.runtime.kernels.tiles import TABLE_AHEAD
+from kvtune.tests.page_layers import layer
 from kvtune.tests.tiers import first
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_interpreter")
@@ -51,46 +52,6 @@ INTERPRETED = [name for name in KEY_CODES if name != "fp8"]  # the interpreter r
 TURNED_KEYS = [name for name in ALL_KEY_CODES if name not in KEY_CODES]
 TURNED_VALUES = [name for name in VALUE_CODES if name not in CODES]
 TOKEN_KEYS = [name for name in KEY_CODES if name.endswith(AS_VALUES)]
-
-
-def layer(
-    head_dim: int, runs: list[tuple[int, str, str, int]], seed: int
-) -> tuple[Paged, list[list[tuple[Tensor, Tensor]]]]:
-    """Random pages of (row, keys, values, tokens), and what they hold."""
-    generator = torch.Generator().manual_seed(seed)
-    layouts = [PageLayout(head_dim, keys, values) for _, keys, values, _ in runs]
-    sizes = [layout.page_tokens for layout in layouts]
-    pages = np.array([x.pages_for(tokens) for x, (*_, tokens) in zip(layouts, runs, strict=True)])
-    cells = np.repeat([layout.page_cells for layout in layouts], pages)
-    start = cells.cumsum() - cells
-    pool = torch.zeros(int(cells.sum()) * 4 * head_dim, dtype=torch.uint8)
-    scales = torch.full((len(runs), 2), 0.01)
-    held: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(1 + max(r for r, *_ in runs))]
-    for segment, (row, _, _, tokens) in enumerate(runs):
-        keys, values = torch.randn(2, 1, tokens, head_dim, generator=generator).bfloat16()
-        at = start[pages[:segment].sum() :][: pages[segment]]
-        first = np.arange(pages[segment]) * sizes[segment]
-        columns = (0, first, np.minimum(tokens - first, sizes[segment]), at, segment)
-        pages_of = torch.from_numpy(np.stack(np.broadcast_arrays(*columns), 1)).int()
-        chosen = torch.arange(tokens, dtype=torch.int32)
-        layout = layouts[segment]
-        if len(pages_of):
-            PlainBackend().write(pool, Writing(layout, keys, values, chosen, pages_of, scales))
-        for cell, count in zip(at, columns[2], strict=True):
-            raw = pool[cell * 4 * head_dim :][: layout.page_bytes]
-            read = read_page(raw, layout, scales[segment])
-            held[row].append((read[0][:count], read[1][:count]))
-    growing = np.array([segment % 2 for segment in range(len(runs))], bool)
-    lengths = np.array([tokens for *_, tokens in runs])
-    segments = Segments(
-        np.array([row for row, *_ in runs]), np.array([x.code for x in layouts]),
-        pages.cumsum() - pages, pages, np.where(growing, -1, lengths),
-    )  # fmt: skip
-    tiles = plan_tiles(segments, start, programs=7)
-    table = torch.tensor(np.append(start, [0] * TABLE_AHEAD), dtype=torch.int32)
-    counts = torch.tensor(lengths, dtype=torch.int32)
-    records = torch.tensor(tiles.records)
-    return Paged(pool, table, counts, scales, records, tiles.pairs, head_dim), held
 
 
 @pytest.mark.parametrize("shape", first([(64, 3, 0), (128, 4, 1), (256, 2, 2)]))

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.option import Budget, Option
-from kvtune.policies.pages import BF16_PAGE, PAGE
+from kvtune.policies.page_formats import BF16_PAGE, PAGE
 from kvtune.policies.paging import Growth, head_pages
 from kvtune.policies.policy import Policy
 from kvtune.runtime import promise

@@ -17,7 +17,7 @@ if os.environ["TRITON_INTERPRET"] != "1":
     pytest.skip("Triton's interpreter is switched off", allow_module_level=True)
 
 from kvtune.policies.option import Option
-from kvtune.policies.pages import BF16_PAGE
+from kvtune.policies.page_formats import BF16_PAGE
 from kvtune.policies.policy import Policy
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache.backend import Backend, PlainBackend, TritonBackend

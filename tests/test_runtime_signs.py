@@ -16,7 +16,8 @@ from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.weighted_keys import WeightedKeys
 from kvtune.policies.option import ALL, Budget, Option
-from kvtune.policies.pages import PAGE, SIGNS, PageLayout, has_pages, layout_of
+from kvtune.policies.page_formats import PAGE, SIGNS
+from kvtune.policies.pages import PageLayout, has_pages, layout_of
 from kvtune.policies.paging import Growth, head_pages, pool_cells
 from kvtune.runtime.cache import fitted_pages
 from kvtune.runtime.cache.backend import PlainBackend, Seen

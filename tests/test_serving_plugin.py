@@ -24,6 +24,8 @@ from kvtune.policies.formats.fitted import Allocated
 from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.gear import Gear
 from kvtune.policies.formats.grouped import Int2, Int4, Int8
+from kvtune.policies.formats.token_head import Int4TokenHead, Int8TokenHead
+from kvtune.policies.formats.turboquant import TurboQuant2, TurboQuant3
 from kvtune.policies.methods.cam import CaM
 from kvtune.policies.methods.ems import EMSReconstruction
 from kvtune.policies.methods.full import Full
@@ -35,7 +37,8 @@ from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.methods.weighted_keys import WeightedKeys
 from kvtune.policies.option import ALL, Budget, Option
-from kvtune.policies.pages import BF16_PAGE, PageLayout
+from kvtune.policies.page_formats import BF16_PAGE
+from kvtune.policies.pages import PageLayout
 from kvtune.policies.paging import pages_of
 from kvtune.policies.policy import Policy
 from kvtune.policies.servable import check_servable
@@ -92,8 +95,16 @@ def signed() -> Policy:
     return Policy("signed", ((every, some), (some, Option(Full(), ALL, *formats))))
 
 
+def in_blocks() -> Policy:
+    """Formats that their descriptions alone put into pages, with tokens in 16 bits before them."""
+    few = Option(Full(), ALL, TurboQuant3(), TurboQuant2())
+    some = Option(SNAPKV, Budget(tokens=70), Int8TokenHead(), Int4TokenHead())
+    sinks = Option(Full(), ALL, Int4(exact_first=4), Int8TokenHead(exact_first=4))
+    return Policy("in blocks", ((few, few), (sinks, some)))
+
+
 POLICIES = [mixed(), split()]
-OF_EVERY_KIND = [*POLICIES, merging(), signed()]
+OF_EVERY_KIND = [*POLICIES, merging(), in_blocks(), signed()]
 
 
 @dataclass
@@ -421,7 +432,7 @@ def read(policy: Policy, steps: list[list[int]]) -> tuple[Running, list[Tensor]]
 
 
 @pytest.mark.parametrize("most", [2**17, 300, 1])
-@pytest.mark.parametrize("policy", OF_EVERY_KIND[:3], ids=lambda policy: policy.name)
+@pytest.mark.parametrize("policy", OF_EVERY_KIND[:-1], ids=lambda policy: policy.name)
 def test_prompts_of_one_step_are_stored_as_if_each_came_in_a_step_of_its_own(
     policy: Policy, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

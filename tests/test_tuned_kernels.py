@@ -13,7 +13,8 @@ import torch
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.progress import Silent
-from kvtune.policies.pages import AS_VALUES, CODES, PageLayout
+from kvtune.policies.page_formats import AS_VALUES, CODES
+from kvtune.policies.pages import PageLayout
 from kvtune.profiles.gpus import list_gpus
 from kvtune.profiles.measured import Capture
 from kvtune.profiles.tuned import (
@@ -217,7 +218,7 @@ def test_a_shape_that_does_not_run_is_not_chosen() -> None:
 
 
 def test_a_class_that_time_did_not_suffice_for_is_left_out() -> None:
-    turns = iter([True] * 20)
+    turns = iter([True] * 22)
     assert tune(128, KINDS, Clock(distance), lambda: next(turns, False)).keys() == {
         ("floats", 128)
     }  # fmt: skip

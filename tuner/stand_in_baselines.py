@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from kvtune.common.estimate import Estimate
 from kvtune.common.progress import Progress
-from kvtune.policies.pages import CODES
+from kvtune.policies.page_formats import CODES
 from kvtune.policies.policy import Policy
 from kvtune.tuner.baselines import FAMILIES, PRECISIONS, STRONG, candidates
 from kvtune.tuner.candidate import Candidate

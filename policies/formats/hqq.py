@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kvtune.policies.format import Role
-from kvtune.policies.formats.coded import Coded
-from kvtune.policies.formats.packing import pack, unpack
+from kvtune.policies.blocks import WIDTHS, Blocks
+from kvtune.policies.formats.blocked import BlockCodes, BlockFormat
 from kvtune.policies.registry import parameter
 
 if TYPE_CHECKING:
@@ -19,7 +17,7 @@ _LARGEST_SCALE = 2e4
 
 
 @dataclass(frozen=True)
-class Hqq(Coded):
+class Hqq(BlockFormat):
     """Groups of a token's channels; offsets by half-quadratic splitting, scales by the range.
 
     scale = (2^b - 1) / (max - min), zero = -min * scale; then, while the mean error falls,
@@ -27,7 +25,9 @@ class Hqq(Coded):
     zero = mean of q - (x - e) * scale
 
     Source: Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023,
-    as transformers' quantised cache stores keys and values by default.
+    as transformers' quantised cache stores keys and values by default. Differs: each group stops
+    when its own mean error no longer falls, not all of a tensor together, so that a token's codes
+    are its own.
     """
 
     source = "Badri and Shaji, 2023"
@@ -36,23 +36,37 @@ class Hqq(Coded):
 
     group: int = parameter(64, "elements that share a scale", unit="elements", low=2, high=4096)
 
-    def code_bytes(self, tokens: int, head_dim: int, role: Role) -> int:
-        """Whole groups, a short last one among them, with scale and zero in 16 bits."""
-        width = min(self.group, head_dim)
-        groups = tokens * -(-head_dim // width)
-        return groups * (-(-width * self.bits // 8) + 4)
+    @property
+    def label(self) -> str:
+        """``hqq4``, ``hqq4/32`` in groups of 32."""
+        group = f"/{self.group}" if self.group != 64 else ""
+        return super().label.replace(self.name, self.name + group)
 
-    def codes(self, rows: Tensor, role: Role) -> Mapping[str, Tensor]:
+    @property
+    def blocks(self) -> Blocks:
+        """Groups, integers and 16 bits with a zero point in 16 more."""
+        return Blocks("integers", self.bits, self.group, "half_zero")
+
+    def blocks_in(self, head_dim: int) -> Blocks:
+        """A group is at most a token's head."""
+        return replace(self.blocks, width=min(self.group, head_dim))
+
+    @classmethod
+    def in_pages(cls) -> tuple[BlockFormat, ...]:
+        """In groups that pages have."""
+        return tuple(cls(group=width) for width in WIDTHS if width)
+
+    def fit(self, rows: Tensor, head: Tensor | None = None) -> BlockCodes:
         """Fitted group by group; a short last group repeats its last channel."""
         import torch
 
-        width = min(self.group, rows.shape[1])
-        fill = rows[:, -1:].expand(-1, -rows.shape[1] % width)
-        groups = torch.cat([rows, fill], 1).unflatten(-1, (-1, width))
+        width = min(self.group, rows.shape[-1])
+        fill = rows[..., -1:].expand(*rows.shape[:-1], -rows.shape[-1] % width)
+        groups = torch.cat([rows, fill], -1).unflatten(-1, (-1, width))
         scale, zero = self._fitted(groups)
         step, zero = (1 / scale).half(), zero.half()
         codes = (groups * scale + zero.float()).round().clamp(0, 2**self.bits - 1)
-        return {"codes": pack(codes, self.bits), "scales": torch.cat([step, zero], -1)}
+        return BlockCodes(codes.to(torch.uint8).flatten(-2), (step[..., 0], zero[..., 0]))
 
     def _fitted(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         import torch
@@ -60,26 +74,18 @@ class Hqq(Coded):
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         most = 2**self.bits - 1
         scale = (most / (high - low).clamp_min(1e-30)).clamp_max(_LARGEST_SCALE)
-        zero, best = -low * scale, torch.inf
-        kept = zero
+        zero = kept = -low * scale
+        best, falls = torch.full_like(low, torch.inf), torch.ones_like(low, dtype=torch.bool)
         for _ in range(_ROUNDS):
             codes = (groups * scale + zero).round().clamp(0, most)
             rest = groups - (codes - zero) / scale
-            mean = float(rest.abs().mean())
-            if mean >= best:
-                break
             size = rest.abs()
+            mean = size.mean(-1, keepdim=True)
+            falls = falls & (mean < best)
+            best, kept = torch.where(falls, mean, best), torch.where(falls, zero, kept)
             shrunk = rest.sign() * (size - size.clamp_min(1e-8) ** (_NORM - 1) / _STRENGTH).relu()
-            best, kept = mean, zero
             zero = (codes - (groups - shrunk) * scale).mean(-1, keepdim=True)
         return scale, kept
-
-    def numbers(self, buffers: Mapping[str, Tensor], shape: tuple[int, int], role: Role) -> Tensor:
-        """(Code - zero) / scale."""
-        width = min(self.group, shape[1])
-        step, zero = buffers["scales"].float().split(1, -1)
-        groups: Tensor = (unpack(buffers["codes"], self.bits, width) - zero) * step
-        return groups.flatten(-2)[:, : shape[1]]
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from kvtune.policies.blocks import Blocks
 from kvtune.policies.format import Role
-from kvtune.policies.formats.coded import Coded
+from kvtune.policies.formats.blocked import BlockCodes, BlockFormat, padded_blocks
 from kvtune.policies.formats.hadamard import hadamard
 from kvtune.policies.registry import parameter
 
@@ -19,7 +20,7 @@ _BLOCK = 32
 
 
 @dataclass(frozen=True)
-class Blocks32(Coded):
+class Blocks32(BlockFormat):
     """Blocks of 32 channels of a token, each with one 16-bit scale in front of its codes.
 
     The buffer is the bytes that ggml writes. A last short block is filled up with zeros, where ggml
@@ -40,42 +41,57 @@ class Blocks32(Coded):
             self.name, self.name + ("-rotated" if self.rotation != "none" else "")
         )
 
-    def code_bytes(self, tokens: int, head_dim: int, role: Role) -> int:
-        """Bytes of the whole blocks that hold so many tokens."""
-        return tokens * -(-head_dim // _BLOCK) * (2 + _BLOCK * self.bits // 8)
+    @property
+    def blocks(self) -> Blocks:
+        """32 channels, integers and 16 bits."""
+        return Blocks("integers", self.bits, _BLOCK, "half", self.rotation)
+
+    @classmethod
+    def in_pages(cls) -> tuple[BlockFormat, ...]:
+        """Rotated and not."""
+        return cls(), cls(rotation="hadamard")
+
+    def fit(self, rows: Tensor, head: Tensor | None = None) -> BlockCodes:
+        """Codes from zero on, and a scale a block."""
+        import torch
+
+        blocks = padded_blocks(hadamard(rows) if self.rotation != "none" else rows, _BLOCK)
+        scale = self._scale(blocks)
+        codes = self._codes(blocks * torch.where(scale == 0, 0.0, 1 / scale))
+        return BlockCodes(codes.to(torch.uint8).flatten(-2), (scale.half()[..., 0],))
 
     def codes(self, rows: Tensor, role: Role) -> Mapping[str, Tensor]:
-        """Blocks of each row, scale first."""
+        """Blocks of each row as ggml writes them, scale first."""
         import torch
-        import torch.nn.functional as F
 
-        turned = hadamard(rows) if self.rotation != "none" else rows
-        blocks = F.pad(turned, (0, -rows.shape[1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
-        scale = self._scale(blocks)
-        inverse = torch.where(scale == 0, 0.0, 1 / scale)
-        laid = self._laid(blocks * inverse)
-        return {"blocks": torch.cat([scale.half().view(torch.uint8), laid], -1)}
+        fit = self.fit(rows)
+        scale = fit.scales[0][..., None].view(torch.uint8)
+        return {"blocks": torch.cat([scale, self._laid(fit.codes.unflatten(-1, (-1, _BLOCK)))], -1)}
 
     def numbers(self, buffers: Mapping[str, Tensor], shape: tuple[int, int], role: Role) -> Tensor:
         """The numbers that the codes and scales stand for."""
         import torch
 
         blocks = buffers["blocks"]
-        scale = blocks[..., :2].contiguous().view(torch.float16).float()
-        rows = (scale * self._read(blocks[..., 2:])).flatten(-2)[:, : shape[1]]
-        return hadamard(rows) if self.rotation != "none" else rows
+        scale = blocks[..., :2].contiguous().view(torch.float16)[..., 0]
+        codes = self._read(blocks[..., 2:]).flatten(-2)
+        return self.blocks.numbers(codes, (scale,))[:, : shape[1]]
 
     @abstractmethod
     def _scale(self, blocks: Tensor) -> Tensor:
         """The scale of each block, float32."""
 
     @abstractmethod
-    def _laid(self, scaled: Tensor) -> Tensor:
-        """Codes of scaled blocks, as bytes."""
+    def _codes(self, scaled: Tensor) -> Tensor:
+        """Codes of scaled blocks, the smallest 0."""
+
+    @abstractmethod
+    def _laid(self, codes: Tensor) -> Tensor:
+        """These codes as ggml's bytes."""
 
     @abstractmethod
     def _read(self, laid: Tensor) -> Tensor:
-        """The codes of these bytes, float32."""
+        """The codes of these bytes."""
 
 
 @dataclass(frozen=True)
@@ -88,16 +104,15 @@ class Q8(Blocks32):
     def _scale(self, blocks: Tensor) -> Tensor:
         return blocks.abs().amax(-1, keepdim=True) / 127
 
-    def _laid(self, scaled: Tensor) -> Tensor:
-        import torch
-
+    def _codes(self, scaled: Tensor) -> Tensor:
         away_from_zero = scaled.sign() * (scaled.abs() + 0.5).floor()  # as C's roundf
-        return away_from_zero.to(torch.int8).view(torch.uint8)
+        return away_from_zero + 128
+
+    def _laid(self, codes: Tensor) -> Tensor:
+        return codes ^ 128
 
     def _read(self, laid: Tensor) -> Tensor:
-        import torch
-
-        return laid.contiguous().view(torch.int8).float()
+        return laid ^ 128
 
 
 @dataclass(frozen=True)
@@ -110,14 +125,14 @@ class Q4(Blocks32):
     def _scale(self, blocks: Tensor) -> Tensor:
         return blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8
 
-    def _laid(self, scaled: Tensor) -> Tensor:
-        import torch
+    def _codes(self, scaled: Tensor) -> Tensor:
+        return (scaled + 8.5).trunc().clamp(0, 15)
 
-        codes = (scaled + 8.5).trunc().clamp(0, 15).to(torch.uint8)
+    def _laid(self, codes: Tensor) -> Tensor:
         first, second = codes.chunk(2, -1)
         return first | (second << 4)
 
     def _read(self, laid: Tensor) -> Tensor:
         import torch
 
-        return torch.cat([laid & 15, laid >> 4], -1).float() - 8
+        return torch.cat([laid & 15, laid >> 4], -1)

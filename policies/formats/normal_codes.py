@@ -35,19 +35,18 @@ def levels(bits: int) -> tuple[float, ...]:
     return tuple(found) if bits else (0.0,)
 
 
+def magnitudes(bits: int) -> tuple[float, ...]:
+    """The positive ones of the levels, ascending; the others are these below zero."""
+    return levels(bits)[2 ** (bits - 1) :]
+
+
 def nearest_codes(numbers: Tensor, bits: int) -> Tensor:
-    """Codes of the nearest levels, int64."""
+    """Codes of the nearest levels, int64: the sign above which of the magnitudes it is."""
     import torch
 
     some = torch.tensor(levels(bits), dtype=numbers.dtype, device=numbers.device)
-    return torch.bucketize(numbers.contiguous(), (some[1:] + some[:-1]) / 2)
-
-
-def numbers_of(codes: Tensor, bits: int) -> Tensor:
-    """The levels of these codes, float32."""
-    import torch
-
-    return torch.tensor(levels(bits), dtype=torch.float32, device=codes.device)[codes.long()]
+    rank, half = torch.bucketize(numbers.contiguous(), (some[1:] + some[:-1]) / 2), 2 ** (bits - 1)
+    return torch.where(rank >= half, rank - half, 2 * half - 1 - rank)
 
 
 def _mean_between(low: float, high: float) -> float:

@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kvtune.policies.pages import BF16_PAGE, PageLayout
+from kvtune.policies.page_formats import BF16_PAGE, is_blocks
+from kvtune.policies.pages import PageLayout
+from kvtune.runtime.cache.block_pages import write_blocks
 from kvtune.runtime.cache.fitted_pages import Fitted, write_fitted
 from kvtune.runtime.cache.host_pool import HostPool
 from kvtune.runtime.cache.plain_pages import append_rows, attend_pages, records_in_order
@@ -141,14 +143,17 @@ class TritonBackend:
     """Attention and pages by Triton kernels, a launch for each method."""
 
     def write(self, pool: Tensor, writing: Writing) -> None:
-        """Write pages by one kernel; rows of signs in plain torch, since all of a head's tokens
-        decide their codes."""
+        """Write pages by one kernel; blocks in plain torch, and rows of signs, since all of a
+        head's tokens decide their codes."""
         from kvtune.runtime.kernels.pages import store_pages
 
         if writing.fitted is not None:
             write_fitted(pool, writing, writing.fitted)
             return
+        write_blocks(pool, writing)
         keys, values, layout = writing.keys, writing.values, writing.layout
+        if is_blocks(layout.keys) and is_blocks(layout.values):
+            return
         store_pages[(len(writing.records),)](
             keys, values, keys.stride(0), keys.stride(1), writing.chosen,
             writing.records, writing.fp8_scales,
@@ -159,7 +164,7 @@ class TritonBackend:
 
     def append(self, layer: Paged, growing: Growing, keys: Tensor, values: Tensor) -> None:
         """Append one token a sequence by one kernel, and count the lengths."""
-        from kvtune.runtime.kernels.pages import append_token
+        from kvtune.runtime.kernels.appending import append_token
 
         append_token[(len(growing.segments),)](*_appending(layer, growing, keys, values))
 
@@ -167,7 +172,7 @@ class TritonBackend:
         self, layer: Paged, growing: Growing, rotation: Rotation, values: Tensor
     ) -> Tensor:
         """One kernel, of which half of the programs append and the others rotate queries."""
-        from kvtune.runtime.kernels.pages import append_rotated
+        from kvtune.runtime.kernels.appending import append_rotated
 
         q, k, cos, sin = rotation.q, rotation.k, rotation.cos, rotation.sin
         rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -182,7 +187,7 @@ class TritonBackend:
 
     def move(self, layer: Paged, growing: Growing, moves: Moves) -> None:
         """Move tokens within growing segments by one kernel."""
-        from kvtune.runtime.kernels.pages import move_tokens
+        from kvtune.runtime.kernels.appending import move_tokens
 
         move_tokens[(moves.sources.numel(),)](
             moves.rows, moves.sources, moves.targets, moves.sources.shape[1], growing.tables_at,
@@ -199,7 +204,7 @@ class TritonBackend:
 
     def append_seated(self, layer: Paged, seating: Seating, keys: Tensor, values: Tensor) -> None:
         """Append one token to each sequence with a seat, by one kernel."""
-        from kvtune.runtime.kernels.pages import append_seated
+        from kvtune.runtime.kernels.appending import append_seated
 
         append_seated[(len(keys), seating.heads)](
             keys, values, keys.stride()[:2], values.stride()[:2], seating.seats,
@@ -216,7 +221,7 @@ class TritonBackend:
 
     def fetch(self, pool: Tensor, host: HostPool, fetching: Fetching) -> None:
         """Copy blocks by one kernel, which reads pinned memory over the bus without the host."""
-        from kvtune.runtime.kernels.pages import FETCHED_AT_ONCE, fetch_blocks
+        from kvtune.runtime.kernels.appending import FETCHED_AT_ONCE, fetch_blocks
 
         layout = fetching.layout
         words = layout.block_bytes // 8
@@ -230,10 +235,13 @@ class PlainBackend:
     """Plain torch: what the kernels are tested against, and what answers without a GPU."""
 
     def write(self, pool: Tensor, writing: Writing) -> None:
-        """Write a page at a time; pages of signs all together."""
+        """Write a page at a time; pages of signs, and of blocks alone, all together."""
         layout = writing.layout
         if writing.fitted is not None:
             write_fitted(pool, writing, writing.fitted)
+            return
+        if is_blocks(layout.keys) and is_blocks(layout.values):
+            write_blocks(pool, writing)
             return
         for head, first, count, cell, segment in writing.records.tolist():
             at = writing.chosen[first : first + count].long()

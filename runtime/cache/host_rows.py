@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kvtune.policies.attention import merge
-from kvtune.policies.pages import PAGE, PageLayout
+from kvtune.policies.page_formats import PAGE
+from kvtune.policies.pages import PageLayout
 from kvtune.policies.reader import BlockReader
 from kvtune.runtime.cache.backend import Backend, Fetching, Seen
 from kvtune.runtime.cache.host_pool import HostPool, Places

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from kvtune.policies.option import Option
-from kvtune.policies.pages import BF16_PAGE, PAGE, PageLayout
+from kvtune.policies.page_formats import BF16_PAGE, PAGE
+from kvtune.policies.pages import PageLayout
 from kvtune.policies.paging import chooses_entries, pages_of
 from kvtune.policies.reader import BlockReader
 from kvtune.runtime.cache.backend import Backend, Growing, Seen

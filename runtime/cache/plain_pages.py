@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvtune.policies.pages import BF16_PAGE, PageLayout
+from kvtune.policies.page_formats import BF16_PAGE
+from kvtune.policies.pages import PageLayout
 from kvtune.runtime.cache.page_map import Pages, pages_with_tokens
 from kvtune.runtime.kernels.launch import Paged, Seating
 from kvtune.runtime.kernels.reference import read_pages

@@ -35,7 +35,8 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.transformers_interface import cache_argument, register_attention
 from kvtune.policies.apply import linked
 from kvtune.policies.option import Option
-from kvtune.policies.pages import PAGE, PageLayout
+from kvtune.policies.page_formats import PAGE
+from kvtune.policies.pages import PageLayout
 from kvtune.policies.paging import (
     Growth,
     Pages,

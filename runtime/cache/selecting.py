@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from kvtune.policies.pages import PAGE, PageLayout
+from kvtune.policies.page_formats import PAGE
+from kvtune.policies.pages import PageLayout
 from kvtune.policies.reader import BlockReader
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.pages import BF16_PAGE, PAGE, PageLayout, exact_tokens
+from kvtune.policies.page_formats import BF16_PAGE, PAGE
+from kvtune.policies.pages import PageLayout, exact_tokens
 from kvtune.policies.policy import Policy
 from kvtune.runtime.cache.backend import Moves, Writing
 from kvtune.runtime.cache.paged_layer import PagedLayer

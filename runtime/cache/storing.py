@@ -60,14 +60,16 @@ def store_prompts(
     here = {number: _records(layer, layout, rows, sizes) for number, layout in layouts.items()}
     there = list(_on_host(layer, rows, sizes)) if layer.host else []
     tables = [*here.values(), *(records for _, _, records in there)]
-    counts, *records = sent([sizes, *tables], keys.device)
+    firsts = layer.exact[rows][: len(kept)]
+    counts, exact_of, *records = sent([sizes, firsts, *tables], keys.device)
     chosen = torch.cat(list(kept))
     magnitudes = torch.stack([x.abs().amax(-1) for x in (keys, values)])
     layer.finite[rows][: len(kept)] = magnitudes.amax(-1).isfinite().all(0)
-    if any("fp8" in (layout.keys, layout.values) for layout in layer.layouts):
+    if any(layout.has_head_scales for layout in layer.layouts):
         by_kind = layer.fp8_scales.view(3, -1, 2)[:, rows].unflatten(1, (-1, len(kept)))
         row = torch.repeat_interleave(counts.long(), output_size=len(chosen))
-        by_kind[CODED] = fp8_scales(magnitudes[:, row, chosen], row, len(kept))
+        coded = is_coded(row, counts.cumsum(0) - counts, exact_of)
+        by_kind[CODED] = fp8_scales(magnitudes[:, row, chosen], row, coded, len(kept))
         by_kind[SETTLED] = by_kind[CODED]  # what settles is held to the prompt's range
     places = chosen.int()
     for layout, pages in zip(layouts.values(), records, strict=False):
@@ -169,16 +171,29 @@ def _listed(
     return np.stack(columns, axis=1).astype(np.int32)
 
 
-def fp8_scales(magnitudes: Tensor, row: Tensor, rows: int) -> Tensor:
-    """``[rows, 2]`` float32, of the tokens that are kept; 1 where there are none.
+def is_coded(row: Tensor, first: Tensor, exact: Tensor) -> Tensor:
+    """Whether each token listed is one that its format codes, bool ``[n]``.
+
+    Args:
+        row: whose each is, int64 ``[n]``.
+        first: where each one's tokens begin in the list, ``[rows]``.
+        exact: how many of each one's first ones stay in 16 bits, ``[rows]``.
+    """
+    place = torch.arange(len(row), device=row.device)
+    return place - first[row] >= exact[row]
+
+
+def fp8_scales(magnitudes: Tensor, row: Tensor, coded: Tensor, rows: int) -> Tensor:
+    """``[rows, 2]`` float32, of the tokens that are coded; of all where none is, and 1 without any.
 
     Args:
         magnitudes: ``[2, n]``, the largest number of each kept key, and of each kept value.
         row: whose each is, int64 ``[n]``.
+        coded: of ``is_coded``.
         rows: how many there are.
     """
     none = magnitudes.new_full((2, rows), LARGEST_E4M3, dtype=torch.float32)
-    largest = none.scatter_reduce(
-        1, row.expand(2, -1), magnitudes.float(), "amax", include_self=False
-    )
-    return fp8_scale(largest).T
+    index, numbers = row.expand(2, -1), magnitudes.float()
+    every = none.scatter_reduce(1, index, numbers, "amax", include_self=False)
+    some = torch.zeros_like(none).scatter_reduce(1, index, numbers * coded, "amax")
+    return fp8_scale(torch.where(some > 0, some, every)).T

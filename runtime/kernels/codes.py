@@ -1,7 +1,9 @@
-"""What kernels know of a format by its number (``layout.KEY_CODES``), and fields out of units.
+"""What kernels know of a format by its number (``policies.page_formats``): sizes and places.
 
 A *part* of a key or value is a run of its channels that share a field of their bytes and a group:
-what is multiplied at once. Parts go by chunk, then field.
+what is multiplied at once. Parts go by chunk, then field. Numbers from 64 on are descriptions of
+blocks (``policies.blocks.Blocks.number``), whose fields are read here; integers by token lie as
+blocks of 64 channels do.
 """
 
 from __future__ import annotations
@@ -14,13 +16,76 @@ BF16_PAGE = tl.constexpr(16)
 HALF = tl.constexpr(32)
 BF16 = tl.constexpr(16)
 FP8 = tl.constexpr(9)
+PAIR = tl.constexpr(8192)
+
+
+@triton.constexpr_function
+def keys_of(pair):
+    """The number of a pair's keys."""
+    return pair // 8192
+
+
+@triton.constexpr_function
+def values_of(pair):
+    """The number of a pair's values."""
+    return pair % 8192
+
+
+@triton.constexpr_function
+def is_blocks(code):
+    """Whether a number is a description of blocks."""
+    return code >= 64
 
 
 @triton.constexpr_function
 def bits_of(code):
-    """Bits an element; keys by token are called one less than values, and three bits six."""
+    """Bits of a code; keys by token are called one less than values, and three bits six."""
+    if code >= 64:
+        return code % 8 + 1
     even = code + code % 2
     return 8 if code == 9 else 3 if even == 6 else even
+
+
+@triton.constexpr_function
+def table_of(code):
+    """What codes stand for."""
+    return ("integers", "e2m1", "e4m3", "normal")[code // 8 % 4] if code >= 64 else "integers"
+
+
+@triton.constexpr_function
+def scales_of(code):
+    """How a group's scale lies; beside that of integers lies an offset."""
+    if code < 64:
+        return "offset"
+    kinds = ("none", "half", "half_zero", "single", "single_zero", "power", "e4m3")
+    return kinds[code // 512 % 8]
+
+
+@triton.constexpr_function
+def fixed_zero(code):
+    """The code that stands for zero, where no scale says it."""
+    fixed = table_of(code) == "integers" and scales_of(code) in ("none", "half", "single")
+    return 2 ** (bits_of(code) - 1) if fixed else 0
+
+
+@triton.constexpr_function
+def has_zeros(code):
+    """Whether a scale says which code stands for zero."""
+    return scales_of(code) in ("half_zero", "single_zero")
+
+
+@triton.constexpr_function
+def has_head_scale(code):
+    """Whether a head's fp8 scale multiplies the blocks' scales."""
+    return scales_of(code) == "e4m3"
+
+
+@triton.constexpr_function
+def whole_scale(code, head_dim):
+    """What multiplies all numbers besides: of fp8's scale, or because a rotation has no norm."""
+    if has_random_signs(code):
+        return head_dim**-0.5
+    return 1 / 6 if has_head_scale(code) else 1.0
 
 
 @triton.constexpr_function
@@ -30,27 +95,39 @@ def field_bits(code):
 
 
 @triton.constexpr_function
+def is_float(code):
+    """Whether these are numbers of 16 bits, or fp8 with a scale a head."""
+    return code in (9, 16)
+
+
+@triton.constexpr_function
 def is_by_token(code):
-    """Whether these are integer keys with a scale a token, as values have."""
-    return code < 8 and code % 2 == 1
+    """Whether these are keys with a scale a token, as values have."""
+    return code >= 64 or (code < 8 and code % 2 == 1)
 
 
 @triton.constexpr_function
 def plain_code(code):
     """The number of a format without its rotation."""
-    return code % 32
+    return code - code // 32 % 2 * 32
 
 
 @triton.constexpr_function
 def is_turned(code):
     """Whether a format is rotated."""
-    return code >= 32
+    return code // 32 % 2 == 1
+
+
+@triton.constexpr_function
+def has_random_signs(code):
+    """Whether channels have signs of their own before they are rotated, without the norm."""
+    return code >= 4096
 
 
 @triton.constexpr_function
 def is_signs(code):
     """Whether a page holds rows of signs."""
-    return code % 32 > 16
+    return code < 64 and code % 32 > 16
 
 
 @triton.constexpr_function
@@ -73,9 +150,17 @@ def fields_of(code):
 
 
 @triton.constexpr_function
+def group_width(code, head_dim):
+    """Channels of a token that share a scale."""
+    if code < 64:
+        return 64
+    return (0, 16, 32, 64)[code // 128 % 4] or head_dim
+
+
+@triton.constexpr_function
 def parts_of(code, head_dim):
     """Runs of channels with neither two fields nor two groups of a token; one of a float's."""
-    return 1 if code > 8 else max(fields_of(code), head_dim // 64)
+    return 1 if is_float(code) else max(fields_of(code), head_dim // group_width(code, head_dim))
 
 
 @triton.constexpr_function
@@ -95,14 +180,17 @@ def first_channel(part, code, head_dim):
 
 @triton.constexpr_function
 def groups_of(code, head_dim):
-    """Groups of a token's channels that share an offset; one, of nothing, for floats."""
-    return (head_dim + 63) // 64 if code <= 8 else 1
+    """Groups of a token's channels that share a scale; one, of nothing, for floats."""
+    if is_float(code) or is_signs(code):
+        return 1
+    width = group_width(code, head_dim)
+    return (head_dim + width - 1) // width
 
 
 @triton.constexpr_function
 def group_of(part, code, head_dim):
     """Of the channels of a part."""
-    return first_channel(part, code, head_dim) // 64
+    return first_channel(part, code, head_dim) // group_width(code, head_dim)
 
 
 @triton.constexpr_function
@@ -114,7 +202,7 @@ def page_tokens(keys, values):
 @triton.constexpr_function
 def code_bytes(code, head_dim, tokens=64):
     """Bytes of the codes of a page of so many tokens."""
-    if code % 32 > 16:
+    if is_signs(code):
         return tokens * (code % 32 - 5) * head_dim // 64
     return tokens * head_dim * bits_of(code) // 8
 
@@ -127,85 +215,14 @@ def plane_at(head_dim):
 
 @triton.constexpr_function
 def scale_bytes(code, head_dim):
-    """Bytes of a page's key scales; by channel and by token alike, as a group has 64 elements."""
-    if code % 32 > 16:
+    """Bytes of a page's key scales; of integers by channel and by token alike, as a group has 64
+    elements."""
+    if is_signs(code):
         return 64
+    if code >= 64:
+        each = {"none": 0, "half": 2, "power": 1, "e4m3": 1}.get(scales_of(code), 4)
+        return 64 * groups_of(code, head_dim) * each
     return 4 * head_dim if code <= 8 else 0
-
-
-@triton.constexpr_function
-def unit_of(field, code):
-    """What one step of a field counts, where the field was read as it lies."""
-    return 2.0 ** (24 - field * field_bits(code))
-
-
-@triton.jit
-def load_units(pool_half, start, token, channel, TOKEN: tl.constexpr, CHANNEL: tl.constexpr,
-               D: tl.constexpr, CODE: tl.constexpr):  # fmt: skip
-    """Units of half a page's tokens by some channels; of three bits their third bits beside them.
-
-    Args:
-        pool_half, start: the pool's memory, and the first byte of the codes.
-        token, channel: [32, 1] and [1, W], or the other way round.
-        TOKEN, CHANNEL: units from one to the next.
-    """
-    place = token * TOKEN + channel * CHANNEL
-    units = (tl.load(pool_half + start // 2 + place),)
-    if bits_of(CODE) == 3:
-        plane = pool_half.to(tl.pointer_type(tl.uint8), bitcast=True) + start + plane_at(D)
-        units = units + (tl.load(plane + place).to(tl.uint16),)
-    return units
-
-
-@triton.jit
-def masked(units, HALF_PAGE: tl.constexpr, FIELD: tl.constexpr, CODE: tl.constexpr,
-           NATIVE: tl.constexpr):  # fmt: skip
-    """One field of one half page's bytes as fp16 whose bits it is: ``unit_of`` too small.
-
-    Read as a number below the normal ones, a field in the lowest ten bits counts in steps of
-    2^-24; tensor cores multiply such numbers exactly, so that a mask is all the unpacking. Third
-    bits are moved up, and so lie above their field.
-    """
-    SHIFT: tl.constexpr = 8 * HALF_PAGE
-    MASK: tl.constexpr = ((1 << field_bits(CODE)) - 1) << (FIELD * field_bits(CODE))
-    ABOVE: tl.constexpr = 4 << (2 * FIELD)
-    if bits_of(CODE) == 3:
-        if NATIVE:
-            field = tl.inline_asm_elementwise(
-                _mask_with_third(HALF_PAGE, MASK, ABOVE), "=r,r,r", [units[0], units[1]],
-                dtype=tl.float16, is_pure=True, pack=2,
-            )  # fmt: skip
-        else:
-            bits = (units[0].to(tl.uint16, bitcast=True) >> SHIFT) & MASK
-            third = (units[1] << (2 - HALF_PAGE)) & ABOVE
-            field = (bits | third).to(tl.uint16).to(tl.float16, bitcast=True)
-    elif NATIVE:
-        field = tl.inline_asm_elementwise(
-            mask_of(HALF_PAGE, MASK), "=r,r", [units[0]], dtype=tl.float16, is_pure=True, pack=2
-        )
-    else:
-        bits = units[0].to(tl.uint16, bitcast=True) >> SHIFT
-        field = (bits & MASK).to(tl.float16, bitcast=True)
-    return field
-
-
-@triton.constexpr_function
-def mask_of(half, mask):
-    """PTX that masks one field of two units."""
-    if half == 0:
-        return f"and.b32 $0, $1, {mask * 0x10001};"
-    return f"{{ .reg .b32 high; shr.b32 high, $1, 8; and.b32 $0, high, {mask * 0x10001}; }}"
-
-
-@triton.constexpr_function
-def _mask_with_third(half, mask, above):
-    """PTX that masks one field of two units and puts its third bit above it."""
-    field = "mov.b32 low, $1;" if half == 0 else "shr.b32 low, $1, 8;"
-    third = f"shl.b32 high, $2, {2 - half};"
-    return (
-        f"{{ .reg .b32 low, high; {field} {third} and.b32 low, low, {mask * 0x10001}; "
-        f"and.b32 high, high, {above * 0x10001}; or.b32 $0, low, high; }}"
-    )
 
 
 @triton.jit

@@ -12,40 +12,28 @@ import triton
 import triton.language as tl
 
 from kvtune.runtime.kernels.codes import (
-    BF16,
-    BF16_PAGE,
     FP8,
     HALF,
-    PAGE,
-    by_half,
     code_bytes,
-    fields_of,
-    first_channel,
-    group_of,
     groups_of,
+    has_head_scale,
+    is_float,
     is_signs,
     is_turned,
-    load_units,
-    masked,
+    keys_of,
     page_tokens,
-    parts_of,
     plain_code,
-    product,
     scale_bytes,
-    unit_of,
+    values_of,
+    whole_scale,
 )
 from kvtune.runtime.kernels.logits import load_queries, logits_of
-from kvtune.runtime.kernels.signs import (
-    RUN,
-    add_sign_values,
-    spread_queries,
-    store_channels,
-)
-from kvtune.runtime.kernels.turning import store_turned
+from kvtune.runtime.kernels.merging import LOG2_E, merge
+from kvtune.runtime.kernels.signs import RUN, spread_queries, store_channels
+from kvtune.runtime.kernels.values import add_values, store_parts, sums_of
 
 TILE_FIELDS = tl.constexpr(16)
 HEAD_FIELD = tl.constexpr(15)  # of a seat's tile: which of its sequence's KV heads
-LOG2_E = tl.constexpr(1.4426950408889634)
 LIFT = tl.constexpr(6.0)  # weights are 2^6 times too large, which keeps small ones normal in fp16
 
 
@@ -85,17 +73,7 @@ def decode_attention(
         SEAT_TILES: tiles of a seat; 0 where sequences have none.
         SIGNS: of a value, at most.
     """
-    if SEAT_TILES:
-        member = tl.program_id(1)
-        seat = tl.load(seats + member)
-        tile = tiles + (tl.maximum(seat, 0) * SEAT_TILES + tl.program_id(0)) * TILE_FIELDS
-        head = tl.load(tile + HEAD_FIELD)
-        row, query = member * H + head, q + member.to(tl.int64) * query_stride + head * (G * D)
-        pair = tl.where(seat < 0, -1, tl.load(tile + 1))
-    else:
-        tile = tiles + tl.program_id(0) * TILE_FIELDS
-        row, pair = tl.load(tile), tl.load(tile + 1)
-        query = q + row * G * D
+    row, query, tile, pair = _tile_of(q, tiles, seats, query_stride, D, G, H, SEAT_TILES)
     at, first, most = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
     segment, slot, others = tl.load(tile + 5), tl.load(tile + 6), tl.load(tile + 7)
     # others: slots of this row before this one * 65536 + all of them
@@ -112,7 +90,7 @@ def decode_attention(
                 gathered + slot * G * SIGNS, logits_out,
                 pool_half, pool_bf16, pool_fp8, tables,
                 table, at, cell, second, tokens, fp8_scales + 2 * segment, softmax_scale,
-                D, G, M, PAIRS[n] // 64, PAIRS[n] % 64,
+                D, G, M, keys_of(PAIRS[n]), values_of(PAIRS[n]),
                 STAGES, _halves_a_step(PAIRS[n]), NATIVE, EXPORT,
             )  # fmt: skip
     tl.debug_barrier()  # every thread's part is stored before the program is counted
@@ -120,9 +98,27 @@ def decode_attention(
     if count > 0:  # noqa: SIM102 (an empty record's row is nobody's; kernels do not shortcut "and")
         if tl.atomic_add(arrived + row, 1, sem="acq_rel") == count - 1:
             base = slot - others // 65536
-            _merge(scratch + base * G * D, scratch_lse + base * G, count,
-                   out + row * G * D, row_lse + row * G, D, G, M)  # fmt: skip
+            merge(scratch + base * G * D, scratch_lse + base * G, count,
+                  out + row * G * D, row_lse + row * G, D, G, M)  # fmt: skip
             tl.store(arrived + row, 0)
+
+
+@triton.jit
+def _tile_of(q, tiles, seats, query_stride, D: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
+             SEAT_TILES: tl.constexpr):  # fmt: skip
+    """This program's row, its queries, its record, and its formats: negative where it has none."""
+    if SEAT_TILES:
+        member = tl.program_id(1)
+        seat = tl.load(seats + member)
+        tile = tiles + (tl.maximum(seat, 0) * SEAT_TILES + tl.program_id(0)) * TILE_FIELDS
+        head = tl.load(tile + HEAD_FIELD)
+        row, query = member * H + head, q + member.to(tl.int64) * query_stride + head * (G * D)
+        pair = tl.where(seat < 0, -1, tl.load(tile + 1))
+    else:
+        tile = tiles + tl.program_id(0) * TILE_FIELDS
+        row, pair = tl.load(tile), tl.load(tile + 1)
+        query = q + row * G * D
+    return row, query, tile, pair
 
 
 @triton.jit
@@ -143,19 +139,15 @@ def _attend_tile(
     """
     KEYS: tl.constexpr = plain_code(KEY_CODE)
     VALUES: tl.constexpr = plain_code(VALUE_CODE)
-    PARTS: tl.constexpr = _sums_of(VALUES, D)
+    PARTS: tl.constexpr = sums_of(VALUES, D)
     W: tl.constexpr = RUN if is_signs(VALUES) else D // PARTS
     TOKENS: tl.constexpr = page_tokens(KEYS, VALUES)
     PAIRED: tl.constexpr = TOKENS < HALF
     STEPS: tl.constexpr = _steps_a_page(TOKENS, HALVES)
     VALUES_AT: tl.constexpr = code_bytes(KEYS, D, TOKENS) + scale_bytes(KEYS, D)
-    head, token = tl.arange(0, M), tl.arange(0, HALF)
-    factor = softmax_scale * LOG2_E
-    value_scale = 1.0
-    if KEYS == FP8:
-        factor *= tl.load(fp8_scales)
-    if VALUES == FP8:
-        value_scale = tl.load(fp8_scales + 1)
+    head = tl.arange(0, M)
+    factor = softmax_scale * LOG2_E * _tensor_scale(fp8_scales, KEYS, D)
+    value_scale = _tensor_scale(fp8_scales + 1, VALUES, D)
     if is_signs(KEYS):
         queries, query_sums = spread_queries(q, factor, pool_half, tables, D, G, M, KEYS)
     else:
@@ -179,27 +171,12 @@ def _attend_tile(
             begin = (step % STEPS) * HALF
         halves = logits_of(queries, query_sums, pool_half, pool_bf16, pool_fp8, start, gap, begin,
                            factor, D, M, KEYS, HALVES, PAIRED, NATIVE)  # fmt: skip
-        logits = ()
-        for half in tl.static_range(HALVES):
-            place = token + (step * HALVES + half) * HALF
-            if EXPORT:
-                tl.store(logits_out + head[None, :] * EXPORT + place[:, None],
-                         halves[half] / LOG2_E,
-                         mask=(place < tokens)[:, None] & (head < G)[None, :])  # fmt: skip
-            known = tl.where((place < tokens)[:, None], halves[half], -float("inf"))
-            logits = logits + (known,)
-        peak = tl.maximum(largest, tl.max(_highest(logits, HALVES), 0))
-        shrink = tl.exp2(largest - peak)
-        largest = peak
-        weights = ()
-        totals = totals * shrink[None, :]
-        for half in tl.static_range(HALVES):
-            weight = tl.exp2(logits[half] - (peak - LIFT)[None, :])
-            totals += weight
-            weights = weights + (weight,)
-        acc, shifts = _add_values(acc, shifts, shrink, weights, pool_half, pool_bf16, pool_fp8,
-                                  start + VALUES_AT, gap, begin,
-                                  D, VALUES, HALVES, PAIRED, NATIVE)  # fmt: skip
+        if EXPORT:
+            _export(logits_out, halves, step, tokens, G, M, HALVES, EXPORT)
+        weights, shrink, largest, totals = _weigh(halves, step, tokens, largest, totals, HALVES)
+        acc, shifts = add_values(acc, shifts, shrink, weights, pool_half, pool_bf16, pool_fp8,
+                                 start + VALUES_AT, gap, begin,
+                                 D, VALUES, HALVES, PAIRED, NATIVE)  # fmt: skip
     total = tl.sum(totals, 0)
     lse = tl.where(total > 0, (largest - LIFT + tl.log2(total)) / LOG2_E, -float("inf"))
     tl.store(scratch_lse + head, lse, mask=head < G)
@@ -207,95 +184,48 @@ def _attend_tile(
         store_channels(scratch, gathered, acc, shifts, total, pool_half, tables,
                        D, G, M, KEYS, VALUES, is_turned(VALUE_CODE))  # fmt: skip
     else:
-        _store_parts(scratch, acc, shifts, total, value_scale, D, G, M, VALUES, PARTS,
-                     is_turned(VALUE_CODE))  # fmt: skip
+        store_parts(scratch, acc, shifts, total, value_scale, D, G, M, VALUES, PARTS,
+                    is_turned(VALUE_CODE))  # fmt: skip
 
 
 @triton.jit
-def _store_parts(scratch, acc, shifts, total, value_scale, D: tl.constexpr, G: tl.constexpr,
-                 M: tl.constexpr, VALUES: tl.constexpr, PARTS: tl.constexpr,
-                 TURNED: tl.constexpr):  # fmt: skip
-    """The output by channel, out of a step's accumulators."""
-    W: tl.constexpr = D // PARTS
-    head = tl.arange(0, M)
-    share = value_scale / tl.maximum(total, 1e-30)
-    FIELDS: tl.constexpr = fields_of(VALUES)
-    outputs = ()
-    for part in tl.static_range(PARTS):
-        output = acc[part]
-        if VALUES < FP8:
-            shift = tl.sum(shifts[group_of(part, VALUES, D)], 0)
-            output = output * unit_of(part % FIELDS, VALUES) + shift[None, :]
-        outputs = outputs + (output * share[None, :],)
-    if TURNED:
-        store_turned(scratch, outputs, D, G, M, VALUES, PARTS)
-    else:
-        channel = tl.arange(0, W)
-        for part in tl.static_range(PARTS):
-            place = head[None, :] * D + first_channel(part, VALUES, D) + channel[:, None]
-            tl.store(scratch + place, outputs[part], mask=head[None, :] < G)
-
-
-@triton.constexpr_function
-def _sums_of(values, head_dim):
-    """Accumulators of a tile: one a part, or a run's bit of signs."""
-    if values > 16:
-        return 8 * (((values - 5) * head_dim // 64 + 15) // 16)
-    return parts_of(values, head_dim)
+def _tensor_scale(fp8_scale, CODE: tl.constexpr, D: tl.constexpr):
+    """What multiplies all of a head's keys, or values."""
+    scale = tl.full([], whole_scale(CODE, D), tl.float32)
+    if CODE == FP8 or has_head_scale(CODE):
+        scale *= tl.load(fp8_scale)
+    return scale
 
 
 @triton.jit
-def _add_values(acc, shifts, shrink, weights, pool_half, pool_bf16, pool_fp8, start, gap, begin,
-                D: tl.constexpr, VALUES: tl.constexpr, HALVES: tl.constexpr, PAIRED: tl.constexpr,
-                NATIVE: tl.constexpr):  # fmt: skip
-    """The accumulators, one a part, and what offsets add to a group's, after another step."""
-    FIELDS: tl.constexpr = fields_of(VALUES)
-    CHUNKS: tl.constexpr = parts_of(VALUES, D) // FIELDS
-    GROUPS: tl.constexpr = groups_of(VALUES, D)
-    W: tl.constexpr = D // parts_of(VALUES, D)
-    channel, token = tl.arange(0, W), tl.arange(0, HALF)
-    added, moved = (), ()
-    if is_signs(VALUES):
-        added, moved = add_sign_values(acc, shifts, shrink, weights, pool_half, start,
-                                       D, VALUES, NATIVE)  # fmt: skip
-    elif VALUES >= FP8:
-        sums = acc[0] * shrink[None, :]
-        for half in tl.static_range(HALVES):
-            first = begin + half * HALF
-            if VALUES == BF16:
-                place = (first + token)[None, :] * D + channel[:, None]
-                page = start // 2
-                if PAIRED:
-                    page += (token // BF16_PAGE)[None, :] * gap
-                values = tl.load(pool_bf16 + page + place)
-                sums += product(values, weights[half].to(tl.bfloat16), NATIVE)
-            else:
-                place = channel[:, None] * PAGE + (first + token)[None, :]
-                values = tl.load(pool_fp8 + start + place).to(tl.float16)
-                sums = tl.dot(values, weights[half].to(tl.float16), sums)
-        added, moved = (sums,), shifts
-    else:
-        scales = pool_half + (start + code_bytes(VALUES, D)) // 2 + tl.arange(0, PAGE)
-        scaled = ()  # weights times scales by group, then half
-        for group in tl.static_range(GROUPS):
-            scale = by_half(tl.load(scales + group * PAGE))
-            offset = by_half(tl.load(scales + (GROUPS + group) * PAGE))
-            shift = shifts[group] * shrink[None, :]
-            for half in tl.static_range(2):
-                shift += weights[half] * offset[half].to(tl.float32)[:, None]
-                scaled = scaled + (weights[half].to(tl.float16) * scale[half][:, None],)
-            moved = moved + (shift,)
-        for chunk in tl.static_range(CHUNKS):
-            codes = load_units(pool_half, start, token[None, :], (chunk * W + channel)[:, None],
-                               1, HALF, D, VALUES)  # fmt: skip
-            for field in tl.static_range(FIELDS):
-                sums = acc[chunk * FIELDS + field] * shrink[None, :]
-                for half in tl.static_range(2):
-                    values = masked(codes, half, field, VALUES, NATIVE)
-                    weight = scaled[2 * group_of(chunk * FIELDS + field, VALUES, D) + half]
-                    sums = tl.dot(values, weight, sums)
-                added = added + (sums,)
-    return added, moved
+def _export(logits_out, halves, step, tokens, G: tl.constexpr, M: tl.constexpr,
+            HALVES: tl.constexpr, EXPORT: tl.constexpr):  # fmt: skip
+    """A step's logits to where they are wanted, EXPORT being the tokens of a query's row."""
+    head, token = tl.arange(0, M)[None, :], tl.arange(0, HALF)[:, None]
+    for half in tl.static_range(HALVES):
+        place = token + (step * HALVES + half) * HALF
+        tl.store(logits_out + head * EXPORT + place, halves[half] / LOG2_E,
+                 mask=(place < tokens) & (head < G))  # fmt: skip
+
+
+@triton.jit
+def _weigh(halves, step, tokens, largest, totals, HALVES: tl.constexpr):
+    """A step's weights by half page, 2^LIFT times too large, beside the largest logit so far; what
+    sums before it are multiplied by; and the new largest logit and sums of weights."""
+    token = tl.arange(0, HALF)[:, None]
+    logits = ()
+    for half in tl.static_range(HALVES):
+        real = token + (step * HALVES + half) * HALF < tokens
+        logits = logits + (tl.where(real, halves[half], -float("inf")),)
+    peak = tl.maximum(largest, tl.max(_highest(logits, HALVES), 0))
+    shrink = tl.exp2(largest - peak)
+    totals = totals * shrink[None, :]
+    weights = ()
+    for half in tl.static_range(HALVES):
+        weight = tl.exp2(logits[half] - (peak - LIFT)[None, :])
+        totals += weight
+        weights = weights + (weight,)
+    return weights, shrink, peak, totals
 
 
 @triton.jit
@@ -311,7 +241,7 @@ def _highest(halves, HALVES: tl.constexpr):
 @triton.constexpr_function
 def _halves_a_step(pair):
     """Half pages a step: integers, and signs, of two halves share a unit."""
-    return 1 if 8 < min(pair // 64 % 32, pair % 32) <= 16 else 2
+    return 1 if is_float(keys_of(pair)) and is_float(values_of(pair)) else 2
 
 
 @triton.constexpr_function
@@ -326,35 +256,3 @@ def _zeros(M: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr):
     for _ in tl.static_range(PARTS):
         parts = parts + (tl.zeros([W, M], tl.float32),)
     return parts
-
-
-@triton.jit
-def _merge(scratch, scratch_lse, count, out, row_lse,
-           D: tl.constexpr, G: tl.constexpr, M: tl.constexpr):  # fmt: skip
-    """One head's output from its slots; read past L1, which knows nothing of other programs."""
-    BLOCK: tl.constexpr = 8
-    HEADS: tl.constexpr = M if G > 8 else (8 if G > 4 else (4 if G > 2 else G))
-    head, channel, slot = tl.arange(0, HEADS), tl.arange(0, D), tl.arange(0, BLOCK)
-    lse_at = slot[:, None] * G + head[None, :]
-    largest = tl.full([HEADS], -float("inf"), tl.float32)
-    for start in tl.range(0, count, BLOCK):
-        real = (start + slot < count)[:, None] & (head < G)[None, :]
-        lse = tl.load(scratch_lse + start * G + lse_at, mask=real, other=-float("inf"),
-                      cache_modifier=".cg")  # fmt: skip
-        largest = tl.maximum(largest, tl.max(lse, 0))
-    largest = tl.maximum(largest, -1e30)
-    total = tl.zeros([HEADS], tl.float32)
-    output = tl.zeros([HEADS, D], tl.float32)
-    for start in tl.range(0, count, BLOCK):
-        real = (start + slot < count)[:, None] & (head < G)[None, :]
-        lse = tl.load(scratch_lse + start * G + lse_at, mask=real, other=-float("inf"),
-                      cache_modifier=".cg")  # fmt: skip
-        weight = tl.exp2((lse - largest[None, :]) * LOG2_E)
-        part = tl.load(scratch + start * G * D + lse_at[:, :, None] * D + channel[None, None, :],
-                       mask=real[:, :, None], other=0, cache_modifier=".cg")  # fmt: skip
-        total += tl.sum(weight, 0)
-        output += tl.sum(part * weight[:, :, None], 0)
-    output = output / tl.maximum(total, 1e-30)[:, None]
-    place = head[:, None] * D + channel[None, :]
-    tl.store(out + place, output.to(out.dtype.element_ty), mask=head[:, None] < G)
-    tl.store(row_lse + head, largest + tl.log2(total) / LOG2_E, mask=head < G)

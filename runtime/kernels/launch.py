@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.pages import KERNEL_HEAD_DIMS, PageLayout, is_signs, sign_bytes
+from kvtune.policies.page_formats import is_signs, sign_bytes
+from kvtune.policies.pages import KERNEL_HEAD_DIMS, PageLayout
 from kvtune.profiles.tuned import find_tuned
 from kvtune.runtime.kernels.tiles import Tiles, kind_of
 
@@ -23,11 +24,14 @@ class Shape:
         warps: of a program.
         stages: steps in flight, the one in use included.
         programs: tiles to cut a layer into; None for ``tiles.PROGRAMS``.
+        registers: of a thread at most, so that more programs run at once; None for as many as the
+            compiler takes.
     """
 
     warps: int = 1
     stages: int = 3
     programs: int | None = None
+    registers: int | None = None
 
 
 BUILT_IN = Shape()
@@ -225,8 +229,12 @@ def _launch(
         PAIRS=cache.pairs, N_PAIRS=len(cache.pairs),
         STAGES=shape.stages, NATIVE=q.is_cuda,
         EXPORT=0 if logits is None else logits.shape[1],
-        SIGNS=signs, num_warps=warps, **seated,
+        SIGNS=signs, num_warps=warps, **_limits(shape), **seated,
     )  # fmt: skip
+
+
+def _limits(shape: Shape) -> dict[str, int]:
+    return {} if shape.registers is None else {"maxnreg": shape.registers}
 
 
 @functools.cache

@@ -8,27 +8,34 @@ import triton.language as tl
 from kvtune.runtime.kernels.codes import (
     BF16,
     BF16_PAGE,
-    FP8,
     HALF,
     PAGE,
     by_field,
     by_half,
     code_bytes,
-    field_bits,
     fields_of,
     first_channel,
+    fixed_zero,
     group_of,
     groups_of,
+    has_zeros,
     is_by_token,
+    is_float,
     is_signs,
     key_parts,
-    load_units,
-    masked,
     parts_of,
     product,
+    scales_of,
 )
+from kvtune.runtime.kernels.scales import load_scales
 from kvtune.runtime.kernels.signs import sign_logits
 from kvtune.runtime.kernels.turning import turned_queries
+from kvtune.runtime.kernels.unpacking import (
+    field_share,
+    load_units,
+    unit_of,
+    unpacked,
+)
 
 
 @triton.jit
@@ -56,7 +63,7 @@ def load_queries(q, factor, D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
         query = query.to(tl.bfloat16 if KEYS == BF16 else tl.float16)
         if is_by_token(KEYS):
             sums = sums + (tl.sum(query.to(tl.float32), 0) * factor,)
-            query = query * tl.full([1, 1], _field_share(part, KEYS), tl.float16)
+            query = query * tl.full([1, 1], field_share(part % fields_of(KEYS), KEYS), tl.float16)
         queries = queries + (query,)
     grouped = ()
     if is_by_token(KEYS):
@@ -67,12 +74,6 @@ def load_queries(q, factor, D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
                     total += sums[part]
             grouped = grouped + (total,)
     return queries, grouped
-
-
-@triton.constexpr_function
-def _field_share(part, code):
-    """What a part's field is multiplied by to count as the lowest one does."""
-    return 2.0 ** -(part % fields_of(code) * field_bits(code))
 
 
 @triton.jit
@@ -92,7 +93,7 @@ def logits_of(queries, sums, pool_half, pool_bf16, pool_fp8, start, gap, begin, 
     """
     if is_signs(KEYS):
         logits = sign_logits(queries, sums, pool_half, start, D, M, KEYS, NATIVE)
-    elif KEYS >= FP8:
+    elif is_float(KEYS):
         logits = _float_logits(queries, pool_bf16, pool_fp8, start, gap, begin, factor,
                                D, KEYS, HALVES, PAIRED, NATIVE)  # fmt: skip
     elif is_by_token(KEYS):
@@ -130,7 +131,8 @@ def _channel_logits(queries, pool_half, start, factor, D: tl.constexpr, M: tl.co
     FIELDS: tl.constexpr = fields_of(KEYS)
     W: tl.constexpr = D // FIELDS
     channel, token = tl.arange(0, W), tl.arange(0, HALF)
-    codes = load_units(pool_half, start, token[:, None], channel[None, :], W, 1, D, KEYS)
+    codes = load_units(pool_half, start, token[:, None], channel[None, :], W, 1, D, KEYS,
+                       NATIVE)  # fmt: skip
     every = pool_half + (start + code_bytes(KEYS, D)) // 2 + tl.arange(0, D)
     scales = by_field(tl.load(every), W, FIELDS)
     offsets = by_field(tl.load(every + D), W, FIELDS)
@@ -138,14 +140,14 @@ def _channel_logits(queries, pool_half, start, factor, D: tl.constexpr, M: tl.co
     scaled = ()
     for field in tl.static_range(FIELDS):
         bias = tl.dot(tl.broadcast_to(offsets[field][None, :], [16, W]), queries[field], bias)
-        scale = scales[field] * tl.full([1], _field_share(field, KEYS), tl.float16)
+        scale = scales[field] * tl.full([1], field_share(field, KEYS), tl.float16)
         scaled = scaled + (queries[field] * scale[:, None],)
     shift = tl.max(bias, 0) * factor
     logits = ()
     for half in tl.static_range(HALVES):
         sums = tl.zeros([HALF, M], tl.float32)
         for field in tl.static_range(FIELDS):
-            sums = tl.dot(masked(codes, half, field, KEYS, NATIVE), scaled[field], sums)
+            sums = tl.dot(unpacked(codes, half, field, KEYS, NATIVE), scaled[field], sums)
         logits = logits + (sums * (factor * 16777216.0) + shift[None, :],)
     return logits
 
@@ -159,15 +161,13 @@ def _token_logits(queries, sums, pool_half, start, factor, D: tl.constexpr, M: t
     GROUPS: tl.constexpr = groups_of(KEYS, D)
     W: tl.constexpr = D // PARTS
     channel, token = tl.arange(0, W), tl.arange(0, HALF)
-    codes, scales, offsets = (), (), ()
+    codes = ()
     for chunk in tl.static_range(PARTS // FIELDS):
         mine = chunk * W + channel[None, :]
-        units = load_units(pool_half, start, token[:, None], mine, D // FIELDS, 1, D, KEYS)
+        units = load_units(pool_half, start, token[:, None], mine, D // FIELDS, 1, D, KEYS,
+                           NATIVE)  # fmt: skip
         codes = codes + (units,)
-    every = pool_half + (start + code_bytes(KEYS, D)) // 2 + tl.arange(0, PAGE)
-    for group in tl.static_range(GROUPS):
-        scales = scales + by_half(tl.load(every + group * PAGE))
-        offsets = offsets + by_half(tl.load(every + (GROUPS + group) * PAGE))
+    scales, zeros = _token_scales(pool_half, start + code_bytes(KEYS, D), D, KEYS)
     logits = ()
     for half in tl.static_range(2):
         logit = tl.zeros([HALF, M], tl.float32)
@@ -175,12 +175,38 @@ def _token_logits(queries, sums, pool_half, start, factor, D: tl.constexpr, M: t
             products = tl.zeros([HALF, M], tl.float32)
             for part in tl.static_range(PARTS):
                 if group_of(part, KEYS, D) == group:
-                    field = masked(codes[part // FIELDS], half, part % FIELDS, KEYS, NATIVE)
+                    field = unpacked(codes[part // FIELDS], half, part % FIELDS, KEYS, NATIVE)
                     products = tl.dot(field, queries[part], products)
-            scale = scales[2 * group + half].to(tl.float32) * (factor * 16777216.0)
-            offset = offsets[2 * group + half].to(tl.float32)
-            shift = offset[:, None] * sums[group][None, :]
-            before = shift if group == 0 else logit + shift
-            logit = before + products * scale[:, None]
+            if scales_of(KEYS) == "offset":
+                scale = scales[2 * group + half].to(tl.float32) * (factor * unit_of(0, KEYS))
+                offset = zeros[2 * group + half].to(tl.float32)
+                shift = offset[:, None] * sums[group][None, :]
+                before = shift if group == 0 else logit + shift
+                logit = before + products * scale[:, None]
+            else:
+                level = products * (factor * unit_of(0, KEYS))
+                if has_zeros(KEYS):
+                    level -= zeros[2 * group + half][:, None] * sums[group][None, :]
+                elif fixed_zero(KEYS) > 0:
+                    level -= (sums[group] * fixed_zero(KEYS))[None, :]
+                if scales_of(KEYS) == "none":
+                    logit += level
+                else:
+                    logit += level * scales[2 * group + half][:, None]
         logits = logits + (logit,)
     return logits
+
+
+@triton.jit
+def _token_scales(pool_half, start, D: tl.constexpr, KEYS: tl.constexpr):
+    """Scales by group and half page, and beside them offsets or the codes that stand for zero."""
+    GROUPS: tl.constexpr = groups_of(KEYS, D)
+    scales, zeros = (), ()
+    if scales_of(KEYS) == "offset":
+        every = pool_half + start // 2 + tl.arange(0, PAGE)
+        for group in tl.static_range(GROUPS):
+            scales = scales + by_half(tl.load(every + group * PAGE))
+            zeros = zeros + by_half(tl.load(every + (GROUPS + group) * PAGE))
+    else:
+        scales, zeros = load_scales(pool_half, start, D, KEYS)
+    return scales, zeros

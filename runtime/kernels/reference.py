@@ -9,17 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvtune.policies.formats.hadamard import hadamard
-from kvtune.policies.pages import (
+from kvtune.policies.page_formats import (
     CLIP,
     PAGE,
-    PageLayout,
     bits,
     code_bytes,
     fields,
+    is_blocks,
     is_by_token,
     is_rotated,
     token_groups,
 )
+from kvtune.policies.pages import PageLayout
+from kvtune.runtime.kernels.reference_blocks import lay_blocks, read_blocks
+from kvtune.runtime.kernels.reference_codes import by_token, by_unit, lay_codes, read_codes
 
 LARGEST_E4M3 = 448.0
 
@@ -43,6 +46,11 @@ def write_page(keys: Tensor, values: Tensor, layout: PageLayout, scales: Tensor)
         (layout.keys, keys, 0, layout.key_scales, scales[0], 0),
         (layout.values, values, layout.value_codes, layout.value_scales, scales[1], 1),
     ):
+        if is_blocks(name):
+            filled = rows[torch.arange(PAGE, device=rows.device).clamp_max(len(rows) - 1)]
+            laid = lay_blocks(filled[None], name, scale[None], dim)[0]
+            page[at : at + len(laid)] = laid
+            continue
         turned = hadamard(rows.float()) if is_rotated(name) else rows
         padded = F.pad(turned, (0, 0, 0, layout.page_tokens - len(rows)))
         codes, beside = _encode(padded, len(rows), name, scale, dim)
@@ -118,7 +126,7 @@ def _encode(
     step = torch.where(step > 0, step, 1)
     codes = ((padded.float() - offset) / step).round().clamp(0, levels).to(torch.uint8)
     both = torch.cat([_by_unit(x, fields(name), over) for x in (groups.scale, groups.offset)])
-    return _lay(codes, bits(name), dim), both.view(torch.uint8)
+    return lay_codes(codes[None], bits(name), dim)[0], both.view(torch.uint8)
 
 
 def _reduced(name: str, dim: int) -> int:
@@ -143,6 +151,8 @@ def _decode(
     codes: Tensor, beside: Tensor, name: str, scale: Tensor, dim: int, head_dim: int
 ) -> Tensor:
     """Rows ``[n, tokens, D]`` float32 of n pages' codes and of the scales beside them."""
+    if is_blocks(name):
+        return read_blocks(codes, beside, name, scale, dim)
     many = len(codes)
     if name == "bf16":
         return codes.view(torch.bfloat16).float().view(many, -1, head_dim)
@@ -150,7 +160,7 @@ def _decode(
         shape = (many, PAGE, -1) if dim == 0 else (many, -1, PAGE)
         rows = codes.reshape(shape) if dim == 0 else codes.reshape(shape).mT.contiguous()
         return rows.view(torch.float8_e4m3fn).float() * scale[:, None, None]
-    steps = _read(codes, bits(name), dim).float()
+    steps = read_codes(codes, bits(name), dim).float()
     over = _reduced(name, dim)
     count = head_dim if over == 0 else token_groups(head_dim) * PAGE
     laid = beside[:, : 4 * count].contiguous().view(torch.float16).view(many, 2, count)
@@ -159,62 +169,9 @@ def _decode(
     return torch.addcmul(offset, steps, step)
 
 
-def _lay(codes: Tensor, width: int, dim: int) -> Tensor:
-    """Codes ``[64, D]`` as they lie, flat; of three bits the third ones behind the others."""
-    if width != 3:
-        return _units(_pack(codes, width), dim)
-    return torch.cat([_units(_pack(codes & 3, 2), dim), _third_units(codes >> 2, dim)])
-
-
-def _read(laid: Tensor, width: int, dim: int) -> Tensor:
-    """What ``_lay`` laid in each of n pages, ``[n, 64, D]``."""
-    if width != 3:
-        return _unpack(_rows(laid, dim), width)
-    lower, third = laid.split([2 * laid.shape[1] // 3, laid.shape[1] // 3], 1)
-    return _unpack(_rows(lower, dim), 2) | (_third_rows(third, dim) << 2)
-
-
-def _third_units(bits_of: Tensor, dim: int) -> Tensor:
-    """Single bits ``[64, D]``: bit 2 f + h of byte (t, d) is that of token t + 32 h."""
-    parts = bits_of.view(2, PAGE // 2, 4, -1)  # [h, t, f, d]
-    laid = (parts << _places(parts)).sum((0, 2), dtype=torch.uint8)
-    return (laid if dim == 0 else laid.T).flatten()
-
-
-def _third_rows(laid: Tensor, dim: int) -> Tensor:
-    """What ``_third_units`` laid in each of n pages, ``[n, 64, D]``."""
-    many, half = len(laid), PAGE // 2
-    shape = (many, half, -1) if dim == 0 else (many, -1, half)
-    bytes_of = laid.reshape(shape) if dim == 0 else laid.reshape(shape).mT
-    found = (bytes_of[:, None, :, None] >> _places(bytes_of)) & 1
-    return found.reshape(many, PAGE, -1)
-
-
-def _places(like: Tensor) -> Tensor:
-    """Bits ``2 f + h`` of a byte, ``[h, 1, f, 1]``."""
-    field, half = (torch.arange(n, dtype=like.dtype, device=like.device) for n in (4, 2))
-    return 2 * field[:, None] + half[:, None, None, None]
-
-
-def _units(packed: Tensor, dim: int) -> Tensor:
-    """Bytes ``[64, D / f]`` as they lie: tokens t and t + 32 side by side."""
-    halves = packed.view(2, PAGE // 2, -1)
-    return halves.permute((1, 2, 0) if dim == 0 else (2, 1, 0)).flatten()
-
-
-def _rows(laid: Tensor, dim: int) -> Tensor:
-    """What ``_units`` laid in each of n pages, ``[n, 64, D / f]``."""
-    many = len(laid)
-    if dim == 0:
-        return laid.reshape(many, PAGE // 2, -1, 2).permute(0, 3, 1, 2).reshape(many, PAGE, -1)
-    return laid.reshape(many, -1, PAGE // 2, 2).permute(0, 3, 2, 1).reshape(many, PAGE, -1)
-
-
 def _by_unit(scales: Tensor, count: int, dim: int) -> Tensor:
     """Scales as their codes lie: by channel by byte, then field of ``count``; by token by unit."""
-    if dim == 0:
-        return scales.view(count, -1).T.flatten()
-    return scales.view(-1, 2, PAGE // 2).transpose(1, 2).flatten()
+    return scales.view(count, -1).T.flatten() if dim == 0 else by_unit(scales).flatten()
 
 
 def _by_token(laid: Tensor, count: int, dim: int) -> Tensor:
@@ -222,21 +179,7 @@ def _by_token(laid: Tensor, count: int, dim: int) -> Tensor:
     many = len(laid)
     if dim == 0:
         return laid.view(many, -1, count).mT.flatten(1)
-    return laid.view(many, -1, PAGE // 2, 2).mT.reshape(many, -1, PAGE)
-
-
-def _pack(codes: Tensor, width: int) -> Tensor:
-    """``[n, D]`` codes as ``[n, D * width / 8]`` bytes; field f: channels from f D / fields."""
-    fields = codes.chunk(8 // width, dim=1)
-    packed = torch.zeros_like(fields[0])
-    for n, field in enumerate(fields):
-        packed |= field << (n * width)
-    return packed
-
-
-def _unpack(packed: Tensor, width: int) -> Tensor:
-    mask = 2**width - 1
-    return torch.cat([(packed >> (n * width)) & mask for n in range(8 // width)], dim=-1)
+    return by_token(laid.view(many, -1, PAGE))
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:

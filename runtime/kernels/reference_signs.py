@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kvtune.policies.formats.fitted import Allocated, Quantised, scale_of
 from kvtune.policies.formats.hadamard import hadamard
-from kvtune.policies.pages import PAGE, PageLayout, is_rotated, sign_bytes
+from kvtune.policies.page_formats import PAGE, is_rotated, sign_bytes
+from kvtune.policies.pages import PageLayout
 
 _HALF = PAGE // 2
 

@@ -3,7 +3,7 @@
 A channel of b bits is b signs, of which sign p counts 2^p steps of the channel. A query is spread
 over the signs of its channels once a tile, so that keys are one product of bits whatever widths
 their channels have; values are gathered by sign, and brought back to channels once. A bit is masked
-out of its byte as it lies, a number below the normal ones (``codes.masked``): that it stands for
+out of its byte as it lies, a number below the normal ones (``unpacking``): that it stands for
 half a step up or down is put right by the sums over all signs.
 """
 
@@ -12,9 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvtune.runtime.kernels.codes import HALF, code_bytes, mask_of, sign_bytes
+from kvtune.runtime.kernels.codes import HALF, code_bytes, sign_bytes
 from kvtune.runtime.kernels.turning import mixed
 from kvtune.runtime.kernels.turning import signs as hadamard
+from kvtune.runtime.kernels.unpacking import mask_of
 
 RUN = tl.constexpr(16)  # bytes that are read at once
 WIDEST = tl.constexpr(6)  # bits of a channel at most
@@ -55,18 +56,24 @@ def spread_queries(q, factor, pool_half, tables, D: tl.constexpr, G: tl.constexp
     pool_half += tables // 2
     amounts = pool_half + _tables_at("key amounts", KEYS, D) // 2
     channels = pool_bytes + _tables_at("key channels", KEYS, D)
-    queries, half = (), tl.zeros([RUN, M], tl.float32)
+    # All of one kind before what waits for it: a program waits three times, not for every bit.
+    places, counts, loaded = (), (), ()
     for run in tl.static_range(sign_runs(KEYS, D)):
         real = byte + run * RUN < BYTES
         for field in tl.static_range(8):
             sign = (byte + run * RUN) * 8 + field
-            channel = tl.load(channels + sign, mask=real, other=0).to(tl.int32)
-            amount = tl.load(amounts + sign, mask=real, other=0).to(tl.float32)
-            query = tl.load(q + head * D + channel[:, None], mask=head < G, other=0)
-            spread = (query.to(tl.float32) * (amount * factor)[:, None]).to(tl.float16)
-            half += spread.to(tl.float32)
-            # As much smaller as the bit is larger than a byte's lowest.
-            queries = queries + (spread * tl.full([1, 1], 2.0**-field, tl.float16),)
+            places = places + (tl.load(channels + sign, mask=real, other=0).to(tl.int32),)
+            counts = counts + (tl.load(amounts + sign, mask=real, other=0).to(tl.float32),)
+    for part in tl.static_range(8 * sign_runs(KEYS, D)):
+        place = head * D + places[part][:, None]
+        loaded = loaded + (tl.load(q + place, mask=head < G, other=0),)
+    queries, half = (), tl.zeros([RUN, M], tl.float32)
+    for part in tl.static_range(8 * sign_runs(KEYS, D)):
+        amount = counts[part] * factor
+        spread = (loaded[part].to(tl.float32) * amount[:, None]).to(tl.float16)
+        half += spread.to(tl.float32)
+        # As much smaller as the bit is larger than a byte's lowest.
+        queries = queries + (spread * tl.full([1, 1], 2.0 ** -(part % 8), tl.float16),)
     shift = tl.zeros([BLOCK, M], tl.float32)
     some = tl.arange(0, BLOCK)
     for first in tl.static_range(0, D, 32):
@@ -152,23 +159,28 @@ def store_channels(scratch, gathered, acc, shifts, total, pool_half, tables, D: 
     pool_half += tables // 2
     pool_short = pool_half.to(tl.pointer_type(tl.int16), bitcast=True)
     some = tl.arange(0, BLOCK)
-    blocks = ()
-    for start in tl.static_range(0, D, 32):
-        channel = start + some
+    means, steps, firsts, widths, blocks = (), (), (), (), ()
+    for block in tl.static_range(D // 32):
+        channel = block * 32 + some
         mean = tl.load(pool_half + _tables_at("value means", KEYS, D) // 2 + channel)
         step = tl.load(pool_half + _tables_at("value steps", KEYS, D) // 2 + channel)
         first = tl.load(pool_short + _tables_at("value firsts", KEYS, D) // 2 + channel)
-        width = tl.load(pool_bytes + _tables_at("value widths", KEYS, D) + channel).to(tl.int32)
+        width = tl.load(pool_bytes + _tables_at("value widths", KEYS, D) + channel)
+        means, steps = means + (mean.to(tl.float32),), steps + (step.to(tl.float32),)
+        firsts, widths = firsts + (first.to(tl.int32),), widths + (width.to(tl.int32),)
+    there = tl.where(total > 0, 1.0, 0.0)[None, :]
+    for block in tl.static_range(D // 32):
+        sums = ()
+        for bit in tl.static_range(WIDEST):  # all are on their way before one is waited for
+            place = (firsts[block] + bit)[:, None] * G + head
+            real = (bit < widths[block])[:, None] & (head < G)
+            sums = sums + (tl.load(gathered + place, mask=real, other=0, cache_modifier=".cg"),)
         levels = tl.zeros([BLOCK, M], tl.float32)
         for bit in tl.static_range(WIDEST):
-            place = (first.to(tl.int32) + bit)[:, None] * G + head
-            real = (bit < width)[:, None] & (head < G)
-            sums = tl.load(gathered + place, mask=real, other=0, cache_modifier=".cg")
-            levels += sums * (1 << bit)
-        middle = ((1 << width) - 1).to(tl.float32) * 0.5
+            levels += sums[bit] * (1 << bit)
+        middle = ((1 << widths[block]) - 1).to(tl.float32) * 0.5
         levels = levels * share[None, :] - middle[:, None] * all_weights[None, :]
-        there = tl.where(total > 0, 1.0, 0.0)[None, :]
-        output = levels * step.to(tl.float32)[:, None] + mean.to(tl.float32)[:, None] * there
+        output = levels * steps[block][:, None] + means[block][:, None] * there
         blocks = blocks + (output,)
     if TURNED:
         _store_turned(scratch, blocks, D, G, M)

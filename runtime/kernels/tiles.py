@@ -6,14 +6,15 @@ plain numbers in device memory, so that a captured graph goes on with new ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtune.policies.pages import BF16_PAGE, PAGE, TURNED
+from kvtune.policies.blocks import FIRST_NUMBER
+from kvtune.policies.page_formats import BF16_PAGE, PAGE, PAIR, TURNED
 
 Ints = NDArray[np.int64]
 
@@ -33,7 +34,6 @@ FEW_BITS_PROGRAMS = 8 * PROCESSORS
 memory, and twice as many programs hide more of it (4 to 17 % of the time on an H200,
 ``benchmarks/results/formats-tune-h200.json``)."""
 
-_FEW_BITS = (1, 2, 5, 6, *range(17, 32))
 _SMALLEST_TILE = 2  # blocks of 64 tokens: while one is worked on, another is on its way
 _PAGE_COST = {
     16: 1.0, 9: 0.55, 8: 0.6, 7: 0.6, 6: 0.45, 5: 0.45, 4: 0.35, 3: 0.35, 2: 0.28, 1: 0.28,
@@ -42,6 +42,9 @@ _PAGE_COST = {
 """Time of 64 tokens by format, bf16 as 1: bytes, and the work of unpacking them. Keys by token and
 rows of signs were not measured; the former count as keys by channel, whose loop is about as long,
 signs as a little more than others of two and three bits."""
+
+_BLOCK_COST = {1: 0.28, 2: 0.3, 3: 0.45, 4: 0.4, 8: 0.6}
+"""The same of blocks by their bits."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +96,13 @@ class Tiles:
 
 def kind_of(pairs: Iterable[int]) -> str:
     """Whether a layer's pages are all floats, all unpacked from integers, or mixed."""
-    kinds = {"floats" if 8 < min(_formats_of(pair)) <= 16 else "integers" for pair in pairs}
+    kinds = {"floats" if {*_formats_of(pair)} <= {9, 16} else "integers" for pair in pairs}
     return kinds.pop() if len(kinds) == 1 else "mixed"
 
 
 def _programs(segments: Segments) -> int:
     """Tiles wanted of a layer unless it is said."""
-    few = np.isin(np.stack(_formats_of(segments.pair)), _FEW_BITS).all(0)
+    few = _of_formats(segments.pair, _is_of_few_bits).all(0)
     if segments.most[few].sum() > 0.9 * segments.most.sum():
         return FEW_BITS_PROGRAMS
     return PROGRAMS[kind_of(segments.pair)]
@@ -113,16 +116,35 @@ def page_tokens(pair: Ints) -> Ints:
 
 def block_costs(pair: Ints) -> NDArray[np.float64]:
     """Time of 64 tokens of each pair, as multiples of those of bf16."""
-    lookup = np.zeros(32)
-    lookup[list(_PAGE_COST)] = list(_PAGE_COST.values())
-    keys, values = _formats_of(pair)
-    cost: NDArray[np.float64] = (lookup[keys] + lookup[values]) / 2
+    cost: NDArray[np.float64] = _of_formats(pair, _cost).mean(0)
     return cost
+
+
+def _of_formats(pair: Ints, what: Callable[[int], float]) -> NDArray[np.float64]:
+    """Something of each one's keys and values, ``[2, n]``."""
+    codes, place = np.unique(np.stack(_formats_of(pair)), return_inverse=True)
+    found = np.array([what(int(code)) for code in codes], np.float64)
+    return found[place].reshape(2, -1)
+
+
+def _cost(code: int) -> float:
+    return _PAGE_COST[code] if code < FIRST_NUMBER else _BLOCK_COST[_block_bits(code)]
+
+
+def _is_of_few_bits(code: int) -> bool:
+    if code >= FIRST_NUMBER:
+        return _block_bits(code) <= 3
+    return code in (1, 2, 5, 6) or code > 16
+
+
+def _block_bits(code: int) -> int:
+    return code % 8 + 1
 
 
 def _formats_of(pair: Any) -> tuple[Any, Any]:
     """Codes of keys and values, rotated or not: a rotation is a tile's, not a page's."""
-    return pair // (2 * TURNED) % TURNED, pair % TURNED
+    keys, values = pair // PAIR, pair % PAIR
+    return keys - keys // TURNED % 2 * TURNED, values - values // TURNED % 2 * TURNED
 
 
 def plan_tiles(segments: Segments, table: Ints, programs: int | None = None) -> Tiles:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvtune.runtime.kernels.codes import first_channel
+from kvtune.runtime.kernels.codes import first_channel, has_random_signs
 
 
 @triton.constexpr_function
@@ -63,11 +63,18 @@ def turned_queries(q, D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     SHARE: tl.constexpr = W // BLOCK
     head, channel = tl.arange(0, M)[None, :], tl.arange(0, BLOCK)
     matrix = signs(channel, channel)
-    blocks = ()
-    for block in tl.static_range(PARTS * SHARE):
+    loaded, blocks = (), ()
+    for block in tl.static_range(PARTS * SHARE):  # all on their way before one is waited for
         first = first_channel(block // SHARE, KEYS, D) + block % SHARE * BLOCK
         place = head * D + (first + channel)[:, None]
-        query = tl.load(q + place, mask=head < G, other=0)
+        loaded = loaded + (tl.load(q + place, mask=head < G, other=0),)
+    for block in tl.static_range(PARTS * SHARE):
+        query = loaded[block]
+        if has_random_signs(KEYS):
+            mine = _random_signs(
+                first_channel(block // SHARE, KEYS, D) + block % SHARE * BLOCK, BLOCK, D
+            )
+            query = query * mine[:, None].to(query.dtype)
         blocks = blocks + (tl.dot(matrix, query.to(tl.float16)) * (D**-0.5),)
     blocks = mixed(blocks, PARTS * SHARE)
     parts = ()
@@ -103,5 +110,28 @@ def store_turned(scratch, outputs, D: tl.constexpr, G: tl.constexpr, M: tl.const
         coarse = blocks[block].to(tl.float16)
         rest = (blocks[block] - coarse.to(tl.float32)).to(tl.float16)
         sums = tl.dot(matrix, rest, tl.dot(matrix, coarse))
+        if has_random_signs(VALUES):
+            mine = _random_signs(
+                first_channel(block // SHARE, VALUES, D) + block % SHARE * BLOCK, BLOCK, D
+            )
+            sums = sums * mine[:, None]
         place = head * D + (first + channel)[:, None]
         tl.store(scratch + place, sums, mask=head < G)
+
+
+@triton.jit
+def _random_signs(FIRST: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr):
+    """Signs of some channels as they are drawn before the rotation, [COUNT] float32."""
+    channel = tl.arange(0, COUNT)
+    low, high = _sign_bits(FIRST, D), _sign_bits(FIRST + 16, D)
+    flags = tl.where(channel < 16, low >> (channel & 15), high >> (channel & 15))
+    return 1.0 - 2.0 * (flags & 1).to(tl.float32)
+
+
+@triton.constexpr_function
+def _sign_bits(first, head_dim):
+    """A bit for each of 16 channels, set where its sign is negative; none beyond the head."""
+    from kvtune.policies.blocks import signs as drawn
+
+    some = drawn(head_dim)[first : first + 16].tolist()
+    return sum(1 << n for n, sign in enumerate(some) if sign < 0)

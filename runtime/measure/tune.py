@@ -23,6 +23,7 @@ TRIED: dict[str, tuple[int | None, ...]] = {
     "programs": (None, 264, 396, 528, 792, 1056, 1584, 2112),
     "stages": (2, 3, 4),
     "warps": (1, 2, 4),
+    "registers": (None, 168),
 }
 """Values of each of the kernel's parameters, those that do not compile anew first."""
 

@@ -3,9 +3,10 @@
 After Yao et al., "CacheBlend", EuroSys 2025, arXiv 2405.16444, and Yang et al., "KVShare", arXiv
 2503.16525, with their released code: the first layers run for all tokens; at the check layer every
 reused token is scored by how far its value is from the cached one (CacheBlend: squared; KVShare:
-absolute, times the attention of the last query but one); the highest scores run through all later
-layers, and see keys by true positions. Differs: one set of tokens for all later layers, without the
-paper's gradual filtering; spans are given, not searched for; nothing is recomputed while decoding.
+absolute, times the attention that the prompt's last query but one, a question's where there is one,
+pays to reused keys); the highest scores run through all later layers, and see keys by true
+positions. Differs: one set of tokens for all later layers, without the paper's gradual filtering;
+spans are given, not searched for; nothing is recomputed while decoding.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtune.policies.option import Option
-from kvtune.policies.pages import BF16_PAGE, PageLayout
+from kvtune.policies.page_formats import BF16_PAGE
+from kvtune.policies.pages import PageLayout
 from kvtune.policies.paging import pages_of, planned_entries
 from kvtune.policies.policy import Policy
 from kvtune.policies.servable import LEFT_TO_ANSWERS

@@ -19,7 +19,7 @@ from kvtune.runtime.cache.backend import Backend, Writing
 from kvtune.runtime.cache.fitted_pages import Fitted
 from kvtune.runtime.cache.segments import CODED, Ints
 from kvtune.runtime.cache.sending import sent
-from kvtune.runtime.cache.storing import fp8_scales
+from kvtune.runtime.cache.storing import fp8_scales, is_coded
 from kvtune.runtime.serving.asking import ask, asked_apart, keep, limits_of, rows_of
 from kvtune.runtime.serving.blocks import PlannedBlocks
 from kvtune.runtime.serving.held import KINDS, Stored
@@ -61,9 +61,9 @@ def compress(
     sizes = np.concatenate([limits[:, 0], *later])
     laid = lay_out(planned, kinds, budgets, prompts.requests, (heads, sizes))
     tables = [heads, sizes, prompts.starts[heads // len(kinds)], rows.methods, limits]
-    tables += [laid.tables, *(each.rows for each in others)]
+    tables += [laid.tables, laid.first, laid.exact, *(each.rows for each in others)]
     tables += [laid.records(layout) for layout in laid.layouts]
-    head, count, start, method, limit, cells, *there = sent(tables, memory.device)
+    head, count, start, method, limit, cells, begin, exact, *there = sent(tables, memory.device)
 
     scores, parts = ask(methods, rows, method, signals, apart, there)
     tokens = keep(scores, rows, limit, limits)
@@ -80,7 +80,8 @@ def compress(
             ones = part.balance.new_ones(len(laid.first), planned.head_dim)
             weights = ones if weights is None else weights
             weights[head[mine].long()] = part.balance
-    scales = _scales(laid, prompts, owner.long(), places)
+    owner = owner.long()
+    scales = _scales(laid, prompts, owner, places, is_coded(owner, begin, exact))
     for layout, pages in zip(laid.layouts, there[len(others) :], strict=True):
         if len(pages):
             held = (prompts.keys, prompts.values, places.int(), pages, scales.view(-1, 2))
@@ -97,7 +98,7 @@ def _store_merged(prompts: Prompts, part: Part, heads: Tensor, starts: Tensor) -
     prompts.keys[rows, places], prompts.values[rows, places] = part.keys, part.values
 
 
-def _scales(laid: Laid, prompts: Prompts, head: Tensor, places: Tensor) -> Tensor:
+def _scales(laid: Laid, prompts: Prompts, head: Tensor, places: Tensor, coded: Tensor) -> Tensor:
     """``[kinds, heads, 2]``, 1 but where formats share a scale among a head's tokens.
 
     Args:
@@ -105,10 +106,11 @@ def _scales(laid: Laid, prompts: Prompts, head: Tensor, places: Tensor) -> Tenso
         prompts: what they hold.
         head: of each kept token, its head in the table.
         places: in the token axis of what prompts hold.
+        coded: whether it is one that its format codes.
     """
     scales = torch.ones(KINDS, len(laid.first), 2, device=places.device)
-    if any("fp8" in (layout.keys, layout.values) for layout in laid.layouts):
+    if any(layout.has_head_scales for layout in laid.layouts):
         held = (prompts.keys, prompts.values)
         magnitudes = torch.stack([x.abs().amax(-1) for x in held])[:, head % laid.heads, places]
-        scales[CODED] = fp8_scales(magnitudes, head, len(laid.first))
+        scales[CODED] = fp8_scales(magnitudes, head, coded, len(laid.first))
     return scales

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvtune.policies.pages import BF16_PAGE
+from kvtune.policies.page_formats import BF16_PAGE
 from kvtune.runtime.cache.segments import Ints, runs
 from kvtune.runtime.serving.blocks import with_room_ahead
 from kvtune.runtime.serving.pages import RequestPages

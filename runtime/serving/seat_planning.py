@@ -7,7 +7,8 @@ from functools import cached_property
 
 import numpy as np
 
-from kvtune.policies.pages import BF16_PAGE, PAGE, PageLayout
+from kvtune.policies.page_formats import BF16_PAGE, PAGE
+from kvtune.policies.pages import PageLayout
 from kvtune.policies.paging import pages_of
 from kvtune.policies.policy import Policy
 from kvtune.runtime.cache.segments import Ints, runs

@@ -60,6 +60,8 @@ WEIGHT_FORMAT_FACTOR = {
 # The same for the cache, by format. Eight bits, of floats and of integers: fp8 in the tables of
 # aiconfigurator-core; fewer bits: reports from half to all of the bf16 speed.
 _EIGHT_BITS = Prior(0.90, 0.70, 0.99)
+_BLOCKS_OF_EIGHT = ("mxfp8", "q8_0", "int8_token_head", "fp8_token_head", "fp8_unscaled")
+_BLOCKS_OF_FOUR = ("nvfp4", "q4_0", "hqq4", "int4_token_head", "turboquant4")
 CACHE_FACTOR = {
     "bf16": Prior(1.0, 1.0, 1.0),
     "fp8": _EIGHT_BITS,
@@ -67,15 +69,22 @@ CACHE_FACTOR = {
     "int4": Prior(0.55, 0.30, 0.80),
     "int3": Prior(0.44, 0.22, 0.70),
     "int2": Prior(0.32, 0.15, 0.60),
-    # benchmarks/formats.py on an H200, from 256 MB to 1 GB of what bf16 takes; a tile's queries and
-    # outputs are rotated however short it is, so that the low ends are those of 64 MB.
-    "rotated_int8": Prior(0.78, 0.49, 0.87),
-    "rotated_int4": Prior(0.70, 0.35, 0.80),
-    "rotated_int3": Prior(0.36, 0.20, 0.50),  # unpacking takes longer: its third bits lie apart
-    "rotated_int2": Prior(0.50, 0.22, 0.60),
-    # Counted, not measured: a page of 64 tokens of 2 bits takes 160 products of 16 x 16 x 8 and
-    # four times as many masks, where two plain bits take half of either.
-    "allocated": Prior(0.40, 0.15, 0.60),
+    # benchmarks/results/formats-kernels-h200.json, from 256 MB to 1 GB of what bf16 takes; a tile's
+    # queries and outputs are rotated however short it is, so that the low ends are those of 64 MB.
+    "rotated_int8": Prior(0.85, 0.62, 0.92),
+    "rotated_int4": Prior(0.74, 0.43, 0.84),
+    "rotated_int3": Prior(0.54, 0.28, 0.61),  # unpacking takes longer: its third bits lie apart
+    "rotated_int2": Prior(0.54, 0.24, 0.62),
+    # benchmarks/results/formats-blocks-h200.json: from 256 MB to 1 GB; less where tiles are short,
+    # since one begins by spreading its queries over signs. Formats in blocks that are not named
+    # there are as their bits are.
+    "allocated": Prior(0.24, 0.08, 0.36),
+    "mxfp4": Prior(0.56, 0.35, 0.66),
+    **dict.fromkeys(_BLOCKS_OF_EIGHT, _EIGHT_BITS),
+    **dict.fromkeys(_BLOCKS_OF_FOUR, Prior(0.55, 0.30, 0.80)),
+    "turboquant3": Prior(0.44, 0.20, 0.60),
+    **dict.fromkeys(("hqq2", "turboquant2"), Prior(0.32, 0.15, 0.60)),
+    "turboquant1": Prior(0.25, 0.10, 0.40),
 }
 # A format that nobody has reported on: between a tenth of the bf16 efficiency and all of it.
 UNREPORTED_CACHE_FACTOR = Prior(0.4, 0.1, 1.0)

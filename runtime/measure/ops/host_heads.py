@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kvtune.policies.methods.quest import Quest
 from kvtune.policies.option import Budget, Option
-from kvtune.policies.pages import PAGE, PageLayout
+from kvtune.policies.page_formats import PAGE
+from kvtune.policies.pages import PageLayout
 from kvtune.policies.policy import Policy
 from kvtune.profiles.kernel_table import Point
 from kvtune.runtime.cache.backend import Fetching, backend_for

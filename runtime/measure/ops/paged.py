@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from kvtune.policies.pages import VALUE_CODES, layout_named
+from kvtune.policies.page_formats import VALUE_CODES
+from kvtune.policies.pages import layout_named
 from kvtune.profiles.kernel_table import Point
 from kvtune.runtime.kernels.launch import decode
 from kvtune.runtime.measure.grid import Grid

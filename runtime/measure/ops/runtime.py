@@ -13,7 +13,7 @@ import torch
 
 from kvtune.common.transformers_interface import cache_argument
 from kvtune.policies.option import Option
-from kvtune.policies.pages import PAGE
+from kvtune.policies.page_formats import PAGE
 from kvtune.policies.policy import Policy
 from kvtune.profiles.kernel_table import Point
 from kvtune.profiles.models import find_model, model_of_size
