@@ -91,6 +91,8 @@ def main() -> None:
     found = {
         "first_answer_s": round(sum(s["wall_s"] for s in steps[:3]), 1),
         "real_plan_s": steps[3]["wall_s"] if asked.live else None,
+        "first_answer_cpu_s": round(sum(s["cpu_s"] for s in steps[:3]), 1),
+        "real_plan_cpu_s": steps[3]["cpu_s"] if asked.live else None,
         "steps": steps,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
