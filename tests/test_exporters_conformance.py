@@ -23,7 +23,8 @@ from kvtune.policies.allocators.pyramid import Pyramid
 from kvtune.policies.export.compare import compared
 from kvtune.policies.export.contract import Export, exporters, find_exporter
 from kvtune.policies.export.engine_wide import EngineWide, check
-from kvtune.policies.export.exporters import ik_llama, llama_cpp, vllm
+from kvtune.policies.export.exporters import ik_llama, llama_cpp
+from kvtune.policies.export.vllm_config import sequence_bytes
 from kvtune.policies.format import Format, formats
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.fp8 import Fp8
@@ -483,7 +484,7 @@ def test_a_sequence_takes_what_vllm_said_that_it_takes(
         kinds = ["full_attention"] * (30 - sliding) + ["sliding_attention"] * sliding
         config |= {"max-num-batched-tokens": 512}
         config |= {"hf-overrides": {"sliding_window": 128, "layer_types": kinds}}
-    found = 2**30 / vllm.sequence_bytes(config, 3, 64, 30)
+    found = 2**30 / sequence_bytes(config, 3, 64, 30)
     assert found == pytest.approx(concurrency, rel=0.002)
 
 
