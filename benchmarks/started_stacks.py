@@ -272,7 +272,6 @@ def inside_vllm(path: Path) -> None:
     """The process that has the engine: each sample is a request, its answer given beforehand."""
     from vllm import SamplingParams
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.sample.logits_processor import LogitsProcessor
@@ -302,7 +301,7 @@ def inside_vllm(path: Path) -> None:
             return logits
 
     asked = json.loads(path.read_text("utf-8"))
-    parser = make_arg_parser(FlexibleArgumentParser())
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     words = [*asked["words"], "--enforce-eager", "--no-enable-prefix-caching"]
     engine_args = EngineArgs.from_cli_args(parser.parse_args(words))
     engine_args.logits_processors = [Given]

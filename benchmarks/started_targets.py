@@ -197,12 +197,11 @@ def vllm(arguments: argparse.Namespace, plan: str, folder: Path) -> dict[str, An
     os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
     from vllm import SamplingParams
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.v1.engine.llm_engine import LLMEngine
 
     words = ["--config", str(folder / "vllm.yaml"), "--enforce-eager"]
-    asked = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
+    asked = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(words)
     engine = LLMEngine.from_engine_args(EngineArgs.from_cli_args(asked))
     engine.add_request("one", TEXT, SamplingParams(temperature=0, max_tokens=8))
     answer = ""

@@ -178,18 +178,25 @@ def _files(result: SearchResult) -> list[RenderableType]:
 
 def _next(result: SearchResult) -> list[RenderableType]:
     """What helps most now: real weights where a stand-in stood, else the serving stack."""
-    folder = result.request.run_dir
     if result.quality.source == "own trace":
-        return [_export(folder, "transformers")]
+        return [_serve(result, "transformers")]
     name = result.request.shape.name
     return [
         f"quality of {name} itself: the same search with --model PATH, a folder of its weights",
-        _export(folder, "vllm", "--allow-stand-in"),
+        _serve(result, "vllm", "--allow-stand-in"),
     ]
 
 
-def _export(folder: Path, stack: str, *more: str) -> RenderableType:
-    """The command as it can be copied, on one line however long."""
+def _serve(result: SearchResult, usual: str, *more: str) -> RenderableType:
+    """The export to the stack that was searched for, as it can be copied, on one line however long.
+
+    Of a plan with heads on the host, which every export refuses: what serves it.
+    """
+    folder = result.request.run_dir
+    if any(option.on_host for option in result.policy.options()):
+        call = f"kvtune.load_cache({str(folder / POLICY_FILE)!r}, model)"
+        return one_line(f"next: {call} in Python serves it; no export keeps heads on the host")
+    stack = result.request.stack or usual
     words = ["kvtune", "export", str(folder / POLICY_FILE), "--to", stack]
     words += ["--out", str(folder / stack), *more]
     return one_line(f"next: {shlex.join(words)}")

@@ -324,3 +324,27 @@ def test_other_texts_than_the_searchs_are_told_with_what_they_cost(tmp_path: Pat
     assert "3 times as much" in told
     assert "0.3 nats a token" in str(other_texts(path, run(user=0.3)))
     assert other_texts(tmp_path / "none.json", run(user=0.3)) is None
+
+
+def test_the_next_step_is_one_that_works(
+    live: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the stack that was searched for; and no export where heads lie on the host."""
+
+    def next_line(*more: str) -> str:
+        main([*WORDS, *more])
+        return capsys.readouterr().out.split("\nnext: ")[1]
+
+    assert "--to llama-cpp --out run/llama-cpp" in next_line("--for", "llama-cpp")
+    stub = sys.modules["kvtune.tuner.search"]
+    option = Option(SnapKV(), Budget(share=0.25), Int4(), Int4(), tier="host")
+
+    def run_search(asked: SearchRequest, progress: Progress) -> SearchResult:
+        found = result_of(asked, live)
+        policy = Policy.uniform(option, found.policy.layers, found.policy.kv_heads)
+        return dataclasses.replace(found, policy=policy)
+
+    monkeypatch.setattr(stub, "run_search", run_search)
+    said = next_line()
+    assert said.startswith("kvtune.load_cache('run/policy.yaml', model)")
+    assert "kvtune export" not in said

@@ -13,6 +13,9 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.parts import ModelFacts, PolicyDocument
 from kvtune.policies.servable import check_servable
 
+NOT_THE_PLANS = "not the plan's"
+"""The loss on a stack that runs another policy than the plan, which nobody has predicted."""
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -85,7 +88,7 @@ def _on(
         )
     except KvtuneError as error:
         return Compared(name, None, None, str(error), kind.proof)
-    told = loss if made.keeps_loss else f"not the plan's: kvtune search --for {name}"
+    told = loss if made.keeps_loss else NOT_THE_PLANS
     return Compared(name, made.prompt_bytes, made.sequences, told, made.proof)
 
 
