@@ -194,7 +194,8 @@ def of_openvino(made: Export) -> Meaning:
     read = json.loads(text)
     code = {"f16": 16, "u8": 8, "u4": 4}[read["properties"]["KV_CACHE_PRECISION"]]
     assert read["scheduler"]["num_kv_blocks"] == read["scheduler"]["max_num_seqs"] * P // 32
-    return whole_cache(code, 16 * (code < 16), read["scheduler"]["max_num_seqs"])
+    scales = 8 + 8 * D / 32  # of a token's values, of a page's keys by channel
+    return whole_cache(code, scales * (code < 16), read["scheduler"]["max_num_seqs"])
 
 
 def of_mlx(made: Export) -> Meaning:
@@ -486,6 +487,17 @@ def test_a_sequence_takes_what_vllm_said_that_it_takes(
         config |= {"hf-overrides": {"sliding_window": 128, "layer_types": kinds}}
     found = 2**30 / sequence_bytes(config, 3, 64, 30)
     assert found == pytest.approx(concurrency, rel=0.002)
+
+
+@pytest.mark.parametrize(
+    ("form", "keys", "values"), [(Int8(), 40 * 64, 32 * 72), (Int4(), 48 * 32, 32 * 40)]
+)
+def test_openvinos_bytes_are_those_of_its_compiled_model(
+    form: Format, keys: int, values: int
+) -> None:
+    """Bytes of a head's page of 32 tokens, of SmolLM2-135M's shape as OpenVINO 2026.4.1 has it."""
+    made = find_exporter("openvino")().export(document(Option(keys=form, values=form)))
+    assert made.prompt_bytes == L * H * (P // 32) * (keys + values)
 
 
 def test_no_stack_is_told_of_more_tokens_than_the_model_takes() -> None:
