@@ -68,7 +68,7 @@ def main() -> None:
         "--every",
         type=int,
         default=16,
-        help="of the observed tokens, those that llama.cpp is asked",
+        help="observed token that llama.cpp is asked",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of vLLM")
     arguments = parser.parse_args()
