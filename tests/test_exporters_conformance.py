@@ -10,6 +10,7 @@ import itertools
 import json
 import random
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from kvtune.common.estimate import Estimate
 from kvtune.common.units import format_bytes
 from kvtune.policies.allocators.adakv import AdaKV
 from kvtune.policies.allocators.pyramid import Pyramid
+from kvtune.policies.export import stored_alike
 from kvtune.policies.export.compare import compared
 from kvtune.policies.export.contract import Export, exporters, find_exporter
 from kvtune.policies.export.engine_wide import EngineWide, check
@@ -29,6 +31,8 @@ from kvtune.policies.format import Format, formats
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.grouped import Int4, Int8
+from kvtune.policies.formats.llama_cpp import Q4
+from kvtune.policies.formats.token_head import Int4TokenHead
 from kvtune.policies.method import Method, ScoredMethod, methods
 from kvtune.policies.methods.expected_attention import ExpectedAttention
 from kvtune.policies.methods.full import Full
@@ -638,3 +642,42 @@ def test_what_a_stack_refuses_or_takes_silently_is_refused_here(
     assert issubclass(kind, EngineWide)
     with pytest.raises(ValueError, match=r"no settings|cannot be"):
         check(wrong, kind.schema, kind.stack)
+
+
+@pytest.mark.parametrize(
+    ("stack", "form"), [("vllm", Int4TokenHead()), ("llama-cpp", Q4(rotation="hadamard"))]
+)
+def test_a_stack_that_stores_answers_likewise_loses_more_than_the_plan(
+    stack: str, form: Format
+) -> None:
+    plan = document(Option(keys=form, values=form))
+    made = find_exporter(stack)().export(plan)
+    least, mean, most = stored_alike.RATIOS[form.label]
+    assert made.keeps_loss
+    assert made.loss is not None
+    assert (made.loss.low, made.loss.value, made.loss.high) == pytest.approx(
+        (0.01 * least, 0.0123 * mean, 0.02 * most)
+    )
+    assert made.loss.tier == "transferred"
+    report = made.files["REPORT.txt"]
+    assert "0.0123 [0.01, 0.02] table is what the plan loses by its prompt" in report
+    assert {row.name: row.loss for row in compared(plan)}[stack] in report
+
+
+def test_a_plan_in_16_bits_loses_no_more_anywhere() -> None:
+    for name in exporters():
+        made = find_exporter(name)().export(document(Option()))
+        assert made.loss is not None
+        assert (made.loss.value, made.loss.tier) == (0.0123, "table")
+
+
+def test_ratios_are_those_that_were_measured() -> None:
+    path = Path(__file__).parents[1] / "benchmarks" / "results" / "stored-answers-cpu.json"
+    found = json.loads(path.read_text("utf-8"))
+    assert set(found) == set(stored_alike.RATIOS)
+    for label, kinds in found.items():
+        both = {way: [each[way] for each in kinds.values()] for way in ("prompt", "everything")}
+        each = [there / plan for plan, there in zip(*both.values(), strict=True)]
+        measured = min(each), sum(both["everything"]) / sum(both["prompt"]), max(each)
+        assert stored_alike.RATIOS[label] == pytest.approx(measured, rel=0.01)
+        assert len(kinds) == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Estimate
 from kvtune.common.words import figure
 from kvtune.policies.export.contract import exporters
 from kvtune.policies.export.plan import Plan, plan_of
@@ -51,7 +52,7 @@ def compared(
         Compared("uncompressed", *_own(plan, full), "0", "exact"),
         Compared("kvtune", *_own(plan, plan.policy), loss, _proof(plan)),
     ]
-    return ours + [_on(name, document, facts, context_tokens, loss) for name in sorted(exporters())]
+    return ours + [_on(name, document, facts, context_tokens) for name in sorted(exporters())]
 
 
 def _proof(plan: Plan) -> str:
@@ -79,7 +80,6 @@ def _on(
     document: PolicyDocument,
     facts: ModelFacts | None,
     context_tokens: int | None,
-    loss: str,
 ) -> Compared:
     kind = exporters()[name]
     try:
@@ -88,12 +88,14 @@ def _on(
         )
     except KvtuneError as error:
         return Compared(name, None, None, str(error), kind.proof)
-    told = loss if made.keeps_loss else NOT_THE_PLANS
+    told = _told(made.loss) if made.keeps_loss else NOT_THE_PLANS
     return Compared(name, made.prompt_bytes, made.sequences, told, made.proof)
 
 
 def _loss_of_plan(document: PolicyDocument) -> str:
     quality = document.provenance.quality if document.provenance else None
-    if quality is None or quality.kl_nats_per_token is None:
-        return "not known"
-    return figure(quality.kl_nats_per_token)
+    return _told(quality.kl_nats_per_token if quality else None)
+
+
+def _told(loss: Estimate | None) -> str:
+    return figure(loss) if loss else "not known"

@@ -1,0 +1,37 @@
+"""What a plan loses on a stack that stores each token as it comes, prompts and answers alike.
+
+A plan's loss is that of a prompt that was read uncompressed and stored afterwards, its answer in 16
+bits. vLLM and llama.cpp read a prompt through what they have stored of it, and store the answer
+likewise, which loses several times as much.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kvtune.common.estimate import BAND, Estimate
+from kvtune.policies.export.limits import EngineLimits
+from kvtune.policies.policy import Policy
+
+RATIOS: dict[str, tuple[float, float, float]] = {}
+"""By format: the loss of everything stored alike over that of the prompt alone, over all kinds of
+text and the least and the most of one kind (SmolLM2-135M, ``benchmarks/stored_answers.py``,
+``benchmarks/results/stored-answers-cpu.json``)."""
+
+
+def loss_there(loss: Estimate, policy: Policy, limits: EngineLimits) -> Estimate:
+    """The loss of a plan in an engine's own formats, answers and the reading of prompts included.
+
+    Args:
+        loss: of the plan, as a search printed it.
+        policy: the plan.
+        limits: of the engine; one without formats of its own names no loss of narrow ones.
+    """
+    forms = {form for option in policy.options() for form in (option.keys, option.values)}
+    found = [RATIOS[form.label] for form in forms if form in limits.own and form.label in RATIOS]
+    if not found:
+        return loss
+    least, mean, most = max(found, key=lambda ratios: ratios[1])
+    tier = loss.tier if loss.tier == BAND else "transferred"
+    ends = loss.low * least, loss.high * most
+    return replace(loss, value=loss.value * mean, low=ends[0], high=ends[1], tier=tier)
