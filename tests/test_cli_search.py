@@ -19,6 +19,7 @@ from kvtune.__main__ import main
 from kvtune.common.estimate import BAND, Estimate
 from kvtune.common.progress import Progress
 from kvtune.policies.formats.grouped import Int4
+from kvtune.policies.formats.llama_cpp import Q4
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
@@ -348,3 +349,24 @@ def test_the_next_step_is_one_that_works(
     said = next_line()
     assert said.startswith("kvtune.load_cache('run/policy.yaml', model)")
     assert "kvtune export" not in said
+
+
+def test_a_stack_that_stores_answers_likewise_has_a_loss_of_its_own(
+    live: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = Q4(rotation="hadamard")
+
+    def run_search(asked: SearchRequest, progress: Progress) -> SearchResult:
+        found = result_of(asked, live)
+        policy = Policy.uniform(Option(keys=form, values=form), 32, 8)
+        return dataclasses.replace(found, policy=policy)
+
+    def rows(*more: str) -> list[str]:
+        main([*WORDS, *more])
+        return [x for x in capsys.readouterr().out.splitlines() if x.startswith("in llama.cpp")]
+
+    assert rows("--for", "llama-cpp") == []  # integers of kvtune's own
+    monkeypatch.setattr(sys.modules["kvtune.tuner.search"], "run_search", run_search)
+    assert rows() == []
+    (row,) = rows("--for", "llama-cpp")
+    assert "nats/token; it stores answers likewise" in row
