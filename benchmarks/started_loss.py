@@ -125,9 +125,10 @@ def exported(arguments: argparse.Namespace, stack: str, prompt: int = CONTEXT) -
 def judged(arguments: argparse.Namespace, stack: str, kl: float | None) -> dict[str, Any]:
     """What the export prints of the loss, and whether the live one lies in that."""
     made = exported(arguments, stack)
-    if kl is None or made.loss is None or not made.keeps_loss:
+    if made.loss is None or not made.keeps_loss:
         return {"printed": None}
-    return {"printed": made.loss.as_dict(), "inside": made.loss.low <= kl <= made.loss.high}
+    inside = None if kl is None else made.loss.low <= kl <= made.loss.high
+    return {"printed": made.loss.as_dict(), "inside": inside}
 
 
 def by_kind(samples: list[Observed], each: list[float]) -> dict[str, Any]:
@@ -135,8 +136,14 @@ def by_kind(samples: list[Observed], each: list[float]) -> dict[str, Any]:
     kinds: dict[str, list[float]] = {}
     for sample, loss in zip(samples, each, strict=True):
         kinds.setdefault(sample.kind, []).append(loss)
-    means = {kind: float(np.mean(values)) for kind, values in kinds.items()}
-    return {"kl": float(np.mean(list(means.values()))), "by_kind": means}
+    means = {kind: finite(np.mean(values)) for kind, values in kinds.items()}
+    whole = None if None in means.values() else finite(np.mean(list(means.values())))
+    return {"kl": whole, "by_kind": means}
+
+
+def finite(number: Any) -> float | None:
+    """None of a stack that has answered what is no number."""
+    return float(number) if np.isfinite(number) else None
 
 
 def divergence(of: Tensor, to: Tensor) -> float:

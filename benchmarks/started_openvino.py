@@ -59,6 +59,8 @@ def new_pages(model: Any, pages: int) -> dict[Any, Any]:
 
 def converted(gguf: Path) -> Path:
     """The model that OpenVINO GenAI makes of a GGUF file, which it writes beside it when asked."""
+    if (known := gguf.with_name("openvino_model.xml")).exists():
+        return known
     import openvino_genai
 
     folder = Path(tempfile.mkdtemp())
