@@ -66,8 +66,10 @@ def main() -> None:
     parser.add_argument("--only", choices=[*STACKS, NOTHING], help="nothing: judge anew")
     parser.add_argument("--every", type=int, default=16, help="token that llama.cpp is asked")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of vLLM")
+    parser.add_argument("--samples", type=int, default=3, help="the first so many")
     arguments = parser.parse_args()
-    samples = [Observed(**each) for each in json.loads(SAMPLES.read_text("utf-8"))]
+    held_out = json.loads(SAMPLES.read_text("utf-8"))[: arguments.samples]
+    samples = [Observed(**each) for each in held_out]
     arguments.gguf = fetch_smollm2()
     arguments.model = arguments.model or model_folder("smollm2-135m", Silent())
     found = json.loads(arguments.out.read_text("utf-8")) if arguments.out.exists() else {}
