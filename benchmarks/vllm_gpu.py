@@ -58,6 +58,7 @@ GRAPHS = [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256]
 AT_ONCE = 8  # requests of the load for which memory is enough
 RIGHT_PROMPTS, RIGHT_TOKENS = (40, 333, 700), 68
 TIGHT_GIB = 1.25  # of cache memory that is left for the load "tight"
+LOADS = ("tight", "ample", "short")
 PARTS = ("right-plan", "alone", "stock", "plan", "right-stock")
 
 
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240, help="of all parts together")
     parser.add_argument("--load-seconds", type=float, default=30, help="that a load is watched")
     parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--loads", default=",".join(LOADS))
     parser.add_argument("--child")
     arguments = parser.parse_args()
     if arguments.child:
@@ -168,8 +170,8 @@ def steps_of(arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     engine = Engine(arguments)
     if arguments.child.startswith("right"):
         return {"start": engine.start, "greedy": engine.greedy}
-    return {"start": engine.start, "warm": engine.warm, "tight": engine.tight,
-            "ample": engine.ample, "short": engine.short}  # fmt: skip
+    loads = {name: getattr(engine, name) for name in arguments.loads.split(",")}
+    return {"start": engine.start, "warm": engine.warm, **loads}
 
 
 class Engine:
@@ -386,7 +388,7 @@ def mean_size(gaps: list[float]) -> float:
 def table(found: dict[str, Any]) -> str:
     """The figures side by side."""
     lines = [f"{'':<34}{'stock':>14}{'plan':>14}{'ratio':>9}"]
-    for load in ("short", "tight", "ample"):
+    for load in LOADS:
         both = [found.get(name, {}).get(load, {}) for name in ("stock", "plan")]
         for key in both[0]:
             one, other = (told.get(key) for told in both)

@@ -54,6 +54,12 @@ StrictOption = Annotated[
 ]
 
 
+_FLATTENED = (
+    "not the plan's: the stack runs less than the plan, and what that loses was not predicted; "
+    "kvtune search --for STACK finds the best plan that it can run, and its loss"
+)
+
+
 def command(
     policy: options.PolicyFile,
     to: ToOption = None,
@@ -106,10 +112,11 @@ def _compare(
     from dataclasses import asdict
 
     from kvtune.common.units import format_bytes, parse_tokens
-    from kvtune.policies.export.compare import compared
+    from kvtune.policies.export.compare import NOT_THE_PLANS, compared
 
     tokens = parse_tokens(context) if context else None
     rows = compared(document, _facts(document, model), tokens)
+    flattened = any(row.loss == NOT_THE_PLANS for row in rows)
     with speaking(as_json, quiet=as_json) as output:
         output.show(
             table(
@@ -126,6 +133,7 @@ def _compare(
                     for row in rows
                 ],
                 left=(0, 3, 4),
+                caption=_FLATTENED if flattened else "",
             )
         )
         output.finish("export", {"compared": [asdict(row) for row in rows]})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvtune.cli.front_report import formats_found, front_table, weights_table
@@ -153,6 +152,7 @@ def _plan(result: SearchResult) -> RenderableType:
     on_host = result.policy.host_bytes(result.context_tokens, head_dim)
     rows = [
         ("loss", f"{figure(result.quality.kl)}, nats/token"),
+        *_loss_there(result),
         ("prompt", f"{format_bytes(result.prompt_bytes)}, {percent(result.share)} of bf16"),
         *([("on the host", format_bytes(on_host))] if on_host else []),
         ("prompts at once", _at_once(result)),
@@ -168,6 +168,20 @@ def _plan(result: SearchResult) -> RenderableType:
         fired = ", ".join(f"{count(n)} {what}" for what, n in result.counters.items())
         rows.append(("fired live", fired.replace("_", " ")))
     return table("The plan", ("", ""), rows, left=(0, 1), caption=_caption(result))
+
+
+def _loss_there(result: SearchResult) -> list[tuple[str, str]]:
+    """On the stack that was searched for, where it stores answers as it stores prompts."""
+    if result.request.stack is None:
+        return []
+    from kvtune.policies.export.contract import find_exporter
+    from kvtune.policies.export.stored_alike import loss_there
+
+    stack = find_exporter(result.request.stack)
+    there = loss_there(result.quality.kl, result.policy, stack.limits)
+    if there == result.quality.kl:
+        return []
+    return [(f"in {stack.stack}", f"{figure(there)}, nats/token; it stores answers likewise")]
 
 
 def _at_once(result: SearchResult) -> str:
@@ -190,18 +204,28 @@ def _files(result: SearchResult) -> list[RenderableType]:
 
 def _next(result: SearchResult) -> list[RenderableType]:
     """What helps most now: real weights where a stand-in stood, else the serving stack."""
-    folder = result.request.run_dir
     if result.quality.source == "own trace":
-        return [_export(folder, "transformers")]
+        return [_serve(result, "transformers")]
     name = result.request.shape.name
     own = f"quality of {name} itself: the same search with --model PATH, a folder of its weights"
     if result.policy.waits:  # which no other stack does
+        folder = result.request.run_dir
         return [own, one_line(f"next: {shlex.join(['kvtune', 'export', str(folder)])} --compare")]
-    return [own, _export(folder, "vllm", "--allow-stand-in")]
+    return [own, _serve(result, "vllm", "--allow-stand-in")]
 
 
-def _export(folder: Path, stack: str, *more: str) -> RenderableType:
-    """The command as it can be copied, on one line however long."""
+
+
+def _serve(result: SearchResult, usual: str, *more: str) -> RenderableType:
+    """The export to the stack that was searched for, as it can be copied, on one line however long.
+
+    Of a plan with heads on the host, which every export refuses: what serves it.
+    """
+    folder = result.request.run_dir
+    if any(option.on_host for option in result.policy.options()):
+        call = f"kvtune.load_cache({str(folder / POLICY_FILE)!r}, model)"
+        return one_line(f"next: {call} in Python serves it; no export keeps heads on the host")
+    stack = result.request.stack or usual
     words = ["kvtune", "export", str(folder / POLICY_FILE), "--to", stack]
     words += ["--out", str(folder / stack), *more]
     return one_line(f"next: {shlex.join(words)}")

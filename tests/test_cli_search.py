@@ -19,6 +19,7 @@ from kvtune.__main__ import main
 from kvtune.common.estimate import BAND, Estimate
 from kvtune.common.progress import Progress
 from kvtune.policies.formats.grouped import Int4
+from kvtune.policies.formats.llama_cpp import Q4
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
@@ -356,3 +357,48 @@ def test_other_texts_than_the_searchs_are_told_with_what_they_cost(tmp_path: Pat
     assert "3 times as much" in told
     assert "0.3 nats a token" in str(other_texts(path, run(user=0.3)))
     assert other_texts(tmp_path / "none.json", run(user=0.3)) is None
+
+
+def test_the_next_step_is_one_that_works(
+    live: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the stack that was searched for; and no export where heads lie on the host."""
+
+    def next_line(*more: str) -> str:
+        main([*WORDS, *more])
+        return capsys.readouterr().out.split("\nnext: ")[1]
+
+    assert "--to llama-cpp --out run/llama-cpp" in next_line("--for", "llama-cpp")
+    stub = sys.modules["kvtune.tuner.search"]
+    option = Option(SnapKV(), Budget(share=0.25), Int4(), Int4(), tier="host")
+
+    def run_search(asked: SearchRequest, progress: Progress) -> SearchResult:
+        found = result_of(asked, live)
+        policy = Policy.uniform(option, found.policy.layers, found.policy.kv_heads)
+        return dataclasses.replace(found, policy=policy)
+
+    monkeypatch.setattr(stub, "run_search", run_search)
+    said = next_line()
+    assert said.startswith("kvtune.load_cache('run/policy.yaml', model)")
+    assert "kvtune export" not in said
+
+
+def test_a_stack_that_stores_answers_likewise_has_a_loss_of_its_own(
+    live: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = Q4(rotation="hadamard")
+
+    def run_search(asked: SearchRequest, progress: Progress) -> SearchResult:
+        found = result_of(asked, live)
+        policy = Policy.uniform(Option(keys=form, values=form), 32, 8)
+        return dataclasses.replace(found, policy=policy)
+
+    def rows(*more: str) -> list[str]:
+        main([*WORDS, *more])
+        return [x for x in capsys.readouterr().out.splitlines() if x.startswith("in llama.cpp")]
+
+    assert rows("--for", "llama-cpp") == []  # integers of kvtune's own
+    monkeypatch.setattr(sys.modules["kvtune.tuner.search"], "run_search", run_search)
+    assert rows() == []
+    (row,) = rows("--for", "llama-cpp")
+    assert "nats/token; it stores answers likewise" in row

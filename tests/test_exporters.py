@@ -21,7 +21,8 @@ from kvtune.common.errors import KvtuneError
 from kvtune.policies.allocators.adakv import AdaKV
 from kvtune.policies.allocators.pyramid import Pyramid
 from kvtune.policies.export.contract import Export, exporters, find_exporter, write_export
-from kvtune.policies.export.exporters import llama_cpp, vllm
+from kvtune.policies.export.exporters import llama_cpp
+from kvtune.policies.export.vllm_config import check as check_vllm
 from kvtune.policies.format import formats
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.fp8 import Fp8
@@ -337,9 +338,9 @@ GOOD_VLLM: dict[str, Any] = {
     ids=str,
 )
 def test_vllm_mirror_refuses_what_vllm_would_not_check(wrong: dict[str, Any]) -> None:
-    vllm.check(GOOD_VLLM, 2)
+    check_vllm(GOOD_VLLM, 2)
     with pytest.raises(ValueError, match=r"."):
-        vllm.check(GOOD_VLLM | wrong, 2)
+        check_vllm(GOOD_VLLM | wrong, 2)
 
 
 def test_vllm_bytes_follow_its_allocation() -> None:

@@ -10,6 +10,7 @@ import itertools
 import json
 import random
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,14 +21,18 @@ from kvtune.common.estimate import Estimate
 from kvtune.common.units import format_bytes
 from kvtune.policies.allocators.adakv import AdaKV
 from kvtune.policies.allocators.pyramid import Pyramid
+from kvtune.policies.export import stored_alike
 from kvtune.policies.export.compare import compared
 from kvtune.policies.export.contract import Export, exporters, find_exporter
 from kvtune.policies.export.engine_wide import EngineWide, check
-from kvtune.policies.export.exporters import ik_llama, llama_cpp, vllm
+from kvtune.policies.export.exporters import ik_llama, llama_cpp
+from kvtune.policies.export.vllm_config import sequence_bytes
 from kvtune.policies.format import Format, formats
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.grouped import Int4, Int8
+from kvtune.policies.formats.llama_cpp import Q4
+from kvtune.policies.formats.token_head import Int4TokenHead
 from kvtune.policies.method import Method, ScoredMethod, methods
 from kvtune.policies.methods.expected_attention import ExpectedAttention
 from kvtune.policies.methods.full import Full
@@ -193,7 +198,8 @@ def of_openvino(made: Export) -> Meaning:
     read = json.loads(text)
     code = {"f16": 16, "u8": 8, "u4": 4}[read["properties"]["KV_CACHE_PRECISION"]]
     assert read["scheduler"]["num_kv_blocks"] == read["scheduler"]["max_num_seqs"] * P // 32
-    return whole_cache(code, 16 * (code < 16), read["scheduler"]["max_num_seqs"])
+    scales = 8 + 8 * D / 32  # of a token's values, of a page's keys by channel
+    return whole_cache(code, scales * (code < 16), read["scheduler"]["max_num_seqs"])
 
 
 def of_mlx(made: Export) -> Meaning:
@@ -483,8 +489,19 @@ def test_a_sequence_takes_what_vllm_said_that_it_takes(
         kinds = ["full_attention"] * (30 - sliding) + ["sliding_attention"] * sliding
         config |= {"max-num-batched-tokens": 512}
         config |= {"hf-overrides": {"sliding_window": 128, "layer_types": kinds}}
-    found = 2**30 / vllm.sequence_bytes(config, 3, 64, 30)
+    found = 2**30 / sequence_bytes(config, 3, 64, 30)
     assert found == pytest.approx(concurrency, rel=0.002)
+
+
+@pytest.mark.parametrize(
+    ("form", "keys", "values"), [(Int8(), 40 * 64, 32 * 72), (Int4(), 48 * 32, 32 * 40)]
+)
+def test_openvinos_bytes_are_those_of_its_compiled_model(
+    form: Format, keys: int, values: int
+) -> None:
+    """Bytes of a head's page of 32 tokens, of SmolLM2-135M's shape as OpenVINO 2026.4.1 has it."""
+    made = find_exporter("openvino")().export(document(Option(keys=form, values=form)))
+    assert made.prompt_bytes == L * H * (P // 32) * (keys + values)
 
 
 def test_no_stack_is_told_of_more_tokens_than_the_model_takes() -> None:
@@ -583,7 +600,7 @@ def test_a_loss_stands_only_beside_stacks_that_keep_the_plan() -> None:
     rows = {row.name: row for row in compared(document(Option(SnapKV(), Budget(BUDGET))))}
     assert rows["kvtune"].loss == rows["transformers"].loss == "0.0123 [0.01, 0.02] table"
     for name in set(exporters()) - {"transformers"}:
-        assert rows[name].loss == f"not the plan's: kvtune search --for {name}"
+        assert rows[name].loss == "not the plan's"
 
 
 @pytest.mark.parametrize(
@@ -625,3 +642,42 @@ def test_what_a_stack_refuses_or_takes_silently_is_refused_here(
     assert issubclass(kind, EngineWide)
     with pytest.raises(ValueError, match=r"no settings|cannot be"):
         check(wrong, kind.schema, kind.stack)
+
+
+@pytest.mark.parametrize(
+    ("stack", "form"), [("vllm", Int4TokenHead()), ("llama-cpp", Q4(rotation="hadamard"))]
+)
+def test_a_stack_that_stores_answers_likewise_loses_more_than_the_plan(
+    stack: str, form: Format
+) -> None:
+    plan = document(Option(keys=form, values=form))
+    made = find_exporter(stack)().export(plan)
+    least, mean, most = stored_alike.RATIOS[form.label]
+    assert made.keeps_loss
+    assert made.loss is not None
+    assert (made.loss.low, made.loss.value, made.loss.high) == pytest.approx(
+        (0.01 * least, 0.0123 * mean, 0.02 * most)
+    )
+    assert made.loss.tier == "transferred"
+    report = made.files["REPORT.txt"]
+    assert "0.0123 [0.01, 0.02] table is what the plan loses by its prompt" in report
+    assert {row.name: row.loss for row in compared(plan)}[stack] in report
+
+
+def test_a_plan_in_16_bits_loses_no_more_anywhere() -> None:
+    for name in exporters():
+        made = find_exporter(name)().export(document(Option()))
+        assert made.loss is not None
+        assert (made.loss.value, made.loss.tier) == (0.0123, "table")
+
+
+def test_ratios_are_those_that_were_measured() -> None:
+    path = Path(__file__).parents[1] / "benchmarks" / "results" / "stored-answers-cpu.json"
+    found = json.loads(path.read_text("utf-8"))
+    assert set(found) == set(stored_alike.RATIOS)
+    for label, kinds in found.items():
+        both = {way: [each[way] for each in kinds.values()] for way in ("prompt", "everything")}
+        each = [there / plan for plan, there in zip(*both.values(), strict=True)]
+        measured = min(each), sum(both["everything"]) / sum(both["prompt"]), max(each)
+        assert stored_alike.RATIOS[label] == pytest.approx(measured, rel=0.01)
+        assert len(kinds) == 3

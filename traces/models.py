@@ -81,7 +81,7 @@ def load_model(
         dtype, reason = choose_dtype(device, dtype)
         seam.register()
         name = str(name_or_path)
-        folder = _folder(name, progress)
+        folder = model_folder(name, progress)
         model, tokenizer = _read(folder, dtype, device, trust_remote_code)
         return wrap(model, tokenizer, name=name, dtype_reason=reason)
 
@@ -181,7 +181,7 @@ def stored_fingerprint(name_or_path: str | Path) -> str:
         KvtuneError: unknown name or unreadable files.
     """
     seam.register()
-    model, _ = _read(_folder(str(name_or_path), Silent()), "auto", "cpu", False)
+    model, _ = _read(model_folder(str(name_or_path), Silent()), "auto", "cpu", False)
     return fingerprint(model, read_geometry(model))
 
 
@@ -221,7 +221,7 @@ def _device(device: str) -> str:
     return f"cuda:{index}"
 
 
-def _folder(name: str, progress: Progress) -> str:
+def model_folder(name: str, progress: Progress) -> str:
     """A folder that transformers can read, or a Hub id."""
     path = Path(name).expanduser()
     if name.lower() in KNOWN:

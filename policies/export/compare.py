@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Estimate
 from kvtune.common.words import figure
 from kvtune.policies.export.contract import exporters
 from kvtune.policies.export.plan import Plan, plan_of
 from kvtune.policies.paging import Growth, sequence_bytes, waiting_bytes
 from kvtune.policies.policy_file.parts import ModelFacts, PolicyDocument
 from kvtune.policies.servable import check_servable
+
+NOT_THE_PLANS = "not the plan's"
+"""The loss on a stack that runs another policy than the plan, which nobody has predicted."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def compared(
         Compared("uncompressed", *_full(plan), "0", "exact"),
         Compared("kvtune", *_own(plan), loss, _proof(plan)),
     ]
-    return ours + [_on(name, document, facts, context_tokens, loss) for name in sorted(exporters())]
+    return ours + [_on(name, document, facts, context_tokens) for name in sorted(exporters())]
 
 
 def _proof(plan: Plan) -> str:
@@ -86,7 +90,6 @@ def _on(
     document: PolicyDocument,
     facts: ModelFacts | None,
     context_tokens: int | None,
-    loss: str,
 ) -> Compared:
     kind = exporters()[name]
     try:
@@ -95,12 +98,14 @@ def _on(
         )
     except KvtuneError as error:
         return Compared(name, None, None, str(error), kind.proof)
-    told = loss if made.keeps_loss else f"not the plan's: kvtune search --for {name}"
+    told = _told(made.loss) if made.keeps_loss else NOT_THE_PLANS
     return Compared(name, made.prompt_bytes, made.sequences, told, made.proof)
 
 
 def _loss_of_plan(document: PolicyDocument) -> str:
     quality = document.provenance.quality if document.provenance else None
-    if quality is None or quality.kl_nats_per_token is None:
-        return "not known"
-    return figure(quality.kl_nats_per_token)
+    return _told(quality.kl_nats_per_token if quality else None)
+
+
+def _told(loss: Estimate | None) -> str:
+    return figure(loss) if loss else "not known"

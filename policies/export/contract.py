@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Estimate
 from kvtune.common.files import inside, write_text
 from kvtune.policies.export.limits import EngineLimits
 from kvtune.policies.export.lines import Line, quality_lines
 from kvtune.policies.export.plan import Plan, plan_of
+from kvtune.policies.export.stored_alike import loss_there
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.parts import ModelFacts, PolicyDocument
 from kvtune.policies.registry import find, registered
@@ -44,7 +46,8 @@ class Export:
         notes: how to use the files, and traps of the stack.
         prompt_bytes: of one prompt there, scales included.
         sequences: that the stack is told to run at once; None where nothing tells it.
-        keeps_loss: whether all that the loss depends on is kept, so that the plan's stands.
+        keeps_loss: whether all of the plan that the loss depends on is kept.
+        loss: what it then loses there; None where it is not known.
     """
 
     stack: str
@@ -56,6 +59,7 @@ class Export:
     prompt_bytes: int = 0
     sequences: int | None = None
     keeps_loss: bool = False
+    loss: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -138,10 +142,11 @@ class Exporter(ABC):
             self.proof,
             files | {"REPORT.txt": text},
             report,
-            quality_lines(plan.document, losses)[0],
+            self._quality(plan, losses)[0],
             notes,
             *held,
             keeps_loss=all(line.status == "kept" for line in losses),
+            loss=self._loss(plan),
         )
 
     def header(self, plan: Plan, losses: Sequence[Line]) -> list[str]:
@@ -150,11 +155,20 @@ class Exporter(ABC):
             f"Written by kvtune {_kvtune_version()} for {self.stack} {self.stack_version}.",
             f"proof: {self.proof}; source: {self.source}",
             f"policy: {plan.policy.name}; model: {plan.facts.name}",
-            *(f"quality: {line}" for line in quality_lines(plan.document, losses)[:1]),
-            *quality_lines(plan.document, losses)[1:],
+            *(f"quality: {line}" for line in self._quality(plan, losses)[:1]),
+            *self._quality(plan, losses)[1:],
             "What is kept, approximated and lost: REPORT.txt",
         ]
         return ["".join(c if c.isprintable() else " " for c in line) for line in lines]
+
+    def _quality(self, plan: Plan, losses: Sequence[Line]) -> list[str]:
+        return quality_lines(plan.document, losses, self._loss(plan))
+
+    def _loss(self, plan: Plan) -> Estimate | None:
+        """Of the plan, where the stack keeps all of it."""
+        quality = plan.document.provenance.quality if plan.document.provenance else None
+        loss = quality.kl_nats_per_token if quality else None
+        return loss_there(loss, plan.policy, self.limits) if loss else None
 
     def _check_tiers(self, policy: Policy) -> None:
         on_host = next((option for option in policy.options() if option.on_host), None)

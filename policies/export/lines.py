@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from kvtune.common.estimate import Estimate
 from kvtune.common.words import figure
 from kvtune.policies.policy_file.parts import PolicyDocument
 
@@ -30,10 +31,17 @@ def comment(lines: list[str], mark: str = "#") -> str:
     return "".join(f"{mark} {line}\n" for line in lines)
 
 
-def quality_lines(document: PolicyDocument, losses: Sequence[Line]) -> list[str]:
-    """What is known of the loss: the plan's own where all of it is kept, else nothing.
+def quality_lines(
+    document: PolicyDocument, losses: Sequence[Line], there: Estimate | None
+) -> list[str]:
+    """What is known of the loss: where all of the plan is kept, what it loses there, else nothing.
 
     The first line is short; others warn.
+
+    Args:
+        document: the plan and where its quality comes from.
+        losses: what became of that on which the loss depends.
+        there: the loss on the stack.
     """
     quality = document.provenance.quality if document.provenance else None
     if quality is None:
@@ -41,8 +49,13 @@ def quality_lines(document: PolicyDocument, losses: Sequence[Line]) -> list[str]
     if any(line.status != "kept" for line in losses):
         return [f"{quality}; what runs here is not the plan, and its loss was not predicted"]
     lines = [str(quality)]
-    if (loss := quality.kl_nats_per_token) is not None:
-        lines[0] += f"; loses {figure(loss)}, nats/token"
+    if there is not None:
+        lines[0] += f"; loses {figure(there)}, nats/token"
+    if (loss := quality.kl_nats_per_token) not in (None, there):
+        lines.append(
+            f"{figure(loss)} is what the plan loses by its prompt; this stack also reads prompts "
+            "through what it stores, and stores answers likewise."
+        )
     if quality.source == "stand-in":
         lines.append("The quality was predicted on another model: validate before you rely on it.")
     return lines

@@ -9,7 +9,6 @@ from typing import Any
 from kvtune.policies.export.engine_wide import (
     CacheType,
     EngineWide,
-    asymmetric,
     limits_of_types,
     one_of,
     positive,
@@ -18,12 +17,21 @@ from kvtune.policies.export.engine_wide import (
 from kvtune.policies.export.plan import Plan
 
 _PAGE = 32
-_SCALES = 16.0  # bytes of a token and head: a 32-bit scale and zero point for keys, and for values
-_TYPES = (
-    sixteen_bits("f16"),
-    asymmetric("u8", 8, _SCALES),
-    asymmetric("u4", 4, _SCALES),
-)
+_SCALES = 8  # bytes of a 32-bit scale and a 32-bit zero point
+
+
+def _paged(bits: int) -> CacheType:
+    """Codes with their scales: keys' are of a page's tokens in one channel, values' of a token."""
+    return CacheType(
+        f"u{bits}",
+        (bits, bits),
+        lambda head_dim: 2 * head_dim * bits / 8 + _SCALES * (1 + head_dim / _PAGE),
+        f"int{bits}",
+        f"asymmetric, 32-bit scales: keys' of a channel in {_PAGE} tokens, values' of a token",
+    )
+
+
+_TYPES = (sixteen_bits("f16"), _paged(8), _paged(4))
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class OpenVINO(EngineWide):
     why_dropped = "its eviction is by blocks of all layers, which no method of the plan's is"
     notes = (
         "properties go to the pipeline, scheduler fields to SchedulerConfig().",
-        "the bytes of scales are taken from the description, not from a run.",
+        "keys' scales are by channel, its default on CPUs; the bytes are those that it allocates.",
     )
     schema = {  # noqa: RUF012
         "properties": lambda value: (

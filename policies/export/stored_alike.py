@@ -1,0 +1,43 @@
+"""What a plan loses on a stack that stores each token as it comes, prompts and answers alike.
+
+A plan's loss is that of a prompt that was read uncompressed and stored afterwards, its answer in 16
+bits. vLLM and llama.cpp read a prompt through what they have stored of it, and store the answer
+likewise, which loses several times as much.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kvtune.common.estimate import BAND, Estimate
+from kvtune.policies.export.limits import EngineLimits
+from kvtune.policies.policy import Policy
+
+RATIOS: dict[str, tuple[float, float, float]] = {
+    "q4_0-rotated": (3.95, 5.06, 7.62),
+    "int4_token_head": (4.64, 5.39, 7.1),
+    "q8_0-rotated": (2.37, 3.96, 7.5),
+    "int8_token_head": (4.37, 5.57, 8.43),
+    "fp8_token_head": (2.61, 4.88, 7.31),
+}
+"""By format, the loss of everything stored alike over that of the prompt alone: the least of one
+kind of text, of all, the most of one (SmolLM2-135M, ``benchmarks/stored_answers.py``,
+``benchmarks/results/stored-answers-cpu.json``)."""
+
+
+def loss_there(loss: Estimate, policy: Policy, limits: EngineLimits) -> Estimate:
+    """The loss of a plan in an engine's own formats, answers and the reading of prompts included.
+
+    Args:
+        loss: of the plan, as a search printed it.
+        policy: the plan.
+        limits: of the engine; one without formats of its own names no loss of narrow ones.
+    """
+    forms = {form for option in policy.options() for form in (option.keys, option.values)}
+    found = [RATIOS[form.label] for form in forms if form in limits.own and form.label in RATIOS]
+    if not found:
+        return loss
+    least, mean, most = max(found, key=lambda ratios: ratios[1])
+    tier = loss.tier if loss.tier == BAND else "transferred"
+    ends = loss.low * least, loss.high * most
+    return replace(loss, value=loss.value * mean, low=ends[0], high=ends[1], tier=tier)
