@@ -177,6 +177,13 @@ class PageLayout:
         """Whether generated tokens may take this format when they have become old."""
         return not self.has_tables and self != PageLayout(self.head_dim)
 
+    @property
+    def stores_apart(self) -> bool:
+        """Whether a token of such a page, whose others are coded, can leave without them."""
+        keys = self.keys == "bf16" or is_by_token(self.keys)
+        values = self.values == "bf16" or is_integer(self.values)
+        return keys and values and self.page_tokens == PAGE
+
     @cached_property
     def tables(self) -> PageTables:
         """Size of the tables that belong to a head's pages of signs."""

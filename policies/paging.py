@@ -23,7 +23,8 @@ from kvtune.policies.pages import (
 from kvtune.policies.parts import PartPlan, entries_of
 from kvtune.policies.policy import Policy
 from kvtune.policies.reader import BlockReader, Reader
-from kvtune.policies.room import Room
+from kvtune.policies.room import Room, goes_on_evicting
+from kvtune.policies.slot_bytes import stores_apart
 
 PREFILL_CHUNK_TOKENS = 2048
 """Tokens of prompts that the runtime works on at once, where it need not see a prompt whole."""
@@ -64,6 +65,12 @@ class Growth:
     evicts: bool = False
     residual: int | None = None
 
+    @property
+    def window(self) -> int:
+        """Newest tokens in 16 bits, at most, of a head that evicts from fewer: a residual window
+        and another that fills, or the newest token on its way."""
+        return max(2 * (self.residual or 0), 1)
+
 
 def reads_pages(reader: Reader | None) -> bool:
     """Whether a reader chooses whole pages of the runtime, which kernels then read."""
@@ -77,6 +84,12 @@ def chooses_entries(option: Option) -> bool:
     """
     reader = option.method.reader(PAGE)
     return reader is not None and not reads_pages(reader)
+
+
+def evicts_coded(option: Option, head_dim: int) -> bool:
+    """Whether tokens in the option's format can leave its pages one by one, and it evicts them."""
+    coded = goes_on_evicting(option) and pages_of(option, head_dim).stores_apart
+    return coded and all(stores_apart(form) for form in (option.keys, option.values))
 
 
 def pages_of(option: Option, head_dim: int) -> PageLayout:
@@ -137,9 +150,11 @@ def head_pages(
     grown, settled = exact + growth.new_tokens, 0
     if window:
         coded, grown = 0, min(budget + growth.new_tokens, window)
+    elif room and evicts_coded(option, head_dim):
+        coded, grown = room.most, growth.window
     elif room:
         coded, grown = 0, room.most
-    if growth.residual is not None and layout.settles:
+    if growth.residual is not None and layout.settles and not room:
         grown = min(grown, exact + growth.residual + 2 * PAGE)
         settled = 1 + growth.new_tokens // PAGE
     if option.on_host:

@@ -12,7 +12,10 @@ from torch import Tensor
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.allocators.adakv import AdaKV
 from kvtune.policies.decode import DecodeMethod
+from kvtune.policies.format import Format
 from kvtune.policies.formats.grouped import Int4, Int8
+from kvtune.policies.formats.rotated import RotatedInt3, RotatedInt4
+from kvtune.policies.methods.a2sf import PREFILL
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.lazy_eviction import LazyEviction
@@ -30,6 +33,7 @@ from kvtune.runtime.generate import Generation
 from kvtune.runtime.graph import generate
 from kvtune.runtime.live_policies import LivePolicy
 from kvtune.tests.padded import ids
+from kvtune.tests.tiers import first
 from kvtune.traces.models import wrap
 
 pytestmark = [
@@ -107,6 +111,46 @@ def test_pages_hold_and_answer_what_slots_do(
     torch.testing.assert_close(torch.stack(nll), torch.tensor(run.nll), atol=0.1, rtol=0.02)
     assert cache.evicted() == run.evicted.tolist()
     assert (run.evicted > 0).all()
+    cache.pool.check_integrity()
+
+
+Int4Token = Int4(keys_by="token")
+CODED = [
+    (H2O(), Int4Token, 0), (Tova(), RotatedInt3(), 4), (StreamingLLM(), RotatedInt4(), 16),
+    (PREFILL, Int8(keys_by="token"), 3), (KEPT_PROMPT, Int4Token, 5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case", first(CODED, 2), ids=lambda case: f"{case[0].name} {case[1].label}"
+)
+def test_pages_of_few_bits_hold_and_answer_what_slots_do(
+    network: Any, tokenizer: Any, case: tuple[DecodeMethod, Format, int]
+) -> None:
+    method, form, residual = case
+    policy, prompt = uniform(method, keys=form, values=form), ids(PROMPT)["input_ids"][0].tolist()
+    loaded = wrap(network, tokenizer, name="tiny")
+    policies = [LivePolicy(policy, residual=residual)]
+    live = Generation(loaded, prompt, policies, room=TOKENS, banned=[1])
+    held = []
+    for _ in range(TOKENS):
+        live.advance(1)
+        groups = [next(g for g in layer if 1 in g.rows) for layer in live.layers]
+        held.append([group.cache.kept()[group.rows.index(1)] for group in groups])
+    cache = load_cache(policy, network, evicts=True, residual=residual, new_tokens=TOKENS)
+    network(torch.tensor([prompt[:-1]]), past_key_values=cache)
+    nll, memory = [], cache.pool.memory.numel()
+    for at, token in enumerate(live.tokens_of(0)[:-1]):
+        logits = step(network, cache, token[None], torch.tensor([PROMPT - 1 + at]))
+        nll.append(-logits[0].log_softmax(-1)[live.tokens_of(0)[at + 1]])
+        assert positions(cache) == held[at]
+        newest = [layer.paged.paged.lengths[2:4].tolist() for layer in cache.layers]
+        assert max(map(max, newest)) <= cache.growth.window
+    run = live.results()[0]
+    torch.testing.assert_close(torch.stack(nll), torch.tensor(run.nll), atol=0.1, rtol=0.02)
+    assert cache.evicted() == run.evicted.tolist()
+    assert (run.evicted > 0).all()
+    assert cache.pool.memory.numel() == memory  # what was reserved was enough
     cache.pool.check_integrity()
 
 

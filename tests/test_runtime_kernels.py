@@ -35,7 +35,7 @@ from kvtune.runtime import load_cache
 from kvtune.runtime.cache.backend import Growing, Moves, PlainBackend, TritonBackend, Writing
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.pool import Pool
-from kvtune.runtime.cache.segments import SETTLED
+from kvtune.runtime.cache.segments import GROWN, SETTLED
 from kvtune.runtime.cache.settling import settle
 from kvtune.runtime.cache.sliding import Ring, places_of
 from kvtune.runtime.cache.storing import store_prompts
@@ -260,7 +260,8 @@ def test_a_layer_sees_the_same_weights_through_kernels() -> None:
             layer.append(*token)
             layer.count_appended()
         q = torch.randn(2, 3, 64, generator=generator).bfloat16()
-        output, weights = layer.attend_seeing(q, Scratch(2, layer.slots, 3, 64, "cpu"), 0.125)
+        output, seen = layer.attend_seeing(q, Scratch(2, layer.slots, 3, 64, "cpu"), 0.125)
+        weights = layer.weights_on(GROWN, torch.arange(2), 128, seen)
         assert (weights.sum(-1)[0] - 1).abs().max() < 1e-3  # all of the first row is growing
         assert (weights.sum(-1)[1] < 1).all()
         assert weights[0].count_nonzero(-1).tolist() == [85] * 3
@@ -293,7 +294,8 @@ def test_pages_settle_the_same_through_kernels(settled: int) -> None:
         cells = [int(cell) for row in layer.pages[SETTLED] for cell in row]
         exact = [pool.memory[256 * cell :][:3584] for cell in cells]  # no page is shorter
         q = torch.randn(4, 3, 64, generator=generator).bfloat16()
-        _, weights = layer.attend_seeing(q, Scratch(4, layer.slots, 3, 64, "cpu"), 0.125)
+        _, seen = layer.attend_seeing(q, Scratch(4, layer.slots, 3, 64, "cpu"), 0.125)
+        weights = layer.weights_on(GROWN, torch.arange(4), 192, seen)
         found.append((torch.stack(exact), weights))
     assert torch.equal(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-3, rtol=1e-2)

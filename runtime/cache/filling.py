@@ -22,7 +22,8 @@ from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.beside import Beside, HeldPart, Shared
 from kvtune.runtime.cache.choosing import Choice
 from kvtune.runtime.cache.entry_rows import EntryRows, searches
-from kvtune.runtime.cache.evicting import Evictor, Opening, evictors, openings
+from kvtune.runtime.cache.coded_evicting import evictors
+from kvtune.runtime.cache.evicting import Evictor, Opening, openings
 from kvtune.runtime.cache.host_rows import EveryPage
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.segments import CODED, Ints
@@ -109,7 +110,7 @@ class Filling:
             ]
             if not layer.host.indexed:  # a sliding layer keeps its window on the device
                 layer.host = None
-        return evictors(self._openings, len(layer.options))
+        return evictors(self._openings, layer)
 
     def _take_places(self, taken: Taken, window: int) -> None:
         tokens = [signals.prompt_tokens for signals in taken.read for _ in signals.keys]

@@ -5,7 +5,8 @@ for every new token; ``reserve``, ``leave`` and ``free`` between steps. A row is
 head); it has segments: what its option made of the prompt, and a growing one in 16 bits with the
 prompt's exact tokens and new ones; with a residual window also a settled one, of new tokens that
 became old and took the option's format. Entries leave a growing segment alone, and its last ones
-take their places: attention knows no order.
+take their places: attention knows no order. Rows that evict from fewer bits (``coded_evicting``)
+also let entries leave the first one, which then grows too.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class PagedLayer:
         pool: where pages come from; shared by all layers.
         backend: who works on them.
         residual: newest tokens that stay in 16 bits where older ones settle; None if all stay.
+        window: tokens in 16 bits, at most, of rows that evict from fewer bits.
     """
 
     def __init__(
@@ -66,9 +68,11 @@ class PagedLayer:
         pool: PageMemory,
         backend: Backend,
         residual: int | None = None,
+        window: int = 0,
     ) -> None:
         self.number, self.options, self.head_dim = number, options, head_dim
         self.pool, self.backend, self.residual = pool, backend, residual
+        self.window = window
         self.layouts = [pages_of(option, head_dim) for option in options] * batch
         here = [option.on_host and not chooses_entries(option) for option in options]
         self.on_host = np.array(here * batch)  # rows whose pages lie there
@@ -86,6 +90,7 @@ class PagedLayer:
         self.held_bytes: list[int] = [0] * len(self.layouts)  # as formats count them
         self.most = np.full(len(self.layouts), NO_END)  # entries of a growing segment, at any time
         self.evicted = np.zeros(len(self.layouts), np.int64)
+        self.evicts_coded = np.zeros(len(self.layouts), bool)  # set before prompts are stored
         self.ring: Ring | None = None  # of a sliding layer; set before ``seal``
         self.beside: Beside | None = None  # what pages cannot hold
         self.searched: list[EntryRows] = []  # rows whose readers choose no pages
@@ -141,6 +146,7 @@ class PagedLayer:
         table[runs(held, starts)[inside]] = cells[inside]
         fixed = np.zeros(len(row), bool)
         fixed[: self.rows] = [number not in self.readers for number in range(self.rows)]
+        fixed[: self.rows] &= ~self.evicts_coded
         tokens = np.where(fixed, self.lengths[:kinds].ravel(), -1)
         shape = shape_for(tuple(sorted(set(pairs.tolist()), reverse=True)), self.head_dim)
         tables = np.tile(np.maximum(self.tables, 0), kinds)
@@ -153,6 +159,7 @@ class PagedLayer:
         host = [table, self.lengths.ravel(), tiles.records, *grown, *ring]
         pages_at, lengths, records, *growing = sent(host, self.pool.memory.device)
         self.growing = Growing(*growing)
+        self._find_segments(lengths)
         self._paged = Paged(
             self.pool.memory, pages_at, lengths, self.fp8_scales, records, tiles.pairs,
             self.head_dim, int(rooms[GROWN].max()),
@@ -161,6 +168,20 @@ class PagedLayer:
             self._select_again()
         if self.host is not None:
             self.host.seal(self.layouts, self.fp8_scales[: self.rows])
+
+    def _find_segments(self, lengths: Tensor) -> None:
+        """Where segments begin, as the device looks it up; what only the device has counted."""
+        entries = self.tables_at.ravel(), self.places[:-1]
+        self._entries, self._places = (x.long() for x in sent([*entries], lengths.device))
+        if self._paged is not None and self.evicts_coded.any():
+            rows = np.flatnonzero(self.evicts_coded)
+            at = torch.as_tensor(np.r_[CODED * self.rows + rows, GROWN * self.rows + rows])
+            at = at.to(lengths.device)
+            lengths[at] = self._paged.lengths[at]
+
+    def entries_of(self, kind: int, rows: Tensor) -> Tensor:
+        """First entries in the page table of some rows' segments of a kind, int64 like ``rows``."""
+        return self._entries[kind * self.rows + rows]
 
     def _select_again(self) -> None:
         """Point selections at the tables as they are now."""
@@ -179,9 +200,12 @@ class PagedLayer:
         for row, reader in self.readers.items():
             layout = self.layouts[row]
             coded[row] = pages_read(reader, layout.blocks_of(coded[row]), layout)
+        for row in np.flatnonzero(self.evicts_coded).tolist():
+            coded[row] = self.layouts[row].pages_for(self.most[row])
+            ends[row] = self.window
         if self.residual is None:
             return np.stack([coded, np.full(self.rows, self._growing_room(ends))])
-        settle = np.array([layout.settles for layout in self.layouts])
+        settle = np.array([layout.settles for layout in self.layouts]) & ~self.evicts_coded
         open_ends = np.maximum(self.lengths[GROWN], self.exact + self.residual + PAGE) + PAGE
         ends = np.where(settle, np.minimum(ends, open_ends), ends)
         settled = (settled - (-new_tokens // PAGE)) * settle
@@ -198,7 +222,8 @@ class PagedLayer:
         Raises:
             KvtuneError: the pool is full.
         """
-        wanted = -(-np.minimum(self.lengths[GROWN] + tokens, self.most) // BF16_PAGE)
+        ends = np.minimum(self.lengths[GROWN] + tokens, self.most)
+        wanted = -(-np.where(self.evicts_coded, self.window, ends) // BF16_PAGE)
         if wanted.max() > self.paged.growing_pages:
             self.seal(2 * BF16_PAGE * int(wanted.max()))
         have = self._page_counts()[GROWN]
@@ -207,6 +232,21 @@ class PagedLayer:
             more = wanted[rows] - have[rows]
             cells = self.take(GROWN * self.rows + rows, more, self.growing_layout)
             self.write_table(runs(more, self.tables_at[GROWN, rows] + have[rows]), cells)
+        if self.evicts_coded.any():
+            self._reserve_coded(tokens)
+
+    def _reserve_coded(self, tokens: int) -> None:
+        """The same of the pages that rows evict from; new ones hold zeros, no other's bytes."""
+        have = self._page_counts()[CODED]
+        ends = np.minimum(self.lengths[CODED] + tokens, self.most)
+        more = np.where(self.evicts_coded, -(-ends // PAGE) - have, 0).clip(0)
+        for layout in dict.fromkeys(self.layouts[row] for row in np.flatnonzero(more)):
+            rows = np.array([n for n in np.flatnonzero(more) if self.layouts[n] == layout])
+            cells = self.take(CODED * self.rows + rows, more[rows], layout)
+            self.write_table(runs(more[rows], self.tables_at[CODED, rows] + have[rows]), cells)
+            every = cells[:, None] + np.arange(layout.page_cells)
+            (fresh,) = sent([every.ravel()], self.pool.memory.device)
+            self.pool.memory.view(-1, layout.cell_bytes).index_fill_(0, fresh.long(), 0)
 
     def write_table(self, at: Ints, cells: Ints) -> None:
         """Set entries of the page table, in place."""
@@ -224,7 +264,8 @@ class PagedLayer:
     def count_appended(self, tokens: int = 1) -> None:
         """Note on the host that the device has appended; a captured graph cannot."""
         if self.ring is None:
-            self.lengths[GROWN] += tokens
+            self.lengths[GROWN] += tokens * ~self.evicts_coded
+            self.lengths[CODED] += tokens * self.evicts_coded
         else:
             self.lengths[GROWN] = self.ring.after(self.lengths[GROWN], tokens)
             self.ring.entered += tokens
@@ -243,22 +284,36 @@ class PagedLayer:
             output, lse = self.host.finish(q, (output, lse), scratch, scale)
         return self._with_beside(q, output, lse, scale)
 
-    def attend_seeing(self, q: Tensor, scratch: Scratch, scale: float) -> tuple[Tensor, Tensor]:
-        """The same, and its weights on growing segments ``[rows, G, places]``, zero beyond them."""
+    def attend_seeing(self, q: Tensor, scratch: Scratch, scale: float) -> tuple[Tensor, Seen]:
+        """The same, and what it looked at; see ``weights_on``."""
         rows, group, _ = q.shape
-        paged = self.paged
         # Few widths: kernels are compiled for it.
         width = 1 << int(self.places[-1]).bit_length()
         logits = q.new_empty(group, width, dtype=torch.float32)
         seen = Seen(q.new_empty(rows, group, dtype=torch.float32), logits)
-        output = self.backend.attend(q, paged, scratch, scale, seen)
-        places = BF16_PAGE * paged.growing_pages
-        first = int(self.places[GROWN * rows])  # growing segments lie side by side
-        mine = logits[:, first : first + rows * places].view(group, rows, places).transpose(0, 1)
-        lengths = paged.lengths[rows : 2 * rows, None, None]
-        real = torch.arange(places, device=q.device) < lengths
-        weights = (mine - seen.lse[..., None]).exp().where(real, 0)
-        return self._with_beside(q, output, seen.lse, scale), weights
+        output = self.backend.attend(q, self.paged, scratch, scale, seen)
+        return self._with_beside(q, output, seen.lse, scale), seen
+
+    def weights_on(self, kind: int, rows: Tensor, places: int, seen: Seen) -> Tensor:
+        """Attention on the first places of rows' segments of a kind, zero beyond their tokens.
+
+        Args:
+            kind: of the segments.
+            rows: int64, of any shape.
+            places: so many.
+            seen: of ``attend_seeing``.
+
+        Returns:
+            ``[*rows, G, places]`` float32.
+        """
+        if seen.logits is None:
+            raise RuntimeError("nobody asked for logits")
+        segments = kind * self.rows + rows
+        place = torch.arange(places, device=rows.device)
+        columns = self._places[segments][..., None] + place
+        logits = seen.logits[:, columns.clamp_max(seen.logits.shape[1] - 1)].movedim(0, -2)
+        real = place < self.paged.lengths[segments][..., None, None]
+        return (logits - seen.lse[rows][..., None]).exp().where(real, 0)
 
     def _with_beside(self, q: Tensor, output: Tensor, lse: Tensor, scale: float) -> Tensor:
         """Attention over pages, joined to that over what lies beside them."""
@@ -281,6 +336,17 @@ class PagedLayer:
         for row, needed in zip(rows, kept, strict=True):
             self.pool.give(grown[row][needed:], self.growing_layout.page_cells)
             grown[row] = grown[row][:needed]
+
+    def shorten(self, rows: Ints, counts: Ints) -> None:
+        """Note that entries have left rows that evict from fewer bits; give back empty pages."""
+        self.lengths[CODED, rows] -= counts
+        self.evicted[rows] += counts
+        for row, held in zip(rows, self.lengths[CODED, rows], strict=True):
+            layout, cells = self.layouts[row], self.pages[CODED][row]
+            needed = layout.pages_for(held + 1)
+            if needed < len(cells):
+                self.pool.give(cells[needed:], layout.page_cells)
+                self.pages[CODED][row] = cells[:needed]
 
     def free(self, sequence: int) -> None:
         """Give back a sequence's pages; its rows then attend to nothing."""

@@ -104,7 +104,7 @@ def load_cache(
         check_host(option, geometry.head_dim, evicts)
     warn_of_slow_formats(bound, geometry.head_dim)
     if evicts:
-        check_evicting(bound)
+        check_evicting(bound, geometry.head_dim)
     if residual is not None:
         check_residual(bound, residual)
     register_attention(NAME, attention, padding_mask)
@@ -156,6 +156,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
         """Hold nothing yet: memory is taken when the prompt's length is known."""
         self.policy, self.geometry = policy, geometry
         self.new_tokens, self.evicts, self.residual = new_tokens, evicts, residual
+        self.growth = Growth(new_tokens, evicts, residual)
         self.calibration: Calibration | None = None
         self.learned: list[dict[str, Tensor]] = []
         self.repeat: Callable[[list[int], list[Signals]], list[Signals]] | None = None
@@ -301,12 +302,11 @@ class PolicyCache(Cache):  # type: ignore[misc]
     def _pages_wanted(self, tokens: int, budgets: NDArray[np.int64]) -> Pages:
         """By one sequence, at its end; a page more a head where budgets may still be split anew."""
         pages, head_dim = Pages(), self.geometry.head_dim
-        growth = Growth(self.new_tokens, self.evicts, self.residual)
         splits = self.policy.allocator.name != "as_given"
         for layer, (options, planned) in enumerate(zip(self.policy.heads, budgets, strict=True)):
             window = self.window_of(layer, tokens)
             for option, count in zip(options, planned.tolist(), strict=True):
-                pages += head_pages(option, count, tokens, head_dim, growth, window)
+                pages += head_pages(option, count, tokens, head_dim, self.growth, window)
                 if splits:
                     pages[pages_of(option, head_dim)] += 1
         return pages

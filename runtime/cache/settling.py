@@ -57,7 +57,7 @@ def _due(layer: PagedLayer) -> Ints:
     """Rows whose oldest page is to be quantised now."""
     if layer.residual is None:
         return np.zeros(0, np.int64)
-    quantised = np.array([layout.settles for layout in layer.layouts])
+    quantised = np.array([layout.settles for layout in layer.layouts]) & ~layer.evicts_coded
     old = layer.lengths[GROWN] - layer.exact - layer.residual
     return np.flatnonzero(quantised & (old >= PAGE))
 

@@ -35,7 +35,8 @@ def store_prompts(
 ) -> None:
     """Put kept prompt tokens into pages. Once for each row, before the layer is sealed.
 
-    Rows that may hold no more than ``most`` entries keep all in growing segments.
+    Rows that may hold no more than ``most`` entries keep all in growing segments, unless they evict
+    from fewer bits.
 
     Args:
         layer: these rows of it are empty.
@@ -84,7 +85,8 @@ def _count(layer: PagedLayer, rows: slice, sizes: Ints, exact: Ints) -> None:
     """How much of the tokens of some rows is coded, and how much grows."""
     count = rows.stop - rows.start
     sizes, exact = np.resize(sizes, count), np.resize(exact, count)
-    layer.exact[rows] = np.minimum(np.where(layer.most[rows] < NO_END, NO_END, exact), sizes)
+    grows = (layer.most[rows] < NO_END) & ~layer.evicts_coded[rows]
+    layer.exact[rows] = np.minimum(np.where(grows, NO_END, exact), sizes)
     layer.lengths[CODED, rows] = sizes - layer.exact[rows]
     layer.lengths[GROWN, rows] = layer.exact[rows]
     layer.kept[rows] = sizes.tolist()
