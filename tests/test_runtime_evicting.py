@@ -24,6 +24,7 @@ from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.methods.tova import Tova
 from kvtune.policies.option import ALL, Budget, Option
+from kvtune.policies.paging import head_pages
 from kvtune.policies.policy import Policy
 from kvtune.policies.testing.decode import decode_methods
 from kvtune.runtime import load_cache
@@ -151,7 +152,50 @@ def test_pages_of_few_bits_hold_and_answer_what_slots_do(
     assert cache.evicted() == run.evicted.tolist()
     assert (run.evicted > 0).all()
     assert cache.pool.memory.numel() == memory  # what was reserved was enough
+    planned = head_pages(policy.heads[0][0], BUDGET, PROMPT - 1, 8, cache.growth)
+    assert cache.page_bytes() == 6 * sum(x.page_bytes * n for x, n in planned.items())
     cache.pool.check_integrity()
+
+
+MIXED = (
+    (Option(H2O(), Budget(tokens=70), Int4Token, Int4Token), Option(H2O(), Budget(tokens=20))),
+    (Option(Tova("kv_head"), Budget(tokens=9), RotatedInt4(), RotatedInt3()), Option()),
+    (Option(Full(), ALL, Int4(), Int4()), Option(H2O(), Budget(tokens=90), Int4Token, Int4Token)),
+)
+
+
+def test_sequences_that_evict_from_few_bits_together_are_as_each_alone(network: Any) -> None:
+    """Tables are made anew on the way: more tokens come than there was room for at first."""
+    policy, inputs, lengths = Policy("mixed", MIXED), ids(75, 41), (75, 41)
+    places = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    together = load_cache(policy, network, evicts=True, residual=4, new_tokens=8)
+    network(**inputs, position_ids=places, past_key_values=together)
+    alone = [load_cache(policy, network, evicts=True, residual=4) for _ in lengths]
+    for row, (cache, length) in enumerate(zip(alone, lengths, strict=True)):
+        network(inputs["input_ids"][row : row + 1, 75 - length :], past_key_values=cache)
+    for turn in range(70):
+        tokens, at = torch.tensor([5, 9]) + turn % 40, torch.tensor(lengths) + turn
+        logits = step(network, together, tokens, at)
+        for row, cache in enumerate(alone):
+            one = step(network, cache, tokens[row : row + 1], at[row : row + 1])
+            torch.testing.assert_close(logits[row], one[0], atol=0.03, rtol=0.03)
+    assert together.evicted() == [
+        [evicted for cache in alone for evicted in cache.evicted()[layer]] for layer in range(3)
+    ]
+    held = [layer.paged.paged.lengths.view(3, -1).sum(0).tolist() for layer in together.layers]
+    assert held == [[70, 20, 70, 20], [9, 145, 9, 111], [145, 90, 111, 90]]
+    together.pool.check_integrity()
+
+
+def test_a_pool_that_would_exceed_its_limit_is_refused_before_the_prompt(network: Any) -> None:
+    policy = uniform(H2O(), keys=Int4Token, values=Int4Token)
+    cache = load_cache(policy, network, evicts=True)
+    network(**ids(50), past_key_values=cache)
+    enough = cache.pool.memory.numel()
+    network(**ids(50), past_key_values=load_cache(policy, network, evicts=True, limit_bytes=enough))
+    tight = load_cache(policy, network, evicts=True, limit_bytes=enough - 1)
+    with pytest.raises(KvtuneError, match="its limit is"):
+        network(**ids(50), past_key_values=tight)
 
 
 def test_bounded_heads_stay_bounded(

@@ -34,6 +34,7 @@ from kvtune.policies.policy import Policy
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache.backend import Growing, Moves, PlainBackend, TritonBackend, Writing
 from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.cache.pool import Pool
 from kvtune.runtime.cache.segments import GROWN, SETTLED
 from kvtune.runtime.cache.settling import settle
@@ -45,6 +46,7 @@ from kvtune.runtime.kernels.launch import Paged, Scratch, decode
 from kvtune.runtime.kernels.reference import attend, read_page, write_page
 from kvtune.runtime.kernels.tiles import TABLE_AHEAD, Segments, plan_tiles
 from kvtune.tests.tiers import first
+from kvtune.traces.geometry import read_geometry
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_interpreter")
 INTERPRETED = [name for name in KEY_CODES if name != "fp8"]  # the interpreter rounds e4m3 wrongly
@@ -324,6 +326,31 @@ def test_prompts_are_chosen_from_and_stored_the_same_through_kernels(
         memories.append(found.pool.memory)
     assert memories[0].any()
     assert torch.equal(*memories)
+
+
+def test_tokens_leave_few_bits_the_same_through_kernels(
+    make_network: Callable[..., Any], tiny_fields: dict[str, Any]
+) -> None:
+    from transformers import LlamaConfig
+
+    shape = {"head_dim": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
+    fields = {**tiny_fields, **shape, "num_hidden_layers": 1}
+    network = make_network(LlamaConfig(**fields)).bfloat16()  # which the interpreter cuts off
+    form, found = Int4(keys_by="token"), []
+    option = Option(H2O(), Budget(tokens=8), form, form)
+    policy = Policy("few bits", ((option,),))
+    for backend in (PlainBackend(), TritonBackend()):
+        cache = PolicyCache(
+            policy, read_geometry(network), 8, True, 2, backend_of=lambda _, b=backend: b
+        )
+        with torch.no_grad(), load_cache(policy, network, evicts=True):
+            network(torch.arange(2, 16)[None], past_key_values=cache)
+            for token in range(4):
+                answer = network(torch.tensor([[30 + token]]), past_key_values=cache)
+        evictor = cache.layers[0].evictors[0]
+        found.append((evictor.kept(), evictor.newest.tolist(), answer.logits))
+    assert found[0][:2] == found[1][:2]
+    torch.testing.assert_close(found[0][2], found[1][2], atol=0.03, rtol=0.03)
 
 
 def test_column_sums_are_those_of_the_whole_matrix() -> None:

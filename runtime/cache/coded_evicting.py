@@ -2,9 +2,9 @@
 
 A row's tokens lie in two segments: in its own format, and the newest in 16 bits. New tokens enter
 the latter and move over when they lie behind the residual window, a window's at a time, as
-``policies/slots.py`` stores them; without a window each moves over at once. Either kind may leave at
-any step. How many of each a row holds is known on the device alone, the host knows their sum: nobody
-waits for the device. Codes are written by what writes prompts, and then copied token by token.
+``policies/slots.py`` stores them; without a window each moves over at once. Either kind may leave
+at any step. How many of each a row holds is known on the device alone, and their sum on the host:
+nobody waits for the device. Codes are written by what writes prompts, then copied one by one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvtune.policies.decode import FREE
 from kvtune.policies.pages import BF16_PAGE, PAGE
-from kvtune.runtime.cache.backend import Moves, Seen, Writing
+from kvtune.runtime.cache.backend import Seen, Writing
 from kvtune.runtime.cache.evicting import Evictor, Opening, alike, at, put_at
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.segments import CODED, GROWN, NOWHERE
@@ -100,7 +100,7 @@ class CodedEvictor(Evictor):
         sources = sources[..., : self._stride]
         real = place[: self._stride] < count
         targets = self.held + place[: self._stride]
-        self._store(layer, sources, targets, real)
+        self._store(layer, sources.where(real, 0), targets, real)  # place 0 always has a token
         read, last = self.coded + sources, self.coded + self.window - 1
         written = targets.where(real, read.new_tensor(last))
         read = read.where(real, read.new_tensor(last))
@@ -111,7 +111,7 @@ class CodedEvictor(Evictor):
         self._leave_window(layer, old, self._stride)
 
     def _store(self, layer: PagedLayer, sources: Tensor, targets: Tensor, real: Tensor) -> None:
-        """Quantise tokens at places ``[B, H, m]`` in 16 bits, side by side; copy those there are."""
+        """Quantise tokens at places ``[B, H, m]`` in 16 bits side by side; copy the real ones."""
         memory, many = layer.pool.memory, sources.numel()
         tokens = memory.view(torch.bfloat16).view(1, -1, layer.head_dim)
         first = layer.entries_of(GROWN, self._rows)[..., None]

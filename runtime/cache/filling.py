@@ -21,8 +21,8 @@ from kvtune.policies.reader import BlockReader, Reader
 from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.beside import Beside, HeldPart, Shared
 from kvtune.runtime.cache.choosing import Choice
-from kvtune.runtime.cache.entry_rows import EntryRows, searches
 from kvtune.runtime.cache.coded_evicting import evictors
+from kvtune.runtime.cache.entry_rows import EntryRows, searches
 from kvtune.runtime.cache.evicting import Evictor, Opening, openings
 from kvtune.runtime.cache.host_rows import EveryPage
 from kvtune.runtime.cache.paged_layer import PagedLayer
