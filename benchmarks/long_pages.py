@@ -4,11 +4,11 @@
         --out benchmarks/results/long-pages-h200.json
     python benchmarks/long_pages.py --device cpu --tiny --out /tmp/long-pages.json
 
-The full cache generates; both read its tokens. Of each policy: KL from the full cache, the bytes that
-slots count and that the pool of pages takes, whether a pool one byte smaller is refused before the
-prompt, and seconds a step. The policies are the uniform option that ``long_plans.py`` finds at a
-tenth of the mean bytes, in four and in three bits and without a residual window, and in 16 bits with
-as many entries.
+The full cache generates; both read its tokens. Of each policy: KL from the full cache, the bytes
+that slots count and that the pool of pages takes, whether a pool one byte smaller is refused before
+the prompt, and seconds a step. The policies are the uniform option that ``long_plans.py`` finds at
+a tenth of the mean bytes, in four and in three bits and without a residual window, and in 16 bits
+with as many entries.
 """
 
 from __future__ import annotations
