@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,14 @@ from kvtune.policies.pages import (
 )
 from kvtune.policies.policy import Policy
 from kvtune.runtime import load_cache
-from kvtune.runtime.cache.backend import Growing, Moves, PlainBackend, TritonBackend, Writing
+from kvtune.runtime.cache.backend import (
+    Backend,
+    Growing,
+    Moves,
+    PlainBackend,
+    TritonBackend,
+    Writing,
+)
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.cache.pool import Pool
@@ -328,6 +336,10 @@ def test_prompts_are_chosen_from_and_stored_the_same_through_kernels(
     assert torch.equal(*memories)
 
 
+def _always(backend: Backend, _: torch.device) -> Backend:
+    return backend
+
+
 def test_tokens_leave_few_bits_the_same_through_kernels(
     make_network: Callable[..., Any], tiny_fields: dict[str, Any]
 ) -> None:
@@ -340,9 +352,8 @@ def test_tokens_leave_few_bits_the_same_through_kernels(
     option = Option(H2O(), Budget(tokens=8), form, form)
     policy = Policy("few bits", ((option,),))
     for backend in (PlainBackend(), TritonBackend()):
-        cache = PolicyCache(
-            policy, read_geometry(network), 8, True, 2, backend_of=lambda _, b=backend: b
-        )
+        of = partial(_always, backend)
+        cache = PolicyCache(policy, read_geometry(network), 8, True, 2, backend_of=of)
         with torch.no_grad(), load_cache(policy, network, evicts=True):
             network(torch.arange(2, 16)[None], past_key_values=cache)
             for token in range(4):
