@@ -16,7 +16,7 @@ from kvtune.policies.pages import (
     PAGE,
     PageLayout,
     PageTables,
-    exact_tokens,
+    exact_among,
     has_pages,
     layout_of,
 )
@@ -106,7 +106,7 @@ def planned_entries(
     exact = [plan.entries for plan in plans if is_exact(plan, option) and len(plans) > 1]
     if coded == exact:  # the option itself stores 16 bits
         return 0, sum(coded)
-    front = min(exact_tokens(option.keys), coded[0]) if coded else 0
+    front = sum(exact_among(option.keys, coded[0])) if coded else 0
     return sum(exact) + front, sum(coded) - front
 
 
@@ -155,8 +155,9 @@ def head_pages(
     elif room:
         coded, grown = 0, room.most
     if growth.residual is not None and layout.settles and not room:
+        newest = option.keys.newest(exact, "keys")  # of the prompt, which settle too
         grown = min(grown, exact + growth.residual + 2 * PAGE)
-        settled = 1 + growth.new_tokens // PAGE
+        settled = 1 + (newest + growth.new_tokens) // PAGE
     if option.on_host:
         coded = 0
     pages = Pages({layout: settled + layout.pages_for(coded)})

@@ -21,6 +21,7 @@ from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.gear import Gear
 from kvtune.policies.formats.grouped import Grouped, Int2, Int3, Int4, Int8
 from kvtune.policies.formats.kitty import Kitty
+from kvtune.policies.formats.kivi import Kivi
 from kvtune.policies.formats.rotated import Rotated, RotatedInt2, RotatedInt4, RotatedInt8
 from kvtune.policies.formats.turboquant import TurboQuant2
 from kvtune.policies.method import Method, methods
@@ -155,6 +156,7 @@ PLAIN = [
 """What chooses from reading a prompt once; for the others see test_runtime_whole_prompt.py."""
 
 HADAMARD = Allocated(directions="hadamard")
+KIVI4 = Kivi(3, "int4", 64, 10)
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -176,6 +178,9 @@ def test_every_method_keeps_what_it_keeps_in_replay(network: Any, name: str) -> 
         Option(SnapKV(window=8), Budget(tokens=70), Gear(group=8), Gear(group=8)),
         Option(SnapKV(window=8), Budget(tokens=70), Int3(), Int3()),
         Option(Full(), ALL, Int4(exact_first=4), Int4()),
+        Option(SnapKV(window=8), Budget(tokens=90), KIVI4, KIVI4),
+        Option(Full(), ALL, Kivi(group=64), Kivi(group=64)),
+        Option(Full(), ALL, Kivi(group=8, residual=20), Kivi(group=8, residual=20)),
         Option(Full(), ALL, Int4(group=32), Int4(group=32)),
         Option(WeightedKeys("snapkv"), Budget(tokens=70), Allocated(), TurboQuant2()),
         Option(WeightedKeys("snapkv"), Budget(tokens=70), Allocated(mean_bits=3.0), HADAMARD),

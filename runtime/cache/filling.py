@@ -166,7 +166,7 @@ class Filling:
             at = (row - taken.rows.start) % len(of_rows)
             signals, head = of_rows[at]
             own = signals.keys[head, taken.kept[at][int(layer.exact[row]) :]]
-            form = layer.options[row % len(layer.options)].keys
+            form = layer.options[row % len(layer.options)].keys.coded
             count = torch.tensor([len(own)], device=own.device)
             keys[row] = form.roundtrip(own[None], count, "keys")[0]
         layer.readers |= readers

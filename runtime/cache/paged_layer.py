@@ -86,6 +86,7 @@ class PagedLayer:
         self.tables = np.full(len(self.layouts), NOWHERE)  # first cells, where pages have some
         self.lengths = np.zeros((3, len(self.layouts)), np.int64)
         self.exact = np.zeros(len(self.layouts), np.int64)  # first tokens of a growing segment
+        self.staying = np.zeros(len(self.layouts), np.int64)  # of these, which never settle
         self.kept: list[int] = [0] * len(self.layouts)
         self.held_bytes: list[int] = [0] * len(self.layouts)  # as formats count them
         self.most = np.full(len(self.layouts), NO_END)  # entries of a growing segment, at any time
@@ -206,9 +207,10 @@ class PagedLayer:
         if self.residual is None:
             return np.stack([coded, np.full(self.rows, self._growing_room(ends))])
         settle = np.array([layout.settles for layout in self.layouts]) & ~self.evicts_coded
-        open_ends = np.maximum(self.lengths[GROWN], self.exact + self.residual + PAGE) + PAGE
+        open_ends = np.maximum(self.lengths[GROWN], self.staying + self.residual + PAGE) + PAGE
         ends = np.where(settle, np.minimum(ends, open_ends), ends)
-        settled = (settled - (-new_tokens // PAGE)) * settle
+        old = np.maximum(self.lengths[GROWN] - self.staying, 0)
+        settled = (settled - (-(new_tokens + old) // PAGE)) * settle
         return np.stack([coded, np.full(self.rows, self._growing_room(ends)), settled])
 
     def _growing_room(self, ends: Ints) -> int:
