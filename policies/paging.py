@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from kvtune.policies.encoded_pages import EncodedPages, encoded_bytes
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.option import Option
 from kvtune.policies.pages import (
@@ -44,7 +45,7 @@ TABLE_BYTES = 192
 
 EXACT = (Bf16(), Bf16())
 
-Pages = Counter[PageLayout | PageTables]
+Pages = Counter[PageLayout | PageTables | EncodedPages]
 """How many of each; tables of a head's pages count as one."""
 
 CodedPages = Counter[PageLayout]
@@ -163,7 +164,25 @@ def head_pages(
     pages = Pages({layout: settled + layout.pages_for(coded)})
     if layout.has_tables and coded:
         pages[layout.tables] = 1
+    pages[EncodedPages(head_dim)] = _encoded_pages(option, budget, prompt_tokens, head_dim)
     return pages + Pages({growing: growing.pages_for(grown)})
+
+
+def _encoded_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> int:
+    """Pages of one head's parts that no kernel reads, at most where bytes depend on the data."""
+    layout, plans = EncodedPages(head_dim), option.method.plan(budget, prompt_tokens)
+    return sum(
+        layout.pages_for(encoded_bytes(plan, option, head_dim))
+        for plan in plans
+        if is_encoded(plan, option, head_dim)
+    )
+
+
+def is_encoded(plan: PartPlan, option: Option, head_dim: int) -> bool:
+    """Whether a part's packed buffers lie in pages as they are, and are read back at every step."""
+    exact = (plan.formats or (option.keys, option.values)) == EXACT
+    beside = exact or option.on_host or chooses_entries(option) or plan.shared_by > 1
+    return not beside and not is_coded(plan, option, head_dim)
 
 
 def may_lie_on_host(option: Option, head_dim: int) -> bool:
@@ -295,7 +314,7 @@ def growing_bytes(tokens: int, head_dim: int) -> float:
     return layout.pages_for(tokens) * _share_of_slab(layout)
 
 
-def _share_of_slab(layout: PageLayout | PageTables) -> float:
+def _share_of_slab(layout: PageLayout | PageTables | EncodedPages) -> float:
     """Bytes of a pool for each page of this size."""
     return SLAB_CELLS * layout.cell_bytes / (SLAB_CELLS // layout.page_cells)
 
@@ -309,6 +328,8 @@ def _beside_bytes(option: Option, budget: int, prompt_tokens: int, head_dim: int
         if not paged:
             formats = plan.formats or (option.keys, option.values)
             total += sum(plan.stored_bytes(formats, head_dim))
+        if is_encoded(plan, option, head_dim):
+            total -= encoded_bytes(plan, option, head_dim)  # which are in pages
     reader = option.method.reader(budget)
     if reader is None or option.compared_on_host(budget, prompt_tokens):
         return total

@@ -363,6 +363,8 @@ class PagedLayer:
                 layout = self.layouts[row].tables
                 self.pool.give(self.tables[row : row + 1], layout.page_cells)
         self.tables[rows.start : rows.stop] = NOWHERE
+        if self.beside is not None:
+            self.beside.free(rows)
         if self.host is not None:
             self.host.free(rows, self.layouts)
         for each in self.searched:
@@ -399,10 +401,16 @@ class PagedLayer:
 
     def page_bytes(self) -> int:
         """Bytes of the pages held, slack at their ends included."""
-        return sum(
-            len(cells) * self.layout(kind, row).page_bytes
-            for kind, rows in enumerate(self.pages)
-            for row, cells in enumerate(rows)
-        ) + sum(
-            self.layouts[row].tables.page_bytes for row in np.flatnonzero(self.tables != NOWHERE)
+        encoded = 0 if self.beside is None else self.beside.page_bytes
+        return (
+            encoded
+            + sum(
+                len(cells) * self.layout(kind, row).page_bytes
+                for kind, rows in enumerate(self.pages)
+                for row, cells in enumerate(rows)
+            )
+            + sum(
+                self.layouts[row].tables.page_bytes
+                for row in np.flatnonzero(self.tables != NOWHERE)
+            )
         )

@@ -35,6 +35,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.transformers_interface import cache_argument, register_attention
 from kvtune.common.units import format_bytes
 from kvtune.policies.apply import linked
+from kvtune.policies.encoded_pages import EncodedPages
 from kvtune.policies.option import Option
 from kvtune.policies.pages import PAGE, PageLayout
 from kvtune.policies.paging import (
@@ -328,9 +329,12 @@ class PolicyCache(Cache):  # type: ignore[misc]
         for layer, (options, planned) in enumerate(zip(self.policy.heads, budgets, strict=True)):
             window = self.window_of(layer, tokens)
             for option, count in zip(options, planned.tolist(), strict=True):
-                pages += head_pages(option, count, tokens, head_dim, self.growth, window)
+                theirs = head_pages(option, count, tokens, head_dim, self.growth, window)
+                encoded = EncodedPages(head_dim)
                 if splits:
-                    pages[pages_of(option, head_dim)] += 1
+                    theirs[pages_of(option, head_dim)] += 1
+                    theirs[encoded] += theirs[encoded] > 0
+                pages += theirs
         return pages
 
     def reserve(self, tokens: int) -> None:
