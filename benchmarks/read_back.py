@@ -4,9 +4,9 @@
         --out benchmarks/results/read-back-h200.json
     python benchmarks/read_back.py --device cpu --tiny --out /tmp/read-back.json
 
-One layer's heads, each with its tokens in one format in the pool's pages, are read back and attended
-to, as every decode step does. Of each format: seconds by heads and tokens, and the least squares of
-seconds = heads x (a + bytes of a head x b).
+One layer's heads, each with its tokens in one format in the pool's pages, are read back and
+attended to, as every decode step does. Of each format: seconds by heads and tokens, and the least
+squares of seconds = heads x (a + bytes of a head x b).
 """
 
 from __future__ import annotations
