@@ -157,10 +157,11 @@ class PagedLayer:
         self.places = np.append(segments.places, segments.most.sum())  # of segments, and their end
         grown = GROWN * self.rows + np.arange(self.rows), self.tables_at[GROWN]
         ring = self.ring.tables() if self.ring else ()
-        host = [table, self.lengths.ravel(), tiles.records, *grown, *ring]
-        pages_at, lengths, records, *growing = sent(host, self.pool.memory.device)
+        host = [table, self.lengths.ravel(), tiles.records, starts, segments.places, *grown, *ring]
+        pages_at, lengths, records, *others = sent(host, self.pool.memory.device)
+        self._entries, self._places, *growing = others
         self.growing = Growing(*growing)
-        self._find_segments(lengths)
+        self._keep_counted(lengths)
         self._paged = Paged(
             self.pool.memory, pages_at, lengths, self.fp8_scales, records, tiles.pairs,
             self.head_dim, int(rooms[GROWN].max()),
@@ -170,10 +171,8 @@ class PagedLayer:
         if self.host is not None:
             self.host.seal(self.layouts, self.fp8_scales[: self.rows])
 
-    def _find_segments(self, lengths: Tensor) -> None:
-        """Where segments begin, as the device looks it up; what only the device has counted."""
-        entries = self.tables_at.ravel(), self.places[:-1]
-        self._entries, self._places = (x.long() for x in sent([*entries], lengths.device))
+    def _keep_counted(self, lengths: Tensor) -> None:
+        """Put into new lengths what only the device has counted."""
         if self._paged is not None and self.evicts_coded.any():
             rows = np.flatnonzero(self.evicts_coded)
             at = torch.as_tensor(np.r_[CODED * self.rows + rows, GROWN * self.rows + rows])
@@ -181,7 +180,7 @@ class PagedLayer:
             lengths[at] = self._paged.lengths[at]
 
     def entries_of(self, kind: int, rows: Tensor) -> Tensor:
-        """First entries in the page table of some rows' segments of a kind, int64 like ``rows``."""
+        """First entries in the page table of some rows' segments of a kind, int32 like ``rows``."""
         return self._entries[kind * self.rows + rows]
 
     def _select_again(self) -> None:

@@ -82,28 +82,29 @@ def place(parts: Sequence[HeadPart], option: Option, head_dim: int) -> Placed:
     """Divide one head's parts into what pages hold and what lies beside them."""
     if len(parts) == 1 and is_coded(parts[0].plan, option, head_dim):
         only = parts[0]
-        order, exact_count = _exact_first(option, len(only.tokens), only.tokens.device)
+        tokens, exact_count = _exact_first(option, only.tokens)
         both = None
         if only.keys is not None and only.values is not None:
-            both = only.keys[order], only.values[order]
-        return Placed(only.tokens[order], exact_count, both, only.balance, [])
+            both = _exact_first(option, only.keys)[0], _exact_first(option, only.values)[0]
+        return Placed(tokens, exact_count, both, only.balance, [])
     own = [part for part in parts if part.keys is None]
     exact = [part for part in own if len(parts) > 1 and is_exact(part.plan, option)]
     coded = [part for part in own if part not in exact and is_coded(part.plan, option, head_dim)]
     paged = {id(part) for part in exact + coded}
     listed, front = [part.tokens for part in exact + coded], sum(len(x.tokens) for x in exact)
     if coded:
-        order, exact_count = _exact_first(option, len(coded[0].tokens), coded[0].tokens.device)
-        listed[len(exact)], front = coded[0].tokens[order], front + exact_count
+        listed[len(exact)], count = _exact_first(option, coded[0].tokens)
+        front += count
     tokens = torch.cat([parts[0].tokens[:0], *listed])
     weights = coded[0].balance if coded else None
     beside = [part for part in parts if id(part) not in paged]
     return Placed(tokens, front, None, weights, beside)
 
 
-def _exact_first(option: Option, tokens: int, device: torch.device) -> tuple[Tensor, int]:
-    """An order of a part's tokens in which those in 16 bits come first, and how many they are."""
-    first, newest = exact_among(option.keys, tokens)
-    order = torch.arange(tokens, device=device)
-    last = tokens - newest
-    return torch.cat([order[:first], order[last:], order[first:last]]), first + newest
+def _exact_first(option: Option, tokens: Tensor) -> tuple[Tensor, int]:
+    """Tokens of a part, ``[n, ...]``, of which those in 16 bits come first; how many they are."""
+    first, newest = exact_among(option.keys, len(tokens))
+    if not newest:
+        return tokens, first
+    last = len(tokens) - newest
+    return torch.cat([tokens[:first], tokens[last:], tokens[first:last]]), first + newest
