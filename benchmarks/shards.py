@@ -12,6 +12,7 @@ what differs then is the device's own.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 import tempfile
 import time
@@ -19,10 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kvtune.common.files import write_json
 from kvtune.common.progress import Silent
 from kvtune.traces.models import load_model
 from kvtune.traces.shards import CaptureJob
+from kvtune.traces.trace import Trace
 from kvtune.traces.workloads import Workload, build
 from kvtune.tuner.engines import built, captured
 from kvtune.tuner.options import FULL, SMALL
@@ -52,7 +56,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {
         "engine": arguments.engine, "device": loaded.device, "samples": 2 * each,
     }  # fmt: skip
-    kept = []
+    kept, traces = [], []
     with tempfile.TemporaryDirectory() as scratch:
         ways = (("one process", None), ("again", None), ("the engine", arguments.engine))
         for name, engine in ways:
@@ -70,13 +74,32 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             traced = time.monotonic()
             tables = built(trace, menu.options(), loaded.device, engine, Silent())
             kept.append(tables)
+            traces.append(tensors_of(trace))
             found[name] = {"capture_s": traced - started, "tables_s": time.monotonic() - traced}
             print(name, found[name], file=sys.stderr, flush=True)
     one, *others = (tables.factor for tables in kept)
     for name, other in zip(("again", "the engine"), others, strict=True):
         found[name]["same_bits"] = one.tobytes() == other.tobytes()
         found[name]["largest_difference"] = float(abs(one - other).max())
+    for name, other in zip(("again", "the engine"), traces[1:], strict=True):
+        apart = [key for key, digest in other.items() if digest != traces[0][key]]
+        found[name]["traced_tensors"] = len(other)
+        found[name]["traced_tensors_with_other_bits"] = sorted({key[-1] for key in apart})
     return found
+
+
+def tensors_of(trace: Trace) -> dict[tuple[str, int, str], str]:
+    """A digest of every tensor of a trace, by sample, layer and name."""
+    return {
+        (sample.id, layer, name): hashlib.sha256(bytes_of(tensor)).hexdigest()
+        for sample in trace.samples
+        for layer in range(trace.geometry.layers)
+        for name, tensor in trace.layer(sample.id, layer).tensors.items()
+    }
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 if __name__ == "__main__":

@@ -214,8 +214,6 @@ def _next(result: SearchResult) -> list[RenderableType]:
     return [own, _serve(result, "vllm", "--allow-stand-in")]
 
 
-
-
 def _serve(result: SearchResult, usual: str, *more: str) -> RenderableType:
     """The export to the stack that was searched for, as it can be copied, on one line however long.
 

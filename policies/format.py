@@ -86,6 +86,15 @@ class Format(ABC):
         """How many of the first kept tokens stay in 16 bits."""
         return 0
 
+    def newest(self, tokens: int, role: Role) -> int:
+        """How many of the newest of so many tokens, without the first ones, stay in 16 bits too."""
+        return 0
+
+    @property
+    def coded(self) -> Format:
+        """What stores the tokens that do not stay in 16 bits, where a kernel knows it."""
+        return self
+
     @property
     def code_bits(self) -> float:
         """Bits of an element's code in the mean, without scales."""

@@ -60,6 +60,7 @@ from kvtune.policies.page_formats import (
 )
 
 KERNEL_HEAD_DIMS = (64, 128, 256)
+_MANY = 2**40
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,13 @@ class PageLayout:
         """Whether generated tokens may take this format when they have become old."""
         return not self.has_tables and self != PageLayout(self.head_dim)
 
+    @property
+    def stores_apart(self) -> bool:
+        """Whether a token of such a page, whose others are coded, can leave without them."""
+        keys = self.keys == "bf16" or is_by_token(self.keys)
+        values = self.values == "bf16" or is_integer(self.values)
+        return keys and values and self.page_tokens == PAGE
+
     @cached_property
     def tables(self) -> PageTables:
         """Size of the tables that belong to a head's pages of signs."""
@@ -213,18 +221,18 @@ def layout_of(option: Option, head_dim: int) -> PageLayout:
     Raises:
         KvtuneError: a format, a group or a head dimension that the runtime does not store.
     """
-    keys, values = (_stored(form, head_dim) for form in (option.keys, option.values))
+    keys, values = (_stored(form.coded, head_dim) for form in (option.keys, option.values))
     if is_signs(keys) != is_signs(values) or (is_signs(keys) and is_rotated(keys)):
         raise KvtuneError(
             f"the runtime stores no {option.keys.label} beside {option.values.label}",
             hint="allocated keys, by channel, go with allocated values.",
         )
-    if getattr(option.keys, "keys_by", None) == "token":
+    if getattr(option.keys.coded, "keys_by", None) == "token":
         keys += AS_VALUES
-    if exact_tokens(option.keys) != exact_tokens(option.values):
+    if exact_among(option.keys, _MANY) != exact_among(option.values, _MANY):
         raise KvtuneError(
             f"{option.label!r} leaves a different number of keys and values in 16 bits",
-            hint="give keys and values the same exact_first.",
+            hint="give keys and values the same exact_first, and of KIVI the same residual.",
         )
     return PageLayout(head_dim, keys, values)
 
@@ -237,6 +245,12 @@ def layout_named(head_dim: int, name: str) -> PageLayout:
 def exact_tokens(form: Format) -> int:
     """First kept tokens that a format leaves in 16 bits."""
     return form.exact_tokens
+
+
+def exact_among(form: Format, tokens: int) -> tuple[int, int]:
+    """How many of so many tokens of a head stay in 16 bits: the first ones, and the newest."""
+    first = min(form.exact_tokens, tokens)
+    return first, min(form.newest(tokens - first, "keys"), tokens - first)
 
 
 def has_pages(option: Option, head_dim: int) -> bool:

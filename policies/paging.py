@@ -11,14 +11,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from kvtune.policies.encoded_pages import EncodedPages, encoded_bytes
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.option import Option
 from kvtune.policies.page_formats import PAGE
-from kvtune.policies.pages import PageLayout, PageTables, exact_tokens, has_pages, layout_of
+from kvtune.policies.pages import (
+    PageLayout,
+    PageTables,
+    exact_among,
+    has_pages,
+    layout_of,
+)
 from kvtune.policies.parts import PartPlan, entries_of
 from kvtune.policies.policy import Policy
 from kvtune.policies.reader import BlockReader, Reader
-from kvtune.policies.room import Room
+from kvtune.policies.room import Room, goes_on_evicting
+from kvtune.policies.slot_bytes import stores_apart
 
 PREFILL_CHUNK_TOKENS = 2048
 """Tokens of prompts that the runtime works on at once, where it need not see a prompt whole."""
@@ -38,7 +46,7 @@ TABLE_BYTES = 192
 
 EXACT = (Bf16(), Bf16())
 
-Pages = Counter[PageLayout | PageTables]
+Pages = Counter[PageLayout | PageTables | EncodedPages]
 """How many of each; tables of a head's pages count as one."""
 
 CodedPages = Counter[PageLayout]
@@ -59,6 +67,12 @@ class Growth:
     evicts: bool = False
     residual: int | None = None
 
+    @property
+    def window(self) -> int:
+        """Newest tokens in 16 bits, at most, of a head that evicts from fewer: a residual window
+        and another that fills, or the newest token on its way."""
+        return max(2 * (self.residual or 0), 1)
+
 
 def reads_pages(reader: Reader | None) -> bool:
     """Whether a reader chooses whole pages of the runtime, which kernels then read."""
@@ -72,6 +86,12 @@ def chooses_entries(option: Option) -> bool:
     """
     reader = option.method.reader(PAGE)
     return reader is not None and not reads_pages(reader)
+
+
+def evicts_coded(option: Option, head_dim: int) -> bool:
+    """Whether tokens in the option's format can leave its pages one by one, and it evicts them."""
+    coded = goes_on_evicting(option) and pages_of(option, head_dim).stores_apart
+    return coded and all(stores_apart(form) for form in (option.keys, option.values))
 
 
 def pages_of(option: Option, head_dim: int) -> PageLayout:
@@ -88,7 +108,7 @@ def planned_entries(
     exact = [plan.entries for plan in plans if is_exact(plan, option) and len(plans) > 1]
     if coded == exact:  # the option itself stores 16 bits
         return 0, sum(coded)
-    front = min(exact_tokens(option.keys), coded[0]) if coded else 0
+    front = sum(exact_among(option.keys, coded[0])) if coded else 0
     return sum(exact) + front, sum(coded) - front
 
 
@@ -132,17 +152,38 @@ def head_pages(
     grown, settled = exact + growth.new_tokens, 0
     if window:
         coded, grown = 0, min(budget + growth.new_tokens, window)
+    elif room and evicts_coded(option, head_dim):
+        coded, grown = room.most, growth.window
     elif room:
         coded, grown = 0, room.most
-    if growth.residual is not None and layout.settles:
+    if growth.residual is not None and layout.settles and not room:
+        newest = option.keys.newest(exact, "keys")  # of the prompt, which settle too
         grown = min(grown, exact + growth.residual + 2 * PAGE)
-        settled = 1 + growth.new_tokens // PAGE
+        settled = 1 + (newest + growth.new_tokens) // PAGE
     if option.on_host:
         coded = 0
     pages = Pages({layout: settled + layout.pages_for(coded)})
     if layout.has_tables and coded:
         pages[layout.tables] = 1
+    pages[EncodedPages(head_dim)] = _encoded_pages(option, budget, prompt_tokens, head_dim)
     return pages + Pages({growing: growing.pages_for(grown)})
+
+
+def _encoded_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> int:
+    """Pages of one head's parts that no kernel reads, at most where bytes depend on the data."""
+    layout, plans = EncodedPages(head_dim), option.method.plan(budget, prompt_tokens)
+    return sum(
+        layout.pages_for(encoded_bytes(plan, option, head_dim))
+        for plan in plans
+        if is_encoded(plan, option, head_dim)
+    )
+
+
+def is_encoded(plan: PartPlan, option: Option, head_dim: int) -> bool:
+    """Whether a part's packed buffers lie in pages as they are, and are read back at every step."""
+    exact = (plan.formats or (option.keys, option.values)) == EXACT
+    beside = exact or option.on_host or chooses_entries(option) or plan.shared_by > 1
+    return not beside and not is_coded(plan, option, head_dim)
 
 
 def may_lie_on_host(option: Option, head_dim: int) -> bool:
@@ -304,7 +345,7 @@ def growing_bytes(tokens: int, head_dim: int) -> float:
     return layout.pages_for(tokens) * share_of_slab(layout)
 
 
-def share_of_slab(layout: PageLayout | PageTables) -> float:
+def share_of_slab(layout: PageLayout | PageTables | EncodedPages) -> float:
     """Bytes of a pool for each page of this size."""
     return SLAB_CELLS * layout.cell_bytes / (SLAB_CELLS // layout.page_cells)
 
@@ -318,6 +359,8 @@ def _beside_bytes(option: Option, budget: int, prompt_tokens: int, head_dim: int
         if not paged:
             formats = plan.formats or (option.keys, option.values)
             total += sum(plan.stored_bytes(formats, head_dim))
+        if is_encoded(plan, option, head_dim):
+            total -= encoded_bytes(plan, option, head_dim)  # which are in pages
     reader = option.method.reader(budget)
     if reader is None or option.compared_on_host(budget, prompt_tokens):
         return total

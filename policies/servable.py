@@ -38,3 +38,9 @@ def check_servable(policy: Policy, head_dim: int) -> None:
         paged = len(plans) == 1 and is_coded(plans[0], option, head_dim)
         if option.on_host or reader is not None or not paged:
             raise KvtuneError(f"{option.label!r} holds more than pages of tokens", hint=hint)
+        if option.keys.newest(1, "keys"):
+            raise KvtuneError(
+                f"{option.label!r} leaves the newest tokens in 16 bits, which pages of an engine "
+                "do not keep apart",
+                hint="give it residual: 0, or take int2 or int4.",
+            )

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate, exact
 from kvtune.policies.option import Option
-from kvtune.policies.paging import host_sequence_bytes
+from kvtune.policies.paging import evicts_coded, host_sequence_bytes
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.policies.room import Room
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency.compression import compression
 from kvtune.simulator.latency.host import host_step
+from kvtune.simulator.latency.read_back import read_back_step, reads_back
 from kvtune.simulator.latency.steps import decode_step, prefill
 from kvtune.simulator.memory.peak import add, peak_memory
 from kvtune.simulator.memory.plan import MemoryPlan
@@ -152,8 +153,9 @@ def _while_evicting(policy: Policy, shape: ModelShape, prompt_tokens: int, gener
         opened = room.prompt if room else int(planned)
         ends = min(opened + generated, room.most) if room else opened + generated
         prompt += bytes_of(option, opened, prompt_tokens, shape.head_dim)
-        most += bytes_of(option, min(opened, ends), prompt_tokens, shape.head_dim)
-        grown = max(ends - opened, 0)
+        stored = ends if room and evicts_coded(option, shape.head_dim) else min(opened, ends)
+        most += bytes_of(option, stored, max(prompt_tokens, stored), shape.head_dim)
+        grown = max(ends - stored, 0)
         most["bf16"] += Option().footprint(grown, grown, shape.head_dim)
     return _Held(prompt, most, most, statistics_bytes(policy, prompt_tokens, generated))
 
@@ -170,7 +172,9 @@ def _cost(
     step = decode_step(shape, gpu, weights, batch, read, "runtime")
     on_host = policy if policy and policy.uses_host else None
     if on_host:
-        step = _with_host(step, host_step(on_host, shape, gpu, batch, tokens))
+        step = _with(step, host_step(on_host, shape, gpu, batch, tokens))
+    if policy and reads_back(policy, shape.head_dim):
+        step = _with(step, read_back_step(policy, shape, gpu, batch, tokens))
     first = part.seconds if part else prefill(shape, gpu, weights, tokens, execution="runtime")
     peak = peak_memory(shape, gpu, weights, size, tokens, batch)
     return Cost(
@@ -207,8 +211,8 @@ def _compressing(
     return Estimate(whole.value, min(new.low, whole.low), whole.high, "s", whole.tier)
 
 
-def _with_host(step: Estimate, added: Estimate) -> Estimate:
-    """A step with what the host adds, at the tier of the least certain: assumed."""
+def _with(step: Estimate, added: Estimate) -> Estimate:
+    """A step with what the host adds, or reading back, at the tier of the least certain."""
     value, low, high = (
         getattr(step, end) + getattr(added, end) for end in ("value", "low", "high")
     )

@@ -12,7 +12,10 @@ from torch import Tensor
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.allocators.adakv import AdaKV
 from kvtune.policies.decode import DecodeMethod
+from kvtune.policies.format import Format
 from kvtune.policies.formats.grouped import Int4, Int8
+from kvtune.policies.formats.rotated import RotatedInt3, RotatedInt4
+from kvtune.policies.methods.a2sf import PREFILL
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.lazy_eviction import LazyEviction
@@ -21,6 +24,7 @@ from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.methods.tova import Tova
 from kvtune.policies.option import ALL, Budget, Option
+from kvtune.policies.paging import head_pages
 from kvtune.policies.policy import Policy
 from kvtune.policies.testing.decode import decode_methods
 from kvtune.runtime import load_cache
@@ -30,6 +34,7 @@ from kvtune.runtime.generate import Generation
 from kvtune.runtime.graph import generate
 from kvtune.runtime.live_policies import LivePolicy
 from kvtune.tests.padded import ids
+from kvtune.tests.tiers import first
 from kvtune.traces.models import wrap
 
 pytestmark = [
@@ -108,6 +113,89 @@ def test_pages_hold_and_answer_what_slots_do(
     assert cache.evicted() == run.evicted.tolist()
     assert (run.evicted > 0).all()
     cache.pool.check_integrity()
+
+
+Int4Token = Int4(keys_by="token")
+CODED = [
+    (H2O(), Int4Token, 0), (Tova(), RotatedInt3(), 4), (StreamingLLM(), RotatedInt4(), 16),
+    (PREFILL, Int8(keys_by="token"), 3), (KEPT_PROMPT, Int4Token, 5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case", first(CODED, 2), ids=lambda case: f"{case[0].name} {case[1].label}"
+)
+def test_pages_of_few_bits_hold_and_answer_what_slots_do(
+    network: Any, tokenizer: Any, case: tuple[DecodeMethod, Format, int]
+) -> None:
+    method, form, residual = case
+    policy, prompt = uniform(method, keys=form, values=form), ids(PROMPT)["input_ids"][0].tolist()
+    loaded = wrap(network, tokenizer, name="tiny")
+    policies = [LivePolicy(policy, residual=residual)]
+    live = Generation(loaded, prompt, policies, room=TOKENS, banned=[1])
+    held = []
+    for _ in range(TOKENS):
+        live.advance(1)
+        groups = [next(g for g in layer if 1 in g.rows) for layer in live.layers]
+        held.append([group.cache.kept()[group.rows.index(1)] for group in groups])
+    cache = load_cache(policy, network, evicts=True, residual=residual, new_tokens=TOKENS)
+    network(torch.tensor([prompt[:-1]]), past_key_values=cache)
+    nll, memory = [], cache.pool.memory.numel()
+    for at, token in enumerate(live.tokens_of(0)[:-1]):
+        logits = step(network, cache, token[None], torch.tensor([PROMPT - 1 + at]))
+        nll.append(-logits[0].log_softmax(-1)[live.tokens_of(0)[at + 1]])
+        assert positions(cache) == held[at]
+        newest = [layer.paged.paged.lengths[2:4].tolist() for layer in cache.layers]
+        assert max(map(max, newest)) <= cache.growth.window
+    run = live.results()[0]
+    torch.testing.assert_close(torch.stack(nll), torch.tensor(run.nll), atol=0.1, rtol=0.02)
+    assert cache.evicted() == run.evicted.tolist()
+    assert (run.evicted > 0).all()
+    assert cache.pool.memory.numel() == memory  # what was reserved was enough
+    planned = head_pages(policy.heads[0][0], BUDGET, PROMPT - 1, 8, cache.growth)
+    assert cache.page_bytes() == 6 * sum(x.page_bytes * n for x, n in planned.items())
+    cache.pool.check_integrity()
+
+
+MIXED = (
+    (Option(H2O(), Budget(tokens=70), Int4Token, Int4Token), Option(H2O(), Budget(tokens=20))),
+    (Option(Tova("kv_head"), Budget(tokens=9), RotatedInt4(), RotatedInt3()), Option()),
+    (Option(Full(), ALL, Int4(), Int4()), Option(H2O(), Budget(tokens=90), Int4Token, Int4Token)),
+)
+
+
+def test_sequences_that_evict_from_few_bits_together_are_as_each_alone(network: Any) -> None:
+    """Tables are made anew on the way: more tokens come than there was room for at first."""
+    policy, inputs, lengths = Policy("mixed", MIXED), ids(75, 41), (75, 41)
+    places = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    together = load_cache(policy, network, evicts=True, residual=4, new_tokens=8)
+    network(**inputs, position_ids=places, past_key_values=together)
+    alone = [load_cache(policy, network, evicts=True, residual=4) for _ in lengths]
+    for row, (cache, length) in enumerate(zip(alone, lengths, strict=True)):
+        network(inputs["input_ids"][row : row + 1, 75 - length :], past_key_values=cache)
+    for turn in range(70):
+        tokens, at = torch.tensor([5, 9]) + turn % 40, torch.tensor(lengths) + turn
+        logits = step(network, together, tokens, at)
+        for row, cache in enumerate(alone):
+            one = step(network, cache, tokens[row : row + 1], at[row : row + 1])
+            torch.testing.assert_close(logits[row], one[0], atol=0.03, rtol=0.03)
+    assert together.evicted() == [
+        [evicted for cache in alone for evicted in cache.evicted()[layer]] for layer in range(3)
+    ]
+    held = [layer.paged.paged.lengths.view(3, -1).sum(0).tolist() for layer in together.layers]
+    assert held == [[70, 20, 70, 20], [9, 145, 9, 111], [145, 90, 111, 90]]
+    together.pool.check_integrity()
+
+
+def test_a_pool_that_would_exceed_its_limit_is_refused_before_the_prompt(network: Any) -> None:
+    policy = uniform(H2O(), keys=Int4Token, values=Int4Token)
+    cache = load_cache(policy, network, evicts=True)
+    network(**ids(50), past_key_values=cache)
+    enough = cache.pool.memory.numel()
+    network(**ids(50), past_key_values=load_cache(policy, network, evicts=True, limit_bytes=enough))
+    tight = load_cache(policy, network, evicts=True, limit_bytes=enough - 1)
+    with pytest.raises(KvtuneError, match="its limit is"):
+        network(**ids(50), past_key_values=tight)
 
 
 def test_bounded_heads_stay_bounded(

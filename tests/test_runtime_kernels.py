@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,10 +33,18 @@ from kvtune.policies.page_formats import (
 from kvtune.policies.pages import PageLayout
 from kvtune.policies.policy import Policy
 from kvtune.runtime import load_cache
-from kvtune.runtime.cache.backend import Growing, Moves, PlainBackend, TritonBackend, Writing
+from kvtune.runtime.cache.backend import (
+    Backend,
+    Growing,
+    Moves,
+    PlainBackend,
+    TritonBackend,
+    Writing,
+)
 from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.cache.pool import Pool
-from kvtune.runtime.cache.segments import SETTLED
+from kvtune.runtime.cache.segments import GROWN, SETTLED
 from kvtune.runtime.cache.settling import settle
 from kvtune.runtime.cache.sliding import Ring, places_of
 from kvtune.runtime.cache.storing import store_prompts
@@ -46,6 +55,7 @@ from kvtune.runtime.kernels.reference import attend, read_page, write_page
 from kvtune.runtime.kernels.tiles import TABLE_AHEAD
 from kvtune.tests.page_layers import layer
 from kvtune.tests.tiers import first
+from kvtune.traces.geometry import read_geometry
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_interpreter")
 INTERPRETED = [name for name in KEY_CODES if name != "fp8"]  # the interpreter rounds e4m3 wrongly
@@ -221,7 +231,8 @@ def test_a_layer_sees_the_same_weights_through_kernels() -> None:
             layer.append(*token)
             layer.count_appended()
         q = torch.randn(2, 3, 64, generator=generator).bfloat16()
-        output, weights = layer.attend_seeing(q, Scratch(2, layer.slots, 3, 64, "cpu"), 0.125)
+        output, seen = layer.attend_seeing(q, Scratch(2, layer.slots, 3, 64, "cpu"), 0.125)
+        weights = layer.weights_on(GROWN, torch.arange(2), 128, seen)
         assert (weights.sum(-1)[0] - 1).abs().max() < 1e-3  # all of the first row is growing
         assert (weights.sum(-1)[1] < 1).all()
         assert weights[0].count_nonzero(-1).tolist() == [85] * 3
@@ -254,7 +265,8 @@ def test_pages_settle_the_same_through_kernels(settled: int) -> None:
         cells = [int(cell) for row in layer.pages[SETTLED] for cell in row]
         exact = [pool.memory[256 * cell :][:3584] for cell in cells]  # no page is shorter
         q = torch.randn(4, 3, 64, generator=generator).bfloat16()
-        _, weights = layer.attend_seeing(q, Scratch(4, layer.slots, 3, 64, "cpu"), 0.125)
+        _, seen = layer.attend_seeing(q, Scratch(4, layer.slots, 3, 64, "cpu"), 0.125)
+        weights = layer.weights_on(GROWN, torch.arange(4), 192, seen)
         found.append((torch.stack(exact), weights))
     assert torch.equal(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-3, rtol=1e-2)
@@ -283,6 +295,34 @@ def test_prompts_are_chosen_from_and_stored_the_same_through_kernels(
         memories.append(found.pool.memory)
     assert memories[0].any()
     assert torch.equal(*memories)
+
+
+def _always(backend: Backend, _: torch.device) -> Backend:
+    return backend
+
+
+def test_tokens_leave_few_bits_the_same_through_kernels(
+    make_network: Callable[..., Any], tiny_fields: dict[str, Any]
+) -> None:
+    from transformers import LlamaConfig
+
+    shape = {"head_dim": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
+    fields = {**tiny_fields, **shape, "num_hidden_layers": 1}
+    network = make_network(LlamaConfig(**fields)).bfloat16()  # which the interpreter cuts off
+    form, found = Int4(keys_by="token"), []
+    option = Option(H2O(), Budget(tokens=8), form, form)
+    policy = Policy("few bits", ((option,),))
+    for backend in (PlainBackend(), TritonBackend()):
+        of = partial(_always, backend)
+        cache = PolicyCache(policy, read_geometry(network), 8, True, 2, backend_of=of)
+        with torch.no_grad(), load_cache(policy, network, evicts=True):
+            network(torch.arange(2, 16)[None], past_key_values=cache)
+            for token in range(4):
+                answer = network(torch.tensor([[30 + token]]), past_key_values=cache)
+        evictor = cache.layers[0].evictors[0]
+        found.append((evictor.kept(), evictor.newest.tolist(), answer.logits))
+    assert found[0][:2] == found[1][:2]
+    torch.testing.assert_close(found[0][2], found[1][2], atol=0.03, rtol=0.03)
 
 
 def test_column_sums_are_those_of_the_whole_matrix() -> None:

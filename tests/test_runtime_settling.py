@@ -15,10 +15,11 @@ from kvtune.policies.format import Format, Role
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.grouped import Int2, Int4, Int8
+from kvtune.policies.formats.kivi import Kivi
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.option import ALL, Budget, Option
-from kvtune.policies.paging import SLAB_CELLS
+from kvtune.policies.paging import SLAB_CELLS, head_pages
 from kvtune.policies.policy import Policy
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache.backend import PlainBackend
@@ -30,6 +31,7 @@ from kvtune.runtime.cache.settling import settle
 from kvtune.runtime.cache.storing import store_prompts
 from kvtune.runtime.graph import generate
 from kvtune.runtime.kernels.launch import Scratch
+from kvtune.tests.padded import ids
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -198,3 +200,21 @@ def test_every_segment_has_its_places_where_weights_are_seen() -> None:
     ends = layer.places[:-1] + layer.rooms.ravel() * tokens
     assert ends.tolist() == layer.places[1:].tolist()
     assert layer.rooms[2, 0] == 8, "of 500 tokens"
+
+
+def test_kivis_window_lies_in_16_bits_and_settles_as_newer_tokens_come(network: Any) -> None:
+    form = Kivi(group=64, residual=40, exact_first=4)
+    option = Option(Full(), ALL, form, form)
+    cache = load_cache(Policy.uniform(option, 3, 2), network, new_tokens=90, residual=40)
+    network(**ids(150), past_key_values=cache)
+    layer, memory = cache.layers[0].paged, cache.pool.memory.numel()
+    assert layer.beside is None
+    assert layer.lengths[:, 0].tolist() == [106, 44, 0]
+    for token in range(90):
+        network(torch.tensor([[2 + token % 50]]), past_key_values=cache)
+    assert layer.lengths[:, 0].tolist() == [106, 44 + 90 - 64, 64]
+    planned = head_pages(option, 150, 150, 8, cache.growth)
+    coded = len(layer.pages[CODED][0]) + len(layer.pages[SETTLED][0])
+    assert coded <= planned[layer.layouts[0]]
+    assert cache.pool.memory.numel() == memory
+    cache.pool.check_integrity()

@@ -24,6 +24,7 @@ from kvtune.policies.formats.fitted import Allocated
 from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.gear import Gear
 from kvtune.policies.formats.grouped import Int2, Int4, Int8
+from kvtune.policies.formats.kivi import Kivi
 from kvtune.policies.formats.token_head import Int4TokenHead, Int8TokenHead
 from kvtune.policies.formats.turboquant import TurboQuant2, TurboQuant3
 from kvtune.policies.methods.cam import CaM
@@ -308,13 +309,14 @@ def test_a_plan_travels_between_processes() -> None:
         Option(Razor(), Budget(100)),
         Option(Quest(block=64), Budget(64)),
         Option(Full(), ALL, Gear(), Gear()),
+        Option(Full(), ALL, Kivi(group=64), Kivi(group=64)),
         Option(StreamingLLM(positions="reindexed"), Budget(64)),
         Option(EMSReconstruction(space="pre_rope"), Budget(64)),
     ],
     ids=lambda option: option.method.name,
 )
 def test_what_is_more_than_pages_is_refused(option: Option) -> None:
-    with pytest.raises(KvtuneError, match=r"asks for more|holds more|rotary positions"):
+    with pytest.raises(KvtuneError, match=r"asks for more|holds more|rotary positions|newest"):
         check_servable(Policy.uniform(option, L, H), D)
 
 

@@ -15,6 +15,7 @@ from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.option import Budget, Option
+from kvtune.simulator.quality import build, shards
 from kvtune.simulator.quality.build import build_tables
 from kvtune.simulator.quality.shards import build_tables_on
 from kvtune.traces.capture import capture
@@ -104,3 +105,19 @@ class Here(Executor):
 
 def test_parts_are_joined_to_the_trace_of_one_process(job: CaptureJob, tmp_path: Path) -> None:
     same(Here(), job, tmp_path / "one")
+
+
+def test_samples_that_one_process_replays_side_by_side_stay_together(
+    job: CaptureJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where how many they are decides how sums are rounded."""
+    monkeypatch.setattr(build, "_together", lambda *_: 2)
+    replayed, replay = [], shards.replay_cell
+
+    def counted(root: Path, cell: build.Cell, *rest: Any) -> Any:
+        replayed.append(len(cell.samples))
+        return replay(root, cell, *rest)
+
+    monkeypatch.setattr(shards, "replay_cell", counted)
+    same(Here(), job, tmp_path / "one")
+    assert replayed == [2, 2, 2, 1, 1, 1]

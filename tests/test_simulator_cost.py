@@ -13,7 +13,12 @@ from kvtune.policies.allocator import Allocator
 from kvtune.policies.allocators.as_given import AsGiven
 from kvtune.policies.allocators.model_wide import ModelWide
 from kvtune.policies.allocators.pyramid import Pyramid
+from kvtune.policies.format import Format
+from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.grouped import Int2, Int4
+from kvtune.policies.formats.kitty import Kitty
+from kvtune.policies.formats.kivi import Kivi
+from kvtune.policies.formats.rotated import RotatedInt4
 from kvtune.policies.method import Method
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.kvzip import KVzip
@@ -34,6 +39,7 @@ from kvtune.simulator.cost import Cost, full_cost, policy_cost
 from kvtune.simulator.latency.compression import compression
 from kvtune.simulator.latency.host import JOIN_S, host_step
 from kvtune.simulator.latency.kernels import Kernels
+from kvtune.simulator.latency.read_back import HEAD_S, read_back_step
 from kvtune.simulator.memory.plan import memory_plan
 from kvtune.simulator.memory.policy_bytes import cache_bytes_by_format
 
@@ -104,6 +110,39 @@ def test_measured_parts_of_heads_on_the_host_add_up_to_their_step() -> None:
         assert found.value == pytest.approx(shape.layers * wanted * 1e-6, rel=1e-3)
         assert found.tier == "fitted"
         assert found.low < found.value < found.high
+
+
+def test_formats_that_no_kernel_reads_are_paid_for_head_by_head() -> None:
+    shape, gpu, tokens = find_model("llama-8b"), find_gpu("h200"), 4096
+    heads = shape.layers * shape.kv_heads
+
+    def cost(form: Format, batch: int = 1) -> Cost:
+        option = Option(SnapKV(), Budget(share=0.5), form, form)
+        policy = Policy.uniform(option, shape.layers, shape.kv_heads)
+        budget = memory_plan(shape, gpu, context_tokens=tokens, generated_tokens=64, batch=batch)
+        return policy_cost(policy, budget)
+
+    read, kernel = cost(Kitty()), cost(Int2())
+    assert read.latency.value - kernel.latency.value > heads * HEAD_S.value
+    assert read.latency.tier == "assumed" != kernel.latency.tier
+    twice = cost(Kitty(), 2).latency.value - cost(Int2(), 2).latency.value
+    assert twice > 1.9 * heads * HEAD_S.value
+    in_pages = cost(Kivi(group=64))
+    assert in_pages.latency.tier == kernel.latency.tier
+    wide = Policy("half", ((Option(values=Kitty()),) * 4 + (Option(),) * 4,) * shape.layers)
+    alone = read_back_step(wide, shape, gpu, 1, tokens).value
+    assert heads / 2 * HEAD_S.value < alone
+
+
+def test_heads_that_evict_in_few_bits_hold_few_bits_at_the_end() -> None:
+    shape, gpu = find_model("smollm2-135m"), find_gpu("4090")
+    budget = memory_plan(shape, gpu, context_tokens=1024, generated_tokens=4096)
+    sizes = {}
+    for form in (Bf16(), RotatedInt4()):
+        option = Option(Tova(unit="kv_head"), Budget(tokens=1024), form, form)
+        policy = Policy.uniform(option, shape.layers, shape.kv_heads)
+        sizes[form.name] = policy_cost(policy, budget, evicts=True).sequence_bytes
+    assert sizes["rotated_int4"] < 0.33 * sizes["bf16"]
 
 
 def test_a_search_on_the_host_takes_longer_the_more_keys_it_compares() -> None:

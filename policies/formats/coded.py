@@ -38,10 +38,6 @@ class Coded(Format):
     def numbers(self, buffers: Mapping[str, Tensor], shape: tuple[int, int], role: Role) -> Tensor:
         """``[n, D]`` float32 of these buffers; ``shape`` is n and D."""
 
-    def newest(self, tokens: int, role: Role) -> int:
-        """How many of the newest of so many tokens stay in 16 bits too."""
-        return 0
-
     @property
     def exact_tokens(self) -> int:
         """The first ``exact_first`` tokens stay in 16 bits."""

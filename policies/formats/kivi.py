@@ -43,7 +43,8 @@ class Kivi(Coded):
         return super().label.replace("kivi", "kivi" if self.backbone == "int2" else "kivi4")
 
     @property
-    def _inner(self) -> Grouped:
+    def coded(self) -> Grouped:
+        """What stores older tokens."""
         return _BACKBONES[self.backbone](group=self.group)
 
     def newest(self, tokens: int, role: Role) -> int:
@@ -52,12 +53,12 @@ class Kivi(Coded):
 
     def code_bytes(self, tokens: int, head_dim: int, role: Role) -> int:
         """Bytes of the codes of all but the newest tokens."""
-        return self._inner.bound(tokens, head_dim, role)
+        return self.coded.bound(tokens, head_dim, role)
 
     def codes(self, rows: Tensor, role: Role) -> Mapping[str, Tensor]:
         """The codes of all but the newest tokens."""
-        return inner_codes(self._inner, rows, role)
+        return inner_codes(self.coded, rows, role)
 
     def numbers(self, buffers: Mapping[str, Tensor], shape: tuple[int, int], role: Role) -> Tensor:
         """The numbers that those codes stand for."""
-        return inner_numbers(self._inner, buffers, shape, role)
+        return inner_numbers(self.coded, buffers, shape, role)

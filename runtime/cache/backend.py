@@ -16,6 +16,7 @@ from kvtune.runtime.cache.block_pages import write_blocks
 from kvtune.runtime.cache.fitted_pages import Fitted, write_fitted
 from kvtune.runtime.cache.host_pool import HostPool
 from kvtune.runtime.cache.plain_pages import append_rows, attend_pages, records_in_order
+from kvtune.runtime.cache.token_bytes import Copies, copy_tokens
 from kvtune.runtime.kernels.launch import Paged, Scratch, Seating, decode, decode_seated
 from kvtune.runtime.kernels.reference import rotate, write_page
 from kvtune.runtime.rotation import Rotation
@@ -76,6 +77,9 @@ class Backend(Protocol):
 
     def fetch(self, pool: Tensor, host: HostPool, fetching: Fetching) -> None:
         """Copy blocks from the host into the pool."""
+
+    def copy_tokens(self, copies: Copies) -> None:
+        """Copy single tokens between pages whose tokens share no scale."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +234,12 @@ class TritonBackend:
             host.slab_bytes, layout.cell_bytes // 8, words, FETCHED_AT_ONCE,
         )  # fmt: skip
 
+    def copy_tokens(self, copies: Copies) -> None:
+        """Copy tokens by one kernel."""
+        from kvtune.runtime.kernels.token_copies import launch
+
+        launch(copies)
+
 
 class PlainBackend:
     """Plain torch: what the kernels are tested against, and what answers without a GPU."""
@@ -304,6 +314,10 @@ class PlainBackend:
         for place, cell in pairs:
             if place >= 0:
                 pool[cell * cell_bytes :][:size] = host.view(place, size)
+
+    def copy_tokens(self, copies: Copies) -> None:
+        """All tokens at once."""
+        copy_tokens(copies)
 
     def _growing_pages(self, layer: Paged, growing: Growing, row: int) -> list[Tensor]:
         """Views ``[2, tokens, D]`` of a row's pages."""

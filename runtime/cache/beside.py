@@ -1,15 +1,15 @@
-"""What pages cannot hold: entries with a log-weight, formats without pages, shared directions.
+"""What no kernel reads: entries with a log-weight, formats without kernels, shared directions.
 
 Entries in 16 bits, such as RazorAttention's compensation token, lie in one dense tensor a layer, so
-that a step attends to them in a few operations. All others stay encoded and are read back at every
-step: the memory is saved and the time is not, until such a format has pages of its own. Their
-attention is joined to that over pages by its log-sum-exp.
+that a step attends to them in a few operations. All others stay encoded, in pages of their own
+(``encoded_pages``) unless two layers share them, and are read back at every step: the memory is
+saved and the time is not. Their attention is joined to that over pages by its log-sum-exp.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ from kvtune.policies.format import Format, Role, Stored
 from kvtune.policies.option import Option
 from kvtune.policies.paging import EXACT
 from kvtune.policies.parts import HeadPart
+from kvtune.runtime.cache.encoded_pages import Laid, lay
+from kvtune.runtime.cache.pool import PageMemory
 
 Shared = dict[tuple[int, int, int], "Encoded"]
 """Directions that two layers share, by sequence, KV head and the first of the two layers."""
@@ -92,6 +94,11 @@ class HeldPart:
                 shared[0][shared[1]] = found
         return HeldPart(row, found, formats, part.log_weight, part.balance, lengths, part.turns)
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether it lies in 16 bits, by itself."""
+        return self.formats == EXACT and self.lengths is None
+
     def read(self, head_dim: int) -> tuple[Tensor, Tensor]:
         """Keys and values ``[n, D]`` float32."""
         roles: tuple[Role, Role] = ("keys", "values")
@@ -109,27 +116,65 @@ class HeldPart:
         return keys, values
 
 
-class Beside:
-    """One layer's parts that lie beside its pages, and attention over them."""
+@dataclass(frozen=True)
+class LaidPart:
+    """One head's part whose packed buffers lie in the pool's pages.
 
-    def __init__(self, held: Sequence[HeldPart], head_dim: int, device: torch.device) -> None:
+    Args:
+        part: without its buffers.
+        laid: where they are.
+    """
+
+    part: HeldPart
+    laid: Laid
+
+    @staticmethod
+    def of(part: HeldPart, pool: PageMemory, head_dim: int) -> LaidPart:
+        """Move a part's buffers into pages."""
+        both = part.encoded.keys, part.encoded.values
+        none = Encoded(*(Stored({}, each.tokens) for each in both))
+        return LaidPart(replace(part, encoded=none), lay(pool, head_dim, both))
+
+    def fetched(self, pool: PageMemory) -> HeldPart:
+        """The part with its buffers."""
+        return replace(self.part, encoded=Encoded(*self.laid.read(pool)))
+
+
+class Beside:
+    """One layer's parts that kernels do not read, and attention over them."""
+
+    def __init__(
+        self, held: Sequence[HeldPart], laid: Sequence[LaidPart], head_dim: int, pool: PageMemory
+    ) -> None:
         """Lay out what is held: 16-bit parts in one tensor, others as they are.
 
         Args:
-            held: all parts of the layer's rows.
+            held: parts of the layer's rows.
+            laid: those whose buffers are in pages.
             head_dim: D.
-            device: where they lie.
+            pool: that these are in.
         """
-        self.head_dim, self.device = head_dim, device
-        dense = [each for each in held if each.formats == EXACT and each.lengths is None]
-        taken = {id(each) for each in dense}
-        self.encoded = [each for each in held if id(each) not in taken]
-        self.dense = stacked(dense, head_dim, torch.bfloat16, device) if dense else None
+        self.head_dim, self.device, self.pool = head_dim, pool.memory.device, pool
+        dense = [each for each in held if each.is_dense]
+        self.encoded, self.laid = [each for each in held if not each.is_dense], list(laid)
+        self.dense = stacked(dense, head_dim, torch.bfloat16, self.device) if dense else None
 
     @property
     def is_dense(self) -> bool:
         """Whether a step asks nothing of the host."""
-        return not self.encoded
+        return not self.encoded and not self.laid
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of the pages of packed buffers."""
+        return sum(len(x.laid.pages) * x.laid.layout.page_bytes for x in self.laid)
+
+    def free(self, rows: range) -> None:
+        """Give back these rows' pages of packed buffers."""
+        for each in self.laid:
+            if each.part.row in rows:
+                each.laid.give(self.pool)
+        self.laid = [each for each in self.laid if each.part.row not in rows]
 
     def merged(self, q: Tensor, output: Tensor, lse: Tensor, scale: float) -> Tensor:
         """Attention over pages and over these parts together, ``[rows, G, D]`` like ``output``.
@@ -141,8 +186,9 @@ class Beside:
             scale: multiplies the logits.
         """
         parts = [self.dense] if self.dense is not None else []
-        if self.encoded:
-            parts.append(stacked(self.encoded, self.head_dim, torch.float32, self.device))
+        if not self.is_dense:
+            fetched = [each.fetched(self.pool) for each in self.laid]
+            parts.append(stacked(self.encoded + fetched, self.head_dim, torch.float32, self.device))
         found = [
             (rows, attend(q[rows].float(), keys.float(), values.float(), None, scale, weight))
             for rows, keys, values, weight in parts

@@ -2,7 +2,8 @@
 
 The steps are ``policies/decode_driver.py``'s. Here places are dense, place n of the statistics is
 place n of the row's growing segment, and what is last moves to where something has left. Only
-counts are known to the host: nobody waits for the device.
+counts are known to the host: nobody waits for the device. Heads that store fewer than 16 bits are
+those of ``coded_evicting.py``.
 """
 
 from __future__ import annotations
@@ -21,24 +22,28 @@ from kvtune.policies.decode import FREE, DecodeMethod, DecodeState, opened
 from kvtune.policies.decode_driver import DecodeDriver
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.option import Option
+from kvtune.policies.pages import PageLayout
+from kvtune.policies.paging import evicts_coded, pages_of
 from kvtune.policies.policy import Policy
 from kvtune.policies.room import Room, goes_on_evicting
 from kvtune.policies.signals import Signals
-from kvtune.runtime.cache.backend import Moves
-from kvtune.runtime.cache.segments import Ints, Leaving
+from kvtune.runtime.cache.backend import Moves, Seen
+from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.segments import GROWN, Ints, Leaving
 
 
-def check_evicting(policy: Policy) -> None:
-    """Refuse heads that would have to evict from quantised pages.
+def check_evicting(policy: Policy, head_dim: int) -> None:
+    """Refuse heads that would have to evict from pages whose tokens share scales.
 
     Raises:
         KvtuneError: names the option.
     """
-    for option in filter(goes_on_evicting, policy.options()):
-        if {option.keys, option.values} != {Bf16()}:
+    for option in dict.fromkeys(filter(goes_on_evicting, policy.options())):
+        if {option.keys, option.values} != {Bf16()} and not evicts_coded(option, head_dim):
             raise KvtuneError(
                 f"{option.label!r} would evict from quantised pages, whose tokens share scales",
-                hint="use bf16 where a method evicts while generating, or leave out evicts=True.",
+                hint="where a method evicts while generating, use bf16 or integers by token, as "
+                "int4 with keys_by: token or rotated_int4; or leave out evicts=True.",
             )
 
 
@@ -52,6 +57,7 @@ class Opening:
         heads: KV heads of the layer.
         rooms: one a head.
         state: ``[1, heads, n, ...]``, what is kept of the prompt; places in order of position.
+        layout: of the pages that it lies in.
     """
 
     method: DecodeMethod
@@ -59,6 +65,7 @@ class Opening:
     heads: tuple[int, ...]
     rooms: tuple[Room, ...]
     state: DecodeState
+    layout: PageLayout
 
 
 def openings(
@@ -77,15 +84,16 @@ def openings(
         kept: tokens of each head, ascending.
         signals: of the layer.
     """
-    by_method: dict[DecodeMethod, list[int]] = {}
+    together: dict[tuple[DecodeMethod, PageLayout], list[int]] = {}
     for head, (option, room) in enumerate(zip(options, rooms, strict=True)):
         if room is not None and isinstance(option.method, DecodeMethod):
-            by_method.setdefault(option.method, []).append(head)
+            layout = pages_of(option, signals.keys.shape[-1])
+            together.setdefault((option.method, layout), []).append(head)
     found = []
-    for method, heads in by_method.items():
+    for (method, layout), heads in together.items():
         state = _opened(method, heads, [kept[head] for head in heads], signals)
         theirs = tuple(room for head in heads if (room := rooms[head]) is not None)
-        found.append(Opening(method, sequence, tuple(heads), theirs, state))
+        found.append(Opening(method, sequence, tuple(heads), theirs, state, layout))
     return found
 
 
@@ -105,12 +113,13 @@ def _opened(
 class Evictor:
     """Some heads of one layer under one method, of sequences whose prompts are equally long."""
 
-    def __init__(self, found: Sequence[Opening], heads: int) -> None:
+    def __init__(self, found: Sequence[Opening], heads: int, window: int = 0) -> None:
         """Take over prompts.
 
         Args:
             found: of one method, the same heads and the same prompt length.
             heads: KV heads of the layer.
+            window: places of the statistics beyond those of entries in the first segment.
         """
         first = found[0]
         self.method = first.method
@@ -118,7 +127,7 @@ class Evictor:
         sizes = np.array([[room.prompt for room in each.rooms] for each in found])
         rows = [[each.sequence * heads + head for head in each.heads] for each in found]
         self.rows: Ints = np.array(rows)
-        places = max(room.most for each in found for room in each.rooms)
+        places = max(room.most for each in found for room in each.rooms) + window
         device = first.state.positions.device
         states = [each.state for each in found]
         statistics = {
@@ -138,49 +147,53 @@ class Evictor:
         """Whether the method looks at attention."""
         return type(self.method).observe is not DecodeMethod.observe
 
-    def enter(self, keys: Tensor, values: Tensor) -> None:
+    def enter(self, layer: PagedLayer, keys: Tensor, values: Tensor) -> None:
         """Note the newest token of every row of the layer, ``[rows, D]`` after RoPE."""
         self.driver.prepare()
         self.driver.enter(self.held, keys[self._rows], values[self._rows])
         self.held += 1
 
-    def observe(self, weights: Tensor) -> None:
-        """Pass on what the newest token attended to, ``[rows of the layer, G, places]``."""
+    def observe(self, layer: PagedLayer, seen: Seen) -> None:
+        """Pass on what the newest token attended to."""
         places = self.driver.state.positions.shape[-1]
-        self.driver.observe(weights[self._rows, :, :places])
+        self.driver.observe(layer.weights_on(GROWN, self._rows, places, seen))
 
-    def evict(self) -> Leaving | None:
-        """Which entries leave now, no longer remembered here; the caller moves the pages."""
-        drops, moved = self.driver.drops, None
+    def evict(self, layer: PagedLayer) -> None:
+        """Let go of what must leave now, in the layer's pages too."""
+        drops = self.driver.drops
         if drops.any():
-            left = self.driver.sent_drops()
-            sources, targets = self._moves(self.driver.leaving(), left[..., None], int(drops.max()))
-            self._follow(sources, targets, left[..., None])
-            rows, by_row = self._rows.flatten().int(), (-1, sources.shape[-1])
-            moves = Moves(rows, sources.reshape(by_row).int(), targets.reshape(by_row).int())
-            moved = Leaving(self.rows.ravel(), moves, drops.ravel(), left.flatten().int())
+            left = self.driver.sent_drops()[..., None]
+            most = int(drops.max())
+            moves = self._leave(slice(None), self.driver.leaving(), self.held, left, most)
+            layer.leave(Leaving(self.rows.ravel(), moves, drops.ravel(), left.flatten().int()))
         self.driver.count()
-        return moved
 
-    def _moves(self, leaving: Tensor, left: Tensor, most: int) -> tuple[Tensor, Tensor]:
-        """Places ``[B, H, most]`` that are read, and written; both the last one where none is."""
-        stay = self.held - left
-        last = leaving.shape[-1] - 1
-        place = torch.arange(last + 1, device=leaving.device)
-        late = (place >= stay) & (place < self.held) & ~leaving
-        holes = (place < stay) & leaving
-        none = place.new_tensor(last)
-        sources, targets = (place.where(x, none).sort(-1).values for x in (late, holes))
-        return sources[..., :most], targets[..., :most]
+    def _leave(
+        self, places: slice, leaving: Tensor, held: Tensor, left: Tensor, most: int
+    ) -> Moves:
+        """Entries of one segment are no longer remembered; what moves where they were.
 
-    def _follow(self, sources: Tensor, targets: Tensor, left: Tensor) -> None:
-        """Move the statistics as the pages are moved."""
+        Args:
+            places: of the segment's entries among those of the statistics.
+            leaving: which leave, ``[B, H, places]``.
+            held: entries of the segment, ``[B, H, 1]``; is counted down.
+            left: how many leave, likewise.
+            most: of them, of any head.
+        """
+        sources, targets = moves_within(leaving, held, left, most)
         state = self.driver.state
-        self.held -= left
+        held -= left
         for each in (state.positions, *state.statistics.values()):
-            _put(each, targets, _at(each, sources))
-        place = torch.arange(state.positions.shape[-1], device=left.device)
-        state.positions.masked_fill_(place >= self.held, FREE)
+            mine = each[:, :, places]
+            put_at(mine, targets, at(mine, sources))
+        place = torch.arange(leaving.shape[-1], device=left.device)
+        state.positions[:, :, places].masked_fill_(place >= held, FREE)
+        by_row = -1, sources.shape[-1]
+        return Moves(
+            self._rows.flatten().int(),
+            sources.reshape(by_row).int(),
+            targets.reshape(by_row).int(),
+        )
 
     def kept(self) -> dict[int, list[int]]:
         """Positions that each row holds, ascending."""
@@ -188,13 +201,32 @@ class Evictor:
         return dict(zip(self.rows.ravel().tolist(), held, strict=True))
 
 
-def evictors(found: Sequence[Opening], heads: int) -> list[Evictor]:
-    """One for each method, heads and prompt length: sequences that are alike step together."""
-    alike: dict[tuple[DecodeMethod, tuple[int, ...], int], list[Opening]] = {}
+def alike(found: Sequence[Opening]) -> list[list[Opening]]:
+    """Those of one method, layout, heads and prompt length, which step together."""
+    groups: dict[tuple[DecodeMethod, PageLayout, tuple[int, ...], int], list[Opening]] = {}
     for each in found:
-        key = each.method, each.heads, each.state.prompt_tokens
-        alike.setdefault(key, []).append(each)
-    return [Evictor(group, heads) for group in alike.values()]
+        key = each.method, each.layout, each.heads, each.state.prompt_tokens
+        groups.setdefault(key, []).append(each)
+    return list(groups.values())
+
+
+def moves_within(leaving: Tensor, held: Tensor, left: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Places ``[B, H, most]`` that are read, and written; both the last one where none is.
+
+    Args:
+        leaving: which entries leave, ``[B, H, n]``.
+        held: entries, ``[B, H, 1]``.
+        left: how many leave, likewise.
+        most: of them, of any head.
+    """
+    stay = held - left
+    last = leaving.shape[-1] - 1
+    place = torch.arange(last + 1, device=leaving.device)
+    late = (place >= stay) & (place < held) & ~leaving
+    holes = (place < stay) & leaving
+    none = place.new_tensor(last)
+    sources, targets = (place.where(x, none).sort(-1).values for x in (late, holes))
+    return sources[..., :most], targets[..., :most]
 
 
 def _joined(tensors: Sequence[Tensor], places: int, empty: int) -> Tensor:
@@ -207,12 +239,12 @@ def _joined(tensors: Sequence[Tensor], places: int, empty: int) -> Tensor:
     return wide
 
 
-def _at(tensor: Tensor, places: Tensor) -> Tensor:
+def at(tensor: Tensor, places: Tensor) -> Tensor:
     """``[B, H, m, ...]`` of ``[B, H, n, ...]`` at ``[B, H, m]``."""
     return tensor.gather(2, _wide(places, tensor))
 
 
-def _put(tensor: Tensor, places: Tensor, value: Tensor) -> None:
+def put_at(tensor: Tensor, places: Tensor, value: Tensor) -> None:
     """Write ``[B, H, m, ...]`` at ``[B, H, m]``."""
     tensor.scatter_(2, _wide(places, tensor), value)
 

@@ -20,10 +20,11 @@ from kvtune.policies.pages import PageLayout
 from kvtune.policies.paging import reads_pages
 from kvtune.policies.reader import BlockReader, Reader
 from kvtune.policies.signals import Signals
-from kvtune.runtime.cache.beside import Beside, HeldPart, Shared
+from kvtune.runtime.cache.beside import Beside, HeldPart, LaidPart, Shared
 from kvtune.runtime.cache.choosing import Choice
+from kvtune.runtime.cache.coded_evicting import evictors
 from kvtune.runtime.cache.entry_rows import EntryRows, searches
-from kvtune.runtime.cache.evicting import Evictor, Opening, evictors, openings
+from kvtune.runtime.cache.evicting import Evictor, Opening, openings
 from kvtune.runtime.cache.host_rows import EveryPage
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.segments import CODED, Ints
@@ -80,6 +81,7 @@ class Filling:
     window: int | None
     evicts: bool
     _beside: list[HeldPart] = field(default_factory=list)
+    _laid: list[LaidPart] = field(default_factory=list)
     _searched: list[EntryRows] = field(default_factory=list)
     _indexed: list[Indexed] = field(default_factory=list)
     _on_host: dict[PageLayout, list[Indexed]] = field(default_factory=dict)
@@ -100,8 +102,8 @@ class Filling:
         """Completes the layer when all prompts are read; returns what evicts from its pages."""
         if self._places:
             layer.ring = Ring(np.concatenate(self._places))
-        if self._beside:
-            layer.beside = Beside(self._beside, head_dim, layer.pool.memory.device)
+        if self._beside or self._laid:
+            layer.beside = Beside(self._beside, self._laid, head_dim, layer.pool)
         layer.searched = self._searched
         layer.indexed = _joined(self._indexed)
         if layer.host is not None:
@@ -110,7 +112,7 @@ class Filling:
             ]
             if not layer.host.indexed:  # a sliding layer keeps its window on the device
                 layer.host = None
-        return evictors(self._openings, len(layer.options))
+        return evictors(self._openings, layer)
 
     def _take_places(self, taken: Taken, window: int) -> None:
         tokens = [signals.prompt_tokens for signals in taken.read for _ in signals.keys]
@@ -138,7 +140,11 @@ class Filling:
             first = min(layer, layer if other is None else other)
             for part in parts:
                 shared = (self.shared, (sequence, head, first)) if part.shared_by > 1 else None
-                self._beside.append(HeldPart.of(row, part, own, options[head], shared))
+                held = HeldPart.of(row, part, own, options[head], shared)
+                if held.is_dense or shared:
+                    self._beside.append(held)
+                else:
+                    self._laid.append(LaidPart.of(held, taken.layer.pool, own[0].shape[-1]))
 
     def _take_searched(self, taken: Taken) -> None:
         """Rows whose readers choose no pages: those of one reader and prompt together."""
@@ -166,7 +172,7 @@ class Filling:
             at = (row - taken.rows.start) % len(of_rows)
             signals, head = of_rows[at]
             own = signals.keys[head, taken.kept[at][int(layer.exact[row]) :]]
-            form = layer.options[row % len(layer.options)].keys
+            form = layer.options[row % len(layer.options)].keys.coded
             count = torch.tensor([len(own)], device=own.device)
             keys[row] = form.roundtrip(own[None], count, "keys")[0]
         layer.readers |= readers

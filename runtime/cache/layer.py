@@ -19,6 +19,7 @@ from transformers import CacheLayerMixin
 from kvtune.common.errors import KvtuneError
 from kvtune.common.transformers_interface import count_of
 from kvtune.policies.page_formats import PAGE
+from kvtune.policies.paging import evicts_coded
 from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.choosing import Choice, choose, side_by_side, weights_of
 from kvtune.runtime.cache.evicting import Evictor
@@ -150,6 +151,12 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         rooms = [room for choice in choices for room in choice.rooms]
         none = self.window or NO_END
         paged.most[rows] = np.resize([room.most if room else none for room in rooms], count)
+        options = itertools.cycle(paged.options)
+        coded = [
+            room is not None and evicts_coded(option, paged.head_dim)
+            for option, room in zip(options, rooms, strict=False)
+        ]
+        paged.evicts_coded[rows] = np.resize(coded, count)
         exact = [count for choice in choices for count in choice.exact]
         keys, values = side_by_side(taken.read, choices)
         weights = weights_of(choices, keys)
@@ -173,7 +180,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         cache, options = self.cache, self.cache.policy.heads[self.number]
         layer = PagedLayer(
             self.number, options, cache.geometry.head_dim,
-            len(cache.prompts), cache.pool, cache.backend, cache.residual,
+            len(cache.prompts), cache.pool, cache.backend, cache.residual, cache.growth.window,
         )  # fmt: skip
         if cache.host_pool and cache.landing and any(option.on_host for option in options):
             layer.host = HostRows(cache.host_pool, cache.landing, cache.backend)
@@ -221,16 +228,15 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         """Attend; then let go of what must leave."""
         layer, scratch = self.paged, self._scratch(q)
         for evictor in self.evictors:
-            evictor.enter(*newest)
+            evictor.enter(layer, *newest)
         if any(evictor.watches for evictor in self.evictors):
-            output, weights = layer.attend_seeing(q, scratch, scale)
+            output, seen = layer.attend_seeing(q, scratch, scale)
         else:
-            output, weights = layer.attend(q, scratch, scale), None
+            output, seen = layer.attend(q, scratch, scale), None
         for evictor in self.evictors:
-            if weights is not None:
-                evictor.observe(weights)
-            if leaving := evictor.evict():
-                layer.leave(leaving)
+            if seen is not None:
+                evictor.observe(layer, seen)
+            evictor.evict(layer)
         return output
 
     def _scratch(self, queries: Tensor) -> Scratch:

@@ -5,7 +5,8 @@ for every new token; ``reserve``, ``leave`` and ``free`` between steps. A row is
 head); it has segments: what its option made of the prompt, and a growing one in 16 bits with the
 prompt's exact tokens and new ones; with a residual window also a settled one, of new tokens that
 became old and took the option's format. Entries leave a growing segment alone, and its last ones
-take their places: attention knows no order.
+take their places: attention knows no order. Rows that evict from fewer bits (``coded_evicting``)
+also let entries leave the first one, which then grows too.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class PagedLayer:
         pool: where pages come from; shared by all layers.
         backend: who works on them.
         residual: newest tokens that stay in 16 bits where older ones settle; None if all stay.
+        window: tokens in 16 bits, at most, of rows that evict from fewer bits.
     """
 
     def __init__(
@@ -67,9 +69,11 @@ class PagedLayer:
         pool: PageMemory,
         backend: Backend,
         residual: int | None = None,
+        window: int = 0,
     ) -> None:
         self.number, self.options, self.head_dim = number, options, head_dim
         self.pool, self.backend, self.residual = pool, backend, residual
+        self.window = window
         self.layouts = [pages_of(option, head_dim) for option in options] * batch
         here = [option.on_host and not chooses_entries(option) for option in options]
         self.on_host = np.array(here * batch)  # rows whose pages lie there
@@ -83,10 +87,12 @@ class PagedLayer:
         self.tables = np.full(len(self.layouts), NOWHERE)  # first cells, where pages have some
         self.lengths = np.zeros((3, len(self.layouts)), np.int64)
         self.exact = np.zeros(len(self.layouts), np.int64)  # first tokens of a growing segment
+        self.staying = np.zeros(len(self.layouts), np.int64)  # of these, which never settle
         self.kept: list[int] = [0] * len(self.layouts)
         self.held_bytes: list[int] = [0] * len(self.layouts)  # as formats count them
         self.most = np.full(len(self.layouts), NO_END)  # entries of a growing segment, at any time
         self.evicted = np.zeros(len(self.layouts), np.int64)
+        self.evicts_coded = np.zeros(len(self.layouts), bool)  # set before prompts are stored
         self.ring: Ring | None = None  # of a sliding layer; set before ``seal``
         self.beside: Beside | None = None  # what pages cannot hold
         self.searched: list[EntryRows] = []  # rows whose readers choose no pages
@@ -142,6 +148,7 @@ class PagedLayer:
         table[runs(held, starts)[inside]] = cells[inside]
         fixed = np.zeros(len(row), bool)
         fixed[: self.rows] = [number not in self.readers for number in range(self.rows)]
+        fixed[: self.rows] &= ~self.evicts_coded
         tokens = np.where(fixed, self.lengths[:kinds].ravel(), -1)
         shape = shape_for(tuple(sorted(set(pairs.tolist()), reverse=True)), self.head_dim)
         tables = np.tile(np.maximum(self.tables, 0), kinds)
@@ -151,9 +158,11 @@ class PagedLayer:
         self.places = np.append(segments.places, segments.most.sum())  # of segments, and their end
         grown = GROWN * self.rows + np.arange(self.rows), self.tables_at[GROWN]
         ring = self.ring.tables() if self.ring else ()
-        host = [table, self.lengths.ravel(), tiles.records, *grown, *ring]
-        pages_at, lengths, records, *growing = sent(host, self.pool.memory.device)
+        host = [table, self.lengths.ravel(), tiles.records, starts, segments.places, *grown, *ring]
+        pages_at, lengths, records, *others = sent(host, self.pool.memory.device)
+        self._entries, self._places, *growing = others
         self.growing = Growing(*growing)
+        self._keep_counted(lengths)
         self._paged = Paged(
             self.pool.memory, pages_at, lengths, self.fp8_scales, records, tiles.pairs,
             self.head_dim, int(rooms[GROWN].max()),
@@ -162,6 +171,18 @@ class PagedLayer:
             self._select_again()
         if self.host is not None:
             self.host.seal(self.layouts, self.fp8_scales[: self.rows])
+
+    def _keep_counted(self, lengths: Tensor) -> None:
+        """Put into new lengths what only the device has counted."""
+        if self._paged is not None and self.evicts_coded.any():
+            rows = np.flatnonzero(self.evicts_coded)
+            at = torch.as_tensor(np.r_[CODED * self.rows + rows, GROWN * self.rows + rows])
+            at = at.to(lengths.device)
+            lengths[at] = self._paged.lengths[at]
+
+    def entries_of(self, kind: int, rows: Tensor) -> Tensor:
+        """First entries in the page table of some rows' segments of a kind, int32 like ``rows``."""
+        return self._entries[kind * self.rows + rows]
 
     def _select_again(self) -> None:
         """Point selections at the tables as they are now."""
@@ -180,12 +201,16 @@ class PagedLayer:
         for row, reader in self.readers.items():
             layout = self.layouts[row]
             coded[row] = pages_read(reader, layout.blocks_of(coded[row]), layout)
+        for row in np.flatnonzero(self.evicts_coded).tolist():
+            coded[row] = self.layouts[row].pages_for(self.most[row])
+            ends[row] = self.window
         if self.residual is None:
             return np.stack([coded, np.full(self.rows, self._growing_room(ends))])
-        settle = np.array([layout.settles for layout in self.layouts])
-        open_ends = np.maximum(self.lengths[GROWN], self.exact + self.residual + PAGE) + PAGE
+        settle = np.array([layout.settles for layout in self.layouts]) & ~self.evicts_coded
+        open_ends = np.maximum(self.lengths[GROWN], self.staying + self.residual + PAGE) + PAGE
         ends = np.where(settle, np.minimum(ends, open_ends), ends)
-        settled = (settled - (-new_tokens // PAGE)) * settle
+        old = np.maximum(self.lengths[GROWN] - self.staying, 0)
+        settled = (settled - (-(new_tokens + old) // PAGE)) * settle
         return np.stack([coded, np.full(self.rows, self._growing_room(ends)), settled])
 
     def _growing_room(self, ends: Ints) -> int:
@@ -199,7 +224,8 @@ class PagedLayer:
         Raises:
             KvtuneError: the pool is full.
         """
-        wanted = -(-np.minimum(self.lengths[GROWN] + tokens, self.most) // BF16_PAGE)
+        ends = np.minimum(self.lengths[GROWN] + tokens, self.most)
+        wanted = -(-np.where(self.evicts_coded, self.window, ends) // BF16_PAGE)
         if wanted.max() > self.paged.growing_pages:
             self.seal(2 * BF16_PAGE * int(wanted.max()))
         have = self._page_counts()[GROWN]
@@ -208,6 +234,21 @@ class PagedLayer:
             more = wanted[rows] - have[rows]
             cells = self.take(GROWN * self.rows + rows, more, self.growing_layout)
             self.write_table(runs(more, self.tables_at[GROWN, rows] + have[rows]), cells)
+        if self.evicts_coded.any():
+            self._reserve_coded(tokens)
+
+    def _reserve_coded(self, tokens: int) -> None:
+        """The same of the pages that rows evict from; new ones hold zeros, no other's bytes."""
+        have = self._page_counts()[CODED]
+        ends = np.minimum(self.lengths[CODED] + tokens, self.most)
+        more = np.where(self.evicts_coded, -(-ends // PAGE) - have, 0).clip(0)
+        for layout in dict.fromkeys(self.layouts[row] for row in np.flatnonzero(more)):
+            rows = np.array([n for n in np.flatnonzero(more) if self.layouts[n] == layout])
+            cells = self.take(CODED * self.rows + rows, more[rows], layout)
+            self.write_table(runs(more[rows], self.tables_at[CODED, rows] + have[rows]), cells)
+            every = cells[:, None] + np.arange(layout.page_cells)
+            (fresh,) = sent([every.ravel()], self.pool.memory.device)
+            self.pool.memory.view(-1, layout.cell_bytes).index_fill_(0, fresh.long(), 0)
 
     def write_table(self, at: Ints, cells: Ints) -> None:
         """Set entries of the page table, in place."""
@@ -225,7 +266,8 @@ class PagedLayer:
     def count_appended(self, tokens: int = 1) -> None:
         """Note on the host that the device has appended; a captured graph cannot."""
         if self.ring is None:
-            self.lengths[GROWN] += tokens
+            self.lengths[GROWN] += tokens * ~self.evicts_coded
+            self.lengths[CODED] += tokens * self.evicts_coded
         else:
             self.lengths[GROWN] = self.ring.after(self.lengths[GROWN], tokens)
             self.ring.entered += tokens
@@ -244,22 +286,36 @@ class PagedLayer:
             output, lse = self.host.finish(q, (output, lse), scratch, scale)
         return self._with_beside(q, output, lse, scale)
 
-    def attend_seeing(self, q: Tensor, scratch: Scratch, scale: float) -> tuple[Tensor, Tensor]:
-        """The same, and its weights on growing segments ``[rows, G, places]``, zero beyond them."""
+    def attend_seeing(self, q: Tensor, scratch: Scratch, scale: float) -> tuple[Tensor, Seen]:
+        """The same, and what it looked at; see ``weights_on``."""
         rows, group, _ = q.shape
-        paged = self.paged
         # Few widths: kernels are compiled for it.
         width = 1 << int(self.places[-1]).bit_length()
         logits = q.new_empty(group, width, dtype=torch.float32)
         seen = Seen(q.new_empty(rows, group, dtype=torch.float32), logits)
-        output = self.backend.attend(q, paged, scratch, scale, seen)
-        places = BF16_PAGE * paged.growing_pages
-        first = int(self.places[GROWN * rows])  # growing segments lie side by side
-        mine = logits[:, first : first + rows * places].view(group, rows, places).transpose(0, 1)
-        lengths = paged.lengths[rows : 2 * rows, None, None]
-        real = torch.arange(places, device=q.device) < lengths
-        weights = (mine - seen.lse[..., None]).exp().where(real, 0)
-        return self._with_beside(q, output, seen.lse, scale), weights
+        output = self.backend.attend(q, self.paged, scratch, scale, seen)
+        return self._with_beside(q, output, seen.lse, scale), seen
+
+    def weights_on(self, kind: int, rows: Tensor, places: int, seen: Seen) -> Tensor:
+        """Attention on the first places of rows' segments of a kind, zero beyond their tokens.
+
+        Args:
+            kind: of the segments.
+            rows: int64, of any shape.
+            places: so many.
+            seen: of ``attend_seeing``.
+
+        Returns:
+            ``[*rows, G, places]`` float32.
+        """
+        if seen.logits is None:
+            raise RuntimeError("nobody asked for logits")
+        segments = kind * self.rows + rows
+        place = torch.arange(places, device=rows.device)
+        columns = self._places[segments][..., None] + place
+        logits = seen.logits[:, columns.clamp_max(seen.logits.shape[1] - 1)].movedim(0, -2)
+        real = place < self.paged.lengths[segments][..., None, None]
+        return (logits - seen.lse[rows][..., None]).exp().where(real, 0)
 
     def _with_beside(self, q: Tensor, output: Tensor, lse: Tensor, scale: float) -> Tensor:
         """Attention over pages, joined to that over what lies beside them."""
@@ -283,6 +339,17 @@ class PagedLayer:
             self.pool.give(grown[row][needed:], self.growing_layout.page_cells)
             grown[row] = grown[row][:needed]
 
+    def shorten(self, rows: Ints, counts: Ints) -> None:
+        """Note that entries have left rows that evict from fewer bits; give back empty pages."""
+        self.lengths[CODED, rows] -= counts
+        self.evicted[rows] += counts
+        for row, held in zip(rows, self.lengths[CODED, rows], strict=True):
+            layout, cells = self.layouts[row], self.pages[CODED][row]
+            needed = layout.pages_for(held + 1)
+            if needed < len(cells):
+                self.pool.give(cells[needed:], layout.page_cells)
+                self.pages[CODED][row] = cells[:needed]
+
     def free(self, sequence: int) -> None:
         """Give back a sequence's pages; its rows then attend to nothing."""
         heads = len(self.options)
@@ -296,6 +363,8 @@ class PagedLayer:
                 layout = self.layouts[row].tables
                 self.pool.give(self.tables[row : row + 1], layout.page_cells)
         self.tables[rows.start : rows.stop] = NOWHERE
+        if self.beside is not None:
+            self.beside.free(rows)
         if self.host is not None:
             self.host.free(rows, self.layouts)
         for each in self.searched:
@@ -332,10 +401,16 @@ class PagedLayer:
 
     def page_bytes(self) -> int:
         """Bytes of the pages held, slack at their ends included."""
-        return sum(
-            len(cells) * self.layout(kind, row).page_bytes
-            for kind, rows in enumerate(self.pages)
-            for row, cells in enumerate(rows)
-        ) + sum(
-            self.layouts[row].tables.page_bytes for row in np.flatnonzero(self.tables != NOWHERE)
+        encoded = 0 if self.beside is None else self.beside.page_bytes
+        return (
+            encoded
+            + sum(
+                len(cells) * self.layout(kind, row).page_bytes
+                for kind, rows in enumerate(self.pages)
+                for row, cells in enumerate(rows)
+            )
+            + sum(
+                self.layouts[row].tables.page_bytes
+                for row in np.flatnonzero(self.tables != NOWHERE)
+            )
         )

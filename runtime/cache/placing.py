@@ -15,7 +15,7 @@ from torch import Tensor
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.decode import DecodeMethod
 from kvtune.policies.option import Option
-from kvtune.policies.pages import exact_tokens, has_pages
+from kvtune.policies.pages import exact_among, has_pages
 from kvtune.policies.paging import chooses_entries, is_coded, is_exact, may_lie_on_host
 from kvtune.policies.parts import HeadPart
 from kvtune.policies.policy import Policy
@@ -82,16 +82,29 @@ def place(parts: Sequence[HeadPart], option: Option, head_dim: int) -> Placed:
     """Divide one head's parts into what pages hold and what lies beside them."""
     if len(parts) == 1 and is_coded(parts[0].plan, option, head_dim):
         only = parts[0]
-        both = None if only.keys is None or only.values is None else (only.keys, only.values)
-        exact_first = min(exact_tokens(option.keys), len(only.tokens))
-        return Placed(only.tokens, exact_first, both, only.balance, [])
+        tokens, exact_count = _exact_first(option, only.tokens)
+        both = None
+        if only.keys is not None and only.values is not None:
+            both = _exact_first(option, only.keys)[0], _exact_first(option, only.values)[0]
+        return Placed(tokens, exact_count, both, only.balance, [])
     own = [part for part in parts if part.keys is None]
     exact = [part for part in own if len(parts) > 1 and is_exact(part.plan, option)]
     coded = [part for part in own if part not in exact and is_coded(part.plan, option, head_dim)]
     paged = {id(part) for part in exact + coded}
-    tokens = torch.cat([parts[0].tokens[:0], *(part.tokens for part in exact + coded)])
-    front = sum(len(part.tokens) for part in exact)
-    front += min(exact_tokens(option.keys), len(coded[0].tokens)) if coded else 0
+    listed, front = [part.tokens for part in exact + coded], sum(len(x.tokens) for x in exact)
+    if coded:
+        listed[len(exact)], count = _exact_first(option, coded[0].tokens)
+        front += count
+    tokens = torch.cat([parts[0].tokens[:0], *listed])
     weights = coded[0].balance if coded else None
     beside = [part for part in parts if id(part) not in paged]
     return Placed(tokens, front, None, weights, beside)
+
+
+def _exact_first(option: Option, tokens: Tensor) -> tuple[Tensor, int]:
+    """Tokens of a part, ``[n, ...]``, of which those in 16 bits come first; how many they are."""
+    first, newest = exact_among(option.keys, len(tokens))
+    if not newest:
+        return tokens, first
+    last = len(tokens) - newest
+    return torch.cat([tokens[:first], tokens[last:], tokens[first:last]]), first + newest

@@ -33,7 +33,9 @@ from transformers import Cache
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.transformers_interface import cache_argument, register_attention
+from kvtune.common.units import format_bytes
 from kvtune.policies.apply import linked
+from kvtune.policies.encoded_pages import EncodedPages
 from kvtune.policies.option import Option
 from kvtune.policies.page_formats import PAGE
 from kvtune.policies.pages import PageLayout
@@ -75,6 +77,7 @@ def load_cache(
     new_tokens: int = 1024,
     evicts: bool = False,
     residual: int | None = None,
+    limit_bytes: int | None = None,
     tokenizer: Any = None,
 ) -> PolicyCache:
     """A cache for one conversation under a policy; the model answers through it from now on.
@@ -88,13 +91,16 @@ def load_cache(
         evicts: whether methods that can go on evicting while tokens are generated do; if not, all
             generated tokens stay.
         residual: newest generated tokens that stay in 16 bits, where older ones take their head's
-            own format, a page of 64 at a time (KIVI); None for all of them.
+            own format, a page of 64 at a time (KIVI); None for all of them. Heads that evict from
+            fewer than 16 bits keep so many, and up to twice as many, in 16 bits; without it none.
+        limit_bytes: that the pool of pages never exceeds; None for no limit.
         tokenizer: the model's, for policies that ask it to repeat its prompt (KVzip), or that must
             measure it first (CompressKV, on a model that was never measured).
 
     Raises:
         KvtuneError: unreadable policy, another model's shape, an unsupported format or head, or a
-            model that kvtune would not answer for as it does itself.
+            model that kvtune would not answer for as it does itself. When prompts are read, or
+            later: more pages than the limit allows.
     """
     geometry = read_geometry(model)
     shape = geometry.layers, geometry.kv_heads
@@ -105,12 +111,12 @@ def load_cache(
         check_host(option, geometry.head_dim, evicts)
     warn_of_slow_formats(bound, geometry.head_dim)
     if evicts:
-        check_evicting(bound)
+        check_evicting(bound, geometry.head_dim)
     if residual is not None:
         check_residual(bound, residual)
     register_attention(NAME, attention, padding_mask)
     require_same(model, geometry, NAME, _through_pages(model, geometry), stored_last=True)
-    cache = PolicyCache(bound, geometry, new_tokens, evicts, residual)
+    cache = PolicyCache(bound, geometry, new_tokens, evicts, residual, limit_bytes=limit_bytes)
     if bound.needs.calibration:
         cache.calibration = calibration_for(model, geometry, tokenizer)
     if bound.needs.learned:
@@ -153,10 +159,12 @@ class PolicyCache(Cache):  # type: ignore[misc]
         evicts: bool = False,
         residual: int | None = None,
         backend_of: Callable[[torch.device], Backend] | None = None,
+        limit_bytes: int | None = None,
     ) -> None:
         """Hold nothing yet: memory is taken when the prompt's length is known."""
         self.policy, self.geometry = policy, geometry
         self.new_tokens, self.evicts, self.residual = new_tokens, evicts, residual
+        self.growth, self.limit_bytes = Growth(new_tokens, evicts, residual), limit_bytes
         self.calibration: Calibration | None = None
         self.learned: list[dict[str, Tensor]] = []
         self.repeat: Callable[[list[int], list[Signals]], list[Signals]] | None = None
@@ -241,7 +249,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
         for number, sequence in enumerate(sequences):  # one prompt may stand for all
             self.budgets[sequence] = settled[number % len(settled)]
         if (missing := self._cells_for(sequences) - planned) > 0:
-            self.pool.extend(missing)
+            self._extend(missing)
         for layer in self.layers:
             layer.store([layers.pop(0) for layers in rows])  # and keep none of it
         return self.reading is not None
@@ -262,10 +270,26 @@ class PolicyCache(Cache):  # type: ignore[misc]
 
     def _take_memory(self, device: torch.device) -> None:
         """For all prompts, as far as their budgets are known, and for new tokens."""
-        cells = self._cells_for(range(len(self.prompts)))
-        self.pool = Pool(cells, PageLayout(self.geometry.head_dim).cell_bytes, device)
+        self.pool = Pool(0, PageLayout(self.geometry.head_dim).cell_bytes, device)
+        self._extend(self._cells_for(range(len(self.prompts))))
         if self.policy.uses_host:
             self.host_pool, self.landing = HostPool(device), Landing(self.pool)
+
+    def _extend(self, cells: int) -> None:
+        """Take so many cells more, within the limit.
+
+        Raises:
+            KvtuneError: they would exceed it; nothing is taken.
+        """
+        wanted = self.pool.memory.numel() + self.pool.bytes_of(cells)
+        if self.limit_bytes is not None and wanted > self.limit_bytes:
+            raise KvtuneError(
+                f"the cache's pages would take {format_bytes(wanted)}, and its limit is "
+                f"{format_bytes(self.limit_bytes)}",
+                hint="give its heads smaller budgets, make it for fewer new_tokens, or raise "
+                "limit_bytes.",
+            )
+        self.pool.extend(cells)
 
     def _cells_for(self, sequences: range) -> int:
         """Cells of a pool that holds some sequences at their ends."""
@@ -302,14 +326,16 @@ class PolicyCache(Cache):  # type: ignore[misc]
     def _pages_wanted(self, tokens: int, budgets: NDArray[np.int64]) -> Pages:
         """By one sequence, at its end; a page more a head where budgets may still be split anew."""
         pages, head_dim = Pages(), self.geometry.head_dim
-        growth = Growth(self.new_tokens, self.evicts, self.residual)
         splits = self.policy.allocator.name != "as_given"
         for layer, (options, planned) in enumerate(zip(self.policy.heads, budgets, strict=True)):
             window = self.window_of(layer, tokens)
             for option, count in zip(options, planned.tolist(), strict=True):
-                pages += head_pages(option, count, tokens, head_dim, growth, window)
+                theirs = head_pages(option, count, tokens, head_dim, self.growth, window)
+                encoded = EncodedPages(head_dim)
                 if splits:
-                    pages[pages_of(option, head_dim)] += 1
+                    theirs[pages_of(option, head_dim)] += 1
+                    theirs[encoded] += theirs[encoded] > 0
+                pages += theirs
         return pages
 
     def reserve(self, tokens: int) -> None:
@@ -327,7 +353,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
                 raise
             growing = layer.growing_layout
             grown = layer.rows * growing.page_cells * growing.pages_for(PAGE + self.new_tokens)
-            self.pool.extend(self.policy.layers * grown)
+            self._extend(self.policy.layers * grown)
             for other in self.layers:
                 if other.seen:  # while prompts are read, later ones have no tables yet
                     other.paged.seal(self.new_tokens)

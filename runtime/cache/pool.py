@@ -84,11 +84,15 @@ class Pool:
         self._free_pages[page_cells] = free[~np.isin(free // SLAB_CELLS, empty)]
         self._pages_in_use[page_cells] -= len(pages)
 
+    def bytes_of(self, cells: int) -> int:
+        """Bytes that so many cells take, whole slabs."""
+        return -(-cells // SLAB_CELLS) * SLAB_CELLS * self.cell_bytes
+
     def extend(self, cells: int) -> None:
         """Make room for so many cells more; moves the memory, so no graph may have captured it."""
         slabs = -(-cells // SLAB_CELLS)
         first = len(self._used)
-        more = self.memory.new_zeros(slabs * SLAB_CELLS * self.cell_bytes)
+        more = self.memory.new_zeros(self.bytes_of(cells))
         self.memory = torch.cat([self.memory, more]) if first else more
         self._free_slabs.extend(range(first, first + slabs))
         self._used = np.append(self._used, np.zeros(slabs, np.int64))

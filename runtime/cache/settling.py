@@ -58,8 +58,8 @@ def _due(layer: PagedLayer) -> Ints:
     """Rows whose oldest page is to be quantised now."""
     if layer.residual is None:
         return np.zeros(0, np.int64)
-    quantised = np.array([layout.settles for layout in layer.layouts])
-    old = layer.lengths[GROWN] - layer.exact - layer.residual
+    quantised = np.array([layout.settles for layout in layer.layouts]) & ~layer.evicts_coded
+    old = layer.lengths[GROWN] - layer.staying - layer.residual
     return np.flatnonzero(quantised & (old >= PAGE))
 
 
@@ -67,7 +67,7 @@ def _write(layer: PagedLayer, layout: PageLayout, rows: Ints) -> None:
     """The first 64 tokens after the exact ones, of rows of one format, become a page of it."""
     memory = layer.pool.memory
     tokens = memory.view(torch.bfloat16).view(1, -1, layer.head_dim)
-    places = layer.exact[rows, None] + np.arange(PAGE)
+    places = layer.staying[rows, None] + np.arange(PAGE)
     table = [layer.pages[GROWN][row] for row in rows]
     cells = np.stack([mine[at // BF16_PAGE] for mine, at in zip(table, places, strict=True)])
     chosen = (2 * cells + places % BF16_PAGE).ravel()  # a cell is two tokens of bf16
@@ -82,11 +82,11 @@ def _write(layer: PagedLayer, layout: PageLayout, rows: Ints) -> None:
 
 def _move_exact(layer: PagedLayer, rows: Ints) -> None:
     """Exact tokens go 64 places further on, where others have just been read."""
-    most = int(layer.exact[rows].max())
+    most = int(layer.staying[rows].max())
     if most == 0:
         return
     places = np.tile(np.arange(most), (len(rows), 1))
-    real = places < layer.exact[rows, None]
+    real = places < layer.staying[rows, None]
     moves = Moves(*sent([rows, places, places + PAGE * real], layer.pool.memory.device))
     layer.backend.move(layer.paged, layer.growing, moves)
 

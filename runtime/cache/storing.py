@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvtune.policies.pages import PageLayout, exact_tokens
+from kvtune.policies.pages import PageLayout, exact_among
 from kvtune.runtime.cache.backend import Writing
 from kvtune.runtime.cache.fitted_pages import Fitted
 from kvtune.runtime.cache.paged_layer import PagedLayer
@@ -35,7 +35,8 @@ def store_prompts(
 ) -> None:
     """Put kept prompt tokens into pages. Once for each row, before the layer is sealed.
 
-    Rows that may hold no more than ``most`` entries keep all in growing segments.
+    Rows that may hold no more than ``most`` entries keep all in growing segments, unless they evict
+    from fewer bits.
 
     Args:
         layer: these rows of it are empty.
@@ -53,7 +54,8 @@ def store_prompts(
     """
     sizes = np.array([len(tokens) for tokens in kept])
     if exact is None:
-        exact = [exact_tokens(option.keys) for option in layer.options]
+        most = max(sizes, default=0)
+        exact = [sum(exact_among(option.keys, most)) for option in layer.options]
     rows = rows or slice(0, layer.rows)
     _count(layer, rows, sizes, np.array(exact))
     layouts = {layout.code: layout for layout in (*layer.layouts, layer.growing_layout)}
@@ -86,7 +88,12 @@ def _count(layer: PagedLayer, rows: slice, sizes: Ints, exact: Ints) -> None:
     """How much of the tokens of some rows is coded, and how much grows."""
     count = rows.stop - rows.start
     sizes, exact = np.resize(sizes, count), np.resize(exact, count)
-    layer.exact[rows] = np.minimum(np.where(layer.most[rows] < NO_END, NO_END, exact), sizes)
+    grows = (layer.most[rows] < NO_END) & ~layer.evicts_coded[rows]
+    layer.exact[rows] = np.minimum(np.where(grows, NO_END, exact), sizes)
+    keys = [option.keys for option in layer.options] * (count // len(layer.options))
+    pairs = zip(keys, sizes.tolist(), strict=True)
+    newest = np.array([exact_among(form, size)[1] for form, size in pairs])
+    layer.staying[rows] = layer.exact[rows] - newest * ~grows
     layer.lengths[CODED, rows] = sizes - layer.exact[rows]
     layer.lengths[GROWN, rows] = layer.exact[rows]
     layer.kept[rows] = sizes.tolist()

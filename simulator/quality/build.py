@@ -28,14 +28,18 @@ R = TypeVar("R")
 
 
 _LOADERS = 4
-_SHARE_OF_FREE_MEMORY = 1 / 8
+_SHARE_OF_MEMORY = 1 / 8
 _MOST_AT_ONCE = 4 * 2**30
 _COPIES = 2  # of the scores: they are computed and turned into probabilities
 
 
 @dataclass(frozen=True)
-class _Cell:
-    """Samples whose heads of one layer are replayed as if they were one prompt's."""
+class Cell:
+    """Samples whose heads of one layer are replayed as if they were one prompt's.
+
+    How many they are decides how sums are rounded on a GPU, so that whoever shares the work out
+    shares out whole cells.
+    """
 
     samples: Sequence[int]
     layer: int
@@ -61,24 +65,36 @@ def build_tables(
         progress: told of every layer of the samples that are replayed together.
     """
     samples = trace.samples if samples is None else samples
-    layers, heads = trace.geometry.layers, trace.geometry.kv_heads
+    cells = cells_of(trace, samples, options, device)
+    parts = ahead(lambda cell: load_cell(trace, samples, cell, options, device), cells)
+    found = [
+        layer_features(next(parts), options, block)
+        for _ in (progress or Silent()).track(cells, "replaying options", len(cells))
+    ]
+    return assembled(trace, samples, options, cells, found)
+
+
+def cells_of(
+    trace: Trace, samples: Sequence[SampleRecord], options: Sequence[Option], device: str
+) -> list[Cell]:
+    """What is replayed at once, layer by layer of each group of samples."""
     together = _together(trace, samples, options, device)
     groups = [range(len(samples))[at : at + together] for at in range(0, len(samples), together)]
-    cells = [_Cell(group, layer) for group in groups for layer in range(layers)]
-    rows: list[list[Floats]] = [[] for _ in samples]
+    return [Cell(group, layer) for group in groups for layer in range(trace.geometry.layers)]
 
-    def load(cell: _Cell) -> LayerReplay:
-        ids = [samples[at].id for at in cell.samples]
-        with ThreadPoolExecutor(min(_LOADERS, len(ids))) as loaders:
-            each = loaders.map(lambda id_: load_layer(trace, id_, cell.layer, options, device), ids)
-            return LayerReplay.side_by_side(list(each))
 
-    parts = ahead(load, cells)
-    for cell in (progress or Silent()).track(cells, "replaying options", len(cells)):
-        features = layer_features(next(parts), options, block)
-        for at, sample in enumerate(cell.samples):
-            rows[sample].append(features[at * heads : (at + 1) * heads])
-    return assembled(trace, samples, options, rows)
+def load_cell(
+    trace: Trace,
+    samples: Sequence[SampleRecord],
+    cell: Cell,
+    options: Sequence[Option],
+    device: str,
+) -> LayerReplay:
+    """A cell's samples side by side, read by several threads."""
+    ids = [samples[at].id for at in cell.samples]
+    with ThreadPoolExecutor(min(_LOADERS, len(ids))) as loaders:
+        each = loaders.map(lambda id_: load_layer(trace, id_, cell.layer, options, device), ids)
+        return LayerReplay.side_by_side(list(each))
 
 
 def load_layer(
@@ -98,9 +114,15 @@ def assembled(
     trace: Trace,
     samples: Sequence[SampleRecord],
     options: Sequence[Option],
-    rows: Sequence[Sequence[Floats]],
+    cells: Sequence[Cell],
+    found: Sequence[Floats],
 ) -> Tables:
-    """Tables of the features of every layer of every sample, sample by sample."""
+    """Tables of the features of every cell."""
+    heads = trace.geometry.kv_heads
+    rows: list[list[Floats]] = [[] for _ in samples]
+    for cell, features in zip(cells, found, strict=True):
+        for at, sample in enumerate(cell.samples):
+            rows[sample].append(features[at * heads : (at + 1) * heads])
     factor = np.stack([np.concatenate(row) for row in rows])  # [n, I, O, S * C / block]
     first = samples[0]
     return Tables(
@@ -129,6 +151,7 @@ def _together(
 
     A GPU is kept busy by many heads, and launches cost the same for one sample as for all of them;
     on a CPU one sample's scores fill the caches. Methods that look beyond a head take one sample.
+    It follows from the card, and not from what is free of it, unless that is little.
     """
     sizes = {(sample.prompt, sample.observed) for sample in samples}
     methods = {option.method for option in options}
@@ -139,8 +162,9 @@ def _together(
     kept = Counter(option.budget.resolve(prompt) for option in options)
     entries = max(tokens * count for tokens, count in kept.items())  # of the largest batch
     each = _COPIES * 4 * trace.geometry.query_heads * observed * entries
-    free = torch.cuda.mem_get_info(device)[0] * _SHARE_OF_FREE_MEMORY
-    return max(1, int(min(free, _MOST_AT_ONCE) // each))
+    free, total = (size * _SHARE_OF_MEMORY for size in torch.cuda.mem_get_info(device))
+    room = min(total, _MOST_AT_ONCE)
+    return max(1, int((room if room < 4 * free else free) // each))
 
 
 def ahead(load: Callable[[T], R], items: Iterable[T], depth: int = 2) -> Iterator[R]:

@@ -1,9 +1,8 @@
-"""Tables built by many processes or machines: one layer of one sample each.
+"""Tables built by many processes or machines: one layer of a few samples each.
 
-The engine is any ``concurrent.futures.Executor``, as for ``traces.shards``. Every cell is replayed
-by the same code as in one process and put where it belongs, so that on CPUs that compute alike the
-tables are the same to the bit. (On a GPU one process replays samples side by side, which rounds
-otherwise.)
+The engine is any ``concurrent.futures.Executor``, as for ``traces.shards``. The cells are those of
+one process, which on a GPU hold several samples side by side, replayed by the same code and put
+where they belong: on devices that compute alike the tables are the same to the bit.
 """
 
 from __future__ import annotations
@@ -18,9 +17,11 @@ from kvtune.common.progress import Progress, Silent
 from kvtune.policies.option import Option
 from kvtune.simulator.quality.build import (
     DEFAULT_BLOCK,
+    Cell,
     assembled,
+    cells_of,
     layer_features,
-    load_layer,
+    load_cell,
 )
 from kvtune.simulator.quality.tables import Floats, Tables
 from kvtune.traces.trace import Trace, open_trace
@@ -45,23 +46,22 @@ def build_tables_on(
         device: of workers that were given none of their own (``common.processes``).
         progress: told of every (sample, layer).
     """
-    layers = trace.geometry.layers
-    cells = [(sample.id, layer) for sample in trace.samples for layer in range(layers)]
+    cells = cells_of(trace, trace.samples, options, device)
     waiting = [
-        engine.submit(replay_cell, trace.root, *cell, tuple(options), block, device)
+        engine.submit(replay_cell, trace.root, cell, tuple(options), block, device)
         for cell in cells
     ]
     tracked = (progress or Silent()).track(waiting, "replaying options", len(waiting))
     found = [part.result() for part in tracked]
-    rows = [found[at : at + layers] for at in range(0, len(found), layers)]
-    return assembled(trace, trace.samples, options, rows)
+    return assembled(trace, trace.samples, options, cells, found)
 
 
 def replay_cell(
-    root: Path, sample: str, layer: int, options: Sequence[Option], block: int, device: str
+    root: Path, cell: Cell, options: Sequence[Option], block: int, device: str
 ) -> Floats:
-    """One layer of one sample, by a worker."""
-    loaded = load_layer(_trace(root), sample, layer, options, own_device(device))
+    """One cell, by a worker."""
+    trace = _trace(root)
+    loaded = load_cell(trace, trace.samples, cell, options, own_device(device))
     return layer_features(loaded, options, block)
 
 

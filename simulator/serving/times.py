@@ -15,6 +15,7 @@ from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency.answers import TIERS, Times
 from kvtune.simulator.latency.compression import compression
 from kvtune.simulator.latency.overheads import transfer
+from kvtune.simulator.latency.read_back import read_back_step, reads_back
 from kvtune.simulator.latency.steps import decode_steps, prefill, prefills
 from kvtune.simulator.memory.policy_bytes import cache_bytes_by_format
 from kvtune.simulator.memory.weights import WeightFormat
@@ -128,7 +129,15 @@ def _decoding(
         for name in dict.fromkeys(["bf16", *(name for each in stored for name in each)])
     }
     batch = np.arange(1, load.sequences + 1)[:, None, None]
-    return decode_steps(shape, gpu, weights, batch, by_format, "runtime")
+    steps = decode_steps(shape, gpu, weights, batch, by_format, "runtime")
+    if policy is None or not reads_back(policy, shape.head_dim):
+        return steps
+    added = [read_back_step(policy, shape, gpu, 1, int(p)) for p in prompts]
+    value, low, high = (
+        getattr(steps, f"{end}_s") + batch * np.array([getattr(x, end) for x in added])[:, None]
+        for end in ("value", "low", "high")
+    )
+    return Times(value, low, high, "assumed")
 
 
 def _compressing(

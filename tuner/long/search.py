@@ -15,9 +15,9 @@ from kvtune.common.estimate import Estimate
 from kvtune.common.files import cache_dir, write_json, write_text
 from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
-from kvtune.policies.formats.bf16 import Bf16
+from kvtune.common.units import format_bytes
+from kvtune.policies.paging import Growth, sequence_bytes
 from kvtune.policies.policy_file.document import PolicyDocument, Serving, write_policy
-from kvtune.policies.room import goes_on_evicting
 from kvtune.simulator.model_facts import model_facts
 from kvtune.tuner.long.bound import mean_full_bytes
 from kvtune.tuner.long.menu import LongMenu
@@ -45,6 +45,7 @@ class LongResult:
         uniform_live: its loss on the same prompts.
         times_the_plan: the ratio of the two losses with its 95 % interval.
         peak_bytes: most that the plan held in any of those generations.
+        page_bytes: of the pages that hold a sequence under the plan, at its end.
         generated: tokens of each of them.
         prompts: how many.
     """
@@ -58,21 +59,18 @@ class LongResult:
     uniform_live: Estimate | None
     times_the_plan: tuple[float, float, float] | None
     peak_bytes: float
+    page_bytes: int
     generated: int
     prompts: int
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What stands in the way of serving the plan."""
-        narrow = any(
-            goes_on_evicting(option) and {option.keys, option.values} != {Bf16()}
-            for option in self.plan.policy.options()
-        )
-        if not narrow:
-            return ()
+        """How the plan is run in pages."""
         return (
-            "serving: heads evict from fewer than 16 bits, which runtime.generate.Generation runs; "
-            "pages (load_cache with evicts=True, and serving stacks) evict in 16 bits only.",
+            f"in pages: load_cache({PLAN_FILE!r}, model, new_tokens={self.asked.tokens}, "
+            f"evicts=True, residual={self.asked.menu.residual}) takes "
+            f"{format_bytes(self.page_bytes)} a sequence; exported serving stacks do not evict "
+            "while they generate.",
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -95,6 +93,7 @@ class LongResult:
             "uniform_live_kl": uniform,
             "times_the_plan": times and [each if isfinite(each) else None for each in times],
             "peak_bytes": self.peak_bytes,
+            "page_bytes": self.page_bytes,
             "generated_live": self.generated,
             "held_out_prompts": self.prompts,
             "notes": list(self.notes),
@@ -201,6 +200,12 @@ def _judged(
         uniform_live=None if baseline is None else estimate(baseline, kinds, "live"),
         times_the_plan=None if baseline is None else ratio_interval(baseline, losses[0], kinds),
         peak_bytes=max(run[0].peak_bytes for run in runs),
+        page_bytes=sequence_bytes(
+            plan.policy,
+            asked.prompt_tokens,
+            geometry.head_dim,
+            Growth(asked.tokens, evicts=True, residual=asked.menu.residual),
+        ),
         generated=len(runs[0][0].kl),
         prompts=len(runs),
     )

@@ -1,0 +1,60 @@
+"""What formats that no kernel reads take of a decode step: their buffers are read back each time.
+
+Of every head of every sequence the runtime decodes keys and values with some dozens of small
+launches, writes them as float32, and attends to that; no graph captures it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from kvtune.common.estimate import Estimate
+from kvtune.policies.encoded_pages import encoded_bytes
+from kvtune.policies.pages import has_pages
+from kvtune.policies.paging import is_encoded
+from kvtune.policies.policy import Policy
+from kvtune.profiles.gpus import GpuProfile
+from kvtune.profiles.shape import ModelShape
+from kvtune.simulator.latency.priors import Prior
+
+# Counted, not measured (``benchmarks/read_back.py`` is to say): 30 to 100 launches of a head, of 5
+# to 10 us each as the host gives them out; packed bytes become four to sixteen float32 numbers
+# each, which five to ten passes write or read.
+HEAD_S = Prior(0.4e-3, 0.15e-3, 1.0e-3)
+SHARE_OF_BANDWIDTH = Prior(0.01, 0.003, 0.03)
+
+
+def read_back_step(
+    policy: Policy, shape: ModelShape, gpu: GpuProfile, batch: int, prompt_tokens: int
+) -> Estimate:
+    """Seconds of a decode step of a batch beside its kernels; 0 where kernels read all formats."""
+    heads, size = _read_back(policy, shape.head_dim, prompt_tokens)
+    value, low, high = (
+        batch * (heads * launches + size / (share * gpu.bandwidth_bytes_per_s))
+        for launches, share in (
+            (HEAD_S.value, SHARE_OF_BANDWIDTH.value),
+            (HEAD_S.low, SHARE_OF_BANDWIDTH.high),
+            (HEAD_S.high, SHARE_OF_BANDWIDTH.low),
+        )
+    )
+    return Estimate(value, low, high, "s", "assumed" if heads else "measured")
+
+
+def reads_back(policy: Policy, head_dim: int) -> bool:
+    """Whether any format of a policy has no kernel."""
+    return not all(has_pages(option, head_dim) for option in dict.fromkeys(policy.options()))
+
+
+def _read_back(policy: Policy, head_dim: int, prompt_tokens: int) -> tuple[int, int]:
+    """Parts of one sequence's heads that are read back, and their packed bytes."""
+    if not reads_back(policy, head_dim):
+        return 0, 0
+    budgets = policy.budgets(prompt_tokens).ravel().tolist()
+    alike = Counter(zip(policy.options(), budgets, strict=True))
+    sizes = [
+        (heads, heads * encoded_bytes(plan, option, head_dim))
+        for (option, budget), heads in alike.items()
+        for plan in option.method.plan(budget, prompt_tokens)
+        if is_encoded(plan, option, head_dim)
+    ]
+    return sum(heads for heads, _ in sizes), sum(size for _, size in sizes)
