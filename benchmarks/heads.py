@@ -1,6 +1,6 @@
 """Whether the heads that are found are the heads that are needed, on SmolLM2.
 
-    python benchmarks/heads.py --out benchmarks/results/heads-2-h200.json [--heads rlkv.safetensors]
+    python benchmarks/heads.py --out benchmarks/results/heads-2-h200.json [--heads HEADS]
 
 ``masked`` answers held-out 8-needle samples with the top 5 % of retrieval heads silenced, in the
 prompt and after it, and with as many others drawn at random, five times. ``overlap`` holds every
@@ -110,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--heads", type=Path, help="more head scores, such as RLKV's gates")
+    parser.add_argument("--heads", type=Path, help="more head scores, such as learned gates")
     parser.add_argument("--tiny", action="store_true", help="that it runs, in a minute")
     arguments = parser.parse_args()
     loaded = load_model("smollm2-135m", device=arguments.device, dtype="float32")
