@@ -7,10 +7,10 @@
 ``duo``: DuoAttention's, learned so that states stay as they are where hidden numbers are answered;
 ``rlkv``: RLKV's, learned from generated answers; both of the search split. Then held-out needles
 are answered, greedily, with the heads of lowest gate seeing sinks and a window alone, beside as
-many heads of lowest retrieval score and as many drawn at random (mean of five draws). Other gates of
-the file HEADS are answered with too, and kept in it. A table of the gates as their authors publish them
-is written beside --out (.tsv). ``history`` holds every step: of RLKV's the mean reward and mean
-gate, of DuoAttention's the distance of states and mean gate.
+many heads of lowest retrieval score and as many drawn at random (mean of five draws). Other gates
+of the file HEADS are answered with too, and kept in it. A table of the gates as their authors
+publish them is written beside --out (.tsv). ``history`` holds every step: of RLKV's the mean reward
+and mean gate, of DuoAttention's the distance of states and mean gate.
 """
 
 from __future__ import annotations

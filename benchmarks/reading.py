@@ -7,8 +7,9 @@
 tuned plan at 3, 6 and 12 % of a prompt's bf16 bytes held. ``read``: readers beside the plan, each
 filled to read so much a step, at these shares and at 25 %, the least that TokenSelect can be filled
 to; Quest and TokenSelect first, the ``others`` as long as there is time. Ends and blocks are scaled
-to prompts of under a thousand tokens, which the published ones would swallow. Every baseline is filled in 16 bits
-and in 4 bits with sinks in 16, and shown in the one that loses less on the selection samples.
+to prompts of under a thousand tokens, which the published ones would swallow. Every baseline is
+filled in 16 bits and in 4 bits with sinks in 16, and shown in the one that loses less on the
+selection samples.
 
 The plan is chosen without the held-out samples: what tables predict to be best, what an exchange
 makes of each baseline's allocation on the plan's own menu, and the baselines themselves, which a
