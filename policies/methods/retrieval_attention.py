@@ -168,6 +168,11 @@ class IndexSearch(Reader):
         which = blake2b(tokens.cpu().numpy().tobytes()).hexdigest()
         return signals.once(f"{self} {head} {which}", build)
 
+    @property
+    def asks_prompt_again(self) -> bool:
+        """The index is built at the first step."""
+        return False
+
     def entries_read(self, entries: int) -> int:
         """Most entries that a step reads."""
         return min(entries, self.budget)
