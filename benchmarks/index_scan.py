@@ -10,7 +10,9 @@ SmolLM2, 32k of Gemma 3 270M, of some layers that attend to everything; the firs
 keys are read anyway and are in no index. One index a query head, asked by the queries of the 128
 tokens behind the prompt. ``lists``: what clusters of the prompt's queries look at, and neighbours;
 ``graph of turned queries`` and ``graph of queries``: RoarGraph's, of the prompt's queries turned to
-where later ones stand, and as they were asked; ``graph of keys``: a plain index. ``recall`` of the
+where later ones stand, and as they were asked; ``graph of keys``: a plain index;
+``codes``: keys in a few bits, then the likely ones in more and the best whole, where ``scanned`` is
+the bytes of all that over those of all keys in 16 bits. ``recall`` of the
 100 largest products, ``attention``, the share of what the 100 would give, and ``scanned``, the
 share of keys compared, centres counted as keys, are means over heads and queries. ``least`` is the
 smallest share that reaches a recall of 0.95, ``at_5_percent`` the recall there, between rows.
@@ -21,7 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +35,7 @@ from recorded_parts import attempt, say
 from torch import Tensor
 
 from kvtune.common.rotary import turn
+from kvtune.policies.code_index import PASSES, CodeIndex
 from kvtune.policies.key_graph import KeyGraph
 from kvtune.policies.query_index import QueryIndex
 from kvtune.traces.models import LoadedModel, load_model
@@ -131,6 +134,17 @@ def lists(head: Head) -> Found:
             yield share, ids, visited.sum(-1) + index.centres_compared
 
 
+def codes(choices: Sequence[Sequence[int]], head: Head) -> Found:
+    """Keys in a few bits, pass by pass; ``compared`` counts bytes, 16 bits of a key's numbers."""
+    n, whole = len(head.keys), 2 * head.keys.shape[1]
+    for share in SHARES:
+        index = CodeIndex.build(head.keys, head.turned, TOP, int(share * n), choices)
+        if index.kept(int(share * n))[-1] >= TOP:
+            ids = index.search(head.later, TOP, int(share * n))
+            read = torch.full((len(ids),), index.bytes_read(int(share * n)) / whole)
+            yield share, ids, read.to(ids.device)
+
+
 def graph(asked: Literal["turned", "before"], joins: Any, degree: int, head: Head) -> Found:
     """A graph of keys, at several numbers of expansions."""
     found = KeyGraph.build(head.keys, getattr(head, asked), degree, TOP, TOP, joins)
@@ -179,6 +193,11 @@ FAISS: dict[str, Callable[[Head], Found]] = {
 }
 WAYS: dict[str, Callable[[Head], Found]] = {
     "lists": lists,
+    "codes, passes by the last queries": partial(codes, PASSES),
+    "codes, passes of 2, 8 and 24 bytes": partial(codes, [(2, 8, 24)]),
+    "codes, passes of 2 and 16 bytes": partial(codes, [(2, 16)]),
+    "codes, passes of 1, 4 and 16 bytes": partial(codes, [(1, 4, 16)]),
+    "codes, one pass of 3 bytes": partial(codes, [(3,)]),
     "graph of turned queries, degree 35": partial(graph, "turned", "queries", 35),
     "graph of queries, degree 35": partial(graph, "before", "queries", 35),
     "graph of keys, degree 16": partial(graph, "before", "keys", 16),
