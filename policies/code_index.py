@@ -1,10 +1,9 @@
 """Keys in a few bits, read pass by pass: all in very few, the likely ones in more, the best whole.
 
 What counts of a key is what queries make of it. Keys are turned into directions that are scaled by
-how much queries ask of them and ordered by how much keys then differ; each pass gives its bits to
-the directions where an error would cost products most, and stores a number of levels for each. A
-search ranks all keys by the first pass, those that lead by the second, and so on, and compares
-whole keys with what is left of the bytes that it may read.
+how much queries ask of them, and each pass gives its bits to the directions where an error would
+cost products most. A search ranks all keys by the first pass, those that lead by the second, and so
+on, and compares whole keys with what is left of the bytes that it may read.
 """
 
 from __future__ import annotations
@@ -17,15 +16,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Keys = Tensor
-
+PASSES = (1, 6, 20)
+"""Bytes of a key in each pass."""
 _NUMBER_BYTES = 2  # of keys and of levels
 _ROUNDS = 12  # of levels' fitting
 _MOST_BITS = 8
-PASSES: tuple[tuple[int, ...], ...] = ((1, 4, 16), (2, 8, 24), (3, 8, 24), (2, 16))
-"""Bytes a key of each pass; which of these a head takes is tried on the prompt's last queries."""
 _OF_BUDGET = 0.16  # share of the bytes for each pass behind the first
-_TRIED = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,43 +29,46 @@ class Pass:
     """Keys in a few bits of some directions.
 
     Args:
-        stored: bytes of a key.
-        levels: values of each direction, ``[D, most levels]``; of one without bits, its mean.
-        codes: of each key and direction, ``[n, D]`` uint8.
-        bits: of each direction, ``[D]`` int64.
+        packed: of each key, ``[n, bytes]`` uint8.
+        fields: what each bit counts for in each direction's number, ``[8 bytes, D]``.
+        levels: values of each direction by number, ``[most levels, D]``; its mean without bits.
+        table_bytes: of the levels, that a search reads once.
     """
 
-    stored: int
+    packed: Tensor
+    fields: Tensor
     levels: Tensor
-    codes: Tensor
-    bits: Tensor
+    table_bytes: int
 
     @staticmethod
     def of(turned: Tensor, stored: int) -> Pass:
-        """Divide bits among directions and fit their levels; keys ``[n, D]``."""
+        """Divide the bits of so many bytes among directions of keys ``[n, D]``, and fit levels."""
         import torch
 
-        error, bits = turned.var(0), torch.zeros(turned.shape[1], dtype=torch.int64)
-        for _ in range(8 * stored):  # the first bit of a normal number leaves 0.36 of its error
-            at = int(error.masked_fill(bits.to(error.device) >= _MOST_BITS, -1).argmax())
-            bits[at] += 1
-            error[at] = error[at] / (4 if bits[at] > 1 else 2.75)
-        levels = turned.new_zeros(turned.shape[1], 2 ** int(bits.max()))
-        codes = torch.zeros(turned.shape, dtype=torch.uint8, device=turned.device)
-        for at, count in enumerate(bits.tolist()):
-            fitted = _levels(turned[:, at].contiguous(), 2**count)
-            levels[at, : len(fitted)] = fitted
-            codes[:, at] = _nearest_level(turned[:, at].contiguous(), fitted).to(torch.uint8)
-        return Pass(stored, levels, codes, bits)
+        bits = _divided(turned.var(0), 8 * stored)
+        levels = turned.new_zeros(2 ** max(bits), turned.shape[1])
+        fields = turned.new_zeros(8 * stored, turned.shape[1])
+        taken, planes = 0, []
+        for at, count in enumerate(bits):
+            column = turned[:, at].contiguous()
+            fitted = _levels(column, 2**count)
+            levels[: len(fitted), at] = fitted
+            number = _nearest_level(column, fitted)
+            for bit in range(count):
+                fields[taken, at] = 2**bit
+                planes.append(number >> bit & 1)
+                taken += 1
+        eights = torch.stack(planes, 1).unflatten(1, (stored, 8))
+        packed = (eights << torch.arange(8, device=turned.device)).sum(-1).to(torch.uint8)
+        return Pass(packed, fields, levels, sum(2**n for n in bits if n) * _NUMBER_BYTES)
 
     def read(self) -> Tensor:
         """The keys as they are stored, ``[n, D]``."""
-        return self.levels.T.gather(0, self.codes.long())
+        import torch
 
-    @property
-    def table_bytes(self) -> int:
-        """Of the levels that are read once a search."""
-        return int((2**self.bits).where(self.bits > 0, 0).sum()) * _NUMBER_BYTES
+        bit = torch.arange(8, device=self.packed.device, dtype=torch.uint8)
+        planes = (self.packed[:, :, None] >> bit & 1).flatten(1)
+        return self.levels.gather(0, (planes.to(self.fields.dtype) @ self.fields).long())
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,41 +86,35 @@ class CodeIndex:
     passes: tuple[Pass, ...]
 
     @staticmethod
-    def build(
-        keys: Tensor, queries: Tensor, wanted: int, compared: int,
-        choices: Sequence[Sequence[int]] = PASSES,
-    ) -> CodeIndex:  # fmt: skip
-        """Turn keys, store each in every pass, and take the passes that find most.
+    def build(keys: Tensor, queries: Tensor, stored: Sequence[int] = PASSES) -> CodeIndex:
+        """Turn keys and store each in every pass.
 
         Args:
             keys: ``[n, D]`` float32.
-            queries: ``[m, D]`` float32, turned to where later ones will stand, in their order.
-            wanted: keys that a search will name.
-            compared: keys' worth of bytes that it may read.
-            choices: bytes of each pass, of which the best by the last queries is taken.
+            queries: ``[m, D]`` float32, turned to where later ones will stand.
+            stored: bytes of a key in each pass; no more than a byte a direction is used.
         """
         import torch
 
+        stored = sorted({min(each, keys.shape[1]) for each in stored})
         size, direction = torch.linalg.eigh(queries.T @ queries / len(queries))
         root = size.clamp_min(1e-6 * size.max()).sqrt()
         seen = keys @ (direction * root)
         _, across = torch.linalg.eigh(torch.cov(seen.T))
         turned, asking = seen @ across, (direction / root) @ across
-        passes = {each: Pass.of(turned, each) for each in sorted({b for c in choices for b in c})}
-        found = [CodeIndex(keys, asking, tuple(passes[b] for b in each)) for each in choices]
-        return max(found, key=lambda index: index._found_of(queries[-_TRIED:], wanted, compared))
+        return CodeIndex(keys, asking, tuple(Pass.of(turned, each) for each in stored))
 
-    def kept(self, compared: int) -> list[int]:
+    def ranked(self, compared: int) -> list[int]:
         """Keys that each pass ranks, and that are compared whole last."""
         whole = _NUMBER_BYTES * self.keys.shape[1]
-        budget = compared * whole
-        counts = [len(self.keys)]
+        budget, counts = compared * whole, [len(self.keys)]
         left = budget - sum(each.table_bytes for each in self.passes)
-        left -= len(self.keys) * self.passes[0].stored
+        left -= self.passes[0].packed.nbytes
         for each in self.passes[1:]:
-            counts.append(min(int(_OF_BUDGET * budget / each.stored), counts[-1]))
-            left -= counts[-1] * each.stored
-        return [*counts, min(max(int(left // whole), 0), counts[-1])]
+            stored = each.packed.shape[1]
+            counts.append(min(int(_OF_BUDGET * budget / stored), counts[-1]))
+            left -= counts[-1] * stored
+        return [*counts, min(max(int(left // whole), 1), counts[-1])]
 
     def search(self, queries: Tensor, wanted: int, compared: int) -> Tensor:
         """Keys of largest product with each query, among those compared, ``[q, w]``, best first.
@@ -129,11 +122,12 @@ class CodeIndex:
         Args:
             queries: ``[q, D]``.
             wanted: keys to name, at most; fewer where fewer can be compared.
-            compared: keys' worth of bytes that may be read.
+            compared: keys' worth of bytes that may be read; passes take what they need, and one key
+                is always compared.
         """
         import torch
 
-        counts, asked = self.kept(compared), queries @ self.asking
+        counts, asked = self.ranked(compared), queries @ self.asking
         at = torch.arange(len(self.keys), device=queries.device).expand(len(queries), -1)
         for each, (_, following) in zip(self.passes, pairwise(counts), strict=True):
             worth = (asked @ each.read().T).gather(1, at)
@@ -142,17 +136,21 @@ class CodeIndex:
         return at.gather(1, exact.topk(min(wanted, at.shape[1]), -1).indices)
 
     def bytes_read(self, compared: int) -> int:
-        """Of codes, levels and whole keys, by one search."""
-        counts = self.kept(compared)
-        whole = counts[-1] * _NUMBER_BYTES * self.keys.shape[1]
-        stored = zip(self.passes, counts, strict=False)
-        return whole + sum(each.table_bytes + n * each.stored for each, n in stored)
+        """Of packed keys, levels and whole keys, by one search."""
+        *passes, whole = self.ranked(compared)
+        stored = zip(self.passes, passes, strict=True)
+        read = sum(each.table_bytes + count * each.packed.shape[1] for each, count in stored)
+        return read + whole * _NUMBER_BYTES * self.keys.shape[1]
 
-    def _found_of(self, queries: Tensor, wanted: int, compared: int) -> float:
-        """The share of the keys of largest product that a search finds."""
-        best = (queries @ self.keys.T).topk(min(wanted, len(self.keys)), -1).indices
-        found = self.search(queries, wanted, compared)
-        return float((best[:, :, None] == found[:, None]).any(-1).float().mean())
+
+def _divided(variance: Tensor, bits: int) -> list[int]:
+    """Bits of each direction: one after another to where the error is largest."""
+    error, found = variance.tolist(), [0] * len(variance)
+    for _ in range(bits):
+        at = max(range(len(found)), key=lambda n: error[n] if found[n] < _MOST_BITS else -1)
+        error[at] /= 4 if found[at] else 2.75  # of a normal number's
+        found[at] += 1
+    return found
 
 
 def _levels(values: Tensor, count: int) -> Tensor:

@@ -45,6 +45,7 @@ pytestmark = [
 PROMPT, STEPS = 100, 5
 INDEX = RetrievalAttention(sinks=4, recent=8, degree=4, near=8, beam=12)
 LISTS = replace(INDEX, joins="lists", scanned=0.4)
+CODES = replace(INDEX, joins="codes", scanned=0.7)
 READERS: tuple[Method, ...] = (
     Quest(block=16),
     Landmark(block=8),
@@ -54,6 +55,7 @@ READERS: tuple[Method, ...] = (
     ShadowKV(rank=8, chunk=4, recent=2),
     Recycled(stride=3),
     INDEX,
+    CODES,
     LISTS,
 )
 
@@ -142,7 +144,7 @@ def generated(network: Any, policy: Policy, ids: Tensor) -> Tensor:
 FAISS = [replace(INDEX, joins="hnsw")] if importlib.util.find_spec("faiss") else []
 
 
-@pytest.mark.parametrize("method", [INDEX, LISTS, *FAISS], ids=repr)
+@pytest.mark.parametrize("method", [INDEX, LISTS, CODES, *FAISS], ids=repr)
 def test_an_index_on_the_host_finds_what_it_finds_on_the_device(
     network: Any, method: Method
 ) -> None:
