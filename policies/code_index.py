@@ -21,6 +21,7 @@ PASSES = (1, 6, 20)
 _NUMBER_BYTES = 2  # of keys and of levels
 _ROUNDS = 12  # of levels' fitting
 _MOST_BITS = 8
+_OTHERWISE = 0.1  # of the queries' mean power, taken to lie in any direction: answers ask otherwise
 _OF_BUDGET = 0.16  # share of the bytes for each pass behind the first
 
 
@@ -98,7 +99,7 @@ class CodeIndex:
 
         stored = sorted({min(each, keys.shape[1]) for each in stored})
         size, direction = torch.linalg.eigh(queries.T @ queries / len(queries))
-        root = size.clamp_min(1e-6 * size.max()).sqrt()
+        root = (size + _OTHERWISE * size.mean()).sqrt()
         seen = keys @ (direction * root)
         _, across = torch.linalg.eigh(torch.cov(seen.T))
         turned, asking = seen @ across, (direction / root) @ across
