@@ -43,23 +43,24 @@ class Pass:
 
     @staticmethod
     def of(turned: Tensor, stored: int) -> Pass:
-        """Divide the bits of so many bytes among directions of keys ``[n, D]``, and fit levels."""
+        """Divide the bits of so many bytes among directions of keys ``[n, D]``; fit levels."""
         import torch
 
         bits = _divided(turned.var(0), 8 * stored)
         levels = turned.new_zeros(2 ** max(bits), turned.shape[1])
         fields = turned.new_zeros(8 * stored, turned.shape[1])
         taken, planes = 0, []
-        for at, count in enumerate(bits):
-            column = turned[:, at].contiguous()
-            fitted = _levels(column, 2**count)
-            levels[: len(fitted), at] = fitted
-            number = _nearest_level(column, fitted)
+        for count in range(1, max(bits) + 1):  # directions of equally many bits together
+            at = [direction for direction, each in enumerate(bits) if each == count]
+            if not at:
+                continue
+            fitted, number = _levels(turned[:, at].T.contiguous(), 2**count)
+            levels[: 2**count, at] = fitted.T
             for bit in range(count):
-                fields[taken, at] = 2**bit
+                fields[range(taken, taken + len(at)), at] = 2.0**bit
                 planes.append(number >> bit & 1)
-                taken += 1
-        eights = torch.stack(planes, 1).unflatten(1, (stored, 8))
+                taken += len(at)
+        eights = torch.cat(planes).T.unflatten(1, (stored, 8))
         packed = (eights << torch.arange(8, device=turned.device)).sum(-1).to(torch.uint8)
         return Pass(packed, fields, levels, sum(2**n for n in bits if n) * _NUMBER_BYTES)
 
@@ -154,20 +155,23 @@ def _divided(variance: Tensor, bits: int) -> list[int]:
     return found
 
 
-def _levels(values: Tensor, count: int) -> Tensor:
-    """So many levels for some numbers, by Lloyd's rounds from their quantiles."""
+def _levels(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """So many levels for each row's numbers, by Lloyd's rounds from quantiles, and the nearest.
+
+    Args:
+        values: ``[m, n]``.
+        count: of levels.
+
+    Returns:
+        levels ``[m, count]``, rising, and the number of each value's nearest, ``[m, n]`` int64.
+    """
     import torch
 
-    levels = torch.quantile(values, (torch.arange(count, device=values.device) + 0.5) / count)
+    place = (torch.arange(count, device=values.device) + 0.5) / count * (values.shape[1] - 1)
+    levels = values.sort(-1).values[:, place.round().long()]
     for _ in range(_ROUNDS):
-        at = _nearest_level(values, levels)
-        sums = torch.zeros_like(levels).index_add_(0, at, values)
-        sizes = torch.bincount(at, minlength=count)
-        levels = torch.where(sizes > 0, sums / sizes.clamp_min(1), levels).sort().values
-    return levels
-
-
-def _nearest_level(values: Tensor, levels: Tensor) -> Tensor:
-    import torch
-
-    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)
+        at = torch.searchsorted((levels[:, 1:] + levels[:, :-1]) / 2, values)
+        sums = torch.zeros_like(levels).scatter_add_(1, at, values)
+        sizes = torch.zeros_like(levels).scatter_add_(1, at, torch.ones_like(values))
+        levels = torch.where(sizes > 0, sums / sizes.clamp_min(1), levels).sort(-1).values
+    return levels, torch.searchsorted((levels[:, 1:] + levels[:, :-1]) / 2, values)
