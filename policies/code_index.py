@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-PASSES = (1, 6, 20)
-"""Bytes of a key in each pass."""
+PASSES = ((1, 6, 20), (2, 6, 20), (1, 4, 16))
+"""Bytes of a key in each pass; a head takes what finds most of what its prompt's queries look at."""
+_TRIED = 128  # of those
 _NUMBER_BYTES = 2  # of keys and of levels
 _ROUNDS = 12  # of levels' fitting
 _MOST_BITS = 8
@@ -88,23 +89,38 @@ class CodeIndex:
     passes: tuple[Pass, ...]
 
     @staticmethod
-    def build(keys: Tensor, queries: Tensor, stored: Sequence[int] = PASSES) -> CodeIndex:
-        """Turn keys and store each in every pass.
+    def build(
+        keys: Tensor, queries: Tensor, wanted: int, compared: int,
+        choices: Sequence[Sequence[int]] = PASSES,
+    ) -> CodeIndex:  # fmt: skip
+        """Turn keys and store each in every pass, with the passes that find most.
 
         Args:
             keys: ``[n, D]`` float32.
             queries: ``[m, D]`` float32, turned to where later ones will stand.
-            stored: bytes of a key in each pass; no more than a byte a direction is used.
+            wanted: keys that a search will name.
+            compared: keys' worth of bytes that it may read.
+            choices: bytes of a key in each pass; no more than a byte a direction is used. A sample
+                of the queries chooses.
         """
         import torch
 
-        stored = sorted({min(each, keys.shape[1]) for each in stored})
         size, direction = torch.linalg.eigh(queries.T @ queries / len(queries))
         root = (size + _OTHERWISE * size.mean()).sqrt()
         seen = keys @ (direction * root)
         _, across = torch.linalg.eigh(torch.cov(seen.T))
         turned, asking = seen @ across, (direction / root) @ across
-        return CodeIndex(keys, asking, tuple(Pass.of(turned, each) for each in stored))
+        choices = [sorted({min(each, keys.shape[1]) for each in choice}) for choice in choices]
+        passes = {each: Pass.of(turned, each) for each in {b for c in choices for b in c}}
+        found = [CodeIndex(keys, asking, tuple(passes[b] for b in each)) for each in choices]
+        some = queries[:: max(len(queries) // _TRIED, 1)]
+        return max(found, key=lambda index: index.share_found(some, wanted, compared))
+
+    def share_found(self, queries: Tensor, wanted: int, compared: int) -> float:
+        """Of the keys of largest product with each query, those that a search names."""
+        best = (queries @ self.keys.T).topk(min(wanted, len(self.keys)), -1).indices
+        found = self.search(queries, wanted, compared)
+        return float((best[:, :, None] == found[:, None]).any(-1).float().mean())
 
     def ranked(self, compared: int) -> list[int]:
         """Keys that each pass ranks, and that are compared whole last."""

@@ -38,7 +38,7 @@ def test_packed_keys_are_each_directions_nearest_level(stored: int) -> None:
 
 def test_a_few_bytes_of_a_direction_find_what_a_plain_ranking_finds() -> None:
     keys, queries = drawn()
-    index = CodeIndex.build(keys, queries, (4, 16))
+    index = CodeIndex.build(keys, queries, 10, KEYS, [(4, 16)])
     best = (queries[:20] @ keys.T).topk(10).indices
     found = index.search(queries[:20], 10, KEYS)
     assert found.tolist() == best.tolist()
@@ -47,7 +47,7 @@ def test_a_few_bytes_of_a_direction_find_what_a_plain_ranking_finds() -> None:
 @pytest.mark.parametrize("compared", [60, 120, 300])
 def test_a_search_reads_no_more_than_it_may(compared: int) -> None:
     keys, queries = drawn()
-    index = CodeIndex.build(keys, queries, (1, 4))
+    index = CodeIndex.build(keys, queries, 10, compared, [(1, 4)])
     assert index.bytes_read(compared) <= compared * 2 * WIDTH
     counts = index.ranked(compared)
     assert counts[0] == KEYS
@@ -59,7 +59,7 @@ def test_a_search_reads_no_more_than_it_may(compared: int) -> None:
 
 def test_recall_grows_with_what_is_read_and_beats_as_many_drawn_keys() -> None:
     keys, queries = drawn()
-    index = CodeIndex.build(keys, queries, (1, 4))
+    index = CodeIndex.build(keys, queries, 20, 150, [(1, 4)])
     best = (queries[:50] @ keys.T).topk(20).indices
     recalls = []
     for compared in (90, 150, 300):
@@ -68,3 +68,14 @@ def test_recall_grows_with_what_is_read_and_beats_as_many_drawn_keys() -> None:
     assert recalls == sorted(recalls)
     assert recalls[0] > 2 * 90 / KEYS
     assert recalls[-1] > 0.95
+
+
+def test_the_passes_that_find_most_for_the_prompts_queries_are_taken() -> None:
+    keys, queries = drawn()
+    choices = [(1,), (1, 4), (2, 4), (3,)]
+    chosen = CodeIndex.build(keys, queries, 20, 120, choices)
+    shares = [
+        CodeIndex.build(keys, queries, 20, 120, [each]).share_found(queries[::2], 20, 120)
+        for each in choices
+    ]
+    assert chosen.share_found(queries[::2], 20, 120) == max(shares) > min(shares)

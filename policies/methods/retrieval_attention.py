@@ -42,8 +42,8 @@ class RetrievalAttention(ReadingMethod):
     queries look at most; a search compares centres near its query and ``scanned`` of the keys, half
     of them from the nearest clusters' lists and half neighbours of the best.
 
-    With ``joins: codes`` it is kvtune's too: keys in 1, 6 and 20 bytes, of what turned queries ask
-    of them; a search ranks all by the first, some by the others, and compares whole keys with the
+    With ``joins: codes`` it is kvtune's too: keys in 1, 6 and 20 bytes, or in others where a sample
+    of the prompt's queries finds more by them, of what turned queries ask of keys; a search ranks all by the first, some by the others, and compares whole keys with the
     rest of ``scanned`` of the keys' bytes.
 
     With ``joins: hnsw`` it is FAISS's HNSW graph of the keys (``pip install kvtune[index]``), which
@@ -172,7 +172,7 @@ class IndexSearch(Reader):
                 return PlainIndex.build(keys, self.degree, self.near)
             queries = _queries_of(signals, head, turned=self.joins in ("lists", "codes"))
             if self.joins == "codes":
-                return CodeIndex.build(keys, queries)
+                return CodeIndex.build(keys, queries, self.beam, self._listed(len(keys)))
             if self.joins != "lists":
                 return KeyGraph.build(keys, queries, self.degree, self.near, self.beam, self.joins)
             return QueryIndex.build(
@@ -196,7 +196,8 @@ class IndexSearch(Reader):
         keys with their shares in 32 too; of codes, what is packed, directions and levels."""
         middle = max(entries - self.first - self.last, 0)
         if self.joins == "codes":
-            return middle * sum(PASSES) + head_dim * _KEY_BYTES * (head_dim + _LEVELS * len(PASSES))
+            most = max(sum(choice) for choice in PASSES)
+            return middle * most + head_dim * _KEY_BYTES * (head_dim + _LEVELS * len(PASSES[0]))
         if self.joins == "hnsw":  # the lowest layer's links, and a copy of the keys in 32 bits
             return middle * _NUMBER_BYTES * (2 * self.degree + head_dim)
         if self.joins != "lists":
