@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PASSES = ((1, 6, 20), (2, 6, 20), (1, 4, 16))
-"""Bytes of a key in each pass; a head takes what finds most of what its prompt's queries look at."""
+"""Bytes of a key in each pass; a head takes what finds most for its prompt's queries."""
 _TRIED = 128  # of those
 _NUMBER_BYTES = 2  # of keys and of levels
 _ROUNDS = 12  # of levels' fitting
