@@ -42,9 +42,9 @@ class RetrievalAttention(ReadingMethod):
     queries look at most; a search compares centres near its query and ``scanned`` of the keys, half
     of them from the nearest clusters' lists and half neighbours of the best.
 
-    With ``joins: codes`` it is kvtune's too: keys in 1, 6 and 20 bytes (or others, where a sample of
-    the prompt's queries finds more), cut by what turned queries ask of keys; a search ranks all by
-    the first, some by the others, and compares whole keys with the rest of ``scanned`` of the
+    With ``joins: codes`` it is kvtune's too: keys in 1, 6 and 20 bytes (or others, where a sample
+    of the prompt's queries finds more), cut by what turned queries ask of keys; a search ranks all
+    by the first, some by the others, and compares whole keys with the rest of ``scanned`` of the
     keys' bytes.
 
     With ``joins: hnsw`` it is FAISS's HNSW graph of the keys (``pip install kvtune[index]``), which
