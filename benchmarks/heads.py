@@ -1,7 +1,7 @@
 """Whether the heads that are found are the heads that are needed, on SmolLM2.
 
     python benchmarks/heads.py --out benchmarks/results/heads-2-h200.json [--heads HEADS]
-    python benchmarks/heads.py --out FILE --heads HEADS --only-overlap     # of these scores, no model
+    python benchmarks/heads.py --out FILE --heads HEADS --only-overlap  # of these, no model
 
 ``masked`` answers held-out 8-needle samples with the top 5 % of retrieval heads silenced, in the
 prompt and after it, and with as many others drawn at random, five times. ``overlap`` holds every
