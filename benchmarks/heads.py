@@ -1,6 +1,7 @@
 """Whether the heads that are found are the heads that are needed, on SmolLM2.
 
-    python benchmarks/heads.py --out benchmarks/results/heads-2-h200.json [--heads rlkv.safetensors]
+    python benchmarks/heads.py --out benchmarks/results/heads-2-h200.json [--heads HEADS]
+    python benchmarks/heads.py --out FILE --heads HEADS --only-overlap  # of these, no model
 
 ``masked`` answers held-out 8-needle samples with the top 5 % of retrieval heads silenced, in the
 prompt and after it, and with as many others drawn at random, five times. ``overlap`` holds every
@@ -110,9 +111,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--heads", type=Path, help="more head scores, such as RLKV's gates")
+    parser.add_argument("--heads", type=Path, help="more head scores, such as learned gates")
     parser.add_argument("--tiny", action="store_true", help="that it runs, in a minute")
+    parser.add_argument("--only-overlap", action="store_true", help="of the scores of --heads")
     arguments = parser.parse_args()
+    if arguments.only_overlap:
+        given = read_heads(arguments.heads)
+        held = {"model": given.model, "overlap": overlap(given)}
+        arguments.out.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+        return
     loaded = load_model("smollm2-135m", device=arguments.device, dtype="float32")
     tokens, count, block = (640, 1, 64) if arguments.tiny else (2048, 16, 2500)
     observed = 128 if arguments.tiny else 256

@@ -30,6 +30,7 @@ from kvtune.policies.methods.landmark import Landmark
 from kvtune.policies.methods.quest import Quest
 from kvtune.policies.methods.recycled import Recycled
 from kvtune.policies.methods.retrieval_attention import RetrievalAttention
+from kvtune.policies.methods.sentencekv import SentenceKV
 from kvtune.policies.methods.shadowkv import ShadowKV
 from kvtune.policies.methods.token_select import TokenSelect
 from kvtune.policies.option import Budget, Option
@@ -51,6 +52,7 @@ METHODS: tuple[Method, ...] = (
     ActQKV(block=16, sinks=4, recent=32),
     ShadowKV(),
     Recycled(stride=8),
+    SentenceKV(),
     LISTS,
 )
 
@@ -104,7 +106,8 @@ class Bench:
         model, ids = self.loaded.model, torch.tensor([self.sample.token_ids])
         ids, rows = ids.to(self.loaded.device), []
         first = self.sample.prompt
-        with load_cache(policy, model, new_tokens=self.steps) as cache:
+        tokenizer = self.loaded.tokenizer
+        with load_cache(policy, model, new_tokens=self.steps, tokenizer=tokenizer) as cache:
             model(input_ids=ids[:, :first], past_key_values=cache, use_cache=True)
             self._wait()
             begun = time.monotonic()
@@ -126,6 +129,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--seconds", type=float, default=90, help="begin no reader after so many")
+    parser.add_argument("--only", default="", help="options whose name holds one of these: a,b")
     given = parser.parse_args()
     begun = time.monotonic()
     bench = Bench(given.device, given.tiny)
@@ -135,7 +139,8 @@ def main() -> None:
         found[name] = part
         given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
-    for option in options():
+    wanted = given.only.split(",")
+    for option in (each for each in options() if any(name in each.label for name in wanted)):
         if time.monotonic() - begun > given.seconds:
             say("out of time before", option.label)
             continue

@@ -3,18 +3,20 @@
     python benchmarks/reading.py --out FILE [--seconds 200] [--shares 3,12] [--parts held,read]
     python benchmarks/reading.py --device cpu --tiny --out FILE     # that it runs
 
-``held``: RazorAttention, DuoAttention's and RLKV's rules and HeadKV beside the tuned plan at 3, 6
-and 12 % of a prompt's bf16 bytes held. ``read``: readers beside the plan, each filled to read so
-much a step, at these shares and at 25 %, the least that TokenSelect can be filled to; Quest and
-TokenSelect first, the ``others`` as long as there is time. Ends and blocks are scaled to prompts of
-under a thousand tokens, which the published ones would swallow. Every baseline is filled in 16 bits
-and in 4 bits with sinks in 16, and shown in the one that loses less on the selection samples.
+``held``: RazorAttention, DuoAttention, its rule on retrieval heads, RLKV and HeadKV beside the
+tuned plan at 3, 6 and 12 % of a prompt's bf16 bytes held. ``read``: readers beside the plan, each
+filled to read so much a step, at these shares and at 25 %, the least that TokenSelect can be filled
+to; Quest and TokenSelect first, the ``others`` as long as there is time. Ends and blocks are scaled
+to prompts of under a thousand tokens, which the published ones would swallow. Every baseline is
+filled in 16 bits and in 4 bits with sinks in 16, and shown in the one that loses less on the
+selection samples.
 
 The plan is chosen without the held-out samples: what tables predict to be best, what an exchange
 makes of each baseline's allocation on the plan's own menu, and the baselines themselves, which a
 plan may contain, run live on the selection samples, and the least loss there is the plan.
-``chosen`` says which it was, ``margins`` how many times the plan's loss a baseline's is. RLKV's
-gates are those of --heads; without them it is left out, and said so.
+``chosen`` says which it was, ``margins`` how many times the plan's loss a baseline's is. Gates of
+DuoAttention and RLKV are those of --heads (``gates.py`` learns them); without them either is left
+out, and said so.
 """
 
 from __future__ import annotations
@@ -258,7 +260,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="that it runs, in some minutes")
     parser.add_argument("--seconds", type=float, default=200, help="begin no part after so many")
-    parser.add_argument("--heads", type=Path, help="head scores with the score rlkv")
+    parser.add_argument("--heads", type=Path, help="head scores with the gates duo and rlkv")
     parser.add_argument("--few", action="store_true", help="a quarter of the search samples")
     parser.add_argument("--parts", default="held,read,others", help="some of these")
     parser.add_argument("--shares", default="", help="some of the shares, in percent: 3,12")
@@ -281,8 +283,9 @@ def main() -> None:
             "tables of": bench.source.provenance["workload"],
             "options": len(bench.source.tables.options),
         }  # fmt: skip
-        if "rlkv" not in heads:
-            found["RLKV"] = "left out: no trained gates were given (--heads)"
+        for score, name in (("duo", "DuoAttention"), ("rlkv", "RLKV")):
+            if score not in heads:
+                found[name] = "left out: no trained gates were given (--heads)"
         for name, share in wanted(arguments):
             if time.monotonic() - begun > arguments.seconds:
                 say("out of time before", name, share)

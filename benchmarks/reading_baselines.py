@@ -67,7 +67,7 @@ class Filler:
         return [Policy.uniform(option, *self.shape[1:3], name=name)]
 
     def by_heads(self, share: float, heads: dict[str, Floats]) -> list[Baseline]:
-        """RazorAttention, DuoAttention's and RLKV's rules and HeadKV, where there are scores."""
+        """RazorAttention, DuoAttention, its rule, RLKV and HeadKV, where there are scores."""
         each = [self._head_plans(share, heads, form) for form in FORMS]
         names = dict.fromkeys(name for plans in each for name in plans)
         return [[plans[name] for plans in each if name in plans] for name in names]
@@ -80,8 +80,9 @@ class Filler:
         rest = max(round(share / 2 * tokens), 8)
         kinds = {
             "RazorAttention": ("induction", Razor()),
+            "DuoAttention": ("duo", StreamingLLM()),
             "DuoAttention's rule on retrieval heads": ("retrieval", StreamingLLM()),
-            "RLKV": ("rlkv", StreamingLLM(sinks=16)),
+            "RLKV": ("rlkv", StreamingLLM()),
         }
 
         def headkv(mean: int) -> Policy:

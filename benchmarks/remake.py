@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--group", choices=("packaged", "shown"), default="packaged")
     parser.add_argument("--gemma", type=Path, help="weights of the second model")
-    parser.add_argument("--heads", type=Path, help="head scores of rlkv.py, for reading.py")
+    parser.add_argument("--heads", type=Path, help="head scores of gates.py, for reading.py")
     parser.add_argument("--model", default=STAND_IN)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=540.0, help="until parts are ended")

@@ -34,7 +34,7 @@ _SCORES = (
     ("retrieval", "detected", "looks most at the very token that is copied (Wu et al.)"),
     ("semantic", "detected", "mass on the whole needle that is answered from (CompressKV)"),
     ("sink", "detected", "mass on the first token; a head with all of it there is dormant"),
-    ("duo", "imported", "gates of DuoAttention, from its .tsv"),
+    ("duo", "learned", "gates of DuoAttention, from its .tsv or by detect --by duo"),
     ("rlkv", "learned", "gates of RLKV, from its .tsv or by detect --by rlkv"),
 )
 
@@ -67,22 +67,25 @@ def detect(
         int, typer.Option("--block", metavar="N", min=2, help="Random tokens that repeat.")
     ] = 2500,
     by: Annotated[
-        Literal["attention", "rlkv"],
+        Literal["attention", "duo", "rlkv"],
         typer.Option(
             "--by",
-            help="What attention looks at, or gates that are learned from generated answers "
-            "(RLKV; minutes on a GPU).",
+            help="What attention looks at, or gates that are learned: so that states stay as they "
+            "are (DuoAttention) or from generated answers (RLKV); minutes on a GPU.",
         ),
     ] = "attention",
     steps: Annotated[
-        int, typer.Option("--steps", metavar="N", min=1, help="Of learning, with --by rlkv.")
-    ] = 60,
+        int | None,
+        typer.Option(
+            "--steps", metavar="N", min=1, help="Of learning; left out: 300 (duo), 60 (rlkv)."
+        ),
+    ] = None,
     seed: options.Seed = 0,
     device: options.Device = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure echo, induction, retrieval, semantic and sink heads; or learn RLKV's gates."""
+    """Measure echo, induction, retrieval, semantic and sink heads; or learn gates of heads."""
     from kvtune.cli.inputs import check_writable
     from kvtune.tuner.target import read_weights
 
@@ -98,10 +101,12 @@ def detect(
             {"search": {"retrieval": samples}}, tokens=tokens, observed=min(128, tokens // 2)
         )
         asked = build(plan, loaded.tokenizer)
-        if by == "rlkv":
-            found = _learned(loaded, asked, steps, seed, output)
-        else:
+        if by == "attention":
             found = _measured(loaded, asked, block, seed, output)
+        else:
+            given = {"seed": seed} | ({} if steps is None else {"steps": steps})
+            learned = _duo if by == "duo" else _rlkv
+            found = learned(loaded, asked, given, output)
         found = _written(found, out)
         pairs = list(overlaps(found, loaded.geometry.kv_heads, 0.1))
         output.show(_table(found), _overlap(pairs), f"written to {out}")
@@ -117,15 +122,26 @@ def _measured(
     return measure(loaded, samples, block=block, seed=seed, progress=output.progress)
 
 
-def _learned(
-    loaded: LoadedModel, samples: Sequence[Sample], steps: int, seed: int, output: Output
+def _duo(
+    loaded: LoadedModel, samples: Sequence[Sample], given: dict[str, int], output: Output
 ) -> HeadScores:
-    from kvtune.runtime.head_gates import GateTraining, gate_scores, questions_of, train_gates
+    from kvtune.runtime.duo_gates import Distillation, duo_scores, train_gates
 
-    training = GateTraining(steps=steps, seed=seed)
+    training = Distillation(**given)
+    return duo_scores(
+        loaded, train_gates(loaded, samples, training, progress=output.progress), training
+    )
+
+
+def _rlkv(
+    loaded: LoadedModel, samples: Sequence[Sample], given: dict[str, int], output: Output
+) -> HeadScores:
+    from kvtune.runtime.rlkv_gates import GateTraining, questions_of, rlkv_scores, train_gates
+
+    training = GateTraining(**given)
     asked = questions_of(samples, loaded.device)
     gates = train_gates(loaded, asked, training, progress=output.progress)
-    return gate_scores(loaded, gates, training)
+    return rlkv_scores(loaded, gates, training)
 
 
 @app.command(name="import")

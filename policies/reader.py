@@ -60,6 +60,13 @@ class Reader(ABC):
             queries: of each row's group, one position after the other, ``[R, G, C, D]`` float32.
         """
 
+    def reads_newest(self, held: Held, queries: Tensor) -> Tensor:
+        """What the last of the queries attends to, ``[R, n]`` bool.
+
+        To override where it need not be worked out again what earlier ones attended to.
+        """
+        return self.reads(held, queries)[:, -1]
+
     @abstractmethod
     def entries_read(self, entries: int) -> int:
         """Entries that a step reads of a head that holds so many: the most, or the mean over steps
@@ -74,6 +81,14 @@ class Reader(ABC):
     def looks_back(self) -> bool:
         """Whether what a step reads depends on the queries of the steps before it."""
         return False
+
+    @property
+    def asks_prompt_again(self) -> bool:
+        """Whether steps after the first look at the prompt's own queries and keys.
+
+        False lets a cache forget them, as what was made of them is kept: what is held stays.
+        """
+        return True
 
     @abstractmethod
     def index_bytes(self, entries: int, head_dim: int) -> int:
@@ -126,6 +141,11 @@ class BlockReader(Reader):
             index: as ``index`` returned it.
             queries: of the head's group, ``[R, G, C, D]``.
         """
+
+    @property
+    def asks_prompt_again(self) -> bool:
+        """Blocks are ranked by what is held."""
+        return False
 
     def entries_read(self, entries: int) -> int:
         """Most entries that a step reads of a head that holds so many."""

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
-from kvtune.runtime.head_gates import (
+from kvtune.runtime.duo_gates import Distillation
+from kvtune.runtime.duo_gates import train_gates as distilled
+from kvtune.runtime.head_gates import gated, near_attention
+from kvtune.runtime.rlkv_gates import (
     GateTraining,
     Question,
-    gated,
-    near_attention,
     questions_of,
     share_right,
     train_gates,
@@ -141,3 +142,71 @@ def test_a_share_of_right_tokens_is_the_reward() -> None:
 def test_without_questions_there_is_nothing_to_learn(loaded: LoadedModel) -> None:
     with pytest.raises(KvtuneError, match="nothing to learn"):
         train_gates(loaded, [], SMALL)
+
+
+def sample(numbers: bool = True) -> Sample:
+    """A prompt of 24 tokens, then six rows of which four foretell a hidden number."""
+    ids = tuple(torch.randint(3, 60, (30,), generator=torch.Generator().manual_seed(2)).tolist())
+    rows = (-1, 0, 0, 0, 0, -1) if numbers else (-1,) * 6
+    return Sample("s", "search", "retrieval", ids, 5, 6, rows)
+
+
+def states(loaded: LoadedModel, handler: Any = None) -> Tensor:
+    """Last states of the rows that foretell the number, by the model's own interface."""
+    ids = torch.tensor([sample().token_ids])
+    with torch.no_grad(), attending(handler or causal_attention_of_all):
+        found = loaded.model(input_ids=ids, use_cache=False, output_hidden_states=True)
+    last: Tensor = found.hidden_states[-1][0, 25:29]
+    return last
+
+
+def causal_attention_of_all(_: int, *given: Any) -> Tensor:
+    return causal_attention(*given)
+
+
+def test_distilled_gates_report_how_far_states_are_from_those_with_open_gates(
+    loaded: LoadedModel,
+) -> None:
+    """The first step begins with open gates; the second's distance is that of the first's gates."""
+    training = Distillation(steps=2, sinks=2, window=4, rate=0.3, ramp=0)
+    told: list[tuple[int, float, float]] = []
+    distilled(loaded, [sample()], training, seen=lambda *step: told.append(step))
+    assert told[0][1] == pytest.approx(0, abs=1e-9)
+    after = distilled(loaded, [sample()], Distillation(1, 2, 4, 0.3, ramp=0))
+    moved = (states(loaded, gated(after, 2, 4)) - states(loaded)).square().mean()
+    assert float(moved) > 0
+    assert told[1][1] == pytest.approx(float(moved), rel=1e-4)
+
+
+def test_without_a_price_open_gates_stay_open_and_a_price_alone_shuts_them(
+    loaded: LoadedModel,
+) -> None:
+    free = distilled(loaded, [sample()], Distillation(5, 2, 4, price=0))
+    assert free.tolist() == torch.ones_like(free).tolist()
+    everything_near = Distillation(40, 2, 64, rate=0.1)  # a window over the whole prompt
+    shut = distilled(loaded, [sample()], everything_near)
+    assert shut.tolist() == torch.zeros_like(shut).tolist()
+
+
+def test_the_head_that_moves_states_most_keeps_the_highest_gate(loaded: LoadedModel) -> None:
+    """Beside what shutting each head alone does to the states."""
+    gates = distilled(loaded, [sample()], Distillation(40, 1, 1, rate=0.05, price=0.5))
+    harm = torch.zeros_like(gates)
+    for at in np.ndindex(*gates.shape):
+        one = torch.ones_like(gates)
+        one[at] = 0
+        harm[at] = (states(loaded, gated(one, 1, 1)) - states(loaded)).square().mean()
+    assert int(gates.argmax()) == int(harm.argmax())
+    assert int(gates.argmin()) == int(harm.argmin())
+    assert 0 <= float(gates.min()) < float(gates.max()) <= 1
+
+
+def test_the_rate_rises_stays_and_falls() -> None:
+    training = Distillation(steps=10, rate=1.0, ramp=0.4, floor=0.3)
+    found = [training.rate_at(step) for step in range(10)]
+    assert found == pytest.approx([0.3, 0.5, 0.75, 1, 1, 1, 1, 0.75, 0.5, 0.3])
+
+
+def test_samples_that_ask_for_no_number_are_refused(loaded: LoadedModel) -> None:
+    with pytest.raises(KvtuneError, match="hidden number"):
+        distilled(loaded, [sample(numbers=False)], Distillation(1))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -43,6 +45,7 @@ pytestmark = [
 PROMPT, STEPS = 100, 5
 INDEX = RetrievalAttention(sinks=4, recent=8, degree=4, near=8, beam=12)
 LISTS = replace(INDEX, joins="lists", scanned=0.4)
+CODES = replace(INDEX, joins="codes", scanned=0.7)
 READERS: tuple[Method, ...] = (
     Quest(block=16),
     Landmark(block=8),
@@ -52,6 +55,7 @@ READERS: tuple[Method, ...] = (
     ShadowKV(rank=8, chunk=4, recent=2),
     Recycled(stride=3),
     INDEX,
+    CODES,
     LISTS,
 )
 
@@ -72,9 +76,11 @@ def prompts(count: int = 1, tokens: int = PROMPT) -> Tensor:
     return torch.randint(1, 60, (count, tokens), generator=torch.Generator().manual_seed(3))
 
 
-def read(network: Any, policy: Policy) -> tuple[PolicyCache, list[Signals]]:
+def read(
+    network: Any, policy: Policy, ids: Tensor | None = None, tokenizer: Any = None
+) -> tuple[PolicyCache, list[Signals]]:
     """A cache that has read the prompt, and what each layer was shown of it."""
-    cache, seen = load_cache(policy, network), []
+    cache, seen = load_cache(policy, network, tokenizer=tokenizer), []
     original = type(cache.layers[0]).take_in
 
     def spying(layer: Any, signals: list[Signals]) -> None:
@@ -83,7 +89,7 @@ def read(network: Any, policy: Policy) -> tuple[PolicyCache, list[Signals]]:
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(type(cache.layers[0]), "take_in", spying)
-        network(prompts(), past_key_values=cache)
+        network(prompts() if ids is None else ids, past_key_values=cache)
     return cache, seen
 
 
@@ -138,7 +144,7 @@ def generated(network: Any, policy: Policy, ids: Tensor) -> Tensor:
 FAISS = [replace(INDEX, joins="hnsw")] if importlib.util.find_spec("faiss") else []
 
 
-@pytest.mark.parametrize("method", [INDEX, LISTS, *FAISS], ids=repr)
+@pytest.mark.parametrize("method", [INDEX, LISTS, CODES, *FAISS], ids=repr)
 def test_an_index_on_the_host_finds_what_it_finds_on_the_device(
     network: Any, method: Method
 ) -> None:
@@ -174,6 +180,94 @@ def test_a_reader_of_sentences_is_refused_with_the_reason(network: Any) -> None:
         load_cache(uniform(Option(SentenceKV(), Budget(tokens=30)), network), network)
 
 
+SENTENCES = SentenceKV(held=2, window=8)
+
+
+def test_sentences_are_read_step_by_step_as_in_replay(network: Any, tokenizer: Any) -> None:
+    """What replay is given as flags of all tokens, the cache finds out as tokens come."""
+    policy = uniform(Option(SENTENCES, Budget(tokens=30)), network.bfloat16())
+    ids, more = texts(tokenizer)[:1], tokenizer("It is. So it was.").input_ids
+    cache, seen = read(network, policy, ids, tokenizer)
+    every = torch.tensor([[*ids[0].tolist(), *more]])
+    decoded = [tokenizer.decode(token) for token in every[0].tolist()]
+    ends = torch.tensor([text.rstrip()[-1:] in (".", "!", "?") for text in decoded])
+    assert ends[: ids.shape[1]].sum() > 2
+    assert ends[ids.shape[1] : -1].any()
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(policy.kv_heads, 2, len(more), 8, generator=generator)
+    part = apply(policy, 0, [30] * policy.kv_heads, replace(seen[0], sentence_ends=ends, _memo={}))
+    visible = part.visible(q)
+    assert visible is not None
+    layer = cache.layers[0].paged
+    assert cache.sentences is not None
+    for step, token in enumerate(more):
+        cache.sentences.told(torch.tensor([[token]]), range(1))
+        scratch = Scratch(policy.kv_heads, layer.slots, 2, 8, "cpu")
+        ours = layer.attend(q[:, :, step], scratch, seen[0].scale)
+        keys, values = part.keys.float(), part.values.float()
+        theirs, _ = attend(q[:, :, step], keys, values, visible[:, :, step], seen[0].scale)
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_padded_prompts_read_the_sentences_that_each_alone_reads(
+    network: Any, tokenizer: Any
+) -> None:
+    policy = uniform(Option(SENTENCES, Budget(tokens=30)), network)
+    ids, more = texts(tokenizer), tokenizer("No. But it").input_ids
+    short = ids.shape[1] - 9
+    padded, mask = ids.clone(), torch.ones_like(ids)
+    padded[1, :9], mask[1, :9] = tokenizer("...").input_ids[0], 0
+    together = with_tokens(network, policy, tokenizer, padded, more, mask)
+    first = with_tokens(network, policy, tokenizer, ids[:1], more)
+    second = with_tokens(network, policy, tokenizer, ids[1:, -short:], more)
+    torch.testing.assert_close(together, torch.cat([first, second], 1), atol=1e-4, rtol=1e-4)
+
+
+def test_tokens_without_text_are_refused_where_sentences_count(
+    network: Any, tokenizer: Any
+) -> None:
+    policy = uniform(Option(SENTENCES, Budget(tokens=30)), network)
+    hooks = network.base_model._forward_pre_hooks
+    with load_cache(policy, network, tokenizer=tokenizer) as cache, torch.no_grad():
+        assert hooks
+        with pytest.raises(KvtuneError, match="embeddings"):
+            network(inputs_embeds=torch.zeros(1, 5, 32), past_key_values=cache)
+    del cache
+    gc.collect()
+    assert not hooks
+
+
+def texts(tokenizer: Any) -> Tensor:
+    """Two texts of equally many tokens with sentences of different lengths."""
+    words = "It was so. We saw it! Was it so, as we said that it was? No, it was not so. " * 3
+    both = [tokenizer(words).input_ids, tokenizer(words[20:] + words[:20]).input_ids]
+    count = min(PROMPT, *map(len, both))
+    return torch.tensor([each[:count] for each in both])
+
+
+def with_tokens(
+    network: Any,
+    policy: Policy,
+    tokenizer: Any,
+    ids: Tensor,
+    more: list[int],
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Logits after a prompt and after each of some more tokens."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    with load_cache(policy, network, tokenizer=tokenizer) as cache, torch.no_grad():
+        given = {"past_key_values": cache, "use_cache": True}
+        places = (mask.cumsum(1) - 1).clamp_min(0)
+        found = [network(ids, attention_mask=mask, position_ids=places, **given).logits[:, -1]]
+        for token in more:
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            places = places[:, -1:] + 1
+            step = torch.full((len(ids), 1), token)
+            step = network(step, attention_mask=mask, position_ids=places, **given)
+            found.append(step.logits[:, -1])
+    return torch.stack(found)
+
+
 def test_rows_that_are_freed_read_nothing(network: Any) -> None:
     policy = uniform(Option(LISTS, Budget(tokens=30)), network)
     with load_cache(policy, network) as cache, torch.no_grad():
@@ -186,6 +280,57 @@ def test_rows_that_are_freed_read_nothing(network: Any) -> None:
     after = layer.attend(q, scratch, 1.0)
     assert not after[: rows // 2].any()
     torch.testing.assert_close(after[rows // 2 :], before[rows // 2 :])
+
+
+@pytest.mark.parametrize(
+    "method", first([LISTS, SENTENCES, *READERS[:-1]], 2), ids=lambda method: method.label
+)
+def test_sequences_freed_in_any_order_leave_the_others_and_nothing_behind(
+    network: Any, tokenizer: Any, method: Method
+) -> None:
+    """Beside a twin of which nothing is freed, step by step, in a drawn order."""
+    option = Option(method, Budget(tokens=30))
+    stored = [option, replace(option, keys=Int4(), values=Int4())]
+    heads = network.config.num_key_value_heads
+    row = tuple(stored[head % 2] for head in range(heads))
+    policy = Policy("two forms", (row,) * network.config.num_hidden_layers)
+    ids, draw = texts(tokenizer)[[0, 1, 0]], np.random.default_rng(0)
+    twin, ours = (read(network, policy, ids, tokenizer)[0].layers[0].paged for _ in range(2))
+    stays = torch.ones(ours.rows, dtype=torch.bool)
+    for step, sequence in enumerate([-1, *draw.permutation(3).tolist()]):
+        if sequence >= 0:
+            ours.free(sequence)
+            stays[heads * sequence : heads * (sequence + 1)] = False
+        q = torch.randn(ours.rows, 2, 8, generator=torch.Generator().manual_seed(step))
+        scratch = Scratch(ours.rows, ours.slots, 2, 8, "cpu")
+        expected, found = (layer.attend(q, scratch, 1.0) for layer in (twin, ours))
+        torch.testing.assert_close(found[stays], expected[stays])
+        assert not found[~stays].any()
+        left, all_of_it = (sum(x.nbytes for x in each.searched) for each in (ours, twin))
+        assert left * len(stays) == all_of_it * int(stays.sum())
+    assert not ours.searched
+
+
+@pytest.mark.parametrize(
+    "method", first([LISTS, SENTENCES, *READERS[:-1]], 2), ids=lambda method: method.label
+)
+def test_a_prompts_queries_are_forgotten_where_no_step_asks_for_them(
+    network: Any, tokenizer: Any, method: Method
+) -> None:
+    policy = uniform(Option(method, Budget(tokens=30)), network)
+    ids = texts(tokenizer)[:1]
+    layer = read(network, policy, ids, tokenizer)[0].layers[0].paged
+    q = torch.randn(layer.rows, 2, 8, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        layer.attend(q, Scratch(layer.rows, layer.slots, 2, 8, "cpu"), 1.0)
+    for each in layer.searched:
+        held = each.signals.queries.untyped_storage().nbytes()
+        asks = each.reader.asks_prompt_again
+        most = method.needs.queries(ids.shape[1]) if asks else 0
+        assert held == most * 2 * policy.kv_heads * 8 * 4
+        if not asks:
+            assert each.signals.keys.untyped_storage().nbytes() == 0
+        assert each.signals.prompt_tokens == ids.shape[1]
 
 
 @pytest.mark.parametrize("name", [n for n, kind in methods().items() if kind().reader(1)])

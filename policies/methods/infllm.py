@@ -89,6 +89,11 @@ class Representatives(MiddleBlocks):
         means: Tensor = (picked * mine).sum(2) / mine.sum(2).clamp_min(1)
         return means, mine[:, :, 0, 0]
 
+    @property
+    def asks_prompt_again(self) -> bool:
+        """Which keys stand for a block is settled at the first step."""
+        return False
+
     def index_bytes(self, entries: int, head_dim: int) -> int:
         """One key in 16 bits a block."""
         middle = max(entries - self.first - self.last, 0)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 class MustDrop(ScoredMethod):
     """Tokens of a span, such as an image's, are dropped; those of other types stay before them.
 
+    A surrogate of the whole: what its authors drop in the vision encoder and the prefill is not.
+
     a[q, j]  = attention of the last ``window`` queries (text behind an image), mean of all heads
     sum[j]   = share of j in all that the span draws;  most[j] = the most that one query pays to j
     score[j] = max(sum[j] / ``overall``, most[j] / ``individual``) within the span
@@ -32,7 +34,7 @@ class MustDrop(ScoredMethod):
     """
 
     name = "mustdrop"
-    source = "Liu et al., arXiv 2411.10803"
+    source = "a surrogate of Liu et al., arXiv 2411.10803: its rule for decoding"
 
     start: int = parameter(0, "first token of the span", unit="tokens", low=0, high=LONGEST_PROMPT)
     stop: int = parameter(

@@ -7,6 +7,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Literal
 
 from kvtune.common.rotary import turn
+from kvtune.policies.code_index import PASSES, CodeIndex
 from kvtune.policies.key_graph import KeyGraph
 from kvtune.policies.method import ReadingMethod
 from kvtune.policies.plain_index import PlainIndex, require_faiss
@@ -20,7 +21,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _NUMBER_BYTES, _KEY_BYTES = 4, 2
+_LEVELS = 16  # of a direction in each pass of codes, for which room is reckoned
 _KEYS_A_CLUSTER = 20  # of the lists' queries: lists are then those of queries that are much alike
+
+
+Index = KeyGraph | QueryIndex | CodeIndex | PlainIndex
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,11 @@ class RetrievalAttention(ReadingMethod):
     positions to where later ones stand, are clustered, and each cluster lists the keys that its
     queries look at most; a search compares centres near its query and ``scanned`` of the keys, half
     of them from the nearest clusters' lists and half neighbours of the best.
+
+    With ``joins: codes`` it is kvtune's too: keys in 1, 6 and 20 bytes (or others, where a sample
+    of the prompt's queries finds more), cut by what turned queries ask of keys; a search ranks all
+    by the first, some by the others, and compares whole keys with the rest of ``scanned`` of the
+    keys' bytes.
 
     With ``joins: hnsw`` it is FAISS's HNSW graph of the keys (``pip install kvtune[index]``), which
     the host searches wherever the head lies.
@@ -62,12 +72,13 @@ class RetrievalAttention(ReadingMethod):
     degree: int = parameter(35, "neighbours a key gets in each of two steps", low=1, high=128)
     near: int = parameter(100, "keys that a prompt query joins", low=2, high=1024)
     beam: int = parameter(100, "candidates of a search, and its most expansions", low=1, high=1024)
-    joins: Literal["queries", "keys", "lists", "hnsw"] = parameter(
+    joins: Literal["queries", "keys", "lists", "codes", "hnsw"] = parameter(
         "queries",
-        "what joins keys: queries, keys as in a plain index, lists of clusters, or FAISS's HNSW",
+        "what joins keys: queries, keys as in a plain index, lists of clusters, codes, "
+        "or FAISS's HNSW",
     )
     scanned: float = parameter(
-        0.05, "share of the keys that a search of lists compares", low=0.001, high=1
+        0.05, "share of the keys that a search of lists or codes compares", low=0.001, high=1
     )
 
     def __post_init__(self) -> None:
@@ -110,7 +121,7 @@ class IndexSearch(Reader):
     degree: int
     near: int
     beam: int
-    joins: Literal["queries", "keys", "lists", "hnsw"]
+    joins: Literal["queries", "keys", "lists", "codes", "hnsw"]
     scanned: float
 
     def reads(self, held: Held, queries: Tensor) -> Tensor:
@@ -137,6 +148,8 @@ class IndexSearch(Reader):
         if isinstance(index, QueryIndex):
             most = self._listed(len(index.keys))
             ids, _ = index.search(asked, min(self.beam, most), most)
+        elif isinstance(index, CodeIndex):
+            ids = index.search(asked, self.beam, self._listed(len(index.keys)))
         elif isinstance(index, PlainIndex):
             ids = index.search(asked, self.beam)
         else:
@@ -149,16 +162,18 @@ class IndexSearch(Reader):
         found: Tensor = worth.unflatten(0, queries.shape[:2])
         return found
 
-    def index(self, held: Held, row: int, count: int) -> KeyGraph | QueryIndex | PlainIndex:
+    def index(self, held: Held, row: int, count: int) -> Index:
         """The index over the prompt's keys of one row; built once a prompt."""
         signals, head = held.signals, int(held.heads[row])
         tokens = held.tokens[row, self.first : count - self.last]
 
-        def build() -> KeyGraph | QueryIndex | PlainIndex:
+        def build() -> Index:
             keys = signals.keys[head, tokens].float()
             if self.joins == "hnsw":
                 return PlainIndex.build(keys, self.degree, self.near)
-            queries = _queries_of(signals, head, turned=self.joins == "lists")
+            queries = _queries_of(signals, head, turned=self.joins in ("lists", "codes"))
+            if self.joins == "codes":
+                return CodeIndex.build(keys, queries, self.beam, self._listed(len(keys)))
             if self.joins != "lists":
                 return KeyGraph.build(keys, queries, self.degree, self.near, self.beam, self.joins)
             return QueryIndex.build(
@@ -168,14 +183,22 @@ class IndexSearch(Reader):
         which = blake2b(tokens.cpu().numpy().tobytes()).hexdigest()
         return signals.once(f"{self} {head} {which}", build)
 
+    @property
+    def asks_prompt_again(self) -> bool:
+        """The index is built at the first step."""
+        return False
+
     def entries_read(self, entries: int) -> int:
         """Most entries that a step reads."""
         return min(entries, self.budget)
 
     def index_bytes(self, entries: int, head_dim: int) -> int:
         """Neighbours in 32 bits, and FAISS's copy of the keys; of lists, centres in 16 bits and
-        keys with their shares in 32 too."""
+        keys with their shares in 32 too; of codes, what is packed, directions and levels."""
         middle = max(entries - self.first - self.last, 0)
+        if self.joins == "codes":
+            most = max(sum(choice) for choice in PASSES)
+            return middle * most + head_dim * _KEY_BYTES * (head_dim + _LEVELS * len(PASSES[0]))
         if self.joins == "hnsw":  # the lowest layer's links, and a copy of the keys in 32 bits
             return middle * _NUMBER_BYTES * (2 * self.degree + head_dim)
         if self.joins != "lists":
@@ -189,14 +212,18 @@ class IndexSearch(Reader):
         Searches of a group pass the same keys in part; one search is counted.
         """
         keys = self.compared_on_host(entries)
+        if self.joins == "codes":
+            return keys * head_dim * _KEY_BYTES
         if self.joins == "lists":
             return keys * (head_dim * _KEY_BYTES + 2 * _NUMBER_BYTES)
         expanded = min(self.beam, max(entries - self.first - self.last, 0))
         return expanded * 2 * self.degree * _NUMBER_BYTES + keys * head_dim * _KEY_BYTES
 
     def compared_on_host(self, entries: int) -> int:
-        """The most keys that one search compares, and centres of lists."""
+        """The most keys that one search compares, and centres of lists; of codes, keys' worth."""
         middle = max(entries - self.first - self.last, 0)
+        if self.joins == "codes":
+            return self._listed(middle)
         if self.joins == "lists":
             return self._listed(middle) + centres_compared(_clusters(middle))
         return min(middle, min(self.beam, middle) * 2 * self.degree + 1)

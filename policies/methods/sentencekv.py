@@ -85,14 +85,21 @@ class Sentences(Reader):
 
     def reads(self, held: Held, queries: Tensor) -> Tensor:
         """The ends, and entries in the order of their sentences."""
+        return self._ranked(held, self._running(held, queries))
+
+    def reads_newest(self, held: Held, queries: Tensor) -> Tensor:
+        """The same for the last query alone."""
+        return self._ranked(held, self._running(held, queries)[:, :, -1:])[:, 0]
+
+    def _ranked(self, held: Held, asked: Tensor) -> Tensor:
+        """What queries ``[R, G, C, D]``, each as it chooses, attend to, ``[R, C, n]`` bool."""
         import torch
 
         sentence, means, there = self._means(held)
-        asked = self._running(held, queries)
         worth = (asked @ means[:, None].transpose(-1, -2)).amax(1)
         worth = worth.masked_fill(~there[:, None], -torch.inf)
         rank = worth.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # 0 for the best
-        place = torch.arange(held.keys.shape[1], device=queries.device)
+        place = torch.arange(held.keys.shape[1], device=asked.device)
         at = sentence[:, None].expand(-1, rank.shape[1], -1)
         order = -(rank.gather(-1, at) * (len(place) + 1) + place).double()
         return best(held, order, self.first, self.last, self.budget)
@@ -113,19 +120,25 @@ class Sentences(Reader):
         """Mean of the queries since the last sentence ended, ``[R, G, C, D]``."""
         import torch
 
-        ends_at = held.signals.given("sentence_ends")
-        found, begun = torch.empty_like(queries), 0
-        for step in range(queries.shape[2]):
-            before = held.start + step - 1
-            if step and before < len(ends_at) and bool(ends_at[before]):
-                begun = step
-            found[:, :, step] = queries[:, :, begun : step + 1].mean(2)
-        return found
+        steps = torch.arange(queries.shape[2], device=queries.device)
+        # Whether the token before a step's ended a sentence; of what is not known it did not.
+        ended = held.signals.given("sentence_ends")[held.start : held.start + len(steps) - 1]
+        begins = torch.zeros_like(steps)
+        begins[1 : 1 + len(ended)] = steps[1 : 1 + len(ended)] * ended
+        begun = begins.cummax(0).values
+        total = torch.nn.functional.pad(queries.double().cumsum(2), (0, 0, 1, 0))
+        mean = total[:, :, 1:] - total[:, :, begun]
+        return (mean / (steps + 1 - begun)[:, None]).to(queries.dtype)
 
     @property
     def looks_back(self) -> bool:
         """Queries are averaged since the last sentence ended."""
         return True
+
+    @property
+    def asks_prompt_again(self) -> bool:
+        """Means are of the keys held."""
+        return False
 
     def entries_read(self, entries: int) -> int:
         """Most entries that a step reads."""

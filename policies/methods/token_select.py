@@ -108,6 +108,11 @@ class Votes(Reader):
         """A selection is reused for queries like those that made it."""
         return self.similarity <= 1
 
+    @property
+    def asks_prompt_again(self) -> bool:
+        """Votes are for the keys held."""
+        return False
+
     def entries_read(self, entries: int) -> int:
         """Most entries that a step reads."""
         return min(entries, self.budget)

@@ -176,6 +176,14 @@ class Beside:
                 each.laid.give(self.pool)
         self.laid = [each for each in self.laid if each.part.row not in rows]
 
+    def free(self, rows: range) -> None:
+        """Forget what lies beside the pages of these rows."""
+        self.encoded = [each for each in self.encoded if each.row not in rows]
+        if self.dense is not None:
+            stays = (self.dense[0] < rows.start) | (self.dense[0] >= rows.stop)
+            number, keys, values, weights = (x[stays] for x in self.dense)
+            self.dense = (number, keys, values, weights) if len(number) else None
+
     def merged(self, q: Tensor, output: Tensor, lse: Tensor, scale: float) -> Tensor:
         """Attention over pages and over these parts together, ``[rows, G, D]`` like ``output``.
 

@@ -9,8 +9,10 @@ that no graph captures it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from kvtune.policies.option import Option
 from kvtune.policies.paging import EXACT, reads_pages
 from kvtune.policies.parts import HeadPart
 from kvtune.policies.reader import Held, Reader
-from kvtune.policies.signals import Signals
+from kvtune.policies.signals import Needs, Signals
 from kvtune.runtime.cache.beside import HeldPart, stacked
 
 
@@ -57,6 +59,7 @@ class EntryRows:
         self.counts = torch.tensor([len(each) for each in tokens], device=device)
         self.asked: Tensor | None = None  # queries so far, of readers that look back
         self.steps, self.on_host = 0, on_host
+        self.sentence_ends: Callable[[], Tensor] | None = None  # for readers that go by them
         dense = all(each.formats == EXACT for each in held)
         self.encoded = [] if dense else list(held)
         self.dense = stacked(held, self.head_dim, torch.bfloat16, device) if dense else None
@@ -82,6 +85,7 @@ class EntryRows:
         """
         device = torch.device("cpu") if on_host else signals.keys.device
         own = signals.keys.to(device), signals.values.to(device)
+        needs = reduce(or_, (options[row % len(options)].method.needs for row, _ in rows))
         held = [
             HeldPart.of(
                 row, moved(part, device), (own[0][head], own[1][head]), options[row % len(options)]
@@ -93,7 +97,7 @@ class EntryRows:
         sequences = [row // len(options) for row, _ in rows]
         shown = replace(
             signals,
-            queries=signals.queries.to(device),
+            queries=asked_of(signals, needs).to(device),
             keys=own[0],
             values=own[1][:, :0].clone(),
             _memo={},
@@ -108,8 +112,21 @@ class EntryRows:
         return sum(x.encoded.keys.nbytes + x.encoded.values.nbytes for x in self.encoded)
 
     def free(self, rows: range) -> None:
-        """These rows read nothing from now on."""
-        self.counts[(self.rows >= rows.start) & (self.rows < rows.stop)] = 0
+        """Forget these rows: what they store, and how they were read.
+
+        What several rows share, the prompts' signals and an index made of them, goes with the last.
+        """
+        stays = (self.rows < rows.start) | (self.rows >= rows.stop)
+        self.rows, self.heads, self.sequences, self.tokens, self.counts = (
+            x[stays] for x in (self.rows, self.heads, self.sequences, self.tokens, self.counts)
+        )
+        self.asked = None if self.asked is None else self.asked[stays]
+        if self.dense is not None:
+            number, keys, values, weights = (x[stays] for x in self.dense)
+            self.dense = number, keys, values, weights
+        self.encoded = [each for each in self.encoded if each.row not in rows]
+        if not len(self.rows):
+            self.signals = without_prompt(replace(self.signals, _memo={}))
 
     def attend(self, q: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Attention of one step over what the reader chooses.
@@ -127,7 +144,7 @@ class EntryRows:
         output, lse = attend(
             asking, keys.to(near), values.to(near), visible.to(near), scale, weights.to(near)
         )
-        # A row that was freed reads nothing anywhere, and no weight may become 0 / 0.
+        # A row that holds nothing reads nothing anywhere, and no weight may become 0 / 0.
         return self.rows.to(near), (output, lse.clamp_min(torch.finfo(lse.dtype).min))
 
     def _chosen(self, asking: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,14 +169,34 @@ class EntryRows:
             queries = queries if self.asked is None else torch.cat([self.asked, queries], 2)
             self.asked = queries
         self.steps += 1
+        if self.sentence_ends is not None:
+            self.signals.sentence_ends = self.sentence_ends().to(keys.device)
         start = self.signals.prompt_tokens + self.steps - queries.shape[2]
         held = Held(keys, self.counts, self.tokens, self.heads, self.sequences, self.signals, start)
-        return self.reader.reads(held, queries)[:, -1] & held.real
+        chosen = self.reader.reads_newest(held, queries) & held.real
+        if self.steps == 1 and not self.reader.asks_prompt_again:
+            self.signals = without_prompt(self.signals)
+        return chosen
 
 
 def searches(reader: Reader | None) -> bool:
     """Whether a reader chooses in another way than by pages."""
     return reader is not None and not reads_pages(reader)
+
+
+def asked_of(signals: Signals, needs: Needs) -> Tensor:
+    """The last queries of a prompt that are needed, without the memory of the others."""
+    count = needs.queries(signals.prompt_tokens)
+    queries = signals.queries
+    if count == signals.prompt_tokens:
+        return queries
+    return queries[:, max(queries.shape[1] - count, 0) :].clone()
+
+
+def without_prompt(signals: Signals) -> Signals:
+    """The same length and what was made of the prompt, without its queries and keys."""
+    queries, keys = (x[..., :0].clone() for x in (signals.queries, signals.keys))
+    return replace(signals, queries=queries, keys=keys)
 
 
 def moved(part: HeadPart, device: torch.device) -> HeadPart:

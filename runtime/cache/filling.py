@@ -6,8 +6,9 @@ Pages take most of it at once. What the rest is made of, tables of all rows toge
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -74,12 +75,14 @@ class Filling:
         layers: of the model.
         window: of a sliding layer that will be exceeded.
         evicts: whether methods that can go on evicting will.
+        sentence_ends: which tokens of a sequence end a sentence, as far as it was given.
     """
 
     shared: Shared
     layers: int
     window: int | None
     evicts: bool
+    sentence_ends: Callable[[int], Tensor]
     _beside: list[HeldPart] = field(default_factory=list)
     _laid: list[LaidPart] = field(default_factory=list)
     _searched: list[EntryRows] = field(default_factory=list)
@@ -154,11 +157,15 @@ class Filling:
             number, head = places[(row - taken.rows.start) % len(places)]
             reader = taken.choices[number].readers[head]
             if searches(reader):
-                on_host = options[row % len(options)].on_host
-                together[number, reader, on_host].append((row, head))
-        for (number, reader, on_host), rows in together.items():
+                option = options[row % len(options)]
+                # What a sequence writes is its own, also where one prompt stands for several.
+                own = row // len(options) if option.method.needs.sentences else None
+                together[number, reader, option.on_host, own].append((row, head))
+        for (number, reader, on_host, own), rows in together.items():
             parts = taken.choices[number].beside
             found = EntryRows.of(reader, rows, options, parts, taken.read[number], on_host)
+            if own is not None:
+                found.sentence_ends = partial(self.sentence_ends, own)
             self._searched.append(found)
 
     def _take_readers(self, taken: Taken) -> None:

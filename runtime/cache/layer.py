@@ -101,7 +101,9 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             )
         if self.window:
             check_sliding(self.number, self.window, cache.policy.heads[self.number])
-        self.filling = Filling(cache.shared, len(cache.layers), self.window, cache.evicts)
+        self.filling = Filling(
+            cache.shared, len(cache.layers), self.window, cache.evicts, cache.sentence_ends
+        )
 
     def signals(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> list[Signals]:
         """What methods may look at, of some equally long prompts; see ``reading``."""

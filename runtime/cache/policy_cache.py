@@ -60,6 +60,7 @@ from kvtune.runtime.cache.layer import CacheLayer, attention, padding_mask
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.placing import check_host, warn_of_slow_formats
 from kvtune.runtime.cache.pool import Pool
+from kvtune.runtime.cache.sentences import SentenceEnds, watch
 from kvtune.runtime.cache.settling import check_residual, settle
 from kvtune.runtime.cache.whole_prompt import calibration_for, check_passes, repeated, when_read
 from kvtune.runtime.kernels.launch import Scratch
@@ -94,8 +95,9 @@ def load_cache(
             own format, a page of 64 at a time (KIVI); None for all of them. Heads that evict from
             fewer than 16 bits keep so many, and up to twice as many, in 16 bits; without it none.
         limit_bytes: that the pool of pages never exceeds; None for no limit.
-        tokenizer: the model's, for policies that ask it to repeat its prompt (KVzip), or that must
-            measure it first (CompressKV, on a model that was never measured).
+        tokenizer: the model's, for policies that ask it to repeat its prompt (KVzip), that go by
+            sentences (SentenceKV), or that must measure it first (CompressKV, on a model that was
+            never measured).
 
     Raises:
         KvtuneError: unreadable policy, another model's shape, an unsupported format or head, or a
@@ -124,6 +126,9 @@ def load_cache(
         cache.learned = learned_layers(name, geometry.layers, str(model.device))
     if bound.needs.asks_model:
         cache.repeat = partial(repeated, model, geometry, tokenizer, bound.needs)
+    if bound.needs.sentences:
+        cache.sentences = SentenceEnds(tokenizer)
+        watch(model, cache, cache.sentences)
     if cache.waits:
         when_read(model, cache)
     cache.answering = Answering.begin(model)
@@ -168,6 +173,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
         self.calibration: Calibration | None = None
         self.learned: list[dict[str, Tensor]] = []
         self.repeat: Callable[[list[int], list[Signals]], list[Signals]] | None = None
+        self.sentences: SentenceEnds | None = None
         self.waits, self.needs = policy.waits, policy.needs
         self.prompts: list[int] = []  # their lengths, as soon as the first is read
         self.width = 0  # of the batch: the longest prompt, and padding before it
@@ -224,6 +230,12 @@ class PolicyCache(Cache):  # type: ignore[misc]
         self._take_memory(device)
         for layer in self.layers:
             layer.open()
+
+    def sentence_ends(self, sequence: int) -> Tensor:
+        """Which tokens that a sequence was given so far end a sentence, ``[N]`` bool."""
+        if self.sentences is None:
+            raise KvtuneError("where sentences end is read only by policies that ask for it")
+        return self.sentences.of(sequence, self.prompts[sequence])
 
     @property
     def padding(self) -> int:

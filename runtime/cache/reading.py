@@ -72,6 +72,7 @@ def signals_of(
 def _asked_at_once(cache: PolicyCache, layer: int, tokens: int) -> int:
     """Prompts of this length."""
     together = cache.policy.chooses_head_by_head(layer) and not (cache.waits or cache.evicts)
+    together = together and not cache.needs.sentences  # which each prompt has of its own
     return max(1, ASKED_AT_ONCE // max(1, tokens)) if together else 1
 
 

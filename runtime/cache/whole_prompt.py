@@ -138,10 +138,10 @@ def check_passes(policy: Policy, tokenizer: Any) -> None:
             f"the policy {policy.name!r} looks at what comes after the prompt: it is a bound",
             hint="kvtune validate runs it; nobody can serve it.",
         )
-    if needs.sentences:
+    if needs.sentences and tokenizer is None:
         raise KvtuneError(
             f"the policy {policy.name!r} reads where sentences end, and a cache sees no text",
-            hint="kvtune validate and kvtune bench run it; to serve, take another reader.",
+            hint="give load_cache(..., tokenizer=).",
         )
     if needs.asks_model and tokenizer is None:
         raise KvtuneError(
