@@ -59,7 +59,7 @@ def test_budgets_count_alike_however_much_is_lost_at_them() -> None:
 
 def test_a_method_that_takes_more_bytes_is_compared_in_no_more_than_others() -> None:
     losses = np.array([[[8.0], [4.0], [1.0]], [[0.5], [0.4], [0.3]], [[9.0], [5.0], [2.0]]])
-    taken = np.array([[10, 40, 160], [150, 170, 300], [10, 41, 160]])
+    taken = np.array([[10, 40, 160], [150, 190, 300], [10, 41, 160]])
     found = within_bytes(losses.astype(np.float32), taken)
     assert found[0].ravel().tolist() == [8.0, 4.0, 1.0]
     assert found[1].ravel().tolist() == [9.0, 5.0, 0.5], "the worst, until its least fits"

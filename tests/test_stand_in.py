@@ -139,6 +139,23 @@ def most_pages(option: Option, tokens: int, heads: int, head_dim: int) -> int:
     return (heads + full) * layout.page_bytes
 
 
+@pytest.mark.parametrize("sequences", [90, 110])
+def test_a_rule_has_the_precision_of_the_bytes_that_it_fills(
+    sequences: int, packaged: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In short prompts much of the room are pages that are not full."""
+    with_kvzip(1e-3, monkeypatch)
+    curve = source_models.packaged_tables()[1]["baselines"]["kvzip"]
+    for point in curve:
+        point["name"] = f"model_wide kvzip {'int8' if point['at'] > 0.2 else 'int4+4'}"
+    request = replace(llama(tmp_path, sequences=sequences), context_tokens=1024)
+    result = run_search(request)
+    option, share = result.policy.heads[0][0], result.share
+    nearest = min(curve, key=lambda point: abs(np.log(point["at"] / share)))
+    assert option.method.name == "kvzip"
+    assert nearest["name"].endswith(option.keys.label)
+
+
 def test_an_explorer_shows_a_rule_as_the_search_counted_it(
     packaged: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

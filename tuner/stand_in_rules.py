@@ -15,12 +15,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvtune.policies.option import ALL
 from kvtune.simulator.quality.rules import Rule
 from kvtune.simulator.quality.tables import Tables
 from kvtune.tuner.baselines import STRONG
 from kvtune.tuner.candidate import Candidate
-from kvtune.tuner.curves import Curves, Row, row_at, rows_at, share_of
+from kvtune.tuner.curves import Curves, Row, row_at, rows_at
 from kvtune.tuner.filling import Filling, SequenceBytes
 from kvtune.tuner.question import Question
 from kvtune.tuner.simple_points import as_many_as_time_allows
@@ -32,7 +31,6 @@ GROUPS: tuple[Collection[str], ...] = (
                 if not any(method.needs.calibration for _, method in rules))),
 )  # fmt: skip
 """Families of which the best is a plan; what is calibrated on the model first needs the model."""
-_NEARLY = 0.99
 _STEPS = 12  # numbers of sequences, from one to as many as fit
 
 
@@ -145,23 +143,23 @@ class _Choosing:
         best = min(rules, key=_value)
         return Offer(best, self.context, sequences, self.question.weights)
 
-    def _rule(self, row: Row, filling: Filling, length: float) -> Rule | None:
+    def _rule(self, row: Row, filling: Filling, length: float, again: int = 1) -> Rule | None:
         """A family's rule, filled; None where nobody ran it with so few bytes.
 
-        Where all tokens of one that keeps them do not fit in pages, it is the next smaller one.
+        Pages are not full and take some of the room: where the bytes that are then left ask for
+        another precision, or do not hold every token of a rule that keeps them, that one is filled.
         """
         parts = row.stored()
         filled = None if parts is None else filling.filled(*parts)
         if filled is None:
             return None
         share = filled.prompt_bytes / self.question.full_bytes(self.context)
-        if row.keeps_all and filled.option.budget != ALL:
-            smaller = next(rows_at(self.curves, share, (row.family,), length), None)
-            return None if smaller is None else self._rule(smaller, filling, length)
-        points = self.curves[row.family]
-        if share < _NEARLY * share_of(points[0]):
+        other = next(rows_at(self.curves, share, (row.family,), length), None)
+        if other is None:
             return None
-        lost = row_at(points, share, row.family, row.name)
+        if other.name != row.name and (again or row.keeps_all):
+            return self._rule(other, filling, length, max(again - 1, 0))
+        lost = row_at(self.curves[row.family], share, row.family, row.name)
         losses = _by_sample(lost, self.question.tables)
         return Rule(row.family, filled.option, filled.allocator, losses, lost.loss)
 
