@@ -170,14 +170,11 @@ class Beside:
         return sum(len(x.laid.pages) * x.laid.layout.page_bytes for x in self.laid)
 
     def free(self, rows: range) -> None:
-        """Give back these rows' pages of packed buffers."""
+        """Give back these rows' pages of packed buffers, and forget what lies beside them."""
         for each in self.laid:
             if each.part.row in rows:
                 each.laid.give(self.pool)
         self.laid = [each for each in self.laid if each.part.row not in rows]
-
-    def free(self, rows: range) -> None:
-        """Forget what lies beside the pages of these rows."""
         self.encoded = [each for each in self.encoded if each.row not in rows]
         if self.dense is not None:
             stays = (self.dense[0] < rows.start) | (self.dense[0] >= rows.stop)

@@ -370,8 +370,6 @@ class PagedLayer:
         for each in self.searched:
             each.free(rows)
         self.searched = [each for each in self.searched if len(each.rows)]
-        if self.beside is not None:
-            self.beside.free(rows)
         self.lengths[:, rows.start : rows.stop] = 0
         self.paged.lengths.view(3, -1)[:, rows.start : rows.stop] = 0
         if self.ring and self.growing.places is not None:
