@@ -58,7 +58,8 @@ def store_prompts(
         exact = [sum(exact_among(option.keys, most)) for option in layer.options]
     rows = rows or slice(0, layer.rows)
     _count(layer, rows, sizes, np.array(exact))
-    layouts = {layout.code: layout for layout in (*layer.layouts, layer.growing_layout)}
+    of_heads = layer.layouts[: len(layer.options)]  # every sequence has the same
+    layouts = {layout.code: layout for layout in (*of_heads, layer.growing_layout)}
     here = {number: _records(layer, layout, rows, sizes) for number, layout in layouts.items()}
     there = list(_on_host(layer, rows, sizes)) if layer.host else []
     tables = [*here.values(), *(records for _, _, records in there)]
@@ -67,7 +68,7 @@ def store_prompts(
     chosen = torch.cat(list(kept))
     magnitudes = torch.stack([x.abs().amax(-1) for x in (keys, values)])
     layer.finite[rows][: len(kept)] = magnitudes.amax(-1).isfinite().all(0)
-    if any(layout.has_head_scales for layout in layer.layouts):
+    if any(layout.has_head_scales for layout in of_heads):
         by_kind = layer.fp8_scales.view(3, -1, 2)[:, rows].unflatten(1, (-1, len(kept)))
         row = torch.repeat_interleave(counts.long(), output_size=len(chosen))
         coded = is_coded(row, counts.cumsum(0) - counts, exact_of)
