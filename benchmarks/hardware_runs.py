@@ -33,7 +33,7 @@ import numpy as np
 from kvtune.benchmarks.serving_recipes import Run, Setting, read_runs, shape_of
 from kvtune.profiles.elsewhere import STACKS, Stack, require_systems_folder
 from kvtune.profiles.split import split_over
-from kvtune.simulator.latency.elsewhere.tables import ServingTables
+from kvtune.profiles.stack_kernels.tables import ServingTables
 from kvtune.simulator.latency.front_end import FrontEnd
 from kvtune.simulator.latency.serving_kernels import ServingModel
 from kvtune.simulator.latency.stack_overheads import Overheads

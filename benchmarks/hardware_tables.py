@@ -23,15 +23,15 @@ from kvtune.benchmarks.serving_recipes import CARDS
 from kvtune.common.errors import KvtuneError
 from kvtune.profiles.elsewhere import STACKS, read_table, require_systems_folder
 from kvtune.profiles.gpus import GpuProfile
-from kvtune.simulator.latency.elsewhere.attention import (
+from kvtune.profiles.stack_kernels.attention import (
     Heads,
     attention_features,
     attention_points,
 )
-from kvtune.simulator.latency.elsewhere.tables import ServingTables
+from kvtune.profiles.stack_kernels.grid import fit_grids
+from kvtune.profiles.stack_kernels.tables import ServingTables
 from kvtune.simulator.latency.serving_kernels import ServingModel
 from kvtune.simulator.latency.stack_overheads import Overheads
-from kvtune.simulator.latency.table_grid import fit_grids
 
 ALIKE = {"b200_sxm": 1, "b300_sxm": 1, "gb200": 1, "gb300": 1}  # one chip; left out together too
 

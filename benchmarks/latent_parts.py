@@ -22,9 +22,9 @@ from kvtune.benchmarks.hardware_runs import summary
 from kvtune.common.errors import KvtuneError
 from kvtune.profiles.elsewhere import SYSTEM_OF_CARD, require_systems_folder
 from kvtune.profiles.models import find_model
-from kvtune.simulator.latency.elsewhere.attention import Kind
-from kvtune.simulator.latency.elsewhere.latent import LatentCall
-from kvtune.simulator.latency.elsewhere.tables import ServingTables
+from kvtune.profiles.stack_kernels.attention import Kind
+from kvtune.profiles.stack_kernels.latent import LatentCall
+from kvtune.profiles.stack_kernels.tables import ServingTables
 from kvtune.simulator.latency.serving_kernels import ServingModel
 from kvtune.simulator.latency.stack_overheads import Overheads
 

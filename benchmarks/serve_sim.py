@@ -18,7 +18,6 @@ from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
 from kvtune.simulator.serving.engine import Engine, serve
 from kvtune.simulator.serving.memory import Memory
-from kvtune.simulator.serving.prepare import prepare
 from kvtune.simulator.serving.record import Record
 from kvtune.simulator.serving.report import Goals
 from kvtune.simulator.serving.requests import Lengths, Requests, generate
@@ -27,6 +26,7 @@ from kvtune.simulator.serving.sequence import Footprint
 from kvtune.simulator.serving.server import server
 from kvtune.simulator.serving.step import Limits
 from kvtune.simulator.serving.step_times import Curve, StepTimes
+from kvtune.simulator.serving.times import prepare
 
 QUEUE_REQUESTS = 600_000
 MEAN_STEPS = 1000  # of one service; exponential ones are rounded to whole steps

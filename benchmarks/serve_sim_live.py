@@ -33,11 +33,11 @@ from kvtune.runtime.cache.policy_cache import load_cache
 from kvtune.runtime.fuse import fused_on_gpu
 from kvtune.runtime.graph import DecodeLoop
 from kvtune.simulator.serving.engine import serve
-from kvtune.simulator.serving.prepare import prepare
 from kvtune.simulator.serving.report import Goals
 from kvtune.simulator.serving.requests import Requests
 from kvtune.simulator.serving.server import server
 from kvtune.simulator.serving.step import Limits
+from kvtune.simulator.serving.times import prepare
 
 UNTIMED = 3  # the first token, and two in the open before the graph is captured
 

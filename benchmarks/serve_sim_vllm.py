@@ -30,12 +30,12 @@ from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
 from kvtune.simulator.serving.engine import Engine
 from kvtune.simulator.serving.memory import Memory
-from kvtune.simulator.serving.prepare import prepare
 from kvtune.simulator.serving.record import Record
 from kvtune.simulator.serving.requests import Requests
 from kvtune.simulator.serving.scheduler import Scheduler
-from kvtune.simulator.serving.server import Server, server
+from kvtune.simulator.serving.server import Server, StackKernels, server
 from kvtune.simulator.serving.step import Limits
+from kvtune.simulator.serving.times import prepare
 
 RESULTS = Path(__file__).parent / "results"
 REQUESTS = 400
@@ -99,7 +99,7 @@ def main() -> None:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPES["8b"] | {"head_dim": 128}))
         policy = document(folder).policy
     limits = Limits(256, LONGEST)
-    serving = server(shape, gpu, gpu.visible_bytes, "bf16", limits, stack="vllm")
+    serving = server(shape, gpu, gpu.visible_bytes, "bf16", limits, kernels=StackKernels("vllm"))
     nothing_left = replace(serving, limits=replace(limits, left_to_answers=0.0))
     measured = json.loads((RESULTS / "vllm-gpu-admission-h200.json").read_text("utf-8"))
     before = json.loads((RESULTS / "vllm-gpu-graphs-h200.json").read_text("utf-8"))

@@ -72,7 +72,7 @@ def read(typed: Typed) -> tuple[Asked, Engine | LlamaEngine | None]:
     options, planned = planned_options(document, **typed.served._asdict())
     plain = _asked(typed, _USUALLY._replace(**options))
     kernels, told = _kernels(typed.stack, plain.shape)
-    from kvtune.simulator.latency.chunks import Reading  # what was typed is read before it
+    from kvtune.simulator.latency.reading import Reading  # what was typed is read before it
 
     reading = Reading.of(typed.prefix, typed.chunk)
     engine = with_typed(engine, kv_format, reading.chunk_tokens)

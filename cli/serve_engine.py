@@ -38,7 +38,7 @@ class EngineTyped:
         """
         from kvtune.cli.stack_options import check_expert_parallel, read_cache_dtype
         from kvtune.common.units import parse_bytes
-        from kvtune.simulator.serving.server import server
+        from kvtune.simulator.serving.server import StackKernels, server
         from kvtune.simulator.serving.step import READING, Limits
 
         check_expert_parallel(self.stack, self.expert_parallel)
@@ -54,7 +54,9 @@ class EngineTyped:
             block_tokens=self.block,
             host_bytes=0 if self.host_mem is None else parse_bytes(self.host_mem),
             gpus=self.gpus,
-            stack=self.stack,
-            kv_format=read_cache_dtype(self.stack, self.kv_cache_dtype) or "bfloat16",
-            expert_parallel=self.expert_parallel,
+            kernels=StackKernels(
+                self.stack,
+                read_cache_dtype(self.stack, self.kv_cache_dtype) or "bfloat16",
+                self.expert_parallel,
+            ),
         )  # fmt: skip

@@ -102,7 +102,7 @@ def _answer(
     """Serve the requests under each policy, and say what came of it."""
     from kvtune.cli.serve_report import answer, left_out, served_table
     from kvtune.simulator.serving.engine import serve
-    from kvtune.simulator.serving.prepare import prepare
+    from kvtune.simulator.serving.times import prepare
 
     found = [
         serve(prepare(serving, asked, each), asked, goals)

@@ -10,7 +10,7 @@ from kvtune.profiles.elsewhere import Stack, StackChoice
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.profiles.split import split_over
-from kvtune.simulator.latency.chunks import Reading
+from kvtune.simulator.latency.reading import Reading
 from kvtune.simulator.latency.stacks import (
     KvFormat,
     StackSetting,

@@ -13,7 +13,8 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
-from kvtune.simulator.latency.chunks import Reading, chunked_prefill
+from kvtune.simulator.latency.chunks import chunked_prefill
+from kvtune.simulator.latency.reading import Reading
 from kvtune.simulator.latency.steps import prefill
 
 SHAPE = find_model("llama-3.1-8b")

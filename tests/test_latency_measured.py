@@ -17,11 +17,12 @@ from kvtune.profiles.gpus import GpuProfile, find_gpu
 from kvtune.profiles.kernel_table import KernelRow, Point, RowWriter
 from kvtune.profiles.measured import parse_measured_gpu, read_measured
 from kvtune.profiles.models import find_model
-from kvtune.simulator.latency import overheads
+from kvtune.simulator.latency import compression, copies
 from kvtune.simulator.latency import steps as latency
 from kvtune.simulator.latency import transfer as transfer_module
+from kvtune.simulator.latency.compression import policy_overhead
+from kvtune.simulator.latency.copies import transfer
 from kvtune.simulator.latency.kernels import Curve, Kernels
-from kvtune.simulator.latency.overheads import policy_overhead, transfer
 from kvtune.simulator.latency.parts import covers, decode_parts, layer_matrices
 from kvtune.simulator.latency.steps import decode_steps, prefills
 from kvtune.simulator.latency.transfer import Tables, transferred
@@ -48,7 +49,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Tables:
         return {"h100-sxm": own, "h200": other}.get(gpu.slug)
 
     monkeypatch.setattr(latency, "tables_for", tables_for)
-    monkeypatch.setattr(overheads, "tables_for", tables_for)
+    for module in (compression, copies):
+        monkeypatch.setattr(module, "tables_for", tables_for)
     return own
 
 
@@ -393,7 +395,7 @@ def test_steps_from_tables_import_no_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, kvtune.simulator.latency.overheads; print('torch' in sys.modules)"
+    code = "import sys, kvtune.simulator.latency.compression; print('torch' in sys.modules)"
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

@@ -12,8 +12,8 @@ import pytest
 from kvtune.common.errors import KvtuneError
 from kvtune.profiles.models import find_model
 from kvtune.profiles.parameter_counts import Experts
-from kvtune.simulator.latency.elsewhere.latent import LatentCall
-from kvtune.simulator.latency.elsewhere.tables import ServingTables
+from kvtune.profiles.stack_kernels.latent import LatentCall
+from kvtune.profiles.stack_kernels.tables import ServingTables
 from kvtune.simulator.latency.serving_kernels import ServingModel
 from kvtune.simulator.latency.stack_overheads import Overheads, small_kernels
 from kvtune.tests.made_up_tables import RATE, latent_s, matrix_s, write_latent, write_systems

@@ -13,13 +13,13 @@ from kvtune.profiles import elsewhere
 from kvtune.profiles.elsewhere import read_table
 from kvtune.profiles.models import find_model
 from kvtune.profiles.split import split_over
-from kvtune.simulator.latency.elsewhere.attention import Heads
-from kvtune.simulator.latency.elsewhere.curve import Curve
-from kvtune.simulator.latency.elsewhere.experts import ExpertShape
-from kvtune.simulator.latency.elsewhere.tables import ServingTables
+from kvtune.profiles.stack_kernels.attention import Heads
+from kvtune.profiles.stack_kernels.curve import Curve
+from kvtune.profiles.stack_kernels.experts import ExpertShape
+from kvtune.profiles.stack_kernels.grid import fit_grids
+from kvtune.profiles.stack_kernels.tables import ServingTables
 from kvtune.simulator.latency.serving_kernels import ServingModel
 from kvtune.simulator.latency.stack_overheads import Overheads
-from kvtune.simulator.latency.table_grid import fit_grids
 from kvtune.tests.made_up_tables import RATE, context_s, decode_s, matrix_s, write, write_systems
 
 

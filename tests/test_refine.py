@@ -178,7 +178,9 @@ def with_a_rule(found: Found, loss: float) -> Found:
     losses = np.full(len(found.source.tables.samples), loss, np.float32)
     option = Option(KVzip(), Budget(share=0.25), Int4(), Int4())
     source = found.source.with_rules([Rule("kvzip", option, ModelWide(), losses)])
-    solver = found.solver.asked(replace(found.solver.question, tables=source.tables))
+    question = found.solver.question
+    held = {context: np.append(each, each.min()) for context, each in question.held.items()}
+    solver = found.solver.asked(replace(question, tables=source.tables, held=held))
     offer = Offer(source.tables.rules[0], best.context, best.sequences, best.weights)
     (point,) = rule_points(solver, [offer], first=99)
     both = replace(found, source=source, solver=solver, expected=[*found.expected, point])

@@ -26,7 +26,6 @@ from kvtune.simulator.latency.sums import sums_over_gpus
 from kvtune.simulator.serving.engine import Engine, serve
 from kvtune.simulator.serving.footprint import footprint
 from kvtune.simulator.serving.memory import Memory
-from kvtune.simulator.serving.prepare import prepare
 from kvtune.simulator.serving.record import Record
 from kvtune.simulator.serving.report import Goals
 from kvtune.simulator.serving.requests import Lengths, Requests, generate
@@ -36,7 +35,7 @@ from kvtune.simulator.serving.sequence import Footprint, Prefix, Sequence
 from kvtune.simulator.serving.server import Server, server
 from kvtune.simulator.serving.step import Limits, Step
 from kvtune.simulator.serving.step_times import Chunk, Curve, StepTimes
-from kvtune.simulator.serving.times import Load, step_times
+from kvtune.simulator.serving.times import Load, prepare, step_times
 
 LONGEST = 200
 SMOL, H100 = find_model("smollm2-135m"), find_gpu("h100")

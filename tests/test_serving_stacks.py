@@ -16,27 +16,28 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.named import read_named
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
+from kvtune.profiles.stack_kernels.tables import ServingTables
 from kvtune.simulator.latency import stacks
-from kvtune.simulator.latency.elsewhere.tables import ServingTables
 from kvtune.simulator.latency.front_end import FrontEnd
 from kvtune.simulator.latency.serving_kernels import ServingModel
 from kvtune.simulator.latency.stack_overheads import Overheads, small_kernels
 from kvtune.simulator.latency.stacks import on_card
 from kvtune.simulator.serving.engine import Engine, serve
 from kvtune.simulator.serving.memory import Memory
-from kvtune.simulator.serving.prepare import prepare
 from kvtune.simulator.serving.record import Record
 from kvtune.simulator.serving.report import Goals, measures
 from kvtune.simulator.serving.requests import Lengths, Requests, generate_at_once
 from kvtune.simulator.serving.scheduler import Scheduler
 from kvtune.simulator.serving.sequence import Footprint
-from kvtune.simulator.serving.server import server
+from kvtune.simulator.serving.server import StackKernels, server
 from kvtune.simulator.serving.stack_times import StackGrids, StackTimes
 from kvtune.simulator.serving.step import Limits
 from kvtune.simulator.serving.step_times import Chunk, Curve, StepTimes
+from kvtune.simulator.serving.times import prepare
 from kvtune.tests.made_up_tables import RATE, write_systems
 
 LLAMA, H200 = find_model("llama-8b"), find_gpu("h200")
+VLLM = StackKernels("vllm")
 OVER = Overheads(1e-6, 1e-4, 1e-6, kernels=1.1, reading=1.2, launches_s=1e-6)
 
 
@@ -249,7 +250,7 @@ def test_serving_by_a_stack_is_answered_with_an_interval(
 ) -> None:
     monkeypatch.setattr(stacks, "require_systems_folder", lambda: systems)
     limits = Limits(16, 2048)
-    serving = server(LLAMA, H200, H200.visible_bytes, "bf16", limits, stack="vllm")
+    serving = server(LLAMA, H200, H200.visible_bytes, "bf16", limits, kernels=VLLM)
     asked = generate_at_once(40, 8, Lengths(500, 600), Lengths(20, 30), longest=4096)
     ready = prepare(serving, asked, None)
     figures = serve(ready, asked, Goals()).figures
@@ -270,12 +271,14 @@ def test_a_policy_is_served_by_the_plugin_in_vllm_alone(
 ) -> None:
     monkeypatch.setattr(stacks, "require_systems_folder", lambda: systems)
     asked = generate_at_once(4, 2, Lengths(50, 60), Lengths(2, 3), longest=4096)
-    others: list[dict[str, Any]] = [{"stack": "sglang"}, {"stack": "vllm", "kv_format": "fp8"}]
-    for other in others:
-        serving = server(LLAMA, H200, H200.visible_bytes, "bf16", Limits(16, 2048), **other)
+    for other in (StackKernels("sglang"), StackKernels("vllm", "fp8")):
+        limits = Limits(16, 2048)
+        serving = server(LLAMA, H200, H200.visible_bytes, "bf16", limits, kernels=other)
         with pytest.raises(KvtuneError, match="kvtune's plugin in vLLM"):
             prepare(serving, asked, planned("snapkv 25% int4"))
-    serving = server(LLAMA, H200, H200.visible_bytes, "bf16", Limits(16, 2048), stack="vllm")
+    serving = server(
+        LLAMA, H200, H200.visible_bytes, "bf16", Limits(16, 2048), kernels=StackKernels("vllm")
+    )
     with pytest.raises(KvtuneError, match="more than reading each layer's prompt once"):
         prepare(serving, asked, planned("kvzip 25%"))
 
@@ -284,7 +287,9 @@ def test_a_policy_in_vllm_reads_whole_prompts_less_cache_and_leaves_blocks_to_an
     systems: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stacks, "require_systems_folder", lambda: systems)
-    serving = server(LLAMA, H200, H200.visible_bytes, "bf16", Limits(16, 2048), stack="vllm")
+    serving = server(
+        LLAMA, H200, H200.visible_bytes, "bf16", Limits(16, 2048), kernels=StackKernels("vllm")
+    )
     asked = generate_at_once(40, 8, Lengths(4000, 4000), Lengths(20, 30), longest=8192)
     full, plan = (prepare(serving, asked, each) for each in (None, planned("snapkv 12% int4")))
     assert full.limits is None
@@ -327,8 +332,8 @@ def test_a_cache_of_eight_bits_holds_twice_as_much_and_is_read_by_its_own_kernel
     wide, narrow = (
         prepare(
             server(
-                LLAMA, H200, H200.visible_bytes, "bf16", Limits(16, 2048), stack="vllm",
-                kv_format=form,
+                LLAMA, H200, H200.visible_bytes, "bf16", Limits(16, 2048),
+                kernels=StackKernels("vllm", form),
             ),
             asked, None,
         )
@@ -346,7 +351,7 @@ def test_copies_to_the_host_are_not_taken_to_be_free(
     monkeypatch.setattr(stacks, "require_systems_folder", lambda: systems)
     limits = Limits(16, 2048)
     serving = server(
-        LLAMA, H200, H200.visible_bytes, "bf16", limits, host_bytes=10**9, stack="vllm"
+        LLAMA, H200, H200.visible_bytes, "bf16", limits, host_bytes=10**9, kernels=VLLM
     )
     asked = generate_at_once(4, 2, Lengths(50, 60), Lengths(2, 3), longest=4096)
     with pytest.raises(KvtuneError, match="would cost nothing"):

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from kvtune.common.errors import DoesNotFitError, KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.profiles.split import can_split
-from kvtune.simulator.latency.chunks import WHOLE, Reading, chunked_prefill
+from kvtune.simulator.latency.chunks import chunked_prefill
+from kvtune.simulator.latency.reading import WHOLE, Reading
 from kvtune.simulator.latency.stacks import KV_BYTES, KvFormat
 from kvtune.tuner.target import beyond_length
 

@@ -111,7 +111,7 @@ def estimate(
     Raises:
         KvtuneError: something is unknown or out of bounds.
     """
-    from kvtune.simulator.latency.chunks import Reading
+    from kvtune.simulator.latency.reading import Reading
     from kvtune.simulator.memory.weights import listed_formats
     from kvtune.tuner.cases import Asked
 

@@ -51,6 +51,12 @@ class Times:
         return Estimate(value, low, high, "s", tier)
 
 
+def within(seconds: npt.ArrayLike, factor: float) -> Times:
+    """Times by a data sheet: within a factor either way."""
+    value = np.asarray(seconds, np.float64)
+    return Times(value, value / factor, value * factor)
+
+
 def answer_of_tier(
     value: FloatArray, low: FloatArray, high: FloatArray, tiers: npt.NDArray[np.intp]
 ) -> Answer:

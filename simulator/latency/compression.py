@@ -13,7 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
+from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
+from kvtune.common.errors import KvtuneError, nearest
 from kvtune.common.estimate import Estimate, Tier
 from kvtune.policies.method import Method
 from kvtune.policies.option import Option
@@ -22,7 +27,23 @@ from kvtune.policies.signals import Needs
 from kvtune.policies.work import LayerShape, Work, work_of_signals
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.latency.overheads import policy_overhead
+from kvtune.simulator.latency.answers import Times, within
+from kvtune.simulator.latency.transfer import tables_for
+
+Overhead = Literal["score_topk", "compact", "gather_pages", "quantise", "dequantise"]
+
+# Passes over a layer's cache that each op makes as plain kernels, and the share of the bandwidth
+# that such kernels get: the datasheet tier. Measured on Hopper they are within a factor of two.
+_PASSES: dict[str, float] = {
+    "score_topk": 2.0,
+    "compact": 0.5,
+    "gather_pages": 2.0,
+    "quantise": 6.0,
+    "dequantise": 4.0,
+}
+_BANDWIDTH_SHARE = 0.5
+_FLOOR_S = 20e-6
+_OVERHEAD_FACTOR = 2.0
 
 
 @dataclass(frozen=True)
@@ -129,3 +150,37 @@ def _quantising(
     tokens = narrow / (policy.layers * policy.kv_heads)
     times = policy_overhead(shape, gpu, "quantise", tokens, "int4").at()
     return times.low, times.value, times.high, times.tier
+
+
+def policy_overhead(
+    shape: ModelShape,
+    gpu: GpuProfile,
+    kind: Overhead,
+    tokens: npt.ArrayLike,
+    number_format: str = "bf16",
+) -> Times:
+    """Seconds that one overhead takes over all layers of one sequence.
+
+    Args:
+        shape: the model.
+        gpu: the card.
+        kind: what is done to each layer's cache.
+        tokens: that the layer holds before it is done.
+        number_format: what is quantised to or from: ``fp8``, ``int8``, ``int4``.
+
+    Raises:
+        KvtuneError: no such overhead; nothing is known of the format on a measured card.
+    """
+    if kind not in _PASSES:
+        raise KvtuneError(f"{kind!r} is no overhead. {nearest(kind, _PASSES)}")
+    held = np.asarray(tokens, dtype=np.float64)
+    layer = 2.0 * shape.elements_per_token_layer * held
+    tables = tables_for(gpu)
+    if tables is None or not tables.kernels.has(kind):
+        seconds = _FLOOR_S + _PASSES[kind] * layer / (_BANDWIDTH_SHARE * gpu.bandwidth_bytes_per_s)
+        return within(shape.layers * seconds, _OVERHEAD_FACTOR)
+    heads = tables.kernels.heads()
+    same = shape.elements_per_token_layer / (2.0 * heads[1] * heads[2])
+    both = 1 if kind == "score_topk" else 2  # keys are scored; keys and values are moved
+    one = tables.kernels.by_length(kind, number_format, held * same)
+    return tables.times(shape.layers * both * one)

@@ -11,12 +11,12 @@ from kvtune.common.errors import KvtuneError
 from kvtune.profiles.layer_cache import LatentAttention
 from kvtune.profiles.shape import ModelShape
 from kvtune.profiles.split import split_over
-from kvtune.simulator.latency.elsewhere.attention import Heads, Kind
-from kvtune.simulator.latency.elsewhere.experts import ExpertShape
-from kvtune.simulator.latency.elsewhere.latent import LatentCall, check_latent, has_kernels
-from kvtune.simulator.latency.elsewhere.tables import ServingTables
+from kvtune.profiles.stack_kernels.attention import Heads, Kind
+from kvtune.profiles.stack_kernels.experts import ExpertShape
+from kvtune.profiles.stack_kernels.grid import FloatArray
+from kvtune.profiles.stack_kernels.latent import LatentCall, check_latent, has_kernels
+from kvtune.profiles.stack_kernels.tables import ServingTables
 from kvtune.simulator.latency.stack_overheads import Overheads, small_kernels
-from kvtune.simulator.latency.table_grid import FloatArray
 
 # Norms, rotary, activations and copies pass over the residual stream about this often a layer.
 _PASSES_A_LAYER = 14

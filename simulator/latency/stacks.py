@@ -12,7 +12,7 @@ from kvtune.common.estimate import Tier
 from kvtune.profiles.elsewhere import SYSTEM_OF_CARD, Stack, require_systems_folder
 from kvtune.profiles.gpus import GpuProfile, find_gpu
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.latency.elsewhere.tables import ServingTables
+from kvtune.profiles.stack_kernels.tables import ServingTables
 from kvtune.simulator.latency.front_end import FrontEnd
 from kvtune.simulator.latency.serving_kernels import ServingModel
 from kvtune.simulator.latency.stack_overheads import Overheads

@@ -11,6 +11,7 @@ from kvtune.common.estimate import Tier
 from kvtune.profiles.gpus import GpuProfile, list_gpus
 from kvtune.profiles.kernel_table import KernelRow
 from kvtune.profiles.measured import find_measured
+from kvtune.simulator.latency.answers import HALF_WIDTH, TIERS, FloatArray, Times
 from kvtune.simulator.latency.kernels import Kernels, kernels_of
 
 _COPIES = {"host_to_device", "device_to_host", "host_fetch"}
@@ -37,6 +38,12 @@ class Tables(NamedTuple):
     def whole(self) -> Kernels:
         """The times as they were measured."""
         return self.origin or self.kernels
+
+    def times(self, seconds: FloatArray) -> Times:
+        """Seconds read off between these kernels' points, with the interval of their tier."""
+        tier: Tier = "interpolated" if self.tier == "measured" else self.tier
+        width = HALF_WIDTH[TIERS.index(tier)] * seconds
+        return Times(seconds, seconds - width, seconds + width, tier)
 
 
 def tables_for(gpu: GpuProfile) -> Tables | None:

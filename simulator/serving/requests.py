@@ -162,3 +162,14 @@ def _gaps(count: int, burstiness: float, rng: np.random.Generator) -> NDArray[np
 
 def _prefix(shared_tokens: int, prompt_tokens: int) -> Prefix | None:
     return Prefix(("all",), shared_tokens) if shared_tokens <= prompt_tokens else None
+
+
+def possible_prompts(requests: Requests, longest: int) -> NDArray[np.int64]:
+    """Prompts that the model takes at all; the others are refused when they arrive."""
+    fitting = requests.prompt_tokens[requests.prompt_tokens < longest]
+    if not len(fitting):
+        raise KvtuneError(
+            f"no prompt is shorter than the {longest} tokens that the model takes",
+            hint="shorten them with --prompt, or in the file of --arrivals.",
+        )
+    return fitting

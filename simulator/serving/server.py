@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.common.units import format_bytes
+from kvtune.policies.policy import Policy
+from kvtune.policies.servable import check_servable
 from kvtune.profiles.elsewhere import StackChoice
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
@@ -84,6 +87,23 @@ class Prepared:
         return self.server.block_tokens * self.footprint.token
 
 
+class StackKernels(NamedTuple):
+    """Whose kernels serve a model.
+
+    Args:
+        stack: a serving stack, or ``kvtune``.
+        kv_format: of a stack's cache.
+        expert_parallel: groups of cards that have routed experts of their own, under a stack.
+    """
+
+    stack: StackChoice = "kvtune"
+    kv_format: KvFormat = "bfloat16"
+    expert_parallel: int = 1
+
+
+OWN = StackKernels()
+
+
 def server(
     shape: ModelShape,
     gpu: GpuProfile,
@@ -94,9 +114,7 @@ def server(
     block_tokens: int = 16,
     host_bytes: int = 0,
     gpus: int = 1,
-    stack: StackChoice = "kvtune",
-    kv_format: KvFormat = "bfloat16",
-    expert_parallel: int = 1,
+    kernels: StackKernels = OWN,
 ) -> Server:
     """Split each card's memory: weights, overhead and a step's activations, the rest for the cache.
 
@@ -109,9 +127,7 @@ def server(
         block_tokens: generated tokens that a block holds.
         host_bytes: of the host for sequences that had to leave all cards.
         gpus: cards that share each layer.
-        stack: whose kernels.
-        kv_format: of a stack's cache.
-        expert_parallel: groups of cards that have routed experts of their own, under a stack.
+        kernels: whose they are, and of what cache.
 
     Raises:
         KvtuneError: nothing is left for the cache, a step cannot hold all sequences, or so many
@@ -127,7 +143,7 @@ def server(
     asked = min(limits.step_tokens, shape.max_context)
     chosen = memory_plan(local, gpu, memory_bytes, context_tokens=asked, weights=weights)
     cache = replace(chosen, batch=limits.sequences, chunk_tokens=limits.step_tokens).cache
-    if cache.value < local.kv_bytes(block_tokens, KV_BYTES[kv_format]):
+    if cache.value < local.kv_bytes(block_tokens, KV_BYTES[kernels.kv_format]):
         raise KvtuneError(
             f"nothing of {format_bytes(memory_bytes)} is left for the cache when steps hold "
             f"{limits.step_tokens} tokens of {limits.sequences} sequences",
@@ -136,6 +152,18 @@ def server(
     host = host_bytes // gpus
     weight_format = chosen.weight_format
     setting = None
-    if stack != "kvtune":
-        setting = StackSetting(stack, weight_format, gpus, kv_format, expert_parallel)
+    if kernels.stack != "kvtune":
+        of = kernels.kv_format, kernels.expert_parallel
+        setting = StackSetting(kernels.stack, weight_format, gpus, *of)
     return Server(shape, gpu, weight_format, cache, limits, block_tokens, host, gpus, setting)
+
+
+def check_planned(server: Server, setting: StackSetting, policy: Policy) -> None:
+    """Refuse policies under stacks that kvtune has no plugin for, and those that it refuses."""
+    if setting.stack != "vllm" or setting.kv_format != "bfloat16":
+        raise KvtuneError(
+            f"a policy is served by kvtune's plugin in vLLM, not by {setting.stack} over "
+            f"{setting.kv_format}",
+            hint="--stack vllm without --kv-cache-dtype; or leave out --policy, or --stack.",
+        )
+    check_servable(policy, server.shape.head_dim)

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 from numpy.typing import NDArray
 
+from kvtune.common.errors import KvtuneError
 from kvtune.policies.policy import Policy
+from kvtune.policies.servable import LEFT_TO_ANSWERS
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency.answers import TIERS, Times
 from kvtune.simulator.latency.compression import compression
-from kvtune.simulator.latency.overheads import transfer
+from kvtune.simulator.latency.copies import transfer
 from kvtune.simulator.latency.read_back import read_back_step, reads_back
+from kvtune.simulator.latency.stacks import (
+    KV_BYTES,
+    StackSetting,
+    front_end,
+    interval_of,
+    on_card,
+    stack_model,
+)
 from kvtune.simulator.latency.steps import decode_steps, prefill, prefills
+from kvtune.simulator.latency.sums import sums_over_gpus
 from kvtune.simulator.memory.policy_bytes import cache_bytes_by_format
 from kvtune.simulator.memory.weights import WeightFormat
-from kvtune.simulator.serving.step_times import Curve, End, StepTimes
+from kvtune.simulator.serving.footprint import footprint, whole_footprint
+from kvtune.simulator.serving.requests import Requests, possible_prompts
+from kvtune.simulator.serving.server import Prepared, Server, check_planned
+from kvtune.simulator.serving.stack_times import PlannedTimes, StackGrids, StackTimes
+from kvtune.simulator.serving.step_times import Curve, End, EngineTimes, StepTimes
 
 PROMPTS, GENERATED, PASSES, COMPRESSIONS = 17, 9, 1025, 33  # points of the grids
 
@@ -41,6 +57,76 @@ class Load:
     output_tokens: int
     step_tokens: int
     block_bytes: int
+
+
+def prepare(server: Server, requests: Requests, policy: Policy | None) -> Prepared:
+    """What the requests' sequences take under a policy, in bytes and in seconds.
+
+    Args:
+        server: model, card and engine.
+        requests: that will arrive.
+        policy: for the model; None for the uncompressed cache.
+
+    Raises:
+        KvtuneError: the policy is for another shape, or cannot be costed on this one, on several
+            cards or under this stack.
+    """
+    if policy is not None and server.gpus > 1:
+        raise KvtuneError(
+            "a policy can be costed on one GPU only, as yet",
+            hint="leave out --gpus, or --policy.",
+        )
+    shape, limits = server.local, server.limits
+    prompts = possible_prompts(requests, shape.max_context)
+    longest_output = min(int(requests.output_tokens.max()), shape.max_context)
+    held = footprint(shape, policy, prompts, longest_output)
+    load = Load(
+        sequences=limits.sequences,
+        prompts=(int(prompts.min()), int(prompts.max())),
+        output_tokens=longest_output,
+        step_tokens=limits.step_tokens,
+        block_bytes=server.block_tokens * held.token,
+    )
+    if server.setting is not None:
+        return _of_stack(server, server.setting, load, prompts, policy)
+    sums = partial(sums_over_gpus, server.shape, server.gpu, server.gpus)
+    times = step_times(shape, server.gpu, server.weights, policy, load, sums)
+    return Prepared(policy.name if policy else "full cache", server, held, times)
+
+
+def _of_stack(
+    server: Server, setting: StackSetting, load: Load, prompts: NDArray[np.int64],
+    policy: Policy | None,
+) -> Prepared:  # fmt: skip
+    """A stack's own cache, or a policy that kvtune's plugin runs in it."""
+    if policy is not None:
+        check_planned(server, setting, policy)
+    if server.host_bytes:
+        raise KvtuneError(
+            f"copies to the host are not in {setting.stack}'s tables, and would cost nothing",
+            hint="leave out --host-mem (who must leave is then read again), or --stack.",
+        )
+    model, card = stack_model(server.shape, server.gpu, setting)
+    factor, tier = interval_of(card, server.gpu, server.shape)
+    longest = load.prompts[1] + load.output_tokens
+    grids = StackGrids(model, load.sequences, longest, load.step_tokens)
+    scaled, front = on_card(model, card, server.gpu), front_end(setting.stack, server.shape)
+    if policy is None:
+        times = StackTimes(scaled, grids, tier)
+        held = whole_footprint(server.local, prompts, KV_BYTES[setting.kv_format])
+        return Prepared("full cache", server, held, _ends(times, factor), front)
+    own = step_times(server.local, server.gpu, server.weights, policy, load)["value"]
+    limits = server.limits
+    left = LEFT_TO_ANSWERS if limits.left_to_answers is None else limits.left_to_answers
+    return Prepared(
+        policy.name, server, footprint(server.local, policy, prompts, load.output_tokens),
+        _ends(PlannedTimes(scaled, grids, own.tier, own), factor), front,
+        replace(limits, reading="whole", left_to_answers=left),
+    )  # fmt: skip
+
+
+def _ends(times: StackTimes, factor: float) -> dict[End, EngineTimes]:
+    return {"value": times, "low": times.scaled(1 / factor), "high": times.scaled(factor)}
 
 
 def step_times(

@@ -16,13 +16,13 @@ import numpy.typing as npt
 from kvtune.common.errors import KvtuneError
 from kvtune.profiles.elsewhere import StackTables, Table
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.latency.elsewhere.attention import (
+from kvtune.profiles.stack_kernels.attention import (
     Kind,
     attention_features,
     attention_points,
 )
-from kvtune.simulator.latency.elsewhere.curve import Curve
-from kvtune.simulator.latency.table_grid import FloatArray, GeometryGrid, fit_grids
+from kvtune.profiles.stack_kernels.curve import Curve
+from kvtune.profiles.stack_kernels.grid import FloatArray, GeometryGrid, fit_grids
 
 _KERNEL_FILES = {"generation": "generation_mla_perf", "context": "context_mla_perf"}
 _LAYER_FILES = {"generation": "mla_generation_module_perf", "context": "mla_context_module_perf"}

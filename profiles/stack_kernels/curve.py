@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvtune.simulator.latency.table_grid import FloatArray
+from kvtune.profiles.stack_kernels.grid import FloatArray
 
 
 @dataclass(frozen=True)

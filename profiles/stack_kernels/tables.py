@@ -8,16 +8,16 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtune.profiles.elsewhere import StackTables
-from kvtune.simulator.latency.elsewhere.attention import Heads, attention_s, attention_table
-from kvtune.simulator.latency.elsewhere.experts import (
+from kvtune.profiles.stack_kernels.attention import Heads, attention_s, attention_table
+from kvtune.profiles.stack_kernels.experts import (
     ExpertShape,
     expert_formats,
     experts_s,
 )
-from kvtune.simulator.latency.elsewhere.latent import LatentCall, absorbed_curve, latent_s
-from kvtune.simulator.latency.elsewhere.matrices import fastest_matrix, matrices_by_format
-from kvtune.simulator.latency.elsewhere.sums import all_reduce_curve
-from kvtune.simulator.latency.table_grid import FloatArray
+from kvtune.profiles.stack_kernels.grid import FloatArray
+from kvtune.profiles.stack_kernels.latent import LatentCall, absorbed_curve, latent_s
+from kvtune.profiles.stack_kernels.matrices import fastest_matrix, matrices_by_format
+from kvtune.profiles.stack_kernels.sums import all_reduce_curve
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 
 from kvtune.common.errors import KvtuneError
 from kvtune.profiles.elsewhere import StackTables, read_table
-from kvtune.simulator.latency.elsewhere.curve import Curve
+from kvtune.profiles.stack_kernels.curve import Curve
 
 
 @functools.lru_cache(maxsize=64)

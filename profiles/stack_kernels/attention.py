@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from kvtune.common.errors import KvtuneError
 from kvtune.profiles.elsewhere import StackTables, Table
-from kvtune.simulator.latency.table_grid import Features, FloatArray, GeometryGrid, fit_grids
+from kvtune.profiles.stack_kernels.grid import Features, FloatArray, GeometryGrid, fit_grids
 
 Kind = Literal["generation", "context"]
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from kvtune.common.errors import KvtuneError
 from kvtune.profiles.elsewhere import StackTables, Table
-from kvtune.simulator.latency.elsewhere.curve import Curve
-from kvtune.simulator.latency.table_grid import FloatArray
+from kvtune.profiles.stack_kernels.curve import Curve
+from kvtune.profiles.stack_kernels.grid import FloatArray
 
 UNMEASURED = "--weights chooses another format; without --stack kvtune's own model answers."
 

@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from kvtune.common.errors import KvtuneError
 from kvtune.profiles.elsewhere import StackTables
-from kvtune.simulator.latency.elsewhere.curve import Curve
-from kvtune.simulator.latency.elsewhere.matrices import UNMEASURED
-from kvtune.simulator.latency.table_grid import FloatArray
+from kvtune.profiles.stack_kernels.curve import Curve
+from kvtune.profiles.stack_kernels.grid import FloatArray
+from kvtune.profiles.stack_kernels.matrices import UNMEASURED
 
 
 class ExpertShape(NamedTuple):
