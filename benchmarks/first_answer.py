@@ -82,7 +82,7 @@ def main() -> None:
         pip = [str(scripts / "pip"), *INSTALL.split()]
         pip += ["--no-cache-dir"] if asked.no_pip_cache else []
         steps = [
-            step([sys.executable, "-m", "venv", str(place / "venv")], source, store),
+            step([sys.executable, "-m", "venv", "venv"], place, store),
             step(pip, source, store),
             step([str(scripts / "kvtune"), *FIRST.split()], work, store),
         ]
