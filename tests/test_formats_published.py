@@ -278,6 +278,15 @@ def test_hqq_fits_the_offset_by_half_quadratic_splitting(kind: Any) -> None:
     assert np.abs(expected - x).mean() < np.abs(plain - x).mean()
 
 
+@pytest.mark.parametrize("kind", [Hqq4, Hqq2])
+@pytest.mark.parametrize("constant", [0.0, 10.0, -300.0, 6e4])
+def test_hqq_reads_a_constant_back_as_a_number_that_is_near(kind: Any, constant: float) -> None:
+    rows = constant + 1e-4 * torch.arange(2.0)[:, None] * torch.arange(64.0)
+    found = read(kind(), rows, "keys")
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, rows.numpy(), atol=1e-2 + 2e-3 * abs(constant))
+
+
 @pytest.mark.parametrize("role", ["keys", "values"])
 def test_qaq_gives_a_token_the_bits_that_its_range_needs(role: Role) -> None:
     form = Qaq(tau=0.3, fewest=2, most=6)

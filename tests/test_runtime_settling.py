@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ from kvtune.policies.formats.grouped import Int2, Int4, Int8
 from kvtune.policies.formats.kivi import Kivi
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
+from kvtune.policies.methods.protected import Protected
 from kvtune.policies.option import ALL, Budget, Option
+from kvtune.policies.page_formats import BF16_PAGE
 from kvtune.policies.paging import SLAB_CELLS, head_pages
 from kvtune.policies.policy import Policy
 from kvtune.runtime import load_cache
@@ -100,6 +103,44 @@ def test_old_pages_are_quantised_and_new_ones_are_not(
     assert pool.used_bytes == layer.page_bytes()
     layer.free(0)
     assert pool.used_bytes == 0
+
+
+@pytest.mark.parametrize("staying", [50, 130])
+def test_a_part_in_16_bits_stays_whole_however_long_it_is(network: Any, staying: int) -> None:
+    """It makes room for each page that settles, 64 tokens at a time from its end."""
+    form = Int8(keys_by="token")
+    method = Protected(by="h2o", stop=staying)
+    policy = Policy.uniform(Option(method, Budget(tokens=staying + 40), form, form), 3, 2)
+    seen = []
+    for residual in (None, 16):
+        cache = load_cache(policy, network, residual=residual, new_tokens=150)
+        network(**ids(staying + 60), past_key_values=cache)
+        for at in range(140):
+            network(torch.tensor([[5 + at % 30]]), past_key_values=cache)
+        paged = cache.layers[0].paged
+        seen.append(_first_keys(paged, staying))
+    assert paged.lengths[SETTLED].tolist() == [64, 64]
+    assert paged.staying.tolist() == [staying] * 2
+    assert torch.equal(*seen)
+
+
+def _first_keys(paged: PagedLayer, count: int) -> Tensor:
+    """The first keys of the first row's growing segment, as they lie in its pages."""
+    cells = paged.pages[GROWN][0]
+    tokens = paged.pool.memory.view(torch.bfloat16).view(-1, paged.head_dim)
+    places = np.arange(count)
+    return tokens[2 * cells[places // BF16_PAGE] + places % BF16_PAGE].clone()
+
+
+def test_of_a_part_beside_kivis_window_nothing_settles(network: Any) -> None:
+    form = Kivi(group=64, backbone="int4", residual=128)
+    method = Protected(by="h2o", stop=50)
+    policy = Policy.uniform(Option(method, Budget(tokens=90), form, form), 3, 2)
+    cache = load_cache(policy, network, residual=16, new_tokens=64)
+    network(**ids(100), past_key_values=cache)
+    paged = cache.layers[0].paged
+    assert paged.exact.tolist() == [90, 90]
+    assert paged.staying.tolist() == [50, 50]
 
 
 def test_fp8_is_held_to_the_prompts_range() -> None:

@@ -88,11 +88,11 @@ def stored(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], list[list[i
         kept: list[Tensor],
         exact: list[int],
         rows: slice,
-        *weights: Tensor | None,
+        *more: Any,
     ) -> None:
         for row, tokens in enumerate(kept, start=rows.start):
             found.setdefault((paged.number, row // 2), []).append(tokens.tolist())
-        original(paged, k, v, kept, exact, rows, *weights)
+        original(paged, k, v, kept, exact, rows, *more)
 
     monkeypatch.setattr(layer_module, "store_prompts", spying)
     return found

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _ROUNDS, _NORM, _STRENGTH = 20, 0.7, 10.0
 _LARGEST_SCALE = 2e4
+_LARGEST_ZERO = 6e4  # a zero point is a number of 16 bits
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Hqq(BlockFormat):
 
     source = "Badri and Shaji, 2023"
     projects = False
-    keeps_constants = False  # a scale is at most 2e4
+    keeps_constants = False  # a scale is at most 2e4, and a zero point 6e4
 
     group: int = parameter(64, "elements that share a scale", unit="elements", low=2, high=4096)
 
@@ -73,7 +74,9 @@ class Hqq(BlockFormat):
 
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         most = 2**self.bits - 1
-        scale = (most / (high - low).clamp_min(1e-30)).clamp_max(_LARGEST_SCALE)
+        farthest = torch.maximum(low.abs(), high.abs()).clamp_min(1e-30)
+        steepest = (_LARGEST_ZERO / farthest).clamp_max(_LARGEST_SCALE)
+        scale = (most / (high - low).clamp_min(1e-30)).minimum(steepest)
         zero = kept = -low * scale
         best, falls = torch.full_like(low, torch.inf), torch.ones_like(low, dtype=torch.bool)
         for _ in range(_ROUNDS):
@@ -85,7 +88,7 @@ class Hqq(BlockFormat):
             best, kept = torch.where(falls, mean, best), torch.where(falls, zero, kept)
             shrunk = rest.sign() * (size - size.clamp_min(1e-8) ** (_NORM - 1) / _STRENGTH).relu()
             zero = (codes - (groups - shrunk) * scale).mean(-1, keepdim=True)
-        return scale, kept
+        return scale, kept.clamp(-_LARGEST_ZERO, _LARGEST_ZERO)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ class Choice:
     Args:
         kept: tokens of each head that go into pages, those in 16 bits first.
         exact: how many of each head's stay in 16 bits.
+        newest: of these, how many settle when newer tokens come.
         merged: keys and values ``[n, D]`` of heads whose method stores others than the kept
             tokens' own.
         weights: of heads whose keys in pages are coded times them, ``[D]``.
@@ -37,6 +38,7 @@ class Choice:
 
     kept: list[Tensor]
     exact: list[int]
+    newest: list[int]
     merged: Mapping[int, tuple[Tensor, Tensor]]
     weights: Mapping[int, Tensor]
     beside: list[list[HeadPart]]
@@ -74,6 +76,7 @@ def choose(policy: Policy, planned: Sequence[int], signals: Signals, evicts: boo
     return Choice(
         kept=[head.tokens for head in placed],
         exact=[head.exact for head in placed],
+        newest=[head.newest for head in placed],
         merged={row: head.merged for row, head in enumerate(placed) if head.merged is not None},
         weights={row: head.weights for row, head in enumerate(placed) if head.weights is not None},
         beside=[head.beside for head in placed],

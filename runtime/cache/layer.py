@@ -160,9 +160,10 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         ]
         paged.evicts_coded[rows] = np.resize(coded, count)
         exact = [count for choice in choices for count in choice.exact]
+        newest = [count for choice in choices for count in choice.newest]
         keys, values = side_by_side(taken.read, choices)
         weights = weights_of(choices, keys)
-        store_prompts(paged, keys, values, taken.kept, exact, rows, weights)
+        store_prompts(paged, keys, values, taken.kept, exact, rows, weights, newest)
         held = [size for choice in choices for size in choice.held_bytes]
         paged.held_bytes[rows] = np.resize(held, count).tolist()
 

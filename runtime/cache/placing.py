@@ -28,6 +28,7 @@ class Placed:
     Args:
         tokens: for pages, those in 16 bits first.
         exact: how many of them stay in 16 bits.
+        newest: of these, how many settle when newer tokens come.
         merged: keys and values ``[n, D]`` to store instead of the tokens' own, or None.
         weights: ``[D]``, by which keys in pages are multiplied before they are coded, or None.
         beside: parts that pages cannot hold.
@@ -35,6 +36,7 @@ class Placed:
 
     tokens: Tensor
     exact: int
+    newest: int
     merged: tuple[Tensor, Tensor] | None
     weights: Tensor | None
     beside: list[HeadPart]
@@ -82,29 +84,30 @@ def place(parts: Sequence[HeadPart], option: Option, head_dim: int) -> Placed:
     """Divide one head's parts into what pages hold and what lies beside them."""
     if len(parts) == 1 and is_coded(parts[0].plan, option, head_dim):
         only = parts[0]
-        tokens, exact_count = _exact_first(option, only.tokens)
+        tokens, exact_count, newest = _exact_first(option, only.tokens)
         both = None
         if only.keys is not None and only.values is not None:
             both = _exact_first(option, only.keys)[0], _exact_first(option, only.values)[0]
-        return Placed(tokens, exact_count, both, only.balance, [])
+        return Placed(tokens, exact_count, newest, both, only.balance, [])
     own = [part for part in parts if part.keys is None]
     exact = [part for part in own if len(parts) > 1 and is_exact(part.plan, option)]
     coded = [part for part in own if part not in exact and is_coded(part.plan, option, head_dim)]
     paged = {id(part) for part in exact + coded}
     listed, front = [part.tokens for part in exact + coded], sum(len(x.tokens) for x in exact)
+    newest = 0
     if coded:
-        listed[len(exact)], count = _exact_first(option, coded[0].tokens)
+        listed[len(exact)], count, newest = _exact_first(option, coded[0].tokens)
         front += count
     tokens = torch.cat([parts[0].tokens[:0], *listed])
     weights = coded[0].balance if coded else None
     beside = [part for part in parts if id(part) not in paged]
-    return Placed(tokens, front, None, weights, beside)
+    return Placed(tokens, front, newest, None, weights, beside)
 
 
-def _exact_first(option: Option, tokens: Tensor) -> tuple[Tensor, int]:
-    """Tokens of a part, ``[n, ...]``, of which those in 16 bits come first; how many they are."""
+def _exact_first(option: Option, tokens: Tensor) -> tuple[Tensor, int, int]:
+    """Tokens of a part, ``[n, ...]``, those in 16 bits first; how many they are, and the newest."""
     first, newest = exact_among(option.keys, len(tokens))
     if not newest:
-        return tokens, first
+        return tokens, first, 0
     last = len(tokens) - newest
-    return torch.cat([tokens[:first], tokens[last:], tokens[first:last]]), first + newest
+    return torch.cat([tokens[:first], tokens[last:], tokens[first:last]]), first + newest, newest

@@ -81,14 +81,17 @@ def _write(layer: PagedLayer, layout: PageLayout, rows: Ints) -> None:
 
 
 def _move_exact(layer: PagedLayer, rows: Ints) -> None:
-    """Exact tokens go 64 places further on, where others have just been read."""
+    """Exact tokens go 64 places further on, where others have just been read.
+
+    The last 64 of them first: each goes where one that has gone already was, and none that is
+    moved at the same time is.
+    """
     most = int(layer.staying[rows].max())
-    if most == 0:
-        return
-    places = np.tile(np.arange(most), (len(rows), 1))
-    real = places < layer.staying[rows, None]
-    moves = Moves(*sent([rows, places, places + PAGE * real], layer.pool.memory.device))
-    layer.backend.move(layer.paged, layer.growing, moves)
+    for first in reversed(range(0, most, PAGE)):
+        places = np.tile(np.arange(first, min(first + PAGE, most)), (len(rows), 1))
+        real = places < layer.staying[rows, None]
+        moves = Moves(*sent([rows, places, places + PAGE * real], layer.pool.memory.device))
+        layer.backend.move(layer.paged, layer.growing, moves)
 
 
 def _shift(layer: PagedLayer, rows: Ints) -> None:

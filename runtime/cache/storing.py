@@ -32,6 +32,7 @@ def store_prompts(
     exact: Sequence[int] | None = None,
     rows: slice | None = None,
     weights: Tensor | None = None,
+    newest: Sequence[int] | None = None,
 ) -> None:
     """Put kept prompt tokens into pages. Once for each row, before the layer is sealed.
 
@@ -48,6 +49,8 @@ def store_prompts(
         rows: of the layer, those that are stored; all of them unless given.
         weights: ``[n, D]``, by which keys are multiplied before they are coded and divided where
             they are read, in pages that have tables; None where no method weights them.
+        newest: how many of the exact ones settle when newer ones come; those that their format
+            says of all tokens unless given.
 
     Raises:
         KvtuneError: the pool is full.
@@ -56,8 +59,11 @@ def store_prompts(
     if exact is None:
         most = max(sizes, default=0)
         exact = [sum(exact_among(option.keys, most)) for option in layer.options]
+    if newest is None:
+        forms = [option.keys for option in layer.options]
+        newest = [exact_among(forms[n % len(forms)], size)[1] for n, size in enumerate(sizes)]
     rows = rows or slice(0, layer.rows)
-    _count(layer, rows, sizes, np.array(exact))
+    _count(layer, rows, sizes, np.array(exact), np.array(newest))
     of_heads = layer.layouts[: len(layer.options)]  # every sequence has the same
     layouts = {layout.code: layout for layout in (*of_heads, layer.growing_layout)}
     here = {number: _records(layer, layout, rows, sizes) for number, layout in layouts.items()}
@@ -85,15 +91,12 @@ def store_prompts(
         _to_host(layer, place, writing)
 
 
-def _count(layer: PagedLayer, rows: slice, sizes: Ints, exact: Ints) -> None:
-    """How much of the tokens of some rows is coded, and how much grows."""
+def _count(layer: PagedLayer, rows: slice, sizes: Ints, exact: Ints, newest: Ints) -> None:
+    """How much of the tokens of some rows is coded, how much grows, and how much stays there."""
     count = rows.stop - rows.start
-    sizes, exact = np.resize(sizes, count), np.resize(exact, count)
+    sizes, exact, newest = (np.resize(each, count) for each in (sizes, exact, newest))
     grows = (layer.most[rows] < NO_END) & ~layer.evicts_coded[rows]
     layer.exact[rows] = np.minimum(np.where(grows, NO_END, exact), sizes)
-    keys = [option.keys for option in layer.options] * (count // len(layer.options))
-    pairs = zip(keys, sizes.tolist(), strict=True)
-    newest = np.array([exact_among(form, size)[1] for form, size in pairs])
     layer.staying[rows] = layer.exact[rows] - newest * ~grows
     layer.lengths[CODED, rows] = sizes - layer.exact[rows]
     layer.lengths[GROWN, rows] = layer.exact[rows]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvtune.policies.option import Option
-from kvtune.policies.pages import exact_tokens
+from kvtune.policies.pages import exact_among
 from kvtune.policies.parts import entries_of
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
@@ -47,10 +47,12 @@ def _choice(heads: Sequence[tuple[Option, int]], signals: Signals) -> Choice:
     """What a layer keeps: of each head as many tokens as it is planned to."""
     tokens, size = signals.prompt_tokens, signals.keys.shape[-1]
     entries = [entries_of(option.method.plan(budget, tokens)) for option, budget in heads]
+    kept = [(option, n) for (option, _), n in zip(heads, entries, strict=True)]
     return Choice(
         kept=[_spread(tokens, n, signals.keys.device) for n in entries],
-        exact=[
-            min(exact_tokens(option.keys), n) for (option, _), n in zip(heads, entries, strict=True)
+        exact=[sum(exact_among(option.keys, n)) for option, n in kept],
+        newest=[
+            option.keys.newest(n, "keys") for (option, _), n in zip(heads, entries, strict=True)
         ],
         merged={},
         weights={},
