@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from kvtune.__main__ import main
+from kvtune.policies.policy import label_of
+from kvtune.policies.policy_file.named import read_named
 
 LLAMA = ["estimate", "--model", "llama-8b"]
 
@@ -262,6 +264,15 @@ def test_json_is_answered_without_a_word_beside_it(capsys: pytest.CaptureFixture
     captured = capsys.readouterr()
     assert json.loads(captured.out)["fits"]
     assert captured.err == ""
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["h2o 50% int4+4", "full all int8", "h2o 14.3% int4+4/int2+4", "kvzip+model_wide 31.3% int4+4"],
+)
+def test_what_tables_call_an_option_can_be_typed(said: str) -> None:
+    policy = read_named(said).bind(2, 2)
+    assert label_of(policy.heads[0][0], policy.allocator) == said
 
 
 @pytest.mark.parametrize(

@@ -282,6 +282,12 @@ def test_the_request_is_what_was_asked(
         ({"context": "32k"}, "llama-3.1-8b-rtx-4090-16gb-32k"),
         ({"context": "8k-32k"}, "llama-3.1-8b-rtx-4090-16gb-8k-32k"),
         ({"moved_bytes": "1.5 GB"}, "llama-3.1-8b-rtx-4090-16gb-moved-1.5gb"),
+        ({"batch": 60, "ttft": "2s"}, "llama-3.1-8b-rtx-4090-16gb-batch-60-ttft-2s"),
+        ({"max_kl": 0.02, "weights": "auto"}, "llama-3.1-8b-rtx-4090-16gb"),
+        (
+            {"max_kl": 0.5, "weights": "bf16,int4"},
+            "llama-3.1-8b-rtx-4090-16gb-weights-bf16-int4-kl-0.5",
+        ),
         ({"read_bytes": "50MB"}, "llama-3.1-8b-rtx-4090-16gb-read-50mb"),
         ({"stack": "vllm"}, "llama-3.1-8b-rtx-4090-16gb-for-vllm"),
     ],

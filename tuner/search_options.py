@@ -30,6 +30,10 @@ N = TypeVar("N", int, float, "int | None")
 MOST_SEQUENCES, MOST_TRIALS, MOST_KL, MOST_JOBS = 10**6, 10**5, 100.0, 1024
 
 
+USUAL_KL = 0.02
+"""Nats a token that a search accepts unless it is told otherwise."""
+
+
 class SearchOptions(TypedDict, total=False):
     """How hard to look, and at what; every one may be left out.
 
@@ -117,7 +121,7 @@ def search_request(
         else read_context_range(str(wanted), target.shape)
     )
     length = None if longest is None and context == USUAL_CONTEXT else wanted
-    asked = {"": length, "for": stack, "moved": moved, "read": read}
+    asked = {"": length, "for": stack, "moved": moved, "read": read, **_else_asked(options)}
     folder = run_dir or default_run_dir(target, "all" if mem is None else mem, asked)
     request = SearchRequest(
         model=target.model,
@@ -130,7 +134,7 @@ def search_request(
         longest_context=longest,
         generated_tokens=target.generated_tokens,
         sequences=within_bounds("--batch", options.get("batch"), 1, MOST_SEQUENCES),
-        largest_kl=within_bounds("--max-kl", options.get("max_kl", 0.02), 0, MOST_KL),
+        largest_kl=within_bounds("--max-kl", options.get("max_kl", USUAL_KL), 0, MOST_KL),
         trials=within_bounds("--trials", options.get("trials", 60), 1, MOST_TRIALS),
         seed=options.get("seed", 0),
         stand_in=options.get("stand_in", False),
@@ -202,6 +206,18 @@ def known_stack(stack: str | None) -> str | None:
     from kvtune.policies.export.contract import find_exporter
 
     return find_exporter(stack).name if stack else None
+
+
+def _else_asked(options: SearchOptions) -> dict[str, Amount | None]:
+    """What of the other options is not as usual, by the word that names it in a folder."""
+    weights, loss = str(options.get("weights", "auto")), options.get("max_kl", USUAL_KL)
+    return {
+        "batch": options.get("batch"),
+        "weights": None if weights == "auto" else weights.replace(",", "-"),
+        "tpot": options.get("tpot"),
+        "ttft": options.get("ttft"),
+        "kl": None if loss == USUAL_KL else loss,
+    }
 
 
 def default_run_dir(target: Target, mem: Amount, asked: Mapping[str, Amount | None]) -> Path:
