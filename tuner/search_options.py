@@ -216,7 +216,7 @@ def _else_asked(options: SearchOptions) -> dict[str, Amount | None]:
         "weights": None if weights == "auto" else weights.replace(",", "-"),
         "tpot": options.get("tpot"),
         "ttft": options.get("ttft"),
-        "kl": None if loss == USUAL_KL else loss,
+        "kl": None if loss == USUAL_KL else f"{loss:g}",
     }
 
 
