@@ -164,6 +164,8 @@ def test_a_policy_is_not_answered_by_kvtunes_own_runtime_in_a_stacks_name(
     said = refusal(capsys, *words)
     assert f"--stack {stack} runs its own cache" in said
     assert "kvtune export --compare" in said
+    assert "leave out --stack; or leave out --policy, with" in said, "the cache's is not both's"
+    assert ("kvtune serve-sim --stack vllm --policy" in said) == (stack == "vllm")
 
 
 @pytest.mark.parametrize("stack", ["vllm", "llama-cpp"])

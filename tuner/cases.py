@@ -378,6 +378,12 @@ class Asked:
         return None
 
 
+_IN_8_BITS = dict.fromkeys(
+    ("vllm", "sglang", "trtllm"), ", with --kv-cache-dtype fp8 for a cache of 8 bits"
+) | {"llama-cpp": ", with --engine-args '-ctk q8_0 -ctv q8_0' for a cache of 8 bits"}
+_BY_PLUGIN = "kvtune serve-sim --stack vllm --policy serves it as kvtune's plugin does; "
+
+
 def check_runtime_alone(stack: str) -> None:
     """Refuse a policy under a stack that does not run it.
 
@@ -385,12 +391,12 @@ def check_runtime_alone(stack: str) -> None:
         KvtuneError: any but kvtune's own runtime.
     """
     if stack != "kvtune":
-        narrow = "" if stack == "llama-cpp" else "a cache of 8 bits is --kv-cache-dtype fp8; "
         raise KvtuneError(
             f"--policy is costed as kvtune's own runtime runs it, and --stack {stack} runs its own "
             "cache",
-            hint=f"leave out --stack; {narrow}kvtune export --compare says what of a policy each "
-            "stack can be given, and what fits there.",
+            hint=f"leave out --stack; or leave out --policy{_IN_8_BITS.get(stack, '')}; "
+            f"{_BY_PLUGIN if stack == 'vllm' else ''}kvtune export --compare says what each stack "
+            "can be given.",
         )
 
 
