@@ -28,7 +28,8 @@ class Served(NamedTuple):
     weights: str | None
 
 
-_USUALLY = Served("8192", "256", "1", "auto")
+_USUALLY = Served(None, "256", "1", "auto")
+"""Without a context, ``usual_context`` of the model."""
 
 
 @dataclass(frozen=True)
@@ -100,20 +101,26 @@ def _asked(typed: Typed, served: Served) -> Asked:
     from kvtune.cli.case_options import read_batch, read_cards, read_several
     from kvtune.common.units import parse_bytes, parse_tokens
     from kvtune.simulator.memory.weights import listed_formats
-    from kvtune.tuner.target import read_context, read_model
+    from kvtune.tuner.target import read_context, read_model, usual_context
 
     name, shape = read_model(typed.model)
     limit = None if typed.mem is None else parse_bytes(typed.mem)
     cards = read_cards(typed.gpu, typed.figures, limit, typed.price)
     from kvtune.tuner.cases import Asked  # takes a while to import, and a mistake needs none of it
 
-    context, generated, batch, weights = (word or "" for word in served)
+    _, generated, batch, weights = (word or "" for word in served)
+    generated_tokens = parse_tokens(generated)
+    contexts = (
+        [usual_context(shape, generated_tokens)]
+        if served.context is None
+        else read_several(served.context, "--context", lambda word: read_context(word, shape))
+    )
     return Asked(
         model=name,
         shape=shape,
-        generated_tokens=parse_tokens(generated),
+        generated_tokens=generated_tokens,
         cards=cards,
-        contexts=read_several(context, "--context", lambda word: read_context(word, shape)),
+        contexts=contexts,
         batches=read_several(batch, "--batch", read_batch),
         weights=listed_formats(weights, shape, cards[0].gpu),
         document=None,

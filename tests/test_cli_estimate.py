@@ -193,6 +193,22 @@ def test_a_name_says_which_allocator_splits_the_budgets(
     assert answer(capsys, *words)["policies"][1]["name"] == "snapkv+adakv 25% int4"
 
 
+def test_without_a_context_prompt_and_answer_are_what_the_model_takes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def asked(*words: str) -> dict[str, Any]:
+        assert main(["estimate", "--gpu", "4090", *words, "--json", "--quiet"]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    short = asked("--model", "smollm2-135m")
+    assert {row["context_tokens"] for row in short["rows"]} == {8192 - 256}
+    assert not [note for note in short["notes"] if note.startswith("length:")]
+    more = asked("--model", "smollm2-135m", "--generated", "1k")
+    assert {row["context_tokens"] for row in more["rows"]} == {8192 - 1024}
+    assert {row["context_tokens"] for row in asked("--model", "llama-8b")["rows"]} == {8192}
+
+
 PLANNED = """kvtune_policy: 1
 policy: {method: snapkv, budget: 25%}
 serving: {weights: int4, context_tokens: 4096, generated_tokens: 64, batch: 5}
