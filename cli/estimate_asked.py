@@ -67,11 +67,11 @@ def read(typed: Typed) -> tuple[Asked, Engine | LlamaEngine | None]:
     from kvtune.cli.stack_options import check_expert_parallel, read_cache_dtype
 
     kv_format = read_cache_dtype(typed.stack, typed.kv_cache_dtype)
-    check_expert_parallel(typed.stack, typed.expert_parallel)
     engine = read_engine(typed.stack, typed.engine_args, typed.engine_version)
     document = _document(typed.policy, typed.stack)
     options, planned = planned_options(document, **typed.served._asdict())
     plain = _asked(typed, _USUALLY._replace(**options))
+    check_expert_parallel(typed.stack, typed.expert_parallel, plain.shape, _most_sharing(typed))
     kernels, told = _kernels(typed.stack, plain.shape)
     from kvtune.simulator.latency.reading import Reading  # what was typed is read before it
 
@@ -95,6 +95,11 @@ def read(typed: Typed) -> tuple[Asked, Engine | LlamaEngine | None]:
         follow_engine(engine, asked, told_flags=told_flags, told_context=told_context),
         engine,
     )
+
+
+def _most_sharing(typed: Typed) -> int:
+    """The most GPUs that share a layer in any way to use the cards that is tried."""
+    return typed.total_gpus if typed.gpus == 1 and typed.total_gpus else typed.gpus
 
 
 def _asked(typed: Typed, served: Served) -> Asked:

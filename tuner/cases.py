@@ -252,7 +252,14 @@ class Asked:
         shared = (
             [n for n in range(1, total + 1) if total % n == 0] if self.gpus == 1 else [self.gpus]
         )
-        return [Split(n, total // n) for n in shared if can_split(self.shape, n)]
+        groups = self.expert_parallel
+        found = [n for n in shared if can_split(self.shape, n) and n % groups == 0]
+        if not found:
+            raise KvtuneError(
+                f"{self.shape.name} cannot be shared by any of {total} GPUs in {groups} groups",
+                hint="fewer groups are asked for by --expert-parallel.",
+            )
+        return [Split(n, total // n) for n in found]
 
     def of(
         self,
