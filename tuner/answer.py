@@ -157,13 +157,14 @@ def _front_point(found: Found, candidate: Candidate, chosen: bool) -> FrontPoint
         tokens_per_second=cost.tokens_per_second,
         parameters=candidate.parameters,
         chosen=chosen,
-        band=_band(found.source, candidate),
+        band=band_of(found.source, candidate),
         weights=candidate.weights,
         unseen=candidate.unseen,
     )
 
 
-def _band(source: QualitySource, candidate: Candidate) -> Estimate | None:
+def band_of(source: QualitySource, candidate: Candidate) -> Estimate | None:
+    """A stand-in's band around what a plan loses on selection samples; None of a model's own."""
     if not source.stand_in:
         return None
     return source.loss_of(candidate.choice, selection_split(source.tables))
