@@ -188,6 +188,7 @@ def test_one_memory_is_told_and_it_is_the_engines(
 def test_vllms_flags_are_those_of_the_whole_answer(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--model", "llama-8b", "--gpu", "h200", "--stack", "vllm", "--batch", "16")
     wide = answer(capsys, *words)["policies"][0]
+    assert wide["memory"]["tier"] == "assumed", "the share that it was told to take"
     for narrow in (
         answer(capsys, *words, "--engine-args", "--kv-cache-dtype fp8"),
         answer(capsys, *words, "--kv-cache-dtype", "fp8"),
