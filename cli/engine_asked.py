@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvtune.common.errors import KvtuneError
+from kvtune.profiles.split import check_dealt
 
 if TYPE_CHECKING:
     from kvtune.cli.engine_report import Engine
@@ -90,11 +91,13 @@ def _by_flags(engine: Engine, asked: Asked) -> Asked:
     flags = engine.flags
     narrow = flags.kv_cache_bytes == 1
     chunk = flags.max_num_batched_tokens or asked.reading.chunk_tokens
+    groups = asked.gpus if flags.expert_parallel else asked.expert_parallel
+    check_dealt(asked.shape, asked.gpus, groups)
     return replace(
         asked,
         kv_format="fp8" if narrow else "bfloat16",
         reading=replace(asked.reading, chunk_tokens=chunk),
-        expert_parallel=asked.gpus if flags.expert_parallel else asked.expert_parallel,
+        expert_parallel=groups,
         told=(*asked.told, *((_EAGER,) if flags.enforce_eager else ())),
     )
 

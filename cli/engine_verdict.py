@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvtune.cli.engine_report import Engine, engine_of
 from kvtune.common.errors import KvtuneError
-from kvtune.common.estimate import exact
+from kvtune.common.estimate import Estimate
 from kvtune.common.units import format_bytes
 from kvtune.common.words import count
 from kvtune.profiles.split import split_over
@@ -83,7 +83,8 @@ def by_engine(
         prompt, most = _llama_sequences(memory, case, engine.slots(case.batch) if engine else 1)
         peak = memory.total
     else:
-        prompt, peak = case.cost.prompt_bytes, exact(memory.limit_bytes, "B")
+        prompt, reserved = case.cost.prompt_bytes, memory.limit_bytes
+        peak = Estimate(reserved, reserved, reserved, "B", "assumed")  # vLLM takes it all, or fails
         most = _at_once(memory, asked, case)
     whole = split_over(asked.shape, asked.gpus).kv_bytes(case.context_tokens)
     cost = replace(

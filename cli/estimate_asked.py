@@ -28,7 +28,8 @@ class Served(NamedTuple):
     weights: str | None
 
 
-_USUALLY = Served("8192", "256", "1", "auto")
+_USUALLY = Served(None, "256", "1", "auto")
+"""Without a context, ``usual_context`` of the model."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,11 @@ def read(typed: Typed) -> tuple[Asked, Engine | LlamaEngine | None]:
     from kvtune.cli.stack_options import check_expert_parallel, read_cache_dtype
 
     kv_format = read_cache_dtype(typed.stack, typed.kv_cache_dtype)
-    check_expert_parallel(typed.stack, typed.expert_parallel)
     engine = read_engine(typed.stack, typed.engine_args, typed.engine_version)
     document = _document(typed.policy, typed.stack)
     options, planned = planned_options(document, **typed.served._asdict())
     plain = _asked(typed, _USUALLY._replace(**options))
+    check_expert_parallel(typed.stack, typed.expert_parallel, plain.shape, _most_sharing(typed))
     kernels, told = _kernels(typed.stack, plain.shape)
     from kvtune.simulator.latency.reading import Reading  # what was typed is read before it
 
@@ -96,24 +97,35 @@ def read(typed: Typed) -> tuple[Asked, Engine | LlamaEngine | None]:
     )
 
 
+def _most_sharing(typed: Typed) -> int:
+    """The most GPUs that share a layer in any way to use the cards that is tried."""
+    return typed.total_gpus if typed.gpus == 1 and typed.total_gpus else typed.gpus
+
+
 def _asked(typed: Typed, served: Served) -> Asked:
     from kvtune.cli.case_options import read_batch, read_cards, read_several
     from kvtune.common.units import parse_bytes, parse_tokens
     from kvtune.simulator.memory.weights import listed_formats
-    from kvtune.tuner.target import read_context, read_model
+    from kvtune.tuner.target import read_context, read_model, usual_context
 
     name, shape = read_model(typed.model)
     limit = None if typed.mem is None else parse_bytes(typed.mem)
     cards = read_cards(typed.gpu, typed.figures, limit, typed.price)
     from kvtune.tuner.cases import Asked  # takes a while to import, and a mistake needs none of it
 
-    context, generated, batch, weights = (word or "" for word in served)
+    _, generated, batch, weights = (word or "" for word in served)
+    generated_tokens = parse_tokens(generated)
+    contexts = (
+        [usual_context(shape, generated_tokens)]
+        if served.context is None
+        else read_several(served.context, "--context", lambda word: read_context(word, shape))
+    )
     return Asked(
         model=name,
         shape=shape,
-        generated_tokens=parse_tokens(generated),
+        generated_tokens=generated_tokens,
         cards=cards,
-        contexts=read_several(context, "--context", lambda word: read_context(word, shape)),
+        contexts=contexts,
         batches=read_several(batch, "--batch", read_batch),
         weights=listed_formats(weights, shape, cards[0].gpu),
         document=None,

@@ -25,7 +25,7 @@ ContextOption = Annotated[
         "--context",
         metavar="TOKENS",
         help="Prompt tokens of a sequence: 8192 or 32k (k is 1024); several: 8k,32k; left out: "
-        "what --policy was planned for, else 8192.",
+        "what --policy was planned for, else 8192, or what --generated leaves of a shorter model.",
     ),
 ]
 GeneratedOption = Annotated[

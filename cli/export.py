@@ -112,16 +112,17 @@ def _compare(
     from dataclasses import asdict
 
     from kvtune.common.units import format_bytes, parse_tokens
-    from kvtune.policies.export.compare import NOT_THE_PLANS, compared
+    from kvtune.policies.export.compare import NOT_THE_PLANS, compared, notes_on_sequences
 
     tokens = parse_tokens(context) if context else None
     rows = compared(document, _facts(document, model), tokens)
+    notes = notes_on_sequences(document, rows, tokens)
     flattened = any(row.loss == NOT_THE_PLANS for row in rows)
     with speaking(as_json, quiet=as_json) as output:
         output.show(
             table(
                 f"{document.policy.name or 'the policy'} on every stack",
-                ("served by", "one prompt", "at once", "loss, nats/token", "proof"),
+                ("served by", "one prompt", "fit at once", "loss, nats/token", "proof"),
                 [
                     (
                         row.name,
@@ -134,9 +135,10 @@ def _compare(
                 ],
                 left=(0, 3, 4),
                 caption=_FLATTENED if flattened else "",
-            )
+            ),
+            *(f"note: {note}" for note in notes),
         )
-        output.finish("export", {"compared": [asdict(row) for row in rows]})
+        output.finish("export", {"compared": [asdict(row) for row in rows], "notes": notes})
 
 
 def _facts(document: PolicyDocument, model: str | None) -> ModelFacts | None:

@@ -55,6 +55,7 @@ def listed(context: typer.Context, as_json: options.Json = False) -> None:
 
 @app.command()
 def detect(
+    context: typer.Context,
     out: Out,
     model: options.Model = "smollm2-135m",
     tokens: Annotated[
@@ -89,6 +90,7 @@ def detect(
     from kvtune.cli.inputs import check_writable
     from kvtune.tuner.target import read_weights
 
+    _refuse_unread(context, by)
     check_writable(out.absolute().parent, "--out")
     name = read_weights(model)[0]
     with speaking(as_json, quiet) as output:
@@ -112,6 +114,18 @@ def detect(
         output.show(_table(found), _overlap(pairs), f"written to {out}")
         shared = [{"one": a, "other": b, "shared": share} for a, b, share in pairs]
         output.finish("heads detect", {"out": out, **_plain(found), "overlap_of_top_tenth": shared})
+
+
+def _refuse_unread(context: typer.Context, by: str) -> None:
+    """Attention is looked at without steps of learning, and learning repeats no random tokens."""
+    from kvtune.cli.unread import refuse_typed
+
+    if by == "attention":
+        hint = "gates are learned in steps: add --by duo or --by rlkv, or leave it out."
+        refuse_typed(context, ("steps",), "--by attention", hint)
+    else:
+        hint = "random tokens that repeat are looked at by --by attention: leave it out."
+        refuse_typed(context, ("block",), f"--by {by}", hint)
 
 
 def _measured(

@@ -41,7 +41,7 @@ class EngineTyped:
         from kvtune.simulator.serving.server import StackKernels, server
         from kvtune.simulator.serving.step import READING, Limits
 
-        check_expert_parallel(self.stack, self.expert_parallel)
+        check_expert_parallel(self.stack, self.expert_parallel, shape, self.gpus)
         return server(
             shape,
             card,

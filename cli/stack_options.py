@@ -9,6 +9,7 @@ import typer
 from kvtune.common.errors import KvtuneError
 
 if TYPE_CHECKING:
+    from kvtune.profiles.shape import ModelShape
     from kvtune.simulator.latency.stacks import KvFormat
 
 CacheDtype = Literal["bf16", "fp8"]
@@ -51,14 +52,18 @@ def read_cache_dtype(stack: str, name: CacheDtype | None) -> KvFormat | None:
     return _TABLES[name]
 
 
-def check_expert_parallel(stack: str, groups: int) -> None:
-    """Refuse groups of experts where no stack's tables answer.
+def check_expert_parallel(stack: str, groups: int, shape: ModelShape, gpus: int) -> None:
+    """Refuse groups of experts where no stack's tables answer, or that nothing can be dealt to.
 
     Raises:
-        KvtuneError: kvtune's own model, or llama.cpp.
+        KvtuneError: kvtune's own model, or llama.cpp; no routed experts, or they or the GPUs do
+            not divide into so many groups.
     """
+    from kvtune.profiles.split import check_dealt
+
     if groups > 1 and stack in ("kvtune", "llama-cpp"):
         raise KvtuneError(
             "--expert-parallel is of a serving stack, whose tables have experts dealt to GPUs",
             hint="add --stack vllm, sglang or trtllm, or leave it out.",
         )
+    check_dealt(shape, gpus, groups)

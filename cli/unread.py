@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from kvtune.common.errors import KvtuneError
@@ -55,15 +56,32 @@ def refuse_unread(context: Any) -> None:
     Raises:
         KvtuneError: names them.
     """
-    options = {param.name: param.opts[0] for param in context.command.params}
+    options = _options(context)
     for question, unread in UNREAD.items():
-        if not _was_typed(context, question):
-            continue
-        given = [options[name] for name in unread if _was_typed(context, name)]
-        if given:
-            raise KvtuneError(
-                f"{options[question]} does not read {' or '.join(given)}", hint=_INSTEAD[question]
-            )
+        if _was_typed(context, question):
+            refuse_typed(context, unread, options[question], _INSTEAD[question])
+
+
+def refuse_typed(context: Any, names: Collection[str], question: str, hint: str) -> None:
+    """Refuse some options on this command line, which a question does not read.
+
+    Args:
+        context: of a command that is about to run.
+        names: of the options' parameters.
+        question: as it is typed.
+        hint: what to do instead.
+
+    Raises:
+        KvtuneError: names those that were typed.
+    """
+    options = _options(context)
+    given = [options[name] for name in names if _was_typed(context, name)]
+    if given:
+        raise KvtuneError(f"{question} does not read {' or '.join(given)}", hint=hint)
+
+
+def _options(context: Any) -> dict[str, str]:
+    return {param.name: param.opts[0] for param in context.command.params}
 
 
 def _was_typed(context: Any, name: str) -> bool:

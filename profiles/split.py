@@ -15,6 +15,26 @@ def can_split(shape: ModelShape, gpus: int) -> bool:
     return gpus == 1 or _divides(shape, gpus)
 
 
+def check_dealt(shape: ModelShape, gpus: int, groups: int) -> None:
+    """Refuse groups of GPUs that a model's routed experts cannot be dealt to; one group has all.
+
+    Raises:
+        KvtuneError: it has none, or GPUs or experts do not divide into so many groups.
+    """
+    if groups == 1:
+        return
+    if shape.experts is None:
+        raise KvtuneError(
+            f"{shape.name} has no routed experts to deal to {groups} groups of GPUs",
+            hint="leave out --expert-parallel, or vLLM's --enable-expert-parallel.",
+        )
+    if gpus % groups or shape.experts.count % groups:
+        raise KvtuneError(
+            f"{shape.experts.count} experts on {gpus} GPUs cannot be dealt to {groups} groups",
+            hint="--expert-parallel divides both, for example as many as --gpus.",
+        )
+
+
 def split_over(shape: ModelShape, gpus: int) -> ModelShape:
     """The shape of one GPU's share, as vLLM, SGLang and TensorRT-LLM split a model.
 

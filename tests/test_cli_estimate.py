@@ -195,6 +195,22 @@ def test_a_name_says_which_allocator_splits_the_budgets(
     assert answer(capsys, *words)["policies"][1]["name"] == "snapkv+adakv 25% int4"
 
 
+def test_without_a_context_prompt_and_answer_are_what_the_model_takes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def asked(*words: str) -> dict[str, Any]:
+        assert main(["estimate", "--gpu", "4090", *words, "--json", "--quiet"]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    short = asked("--model", "smollm2-135m")
+    assert {row["context_tokens"] for row in short["rows"]} == {8192 - 256}
+    assert not [note for note in short["notes"] if note.startswith("length:")]
+    more = asked("--model", "smollm2-135m", "--generated", "1k")
+    assert {row["context_tokens"] for row in more["rows"]} == {8192 - 1024}
+    assert {row["context_tokens"] for row in asked("--model", "llama-8b")["rows"]} == {8192}
+
+
 PLANNED = """kvtune_policy: 1
 policy: {method: snapkv, budget: 25%}
 serving: {weights: int4, context_tokens: 4096, generated_tokens: 64, batch: 5}
@@ -216,6 +232,43 @@ def test_a_policy_file_says_what_it_was_planned_for_and_options_win(
     other = answer(capsys, "--gpu", "4090", "--policy", str(path), "--batch", "2")
     assert {row["batch"] for row in other["rows"]} == {2}
     assert other["budget"]["weight_format"] == "int4"
+
+
+DEALT = ("--gpu", "h200", "--weights", "fp8", "--stack", "vllm")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--model", "llama-8b", "--gpus", "2", "--ep", "2"), "no routed experts to deal to 2"),
+        (("--model", "llama-8b", "--gpus", "2", "--engine-args", "--enable-expert-parallel"),
+         "no routed experts to deal to 2"),
+        (("--model", "deepseek-v3", "--gpus", "8", "--ep", "3"), "cannot be dealt to 3 groups"),
+        (("--model", "deepseek-v3", "--gpus", "2", "--total-gpus", "8", "--ep", "4"),
+         "256 experts on 2 GPUs cannot be dealt to 4 groups"),
+        (("--model", "qwen3-30b-a3b", "--total-gpus", "64", "--ep", "64"), "any of 64 GPUs"),
+    ],
+)  # fmt: skip
+def test_groups_that_experts_cannot_be_dealt_to_are_refused_without_tables_too(
+    words: tuple[str, ...], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from kvtune.profiles import elsewhere
+
+    monkeypatch.setattr(elsewhere, "systems_folder", lambda: None)
+    assert main(["estimate", *DEALT, *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert told in " ".join(captured.err.split())
+
+
+def test_only_uses_of_the_cards_are_tried_that_experts_can_be_dealt_to(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("--model", "deepseek-v3", "--total-gpus", "8", "--ep", "4")
+    assert main(["estimate", *DEALT, *words, "--json", "--quiet"]) in (0, 3)
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["gpus"] for row in rows} == {4, 8}
 
 
 @pytest.mark.parametrize(

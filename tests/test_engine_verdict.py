@@ -164,6 +164,8 @@ def test_a_policy_is_not_answered_by_kvtunes_own_runtime_in_a_stacks_name(
     said = refusal(capsys, *words)
     assert f"--stack {stack} runs its own cache" in said
     assert "kvtune export --compare" in said
+    assert "leave out --stack; or leave out --policy, with" in said, "the cache's is not both's"
+    assert ("kvtune serve-sim --stack vllm --policy" in said) == (stack == "vllm")
 
 
 @pytest.mark.parametrize("stack", ["vllm", "llama-cpp"])
@@ -186,6 +188,7 @@ def test_one_memory_is_told_and_it_is_the_engines(
 def test_vllms_flags_are_those_of_the_whole_answer(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--model", "llama-8b", "--gpu", "h200", "--stack", "vllm", "--batch", "16")
     wide = answer(capsys, *words)["policies"][0]
+    assert wide["memory"]["tier"] == "assumed", "the share that it was told to take"
     for narrow in (
         answer(capsys, *words, "--engine-args", "--kv-cache-dtype fp8"),
         answer(capsys, *words, "--kv-cache-dtype", "fp8"),

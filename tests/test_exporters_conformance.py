@@ -22,7 +22,7 @@ from kvtune.common.units import format_bytes
 from kvtune.policies.allocators.adakv import AdaKV
 from kvtune.policies.allocators.pyramid import Pyramid
 from kvtune.policies.export import stored_alike
-from kvtune.policies.export.compare import compared
+from kvtune.policies.export.compare import compared, notes_on_sequences
 from kvtune.policies.export.contract import Export, exporters, find_exporter
 from kvtune.policies.export.engine_wide import EngineWide, check
 from kvtune.policies.export.exporters import ik_llama, llama_cpp
@@ -610,6 +610,38 @@ def test_a_loss_stands_only_beside_stacks_that_keep_the_plan() -> None:
 def test_the_plugin_is_named_only_for_what_it_serves(option: Option, plugin: bool) -> None:
     rows = {row.name: row for row in compared(document(option))}
     assert ("plugin" in rows["kvtune"].proof) == plugin
+
+
+@pytest.mark.parametrize("context", [4096, 32768])
+def test_nobody_says_how_many_prompts_of_another_length_fit(context: int) -> None:
+    """What works on a prompt takes memory too, more the longer it is: the room is another."""
+    plan = llama_plan()
+    rows = compared(plan, context_tokens=context)
+    assert {row.sequences for row in rows} == {None}
+    (note,) = notes_on_sequences(plan, rows, context)
+    assert "8 192" in note
+    assert f"--context {context}" in note
+    made = find_exporter("vllm")().export(plan, context_tokens=context)
+    assert "kv-cache-memory-bytes" not in yaml.safe_load(made.files["vllm.yaml"])
+    own = compared(plan, context_tokens=8192)
+    assert own == compared(plan)
+    assert notes_on_sequences(plan, own, 8192) == ()
+
+
+def test_an_export_for_longer_prompts_says_that_their_room_is_not_known() -> None:
+    made = find_exporter("llama-cpp")().export(llama_plan(), context_tokens=32768)
+    line = next(line for line in made.report if line.field == "sequences")
+    assert line.status == "approximated"
+    assert line.detail.startswith("1 at once")
+    assert "known beside prompts of 8192 tokens alone" in line.detail
+
+
+def test_a_plan_for_fewer_than_fit_says_for_how_many() -> None:
+    plan = llama_plan(batch=9)
+    rows = compared(plan)
+    assert {row.name: row.sequences for row in rows}["kvtune"] == 45
+    assert notes_on_sequences(plan, rows) == ("planned for 9 at once.",)
+    assert notes_on_sequences(llama_plan(), rows) == ()
 
 
 def test_a_stack_that_cannot_hold_one_sequence_says_so() -> None:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtune.common.errors import DoesNotFitError, KvtuneError
+from kvtune.common.estimate import BAND, Estimate
 from kvtune.common.units import parse_seconds
 from kvtune.simulator.cost import one_after_the_other
 from kvtune.simulator.quality.tables import Tables
@@ -51,6 +52,7 @@ def test_the_error_names_limits_that_work(packaged: Tables, tmp_path: Path) -> N
     tight = Limits(first_token_s=0.2 * first, sequences=free.sequences)
     with pytest.raises(DoesNotFitError, match="the nearest misses --ttft by") as caught:
         run_search(llama(tmp_path / "tight", limits=tight))
+    assert re.search(r"KL \S+ to \S+ nats", caught.value.hint or ""), "a stand-in's are bands"
     quoted = re.search(r"--ttft (\S+)", caught.value.hint or "")
     assert quoted is not None
     works = replace(tight, first_token_s=parse_seconds(quoted[1]))
@@ -64,12 +66,17 @@ def test_the_way_out_is_a_plan_that_loses_what_is_accepted() -> None:
         uniform, choice = {"uniform": "full all int4"}, np.zeros(4, np.int64)
         return Candidate(0, uniform, choice, kl, 8192, 4, 2**20, {"--tpot": beyond})
 
+    def refused(*candidates: Candidate, band: Estimate | None = None) -> DoesNotFitError:
+        return none_within(Limits(time_per_token_s=0.010), candidates, 0.02, lambda _: band)
+
     near, far = tried(2.0, 0.1), tried(0.01, 0.5)
-    limits = Limits(time_per_token_s=0.010)
-    assert "--tpot 15ms has a plan" in (none_within(limits, [near, far], 0.02).hint or "")
-    told = none_within(limits, [near], 0.02).hint or ""
+    assert "--tpot 15ms has a plan" in (refused(near, far).hint or "")
+    assert refused(near, far).message.endswith("the nearest misses --tpot by 10 %"), "of all"
+    told = refused(near).hint or ""
     assert "--tpot 11ms has a plan" in told
     assert told.endswith("KL 2 nats a token, more than --max-kl 0.02.")
+    stand_in = Estimate(0.01, 0.004, 0.09, "nats/token", BAND)
+    assert "KL 0.004 to 0.09 nats a token." in (refused(far, band=stand_in).hint or "")
 
 
 def test_a_number_at_once_below_its_own_limit_is_refused_before_anything_is_run(

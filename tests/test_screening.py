@@ -49,6 +49,15 @@ def test_a_method_that_is_best_for_some_heads_goes_on_before_one_second_everywhe
     assert chosen == (ALL[0], ALL[2])
 
 
+def test_no_more_go_on_than_lower_anything() -> None:
+    every = np.full((4, 3, 10), 2.0, np.float32)
+    every[3] = 1.0
+    assert covering(every, ALL[:4], ALL[3:4], 3) == (ALL[3],)
+    every[1, 0, 0] = 0.5
+    assert covering(every, ALL[:4], ALL[3:4], 3) == (ALL[1], ALL[3])
+    assert covering(every, ALL[:4], (), 3) == (ALL[1], ALL[3])
+
+
 def test_budgets_count_alike_however_much_is_lost_at_them() -> None:
     every = np.ones((3, 2, 4), np.float32)
     every[:, 0] *= 1000
@@ -80,6 +89,23 @@ def test_what_was_found_is_kept_and_the_three_are_among_it(
     monkeypatch.setattr(screening, "losses_of_methods", None)  # a second search tries nothing again
     assert screened(menu, tiny_trace, tmp_path / "tiny", "cpu", Silent()) == first
     assert first.formats == menu.formats
+
+
+@pytest.mark.parametrize(
+    "damaged", ["{", "[]", "{}", '{"methods": [], "of": 3}', '{"methods": ["snapkw"], "of": 3}']
+)
+def test_a_damaged_file_of_what_was_found_is_made_anew(
+    damaged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    menu = replace(LAPTOP, methods=ALL[:9])
+    every = losses(np.random.default_rng(0), 9)
+    monkeypatch.setattr(screening, "losses_of_methods", lambda *_: every)
+    first = screened(menu, None, tmp_path / "tiny", "cpu", Silent())  # type: ignore[arg-type]
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_text(damaged)
+    assert screened(menu, None, tmp_path / "tiny", "cpu", Silent()) == first  # type: ignore[arg-type]
+    assert file.read_bytes() == whole
 
 
 def _reads_no_more_than(method: Method, signals: set[str]) -> bool:

@@ -39,6 +39,22 @@ def test_what_a_question_does_not_read_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("by", "option"),
+    [((), "--steps"), (("--by", "attention"), "--steps"), (("--by", "duo"), "--block")],
+)
+def test_one_way_to_score_heads_refuses_what_only_another_reads(
+    by: tuple[str, ...], option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "found.safetensors"
+    # A model whose weights are nowhere: what went on would be refused for that.
+    words = ("heads", "detect", "--model", "llama-8b", *by, option, "5", "--out", str(out))
+    assert main([*words]) == 2
+    told = capsys.readouterr().err
+    assert f"{by[-1] if by else 'attention'} does not read {option}" in told
+    assert "hint:" in told
+
+
 def test_several_are_named_together_and_defaults_are_not(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -28,6 +28,7 @@ from kvtune.tuner.stand_in_baselines import stand_in_baselines
 
 if TYPE_CHECKING:
     from kvtune.tuner.timing import Times
+    from kvtune.tuner.validate import Validation
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,11 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
     policy, budget = solver.policy(chosen), found.budgets[chosen.place].at(chosen.sequences)
     cost = _cost(found, chosen)
     predicted = _predicted(source, chosen)
-    compare = live_baselines if source.loaded else stand_in_baselines
-    compared, validation = compare(source, solver, policy, chosen, predicted.kl, progress)
+    validation: Validation | None = None
+    if source.loaded:
+        compared, validation = live_baselines(source, policy, chosen, predicted.kl, progress)
+    else:
+        compared = stand_in_baselines(source, solver, policy, chosen, predicted.kl)
     baselines = tuple(row.baseline for row in compared)
     quality = replace(predicted, kl=validation.live) if validation else predicted
     times, untimed = _times(found, policy, chosen, cost, progress)
@@ -157,13 +161,14 @@ def _front_point(found: Found, candidate: Candidate, chosen: bool) -> FrontPoint
         tokens_per_second=cost.tokens_per_second,
         parameters=candidate.parameters,
         chosen=chosen,
-        band=_band(found.source, candidate),
+        band=band_of(found.source, candidate),
         weights=candidate.weights,
         unseen=candidate.unseen,
     )
 
 
-def _band(source: QualitySource, candidate: Candidate) -> Estimate | None:
+def band_of(source: QualitySource, candidate: Candidate) -> Estimate | None:
+    """A stand-in's band around what a plan loses on selection samples; None of a model's own."""
     if not source.stand_in:
         return None
     return source.loss_of(candidate.choice, selection_split(source.tables))

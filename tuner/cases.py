@@ -252,7 +252,14 @@ class Asked:
         shared = (
             [n for n in range(1, total + 1) if total % n == 0] if self.gpus == 1 else [self.gpus]
         )
-        return [Split(n, total // n) for n in shared if can_split(self.shape, n)]
+        groups = self.expert_parallel
+        found = [n for n in shared if can_split(self.shape, n) and n % groups == 0]
+        if not found:
+            raise KvtuneError(
+                f"{self.shape.name} cannot be shared by any of {total} GPUs in {groups} groups",
+                hint="fewer groups are asked for by --expert-parallel.",
+            )
+        return [Split(n, total // n) for n in found]
 
     def of(
         self,
@@ -378,6 +385,12 @@ class Asked:
         return None
 
 
+_IN_8_BITS = dict.fromkeys(
+    ("vllm", "sglang", "trtllm"), ", with --kv-cache-dtype fp8 for a cache of 8 bits"
+) | {"llama-cpp": ", with --engine-args '-ctk q8_0 -ctv q8_0' for a cache of 8 bits"}
+_BY_PLUGIN = "kvtune serve-sim --stack vllm --policy serves it as kvtune's plugin does; "
+
+
 def check_runtime_alone(stack: str) -> None:
     """Refuse a policy under a stack that does not run it.
 
@@ -385,12 +398,12 @@ def check_runtime_alone(stack: str) -> None:
         KvtuneError: any but kvtune's own runtime.
     """
     if stack != "kvtune":
-        narrow = "" if stack == "llama-cpp" else "a cache of 8 bits is --kv-cache-dtype fp8; "
         raise KvtuneError(
             f"--policy is costed as kvtune's own runtime runs it, and --stack {stack} runs its own "
             "cache",
-            hint=f"leave out --stack; {narrow}kvtune export --compare says what of a policy each "
-            "stack can be given, and what fits there.",
+            hint=f"leave out --stack; or leave out --policy{_IN_8_BITS.get(stack, '')}; "
+            f"{_BY_PLUGIN if stack == 'vllm' else ''}kvtune export --compare says what each stack "
+            "can be given.",
         )
 
 

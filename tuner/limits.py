@@ -8,8 +8,10 @@ from math import ceil, floor, log10
 from typing import TYPE_CHECKING
 
 from kvtune.common.errors import DoesNotFitError
+from kvtune.common.words import figure
 
 if TYPE_CHECKING:
+    from kvtune.common.estimate import Estimate
     from kvtune.simulator.cost import Cost
     from kvtune.tuner.candidate import Candidate
 
@@ -38,12 +40,12 @@ class Limits:
     def excess(self, cost: Cost, sequences: int) -> dict[str, float]:
         """By which share of each limit a plan is beyond it; negative where it keeps to it."""
         found = {}
-        for name, limit, figure in (
+        for name, limit, taken in (
             ("--tpot", self.time_per_token_s, cost.latency.value),
             ("--ttft", self.first_token_s, cost.first_token.value),
         ):
             if limit is not None:
-                found[name] = figure / limit - 1
+                found[name] = taken / limit - 1
         if self.sequences is not None:
             found["--sequences"] = 1 - sequences / self.sequences
         return found
@@ -78,23 +80,34 @@ def within(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 
 def none_within(
-    limits: Limits, candidates: Sequence[Candidate], largest_kl: float
+    limits: Limits,
+    candidates: Sequence[Candidate],
+    largest_kl: float,
+    band: Callable[[Candidate], Estimate | None],
 ) -> DoesNotFitError:
-    """The error that names the nearest limits for which there is a plan.
+    """The error that says how near all plans come, and names limits for which there is a plan.
 
-    Of plans with one option for all heads, where there are any: they are tried in every search, so
-    that what is quoted is found again. Of these, plans that lose no more than is accepted, if any.
+    That one is of plans with one option for all heads, where there are any: they are tried in every
+    search, so that what is quoted is found again. Of these it is the nearest of plans that lose no
+    more than is accepted, if any.
+
+    Args:
+        limits: that no plan keeps to.
+        candidates: that were tried.
+        largest_kl: that is accepted, nats/token.
+        band: of a plan's loss; None where one number is known.
     """
     steady = [each for each in candidates if "uniform" in each.parameters] or list(candidates)
     accepted = [each for each in steady if each.kl <= largest_kl]
     best = min(accepted or steady, key=lambda each: sum(each.misses.values()))
     more = "" if accepted else f", more than --max-kl {largest_kl:g}"
     nearest = " ".join(limits.at(name, excess) for name, excess in best.misses.items())
-    beyond = " and ".join(f"{name} by {100 * by:.2g} %" for name, by in best.misses.items())
+    loss = band(best)
+    kl = f"{best.kl:.2g}" if loss is None else figure(loss, tier=False)
     return DoesNotFitError(
-        f"no plan keeps to all limits; the nearest misses {beyond}",
+        f"no plan keeps to all limits; {_nearest(candidates)}",
         hint=f"{nearest} has a plan: {best.sequences} of {best.context} tokens at once, KL "
-        f"{best.kl:.2g} nats a token{more}.",
+        f"{kl} nats a token{more}.",
     )
 
 
@@ -103,12 +116,17 @@ def note_on(candidates: Sequence[Candidate]) -> list[str]:
     missing = [candidate for candidate in candidates if candidate.misses]
     if not missing:
         return []
+    return [
+        f"limits: {len(missing)} of {len(candidates)} plans miss one and were left out; "
+        f"{_nearest(missing)}."
+    ]
+
+
+def _nearest(missing: Sequence[Candidate]) -> str:
+    """By how much the plan that comes nearest misses the limits."""
     nearest = min(missing, key=lambda each: sum(each.misses.values()))
     beyond = " and ".join(f"{name} by {100 * by:.2g} %" for name, by in nearest.misses.items())
-    return [
-        f"limits: {len(missing)} of {len(candidates)} plans miss one and were left out; the "
-        f"nearest misses {beyond}."
-    ]
+    return f"the nearest misses {beyond}"
 
 
 def with_excess(candidate: Candidate, excess: Excess) -> Candidate:

@@ -24,7 +24,7 @@ from kvtune.tuner.candidate import Candidate
 from kvtune.tuner.exchange import Choice
 from kvtune.tuner.quality import ratio_interval
 from kvtune.tuner.result import PLAN_FILE, Baseline
-from kvtune.tuner.solver import Solver, evicts, policy_of
+from kvtune.tuner.solver import evicts, policy_of
 from kvtune.tuner.sources import QualitySource
 
 if TYPE_CHECKING:
@@ -56,13 +56,12 @@ def file_of(family: str) -> str:
 
 def live_baselines(
     source: QualitySource,
-    solver: Solver,
     policy: Policy,
     chosen: Candidate,
     predicted: Estimate,
     progress: Progress,
-) -> tuple[list[Compared], Validation | None]:
-    """On the model itself: every family's best by replay, then all of them live.
+) -> tuple[list[Compared], Validation]:
+    """On the model itself: every family's best by replay, then all of them live, and the plan's.
 
     The family of a plan that is a rule is the plan itself.
     """

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtune.common.errors import KvtuneError
 from kvtune.common.files import write_json
 from kvtune.common.progress import Progress
-from kvtune.common.stored import read_json
+from kvtune.common.stored import checked, read_json
 from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.method import Method
 from kvtune.policies.option import Budget, Option
@@ -39,6 +40,14 @@ _NEARLY = 1.1  # of the bytes of a budget: some keep a weight for every token
 _FORM = Int4(exact_first=4)
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """What was found, as a file holds it: labels of the methods, and of how many."""
+
+    methods: tuple[str, ...]
+    of: int
+
+
 def screened(menu: Menu, trace: Trace, kept: Path, device: str, progress: Progress) -> Menu:
     """A menu with the methods that go on; the same again where a file holds what was found.
 
@@ -51,15 +60,28 @@ def screened(menu: Menu, trace: Trace, kept: Path, device: str, progress: Progre
     """
     told = hashlib.sha256(repr((menu.methods, menu.shares)).encode()).hexdigest()[:12]
     file = kept.with_name(f"{kept.name}-{told}-methods.json")
-    if file.exists():
-        names = read_json(file)["methods"]
-        return replace(menu, methods=tuple(m for m in menu.methods if m.label in names))
+    if (found := _kept(file, menu, progress)) is not None:
+        return replace(menu, methods=found)
     sure = [m for m in menu.methods if m in METHODS or m.reader(1) is not None]
     methods = covering(losses_of_methods(menu, trace, device, progress), menu.methods, sure, MOST)
     names = [method.label for method in methods]
     progress.note(f"of {len(menu.methods)} methods these are replayed in full: {', '.join(names)}.")
     write_json(file, {"methods": names, "of": len(menu.methods)})
     return replace(menu, methods=methods)
+
+
+def _kept(file: Path, menu: Menu, progress: Progress) -> tuple[Method, ...] | None:
+    """The methods that a file names; None where there is no file, or it is damaged."""
+    if not file.exists():
+        return None
+    try:
+        names = set(checked(_Kept, read_json(file), str(file)).methods)
+        if not names or names - {method.label for method in menu.methods}:
+            raise KvtuneError("names no methods of the menu", where=str(file))
+    except KvtuneError as error:
+        progress.note(f"{error}; it is made anew")
+        return None
+    return tuple(method for method in menu.methods if method.label in names)
 
 
 def covering(
@@ -77,8 +99,11 @@ def covering(
     chosen = [row for row, method in enumerate(methods) if method in sure]
     while len(chosen) < min(most, len(methods)):
         least = scaled[chosen].min(0) if chosen else np.full_like(scaled[0], np.inf)
-        chosen.append(int(np.minimum(scaled, least).sum((1, 2)).argmin()))
-    return tuple(methods[row] for row in sorted(set(chosen)))
+        best = int(np.minimum(scaled, least).sum((1, 2)).argmin())
+        if not (scaled[best] < least).any():
+            break
+        chosen.append(best)
+    return tuple(methods[row] for row in sorted(chosen))
 
 
 def losses_of_methods(menu: Menu, trace: Trace, device: str, progress: Progress) -> Floats:

@@ -11,7 +11,7 @@ from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
 from kvtune.common.units import format_bytes
 from kvtune.simulator.quality.tables import on_both_sides
-from kvtune.tuner.answer import Found, answer
+from kvtune.tuner.answer import Found, answer, band_of
 from kvtune.tuner.asked import facts_of, given, question_of
 from kvtune.tuner.candidate import Candidate, pick
 from kvtune.tuner.checks import check_request, no_head_is_known, scores_of
@@ -115,7 +115,9 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
         raise _nothing_fits(request, question)
     candidates = within(tried)
     if not candidates:
-        raise none_within(request.limits, tried, request.largest_kl)
+        raise none_within(
+            request.limits, tried, request.largest_kl, lambda each: band_of(source, each)
+        )
     studied = Found(request, budgets, source, solver, facts.study, candidates, notes)
     by_heads = _by_head_scores(recalibrated(studied, source.calibration))
     for point in by_heads:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from kvtune.common.estimate import Estimate
-from kvtune.common.progress import Progress
 from kvtune.policies.page_formats import CODES
 from kvtune.policies.policy import Policy
 from kvtune.tuner.baselines import FAMILIES, PRECISIONS, STRONG, candidates
@@ -30,8 +29,7 @@ def stand_in_baselines(
     policy: Policy,
     chosen: Candidate,
     predicted: Estimate,
-    progress: Progress,
-) -> tuple[list[Compared], None]:
+) -> list[Compared]:
     """The plan, and every family at its bytes, or at the most it takes; nothing is run.
 
     Of what has been published since the simple families, those that lose less than these and the
@@ -50,7 +48,7 @@ def stand_in_baselines(
     found = list(compared(FAMILIES))
     least = min([predicted.value, *(row.baseline.predicted.value for row in found)])
     strong = [row for row in compared(STRONG) if row.baseline.predicted.value < least]
-    return [plan, *found, *strong], None
+    return [plan, *found, *strong]
 
 
 def _compared(row: Row, solver: Solver, context: int, share: float) -> Compared:

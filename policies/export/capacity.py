@@ -24,7 +24,8 @@ def sequences_that_fit(plan: Plan, stack: str, sequence_bytes: int) -> tuple[int
     """The number of sequences that the configuration allows at once, never more than fit.
 
     Where the policy file does not say how much memory is left for the cache, what its own sequences
-    take is known to be there, and no more.
+    take is known to be there, and no more; nor that beside longer prompts than its own, which take
+    more to work on.
 
     Args:
         plan: says what was asked for and how much room there is.
@@ -57,7 +58,7 @@ def _within_own_bytes(plan: Plan, sequence_bytes: int, each: str) -> tuple[int, 
     sure, planned = _bytes_of_own_sequences(plan) // sequence_bytes, plan.planned_batch or 1
     count = plan.batch or max(min(planned, sure), 1)
     if count > sure:
-        detail = f"{count} at once: {each}; check that they fit, the memory for caches is not known"
+        detail = f"{count} at once: {each}; check that they fit, {_unknown(plan)}"
         return count, Line("sequences", "approximated", detail)
     if count < planned:
         detail = f"{count} at once instead of {planned}, which take no more memory: {each}"
@@ -65,10 +66,25 @@ def _within_own_bytes(plan: Plan, sequence_bytes: int, each: str) -> tuple[int, 
     return count, Line("sequences", "kept", f"{count} at once: {each}")
 
 
+def _unknown(plan: Plan) -> str:
+    """Why nobody knows how much memory there is."""
+    if not plan.is_elsewhere:
+        return "the memory for caches is not known"
+    return (
+        f"the memory for caches is known beside prompts of {plan.planned_context} tokens alone, "
+        "which the plan was made for"
+    )
+
+
 def _bytes_of_own_sequences(plan: Plan) -> int:
-    """Bytes of pages that the plan's own sequences are given, generated tokens in 16 bits."""
+    """Bytes of pages that the plan's own sequences are given, generated tokens in 16 bits.
+
+    None are sure beside longer prompts.
+    """
     serving, facts = plan.document.serving, plan.facts
     if serving is None or serving.batch is None or serving.context_tokens is None:
+        return 0
+    if plan.context_tokens > serving.context_tokens:
         return 0
     growth = Growth(serving.generated_tokens or 0)
     each = sequence_bytes(plan.policy, serving.context_tokens, facts.head_dim, growth)

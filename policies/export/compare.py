@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
+from kvtune.common.units import format_tokens
 from kvtune.common.words import figure
 from kvtune.policies.export.contract import exporters
 from kvtune.policies.export.plan import Plan, plan_of
 from kvtune.policies.paging import Growth, sequence_bytes, waiting_bytes
-from kvtune.policies.policy_file.parts import ModelFacts, PolicyDocument
+from kvtune.policies.policy_file.parts import ModelFacts, PolicyDocument, Serving
 from kvtune.policies.servable import check_servable
 
 NOT_THE_PLANS = "not the plan's"
@@ -24,7 +26,7 @@ class Compared:
     Args:
         name: of the stack, as ``--to`` takes it.
         prompt_bytes: of one prompt there; None where it cannot be exported.
-        sequences: at once; None where nobody says.
+        sequences: that fit at once; None where nobody says.
         loss: what is known of it, in words.
         proof: how far it was tried.
     """
@@ -50,7 +52,28 @@ def compared(
         Compared("uncompressed", *_full(plan), "0", "exact"),
         Compared("kvtune", *_own(plan), loss, _proof(plan)),
     ]
-    return ours + [_on(name, document, facts, context_tokens) for name in sorted(exporters())]
+    there = [_on(name, document, facts, context_tokens) for name in sorted(exporters())]
+    if plan.is_elsewhere:
+        there = [replace(row, sequences=None) for row in there]
+    return ours + there
+
+
+def notes_on_sequences(
+    document: PolicyDocument, rows: Sequence[Compared], context_tokens: int | None = None
+) -> tuple[str, ...]:
+    """Why nobody says how many fit, or that the plan was made for fewer."""
+    serving = document.serving or Serving()
+    planned = serving.context_tokens
+    if planned is not None and context_tokens not in (None, planned):
+        return (
+            f"how many fit at once is not known: the file's memory for caches is what is left "
+            f"beside prompts of {format_tokens(planned)}; kvtune estimate --policy FILE --context "
+            f"{context_tokens} counts it for this length.",
+        )
+    most = next((row.sequences for row in rows if row.name == "kvtune"), None)
+    if serving.batch is None or most is None or most <= serving.batch:
+        return ()
+    return (f"planned for {serving.batch} at once.",)
 
 
 def _proof(plan: Plan) -> str:

@@ -42,9 +42,24 @@ class Plan:
         return "" if self.model == self.facts.hub else self.model
 
     @property
+    def planned_context(self) -> int | None:
+        """Tokens of the prompts that the plan was made for, where it says so."""
+        return self.document.serving.context_tokens if self.document.serving else None
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether prompts of another length are asked for than the plan was made for."""
+        return self.planned_context not in (None, self.context_tokens)
+
+    @property
     def room_bytes(self) -> int | None:
-        """Bytes that all sequences' caches may take together; None where the plan does not say."""
-        return self.document.serving.cache_bytes if self.document.serving else None
+        """Bytes that all sequences' caches may take together; None where the plan does not say.
+
+        What it says is what is left beside the work on prompts of its own length.
+        """
+        if self.document.serving is None or self.is_elsewhere:
+            return None
+        return self.document.serving.cache_bytes
 
     @property
     def planned_batch(self) -> int | None:

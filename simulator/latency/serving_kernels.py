@@ -10,7 +10,7 @@ import numpy.typing as npt
 from kvtune.common.errors import KvtuneError
 from kvtune.profiles.layer_cache import LatentAttention
 from kvtune.profiles.shape import ModelShape
-from kvtune.profiles.split import split_over
+from kvtune.profiles.split import check_dealt, split_over
 from kvtune.profiles.stack_kernels.attention import Heads, Kind
 from kvtune.profiles.stack_kernels.experts import ExpertShape
 from kvtune.profiles.stack_kernels.grid import FloatArray
@@ -73,19 +73,7 @@ class ServingModel:
     def __post_init__(self) -> None:
         check_latent(self.tables, self.shape)
         check_layers(self.shape)
-        experts, groups = self.shape.experts, self.expert_parallel
-        if groups == 1:
-            return
-        if experts is None:
-            raise KvtuneError(
-                f"{self.shape.name} has no routed experts to deal to {groups} groups of GPUs",
-                hint="leave out --expert-parallel.",
-            )
-        if self.gpus % groups or experts.count % groups:
-            raise KvtuneError(
-                f"{experts.count} experts on {self.gpus} GPUs cannot be dealt to {groups} groups",
-                hint="--expert-parallel divides both, for example as many as --gpus.",
-            )
+        check_dealt(self.shape, self.gpus, self.expert_parallel)
 
     def decode(self, batch: npt.ArrayLike, tokens: npt.ArrayLike) -> FloatArray:
         """Seconds of a step of so many sequences with so many tokens in each one's cache."""
