@@ -13,6 +13,7 @@ from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.policies.room import Room
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
+from kvtune.simulator.latency.answers import least_certain
 from kvtune.simulator.latency.compression import compression
 from kvtune.simulator.latency.host import host_step
 from kvtune.simulator.latency.read_back import read_back_step, reads_back
@@ -216,7 +217,7 @@ def _with(step: Estimate, added: Estimate) -> Estimate:
     value, low, high = (
         getattr(step, end) + getattr(added, end) for end in ("value", "low", "high")
     )
-    return Estimate(value, low, high, "s", added.tier)
+    return Estimate(value, low, high, "s", least_certain(step.tier, added.tier))
 
 
 def per_second(step: Estimate, sequences: int) -> Estimate:

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.formats.grouped import Int4
+from kvtune.policies.formats.kivi import Kivi
+from kvtune.policies.methods.quest import Quest
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.paging import Growth, sequence_bytes
@@ -21,8 +23,11 @@ from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
 from kvtune.profiles.split import split_over
+from kvtune.simulator.cost import policy_cost
+from kvtune.simulator.latency.answers import least_certain
 from kvtune.simulator.latency.steps import decode_step, prefill
 from kvtune.simulator.latency.sums import sums_over_gpus
+from kvtune.simulator.memory.plan import memory_plan
 from kvtune.simulator.serving.engine import Engine, serve
 from kvtune.simulator.serving.footprint import footprint
 from kvtune.simulator.serving.memory import Memory
@@ -347,6 +352,29 @@ def test_times_are_the_latency_models_at_the_grids_points() -> None:
     assert of.mixed(0, 0, 0, [Chunk(0, 1024)]) == pytest.approx(whole.value, rel=0.02)
     halves = of.mixed(0, 0, 0, [Chunk(0, 512)]) + of.mixed(0, 0, 0, [Chunk(512, 512)])
     assert halves > whole.value
+
+
+SPARSE = {
+    "reader": Option(Quest(block=16), Budget(tokens=128)),
+    "on the host": Option(Quest(block=16), Budget(tokens=128), tier="host"),
+    "all on the host": Option(tier="host"),
+    "read back": Option(keys=Kivi(), values=Kivi()),
+}
+
+
+@pytest.mark.parametrize("card", ["4090", "h200"])
+@pytest.mark.parametrize("option", SPARSE.values(), ids=SPARSE)
+def test_steps_under_a_policy_take_what_an_estimate_says(option: Option, card: str) -> None:
+    """What readers leave unread is not paid for; what the host and reading back take is."""
+    gpu, policy = find_gpu(card), Policy.uniform(option, SMOL.layers, SMOL.kv_heads)
+    of = step_times(SMOL, gpu, "bf16", policy, Load(8, (512, 1024), 128, 2048, 1 << 16))
+    budget = memory_plan(SMOL, gpu, 10**10, context_tokens=1024, generated_tokens=128)
+    for sequences in (1, 8):
+        asked = policy_cost(policy, budget.at(sequences)).latency
+        for end in ("value", "low", "high"):
+            found = of[end].decoding(sequences, 1024, 128)
+            assert found == pytest.approx(getattr(asked, end), rel=0.01)
+    assert least_certain(of["value"].tier, asked.tier) == of["value"].tier
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4, 16])

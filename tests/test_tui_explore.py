@@ -17,7 +17,12 @@ from hypothesis.extra import numpy as hnp
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.common.stored import checked, parse_json
+from kvtune.policies.formats.grouped import Int4
+from kvtune.policies.formats.kivi import Kivi
 from kvtune.policies.methods.kvzip import KVzip
+from kvtune.policies.methods.quest import Quest
+from kvtune.policies.methods.retrieval_attention import RetrievalAttention
+from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import find_gpu
@@ -229,6 +234,45 @@ def test_a_plan_that_waits_holds_one_prompt_more_in_the_columns_too(study: Study
     cost = policy_cost(policy, replace(budget, batch=2, generated_tokens=known.generated_tokens))
     assert columns.memory[0, 0] == pytest.approx(cost.memory.value)
     assert columns.tokens_that_fit[0] == cost.sequences_that_fit * CONTEXT
+
+
+HOST = Option(Quest(block=64), Budget(tokens=256), tier="host")
+READ = Option(Quest(block=64), Budget(tokens=256))
+SEARCHED = Option(RetrievalAttention(beam=64), Budget(tokens=256), tier="host")
+BACK = Option(SnapKV(), Budget(share=0.25), Kivi(), Kivi())
+PLAIN = Option(SnapKV(), Budget(share=0.25), Int4(), Int4())
+
+
+@pytest.mark.parametrize("card", ["4090", "h200"])
+def test_steps_that_use_the_host_a_reader_or_no_kernel_take_what_the_models_say(
+    study: Study, card: str
+) -> None:
+    """Each option in all heads, in every other one, and in every other layer."""
+    known, shape = study.facts, study.facts.shape
+    options, size = (PLAIN, READ, HOST, SEARCHED, BACK), (shape.layers, shape.kv_heads)
+    every_other = [np.indices(size)[axis] % 2 for axis in (0, 1)]
+    heads = np.stack(
+        [np.full(size, number) for number in range(5)]
+        + [number * place for number in range(1, 5) for place in every_other]
+        + [np.where(every_other[0], 2, 4)]
+    ).reshape(-1, shape.layers * shape.kv_heads)
+    counts = np.stack([(heads == number).sum(1) for number in range(5)], 1).astype(float)
+    setting = Setting(find_gpu(card), 22 * 10**9, "bf16")
+    contexts = np.where(np.arange(len(heads)) % 3, 16384, 8192)
+    given = [Policy.uniform(option, 1, 1) for option in options]
+    columns = figures(known, given, counts, contexts, contexts // 4096, setting, heads)
+    for row, numbers in enumerate(heads.reshape(-1, *size).tolist()):
+        policy = Policy("made up", tuple(tuple(options[n] for n in layer) for layer in numbers))
+        budget = memory_plan(
+            shape, setting.gpu, setting.memory_bytes, context_tokens=int(contexts[row]),
+            generated_tokens=known.generated_tokens, weights="bf16",
+        )  # fmt: skip
+        asked = policy_cost(policy, budget.at(int(contexts[row]) // 4096)).latency
+        told = columns.estimate("step_s", row)
+        assert (told.value, told.low, told.high) == pytest.approx(
+            (asked.value, asked.low, asked.high), rel=1e-6
+        )
+        assert told.tier == asked.tier
 
 
 def test_an_impossible_setting_is_refused(study: Study) -> None:

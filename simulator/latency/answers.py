@@ -51,6 +51,11 @@ class Times:
         return Estimate(value, low, high, "s", tier)
 
 
+def least_certain(*tiers: Tier) -> Tier:
+    """The tier of what is put together from parts of these; below all of ``TIERS`` are priors."""
+    return max(tiers, key=lambda tier: TIERS.index(tier) if tier in TIERS else len(TIERS))
+
+
 def within(seconds: npt.ArrayLike, factor: float) -> Times:
     """Times by a data sheet: within a factor either way."""
     value = np.asarray(seconds, np.float64)

@@ -9,15 +9,18 @@ host, as a graph of keys does, is waited for too. The three parts are those meas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from kvtune.common.estimate import Estimate, Tier
+import numpy as np
+import numpy.typing as npt
+
+from kvtune.common.estimate import Estimate
+from kvtune.policies.option import Option
 from kvtune.policies.parts import entries_of
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.latency.answers import HALF_WIDTH, TIERS
+from kvtune.simulator.latency.answers import HALF_WIDTH, TIERS, FloatArray, Times
 from kvtune.simulator.latency.kernels import Kernels
 from kvtune.simulator.latency.priors import Prior
 from kvtune.simulator.latency.transfer import tables_for
@@ -41,12 +44,12 @@ JOIN_S = Prior(25e-6, 15e-6, 50e-6)
 COMPARE_S = Prior(10e-9, 4e-9, 30e-9)
 EXCHANGE_S = Prior(60e-6, 30e-6, 200e-6)
 
+ENDS = ("value", "low", "high")
 _DEVICE_SHARE = 0.7  # of the bandwidth, that attention and the reading of an index get
 
 
-@dataclass(frozen=True)
-class HostLayer:
-    """What one layer does at a step, for one sequence.
+class HostWork(NamedTuple):
+    """What a step does for one sequence in a head, in a layer, or in many layers, as arrays.
 
     Args:
         moved_bytes: come over from the host.
@@ -57,46 +60,43 @@ class HostLayer:
         landed_elements: keys' numbers that come over.
     """
 
-    moved_bytes: int
-    near_bytes: int
-    compared: int
-    far_bytes: int = 0
-    held_elements: int = 0
-    landed_elements: int = 0
+    moved_bytes: float | FloatArray
+    near_bytes: float | FloatArray
+    compared: float | FloatArray = 0
+    far_bytes: float | FloatArray = 0
+    held_elements: float | FloatArray = 0
+    landed_elements: float | FloatArray = 0
 
 
-def host_layers(policy: Policy, shape: ModelShape, prompt_tokens: int) -> list[HostLayer]:
-    """Of the layers that have heads on the host."""
-    found, size = [], shape.head_dim
-    group = shape.query_heads // shape.kv_heads
-    for options, budgets in zip(policy.heads, policy.budgets(prompt_tokens), strict=True):
-        heads = list(zip(options, budgets.tolist(), strict=True))
-        far = [(option, budget) for option, budget in heads if option.on_host]
-        if not far:
-            continue
-        ledgers = [option.ledger(budget, prompt_tokens, size) for option, budget in far]
-        near = sum(
-            option.ledger(budget, prompt_tokens, size).read_bytes
-            for option, budget in heads
-            if not option.on_host
-        )
-        held = [entries_of(o.method.plan(n, prompt_tokens)) for o, n in far]
-        readers = [option.method.reader(budget) for option, budget in far]
-        landed = [
-            reader.entries_read(count) if reader else count
-            for reader, count in zip(readers, held, strict=True)
-        ]
-        found.append(
-            HostLayer(
-                moved_bytes=sum(each.moved_bytes for each in ledgers),
-                near_bytes=near,
-                compared=group * sum(o.compared_on_host(n, prompt_tokens) for o, n in far),
-                far_bytes=sum(each.read_bytes for each in ledgers),
-                held_elements=size * sum(held),
-                landed_elements=size * sum(landed),
-            )
-        )
-    return found
+def head_work(option: Option, budget: int, prompt_tokens: int, shape: ModelShape) -> HostWork:
+    """Of one head; a layer's is the sum of its heads'."""
+    size = shape.head_dim
+    ledger = option.ledger(budget, prompt_tokens, size)
+    if not option.on_host:
+        return HostWork(0, ledger.read_bytes)
+    held = entries_of(option.method.plan(budget, prompt_tokens))
+    reader = option.method.reader(budget)
+    return HostWork(
+        moved_bytes=ledger.moved_bytes,
+        near_bytes=0,
+        compared=shape.query_heads
+        // shape.kv_heads
+        * option.compared_on_host(budget, prompt_tokens),
+        far_bytes=ledger.read_bytes,
+        held_elements=size * held,
+        landed_elements=size * (reader.entries_read(held) if reader else held),
+    )
+
+
+def host_work(policy: Policy, shape: ModelShape, prompt_tokens: int) -> FloatArray:
+    """Of the layers that have heads on the host, ``[layers, 6]``."""
+    found = [
+        [head_work(*head, prompt_tokens, shape) for head in zip(layer, budgets, strict=True)]
+        for layer, budgets in zip(policy.heads, policy.budgets(prompt_tokens).tolist(), strict=True)
+        if any(option.on_host for option in layer)
+    ]
+    each = np.array(found, np.float64).reshape(len(found), policy.kv_heads, 6)
+    return np.asarray(each.sum(axis=1))
 
 
 def host_step(
@@ -119,66 +119,66 @@ def host_step(
         prompt_tokens: of each.
         kernels: measured ones; the card's own table's unless given.
     """
-    layers = host_layers(policy, shape, prompt_tokens)
+    each = host_seconds(host_work(policy, shape, prompt_tokens), gpu, batch, kernels)
+    value, low, high = (float(np.sum(end)) for end in (each.value_s, each.low_s, each.high_s))
+    return Estimate(value, low, high, "s", each.tier)
+
+
+def host_seconds(
+    work: FloatArray, gpu: GpuProfile, batch: npt.ArrayLike, kernels: Kernels | None = None
+) -> Times:
+    """The same of each of many layers that have heads on the host.
+
+    Args:
+        work: fields of ``HostWork``, ``[..., 6]``.
+        gpu: the card.
+        batch: sequences, broadcast against the layers.
+        kernels: as those of ``host_step``.
+    """
+    layers, sequences = HostWork(*np.moveaxis(work, -1, 0)), np.asarray(batch, np.float64)
     if kernels is None and (tables := tables_for(gpu)) is not None:
         kernels = tables.kernels
-    if kernels is not None and kernels.has("host_fetch"):
-        return _measured(layers, gpu, batch, kernels)
+    if kernels is None or not kernels.has("host_fetch"):
+        value, low, high = (_layer_s(layers, gpu, sequences, end) for end in ENDS)
+        return Times(value, low, high, "assumed")
+    width = float(HALF_WIDTH[TIERS.index("fitted")])
     value, low, high = (
-        sum(_layer_s(each, gpu, batch, end) for each in layers) for end in ("value", "low", "high")
+        (1 + sign * width) * _measured_layer_s(layers, gpu, sequences, kernels, end)
+        for end, sign in zip(ENDS, (0, -1, 1), strict=True)
     )
-    return Estimate(value, low, high, "s", "assumed")
+    return Times(value, low, high, "assumed" if np.any(layers.compared) else "fitted")
 
 
-def _layer_s(layer: HostLayer, gpu: GpuProfile, batch: int, end: str) -> float:
-    """One layer by the priors."""
+def _layer_s(layer: HostWork, gpu: GpuProfile, batch: FloatArray, end: str) -> FloatArray:
+    """Layers by the priors."""
     slow = {"value": "value", "low": "high", "high": "low"}[end]  # a small share is a long time
     link = batch * layer.moved_bytes / (getattr(LINK_SHARE, slow) * gpu.pcie_bytes_per_s)
-    choose = getattr(CHOOSE_S, end)
-    if layer.compared:
-        choose = _search_s(layer, batch, end)
+    choose = np.where(layer.compared, _search_s(layer, batch, end), getattr(CHOOSE_S, end))
     aside = choose + getattr(FETCH_FLOOR_S, end) + link
     behind = getattr(JOIN_S, end) + _read_s(layer.far_bytes, gpu, batch)
-    return float(max(aside - _read_s(layer.near_bytes, gpu, batch), 0.0) + behind)
-
-
-def _measured(
-    layers: Sequence[HostLayer], gpu: GpuProfile, batch: int, kernels: Kernels
-) -> Estimate:
-    """All layers by what was measured of the parts; a search on the host by its prior."""
-    width = float(HALF_WIDTH[TIERS.index("fitted")])
-    ends: list[float] = []
-    for end, sign in (("value", 0), ("low", -1), ("high", 1)):
-        searched = [_search_s(layer, batch, end) if layer.compared else None for layer in layers]
-        pairs = zip(layers, searched, strict=True)
-        known = sum(_measured_layer_s(layer, gpu, batch, kernels, found) for layer, found in pairs)
-        ends.append((1 + sign * width) * known)
-    tier: Tier = "assumed" if any(layer.compared for layer in layers) else "fitted"
-    value, low, high = ends
-    return Estimate(value, low, high, "s", tier)
+    waited = np.maximum(aside - _read_s(layer.near_bytes, gpu, batch), 0.0)
+    return np.asarray(waited + behind)
 
 
 def _measured_layer_s(
-    layer: HostLayer, gpu: GpuProfile, batch: int, kernels: Kernels, searched: float | None
-) -> float:
-    """One layer by what was measured; ``searched`` in place of choosing, unless it is None."""
+    layer: HostWork, gpu: GpuProfile, batch: FloatArray, kernels: Kernels, end: str
+) -> FloatArray:
+    """Layers by what was measured of the parts; a search on the host by its prior."""
     _, kv_heads, head_dim = kernels.heads()
     each = kv_heads * head_dim  # numbers of a token's keys in the measured layer
-    choose = searched
-    if choose is None:
-        held = batch * layer.held_elements / each
-        choose = float(kernels.by_length("host_choose", "bf16", held))
-    aside = choose + float(kernels.by_bytes("host_fetch").at(batch * layer.moved_bytes))
-    landed = batch * layer.landed_elements / each
-    behind = float(kernels.by_length("host_join", "bf16", landed))
-    return max(aside - _read_s(layer.near_bytes, gpu, batch), 0.0) + behind
+    chosen = kernels.by_length("host_choose", "bf16", batch * layer.held_elements / each)
+    choose = np.where(layer.compared, _search_s(layer, batch, end), chosen)
+    aside = choose + kernels.by_bytes("host_fetch").at(batch * layer.moved_bytes)
+    behind = kernels.by_length("host_join", "bf16", batch * layer.landed_elements / each)
+    waited = np.maximum(aside - _read_s(layer.near_bytes, gpu, batch), 0.0)
+    return np.asarray(waited + behind)
 
 
-def _search_s(layer: HostLayer, batch: int, end: str) -> float:
+def _search_s(layer: HostWork, batch: FloatArray, end: str) -> FloatArray:
     """A search on the host and its exchange with the device."""
-    return float(batch * layer.compared * getattr(COMPARE_S, end) + getattr(EXCHANGE_S, end))
+    return np.asarray(batch * layer.compared * getattr(COMPARE_S, end) + getattr(EXCHANGE_S, end))
 
 
-def _read_s(size: int, gpu: GpuProfile, batch: int) -> float:
+def _read_s(size: float | FloatArray, gpu: GpuProfile, batch: FloatArray) -> FloatArray:
     """Bytes of each sequence, from the device's own memory."""
-    return batch * size / (_DEVICE_SHARE * gpu.bandwidth_bytes_per_s)
+    return np.asarray(batch * size / (_DEVICE_SHARE * gpu.bandwidth_bytes_per_s))

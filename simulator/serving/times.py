@@ -15,10 +15,9 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.servable import LEFT_TO_ANSWERS
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.latency.answers import TIERS, Times
+from kvtune.simulator.latency.answers import TIERS, Times, least_certain
 from kvtune.simulator.latency.compression import compression
 from kvtune.simulator.latency.copies import transfer
-from kvtune.simulator.latency.read_back import read_back_step, reads_back
 from kvtune.simulator.latency.stacks import (
     KV_BYTES,
     StackSetting,
@@ -29,8 +28,9 @@ from kvtune.simulator.latency.stacks import (
 )
 from kvtune.simulator.latency.steps import decode_steps, prefill, prefills
 from kvtune.simulator.latency.sums import sums_over_gpus
-from kvtune.simulator.memory.policy_bytes import cache_bytes_by_format
+from kvtune.simulator.memory.policy_bytes import bytes_read_by_format
 from kvtune.simulator.memory.weights import WeightFormat
+from kvtune.simulator.serving.beside_kernels import beside_kernels, plus
 from kvtune.simulator.serving.footprint import footprint, whole_footprint
 from kvtune.simulator.serving.requests import Requests, possible_prompts
 from kvtune.simulator.serving.server import Prepared, Server, check_planned
@@ -153,16 +153,16 @@ def step_times(
     longest = max(load.prompts[1] + load.output_tokens, load.step_tokens + load.sequences)
     tokens = np.linspace(1, max(longest, 2), PASSES)
     batch = np.arange(1, load.sequences + 1)
-    decode = _decoding(shape, gpu, weights, policy, load, prompts, generated)
+    decode = _decoding(shape, gpu, weights, policy, batch, prompts, generated)
     empty = decode_steps(shape, gpu, weights, batch, 0.0, "runtime")
     passes = prefills(shape, gpu, weights, tokens, execution="runtime")
     if sums is not None:
-        decode = _plus(decode, sums(batch[:, None, None]))
-        empty, passes = _plus(empty, sums(batch)), _plus(passes, sums(tokens))
+        decode = plus(decode, sums(batch[:, None, None]))
+        empty, passes = plus(empty, sums(batch)), plus(passes, sums(tokens))
     squeezed = _compressing(shape, gpu, weights, policy, load.prompts)
     copy = transfer(gpu, load.block_bytes * np.array([0.0, 1024.0]), "device_to_host")
     parts = (decode, empty, passes, squeezed, copy)
-    tier = TIERS[max(TIERS.index(part.tier) for part in parts[:4])]
+    tier = least_certain(*(part.tier for part in parts[:4]))
 
     def at_end(end: End) -> StepTimes:
         table, nothing, whole, after, copied = (getattr(part, f"{end}_s") for part in parts)
@@ -181,49 +181,32 @@ def step_times(
     return {end: at_end(end) for end in ("value", "low", "high")}
 
 
-def _plus(alone: Times, sums: Times) -> Times:
-    """Times of one card's share with sums over the cards, which are 0 for one card."""
-    value, low, high = (
-        getattr(alone, end) + getattr(sums, end) for end in ("value_s", "low_s", "high_s")
-    )
-    if not np.any(sums.value_s):
-        return Times(value, low, high, alone.tier, alone.tiers)
-    return Times(value, low, high, sums.tier)
-
-
 def _decoding(
     shape: ModelShape,
     gpu: GpuProfile,
     weights: WeightFormat,
     policy: Policy | None,
-    load: Load,
+    batch: NDArray[np.int64],
     prompts: NDArray[np.float64],
     generated: NDArray[np.float64],
 ) -> Times:
-    """Decode steps, ``[sequences, prompts, generated]``."""
+    """Decode steps with all that a policy adds to them, ``[sequences, prompts, generated]``."""
+    sequences = batch[:, None, None]
     grown = np.array(
         [[shape.kv_bytes(int(p + g)) - shape.kv_bytes(int(p)) for g in generated] for p in prompts]
     )
-    stored: list[dict[str, float]] = [
+    read: list[dict[str, float]] = [
         {"bf16": shape.kv_bytes(int(p))}
         if policy is None
-        else dict(cache_bytes_by_format(policy, shape, int(p)))
+        else dict(bytes_read_by_format(policy, shape, int(p)))
         for p in prompts
     ]
     by_format = {
-        name: np.array([each.get(name, 0.0) for each in stored])[:, None] + grown * (name == "bf16")
-        for name in dict.fromkeys(["bf16", *(name for each in stored for name in each)])
+        name: np.array([each.get(name, 0.0) for each in read])[:, None] + grown * (name == "bf16")
+        for name in dict.fromkeys(["bf16", *(name for each in read for name in each)])
     }
-    batch = np.arange(1, load.sequences + 1)[:, None, None]
-    steps = decode_steps(shape, gpu, weights, batch, by_format, "runtime")
-    if policy is None or not reads_back(policy, shape.head_dim):
-        return steps
-    added = [read_back_step(policy, shape, gpu, 1, int(p)) for p in prompts]
-    value, low, high = (
-        getattr(steps, f"{end}_s") + batch * np.array([getattr(x, end) for x in added])[:, None]
-        for end in ("value", "low", "high")
-    )
-    return Times(value, low, high, "assumed")
+    steps = decode_steps(shape, gpu, weights, sequences, by_format, "runtime")
+    return steps if policy is None else beside_kernels(steps, shape, gpu, policy, prompts)
 
 
 def _compressing(

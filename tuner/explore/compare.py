@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from kvtune.common.estimate import Estimate
 from kvtune.policies.option import Option
-from kvtune.policies.paging import landing_bytes
 from kvtune.policies.policy import Policy
 from kvtune.tuner.explore.facts import EACH
 from kvtune.tuner.explore.plans import Floats, Integers, Plan
@@ -86,15 +85,15 @@ def baseline_side(study: Study, baseline: Baseline, plan: Plan, setting: Setting
 def _figures(study: Study, policy: Policy, plan: Plan, setting: Setting) -> Figures:
     options = tuple(dict.fromkeys(policy.options()))
     number = {option: index for index, option in enumerate(options)}
-    taken = np.bincount([number[o] for o in policy.options()], minlength=len(options))
+    heads = np.array([[number[o] for o in policy.options()]])
+    taken = np.bincount(heads[0], minlength=len(options))
     context = np.array([setting.context_tokens or plan.context_tokens], np.int64)
     sequences = np.array([setting.sequences or plan.sequences], np.int64)
     counts = taken[None].astype(np.float64)
     if setting.weights == EACH:
         setting = replace(setting, weights=str(plan.parameters.get("weights", EACH)))
-    landing = landing_bytes(policy.heads, int(context[0]), study.facts.shape.head_dim)
     given = [Policy.uniform(option, 1, 1, allocator=policy.allocator) for option in options]
-    return figures(study.facts, given, counts, context, sequences, setting, landing)
+    return figures(study.facts, given, counts, context, sequences, setting, heads)
 
 
 @dataclass(frozen=True)

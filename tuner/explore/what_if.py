@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvtune.common.estimate import Estimate, Tier
+from kvtune.policies.format import Format
 from kvtune.policies.option import Option
-from kvtune.policies.paging import (
-    Growth,
-    arriving_pages,
-    held_bytes,
-    share_of_slab,
-    waiting_bytes,
-)
+from kvtune.policies.paging import Growth, held_bytes, waiting_bytes
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.latency.steps import decode_steps
 from kvtune.simulator.memory.peak import peak_memory
 from kvtune.simulator.memory.plan import MemoryPlan, memory_plan
 from kvtune.tuner.explore.facts import EACH, Facts
 from kvtune.tuner.explore.plans import Floats, Integers
+from kvtune.tuner.explore.steps import from_host, kernels, landing, reading_back, together
 from kvtune.tuner.explore.study import Study
 
 
@@ -67,7 +62,7 @@ class Figures:
         step_s: one decode step of all sequences, seconds.
         tokens_per_s: of all sequences together.
         fits: whether the peak is within the limit, ``[n]``.
-        time_tier: of the seconds.
+        time_tiers: of the seconds, ``[n]``.
         weights: format of the model's weights, as it was asked for, ``[n]``.
         budgets: where the memory goes, by that and context.
     """
@@ -81,7 +76,7 @@ class Figures:
     step_s: Floats
     tokens_per_s: Floats
     fits: NDArray[np.bool_]
-    time_tier: Tier
+    time_tiers: NDArray[np.str_]
     weights: NDArray[np.str_]
     budgets: dict[tuple[str, int], MemoryPlan]
 
@@ -92,9 +87,9 @@ class Figures:
     def estimate(self, column: str, row: int) -> Estimate:
         """One figure with its interval and tier."""
         units = {"memory": "B", "step_s": "s", "tokens_per_s": "tokens/s"}
-        tier: Tier = "assumed" if column == "memory" else self.time_tier
+        tier = "assumed" if column == "memory" else str(self.time_tiers[row])
         value, low, high = (float(end) for end in getattr(self, column)[row])
-        return Estimate(value, low, high, units[column], tier)
+        return Estimate(value, low, high, units[column], cast(Tier, tier))
 
 
 def figures_of(study: Study, setting: Setting) -> Figures:
@@ -106,13 +101,13 @@ def figures_of(study: Study, setting: Setting) -> Figures:
     plans, facts = study.plans, study.facts
     contexts = _or_own(setting.context_tokens, plans.context_tokens)
     sequences = _or_own(setting.sequences, plans.sequences)
-    counts, landing = study.option_counts, _landing(study, contexts)
+    counts, heads = study.option_counts, study.plans.heads
     if setting.weights != EACH or not len(plans):
-        return figures(facts, study.given, counts, contexts, sequences, setting, landing)
+        return figures(facts, study.given, counts, contexts, sequences, setting, heads)
 
     def of(name: str) -> tuple[Integers, Figures]:
         rows, alike = np.flatnonzero(study.weights == name), replace(setting, weights=name)
-        asked = counts[rows], contexts[rows], sequences[rows], alike, landing[rows]
+        asked = counts[rows], contexts[rows], sequences[rows], alike, heads[rows]
         return rows, figures(facts, study.given, *asked)
 
     return _merged([of(str(name)) for name in np.unique(study.weights)])
@@ -121,12 +116,12 @@ def figures_of(study: Study, setting: Setting) -> Figures:
 def _merged(parts: Sequence[tuple[Integers, Figures]]) -> Figures:
     """Figures of groups of plans, given with their rows, as those of all plans."""
     order = np.argsort(np.concatenate([rows for rows, _ in parts]))
-    names = [f.name for f in fields(Figures) if f.name not in ("time_tier", "budgets")]
+    names = [f.name for f in fields(Figures) if f.name != "budgets"]
     columns: dict[str, Any] = {
         name: np.concatenate([getattr(found, name) for _, found in parts])[order] for name in names
     }
     budgets = {key: budget for _, found in parts for key, budget in found.budgets.items()}
-    return Figures(**columns, time_tier=parts[0][1].time_tier, budgets=budgets)
+    return Figures(**columns, budgets=budgets)
 
 
 def figures(
@@ -136,7 +131,7 @@ def figures(
     contexts: Integers,
     sequences: Integers,
     setting: Setting,
-    landing: Floats | int = 0,
+    heads: NDArray[np.integer] | None = None,
 ) -> Figures:
     """The same for any policies, told by how many heads take each option.
 
@@ -147,22 +142,29 @@ def figures(
         contexts: prompt tokens of a sequence, ``[n]``.
         sequences: at once, ``[n]``.
         setting: what is asked instead of the study's own.
-        landing: bytes where pages from the host land, ``[n]``; which heads share a layer decides.
+        heads: numbers of options, layer by layer, ``[n, I]``; needed where any lies on the host.
     """
     shape, options = facts.shape, [next(policy.options()) for policy in given]
     rooms = {int(c): _room(facts, setting, int(c)) for c in np.unique(contexts)}
-    stored = _bytes_by_format(options, counts, contexts, shape.head_dim)
+    size = shape.head_dim
+    stored = _bytes_by_format(Option.bytes_by_format, options, counts, contexts, size)
     lengths = footprint_of_lengths(shape.layers, shape.kv_heads)
     prompt = sum(stored.values(), np.zeros(len(counts))) + lengths
     generated = shape.kv_bytes_per_token() * facts.generated_tokens
-    held = landing + _held(given, counts, contexts, shape.head_dim, facts.generated_tokens)
-    stored["bf16"] = stored.get("bf16", np.zeros(len(counts))) + generated
+    held = _held(given, counts, contexts, size, facts.generated_tokens)
+    held += landing(shape, options, heads, contexts)
+    read = _bytes_by_format(_read_on_device, options, counts, contexts, size)
+    read["bf16"] = read.get("bf16", np.zeros(len(counts))) + generated
     first = next(iter(rooms.values()), None)
     weights = first.weight_format if first else "bf16"
-    steps = decode_steps(
-        shape, setting.gpu, weights, np.maximum(sequences, 1), dict(stored), "runtime"
+    batch = np.maximum(sequences, 1)
+    time, tiers = together(
+        (
+            kernels(shape, setting.gpu, weights, read, batch),
+            from_host(shape, setting.gpu, options, heads, contexts, batch),
+            reading_back(shape, setting.gpu, given, counts, contexts, batch),
+        )
     )
-    time = np.stack([steps.value_s, steps.low_s, steps.high_s], axis=-1).reshape(-1, 3)
     waiting = _waiting(shape, given, counts, contexts)
     memory = _peaks(shape, setting, rooms, contexts, sequences, held) + waiting[:, None]
     return Figures(
@@ -175,7 +177,7 @@ def figures(
         step_s=time,
         tokens_per_s=sequences[:, None] / time[:, [0, 2, 1]],
         fits=memory[:, 0] <= setting.memory_bytes,
-        time_tier=steps.tier,
+        time_tiers=tiers,
         weights=np.full(len(contexts), setting.weights),
         budgets={(setting.weights, context): budget for context, budget in rooms.items()},
     )
@@ -212,18 +214,29 @@ def _that_fit(
     return found
 
 
+def _read_on_device(
+    option: Option, tokens: int, prompt_tokens: int, head_dim: int
+) -> dict[Format, int]:
+    """What kernels read of a head at a step; of one on the host that is ``from_host``'s."""
+    return {} if option.on_host else option.read_by_format(tokens, prompt_tokens, head_dim)
+
+
 def _bytes_by_format(
-    options: Sequence[Option], counts: Floats, contexts: Integers, head_dim: int
+    of: Callable[[Option, int, int, int], dict[Format, int]],
+    options: Sequence[Option],
+    counts: Floats,
+    contexts: Integers,
+    head_dim: int,
 ) -> dict[str, Floats]:
-    """Bytes of one compressed prompt of each plan, by the name of their format, ``[n]`` each."""
-    names = sorted({form.name for o in options for form in o.bytes_by_format(1, 1, head_dim)})
+    """Bytes of one prompt of each plan, held or read, by the name of their format, ``[n]`` each."""
+    names = sorted({form.name for option in options for form in of(option, 1, 1, head_dim)})
     found: dict[str, Any] = {name: np.zeros(len(counts)) for name in names}
     for context in np.unique(contexts):
         rows = contexts == context
         table = np.zeros((len(options), len(names)))
         for index, option in enumerate(options):
             tokens = option.budget.resolve(int(context))
-            for form, size in option.bytes_by_format(tokens, int(context), head_dim).items():
+            for form, size in of(option, tokens, int(context), head_dim).items():
                 table[index, names.index(form.name)] += size
         for name, column in zip(names, (counts[rows] @ table).T, strict=True):
             found[name][rows] = column
@@ -240,24 +253,6 @@ def _held(
         each = [held_bytes(policy, tokens, head_dim, growth) for policy in given]
         found[rows] = counts[rows] @ np.array(each, np.float64)
     return found
-
-
-def _landing(study: Study, contexts: Integers) -> Floats:
-    """Bytes where pages from the host land, the largest layer's of each size, ``[n]``."""
-    shape, options = study.facts.shape, study.facts.options
-    found = np.zeros(len(contexts))
-    if not any(option.on_host for option in options):
-        return found
-    heads = study.plans.heads.reshape(-1, shape.layers, shape.kv_heads)
-    for context in np.unique(contexts).tolist():
-        rows = contexts == context
-        pages = [
-            arriving_pages(o, o.budget.resolve(context), context, shape.head_dim) for o in options
-        ]
-        for layout in {layout for each in pages for layout in each}:
-            counts = np.array([each[layout] for each in pages])
-            found[rows] += share_of_slab(layout) * counts[heads[rows]].sum(2).max(1)
-    return found.round()
 
 
 def _waiting(
