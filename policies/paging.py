@@ -88,6 +88,14 @@ def chooses_entries(option: Option) -> bool:
     return reader is not None and not reads_pages(reader)
 
 
+def ranks_without_newest(option: Option) -> bool:
+    """Whether a reader of pages would not see the newest tokens, which its format leaves exact.
+
+    They lie in other pages, which every step reads, whatever the reader's budget is.
+    """
+    return reads_pages(option.method.reader(PAGE)) and option.keys.newest(1, "keys") > 0
+
+
 def evicts_coded(option: Option, head_dim: int) -> bool:
     """Whether tokens in the option's format can leave its pages one by one, and it evicts them."""
     coded = goes_on_evicting(option) and pages_of(option, head_dim).stores_apart
@@ -167,6 +175,25 @@ def head_pages(
         pages[layout.tables] = 1
     pages[EncodedPages(head_dim)] = _encoded_pages(option, budget, prompt_tokens, head_dim)
     return pages + Pages({growing: growing.pages_for(grown)})
+
+
+def splits(policy: Policy) -> bool:
+    """Whether budgets may still be split anew, by what is seen of a prompt."""
+    return policy.allocator.name != "as_given"
+
+
+def spare_pages(option: Option, pages: Pages, head_dim: int) -> Pages:
+    """What a head may need besides where budgets are split anew: shares end in pages of their own.
+
+    Args:
+        option: the head's.
+        pages: that it needs at the budget it was planned with, of ``head_pages``.
+        head_dim: D.
+    """
+    spare, encoded = Pages({pages_of(option, head_dim): 1}), EncodedPages(head_dim)
+    if pages[encoded]:
+        spare[encoded] = 1
+    return spare
 
 
 def _encoded_pages(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> int:
@@ -295,10 +322,26 @@ def pool_cells(pages: Pages) -> int:
 
 @lru_cache(maxsize=4096)
 def head_bytes(
-    option: Option, budget: int, prompt_tokens: int, head_dim: int, growth: Growth
+    option: Option,
+    budget: int,
+    prompt_tokens: int,
+    head_dim: int,
+    growth: Growth,
+    split: bool = False,
 ) -> int:
-    """Device memory of one head: its pages' shares of slabs, tables, and what lies beside pages."""
+    """Device memory of one head: its pages' shares of slabs, tables, and what lies beside pages.
+
+    Args:
+        option: the head's.
+        budget: tokens of the prompt that it may keep.
+        prompt_tokens: P.
+        head_dim: D.
+        growth: what follows the prompt.
+        split: whether the budget may still be another.
+    """
     pages = head_pages(option, budget, prompt_tokens, head_dim, growth)
+    if split:
+        pages += spare_pages(option, pages, head_dim)
     held = sum(count * share_of_slab(layout) for layout, count in pages.items())
     there = host_pages(option, budget, prompt_tokens, head_dim)
     places = PLACE_BYTES * sum(count // layout.block_pages for layout, count in there.items())
@@ -315,17 +358,12 @@ def sequence_bytes(policy: Policy, prompt_tokens: int, head_dim: int, growth: Gr
 def held_bytes(policy: Policy, prompt_tokens: int, head_dim: int, growth: Growth) -> int:
     """The part of it that its heads' pages and tables take, and what lies beside pages.
 
-    An allocator may need a page more a head, wherever it splits budgets by what it sees.
+    An allocator may need more pages a head, wherever it splits budgets by what it sees.
     """
     planned = zip(policy.options(), policy.budgets(prompt_tokens).flat, strict=True)
-    heads = Counter((option, int(budget)) for option, budget in planned)
-    extra = 0 if policy.allocator.name == "as_given" else 1
+    heads, split = Counter((option, int(budget)) for option, budget in planned), splits(policy)
     return sum(
-        count
-        * (
-            head_bytes(option, budget, prompt_tokens, head_dim, growth)
-            + extra * round(share_of_slab(pages_of(option, head_dim)))
-        )
+        count * head_bytes(option, budget, prompt_tokens, head_dim, growth, split)
         for (option, budget), count in heads.items()
     )
 
@@ -350,13 +388,27 @@ def share_of_slab(layout: PageLayout | PageTables | EncodedPages) -> float:
     return SLAB_CELLS * layout.cell_bytes / (SLAB_CELLS // layout.page_cells)
 
 
+def lies_beside(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> bool:
+    """Whether some of a head's prompt lies on the device in no page, a reader's index aside."""
+    plans = option.method.plan(budget, prompt_tokens)
+    paged = all(
+        _is_paged(plan, plans, option, head_dim) or is_encoded(plan, option, head_dim)
+        for plan in plans
+    )
+    return not option.on_host and not paged
+
+
+def _is_paged(plan: PartPlan, plans: Sequence[PartPlan], option: Option, head_dim: int) -> bool:
+    """Whether pages that kernels read hold a part, one of ``plans``."""
+    return is_coded(plan, option, head_dim) or (len(plans) > 1 and is_exact(plan, option))
+
+
 def _beside_bytes(option: Option, budget: int, prompt_tokens: int, head_dim: int) -> int:
     """Bytes of parts that pages cannot hold, and of a reader's index."""
     plans = option.method.plan(budget, prompt_tokens)
     total = 0
     for plan in () if option.on_host else plans:
-        paged = is_coded(plan, option, head_dim) or (len(plans) > 1 and is_exact(plan, option))
-        if not paged:
+        if not _is_paged(plan, plans, option, head_dim):
             formats = plan.formats or (option.keys, option.values)
             total += sum(plan.stored_bytes(formats, head_dim))
         if is_encoded(plan, option, head_dim):

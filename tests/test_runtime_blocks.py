@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.format import Role
-from kvtune.policies.formats.blocked import BlockFormat, block_forms, name_of
+from kvtune.policies import registry
+from kvtune.policies.blocks import Blocks
+from kvtune.policies.format import PACKAGE, Role
+from kvtune.policies.formats import blocked
+from kvtune.policies.formats.blocked import (
+    BlockCodes,
+    BlockFormat,
+    block_forms,
+    name_of,
+    padded_blocks,
+)
 from kvtune.policies.formats.fp4 import MxFp4, NvFp4
 from kvtune.policies.formats.grouped import Int4
-from kvtune.policies.formats.hqq import Hqq2, Hqq4
+from kvtune.policies.formats.hqq import Hqq4
 from kvtune.policies.formats.llama_cpp import Q4, Q8
-from kvtune.policies.formats.turboquant import TurboQuant1, TurboQuant3
+from kvtune.policies.formats.turboquant import TurboQuant1
 from kvtune.policies.methods.full import Full
 from kvtune.policies.option import ALL, Option
-from kvtune.policies.page_formats import PAGE
+from kvtune.policies.page_formats import PAGE, has_head_scales
 from kvtune.policies.pages import PageLayout, has_pages, layout_of
+from kvtune.policies.registry import group_of, registered
 from kvtune.runtime.cache.backend import PlainBackend
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.pool import Pool
@@ -140,7 +153,81 @@ def test_a_head_scale_is_that_of_the_tokens_that_are_coded() -> None:
     torch.testing.assert_close(stored.fp8_scales[0], expected)
 
 
-def test_a_format_of_another_package_would_have_pages_too() -> None:
-    """All that pages and kernels need is the description."""
-    assert all(isinstance(form, BlockFormat) for form in FORMS.values())
-    assert {type(form) for form in FORMS.values()} >= {Q4, Q8, Hqq2, TurboQuant3}
+@dataclass(frozen=True)
+class Symmetric4(BlockFormat):
+    """A format as another package may have it: four bits about zero, a scale for 64 channels."""
+
+    name = "symmetric4"
+    source = "this test"
+    bits = 4
+
+    @property
+    def blocks(self) -> Blocks:
+        return Blocks("integers", 4, 64, "half")
+
+    def fit(self, rows: Tensor, head: Tensor | None = None) -> BlockCodes:
+        blocks = padded_blocks(rows, 64)
+        scale = (blocks.abs().amax(-1) / 7).half()
+        codes = (blocks / scale.float()[..., None]).round().clamp(-8, 7) + 8
+        return BlockCodes(codes.to(torch.uint8).flatten(-2), (scale,))
+
+
+@dataclass(frozen=True)
+class LikeQ4(Q4):
+    """Another scale of blocks that lie as those of q4_0."""
+
+    name = "like_q4_0"
+
+    def _scale(self, blocks: Tensor) -> Tensor:
+        return blocks.abs().amax(-1, keepdim=True) / 7
+
+
+CACHES = (registered, block_forms, blocked._numbered, has_head_scales)
+
+
+@pytest.fixture
+def another_package(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[type[Any]], None]]:
+    """Lets a class of this file come as another distribution's format."""
+
+    def installed(kind: type[Any]) -> None:
+        group = group_of(PACKAGE)
+        entry = EntryPoint(kind.name, f"{__name__}:{kind.__name__}", group)
+        found = {group: [entry]}
+        monkeypatch.setattr(registry, "entry_points", lambda group: found.get(group, []))
+        forget()
+
+    def forget() -> None:
+        for each in CACHES:
+            each.cache_clear()
+
+    yield installed
+    monkeypatch.undo()
+    forget()
+
+
+def test_a_format_of_another_package_has_pages_too(
+    another_package: Callable[[type[Any]], None],
+) -> None:
+    """Stored by what stores prompts, and read back: all that it takes is the description."""
+    form, option = Symmetric4(), pair(Symmetric4(), Symmetric4())
+    assert not has_pages(option, 64)
+    another_package(Symmetric4)
+    assert has_pages(option, 64)
+    rows = tensors(64).bfloat16()
+    stored = PagedLayer(0, [option], 64, 1, Pool(4 * 576, 256, "cpu"), PlainBackend())
+    store_prompts(stored, rows[:1], rows[1:], [torch.arange(PAGE)])
+    layout, cell = stored.layouts[0], int(stored.pages[0][0][0])
+    page = stored.pool.memory[cell * layout.cell_bytes :][: layout.page_bytes]
+    for role, held, own in zip(
+        ("keys", "values"), read_page(page, layout, torch.ones(2)), rows, strict=True
+    ):
+        expected = form.decode(form.encode(own.float(), role), 64, role)  # type: ignore[arg-type]
+        torch.testing.assert_close(held, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_formats_that_lie_alike_are_refused(
+    another_package: Callable[[type[Any]], None],
+) -> None:
+    another_package(LikeQ4)
+    with pytest.raises(KvtuneError, match=r"'like_q4_0' .* lies in pages exactly as 'q4_0'"):
+        block_forms()

@@ -375,6 +375,18 @@ def test_a_freed_sequence_leaves_its_pages_to_others(network: Any) -> None:
     cache.pool.check_integrity()
 
 
+@pytest.mark.parametrize("method", [H2O(), Quest(block=64)], ids=lambda method: method.name)
+def test_rows_that_evict_or_choose_pages_cannot_be_freed(network: Any, method: Any) -> None:
+    """They would go on with pages that are others' by then."""
+    heads = Option(method, Budget(tokens=20)), Option()
+    cache = load_cache(Policy("mixed", (heads,) * 3), network, evicts=method.name == "h2o")
+    network(**ids(40, 40), past_key_values=cache)
+    held = cache.page_bytes()
+    with pytest.raises(RuntimeError, match="cannot free one sequence"):
+        cache.layers[0].paged.free(0)
+    assert cache.page_bytes() == held
+
+
 def test_what_the_cache_cannot_do_is_refused(network: Any) -> None:
     with pytest.raises(KvtuneError, match="for 2 layers"):
         load_cache(Policy.uniform(Option(), 2, 2), network)

@@ -333,6 +333,19 @@ def test_a_prompts_queries_are_forgotten_where_no_step_asks_for_them(
         assert each.signals.prompt_tokens == ids.shape[1]
 
 
+@pytest.mark.parametrize("method", [INDEX, LISTS, CODES, *FAISS], ids=lambda method: method.joins)
+def test_an_index_holds_no_keys_beside_those_that_are_stored(network: Any, method: Any) -> None:
+    """A search compares those that the cache holds; ``index_bytes`` counts no others."""
+    layer = read(network, uniform(Option(method, Budget(tokens=30)), network))[0].layers[0].paged
+    q = torch.randn(layer.rows, 2, 8, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        layer.attend(q, Scratch(layer.rows, layer.slots, 2, 8, "cpu"), 1.0)
+    (rows,) = layer.searched
+    indices = [*rows.signals._memo.values()]
+    assert len(indices) == layer.rows
+    assert all(each.keys.untyped_storage().nbytes() == 0 for each in indices)
+
+
 @pytest.mark.parametrize("name", [n for n, kind in methods().items() if kind().reader(1)])
 def test_a_reader_that_does_not_look_back_needs_the_last_query_alone(
     network: Any, name: str

@@ -16,7 +16,9 @@ from kvtune.policies.allocators.model_wide import ModelWide
 from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
+from kvtune.policies.methods.quest import Quest
 from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.methods.token_select import TokenSelect
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.profiles.models import find_model
@@ -180,6 +182,11 @@ def test_what_cannot_slide_is_refused(gemma: Any) -> None:
     with pytest.raises(KvtuneError, match="layer 0 slides over 24 tokens"):
         gemma(**ids(20), past_key_values=load_cache(coded, gemma, new_tokens=5))
     gemma(**ids(20), past_key_values=load_cache(coded, gemma, new_tokens=4))
+    for reader in (Quest(block=16), TokenSelect(sinks=2, recent=4)):
+        chosen = Policy.uniform(Option(reader, Budget(tokens=64)), 3, 2)
+        with pytest.raises(KvtuneError, match="chooses among entries that would have to leave"):
+            gemma(**ids(20), past_key_values=load_cache(chosen, gemma, new_tokens=5))
+        gemma(**ids(20), past_key_values=load_cache(chosen, gemma, new_tokens=4))
     short = load_cache(FULL, gemma, new_tokens=4)
     with pytest.raises(KvtuneError, match="did not expect"):
         gemma.generate(**ids(20), max_new_tokens=10, past_key_values=short)

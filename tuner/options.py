@@ -30,6 +30,7 @@ from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.methods.weighted_keys import WeightedKeys
 from kvtune.policies.option import ALL, Budget, Option
+from kvtune.policies.paging import ranks_without_newest
 from kvtune.policies.signals import Needs
 
 Pair = tuple[Format, Format]
@@ -52,13 +53,15 @@ class Menu:
     weighted: tuple[Pair, ...] = ()
 
     def options(self) -> tuple[Option, ...]:
-        """All options, those that keep every token last."""
+        """All options, those that keep every token last; none that the runtime would refuse to
+        read by pages."""
         evicting = [
             *product(self.methods, self.shares, self.formats),
             *product(WEIGHTED_BY, self.shares, self.weighted),
         ]
+        chosen = (Option(method, Budget(share=share), *pair) for method, share, pair in evicting)
         return (
-            *(Option(method, Budget(share=share), *pair) for method, share, pair in evicting),
+            *(option for option in chosen if not ranks_without_newest(option)),
             *(Option(Full(), ALL, *pair) for pair in self.formats),
             *(Option(WeightedKeys(), ALL, *pair) for pair in self.weighted),
         )

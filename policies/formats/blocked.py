@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
+from kvtune.common.errors import KvtuneError
 from kvtune.policies.blocks import Blocks
 from kvtune.policies.format import Role, formats
 from kvtune.policies.formats.coded import Coded
@@ -102,16 +103,31 @@ def padded_blocks(rows: Tensor, width: int) -> Tensor:
 
 @cache
 def block_forms() -> Mapping[str, BlockFormat]:
-    """Every block format that pages hold, by what pages call it."""
+    """Every block format that pages hold, by what pages call it.
+
+    Raises:
+        KvtuneError: two lie alike: one number would call both, and either write the other's pages.
+    """
     kinds = [kind for kind in formats().values() if issubclass(kind, BlockFormat)]
-    return {form.page_name: form for kind in kinds for form in kind.in_pages()}
+    found = {form.page_name: form for kind in kinds for form in kind.in_pages()}
+    first: dict[int, str] = {}
+    for name, form in found.items():
+        other = first.setdefault(form.blocks.number, name)
+        if other != name:
+            raise KvtuneError(
+                f"the format {name!r} ({type(form).__module__}) lies in pages exactly as {other!r} "
+                f"({type(found[other]).__module__}), from which kernels could not tell it",
+                hint="let one describe its blocks otherwise, or return () from its in_pages: it is "
+                "then held encoded, without pages.",
+            )
+    return found
 
 
 @cache
 def _numbered() -> Mapping[int, str]:
-    return {form.blocks.number: name for name, form in reversed([*block_forms().items()])}
+    return {form.blocks.number: name for name, form in block_forms().items()}
 
 
 def name_of(number: int) -> str:
-    """A format in pages that kernels call so; formats that lie alike share a number."""
+    """The format in pages that kernels call so."""
     return _numbered()[number]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Literal
 
@@ -163,12 +163,19 @@ class IndexSearch(Reader):
         return found
 
     def index(self, held: Held, row: int, count: int) -> Index:
-        """The index over the prompt's keys of one row; built once a prompt."""
-        signals, head = held.signals, int(held.heads[row])
-        tokens = held.tokens[row, self.first : count - self.last]
+        """The index over the prompt's keys of one row; built once a prompt.
 
-        def build() -> Index:
+        Only what finds keys is remembered: those that a search compares are the keys as stored.
+        """
+        signals, head = held.signals, int(held.heads[row])
+        middle = slice(self.first, count - self.last)
+        tokens = held.tokens[row, middle]
+
+        def without_keys() -> Index:
             keys = signals.keys[head, tokens].float()
+            return replace(build(keys), keys=keys.new_empty(0, keys.shape[1]))
+
+        def build(keys: Tensor) -> Index:
             if self.joins == "hnsw":
                 return PlainIndex.build(keys, self.degree, self.near)
             queries = _queries_of(signals, head, turned=self.joins in ("lists", "codes"))
@@ -181,7 +188,8 @@ class IndexSearch(Reader):
             )
 
         which = blake2b(tokens.cpu().numpy().tobytes()).hexdigest()
-        return signals.once(f"{self} {head} {which}", build)
+        remembered = signals.once(f"{self} {head} {which}", without_keys)
+        return replace(remembered, keys=held.keys[row, middle].float())
 
     @property
     def asks_prompt_again(self) -> bool:

@@ -351,7 +351,20 @@ class PagedLayer:
                 self.pages[CODED][row] = cells[:needed]
 
     def free(self, sequence: int) -> None:
-        """Give back a sequence's pages; its rows then attend to nothing."""
+        """Give back a sequence's pages; its rows then attend to nothing.
+
+        They go on growing with the others: what is appended to them takes pages again.
+
+        Raises:
+            RuntimeError: rows of the layer evict, or choose among pages on the device; what does so
+                would go on with pages that are others' by then. Nothing is freed.
+        """
+        evicts = self.ring is None and bool((self.most < NO_END).any())
+        if evicts or any(not self.on_host[row] for row in self.readers):
+            raise RuntimeError(
+                "a layer whose rows evict, or choose among pages on the device, cannot free one "
+                "sequence: drop the cache when all of its sequences have ended"
+            )
         heads = len(self.options)
         rows = range(sequence * heads, (sequence + 1) * heads)
         for kind, row in product((CODED, GROWN, SETTLED), rows):

@@ -35,17 +35,18 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.transformers_interface import cache_argument, register_attention
 from kvtune.common.units import format_bytes
 from kvtune.policies.apply import linked
-from kvtune.policies.encoded_pages import EncodedPages
 from kvtune.policies.option import Option
 from kvtune.policies.page_formats import PAGE
 from kvtune.policies.pages import PageLayout
 from kvtune.policies.paging import (
+    SLAB_CELLS,
     Growth,
     Pages,
     head_pages,
     landing_cells,
-    pages_of,
     pool_cells,
+    spare_pages,
+    splits,
 )
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.reader import read_policy
@@ -57,9 +58,11 @@ from kvtune.runtime.cache.evicting import check_evicting
 from kvtune.runtime.cache.host_pool import HostPool
 from kvtune.runtime.cache.host_rows import Landing
 from kvtune.runtime.cache.layer import CacheLayer, attention, padding_mask
+from kvtune.runtime.cache.limit import check_limit
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.placing import check_host, warn_of_slow_formats
 from kvtune.runtime.cache.pool import Pool
+from kvtune.runtime.cache.selecting import check_reader
 from kvtune.runtime.cache.sentences import SentenceEnds, watch
 from kvtune.runtime.cache.settling import check_residual, settle
 from kvtune.runtime.cache.whole_prompt import calibration_for, check_passes, repeated, when_read
@@ -94,7 +97,8 @@ def load_cache(
         residual: newest generated tokens that stay in 16 bits, where older ones take their head's
             own format, a page of 64 at a time (KIVI); None for all of them. Heads that evict from
             fewer than 16 bits keep so many, and up to twice as many, in 16 bits; without it none.
-        limit_bytes: that the pool of pages never exceeds; None for no limit.
+        limit_bytes: that the pool of pages never exceeds; None for no limit. Policies that hold
+            more of a prompt than is in pages are refused with it.
         tokenizer: the model's, for policies that ask it to repeat its prompt (KVzip), that go by
             sentences (SentenceKV), or that must measure it first (CompressKV, on a model that was
             never measured).
@@ -111,6 +115,7 @@ def load_cache(
     check_passes(bound, tokenizer)
     for option in dict.fromkeys(bound.options()):
         check_host(option, geometry.head_dim, evicts)
+        check_reader(option)
     warn_of_slow_formats(bound, geometry.head_dim)
     if evicts:
         check_evicting(bound, geometry.head_dim)
@@ -283,6 +288,9 @@ class PolicyCache(Cache):  # type: ignore[misc]
     def _take_memory(self, device: torch.device) -> None:
         """For all prompts, as far as their budgets are known, and for new tokens."""
         self.pool = Pool(0, PageLayout(self.geometry.head_dim).cell_bytes, device)
+        if self.limit_bytes is not None:
+            pairs = zip(self.prompts, self.budgets, strict=True)
+            check_limit(self.policy, dict(pairs), self.geometry.head_dim)
         self._extend(self._cells_for(range(len(self.prompts))))
         if self.policy.uses_host:
             self.host_pool, self.landing = HostPool(device), Landing(self.pool)
@@ -302,6 +310,13 @@ class PolicyCache(Cache):  # type: ignore[misc]
                 "limit_bytes.",
             )
         self.pool.extend(cells)
+
+    def _within_limit(self, cells: int) -> int:
+        """So many cells, or as many slabs as the limit leaves, if it leaves one."""
+        if self.limit_bytes is None:
+            return cells
+        slabs = (self.limit_bytes - self.pool.memory.numel()) // self.pool.bytes_of(1)
+        return min(cells, slabs * SLAB_CELLS) if slabs > 0 else cells
 
     def _cells_for(self, sequences: range) -> int:
         """Cells of a pool that holds some sequences at their ends."""
@@ -336,18 +351,16 @@ class PolicyCache(Cache):  # type: ignore[misc]
         return window
 
     def _pages_wanted(self, tokens: int, budgets: NDArray[np.int64]) -> Pages:
-        """By one sequence, at its end; a page more a head where budgets may still be split anew."""
+        """By one sequence, at its end; some more a head where budgets may still be split anew."""
         pages, head_dim = Pages(), self.geometry.head_dim
-        splits = self.policy.allocator.name != "as_given"
+        split = splits(self.policy)
         for layer, (options, planned) in enumerate(zip(self.policy.heads, budgets, strict=True)):
             window = self.window_of(layer, tokens)
             for option, count in zip(options, planned.tolist(), strict=True):
                 theirs = head_pages(option, count, tokens, head_dim, self.growth, window)
-                encoded = EncodedPages(head_dim)
-                if splits:
-                    theirs[pages_of(option, head_dim)] += 1
-                    theirs[encoded] += theirs[encoded] > 0
                 pages += theirs
+                if split:
+                    pages += spare_pages(option, theirs, head_dim)
         return pages
 
     def reserve(self, tokens: int) -> None:
@@ -365,7 +378,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
                 raise
             growing = layer.growing_layout
             grown = layer.rows * growing.page_cells * growing.pages_for(PAGE + self.new_tokens)
-            self._extend(self.policy.layers * grown)
+            self._extend(self._within_limit(self.policy.layers * grown))
             for other in self.layers:
                 if other.seen:  # while prompts are read, later ones have no tables yet
                     other.paged.seal(self.new_tokens)

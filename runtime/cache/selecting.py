@@ -15,8 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.option import Option
 from kvtune.policies.page_formats import PAGE
 from kvtune.policies.pages import PageLayout
+from kvtune.policies.paging import ranks_without_newest
 from kvtune.policies.reader import BlockReader
 
 
@@ -114,6 +117,21 @@ class Selection:
         cells = self.cells[torch.arange(len(blocks), device=q.device)[:, None], blocks]
         table.index_copy_(0, self.places.flatten(), cells.flatten())
         lengths.index_copy_(0, self.at, tokens.to(lengths.dtype))
+
+
+def check_reader(option: Option) -> None:
+    """Refuse a reader of pages that would not see the newest tokens.
+
+    Raises:
+        KvtuneError: its format leaves these in 16 bits, in other pages than those that are ranked.
+    """
+    if ranks_without_newest(option):
+        raise KvtuneError(
+            f"{option.label!r} would rank only the pages of quantised tokens, and read the newest "
+            "tokens, which stay in 16 bits, beside its budget",
+            hint="take residual: 0, or a format that quantises the newest tokens too; load_cache's "
+            "residual= keeps generated ones in 16 bits.",
+        )
 
 
 def pages_read(reader: BlockReader, blocks: int, layout: PageLayout) -> int:

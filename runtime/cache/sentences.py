@@ -31,7 +31,7 @@ class SentenceEnds:
     def __init__(self, tokenizer: Any) -> None:
         self._decode = codec_of(tokenizer).decode
         self._known: dict[int, bool] = {}
-        self._flags: dict[int, Tensor] = {}
+        self._flags: dict[int, list[Tensor]] = {}  # piece by piece, joined when they are asked for
         self._width: dict[int, int] = {}  # of what was given first: a prompt and its padding
 
     def told(self, token_ids: Tensor, sequences: range) -> None:
@@ -39,12 +39,12 @@ class SentenceEnds:
         rows = torch.tensor([[self._ends(token) for token in row] for row in token_ids.tolist()])
         for number, sequence in enumerate(sequences):
             self._width.setdefault(sequence, rows.shape[1])
-            before = self._flags.get(sequence, rows[0, :0])
-            self._flags[sequence] = torch.cat([before, rows[number % len(rows)]])
+            self._flags.setdefault(sequence, []).append(rows[number % len(rows)])
 
     def of(self, sequence: int, prompt_tokens: int) -> Tensor:
         """One flag for each token of a sequence whose prompt has so many, ``[N]`` bool."""
-        return self._flags[sequence][self._width[sequence] - prompt_tokens :]
+        self._flags[sequence] = [torch.cat(self._flags[sequence])]
+        return self._flags[sequence][0][self._width[sequence] - prompt_tokens :]
 
     def _ends(self, token: int) -> bool:
         if token not in self._known:

@@ -18,6 +18,7 @@ from torch import Tensor
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.option import Option
+from kvtune.policies.paging import chooses_entries
 from kvtune.runtime.cache.segments import Ints
 
 
@@ -74,12 +75,19 @@ def places_of(kept: Sequence[Tensor], read: Sequence[int], window: int) -> Ints:
 
 
 def check_sliding(layer: int, window: int, options: Sequence[Option]) -> None:
-    """Refuse heads of a sliding layer that would have to let go of quantised tokens.
+    """Refuse heads of a sliding layer that would have to let go of what is not in 16-bit pages.
 
     Raises:
         KvtuneError: names the layer.
     """
     for option in options:
+        if chooses_entries(option):
+            raise KvtuneError(
+                f"layer {layer} slides over {window} tokens, and {option.label!r} chooses among "
+                "entries that would have to leave",
+                hint="give sliding layers a method without a reader, or take a smaller new_tokens "
+                "if none will leave.",
+            )
         if {option.keys, option.values} != {Bf16()}:
             raise KvtuneError(
                 f"layer {layer} slides over {window} tokens, and {option.label!r} would quantise "
