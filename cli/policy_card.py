@@ -155,7 +155,7 @@ def card_of(study: Study) -> Card:
     Raises:
         KvtuneError: the search has not finished.
     """
-    from kvtune.simulator.memory.at_once import bytes_of_each, prompts_at_once
+    from kvtune.simulator.memory.at_once import prompts_at_once
     from kvtune.tuner.explore.view import View
     from kvtune.tuner.explore.what_if import Setting, figures_of
     from kvtune.tuner.verdict import verdict_of
@@ -189,11 +189,7 @@ def card_of(study: Study) -> Card:
         full_cache_retrieval=outcome.full_cache_accuracy,
         context_tokens=verdict.context_tokens,
         sequences=verdict.sequences,
-        at_once=prompts_at_once(
-            verdict.sequences,
-            bytes_of_each(verdict.sequences, figures.estimate("memory", row), figures.budget(row)),
-            figures.budget(row),
-        ),
+        at_once=prompts_at_once(verdict.sequences, figures.most(row)),
         full_cache_sequences=verdict.full_cache_sequences,
         prompt_bytes=int(figures.prompt_bytes[row]),
         share=float(figures.share[row]),

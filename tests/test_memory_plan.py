@@ -145,17 +145,19 @@ def study_of(options: tuple[Option, ...], choice: Choice) -> Study:
 HOST = {"moved_bytes": MOVED, "largest_kl": 100.0}
 
 
-@pytest.mark.parametrize("more", [{}, {"stack": "vllm"}, HOST])
+@pytest.mark.parametrize("more", [{}, {"stack": "vllm"}, {"stack": "llama-cpp"}, HOST])
 def test_a_found_plan_and_the_uncompressed_cache_are_counted_alike(
     memory: MemoryPlan, tmp_path: Path, more: dict[str, object]
 ) -> None:
     found = run_search(request(tmp_path, **more))
     assert found.policy.uses_host == (more == HOST)
-    where = " as vllm lays them out" if "stack" in more else ""
+    where = f" as {more['stack']} lays them out" if "stack" in more else ""
     assert any(f"memory holds no more of this plan{where}." in note for note in found.notes)
     document = read_policy(tmp_path / "policy.yaml")
     rows = {row.name: row for row in compared(document)}
     assert rows[str(more.get("stack", "kvtune"))].sequences == found.sequences
+    assert found.memory.value <= LIMIT, "peak memory"
+    assert found.at_once.low <= found.sequences <= found.at_once.high
     if "stack" not in more:
         assert int(memory.most(found.policy).value) == found.sequences
         assert asked_of_estimate(document) == found.sequences

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kvtune.common.units import format_bytes
 from kvtune.common.words import accuracy, count, figure, percent
-from kvtune.simulator.memory.at_once import bytes_of_each, prompts_at_once
+from kvtune.simulator.memory.at_once import prompts_at_once
 from kvtune.tuner.explore.plans import Plan
 from kvtune.tuner.explore.study import Study
 from kvtune.tuner.explore.view import View
@@ -74,7 +74,5 @@ def cost_rows(selected: Selected) -> list[tuple[str, str]]:
 def _room(selected: Selected) -> str:
     """How many prompts fit at once: ``17 [14, 18]``."""
     figures, row = selected.view.figures, selected.row
-    budget, running = figures.budget(row), int(figures.sequences[row])
-    each = bytes_of_each(running, figures.estimate("memory", row), budget)
-    most = int(figures.tokens_that_fit[row] // figures.context_tokens[row])
-    return figure(prompts_at_once(most, each, budget), tier=False)
+    counted = int(figures.tokens_that_fit[row] // figures.context_tokens[row])
+    return figure(prompts_at_once(counted, figures.most(row)), tier=False)
