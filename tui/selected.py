@@ -59,10 +59,11 @@ def quality_rows(selected: Selected) -> list[tuple[str, str]]:
 
 def cost_rows(selected: Selected) -> list[tuple[str, str]]:
     """What it takes at the setting of the view."""
-    figures, row = selected.view.figures, selected.row
+    figures, row, layout = selected.view.figures, selected.row, selected.study.facts.layout
     size, share = int(figures.prompt_bytes[row]), float(figures.share[row])
     at_once = f"{count(figures.sequences[row])} x {count(figures.context_tokens[row])} tokens"
     return [
+        *([("counted", layout)] if layout else []),
         ("one prompt", f"{format_bytes(size)}, {percent(share)} of bf16"),
         ("prompts at once", at_once),
         ("room for", f"{_room(selected)} prompts, {count(figures.tokens_that_fit[row])} tokens"),

@@ -111,6 +111,7 @@ def facts_of(request: SearchRequest, budgets: Budgets, source: QualitySource) ->
         selection_samples=splits[selection_split(tables)],
         held_out_samples=splits["evaluate"],
         measured_tokens=tables.prompt_tokens,
+        stack=request.stack or "",
         **given(tables),
     )
 

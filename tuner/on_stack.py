@@ -1,4 +1,4 @@
-"""What a serving stack holds of one sequence of a plan, where it counts by other pages than ours."""
+"""What a serving stack holds of one sequence of a plan, where it tells how many it may run."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ class Exporter(ABC):
             losses: lines on what the loss depends on: tokens, formats, allocator.
             others: lines on what it does not depend on.
             notes: how to use the files.
-            held: bytes of one prompt there, sequences at once, and bytes of each at its full length.
+            held: bytes of one prompt there, sequences at once, and bytes of each when it ends.
         """
         report = (*plan.assumed, *losses, *others)
         top = "\n".join(line for line in self.header(plan, losses) if "REPORT.txt" not in line)
