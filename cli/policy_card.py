@@ -111,6 +111,7 @@ class Card:
         policies: the plan first, then what it is compared with.
         command: that repeats the search.
         tasks: the policy's loss by kind of held-out text.
+        layout: whose pages the other budgets are counted in, where the policy is a stack's; or "".
     """
 
     kvtune_card: Literal[1]
@@ -142,6 +143,7 @@ class Card:
     policies: tuple[Other, ...]
     command: str
     tasks: tuple[Task, ...] = ()
+    layout: str = ""
 
     @property
     def quality(self) -> str:
@@ -206,6 +208,7 @@ def card_of(study: Study) -> Card:
         ),
         command=command_of(study),
         tasks=tuple(_tasks(study, row)),
+        layout=facts.layout,
     )
 
 
@@ -262,7 +265,7 @@ def _budgets(view: View) -> Iterator[Budget]:
 _OPTIONS = {
     "model": "--model", "gpu": "--gpu", "weights": "--weights", "generated_tokens": "--generated",
     "sequences": "--batch", "largest_kl": "--max-kl", "trials": "--trials", "seed": "--seed",
-    "workload": "--workload", "menu": "--menu",
+    "workload": "--workload", "menu": "--menu", "stack": "--for",
 }  # fmt: skip
 
 

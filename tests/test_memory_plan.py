@@ -216,7 +216,8 @@ def by_hand(memory: MemoryPlan, each: int, beside: int) -> tuple[int, int]:
 
     def fits(count: int, end: str) -> bool:
         parts = memory.weights, memory.overhead, memory.at(count).prefill
-        return sum(getattr(part, end) for part in parts) + count * each + beside <= LIMIT
+        fixed = sum(float(getattr(part, end)) for part in parts)
+        return fixed + count * each + beside <= LIMIT
 
     low, high = (max(n for n in range(999) if fits(n, end) or not n) for end in ("high", "low"))
     return low, high
