@@ -84,11 +84,13 @@ def _tasks(card: Card) -> list[Row]:
 def _origin(card: Card) -> list[str]:
     """Where the figures come from, a sentence each."""
     what = f"weights of {card.stand_in}" if card.stand_in else "trace"
+    counted = f"Prompts at once with other budgets are counted {card.layout}."
     known = f"hash of the {what}: {card.trace_hash}; " if card.trace_hash else ""
     return [
         f"Shape of {card.model}: {card.model_source}.",
         f"Losses were measured on prompts of {format_tokens(card.measured_tokens)}; "
         f"{known}kvtune {card.kvtune}.",
+        *([counted] if card.layout else []),
         "Intervals: 95 % over samples for losses and needles, 10-90 % for memory and time.",
     ]
 

@@ -111,6 +111,7 @@ class Card:
         policies: the plan first, then what it is compared with.
         command: that repeats the search.
         tasks: the policy's loss by kind of held-out text.
+        layout: whose pages the other budgets are counted in, where the policy is a stack's; or "".
     """
 
     kvtune_card: Literal[1]
@@ -142,6 +143,7 @@ class Card:
     policies: tuple[Other, ...]
     command: str
     tasks: tuple[Task, ...] = ()
+    layout: str = ""
 
     @property
     def quality(self) -> str:
@@ -155,7 +157,7 @@ def card_of(study: Study) -> Card:
     Raises:
         KvtuneError: the search has not finished.
     """
-    from kvtune.simulator.memory.at_once import bytes_of_each, prompts_at_once
+    from kvtune.simulator.memory.at_once import prompts_at_once
     from kvtune.tuner.explore.view import View
     from kvtune.tuner.explore.what_if import Setting, figures_of
     from kvtune.tuner.verdict import verdict_of
@@ -191,13 +193,12 @@ def card_of(study: Study) -> Card:
         sequences=verdict.sequences,
         at_once=prompts_at_once(
             verdict.sequences,
-            bytes_of_each(verdict.sequences, figures.estimate("memory", row), figures.budget(row)),
-            figures.budget(row),
+            figures.budget(row).most_of(outcome.sequence_bytes, int(figures.waiting[row])),
         ),
         full_cache_sequences=verdict.full_cache_sequences,
         prompt_bytes=int(figures.prompt_bytes[row]),
         share=float(figures.share[row]),
-        memory=figures.estimate("memory", row),
+        memory=outcome.memory,
         time_per_token=figures.estimate("step_s", row),
         tokens_per_second=figures.estimate("tokens_per_s", row),
         budgets=tuple(_budgets(view)),
@@ -207,6 +208,7 @@ def card_of(study: Study) -> Card:
         ),
         command=command_of(study),
         tasks=tuple(_tasks(study, row)),
+        layout=facts.layout,
     )
 
 
@@ -263,7 +265,7 @@ def _budgets(view: View) -> Iterator[Budget]:
 _OPTIONS = {
     "model": "--model", "gpu": "--gpu", "weights": "--weights", "generated_tokens": "--generated",
     "sequences": "--batch", "largest_kl": "--max-kl", "trials": "--trials", "seed": "--seed",
-    "workload": "--workload", "menu": "--menu",
+    "workload": "--workload", "menu": "--menu", "stack": "--for",
 }  # fmt: skip
 
 

@@ -100,6 +100,7 @@ def policy_cost(
     *,
     evicts: bool = False,
     part: PartRead | None = None,
+    each_bytes: int | None = None,
 ) -> Cost:
     """Memory and time of a policy under a budget, for its context and batch.
 
@@ -110,6 +111,7 @@ def policy_cost(
         evicts: whether methods that can go on evicting while tokens are generated do; the time
             that they take for it at each step is not counted.
         part: of a prompt that is read; None for all of it at once.
+        each_bytes: that a serving stack holds of one sequence; None for kvtune's own pages.
 
     Raises:
         KvtuneError: another shape's policy, or layers whose cache is no full cache of heads.
@@ -129,7 +131,8 @@ def policy_cost(
         new = Counter({"bf16": grown})
         read = bytes_read_by_format(policy, shape, tokens)
         held = _Held(prompt, prompt + new, read + new)
-    return _cost(budget, held, budget.sequence_bytes(policy, evicts), policy, part)
+    size = budget.sequence_bytes(policy, evicts) if each_bytes is None else each_bytes
+    return _cost(budget, held, size, policy, part)
 
 
 @dataclass(frozen=True)

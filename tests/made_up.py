@@ -192,6 +192,7 @@ def _finish(folder: Path, about: Facts, made: list[Plan], live: bool) -> None:
         "compression": second,
         "context_tokens": chosen.context_tokens,
         "sequences": chosen.sequences,
+        "sequence_bytes": chosen.prompt_bytes + 2**24,
         "prompt_bytes": chosen.prompt_bytes,
         "share": 0.1,
         "full_cache_sequences": 5,

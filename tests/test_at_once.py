@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtune.common.estimate import Estimate
-from kvtune.common.units import GIB, MIB
+from kvtune.common.units import MIB
 from kvtune.common.words import figure
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
-from kvtune.simulator.memory.at_once import bytes_of_each, prompts_at_once
+from kvtune.simulator.memory.at_once import prompts_at_once
 from kvtune.simulator.memory.plan import MemoryPlan, memory_plan
 
 
@@ -32,7 +32,7 @@ def taken(budget: MemoryPlan, prompts: int, each: int, end: str) -> float:
 def test_both_ends_are_the_most_that_fit_at_their_end_of_the_memory(
     budget: MemoryPlan, each: int
 ) -> None:
-    found = prompts_at_once(budget.count(each), each, budget)
+    found = prompts_at_once(budget.count(each), budget.most_of(each))
     for number, end in ((found.low, "high"), (found.high, "low")):
         if number:
             assert taken(budget, int(number), each, end) <= budget.limit_bytes + 1
@@ -41,13 +41,8 @@ def test_both_ends_are_the_most_that_fit_at_their_end_of_the_memory(
 
 def test_the_number_that_was_counted_elsewhere_is_never_outside(budget: MemoryPlan) -> None:
     for counted in (0, 1, 10**6):
-        found = prompts_at_once(counted, 300 * MIB, budget)
+        found = prompts_at_once(counted, budget.most_of(300 * MIB))
         assert found.low <= counted <= found.high
-
-
-def test_what_a_prompt_takes_is_read_off_the_peak(budget: MemoryPlan) -> None:
-    peak = taken(budget, 8, GIB // 2, "value")
-    assert bytes_of_each(8, Estimate(peak, peak, peak, "B", "assumed"), budget) == 0.5 * GIB
 
 
 def test_prompts_are_shown_as_whole_numbers() -> None:

@@ -16,6 +16,10 @@ from kvtune.__main__ import main
 from kvtune.cli.card import schema
 from kvtune.cli.policy_card import Card
 from kvtune.tests.made_up import write_study
+from kvtune.tui.selected import Selected, cost_rows
+from kvtune.tuner.explore.reader import StudyReader
+from kvtune.tuner.explore.view import View
+from kvtune.tuner.explore.what_if import Setting, figures_of
 
 SCHEMA = Path(kvtune.__file__).parent / "docs" / "card.schema.json"
 HOSTILE = "<script>alert(1)</script>|`*\x1b[2J"
@@ -113,3 +117,22 @@ def test_a_search_that_has_not_finished_has_no_card(
     assert main(["card", str(run)]) == 2
     assert "a card is of a finished one" in capsys.readouterr().err
     assert not (run / "card").exists()
+
+
+def test_the_card_of_a_plan_for_a_stack_counts_as_the_stack_does(tmp_path: Path) -> None:
+    """Where sequences were counted by the stack and memory was not, they were beyond the limit."""
+    search = "search --model llama-8b --gpu 4090 --mem 16GB --for vllm --quiet --run-dir"
+    assert main([*search.split(), str(tmp_path)]) == 0
+    assert main(["card", str(tmp_path)]) == 0
+    card = json.loads((tmp_path / "card" / "card.json").read_text())
+    assert card["memory"]["value"] <= 16e9
+    low, high = card["at_once"]["interval"]
+    assert low < card["sequences"] < high
+    assert "--for vllm" in card["command"]
+    for form in ("md", "svg"):
+        assert "as vllm lays plans out" in (tmp_path / "card" / f"card.{form}").read_text()
+    study = StudyReader(tmp_path).read()
+    setting = Setting.asked(study.facts)
+    view = View(study, figures_of(study, setting), setting)
+    assert study.chosen is not None
+    assert "as vllm lays plans out" in dict(cost_rows(Selected(view, study.chosen)))["counted"]

@@ -94,6 +94,7 @@ def result_of(request: SearchRequest, live: bool) -> SearchResult:
         context_tokens=request.context_tokens,
         prompt_bytes=64_000_000,
         sequences=48,
+        sequence_bytes=104_857_600,
         share=0.0596,
         quality=found,
         predicted_quality=dataclasses.replace(found, kl=kl(0.0086, "table" if live else BAND)),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kvtune.common.units import format_bytes
 from kvtune.common.words import accuracy, count, figure, percent
-from kvtune.simulator.memory.at_once import bytes_of_each, prompts_at_once
+from kvtune.simulator.memory.at_once import prompts_at_once
 from kvtune.tuner.explore.plans import Plan
 from kvtune.tuner.explore.study import Study
 from kvtune.tuner.explore.view import View
@@ -59,10 +59,11 @@ def quality_rows(selected: Selected) -> list[tuple[str, str]]:
 
 def cost_rows(selected: Selected) -> list[tuple[str, str]]:
     """What it takes at the setting of the view."""
-    figures, row = selected.view.figures, selected.row
+    figures, row, layout = selected.view.figures, selected.row, selected.study.facts.layout
     size, share = int(figures.prompt_bytes[row]), float(figures.share[row])
     at_once = f"{count(figures.sequences[row])} x {count(figures.context_tokens[row])} tokens"
     return [
+        *([("counted", layout)] if layout else []),
         ("one prompt", f"{format_bytes(size)}, {percent(share)} of bf16"),
         ("prompts at once", at_once),
         ("room for", f"{_room(selected)} prompts, {count(figures.tokens_that_fit[row])} tokens"),
@@ -74,7 +75,5 @@ def cost_rows(selected: Selected) -> list[tuple[str, str]]:
 def _room(selected: Selected) -> str:
     """How many prompts fit at once: ``17 [14, 18]``."""
     figures, row = selected.view.figures, selected.row
-    budget, running = figures.budget(row), int(figures.sequences[row])
-    each = bytes_of_each(running, figures.estimate("memory", row), budget)
-    most = int(figures.tokens_that_fit[row] // figures.context_tokens[row])
-    return figure(prompts_at_once(most, each, budget), tier=False)
+    counted = int(figures.tokens_that_fit[row] // figures.context_tokens[row])
+    return figure(prompts_at_once(counted, figures.most(row)), tier=False)

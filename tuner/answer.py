@@ -19,6 +19,7 @@ from kvtune.tuner.cross_fit import cross_fitted_front
 from kvtune.tuner.explore.record import selection_split
 from kvtune.tuner.lengths import length_note
 from kvtune.tuner.live_baselines import live_baselines
+from kvtune.tuner.on_stack import BytesThere
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import Baseline, FrontPoint, Quality, SearchResult
 from kvtune.tuner.serving_room import Budgets
@@ -76,6 +77,7 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
         context_tokens=chosen.context,
         prompt_bytes=cost.prompt_bytes,
         sequences=chosen.sequences,
+        sequence_bytes=cost.sequence_bytes,
         share=cost.share,
         quality=quality,
         predicted_quality=predicted,
@@ -134,12 +136,16 @@ def _predicted(source: QualitySource, chosen: Candidate) -> Quality:
 
 
 def _cost(found: Found, candidate: Candidate) -> Cost:
-    return cost_of(found.budgets, found.solver.policy(candidate), candidate)
+    there = found.solver.question.bytes_there
+    return cost_of(found.budgets, found.solver.policy(candidate), candidate, there)
 
 
-def cost_of(budgets: Budgets, policy: Policy, candidate: Candidate) -> Cost:
-    """Memory and time with its sequences at once."""
-    return policy_cost(policy, budgets[candidate.place].at(candidate.sequences))
+def cost_of(
+    budgets: Budgets, policy: Policy, candidate: Candidate, there: BytesThere | None
+) -> Cost:
+    """Memory and time with its sequences at once, each as the stack lays it out that it is for."""
+    each = None if there is None else there(candidate.choice, candidate.context)
+    return policy_cost(policy, budgets[candidate.place].at(candidate.sequences), each_bytes=each)
 
 
 def _front_points(found: Found, chosen: Candidate) -> tuple[FrontPoint, ...]:
@@ -213,7 +219,7 @@ def _room(found: Found, chosen: Candidate) -> str:
     """Whether memory holds more of the plan, and who counts."""
     question = found.solver.question.under(chosen.weights)
     most = question.most_of(chosen.context, chosen.choice)
-    where = f" as {found.request.stack} lays them out" if question.counted else ""
+    where = f" as {found.request.stack} lays them out" if question.bytes_there else ""
     if chosen.sequences < most:
         return f"memory holds {most} of this plan{where}"
     return f"memory holds no more of this plan{where}"

@@ -20,7 +20,7 @@ from kvtune.tuner.candidate import Candidate
 from kvtune.tuner.explore.facts import EACH, Facts
 from kvtune.tuner.explore.record import selection_split
 from kvtune.tuner.limits import Excess, no_limits
-from kvtune.tuner.on_stack import counted_on
+from kvtune.tuner.on_stack import BytesThere, bytes_there
 from kvtune.tuner.question import Question
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.serving_room import Budgets, budgets_of, formats_of, freed, rooms
@@ -46,6 +46,7 @@ def question_of(request: SearchRequest, budgets: Budgets, source: QualitySource)
         ]
         return np.array([*options, *rules], np.int64) - round(generated)
 
+    there = bytes_there(request.stack, source.tables, shape, request.generated_tokens)
     memory = {context: budget for (_, context), budget in reversed(budgets.items())}
 
     def working(context: int, sequences: int) -> int:
@@ -61,10 +62,10 @@ def question_of(request: SearchRequest, budgets: Budgets, source: QualitySource)
         sequences=request.sequences,
         limits=limits_of(request.stack),
         most_read=request.read_bytes,
-        excess=_excess(request, budgets, source),
+        excess=_excess(request, budgets, source, there),
         most_moved=request.moved_bytes,
         freed=freed(budgets),
-        counted=counted_on(request.stack, source.tables, shape, request.generated_tokens),
+        bytes_there=there,
     )
 
 
@@ -73,14 +74,16 @@ def solver_of(request: SearchRequest, source: QualitySource) -> Solver:
     return Solver.of(question_of(request, budgets_of(request), source))
 
 
-def _excess(request: SearchRequest, budgets: Budgets, source: QualitySource) -> Excess:
+def _excess(
+    request: SearchRequest, budgets: Budgets, source: QualitySource, there: BytesThere | None
+) -> Excess:
     """How far candidates are beyond the request's limits, by the figures that are printed."""
     if not request.limits.are_set:
         return no_limits
 
     def excess(candidate: Candidate) -> dict[str, float]:
         policy = policy_of(source.tables, candidate.choice, "")
-        cost = cost_of(budgets, policy, candidate)
+        cost = cost_of(budgets, policy, candidate, there)
         return request.limits.excess(cost, candidate.sequences)
 
     return excess
@@ -108,6 +111,7 @@ def facts_of(request: SearchRequest, budgets: Budgets, source: QualitySource) ->
         selection_samples=splits[selection_split(tables)],
         held_out_samples=splits["evaluate"],
         measured_tokens=tables.prompt_tokens,
+        stack=request.stack or "",
         **given(tables),
     )
 

@@ -41,8 +41,8 @@ class Question:
         most_moved: bytes that it may bring over from the host, likewise; one of the two at most.
         freed: bytes that each format of the weights leaves beyond ``rooms``, widest format first,
             whose 0 they are; of several formats the study chooses.
-        counted: how many sequences of a choice a stack that counts otherwise holds in so many
-            bytes, at a context; None for kvtune's own pages.
+        bytes_there: that a stack which counts otherwise holds of one sequence of a choice, at a
+            context; None for kvtune's own pages.
     """
 
     tables: Tables
@@ -57,7 +57,7 @@ class Question:
     excess: Excess = no_limits
     most_moved: int | None = None
     freed: Mapping[str, int] = field(default_factory=lambda: {"": 0})
-    counted: Callable[[Choice, int, int], int] | None = None
+    bytes_there: Callable[[Choice, int], int] | None = None
 
     @property
     def weights(self) -> str:
@@ -114,7 +114,7 @@ class Question:
     def most_of(self, context: int, choice: Choice) -> int:
         """As many sequences of a choice as fit at once, as ``MemoryPlan`` counts of its policy.
 
-        Of a plan for another stack as many as its exporter says.
+        Of a plan for another stack as its exporter lays a sequence out.
         """
         rule = self.tables.rule_of(choice)
         waits = (
@@ -122,13 +122,14 @@ class Question:
             if rule is not None
             else any(holds_whole_prompt(option) for option in self.tables.given(choice))
         )
-        if self.counted is not None:
-            most = self.counted(choice, context, self._room(context, 1, waits))
-            return self.counted(choice, context, self._room(context, max(most, 1), waits))
-        each = int(self.held[context][choice].sum()) + self.generated_bytes
-        return most_at_once(
-            each + self._landing(context, choice), lambda count: self._room(context, count, waits)
-        )
+        each = self._there(context, choice)
+        if each is None:
+            each = int(self.held[context][choice].sum()) + self.generated_bytes
+            each += self._landing(context, choice)
+        return most_at_once(each, lambda count: self._room(context, count, waits))
+
+    def _there(self, context: int, choice: Choice) -> int | None:
+        return None if self.bytes_there is None else self.bytes_there(choice, context)
 
     def _room(self, context: int, sequences: int, waits: bool) -> int:
         """Bytes for the caches of so many sequences."""

@@ -16,7 +16,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate, Tier, checked_estimate
 from kvtune.common.stored import checked, read_json
 from kvtune.policies.policy import Policy
-from kvtune.simulator.memory.at_once import bytes_of_each, prompts_at_once
+from kvtune.simulator.memory.at_once import prompts_at_once
 from kvtune.simulator.memory.plan import MemoryPlan
 from kvtune.tuner.request import SearchRequest
 
@@ -178,6 +178,7 @@ class SearchResult:
         context_tokens: prompt tokens of each sequence, chosen where that was left open.
         prompt_bytes: of one compressed prompt.
         sequences: that fit at once with it.
+        sequence_bytes: device memory of one by its end, as the stack lays it out that it is for.
         share: of the bf16 bytes of the same prompt.
         quality: of the plan, the best tier there is.
         predicted_quality: of the plan, before live.
@@ -203,6 +204,7 @@ class SearchResult:
     context_tokens: int
     prompt_bytes: int
     sequences: int
+    sequence_bytes: int
     share: float
     quality: Quality
     predicted_quality: Quality
@@ -223,17 +225,16 @@ class SearchResult:
     @property
     def at_once(self) -> Estimate:
         """How many prompts fit at once with the plan; no more where a time bounds them."""
-        each = bytes_of_each(self.sequences, self.memory, self.budget)
-        found = prompts_at_once(self.sequences, each, self.budget)
+        most = self.budget.most_of(self.sequence_bytes, self.budget.waiting(self.policy))
+        found = prompts_at_once(self.sequences, most)
         limits = self.request.limits
         timed = (limits.time_per_token_s, limits.first_token_s) != (None, None)
         return replace(found, high=found.value) if timed else found
 
     @property
     def full_cache_at_once(self) -> Estimate:
-        """How many fit uncompressed."""
-        each = self.budget.full_cache_bytes / self.budget.batch
-        return prompts_at_once(self.full_cache_sequences, each, self.budget)
+        """How many fit uncompressed, each with its answer."""
+        return prompts_at_once(self.full_cache_sequences, self.budget.most(None))
 
     def as_dict(self) -> dict[str, Any]:
         """As ``result.json`` holds it; the policies lie beside that file."""
@@ -249,8 +250,8 @@ class SearchResult:
 
 FIGURES = (
     "front", "baselines", "quality", "predicted_quality", "memory", "latency", "prefill",
-    "compression", "context_tokens", "sequences", "full_cache_sequences", "prompt_bytes", "share",
-    "full_cache_accuracy", "counters", "notes", "provenance",
+    "compression", "context_tokens", "sequences", "sequence_bytes", "full_cache_sequences",
+    "prompt_bytes", "share", "full_cache_accuracy", "counters", "notes", "provenance",
 )  # fmt: skip
 """What a result and its file have in common, by the same names."""
 
@@ -280,6 +281,7 @@ class StoredResult:
     compression: Estimate
     context_tokens: Count
     sequences: Count
+    sequence_bytes: Count
     full_cache_sequences: Whole
     prompt_bytes: Whole
     share: NotNegative

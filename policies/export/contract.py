@@ -46,6 +46,7 @@ class Export:
         notes: how to use the files, and traps of the stack.
         prompt_bytes: of one prompt there, scales included.
         sequences: that the stack is told to run at once; None where nothing tells it.
+        sequence_bytes: that it holds of one of them at its full length; 0 where nothing tells it.
         keeps_loss: whether all of the plan that the loss depends on is kept.
         loss: what it then loses there; None where it is not known.
     """
@@ -58,6 +59,7 @@ class Export:
     notes: tuple[str, ...] = ()
     prompt_bytes: int = 0
     sequences: int | None = None
+    sequence_bytes: int = 0
     keeps_loss: bool = False
     loss: Estimate | None = None
 
@@ -121,7 +123,7 @@ class Exporter(ABC):
         losses: Sequence[Line],
         others: Sequence[Line] = (),
         notes: tuple[str, ...] = (),
-        held: tuple[int, int | None] = (0, None),
+        held: tuple[int, int | None, int] = (0, None, 0),
     ) -> Export:
         """An export of this stack, its report among the files.
 
@@ -131,7 +133,7 @@ class Exporter(ABC):
             losses: lines on what the loss depends on: tokens, formats, allocator.
             others: lines on what it does not depend on.
             notes: how to use the files.
-            held: bytes of one prompt there, and sequences at once.
+            held: bytes of one prompt there, sequences at once, and bytes of each when it ends.
         """
         report = (*plan.assumed, *losses, *others)
         top = "\n".join(line for line in self.header(plan, losses) if "REPORT.txt" not in line)

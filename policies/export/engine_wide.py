@@ -134,8 +134,9 @@ class EngineWide(Exporter):
         of_model = self.model_lines(plan)
         files = self.files(config, [*self.header(plan, losses), *of_model])
         bytes_ = _bytes(plan, chosen, plan.context_tokens)
+        held = bytes_, batch, size
         others = [bytes_line(plan, bytes_), sequences]
-        return self.done(plan, files, losses, others, (*self.notes, *of_model), (bytes_, batch))
+        return self.done(plan, files, losses, others, (*self.notes, *of_model), held)
 
     def _chosen(self, plan: Plan) -> CacheType:
         flat = flatten(list(plan.policy.options()))

@@ -107,8 +107,11 @@ class MemoryPlan:
     @property
     def cache_tokens(self) -> int | None:
         """Tokens of bf16 cache that fit, over the batch; None where any number does."""
-        tokens = self.shape.tokens_that_fit(self.cache_bytes // self.batch)
-        return None if tokens is None else self.batch * tokens
+        tokens = self.shape.tokens_that_fit(self.cache_bytes)
+        if tokens is not None and self.shape.kv_bytes(tokens) == tokens * self.shape.kv_bytes(1):
+            return tokens  # whoever's they are; windows and states are each sequence's own
+        each = self.shape.tokens_that_fit(self.cache_bytes // self.batch)
+        return None if each is None else self.batch * each
 
     @property
     def share_that_fits(self) -> float:

@@ -64,6 +64,7 @@ class Facts:
         options: what a head may be given; lines hold their numbers.
         allocators: of the last of the options, by name: those are of rules, which all heads have
             and whose budgets are divided when a prompt is known.
+        stack: whose plan it is, as it lays sequences out in its own way; or "".
     """
 
     study: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -84,6 +85,7 @@ class Facts:
     measured_tokens: Count
     options: Annotated[tuple[Option, ...], PlainValidator(_options_of)]
     allocators: tuple[Annotated[str, AfterValidator(_known_allocator)], ...] = ()
+    stack: Annotated[str, Field(max_length=64)] = ""
 
     @property
     def given(self) -> list[Policy]:
@@ -99,6 +101,15 @@ class Facts:
     def quality(self) -> str:
         """``stand-in (smollm2-135m)`` or ``own trace``."""
         return f"stand-in ({self.stand_in})" if self.stand_in else self.source
+
+    @property
+    def layout(self) -> str:
+        """Whose pages memory is counted in, where the plan was counted in a stack's; else ""."""
+        return (
+            f"in kvtune's own pages; the search counted as {self.stack} lays plans out"
+            if self.stack
+            else ""
+        )
 
     @property
     def size(self) -> Size:

@@ -57,6 +57,8 @@ class Figures:
         sequences: at once, ``[n]``.
         prompt_bytes: of one compressed prompt, ``[n]``.
         share: of the bf16 bytes of the same prompt, ``[n]``.
+        each: bytes that the allocator hands out for one sequence, ``[n]``.
+        waiting: bytes of one prompt that is held uncompressed until its end, ``[n]``.
         tokens_that_fit: prompt tokens at once in what is left for the cache, ``[n]``.
         memory: peak of everything together, bytes.
         step_s: one decode step of all sequences, seconds.
@@ -71,6 +73,8 @@ class Figures:
     sequences: Integers
     prompt_bytes: Integers
     share: Floats
+    each: Floats
+    waiting: Floats
     tokens_that_fit: Integers
     memory: Floats
     step_s: Floats
@@ -83,6 +87,10 @@ class Figures:
     def budget(self, row: int) -> MemoryPlan:
         """Where the memory of one plan goes."""
         return self.budgets[str(self.weights[row]), int(self.context_tokens[row])]
+
+    def most(self, row: int) -> Estimate:
+        """Sequences of one plan that fit at once."""
+        return self.budget(row).most_of(float(self.each[row]), int(self.waiting[row]))
 
     def estimate(self, column: str, row: int) -> Estimate:
         """One figure with its interval and tier."""
@@ -172,6 +180,8 @@ def figures(
         sequences=sequences,
         prompt_bytes=prompt.astype(np.int64),
         share=prompt / np.maximum(contexts * shape.kv_bytes_per_token(), 1),
+        each=held,
+        waiting=waiting,
         tokens_that_fit=_that_fit(rooms, contexts, held, waiting) * contexts,
         memory=memory,
         step_s=time,

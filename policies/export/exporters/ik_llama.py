@@ -85,7 +85,7 @@ class IkLlama(Exporter):
         notes = (*_NOTES, *model_lines(plan))
         return self.done(
             plan, {"ik-llama-server.txt": header + flags(config)}, losses,
-            [bytes_line(plan, prompt), sequences], notes, (prompt, batch),
+            [bytes_line(plan, prompt), sequences], notes, (prompt, batch, size),
         )  # fmt: skip
 
 

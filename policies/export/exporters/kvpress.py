@@ -67,7 +67,7 @@ class KVPress(Exporter):
         tokens = sum(plan.context_tokens if each is None else each for each in kept)
         size = tokens * plan.facts.kv_heads * 4 * plan.facts.head_dim
         files = {"kvpress.json": json.dumps(told, indent=1) + "\n"}
-        return self.done(plan, files, losses, [bytes_line(plan, size)], _NOTES, (size, None))
+        return self.done(plan, files, losses, [bytes_line(plan, size)], _NOTES, (size, None, 0))
 
 
 def _press(heads: Heads, context: int) -> tuple[str, dict[str, Any], list[Line]]:

@@ -61,7 +61,7 @@ class Transformers(Exporter):
         weights = f"load the model with {plan.weights} weights, as the plan assumed."
         notes = (*_NOTES, weights) if plan.weights else _NOTES
         size = type(plan.policy)("taken", taken).footprint(plan.context_tokens, plan.facts.head_dim)
-        return self.done(plan, files, losses, [bytes_line(plan, size)], notes, (size, None))
+        return self.done(plan, files, losses, [bytes_line(plan, size)], notes, (size, None, 0))
 
     def _takeable(self, plan: Plan) -> tuple[Heads, list[Line]]:
         """The options as the module can run them."""

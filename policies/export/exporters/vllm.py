@@ -74,7 +74,7 @@ class Vllm(Exporter):
         prompt = prompt_bytes(config, *shape, plan.context_tokens)
         notes = _NOTES + (_WINDOW_NOTES if windows else ()) + tuple(model_notes)
         others = [bytes_line(plan, prompt), sequences, *model_lines]
-        held = prompt, config["max-num-seqs"]
+        held = prompt, config["max-num-seqs"], size
         return self.done(plan, {"vllm.yaml": text}, losses, others, notes, held)
 
 
