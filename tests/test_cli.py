@@ -398,7 +398,7 @@ def test_parameters_carry_unit_default_and_doc(run: Run) -> None:
 
 
 def test_estimate_sets_a_policy_beside_the_full_cache(run: Run, policy: Path) -> None:
-    answer = run("estimate", *SMOL, "--policy", policy, "--json").json
+    answer = run("estimate", *SMOL, "--context", 8192, "--policy", policy, "--json").json
     full, ours = answer["policies"]
     assert answer.keys() == documented("estimate")
     assert (full["name"], full["share"], full["prompt_bytes"]) == ("full cache", 1, 8192 * 23040)
@@ -447,7 +447,9 @@ def test_a_mistake_in_serving_is_told(name: str, run: Run) -> None:
 def test_the_estimate_of_bytes_is_the_policys_own(run: Run, policy: Path) -> None:
     from kvtune.policies.policy_file.document import read_policy
 
-    ours = run("estimate", *SMOL, "--policy", policy, "--json").json["policies"][1]
+    ours = run("estimate", *SMOL, "--context", 8192, "--policy", policy, "--json").json["policies"][
+        1
+    ]
     assert ours["prompt_bytes"] == read_policy(policy).bind(30, 3).footprint(8192, 64)
 
 
