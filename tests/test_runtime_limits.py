@@ -12,6 +12,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.policies.allocators.adakv import AdaKV
 from kvtune.policies.format import formats
 from kvtune.policies.formats.grouped import Int4
+from kvtune.policies.formats.kitty import Kitty
 from kvtune.policies.formats.kivi import Kivi
 from kvtune.policies.methods.landmark import Landmark
 from kvtune.policies.methods.quest import Quest
@@ -99,12 +100,13 @@ RESIDUAL = Kivi(group=64, residual=128)
 
 
 @pytest.mark.parametrize("method", [Quest(block=64), Landmark(block=64)], ids=lambda m: m.label)
-def test_readers_of_pages_that_would_not_rank_the_newest_tokens_are_refused(
-    network: Any, method: Any
-) -> None:
+def test_readers_of_pages_that_would_not_rank_all_are_refused(network: Any, method: Any) -> None:
     option = Option(method, Budget(tokens=128), RESIDUAL, RESIDUAL)
     with pytest.raises(KvtuneError, match="would rank only the pages of quantised tokens"):
         load_cache(whole(option), network)
+    for form in (Kitty(), Int4(group=32)):
+        with pytest.raises(KvtuneError, match="would find no pages to choose among"):
+            load_cache(whole(Option(method, Budget(tokens=128), form, form)), network)
     for form in (Int4(), Kivi(group=64, residual=0)):
         load_cache(whole(Option(method, Budget(tokens=128), form, form)), network).close()
     menu = Menu((method, SnapKV()), (0.5,), ((RESIDUAL, RESIDUAL), (Int4(), Int4())))

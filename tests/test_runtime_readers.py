@@ -34,6 +34,7 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache.policy_cache import PolicyCache
+from kvtune.runtime.cache.sentences import SentenceEnds
 from kvtune.runtime.kernels.launch import Scratch
 from kvtune.tests.tiers import first
 
@@ -207,6 +208,23 @@ def test_sentences_are_read_step_by_step_as_in_replay(network: Any, tokenizer: A
         keys, values = part.keys.float(), part.values.float()
         theirs, _ = attend(q[:, :, step], keys, values, visible[:, :, step], seen[0].scale)
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_what_sequences_were_given_is_joined_only_when_it_is_asked_for(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token's cost must not grow with what came before it."""
+    joined: list[int] = []
+    original = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda x, *a: joined.append(len(x)) or original(x, *a))
+    ends, given = SentenceEnds(tokenizer), tokenizer("It is. So it was.").input_ids
+    for token in given:
+        ends.told(torch.tensor([[token]]), range(2))
+    assert not joined
+    flags = ends.of(1, 1)
+    assert flags.tolist() == [tokenizer.decode(t).rstrip()[-1:] in (".", "!", "?") for t in given]
+    assert flags.any()
+    assert joined == [len(given)]
 
 
 def test_padded_prompts_read_the_sentences_that_each_alone_reads(

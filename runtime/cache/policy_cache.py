@@ -115,7 +115,7 @@ def load_cache(
     check_passes(bound, tokenizer)
     for option in dict.fromkeys(bound.options()):
         check_host(option, geometry.head_dim, evicts)
-        check_reader(option)
+        check_reader(option, geometry.head_dim)
     warn_of_slow_formats(bound, geometry.head_dim)
     if evicts:
         check_evicting(bound, geometry.head_dim)

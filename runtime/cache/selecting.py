@@ -18,8 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.option import Option
 from kvtune.policies.page_formats import PAGE
-from kvtune.policies.pages import PageLayout
-from kvtune.policies.paging import ranks_without_newest
+from kvtune.policies.pages import PageLayout, has_pages
+from kvtune.policies.paging import ranks_without_newest, reads_pages
 from kvtune.policies.reader import BlockReader
 
 
@@ -119,12 +119,18 @@ class Selection:
         lengths.index_copy_(0, self.at, tokens.to(lengths.dtype))
 
 
-def check_reader(option: Option) -> None:
-    """Refuse a reader of pages that would not see the newest tokens.
+def check_reader(option: Option, head_dim: int) -> None:
+    """Refuse a reader of pages that would not see all of a prompt.
 
     Raises:
-        KvtuneError: its format leaves these in 16 bits, in other pages than those that are ranked.
+        KvtuneError: there are no pages of the option's formats, or they leave the newest tokens in
+            16 bits, in other pages than those that are ranked.
     """
+    if reads_pages(option.method.reader(PAGE)) and not has_pages(option, head_dim):
+        raise KvtuneError(
+            f"{option.label!r} would find no pages to choose among, and read all that it stores",
+            hint=f"take formats that have pages, or blocks of fewer tokens than {PAGE}.",
+        )
     if ranks_without_newest(option):
         raise KvtuneError(
             f"{option.label!r} would rank only the pages of quantised tokens, and read the newest "
