@@ -40,8 +40,8 @@ Make = Callable[..., Tables]
 KEYS = {
     "kvtune", "model", "gpu", "policy", "budget", "front", "baselines", "quality",
     "predicted_quality", "memory", "latency", "prefill", "compression", "context_tokens",
-    "sequences", "full_cache_sequences", "prompt_bytes", "share", "full_cache_accuracy",
-    "counters", "notes", "provenance",
+    "sequences", "sequence_bytes", "full_cache_sequences", "prompt_bytes", "share",
+    "full_cache_accuracy", "counters", "notes", "provenance",
 }  # fmt: skip
 
 
