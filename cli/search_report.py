@@ -24,6 +24,7 @@ from kvtune.tuner.verdict import Verdict, equal_bytes
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from kvtune.common.estimate import Estimate
     from kvtune.tuner.which_gpu import Tried
 
 
@@ -49,7 +50,7 @@ def tables(result: SearchResult) -> list[RenderableType]:
     """Everything after the search, in the order it is read."""
     found = verdict(result)
     return [
-        found.sentence,
+        found.sentence + _said_of_stack(result),
         *("", _baselines(result, found.comparison)),
         *(["", weights_table(result, _caption(result))] if len(formats_found(result)) > 1 else []),
         *("", front_table(result, _caption(result))),
@@ -170,18 +171,30 @@ def _plan(result: SearchResult) -> RenderableType:
     return table("The plan", ("", ""), rows, left=(0, 1), caption=_caption(result))
 
 
-def _loss_there(result: SearchResult) -> list[tuple[str, str]]:
-    """On the stack that was searched for, where it stores answers as it stores prompts."""
+def _there(result: SearchResult) -> tuple[str, Estimate] | None:
+    """The stack that was searched for and the loss there, where it stores answers as prompts."""
     if result.request.stack is None:
-        return []
+        return None
     from kvtune.policies.export.contract import find_exporter
     from kvtune.policies.export.stored_alike import loss_there
 
     stack = find_exporter(result.request.stack)
-    there = loss_there(result.quality.kl, result.policy, stack.limits)
-    if there == result.quality.kl:
+    loss = loss_there(result.quality.kl, result.policy, stack.limits)
+    return None if loss == result.quality.kl else (stack.stack, loss)
+
+
+def _loss_there(result: SearchResult) -> list[tuple[str, str]]:
+    if (there := _there(result)) is None:
         return []
-    return [(f"in {stack.stack}", f"{figure(there)}, nats/token; it stores answers likewise")]
+    return [(f"in {there[0]}", f"{figure(there[1])}, nats/token; it stores answers likewise")]
+
+
+def _said_of_stack(result: SearchResult) -> str:
+    """Behind the verdict, which is of a prompt that was read uncompressed."""
+    if (there := _there(result)) is None:
+        return ""
+    stack, loss = there
+    return f"; in {stack}, which stores answers likewise, at {loss.low:.2g} to {loss.high:.2g}"
 
 
 def _at_once(result: SearchResult) -> str:

@@ -409,3 +409,6 @@ def test_a_stack_that_stores_answers_likewise_has_a_loss_of_its_own(
     assert rows() == []
     (row,) = rows("--for", "llama-cpp")
     assert "it stores answers" in row
+    main([*WORDS, "--for", "llama-cpp"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "; in llama.cpp, which stores answers likewise, at 0.031 to 0.11" in said

@@ -107,8 +107,8 @@ def test_readers_of_pages_that_would_not_rank_all_are_refused(network: Any, meth
     for form in (Kitty(), Int4(group=32)):
         with pytest.raises(KvtuneError, match="would find no pages to choose among"):
             load_cache(whole(Option(method, Budget(tokens=128), form, form)), network)
-    for form in (Int4(), Kivi(group=64, residual=0)):
-        load_cache(whole(Option(method, Budget(tokens=128), form, form)), network).close()
+    for paged in (Int4(), Kivi(group=64, residual=0)):
+        load_cache(whole(Option(method, Budget(tokens=128), paged, paged)), network).close()
     menu = Menu((method, SnapKV()), (0.5,), ((RESIDUAL, RESIDUAL), (Int4(), Int4())))
     offered = {(x.method, x.keys) for x in menu.options()}
     assert (method, RESIDUAL) not in offered
