@@ -216,7 +216,12 @@ def test_what_sequences_were_given_is_joined_only_when_it_is_asked_for(
     """A token's cost must not grow with what came before it."""
     joined: list[int] = []
     original = torch.cat
-    monkeypatch.setattr(torch, "cat", lambda x, *a: joined.append(len(x)) or original(x, *a))
+
+    def counted(pieces: list[Tensor]) -> Tensor:
+        joined.append(len(pieces))
+        return original(pieces)
+
+    monkeypatch.setattr(torch, "cat", counted)
     ends, given = SentenceEnds(tokenizer), tokenizer("It is. So it was.").input_ids
     for token in given:
         ends.told(torch.tensor([[token]]), range(2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
@@ -11,7 +12,7 @@ from kvtune.policies.paging import lies_beside
 from kvtune.policies.policy import Policy
 
 
-def check_limit(policy: Policy, budgets: Mapping[int, NDArray], head_dim: int) -> None:
+def check_limit(policy: Policy, budgets: Mapping[int, NDArray[np.int64]], head_dim: int) -> None:
     """Refuse heads that would hold some of a prompt where the limit does not count it.
 
     Args:
