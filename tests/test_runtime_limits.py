@@ -10,7 +10,7 @@ import torch
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.allocators.adakv import AdaKV
-from kvtune.policies.format import formats
+from kvtune.policies.format import Format, formats
 from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.formats.kitty import Kitty
 from kvtune.policies.formats.kivi import Kivi
@@ -104,11 +104,14 @@ def test_readers_of_pages_that_would_not_rank_all_are_refused(network: Any, meth
     option = Option(method, Budget(tokens=128), RESIDUAL, RESIDUAL)
     with pytest.raises(KvtuneError, match="would rank only the pages of quantised tokens"):
         load_cache(whole(option), network)
-    for form in (Kitty(), Int4(group=32)):
+    unpaged: tuple[Format, ...] = (Kitty(), Int4(group=32))
+    form: Format
+    for form in unpaged:
         with pytest.raises(KvtuneError, match="would find no pages to choose among"):
             load_cache(whole(Option(method, Budget(tokens=128), form, form)), network)
-    for paged in (Int4(), Kivi(group=64, residual=0)):
-        load_cache(whole(Option(method, Budget(tokens=128), paged, paged)), network).close()
+    ranked: tuple[Format, ...] = (Int4(), Kivi(group=64, residual=0))
+    for form in ranked:
+        load_cache(whole(Option(method, Budget(tokens=128), form, form)), network).close()
     menu = Menu((method, SnapKV()), (0.5,), ((RESIDUAL, RESIDUAL), (Int4(), Int4())))
     offered = {(x.method, x.keys) for x in menu.options()}
     assert (method, RESIDUAL) not in offered

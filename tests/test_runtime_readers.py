@@ -217,9 +217,9 @@ def test_what_sequences_were_given_is_joined_only_when_it_is_asked_for(
     joined: list[int] = []
     original = torch.cat
 
-    def counted(parts: Any, *more: Any) -> Any:
-        joined.append(len(parts))
-        return original(parts, *more)
+    def counted(pieces: list[Tensor]) -> Tensor:
+        joined.append(len(pieces))
+        return original(pieces)
 
     monkeypatch.setattr(torch, "cat", counted)
     ends, given = SentenceEnds(tokenizer), tokenizer("It is. So it was.").input_ids
