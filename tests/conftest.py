@@ -38,6 +38,12 @@ def pytest_collection() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def usual_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the terminal is that tests were started from."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def seeded() -> None:
     """The same draws in any order of tests; tests without torch do not load it for this."""
     if "torch" in sys.modules:
