@@ -11,6 +11,10 @@ import kvtune
 
 ROOT = Path(kvtune.__file__).parent
 FLOORS = 5
+ROOMS = (
+    "cli", "common", "policies", "profiles", "runtime", "simulator", "traces", "tui", "tuner",
+)  # fmt: skip
+"""Whatever else lies in the folder, an environment of CI's among it, is none of the package."""
 
 
 def module_of(path: Path) -> str:
@@ -53,8 +57,8 @@ def test_no_module_imports_what_imports_it() -> None:
     """Inside functions too; imports for types alone run nothing and may point both ways."""
     sources = {
         module_of(path): path.read_text("utf-8")
-        for path in ROOT.rglob("*.py")
-        if path.relative_to(ROOT).parts[0] not in ("tests", "benchmarks", "docs", ".typing")
+        for room in ROOMS
+        for path in (ROOT / room).rglob("*.py")
     }
     below = {
         name: (used(source) & sources.keys()) - {name, "kvtune"} for name, source in sources.items()
