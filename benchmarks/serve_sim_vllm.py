@@ -80,7 +80,7 @@ def served(serving: Server, load: Load, policy: Policy | None) -> dict[str, floa
 
 
 def watched(record: Record, answers: Any, seconds: float) -> dict[str, float]:
-    """Tokens and ended requests a second, of the first so many seconds."""
+    """Tokens and ended requests a second in the first seconds of a run."""
     first, done = np.array(record.first_s), np.array(record.finished_s)
     share = np.clip((seconds - first) / np.maximum(done - first, 1e-9), 0.0, 1.0)
     said = np.where(first <= seconds, 1 + share * (answers - 1), 0.0)

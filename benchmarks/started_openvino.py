@@ -46,7 +46,7 @@ def compiled(path: Path, properties: dict[str, Any]) -> Any:
 
 
 def new_pages(model: Any, pages: int) -> dict[Any, Any]:
-    """Tensors of so many pages of every layer, by the compiled model's input."""
+    """Cache tensors of a number of pages for every layer, by the compiled model's input."""
     import openvino as runtime
 
     found = {}

@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from started_stacks import CONTEXT, Logs, Samples, said
 from torch import Tensor
+
+LOGS = "logs.safetensors"
 
 
 def vllm(arguments: argparse.Namespace, samples: Samples, folder: Path | None) -> Logs:
@@ -65,7 +68,8 @@ def in_vllm(
         path.write_text(json.dumps(asked), "utf-8")
         command = [sys.executable, __file__, str(path)]
         subprocess.run(command, env=environment, check=True)  # noqa: S603
-        return list(torch.load(Path(folder, "logs.pt"), weights_only=True))
+        found = load_file(Path(folder, LOGS))
+        return [found[name] for name in sorted(found)]
 
 
 def inside_vllm(path: Path) -> None:
@@ -118,7 +122,10 @@ def inside_vllm(path: Path) -> None:
             engine.step()
         found.append(torch.stack(Given.seen[1:]))  # the first is the prompt's own
         said(name)
-    torch.save(found, path.with_name("logs.pt"))
+    save_file(
+        {f"{number:04}": each.contiguous() for number, each in enumerate(found)},
+        path.with_name(LOGS),
+    )
 
 
 if __name__ == "__main__":

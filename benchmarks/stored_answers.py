@@ -80,7 +80,7 @@ def main() -> None:
 def losses(
     model: Any, ids: Tensor, prompt: int, read: Stored, form: Format, full: Tensor
 ) -> dict[str, float]:
-    """The three ways."""
+    """Nats a token with the prompt stored in a format, its answer too, and the reading as well."""
     held, observed = copied(read, form), ids[:, prompt:]
     ways = {"prompt": answered(model, observed, copied(held))}
     held.form = form

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kvtune.policies.option import Option
 from kvtune.policies.page_formats import BF16_PAGE
 from kvtune.policies.pages import PageLayout
-from kvtune.policies.paging import pages_of, planned_entries
+from kvtune.policies.paging import pages_of, planned_entries, splits
 from kvtune.policies.policy import Policy
 from kvtune.policies.servable import LEFT_TO_ANSWERS
 
@@ -127,7 +127,7 @@ class PlannedBlocks:
     @cached_property
     def spare(self) -> int:
         """Pages of each head that a split of a layer's tokens may need by rounding up."""
-        return 0 if self.policy.allocator.name == "as_given" else 1
+        return int(splits(self.policy))
 
     @cached_property
     def options(self) -> list[Option]:
