@@ -9,6 +9,7 @@ lint:
 
 types:
 	mypy
+	mypy --config-file .ci/mypy-benchmarks.ini benchmarks/*.py
 
 layers:
 	lint-imports

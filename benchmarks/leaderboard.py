@@ -97,7 +97,8 @@ def estimate(value: Any) -> Any:
     """Back from JSON, where it is an estimate."""
     if not isinstance(value, dict) or "interval" not in value:
         return value
-    return Estimate(value["value"], *value["interval"], value["unit"], value["tier"])
+    low, high = value["interval"]
+    return Estimate(value["value"], low, high, value["unit"], value["tier"])
 
 
 def standing(row: dict[str, Any]) -> Standing:

@@ -102,9 +102,9 @@ def _reserved(path: Path, shape: ModelShape, text: str) -> Row:
     flags, _ = read_llama_args(text)
     found = llama_memory(shape, find_gpu("h200"), "bf16", flags, NEWEST).compute
     inputs = 3 * 4 * flags.ubatch * shape.hidden_size
-    ends = ((end + inputs) / MIB for end in (found.value, found.low, found.high))
+    value, low, high = ((end + inputs) / MIB for end in (found.value, found.low, found.high))
     source = "llama.cpp in xllamacpp, reserving for a CPU"
-    return Row(f"{shape.name} {text}", start(path, text), *ends, source)
+    return Row(f"{shape.name} {text}", start(path, text), value, low, high, source)
 
 
 def start(path: Path, text: str) -> float:

@@ -61,8 +61,8 @@ def lines(tables: Tables, shares: tuple[float, ...] = SHARES) -> Iterator[Line]:
         for price, problem in problems.items():
             choice = solve(problem, int(share * whole))
             kl = float(check.sample_weights() @ check.by_sample(choice))
-            held = (float(each[choice].sum()) / whole for each in (payload, pages))
-            yield Line(share, price, *held, kl)
+            held, taken = (float(each[choice].sum()) / whole for each in (payload, pages))
+            yield Line(share, price, held, taken, kl)
 
 
 def in_pages(tables: Tables) -> NDArray[np.int64]:

@@ -19,10 +19,11 @@ from kvtune.policies.pages import PageLayout
 from kvtune.runtime.cache.backend import TritonBackend
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.pool import Pool
-from kvtune.runtime.kernels import pages
+from kvtune.runtime.kernels.appending import append_token, move_tokens
 from kvtune.runtime.kernels.columns import column_sums
 from kvtune.runtime.kernels.elementwise import rotate
 from kvtune.runtime.kernels.launch import decode
+from kvtune.runtime.kernels.pages import store_pages
 from kvtune.runtime.kernels.reference import attend, read_page, write_page
 from kvtune.runtime.rotation import Rotation
 
@@ -87,15 +88,18 @@ def check_pages(keys_as: str, values_as: str) -> dict[str, float]:
     layout = PageLayout(HEAD_DIM, keys_as, values_as)
     chosen = torch.randperm(200, device=DEVICE)[:93].sort().values.int()
     scales = torch.tensor([[5.0 / 448, 5.0 / 448]], device=DEVICE)
-    pool = torch.zeros(2 * layout.page_bytes, dtype=torch.uint8, device=DEVICE)
-    records = torch.tensor([[1, 0, 64, 0, 0], [1, 64, 29, layout.page_cells, 0]])
-    pages.store_pages[(2,)](
+    firsts = range(0, len(chosen), layout.page_tokens)
+    spans = [(first, min(first + layout.page_tokens, len(chosen))) for first in firsts]
+    pool = torch.zeros(len(spans) * layout.page_bytes, dtype=torch.uint8, device=DEVICE)
+    rows = [(1, a, b - a, n * layout.page_cells, 0) for n, (a, b) in enumerate(spans)]
+    records = torch.tensor(rows)
+    store_pages[(len(spans),)](
         keys, values, keys.stride(0), keys.stride(1), chosen, records.int().to(DEVICE), scales,
         pool, pool.view(torch.float16), pool.view(torch.bfloat16), pool.view(torch.float8_e4m3fn),
         HEAD_DIM, *layout.codes,
     )  # fmt: skip
     worst = {"bytes": 0.0, "value": 0.0}
-    for page, (first, last) in enumerate(((0, 64), (64, 93))):
+    for page, (first, last) in enumerate(spans):
         at = chosen[first:last].long()
         ours = pool[page * layout.page_bytes :][: layout.page_bytes]
         exact = write_page(keys[1][at], values[1][at], layout, scales[0])
@@ -120,7 +124,7 @@ def check_append_and_move() -> dict[str, bool]:
     where = (at, table, lengths, pool.view(torch.bfloat16))
     for key, value in zip(keys, values, strict=True):
         strides = (0, HEAD_DIM)
-        pages.append_token[(2,)](key, value, strides, strides, rows, *where, 2, HEAD_DIM)
+        append_token[(2,)](key, value, strides, strides, rows, *where, 2, HEAD_DIM)
 
     def holds(row: int, kept: Tensor) -> bool:
         cells = table[each * row : each * (row + 1)] * layout.cell_bytes
@@ -134,7 +138,7 @@ def check_append_and_move() -> dict[str, bool]:
     appended = holds(0, everything) and holds(1, everything)
     sources = torch.arange(100, 150, **ints).expand(2, -1).contiguous()
     targets = torch.stack([torch.randperm(100, device=DEVICE)[:50] for _ in rows]).int()
-    pages.move_tokens[(100,)](rows, sources, targets, 50, at, table, where[-1], HEAD_DIM)
+    move_tokens[(100,)](rows, sources, targets, 50, at, table, where[-1], HEAD_DIM)
     kept = everything[:100].repeat(2, 1).scatter(1, targets.long(), sources.long())
     return {"appended": appended, "moved": holds(0, kept[0]) and holds(1, kept[1])}
 
@@ -145,7 +149,9 @@ def check_rotated() -> dict[str, bool]:
     cos, sin = torch.randn(2, 8, 1, HEAD_DIM, device=DEVICE).bfloat16()
     layers = []
     for _ in range(2):
-        pool = Pool(64 * PageLayout(HEAD_DIM).page_cells, 4 * HEAD_DIM, DEVICE)
+        layout = PageLayout(HEAD_DIM)
+        cells = 64 * layout.pages_for(2 * PAGE) * layout.page_cells
+        pool = Pool(cells, 4 * HEAD_DIM, DEVICE)
         pool.memory.zero_()
         layers.append(PagedLayer(0, [Option()] * 8, HEAD_DIM, 8, pool, TritonBackend()))
         layers[-1].seal(PAGE)

@@ -265,7 +265,7 @@ class Run:
     def compare(self) -> dict[str, Any]:
         """Plans and baselines on samples that no choice was made on."""
         bench, plans, baselines = self.bench, self.plans, self.baselines
-        policies = [each.policy for each in (*plans, *baselines)]
+        policies = [*(each.policy for each in plans), *(each.policy for each in baselines)]
         outcomes = bench.run(policies, bench.of("evaluate"))
         ours, theirs = outcomes[: len(plans)], outcomes[len(plans) :]
         for baseline, outcome in zip(baselines, theirs, strict=True):

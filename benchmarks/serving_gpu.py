@@ -119,7 +119,8 @@ class Served:
         starts = [1 + sum(each[:at]) for at in range(len(each) + 1)]
         self.rows = [list(range(a, b)) for a, b in pairwise(starts)]
         room = most_room(self.planned, len(prompts), max(prompts) + 256)
-        self.running, self.graph = Running(self.planned, device, backend, room), None
+        self.running = Running(self.planned, device, backend, room)
+        self.graph: torch.cuda.CUDAGraph | None = None
         size = starts[-1] * self.planned.block_bytes
         self.running.attach(torch.zeros(size, dtype=torch.int8, device=device))
         for at in range(len(prompts)):
@@ -143,20 +144,19 @@ class Served:
 
     def replay(self) -> list[Tensor]:
         """The same from a graph, which is captured at the first call."""
-        if self.graph is None:
-            self.capture()
+        graph = self.graph or self.capture()
         for layer, kept in enumerate(self.inputs):
             for tensor, drawn in zip(kept, self.drawn_for(layer), strict=True):
                 tensor.copy_(drawn)
         self.begin()
-        self.graph.replay()
+        graph.replay()
         return self.outputs
 
     def drawn_for(self, layer: int) -> list[Tensor]:
         """What a step that is about to begin is given."""
         return self.draw(layer, len(self.rows), sum(self.lengths) + len(self.rows), self.device)
 
-    def capture(self) -> None:
+    def capture(self) -> torch.cuda.CUDAGraph:
         """A step of nobody, with room for the requests that there are."""
         self.inputs = [[x.clone() for x in self.drawn_for(n)] for n in range(self.layers)]
         self.outputs = [torch.empty_like(q) for q, _, _ in self.inputs]
@@ -166,6 +166,7 @@ class Served:
         step, self.graph = self.running.capture(len(self.rows)), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.launch(step)
+        return self.graph
 
     def launch(self, step: Any) -> None:
         for layer, (qkv, out) in enumerate(zip(self.inputs, self.outputs, strict=True)):
@@ -262,14 +263,18 @@ def step(device: torch.device, count: int, prompt: int) -> dict[str, Any]:
 
 def replay_only(served: Served) -> None:
     """A step of the same requests, whose numbers are those of the step before."""
+    graph = served.graph or served.capture()
     served.begin()
-    served.graph.replay()
+    graph.replay()
 
 
 def attention_over_prompts(device: torch.device) -> dict[str, Any]:
     """Milliseconds of causal attention over a prompt, of lengths that come for the first time."""
     first = 300 if device.type == "cpu" else 1200
-    ways = {"as PyTorch chooses": lambda *x: causal_attention(*x, None), "ours": prompt_attention}
+    ways = {
+        "as PyTorch chooses": functools.partial(causal_attention, window=None),
+        "ours": prompt_attention,
+    }
     found: dict[str, Any] = {}
     for name, way in ways.items():
         new, known = [], []

@@ -81,9 +81,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, other in zip(("again", "the engine"), others, strict=True):
         found[name]["same_bits"] = one.tobytes() == other.tobytes()
         found[name]["largest_difference"] = float(abs(one - other).max())
-    for name, other in zip(("again", "the engine"), traces[1:], strict=True):
-        apart = [key for key, digest in other.items() if digest != traces[0][key]]
-        found[name]["traced_tensors"] = len(other)
+    for name, digests in zip(("again", "the engine"), traces[1:], strict=True):
+        apart = [key for key, digest in digests.items() if digest != traces[0][key]]
+        found[name]["traced_tensors"] = len(digests)
         found[name]["traced_tensors_with_other_bits"] = sorted({key[-1] for key in apart})
     return found
 
