@@ -42,9 +42,10 @@ from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.methods.weighted_keys import WeightedKeys
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.pages import PageLayout
-from kvtune.policies.paging import SLAB_CELLS, head_pages
+from kvtune.policies.paging import head_pages
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
+from kvtune.policies.slabs import SLAB_CELLS
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache.backend import Backend, Moves, PlainBackend, TritonBackend
 from kvtune.runtime.cache.policy_cache import PolicyCache

@@ -13,6 +13,13 @@ import torch
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.grouped import Int2, Int4
+from kvtune.policies.host_pages import (
+    HOST_SLAB_BYTES,
+    arriving_pages,
+    host_pages,
+    host_sequence_bytes,
+    landing_pages,
+)
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.landmark import Landmark
@@ -23,18 +30,9 @@ from kvtune.policies.methods.token_select import TokenSelect
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.page_formats import PAGE
 from kvtune.policies.pages import PageLayout
-from kvtune.policies.paging import (
-    HOST_SLAB_BYTES,
-    Growth,
-    Pages,
-    arriving_pages,
-    head_pages,
-    host_pages,
-    host_sequence_bytes,
-    landing_pages,
-    sequence_bytes,
-)
+from kvtune.policies.paging import Growth, head_pages, sequence_bytes
 from kvtune.policies.policy import Policy
+from kvtune.policies.slabs import Pages
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache.backend import Fetching, PlainBackend, TritonBackend
 from kvtune.runtime.cache.host_pool import HostPool

@@ -19,8 +19,9 @@ from kvtune.policies.methods.quest import Quest
 from kvtune.policies.methods.razor import Razor
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.option import Budget, Option
-from kvtune.policies.paging import TABLE_BYTES, Growth, held_bytes, share_of_slab
+from kvtune.policies.paging import TABLE_BYTES, Growth, held_bytes
 from kvtune.policies.policy import Policy
+from kvtune.policies.slabs import share_of_slab
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.tests.padded import ids

@@ -17,6 +17,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.policies.apply import apply
 from kvtune.policies.attention import attend
 from kvtune.policies.formats.grouped import Int4
+from kvtune.policies.host_pages import host_sequence_bytes
 from kvtune.policies.method import Method, methods
 from kvtune.policies.methods.actqkv import ActQKV
 from kvtune.policies.methods.infllm import InfLLM
@@ -29,7 +30,7 @@ from kvtune.policies.methods.shadowkv import ShadowKV
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.token_select import TokenSelect
 from kvtune.policies.option import Budget, Option
-from kvtune.policies.paging import Growth, host_sequence_bytes, sequence_bytes
+from kvtune.policies.paging import Growth, sequence_bytes
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
 from kvtune.runtime import load_cache

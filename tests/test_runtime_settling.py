@@ -22,8 +22,9 @@ from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.protected import Protected
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.page_formats import BF16_PAGE
-from kvtune.policies.paging import SLAB_CELLS, head_pages
+from kvtune.policies.paging import head_pages
 from kvtune.policies.policy import Policy
+from kvtune.policies.slabs import SLAB_CELLS
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache.backend import PlainBackend
 from kvtune.runtime.cache.paged_layer import PagedLayer

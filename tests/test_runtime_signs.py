@@ -18,7 +18,8 @@ from kvtune.policies.methods.weighted_keys import WeightedKeys
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.page_formats import PAGE, SIGNS
 from kvtune.policies.pages import PageLayout, has_pages, layout_of
-from kvtune.policies.paging import Growth, head_pages, pool_cells
+from kvtune.policies.paging import Growth, head_pages
+from kvtune.policies.slabs import pool_cells
 from kvtune.runtime.cache import fitted_pages
 from kvtune.runtime.cache.backend import PlainBackend, Seen
 from kvtune.runtime.cache.paged_layer import PagedLayer

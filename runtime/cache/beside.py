@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from kvtune.policies.attention import attend, merge
 from kvtune.policies.format import Format, Role, Stored
 from kvtune.policies.option import Option
-from kvtune.policies.paging import EXACT
 from kvtune.policies.parts import HeadPart
+from kvtune.policies.placement import EXACT
 from kvtune.runtime.cache.encoded_pages import Laid, lay
 from kvtune.runtime.cache.pool import PageMemory
 

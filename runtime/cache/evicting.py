@@ -23,7 +23,7 @@ from kvtune.policies.decode_driver import DecodeDriver
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.option import Option
 from kvtune.policies.pages import PageLayout
-from kvtune.policies.paging import evicts_coded, pages_of
+from kvtune.policies.placement import evicts_coded, pages_of
 from kvtune.policies.policy import Policy
 from kvtune.policies.room import Room, goes_on_evicting
 from kvtune.policies.signals import Signals

@@ -19,7 +19,7 @@ from transformers import CacheLayerMixin
 from kvtune.common.errors import KvtuneError
 from kvtune.common.transformers_interface import count_of
 from kvtune.policies.page_formats import PAGE
-from kvtune.policies.paging import evicts_coded
+from kvtune.policies.placement import evicts_coded
 from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.choosing import Choice, choose, side_by_side, weights_of
 from kvtune.runtime.cache.evicting import Evictor

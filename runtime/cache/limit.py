@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.paging import lies_beside
+from kvtune.policies.placement import lies_beside
 from kvtune.policies.policy import Policy
 
 

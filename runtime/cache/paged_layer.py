@@ -21,7 +21,7 @@ from torch import Tensor
 from kvtune.policies.option import Option
 from kvtune.policies.page_formats import BF16_PAGE, PAGE
 from kvtune.policies.pages import PageLayout
-from kvtune.policies.paging import chooses_entries, pages_of
+from kvtune.policies.placement import chooses_entries, pages_of
 from kvtune.policies.reader import BlockReader
 from kvtune.runtime.cache.backend import Backend, Growing, Seen
 from kvtune.runtime.cache.beside import Beside, joined

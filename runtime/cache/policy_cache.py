@@ -35,22 +35,15 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.transformers_interface import cache_argument, register_attention
 from kvtune.common.units import format_bytes
 from kvtune.policies.apply import linked
+from kvtune.policies.host_pages import landing_cells
 from kvtune.policies.option import Option
 from kvtune.policies.page_formats import PAGE
 from kvtune.policies.pages import PageLayout
-from kvtune.policies.paging import (
-    SLAB_CELLS,
-    Growth,
-    Pages,
-    head_pages,
-    landing_cells,
-    pool_cells,
-    spare_pages,
-    splits,
-)
+from kvtune.policies.paging import Growth, head_pages, spare_pages, splits
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.reader import read_policy
 from kvtune.policies.signals import Signals
+from kvtune.policies.slabs import SLAB_CELLS, Pages, pool_cells
 from kvtune.runtime.cache.answering import NAME, Answering
 from kvtune.runtime.cache.backend import Backend, PlainBackend, TritonBackend, backend_for
 from kvtune.runtime.cache.beside import Shared

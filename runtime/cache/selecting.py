@@ -19,7 +19,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.policies.option import Option
 from kvtune.policies.page_formats import PAGE
 from kvtune.policies.pages import PageLayout, has_pages
-from kvtune.policies.paging import ranks_without_newest, reads_pages
+from kvtune.policies.placement import ranks_without_newest, reads_pages
 from kvtune.policies.reader import BlockReader
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.option import Option
-from kvtune.policies.paging import chooses_entries
+from kvtune.policies.placement import chooses_entries
 from kvtune.runtime.cache.segments import Ints
 
 
