@@ -36,6 +36,7 @@ from kvtune.policies.slabs import Pages
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache.backend import Fetching, PlainBackend, TritonBackend
 from kvtune.runtime.cache.host_pool import HostPool
+from kvtune.runtime.cache.leaving import free
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.graph import generate
 from kvtune.runtime.measure.filled import filled
@@ -201,7 +202,7 @@ def test_a_freed_sequence_gives_its_host_pages_back(network: Any) -> None:
     _, cache = logits(network, policy, prompts(2))
     before = cache.host_bytes()
     for layer in cache.layers:
-        layer.paged.free(0)
+        free(layer.paged, 0)
     assert cache.host_bytes() == before // 2
     layer = cache.layers[0].paged
     layer.seal(NEW)  # and lays out its tables again

@@ -22,7 +22,7 @@ from kvtune.policies.policy import Policy
 from kvtune.runtime import largest
 from kvtune.runtime.admission import read_for_all
 from kvtune.runtime.cache import pool
-from kvtune.runtime.cache.policy_cache import load_cache
+from kvtune.runtime.cache.loading import load_cache
 from kvtune.runtime.device import unless_full
 from kvtune.runtime.fuse import _side_by_side
 from kvtune.runtime.graph import DecodeLoop
