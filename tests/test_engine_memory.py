@@ -24,7 +24,8 @@ from kvtune.simulator.memory.engine_blocks import (
     CacheBlocks,
     cache_blocks,
 )
-from kvtune.simulator.memory.engine_memory import engine_memory, find_release
+from kvtune.simulator.memory.engine_memory import engine_memory
+from kvtune.simulator.memory.engine_releases import find_release
 from kvtune.simulator.memory.engine_weights import engine_weights
 from kvtune.simulator.memory.weights import weight_bytes
 
