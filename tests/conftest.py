@@ -27,6 +27,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "real_model: needs SmolLM2 in the model store, or pip once")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makeitem(collector: Any, name: str, obj: Any) -> list[Any] | None:
+    """Leave out tests of the full tier where it is not asked for: thousands of cases to make."""
+    asked = collector.config.option.markexpr != "not full" or "::" in " ".join(
+        collector.config.args
+    )
+    full = any(mark.name == "full" for mark in getattr(obj, "pytestmark", ()))
+    return [] if full and not asked else None
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
     """Spare the garbage collector what outlives all tests: modules and thousands of cases."""

@@ -67,7 +67,8 @@ def network(make_network: Callable[..., Any], tiny_fields: dict[str, Any]) -> An
 def read(network: Any, option: Option, sequences: int, **asked: Any) -> PolicyCache:
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(2, 250, (sequences, PROMPT), generator=generator)
-    cache = load_cache(Policy.uniform(option, LAYERS, HEADS), network, new_tokens=4, **asked)
+    policy = Policy.uniform(option, LAYERS, HEADS)
+    cache: PolicyCache = load_cache(policy, network, new_tokens=4, **asked)
     with torch.no_grad():
         network(ids, past_key_values=cache)
     return cache
