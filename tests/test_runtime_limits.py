@@ -26,6 +26,7 @@ from kvtune.runtime import load_cache
 from kvtune.runtime.cache.foreseen import pages_wanted
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.tests.padded import ids
+from kvtune.tests.tiers import each
 from kvtune.traces.geometry import Geometry
 from kvtune.tuner.options import Menu
 
@@ -37,8 +38,7 @@ HEAD_DIM = 128
 SHAPE = Geometry(2, 4, 4, HEAD_DIM, 1.0, (None, None), (), (None, None), 64, 4096)
 
 
-@pytest.mark.parametrize("name", sorted(formats()))
-@pytest.mark.parametrize("allocator", [None, AdaKV()], ids=["as given", "adakv"])
+@each("name, allocator", [(x, y) for x in sorted(formats()) for y in (None, AdaKV())])
 def test_pages_that_are_reserved_are_those_that_were_predicted(name: str, allocator: Any) -> None:
     """In every format, also where budgets are split anew."""
     form = formats()[name]()
