@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kvtune.common.estimate import Estimate
     from kvtune.policies.policy import Policy
     from kvtune.policies.policy_file.document import PolicyDocument, read_policy
-    from kvtune.runtime.cache.policy_cache import load_cache
+    from kvtune.runtime.cache.loading import load_cache
     from kvtune.traces.trace import Trace
     from kvtune.tuner.cases import Case
     from kvtune.tuner.library import capture, estimate, search
@@ -36,7 +36,7 @@ _HOMES = {
     "Trace": "kvtune.traces.trace",
     "capture": "kvtune.tuner.library",
     "estimate": "kvtune.tuner.library",
-    "load_cache": "kvtune.runtime.cache.policy_cache",
+    "load_cache": "kvtune.runtime.cache.loading",
     "read_policy": "kvtune.policies.policy_file.document",
     "search": "kvtune.tuner.library",
 }

@@ -28,7 +28,8 @@ from kvtune.policies.option import Option
 from kvtune.policies.paging import Growth, sequence_bytes
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.reader import read_policy
-from kvtune.runtime.cache.policy_cache import PolicyCache, load_cache
+from kvtune.runtime.cache.loading import load_cache
+from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.device import CudaBench
 from kvtune.runtime.fuse import fused
 from kvtune.runtime.graph import DecodeLoop, generate
@@ -202,7 +203,17 @@ def largest_batch(model: Any, policy: Policy) -> dict[str, Any]:
     return {
         "batch": found.batch, "too large": found.too_large, "tries": found.tries, "guess": guess,
         "ms": 1e3 * found.found, "tokens a second": found.batch / found.found,
+        "kernels": profiled(model, policy, found.batch // 8 * 8),
     }  # fmt: skip
+
+
+def profiled(model: Any, policy: Policy, batch: int) -> list[list[Any]]:
+    """Kernels of a step of nearly the largest batch, as of most runs and with room to profile."""
+    CudaBench().release()
+    loop = loop_of(model, filled(model, policy, CONTEXT, batch, ROOM), batch, ROOM, fuse=True)
+    with loop.ready():
+        loop.advance(4)
+        return kernels_of(lambda: loop.advance(2), 2)
 
 
 def with_prefill(model: Any, policy: Policy) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 
 ``data/engine_tokens.csv`` holds what logs of vLLM printed: version, model, GPU, flags, "GPU KV
 cache size" and "Available KV cache memory", with each log's address. Those marked ``fitted`` are
-what the constants of ``simulator/memory/engine_memory.py`` were taken from; the others were left
+what the constants of ``simulator/memory/engine_releases.py`` were taken from; the others were left
 out. Nothing that a log says of its weights or its profile run is given to the prediction.
 """
 

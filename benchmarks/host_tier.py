@@ -40,12 +40,13 @@ from transformers import LlamaConfig
 
 from kvtune.__main__ import ALLOCATOR
 from kvtune.policies.formats.grouped import Int4
+from kvtune.policies.host_pages import host_sequence_bytes
 from kvtune.policies.methods.quest import Quest
 from kvtune.policies.methods.retrieval_attention import RetrievalAttention
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.page_formats import PAGE
 from kvtune.policies.pages import PageLayout
-from kvtune.policies.paging import Growth, host_sequence_bytes, sequence_bytes
+from kvtune.policies.paging import Growth, sequence_bytes
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.kernel_table import KernelRow

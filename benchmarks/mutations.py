@@ -48,15 +48,16 @@ class Mutation:
     guards: tuple[str, ...]
 
 
-CONTRACT = ("test_policies_conformance.py", "test_decode_conformance.py", "test_parts.py")
+# The quickest first.
+CONTRACT = ("test_parts.py", "test_decode_conformance.py", "test_policies_conformance.py")
 EXPORTS = ("test_exporters_conformance.py", "test_exporters.py")
 PRICES = ("test_latency_runtime.py", "test_latency_measured.py", "test_simulator_cost.py")
 SOLVER = ("test_tuner_allocate.py",)
 BYTES = (
     "test_parts.py",
     "test_memory.py",
-    "test_policies_conformance.py",
     "test_policies_bounds.py",
+    "test_policies_conformance.py",
 )
 
 MUTATIONS = (

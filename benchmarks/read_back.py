@@ -31,8 +31,9 @@ from kvtune.policies.formats.kvquant import KvQuant
 from kvtune.policies.formats.qaq import Qaq
 from kvtune.policies.methods.full import Full
 from kvtune.policies.option import ALL, Option
-from kvtune.policies.paging import Growth, head_pages, pool_cells
+from kvtune.policies.paging import Growth, head_pages
 from kvtune.policies.parts import HeadPart
+from kvtune.policies.slabs import pool_cells
 from kvtune.runtime.cache.beside import Beside, HeldPart, LaidPart
 from kvtune.runtime.cache.pool import Pool
 

@@ -23,7 +23,8 @@ from typing import Any, cast
 import numpy as np
 
 from kvtune.common.files import write_json
-from kvtune.policies.paging import Growth, growing_bytes, head_bytes
+from kvtune.policies.paging import Growth, head_bytes
+from kvtune.policies.slabs import growing_bytes
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
 from kvtune.simulator.quality.tables import SampleFacts, Tables

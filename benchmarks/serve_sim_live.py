@@ -29,7 +29,7 @@ from kvtune.policies.policy_file.document import read_policy
 from kvtune.profiles.gpus import detect_gpu, find_gpu
 from kvtune.profiles.models import find_model
 from kvtune.profiles.shape import ModelShape
-from kvtune.runtime.cache.policy_cache import load_cache
+from kvtune.runtime.cache.loading import load_cache
 from kvtune.runtime.fuse import fused_on_gpu
 from kvtune.runtime.graph import DecodeLoop
 from kvtune.simulator.serving.engine import serve

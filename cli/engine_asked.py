@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kvtune.cli.engine_report import Engine
     from kvtune.cli.llama_report import LlamaEngine
     from kvtune.simulator.latency.stacks import KvFormat
-    from kvtune.tuner.cases import Asked
+    from kvtune.tuner.estimating import Asked
 
 _EAGER = "times are of CUDA graphs, which --enforce-eager turns off: it is slower"
 _ONE = "one --gpu, --weights, --context and --batch, and no --total-gpus"

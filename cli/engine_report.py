@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from kvtune.cli.llama_report import LlamaEngine
     from kvtune.simulator.memory.engine_memory import EngineFlags, EngineMemory
     from kvtune.simulator.memory.llama_memory import LlamaMemory
-    from kvtune.tuner.cases import Asked, Case
+    from kvtune.tuner.cases import Case
+    from kvtune.tuner.estimating import Asked
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def read_engine(stack: str, engine_args: str, version: str | None) -> Engine | L
             )
         return None
     from kvtune.cli.engine_args import read_engine_args
-    from kvtune.simulator.memory.engine_memory import NEWEST, find_release
+    from kvtune.simulator.memory.engine_releases import NEWEST, find_release
 
     flags, notes = read_engine_args(engine_args)
     find_release(version or NEWEST)

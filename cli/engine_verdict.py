@@ -17,7 +17,8 @@ from kvtune.simulator.memory.llama_memory import LlamaMemory
 if TYPE_CHECKING:
     from kvtune.cli.llama_report import LlamaEngine
     from kvtune.simulator.memory.engine_memory import EngineMemory
-    from kvtune.tuner.cases import Asked, Case
+    from kvtune.tuner.cases import Case
+    from kvtune.tuner.estimating import Asked
 
     Memory = EngineMemory | LlamaMemory
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from kvtune.common.errors import DoesNotFitError
     from kvtune.simulator.memory.engine_memory import EngineMemory
     from kvtune.simulator.memory.llama_memory import LlamaMemory
-    from kvtune.tuner.cases import Asked, Case
+    from kvtune.tuner.cases import Case
+    from kvtune.tuner.estimating import Asked
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,10 @@ class Answer:
     def _would_fit(self) -> Sequence[str]:
         if self.verdict is not None:
             return self.verdict.would_fit
+        from kvtune.tuner.would_fit import what_would_fit
+
         case = self._decisive[0]
-        return self.asked.what_would_fit(case) if self.asked.is_one and not case.fits else []
+        return what_would_fit(self.asked, case) if self.asked.is_one and not case.fits else []
 
     def show(self, output: Output, form: str) -> None:
         """For people: tables, or lines of figures on stdout with what is said beside on stderr."""
@@ -165,6 +168,7 @@ def _verdict(asked: Asked, case: Case) -> str:
     """Whether it fits, and what would where it does not."""
     from kvtune.common.units import format_bytes, format_tokens
     from kvtune.common.words import count
+    from kvtune.tuner.would_fit import what_would_fit
 
     assert case.cost is not None  # noqa: S101 - as above
     at_once = f"{count(case.batch)} x {format_tokens(case.context_tokens)} with the {case.policy}"
@@ -172,7 +176,7 @@ def _verdict(asked: Asked, case: Case) -> str:
     if case.fits:
         return f"fits: {at_once}; {count(most)} would fit at once"
     peak = f"{format_bytes(case.cost.memory.value)} of {format_bytes(case.card.memory_bytes)}"
-    would = asked.what_would_fit(case)
+    would = what_would_fit(asked, case)
     mend = f"; what would fit: {', or '.join(would)}" if would else "; no known card is enough"
     return f"does not fit: {at_once} take {peak} at their peak{mend}"
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kvtune.policies.policy_file.document import PolicyDocument
     from kvtune.profiles.elsewhere import StackChoice
     from kvtune.profiles.shape import ModelShape
-    from kvtune.tuner.cases import Asked
+    from kvtune.tuner.estimating import Asked
 
 Figures = tuple[str | None, str | None, str | None]
 """Memory, bandwidth and rate of a card, in place of its profile's."""
@@ -111,7 +111,8 @@ def _asked(typed: Typed, served: Served) -> Asked:
     name, shape = read_model(typed.model)
     limit = None if typed.mem is None else parse_bytes(typed.mem)
     cards = read_cards(typed.gpu, typed.figures, limit, typed.price)
-    from kvtune.tuner.cases import Asked  # takes a while to import, and a mistake needs none of it
+    # Takes a while to import, and a mistake needs none of it.
+    from kvtune.tuner.estimating import Asked
 
     _, generated, batch, weights = (word or "" for word in served)
     generated_tokens = parse_tokens(generated)
@@ -163,7 +164,7 @@ def _document(path: Path | None, stack: str) -> PolicyDocument | None:
 
     if path is None:
         return None
-    from kvtune.tuner.cases import check_runtime_alone
+    from kvtune.tuner.estimating import check_runtime_alone
 
     check_runtime_alone(stack)
     return read_policy_input(path)

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from kvtune.cli import options
+from kvtune.cli.heads_found import duo, measured, plan_of, rlkv
+from kvtune.cli.heads_shown import KNOWN, overlap_table, plain, scores_table
 from kvtune.cli.output import speaking, table
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from kvtune.cli.output import Output
     from kvtune.policies.head_scores import HeadScores
-    from kvtune.policies.policy import Policy
-    from kvtune.traces.models import LoadedModel
-    from kvtune.traces.samples import Sample
 
 app = typer.Typer(help="Which heads retrieve, and policies that are made of them.")
 
@@ -28,29 +24,16 @@ Score = Annotated[
 ]
 
 
-_SCORES = (
-    ("echo", "detected", "attention to earlier places of the same token (RazorAttention)"),
-    ("induction", "detected", "attention to what followed those (RazorAttention)"),
-    ("retrieval", "detected", "looks most at the very token that is copied (Wu et al.)"),
-    ("semantic", "detected", "mass on the whole needle that is answered from (CompressKV)"),
-    ("sink", "detected", "mass on the first token; a head with all of it there is dormant"),
-    ("duo", "learned", "gates of DuoAttention, from its .tsv or by detect --by duo"),
-    ("rlkv", "learned", "gates of RLKV, from its .tsv or by detect --by rlkv"),
-)
-
-
 @app.callback(invoke_without_command=True)
 def listed(context: typer.Context, as_json: options.Json = False) -> None:
     """Which heads retrieve, and policies that are made of them."""
     if context.invoked_subcommand is not None:
         return
     with speaking(as_json, quiet=as_json) as output:
-        output.show(
-            table("Scores of heads", ("name", "is", "meaning"), _SCORES, left=(0, 1, 2)), ""
-        )
+        output.show(table("Scores of heads", ("name", "is", "meaning"), KNOWN, left=(0, 1, 2)), "")
         output.show("kvtune heads detect --out heads.safetensors measures a model's.")
         names = ("name", "is", "meaning")
-        output.finish("heads", {"known": [dict(zip(names, row, strict=True)) for row in _SCORES]})
+        output.finish("heads", {"known": [dict(zip(names, row, strict=True)) for row in KNOWN]})
 
 
 @app.command()
@@ -104,16 +87,16 @@ def detect(
         )
         asked = build(plan, loaded.tokenizer)
         if by == "attention":
-            found = _measured(loaded, asked, block, seed, output)
+            found = measured(loaded, asked, block, seed, output)
         else:
             given = {"seed": seed} | ({} if steps is None else {"steps": steps})
-            learned = _duo if by == "duo" else _rlkv
+            learned = duo if by == "duo" else rlkv
             found = learned(loaded, asked, given, output)
         found = _written(found, out)
         pairs = list(overlaps(found, loaded.geometry.kv_heads, 0.1))
-        output.show(_table(found), _overlap(pairs), f"written to {out}")
+        output.show(scores_table(found), overlap_table(pairs), f"written to {out}")
         shared = [{"one": a, "other": b, "shared": share} for a, b, share in pairs]
-        output.finish("heads detect", {"out": out, **_plain(found), "overlap_of_top_tenth": shared})
+        output.finish("heads detect", {"out": out, **plain(found), "overlap_of_top_tenth": shared})
 
 
 def _refuse_unread(context: typer.Context, by: str) -> None:
@@ -126,36 +109,6 @@ def _refuse_unread(context: typer.Context, by: str) -> None:
     else:
         hint = "random tokens that repeat are looked at by --by attention: leave it out."
         refuse_typed(context, ("block",), f"--by {by}", hint)
-
-
-def _measured(
-    loaded: LoadedModel, samples: Sequence[Sample], block: int, seed: int, output: Output
-) -> HeadScores:
-    from kvtune.runtime.head_detectors import detect as measure
-
-    return measure(loaded, samples, block=block, seed=seed, progress=output.progress)
-
-
-def _duo(
-    loaded: LoadedModel, samples: Sequence[Sample], given: dict[str, int], output: Output
-) -> HeadScores:
-    from kvtune.runtime.duo_gates import Distillation, duo_scores, train_gates
-
-    training = Distillation(**given)
-    return duo_scores(
-        loaded, train_gates(loaded, samples, training, progress=output.progress), training
-    )
-
-
-def _rlkv(
-    loaded: LoadedModel, samples: Sequence[Sample], given: dict[str, int], output: Output
-) -> HeadScores:
-    from kvtune.runtime.rlkv_gates import GateTraining, questions_of, rlkv_scores, train_gates
-
-    training = GateTraining(**given)
-    asked = questions_of(samples, loaded.device)
-    gates = train_gates(loaded, asked, training, progress=output.progress)
-    return rlkv_scores(loaded, gates, training)
 
 
 @app.command(name="import")
@@ -187,8 +140,8 @@ def import_(
         found, about = read_retrieval(source), About("query heads", "imported", source.name)
     heads = _written(HeadScores(model, "", {score: found}, {score: about}), out)
     with speaking(as_json, quiet=as_json) as output:
-        output.show(_table(heads), f"written to {out}")
-        output.finish("heads import", {"out": out, **_plain(heads)})
+        output.show(scores_table(heads), f"written to {out}")
+        output.finish("heads import", {"out": out, **plain(heads)})
 
 
 @app.command()
@@ -259,35 +212,11 @@ def policy(
     from kvtune.policies.policy_file.document import PolicyDocument, write_policy
 
     check_writable(out.absolute().parent, "--out")
-    made = _made(read_heads(source), system, kv_heads, score, context, sparsity, budget)
+    made = plan_of(read_heads(source), system, kv_heads, score, context, sparsity, budget)
     write_text(out, write_policy(PolicyDocument(made)))
     with speaking(as_json, quiet=as_json) as output:
         output.show(f"{made.name}, {made.layers} layers of {made.kv_heads} KV heads, in {out}")
         output.finish("heads policy", {"out": out, "system": system, "name": made.name})
-
-
-def _made(
-    heads: HeadScores,
-    system: str,
-    kv_heads: int,
-    score: str,
-    context: int,
-    sparsity: float,
-    budget: int,
-) -> Policy:
-    from kvtune.policies import head_plans
-
-    def of(name: str) -> Any:
-        return heads.of_kv_heads(score or name, kv_heads)
-
-    if system == "razor":
-        echo = heads.of_kv_heads("echo", kv_heads)
-        return head_plans.razor_plan(of("induction"), echo, context)
-    if system == "duo":
-        return head_plans.gates_plan("DuoAttention", of("duo"), sparsity, head_plans.DUO, 256)
-    if system == "rlkv":
-        return head_plans.gates_plan("RLKV", of("rlkv"), sparsity, head_plans.RLKV, 64)
-    return head_plans.headkv_plan(of("retrieval"), budget)
 
 
 def _written(heads: HeadScores, out: Path) -> HeadScores:
@@ -297,37 +226,3 @@ def _written(heads: HeadScores, out: Path) -> HeadScores:
     both = read_heads(out).joined(heads) if out.exists() else heads
     write_heads(both, out)
     return both
-
-
-def _table(heads: HeadScores) -> Any:
-    import numpy as np
-
-    rows = []
-    for name, score in sorted(heads.scores.items()):
-        layer, head = np.unravel_index(int(score.argmax()), score.shape)
-        rows.append(
-            (
-                name,
-                f"{score.shape[0]} x {score.shape[1]} {heads.about[name].heads}",
-                f"{score.mean():.3f}",
-                f"{score.max():.3f} (layer {layer}, head {head})",
-                f"{100 * (score > 0.1).mean():.1f} %",
-            )
-        )
-    columns = ("score", "of", "mean", "highest", "above 0.1")
-    return table(f"Heads of {heads.model}", columns, rows, left=(0, 1))
-
-
-def _overlap(pairs: list[tuple[str, str, float]]) -> Any:
-    rows = [(one, other, f"{100 * share:.0f} %") for one, other, share in pairs]
-    return table("Of the top tenth of KV heads, in common", ("score", "and", "shared"), rows)
-
-
-def _plain(heads: HeadScores) -> dict[str, Any]:
-    return {
-        "model": heads.model,
-        "scores": {
-            name: {"about": heads.about[name], "values": score.tolist()}
-            for name, score in sorted(heads.scores.items())
-        },
-    }

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
     from kvtune.simulator.memory.llama_flags import LlamaFlags
     from kvtune.simulator.memory.llama_memory import LlamaMemory
-    from kvtune.tuner.cases import Asked, Case
+    from kvtune.tuner.cases import Case
+    from kvtune.tuner.estimating import Asked
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,17 @@ class DecodeDriver:
         self.sizes += 1
         self.sizes -= self.drops
 
+    def forget(self, stays: NDArray[np.bool_]) -> None:
+        """Go on with those of the first dimension that stay, flags ``[B]``."""
+        self.budgets, self.sizes = self.budgets[stays], self.sizes[stays]
+        self.drops, self._sent = self.drops[stays], None
+        state, at = self.state, torch.from_numpy(stays).to(self.state.positions.device)
+        state.positions = state.positions[at]
+        state.statistics = {name: tensor[at] for name, tensor in state.statistics.items()}
+        if state.pinned is not None:
+            state.pinned = state.pinned[0][at], state.pinned[1][at]
+        self._newest = state.newest = self._newest[at]
+
     def kept(self) -> list[list[list[int]]]:
         """Positions that each head holds, ascending, ``[B][H]``."""
         return [

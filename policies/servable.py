@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvtune.common.errors import KvtuneError
-from kvtune.policies.paging import is_coded
+from kvtune.policies.placement import is_coded
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs
 

@@ -9,7 +9,7 @@ __all__ = ["load_cache"]
 
 def __getattr__(name: str) -> Any:
     if name == "load_cache":
-        from kvtune.runtime.cache.policy_cache import load_cache
+        from kvtune.runtime.cache.loading import load_cache
 
         return load_cache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

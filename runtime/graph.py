@@ -81,7 +81,8 @@ def generate(
         attention_mask: ``[B, P]``, where there is padding.
         new_tokens: room for which the cache was made.
         sampling: how tokens are drawn.
-        ends: token ids that end a sequence; what follows the first of them means nothing.
+        ends: token ids that end a sequence; what follows the first of them means nothing, and the
+            sequence's pages are given back.
 
     Raises:
         KvtuneError: more tokens than the cache has room for; see ``load_cache`` for others.
@@ -132,6 +133,7 @@ class DecodeLoop:
         self.at = torch.ones(1, dtype=torch.long, device=tokens.device)
         self.done = 1
         self._graph: Any = None
+        self._freed: set[int] = set()
         self._cache_argument = cache_argument(model, cache)
 
     def run(self, ends: tuple[int, ...] = ()) -> Tensor:
@@ -140,7 +142,7 @@ class DecodeLoop:
         with self.ready():
             while self.done < total:
                 self.advance(min(PAGE, total - self.done))
-                if ends and self._all_ended(ends):
+                if ends and self._free_ended(ends) == len(self.found):
                     break
         return self.found[:, : self.done]
 
@@ -197,6 +199,12 @@ class DecodeLoop:
             layer.paged.count_appended(steps)
             layer.seen += steps
 
-    def _all_ended(self, ends: tuple[int, ...]) -> bool:
+    def _free_ended(self, ends: tuple[int, ...]) -> int:
+        """Give back what is held of sequences that have ended; how many have."""
         listed = torch.tensor(ends, device=self.found.device)
-        return bool(torch.isin(self.found[:, : self.done], listed).any(1).all())
+        ended = torch.isin(self.found[:, : self.done], listed).any(1).nonzero()[:, 0].tolist()
+        for sequence in ended:
+            if sequence not in self._freed:
+                self.cache.free(sequence)
+        self._freed.update(ended)
+        return len(ended)

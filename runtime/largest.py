@@ -18,7 +18,7 @@ from kvtune.policies.page_formats import PAGE
 from kvtune.policies.paging import Growth, sequence_bytes
 from kvtune.policies.policy import Policy
 from kvtune.runtime.admission import read_for_all
-from kvtune.runtime.cache.policy_cache import load_cache
+from kvtune.runtime.cache.loading import load_cache
 from kvtune.runtime.device import Bench, unless_full
 from kvtune.runtime.timing import Decoding, time_decoding
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvtune.common.transformers_interface import attention_restored
 from kvtune.policies.policy import Policy
 from kvtune.runtime.admission import read_prompts
-from kvtune.runtime.cache.policy_cache import load_cache
+from kvtune.runtime.cache.loading import load_cache
 from kvtune.runtime.device import Bench, unless_full
 from kvtune.runtime.graph import DecodeLoop
 

@@ -24,7 +24,8 @@ from kvtune.policies.pages import layout_of
 from kvtune.policies.paging import PREFILL_CHUNK_TOKENS
 from kvtune.policies.policy import Policy
 from kvtune.runtime.admission import read_prompts
-from kvtune.runtime.cache.policy_cache import PolicyCache, load_cache
+from kvtune.runtime.cache.loading import load_cache
+from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.device import Bench, unless_full
 from kvtune.runtime.graph import DecodeLoop
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate, exact
+from kvtune.policies.host_pages import host_sequence_bytes
 from kvtune.policies.option import Option
-from kvtune.policies.paging import evicts_coded, host_sequence_bytes
+from kvtune.policies.placement import evicts_coded
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.policies.room import Room
 from kvtune.profiles.gpus import GpuProfile

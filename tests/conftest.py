@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import sys
@@ -24,6 +25,16 @@ settings.load_profile("kvtune")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "real_model: needs SmolLM2 in the model store, or pip once")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makeitem(collector: Any, name: str, obj: Any) -> list[Any] | None:
+    """Leave out tests of the full tier where it is not asked for: thousands of cases to make."""
+    asked = collector.config.option.markexpr != "not full" or "::" in " ".join(
+        collector.config.args
+    )
+    full = any(mark.name == "full" for mark in getattr(obj, "pytestmark", ()))
+    return [] if full and not asked else None
 
 
 @pytest.hookimpl(wrapper=True)
@@ -107,13 +118,28 @@ TINY: dict[str, Any] = {
 
 
 def tiny_network(config: Any, seed: int = 0) -> Any:
-    """A randomly initialised causal language model in fp32."""
+    """A randomly initialised causal language model in fp32, of one's own to change.
+
+    Copies of the same model are found to answer through kvtune as by themselves once: trying that
+    takes ten times as long as making a copy.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    from kvtune.traces import self_check
+
+    key = type(config), config.to_json_string(use_diff=False), seed
+    if key not in _MADE:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            _MADE[key] = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    own = copy.deepcopy(_MADE[key])
+    self_check._checked[own] = self_check._checked.setdefault(_MADE[key], set())
+    return own
+
+
+_MADE: dict[Any, Any] = {}
+"""The models that all others are copies of, by configuration and seed."""
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from importlib import resources
 import pytest
 
 from kvtune.profiles.gpus import find_gpu
+from kvtune.tests.tiers import each
 
 _FILE = resources.files("kvtune.benchmarks") / "data" / "cards_techpowerup.csv"
 ROWS = list(csv.DictReader(_FILE.read_text().splitlines()))
@@ -40,7 +41,7 @@ def row(card: str) -> dict[str, str]:
     return next(r for r in ROWS if r["card"] == card)
 
 
-@pytest.mark.parametrize("card", [r["card"] for r in ROWS])
+@each("card", [r["card"] for r in ROWS])
 def test_memory_and_bandwidth_are_those_of_a_second_source(card: str) -> None:
     gpu, other = find_gpu(card), row(card)
     same_memory = gpu.memory_nominal.value == float(other["memory_gb"])
@@ -49,7 +50,7 @@ def test_memory_and_bandwidth_are_those_of_a_second_source(card: str) -> None:
     assert (off < 0.025) is (card not in _BANDWIDTH)
 
 
-@pytest.mark.parametrize(
+@each(
     "card",
     [r["card"] for r in ROWS if r["card"] in _TENSOR or r["card"].startswith("rtx-")],
 )

@@ -538,7 +538,7 @@ def test_a_model_is_captured_and_a_policy_simulated(
     trace = tmp_path / "trace"
     made = run(
         "capture", "--model", tiny_folder, "--text", text, "--out", trace, "--device", "cpu",
-        "--tokens", 256, "--json", "--quiet",
+        "--tokens", 256, "--probes", 1, "--json", "--quiet",
     )  # fmt: skip
     assert made.code == 0, made.err
     assert made.json.keys() == documented("capture")

@@ -14,7 +14,7 @@ from kvtune.cli.layout import Grid
 from kvtune.cli.output import Output, one_line, table
 from kvtune.common.estimate import Estimate
 from kvtune.common.words import figure, printable
-from kvtune.tuner.cases import _two_digits_below
+from kvtune.tuner.would_fit import two_digits_below
 
 WORDS = st.text("abcdefgh ", min_size=1, max_size=40).map(lambda text: " ".join(text.split()))
 FIGURE = st.sampled_from(["-", "1 234", "0.0146 [0.0074, 0.029]", "19.4 ms [15.4 ms, 23.6 ms]"])
@@ -121,5 +121,5 @@ def test_an_interval_holds_its_value_as_it_is_shown(
 
 @given(st.floats(1e-4, 100))
 def test_a_share_that_fits_still_fits_when_it_is_typed(percent: float) -> None:
-    typed = float(_two_digits_below(percent))
+    typed = float(two_digits_below(percent))
     assert 0.9 * percent <= typed <= percent * (1 + 1e-12)

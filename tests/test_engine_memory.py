@@ -24,16 +24,18 @@ from kvtune.simulator.memory.engine_blocks import (
     CacheBlocks,
     cache_blocks,
 )
-from kvtune.simulator.memory.engine_memory import engine_memory, find_release
+from kvtune.simulator.memory.engine_memory import engine_memory
+from kvtune.simulator.memory.engine_releases import find_release
 from kvtune.simulator.memory.engine_weights import engine_weights
 from kvtune.simulator.memory.weights import weight_bytes
+from kvtune.tests.tiers import each
 
 LLAMA, H100 = find_model("llama-8b"), find_gpu("h100")
 # Logs that are off by more, told in docs/hardware.md.
 _OFF = ("vLLM 0.11, mistral-small", "qwen3-235b")
 
 
-@pytest.mark.parametrize("row", rows(), ids=lambda row: row.name)
+@each("row", rows())
 def test_tokens_are_those_that_the_engine_printed(row: Row) -> None:
     if any(name in row.name for name in _OFF):
         assert abs(row.off) > GOAL, "take it out of the list"

@@ -2,79 +2,42 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
-from typing import NamedTuple
 
-import kvtune
+from kvtune.tests.own_sources import ROOMS, ROOT, Size, Source, read, sources
 
-ROOT = Path(kvtune.__file__).parent
-PACKAGES = (
-    "cli",
-    "common",
-    "policies",
-    "profiles",
-    "runtime",
-    "simulator",
-    "traces",
-    "tui",
-    "tuner",
-)
 LINES, PARAMETERS = 60, 10
 GIVEN = {
     "runtime/serving/vllm_attention.py:__init__",  # vLLM calls it with these parameters
     "tuner/library.py:estimate",  # the options of its command, by name
 }
 
-Function = ast.FunctionDef | ast.AsyncFunctionDef
-
-
-class Size(NamedTuple):
-    """Of one function."""
-
-    lines: int
-    parameters: int
-
 
 @cache
 def functions() -> dict[str, Size]:
     """Every function by its place; a place that has several of one name, the largest of them."""
     found: dict[str, Size] = {}
-    for place, size in read_functions():
-        found[place] = Size(*map(max, zip(size, found.get(place, size), strict=True)))
+    for path in sources():
+        file = path.relative_to(ROOT).as_posix()
+        if not file.startswith("runtime/kernels/"):
+            for name, size in read(path).functions:
+                place = f"{file}:{name}"
+                found[place] = Size(*map(max, zip(size, found.get(place, size), strict=True)))
     return found
 
 
-def read_functions() -> Iterator[tuple[str, Size]]:
-    for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            place = path.relative_to(ROOT).as_posix()
-            if not place.startswith("runtime/kernels/"):
-                for node in statements(ast.parse(path.read_text(encoding="utf-8"))):
-                    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                        yield f"{place}:{node.name}", Size(lines(node), parameters(node))
+def test_a_long_function_and_many_parameters_are_seen_wherever_they_stand() -> None:
+    body = "\n".join(["            x = 1"] * 61)
+    inner = f"        async def inner(a, /, b, *, c):\n{body}\n"
+    text = f"class A:\n    def outer(self, a, b):\n{inner}"
+    assert dict(Source.of(text).functions) == {"outer": Size(62, 2), "inner": Size(61, 3)}
 
 
-def statements(tree: ast.AST) -> Iterator[ast.AST]:
-    """Everything that holds or is a statement; expressions, most of a tree, hold no functions."""
-    yield tree
-    for part in ("body", "orelse", "handlers", "finalbody", "cases"):
-        below = getattr(tree, part, ())
-        for node in below if isinstance(below, list) else ():
-            yield from statements(node)
-
-
-def parameters(function: Function) -> int:
-    given = function.args
-    named = [each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
-    return len([name for name in named if name not in ("self", "cls")])
-
-
-def lines(function: Function) -> int:
-    """Of its body; a command's signature has a line an option."""
-    return (function.end_lineno or function.lineno) - function.body[0].lineno + 1
+def test_every_room_is_looked_at() -> None:
+    """All folders that hold modules, but that of tests."""
+    rooms = {path.parent.name for path in ROOT.glob("[!.]*/*.py")}
+    assert rooms - {"tests"} == {*ROOMS}
+    assert all(any(path.is_relative_to(ROOT / room) for path in sources()) for room in ROOMS)
 
 
 def test_no_function_is_longer_than_a_screen() -> None:

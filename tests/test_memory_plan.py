@@ -29,7 +29,8 @@ from kvtune.simulator.quality.rules import Rule
 from kvtune.simulator.quality.tables import Tables, on_both_sides
 from kvtune.simulator.serving.footprint import footprint
 from kvtune.tuner.asked import given, solver_of
-from kvtune.tuner.cases import Asked, Card
+from kvtune.tuner.cases import Card
+from kvtune.tuner.estimating import Asked
 from kvtune.tuner.exchange import Choice
 from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.plans import Plans

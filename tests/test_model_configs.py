@@ -17,6 +17,7 @@ import pytest
 from kvtune.profiles.model_config import shape_of
 from kvtune.profiles.models import find_model, list_models
 from kvtune.profiles.plain_decoder import plain_shape
+from kvtune.tests.tiers import each
 
 _FILE = resources.files("kvtune.benchmarks") / "data" / "model_configs.jsonl"
 CONFIGS = [json.loads(line) for line in _FILE.read_text().splitlines()]
@@ -93,7 +94,7 @@ def counted() -> list[str]:
     return [shape.name for shape in list_models() if shape.counted is not None]
 
 
-@pytest.mark.parametrize("name", counted())
+@each("name", counted())
 def test_sizes_are_those_that_publishers_name(name: str) -> None:
     shape, (total, active) = find_model(name), PUBLISHED[name]
     assert shape.parameters == pytest.approx(total * 1e9, rel=0.03)
@@ -102,7 +103,7 @@ def test_sizes_are_those_that_publishers_name(name: str) -> None:
     assert "huggingface.co" in shape.source
 
 
-@pytest.mark.parametrize("name", [name for name in BYTES if name in counted()])
+@each("name", [name for name in BYTES if name in counted()])
 def test_cache_bytes_are_those_counted_by_hand(name: str) -> None:
     assert find_model(name).kv_bytes_per_token() == BYTES[name]
 

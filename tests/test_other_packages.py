@@ -39,6 +39,14 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_page_writes_the_same_method() -> None:
+    """But for the first line, which says where each stands."""
+    page = (EXAMPLE.parent / "add-a-policy.md").read_text(encoding="utf-8")
+    written = page.split("```python\n", 1)[1].split("```", 1)[0]
+    example = (EXAMPLE / "middle_out.py").read_text(encoding="utf-8")
+    assert written.split('"""', 2)[2] == example.split('"""', 2)[2]
+
+
 Ended = tuple[int, str]
 """An exit code and what was printed."""
 

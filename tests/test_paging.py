@@ -14,16 +14,9 @@ from kvtune.policies.formats.grouped import Int2, Int4
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.pages import PageLayout
-from kvtune.policies.paging import (
-    SLAB_CELLS,
-    TABLE_BYTES,
-    Growth,
-    Pages,
-    head_bytes,
-    pool_cells,
-    sequence_bytes,
-)
+from kvtune.policies.paging import TABLE_BYTES, Growth, head_bytes, sequence_bytes
 from kvtune.policies.policy import Policy
+from kvtune.policies.slabs import SLAB_CELLS, Pages, pool_cells
 from kvtune.tuner.source_models import packaged_tables
 
 FORMATS = (Bf16(), Fp8(), Int4(), Int4(exact_first=4), Int2())

@@ -31,24 +31,25 @@ def numeric(kind: type[Any]) -> dict[str, Any]:
     return {f.name: f.metadata for f in fields(kind) if hints[f.name] in kinds}
 
 
-NUMBERS = [(kind, name) for kind in KINDS.values() for name in numeric(kind)]
+HAVE_NUMBERS = [name for name, kind in KINDS.items() if numeric(kind)]
 
 
-@pytest.mark.parametrize(("kind", "name"), NUMBERS)
-def test_every_number_is_bounded_on_both_sides(kind: type[Any], name: str) -> None:
-    low, high = (numeric(kind)[name].get(end) for end in ("low", "high"))
-    assert low is not None
-    assert high is not None
-    assert math.isfinite(low)
-    assert low <= high <= 2**32
+def test_every_number_is_bounded_on_both_sides() -> None:
+    assert len(HAVE_NUMBERS) > 60
+    for name in HAVE_NUMBERS:
+        for number, bounds in numeric(KINDS[name]).items():
+            low, high = (bounds.get(end, math.nan) for end in ("low", "high"))
+            assert -math.inf < low <= high <= 2**32, f"{number} of {name}"
 
 
-@pytest.mark.parametrize("end", ["low", "high"])
-@pytest.mark.parametrize(("kind", "name"), NUMBERS)
-def test_a_small_prompt_takes_little_memory_at_every_bound(
-    kind: type[Any], name: str, end: str
-) -> None:
-    thing = at_bound(kind, name, end)
+@pytest.mark.parametrize("name", HAVE_NUMBERS)
+def test_a_small_prompt_takes_little_memory_at_every_bound(name: str) -> None:
+    for number in numeric(KINDS[name]):
+        for end in ("low", "high"):
+            check_memory(at_bound(KINDS[name], number, end))
+
+
+def check_memory(thing: Any) -> None:
     watching = Watching()  # type: ignore[no-untyped-call]
     with watching:
         use(thing)

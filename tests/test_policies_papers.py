@@ -17,6 +17,7 @@ from kvtune.policies.method import ScoredMethod, methods
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.policy_file.document import read_policy
 from kvtune.policies.testing import Case, make_signals
+from kvtune.tests.tiers import each
 
 
 def attention_rows(signals: Any, window: int) -> np.ndarray:
@@ -61,8 +62,7 @@ def test_snapkv_scores_are_the_formulas(group: Any, seed: int) -> None:
     assert np.abs(ours / other - 1).max() > 0.01  # or the order would not matter
 
 
-@pytest.mark.parametrize("safeguard", [0.0, 0.2, 0.5, 1.0])
-@pytest.mark.parametrize("seed", range(6))
+@each("safeguard, seed", [(x, y) for x in (0.0, 0.2, 0.5, 1.0) for y in range(6)])
 def test_adakv_budgets_are_the_papers(safeguard: float, seed: int) -> None:
     """B = (1 - a) B* + a mean, B* from the layer's best scores; rounding is within one token."""
     signals = make_signals(Case(80, 0, kv_heads=4, group=2, seed=seed))
@@ -175,8 +175,7 @@ def test_some_methods_have_no_scores_to_compare() -> None:
     assert {"full", "streaming_llm", "keydiff_blockwise"} <= set(WITHOUT_SCORES)
 
 
-@pytest.mark.parametrize("name", WITHOUT_SCORES)
-@pytest.mark.parametrize("allocator", ["adakv", "model_wide"])
+@each("allocator, name", [(x, y) for x in ("adakv", "model_wide") for y in WITHOUT_SCORES])
 def test_comparing_scores_that_a_method_lacks_is_refused_when_read(
     allocator: str, name: str
 ) -> None:

@@ -20,6 +20,7 @@ from kvtune.profiles.gpus import (
     names_of,
     parse_gpu,
 )
+from kvtune.tests.tiers import each
 
 EXPECTED = {
     "rtx-3090", "rtx-4090", "rtx-5090", "a10g", "a100-40", "a100-80-sxm", "a100-80-pcie", "l4",
@@ -29,7 +30,7 @@ EXPECTED = {
     "rtx-5080", "jetson-agx-orin-64", "jetson-thor", "dgx-spark", "strix-halo", "apple-m1",
     "apple-m4-max", "gaudi2", "gaudi3", "tpu-v5e", "tpu-v6e",
 }  # fmt: skip
-EVERY = pytest.mark.parametrize("gpu", list_gpus(), ids=lambda gpu: gpu.slug)
+EVERY = each("gpu", list_gpus())
 
 
 def figures(gpu: GpuProfile) -> dict[str, Figure]:
@@ -100,8 +101,8 @@ def test_a_4090_shows_less_than_24_gib() -> None:
     assert find_gpu("4090").memory_nominal.value == 24
 
 
-@pytest.mark.parametrize(
-    ("name", "slug"),
+@each(
+    "name, slug",
     [
         ("4090", "rtx-4090"),
         ("rtx-4090", "rtx-4090"),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from kvtune.common.errors import KvtuneError
 from kvtune.profiles.models import find_model, list_models, shape_from_config, shape_from_record
 from kvtune.profiles.strict import parse
+from kvtune.tests.tiers import each
 
 # Totals of the published safetensors files (vision towers in, DeepSeek's MTP layer out).
 PARAMETERS = {
@@ -66,7 +67,7 @@ PARAMETERS = {
 SHAPES = st.sampled_from(list_models())
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@each("name", PARAMETERS)
 def test_parameters_are_those_that_were_published(name: str) -> None:
     assert find_model(name).parameters == PARAMETERS[name]
 

@@ -42,6 +42,7 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
 from kvtune.policies.testing import Case, PlainRope, make_signals, uniform
 from kvtune.policies.work import LayerShape
+from kvtune.tests.tiers import each
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -397,7 +398,7 @@ def test_every_scoring_method_is_scored_in_float32() -> None:
             assert method.scores(make_signals(CASE)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", sorted({**methods(), **allocators()}))
+@each("name", sorted({**methods(), **allocators()}))
 def test_the_page_of_policies_names_everything(name: str) -> None:
     page = (Path(__file__).parent.parent / "docs" / "policies.md").read_text(encoding="utf-8")
     assert f"| `{name}`" in page

@@ -22,7 +22,7 @@ from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.runtime.admission import in_chunks, read_prompts, together
 from kvtune.runtime.cache.layer import CacheLayer
-from kvtune.runtime.cache.policy_cache import load_cache
+from kvtune.runtime.cache.loading import load_cache
 from kvtune.runtime.graph import DecodeLoop, generate
 from kvtune.tests.padded import ids
 from kvtune.tests.tiers import first

@@ -42,11 +42,13 @@ from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.methods.weighted_keys import WeightedKeys
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.pages import PageLayout
-from kvtune.policies.paging import SLAB_CELLS, head_pages
+from kvtune.policies.paging import head_pages
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
+from kvtune.policies.slabs import SLAB_CELLS
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache.backend import Backend, Moves, PlainBackend, TritonBackend
+from kvtune.runtime.cache.leaving import free, leave
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.cache.pool import Pool
 from kvtune.runtime.cache.segments import Leaving
@@ -270,8 +272,8 @@ def test_packed_buffers_lie_in_the_pages_that_were_foreseen(
     assert layer.beside.page_bytes - real < 4 * EncodedPages(8).page_bytes
     assert cache.pool.used_bytes == cache.page_bytes() == 3 * used
     assert cache.pool.memory.numel() == memory
-    layer.free(0)
-    layer.free(1)
+    free(layer, 0)
+    free(layer, 1)
     assert layer.beside.page_bytes == 0
     assert cache.pool.used_bytes == 2 * used
     cache.pool.check_integrity()
@@ -349,11 +351,11 @@ def test_evicting_keeps_the_others_and_frees_pages(network: Any) -> None:
     before = layer.page_bytes()
     q, scratch = torch.ones(2, 2, 8), Scratch(2, layer.slots, 2, 8, "cpu")
     everything = layer.attend(q, scratch, 0.3)
-    layer.leave(leaving(layer, [[], [(3, 3)]], [0, 0]))
+    leave(layer, leaving(layer, [[], [(3, 3)]], [0, 0]))
     torch.testing.assert_close(layer.attend(q, scratch, 0.3), everything)
     layer.append(torch.ones(1, 2, 8), torch.full((1, 2, 8), 1e4))  # to go where the third was
     layer.count_appended()
-    layer.leave(leaving(layer, [[(75, 2)], [(75, 2)]], [73, 37]))
+    leave(layer, leaving(layer, [[(75, 2)], [(75, 2)]], [73, 37]))
     gone = 2 * -(-76 // 16) - -(-(3 + 1) // 16) - -(-(39 + 1) // 16)
     assert before - layer.page_bytes() == gone * layer.growing_layout.page_bytes
     assert layer.lengths[1].tolist() == [3, 39]
@@ -366,25 +368,13 @@ def test_a_freed_sequence_leaves_its_pages_to_others(network: Any) -> None:
     cache = load_cache(mixed(), network)
     network(**ids(90, 90), past_key_values=cache)
     for layer in cache.layers:
-        layer.paged.free(0)
+        free(layer.paged, 0)
     half = cache.page_bytes()
     for layer in cache.layers:
-        layer.paged.free(1)
+        free(layer.paged, 1)
     assert half > 0
     assert cache.page_bytes() == 0
     cache.pool.check_integrity()
-
-
-@pytest.mark.parametrize("method", [H2O(), Quest(block=64)], ids=lambda method: method.name)
-def test_rows_that_evict_or_choose_pages_cannot_be_freed(network: Any, method: Any) -> None:
-    """They would go on with pages that are others' by then."""
-    heads = Option(method, Budget(tokens=20)), Option()
-    cache = load_cache(Policy("mixed", (heads,) * 3), network, evicts=method.name == "h2o")
-    network(**ids(40, 40), past_key_values=cache)
-    held = cache.page_bytes()
-    with pytest.raises(RuntimeError, match="cannot free one sequence"):
-        cache.layers[0].paged.free(0)
-    assert cache.page_bytes() == held
 
 
 def test_what_the_cache_cannot_do_is_refused(network: Any) -> None:

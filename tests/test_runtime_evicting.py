@@ -74,10 +74,14 @@ def positions(cache: PolicyCache) -> list[list[list[int]]]:
 
 def step(network: Any, cache: PolicyCache, tokens: Tensor, at: Tensor) -> Tensor:
     """Logits ``[B, vocabulary]`` of one more token a sequence."""
-    with torch.no_grad():
-        output = network(tokens[:, None], position_ids=at[:, None], past_key_values=cache)
-    logits: Tensor = output.logits[:, -1].float()
-    return logits
+    return turned(network, cache, tokens[:, None], at[:, None])[:, -1]
+
+
+@torch.no_grad()
+def turned(network: Any, cache: PolicyCache, tokens: Tensor, at: Tensor) -> Tensor:
+    """Logits ``[B, T, vocabulary]`` of some more tokens a sequence."""
+    logits: Tensor = network(tokens, position_ids=at, past_key_values=cache).logits
+    return logits.float()
 
 
 IN_DEFAULT_TIER = (H2O, Tova)
@@ -173,11 +177,12 @@ def test_sequences_that_evict_from_few_bits_together_are_as_each_alone(network: 
     alone = [load_cache(policy, network, evicts=True, residual=4) for _ in lengths]
     for row, (cache, length) in enumerate(zip(alone, lengths, strict=True)):
         network(inputs["input_ids"][row : row + 1, 75 - length :], past_key_values=cache)
-    for turn in range(70):
-        tokens, at = torch.tensor([5, 9]) + turn % 40, torch.tensor(lengths) + turn
-        logits = step(network, together, tokens, at)
+    for turn in range(0, 70, 10):
+        new = turn + torch.arange(10)
+        tokens, at = (torch.tensor(each)[:, None] + new for each in ((5, 9), lengths))
+        logits = turned(network, together, tokens, at)
         for row, cache in enumerate(alone):
-            one = step(network, cache, tokens[row : row + 1], at[row : row + 1])
+            one = turned(network, cache, tokens[row : row + 1], at[row : row + 1])
             torch.testing.assert_close(logits[row], one[0], atol=0.03, rtol=0.03)
     assert together.evicted() == [
         [evicted for cache in alone for evicted in cache.evicted()[layer]] for layer in range(3)

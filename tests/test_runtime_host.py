@@ -13,6 +13,13 @@ import torch
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.formats.fp8 import Fp8
 from kvtune.policies.formats.grouped import Int2, Int4
+from kvtune.policies.host_pages import (
+    HOST_SLAB_BYTES,
+    arriving_pages,
+    host_pages,
+    host_sequence_bytes,
+    landing_pages,
+)
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.landmark import Landmark
@@ -23,21 +30,13 @@ from kvtune.policies.methods.token_select import TokenSelect
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.page_formats import PAGE
 from kvtune.policies.pages import PageLayout
-from kvtune.policies.paging import (
-    HOST_SLAB_BYTES,
-    Growth,
-    Pages,
-    arriving_pages,
-    head_pages,
-    host_pages,
-    host_sequence_bytes,
-    landing_pages,
-    sequence_bytes,
-)
+from kvtune.policies.paging import Growth, head_pages, sequence_bytes
 from kvtune.policies.policy import Policy
+from kvtune.policies.slabs import Pages
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache.backend import Fetching, PlainBackend, TritonBackend
 from kvtune.runtime.cache.host_pool import HostPool
+from kvtune.runtime.cache.leaving import free
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.graph import generate
 from kvtune.runtime.measure.filled import filled
@@ -203,7 +202,7 @@ def test_a_freed_sequence_gives_its_host_pages_back(network: Any) -> None:
     _, cache = logits(network, policy, prompts(2))
     before = cache.host_bytes()
     for layer in cache.layers:
-        layer.paged.free(0)
+        free(layer.paged, 0)
     assert cache.host_bytes() == before // 2
     layer = cache.layers[0].paged
     layer.seal(NEW)  # and lays out its tables again

@@ -69,15 +69,15 @@ def test_ragged_heads_of_mixed_formats_attend_as_dequantised(shape: tuple[int, i
     head_dim, group, seed = shape
     rng = np.random.default_rng(seed)
     runs = [
-        (row, str(rng.choice(list(CODES))), str(rng.choice(list(CODES))), int(rng.integers(0, 150)))
+        (row, str(rng.choice(list(CODES))), str(rng.choice(list(CODES))), int(rng.integers(0, 110)))
         for row in (0, 0, 1, 1, 2)
     ]
     runs += [
-        (row % 3, keys, str(rng.choice(list(CODES))), int(rng.integers(1, 100)))
+        (row % 3, keys, str(rng.choice(list(CODES))), int(rng.integers(1, 80)))
         for row, keys in enumerate(TOKEN_KEYS)
     ]
     runs += [
-        (row, keys, str(rng.choice(TURNED_VALUES)), int(rng.integers(1, 100)))
+        (row, keys, str(rng.choice(TURNED_VALUES)), int(rng.integers(1, 80)))
         for row, keys in enumerate(rng.choice(TURNED_KEYS, 3))
     ]
     runs += [(row, "bf16", "bf16", int(rng.integers(1, 70))) for row in range(3)]
@@ -174,9 +174,10 @@ def test_appending_and_moving_are_the_references() -> None:
         paged = Paged(pool, table, lengths, empty, empty, (), 64, growing_pages=7)
         growing = Growing(torch.tensor([0, 1]).int(), torch.tensor([0, 7]).int())
         generator = torch.Generator().manual_seed(0)
-        for _ in range(100):
+        for at in range(100):
             keys, values = torch.randn(2, 1, 2, 64, generator=generator).bfloat16()
-            backend.append(paged, growing, keys, values)
+            # Kernels append the last 38: three pages begin among them.
+            (PlainBackend() if at < 62 else backend).append(paged, growing, keys, values)
         places = [[[99, 64, 98], [5, 5, 5]], [[3, 10, 63], [5, 5, 5]]]
         backend.move(paged, growing, Moves(torch.tensor([1, 0]).int(), *torch.tensor(places).int()))
         lengths -= torch.tensor([0, 36]).int()
@@ -196,19 +197,19 @@ def test_a_ring_is_the_references() -> None:
         pool = Pool(4 * 576, 256, "cpu")
         pool.memory.fill_(0x7F)
         layer = PagedLayer(0, [Option(), Option()], 64, 1, pool, backend)
-        keys, values = torch.randn(2, 2, 70, 64, generator=generator).bfloat16()
-        kept = [torch.arange(0, 70, 7), torch.arange(70)]
-        layer.most[:] = 70
+        keys, values = torch.randn(2, 2, 20, 64, generator=generator).bfloat16()
+        kept = [torch.arange(0, 20, 7), torch.arange(20)]
+        layer.most[:] = 20
         store_prompts(layer, keys, values, kept)
-        layer.ring = Ring(places_of(kept, [70, 70], 70))
-        layer.seal(85)
+        layer.ring = Ring(places_of(kept, [20, 20], 20))
+        layer.seal(30)
         lengths = []
-        for token in torch.randn(85, 2, 1, 2, 64, generator=generator).bfloat16():
+        for token in torch.randn(30, 2, 1, 2, 64, generator=generator).bfloat16():
             layer.reserve(1)
             layer.append(*token)
             layer.count_appended()
             lengths.append(layer.paged.lengths.tolist())
-        assert lengths[-1] == layer.lengths.ravel().tolist() == [0, 0, 70, 70, 0, 0]
+        assert lengths[-1] == layer.lengths.ravel().tolist() == [0, 0, 20, 20, 0, 0]
         q = torch.randn(2, 3, 64, generator=generator).bfloat16()
         output = layer.attend(q, Scratch(2, layer.slots, 3, 64, "cpu"), 0.125)
         memories.append((torch.tensor(lengths), output))
@@ -227,7 +228,7 @@ def test_a_layer_sees_the_same_weights_through_kernels() -> None:
         store_prompts(layer, keys, values, [torch.arange(0, 90, 2), torch.arange(90)])
         layer.seal(70)
         layer.reserve(70)
-        for token in torch.randn(40, 2, 1, 2, 64, generator=generator).bfloat16():
+        for token in torch.randn(12, 2, 1, 2, 64, generator=generator).bfloat16():
             layer.append(*token)
             layer.count_appended()
         q = torch.randn(2, 3, 64, generator=generator).bfloat16()
@@ -235,7 +236,7 @@ def test_a_layer_sees_the_same_weights_through_kernels() -> None:
         weights = layer.weights_on(GROWN, torch.arange(2), 128, seen)
         assert (weights.sum(-1)[0] - 1).abs().max() < 1e-3  # all of the first row is growing
         assert (weights.sum(-1)[1] < 1).all()
-        assert weights[0].count_nonzero(-1).tolist() == [85] * 3
+        assert weights[0].count_nonzero(-1).tolist() == [57] * 3
         found.append((output.float(), weights))
     for plain, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain, atol=0.01, rtol=0.01)
@@ -251,11 +252,14 @@ def test_pages_settle_the_same_through_kernels(settled: int) -> None:
     for backend in (PlainBackend(), TritonBackend()):
         generator = torch.Generator().manual_seed(0)
         pool = Pool(8 * 576, 256, "cpu")
-        layer = PagedLayer(0, options, 64, 1, pool, backend, residual=3)
+        layer = PagedLayer(0, options, 64, 1, pool, PlainBackend(), residual=3)
         keys, values = torch.randn(2, 4, 30, 64, generator=generator).bfloat16()
         store_prompts(layer, keys, values, [torch.arange(30)] * 4)
         layer.seal(settled + 12)
-        for token in torch.randn(settled + 7, 2, 1, 4, 64, generator=generator).bfloat16():
+        tokens = torch.randn(settled + 7, 2, 1, 4, 64, generator=generator).bfloat16()
+        for at, token in enumerate(tokens):
+            if at == settled - 2:  # soon the first page, or the second, settles
+                layer.backend = backend
             settle(layer)
             layer.reserve(1)
             layer.append(*token)

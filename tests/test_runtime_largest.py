@@ -22,7 +22,7 @@ from kvtune.policies.policy import Policy
 from kvtune.runtime import largest
 from kvtune.runtime.admission import read_for_all
 from kvtune.runtime.cache import pool
-from kvtune.runtime.cache.policy_cache import load_cache
+from kvtune.runtime.cache.loading import load_cache
 from kvtune.runtime.device import unless_full
 from kvtune.runtime.fuse import _side_by_side
 from kvtune.runtime.graph import DecodeLoop
@@ -33,7 +33,7 @@ from kvtune.runtime.largest import (
     search_largest,
 )
 from kvtune.runtime.timing import uncompressed
-from kvtune.tests.tiers import first
+from kvtune.tests.tiers import each, first
 from kvtune.traces.models import wrap
 
 pytestmark = [
@@ -152,8 +152,10 @@ def searched(fits: int, guess: int, **bounds: Any) -> tuple[Largest[int], list[i
     return search_largest(attempt, guess, Bounds(**bounds)), asked
 
 
-@pytest.mark.parametrize("fits", [0, 1, 2, 7, 15, 60, 124, 500])
-@pytest.mark.parametrize("guess", [0, 1, 14, 15, 16, 124, 130, 400])
+@each(
+    "fits, guess",
+    [(x, y) for x in (0, 1, 2, 7, 15, 60, 124, 500) for y in (0, 1, 14, 15, 16, 124, 130, 400)],
+)
 def test_it_is_closed_in_on_from_any_guess(fits: int, guess: int) -> None:
     found, asked = searched(fits, guess, tries=40)
     assert (found.batch, found.too_large, found.is_exact) == (fits, fits + 1, True)

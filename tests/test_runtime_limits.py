@@ -19,11 +19,14 @@ from kvtune.policies.methods.quest import Quest
 from kvtune.policies.methods.razor import Razor
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.option import Budget, Option
-from kvtune.policies.paging import TABLE_BYTES, Growth, held_bytes, share_of_slab
+from kvtune.policies.paging import TABLE_BYTES, Growth, held_bytes
 from kvtune.policies.policy import Policy
+from kvtune.policies.slabs import share_of_slab
 from kvtune.runtime import load_cache
+from kvtune.runtime.cache.foreseen import pages_wanted
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.tests.padded import ids
+from kvtune.tests.tiers import each
 from kvtune.traces.geometry import Geometry
 from kvtune.tuner.options import Menu
 
@@ -35,8 +38,7 @@ HEAD_DIM = 128
 SHAPE = Geometry(2, 4, 4, HEAD_DIM, 1.0, (None, None), (), (None, None), 64, 4096)
 
 
-@pytest.mark.parametrize("name", sorted(formats()))
-@pytest.mark.parametrize("allocator", [None, AdaKV()], ids=["as given", "adakv"])
+@each("name, allocator", [(x, y) for x in sorted(formats()) for y in (None, AdaKV())])
 def test_pages_that_are_reserved_are_those_that_were_predicted(name: str, allocator: Any) -> None:
     """In every format, also where budgets are split anew."""
     form = formats()[name]()
@@ -44,7 +46,7 @@ def test_pages_that_are_reserved_are_those_that_were_predicted(name: str, alloca
     more = {"allocator": allocator} if allocator else {}
     policy = Policy.uniform(option, SHAPE.layers, SHAPE.kv_heads, **more)
     cache = PolicyCache(policy, SHAPE, new_tokens=8)
-    wanted = cache._pages_wanted(100, policy.budgets(100))
+    wanted = pages_wanted(policy, SHAPE, cache.growth, 100, policy.budgets(100))
     reserved = sum(count * share_of_slab(layout) for layout, count in wanted.items())
     predicted = held_bytes(policy, 100, HEAD_DIM, Growth(8)) - 8 * TABLE_BYTES
     assert reserved == pytest.approx(predicted, abs=8)  # each head's bytes are rounded
@@ -65,9 +67,9 @@ def whole(option: Option) -> Policy:
 def generated(network: Any, cache: Any, tokens: int) -> None:
     """So many tokens after a prompt of a hundred."""
     network(**ids(100), past_key_values=cache)
-    for turn in range(tokens):
-        place = torch.tensor([[100 + turn]])
-        network(torch.tensor([[5]]), position_ids=place, past_key_values=cache)
+    for turn in range(0, tokens, 20):
+        place = 100 + turn + torch.arange(20)[None]
+        network(torch.full((1, 20), 5), position_ids=place, past_key_values=cache)
 
 
 def test_a_limit_that_would_bound_nothing_is_refused(network: Any) -> None:

@@ -22,8 +22,8 @@ from kvtune.policies.methods.keyformer import Keyformer
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.tova import Tova
 from kvtune.policies.option import ALL, Budget, Option
-from kvtune.policies.paging import SLAB_CELLS
 from kvtune.policies.policy import Policy
+from kvtune.policies.slabs import SLAB_CELLS
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache import paged_layer, policy_cache, reading, storing
 from kvtune.runtime.cache.backend import PlainBackend

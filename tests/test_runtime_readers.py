@@ -17,6 +17,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.policies.apply import apply
 from kvtune.policies.attention import attend
 from kvtune.policies.formats.grouped import Int4
+from kvtune.policies.host_pages import host_sequence_bytes
 from kvtune.policies.method import Method, methods
 from kvtune.policies.methods.actqkv import ActQKV
 from kvtune.policies.methods.infllm import InfLLM
@@ -29,10 +30,11 @@ from kvtune.policies.methods.shadowkv import ShadowKV
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.token_select import TokenSelect
 from kvtune.policies.option import Budget, Option
-from kvtune.policies.paging import Growth, host_sequence_bytes, sequence_bytes
+from kvtune.policies.paging import Growth, sequence_bytes
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
 from kvtune.runtime import load_cache
+from kvtune.runtime.cache.leaving import free
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.cache.sentences import SentenceEnds
 from kvtune.runtime.kernels.launch import Scratch
@@ -299,7 +301,7 @@ def test_rows_that_are_freed_read_nothing(network: Any) -> None:
     rows, scratch = layer.rows, Scratch(layer.rows, layer.slots, 2, 8, "cpu")
     q = torch.randn(rows, 2, 8, generator=torch.Generator().manual_seed(0))
     before = layer.attend(q, scratch, 1.0)
-    layer.free(0)
+    free(layer, 0)
     after = layer.attend(q, scratch, 1.0)
     assert not after[: rows // 2].any()
     torch.testing.assert_close(after[rows // 2 :], before[rows // 2 :])
@@ -322,7 +324,7 @@ def test_sequences_freed_in_any_order_leave_the_others_and_nothing_behind(
     stays = torch.ones(ours.rows, dtype=torch.bool)
     for step, sequence in enumerate([-1, *draw.permutation(3).tolist()]):
         if sequence >= 0:
-            ours.free(sequence)
+            free(ours, sequence)
             stays[heads * sequence : heads * (sequence + 1)] = False
         q = torch.randn(ours.rows, 2, 8, generator=torch.Generator().manual_seed(step))
         scratch = Scratch(ours.rows, ours.slots, 2, 8, "cpu")

@@ -22,10 +22,12 @@ from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.protected import Protected
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.page_formats import BF16_PAGE
-from kvtune.policies.paging import SLAB_CELLS, head_pages
+from kvtune.policies.paging import head_pages
 from kvtune.policies.policy import Policy
+from kvtune.policies.slabs import SLAB_CELLS
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache.backend import PlainBackend
+from kvtune.runtime.cache.leaving import free
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.cache.pool import Pool
@@ -101,22 +103,25 @@ def test_old_pages_are_quantised_and_new_ones_are_not(
         torch.testing.assert_close(ours[head], exact_answer, atol=2e-3, rtol=2e-3)
     pool.check_integrity()
     assert pool.used_bytes == layer.page_bytes()
-    layer.free(0)
+    free(layer, 0)
     assert pool.used_bytes == 0
 
 
 @pytest.mark.parametrize("staying", [50, 130])
-def test_a_part_in_16_bits_stays_whole_however_long_it_is(network: Any, staying: int) -> None:
+def test_a_part_in_16_bits_stays_whole_however_long_it_is(
+    make_network: Callable[..., Any], tiny_fields: dict[str, Any], staying: int
+) -> None:
     """It makes room for each page that settles, 64 tokens at a time from its end."""
+    network = shallow(make_network, tiny_fields)
     form = Int8(keys_by="token")
     method = Protected(by="h2o", stop=staying)
-    policy = Policy.uniform(Option(method, Budget(tokens=staying + 40), form, form), 3, 2)
+    policy = Policy.uniform(Option(method, Budget(tokens=staying + 40), form, form), 1, 2)
     seen = []
     for residual in (None, 16):
         cache = load_cache(policy, network, residual=residual, new_tokens=150)
         network(**ids(staying + 60), past_key_values=cache)
-        for at in range(140):
-            network(torch.tensor([[5 + at % 30]]), past_key_values=cache)
+        for at in range(4):
+            network(5 + at + torch.arange(21)[None], past_key_values=cache)
         paged = cache.layers[0].paged
         seen.append(_first_keys(paged, staying))
     assert paged.lengths[SETTLED].tolist() == [64, 64]
@@ -163,6 +168,13 @@ def test_fp8_is_held_to_the_prompts_range() -> None:
     assert layer.fp8_scales[0].tolist() == layer.fp8_scales[2 * 1].tolist()
 
 
+def shallow(make_network: Callable[..., Any], tiny_fields: dict[str, Any]) -> Any:
+    """One layer, for what takes many tokens and is the same in each."""
+    from transformers import LlamaConfig
+
+    return make_network(LlamaConfig(**tiny_fields | {"num_hidden_layers": 1}))
+
+
 @pytest.fixture
 def network(make_network: Callable[..., Any], tiny_fields: dict[str, Any]) -> Any:
     from transformers import LlamaConfig
@@ -189,11 +201,12 @@ def settled(cache: PolicyCache) -> list[list[int]]:
 
 
 def test_a_generation_settles_and_its_bytes_fall(network: Any) -> None:
-    network.generation_config.eos_token_id = None
     caches = []
     for residual in (None, 16):
         cache = load_cache(policy(), network, residual=residual, new_tokens=80)
-        network.generate(**prompts(), max_new_tokens=97, past_key_values=cache)
+        network(**prompts(), past_key_values=cache)
+        for at in range(4):
+            network(2 + at + torch.arange(48).view(2, 24), past_key_values=cache)
         caches.append(cache)
     assert settled(caches[0]) == [[0] * 4] * 3
     assert settled(caches[1]) == [[64, 0] * 2, [64, 64] * 2, [0, 64] * 2]
@@ -243,16 +256,19 @@ def test_every_segment_has_its_places_where_weights_are_seen() -> None:
     assert layer.rooms[2, 0] == 8, "of 500 tokens"
 
 
-def test_kivis_window_lies_in_16_bits_and_settles_as_newer_tokens_come(network: Any) -> None:
+def test_kivis_window_lies_in_16_bits_and_settles_as_newer_tokens_come(
+    make_network: Callable[..., Any], tiny_fields: dict[str, Any]
+) -> None:
+    network = shallow(make_network, tiny_fields)
     form = Kivi(group=64, residual=40, exact_first=4)
     option = Option(Full(), ALL, form, form)
-    cache = load_cache(Policy.uniform(option, 3, 2), network, new_tokens=90, residual=40)
+    cache = load_cache(Policy.uniform(option, 1, 2), network, new_tokens=90, residual=40)
     network(**ids(150), past_key_values=cache)
     layer, memory = cache.layers[0].paged, cache.pool.memory.numel()
     assert layer.beside is None
     assert layer.lengths[:, 0].tolist() == [106, 44, 0]
-    for token in range(90):
-        network(torch.tensor([[2 + token % 50]]), past_key_values=cache)
+    for turn in range(5):
+        network(2 + turn + torch.arange(18)[None], past_key_values=cache)
     assert layer.lengths[:, 0].tolist() == [106, 44 + 90 - 64, 64]
     planned = head_pages(option, 150, 150, 8, cache.growth)
     coded = len(layer.pages[CODED][0]) + len(layer.pages[SETTLED][0])

@@ -18,9 +18,11 @@ from kvtune.policies.methods.weighted_keys import WeightedKeys
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.page_formats import PAGE, SIGNS
 from kvtune.policies.pages import PageLayout, has_pages, layout_of
-from kvtune.policies.paging import Growth, head_pages, pool_cells
+from kvtune.policies.paging import Growth, head_pages
+from kvtune.policies.slabs import pool_cells
 from kvtune.runtime.cache import fitted_pages
 from kvtune.runtime.cache.backend import PlainBackend, Seen
+from kvtune.runtime.cache.leaving import free
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.pool import Pool
 from kvtune.runtime.cache.storing import store_prompts
@@ -111,7 +113,7 @@ def test_pages_and_tables_are_those_that_a_plan_counts_and_are_given_back() -> N
     assert planned[layout] == 2 + 4
     assert planned[layout.tables] == 2, "the last head's four tokens are exact"
     assert pool.used_bytes == sum(n * each.page_cells for each, n in planned.items()) * 4 * 64
-    layer.free(0)
+    free(layer, 0)
     assert pool.used_bytes == 0
     pool.check_integrity()
 

@@ -40,7 +40,7 @@ from kvtune.policies.methods.weighted_keys import WeightedKeys
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.page_formats import BF16_PAGE
 from kvtune.policies.pages import PageLayout
-from kvtune.policies.paging import pages_of
+from kvtune.policies.placement import pages_of
 from kvtune.policies.policy import Policy
 from kvtune.policies.servable import check_servable
 from kvtune.runtime.cache.backend import PlainBackend

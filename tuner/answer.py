@@ -10,7 +10,7 @@ import kvtune
 from kvtune.common.estimate import BAND, Estimate
 from kvtune.common.progress import Progress
 from kvtune.common.units import format_bytes, format_tokens
-from kvtune.policies.paging import host_sequence_bytes
+from kvtune.policies.host_pages import host_sequence_bytes
 from kvtune.policies.policy import Policy
 from kvtune.simulator.cost import Cost, policy_cost
 from kvtune.tuner.baselines import COSTS

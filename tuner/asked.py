@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import kvtune
-from kvtune.policies.paging import Growth, growing_bytes, head_bytes, sequence_bytes
+from kvtune.policies.paging import Growth, head_bytes, sequence_bytes
+from kvtune.policies.slabs import growing_bytes
 from kvtune.simulator.quality.tables import Tables
 from kvtune.tuner.answer import cost_of
 from kvtune.tuner.candidate import Candidate

@@ -113,7 +113,7 @@ def estimate(
     """
     from kvtune.simulator.latency.reading import Reading
     from kvtune.simulator.memory.weights import listed_formats
-    from kvtune.tuner.cases import Asked
+    from kvtune.tuner.estimating import Asked
 
     name, shape = read_model(model)
     cards = [_card(one, mem) for one in _several(gpu)]

@@ -30,7 +30,7 @@ from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.methods.weighted_keys import WeightedKeys
 from kvtune.policies.option import ALL, Budget, Option
-from kvtune.policies.paging import ranks_without_newest
+from kvtune.policies.placement import ranks_without_newest
 from kvtune.policies.signals import Needs
 
 Pair = tuple[Format, Format]

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtune.policies.export.limits import EngineLimits
+from kvtune.policies.host_pages import landing_bytes
 from kvtune.policies.option import Option
-from kvtune.policies.paging import landing_bytes, waiting_bytes
+from kvtune.policies.paging import waiting_bytes
 from kvtune.policies.policy import footprint_of_lengths
 from kvtune.simulator.memory.peak import most_at_once
 from kvtune.simulator.quality.tables import Tables

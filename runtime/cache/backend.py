@@ -131,7 +131,7 @@ class Growing:
     """Each row's segment of new tokens.
 
     Args:
-        segments: ``[rows]`` int32.
+        segments: ``[rows]`` int32; negative where the row's sequence has ended.
         tables_at: ``[rows]`` int32, its first entry in the page table.
         places: of a sliding layer, ``[rows, window]`` int32: where the g-th new token goes.
         entered: likewise, ``[rows]`` int32 new tokens so far.

@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from kvtune.policies.attention import attend, merge
 from kvtune.policies.format import Format, Role, Stored
 from kvtune.policies.option import Option
-from kvtune.policies.paging import EXACT
 from kvtune.policies.parts import HeadPart
+from kvtune.policies.placement import EXACT
 from kvtune.runtime.cache.encoded_pages import Laid, lay
 from kvtune.runtime.cache.pool import PageMemory
 
@@ -177,9 +177,11 @@ class Beside:
         self.laid = [each for each in self.laid if each.part.row not in rows]
         self.encoded = [each for each in self.encoded if each.row not in rows]
         if self.dense is not None:
-            stays = (self.dense[0] < rows.start) | (self.dense[0] >= rows.stop)
-            number, keys, values, weights = (x[stays] for x in self.dense)
-            self.dense = (number, keys, values, weights) if len(number) else None
+            # In place, for a captured graph: what is left there weighs nothing and is zero.
+            number, _, values, weights = self.dense
+            gone = ((number >= rows.start) & (number < rows.stop))[:, None, None]
+            values.masked_fill_(gone, 0)
+            weights.masked_fill_(gone, torch.finfo(weights.dtype).min)
 
     def merged(self, q: Tensor, output: Tensor, lse: Tensor, scale: float) -> Tensor:
         """Attention over pages and over these parts together, ``[rows, G, D]`` like ``output``.

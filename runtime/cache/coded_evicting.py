@@ -19,6 +19,7 @@ from kvtune.policies.decode import FREE
 from kvtune.policies.page_formats import BF16_PAGE, PAGE
 from kvtune.runtime.cache.backend import Seen, Writing
 from kvtune.runtime.cache.evicting import Evictor, Opening, alike, at, put_at
+from kvtune.runtime.cache.leaving import shorten
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.segments import CODED, GROWN, NOWHERE
 from kvtune.runtime.cache.sending import sent
@@ -63,8 +64,14 @@ class CodedEvictor(Evictor):
             leaving, most = self.driver.leaving(), int(drops.max())
             self._leave_coded(layer, leaving[..., : self.coded], most)
             self._leave_window(layer, leaving[..., self.coded :], most)
-            layer.shorten(self.rows.ravel(), drops.ravel())
+            shorten(layer, self.rows.ravel(), drops.ravel())
         self.driver.count()
+
+    def forget(self, rows: range) -> bool:
+        """The same of what lies in 16 bits."""
+        stays = torch.from_numpy(~np.isin(self.rows[:, 0], rows))
+        self.newest = self.newest[stays.to(self.newest.device)]
+        return super().forget(rows)
 
     @property
     def _stride(self) -> int:

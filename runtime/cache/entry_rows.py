@@ -20,8 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kvtune.policies.attention import attend
 from kvtune.policies.option import Option
-from kvtune.policies.paging import EXACT, reads_pages
 from kvtune.policies.parts import HeadPart
+from kvtune.policies.placement import EXACT, reads_pages
 from kvtune.policies.reader import Held, Reader
 from kvtune.policies.signals import Needs, Signals
 from kvtune.runtime.cache.beside import HeldPart, stacked

@@ -23,11 +23,12 @@ from kvtune.policies.decode_driver import DecodeDriver
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.option import Option
 from kvtune.policies.pages import PageLayout
-from kvtune.policies.paging import evicts_coded, pages_of
+from kvtune.policies.placement import evicts_coded, pages_of
 from kvtune.policies.policy import Policy
 from kvtune.policies.room import Room, goes_on_evicting
 from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.backend import Moves, Seen
+from kvtune.runtime.cache.leaving import leave
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.segments import GROWN, Ints, Leaving
 
@@ -165,7 +166,7 @@ class Evictor:
             left = self.driver.sent_drops()[..., None]
             most = int(drops.max())
             moves = self._leave(slice(None), self.driver.leaving(), self.held, left, most)
-            layer.leave(Leaving(self.rows.ravel(), moves, drops.ravel(), left.flatten().int()))
+            leave(layer, Leaving(self.rows.ravel(), moves, drops.ravel(), left.flatten().int()))
         self.driver.count()
 
     def _leave(
@@ -194,6 +195,14 @@ class Evictor:
             sources.reshape(by_row).int(),
             targets.reshape(by_row).int(),
         )
+
+    def forget(self, rows: range) -> bool:
+        """Evict no more from rows whose sequence has ended; whether others are left."""
+        stays = ~np.isin(self.rows[:, 0], rows)
+        at = torch.from_numpy(stays).to(self._rows.device)
+        self.driver.forget(stays)
+        self.rows, self._rows, self.held = self.rows[stays], self._rows[at], self.held[at]
+        return bool(stays.any())
 
     def kept(self) -> dict[int, list[int]]:
         """Positions that each row holds, ascending."""

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kvtune.policies.page_formats import PAGE
 from kvtune.policies.pages import PageLayout
-from kvtune.policies.paging import reads_pages
+from kvtune.policies.placement import reads_pages
 from kvtune.policies.reader import BlockReader, Reader
 from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.beside import Beside, HeldPart, LaidPart, Shared

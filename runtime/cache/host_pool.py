@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvtune.policies.paging import HOST_SLAB_BYTES
+from kvtune.policies.host_pages import HOST_SLAB_BYTES
 
 Places = NDArray[np.int64]
 

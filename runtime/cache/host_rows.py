@@ -136,8 +136,7 @@ class HostRows:
             if (blocks := self.blocks.pop(row, None)) is not None:
                 self.pool.give(blocks, layouts[row].block_bytes)
         for arrival in self.arrivals:
-            theirs = (arrival.at >= rows.start) & (arrival.at < rows.stop)
-            arrival.indexed.counts.masked_fill_(theirs, 0)
+            arrival.indexed.forget(rows)
 
     def seal(self, layouts: Sequence[PageLayout], fp8_scales: Tensor) -> None:
         """Lay out where pages land, and tiles over them. Again when the device's pool has moved.
@@ -204,7 +203,9 @@ class HostRows:
         asking = q[self.at]
         lse = asking.new_empty(asking.shape[:2], dtype=torch.float32)
         far = self.backend.attend(asking, self._sealed, scratch, scale, Seen(lse)).float(), lse
-        own = near[0][self.at].float(), near[1][self.at]
+        # A row whose sequence has ended reads nothing anywhere, and no share may become NaN.
+        least = torch.finfo(near[1].dtype).min
+        own = near[0][self.at].float(), near[1][self.at].clamp_min(least)
         output = near[0].index_copy(0, self.at, merge(own, far).to(near[0].dtype))
         return output, near[1].index_copy(0, self.at, torch.logaddexp(own[1], lse))
 

@@ -19,12 +19,14 @@ from transformers import CacheLayerMixin
 from kvtune.common.errors import KvtuneError
 from kvtune.common.transformers_interface import count_of
 from kvtune.policies.page_formats import PAGE
-from kvtune.policies.paging import evicts_coded
+from kvtune.policies.placement import evicts_coded
 from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.choosing import Choice, choose, side_by_side, weights_of
 from kvtune.runtime.cache.evicting import Evictor
 from kvtune.runtime.cache.filling import Filling, Taken
+from kvtune.runtime.cache.foreseen import window_of
 from kvtune.runtime.cache.host_rows import HostRows
+from kvtune.runtime.cache.leaving import free
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.reading import equally_long, lengths_of, padded, signals_of
 from kvtune.runtime.cache.segments import NO_END
@@ -92,7 +94,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def open(self) -> None:
         """Prompts, whose lengths the cache knows now, are about to be read."""
         cache = self.cache
-        self.window = cache.window_of(self.number, max(cache.prompts))
+        self.window = window_of(cache.geometry, self.number, max(cache.prompts), cache.new_tokens)
         if self.window and cache.waits:
             raise KvtuneError(
                 f"layer {self.number} slides over {self.window} tokens, and the policy "
@@ -215,6 +217,13 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         turned = rotate(k, rotation.cos, rotation.sin) if rotation else k
         newest = turned[:, :, 0].flatten(0, 1), v[:, :, 0].flatten(0, 1)
         return self._attend_evicting(queries, newest, scale).view_as(q)
+
+    def free(self, sequence: int) -> None:
+        """A sequence has ended: give back what the layer holds of it."""
+        heads = len(self.paged.options)
+        rows = range(sequence * heads, (sequence + 1) * heads)
+        self.evictors = [each for each in self.evictors if each.forget(rows)]
+        free(self.paged, sequence)
 
     def _refuse_unforeseen(self) -> None:
         """A prompt that was stored as if nothing left it cannot begin to slide."""

@@ -1,18 +1,17 @@
 """One layer's cache in pages: each (sequence, KV head) with its own length and format.
 
 Life of a layer: ``store_prompts`` once for each row, ``seal`` once, then ``append`` and ``attend``
-for every new token; ``reserve``, ``leave`` and ``free`` between steps. A row is a (sequence, KV
-head); it has segments: what its option made of the prompt, and a growing one in 16 bits with the
-prompt's exact tokens and new ones; with a residual window also a settled one, of new tokens that
-became old and took the option's format. Entries leave a growing segment alone, and its last ones
-take their places: attention knows no order. Rows that evict from fewer bits (``coded_evicting``)
-also let entries leave the first one, which then grows too.
+for every new token; between steps ``reserve``, and what ``leaving.py`` gives back. A row is a
+(sequence, KV head); it has segments: what its option made of the prompt, and a growing one in 16
+bits with the prompt's exact tokens and new ones; with a residual window also a settled one, of new
+tokens that became old and took the option's format. Entries leave a growing segment alone, and its
+last ones take their places: attention knows no order. Rows that evict from fewer bits
+(``coded_evicting``) also let entries leave the first one, which then grows too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
 
 import numpy as np
 import torch
@@ -21,13 +20,14 @@ from torch import Tensor
 from kvtune.policies.option import Option
 from kvtune.policies.page_formats import BF16_PAGE, PAGE
 from kvtune.policies.pages import PageLayout
-from kvtune.policies.paging import chooses_entries, pages_of
+from kvtune.policies.placement import chooses_entries, pages_of
 from kvtune.policies.reader import BlockReader
 from kvtune.runtime.cache.backend import Backend, Growing, Seen
 from kvtune.runtime.cache.beside import Beside, joined
 from kvtune.runtime.cache.entry_rows import EntryRows
 from kvtune.runtime.cache.host_rows import HostRows
 from kvtune.runtime.cache.pool import PageMemory
+from kvtune.runtime.cache.sealing import tables_of
 from kvtune.runtime.cache.segments import (
     CODED,
     GROWN,
@@ -35,14 +35,12 @@ from kvtune.runtime.cache.segments import (
     NOWHERE,
     SETTLED,
     Ints,
-    Leaving,
     runs,
 )
-from kvtune.runtime.cache.selecting import Indexed, Selection, pages_read
+from kvtune.runtime.cache.selecting import Indexed, Selection
 from kvtune.runtime.cache.sending import sent
 from kvtune.runtime.cache.sliding import Ring
-from kvtune.runtime.kernels.launch import Paged, Scratch, shape_for
-from kvtune.runtime.kernels.tiles import TABLE_AHEAD, Segments, plan_tiles
+from kvtune.runtime.kernels.launch import Paged, Scratch
 from kvtune.runtime.rotation import Rotation
 
 
@@ -93,6 +91,7 @@ class PagedLayer:
         self.most = np.full(len(self.layouts), NO_END)  # entries of a growing segment, at any time
         self.evicted = np.zeros(len(self.layouts), np.int64)
         self.evicts_coded = np.zeros(len(self.layouts), bool)  # set before prompts are stored
+        self.ended = np.zeros(len(self.layouts), bool)  # rows of sequences that were freed
         self.ring: Ring | None = None  # of a sliding layer; set before ``seal``
         self.beside: Beside | None = None  # what pages cannot hold
         self.searched: list[EntryRows] = []  # rows whose readers choose no pages
@@ -130,42 +129,27 @@ class PagedLayer:
             self.pages[kind][row] = np.concatenate([self.pages[kind][row], cells[start:end]])
         return cells
 
-    def _page_counts(self, kinds: int = 3) -> Ints:
+    def page_counts(self, kinds: int = 3) -> Ints:
         """Pages that segments of the first kinds have, ``[kinds, rows]``."""
         return np.array([[len(cells) for cells in rows] for rows in self.pages[:kinds]])
 
     def seal(self, new_tokens: int) -> None:
         """Lay out tables and tiles with room for so many tokens a row. Again to make more room."""
-        rooms = self._rooms(new_tokens)
-        self.rooms, kinds, pages = rooms, len(rooms), rooms.ravel()
-        starts = pages.cumsum() - pages
-        row = np.tile(np.arange(self.rows), kinds)
-        pairs = self.codes[:kinds].ravel()
-        table = np.zeros(int(pages.sum()) + TABLE_AHEAD, np.int64)
-        cells = np.concatenate([cells for rows in self.pages[:kinds] for cells in rows])
-        held = self._page_counts(kinds).ravel()
-        inside = runs(held) < np.repeat(pages, held)  # a reader's rows list fewer than they hold
-        table[runs(held, starts)[inside]] = cells[inside]
-        fixed = np.zeros(len(row), bool)
-        fixed[: self.rows] = [number not in self.readers for number in range(self.rows)]
-        fixed[: self.rows] &= ~self.evicts_coded
-        tokens = np.where(fixed, self.lengths[:kinds].ravel(), -1)
-        shape = shape_for(tuple(sorted(set(pairs.tolist()), reverse=True)), self.head_dim)
-        tables = np.tile(np.maximum(self.tables, 0), kinds)
-        segments = Segments(row, pairs, starts, pages, tokens, tables)
-        tiles = plan_tiles(segments, table, shape.programs)
-        self.tables_at = starts.reshape(rooms.shape)
-        self.places = np.append(segments.places, segments.most.sum())  # of segments, and their end
-        grown = GROWN * self.rows + np.arange(self.rows), self.tables_at[GROWN]
+        made = tables_of(self, new_tokens)
+        self.rooms, self.tables_at, self.places = made.rooms, made.starts, made.places
+        segments = np.where(self.ended, NOWHERE, GROWN * self.rows + np.arange(self.rows))
         ring = self.ring.tables() if self.ring else ()
-        host = [table, self.lengths.ravel(), tiles.records, starts, segments.places, *grown, *ring]
+        host = [
+            made.cells, self.lengths.ravel(), made.tiles.records, made.segments.table_at,
+            made.segments.places, segments, self.tables_at[GROWN], *ring,
+        ]  # fmt: skip
         pages_at, lengths, records, *others = sent(host, self.pool.memory.device)
         self._entries, self._places, *growing = others
         self.growing = Growing(*growing)
         self._keep_counted(lengths)
         self._paged = Paged(
-            self.pool.memory, pages_at, lengths, self.fp8_scales, records, tiles.pairs,
-            self.head_dim, int(rooms[GROWN].max()),
+            self.pool.memory, pages_at, lengths, self.fp8_scales, records, made.tiles.pairs,
+            self.head_dim, int(self.rooms[GROWN].max()),
         )  # fmt: skip
         if self.indexed:
             self._select_again()
@@ -189,34 +173,11 @@ class PagedLayer:
         device = self.pool.memory.device
         cells = [torch.as_tensor(x.astype(np.int32), device=device) for x in self.pages[CODED]]
         starts = self.tables_at[CODED].tolist()
-        parts = [part for each in self.indexed for part in each.by_page(self.layouts)]
+        alive = [each.among(~self.ended) for each in self.indexed]
+        parts = [part for each in alive for part in each.by_page(self.layouts)]
         self.selections = [
             Selection.of(part, cells, starts, self.layouts[part.rows[0]]) for part in parts
         ]
-
-    def _rooms(self, new_tokens: int) -> Ints:
-        """Pages that each segment has or may grow to, ``[kinds, rows]``."""
-        ends = np.where(self.most < NO_END, self.most, self.lengths[GROWN] + new_tokens)
-        coded, _, settled = self._page_counts()
-        for row, reader in self.readers.items():
-            layout = self.layouts[row]
-            coded[row] = pages_read(reader, layout.blocks_of(coded[row]), layout)
-        for row in np.flatnonzero(self.evicts_coded).tolist():
-            coded[row] = self.layouts[row].pages_for(self.most[row])
-            ends[row] = self.window
-        if self.residual is None:
-            return np.stack([coded, np.full(self.rows, self._growing_room(ends))])
-        settle = np.array([layout.settles for layout in self.layouts]) & ~self.evicts_coded
-        open_ends = np.maximum(self.lengths[GROWN], self.staying + self.residual + PAGE) + PAGE
-        ends = np.where(settle, np.minimum(ends, open_ends), ends)
-        old = np.maximum(self.lengths[GROWN] - self.staying, 0)
-        settled = (settled - (-(new_tokens + old) // PAGE)) * settle
-        return np.stack([coded, np.full(self.rows, self._growing_room(ends)), settled])
-
-    def _growing_room(self, ends: Ints) -> int:
-        """Pages that any growing segment may have: of whole blocks, as pages are reserved ahead."""
-        blocks = -(-int(ends.max()) // PAGE)
-        return self.growing_layout.pages_for(PAGE * blocks)
 
     def reserve(self, tokens: int) -> None:
         """Give every row pages for so many more tokens. Changes tables in place, if they have room.
@@ -225,10 +186,10 @@ class PagedLayer:
             KvtuneError: the pool is full.
         """
         ends = np.minimum(self.lengths[GROWN] + tokens, self.most)
-        wanted = -(-np.where(self.evicts_coded, self.window, ends) // BF16_PAGE)
+        wanted = -(-np.where(self.evicts_coded, self.window, ends) // BF16_PAGE) * ~self.ended
         if wanted.max() > self.paged.growing_pages:
             self.seal(2 * BF16_PAGE * int(wanted.max()))
-        have = self._page_counts()[GROWN]
+        have = self.page_counts()[GROWN]
         rows = np.flatnonzero(wanted > have)
         if len(rows):
             more = wanted[rows] - have[rows]
@@ -239,9 +200,9 @@ class PagedLayer:
 
     def _reserve_coded(self, tokens: int) -> None:
         """The same of the pages that rows evict from; new ones hold zeros, no other's bytes."""
-        have = self._page_counts()[CODED]
+        have = self.page_counts()[CODED]
         ends = np.minimum(self.lengths[CODED] + tokens, self.most)
-        more = np.where(self.evicts_coded, -(-ends // PAGE) - have, 0).clip(0)
+        more = np.where(self.evicts_coded & ~self.ended, -(-ends // PAGE) - have, 0).clip(0)
         for layout in dict.fromkeys(self.layouts[row] for row in np.flatnonzero(more)):
             rows = np.array([n for n in np.flatnonzero(more) if self.layouts[n] == layout])
             cells = self.take(CODED * self.rows + rows, more[rows], layout)
@@ -256,7 +217,10 @@ class PagedLayer:
         self.paged.table.index_copy_(0, where.long(), what)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add one token a sequence, ``[B, H, D]``; its page must have been reserved."""
+        """Add one token a sequence, ``[B, H, D]``, but to those that have ended.
+
+        Its page must have been reserved.
+        """
         self.backend.append(self.paged, self.growing, keys, values)
 
     def append_rotated(self, rotation: Rotation, values: Tensor) -> Tensor:
@@ -266,10 +230,10 @@ class PagedLayer:
     def count_appended(self, tokens: int = 1) -> None:
         """Note on the host that the device has appended; a captured graph cannot."""
         if self.ring is None:
-            self.lengths[GROWN] += tokens * ~self.evicts_coded
-            self.lengths[CODED] += tokens * self.evicts_coded
+            self.lengths[GROWN] += tokens * (~self.evicts_coded & ~self.ended)
+            self.lengths[CODED] += tokens * (self.evicts_coded & ~self.ended)
         else:
-            self.lengths[GROWN] = self.ring.after(self.lengths[GROWN], tokens)
+            self.lengths[GROWN] = self.ring.after(self.lengths[GROWN], tokens) * ~self.ended
             self.ring.entered += tokens
 
     def attend(self, q: Tensor, scratch: Scratch, scale: float) -> Tensor:
@@ -324,74 +288,6 @@ class PagedLayer:
             wide, lse = joined(found, output, lse)
             output = wide.to(q.dtype)
         return output if self.beside is None else self.beside.merged(q, output, lse, scale)
-
-    def leave(self, leaving: Leaving) -> None:
-        """Let entries go, in place; pages that not even the next token needs are given back."""
-        rows = leaving.rows
-        self.backend.move(self.paged, self.growing, leaving.moves)
-        segments = self.growing.segments[leaving.moves.rows]
-        self.paged.lengths.index_add_(0, segments, leaving.on_device, alpha=-1)
-        self.lengths[GROWN, rows] -= leaving.counts
-        self.evicted[rows] += leaving.counts
-        grown = self.pages[GROWN]
-        kept = -(-(self.lengths[GROWN, rows] + 1) // BF16_PAGE)
-        for row, needed in zip(rows, kept, strict=True):
-            self.pool.give(grown[row][needed:], self.growing_layout.page_cells)
-            grown[row] = grown[row][:needed]
-
-    def shorten(self, rows: Ints, counts: Ints) -> None:
-        """Note that entries have left rows that evict from fewer bits; give back empty pages."""
-        self.lengths[CODED, rows] -= counts
-        self.evicted[rows] += counts
-        for row, held in zip(rows, self.lengths[CODED, rows], strict=True):
-            layout, cells = self.layouts[row], self.pages[CODED][row]
-            needed = layout.pages_for(held + 1)
-            if needed < len(cells):
-                self.pool.give(cells[needed:], layout.page_cells)
-                self.pages[CODED][row] = cells[:needed]
-
-    def free(self, sequence: int) -> None:
-        """Give back a sequence's pages; its rows then attend to nothing.
-
-        They go on growing with the others: what is appended to them takes pages again.
-
-        Raises:
-            RuntimeError: rows of the layer evict, or choose among pages on the device; what does so
-                would go on with pages that are others' by then. Nothing is freed.
-        """
-        evicts = self.ring is None and bool((self.most < NO_END).any())
-        if evicts or any(not self.on_host[row] for row in self.readers):
-            raise RuntimeError(
-                "a layer whose rows evict, or choose among pages on the device, cannot free one "
-                "sequence: drop the cache when all of its sequences have ended"
-            )
-        heads = len(self.options)
-        rows = range(sequence * heads, (sequence + 1) * heads)
-        for kind, row in product((CODED, GROWN, SETTLED), rows):
-            if len(self.pages[kind][row]):
-                self.pool.give(self.pages[kind][row], self.layout(kind, row).page_cells)
-            self.pages[kind][row] = np.zeros(0, np.int64)
-        for row in rows:
-            if self.tables[row] != NOWHERE:
-                layout = self.layouts[row].tables
-                self.pool.give(self.tables[row : row + 1], layout.page_cells)
-        self.tables[rows.start : rows.stop] = NOWHERE
-        if self.beside is not None:
-            self.beside.free(rows)
-        if self.host is not None:
-            self.host.free(rows, self.layouts)
-        for each in self.searched:
-            each.free(rows)
-        self.searched = [each for each in self.searched if len(each.rows)]
-        self.lengths[:, rows.start : rows.stop] = 0
-        self.paged.lengths.view(3, -1)[:, rows.start : rows.stop] = 0
-        if self.ring and self.growing.places is not None:
-            self.ring.restart(rows)
-            self.growing.places.copy_(torch.as_tensor(self.ring.places))
-        tiles = self.paged.tiles
-        theirs = (tiles[:, 0] >= rows.start) & (tiles[:, 0] < rows.stop)
-        tiles[:, 8] = tiles[:, 8].where(~theirs, -1)  # to be looked up, and found to be none
-        tiles[:, 9] = tiles[:, 9].where(~theirs, -1)
 
     @property
     def paged(self) -> Paged:

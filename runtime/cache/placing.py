@@ -1,6 +1,6 @@
 """Where the runtime puts a head's parts: pages of 16 bits, of the option's format, or neither.
 
-The rules are those of ``policies.paging``, by which memory is reserved before a prompt is read.
+The rules are those of ``policies.placement``, by which memory is reserved before a prompt is read.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from kvtune.common.errors import KvtuneError
 from kvtune.policies.decode import DecodeMethod
 from kvtune.policies.option import Option
 from kvtune.policies.pages import exact_among, has_pages
-from kvtune.policies.paging import chooses_entries, is_coded, is_exact, may_lie_on_host
 from kvtune.policies.parts import HeadPart
+from kvtune.policies.placement import chooses_entries, is_coded, is_exact, may_lie_on_host
 from kvtune.policies.policy import Policy
 
 

@@ -93,11 +93,15 @@ def _note(all_logits: Tensor, logits: Tensor, pages: Pages) -> None:
 
 def append_rows(layer: Paged, growing: Growing, keys: Tensor, values: Tensor) -> None:
     """One token a sequence, ``[B, H, D]``, into the growing pages, and count it."""
-    segments = growing.segments.long()
+    segments, tables_at = growing.segments.long(), growing.tables_at.long()
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
     lengths = layer.lengths[segments].long()
     places = _places(growing, lengths)
+    if (ended := segments < 0).any():
+        every = segments, tables_at, keys, values, lengths, places
+        segments, tables_at, keys, values, lengths, places = (x[~ended] for x in every)
     layout = PageLayout(layer.head_dim)
-    cells = layer.table[growing.tables_at.long() + places // BF16_PAGE].long()
+    cells = layer.table[tables_at + places // BF16_PAGE].long()
     pages = layer.typed[1].view(-1, layout.cell_bytes // 2)
     fresh = (places == lengths) & (places % BF16_PAGE == 0)
     if fresh.any():
@@ -106,8 +110,8 @@ def append_rows(layer: Paged, growing: Growing, keys: Tensor, values: Tensor) ->
     flat = pages.view(-1)
     at = cells * pages.shape[1] + places % BF16_PAGE * layer.head_dim
     channels = at[:, None] + torch.arange(layer.head_dim, device=cells.device)
-    flat[channels] = keys.flatten(0, 1).to(flat.dtype)
-    flat[channels + BF16_PAGE * layer.head_dim] = values.flatten(0, 1).to(flat.dtype)
+    flat[channels] = keys.to(flat.dtype)
+    flat[channels + BF16_PAGE * layer.head_dim] = values.to(flat.dtype)
     layer.lengths[segments] = torch.maximum(lengths, places + 1).to(layer.lengths.dtype)
 
 

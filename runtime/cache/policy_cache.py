@@ -1,161 +1,39 @@
-"""A tuned plan in transformers: a cache that ``model.generate`` accepts, stored in pages.
+"""All layers of a model in one pool of pages: a cache of transformers, for one batch of prompts.
 
-::
-
-    from kvtune.runtime import load_cache
-    with load_cache("policy.yaml", model) as cache:
-        model.generate(**inputs, past_key_values=cache)
-
-The first forward pass is the prompt, in one piece; sequences of different lengths are padded on
-the left. When a layer has answered it, each KV head's tokens are chosen and stored and the rest is
-dropped, so that one layer at a time is uncompressed. What comes after it, generated tokens and
-further turns of a conversation, is kept in 16 bits beside it; with
-``evicts=True`` heads whose method can go on evicting do, so that they stay within their budgets.
-
-What was evicted is gone: the cache cannot be cropped, and prefix reuse would give the next user a
-prompt that was compressed for this one (store prompts, not caches). Give the prompt in one piece:
-only its first piece would be compressed.
+Memory is taken when the prompts' lengths are known, for what their budgets foresee and for new
+tokens; ``loading.py`` attaches a cache to a model.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache
 
 from kvtune.common.errors import KvtuneError
-from kvtune.common.transformers_interface import cache_argument, register_attention
-from kvtune.common.units import format_bytes
 from kvtune.policies.apply import linked
-from kvtune.policies.option import Option
 from kvtune.policies.page_formats import PAGE
 from kvtune.policies.pages import PageLayout
-from kvtune.policies.paging import (
-    SLAB_CELLS,
-    Growth,
-    Pages,
-    head_pages,
-    landing_cells,
-    pool_cells,
-    spare_pages,
-    splits,
-)
+from kvtune.policies.paging import Growth
 from kvtune.policies.policy import Policy
-from kvtune.policies.policy_file.reader import read_policy
 from kvtune.policies.signals import Signals
-from kvtune.runtime.cache.answering import NAME, Answering
-from kvtune.runtime.cache.backend import Backend, PlainBackend, TritonBackend, backend_for
+from kvtune.runtime.cache.answering import Answering
+from kvtune.runtime.cache.backend import Backend, TritonBackend, backend_for
 from kvtune.runtime.cache.beside import Shared
-from kvtune.runtime.cache.evicting import check_evicting
+from kvtune.runtime.cache.foreseen import cells_for
 from kvtune.runtime.cache.host_pool import HostPool
 from kvtune.runtime.cache.host_rows import Landing
-from kvtune.runtime.cache.layer import CacheLayer, attention, padding_mask
-from kvtune.runtime.cache.limit import check_limit
+from kvtune.runtime.cache.layer import CacheLayer
+from kvtune.runtime.cache.limit import LimitedPool, check_limit
 from kvtune.runtime.cache.paged_layer import PagedLayer
-from kvtune.runtime.cache.placing import check_host, warn_of_slow_formats
-from kvtune.runtime.cache.pool import Pool
-from kvtune.runtime.cache.selecting import check_reader
-from kvtune.runtime.cache.sentences import SentenceEnds, watch
-from kvtune.runtime.cache.settling import check_residual, settle
-from kvtune.runtime.cache.whole_prompt import calibration_for, check_passes, repeated, when_read
+from kvtune.runtime.cache.sentences import SentenceEnds
+from kvtune.runtime.cache.settling import settle
 from kvtune.runtime.kernels.launch import Scratch
 from kvtune.traces.calibration import Calibration
-from kvtune.traces.geometry import Geometry, read_geometry
-from kvtune.traces.learned import learned_layers
-from kvtune.traces.models import fingerprint
-from kvtune.traces.self_check import Ask, Part, require_same
-
-
-def load_cache(
-    policy: Path | str | Policy,
-    model: Any,
-    *,
-    new_tokens: int = 1024,
-    evicts: bool = False,
-    residual: int | None = None,
-    limit_bytes: int | None = None,
-    tokenizer: Any = None,
-) -> PolicyCache:
-    """A cache for one conversation under a policy; the model answers through it from now on.
-
-    As a context manager, or with ``close``, the model's former attention is put back at the end.
-
-    Args:
-        policy: a policy file, or a policy.
-        model: a transformers causal language model with plain attention.
-        new_tokens: to make room for at first; more is made when they are exceeded.
-        evicts: whether methods that can go on evicting while tokens are generated do; if not, all
-            generated tokens stay.
-        residual: newest generated tokens that stay in 16 bits, where older ones take their head's
-            own format, a page of 64 at a time (KIVI); None for all of them. Heads that evict from
-            fewer than 16 bits keep so many, and up to twice as many, in 16 bits; without it none.
-        limit_bytes: that the pool of pages never exceeds; None for no limit. Policies that hold
-            more of a prompt than is in pages are refused with it.
-        tokenizer: the model's, for policies that ask it to repeat its prompt (KVzip), that go by
-            sentences (SentenceKV), or that must measure it first (CompressKV, on a model that was
-            never measured).
-
-    Raises:
-        KvtuneError: unreadable policy, another model's shape, an unsupported format or head, or a
-            model that kvtune would not answer for as it does itself. When prompts are read, or
-            later: more pages than the limit allows.
-    """
-    geometry = read_geometry(model)
-    shape = geometry.layers, geometry.kv_heads
-    bound = policy if isinstance(policy, Policy) else read_policy(policy).bind(*shape)
-    bound.check_fits(*shape)
-    check_passes(bound, tokenizer)
-    for option in dict.fromkeys(bound.options()):
-        check_host(option, geometry.head_dim, evicts)
-        check_reader(option, geometry.head_dim)
-    warn_of_slow_formats(bound, geometry.head_dim)
-    if evicts:
-        check_evicting(bound, geometry.head_dim)
-    if residual is not None:
-        check_residual(bound, residual)
-    register_attention(NAME, attention, padding_mask)
-    require_same(model, geometry, NAME, _through_pages(model, geometry), stored_last=True)
-    cache = PolicyCache(bound, geometry, new_tokens, evicts, residual, limit_bytes=limit_bytes)
-    if bound.needs.calibration:
-        cache.calibration = calibration_for(model, geometry, tokenizer)
-    if bound.needs.learned:
-        name = fingerprint(model, geometry)
-        cache.learned = learned_layers(name, geometry.layers, str(model.device))
-    if bound.needs.asks_model:
-        cache.repeat = partial(repeated, model, geometry, tokenizer, bound.needs)
-    if bound.needs.sentences:
-        cache.sentences = SentenceEnds(tokenizer)
-        watch(model, cache, cache.sentences)
-    if cache.waits:
-        when_read(model, cache)
-    cache.answering = Answering.begin(model)
-    return cache
-
-
-def _through_pages(model: Any, geometry: Geometry) -> Ask:
-    """How the self-check asks a model: a prompt, then a token from uncompressed pages."""
-    uncompressed = Policy.uniform(Option(), geometry.layers, geometry.kv_heads)
-    # Plain torch on any device: no kernel is compiled for so little.
-    cache = PolicyCache(uncompressed, geometry, 1, backend_of=lambda _: PlainBackend())
-
-    def ask(ids: Tensor, part: Part) -> Tensor:
-        mask = torch.ones(1, part.stop, dtype=torch.long, device=ids.device)
-        logits: Tensor = model(
-            input_ids=ids, attention_mask=mask, use_cache=True, **cache_argument(model, cache)
-        ).logits
-        if part.stored:
-            cache.layers.clear()  # they refer to it, and would keep its memory until collected
-        return logits
-
-    return ask
+from kvtune.traces.geometry import Geometry
 
 
 class PolicyCache(Cache):  # type: ignore[misc]
@@ -184,7 +62,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
         self.width = 0  # of the batch: the longest prompt, and padding before it
         self.reading: range | None = None  # sequences whose prompts the model reads now
         self.answering: Answering | None = None  # through this cache, once it is loaded
-        self.pool: Pool
+        self.pool: LimitedPool
         self.backend: Backend
         self._backend_of = backend_of
         self.host_pool: HostPool | None = None  # where a policy keeps heads on the host
@@ -266,7 +144,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
         for number, sequence in enumerate(sequences):  # one prompt may stand for all
             self.budgets[sequence] = settled[number % len(settled)]
         if (missing := self._cells_for(sequences) - planned) > 0:
-            self._extend(missing)
+            self.pool.extend(missing)
         for layer in self.layers:
             layer.store([layers.pop(0) for layers in rows])  # and keep none of it
         return self.reading is not None
@@ -287,49 +165,14 @@ class PolicyCache(Cache):  # type: ignore[misc]
 
     def _take_memory(self, device: torch.device) -> None:
         """For all prompts, as far as their budgets are known, and for new tokens."""
-        self.pool = Pool(0, PageLayout(self.geometry.head_dim).cell_bytes, device)
+        cell_bytes = PageLayout(self.geometry.head_dim).cell_bytes
+        self.pool = LimitedPool(cell_bytes, device, self.limit_bytes)
         if self.limit_bytes is not None:
             pairs = zip(self.prompts, self.budgets, strict=True)
             check_limit(self.policy, dict(pairs), self.geometry.head_dim)
-        self._extend(self._cells_for(range(len(self.prompts))))
+        self.pool.extend(self._cells_for(range(len(self.prompts))))
         if self.policy.uses_host:
             self.host_pool, self.landing = HostPool(device), Landing(self.pool)
-
-    def _extend(self, cells: int) -> None:
-        """Take so many cells more, within the limit.
-
-        Raises:
-            KvtuneError: they would exceed it; nothing is taken.
-        """
-        wanted = self.pool.memory.numel() + self.pool.bytes_of(cells)
-        if self.limit_bytes is not None and wanted > self.limit_bytes:
-            raise KvtuneError(
-                f"the cache's pages would take {format_bytes(wanted)}, and its limit is "
-                f"{format_bytes(self.limit_bytes)}",
-                hint="give its heads smaller budgets, make it for fewer new_tokens, or raise "
-                "limit_bytes.",
-            )
-        self.pool.extend(cells)
-
-    def _within_limit(self, cells: int) -> int:
-        """So many cells, or as many slabs as the limit leaves, if it leaves one."""
-        if self.limit_bytes is None:
-            return cells
-        slabs = (self.limit_bytes - self.pool.memory.numel()) // self.pool.bytes_of(1)
-        return min(cells, slabs * SLAB_CELLS) if slabs > 0 else cells
-
-    def _cells_for(self, sequences: range) -> int:
-        """Cells of a pool that holds some sequences at their ends."""
-        each = [(self.prompts[row], self.budgets[row]) for row in sequences]
-        distinct = {id(budgets): (tokens, budgets) for tokens, budgets in each}
-        counts = Counter(id(budgets) for _, budgets in each)
-        pages = Pages()
-        for name, one in distinct.items():
-            for layout, count in self._pages_wanted(*one).items():
-                pages[layout] += counts[name] * count
-        longest = max((tokens for tokens, _ in each), default=0)
-        landing = landing_cells(self.policy, longest, self.geometry.head_dim, len(each))
-        return pool_cells(pages) + landing
 
     def check_finite(self) -> None:
         """All layers have read the prompts: whether all that they read were numbers.
@@ -343,25 +186,10 @@ class PolicyCache(Cache):  # type: ignore[misc]
             head = row % self.policy.kv_heads
             raise KvtuneError(f"layer {layer}, KV head {head}: a key or value is not finite")
 
-    def window_of(self, layer: int, prompt_tokens: int) -> int | None:
-        """A layer's sliding window, if a sequence will exceed it."""
-        window = self.geometry.windows[layer]
-        if window is None or prompt_tokens + self.new_tokens <= window:
-            return None
-        return window
-
-    def _pages_wanted(self, tokens: int, budgets: NDArray[np.int64]) -> Pages:
-        """By one sequence, at its end; some more a head where budgets may still be split anew."""
-        pages, head_dim = Pages(), self.geometry.head_dim
-        split = splits(self.policy)
-        for layer, (options, planned) in enumerate(zip(self.policy.heads, budgets, strict=True)):
-            window = self.window_of(layer, tokens)
-            for option, count in zip(options, planned.tolist(), strict=True):
-                theirs = head_pages(option, count, tokens, head_dim, self.growth, window)
-                pages += theirs
-                if split:
-                    pages += spare_pages(option, theirs, head_dim)
-        return pages
+    def _cells_for(self, sequences: range) -> int:
+        """Cells of a pool that holds some sequences at their ends."""
+        each = [(self.prompts[row], self.budgets[row]) for row in sequences]
+        return cells_for(self.policy, self.geometry, self.growth, each)
 
     def reserve(self, tokens: int) -> None:
         """Pages for so many more tokens of every row."""
@@ -378,11 +206,21 @@ class PolicyCache(Cache):  # type: ignore[misc]
                 raise
             growing = layer.growing_layout
             grown = layer.rows * growing.page_cells * growing.pages_for(PAGE + self.new_tokens)
-            self._extend(self._within_limit(self.policy.layers * grown))
+            self.pool.extend(self.pool.within_limit(self.policy.layers * grown))
             for other in self.layers:
                 if other.seen:  # while prompts are read, later ones have no tables yet
                     other.paged.seal(self.new_tokens)
             self.make_room(layer, tokens)
+
+    def free(self, sequence: int) -> None:
+        """A sequence of the batch has ended: its memory is others' now.
+
+        It stays in the batch; what the model is given for it is not stored, and what it answers
+        means nothing.
+        """
+        self.shared = {name: held for name, held in self.shared.items() if name[0] != sequence}
+        for layer in self.layers:
+            layer.free(sequence)
 
     @property
     def can_be_captured(self) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.units import format_bytes
-from kvtune.policies.paging import SLAB_CELLS
+from kvtune.policies.slabs import SLAB_CELLS
 
 Cells = NDArray[np.int64]
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -19,7 +21,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.policies.option import Option
 from kvtune.policies.page_formats import PAGE
 from kvtune.policies.pages import PageLayout, has_pages
-from kvtune.policies.paging import ranks_without_newest, reads_pages
+from kvtune.policies.placement import ranks_without_newest, reads_pages
 from kvtune.policies.reader import BlockReader
 
 
@@ -56,6 +58,19 @@ class Indexed:
         blocks = torch.cat([chosen[:, :-1], last.expand(-1, missing)], 1)
         tokens = ((chosen[:, :-1] != last).sum(1) - last[:, 0]) * PAGE + self.counts
         return blocks, tokens
+
+    def among(self, rows: NDArray[np.bool_]) -> Indexed:
+        """Those of its rows that are among some, flags ``[rows of the layer]``."""
+        if rows[self.rows].all():
+            return self
+        at = np.flatnonzero(rows[self.rows]).tolist()
+        left = [self.rows[n] for n in at]
+        return Indexed(self.reader, left, self.index[at], self.counts[at])
+
+    def forget(self, rows: range) -> None:
+        """Nothing is read of these rows any more. In place, so that a captured graph sees it."""
+        gone = torch.tensor([row in rows for row in self.rows], device=self.counts.device)
+        self.counts.masked_fill_(gone, 0)
 
     def by_page(self, layouts: Sequence[PageLayout]) -> list[Indexed]:
         """The rows apart by how many tokens their pages hold; ``layouts`` are of all rows."""

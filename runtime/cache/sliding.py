@@ -8,7 +8,7 @@ table in device memory, which a captured graph reads without the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.option import Option
-from kvtune.policies.paging import chooses_entries
+from kvtune.policies.placement import chooses_entries
 from kvtune.runtime.cache.segments import Ints
 
 
@@ -44,11 +44,6 @@ class Ring:
     def tables(self) -> tuple[Ints, Ints]:
         """The places, and how many tokens have entered each row."""
         return self.places, np.full(len(self.places), self.entered)
-
-    def restart(self, rows: Iterable[int]) -> None:
-        """Rows that are empty now begin at their first place again."""
-        window = self.places.shape[1]
-        self.places[list(rows)] = (np.arange(window) - self.entered) % window
 
 
 def places_of(kept: Sequence[Tensor], read: Sequence[int], window: int) -> Ints:

@@ -22,7 +22,8 @@ def append_token(keys, values, key_strides, value_strides, segments, tables_at, 
 
     Args:
         keys, values: [B, H, D] by these strides, (B, H) each.
-        segments: [rows] int32, the growing segment of each row.
+        segments: [rows] int32, the growing segment of each row; negative where its sequence has
+            ended, and nothing is appended.
         tables_at: [rows] int32, its first entry in the page table.
         table: int32 cells.
         lengths: [segments] int32, counted up.
@@ -34,10 +35,12 @@ def append_token(keys, values, key_strides, value_strides, segments, tables_at, 
     row, channel = tl.program_id(0), tl.arange(0, D)
     key = tl.load(_head_of(keys, key_strides, row, H) + channel)
     value = tl.load(_head_of(values, value_strides, row, H) + channel)
-    page, slot, fresh = _take_place(row, segments, tables_at, table, lengths, pool_bf16,
-                                    places, entered, WINDOW, D)  # fmt: skip
-    tl.store(page + slot * D + channel, key.to(tl.bfloat16))
-    _store_value(page, slot, fresh, value, D)
+    segment = tl.load(segments + row)
+    if segment >= 0:
+        page, slot, fresh = _take_place(row, segment, tables_at, table, lengths, pool_bf16,
+                                        places, entered, WINDOW, D)  # fmt: skip
+        tl.store(page + slot * D + channel, key.to(tl.bfloat16))
+        _store_value(page, slot, fresh, value, D)
 
 
 @triton.jit
@@ -92,12 +95,14 @@ def append_rotated(queries, rotated, cos, sin, query_strides, angle_stride,
         source = _head_of(keys, key_strides, row, H)
         half = tl.arange(0, D // 2)
         first, second = rotated_halves(source, cos, sin, half, D)
-        page, slot, fresh = _take_place(row, segments, tables_at, table, lengths, pool_bf16,
-                                        places, entered, WINDOW, D)  # fmt: skip
-        target = page + slot * D + half
-        tl.store(target, first.to(tl.bfloat16))
-        tl.store(target + D // 2, second.to(tl.bfloat16))
-        _store_value(page, slot, fresh, value, D)
+        segment = tl.load(segments + row)
+        if segment >= 0:
+            page, slot, fresh = _take_place(row, segment, tables_at, table, lengths, pool_bf16,
+                                            places, entered, WINDOW, D)  # fmt: skip
+            target = page + slot * D + half
+            tl.store(target, first.to(tl.bfloat16))
+            tl.store(target + D // 2, second.to(tl.bfloat16))
+            _store_value(page, slot, fresh, value, D)
 
 
 @triton.jit
@@ -120,10 +125,9 @@ def _head_of(tensor, strides, row, H: tl.constexpr):
 
 
 @triton.jit
-def _take_place(row, segments, tables_at, table, lengths, pool_bf16, places, entered,
+def _take_place(row, segment, tables_at, table, lengths, pool_bf16, places, entered,
                 WINDOW: tl.constexpr, D: tl.constexpr):  # fmt: skip
     """The new token's page, its slot, and whether it is the page's first; counts it."""
-    segment = tl.load(segments + row)
     length = tl.load(lengths + segment)
     place = length
     if WINDOW:

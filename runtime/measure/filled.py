@@ -14,7 +14,8 @@ from kvtune.policies.parts import entries_of
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.choosing import Choice
-from kvtune.runtime.cache.policy_cache import PolicyCache, load_cache
+from kvtune.runtime.cache.loading import load_cache
+from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.measure.plain_model import random_tensor
 
 

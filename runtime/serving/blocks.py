@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from kvtune.policies.option import Option
 from kvtune.policies.page_formats import BF16_PAGE
 from kvtune.policies.pages import PageLayout
-from kvtune.policies.paging import pages_of, planned_entries, splits
+from kvtune.policies.paging import splits
+from kvtune.policies.placement import pages_of, planned_entries
 from kvtune.policies.policy import Policy
 from kvtune.policies.servable import LEFT_TO_ANSWERS
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvtune.policies.page_formats import BF16_PAGE, PAGE
 from kvtune.policies.pages import PageLayout
-from kvtune.policies.paging import pages_of
+from kvtune.policies.placement import pages_of
 from kvtune.policies.policy import Policy
 from kvtune.runtime.cache.segments import Ints, runs
 from kvtune.runtime.kernels.tiles import FIELDS, PROGRAMS, Segments, kind_of, plan_tiles

@@ -11,7 +11,7 @@ from collections import Counter
 from kvtune.common.estimate import Estimate
 from kvtune.policies.encoded_pages import encoded_bytes
 from kvtune.policies.pages import has_pages
-from kvtune.policies.paging import is_encoded
+from kvtune.policies.placement import is_encoded
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape

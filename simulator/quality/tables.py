@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from kvtune.common.bounds import Name
 from kvtune.policies.option import Ledger, Option
-from kvtune.policies.paging import may_lie_on_host
+from kvtune.policies.placement import may_lie_on_host
 from kvtune.simulator.quality.rules import Rule
 
 Floats = NDArray[np.float32]

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtune.common.estimate import Tier
+from kvtune.policies.host_pages import arriving_pages
 from kvtune.policies.option import Option
-from kvtune.policies.paging import arriving_pages, share_of_slab
 from kvtune.policies.policy import Policy
+from kvtune.policies.slabs import share_of_slab
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency.answers import TIERS, Times

@@ -18,7 +18,7 @@ from kvtune.policies.policy import Policy
 from kvtune.profiles.kernel_table import Point
 from kvtune.profiles.models import find_model, model_of_size
 from kvtune.profiles.shape import ModelShape
-from kvtune.runtime.cache.policy_cache import load_cache
+from kvtune.runtime.cache.loading import load_cache
 from kvtune.runtime.fuse import fused_on_gpu
 from kvtune.runtime.graph import DecodeLoop
 from kvtune.runtime.measure.filled import filled
