@@ -160,7 +160,10 @@ def plan_tiles(segments: Segments, table: Ints, programs: int | None = None) -> 
     cost, blocks = block_costs(segments.pair), -(-segments.most // PAGE)
     target = max(float((cost * blocks).sum()) / programs, 1e-9)
     finest = np.maximum(blocks // _SMALLEST_TILE, 1)
-    cuts = np.clip(np.rint(cost * blocks / target), 1, finest).astype(np.int64)
+    # The sum is rounded, not each one: of rows alike some have a tile more, so that all programs
+    # that can run at once do.
+    ends = np.rint((cost * blocks / target).cumsum())
+    cuts = np.clip(np.diff(ends, prepend=0), 1, finest).astype(np.int64)
     segment = np.repeat(np.arange(len(cuts)), cuts)
     turn = np.arange(len(segment)) - np.repeat(cuts.cumsum() - cuts, cuts)
     begin = turn * blocks[segment] // cuts[segment]

@@ -120,3 +120,11 @@ def cache_factor(name: str, end: str) -> float:
     """Efficiency of reading a cache in a format, over that of bf16."""
     factor: float = getattr(CACHE_FACTOR.get(name, UNREPORTED_CACHE_FACTOR), end)
     return factor
+
+
+def pages_as(name: str, other: str, end: str) -> float:
+    """Bytes of pages in another format that are read in the time of one byte in this one."""
+    known = PAGES_FACTOR[other].value if other in PAGES_FACTOR else cache_factor(other, "value")
+    mine = PAGES_FACTOR.get(name, UNREPORTED_CACHE_FACTOR)
+    slower: float = known / {"value": mine.value, "low": mine.high, "high": mine.low}[end]
+    return slower
