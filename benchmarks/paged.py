@@ -143,7 +143,9 @@ def _fill(
             continue
         layout = PageLayout(paged.head_dim, run.keys, run.values)
         inside = np.arange(layout.page_cells)
-        theirs, mine = (start[ends[n] - pages[n] : ends[n], None] + inside for n in (source, number))
+        theirs, mine = (
+            start[ends[n] - pages[n] : ends[n], None] + inside for n in (source, number)
+        )
         cells[torch.tensor(mine, device=DEVICE)] = cells[torch.tensor(theirs, device=DEVICE)]
         if layout.has_tables:
             size = layout.tables.page_cells

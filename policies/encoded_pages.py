@@ -11,6 +11,7 @@ from kvtune.policies.pages import KERNEL_HEAD_DIMS
 from kvtune.policies.parts import PartPlan
 
 _CELLS = 4
+_BETWEEN = 64  # bytes at most between the buffers of a part
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class EncodedPages:
         return self.page_cells * self.cell_bytes
 
     def pages_for(self, size: int) -> int:
-        """Pages that so many bytes take."""
-        return -(-size // self.page_bytes)
+        """Pages that so many bytes of buffers take, each of which begins with a whole word."""
+        return -(-(size + _BETWEEN * (size > 0)) // self.page_bytes)
 
 
 def encoded_bytes(plan: PartPlan, option: Option, head_dim: int) -> int:

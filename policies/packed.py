@@ -45,6 +45,8 @@ NUMBERS = 16
 
 MOST_RANK = 16
 
+_IN_WORDS = (2, 4, 8)  # bits of codes of which none begins in one word and ends in another
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -59,6 +61,7 @@ class Reading:
         patched: whether outliers are added.
         rank: columns of the low-rank factors.
         groups: of a token's channels, where rows are tokens.
+        words: whether the codes of 32 elements of a row are whole words, of 32 bits.
     """
 
     bits: int
@@ -68,6 +71,7 @@ class Reading:
     patched: bool = False
     rank: int = 0
     groups: int = 1
+    words: bool = False
 
     @property
     def shares(self) -> bool:
@@ -141,17 +145,23 @@ def grouped(
         if group < head_dim and (head_dim % group or group < 8):
             return None
         name, width = ("last", head_dim) if group > head_dim else ("whole", group)
-        reading = Reading(bits, groups=head_dim // width)
+        words = head_dim * bits % 32 == 0 and bits in _IN_WORDS and width * bits % 8 == 0
+        reading = Reading(bits, groups=head_dim // width, words=words)
         return (Section(0, tokens, reading, _of(name), width),) if tokens else ()
     whole = tokens // group * group
     if whole and group % STEP:
         return None
     ends = ((0, whole, "whole", group), (whole, tokens, "last", tokens - whole))
     return tuple(
-        Section(start, stop, Reading(bits, "channels"), _of(name), width, first=start)
+        Section(start, stop, _by_channel(bits, width), _of(name), width, first=start)
         for start, stop, name, width in ends
         if stop > start
     )
+
+
+def _by_channel(bits: int, group: int) -> Reading:
+    words = bits in _IN_WORDS and group % STEP == 0
+    return Reading(bits, "channels", words=words)
 
 
 def _of(name: str) -> dict[str, str]:

@@ -267,13 +267,15 @@ def test_packed_buffers_lie_in_the_pages_that_were_foreseen(
     planned = 2 * sum(x.page_bytes * n for x, n in foreseen.items())
     used, real = layer.page_bytes(), sum(each.laid.size for each in layer.beside.laid)
     assert used <= planned if form.bytes_vary else used == planned
-    assert layer.beside.page_bytes - real < 4 * EncodedPages(8).page_bytes
-    assert cache.pool.used_bytes == cache.page_bytes() == 3 * used
+    assert layer.beside.page_bytes - real < 4 * (EncodedPages(8).page_bytes + 64)
+    whole = cache.page_bytes()
+    assert cache.pool.used_bytes == whole
+    assert form.bytes_vary or whole == 3 * used
     assert cache.pool.memory.numel() == memory
     layer.free(0)
     layer.free(1)
     assert layer.beside.page_bytes == 0
-    assert cache.pool.used_bytes == 2 * used
+    assert cache.pool.used_bytes == whole - used
     cache.pool.check_integrity()
 
 

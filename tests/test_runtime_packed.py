@@ -1,4 +1,4 @@
-"""Packed buffers read where they lie: sections are whole, and the kernel attends as float64 does."""
+"""Packed buffers read where they lie: the kernel attends to them as float64 does."""
 
 from __future__ import annotations
 
@@ -123,7 +123,10 @@ def test_weighted_balanced_and_turned_parts_of_one_row_are_joined() -> None:
         HeadPart(torch.arange(40), turns=(matrix, matrix.T.contiguous()), formats=four),
     ]
     rows = (0, 0, 1)
-    held = [laid(pool, row, part, option, n) for n, (row, part) in enumerate(zip(rows, parts))]
+    held = [
+        laid(pool, row, part, option, n)
+        for n, (row, part) in enumerate(zip(rows, parts, strict=True))
+    ]
     check(held, pool, 2)
 
 

@@ -103,9 +103,7 @@ class Grouped(Format):
     def packed(self, tokens: int, head_dim: int, role: Role) -> Sections | None:
         """The first tokens as they are, groups along tokens or channels behind them."""
         exact = min(tokens, self.exact_first)
-        coded = grouped(
-            tokens - exact, head_dim, self.bits, self.group, self.is_along_tokens(role)
-        )
+        coded = grouped(tokens - exact, head_dim, self.bits, self.group, self.is_along_tokens(role))
         behind = None if coded is None else tuple(each.moved(exact) for each in coded)
         return joined([numbers(0, exact, "exact"), behind])
 

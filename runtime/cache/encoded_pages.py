@@ -1,15 +1,15 @@
 """Packed buffers of formats that no kernel reads, in the pool's pages.
 
-A head's buffers lie end to end, those of wide numbers first, so that each begins where its numbers
-may; what they take is their own bytes, whatever a plan has foreseen. A step reads them back and
-attends: the memory is saved, the time is not.
+A head's buffers lie one behind the other, those of wide numbers first, each from a whole word on;
+what they take is their own bytes, whatever a plan has foreseen. A kernel reads them there
+(``packed_parts``), or a step reads them back and attends: the memory is saved, the time is not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch import Tensor
 from kvtune.policies.encoded_pages import EncodedPages
 from kvtune.policies.format import Stored
 from kvtune.runtime.cache.pool import Cells, PageMemory
+
+WORD = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -81,16 +83,17 @@ def lay(pool: PageMemory, head_dim: int, tensors: Sequence[Stored]) -> Laid:
     ]
     named.sort(key=lambda each: -each[2].element_size())
     parts = [x.contiguous().flatten().view(torch.uint8) for _, _, x in named]
-    ends = list(accumulate((len(part) for part in parts), initial=0))
-    size = ends[-1]
+    size = sum(len(part) for part in parts)
+    starts = [*accumulate((-(-len(part) // WORD) * WORD for part in parts), initial=0)][:-1]
     pages = pool.take(layout.pages_for(size), layout.page_cells)
     first = torch.as_tensor(pages, device=device)
     cells = (first[:, None] + torch.arange(layout.page_cells, device=device)).flatten()
     whole = torch.zeros(len(cells) * layout.cell_bytes, dtype=torch.uint8, device=device)
-    whole[:size] = torch.cat(parts) if parts else whole[:0]
+    for start, part in zip(starts, parts, strict=True):
+        whole[start : start + len(part)] = part
     pool.memory.view(-1, layout.cell_bytes)[cells] = whole.view(-1, layout.cell_bytes)
     buffers = tuple(
-        Buffer(number, name, x.dtype, tuple(x.shape), *place)
-        for (number, name, x), place in zip(named, pairwise(ends), strict=True)
+        Buffer(number, name, x.dtype, tuple(x.shape), start, start + len(part))
+        for (number, name, x), start, part in zip(named, starts, parts, strict=True)
     )
     return Laid(layout, pages, tuple(x.tokens for x in tensors), size, buffers, cells)

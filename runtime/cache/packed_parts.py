@@ -221,4 +221,5 @@ def _number(section: Section, buffers: Mapping[str, Buffer]) -> int:
         reading.bits + 32 * (reading.rows == "channels") + 64 * _WIDTHS.index(reading.widths)
         + 256 * reading.levels + 512 * reading.patched + 1024 * reading.rank
         + 32768 * (reading.groups.bit_length() - 1) + 524288 * bfloat
+        + 1048576 * reading.words
     )  # fmt: skip

@@ -16,11 +16,11 @@ from kvtune.runtime.kernels.packed_numbers import (
     SECTION_FIELDS,
     STEP,
     TABLE_AT,
-    channel_rows,
     has_outliers,
     left_factors,
     numbers_of,
     outliers_of,
+    prepared,
     rank_of,
     right_factors,
     some_outliers,
@@ -60,8 +60,8 @@ def attend_packed(
     mine = head[:, None] * D + channel[None, :]
     queries = tl.load(q + mine, mask=(head < G)[:, None], other=0)
     factor = softmax_scale * LOG2_E
-    key_rows = channel_rows(pool, table, keys, D, KEYS)
-    value_rows = channel_rows(pool, table, values, D, VALUES)
+    key_known = prepared(pool, table, keys, D, KEYS)
+    value_known = prepared(pool, table, values, D, VALUES)
     if rank_of(KEYS) > 0:
         reduced = tl.dot(queries, tl.trans(right_factors(pool, table, keys, D, KEYS)),
                          input_precision="ieee")  # fmt: skip
@@ -71,7 +71,7 @@ def attend_packed(
     narrow = queries.to(tl.float16)
     for step in tl.range(0, count, STEP, num_stages=1):
         there = step + token < count
-        numbers = numbers_of(pool, table, keys, key_rows, key_first + step, there, D, KEYS, True)
+        numbers = numbers_of(pool, table, keys, key_known, key_first + step, there, D, KEYS, True)
         logits = tl.dot(narrow, numbers.to(tl.float16))
         if rank_of(KEYS) > 0:
             left = left_factors(pool, table, keys, key_first + step, there, D, KEYS)
@@ -86,7 +86,7 @@ def attend_packed(
         peak = tl.maximum(largest, tl.max(logits, 1))
         shrink, weights = tl.exp2(largest - peak), tl.exp2(logits - peak[:, None])
         total, largest = total * shrink + tl.sum(weights, 1), peak
-        numbers = numbers_of(pool, table, values, value_rows, value_first + step, there,
+        numbers = numbers_of(pool, table, values, value_known, value_first + step, there,
                              D, VALUES, False)  # fmt: skip
         acc = tl.dot(weights.to(tl.float16), numbers.to(tl.float16), acc * shrink[:, None])
         if rank_of(VALUES) > 0:

@@ -73,9 +73,9 @@ def is_bfloat(reading):
 
 
 @triton.constexpr_function
-def _goes_on(reading):
-    """Whether a code may begin in one byte and end in the next."""
-    return widths_of(reading) == "tokens" or bits_of(reading) in (3, 5, 6, 7)
+def has_words(reading):
+    """Whether the codes of 32 elements of a row are whole words of 32 bits."""
+    return reading // 1048576 % 2 == 1
 
 
 @triton.jit
@@ -108,16 +108,26 @@ def _short(pool, table, offset, mask, D: tl.constexpr):
 
 
 @triton.jit
-def channel_rows(pool, table, section, D: tl.constexpr, READING: tl.constexpr):
-    """Of each channel [D]: where its codes and scales begin, bits of a code, bytes of a group."""
+def prepared(pool, table, section, D: tl.constexpr, READING: tl.constexpr):
+    """What is the same in all steps: of each channel [D], where its codes and scales begin, bytes
+    of a group and whether it is wide; and what codes stand for, where that is looked up."""
+    levels = ()
+    if has_levels(READING):
+        first = tl.load(section + LEVELS)
+        for code in tl.static_range(1 << bits_of(READING)):
+            levels = levels + (_half(pool, table, first + 2 * code, first >= 0, D),)
+    return _channel_rows(pool, table, section, D, READING), levels
+
+
+@triton.jit
+def _channel_rows(pool, table, section, D: tl.constexpr, READING: tl.constexpr):
     channel = tl.arange(0, D)
     codes, scales = tl.load(section + CODES), tl.load(section + SCALES)
     groups, size = tl.load(section + GROUPS), tl.load(section + GROUP_BYTES)
-    row, sizes, bits = channel, tl.zeros_like(channel) + size, tl.zeros_like(channel)
-    bits += bits_of(READING)
+    row, sizes = channel, tl.zeros_like(channel) + size
+    before, same = tl.zeros_like(channel), tl.zeros_like(channel)
     codes, scales = tl.zeros_like(channel) + codes, tl.zeros_like(channel) + scales
     if widths_of(READING) == "channels":
-        before, same = tl.zeros_like(channel), tl.zeros_like(channel)
         places = tl.load(section + WIDTHS)
         for n in tl.range(0, tl.load(section + WIDE_COUNT)):
             place = _short(pool, table, places + 2 * n, True, D)
@@ -127,87 +137,127 @@ def channel_rows(pool, table, section, D: tl.constexpr, READING: tl.constexpr):
         sizes = tl.where(same > 0, tl.load(section + WIDE_BYTES), sizes)
         codes = tl.where(same > 0, tl.load(section + WIDE_CODES), codes)
         scales = tl.where(same > 0, tl.load(section + WIDE_SCALES), scales)
-        bits = tl.where(same > 0, 2 * bits, bits)
-    return codes + row * groups * sizes, scales + row * groups * 4, bits, sizes
+    return codes + row * groups * sizes, scales + row * groups * 4, sizes, same > 0
 
 
 @triton.jit
-def numbers_of(pool, table, section, rows, first, there, D: tl.constexpr, READING: tl.constexpr,
+def numbers_of(pool, table, section, known, first, there, D: tl.constexpr, READING: tl.constexpr,
                ACROSS: tl.constexpr):  # fmt: skip
     """Numbers of a step float32, [32, D]; [D, 32] where ACROSS.
 
     Args:
         pool, table: the pool's memory, and the first cells of the part's pages.
         section: the record.
-        rows: of ``channel_rows``.
+        known: of ``prepared``.
         first: the step's first token among the section's.
         there: [32], which are tokens; others are zeros, or anything that is finite.
     """
     if is_by_channel(READING):
-        numbers = _of_channels(pool, table, section, rows, first, there, D, READING)
+        numbers = _of_channels(pool, table, section, known, first, there, D, READING)
         if not ACROSS:
             numbers = tl.trans(numbers)
     else:
-        numbers = _of_tokens(pool, table, section, first, there, D, READING)
+        numbers = _of_tokens(pool, table, section, known[1], first, there, D, READING)
         if ACROSS:
             numbers = tl.trans(numbers)
     return numbers
 
 
 @triton.jit
-def _of_channels(pool, table, section, rows, first, there, D: tl.constexpr, READING: tl.constexpr):
+def _of_channels(pool, table, section, known, first, there, D: tl.constexpr, READING: tl.constexpr):
     """[D, 32]; the step lies within one group of each channel's tokens."""
+    codes, scales, sizes, wide = known[0]
     group = tl.load(section + GROUP)
     which = first // group
-    along = first - which * group + tl.arange(0, STEP)
-    mask = there[None, :] & (rows[2] > 0)[:, None]
-    bits = rows[2][:, None]
-    start = (rows[0] + which * rows[3])[:, None]
-    code = _codes(pool, table, start, along[None, :] * bits, bits, mask, D, READING)
-    level = _levels(pool, table, section, code, mask, D, READING)
-    scales = rows[1] + which * 4
-    real = rows[2] > 0
-    scale, offset = _half(pool, table, scales, real, D), _half(pool, table, scales + 2, real, D)
+    along = first - which * group
+    start, end = codes + which * sizes, codes + (which + 1) * sizes
+    code = _run(pool, table, start + along * bits_of(READING) // 8, end, STEP, bits_of(READING), D,
+                READING)  # fmt: skip
+    if widths_of(READING) == "channels":
+        twice = _run(pool, table, start + along * bits_of(READING) // 4, tl.where(wide, end, 0),
+                     STEP, 2 * bits_of(READING), D, READING)  # fmt: skip
+        code = tl.where(wide[:, None], twice, code)
+    level = _levels(known[1], code, READING)
+    every = codes >= 0
+    scale = _half(pool, table, scales + which * 4, every, D)
+    offset = _half(pool, table, scales + which * 4 + 2, every, D)
     return level * scale[:, None] + offset[:, None]
 
 
 @triton.jit
-def _of_tokens(pool, table, section, first, there, D: tl.constexpr, READING: tl.constexpr):
+def _of_tokens(pool, table, section, levels, first, there, D: tl.constexpr, READING: tl.constexpr):
     """[32, D]: floats, or codes in groups of each token's channels."""
     row, channel = tl.load(section + FIRST) + first + tl.arange(0, STEP), tl.arange(0, D)
-    mask = there[:, None] & (channel >= 0)[None, :]
     codes = tl.load(section + CODES)
     if bits_of(READING) == 16:
+        mask = there[:, None] & (channel >= 0)[None, :]
         numbers = _floats(pool, table, codes + 2 * (row[:, None] * D + channel[None, :]), mask,
                           D, READING)  # fmt: skip
     else:
         ALL: tl.constexpr = groups_of(READING)
-        WIDTH: tl.constexpr = D // ALL
         group = tl.arange(0, ALL)[None, :]
         scales = tl.load(section + SCALES) + 4 * (row[:, None] * ALL + group)
         each = there[:, None] & (group >= 0)
         scale = _half(pool, table, scales, each, D)
         offset = _half(pool, table, scales + 2, each, D)
         if widths_of(READING) == "tokens":
-            widths = tl.load(section + WIDTHS) + row
-            bits = tl.load(pool + _place(table, widths, there, D), mask=there, other=0)
-            bits = bits.to(tl.int32)
-            sizes = (bits * D + 7) // 8
-            begin = _word(pool, table, tl.load(section + STARTS) + 4 * (first // STEP), D)
-            start = (codes + begin + tl.cumsum(sizes, 0) - sizes)[:, None]
-            code = _codes(pool, table, start, channel[None, :] * bits[:, None], bits[:, None],
-                          mask, D, READING)  # fmt: skip
+            code, widths = _wide_tokens(pool, table, section, codes, row, first, there, D)
             spread = scale
-            scale = spread / tl.exp2(bits.to(tl.float32))[:, None]
+            scale = spread / tl.exp2(widths.to(tl.float32))[:, None]
             offset -= spread * 0.5
         else:
-            size = tl.load(section + GROUP_BYTES)
-            start = codes + row[:, None] * (ALL * size) + (channel // WIDTH)[None, :] * size
-            bit = (channel % WIDTH)[None, :] * bits_of(READING)
-            code = _codes(pool, table, start, bit, bits_of(READING), mask, D, READING)
-        level = _levels(pool, table, section, code, mask, D, READING)
+            size = ALL * tl.load(section + GROUP_BYTES)
+            start = codes + row * size
+            code = _run(pool, table, start, tl.where(there, start + size, 0), D, bits_of(READING),
+                        D, READING)  # fmt: skip
+        level = _levels(levels, code, READING)
         numbers = level * _spread(scale, D, ALL) + _spread(offset, D, ALL)
     return numbers
+
+
+@triton.jit
+def _run(pool, table, start, end, COUNT: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr,
+         READING: tl.constexpr):  # fmt: skip
+    """So many codes of each row [R] from a byte on, [R, COUNT]; anything where bytes have ended."""
+    if has_words(READING):
+        WORDS: tl.constexpr = COUNT * BITS // 32
+        at = start[:, None] + 4 * tl.arange(0, WORDS)[None, :]
+        real = at < end[:, None]
+        typed = pool.to(tl.pointer_type(tl.int32), bitcast=True)
+        some = tl.load(typed + _place(table, at, real, D) // 4, mask=real, other=0)
+        code = _unfolded(some, COUNT, 32 // BITS, BITS)
+    else:  # eight codes are as many bytes as a code has bits, which are read one by one
+        at = start[:, None] + BITS * tl.arange(0, COUNT // 8)[None, :]
+        some = tl.zeros_like(at).to(tl.int64 if BITS > 4 else tl.int32)
+        for byte in tl.static_range(BITS):
+            real = at + byte < end[:, None]
+            read = tl.load(pool + _place(table, at + byte, real, D), mask=real, other=0)
+            some |= read.to(some.dtype) << (8 * byte)
+        code = _unfolded(some, COUNT, 8, BITS)
+    return code
+
+
+@triton.jit
+def _unfolded(words, COUNT: tl.constexpr, EACH: tl.constexpr, BITS: tl.constexpr):
+    """Codes [R, COUNT] out of integers that hold so many each, the first one lowest."""
+    shifted = words[:, :, None] >> (tl.arange(0, EACH) * BITS)[None, None, :]
+    return tl.reshape((shifted & ((1 << BITS) - 1)).to(tl.int32), [words.shape[0], COUNT])
+
+
+@triton.jit
+def _wide_tokens(pool, table, section, codes, row, first, there, D: tl.constexpr):
+    """Codes [32, D] of tokens that have widths of their own [32], and these."""
+    places = tl.load(section + WIDTHS) + row
+    widths = tl.load(pool + _place(table, places, there, D), mask=there, other=0).to(tl.int32)
+    sizes = (widths * D + 7) // 8
+    begin = _word(pool, table, tl.load(section + STARTS) + 4 * (first // STEP), D)
+    start = (codes + begin + tl.cumsum(sizes, 0) - sizes)[:, None]
+    bits, bit = widths[:, None], tl.arange(0, D)[None, :] * widths[:, None]
+    byte, shift, mask = start + bit // 8, bit % 8, there[:, None] & (bit >= 0)
+    code = tl.load(pool + _place(table, byte, mask, D), mask=mask, other=0).to(tl.int32)
+    more = mask & (shift + bits > 8)
+    rest = tl.load(pool + _place(table, byte + 1, more, D), mask=more, other=0)
+    return ((code | (rest.to(tl.int32) << 8)) >> shift) & ((1 << bits) - 1), widths
 
 
 @triton.jit
@@ -231,22 +281,16 @@ def _floats(pool, table, offset, mask, D: tl.constexpr, READING: tl.constexpr):
 
 
 @triton.jit
-def _codes(pool, table, start, bit, bits, mask, D: tl.constexpr, READING: tl.constexpr):
-    """Codes of so many bits, of which each begins so many bits behind a byte."""
-    byte, shift = start + bit // 8, bit % 8
-    code = tl.load(pool + _place(table, byte, mask, D), mask=mask, other=0).to(tl.int32)
-    if _goes_on(READING):
-        more = mask & (shift + bits > 8)
-        rest = tl.load(pool + _place(table, byte + 1, more, D), mask=more, other=0)
-        code |= rest.to(tl.int32) << 8
-    return (code >> shift) & ((1 << bits) - 1)
-
-
-@triton.jit
-def _levels(pool, table, section, code, mask, D: tl.constexpr, READING: tl.constexpr):
-    """What codes stand for."""
+def _levels(levels, code, READING: tl.constexpr):
+    """What codes stand for: chosen bit by bit where that is looked up."""
     if has_levels(READING):
-        level = _half(pool, table, tl.load(section + LEVELS) + 2 * code, mask, D)
+        left = levels
+        for bit in tl.static_range(bits_of(READING)):
+            is_set, chosen = ((code >> bit) & 1) == 1, ()
+            for pair in tl.static_range(1 << (bits_of(READING) - bit - 1)):
+                chosen = chosen + (tl.where(is_set, left[2 * pair + 1], left[2 * pair]),)
+            left = chosen
+        level = left[0]
     else:
         level = code.to(tl.float32)
     return level
