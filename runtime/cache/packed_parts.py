@@ -23,8 +23,8 @@ from kvtune.runtime.cache.encoded_pages import Buffer
 if TYPE_CHECKING:
     from kvtune.runtime.cache.beside import LaidPart
 
-_PROGRAMS = 1024  # tiles wanted of a layer
-_LONGEST_TILE = 1024  # tokens
+_PROGRAMS = 1056  # tiles wanted of a layer at most: of an H100 twice as many as run at once
+_MOST_STEPS = 32  # of a tile: longer ones leave processors idle at the end
 _WIDTHS = ("alike", "channels", "tokens")
 
 
@@ -78,7 +78,7 @@ class PackedRows:
         records: list[list[int]] = []
         tiles: dict[tuple[int, int], list[_Tile]] = defaultdict(list)
         total = sum(each.laid.tokens[0] for each in parts)
-        step = STEP * max(min(total // _PROGRAMS, _LONGEST_TILE) // STEP, 2)
+        step = STEP * min(max(-(-total // (_PROGRAMS * STEP)), 2), _MOST_STEPS)
         table_at = weights_at = 0
         for row, each in enumerate(parts):
             for piece in _pieces(each, self.head_dim) or ():

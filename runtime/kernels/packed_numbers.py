@@ -67,6 +67,14 @@ def groups_of(reading):
 
 
 @triton.constexpr_function
+def _seen(reading):
+    """Groups that are loaded of a token, some of them twice: of fewer than a load a thread the
+    compiler thinks so little that it makes one for every number that they scale."""
+    groups = groups_of(reading)
+    return groups if groups == 1 else max(groups, 4)
+
+
+@triton.constexpr_function
 def is_bfloat(reading):
     """Whether floats are bf16, not fp16."""
     return reading // 524288 % 2 == 1
@@ -90,6 +98,17 @@ def _half(pool, table, offset, mask, D: tl.constexpr):
     """Floats of 16 bits at some bytes, as float32."""
     typed = pool.to(tl.pointer_type(tl.float16), bitcast=True)
     return tl.load(typed + _place(table, offset, mask, D) // 2, mask=mask, other=0).to(tl.float32)
+
+
+@triton.jit
+def _pair(pool, table, offset, mask, D: tl.constexpr):
+    """A group's scale and offset at some words, as float32."""
+    typed = pool.to(tl.pointer_type(tl.int32), bitcast=True)
+    word = tl.load(typed + _place(table, offset, mask, D) // 4, mask=mask, other=0)
+    scale = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+    return scale.to(tl.float32), (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(
+        tl.float32
+    )
 
 
 @triton.jit
@@ -178,9 +197,7 @@ def _of_channels(pool, table, section, known, first, there, D: tl.constexpr, REA
                      STEP, 2 * bits_of(READING), D, READING)  # fmt: skip
         code = tl.where(wide[:, None], twice, code)
     level = _levels(known[1], code, READING)
-    every = codes >= 0
-    scale = _half(pool, table, scales + which * 4, every, D)
-    offset = _half(pool, table, scales + which * 4 + 2, every, D)
+    scale, offset = _pair(pool, table, scales + which * 4, codes >= 0, D)
     return level * scale[:, None] + offset[:, None]
 
 
@@ -195,11 +212,10 @@ def _of_tokens(pool, table, section, levels, first, there, D: tl.constexpr, READ
                           D, READING)  # fmt: skip
     else:
         ALL: tl.constexpr = groups_of(READING)
-        group = tl.arange(0, ALL)[None, :]
+        SEEN: tl.constexpr = _seen(READING)
+        group = (tl.arange(0, SEEN) * ALL // SEEN)[None, :]
         scales = tl.load(section + SCALES) + 4 * (row[:, None] * ALL + group)
-        each = there[:, None] & (group >= 0)
-        scale = _half(pool, table, scales, each, D)
-        offset = _half(pool, table, scales + 2, each, D)
+        scale, offset = _pair(pool, table, scales, there[:, None] & (group >= 0), D)
         if widths_of(READING) == "tokens":
             code, widths = _wide_tokens(pool, table, section, codes, row, first, there, D)
             spread = scale
@@ -211,7 +227,7 @@ def _of_tokens(pool, table, section, levels, first, there, D: tl.constexpr, READ
             code = _run(pool, table, start, tl.where(there, start + size, 0), D, bits_of(READING),
                         D, READING)  # fmt: skip
         level = _levels(levels, code, READING)
-        numbers = level * _spread(scale, D, ALL) + _spread(offset, D, ALL)
+        numbers = level * _spread(scale, D, SEEN) + _spread(offset, D, SEEN)
     return numbers
 
 
