@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ pytest.importorskip("triton", reason="Triton is not installed; there is no assem
 
 from kvtune.runtime.kernels.unpacking import all_levels
 
-WORD = 0xFFFFFFFF
+KINDS: dict[str, Callable[..., int]] = {
+    "mov": lambda a: a, "and": lambda a, b: a & b, "or": lambda a, b: a | b,
+    "shl": lambda a, b: a << b & 0xFFFFFFFF, "shr": lambda a, b: a >> b,
+}  # fmt: skip
 
 
 def run(text: str, given: list[int], outputs: int) -> list[int]:
@@ -36,10 +40,7 @@ def run(text: str, given: list[int], outputs: int) -> list[int]:
             assert max(chosen) < 8, "the highest bit would spread a sign"
             held[target] = sum(some[n] << (8 * k) for k, n in enumerate(chosen))
         else:
-            held[target] = {
-                "mov": lambda a: a, "and": lambda a, b: a & b, "or": lambda a, b: a | b,
-                "shl": lambda a, b: a << b & WORD, "shr": lambda a, b: a >> b,
-            }[kind](*args)  # fmt: skip
+            held[target] = KINDS[kind](*args)
     return [held[f"${n}"] for n in range(outputs)]
 
 

@@ -484,6 +484,18 @@ def test_no_head_holds_up_the_others() -> None:
     assert tiles.max() <= 1.1 * 16 * pages.sum() / len(tiles)
 
 
+@pytest.mark.parametrize("form", ["bf16", "int4", "int3"])
+@pytest.mark.parametrize("blocks", [90, 122, 124, 1000])
+def test_rows_alike_are_cut_into_as_many_tiles_as_run_at_once(form: str, blocks: int) -> None:
+    layout = PageLayout(128, form, form)
+    pages = np.full(64, blocks * 64 // layout.page_tokens)
+    starts, tokens = pages.cumsum() - pages, np.full(64, 64 * blocks)
+    segments = Segments(np.arange(64), np.full(64, layout.code), starts, pages, tokens)
+    records = plan_tiles(segments, np.arange(pages.sum())).records
+    assert len(records) == {"bf16": 528, "int4": 528, "int3": 1056}[form]
+    assert records[:, 4].max() <= 1.15 * 64 * 64 * blocks / len(records) + 64
+
+
 @pytest.mark.parametrize(("form", "each"), [("bf16", 16), ("int4", 64), ("int2", 64)])
 def test_tiles_of_short_heads_are_of_128_tokens(form: str, each: int) -> None:
     pages = np.array([8, 1, 7, 0] * 16) * 64 // each

@@ -70,7 +70,7 @@ def _apart(known: str, name: str) -> float:
 def in_16_bits(batch: FloatArray, cache: Mapping[str, FloatArray]) -> NDArray[np.bool_]:
     """Where nothing lies in another format than bf16, of the shape of ``batch``."""
     narrow = [size > 0 for name, size in cache.items() if name != "bf16"]
-    return ~np.any([np.zeros(np.shape(batch), bool), *narrow], axis=0)
+    return ~np.asarray(np.any([np.zeros(np.shape(batch), bool), *narrow], axis=0))
 
 
 def narrow_pages(
