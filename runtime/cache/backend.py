@@ -152,7 +152,7 @@ class Growing:
 class TritonBackend:
     """Attention and pages by Triton kernels, a launch for each method."""
 
-    reads_packed = True
+    reads_packed: ClassVar[bool] = True
 
     def write(self, pool: Tensor, writing: Writing) -> None:
         """Write pages by one kernel; blocks in plain torch, and rows of signs, since all of a
@@ -252,7 +252,7 @@ class TritonBackend:
 class PlainBackend:
     """Plain torch: what the kernels are tested against, and what answers without a GPU."""
 
-    reads_packed = False
+    reads_packed: ClassVar[bool] = False
 
     def write(self, pool: Tensor, writing: Writing) -> None:
         """Write a page at a time; pages of signs, and of blocks alone, all together."""

@@ -104,8 +104,8 @@ class PackedRows:
             turned[each.row % rows].append(each.turned)
         self._most = int(counts.max())
         flags = np.zeros((rows, self._most), bool)
-        for row, some in turned.items():
-            flags[row, : len(some)] = some
+        for number, mine in turned.items():
+            flags[number, : len(mine)] = mine
         self._turned = torch.tensor(flags[..., None, None], device=device) if flags.any() else None
         self._turns_queries = any(x.row >= rows for some in tiles.values() for x in some)
         filled = np.zeros(rows, np.int64)

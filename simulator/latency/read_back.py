@@ -21,9 +21,9 @@ from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency.priors import Prior
 
-# Of five formats on an H200 (benchmarks/results/read-back-h200.json) by ``benchmarks/read_back.py``:
-# 0.58 (kivi), 0.78 (gear), 1.1 (kvquant), 1.4 (kitty) and 2.0 (qaq) ms a head of launches, and packed
-# bytes at 0.001 to 0.03 of the bandwidth. A kernel reads these since; others are assumed alike.
+# Of five formats on an H200 (benchmarks/results/read-back-h200.json), before a kernel read them:
+# 0.58 (kivi), 0.78 (gear), 1.1 (kvquant), 1.4 (kitty) and 2.0 (qaq) ms a head of launches, and
+# packed bytes at 0.001 to 0.03 of the bandwidth. Others are assumed alike.
 HEAD_S = Prior(1.1e-3, 0.6e-3, 2.0e-3)
 SHARE_OF_BANDWIDTH = Prior(0.005, 0.001, 0.03)
 
