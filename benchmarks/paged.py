@@ -122,11 +122,43 @@ def _payload(run: Run, layout: PageLayout) -> int:
     return run.tokens * layout.page_bytes // layout.page_tokens + tables
 
 
+WRITTEN = 2
+"""Runs alike of which each is coded; the others are copies, since laying a GiB takes minutes."""
+
+
 def _fill(
     paged: Paged, runs: Sequence[Run], pages: Any, start: Any, held: tuple[Tensor, Tensor],
     tables: Tensor,
 ) -> None:  # fmt: skip
+    alike: dict[tuple[str, str, int], list[int]] = {}
+    for number, run in enumerate(runs):
+        alike.setdefault((run.keys, run.values, run.tokens), []).append(number)
+    first = {n: some[k % WRITTEN] for some in alike.values() for k, n in enumerate(some)}
+    _write(paged, runs, (pages, start), held, tables, sorted(set(first.values())))
+    cells = paged.pool.view(-1, 4 * paged.head_dim)
+    ends = pages.cumsum()
+    for number, run in enumerate(runs):
+        source = first[number]
+        if source == number:
+            continue
+        layout = PageLayout(paged.head_dim, run.keys, run.values)
+        inside = np.arange(layout.page_cells)
+        theirs, mine = (
+            start[ends[n] - pages[n] : ends[n], None] + inside for n in (source, number)
+        )
+        cells[torch.tensor(mine, device=DEVICE)] = cells[torch.tensor(theirs, device=DEVICE)]
+        if layout.has_tables:
+            size = layout.tables.page_cells
+            at, to = int(tables[source]), int(tables[number])
+            cells[to : to + size] = cells[at : at + size]
+
+
+def _write(
+    paged: Paged, runs: Sequence[Run], placed: tuple[Any, Any], held: tuple[Tensor, Tensor],
+    tables: Tensor, written: Sequence[int],
+) -> None:  # fmt: skip
     keys, values = held
+    pages, start = placed
     segment = np.repeat(np.arange(len(runs)), pages)
     turn = np.arange(len(segment)) - np.repeat(pages.cumsum() - pages, pages)
     each = np.array([PageLayout(keys.shape[2], r.keys, r.values).page_tokens for r in runs])[
@@ -138,7 +170,7 @@ def _fill(
     chosen = torch.arange(keys.shape[1], dtype=torch.int32, device=DEVICE)
     pairs = {(run.keys, run.values) for run in runs if run.tokens}
     for pair in pairs:
-        mine = [(runs[s].keys, runs[s].values) == pair for s in segment]
+        mine = [(runs[s].keys, runs[s].values) == pair and s in written for s in segment]
         some = torch.tensor(records[mine].astype(np.int32), device=DEVICE)
         layout = PageLayout(keys.shape[2], *pair)
         fitted = Fitted(tables) if layout.has_tables else None

@@ -1,13 +1,17 @@
-"""Pages of formats that no kernel reads: a head's packed buffers, end to end; without torch."""
+"""Pages of formats that have no layout of their own: packed buffers, end to end; without torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvtune.policies.format import Format
 from kvtune.policies.option import Option
+from kvtune.policies.packed import Piece, pieces_of
+from kvtune.policies.pages import KERNEL_HEAD_DIMS
 from kvtune.policies.parts import PartPlan
 
 _CELLS = 4
+_BETWEEN = 64  # bytes at most between the buffers of a part
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class EncodedPages:
         return self.page_cells * self.cell_bytes
 
     def pages_for(self, size: int) -> int:
-        """Pages that so many bytes take."""
-        return -(-size // self.page_bytes)
+        """Pages that so many bytes of buffers take, each of which begins with a whole word."""
+        return -(-(size + _BETWEEN * (size > 0)) // self.page_bytes)
 
 
 def encoded_bytes(plan: PartPlan, option: Option, head_dim: int) -> int:
@@ -46,3 +50,21 @@ def encoded_bytes(plan: PartPlan, option: Option, head_dim: int) -> int:
     return keys.bound(plan.entries, head_dim, "keys") + values.bound(
         plan.entries, head_dim, "values"
     )
+
+
+def packed_pieces(
+    formats: tuple[Format, Format], entries: int, head_dim: int
+) -> tuple[Piece, ...] | None:
+    """How a kernel reads a part's packed keys and values where they lie; None where none does."""
+    if head_dim not in KERNEL_HEAD_DIMS:
+        return None
+    keys, values = formats
+    return pieces_of(
+        keys.packed(entries, head_dim, "keys"), values.packed(entries, head_dim, "values")
+    )
+
+
+def is_read_in_place(plan: PartPlan, option: Option, head_dim: int) -> bool:
+    """Whether a kernel reads a part's packed buffers, so that no step reads them back."""
+    formats = plan.formats or (option.keys, option.values)
+    return packed_pieces(formats, plan.entries, head_dim) is not None

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from kvtune.policies.packed import Sections
 from kvtune.policies.registry import find, registered
 
 if TYPE_CHECKING:
@@ -80,6 +81,10 @@ class Format(ABC):
                 matters; its output is finite and otherwise undefined.
             role: keys or values, which may be grouped along different axes.
         """
+
+    def packed(self, tokens: int, head_dim: int, role: Role) -> Sections | None:
+        """How a kernel reads the buffers of so many tokens as they lie; None where none does."""
+        return None
 
     @property
     def exact_tokens(self) -> int:

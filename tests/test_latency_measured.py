@@ -24,6 +24,7 @@ from kvtune.simulator.latency.compression import policy_overhead
 from kvtune.simulator.latency.copies import transfer
 from kvtune.simulator.latency.kernels import Curve, Kernels
 from kvtune.simulator.latency.parts import covers, decode_parts, layer_matrices
+from kvtune.simulator.latency.priors import pages_as
 from kvtune.simulator.latency.steps import decode_steps, prefills
 from kvtune.simulator.latency.transfer import Tables, transferred
 from kvtune.tests.made_up_card import (
@@ -239,7 +240,7 @@ def relative_width(found: Estimate) -> float:
     return (found.high - found.low) / found.value
 
 
-def test_a_format_is_never_priced_as_another_of_as_many_bits(
+def test_pages_that_were_not_measured_take_what_the_nearest_do_by_their_rates_elsewhere(
     measured: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def pages(form: str, slower: float) -> list[KernelRow]:
@@ -248,18 +249,46 @@ def test_a_format_is_never_priced_as_another_of_as_many_bits(
             for each in paged_rows() if each.point.number_format == "int4"
         ]  # fmt: skip
 
+    def asked(name: str, size: float) -> Estimate:
+        return decode_steps(LLAMA, H100, "bf16", 8, {name: size}).at()
+
     size = 8192 * LLAMA.kv_bytes_per_token() / 2
-    found = {}
-    for form, others in {"fp8": ["int8"], "int8": ["fp8"], "int3": ["int4"]}.items():
-        for known in ([], others, [form, *others]):
-            rows = [each for name in known for each in pages(name, 1.0 if name == form else 9.0)]
+    cases = {"fp8": "int8", "rotated_int4": "int4", "int3": "int4", "hqq2": "int2", "kitty": "int2"}
+    for form, near in cases.items():
+        found = []
+        for own in ({}, {form: 9.0}):
+            more = {"int8": 3.0, "int2": 0.5} | own
+            rows = [each for name, slower in more.items() for each in pages(name, slower)]
             tables = Tables(Kernels((*ROWS, *paged_rows(), *rows)), "measured", "h100-sxm")
             monkeypatch.setattr(latency, "tables_for", lambda gpu, tables=tables: tables)
-            found[form, len(known)] = decode_steps(LLAMA, H100, "bf16", 8, {form: size}).at()
-        without, of_another, own = (found[form, count] for count in (0, 1, 2))
-        assert without == of_another  # nobody else's rows, however near their bits
-        assert own.value != without.value
-        assert relative_width(without) > relative_width(own)  # and the interval says so
+            as_near = asked(near, size * pages_as(form, near, "value"))
+            found.append(asked(form, size))
+        without, measured_itself = found
+        assert without.tier == "fitted"
+        assert without.value == pytest.approx(as_near.value)
+        assert relative_width(without) > relative_width(as_near)
+        assert measured_itself.value > without.value  # nine times slower than four bits
+        assert relative_width(measured_itself) < relative_width(without)
+
+
+def test_each_of_many_steps_is_answered_as_alone(measured: Tables) -> None:
+    size = 8192.0 * LLAMA.kv_bytes_per_token()
+    batch = np.array([1, 4, 4, 8, 32])
+    cache = {
+        "bf16": np.array([1.0, 0.0, 0.1, 0.2, 0.0]) * size,
+        "int4": np.array([0.0, 0.25, 0.0, 0.2, 0.0]) * size,
+        "gear": np.array([0.0, 0.0, 0.125, 0.1, 0.1]) * size,
+    }
+    for execution in ("graph", "runtime", "eager"):
+        every = decode_steps(LLAMA, H100, "bf16", batch, cache, execution)  # type: ignore[arg-type]
+        for n, sequences in enumerate(batch.tolist()):
+            own = {name: float(sizes[n]) for name, sizes in cache.items()}
+            alone = decode_steps(LLAMA, H100, "bf16", sequences, own, execution).at()  # type: ignore[arg-type]
+            found = every.at(n)
+            assert found.tier == alone.tier
+            assert (found.value, found.low, found.high) == pytest.approx(
+                (alone.value, alone.low, alone.high), rel=1e-6
+            )
 
 
 def test_models_that_the_table_does_not_cover_get_the_datasheet(measured: Tables) -> None:

@@ -269,13 +269,15 @@ def test_packed_buffers_lie_in_the_pages_that_were_foreseen(
     planned = 2 * sum(x.page_bytes * n for x, n in foreseen.items())
     used, real = layer.page_bytes(), sum(each.laid.size for each in layer.beside.laid)
     assert used <= planned if form.bytes_vary else used == planned
-    assert layer.beside.page_bytes - real < 4 * EncodedPages(8).page_bytes
-    assert cache.pool.used_bytes == cache.page_bytes() == 3 * used
+    assert layer.beside.page_bytes - real < 4 * (EncodedPages(8).page_bytes + 64)
+    whole = cache.page_bytes()
+    assert cache.pool.used_bytes == whole
+    assert form.bytes_vary or whole == 3 * used
     assert cache.pool.memory.numel() == memory
     free(layer, 0)
     free(layer, 1)
     assert layer.beside.page_bytes == 0
-    assert cache.pool.used_bytes == 2 * used
+    assert cache.pool.used_bytes == whole - used
     cache.pool.check_integrity()
 
 
@@ -470,6 +472,18 @@ def test_no_head_holds_up_the_others() -> None:
     segments = Segments(np.arange(64), pairs, pages.cumsum() - pages, pages, pages * 16)
     tiles = plan_tiles(segments, np.arange(pages.sum())).records[:, 4]
     assert tiles.max() <= 1.1 * 16 * pages.sum() / len(tiles)
+
+
+@pytest.mark.parametrize("form", ["bf16", "int4", "int3"])
+@pytest.mark.parametrize("blocks", [90, 122, 124, 1000])
+def test_rows_alike_are_cut_into_as_many_tiles_as_run_at_once(form: str, blocks: int) -> None:
+    layout = PageLayout(128, form, form)
+    pages = np.full(64, blocks * 64 // layout.page_tokens)
+    starts, tokens = pages.cumsum() - pages, np.full(64, 64 * blocks)
+    segments = Segments(np.arange(64), np.full(64, layout.code), starts, pages, tokens)
+    records = plan_tiles(segments, np.arange(pages.sum())).records
+    assert len(records) == {"bf16": 528, "int4": 528, "int3": 1056}[form]
+    assert records[:, 4].max() <= 1.15 * 64 * 64 * blocks / len(records) + 64
 
 
 @pytest.mark.parametrize(("form", "each"), [("bf16", 16), ("int4", 64), ("int2", 64)])

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtune.common.errors import KvtuneError
+from kvtune.policies.formats.fitted import Fitted
 from kvtune.policies.formats.grouped import Int4
-from kvtune.policies.formats.kivi import Kivi
 from kvtune.policies.methods.quest import Quest
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.option import Budget, Option
@@ -358,7 +358,7 @@ SPARSE = {
     "reader": Option(Quest(block=16), Budget(tokens=128)),
     "on the host": Option(Quest(block=16), Budget(tokens=128), tier="host"),
     "all on the host": Option(tier="host"),
-    "read back": Option(keys=Kivi(), values=Kivi()),
+    "read back": Option(keys=Fitted(), values=Fitted()),
 }
 
 

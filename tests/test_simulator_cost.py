@@ -15,6 +15,8 @@ from kvtune.policies.allocators.model_wide import ModelWide
 from kvtune.policies.allocators.pyramid import Pyramid
 from kvtune.policies.format import Format
 from kvtune.policies.formats.bf16 import Bf16
+from kvtune.policies.formats.fitted import Fitted
+from kvtune.policies.formats.gear import Gear
 from kvtune.policies.formats.grouped import Int2, Int4
 from kvtune.policies.formats.kitty import Kitty
 from kvtune.policies.formats.kivi import Kivi
@@ -122,14 +124,14 @@ def test_formats_that_no_kernel_reads_are_paid_for_head_by_head() -> None:
         budget = memory_plan(shape, gpu, context_tokens=tokens, generated_tokens=64, batch=batch)
         return policy_cost(policy, budget)
 
-    read, kernel = cost(Kitty()), cost(Int2())
+    read, kernel = cost(Fitted()), cost(Int2())
     assert read.latency.value - kernel.latency.value > heads * HEAD_S.value
     assert read.latency.tier == "assumed" != kernel.latency.tier
-    twice = cost(Kitty(), 2).latency.value - cost(Int2(), 2).latency.value
+    twice = cost(Fitted(), 2).latency.value - cost(Int2(), 2).latency.value
     assert twice > 1.9 * heads * HEAD_S.value
-    in_pages = cost(Kivi(group=64))
-    assert in_pages.latency.tier == kernel.latency.tier
-    wide = Policy("half", ((Option(values=Kitty()),) * 4 + (Option(),) * 4,) * shape.layers)
+    for read_in_place in (Kivi(), Kivi(group=64), Kitty(), Gear()):
+        assert cost(read_in_place).latency.tier == kernel.latency.tier
+    wide = Policy("half", ((Option(values=Fitted()),) * 4 + (Option(),) * 4,) * shape.layers)
     alone = read_back_step(wide, shape, gpu, 1, tokens).value
     assert heads / 2 * HEAD_S.value < alone
 

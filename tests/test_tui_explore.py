@@ -17,8 +17,8 @@ from hypothesis.extra import numpy as hnp
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.common.stored import checked, parse_json
+from kvtune.policies.formats.fitted import Fitted
 from kvtune.policies.formats.grouped import Int4
-from kvtune.policies.formats.kivi import Kivi
 from kvtune.policies.methods.kvzip import KVzip
 from kvtune.policies.methods.quest import Quest
 from kvtune.policies.methods.retrieval_attention import RetrievalAttention
@@ -239,7 +239,7 @@ def test_a_plan_that_waits_holds_one_prompt_more_in_the_columns_too(study: Study
 HOST = Option(Quest(block=64), Budget(tokens=256), tier="host")
 READ = Option(Quest(block=64), Budget(tokens=256))
 SEARCHED = Option(RetrievalAttention(beam=64), Budget(tokens=256), tier="host")
-BACK = Option(SnapKV(), Budget(share=0.25), Kivi(), Kivi())
+BACK = Option(SnapKV(), Budget(share=0.25), Fitted(), Fitted())
 PLAIN = Option(SnapKV(), Budget(share=0.25), Int4(), Int4())
 
 

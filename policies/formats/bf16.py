@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvtune.policies.format import Format, Role, Stored
+from kvtune.policies.packed import Sections, numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +30,10 @@ class Bf16(Format):
 
         narrow = tensor if tensor.element_size() == 2 else tensor.to(torch.bfloat16)
         return Stored({"numbers": narrow}, len(tensor))
+
+    def packed(self, tokens: int, head_dim: int, role: Role) -> Sections | None:
+        """The numbers as they are."""
+        return numbers(0, tokens, "numbers")
 
     def decode(self, stored: Stored, head_dim: int, role: Role) -> Tensor:
         """The numbers as they were stored."""

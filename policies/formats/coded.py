@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvtune.policies.format import Format, Role, Stored
+from kvtune.policies.packed import Sections, joined, numbers
 from kvtune.policies.registry import LONGEST_PROMPT, parameter
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ class Coded(Format):
     def numbers(self, buffers: Mapping[str, Tensor], shape: tuple[int, int], role: Role) -> Tensor:
         """``[n, D]`` float32 of these buffers; ``shape`` is n and D."""
 
+    def packed_codes(self, tokens: int, head_dim: int, role: Role) -> Sections | None:
+        """``packed`` of what ``codes`` makes of so many tokens, of which there is at least one."""
+        return None
+
     @property
     def exact_tokens(self) -> int:
         """The first ``exact_first`` tokens stay in 16 bits."""
@@ -61,6 +66,17 @@ class Coded(Format):
         codes = self.code_bytes(count, head_dim, role) if count else 0
         exact: int = 2 * (tokens - count) * head_dim
         return exact + codes
+
+    def packed(self, tokens: int, head_dim: int, role: Role) -> Sections | None:
+        """Codes between the tokens left exact."""
+        coded = self._coded(tokens, role)
+        count = coded.stop - coded.start
+        inner = self.packed_codes(count, head_dim, role) if count else ()
+        middle = None if inner is None else tuple(each.moved(coded.start) for each in inner)
+        first, last = (0, coded.start), (coded.stop, tokens)
+        return joined(
+            [numbers(*first, "exact"), middle, numbers(*last, "exact", first=coded.start)]
+        )
 
     def encode(self, tensor: Tensor, role: Role) -> Stored:
         """The buffers of ``codes``, and the tokens left exact."""
@@ -106,6 +122,14 @@ def inner_codes(form: Format, rows: Tensor, role: Role, prefix: str = "") -> dic
     """Buffers of a format that leaves no token exact, by names that begin with ``prefix``."""
     buffers = form.encode(rows, role).buffers
     return {prefix + name: buffer for name, buffer in buffers.items() if name != "exact"}
+
+
+def inner_packed(
+    form: Format, tokens: int, head_dim: int, role: Role, prefix: str = ""
+) -> Sections | None:
+    """How a kernel reads what ``inner_codes`` stored."""
+    found = form.packed(tokens, head_dim, role)
+    return None if found is None else tuple(each.under(prefix) for each in found)
 
 
 def inner_numbers(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from kvtune.policies.format import Format, Role, Stored
+from kvtune.policies.formats.coded import inner_packed
 from kvtune.policies.formats.grouped import Grouped, Int2, Int4
+from kvtune.policies.formats.outliers import outlier_buffers, outlier_bytes, with_outliers
+from kvtune.policies.packed import MOST_RANK, Section, Sections
 from kvtune.policies.registry import parameter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_OUTLIER_BYTES = 4  # a 16-bit number and its 16-bit place in the row
 _FACTOR_BYTES = 2
 _ITERATIONS = 3
 _BACKBONES: dict[str, type[Grouped]] = {"int2": Int2, "int4": Int4}
@@ -23,7 +25,8 @@ _BACKBONES: dict[str, type[Grouped]] = {"int2": Int2, "int4": Int4}
 class Gear(Format):
     """X is about D + L + S: quantised, low rank, sparse.
 
-    S = the largest and the smallest ``outliers / 2`` of a row, exact; in D stands the row's mean
+    S = what the others lack of the largest and the smallest ``outliers / 2`` of a row, for which
+    D has the row's mean
     D = the rest in the ``backbone``'s groups; a row is a channel of keys, a token of values
     L = Q P^T of rank ``rank``, fitted to X - D - S by power iteration, in 16 bits
 
@@ -63,17 +66,15 @@ class Gear(Format):
     def bound(self, tokens: int, head_dim: int, role: Role) -> int:
         """Codes and scales, both factors, and value and place of every outlier."""
         row, rows = (tokens, head_dim) if role == "keys" else (head_dim, tokens)
-        sparse = 2 * self._exact_at_either_end(row) * rows * _OUTLIER_BYTES
+        sparse = outlier_bytes(2 * self._exact_at_either_end(row) * rows, tokens)
         rank = min(self.rank, tokens, head_dim)
         low_rank = _FACTOR_BYTES * rank * (tokens + head_dim)
         return self._backbone.bound(tokens, head_dim, role) + sparse + low_rank
 
     def encode(self, tensor: Tensor, role: Role) -> Stored:
         """The backbone's buffers, the factors, and the outliers with their places."""
-        import torch
-
         rows = (tensor.T if role == "keys" else tensor).float()
-        places, values = self._outliers(rows)
+        places = self._outliers(rows)
         tame = _tamed(rows, places)
         backbone = self._backbone
         stored = backbone.encode(tame.T if role == "keys" else tame, role)
@@ -84,8 +85,23 @@ class Gear(Format):
         left, right = _factors(error, min(self.rank, *error.shape))
         buffers = {f"backbone {name}": buffer for name, buffer in stored.buffers.items()}
         buffers |= {"left": left.half(), "right": right.half()}
-        buffers |= {"outliers": values.half(), "places": places.to(torch.int16)}
-        return Stored(buffers, len(tensor))
+        rest = tensor.float() - back - left.half().float() @ right.half().float().T
+        return Stored(buffers | outlier_buffers(rest, places, role), len(tensor))
+
+    def packed(self, tokens: int, head_dim: int, role: Role) -> Sections | None:
+        """The backbone's, factors and outliers added."""
+        found = inner_packed(self._backbone, tokens, head_dim, role, "backbone ")
+        if found is None or self.rank > MOST_RANK:
+            return None
+        row = tokens if role == "keys" else head_dim
+        return tuple(self._with_rest(each, min(self.rank, tokens, head_dim), row) for each in found)
+
+    def _with_rest(self, section: Section, rank: int, row: int) -> Section:
+        patched = self._exact_at_either_end(row) > 0
+        reading = replace(section.reading, rank=rank, patched=patched)
+        names = ("left", "right") * (rank > 0) + ("starts", "places", "outliers") * patched
+        own = {name: name for name in names}
+        return replace(section, reading=reading, buffers={**section.buffers, **own})
 
     def decode(self, stored: Stored, head_dim: int, role: Role) -> Tensor:
         """Backbone plus low rank, the outliers put back."""
@@ -97,10 +113,7 @@ class Gear(Format):
         }
         back = self._backbone.decode(Stored(own, stored.tokens), head_dim, role)
         back = back + found["left"].float() @ found["right"].float().T
-        rows = back.T if role == "keys" else back
-        places = found["places"].long() & 0xFFFF
-        rows = rows.scatter(1, places, found["outliers"].float())
-        return rows.T if role == "keys" else rows
+        return with_outliers(back, found)
 
     def roundtrip(self, tensor: Tensor, counts: Tensor, role: Role) -> Tensor:
         """Row by row; what lies beyond a row's tokens comes back as zeros."""
@@ -114,14 +127,13 @@ class Gear(Format):
                 back[row, :count] = self.decode(stored, tensor.shape[-1], role).to(tensor.dtype)
         return back.view_as(tensor)
 
-    def _outliers(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Places and values of each row's largest and smallest numbers, ``[R, 2 k]`` each."""
+    def _outliers(self, rows: Tensor) -> Tensor:
+        """Places of each row's largest and smallest numbers, ``[R, 2 k]``."""
         import torch
 
         count = self._exact_at_either_end(rows.shape[1])
         order = rows.argsort(dim=1, stable=True)
-        places = torch.cat([order[:, :count], order[:, order.shape[1] - count :]], 1)
-        return places, rows.gather(1, places)
+        return torch.cat([order[:, :count], order[:, order.shape[1] - count :]], 1)
 
 
 def _tamed(rows: Tensor, places: Tensor) -> Tensor:

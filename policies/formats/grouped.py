@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from kvtune.policies.format import Format, Role, Stored
 from kvtune.policies.formats.packing import pack, unpack
+from kvtune.policies.packed import Sections, grouped, joined, numbers
 from kvtune.policies.registry import LONGEST_PROMPT, parameter
 
 if TYPE_CHECKING:
@@ -98,6 +99,13 @@ class Grouped(Format):
                 parts.append((codes * step + low).flatten(-2))
         rows = torch.cat(parts, -1)
         return torch.cat([exact, rows.T if along_tokens else rows])
+
+    def packed(self, tokens: int, head_dim: int, role: Role) -> Sections | None:
+        """The first tokens as they are, groups along tokens or channels behind them."""
+        exact = min(tokens, self.exact_first)
+        coded = grouped(tokens - exact, head_dim, self.bits, self.group, self.is_along_tokens(role))
+        behind = None if coded is None else tuple(each.moved(exact) for each in coded)
+        return joined([numbers(0, exact, "exact"), behind])
 
     def _codes(self, groups: Tensor, axis: int = -1) -> tuple[Tensor, Tensor, Tensor]:
         """Codes of groups that lie along an axis, with the scale and offset of each group."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvtune.policies.format import Role
-from kvtune.policies.formats.coded import Coded, inner_codes, inner_numbers
+from kvtune.policies.formats.coded import Coded, inner_codes, inner_numbers, inner_packed
 from kvtune.policies.formats.grouped import Int2, Int4
+from kvtune.policies.packed import Section, Sections
 from kvtune.policies.registry import parameter
 
 if TYPE_CHECKING:
@@ -45,6 +46,14 @@ class Kitty(Coded):
         few = head_dim - many
         return wide + (Int2(self.group).bound(tokens, few, role) if few else 0) + 2 * many
 
+    def packed_codes(self, tokens: int, head_dim: int, role: Role) -> Sections | None:
+        """Channels of both widths are read together, those in two bits by what is left of them."""
+        many = self._boosted(head_dim, role)
+        if many == head_dim:
+            return inner_packed(Int4(self.group), tokens, head_dim, role, "wide ")
+        few = inner_packed(Int2(self.group), tokens, head_dim, role, "few ")
+        return few and tuple(_with_wide(each) if many else each for each in few)
+
     def codes(self, rows: Tensor, role: Role) -> Mapping[str, Tensor]:
         """The codes of narrow and wide channels, and which channels are wide."""
         import torch
@@ -72,3 +81,10 @@ class Kitty(Coded):
                 read = inner_numbers(form(self.group), buffers, own, role, f"{name} ")
                 back[:, mine] = read
         return back
+
+
+def _with_wide(few: Section) -> Section:
+    """A section of channels in two bits, and beside them those in four."""
+    wide = {f"wide {key}": name.replace("few ", "wide ") for key, name in few.buffers.items()}
+    reading = replace(few.reading, widths="channels")
+    return replace(few, reading=reading, buffers={**few.buffers, **wide, "widths": "places"})

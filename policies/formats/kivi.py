@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from kvtune.policies.format import Role
 from kvtune.policies.formats.coded import Coded, inner_codes, inner_numbers
 from kvtune.policies.formats.grouped import Grouped, Int2, Int4
+from kvtune.policies.packed import Sections
 from kvtune.policies.registry import LONGEST_PROMPT, parameter
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ class Kivi(Coded):
     def code_bytes(self, tokens: int, head_dim: int, role: Role) -> int:
         """Bytes of the codes of all but the newest tokens."""
         return self.coded.bound(tokens, head_dim, role)
+
+    def packed_codes(self, tokens: int, head_dim: int, role: Role) -> Sections | None:
+        """As older tokens are stored."""
+        return self.coded.packed(tokens, head_dim, role)
 
     def codes(self, rows: Tensor, role: Role) -> Mapping[str, Tensor]:
         """The codes of all but the newest tokens."""

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from kvtune.policies.format import Role
 from kvtune.policies.formats.coded import Coded
+from kvtune.policies.formats.outliers import outlier_buffers, outlier_bytes, with_outliers
 from kvtune.policies.formats.packing import pack, unpack
+from kvtune.policies.packed import Reading, Section, Sections
 from kvtune.policies.registry import LONGEST_PROMPT, parameter
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ class KvQuant(Coded):
     row = a channel of keys, a token of values; outliers = its largest and smallest numbers
     x' = (x - middle) / half range of the rest, so that -1 <= x' <= 1
     levels = 8 means of all x' of the head; code = the nearest
+    outliers are stored as what their levels lack, in 16 bits, and added
 
     Source: Hooper et al., "KVQuant: Towards 10 Million Context Length LLM Inference with KV Cache
     Quantization", NeurIPS 2024, arXiv 2401.18079; 3 bits, 1 % and the first token exact are the
@@ -50,9 +53,17 @@ class KvQuant(Coded):
     def code_bytes(self, tokens: int, head_dim: int, role: Role) -> int:
         """Packed rows with two scales each, outliers with their places, and the levels."""
         row, rows = (tokens, head_dim) if role == "keys" else (head_dim, tokens)
-        each = -(-row * self.bits // 8) + 4 + 2 * self._at_either_end(row) * 4
-        levels: int = 2**self.bits
-        return rows * each + 2 * levels
+        each, levels = -(-row * self.bits // 8) + 4, 2**self.bits
+        outliers = outlier_bytes(2 * self._at_either_end(row) * rows, tokens)
+        return rows * each + 2 * int(levels) + outliers
+
+    def packed_codes(self, tokens: int, head_dim: int, role: Role) -> Sections | None:
+        """Rows of one group each, levels and outliers."""
+        along, row = ("channels", tokens) if role == "keys" else ("tokens", head_dim)
+        patched = self._at_either_end(row) > 0
+        reading = Reading(self.bits, along, levels=True, patched=patched)  # type: ignore[arg-type]
+        names = ("codes", "scales", "levels", *(("starts", "places", "outliers") * patched))
+        return (Section(0, tokens, reading, {name: name for name in names}, row),)
 
     def codes(self, rows: Tensor, role: Role) -> Mapping[str, Tensor]:
         """The rows' codes, with levels and outliers fitted to them."""
@@ -68,20 +79,21 @@ class KvQuant(Coded):
         half = ((ends[:, 1:] - ends[:, :1]) / 2).half()
         unit = (lines - middle.float()) / torch.where(half > 0, half, 1.0).float()
         levels = _means(unit.clamp(-1, 1).flatten(), 2**self.bits).half()
+        codes = _nearest(unit, levels.float())
+        rest = lines - (levels.float()[codes] * half.float() + middle.float())
         return {
-            "codes": pack(_nearest(unit, levels.float()), self.bits),
-            "scales": torch.cat([middle, half], 1), "levels": levels,
-            "outliers": lines.gather(1, places).half(), "places": places.to(torch.int16),
+            "codes": pack(codes, self.bits),
+            "scales": torch.cat([half, middle], 1), "levels": levels,
+            **outlier_buffers(rest.T if role == "keys" else rest, places, role),
         }  # fmt: skip
 
     def numbers(self, buffers: Mapping[str, Tensor], shape: tuple[int, int], role: Role) -> Tensor:
         """Levels in each row's range, the outliers put back."""
         width = shape[0] if role == "keys" else shape[1]
-        middle, half = buffers["scales"].float().split(1, 1)
+        half, middle = buffers["scales"].float().split(1, 1)
         level = buffers["levels"].float()[unpack(buffers["codes"], self.bits, width)]
-        places = buffers["places"].long() & 0xFFFF
-        lines: Tensor = (level * half + middle).scatter(1, places, buffers["outliers"].float())
-        return lines.T if role == "keys" else lines
+        lines = level * half + middle
+        return with_outliers(lines.T if role == "keys" else lines, buffers)
 
 
 def _means(numbers: Tensor, count: int) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from kvtune.policies.format import Role
 from kvtune.policies.formats.coded import Coded, inner_codes, inner_numbers
 from kvtune.policies.formats.grouped import Grouped
 from kvtune.policies.formats.hadamard import hadamard
+from kvtune.policies.packed import Sections
 from kvtune.policies.registry import parameter
 
 if TYPE_CHECKING:
@@ -90,6 +91,11 @@ class Rotated(Coded):
     def code_bytes(self, tokens: int, head_dim: int, role: Role) -> int:
         """The bytes of the format without its rotation: the matrix is not stored."""
         return self.inner.bound(tokens, head_dim, role)
+
+    def packed_codes(self, tokens: int, head_dim: int, role: Role) -> Sections | None:
+        """As without the rotation, which queries and outputs take part in."""
+        inner = self.inner.packed(tokens, head_dim, role)
+        return inner and tuple(replace(each, turned=True) for each in inner)
 
     def codes(self, rows: Tensor, role: Role) -> Mapping[str, Tensor]:
         """The codes of the rotated rows."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvtune.policies.format import Role
-from kvtune.policies.formats.coded import Coded, inner_codes, inner_numbers
+from kvtune.policies.formats.coded import Coded, inner_codes, inner_numbers, inner_packed
 from kvtune.policies.formats.grouped import Grouped, Int2, Int4, Int8
+from kvtune.policies.packed import Sections, joined
 from kvtune.policies.registry import LONGEST_PROMPT, parameter
 
 if TYPE_CHECKING:
@@ -51,6 +52,14 @@ class Staircase(Coded):
         """Bytes of all bands together."""
         bands = self._bands(tokens)
         return sum(form.bound(mine.stop - mine.start, head_dim, role) for _, form, mine in bands)
+
+    def packed_codes(self, tokens: int, head_dim: int, role: Role) -> Sections | None:
+        """Band by band."""
+        return joined(
+            sections and tuple(each.moved(mine.start) for each in sections)
+            for name, form, mine in self._bands(tokens)
+            for sections in [inner_packed(form, mine.stop - mine.start, head_dim, role, name)]
+        )
 
     def codes(self, rows: Tensor, role: Role) -> Mapping[str, Tensor]:
         """The codes of every band."""

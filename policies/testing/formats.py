@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from kvtune.policies.format import Format, Role
+from kvtune.policies.packed import BUFFERS
 from kvtune.policies.testing.cases import uniform
 
 TOKENS = (0, 1, 2, 7, 31, 64, 65, 130)
@@ -88,6 +89,21 @@ def packed_buffers_are_what_was_planned(form: Format, role: Role) -> None:
         torch.testing.assert_close(back, again.float(), rtol=2**-7, atol=2**-7)
 
 
+def sections_are_whole_and_of_its_own_buffers(form: Format, role: Role) -> None:
+    """What a kernel reads in place: every token once, in order, out of buffers that there are."""
+    for tokens in TOKENS:
+        sections = form.packed(tokens, 64, role)
+        if sections is None:
+            continue
+        buffers = form.encode(uniform(tokens, tokens, 64).to(torch.bfloat16), role).buffers
+        assert [each.start for each in sections] == [0, *(each.stop for each in sections)][:-1]
+        assert [each.stop for each in sections][-1:] == ([tokens] if tokens else [])
+        for each in sections:
+            assert {*each.buffers} <= {*BUFFERS}
+            assert {*each.buffers.values()} <= {*buffers}
+            assert each.start < each.stop
+
+
 FormatCheck = Callable[[Format, Role], None]
 FORMAT_CHECKS: tuple[FormatCheck, ...] = (
     footprint_grows_with_tokens,
@@ -97,4 +113,5 @@ FORMAT_CHECKS: tuple[FormatCheck, ...] = (
     constant_tensors_come_back,
     storing_twice_changes_little,
     packed_buffers_are_what_was_planned,
+    sections_are_whole_and_of_its_own_buffers,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -46,7 +46,13 @@ class Writing:
 
 
 class Backend(Protocol):
-    """Writes, appends and attends; every method changes pages only where it says so."""
+    """Writes, appends and attends; every method changes pages only where it says so.
+
+    Attributes:
+        reads_packed: whether it reads packed buffers where they lie (``packed_parts``).
+    """
+
+    reads_packed: ClassVar[bool]
 
     def write(self, pool: Tensor, writing: Writing) -> None:
         """Gather, quantise and pack whole pages."""
@@ -146,6 +152,8 @@ class Growing:
 class TritonBackend:
     """Attention and pages by Triton kernels, a launch for each method."""
 
+    reads_packed: ClassVar[bool] = True
+
     def write(self, pool: Tensor, writing: Writing) -> None:
         """Write pages by one kernel; blocks in plain torch, and rows of signs, since all of a
         head's tokens decide their codes."""
@@ -243,6 +251,8 @@ class TritonBackend:
 
 class PlainBackend:
     """Plain torch: what the kernels are tested against, and what answers without a GPU."""
+
+    reads_packed: ClassVar[bool] = False
 
     def write(self, pool: Tensor, writing: Writing) -> None:
         """Write a page at a time; pages of signs, and of blocks alone, all together."""

@@ -2,8 +2,9 @@
 
 Entries in 16 bits, such as RazorAttention's compensation token, lie in one dense tensor a layer, so
 that a step attends to them in a few operations. All others stay encoded, in pages of their own
-(``encoded_pages``) unless two layers share them, and are read back at every step: the memory is
-saved and the time is not. Their attention is joined to that over pages by its log-sum-exp.
+(``encoded_pages``) unless two layers share them. A kernel reads them there (``packed_parts``);
+where there is none for a format they are read back at every step: the memory is then saved and the
+time is not. Their attention is joined to that over pages by its log-sum-exp.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from kvtune.policies.option import Option
 from kvtune.policies.parts import HeadPart
 from kvtune.policies.placement import EXACT
 from kvtune.runtime.cache.encoded_pages import Laid, lay
+from kvtune.runtime.cache.packed_parts import PackedRows, packed_rows
 from kvtune.runtime.cache.pool import PageMemory
 
 Shared = dict[tuple[int, int, int], "Encoded"]
@@ -144,7 +146,12 @@ class Beside:
     """One layer's parts that kernels do not read, and attention over them."""
 
     def __init__(
-        self, held: Sequence[HeldPart], laid: Sequence[LaidPart], head_dim: int, pool: PageMemory
+        self,
+        held: Sequence[HeldPart],
+        laid: Sequence[LaidPart],
+        head_dim: int,
+        pool: PageMemory,
+        in_place: bool = False,
     ) -> None:
         """Lay out what is held: 16-bit parts in one tensor, others as they are.
 
@@ -153,16 +160,26 @@ class Beside:
             laid: those whose buffers are in pages.
             head_dim: D.
             pool: that these are in.
+            in_place: whether kernels read there what they can.
         """
+        self.in_place = in_place
         self.head_dim, self.device, self.pool = head_dim, pool.memory.device, pool
         dense = [each for each in held if each.is_dense]
-        self.encoded, self.laid = [each for each in held if not each.is_dense], list(laid)
+        self.encoded = [each for each in held if not each.is_dense]
+        self._lay(laid)
         self.dense = stacked(dense, head_dim, torch.bfloat16, self.device) if dense else None
+
+    def _lay(self, laid: Sequence[LaidPart]) -> None:
+        """Tell those that a kernel reads from those that are read back."""
+        self.laid, self._read_back = list(laid), list(laid)
+        self._packed: list[PackedRows] = []
+        if self.in_place:
+            self._packed, self._read_back = packed_rows(self.laid, self.head_dim, self.device)
 
     @property
     def is_dense(self) -> bool:
         """Whether a step asks nothing of the host."""
-        return not self.encoded and not self.laid
+        return not self.encoded and not self._read_back
 
     @property
     def page_bytes(self) -> int:
@@ -174,7 +191,7 @@ class Beside:
         for each in self.laid:
             if each.part.row in rows:
                 each.laid.give(self.pool)
-        self.laid = [each for each in self.laid if each.part.row not in rows]
+        self._lay([each for each in self.laid if each.part.row not in rows])
         self.encoded = [each for each in self.encoded if each.row not in rows]
         if self.dense is not None:
             # In place, for a captured graph: what is left there weighs nothing and is zero.
@@ -194,12 +211,14 @@ class Beside:
         """
         parts = [self.dense] if self.dense is not None else []
         if not self.is_dense:
-            fetched = [each.fetched(self.pool) for each in self.laid]
+            fetched = [each.fetched(self.pool) for each in self._read_back]
             parts.append(stacked(self.encoded + fetched, self.head_dim, torch.float32, self.device))
         found = [
             (rows, attend(q[rows].float(), keys.float(), values.float(), None, scale, weight))
             for rows, keys, values, weight in parts
         ]
+        memory = self.pool.memory
+        found += [(each.rows, each.attend(q, memory, scale)) for each in self._packed]
         return joined(found, output, lse)[0].to(q.dtype)
 
 

@@ -106,7 +106,9 @@ class Filling:
         if self._places:
             layer.ring = Ring(np.concatenate(self._places))
         if self._beside or self._laid:
-            layer.beside = Beside(self._beside, self._laid, head_dim, layer.pool)
+            layer.beside = Beside(
+                self._beside, self._laid, head_dim, layer.pool, layer.backend.reads_packed
+            )
         layer.searched = self._searched
         layer.indexed = _joined(self._indexed)
         if layer.host is not None:

@@ -88,7 +88,6 @@ def load_cache(
     for option in dict.fromkeys(bound.options()):
         check_host(option, geometry.head_dim, evicts)
         check_reader(option, geometry.head_dim)
-    warn_of_slow_formats(bound, geometry.head_dim)
     if evicts:
         check_evicting(bound, geometry.head_dim)
     if residual is not None:
@@ -96,6 +95,7 @@ def load_cache(
     register_attention(NAME, attention, padding_mask)
     require_same(model, geometry, NAME, _through_pages(model, geometry), stored_last=True)
     cache = PolicyCache(bound, geometry, new_tokens, evicts, residual, limit_bytes=limit_bytes)
+    warn_of_slow_formats(bound, geometry.head_dim, in_place=model.device.type == "cuda")
     if bound.needs.calibration:
         cache.calibration = calibration_for(model, geometry, tokenizer)
     if bound.needs.learned:

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.decode import DecodeMethod
+from kvtune.policies.encoded_pages import is_read_in_place
 from kvtune.policies.option import Option
+from kvtune.policies.page_formats import PAGE
 from kvtune.policies.pages import exact_among, has_pages
 from kvtune.policies.parts import HeadPart
 from kvtune.policies.placement import chooses_entries, is_coded, is_exact, may_lie_on_host
@@ -42,16 +44,29 @@ class Placed:
     beside: list[HeadPart]
 
 
-def warn_of_slow_formats(policy: Policy, head_dim: int) -> None:
-    """Say which options are read back from their encoded form at every step."""
+def warn_of_slow_formats(policy: Policy, head_dim: int, in_place: bool) -> None:
+    """Say which options are read back from their encoded form at every step.
+
+    Args:
+        policy: of the cache.
+        head_dim: D.
+        in_place: whether kernels read packed buffers where they lie.
+    """
     options = dict.fromkeys(policy.options())
-    slow = [option.label for option in options if not has_pages(option, head_dim)]
+    slow = [option.label for option in options if _is_slow(option, head_dim, in_place)]
     if slow:
         warnings.warn(
-            f"{', '.join(slow)}: these formats have no pages; they are held encoded and read back "
-            "at every step, which saves memory and takes time",
+            f"{', '.join(slow)}: no kernel reads these formats here; they are held encoded and "
+            "read back at every step, which saves memory and takes time",
             stacklevel=3,
         )
+
+
+def _is_slow(option: Option, head_dim: int, in_place: bool) -> bool:
+    if has_pages(option, head_dim):
+        return False
+    plans = option.method.plan(PAGE, 2 * PAGE)
+    return not in_place or not all(is_read_in_place(plan, option, head_dim) for plan in plans)
 
 
 def check_host(option: Option, head_dim: int, evicts: bool) -> None:

@@ -34,6 +34,7 @@ FEW_BITS_PROGRAMS = 8 * PROCESSORS
 memory, and twice as many programs hide more of it (4 to 17 % of the time on an H200,
 ``benchmarks/results/formats-tune-h200.json``)."""
 
+_FEW_CUTS = 8  # of a segment that none is taken from
 _SMALLEST_TILE = 2  # blocks of 64 tokens: while one is worked on, another is on its way
 _PAGE_COST = {
     16: 1.0, 9: 0.55, 8: 0.6, 7: 0.6, 6: 0.45, 5: 0.45, 4: 0.35, 3: 0.35, 2: 0.28, 1: 0.28,
@@ -160,7 +161,7 @@ def plan_tiles(segments: Segments, table: Ints, programs: int | None = None) -> 
     cost, blocks = block_costs(segments.pair), -(-segments.most // PAGE)
     target = max(float((cost * blocks).sum()) / programs, 1e-9)
     finest = np.maximum(blocks // _SMALLEST_TILE, 1)
-    cuts = np.clip(np.rint(cost * blocks / target), 1, finest).astype(np.int64)
+    cuts = np.minimum(_cuts(cost * blocks / target, programs), finest)
     segment = np.repeat(np.arange(len(cuts)), cuts)
     turn = np.arange(len(segment)) - np.repeat(cuts.cumsum() - cuts, cuts)
     begin = turn * blocks[segment] // cuts[segment]
@@ -184,6 +185,23 @@ def plan_tiles(segments: Segments, table: Ints, programs: int | None = None) -> 
     longest_first = np.argsort(-cost[segment] * most, kind="stable")
     pairs = tuple(sorted({int(pair) for pair in segments.pair}, reverse=True))
     return Tiles(records[longest_first], pairs)
+
+
+def _cuts(wanted: NDArray[np.float64], programs: int) -> Ints:
+    """Whole numbers near these, one at least, whose sum is that of programs that run at once.
+
+    Of rows alike some have a tile more than others: else either fewer programs run than could, or a
+    few run when all others have ended. A tile becomes an eighth longer at most.
+    """
+    cuts = np.maximum(np.rint(wanted), 1).astype(np.int64)
+    left = programs - int(cuts.sum())
+    length = wanted / cuts
+    if left > 0:
+        cuts[np.argsort(-length, kind="stable")[:left]] += 1
+    elif left < 0:
+        many = np.flatnonzero(cuts > _FEW_CUTS)
+        cuts[many[np.argsort(length[many], kind="stable")[:-left]]] -= 1
+    return cuts
 
 
 def _slots(row: Ints) -> tuple[Ints, Ints, Ints]:

@@ -191,12 +191,10 @@ class Kernels:
             if _heads(row) == heads
         }
 
-    def has_paged(self, number_format: str) -> bool:
-        """Whether attention over pages of a format was measured."""
-        return any(
-            row.point.number_format == number_format
-            for row in self._by_op.get("attention_paged", ())
-        )
+    @functools.cached_property
+    def paged_formats(self) -> frozenset[str]:
+        """Formats over whose pages attention was measured."""
+        return frozenset(row.point.number_format for row in self._by_op.get("attention_paged", ()))
 
     def paged(
         self, number_format: str, batch: npt.ArrayLike, layer_bytes: npt.ArrayLike

@@ -12,7 +12,7 @@ from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency import priors
 from kvtune.simulator.latency.answers import TIERS, Answer, answer_of_tier
 from kvtune.simulator.latency.kernels import FloatArray
-from kvtune.simulator.latency.pages import paged_attention
+from kvtune.simulator.latency.pages import in_16_bits, paged_attention
 from kvtune.simulator.latency.parts import decode_parts, heads_of, layer_matrices
 from kvtune.simulator.latency.terms import WORSE, matrices_in_format
 from kvtune.simulator.latency.transfer import Tables
@@ -29,9 +29,9 @@ def measured_steps(
 ) -> Answer:
     """Decode steps through a graph, from measured kernels.
 
-    Other formats than bf16 are read by the paged kernel where it was measured for that very format,
-    else taken as so many bf16 bytes as take as long by the priors; weights of fewer bits likewise.
-    Both make the answer a fitted one at best.
+    Other formats than bf16 are read by the paged kernel where it was measured on the card, by the
+    format of the nearest bits if not by themselves; else taken as so many bf16 bytes as take as
+    long by the priors, as weights of fewer bits are. Both make the answer a fitted one at best.
 
     Args:
         tables: kernel times of the card.
@@ -41,19 +41,26 @@ def measured_steps(
         batch: sequences.
         cache: bytes a sequence over all layers by format, of the same shape as ``batch``.
     """
-    plain = not any(np.any(size > 0) for name, size in cache.items() if name != "bf16")
+    plain, pages = in_16_bits(batch, cache), bool(tables.kernels.paged_formats)
     ends = []
     for end in ("value", "low", "high"):
         whole = decode_parts(tables.kernels, shape, batch, _as_bf16_tokens(shape, cache, end))
         matrices = matrices_in_format(whole.matrices, shape, gpu, weight_format, batch, end)
-        attention = None if plain else paged_attention(tables.kernels, shape, batch, cache)
-        if attention is None:
-            attention = whole.attention
+        attention = whole.attention
+        if pages and not plain.all():
+            paged = paged_attention(tables.kernels, shape, batch, cache, end)
+            attention = np.where(plain, attention, paged)
         ends.append(attention + matrices + whole.rest + whole.beside)
     value, low, high = ends
-    narrow = weight_format != "bf16" or not plain
-    tiers = _tiers(tables, shape, batch, cache, narrow)
+    tiers = np.where(
+        plain & (weight_format == "bf16"), _tiers(tables, shape, batch, cache), _narrow(tables)
+    )
     return answer_of_tier(value, low, high, tiers)
+
+
+def _narrow(tables: Tables) -> int:
+    """The tier of a step whose cache or weights are narrower than they were measured."""
+    return TIERS.index("fitted" if tables.tier == "measured" else tables.tier)
 
 
 def _as_bf16_tokens(shape: ModelShape, cache: Mapping[str, FloatArray], end: str) -> FloatArray:
@@ -67,15 +74,15 @@ def _tiers(
     shape: ModelShape,
     batch: FloatArray,
     cache: Mapping[str, FloatArray],
-    narrow: bool,
 ) -> npt.NDArray[np.intp]:
-    """The tier of each step: its own point, between points, beyond them, or another card's."""
+    """The tier of each step over bf16: its own point, between points, beyond them, or another
+    card's."""
     kernels = tables.kernels
     sizes = (*layer_matrices(shape), (shape.vocab_size, shape.hidden_size))
     known = kernels.has_heads(heads_of(shape)) and all(kernels.has_linear(*s) for s in sizes)
     if tables.tier != "measured":
         found = np.full(np.shape(batch), TIERS.index(tables.tier))
-    elif narrow or not known or any(shape.windows):
+    elif not known or any(shape.windows):
         found = np.full(np.shape(batch), TIERS.index("fitted"))
     else:
         tokens = np.sum(list(cache.values()), axis=0) / shape.kv_bytes_per_token()

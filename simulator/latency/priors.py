@@ -57,34 +57,52 @@ WEIGHT_FORMAT_FACTOR = {
     "int4": Prior(0.76, 0.61, 0.93),
 }
 
-# The same for the cache, by format. Eight bits, of floats and of integers: fp8 in the tables of
-# aiconfigurator-core; fewer bits: reports from half to all of the bf16 speed.
+# The same for the cache of any stack, by format. Eight bits, of floats and of integers: fp8 in the
+# tables of aiconfigurator-core; fewer bits: reports from half to all of the bf16 speed; what kvtune
+# alone reads: as its pages were measured.
 _EIGHT_BITS = Prior(0.90, 0.70, 0.99)
-_BLOCKS_OF_EIGHT = ("mxfp8", "q8_0", "int8_token_head", "fp8_token_head", "fp8_unscaled")
-_BLOCKS_OF_FOUR = ("nvfp4", "q4_0", "hqq4", "int4_token_head", "turboquant4")
-CACHE_FACTOR = {
+
+# Attention over kvtune's own pages: bytes a second over those of bf16, of an H200. Likely from 256
+# MB to 1 GB of what bf16 takes; low ends from 64 MB on, or lower where nothing was measured there,
+# since a tile's queries and outputs are made ready however short it is.
+PAGES_FACTOR = {
     "bf16": Prior(1.0, 1.0, 1.0),
+    # benchmarks/results/formats-kernels-h200.json
+    "int8": Prior(0.90, 0.67, 0.94),
+    "int4": Prior(0.79, 0.52, 0.86),
+    "int3": Prior(0.55, 0.32, 0.59),  # unpacking takes longer: its third bits lie apart
+    "int2": Prior(0.54, 0.28, 0.59),
+    "rotated_int8": Prior(0.85, 0.62, 0.93),
+    "rotated_int4": Prior(0.74, 0.43, 0.84),
+    "rotated_int3": Prior(0.54, 0.28, 0.61),
+    "rotated_int2": Prior(0.54, 0.24, 0.62),
+    # benchmarks/results/formats-blocks-h200.json
+    "fp8": Prior(0.90, 0.70, 0.94),
+    "mxfp8": Prior(0.86, 0.62, 0.91),
+    "mxfp4": Prior(0.56, 0.35, 0.60),
+    "allocated": Prior(0.24, 0.08, 0.36),
+    # benchmarks/results/formats-blocks-2-h200.json
+    "fp8_token_head": Prior(0.89, 0.62, 0.94),
+    "fp8_unscaled": Prior(0.90, 0.62, 0.94),
+    "int8_token_head": Prior(0.91, 0.62, 0.96),
+    "int4_token_head": Prior(0.78, 0.45, 0.86),
+    "hqq4": Prior(0.78, 0.45, 0.84),
+    "q4_0": Prior(0.71, 0.40, 0.78),  # as it is rotated
+    "turboquant4": Prior(0.42, 0.25, 0.45),
+    "turboquant3": Prior(0.21, 0.12, 0.23),
+    "turboquant2": Prior(0.34, 0.17, 0.38),
+    "hqq2": Prior(0.55, 0.26, 0.61),
+    # Not measured: as others of their bits and scales.
+    "q8_0": Prior(0.86, 0.60, 0.93),
+    "nvfp4": Prior(0.56, 0.30, 0.66),
+    "turboquant1": Prior(0.25, 0.10, 0.40),
+}
+CACHE_FACTOR = PAGES_FACTOR | {
     "fp8": _EIGHT_BITS,
     "int8": _EIGHT_BITS,
     "int4": Prior(0.55, 0.30, 0.80),
     "int3": Prior(0.44, 0.22, 0.70),
     "int2": Prior(0.32, 0.15, 0.60),
-    # benchmarks/results/formats-kernels-h200.json, from 256 MB to 1 GB of what bf16 takes; a tile's
-    # queries and outputs are rotated however short it is, so that the low ends are those of 64 MB.
-    "rotated_int8": Prior(0.85, 0.62, 0.92),
-    "rotated_int4": Prior(0.74, 0.43, 0.84),
-    "rotated_int3": Prior(0.54, 0.28, 0.61),  # unpacking takes longer: its third bits lie apart
-    "rotated_int2": Prior(0.54, 0.24, 0.62),
-    # benchmarks/results/formats-blocks-h200.json: from 256 MB to 1 GB; less where tiles are short,
-    # since one begins by spreading its queries over signs. Formats in blocks that are not named
-    # there are as their bits are.
-    "allocated": Prior(0.24, 0.08, 0.36),
-    "mxfp4": Prior(0.56, 0.35, 0.66),
-    **dict.fromkeys(_BLOCKS_OF_EIGHT, _EIGHT_BITS),
-    **dict.fromkeys(_BLOCKS_OF_FOUR, Prior(0.55, 0.30, 0.80)),
-    "turboquant3": Prior(0.44, 0.20, 0.60),
-    **dict.fromkeys(("hqq2", "turboquant2"), Prior(0.32, 0.15, 0.60)),
-    "turboquant1": Prior(0.25, 0.10, 0.40),
 }
 # A format that nobody has reported on: between a tenth of the bf16 efficiency and all of it.
 UNREPORTED_CACHE_FACTOR = Prior(0.4, 0.1, 1.0)
@@ -120,3 +138,10 @@ def cache_factor(name: str, end: str) -> float:
     """Efficiency of reading a cache in a format, over that of bf16."""
     factor: float = getattr(CACHE_FACTOR.get(name, UNREPORTED_CACHE_FACTOR), end)
     return factor
+
+
+def pages_as(name: str, other: str, end: str) -> float:
+    """Bytes of pages in another format that are read in the time of one byte in this one."""
+    known, mine = (PAGES_FACTOR.get(each, UNREPORTED_CACHE_FACTOR) for each in (other, name))
+    slower: float = known.value / getattr(mine, {"low": "high", "high": "low"}.get(end, end))
+    return slower

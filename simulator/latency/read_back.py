@@ -1,5 +1,7 @@
 """What formats that no kernel reads take of a decode step: their buffers are read back each time.
 
+Most are read where they lie (``policies.packed``), as so many bytes of pages.
+
 Of every head of every sequence the runtime decodes keys and values with some dozens of small
 launches, writes them as float32, and attends to that; no graph captures it.
 """
@@ -9,19 +11,21 @@ from __future__ import annotations
 from collections import Counter
 
 from kvtune.common.estimate import Estimate
-from kvtune.policies.encoded_pages import encoded_bytes
-from kvtune.policies.pages import has_pages
+from kvtune.policies.encoded_pages import encoded_bytes, is_read_in_place
+from kvtune.policies.option import Option
+from kvtune.policies.page_formats import PAGE
+from kvtune.policies.parts import PartPlan
 from kvtune.policies.placement import is_encoded
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency.priors import Prior
 
-# Counted, not measured (``benchmarks/read_back.py`` is to say): 30 to 100 launches of a head, of 5
-# to 10 us each as the host gives them out; packed bytes become four to sixteen float32 numbers
-# each, which five to ten passes write or read.
-HEAD_S = Prior(0.4e-3, 0.15e-3, 1.0e-3)
-SHARE_OF_BANDWIDTH = Prior(0.01, 0.003, 0.03)
+# Of five formats on an H200 (benchmarks/results/read-back-h200.json), before a kernel read them:
+# 0.58 (kivi), 0.78 (gear), 1.1 (kvquant), 1.4 (kitty) and 2.0 (qaq) ms a head of launches, and
+# packed bytes at 0.001 to 0.03 of the bandwidth. Others are assumed alike.
+HEAD_S = Prior(1.1e-3, 0.6e-3, 2.0e-3)
+SHARE_OF_BANDWIDTH = Prior(0.005, 0.001, 0.03)
 
 
 def read_back_step(
@@ -41,8 +45,17 @@ def read_back_step(
 
 
 def reads_back(policy: Policy, head_dim: int) -> bool:
-    """Whether any format of a policy has no kernel."""
-    return not all(has_pages(option, head_dim) for option in dict.fromkeys(policy.options()))
+    """Whether any part of a policy's heads has no kernel."""
+    return any(
+        _is_read_back(plan, option, head_dim)
+        for option in dict.fromkeys(policy.options())
+        for plan in option.method.plan(PAGE, 2 * PAGE)
+    )
+
+
+def _is_read_back(plan: PartPlan, option: Option, head_dim: int) -> bool:
+    encoded = is_encoded(plan, option, head_dim)
+    return encoded and not is_read_in_place(plan, option, head_dim)
 
 
 def _read_back(policy: Policy, head_dim: int, prompt_tokens: int) -> tuple[int, int]:
@@ -55,6 +68,6 @@ def _read_back(policy: Policy, head_dim: int, prompt_tokens: int) -> tuple[int, 
         (heads, heads * encoded_bytes(plan, option, head_dim))
         for (option, budget), heads in alike.items()
         for plan in option.method.plan(budget, prompt_tokens)
-        if is_encoded(plan, option, head_dim)
+        if _is_read_back(plan, option, head_dim)
     ]
     return sum(heads for heads, _ in sizes), sum(size for _, size in sizes)

@@ -19,7 +19,7 @@ from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency.answers import HALF_WIDTH, TIERS, Answer, answer_of_tier
 from kvtune.simulator.latency.kernels import FloatArray, Kernels
 from kvtune.simulator.latency.learned import by_model, by_width
-from kvtune.simulator.latency.pages import narrow_pages, paged_attention
+from kvtune.simulator.latency.pages import in_16_bits, narrow_pages, paged_attention
 from kvtune.simulator.latency.parts import layer_rest, matrix_products, step_rest
 from kvtune.simulator.latency.terms import matrices_in_format
 from kvtune.simulator.latency.transfer import Tables
@@ -52,7 +52,7 @@ def runtime_steps(
     batch: FloatArray,
     cache: Mapping[str, FloatArray],
 ) -> Answer | None:
-    """Steps of the runtime; None where pages of these formats or its steps were not measured.
+    """Steps of the runtime; None where no pages, or none of its steps, were measured.
 
     Args:
         tables: kernel times of the card.
@@ -62,21 +62,33 @@ def runtime_steps(
         batch: sequences.
         cache: bytes a sequence over all layers by format, of the same shape as ``batch``.
     """
-    attention = paged_attention(tables.kernels, shape, batch, cache)
     known = learned_steps(tables.whole)
-    floor = paged_attention(tables.kernels, shape, batch, {})
-    if attention is None or floor is None or not known:
+    if not tables.kernels.paged_formats or not known:
         return None
+    floor = paged_attention(tables.kernels, shape, batch, {})
     factor = by_width(shape, known, [np.asarray(each.factor) for each in known])
     read, rest = _matrices(tables.kernels, shape, batch), _rest(tables.kernels, known, shape, batch)
     value, low, high = (
-        factor * (floor + (attention - floor) * narrow_pages(tables.kernels, shape, cache, end))
+        factor * (floor + _beyond(floor, tables.kernels, shape, batch, cache, end))
         + rest
         + matrices_in_format(read, shape, gpu, weight_format, batch, end)
         for end in ("value", "low", "high")
     )
     tiers = _tiers(tables, known, shape, weight_format, batch, cache)
     return answer_of_tier(value, low, high, tiers)
+
+
+def _beyond(
+    floor: FloatArray,
+    kernels: Kernels,
+    shape: ModelShape,
+    batch: FloatArray,
+    cache: Mapping[str, FloatArray],
+    end: str,
+) -> FloatArray:
+    """What attention takes longer than over nothing."""
+    whole = paged_attention(kernels, shape, batch, cache, end)
+    return np.asarray((whole - floor) * narrow_pages(kernels, shape, cache, end))
 
 
 def _rest(
@@ -115,13 +127,11 @@ def _tiers(
     name = "fitted" if tables.tier == "measured" else tables.tier
     found = np.full(np.shape(batch), TIERS.index(name))
     same = [each for each in known if _same_size(each.shape, shape)]
-    narrow = weight_format != "bf16" or any(
-        np.any(size > 0) for form, size in cache.items() if form != "bf16"
-    )
+    wide = in_16_bits(batch, cache) & (weight_format == "bf16")
     between = TIERS.index("interpolated")
     fits = [each for each in same if each.misfit <= HALF_WIDTH[between]]
-    if tables.tier == "measured" and fits and not narrow:
-        found[np.asarray(batch) <= fits[0].batches[-1]] = between
+    if tables.tier == "measured" and fits:
+        found[wide & (np.asarray(batch) <= fits[0].batches[-1])] = between
     return found
 
 
@@ -136,7 +146,7 @@ def _same_size(first: ModelShape, second: ModelShape) -> bool:
 @functools.lru_cache(maxsize=32)
 def learned_steps(kernels: Kernels) -> tuple[Learned, ...]:
     """Of each measured model, the narrowest first."""
-    if not kernels.has_paged("bf16"):
+    if "bf16" not in kernels.paged_formats:
         return ()
     return tuple(_learn(kernels, shape, rows) for shape, rows in by_model(kernels, "runtime_step"))
 

@@ -40,23 +40,10 @@ def kernels(
     shape: ModelShape, gpu: GpuProfile, weights: WeightFormat, read: Mapping[str, Floats],
     sequences: Integers,
 ) -> Taken:  # fmt: skip
-    """What kernels take of a step of all sequences that read so many bytes, by format.
-
-    Plans that read the same formats are asked about together: where one of them was not measured,
-    the model answers all that it is asked at once by another way.
-    """
-    found = Taken(np.zeros((len(sequences), 3)), np.zeros(len(sequences), np.intp))
-    patterns, which = np.unique(
-        np.array([size > 0 for size in read.values()]), axis=1, return_inverse=True
-    )
-    for number, pattern in enumerate(patterns.T):
-        rows = np.flatnonzero(which.ravel() == number)
-        taken = {name for name, used in zip(read, pattern, strict=True) if used} | {"bf16"}
-        sizes = {name: size[rows] for name, size in read.items() if name in taken}
-        times = decode_steps(shape, gpu, weights, sequences[rows], sizes, "runtime")
-        found.seconds[rows] = _ends(times)
-        found.ranks[rows] = RANKS.index(times.tier) if times.tiers is None else times.tiers
-    return found
+    """What kernels take of a step of all sequences that read so many bytes, by format."""
+    times = decode_steps(shape, gpu, weights, sequences, read, "runtime")
+    alike = np.full(len(sequences), RANKS.index(times.tier))
+    return Taken(_ends(times), alike if times.tiers is None else times.tiers)
 
 
 def together(parts: Sequence[Taken]) -> tuple[Floats, NDArray[np.str_]]:
