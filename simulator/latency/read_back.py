@@ -1,7 +1,8 @@
 """What formats that no kernel reads take of a decode step: their buffers are read back each time.
 
-Of every head of every sequence the runtime decodes keys and values with some dozens of small
-launches, writes them as float32, and attends to that; no graph captures it.
+The runtime decodes keys and values with some dozens of small launches, writes them as float32, and
+attends to that; no graph captures it. Heads of a layer whose buffers are of the same sizes are
+decoded in the launches of one.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency.priors import Prior
 
-# Counted, not measured (``benchmarks/read_back.py`` is to say): 30 to 100 launches of a head, of 5
-# to 10 us each as the host gives them out; packed bytes become four to sixteen float32 numbers
-# each, which five to ten passes write or read.
-HEAD_S = Prior(0.4e-3, 0.15e-3, 1.0e-3)
+# An H200 beside other work, one head at a time (benchmarks/results/read-back-h200.json): 0.58 ms of
+# KIVI, 0.78 of GEAR, 1.1 of KVQuant, 1.4 of Kitty and 2.0 of QAQ. Packed bytes become four to
+# sixteen float32 numbers each, which five to ten passes write or read: not seen beside launches.
+GROUP_S = Prior(1.0e-3, 0.4e-3, 2.5e-3)
 SHARE_OF_BANDWIDTH = Prior(0.01, 0.003, 0.03)
 
 
@@ -28,16 +29,16 @@ def read_back_step(
     policy: Policy, shape: ModelShape, gpu: GpuProfile, batch: int, prompt_tokens: int
 ) -> Estimate:
     """Seconds of a decode step of a batch beside its kernels; 0 where kernels read all formats."""
-    heads, size = _read_back(policy, shape.head_dim, prompt_tokens)
+    groups, size = _read_back(policy, shape.head_dim, prompt_tokens)
     value, low, high = (
-        batch * (heads * launches + size / (share * gpu.bandwidth_bytes_per_s))
+        batch * (groups * launches + size / (share * gpu.bandwidth_bytes_per_s))
         for launches, share in (
-            (HEAD_S.value, SHARE_OF_BANDWIDTH.value),
-            (HEAD_S.low, SHARE_OF_BANDWIDTH.high),
-            (HEAD_S.high, SHARE_OF_BANDWIDTH.low),
+            (GROUP_S.value, SHARE_OF_BANDWIDTH.value),
+            (GROUP_S.low, SHARE_OF_BANDWIDTH.high),
+            (GROUP_S.high, SHARE_OF_BANDWIDTH.low),
         )
     )
-    return Estimate(value, low, high, "s", "assumed" if heads else "measured")
+    return Estimate(value, low, high, "s", "assumed" if groups else "measured")
 
 
 def reads_back(policy: Policy, head_dim: int) -> bool:
@@ -46,15 +47,16 @@ def reads_back(policy: Policy, head_dim: int) -> bool:
 
 
 def _read_back(policy: Policy, head_dim: int, prompt_tokens: int) -> tuple[int, int]:
-    """Parts of one sequence's heads that are read back, and their packed bytes."""
+    """One sequence's groups of parts that are decoded together, over all layers, and their packed
+    bytes; other sequences are of other lengths."""
+    groups, size = 0, 0
     if not reads_back(policy, head_dim):
-        return 0, 0
-    budgets = policy.budgets(prompt_tokens).ravel().tolist()
-    alike = Counter(zip(policy.options(), budgets, strict=True))
-    sizes = [
-        (heads, heads * encoded_bytes(plan, option, head_dim))
-        for (option, budget), heads in alike.items()
-        for plan in option.method.plan(budget, prompt_tokens)
-        if is_encoded(plan, option, head_dim)
-    ]
-    return sum(heads for heads, _ in sizes), sum(size for _, size in sizes)
+        return groups, size
+    for options, budgets in zip(policy.heads, policy.budgets(prompt_tokens).tolist(), strict=True):
+        for (option, budget), heads in Counter(zip(options, budgets, strict=True)).items():
+            vary = option.keys.bytes_vary or option.values.bytes_vary
+            for plan in option.method.plan(budget, prompt_tokens):
+                if is_encoded(plan, option, head_dim):
+                    groups += heads if vary else 1
+                    size += heads * encoded_bytes(plan, option, head_dim)
+    return groups, size
