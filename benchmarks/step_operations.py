@@ -7,7 +7,8 @@ reader that chooses no pages, of policies that evict from pages, and of formats 
 operations of a step and a layer, without those of the pages' kernels (on a GPU a launch or two
 each) and without those of the uncompressed model; the first step, which makes indices, and the mean
 of the next ones. An operation is a kernel's launch on a GPU, or the look at one: mostly 5 to 10
-microseconds of its host.
+microseconds of its host. ``waits`` are those for which the host waits for the device: beside other
+processes each may take a turn of theirs.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from kvtune.runtime.cache.backend import PlainBackend
 
 LAYERS, HEADS, GROUP, HEAD_DIM = 2, 3, 3, 64
 PROMPT, STEPS, RESIDUAL = 256, 17, 16
+WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::_unique2", "aten::unique_dim")
 KERNELS = ("write", "append", "append_rotated", "move", "attend", "fetch", "copy_tokens")
 
 
@@ -49,12 +51,14 @@ class Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.count, self.inside = 0, 0
+        self.count, self.waits, self.inside = 0, 0, 0
 
     def __torch_dispatch__(
         self, function: Any, types: Any, given: Any = (), named: Any = None
     ) -> Any:
-        self.count += not self.inside
+        if not self.inside:
+            self.count += 1
+            self.waits += function._schema.name in WAITS
         return function(*given, **(named or {}))
 
 
@@ -96,8 +100,8 @@ def model() -> Any:
 
 
 @torch.no_grad()
-def steps(network: Any, policy: Policy, **read: Any) -> list[int]:
-    """Operations of each step."""
+def steps(network: Any, policy: Policy, **read: Any) -> list[tuple[int, int]]:
+    """Operations and waits of each step."""
     ids = torch.randint(1, 60, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     found = []
     with load_cache(policy, network, new_tokens=STEPS, **read) as cache:
@@ -105,7 +109,7 @@ def steps(network: Any, policy: Policy, **read: Any) -> list[int]:
         for step in range(STEPS):
             with counting() as counter:
                 network(ids[:, step : step + 1], past_key_values=cache)
-            found.append(counter.count)
+            found.append((counter.count, counter.waits))
     return found
 
 
@@ -117,7 +121,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     network = model()
 
-    def counted(option: Option, **read: Any) -> list[int]:
+    def counted(option: Option, **read: Any) -> list[tuple[int, int]]:
         return steps(network, Policy.uniform(option, LAYERS, HEADS), **read)
 
     cases: dict[str, tuple[Option, dict[str, Any]]] = {}
@@ -136,17 +140,17 @@ def main() -> None:
     cases["evicts in bf16, h2o"] = heavy, {"evicts": True}
     for form in (Kivi(), Kitty(), KvQuant(), Qaq(), Gear()):
         cases[f"read back: {form.label}"] = Option(budget=ALL, keys=form, values=form), {}
-    plain = counted(Option())
-    base = sum(plain[1:]) / len(plain[1:])
+    (base, waits), *_ = reversed(counted(Option()))
     out: dict[str, Any] = {"the model alone, a layer": base / LAYERS}
     for name, (option, read) in cases.items():
         if arguments.only in name:
             found = counted(option, **read)
-            rest = sum(found[1:]) / len(found[1:])
+            later = sum(count for count, _ in found[1:]) / len(found[1:])
             out[name] = {
-                "first step": round((found[0] - base) / LAYERS, 1),
-                "later steps": round((rest - base) / LAYERS, 1),
-                "last step": round((found[-1] - base) / LAYERS, 1),
+                "first step": round((found[0][0] - base) / LAYERS, 1),
+                "later steps": round((later - base) / LAYERS, 1),
+                "last step": round((found[-1][0] - base) / LAYERS, 1),
+                "waits of the last step": round((found[-1][1] - waits) / LAYERS, 1),
             }
             print(name, out[name], flush=True)
     arguments.out.write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")

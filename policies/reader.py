@@ -83,6 +83,15 @@ class Reader(ABC):
         """Entries that a step reads of a head that holds so many: the most, or the mean over steps
         where ``is_scheduled``."""
 
+    def most_read(self, entries: int, step: int) -> int:
+        """Entries that a step reads at most; to override where steps differ by plan.
+
+        Args:
+            entries: held.
+            step: number of the step, 0 behind the prompt.
+        """
+        return self.entries_read(entries)
+
     @property
     def is_scheduled(self) -> bool:
         """Whether some steps read more than others by plan."""

@@ -156,6 +156,10 @@ class LastFullStep(Reader):
         few = min(entries, self.budget)
         return -(-(few * (self.stride - 1) + entries) // self.stride)
 
+    def most_read(self, entries: int, step: int) -> int:
+        """Everything where a full step is due."""
+        return min(entries, self.budget) if (step + 1) % self.stride else entries
+
     def index_bytes(self, entries: int, head_dim: int) -> int:
         """The numbers of what is read; the authors hold a copy of it instead."""
         return 4 * min(entries, self.budget)

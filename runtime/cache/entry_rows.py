@@ -156,8 +156,7 @@ class EntryRows:
             self.encoded, self.head_dim, torch.float32, self.rows.device
         )
         flags = self._read(keys.float(), asking)
-        most = int(flags.sum(-1).max())
-        there, at = flags.int().topk(most, -1)
+        there, at = flags.int().topk(self.reader.most_read(flags.shape[1], self.steps - 1), -1)
         keys, values = (
             x.gather(1, at[..., None].expand(-1, -1, x.shape[-1])) for x in (keys, values)
         )
