@@ -8,7 +8,8 @@
 Every task is ``kvtune bench`` of some policies on one sample; runs are added to the folder as they
 come, and a folder that was begun is gone on with. Samples are taken by turns, so that kinds of text
 have as many. Policies that take minutes a prompt come last and so have fewer runs: the table says
-how many. A policy that cannot run is told at the end.
+how many. Left out is what only says how all tokens are stored (``oscar``, ``weighted_keys``): in 16
+bits that is the full cache. A policy that cannot run is told at the end.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from kvtune.tuner.bench_entries import entries
 from kvtune.tuner.bench_runs import Run, append_runs, open_runs
 
 MODEL = "smollm2-135m"
+STORES_ALL = ("oscar", "weighted_keys")
 TOGETHER = 8  # policies of one task: they share what is computed of the prompt
 LEFT_OVER_S = 5.0  # processes end
 
@@ -71,10 +73,12 @@ def done(task: Task, shares: Sequence[float]) -> tuple[list[Run], list[str]]:
     return runs, failures
 
 
-def tasks(samples: Sequence[Sample], known: Sequence[Run], scratch: Path) -> list[Task]:
+def tasks(
+    samples: Sequence[Sample], known: Sequence[Run], scratch: Path, only: Sequence[str]
+) -> list[Task]:
     """What is not known yet: quick policies on all samples, then slow ones."""
     there = {(run.sample, run.policy) for run in known}
-    names = [entry.name for entry in entries()]
+    names = [entry.name for entry in entries(only) if entry.name not in STORES_ALL]
     quick, slow = ([n for n in names if (n in SLOW) == wanted] for wanted in (False, True))
     groups = [[quick[at : at + TOGETHER] for at in range(0, len(quick), TOGETHER)]]
     groups.append([[name] for name in slow])
@@ -96,6 +100,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=6)
     parser.add_argument("--samples", type=int, default=6, help="of each kind of text")
     parser.add_argument("--seconds", type=float, default=math.inf, help="be done by then")
+    parser.add_argument("--only", default="", help="some policies: snapkv,h2o")
     parser.add_argument("--tiny", action="store_true", help="one share of a short sample")
     arguments = parser.parse_args()
     until = time.monotonic() + arguments.seconds - LEFT_OVER_S
@@ -109,7 +114,7 @@ def main() -> None:
         if arguments.tiny:
             samples, shares = samples[:1], SHARES[-1:]
         failures = crew.failures
-        todo = tasks(samples, runs, scratch)
+        todo = tasks(samples, runs, scratch, [each for each in arguments.only.split(",") if each])
         for task, (found, failed) in crew.until(until, done, todo, shares):
             append_runs(arguments.out, found)
             failures += failed

@@ -198,7 +198,7 @@ def report(
 def decoding(found: Found, device: str, tiny: bool) -> None:
     """KVShare with and without its second stage, token by token; then what a step takes."""
     loaded = load_model("smollm2-135m", device=device, dtype="float32")
-    length, observed, count = (400, 12, 1) if tiny else (2048, 256, DECODED)
+    length, observed, count = (400, 64, 1) if tiny else (2048, 256, DECODED)
     workload = Workload({"evaluate": {"retrieval": count}}, tokens=length, observed=observed)
     kl: dict[str, list[float]] = {}
     digits: dict[str, list[float]] = {}
