@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvtune.policies.gathering import of_tokens
 from kvtune.policies.method import ReadingMethod
 from kvtune.policies.reader import Held, Reader
 from kvtune.policies.recall import (
@@ -92,8 +93,7 @@ class Representatives(MiddleBlocks):
         local, keys = self.in_blocks(local, -torch.inf), self.in_blocks(keys, 0.0)
         top = local.topk(min(self.count, self.block), -1)
         mine = (top.values > -torch.inf)[..., None]
-        picked = keys.gather(2, top.indices[..., None].expand(-1, -1, -1, keys.shape[-1]))
-        means: Tensor = (picked * mine).sum(2) / mine.sum(2).clamp_min(1)
+        means: Tensor = (of_tokens(keys, top.indices) * mine).sum(2) / mine.sum(2).clamp_min(1)
         return {"means": means, "there": mine[:, :, 0, 0]}
 
     def index_bytes(self, entries: int, head_dim: int) -> int:

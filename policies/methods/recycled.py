@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvtune.policies.gathering import of_tokens
 from kvtune.policies.method import ReadingMethod
 from kvtune.policies.pooling import check_kernel, pooled
 from kvtune.policies.reader import Held, Memory, Reader
@@ -80,7 +81,7 @@ class LastFullStep(Reader):
         seen = torch.cat([before, queries], 2)  # step -1 is the prompt's last token
         picked = self.picks(held, seen)
         full, source = self.schedule(held, seen)
-        chosen = picked.gather(1, source[..., None].expand(-1, -1, picked.shape[-1]))
+        chosen = of_tokens(picked, source)
         return chosen | (full[..., None] & held.real[:, None])
 
     def follow(self, held: Held, query: Tensor, memory: Memory) -> Tensor:

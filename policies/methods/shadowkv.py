@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvtune.common.rotary import turn
+from kvtune.policies.gathering import of_tokens
 from kvtune.policies.method import ReadingMethod
 from kvtune.policies.parts import Part
 from kvtune.policies.reader import Held
@@ -142,9 +143,8 @@ class Landmarks(MiddleBlocks):
     def _exact(self, held: Held) -> tuple[Tensor, Tensor]:
         """The prompt's own keys in chunks, ``[R, b, chunk, D]``, and which are real."""
         whole = held.signals.keys[held.heads].float()
-        at = held.tokens[..., None].expand(-1, -1, whole.shape[-1])
         middle = between(held, self.first, self.last)
-        keys = whole.gather(1, at).masked_fill(~middle[..., None], 0)
+        keys = of_tokens(whole, held.tokens).masked_fill(~middle[..., None], 0)
         return self.in_blocks(keys, 0.0), self.in_blocks(middle, False)
 
     def index_bytes(self, entries: int, head_dim: int) -> int:

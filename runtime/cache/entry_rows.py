@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kvtune.policies.attention import attend
+from kvtune.policies.gathering import of_tokens
 from kvtune.policies.option import Option
 from kvtune.policies.paging import EXACT, reads_pages
 from kvtune.policies.parts import HeadPart
@@ -157,9 +158,7 @@ class EntryRows:
         )
         flags = self._read(keys.float(), asking)
         there, at = flags.int().topk(self.reader.most_read(flags.shape[1], self.steps - 1), -1)
-        keys, values = (
-            x.gather(1, at[..., None].expand(-1, -1, x.shape[-1])) for x in (keys, values)
-        )
+        keys, values = of_tokens(keys, at), of_tokens(values, at)
         weights = weights.gather(2, at[:, None]).masked_fill(there[:, None] == 0, -torch.inf)
         return keys.float(), values.float(), weights
 
