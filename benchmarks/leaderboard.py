@@ -154,7 +154,7 @@ def main() -> None:
         "--merge", action="store_true", help="replace the policies of these runs, keep the others"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results/leaderboard-h100.json")
+        "--out", type=Path, default=Path("benchmarks/results/leaderboard-h200.json")
     )
     parser.add_argument("--page", type=Path, default=Path("docs/leaderboard.md"))
     arguments = parser.parse_args()

@@ -18,10 +18,11 @@ from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency.priors import Prior
 
-# An H200 beside other work, one head at a time (benchmarks/results/read-back-h200.json): 0.58 ms of
-# KIVI, 0.78 of GEAR, 1.1 of KVQuant, 1.4 of Kitty and 2.0 of QAQ. Packed bytes become four to
-# sixteen float32 numbers each, which five to ten passes write or read: not seen beside launches.
-GROUP_S = Prior(1.0e-3, 0.4e-3, 2.5e-3)
+# Read off an H200 (benchmarks/results/read-back-2-h200.json), 8 and 32 heads of 1,024 tokens: 1.8 ms
+# (KIVI) to 3.1 (GEAR) a group and 0.16 to 0.22 a head of it; QAQ, each head a group, 1.5 a head.
+# Packed bytes become four to sixteen float32 numbers each, which five to ten passes write or read.
+GROUP_S = Prior(2.5e-3, 1.2e-3, 3.5e-3)
+HEAD_S = Prior(0.19e-3, 0.14e-3, 0.25e-3)
 SHARE_OF_BANDWIDTH = Prior(0.01, 0.003, 0.03)
 
 
@@ -29,13 +30,13 @@ def read_back_step(
     policy: Policy, shape: ModelShape, gpu: GpuProfile, batch: int, prompt_tokens: int
 ) -> Estimate:
     """Seconds of a decode step of a batch beside its kernels; 0 where kernels read all formats."""
-    groups, size = _read_back(policy, shape.head_dim, prompt_tokens)
+    groups, heads, size = _read_back(policy, shape.head_dim, prompt_tokens)
     value, low, high = (
-        batch * (groups * launches + size / (share * gpu.bandwidth_bytes_per_s))
-        for launches, share in (
-            (GROUP_S.value, SHARE_OF_BANDWIDTH.value),
-            (GROUP_S.low, SHARE_OF_BANDWIDTH.high),
-            (GROUP_S.high, SHARE_OF_BANDWIDTH.low),
+        batch * (groups * group + heads * head + size / (share * gpu.bandwidth_bytes_per_s))
+        for group, head, share in (
+            (GROUP_S.value, HEAD_S.value, SHARE_OF_BANDWIDTH.value),
+            (GROUP_S.low, HEAD_S.low, SHARE_OF_BANDWIDTH.high),
+            (GROUP_S.high, HEAD_S.high, SHARE_OF_BANDWIDTH.low),
         )
     )
     return Estimate(value, low, high, "s", "assumed" if groups else "measured")
@@ -46,17 +47,18 @@ def reads_back(policy: Policy, head_dim: int) -> bool:
     return not all(has_pages(option, head_dim) for option in dict.fromkeys(policy.options()))
 
 
-def _read_back(policy: Policy, head_dim: int, prompt_tokens: int) -> tuple[int, int]:
-    """One sequence's groups of parts that are decoded together, over all layers, and their packed
-    bytes; other sequences are of other lengths."""
-    groups, size = 0, 0
+def _read_back(policy: Policy, head_dim: int, prompt_tokens: int) -> tuple[int, int, int]:
+    """One sequence's groups of parts that are decoded together, over all layers, their heads and
+    packed bytes; other sequences are of other lengths."""
+    groups, read, size = 0, 0, 0
     if not reads_back(policy, head_dim):
-        return groups, size
+        return groups, read, size
     for options, budgets in zip(policy.heads, policy.budgets(prompt_tokens).tolist(), strict=True):
         for (option, budget), heads in Counter(zip(options, budgets, strict=True)).items():
             vary = option.keys.bytes_vary or option.values.bytes_vary
             for plan in option.method.plan(budget, prompt_tokens):
                 if is_encoded(plan, option, head_dim):
                     groups += heads if vary else 1
+                    read += heads
                     size += heads * encoded_bytes(plan, option, head_dim)
-    return groups, size
+    return groups, read, size
