@@ -91,7 +91,7 @@ class LastFullStep(Reader):
         if not memory:
             before = self._last_prompt_query(held)
             memory |= {"picked": self.picks(held, before)[:, 0], "mean": self._mean(held, before)}
-        chosen = memory["picked"]
+        chosen: Tensor = memory["picked"]
         if (held.start - held.signals.prompt_tokens + 1) % self.stride:
             return chosen
         mean = self._mean(held, query)

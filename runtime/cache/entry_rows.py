@@ -177,7 +177,8 @@ class EntryRows:
 
 def _numbered(sequences: Tensor) -> Tensor:
     """The same sequences numbered from 0 on."""
-    return sequences.unique(return_inverse=True)[1]
+    numbers: Tensor = sequences.unique(return_inverse=True)[1]
+    return numbers
 
 
 def _kept(remembered: Tensor | Sequence[Any], stays: Tensor) -> Tensor | list[Any]:
