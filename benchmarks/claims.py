@@ -31,6 +31,7 @@ import numpy as np
 import workers
 from measures import KINDS_OF, NEEDLES, PLAIN, Measure, NamedPolicy
 from papers import CLAIMS, Claim
+from policy_pages import claims_table
 
 from kvtune.common.errors import KvtuneError
 from kvtune.traces.models import load_model
@@ -143,7 +144,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/claims.json"))
     arguments = parser.parse_args()
     if arguments.table:
-        print(table(json.loads(arguments.table.read_text())["claims"]))
+        print(claims_table(json.loads(arguments.table.read_text())["claims"]))
     else:
         run(arguments, time.monotonic() + arguments.seconds)
 
@@ -205,23 +206,6 @@ def line(found: dict[str, Any]) -> str:
     low, high = found["interval"]
     gain = f"{found['gain']:+.4f} [{low:+.4f}, {high:+.4f}]"
     return f"{found['verdict']:11} {found['claim']}: {gain}"
-
-
-UNITS = {"cosine": "cosine", "asked_later": "points", "asked_before": "points"}
-
-
-def table(judged: Sequence[dict[str, Any]]) -> str:
-    """Claims with their verdicts and figures, as Markdown."""
-    lines = ["| claim | verdict | gain | samples |", "|---|---|---|---|"]
-    for found in judged:
-        if "skipped" in found:
-            lines.append(f"| {found['claim']} | skipped: {found['skipped']} | - | - |")
-            continue
-        low, high = found["interval"]
-        gain = f"{found['gain']:+.3g} [{low:+.2g}, {high:+.2g}]"
-        gain += f" {UNITS.get(found['measure'], 'nats/token')}"
-        lines.append(f"| {found['claim']} | {found['verdict']} | {gain} | {found['samples']} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

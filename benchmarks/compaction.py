@@ -135,7 +135,9 @@ def is_offered(option: Option) -> bool:
     return not (isinstance(option.method, AttentionMatching) and share * 1792 > MOST_FITTED)
 
 
-def tables(bench: Bench, options: Sequence[Option], probes: int, kept: Path | None) -> Tables:
+def tables(
+    bench: Bench, options: Sequence[Option], probes: int, kept: Path | None = None
+) -> Tables:
     """Losses of every option on search and selection samples, from the file where it is there."""
     if kept and kept.is_file():
         return load_tables(kept)[0]

@@ -60,7 +60,7 @@ from kvtune.runtime.prompts import fresh_prompt
 from kvtune.traces.learned import keep_learned
 from kvtune.traces.models import load_model
 from kvtune.traces.workloads import Workload, build
-from kvtune.tuner.quality import estimate
+from kvtune.tuner.quality import estimate, ratio_interval
 from kvtune.tuner.validate import union_of_needs
 
 KINDS = ("prose", "code", "retrieval")
@@ -97,6 +97,7 @@ used. More run where each takes fewer registers; formats-tune-2-h200.json has se
 slower."""
 TINY = {"search": {"prose": 1}}
 TOGETHER = 4  # policies in one batch
+BASE = "int2"  # how many times each format's loss it loses is told
 
 
 class Found:
@@ -236,6 +237,7 @@ def options() -> dict[str, Option]:
         found[name] = Option(WeightedKeys(), ALL, keys, values)
     pair = Allocated(mean_bits=2.25), _rotated(2.0)
     found["allocated 2.25 / 2 rotated"] = Option(Full(), ALL, *pair)
+    found["allocated 2 rotated / 2 rotated"] = Option(Full(), ALL, _rotated(2.0), _rotated(2.0))
     recent = "recent weighted, allocated 2.25 / 2 rotated"
     found[recent] = Option(WeightedKeys(queries="recent"), ALL, *pair)
     found["allocated 2.125 / turboquant2"] = Option(Full(), ALL, Allocated(mean_bits=2.125), two)
@@ -321,9 +323,18 @@ def report(found: Found, kl: dict[str, list[tuple[str, float]]], taken: dict[str
             found.figures["live"][name] = {
                 "bits an element": round(taken[name], 3),
                 "KL": round(mean.value, 5), "low": round(mean.low, 5), "high": round(mean.high, 5),
-                "samples": len(values),
+                "samples": len(values), **_times(kl.get(BASE, []), values),
             } | {kind: [round(v, 5) for k, v in values if k == kind] for kind in kinds}  # fmt: skip
     found.write()
+
+
+def _times(base: list[tuple[str, float]], values: list[tuple[str, float]]) -> dict[str, Any]:
+    """How many times a format's loss plain two bits lose on the same samples."""
+    if len(base) != len(values):
+        return {}
+    kinds, theirs = zip(*base, strict=True)
+    ratio, low, high = ratio_interval(theirs, [value for _, value in values], kinds)
+    return {"times": round(ratio, 3), "times_interval": [round(low, 3), round(high, 3)]}
 
 
 def main() -> None:

@@ -2,6 +2,8 @@
 
     python benchmarks/gates.py --by duo --out benchmarks/results/duo-h200.json --heads HEADS
     python benchmarks/gates.py --by rlkv --out benchmarks/results/rlkv-h200.json --heads HEADS
+    python benchmarks/gates.py --by duo --gates benchmarks/results/duo-h200.tsv --out FILE \
+        --heads HEADS     # answers alone, by gates that were learned before
     python benchmarks/gates.py --by duo --device cpu --tiny --out FILE --heads HEADS     # it runs
 
 ``duo``: DuoAttention's, learned so that states stay as they are where hidden numbers are answered;
@@ -29,7 +31,14 @@ from recorded_parts import attempt, say
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from kvtune.policies.head_scores import Floats, HeadScores, read_heads, write_gates, write_heads
+from kvtune.policies.head_scores import (
+    Floats,
+    HeadScores,
+    read_gates,
+    read_heads,
+    write_gates,
+    write_heads,
+)
 from kvtune.runtime import duo_gates, rlkv_gates
 from kvtune.runtime.duo_gates import Distillation, duo_scores
 from kvtune.runtime.head_detectors import detect
@@ -132,6 +141,12 @@ class Trial:
             "mean_gate": float(gates.mean()), "gates": gates.tolist(),
         }  # fmt: skip
 
+    def known(self, gates: Path, training: Distillation) -> dict[str, Any]:
+        """Gates of an earlier run, as it published them."""
+        scores = duo_scores(self.loaded, torch.from_numpy(read_gates(gates)), training)
+        write_heads(scores, self.file)
+        return {"gates of": gates.name}
+
     def answers(self, until: float) -> list[dict[str, Any]]:
         found = detect(
             self.loaded,
@@ -182,6 +197,7 @@ def main() -> None:
     parser.add_argument("--by", choices=("duo", "rlkv"), required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--heads", type=Path, required=True, help="the gates are written there")
+    parser.add_argument("--gates", type=Path, help="learned before by --by duo, as a table")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--steps", type=int, help="left out: 300 (duo), 60 (rlkv)")
@@ -196,7 +212,12 @@ def main() -> None:
         found[name] = part
         given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
-    attempt(record, "learning", lambda: trial.learn(training_of(given)))
+    training = training_of(given)
+    if given.gates is not None and isinstance(training, Distillation):
+        attempt(record, "learning", lambda: trial.known(given.gates, training))
+        attempt(record, "answers", lambda: trial.answers(begun + given.seconds))
+        return
+    attempt(record, "learning", lambda: trial.learn(training))
     if given.heads.exists() and given.by in (gates := read_heads(given.heads)).scores:
         write_gates(gates.score(given.by), given.out.with_suffix(".tsv"))
     attempt(record, "answers", lambda: trial.answers(begun + given.seconds))

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import policy_pages
 import quality_pages
 import stand_in_pages
 from page_tables import HERE, result, table
@@ -71,6 +72,11 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "rounds": rounds,
     "ranks": ranks,
     "ranking-ways": ways,
+    "all-methods": policy_pages.all_methods,
+    "claims": policy_pages.claims,
+    "few-bits": policy_pages.few_bits,
+    "transport-levels": policy_pages.levels,
+    "reuse": policy_pages.reuse,
     "stand-in-live": stand_in_pages.stand_in_live,
     "stand-in-choices": stand_in_pages.stand_in_choices,
     "stand-in-families": stand_in_pages.stand_in_families,

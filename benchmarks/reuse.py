@@ -13,8 +13,10 @@ what a question waits for its first answer token on models of random weights of 
 16 layers of 2048 channels; 8B: 32 of 4096), 8192 tokens of documents and 64 of a question, which
 every way runs in one pass with what it computes; ``saved`` is the share of the wait behind a full
 prefill, documents and question in one pass. Caches are in device memory: loading them is not
-timed. ``--device cpu --tiny`` shows that it runs to its end; ``--work`` counts operations instead
-of timing, on a CPU.
+timed. ``decoding`` feeds the questions' tokens to KVShare's cache one by one, as while an answer is
+generated, with its second stage (three waiting tokens run anew with each) and without, and times
+such a step. ``--parts`` runs some of these; ``--device cpu --tiny`` shows that it runs to its end;
+``--work`` counts operations instead of timing, on a CPU.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from kvtune.runtime.reuse.blending import Rule, blended
 from kvtune.runtime.reuse.editing import Edit, asked_edited, edited
 from kvtune.runtime.reuse.parallel import ParallelContexts
 from kvtune.runtime.reuse.passes import PromptCache, encoded, joined, part_of, placed
+from kvtune.runtime.reuse.refreshing import A_STEP, Refreshing
 from kvtune.runtime.reuse.shortening import shortened
 from kvtune.traces.models import LoadedModel, load_model, wrap
 from kvtune.traces.passes import full_cache_handler, prompt_cache, run_observed
@@ -50,6 +53,10 @@ APE = ((1.0, 1.0), (0.9, 0.9), (0.8, 0.9))
 TIMED, QUESTION = 8192, 64
 SIZES = {"1B": (2048, 16), "8B": (4096, 32)}  # channels and layers
 REPEATS = 5
+PARTS = ("times", "quality", "decoding")
+STAGES = {"kvshare 15%, first stage alone": 0, "kvshare 15%, both stages": A_STEP}
+DECODED = 6  # samples whose tokens are fed one by one
+STEPS = 12  # timed
 
 Logits = Callable[[], Tensor]
 
@@ -171,7 +178,9 @@ def quality(found: Found, device: str, tiny: bool) -> None:
         report(found, kl, digits)
 
 
-def report(found: Found, kl: dict[str, list[float]], digits: dict[str, list[float]]) -> None:
+def report(
+    found: Found, kl: dict[str, list[float]], digits: dict[str, list[float]], part: str = "quality"
+) -> None:
     for name, shares in digits.items():
         row: dict[str, Any] = {"digits right": round(statistics.mean(shares), 4)}
         row["samples"] = len(shares)
@@ -182,8 +191,52 @@ def report(found: Found, kl: dict[str, list[float]], digits: dict[str, list[floa
                 "low": round(mean.low, 5),
                 "high": round(mean.high, 5),
             }
-        found.figures["quality"][name] = row
+        found.figures[part][name] = row
     found.write()
+
+
+def decoding(found: Found, device: str, tiny: bool) -> None:
+    """KVShare with and without its second stage, token by token; then what a step takes."""
+    loaded = load_model("smollm2-135m", device=device, dtype="float32")
+    length, observed, count = (400, 64, 1) if tiny else (2048, 256, DECODED)
+    workload = Workload({"evaluate": {"retrieval": count}}, tokens=length, observed=observed)
+    kl: dict[str, list[float]] = {}
+    digits: dict[str, list[float]] = {}
+    for sample in build(workload, loaded.tokenizer):
+        if found.is_over():
+            break
+        prompt = sample.token_ids[: sample.prompt]
+        with torch.no_grad():
+            exact = asked(loaded, sample, prompt_cache(loaded, prompt))
+            chunks = [prompt_cache(loaded, part) for part in pieces(prompt)]
+        blend = blended(loaded, prompt, chunks, share=0.15, rule="kvshare")
+        for name, a_step in STAGES.items():
+            answering = Refreshing(loaded, blend, prompt, observed, a_step)
+            rest = sample.token_ids[sample.prompt :]
+            ours = torch.stack([answering.logits(token) for token in rest])
+            kl.setdefault(name, []).append(divergence(exact, ours))
+            digits.setdefault(name, []).append(right(sample, ours))
+        report(found, kl, digits, "decoding")
+    for size, shape in {"tiny": (64, 3)}.items() if tiny else SIZES.items():
+        found.figures["decoding"][f"{size}, a step, ms"] = found.attempt(
+            f"steps of {size}", lambda s=shape: step_times(device, s, tiny)
+        )
+        found.write()
+
+
+def step_times(device: str, shape: tuple[int, int], tiny: bool) -> dict[str, float]:
+    """Median milliseconds of a step of an answer behind documents, by stages."""
+    loaded, length = random_model(device, *shape), 400 if tiny else TIMED
+    ids = torch.randint(2, 1000, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.no_grad():
+        chunks = [prompt_cache(loaded, part) for part in pieces(ids)]
+    blend = blended(loaded, ids, chunks, share=0.15, rule="kvshare")
+    times = {}
+    for name, a_step in STAGES.items():
+        answering = Refreshing(loaded, blend, ids, STEPS, a_step)
+        seconds = median_s(lambda a=answering: a.logits(7), device, STEPS - 1)  # type: ignore[misc]
+        times[name] = round(1e3 * seconds, 2)
+    return times
 
 
 def random_model(device: str, width: int, layers: int) -> LoadedModel:
@@ -297,10 +350,10 @@ def work(found: Found) -> None:
         found.write()
 
 
-def median_s(case: Callable[[], Any], device: str) -> float:
+def median_s(case: Callable[[], Any], device: str, repeats: int = REPEATS) -> float:
     """The median of some runs, after one that warms up."""
     seconds = []
-    for _ in range(REPEATS + 1):
+    for _ in range(repeats + 1):
         wait(device)
         begun = time.perf_counter()
         case()
@@ -322,15 +375,17 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=180, help="after which no sample is begun")
     parser.add_argument("--tiny", action="store_true", help="small shapes")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--work", action="store_true", help="count operations instead of timing")
     arguments = parser.parse_args()
-    sections = ("work",) if arguments.work else ("times", "quality")
+    sections = ("work",) if arguments.work else tuple(arguments.parts)
     found = Found(arguments.out, arguments.seconds, *sections)
     if arguments.work:
         found.attempt("work", lambda: work(found))
         return
-    found.attempt("times", lambda: times(found, arguments.device, arguments.tiny))
-    found.attempt("quality", lambda: quality(found, arguments.device, arguments.tiny))
+    for name, part in (("times", times), ("quality", quality), ("decoding", decoding)):
+        if name in sections:
+            found.attempt(name, lambda p=part: p(found, arguments.device, arguments.tiny))
     found.write()
 
 

@@ -9,7 +9,11 @@ the coder (``constriction``) is not installed bits are an ideal coder's, and the
 ``controller`` sends a prompt of 8 chunks whose sizes are those of the released levels over 200
 made-up bandwidth traces (0.1 to 10 Gbit/s, anew for every chunk, as the authors draw them), by the
 published and the released rule, and holds both against sending one level always.
-``--device cpu --tiny`` shows that it runs to its end.
+``--device cpu --tiny`` shows that it runs to its end. ``--speeds`` only encodes and decodes one
+prompt of prose at every level, differences from anchors among them, with the real coder: its bytes
+beside the least that any coder could take, and elements a second of processor time.
+
+    python benchmarks/transport.py --speeds --device cpu --out transport-speeds-cpu.json
 """
 
 from __future__ import annotations
@@ -145,7 +149,8 @@ def levels(found: Found, device: str, tiny: bool) -> dict[str, float]:
             kl = divergence(loaded, sample, exact, tensors(*read, like=cache[0][0]))  # type: ignore[arg-type]  # noqa: B023
             return {"bits": bits, "kl": kl, "seconds": seconds, "elements": 2 * keys.size}  # noqa: B023
 
-        for level in TRIED:
+        coded_here = find_spec("constriction") is not None
+        for level in (each for each in TRIED if coded_here or not each.anchors):
             row = found.attempt(level.name, lambda x=level: run(x))
             if row:
                 rows.setdefault(level.name, []).append(row | {"kind": sample.kind})
@@ -182,6 +187,32 @@ def report(found: Found, rows: dict[str, list[dict[str, Any]]]) -> None:
     found.write()
 
 
+def speeds(found: Found, device: str, tiny: bool) -> None:
+    """The real coder on one really captured cache, on one thread."""
+    loaded = load_model("smollm2-135m", device=device, dtype="float32")
+    workload = Workload({"evaluate": {"prose": 1}}, tokens=300 if tiny else 2048, observed=32)
+    sample = build(workload, loaded.tokenizer)[0]
+    with torch.no_grad():
+        keys, values = planes(prompt_cache(loaded, sample.token_ids[: sample.prompt]))
+    elements, exact = 2 * keys.size, (keys, values)
+    for level in TRIED:
+        begun = time.process_time()
+        encoded = codec.encode(keys, values, level)
+        middle = time.process_time()
+        read = codec.decode(encoded)
+        ended = time.process_time()
+        error = sum(float(np.square(x - y).sum()) for x, y in zip(read, exact, strict=True))
+        found.figures["speeds"][level.name] = {
+            "bytes": encoded.nbytes,
+            "bits an element": round(encoded.bits_an_element, 3),
+            "least bits": None if level.anchors else round(ideally(keys, values, level)[0], 3),
+            "squared error over the square": error / sum(float(np.square(x).sum()) for x in exact),
+            "encoded, million elements a second": round(elements / (middle - begun) / 1e6, 2),
+            "decoded, million elements a second": round(elements / (ended - middle) / 1e6, 2),
+        }
+        found.write()
+
+
 def controller(found: Found, bits: dict[str, float]) -> None:
     """Both rules and every level alone over the same traces, for a model of 8B parameters."""
     elements = 2 * 32 * 8 * 128 * CHUNK_TOKENS
@@ -216,7 +247,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=150, help="after which no sample is begun")
     parser.add_argument("--tiny", action="store_true", help="one short sample")
+    parser.add_argument("--speeds", action="store_true", help="of the coder alone")
     arguments = parser.parse_args()
+    if arguments.speeds:
+        found = Found(arguments.out, arguments.seconds, "speeds")
+        found.attempt("speeds", lambda: speeds(found, arguments.device, arguments.tiny))
+        found.write()
+        return
     found = Found(arguments.out, arguments.seconds, "levels", "controller")
     run: Callable[[], Any] = lambda: levels(found, arguments.device, arguments.tiny)  # noqa: E731
     bits = found.attempt("levels", run)

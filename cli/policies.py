@@ -14,6 +14,7 @@ import typer
 from kvtune.cli.options import Json
 from kvtune.cli.output import speaking, table
 from kvtune.common.words import count
+from kvtune.tuner.left_out import LEFT_OUT
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,6 +33,7 @@ class Part:
         description: the whole docstring.
         source: where it was published.
         parameters: name, type, default, unit, low, high, doc of each.
+        left_out_because: why no menu of a search has it; None where one has.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Part:
     description: str
     source: str
     parameters: tuple[dict[str, Any], ...]
+    left_out_because: str | None = None
 
 
 @app.callback(invoke_without_command=True)
@@ -69,6 +72,8 @@ def show(
             output.show(*apart, f"{part.name} ({part.kind})", "", _flowing(part.description))
             if part.parameters:
                 output.show("", _parameters(part))
+            if part.left_out_because:
+                output.show("", f"No menu of a search has it: {part.left_out_because}.")
         output.finish("policies show", {"policies": parts})
 
 
@@ -119,7 +124,8 @@ def _part(kind: str, name: str, cls: type[Any]) -> Part:
     summary = description.split("\n", 1)[0]
     hints = get_type_hints(cls)
     parameters = tuple(_parameter(f, hints[f.name]) for f in dataclasses.fields(cls))
-    return Part(name, kind, summary, description, cls.source, parameters)
+    reason = LEFT_OUT.get(name)
+    return Part(name, kind, summary, description, cls.source, parameters, reason)
 
 
 def _parameter(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -105,11 +107,18 @@ def later_queries(queries: Tensor, rope: Rope | None, most: int = LATER_QUERIES)
 
 
 def _waves(positions: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-    import torch
-
-    frequencies = torch.tensor(rope.inverse_frequencies, device=positions.device)
+    frequencies = _on_device(tuple(rope.inverse_frequencies), positions.device)
     angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()
+
+
+@lru_cache(maxsize=64)
+def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """Sent once: a decode step that turns keys would wait for the device each time."""
+    import torch
+
+    with torch.inference_mode(False):  # a pass with gradients may come later
+        return torch.tensor(numbers, device=device)
 
 
 def _apply(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

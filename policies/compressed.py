@@ -79,7 +79,7 @@ class Compressed:
             self.counts.flatten()[rows],
             self.tokens.flatten(0, -2)[rows],
             rows % heads,
-            rows // heads,
+            (rows // heads).unique(return_inverse=True)[1],
             self.signals,
             self.signals.prompt_tokens,
         )

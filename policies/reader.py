@@ -1,20 +1,25 @@
 """What a decode step reads of what a KV head holds: the contract of a reader.
 
 A reader drops nothing that its method holds. For every query, in order, it says which entries the
-KV head attends to; generated tokens are always read. Readers that divide a head into equal blocks
-and rank them by an index of the keys alone (``BlockReader``) also run in the paged runtime.
+KV head attends to; generated tokens are always read. ``reads`` says it of many queries at once, as
+replay asks; ``follow`` of one after another, as the runtime does, and may remember what later steps
+need: an index, the last selection, a running mean. Readers that divide a head into equal blocks and
+rank them by an index of the keys alone (``BlockReader``) may also choose among pages.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from kvtune.policies.signals import Signals
+
+Memory = dict[str, Any]
+"""What a reader remembers from step to step, by name: tensors or lists, each with an item a row."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +31,7 @@ class Held:
         counts: ``[R]`` int64.
         tokens: the prompt token of each entry, ``[R, n]`` int64.
         heads: the KV head of each row, ``[R]`` int64.
-        policies: rows with the same number are heads of one policy, ``[R]`` int64.
+        policies: rows with the same number are heads of one policy, ``[R]`` int64, all below R.
         signals: of the layer's prompt.
         start: position of the first query; P where the queries follow the prompt.
     """
@@ -60,35 +65,37 @@ class Reader(ABC):
             queries: of each row's group, one position after the other, ``[R, G, C, D]`` float32.
         """
 
-    def reads_newest(self, held: Held, queries: Tensor) -> Tensor:
-        """What the last of the queries attends to, ``[R, n]`` bool.
+    def follow(self, held: Held, query: Tensor, memory: Memory) -> Tensor:
+        """Which entries one step attends to, ``[R, n]`` bool; steps come in order.
 
-        To override where it need not be worked out again what earlier ones attended to.
+        To override where steps depend on one another, or what does not change is costly to make.
+        Whoever does is shown the prompt's own queries and keys in the first step alone.
+
+        Args:
+            held: what there is; ``start`` is the query's position.
+            query: ``[R, G, 1, D]`` float32.
+            memory: empty in the first step; changed.
         """
-        return self.reads(held, queries)[:, -1]
+        return self.reads(held, query)[:, -1]
 
     @abstractmethod
     def entries_read(self, entries: int) -> int:
         """Entries that a step reads of a head that holds so many: the most, or the mean over steps
         where ``is_scheduled``."""
 
+    def most_read(self, entries: int, step: int) -> int:
+        """Entries that a step reads at most; to override where steps differ by plan.
+
+        Args:
+            entries: held.
+            step: number of the step, 0 behind the prompt.
+        """
+        return self.entries_read(entries)
+
     @property
     def is_scheduled(self) -> bool:
         """Whether some steps read more than others by plan."""
         return False
-
-    @property
-    def looks_back(self) -> bool:
-        """Whether what a step reads depends on the queries of the steps before it."""
-        return False
-
-    @property
-    def asks_prompt_again(self) -> bool:
-        """Whether steps after the first look at the prompt's own queries and keys.
-
-        False lets a cache forget them, as what was made of them is kept: what is held stays.
-        """
-        return True
 
     @abstractmethod
     def index_bytes(self, entries: int, head_dim: int) -> int:
@@ -142,11 +149,6 @@ class BlockReader(Reader):
             queries: of the head's group, ``[R, G, C, D]``.
         """
 
-    @property
-    def asks_prompt_again(self) -> bool:
-        """Blocks are ranked by what is held."""
-        return False
-
     def entries_read(self, entries: int) -> int:
         """Most entries that a step reads of a head that holds so many."""
         return min(entries, self.block * self.blocks)
@@ -172,11 +174,20 @@ class BlockReader(Reader):
 
     def reads(self, held: Held, queries: Tensor) -> Tensor:
         """The entries of the selected blocks."""
+        return self._entries(held, queries, self.index(held.keys, held.counts))
+
+    def follow(self, held: Held, query: Tensor, memory: Memory) -> Tensor:
+        """The same by an index made once."""
+        if not memory:
+            memory["index"] = self.index(held.keys, held.counts)
+        return self._entries(held, query, memory["index"])[:, -1]
+
+    def _entries(self, held: Held, queries: Tensor, index: Tensor) -> Tensor:
+        """Of the selected blocks, ``[R, C, n]`` bool."""
         import torch
 
         entries = held.keys.shape[1]
         blocks = -(-entries // self.block)
-        index = self.index(held.keys, held.counts)
         chosen = self.select(index, held.counts, queries)
         flags = torch.zeros(*chosen.shape[:2], blocks, dtype=torch.bool, device=chosen.device)
         flags.scatter_(-1, chosen, value=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvtune.common.rotary import turn
-from kvtune.policies.reader import Held, Reader
+from kvtune.policies.reader import Held, Memory, Reader
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,24 +56,28 @@ def best(held: Held, worth: Tensor, first: int, last: int, budget: int) -> Tenso
 
 def of_layer(worth: Tensor, policies: Tensor) -> Tensor:
     """The sum over the heads of each row's layer, ``[R, ...]`` like ``worth``."""
-    _, at = policies.unique(return_inverse=True)
-    total = worth.new_zeros(len(policies.unique()), *worth.shape[1:])
-    return total.index_add_(0, at, worth)[at]
+    import torch
+
+    total = torch.zeros_like(worth)  # a row for each policy, of which there are no more than rows
+    return total.index_add_(0, policies, worth)[policies]
 
 
-def clamped(held: Held, queries: Tensor, distance: int) -> tuple[Tensor, Tensor]:
-    """Queries and keys as if every key stood ``distance`` tokens before every query.
-
-    Returns:
-        queries ``[R, G, C, D]`` and keys ``[R, n, D]``; as they are in a model without RoPE.
-    """
+def clamped_queries(held: Held, queries: Tensor, distance: int) -> Tensor:
+    """Queries ``[R, G, C, D]`` as if each stood ``distance`` tokens behind all of
+    ``clamped_keys``; as they are in a model without RoPE."""
     import torch
 
     rope = held.signals.rope
     if rope is None:
-        return queries, held.keys
+        return queries
     at = held.start + torch.arange(queries.shape[2], device=queries.device)
-    return turn(queries, distance - at, rope), turn(held.keys, -held.tokens, rope)
+    return turn(queries, distance - at, rope)
+
+
+def clamped_keys(held: Held) -> Tensor:
+    """Keys ``[R, n, D]`` as if all stood at one place; as they are in a model without RoPE."""
+    rope = held.signals.rope
+    return held.keys if rope is None else turn(held.keys, -held.tokens, rope)
 
 
 @dataclass(frozen=True)
@@ -92,12 +97,22 @@ class MiddleBlocks(Reader):
     last: int
 
     @abstractmethod
-    def score(self, held: Held, queries: Tensor) -> Tensor:
+    def index(self, held: Held) -> dict[str, Tensor]:
+        """What stands for each row's blocks, by name, ``[R, b, ...]``."""
+
+    @abstractmethod
+    def score(self, held: Held, queries: Tensor, index: Mapping[str, Tensor]) -> Tensor:
         """The score of every block, ``[R, C, b]``; minus infinity where it is empty."""
 
     def reads(self, held: Held, queries: Tensor) -> Tensor:
         """The ends and whole blocks of highest score."""
-        return self.whole_blocks(held, self.score(held, queries))
+        return self.whole_blocks(held, self.score(held, queries, self.index(held)))
+
+    def follow(self, held: Held, query: Tensor, memory: Memory) -> Tensor:
+        """The same by an index made once."""
+        if not memory:
+            memory.update(self.index(held))
+        return self.whole_blocks(held, self.score(held, query, memory))[:, -1]
 
     def in_blocks(self, entries: Tensor, fill: float) -> Tensor:
         """``[R, n, ...]`` after the first ones as ``[R, b, block, ...]``."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvtune.common.progress import Bars, Progress, Silent
+from kvtune.policies.gathering import of_tokens
 from kvtune.policies.methods.lococo import LoCoCo, fused
 from kvtune.policies.signals import Needs, Signals
 from kvtune.runtime.prompts import Prompt, fresh_prompt
@@ -133,9 +134,8 @@ def _loss(
     heavy = method.keep(signals, max(budget - method.slots, 0))
     residual = method.residual(signals, max(budget, method.slots))
     sums = fused(signals.keys, signals.values, heavy, residual, kernels)
-    wide = heavy[..., None].expand(-1, -1, signals.keys.shape[-1])
     whole = signals.keys.float(), signals.values.float()
-    fewer = (torch.cat([x.gather(1, wide), y], 1) for x, y in zip(whole, sums, strict=True))
+    fewer = (torch.cat([of_tokens(x, heavy), y], 1) for x, y in zip(whole, sums, strict=True))
     exact = _attended(signals, *whole)
     return (_attended(signals, *fewer) - exact).square().mean() / exact.square().mean()
 

@@ -26,7 +26,7 @@ from kvtune.policies.methods.weighted_keys import WeightedKeys
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.signals import Needs
 from kvtune.policies.testing.cases import Case, make_signals, uniform
-from kvtune.runtime.cache.beside import HeldPart
+from kvtune.runtime.cache.beside import HeldPart, read_back
 from kvtune.runtime.learn import _loss, _trained, kernels, rotations
 from kvtune.runtime.prompts import fresh_prompt
 from kvtune.traces.learned import keep_learned, learned_layers
@@ -106,7 +106,7 @@ def test_what_is_replayed_is_what_a_cache_holds(method: Any, formats: Any) -> No
         own = signals.keys[head], signals.values[head]
         for part in method.parts(signals, 70):
             held = HeldPart.of(head, part.of_head(head), own, option)
-            read = held.read(case.head_dim)
+            (read,) = read_back([held], case.head_dim)
             keys.append(read[0])
             values.append(read[1])
         torch.testing.assert_close(torch.cat(keys), replayed.keys[head], rtol=0.02, atol=0.02)

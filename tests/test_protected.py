@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args, get_type_hints
+
 import pytest
 import torch
 
 from kvtune.policies.apply import apply_options
 from kvtune.policies.formats.grouped import Int2
+from kvtune.policies.method import ScoredMethod, methods
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.protected import Protected
 from kvtune.policies.option import Budget, Option
@@ -38,6 +41,20 @@ def test_a_span_stays_in_16_bits() -> None:
     rest = option.method.keep(signals, 48)[:, 16:, None].expand(-1, -1, CASE.head_dim)
     assert not torch.isclose(stored.keys[:, 16:], signals.keys.gather(1, rest)).all(-1).any()
     assert stored.footprint_bytes == (2 * option.footprint(48, 101, CASE.head_dim),)
+
+
+def test_every_method_that_only_ranks_tokens_can_be_wrapped() -> None:
+    kinds = (kind() for kind in methods().values())
+    ranking = {
+        method.name
+        for method in kinds
+        if isinstance(method, ScoredMethod) and method.ranks_alone and not method.looks_ahead
+    }
+    assert {*get_args(get_type_hints(Protected)["by"])} == ranking
+    signals = make_signals(CASE)
+    for name in sorted(ranking - {"compresskv", "kvzip"}):  # which the case has no signals for
+        kept = Protected(name, start=30, stop=50).keep(signals, 40)  # type: ignore[arg-type]
+        assert all({*range(30, 50)} <= {*row} and len({*row}) == 40 for row in kept.tolist())
 
 
 def test_a_policy_file_wraps_a_method_and_no_search_does() -> None:

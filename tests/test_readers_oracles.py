@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,12 @@ from kvtune.policies.allocators.actqkv_layers import ActQKVLayers, entropy
 from kvtune.policies.apply import apply
 from kvtune.policies.attention import attend
 from kvtune.policies.key_graph import NONE, KeyGraph
+from kvtune.policies.method import Method
 from kvtune.policies.methods.actqkv import ActQKV
 from kvtune.policies.methods.cca import CCA
 from kvtune.policies.methods.infllm import InfLLM
 from kvtune.policies.methods.landmark import Landmark
-from kvtune.policies.methods.quest import BlockBounds
+from kvtune.policies.methods.quest import BlockBounds, Quest
 from kvtune.policies.methods.razor import Razor
 from kvtune.policies.methods.recycled import Recycled
 from kvtune.policies.methods.retrieval_attention import RetrievalAttention, _queries_of
@@ -32,6 +34,7 @@ from kvtune.policies.methods.triattention import TriAttention
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.query_index import QueryIndex
+from kvtune.policies.reader import Held
 from kvtune.policies.signals import Signals
 from kvtune.policies.testing import Case, make_signals, uniform
 
@@ -291,6 +294,38 @@ def test_recycled_reads_what_its_last_full_step_saw(
                     signals.scale,
                 )
                 assert np.abs(ours[head, member, step] - theirs).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        TokenSelect(4, 8, 0.9), TokenSelect(4, 8, 0.05), TokenSelect(4, 8, 2),
+        Recycled(stride=2), Recycled(stride=3, similarity=0.2), Recycled(stride=1),
+        ActQKV(block=8, sinks=4, recent=8), ActQKV(block=8, sinks=4, recent=8, window=4),
+        InfLLM(block=8, sinks=4, recent=8), ShadowKV(rank=8, chunk=4, recent=2),
+        Landmark(block=8), Quest(block=16), SentenceKV(window=8),
+        RetrievalAttention(sinks=4, recent=8, degree=4, near=8, beam=12),
+    ],
+    ids=lambda method: method.label,
+)  # fmt: skip
+def test_steps_one_after_another_read_what_the_last_of_all_of_them_reads(
+    signals: Signals, queries: Tensor, method: Method
+) -> None:
+    ends = torch.zeros(TOKENS + STEPS, dtype=torch.bool)
+    ends[[9, 30, 44, TOKENS + 1, TOKENS + 3]] = True
+    signals.sentence_ends = ends
+    reader, memory = method.reader(30), dict[str, Any]()
+    assert reader is not None
+    kept = method.keep(signals, 30)
+    wide = kept[..., None].expand(-1, -1, SIZE)
+    held = Held(
+        signals.keys.gather(1, wide), torch.full((HEADS,), kept.shape[1]), kept,
+        torch.arange(HEADS), torch.zeros(HEADS, dtype=torch.long), signals, TOKENS,
+    )  # fmt: skip
+    for step in range(STEPS):
+        query = queries[:, :, step : step + 1]
+        found = reader.follow(replace(held, start=TOKENS + step), query, memory)
+        assert torch.equal(found, reader.reads(held, queries[:, :, : step + 1])[:, -1])
 
 
 def test_recycled_counts_its_full_steps() -> None:

@@ -38,6 +38,7 @@ from kvtune.runtime.cache.backend import (
     Growing,
     Moves,
     PlainBackend,
+    Seen,
     TritonBackend,
     Writing,
 )
@@ -233,13 +234,20 @@ def test_a_layer_sees_the_same_weights_through_kernels() -> None:
             layer.count_appended()
         q = torch.randn(2, 3, 64, generator=generator).bfloat16()
         output, seen = layer.attend_seeing(q, Scratch(2, layer.slots, 3, 64, "cpu"), 0.125)
-        weights = layer.weights_on(GROWN, torch.arange(2), 128, seen)
+        weights = weights_on_grown(layer, 128, seen)
         assert (weights.sum(-1)[0] - 1).abs().max() < 1e-3  # all of the first row is growing
         assert (weights.sum(-1)[1] < 1).all()
         assert weights[0].count_nonzero(-1).tolist() == [57] * 3
         found.append((output.float(), weights))
     for plain, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain, atol=0.01, rtol=0.01)
+
+
+def weights_on_grown(layer: PagedLayer, places: int, seen: Seen) -> torch.Tensor:
+    """Attention on the first places of every row's growing segment, ``[rows, G, places]``."""
+    rows = torch.arange(layer.rows)
+    real = torch.arange(places) < layer.paged.lengths[GROWN * layer.rows + rows][:, None]
+    return layer.weights_at(layer.columns_of(GROWN, rows, places), rows, real, seen)
 
 
 @pytest.mark.parametrize("settled", first([64, 128]))
@@ -270,7 +278,7 @@ def test_pages_settle_the_same_through_kernels(settled: int) -> None:
         exact = [pool.memory[256 * cell :][:3584] for cell in cells]  # no page is shorter
         q = torch.randn(4, 3, 64, generator=generator).bfloat16()
         _, seen = layer.attend_seeing(q, Scratch(4, layer.slots, 3, 64, "cpu"), 0.125)
-        weights = layer.weights_on(GROWN, torch.arange(4), 192, seen)
+        weights = weights_on_grown(layer, 192, seen)
         found.append((torch.stack(exact), weights))
     assert torch.equal(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-3, rtol=1e-2)

@@ -339,7 +339,7 @@ def test_sequences_freed_in_any_order_leave_the_others_and_nothing_behind(
 @pytest.mark.parametrize(
     "method", first([LISTS, SENTENCES, *READERS[:-1]], 2), ids=lambda method: method.label
 )
-def test_a_prompts_queries_are_forgotten_where_no_step_asks_for_them(
+def test_a_prompts_queries_and_keys_are_forgotten_behind_the_first_step(
     network: Any, tokenizer: Any, method: Method
 ) -> None:
     policy = uniform(Option(method, Budget(tokens=30)), network)
@@ -349,12 +349,8 @@ def test_a_prompts_queries_are_forgotten_where_no_step_asks_for_them(
     for _ in range(2):
         layer.attend(q, Scratch(layer.rows, layer.slots, 2, 8, "cpu"), 1.0)
     for each in layer.searched:
-        held = each.signals.queries.untyped_storage().nbytes()
-        asks = each.reader.asks_prompt_again
-        most = method.needs.queries(ids.shape[1]) if asks else 0
-        assert held == most * 2 * policy.kv_heads * 8 * 4
-        if not asks:
-            assert each.signals.keys.untyped_storage().nbytes() == 0
+        for forgotten in (each.signals.queries, each.signals.keys):
+            assert forgotten.untyped_storage().nbytes() == 0
         assert each.signals.prompt_tokens == ids.shape[1]
 
 
@@ -372,23 +368,18 @@ def test_an_index_holds_no_keys_beside_those_that_are_stored(network: Any, metho
 
 
 @pytest.mark.parametrize("name", [n for n, kind in methods().items() if kind().reader(1)])
-def test_a_reader_that_does_not_look_back_needs_the_last_query_alone(
-    network: Any, name: str
+def test_what_is_remembered_has_an_item_a_row_and_does_not_grow(
+    network: Any, tokenizer: Any, name: str
 ) -> None:
     made = {each.name: each for each in READERS if each.name != "retrieval_attention"}
-    made |= {"retrieval_attention": LISTS, "sentencekv": SentenceKV(window=8)}
-    reader = made[name].reader(30)
-    assert reader is not None
-    if reader.looks_back:
-        assert name in {"token_select", "recycled", "sentencekv"}
-        return
+    made |= {"retrieval_attention": LISTS, "sentencekv": SENTENCES}
     policy = uniform(Option(made[name], Budget(tokens=30)), network)
-    _, seen = read(network, policy)
-    searched = read(network, policy)[0].layers[1].paged.searched[0]
-    q = torch.randn(policy.kv_heads, 2, STEPS, 8, generator=torch.Generator().manual_seed(1))
-    searched.steps = STEPS - 1
-    part = apply(policy, 1, [30] * policy.kv_heads, seen[1])
-    expected = part.visible(q)
-    assert expected is not None
-    found = searched._read(part.keys.float(), q[:, :, -1])
-    assert torch.equal(found, expected[:, 0, -1])
+    layer = read(network, policy, texts(tokenizer)[:1], tokenizer)[0].layers[1].paged
+    sizes = []
+    for step in range(3 * STEPS):
+        q = torch.randn(layer.rows, 2, 8, generator=torch.Generator().manual_seed(step))
+        layer.attend(q, Scratch(layer.rows, layer.slots, 2, 8, "cpu"), 1.0)
+        (rows,) = layer.searched
+        assert all(len(each) == len(rows.rows) for each in rows.memory.values())
+        sizes.append({n: x.shape for n, x in rows.memory.items() if isinstance(x, Tensor)})
+    assert all(each == sizes[0] for each in sizes)

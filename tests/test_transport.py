@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from kvtune.common.errors import KvtuneError
+from kvtune.runtime.transport import saved
 from kvtune.runtime.transport.codec import LEVELS, Level, decode, encode, joined
 from kvtune.runtime.transport.saved import load_cache_file, save_cache
 from kvtune.runtime.transport.symbols import decode_symbols, encode_symbols, least_bytes
@@ -19,6 +20,7 @@ pytest.importorskip("constriction")
 
 SHAPE = (6, 2, 57, 4)
 MINE = "a" * 64
+digest = saved._digest
 
 
 def cache(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -120,6 +122,29 @@ def test_damage_is_told(tmp_path: Path) -> None:
     save_file(dict(encoded.buffers), path)
     with pytest.raises(KvtuneError, match=r"Field required|format"):
         load_cache_file(path, model_fingerprint=MINE)
+
+
+def test_a_changed_shape_or_level_is_damage(tmp_path: Path) -> None:
+    path, encoded = tmp_path / "prompt.safetensors", encode(*cache(), LEVELS[1])
+    for changed in (
+        replace(encoded, shape=(6, 2, 57, 8)),
+        replace(encoded, level=replace(LEVELS[1], key_bins=(32, 16, 32))),
+    ):
+        with pytest.MonkeyPatch.context() as patch:  # the file says so, its hash is of the truth
+            patch.setattr(saved, "_digest", lambda _, ids: digest(encoded, ids))
+            save_cache(path, changed, token_ids=range(57), model_fingerprint=MINE)
+        with pytest.raises(KvtuneError, match="its hash differs"):
+            load_cache_file(path, model_fingerprint=MINE)
+
+
+def test_what_cannot_be_saved_or_found_is_refused(tmp_path: Path) -> None:
+    encoded = encode(*cache(), LEVELS[1])
+    with pytest.raises(KvtuneError, match="56 tokens, but a cache of 57"):
+        save_cache(tmp_path / "a", encoded, token_ids=range(56), model_fingerprint=MINE)
+    with pytest.raises(KvtuneError, match="no such file"):
+        load_cache_file(tmp_path / "a", model_fingerprint=MINE)
+    with pytest.raises(KvtuneError, match="a level of 2 bins"):
+        Level("none", (2, 4, 4), (4, 4))
 
 
 CHUNKS = [Chunk({"fine": 400, "coarse": 100}, 4, recompute_s=2.0, decode_s=0.1)] * 3

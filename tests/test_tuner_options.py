@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, cast
 
+from kvtune.policies.format import formats
 from kvtune.policies.method import Method, methods
 from kvtune.policies.methods.a2sf import PREFILL
 from kvtune.policies.methods.compresskv import CompressKV
@@ -15,6 +16,7 @@ from kvtune.policies.methods.weighted_keys import WeightedKeys
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.signals import Needs
 from kvtune.traces.signals import SIGNALS
+from kvtune.tuner.left_out import LEFT_OUT
 from kvtune.tuner.options import (
     FULL,
     LAPTOP,
@@ -45,6 +47,14 @@ def test_every_method_is_offered_but_references_and_floors() -> None:
     assert {m.name for m in every_method(reads_less=True)} == everyone
     assert {m.name for m in every_method(pairs=True)} == offered | linked
     assert {*METHODS, PREFILL} <= {*every_method()}
+
+
+def test_what_no_menu_has_is_named_with_the_reason_and_nothing_else_is() -> None:
+    pairs = [pair for menu in (SMALL, LAPTOP, FULL) for pair in menu.formats]
+    offered = {form.name for pair in (*pairs, *ROTATED, *WEIGHTED) for form in pair}
+    offered |= {method.name for method in every_method(reads_less=True, pairs=True)}
+    assert {*LEFT_OUT} == {*methods(), *formats()} - offered
+    assert all(reason and not reason.endswith(".") for reason in LEFT_OUT.values())
 
 
 def test_without_a_calibration_what_needs_one_is_left_out() -> None:
@@ -99,11 +109,11 @@ def test_formats_by_channel_are_offered_behind_weighted_keys_alone() -> None:
 
 
 def test_a_trace_records_what_the_menu_needs_and_what_baselines_read() -> None:
-    formats = alike((Option().keys,))
+    pairs = alike((Option().keys,))
     assert signals_of(LAPTOP.needs) == ("column_sums",)
-    assert signals_of(Menu((SnapKV(),), (0.5,), formats).needs) == ("column_sums",)
+    assert signals_of(Menu((SnapKV(),), (0.5,), pairs).needs) == ("column_sums",)
     asked = {*SIGNALS} - {"repeat_queries", "study_queries"}  # only what a policy file asks for
-    assert {*signals_of(Menu(every_method(reads_less=True), (0.5,), formats).needs)} == asked
+    assert {*signals_of(Menu(every_method(reads_less=True), (0.5,), pairs).needs)} == asked
     assert queries_of(LAPTOP.needs, 128) == 192
     assert queries_of(Needs(window=400), 128) == 528
 

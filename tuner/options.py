@@ -19,19 +19,14 @@ from kvtune.policies.methods.a2sf import A2SF, PREFILL
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.landmark import Landmark
-from kvtune.policies.methods.lococo import LoCoCo
-from kvtune.policies.methods.mustdrop import MustDrop
-from kvtune.policies.methods.oscar import Oscar
-from kvtune.policies.methods.protected import Protected
 from kvtune.policies.methods.quest import Quest
-from kvtune.policies.methods.random_tokens import RandomTokens
-from kvtune.policies.methods.retrieval_attention import RetrievalAttention
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.methods.weighted_keys import WeightedKeys
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.placement import ranks_without_newest
 from kvtune.policies.signals import Needs
+from kvtune.tuner.left_out import LEFT_OUT
 
 Pair = tuple[Format, Format]
 
@@ -142,11 +137,8 @@ def every_method(
 ) -> tuple[Method, ...]:
     """All registered methods that choose when the prompt is complete and that a server could run.
 
-    As published; A2SF as its authors set it for prompts. Left out are ``full``, which under a
-    budget is StreamingLLM without sinks, ``protected`` and ``mustdrop``, whose spans
-    only their user can set, ``lococo`` and ``oscar``, whose matrices are fitted to the model first,
-    ``weighted_keys``, which goes with the formats of ``Menu.weighted`` only, and ``random``, a
-    floor to hold others against.
+    As published; A2SF as its authors set it for prompts. ``left_out.LEFT_OUT`` says of all others
+    why they are not among them.
 
     Args:
         calibrated: whether the model has a calibration; without one, what needs it is left out.
@@ -155,16 +147,10 @@ def every_method(
         pairs: whether two layers may choose together; without, what links layers is left out.
     """
     kinds = (kind for _, kind in sorted(methods().items()))
-    made = [PREFILL if kind is A2SF else kind() for kind in kinds if kind not in _NOT_OFFERED]
+    made = [PREFILL if kind is A2SF else kind() for kind in kinds if kind.name not in LEFT_OUT]
     return tuple(
         method
         for method in made
-        if not method.looks_ahead and (calibrated or not method.needs.calibration)
+        if calibrated or not method.needs.calibration
         if (pairs or not method.needs.linked) and (reads_less or method.reader(1) is None)
     )
-
-
-_NOT_OFFERED = (
-    Full, LoCoCo, MustDrop, Oscar, Protected, RandomTokens, RetrievalAttention, WeightedKeys,
-)  # fmt: skip
-"""The last because its graphs take minutes a sample to build."""

@@ -95,7 +95,7 @@ def entropy(reader: Probe, signals: Signals, queries: int) -> float:
         tokens - min(queries, tokens),
     )
     rows = signals.queries[:, -min(queries, tokens) :].float().unflatten(0, (heads, -1))
-    scores = reader.score(held, rows)[0]  # [C, b], the layer's
+    scores = reader.score(held, rows, reader.index(held))[0]  # [C, b], the layer's
     blocks = int((scores[0] > -torch.inf).sum())
     if blocks < 2:
         return 0.0

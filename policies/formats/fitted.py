@@ -141,9 +141,10 @@ class Allocated(Coded):
         import torch
 
         widths = buffers["widths"].long()
-        place = torch.arange(WIDEST, device=widths.device)
-        flags = torch.zeros(*shape, WIDEST, dtype=torch.long, device=widths.device)
-        flags[:, place < widths[:, None]] = unpack(buffers["codes"], 1, self.signs(shape[1]))
+        place, signs = torch.arange(WIDEST, device=widths.device), self.signs(shape[1])
+        first = (widths.cumsum(0) - widths)[:, None]  # of each direction's signs in a token's row
+        rows = unpack(buffers["codes"], 1, signs)[:, (first + place).clamp_max(signs - 1).flatten()]
+        flags = rows.unflatten(1, (-1, WIDEST)) * (place < widths[:, None])
         levels = _levels((flags << place).sum(-1), widths[None]) * buffers["steps"].float()
         return levels * scale_of(buffers["tokens"][:, None])
 

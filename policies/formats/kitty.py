@@ -72,15 +72,16 @@ class Kitty(Coded):
         import torch
 
         tokens, head_dim = shape
-        wide = torch.zeros(head_dim, dtype=torch.bool, device=buffers["places"].device)
-        wide[buffers["places"].long()] = True
-        back = torch.zeros(shape, device=wide.device)
-        for name, form, mine in (("wide", Int4, wide), ("few", Int2, ~wide)):
-            own = tokens, int(mine.sum())
-            if own[1]:
-                read = inner_numbers(form(self.group), buffers, own, role, f"{name} ")
-                back[:, mine] = read
-        return back
+        places = buffers["places"].long()
+        few = torch.ones(head_dim, device=places.device).scatter(0, places, 0)
+        channels = few.argsort(stable=True)  # the wide ones first, both ascending as they lie
+        counts = len(places), head_dim - len(places)
+        parts = [
+            inner_numbers(form(self.group), buffers, (tokens, count), role, f"{name} ")
+            for name, form, count in zip(("wide", "few"), (Int4, Int2), counts, strict=True)
+            if count
+        ]
+        return torch.cat(parts, 1)[:, channels.argsort()]
 
 
 def _with_wide(few: Section) -> Section:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvtune.common.rotary import turn
 from kvtune.policies.method import ReadingMethod
 from kvtune.policies.methods.infllm import Representatives
-from kvtune.policies.reader import Held
-from kvtune.policies.recall import clamped, ends, of_layer
+from kvtune.policies.reader import Held, Memory
+from kvtune.policies.recall import clamped_queries, ends, of_layer
 from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import ALL_QUERIES, Needs
 
@@ -69,17 +70,25 @@ class Probe(Representatives):
 
     window: int
 
-    @property
-    def looks_back(self) -> bool:
-        """A window of queries shares a probe."""
-        return self.window > 1
+    def follow(self, held: Held, query: Tensor, memory: Memory) -> Tensor:
+        """The window's queries so far share a probe."""
+        import torch
 
-    def score(self, held: Held, queries: Tensor) -> Tensor:
+        if self.window == 1:
+            return super().follow(held, query, memory)
+        begins = (held.start - held.signals.prompt_tokens) % self.window == 0
+        queries = query if begins else torch.cat([memory["window"], query], 2)
+        first = held.start + 1 - queries.shape[2]
+        found = super().follow(replace(held, start=first), queries, memory)
+        memory["window"] = queries
+        return found
+
+    def score(self, held: Held, queries: Tensor, index: Mapping[str, Tensor]) -> Tensor:
         """The layer's score of every block, ``[R, C, b]``; minus infinity where it is empty."""
         import torch
 
-        means, there = self.representatives(held)
-        turned, _ = clamped(held, queries, self.last)
+        means, there = index["means"], index["there"]
+        turned = clamped_queries(held, queries, self.last)
         probe = self.probes(turned, self.bias(held, queries))  # [R, G, C, D]
         group = queries.shape[1]
         product = of_layer(probe.sum(1) @ means.transpose(-1, -2), held.policies)

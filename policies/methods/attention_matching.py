@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from kvtune.policies.gathering import of_tokens
 from kvtune.policies.method import Method, find_method
 from kvtune.policies.parts import Part, PartPlan
 from kvtune.policies.registry import parameter
@@ -94,10 +95,7 @@ class AttentionMatching(Method):
             return [Part(kept)]
         attention = self._attention(signals)
         columns = attention.gather(2, kept[:, None].expand(-1, attention.shape[1], -1)).double()
-        keys, own = (
-            whole.gather(1, kept[..., None].expand(-1, -1, whole.shape[-1]))
-            for whole in (signals.keys, signals.values)
-        )
+        keys, own = of_tokens(signals.keys, kept), of_tokens(signals.values, kept)
         outputs = attention @ signals.values.float()
         if self.fit == "together":
             weights, values = fitted_together(columns, outputs, own)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvtune.policies.gathering import of_tokens
 from kvtune.policies.method import Method
 from kvtune.policies.registry import parameter
 from kvtune.policies.signals import Needs, Signals
@@ -68,8 +69,8 @@ class CaM(Method):
         for leaving in range(first, last):
             behind = slice(leaving + 1, leaving + 1 + spread)
             values[:, behind] += share[:, leaving] * values[:, leaving : leaving + 1]
-        wide = kept[..., None].expand(-1, -1, values.shape[-1])
-        return signals.keys.gather(1, wide), values.gather(1, wide).to(signals.values.dtype)
+        merged = of_tokens(values, kept).to(signals.values.dtype)
+        return of_tokens(signals.keys, kept), merged
 
     def work(self, shape: LayerShape, budget: int) -> Work:
         """Every leaving value read once and added to those behind it."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from kvtune.common.rotary import turn
+from kvtune.policies.gathering import of_tokens
 from kvtune.policies.method import ScoredMethod
 from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import Needs, Signals
@@ -87,7 +88,7 @@ class EMSReconstruction(ScoredMethod):
         like = torch.ones((), device=scores.device)
         for tensor in (self._in_space(signals), signals.values.float()):
             unit = F.normalize(tensor[:, :before], dim=-1)
-            like = like * (unit @ _at(unit, centres).transpose(-1, -2)).relu()
+            like = like * (unit @ of_tokens(unit, centres).transpose(-1, -2)).relu()
         most, home = like.max(-1, keepdim=True)
         goes = worth[..., None] & (most >= self.threshold)
         return torch.zeros_like(like, dtype=torch.bool).scatter(2, home, goes)
@@ -102,13 +103,16 @@ class EMSReconstruction(ScoredMethod):
         centres = kept[:, :count]
         weights = (joined * scores[..., None]).transpose(-1, -2)  # [H, centres, tokens]
         weights = weights.scatter(2, centres[..., None], scores.gather(1, centres)[..., None])
-        keys, values = _at(signals.keys, kept).clone(), _at(signals.values, kept).clone()
+        keys, values = (
+            of_tokens(signals.keys, kept).clone(),
+            of_tokens(signals.values, kept).clone(),
+        )
         mean = weights @ signals.values[:, :before].float() / weights.sum(-1, keepdim=True)
         values[:, :count] = mean.to(values.dtype)
         if self.merge_keys:
             space = self._in_space(signals)[:, :before]
             direction = F.normalize(weights @ F.normalize(space, dim=-1), dim=-1)
-            length = _at(space, centres).norm(dim=-1, keepdim=True)
+            length = of_tokens(space, centres).norm(dim=-1, keepdim=True)
             back = self._from_space(signals, direction * length, centres)
             keys[:, :count] = back.to(keys.dtype)
         return keys, values
@@ -131,8 +135,3 @@ class EMSReconstruction(ScoredMethod):
         pairs = float(shape.kv_heads * shape.prompt_tokens * min(budget, shape.prompt_tokens))
         more = Work(8 * pairs * shape.head_dim, 8 * pairs, launches=70)
         return super().work(shape, budget) + more
-
-
-def _at(tensor: Tensor, places: Tensor) -> Tensor:
-    """Rows of ``[H, P, D]`` at ``[H, n]``."""
-    return tensor.gather(1, places[..., None].expand(-1, -1, tensor.shape[-1]))

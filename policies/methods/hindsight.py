@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from kvtune.policies.gathering import other_tokens
 from kvtune.policies.method import ScoredMethod
 from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import Future, Needs, Signals
@@ -84,7 +85,7 @@ class ProbeGreedy(ScoredMethod):
             order = _cheapest(*left.now(), count)
             at = torch.arange(step, step + count, device=place.device, dtype=torch.float32)
             dropped_at.scatter_(1, place.gather(1, order), at.expand(heads, count))
-            stay = _others(order, tokens - step)
+            stay = other_tokens(order, tokens - step)
             left, place, step = left.only(stay), place.gather(1, stay), step + count
         return dropped_at
 
@@ -113,14 +114,6 @@ def _cheapest(response: Tensor, change: Tensor, count: int) -> Tensor:
         cost += products[head, chosen]
         cost[head, chosen] = np.inf
     return torch.from_numpy(order).to(change.device)
-
-
-def _others(rows: Tensor, tokens: int) -> Tensor:
-    """Every index below ``tokens`` that a row does not hold, ascending, ``[H, tokens - n]``."""
-    import torch
-
-    kept = torch.ones(len(rows), tokens, dtype=torch.bool, device=rows.device).scatter_(1, rows, 0)
-    return kept.nonzero()[:, 1].view(len(rows), -1)
 
 
 @dataclass(frozen=True)

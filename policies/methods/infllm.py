@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvtune.policies.gathering import of_tokens
 from kvtune.policies.method import ReadingMethod
 from kvtune.policies.reader import Held, Reader
-from kvtune.policies.recall import MiddleBlocks, between, clamped, ends, of_layer
+from kvtune.policies.recall import (
+    MiddleBlocks,
+    between,
+    clamped_keys,
+    clamped_queries,
+    ends,
+    of_layer,
+)
 from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import ALL_QUERIES, Needs, Signals
 
@@ -66,33 +75,26 @@ class Representatives(MiddleBlocks):
 
     count: int
 
-    def score(self, held: Held, queries: Tensor) -> Tensor:
+    def score(self, held: Held, queries: Tensor, index: Mapping[str, Tensor]) -> Tensor:
         """The layer's score of every block, ``[R, C, b]``; minus infinity where it is empty."""
         import torch
 
-        means, there = self.representatives(held)
-        turned, _ = clamped(held, queries, self.last)
-        worth = of_layer(turned.sum(1) @ means.transpose(-1, -2), held.policies)
-        return worth.masked_fill(~there[:, None], -torch.inf)
+        turned = clamped_queries(held, queries, self.last)
+        worth = of_layer(turned.sum(1) @ index["means"].transpose(-1, -2), held.policies)
+        return worth.masked_fill(~index["there"][:, None], -torch.inf)
 
-    def representatives(self, held: Held) -> tuple[Tensor, Tensor]:
-        """What stands for each block, ``[R, b, D]``, and whether it holds anything, ``[R, b]``."""
+    def index(self, held: Held) -> dict[str, Tensor]:
+        """``means`` stand for blocks, ``[R, b, D]``; whether these are ``there``, ``[R, b]``."""
         import torch
 
         local = local_scores(held.signals, self.last)[held.heads].gather(1, held.tokens)
         local = local.masked_fill(~between(held, self.first, self.last), -torch.inf)
-        _, keys = clamped(held, held.keys[:, None, :0], self.last)
+        keys = clamped_keys(held)
         local, keys = self.in_blocks(local, -torch.inf), self.in_blocks(keys, 0.0)
         top = local.topk(min(self.count, self.block), -1)
         mine = (top.values > -torch.inf)[..., None]
-        picked = keys.gather(2, top.indices[..., None].expand(-1, -1, -1, keys.shape[-1]))
-        means: Tensor = (picked * mine).sum(2) / mine.sum(2).clamp_min(1)
-        return means, mine[:, :, 0, 0]
-
-    @property
-    def asks_prompt_again(self) -> bool:
-        """Which keys stand for a block is settled at the first step."""
-        return False
+        means: Tensor = (of_tokens(keys, top.indices) * mine).sum(2) / mine.sum(2).clamp_min(1)
+        return {"means": means, "there": mine[:, :, 0, 0]}
 
     def index_bytes(self, entries: int, head_dim: int) -> int:
         """One key in 16 bits a block."""

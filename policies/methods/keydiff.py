@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvtune.policies.gathering import of_tokens
 from kvtune.policies.method import Method, ScoredMethod
 from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import Signals
@@ -64,13 +65,13 @@ class KeyDiffBlockwise(Method):
         """What is left after the last block."""
         import torch
 
-        heads, tokens, size = signals.keys.shape
+        heads, tokens, _ = signals.keys.shape
         budget = min(budget, tokens)
         place = torch.arange(tokens, device=signals.keys.device).expand(heads, -1)
         held = place[:, :budget]
         for start in range(budget, tokens, self.block):
             held = torch.cat((held, place[:, start : start + self.block]), 1)
-            scores = unlikeness(signals.keys.gather(1, held[..., None].expand(-1, -1, size)))
+            scores = unlikeness(of_tokens(signals.keys, held))
             best = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)[:, :budget]
             held = held.gather(1, (held.shape[1] - 1 - best).sort(-1).values)
         return held

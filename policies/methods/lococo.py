@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from kvtune.common.errors import KvtuneError
+from kvtune.policies.gathering import of_tokens, other_tokens
 from kvtune.policies.method import ScoredMethod
 from kvtune.policies.parts import VIRTUAL, Part, PartPlan
 from kvtune.policies.registry import LONGEST_PROMPT, parameter
@@ -127,11 +128,8 @@ def fused(
 
     weight, bias, share = kernels
     tokens = keys.shape[1]
-    others = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
-    others.scatter_(1, heavy, value=False)
-    at = others.nonzero()[:, 1].view(len(keys), -1)
-    wide = at[..., None].expand(-1, -1, keys.shape[-1])
-    k, v = keys.float().gather(1, wide), values.float().gather(1, wide)
+    at = other_tokens(heavy, tokens)
+    k, v = of_tokens(keys.float(), at), of_tokens(values.float(), at)
     both = torch.cat([k, v], -1).transpose(1, 2)
     convolved = F.conv1d(both, weight, bias, padding=weight.shape[-1] // 2)
     rows = convolved.relu().softmax(-1)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from kvtune.policies.format import Format
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.grouped import Int4, Int8
+from kvtune.policies.gathering import other_tokens
 from kvtune.policies.method import ScoredMethod
 from kvtune.policies.parts import Part, PartPlan
 from kvtune.policies.registry import parameter
@@ -68,13 +69,8 @@ class MiKV(ScoredMethod):
 
     def parts(self, signals: Signals, budget: int) -> list[Part]:
         """Important tokens, and the others in fewer bits."""
-        import torch
-
         important = self.keep(signals, budget)
-        heads, tokens, _ = signals.keys.shape
-        rest = torch.ones(heads, tokens, dtype=torch.bool, device=important.device)
-        rest.scatter_(1, important, value=False)
-        others = rest.nonzero()[:, 1].view(heads, -1)
+        others = other_tokens(important, signals.prompt_tokens)
         found = []
         if important.shape[1]:
             found.append(Part(important, formats=self._high))

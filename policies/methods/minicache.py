@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from kvtune.policies.gathering import of_tokens, other_tokens
 from kvtune.policies.method import Method
 from kvtune.policies.parts import Part, PartPlan
 from kvtune.policies.registry import parameter
@@ -65,19 +66,13 @@ class MiniCache(Method):
 
     def parts(self, signals: Signals, budget: int) -> list[Part]:
         """Retained tokens, and the others with directions between two layers' own."""
-        import torch
-
         retained = self.keep(signals, budget)
-        heads, tokens, head_dim = signals.keys.shape
-        if retained.shape[1] == tokens:
+        if retained.shape[1] == signals.prompt_tokens:
             return [Part(retained)]
-        rest = torch.ones(heads, tokens, dtype=torch.bool, device=retained.device)
-        rest.scatter_(1, retained, value=False)
-        merged = rest.nonzero()[:, 1].view(heads, -1)
-        wide = merged[..., None].expand(-1, -1, head_dim)
+        merged = other_tokens(retained, signals.prompt_tokens)
         both = signals.keys, signals.values
         of_keys, of_values = (
-            self._between(own.gather(1, wide), other.gather(1, wide), signals.layer)
+            self._between(of_tokens(own, merged), of_tokens(other, merged), signals.layer)
             for own, other in zip(both, signals.given("linked"), strict=True)
         )
         shared = Part(merged, of_keys, of_values, shared_by=2)

@@ -20,14 +20,16 @@ _EXACT = (Bf16(), Bf16())
 
 @dataclass(frozen=True)
 class Protected(Method):
-    """A rule around a method that scores tokens: the tokens of a span stay whatever they score.
+    """A rule around any method that only ranks tokens: those of a span stay whatever their rank.
 
     span = tokens ``start`` to ``stop`` of the prompt, stored in 16 bits, as far as the budget goes
     rest = of all other tokens those that ``by`` ranks highest, as many as the budget has left
 
     Source: the rule is ours; its reason is "The Pitfalls of KV Cache Compression", arXiv
     2510.00231: under eviction, instructions are lost and system prompts leak. The method keeps its
-    published parameters, and the tokens that it protects itself; the span comes before those.
+    published parameters, and the tokens that it protects itself; the span comes before those. What
+    stores other than a prompt's own keys and values (merged, fitted, shared by layers) or reads
+    less than it holds cannot be wrapped.
     Cost: that of the method.
     """
 
@@ -35,8 +37,9 @@ class Protected(Method):
     source = "a rule after arXiv 2510.00231"
 
     by: Literal[
-        "a2sf", "cake", "compresskv", "expected_attention", "h2o", "keydiff", "keyformer", "knorm",
-        "kvzip", "lazy_eviction", "scissorhands", "snapkv", "tova",
+        "a2sf", "cake", "compresskv", "expected_attention", "full", "h2o", "keydiff", "keyformer",
+        "knorm", "kvzip", "lazy_eviction", "mustdrop", "random", "scissorhands", "snapkv",
+        "streaming_llm", "tova", "triattention",
     ] = parameter("snapkv", "the method that chooses among all other tokens")  # fmt: skip
     start: int = parameter(0, "first token of the span", unit="tokens", low=0, high=LONGEST_PROMPT)
     stop: int = parameter(64, "token behind the span", unit="tokens", low=0, high=LONGEST_PROMPT)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvtune.policies.gathering import of_tokens
 from kvtune.policies.method import ReadingMethod
 from kvtune.policies.pooling import check_kernel, pooled
-from kvtune.policies.reader import Held, Reader
+from kvtune.policies.reader import Held, Memory, Reader
 from kvtune.policies.recall import best, of_layer
 from kvtune.policies.registry import parameter
 from kvtune.policies.signals import Needs
@@ -80,8 +81,36 @@ class LastFullStep(Reader):
         seen = torch.cat([before, queries], 2)  # step -1 is the prompt's last token
         picked = self.picks(held, seen)
         full, source = self.schedule(held, seen)
-        chosen = picked.gather(1, source[..., None].expand(-1, -1, picked.shape[-1]))
+        chosen = of_tokens(picked, source)
         return chosen | (full[..., None] & held.real[:, None])
+
+    def follow(self, held: Held, query: Tensor, memory: Memory) -> Tensor:
+        """The same; what the last full step picked is remembered, and its query."""
+        import torch
+
+        if not memory:
+            before = self._last_prompt_query(held)
+            memory |= {"picked": self.picks(held, before)[:, 0], "mean": self._mean(held, before)}
+        chosen: Tensor = memory["picked"]
+        if (held.start - held.signals.prompt_tokens + 1) % self.stride:
+            return chosen
+        mean = self._mean(held, query)
+        full = self._is_full(mean, memory["mean"])[:, None]
+        picked = self.picks(held, query)[:, 0]
+        memory["picked"] = torch.where(full, picked, chosen)
+        memory["mean"] = torch.where(full, mean, memory["mean"])
+        return chosen | (full & held.real)
+
+    def _mean(self, held: Held, query: Tensor) -> Tensor:
+        """Of one query over the layer's heads, ``[R, D]``, times their number."""
+        return of_layer(query.mean(1), held.policies)[:, 0]
+
+    def _is_full(self, mean: Tensor, last: Tensor) -> Tensor:
+        """Whether a step that is due reads everything, ``[R]`` bool."""
+        import torch
+
+        cosine = torch.cosine_similarity(mean, last, dim=-1)
+        return (cosine <= self.similarity) | (self.similarity >= 1)
 
     def picks(self, held: Held, queries: Tensor) -> Tensor:
         """What each query would pick, were its step full, ``[R, C, n]`` bool."""
@@ -108,8 +137,7 @@ class LastFullStep(Reader):
         for step in range(steps):
             source[:, step] = latest
             if (step + 1) % self.stride == 0:
-                cosine = torch.cosine_similarity(mean[:, step + 1], mean[row, latest], dim=-1)
-                full[:, step] = (cosine <= self.similarity) | (self.similarity >= 1)
+                full[:, step] = self._is_full(mean[:, step + 1], mean[row, latest])
                 latest = torch.where(full[:, step], step + 1, latest)
         return full, source
 
@@ -124,15 +152,14 @@ class LastFullStep(Reader):
         """A full step reads everything."""
         return True
 
-    @property
-    def looks_back(self) -> bool:
-        """Steps read what the last full step showed."""
-        return True
-
     def entries_read(self, entries: int) -> int:
         """The mean over a stride, every full step counted that is due."""
         few = min(entries, self.budget)
         return -(-(few * (self.stride - 1) + entries) // self.stride)
+
+    def most_read(self, entries: int, step: int) -> int:
+        """Everything where a full step is due."""
+        return min(entries, self.budget) if (step + 1) % self.stride else entries
 
     def index_bytes(self, entries: int, head_dim: int) -> int:
         """The numbers of what is read; the authors hold a copy of it instead."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Literal
@@ -12,7 +13,7 @@ from kvtune.policies.key_graph import KeyGraph
 from kvtune.policies.method import ReadingMethod
 from kvtune.policies.plain_index import PlainIndex, require_faiss
 from kvtune.policies.query_index import QueryIndex, centres_compared
-from kvtune.policies.reader import Held, Reader
+from kvtune.policies.reader import Held, Memory, Reader
 from kvtune.policies.recall import best, ends
 from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import ALL_QUERIES, Needs, Signals
@@ -126,25 +127,46 @@ class IndexSearch(Reader):
 
     def reads(self, held: Held, queries: Tensor) -> Tensor:
         """The ends, and the largest logits found."""
+        return self._best(held, queries, self._indices(held))
+
+    def follow(self, held: Held, query: Tensor, memory: Memory) -> Tensor:
+        """The same by indices that are remembered."""
+        if not memory:
+            memory["indices"] = self._indices(held)
+        return self._best(held, query, memory["indices"])[:, -1]
+
+    def _indices(self, held: Held) -> list[tuple[int, Index | None]]:
+        """Of each row the entries, and the index without its keys; None between ends that meet."""
+        ends = self.first + self.last
+        return [
+            (count, self.index(held, row, count) if count > ends else None)
+            for row, count in enumerate(held.counts.tolist())
+        ]
+
+    def _best(
+        self, held: Held, queries: Tensor, indices: Sequence[tuple[int, Index | None]]
+    ) -> Tensor:
+        """The ends, and what searches of each row's index find, ``[R, C, n]`` bool."""
         import torch
 
         worth = queries.new_full(
             (len(queries), *queries.shape[2:3], held.keys.shape[1]), -torch.inf
         )
-        for row, count in enumerate(held.counts.tolist()):
-            if count > self.first + self.last:
+        for row, (count, index) in enumerate(indices):
+            if index is not None:
                 middle = slice(self.first, count - self.last)
-                worth[row, :, middle] = self.found(held, row, count, queries[row]).amax(0)
+                here = replace(index, keys=held.keys[row, middle].float())
+                worth[row, :, middle] = self.found(here, queries[row]).amax(0)
         return best(held, worth, self.first, self.last, self.budget)
 
-    def found(self, held: Held, row: int, count: int, queries: Tensor) -> Tensor:
+    def found(self, index: Index, queries: Tensor) -> Tensor:
         """Logits of the keys that the searches of one row end with, ``[G, C, middle]``.
 
         Minus infinity where a key was not found.
         """
         import torch
 
-        index, asked = self.index(held, row, count), queries.flatten(0, 1)
+        asked = queries.flatten(0, 1)
         if isinstance(index, QueryIndex):
             most = self._listed(len(index.keys))
             ids, _ = index.search(asked, min(self.beam, most), most)
@@ -163,9 +185,9 @@ class IndexSearch(Reader):
         return found
 
     def index(self, held: Held, row: int, count: int) -> Index:
-        """The index over the prompt's keys of one row; built once a prompt.
+        """The index over the prompt's keys of one row, without these; built once a prompt.
 
-        Only what finds keys is remembered: those that a search compares are the keys as stored.
+        Those that a search compares are the keys as stored.
         """
         signals, head = held.signals, int(held.heads[row])
         middle = slice(self.first, count - self.last)
@@ -188,13 +210,7 @@ class IndexSearch(Reader):
             )
 
         which = blake2b(tokens.cpu().numpy().tobytes()).hexdigest()
-        remembered = signals.once(f"{self} {head} {which}", without_keys)
-        return replace(remembered, keys=held.keys[row, middle].float())
-
-    @property
-    def asks_prompt_again(self) -> bool:
-        """The index is built at the first step."""
-        return False
+        return signals.once(f"{self} {head} {which}", without_keys)
 
     def entries_read(self, entries: int) -> int:
         """Most entries that a step reads."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from kvtune.policies.method import Method
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.parts import PartPlan
 from kvtune.policies.pooling import check_kernel
-from kvtune.policies.reader import Held, Reader
+from kvtune.policies.reader import Held, Memory, Reader
 from kvtune.policies.recall import best, between, ends
 from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import Needs, Signals
@@ -85,27 +86,38 @@ class Sentences(Reader):
 
     def reads(self, held: Held, queries: Tensor) -> Tensor:
         """The ends, and entries in the order of their sentences."""
-        return self._ranked(held, self._running(held, queries))
+        return self._ranked(held, self._running(held, queries), self._sentences(held))
 
-    def reads_newest(self, held: Held, queries: Tensor) -> Tensor:
-        """The same for the last query alone."""
-        return self._ranked(held, self._running(held, queries)[:, :, -1:])[:, 0]
+    def follow(self, held: Held, query: Tensor, memory: Memory) -> Tensor:
+        """The same; sentences are averaged once, and queries since the last one ended summed up."""
+        import torch
 
-    def _ranked(self, held: Held, asked: Tensor) -> Tensor:
+        if not memory:
+            zero = torch.zeros_like(query[:, :, 0], dtype=torch.float64)
+            memory |= self._sentences(held) | {"total": zero, "count": zero[:, :1, :1]}
+        ended = held.signals.given("sentence_ends")[held.start - 1 : held.start]
+        goes_on = 1 - ended.double() if len(ended) else 1  # of what is not known it does
+        memory["total"] = memory["total"] * goes_on + query[:, :, 0].double()
+        memory["count"] = memory["count"] * goes_on + 1
+        mean = (memory["total"] / memory["count"]).to(query.dtype)
+        return self._ranked(held, mean[:, :, None], memory)[:, 0]
+
+    def _ranked(self, held: Held, asked: Tensor, sentences: Mapping[str, Tensor]) -> Tensor:
         """What queries ``[R, G, C, D]``, each as it chooses, attend to, ``[R, C, n]`` bool."""
         import torch
 
-        sentence, means, there = self._means(held)
+        sentence, means = sentences["number"], sentences["means"]
         worth = (asked @ means[:, None].transpose(-1, -2)).amax(1)
-        worth = worth.masked_fill(~there[:, None], -torch.inf)
+        worth = worth.masked_fill(~sentences["there"][:, None], -torch.inf)
         rank = worth.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # 0 for the best
         place = torch.arange(held.keys.shape[1], device=asked.device)
         at = sentence[:, None].expand(-1, rank.shape[1], -1)
         order = -(rank.gather(-1, at) * (len(place) + 1) + place).double()
         return best(held, order, self.first, self.last, self.budget)
 
-    def _means(self, held: Held) -> tuple[Tensor, Tensor, Tensor]:
-        """Each entry's sentence ``[R, n]``, their mean keys ``[R, S, D]``, and which hold any."""
+    def _sentences(self, held: Held) -> dict[str, Tensor]:
+        """Each entry's ``number`` of a sentence ``[R, n]``; of sentences ``means`` of keys
+        ``[R, S, D]``, and which are ``there``, ``[R, S]``."""
         ends_at = held.signals.given("sentence_ends")[: held.signals.prompt_tokens].long()
         number = (ends_at.cumsum(0) - ends_at)[held.tokens]  # sentences that ended before a token
         middle = between(held, self.first, self.last)
@@ -114,7 +126,8 @@ class Sentences(Reader):
         total = keys.new_zeros(len(keys), count, keys.shape[-1])
         total = total.scatter_add(1, number[..., None].expand_as(keys), keys)
         each = keys.new_zeros(len(keys), count).scatter_add(1, number, middle.to(keys.dtype))
-        return number, total / each.clamp_min(1)[..., None], each > 0
+        means = total / each.clamp_min(1)[..., None]
+        return {"number": number, "means": means, "there": each > 0}
 
     def _running(self, held: Held, queries: Tensor) -> Tensor:
         """Mean of the queries since the last sentence ended, ``[R, G, C, D]``."""
@@ -129,16 +142,6 @@ class Sentences(Reader):
         total = torch.nn.functional.pad(queries.double().cumsum(2), (0, 0, 1, 0))
         mean = total[:, :, 1:] - total[:, :, begun]
         return (mean / (steps + 1 - begun)[:, None]).to(queries.dtype)
-
-    @property
-    def looks_back(self) -> bool:
-        """Queries are averaged since the last sentence ended."""
-        return True
-
-    @property
-    def asks_prompt_again(self) -> bool:
-        """Means are of the keys held."""
-        return False
 
     def entries_read(self, entries: int) -> int:
         """Most entries that a step reads."""

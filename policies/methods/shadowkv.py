@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvtune.common.rotary import turn
+from kvtune.policies.gathering import of_tokens
 from kvtune.policies.method import ReadingMethod
 from kvtune.policies.parts import Part
 from kvtune.policies.reader import Held
@@ -72,7 +74,7 @@ class ShadowKV(ReadingMethod):
         held = _everything(signals, tokens)
         reader = self.reader(budget)
         exact = ~between(held, reader.first, reader.last)
-        outlying = reader.outlying(held).repeat_interleave(self.chunk, -1)
+        outlying = reader.index(held)["outlying"].repeat_interleave(self.chunk, -1)
         exact = exact | outlying[:, : exact.shape[1]]
         keys = torch.where(exact[..., None], signals.keys, self.rebuilt(signals))
         return [Part(tokens, keys)]
@@ -112,41 +114,37 @@ class Landmarks(MiddleBlocks):
 
     outliers: int
 
-    def score(self, held: Held, queries: Tensor) -> Tensor:
+    def score(self, held: Held, queries: Tensor, index: Mapping[str, Tensor]) -> Tensor:
         """The score of every chunk, ``[R, C, b]``; chunks that are outliers rank first."""
         import torch
 
-        landmark, there = self._landmarks(held)
-        logits = queries @ landmark[:, None].transpose(-1, -2) * held.signals.scale
+        there = index["there"]
+        logits = queries @ index["means"][:, None].transpose(-1, -2) * held.signals.scale
         logits = logits.masked_fill(~there[:, None, None], -torch.inf)
         soft = logits.softmax(-1).nan_to_num().amax(1)
         soft = soft.masked_fill(~there[:, None], -torch.inf)
-        return soft.masked_fill(self.outlying(held)[:, None], torch.inf)
+        return soft.masked_fill(index["outlying"][:, None], torch.inf)
 
-    def outlying(self, held: Held) -> Tensor:
-        """Chunks of smallest cosine, ``[R, b]`` bool."""
+    def index(self, held: Held) -> dict[str, Tensor]:
+        """``means`` of keys ``[R, b, D]``; of chunks ``[R, b]`` which are ``there``, and those of
+        smallest cosine, ``outlying``."""
         import torch
 
-        landmark, there = self._landmarks(held)
         keys, real = self._exact(held)
-        cosine = torch.cosine_similarity(keys, landmark[:, :, None], dim=-1)
+        mean: Tensor = (keys * real[..., None]).sum(2) / real.sum(2).clamp_min(1)[..., None]
+        there = real.any(-1)
+        cosine = torch.cosine_similarity(keys, mean[:, :, None], dim=-1)
         least = cosine.masked_fill(~real, torch.inf).amin(-1).masked_fill(~there, torch.inf)
         found = least.topk(min(self.outliers, least.shape[-1]), -1, largest=False)
         flags = torch.zeros_like(least, dtype=torch.bool)
-        return flags.scatter_(-1, found.indices, found.values < torch.inf)
-
-    def _landmarks(self, held: Held) -> tuple[Tensor, Tensor]:
-        """Mean keys ``[R, b, D]``, and which chunks hold anything, ``[R, b]``."""
-        keys, real = self._exact(held)
-        mean: Tensor = (keys * real[..., None]).sum(2) / real.sum(2).clamp_min(1)[..., None]
-        return mean, real.any(-1)
+        flags.scatter_(-1, found.indices, found.values < torch.inf)
+        return {"means": mean, "there": there, "outlying": flags}
 
     def _exact(self, held: Held) -> tuple[Tensor, Tensor]:
         """The prompt's own keys in chunks, ``[R, b, chunk, D]``, and which are real."""
         whole = held.signals.keys[held.heads].float()
-        at = held.tokens[..., None].expand(-1, -1, whole.shape[-1])
         middle = between(held, self.first, self.last)
-        keys = whole.gather(1, at).masked_fill(~middle[..., None], 0)
+        keys = of_tokens(whole, held.tokens).masked_fill(~middle[..., None], 0)
         return self.in_blocks(keys, 0.0), self.in_blocks(middle, False)
 
     def index_bytes(self, entries: int, head_dim: int) -> int:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvtune.policies.method import ReadingMethod
-from kvtune.policies.reader import Held, Reader
-from kvtune.policies.recall import best, between, clamped, ends, of_layer
+from kvtune.policies.reader import Held, Memory, Reader
+from kvtune.policies.recall import best, between, clamped_keys, clamped_queries, ends, of_layer
 from kvtune.policies.registry import LONGEST_PROMPT, parameter
 from kvtune.policies.signals import Needs
 
@@ -73,15 +73,38 @@ class Votes(Reader):
 
     def reads(self, held: Held, queries: Tensor) -> Tensor:
         """The ends and the highest votes."""
-        chosen = best(held, self.votes(held, queries), self.first, self.last, self.budget)
+        chosen = self._voted(held, queries)
         source = self.source_of(held, queries)[..., None].expand_as(chosen)
         return chosen.gather(1, source)
+
+    def follow(self, held: Held, query: Tensor, memory: Memory) -> Tensor:
+        """The same; the last selection and the query that made it are remembered."""
+        import torch
+
+        chosen, asked = self._voted(held, query)[:, 0], query[:, :, 0]
+        if memory:
+            last = memory["asked"]
+            product, own, theirs = (
+                of_layer((x * y).sum((1, 2)), held.policies).clamp_min(floor)
+                for x, y, floor in (
+                    (asked, last, -torch.inf), (asked, asked, 1e-30), (last, last, 1e-30),
+                )
+            )  # fmt: skip
+            near = product / (own.sqrt() * theirs.sqrt()) >= self.similarity
+            chosen = torch.where(near[:, None], memory["chosen"], chosen)
+            asked = torch.where(near[:, None, None], last, asked)
+        memory |= {"chosen": chosen, "asked": asked}
+        return chosen
+
+    def _voted(self, held: Held, queries: Tensor) -> Tensor:
+        """What each query selects by itself, ``[R, C, n]`` bool."""
+        return best(held, self.votes(held, queries), self.first, self.last, self.budget)
 
     def votes(self, held: Held, queries: Tensor) -> Tensor:
         """The layer's votes for every entry, ``[R, C, n]``; zero at the ends."""
         import torch
 
-        q, k = clamped(held, queries, self.last)
+        q, k = clamped_queries(held, queries, self.last), clamped_keys(held)
         candidate = between(held, self.first, self.last)
         logits = q @ k[:, None].transpose(-1, -2)
         logits = logits.masked_fill(~candidate[:, None, None], -torch.inf)
@@ -102,16 +125,6 @@ class Votes(Reader):
             near = cosine[:, step].gather(1, last[:, None])[:, 0] >= self.similarity
             source[:, step] = torch.where(near, last, step)
         return source
-
-    @property
-    def looks_back(self) -> bool:
-        """A selection is reused for queries like those that made it."""
-        return self.similarity <= 1
-
-    @property
-    def asks_prompt_again(self) -> bool:
-        """Votes are for the keys held."""
-        return False
 
     def entries_read(self, entries: int) -> int:
         """Most entries that a step reads."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from kvtune.common.errors import KvtuneError
-from kvtune.common.estimate import Estimate, Tier
 from kvtune.common.yaml_tree import LARGEST_FILE, Node, parse
 from kvtune.policies.allocator import Allocator, allocators
 from kvtune.policies.allocators.as_given import AsGiven
@@ -23,9 +22,9 @@ from kvtune.policies.policy_file.parts import (
     Pattern,
     PolicyDocument,
     Provenance,
-    Quality,
     Serving,
 )
+from kvtune.policies.policy_file.provenance import read_provenance
 
 T = TypeVar("T")
 _LARGEST_SHAPE = 4096  # layers, or KV heads: bounds what aliases can stand for
@@ -249,57 +248,5 @@ class _Reader:
         return tuple(option for option in chosen if option is not None)
 
     def provenance(self) -> Provenance | None:
-        if "provenance" not in self.entries:
-            return None
-        known = ("quality", "kvtune", "trace", "seed", "memory", "latency")
-        entries = self.check.mapping(self.entries["provenance"], known)
-        values: dict[str, Any] = {}
-        for key, entry in entries.items():
-            if key == "quality":
-                values[key] = self.quality(entry)
-            elif key in ("memory", "latency"):
-                values[key] = self.figures(entry)
-            else:
-                values[key] = self.check.value(entry, int if key == "seed" else str)
-        return None if self.check.problems else Provenance(**values)
-
-    def figures(self, node: Node) -> Any:
-        """Free figures; only their amount is bounded."""
-        if node.size() > 10_000:
-            self.check.problem(node, "holds more than 10000 values")
-            return None
-        self.check.mapping(node)
-        return node.plain()
-
-    def quality(self, node: Node) -> Quality | None:
-        keys = ("source", "stand_in", "kl_nats_per_token", "interval", "tier")
-        entries = self.check.mapping(node, keys, required=["source"])
-        before = len(self.check.problems)
-        kinds: dict[str, Any] = {
-            "source": Literal["own trace", "stand-in"], "stand_in": str,
-            "kl_nats_per_token": float, "tier": Literal[get_args(Tier)],
-        }  # fmt: skip
-        read = {
-            key: self.check.value(entry, kinds[key])
-            for key, entry in entries.items()
-            if key in kinds
-        }
-        if read.get("source") == "stand-in" and not read.get("stand_in"):
-            self.check.problem(node, "a stand-in must be named: the key 'stand_in' is missing")
-        loss = self.loss(node, entries, read)
-        if len(self.check.problems) > before or "source" not in read:
-            return None
-        return Quality(read["source"], read.get("stand_in") or "", loss)
-
-    def loss(self, node: Node, entries: dict[str, Node], read: dict[str, Any]) -> Estimate | None:
-        given = [key for key in ("kl_nats_per_token", "interval", "tier") if key in entries]
-        if not given:
-            return None
-        if len(given) < 3:
-            self.check.problem(node, "a KL figure needs kl_nats_per_token, interval and tier")
-            return None
-        ends = [self.check.value(end, float) for end in self.check.sequence(entries["interval"])]
-        if len(ends) != 2 or None in ends or ends[0] > ends[1]:
-            self.check.problem(entries["interval"], "must be [low, high]")
-            return None
-        return Estimate(read["kl_nats_per_token"], ends[0], ends[1], "nats/token", read["tier"])
+        node = self.entries.get("provenance")
+        return None if node is None else read_provenance(self.check, node)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,14 +102,13 @@ class HeldPart:
         """Whether it lies in 16 bits, by itself."""
         return self.formats == EXACT and self.lengths is None
 
-    def read(self, head_dim: int) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[n, D]`` float32."""
-        roles: tuple[Role, Role] = ("keys", "values")
-        stored = self.encoded.keys, self.encoded.values
-        keys, values = (
-            form.decode(each, head_dim, role)
-            for form, each, role in zip(self.formats, stored, roles, strict=True)
-        )
+    @property
+    def buffers(self) -> tuple[Stored, Stored]:
+        """Of keys and of values."""
+        return self.encoded.keys, self.encoded.values
+
+    def restored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What was done to keys and values ``[n, D]`` before they were encoded, undone."""
         if self.turns is not None:
             keys, values = keys @ self.turns[0].T, values @ self.turns[1].T
         if self.balance is not None:
@@ -240,14 +240,55 @@ def joined(
     return output, lse
 
 
+def read_back(held: Sequence[HeldPart], head_dim: int) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values ``[n, D]`` float32 of each part.
+
+    Parts whose buffers are alike are decoded together, in the operations of one: a step's time is
+    its operations, not its bytes.
+    """
+    together: dict[Any, list[int]] = {}
+    for number, each in enumerate(held):
+        vary = any(form.bytes_vary for form in each.formats)
+        shapes = [
+            (name, x.shape, x.dtype) for part in each.buffers for name, x in part.buffers.items()
+        ]
+        alike = number if vary else (each.formats, *shapes)
+        together.setdefault(alike, []).append(number)
+    found = dict[int, tuple[Tensor, Tensor]]()
+    for numbers in together.values():
+        parts = [held[number] for number in numbers]
+        both = zip(*(_decoded(parts, role, head_dim) for role in (0, 1)), strict=True)
+        for number, part, pair in zip(numbers, parts, both, strict=True):
+            found[number] = part.restored(*pair)
+    return [found[number] for number in range(len(held))]
+
+
+_ROLES: tuple[Role, Role] = ("keys", "values")
+
+
+def _decoded(parts: Sequence[HeldPart], role: int, head_dim: int) -> Sequence[Tensor]:
+    """Keys (0) or values (1) of parts whose buffers are alike, ``[n, D]`` each."""
+    form, stored = parts[0].formats[role], [part.buffers[role] for part in parts]
+    if len(parts) == 1:
+        return [form.decode(stored[0], head_dim, _ROLES[role])]
+    tokens = stored[0].tokens
+    buffers = {
+        name: torch.stack([each.buffers[name] for each in stored]) for name in stored[0].buffers
+    }
+
+    def decode(own: dict[str, Tensor]) -> Tensor:
+        return form.decode(Stored(own, tokens), head_dim, _ROLES[role])
+
+    return list(torch.vmap(decode)(buffers))
+
+
 def stacked(
     held: Sequence[HeldPart], head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows ``[R]``, keys and values ``[R, n, D]``, and log-weights ``[R, 1, n]``; several parts of
     a row lie one behind the other, and what pads the shorter rows weighs nothing."""
     by_row: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
-    for each in held:
-        keys, values = each.read(head_dim)
+    for each, (keys, values) in zip(held, read_back(held, head_dim), strict=True):
         none = torch.zeros(len(keys), device=device)
         weight = none if each.log_weight is None else each.log_weight
         by_row.setdefault(each.row, []).append((keys.to(dtype), values.to(dtype), weight))

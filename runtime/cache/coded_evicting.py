@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvtune.policies.decode import FREE
 from kvtune.policies.page_formats import BF16_PAGE, PAGE
-from kvtune.runtime.cache.backend import Seen, Writing
+from kvtune.runtime.cache.backend import Moves, Writing
 from kvtune.runtime.cache.evicting import Evictor, Opening, alike, at, put_at
 from kvtune.runtime.cache.leaving import shorten
 from kvtune.runtime.cache.paged_layer import PagedLayer
@@ -51,21 +51,35 @@ class CodedEvictor(Evictor):
         if self.driver.state.generated % self._stride == 0:
             self._move_over(layer)
 
-    def observe(self, layer: PagedLayer, seen: Seen) -> None:
-        """Pass on what the newest token attended to."""
+    def _columns_of(self, layer: PagedLayer) -> Tensor:
+        """Of both segments' places."""
         places = ((CODED, self.coded), (GROWN, self.window))
-        weights = [layer.weights_on(kind, self._rows, count, seen) for kind, count in places]
-        self.driver.observe(torch.cat(weights, -1))
+        return torch.cat([layer.columns_of(kind, self._rows, n) for kind, n in places], -1)
 
-    def evict(self, layer: PagedLayer) -> None:
-        """Let go of what must leave now, in the layer's pages too."""
-        drops = self.driver.drops
-        if drops.any():
-            leaving, most = self.driver.leaving(), int(drops.max())
-            self._leave_coded(layer, leaving[..., : self.coded], most)
-            self._leave_window(layer, leaving[..., self.coded :], most)
-            shorten(layer, self.rows.ravel(), drops.ravel())
-        self.driver.count()
+    def _let_one_go(self, layer: PagedLayer, gone: Tensor) -> None:
+        """From whichever segment of each head it is in."""
+        coded = gone < self.coded
+        last = torch.where(coded, self.held, self.newest + self.coded) - 1
+        self._fill(gone, last)
+        self.held -= coded.long()
+        self.newest -= (~coded).long()
+        segments = (
+            torch.where(coded, CODED * layer.rows, GROWN * layer.rows) + self._rows[..., None]
+        )
+        one_less = torch.full_like(self._row_numbers, -1)
+        layer.paged.lengths.index_add_(0, segments.flatten(), one_less)
+        sources, targets = (self._tokens(layer, place) for place in (last, gone))
+        stays = ~coded | (last == gone)
+        self._copy(layer, layer.pool.memory, sources.masked_fill(stays.flatten(), NOWHERE), targets)
+        moves = ((x - self.coded).masked_fill(coded, 0).view(-1, 1).int() for x in (last, gone))
+        layer.backend.move(layer.paged, layer.growing, Moves(self._row_numbers, *moves))
+        shorten(layer, self.rows.ravel(), self.driver.drops.ravel())
+
+    def _let_go(self, layer: PagedLayer, leaving: Tensor, most: int) -> None:
+        """From both segments."""
+        self._leave_coded(layer, leaving[..., : self.coded], most)
+        self._leave_window(layer, leaving[..., self.coded :], most)
+        shorten(layer, self.rows.ravel(), self.driver.drops.ravel())
 
     def forget(self, rows: range) -> bool:
         """The same of what lies in 16 bits."""

@@ -13,16 +13,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import or_
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kvtune.policies.attention import attend
+from kvtune.policies.gathering import of_tokens
 from kvtune.policies.option import Option
 from kvtune.policies.parts import HeadPart
 from kvtune.policies.placement import EXACT, reads_pages
-from kvtune.policies.reader import Held, Reader
+from kvtune.policies.reader import Held, Memory, Reader
 from kvtune.policies.signals import Needs, Signals
 from kvtune.runtime.cache.beside import HeldPart, stacked
 
@@ -54,10 +56,10 @@ class EntryRows:
         self.reader, self.signals, self.head_dim = reader, signals, signals.keys.shape[-1]
         self.rows = torch.tensor([each.row for each in held], device=device)
         self.heads = torch.tensor(heads, device=device)
-        self.sequences = torch.tensor(sequences, device=device)
+        self.sequences = _numbered(torch.tensor(sequences, device=device))
         self.tokens = pad_sequence(list(tokens), batch_first=True).to(device)
         self.counts = torch.tensor([len(each) for each in tokens], device=device)
-        self.asked: Tensor | None = None  # queries so far, of readers that look back
+        self.memory: Memory = {}  # the reader's
         self.steps, self.on_host = 0, on_host
         self.sentence_ends: Callable[[], Tensor] | None = None  # for readers that go by them
         dense = all(each.formats == EXACT for each in held)
@@ -120,7 +122,8 @@ class EntryRows:
         self.rows, self.heads, self.sequences, self.tokens, self.counts = (
             x[stays] for x in (self.rows, self.heads, self.sequences, self.tokens, self.counts)
         )
-        self.asked = None if self.asked is None else self.asked[stays]
+        self.sequences = _numbered(self.sequences)
+        self.memory = {name: _kept(each, stays) for name, each in self.memory.items()}
         if self.dense is not None:
             number, keys, values, weights = (x[stays] for x in self.dense)
             self.dense = number, keys, values, weights
@@ -154,29 +157,35 @@ class EntryRows:
             self.encoded, self.head_dim, torch.float32, self.rows.device
         )
         flags = self._read(keys.float(), asking)
-        most = int(flags.sum(-1).max())
-        there, at = flags.int().topk(most, -1)
-        keys, values = (
-            x.gather(1, at[..., None].expand(-1, -1, x.shape[-1])) for x in (keys, values)
-        )
+        there, at = flags.int().topk(self.reader.most_read(flags.shape[1], self.steps - 1), -1)
+        keys, values = of_tokens(keys, at), of_tokens(values, at)
         weights = weights.gather(2, at[:, None]).masked_fill(there[:, None] == 0, -torch.inf)
         return keys.float(), values.float(), weights
 
     def _read(self, keys: Tensor, asking: Tensor) -> Tensor:
         """Which entries this step reads, ``[R, n]`` bool."""
-        queries = asking[:, :, None]
-        if self.reader.looks_back:
-            queries = queries if self.asked is None else torch.cat([self.asked, queries], 2)
-            self.asked = queries
-        self.steps += 1
         if self.sentence_ends is not None:
             self.signals.sentence_ends = self.sentence_ends().to(keys.device)
-        start = self.signals.prompt_tokens + self.steps - queries.shape[2]
+        start = self.signals.prompt_tokens + self.steps
         held = Held(keys, self.counts, self.tokens, self.heads, self.sequences, self.signals, start)
-        chosen = self.reader.reads_newest(held, queries) & held.real
-        if self.steps == 1 and not self.reader.asks_prompt_again:
+        chosen = self.reader.follow(held, asking[:, :, None], self.memory) & held.real
+        if self.steps == 0 and type(self.reader).follow is not Reader.follow:
             self.signals = without_prompt(self.signals)
+        self.steps += 1
         return chosen
+
+
+def _numbered(sequences: Tensor) -> Tensor:
+    """The same sequences numbered from 0 on."""
+    numbers: Tensor = sequences.unique(return_inverse=True)[1]
+    return numbers
+
+
+def _kept(remembered: Tensor | Sequence[Any], stays: Tensor) -> Tensor | list[Any]:
+    """What is remembered of the rows that stay."""
+    if isinstance(remembered, Tensor):
+        return remembered[stays]
+    return [each for each, stay in zip(remembered, stays.tolist(), strict=True) if stay]
 
 
 def searches(reader: Reader | None) -> bool:

@@ -142,6 +142,9 @@ class Evictor:
         self.driver = DecodeDriver(self.method, budgets, sizes, state)
         self.held = state.live.sum(-1, keepdim=True)
         self._rows = torch.as_tensor(self.rows, device=device)
+        self._row_numbers = self._rows.flatten().int()
+        self._seen_by: object = None  # the layer's tables that the columns are of
+        self._columns: Tensor
 
     @cached_property
     def watches(self) -> bool:
@@ -156,18 +159,49 @@ class Evictor:
 
     def observe(self, layer: PagedLayer, seen: Seen) -> None:
         """Pass on what the newest token attended to."""
-        places = self.driver.state.positions.shape[-1]
-        self.driver.observe(layer.weights_on(GROWN, self._rows, places, seen))
+        if self._seen_by is not layer.paged:  # tables were laid out anew
+            self._seen_by, self._columns = layer.paged, self._columns_of(layer)
+        live = self.driver.state.live
+        self.driver.observe(layer.weights_at(self._columns, self._rows, live, seen))
+
+    def _columns_of(self, layer: PagedLayer) -> Tensor:
+        """Where attention to each place is seen, ``[B, H, n]``."""
+        return layer.columns_of(GROWN, self._rows, self.driver.state.positions.shape[-1])
 
     def evict(self, layer: PagedLayer) -> None:
-        """Let go of what must leave now, in the layer's pages too."""
+        """Let go of what must leave now, in the layer's pages too.
+
+        Mostly one entry of each head leaves: that takes a quarter of the operations.
+        """
         drops = self.driver.drops
-        if drops.any():
-            left = self.driver.sent_drops()[..., None]
-            most = int(drops.max())
-            moves = self._leave(slice(None), self.driver.leaving(), self.held, left, most)
-            leave(layer, Leaving(self.rows.ravel(), moves, drops.ravel(), left.flatten().int()))
+        if (drops == 1).all():
+            self._let_one_go(layer, self.method.leaving_one(self.driver.state))
+        elif drops.any():
+            self._let_go(layer, self.driver.leaving(), int(drops.max()))
         self.driver.count()
+
+    def _let_one_go(self, layer: PagedLayer, gone: Tensor) -> None:
+        """The entry at a place ``[B, H, 1]`` of each head leaves."""
+        last = self.held - 1
+        self._fill(gone, last)
+        self.held -= 1
+        moves = Moves(self._row_numbers, last.view(-1, 1).int(), gone.view(-1, 1).int())
+        left = torch.ones_like(self._row_numbers)
+        leave(layer, Leaving(self.rows.ravel(), moves, self.driver.drops.ravel(), left))
+
+    def _fill(self, gone: Tensor, last: Tensor) -> None:
+        """What is remembered of a segment's last entry moves to where one has left."""
+        state = self.driver.state
+        for each in (state.positions, *state.statistics.values()):
+            put_at(each, gone, at(each, last))
+        state.positions.scatter_(-1, last, FREE)
+
+    def _let_go(self, layer: PagedLayer, leaving: Tensor, most: int) -> None:
+        """Entries leave, ``[B, H, n]``, of any head so many at most."""
+        left = self.driver.sent_drops()[..., None]
+        moves = self._leave(slice(None), leaving, self.held, left, most)
+        drops = self.driver.drops.ravel()
+        leave(layer, Leaving(self.rows.ravel(), moves, drops, left.flatten().int()))
 
     def _leave(
         self, places: slice, leaving: Tensor, held: Tensor, left: Tensor, most: int
@@ -191,7 +225,7 @@ class Evictor:
         state.positions[:, :, places].masked_fill_(place >= held, FREE)
         by_row = -1, sources.shape[-1]
         return Moves(
-            self._rows.flatten().int(),
+            self._row_numbers,
             sources.reshape(by_row).int(),
             targets.reshape(by_row).int(),
         )

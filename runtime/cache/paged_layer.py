@@ -251,35 +251,38 @@ class PagedLayer:
         return self._with_beside(q, output, lse, scale)
 
     def attend_seeing(self, q: Tensor, scratch: Scratch, scale: float) -> tuple[Tensor, Seen]:
-        """The same, and what it looked at; see ``weights_on``."""
+        """The same, and what it looked at; see ``weights_at``."""
         rows, group, _ = q.shape
-        # Few widths: kernels are compiled for it.
-        width = 1 << int(self.places[-1]).bit_length()
-        logits = q.new_empty(group, width, dtype=torch.float32)
+        logits = q.new_empty(group, self._seen_width, dtype=torch.float32)
         seen = Seen(q.new_empty(rows, group, dtype=torch.float32), logits)
         output = self.backend.attend(q, self.paged, scratch, scale, seen)
         return self._with_beside(q, output, seen.lse, scale), seen
 
-    def weights_on(self, kind: int, rows: Tensor, places: int, seen: Seen) -> Tensor:
-        """Attention on the first places of rows' segments of a kind, zero beyond their tokens.
+    @property
+    def _seen_width(self) -> int:
+        """Columns of logits: few widths, since kernels are compiled for one."""
+        return 1 << int(self.places[-1]).bit_length()
+
+    def columns_of(self, kind: int, rows: Tensor, places: int) -> Tensor:
+        """Where ``seen.logits`` has the first places of rows' segments of a kind, until the next
+        ``seal``: ``[*rows, places]`` int64 of int64 rows."""
+        place = torch.arange(places, device=rows.device)
+        columns = self._places[kind * self.rows + rows][..., None] + place
+        return columns.clamp_max(self._seen_width - 1)
+
+    def weights_at(self, columns: Tensor, rows: Tensor, real: Tensor, seen: Seen) -> Tensor:
+        """Attention at columns of rows, ``[*rows, G, places]`` float32.
 
         Args:
-            kind: of the segments.
-            rows: int64, of any shape.
-            places: so many.
+            columns: of ``columns_of``, ``[*rows, places]``.
+            rows: int64.
+            real: places that hold a token, likewise; elsewhere weights are zero.
             seen: of ``attend_seeing``.
-
-        Returns:
-            ``[*rows, G, places]`` float32.
         """
         if seen.logits is None:
             raise RuntimeError("nobody asked for logits")
-        segments = kind * self.rows + rows
-        place = torch.arange(places, device=rows.device)
-        columns = self._places[segments][..., None] + place
-        logits = seen.logits[:, columns.clamp_max(seen.logits.shape[1] - 1)].movedim(0, -2)
-        real = place < self.paged.lengths[segments][..., None, None]
-        return (logits - seen.lse[rows][..., None]).exp().where(real, 0)
+        logits = seen.logits[:, columns].movedim(0, -2)
+        return (logits - seen.lse[rows][..., None]).exp().where(real[..., None, :], 0)
 
     def _with_beside(self, q: Tensor, output: Tensor, lse: Tensor, scale: float) -> Tensor:
         """Attention over pages, joined to that over what lies beside them."""

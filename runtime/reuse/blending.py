@@ -42,11 +42,13 @@ class Blended:
     Args:
         cache: of the whole prompt, and of the question where there is one.
         recomputed: places of the chunks' tokens that ran through all layers, ascending ``[n]``.
+        stale: places of the others that are worth running anew, ascending likewise.
         logits: of the question's tokens ``[C, vocabulary]``; None without one.
     """
 
     cache: PromptCache
     recomputed: Tensor
+    stale: Tensor
     logits: Tensor | None = None
 
 
@@ -92,12 +94,14 @@ def blended(
     cache[: len(fresh)] = fresh
     count = int(share * (whole - first))
     chosen = (first + worth[first:].topk(count).indices).sort().values
+    rest = worth.index_fill(0, chosen, 0)
+    stale = first + rest[first:].nonzero()[:, 0]
     places = [*chosen.tolist(), *range(whole, whole + asked)]
     logits = None
     if places:
         mine = [ids[place] for place in places]
         logits = run_anew(loaded, mine, places, cache, len(fresh), asked)
-    return Blended(cache, chosen, logits)
+    return Blended(cache, chosen, stale, logits)
 
 
 def _first_layers(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[PromptCache, Tensor]:

@@ -24,6 +24,7 @@ from kvtune.runtime.transport.symbols import decode_symbols, encode_symbols
 Floats = NDArray[np.float32]
 _ANCHOR_BINS = 256
 _FIRST_LAYERS = 2  # whose values have bins of their own, as in the released settings
+_FEWEST_BINS = 4  # three symbols: less, nothing and more
 _MOST_TOKENS = 65535  # of a chunk: frequencies are stored in 16 bits
 
 
@@ -42,6 +43,14 @@ class Level:
     key_bins: tuple[int, int, int]
     value_bins: tuple[int, int]
     anchors: int = 0
+
+    def __post_init__(self) -> None:
+        bins = (*self.key_bins, *self.value_bins)
+        if min(bins) < _FEWEST_BINS or self.anchors < 0:
+            raise KvtuneError(
+                f"a level of {min(bins)} bins with an anchor every {self.anchors} tokens",
+                hint=f"give {_FEWEST_BINS} bins at least, and 0 for no anchors.",
+            )
 
     def bins(self, role: str, layer: int, layers: int) -> int:
         """How many levels a layer's keys or values are rounded to."""

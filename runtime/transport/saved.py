@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -47,14 +46,19 @@ def save_cache(
         encoded: of the whole prompt.
         token_ids: of the prompt.
         model_fingerprint: of the model whose cache it is.
+
+    Raises:
+        KvtuneError: there are more tokens, or fewer, than the cache holds.
     """
+    if len(token_ids) != encoded.shape[2]:
+        raise KvtuneError(f"{len(token_ids)} tokens, but a cache of {encoded.shape[2]}")
     header = _Header(
         FORMAT,
         model_fingerprint,
         tuple(token_ids),
         encoded.level,
         encoded.shape,
-        _digest(encoded.buffers, token_ids),
+        _digest(encoded, token_ids),
     )
     data = save(dict(encoded.buffers), metadata={_KEY: json.dumps(asdict(header))})
     with atomic(path) as temporary:
@@ -72,6 +76,8 @@ def load_cache_file(path: Path, *, model_fingerprint: str) -> tuple[Encoded, tup
         with safe_open(path, framework="numpy") as file:
             text = (file.metadata() or {}).get(_KEY, "{}")
             buffers = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise KvtuneError("there is no such file", where=where) from error
     except (OSError, SafetensorError, ValueError, TypeError, AttributeError) as error:
         raise KvtuneError("this cache cannot be read", where=where, hint=_AGAIN) from error
     header = checked(_Header, parse_json(text, where, _AGAIN), where, _AGAIN)
@@ -82,14 +88,17 @@ def load_cache_file(path: Path, *, model_fingerprint: str) -> tuple[Encoded, tup
             where=where,
             hint=_AGAIN,
         )
-    if header.sha256 != _digest(buffers, header.token_ids):
+    encoded = Encoded(header.level, header.shape, buffers)
+    if header.sha256 != _digest(encoded, header.token_ids):
         raise KvtuneError("this cache is damaged: its hash differs", where=where, hint=_AGAIN)
-    return Encoded(header.level, header.shape, buffers), header.token_ids
+    return encoded, header.token_ids
 
 
-def _digest(buffers: Mapping[str, NDArray[Any]], token_ids: Sequence[int]) -> str:
-    digest = hashlib.sha256(json.dumps(list(token_ids)).encode())
-    for name, buffer in sorted(buffers.items()):
+def _digest(encoded: Encoded, token_ids: Sequence[int]) -> str:
+    """Over the buffers and all that says how to read them."""
+    told = [asdict(encoded.level), list(encoded.shape), list(token_ids)]
+    digest = hashlib.sha256(json.dumps(told).encode())
+    for name, buffer in sorted(encoded.buffers.items()):
         digest.update(f"{name} {buffer.dtype} {buffer.shape}".encode())
         digest.update(np.ascontiguousarray(buffer).tobytes())
     return digest.hexdigest()
