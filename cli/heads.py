@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from kvtune.cli import options
+from kvtune.cli.heads_detected import By, refuse_unread, scored
+from kvtune.cli.heads_report import SCORES, as_plain, overlap_table, score_table
 from kvtune.cli.output import speaking, table
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from kvtune.cli.output import Output
     from kvtune.policies.head_scores import HeadScores
     from kvtune.policies.policy import Policy
-    from kvtune.traces.models import LoadedModel
-    from kvtune.traces.samples import Sample
 
 app = typer.Typer(help="Which heads retrieve, and policies that are made of them.")
 
@@ -28,29 +25,16 @@ Score = Annotated[
 ]
 
 
-_SCORES = (
-    ("echo", "detected", "attention to earlier places of the same token (RazorAttention)"),
-    ("induction", "detected", "attention to what followed those (RazorAttention)"),
-    ("retrieval", "detected", "looks most at the very token that is copied (Wu et al.)"),
-    ("semantic", "detected", "mass on the whole needle that is answered from (CompressKV)"),
-    ("sink", "detected", "mass on the first token; a head with all of it there is dormant"),
-    ("duo", "learned", "gates of DuoAttention, from its .tsv or by detect --by duo"),
-    ("rlkv", "learned", "gates of RLKV, from its .tsv or by detect --by rlkv"),
-)
-
-
 @app.callback(invoke_without_command=True)
 def listed(context: typer.Context, as_json: options.Json = False) -> None:
     """Which heads retrieve, and policies that are made of them."""
     if context.invoked_subcommand is not None:
         return
     with speaking(as_json, quiet=as_json) as output:
-        output.show(
-            table("Scores of heads", ("name", "is", "meaning"), _SCORES, left=(0, 1, 2)), ""
-        )
+        output.show(table("Scores of heads", ("name", "is", "meaning"), SCORES, left=(0, 1, 2)), "")
         output.show("kvtune heads detect --out heads.safetensors measures a model's.")
         names = ("name", "is", "meaning")
-        output.finish("heads", {"known": [dict(zip(names, row, strict=True)) for row in _SCORES]})
+        output.finish("heads", {"known": [dict(zip(names, row, strict=True)) for row in SCORES]})
 
 
 @app.command()
@@ -68,7 +52,7 @@ def detect(
         int, typer.Option("--block", metavar="N", min=2, help="Random tokens that repeat.")
     ] = 2500,
     by: Annotated[
-        Literal["attention", "duo", "rlkv"],
+        By,
         typer.Option(
             "--by",
             help="What attention looks at, or gates that are learned: so that states stay as they "
@@ -90,7 +74,7 @@ def detect(
     from kvtune.cli.inputs import check_writable
     from kvtune.tuner.target import read_weights
 
-    _refuse_unread(context, by)
+    refuse_unread(context, by)
     check_writable(out.absolute().parent, "--out")
     name = read_weights(model)[0]
     with speaking(as_json, quiet) as output:
@@ -103,59 +87,14 @@ def detect(
             {"search": {"retrieval": samples}}, tokens=tokens, observed=min(128, tokens // 2)
         )
         asked = build(plan, loaded.tokenizer)
-        if by == "attention":
-            found = _measured(loaded, asked, block, seed, output)
-        else:
-            given = {"seed": seed} | ({} if steps is None else {"steps": steps})
-            learned = _duo if by == "duo" else _rlkv
-            found = learned(loaded, asked, given, output)
+        found = scored(loaded, asked, by, block=block, steps=steps, seed=seed, output=output)
         found = _written(found, out)
         pairs = list(overlaps(found, loaded.geometry.kv_heads, 0.1))
-        output.show(_table(found), _overlap(pairs), f"written to {out}")
+        output.show(score_table(found), overlap_table(pairs), f"written to {out}")
         shared = [{"one": a, "other": b, "shared": share} for a, b, share in pairs]
-        output.finish("heads detect", {"out": out, **_plain(found), "overlap_of_top_tenth": shared})
-
-
-def _refuse_unread(context: typer.Context, by: str) -> None:
-    """Attention is looked at without steps of learning, and learning repeats no random tokens."""
-    from kvtune.cli.unread import refuse_typed
-
-    if by == "attention":
-        hint = "gates are learned in steps: add --by duo or --by rlkv, or leave it out."
-        refuse_typed(context, ("steps",), "--by attention", hint)
-    else:
-        hint = "random tokens that repeat are looked at by --by attention: leave it out."
-        refuse_typed(context, ("block",), f"--by {by}", hint)
-
-
-def _measured(
-    loaded: LoadedModel, samples: Sequence[Sample], block: int, seed: int, output: Output
-) -> HeadScores:
-    from kvtune.runtime.head_detectors import detect as measure
-
-    return measure(loaded, samples, block=block, seed=seed, progress=output.progress)
-
-
-def _duo(
-    loaded: LoadedModel, samples: Sequence[Sample], given: dict[str, int], output: Output
-) -> HeadScores:
-    from kvtune.runtime.duo_gates import Distillation, duo_scores, train_gates
-
-    training = Distillation(**given)
-    return duo_scores(
-        loaded, train_gates(loaded, samples, training, progress=output.progress), training
-    )
-
-
-def _rlkv(
-    loaded: LoadedModel, samples: Sequence[Sample], given: dict[str, int], output: Output
-) -> HeadScores:
-    from kvtune.runtime.rlkv_gates import GateTraining, questions_of, rlkv_scores, train_gates
-
-    training = GateTraining(**given)
-    asked = questions_of(samples, loaded.device)
-    gates = train_gates(loaded, asked, training, progress=output.progress)
-    return rlkv_scores(loaded, gates, training)
+        output.finish(
+            "heads detect", {"out": out, **as_plain(found), "overlap_of_top_tenth": shared}
+        )
 
 
 @app.command(name="import")
@@ -187,8 +126,8 @@ def import_(
         found, about = read_retrieval(source), About("query heads", "imported", source.name)
     heads = _written(HeadScores(model, "", {score: found}, {score: about}), out)
     with speaking(as_json, quiet=as_json) as output:
-        output.show(_table(heads), f"written to {out}")
-        output.finish("heads import", {"out": out, **_plain(heads)})
+        output.show(score_table(heads), f"written to {out}")
+        output.finish("heads import", {"out": out, **as_plain(heads)})
 
 
 @app.command()
@@ -297,37 +236,3 @@ def _written(heads: HeadScores, out: Path) -> HeadScores:
     both = read_heads(out).joined(heads) if out.exists() else heads
     write_heads(both, out)
     return both
-
-
-def _table(heads: HeadScores) -> Any:
-    import numpy as np
-
-    rows = []
-    for name, score in sorted(heads.scores.items()):
-        layer, head = np.unravel_index(int(score.argmax()), score.shape)
-        rows.append(
-            (
-                name,
-                f"{score.shape[0]} x {score.shape[1]} {heads.about[name].heads}",
-                f"{score.mean():.3f}",
-                f"{score.max():.3f} (layer {layer}, head {head})",
-                f"{100 * (score > 0.1).mean():.1f} %",
-            )
-        )
-    columns = ("score", "of", "mean", "highest", "above 0.1")
-    return table(f"Heads of {heads.model}", columns, rows, left=(0, 1))
-
-
-def _overlap(pairs: list[tuple[str, str, float]]) -> Any:
-    rows = [(one, other, f"{100 * share:.0f} %") for one, other, share in pairs]
-    return table("Of the top tenth of KV heads, in common", ("score", "and", "shared"), rows)
-
-
-def _plain(heads: HeadScores) -> dict[str, Any]:
-    return {
-        "model": heads.model,
-        "scores": {
-            name: {"about": heads.about[name], "values": score.tolist()}
-            for name, score in sorted(heads.scores.items())
-        },
-    }
