@@ -54,6 +54,15 @@ def _weights(study: Study) -> list[str]:
     return [str(name) for name in study.weights]
 
 
+def in_words(study: Study) -> list[str]:
+    """Every plan in a few words: its one rule, or what most of its heads have."""
+    parts = zip(study.plans.parameters, _method(study), _bits(study), _split(study), strict=True)
+    return [
+        str(chosen.get("uniform") or f"{split}, mostly {method}, {bits}")
+        for chosen, method, bits, split in parts
+    ]
+
+
 DIMENSIONS: tuple[Dimension, ...] = (
     Dimension("method of most heads", _method),
     Dimension("bits", _bits),
