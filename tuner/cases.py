@@ -125,6 +125,15 @@ class Case:
         return None if self.cost is None else self.cost.sequences_that_fit * self.split.copies
 
     @property
+    def most_at_once(self) -> Estimate | None:
+        """The same with its interval."""
+        if self.cost is None:
+            return None
+        one, copies = self.cost.most_at_once, self.split.copies
+        ends = (copies * end for end in (one.value, one.low, one.high))
+        return Estimate(*ends, one.unit, one.tier)
+
+    @property
     def tokens_per_second(self) -> Estimate | None:
         """Tokens that all sequences together are given a second."""
         from kvtune.simulator.cost import per_second
@@ -345,7 +354,7 @@ class Asked:
         return [FULL, *named]
 
     def what_would_fit(self, case: Case) -> list[str]:
-        """Sentences on how a case that does not fit could: fewer, shorter, compressed, larger."""
+        """How a case that does not fit could: fewer, shorter, compressed, narrower, larger."""
         at_most = case.cost.sequences_that_fit if case.cost else 0
         found = [f"--batch {at_most}"] if at_most else []
         if context := self._longest_context(case):
@@ -353,16 +362,29 @@ class Asked:
         if case.budget and case.policy == FULL and case.budget.cache_bytes:
             share = _two_digits_below(100 * case.budget.share_that_fits)
             found.append(f"a cache compressed to {share} % of bf16 (kvtune search)")
+        if weights := self.narrower_weights(case):
+            found.append(f"--weights {weights}")
         if larger := self._smallest_card(case):
             found.append(f"--gpu {larger}")
         return found
 
-    def _fits(self, card: Card, case: Case, context: int) -> bool:
+    def _fits(self, card: Card, case: Case, context: int, weights: str | None = None) -> bool:
         try:
-            cases = self.of(card, context, case.batch, weights=case.weights)
+            cases = self.of(card, context, case.batch, case.split, weights or case.weights)
         except KvtuneError:
             return False
         return next(found.fits for found in cases if found.policy == case.policy)
+
+    def narrower_weights(self, case: Case) -> WeightFormat | None:
+        """The widest format of weights, narrower than the case's, with which all of it fits."""
+        from kvtune.simulator.memory.weights import formats_by_width, weight_bytes
+
+        now = weight_bytes(self.shape, case.weight_format(self.shape)).value
+        for weights in formats_by_width(self.shape, case.card.gpu):
+            narrower = weight_bytes(self.shape, weights).value < now
+            if narrower and self._fits(case.card, case, case.context_tokens, weights):
+                return weights
+        return None
 
     def _longest_context(self, case: Case) -> int | None:
         """The longest prompts that fit in the same batch, in steps of 256 tokens."""
