@@ -223,13 +223,13 @@ def as_svg(card: Card) -> str:
 
 
 def _draw_budgets(page: _Page, card: Card) -> None:
-    places = (_MARGIN, 50, 110, 175, 315, 590)
+    places = (_MARGIN, 48, 112, 178, 302, 500)
     page.y += 12
     page.row(_BUDGET_HEADINGS, places, "head")
     largest = max(found.kl.value for found in card.budgets) or 1.0
     for found, row in zip(card.budgets, _budgets(card), strict=True):
         colour = "#10804a" if found.chosen else "#0d64b2"
-        page.bar(found.kl.value / largest, 485, 90, colour)
+        page.bar(found.kl.value / largest, 420, 66, colour)
         page.row(row, places)
 
 

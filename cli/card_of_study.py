@@ -116,7 +116,6 @@ def _budgets(view: View) -> Iterator[Budget]:
     evenly = (
         {round(i * last / (_ROWS - 1)) for i in range(_ROWS)} if last >= _ROWS else range(_ROWS)
     )
-    words = in_words(study)
     for place, row in enumerate(rows):
         if place in evenly or row == study.chosen:
             yield Budget(
@@ -126,5 +125,5 @@ def _budgets(view: View) -> Iterator[Budget]:
                 sequences=int(figures.tokens_that_fit[row] // figures.context_tokens[row]),
                 kl=study.plans[row].kl,
                 chosen=row == study.chosen,
-                policy=words[row],
+                policy=in_words(study, row),
             )

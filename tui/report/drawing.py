@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Draw = Callable[["Axes"], None]
 
 COLOURS = {
+    "paper": "#ffffff",
     "ink": "#1c2733",
     "soft": "#5a6a79",
     "line": "#d5dce3",

@@ -125,6 +125,7 @@ def _baselines(axes: Axes, view: View) -> None:
             fontsize=8,
             zorder=6,
             arrowprops={"arrowstyle": "-", "color": COLOURS["line"], "linewidth": 0.8},
+            bbox={"facecolor": COLOURS["paper"], "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
 
 

@@ -47,6 +47,17 @@ def _gap(view: View, loss: float, best: bool) -> str:
     return f" {loss / ours:.2g} x the plan's" if ours > 0 else ""
 
 
+def together(points: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
+    """Columns, lines and words of points, those whose marks hide one another under one label."""
+    found: list[tuple[int, int, str]] = []
+    for column, line, words in points:
+        if found and found[-1][1] == line and abs(found[-1][0] - column) <= 1:
+            found[-1] = (column, line, f"{found[-1][2]}, {words}")
+        else:
+            found.append((column, line, words))
+    return found
+
+
 def placed(
     wanted: list[tuple[int, int, str]], width: int, height: int
 ) -> list[tuple[int, int, str]]:

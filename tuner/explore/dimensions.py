@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -54,13 +54,12 @@ def _weights(study: Study) -> list[str]:
     return [str(name) for name in study.weights]
 
 
-def in_words(study: Study) -> list[str]:
-    """Every plan in a few words: its one rule, or what most of its heads have."""
-    parts = zip(study.plans.parameters, _method(study), _bits(study), _split(study), strict=True)
-    return [
-        str(chosen.get("uniform") or f"{split}, mostly {method}, {bits}")
-        for chosen, method, bits, split in parts
-    ]
+def in_words(study: Study, row: int) -> str:
+    """A plan in a few words: its one rule, or what most of its heads have."""
+    rule = study.plans.parameters[row].get("uniform")
+    one = replace(study, plans=study.plans.only(row))
+    (method,), (bits,), (split,) = _method(one), _bits(one), _split(one)
+    return str(rule or f"{split}, mostly {method}, {bits}")
 
 
 DIMENSIONS: tuple[Dimension, ...] = (

@@ -99,6 +99,11 @@ class Plans:
             parameters=self.parameters[row],
         )
 
+    def only(self, row: int) -> Plans:
+        """One of these plans, by itself."""
+        arrays: dict[str, Any] = {name: getattr(self, name)[row : row + 1] for name in ARRAYS}
+        return Plans(**arrays, parameters=self.parameters[row : row + 1], tier=self.tier)
+
     def __add__(self, later: Plans) -> Plans:
         """These plans, and behind them those of the same study that finished later."""
 
