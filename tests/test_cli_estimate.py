@@ -152,7 +152,7 @@ def test_prompt_and_generated_beyond_the_models_length_are_told(
         (("--batch", "1,x"), "no number of sequences"),
         (("--context", "8k,999k"), "is the most"),
         (("--gpu", "4090,h1000"), "h100"),
-        (("--price-per-hour", "1,2"), "2 prices for 1 cards"),
+        (("--price-per-hour", "1,2"), "2 prices for 1 card"),
         (("--price-per-hour", "-1"), "no price"),
         (("--price-per-hour", "nan"), "no price"),
     ],
