@@ -1,8 +1,8 @@
 """kvtune: a hardware-aware memory simulator and auto-tuner for KV-cache policies.
 
-As a library: ``search``, ``estimate``, ``capture``, ``read_policy`` and ``load_cache`` do what the
-commands of these names do and answer with typed results. Each is imported when it is first used, so
-that ``import kvtune`` costs nothing.
+As a library: ``search``, ``estimate``, ``capture``, ``read_policy``, ``load_model`` and
+``load_cache`` do what the commands do and answer with typed results. Each is imported when it is
+first used, so that ``import kvtune`` costs nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvtune.policies.policy import Policy
     from kvtune.policies.policy_file.document import PolicyDocument, read_policy
     from kvtune.runtime.cache.loading import load_cache
+    from kvtune.traces.models import load_model
     from kvtune.traces.trace import Trace
     from kvtune.tuner.cases import Case
     from kvtune.tuner.library import capture, estimate, search
@@ -37,6 +38,7 @@ _HOMES = {
     "capture": "kvtune.tuner.library",
     "estimate": "kvtune.tuner.library",
     "load_cache": "kvtune.runtime.cache.loading",
+    "load_model": "kvtune.traces.models",
     "read_policy": "kvtune.policies.policy_file.document",
     "search": "kvtune.tuner.library",
 }
@@ -55,6 +57,7 @@ __all__ = [
     "capture",
     "estimate",
     "load_cache",
+    "load_model",
     "read_policy",
     "search",
 ]

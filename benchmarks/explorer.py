@@ -93,6 +93,8 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = write_study(Path(place) / "run", asked.plans)
+        _, parsed = timed(StudyReader(folder).read)
+        StudyReader(folder).keep_columns()  # as the end of a search does
         study, read = timed(StudyReader(folder).read)
         _, what_if = timed(lambda: figures_of(study, Setting.asked(study.facts)))
         screens = {
@@ -105,6 +107,7 @@ def main() -> None:
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
         "imports_cpu_s": min(imports_s() for _ in range(asked.tries)),
+        "read_lines": parsed,
         "read": read,
         "what_if": what_if,
         "screens": screens,

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import first_minutes_pages
 import policy_pages
 import quality_pages
 import stand_in_pages
@@ -77,6 +78,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "few-bits": policy_pages.few_bits,
     "transport-levels": policy_pages.levels,
     "reuse": policy_pages.reuse,
+    "first-answer": first_minutes_pages.first_answer,
+    "mistakes": first_minutes_pages.mistakes,
+    "explorer": first_minutes_pages.explorer,
+    "plain-step": first_minutes_pages.plain_step,
     "stand-in-live": stand_in_pages.stand_in_live,
     "stand-in-choices": stand_in_pages.stand_in_choices,
     "stand-in-families": stand_in_pages.stand_in_families,

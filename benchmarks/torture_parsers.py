@@ -37,6 +37,7 @@ from kvtune.traces.samples import Sample
 from kvtune.traces.trace import Trace, open_trace
 from kvtune.traces.writer import CaptureSettings, TraceWriter
 from kvtune.tuner.bench_runs import RUNS, read_runs
+from kvtune.tuner.explore import COLUMNS_FILE, PLANS_FILE
 from kvtune.tuner.explore.measured import keep_answer
 from kvtune.tuner.explore.reader import StudyReader
 from kvtune.tuner.explore.what_if import Setting, figures_of
@@ -76,6 +77,7 @@ def parsers(work: Path) -> dict[str, Parser]:
     return {
         "policy": Parser(_policies(), lambda data, _: read_policy(_text(data) + "\n")),
         "plans": Parser((_bytes(run / "plans.jsonl"),), _plans, structured=True),
+        "columns": Parser((_columns_of(run),), _columns),
         "result": Parser((_bytes(run / "result.json"),), _file(read_result), structured=True),
         "validated": Parser((_answer(),), _validated, structured=True),
         "finished": Parser((_finished(),), _finished_file, structured=True),
@@ -132,6 +134,20 @@ def _plans(data: bytes, work: Path) -> None:
     _ = study.chosen, study.option_counts
     if study.facts.gpu == "rtx-4090":
         figures_of(study, Setting.asked(study.facts))
+
+
+def _columns_of(run: Path) -> bytes:
+    StudyReader(run).keep_columns()
+    return _bytes(run / COLUMNS_FILE)
+
+
+def _columns(data: bytes, work: Path) -> None:
+    """Damaged or not, the plans are those of the lines."""
+    (work / PLANS_FILE).write_bytes(_bytes(work / "run" / PLANS_FILE))
+    (work / COLUMNS_FILE).write_bytes(data)
+    read = StudyReader(work).read().plans
+    (work / COLUMNS_FILE).unlink()
+    assert (read.kl == StudyReader(work).read().plans.kl).all()
 
 
 def _validated(data: bytes, work: Path) -> None:

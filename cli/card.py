@@ -27,8 +27,8 @@ def command(
 ) -> None:
     """A policy on one page, for papers and model pages."""
     folder = find_study(study)
+    from kvtune.cli.card_of_study import card_of
     from kvtune.cli.inputs import check_writable
-    from kvtune.cli.policy_card import card_of
     from kvtune.tuner.explore.reader import StudyReader
 
     card = card_of(StudyReader(folder).read())

@@ -49,12 +49,13 @@ def _budgets(card: Card) -> list[Row]:
             f"{found.prompt_bytes / MIB:.2f}",
             _prompts(found.sequences, found.context_tokens),
             figure(found.kl, tier=False),
+            found.policy,
         )
         for found in card.budgets
     ]
 
 
-_BUDGET_HEADINGS = ("", "of bf16", "MiB", "at once", "KL on selection samples")
+_BUDGET_HEADINGS = ("", "of bf16", "MiB", "at once", "KL on selection samples", "policy")
 _POLICY_HEADINGS = ("policy", "MiB", "KL predicted", "KL live", "needles")
 
 
@@ -222,13 +223,13 @@ def as_svg(card: Card) -> str:
 
 
 def _draw_budgets(page: _Page, card: Card) -> None:
-    places = (_MARGIN, 50, 120, 200, 370)
+    places = (_MARGIN, 48, 112, 178, 302, 500)
     page.y += 12
     page.row(_BUDGET_HEADINGS, places, "head")
     largest = max(found.kl.value for found in card.budgets) or 1.0
     for found, row in zip(card.budgets, _budgets(card), strict=True):
         colour = "#10804a" if found.chosen else "#0d64b2"
-        page.bar(found.kl.value / largest, 560, 200, colour)
+        page.bar(found.kl.value / largest, 420, 66, colour)
         page.row(row, places)
 
 

@@ -92,7 +92,7 @@ def _prices(text: str | None, cards: int) -> list[float | None]:
     prices: list[float | None] = [_price(word) for word in text.split(",")]
     if len(prices) not in (1, cards):
         raise KvtuneError(
-            f"--price-per-hour gives {len(prices)} prices for {cards} cards",
+            f"--price-per-hour gives {len(prices)} prices for {cards} card{'s' * (cards != 1)}",
             hint="give one for all of them, or one for each in the order of --gpu.",
         )
     return prices * (cards if len(prices) == 1 else 1)

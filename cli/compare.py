@@ -96,8 +96,8 @@ def _strategies(text: str) -> tuple[str, ...]:
 
 def _pictures(found: Comparison, out: Path) -> list[Path]:
     from kvtune.common.files import atomic
-    from kvtune.tui.report.charts import rendered
     from kvtune.tui.report.comparison import comparison_chart
+    from kvtune.tui.report.drawing import rendered
 
     made = []
     for share in found.shares:

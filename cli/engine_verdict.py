@@ -89,8 +89,9 @@ def by_engine(
         most = _at_once(memory, asked, case)
     whole = split_over(asked.shape, asked.gpus).kv_bytes(case.context_tokens)
     cost = replace(
-        case.cost, prompt_bytes=prompt, share=prompt / whole, memory=peak, sequences_that_fit=most
-    )
+        case.cost, prompt_bytes=prompt, share=prompt / whole, memory=peak, sequences_that_fit=most,
+        most_at_once=Estimate(most, most, most, "sequences", "assumed"),
+    )  # fmt: skip
     return replace(case, engine_fits=fits, cost=cost)
 
 

@@ -57,6 +57,23 @@ class Answer:
         case = self._decisive[0]
         return what_would_fit(self.asked, case) if self.asked.is_one and not case.fits else []
 
+    def _with_narrower_weights(self) -> list[str]:
+        """Cards on which nothing fits as it was asked for, and something would."""
+        from kvtune.tuner.would_fit import narrower_weights
+
+        found: dict[str, list[str]] = {}
+        for card in self.asked.cards:
+            theirs = [case for case in self._decisive if case.card == card]
+            easiest = min(theirs, key=lambda case: case.context_tokens * case.batch)
+            if any(case.fits for case in theirs):
+                continue
+            if weights := narrower_weights(self.asked, easiest):
+                found.setdefault(weights, []).append(card.gpu.slug)
+        return [
+            f"would fit with --weights {weights}: {', '.join(slugs)}"
+            for weights, slugs in found.items()
+        ]
+
     def show(self, output: Output, form: str) -> None:
         """For people: tables, or lines of figures on stdout with what is said beside on stderr."""
         if form in ("csv", "markdown"):
@@ -83,7 +100,8 @@ class Answer:
 
         asked, quality = self.asked, _quality(self.asked)
         if not asked.is_one:
-            return [as_table(f"Costs of {asked.shape.name}", self.cases, f"quality: {quality}")]
+            caption = "\n".join([f"quality: {quality}", *self._with_narrower_weights()])
+            return [as_table(f"Costs of {asked.shape.name}", self.cases, caption)]
         said = self.verdict.text if self.verdict else _verdict(asked, self._decisive[0])
         budget = self.cases[0].budget
         shown: list[RenderableType] = [said]

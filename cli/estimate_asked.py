@@ -164,7 +164,8 @@ def _document(path: Path | None, stack: str) -> PolicyDocument | None:
 
     if path is None:
         return None
-    from kvtune.tuner.estimating import check_runtime_alone
+    document = read_policy_input(path)
+    from kvtune.tuner.estimating import check_runtime_alone  # takes a while to import
 
     check_runtime_alone(stack)
-    return read_policy_input(path)
+    return document

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from kvtune.cli import options
-from kvtune.cli.heads_found import duo, measured, plan_of, rlkv
-from kvtune.cli.heads_shown import KNOWN, overlap_table, plain, scores_table
+from kvtune.cli.heads_detected import By, refuse_unread, scored
+from kvtune.cli.heads_report import SCORES, as_plain, overlap_table, score_table
 from kvtune.cli.output import speaking, table
 
 if TYPE_CHECKING:
     from kvtune.policies.head_scores import HeadScores
+    from kvtune.policies.policy import Policy
 
 app = typer.Typer(help="Which heads retrieve, and policies that are made of them.")
 
@@ -30,10 +31,10 @@ def listed(context: typer.Context, as_json: options.Json = False) -> None:
     if context.invoked_subcommand is not None:
         return
     with speaking(as_json, quiet=as_json) as output:
-        output.show(table("Scores of heads", ("name", "is", "meaning"), KNOWN, left=(0, 1, 2)), "")
+        output.show(table("Scores of heads", ("name", "is", "meaning"), SCORES, left=(0, 1, 2)), "")
         output.show("kvtune heads detect --out heads.safetensors measures a model's.")
         names = ("name", "is", "meaning")
-        output.finish("heads", {"known": [dict(zip(names, row, strict=True)) for row in KNOWN]})
+        output.finish("heads", {"known": [dict(zip(names, row, strict=True)) for row in SCORES]})
 
 
 @app.command()
@@ -51,7 +52,7 @@ def detect(
         int, typer.Option("--block", metavar="N", min=2, help="Random tokens that repeat.")
     ] = 2500,
     by: Annotated[
-        Literal["attention", "duo", "rlkv"],
+        By,
         typer.Option(
             "--by",
             help="What attention looks at, or gates that are learned: so that states stay as they "
@@ -73,7 +74,7 @@ def detect(
     from kvtune.cli.inputs import check_writable
     from kvtune.tuner.target import read_weights
 
-    _refuse_unread(context, by)
+    refuse_unread(context, by)
     check_writable(out.absolute().parent, "--out")
     name = read_weights(model)[0]
     with speaking(as_json, quiet) as output:
@@ -86,29 +87,14 @@ def detect(
             {"search": {"retrieval": samples}}, tokens=tokens, observed=min(128, tokens // 2)
         )
         asked = build(plan, loaded.tokenizer)
-        if by == "attention":
-            found = measured(loaded, asked, block, seed, output)
-        else:
-            given = {"seed": seed} | ({} if steps is None else {"steps": steps})
-            learned = duo if by == "duo" else rlkv
-            found = learned(loaded, asked, given, output)
+        found = scored(loaded, asked, by, block=block, steps=steps, seed=seed, output=output)
         found = _written(found, out)
         pairs = list(overlaps(found, loaded.geometry.kv_heads, 0.1))
-        output.show(scores_table(found), overlap_table(pairs), f"written to {out}")
+        output.show(score_table(found), overlap_table(pairs), f"written to {out}")
         shared = [{"one": a, "other": b, "shared": share} for a, b, share in pairs]
-        output.finish("heads detect", {"out": out, **plain(found), "overlap_of_top_tenth": shared})
-
-
-def _refuse_unread(context: typer.Context, by: str) -> None:
-    """Attention is looked at without steps of learning, and learning repeats no random tokens."""
-    from kvtune.cli.unread import refuse_typed
-
-    if by == "attention":
-        hint = "gates are learned in steps: add --by duo or --by rlkv, or leave it out."
-        refuse_typed(context, ("steps",), "--by attention", hint)
-    else:
-        hint = "random tokens that repeat are looked at by --by attention: leave it out."
-        refuse_typed(context, ("block",), f"--by {by}", hint)
+        output.finish(
+            "heads detect", {"out": out, **as_plain(found), "overlap_of_top_tenth": shared}
+        )
 
 
 @app.command(name="import")
@@ -140,8 +126,8 @@ def import_(
         found, about = read_retrieval(source), About("query heads", "imported", source.name)
     heads = _written(HeadScores(model, "", {score: found}, {score: about}), out)
     with speaking(as_json, quiet=as_json) as output:
-        output.show(scores_table(heads), f"written to {out}")
-        output.finish("heads import", {"out": out, **plain(heads)})
+        output.show(score_table(heads), f"written to {out}")
+        output.finish("heads import", {"out": out, **as_plain(heads)})
 
 
 @app.command()
@@ -212,11 +198,35 @@ def policy(
     from kvtune.policies.policy_file.document import PolicyDocument, write_policy
 
     check_writable(out.absolute().parent, "--out")
-    made = plan_of(read_heads(source), system, kv_heads, score, context, sparsity, budget)
+    made = _made(read_heads(source), system, kv_heads, score, context, sparsity, budget)
     write_text(out, write_policy(PolicyDocument(made)))
     with speaking(as_json, quiet=as_json) as output:
         output.show(f"{made.name}, {made.layers} layers of {made.kv_heads} KV heads, in {out}")
         output.finish("heads policy", {"out": out, "system": system, "name": made.name})
+
+
+def _made(
+    heads: HeadScores,
+    system: str,
+    kv_heads: int,
+    score: str,
+    context: int,
+    sparsity: float,
+    budget: int,
+) -> Policy:
+    from kvtune.policies import head_plans
+
+    def of(name: str) -> Any:
+        return heads.of_kv_heads(score or name, kv_heads)
+
+    if system == "razor":
+        echo = heads.of_kv_heads("echo", kv_heads)
+        return head_plans.razor_plan(of("induction"), echo, context)
+    if system == "duo":
+        return head_plans.gates_plan("DuoAttention", of("duo"), sparsity, head_plans.DUO, 256)
+    if system == "rlkv":
+        return head_plans.gates_plan("RLKV", of("rlkv"), sparsity, head_plans.RLKV, 64)
+    return head_plans.headkv_plan(of("retrieval"), budget)
 
 
 def _written(heads: HeadScores, out: Path) -> HeadScores:

@@ -54,7 +54,7 @@ def served_table(serving: Server, asked: Requests, found: list[Served]) -> Rende
         if name in found[0].figures
     ]
     rows += [
-        ("tier of all times", *(each.figures["ttft_p50"].tier for each in found)),
+        *_tiers(found),
         ("finished", *(f"{count(each.finished)} of {count(each.requests)}" for each in found)),
         *_refused(found),
         ("preemptions", *(_preemptions(each) for each in found)),
@@ -81,6 +81,12 @@ def _by(serving: Server) -> str:
 
 def _each(serving: Server) -> str:
     return "" if serving.gpus == 1 else " of each card"
+
+
+def _tiers(found: list[Served]) -> list[tuple[str, ...]]:
+    """How the times of each part of a step were come by; figures are no surer than the worst."""
+    parts = dict.fromkeys(part for each in found for part in each.tiers)
+    return [(f"times of {part}", *(each.tiers.get(part, "-") for each in found)) for part in parts]
 
 
 def _refused(found: list[Served]) -> list[tuple[str, ...]]:

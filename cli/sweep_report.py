@@ -16,8 +16,6 @@ from kvtune.tuner.cases import FULL, Case
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from kvtune.simulator.cost import Cost
-
 
 def as_table(title: str, cases: Sequence[Case], caption: str) -> RenderableType:
     """For people; what fits is marked."""
@@ -75,6 +73,7 @@ def _figures(case: Case) -> dict[str, Estimate | None]:
     cost = case.cost
     return {
         "memory": cost.memory if cost else None,
+        "most_at_once": case.most_at_once,
         "prefill": cost.prefill if cost else None,
         "first_token": cost.first_token if cost else None,
         "latency": cost.latency if cost else None,
@@ -127,7 +126,6 @@ def _formats(cases: Sequence[Case]) -> list[str]:
 
 def _row(case: Case) -> dict[str, str]:
     """One case by the table's headings; time per token is what a user's tokens/s say."""
-    memory, most = ("-", "-") if case.cost is None else _memory(case, case.cost)
     return {
         "": "*" if case.fits else "",
         "gpu": case.card.gpu.slug,
@@ -135,18 +133,19 @@ def _row(case: Case) -> dict[str, str]:
         "prompts": f"{count(case.batch)} x {count(case.context_tokens)}",
         "policy": case.policy,
         "weights": case.budget.weight_format if case.budget else _named(case) or "-",
-        "GiB of it": f"{case.card.memory_bytes / GIB:.1f}",
-        "peak, GiB": memory,
-        "most at once": most,
+        "card, GiB": f"{case.card.memory_bytes / GIB:.1f}",
+        "peak, GiB": _gib(case.cost.memory) if case.cost else "-",
+        "most at once": figure(case.most_at_once, tier=False),
         "tokens/s": figure(case.tokens_per_second, tier=False),
         "tokens/s per user": figure(case.tokens_per_second_per_user, tier=False),
         "per million tokens": figure(case.cost_per_million_tokens, tier=False),
     }
 
 
-def _memory(case: Case, cost: Cost) -> tuple[str, str]:
-    """One card's peak, and what all of them hold at once."""
-    return f"{cost.memory.value / GIB:.2f}", count(case.sequences_that_fit or 0)
+def _gib(size: Estimate) -> str:
+    """One card's peak, in the column's unit."""
+    value, low, high = (f"{end / GIB:.2f}" for end in (size.value, size.low, size.high))
+    return value if low == high else f"{value} [{low}, {high}]"
 
 
 def _explained(cases: Sequence[Case]) -> str:

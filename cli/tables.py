@@ -69,7 +69,7 @@ def cost_table(
         *_statistics(costs.values()),
         *_on_host(costs.values()),
         ("share of bf16", [percent(c.share) for c in costs.values()]),
-        ("fit at once", [count(c.sequences_that_fit) for c in costs.values()]),
+        ("fit at once", [figure(c.most_at_once) for c in costs.values()]),
         ("peak memory", [figure(c.memory) for c in costs.values()]),
         ("prefill of one", [figure(c.prefill) for c in costs.values()]),
         ("compressing it", [figure(c.compression) for c in costs.values()]),

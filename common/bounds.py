@@ -6,15 +6,19 @@ from typing import Annotated
 
 from pydantic import Field
 
-_LARGEST = 2**53  # integers up to here are exact in every JSON reader
+LARGEST_WHOLE = 2**53
+"""Integers up to here are exact in every JSON reader."""
 
-Whole = Annotated[int, Field(ge=0, le=_LARGEST)]
+LARGEST_LOSS = 1e6
+"""Nats a token; far beyond any."""
+
+Whole = Annotated[int, Field(ge=0, le=LARGEST_WHOLE)]
 """A whole number from 0 on."""
 
-Count = Annotated[int, Field(ge=1, le=_LARGEST)]
+Count = Annotated[int, Field(ge=1, le=LARGEST_WHOLE)]
 """A whole number from 1 on."""
 
-Exact = Annotated[int, Field(ge=-_LARGEST, le=_LARGEST)]
+Exact = Annotated[int, Field(ge=-LARGEST_WHOLE, le=LARGEST_WHOLE)]
 """A whole number of either sign."""
 
 Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e18, le=1e18)]
@@ -23,7 +27,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e18, le=1e18)]
 NotNegative = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1e18)]
 """A finite number from 0 on."""
 
-Loss = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1e6)]
+Loss = Annotated[float, Field(allow_inf_nan=False, ge=0, le=LARGEST_LOSS)]
 """A KL divergence, nats a token: never negative."""
 
 Share = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]

@@ -54,6 +54,7 @@ class Cost:
         statistics_bytes: the part of those that methods remember of entries while they evict.
         share: of the bf16 bytes of the same prompt.
         sequences_that_fit: at once in what the budget leaves for the cache.
+        most_at_once: the same, between those that fit at both ends of what is left.
         memory: peak of everything together, bytes; where a policy waits for a prompt's end, with
             that prompt's uncompressed cache.
         latency: of one decode step of all sequences, seconds.
@@ -71,6 +72,7 @@ class Cost:
     statistics_bytes: int
     share: float
     sequences_that_fit: int
+    most_at_once: Estimate
     memory: Estimate
     latency: Estimate
     prefill: Estimate
@@ -182,12 +184,14 @@ def _cost(
         step = _with(step, read_back_step(policy, shape, gpu, batch, tokens))
     first = part.seconds if part else prefill(shape, gpu, weights, tokens, execution="runtime")
     peak = peak_memory(shape, gpu, weights, size, tokens, batch)
+    most = budget.most_of(size, waiting)
     return Cost(
         prompt_bytes=prompt_bytes,
         sequence_bytes=size,
         statistics_bytes=held.statistics,
         share=prompt_bytes / shape.kv_bytes(tokens),
-        sequences_that_fit=budget.count(size, waiting),
+        sequences_that_fit=int(most.value),
+        most_at_once=most,
         memory=add(peak, exact(waiting, "B")),
         latency=step,
         prefill=first,

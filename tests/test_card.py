@@ -58,6 +58,9 @@ def test_all_forms_say_the_same(run: Path, capsys: pytest.CaptureFixture[str]) -
     sizes = [budget["prompt_bytes"] for budget in card["budgets"]]
     assert sizes == sorted(sizes)
     assert len(sizes) <= 9
+    for budget in card["budgets"]:
+        assert budget["policy"].startswith(("by head, mostly ", "by layer, mostly "))
+        assert budget["policy"] in markdown.replace("\\", "")
 
 
 def test_a_card_reads_back_by_its_schema(run: Path) -> None:

@@ -594,7 +594,7 @@ def test_validate_runs_the_held_out_samples_and_reports(
 
 def test_an_earlier_live_run_is_no_prediction(tmp_path: Path) -> None:
     """The prediction is the search's, where its result tells of the same live run."""
-    from kvtune.cli.validate import _known
+    from kvtune.cli.validate_report import known_before
     from kvtune.policies.policy_file.document import read_policy
     from kvtune.tests.made_up import write_study
 
@@ -606,14 +606,14 @@ def test_an_earlier_live_run_is_no_prediction(tmp_path: Path) -> None:
     provenance = {"quality": {"source": "own trace", **quality}}
     path = run / "policy.yaml"
     path.write_text(f"{text}\nprovenance: {json.dumps(provenance)}\n")
-    known = _known(read_policy(path), path)
+    known = known_before(read_policy(path), path)
     assert known.earlier is not None
     assert known.predicted is not None
     assert known.earlier.value == live["value"]
     assert known.predicted.value == baseline["predicted"]["value"]
     moved = tmp_path / "policy.yaml"
     moved.write_text(path.read_text())
-    assert _known(read_policy(moved), moved).predicted is None
+    assert known_before(read_policy(moved), moved).predicted is None
 
 
 def test_validate_needs_weights(run: Run, policy: Path) -> None:

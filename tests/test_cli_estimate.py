@@ -39,6 +39,34 @@ def test_what_does_not_fit_is_told_with_what_would(capsys: pytest.CaptureFixture
     assert capsys.readouterr().out.startswith("does not fit: 20 x 32 768 tokens")
 
 
+def test_narrower_weights_are_named_where_they_would_do(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = ("--gpu", "l4", "--context", "32k", "--batch", "2")
+    found = answer(capsys, *asked, code=3)
+    (mended,) = [words.split() for words in found["would_fit"] if "--weights" in words]
+    assert mended == ["--weights", "fp8"]
+    assert answer(capsys, *asked, *mended)["fits"]
+
+    main([*LLAMA, "--gpu", "l4,h100", *asked[2:]])
+    assert "would fit with --weights fp8: l4\n" in capsys.readouterr().out
+    main([*LLAMA, "--gpu", "l4,h100", *asked[2:], *mended])
+    assert "would fit" not in capsys.readouterr().out
+
+
+def test_memory_and_the_most_at_once_have_intervals(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--gpu", "4090,h100", "--context", "8k")
+    row = answer(capsys, *words)["rows"][0]
+    most, (low, high) = row["most_at_once"]["value"], row["most_at_once"]["interval"]
+    assert low <= most == row["sequences_that_fit"] <= high
+    assert low < high
+    main([*LLAMA, *words])
+    table = capsys.readouterr().out
+    assert f"{most} [{low}, {high}]" in table
+    peak = [row["memory"]["value"], *row["memory"]["interval"]]
+    assert "{:.2f} [{:.2f}, {:.2f}]".format(*(size / 2**30 for size in peak)) in table
+
+
 def test_a_batch_beyond_everything_names_the_largest_that_works(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -124,7 +152,7 @@ def test_prompt_and_generated_beyond_the_models_length_are_told(
         (("--batch", "1,x"), "no number of sequences"),
         (("--context", "8k,999k"), "is the most"),
         (("--gpu", "4090,h1000"), "h100"),
-        (("--price-per-hour", "1,2"), "2 prices for 1 cards"),
+        (("--price-per-hour", "1,2"), "2 prices for 1 card"),
         (("--price-per-hour", "-1"), "no price"),
         (("--price-per-hour", "nan"), "no price"),
     ],

@@ -347,7 +347,7 @@ def test_times_of_the_plan_come_after_it_and_their_absence_is_told(
 
 
 def test_other_texts_than_the_searchs_are_told_with_what_they_cost(tmp_path: Path) -> None:
-    from kvtune.cli.validate import other_texts
+    from kvtune.cli.validate_report import other_texts
     from kvtune.tuner.validate import Validation
 
     folder = made_up.write_study(tmp_path / "run", live=True)

@@ -246,8 +246,8 @@ def test_a_second_run_asks_the_model_nothing(
 
 
 def test_the_picture_has_a_line_for_every_strategy(compared: Comparison) -> None:
-    from kvtune.tui.report.charts import rendered
     from kvtune.tui.report.comparison import comparison_chart
+    from kvtune.tui.report.drawing import rendered
 
     svg = rendered(comparison_chart(compared, SHARE), 6, 4, ("svg",))["svg"].decode()
     for strategy in STRATEGIES.values():

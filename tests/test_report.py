@@ -19,7 +19,8 @@ import pytest
 
 from kvtune.__main__ import main
 from kvtune.tests.made_up import write_study
-from kvtune.tui.report.charts import front_chart, rendered
+from kvtune.tui.report.drawing import rendered
+from kvtune.tui.report.front_chart import front_chart
 from kvtune.tui.report.write import write_report
 from kvtune.tuner.explore.axes import LOSS, TOKENS
 from kvtune.tuner.explore.compare import HeadMap
@@ -50,7 +51,7 @@ def outlines(monkeypatch: pytest.MonkeyPatch) -> None:
         svg = f'<svg width="{width}pt" height="{height}pt"></svg>'.encode()
         return {"svg": svg, "png": b"\x89PNG"}
 
-    monkeypatch.setattr("kvtune.tui.report.charts.rendered", rendered)
+    monkeypatch.setattr("kvtune.tui.report.drawing.rendered", rendered)
 
 
 @pytest.fixture(scope="module")

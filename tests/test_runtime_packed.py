@@ -74,16 +74,22 @@ def attended(beside: Beside, q: Tensor) -> Tensor:
     return beside.merged(q, torch.zeros_like(q), q.new_full(q.shape[:2], -1e30), SCALE)
 
 
+def decoded(part: HeldPart) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[n, D]`` of one head's part."""
+    (keys_as, values_as), (keys, values) = part.formats, part.buffers
+    return part.restored(
+        keys_as.decode(keys, HEAD_DIM, "keys"), values_as.decode(values, HEAD_DIM, "values")
+    )
+
+
 def expected(parts: list[LaidPart], pool: Pool, q: Tensor) -> Tensor:
     """Every row's parts decoded, then attended to in float64."""
     outputs = []
     for row, query in enumerate(q.double()):
         read = [each.fetched(pool) for each in parts if each.part.row == row]
-        keys, values = (
-            torch.cat([part.read(HEAD_DIM)[n].double() for part in read]) for n in (0, 1)
-        )
+        keys, values = (torch.cat([decoded(part)[n].double() for part in read]) for n in (0, 1))
         weights = [
-            torch.zeros(len(part.read(HEAD_DIM)[0])) if part.log_weight is None
+            torch.zeros(len(decoded(part)[0])) if part.log_weight is None
             else part.log_weight
             for part in read
         ]  # fmt: skip

@@ -375,6 +375,8 @@ def test_steps_under_a_policy_take_what_an_estimate_says(option: Option, card: s
             found = of[end].decoding(sequences, 1024, 128)
             assert found == pytest.approx(getattr(asked, end), rel=0.01)
     assert least_certain(of["value"].tier, asked.tier) == of["value"].tier
+    assert set(of["value"].tiers) == {"decode steps", "reading prompts", "compressing"}
+    assert least_certain(*of["value"].tiers.values()) == of["value"].tier
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4, 16])

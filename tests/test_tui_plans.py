@@ -19,7 +19,7 @@ from kvtune.tui.widgets.canvas import PlotCanvas
 from kvtune.tui.widgets.keys import Keys
 from kvtune.tui.widgets.plan_panel import FigureLines, PlanPanel
 from kvtune.tui.widgets.plans_table import PlansTable
-from kvtune.tui.widgets.plot_labels import labels, placed
+from kvtune.tui.widgets.plot_labels import labels, placed, together
 from kvtune.tui.widgets.ticks import LogTicks, nothing_of, place, zero_of
 from kvtune.tui.widgets.what_if import WhatIf
 from kvtune.tuner.explore.dimensions import DIMENSIONS
@@ -140,6 +140,17 @@ def test_words_on_the_plot_keep_apart_and_inside() -> None:
     assert len({line for _, line, _ in found}) == len(found) >= 3
     assert all(column > 0 and column + len(words) < 40 for column, _, words in found)
     assert all(0 < line < 10 for _, line, _ in found)
+
+
+def test_points_that_hide_one_another_have_one_label_which_is_never_left_out() -> None:
+    points = [(20, 4, "AdaKV"), (21, 4, "pyramid"), (20, 4, "uniform 12 x the plan's"), (5, 7, "h")]
+    (both, other) = together(points)
+    assert both == (20, 4, "AdaKV, pyramid, uniform 12 x the plan's")
+    assert other == (5, 7, "h")
+    ((column, line, words),) = placed([both], 45, 10)
+    assert line != 4, "there is no room beside the marks, and none of them may be hidden"
+    assert column > 0
+    assert column + len(words) < 45
 
 
 def test_a_loss_near_nothing_does_not_squash_the_others() -> None:

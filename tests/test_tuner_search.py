@@ -438,7 +438,7 @@ def test_the_plan_is_timed_as_validate_would_on_the_card_it_is_for(
 
 def _as_files(folder: Path) -> dict[str, bytes]:
     """All that is answered, without what names the moment."""
-    kept = ("result.json", "policy.yaml", "plans.jsonl", "finished.json")
+    kept = ("result.json", "policy.yaml", "plans.jsonl", "plans.safetensors", "finished.json")
     return {name: (folder / name).read_bytes() for name in kept}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvtune.common.estimate import Estimate
+from kvtune.common.estimate import BAND, Estimate
 from kvtune.tuner.verdict import Verdict, limit_words
 
 
@@ -140,6 +140,13 @@ def test_what_the_plans_own_kind_of_rule_lost_live_on_a_stand_in_is_no_rival(
     said = verdict(stand_in="smollm2-135m", policies=(rule, curve)).comparison
     assert "The plan is a uniform rule" not in said
     assert "uniform rules, live" in said, "which a plan of another family is compared with"
+
+
+def test_a_ratio_of_bands_says_whose_losses_it_is_of() -> None:
+    """The table prints the bands' ends, whose ratio is another: what is compared must be there."""
+    plan, other = Policy("kvzip", loss(0.05, BAND)), Policy("h2o", loss(0.6, BAND))
+    said = verdict(stand_in="smollm2-135m", policies=(plan, other)).comparison
+    assert said.endswith("loses 12 times as much on smollm2-135m itself (0.6 and 0.05).")
 
 
 def test_a_curve_that_ends_before_the_plans_bytes_says_nothing_of_its_band() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from kvtune.common.units import format_bytes
 from kvtune.common.words import accuracy, count, figure, percent
 from kvtune.simulator.memory.at_once import prompts_at_once
+from kvtune.tuner.explore.dimensions import in_words
 from kvtune.tuner.explore.plans import Plan
 from kvtune.tuner.explore.study import Study
 from kvtune.tuner.explore.view import View
@@ -39,9 +40,10 @@ def title(selected: Selected) -> str:
 
 
 def quality_rows(selected: Selected) -> list[tuple[str, str]]:
-    """What it loses: on selection samples, on held-out ones, and live."""
+    """What it is, and what it loses: on selection samples, on held-out ones, and live."""
     study, plan = selected.study, selected.plan
     rows = [
+        ("policy", in_words(study, selected.row)),
         ("loss, selection", figure(plan.kl)),
         ("loss, held out", figure(plan.held_out)),
     ]

@@ -113,6 +113,15 @@ class Case:
         return None if self.cost is None else self.cost.sequences_that_fit * self.split.copies
 
     @property
+    def most_at_once(self) -> Estimate | None:
+        """The same with its interval."""
+        if self.cost is None:
+            return None
+        one, copies = self.cost.most_at_once, self.split.copies
+        value, low, high = (copies * end for end in (one.value, one.low, one.high))
+        return Estimate(value, low, high, one.unit, one.tier)
+
+    @property
     def tokens_per_second(self) -> Estimate | None:
         """Tokens that all sequences together are given a second."""
         from kvtune.simulator.cost import per_second

@@ -17,6 +17,7 @@ from kvtune.tuner.candidate import Candidate, pick
 from kvtune.tuner.checks import check_request, no_head_is_known, scores_of
 from kvtune.tuner.cross_fit import cross_fitted_front
 from kvtune.tuner.explore.facts import Facts
+from kvtune.tuner.explore.reader import StudyReader
 from kvtune.tuner.explore.record import Recorder
 from kvtune.tuner.filling import held_by_runtime
 from kvtune.tuner.finished import answers_another, finished, keep_finished
@@ -133,6 +134,7 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
         _recorded_anew(recorder, ended)
     result = answer(ended, chosen, progress)
     write_result(result)
+    StudyReader(request.run_dir).keep_columns()
     keep_finished(result)
     return result
 

@@ -203,9 +203,11 @@ def known_stack(stack: str | None) -> str | None:
     Raises:
         KvtuneError: none has.
     """
+    if not stack:
+        return None
     from kvtune.policies.export.contract import find_exporter
 
-    return find_exporter(stack).name if stack else None
+    return find_exporter(stack).name
 
 
 def _else_asked(options: SearchOptions) -> dict[str, Amount | None]:

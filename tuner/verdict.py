@@ -153,7 +153,7 @@ class Verdict:
             where = "within the plan's interval or below it"
             said.append(f"The plan is not shown to be better than {_listed(close)}: {where}.")
         elif known:
-            said.append(_ahead(plan, list(known.values())))
+            said.append(_ahead(plan, list(known.values()), self.stand_in))
         if apart:
             said.append(
                 f"Of {_listed(apart)} the loss is estimated in another way and not compared."
@@ -188,7 +188,7 @@ def _as_run(plan: Compared, other: Compared, stand_in: str) -> str:
     )
 
 
-def _ahead(plan: Compared, others: Sequence[Compared]) -> str:
+def _ahead(plan: Compared, others: Sequence[Compared], stand_in: str) -> str:
     def losses(other: Compared) -> tuple[Estimate, Estimate]:
         pair = alike(plan, other)
         assert pair is not None  # noqa: S101 - they were chosen so
@@ -199,6 +199,8 @@ def _ahead(plan: Compared, others: Sequence[Compared]) -> str:
     times = f"{theirs.value / ours.value:.2g} times as much" if ours.value > 0 else "more"
     if found := best.times_the_plan:
         times += f" ({found.low:.2g} to {found.high:.2g})"
+    elif theirs.tier == BAND:  # whose ends alone are printed: another model's ratio may be another
+        times += f" on {stand_in} itself ({theirs.value:.2g} and {ours.value:.2g})"
     who = "the others" if len(others) > 1 else "the other"
     room = "at equal bytes" if equal_bytes(plan, others) else "in at least as many bytes"
     return f"The plan loses less than {who} {room}; {best.name} comes next and loses {times}."

@@ -6,7 +6,6 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.units import format_bytes
 from kvtune.policies.export.lines import Line
 from kvtune.policies.export.plan import Plan
-from kvtune.policies.paging import Growth, sequence_bytes
 
 
 def bytes_line(plan: Plan, stack_bytes: int) -> Line:
@@ -81,6 +80,8 @@ def _bytes_of_own_sequences(plan: Plan) -> int:
 
     None are sure beside longer prompts.
     """
+    from kvtune.policies.paging import Growth, sequence_bytes  # NumPy, which a mistake needs not
+
     serving, facts = plan.document.serving, plan.facts
     if serving is None or serving.batch is None or serving.context_tokens is None:
         return 0

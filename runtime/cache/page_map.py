@@ -6,6 +6,7 @@ there.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from kvtune.policies.pages import PageLayout
 from kvtune.runtime.kernels.launch import Paged
+
+_PADDING = 2**40  # beyond any tile's tokens
 
 
 @dataclass(frozen=True)
@@ -41,38 +44,35 @@ class Pages:
 
 
 @dataclass(frozen=True)
-class _Tiles:
-    """Tiles of one layout: those columns of ``kernels.tiles.Tiles`` that tell pages, ``[m]``."""
+class Rows:
+    """Rows whose pages have room for about as many tokens, r of them, padded to the most, w.
 
-    layout: PageLayout
-    row: Tensor
-    entry: Tensor
-    before: Tensor
-    most: Tensor
-    segment: Tensor
-    place: Tensor
-    tables: Tensor
+    Args:
+        rows: which, ascending, ``[r]``.
+        tokens: of all that the layer's pages have room for, page after page, ``[r, w]``.
+        tiles: that each is part of, ``[r, w]``.
+        inside: its place in that tile, ``[r, w]``; of padding beyond any tile's tokens.
+        columns: its place where logits are wanted, ``[r, w]``.
+    """
 
-    def tokens(self, lengths: Tensor) -> Tensor:
-        """In each tile, ``[m]``."""
-        return (lengths[self.segment].long() - self.before).clamp_min(0).minimum(self.most)
+    rows: Tensor
+    tokens: Tensor
+    tiles: Tensor
+    inside: Tensor
+    columns: Tensor
 
-    def pages(self, table: Tensor, counts: Tensor) -> Pages:
-        """The first so many pages of each tile."""
-        size, device = self.layout.page_tokens, table.device
-        tile = torch.repeat_interleave(counts)
-        within = torch.arange(len(tile), device=device) - (counts.cumsum(0) - counts)[tile]
-        first = table[self.entry[tile] + within].long()
-        return Pages(
-            layout=self.layout,
-            rows=self.row[tile],
-            cells=first[:, None] + torch.arange(self.layout.page_cells, device=device),
-            segments=self.segment[tile],
-            places=self.place[tile] + size * within,
-            tiles=tile,
-            before=size * within,
-            tables=self.tables[tile],
-        )
+    @property
+    def real(self) -> Tensor:
+        """What is no padding, ``[r, w]`` bool."""
+        return self.inside < _PADDING
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layer's pages that hold tokens, those of one layout together, and its rows over them."""
+
+    pages: Sequence[Pages]
+    rows: Sequence[Rows]
 
 
 class PageMap:
@@ -80,41 +80,99 @@ class PageMap:
 
     def __init__(self, layer: Paged) -> None:
         self._state = layer.tiles.clone(), layer.table.clone()
-        codes = layer.tiles[:, 1]
-        known = codes[codes >= 0].unique().tolist()  # tiles of an empty seat have no layout
-        self._tiles = [_tiles_of(layer, code) for code in known]
-        self._found: list[tuple[Tensor, Pages] | None] = [None] * len(known)
+        records = layer.tiles[layer.tiles[:, 1] >= 0].long()  # those of an empty seat have none
+        records = records[records[:, 1].argsort(stable=True)]  # by layout
+        self._row, codes, self._entry, self._before, self._most, self._segment = records[
+            :, :6
+        ].unbind(1)
+        self._place, self._tables = records[:, 11], records[:, 12]
+        known, counts = codes.unique_consecutive(return_counts=True)
+        self._layouts = [PageLayout.of(layer.head_dim, code) for code in known.tolist()]
+        self._counts = counts.tolist()
+        sizes = [layout.page_tokens for layout in self._layouts]
+        self._size = torch.tensor(sizes, device=counts.device).repeat_interleave(counts)
+        self._found: tuple[Tensor, Found] | None = None
 
     def is_of(self, layer: Paged) -> bool:
         """Whether the tables are still as they were; lengths may have changed."""
         tiles, table = self._state
         return torch.equal(tiles, layer.tiles) and torch.equal(table, layer.table)
 
-    def pages(self, layer: Paged) -> list[tuple[Pages, Tensor]]:
-        """Pages of each layout with the tokens in each, one at least, ``[n]``."""
-        found = []
-        for number, tiles in enumerate(self._tiles):
-            size, tokens = tiles.layout.page_tokens, tiles.tokens(layer.lengths)
-            counts = (tokens + (size - 1)) // size
-            known = self._found[number]
-            if known is None or not torch.equal(known[0], counts):
-                known = self._found[number] = (counts, tiles.pages(layer.table, counts))
-            pages = known[1]
-            if len(pages.rows):
-                found.append((pages, (tokens[pages.tiles] - pages.before).clamp_max(size)))
-        return found
+    def at(self, layer: Paged) -> tuple[Found, Tensor]:
+        """Pages and rows, and the tokens of each tile now, ``[m]``."""
+        tokens = (
+            (layer.lengths.index_select(0, self._segment) - self._before)
+            .clamp_min(0)
+            .minimum(self._most)
+        )
+        counts = (tokens + (self._size - 1)) // self._size
+        if self._found is None or not torch.equal(self._found[0], counts):
+            pages = [each for each in self._pages(layer.table, counts) if len(each.rows)]
+            self._found = counts, Found(pages, list(_rows(pages)))
+        return self._found[1], tokens
+
+    def _pages(self, table: Tensor, counts: Tensor) -> Iterator[Pages]:
+        """The first so many pages of each tile, a layout at a time."""
+        tiles = torch.repeat_interleave(counts)
+        nth = torch.arange(len(tiles), device=table.device) - (counts.cumsum(0) - counts)[tiles]
+        ends = [int(part.sum()) for part in counts.split(self._counts)]
+        parts = zip(self._layouts, tiles.split(ends), nth.split(ends), strict=True)
+        for layout, tile, within in parts:
+            cells = table[self._entry[tile] + within].long()
+            inside = torch.arange(layout.page_cells, device=table.device)
+            before = layout.page_tokens * within
+            yield Pages(
+                layout=layout,
+                rows=self._row[tile],
+                cells=cells[:, None] + inside,
+                segments=self._segment[tile],
+                places=self._place[tile] + before,
+                tiles=tile,
+                before=before,
+                tables=self._tables[tile],
+            )
 
 
-def pages_with_tokens(layer: Paged) -> list[tuple[Pages, Tensor]]:
-    """All pages that hold tokens, those of one layout together, and the tokens in each."""
+def _rows(pages: Sequence[Pages]) -> Iterator[Rows]:
+    """Rows with about as much room together: none is padded to twice its own."""
+    if not pages:
+        return
+    row, tile, inside, column = (
+        torch.cat(parts) for parts in zip(*map(_tokens, pages), strict=True)
+    )
+    room = row.bincount()
+    order, starts = row.argsort(stable=True), room.cumsum(0) - room
+    width_class = room.clamp_min(1).double().log2().ceil()
+    for each in width_class[room > 0].unique():
+        rows = torch.nonzero((room > 0) & (width_class == each))[:, 0]
+        slots = torch.arange(int(room[rows].max()), device=row.device)
+        at = order[(starts[rows, None] + slots).clamp_max(len(order) - 1)]
+        real = slots < room[rows, None]
+        yield Rows(
+            rows=rows,
+            tokens=at,
+            tiles=tile[at],
+            inside=inside[at].masked_fill(~real, _PADDING),
+            columns=column[at],
+        )
+
+
+def _tokens(pages: Pages) -> tuple[Tensor, ...]:
+    """Row, tile, place in the tile and place of logits of each token, page after page."""
+    size = pages.layout.page_tokens
+    places = torch.arange(size, device=pages.rows.device)
+    return (
+        pages.rows.repeat_interleave(size),
+        pages.tiles.repeat_interleave(size),
+        (pages.before[:, None] + places).flatten(),
+        (pages.places[:, None] + places).flatten(),
+    )
+
+
+def pages_at(layer: Paged) -> tuple[Found, Tensor]:
+    """All pages that hold tokens, the rows over them, and the tokens of each tile."""
     known = layer.maps.get("pages")
     if known is None or not known.is_of(layer):
         known = layer.maps["pages"] = PageMap(layer)
-    return known.pages(layer)
-
-
-def _tiles_of(layer: Paged, code: int) -> _Tiles:
-    tiles = layer.tiles[layer.tiles[:, 1] == code].long()
-    row, _, entry, before, most, segment = tiles[:, :6].unbind(1)
-    layout = PageLayout.of(layer.head_dim, code)
-    return _Tiles(layout, row, entry, before, most, segment, tiles[:, 11], tiles[:, 12])
+    found: tuple[Found, Tensor] = known.at(layer)
+    return found

@@ -189,7 +189,7 @@ class PagedLayer:
         wanted = -(-np.where(self.evicts_coded, self.window, ends) // BF16_PAGE) * ~self.ended
         if wanted.max() > self.paged.growing_pages:
             self.seal(2 * BF16_PAGE * int(wanted.max()))
-        have = self.page_counts()[GROWN]
+        have = np.array([len(cells) for cells in self.pages[GROWN]])
         rows = np.flatnonzero(wanted > have)
         if len(rows):
             more = wanted[rows] - have[rows]

@@ -91,7 +91,7 @@ def read_pages(pages: Tensor, layout: PageLayout, scales: Tensor) -> tuple[Tenso
 
 @dataclass(frozen=True)
 class _Groups:
-    """Scale and offset of codes, fp16: ``[..., D]`` by channel, ``[..., g, 64]`` by token."""
+    """Scale and offset of codes: ``[..., D]`` by channel, ``[..., g, 64]`` by token."""
 
     scale: Tensor
     offset: Tensor
@@ -163,9 +163,9 @@ def _decode(
     steps = read_codes(codes, bits(name), dim).float()
     over = _reduced(name, dim)
     count = head_dim if over == 0 else token_groups(head_dim) * PAGE
-    laid = beside[:, : 4 * count].contiguous().view(torch.float16).view(many, 2, count)
-    pair = [_by_token(x, fields(name), over) for x in laid.unbind(1)]
-    step, offset = _Groups(pair[0], pair[1]).spread(over, head_dim)
+    laid = beside[:, : 4 * count].contiguous().view(torch.float16).view(2 * many, count)
+    both = _by_token(laid.float(), fields(name), over)
+    step, offset = _Groups(*both.unflatten(0, (many, 2)).unbind(1)).spread(over, head_dim)
     return torch.addcmul(offset, steps, step)
 
 

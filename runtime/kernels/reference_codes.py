@@ -51,8 +51,9 @@ def _pack(codes: Tensor, width: int) -> Tensor:
 
 
 def _unpack(packed: Tensor, width: int) -> Tensor:
-    mask = 2**width - 1
-    return torch.cat([(packed >> (n * width)) & mask for n in range(8 // width)], dim=-1)
+    mask, last = 2**width - 1, 8 - width
+    parts = [packed & mask, *((packed >> n) & mask for n in range(width, last, width))]
+    return torch.cat([*parts, packed >> last] if last else parts, dim=-1)
 
 
 def _units(packed: Tensor, dim: int) -> Tensor:

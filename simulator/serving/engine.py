@@ -46,8 +46,8 @@ def serve(
         scheduler = Scheduler(memory, prepared.times[end], limits)
         return Engine(requests, scheduler, server.shape.max_context).run()
 
-    tier = prepared.times["value"].tier
-    return served(prepared.name, {end: run(end) for end in ends}, goals, tier, prepared.front)
+    tier, runs = prepared.times["value"].tier, {end: run(end) for end in ends}
+    return served(prepared.name, runs, goals, tier, prepared.front, prepared.tiers)
 
 
 class Engine:

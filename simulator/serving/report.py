@@ -51,6 +51,7 @@ class Served:
         blocks, block_bytes, host_blocks: on the card, bytes of one, on the host.
         peak_blocks, peak_running, peak_waiting: the most at any time.
         timeline: state of the engine over time.
+        tiers: of the times of each part of a step, by what it does.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Served:
     peak_running: int
     peak_waiting: int
     timeline: list[Sample]
+    tiers: Mapping[str, Tier]
 
 
 def served(
@@ -78,6 +80,7 @@ def served(
     goals: Goals,
     tier: Tier,
     front: FrontEnd = NOTHING,
+    tiers: Mapping[str, Tier] | None = None,
 ) -> Served:
     """The report of a policy's runs.
 
@@ -85,8 +88,9 @@ def served(
         name: of the policy.
         records: of the run with likely times, and of those with all times at either end.
         goals: that goodput is counted under.
-        tier: of the least certain time.
+        tier: of the least certain time, which every figure has.
         front: what a first token takes beside the engine's steps.
+        tiers: of each part of a step.
     """
     runs = {end: measures(record, goals, front) for end, record in records.items()}
     record = records["value"]
@@ -118,6 +122,7 @@ def served(
         peak_running=record.peak_running,
         peak_waiting=record.peak_waiting,
         timeline=record.samples,
+        tiers=tiers or {},
     )
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from kvtune.common.errors import KvtuneError
-from kvtune.common.estimate import Estimate
+from kvtune.common.estimate import Estimate, Tier
 from kvtune.common.units import format_bytes
 from kvtune.policies.policy import Policy
 from kvtune.policies.servable import check_servable
@@ -72,6 +72,7 @@ class Prepared:
         times: of the engine's steps: likely, and at both ends of their intervals.
         front: what a first token takes beside them.
         limits: of the engine's steps where the policy changes them; None for the server's.
+        tiers: of the times of each part of a step, by what it does.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Prepared:
     times: Mapping[End, EngineTimes]
     front: FrontEnd = NOTHING
     limits: Limits | None = None
+    tiers: Mapping[str, Tier] = field(default_factory=dict)
 
     @property
     def block_bytes(self) -> int:

@@ -8,7 +8,7 @@ before it and with what decoding takes longer for its caches.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -93,6 +93,7 @@ class StepTimes:
         compressing: seconds that compressing a prompt takes beside reading it, by its tokens.
         copy_s: seconds of one copy between host and device and of each block in it.
         tier: of the least certain time.
+        tiers: of each part of a step, by what it does.
     """
 
     prompts: Curve
@@ -104,6 +105,7 @@ class StepTimes:
     compressing: Curve
     copy_s: tuple[float, float] = (0.0, 0.0)
     tier: Tier = "assumed"
+    tiers: dict[str, Tier] = field(default_factory=dict)
 
     def decoding(self, sequences: int, prompt: float, generated: float) -> float:
         """Seconds of one decode step.

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Tier
 from kvtune.policies.policy import Policy
 from kvtune.policies.servable import LEFT_TO_ANSWERS
 from kvtune.profiles.gpus import GpuProfile
@@ -91,7 +92,8 @@ def prepare(server: Server, requests: Requests, policy: Policy | None) -> Prepar
         return _of_stack(server, server.setting, load, prompts, policy)
     sums = partial(sums_over_gpus, server.shape, server.gpu, server.gpus)
     times = step_times(shape, server.gpu, server.weights, policy, load, sums)
-    return Prepared(policy.name if policy else "full cache", server, held, times)
+    name = policy.name if policy else "full cache"
+    return Prepared(name, server, held, times, tiers=times["value"].tiers)
 
 
 def _of_stack(
@@ -114,7 +116,8 @@ def _of_stack(
     if policy is None:
         times = StackTimes(scaled, grids, tier)
         held = whole_footprint(server.local, prompts, KV_BYTES[setting.kv_format])
-        return Prepared("full cache", server, held, _ends(times, factor), front)
+        ends = _ends(times, factor)
+        return Prepared("full cache", server, held, ends, front, tiers={"all steps": tier})
     own = step_times(server.local, server.gpu, server.weights, policy, load)["value"]
     limits = server.limits
     left = LEFT_TO_ANSWERS if limits.left_to_answers is None else limits.left_to_answers
@@ -122,6 +125,7 @@ def _of_stack(
         policy.name, server, footprint(server.local, policy, prompts, load.output_tokens),
         _ends(PlannedTimes(scaled, grids, own.tier, own), factor), front,
         replace(limits, reading="whole", left_to_answers=left),
+        own.tiers | {"matrices and reading": tier},
     )  # fmt: skip
 
 
@@ -162,7 +166,11 @@ def step_times(
     squeezed = _compressing(shape, gpu, weights, policy, load.prompts)
     copy = transfer(gpu, load.block_bytes * np.array([0.0, 1024.0]), "device_to_host")
     parts = (decode, empty, passes, squeezed, copy)
-    tier = least_certain(*(part.tier for part in parts[:4]))
+    tiers: dict[str, Tier] = {
+        "decode steps": least_certain(decode.tier, empty.tier),
+        "reading prompts": passes.tier,
+        **({"compressing": squeezed.tier} if policy else {}),
+    }
 
     def at_end(end: End) -> StepTimes:
         table, nothing, whole, after, copied = (getattr(part, f"{end}_s") for part in parts)
@@ -175,7 +183,8 @@ def step_times(
             compute=Curve(0, tokens[-1], _compute_bound(tokens, whole)),
             compressing=Curve(*load.prompts, after),
             copy_s=(float(copied[0]), float(copied[1] - copied[0]) / 1024),
-            tier=tier,
+            tier=least_certain(*tiers.values()),
+            tiers=tiers,
         )
 
     return {end: at_end(end) for end in ("value", "low", "high")}

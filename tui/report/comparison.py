@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvtune.tui.report.charts import COLOURS, Draw
+from kvtune.tui.report.drawing import COLOURS, Draw
 from kvtune.tuner.compare.result import Comparison, Outcome
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from kvtune.common.units import format_bytes
 from kvtune.common.words import accuracy, count, figure, percent
 from kvtune.tui.selected import Selected, cost_rows, quality_rows
 from kvtune.tuner.explore.axes import AXES
+from kvtune.tuner.explore.dimensions import in_words
 from kvtune.tuner.explore.study import Study
 from kvtune.tuner.explore.view import View
 
@@ -51,6 +52,7 @@ def front_table(view: View) -> Table:
     rows = [
         (
             f"{view.study.plans.trial[row]}{' (chosen)' if row == chosen else ''}",
+            in_words(view.study, int(row)),
             f"{count(figures.sequences[row])} x {count(figures.context_tokens[row])}",
             figure(view.study.plans[int(row)].kl),
             percent(float(figures.share[row])),
@@ -62,6 +64,7 @@ def front_table(view: View) -> Table:
     ]
     headings = (
         "trial",
+        "policy",
         "at once",
         "KL, selection",
         "of bf16",

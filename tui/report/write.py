@@ -11,8 +11,10 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.files import atomic, write_text
 from kvtune.common.progress import Progress, Silent
 from kvtune.tui.memory_parts import MemoryParts
-from kvtune.tui.report import charts
+from kvtune.tui.report import drawing
+from kvtune.tui.report.charts import heads_chart, kinds_chart, memory_chart
 from kvtune.tui.report.emblem import emblem
+from kvtune.tui.report.front_chart import front_chart
 from kvtune.tui.report.hover import FRONT, front_titles, with_titles
 from kvtune.tui.report.page import listed, page, pairs, picture, table, verdict
 from kvtune.tui.report.tables import baselines_table, front_table, plan_table, plans_csv
@@ -24,7 +26,7 @@ from kvtune.tuner.explore.what_if import Setting, figures_of
 from kvtune.tuner.explore.why import why
 from kvtune.tuner.verdict import verdict_of
 
-Picture = tuple[str, str, charts.Draw, float, float]  # name, caption, drawing, inches
+Picture = tuple[str, str, drawing.Draw, float, float]  # name, caption, drawing, inches
 
 
 def write_report(study: Study, folder: Path, progress: Progress | None = None) -> list[Path]:
@@ -50,10 +52,10 @@ def write_report(study: Study, folder: Path, progress: Progress | None = None) -
     for name, caption, draw, width, height in (progress or Silent()).track(
         pictures, "drawing", len(pictures)
     ):
-        files = charts.rendered(draw, width, height)
+        files = drawing.rendered(draw, width, height)
         paths += [_write(folder / f"{name}.{kind}", made) for kind, made in files.items()]
-        small = charts.rendered(draw, charts.NARROW, max(0.8 * height, 2.0), ("svg",))["svg"]
-        both = (charts.inline(files["svg"], name), charts.inline(small, f"{name}-narrow"))
+        small = drawing.rendered(draw, drawing.NARROW, max(0.8 * height, 2.0), ("svg",))["svg"]
+        both = (drawing.inline(files["svg"], name), drawing.inline(small, f"{name}-narrow"))
         wide, narrow = (
             with_titles(svg, f"{where}-{FRONT}", titles.get(name, ()))
             for svg, where in zip(both, (name, f"{name}-narrow"), strict=True)
@@ -89,21 +91,21 @@ def _pictures(view: View, row: int) -> Iterator[Picture]:
     caption = f"Every point is a plan; loss on selection samples, {quality}."
     if (study.plans.kl[:, 0] <= 0).any():
         caption += " Plans without loss lie below the axis."
-    yield "front-tokens", caption, charts.front_chart(fits), 8.5, 4.6
-    yield "front-bytes", caption, charts.front_chart(size), 8.5, 4.6
-    yield "front-rate", caption, charts.front_chart(rate), 8.5, 4.6
-    yield "memory", "The chosen plan's memory.", charts.memory_chart(parts), 8.5, 1.5
+    yield "front-tokens", caption, front_chart(fits), 8.5, 4.6
+    yield "front-bytes", caption, front_chart(size), 8.5, 4.6
+    yield "front-rate", caption, front_chart(rate), 8.5, 4.6
+    yield "memory", "The chosen plan's memory.", memory_chart(parts), 8.5, 1.5
     if not _same_everywhere(heads):
         high = 1.2 + 0.16 * heads.share.shape[1]
-        budget, bits = (charts.heads_chart(heads, shade) for shade in ("budget", "bits"))
+        budget, bits = (heads_chart(heads, shade) for shade in ("budget", "bits"))
         yield "heads-budget", "What each head keeps.", budget, 8.5, high
         yield "heads-bits", "How it is stored.", bits, 8.5, high
     if rows := _kinds(study, row):
         words = f"Held-out loss by kind of text, predicted, {quality}."
-        yield "kinds", words, charts.kinds_chart(study.facts.kinds, rows), 8.5, 3.4
+        yield "kinds", words, kinds_chart(study.facts.kinds, rows), 8.5, 3.4
     if rows := _live_kinds(study, row):
         words = "The same, measured: the model ran live."
-        yield "kinds-live", words, charts.kinds_chart(study.facts.kinds, rows), 8.5, 3.4
+        yield "kinds-live", words, kinds_chart(study.facts.kinds, rows), 8.5, 3.4
 
 
 Losses = tuple[str, str, dict[str, float]]  # name, family, loss by kind of text

@@ -24,7 +24,7 @@ from textual_plot.plot_widget import Legend
 
 from kvtune.tui.palette import CHOSEN, FRONT, GROUPS, MARKED, SELECTED, colours_of, mark_of
 from kvtune.tui.widgets.canvas import PlotCanvas
-from kvtune.tui.widgets.plot_labels import labels, placed
+from kvtune.tui.widgets.plot_labels import labels, placed, together
 from kvtune.tui.widgets.ticks import LogTicks, nothing_of, place, zero_of
 from kvtune.tuner.explore.plans import Floats
 from kvtune.tuner.explore.view import View
@@ -66,6 +66,7 @@ class FrontPlot(PlotWidget):
         self.marked: int | None = None
         self._seen: NDArray[np.int64] = np.zeros(0, np.int64)
         self._theme = ""  # that the ground was drawn in
+        self._labels: list[tuple[int, int, str]] = []  # column, line and words
         self._x_zero: float | None = None
         self._y_zero: float | None = None
 
@@ -119,18 +120,20 @@ class FrontPlot(PlotWidget):
         canvas = self.query_one("#plot", PlotCanvas)
         if self.view is None or canvas._canvas_size is None:
             return
-        self._write_labels(self.view, canvas)
+        self._place_labels(self.view, canvas)
         canvas.keep_ground()
         self._draw_cursor(self.view, canvas)
 
-    def _write_labels(self, view: View, canvas: PlotCanvas) -> None:
+    def _place_labels(self, view: View, canvas: PlotCanvas) -> None:
         colour, points = colours_of(self.app)["error"], []
         for each in labels(view):
             x, y = self._place_x([each.x])[0], self._place_y([each.y])[0]
             if self._x_min <= x <= self._x_max and self._y_min <= y <= self._y_max:
                 points.append((*self.get_pixel_from_coordinate(x, y), each.words))
-        for column, line, words in placed(points, *canvas.size):
-            canvas.write_text(column, line, f"[{colour}]{words}[/]")
+        self._labels = [
+            (column, line, f"[{colour}]{words}[/]")
+            for column, line, words in placed(together(points), *canvas.size)
+        ]
 
     # --- parts, from the ground up ---------------------------------------------------------
 
@@ -192,11 +195,13 @@ class FrontPlot(PlotWidget):
             self.scatter(x, y, marker=mark_of(baseline.family), marker_style=f"bold {colour}")
 
     def _draw_cursor(self, view: View, canvas: PlotCanvas) -> None:
-        """The selected plan's interval, then the marks of the chosen, marked and selected plan."""
+        """The selected plan's interval, names of baselines, and marks of single plans above all."""
         colours = colours_of(self.app)
         chosen, selected = colours["success"], colours["accent"]
         if self.row is not None:
             self._draw_interval(view, self.row, canvas, selected)
+        for label in self._labels:  # above the interval, which would cross them out
+            canvas.write_text(*label)
         for row, mark, colour in (
             (view.study.chosen, CHOSEN, chosen),
             (self.marked, MARKED, selected),

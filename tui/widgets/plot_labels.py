@@ -47,10 +47,21 @@ def _gap(view: View, loss: float, best: bool) -> str:
     return f" {loss / ours:.2g} x the plan's" if ours > 0 else ""
 
 
+def together(points: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
+    """Columns, lines and words of points, those whose marks hide one another under one label."""
+    found: list[tuple[int, int, str]] = []
+    for column, line, words in points:
+        if found and found[-1][1] == line and abs(found[-1][0] - column) <= 1:
+            found[-1] = (column, line, f"{found[-1][2]}, {words}")
+        else:
+            found.append((column, line, words))
+    return found
+
+
 def placed(
     wanted: list[tuple[int, int, str]], width: int, height: int
 ) -> list[tuple[int, int, str]]:
-    """Where words go: right of their points, or left where there is no room, a line each.
+    """Where words go, a line each: right of their points, left of them, or on a line beside.
 
     Args:
         wanted: column and line of each point, and its words, from above.
@@ -60,12 +71,12 @@ def placed(
     found: list[tuple[int, int, str]] = []
     taken: set[int] = set()
     for column, line, words in wanted:
-        right = column + 2 + len(words) < width
-        free = [
-            y for y in (line, line - 1, line + 1, line - 2) if y not in taken and 0 < y < height
-        ]
-        if not free or (not right and column - len(words) - 2 < 1):
+        room = (width - len(words) - 1, column - 1 - len(words))  # first columns at both ends
+        right, left = column + 2 < room[0], room[1] > 0
+        lines = (line, line - 1, line + 1, line - 2)[0 if right or left else 1 :]
+        free = [y for y in lines if y not in taken and 0 < y < height]
+        if not free or room[0] < 1:
             continue
         taken.add(free[0])
-        found.append((column + 2 if right else column - 1 - len(words), free[0], words))
+        found.append((column + 2 if right else room[1] if left else room[0], free[0], words))
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -52,6 +52,14 @@ def _context(study: Study) -> list[str]:
 def _weights(study: Study) -> list[str]:
     """The format of the model's weights beside each plan."""
     return [str(name) for name in study.weights]
+
+
+def in_words(study: Study, row: int) -> str:
+    """A plan in a few words: its one rule, or what most of its heads have."""
+    rule = study.plans.parameters[row].get("uniform")
+    one = replace(study, plans=study.plans.only(row))
+    (method,), (bits,), (split,) = _method(one), _bits(one), _split(one)
+    return str(rule or f"{split}, mostly {method}, {bits}")
 
 
 DIMENSIONS: tuple[Dimension, ...] = (

@@ -99,17 +99,23 @@ class Plans:
             parameters=self.parameters[row],
         )
 
+    def only(self, row: int) -> Plans:
+        """One of these plans, by itself."""
+        arrays: dict[str, Any] = {name: getattr(self, name)[row : row + 1] for name in ARRAYS}
+        return Plans(**arrays, parameters=self.parameters[row : row + 1], tier=self.tier)
+
     def __add__(self, later: Plans) -> Plans:
         """These plans, and behind them those of the same study that finished later."""
 
         def joined(name: str) -> Any:
             return np.concatenate([getattr(self, name), getattr(later, name)])
 
-        arrays = {name: joined(name) for name in _ARRAYS}
+        arrays = {name: joined(name) for name in ARRAYS}
         return Plans(**arrays, parameters=self.parameters + later.parameters, tier=self.tier)
 
 
-_ARRAYS = tuple(f.name for f in fields(Plans) if f.name not in ("parameters", "tier"))
+ARRAYS = tuple(f.name for f in fields(Plans) if f.name not in ("parameters", "tier"))
+"""Columns of plans that are arrays."""
 
 
 def _loss(ends: Iterable[float], tier: Tier) -> Estimate:
@@ -238,9 +244,7 @@ def columns(lines: Sequence[Line], size: Size, place: Callable[[int], str]) -> P
 
     def losses(name: str) -> Floats:
         rows = np.array([getattr(line, name) for line in lines], np.float64).reshape(count, 3)
-        value, low, high = rows.T
-        inside = (low * (1 - _ROUNDING) <= value) & (value <= high * (1 + _ROUNDING))
-        _refuse(~inside, "a loss lies outside its own interval", place)
+        _refuse(~is_inside(rows), "a loss lies outside its own interval", place)
         return rows
 
     heads = np.frombuffer(b"".join(codes), "<u2").astype(np.uint16).reshape(count, size.heads)
@@ -257,6 +261,13 @@ def columns(lines: Sequence[Line], size: Size, place: Callable[[int], str]) -> P
         parameters=tuple(line.parameters for line in lines),
         tier=size.tier,
     )
+
+
+def is_inside(losses: Floats) -> NDArray[np.bool_]:
+    """Which losses, value, low and high, ``[n, 3]``, lie in their own interval, ``[n]``."""
+    value, low, high = losses.T
+    found: NDArray[np.bool_] = (low * (1 - _ROUNDING) <= value) & (value <= high * (1 + _ROUNDING))
+    return found
 
 
 def _codes(line: Line, size: Size, place: Callable[[int], str], row: int) -> bytes:

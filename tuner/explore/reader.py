@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvtune.common.errors import KvtuneError
-from kvtune.common.stored import parse_json, whole_lines
+from kvtune.common.stored import parse_json, read_bytes, whole_lines
 from kvtune.tuner.explore import PLANS_FILE
+from kvtune.tuner.explore.columns_file import read_columns, write_columns
 from kvtune.tuner.explore.facts import Facts, read_facts
 from kvtune.tuner.explore.measured import read_measured
 from kvtune.tuner.explore.missing import no_study
@@ -71,31 +72,44 @@ class StudyReader:
             raise no_study(self.folder) from error
         except OSError as error:
             raise KvtuneError(f"cannot read: {error.strerror}", where=str(self.path)) from error
-        lines, half = whole_lines(text)  # the last line may be half written
-        if not lines:
+        whole = text[: text.rfind(b"\n") + 1]  # the last line may be half written
+        if not whole:
             return
         try:
-            self._take(lines)
+            self._take(whole)
         except KvtuneError as error:
             message = f"this study is damaged: {error.message}"
             raise KvtuneError(message, where=error.where, hint=error.hint) from error
-        self._at += len(text) - len(half)
-        self._line += len(lines)
+        self._at += len(whole)
+        self._line += whole.count(b"\n")
 
-    def _take(self, lines: list[bytes]) -> None:
-        """The first line tells what the plans of the others share."""
-        start, facts = self._line + 1, self._facts
+    def _take(self, text: bytes) -> None:
+        """Whole lines, of which a study's first tells what the plans of the others share."""
+        facts, plans = self._facts, self._plans
         if facts is None:
-            where = f"{self.path}:{start}"
-            facts = read_facts(parse_json(lines[0], where, AGAIN), where)
-            lines, start = lines[1:], start + 1
+            first, _, rest = text.partition(b"\n")
+            where = f"{self.path}:1"
+            facts = read_facts(parse_json(first, where, AGAIN), where)
+            plans = read_columns(self.folder, text, facts.size) or self._parsed(rest, facts, 2)
+        else:
+            later = self._parsed(text, facts, self._line + 1)
+            plans = plans + later if plans else later
+        self._facts, self._plans = facts, plans
+
+    def _parsed(self, text: bytes, facts: Facts, start: int) -> Plans:
+        """The plans of lines, the first of which is the file's ``start``-th."""
+        lines, _ = whole_lines(text)
 
         def place(row: int) -> str:
             return f"{self.path}:{start + row}"
 
-        plans = columns(read_lines(lines, place), facts.size, place)
-        self._plans = plans if self._plans is None else self._plans + plans
-        self._facts = facts
+        return columns(read_lines(lines, place), facts.size, place)
+
+    def keep_columns(self) -> None:
+        """Write the plans in columns beside their lines, for whoever reads them next."""
+        self._read_lines()
+        if self._plans is not None:
+            write_columns(self.folder, self._plans, read_bytes(self.path))
 
     def _read_outcome(self, facts: Facts) -> StoredResult | None:
         """The result, if it is this study's; one of an earlier search in the folder is none."""

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvtune.common.units import MIB
-from kvtune.tuner.explore.axes import BYTES, EVERYTHING, LOSS, TOKENS, Axis, Filter, front
-from kvtune.tuner.explore.dimensions import Dimension
+from kvtune.tuner.explore.axes import AXES, BYTES, EVERYTHING, LOSS, TOKENS, Axis, Filter, front
+from kvtune.tuner.explore.dimensions import DIMENSIONS, Dimension
 from kvtune.tuner.explore.plans import Floats
 from kvtune.tuner.explore.study import Study
 from kvtune.tuner.explore.what_if import Figures, Setting
 from kvtune.tuner.result import Baseline
 
 Rows = NDArray[np.int64]
+Side = Literal["x", "y"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,22 @@ class View:
     y: Axis = LOSS
     filter: Filter = EVERYTHING
     colour: Dimension | None = None
+
+    def with_axis(self, side: Side, axis: Axis) -> View:
+        """Another figure on a side; one that the other side shows changes places with it."""
+        x, y = (axis, self.y) if side == "x" else (self.x, axis)
+        return replace(self, x=self.y, y=self.x) if x is y else replace(self, x=x, y=y)
+
+    def with_next_axis(self, side: Side) -> View:
+        """The next figure on a side, of those that the other does not show."""
+        here, other = (self.x, self.y) if side == "x" else (self.y, self.x)
+        free = [axis for axis in AXES if axis is not other]
+        return self.with_axis(side, free[(free.index(here) + 1) % len(free)])
+
+    def with_next_colour(self) -> View:
+        """Plans told apart by the next of their properties, or by none."""
+        known = (None, *DIMENSIONS)
+        return replace(self, colour=known[(known.index(self.colour) + 1) % len(known)])
 
     @property
     def is_what_if(self) -> bool:

@@ -16,7 +16,7 @@ from kvtune.policies.paging import Growth, held_bytes, waiting_bytes
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
-from kvtune.simulator.memory.peak import peak_memory
+from kvtune.simulator.memory.peak import add
 from kvtune.simulator.memory.plan import MemoryPlan, memory_plan
 from kvtune.tuner.explore.facts import EACH, Facts
 from kvtune.tuner.explore.plans import Floats, Integers
@@ -174,7 +174,7 @@ def figures(
         )
     )
     waiting = _waiting(shape, given, counts, contexts)
-    memory = _peaks(shape, setting, rooms, contexts, sequences, held) + waiting[:, None]
+    memory = _peaks(rooms, contexts, sequences, held) + waiting[:, None]
     return Figures(
         context_tokens=contexts,
         sequences=sequences,
@@ -278,8 +278,6 @@ def _waiting(
 
 
 def _peaks(
-    shape: ModelShape,
-    setting: Setting,
     rooms: dict[int, MemoryPlan],
     contexts: Integers,
     sequences: Integers,
@@ -291,6 +289,7 @@ def _peaks(
     rest = np.zeros((len(pairs), 3))
     for row, pair in enumerate(pairs.tolist()):
         context, batch = divmod(pair, most)
-        peak = peak_memory(shape, setting.gpu, rooms[context].weight_format, 0, context, batch)
+        room = rooms[context]  # whose weights and overhead are found once
+        peak = add(room.weights, room.overhead, room.at(batch).prefill)
         rest[row] = peak.value, peak.low, peak.high
     return rest[which] + (held * sequences)[:, None]

@@ -1,4 +1,4 @@
-"""Scores of heads as tables, and as ``--json`` gives them."""
+"""How scores of heads are shown, and what each of them means."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvtune.cli.output import table
 if TYPE_CHECKING:
     from kvtune.policies.head_scores import HeadScores
 
-KNOWN = (
+SCORES = (
     ("echo", "detected", "attention to earlier places of the same token (RazorAttention)"),
     ("induction", "detected", "attention to what followed those (RazorAttention)"),
     ("retrieval", "detected", "looks most at the very token that is copied (Wu et al.)"),
@@ -20,8 +20,8 @@ KNOWN = (
 )
 
 
-def scores_table(heads: HeadScores) -> Any:
-    """Where each score is highest, and how many heads have it."""
+def score_table(heads: HeadScores) -> Any:
+    """Mean and highest of each score, and how many heads have much of it."""
     import numpy as np
 
     rows = []
@@ -41,13 +41,13 @@ def scores_table(heads: HeadScores) -> Any:
 
 
 def overlap_table(pairs: list[tuple[str, str, float]]) -> Any:
-    """How many of the highest heads two scores share."""
+    """How many of the highest heads two scores have in common."""
     rows = [(one, other, f"{100 * share:.0f} %") for one, other, share in pairs]
     return table("Of the top tenth of KV heads, in common", ("score", "and", "shared"), rows)
 
 
-def plain(heads: HeadScores) -> dict[str, Any]:
-    """All of it, for ``--json``."""
+def as_plain(heads: HeadScores) -> dict[str, Any]:
+    """The form that goes into JSON."""
     return {
         "model": heads.model,
         "scores": {

@@ -1,0 +1,98 @@
+"""Figures of the first minutes for the pages: install, first answer, mistakes, the explorer."""
+
+from __future__ import annotations
+
+from page_tables import Figures, result, table
+
+OPEN_S, STEP_S, MISTAKE_S = 0.5, 0.03, 0.5  # goals
+
+
+def _goal(seconds: float, most: float) -> str:
+    shown = f"{seconds:.2f} s" if seconds >= 0.1 else f"{1e3 * seconds:.0f} ms"
+    return f"**{shown}**" if seconds <= most else shown
+
+
+def _on(found: Figures) -> str:
+    """What the machine did beside, as the file says."""
+    return f"{found['cores']} cores at a load of {found['load']:.1f}, Python {found['python']}"
+
+
+def first_answer() -> str:
+    """From nothing to the first answer, and on to a plan that the model has run."""
+    found = result("first-answer-cpu.json")
+    steps = [
+        (f"`{step['command']}`", f"{step['wall_s']:.0f} s", f"{step['cpu_s']:.0f} s")
+        for step in found["steps"]
+    ]
+    first, real = found["first_answer_s"], found["real_plan_s"]
+    sums = [
+        (
+            "to the first answer, 90 s asked",
+            _within(first, 90),
+            f"{found['first_answer_cpu_s']:.0f} s",
+        ),
+        (
+            "to a plan that ran live, 180 s more",
+            _within(real, 180),
+            f"{found['real_plan_cpu_s']:.0f} s",
+        ),
+    ]
+    loads = [load for step in found["steps"] for load in step["load"]]
+    said = f"{found['cores']} cores, load {min(loads)} to {max(loads)} with these commands in it."
+    return f"{table(('', 'by the clock', 'processor'), [*steps, *sums])}\n\n{said}"
+
+
+def _within(seconds: float, most: float) -> str:
+    return f"**{seconds:.0f} s**" if seconds <= most else f"{seconds:.0f} s: missed"
+
+
+def mistakes() -> str:
+    """Processor seconds until a mistake is refused, before and after the last change."""
+    before, found = result("mistakes-before-cpu.json"), result("mistakes-cpu.json")
+    rows = [
+        (f"`{name}`", f"{before['processor_s'][name]:.2f} s", _goal(seconds, MISTAKE_S))
+        for name, seconds in found["processor_s"].items()
+    ]
+    alone = [each["python_with_numpy_s"] for each in (before, found)]
+    rows.append(("a Python that imports NumPy, for scale", *(f"{each:.2f} s" for each in alone)))
+    within = [each["within_half_a_second"] for each in (before, found)]
+    said = (
+        f"{within[1]} of {len(found['processor_s'])} within half a second, {within[0]} before. "
+        f"Before: {_on(before)}; now: {_on(found)}."
+    )
+    return f"{table(('mistake in', 'before', 'now'), rows)}\n\n{said}"
+
+
+def explorer() -> str:
+    """Opening a study of 10 000 plans, and a step of its cursor."""
+    before, found = result("explorer-before-cpu.json"), result("explorer.json")
+    rows = [("read the plans", "", *(f"{each['read']['cpu_s']:.2f} s" for each in (before, found)))]
+    for name in found["screens"]:
+        each = [file["screens"][name] for file in (before, found)]
+        opened = [screen["open"]["cpu_s"] for screen in each]
+        steps = [screen["step"]["cpu_median_s"] for screen in each]
+        rows.append(
+            (f"open, to the first picture, {name}", "0.5 s", *(_goal(s, OPEN_S) for s in opened))
+        )
+        rows.append(
+            (f"a step of the cursor, {name}, median", "30 ms", *(_goal(s, STEP_S) for s in steps))
+        )
+    said = (
+        f"Processor time. Before: {_on(before)}, where opening took "
+        f"{before['screens']['120x40']['open']['wall_s']:.2f} s by the clock at 120x40; "
+        f"now: {_on(found)}."
+    )
+    return f"{table(('', 'goal', 'from lines', 'from columns'), rows)}\n\n{said}"
+
+
+def plain_step() -> str:
+    """A token without a GPU: our pages, the exported file, the uncompressed cache."""
+    files = {"before": "plain-step-before-cpu.json", "now": "plain-step.json"}
+    found = {name: result(file) for name, file in files.items()}
+    rows = [
+        (name, *(f"{1e3 * each['cpu_seconds_a_token'][name]:.0f} ms" for each in found.values()))
+        for name in found["now"]["cpu_seconds_a_token"]
+    ]
+    now = found["now"]
+    said = f"SmolLM2-135M in bf16, one thread, a prompt of {now['prompt']} tokens, {now['policy']}."
+    return f"{table(('processor time a token', *files), rows)}\n\n{said}"
