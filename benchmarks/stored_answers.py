@@ -3,8 +3,8 @@
     python benchmarks/stored_answers.py --out FILE [--only FORMAT]
 
 A plan's loss is that of a prompt that was read uncompressed and then stored, its answer in 16 bits.
-vLLM and llama.cpp store each token as it comes and read what is stored, prompts included. For each
-of their formats, SmolLM2-135M in float32 on the samples that searches hold out
+vLLM, llama.cpp and OpenVINO store each token as it comes and read what is stored, prompts
+included. For each of their formats, SmolLM2-135M in float32 on the samples that searches hold out
 (``data/held_out_smollm2.json``), the observed tokens' mean KL to the uncompressed cache, nats a
 token, by kind of text:
 
@@ -29,13 +29,14 @@ from kvtune.common.files import write_json
 from kvtune.common.progress import Silent
 from kvtune.policies.format import Format, Role
 from kvtune.policies.formats.llama_cpp import Q4, Q8
+from kvtune.policies.formats.openvino import OpenVINO4, OpenVINO8
 from kvtune.policies.formats.token_head import Fp8TokenHead, Int4TokenHead, Int8TokenHead
 from kvtune.traces.models import model_folder
 
 SAMPLES = Path(__file__).parent / "data" / "held_out_smollm2.json"
 FORMATS: tuple[Format, ...] = (
     Q4(rotation="hadamard"), Int4TokenHead(), Q8(rotation="hadamard"), Int8TokenHead(),
-    Fp8TokenHead(),
+    Fp8TokenHead(), OpenVINO8(), OpenVINO4(),
 )  # fmt: skip
 
 

@@ -55,8 +55,8 @@ StrictOption = Annotated[
 
 
 _FLATTENED = (
-    "not the plan's: the stack runs less than the plan, and what that loses was not predicted; "
-    "kvtune search --for STACK finds the best plan that it can run, and its loss"
+    "not the plan's: the stack runs something else in an arithmetic of its own, whose loss is not "
+    "known; kvtune search --for STACK finds the best plan that it can run"
 )
 
 
@@ -113,9 +113,10 @@ def _compare(
 
     from kvtune.common.units import format_bytes, parse_tokens
     from kvtune.policies.export.compare import NOT_THE_PLANS, compared, notes_on_sequences
+    from kvtune.tuner.flattened import loss_of_export
 
     tokens = parse_tokens(context) if context else None
-    rows = compared(document, _facts(document, model), tokens)
+    rows = compared(document, _facts(document, model), tokens, loss_of_export)
     notes = notes_on_sequences(document, rows, tokens)
     flattened = any(row.loss == NOT_THE_PLANS for row in rows)
     with speaking(as_json, quiet=as_json) as output:

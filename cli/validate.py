@@ -36,6 +36,15 @@ def command(
     text: options.Texts = None,
     seed: options.Seed = 0,
     device: options.Device = None,
+    stack: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="STACK",
+            help="Run it as this stack does (vllm, llama-cpp), which also stores answers; left "
+            "out: as the file's loss was measured.",
+        ),
+    ] = None,
     gpu: Annotated[
         bool,
         typer.Option(
@@ -60,7 +69,8 @@ def command(
 
     path, texts = read_policy_path(policy), read_texts(text or ())
     document = read_policy_input(policy)
-    known = _known(document, path)
+    stack = _stack(document, stack)
+    known = _known(document, path, stack)
     name, shape = _model(document, model)
     bound = document.bind(shape.layers, shape.kv_heads)
     limit = parse_bytes(mem) if mem else None
@@ -72,16 +82,35 @@ def command(
             _require_gpu(place)
         loaded = load_model(name, device=place, progress=output.progress)
         samples = _samples(loaded, workload, seed, texts)
-        found = _run(bound, loaded, samples, output.progress)
+        found = _run(bound, loaded, samples, stack, output.progress)
         planned = bound.footprint(samples[0].prompt, loaded.geometry.head_dim)
-        output.show(_report(known, bound, found, planned))
+        output.show(_report(known, bound, found, planned, stack))
         told = other_texts(path.parent / "result.json", found)
         output.show(*(f"note: {told}" for told in [told] if told))
         times, untimed = _times(document, bound, loaded, shape, samples, largest=gpu, limit=limit)
         output.show("", times_table(times) if times else f"times: {untimed}")
-        answer = _answer(document, known, found, planned) | {"device": loaded.device}
+        answer = _answer(document, known, found, planned, stack) | {"device": loaded.device}
         answer |= {"other_texts": told}
         output.finish("validate", answer | {"times": times, "untimed": untimed})
+
+
+def _stack(document: PolicyDocument, asked: str | None) -> str:
+    """The stack to run it as: the one asked for, else the file's; "" for kvtune's own runtime.
+
+    Raises:
+        KvtuneError: there is no such stack, or it stores answers in 16 bits.
+    """
+    from kvtune.common.errors import KvtuneError
+    from kvtune.tuner.within import stores_alike
+
+    quality = document.provenance.quality if document.provenance else None
+    stack = asked or (quality.stack if quality else "")
+    if stack and not stores_alike(stack):
+        raise KvtuneError(
+            f"how {stack} stores answers is not known, or it stores them in 16 bits",
+            hint="without --for the policy runs as kvtune's own runtime serves it.",
+        )
+    return stack
 
 
 def _require_gpu(device: str) -> None:
@@ -169,11 +198,11 @@ def _samples(
 
 
 def _run(
-    policy: Policy, loaded: LoadedModel, samples: list[Sample], progress: Progress
+    policy: Policy, loaded: LoadedModel, samples: list[Sample], stack: str, progress: Progress
 ) -> Validation:
     from kvtune.tuner.validate import validate_policy
 
-    return validate_policy(policy, loaded, samples, progress=progress)
+    return validate_policy(policy, loaded, samples, stored_alike=bool(stack), progress=progress)
 
 
 @dataclass(frozen=True)
@@ -189,11 +218,16 @@ class _Known:
     earlier: Estimate | None
 
 
-def _known(document: PolicyDocument, path: Path) -> _Known:
-    """The file's own figure; where that is a live run's, the prediction in the search's result."""
+def _known(document: PolicyDocument, path: Path, stack: str) -> _Known:
+    """The file's own figure; where that is a live run's, the prediction in the search's result.
+
+    None of either where the file's is of another way to run it.
+    """
     quality = document.provenance.quality if document.provenance else None
     loss = quality.kl_nats_per_token if quality else None
-    if loss is None or loss.tier != "live":
+    if quality is None or loss is None or quality.stack != stack:
+        return _Known(None, None)
+    if loss.tier != "live":
         return _Known(loss, None)
     return _Known(_predicted_by_search(path.parent / "result.json", loss), loss)
 
@@ -208,7 +242,7 @@ def _predicted_by_search(path: Path, live: Estimate) -> Estimate | None:
     except KvtuneError:
         return None
     by_policy = {each.live: each.predicted for each in found.baselines}
-    return by_policy.get(live)
+    return (by_policy | {found.quality.kl: found.predicted_quality.kl}).get(live)
 
 
 def other_texts(path: Path, found: Validation) -> str | None:
@@ -244,7 +278,9 @@ def _cost_of(found: Validation, searched: set[str], new: set[str]) -> str:
     )
 
 
-def _report(known: _Known, policy: Policy, found: Validation, planned: int) -> RenderableType:
+def _report(
+    known: _Known, policy: Policy, found: Validation, planned: int, stack: str
+) -> RenderableType:
     from kvtune.common.units import format_bytes
     from kvtune.common.words import accuracy, count, figure
 
@@ -268,7 +304,7 @@ def _report(known: _Known, policy: Policy, found: Validation, planned: int) -> R
         *((what.replace("_", " "), "", count(n)) for what, n in found.counters.items()),
     ]
     return table(
-        f"{policy.name}, live",
+        f"{policy.name}, live" + (f" as {stack} stores prompts and answers" if stack else ""),
         ("", "predicted", "measured"),
         rows,
         caption=f"quality: own model, live, {found.samples} held-out samples, 95 % intervals",
@@ -276,7 +312,7 @@ def _report(known: _Known, policy: Policy, found: Validation, planned: int) -> R
 
 
 def _answer(
-    document: PolicyDocument, known: _Known, found: Validation, planned: int
+    document: PolicyDocument, known: _Known, found: Validation, planned: int, stack: str
 ) -> dict[str, Any]:
     from kvtune.policies.policy_file.document import as_plain
 
@@ -289,6 +325,7 @@ def _answer(
             "source": "own trace",
             "stand_in": None,
             "samples": found.samples,
+            "stack": stack or None,
         },
         "predicted": known.predicted,
         "earlier_live": known.earlier,

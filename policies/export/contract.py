@@ -20,7 +20,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.common.files import inside, write_text
 from kvtune.policies.export.limits import EngineLimits
-from kvtune.policies.export.lines import Line, quality_lines
+from kvtune.policies.export.lines import Line, loses_no_more, quality_lines
 from kvtune.policies.export.plan import Plan, plan_of
 from kvtune.policies.export.stored_alike import loss_there
 from kvtune.policies.policy import Policy
@@ -48,7 +48,9 @@ class Export:
         sequences: that the stack is told to run at once; None where nothing tells it.
         sequence_bytes: that it holds of one of them at its full length; 0 where nothing tells it.
         keeps_loss: whether all of the plan that the loss depends on is kept.
-        loss: what it then loses there; None where it is not known.
+        wider: whether all else is, and what is not is stored in more bits.
+        loss: what the plan loses there where it is kept; None where it is not known.
+        runs: what runs there, where the plan is not kept and the stack's own formats are known.
     """
 
     stack: str
@@ -61,7 +63,9 @@ class Export:
     sequences: int | None = None
     sequence_bytes: int = 0
     keeps_loss: bool = False
+    wider: bool = False
     loss: Estimate | None = None
+    runs: Policy | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ class Exporter(ABC):
         others: Sequence[Line] = (),
         notes: tuple[str, ...] = (),
         held: tuple[int, int | None, int] = (0, None, 0),
+        runs: Policy | None = None,
     ) -> Export:
         """An export of this stack, its report among the files.
 
@@ -134,6 +139,7 @@ class Exporter(ABC):
             others: lines on what it does not depend on.
             notes: how to use the files.
             held: bytes of one prompt there, sequences at once, and bytes of each when it ends.
+            runs: what runs there, in formats that are the stack's own; None where none are known.
         """
         report = (*plan.assumed, *losses, *others)
         top = "\n".join(line for line in self.header(plan, losses) if "REPORT.txt" not in line)
@@ -148,7 +154,9 @@ class Exporter(ABC):
             notes,
             *held,
             keeps_loss=all(line.status == "kept" for line in losses),
+            wider=loses_no_more(losses),
             loss=self._loss(plan),
+            runs=runs,
         )
 
     def header(self, plan: Plan, losses: Sequence[Line]) -> list[str]:
@@ -167,10 +175,12 @@ class Exporter(ABC):
         return quality_lines(plan.document, losses, self._loss(plan))
 
     def _loss(self, plan: Plan) -> Estimate | None:
-        """Of the plan, where the stack keeps all of it."""
+        """Of the plan, where the stack keeps all of it; None of one measured for another stack."""
         quality = plan.document.provenance.quality if plan.document.provenance else None
         loss = quality.kl_nats_per_token if quality else None
-        return loss_there(loss, plan.policy, self.limits) if loss else None
+        if quality is None or loss is None or quality.stack == self.name:
+            return loss
+        return None if quality.stack else loss_there(loss, plan.policy, self.limits)
 
     def _check_tiers(self, policy: Policy) -> None:
         on_host = next((option for option in policy.options() if option.on_host), None)

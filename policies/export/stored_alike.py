@@ -8,6 +8,7 @@ likewise, which loses several times as much.
 from __future__ import annotations
 
 from dataclasses import replace
+from statistics import fmean
 
 from kvtune.common.estimate import BAND, Estimate
 from kvtune.policies.export.limits import EngineLimits
@@ -24,6 +25,11 @@ RATIOS: dict[str, tuple[float, float, float]] = {
 texts of one model, one of each kind, their mean's, and the most (SmolLM2-135M,
 ``benchmarks/stored_answers.py``, ``benchmarks/results/stored-answers-cpu.json``). All heads had the
 format; so few texts show that it is several times, and not how far models differ."""
+
+
+def usual_ratio(limits: EngineLimits) -> float:
+    """How many times its prompt's loss a plan loses in a stack's formats, in the mean of these."""
+    return fmean(RATIOS[form.label][1] for form in limits.own if form.label in RATIOS)
 
 
 def loss_there(loss: Estimate, policy: Policy, limits: EngineLimits) -> Estimate:

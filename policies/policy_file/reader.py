@@ -272,11 +272,11 @@ class _Reader:
         return node.plain()
 
     def quality(self, node: Node) -> Quality | None:
-        keys = ("source", "stand_in", "kl_nats_per_token", "interval", "tier")
+        keys = ("source", "stand_in", "stack", "kl_nats_per_token", "interval", "tier")
         entries = self.check.mapping(node, keys, required=["source"])
         before = len(self.check.problems)
         kinds: dict[str, Any] = {
-            "source": Literal["own trace", "stand-in"], "stand_in": str,
+            "source": Literal["own trace", "stand-in"], "stand_in": str, "stack": str,
             "kl_nats_per_token": float, "tier": Literal[get_args(Tier)],
         }  # fmt: skip
         read = {
@@ -289,7 +289,8 @@ class _Reader:
         loss = self.loss(node, entries, read)
         if len(self.check.problems) > before or "source" not in read:
             return None
-        return Quality(read["source"], read.get("stand_in") or "", loss)
+        named = read.get("stand_in") or "", loss, read.get("stack") or ""
+        return Quality(read["source"], *named)
 
     def loss(self, node: Node, entries: dict[str, Node], read: dict[str, Any]) -> Estimate | None:
         given = [key for key in ("kl_nats_per_token", "interval", "tier") if key in entries]

@@ -1,0 +1,91 @@
+"""8 and 4 bits as OpenVINO's CPU plugin stores a paged cache: keys by channel, values by token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvtune.policies.format import Role
+from kvtune.policies.formats.coded import Coded
+from kvtune.policies.formats.packing import pack, unpack
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PAGE_TOKENS = 32
+_SCALE_BYTES = 8  # a scale and a zero point of 32 bits each
+_CONSTANT = 1e-4  # the scale of a group that has no spread
+
+
+@dataclass(frozen=True)
+class OpenVINOCodes(Coded):
+    """Asymmetric codes with a scale and a zero point of 32 bits, which is not rounded.
+
+    keys:   groups of one channel's tokens in a page of 32
+    values: one group a token and head
+    code = round(x / scale + zero), scale = (max - min) / (2^bits - 1), zero = -min / scale
+
+    Source: OpenVINO (Apache-2.0), CPU plugin, ``attn_quant.cpp`` and ``attn_quant_kernel.hpp`` of
+    ``scaled_attn``. Differs: a page that is not full is read back, joined by the next token and
+    quantised again there, token by token of an answer; here each page is quantised once.
+    """
+
+    source = "OpenVINO, CPU plugin, KV_CACHE_PRECISION"
+
+    def code_bytes(self, tokens: int, head_dim: int, role: Role) -> int:
+        """Codes of whole bytes a token, and the scales of every group."""
+        groups = -(-tokens // PAGE_TOKENS) * head_dim if role == "keys" else tokens
+        return tokens * self._row_bytes(head_dim) + groups * _SCALE_BYTES
+
+    def _row_bytes(self, head_dim: int) -> int:
+        return -(-head_dim * self.bits // 8)
+
+    def codes(self, rows: Tensor, role: Role) -> Mapping[str, Tensor]:
+        """Packed codes, scales and zero points."""
+        import torch
+
+        pages = _pages(rows) if role == "keys" else rows[:, None]  # [groups, tokens, D]
+        axis = 1 if role == "keys" else 2
+        low, high = pages.amin(axis, keepdim=True), pages.amax(axis, keepdim=True)
+        scale = (high - low) / (2**self.bits - 1)
+        scale = torch.where(scale == 0, _CONSTANT, scale)
+        zero = -low / scale
+        codes = (pages / scale + zero).round().clamp(0, 2**self.bits - 1)
+        codes = codes.flatten(0, 1)[: len(rows)].to(torch.uint8)
+        return {"codes": pack(codes, self.bits), "scales": torch.cat([scale, zero], axis)}
+
+    def numbers(self, buffers: Mapping[str, Tensor], shape: tuple[int, int], role: Role) -> Tensor:
+        """Codes less their zero point, times their scale."""
+        tokens, head_dim = shape
+        codes = unpack(buffers["codes"], self.bits, head_dim).float()  # [n, D]
+        scales = buffers["scales"]  # [pages, 2, D] of keys, [n, 1, 2] of values
+        if role == "keys":
+            scales = scales.repeat_interleave(PAGE_TOKENS, 0)[:tokens].transpose(1, 2)
+        scale, zero = scales[..., 0], scales[..., 1]
+        return (codes - zero) * scale
+
+
+def _pages(rows: Tensor) -> Tensor:
+    """Tokens ``[n, D]`` as pages ``[pages, 32, D]``, the last filled up with its last token."""
+    import torch
+
+    missing = -len(rows) % PAGE_TOKENS
+    whole = torch.cat([rows, rows[-1:].expand(missing, -1)])
+    return whole.unflatten(0, (-1, PAGE_TOKENS))
+
+
+@dataclass(frozen=True)
+class OpenVINO8(OpenVINOCodes):
+    """8 bits an element; see ``OpenVINOCodes``."""
+
+    name = "openvino_u8"
+    bits = 8
+
+
+@dataclass(frozen=True)
+class OpenVINO4(OpenVINOCodes):
+    """4 bits an element; see ``OpenVINOCodes``."""
+
+    name = "openvino_u4"
+    bits = 4

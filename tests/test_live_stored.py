@@ -1,0 +1,100 @@
+"""A policy live as a stack runs it that stores prompts and answers alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.format import Format, Role
+from kvtune.policies.formats.token_head import Int4TokenHead, Int8TokenHead
+from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.option import Budget, Option
+from kvtune.policies.policy import Policy
+from kvtune.policies.signals import Needs
+from kvtune.runtime.live import full_cache
+from kvtune.runtime.live_stored import run_stored
+from kvtune.runtime.prompts import fresh_prompt
+from kvtune.tuner.validate import validate_policy
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+NARROW = Option(keys=Int4TokenHead(), values=Int4TokenHead())
+LAYERS, HEADS = 3, 2
+
+
+@pytest.fixture(scope="module")
+def sample(tiny_trace: Any) -> Any:
+    return tiny_trace.samples[0]
+
+
+@pytest.fixture(scope="module")
+def prompt(tiny_model: Any, sample: Any) -> Any:
+    return fresh_prompt(tiny_model, sample, Needs())
+
+
+@pytest.fixture(scope="module")
+def full(tiny_model: Any, sample: Any, prompt: Any) -> Tensor:
+    return full_cache(tiny_model, sample, prompt)
+
+
+class Stored(DynamicCache):  # type: ignore[misc]
+    """Keeps each token as it comes, as the format of its layer gives it back."""
+
+    forms: tuple[Format | None, ...] = ()
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *rest: Any, **named: Any) -> Any:
+        if (form := self.forms[layer]) is not None:
+            keys, values = self.back(keys, form, "keys"), self.back(values, form, "values")
+        return super().update(keys, values, layer, *rest, **named)
+
+    def back(self, tensor: Tensor, form: Format, role: Role) -> Tensor:
+        rows = [form.decode(form.encode(x, role), x.shape[-1], role) for x in tensor[0]]
+        return torch.stack(rows)[None].to(tensor.dtype)
+
+
+def test_16_bits_lose_nothing(tiny_model: Any, sample: Any, full: Tensor) -> None:
+    (found,) = run_stored(tiny_model, sample, [Policy.uniform(Option(), LAYERS, HEADS)], full)
+    np.testing.assert_allclose(found.kl, 0, atol=1e-6)
+    assert (found.kept == sample.prompt).all()
+
+
+def test_one_pass_does_what_a_stack_does_token_by_token(
+    tiny_model: Any, sample: Any, full: Tensor
+) -> None:
+    forms = Int4TokenHead(), None, Int8TokenHead()
+    rows = [Option() if form is None else Option(keys=form, values=form) for form in forms]
+    policy = Policy("by layer", tuple((option,) * HEADS for option in rows))
+    (found,) = run_stored(tiny_model, sample, [policy], full)
+    cache, logits = Stored(), []
+    cache.forms = forms
+    for token in sample.token_ids:
+        with torch.no_grad():
+            out = tiny_model.model(
+                input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True
+            )
+        logits.append(out.logits[0, -1])
+    ours = torch.stack(logits[sample.prompt :]).float().log_softmax(-1)
+    kl = (full.exp() * (full - ours)).sum(-1)
+    np.testing.assert_allclose(found.kl, kl, rtol=2e-2, atol=1e-6)
+    assert found.footprint_bytes == policy.footprint(sample.prompt, 8)
+
+
+def test_validation_runs_a_policy_either_way(tiny_model: Any, sample: Any, full: Tensor) -> None:
+    policy = Policy.uniform(NARROW, LAYERS, HEADS)
+    (there,) = run_stored(tiny_model, sample, [policy], full)
+    alike = validate_policy(policy, tiny_model, [sample], stored_alike=True)
+    plain = validate_policy(policy, tiny_model, [sample])
+    assert alike.live.value == pytest.approx(float(there.kl.mean()), rel=1e-5)
+    assert alike.live.value != pytest.approx(plain.live.value, rel=1e-2)
+
+
+def test_a_policy_that_drops_tokens_is_refused(tiny_model: Any, sample: Any, full: Tensor) -> None:
+    policy = Policy.uniform(Option(SnapKV(window=4, kernel=3), Budget(8)), LAYERS, HEADS)
+    with pytest.raises(KvtuneError, match="drops tokens") as error:
+        run_stored(tiny_model, sample, [policy], full)
+    assert "--for" in str(error.value.hint)
