@@ -10,12 +10,21 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from kvtune.cli.validate import _stack as stack_of
 from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Estimate
 from kvtune.policies.format import Format, Role
 from kvtune.policies.formats.token_head import Int4TokenHead, Int8TokenHead
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
+from kvtune.policies.policy_file.document import (
+    PolicyDocument,
+    Provenance,
+    Quality,
+    read_policy,
+    write_policy,
+)
 from kvtune.policies.signals import Needs
 from kvtune.runtime.live import full_cache
 from kvtune.runtime.live_stored import run_stored
@@ -98,3 +107,17 @@ def test_a_policy_that_drops_tokens_is_refused(tiny_model: Any, sample: Any, ful
     with pytest.raises(KvtuneError, match="drops tokens") as error:
         run_stored(tiny_model, sample, [policy], full)
     assert "--for" in str(error.value.hint)
+
+
+def test_a_policy_is_run_as_its_file_was_measured_unless_a_stack_is_named() -> None:
+    loss = Estimate(0.04, 0.03, 0.05, "nats/token", "live")
+    policy = Policy.uniform(NARROW, LAYERS, HEADS)
+    made = PolicyDocument(policy, None, Provenance(Quality("own trace", "", loss, "vllm")))
+    plain = PolicyDocument(policy, None, Provenance(Quality("own trace", "", loss)))
+    assert [stack_of(made, None), stack_of(plain, None)] == ["vllm", ""]
+    assert stack_of(plain, "llama-cpp") == "llama-cpp"
+    with pytest.raises(KvtuneError, match="how kvpress stores answers"):
+        stack_of(plain, "kvpress")
+    assert read_policy(write_policy(made)) == made
+    with pytest.raises(KvtuneError):
+        stack_of(plain, "vlm")

@@ -28,8 +28,12 @@ format; so few texts show that it is several times, and not how far models diffe
 
 
 def usual_ratio(limits: EngineLimits) -> float:
-    """How many times its prompt's loss a plan loses in a stack's formats, in the mean of these."""
-    return fmean(RATIOS[form.label][1] for form in limits.own if form.label in RATIOS)
+    """How many times its prompt's loss a plan loses in a stack's formats, in the mean of these.
+
+    1 where none of them was measured: live rounds begin with what the prompt loses then.
+    """
+    known = [RATIOS[form.label][1] for form in limits.own if form.label in RATIOS]
+    return fmean(known) if known else 1.0
 
 
 def loss_there(loss: Estimate, policy: Policy, limits: EngineLimits) -> Estimate:
