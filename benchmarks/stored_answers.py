@@ -46,8 +46,13 @@ class Stored(DynamicCache):  # type: ignore[misc]
     form: Format | None = None
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *rest: Any, **named: Any) -> Any:
-        """Stored as they come."""
+        """Stored as they come; keys with those of their page, where it is not full."""
         if self.form is not None:
+            if layer < len(self.layers) and (held := self.layers[layer]).is_initialized:
+                open_ = held.keys.shape[2] % self.form.page_tokens
+                if open_:
+                    keys = torch.cat([held.keys[:, :, -open_:], keys], 2)
+                    held.keys = held.keys[:, :, :-open_]
             keys, values = self.back(keys, "keys"), self.back(values, "values")
         return super().update(keys, values, layer, *rest, **named)
 
@@ -85,12 +90,20 @@ def losses(
     held, observed = copied(read, form), ids[:, prompt:]
     ways = {"prompt": answered(model, observed, copied(held))}
     held.form = form
-    ways["answers"] = answered(model, observed, held)
+    ways["answers"] = said(model, observed, held)
     anew = Stored()
     anew.form = form
     answered(model, ids[:, :prompt], anew)
-    ways["everything"] = answered(model, observed, anew)
+    ways["everything"] = said(model, observed, anew)
     return {name: divergence(full, there) for name, there in ways.items()}
+
+
+def said(model: Any, ids: Tensor, cache: Stored) -> Tensor:
+    """The same, token by token where a page is stored again with each of them."""
+    assert cache.form is not None
+    if cache.form.page_tokens == 1:
+        return answered(model, ids, cache)
+    return torch.cat([answered(model, token, cache) for token in ids.split(1, 1)])
 
 
 def answered(model: Any, ids: Tensor, cache: Stored) -> Tensor:

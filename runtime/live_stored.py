@@ -2,7 +2,7 @@
 
 Such a stack reads a prompt through what it has stored of it, layer by layer, and stores the answer
 likewise. A format of single tokens is the same whenever a token is stored, so that one pass over
-all tokens does what the stack does token by token.
+all tokens does what the stack does token by token; of others the answer is read so.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.runtime.live import LiveRun, measured
 from kvtune.traces.models import LoadedModel
-from kvtune.traces.passes import run_whole
+from kvtune.traces.passes import run_observed, run_whole
 from kvtune.traces.samples import Sample
 from kvtune.traces.seam import causal_attention
 
@@ -60,14 +60,8 @@ def check_keeps_all(policy: Policy, prompt_tokens: int) -> None:
 
 
 def _run(loaded: LoadedModel, sample: Sample, policy: Policy, full: Tensor) -> LiveRun:
-    def handler(
-        layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
-    ) -> Tensor:
-        options = policy.heads[layer]
-        keys, values = stored(k, options, "keys"), stored(v, options, "values")
-        return causal_attention(q, keys, values, scale, window)
-
-    logits = run_whole(loaded, sample.token_ids, len(sample.targets), handler)
+    paged = any(form.page_tokens > 1 for o in policy.options() for form in (o.keys, o.values))
+    logits = (_token_by_token if paged else _in_one_pass)(loaded, sample, policy)
     shape = len(policy.heads), len(policy.heads[0])
     return measured(
         policy,
@@ -77,6 +71,48 @@ def _run(loaded: LoadedModel, sample: Sample, policy: Policy, full: Tensor) -> L
         torch.full(shape, sample.prompt),
         policy.footprint(sample.prompt, loaded.geometry.head_dim),
     )
+
+
+def _in_one_pass(loaded: LoadedModel, sample: Sample, policy: Policy) -> Tensor:
+    """Logits of the observed tokens; of formats of single tokens, which never change again."""
+
+    def handler(
+        layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        options = policy.heads[layer]
+        keys, values = stored(k, options, "keys"), stored(v, options, "values")
+        return causal_attention(q, keys, values, scale, window)
+
+    return run_whole(loaded, sample.token_ids, len(sample.targets), handler)
+
+
+def _token_by_token(loaded: LoadedModel, sample: Sample, policy: Policy) -> Tensor:
+    """The same where a page that is not full is stored again with each token of the answer."""
+    held: dict[tuple[int, Role], Tensor] = {}
+
+    def joined(layer: int, new: Tensor, role: Role) -> Tensor:
+        """All that is stored of a layer by now, its last page anew."""
+        options = policy.heads[layer]
+        page = max((o.keys if role == "keys" else o.values).page_tokens for o in options)
+        before = held.get((layer, role), new[:, :, :0])
+        whole = before.shape[2] // page * page
+        last = torch.cat([before[:, :, whole:], new], 2)
+        held[layer, role] = torch.cat([before[:, :, :whole], stored(last, options, role)], 2)
+        return held[layer, role]
+
+    def handler(
+        layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        keys, values = joined(layer, k, "keys"), joined(layer, v, "values")
+        return causal_attention(q, keys, values, scale, window)
+
+    ids, prompt = sample.token_ids, sample.prompt
+    run_whole(loaded, ids[:prompt], 1, handler)
+    with torch.no_grad():
+        steps = [
+            run_observed(loaded, ids[at : at + 1], at, handler) for at in range(prompt, len(ids))
+        ]
+    return torch.cat(steps, 1)[0]
 
 
 def stored(tensor: Tensor, options: Sequence[Option], role: Role) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kvtune.common.estimate import BAND
+from kvtune.common.words import figure
 from kvtune.policies.export.contract import find_exporter
 from kvtune.policies.export.stored_alike import RATIOS, loss_there
 from kvtune.policies.formats.grouped import Int4
@@ -20,7 +21,7 @@ from kvtune.policies.policy_file.document import ModelFacts, PolicyDocument
 from kvtune.tests.made_up import llama
 from kvtune.tuner.explore.reader import StudyReader
 from kvtune.tuner.explore.what_if import Setting, figures_of
-from kvtune.tuner.flattened import loss_of_export, loss_on_stack
+from kvtune.tuner.flattened import loss_on_stack
 from kvtune.tuner.search import run_search
 
 FACTS = ModelFacts("an 8B's shape", 32, 8, 128)
@@ -30,13 +31,14 @@ NARROW = Option(keys=Int4TokenHead(), values=Int4TokenHead())
 def test_an_eviction_that_is_dropped_is_predicted_as_what_is_left_of_it() -> None:
     plan = Policy.uniform(Option(SnapKV(), Budget(share=0.25), Int4(), Int4()), 32, 8)
     for stack in ("vllm", "llama-cpp", "openvino"):
-        made = find_exporter(stack)().export(PolicyDocument(plan, FACTS))
-        found = loss_of_export(stack, made, FACTS)
+        made = find_exporter(stack)().export(PolicyDocument(plan, FACTS), predict=loss_on_stack)
+        found = made.predicted
         assert found is not None
+        assert f"loses {figure(found)}" in made.files["REPORT.txt"]
         assert found.tier == BAND
         assert 0 < found.low < found.value < found.high
-    made = find_exporter("sglang")().export(PolicyDocument(plan, FACTS))
-    assert loss_of_export("sglang", made, FACTS) is None, "its arithmetic is not known"
+    made = find_exporter("sglang")().export(PolicyDocument(plan, FACTS), predict=loss_on_stack)
+    assert made.predicted is None, "its arithmetic is not known"
 
 
 def test_the_band_of_one_format_is_that_of_a_search_that_chooses_it(tmp_path: Path) -> None:
@@ -44,7 +46,7 @@ def test_the_band_of_one_format_is_that_of_a_search_that_chooses_it(tmp_path: Pa
     limits = find_exporter("vllm").limits
     shape = result.request.shape
     facts = ModelFacts(shape.name, shape.layers, shape.kv_heads, shape.head_dim)
-    found = loss_on_stack(result.policy, "vllm", facts)
+    found = loss_on_stack("vllm", result.policy, facts)
     expected = loss_there(result.quality.kl, result.policy, limits)
     assert found is not None
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-5)
@@ -53,17 +55,17 @@ def test_the_band_of_one_format_is_that_of_a_search_that_chooses_it(tmp_path: Pa
 def test_half_of_the_layers_lose_less_than_all_of_them() -> None:
     half = Policy("half", ((NARROW,) * 8,) * 16 + ((Option(),) * 8,) * 16)
     losses = [
-        loss_on_stack(policy, "vllm", FACTS) for policy in (half, Policy.uniform(NARROW, 32, 8))
+        loss_on_stack("vllm", policy, FACTS) for policy in (half, Policy.uniform(NARROW, 32, 8))
     ]
     some, whole = losses
     assert some is not None
     assert whole is not None
     assert some.value < whole.value
-    nothing = loss_on_stack(Policy.uniform(Option(), 32, 8), "vllm", FACTS)
+    nothing = loss_on_stack("vllm", Policy.uniform(Option(), 32, 8), FACTS)
     assert nothing is not None
     assert nothing.value == 0
     assert np.isfinite(RATIOS["int4_token_head"]).all()
-    assert loss_on_stack(Policy.uniform(Option(keys=Int4()), 32, 8), "vllm", FACTS) is None
+    assert loss_on_stack("vllm", Policy.uniform(Option(keys=Int4()), 32, 8), FACTS) is None
 
 
 def test_the_explorer_counts_a_plan_as_the_stack_lays_it_out(tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_openvino_codes_pages_of_a_channel_and_values_of_a_token(
     rows[:, 5] = 0.375
     line = rows.double().numpy()
     expected = np.empty_like(line)
-    groups = [np.s_[at : at + 32, c] for at in range(0, tokens, 32) for c in range(64)]
+    groups: list[Any] = [np.s_[at : at + 32, c] for at in range(0, tokens, 32) for c in range(64)]
     if role == "values":
         groups = [np.s_[at, :] for at in range(tokens)]
     for group in groups:

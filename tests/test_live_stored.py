@@ -14,6 +14,7 @@ from kvtune.cli.validate import _stack as stack_of
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.policies.format import Format, Role
+from kvtune.policies.formats.openvino import OpenVINO4
 from kvtune.policies.formats.token_head import Int4TokenHead, Int8TokenHead
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.option import Budget, Option
@@ -91,6 +92,35 @@ def test_one_pass_does_what_a_stack_does_token_by_token(
     kl = (full.exp() * (full - ours)).sum(-1)
     np.testing.assert_allclose(found.kl, kl, rtol=2e-2, atol=1e-6)
     assert found.footprint_bytes == policy.footprint(sample.prompt, 8)
+
+
+class Paged(Stored):
+    """Stores the last page of keys anew with each token, from what was stored of it."""
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *rest: Any, **named: Any) -> Any:
+        if layer < len(self.layers) and (rows := self.layers[layer].keys.shape[2] % 32):
+            held = self.layers[layer]
+            keys = torch.cat([held.keys[:, :, -rows:], keys], 2)
+            held.keys = held.keys[:, :, :-rows]
+        return super().update(keys, values, layer, *rest, **named)
+
+
+def test_a_page_that_is_not_full_is_stored_again_with_each_token(
+    tiny_model: Any, sample: Any, full: Tensor
+) -> None:
+    form = OpenVINO4()
+    policy = Policy.uniform(Option(keys=form, values=form), LAYERS, HEADS)
+    (found,) = run_stored(tiny_model, sample, [policy], full)
+    cache, logits = Paged(), []
+    cache.forms = (form,) * LAYERS
+    ids = torch.tensor([sample.token_ids])
+    for part in (ids[:, : sample.prompt], *ids[:, sample.prompt :].split(1, 1)):
+        with torch.no_grad():
+            out = tiny_model.model(input_ids=part, past_key_values=cache, use_cache=True)
+        logits.append(out.logits[0, -1])
+    ours = torch.stack(logits[1:]).float().log_softmax(-1)
+    kl = (full.exp() * (full - ours)).sum(-1)
+    np.testing.assert_allclose(found.kl, kl, rtol=2e-2, atol=1e-6)
 
 
 def test_validation_runs_a_policy_either_way(tiny_model: Any, sample: Any, full: Tensor) -> None:

@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from kvtune.common.estimate import Estimate
-from kvtune.policies.export.contract import Export, find_exporter
+from kvtune.policies.export.contract import find_exporter
 from kvtune.policies.export.stored_alike import loss_there
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.parts import ModelFacts
@@ -21,14 +21,7 @@ from kvtune.tuner.sources import QualitySource, stand_in_for
 from kvtune.tuner.stack_formats import with_formats_of
 
 
-def loss_of_export(stack: str, made: Export, facts: ModelFacts) -> Estimate | None:
-    """The band of what an export runs; None where its arithmetic is not known."""
-    if made.runs is None:
-        return None
-    return loss_on_stack(made.runs, stack, facts)
-
-
-def loss_on_stack(policy: Policy, stack: str, facts: ModelFacts) -> Estimate | None:
+def loss_on_stack(stack: str, policy: Policy, facts: ModelFacts) -> Estimate | None:
     """The band of a policy in a stack's own formats; None of options that no table knows."""
     source, limits = _source(stack, facts), find_exporter(stack).limits
     number = {option: at for at, option in enumerate(source.tables.options)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kvtune.common.errors import KvtuneError
@@ -10,13 +10,12 @@ from kvtune.common.estimate import Estimate
 from kvtune.common.units import format_tokens
 from kvtune.common.words import figure
 from kvtune.policies.export.contract import Export, exporters
-from kvtune.policies.export.plan import Plan, plan_of
+from kvtune.policies.export.plan import Plan, Predict, nobody_predicts, plan_of
 from kvtune.policies.paging import Growth, sequence_bytes, waiting_bytes
+from kvtune.policies.policy import footprint_of_lengths
 from kvtune.policies.policy_file.parts import ModelFacts, PolicyDocument, Serving
 from kvtune.policies.servable import check_servable
 
-Predict = Callable[[str, Export, ModelFacts], Estimate | None]
-"""What is lost where a stack, by name, runs what an export says; None where nobody knows."""
 NOTHING = "0"
 NOT_THE_PLANS = "not the plan's"
 """The loss on a stack that runs another policy than the plan, which nobody has predicted."""
@@ -39,11 +38,6 @@ class Compared:
     sequences: int | None
     loss: str
     proof: str
-
-
-def nobody_predicts(stack: str, made: Export, facts: ModelFacts) -> Estimate | None:
-    """A ``Predict`` that knows nothing."""
-    return None
 
 
 def compared(
@@ -129,23 +123,28 @@ def _on(name: str, plan: Plan, facts: ModelFacts | None, predict: Predict) -> Co
     kind = exporters()[name]
     try:
         made = kind().export(
-            plan.document, facts=facts, context_tokens=plan.context_tokens, allow_stand_in=True
+            plan.document,
+            facts=facts,
+            context_tokens=plan.context_tokens,
+            allow_stand_in=True,
+            predict=predict,
         )
     except KvtuneError as error:
         return Compared(name, None, None, str(error), kind.proof)
-    told = _loss_on(made, _full(plan)[0])
-    if told == NOT_THE_PLANS and (loss := predict(name, made, plan.facts)):
-        told = _told(loss)
+    lengths = footprint_of_lengths(plan.facts.layers, plan.facts.kv_heads)
+    told = _loss_on(made, _full(plan)[0], lengths)
     return Compared(name, made.prompt_bytes, made.sequences, told, made.proof)
 
 
-def _loss_on(made: Export, whole_bytes: int) -> str:
+def _loss_on(made: Export, whole_bytes: int, lengths: int) -> str:
     """Of what runs there: nothing where it is the whole prompt in 16 bits."""
-    if made.prompt_bytes == whole_bytes:
+    if made.prompt_bytes in (whole_bytes, whole_bytes + lengths):
         return NOTHING
     if made.keeps_loss:
         return _told(made.loss)
-    return f"at most {_told(made.loss)}" if made.wider and made.loss else NOT_THE_PLANS
+    if made.wider and made.loss:
+        return f"at most {_told(made.loss)}"
+    return _told(made.predicted) if made.predicted else NOT_THE_PLANS
 
 
 def _loss_of_plan(document: PolicyDocument) -> str:

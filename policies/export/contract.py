@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -21,7 +21,7 @@ from kvtune.common.estimate import Estimate
 from kvtune.common.files import inside, write_text
 from kvtune.policies.export.limits import EngineLimits
 from kvtune.policies.export.lines import Line, loses_no_more, quality_lines
-from kvtune.policies.export.plan import Plan, plan_of
+from kvtune.policies.export.plan import Plan, Predict, nobody_predicts, plan_of
 from kvtune.policies.export.stored_alike import loss_there
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.parts import ModelFacts, PolicyDocument
@@ -50,7 +50,7 @@ class Export:
         keeps_loss: whether all of the plan that the loss depends on is kept.
         wider: whether all else is, and what is not is stored in more bits.
         loss: what the plan loses there where it is kept; None where it is not known.
-        runs: what runs there, where the plan is not kept and the stack's own formats are known.
+        predicted: what is lost there where the plan is not kept; None where nobody knows.
     """
 
     stack: str
@@ -65,7 +65,7 @@ class Export:
     keeps_loss: bool = False
     wider: bool = False
     loss: Estimate | None = None
-    runs: Policy | None = None
+    predicted: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ class Exporter(ABC):
         batch: int | None = None,
         allow_stand_in: bool = False,
         strict: bool = False,
+        predict: Predict = nobody_predicts,
     ) -> Export:
         """The files and the report; writes nothing.
 
@@ -100,6 +101,7 @@ class Exporter(ABC):
             batch: at most the document's, and what fits, unless given.
             allow_stand_in: export a policy found on another model's trace, and say so in the files.
             strict: refuse an export that does not keep everything.
+            predict: what is lost where the stack runs something else than the plan.
 
         Raises:
             KvtuneError: a shape is missing, a stand-in is not allowed, strict is not met, the
@@ -107,6 +109,7 @@ class Exporter(ABC):
         """
         self._check_stand_in(document, allow_stand_in)
         plan = plan_of(document, model, facts, context_tokens, batch)
+        plan = replace(plan, predict=predict)
         self._check_tiers(plan.policy)
         made = self.render(plan)
         if strict and (lost := [line for line in made.report if line.status != "kept"]):
@@ -120,6 +123,10 @@ class Exporter(ABC):
     def render(self, plan: Plan) -> Export:
         """Files and one line for each field of the policy."""
 
+    def runs(self, plan: Plan) -> Policy | None:
+        """What runs there, in formats that are the stack's own; None where none are known."""
+        return None
+
     def done(
         self,
         plan: Plan,
@@ -128,7 +135,6 @@ class Exporter(ABC):
         others: Sequence[Line] = (),
         notes: tuple[str, ...] = (),
         held: tuple[int, int | None, int] = (0, None, 0),
-        runs: Policy | None = None,
     ) -> Export:
         """An export of this stack, its report among the files.
 
@@ -139,7 +145,6 @@ class Exporter(ABC):
             others: lines on what it does not depend on.
             notes: how to use the files.
             held: bytes of one prompt there, sequences at once, and bytes of each when it ends.
-            runs: what runs there, in formats that are the stack's own; None where none are known.
         """
         report = (*plan.assumed, *losses, *others)
         top = "\n".join(line for line in self.header(plan, losses) if "REPORT.txt" not in line)
@@ -156,7 +161,7 @@ class Exporter(ABC):
             keeps_loss=all(line.status == "kept" for line in losses),
             wider=loses_no_more(losses),
             loss=self._loss(plan),
-            runs=runs,
+            predicted=self._predicted(plan, losses),
         )
 
     def header(self, plan: Plan, losses: Sequence[Line]) -> list[str]:
@@ -172,7 +177,13 @@ class Exporter(ABC):
         return ["".join(c if c.isprintable() else " " for c in line) for line in lines]
 
     def _quality(self, plan: Plan, losses: Sequence[Line]) -> list[str]:
-        return quality_lines(plan.document, losses, self._loss(plan))
+        predicted = self._predicted(plan, losses)
+        return quality_lines(plan.document, losses, self._loss(plan), predicted)
+
+    def _predicted(self, plan: Plan, losses: Sequence[Line]) -> Estimate | None:
+        """Of what runs there instead of the plan, where that is known."""
+        runs = self.runs(plan) if any(line.status != "kept" for line in losses) else None
+        return None if runs is None else plan.predict(self.name, runs, plan.facts)
 
     def _loss(self, plan: Plan) -> Estimate | None:
         """Of the plan, where the stack keeps all of it; None of one measured for another stack."""

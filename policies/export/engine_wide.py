@@ -143,8 +143,14 @@ class EngineWide(Exporter):
         bytes_ = _bytes(plan, chosen, plan.context_tokens)
         held = bytes_, batch, size
         others = [bytes_line(plan, bytes_), sequences]
-        notes, runs = (*self.notes, *of_model), _running(plan, chosen)
-        return self.done(plan, files, losses, others, notes, held, runs)
+        return self.done(plan, files, losses, others, (*self.notes, *of_model), held)
+
+    def runs(self, plan: Plan) -> Policy | None:
+        """All tokens in the chosen type, where its arithmetic is known."""
+        chosen = self._chosen(plan)
+        form = Bf16() if chosen.bits == (16, 16) else chosen.own
+        option = Option(keys=form, values=form) if form else None
+        return Policy.uniform(option, plan.facts.layers, plan.facts.kv_heads) if option else None
 
     def _chosen(self, plan: Plan) -> CacheType:
         flat = flatten(list(plan.policy.options()))
@@ -155,13 +161,6 @@ class EngineWide(Exporter):
             and plan.facts.head_dim % each.channels == 0
         ]  # fmt: skip
         return enough[-1]
-
-
-def _running(plan: Plan, chosen: CacheType) -> Policy | None:
-    """All tokens in the chosen type; None where its arithmetic is not known."""
-    form = Bf16() if chosen.bits == (16, 16) else chosen.own
-    option = Option(keys=form, values=form) if form else None
-    return Policy.uniform(option, plan.facts.layers, plan.facts.kv_heads) if option else None
 
 
 def _format_line(plan: Plan, chosen: CacheType, types: tuple[CacheType, ...]) -> Line:

@@ -46,23 +46,30 @@ def loses_no_more(losses: Sequence[Line]) -> bool:
 
 
 def quality_lines(
-    document: PolicyDocument, losses: Sequence[Line], there: Estimate | None
+    document: PolicyDocument,
+    losses: Sequence[Line],
+    there: Estimate | None,
+    predicted: Estimate | None = None,
 ) -> list[str]:
-    """What is known of the loss: where all of the plan is kept, what it loses there, else nothing.
+    """What is known of the loss there: the plan's where it is kept, else what was predicted.
 
     The first line is short; others warn.
 
     Args:
         document: the plan and where its quality comes from.
         losses: what became of that on which the loss depends.
-        there: the loss on the stack.
+        there: the plan's loss on the stack.
+        predicted: the loss of what runs there instead.
     """
     quality = document.provenance.quality if document.provenance else None
+    changed = any(line.status != "kept" for line in losses)
+    if changed and predicted is not None and not loses_no_more(losses):
+        return [f"what runs here is not the plan, and loses {figure(predicted)}, nats/token"]
     if quality is None:
         return ["not known"]
     if loses_no_more(losses) and there is not None:
         return [f"{quality}; loses no more than {figure(there)}, nats/token, with fewer bits"]
-    if any(line.status != "kept" for line in losses):
+    if changed:
         return [f"{quality}; what runs here is not the plan, and its loss was not predicted"]
     lines = [str(quality)]
     if there is not None:

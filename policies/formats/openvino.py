@@ -27,10 +27,11 @@ class OpenVINOCodes(Coded):
     code = round(x / scale + zero), scale = (max - min) / (2^bits - 1), zero = -min / scale
 
     Source: OpenVINO (Apache-2.0), CPU plugin, ``attn_quant.cpp`` and ``attn_quant_kernel.hpp`` of
-    ``scaled_attn``. Differs: a page that is not full is read back, joined by the next token and
-    quantised again there, token by token of an answer; here each page is quantised once.
+    ``scaled_attn``. A page of keys that is not full is read back there, joined by the next token
+    and quantised again, so that what an answer stored loses a little with each of its tokens.
     """
 
+    page_tokens = PAGE_TOKENS
     source = "OpenVINO, CPU plugin, KV_CACHE_PRECISION"
 
     def code_bytes(self, tokens: int, head_dim: int, role: Role) -> int:
@@ -63,7 +64,8 @@ class OpenVINOCodes(Coded):
         if role == "keys":
             scales = scales.repeat_interleave(PAGE_TOKENS, 0)[:tokens].transpose(1, 2)
         scale, zero = scales[..., 0], scales[..., 1]
-        return (codes - zero) * scale
+        found: Tensor = (codes - zero) * scale
+        return found
 
 
 def _pages(rows: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from kvtune.policies.export.plan import Plan
 from kvtune.policies.export.vllm_config import check, line, prompt_bytes, sequence_bytes
 from kvtune.policies.export.vllm_formats import OWN, STORED, formats, running
 from kvtune.policies.option import Option
+from kvtune.policies.policy import Policy
 
 _BATCHED_TOKENS = 512
 
@@ -74,8 +75,13 @@ class Vllm(Exporter):
         notes = _NOTES + (_WINDOW_NOTES if windows else ()) + tuple(model_notes)
         others = [bytes_line(plan, prompt), sequences, *model_lines]
         held = prompt, config["max-num-seqs"], size
-        runs = None if windows else running(plan, dtype)
-        return self.done(plan, {"vllm.yaml": text}, losses, others, notes, held, runs)
+        return self.done(plan, {"vllm.yaml": text}, losses, others, notes, held)
+
+    def runs(self, plan: Plan) -> Policy | None:
+        """All tokens in one dtype; a window's loss is not known."""
+        heads, _ = planned_heads(plan)
+        windows = _windows(heads, plan.context_tokens)
+        return None if windows else running(plan, formats(plan)[0])
 
 
 _NOTES = (
