@@ -46,14 +46,9 @@ class OpenVINOCodes(Coded):
         """Packed codes, scales and zero points."""
         import torch
 
-        pages = _pages(rows) if role == "keys" else rows[:, None]  # [groups, tokens, D]
-        axis = 1 if role == "keys" else 2
-        low, high = pages.amin(axis, keepdim=True), pages.amax(axis, keepdim=True)
-        scale = (high - low) / (2**self.bits - 1)
-        scale = torch.where(scale == 0, _CONSTANT, scale)
-        zero = -low / scale
-        codes = (pages / scale + zero).round().clamp(0, 2**self.bits - 1)
-        codes = codes.flatten(0, 1)[: len(rows)].to(torch.uint8)
+        groups, axis = _groups(rows, role)
+        codes, scale, zero = self._fit(groups, axis)
+        codes = codes.flatten(-3, -2)[: len(rows)].to(torch.uint8)
         return {"codes": pack(codes, self.bits), "scales": torch.cat([scale, zero], axis)}
 
     def numbers(self, buffers: Mapping[str, Tensor], shape: tuple[int, int], role: Role) -> Tensor:
@@ -67,14 +62,40 @@ class OpenVINOCodes(Coded):
         found: Tensor = (codes - zero) * scale
         return found
 
+    def roundtrip(self, tensor: Tensor, counts: Tensor, role: Role) -> Tensor:
+        """The same for heads of one length at once, without packing."""
+        length = tensor.shape[-2]
+        if self.exact_first or not length or bool((counts != length).any()):
+            return super().roundtrip(tensor, counts, role)
+        groups, axis = _groups(tensor.float(), role)
+        codes, scale, zero = self._fit(groups, axis)
+        back = ((codes - zero) * scale).flatten(-3, -2)[..., :length, :]
+        return back.to(tensor.dtype)
 
-def _pages(rows: Tensor) -> Tensor:
-    """Tokens ``[n, D]`` as pages ``[pages, 32, D]``, the last filled up with its last token."""
+    def _fit(self, groups: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, scales and zero points of groups along an axis."""
+        import torch
+
+        low, high = groups.amin(axis, keepdim=True), groups.amax(axis, keepdim=True)
+        scale = (high - low) / (2**self.bits - 1)
+        scale = torch.where(scale == 0, _CONSTANT, scale)
+        zero = -low / scale
+        return (groups / scale + zero).round().clamp(0, 2**self.bits - 1), scale, zero
+
+
+def _groups(rows: Tensor, role: Role) -> tuple[Tensor, int]:
+    """Tokens ``[..., n, D]`` in groups and the axis along which each lies.
+
+    Keys as pages ``[..., pages, 32, D]``, the last filled up with its last token; values
+    ``[..., n, 1, D]``.
+    """
     import torch
 
-    missing = -len(rows) % PAGE_TOKENS
-    whole = torch.cat([rows, rows[-1:].expand(missing, -1)])
-    return whole.unflatten(0, (-1, PAGE_TOKENS))
+    if role == "values":
+        return rows[..., None, :], -1
+    missing = -rows.shape[-2] % PAGE_TOKENS
+    last = rows[..., -1:, :].expand(*rows.shape[:-2], missing, -1)
+    return torch.cat([rows, last], -2).unflatten(-2, (-1, PAGE_TOKENS)), -2
 
 
 @dataclass(frozen=True)
