@@ -180,7 +180,9 @@ def _there(result: SearchResult) -> tuple[str, Estimate] | None:
 
     stack = find_exporter(result.request.stack)
     loss = loss_there(result.quality.kl, result.policy, stack.limits)
-    return None if loss == result.quality.kl else (stack.stack, loss)
+    if loss is None or loss == result.quality.kl:
+        return None
+    return stack.stack, loss
 
 
 def _loss_there(result: SearchResult) -> list[tuple[str, str]]:

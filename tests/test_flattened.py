@@ -49,6 +49,7 @@ def test_the_band_of_one_format_is_that_of_a_search_that_chooses_it(tmp_path: Pa
     found = loss_on_stack("vllm", result.policy, facts)
     expected = loss_there(result.quality.kl, result.policy, limits)
     assert found is not None
+    assert expected is not None
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-5)
 
 
