@@ -17,7 +17,7 @@ enough for a CPU:
         --only "weighted, allocated 2.125" turboquant2 kitty+4 --out formats-signs-cpu.json
     python benchmarks/formats.py --live --device cpu --tokens 1024 --each 2 --seconds 900 \
         --only int4 int4_token_head int8_token_head fp8_token_head q8_0 q4_0 q8_0-rotated \
-        q4_0-rotated --out formats-stacks-cpu.json
+        q4_0-rotated openvino_u8 openvino_u4 --out formats-stacks-cpu.json
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/stored_answers.py --out FILE [--only FORMAT]
 
 A plan's loss is that of a prompt that was read uncompressed and then stored, its answer in 16 bits.
-vLLM and llama.cpp store each token as it comes and read what is stored, prompts included. For each
-of their formats, SmolLM2-135M in float32 on the samples that searches hold out
+vLLM, llama.cpp and OpenVINO store each token as it comes and read what is stored, prompts
+included. For each of their formats, SmolLM2-135M in float32 on the samples that searches hold out
 (``data/held_out_smollm2.json``), the observed tokens' mean KL to the uncompressed cache, nats a
 token, by kind of text:
 
@@ -29,13 +29,14 @@ from kvtune.common.files import write_json
 from kvtune.common.progress import Silent
 from kvtune.policies.format import Format, Role
 from kvtune.policies.formats.llama_cpp import Q4, Q8
+from kvtune.policies.formats.openvino import OpenVINO4, OpenVINO8
 from kvtune.policies.formats.token_head import Fp8TokenHead, Int4TokenHead, Int8TokenHead
 from kvtune.traces.models import model_folder
 
 SAMPLES = Path(__file__).parent / "data" / "held_out_smollm2.json"
 FORMATS: tuple[Format, ...] = (
     Q4(rotation="hadamard"), Int4TokenHead(), Q8(rotation="hadamard"), Int8TokenHead(),
-    Fp8TokenHead(),
+    Fp8TokenHead(), OpenVINO8(), OpenVINO4(),
 )  # fmt: skip
 
 
@@ -45,8 +46,13 @@ class Stored(DynamicCache):  # type: ignore[misc]
     form: Format | None = None
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *rest: Any, **named: Any) -> Any:
-        """Stored as they come."""
+        """Stored as they come; keys with those of their page, where it is not full."""
         if self.form is not None:
+            if layer < len(self.layers) and (held := self.layers[layer]).is_initialized:
+                open_ = held.keys.shape[2] % self.form.page_tokens
+                if open_:
+                    keys = torch.cat([held.keys[:, :, -open_:], keys], 2)
+                    held.keys = held.keys[:, :, :-open_]
             keys, values = self.back(keys, "keys"), self.back(values, "values")
         return super().update(keys, values, layer, *rest, **named)
 
@@ -84,12 +90,20 @@ def losses(
     held, observed = copied(read, form), ids[:, prompt:]
     ways = {"prompt": answered(model, observed, copied(held))}
     held.form = form
-    ways["answers"] = answered(model, observed, held)
+    ways["answers"] = said(model, observed, held)
     anew = Stored()
     anew.form = form
     answered(model, ids[:, :prompt], anew)
-    ways["everything"] = answered(model, observed, anew)
+    ways["everything"] = said(model, observed, anew)
     return {name: divergence(full, there) for name, there in ways.items()}
+
+
+def said(model: Any, ids: Tensor, cache: Stored) -> Tensor:
+    """The same, token by token where a page is stored again with each of them."""
+    assert cache.form is not None
+    if cache.form.page_tokens == 1:
+        return answered(model, ids, cache)
+    return torch.cat([answered(model, token, cache) for token in ids.split(1, 1)])
 
 
 def answered(model: Any, ids: Tensor, cache: Stored) -> Tensor:

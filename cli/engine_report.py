@@ -106,15 +106,15 @@ def _vllm_table(memory: EngineMemory) -> RenderableType:
     )
     ends = [format_tokens(end).removesuffix(" tokens") for end in _ends(memory)]
     rows = [
-        (name, f"{part.value / GIB:.2f}", _interval(part, GIB), words)
+        (name, f"{part.value / GIB:.2f}", _interval(part, GIB), part.tier, words)
         for name, part, words in parts
     ]
     printed = f"GPU KV cache size: {int(memory.tokens.value):,} tokens"
     return table(
         f"Memory of vLLM {memory.release} on one GPU",
-        ("", "GiB", "interval", ""),
+        ("", "GiB", "interval", "tier", ""),
         rows,
-        left=(0, 2, 3),
+        left=(0, 2, 3, 4),
         caption=f"{printed} [{ends[0]}, {ends[1]}], blocks of {memory.block_size}",
     )
 

@@ -55,8 +55,8 @@ StrictOption = Annotated[
 
 
 _FLATTENED = (
-    "not the plan's: the stack runs less than the plan, and what that loses was not predicted; "
-    "kvtune search --for STACK finds the best plan that it can run, and its loss"
+    "not the plan's: the stack runs something else in an arithmetic of its own, whose loss is not "
+    "known; kvtune search --for STACK finds the best plan that it can run"
 )
 
 
@@ -76,6 +76,7 @@ def command(
     from kvtune.cli.inputs import check_writable, read_policy_input
     from kvtune.common.units import parse_tokens
     from kvtune.policies.export.contract import find_exporter, write_export
+    from kvtune.tuner.flattened import loss_on_stack
 
     document = read_policy_input(policy)
     if compare:
@@ -95,6 +96,7 @@ def command(
         batch=batch,
         allow_stand_in=allow_stand_in,
         strict=strict,
+        predict=loss_on_stack,
     )
     paths = write_export(made, out)
     with speaking(as_json, quiet=as_json) as output:
@@ -113,9 +115,10 @@ def _compare(
 
     from kvtune.common.units import format_bytes, parse_tokens
     from kvtune.policies.export.compare import NOT_THE_PLANS, compared, notes_on_sequences
+    from kvtune.tuner.flattened import loss_on_stack
 
     tokens = parse_tokens(context) if context else None
-    rows = compared(document, _facts(document, model), tokens)
+    rows = compared(document, _facts(document, model), tokens, loss_on_stack)
     notes = notes_on_sequences(document, rows, tokens)
     flattened = any(row.loss == NOT_THE_PLANS for row in rows)
     with speaking(as_json, quiet=as_json) as output:

@@ -101,16 +101,16 @@ def llama_table(memory: LlamaMemory) -> RenderableType:
         ("+ graph", memory.host_compute, "compute buffer size, of the host"),
     )
     rows = [
-        (name, f"{part.value / MIB:,.2f}", _interval(part.low, part.high), words)
+        (name, f"{part.value / MIB:,.2f}", _interval(part.low, part.high), part.tier, words)
         for name, part, words in parts
     ]
     fits = memory.tokens
     ends = [format_tokens(int(end)).removesuffix(" tokens") for end in (fits.low, fits.high)]
     return table(
         f"Memory of llama.cpp {memory.version} at a context of {memory.ctx_size:,} tokens",
-        ("", "MiB", "interval", ""),
+        ("", "MiB", "interval", "tier", ""),
         rows,
-        left=(0, 2, 3),
+        left=(0, 2, 3, 4),
         caption=f"longest context that fits, 1 GiB left free: {int(fits.value):,} tokens "
         f"[{ends[0]}, {ends[1]}]",
     )

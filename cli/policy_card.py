@@ -102,7 +102,7 @@ class Card:
         policies: the plan first, then what it is compared with.
         command: that repeats the search.
         tasks: the policy's loss by kind of held-out text.
-        layout: whose pages the other budgets are counted in, where the policy is a stack's; or "".
+        layout: how budgets are counted, where that is not in kvtune's own pages; or "".
     """
 
     kvtune_card: Literal[1]

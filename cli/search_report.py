@@ -172,25 +172,34 @@ def _plan(result: SearchResult) -> RenderableType:
 
 
 def _there(result: SearchResult) -> tuple[str, Estimate] | None:
-    """The stack that was searched for and the loss there, where it stores answers as prompts."""
-    if result.request.stack is None:
+    """The stack that was searched for and a stand-in's loss there, where it stores answers too."""
+    if result.request.stack is None or result.quality.stack:
         return None
     from kvtune.policies.export.contract import find_exporter
     from kvtune.policies.export.stored_alike import loss_there
 
     stack = find_exporter(result.request.stack)
     loss = loss_there(result.quality.kl, result.policy, stack.limits)
-    return None if loss == result.quality.kl else (stack.stack, loss)
+    if loss is None or loss == result.quality.kl:
+        return None
+    return stack.stack, loss
 
 
 def _loss_there(result: SearchResult) -> list[tuple[str, str]]:
+    """Of which loss is which, where a stack stores answers as it stores prompts."""
+    if result.quality.stack:
+        ours = result.baselines[0].best
+        detail = "with prompts read whole, and answers in 16 bits; so it is beside others above"
+        return [("in kvtune's runtime", f"{figure(ours)}, nats/token, {detail}")]
     if (there := _there(result)) is None:
         return []
     return [(f"in {there[0]}", f"{figure(there[1])}, nats/token; it stores answers likewise")]
 
 
 def _said_of_stack(result: SearchResult) -> str:
-    """Behind the verdict, which is of a prompt that was read uncompressed."""
+    """Behind the verdict: that its loss is the stack's, or what that is likely to be."""
+    if result.quality.stack:
+        return f"; as {result.quality.stack} stores prompts and answers"
     if (there := _there(result)) is None:
         return ""
     stack, loss = there

@@ -33,6 +33,15 @@ def command(
     text: options.Texts = None,
     seed: options.Seed = 0,
     device: options.Device = None,
+    stack: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="STACK",
+            help="Run it as this stack does (vllm, llama-cpp), which also stores answers; left "
+            "out: as the file's loss was measured.",
+        ),
+    ] = None,
     gpu: Annotated[
         bool,
         typer.Option(
@@ -57,7 +66,8 @@ def command(
 
     path, texts = read_policy_path(policy), read_texts(text or ())
     document = read_policy_input(policy)
-    known = known_before(document, path)
+    stack = _stack(document, stack)
+    known = known_before(document, path, stack)
     name, shape = _model(document, model)
     bound = document.bind(shape.layers, shape.kv_heads)
     limit = parse_bytes(mem) if mem else None
@@ -69,16 +79,35 @@ def command(
             _require_gpu(place)
         loaded = load_model(name, device=place, progress=output.progress)
         samples = _samples(loaded, workload, seed, texts)
-        found = _run(bound, loaded, samples, output.progress)
+        found = _run(bound, loaded, samples, stack, output.progress)
         planned = bound.footprint(samples[0].prompt, loaded.geometry.head_dim)
-        output.show(report(known, bound, found, planned))
+        output.show(report(known, bound, found, planned, stack))
         told = other_texts(path.parent / "result.json", found)
         output.show(*(f"note: {told}" for told in [told] if told))
         times, untimed = _times(document, bound, loaded, shape, samples, largest=gpu, limit=limit)
         output.show("", times_table(times) if times else f"times: {untimed}")
-        plain = answer(document, known, found, planned) | {"device": loaded.device}
+        plain = answer(document, known, found, planned, stack) | {"device": loaded.device}
         plain |= {"other_texts": told, "times": times, "untimed": untimed}
         output.finish("validate", plain)
+
+
+def _stack(document: PolicyDocument, asked: str | None) -> str:
+    """The stack to run it as: the one asked for, else the file's; "" for kvtune's own runtime.
+
+    Raises:
+        KvtuneError: there is no such stack, or it stores answers in 16 bits.
+    """
+    from kvtune.common.errors import KvtuneError
+    from kvtune.tuner.within import stores_alike
+
+    quality = document.provenance.quality if document.provenance else None
+    stack = asked or (quality.stack if quality else "")
+    if stack and not stores_alike(stack):
+        raise KvtuneError(
+            f"how {stack} stores answers is not known, or it stores them in 16 bits",
+            hint="without --for the policy runs as kvtune's own runtime serves it.",
+        )
+    return stack
 
 
 def _require_gpu(device: str) -> None:
@@ -166,8 +195,8 @@ def _samples(
 
 
 def _run(
-    policy: Policy, loaded: LoadedModel, samples: list[Sample], progress: Progress
+    policy: Policy, loaded: LoadedModel, samples: list[Sample], stack: str, progress: Progress
 ) -> Validation:
     from kvtune.tuner.validate import validate_policy
 
-    return validate_policy(policy, loaded, samples, progress=progress)
+    return validate_policy(policy, loaded, samples, stored_alike=bool(stack), progress=progress)

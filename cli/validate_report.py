@@ -30,11 +30,16 @@ class Known:
     earlier: Estimate | None
 
 
-def known_before(document: PolicyDocument, path: Path) -> Known:
-    """The file's own figure; where that is a live run's, the prediction in the search's result."""
+def known_before(document: PolicyDocument, path: Path, stack: str) -> Known:
+    """The file's own figure; where that is a live run's, the prediction in the search's result.
+
+    None of either where the file's is of another way to run it.
+    """
     quality = document.provenance.quality if document.provenance else None
     loss = quality.kl_nats_per_token if quality else None
-    if loss is None or loss.tier != "live":
+    if quality is None or loss is None or quality.stack != stack:
+        return Known(None, None)
+    if loss.tier != "live":
         return Known(loss, None)
     return Known(_predicted_by_search(path.parent / "result.json", loss), loss)
 
@@ -49,7 +54,7 @@ def _predicted_by_search(path: Path, live: Estimate) -> Estimate | None:
     except KvtuneError:
         return None
     by_policy = {each.live: each.predicted for each in found.baselines}
-    return by_policy.get(live)
+    return (by_policy | {found.quality.kl: found.predicted_quality.kl}).get(live)
 
 
 def other_texts(path: Path, found: Validation) -> str | None:
@@ -85,7 +90,9 @@ def _cost_of(found: Validation, searched: set[str], new: set[str]) -> str:
     )
 
 
-def report(known: Known, policy: Policy, found: Validation, planned: int) -> RenderableType:
+def report(
+    known: Known, policy: Policy, found: Validation, planned: int, stack: str
+) -> RenderableType:
     """The loss by kind of text, bytes and answers, predicted beside measured."""
     from kvtune.common.units import format_bytes
     from kvtune.common.words import accuracy, count, figure
@@ -110,7 +117,7 @@ def report(known: Known, policy: Policy, found: Validation, planned: int) -> Ren
         *((what.replace("_", " "), "", count(n)) for what, n in found.counters.items()),
     ]
     return table(
-        f"{policy.name}, live",
+        f"{policy.name}, live" + (f" as {stack} stores prompts and answers" if stack else ""),
         ("", "predicted", "measured"),
         rows,
         caption=f"quality: own model, live, {found.samples} held-out samples, 95 % intervals",
@@ -118,7 +125,7 @@ def report(known: Known, policy: Policy, found: Validation, planned: int) -> Ren
 
 
 def answer(
-    document: PolicyDocument, known: Known, found: Validation, planned: int
+    document: PolicyDocument, known: Known, found: Validation, planned: int, stack: str
 ) -> dict[str, Any]:
     """The same for ``--json``."""
     from kvtune.policies.policy_file.document import as_plain
@@ -132,6 +139,7 @@ def answer(
             "source": "own trace",
             "stand_in": None,
             "samples": found.samples,
+            "stack": stack or None,
         },
         "predicted": known.predicted,
         "earlier_live": known.earlier,

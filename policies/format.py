@@ -47,6 +47,8 @@ class Format(ABC):
 
     A class states its ``name``, its ``source`` and ``bits``: those of an element's code, without
     scales. ``exact_first`` says how many of the first kept tokens it leaves in 16 bits.
+    ``page_tokens`` share scales where a stack stores tokens as they come: a page that is not full
+    is read back and stored again with each of them.
     ``bytes_vary`` marks formats whose bytes depend on the data; ``bound`` is then an upper bound.
     ``projects`` says that storing what was read back changes no more than the rounding of scales,
     ``keeps_constants`` that a tensor of one number comes back as it was.
@@ -56,6 +58,7 @@ class Format(ABC):
     source: ClassVar[str]
     bits: ClassVar[int]
     bytes_vary: ClassVar[bool] = False
+    page_tokens: ClassVar[int] = 1
     projects: ClassVar[bool] = True
     keeps_constants: ClassVar[bool] = True
 

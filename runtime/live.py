@@ -77,7 +77,11 @@ def run_live(
         full = full_cache(loaded, sample, prompt)
     logits, cache = _answered(loaded, sample, prompt, policies)
     targets = torch.tensor(sample.targets, device=logits.device)
-    return [_measure(full, logits, targets, row, cache) for row in range(len(policies))]
+    kept = torch.stack(cache.kept, 1).cpu()
+    return [
+        measured(policy, full, logits[row], targets, kept[row], cache.footprint_bytes[row])
+        for row, policy in enumerate(policies)
+    ]
 
 
 def full_cache(loaded: LoadedModel, sample: Sample, prompt: Prompt) -> Tensor:
@@ -144,12 +148,25 @@ def answer(q: Tensor, k: Tensor, v: Tensor, prompt: Compressed, scale: float) ->
     return merge(past, recent).flatten(1, 2).to(q.dtype)
 
 
-def _measure(
-    full: Tensor, logits: Tensor, targets: Tensor, row: int, cache: _BatchCache
+def measured(
+    policy: Policy, full: Tensor, logits: Tensor, targets: Tensor, kept: Tensor, taken: int
 ) -> LiveRun:
-    ours = logits[row].float().log_softmax(-1)
+    """One policy's answers beside those of the full cache.
+
+    Args:
+        policy: which has run.
+        full: log-probabilities under the full cache, ``[C, vocabulary]``.
+        logits: under the policy, likewise.
+        targets: the actual next tokens, ``[C]``.
+        kept: prompt tokens that each head kept, ``[L, H]``.
+        taken: bytes of the compressed prompt.
+
+    Raises:
+        KvtuneError: the policy has made the output NaN.
+    """
+    ours = logits.float().log_softmax(-1)
     if not bool(ours.isfinite().all()):
-        raise KvtuneError(f"the policy {cache.policies[row].name!r} made the model's output NaN")
+        raise KvtuneError(f"the policy {policy.name!r} made the model's output NaN")
     kl = (full.exp() * (full - ours)).sum(-1)
 
     def nll(log_probabilities: Tensor) -> Tensor:
@@ -161,6 +178,6 @@ def _measure(
         full_nll=nll(full).cpu().numpy(),
         correct=(ours.argmax(-1) == targets).cpu().numpy(),
         full_correct=(full.argmax(-1) == targets).cpu().numpy(),
-        kept=torch.stack(cache.kept, 1)[row].cpu().numpy(),
-        footprint_bytes=cache.footprint_bytes[row],
+        kept=kept.numpy(),
+        footprint_bytes=taken,
     )

@@ -606,14 +606,15 @@ def test_an_earlier_live_run_is_no_prediction(tmp_path: Path) -> None:
     provenance = {"quality": {"source": "own trace", **quality}}
     path = run / "policy.yaml"
     path.write_text(f"{text}\nprovenance: {json.dumps(provenance)}\n")
-    known = known_before(read_policy(path), path)
+    known = known_before(read_policy(path), path, "")
     assert known.earlier is not None
     assert known.predicted is not None
     assert known.earlier.value == live["value"]
     assert known.predicted.value == baseline["predicted"]["value"]
     moved = tmp_path / "policy.yaml"
     moved.write_text(path.read_text())
-    assert known_before(read_policy(moved), moved).predicted is None
+    assert known_before(read_policy(moved), moved, "").predicted is None
+    assert known_before(read_policy(path), path, "vllm").earlier is None, "it was run otherwise"
 
 
 def test_validate_needs_weights(run: Run, policy: Path) -> None:

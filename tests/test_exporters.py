@@ -274,13 +274,19 @@ def test_how_keys_were_grouped_is_told_where_it_is_lost(
     assert line.detail.endswith(f"; the policy groups keys per {keys_by}")
 
 
-def test_vllm_leaves_wide_layers_out_of_the_dtype() -> None:
+@pytest.mark.parametrize(
+    ("narrow_layers", "dtype"), [(1, "auto"), (2, "auto"), (3, "int8_per_token_head")]
+)
+def test_vllm_has_one_dtype_wide_enough_in_the_mean(narrow_layers: int, dtype: str) -> None:
+    """It answered what is no number where it was told to leave layers out."""
     narrow, wide = Option(keys=Int4(), values=Int4()), Option()
-    config = vllm_config(
-        export("vllm", document((wide,) * 2, (narrow,) * 2, (narrow,) * 2, (wide,) * 2))
+    made = export(
+        "vllm", document(*[(narrow,) * 2] * narrow_layers, *[(wide,) * 2] * (4 - narrow_layers))
     )
-    assert config["kv-cache-dtype-skip-layers"] == ["0", "3"]
-    assert config["kv-cache-dtype"] == "int4_per_token_head"
+    assert vllm_config(made)["kv-cache-dtype"] == dtype
+    assert "kv-cache-dtype-skip-layers" not in vllm_config(made)
+    assert not made.keeps_loss
+    assert made.wider == (dtype == "auto")
 
 
 def test_vllm_windows_are_by_layer_and_of_one_size() -> None:
@@ -314,7 +320,7 @@ def test_vllm_never_windows_what_needs_sinks() -> None:
 
 GOOD_VLLM: dict[str, Any] = {
     "model": "m", "max-model-len": 64, "max-num-seqs": 4, "kv-cache-dtype": "fp8",
-    "kv-cache-dtype-skip-layers": ["0"], "max-num-batched-tokens": 512,
+    "max-num-batched-tokens": 512,
     "hf-overrides": {"sliding_window": 8, "layer_types": ["full_attention"] * 2},
     "kv-cache-memory-bytes": 10**6, "quantization": "fp8",
 }  # fmt: skip
@@ -325,8 +331,7 @@ GOOD_VLLM: dict[str, Any] = {
     [
         {"calculate_kv_scales": True},
         {"kv-cache-dtype": "int4"},
-        {"kv-cache-dtype-skip-layers": ["2"]},
-        {"kv-cache-dtype-skip-layers": [0]},
+        {"kv-cache-dtype-skip-layers": ["0"]},
         {"max-model-len": 0},
         {"kv-cache-memory-bytes": 0},
         {"quantization": "int4"},

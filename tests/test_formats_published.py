@@ -20,6 +20,7 @@ from kvtune.policies.formats.kitty import Kitty
 from kvtune.policies.formats.kivi import Kivi
 from kvtune.policies.formats.kvquant import KvQuant
 from kvtune.policies.formats.llama_cpp import Q4, Q8
+from kvtune.policies.formats.openvino import OpenVINO4, OpenVINO8
 from kvtune.policies.formats.qaq import Qaq
 from kvtune.policies.formats.staircase import Staircase
 from kvtune.policies.formats.token_head import Fp8TokenHead, Int4TokenHead, Int8TokenHead
@@ -194,6 +195,34 @@ def test_vllms_four_bits_are_rotated_with_its_signs_before(head_dim: int) -> Non
     assert np.median(off) < 1e-5  # a number at the middle between two codes may take either
     assert off.max() < 0.2
     assert form.bound(40, head_dim, "keys") == 40 * (head_dim // 2 + 4)
+
+
+@pytest.mark.parametrize("form", [OpenVINO8(), OpenVINO4()])
+@pytest.mark.parametrize("role", ["keys", "values"])
+@pytest.mark.parametrize("tokens", [1, 32, 75])
+def test_openvino_codes_pages_of_a_channel_and_values_of_a_token(
+    form: Format, role: Role, tokens: int
+) -> None:
+    """By hand, of a page's channel or a token's head: zero points are floats, and not rounded."""
+    rows = rows_of(3, tokens, 64)
+    rows[:, 5] = 0.375
+    line = rows.double().numpy()
+    expected = np.empty_like(line)
+    groups: list[Any] = [np.s_[at : at + 32, c] for at in range(0, tokens, 32) for c in range(64)]
+    if role == "values":
+        groups = [np.s_[at, :] for at in range(tokens)]
+    for group in groups:
+        part = line[group]
+        scale = (part.max() - part.min()) / (2**form.bits - 1) or 1e-4
+        zero = -part.min() / scale
+        expected[group] = (
+            np.clip(np.rint(part / scale + zero), 0, 2**form.bits - 1) - zero
+        ) * scale
+    wrong = np.abs(read(form, rows, role) - expected)
+    assert (wrong > 1e-5).mean() < 0.005, "but for codes on the edge between two"
+    stored = form.encode(rows, role)
+    assert stored.nbytes == tokens * 64 * form.bits // 8 + 8 * len(groups)
+    assert stored.nbytes == form.bound(tokens, 64, role)
 
 
 @pytest.mark.parametrize("role", ["keys", "values"])

@@ -22,6 +22,7 @@ from kvtune.simulator.latency.front_end import FrontEnd
 from kvtune.simulator.latency.serving_kernels import ServingModel
 from kvtune.simulator.latency.stack_overheads import Overheads, small_kernels
 from kvtune.simulator.latency.stacks import on_card
+from kvtune.simulator.memory.engine_memory import EngineFlags, engine_memory
 from kvtune.simulator.serving.engine import Engine, serve
 from kvtune.simulator.serving.memory import Memory
 from kvtune.simulator.serving.record import Record
@@ -356,3 +357,16 @@ def test_copies_to_the_host_are_not_taken_to_be_free(
     asked = generate_at_once(4, 2, Lengths(50, 60), Lengths(2, 3), longest=4096)
     with pytest.raises(KvtuneError, match="would cost nothing"):
         prepare(serving, asked, None)
+
+
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_under_vllm_the_cache_is_what_vllm_leaves(share: float | None) -> None:
+    limits, whole = Limits(64, 2048), H200.visible_bytes
+    memory = whole if share is None else int(share * whole)
+    found = server(LLAMA, H200, memory, "bf16", limits, kernels=VLLM).cache
+    flags = EngineFlags(share, max_num_seqs=64, max_num_batched_tokens=2048)
+    expected = engine_memory(LLAMA, H200, "bf16", flags).cache
+    assert found.value == pytest.approx(expected.value, rel=1e-6)
+    assert found != server(LLAMA, H200, memory, "bf16", limits).cache
+    half = server(LLAMA, H200, memory, "bf16", limits, kernels=StackKernels("vllm", "fp8")).cache
+    assert half.value == pytest.approx(expected.value, rel=1e-6), "tokens are fewer bytes, not it"

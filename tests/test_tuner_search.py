@@ -16,6 +16,8 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import exact
 from kvtune.common.lock import locked
 from kvtune.common.progress import Silent
+from kvtune.policies.export.compare import compared
+from kvtune.policies.export.contract import find_exporter
 from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.head_scores import About, HeadScores, write_heads
 from kvtune.policies.methods.full import Full
@@ -310,6 +312,33 @@ def test_a_stand_in_says_what_a_step_would_bring_over_where_no_head_is_on_the_ho
     many = run_search(llama(tmp_path / "many", moved_bytes=10**9, context_tokens=2048))
     assert many.policy.uses_host
     assert not any("bring over what they read" in note for note in many.notes)
+
+
+def test_a_search_for_a_stack_that_stores_answers_runs_its_plans_so(
+    own: SearchRequest,
+) -> None:
+    """The loss is the stack's, in the result, in the policy file and on the way back from it."""
+    result = run_search(replace(own, stack="vllm"))
+    assert result.quality.stack == result.predicted_quality.stack == "vllm"
+    ours = result.baselines[0].live
+    assert ours is not None
+    assert result.quality.kl.tier == "live"
+    assert result.quality.kl.value > 1.2 * ours.value > 0
+    written = read_policy(own.run_dir / "policy.yaml")
+    assert written.provenance is not None
+    assert written.provenance.quality is not None
+    assert written.provenance.quality.stack == "vllm"
+    assert read_result(own.run_dir / "result.json").quality == result.quality
+    there = find_exporter("vllm")().export(written)
+    assert there.keeps_loss
+    assert there.loss == result.quality.kl
+    assert "is what the plan loses by its prompt" not in there.files["REPORT.txt"]
+    elsewhere = find_exporter("transformers")().export(written)
+    assert elsewhere.loss is None
+    rows = {row.name: row.loss for row in compared(written)}
+    assert rows["kvtune"].startswith("less than in vllm, ")
+    again = run_search(replace(own, stack="vllm"))
+    assert again.quality == result.quality
 
 
 def test_a_models_own_search_runs_the_plan_and_its_baselines_live(

@@ -68,6 +68,35 @@ def run_observed(
     return logits
 
 
+def run_whole(
+    loaded: LoadedModel,
+    token_ids: Sequence[int],
+    observed: int,
+    handler: Handler,
+) -> Tensor:
+    """Run a whole sample at once; the handler answers every layer's attention for all its tokens.
+
+    Args:
+        loaded: the model.
+        token_ids: prompt and observed tokens [N].
+        observed: the last tokens whose logits are computed, C of them.
+        handler: answers the attention.
+
+    Returns:
+        Logits [C, vocabulary] in the model's dtype.
+    """
+    import torch
+
+    ids = torch.tensor([list(token_ids)], device=loaded.device)
+    positions = torch.arange(ids.shape[1], device=loaded.device)[None]
+    with torch.inference_mode(False), torch.no_grad(), attending(handler):
+        output = loaded.model(
+            input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=observed
+        )
+    logits: Tensor = output.logits[0]
+    return logits
+
+
 def prompt_cache(loaded: LoadedModel, token_ids: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of a prompt, (k, v) a layer, each [1, H, P, D]."""
     cache: list[tuple[Tensor, Tensor]] = []

@@ -18,7 +18,7 @@ from kvtune.tuner.candidate import Candidate
 from kvtune.tuner.cross_fit import cross_fitted_front
 from kvtune.tuner.explore.record import selection_split
 from kvtune.tuner.lengths import length_note
-from kvtune.tuner.live_baselines import live_baselines
+from kvtune.tuner.live_baselines import live_baselines, live_on_stack
 from kvtune.tuner.on_stack import BytesThere
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import Baseline, FrontPoint, Quality, SearchResult
@@ -26,6 +26,7 @@ from kvtune.tuner.serving_room import Budgets
 from kvtune.tuner.solver import Solver
 from kvtune.tuner.sources import QualitySource
 from kvtune.tuner.stand_in_baselines import stand_in_baselines
+from kvtune.tuner.within import stores_alike
 
 if TYPE_CHECKING:
     from kvtune.tuner.timing import Times
@@ -60,10 +61,15 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
     request, source, solver = found.request, found.source, found.solver
     policy, budget = solver.policy(chosen), found.budgets[chosen.place].at(chosen.sequences)
     cost = _cost(found, chosen)
-    predicted = _predicted(source, chosen)
+    predicted = _predicted(found, chosen)
     validation: Validation | None = None
     if source.loaded:
-        compared, validation = live_baselines(source, policy, chosen, predicted.kl, progress)
+        ours = source.of_own_runtime
+        compared, validation = live_baselines(
+            ours, policy, chosen, ours.loss_of(chosen.choice), progress
+        )
+        if predicted.stack:
+            validation = live_on_stack(source, policy, progress)
     else:
         compared = stand_in_baselines(source, solver, policy, chosen, predicted.kl)
     baselines = tuple(row.baseline for row in compared)
@@ -125,13 +131,15 @@ def _times(
     )  # fmt: skip
 
 
-def _predicted(source: QualitySource, chosen: Candidate) -> Quality:
+def _predicted(found: Found, chosen: Candidate) -> Quality:
     """The plan's loss on held-out samples, from the tables."""
+    source, stack = found.source, found.request.stack
     return Quality(
         kl=source.loss_of(chosen.choice),
         source="stand-in" if source.stand_in else "own trace",
         stand_in=source.stand_in,
         samples=len(source.tables.of_split("evaluate").samples),
+        stack=str(stack) if source.loaded and stores_alike(stack) else "",
     )
 
 

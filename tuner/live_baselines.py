@@ -97,6 +97,24 @@ def live_baselines(
     return measured, found[0]
 
 
+def live_on_stack(source: QualitySource, policy: Policy, progress: Progress) -> Validation:
+    """The plan on held-out samples as a stack runs it that stores answers as it stores prompts."""
+    from kvtune.runtime.prompts import traced_prompt
+    from kvtune.tuner.validate import validate_policies
+
+    trace, loaded = source.trace, source.loaded
+    assert trace is not None  # noqa: S101 - own traces come with their model
+    assert loaded is not None  # noqa: S101
+    return validate_policies(
+        [policy],
+        loaded,
+        trace.of_split("evaluate"),
+        lambda sample: traced_prompt(trace, trace.sample(sample.id), loaded.device, probes=False),
+        stored_alike=True,
+        progress=progress,
+    )[0]
+
+
 def times_as_much(theirs: Validation, ours: Validation, kinds: Sequence[str]) -> Estimate | None:
     """How many times our live loss theirs is, with a 95 % interval over the same samples."""
     ratio, low, high = ratio_interval(theirs.losses, ours.losses, kinds)

@@ -27,6 +27,21 @@ def bytes_there(
     """What the stack's exporter says; None where nothing tells the stack how many it may run."""
     if stack is None:
         return None
+    size = sequence_bytes_on(stack, shape, generated_tokens)
+    if size is None:
+        return None
+
+    @lru_cache(maxsize=4096)
+    def of(options: bytes, context: int) -> int:
+        return size(policy_of(tables, np.frombuffer(options, np.int64), ""), context)
+
+    return lambda choice, context: of(choice.astype(np.int64).tobytes(), context)
+
+
+def sequence_bytes_on(
+    stack: str, shape: ModelShape, generated_tokens: int
+) -> Callable[[Policy, int], int] | None:
+    """Bytes of one sequence of a policy at a context; None where the stack is not told how many."""
     exporter, facts = find_exporter(stack)(), model_facts(shape)
 
     def size(policy: Policy, context: int) -> int:
@@ -34,12 +49,5 @@ def bytes_there(
         document = PolicyDocument(policy, facts, serving=serving)
         return exporter.export(document, allow_stand_in=True).sequence_bytes
 
-    @lru_cache(maxsize=4096)
-    def of(options: bytes, context: int) -> int:
-        return size(policy_of(tables, np.frombuffer(options, np.int64), ""), context)
-
-    def there(choice: Choice, context: int) -> int:
-        return of(choice.astype(np.int64).tobytes(), context)
-
     whole = Policy.uniform(Option(), shape.layers, shape.kv_heads)
-    return there if size(whole, tables.prompt_tokens) else None
+    return size if size(whole, 1) else None

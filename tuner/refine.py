@@ -21,6 +21,7 @@ from kvtune.tuner.cross_fit import cross_fitted_front
 from kvtune.tuner.explore.record import selection_split
 from kvtune.tuner.head_points import BY_HEADS
 from kvtune.tuner.sources import QualitySource
+from kvtune.tuner.within import stores_alike
 
 ROUNDS = 3
 FINALISTS = 4
@@ -89,15 +90,17 @@ def _finalists(found: Found) -> list[Candidate]:
 
 
 def _levelled(source: QualitySource, measured: Sequence[tuple[Candidate, Lives]]) -> Calibration:
-    """The calibration moved to what plans that evict have lost."""
-    split = selection_split(source.tables)
+    """The calibration moved to what plans have lost that evict, or all for some stacks."""
+    split, known = selection_split(source.tables), source.calibration
     seen = [
         (source.by_kind(candidate.choice, split), lives)
         for candidate, lives in measured
-        if source.evicts(candidate.choice)
+        if known.levels_all or source.evicts(candidate.choice)
     ]
+    further = level_of(seen)
+    level = known.level if further is None else (known.level or 0.0) + further
     tokens = source.tables.prompt_tokens
-    return source.calibration.levelled(level_of(seen), runs=len(measured), prompt_tokens=tokens)
+    return known.levelled(level, runs=len(measured), prompt_tokens=tokens)
 
 
 def level_of(seen: Sequence[tuple[Mapping[str, float], Lives]]) -> float | None:
@@ -136,6 +139,7 @@ def live_on_selection(found: Found, progress: Progress) -> RunLive | None:
             lambda sample: traced_prompt(
                 trace, trace.sample(sample.id), loaded.device, probes=False
             ),
+            stored_alike=stores_alike(found.request.stack),
             progress=progress,
         )
         return [{kind: loss.value for kind, loss in one.by_kind.items()} for one in ran]

@@ -38,12 +38,14 @@ class Quality:
         source: the model's own trace, or that of a stand-in.
         stand_in: the stand-in's name, or "".
         samples: held-out samples behind the figure.
+        stack: that the figure is of, where one runs plans otherwise than kvtune's runtime; or "".
     """
 
     kl: Estimate
     source: Source
     stand_in: Name = ""
     samples: Whole = 0
+    stack: Name = ""
 
     def as_dict(self) -> dict[str, Any]:
         """The form that goes into JSON: the figure flat, and whose trace it is from."""
@@ -54,6 +56,7 @@ class Quality:
             "source": self.source,
             "stand_in": self.stand_in or None,
             "samples": self.samples,
+            "stack": self.stack or None,
         }
 
     @classmethod
@@ -76,6 +79,7 @@ class _FlatQuality:
     source: Source = "own trace"
     stand_in: Name | None = None
     samples: Whole = 0
+    stack: Name | None = None
 
 
 def _quality_from(stored: _FlatQuality) -> Quality:
@@ -86,7 +90,7 @@ def _quality_from(stored: _FlatQuality) -> Quality:
     """
     low, high = stored.interval
     kl = checked_estimate(Estimate(stored.kl_nats_per_token, low, high, "nats/token", stored.tier))
-    return Quality(kl, stored.source, stored.stand_in or "", stored.samples)
+    return Quality(kl, stored.source, stored.stand_in or "", stored.samples, stored.stack or "")
 
 
 @dataclass(frozen=True)

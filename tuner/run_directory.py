@@ -48,7 +48,7 @@ def write_result(result: SearchResult) -> None:
 
 def _document(result: SearchResult) -> PolicyDocument:
     request, quality = result.request, result.quality
-    written = WrittenQuality(quality.source, quality.stand_in, quality.kl)
+    written = WrittenQuality(quality.source, quality.stand_in, quality.kl, quality.stack)
     return PolicyDocument(
         policy=_short(result.policy),
         model=model_facts(request.shape),
@@ -76,7 +76,7 @@ def _baseline_document(plan: PolicyDocument, baseline: Baseline, policy: Policy)
     made = plan.provenance
     assert made is not None  # noqa: S101 - written above
     assert made.quality is not None  # noqa: S101
-    quality = replace(made.quality, kl_nats_per_token=baseline.best)
+    quality = replace(made.quality, kl_nats_per_token=baseline.best, stack="")
     provenance = replace(made, quality=quality, memory={}, latency={})
     return replace(plan, policy=_short(replace(policy, name=baseline.name)), provenance=provenance)
 

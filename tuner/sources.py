@@ -15,6 +15,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate, Tier
 from kvtune.common.files import cache_dir
 from kvtune.common.progress import Progress
+from kvtune.policies.export.stored_alike import usual_ratio
 from kvtune.policies.signals import Needs
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.quality.calibration import Calibration
@@ -29,7 +30,7 @@ from kvtune.tuner.quality import calibrated, mean_over_kinds
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.screening import MOST, screened
 from kvtune.tuner.solver import evicts
-from kvtune.tuner.within import limits_of, menu_within
+from kvtune.tuner.within import limits_of, menu_within, stores_alike
 
 if TYPE_CHECKING:
     from kvtune.traces.models import LoadedModel
@@ -103,6 +104,13 @@ class QualitySource:
         tables = self.tables.of_split(split)
         return tables.by_sample(choice), [sample.kind for sample in tables.samples]
 
+    @property
+    def of_own_runtime(self) -> QualitySource:
+        """The same for kvtune's own runtime, where live runs were those of a stack."""
+        if not self.calibration.levels_all:
+            return self
+        return replace(self, calibration=source_models.packaged_calibration())
+
     def with_rules(self, rules: Sequence[Rule]) -> QualitySource:
         """The same with rules behind the options of its tables."""
         return replace(self, tables=replace(self.tables, rules=tuple(rules)))
@@ -113,15 +121,18 @@ class QualitySource:
 
 
 def stand_in(shape: ModelShape) -> QualitySource:
+    """What stands in for a model of this shape."""
+    return stand_in_for(shape.layers, shape.kv_heads, shape.head_dim, shape.name)
+
+
+def stand_in_for(layers: int, kv_heads: int, head_dim: int, model: str) -> QualitySource:
     """All sources' tables, as far as they say anything of a model with other heads.
 
     The calibration is the packaged source's, for all of them: how far live runs leave predictions
     hardly differs by model.
     """
     provenance = source_models.packaged_tables()[1]
-    tables, names = source_models.all_tables(
-        shape.layers, shape.kv_heads, shape.head_dim, shape.name
-    )
+    tables, names = source_models.all_tables(layers, kv_heads, head_dim, model)
     return QualitySource(
         tables=tables,
         calibration=source_models.packaged_calibration(),
@@ -155,11 +166,19 @@ def own_trace(request: SearchRequest, progress: Progress) -> QualitySource:
     tables = _own_tables(request, trace, menu, key, loaded.device, progress)
     return QualitySource(
         tables,
-        source_models.packaged_calibration(),
+        _calibration_for(request.stack),
         loaded=loaded,
         trace=trace,
         provenance=provenance,
     )
+
+
+def _calibration_for(stack: str | None) -> Calibration:
+    """The packaged one; for a stack that also stores answers, at the level usual of its formats."""
+    packaged, limits = source_models.packaged_calibration(), limits_of(stack)
+    if limits is None or not stores_alike(stack):
+        return packaged
+    return replace(packaged, level=float(np.log(usual_ratio(limits))), levels_all=True)
 
 
 def _own_trace(

@@ -26,6 +26,8 @@ RATIOS: dict[str, dict[str, float]] = {
     "fp8_token_head": {"prose": 0.106, "code": 0.189, "retrieval": 0.207},
     "q8_0-rotated": {"prose": 0.00369, "code": 0.00437, "retrieval": 0.00271},
     "q4_0-rotated": {"prose": 0.518, "code": 1.04, "retrieval": 0.706},
+    "openvino_u8": {"prose": 0.00134, "code": 0.00291, "retrieval": 0.00271},
+    "openvino_u4": {"prose": 0.451, "code": 0.754, "retrieval": 0.531},
 }
 """By format and kind of text: live loss over that of ``BESIDE``, SmolLM2-135M
 (``benchmarks/results/formats-stacks-cpu.json``)."""

@@ -13,6 +13,7 @@ from kvtune.common.progress import Progress, Silent
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs
 from kvtune.runtime.live import LiveRun, full_cache, run_live
+from kvtune.runtime.live_stored import run_stored
 from kvtune.runtime.prompts import Prompt, fresh_prompt
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample
@@ -68,6 +69,7 @@ def validate_policy(
     loaded: LoadedModel,
     samples: Sequence[Sample],
     *,
+    stored_alike: bool = False,
     progress: Progress | None = None,
 ) -> Validation:
     """Run one policy live: prompt, compression, observed tokens, all now."""
@@ -76,7 +78,9 @@ def validate_policy(
     def fresh(sample: Sample) -> Prompt:
         return fresh_prompt(loaded, sample, needs)
 
-    return validate_policies([policy], loaded, samples, fresh, progress=progress)[0]
+    return validate_policies(
+        [policy], loaded, samples, fresh, stored_alike=stored_alike, progress=progress
+    )[0]
 
 
 def validate_policies(
@@ -85,6 +89,7 @@ def validate_policies(
     samples: Sequence[Sample],
     prompt_of: Callable[[Sample], Prompt],
     *,
+    stored_alike: bool = False,
     progress: Progress | None = None,
 ) -> list[Validation]:
     """Run several policies live on the same samples.
@@ -94,6 +99,8 @@ def validate_policies(
         loaded: the model.
         samples: held out.
         prompt_of: gives a sample's prompt, from a trace or run afresh; asked once a sample.
+        stored_alike: as a stack runs it that reads prompts through what it stores of them, and
+            stores answers likewise; else prompts are read whole, and answers stay in 16 bits.
         progress: told of every sample and batch of policies.
     """
     runs: list[list[LiveRun]] = [[] for _ in policies]
@@ -103,7 +110,11 @@ def validate_policies(
         if at == 0:
             prompt = cache(prompt_of(sample))  # what policies look at is computed once a layer
             full = full_cache(loaded, sample, prompt)
-        found = run_live(loaded, sample, prompt, policies[at : at + together], full)
+        some = policies[at : at + together]
+        if stored_alike:
+            found = run_stored(loaded, sample, some, full)
+        else:
+            found = run_live(loaded, sample, prompt, some, full)
         for row, run in enumerate(found, start=at):
             runs[row].append(run)
     return [summarise(row, samples) for row in runs]

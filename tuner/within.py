@@ -25,6 +25,12 @@ def limits_of(stack: str | None) -> EngineLimits | None:
     return find_exporter(stack).limits if stack else None
 
 
+def stores_alike(stack: str | None) -> bool:
+    """Whether live runs for a stack store answers as prompts, in formats that are its own."""
+    limits = limits_of(stack)
+    return limits is not None and limits.stores_alike and bool(limits.own)
+
+
 def menu_within(menu: Menu, limits: EngineLimits | None) -> Menu:
     """A menu's methods that a stack runs, in all formats that it stores."""
     if limits is None:

@@ -9,12 +9,14 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.common.units import format_tokens
 from kvtune.common.words import figure
-from kvtune.policies.export.contract import exporters
-from kvtune.policies.export.plan import Plan, plan_of
+from kvtune.policies.export.contract import Export, exporters
+from kvtune.policies.export.plan import Plan, Predict, nobody_predicts, plan_of
 from kvtune.policies.paging import Growth, sequence_bytes, waiting_bytes
+from kvtune.policies.policy import footprint_of_lengths
 from kvtune.policies.policy_file.parts import ModelFacts, PolicyDocument, Serving
 from kvtune.policies.servable import check_servable
 
+NOTHING = "0"
 NOT_THE_PLANS = "not the plan's"
 """The loss on a stack that runs another policy than the plan, which nobody has predicted."""
 
@@ -39,9 +41,18 @@ class Compared:
 
 
 def compared(
-    document: PolicyDocument, facts: ModelFacts | None = None, context_tokens: int | None = None
+    document: PolicyDocument,
+    facts: ModelFacts | None = None,
+    context_tokens: int | None = None,
+    predict: Predict = nobody_predicts,
 ) -> list[Compared]:
     """The uncompressed cache, the plan in kvtune's own pages, then every stack by name.
+
+    Args:
+        document: the plan.
+        facts: what it does not say of its model.
+        context_tokens: of a prompt; left out, the document's.
+        predict: what is lost on stacks that run something else than the plan.
 
     Raises:
         KvtuneError: the document does not say which model it is for.
@@ -49,10 +60,10 @@ def compared(
     plan = plan_of(document, "", facts, context_tokens, None)
     loss = _loss_of_plan(document)
     ours = [
-        Compared("uncompressed", *_full(plan), "0", "exact"),
+        Compared("uncompressed", *_full(plan), NOTHING, "exact"),
         Compared("kvtune", *_own(plan), loss, _proof(plan)),
     ]
-    there = [_on(name, document, facts, context_tokens) for name in sorted(exporters())]
+    there = [_on(name, plan, facts, predict) for name in sorted(exporters())]
     if plan.is_elsewhere:
         there = [replace(row, sequences=None) for row in there]
     return ours + there
@@ -108,26 +119,38 @@ def _fitting(plan: Plan, each: int, waiting: int) -> int | None:
     return None if plan.room_bytes is None else max(plan.room_bytes - waiting, 0) // each
 
 
-def _on(
-    name: str,
-    document: PolicyDocument,
-    facts: ModelFacts | None,
-    context_tokens: int | None,
-) -> Compared:
+def _on(name: str, plan: Plan, facts: ModelFacts | None, predict: Predict) -> Compared:
     kind = exporters()[name]
     try:
         made = kind().export(
-            document, facts=facts, context_tokens=context_tokens, allow_stand_in=True
+            plan.document,
+            facts=facts,
+            context_tokens=plan.context_tokens,
+            allow_stand_in=True,
+            predict=predict,
         )
     except KvtuneError as error:
         return Compared(name, None, None, str(error), kind.proof)
-    told = _told(made.loss) if made.keeps_loss else NOT_THE_PLANS
+    lengths = footprint_of_lengths(plan.facts.layers, plan.facts.kv_heads)
+    told = _loss_on(made, _full(plan)[0], lengths)
     return Compared(name, made.prompt_bytes, made.sequences, told, made.proof)
+
+
+def _loss_on(made: Export, whole_bytes: int, lengths: int) -> str:
+    """Of what runs there: nothing where it is the whole prompt in 16 bits."""
+    if made.prompt_bytes in (whole_bytes, whole_bytes + lengths):
+        return NOTHING
+    if made.keeps_loss:
+        return _told(made.loss)
+    if made.wider and made.loss:
+        return f"at most {_told(made.loss)}"
+    return _told(made.predicted) if made.predicted else NOT_THE_PLANS
 
 
 def _loss_of_plan(document: PolicyDocument) -> str:
     quality = document.provenance.quality if document.provenance else None
-    return _told(quality.kl_nats_per_token if quality else None)
+    told = _told(quality.kl_nats_per_token if quality else None)
+    return f"less than in {quality.stack}, {told}" if quality and quality.stack else told
 
 
 def _told(loss: Estimate | None) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -20,8 +20,8 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
 from kvtune.common.files import inside, write_text
 from kvtune.policies.export.limits import EngineLimits
-from kvtune.policies.export.lines import Line, quality_lines
-from kvtune.policies.export.plan import Plan, plan_of
+from kvtune.policies.export.lines import Line, loses_no_more, quality_lines
+from kvtune.policies.export.plan import Plan, Predict, nobody_predicts, plan_of
 from kvtune.policies.export.stored_alike import loss_there
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.parts import ModelFacts, PolicyDocument
@@ -48,7 +48,9 @@ class Export:
         sequences: that the stack is told to run at once; None where nothing tells it.
         sequence_bytes: that it holds of one of them at its full length; 0 where nothing tells it.
         keeps_loss: whether all of the plan that the loss depends on is kept.
-        loss: what it then loses there; None where it is not known.
+        wider: whether all else is, and what is not is stored in more bits.
+        loss: what the plan loses there where it is kept; None where it is not known.
+        predicted: what is lost there where the plan is not kept; None where nobody knows.
     """
 
     stack: str
@@ -61,7 +63,9 @@ class Export:
     sequences: int | None = None
     sequence_bytes: int = 0
     keeps_loss: bool = False
+    wider: bool = False
     loss: Estimate | None = None
+    predicted: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class Exporter(ABC):
         batch: int | None = None,
         allow_stand_in: bool = False,
         strict: bool = False,
+        predict: Predict = nobody_predicts,
     ) -> Export:
         """The files and the report; writes nothing.
 
@@ -96,6 +101,7 @@ class Exporter(ABC):
             batch: at most the document's, and what fits, unless given.
             allow_stand_in: export a policy found on another model's trace, and say so in the files.
             strict: refuse an export that does not keep everything.
+            predict: what is lost where the stack runs something else than the plan.
 
         Raises:
             KvtuneError: a shape is missing, a stand-in is not allowed, strict is not met, the
@@ -103,6 +109,7 @@ class Exporter(ABC):
         """
         self._check_stand_in(document, allow_stand_in)
         plan = plan_of(document, model, facts, context_tokens, batch)
+        plan = replace(plan, predict=predict)
         self._check_tiers(plan.policy)
         made = self.render(plan)
         if strict and (lost := [line for line in made.report if line.status != "kept"]):
@@ -115,6 +122,10 @@ class Exporter(ABC):
     @abstractmethod
     def render(self, plan: Plan) -> Export:
         """Files and one line for each field of the policy."""
+
+    def runs(self, plan: Plan) -> Policy | None:
+        """What runs there, in formats that are the stack's own; None where none are known."""
+        return None
 
     def done(
         self,
@@ -148,7 +159,9 @@ class Exporter(ABC):
             notes,
             *held,
             keeps_loss=all(line.status == "kept" for line in losses),
+            wider=loses_no_more(losses),
             loss=self._loss(plan),
+            predicted=self._predicted(plan, losses),
         )
 
     def header(self, plan: Plan, losses: Sequence[Line]) -> list[str]:
@@ -164,13 +177,21 @@ class Exporter(ABC):
         return ["".join(c if c.isprintable() else " " for c in line) for line in lines]
 
     def _quality(self, plan: Plan, losses: Sequence[Line]) -> list[str]:
-        return quality_lines(plan.document, losses, self._loss(plan))
+        predicted = self._predicted(plan, losses)
+        return quality_lines(plan.document, losses, self._loss(plan), predicted)
+
+    def _predicted(self, plan: Plan, losses: Sequence[Line]) -> Estimate | None:
+        """Of what runs there instead of the plan, where that is known."""
+        runs = self.runs(plan) if any(line.status != "kept" for line in losses) else None
+        return None if runs is None else plan.predict(self.name, runs, plan.facts)
 
     def _loss(self, plan: Plan) -> Estimate | None:
-        """Of the plan, where the stack keeps all of it."""
+        """Of the plan, where the stack keeps all of it; None of one measured for another stack."""
         quality = plan.document.provenance.quality if plan.document.provenance else None
         loss = quality.kl_nats_per_token if quality else None
-        return loss_there(loss, plan.policy, self.limits) if loss else None
+        if quality is None or loss is None or quality.stack == self.name:
+            return loss
+        return None if quality.stack else loss_there(loss, plan.policy, self.limits)
 
     def _check_tiers(self, policy: Policy) -> None:
         on_host = next((option for option in policy.options() if option.on_host), None)

@@ -19,6 +19,10 @@ from kvtune.policies.export.flatten import (
 from kvtune.policies.export.limits import EngineLimits
 from kvtune.policies.export.lines import Line, comment
 from kvtune.policies.export.plan import Plan
+from kvtune.policies.format import Format
+from kvtune.policies.formats.bf16 import Bf16
+from kvtune.policies.option import Option
+from kvtune.policies.policy import Policy
 
 Rule = Callable[[Any], bool]
 
@@ -35,6 +39,7 @@ class CacheType:
         like: the name of kvtune's format that it is nearest to.
         detail: what differs from that.
         channels: that a head must be a multiple of.
+        own: the format that is the type's own arithmetic, where there is one.
     """
 
     name: str
@@ -43,6 +48,7 @@ class CacheType:
     like: str
     detail: str = ""
     channels: int = 1
+    own: Format | None = None
 
 
 def sixteen_bits(name: str) -> CacheType:
@@ -68,11 +74,12 @@ def asymmetric(name: str, bits: int, scale_bytes: float) -> CacheType:
 
 
 def limits_of_types(types: tuple[CacheType, ...]) -> EngineLimits:
-    """What a stack with these types can take."""
-    stored = frozenset(each.like for each in types)
+    """What a stack with these types can take; one whose arithmetic is known stores all alike."""
+    own = tuple(each.own for each in types if each.own is not None)
+    stored = frozenset((*(each.like for each in types), *(form.name for form in own)))
     return EngineLimits(
         frozenset({"full"}), stored, stored, "engine", "engine", distinct_budgets=0,
-        distinct_formats=1, keys_differ_from_values=False,
+        distinct_formats=1, keys_differ_from_values=False, own=own, stores_alike=bool(own),
     )  # fmt: skip
 
 
@@ -138,6 +145,13 @@ class EngineWide(Exporter):
         others = [bytes_line(plan, bytes_), sequences]
         return self.done(plan, files, losses, others, (*self.notes, *of_model), held)
 
+    def runs(self, plan: Plan) -> Policy | None:
+        """All tokens in the chosen type, where its arithmetic is known."""
+        chosen = self._chosen(plan)
+        form = Bf16() if chosen.bits == (16, 16) else chosen.own
+        option = Option(keys=form, values=form) if form else None
+        return Policy.uniform(option, plan.facts.layers, plan.facts.kv_heads) if option else None
+
     def _chosen(self, plan: Plan) -> CacheType:
         flat = flatten(list(plan.policy.options()))
         needed = flat.key_bits, flat.value_bits
@@ -155,6 +169,8 @@ def _format_line(plan: Plan, chosen: CacheType, types: tuple[CacheType, ...]) ->
     label = f"keys {'/'.join(flat.key_formats)}, values {'/'.join(flat.value_formats)}"
     if names == {"bf16"}:
         return Line(label, "kept", "16 bits")
+    if {form for o in plan.policy.options() for form in (o.keys, o.values)} == {chosen.own}:
+        return Line(label, "kept", f"{chosen.name}: its own arithmetic")
     if names == {chosen.like}:
         return Line(label, "approximated", chosen.detail + grouping_text(flat))
     why = _why_not(names, plan.facts.head_dim, types)

@@ -4,7 +4,7 @@
 
     import kv_cache
     kv_cache.apply(model)                                             # once
-    model.generate(**inputs, past_key_values=kv_cache.build_cache())  # a new cache each time
+    model.generate(**inputs, past_key_values=kv_cache.build_cache())  # or cache=, from 5.24
 
 The first forward pass is the prompt: in one piece, without padding. When a layer has answered it,
 each KV head keeps its tokens in its format; generated tokens stay as they are. Stored tokens are

@@ -25,6 +25,8 @@ class EngineLimits:
         keys_differ_from_values: whether keys and values may have different formats.
         own: formats that are the engine's own arithmetic, whose loss is known of what runs there; a
             search takes these and 16 bits, where there are some.
+        stores_alike: whether each token is stored as it comes, the answer's like the prompt's, and
+            the prompt is read through what is stored.
     """
 
     methods: frozenset[str]
@@ -36,6 +38,7 @@ class EngineLimits:
     distinct_formats: int | None = None
     keys_differ_from_values: bool = True
     own: tuple[Format, ...] = ()
+    stores_alike: bool = False
 
     def stores(self, keys: Format, values: Format) -> bool:
         """Whether a search may give a head these formats."""

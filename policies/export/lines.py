@@ -15,11 +15,19 @@ Status = Literal["kept", "approximated", "not expressible"]
 
 @dataclass(frozen=True)
 class Line:
-    """What became of one field of the policy."""
+    """What became of one field of the policy.
+
+    Args:
+        field: of the policy.
+        status: whether the stack keeps it.
+        detail: what became of it.
+        wider: whether it is not kept because it is stored in more bits, which loses no more.
+    """
 
     field: str
     status: Status
     detail: str
+    wider: bool = False
 
     def __str__(self) -> str:
         """The line as a report prints it."""
@@ -31,27 +39,45 @@ def comment(lines: list[str], mark: str = "#") -> str:
     return "".join(f"{mark} {line}\n" for line in lines)
 
 
+def loses_no_more(losses: Sequence[Line]) -> bool:
+    """Whether what is not kept is stored in more bits, and something is."""
+    lost = [line for line in losses if line.status != "kept"]
+    return bool(lost) and all(line.wider for line in lost)
+
+
 def quality_lines(
-    document: PolicyDocument, losses: Sequence[Line], there: Estimate | None
+    document: PolicyDocument,
+    losses: Sequence[Line],
+    there: Estimate | None,
+    predicted: Estimate | None = None,
 ) -> list[str]:
-    """What is known of the loss: where all of the plan is kept, what it loses there, else nothing.
+    """What is known of the loss there: the plan's where it is kept, else what was predicted.
 
     The first line is short; others warn.
 
     Args:
         document: the plan and where its quality comes from.
         losses: what became of that on which the loss depends.
-        there: the loss on the stack.
+        there: the plan's loss on the stack.
+        predicted: the loss of what runs there instead.
     """
     quality = document.provenance.quality if document.provenance else None
+    changed = any(line.status != "kept" for line in losses)
+    if changed and predicted is not None and not loses_no_more(losses):
+        return [f"what runs here is not the plan, and loses {figure(predicted)}, nats/token"]
     if quality is None:
         return ["not known"]
-    if any(line.status != "kept" for line in losses):
+    if loses_no_more(losses) and there is not None:
+        return [f"{quality}; loses no more than {figure(there)}, nats/token, with fewer bits"]
+    if changed:
         return [f"{quality}; what runs here is not the plan, and its loss was not predicted"]
     lines = [str(quality)]
     if there is not None:
         lines[0] += f"; loses {figure(there)}, nats/token"
-    if (loss := quality.kl_nats_per_token) not in (None, there):
+    loss = quality.kl_nats_per_token
+    if quality.stack and there is None:
+        lines[0] += f"; its loss was measured for {quality.stack}, and is not known here"
+    elif loss not in (None, there):
         lines.append(
             f"{figure(loss)} is what the plan loses by its prompt; this stack also reads prompts "
             "through what it stores, and stores answers likewise."

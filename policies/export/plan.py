@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Estimate
 from kvtune.policies.export.lines import Line
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.parts import ModelFacts, Pattern, PolicyDocument, Serving
 
+Predict = Callable[[str, Policy, ModelFacts], Estimate | None]
 _ASSUMED_CONTEXT_TOKENS = 4096
+
+
+def nobody_predicts(stack: str, policy: Policy, facts: ModelFacts) -> Estimate | None:
+    """A ``Predict`` that knows nothing."""
+    return None
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,8 @@ class Plan:
         sequence_tokens: prompt and answer together, never more than the model takes.
         batch: sequences at once that were asked for; None for as many as fit.
         assumed: lines on what was left open.
+        predict: what a policy in a stack's own formats loses there, by the stack's name; None where
+            nobody knows.
     """
 
     document: PolicyDocument
@@ -35,6 +45,7 @@ class Plan:
     sequence_tokens: int
     batch: int | None
     assumed: tuple[Line, ...]
+    predict: Predict = nobody_predicts
 
     @property
     def given_model(self) -> str:

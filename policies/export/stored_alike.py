@@ -8,6 +8,7 @@ likewise, which loses several times as much.
 from __future__ import annotations
 
 from dataclasses import replace
+from statistics import fmean
 
 from kvtune.common.estimate import BAND, Estimate
 from kvtune.policies.export.limits import EngineLimits
@@ -26,10 +27,20 @@ texts of one model, one of each kind, their mean's, and the most (SmolLM2-135M,
 format; so few texts show that it is several times, and not how far models differ."""
 
 
-def loss_there(loss: Estimate, policy: Policy, limits: EngineLimits) -> Estimate:
+def usual_ratio(limits: EngineLimits) -> float:
+    """How many times its prompt's loss a plan loses in a stack's formats, in the mean of these.
+
+    1 where none of them was measured: live rounds begin with what the prompt loses then.
+    """
+    known = [RATIOS[form.label][1] for form in limits.own if form.label in RATIOS]
+    return fmean(known) if known else 1.0
+
+
+def loss_there(loss: Estimate, policy: Policy, limits: EngineLimits) -> Estimate | None:
     """The loss of a plan in an engine's own formats, answers and the reading of prompts included.
 
-    An upper bound for plans some of whose heads have other formats: their low end stays.
+    An upper bound for plans some of whose heads have other formats: their low end stays. None where
+    one of them was not measured.
 
     Args:
         loss: of the plan, as a search printed it.
@@ -37,9 +48,12 @@ def loss_there(loss: Estimate, policy: Policy, limits: EngineLimits) -> Estimate
         limits: of the engine; one without formats of its own names no loss of narrow ones.
     """
     forms = {form for option in policy.options() for form in (option.keys, option.values)}
-    found = [RATIOS[form.label] for form in forms if form in limits.own and form.label in RATIOS]
-    if not found:
+    own = [form.label for form in forms if form in limits.own]
+    if not own:
         return loss
+    if not set(own) <= set(RATIOS):
+        return None
+    found = [RATIOS[label] for label in own]
     least, mean, most = max(found, key=lambda ratios: ratios[1])
     if len(found) < len(forms):
         least = 1.0

@@ -18,7 +18,7 @@ DTYPES = {
 """Values of kv-cache-dtype that are used here, with the bits of keys and of values."""
 PAGE_TOKENS = 32  # of a block at most; 16 where all layers have one dtype
 _KEYS = {
-    "model", "max-model-len", "max-num-seqs", "kv-cache-dtype", "kv-cache-dtype-skip-layers",
+    "model", "max-model-len", "max-num-seqs", "kv-cache-dtype",
     "max-num-batched-tokens", "hf-overrides", "kv-cache-memory-bytes", "quantization",
 }  # fmt: skip
 
@@ -33,9 +33,6 @@ def check(config: dict[str, Any], layers: int) -> None:
         raise ValueError(f"no flags of vLLM: {sorted(unknown)}")
     if config["kv-cache-dtype"] not in {"auto", *DTYPES}:
         raise ValueError(f"kv-cache-dtype cannot be {config['kv-cache-dtype']!r}")
-    for layer in config.get("kv-cache-dtype-skip-layers", []):
-        if not (isinstance(layer, str) and layer.isdecimal() and int(layer) < layers):
-            raise ValueError(f"kv-cache-dtype-skip-layers: {layer!r} is no layer of {layers}")
     whole = ("max-model-len", "max-num-seqs", "max-num-batched-tokens", "kv-cache-memory-bytes")
     for key in whole:
         if key in config and not (isinstance(config[key], int) and config[key] > 0):
@@ -102,9 +99,8 @@ def _sliding(config: dict[str, Any]) -> tuple[set[int], int]:
 
 def _dtypes(config: dict[str, Any], layers: int) -> list[str]:
     """Every layer's dtype; turboquant exempts the first and the last two layers by itself."""
-    exempt = {int(layer) for layer in config.get("kv-cache-dtype-skip-layers", [])}
-    if config["kv-cache-dtype"].startswith("turboquant"):
-        exempt |= {0, 1, layers - 2, layers - 1}
+    turboquant = config["kv-cache-dtype"].startswith("turboquant")
+    exempt = {0, 1, layers - 2, layers - 1} if turboquant else set()
     return ["auto" if at in exempt else config["kv-cache-dtype"] for at in range(layers)]
 
 

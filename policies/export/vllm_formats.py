@@ -1,4 +1,11 @@
-"""The one cache dtype of vLLM that is nearest to a plan's formats, and which layers go without."""
+"""The one cache dtype of vLLM that is nearest to a plan's formats, for all layers.
+
+vLLM can leave layers in 16 bits beside a narrower dtype. Layers of several dtypes then share its
+memory, which is not sound beside scales a token and head: with one layer left out, 0.26 answered
+some requests with what is no number, others in another run, and none with all layers in 4 bits
+(``benchmarks/results/started-loss-h200.json``, ``started-loss-mixed-h200.json``); open there as
+pull request 51091 and issues 49716 and 50749. So no layer is left out.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +13,10 @@ from kvtune.policies.export.flatten import Flat, flatten, grouping_text
 from kvtune.policies.export.lines import Line
 from kvtune.policies.export.plan import Plan
 from kvtune.policies.export.vllm_config import DTYPES
+from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.token_head import Fp8TokenHead, Int4TokenHead, Int8TokenHead
+from kvtune.policies.option import Option
+from kvtune.policies.policy import Policy
 
 _NEAREST = {
     ("fp8", "fp8"): "fp8", ("int8", "int8"): "int8_per_token_head",
@@ -15,43 +25,28 @@ _NEAREST = {
 }  # fmt: skip
 OWN = Int8TokenHead(), Fp8TokenHead(), Int4TokenHead()
 STORED = frozenset({"bf16", *(name for pair in _NEAREST for name in pair)})
-_NARROW = 12  # mean bits below which a layer is quantised
+_UNSCALED = "fp8"  # its scales are the checkpoint's, else 1
 
 
-def formats(plan: Plan) -> tuple[str, list[int], list[Line]]:
-    """The dtype, the layers that stay in 16 bits, and what that loses."""
-    layers = [flatten(layer) for layer in plan.policy.heads]
-    narrow = [flat for flat in layers if _is_narrow(flat)]
-    exempt = [layer for layer, flat in enumerate(layers) if not _is_narrow(flat)]
-    if not narrow:
-        lost = [flat for flat in layers if flat.key_bits + flat.value_bits < 32]
-        return "auto", [], [_format_line(layers, "auto", bool(lost))]
-    together = flatten(
-        [
-            o
-            for layer, flat in zip(plan.policy.heads, layers, strict=True)
-            if _is_narrow(flat)
-            for o in layer
-        ]
-    )
-    dtype = _dtype(together)
-    rounded = any(
-        len(flat.key_formats) > 1 or len(flat.value_formats) > 1 for flat in (*layers, together)
-    )
-    lines = [_format_line(narrow, dtype, rounded)]
-    if exempt:
-        mixed = any(layers[layer].key_bits + layers[layer].value_bits < 32 for layer in exempt)
-        status = "not expressible" if mixed else "kept"
-        detail = f"{len(exempt)} of {len(layers)} layers stay in 16 bits (skip list)"
-        lines.append(Line("formats by layer", status, detail))  # type: ignore[arg-type]
-    return dtype, exempt, lines
+def formats(plan: Plan) -> tuple[str, Line]:
+    """The dtype, and what that loses."""
+    flat = flatten(list(plan.policy.options()))
+    dtype = _dtype(flat)
+    return dtype, _format_line(flat, dtype)
 
 
-def _is_narrow(flat: Flat) -> bool:
-    return (flat.key_bits + flat.value_bits) / 2 < _NARROW
+def running(plan: Plan, dtype: str) -> Policy | None:
+    """All tokens in a dtype; None where its arithmetic is not known."""
+    names = {f"{form.name.removesuffix('_token_head')}_per_token_head": form for form in OWN}
+    form = names.get(dtype, Bf16() if dtype == "auto" else None)
+    if form is None:
+        return None
+    option = Option(keys=form, values=form)
+    return Policy.uniform(option, plan.facts.layers, plan.facts.kv_heads, name=f"vLLM, {dtype}")
 
 
 def _dtype(flat: Flat) -> str:
+    """The nearest, else the narrowest with enough bits in the mean; 16 bits beyond 8."""
     if len(flat.key_formats) == len(flat.value_formats) == 1:
         nearest = _NEAREST.get((flat.key_formats[0], flat.value_formats[0]))
         if nearest:
@@ -59,23 +54,23 @@ def _dtype(flat: Flat) -> str:
     wide_enough = [
         (keys + values, name)
         for name, (keys, values) in DTYPES.items()
-        if keys >= min(flat.key_bits, 8) and values >= min(flat.value_bits, 8)
+        if keys >= flat.key_bits and values >= flat.value_bits and name != _UNSCALED
     ]
-    return min(wide_enough, key=lambda pair: pair[0])[1]
+    return min(wide_enough, key=lambda pair: pair[0])[1] if wide_enough else "auto"
 
 
-def _format_line(layers: list[Flat], dtype: str, rounded: bool) -> Line:
-    keys = "/".join(dict.fromkeys(name for flat in layers for name in flat.key_formats))
-    values = "/".join(dict.fromkeys(name for flat in layers for name in flat.value_formats))
+def _format_line(flat: Flat, dtype: str) -> Line:
+    keys, values = "/".join(flat.key_formats), "/".join(flat.value_formats)
     label = f"keys {keys}, values {values}"
-    if rounded:
-        detail = f"one dtype and 16 bits, by layer; used {dtype} instead"
-        return Line(label, "not expressible", detail)
-    if dtype == "auto":
+    if keys == values == "bf16":
         return Line(label, "kept", "16 bits")
+    if dtype == "auto":
+        return Line(label, "not expressible", "one dtype for all layers; 16 bits instead", True)
     if (keys, values) not in _NEAREST:
-        return Line(label, "not expressible", f"no such dtype; used {dtype} instead")
+        several = len(flat.key_formats) > 1 or len(flat.value_formats) > 1
+        why = "one dtype for all layers" if several else "no such dtype"
+        return Line(label, "not expressible", f"{why}; used {dtype} instead")
     if keys in {form.name for form in OWN}:
         return Line(label, "kept", f"{dtype}: its own arithmetic")
     scales = "scales of the checkpoint, else 1.0" if dtype == "fp8" else "a scale a token and head"
-    return Line(label, "approximated", f"{dtype}: {scales}{grouping_text(*layers)}")
+    return Line(label, "approximated", f"{dtype}: {scales}{grouping_text(flat)}")

@@ -65,11 +65,13 @@ class Quality(_Portable):
         source: whether the model's own trace was used.
         stand_in: the model whose trace stood in; empty with the model's own.
         kl_nats_per_token: KL divergence from the full cache, with its interval and tier.
+        stack: where that was measured as a stack runs plans that also stores answers; or "".
     """
 
     source: Literal["own trace", "stand-in"]
     stand_in: str = ""
     kl_nats_per_token: Estimate | None = None
+    stack: str = ""
 
     def __str__(self) -> str:
         """``stand-in (smollm2-135m)`` or ``own trace``."""

@@ -35,11 +35,11 @@ def _figures(check: Checker, node: Node) -> Any:
 
 
 def _quality(check: Checker, node: Node) -> Quality | None:
-    keys = ("source", "stand_in", "kl_nats_per_token", "interval", "tier")
+    keys = ("source", "stand_in", "stack", "kl_nats_per_token", "interval", "tier")
     entries = check.mapping(node, keys, required=["source"])
     before = len(check.problems)
     kinds: dict[str, Any] = {
-        "source": Literal["own trace", "stand-in"], "stand_in": str,
+        "source": Literal["own trace", "stand-in"], "stand_in": str, "stack": str,
         "kl_nats_per_token": float, "tier": Literal[get_args(Tier)],
     }  # fmt: skip
     read = {key: check.value(entry, kinds[key]) for key, entry in entries.items() if key in kinds}
@@ -48,7 +48,7 @@ def _quality(check: Checker, node: Node) -> Quality | None:
     loss = _loss(check, node, entries, read)
     if len(check.problems) > before or "source" not in read:
         return None
-    return Quality(read["source"], read.get("stand_in") or "", loss)
+    return Quality(read["source"], read.get("stand_in") or "", loss, read.get("stack") or "")
 
 
 def _loss(

@@ -116,8 +116,9 @@ def _provenance(provenance: Provenance) -> dict[str, Any]:
     plain = _set_fields(provenance)
     if (quality := provenance.quality) is not None:
         plain["quality"] = {"source": quality.source}
-        if quality.stand_in:
-            plain["quality"]["stand_in"] = quality.stand_in
+        for key in ("stand_in", "stack"):
+            if value := getattr(quality, key):
+                plain["quality"][key] = value
         if (loss := quality.kl_nats_per_token) is not None:
             plain["quality"] |= {
                 "kl_nats_per_token": loss.value,

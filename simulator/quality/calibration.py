@@ -107,19 +107,21 @@ class Calibration:
         curves: by regime; one that is missing leaves predictions as they are.
         level: logarithm of live over what the curves say of evicting policies; None where none
             was run.
+        levels_all: whether the level is that of all policies: of a stack that also stores answers.
         prompt_tokens: of the samples that showed the level.
         runs: live runs of a policy on a sample that are behind it; 0 for none.
     """
 
     curves: Mapping[Regime, Curve] = field(default_factory=dict)
     level: float | None = None
+    levels_all: bool = False
     runs: int = 0
     prompt_tokens: int = 1
 
     def curve(self, kind: str, evicts: bool) -> Curve:
         """What holds for a policy on a kind of text."""
         curve = self.curves.get(regime_of(kind, evicts), Curve())
-        if not evicts or self.level is None:
+        if self.level is None or not (evicts or self.levels_all):
             return curve
         return curve.levelled(self.level, self.prompt_tokens)
 

@@ -17,6 +17,7 @@ from kvtune.profiles.shape import ModelShape
 from kvtune.profiles.split import split_over
 from kvtune.simulator.latency.front_end import NOTHING, FrontEnd
 from kvtune.simulator.latency.stacks import KV_BYTES, KvFormat, StackSetting
+from kvtune.simulator.memory.engine_memory import EngineFlags, engine_memory
 from kvtune.simulator.memory.plan import memory_plan
 from kvtune.simulator.memory.weights import WeightFormat
 from kvtune.simulator.serving.sequence import Footprint
@@ -120,6 +121,8 @@ def server(
 ) -> Server:
     """Split each card's memory: weights, overhead and a step's activations, the rest for the cache.
 
+    Under vLLM the cache is what vLLM leaves for it (``simulator/memory/engine_memory.py``).
+
     Args:
         shape: the whole model.
         gpu: one of the cards.
@@ -145,6 +148,9 @@ def server(
     asked = min(limits.step_tokens, shape.max_context)
     chosen = memory_plan(local, gpu, memory_bytes, context_tokens=asked, weights=weights)
     cache = replace(chosen, batch=limits.sequences, chunk_tokens=limits.step_tokens).cache
+    if kernels.stack == "vllm":
+        asked_of = memory_bytes, chosen.weight_format, limits, block_tokens, gpus, kernels
+        cache = _left_by_vllm(shape, gpu, *asked_of) or cache
     if cache.value < local.kv_bytes(block_tokens, KV_BYTES[kernels.kv_format]):
         raise KvtuneError(
             f"nothing of {format_bytes(memory_bytes)} is left for the cache when steps hold "
@@ -158,6 +164,35 @@ def server(
         of = kernels.kv_format, kernels.expert_parallel
         setting = StackSetting(kernels.stack, weight_format, gpus, *of)
     return Server(shape, gpu, weight_format, cache, limits, block_tokens, host, gpus, setting)
+
+
+def _left_by_vllm(
+    shape: ModelShape,
+    gpu: GpuProfile,
+    memory_bytes: int,
+    weights: WeightFormat,
+    limits: Limits,
+    block_tokens: int,
+    gpus: int,
+    kernels: StackKernels,
+) -> Estimate | None:
+    """What vLLM would leave for its cache on each card; None of layers it lays out in other ways.
+
+    A limit of the whole card is its default share of it, as where none is named.
+    """
+    share = None if memory_bytes == gpu.visible_bytes else memory_bytes / gpu.visible_bytes
+    flags = EngineFlags(
+        gpu_memory_utilization=share,
+        max_num_seqs=limits.sequences,
+        max_num_batched_tokens=limits.step_tokens,
+        kv_cache_bytes=KV_BYTES[kernels.kv_format],
+        block_size=block_tokens,
+        expert_parallel=kernels.expert_parallel > 1,
+    )
+    try:
+        return engine_memory(shape, gpu, weights, flags, gpus=gpus).cache
+    except KvtuneError:
+        return None
 
 
 def check_planned(server: Server, setting: StackSetting, policy: Policy) -> None:

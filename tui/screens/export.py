@@ -95,12 +95,16 @@ def written(selected: Selected, stack: str, folder: Path, allow_stand_in: bool) 
     Raises:
         KvtuneError: a stand-in is not allowed, or the folder cannot be written.
     """
+    from kvtune.tuner.flattened import loss_on_stack  # tables, which the explorer opens without
+
     document = document_of(selected)
     if stack == _POLICY:
         path = folder / "policy.yaml"
         write_text(path, write_policy(document))
         return f"wrote {path}"
-    made = find_exporter(stack)().export(document, allow_stand_in=allow_stand_in)
+    made = find_exporter(stack)().export(
+        document, allow_stand_in=allow_stand_in, predict=loss_on_stack
+    )
     paths = write_export(made, folder)
     lines = [f"wrote {path}" for path in paths]
     return "\n".join([*lines, "", *(str(line) for line in made.report), *made.notes])

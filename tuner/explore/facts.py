@@ -104,12 +104,8 @@ class Facts:
 
     @property
     def layout(self) -> str:
-        """Whose pages memory is counted in, where the plan was counted in a stack's; else ""."""
-        return (
-            f"in kvtune's own pages; the search counted as {self.stack} lays plans out"
-            if self.stack
-            else ""
-        )
+        """How memory is counted, where that is not in kvtune's own pages; else ""."""
+        return f"as {self.stack} lays plans out" if self.stack else ""
 
     @property
     def size(self) -> Size:

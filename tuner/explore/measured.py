@@ -49,6 +49,7 @@ class _Quality:
     source: Name = ""
     stand_in: Name | None = None
     samples: Whole = 0
+    stack: Name | None = None
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ class Study:
         if plan.trial in self.measured or self.outcome is None or not self.is_chosen(plan):
             return self.measured.get(plan.trial)
         ours, outcome = self.outcome.baselines[0], self.outcome
-        if ours.live is None:
+        if ours.live is None or outcome.quality.stack:  # else beside others in our own runtime
             return None
         return Measured(
             kl=ours.live,
@@ -173,6 +173,14 @@ class Study:
             return self.outcome.quality.kl
         return plan.kl
 
+    @property
+    def _stack(self) -> str:
+        """Whose losses the plans' are, where a stack was searched for that stores answers too."""
+        from kvtune.tuner.within import stores_alike
+
+        stack = "" if self.facts.stand_in else self.facts.stack
+        return stack if stores_alike(stack) else ""
+
     def document(self, plan: Plan, weights: str) -> PolicyDocument:
         """The plan as a policy file, with where it comes from."""
         facts, shape = self.facts, self.facts.shape
@@ -183,7 +191,7 @@ class Study:
             policy=self.policy(plan),
             model=model_facts(shape),
             provenance=Provenance(
-                quality=Quality(source, facts.stand_in, self.quality(plan)),
+                quality=Quality(source, facts.stand_in, self.quality(plan), self._stack),
                 kvtune=facts.kvtune,
                 trace=trace,
                 seed=facts.seed,

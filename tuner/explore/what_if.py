@@ -19,6 +19,7 @@ from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.memory.peak import add
 from kvtune.simulator.memory.plan import MemoryPlan, memory_plan
 from kvtune.tuner.explore.facts import EACH, Facts
+from kvtune.tuner.explore.layout import each_on_stack
 from kvtune.tuner.explore.plans import Floats, Integers
 from kvtune.tuner.explore.steps import from_host, kernels, landing, reading_back, together
 from kvtune.tuner.explore.study import Study
@@ -110,13 +111,14 @@ def figures_of(study: Study, setting: Setting) -> Figures:
     contexts = _or_own(setting.context_tokens, plans.context_tokens)
     sequences = _or_own(setting.sequences, plans.sequences)
     counts, heads = study.option_counts, study.plans.heads
+    each = each_on_stack(facts, study.given, heads, contexts)
     if setting.weights != EACH or not len(plans):
-        return figures(facts, study.given, counts, contexts, sequences, setting, heads)
+        return figures(facts, study.given, counts, contexts, sequences, setting, heads, each)
 
     def of(name: str) -> tuple[Integers, Figures]:
         rows, alike = np.flatnonzero(study.weights == name), replace(setting, weights=name)
         asked = counts[rows], contexts[rows], sequences[rows], alike, heads[rows]
-        return rows, figures(facts, study.given, *asked)
+        return rows, figures(facts, study.given, *asked, None if each is None else each[rows])
 
     return _merged([of(str(name)) for name in np.unique(study.weights)])
 
@@ -140,6 +142,7 @@ def figures(
     sequences: Integers,
     setting: Setting,
     heads: NDArray[np.integer] | None = None,
+    each: Floats | None = None,
 ) -> Figures:
     """The same for any policies, told by how many heads take each option.
 
@@ -151,6 +154,7 @@ def figures(
         sequences: at once, ``[n]``.
         setting: what is asked instead of the study's own.
         heads: numbers of options, layer by layer, ``[n, I]``; needed where any lies on the host.
+        each: bytes of one sequence as a stack lays it out, ``[n]``; left out, in kvtune's pages.
     """
     shape, options = facts.shape, [next(policy.options()) for policy in given]
     rooms = {int(c): _room(facts, setting, int(c)) for c in np.unique(contexts)}
@@ -159,8 +163,10 @@ def figures(
     lengths = footprint_of_lengths(shape.layers, shape.kv_heads)
     prompt = sum(stored.values(), np.zeros(len(counts))) + lengths
     generated = shape.kv_bytes_per_token() * facts.generated_tokens
-    held = _held(given, counts, contexts, size, facts.generated_tokens)
-    held += landing(shape, options, heads, contexts)
+    held = each
+    if held is None:
+        held = _held(given, counts, contexts, size, facts.generated_tokens)
+        held += landing(shape, options, heads, contexts)
     read = _bytes_by_format(_read_on_device, options, counts, contexts, size)
     read["bf16"] = read.get("bf16", np.zeros(len(counts))) + generated
     first = next(iter(rooms.values()), None)

@@ -139,4 +139,4 @@ def _format_lines(options: Sequence[Option]) -> list[Line]:
     if keys == values == "bf16":
         return [Line("keys and values bf16", "kept", "16 bits")]
     detail = "presses and quantised layers do not go together; 16 bits instead"
-    return [Line(f"keys {keys}, values {values}", "not expressible", detail)]
+    return [Line(f"keys {keys}, values {values}", "not expressible", detail, wider=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from kvtune.policies.export import engine_wide
@@ -18,6 +18,7 @@ from kvtune.policies.export.engine_wide import (
 from kvtune.policies.export.flatten import flatten, grouping_text
 from kvtune.policies.export.lines import Line, comment
 from kvtune.policies.export.plan import Plan
+from kvtune.policies.format import Format
 from kvtune.policies.formats.llama_cpp import Q4, Q8
 
 TYPES = {"q4_0": 4.5, "q8_0": 8.5, "f16": 16.0}
@@ -41,6 +42,7 @@ SCHEMA = {
     "cache-type-k": one_of(*TYPES),
     "cache-type-v": one_of(*TYPES),
 }
+_OWN: dict[str, Format] = {"q8_0": Q8(rotation="hadamard"), "q4_0": Q4(rotation="hadamard")}
 _CACHE_TYPES = tuple(
     CacheType(
         name,
@@ -48,13 +50,10 @@ _CACHE_TYPES = tuple(
         lambda head_dim, bits=TYPES[name]: 2 * head_dim * bits / 8,  # type: ignore[misc]
         like,
         channels=1 if name == "f16" else BLOCK,
+        own=_OWN.get(name),
     )
     for like, name in NEAREST.items()
 )
-
-
-_OWN = Q8(rotation="hadamard"), Q4(rotation="hadamard")
-_STORED = frozenset({*NEAREST, *(form.name for form in _OWN)})
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,9 @@ class LlamaCpp(EngineWide):
     stack = "llama.cpp"
     stack_version = "0c1e57098bba (October 2026)"
     source = "common/arg.cpp, src/llama-context.cpp, tools/server/README.md"
-    proof = "schema mirror"
+    proof = "ran"
     types = _CACHE_TYPES
-    limits = replace(
-        limits_of_types(_CACHE_TYPES), key_formats=_STORED, value_formats=_STORED, own=_OWN
-    )
+    limits = limits_of_types(_CACHE_TYPES)
     page_tokens = PADDING
     why_dropped = WHY_DROPPED
     notes = (
@@ -145,7 +142,7 @@ def _format_lines(plan: Plan, kind: str) -> list[Line]:
     }
     return [
         _own_line(f"{side} {names[0]}", kind)
-        if len(names) == 1 and names[0] == kind and forms <= set(_OWN)
+        if forms == {_OWN.get(kind)}
         else _format_line(plan, f"{side} {'/'.join(names)}", names, kind, grouping)
         for side, (names, grouping, forms) in sides.items()
     ]

@@ -15,23 +15,26 @@ from kvtune.policies.export.engine_wide import (
     sixteen_bits,
 )
 from kvtune.policies.export.plan import Plan
+from kvtune.policies.formats.openvino import PAGE_TOKENS, OpenVINO4, OpenVINO8, OpenVINOCodes
 
-_PAGE = 32
 _SCALES = 8  # bytes of a 32-bit scale and a 32-bit zero point
 
 
-def _paged(bits: int) -> CacheType:
+def _paged(form: OpenVINOCodes) -> CacheType:
     """Codes with their scales: keys' are of a page's tokens in one channel, values' of a token."""
+    bits = form.bits
     return CacheType(
         f"u{bits}",
         (bits, bits),
-        lambda head_dim: 2 * head_dim * bits / 8 + _SCALES * (1 + head_dim / _PAGE),
+        lambda head_dim: 2 * head_dim * bits / 8 + _SCALES * (1 + head_dim / PAGE_TOKENS),
         f"int{bits}",
-        f"asymmetric, 32-bit scales: keys' of a channel in {_PAGE} tokens, values' of a token",
+        f"asymmetric, 32-bit scales: keys' of a channel in {PAGE_TOKENS} tokens, values' of a "
+        "token",
+        own=form,
     )
 
 
-_TYPES = (sixteen_bits("f16"), _paged(8), _paged(4))
+_TYPES = (sixteen_bits("f16"), _paged(OpenVINO8()), _paged(OpenVINO4()))
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,15 @@ class OpenVINO(EngineWide):
     stack = "OpenVINO GenAI"
     stack_version = "2026.4.1.0"
     source = "openvino_genai.SchedulerConfig, property KV_CACHE_PRECISION"
-    proof = "schema mirror"
+    proof = "ran"
     types = _TYPES
     limits = limits_of_types(_TYPES)
-    page_tokens = _PAGE
+    page_tokens = PAGE_TOKENS
     why_dropped = "its eviction is by blocks of all layers, which no method of the plan's is"
     notes = (
         "properties go to the pipeline, scheduler fields to SchedulerConfig().",
         "keys' scales are by channel, its default on CPUs; the bytes are those that it allocates.",
+        "prompts are read through what is stored of them, and generated tokens stored likewise.",
     )
     schema = {  # noqa: RUF012
         "properties": lambda value: (
@@ -73,7 +77,7 @@ class OpenVINO(EngineWide):
         return {
             "properties": {"KV_CACHE_PRECISION": chosen.name},
             "scheduler": {
-                "num_kv_blocks": batch * -(-plan.sequence_tokens // _PAGE),
+                "num_kv_blocks": batch * -(-plan.sequence_tokens // PAGE_TOKENS),
                 "max_num_seqs": batch,
                 "dynamic_split_fuse": True,
             },

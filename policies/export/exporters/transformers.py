@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from importlib import resources
 from typing import Any
 
+from kvtune.common.transformers_interface import TRIED
 from kvtune.policies.export.capacity import bytes_line
 from kvtune.policies.export.contract import Export, Exporter
 from kvtune.policies.export.flatten import Heads, planned_heads
@@ -37,7 +38,7 @@ class Transformers(Exporter):
 
     name = "transformers"
     stack = "Hugging Face transformers"
-    stack_version = "5.23.0"
+    stack_version = TRIED[-1]
     source = "cache_utils.py, integrations/sdpa_attention.py"
     proof = "ran"
     limits = EngineLimits(_METHODS, _FORMATS, _FORMATS, budgets="head", formats="head")
@@ -96,13 +97,13 @@ class Transformers(Exporter):
             report[Line(f"{role} {form.label}", "kept", how)] = None
             return form
         detail = "kv_cache.py does not know it; used 16 bits instead"
-        report[Line(f"{role} {form.label}", "not expressible", detail)] = None
+        report[Line(f"{role} {form.label}", "not expressible", detail, wider=True)] = None
         return Bf16()
 
 
 _NOTES = (
     "import kv_cache; kv_cache.apply(model); "
-    "model.generate(**inputs, past_key_values=kv_cache.build_cache())",
+    "model.generate(**inputs, past_key_values=kv_cache.build_cache()), or cache= from 5.24",
     "prompts without padding, one cache a generate; no beam search; sdpa attention is used.",
     "stored tokens are read back at every step: memory is saved, time is not.",
 )

@@ -20,30 +20,32 @@ from kvtune.policies.export.limits import EngineLimits
 from kvtune.policies.export.lines import Line, comment
 from kvtune.policies.export.plan import Plan
 from kvtune.policies.export.vllm_config import check, line, prompt_bytes, sequence_bytes
-from kvtune.policies.export.vllm_formats import OWN, STORED, formats
+from kvtune.policies.export.vllm_formats import OWN, STORED, formats, running
 from kvtune.policies.option import Option
+from kvtune.policies.policy import Policy
 
 _BATCHED_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Vllm(Exporter):
-    """One cache dtype with exempted layers, and one window size for chosen layers; no eviction."""
+    """One cache dtype, and one window size for chosen layers; nothing is evicted."""
 
     name = "vllm"
     stack = "vLLM"
     stack_version = EXPORTED
     source = "vllm/config/cache.py, vllm/engine/arg_utils.py, vllm/models/llama.py"
-    proof = "schema mirror"
+    proof = "ran"
     limits = EngineLimits(
-        frozenset({"full"}), STORED, STORED, "layer", "layer",
+        frozenset({"full"}), STORED, STORED, "layer", "engine",
         distinct_budgets=1, distinct_formats=1, keys_differ_from_values=False, own=OWN,
+        stores_alike=True,
     )  # fmt: skip
 
     def render(self, plan: Plan) -> Export:
         """The YAML and what it loses."""
         heads, allocator = planned_heads(plan)
-        dtype, exempt, format_lines = formats(plan)
+        dtype, format_line = formats(plan)
         windows = _windows(heads, plan.context_tokens)
         dropped = _dropped_lines(plan, heads, windows)
         model, model_lines, model_notes = _model(plan)
@@ -52,8 +54,6 @@ class Vllm(Exporter):
             "max-model-len": plan.sequence_tokens,
             "kv-cache-dtype": dtype,
         }
-        if exempt:
-            config["kv-cache-dtype-skip-layers"] = [str(layer) for layer in exempt]
         if windows:
             # A windowed layer is given window - 1 + this many tokens; the default saves nothing.
             config["max-num-batched-tokens"] = _BATCHED_TOKENS
@@ -66,7 +66,7 @@ class Vllm(Exporter):
         config["max-num-seqs"] = min(batch, config.get("max-num-batched-tokens", batch))
         check(config, plan.facts.layers)
         losses = [
-            *dropped, *([allocator] if allocator.status != "kept" else []), *format_lines,
+            *dropped, *([allocator] if allocator.status != "kept" else []), format_line,
             *lost_exact_tokens(plan),
         ]  # fmt: skip
         header = [*self.header(plan, losses), *model_notes]
@@ -76,6 +76,12 @@ class Vllm(Exporter):
         others = [bytes_line(plan, prompt), sequences, *model_lines]
         held = prompt, config["max-num-seqs"], size
         return self.done(plan, {"vllm.yaml": text}, losses, others, notes, held)
+
+    def runs(self, plan: Plan) -> Policy | None:
+        """All tokens in one dtype; a window's loss is not known."""
+        heads, _ = planned_heads(plan)
+        windows = _windows(heads, plan.context_tokens)
+        return None if windows else running(plan, formats(plan)[0])
 
 
 _NOTES = (
