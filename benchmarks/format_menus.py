@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compaction import evaluation, summary, tables
+from compaction import evaluation, measured_tables, summary
 from outcomes import times_as_much, used
 from plans import Plan, Variant, choose, search
 from quality_bench import Bench, opened
@@ -62,7 +62,7 @@ def plans(bench: Bench, measured: Tables, share: float) -> dict[str, Any]:
 def measure(bench: Bench, menu: Menu, shares: Sequence[float], seconds: float) -> None:
     """Tables, then share after share until the time is up."""
     begun = time.monotonic()
-    measured = tables(bench, menu.options(), 16 if len(shares) > 1 else 1)
+    measured = measured_tables(bench, menu.options(), 16 if len(shares) > 1 else 1)
     bench.record("table_seconds", time.monotonic() - begun)
     for share in shares:
         if time.monotonic() - begun > seconds:

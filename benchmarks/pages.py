@@ -64,6 +64,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "needles": quality_pages.needles,
     "ranking": quality_pages.ranking,
     "strongest": quality_pages.strongest,
+    "menus": quality_pages.menus,
     "tasks": quality_pages.tasks,
     "levels-alone": lambda: levels(ALONE, LONG, "calibrated on other kinds"),
     "levels-gemma": lambda: levels(EACH, GEMMA, "calibrated on SmolLM2"),

@@ -66,13 +66,13 @@ class Task:
     Args:
         name: of the kind.
         about: what such a sample asks of the model.
-        predicted: mean loss before anything ran live, nats/token.
+        predicted: mean loss before anything ran live, nats/token, with its interval.
         live: loss measured live, or None.
     """
 
     name: str
     about: str
-    predicted: float
+    predicted: Estimate
     live: Estimate | None
 
 
@@ -228,10 +228,10 @@ _ABOUT = {
 
 
 def _tasks(study: Study, row: int) -> Iterator[Task]:
-    plan = study.plans[row]
-    live = study.live(plan)
+    live = study.live(study.plans[row])
     measured = live.by_kind if live else {}
-    for kind, loss in zip(study.facts.kinds, plan.by_kind, strict=True):
+    predicted = study.outcome.baselines[0].by_kind if study.outcome else {}
+    for kind, loss in predicted.items():
         yield Task(kind, _ABOUT.get(kind, ""), loss, measured.get(kind))
 
 
