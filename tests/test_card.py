@@ -54,7 +54,7 @@ def test_all_forms_say_the_same(run: Path, capsys: pytest.CaptureFixture[str]) -
         for task in card["tasks"]:
             low, high = task["predicted"]["interval"]
             assert low < task["predicted"]["value"] < high
-            assert f"[{low:.2g}, {high:.2g}]" in text
+            assert f"{low:.2g}, {high:.2g}" in text
         assert "RULER's multi-key needles" in text
     assert [task["name"] for task in card["tasks"]] == ["code", "prose", "retrieval"]
     assert sum(budget["chosen"] for budget in card["budgets"]) == 1

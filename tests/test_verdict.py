@@ -72,7 +72,7 @@ def test_the_sentence_can_be_quoted() -> None:
         ),
         (
             {"step": Estimate(3.13, 2.9, 3.4, "s", "assumed")},
-            "; a token takes 3.13 s [2.90 s, 3.40",
+            "; a token takes 3.13 s [2.9 s, 3.4 s]",
         ),
     ],
 )
