@@ -11,8 +11,11 @@ not seen on either are ranked by themselves. A prediction puts heads together as
     loss of a position = most x (1 - exp(-(half the mean square of the response / most)^power))
 
 with ``most`` what the position loses where hardly anything of the prompt is left, which one live
-run a text says. Each way leaves some of these free. ``--records FOLDER`` keeps what was measured,
-and without ``--device`` only judges what lies there.
+run a text says. Each way leaves some of these free, or takes them as two short texts, that are
+among neither set, had them. The last ways believe besides that policies which err alike are off
+alike: what the few that ran were off by is carried over to the others by a Gaussian process, whose
+kernel is how much the probes' responses to two policies point the same way. ``--records FOLDER``
+keeps what was measured, and what lies there is not measured again.
 """
 
 from __future__ import annotations
@@ -50,7 +53,6 @@ FREE: dict[str, tuple[str, ...]] = {
     "levels, and depth": ("levels", "depth"),
     "levels, and heads that saturate": ("levels", "cap"),
     "levels, and power": ("levels", "power"),
-    "all": ("levels", "depth", "cap", "power"),
 }
 
 
@@ -76,6 +78,9 @@ REDRAWN = 1000
 STIFF = 0.02
 """Of the prior that nothing need be refitted, beside one squared logarithm."""
 NO_CAP = 3.0
+ALIKE, AMPLITUDE, NOISE, SLOPE = 0.3, 0.5, 0.1, 0.1
+"""Of the Gaussian process: one minus the cosine at which policies are little alike, and the spread
+of logarithms that they share, that they do not, and that a rising loss has."""
 
 
 @dataclass
@@ -88,10 +93,16 @@ class Shape:
     power: Tensor
 
     @staticmethod
-    def start() -> Shape:
-        """Heads add up as they are."""
-        cap = torch.tensor(NO_CAP)
+    def start(free: Sequence[str] = ()) -> Shape:
+        """Heads add up as they are; a cap that is free begins where it can be felt."""
+        cap = torch.tensor(0.0 if "cap" in free else NO_CAP)
         return Shape(torch.zeros(len(GROUPS)), torch.tensor(0.0), cap, torch.tensor(0.0))
+
+    @staticmethod
+    def known() -> Shape:
+        """As a text of prose and one of retrieval of 384 tokens had it, 49 policies each."""
+        levels, depth = torch.tensor([0.0, 0.5]), torch.tensor(-1.0)
+        return Shape(levels, depth, torch.tensor(NO_CAP), torch.tensor(0.0))
 
     def moved(self) -> Tensor:
         """How far it lies from where it began, squared."""
@@ -127,12 +138,12 @@ class Texts:
 
     def live(self, kind: str, *, answers: bool = False) -> Tensor:
         """Mean over a kind's texts, ``[B]``."""
-        return torch.stack([_mean(r.live, r, answers) for r in self._of(kind)]).mean(0)
+        return torch.stack([_mean(r.live, r, answers) for r in self.of(kind)]).mean(0)
 
     def predicted(self, shape: Shape, kind: str, rows: Tensor, *, answers: bool = False) -> Tensor:
         """The same of some policies, as a shape says it."""
         found = []
-        for each in self._of(kind):
+        for each in self.of(kind):
             some = Record(each.live[rows], each.most, each.answers, each.responses[rows])
             losses = shape.losses(some, self.groups[rows], self.layers)
             found.append(_mean(losses, each, answers))
@@ -141,11 +152,12 @@ class Texts:
     def in_blocks(self, kind: str) -> Tensor:
         """What a search's tables say, ``[B]``."""
         found = [
-            by_block(r.responses.float().sum(1)).sum(-1) / r.live.shape[1] for r in self._of(kind)
+            by_block(r.responses.float().sum(1)).sum(-1) / r.live.shape[1] for r in self.of(kind)
         ]
         return torch.stack(found).mean(0)
 
-    def _of(self, kind: str) -> list[Record]:
+    def of(self, kind: str) -> list[Record]:
+        """Records of a kind's texts."""
         return [record_ for of, record_ in self.records.values() if of == kind]
 
 
@@ -155,7 +167,7 @@ def _mean(losses: Tensor, each: Record, answers: bool) -> Tensor:
 
 def refined(texts: Texts, rows: Tensor, free: Sequence[str]) -> Shape:
     """The shape that fits some policies' live losses on the refining texts best, in logarithms."""
-    shape = Shape.start()
+    shape = Shape.start(free)
     fitted = [getattr(shape, name).requires_grad_() for name in free]
     if not fitted:
         return shape
@@ -174,6 +186,61 @@ def refined(texts: Texts, rows: Tensor, free: Sequence[str]) -> Shape:
 
     optimiser.step(error)  # type: ignore[arg-type]
     return Shape(*(each.detach() for each in vars(shape).values()))
+
+
+def cosines(texts: Texts, kind: str) -> NDArray[np.float64]:
+    """How much the responses to two policies point the same way, the mean over texts, ``[B, B]``."""
+    found = []
+    for each in texts.of(kind):
+        row = each.responses.float().sum(1).flatten(1)
+        row = row / row.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        found.append((row @ row.T).double().cpu().numpy())
+    return np.asarray(np.mean(found, 0))
+
+
+def carried(
+    off: NDArray[np.float64], said: NDArray[np.float64], alike: NDArray[np.float64], rows: Any
+) -> NDArray[np.float64]:
+    """What all policies are off by, ``[B]``, of what a few of them are, by likeness and size.
+
+    Args:
+        off: logarithms of live over predicted of those few.
+        said: logarithms of what is predicted, ``[B]``.
+        alike: cosines, ``[B, B]``.
+        rows: which the few are.
+    """
+    size = said - said[rows].mean()
+    kernel = 1 + SLOPE * np.outer(size, size) + AMPLITUDE**2 * np.exp(-(1 - alike) / ALIKE)
+    seen = kernel[np.ix_(rows, rows)] + NOISE**2 * np.eye(len(rows))
+    return np.asarray(kernel[:, rows] @ np.linalg.solve(seen, off))
+
+
+@torch.no_grad()
+def by_likeness(
+    seen: Texts, test: Texts, shape: Shape, rows: Tensor
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Predictions on the test texts, moved by what some policies were off by on the others.
+
+    Answers are moved by what these lost there, from what their whole texts are predicted to lose.
+    """
+    before, after = predictions(seen, shape)[0], predictions(test, shape)[0]
+    few = rows.numpy()
+
+    def moved(kinds: Sequence[str], live: Tensor) -> Tensor:
+        first, then = (
+            torch.stack([each[kind] for kind in kinds]).mean(0).cpu().double().clamp(min=1e-9).log()
+            for each in (before, after)
+        )
+        alike = np.mean([cosines(seen, kind) for kind in kinds], 0)
+        off = live.cpu().double().clamp(min=1e-9).log()[rows] - first[rows]
+        return (then + torch.from_numpy(carried(off.numpy(), first.numpy(), alike, few))).exp()
+
+    losses = {kind: moved([kind], seen.live(kind)) for kind in test.kinds}
+    asked = Judged(test, few).asked
+    if not asked:
+        return losses, None
+    answers = torch.stack([seen.live(kind, answers=True) for kind in asked]).mean(0)
+    return losses, moved(asked, answers)
 
 
 def apart(losses: Tensor, groups: Tensor, count: int) -> Tensor:
@@ -270,20 +337,29 @@ def compared(texts: dict[str, Texts], say: Any) -> Iterator[tuple[str, dict[str,
     live = {kind: seen.live(kind) for kind in test.kinds}
     yield "live on the other texts, all 98", whole.of(live, None)
     before = _over(predictions(seen, Shape.start())[0]).cpu()
+
+    def told(name: str, rows: Tensor, shape: Shape, alike: bool) -> tuple[str, dict[str, Any]]:
+        made = by_likeness(seen, test, shape, rows) if alike else predictions(test, shape)
+        losses, answers = made
+        unseen = Judged(test, np.setdiff1d(every, rows.numpy()))
+        found: dict[str, Any] = {"by": name, "live runs": len(rows)}
+        found["shape"] = {k: np.round(v.tolist(), 3).tolist() for k, v in vars(shape).items()}
+        found["ranks"] = whole.of(losses, None)
+        found["answers by themselves"] = whole.of(losses, answers).get("answers")
+        found["ranks of policies that did not run"] = unseen.of(losses, None)
+        found["live over predicted, median"] = _levels(test, losses)
+        say(f"{name}, {len(rows)}: {found['ranks']['all']}")
+        return f"{name}, {len(rows)} live runs", found
+
     for name, free in FREE.items():
         for count in RUNS if free else (0,):
             rows = apart(before, seen.groups, count) if count else torch.arange(0)
-            shape = refined(seen, rows, free)
-            losses, answers = predictions(test, shape)
-            unseen = Judged(test, np.setdiff1d(every, rows.numpy()))
-            found: dict[str, Any] = {"by": name, "live runs": len(rows)}
-            found["fitted"] = {k: np.round(v.tolist(), 3).tolist() for k, v in vars(shape).items()}
-            found["ranks"] = whole.of(losses, None)
-            found["ranks, answers by answer rows"] = whole.of(losses, answers).get("answers")
-            found["ranks of policies that did not run"] = unseen.of(losses, None)
-            found["level"] = _levels(test, losses)
-            say(f"{name}, {count}: {found['ranks']['all']}")
-            yield f"{name}, {count} live runs", found
+            yield told(name, rows, refined(seen, rows, free), alike=False)
+    yield told("as two short texts had it", torch.arange(0), Shape.known(), alike=False)
+    for count in RUNS:
+        rows = apart(before, seen.groups, count)
+        yield told("those that err alike", rows, Shape.start(), alike=True)
+        yield told("as two short texts had it, alike", rows, Shape.known(), alike=True)
 
 
 def _levels(test: Texts, losses: dict[str, Tensor]) -> dict[str, float]:

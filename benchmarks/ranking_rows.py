@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvtune.policies.apply import apply_together
-from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs
 from kvtune.runtime.live import full_cache, run_live
@@ -32,7 +31,7 @@ from kvtune.tuner.solver import evicts
 from kvtune.tuner.validate import union_of_needs
 
 ROWS = 14  # policies a batch
-GROUPS = ("quantising", "evicting by attention", "evicting by position")
+GROUPS = ("quantising", "evicting")
 
 
 @dataclass(frozen=True)
@@ -64,17 +63,10 @@ class Record:
             return Record(**{each.name: file.get_tensor(each.name) for each in fields(Record)})
 
 
-def group_of(option: Option) -> int:
-    """Which of ``GROUPS`` an option belongs to."""
-    if not evicts(option):
-        return 0
-    return 1 if option.method.name in ("snapkv", "h2o") else 2
-
-
 def groups_of(policies: Sequence[Policy]) -> Tensor:
-    """The same of every head, ``[B, I]``."""
-    rows = [[group_of(o) for layer in policy.heads for o in layer] for policy in policies]
-    return torch.tensor(rows)
+    """Which of ``GROUPS`` the option of every head belongs to, ``[B, I]``."""
+    rows = [[evicts(o) for layer in policy.heads for o in layer] for policy in policies]
+    return torch.tensor(rows).long()
 
 
 @torch.no_grad()
