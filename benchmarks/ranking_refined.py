@@ -189,7 +189,7 @@ def refined(texts: Texts, rows: Tensor, free: Sequence[str]) -> Shape:
 
 
 def cosines(texts: Texts, kind: str) -> NDArray[np.float64]:
-    """How much the responses to two policies point the same way, the mean over texts, ``[B, B]``."""
+    """How much responses to two policies point the same way, the mean over texts, ``[B, B]``."""
     found = []
     for each in texts.of(kind):
         row = each.responses.float().sum(1).flatten(1)
