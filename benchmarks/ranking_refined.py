@@ -147,14 +147,14 @@ class Texts:
             some = Record(each.live[rows], each.most, each.answers, each.responses[rows])
             losses = shape.losses(some, self.groups[rows], self.layers)
             found.append(_mean(losses, each, answers))
-        return torch.stack(found).mean(0)
+        return torch.stack(found).mean(0).cpu()
 
     def in_blocks(self, kind: str) -> Tensor:
         """What a search's tables say, ``[B]``."""
         found = [
             by_block(r.responses.float().sum(1)).sum(-1) / r.live.shape[1] for r in self.of(kind)
         ]
-        return torch.stack(found).mean(0)
+        return torch.stack(found).mean(0).cpu()
 
     def of(self, kind: str) -> list[Record]:
         """Records of a kind's texts."""
@@ -172,17 +172,18 @@ def refined(texts: Texts, rows: Tensor, free: Sequence[str]) -> Shape:
     if not fitted:
         return shape
     truth = {kind: texts.live(kind)[rows].clamp(min=1e-6).log() for kind in texts.kinds}
-    optimiser = torch.optim.LBFGS(fitted, max_iter=40, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS(fitted, max_iter=25, line_search_fn="strong_wolfe")
 
     def error() -> Tensor:
         optimiser.zero_grad()
-        off = [
-            (texts.predicted(shape, kind, rows).clamp(min=1e-6).log() - seen.to("cpu")).abs().mean()
-            for kind, seen in truth.items()
-        ]
-        total: Tensor = torch.stack(off).mean() + STIFF * shape.moved()
+        total = STIFF * shape.moved()
         total.backward()  # type: ignore[no-untyped-call]
-        return total
+        for kind, seen in truth.items():  # one after the other, for the card's memory
+            off = texts.predicted(shape, kind, rows).clamp(min=1e-6).log() - seen
+            part = off.abs().mean() / len(truth)
+            part.backward()  # type: ignore[no-untyped-call]
+            total = total + part
+        return total.detach()
 
     optimiser.step(error)  # type: ignore[arg-type]
     return Shape(*(each.detach() for each in vars(shape).values()))
@@ -228,11 +229,11 @@ def by_likeness(
 
     def moved(kinds: Sequence[str], live: Tensor) -> Tensor:
         first, then = (
-            torch.stack([each[kind] for kind in kinds]).mean(0).cpu().double().clamp(min=1e-9).log()
+            torch.stack([each[kind] for kind in kinds]).mean(0).double().clamp(min=1e-9).log()
             for each in (before, after)
         )
         alike = np.mean([cosines(seen, kind) for kind in kinds], 0)
-        off = live.cpu().double().clamp(min=1e-9).log()[rows] - first[rows]
+        off = live.double().clamp(min=1e-9).log()[rows] - first[rows]
         return (then + torch.from_numpy(carried(off.numpy(), first.numpy(), alike, few))).exp()
 
     losses = {kind: moved([kind], seen.live(kind)) for kind in test.kinds}
@@ -290,7 +291,7 @@ class Judged:
 
     def rank(self, ours: Tensor, live: Tensor) -> dict[str, float]:
         """Spearman's correlation, with a 95 % interval over redrawn policies."""
-        both = np.stack([each.detach().cpu().double().numpy()[self.rows] for each in (ours, live)])
+        both = np.stack([each.double().numpy()[self.rows] for each in (ours, live)])
         at = np.random.default_rng(0).integers(both.shape[1], size=(REDRAWN, both.shape[1]))
         low, high = np.percentile(_spearman(both[:, at]), [2.5, 97.5])
         found = {"value": _spearman(both[:, None])[0], "low": low, "high": high}
@@ -336,7 +337,7 @@ def compared(texts: dict[str, Texts], say: Any) -> Iterator[tuple[str, dict[str,
     yield "tables, nothing refined", whole.of(blocks, None)
     live = {kind: seen.live(kind) for kind in test.kinds}
     yield "live on the other texts, all 98", whole.of(live, None)
-    before = _over(predictions(seen, Shape.start())[0]).cpu()
+    before = _over(predictions(seen, Shape.start())[0])
 
     def told(name: str, rows: Tensor, shape: Shape, alike: bool) -> tuple[str, dict[str, Any]]:
         made = by_likeness(seen, test, shape, rows) if alike else predictions(test, shape)
@@ -364,7 +365,7 @@ def compared(texts: dict[str, Texts], say: Any) -> Iterator[tuple[str, dict[str,
 
 def _levels(test: Texts, losses: dict[str, Tensor]) -> dict[str, float]:
     """Live over predicted: the median over policies, by kind of text."""
-    ratio = {k: (test.live(k).cpu() / ours.cpu().clamp(min=1e-9)) for k, ours in losses.items()}
+    ratio = {k: (test.live(k) / ours.clamp(min=1e-9)) for k, ours in losses.items()}
     return {kind: _short(each.median()) for kind, each in ratio.items()}
 
 
