@@ -21,7 +21,18 @@ from pathlib import Path
 import quality_pages
 import stand_in_pages
 from page_tables import HERE, result, table
-from predictions_pages import GEMMA, LONG, RUNS, SMALL, levels, ranks, rounds, ways
+from predictions_pages import (
+    GEMMA,
+    LONG,
+    RUNS,
+    SMALL,
+    levels,
+    ranks,
+    refined,
+    rounds,
+    ways,
+    ways_to_level,
+)
 
 ROOT = HERE.parent
 MEASURED = (
@@ -72,6 +83,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "rounds": rounds,
     "ranks": ranks,
     "ranking-ways": ways,
+    "ranking-refined": refined,
+    "levels-ways": ways_to_level,
     "stand-in-live": stand_in_pages.stand_in_live,
     "stand-in-choices": stand_in_pages.stand_in_choices,
     "stand-in-families": stand_in_pages.stand_in_families,

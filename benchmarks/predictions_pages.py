@@ -128,3 +128,44 @@ def ways() -> str:
         f"{run['run']} ({run['policies']}; {run['that leave answers']})" for run in found.values()
     ]
     return table(("Spearman, all policies / those that leave a third of the answers", *heads), rows)
+
+
+def ways_to_level() -> str:
+    """Ways to learn levels from live rounds: cells that are right, and how far printed lies off."""
+    runs = result("levels-ways.json")
+    cells, chance = (sum(run[what] for run in runs.values()) for what in ("cells", "by chance"))
+
+    def row(name: str) -> Sequence[str]:
+        each = [run["ways"][name] for run in runs.values()]
+        right = sum(one["cells within 0.8 to 1.25"] for one in each)
+        off = (sum(one[what] for one in each) / len(each) for what in ("by kind", "over kinds"))
+        return name, f"{right} of {cells}", *(f"{value:.3f}" for value in off)
+
+    head = (
+        "what the rounds are believed", f"cells by kind within 0.8 to 1.25 ({chance:.1f} by chance)",
+        "off by, single kinds", "over kinds",
+    )  # fmt: skip
+    return table(head, map(row, next(iter(runs.values()))["ways"]))
+
+
+def refined() -> str:
+    """Ranks of mixed policies after a refining run, on texts that it has not seen."""
+    rows = []
+    for name, found in result("ranking-refined-h200.json")["ways"].items():
+        whole = found.get("ranks", found)
+        kinds = [whole[kind]["value"] for kind in KINDS if kind in whole]
+        unseen = found.get("ranks of policies that did not run", {}).get("all")
+        rows.append((
+            name, _rank(whole["all"]), f"{min(kinds):.3f} to {max(kinds):.3f}",
+            _rank(whole["answers"]) if "answers" in whole else "-",
+            _rank(unseen) if unseen and found["live runs"] else "-",
+        ))  # fmt: skip
+    head = (
+        "Spearman with live loss", "all kinds (0.985 asked)", "single kinds (0.95)",
+        "answers (0.9)", "policies that did not run",
+    )  # fmt: skip
+    return table(head, rows)
+
+
+def _rank(found: dict[str, float]) -> str:
+    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
