@@ -142,7 +142,8 @@ def ways_to_level() -> str:
         return name, f"{right} of {cells}", *(f"{value:.3f}" for value in off)
 
     head = (
-        "what the rounds are believed", f"cells by kind within 0.8 to 1.25 ({chance:.1f} by chance)",
+        "what the rounds are believed",
+        f"cells by kind within 0.8 to 1.25 ({chance:.1f} by chance)",
         "off by, single kinds", "over kinds",
     )  # fmt: skip
     return table(head, map(row, next(iter(runs.values()))["ways"]))
