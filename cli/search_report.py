@@ -226,7 +226,10 @@ def _next(result: SearchResult) -> list[RenderableType]:
     if result.quality.source == "own trace":
         return [_serve(result, "transformers")]
     name = result.request.shape.name
-    own = f"quality of {name} itself: the same search with --model PATH, a folder of its weights"
+    own = (
+        f"quality of {name} itself: the same search with --model PATH, a folder of its weights,\n"
+        "        or OWNER/NAME of the Hub, whose size is said before it is fetched"
+    )
     if result.policy.waits:  # which no other stack does
         folder = result.request.run_dir
         return [own, one_line(f"next: {shlex.join(['kvtune', 'export', str(folder)])} --compare")]
