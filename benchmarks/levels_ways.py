@@ -41,6 +41,8 @@ RUNS = (
     "predictions-short-smollm2-h200.json",
     "predictions-short-gemma-3-270m-h200.json",
 )
+ALIKE = frozenset(RUNS[:2])
+"""Runs of one model at one length, which share texts: neither is judged by the other."""
 PROBES = "probes"
 
 
@@ -151,7 +153,9 @@ def main() -> None:
     files = [RESULTS / name for name in RUNS if (RESULTS / name).is_file()]
     runs = {file.name: read(file, PROBES) for file in files}
     found = {
-        name: judged(run, [other for other in runs.values() if other is not run])
+        name: judged(
+            run, [o for other, o in runs.items() if other != name and not {name, other} <= ALIKE]
+        )
         for name, run in runs.items()
     }
     write_json(arguments.out, found)
