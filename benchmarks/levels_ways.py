@@ -32,6 +32,7 @@ from predictions_judged import (
 
 from kvtune.common.files import write_json
 from kvtune.simulator.quality.calibration import Calibration
+from kvtune.tuner.refine import KIND_TEXTS, TRUST
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = (
@@ -65,12 +66,12 @@ class Way:
 
 WAYS = {
     "curves alone": Way(0.0),
-    "0.7 of what all kinds have in common (as printed)": Way(0.7),
+    "0.7 of what all kinds have in common": Way(0.7),
     "all of it": Way(1.0),
     "and 0.3 of the kind's own": Way(0.7, kind=0.3),
     "and 0.5 of the kind's own": Way(0.7, kind=0.5),
     "all of the kind's own": Way(1.0, kind=1.0),
-    "and the kind's own by its number of texts": Way(0.7, texts=5.0),
+    "and the kind's own by its number of texts (as printed)": Way(TRUST, texts=KIND_TEXTS),
     "and 0.5 of what kinds that ask have in common": Way(0.7, sort=0.5),
     "0.85, 0.3 and 0.3": Way(0.85, sort=0.3, kind=0.3),
 }

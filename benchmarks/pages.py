@@ -40,6 +40,7 @@ MEASURED = (
     "task-scores-h200.json", "stand-in-gemma-3-270m.json",
     "stand-in-families-gemma-3-270m-h200.json",
 )  # fmt: skip
+MORE, TWICE = "predictions-judged-levels.json", "predictions-levels-h200"
 ALONE, EACH = "predictions-judged-alone.json", "predictions-judged.json"
 _BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 _SCREEN = re.compile(r"```\n\d+ prompts? of .*?```", re.DOTALL)
@@ -82,6 +83,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "levels-short": lambda: levels(EACH, SMALL, "calibrated on Gemma and on longer prompts"),
     "rounds": rounds,
     "ranks": ranks,
+    "levels-more": lambda: levels(MORE, TWICE, "calibrated on other runs"),
+    "rounds-more": lambda: rounds(MORE),
     "ranking-ways": ways,
     "ranking-refined": refined,
     "levels-ways": ways_to_level,

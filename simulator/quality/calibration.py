@@ -107,6 +107,7 @@ class Calibration:
         curves: by regime; one that is missing leaves predictions as they are.
         level: logarithm of live over what the curves say of evicting policies; None where none
             was run.
+        apart: how much further than that live losses on a kind of text lie.
         prompt_tokens: of the samples that showed the level.
         runs: live runs of a policy on a sample that are behind it; 0 for none.
     """
@@ -115,13 +116,14 @@ class Calibration:
     level: float | None = None
     runs: int = 0
     prompt_tokens: int = 1
+    apart: Mapping[str, float] = field(default_factory=dict)
 
     def curve(self, kind: str, evicts: bool) -> Curve:
         """What holds for a policy on a kind of text."""
         curve = self.curves.get(regime_of(kind, evicts), Curve())
         if not evicts or self.level is None:
             return curve
-        return curve.levelled(self.level, self.prompt_tokens)
+        return curve.levelled(self.level + self.apart.get(kind, 0.0), self.prompt_tokens)
 
     def value(self, predicted: float, kind: str, evicts: bool) -> float:
         """What a live run on a kind of text should show, nats/token."""
@@ -153,9 +155,16 @@ class Calibration:
         low, high = np.mean(each, 0) if each else (0.0, 0.0)
         return float(np.exp(low)), float(np.exp(high))
 
-    def levelled(self, level: float | None, runs: int, prompt_tokens: int) -> Calibration:
+    def levelled(
+        self,
+        level: float | None,
+        runs: int,
+        prompt_tokens: int,
+        apart: Mapping[str, float] | None = None,
+    ) -> Calibration:
         """With what live runs have shown beside it; None where none of them evicted."""
-        return replace(self, level=level, runs=self.runs + runs, prompt_tokens=prompt_tokens)
+        shown = {"level": level, "apart": apart or {}, "prompt_tokens": prompt_tokens}
+        return replace(self, runs=self.runs + runs, **shown)
 
 
 NONE = Calibration()
