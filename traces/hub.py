@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from typing import TYPE_CHECKING
 
 from kvtune.common.errors import KvtuneError
@@ -53,10 +54,9 @@ def hub_folder(name: str, progress: Progress) -> str:
 def _missing_bytes(repository: str, about: ModelInfo) -> int:
     """Bytes of the files that are wanted and not in the Hub's cache."""
     from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.utils import filter_repo_objects
 
     sizes = {file.rfilename: file.size or 0 for file in about.siblings or []}
-    wanted = filter_repo_objects(sizes, allow_patterns=list(WANTED))
+    wanted = [file for file in sizes if any(fnmatch(file, pattern) for pattern in WANTED)]
     return sum(
         sizes[file]
         for file in wanted
