@@ -163,8 +163,7 @@ class Calibration:
         apart: Mapping[str, float] | None = None,
     ) -> Calibration:
         """With what live runs have shown beside it; None where none of them evicted."""
-        shown = {"level": level, "apart": apart or {}, "prompt_tokens": prompt_tokens}
-        return replace(self, runs=self.runs + runs, **shown)
+        return Calibration(self.curves, level, self.runs + runs, prompt_tokens, apart or {})
 
 
 NONE = Calibration()
