@@ -27,6 +27,7 @@ from kvtune.runtime.live import full_cache, run_live
 from kvtune.runtime.prompts import fresh_prompt
 from kvtune.simulator.quality.tables import Tables
 from kvtune.traces.models import load_model
+from kvtune.traces.needles import UNASKED_END
 from kvtune.traces.probes import Probes
 from kvtune.traces.samples import Sample
 from kvtune.traces.workloads import Workload, build
@@ -37,6 +38,8 @@ from kvtune.tuner.validate import union_of_needs
 
 SHARES = (0.03, 0.06, 0.12, 0.25)
 KINDS = ("prose", "code", "retrieval")
+SHARE_OF_TABLES = 0.6
+"""Of the time; the rest runs plans."""
 TINY = replace(LAPTOP, methods=LAPTOP.methods[:1], shares=(1 / 16, 1 / 4))
 
 
@@ -94,11 +97,12 @@ def judged(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     carried = {
         f"{home} to {at}, {share:.0%}": round(loss / live[home, home, share], 3)
         for (home, at, share), loss in live.items()
-        if at != home
+        if at != home and (home, home, share) in live
     }
     foretold = {}
     for (home, at, share), loss in live.items():
-        if home in lengths[:2] and at in lengths[2:]:
+        known = {(home, each, share) for each in lengths[:2]} <= predicted.keys()
+        if known and home in lengths[:2] and at in lengths[2:]:
             first, second = (math.log(predicted[home, each, share]) for each in lengths[:2])
             slope = (second - first) / math.log(lengths[1] / lengths[0])
             line = math.exp(second + slope * math.log(at / lengths[1]))
@@ -115,7 +119,7 @@ def main() -> None:
     parser.add_argument("--observed", type=int, default=128)
     parser.add_argument("--probes", type=int, default=8)
     parser.add_argument("--samples", type=int, default=2, help="of each kind and split")
-    parser.add_argument("--seconds", type=float, default=200.0, help="no length is begun after")
+    parser.add_argument("--seconds", type=float, default=200.0, help="nothing is begun after")
     parser.add_argument("--tiny", action="store_true", help="few options and one kind of text")
     arguments = parser.parse_args()
     started = time.monotonic()
@@ -126,10 +130,15 @@ def main() -> None:
     each = dict.fromkeys(KINDS[-1:] if arguments.tiny else KINDS, arguments.samples)
     workload = Workload({"search": each, "evaluate": each}, observed=arguments.observed)
     menu = TINY if arguments.tiny else LAPTOP
+    run.found |= {
+        "device": torch.cuda.get_device_name() if loaded.device != "cpu" else "cpu",
+        "workload": workload.describe(),
+        "no needle in the last": UNASKED_END,
+    }
     made: dict[int, tuple[Tables, list[Sample]]] = {}
     plans: list[Plan] = []
     for tokens in arguments.lengths:
-        if time.monotonic() > run.deadline:
+        if time.monotonic() > started + SHARE_OF_TABLES * arguments.seconds:
             run.found.setdefault("left out", []).append(tokens)
             continue
         try:
@@ -144,6 +153,9 @@ def main() -> None:
         run.record("tables at", list(made))
     found = {}
     for tokens, (tables, held_out) in made.items():
+        if time.monotonic() > run.deadline:
+            run.found.setdefault("not run at", []).append(tokens)
+            continue
         found[str(tokens)] = run_at(run, tables, held_out, plans)
         run.record("losses at", found)
     run.record("judged", judged(found))

@@ -23,7 +23,18 @@ import policy_pages
 import quality_pages
 import stand_in_pages
 from page_tables import HERE, result, table
-from predictions_pages import GEMMA, LONG, RUNS, SMALL, levels, ranks, rounds, ways
+from predictions_pages import (
+    GEMMA,
+    LONG,
+    RUNS,
+    SMALL,
+    levels,
+    ranks,
+    refined,
+    rounds,
+    ways,
+    ways_to_level,
+)
 
 ROOT = HERE.parent
 MEASURED = (
@@ -31,6 +42,7 @@ MEASURED = (
     "task-scores-h200.json", "stand-in-gemma-3-270m.json",
     "stand-in-families-gemma-3-270m-h200.json",
 )  # fmt: skip
+MORE, TWICE = "predictions-judged-levels.json", "predictions-levels-h200"
 ALONE, EACH = "predictions-judged-alone.json", "predictions-judged.json"
 _BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 _SCREEN = re.compile(r"```\n\d+ prompts? of .*?```", re.DOTALL)
@@ -66,12 +78,15 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "needles": quality_pages.needles,
     "ranking": quality_pages.ranking,
     "strongest": quality_pages.strongest,
+    "menus": quality_pages.menus,
     "tasks": quality_pages.tasks,
     "levels-alone": lambda: levels(ALONE, LONG, "calibrated on other kinds"),
     "levels-gemma": lambda: levels(EACH, GEMMA, "calibrated on SmolLM2"),
     "levels-short": lambda: levels(EACH, SMALL, "calibrated on Gemma and on longer prompts"),
     "rounds": rounds,
     "ranks": ranks,
+    "levels-more": lambda: levels(MORE, TWICE, "calibrated on other runs"),
+    "rounds-more": lambda: rounds(MORE),
     "ranking-ways": ways,
     "all-methods": policy_pages.all_methods,
     "claims": policy_pages.claims,
@@ -82,6 +97,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "mistakes": first_minutes_pages.mistakes,
     "explorer": first_minutes_pages.explorer,
     "plain-step": first_minutes_pages.plain_step,
+    "ranking-refined": refined,
+    "levels-ways": ways_to_level,
     "stand-in-live": stand_in_pages.stand_in_live,
     "stand-in-choices": stand_in_pages.stand_in_choices,
     "stand-in-families": stand_in_pages.stand_in_families,

@@ -112,9 +112,8 @@ class _Several:
             first -= len(part.labels)
 
 
-def families(count: int) -> dict[str, Probes]:
-    """Probes by name; plans are searched with each."""
-    return {"fisher": Fisher(count), "probes": Probes(count)}
+FAMILIES_OF_PROBES: dict[str, type[Probes]] = {"fisher": Fisher, "probes": Probes}
+"""By name; plans are searched with each."""
 
 
 @dataclass
@@ -198,13 +197,15 @@ class Entry:
     facts: dict[str, Any]
 
 
-def plans(tables: dict[str, Tables], shares: Sequence[float]) -> Iterator[Entry]:
-    """Plans at every share, by every family's tables and both weights of the cross terms."""
+def plans(
+    tables: dict[str, Tables], shares: Sequence[float], shrinkages: Sequence[float]
+) -> Iterator[Entry]:
+    """Plans at every share, by every family's tables and all weights of the cross terms."""
     for name, table in tables.items():
         footprint = table.footprints(table.prompt_tokens, table.head_dim)
         problem = Problem.of(table, footprint)
         full = 4 * table.heads * table.head_dim * table.prompt_tokens
-        for share, shrinkage in product(shares, SHRINKAGES):
+        for share, shrinkage in product(shares, shrinkages):
             room = int(share * full) - 4 * table.heads
             choice = solve(problem.shrunk(shrinkage), room)
             weights = table.sample_weights()
@@ -338,7 +339,7 @@ def measure(run: Run, samples: Sequence[Sample], size: Size) -> None:
         s.id: {"split": s.split, "kind": s.kind, "answers": sum(s.answer_mask)} for s in samples
     }
     tables = tables_of(run, search, size.menu)
-    made = list(plans(tables, size.shares))
+    made = list(plans(tables, size.shares, size.shrinkages))
     geometry = run.loaded.geometry
     mixed = [
         Entry(policy, {"group": kind})
@@ -354,7 +355,7 @@ def measure(run: Run, samples: Sequence[Sample], size: Size) -> None:
     groups = (("plans", made, rest), ("mixed", mixed, some_of_each), ("rivals", others, evaluate))
     for name, entries, some in groups:
         rows: dict[str, Any] = {}
-        for sample in some:
+        for sample in some if entries else ():
             if time.monotonic() > run.deadline:
                 run.found.setdefault("left out", []).append(f"{name} on {sample.id}")
                 continue
@@ -378,6 +379,8 @@ class Size:
         observed: C.
         probes: S of the larger families.
         shares: of the bf16 bytes, of the plans.
+        families: of probes.
+        shrinkages: weights of the cross terms.
     """
 
     menu: Menu = LAPTOP
@@ -389,6 +392,8 @@ class Size:
     probes: int = 16
     shares: tuple[float, ...] = SHARES
     baseline_shares: tuple[float, ...] = (0.03, 0.06, 0.12, 0.25)
+    families: tuple[str, ...] = tuple(FAMILIES_OF_PROBES)
+    shrinkages: tuple[float, ...] = SHRINKAGES
 
     @property
     def workload(self) -> Workload:
@@ -417,6 +422,16 @@ SHORT = Size(tokens=448, observed=64)
 MIDDLE = Size(tokens=1024, observed=128, baseline_shares=())
 """Samples as long as those that a search captures by itself."""
 
+LEVELS = Size(
+    counts=(2, 4, 6),
+    mixed_each=0,
+    shares=(0.03, 0.06, 0.12, 0.25),
+    baseline_shares=(),
+    families=("probes",),
+    shrinkages=(0.0, 0.2, 0.4, 0.8),
+)
+"""Twice the texts, so that a kind's level can be told from its texts'; no other policies."""
+
 CPU = replace(
     SHORT,
     kinds=("prose", "code", "retrieval"),
@@ -428,7 +443,14 @@ CPU = replace(
 )
 """What two cores measure of a small model in a quarter of an hour."""
 
-SIZES = {"whole": Size(), "middle": MIDDLE, "short": SHORT, "cpu": CPU, "tiny": TINY}
+SIZES = {
+    "whole": Size(),
+    "levels": LEVELS,
+    "middle": MIDDLE,
+    "short": SHORT,
+    "cpu": CPU,
+    "tiny": TINY,
+}
 
 
 def main() -> None:
@@ -443,7 +465,8 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     loaded = load_model(arguments.model, device=arguments.device, dtype="float32")
     samples = build(size.workload, loaded.tokenizer)
-    probes, deadline = families(size.probes), started + arguments.seconds
+    deadline = started + arguments.seconds
+    probes = {name: FAMILIES_OF_PROBES[name](size.probes) for name in size.families}
     run = Run(arguments.out, loaded, probes, deadline, started)
     run.found |= {
         "device": torch.cuda.get_device_name() if loaded.device != "cpu" else "cpu",

@@ -38,7 +38,7 @@ from kvtune.simulator.quality.calibration import (
     thinned,
     write_calibration,
 )
-from kvtune.tuner.refine import level_of
+from kvtune.tuner.refine import apart_of, level_of
 
 Array = NDArray[np.float64]
 SHARES = (0.03, 0.06, 0.12, 0.25)
@@ -194,14 +194,14 @@ class Rounds:
     Args:
         by_kind: live over printed, ``[plans]``, of each kind of text.
         over_kinds: the same of the mean over kinds.
+        by_curves: the same before the rounds moved what is printed.
         best: which of the plans lost least on the selection samples.
-        level: logarithm by which the rounds moved what is printed.
     """
 
     by_kind: dict[str, Array]
     over_kinds: Array
+    by_curves: Array
     best: int
-    level: float
 
 
 def after_rounds(recorded: Recorded, calibration: Calibration, rows: NDArray[np.int64]) -> Rounds:
@@ -217,14 +217,19 @@ def after_rounds(recorded: Recorded, calibration: Calibration, rows: NDArray[np.
 
     expected, seen = losses("select", calibration)
     each = range(len(rows))
-    level = level_of([(plan_of(expected, plan), plan_of(seen, plan)) for plan in each])
-    levelled = calibration.levelled(level, len(rows), recorded.prompt_tokens)
+    pairs = [(plan_of(expected, plan), plan_of(seen, plan)) for plan in each]
+    texts = {kind: len(recorded.ids("plans", kind, "select")) for kind in recorded.kinds}
+    levelled = calibration.levelled(
+        level_of(pairs), len(rows), recorded.prompt_tokens, apart_of(pairs, texts)
+    )
     printed, live = losses("evaluate", levelled)
+    alone, _ = losses("evaluate", calibration)
+    total = np.sum(list(live.values()), 0)
     return Rounds(
         {kind: live[kind] / printed[kind] for kind in recorded.kinds},
-        np.sum(list(live.values()), 0) / np.sum(list(printed.values()), 0),
+        total / np.sum(list(printed.values()), 0),
+        total / np.sum(list(alone.values()), 0),
         int(np.sum(list(seen.values()), 0).argmin()),
-        level or 0.0,
     )
 
 
@@ -243,7 +248,7 @@ def printed(recorded: Recorded, other: Calibration) -> dict[str, Any]:
     for rows in plans_by_share(recorded):
         rounds = after_rounds(recorded, other, rows)
         chosen = float(rounds.over_kinds[rounds.best])
-        three = chosen, chosen * np.exp(rounds.level), np.median(rounds.over_kinds)
+        three = chosen, float(rounds.by_curves[rounds.best]), np.median(rounds.over_kinds)
         medians = {kind: np.median(ratios) for kind, ratios in rounds.by_kind.items()}
         for name, ratio in {**dict(zip(names, three, strict=True)), **medians}.items():
             found[name][f"{recorded.shares[rows[0]]:.1%}"] = round(float(ratio), 3)

@@ -20,6 +20,7 @@ RUNS = {
     "predictions-middle-smollm2-h200": "SmolLM2, 896 tokens",
     "predictions-short-smollm2-h200": "SmolLM2, 384 tokens",
     "predictions-short-gemma-3-270m-h200": "Gemma-3-270M, 384 tokens",
+    "predictions-levels-h200": "SmolLM2, 1,792 tokens, twice the texts",
 }
 LONG, GEMMA, SMALL = (
     "predictions-2-h200", "predictions-short-gemma-3-270m-h200", "predictions-short-smollm2-h200",
@@ -52,18 +53,17 @@ def levels(file: str, name: str, column: str) -> str:
     return f"{table(('kind', 'raw, 3 / 6 / 12 / 25 %', column, 'within 80 %'), rows)}\n\n{said}"
 
 
-def judged_runs() -> dict[str, str]:
-    """Runs of predictions.py that were judged by each other, and what they are called."""
-    judged = result("predictions-judged.json")
-    return {name: label for name, label in RUNS.items() if f"{name}, probes" in judged}
+def judged_runs(file: str = "predictions-judged.json") -> dict[str, str]:
+    """Runs of predictions.py that were judged by others, and what they are called."""
+    return {name: label for name, label in RUNS.items() if f"{name}, probes" in result(file)}
 
 
-def rounds() -> str:
+def rounds(file: str = "predictions-judged.json") -> str:
     """What a search prints after live rounds over what is live, by run."""
-    names = judged_runs()
+    names = judged_runs(file)
 
     def row(name: str, label: str) -> Sequence[str]:
-        found = result("predictions-judged.json")[f"{name}, probes"]["after rounds"]
+        found = result(file)[f"{name}, probes"]["after rounds"]
         chosen = found["over kinds, chosen plan"]
         cells = [chosen[share] for share in ("3.0%", "6.0%", "12.0%", "25.0%")]
         marks = [f"{x:.2f}" if WITHIN[0] <= x <= WITHIN[1] else f"**{x:.2f}**" for x in cells]
@@ -72,7 +72,7 @@ def rounds() -> str:
         kinds = [held for kind, held in holds.items() if kind in KINDS]
         by = [found[k][s] for k in KINDS for s in ("3.0%", "6.0%", "12.0%", "25.0%")]
         right = sum(WITHIN[0] <= x <= WITHIN[1] for x in by)
-        chance = result("predictions-judged.json")[f"{name}, probes"]
+        chance = result(file)[f"{name}, probes"]
         alone = chance["cells that would be right by their texts alone"]
         return (
             label, *marks, f"{min(reach):.2f} to {max(reach):.2f}",
@@ -128,3 +128,45 @@ def ways() -> str:
         f"{run['run']} ({run['policies']}; {run['that leave answers']})" for run in found.values()
     ]
     return table(("Spearman, all policies / those that leave a third of the answers", *heads), rows)
+
+
+def ways_to_level() -> str:
+    """Ways to learn levels from live rounds: cells that are right, and how far printed lies off."""
+    runs = result("levels-ways.json")
+    cells, chance = (sum(run[what] for run in runs.values()) for what in ("cells", "by chance"))
+
+    def row(name: str) -> Sequence[str]:
+        each = [run["ways"][name] for run in runs.values()]
+        right = sum(one["cells within 0.8 to 1.25"] for one in each)
+        off = (sum(one[what] for one in each) / len(each) for what in ("by kind", "over kinds"))
+        return name, f"{right} of {cells}", *(f"{value:.3f}" for value in off)
+
+    head = (
+        "what the rounds are believed",
+        f"cells by kind within 0.8 to 1.25 ({chance:.1f} by chance)",
+        "off by, single kinds", "over kinds",
+    )  # fmt: skip
+    return table(head, map(row, next(iter(runs.values()))["ways"]))
+
+
+def refined() -> str:
+    """Ranks of mixed policies after a refining run, on texts that it has not seen."""
+    rows = []
+    for name, found in result("ranking-refined-h200.json")["ways"].items():
+        whole = found.get("ranks", found)
+        kinds = [whole[kind]["value"] for kind in KINDS if kind in whole]
+        unseen = found.get("ranks of policies that did not run", {}).get("all")
+        rows.append((
+            name, _rank(whole["all"]), f"{min(kinds):.3f} to {max(kinds):.3f}",
+            _rank(whole["answers"]) if "answers" in whole else "-",
+            _rank(unseen) if unseen and found["live runs"] else "-",
+        ))  # fmt: skip
+    head = (
+        "Spearman with live loss", "all kinds (0.985 asked)", "single kinds (0.95)",
+        "answers (0.9)", "policies that did not run",
+    )  # fmt: skip
+    return table(head, rows)
+
+
+def _rank(found: dict[str, float]) -> str:
+    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"

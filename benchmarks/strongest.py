@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compaction import COUNTS, FORMATS, MENU, evaluation, plans, summary
+from compaction import ALLOCATED, COUNTS, FORMATS, MENU, evaluation, plans, summary
 from outcomes import Outcome, times_as_much
 from quality_bench import Bench, opened
 from recorded_parts import attempt
@@ -32,10 +32,11 @@ from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.formats.grouped import Int2, Int3, Int4, Int8
 from kvtune.policies.policy import Policy
 from kvtune.tuner.baselines import COSTS, FAMILIES, STRONG, Stored, candidates
-from kvtune.tuner.options import Menu
+from kvtune.tuner.options import WEIGHTED, Menu
 
 SHARES = (0.03, 0.06, 0.12, 0.25)
 PLANS = ("with compaction", "without")
+"""Menus of the plans; ``--allocated`` finds them on one menu more, bits by channel besides."""
 _NARROW: tuple[Format, ...] = (Int4(exact_first=4), Int3(exact_first=4), Int2(exact_first=4))
 _WIDE: tuple[Format, ...] = (Bf16(), Int8(), Int4(exact_first=4), Int3(exact_first=4))
 _WIDE_FROM = 0.2  # of the bytes: below it no method's best was 8 or 16 bits
@@ -114,14 +115,25 @@ def shown(ours: dict[str, tuple[Policy, Outcome]], theirs: dict[str, Any]) -> di
     return rows
 
 
-def measure(
-    bench: Bench, menu: Menu, probes: int, shares: Sequence[float], tiny: bool, until: float
-) -> None:
+@dataclass(frozen=True)
+class Asked:
+    """What is measured: menus of plans, families of baselines, shares, and until when.
+
+    ``until`` is the last ``time.monotonic()`` at which a part is begun.
+    """
+
+    menus: Sequence[str]
+    families: Sequence[str]
+    shares: Sequence[float]
+    until: float
+
+
+def measure(bench: Bench, menu: Menu, probes: int, asked: Asked) -> None:
     """Plans and baselines; each part's figures are written as they come, and none begun too late.
 
-    ``until`` is the last ``time.monotonic()`` at which one is.
+    Baselines come first: they take less, and without them plans cannot be compared at all.
     """
-    families = ["kvzip"] if tiny else [*FAMILIES, *STRONG]
+    families, shares, until = asked.families, asked.shares, asked.until
     kept: dict[str, Any] = {}
 
     def theirs() -> dict[str, Any]:
@@ -133,16 +145,16 @@ def measure(
 
     def ours() -> dict[str, Any]:
         found: dict[str, Any] = {}
-        figures = plans(bench, menu, probes, shares, PLANS, found)
         kept["ours"] = found
-        return figures
+        return plans(bench, menu, probes, shares, asked.menus, found, until)
 
-    for name, part in (("plans", ours), ("baselines", theirs)):
+    for name, part in (("baselines", theirs), ("plans", ours)):
         if time.monotonic() < until:
             attempt(bench.record, name, part)
     if {"ours", "theirs"} <= kept.keys():
         for share, others in kept["theirs"]["outcomes"].items():
-            bench.record(f"at {share}", shown(kept["ours"][share], others))
+            if share in kept["ours"]:  # else there was no time for its plans
+                bench.record(f"at {share}", shown(kept["ours"][share], others))
 
 
 def table(file: Path) -> Iterator[str]:
@@ -151,9 +163,9 @@ def table(file: Path) -> Iterator[str]:
     yield "| KV bytes | | live KL | times the plan's | digits below the full cache |"
     yield "|---|---|---|---|---|"
     for share, others in figures["baselines"].items():
-        ours = [(f"plan {name}", figures["plans"][share][name]) for name in PLANS]
+        ours = [(f"plan {name}", row) for name, row in figures["plans"].get(share, {}).items()]
         ranked = sorted(((row["policy"], row) for row in others.values()), key=_kl)
-        least = min(row["kl"] for _, row in ours)
+        least = min(row["kl"] for _, row in [*ours, *ranked])
         for label, row in [*ours, *ranked[:5]]:
             yield (
                 f"| {share} | {label} | {row['kl']:.3g} | {row['kl'] / least:.1f} | "
@@ -173,6 +185,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="one short sample of each kind")
+    parser.add_argument("--allocated", action="store_true", help="plans with bits by channel too")
+    parser.add_argument("--families", nargs="+", choices=[*FAMILIES, *STRONG], help="baselines")
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES)
     parser.add_argument("--seconds", type=float, default=600.0, help="no part is begun after")
     parser.add_argument("--table", type=Path, help="print a finished run as Markdown instead")
     arguments, begun = parser.parse_args(), time.monotonic()
@@ -180,16 +195,18 @@ def main() -> None:
         print("\n".join(table(arguments.table)))
         return
     tokens, observed, per_kind, needles, probes = 2048, 256, (2, 1, 4), 8, 8
-    counts, methods, shares = (*COUNTS[1::2], 896), MENU, SHARES
+    counts, methods, shares = (*COUNTS[1::2], 896), MENU, tuple(arguments.shares)
+    families = arguments.families or [*FAMILIES, *STRONG]
     if arguments.tiny:
         tokens, observed, per_kind, needles, probes = 256, 64, (1, 1, 1), 1, 1
-        counts, methods, shares = (128,), (MENU[2], MENU[5]), (0.12,)
-    menu = Menu(methods, tuple(n / 1792 for n in counts), FORMATS)
+        counts, methods, shares, families = (128,), (MENU[2], MENU[5]), (0.12,), ["kvzip"]
+    menus, weighted = ((*PLANS, ALLOCATED), WEIGHTED) if arguments.allocated else (PLANS, ())
+    menu = Menu(methods, tuple(n / 1792 for n in counts), FORMATS, weighted)
     with opened(
         arguments, tokens=tokens, observed=observed, per_kind=per_kind, needles=needles,
         probes=probes,
     ) as bench:  # fmt: skip
-        measure(bench, menu, probes, shares, arguments.tiny, begun + arguments.seconds)
+        measure(bench, menu, probes, Asked(menus, families, shares, begun + arguments.seconds))
 
 
 if __name__ == "__main__":

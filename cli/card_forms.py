@@ -77,7 +77,7 @@ _TASK_HEADINGS = ("kind", "what it asks for", "KL predicted", "KL live")
 
 def _tasks(card: Card) -> list[Row]:
     return [
-        (found.name, found.about, f"{found.predicted:.2g}", figure(found.live, tier=False))
+        (found.name, found.about, *(figure(e, tier=False) for e in (found.predicted, found.live)))
         for found in card.tasks
     ]
 

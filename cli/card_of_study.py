@@ -94,10 +94,10 @@ _ABOUT = {
 
 
 def _tasks(study: Study, row: int) -> Iterator[Task]:
-    plan = study.plans[row]
-    live = study.live(plan)
+    live = study.live(study.plans[row])
     measured = live.by_kind if live else {}
-    for kind, loss in zip(study.facts.kinds, plan.by_kind, strict=True):
+    predicted = study.outcome.baselines[0].by_kind if study.outcome else {}
+    for kind, loss in predicted.items():
         yield Task(kind, _ABOUT.get(kind, ""), loss, measured.get(kind))
 
 

@@ -57,13 +57,13 @@ class Task:
     Args:
         name: of the kind.
         about: what such a sample asks of the model.
-        predicted: mean loss before anything ran live, nats/token.
+        predicted: mean loss before anything ran live, nats/token, with its interval.
         live: loss measured live, or None.
     """
 
     name: str
     about: str
-    predicted: float
+    predicted: Estimate
     live: Estimate | None
 
 

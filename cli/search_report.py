@@ -86,6 +86,8 @@ def verdict(result: SearchResult) -> Verdict:
         policies=result.baselines,
         full_cache_accuracy=result.full_cache_accuracy,
         largest_kl=result.request.largest_kl,
+        weights=result.budget.weight_format,
+        step=result.latency,
     )
 
 
@@ -103,7 +105,8 @@ def _baselines(result: SearchResult, comparison: str) -> RenderableType:
     live = any(baseline.live for baseline in result.baselines)
     retrieval = any(baseline.retrieval_accuracy for baseline in result.baselines)
     tiers = sorted({baseline.predicted.tier for baseline in result.baselines}, reverse=True)
-    columns = ["", "policy", "MiB", *(["KL, live"] if live else [])]
+    on_host = any(baseline.host_bytes for baseline in result.baselines)
+    columns = ["", "policy", "MiB", *(["on the host"] * on_host), *(["KL, live"] if live else [])]
     columns += [f"KL, {tier}" for tier in tiers]
     columns += ["perplexity"] * live + ["retrieval"] * retrieval
     full = result.full_cache_accuracy
@@ -120,7 +123,7 @@ def _baselines(result: SearchResult, comparison: str) -> RenderableType:
     return table(
         f"The plan beside others {room}",
         columns,
-        [_baseline(baseline, tiers, live, retrieval) for baseline in result.baselines],
+        [_baseline(baseline, tiers, live, retrieval, on_host) for baseline in result.baselines],
         left=(0, 1),
         caption="\n".join(captions),
     )
@@ -134,13 +137,16 @@ def _on_rules_that_ran(result: SearchResult) -> list[str]:
     return [f"live on {model}: what such rules lost when it ran them, read at the plan's bytes"]
 
 
-def _baseline(baseline: Baseline, tiers: Sequence[str], live: bool, retrieval: bool) -> list[str]:
+def _baseline(
+    baseline: Baseline, tiers: Sequence[str], live: bool, retrieval: bool, on_host: bool
+) -> list[str]:
     predicted = figure(baseline.predicted, tier=False)
     change = baseline.perplexity_change
     return [
         "*" if baseline.family == "kvtune" else "",
         baseline.name,
         f"{baseline.prompt_bytes / MIB:.2f}",
+        *([f"{baseline.host_bytes / MIB:.2f}"] if on_host else []),
         *([figure(baseline.live, tier=False)] if live else []),
         *(predicted if baseline.predicted.tier == tier else "-" for tier in tiers),
         *(["-" if change is None else f"{100 * change.value:+.2g} %"] if live else []),
@@ -229,7 +235,10 @@ def _next(result: SearchResult) -> list[RenderableType]:
     if result.quality.source == "own trace":
         return [_serve(result, "transformers")]
     name = result.request.shape.name
-    own = f"quality of {name} itself: the same search with --model PATH, a folder of its weights"
+    own = (
+        f"quality of {name} itself: the same search with --model PATH, a folder of its weights,\n"
+        "        or OWNER/NAME of the Hub, whose size is said before it is fetched"
+    )
     if result.policy.waits:  # which no other stack does
         folder = result.request.run_dir
         return [own, one_line(f"next: {shlex.join(['kvtune', 'export', str(folder)])} --compare")]

@@ -226,7 +226,7 @@ def _baseline(
         "prompt_bytes": chosen.prompt_bytes,
         "perplexity_change": _figure(loss, "ratio - 1", "live") if live else None,
         "retrieval_accuracy": _share(0.96 - loss) if live else None,
-        "by_kind": dict.fromkeys(KINDS, loss) if policy else {},
+        "by_kind": {kind: _loss(loss, "table") for kind in KINDS} if policy else {},
         "policy": policy,
     }
 

@@ -116,6 +116,9 @@ def test_a_level_moves_what_evicts_on_every_kind_of_text_and_nothing_else() -> N
         assert moved.value(0.01, kind, True) == pytest.approx(1.5 * CURVES.value(0.01, kind, True))
         assert moved.value(0.01, kind, False) == CURVES.value(0.01, kind, False)
     assert moved.runs == 2
+    apart = CURVES.levelled(0.0, 2, 1792, {"code": float(np.log(3))})
+    assert apart.value(0.01, "code", True) == pytest.approx(3 * CURVES.value(0.01, "code", True))
+    assert apart.value(0.01, "prose", True) == pytest.approx(CURVES.value(0.01, "prose", True))
     tripled = NONE.levelled(float(np.log(3)), 1, 1792)
     assert tripled.value(0.01, "prose", True) == pytest.approx(0.03)
 

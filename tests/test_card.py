@@ -51,7 +51,10 @@ def test_all_forms_say_the_same(run: Path, capsys: pytest.CaptureFixture[str]) -
         assert all(policy["name"] in text for policy in card["policies"])
         assert f"{card['prompt_bytes'] / 2**20:.2f}" in text
         assert "c0ffee" in text
-        assert all(f"{task['predicted']:.2g}" in text for task in card["tasks"])
+        for task in card["tasks"]:
+            low, high = task["predicted"]["interval"]
+            assert low < task["predicted"]["value"] < high
+            assert f"{low:.2g}, {high:.2g}" in text
         assert "RULER's multi-key needles" in text
     assert [task["name"] for task in card["tasks"]] == ["code", "prose", "retrieval"]
     assert sum(budget["chosen"] for budget in card["budgets"]) == 1

@@ -232,7 +232,7 @@ def test_the_limit_in_the_hint_works_when_typed_back(size: int, group: int) -> N
 def test_a_chosen_format_that_does_not_fit_names_one_that_does() -> None:
     said = hint_of(limit_bytes=16 * GB, weights="bf16")
     assert "bf16 weights 14.96 GiB" in said
-    assert "fp8 weights fit in this limit; bf16 ones need 17." in said
+    assert "fp8 weights fit in this limit; all of that with bf16 ones needs 17." in said
     assert "16.00 GB (14.90 GiB)" in said
 
 
@@ -247,7 +247,7 @@ def test_the_context_in_the_hint_fits_when_typed_back_and_a_longer_one_does_not(
 
 def test_a_shorter_context_is_not_offered_where_none_fits() -> None:
     said = hint_of(shape=find_model("llama-3.3-70b"))
-    assert "no limit on this GPU is enough: int4 weights" in said
+    assert "no limit on this GPU is enough: all of that with int4 weights needs 42.97GB" in said
     assert "context" not in said.split(" | ")[1]
 
 

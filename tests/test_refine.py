@@ -21,7 +21,16 @@ from kvtune.tuner.answer import Found
 from kvtune.tuner.candidate import Candidate, front, pick
 from kvtune.tuner.head_points import BY_HEADS, head_points
 from kvtune.tuner.question import Question
-from kvtune.tuner.refine import FINALISTS, ROUNDS, TRUST, level_of, recalibrated, refine
+from kvtune.tuner.refine import (
+    FINALISTS,
+    KIND_TEXTS,
+    ROUNDS,
+    TRUST,
+    apart_of,
+    level_of,
+    recalibrated,
+    refine,
+)
 from kvtune.tuner.solver import Solver, evicts
 from kvtune.tuner.sources import QualitySource
 from kvtune.tuner.stand_in_rules import Offer, rule_points
@@ -93,6 +102,16 @@ def test_of_policies_that_lose_nothing_or_never_ran_no_level_is_known() -> None:
     assert level_of([({"prose": 0.0}, {"prose": 0.1}), ({"prose": 0.1}, {"prose": 0.0})]) is None
     seen = [({"prose": 0.1}, {"prose": 0.2}), ({"prose": 0.1}, {"prose": 0.1})]
     assert level_of(seen) == pytest.approx(TRUST * np.log(2) / 2)
+
+
+def test_a_kind_is_believed_apart_from_others_as_far_as_its_texts_are_many() -> None:
+    seen = [({"prose": 1.0, "code": 1.0, "chat": 1.0}, {"prose": 1.0, "code": 2.0, "chat": 8.0})]
+    few, many = (apart_of(seen, dict.fromkeys(seen[0][0], n)) for n in (1, 500))
+    assert few["code"] == many["code"] == 0  # the median
+    assert few["chat"] == pytest.approx(np.log(4) / (1 + KIND_TEXTS))
+    assert many["chat"] == pytest.approx(np.log(4), rel=0.02)
+    assert many["prose"] == pytest.approx(-np.log(2), rel=0.02)
+    assert apart_of([], {}) == {}
 
 
 def test_a_model_that_does_as_predicted_changes_nothing(found: Found) -> None:

@@ -173,7 +173,7 @@ def _changed(path: Path, change: Any) -> None:
     [
         lambda r: r["baselines"][0]["predicted"].update(value=99.0),
         lambda r: r["baselines"][0].update(prompt_bytes=-1),
-        lambda r: r["baselines"][0]["by_kind"].update(code=-0.1),
+        lambda r: r["baselines"][0]["by_kind"]["code"].update(value=-0.1),
         lambda r: r["quality"].update(interval=[0.0, 0.0]),
         lambda r: r["predicted_quality"].update(kl_nats_per_token=-1.0),
         lambda r: r["front"][0].update(chosen=False),

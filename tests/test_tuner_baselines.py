@@ -31,7 +31,7 @@ from kvtune.tuner.baselines import (
     fill,
     strong_families,
 )
-from kvtune.tuner.quality import bootstrap, estimate, mean_over_kinds
+from kvtune.tuner.quality import bootstrap, estimate, estimate_by_kind, mean_over_kinds
 
 PROMPT, LAYERS, HEADS, SIZE = 200, 4, 3, 16
 SHAPE = (PROMPT, LAYERS, HEADS, SIZE)
@@ -213,6 +213,33 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says(each: int, sprea
     assert 0.88 <= hits / 400 <= 0.985
 
 
+@pytest.mark.parametrize("each", [2, 4])
+@pytest.mark.parametrize("spreads", [(0.3, 0.3, 0.3), (0.2, 0.4, 0.8)])
+def test_the_interval_of_a_kind_holds_its_truth_about_as_often_as_it_says(
+    each: int, spreads: tuple[float, ...]
+) -> None:
+    """The last kind of the second case scatters most and is held least often."""
+    rng = np.random.default_rng(0)
+    kinds, means = [kind for kind in "abc" for _ in range(each)], np.array([0.01, 0.03, 0.1])
+    hits = np.zeros(3)
+    for _ in range(300):
+        draws = np.exp([rng.normal(-(s**2) / 2, s, each) for s in spreads])
+        found = estimate_by_kind((means[:, None] * draws).ravel(), kinds, "live").values()
+        hits += [e.low <= mean <= e.high for e, mean in zip(found, means, strict=True)]
+    assert 0.9 <= hits.mean() / 300 <= 0.985
+    assert hits.min() / 300 >= 0.78
+
+
+def test_a_kind_of_one_text_borrows_its_spread_from_others_else_from_between_kinds() -> None:
+    alone, _, _ = estimate_by_kind([1.0, 2.0, 2.4, 2.0, 2.4], list("abbcc"), "live").values()
+    spread = 0.4 / 2**0.5 / 2.2
+    assert alone.high == pytest.approx(np.exp(4.302653 * spread))
+    singles = estimate_by_kind([1.0, 2.0, 3.0], list("abc"), "live")
+    assert singles["b"].high == pytest.approx(2 * np.exp(4.302653 * 0.5))
+    (lone,) = estimate_by_kind([1.0], ["a"], "live").values()
+    assert (lone.low, lone.high) == (1.0, 1.0)
+
+
 def test_signed_figures_have_a_plain_interval() -> None:
     found = estimate([-0.1, 0.1, 0.2, -0.2], ["a"] * 4, "live", "")
     assert found.low == pytest.approx(-found.high)
@@ -302,9 +329,12 @@ def test_each_kind_of_text_has_a_loss_of_its_own(make_samples: Any) -> None:
     found = summarise(runs, samples)
     assert [*found.by_kind] == ["a", "b"]
     first, second = found.by_kind.values()
-    assert (first.value, first.low, first.high) == pytest.approx((0.1, 0.1, 0.1))
-    assert second.value == pytest.approx(0.6)
-    reach = np.exp(4.302653 * 0.1 / 3**0.5 / 0.6)  # t with two degrees of freedom
-    assert (second.low, second.high) == pytest.approx((0.6 / reach, 0.6 * reach), rel=1e-4)
+    # a's own texts are alike; those of b lend it their relative spread with two of its three
+    # degrees of freedom, and a's lends b one beside its own two
+    spread = 0.1 / 0.6
+    reach = np.exp(3.182446 * (2 / 3) ** 0.5 * spread / 2**0.5)
+    assert (first.value, first.low, first.high) == pytest.approx((0.1, 0.1 / reach, 0.1 * reach))
+    reach = np.exp(3.182446 * (2 / 3) ** 0.5 * spread / 3**0.5)
+    assert (second.value, second.low, second.high) == pytest.approx((0.6, 0.6 / reach, 0.6 * reach))
     assert {one.tier for one in (first, second)} == {"live"}
     assert found.live.value == pytest.approx((0.1 + 0.6) / 2)  # kinds count alike

@@ -311,6 +311,11 @@ def test_a_stand_in_says_what_a_step_would_bring_over_where_no_head_is_on_the_ho
     assert any("bring over what they read" in note for note in few.notes)
     many = run_search(llama(tmp_path / "many", moved_bytes=10**9, context_tokens=2048))
     assert many.policy.uses_host
+    plan, *rivals = many.baselines
+    held = plan.prompt_bytes + plan.host_bytes
+    assert plan.host_bytes == many.policy.host_bytes(2048, many.request.shape.head_dim) > 0
+    assert rivals  # of as many bytes, all of them on the device
+    assert all(rival.prompt_bytes == pytest.approx(held, rel=0.03) for rival in rivals[:1])
     assert not any("bring over what they read" in note for note in many.notes)
 
 
@@ -367,6 +372,8 @@ def test_a_models_own_search_runs_the_plan_and_its_baselines_live(
         assert {loss.tier for loss in baseline.live_by_kind.values()} == {"live"}
     read = read_result(own.run_dir / "result.json").baselines
     assert [row.live_by_kind for row in read] == [row.live_by_kind for row in result.baselines]
+    assert [row.by_kind for row in read] == [row.by_kind for row in result.baselines]
+    assert all(e.low <= e.value <= e.high for row in read for e in row.by_kind.values())
     assert (result.times, result.untimed) == (None, None)  # no GPU
     assert result.counters["tokens_offered"] == 2 * 80 * 6
     assert 0 < result.counters["tokens_kept"] <= result.counters["tokens_offered"]

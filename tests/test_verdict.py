@@ -23,6 +23,7 @@ class Policy:
     retrieval_accuracy: Estimate | None = None
     times_the_plan: Estimate | None = None
     prompt_bytes: int = 1000
+    host_bytes: int = 0
     family: str = "greedy"
 
 
@@ -42,6 +43,8 @@ def verdict(*others: Policy, **changes: Any) -> Verdict:
         "policies": (plan, *others),
         "full_cache_accuracy": share(0.9),
         "largest_kl": 0.02,
+        "weights": "bf16",
+        "step": Estimate(0.05, 0.04, 0.06, "s", "assumed"),
     }
     return Verdict(**asked | changes)
 
@@ -63,6 +66,14 @@ def test_the_sentence_can_be_quoted() -> None:
         ({"kl": loss(0.01)}, "nats per token (predicted)"),
         ({"full_cache_accuracy": share(0.45)}, "needles 200 % of"),
         ({"largest_kl": 0.001}, "more than the 0.001 that was accepted"),
+        (
+            {"weights": "int4"},
+            "in 1 GiB with int4 weights, whose own loss is not counted, at 0.011",
+        ),
+        (
+            {"step": Estimate(3.13, 2.9, 3.4, "s", "assumed")},
+            "; a token takes 3.13 s [2.9 s, 3.4 s]",
+        ),
     ],
 )
 def test_it_says_what_it_is_worth(changes: dict[str, Any], said: str) -> None:

@@ -18,6 +18,7 @@ from kvtune.common.progress import Progress, Silent
 from kvtune.common.transformers_interface import gguf_read_once, unpacked_gguf
 from kvtune.traces import seam, store
 from kvtune.traces.geometry import Geometry, check_shapes, read_geometry
+from kvtune.traces.hub import hub_folder
 from kvtune.traces.self_check import Ask, Part, require_same, set_attention
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def load_model(
     """Load a model with kvtune's attention seam.
 
     Args:
-        name_or_path: ``smollm2-135m``, a Hugging Face folder, a ``.gguf`` file or a Hub id.
+        name_or_path: ``smollm2-135m``, a Hugging Face folder, a ``.gguf`` file or a Hub id, with a
+            revision behind ``@``.
         device: ``cpu``, ``cuda`` or ``cuda:1``.
         dtype: one of ``DTYPES``; None chooses one and says why.
         trust_remote_code: let a model folder run its own code; off unless asked.
@@ -222,7 +224,7 @@ def _device(device: str) -> str:
 
 
 def model_folder(name: str, progress: Progress) -> str:
-    """A folder that transformers can read, or a Hub id."""
+    """A folder that transformers can read."""
     path = Path(name).expanduser()
     if name.lower() in KNOWN:
         stem, known = Path(store.GGUF).stem, store.GGUF_SHA256
@@ -237,7 +239,7 @@ def model_folder(name: str, progress: Progress) -> str:
             raise KvtuneError("holds no config.json", where=name, hint=hint)
         return str(path)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return name
+        return hub_folder(name, progress)
     raise KvtuneError(
         f"no model called {name!r}",
         hint=nearest(name, KNOWN) + " Or give a folder, a .gguf file or a Hub id (owner/name).",

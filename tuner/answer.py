@@ -196,7 +196,7 @@ def _notes(found: Found, chosen: Candidate, quality: Quality) -> tuple[str, ...]
         whose = f"{quality.stand_in}'s loss" if quality.stand_in else "loss on selection"
         limit = f"within {request.largest_kl:g} nats a token"
         reason = (
-            f"the most found for which {whose} stays {limit}"
+            f"the most tokens at once for which {whose} stays {limit}"
             if chosen.believed <= request.largest_kl
             else f"the least loss found; none stays {limit}"
         )

@@ -56,6 +56,18 @@ def band(
     return _widened(mean, ends)
 
 
+def band_by_kind(
+    losses: ArrayLike, kinds: Sequence[str], calibration: Calibration, *, evicts: bool
+) -> dict[str, Estimate]:
+    """The band of each kind of text alone."""
+    array, labels = np.asarray(losses, float), np.asarray(kinds)
+    parts = {kind: array[labels == kind] for kind in sorted(set(kinds))}
+    return {
+        kind: band(part, [kind] * len(part), calibration, evicts=evicts)
+        for kind, part in parts.items()
+    }
+
+
 def _ends(losses: NDArray[np.float64], kinds: Sequence[str]) -> tuple[float, float]:
     """The loss on the kind that loses least and on the one that loses most, of rows ``[., n]``."""
     labels = np.asarray(kinds)

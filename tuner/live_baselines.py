@@ -40,11 +40,22 @@ class Compared(NamedTuple):
 
 
 def plan_of(
-    policy: Policy, predicted: Estimate, prompt_bytes: int, by_kind: dict[str, float]
+    policy: Policy,
+    predicted: Estimate,
+    prompt_bytes: int,
+    host_bytes: int,
+    by_kind: dict[str, Estimate],
 ) -> Compared:
     """The plan, as the first of what is compared."""
     found = Baseline(
-        policy.name, "kvtune", predicted, None, prompt_bytes, by_kind=by_kind, policy=PLAN_FILE
+        policy.name,
+        "kvtune",
+        predicted,
+        None,
+        prompt_bytes,
+        by_kind=by_kind,
+        policy=PLAN_FILE,
+        host_bytes=host_bytes,
     )
     return Compared(found, policy)
 
@@ -73,13 +84,15 @@ def live_baselines(
     assert loaded is not None  # noqa: S101
     samples, rule = trace.of_split("evaluate"), tables.rule_of(chosen.choice)
     budget = policy.footprint(tables.prompt_tokens, tables.head_dim)
+    on_host = policy.host_bytes(tables.prompt_tokens, tables.head_dim)
     rows = [
-        plan_of(policy, predicted, budget, source.by_kind(chosen.choice)),
+        plan_of(policy, predicted, budget, on_host, source.losses_by_kind_of(chosen.choice)),
         *(
             _allocated(source, family, choice, _own_bytes(source, choice))
             for family, choice in _allocations(source, budget).items()
         ),
-        *(row for row in _best_of_families(source, trace, loaded.device, budget, progress)
+        *(row for row in _best_of_families(
+              source, trace, loaded.device, budget + on_host, progress)
           if rule is None or row.baseline.family != rule.family),
     ]  # fmt: skip
     found = validate_policies(
@@ -175,7 +188,7 @@ def _allocated(source: QualitySource, family: str, choice: Choice, spent: int) -
         predicted=source.loss_of(choice),
         live=None,
         prompt_bytes=spent,
-        by_kind=source.by_kind(choice),
+        by_kind=source.losses_by_kind_of(choice),
         policy=file_of(family),
     )
     return Compared(found, policy_of(source.tables, choice, name))
@@ -192,7 +205,7 @@ def _simple(
         predicted=source.loss(losses, kinds, "replay", evicts=some),
         live=None,
         prompt_bytes=policy.footprint(source.tables.prompt_tokens, source.tables.head_dim),
-        by_kind=source.calibration.by_kind(losses, kinds, some),
+        by_kind=source.losses_by_kind(losses, kinds, "replay", evicts=some),
         policy=file_of(family),
     )
     return Compared(found, policy)

@@ -142,14 +142,16 @@ class Baseline:
             name of a method too.
         predicted: KL on held-out samples before anything ran live.
         live: the same measured live; None where no weights are at hand.
-        prompt_bytes: of one compressed prompt.
+        prompt_bytes: of one compressed prompt on the device.
         perplexity_change: live, ratio minus one; None likewise.
         retrieval_accuracy: live, share of needle digits right; None likewise.
-        by_kind: predicted on held-out samples by kind of text; empty where it is off a curve.
+        by_kind: predicted on held-out samples by kind of text, each with an interval; empty where
+            it is off a curve.
         live_by_kind: measured on those; empty where it did not run.
         times_the_plan: how many times the plan's loss its own is, live on the same samples; None
             of the plan, and where no interval can be given.
         policy: its policy's file inside the run directory; None where it has none.
+        host_bytes: of one compressed prompt in the host's memory.
     """
 
     name: Name
@@ -159,10 +161,11 @@ class Baseline:
     prompt_bytes: Whole
     perplexity_change: Estimate | None = None
     retrieval_accuracy: Estimate | None = None
-    by_kind: dict[str, Loss] = field(default_factory=dict)
+    by_kind: dict[str, Estimate] = field(default_factory=dict)
     live_by_kind: dict[str, Estimate] = field(default_factory=dict)
     times_the_plan: Estimate | None = None
     policy: Name | None = None
+    host_bytes: Whole = 0
 
     @property
     def best(self) -> Estimate:

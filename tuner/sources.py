@@ -24,9 +24,9 @@ from kvtune.simulator.quality.tables import Floats, Tables
 from kvtune.simulator.quality.tables_file import load_tables, save_tables
 from kvtune.traces.signals import SIGNALS
 from kvtune.tuner import source_models
-from kvtune.tuner.band import band
+from kvtune.tuner.band import band, band_by_kind, band_of_live
 from kvtune.tuner.options import FULL, LAPTOP, READERS, ROTATED, WEIGHTED, Menu, every_method
-from kvtune.tuner.quality import calibrated, mean_over_kinds
+from kvtune.tuner.quality import calibrated, calibrated_by_kind, mean_over_kinds
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.screening import MOST, screened
 from kvtune.tuner.solver import evicts
@@ -78,6 +78,24 @@ class QualitySource:
         losses, kinds = self.predicted(choice, split)
         tier: Tier = "table" if rule is None else "replay"
         return self.loss(losses, kinds, tier, evicts=self.evicts(choice))
+
+    def losses_by_kind(
+        self, by_sample: ArrayLike, kinds: Sequence[str], tier: Tier, *, evicts: bool
+    ) -> dict[str, Estimate]:
+        """The same of each kind of text alone."""
+        if self.stand_in:
+            return band_by_kind(by_sample, kinds, self.calibration, evicts=evicts)
+        return calibrated_by_kind(self.calibration, by_sample, kinds, tier, evicts=evicts)
+
+    def losses_by_kind_of(self, choice: NDArray[np.int64]) -> dict[str, Estimate]:
+        """The same of a configuration, ``[I]``, on held-out samples."""
+        rule = self.tables.rule_of(choice)
+        if rule is not None and rule.live is not None:
+            means = self.by_kind(choice)
+            return {kind: band_of_live(kl, (), {}, rule.family) for kind, kl in means.items()}
+        losses, kinds = self.predicted(choice, "evaluate")
+        tier: Tier = "table" if rule is None else "replay"
+        return self.losses_by_kind(losses, kinds, tier, evicts=self.evicts(choice))
 
     def value_of(self, choice: NDArray[np.int64], split: str) -> float:
         """The calibrated loss of a choice, without its interval, nats/token."""

@@ -35,8 +35,10 @@ def stand_in_baselines(
     Of what has been published since the simple families, those that lose less than these and the
     plan. A rule that the runtime can store comes with its policy.
     """
-    plan = plan_of(policy, predicted, chosen.prompt_bytes, source.by_kind(chosen.choice))
-    share = chosen.prompt_bytes / solver.question.full_bytes(chosen.context)
+    by_kind = source.losses_by_kind_of(chosen.choice)
+    on_host = policy.host_bytes(chosen.context, solver.question.head_dim)
+    plan = plan_of(policy, predicted, chosen.prompt_bytes, on_host, by_kind)
+    share = (chosen.prompt_bytes + on_host) / solver.question.full_bytes(chosen.context)
     rule = source.tables.rule_of(chosen.choice)
     length = chosen.context / source.tables.prompt_tokens
 

@@ -115,9 +115,12 @@ def _hub_shape(name: str, unknown: KvtuneError) -> ModelShape:
 
     from huggingface_hub import hf_hub_download
 
+    from kvtune.traces.hub import parts_of
+
+    repository, revision = parts_of(name)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
     try:
-        file = hf_hub_download(name, "config.json", etag_timeout=5)
+        file = hf_hub_download(repository, "config.json", revision=revision, etag_timeout=5)
     except (OSError, ValueError) as error:
         message = f"{unknown.message} Nor could its configuration be fetched from the Hub"
         raise KvtuneError(message, hint=unknown.hint) from error

@@ -8,11 +8,13 @@ from typing import Protocol
 
 from kvtune.common.estimate import BAND, Estimate
 from kvtune.common.units import GB, GIB, format_tokens
-from kvtune.common.words import count
+from kvtune.common.words import count, figure
 from kvtune.tuner.explore.study import Study
 
 OWN_FAMILY = "uniform"
 """What a stand-in's plans of the menu's options are, and how their names begin."""
+SLOW_S = 0.2
+"""Of a decode step: people read some five tokens a second (238 words a minute; Brysbaert, 2019)."""
 
 
 class Compared(Protocol):
@@ -28,7 +30,11 @@ class Compared(Protocol):
 
     @property
     def prompt_bytes(self) -> int:
-        """Of one compressed prompt."""
+        """Of one compressed prompt on the device."""
+
+    @property
+    def host_bytes(self) -> int:
+        """Of one compressed prompt in the host's memory."""
 
     @property
     def predicted(self) -> Estimate:
@@ -62,6 +68,8 @@ def verdict_of(study: Study) -> Verdict | None:
         policies=outcome.baselines,
         full_cache_accuracy=outcome.full_cache_accuracy,
         largest_kl=study.facts.largest_kl,
+        weights=str(study.weights[row]),
+        step=outcome.latency,
     )
 
 
@@ -79,6 +87,8 @@ class Verdict:
         policies: the plan first, then what it is compared with.
         full_cache_accuracy: share of needle digits that the uncompressed model gets right, or None.
         largest_kl: the loss that was accepted, nats/token.
+        weights: format of the model's weights beside the caches.
+        step: time of a decode step of all sequences, s.
     """
 
     sequences: int
@@ -90,15 +100,29 @@ class Verdict:
     policies: Sequence[Compared]
     full_cache_accuracy: Estimate | None
     largest_kl: float
+    weights: str
+    step: Estimate
 
     @property
     def sentence(self) -> str:
         """``6 prompts instead of 1 in 1 GiB at 0.011 nats per token; needles 100 % of ...``."""
         each = f"of {format_tokens(self.context_tokens)}"
         prompts = f"{count(self.sequences)} prompt{'s' * (self.sequences != 1)}"
-        where = f"in {limit_words(self.memory_bytes)}"
+        where = f"in {limit_words(self.memory_bytes)}{self._narrower()}"
         loss = f"at {self._loss()} nats per token ({self._source()})"
-        return f"{prompts} {each} {self._instead()} {where} {loss}{self._needles()}{self._excess()}"
+        beside = f"{self._needles()}{self._excess()}{self._slow()}"
+        return f"{prompts} {each} {self._instead()} {where} {loss}{beside}"
+
+    def _narrower(self) -> str:
+        """Weights that are not those of the model as it is published."""
+        same = self.weights in ("bf16", "stored")
+        return "" if same else f" with {self.weights} weights, whose own loss is not counted,"
+
+    def _slow(self) -> str:
+        """What memory was bought with, where somebody who reads along would wait."""
+        if self.step.value <= SLOW_S:
+            return ""
+        return f"; a token takes {figure(self.step, tier=False)}"
 
     def _loss(self) -> str:
         """A number, or both ends of a band, inside which no number is likelier than others."""
@@ -207,8 +231,12 @@ def _ahead(plan: Compared, others: Sequence[Compared], stand_in: str) -> str:
 
 
 def equal_bytes(plan: Compared, others: Sequence[Compared]) -> bool:
-    """Whether all take the plan's bytes but for rounding; some rules have no use for so many."""
-    return all(other.prompt_bytes >= 0.97 * plan.prompt_bytes for other in others)
+    """Whether all take the plan's bytes but for rounding; some rules have no use for so many.
+
+    Bytes on the host count as those on the device.
+    """
+    held = plan.prompt_bytes + plan.host_bytes
+    return all(other.prompt_bytes + other.host_bytes >= 0.97 * held for other in others)
 
 
 def _listed(names: Sequence[str]) -> str:

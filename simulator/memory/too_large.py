@@ -112,7 +112,7 @@ def _what_fits(
     if fitting:
         shorter = f", or --context {most} at most" if (most := longest(tried)) else ""
         return (
-            f"{fitting[0]} weights fit in this limit; {tried} ones need "
+            f"{fitting[0]} weights fit in this limit; all of that with {tried} ones needs "
             f"{_at_least(needs[tried])}{shorter}."
         )
     smallest = min(needs, key=lambda name: needs[name])
@@ -121,7 +121,7 @@ def _what_fits(
         shorter = f"--context {most} is the most that fits; else a" if most else "A"
         where = " at this context" if most else ""
         return (
-            f"no limit on this GPU is enough{where}: {smallest} weights need "
+            f"no limit on this GPU is enough{where}: all of that with {smallest} weights needs "
             f"{_at_least(needs[smallest])}, it shows {_both(gpu.visible_bytes)}. "
             f"{shorter} smaller model or a larger GPU is needed."
         )

@@ -108,6 +108,7 @@ class Calibration:
         level: logarithm of live over what the curves say of evicting policies; None where none
             was run.
         levels_all: whether the level is that of all policies: of a stack that also stores answers.
+        apart: how much further than that live losses on a kind of text lie.
         prompt_tokens: of the samples that showed the level.
         runs: live runs of a policy on a sample that are behind it; 0 for none.
     """
@@ -117,13 +118,14 @@ class Calibration:
     levels_all: bool = False
     runs: int = 0
     prompt_tokens: int = 1
+    apart: Mapping[str, float] = field(default_factory=dict)
 
     def curve(self, kind: str, evicts: bool) -> Curve:
         """What holds for a policy on a kind of text."""
         curve = self.curves.get(regime_of(kind, evicts), Curve())
         if self.level is None or not (evicts or self.levels_all):
             return curve
-        return curve.levelled(self.level, self.prompt_tokens)
+        return curve.levelled(self.level + self.apart.get(kind, 0.0), self.prompt_tokens)
 
     def value(self, predicted: float, kind: str, evicts: bool) -> float:
         """What a live run on a kind of text should show, nats/token."""
@@ -155,9 +157,18 @@ class Calibration:
         low, high = np.mean(each, 0) if each else (0.0, 0.0)
         return float(np.exp(low)), float(np.exp(high))
 
-    def levelled(self, level: float | None, runs: int, prompt_tokens: int) -> Calibration:
+    def levelled(
+        self,
+        level: float | None,
+        runs: int,
+        prompt_tokens: int,
+        apart: Mapping[str, float] | None = None,
+    ) -> Calibration:
         """With what live runs have shown beside it; None where none of them evicted."""
-        return replace(self, level=level, runs=self.runs + runs, prompt_tokens=prompt_tokens)
+        return replace(
+            self, level=level, runs=self.runs + runs, prompt_tokens=prompt_tokens,
+            apart=apart or {},
+        )  # fmt: skip
 
 
 NONE = Calibration()

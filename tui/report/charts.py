@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvtune.common.estimate import Estimate
 from kvtune.common.units import GIB
 from kvtune.tui.memory_parts import MemoryParts
 from kvtune.tui.report.drawing import COLOURS, FAMILIES, Draw, legend_columns
@@ -74,15 +75,20 @@ def _bits(heads: HeadMap) -> Floats:
     return np.array([[option_bits(o)[0] for o in row] for row in heads.options], np.float64)
 
 
-def kinds_chart(kinds: tuple[str, ...], rows: list[tuple[str, str, dict[str, float]]]) -> Draw:
-    """Held-out loss by kind of text, the plan first; rows are name, family and losses."""
+def kinds_chart(kinds: tuple[str, ...], rows: list[tuple[str, str, dict[str, Estimate]]]) -> Draw:
+    """Held-out loss by kind of text with intervals, the plan first; name, family and losses."""
 
     def draw(axes: Axes) -> None:
         width = 0.8 / max(len(rows), 1)
         for index, (name, family, losses) in enumerate(rows):
             at = np.arange(len(kinds)) + (index - (len(rows) - 1) / 2) * width
-            values = [losses.get(kind, np.nan) for kind in kinds]
-            axes.bar(at, values, width, label=name, color=COLOURS[FAMILIES.get(family, "red")])
+            known = [losses.get(kind) for kind in kinds]
+            rows_ = [(e.value, e.low, e.high) if e else (np.nan,) * 3 for e in known]
+            value, low, high = np.array(rows_).T
+            colour = COLOURS[FAMILIES.get(family, "red")]
+            ends = {"linewidth": 0.8, "capsize": 2, "ecolor": COLOURS["ink"]}
+            reach = (value - low, high - value)
+            axes.bar(at, value, width, label=name, color=colour, yerr=reach, error_kw=ends)
         axes.set_xticks(range(len(kinds)), kinds)
         axes.set_ylabel("KL, nats/token")
         axes.grid(True, axis="y", linewidth=0.6)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.estimate import Estimate
 from kvtune.common.files import atomic, write_text
 from kvtune.common.progress import Progress, Silent
 from kvtune.tui.memory_parts import MemoryParts
@@ -108,15 +109,17 @@ def _pictures(view: View, row: int) -> Iterator[Picture]:
         yield "kinds-live", words, kinds_chart(study.facts.kinds, rows), 8.5, 3.4
 
 
-Losses = tuple[str, str, dict[str, float]]  # name, family, loss by kind of text
+Losses = tuple[str, str, dict[str, Estimate]]  # name, family, loss by kind of text
 
 
 def _kinds(study: Study, row: int) -> list[Losses]:
-    plan = study.plans[row]
-    ours = dict(zip(study.facts.kinds, plan.by_kind, strict=True))
-    others = study.outcome.baselines[1:] if study.outcome else ()
+    if study.outcome is None:  # only a finished search says how far they may be off
+        losses = zip(study.facts.kinds, study.plans[row].by_kind, strict=True)
+        known = {kind: Estimate(x, x, x, "nats/token", "table") for kind, x in losses}
+        return [("kvtune plan", "kvtune", known)]
+    plan, *others = study.outcome.baselines
     found = [(other.name, other.family, other.by_kind) for other in others if other.by_kind]
-    return [("kvtune plan", "kvtune", ours), *found]
+    return [("kvtune plan", "kvtune", plan.by_kind), *found]
 
 
 def _live_kinds(study: Study, row: int) -> list[Losses]:
@@ -127,9 +130,7 @@ def _live_kinds(study: Study, row: int) -> list[Losses]:
     others = study.outcome.baselines[1:] if study.outcome else ()
     ran = [("kvtune plan", "kvtune", live.by_kind)]
     ran += [(other.name, other.family, other.live_by_kind) for other in others]
-    return [
-        (n, family, {k: e.value for k, e in found.items()}) for n, family, found in ran if found
-    ]
+    return [each for each in ran if each[2]]
 
 
 def _first(study: Study, drawn: dict[str, str]) -> str:

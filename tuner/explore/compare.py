@@ -74,7 +74,7 @@ def baseline_side(study: Study, baseline: Baseline, plan: Plan, setting: Setting
         selection=None,
         held_out=baseline.predicted,
         live=baseline.live,
-        by_kind=baseline.by_kind,
+        by_kind={kind: loss.value for kind, loss in baseline.by_kind.items()},
         live_by_kind=baseline.live_by_kind,
         policy=policy,
         prompt_bytes=size,

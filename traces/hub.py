@@ -1,0 +1,79 @@
+"""A model of the Hugging Face Hub: its revision pinned, its size said before it is fetched."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from typing import TYPE_CHECKING
+
+from kvtune.common.errors import KvtuneError
+from kvtune.common.progress import Progress
+from kvtune.common.units import format_bytes
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo
+
+WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+"""Configuration, tokenizer and weights; never a pickle, nor the same weights in other formats."""
+_PATIENCE_S = 10
+
+
+def parts_of(name: str) -> tuple[str, str | None]:
+    """``owner/name`` and the revision behind an ``@``, if there is one."""
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
+
+
+def hub_folder(name: str, progress: Progress) -> str:
+    """The folder that a model's files lie in; what is missing is fetched, after its size is said.
+
+    Args:
+        name: ``owner/name`` or ``owner/name@revision``; without one it is the newest, whose hash
+            is said, so that the same can be asked for again.
+        progress: is told.
+
+    Raises:
+        KvtuneError: there is no such model, or the Hub is not reached and it is not in its cache.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    repository, revision = parts_of(name)
+    try:
+        about = HfApi().model_info(
+            repository, revision=revision, files_metadata=True, timeout=_PATIENCE_S
+        )
+        if size := _missing_bytes(repository, about):
+            progress.note(
+                f"fetching {format_bytes(size)} of {repository}@{about.sha} from the Hub; "
+                f"--model {repository}@{about.sha} pins this revision"
+            )
+        return snapshot_download(repository, revision=about.sha, allow_patterns=list(WANTED))
+    except (OSError, ValueError) as error:
+        return _in_cache(repository, revision, error)
+
+
+def _missing_bytes(repository: str, about: ModelInfo) -> int:
+    """Bytes of the files that are wanted and not in the Hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    sizes = {file.rfilename: file.size or 0 for file in about.siblings or []}
+    wanted = [file for file in sizes if any(fnmatch(file, pattern) for pattern in WANTED)]
+    return sum(
+        sizes[file]
+        for file in wanted
+        if not isinstance(try_to_load_from_cache(repository, file, revision=about.sha), str)
+    )
+
+
+def _in_cache(repository: str, revision: str | None, error: Exception) -> str:
+    """What an earlier run has fetched, where the Hub cannot be reached."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(repository, revision=revision, local_files_only=True)
+    except (OSError, ValueError):
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise KvtuneError(
+            f"the model cannot be fetched from the Hub: {said}",
+            where=repository if revision is None else f"{repository}@{revision}",
+            hint="check its name, the revision and the network, or give a folder with its weights.",
+        ) from error
