@@ -27,6 +27,7 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.reader import read_policy
 from kvtune.runtime.cache import sealing
 from kvtune.runtime.cache.policy_cache import PolicyCache
+from kvtune.runtime.device import CudaBench
 from kvtune.runtime.kernels.launch import Scratch
 from kvtune.runtime.kernels.tiles import PROGRAMS, plan_tiles
 from kvtune.runtime.measure.filled import filled
@@ -94,6 +95,8 @@ def seconds_of(attend: Callable[[], Tensor], device: str) -> float:
 
 
 def measure(model: Any, policy: Policy, context: int, batch: int, device: str) -> dict[str, Any]:
+    if device != "cpu":
+        CudaBench().release()  # what an earlier cache held
     cache = filled(model, policy, context, batch, ROOM)
     rows, group = batch * KV_HEADS, HEADS // KV_HEADS
     draw = torch.Generator(device).manual_seed(0)

@@ -120,7 +120,7 @@ def test_everything_registered_can_be_written_in_a_policy(thing: Any) -> None:
 
 
 def test_everything_registered_names_its_source() -> None:
-    every = {**methods(), **formats(), **allocators()}
+    every: dict[str, Any] = {**methods(), **formats(), **allocators()}
     assert [name for name, kind in every.items() if not (kind.source and kind.__doc__)] == []
 
 

@@ -496,6 +496,17 @@ def test_tiles_of_short_heads_are_of_128_tokens(form: str, each: int) -> None:
     assert tiles == [[128] * 4, [64], [128, 128, 192], [0]]
 
 
+@pytest.mark.parametrize(("form", "longest"), [("int4", 2048), ("bf16", 8192)])
+def test_many_rows_are_cut_too_where_that_was_measured(form: str, longest: int) -> None:
+    """1,000 rows of 8,192 tokens are more than run at once; pages of floats were not measured."""
+    layout = PageLayout(64, form, form)
+    pages = np.full(1000, layout.pages_for(8192))
+    pairs = np.full(1000, layout.code)
+    segments = Segments(np.arange(1000), pairs, pages.cumsum() - pages, pages, np.full(1000, 8192))
+    tiles = plan_tiles(segments, np.zeros(pages.sum(), np.int64)).records[:, 4]
+    assert set(tiles.tolist()) == {longest}
+
+
 def test_a_layer_is_cut_into_as_many_tiles_as_its_formats_allow_at_once() -> None:
     bf16, int4, int2 = (PageLayout(64, name, name).code for name in ("bf16", "int4", "int2"))
     kinds = {(bf16,): "floats", (int4, int2): "integers", (bf16, int4): "mixed"}

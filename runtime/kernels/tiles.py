@@ -35,6 +35,13 @@ memory, and twice as many programs hide more of it (4 to 17 % of the time on an 
 ``benchmarks/results/formats-tune-h200.json``)."""
 
 _FEW_CUTS = 8  # of a segment that none is taken from
+LONGEST_TILE = 12.5
+"""Time of a tile about at most, as multiples of 64 tokens of bf16, but where all pages are floats,
+of which nothing was measured. Where a layer has more rows than programs run at once, one tile each
+would leave much of the card idle at a launch's end: cut so, attention to a plan's int4 takes 9 %
+less at 64 sequences of 32k and 4 % less at 127, and is as it was at 8 (an H200,
+``benchmarks/results/tile-lengths-h200.json``)."""
+
 _SMALLEST_TILE = 2  # blocks of 64 tokens: while one is worked on, another is on its way
 _PAGE_COST = {
     16: 1.0, 9: 0.55, 8: 0.6, 7: 0.6, 6: 0.45, 5: 0.45, 4: 0.35, 3: 0.35, 2: 0.28, 1: 0.28,
@@ -74,6 +81,11 @@ class Segments:
         return self.pages * page_tokens(self.pair)
 
     @property
+    def blocks(self) -> Ints:
+        """Runs of 64 tokens that there are pages for."""
+        return -(-self.most // PAGE)
+
+    @property
     def places(self) -> Ints:
         """Each one's first place, where the tokens of all lie one after another."""
         return self.most.cumsum() - self.most
@@ -106,7 +118,11 @@ def _programs(segments: Segments) -> int:
     few = _of_formats(segments.pair, _is_of_few_bits).all(0)
     if segments.most[few].sum() > 0.9 * segments.most.sum():
         return FEW_BITS_PROGRAMS
-    return PROGRAMS[kind_of(segments.pair)]
+    kind = kind_of(segments.pair)
+    if kind == "floats":
+        return PROGRAMS[kind]
+    work = float((block_costs(segments.pair) * segments.blocks).sum())
+    return max(PROGRAMS[kind], round(work / LONGEST_TILE))
 
 
 def page_tokens(pair: Ints) -> Ints:
@@ -158,7 +174,7 @@ def plan_tiles(segments: Segments, table: Ints, programs: int | None = None) -> 
     """
     if programs is None:
         programs = _programs(segments)
-    cost, blocks = block_costs(segments.pair), -(-segments.most // PAGE)
+    cost, blocks = block_costs(segments.pair), segments.blocks
     target = max(float((cost * blocks).sum()) / programs, 1e-9)
     finest = np.maximum(blocks // _SMALLEST_TILE, 1)
     cuts = np.minimum(_cuts(cost * blocks / target, programs), finest)
