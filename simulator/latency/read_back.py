@@ -1,17 +1,18 @@
-"""What formats that no kernel reads take of a decode step: their buffers are read back each time.
+"""What formats without pages of their own take of a decode step, beside what their bytes say.
 
-Most are read where they lie (``policies.packed``), as so many bytes of pages.
-
-Of every head of every sequence the runtime decodes keys and values with some dozens of small
-launches, writes them as float32, and attends to that; no graph captures it.
+A kernel reads packed buffers where they lie (``policies.packed``), at a small share of the
+bandwidth; of the few that it does not read, the runtime decodes keys and values of every head of
+every sequence with some dozens of small launches, writes them as float32, and attends to that.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from kvtune.common.estimate import Estimate
-from kvtune.policies.encoded_pages import encoded_bytes, is_read_in_place
+from kvtune.policies.encoded_pages import encoded_bytes, packed_pieces
 from kvtune.policies.option import Option
 from kvtune.policies.page_formats import PAGE
 from kvtune.policies.paging import is_encoded
@@ -21,53 +22,74 @@ from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency.priors import Prior
 
+
+class Way(NamedTuple):
+    """How one head's part is read: seconds of launches, and what share of the bandwidth."""
+
+    head_s: Prior
+    share: Prior
+
+
 # Of five formats on an H200 (benchmarks/results/read-back-h200.json), before a kernel read them:
 # 0.58 (kivi), 0.78 (gear), 1.1 (kvquant), 1.4 (kitty) and 2.0 (qaq) ms a head of launches, and
 # packed bytes at 0.001 to 0.03 of the bandwidth. Others are assumed alike.
-HEAD_S = Prior(1.1e-3, 0.6e-3, 2.0e-3)
-SHARE_OF_BANDWIDTH = Prior(0.005, 0.001, 0.03)
+READ_BACK = Way(Prior(1.1e-3, 0.6e-3, 2.0e-3), Prior(0.005, 0.001, 0.03))
+
+# In place, likewise (benchmarks/results/packed-h200.json, from 256 MB to 1 GB of what bf16 takes):
+# some 25 launches of a layer, over 64 heads there and fewer elsewhere; and 0.038 (kitty, gear
+# without outliers) to 0.093 (int4 in groups of 32) of the bandwidth, 0.02 where tokens have
+# widths, 0.01 where levels are looked up or outliers added.
+_LAUNCHES = Prior(3e-6, 1e-6, 1e-5)
+IN_PLACE = Way(_LAUNCHES, Prior(0.06, 0.035, 0.095))
+BY_WIDTHS = Way(_LAUNCHES, Prior(0.02, 0.012, 0.03))
+WITH_OUTLIERS = Way(_LAUNCHES, Prior(0.010, 0.008, 0.015))
 
 
 def read_back_step(
     policy: Policy, shape: ModelShape, gpu: GpuProfile, batch: int, prompt_tokens: int
 ) -> Estimate:
-    """Seconds of a decode step of a batch beside its kernels; 0 where kernels read all formats."""
-    heads, size = _read_back(policy, shape.head_dim, prompt_tokens)
+    """Seconds of a decode step of a batch beside its kernels; 0 where all lies in own pages."""
+    parts = list(_parts(policy, shape.head_dim, prompt_tokens))
     value, low, high = (
-        batch * (heads * launches + size / (share * gpu.bandwidth_bytes_per_s))
-        for launches, share in (
-            (HEAD_S.value, SHARE_OF_BANDWIDTH.value),
-            (HEAD_S.low, SHARE_OF_BANDWIDTH.high),
-            (HEAD_S.high, SHARE_OF_BANDWIDTH.low),
+        batch
+        * sum(
+            heads * getattr(way.head_s, end)
+            + size / (getattr(way.share, worse) * gpu.bandwidth_bytes_per_s)
+            for way, heads, size in parts
         )
+        for end, worse in (("value", "value"), ("low", "high"), ("high", "low"))
     )
-    return Estimate(value, low, high, "s", "assumed" if heads else "measured")
+    return Estimate(value, low, high, "s", "assumed" if parts else "measured")
 
 
 def reads_back(policy: Policy, head_dim: int) -> bool:
-    """Whether any part of a policy's heads has no kernel."""
+    """Whether any part of a policy's heads lies in no pages of its own."""
     return any(
-        _is_read_back(plan, option, head_dim)
+        is_encoded(plan, option, head_dim)
         for option in dict.fromkeys(policy.options())
         for plan in option.method.plan(PAGE, 2 * PAGE)
     )
 
 
-def _is_read_back(plan: PartPlan, option: Option, head_dim: int) -> bool:
-    encoded = is_encoded(plan, option, head_dim)
-    return encoded and not is_read_in_place(plan, option, head_dim)
-
-
-def _read_back(policy: Policy, head_dim: int, prompt_tokens: int) -> tuple[int, int]:
-    """Parts of one sequence's heads that are read back, and their packed bytes."""
+def _parts(policy: Policy, head_dim: int, prompt_tokens: int) -> Iterator[tuple[Way, int, int]]:
+    """Of one sequence's parts without pages: how they are read, heads, packed bytes of all."""
     if not reads_back(policy, head_dim):
-        return 0, 0
+        return
     budgets = policy.budgets(prompt_tokens).ravel().tolist()
     alike = Counter(zip(policy.options(), budgets, strict=True))
-    sizes = [
-        (heads, heads * encoded_bytes(plan, option, head_dim))
-        for (option, budget), heads in alike.items()
-        for plan in option.method.plan(budget, prompt_tokens)
-        if _is_read_back(plan, option, head_dim)
-    ]
-    return sum(heads for heads, _ in sizes), sum(size for _, size in sizes)
+    for (option, budget), heads in alike.items():
+        for plan in option.method.plan(budget, prompt_tokens):
+            if is_encoded(plan, option, head_dim):
+                size = heads * encoded_bytes(plan, option, head_dim)
+                yield _way(plan, option, head_dim), heads, size
+
+
+def _way(plan: PartPlan, option: Option, head_dim: int) -> Way:
+    formats = plan.formats or (option.keys, option.values)
+    pieces = packed_pieces(formats, plan.entries, head_dim)
+    if pieces is None:
+        return READ_BACK
+    readings = [each.reading for piece in pieces for each in (piece.keys, piece.values)]
+    if any(reading.patched or reading.levels for reading in readings):
+        return WITH_OUTLIERS
+    return BY_WIDTHS if any(x.widths == "tokens" for x in readings) else IN_PLACE
