@@ -89,12 +89,13 @@ TUNED = (
     "rotated int4", "rotated int3", "rotated int2", "int4", "int3",
 )  # fmt: skip
 TRIED = (
-    Shape(), Shape(ahead=False), Shape(programs=1024), Shape(stages=2), Shape(stages=4),
+    Shape(), Shape(programs=1024), Shape(stages=2), Shape(stages=4),
     Shape(registers=168, programs=1536),
 )  # fmt: skip
 """1,024 programs are 16 tiles for each of 64 rows, as were cut before all that run at once were
 used. More run where each takes fewer registers; formats-tune-2-h200.json has seven such shapes, all
-slower."""
+slower. So were all in formats-tune-3-h200.json that asked for a tile's first pages before its
+queries were made ready, which the kernel then had as a choice."""
 TINY = {"search": {"prose": 1}}
 TOGETHER = 4  # policies in one batch
 BASE = "int2"  # how many times each format's loss it loses is told

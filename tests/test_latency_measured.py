@@ -280,10 +280,10 @@ def test_each_of_many_steps_is_answered_as_alone(measured: Tables) -> None:
         "gear": np.array([0.0, 0.0, 0.125, 0.1, 0.1]) * size,
     }
     for execution in ("graph", "runtime", "eager"):
-        every = decode_steps(LLAMA, H100, "bf16", batch, cache, execution)  # type: ignore[arg-type]
+        every = decode_steps(LLAMA, H100, "bf16", batch, cache, execution)
         for n, sequences in enumerate(batch.tolist()):
             own = {name: float(sizes[n]) for name, sizes in cache.items()}
-            alone = decode_steps(LLAMA, H100, "bf16", sequences, own, execution).at()  # type: ignore[arg-type]
+            alone = decode_steps(LLAMA, H100, "bf16", sequences, own, execution).at()
             found = every.at(n)
             assert found.tier == alone.tier
             assert (found.value, found.low, found.high) == pytest.approx(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,9 +26,14 @@ from kvtune.policies.formats.staircase import Staircase
 from kvtune.policies.methods.full import Full
 from kvtune.policies.option import ALL, Option
 from kvtune.policies.parts import HeadPart, PartPlan
+from kvtune.policies.policy import Policy
+from kvtune.runtime import load_cache
+from kvtune.runtime.cache.backend import Backend, PlainBackend, TritonBackend
 from kvtune.runtime.cache.beside import Beside, HeldPart, LaidPart
+from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.cache.pool import Pool
 from kvtune.tests.tiers import first
+from kvtune.traces.geometry import read_geometry
 
 pytest.importorskip("triton", reason="Triton is not installed; the kernels have no interpreter")
 if os.environ["TRITON_INTERPRET"] != "1":
@@ -145,6 +151,34 @@ def test_rows_that_are_freed_are_read_no_more() -> None:
     left = attended(beside, q)
     assert torch.equal(left[1], both[1])
     assert not left[0].any()
+
+
+def test_a_model_answers_the_same_where_a_kernel_reads_packed_buffers(
+    make_network: Callable[..., Any], tiny_fields: dict[str, Any]
+) -> None:
+    from transformers import LlamaConfig
+
+    shape = {"head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    fields = {**tiny_fields, **shape, "num_hidden_layers": 1}
+    network = make_network(LlamaConfig(**fields)).bfloat16()  # which the interpreter cuts off
+    kivi = Kivi(residual=9)
+    heads = (Option(Full(), ALL, Gear(), Gear()), Option(Full(), ALL, kivi, kivi))
+    policy = Policy("packed", (heads,))
+    answers = []
+    for backend in (PlainBackend(), TritonBackend()):
+
+        def chosen(_: torch.device, found: Backend = backend) -> Backend:
+            return found
+
+        cache = PolicyCache(policy, read_geometry(network), 8, backend_of=chosen)
+        with torch.no_grad(), load_cache(policy, network):
+            network(torch.arange(2, 80)[None], past_key_values=cache)
+            for token in range(2):
+                answer = network(torch.tensor([[30 + token]]), past_key_values=cache)
+        assert cache.can_be_captured == backend.reads_packed
+        answers.append(answer.logits)
+    torch.testing.assert_close(*answers, atol=0.08, rtol=0.03)
+    assert float((answers[0] - answers[1]).float().abs().mean()) < 0.03  # of logits of 1.5
 
 
 def test_what_no_kernel_reads_is_told() -> None:

@@ -47,7 +47,7 @@ def decode_attention(
     PAIRS: tl.constexpr, N_PAIRS: tl.constexpr,
     STAGES: tl.constexpr, NATIVE: tl.constexpr, EXPORT: tl.constexpr,
     seats=None, query_stride=0, H: tl.constexpr = 1, SEAT_TILES: tl.constexpr = 0,
-    SIGNS: tl.constexpr = 0, AHEAD: tl.constexpr = False,
+    SIGNS: tl.constexpr = 0,
 ):  # fmt: skip
     """One tile; see ``tiles.Tile`` for its fields.
 
@@ -72,7 +72,6 @@ def decode_attention(
         H: KV heads of a sequence with a seat.
         SEAT_TILES: tiles of a seat; 0 where sequences have none.
         SIGNS: of a value, at most.
-        AHEAD: whether the first pages are asked for before queries are made ready.
     """
     row, query, tile, pair = _tile_of(q, tiles, seats, query_stride, D, G, H, SEAT_TILES)
     at, first, most = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
@@ -92,7 +91,7 @@ def decode_attention(
                 pool_half, pool_bf16, pool_fp8, tables,
                 table, at, cell, second, tokens, fp8_scales + 2 * segment, softmax_scale,
                 D, G, M, keys_of(PAIRS[n]), values_of(PAIRS[n]),
-                STAGES, _halves_a_step(PAIRS[n]), NATIVE, EXPORT, AHEAD,
+                STAGES, _halves_a_step(PAIRS[n]), NATIVE, EXPORT,
             )  # fmt: skip
     tl.debug_barrier()  # every thread's part is stored before the program is counted
     count = tl.where(pair < 0, 0, others % 65536)
@@ -130,7 +129,6 @@ def _attend_tile(
     D: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     KEY_CODE: tl.constexpr, VALUE_CODE: tl.constexpr,
     STAGES: tl.constexpr, HALVES: tl.constexpr, NATIVE: tl.constexpr, EXPORT: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Attend to ``tokens`` tokens whose pages begin at table entry ``at``, a step at a time.
 
@@ -148,13 +146,6 @@ def _attend_tile(
     STEPS: tl.constexpr = _steps_a_page(TOKENS, HALVES)
     VALUES_AT: tl.constexpr = code_bytes(KEYS, D, TOKENS) + scale_bytes(KEYS, D)
     head = tl.arange(0, M)
-    cell = tl.load(table + at, mask=cell < 0, other=cell)
-    if PAIRED or AHEAD:
-        second = tl.load(table + at + 1, mask=second < 0, other=second)
-    if AHEAD:
-        BYTES: tl.constexpr = VALUES_AT + code_bytes(VALUES, D, TOKENS) + scale_bytes(VALUES, D)
-        ask_for(pool_half, cell, BYTES, D)
-        ask_for(pool_half, second, BYTES, D)
     factor = softmax_scale * LOG2_E * _tensor_scale(fp8_scales, KEYS, D)
     value_scale = _tensor_scale(fp8_scales + 1, VALUES, D)
     if is_signs(KEYS):
@@ -164,6 +155,9 @@ def _attend_tile(
     acc, shifts = _zeros(M, W, PARTS), _zeros(M, HALF, groups_of(VALUES, D))
     totals = tl.zeros([HALF, M], tl.float32)  # summed over tokens at the end
     largest = tl.full([M], -1e30, tl.float32)
+    cell = tl.load(table + at, mask=cell < 0, other=cell)
+    if PAIRED:
+        second = tl.load(table + at + 1, mask=second < 0, other=second)
     for step in tl.range(0, tl.cdiv(tokens, HALF * HALVES), num_stages=STAGES):
         start = cell.to(tl.int64) * (4 * D)
         gap, begin = 0, 0
@@ -192,24 +186,6 @@ def _attend_tile(
     else:
         store_parts(scratch, acc, shifts, total, value_scale, D, G, M, VALUES, PARTS,
                     is_turned(VALUE_CODE))  # fmt: skip
-
-
-@triton.jit
-def ask_for(pool_half, cell, BYTES: tl.constexpr, D: tl.constexpr):
-    """Have a page of so many bytes brought as near as L2, without waiting for it."""
-    LINES: tl.constexpr = _lines_of(BYTES)
-    line = tl.minimum(tl.arange(0, LINES), (BYTES - 1) // 128)
-    place = pool_half.to(tl.pointer_type(tl.uint8), bitcast=True) + cell.to(tl.int64) * (4 * D)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [(place + line * 128).to(tl.int64)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.constexpr_function
-def _lines_of(size):
-    """Lines of 128 bytes, as many as a power of two."""
-    return 1 << ((size + 127) // 128 - 1).bit_length()
 
 
 @triton.jit

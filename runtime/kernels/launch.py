@@ -26,14 +26,12 @@ class Shape:
         programs: tiles to cut a layer into; None for ``tiles.PROGRAMS``.
         registers: of a thread at most, so that more programs run at once; None for as many as the
             compiler takes.
-        ahead: whether a tile's first pages are asked for before its queries are made ready.
     """
 
     warps: int = 1
     stages: int = 3
     programs: int | None = None
     registers: int | None = None
-    ahead: bool = True
 
 
 BUILT_IN = Shape()
@@ -229,7 +227,7 @@ def _launch(
         scratch.parts, scratch.lse, scratch.gathered(signs), scratch.arrived, scale,
         D=head_dim, G=group, M=heads,
         PAIRS=cache.pairs, N_PAIRS=len(cache.pairs),
-        STAGES=shape.stages, NATIVE=q.is_cuda, AHEAD=shape.ahead and q.is_cuda,
+        STAGES=shape.stages, NATIVE=q.is_cuda,
         EXPORT=0 if logits is None else logits.shape[1],
         SIGNS=signs, num_warps=warps, **_limits(shape), **seated,
     )  # fmt: skip
