@@ -40,7 +40,7 @@ from kvtune.simulator.cost import Cost, full_cost, policy_cost
 from kvtune.simulator.latency.compression import compression
 from kvtune.simulator.latency.host import JOIN_S, host_step
 from kvtune.simulator.latency.kernels import Kernels
-from kvtune.simulator.latency.read_back import GROUP_S, read_back_step
+from kvtune.simulator.latency.read_back import HEAD_S, VARYING_HEAD_S, read_back_step
 from kvtune.simulator.memory.plan import memory_plan
 from kvtune.simulator.memory.policy_bytes import cache_bytes_by_format
 
@@ -113,9 +113,9 @@ def test_measured_parts_of_heads_on_the_host_add_up_to_their_step() -> None:
         assert found.low < found.value < found.high
 
 
-def test_formats_that_no_kernel_reads_are_paid_for_layer_by_layer() -> None:
+def test_formats_that_no_kernel_reads_are_paid_for_head_by_head() -> None:
     shape, gpu, tokens = find_model("llama-8b"), find_gpu("h200"), 4096
-    layers = shape.layers
+    heads = shape.layers * shape.kv_heads
 
     def cost(form: Format, batch: int = 1) -> Cost:
         option = Option(SnapKV(), Budget(share=0.5), form, form)
@@ -124,17 +124,17 @@ def test_formats_that_no_kernel_reads_are_paid_for_layer_by_layer() -> None:
         return policy_cost(policy, budget)
 
     read, kernel = cost(Kitty()), cost(Int2())
-    assert read.latency.value - kernel.latency.value > layers * GROUP_S.value
+    assert read.latency.value - kernel.latency.value > heads * HEAD_S.value
     assert read.latency.tier == "assumed" != kernel.latency.tier
     twice = cost(Kitty(), 2).latency.value - cost(Int2(), 2).latency.value
-    assert twice > 1.9 * layers * GROUP_S.value
+    assert twice > 1.9 * heads * HEAD_S.value
     in_pages = cost(Kivi(group=64))
     assert in_pages.latency.tier == kernel.latency.tier
     wide = Policy("half", ((Option(values=Kitty()),) * 4 + (Option(),) * 4,) * shape.layers)
     alone = read_back_step(wide, shape, gpu, 1, tokens).value
-    assert layers * GROUP_S.value < alone
-    apart = Policy("qaq", ((Option(values=Qaq()),) * 8,) * layers)  # whose bytes vary, head by head
-    assert 8 * layers * GROUP_S.value < read_back_step(apart, shape, gpu, 1, tokens).value
+    assert heads / 2 * HEAD_S.value < alone
+    apart = Policy("qaq", ((Option(values=Qaq()),) * 8,) * shape.layers)  # whose bytes vary
+    assert heads * VARYING_HEAD_S.value < read_back_step(apart, shape, gpu, 1, tokens).value
 
 
 def test_heads_that_evict_in_few_bits_hold_few_bits_at_the_end() -> None:

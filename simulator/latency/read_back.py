@@ -2,7 +2,7 @@
 
 The runtime decodes keys and values with some dozens of small launches, writes them as float32, and
 attends to that; no graph captures it. Heads of a layer whose buffers are of the same sizes are
-decoded in the launches of one.
+decoded in the launches of one, which is charged to each of them alike.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from kvtune.profiles.gpus import GpuProfile
 from kvtune.profiles.shape import ModelShape
 from kvtune.simulator.latency.priors import Prior
 
-# An H200 (benchmarks/results/read-back-2-h200.json), 8 and 32 heads of 1,024 tokens: 1.8 ms
-# (KIVI) to 3.1 (GEAR) a group and 0.16 to 0.22 a head of it; QAQ, each head a group, 1.5 a head.
+# An H200 (benchmarks/results/read-back-2-h200.json): of 8 heads decoded together 0.39 (KIVI) to
+# 0.57 ms (GEAR) each, of 32 heads 0.22 to 0.30; of QAQ, whose bytes vary, 1.4 to 1.8 head by head.
 # Packed bytes become four to sixteen float32 numbers each, which many passes write or read: of
 # 32,768 tokens they add 13 (KIVI) to 17 ms for 84 MB, 0.1 % of the bandwidth.
-GROUP_S = Prior(2.5e-3, 1.2e-3, 3.5e-3)
-HEAD_S = Prior(0.19e-3, 0.14e-3, 0.25e-3)
+HEAD_S = Prior(0.35e-3, 0.2e-3, 0.6e-3)
+VARYING_HEAD_S = Prior(1.5e-3, 1.3e-3, 1.9e-3)
 SHARE_OF_BANDWIDTH = Prior(1.4e-3, 0.9e-3, 3e-3)
 
 
@@ -31,16 +31,16 @@ def read_back_step(
     policy: Policy, shape: ModelShape, gpu: GpuProfile, batch: int, prompt_tokens: int
 ) -> Estimate:
     """Seconds of a decode step of a batch beside its kernels; 0 where kernels read all formats."""
-    groups, heads, size = _read_back(policy, shape.head_dim, prompt_tokens)
+    alike, varying, size = _read_back(policy, shape.head_dim, prompt_tokens)
     value, low, high = (
-        batch * (groups * group + heads * head + size / (share * gpu.bandwidth_bytes_per_s))
-        for group, head, share in (
-            (GROUP_S.value, HEAD_S.value, SHARE_OF_BANDWIDTH.value),
-            (GROUP_S.low, HEAD_S.low, SHARE_OF_BANDWIDTH.high),
-            (GROUP_S.high, HEAD_S.high, SHARE_OF_BANDWIDTH.low),
+        batch * (alike * head + varying * other + size / (share * gpu.bandwidth_bytes_per_s))
+        for head, other, share in (
+            (HEAD_S.value, VARYING_HEAD_S.value, SHARE_OF_BANDWIDTH.value),
+            (HEAD_S.low, VARYING_HEAD_S.low, SHARE_OF_BANDWIDTH.high),
+            (HEAD_S.high, VARYING_HEAD_S.high, SHARE_OF_BANDWIDTH.low),
         )
     )
-    return Estimate(value, low, high, "s", "assumed" if groups else "measured")
+    return Estimate(value, low, high, "s", "assumed" if alike or varying else "measured")
 
 
 def reads_back(policy: Policy, head_dim: int) -> bool:
@@ -49,17 +49,17 @@ def reads_back(policy: Policy, head_dim: int) -> bool:
 
 
 def _read_back(policy: Policy, head_dim: int, prompt_tokens: int) -> tuple[int, int, int]:
-    """One sequence's groups of parts that are decoded together, over all layers, their heads and
-    packed bytes; other sequences are of other lengths."""
-    groups, read, size = 0, 0, 0
+    """Parts of one sequence's heads that are read back, those whose bytes vary apart, and the
+    packed bytes of all."""
+    alike, varying, size = 0, 0, 0
     if not reads_back(policy, head_dim):
-        return groups, read, size
-    for options, budgets in zip(policy.heads, policy.budgets(prompt_tokens).tolist(), strict=True):
-        for (option, budget), heads in Counter(zip(options, budgets, strict=True)).items():
-            vary = option.keys.bytes_vary or option.values.bytes_vary
-            for plan in option.method.plan(budget, prompt_tokens):
-                if is_encoded(plan, option, head_dim):
-                    groups += heads if vary else 1
-                    read += heads
-                    size += heads * encoded_bytes(plan, option, head_dim)
-    return groups, read, size
+        return alike, varying, size
+    budgets = policy.budgets(prompt_tokens).ravel().tolist()
+    counted = Counter(zip(policy.options(), budgets, strict=True))
+    for (option, budget), heads in counted.items():
+        vary = option.keys.bytes_vary or option.values.bytes_vary
+        for plan in option.method.plan(budget, prompt_tokens):
+            if is_encoded(plan, option, head_dim):
+                alike, varying = alike + heads * (not vary), varying + heads * vary
+                size += heads * encoded_bytes(plan, option, head_dim)
+    return alike, varying, size
