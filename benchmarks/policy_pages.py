@@ -39,15 +39,13 @@ def few_bits() -> str:
     """What formats of two to four bits lose with all tokens kept, least first."""
     live = result("formats-live-3-h200.json")["live"]
     rows = sorted(live.items(), key=lambda item: float(item[1]["KL"]))
-    has_times = any("times" in row for _, row in rows)
 
     def row(name: str, found: Figures) -> Sequence[str]:
         kinds = [f"{sum(found[kind]) / len(found[kind]):.3g}" for kind in KINDS]
-        times = [_spread(found["times"], *found["times_interval"])] if "times" in found else ["-"]
-        bits = f"{found['bits an element']:.2f}"
-        return name, bits, *kinds, _loss(found), *(times if has_times else ())
+        times = _spread(found["times"], *found["times_interval"])
+        return name, f"{found['bits an element']:.2f}", *kinds, _loss(found), times
 
-    head = ("", "bits", *KINDS, "mean KL", *(["`int2`'s loss over it"] if has_times else []))
+    head = "", "bits", *KINDS, "mean KL", "`int2`'s loss over it"
     return table(head, (row(*item) for item in rows))
 
 
