@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from page_tables import HERE, Figures, result, spaced, table
+from page_tables import Figures, result, spaced, table
 
 UNITS = {"cosine": "cosine", "asked_later": "points", "asked_before": "points"}
 KINDS = ("prose", "code", "retrieval")
@@ -37,22 +37,16 @@ def claims_table(judged: Sequence[Figures]) -> str:
 
 def few_bits() -> str:
     """What formats of two to four bits lose with all tokens kept, least first."""
-    rows = sorted(_few_bits()["live"].items(), key=lambda item: float(item[1]["KL"]))
-    has_times = any("times" in row for _, row in rows)
+    live = result("formats-live-3-h200.json")["live"]
+    rows = sorted(live.items(), key=lambda item: float(item[1]["KL"]))
 
     def row(name: str, found: Figures) -> Sequence[str]:
         kinds = [f"{sum(found[kind]) / len(found[kind]):.3g}" for kind in KINDS]
-        times = [_spread(found["times"], *found["times_interval"])] if "times" in found else ["-"]
-        bits = f"{found['bits an element']:.2f}"
-        return name, bits, *kinds, _loss(found), *(times if has_times else ())
+        times = _spread(found["times"], *found["times_interval"])
+        return name, f"{found['bits an element']:.2f}", *kinds, _loss(found), times
 
-    head = ("", "bits", *KINDS, "mean KL", *(["`int2`'s loss over it"] if has_times else []))
+    head = "", "bits", *KINDS, "mean KL", "`int2`'s loss over it"
     return table(head, (row(*item) for item in rows))
-
-
-def _few_bits() -> Figures:
-    newest = [n for n in (3, 2) if (HERE / f"results/formats-live-{n}-h200.json").exists()]
-    return result(f"formats-live-{newest[0]}-h200.json")
 
 
 def all_methods() -> str:

@@ -115,9 +115,9 @@ def test_measured_parts_of_heads_on_the_host_add_up_to_their_step() -> None:
         assert found.low < found.value < found.high
 
 
-def test_formats_that_no_kernel_reads_are_paid_for_layer_by_layer() -> None:
+def test_formats_that_no_kernel_reads_are_paid_for_head_by_head() -> None:
     shape, gpu, tokens = find_model("llama-8b"), find_gpu("h200"), 4096
-    layers = shape.layers
+    heads = shape.layers * shape.kv_heads
 
     def cost(form: Format, batch: int = 1) -> Cost:
         option = Option(SnapKV(), Budget(share=0.5), form, form)
@@ -126,17 +126,17 @@ def test_formats_that_no_kernel_reads_are_paid_for_layer_by_layer() -> None:
         return policy_cost(policy, budget)
 
     read, kernel = cost(Fitted()), cost(Int2())
-    assert read.latency.value - kernel.latency.value > layers * READ_BACK.group_s.value
+    assert read.latency.value - kernel.latency.value > heads * READ_BACK.head_s.value
     assert read.latency.tier == "assumed" != kernel.latency.tier
     twice = cost(Fitted(), 2).latency.value - cost(Int2(), 2).latency.value
-    assert twice > 1.9 * layers * READ_BACK.group_s.value
+    assert twice > 1.9 * heads * READ_BACK.head_s.value
     assert cost(Kivi(group=64)).latency.tier == kernel.latency.tier
     in_place = [cost(form).latency.value for form in (Int2(), Kitty(), Kivi(), Qaq(), Gear())]
     assert sorted(in_place) == in_place  # as they were measured
     assert in_place[-1] < 0.1 * read.latency.value
-    wide = Policy("half", ((Option(values=Fitted()),) * 4 + (Option(),) * 4,) * layers)
+    wide = Policy("half", ((Option(values=Fitted()),) * 4 + (Option(),) * 4,) * shape.layers)
     alone = read_back_step(wide, shape, gpu, 1, tokens).value
-    assert layers * READ_BACK.group_s.value < alone
+    assert heads / 2 * READ_BACK.head_s.value < alone
 
 
 def test_heads_that_evict_in_few_bits_hold_few_bits_at_the_end() -> None:

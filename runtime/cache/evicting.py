@@ -171,7 +171,7 @@ class Evictor:
     def evict(self, layer: PagedLayer) -> None:
         """Let go of what must leave now, in the layer's pages too.
 
-        Mostly one entry of each head leaves: that takes a quarter of the operations.
+        Mostly one entry of each head leaves: that takes fewer operations.
         """
         drops = self.driver.drops
         if (drops == 1).all():

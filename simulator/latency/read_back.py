@@ -3,7 +3,7 @@
 A kernel reads packed buffers where they lie (``policies.packed``), at a small share of the
 bandwidth; of the few that it does not read, the runtime decodes keys and values with some dozens of
 small launches, writes them as float32, and attends to that. Heads of a layer whose buffers are of
-the same sizes are decoded in the launches of one.
+the same sizes are decoded in the launches of one, which is charged to each of them alike.
 """
 
 from __future__ import annotations
@@ -25,38 +25,29 @@ from kvtune.simulator.latency.priors import Prior
 
 
 class Way(NamedTuple):
-    """How heads' parts are read: seconds of launches, and what share of the bandwidth.
+    """How one head's part is read: seconds of launches, and what share of the bandwidth."""
 
-    Args:
-        group_s: of heads that are decoded together.
-        head_s: of each of them besides.
-        share: of the bandwidth, of packed bytes.
-    """
-
-    group_s: Prior
     head_s: Prior
     share: Prior
 
 
-# An H200 (benchmarks/results/read-back-2-h200.json), 8 and 32 heads of 1,024 tokens, before kernels
-# read these formats: 1.8 ms (KIVI) to 3.1 (GEAR) a group and 0.16 to 0.22 a head of it; QAQ, each
-# head a group, 1.5 a head. Packed bytes become four to sixteen float32 numbers each, which many
-# passes write or read: of 32,768 tokens they add 13 (KIVI) to 17 ms for 84 MB, 0.1 % of the
-# bandwidth. Others are assumed alike.
-READ_BACK = Way(
-    group_s=Prior(2.5e-3, 1.2e-3, 3.5e-3),
-    head_s=Prior(0.19e-3, 0.14e-3, 0.25e-3),
-    share=Prior(1.4e-3, 0.9e-3, 3e-3),
-)
+# Of five formats on an H200 (benchmarks/results/read-back-2-h200.json), before a kernel read them:
+# of 8 heads decoded together 0.39 (KIVI) to 0.57 ms (GEAR) each, of 32 heads 0.22 to 0.30; of QAQ,
+# whose bytes vary, 1.4 to 1.8 head by head. Packed bytes become four to sixteen float32 numbers
+# each, which many passes write or read: of 32,768 tokens they add 13 (KIVI) to 17 ms for 84 MB,
+# 0.1 % of the bandwidth. Others are assumed alike.
+_DECODED = Prior(1.4e-3, 0.9e-3, 3e-3)
+READ_BACK = Way(Prior(0.35e-3, 0.2e-3, 0.6e-3), _DECODED)
+READ_BACK_VARYING = Way(Prior(1.5e-3, 1.3e-3, 1.9e-3), _DECODED)
 
 # In place, likewise (benchmarks/results/packed-h200.json, from 256 MB to 1 GB of what bf16 takes):
 # some 25 launches of a layer, over 64 heads there and fewer elsewhere; and 0.038 (kitty, gear
 # without outliers) to 0.093 (int4 in groups of 32) of the bandwidth, 0.02 where tokens have
 # widths, 0.01 where levels are looked up or outliers added.
-_LAUNCHES = Prior(0.0, 0.0, 0.0), Prior(3e-6, 1e-6, 1e-5)
-IN_PLACE = Way(*_LAUNCHES, Prior(0.06, 0.035, 0.095))
-BY_WIDTHS = Way(*_LAUNCHES, Prior(0.02, 0.012, 0.03))
-WITH_OUTLIERS = Way(*_LAUNCHES, Prior(0.010, 0.008, 0.015))
+_LAUNCHES = Prior(3e-6, 1e-6, 1e-5)
+IN_PLACE = Way(_LAUNCHES, Prior(0.06, 0.035, 0.095))
+BY_WIDTHS = Way(_LAUNCHES, Prior(0.02, 0.012, 0.03))
+WITH_OUTLIERS = Way(_LAUNCHES, Prior(0.010, 0.008, 0.015))
 
 
 def read_back_step(
@@ -67,10 +58,9 @@ def read_back_step(
     value, low, high = (
         batch
         * sum(
-            groups * getattr(way.group_s, end)
-            + heads * getattr(way.head_s, end)
+            heads * getattr(way.head_s, end)
             + size / (getattr(way.share, worse) * gpu.bandwidth_bytes_per_s)
-            for way, groups, heads, size in parts
+            for way, heads, size in parts
         )
         for end, worse in (("value", "value"), ("low", "high"), ("high", "low"))
     )
@@ -86,27 +76,24 @@ def reads_back(policy: Policy, head_dim: int) -> bool:
     )
 
 
-def _parts(
-    policy: Policy, head_dim: int, prompt_tokens: int
-) -> Iterator[tuple[Way, int, int, int]]:
-    """Of one sequence's parts without pages, layer by layer: how they are read, groups of heads
-    that are decoded together, heads, packed bytes of all; other sequences are of other lengths."""
+def _parts(policy: Policy, head_dim: int, prompt_tokens: int) -> Iterator[tuple[Way, int, int]]:
+    """Of one sequence's parts without pages: how they are read, heads, packed bytes of all."""
     if not reads_back(policy, head_dim):
         return
-    for options, budgets in zip(policy.heads, policy.budgets(prompt_tokens).tolist(), strict=True):
-        for (option, budget), heads in Counter(zip(options, budgets, strict=True)).items():
-            vary = option.keys.bytes_vary or option.values.bytes_vary
-            for plan in option.method.plan(budget, prompt_tokens):
-                if is_encoded(plan, option, head_dim):
-                    size = heads * encoded_bytes(plan, option, head_dim)
-                    yield _way(plan, option, head_dim), heads if vary else 1, heads, size
+    budgets = policy.budgets(prompt_tokens).ravel().tolist()
+    alike = Counter(zip(policy.options(), budgets, strict=True))
+    for (option, budget), heads in alike.items():
+        for plan in option.method.plan(budget, prompt_tokens):
+            if is_encoded(plan, option, head_dim):
+                size = heads * encoded_bytes(plan, option, head_dim)
+                yield _way(plan, option, head_dim), heads, size
 
 
 def _way(plan: PartPlan, option: Option, head_dim: int) -> Way:
     formats = plan.formats or (option.keys, option.values)
     pieces = packed_pieces(formats, plan.entries, head_dim)
     if pieces is None:
-        return READ_BACK
+        return READ_BACK_VARYING if any(form.bytes_vary for form in formats) else READ_BACK
     readings = [each.reading for piece in pieces for each in (piece.keys, piece.values)]
     if any(reading.patched or reading.levels for reading in readings):
         return WITH_OUTLIERS
