@@ -8,8 +8,9 @@ measured against the full cache, which is run once a sample in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +51,15 @@ class LiveRun:
     kept: NDArray[np.int64]
     footprint_bytes: int
 
+    def as_arrays(self) -> dict[str, NDArray[Any]]:
+        """The form that is kept in a file."""
+        return {name: np.asarray(value) for name, value in vars(self).items()}
+
+    @staticmethod
+    def of_arrays(arrays: Mapping[str, NDArray[Any]]) -> LiveRun:
+        """A run that was kept."""
+        return LiveRun(**{**arrays, "footprint_bytes": int(arrays["footprint_bytes"])})
+
 
 def run_live(
     loaded: LoadedModel,
@@ -76,8 +86,8 @@ def run_live(
     if full is None:
         full = full_cache(loaded, sample, prompt)
     logits, cache = _answered(loaded, sample, prompt, policies)
-    targets = torch.tensor(sample.targets, device=logits.device)
-    return [_measure(full, logits, targets, row, cache) for row in range(len(policies))]
+    reference = _Reference.of(full, torch.tensor(sample.targets, device=logits.device))
+    return [_measure(reference, logits, row, cache) for row in range(len(policies))]
 
 
 def full_cache(loaded: LoadedModel, sample: Sample, prompt: Prompt) -> Tensor:
@@ -137,30 +147,53 @@ def answer(q: Tensor, k: Tensor, v: Tensor, prompt: Compressed, scale: float) ->
     """
     heads, observed = k.shape[1], k.shape[2]
     queries = q.float().unflatten(1, (heads, -1))  # [B, H, G, C, D]
-    keys, values = prompt.keys[:, :, None], prompt.values[:, :, None]
-    past = attend(queries, keys, values, prompt.visible(queries), scale, prompt.weights)
+    past = prompt.attended(queries, scale)
     causal = torch.ones(observed, observed, dtype=torch.bool, device=q.device).tril()
     recent = attend(queries, k.float()[:, :, None], v.float()[:, :, None], causal, scale)
     return merge(past, recent).flatten(1, 2).to(q.dtype)
 
 
-def _measure(
-    full: Tensor, logits: Tensor, targets: Tensor, row: int, cache: _BatchCache
-) -> LiveRun:
+@dataclass(frozen=True)
+class _Reference:
+    """What all policies on a sample are measured against, computed once.
+
+    Args:
+        full: log-probabilities under the full cache, ``[C, vocabulary]``.
+        probabilities: their exponentials.
+        targets: the actual next tokens, ``[C]``.
+        nll: their negative log-likelihood under the full cache, ``[C]``.
+        correct: whether the full cache's likeliest tokens are these, ``[C]``.
+    """
+
+    full: Tensor
+    probabilities: Tensor
+    targets: Tensor
+    nll: NDArray[np.float32]
+    correct: NDArray[np.bool_]
+
+    @staticmethod
+    def of(full: Tensor, targets: Tensor) -> _Reference:
+        """Of one sample."""
+        correct = full.argmax(-1) == targets
+        return _Reference(full, full.exp(), targets, _nll(full, targets), correct.cpu().numpy())
+
+
+def _nll(log_probabilities: Tensor, targets: Tensor) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = -log_probabilities.gather(-1, targets[:, None])[:, 0].cpu().numpy()
+    return found
+
+
+def _measure(reference: _Reference, logits: Tensor, row: int, cache: _BatchCache) -> LiveRun:
     ours = logits[row].float().log_softmax(-1)
     if not bool(ours.isfinite().all()):
         raise KvtuneError(f"the policy {cache.policies[row].name!r} made the model's output NaN")
-    kl = (full.exp() * (full - ours)).sum(-1)
-
-    def nll(log_probabilities: Tensor) -> Tensor:
-        return -log_probabilities.gather(-1, targets[:, None])[:, 0]
-
+    kl = (reference.probabilities * (reference.full - ours)).sum(-1)
     return LiveRun(
         kl=kl.cpu().numpy(),
-        nll=nll(ours).cpu().numpy(),
-        full_nll=nll(full).cpu().numpy(),
-        correct=(ours.argmax(-1) == targets).cpu().numpy(),
-        full_correct=(full.argmax(-1) == targets).cpu().numpy(),
+        nll=_nll(ours, reference.targets),
+        full_nll=reference.nll,
+        correct=(ours.argmax(-1) == reference.targets).cpu().numpy(),
+        full_correct=reference.correct,
         kept=torch.stack(cache.kept, 1)[row].cpu().numpy(),
         footprint_bytes=cache.footprint_bytes[row],
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from kvtune.tuner.cross_fit import cross_fitted_front
 from kvtune.tuner.explore.record import selection_split
 from kvtune.tuner.head_points import BY_HEADS
 from kvtune.tuner.sources import QualitySource
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROUNDS = 3
 FINALISTS = 4
@@ -125,6 +129,8 @@ def live_on_selection(found: Found, progress: Progress) -> RunLive | None:
     if trace is None or loaded is None or not (selection := trace.of_split("select")):
         return None
 
+    uncompressed: dict[str, Tensor] = {}  # the rounds' samples are the same
+
     def run(candidates: Sequence[Candidate]) -> list[Lives]:
         from kvtune.runtime.prompts import traced_prompt
         from kvtune.tuner.validate import validate_policies
@@ -137,6 +143,8 @@ def live_on_selection(found: Found, progress: Progress) -> RunLive | None:
                 trace, trace.sample(sample.id), loaded.device, probes=False
             ),
             progress=progress,
+            kept=found.source.kept,
+            uncompressed=uncompressed,
         )
         return [{kind: loss.value for kind, loss in one.by_kind.items()} for one in ran]
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
+from torch import Tensor
 
 from kvtune.common.estimate import Estimate
+from kvtune.common.kept import NOTHING_KEPT, Kept
 from kvtune.common.progress import Progress, Silent
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs
@@ -86,6 +88,8 @@ def validate_policies(
     prompt_of: Callable[[Sample], Prompt],
     *,
     progress: Progress | None = None,
+    kept: Kept = NOTHING_KEPT,
+    uncompressed: dict[str, Tensor] | None = None,
 ) -> list[Validation]:
     """Run several policies live on the same samples.
 
@@ -95,18 +99,74 @@ def validate_policies(
         samples: held out.
         prompt_of: gives a sample's prompt, from a trace or run afresh; asked once a sample.
         progress: told of every sample and batch of policies.
+        kept: runs that were done before, of this model on these samples; new ones are put there.
+        uncompressed: log-probabilities under the full cache by sample, for whoever runs the same
+            samples again; those that are missing are added.
     """
-    runs: list[list[LiveRun]] = [[] for _ in policies]
+    each = [_Runs(sample, policies, kept) for sample in samples]
     together = _TOGETHER if loaded.device == "cpu" else _TOGETHER_ON_A_GPU
-    steps = [(sample, at) for sample in samples for at in range(0, len(policies), together)]
-    for sample, at in (progress or Silent()).track(steps, "running live", len(steps)):
-        if at == 0:
-            prompt = cache(prompt_of(sample))  # what policies look at is computed once a layer
-            full = full_cache(loaded, sample, prompt)
-        found = run_live(loaded, sample, prompt, policies[at : at + together], full)
-        for row, run in enumerate(found, start=at):
-            runs[row].append(run)
-    return [summarise(row, samples) for row in runs]
+    steps = [(runs, some) for runs in each for some in runs.waiting(together)]
+    for runs, some in (progress or Silent()).track(steps, "running live", len(steps)):
+        if runs.reference is None:
+            prompt = cache(prompt_of(runs.sample))  # what policies look at is computed once a layer
+            full = _full(loaded, runs.sample, prompt, uncompressed)
+            runs.reference = prompt, full
+        prompt, full = runs.reference
+        found = run_live(loaded, runs.sample, prompt, [policies[row] for row in some], full)
+        runs.take(some, found)
+    return [summarise([runs.done[row] for runs in each], samples) for row in range(len(policies))]
+
+
+def _full(
+    loaded: LoadedModel, sample: Sample, prompt: Prompt, uncompressed: dict[str, Tensor] | None
+) -> Tensor:
+    """Log-probabilities under the full cache, run unless they are known."""
+    known = {} if uncompressed is None else uncompressed
+    if sample.id not in known:
+        known[sample.id] = full_cache(loaded, sample, prompt)
+    return known[sample.id]
+
+
+@dataclass
+class _Runs:
+    """Runs of policies on one sample: those kept from before, and those that are added.
+
+    Args:
+        sample: that the policies run on.
+        policies: B of them.
+        kept: where runs are kept.
+        done: finished runs by the policy's number.
+        reference: the sample's prompt and its uncompressed log-probabilities, once they are made
+            and until the last run is done.
+    """
+
+    sample: Sample
+    policies: Sequence[Policy]
+    kept: Kept
+    done: dict[int, LiveRun] = field(default_factory=dict)
+    reference: tuple[Prompt, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        """Look up what was kept."""
+        for row, policy in enumerate(self.policies):
+            if (arrays := self.kept.get(*self._key(policy))) is not None:
+                self.done[row] = LiveRun.of_arrays(arrays)
+
+    def waiting(self, together: int) -> Iterator[list[int]]:
+        """Numbers of the policies that are yet to run, in batches."""
+        rows = [row for row in range(len(self.policies)) if row not in self.done]
+        yield from (rows[at : at + together] for at in range(0, len(rows), together))
+
+    def take(self, rows: Sequence[int], found: Sequence[LiveRun]) -> None:
+        """Keep what a batch has found."""
+        for row, run in zip(rows, found, strict=True):
+            self.kept.put(run.as_arrays(), *self._key(self.policies[row]))
+            self.done[row] = run
+        if len(self.done) == len(self.policies):
+            self.reference = None
+
+    def _key(self, policy: Policy) -> tuple[object, ...]:
+        return "live", self.sample.id, replace(policy, name="")
 
 
 def summarise(runs: Sequence[LiveRun], samples: Sequence[Sample]) -> Validation:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import torch
 
+from kvtune.common.kept import NOTHING_KEPT, Kept
 from kvtune.common.progress import Progress, Silent
 from kvtune.policies.apply import apply_together, linked
 from kvtune.policies.policy import Policy
@@ -29,6 +31,7 @@ def replay_policies(
     block: int = DEFAULT_BLOCK,
     device: str = "cpu",
     progress: Progress | None = None,
+    kept: Kept = NOTHING_KEPT,
 ) -> Floats:
     """Predicted KL of every policy on every sample, ``[policies, samples]`` nats/token.
 
@@ -40,6 +43,7 @@ def replay_policies(
         block: positions whose responses are summed before squaring.
         device: where the arithmetic runs.
         progress: told of every sample.
+        kept: replays of this trace that were done before; new ones are put there.
 
     Raises:
         KvtuneError: a policy has another shape than the traced model.
@@ -49,7 +53,17 @@ def replay_policies(
     steps = (progress or Silent()).track(samples, "replaying policies", len(samples))
     depth = trace.geometry.layers
     layers = range(min(every // 2, depth - 1), depth, every)  # one at least, of a shallow model
-    return np.stack([_replay_sample(trace, s, policies, layers, block, device) for s in steps], 1)
+    nameless = [replace(policy, name="") for policy in policies]
+
+    def replayed(sample: SampleRecord) -> Floats:
+        key = "replay", sample.id, tuple(layers), block, nameless
+        if (known := kept.get(*key)) is not None:
+            return known["losses"]
+        losses = _replay_sample(trace, sample, policies, layers, block, device)
+        kept.put({"losses": losses}, *key)
+        return losses
+
+    return np.stack([replayed(sample) for sample in steps], 1)
 
 
 @torch.no_grad()
