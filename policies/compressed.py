@@ -67,7 +67,7 @@ class Compressed:
         output = queries.new_empty(len(queries), *asking[:-1], values.shape[-1])
         log_sum = queries.new_empty(len(queries), *asking[:-1])
         for size in counts.unique().tolist():
-            rows = (counts == size).nonzero()[:, 0]
+            rows = _span((counts == size).nonzero()[:, 0].tolist())
             held = (x[rows, :size][:, None, None] for x in (keys, values))
             found = attend(queries[rows][:, None], *held, None, scale)
             output[rows], log_sum[rows] = (x[:, 0] for x in found)
@@ -141,3 +141,9 @@ class Compressed:
             self.signals,
             self.padded,
         )
+
+
+def _span(rows: list[int]) -> slice | list[int]:
+    """Ascending rows as a slice where they are neighbours: what it picks is not copied."""
+    alone = rows[-1] - rows[0] + 1 == len(rows)
+    return slice(rows[0], rows[-1] + 1) if alone else rows

@@ -520,8 +520,9 @@ def test_a_search_that_is_taken_up_again_replays_and_runs_nothing_twice(
     own: SearchRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = Work()
-    whole.watch(monkeypatch)
-    run_search(own)
+    with monkeypatch.context() as patch:
+        whole.watch(patch)
+        run_search(own)
     assert whole.done > 10
     for killed_after in (1, whole.done // 2, whole.done - 1):
         request = replace(own, run_dir=own.run_dir.with_name(f"killed-{killed_after}") / "run")
