@@ -381,7 +381,7 @@ def test_texts_of_ones_own_that_are_too_short_are_told_and_no_stand_in_takes_the
     def too_short(*_: Any) -> None:
         raise KvtuneError("the user text is enough for 1 samples of 1024 tokens, not 3")
 
-    monkeypatch.setattr("kvtune.tuner.search.own_trace", too_short)
+    monkeypatch.setattr("kvtune.tuner.which_source.own_trace", too_short)
     known = {"model": "smollm2-135m", "shape": find_model("smollm2-135m")}
     with pytest.raises(KvtuneError, match="enough for 1 samples"):
         run_search(llama(tmp_path / "own", texts=(tmp_path / "mine.txt",), **known))

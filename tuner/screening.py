@@ -64,7 +64,7 @@ def screened(menu: Menu, trace: Trace, kept: Path, device: str, progress: Progre
     if (found := _kept(file, menu, progress)) is not None:
         return replace(menu, methods=found)
     sure = [m for m in menu.methods if m in METHODS or m.reader(1) is not None]
-    parts = Kept(file.with_suffix(".parts"), (trace.content_sha256, told, device))
+    parts = Kept(file.with_suffix(".parts"), (told, device))
     losses = losses_of_methods(menu, trace, device, progress, parts)
     methods = covering(losses, menu.methods, sure, MOST)
     names = [method.label for method in methods]
