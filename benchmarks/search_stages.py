@@ -7,9 +7,9 @@ A stage is what the command's own bars name; what lies between two bars stands u
 follows it. Every search begins with nothing captured, in a folder of its own that is removed.
 ``--gpu`` names the card that the plan is for, on a machine without one. ``--profile`` adds to each
 stage the functions that it spent most of its Python time in, which makes it slower. ``--large``
-adds a search with the small workload on a model of 7.4 billion random weights: Llama-3.1-8B's shape with
-SmolLM2's vocabulary, saved first, so that loading it counts. What is done is written after every
-stage; no stage is begun after ``--seconds``.
+adds a search with the small workload on a model of 7.4 billion random weights: Llama-3.1-8B's
+shape with SmolLM2's vocabulary, saved first, so that loading it counts. What is done is written
+after every stage; no stage is begun after ``--seconds``.
 """
 
 from __future__ import annotations

@@ -75,32 +75,43 @@ def run_live(
         sample: what it reads.
         prompt: the sample's prompt, freshly run or from a trace of the same model.
         policies: for this model's shape.
-        full: what ``full_cache`` says of this sample and prompt; None runs it here.
+        full: what ``full_cache`` says of this sample and prompt; None runs it beside them.
 
     Raises:
         KvtuneError: a policy has another shape, or makes the output NaN.
     """
-    geometry = loaded.geometry
-    for policy in policies:
-        policy.check_fits(geometry.layers, geometry.kv_heads)
     if full is None:
-        full = full_cache(loaded, sample, prompt)
+        return run_beside_full(loaded, sample, prompt, policies)[1]
     logits, cache = _answered(loaded, sample, prompt, policies)
-    reference = _Reference.of(full, torch.tensor(sample.targets, device=logits.device))
+    reference = _Reference.of(full, sample)
     return [_measure(reference, logits, row, cache) for row in range(len(policies))]
+
+
+def run_beside_full(
+    loaded: LoadedModel, sample: Sample, prompt: Prompt, policies: Sequence[Policy]
+) -> tuple[Tensor, list[LiveRun]]:
+    """What ``full_cache`` and ``run_live`` say, in one batch: one row more is less than a pass."""
+    logits, cache = _answered(loaded, sample, prompt, [_whole(loaded), *policies])
+    full = logits[0].float().log_softmax(-1)
+    reference = _Reference.of(full, sample)
+    return full, [_measure(reference, logits, row, cache) for row in range(1, len(policies) + 1)]
 
 
 def full_cache(loaded: LoadedModel, sample: Sample, prompt: Prompt) -> Tensor:
     """Log-probabilities under the uncompressed prompt, ``[C, vocabulary]`` float32."""
-    geometry = loaded.geometry
-    whole = Policy.uniform(Option(), geometry.layers, geometry.kv_heads)
-    return _answered(loaded, sample, prompt, [whole])[0][0].float().log_softmax(-1)
+    return _answered(loaded, sample, prompt, [_whole(loaded)])[0][0].float().log_softmax(-1)
+
+
+def _whole(loaded: LoadedModel) -> Policy:
+    return Policy.uniform(Option(), loaded.geometry.layers, loaded.geometry.kv_heads)
 
 
 def _answered(
     loaded: LoadedModel, sample: Sample, prompt: Prompt, policies: Sequence[Policy]
 ) -> tuple[Tensor, _BatchCache]:
     """Logits ``[B, C, vocabulary]`` of the observed tokens, and the cache that answered them."""
+    for policy in policies:
+        policy.check_fits(loaded.geometry.layers, loaded.geometry.kv_heads)
     budgets = [policy.settle(sample.prompt, prompt) for policy in policies]
     cache = _BatchCache(prompt, policies, budgets)
     observed = sample.token_ids[sample.prompt :]
@@ -172,8 +183,9 @@ class _Reference:
     correct: NDArray[np.bool_]
 
     @staticmethod
-    def of(full: Tensor, targets: Tensor) -> _Reference:
+    def of(full: Tensor, sample: Sample) -> _Reference:
         """Of one sample."""
+        targets = torch.tensor(sample.targets, device=full.device)
         correct = full.argmax(-1) == targets
         return _Reference(full, full.exp(), targets, _nll(full, targets), correct.cpu().numpy())
 

@@ -162,7 +162,7 @@ def test_the_first_layers_output_is_replays(
     part = apply(policy, 0, policy.budgets(36)[0].tolist(), layer.signals)
     replayed = layer.output(part).flatten(0, 1)
     scale = float(replayed.abs().max())
-    uncompressed, ours = outputs[0][0], outputs[tiny_model.geometry.layers][0]
+    uncompressed, ours = outputs[0]  # rows of one batch, whose first is the full cache
     torch.testing.assert_close(ours, replayed, rtol=5e-3, atol=5e-3 * scale)
     full = layer.full.flatten(0, 1)
     torch.testing.assert_close(uncompressed, full, rtol=5e-3, atol=5e-3 * scale)

@@ -486,6 +486,13 @@ class KilledError(BaseException):
     """Ends a search wherever it is, as a kill would: nothing catches it."""
 
 
+WORK = (
+    "kvtune.tuner.validate.run_live",
+    "kvtune.tuner.validate.run_beside_full",
+    "kvtune.simulator.quality.evaluate._replay_sample",
+)
+
+
 @dataclass
 class Work:
     """Replays and live runs that a search does.
@@ -498,12 +505,10 @@ class Work:
     done: int = 0
 
     def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in ("runtime.live.run_live", "simulator.quality.evaluate._replay_sample"):
-            module, function = f"kvtune.{name}".rsplit(".", 1)
-            users = [module, "kvtune.tuner.validate"] if "live" in name else [module]
+        for name in WORK:
+            module, function = name.rsplit(".", 1)
             original = getattr(importlib.import_module(module), function)
-            for user in users:
-                monkeypatch.setattr(f"{user}.{function}", self._counted(original))
+            monkeypatch.setattr(name, self._counted(original))
 
     def _counted(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*given: Any, **more: Any) -> Any:

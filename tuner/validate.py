@@ -14,7 +14,7 @@ from kvtune.common.kept import NOTHING_KEPT, Kept
 from kvtune.common.progress import Progress, Silent
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs
-from kvtune.runtime.live import LiveRun, full_cache, run_live
+from kvtune.runtime.live import LiveRun, run_beside_full, run_live
 from kvtune.runtime.prompts import Prompt, fresh_prompt
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample
@@ -104,27 +104,22 @@ def validate_policies(
             samples again; those that are missing are added.
     """
     each = [_Runs(sample, policies, kept) for sample in samples]
+    known = {} if uncompressed is None else uncompressed
     together = _TOGETHER if loaded.device == "cpu" else _TOGETHER_ON_A_GPU
     steps = [(runs, some) for runs in each for some in runs.waiting(together)]
     for runs, some in (progress or Silent()).track(steps, "running live", len(steps)):
-        if runs.reference is None:
-            prompt = cache(prompt_of(runs.sample))  # what policies look at is computed once a layer
-            full = _full(loaded, runs.sample, prompt, uncompressed)
-            runs.reference = prompt, full
-        prompt, full = runs.reference
-        found = run_live(loaded, runs.sample, prompt, [policies[row] for row in some], full)
+        if runs.prompt is None:
+            # What policies look at is computed once a layer.
+            runs.prompt = cache(prompt_of(runs.sample))
+        given = loaded, runs.sample, runs.prompt, [policies[row] for row in some]
+        if runs.sample.id in known:
+            found = run_live(*given, known[runs.sample.id])
+        else:
+            known[runs.sample.id], found = run_beside_full(*given)
         runs.take(some, found)
+        if uncompressed is None and runs.prompt is None:
+            del known[runs.sample.id]
     return [summarise([runs.done[row] for runs in each], samples) for row in range(len(policies))]
-
-
-def _full(
-    loaded: LoadedModel, sample: Sample, prompt: Prompt, uncompressed: dict[str, Tensor] | None
-) -> Tensor:
-    """Log-probabilities under the full cache, run unless they are known."""
-    known = {} if uncompressed is None else uncompressed
-    if sample.id not in known:
-        known[sample.id] = full_cache(loaded, sample, prompt)
-    return known[sample.id]
 
 
 @dataclass
@@ -136,15 +131,14 @@ class _Runs:
         policies: B of them.
         kept: where runs are kept.
         done: finished runs by the policy's number.
-        reference: the sample's prompt and its uncompressed log-probabilities, once they are made
-            and until the last run is done.
+        prompt: of the sample, from its first run to its last.
     """
 
     sample: Sample
     policies: Sequence[Policy]
     kept: Kept
     done: dict[int, LiveRun] = field(default_factory=dict)
-    reference: tuple[Prompt, Tensor] | None = None
+    prompt: Prompt | None = None
 
     def __post_init__(self) -> None:
         """Look up what was kept."""
@@ -163,7 +157,7 @@ class _Runs:
             self.kept.put(run.as_arrays(), *self._key(self.policies[row]))
             self.done[row] = run
         if len(self.done) == len(self.policies):
-            self.reference = None
+            self.prompt = None
 
     def _key(self, policy: Policy) -> tuple[object, ...]:
         return "live", self.sample.id, replace(policy, name="")
