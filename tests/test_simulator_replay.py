@@ -219,7 +219,8 @@ def test_the_full_output_is_the_one_that_was_captured(tiny_trace: Any) -> None:
 
 
 def test_items_are_loaded_ahead_in_order_and_an_error_reaches_the_caller() -> None:
-    assert list(ahead(lambda n: n * n, range(7))) == [n * n for n in range(7)]
+    for readers in (1, 4):
+        assert list(ahead(lambda n: n * n, range(7), readers)) == [n * n for n in range(7)]
 
     def broken(n: int) -> int:
         if n == 3:

@@ -15,7 +15,7 @@ from kvtune.common.progress import Progress, Silent
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs
 from kvtune.runtime.live import LiveRun, run_beside_full, run_live
-from kvtune.runtime.prompts import Prompt, fresh_prompt
+from kvtune.runtime.prompts import Prompt, at_once, fresh_prompt
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample
 from kvtune.tuner.quality import estimate, estimate_by_kind
@@ -109,8 +109,7 @@ def validate_policies(
     steps = [(runs, some) for runs in each for some in runs.waiting(together)]
     for runs, some in (progress or Silent()).track(steps, "running live", len(steps)):
         if runs.prompt is None:
-            # What policies look at is computed once a layer.
-            runs.prompt = cache(prompt_of(runs.sample))
+            runs.prompt = _asked_again(prompt_of(runs.sample), loaded)
         given = loaded, runs.sample, runs.prompt, [policies[row] for row in some]
         if runs.sample.id in known:
             found = run_live(*given, known[runs.sample.id])
@@ -120,6 +119,16 @@ def validate_policies(
         if uncompressed is None and runs.prompt is None:
             del known[runs.sample.id]
     return [summarise([runs.done[row] for runs in each], samples) for row in range(len(policies))]
+
+
+def _asked_again(prompt: Prompt, loaded: LoadedModel) -> Prompt:
+    """A prompt whose layers are read once, and what policies look at computed once.
+
+    A GPU would wait for each layer's reading.
+    """
+    if loaded.device == "cpu":
+        return cache(prompt)
+    return at_once(prompt, loaded.geometry.layers)
 
 
 @dataclass

@@ -177,13 +177,18 @@ def _together(
     return max(1, int((room if room < 4 * free else free) // each))
 
 
-def ahead(load: Callable[[T], R], items: Iterable[T], depth: int = 2) -> Iterator[R]:
+def readers_for(device: str) -> int:
+    """How many threads read layers: a GPU is done with one before a single thread has the next."""
+    return 1 if device == "cpu" else _LOADERS
+
+
+def ahead(load: Callable[[T], R], items: Iterable[T], readers: int = 1) -> Iterator[R]:
     """Load items in order, a few ahead of their use, so that reading and arithmetic overlap."""
-    with ThreadPoolExecutor(1) as reader:
+    with ThreadPoolExecutor(readers) as pool:
         waiting: deque[Future[R]] = deque()
         for item in items:
-            waiting.append(reader.submit(load, item))
-            if len(waiting) > depth:
+            waiting.append(pool.submit(load, item))
+            if len(waiting) > readers + 1:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -14,7 +14,7 @@ from kvtune.common.progress import Progress, Silent
 from kvtune.policies.apply import apply_together, linked
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
-from kvtune.simulator.quality.build import DEFAULT_BLOCK, ahead, replayed_tensors
+from kvtune.simulator.quality.build import DEFAULT_BLOCK, ahead, readers_for, replayed_tensors
 from kvtune.simulator.quality.replay import LayerReplay
 from kvtune.simulator.quality.tables import Floats
 from kvtune.traces.trace import SampleRecord, Trace
@@ -88,7 +88,7 @@ def _replay_sample(
     budgets = [policy.settle(sample.prompt, prompt) for policy in policies]
     total: torch.Tensor | float = 0.0
     probes = 1
-    for index, layer in zip(layers, ahead(load, layers), strict=True):
+    for index, layer in zip(layers, ahead(load, layers, readers_for(device)), strict=True):
         probes = layer.probes.shape[0]
         options = [option for policy in policies for option in policy.heads[index]]
         signals = linked(layer.signals, options, trace.geometry.layers, prompt)
