@@ -52,7 +52,7 @@ def traced_prompt(
 
 
 def at_once(prompt: Prompt, layers: int) -> Prompt:
-    """All layers of a prompt, read by several threads, for whoever asks for them again and again."""
+    """All layers of a prompt, read by several threads, for whoever asks for them repeatedly."""
     with ThreadPoolExecutor(_READERS) as readers:
         return list(readers.map(prompt, range(layers))).__getitem__
 
