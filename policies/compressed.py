@@ -68,8 +68,8 @@ class Compressed:
         log_sum = queries.new_empty(len(queries), *asking[:-1])
         for size in counts.unique().tolist():
             rows = _span((counts == size).nonzero()[:, 0].tolist())
-            held = (x[rows, :size][:, None, None] for x in (keys, values))
-            found = attend(queries[rows][:, None], *held, None, scale)
+            held, read = (x[rows, :size][:, None, None] for x in (keys, values))
+            found = attend(queries[rows][:, None], held, read, None, scale)
             output[rows], log_sum[rows] = (x[:, 0] for x in found)
         return output.unflatten(0, lead), log_sum.unflatten(0, lead)
 
