@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 from kvtune.common.files import atomic
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
-    Array = NDArray[np.generic]
+    Array = NDArray[Any]
     Arrays = Mapping[str, Array]
 
 

@@ -58,7 +58,8 @@ class LiveRun:
     @staticmethod
     def of_arrays(arrays: Mapping[str, NDArray[Any]]) -> LiveRun:
         """A run that was kept."""
-        return LiveRun(**{**arrays, "footprint_bytes": int(arrays["footprint_bytes"])})
+        given: dict[str, Any] = dict(arrays)
+        return LiveRun(**given | {"footprint_bytes": int(arrays["footprint_bytes"])})
 
 
 def run_live(
