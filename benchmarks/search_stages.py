@@ -5,10 +5,11 @@
 
 A stage is what the command's own bars name; what lies between two bars stands under the one that
 follows it. Every search begins with nothing captured, in a folder of its own that is removed.
-``--gpu`` names the card that the plan is for, on a machine without one. ``--large`` adds a search
-with the small workload on a model of 7.4 billion random weights: Llama-3.1-8B's shape with
-SmolLM2's vocabulary, saved first, so that loading it counts. What is done is written after every
-stage; no stage is begun after ``--seconds``.
+``--gpu`` names the card that the plan is for, on a machine without one. ``--profile`` adds to each
+stage the functions that it spent most of its Python time in, which makes it slower. ``--large``
+adds a search with the small workload on a model of 7.4 billion random weights: Llama-3.1-8B's
+shape with SmolLM2's vocabulary, saved first, so that loading it counts. What is done is written
+after every stage; no stage is begun after ``--seconds``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from cProfile import Profile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +37,7 @@ from kvtune.profiles.shape import ModelShape
 T = TypeVar("T")
 SMALL_MODEL = "smollm2-135m"
 LARGE_MEMORY = "24GiB"
+SHOWN = 25  # functions of a stage, by their own time and by all of it
 _SAMPLED_S = 0.05
 
 
@@ -94,6 +97,7 @@ class Stages:
 
     write: Callable[[], None]
     deadline: float
+    profile: Profile | None = None
     busy: Busy = field(default_factory=Busy)
     stages: dict[str, dict[str, Any]] = field(
         default_factory=lambda: defaultdict(lambda: {"seconds": 0.0, "processor": 0.0})
@@ -112,6 +116,11 @@ class Stages:
     def note(self, message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
+    def begin_profile(self) -> None:
+        """Watch which functions take the time from here on."""
+        self.profile = Profile()
+        self.profile.enable()
+
     def passed(self, label: str, how: str = "") -> None:
         now = time.monotonic(), time.process_time()
         stage, took = self.stages[label + how], now[0] - self.at[0]
@@ -120,12 +129,32 @@ class Stages:
         if (share := self.busy.taken()) is not None:
             kept_busy = stage.get("GPU busy, seconds", 0.0)
             stage["GPU busy, seconds"] = round(kept_busy + share * took, 2)
+        if self.profile is not None:
+            self.profile.disable()
+            stage.setdefault("functions", []).append(dearest(self.profile))
+            self.begin_profile()
         self.at = now
         print(f"{label}{how}: {stage['seconds']:.1f} s", file=sys.stderr, flush=True)
         self.write()
 
 
-def search(stages: Stages, case: dict[str, Any], folder: Path, **asked: Any) -> None:
+def dearest(profile: Profile) -> list[str]:
+    """The functions that took most time of their own, and those that took most with what they call:
+    seconds of their own, seconds in all, calls, name.
+    """  # fmt: skip
+    profile.create_stats()
+    rows = [
+        (own, everything, calls, f"{'/'.join(Path(file).parts[-2:])}:{line} {name}")
+        for (file, line, name), (_, calls, own, everything, _) in profile.stats.items()
+    ]
+    shown = dict.fromkeys(sorted(rows, reverse=True)[:SHOWN])
+    shown |= dict.fromkeys(sorted(rows, key=lambda row: -row[1])[:SHOWN])
+    return [f"{own:.2f} {total:.2f} {calls} {name}" for own, total, calls, name in shown]
+
+
+def search(
+    stages: Stages, case: dict[str, Any], folder: Path, profiled: bool, **asked: Any
+) -> None:
     """One search; what is known of it is put into ``case``, also where it does not end."""
     import kvtune
 
@@ -133,6 +162,8 @@ def search(stages: Stages, case: dict[str, Any], folder: Path, **asked: Any) -> 
     try:
         # The model store is the usual one; traces and tables begin empty.
         with patch("kvtune.tuner.sources.cache_dir", lambda: folder), stages.busy.sampled():
+            if profiled:
+                stages.begin_profile()
             found = kvtune.search(**asked, run_dir=folder / "run", progress=stages)
             stages.passed("after all")
         case |= {
@@ -184,6 +215,7 @@ def main() -> None:
     parser.add_argument("--workload", choices=("small", "full"), default="small")
     parser.add_argument("--device")
     parser.add_argument("--large", action="store_true", help="search for a large model too")
+    parser.add_argument("--profile", action="store_true", help="functions that take the time")
     parser.add_argument("--tiny", action="store_true", help="the large model alone, made tiny")
     parser.add_argument("--seconds", type=float, default=240.0, help="no stage is begun after")
     parser.add_argument("--out", type=Path, required=True)
@@ -200,7 +232,7 @@ def main() -> None:
         stages = Stages(lambda: write_json(arguments.out, found), deadline)
         with tempfile.TemporaryDirectory() as folder:
             asked = {"model": str(model), "gpu": arguments.gpu, "mem": mem, "workload": workload}
-            search(stages, case, Path(folder), device=arguments.device, **asked)
+            search(stages, case, Path(folder), arguments.profile, device=arguments.device, **asked)
         write_json(arguments.out, found)
 
     if not arguments.tiny:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kvtune.policies.attention import attend
 from kvtune.policies.reader import Held, Reader
 from kvtune.policies.signals import Signals
 
@@ -39,6 +40,38 @@ class Compressed:
     tokens: Tensor | None = None
     signals: Signals | None = None
     padded: bool | None = None
+
+    def attended(self, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Attention of queries to the prompt alone, and its log-sum-exp, as ``attend`` gives them.
+
+        On a CPU each row is as long as what it holds: a policy whose heads keep a few tokens here
+        and all of them there would mostly attend to padding.
+
+        Args:
+            queries: ``[..., H, G, C, D]``.
+            scale: factor of the scores before the softmax.
+        """
+        plain = not self.readers and self.log_weight is None
+        if self.padded and plain and self.keys.device.type == "cpu":
+            return self._attended_by_size(queries, scale)
+        keys, values = self.keys.unsqueeze(-3), self.values.unsqueeze(-3)
+        return attend(queries, keys, values, self.visible(queries), scale, self.weights)
+
+    def _attended_by_size(self, queries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """The same, rows that hold equally many entries together."""
+        asking, stored = queries.shape[-3:], self.keys.shape[-2:]
+        lead = torch.broadcast_shapes(queries.shape[:-3], self.counts.shape)
+        queries = queries.expand(*lead, *asking).flatten(0, -4)
+        keys, values = (x.expand(*lead, *stored).flatten(0, -3) for x in (self.keys, self.values))
+        counts = self.counts.expand(lead).flatten()
+        output = queries.new_empty(len(queries), *asking[:-1], values.shape[-1])
+        log_sum = queries.new_empty(len(queries), *asking[:-1])
+        for size in counts.unique().tolist():
+            rows = _span((counts == size).nonzero()[:, 0].tolist())
+            held, read = (x[rows, :size][:, None, None] for x in (keys, values))
+            found = attend(queries[rows][:, None], held, read, None, scale)
+            output[rows], log_sum[rows] = (x[:, 0] for x in found)
+        return output.unflatten(0, lead), log_sum.unflatten(0, lead)
 
     def visible(self, queries: Tensor) -> Tensor | None:
         """Entries that queries ``[..., H, G, C, D]`` attend to; None where that is all.
@@ -108,3 +141,9 @@ class Compressed:
             self.signals,
             self.padded,
         )
+
+
+def _span(rows: list[int]) -> slice | list[int]:
+    """Ascending rows as a slice where they are neighbours: what it picks is not copied."""
+    alone = rows[-1] - rows[0] + 1 == len(rows)
+    return slice(rows[0], rows[-1] + 1) if alone else rows

@@ -72,6 +72,43 @@ def read_for_all(
         return read_some(model, cache, prompt, range(batch))
 
 
+@torch.no_grad()
+def read_different(
+    model: Any,
+    cache: PolicyCache,
+    input_ids: Tensor,
+    chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+) -> Tensor:
+    """Store unpadded prompts, of which neighbours may be the same; the logits after each.
+
+    The cache then holds what ``read_prompts`` would have left, and memory has been as full; but a
+    prompt that several neighbours share is read once. The last ones, as many as are read together,
+    are read as in service: there memory is at its fullest.
+    """
+    batch, tokens = input_ids.shape
+    cache.open(input_ids.device, batch * [tokens])
+    last = max(0, batch - max(1, chunk_tokens // tokens))
+    logits = []
+    with fused_on_gpu(model), in_chunks(model, chunk_tokens):
+        for sequences in alike(input_ids[:last]):
+            one = read_some(
+                model, cache, input_ids[sequences.start : sequences.start + 1], sequences
+            )
+            logits.append(one.expand(len(sequences), -1))
+        logits.append(read_some(model, cache, input_ids[last:], range(last, batch)))
+    return torch.cat(logits)
+
+
+def alike(input_ids: Tensor) -> Iterator[range]:
+    """Neighbours in ``[B, P]`` that are the same."""
+    first = 0
+    if not len(input_ids):
+        return
+    for count in torch.unique_consecutive(input_ids, dim=0, return_counts=True)[1].tolist():
+        yield range(first, first + count)
+        first += count
+
+
 def read_some(model: Any, cache: PolicyCache, ids: Tensor, sequences: range) -> Tensor:
     """Read equally long prompts ``[n, P]`` of an open cache's sequences, ``[n, V]``."""
     cache.reading = sequences

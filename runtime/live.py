@@ -8,8 +8,9 @@ measured against the full cache, which is run once a sample in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +51,16 @@ class LiveRun:
     kept: NDArray[np.int64]
     footprint_bytes: int
 
+    def as_arrays(self) -> dict[str, NDArray[Any]]:
+        """The form that is kept in a file."""
+        return {name: np.asarray(value) for name, value in vars(self).items()}
+
+    @staticmethod
+    def of_arrays(arrays: Mapping[str, NDArray[Any]]) -> LiveRun:
+        """A run that was kept."""
+        given: dict[str, Any] = dict(arrays)
+        return LiveRun(**given | {"footprint_bytes": int(arrays["footprint_bytes"])})
+
 
 def run_live(
     loaded: LoadedModel,
@@ -65,36 +76,43 @@ def run_live(
         sample: what it reads.
         prompt: the sample's prompt, freshly run or from a trace of the same model.
         policies: for this model's shape.
-        full: what ``full_cache`` says of this sample and prompt; None runs it here.
+        full: what ``full_cache`` says of this sample and prompt; None runs it beside them.
 
     Raises:
         KvtuneError: a policy has another shape, or makes the output NaN.
     """
-    geometry = loaded.geometry
-    for policy in policies:
-        policy.check_fits(geometry.layers, geometry.kv_heads)
     if full is None:
-        full = full_cache(loaded, sample, prompt)
+        return run_beside_full(loaded, sample, prompt, policies)[1]
     logits, cache = _answered(loaded, sample, prompt, policies)
-    targets = torch.tensor(sample.targets, device=logits.device)
-    kept = torch.stack(cache.kept, 1).cpu()
-    return [
-        measured(policy, full, logits[row], targets, kept[row], cache.footprint_bytes[row])
-        for row, policy in enumerate(policies)
-    ]
+    reference = Reference.of(full, sample)
+    return [_measured(reference, logits, row, cache) for row in range(len(policies))]
+
+
+def run_beside_full(
+    loaded: LoadedModel, sample: Sample, prompt: Prompt, policies: Sequence[Policy]
+) -> tuple[Tensor, list[LiveRun]]:
+    """What ``full_cache`` and ``run_live`` say, in one batch: one row more is less than a pass."""
+    logits, cache = _answered(loaded, sample, prompt, [_whole(loaded), *policies])
+    full = logits[0].float().log_softmax(-1)
+    reference = Reference.of(full, sample)
+    return full, [_measured(reference, logits, row, cache) for row in range(1, len(policies) + 1)]
 
 
 def full_cache(loaded: LoadedModel, sample: Sample, prompt: Prompt) -> Tensor:
     """Log-probabilities under the uncompressed prompt, ``[C, vocabulary]`` float32."""
-    geometry = loaded.geometry
-    whole = Policy.uniform(Option(), geometry.layers, geometry.kv_heads)
-    return _answered(loaded, sample, prompt, [whole])[0][0].float().log_softmax(-1)
+    return _answered(loaded, sample, prompt, [_whole(loaded)])[0][0].float().log_softmax(-1)
+
+
+def _whole(loaded: LoadedModel) -> Policy:
+    return Policy.uniform(Option(), loaded.geometry.layers, loaded.geometry.kv_heads)
 
 
 def _answered(
     loaded: LoadedModel, sample: Sample, prompt: Prompt, policies: Sequence[Policy]
 ) -> tuple[Tensor, _BatchCache]:
     """Logits ``[B, C, vocabulary]`` of the observed tokens, and the cache that answered them."""
+    for policy in policies:
+        policy.check_fits(loaded.geometry.layers, loaded.geometry.kv_heads)
     budgets = [policy.settle(sample.prompt, prompt) for policy in policies]
     cache = _BatchCache(prompt, policies, budgets)
     observed = sample.token_ids[sample.prompt :]
@@ -141,23 +159,58 @@ def answer(q: Tensor, k: Tensor, v: Tensor, prompt: Compressed, scale: float) ->
     """
     heads, observed = k.shape[1], k.shape[2]
     queries = q.float().unflatten(1, (heads, -1))  # [B, H, G, C, D]
-    keys, values = prompt.keys[:, :, None], prompt.values[:, :, None]
-    past = attend(queries, keys, values, prompt.visible(queries), scale, prompt.weights)
+    past = prompt.attended(queries, scale)
     causal = torch.ones(observed, observed, dtype=torch.bool, device=q.device).tril()
     recent = attend(queries, k.float()[:, :, None], v.float()[:, :, None], causal, scale)
     return merge(past, recent).flatten(1, 2).to(q.dtype)
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What all policies on a sample are measured against, computed once.
+
+    Args:
+        full: log-probabilities under the full cache, ``[C, vocabulary]``.
+        probabilities: their exponentials.
+        targets: the actual next tokens, ``[C]``.
+        nll: their negative log-likelihood under the full cache, ``[C]``.
+        correct: whether the full cache's likeliest tokens are these, ``[C]``.
+    """
+
+    full: Tensor
+    probabilities: Tensor
+    targets: Tensor
+    nll: NDArray[np.float32]
+    correct: NDArray[np.bool_]
+
+    @staticmethod
+    def of(full: Tensor, sample: Sample) -> Reference:
+        """Of one sample."""
+        targets = torch.tensor(sample.targets, device=full.device)
+        correct = full.argmax(-1) == targets
+        return Reference(full, full.exp(), targets, _nll(full, targets), correct.cpu().numpy())
+
+
+def _nll(log_probabilities: Tensor, targets: Tensor) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = -log_probabilities.gather(-1, targets[:, None])[:, 0].cpu().numpy()
+    return found
+
+
+def _measured(reference: Reference, logits: Tensor, row: int, cache: _BatchCache) -> LiveRun:
+    kept = torch.stack(cache.kept, 1)[row]
+    taken = cache.footprint_bytes[row]
+    return measured(cache.policies[row], reference, logits[row], kept, taken)
+
+
 def measured(
-    policy: Policy, full: Tensor, logits: Tensor, targets: Tensor, kept: Tensor, taken: int
+    policy: Policy, reference: Reference, logits: Tensor, kept: Tensor, taken: int
 ) -> LiveRun:
     """One policy's answers beside those of the full cache.
 
     Args:
         policy: which has run.
-        full: log-probabilities under the full cache, ``[C, vocabulary]``.
-        logits: under the policy, likewise.
-        targets: the actual next tokens, ``[C]``.
+        reference: of the sample.
+        logits: under the policy, ``[C, vocabulary]``.
         kept: prompt tokens that each head kept, ``[L, H]``.
         taken: bytes of the compressed prompt.
 
@@ -167,17 +220,13 @@ def measured(
     ours = logits.float().log_softmax(-1)
     if not bool(ours.isfinite().all()):
         raise KvtuneError(f"the policy {policy.name!r} made the model's output NaN")
-    kl = (full.exp() * (full - ours)).sum(-1)
-
-    def nll(log_probabilities: Tensor) -> Tensor:
-        return -log_probabilities.gather(-1, targets[:, None])[:, 0]
-
+    kl = (reference.probabilities * (reference.full - ours)).sum(-1)
     return LiveRun(
         kl=kl.cpu().numpy(),
-        nll=nll(ours).cpu().numpy(),
-        full_nll=nll(full).cpu().numpy(),
-        correct=(ours.argmax(-1) == targets).cpu().numpy(),
-        full_correct=(full.argmax(-1) == targets).cpu().numpy(),
-        kept=kept.numpy(),
+        nll=_nll(ours, reference.targets),
+        full_nll=reference.nll,
+        correct=(ours.argmax(-1) == reference.targets).cpu().numpy(),
+        full_correct=reference.correct,
+        kept=kept.cpu().numpy(),
         footprint_bytes=taken,
     )

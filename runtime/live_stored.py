@@ -16,7 +16,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.policies.format import Format, Role
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
-from kvtune.runtime.live import LiveRun, measured
+from kvtune.runtime.live import LiveRun, Reference, measured
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.passes import run_observed, run_whole
 from kvtune.traces.samples import Sample
@@ -41,7 +41,8 @@ def run_stored(
     for policy in policies:
         policy.check_fits(geometry.layers, geometry.kv_heads)
         check_keeps_all(policy, sample.prompt)
-    return [_run(loaded, sample, policy, full) for policy in policies]
+    reference = Reference.of(full, sample)
+    return [_run(loaded, sample, policy, reference) for policy in policies]
 
 
 def check_keeps_all(policy: Policy, prompt_tokens: int) -> None:
@@ -59,15 +60,14 @@ def check_keeps_all(policy: Policy, prompt_tokens: int) -> None:
             )
 
 
-def _run(loaded: LoadedModel, sample: Sample, policy: Policy, full: Tensor) -> LiveRun:
+def _run(loaded: LoadedModel, sample: Sample, policy: Policy, reference: Reference) -> LiveRun:
     paged = any(form.page_tokens > 1 for o in policy.options() for form in (o.keys, o.values))
     logits = (_token_by_token if paged else _in_one_pass)(loaded, sample, policy)
     shape = len(policy.heads), len(policy.heads[0])
     return measured(
         policy,
-        full,
+        reference,
         logits,
-        torch.tensor(sample.targets, device=logits.device),
         torch.full(shape, sample.prompt),
         policy.footprint(sample.prompt, loaded.geometry.head_dim),
     )

@@ -1,6 +1,7 @@
 """Whether a plan runs within a memory limit: all that was printed, to the end, in a capped process.
 
 The printed batch, each prompt of the printed length, generates as many tokens as were planned for.
+Prompts that neighbours share are read once and stored for each, which leaves memory as full.
 torch's allocator is held to the limit less what the process takes beside it, so that a plan that
 needs more runs out of memory here, as it would on a smaller card.
 """
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from kvtune.common.transformers_interface import attention_restored
 from kvtune.policies.policy import Policy
-from kvtune.runtime.admission import read_prompts
+from kvtune.runtime.admission import read_different
 from kvtune.runtime.cache.loading import load_cache
 from kvtune.runtime.device import Bench, unless_full
 from kvtune.runtime.graph import DecodeLoop
@@ -39,7 +40,8 @@ class Within:
         outside_bytes: that the process takes beside the allocator, before or after the run.
         device_bytes: by NVML, the most in use on the device; None where there is none.
         page_bytes: of the cache's pages at the end; None where it did not finish.
-        seconds: of prompts and tokens together; None where it did not finish.
+        seconds: of reading the prompts that differ, and of all tokens; None where it did not
+            finish.
     """
 
     batch: int
@@ -118,7 +120,7 @@ def _timed(
 def _run(policy: Policy, model: Any, prompts: Tensor, new_tokens: int, bench: Bench) -> int:
     """Bytes of the pages in use at the end."""
     cache = load_cache(policy, model, new_tokens=new_tokens)
-    first = read_prompts(model, cache, prompts).argmax(-1)
+    first = read_different(model, cache, prompts).argmax(-1)
     bench.look()
     places = torch.full_like(first, prompts.shape[1])
     DecodeLoop(model, cache, first, places, new_tokens).run()

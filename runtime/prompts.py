@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -50,6 +51,12 @@ def traced_prompt(
     return lambda layer: layer_signals(trace.layer(sample.id, layer, device, names=names))
 
 
+def at_once(prompt: Prompt, layers: int) -> Prompt:
+    """All layers of a prompt, read by several threads, for whoever asks for them repeatedly."""
+    with ThreadPoolExecutor(_READERS) as readers:
+        return list(readers.map(prompt, range(layers))).__getitem__
+
+
 def layer_signals(layer: LayerTrace) -> Signals:
     """What methods may look at, of one traced layer; its prompt queries may be a tail."""
     refuse_window(layer.layer, layer.window, layer.prompt_tokens)
@@ -59,6 +66,7 @@ def layer_signals(layer: LayerTrace) -> Signals:
 
 
 _EIGHT = Probes(8)
+_READERS = 4
 
 
 @dataclass

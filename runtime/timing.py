@@ -23,7 +23,7 @@ from kvtune.policies.option import Option
 from kvtune.policies.pages import layout_of
 from kvtune.policies.paging import PREFILL_CHUNK_TOKENS
 from kvtune.policies.policy import Policy
-from kvtune.runtime.admission import read_prompts
+from kvtune.runtime.admission import read_different, read_prompts
 from kvtune.runtime.cache.loading import load_cache
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.device import Bench, unless_full
@@ -34,7 +34,7 @@ STEPS = 16
 STRETCHES = 9
 PREFILLS = 3
 FEW_PROMPTS = 4
-"""That stand for a batch, prompts being read in turn, in all prefills but the last."""
+"""That stand for a batch in a prefill that is timed, prompts being read in turn."""
 NEW_TOKENS = STEPS * (1 + STRETCHES) + 3
 """Room of each sequence: the first token and two before capturing are not timed."""
 
@@ -67,7 +67,7 @@ class Timing(Decoding):
     """One policy over a batch of prompts.
 
     Args:
-        prefill: of the whole batch, compression included, seconds.
+        prefill: of the whole batch, compression included, seconds; counted from the first prompts.
     """
 
     prefill: Estimate
@@ -186,23 +186,21 @@ def time_decoding(
 def _prefills(
     policy: Policy, model: Any, prompts: Tensor, bench: Bench
 ) -> tuple[list[float], PolicyCache, Tensor]:
-    """Seconds of all prefills but the first, which compiles; the last one's cache and logits.
+    """Seconds of all prefills but the first, which compiles; a cache of all prompts, its logits.
 
-    Only the last reads the whole batch; from the first prompts' seconds the batch's are counted.
+    Prefills read the first prompts, from whose seconds the batch's are counted.
     """
     few = prompts[: max(FEW_PROMPTS, PREFILL_CHUNK_TOKENS // prompts.shape[1])]
     seconds: list[float] = []
-    answers: list[Tensor] = []
-    for some in [few] * (PREFILLS - 1) + [prompts]:
-        answers.clear()
+    for _ in range(PREFILLS):
         cache = load_cache(policy, model, new_tokens=NEW_TOKENS)
-
-        def read(cache: PolicyCache = cache, some: Tensor = some) -> None:
-            answers.append(read_prompts(model, cache, some))
-
+        read = partial(read_prompts, model, cache, few)
         bench.forget_peak()
-        seconds.append(bench.seconds(read) * len(prompts) / len(some))
-    return seconds[1:], cache, answers[0]
+        seconds.append(bench.seconds(read) * len(prompts) / len(few))
+        del cache, read  # before the next one takes as much
+    cache = load_cache(policy, model, new_tokens=NEW_TOKENS)
+    bench.forget_peak()
+    return seconds[1:], cache, read_different(model, cache, prompts)
 
 
 def _refuse_unstorable(policy: Policy, model: Any) -> None:

@@ -20,7 +20,7 @@ from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
-from kvtune.runtime.admission import in_chunks, read_prompts, together
+from kvtune.runtime.admission import in_chunks, read_different, read_prompts, together
 from kvtune.runtime.cache.layer import CacheLayer
 from kvtune.runtime.cache.loading import load_cache
 from kvtune.runtime.graph import DecodeLoop, generate
@@ -113,6 +113,38 @@ def test_a_layer_never_sees_more_tokens_than_a_chunk_or_one_prompt(
     monkeypatch.setattr(CacheLayer, "prompt", spying)
     read_prompts(network, cache, **ids(*LENGTHS), chunk_tokens=100)
     assert seen[::3] == [90, 53, 90, 90, 17, 129]
+
+
+@pytest.mark.parametrize("name", first(POLICIES, 2))
+def test_neighbours_that_are_the_same_are_read_once_and_stored_as_if_each_were(
+    network: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven prompts of three texts; the last two make a chunk, and are read as in service."""
+    policy = POLICIES[name]
+    a, b, c = ids(90, 90, 90)["input_ids"]
+    prompts = torch.stack([a, a, a, b, b, c, c])
+
+    def tokens(read: Callable[..., Tensor]) -> tuple[Tensor, int, int]:
+        cache = load_cache(policy, network, new_tokens=20)
+        begun = read(network, cache, prompts, chunk_tokens=180).argmax(-1)
+        held = cache.prompt_bytes(), cache.page_bytes()
+        loop = DecodeLoop(network, cache, begun, torch.full_like(begun, 90), 20)
+        return loop.run(), *held
+
+    expected = tokens(read_prompts)
+    passes: list[range] = []
+    original = CacheLayer.prompt
+
+    def counted(layer: CacheLayer, *given: Any) -> Any:
+        if layer.number == 0 and layer.cache.reading is not None:
+            passes.append(layer.cache.reading)
+        return original(layer, *given)
+
+    monkeypatch.setattr(CacheLayer, "prompt", counted)
+    found = tokens(read_different)
+    assert passes[-3:] == [range(3), range(3, 5), range(5, 7)]
+    assert torch.equal(found[0], expected[0])
+    assert found[1:] == expected[1:]
 
 
 def test_a_second_turn_goes_on_where_the_first_has_ended(network: Any) -> None:

@@ -27,7 +27,7 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs
 from kvtune.runtime import live as room
 from kvtune.runtime.live import LiveRun, run_live
-from kvtune.runtime.prompts import fresh_prompt, layer_signals, traced_prompt
+from kvtune.runtime.prompts import at_once, fresh_prompt, layer_signals, traced_prompt
 from kvtune.simulator.quality.replay import LayerReplay
 from kvtune.tests.full_cache import observed_logits
 from kvtune.traces.capture import capture
@@ -136,6 +136,20 @@ def test_the_prompt_that_a_method_needs_is_enough(
     equal(ours, run_live(tiny_model, sample, fresh, [policy])[0])
 
 
+def test_a_prompt_read_at_once_is_the_one_read_layer_by_layer(tiny_trace: Any, sample: Any) -> None:
+    one_by_one, read = traced_prompt(tiny_trace, sample, "cpu"), list[int]()
+
+    def noted(layer: int) -> Any:
+        read.append(layer)
+        return one_by_one(layer)
+
+    prompt = at_once(noted, tiny_trace.geometry.layers)
+    for layer in range(tiny_trace.geometry.layers):
+        assert prompt(layer) is prompt(layer)
+        torch.testing.assert_close(prompt(layer).keys, one_by_one(layer).keys, rtol=0, atol=0)
+    assert sorted(read) == list(range(tiny_trace.geometry.layers))
+
+
 @pytest.mark.parametrize("policy", POLICIES, ids=names)
 def test_the_first_layers_output_is_replays(
     tiny_model: Any,
@@ -162,7 +176,7 @@ def test_the_first_layers_output_is_replays(
     part = apply(policy, 0, policy.budgets(36)[0].tolist(), layer.signals)
     replayed = layer.output(part).flatten(0, 1)
     scale = float(replayed.abs().max())
-    uncompressed, ours = outputs[0][0], outputs[tiny_model.geometry.layers][0]
+    uncompressed, ours = outputs[0]  # rows of one batch, whose first is the full cache
     torch.testing.assert_close(ours, replayed, rtol=5e-3, atol=5e-3 * scale)
     full = layer.full.flatten(0, 1)
     torch.testing.assert_close(uncompressed, full, rtol=5e-3, atol=5e-3 * scale)

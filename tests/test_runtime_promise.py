@@ -17,7 +17,7 @@ from kvtune.policies.page_formats import BF16_PAGE, PAGE
 from kvtune.policies.paging import Growth, head_pages
 from kvtune.policies.policy import Policy
 from kvtune.runtime import promise
-from kvtune.runtime.admission import read_prompts
+from kvtune.runtime.admission import read_different
 from kvtune.runtime.graph import DecodeLoop
 from kvtune.runtime.promise import run_within
 from kvtune.traces.models import wrap
@@ -123,14 +123,14 @@ def test_the_limit_holds_for_the_whole_run_and_for_no_other(network: Any) -> Non
 def test_a_plan_that_runs_out_of_memory_is_no_error(
     network: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = read_prompts
+    original = read_different
 
     def full(model: Any, cache: Any, ids: Tensor) -> Tensor:
         if len(ids) > 1:  # the warm-up has one
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return original(model, cache, ids)
 
-    monkeypatch.setattr(promise, "read_prompts", full)
+    monkeypatch.setattr(promise, "read_different", full)
     found = run_within(PLAN, network, prompts(3, 90), 4, LIMIT, MadeUpBench(100))
     assert not found.finished
     assert not found.kept

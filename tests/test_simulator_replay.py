@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.kept import Kept
 from kvtune.policies.allocators.adakv import AdaKV
 from kvtune.policies.apply import apply, apply_each, apply_options, apply_together
 from kvtune.policies.compressed import Compressed
@@ -90,20 +91,39 @@ def naive_response(layer: LayerReplay, prompt: Compressed, block: int) -> Tensor
     return response
 
 
-def ragged(layer: LayerReplay, counts: list[int]) -> Compressed:
+def ragged(layer: LayerReplay, counts: list[int], padded: bool | None = None) -> Compressed:
     """Heads of different lengths; what lies beyond a head's length would ruin any softmax."""
     keys, values = layer.signals.keys[:, :7].clone(), layer.signals.values[:, :7].clone()
     for head, count in enumerate(counts):
         keys[head, count:], values[head, count:] = 1e4, -1e4
-    return Compressed(keys, values, torch.tensor(counts), ())
+    return Compressed(keys, values, torch.tensor(counts), (), padded=padded)
 
 
+@pytest.mark.parametrize("padded", [True, None], ids=["by size", "masked"])
 @pytest.mark.parametrize("counts", [[7, 7], [3, 7], [1, 5], [0, 4], [0, 0]], ids=str)
-def test_output_is_one_softmax_over_what_is_kept_and_what_is_observed(counts: list[int]) -> None:
+def test_output_is_one_softmax_over_what_is_kept_and_what_is_observed(
+    counts: list[int], padded: bool | None
+) -> None:
     layer = make_layer()
-    prompt = ragged(layer, counts)
+    prompt = ragged(layer, counts, padded)
     expected = naive_output(layer, prompt).float()
     torch.testing.assert_close(layer.output(prompt), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_several_policies_are_as_long_as_what_each_holds() -> None:
+    """One prompt for queries of several policies, and the other way round."""
+    layer, counts = make_layer(), [[3, 7], [0, 4], [7, 3]]
+    parts = [ragged(layer, row, padded=True) for row in counts]
+    queries = torch.stack([make_layer(seed).queries for seed in range(3)])
+    keys, values = (torch.stack([getattr(x, name) for x in parts]) for name in ("keys", "values"))
+    several = Compressed(keys, values, torch.tensor(counts), (), padded=True)
+    for row, part in enumerate(parts):
+        for output, expected in zip(
+            several.attended(queries, 0.5), part.attended(queries[row], 0.5), strict=True
+        ):
+            torch.testing.assert_close(output[row], expected)
+        shared = part.attended(queries, 0.5)[0]
+        torch.testing.assert_close(shared[row], part.attended(queries[row], 0.5)[0])
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 8, 100])
@@ -199,7 +219,8 @@ def test_the_full_output_is_the_one_that_was_captured(tiny_trace: Any) -> None:
 
 
 def test_items_are_loaded_ahead_in_order_and_an_error_reaches_the_caller() -> None:
-    assert list(ahead(lambda n: n * n, range(7))) == [n * n for n in range(7)]
+    for readers in (1, 4):
+        assert list(ahead(lambda n: n * n, range(7), readers)) == [n * n for n in range(7)]
 
     def broken(n: int) -> int:
         if n == 3:
@@ -244,6 +265,30 @@ def test_samples_replayed_side_by_side_have_the_tables_of_each_alone(
     found = build_tables(tiny_trace, OPTIONS, block=4)
     assert found.samples == alone.samples
     np.testing.assert_allclose(found.factor, alone.factor, atol=1e-6)
+
+
+def test_layers_that_were_replayed_before_are_not_replayed_again(
+    tiny_trace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build that ends after four layers is taken up there, and has the same tables."""
+    kept, whole = Kept(tmp_path), build_tables(tiny_trace, OPTIONS, block=4)
+    replayed: list[int] = []
+
+    most: int | None = 4
+
+    def features(*given: Any) -> Any:
+        if len(replayed) == most:
+            raise KeyboardInterrupt
+        replayed.append(given[0].signals.layer)
+        return layer_features(*given)
+
+    monkeypatch.setattr(build, "layer_features", features)
+    with pytest.raises(KeyboardInterrupt):
+        build_tables(tiny_trace, OPTIONS, block=4, kept=kept)
+    most = None
+    found = build_tables(tiny_trace, OPTIONS, block=4, kept=kept)
+    assert len(replayed) == len(tiny_trace.samples) * tiny_trace.geometry.layers
+    np.testing.assert_array_equal(found.factor, whole.factor)
 
 
 # Whole policies

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import types
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -416,7 +417,7 @@ def test_texts_of_ones_own_that_are_too_short_are_told_and_no_stand_in_takes_the
     def too_short(*_: Any) -> None:
         raise KvtuneError("the user text is enough for 1 samples of 1024 tokens, not 3")
 
-    monkeypatch.setattr("kvtune.tuner.search.own_trace", too_short)
+    monkeypatch.setattr("kvtune.tuner.which_source.own_trace", too_short)
     known = {"model": "smollm2-135m", "shape": find_model("smollm2-135m")}
     with pytest.raises(KvtuneError, match="enough for 1 samples"):
         run_search(llama(tmp_path / "own", texts=(tmp_path / "mine.txt",), **known))
@@ -515,6 +516,67 @@ def test_a_search_stopped_before_its_end_is_the_uninterrupted_one(own: SearchReq
     journal.write_bytes(journal.read_bytes()[:-20])
     run_search(own)
     assert _as_files(own.run_dir) == written
+
+
+class KilledError(BaseException):
+    """Ends a search wherever it is, as a kill would: nothing catches it."""
+
+
+WORK = (
+    "kvtune.tuner.validate.run_live",
+    "kvtune.tuner.validate.run_beside_full",
+    "kvtune.simulator.quality.evaluate._replay_sample",
+)
+
+
+@dataclass
+class Work:
+    """Replays and live runs that a search does.
+
+    Args:
+        most: after so many the next one is the search's end; None for no end.
+    """
+
+    most: int | None = None
+    done: int = 0
+
+    def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in WORK:
+            module, function = name.rsplit(".", 1)
+            original = getattr(importlib.import_module(module), function)
+            monkeypatch.setattr(name, self._counted(original))
+
+    def _counted(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*given: Any, **more: Any) -> Any:
+            if self.done == self.most:
+                raise KilledError
+            found = original(*given, **more)
+            self.done += 1
+            return found
+
+        return counted
+
+
+def test_a_search_that_is_taken_up_again_replays_and_runs_nothing_twice(
+    own: SearchRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Work()
+    with monkeypatch.context() as patch:
+        whole.watch(patch)
+        run_search(own)
+    assert whole.done > 10
+    for killed_after in (1, whole.done // 2, whole.done - 1):
+        request = replace(own, run_dir=own.run_dir.with_name(f"killed-{killed_after}") / "run")
+        begun, resumed = Work(killed_after), Work()
+        with monkeypatch.context() as patch:
+            begun.watch(patch)
+            with pytest.raises(KilledError):
+                run_search(request)
+        with monkeypatch.context() as patch:
+            resumed.watch(patch)
+            run_search(request)
+        assert resumed.done == whole.done - killed_after
+        assert _as_files(request.run_dir) == _as_files(own.run_dir)
 
 
 def test_few_trials_are_never_worse_than_no_compression(packaged: Tables, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.kept import NOTHING_KEPT, Kept
 from kvtune.common.processes import processes
 from kvtune.common.progress import Progress
 
@@ -48,9 +49,14 @@ def captured(job: CaptureJob, loaded: LoadedModel, engine: str | None, progress:
 
 
 def built(
-    trace: Trace, options: Sequence[Option], device: str, engine: str | None, progress: Progress
+    trace: Trace,
+    options: Sequence[Option],
+    device: str,
+    engine: str | None,
+    progress: Progress,
+    kept: Kept = NOTHING_KEPT,
 ) -> Tables:
-    """The tables of a trace, likewise."""
+    """The tables of a trace, likewise; this process alone keeps layers as it replays them."""
     if engine is not None:
         from kvtune.simulator.quality.shards import build_tables_on
 
@@ -58,7 +64,7 @@ def built(
             return build_tables_on(workers, trace, options, device=device, progress=progress)
     from kvtune.simulator.quality.build import build_tables
 
-    return build_tables(trace, options, device=device, progress=progress)
+    return build_tables(trace, options, device=device, progress=progress, kept=kept)
 
 
 @contextmanager

@@ -101,6 +101,7 @@ def live_baselines(
         samples,
         lambda sample: traced_prompt(trace, trace.sample(sample.id), loaded.device, probes=False),
         progress=progress,
+        kept=source.kept,
     )
     kinds = [sample.kind for sample in samples]
     measured = [
@@ -125,6 +126,7 @@ def live_on_stack(source: QualitySource, policy: Policy, progress: Progress) -> 
         lambda sample: traced_prompt(trace, trace.sample(sample.id), loaded.device, probes=False),
         stored_alike=True,
         progress=progress,
+        kept=source.kept,
     )[0]
 
 
@@ -153,8 +155,9 @@ def _best_of_families(
     def replay(tried: Mapping[str, Sequence[Policy]], every: int) -> dict[str, Any]:
         policies = [policy for each in tried.values() for policy in each]
         losses = replay_policies(
-            trace, samples, policies, every=every, device=device, progress=progress
-        )
+            trace, samples, policies, every=every, device=device, progress=progress,
+            kept=source.kept,
+        )  # fmt: skip
         ends = np.cumsum([len(each) for each in tried.values()])
         return dict(zip(tried, np.split(losses, ends[:-1]), strict=True))
 

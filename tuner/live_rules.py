@@ -44,8 +44,9 @@ def best_rule(found: Found, beside: Candidate, progress: Progress) -> Rule | Non
     policies = [rule.policy(tables.layers, tables.kv_heads) for rule in rules]
     judged = trace.of_split("select") or trace.of_split("search")
     rough = replay_policies(
-        trace, judged, policies, every=_ROUGHLY, device=device, progress=progress
-    ).mean(1)
+        trace, judged, policies, every=_ROUGHLY, device=device, progress=progress,
+        kept=source.kept,
+    ).mean(1)  # fmt: skip
     families = {rule.family for rule in rules}
     kept = [
         min((n for n, rule in enumerate(rules) if rule.family == family), key=lambda n: rough[n])
@@ -53,8 +54,9 @@ def best_rule(found: Found, beside: Candidate, progress: Progress) -> Rule | Non
     ]
     samples = [*judged, *trace.of_split("evaluate")]
     losses = replay_policies(
-        trace, samples, [policies[n] for n in kept], device=device, progress=progress
-    )
+        trace, samples, [policies[n] for n in kept], device=device, progress=progress,
+        kept=source.kept,
+    )  # fmt: skip
     best = int(losses[:, : len(judged)].mean(1).argmin())
     known = dict(zip((sample.id for sample in samples), losses[best].tolist(), strict=True))
     by_sample: Floats = np.array([known.get(s.id, np.nan) for s in tables.samples], np.float32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from kvtune.tuner.explore.record import selection_split
 from kvtune.tuner.head_points import BY_HEADS
 from kvtune.tuner.sources import QualitySource
 from kvtune.tuner.within import stores_alike
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROUNDS = 3
 FINALISTS = 4
@@ -157,6 +161,8 @@ def live_on_selection(found: Found, progress: Progress) -> RunLive | None:
     if trace is None or loaded is None or not (selection := trace.of_split("select")):
         return None
 
+    uncompressed: dict[str, Tensor] = {}  # the rounds' samples are the same
+
     def run(candidates: Sequence[Candidate]) -> list[Lives]:
         from kvtune.runtime.prompts import traced_prompt
         from kvtune.tuner.validate import validate_policies
@@ -170,6 +176,8 @@ def live_on_selection(found: Found, progress: Progress) -> RunLive | None:
             ),
             stored_alike=stores_alike(found.request.stack),
             progress=progress,
+            kept=found.source.kept,
+            uncompressed=uncompressed,
         )
         return [{kind: loss.value for kind, loss in one.by_kind.items()} for one in ran]
 

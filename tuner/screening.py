@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.files import write_json
+from kvtune.common.kept import NOTHING_KEPT, Kept
 from kvtune.common.progress import Progress
 from kvtune.common.stored import checked, read_json
 from kvtune.policies.formats.grouped import Int4
@@ -63,10 +64,13 @@ def screened(menu: Menu, trace: Trace, kept: Path, device: str, progress: Progre
     if (found := _kept(file, menu, progress)) is not None:
         return replace(menu, methods=found)
     sure = [m for m in menu.methods if m in METHODS or m.reader(1) is not None]
-    methods = covering(losses_of_methods(menu, trace, device, progress), menu.methods, sure, MOST)
+    parts = Kept(file.with_suffix(".parts"), (told, device))
+    losses = losses_of_methods(menu, trace, device, progress, parts)
+    methods = covering(losses, menu.methods, sure, MOST)
     names = [method.label for method in methods]
     progress.note(f"of {len(menu.methods)} methods these are replayed in full: {', '.join(names)}.")
     write_json(file, {"methods": names, "of": len(menu.methods)})
+    parts.clear()
     return replace(menu, methods=methods)
 
 
@@ -106,7 +110,9 @@ def covering(
     return tuple(methods[row] for row in sorted(chosen))
 
 
-def losses_of_methods(menu: Menu, trace: Trace, device: str, progress: Progress) -> Floats:
+def losses_of_methods(
+    menu: Menu, trace: Trace, device: str, progress: Progress, kept: Kept = NOTHING_KEPT
+) -> Floats:
     """Of every method within three budgets of bytes, on heads of a few layers, ``[M, B, I]``."""
     from kvtune.simulator.quality.build import DEFAULT_BLOCK, layer_features, load_layer
 
@@ -122,11 +128,15 @@ def losses_of_methods(menu: Menu, trace: Trace, device: str, progress: Progress)
         for sample in samples
         for layer in range(min(_EVERY // 2, depth - 1), depth, _EVERY)
     ]
-    found = []
-    for sample, layer in progress.track(cells, "trying methods", len(cells)):
-        loaded = load_layer(trace, sample, layer, options, device)
-        found.append((layer_features(loaded, options, DEFAULT_BLOCK) ** 2).sum(-1))
-    each = np.concatenate(found).T.reshape(len(menu.methods), len(shares), -1)
+    found = {cell: arrays["losses"] for cell in cells if (arrays := kept.get(cell))}
+    waiting = [cell for cell in cells if cell not in found]
+    for cell in progress.track(waiting, "trying methods", len(waiting)):
+        loaded = load_layer(trace, *cell, options, device)
+        found[cell] = (layer_features(loaded, options, DEFAULT_BLOCK) ** 2).sum(-1)
+        kept.put({"losses": found[cell]}, cell)
+    each = np.concatenate([found[cell] for cell in cells]).T.reshape(
+        len(menu.methods), len(shares), -1
+    )
     prompt, head_dim = samples[0].prompt, trace.geometry.head_dim
     taken = [o.footprint(o.budget.resolve(prompt), prompt, head_dim) for o in options]
     return within_bytes(each, np.reshape(taken, each.shape[:2]))

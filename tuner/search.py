@@ -2,48 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from kvtune.common.errors import DoesNotFitError, KvtuneError
+from kvtune.common.errors import KvtuneError
 from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
-from kvtune.common.units import format_bytes
 from kvtune.simulator.quality.tables import on_both_sides
 from kvtune.tuner.answer import Found, answer, band_of
 from kvtune.tuner.asked import facts_of, given, question_of
 from kvtune.tuner.candidate import Candidate, pick
 from kvtune.tuner.checks import check_request, no_head_is_known, scores_of
 from kvtune.tuner.cross_fit import cross_fitted_front
-from kvtune.tuner.explore.facts import Facts
 from kvtune.tuner.explore.reader import StudyReader
 from kvtune.tuner.explore.record import Recorder
 from kvtune.tuner.filling import held_by_runtime
 from kvtune.tuner.finished import answers_another, finished, keep_finished
 from kvtune.tuner.head_points import head_points
-from kvtune.tuner.idle import notes_on_idle
 from kvtune.tuner.limits import none_within, note_on, within
 from kvtune.tuner.live_rules import best_rule
-from kvtune.tuner.question import Question
+from kvtune.tuner.nothing_fits import nothing_fits
 from kvtune.tuner.refine import live_on_selection, recalibrated, refine
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import SearchResult
 from kvtune.tuner.run_directory import record_config, write_result
-from kvtune.tuner.samplers import Sampler, choose
-from kvtune.tuner.serving_room import (
-    Budgets,
-    budgets_of,
-    notes_on,
-)
+from kvtune.tuner.serving_room import Budgets, budgets_of, notes_on
 from kvtune.tuner.simple_points import simple_points
 from kvtune.tuner.solver import Solver
-from kvtune.tuner.sources import QualitySource, own_trace, stand_in
-from kvtune.tuner.stack_formats import with_formats_of
+from kvtune.tuner.sources import QualitySource
 from kvtune.tuner.stand_in_rules import Offer, offers_of, rule_points
 from kvtune.tuner.starts import start_points
-from kvtune.tuner.study import run_study
-from kvtune.tuner.within import limits_of
+from kvtune.tuner.trials import study_trials
+from kvtune.tuner.which_source import quality_source
 
 
 def run_search(request: SearchRequest, progress: Progress | None = None) -> SearchResult:
@@ -84,7 +74,7 @@ def _made_before(run_dir: Path) -> str:
 
 def _search(request: SearchRequest, progress: Progress) -> SearchResult:
     budgets = budgets_of(request)
-    source, notes = _quality_source(request, progress)
+    source, notes = quality_source(request, progress)
     notes = (*notes, *notes_on(request, budgets))
     if request.moved_bytes is not None:
         source = replace(source, tables=on_both_sides(source.tables))
@@ -102,7 +92,7 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
             record_config(request)
         recorder.add(candidate)
 
-    trials, reason = _trials(request, solver, facts, record, progress)
+    trials, reason = study_trials(request, solver, facts, record, progress)
     notes = (*notes, *reason)
     simple = simple_points(solver, first=facts.trials)
     simple += rule_points(solver, rules, first=facts.trials + len(simple))
@@ -113,7 +103,7 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
         record(point)
     tried = [*trials, *simple, *starts]
     if not tried:
-        raise _nothing_fits(request, question)
+        raise nothing_fits(request, question)
     candidates = within(tried)
     if not candidates:
         raise none_within(
@@ -137,49 +127,6 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
     StudyReader(request.run_dir).keep_columns()
     keep_finished(result)
     return result
-
-
-def _trials(
-    request: SearchRequest,
-    solver: Solver,
-    facts: Facts,
-    record: Callable[[Candidate], None],
-    progress: Progress,
-) -> tuple[list[Candidate], list[str]]:
-    """The study's candidates, and why its sampler; none of a stand-in, where nothing is drawn."""
-    if not facts.trials:
-        return [], []
-    sampler = choose(request.sampler, facts.trials)
-    journal = request.run_dir / f"study-{facts.study}.journal"
-    if request.storage:
-        _share_trials(request, solver, facts, sampler.name, journal, progress)
-    found = run_study(
-        solver,
-        trials=facts.trials,
-        seed=request.seed,
-        journal=journal,
-        progress=progress,
-        sampler=sampler.name,
-        found=record,
-        jobs=request.jobs,
-    )
-    return found, [f"sampler: {sampler.name}, because {sampler.reason}."]
-
-
-def _share_trials(
-    request: SearchRequest,
-    solver: Solver,
-    facts: Facts,
-    sampler: Sampler,
-    journal: Path,
-    progress: Progress,
-) -> None:
-    """Let workers on other machines do some of the trials."""
-    from kvtune.tuner.worker import publish, share
-
-    shared = publish(request, solver, facts.study, facts.trials, sampler)
-    progress.note(f"others can join: kvtune worker --study {request.run_dir}")
-    share(shared, solver, journal)
 
 
 def _starts(
@@ -225,65 +172,6 @@ def _with_rule(found: Found, progress: Progress) -> Found:
     offer = Offer(rule, beside.context, beside.sequences, beside.weights)
     ruled = within(rule_points(solver, [offer], first))
     return replace(found, source=source, solver=solver, expected=[*found.expected, *ruled])
-
-
-def _nothing_fits(request: SearchRequest, question: Question) -> DoesNotFitError:
-    """The error that says how many sequences would fit."""
-    context = request.context_tokens
-    narrowest = question.under(list(question.freed)[-1])
-    most = narrowest.most_sequences(context)
-    if question.read_budget is not None and most:
-        most = narrowest.most_within_reads(context)
-        if not most:
-            return _reads_too_much(request)
-    lower = f"--batch {most} is the most that fits, with every head compressed the furthest; "
-    return DoesNotFitError(
-        f"no plan fits {request.sequences or 1} sequences of {context} tokens in "
-        f"{format_bytes(request.memory_bytes)}",
-        hint=(lower if most else "")
-        + "raise --mem, shorten --context or take narrower --weights for more.",
-    )
-
-
-def _reads_too_much(request: SearchRequest) -> DoesNotFitError:
-    """The error where memory would be enough, and no plan brings over or reads so little."""
-    does = f"reads {format_bytes(request.read_bytes or 0)}"
-    mend = "raise --read-bytes or shorten --context."
-    if request.moved_bytes is not None:
-        does = f"brings over {format_bytes(request.moved_bytes)}"
-        mend = "raise --moved-bytes or --mem, or shorten --context."
-    return DoesNotFitError(
-        f"no plan of {request.context_tokens} tokens {does} a step or less", hint=mend
-    )
-
-
-def _quality_source(
-    request: SearchRequest, progress: Progress
-) -> tuple[QualitySource, tuple[str, ...]]:
-    """The model's own trace where its weights are at hand, else the packaged stand-in.
-
-    What is wrong with texts of the user's own is told: a stand-in reads none.
-    """
-    if not request.has_weights:
-        reason = "asked for" if request.stand_in else f"no weights of {request.shape.name} at hand"
-        return _stand_in(request, reason)
-    try:
-        return own_trace(request, progress), ()
-    except KvtuneError as error:
-        from kvtune.traces.models import KNOWN
-
-        if request.model not in KNOWN or request.texts:
-            raise
-        return _stand_in(request, str(error))
-
-
-def _stand_in(request: SearchRequest, reason: str) -> tuple[QualitySource, tuple[str, ...]]:
-    source = stand_in(request.shape)
-    source = replace(source, tables=with_formats_of(source.tables, limits_of(request.stack)))
-    notes = [f"quality: stand-in ({source.stand_in}), because {reason}."]
-    if request.menu != "three":
-        notes.append("methods: the stand-in's tables know those of --menu three alone.")
-    return source, (*notes, *notes_on_idle(request))
 
 
 def _rules(request: SearchRequest, budgets: Budgets, source: QualitySource) -> list[Offer]:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+import kvtune
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate, Tier
 from kvtune.common.files import cache_dir
+from kvtune.common.kept import NOTHING_KEPT, Kept
 from kvtune.common.progress import Progress
 from kvtune.policies.export.stored_alike import usual_ratio
 from kvtune.policies.signals import Needs
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
     from kvtune.traces.models import LoadedModel
     from kvtune.traces.trace import Trace
 
+MEASURED = "measured"
+"""Folder of finished replays and live runs in a run directory."""
+
 _PROBES = {"small": 4, "mixed": 4, "full": 16}
 _LEAST_WINDOW = 64  # prompt queries of every trace: policies that come later may look at them
 
@@ -52,6 +57,7 @@ class QualitySource:
         trace: its trace, likewise.
         curves: a stand-in's baselines, live: family -> measured points.
         provenance: versions, seeds and hashes.
+        kept: replays and live runs of this trace and model that a search has done.
     """
 
     tables: Tables
@@ -61,6 +67,7 @@ class QualitySource:
     trace: Trace | None = None
     curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    kept: Kept = NOTHING_KEPT
 
     def loss(
         self, by_sample: ArrayLike, kinds: Sequence[str], tier: Tier, *, evicts: bool
@@ -188,6 +195,7 @@ def own_trace(request: SearchRequest, progress: Progress) -> QualitySource:
         loaded=loaded,
         trace=trace,
         provenance=provenance,
+        kept=Kept(request.run_dir / MEASURED, _follow_from(loaded, trace)),
     )
 
 
@@ -197,6 +205,11 @@ def _calibration_for(stack: str | None) -> Calibration:
     if limits is None or not stores_alike(stack):
         return packaged
     return replace(packaged, level=float(np.log(usual_ratio(limits))), levels_all=True)
+
+
+def _follow_from(loaded: LoadedModel, trace: Trace) -> tuple[object, ...]:
+    """What all replays and live runs of a trace's samples follow from, beside policy and sample."""
+    return trace.content_sha256, loaded.fingerprint, loaded.dtype, loaded.device, kvtune.__version__
 
 
 def _own_trace(
@@ -277,8 +290,10 @@ def _own_tables(
     digest = hashlib.sha256(repr(options).encode()).hexdigest()[:12]
     path = cache_dir() / "tables" / f"{model}-{key}-{digest}.safetensors"
     if not path.exists():
-        tables = built(trace, options, device, request.engine, progress)
+        parts = Kept(path.with_suffix(".parts"), (trace.content_sha256, digest, device))
+        tables = built(trace, options, device, request.engine, progress, parts)
         save_tables(tables, path, {"trace": trace.content_sha256})
+        parts.clear()
         return load_tables(path)[0]  # rounded as the file is: a second search reads the same
     tables, provenance = load_tables(path)
     if provenance.get("trace") != trace.content_sha256:

@@ -277,12 +277,15 @@ def _plain(found: Largest[Decoding]) -> dict[str, object]:
 
 
 def _prompts(loaded: LoadedModel, samples: Sequence[Sample], batch: int, tokens: int) -> Tensor:
-    """``[B, P]`` token ids: the samples' texts one after another, begun at another each time."""
+    """``[B, P]`` token ids: the samples' texts one after another, each begun by as many prompts.
+
+    Those that begin with the same sample are the same, and neighbours.
+    """
     import torch
 
     rows = []
     for row in range(batch):
-        at = row % len(samples)
+        at = row * len(samples) // batch
         text = [token for sample in (*samples[at:], *samples[:at]) for token in sample.token_ids]
         rows.append((text * -(-tokens // len(text)))[:tokens])
     return torch.tensor(rows, device=loaded.device)

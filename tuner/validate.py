@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
+from torch import Tensor
 
 from kvtune.common.estimate import Estimate
+from kvtune.common.kept import NOTHING_KEPT, Kept
 from kvtune.common.progress import Progress, Silent
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs
-from kvtune.runtime.live import LiveRun, full_cache, run_live
+from kvtune.runtime.live import LiveRun, full_cache, run_beside_full, run_live
 from kvtune.runtime.live_stored import run_stored
-from kvtune.runtime.prompts import Prompt, fresh_prompt
+from kvtune.runtime.prompts import Prompt, at_once, fresh_prompt
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample
 from kvtune.tuner.quality import estimate, estimate_by_kind
@@ -91,6 +93,8 @@ def validate_policies(
     *,
     stored_alike: bool = False,
     progress: Progress | None = None,
+    kept: Kept = NOTHING_KEPT,
+    uncompressed: dict[str, Tensor] | None = None,
 ) -> list[Validation]:
     """Run several policies live on the same samples.
 
@@ -102,22 +106,97 @@ def validate_policies(
         stored_alike: as a stack runs it that reads prompts through what it stores of them, and
             stores answers likewise; else prompts are read whole, and answers stay in 16 bits.
         progress: told of every sample and batch of policies.
+        kept: runs that were done before, of this model on these samples; new ones are put there.
+        uncompressed: log-probabilities under the full cache by sample, for whoever runs the same
+            samples again; those that are missing are added.
     """
-    runs: list[list[LiveRun]] = [[] for _ in policies]
+    way = "stored alike" if stored_alike else "live"
+    each = [_Runs(sample, policies, kept, way) for sample in samples]
+    known = {} if uncompressed is None else uncompressed
     together = _TOGETHER if loaded.device == "cpu" else _TOGETHER_ON_A_GPU
-    steps = [(sample, at) for sample in samples for at in range(0, len(policies), together)]
-    for sample, at in (progress or Silent()).track(steps, "running live", len(steps)):
-        if at == 0:
-            prompt = cache(prompt_of(sample))  # what policies look at is computed once a layer
-            full = full_cache(loaded, sample, prompt)
-        some = policies[at : at + together]
-        if stored_alike:
-            found = run_stored(loaded, sample, some, full)
-        else:
-            found = run_live(loaded, sample, prompt, some, full)
-        for row, run in enumerate(found, start=at):
-            runs[row].append(run)
-    return [summarise(row, samples) for row in runs]
+    steps = [(runs, some) for runs in each for some in runs.waiting(together)]
+    for runs, some in (progress or Silent()).track(steps, "running live", len(steps)):
+        if runs.prompt is None:
+            runs.prompt = _asked_again(prompt_of(runs.sample), loaded)
+        given = [policies[row] for row in some]
+        runs.take(some, _run(loaded, runs, given, stored_alike, known))
+        if uncompressed is None and runs.prompt is None:
+            del known[runs.sample.id]
+    return [summarise([runs.done[row] for runs in each], samples) for row in range(len(policies))]
+
+
+def _run(
+    loaded: LoadedModel,
+    runs: _Runs,
+    policies: Sequence[Policy],
+    stored_alike: bool,
+    known: dict[str, Tensor],
+) -> list[LiveRun]:
+    """A batch of policies on one sample; ``known`` takes the full cache's log-probabilities."""
+    sample, prompt = runs.sample, runs.prompt
+    if prompt is None:
+        raise ValueError("a batch runs between a sample's first run and its last")
+    if stored_alike:
+        full = known.get(sample.id)
+        known[sample.id] = full_cache(loaded, sample, prompt) if full is None else full
+        return run_stored(loaded, sample, policies, known[sample.id])
+    if sample.id in known:
+        return run_live(loaded, sample, prompt, policies, known[sample.id])
+    known[sample.id], found = run_beside_full(loaded, sample, prompt, policies)
+    return found
+
+
+def _asked_again(prompt: Prompt, loaded: LoadedModel) -> Prompt:
+    """A prompt whose layers are read once, and what policies look at computed once.
+
+    A GPU would wait for each layer's reading.
+    """
+    if loaded.device == "cpu":
+        return cache(prompt)
+    return at_once(prompt, loaded.geometry.layers)
+
+
+@dataclass
+class _Runs:
+    """Runs of policies on one sample: those kept from before, and those that are added.
+
+    Args:
+        sample: that the policies run on.
+        policies: B of them.
+        kept: where runs are kept.
+        way: how they run, which runs are kept by.
+        done: finished runs by the policy's number.
+        prompt: of the sample, from its first run to its last.
+    """
+
+    sample: Sample
+    policies: Sequence[Policy]
+    kept: Kept
+    way: str
+    done: dict[int, LiveRun] = field(default_factory=dict)
+    prompt: Prompt | None = None
+
+    def __post_init__(self) -> None:
+        """Look up what was kept."""
+        for row, policy in enumerate(self.policies):
+            if (arrays := self.kept.get(*self._key(policy))) is not None:
+                self.done[row] = LiveRun.of_arrays(arrays)
+
+    def waiting(self, together: int) -> Iterator[list[int]]:
+        """Numbers of the policies that are yet to run, in batches."""
+        rows = [row for row in range(len(self.policies)) if row not in self.done]
+        yield from (rows[at : at + together] for at in range(0, len(rows), together))
+
+    def take(self, rows: Sequence[int], found: Sequence[LiveRun]) -> None:
+        """Keep what a batch has found."""
+        for row, run in zip(rows, found, strict=True):
+            self.kept.put(run.as_arrays(), *self._key(self.policies[row]))
+            self.done[row] = run
+        if len(self.done) == len(self.policies):
+            self.prompt = None
+
+    def _key(self, policy: Policy) -> tuple[object, ...]:
+        return self.way, self.sample.id, replace(policy, name="")
 
 
 def summarise(runs: Sequence[LiveRun], samples: Sequence[Sample]) -> Validation:

@@ -11,6 +11,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from kvtune.common.kept import NOTHING_KEPT, Kept
 from kvtune.common.progress import Progress, Silent
 from kvtune.policies.apply import linked
 from kvtune.policies.option import Option
@@ -53,6 +54,7 @@ def build_tables(
     block: int = DEFAULT_BLOCK,
     device: str = "cpu",
     progress: Progress | None = None,
+    kept: Kept = NOTHING_KEPT,
 ) -> Tables:
     """Tables of a trace's samples, one exact factor a sample.
 
@@ -63,15 +65,23 @@ def build_tables(
         block: positions whose responses are summed before squaring.
         device: where the arithmetic runs.
         progress: told of every layer of the samples that are replayed together.
+        kept: layers of this trace under these options that were replayed before; new ones are put
+            there where one sample is replayed at a time, which takes long.
     """
     samples = trace.samples if samples is None else samples
     cells = cells_of(trace, samples, options, device)
-    parts = ahead(lambda cell: load_cell(trace, samples, cell, options, device), cells)
-    found = [
-        layer_features(next(parts), options, block)
-        for _ in (progress or Silent()).track(cells, "replaying options", len(cells))
-    ]
-    return assembled(trace, samples, options, cells, found)
+
+    def key(cell: Cell) -> tuple[object, ...]:
+        return block, [samples[at].id for at in cell.samples], cell.layer
+
+    known = {cell: arrays["features"] for cell in cells if (arrays := kept.get(*key(cell)))}
+    waiting = [cell for cell in cells if cell not in known]
+    parts = ahead(lambda cell: load_cell(trace, samples, cell, options, device), waiting)
+    for cell in (progress or Silent()).track(waiting, "replaying options", len(waiting)):
+        known[cell] = layer_features(next(parts), options, block)
+        if len(cell.samples) == 1:
+            kept.put({"features": known[cell]}, *key(cell))
+    return assembled(trace, samples, options, cells, [known[cell] for cell in cells])
 
 
 def cells_of(
@@ -167,13 +177,18 @@ def _together(
     return max(1, int((room if room < 4 * free else free) // each))
 
 
-def ahead(load: Callable[[T], R], items: Iterable[T], depth: int = 2) -> Iterator[R]:
+def readers_for(device: str) -> int:
+    """How many threads read layers: a GPU is done with one before a single thread has the next."""
+    return 1 if device == "cpu" else _LOADERS
+
+
+def ahead(load: Callable[[T], R], items: Iterable[T], readers: int = 1) -> Iterator[R]:
     """Load items in order, a few ahead of their use, so that reading and arithmetic overlap."""
-    with ThreadPoolExecutor(1) as reader:
+    with ThreadPoolExecutor(readers) as pool:
         waiting: deque[Future[R]] = deque()
         for item in items:
-            waiting.append(reader.submit(load, item))
-            if len(waiting) > depth:
+            waiting.append(pool.submit(load, item))
+            if len(waiting) > readers + 1:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import torch
 
+from kvtune.common.kept import NOTHING_KEPT, Kept
 from kvtune.common.progress import Progress, Silent
 from kvtune.policies.apply import apply_together, linked
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
-from kvtune.simulator.quality.build import DEFAULT_BLOCK, ahead, replayed_tensors
+from kvtune.simulator.quality.build import DEFAULT_BLOCK, ahead, readers_for, replayed_tensors
 from kvtune.simulator.quality.replay import LayerReplay
 from kvtune.simulator.quality.tables import Floats
 from kvtune.traces.trace import SampleRecord, Trace
@@ -29,6 +31,7 @@ def replay_policies(
     block: int = DEFAULT_BLOCK,
     device: str = "cpu",
     progress: Progress | None = None,
+    kept: Kept = NOTHING_KEPT,
 ) -> Floats:
     """Predicted KL of every policy on every sample, ``[policies, samples]`` nats/token.
 
@@ -40,6 +43,7 @@ def replay_policies(
         block: positions whose responses are summed before squaring.
         device: where the arithmetic runs.
         progress: told of every sample.
+        kept: replays of this trace that were done before; new ones are put there.
 
     Raises:
         KvtuneError: a policy has another shape than the traced model.
@@ -49,7 +53,17 @@ def replay_policies(
     steps = (progress or Silent()).track(samples, "replaying policies", len(samples))
     depth = trace.geometry.layers
     layers = range(min(every // 2, depth - 1), depth, every)  # one at least, of a shallow model
-    return np.stack([_replay_sample(trace, s, policies, layers, block, device) for s in steps], 1)
+    nameless = [replace(policy, name="") for policy in policies]
+
+    def replayed(sample: SampleRecord) -> Floats:
+        key = "replay", sample.id, tuple(layers), block, nameless
+        if (known := kept.get(*key)) is not None:
+            return known["losses"]
+        losses = _replay_sample(trace, sample, policies, layers, block, device)
+        kept.put({"losses": losses}, *key)
+        return losses
+
+    return np.stack([replayed(sample) for sample in steps], 1)
 
 
 @torch.no_grad()
@@ -74,7 +88,7 @@ def _replay_sample(
     budgets = [policy.settle(sample.prompt, prompt) for policy in policies]
     total: torch.Tensor | float = 0.0
     probes = 1
-    for index, layer in zip(layers, ahead(load, layers), strict=True):
+    for index, layer in zip(layers, ahead(load, layers, readers_for(device)), strict=True):
         probes = layer.probes.shape[0]
         options = [option for policy in policies for option in policy.heads[index]]
         signals = linked(layer.signals, options, trace.geometry.layers, prompt)

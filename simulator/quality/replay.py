@@ -115,9 +115,7 @@ class LayerReplay:
 
     def _past(self, prompt: Compressed) -> tuple[Tensor, Tensor]:
         """Attention to a compressed prompt alone, and its log-sum-exp."""
-        keys, values = prompt.keys.unsqueeze(-3), prompt.values.unsqueeze(-3)
-        visible, scale = prompt.visible(self.queries), self.signals.scale
-        return attend(self.queries, keys, values, visible, scale, prompt.weights)
+        return prompt.attended(self.queries, self.signals.scale)
 
     def _beyond_recent(self, prompt: Compressed) -> Tensor:
         """What the labels gain by seeing the prompt beside the recent tokens, ``[..., H, C, S]``.

@@ -7,11 +7,13 @@ Both cost less than the samples' own noise: a factor's rounding is a 250th of it
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -22,7 +24,7 @@ from kvtune.common.stored import checked, parse_json
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.document import PolicyDocument, read_policy, write_policy
-from kvtune.simulator.quality.tables import SampleFacts, Tables
+from kvtune.simulator.quality.tables import Floats, SampleFacts, Tables
 
 FORMAT = 1
 _AGAIN = "remove the file to make it again."
@@ -42,12 +44,11 @@ def save_tables(tables: Tables, path: Path, provenance: dict[str, Any]) -> None:
         path: ``*.safetensors``.
         provenance: plain data on how they came about, kept beside them.
     """
-    scale = np.abs(tables.factor).max(-1, keepdims=True) / 127
-    codes = np.round(tables.factor / np.maximum(scale, 1e-20)).astype(np.int8)
+    codes, scale = _coded(tables.factor)
     arrays = {
         "loss_root": np.sqrt(np.maximum(tables.loss, 0)).astype(np.float16),
         "factor_codes": codes,
-        "factor_scale": (scale[..., 0] * _SCALE_UNIT).astype(np.float16),
+        "factor_scale": (scale * _SCALE_UNIT).astype(np.float16),
         "group": tables.group.astype(np.int64),
     }
     menu = PolicyDocument(policy=Policy("options", (tables.options,)))
@@ -64,6 +65,33 @@ def save_tables(tables: Tables, path: Path, provenance: dict[str, Any]) -> None:
     }
     with atomic(path) as temporary:
         temporary.write_bytes(save(arrays, metadata={"kvtune_tables": json.dumps(about)}))
+
+
+def _coded(factor: Floats) -> tuple[NDArray[np.int8], Floats]:
+    """Codes ``[g, I, O, r]`` and scales ``[g, I, O]``; factors side by side, as they are large."""
+    codes, scales = np.empty(factor.shape, np.int8), np.empty(factor.shape[:3], np.float32)
+
+    def code(group: int) -> None:
+        scale = np.abs(factor[group]).max(-1, keepdims=True) / 127
+        codes[group] = np.round(factor[group] / np.maximum(scale, 1e-20))
+        scales[group] = scale[..., 0]
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(code, range(len(factor))))
+    return codes, scales
+
+
+def _decoded(codes: NDArray[np.int8], scales: NDArray[np.float16]) -> Floats:
+    """Factors of these codes, likewise."""
+    factor = np.empty(codes.shape, np.float32)
+
+    def decode(group: int) -> None:
+        scale = scales[group].astype(np.float32)[..., None] / _SCALE_UNIT
+        np.multiply(codes[group], scale, out=factor[group])
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(decode, range(len(codes))))
+    return factor
 
 
 _SCALE_UNIT = 1024.0  # lifts small scales out of float16's subnormal range
@@ -145,7 +173,6 @@ def _check_arrays(header: _Header, options: int, arrays: dict[str, Any], where: 
 
 
 def _assemble(header: _Header, menu: tuple[Option, ...], arrays: dict[str, Any]) -> Tables:
-    scale = arrays["factor_scale"].astype(np.float32)[..., None] / _SCALE_UNIT
     return Tables(
         model=header.model,
         layers=header.layers,
@@ -155,6 +182,6 @@ def _assemble(header: _Header, menu: tuple[Option, ...], arrays: dict[str, Any])
         options=menu,
         samples=header.samples,
         loss=arrays["loss_root"].astype(np.float32) ** 2,
-        factor=arrays["factor_codes"].astype(np.float32) * scale,
+        factor=_decoded(arrays["factor_codes"], arrays["factor_scale"]),
         group=arrays["group"],
     )
