@@ -130,8 +130,8 @@ class Case:
         if self.cost is None:
             return None
         one, copies = self.cost.most_at_once, self.split.copies
-        ends = (copies * end for end in (one.value, one.low, one.high))
-        return Estimate(*ends, one.unit, one.tier)
+        value, low, high = (copies * end for end in (one.value, one.low, one.high))
+        return Estimate(value, low, high, one.unit, one.tier)
 
     @property
     def tokens_per_second(self) -> Estimate | None:
