@@ -47,20 +47,16 @@ def _within(seconds: float, most: float) -> str:
 
 
 def mistakes() -> str:
-    """Processor seconds until a mistake is refused, before and after the last change."""
-    before, found = result("mistakes-before-cpu.json"), result("mistakes-cpu.json")
+    """Processor seconds until a mistake is refused."""
+    found = result("mistakes-cpu.json")
     rows = [
-        (f"`{name}`", f"{before['processor_s'][name]:.2f} s", _goal(seconds, MISTAKE_S))
-        for name, seconds in found["processor_s"].items()
+        (f"`{name}`", _goal(seconds, MISTAKE_S)) for name, seconds in found["processor_s"].items()
     ]
-    alone = [each["python_with_numpy_s"] for each in (before, found)]
-    rows.append(("a Python that imports NumPy, for scale", *(f"{each:.2f} s" for each in alone)))
-    within = [each["within_half_a_second"] for each in (before, found)]
-    said = (
-        f"{within[1]} of {len(found['processor_s'])} within half a second, {within[0]} before. "
-        f"Before: {_on(before)}; now: {_on(found)}."
-    )
-    return f"{table(('mistake in', 'before', 'now'), rows)}\n\n{said}"
+    alone = found["python_with_numpy_s"]
+    rows.append(("a Python that imports NumPy, for scale", f"{alone:.2f} s"))
+    within, every = found["within_half_a_second"], len(found["processor_s"])
+    said = f"{within} of {every} within half a second; {_on(found)}."
+    return f"{table(('mistake in', 'refused after'), rows)}\n\n{said}"
 
 
 def explorer() -> str:
@@ -87,12 +83,9 @@ def explorer() -> str:
 
 def plain_step() -> str:
     """A token without a GPU: our pages, the exported file, the uncompressed cache."""
-    files = {"before": "plain-step-before-cpu.json", "now": "plain-step.json"}
-    found = {name: result(file) for name, file in files.items()}
+    now = result("plain-step.json")
     rows = [
-        (name, *(f"{1e3 * each['cpu_seconds_a_token'][name]:.0f} ms" for each in found.values()))
-        for name in found["now"]["cpu_seconds_a_token"]
+        (name, f"{1e3 * seconds:.0f} ms") for name, seconds in now["cpu_seconds_a_token"].items()
     ]
-    now = found["now"]
     said = f"SmolLM2-135M in bf16, one thread, a prompt of {now['prompt']} tokens, {now['policy']}."
-    return f"{table(('processor time a token', *files), rows)}\n\n{said}"
+    return f"{table(('', 'processor time a token'), rows)}\n\n{said}"

@@ -66,7 +66,7 @@ class FrontPlot(PlotWidget):
         self.marked: int | None = None
         self._seen: NDArray[np.int64] = np.zeros(0, np.int64)
         self._theme = ""  # that the ground was drawn in
-        self._labels: list[tuple[int, int, str]] = []  # column, line and words
+        self._baseline_names: list[tuple[int, int, str]] = []  # column, line and words
         self._x_zero: float | None = None
         self._y_zero: float | None = None
 
@@ -130,7 +130,7 @@ class FrontPlot(PlotWidget):
             x, y = self._place_x([each.x])[0], self._place_y([each.y])[0]
             if self._x_min <= x <= self._x_max and self._y_min <= y <= self._y_max:
                 points.append((*self.get_pixel_from_coordinate(x, y), each.words))
-        self._labels = [
+        self._baseline_names = [
             (column, line, f"[{colour}]{words}[/]")
             for column, line, words in placed(together(points), *canvas.size)
         ]
@@ -200,7 +200,7 @@ class FrontPlot(PlotWidget):
         chosen, selected = colours["success"], colours["accent"]
         if self.row is not None:
             self._draw_interval(view, self.row, canvas, selected)
-        for label in self._labels:  # above the interval, which would cross them out
+        for label in self._baseline_names:  # above the interval, which would cross them out
             canvas.write_text(*label)
         for row, mark, colour in (
             (view.study.chosen, CHOSEN, chosen),
