@@ -568,7 +568,10 @@ def test_validate_runs_the_held_out_samples_and_reports(
         right_by_kind={"turns": types.SimpleNamespace(ours=0.5, full=0.75)},
     )  # fmt: skip
 
-    def validate_policy(policy: Any, loaded: Any, samples: Any, *, progress: Any) -> Any:
+    def validate_policy(
+        policy: Any, loaded: Any, samples: Any, *, stored_alike: bool, progress: Any
+    ) -> Any:
+        assert not stored_alike
         seen.extend([policy.layers, *samples])
         return found
 

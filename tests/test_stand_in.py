@@ -245,7 +245,7 @@ def test_a_loss_without_weights_is_printed_as_a_band_that_holds_the_sources_own_
     assert tables(result)
 
 
-@pytest.mark.parametrize("stack", ["vllm", "llama-cpp"])
+@pytest.mark.parametrize("stack", ["vllm", "llama-cpp", "openvino"])
 def test_a_plan_inside_a_stack_keeps_its_loss_when_it_is_exported(
     stack: str, tmp_path: Path
 ) -> None:

@@ -64,7 +64,8 @@ def quality_lines(
     quality = document.provenance.quality if document.provenance else None
     changed = any(line.status != "kept" for line in losses)
     if changed and predicted is not None and not loses_no_more(losses):
-        return [f"what runs here is not the plan, and loses {figure(predicted)}, nats/token"]
+        whose = f"{quality}; " if quality else ""
+        return [f"{whose}what runs here is not the plan, and loses {figure(predicted)}, nats/token"]
     if quality is None:
         return ["not known"]
     if loses_no_more(losses) and there is not None:

@@ -20,6 +20,8 @@ RATIOS: dict[str, tuple[float, float, float]] = {
     "q8_0-rotated": (2.37, 3.96, 7.5),
     "int8_token_head": (4.37, 5.57, 8.43),
     "fp8_token_head": (2.61, 4.88, 7.31),
+    "openvino_u8": (2.32, 3.15, 5.15),
+    "openvino_u4": (2.05, 3.12, 4.89),
 }
 """By format, the loss of everything stored alike over that of the prompt alone: the least of three
 texts of one model, one of each kind, their mean's, and the most (SmolLM2-135M,
