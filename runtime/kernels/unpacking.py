@@ -14,7 +14,6 @@ import triton.language as tl
 from kvtune.runtime.kernels.codes import (
     bits_of,
     field_bits,
-    fields_of,
     plane_at,
     table_of,
 )
@@ -38,8 +37,7 @@ def load_units(pool_half, start, token, channel, TOKEN: tl.constexpr, CHANNEL: t
                D: tl.constexpr, CODE: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """Units of half a page's tokens by some channels, as ``unpacked`` takes them.
 
-    Of three bits their third bits lie beside them; levels of two bits and more are looked up at
-    once.
+    Of three bits their third bits lie beside them; levels of four bits are looked up at once.
 
     Args:
         pool_half, start: the pool's memory, and the first byte of the codes.
@@ -52,25 +50,10 @@ def load_units(pool_half, start, token, channel, TOKEN: tl.constexpr, CHANNEL: t
         plane = pool_half.to(tl.pointer_type(tl.uint8), bitcast=True) + start + plane_at(D)
         units = units + (tl.load(plane + place).to(tl.uint16),)
     if _at_once(CODE, NATIVE):
-        if bits_of(CODE) == 4:
-            units = tl.inline_asm_elementwise(
-                all_levels(4), "=&r,=&r,=&r,=&r,r", [units[0]],
-                dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
-            )  # fmt: skip
-        elif bits_of(CODE) == 3:
-            units = tl.inline_asm_elementwise(
-                all_levels(3), "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r", [units[0], units[1]],
-                dtype=(tl.float16, tl.float16, tl.float16, tl.float16,
-                       tl.float16, tl.float16, tl.float16, tl.float16),
-                is_pure=True, pack=2,
-            )  # fmt: skip
-        else:
-            units = tl.inline_asm_elementwise(
-                all_levels(2), "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r", [units[0]],
-                dtype=(tl.float16, tl.float16, tl.float16, tl.float16,
-                       tl.float16, tl.float16, tl.float16, tl.float16),
-                is_pure=True, pack=2,
-            )  # fmt: skip
+        units = tl.inline_asm_elementwise(
+            _all_levels(), "=&r,=&r,=&r,=&r,r", [units[0]],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
     return units
 
 
@@ -79,7 +62,7 @@ def unpacked(units, HALF_PAGE: tl.constexpr, FIELD: tl.constexpr, CODE: tl.const
              NATIVE: tl.constexpr):  # fmt: skip
     """One field of one half page's bytes as fp16: ``unit_of`` too small."""
     if _at_once(CODE, NATIVE):
-        number = units[fields_of(CODE) * HALF_PAGE + FIELD]
+        number = units[2 * HALF_PAGE + FIELD]
     elif NATIVE:
         if bits_of(CODE) == 3:
             number = tl.inline_asm_elementwise(
@@ -139,7 +122,7 @@ def moved_by(code):
 @triton.constexpr_function
 def _at_once(code, native):
     """Whether all fields are looked up together."""
-    return native and table_of(code) == "normal" and bits_of(code) > 1
+    return native and table_of(code) == "normal" and bits_of(code) == 4
 
 
 @triton.constexpr_function
@@ -155,14 +138,29 @@ def _unpack(half, field, code):
         mask = ((1 << (bits_of(code) - 1)) - 1) << moved_by(code)
         magnitude_of = _moved("number", "$1", moved_by(code) - at, mask)
         return _signed(magnitude_of, _moved("sign", "$1", 16 - bits_of(code) - at, 0x8000))
-    level = half_bits(0, bits_of(code))
-    return _signed(f"mov.b32 number, {level * 0x10001};", _moved("sign", "$1", 15 - at, 0x8000))
+    level = [_half_bits(place, code) for place in range(1 << (bits_of(code) - 1))]
+    if bits_of(code) == 3:
+        pairs = [level[n] | level[n + 1] << 16 for n in (0, 2)]
+        found = (
+            _moved("low", "$1", -at, 3) + " prmt.b32 low, low, 0, 0x4420;"
+            " mad.lo.u32 low, low, 0x22, 0x1010;"
+            f" mov.b32 first, {pairs[0]}; mov.b32 second, {pairs[1]};"
+            " prmt.b32 number, first, second, low;"
+        )
+        return _signed(found, _moved("sign", "$2", 15 - (2 * field + half), 0x8000))
+    if bits_of(code) == 2:
+        found = (
+            _moved("low", "$1", -at, 1)
+            + f" mad.lo.u32 number, low, {level[1] - level[0]}, {level[0] * 0x10001};"
+        )
+        return _signed(found, _moved("sign", "$1", 14 - at, 0x8000))
+    return _signed(f"mov.b32 number, {level[0] * 0x10001};", _moved("sign", "$1", 15 - at, 0x8000))
 
 
 @triton.constexpr_function
 def _signed(number, sign):
     """PTX that puts a sign before a number."""
-    names = "sign, number"
+    names = "low, sign, first, second, number"
     return f"{{ .reg .b32 {names}; {number} {sign} or.b32 $0, number, sign; }}"
 
 
@@ -174,71 +172,40 @@ def _moved(into, source, by, mask):
 
 
 @triton.constexpr_function
-def half_bits(place, bits):
-    """The bits of one of a normal number's magnitudes as a 16-bit float."""
+def _half_bits(place, code):
+    """The bits of a magnitude as a 16-bit float."""
     import struct
 
-    from kvtune.policies.formats.normal_codes import magnitudes
-
-    return struct.unpack("<H", struct.pack("<e", magnitudes(bits)[place]))[0]
+    return struct.unpack("<H", struct.pack("<e", magnitude(place, code)))[0]
 
 
 @triton.constexpr_function
-def all_levels(bits):
-    """PTX that looks up the levels of all codes of two units, by half page, then field.
+def _all_levels():
+    """PTX that looks up the levels of the four codes of four bits in either of two units.
 
-    A permutation of bytes finds four codes' lower bytes, or upper ones, among eight: so many levels
-    have two and three bits with their signs, and four bits without, which come to them afterwards.
-    Codes are brought into nibbles, those of both units in turn, so that two other permutations
-    give a number of either unit in each register.
+    A permutation of bytes finds four codes' lower bytes, or upper ones, in eight magnitudes; others
+    bring a level's bytes, and then both units' levels, together.
     """
-    count = 4 if bits == 4 else 8
-    names = "m, n, y, z, r0, r1, la, lb, ha, hb, lo, hi"
-    text = f"{{ .reg .b32 {names};"
-    for name, first, shift in (("la", 0, 0), ("lb", 4, 0), ("ha", 0, 8), ("hb", 4, 8)):
-        text += f" mov.b32 {name}, {_four(first, shift, bits)};"
-    for part in range(count // 4):
-        text += _nibbles(part, bits, count)
-        text += " shr.b32 m, n, 12; and.b32 m, m, 0xF0F0; and.b32 r0, n, 0x0F0F; or.b32 r0, r0, m;"
-        text += " shr.b32 m, n, 16; and.b32 m, m, 0xF0F0; shr.b32 r1, n, 4;"
-        text += " and.b32 r1, r1, 0x0F0F; or.b32 r1, r1, m;"
-        for turn in range(2):
-            field = turn if bits == 4 else 2 * turn + part
-            text += f" prmt.b32 lo, la, lb, r{turn}; prmt.b32 hi, ha, hb, r{turn};"
-            for half, order in ((0, "0x5140"), (1, "0x7362")):
-                out = f"${half * (count // 2) + field}"
-                text += f" prmt.b32 {out}, lo, hi, {order};"
-                if bits == 4:
-                    text += f" shl.b32 m, $4, {12 - 8 * half - 4 * field};"
-                    text += f" and.b32 m, m, 0x80008000; or.b32 {out}, {out}, m;"
+    text = "{ .reg .b32 t, u, la, lb, ha, hb, l0, h0, l1, h1, a, b, c, d, s;"
+    text += f" mov.b32 la, {_four(0, 0)}; mov.b32 lb, {_four(4, 0)};"
+    text += f" mov.b32 ha, {_four(0, 8)}; mov.b32 hb, {_four(4, 8)};"
+    text += " and.b32 t, $4, 0x77777777; shr.b32 u, t, 16;"
+    text += " prmt.b32 l0, la, lb, t; prmt.b32 h0, ha, hb, t;"
+    text += " prmt.b32 l1, la, lb, u; prmt.b32 h1, ha, hb, u;"
+    text += " prmt.b32 a, l0, h0, 0x5140; prmt.b32 b, l1, h1, 0x5140;"
+    text += " prmt.b32 c, l0, h0, 0x7362; prmt.b32 d, l1, h1, 0x7362;"
+    for n in range(4):
+        both = "a, b" if n < 2 else "c, d"
+        half = "0x5410" if n % 2 == 0 else "0x7632"
+        text += f" shl.b32 s, $4, {12 - 4 * n}; and.b32 s, s, 0x80008000;"
+        text += f" prmt.b32 ${n}, {both}, {half}; or.b32 ${n}, ${n}, s;"
     return text + " }"
 
 
 @triton.constexpr_function
-def _nibbles(part, bits, count):
-    """PTX that leaves in ``n`` a nibble of each of some fields: of both halves of both units."""
-    if bits == 4:
-        return " and.b32 n, $4, 0x77777777;"
-    text = f" shr.b32 n, ${count}, {2 * part}; and.b32 n, n, 0x33333333;"
-    if bits == 3:  # a third bit goes to where the nibble of its code has it
-        low, high = (2, 9) if part == 0 else (0, 7)
-        text += f" shl.b32 y, ${count + 1}, {low}; and.b32 y, y, 0x00440044;"
-        text += f" shl.b32 z, ${count + 1}, {high}; and.b32 z, z, 0x44004400;"
-        text += " or.b32 n, n, y; or.b32 n, n, z;"
-    return text
-
-
-@triton.constexpr_function
-def _four(first, shift, bits):
-    """A byte of each of four levels, as one word: of magnitudes where there are four bits."""
-    word = 0
-    for n in range(4):
-        code, signed = first + n, bits < 4
-        most = 1 << (bits - 1)
-        level = half_bits(code % most if signed else code, bits)
-        level |= (0x8000 if code // most % 2 else 0) if signed else 0
-        word |= (level >> shift & 255) << (8 * n)
-    return word
+def _four(first, shift):
+    """A byte of each of four magnitudes of codes of four bits, as one word."""
+    return sum((_half_bits(first + n, 3) >> shift & 255) << (8 * n) for n in range(4))
 
 
 @triton.constexpr_function
