@@ -35,8 +35,9 @@ from kvtune.policies.formats.rotated import RotatedInt2
 from kvtune.policies.formats.staircase import Staircase
 from kvtune.policies.methods.full import Full
 from kvtune.policies.option import ALL, Option
-from kvtune.policies.paging import Growth, head_pages, pool_cells
+from kvtune.policies.paging import Growth, head_pages
 from kvtune.policies.parts import HeadPart
+from kvtune.policies.slabs import pool_cells
 from kvtune.runtime.cache.beside import Beside, HeldPart, LaidPart
 from kvtune.runtime.cache.pool import Pool
 
@@ -80,7 +81,12 @@ def error(form: Format, tokens: int, device: str) -> dict[str, float]:
     """Largest difference, as it is and over the largest output."""
     found = beside(form, tokens, 2, device, in_place=True)
     q = torch.randn(2, GROUP, HEAD_DIM, device=device)
-    keys, values = found.laid[0].fetched(found.pool).read(HEAD_DIM)
+    part = found.laid[0].fetched(found.pool)
+    (keys_as, values_as), (stored_keys, stored_values) = part.formats, part.buffers
+    keys, values = part.restored(
+        keys_as.decode(stored_keys, HEAD_DIM, "keys"),
+        values_as.decode(stored_values, HEAD_DIM, "values"),
+    )
     logits = q.double() @ keys.double().T * SCALE
     exact = logits.softmax(-1) @ values.double()
     worst = float((attend(found, q) - exact).abs().max())

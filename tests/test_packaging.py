@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import importlib.metadata
 import importlib.util
@@ -128,29 +127,3 @@ def test_ci_runs_the_readmes_second_command() -> None:
     command = "pip install -c constraints/cpu.txt -e '.[dev]' && pytest"
     for file in ("README.md", ".ci/run"):
         assert command in (ROOT / file).read_text(encoding="utf-8").splitlines(), file
-
-
-def imported(script: Path) -> set[tuple[str, str]]:
-    """Modules of ours that a script imports from, and the names."""
-    found = set()
-    for node in ast.walk(ast.parse(script.read_text("utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kvtune."):
-            found |= {(str(node.module), alias.name) for alias in node.names}
-    return found
-
-
-def test_benchmarks_import_what_there_is() -> None:
-    """No test runs them, and the type checker passes over them."""
-    pytest.importorskip("triton", reason="some of them look at kernels")
-    scripts = list((ROOT / "benchmarks").glob("*.py"))
-    wanted = {pair for script in scripts for pair in imported(script)}
-    assert len(wanted) > 300
-    modules = {module: importlib.import_module(module) for module, _ in wanted}
-    missing = {(m, name) for m, name in wanted if not hasattr(modules[m], name)}
-    missing -= {(m, name) for m, name in missing if is_module(modules[m], name)}
-    assert not missing
-
-
-def is_module(package: Any, name: str) -> bool:
-    folder = hasattr(package, "__path__")
-    return folder and importlib.util.find_spec(f"{package.__name__}.{name}") is not None

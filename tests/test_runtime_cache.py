@@ -482,7 +482,8 @@ def test_rows_alike_are_cut_into_as_many_tiles_as_run_at_once(form: str, blocks:
     starts, tokens = pages.cumsum() - pages, np.full(64, 64 * blocks)
     segments = Segments(np.arange(64), np.full(64, layout.code), starts, pages, tokens)
     records = plan_tiles(segments, np.arange(pages.sum())).records
-    assert len(records) == {"bf16": 528, "int4": 528, "int3": 1056}[form]
+    longest = 1792 if blocks == 1000 else 528  # tiles of four bits are of a bounded length
+    assert len(records) == {"bf16": 528, "int4": longest, "int3": 1056}[form]
     assert records[:, 4].max() <= 1.15 * 64 * 64 * blocks / len(records) + 64
 
 

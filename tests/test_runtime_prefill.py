@@ -25,7 +25,7 @@ from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.slabs import SLAB_CELLS
 from kvtune.runtime import load_cache
-from kvtune.runtime.cache import paged_layer, policy_cache, reading, storing
+from kvtune.runtime.cache import foreseen, paged_layer, reading, storing
 from kvtune.runtime.cache.backend import PlainBackend
 from kvtune.runtime.cache.layer import CacheLayer
 from kvtune.runtime.cache.paged_layer import PagedLayer
@@ -188,7 +188,7 @@ def test_a_pool_that_is_full_grows_while_prompts_are_read(
         expected = network.generate(
             ids, max_new_tokens=3, past_key_values=load_cache(UNCOMPRESSED, network)
         )
-        monkeypatch.setattr(policy_cache, "pool_cells", lambda _: 24 * SLAB_CELLS)
+        monkeypatch.setattr(foreseen, "pool_cells", lambda _: 24 * SLAB_CELLS)
         extended, extend = [], Pool.extend
 
         def watched(pool: Pool, cells: int) -> None:

@@ -30,6 +30,8 @@ LEFT_OUT: dict[str, str] = {
     "fp8_token_head": _STACK,
     "fp8_unscaled": _STACK,
     "int4_token_head": _STACK,
+    "openvino_u8": _STACK,
+    "openvino_u4": _STACK,
     "mxfp4": "int4 and turboquant4 lose less in as many bits",
     "nvfp4": "int4 loses less in as many bits",
     "hqq4": "int4 loses less in as many bits",

@@ -236,6 +236,7 @@ class Evictor:
         at = torch.from_numpy(stays).to(self._rows.device)
         self.driver.forget(stays)
         self.rows, self._rows, self.held = self.rows[stays], self._rows[at], self.held[at]
+        self._row_numbers, self._seen_by = self._rows.flatten().int(), None
         return bool(stays.any())
 
     def kept(self) -> dict[int, list[int]]:

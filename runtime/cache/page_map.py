@@ -90,7 +90,8 @@ class PageMap:
         self._layouts = [PageLayout.of(layer.head_dim, code) for code in known.tolist()]
         self._counts = counts.tolist()
         sizes = [layout.page_tokens for layout in self._layouts]
-        self._size = torch.tensor(sizes, device=counts.device).repeat_interleave(counts)
+        self._size = torch.tensor(sizes, dtype=torch.long, device=counts.device)
+        self._size = self._size.repeat_interleave(counts)
         self._found: tuple[Tensor, Found] | None = None
 
     def is_of(self, layer: Paged) -> bool:

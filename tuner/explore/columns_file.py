@@ -20,7 +20,7 @@ from kvtune.common.files import atomic
 from kvtune.tuner.explore import COLUMNS_FILE
 from kvtune.tuner.explore.plans import ARRAYS, Plans, Size, is_inside
 
-_FORMAT = "1"
+_DIGEST = "kvtune_columns_1_sha256"  # one key: of several the order in a file is by chance
 _KINDS = {"heads": np.uint16, "kl": np.float64, "held_out": np.float64, "by_kind": np.float64}
 _LEAST = {"context_tokens": 1, "sequences": 1}
 _PARAMETERS = TypeAdapter(tuple[dict[str, Parameter], ...])
@@ -32,7 +32,7 @@ def write_columns(folder: Path, plans: Plans, text: bytes) -> None:
 
     arrays = {name: np.ascontiguousarray(getattr(plans, name)) for name in ARRAYS}
     arrays["parameters"] = np.frombuffer(json.dumps(plans.parameters).encode(), np.uint8)
-    about = {"kvtune_columns": _FORMAT, "sha256": _digest(text, arrays)}
+    about = {_DIGEST: _digest(text, arrays)}
     with atomic(folder / COLUMNS_FILE) as temporary:
         temporary.write_bytes(save(arrays, metadata=about))
 
@@ -54,8 +54,7 @@ def read_columns(folder: Path, text: bytes, size: Size) -> Plans | None:
         with safe_open(path, framework="numpy") as file:
             about = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in (*ARRAYS, "parameters")}
-        written = about.get("kvtune_columns"), about.get("sha256")
-        if written != (_FORMAT, _digest(text, arrays)):
+        if about.get(_DIGEST) != _digest(text, arrays):
             return None
         parameters = _PARAMETERS.validate_json(arrays.pop("parameters").tobytes(), strict=True)
     except (OSError, SafetensorError, ValueError, TypeError, AttributeError):
