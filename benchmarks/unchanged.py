@@ -8,9 +8,9 @@
 Every figure in milliseconds, microseconds, GB/s or tokens a second that stands in both files is
 compared; it ends with 1 where one of them is worse by more than ``--within`` (2 %). Measured times
 and rates with intervals are compared by the ends that are nearest: those whose intervals overlap
-count as the same. Runs on different cards are compared all the same, and said to be. Where a step's kernels were profiled,
-those of this repository are summed apart from the libraries': a card on which matrices are
-multiplied more slowly is none of this code's doing.
+count as the same. Runs on different cards are compared all the same, and said to be. Where a
+step's kernels were profiled, those of this repository are summed apart from the libraries': a card
+on which matrices are multiplied more slowly is none of this code's doing.
 """
 
 from __future__ import annotations
