@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from kvtune.cli.command_line_of import command_of
 from kvtune.cli.policy_card import Budget, Card, Other, Task
-from kvtune.cli.search_command import command_of
 from kvtune.common.errors import KvtuneError
 from kvtune.tuner.explore.dimensions import in_words
 from kvtune.tuner.explore.study import Study

@@ -81,7 +81,9 @@ def by_engine(
         return replace(case, engine_fits=fits)
     if isinstance(memory, LlamaMemory):
         assert not isinstance(engine, Engine)  # noqa: S101 - whose memory it is
-        prompt, most = _llama_sequences(memory, case, engine.slots(case.batch) if engine else 1)
+        cached = memory.cache.value + memory.host_cache.value
+        prompt = int(cached * case.context_tokens / memory.ctx_size)
+        most = _slots_with_room(memory, engine.slots(case.batch) if engine else 1)
         peak = memory.total
     else:
         prompt, reserved = case.cost.prompt_bytes, memory.limit_bytes
@@ -89,26 +91,33 @@ def by_engine(
         most = _at_once(memory, asked, case)
     whole = split_over(asked.shape, asked.gpus).kv_bytes(case.context_tokens)
     cost = replace(
-        case.cost, prompt_bytes=prompt, share=prompt / whole, memory=peak, sequences_that_fit=most,
-        most_at_once=Estimate(most, most, most, "sequences", "assumed"),
+        case.cost, prompt_bytes=prompt, share=prompt / whole, memory=peak,
+        sequences_that_fit=int(most.value), most_at_once=most,
     )  # fmt: skip
     return replace(case, engine_fits=fits, cost=cost)
 
 
-def _at_once(memory: EngineMemory, asked: Asked, case: Case) -> int:
+def _at_once(memory: EngineMemory, asked: Asked, case: Case) -> Estimate:
     """Sequences that vLLM's cache holds and that it runs at once."""
-    held = int(memory.tokens.value) // (case.context_tokens + asked.generated_tokens)
-    return min(held, memory.sequences)
+    each, held = case.context_tokens + asked.generated_tokens, memory.tokens
+    value, low, high = (
+        min(int(end) // each, memory.sequences) for end in (held.value, held.low, held.high)
+    )
+    return Estimate(value, low, high, "sequences", held.tier)
 
 
-def _llama_sequences(memory: LlamaMemory, case: Case, slots: int) -> tuple[int, int]:
-    """Bytes of one prompt in llama.cpp's cache, and how many slots the GPU has room for."""
-    cached = memory.cache.value + memory.host_cache.value
-    prompt = int(cached * case.context_tokens / memory.ctx_size)
-    if not memory.cache.value:
-        return prompt, slots
-    room = memory.limit_bytes - memory.total.value + memory.cache.value
-    return prompt, max(int(room / (memory.cache.value / slots)), 0)
+def _slots_with_room(memory: LlamaMemory, slots: int) -> Estimate:
+    """How many slots the GPU has room for; all of a cache that is on the host."""
+    total, cache = memory.total, memory.cache
+    if not cache.value:
+        return Estimate(slots, slots, slots, "sequences", total.tier)
+    value, low, high = (
+        max(int((memory.limit_bytes - taken + of_it) / (of_it / slots)), 0)
+        for taken, of_it in (
+            (total.value, cache.value), (total.high, cache.high), (total.low, cache.low),
+        )
+    )  # fmt: skip
+    return Estimate(value, low, high, "sequences", total.tier)
 
 
 def _judged(
@@ -157,7 +166,7 @@ def _fewer_at_once(memory: Memory, asked: Asked, case: Case) -> tuple[str, ...]:
     """The sequences that vLLM's cache holds; llama.cpp's table says the longest context."""
     if isinstance(memory, LlamaMemory):
         return ()
-    most = _at_once(memory, asked, case)
+    most = int(_at_once(memory, asked, case).value)
     return (f"--batch {most}",) if 0 < most < case.batch else ()
 
 

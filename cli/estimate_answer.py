@@ -58,7 +58,7 @@ class Answer:
         return what_would_fit(self.asked, case) if self.asked.is_one and not case.fits else []
 
     def _with_narrower_weights(self) -> list[str]:
-        """Cards on which nothing fits as it was asked for, and something would."""
+        """The widest weights that fit, with the cards on which what was asked for does not."""
         from kvtune.tuner.would_fit import narrower_weights
 
         found: dict[str, list[str]] = {}

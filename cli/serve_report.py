@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kvtune.simulator.serving.requests import Requests
     from kvtune.simulator.serving.server import Server
 
-LEFT_OUT = (
+_NOT_IN_OWN_TIMES = (
     "left out: network, tokeniser and the scheduler's own time, outputs that end early, evicting "
     "while decoding; memory is taken at its middle value (docs/serve-sim.md)"
 )
@@ -21,7 +21,7 @@ LEFT_OUT = (
 def left_out(serving: Server) -> str:
     """What the times do not have in them."""
     if serving.stack == "kvtune":
-        return LEFT_OUT
+        return _NOT_IN_OWN_TIMES
     return (
         "left out: outputs that end early, speculative decoding, other options of the engine; "
         "network, tokeniser and scheduler as whole runs of the stack had them on average; memory "

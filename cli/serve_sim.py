@@ -90,7 +90,7 @@ def command(
     )  # fmt: skip
     serving = typed.server(shape, card)
     policies = _policies(document, shape)
-    notes += notes_on_model(document, shape) + sharing_notes(asked, order, prefix)
+    notes += notes_on_model(document, shape) + sharing_notes(asked, order, prefix) + serving.notes
     with speaking(as_json, quiet) as out:
         _answer(out, serving, asked, policies, goals, seed, notes)
 

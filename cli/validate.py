@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from kvtune.tuner.timing import Served, Times
     from kvtune.tuner.validate import Validation
 
+OWN_RUNTIME = "kvtune"  # for --for: as no stack does
+
 
 def command(
     policy: options.PolicyFile,
@@ -38,8 +40,9 @@ def command(
         typer.Option(
             "--for",
             metavar="STACK",
-            help="Run it as this stack does (vllm, llama-cpp), which also stores answers; left "
-            "out: as the file's loss was measured.",
+            help="Run it as this stack does (llama-cpp, openvino, vllm), which also stores "
+            "answers, or as kvtune's own runtime (kvtune); left out: as the file's loss was "
+            "measured.",
         ),
     ] = None,
     gpu: Annotated[
@@ -98,14 +101,18 @@ def _stack(document: PolicyDocument, asked: str | None) -> str:
         KvtuneError: there is no such stack, or it stores answers in 16 bits.
     """
     from kvtune.common.errors import KvtuneError
+    from kvtune.policies.export.contract import exporters
     from kvtune.tuner.within import stores_alike
 
+    if asked == OWN_RUNTIME:
+        return ""
     quality = document.provenance.quality if document.provenance else None
     stack = asked or (quality.stack if quality else "")
     if stack and not stores_alike(stack):
+        known = ", ".join(name for name in exporters() if stores_alike(name))
         raise KvtuneError(
             f"how {stack} stores answers is not known, or it stores them in 16 bits",
-            hint="without --for the policy runs as kvtune's own runtime serves it.",
+            hint=f"--for takes {known}, or {OWN_RUNTIME} for kvtune's own runtime.",
         )
     return stack
 

@@ -241,3 +241,18 @@ def test_beside_lines_of_figures_the_engines_verdict_goes_to_stderr(
     assert captured.err.startswith("fits: llama.cpp")
     assert main([*words, "--quiet"]) == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("stack", ["vllm", "llama-cpp"])
+def test_the_most_at_once_has_the_interval_of_the_engines_memory(
+    stack: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--stack", stack, "--model", "llama-8b", "--gpu", "h200", "--weights", "bf16")
+    found = answer(capsys, *words, "--context", "2k")
+    (row,), engine = found["rows"], found["engine"]
+    most = row["most_at_once"]
+    low, high = most["interval"]
+    assert low < most["value"] == row["sequences_that_fit"] < high
+    if stack == "vllm":
+        assert most["tier"] == engine["tokens"]["tier"] == "fitted"
+        assert [low, high] == [int(end) // (2048 + 256) for end in engine["tokens"]["interval"]]

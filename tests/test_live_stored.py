@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from kvtune.cli.validate import OWN_RUNTIME, command
 from kvtune.cli.validate import _stack as stack_of
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate
+from kvtune.policies.export.contract import exporters
 from kvtune.policies.format import Format, Role
 from kvtune.policies.formats.openvino import OpenVINO4
 from kvtune.policies.formats.token_head import Int4TokenHead, Int8TokenHead
@@ -31,6 +33,7 @@ from kvtune.runtime.live import full_cache
 from kvtune.runtime.live_stored import run_stored
 from kvtune.runtime.prompts import fresh_prompt
 from kvtune.tuner.validate import validate_policy
+from kvtune.tuner.within import stores_alike
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NARROW = Option(keys=Int4TokenHead(), values=Int4TokenHead())
@@ -146,8 +149,17 @@ def test_a_policy_is_run_as_its_file_was_measured_unless_a_stack_is_named() -> N
     plain = PolicyDocument(policy, None, Provenance(Quality("own trace", "", loss)))
     assert [stack_of(made, None), stack_of(plain, None)] == ["vllm", ""]
     assert stack_of(plain, "llama-cpp") == "llama-cpp"
-    with pytest.raises(KvtuneError, match="how kvpress stores answers"):
-        stack_of(plain, "kvpress")
+    assert stack_of(made, "kvtune") == "", "kvtune's own runtime, whatever the file was measured as"
+    with pytest.raises(KvtuneError, match="how kvpress stores answers") as refused:
+        stack_of(made, "kvpress")
+    assert "--for takes llama-cpp, openvino, vllm, or kvtune" in str(refused.value.hint)
     assert read_policy(write_policy(made)) == made
     with pytest.raises(KvtuneError):
         stack_of(plain, "vlm")
+
+
+def test_the_help_names_every_stack_that_a_policy_can_be_run_as() -> None:
+    said = get_type_hints(command, include_extras=True)["stack"].__metadata__[0].help
+    stacks = [name for name in exporters() if stores_alike(name)]
+    assert f"({', '.join(stacks)})" in said
+    assert OWN_RUNTIME in said

@@ -18,6 +18,7 @@ from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
 from kvtune.profiles.stack_kernels.tables import ServingTables
 from kvtune.simulator.latency import stacks
+from kvtune.simulator.latency.answers import least_certain
 from kvtune.simulator.latency.front_end import FrontEnd
 from kvtune.simulator.latency.serving_kernels import ServingModel
 from kvtune.simulator.latency.stack_overheads import Overheads, small_kernels
@@ -295,6 +296,9 @@ def test_a_policy_in_vllm_reads_whole_prompts_less_cache_and_leaves_blocks_to_an
     full, plan = (prepare(serving, asked, each) for each in (None, planned("snapkv 12% int4")))
     assert full.limits is None
     assert plan.limits == replace(serving.limits, reading="whole", left_to_answers=0.1)
+    assert set(plan.tiers) == {"decode steps", "compressing", "matrices and reading"}
+    for each in (full, plan):
+        assert each.times["value"].tier == least_certain(*each.tiers.values())
     one, other = full.times["value"], plan.times["value"]
     alone = [each.decoding(16, 4000, 1) - each.decoding(16, 1, 1) for each in (one, other)]
     assert alone[0] > 0
@@ -370,3 +374,16 @@ def test_under_vllm_the_cache_is_what_vllm_leaves(share: float | None) -> None:
     assert found != server(LLAMA, H200, memory, "bf16", limits).cache
     half = server(LLAMA, H200, memory, "bf16", limits, kernels=StackKernels("vllm", "fp8")).cache
     assert half.value == pytest.approx(expected.value, rel=1e-6), "tokens are fewer bytes, not it"
+
+
+def test_where_vllms_memory_is_not_known_a_note_says_whose_is_counted() -> None:
+    limits = Limits(16, 2048)
+    assert server(LLAMA, H200, H200.visible_bytes, "bf16", limits, kernels=VLLM).notes == ()
+    indexed = find_model("deepseek-v3.2")
+    of = indexed, H200, H200.visible_bytes, "fp8", limits
+    found, own = server(*of, gpus=8, kernels=VLLM), server(*of, gpus=8)
+    assert found.cache == own.cache
+    (told,) = found.notes
+    assert "what kvtune would leave" in told
+    assert "index keys" in told
+    assert own.notes == ()

@@ -39,6 +39,7 @@ class Server:
         host_bytes: for the share of each card in sequences that had to leave; 0 for none.
         gpus: cards that share each layer.
         setting: how a serving stack serves it; None for kvtune's own kernels.
+        notes: what of the memory is not as the stack would have it.
     """
 
     shape: ModelShape
@@ -50,6 +51,7 @@ class Server:
     host_bytes: int = 0
     gpus: int = 1
     setting: StackSetting | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def local(self) -> ModelShape:
@@ -121,7 +123,8 @@ def server(
 ) -> Server:
     """Split each card's memory: weights, overhead and a step's activations, the rest for the cache.
 
-    Under vLLM the cache is what vLLM leaves for it (``simulator/memory/engine_memory.py``).
+    Under vLLM the cache is what vLLM leaves for it (``simulator/memory/engine_memory.py``); where
+    that is not known, it is what kvtune would leave, and a note says so.
 
     Args:
         shape: the whole model.
@@ -148,9 +151,13 @@ def server(
     asked = min(limits.step_tokens, shape.max_context)
     chosen = memory_plan(local, gpu, memory_bytes, context_tokens=asked, weights=weights)
     cache = replace(chosen, batch=limits.sequences, chunk_tokens=limits.step_tokens).cache
+    notes: tuple[str, ...] = ()
     if kernels.stack == "vllm":
         asked_of = memory_bytes, chosen.weight_format, limits, block_tokens, gpus, kernels
-        cache = _left_by_vllm(shape, gpu, *asked_of) or cache
+        try:
+            cache = _left_by_vllm(shape, gpu, *asked_of)
+        except KvtuneError as unknown:
+            notes = (f"the cache's memory is what kvtune would leave for it: {unknown.message}",)
     if cache.value < local.kv_bytes(block_tokens, KV_BYTES[kernels.kv_format]):
         raise KvtuneError(
             f"nothing of {format_bytes(memory_bytes)} is left for the cache when steps hold "
@@ -163,7 +170,9 @@ def server(
     if kernels.stack != "kvtune":
         of = kernels.kv_format, kernels.expert_parallel
         setting = StackSetting(kernels.stack, weight_format, gpus, *of)
-    return Server(shape, gpu, weight_format, cache, limits, block_tokens, host, gpus, setting)
+    return Server(
+        shape, gpu, weight_format, cache, limits, block_tokens, host, gpus, setting, notes
+    )
 
 
 def _left_by_vllm(
@@ -175,10 +184,13 @@ def _left_by_vllm(
     block_tokens: int,
     gpus: int,
     kernels: StackKernels,
-) -> Estimate | None:
-    """What vLLM would leave for its cache on each card; None of layers it lays out in other ways.
+) -> Estimate:
+    """What vLLM would leave for its cache on each card.
 
     A limit of the whole card is its default share of it, as where none is named.
+
+    Raises:
+        KvtuneError: a kind of layer whose blocks are not modelled.
     """
     share = None if memory_bytes == gpu.visible_bytes else memory_bytes / gpu.visible_bytes
     flags = EngineFlags(
@@ -189,10 +201,7 @@ def _left_by_vllm(
         block_size=block_tokens,
         expert_parallel=kernels.expert_parallel > 1,
     )
-    try:
-        return engine_memory(shape, gpu, weights, flags, gpus=gpus).cache
-    except KvtuneError:
-        return None
+    return engine_memory(shape, gpu, weights, flags, gpus=gpus).cache
 
 
 def check_planned(server: Server, setting: StackSetting, policy: Policy) -> None:

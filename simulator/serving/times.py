@@ -121,11 +121,13 @@ def _of_stack(
     own = step_times(server.local, server.gpu, server.weights, policy, load)["value"]
     limits = server.limits
     left = LEFT_TO_ANSWERS if limits.left_to_answers is None else limits.left_to_answers
+    of_parts = own.tiers | {"matrices and reading": tier}
+    del of_parts["reading prompts"]  # of kvtune's own passes, which the stack does not take
+    times = PlannedTimes(scaled, grids, least_certain(*of_parts.values()), own)
     return Prepared(
         policy.name, server, footprint(server.local, policy, prompts, load.output_tokens),
-        _ends(PlannedTimes(scaled, grids, own.tier, own), factor), front,
-        replace(limits, reading="whole", left_to_answers=left),
-        own.tiers | {"matrices and reading": tier},
+        _ends(times, factor), front, replace(limits, reading="whole", left_to_answers=left),
+        of_parts,
     )  # fmt: skip
 
 
