@@ -117,11 +117,15 @@ TINY: dict[str, Any] = {
 """Fields of a tiny model's configuration: 3 layers, 4 query heads on 2 KV heads."""
 
 
-def tiny_network(config: Any, seed: int = 0) -> Any:
+def tiny_network(config: Any, seed: int = 0, tried: bool = False) -> Any:
     """A randomly initialised causal language model in fp32, of one's own to change.
 
-    Copies of the same model are found to answer through kvtune as by themselves once: trying that
-    takes ten times as long as making a copy.
+    Args:
+        config: of the model.
+        seed: of its weights.
+        tried: whether it answers through kvtune as by itself need not be found out anew where it
+            was of another copy that was asked for so, which takes ten times as long as making a
+            copy; for tests that change nothing of how it answers.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -134,7 +138,8 @@ def tiny_network(config: Any, seed: int = 0) -> Any:
             torch.manual_seed(seed)
             _MADE[key] = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     own = copy.deepcopy(_MADE[key])
-    self_check._checked[own] = self_check._checked.setdefault(_MADE[key], set())
+    if tried:
+        self_check._checked[own] = self_check._checked.setdefault(_MADE[key], set())
     return own
 
 

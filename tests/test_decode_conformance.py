@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from kvtune.policies.decode import DecodeMethod
 from kvtune.policies.testing import Case, variants
 from kvtune.policies.testing import decode as suite
+from kvtune.tests.tiers import all_hold
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,24 +35,25 @@ cases = st.builds(
 @pytest.mark.parametrize("name", suite.decode_methods())
 def test_method_at_a_usual_prompt(name: str) -> None:
     """One that is longer than its budget, with several query heads on a KV head."""
-    for check in suite.DECODE_CHECKS:
-        check(suite.decode_methods()[name](), Case(33, 6, kv_heads=3, group=3))
+    all_hold(
+        (check.__name__, partial(check, suite.decode_methods()[name](), FEW[1]))
+        for check in suite.DECODE_CHECKS
+    )
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("check", suite.DECODE_CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", suite.decode_methods())
 def test_method_at_the_corners(name: str, check: suite.DecodeCheck) -> None:
-    for case in suite.DECODE_CASES:
-        check(suite.decode_methods()[name](), case)
+    method = suite.decode_methods()[name]()
+    all_hold((case, partial(check, method, case)) for case in suite.DECODE_CASES)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("check", suite.DECODE_CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("method", VARIANTS)
 def test_variant(method: DecodeMethod, check: suite.DecodeCheck) -> None:
-    for case in FEW:
-        check(method, case)
+    all_hold((case, partial(check, method, case)) for case in FEW)
 
 
 @pytest.mark.full

@@ -10,6 +10,7 @@ import itertools
 import json
 import random
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ from kvtune.policies.policy_file.document import (
 from kvtune.policies.testing import Case, make_signals, variants
 from kvtune.profiles.models import find_model
 from kvtune.simulator.model_facts import model_facts
+from kvtune.tests.tiers import all_hold
 
 L, H, D, P, BUDGET = 4, 2, 64, 1024, 256
 FACTS = ModelFacts("tiny", L, H, D)
@@ -281,8 +283,7 @@ def cases() -> list[Any]:
 def test_the_file_means_what_the_report_says(
     stack: str, every: list[Method], stored: tuple[Format, Format]
 ) -> None:
-    for method in every:
-        check_file(stack, method, stored)
+    all_hold((method.label, partial(check_file, stack, method, stored)) for method in every)
 
 
 def check_file(stack: str, method: Method, stored: tuple[Format, Format]) -> None:

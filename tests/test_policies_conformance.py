@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from kvtune.policies.format import Format, Role, formats
 from kvtune.policies.method import Method, methods
 from kvtune.policies.option import Option
 from kvtune.policies.policy_file.document import Pattern, PolicyDocument, read_policy, write_policy
+from kvtune.tests.tiers import all_hold
 
 GOLDEN = Path(__file__).parent / "golden" / "policies.json"
 
@@ -51,6 +53,11 @@ def name_of(check: Any) -> str:
     return str(check.__name__)
 
 
+def asked(check: Any, thing: Any, given: Any) -> tuple[str, Callable[[], object]]:
+    """A check of the suite to be run, and its name with what it is given."""
+    return f"{name_of(check)} of {thing} at {given}", partial(check, thing, given)
+
+
 cases = st.builds(
     suite.Case,
     prompt_tokens=st.integers(1, 90),
@@ -65,23 +72,23 @@ cases = st.builds(
 def test_method_at_a_corner(name: str) -> None:
     """A corner for every method and check: the corners go round, so that each check sees all."""
     row, corners = list(methods()).index(name), suite.METHOD_CASES
-    for column, check in enumerate(suite.METHOD_CHECKS):
-        check(methods()[name](), corners[(row + 4 * column) % len(corners)])
+    all_hold(
+        asked(check, methods()[name](), corners[(row + 4 * column) % len(corners)])
+        for column, check in enumerate(suite.METHOD_CHECKS)
+    )
 
 
 @pytest.mark.parametrize("name", methods())
 def test_method_at_a_usual_prompt(name: str) -> None:
     """Every check at once, at a prompt that is longer than its budget."""
-    for check in suite.METHOD_CHECKS:
-        check(methods()[name](), suite.METHOD_CASES[-1])
+    all_hold(asked(each, methods()[name](), suite.METHOD_CASES[-1]) for each in suite.METHOD_CHECKS)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("check", suite.METHOD_CHECKS, ids=name_of)
 @pytest.mark.parametrize("method", every_variant(methods()))
 def test_method_at_the_corners(method: Method, check: suite.MethodCheck) -> None:
-    for case in suite.METHOD_CASES:
-        check(method, case)
+    all_hold(asked(check, method, case) for case in suite.METHOD_CASES)
 
 
 @pytest.mark.full
@@ -97,15 +104,16 @@ def test_method_anywhere(name: str, check: suite.MethodCheck, case: suite.Case) 
 @pytest.mark.parametrize("role", ["keys", "values"])
 @pytest.mark.parametrize("form", every_variant(formats()))
 def test_format(form: Format, role: Role) -> None:
-    for check in suite.FORMAT_CHECKS:
-        check(form, role)
+    all_hold(asked(check, form, role) for check in suite.FORMAT_CHECKS)
 
 
 @pytest.mark.parametrize("allocator", every_variant(allocators()))
 def test_allocator(allocator: Any) -> None:
-    for check in suite.ALLOCATOR_CHECKS:
-        for case in suite.METHOD_CASES:
-            check(allocator, case)
+    all_hold(
+        asked(check, allocator, case)
+        for check in suite.ALLOCATOR_CHECKS
+        for case in suite.METHOD_CASES
+    )
 
 
 @pytest.mark.parametrize("thing", every_variant(methods() | formats() | allocators()))
@@ -137,10 +145,13 @@ def chosen() -> dict[str, Any]:
 
 def test_choices_are_the_golden_ones(chosen: dict[str, Any]) -> None:
     golden, found = json.loads(GOLDEN.read_text()), chosen
-    for name, choices in golden["kept"].items():
-        assert found["kept"][name] == choices, f"if this is meant, remake it: {golden['remake']}"
-    for name, sizes in golden["bytes_of_100_tokens_of_64"].items():
-        assert found["bytes_of_100_tokens_of_64"][name] == sizes
+    others = [
+        f"{what} of {name}"
+        for what in ("kept", "bytes_of_100_tokens_of_64")
+        for name, figures in golden[what].items()
+        if found[what].get(name) != figures
+    ]
+    assert others == [], f"if this is meant, remake it: {golden['remake']}"
 
 
 def test_choices_are_the_same_in_another_process(chosen: dict[str, Any]) -> None:

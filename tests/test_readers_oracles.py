@@ -34,7 +34,7 @@ from kvtune.policies.methods.triattention import TriAttention
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.query_index import QueryIndex
-from kvtune.policies.reader import Held
+from kvtune.policies.reader import Held, Reader
 from kvtune.policies.signals import Signals
 from kvtune.policies.testing import Case, make_signals, uniform
 
@@ -314,18 +314,41 @@ def test_steps_one_after_another_read_what_the_last_of_all_of_them_reads(
     ends = torch.zeros(TOKENS + STEPS, dtype=torch.bool)
     ends[[9, 30, 44, TOKENS + 1, TOKENS + 3]] = True
     signals.sentence_ends = ends
-    reader, memory = method.reader(30), dict[str, Any]()
+    reader = method.reader(30)
     assert reader is not None
     kept = method.keep(signals, 30)
-    wide = kept[..., None].expand(-1, -1, SIZE)
+    keys = signals.keys.gather(1, kept[..., None].expand(-1, -1, SIZE))
+    asked = torch.cat([queries, uniform(54, HEADS, GROUP, STEPS, SIZE)])
     held = Held(
-        signals.keys.gather(1, wide), torch.full((HEADS,), kept.shape[1]), kept,
-        torch.arange(HEADS), torch.zeros(HEADS, dtype=torch.long), signals, TOKENS,
+        keys.repeat(2, 1, 1), torch.full((2 * HEADS,), kept.shape[1]), kept.repeat(2, 1),
+        torch.arange(HEADS).repeat(2), torch.tensor([3, 0]).repeat_interleave(HEADS), signals,
+        TOKENS,
     )  # fmt: skip
-    for step in range(STEPS):
-        query = queries[:, :, step : step + 1]
-        found = reader.follow(replace(held, start=TOKENS + step), query, memory)
-        assert torch.equal(found, reader.reads(held, queries[:, :, : step + 1])[:, -1])
+    steps = followed(reader, held, asked)
+    for step, found in enumerate(steps):
+        assert torch.equal(found, reader.reads(held, asked[:, :, : step + 1])[:, -1])
+    for rows in (slice(HEADS), slice(HEADS, None)):
+        by_itself = followed(reader, alone(held, rows), asked[rows])
+        assert torch.equal(steps[:, rows], by_itself), "as beside no other policy"
+
+
+def followed(reader: Reader, held: Held, queries: Tensor) -> Tensor:
+    """What each step reads behind those before it, ``[C, R, n]`` bool."""
+    memory: dict[str, Any] = {}
+    steps = [
+        reader.follow(replace(held, start=TOKENS + step), query, memory)
+        for step, query in enumerate(queries.split(1, 2))
+    ]
+    return torch.stack(steps)
+
+
+def alone(held: Held, rows: slice) -> Held:
+    """Some rows of what is held, as one policy."""
+    keys, counts, tokens, heads = (
+        each[rows] for each in (held.keys, held.counts, held.tokens, held.heads)
+    )
+    signals = replace(held.signals, _memo={})
+    return Held(keys, counts, tokens, heads, torch.zeros_like(heads), signals, held.start)
 
 
 def test_recycled_counts_its_full_steps() -> None:

@@ -16,6 +16,7 @@ from kvtune.policies.formats.grouped import Int2, Int4
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.quest import Quest
 from kvtune.policies.methods.razor import Razor
+from kvtune.policies.methods.sentencekv import SentenceKV
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import Budget, Option
@@ -25,6 +26,7 @@ from kvtune.runtime.cache.layer import CacheLayer
 from kvtune.runtime.cache.loading import load_cache
 from kvtune.runtime.graph import DecodeLoop, generate
 from kvtune.tests.padded import ids
+from kvtune.tests.test_runtime_ended import CACHES, LAYERS
 from kvtune.tests.tiers import first
 from kvtune.traces.models import wrap
 
@@ -58,7 +60,7 @@ LENGTHS = 90, 53, 90, 90, 17, 129
 def network(make_network: Callable[..., Any], tiny_fields: dict[str, Any]) -> Any:
     from transformers import LlamaConfig
 
-    return wrap(make_network(LlamaConfig(**tiny_fields)), None, name="tiny").model
+    return wrap(make_network(LlamaConfig(**tiny_fields), tried=True), None, name="tiny").model
 
 
 def at_once(network: Any, policy: Policy, inputs: dict[str, Tensor], **settings: Any) -> Any:
@@ -145,6 +147,44 @@ def test_neighbours_that_are_the_same_are_read_once_and_stored_as_if_each_were(
     assert passes[-3:] == [range(3), range(3, 5), range(5, 7)]
     assert torch.equal(found[0], expected[0])
     assert found[1:] == expected[1:]
+
+
+SENTENCES = Option(SentenceKV(held=2, window=8), Budget(tokens=30))
+SEVERAL = CACHES | {"sentences chosen": (SENTENCES, {})}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_sequences_that_were_read_as_one_go_their_own_ways(
+    make_network: Callable[..., Any], tiny_fields: dict[str, Any], tokenizer: Any, name: str
+) -> None:
+    """Each is given other tokens behind the prompt that they share; one of them ends."""
+    from transformers import LlamaConfig
+
+    network = make_network(LlamaConfig(**tiny_fields | {"num_hidden_layers": LAYERS}), tried=True)
+    (option, asked), (_, full_stop) = SEVERAL[name], tokenizer(".").input_ids
+    generator = torch.Generator().manual_seed(2)
+    a, b = torch.randint(2, 250, (2, 90), generator=generator)
+    more = torch.randint(2, 250, (10, 5, 1), generator=generator)
+    a[5::17], b[9::11], more[1::3, 1], more[2::4, 4] = (full_stop,) * 4
+
+    def answers(read: Callable[..., Tensor]) -> tuple[Tensor, list[int]]:
+        policy = Policy.uniform(option, LAYERS, 2)
+        cache = load_cache(policy, network, new_tokens=20, tokenizer=tokenizer, **asked)
+        found = [read(network, cache, torch.stack([a, a, a, b, b]), chunk_tokens=90)]
+        held = [cache.prompt_bytes(), cache.page_bytes(), cache.host_bytes()]
+        for step, tokens in enumerate(more):
+            if step == 6:
+                cache.free(1)
+            found.append(network(tokens, past_key_values=cache).logits[:, -1])
+        cache.pool.check_integrity()
+        stays = [0, 2, 3, 4]
+        return torch.stack(found)[:, stays], [*held, cache.page_bytes(), cache.host_bytes()]
+
+    with torch.no_grad():
+        expected, found = answers(read_prompts), answers(read_different)
+    torch.testing.assert_close(found[0], expected[0], atol=1e-4, rtol=1e-4)
+    assert found[1] == expected[1]
+    assert not torch.allclose(found[0][-1, 0], found[0][-1, 1], atol=1e-2)
 
 
 def test_a_second_turn_goes_on_where_the_first_has_ended(network: Any) -> None:

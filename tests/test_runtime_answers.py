@@ -47,7 +47,7 @@ SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention"] * 2 + ["fu
 
 @pytest.fixture
 def network(make_network: Callable[..., Any], tiny_fields: dict[str, Any]) -> Any:
-    return make_network(LlamaConfig(**tiny_fields))
+    return make_network(LlamaConfig(**tiny_fields), tried=True)
 
 
 @torch.no_grad()
@@ -148,14 +148,18 @@ def rescaled(attention: Any) -> Callable[..., Any]:
 def test_a_layer_that_does_otherwise_is_found(
     make_network: Callable[..., Any], tiny_fields: dict[str, Any], mend: Any
 ) -> None:
-    network = make_network(LlamaConfig(**tiny_fields), seed=7)  # one that nobody has tried
+    load_cache(FULL, make_network(LlamaConfig(**tiny_fields))).close()  # another's is not its own
+    network = make_network(LlamaConfig(**tiny_fields))
     attention = network.model.layers[1].self_attn
     attention.forward = mend(attention)
     with pytest.raises(KvtuneError):
         load_cache(FULL, network)
 
 
-def test_a_model_is_tried_once(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_tried_once(
+    make_network: Callable[..., Any], tiny_fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = make_network(LlamaConfig(**tiny_fields))
     load_cache(FULL, network)
     monkeypatch.setattr(self_check, "_compare", lambda *_: pytest.fail("tried again"))
     load_cache(PLAN, network)

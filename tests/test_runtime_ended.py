@@ -61,7 +61,9 @@ CACHES: dict[str, tuple[Option, dict[str, Any]]] = {
 def network(make_network: Callable[..., Any], tiny_fields: dict[str, Any]) -> Any:
     from transformers import LlamaConfig
 
-    return make_network(LlamaConfig(**tiny_fields | {"num_hidden_layers": LAYERS})).eval()
+    return make_network(
+        LlamaConfig(**tiny_fields | {"num_hidden_layers": LAYERS}), tried=True
+    ).eval()
 
 
 def read(network: Any, option: Option, sequences: int, **asked: Any) -> PolicyCache:

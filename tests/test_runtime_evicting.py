@@ -59,7 +59,7 @@ def network(make_network: Callable[..., Any], tiny_fields: dict[str, Any]) -> An
     """In bf16, which is what pages hold: nothing is rounded on its way into them."""
     from transformers import LlamaConfig
 
-    return make_network(LlamaConfig(**tiny_fields)).bfloat16().eval()
+    return make_network(LlamaConfig(**tiny_fields), tried=True).bfloat16().eval()
 
 
 def uniform(method: Any, budget: Budget | None = None, **formats: Any) -> Policy:

@@ -64,7 +64,7 @@ def network(make_network: Callable[..., Any], tiny_fields: dict[str, Any]) -> An
     from transformers import LlamaConfig
 
     fields = tiny_fields | {"max_position_embeddings": 1024}
-    return make_network(LlamaConfig(**fields)).eval()
+    return make_network(LlamaConfig(**fields), tried=True).eval()
 
 
 def there(option: Option) -> Option:

@@ -57,7 +57,7 @@ PLAN = Policy(
 def network(make_network: Callable[..., Any], tiny_fields: dict[str, Any]) -> Any:
     from transformers import LlamaConfig
 
-    return make_network(LlamaConfig(**tiny_fields)).bfloat16().eval()
+    return make_network(LlamaConfig(**tiny_fields), tried=True).bfloat16().eval()
 
 
 def prompts(batch: int) -> Tensor:

@@ -77,7 +77,7 @@ class MadeUpBench:
 def network(make_network: Callable[..., Any], tiny_fields: dict[str, Any]) -> Any:
     from transformers import LlamaConfig
 
-    return wrap(make_network(LlamaConfig(**tiny_fields)), None, name="tiny").model
+    return wrap(make_network(LlamaConfig(**tiny_fields), tried=True), None, name="tiny").model
 
 
 @pytest.fixture

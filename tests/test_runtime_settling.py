@@ -172,14 +172,14 @@ def shallow(make_network: Callable[..., Any], tiny_fields: dict[str, Any]) -> An
     """One layer, for what takes many tokens and is the same in each."""
     from transformers import LlamaConfig
 
-    return make_network(LlamaConfig(**tiny_fields | {"num_hidden_layers": 1}))
+    return make_network(LlamaConfig(**tiny_fields | {"num_hidden_layers": 1}), tried=True)
 
 
 @pytest.fixture
 def network(make_network: Callable[..., Any], tiny_fields: dict[str, Any]) -> Any:
     from transformers import LlamaConfig
 
-    return make_network(LlamaConfig(**tiny_fields)).eval()
+    return make_network(LlamaConfig(**tiny_fields), tried=True).eval()
 
 
 def prompts() -> dict[str, Tensor]:

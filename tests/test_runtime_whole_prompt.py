@@ -70,7 +70,7 @@ def loaded(make_network: Callable[..., Any], tiny_fields: dict[str, Any], tokeni
     """A model of the test's own: answering through a paged cache changes it."""
     from transformers import LlamaConfig
 
-    found = wrap(make_network(LlamaConfig(**tiny_fields)), tokenizer, name="tiny")
+    found = wrap(make_network(LlamaConfig(**tiny_fields), tried=True), tokenizer, name="tiny")
     keep_calibration(found.fingerprint, MADE_UP)
     return found
 
