@@ -72,6 +72,12 @@ def _policies(card: Card) -> list[Row]:
     ]
 
 
+def _others_heading(card: Card) -> str:
+    """What they are, and where they ran if that is not where the card's own policy did."""
+    where = ", in kvtune's own runtime" if card.stack else ""
+    return f"Other policies at equal bytes{where}"
+
+
 _TASK_HEADINGS = ("kind", "what it asks for", "KL predicted", "KL live")
 
 
@@ -109,7 +115,7 @@ def as_markdown(card: Card) -> str:
         "## Bytes and loss at other budgets",
         _table(_BUDGET_HEADINGS, _budgets(card)),
         "\\* is this card's policy.",
-        "## Other policies at equal bytes",
+        f"## {_others_heading(card)}",
         _table(_POLICY_HEADINGS, _policies(card)),
         *(["## By kind of text", _table(_TASK_HEADINGS, _tasks(card))] if card.tasks else []),
         "## Reproduce",
@@ -236,6 +242,8 @@ def _draw_budgets(page: _Page, card: Card) -> None:
 def _draw_policies(page: _Page, card: Card) -> None:
     places = (_MARGIN, 300, 362, 600, 700)
     page.y += 12
+    if card.stack:
+        page.lines(f"{_others_heading(card)}:", "soft")
     page.row(_POLICY_HEADINGS, places, "head")
     for row in _policies(card):
         page.row(row, places, most=36)

@@ -37,9 +37,9 @@ def card_of(study: Study) -> Card:
         )
     setting = Setting.asked(facts)
     view = View(study, figures_of(study, setting), setting)
-    figures, ours = view.figures, outcome.baselines[0]
+    figures = view.figures
     return Card(
-        kvtune_card=1,
+        kvtune_card=2,
         kvtune=facts.kvtune,
         model=facts.shape.name,
         model_source=facts.shape.source,
@@ -50,10 +50,11 @@ def card_of(study: Study) -> Card:
         comparison=verdict.comparison,
         quality_source=facts.source,
         stand_in=facts.stand_in,
+        stack=outcome.quality.stack,
         kl=outcome.quality.kl,
         held_out_samples=facts.held_out_samples,
         measured_tokens=facts.measured_tokens,
-        retrieval=ours.retrieval_accuracy,
+        retrieval=outcome.plan.retrieval_accuracy,
         full_cache_retrieval=outcome.full_cache_accuracy,
         context_tokens=verdict.context_tokens,
         sequences=verdict.sequences,
@@ -96,7 +97,7 @@ _ABOUT = {
 def _tasks(study: Study, row: int) -> Iterator[Task]:
     live = study.live(study.plans[row])
     measured = live.by_kind if live else {}
-    predicted = study.outcome.baselines[0].by_kind if study.outcome else {}
+    predicted = study.outcome.plan.by_kind if study.outcome else {}
     for kind, loss in predicted.items():
         yield Task(kind, _ABOUT.get(kind, ""), loss, measured.get(kind))
 

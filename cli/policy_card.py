@@ -84,6 +84,8 @@ class Card:
         comparison: whether the plan loses less than the policies beside it.
         quality_source: the model's own trace, or a stand-in's.
         stand_in: the model whose trace stood in, or "".
+        stack: that the policy's losses and retrieval are of, where one runs it otherwise than
+            kvtune's own runtime, in which ``policies`` ran; or "".
         kl: loss of the policy on held-out samples, nats/token.
         held_out_samples: behind that figure.
         measured_tokens: prompt tokens of those samples.
@@ -105,7 +107,7 @@ class Card:
         layout: how budgets are counted, where that is not in kvtune's own pages; or "".
     """
 
-    kvtune_card: Literal[1]
+    kvtune_card: Literal[2]
     kvtune: str
     model: str
     model_source: str
@@ -116,6 +118,7 @@ class Card:
     comparison: str
     quality_source: Literal["own trace", "stand-in"]
     stand_in: str
+    stack: str
     kl: Estimate
     held_out_samples: int
     measured_tokens: int
@@ -138,5 +141,6 @@ class Card:
 
     @property
     def quality(self) -> str:
-        """``stand-in (smollm2-135m)`` or ``own trace``."""
-        return f"stand-in ({self.stand_in})" if self.stand_in else self.quality_source
+        """``stand-in (smollm2-135m)`` or ``own trace``, and whose runtime."""
+        source = f"stand-in ({self.stand_in})" if self.stand_in else self.quality_source
+        return f"{source}, as {self.stack} stores prompts and answers" if self.stack else source

@@ -83,7 +83,9 @@ def verdict(result: SearchResult) -> Verdict:
         memory_bytes=result.request.memory_bytes,
         kl=result.quality.kl,
         stand_in=result.quality.stand_in,
+        stack=result.quality.stack,
         policies=result.baselines,
+        retrieval=result.plan.retrieval_accuracy,
         full_cache_accuracy=result.full_cache_accuracy,
         largest_kl=result.request.largest_kl,
         weights=result.budget.weight_format,
@@ -203,9 +205,7 @@ def _loss_there(result: SearchResult) -> list[tuple[str, str]]:
 
 
 def _said_of_stack(result: SearchResult) -> str:
-    """Behind the verdict: that its loss is the stack's, or what that is likely to be."""
-    if result.quality.stack:
-        return f"; as {result.quality.stack} stores prompts and answers"
+    """Behind the verdict, where its loss is not the stack's: what that is likely to be."""
     if (there := _there(result)) is None:
         return ""
     stack, loss = there

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import kvtune
+from kvtune.common.errors import KvtuneError
 from kvtune.common.files import atomic
 
 if TYPE_CHECKING:
@@ -30,7 +32,8 @@ class Kept:
 
     Args:
         folder: made when the first are put there; None to keep nothing.
-        follows_from: what all keys of this folder have in common: model, trace, versions.
+        follows_from: what all keys of this folder have in common: model, trace, device. kvtune's
+            version need not be named: another one finds nothing of this one's.
     """
 
     folder: Path | None = None
@@ -62,22 +65,37 @@ class Kept:
             return
         from safetensors.numpy import save
 
-        with atomic(path) as temporary:
-            temporary.write_bytes(save(dict(arrays), metadata={"sha256": _digest(arrays)}))
+        data = save(dict(arrays), metadata={"sha256": _digest(arrays)})
+        try:
+            _write(path, data)
+        except KvtuneError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            _write(path, data)  # another process has just cleared the folder
 
     def clear(self) -> None:
-        """Remove the folder with all that it holds."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove what was put here, and the folder unless another process is writing to it."""
+        if self.folder is None:
+            return
+        with suppress(OSError):
+            for path in self.folder.glob("[!.]*.safetensors"):
+                path.unlink(missing_ok=True)
+            self.folder.rmdir()
 
     def _path(self, key: tuple[object, ...]) -> Path | None:
         if self.folder is None:
             return None
-        text = json.dumps([repr(part) for part in (*self.follows_from, *key)])
+        parts = (kvtune.__version__, *self.follows_from, *key)
+        text = json.dumps([repr(part) for part in parts])
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
 
 
 NOTHING_KEPT = Kept()
+
+
+def _write(path: Path, data: bytes) -> None:
+    with atomic(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def _digest(arrays: Mapping[str, Any]) -> str:

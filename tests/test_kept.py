@@ -7,7 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import kvtune
+from kvtune.common import kept as module
 from kvtune.common.errors import KvtuneError
+from kvtune.common.files import atomic
 from kvtune.common.kept import NOTHING_KEPT, Kept
 
 ARRAYS = {
@@ -51,6 +54,36 @@ def test_nothing_is_kept_without_a_folder_and_after_clearing(tmp_path: Path) -> 
     kept.put(ARRAYS, "key")
     kept.clear()
     assert not (tmp_path / "parts").exists()
+
+
+def test_another_version_finds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Kept(tmp_path).put(ARRAYS, "key")
+    monkeypatch.setattr(kvtune, "__version__", "0.0.0")
+    assert Kept(tmp_path).get("key") is None
+
+
+def test_two_processes_may_share_a_folder_that_one_clears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = Kept(tmp_path / "parts"), Kept(tmp_path / "parts")
+    theirs.put(ARRAYS, "theirs")
+    with atomic(tmp_path / "parts" / "a.safetensors") as temporary:
+        ours.clear()
+        assert theirs.get("theirs") is None
+        assert temporary.exists(), "what is being written stays"
+    write, gone = module._write, [True]
+
+    def cleared(path: Path, data: bytes) -> None:
+        if gone.pop():
+            gone.append(False)
+            with atomic(path) as temporary:
+                temporary.unlink()
+                ours.clear()
+        write(path, data)
+
+    monkeypatch.setattr(module, "_write", cleared)
+    theirs.put(ARRAYS, "theirs")
+    assert theirs.get("theirs") is not None
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:

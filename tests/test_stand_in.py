@@ -261,12 +261,12 @@ def test_a_plan_inside_a_stack_keeps_its_loss_when_it_is_exported(
 def test_what_a_stacks_formats_lose_was_measured_beside_the_same_four_bits() -> None:
     file = Path(__file__).parents[1] / "benchmarks/results/formats-stacks-cpu.json"
     live = json.loads(file.read_text("utf-8"))["live"]
-    for label, ratios in stack_formats.RATIOS.items():
+    for label, ratios in stack_formats.OVER_INT4.items():
         for kind, ratio in ratios.items():
             told = (sum(live[name][kind]) for name in (label, stack_formats.BESIDE.keys.name))
             assert ratio == pytest.approx(next(told) / next(told), rel=0.01)
     owned = {form.label for kind in exporters().values() for form in kind.limits.own}
-    assert owned == set(stack_formats.RATIOS)
+    assert owned == set(stack_formats.OVER_INT4)
 
 
 def test_beyond_its_last_point_a_curve_stays_where_it_is() -> None:

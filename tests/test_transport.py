@@ -124,6 +124,16 @@ def test_damage_is_told(tmp_path: Path) -> None:
         load_cache_file(path, model_fingerprint=MINE)
 
 
+def test_a_file_of_the_first_format_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, encoded = tmp_path / "prompt.safetensors", encode(*cache(), LEVELS[1])
+    monkeypatch.setattr(saved, "FORMAT", 1)
+    save_cache(path, encoded, token_ids=range(57), model_fingerprint=MINE)
+    with pytest.raises(KvtuneError, match="format"):
+        load_cache_file(path, model_fingerprint=MINE)
+
+
 def test_a_changed_shape_or_level_is_damage(tmp_path: Path) -> None:
     path, encoded = tmp_path / "prompt.safetensors", encode(*cache(), LEVELS[1])
     for changed in (

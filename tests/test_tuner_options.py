@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+
+import pytest
 
 from kvtune.policies.format import formats
 from kvtune.policies.method import Method, methods
@@ -16,6 +20,7 @@ from kvtune.policies.methods.weighted_keys import WeightedKeys
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.signals import Needs
 from kvtune.traces.signals import SIGNALS
+from kvtune.tuner import options
 from kvtune.tuner.left_out import LEFT_OUT
 from kvtune.tuner.options import (
     FULL,
@@ -49,12 +54,46 @@ def test_every_method_is_offered_but_references_and_floors() -> None:
     assert {*METHODS, PREFILL} <= {*every_method()}
 
 
-def test_what_no_menu_has_is_named_with_the_reason_and_nothing_else_is() -> None:
+def test_a_new_method_that_looks_ahead_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ahead(methods()["future_attention"]):  # type: ignore[misc]
+        name = "ahead"
+
+    monkeypatch.setattr(options, "methods", lambda: methods() | {"ahead": Ahead})
+    assert Ahead not in {type(method) for method in every_method(reads_less=True, pairs=True)}
+
+
+def test_reasons_are_of_what_no_menu_has() -> None:
+    """A new method or format is one file: nobody has to name it here too."""
     pairs = [pair for menu in (SMALL, LAPTOP, FULL) for pair in menu.formats]
     offered = {form.name for pair in (*pairs, *ROTATED, *WEIGHTED) for form in pair}
     offered |= {method.name for method in every_method(reads_less=True, pairs=True)}
-    assert {*LEFT_OUT} == {*methods(), *formats()} - offered
+    assert {*LEFT_OUT} <= {*methods(), *formats()} - offered
     assert all(reason and not reason.endswith(".") for reason in LEFT_OUT.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "better"),
+    [
+        ("mxfp4", "turboquant4"),
+        ("nvfp4", "int4"),
+        ("hqq4", "int4"),
+        ("hqq2", "int2"),
+        ("kivi", "int3"),
+        ("kitty", "weighted, allocated 2.1 / turboquant2"),
+        ("kvquant+1", "rotated_int4+4 / rotated_int2+4"),
+        ("qaq", "int4"),
+        ("gear", "turboquant4"),
+        ("staircase", "int3"),
+        ("weighted, fitted 1.8 / turboquant2", "weighted, allocated 2.1 / turboquant2"),
+    ],
+)
+def test_what_is_left_out_as_worse_was_measured_so(name: str, better: str) -> None:
+    file = Path(__file__).parents[1] / "benchmarks/results/formats-live-h200.json"
+    found = json.loads(file.read_text("utf-8"))["live"]
+    assert found[better]["KL"] < found[name]["KL"]
+    bits, fewer = (found[each]["bits an element"] for each in (name, better))
+    words = LEFT_OUT["fitted" if "fitted" in name else name.partition("+")[0]]
+    assert fewer < bits if "fewer bits" in words else fewer == pytest.approx(bits, rel=0.001)
 
 
 def test_without_a_calibration_what_needs_one_is_left_out() -> None:

@@ -12,7 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from kvtune.cli.card_forms import as_markdown
+from kvtune.cli.card_of_study import card_of
+from kvtune.cli.search_report import verdict
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import exact
 from kvtune.common.lock import locked
@@ -30,8 +34,13 @@ from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
 from kvtune.simulator.quality.tables import Tables
 from kvtune.tests.made_up import little_workload, llama, of_own_weights, write_study
+from kvtune.traces.calibration import Calibration, keep_calibration
+from kvtune.traces.learned import keep_learned
+from kvtune.tui.report.write import live_kinds
 from kvtune.tuner import sources
 from kvtune.tuner.baselines import FAMILIES
+from kvtune.tuner.explore.reader import StudyReader
+from kvtune.tuner.finished import finished
 from kvtune.tuner.options import METHODS, Menu, alike, every_method
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import SearchResult, read_result
@@ -44,7 +53,7 @@ KEYS = {
     "kvtune", "model", "gpu", "policy", "budget", "front", "baselines", "quality",
     "predicted_quality", "memory", "latency", "prefill", "compression", "context_tokens",
     "sequences", "sequence_bytes", "full_cache_sequences", "prompt_bytes", "share",
-    "full_cache_accuracy", "counters", "notes", "provenance",
+    "full_cache_accuracy", "counters", "notes", "provenance", "on_stack",
 }  # fmt: skip
 
 
@@ -266,6 +275,13 @@ def test_a_search_may_place_heads_on_the_host_and_keeps_to_what_may_come_over(
     assert policy.host_bytes(80, head_dim) >= policy.moved_bytes(80, head_dim)
     assert any(note.startswith("host: ") for note in result.notes)
     assert read_policy(where / "policy.yaml").policy.uses_host  # type: ignore[union-attr]
+    plan, *others = result.baselines
+    allocated = [each for each in others if each.family in ("layers", "greedy")]
+    assert plan.host_bytes > 0
+    assert len(allocated) == 2
+    for each in allocated:  # the plan's bytes in both places, all of them on the device
+        assert not result.policies[str(each.policy)].uses_host
+        assert plan.prompt_bytes < each.prompt_bytes <= plan.prompt_bytes + plan.host_bytes
 
 
 @pytest.mark.full
@@ -320,6 +336,35 @@ def test_a_stand_in_says_what_a_step_would_bring_over_where_no_head_is_on_the_ho
     assert not any("bring over what they read" in note for note in many.notes)
 
 
+def test_a_file_that_only_makes_reading_faster_does_not_undo_a_search(
+    packaged: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(_: StudyReader) -> None:
+        raise KvtuneError("cannot write here")
+
+    monkeypatch.setattr(StudyReader, "keep_columns", full_disk)
+    request = llama(tmp_path)
+    result, again = run_search(request), finished(request)
+    assert again is not None
+    assert again.quality == result.quality
+
+
+def test_live_runs_follow_from_what_was_measured_of_and_fitted_to_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVTUNE_CACHE", str(tmp_path))
+    loaded: Any = types.SimpleNamespace(fingerprint="f" * 64, dtype="float32", device="cpu")
+    trace: Any = types.SimpleNamespace(content_sha256="c0ffee")
+    found = [sources._follow_from(loaded, trace)]
+    keep_learned(loaded.fingerprint, {"rotation": torch.zeros(1, 2)})
+    found.append(sources._follow_from(loaded, trace))
+    keep_calibration(loaded.fingerprint, Calibration(((0.5,),), (0.1,), "a test"))
+    found.append(sources._follow_from(loaded, trace))
+    monkeypatch.setattr(sources, "version", lambda name: f"another {name}")
+    found.append(sources._follow_from(loaded, trace))
+    assert len({*map(repr, found)}) == len(found)
+
+
 def test_a_search_for_a_stack_that_stores_answers_runs_its_plans_so(
     own: SearchRequest,
 ) -> None:
@@ -345,6 +390,29 @@ def test_a_search_for_a_stack_that_stores_answers_runs_its_plans_so(
     assert rows["kvtune"].startswith("less than in vllm, ")
     again = run_search(replace(own, stack="vllm"))
     assert again.quality == result.quality
+
+
+def test_a_plan_for_a_stack_is_told_by_what_ran_as_the_stack_does(own: SearchRequest) -> None:
+    """Not by kvtune's own runtime, in which it runs beside others: these are told as such."""
+    result = run_search(replace(own, stack="vllm"))
+    there = result.on_stack
+    assert there is not None
+    assert run_search(replace(own, stack="vllm")).plan == result.plan == there
+    assert (there.live, there.predicted) == (result.quality.kl, result.predicted_quality.kl)
+    assert there.live_by_kind.keys() == there.by_kind.keys()
+    assert there.live_by_kind != result.baselines[0].live_by_kind
+    assert verdict(result).retrieval == there.retrieval_accuracy
+    study = StudyReader(own.run_dir).read()
+    card = card_of(study)
+    assert (card.stack, card.kl, card.retrieval) == ("vllm", there.live, there.retrieval_accuracy)
+    assert {task.name: task.live for task in card.tasks} == there.live_by_kind
+    assert {task.name: task.predicted for task in card.tasks} == there.by_kind
+    markdown = as_markdown(card)
+    assert "as vllm stores prompts and answers" in markdown
+    assert "Other policies at equal bytes, in kvtune's own runtime" in markdown
+    assert study.chosen is not None
+    drawn = [each for _, _, each in live_kinds(study, study.chosen)]
+    assert drawn == [each.live_by_kind for each in result.baselines]
 
 
 def test_a_models_own_search_runs_the_plan_and_its_baselines_live(

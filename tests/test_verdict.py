@@ -20,7 +20,6 @@ class Policy:
     name: str
     predicted: Estimate
     live: Estimate | None = None
-    retrieval_accuracy: Estimate | None = None
     times_the_plan: Estimate | None = None
     prompt_bytes: int = 1000
     host_bytes: int = 0
@@ -32,7 +31,7 @@ def share(value: float) -> Estimate:
 
 
 def verdict(*others: Policy, **changes: Any) -> Verdict:
-    plan = Policy("kvtune plan", loss(0.02), loss(0.011, "live"), share(0.9))
+    plan = Policy("kvtune plan", loss(0.02), loss(0.011, "live"))
     asked: dict[str, Any] = {
         "sequences": 6,
         "full_cache_sequences": 1,
@@ -40,7 +39,9 @@ def verdict(*others: Policy, **changes: Any) -> Verdict:
         "memory_bytes": 2**30,
         "kl": loss(0.011, "live"),
         "stand_in": "",
+        "stack": "",
         "policies": (plan, *others),
+        "retrieval": share(0.9),
         "full_cache_accuracy": share(0.9),
         "largest_kl": 0.02,
         "weights": "bf16",
@@ -64,6 +65,8 @@ def test_the_sentence_can_be_quoted() -> None:
         ({"sequences": 1, "full_cache_sequences": 0}, "1 prompt of"),
         ({"stand_in": "smollm2-135m"}, "predicted from smollm2-135m, which stands in"),
         ({"kl": loss(0.01)}, "nats per token (predicted)"),
+        ({"stack": "vllm"}, "token (measured live, as vllm stores prompts and answers); needles"),
+        ({"retrieval": share(0.45)}, "needles 50 % of"),
         ({"full_cache_accuracy": share(0.45)}, "needles 200 % of"),
         ({"largest_kl": 0.001}, "more than the 0.001 that was accepted"),
         (
@@ -82,6 +85,12 @@ def test_it_says_what_it_is_worth(changes: dict[str, Any], said: str) -> None:
 
 def test_nothing_is_said_of_needles_that_were_not_sought() -> None:
     assert "needles" not in verdict(full_cache_accuracy=None).sentence
+
+
+def test_it_says_where_the_compared_ran_if_that_is_not_the_stack() -> None:
+    other = Policy("greedy", loss(9), loss(0.11, "live"))
+    assert verdict(other, stack="vllm").comparison.endswith("not as vllm runs them.")
+    assert "own runtime" not in verdict(other).comparison
 
 
 @pytest.mark.parametrize("value", [0.001, 0.011, 0.0219])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvtune.common.errors import KvtuneError
-from kvtune.common.files import atomic, cache_dir
+from kvtune.common.files import atomic, cache_dir, sha256
 from kvtune.common.stored import read_bytes
 
 if TYPE_CHECKING:
@@ -49,6 +49,12 @@ def learned_layers(fingerprint: str, layers: int, device: str = "cpu") -> list[d
                 hint="remove it and learn again.",
             )  # fmt: skip
     return [{name: tensor[layer] for name, tensor in found.items()} for layer in range(layers)]
+
+
+def digest_of_learned(fingerprint: str) -> str:
+    """Hash of all that was fitted to a model; "" where nothing was."""
+    path = _stored(fingerprint)
+    return sha256(path) if path.is_file() else ""
 
 
 def keep_learned(fingerprint: str, tensors: Mapping[str, Tensor]) -> Path:

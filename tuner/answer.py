@@ -63,13 +63,14 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
     cost = _cost(found, chosen)
     predicted = _predicted(found, chosen)
     validation: Validation | None = None
+    on_stack: Baseline | None = None
     if source.loaded:
         ours = source.of_own_runtime
         compared, validation = live_baselines(
             ours, policy, chosen, ours.loss_of(chosen.choice), progress
         )
         if predicted.stack:
-            validation = live_on_stack(source, policy, progress)
+            on_stack, validation = live_on_stack(source, compared[0], chosen, progress)
     else:
         compared = stand_in_baselines(source, solver, policy, chosen, predicted.kl)
     baselines = tuple(row.baseline for row in compared)
@@ -103,6 +104,7 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
             "study": found.study,
             **source.provenance,
         },
+        on_stack=on_stack,
         times=times,
         untimed=untimed,
     )

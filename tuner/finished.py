@@ -64,7 +64,7 @@ class Finished:
 
 
 def keep_finished(result: SearchResult) -> None:
-    """Note, after all other files, what the run directory answers."""
+    """Note, after all files that make up the answer, what the run directory answers."""
     folder = result.request.run_dir
     plain = {
         "format": 1,

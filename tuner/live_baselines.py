@@ -89,7 +89,7 @@ def live_baselines(
         plan_of(policy, predicted, budget, on_host, source.losses_by_kind_of(chosen.choice)),
         *(
             _allocated(source, family, choice, _own_bytes(source, choice))
-            for family, choice in _allocations(source, budget).items()
+            for family, choice in _allocations(source, budget + on_host).items()
         ),
         *(row for row in _best_of_families(
               source, trace, loaded.device, budget + on_host, progress)
@@ -111,23 +111,39 @@ def live_baselines(
     return measured, found[0]
 
 
-def live_on_stack(source: QualitySource, policy: Policy, progress: Progress) -> Validation:
-    """The plan on held-out samples as a stack runs it that stores answers as it stores prompts."""
+def live_on_stack(
+    source: QualitySource, plan: Compared, chosen: Candidate, progress: Progress
+) -> tuple[Baseline, Validation]:
+    """The plan on held-out samples as a stack runs it that stores answers as it stores prompts.
+
+    Args:
+        source: calibrated for the stack.
+        plan: as kvtune's own runtime runs it.
+        chosen: the same as a candidate.
+        progress: told of every sample.
+    """
     from kvtune.runtime.prompts import traced_prompt
     from kvtune.tuner.validate import validate_policies
 
     trace, loaded = source.trace, source.loaded
     assert trace is not None  # noqa: S101 - own traces come with their model
     assert loaded is not None  # noqa: S101
-    return validate_policies(
-        [policy],
+    assert plan.policy is not None  # noqa: S101 - plans always have one
+    (found,) = validate_policies(
+        [plan.policy],
         loaded,
         trace.of_split("evaluate"),
         lambda sample: traced_prompt(trace, trace.sample(sample.id), loaded.device, probes=False),
         stored_alike=True,
         progress=progress,
         kept=source.kept,
-    )[0]
+    )
+    there = replace(
+        plan.baseline,
+        predicted=source.loss_of(chosen.choice),
+        by_kind=source.losses_by_kind_of(chosen.choice),
+    )
+    return _measured(Compared(there, plan.policy), found, None).baseline, found
 
 
 def times_as_much(theirs: Validation, ours: Validation, kinds: Sequence[str]) -> Estimate | None:
@@ -233,15 +249,19 @@ _NAMES = {"layers": "best per layer", "greedy": "greedy per head"}
 
 
 def _allocations(source: QualitySource, budget: int) -> dict[str, Choice]:
-    """One option a layer, and each head for itself without the terms between heads."""
+    """One option a layer, and each head for itself without the terms between heads.
+
+    All of them on the device: a plan's bytes on the host count in the budget, as for the families.
+    """
     tables = source.tables
+    here = np.flatnonzero([not option.on_host for option in tables.options])
     footprint = tables.footprints(tables.prompt_tokens, tables.head_dim)
-    problem = Problem.of(tables.of_split("search"), footprint)
+    problem = Problem.of(tables.of_split("search"), footprint).allowing(here)
     room = budget - footprint_of_lengths(1, tables.heads)
     try:
         return {
-            "layers": np.repeat(solve(problem.tied(tables.kv_heads), room), tables.kv_heads),
-            "greedy": solve(problem.shrunk(0.0), room),
+            "layers": here[np.repeat(solve(problem.tied(tables.kv_heads), room), tables.kv_heads)],
+            "greedy": here[solve(problem.shrunk(0.0), room)],
         }
     except KvtuneError:  # a layer's smallest option may not fit where a head's does
         return {}

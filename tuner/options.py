@@ -151,6 +151,7 @@ def every_method(
     return tuple(
         method
         for method in made
+        if not method.looks_ahead
         if calibrated or not method.needs.calibration
         if (pairs or not method.needs.linked) and (reads_less or method.reader(1) is None)
     )

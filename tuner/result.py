@@ -200,6 +200,8 @@ class SearchResult:
         counters: proof that the policy fired: tokens kept and offered, heads compressed.
         notes: automatic choices, each with its reason.
         provenance: versions, seeds, hashes.
+        on_stack: the plan as the stack runs it that ``quality`` is of, where that is another than
+            kvtune's own runtime, in which ``baselines`` ran; or None.
         times: of the plan beside the uncompressed cache, measured, where it ran live on a GPU.
         untimed: why it ran there and was not timed; or None.
     """
@@ -226,8 +228,14 @@ class SearchResult:
     counters: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
+    on_stack: Baseline | None = None
     times: Times | None = None
     untimed: str | None = None
+
+    @property
+    def plan(self) -> Baseline:
+        """The plan's figures, those of the stack where it was run as one runs it."""
+        return self.on_stack or self.baselines[0]
 
     @property
     def at_once(self) -> Estimate:
@@ -258,7 +266,7 @@ class SearchResult:
 FIGURES = (
     "front", "baselines", "quality", "predicted_quality", "memory", "latency", "prefill",
     "compression", "context_tokens", "sequences", "sequence_bytes", "full_cache_sequences",
-    "prompt_bytes", "share", "full_cache_accuracy", "counters", "notes", "provenance",
+    "prompt_bytes", "share", "full_cache_accuracy", "counters", "notes", "provenance", "on_stack",
 )  # fmt: skip
 """What a result and its file have in common, by the same names."""
 
@@ -301,6 +309,12 @@ class StoredResult:
     gpu: Name
     policy: Name
     budget: dict[str, Any]
+    on_stack: Baseline | None = None
+
+    @property
+    def plan(self) -> Baseline:
+        """The plan's figures, those of the stack where it was run as one runs it."""
+        return self.on_stack or self.baselines[0]
 
     @property
     def study(self) -> str:

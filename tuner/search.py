@@ -124,9 +124,17 @@ def _search(request: SearchRequest, progress: Progress) -> SearchResult:
         _recorded_anew(recorder, ended)
     result = answer(ended, chosen, progress)
     write_result(result)
-    StudyReader(request.run_dir).keep_columns()
     keep_finished(result)
+    _keep_columns(request.run_dir, progress)
     return result
+
+
+def _keep_columns(run_dir: Path, progress: Progress) -> None:
+    """Write what only makes reading faster; without it the search has ended all the same."""
+    try:
+        StudyReader(run_dir).keep_columns()
+    except KvtuneError as error:
+        progress.note(f"{error}; plans are read from their lines instead")
 
 
 def _starts(

@@ -6,12 +6,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-import kvtune
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate, Tier
 from kvtune.common.files import cache_dir
@@ -78,7 +78,7 @@ class QualitySource:
         return calibrated(self.calibration, by_sample, kinds, tier, evicts=evicts)
 
     def loss_of(self, choice: NDArray[np.int64], split: str = "evaluate") -> Estimate:
-        """The same of a configuration, ``[I]``, on the samples of a split."""
+        """A configuration's loss, ``[I]``, on the samples of a split."""
         rule = self.tables.rule_of(choice)
         if rule is not None and rule.live is not None:
             return rule.live
@@ -89,13 +89,13 @@ class QualitySource:
     def losses_by_kind(
         self, by_sample: ArrayLike, kinds: Sequence[str], tier: Tier, *, evicts: bool
     ) -> dict[str, Estimate]:
-        """The same of each kind of text alone."""
+        """A policy's loss on each kind of text, by the same means as ``loss`` on all of them."""
         if self.stand_in:
             return band_by_kind(by_sample, kinds, self.calibration, evicts=evicts)
         return calibrated_by_kind(self.calibration, by_sample, kinds, tier, evicts=evicts)
 
     def losses_by_kind_of(self, choice: NDArray[np.int64]) -> dict[str, Estimate]:
-        """The same of a configuration, ``[I]``, on held-out samples."""
+        """A configuration's loss, ``[I]``, on each kind of held-out text."""
         rule = self.tables.rule_of(choice)
         if rule is not None and rule.live is not None:
             means = self.by_kind(choice)
@@ -209,7 +209,19 @@ def _calibration_for(stack: str | None) -> Calibration:
 
 def _follow_from(loaded: LoadedModel, trace: Trace) -> tuple[object, ...]:
     """What all replays and live runs of a trace's samples follow from, beside policy and sample."""
-    return trace.content_sha256, loaded.fingerprint, loaded.dtype, loaded.device, kvtune.__version__
+    from kvtune.traces.calibration import find_calibration
+    from kvtune.traces.learned import digest_of_learned
+
+    return (
+        trace.content_sha256,
+        loaded.fingerprint,
+        loaded.dtype,
+        loaded.device,
+        find_calibration(loaded.fingerprint),
+        digest_of_learned(loaded.fingerprint),
+        version("torch"),
+        version("transformers"),
+    )
 
 
 def _own_trace(

@@ -20,7 +20,7 @@ from kvtune.simulator.quality.tables import Tables
 
 BESIDE = Option(Full(), ALL, Int4(), Int4())
 
-RATIOS: dict[str, dict[str, float]] = {
+OVER_INT4: dict[str, dict[str, float]] = {
     "int4_token_head": {"prose": 0.665, "code": 1.27, "retrieval": 1.44},
     "int8_token_head": {"prose": 0.00738, "code": 0.018, "retrieval": 0.0131},
     "fp8_token_head": {"prose": 0.106, "code": 0.189, "retrieval": 0.207},
@@ -35,7 +35,7 @@ RATIOS: dict[str, dict[str, float]] = {
 
 def with_formats_of(tables: Tables, limits: EngineLimits | None) -> Tables:
     """A stand-in's tables with all tokens in each of a stack's own formats, where it has some."""
-    forms = [form for form in limits.own if form.label in RATIOS] if limits else []
+    forms = [form for form in limits.own if form.label in OVER_INT4] if limits else []
     if not forms:
         return tables
     beside = tables.options.index(BESIDE)
@@ -53,5 +53,5 @@ def with_formats_of(tables: Tables, limits: EngineLimits | None) -> Tables:
 
 def _ratio(label: str, kind: str) -> float:
     """Of a kind of text as it is named beside other sources; of one that was not measured, all."""
-    ratios = RATIOS[label]
+    ratios = OVER_INT4[label]
     return ratios.get(kind.split(",")[0], fmean(ratios.values()))

@@ -14,7 +14,8 @@ from kvtune.tuner.explore.study import Study
 OWN_FAMILY = "uniform"
 """What a stand-in's plans of the menu's options are, and how their names begin."""
 SLOW_S = 0.2
-"""Of a decode step: people read some five tokens a second (238 words a minute; Brysbaert, 2019)."""
+"""A decode step that takes longer than this is slower than people read: some five tokens a second
+(238 words a minute; Brysbaert, 2019)."""
 
 
 class Compared(Protocol):
@@ -48,10 +49,6 @@ class Compared(Protocol):
     def times_the_plan(self) -> Estimate | None:
         """How many times the plan's live loss its own is, on the same samples, or None."""
 
-    @property
-    def retrieval_accuracy(self) -> Estimate | None:
-        """Share of needle digits right, measured live, or None."""
-
 
 def verdict_of(study: Study) -> Verdict | None:
     """What a finished study comes to; None of one that has not finished."""
@@ -65,7 +62,9 @@ def verdict_of(study: Study) -> Verdict | None:
         memory_bytes=study.facts.memory_bytes,
         kl=outcome.quality.kl,
         stand_in=study.facts.stand_in,
+        stack=outcome.quality.stack,
         policies=outcome.baselines,
+        retrieval=outcome.plan.retrieval_accuracy,
         full_cache_accuracy=outcome.full_cache_accuracy,
         largest_kl=study.facts.largest_kl,
         weights=str(study.weights[row]),
@@ -84,7 +83,10 @@ class Verdict:
         memory_bytes: the memory limit.
         kl: loss of the plan on held-out samples, nats/token.
         stand_in: the model whose trace stood in for this one's, or "".
+        stack: whose ``kl`` and ``retrieval`` are, where one runs plans otherwise than kvtune's
+            runtime does, in which ``policies`` ran; or "".
         policies: the plan first, then what it is compared with.
+        retrieval: share of needle digits that the plan gets right, measured live, or None.
         full_cache_accuracy: share of needle digits that the uncompressed model gets right, or None.
         largest_kl: the loss that was accepted, nats/token.
         weights: format of the model's weights beside the caches.
@@ -97,7 +99,9 @@ class Verdict:
     memory_bytes: int
     kl: Estimate
     stand_in: str
+    stack: str
     policies: Sequence[Compared]
+    retrieval: Estimate | None
     full_cache_accuracy: Estimate | None
     largest_kl: float
     weights: str
@@ -139,11 +143,11 @@ class Verdict:
     def _source(self) -> str:
         if self.stand_in:
             return f"predicted from {self.stand_in}, which stands in for the model"
-        return "measured live" if self.kl.tier == "live" else "predicted"
+        how = "measured live" if self.kl.tier == "live" else "predicted"
+        return f"{how}, as {self.stack} stores prompts and answers" if self.stack else how
 
     def _needles(self) -> str:
-        found = self.policies[0].retrieval_accuracy if self.policies else None
-        full = self.full_cache_accuracy
+        found, full = self.retrieval, self.full_cache_accuracy
         if found is None or full is None:
             return ""
         if not full.value:
@@ -182,6 +186,8 @@ class Verdict:
             said.append(
                 f"Of {_listed(apart)} the loss is estimated in another way and not compared."
             )
+        if said and self.stack:
+            said.append(f"All of these ran in kvtune's own runtime, not as {self.stack} runs them.")
         return " ".join(said)
 
 

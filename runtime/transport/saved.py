@@ -19,7 +19,8 @@ from kvtune.common.files import atomic
 from kvtune.common.stored import checked, parse_json
 from kvtune.runtime.transport.codec import Encoded, Level
 
-FORMAT: Literal[1] = 1
+FORMAT: Literal[2] = 2
+"""In 1 the hash was of the buffers and tokens alone."""
 _KEY = "kvtune_prompt_cache"
 _AGAIN = "encode the prompt again with this model."
 
@@ -28,7 +29,7 @@ _AGAIN = "encode the prompt again with this model."
 class _Header:
     """What the file says of its buffers."""
 
-    format: Literal[1]
+    format: Literal[2]
     model_fingerprint: Name
     token_ids: tuple[Whole, ...]
     level: Level

@@ -10,6 +10,7 @@ from kvtune.common.estimate import Estimate
 from kvtune.common.units import GIB
 from kvtune.tui.memory_parts import MemoryParts
 from kvtune.tui.report.drawing import COLOURS, FAMILIES, Draw, legend_columns
+from kvtune.tui.report.front_chart import reach
 from kvtune.tuner.explore.axes import option_bits
 from kvtune.tuner.explore.compare import HeadMap
 from kvtune.tuner.explore.plans import Floats
@@ -84,11 +85,10 @@ def kinds_chart(kinds: tuple[str, ...], rows: list[tuple[str, str, dict[str, Est
             at = np.arange(len(kinds)) + (index - (len(rows) - 1) / 2) * width
             known = [losses.get(kind) for kind in kinds]
             rows_ = [(e.value, e.low, e.high) if e else (np.nan,) * 3 for e in known]
-            value, low, high = np.array(rows_).T
+            ends = np.array(rows_).T
             colour = COLOURS[FAMILIES.get(family, "red")]
-            ends = {"linewidth": 0.8, "capsize": 2, "ecolor": COLOURS["ink"]}
-            reach = (value - low, high - value)
-            axes.bar(at, value, width, label=name, color=colour, yerr=reach, error_kw=ends)
+            style = {"linewidth": 0.8, "capsize": 2, "ecolor": COLOURS["ink"]}
+            axes.bar(at, ends[0], width, label=name, color=colour, yerr=reach(ends), error_kw=style)
         axes.set_xticks(range(len(kinds)), kinds)
         axes.set_ylabel("KL, nats/token")
         axes.grid(True, axis="y", linewidth=0.6)

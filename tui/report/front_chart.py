@@ -91,8 +91,8 @@ def _chosen(axes: Axes, view: View) -> None:
     axes.errorbar(
         x[0],
         y[0],
-        xerr=_reach(x),
-        yerr=_reach(y),
+        xerr=reach(x),
+        yerr=reach(y),
         fmt="*",
         color=COLOURS["green"],
         markersize=13,
@@ -102,9 +102,10 @@ def _chosen(axes: Axes, view: View) -> None:
     )
 
 
-def _reach(ends: Floats) -> Floats:
-    value, low, high = ends
-    return np.array([[max(value - low, 0)], [max(high - value, 0)]])
+def reach(ends: Floats) -> Floats:
+    """How far intervals reach below and above their values, ``[3]`` or ``[3, n]``: ``[2, n]``."""
+    value, low, high = ends.reshape(3, -1)
+    return np.maximum([value - low, high - value], 0)
 
 
 def _baselines(axes: Axes, view: View) -> None:

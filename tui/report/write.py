@@ -101,11 +101,12 @@ def _pictures(view: View, row: int) -> Iterator[Picture]:
         budget, bits = (heads_chart(heads, shade) for shade in ("budget", "bits"))
         yield "heads-budget", "What each head keeps.", budget, 8.5, high
         yield "heads-bits", "How it is stored.", bits, 8.5, high
+    where = _ran_where(study)
     if rows := _kinds(study, row):
-        words = f"Held-out loss by kind of text, predicted, {quality}."
+        words = f"Held-out loss by kind of text, predicted{where}, {quality}."
         yield "kinds", words, kinds_chart(study.facts.kinds, rows), 8.5, 3.4
-    if rows := _live_kinds(study, row):
-        words = "The same, measured: the model ran live."
+    if rows := live_kinds(study, row):
+        words = f"The same, measured: the model ran live{where}."
         yield "kinds-live", words, kinds_chart(study.facts.kinds, rows), 8.5, 3.4
 
 
@@ -122,13 +123,24 @@ def _kinds(study: Study, row: int) -> list[Losses]:
     return [("kvtune plan", "kvtune", plan.by_kind), *found]
 
 
-def _live_kinds(study: Study, row: int) -> list[Losses]:
-    """Of the plan, and of those of the others that ran; none where the plan did not."""
-    live = study.live(study.plans[row])
-    if live is None or not live.by_kind:
+def _ran_where(study: Study) -> str:
+    """Behind what is beside others, where the plan's own figures are of a stack."""
+    return " in kvtune's own runtime" if study.outcome and study.outcome.on_stack else ""
+
+
+def live_kinds(study: Study, row: int) -> list[Losses]:
+    """Of the plan, and of those of the others that ran; none where the plan did not.
+
+    In a search for a stack the plan's are those of the runtime that the others ran in.
+    """
+    outcome, live = study.outcome, study.live(study.plans[row])
+    known = live.by_kind if live else {}
+    if outcome and outcome.on_stack:
+        known = outcome.baselines[0].live_by_kind
+    if not known:
         return []
-    others = study.outcome.baselines[1:] if study.outcome else ()
-    ran = [("kvtune plan", "kvtune", live.by_kind)]
+    others = outcome.baselines[1:] if outcome else ()
+    ran = [("kvtune plan", "kvtune", known)]
     ran += [(other.name, other.family, other.live_by_kind) for other in others]
     return [each for each in ran if each[2]]
 
@@ -144,7 +156,7 @@ def _sections(view: View, row: int, drawn: dict[str, str]) -> Iterator[tuple[str
     study = view.study
     plan = study.plans[row]
     if study.outcome is not None:
-        yield "Beside others at equal bytes", table(baselines_table(study))
+        yield f"Beside others at equal bytes{_ran_where(study)}", table(baselines_table(study))
     yield f"The plan of trial {plan.trial}", table(plan_table(view, row)) + drawn["memory"]
     yield "Head by head", _head_by_head(_heads(view, row), drawn)
     yield "Why", listed(why(study, plan))

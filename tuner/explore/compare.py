@@ -52,7 +52,7 @@ def plan_side(study: Study, plan: Plan, setting: Setting) -> Side:
     live = study.live(plan)
     shown = _figures(study, policy, plan, setting)
     return Side(
-        name=f"plan of trial {plan.trial}",
+        name=f"plan of trial {plan.trial}" + (f" as {study.stack} runs it" if study.stack else ""),
         selection=plan.kl,
         held_out=plan.held_out,
         live=live.kl if live else None,
@@ -70,7 +70,7 @@ def baseline_side(study: Study, baseline: Baseline, plan: Plan, setting: Setting
     shown = None if policy is None else _figures(study, policy, plan, setting)
     size = baseline.prompt_bytes if shown is None else int(shown.prompt_bytes[0])
     return Side(
-        name=baseline.name,
+        name=baseline.name + (" in kvtune's runtime" if study.stack else ""),
         selection=None,
         held_out=baseline.predicted,
         live=baseline.live,

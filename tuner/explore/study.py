@@ -152,8 +152,8 @@ class Study:
         """What live runs found of a plan: asked for since, or the search's own."""
         if plan.trial in self.measured or self.outcome is None or not self.is_chosen(plan):
             return self.measured.get(plan.trial)
-        ours, outcome = self.outcome.baselines[0], self.outcome
-        if ours.live is None or outcome.quality.stack:  # else beside others in our own runtime
+        ours, outcome = self.outcome.plan, self.outcome
+        if ours.live is None:
             return None
         return Measured(
             kl=ours.live,
@@ -174,8 +174,8 @@ class Study:
         return plan.kl
 
     @property
-    def _stack(self) -> str:
-        """Whose losses the plans' are, where a stack was searched for that stores answers too."""
+    def stack(self) -> str:
+        """Whose losses the plans' are: that of a stack which stores answers as prompts, or ""."""
         from kvtune.tuner.within import stores_alike
 
         stack = "" if self.facts.stand_in else self.facts.stack
@@ -191,7 +191,7 @@ class Study:
             policy=self.policy(plan),
             model=model_facts(shape),
             provenance=Provenance(
-                quality=Quality(source, facts.stand_in, self.quality(plan), self._stack),
+                quality=Quality(source, facts.stand_in, self.quality(plan), self.stack),
                 kvtune=facts.kvtune,
                 trace=trace,
                 seed=facts.seed,
