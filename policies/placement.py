@@ -85,7 +85,7 @@ def is_coded(plan: PartPlan, option: Option, head_dim: int) -> bool:
 
 
 def is_encoded(plan: PartPlan, option: Option, head_dim: int) -> bool:
-    """Whether a part's packed buffers lie in pages as they are, and are read back at every step."""
+    """Whether a part's packed buffers lie in pages as they are, to be read in place or back."""
     exact = (plan.formats or (option.keys, option.values)) == EXACT
     beside = exact or option.on_host or chooses_entries(option) or plan.shared_by > 1
     return not beside and not is_coded(plan, option, head_dim)

@@ -81,9 +81,9 @@ def read_different(
 ) -> Tensor:
     """Store unpadded prompts, of which neighbours may be the same; the logits after each.
 
-    The cache then holds what ``read_prompts`` would have left, and memory has been as full; but a
-    prompt that several neighbours share is read once. The last ones, as many as are read together,
-    are read as in service: there memory is at its fullest.
+    The cache then holds what ``read_prompts`` would have left; but a prompt that several neighbours
+    share is read once. Only the last ones, as many as are read together, are read as in service:
+    while they are, memory is as full as it is there at its fullest.
     """
     batch, tokens = input_ids.shape
     cache.open(input_ids.device, batch * [tokens])

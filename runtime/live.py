@@ -91,7 +91,14 @@ def run_live(
 def run_beside_full(
     loaded: LoadedModel, sample: Sample, prompt: Prompt, policies: Sequence[Policy]
 ) -> tuple[Tensor, list[LiveRun]]:
-    """What ``full_cache`` and ``run_live`` say, in one batch: one row more is less than a pass."""
+    """What ``full_cache`` and ``run_live`` say.
+
+    On a CPU in one batch: one row more is less than a pass. Elsewhere the whole prompt's row would
+    make all others as long as it is (``Compressed.attended``), so the full cache is run apart.
+    """
+    if torch.device(loaded.device).type != "cpu":
+        full = full_cache(loaded, sample, prompt)
+        return full, run_live(loaded, sample, prompt, policies, full)
     logits, cache = _answered(loaded, sample, prompt, [_whole(loaded), *policies])
     full = logits[0].float().log_softmax(-1)
     reference = Reference.of(full, sample)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvtune.common.errors import KvtuneError
 from kvtune.policies.formats.grouped import Int4, Int8
 from kvtune.policies.formats.kitty import Kitty
 from kvtune.policies.formats.rotated import RotatedInt4
@@ -111,6 +112,19 @@ def test_the_others_answer_as_before_and_nothing_is_kept_of_it(network: Any, nam
     assert not ours.host_bytes()
     assert not ours.shared
     assert not any(layer.evictors for layer in ours.layers)
+
+
+def test_what_is_no_sequence_is_not_freed(network: Any) -> None:
+    cache = read(network, Option(), 2)
+    for number in (-1, 2):
+        with pytest.raises(KvtuneError, match=f"no sequence {number} in a batch of 2"):
+            cache.free(number)
+    fresh = load_cache(cache.policy, network)
+    with pytest.raises(KvtuneError, match="no sequence 0 in a batch of 0"):
+        fresh.free(0)
+    cache.reading = range(1, 2)
+    with pytest.raises(KvtuneError, match="cannot be freed while prompts are read"):
+        cache.free(0)
 
 
 def test_the_decode_loop_frees_what_has_ended_and_finds_the_same(network: Any) -> None:

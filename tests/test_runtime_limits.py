@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,19 +12,24 @@ import torch
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.allocators.adakv import AdaKV
 from kvtune.policies.format import Format, formats
+from kvtune.policies.formats.gear import Gear
 from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.formats.kitty import Kitty
 from kvtune.policies.formats.kivi import Kivi
+from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.landmark import Landmark
+from kvtune.policies.methods.minicache import MiniCache
 from kvtune.policies.methods.quest import Quest
 from kvtune.policies.methods.razor import Razor
 from kvtune.policies.methods.snapkv import SnapKV
-from kvtune.policies.option import Budget, Option
+from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.paging import TABLE_BYTES, Growth, held_bytes
 from kvtune.policies.policy import Policy
 from kvtune.policies.slabs import share_of_slab
 from kvtune.runtime import load_cache
+from kvtune.runtime.cache.backend import backend_type
 from kvtune.runtime.cache.foreseen import pages_wanted
+from kvtune.runtime.cache.placing import warn_of_slow_formats
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.tests.padded import ids
 from kvtune.tests.tiers import each
@@ -32,7 +38,7 @@ from kvtune.tuner.options import Menu
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:kvtune's kernels need", "ignore:.*have no pages"),
+    pytest.mark.filterwarnings("ignore:kvtune's kernels need", "ignore:.*no kernel reads"),
 ]
 HEAD_DIM = 128
 SHAPE = Geometry(2, 4, 4, HEAD_DIM, 1.0, (None, None), (), (None, None), 64, 4096)
@@ -118,3 +124,22 @@ def test_readers_of_pages_that_would_not_rank_all_are_refused(network: Any, meth
     offered = {(x.method, x.keys) for x in menu.options()}
     assert (method, RESIDUAL) not in offered
     assert {(method, Int4()), (SnapKV(), RESIDUAL)} <= offered
+
+
+def test_what_is_read_back_is_warned_of() -> None:
+    """What layers share is, whichever its format."""
+    read, shared = Option(Full(), ALL, Gear(), Gear()), Option(MiniCache(), ALL, Gear(), Gear())
+    policy = Policy.uniform(read, 2, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_slow_formats(policy, HEAD_DIM, in_place=True)
+    for slow, in_place in ((policy, False), (Policy.uniform(shared, 2, 2), True)):
+        with pytest.warns(UserWarning, match="no kernel reads what these hold"):
+            warn_of_slow_formats(slow, HEAD_DIM, in_place)
+
+
+def test_without_triton_a_gpu_reads_nothing_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, reads in ((object(), True), (None, False)):
+        monkeypatch.setattr("importlib.util.find_spec", lambda _, found=found: found)
+        assert backend_type("cuda").reads_packed == reads
+    assert not backend_type("cpu").reads_packed

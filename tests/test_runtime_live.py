@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs
 from kvtune.runtime import live as room
-from kvtune.runtime.live import LiveRun, run_live
+from kvtune.runtime.live import LiveRun, run_beside_full, run_live
 from kvtune.runtime.prompts import at_once, fresh_prompt, layer_signals, traced_prompt
 from kvtune.simulator.quality.replay import LayerReplay
 from kvtune.tests.full_cache import observed_logits
@@ -78,6 +78,27 @@ def equal(ours: LiveRun, theirs: LiveRun, tolerance: float = 1e-5) -> None:
     np.testing.assert_array_equal(ours.kept, theirs.kept)
     np.testing.assert_array_equal(ours.correct, theirs.correct)
     assert ours.footprint_bytes == theirs.footprint_bytes
+
+
+@pytest.mark.parametrize(("device", "batches"), [("cpu", [5]), ("cuda:0", [1, 4])])
+def test_only_on_a_cpu_the_full_cache_is_a_row_among_others(
+    tiny_model: Any, sample: Any, fresh: Any, monkeypatch: pytest.MonkeyPatch,
+    device: str, batches: list[int],
+) -> None:  # fmt: skip
+    """Elsewhere it would make all of them as long as the prompt."""
+    answered, sizes = room._answered, []
+
+    def counted(_: Any, sample: Any, prompt: Any, policies: Any) -> Any:
+        sizes.append(len(policies))
+        return answered(tiny_model, sample, prompt, policies)
+
+    monkeypatch.setattr(room, "_answered", counted)
+    asked = replace(tiny_model, device=device)
+    full, found = run_beside_full(asked, sample, fresh, POLICIES)
+    assert sizes == batches
+    alone = run_live(asked, sample, fresh, POLICIES, full)
+    for ours, theirs in zip(found, alone, strict=True):
+        equal(ours, theirs, tolerance=1e-4)
 
 
 def test_the_full_cache_loses_nothing_and_takes_all_bytes(

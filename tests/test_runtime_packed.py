@@ -133,8 +133,12 @@ def test_weighted_balanced_and_turned_parts_of_one_row_are_joined() -> None:
         HeadPart(torch.arange(70), log_weight=torch.linspace(-1, 2, 70), formats=four),
         HeadPart(torch.arange(50), balance=torch.linspace(0.2, 3, HEAD_DIM), formats=four),
         HeadPart(torch.arange(40), turns=(matrix, matrix.T.contiguous()), formats=four),
-    ]
-    rows = (0, 0, 1)
+        HeadPart(
+            torch.arange(30), balance=torch.linspace(0.2, 3, HEAD_DIM),
+            turns=(matrix, matrix.T.contiguous()), formats=four,
+        ),
+    ]  # fmt: skip
+    rows = (0, 0, 1, 1)
     held = [
         laid(pool, row, part, option, n)
         for n, (row, part) in enumerate(zip(rows, parts, strict=True))
@@ -142,15 +146,47 @@ def test_weighted_balanced_and_turned_parts_of_one_row_are_joined() -> None:
     check(held, pool, 2)
 
 
-def test_rows_that_are_freed_are_read_no_more() -> None:
-    pool, option = Pool(64, 4 * HEAD_DIM, "cpu"), Option(Full(), ALL, Kitty(), Kitty())
+def tables(beside: Beside) -> list[Tensor]:
+    """All that a captured graph reads of packed rows, besides the pool."""
+    return [
+        each
+        for rows in beside._packed
+        for each in (rows.rows, rows._pages, rows._sections, *(x for _, x in rows._launches))
+    ]
+
+
+@pytest.mark.parametrize("name", ["kitty", "kvquant", "qaq"])
+def test_rows_that_are_freed_are_read_no_more(name: str) -> None:
+    """Nor are their pages, which hold others' bytes; a captured graph goes on with its tables."""
+    pool, option = Pool(64, 4 * HEAD_DIM, "cpu"), Option(Full(), ALL, *FORMATS[name])
     parts = [laid(pool, row, HeadPart(torch.arange(64)), option, row) for row in (0, 1)]
     beside, q = Beside([], parts, HEAD_DIM, pool, in_place=True), numbers(8, 2, 8, HEAD_DIM).float()
-    both = attended(beside, q)
+    both, held = attended(beside, q), tables(beside)
     beside.free(range(1))
+    for page in parts[0].laid.pages.tolist():
+        pool.memory.view(-1, 4 * HEAD_DIM)[page : page + parts[0].laid.layout.page_cells] = 255
     left = attended(beside, q)
     assert torch.equal(left[1], both[1])
     assert not left[0].any()
+    assert all(x is y for x, y in zip(held, tables(beside), strict=True))
+    nothing = q.new_full(q.shape[:2], -torch.inf)
+    assert beside.merged(q, torch.zeros_like(q), nothing, SCALE).isfinite().all()
+    assert beside.page_bytes == sum(len(x.laid.pages) for x in parts[1:]) * 16 * HEAD_DIM
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_part_without_tokens_weighs_nothing(in_place: bool) -> None:
+    pool, option = Pool(64, 4 * HEAD_DIM, "cpu"), Option(Full(), ALL, Kivi(), Kivi())
+    some = laid(pool, 0, HeadPart(torch.arange(40)), option, 1)
+    keys, values = numbers(2, 2, 9, HEAD_DIM)
+    empty = HeldPart.of(1, HeadPart(torch.arange(0)), (keys, values), option)
+    parts = [some, LaidPart.of(empty, pool, HEAD_DIM)]
+    q = numbers(8, 2, 8, HEAD_DIM).float()
+    beside = Beside([], parts, HEAD_DIM, pool, in_place)
+    found = attended(beside, q)
+    assert torch.equal(found[0], attended(Beside([], [some], HEAD_DIM, pool, in_place), q)[0])
+    assert not found[1].any()
+    assert beside.is_dense == in_place
 
 
 def test_a_model_answers_the_same_where_a_kernel_reads_packed_buffers(

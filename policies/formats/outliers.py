@@ -56,7 +56,8 @@ def with_outliers(rows: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
 
     if "outliers" not in buffers:
         return rows
-    place, counts = buffers["places"].long(), buffers["starts"].long().diff()
-    first = STEP * torch.arange(len(counts), device=rows.device)
-    token = first.repeat_interleave(counts) + place // _CHANNELS
+    place, ends = buffers["places"].long(), buffers["starts"][1:].long()
+    number = torch.ones_like(place).cumsum(0) - 1
+    step = torch.searchsorted(ends, number, right=True)  # of a size that does not depend on data
+    token = STEP * step + place // _CHANNELS
     return rows.index_put((token, place % _CHANNELS), buffers["outliers"].float(), accumulate=True)

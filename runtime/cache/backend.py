@@ -352,13 +352,19 @@ def _appending(layer: Paged, growing: Growing, keys: Tensor, values: Tensor) -> 
     )  # fmt: skip
 
 
+def backend_type(device: Any) -> type[TritonBackend] | type[PlainBackend]:
+    """Kernels where there is a GPU and Triton; else plain torch."""
+    has_kernels = torch.device(device).type == "cuda" and importlib.util.find_spec("triton")
+    return TritonBackend if has_kernels else PlainBackend
+
+
 def backend_for(device: Any) -> Backend:
-    """Kernels where there is a GPU and Triton; else plain torch, with a warning that it is slow."""
-    if torch.device(device).type == "cuda" and importlib.util.find_spec("triton"):
-        return TritonBackend()
-    warnings.warn(
-        f"kvtune's kernels need a CUDA device and Triton; on {device} the cache answers rightly "
-        "in plain torch, slowly",
-        stacklevel=2,
-    )
-    return PlainBackend()
+    """What ``backend_type`` says; with a warning where that is slow."""
+    found = backend_type(device)
+    if found is PlainBackend:
+        warnings.warn(
+            f"kvtune's kernels need a CUDA device and Triton; on {device} the cache answers "
+            "rightly in plain torch, slowly",
+            stacklevel=2,
+        )
+    return found()

@@ -1,10 +1,10 @@
-"""What no kernel reads: entries with a log-weight, formats without kernels, shared directions.
+"""What formats' own pages cannot hold: weighted entries, packed buffers, shared directions.
 
 Entries in 16 bits, such as RazorAttention's compensation token, lie in one dense tensor a layer, so
 that a step attends to them in a few operations. All others stay encoded, in pages of their own
-(``encoded_pages``) unless two layers share them. A kernel reads them there (``packed_parts``);
-where there is none for a format they are read back at every step: the memory is then saved and the
-time is not. Their attention is joined to that over pages by its log-sum-exp.
+(``encoded_pages``) unless two layers share them. They are read in place by a kernel
+(``packed_parts``), or back at every step where none reads their format: the memory is then saved
+and the time is not. Their attention is joined to that over pages by its log-sum-exp.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class HeldPart:
 
     @property
     def buffers(self) -> tuple[Stored, Stored]:
-        """Of keys and of values."""
+        """The buffers of the keys, then those of the values."""
         return self.encoded.keys, self.encoded.values
 
     def restored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,7 +143,10 @@ class LaidPart:
 
 
 class Beside:
-    """One layer's parts that kernels do not read, and attention over them."""
+    """One layer's parts that lie in no pages of their format's own, and attention over them.
+
+    Their packed buffers are read in place, where a kernel reads them, or back.
+    """
 
     def __init__(
         self,
@@ -160,21 +163,17 @@ class Beside:
             laid: those whose buffers are in pages.
             head_dim: D.
             pool: that these are in.
-            in_place: whether kernels read there what they can.
+            in_place: whether kernels read there what they can; the rest is read back.
         """
-        self.in_place = in_place
         self.head_dim, self.device, self.pool = head_dim, pool.memory.device, pool
         dense = [each for each in held if each.is_dense]
         self.encoded = [each for each in held if not each.is_dense]
-        self._lay(laid)
-        self.dense = stacked(dense, head_dim, torch.bfloat16, self.device) if dense else None
-
-    def _lay(self, laid: Sequence[LaidPart]) -> None:
-        """Tell those that a kernel reads from those that are read back."""
-        self.laid, self._read_back = list(laid), list(laid)
+        self.laid = list(laid)
         self._packed: list[PackedRows] = []
-        if self.in_place:
-            self._packed, self._read_back = packed_rows(self.laid, self.head_dim, self.device)
+        self._read_back = [each for each in laid if each.laid.tokens[0]]
+        if in_place:
+            self._packed, self._read_back = packed_rows(self._read_back, head_dim, self.device)
+        self.dense = stacked(dense, head_dim, torch.bfloat16, self.device) if dense else None
 
     @property
     def is_dense(self) -> bool:
@@ -187,14 +186,22 @@ class Beside:
         return sum(len(x.laid.pages) * x.laid.layout.page_bytes for x in self.laid)
 
     def free(self, rows: range) -> None:
-        """Give back these rows' pages of packed buffers, and forget what lies beside them."""
+        """Give back these rows' pages of packed buffers, and forget what lies beside them.
+
+        What a captured graph reads is changed in place: tables of packed rows, whose pages may hold
+        other sequences' bytes from now on, and dense parts, of which what is left weighs nothing.
+        """
         for each in self.laid:
             if each.part.row in rows:
                 each.laid.give(self.pool)
-        self._lay([each for each in self.laid if each.part.row not in rows])
+        self.laid, self._read_back = (
+            [each for each in some if each.part.row not in rows]
+            for some in (self.laid, self._read_back)
+        )
+        for packed in self._packed:
+            packed.free(rows)
         self.encoded = [each for each in self.encoded if each.row not in rows]
         if self.dense is not None:
-            # In place, for a captured graph: what is left there weighs nothing and is zero.
             number, _, values, weights = self.dense
             gone = ((number >= rows.start) & (number < rows.stop))[:, None, None]
             values.masked_fill_(gone, 0)
@@ -252,7 +259,8 @@ def read_back(held: Sequence[HeldPart], head_dim: int) -> list[tuple[Tensor, Ten
         shapes = [
             (name, x.shape, x.dtype) for part in each.buffers for name, x in part.buffers.items()
         ]
-        alike = number if vary else (each.formats, *shapes)
+        counts = (part.tokens for part in each.buffers)
+        alike = number if vary else (each.formats, *counts, *shapes)
         together.setdefault(alike, []).append(number)
     found = dict[int, tuple[Tensor, Tensor]]()
     for numbers in together.values():

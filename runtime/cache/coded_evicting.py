@@ -52,12 +52,12 @@ class CodedEvictor(Evictor):
             self._move_over(layer)
 
     def _columns_of(self, layer: PagedLayer) -> Tensor:
-        """Of both segments' places."""
+        """Where attention to each place is seen, ``[B, H, n]``: coded ones, then in 16 bits."""
         places = ((CODED, self.coded), (GROWN, self.window))
         return torch.cat([layer.columns_of(kind, self._rows, n) for kind, n in places], -1)
 
     def _let_one_go(self, layer: PagedLayer, gone: Tensor) -> None:
-        """From whichever segment of each head it is in."""
+        """The token at a place ``[B, H, 1]`` of each head leaves the segment that it is in."""
         coded = gone < self.coded
         last = torch.where(coded, self.held, self.newest + self.coded) - 1
         self._fill(gone, last)
@@ -76,13 +76,15 @@ class CodedEvictor(Evictor):
         shorten(layer, self.rows.ravel(), self.driver.drops.ravel())
 
     def _let_go(self, layer: PagedLayer, leaving: Tensor, most: int) -> None:
-        """From both segments."""
+        """Tokens leave both segments, ``[B, H, n]`` bool over the places of both; of any head
+        ``most`` at most."""
         self._leave_coded(layer, leaving[..., : self.coded], most)
         self._leave_window(layer, leaving[..., self.coded :], most)
         shorten(layer, self.rows.ravel(), self.driver.drops.ravel())
 
     def forget(self, rows: range) -> bool:
-        """The same of what lies in 16 bits."""
+        """Evict no more from rows whose sequence has ended, and forget how many of their tokens lie
+        in 16 bits; whether other rows are left."""
         stays = torch.from_numpy(~np.isin(self.rows[:, 0], rows))
         self.newest = self.newest[stays.to(self.newest.device)]
         return super().forget(rows)

@@ -1,8 +1,8 @@
-"""Packed buffers of formats that no kernel reads, in the pool's pages.
+"""Packed buffers of formats that have no page layout of their own, in the pool's pages.
 
 A head's buffers lie one behind the other, those of wide numbers first, each from a whole word on;
-what they take is their own bytes, whatever a plan has foreseen. A kernel reads them there
-(``packed_parts``), or a step reads them back and attends: the memory is saved, the time is not.
+what they take is their own bytes, whatever a plan has foreseen. They are read in place by a kernel
+(``packed_parts``), or back at every step: the memory is then saved, the time is not.
 """
 
 from __future__ import annotations

@@ -68,6 +68,7 @@ def free(layer: PagedLayer, sequence: int) -> None:
 
 
 def _free_pages(layer: PagedLayer, rows: range) -> None:
+    """Give back all pages of some rows, and those of the tables by which theirs are read."""
     for kind, row in product((CODED, GROWN, SETTLED), rows):
         if len(layer.pages[kind][row]):
             layer.pool.give(layer.pages[kind][row], layer.layout(kind, row).page_cells)

@@ -1,7 +1,8 @@
 """Parts of a layer whose packed buffers one kernel reads where they lie: tables, and launching it.
 
-What a part's keys were multiplied by before they were stored, its queries are multiplied by; what
-its values were, its output: nothing is done to what is stored.
+What is undone to keys that are read back is done to their queries instead, in the opposite order,
+and what is undone to values is done to their output: nothing is done to what is stored. Tables are
+made once: where a sequence has ended, they are changed in place, so that a captured graph goes on.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,16 +21,28 @@ from kvtune.policies.encoded_pages import packed_pieces
 from kvtune.policies.formats.hadamard import hadamard
 from kvtune.policies.packed import BUFFERS, STEP, Piece, Section
 from kvtune.runtime.cache.encoded_pages import Buffer
+from kvtune.runtime.kernels.tiles import PROCESSORS
 
 if TYPE_CHECKING:
     from kvtune.runtime.cache.beside import LaidPart
 
-_PROGRAMS = 1056  # tiles wanted of a layer at most: of an H100 twice as many as run at once
-_MOST_STEPS = 32  # of a tile: longer ones leave processors idle at the end
+_PROGRAMS = 8 * PROCESSORS
+"""Tiles wanted of a layer at most: twice as many as run at once, as ``FEW_BITS_PROGRAMS``, since
+packed buffers too wait for arithmetic. Reasoned: with this number, and with no other,
+``benchmarks/results/packed-h200.json`` was measured."""
+
+_MOST_STEPS = 32
+"""Steps of a tile at most, of 32 tokens each, so that of a layer with very many tokens the last
+tiles do not leave most processors idle for long. Reasoned as well, and in the same figures."""
+
+_TOKENS = 5
+"""Which number of a tile's record says how many tokens it has."""
+
 _WIDTHS = ("alike", "channels", "tokens")
 
 
 def _pieces(part: LaidPart, head_dim: int) -> tuple[Piece, ...] | None:
+    """How a kernel reads a part's tokens; None where none does."""
     return packed_pieces(part.part.formats, part.laid.tokens[0], head_dim)
 
 
@@ -44,6 +58,7 @@ class _Tile:
     turned: bool
 
     def record(self, slot: int) -> tuple[int, ...]:
+        """What the kernel is told of it, which leaves its output in this slot."""
         return (self.row, *self.sections, *self.firsts, self.tokens, slot, self.log_weight)
 
 
@@ -72,6 +87,13 @@ class PackedRows:
         weighted = any(each.log_weight is not None for each in held)
         self._log_weights = torch.cat([x.float().to(device) for x in weights]) if weighted else None
         self._table(parts, device)
+
+    def free(self, rows: range) -> None:
+        """Let programs of these rows of the layer, which have ended, read nothing from now on."""
+        gone = (self.rows >= rows.start) & (self.rows < rows.stop)
+        for _, tiles in self._launches:
+            number = tiles[:, 0].long() % len(gone)
+            tiles[:, _TOKENS].masked_fill_(gone[number], 0)
 
     def _table(self, parts: Sequence[LaidPart], device: torch.device) -> None:
         """Sections, tiles and pages, as the kernel reads them."""
@@ -144,15 +166,18 @@ class PackedRows:
     def _queries(self, q: Tensor) -> Tensor:
         """As stored keys are read, and behind them the same times a Hadamard matrix."""
         mine = q[self.rows].float()
-        if self._turns[0] is not None:
-            mine = mine @ self._turns[0]
         if self._balance is not None:
             mine = mine / self._balance[:, None]
+        if self._turns[0] is not None:
+            mine = mine @ self._turns[0]
         return torch.cat([mine, hadamard(mine)]) if self._turns_queries else mine.contiguous()
 
     def _merged(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """One output a row of those of its tiles, ``[R, tiles, G, D]`` and ``[R, tiles, G]``."""
-        total = lse.logsumexp(1)
+        """One output a row of those of its tiles, ``[R, tiles, G, D]`` and ``[R, tiles, G]``.
+
+        A row that has ended has none: its output is zero, and its log-sum-exp the least number.
+        """
+        total = lse.logsumexp(1).clamp_min(torch.finfo(lse.dtype).min)
         weighted = out * (lse - total[:, None]).exp()[..., None]
         if self._turned is None:
             output = weighted.sum(1)
@@ -167,21 +192,30 @@ class PackedRows:
 def packed_rows(
     parts: Sequence[LaidPart], head_dim: int, device: torch.device
 ) -> tuple[list[PackedRows], list[LaidPart]]:
-    """Those that a kernel reads, the first of each row together, then the second; and the rest."""
-    read = [each for each in parts if _pieces(each, head_dim)]
+    """Those that a kernel reads, the first of each row together, then the second; and the rest.
+
+    Args:
+        parts: none of which is without tokens.
+        head_dim: D.
+        device: where the pool is.
+    """
+    is_read = [_pieces(each, head_dim) is not None for each in parts]
     turns: list[list[LaidPart]] = []
     seen: dict[int, int] = defaultdict(int)
-    for each in read:
+    for each in compress(parts, is_read):
         number = seen[each.part.row]
         seen[each.part.row] += 1
         turns += [[]] * (number == len(turns))
         turns[number] = [*turns[number], each]
-    rest = [each for each in parts if each not in read]
+    rest = [each for each, read in zip(parts, is_read, strict=True) if not read]
     return [PackedRows(some, head_dim, device) for some in turns], rest
 
 
 def _stacked(each: Sequence[Tensor | None], other: Tensor | float) -> Tensor | None:
-    """All of them, float32, ``other`` where there is none; None where there are none at all."""
+    """What each of ``R`` rows has, ``[R, ...]`` float32, and ``other`` where a row has none.
+
+    None where no row has any: then nothing is to be done to queries or output.
+    """
     some = next((x for x in each if x is not None), None)
     if some is None:
         return None

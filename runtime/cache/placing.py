@@ -45,7 +45,7 @@ class Placed:
 
 
 def warn_of_slow_formats(policy: Policy, head_dim: int, in_place: bool) -> None:
-    """Say which options are read back from their encoded form at every step.
+    """Say of which options a step reads something back from its packed buffers.
 
     Args:
         policy: of the cache.
@@ -56,16 +56,19 @@ def warn_of_slow_formats(policy: Policy, head_dim: int, in_place: bool) -> None:
     slow = [option.label for option in options if _is_slow(option, head_dim, in_place)]
     if slow:
         warnings.warn(
-            f"{', '.join(slow)}: no kernel reads these formats here; they are held encoded and "
+            f"{', '.join(slow)}: no kernel reads what these hold here; it is held encoded and "
             "read back at every step, which saves memory and takes time",
             stacklevel=3,
         )
 
 
 def _is_slow(option: Option, head_dim: int, in_place: bool) -> bool:
+    """Whether a step reads back some of an option: what layers share, or what no kernel reads."""
+    plans = option.method.plan(PAGE, 2 * PAGE)
+    if any(plan.shared_by > 1 for plan in plans):
+        return True
     if has_pages(option, head_dim):
         return False
-    plans = option.method.plan(PAGE, 2 * PAGE)
     return not in_place or not all(is_read_in_place(plan, option, head_dim) for plan in plans)
 
 

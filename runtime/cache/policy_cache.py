@@ -217,7 +217,20 @@ class PolicyCache(Cache):  # type: ignore[misc]
 
         It stays in the batch; what the model is given for it is not stored, and what it answers
         means nothing.
+
+        Raises:
+            KvtuneError: there is no such sequence, or prompts are still being read.
         """
+        if sequence not in range(len(self.prompts)):
+            raise KvtuneError(
+                f"there is no sequence {sequence} in a batch of {len(self.prompts)}",
+                hint="sequences are counted from 0, in the order of the prompts.",
+            )
+        if self.reading is not None:
+            raise KvtuneError(
+                f"sequence {sequence} cannot be freed while prompts are read",
+                hint="free it when the model has read all of them.",
+            )
         self.shared = {name: held for name, held in self.shared.items() if name[0] != sequence}
         for layer in self.layers:
             layer.free(sequence)

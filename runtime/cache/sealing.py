@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvtune.policies.page_formats import PAGE
 from kvtune.policies.pages import PageLayout
@@ -56,7 +57,7 @@ def tables_of(layer: PagedLayer, new_tokens: int) -> Tables:
     cells = np.zeros(int(pages.sum()) + TABLE_AHEAD, np.int64)
     held = layer.page_counts(kinds).ravel()
     inside = runs(held) < np.repeat(pages, held)  # a reader's rows list fewer than they hold
-    every = np.concatenate([cells for rows in layer.pages[:kinds] for cells in rows])
+    every = np.concatenate([pages for rows in layer.pages[:kinds] for pages in rows])
     cells[runs(held, starts)[inside]] = every[inside]
     tokens = np.where(_fixed(layer, kinds), layer.lengths[:kinds], -1).ravel()
     pairs = layer.codes[:kinds].ravel()
@@ -66,8 +67,9 @@ def tables_of(layer: PagedLayer, new_tokens: int) -> Tables:
     return Tables(rooms, cells, segments, plan_tiles(segments, cells, shape.programs))
 
 
-def _fixed(layer: PagedLayer, kinds: int) -> np.ndarray:
-    """Segments whose length is known for good: prompts that nothing leaves or chooses from."""
+def _fixed(layer: PagedLayer, kinds: int) -> NDArray[np.bool_]:
+    """Segments whose length is known for good, ``[kinds, rows]``: prompts that nothing leaves or
+    chooses from."""
     fixed = np.zeros((kinds, layer.rows), bool)
     fixed[0] = [row not in layer.readers for row in range(layer.rows)]
     fixed[0] &= ~layer.evicts_coded & ~layer.ended

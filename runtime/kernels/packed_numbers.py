@@ -140,6 +140,8 @@ def prepared(pool, table, section, D: tl.constexpr, READING: tl.constexpr):
 
 @triton.jit
 def _channel_rows(pool, table, section, D: tl.constexpr, READING: tl.constexpr):
+    """Of each channel [D]: the first byte of its codes and of its scales, the bytes of one of its
+    groups of codes, and whether it is among the wide ones, whose rows lie apart."""
     channel = tl.arange(0, D)
     codes, scales = tl.load(section + CODES), tl.load(section + SCALES)
     groups, size = tl.load(section + GROUPS), tl.load(section + GROUP_BYTES)
@@ -289,6 +291,8 @@ def _spread(scales, D: tl.constexpr, ALL: tl.constexpr):
 
 @triton.jit
 def _floats(pool, table, offset, mask, D: tl.constexpr, READING: tl.constexpr):
+    """Numbers of 16 bits at some bytes, fp16 or bf16 as READING says, as float32; zeros where
+    ``mask`` is not set."""
     if is_bfloat(READING):
         typed = pool.to(tl.pointer_type(tl.bfloat16), bitcast=True)
     else:
