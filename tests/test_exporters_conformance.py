@@ -602,6 +602,51 @@ def test_a_loss_stands_only_beside_stacks_that_keep_the_plan() -> None:
     assert rows["lmcache"].loss == "0", "whole prompts in 16 bits"
 
 
+def test_a_window_that_holds_as_many_bytes_as_the_whole_prompt_is_not_called_lossless() -> None:
+    """It slides all the same; vLLM holds a chunk of 512 tokens beside it."""
+    rows = {row.name: row for row in compared(document(Option(Full(), Budget(P - 100))))}
+    assert rows["vllm"].prompt_bytes == rows["uncompressed"].prompt_bytes
+    assert rows["vllm"].loss == "not the plan's"
+    assert rows["llama-cpp"].loss == "0", "all tokens stay"
+
+
+@pytest.mark.parametrize("option", [Option(), Option(Quest(block=64), Budget(64)), FEW])
+def test_whole_prompts_are_what_runs_and_not_how_many_bytes_they_are(option: Option) -> None:
+    """However a stack counts them, in blocks or with lengths beside."""
+    size = 2 * 2 * L * H * D * P
+    for name in exporters():
+        made = find_exporter(name)().export(document(option))
+        assert made.whole == (made.prompt_bytes in (size, size + 4 * L * H))
+
+
+def test_what_a_stack_loses_is_predicted_once_for_all_files() -> None:
+    asked: list[str] = []
+
+    def predict(stack: str, *_: object) -> Estimate | None:
+        asked.append(stack)
+        return LOSS
+
+    made = find_exporter("llama-cpp")().export(document(FEW), predict=predict)
+    assert len(made.files) == 3
+    assert asked == ["llama-cpp"]
+
+
+@pytest.mark.parametrize("stack", ["llama-cpp", "ollama", "ik-llama", "mlx"])
+def test_heads_that_a_stack_cannot_quantise_are_stored_in_more_bits(stack: str) -> None:
+    facts = replace(FACTS, head_dim=80)
+    plan = replace(document(Option(keys=Int4(), values=Int4())), model=facts)
+    made = find_exporter(stack)().export(plan)
+    assert made.wider
+    assert "loses no more than 0.0123" in made.files["REPORT.txt"]
+
+
+@pytest.mark.parametrize("stack", ["llama-cpp", "openvino"])
+def test_a_narrower_type_than_some_heads_have_is_not_more_bits(stack: str) -> None:
+    rows = ((Option(keys=Int4(), values=Int4()),) * H,) * (L - 1) + ((Option(),) * H,)
+    plan = replace(document(Option()), policy=Policy("mostly narrow", rows))
+    assert not find_exporter(stack)().export(plan).wider
+
+
 def test_a_stack_that_stores_what_a_plan_keeps_in_more_bits_loses_no_more() -> None:
     made = find_exporter("kvpress")().export(document(FEW))
     assert made.wider

@@ -83,7 +83,7 @@ def load_model(
         dtype, reason = choose_dtype(device, dtype)
         seam.register()
         name = str(name_or_path)
-        folder = model_folder(name, progress)
+        folder = model_folder(name, progress, trust_remote_code=trust_remote_code)
         model, tokenizer = _read(folder, dtype, device, trust_remote_code)
         return wrap(model, tokenizer, name=name, dtype_reason=reason)
 
@@ -223,8 +223,8 @@ def _device(device: str) -> str:
     return f"cuda:{index}"
 
 
-def model_folder(name: str, progress: Progress) -> str:
-    """A folder that transformers can read."""
+def model_folder(name: str, progress: Progress, *, trust_remote_code: bool = False) -> str:
+    """A folder that transformers can read; of the Hub with the model's code where it is trusted."""
     path = Path(name).expanduser()
     if name.lower() in KNOWN:
         stem, known = Path(store.GGUF).stem, store.GGUF_SHA256
@@ -239,7 +239,7 @@ def model_folder(name: str, progress: Progress) -> str:
             raise KvtuneError("holds no config.json", where=name, hint=hint)
         return str(path)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return hub_folder(name, progress)
+        return hub_folder(name, progress, trust_remote_code=trust_remote_code)
     raise KvtuneError(
         f"no model called {name!r}",
         hint=nearest(name, KNOWN) + " Or give a folder, a .gguf file or a Hub id (owner/name).",

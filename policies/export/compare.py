@@ -12,7 +12,6 @@ from kvtune.common.words import figure
 from kvtune.policies.export.contract import Export, exporters
 from kvtune.policies.export.plan import Plan, Predict, nobody_predicts, plan_of
 from kvtune.policies.paging import Growth, sequence_bytes, waiting_bytes
-from kvtune.policies.policy import footprint_of_lengths
 from kvtune.policies.policy_file.parts import ModelFacts, PolicyDocument, Serving
 from kvtune.policies.servable import check_servable
 
@@ -131,14 +130,12 @@ def _on(name: str, plan: Plan, facts: ModelFacts | None, predict: Predict) -> Co
         )
     except KvtuneError as error:
         return Compared(name, None, None, str(error), kind.proof)
-    lengths = footprint_of_lengths(plan.facts.layers, plan.facts.kv_heads)
-    told = _loss_on(made, _full(plan)[0], lengths)
-    return Compared(name, made.prompt_bytes, made.sequences, told, made.proof)
+    return Compared(name, made.prompt_bytes, made.sequences, _loss_on(made), made.proof)
 
 
-def _loss_on(made: Export, whole_bytes: int, lengths: int) -> str:
+def _loss_on(made: Export) -> str:
     """Of what runs there: nothing where it is the whole prompt in 16 bits."""
-    if made.prompt_bytes in (whole_bytes, whole_bytes + lengths):
+    if made.whole:
         return NOTHING
     if made.keeps_loss:
         return _told(made.loss)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -23,6 +24,7 @@ from kvtune.policies.export.limits import EngineLimits
 from kvtune.policies.export.lines import Line, loses_no_more, quality_lines
 from kvtune.policies.export.plan import Plan, Predict, nobody_predicts, plan_of
 from kvtune.policies.export.stored_alike import loss_there
+from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.parts import ModelFacts, PolicyDocument
 from kvtune.policies.registry import find, registered
@@ -51,6 +53,7 @@ class Export:
         wider: whether all else is, and what is not is stored in more bits.
         loss: what the plan loses there where it is kept; None where it is not known.
         predicted: what is lost there where the plan is not kept; None where nobody knows.
+        whole: whether whole prompts in 16 bits run there, whatever the plan.
     """
 
     stack: str
@@ -66,6 +69,7 @@ class Export:
     wider: bool = False
     loss: Estimate | None = None
     predicted: Estimate | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ class Exporter(ABC):
         """
         self._check_stand_in(document, allow_stand_in)
         plan = plan_of(document, model, facts, context_tokens, batch)
-        plan = replace(plan, predict=predict)
+        plan = replace(plan, predict=cache(predict))  # every file's header asks, and the report
         self._check_tiers(plan.policy)
         made = self.render(plan)
         if strict and (lost := [line for line in made.report if line.status != "kept"]):
@@ -147,6 +151,7 @@ class Exporter(ABC):
             held: bytes of one prompt there, sequences at once, and bytes of each when it ends.
         """
         report = (*plan.assumed, *losses, *others)
+        runs = self.runs(plan)
         top = "\n".join(line for line in self.header(plan, losses) if "REPORT.txt" not in line)
         below = "".join(f"note: {note}\n" for note in notes)
         text = top + "\n\n" + "".join(f"{line}\n" for line in report) + ("\n" + below) * bool(notes)
@@ -162,6 +167,7 @@ class Exporter(ABC):
             wider=loses_no_more(losses),
             loss=self._loss(plan),
             predicted=self._predicted(plan, losses),
+            whole=runs is not None and set(runs.options()) == {Option()},
         )
 
     def header(self, plan: Plan, losses: Sequence[Line]) -> list[str]:
@@ -208,6 +214,11 @@ class Exporter(ABC):
                 f"this policy's quality was predicted on a stand-in ({document.stand_in})",
                 hint="capture the model's own trace and search again, or pass --allow-stand-in.",
             )
+
+
+def whole_prompts(facts: ModelFacts) -> Policy:
+    """What runs on a stack that evicts nothing and stores all in 16 bits."""
+    return Policy.uniform(Option(), facts.layers, facts.kv_heads)
 
 
 def write_export(export: Export, folder: Path) -> list[Path]:

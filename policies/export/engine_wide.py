@@ -174,7 +174,8 @@ def _format_line(plan: Plan, chosen: CacheType, types: tuple[CacheType, ...]) ->
     if names == {chosen.like}:
         return Line(label, "approximated", chosen.detail + grouping_text(flat))
     why = _why_not(names, plan.facts.head_dim, types)
-    return Line(label, "not expressible", f"{why}; used {chosen.name} instead")
+    wider = chosen.bits == (16, 16)
+    return Line(label, "not expressible", f"{why}; used {chosen.name} instead", wider)
 
 
 def _why_not(names: set[str], head_dim: int, types: tuple[CacheType, ...]) -> str:

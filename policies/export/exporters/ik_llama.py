@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from kvtune.policies.export.capacity import bytes_line, sequences_that_fit
-from kvtune.policies.export.contract import Export, Exporter
+from kvtune.policies.export.contract import Export, Exporter, whole_prompts
 from kvtune.policies.export.engine_wide import token_lines
 from kvtune.policies.export.exporters.llama_cpp import (
     BLOCK,
@@ -27,6 +27,7 @@ from kvtune.policies.export.flatten import (
 from kvtune.policies.export.limits import EngineLimits
 from kvtune.policies.export.lines import Line, comment
 from kvtune.policies.export.plan import Plan
+from kvtune.policies.policy import Policy
 
 _ORDER = tuple(CODES)  # from narrow to wide
 
@@ -68,7 +69,7 @@ class IkLlama(Exporter):
     def render(self, plan: Plan) -> Export:
         """The flags and what they lose."""
         heads, allocator = planned_heads(plan)
-        ends = ends_for([_needed(plan, layer) for layer in range(plan.facts.layers)])
+        ends = _ends(plan)
         kinds = ends.kinds(plan.facts.layers)
         size = _bytes(plan, kinds, -(-plan.sequence_tokens // PADDING) * PADDING)
         batch, sequences = sequences_that_fit(plan, self.stack, size)
@@ -87,6 +88,11 @@ class IkLlama(Exporter):
             plan, {"ik-llama-server.txt": header + flags(config)}, losses,
             [bytes_line(plan, prompt), sequences], notes, (prompt, batch, size),
         )  # fmt: skip
+
+    def runs(self, plan: Plan) -> Policy | None:
+        """Known where every layer has 16 bits."""
+        kinds = set(_ends(plan).kinds(plan.facts.layers))
+        return whole_prompts(plan.facts) if kinds == {"f16"} else None
 
 
 _NOTES = (
@@ -148,6 +154,11 @@ def _config(plan: Plan, ends: Ends, batch: int) -> dict[str, object]:
     return config
 
 
+def _ends(plan: Plan) -> Ends:
+    """The types that the plan's layers get."""
+    return ends_for([_needed(plan, layer) for layer in range(plan.facts.layers)])
+
+
 def _needed(plan: Plan, layer: int) -> str:
     """The narrowest type with enough bits for a layer's keys and values, in the mean."""
     if plan.facts.head_dim % BLOCK:
@@ -174,7 +185,7 @@ def _format_line(plan: Plan, ends: Ends, kinds: list[str]) -> Line:
         detail = f"{used}: blocks of {BLOCK} channels of a token, symmetric, one 16-bit scale"
         return Line(label, "approximated", detail)
     detail = f"a layer has one type, and only the ends differ; used {used} by layer instead"
-    return Line(label, "not expressible", detail)
+    return Line(label, "not expressible", detail, set(kinds) == {"f16"})
 
 
 def _bytes(plan: Plan, kinds: list[str], tokens: int) -> int:

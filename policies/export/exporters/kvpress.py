@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from kvtune.policies.export.capacity import bytes_line
-from kvtune.policies.export.contract import Export, Exporter
+from kvtune.policies.export.contract import Export, Exporter, whole_prompts
 from kvtune.policies.export.flatten import Heads, dropped_methods, planned_heads, reach
 from kvtune.policies.export.limits import EngineLimits
 from kvtune.policies.export.lines import Line
@@ -17,6 +17,7 @@ from kvtune.policies.export.plan import Plan
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import Option
+from kvtune.policies.policy import Policy
 
 _SIXTEEN = frozenset({"bf16"})
 _NOTES = (
@@ -68,6 +69,11 @@ class KVPress(Exporter):
         size = tokens * plan.facts.kv_heads * 4 * plan.facts.head_dim
         files = {"kvpress.json": json.dumps(told, indent=1) + "\n"}
         return self.done(plan, files, losses, [bytes_line(plan, size)], _NOTES, (size, None, 0))
+
+    def runs(self, plan: Plan) -> Policy | None:
+        """Known where no press drops anything."""
+        press, _, _ = _press(planned_heads(plan)[0], plan.context_tokens)
+        return None if press else whole_prompts(plan.facts)
 
 
 def _press(heads: Heads, context: int) -> tuple[str, dict[str, Any], list[Line]]:

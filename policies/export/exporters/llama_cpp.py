@@ -153,23 +153,26 @@ def _own_line(label: str, kind: str) -> Line:
 
 
 def _format_line(plan: Plan, label: str, names: tuple[str, ...], kind: str, grouping: str) -> Line:
+    if names == ("bf16",) and kind == "f16":
+        return Line(label, "kept", "16 bits, as f16")
+    if why := _why_not(plan, names, kind):
+        return Line(label, "not expressible", f"{why}; used {kind} instead", kind == "f16")
+    detail = f"{kind}: blocks of {BLOCK} channels of a token, symmetric, one 16-bit scale"
+    return Line(label, "approximated", detail + grouping)
+
+
+def _why_not(plan: Plan, names: tuple[str, ...], kind: str) -> str:
+    """Why keys or values of these formats are stored in a type that is not theirs; "" where not."""
     if len(names) > 1:
-        return Line(label, "not expressible", f"one type for all heads; used {kind} instead")
+        return "one type for all heads"
     if names == ("bf16",):
-        if kind == "f16":
-            return Line(label, "kept", "16 bits, as f16")
-        return Line(label, "not expressible", f"keys and values have one type; used {kind} instead")
+        return "keys and values have one type"
     if plan.facts.head_dim % BLOCK:
-        detail = f"heads of {plan.facts.head_dim} are no multiple of {BLOCK}; used f16 instead"
-        return Line(label, "not expressible", detail)
+        return f"heads of {plan.facts.head_dim} are no multiple of {BLOCK}"
     nearest = names[0] if names[0] in TYPES else NEAREST.get(names[0])
     if nearest is None:
-        return Line(label, "not expressible", f"no such type; used {kind} instead")
-    detail = f"{kind}: blocks of {BLOCK} channels of a token, symmetric, one 16-bit scale"
-    if nearest != kind:
-        detail = f"as wide as the other half needs, since both have one type; used {kind} instead"
-        return Line(label, "not expressible", detail)
-    return Line(label, "approximated", detail + grouping)
+        return "no such type"
+    return "" if nearest == kind else "as wide as the other half needs, since both have one type"
 
 
 def model_lines(plan: Plan) -> list[str]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from kvtune.common.transformers_interface import TRIED
 from kvtune.policies.export.capacity import bytes_line
-from kvtune.policies.export.contract import Export, Exporter
-from kvtune.policies.export.flatten import Heads, planned_heads
+from kvtune.policies.export.contract import Export, Exporter, whole_prompts
+from kvtune.policies.export.flatten import Heads, planned_heads, reach
 from kvtune.policies.export.limits import EngineLimits
 from kvtune.policies.export.lines import Line, comment
 from kvtune.policies.export.plan import Plan
@@ -22,6 +22,7 @@ from kvtune.policies.method import Method
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import ALL, Budget, Option
+from kvtune.policies.policy import Policy
 
 _FORMATS = frozenset({"bf16", "fp8", "int8", "int4", "int3", "int2"})
 _METHODS = frozenset({"full", "streaming_llm", "snapkv", "h2o"})
@@ -63,6 +64,14 @@ class Transformers(Exporter):
         notes = (*_NOTES, weights) if plan.weights else _NOTES
         size = type(plan.policy)("taken", taken).footprint(plan.context_tokens, plan.facts.head_dim)
         return self.done(plan, files, losses, [bytes_line(plan, size)], notes, (size, None, 0))
+
+    def runs(self, plan: Plan) -> Policy | None:
+        """Known where every head keeps all tokens in 16 bits."""
+        stored = {
+            (reach(option, plan.context_tokens).shape, option.keys, option.values)
+            for option in sum(self._takeable(plan)[0], ())
+        }
+        return whole_prompts(plan.facts) if stored == {("all", Bf16(), Bf16())} else None
 
     def _takeable(self, plan: Plan) -> tuple[Heads, list[Line]]:
         """The options as the module can run them."""
