@@ -11,7 +11,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.progress import Silent
@@ -69,7 +70,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
 
     def download(repository: str, revision: str | None, **how: Any) -> str:
         seen.append((repository, revision))
-        chosen = huggingface_hub.utils.filter_repo_objects(MODEL | CODE | LEFT_OUT, **how)
+        chosen = filter_repo_objects(MODEL | CODE | LEFT_OUT, **how)
         return str(leave_in_cache(Path(constants.HF_HUB_CACHE), revision or "main", [*chosen]))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)

@@ -46,7 +46,7 @@ def hub_folder(name: str, progress: Progress, *, trust_remote_code: bool = False
         KvtuneError: there is no such model, or the Hub is not reached and it is not in its cache.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HTTPError  # of the library below it, which says "no route"
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # also of no route
 
     repository, revision = parts_of(name)
     chosen = _chosen(trust_remote_code)
@@ -74,7 +74,7 @@ def _chosen(trust_remote_code: bool) -> Patterns:
 def _missing_bytes(repository: str, about: ModelInfo, chosen: Patterns) -> int:
     """Bytes of the files that are wanted and not in the Hub's cache."""
     from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.utils import filter_repo_objects
+    from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
     sizes = {file.rfilename: file.size or 0 for file in about.siblings or []}
     return sum(
