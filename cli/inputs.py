@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 POLICY_FILE = "policy.yaml"
 _NO_POLICY = "kvtune search writes a policy file; see also kvtune policies."
+_NOT_ENDED = "this search has not ended: run the same command again, and it goes on."
 
 
 def read_policy_path(path: Path) -> Path:
@@ -38,7 +39,8 @@ def read_policy_input(named: Path) -> PolicyDocument:
                 f"no file and no policy is called {str(named)!r}. {near}", hint=_NO_POLICY
             )
     path = read_policy_path(named)
-    require_file(path, _NO_POLICY)
+    is_begun = named.is_dir() and (named / "config.json").is_file()
+    require_file(path, _NOT_ENDED if is_begun else _NO_POLICY)
     from kvtune.policies.policy_file.document import read_policy  # takes a while to import
 
     return read_policy(path)

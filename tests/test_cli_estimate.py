@@ -370,3 +370,11 @@ def test_words_that_are_no_policy_are_told(
 ) -> None:
     assert main([*LLAMA, "--gpu", "4090", "--policy", said]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_search_that_has_not_ended_is_no_policy_yet(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert main([*LLAMA, "--gpu", "4090", "--policy", str(tmp_path)]) == 2
+    assert "has not ended: run the same command again" in " ".join(capsys.readouterr().err.split())
