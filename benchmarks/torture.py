@@ -97,6 +97,9 @@ def fuzz(known: dict[str, Parser], seed: int, count: int, until: float, work: Pa
     """So many inputs, readers by turns; fewer where time is up."""
     rng, found = random.Random(seed), {name: Counter[str]() for name in known}  # noqa: S311
     names = list(known)
+    for name, parser in known.items():  # one that reads nothing would refuse whatever it is given
+        if not any(feed(name, parser, seed, work, failures) == "read" for seed in parser.seeds):
+            failures.add(name, ValueError("refuses every input that is as it should be"), b"")
     for number in range(count):
         if time.monotonic() > until:
             break

@@ -77,7 +77,7 @@ def parsers(work: Path) -> dict[str, Parser]:
     return {
         "policy": Parser(_policies(), lambda data, _: read_policy(_text(data) + "\n")),
         "plans": Parser((_bytes(run / "plans.jsonl"),), _plans, structured=True),
-        "columns": Parser((_columns_of(run),), _columns),
+        "columns": Parser((_columns_of(run),), _columns(_bytes(run / PLANS_FILE))),
         "result": Parser((_bytes(run / "result.json"),), _file(read_result), structured=True),
         "validated": Parser((_answer(),), _validated, structured=True),
         "finished": Parser((_finished(),), _finished_file, structured=True),
@@ -109,7 +109,7 @@ def _calibrated(data: bytes, _: Path) -> None:
 
 
 def _tuned_file(data: bytes, _: Path) -> None:
-    parse_tuned(_text(data), "k", ("block", "warps", "split"))
+    parse_tuned(_text(data), "k", ("warps", "stages"))
 
 
 def _text(data: bytes) -> str:
@@ -141,13 +141,17 @@ def _columns_of(run: Path) -> bytes:
     return _bytes(run / COLUMNS_FILE)
 
 
-def _columns(data: bytes, work: Path) -> None:
+def _columns(lines: bytes) -> Callable[[bytes, Path], object]:
     """Damaged or not, the plans are those of the lines."""
-    (work / PLANS_FILE).write_bytes(_bytes(work / "run" / PLANS_FILE))
-    (work / COLUMNS_FILE).write_bytes(data)
-    read = StudyReader(work).read().plans
-    (work / COLUMNS_FILE).unlink()
-    assert (read.kl == StudyReader(work).read().plans.kl).all()
+
+    def feed(data: bytes, work: Path) -> None:
+        (work / PLANS_FILE).write_bytes(lines)
+        (work / COLUMNS_FILE).write_bytes(data)
+        read = StudyReader(work).read().plans
+        (work / COLUMNS_FILE).unlink()
+        assert (read.kl == StudyReader(work).read().plans.kl).all()
+
+    return feed
 
 
 def _validated(data: bytes, work: Path) -> None:
