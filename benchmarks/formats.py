@@ -98,7 +98,7 @@ slower. So were all in formats-tune-3-h200.json that asked for a tile's first pa
 queries were made ready, which the kernel then had as a choice."""
 TINY = {"search": {"prose": 1}}
 TOGETHER = 4  # policies in one batch
-BASE = "int2"  # how many times each format's loss it loses is told
+BASE = "int2"  # each format is shown with this one's loss divided by its own
 
 
 class Found:

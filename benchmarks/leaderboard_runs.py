@@ -9,7 +9,7 @@ Every task is ``kvtune bench`` of some policies on one sample; runs are added to
 come, and a folder that was begun is gone on with. Samples are taken by turns, so that kinds of text
 have as many. Policies that take minutes a prompt come last and so have fewer runs: the table says
 how many. Left out is what only says how all tokens are stored (``oscar``, ``weighted_keys``): in 16
-bits that is the full cache. A policy that cannot run is told at the end.
+bits that is the full cache. Policies that cannot run are named at the end.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Task:
 
     @property
     def id(self) -> str:
-        """For messages."""
+        """The name by which messages refer to it."""
         return f"{self.sample.id}: {', '.join(self.names)}"
 
 

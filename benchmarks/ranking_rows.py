@@ -58,7 +58,7 @@ class Record:
 
     @staticmethod
     def load(path: Path) -> Record:
-        """Read it again."""
+        """The record that ``save`` wrote."""
         with safe_open(path, "pt") as file:
             return Record(**{each.name: file.get_tensor(each.name) for each in fields(Record)})
 
