@@ -430,7 +430,7 @@ LEVELS = Size(
     families=("probes",),
     shrinkages=(0.0, 0.2, 0.4, 0.8),
 )
-"""Twice the texts, so that a kind's level is separable from those of its texts; no other policies."""
+"""Twice the texts, so that a kind's level differs visibly from its texts'; no other policies."""
 
 CPU = replace(
     SHORT,
