@@ -432,6 +432,11 @@ LEVELS = Size(
 )
 """Twice the texts, so that a kind's level differs visibly from its texts'; no other policies."""
 
+LEVELS_SHORT = replace(LEVELS, tokens=SHORT.tokens, observed=SHORT.observed)
+LEVELS_MIDDLE = replace(LEVELS, tokens=MIDDLE.tokens, observed=MIDDLE.observed)
+LEVELS_LONG = replace(LEVELS, tokens=4096)
+"""As many texts at other lengths, so that intervals are judged where they were not fitted."""
+
 CPU = replace(
     SHORT,
     kinds=("prose", "code", "retrieval"),
@@ -446,6 +451,9 @@ CPU = replace(
 SIZES = {
     "whole": Size(),
     "levels": LEVELS,
+    "levels-short": LEVELS_SHORT,
+    "levels-middle": LEVELS_MIDDLE,
+    "levels-long": LEVELS_LONG,
     "middle": MIDDLE,
     "short": SHORT,
     "cpu": CPU,
