@@ -225,9 +225,9 @@ def measured(
         KvtuneError: the policy has made the output NaN.
     """
     ours = logits.float().log_softmax(-1)
-    if not bool(ours.isfinite().all()):
+    kl = (reference.full - ours).mul_(reference.probabilities).sum(-1)
+    if not bool(kl.isfinite().all()):  # as it is where all of the output is
         raise KvtuneError(f"the policy {policy.name!r} made the model's output NaN")
-    kl = (reference.probabilities * (reference.full - ours)).sum(-1)
     return LiveRun(
         kl=kl.cpu().numpy(),
         nll=_nll(ours, reference.targets),

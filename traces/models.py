@@ -157,7 +157,7 @@ def choose_dtype(device: str, asked: str | None = None) -> tuple[str, str]:
             raise KvtuneError(f"{asked!r} is no dtype", hint=nearest(asked, DTYPES))
         return asked, f"{asked} because it was asked for."
     if device == "cpu":
-        return "float32", "float32: CPUs compute it natively; half precision is often emulated."
+        return "float32", "float32: on a CPU half precision is slow, or hides what plans lose."
     if torch.cuda.get_device_capability(device) >= (8, 0):
         return "bfloat16", "bfloat16: the GPU computes it natively and it cannot overflow."
     return "float16", "float16: this GPU (before Ampere) has no native bfloat16."
