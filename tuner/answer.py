@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ from kvtune.tuner.stand_in_baselines import stand_in_baselines
 from kvtune.tuner.within import stores_alike
 
 if TYPE_CHECKING:
+    from kvtune.runtime.compiled_ahead import Begun
     from kvtune.tuner.timing import Times
     from kvtune.tuner.validate import Validation
 
@@ -58,8 +60,16 @@ class Found:
 
 def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
     """The chosen plan checked, beside the baselines, and the front that it stands on."""
+    policy = found.solver.policy(chosen)
+    with _compiling(found, policy) as begun:
+        return _answer(found, chosen, policy, begun, progress)
+
+
+def _answer(
+    found: Found, chosen: Candidate, policy: Policy, begun: Begun | None, progress: Progress
+) -> SearchResult:
     request, source, solver = found.request, found.source, found.solver
-    policy, budget = solver.policy(chosen), found.budgets[chosen.place].at(chosen.sequences)
+    budget = found.budgets[chosen.place].at(chosen.sequences)
     cost = _cost(found, chosen)
     predicted = _predicted(found, chosen)
     validation: Validation | None = None
@@ -75,6 +85,8 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
         compared = stand_in_baselines(source, solver, policy, chosen, predicted.kl)
     baselines = tuple(row.baseline for row in compared)
     quality = replace(predicted, kl=validation.live) if validation else predicted
+    if begun is not None:
+        begun.wait()
     times, untimed = _times(found, policy, chosen, cost, progress)
     return SearchResult(
         request=request,
@@ -108,6 +120,17 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
         times=times,
         untimed=untimed,
     )
+
+
+def _compiling(found: Found, policy: Policy) -> AbstractContextManager[Begun | None]:
+    """Compiles what the plan will be timed with, while it is run beside the baselines."""
+    loaded = found.source.loaded
+    if loaded is None or not loaded.device.startswith("cuda"):
+        return nullcontext()
+    from kvtune.runtime.compiled_ahead import compiled_ahead
+    from kvtune.runtime.timing import uncompressed
+
+    return compiled_ahead([policy, uncompressed(policy)], loaded.geometry, loaded.model)
 
 
 def _times(
