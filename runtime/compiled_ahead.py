@@ -186,7 +186,7 @@ class Begun:
     def begin(self, parts: Sequence[Kernels]) -> None:
         """A process for each part."""
         for part in parts:
-            process = subprocess.Popen(  # noqa: S603 - our own module, by this interpreter
+            process = subprocess.Popen(
                 [sys.executable, "-m", "kvtune.runtime.compile_only"],
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 text=True,

@@ -19,8 +19,8 @@ from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.pages import PageLayout
 from kvtune.policies.policy import Policy
-from kvtune.runtime.compiled_ahead import Begun, Kernels, compiled_ahead, kernels_of
 from kvtune.runtime.compile_only import Aimed
+from kvtune.runtime.compiled_ahead import Begun, Kernels, compiled_ahead, kernels_of
 
 TARGET = "cuda", 90, 32
 GEOMETRY: Any = SimpleNamespace(query_heads=6, kv_heads=2, head_dim=64, scale=0.125)
@@ -101,6 +101,7 @@ def test_without_a_gpu_nothing_is_begun() -> None:
 
 def test_processes_end_with_the_block() -> None:
     begun = Begun([])
-    begun.processes.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))  # noqa: S603
+    sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
+    begun.processes.append(subprocess.Popen(sleeping, text=True))
     begun.end()
     assert begun.processes[0].poll() is not None
