@@ -102,6 +102,6 @@ def test_without_a_gpu_nothing_is_begun() -> None:
 def test_processes_end_with_the_block() -> None:
     begun = Begun([])
     sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
-    begun.processes.append(subprocess.Popen(sleeping, text=True))
+    begun.processes.append(subprocess.Popen(sleeping, text=True))  # noqa: S603 - harmless
     begun.end()
     assert begun.processes[0].poll() is not None

@@ -87,6 +87,8 @@ def _answer(
     quality = replace(predicted, kl=validation.live) if validation else predicted
     if begun is not None:
         begun.wait()
+    if source.beside is not None:
+        source.beside.end()
     times, untimed = _times(found, policy, chosen, cost, progress)
     return SearchResult(
         request=request,
