@@ -13,8 +13,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,16 @@ class Kernels:
         given["stored"] = tuple((keys, values) for keys, values in given["stored"])
         return Kernels(**given)
 
+    def beyond(self, others: Kernels) -> Kernels:
+        """Those that are not among others."""
+        return replace(
+            self,
+            widths=None if others.widths else self.widths,
+            decode=tuple(each for each in self.decode if each not in others.decode),
+            stored=tuple(each for each in self.stored if each not in others.stored),
+            column_sums=self.column_sums and not others.column_sums,
+        )
+
     def shares(self, count: int) -> list[Kernels]:
         """The same in so many parts of about equal work, empty ones left out.
 
@@ -150,51 +160,46 @@ def _one_kernel_writes(layout: PageLayout) -> bool:
     return not (layout.has_tables or is_blocks(layout.keys) or is_blocks(layout.values))
 
 
-@contextmanager
-def compiled_ahead(policies: Sequence[Policy], geometry: Geometry, model: Any) -> Iterator[Begun]:
-    """Let other processes compile what policies need, until the block ends; on a GPU with Triton.
-
-    Args:
-        policies: for the model's shape.
-        geometry: of the model.
-        model: a transformers causal language model.
-    """
-    begun = Begun([])
-    try:
-        if torch.version.cuda and model.device.type == "cuda" and _has_triton():
-            major, minor = torch.cuda.get_device_capability(model.device)
-            dtype = str(model.dtype).removeprefix("torch.")
-            target = "cuda", 10 * major + minor, 32
-            config = model.config.get_text_config()
-            kernels = kernels_of(policies, geometry, config, dtype, target)
-            begun.begin(kernels.shares(min(PROCESSES, max(1, (os.cpu_count() or 1) // 2))))
-        yield begun
-    finally:
-        begun.end()
+def aimed_at(model: Any) -> tuple[str, int, int] | None:
+    """The GPU that a model runs on, as Triton names it; None where no kernel is compiled for it."""
+    there = torch.version.cuda and model.device.type == "cuda"
+    if not (there and importlib.util.find_spec("triton")):
+        return None
+    major, minor = torch.cuda.get_device_capability(model.device)
+    return "cuda", 10 * major + minor, 32
 
 
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+class Compiling:
+    """Processes that compile kernels, each kernel once."""
 
+    def __init__(self) -> None:
+        self.processes: list[subprocess.Popen[str]] = []
+        self._begun = Kernels(("", 0, 0), 1, 1, 1, 1.0, "")
 
-@dataclass
-class Begun:
-    """Processes that compile."""
+    def begin(self, policies: Sequence[Policy], geometry: Geometry, model: Any) -> None:
+        """Compile what prompts and steps need under some policies, where the model is on a GPU.
 
-    processes: list[subprocess.Popen[str]]
+        Args:
+            policies: for the model's shape.
+            geometry: of the model.
+            model: a transformers causal language model, the same each time.
+        """
+        if (target := aimed_at(model)) is None:
+            return
+        config, dtype = model.config.get_text_config(), str(model.dtype).removeprefix("torch.")
+        self.send(kernels_of(policies, geometry, config, dtype, target))
 
-    def begin(self, parts: Sequence[Kernels]) -> None:
-        """A process for each part."""
-        for part in parts:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "kvtune.runtime.compile_only"],
-                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                text=True,
-            )  # fmt: skip
-            self.processes.append(process)
-            if process.stdin is not None:
-                process.stdin.write(part.text())
-                process.stdin.close()
+    def send(self, kernels: Kernels) -> None:
+        """Share out what was not sent before."""
+        fresh = kernels.beyond(self._begun)
+        self._begun = replace(
+            kernels,
+            decode=self._begun.decode + fresh.decode,
+            stored=self._begun.stored + fresh.stored,
+            column_sums=self._begun.column_sums or fresh.column_sums,
+        )
+        for part in fresh.shares(min(PROCESSES, max(1, (os.cpu_count() or 1) // 2))):
+            self.processes.append(_process(part))
 
     def wait(self) -> None:
         """Until all have ended, or ``LONGEST_WAIT_S`` are over."""
@@ -212,3 +217,16 @@ class Begun:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+
+
+def _process(part: Kernels) -> subprocess.Popen[str]:
+    """One that compiles a part."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvtune.runtime.compile_only"],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    if process.stdin is not None:
+        with suppress(OSError):  # of a process that has failed: kernels are compiled as ever
+            process.stdin.write(part.text())
+            process.stdin.close()
+    return process

@@ -19,8 +19,9 @@ from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.pages import PageLayout
 from kvtune.policies.policy import Policy
+from kvtune.runtime import compiled_ahead
 from kvtune.runtime.compile_only import Aimed
-from kvtune.runtime.compiled_ahead import Begun, Kernels, compiled_ahead, kernels_of
+from kvtune.runtime.compiled_ahead import Compiling, Kernels, kernels_of
 
 TARGET = "cuda", 90, 32
 GEOMETRY: Any = SimpleNamespace(query_heads=6, kv_heads=2, head_dim=64, scale=0.125)
@@ -94,14 +95,29 @@ def test_the_target_is_the_one_that_was_named() -> None:
 
 def test_without_a_gpu_nothing_is_begun() -> None:
     model = SimpleNamespace(device=SimpleNamespace(type="cpu"))
-    with compiled_ahead([policy(Int4)], GEOMETRY, model) as begun:
-        assert begun.processes == []
-        begun.wait()
+    compiling = Compiling()
+    compiling.begin([policy(Int4)], GEOMETRY, model)
+    compiling.wait()
+    assert compiling.processes == []
 
 
-def test_processes_end_with_the_block() -> None:
-    begun = Begun([])
+def test_each_kernel_is_sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Kernels] = []
+    monkeypatch.setattr(compiled_ahead, "_process", sent.append)
+    compiling = Compiling()
+    compiling.send(made(policy(Int4)))
+    compiling.send(made(policy(Int4, Int2)))
+    compiling.send(made(policy(Int2)))
+    pairs = [pairs for part in sent for pairs, _ in part.decode]
+    assert len(pairs) == len(set(pairs)) == 2
+    assert [names for part in sent for names in part.stored].count(("bf16", "bf16")) == 1
+    assert len([part for part in sent if part.widths]) == 1
+    assert len([part for part in sent if part.column_sums]) == 1
+
+
+def test_processes_end_when_they_are_told_to() -> None:
+    compiling = Compiling()
     sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
-    begun.processes.append(subprocess.Popen(sleeping, text=True))  # noqa: S603 - harmless
-    begun.end()
-    assert begun.processes[0].poll() is not None
+    compiling.processes.append(subprocess.Popen(sleeping, text=True))  # noqa: S603 - harmless
+    compiling.end()
+    assert compiling.processes[0].poll() is not None

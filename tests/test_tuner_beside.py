@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
@@ -75,6 +76,12 @@ def asked(
     return request
 
 
+def use_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let searches on a CPU have two of them."""
+    monkeypatch.setattr(beside, "_count", lambda _: 2)
+    monkeypatch.setattr(beside, "DEVICES", ("cpu",))
+
+
 @pytest.fixture
 def two() -> Iterator[Helpers]:
     helpers = Helpers(2)
@@ -86,7 +93,7 @@ def test_a_search_with_helpers_finds_what_one_without_finds(
     asked: Callable[[str], SearchRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = run_search(asked("alone"))
-    monkeypatch.setattr(beside, "_count", lambda _: 2)
+    use_helpers(monkeypatch)
     notes = Notes()
     shared = run_search(asked("shared"), notes)
     assert not [note for note in notes.notes if "given up" in note]
@@ -108,7 +115,7 @@ def test_helpers_do_the_work(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("this process was to do nothing itself")
 
-    monkeypatch.setattr(beside, "_count", lambda _: 2)
+    use_helpers(monkeypatch)
     monkeypatch.setattr(capture, "_run", refuse)
     monkeypatch.setattr(build, "layer_features", refuse)
     monkeypatch.setattr(evaluate, "_replay_sample", refuse)
@@ -119,7 +126,7 @@ def test_helpers_do_the_work(
 def test_a_search_whose_helpers_fail_goes_on_alone(
     asked: Callable[[str], SearchRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(beside, "_count", lambda _: 2)
+    use_helpers(monkeypatch)
     monkeypatch.setattr(beside, "Helpers", lambda _: Fails())
     notes = Notes()
     assert math.isfinite(run_search(asked("run"), notes).quality.kl.value)
@@ -136,7 +143,7 @@ class Fails(Refuses):
 def test_a_named_engine_needs_no_helpers(
     asked: Callable[[str], SearchRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(beside, "_count", lambda _: 2)
+    use_helpers(monkeypatch)
     with beside.helpers_of(replace(asked("run"), engine="processes:2")) as found:
         assert found.executor is None
 
@@ -154,6 +161,40 @@ def test_a_named_engine_needs_no_helpers(
 )
 def test_helpers_are_as_many_as_fit(processors: int, card: int, weights: int, count: int) -> None:
     assert count_for(processors, card, weights) == count
+
+
+@pytest.mark.parametrize(
+    ("device", "card", "count"),
+    [
+        ("cuda", 143 * GB, True),
+        (None, 143 * GB, True),
+        ("cpu", 143 * GB, False),
+        (None, None, False),
+    ],
+)
+def test_helpers_begin_where_a_card_is_seen(
+    device: str | None,
+    card: int | None,
+    count: bool,
+    asked: Callable[[str], SearchRequest],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(beside, "smallest_card_bytes", lambda: card)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert bool(beside._count(replace(asked("run"), device=device))) == count
+
+
+def test_helpers_end_where_the_model_runs_on_a_processor() -> None:
+    class Ends(Executor):
+        ended = False
+
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            self.ended = True
+
+    executor = Ends()
+    assert Beside(executor).used_on("cuda:0").executor is executor
+    assert Beside(executor).used_on("cpu").executor is None
+    assert executor.ended
 
 
 def test_helpers_that_have_ended_are_not_asked() -> None:
@@ -176,8 +217,6 @@ def test_a_helper_returns_and_raises_what_its_function_does(two: Helpers) -> Non
 
 
 def test_a_helper_that_ends_is_lost(two: Helpers) -> None:
-    import os
-
     with pytest.raises(HelperLostError):
         two.submit(os._exit, 3).result()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -30,7 +29,6 @@ from kvtune.tuner.stand_in_baselines import stand_in_baselines
 from kvtune.tuner.within import stores_alike
 
 if TYPE_CHECKING:
-    from kvtune.runtime.compiled_ahead import Begun
     from kvtune.tuner.timing import Times
     from kvtune.tuner.validate import Validation
 
@@ -60,16 +58,9 @@ class Found:
 
 def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
     """The chosen plan checked, beside the baselines, and the front that it stands on."""
-    policy = found.solver.policy(chosen)
-    with _compiling(found, policy) as begun:
-        return _answer(found, chosen, policy, begun, progress)
-
-
-def _answer(
-    found: Found, chosen: Candidate, policy: Policy, begun: Begun | None, progress: Progress
-) -> SearchResult:
     request, source, solver = found.request, found.source, found.solver
-    budget = found.budgets[chosen.place].at(chosen.sequences)
+    policy, budget = solver.policy(chosen), found.budgets[chosen.place].at(chosen.sequences)
+    begin_compiling(found, chosen)
     cost = _cost(found, chosen)
     predicted = _predicted(found, chosen)
     validation: Validation | None = None
@@ -85,10 +76,8 @@ def _answer(
         compared = stand_in_baselines(source, solver, policy, chosen, predicted.kl)
     baselines = tuple(row.baseline for row in compared)
     quality = replace(predicted, kl=validation.live) if validation else predicted
-    if begun is not None:
-        begun.wait()
     if source.beside is not None:
-        source.beside.end()
+        source.beside.finish()
     times, untimed = _times(found, policy, chosen, cost, progress)
     return SearchResult(
         request=request,
@@ -124,15 +113,14 @@ def _answer(
     )
 
 
-def _compiling(found: Found, policy: Policy) -> AbstractContextManager[Begun | None]:
-    """Compiles what the plan will be timed with, while it is run beside the baselines."""
-    loaded = found.source.loaded
-    if loaded is None or not loaded.device.startswith("cuda"):
-        return nullcontext()
-    from kvtune.runtime.compiled_ahead import compiled_ahead
-    from kvtune.runtime.timing import uncompressed
+def begin_compiling(found: Found, likely: Candidate) -> None:
+    """Let other processes compile what a plan will be timed with, while this one goes on."""
+    loaded, beside = found.source.loaded, found.source.beside
+    if loaded is not None and beside is not None and beside.compiles_for(loaded.device):
+        from kvtune.runtime.timing import uncompressed
 
-    return compiled_ahead([policy, uncompressed(policy)], loaded.geometry, loaded.model)
+        policy = found.solver.policy(likely)
+        beside.compile([policy, uncompressed(policy)], loaded)
 
 
 def _times(

@@ -19,15 +19,20 @@ from kvtune.common.helpers import Helpers, is_helper
 from kvtune.common.kept import Kept
 from kvtune.common.progress import Progress, Silent
 from kvtune.policies.policy import Policy
+from kvtune.profiles.gpus import smallest_card_bytes
 from kvtune.tuner.request import SearchRequest
 
 if TYPE_CHECKING:
+    from kvtune.runtime.compiled_ahead import Compiling
     from kvtune.simulator.quality.tables import Floats
+    from kvtune.traces.models import LoadedModel
     from kvtune.traces.samples import Sample
     from kvtune.traces.trace import SampleRecord
     from kvtune.tuner.sources import QualitySource
     from kvtune.tuner.validate import Validation
 
+DEVICES = ("cuda",)
+"""On which helpers run: processors are kept busy by one process."""
 MOST = 4
 """Helpers at most: a GPU serves processes by turns."""
 PROCESSORS_EACH = 3
@@ -42,13 +47,15 @@ T = TypeVar("T")
 
 @dataclass
 class Beside:
-    """Helpers, as long as none has failed.
+    """Helpers, as long as none has failed, and processes that compile.
 
     Args:
-        executor: of the processes; None once they have ended.
+        executor: of the helpers; None once they have ended.
+        compiling: kernels; None where none are.
     """
 
     executor: Executor | None
+    compiling: Compiling | None = None
 
     def tried(self, do: Callable[[Executor], T], progress: Progress) -> T | None:
         """What is done with the helpers; None where they have failed or ended."""
@@ -58,11 +65,40 @@ class Beside:
             return do(self.executor)
         except Exception as error:
             progress.note(f"helper processes are given up, this one goes on alone: {error}")
-            self.end()
+            self.end_helpers()
             return None
 
+    def compiles_for(self, device: str) -> bool:
+        """Whether a plan is timed on such a device, by kernels that are compiled."""
+        return device.startswith("cuda")
+
+    def compile(self, policies: Sequence[Policy], loaded: LoadedModel) -> None:
+        """Begin to compile the kernels of policies that were not begun before."""
+        from kvtune.runtime.compiled_ahead import Compiling
+
+        self.compiling = self.compiling or Compiling()
+        self.compiling.begin(policies, loaded.geometry, loaded.model)
+
+    def finish(self) -> None:
+        """Wait for the kernels and end all processes, so that the GPU is this process's own."""
+        self.end_helpers()
+        if self.compiling is not None:
+            self.compiling.wait()
+
+    def used_on(self, device: str) -> Beside:
+        """Itself, its processes ended where the model came to run on a device that needs none."""
+        if not _shares(device):
+            self.end_helpers()
+        return self
+
     def end(self) -> None:
-        """End the processes, so that the GPU is this process's own."""
+        """End all processes, whatever they are at."""
+        self.end_helpers()
+        if self.compiling is not None:
+            self.compiling.end()
+
+    def end_helpers(self) -> None:
+        """End those that capture, replay and run live."""
         if self.executor is not None:
             self.executor.shutdown(cancel_futures=True)
         self.executor = None
@@ -76,26 +112,18 @@ def helpers_of(request: SearchRequest) -> Iterator[Beside]:
     try:
         if beside.executor is not None:
             for _ in range(count):  # one each: all are idle
-                beside.executor.submit(prepare, request.model, _device(request))
+                beside.executor.submit(prepare, request.model, request.device)
         yield beside
     finally:
         beside.end()
 
 
-def _device(request: SearchRequest) -> str:
-    from kvtune.traces.models import best_device
-
-    return request.device or best_device()
-
-
 def _count(request: SearchRequest) -> int:
-    import torch
-
-    device = _device(request)
-    if not device.startswith("cuda") or not torch.cuda.is_available():
+    """How many, before torch is imported, which helpers do at the same time."""
+    if request.device is not None and not request.device.startswith("cuda"):
         return 0
-    card = torch.cuda.get_device_properties(device).total_memory
-    return count_for(os.cpu_count() or 1, card, 2 * request.shape.parameters)
+    card = smallest_card_bytes()
+    return 0 if card is None else count_for(os.cpu_count() or 1, card, 2 * request.shape.parameters)
 
 
 def count_for(processors: int, card_bytes: int, weight_bytes: int) -> int:
@@ -105,15 +133,22 @@ def count_for(processors: int, card_bytes: int, weight_bytes: int) -> int:
     return count if count > 1 else 0
 
 
-def prepare(model: str, device: str) -> None:
+def prepare(model: str, device: str | None) -> None:
     """Load the model and what works on it, before there is anything to do; by a helper."""
     import kvtune.simulator.quality.evaluate
     import kvtune.traces.capture
     import kvtune.tuner.validate  # noqa: F401
-    from kvtune.traces.models import choose_dtype
+    from kvtune.traces.models import best_device, choose_dtype
     from kvtune.traces.shards import loaded_once
 
-    loaded_once(model, _own_name(device), choose_dtype(device)[0])
+    device = device or best_device()
+    if _shares(device):
+        loaded_once(model, _own_name(device), choose_dtype(device)[0])
+
+
+def _shares(device: str) -> bool:
+    """Whether processes of one search are worth while on such a device."""
+    return device.startswith(DEVICES)
 
 
 def _own_name(device: str) -> str:

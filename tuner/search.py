@@ -9,7 +9,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
 from kvtune.simulator.quality.tables import on_both_sides
-from kvtune.tuner.answer import Found, answer, band_of
+from kvtune.tuner.answer import Found, answer, band_of, begin_compiling
 from kvtune.tuner.asked import facts_of, given, question_of
 from kvtune.tuner.beside import Beside, helpers_of
 from kvtune.tuner.candidate import Candidate, pick
@@ -175,6 +175,7 @@ def _with_rule(found: Found, progress: Progress) -> Found:
         return found
     points = cross_fitted_front(source, recalibrated(found, source.calibration).expected)
     beside = pick(points, request.largest_kl)
+    begin_compiling(found, beside)  # most searches come to this plan or to one much like it
     rule = best_rule(found, beside, progress)
     if rule is None:
         return found

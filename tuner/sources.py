@@ -187,6 +187,7 @@ def own_trace(
     loaded = load_model(request.model, device=request.device or best_device(), progress=progress)
     progress.note(f"running in {loaded.dtype_reason}")
     _check_shape(loaded, request.shape)
+    beside = beside and beside.used_on(loaded.device)
     calibrated = find_calibration(loaded.fingerprint) is not None
     menu = menu_of(request, calibrated=calibrated, pairs=loaded.geometry.layers % 2 == 0)
     trace, key, provenance = _own_trace(request, loaded, menu, progress, beside)
