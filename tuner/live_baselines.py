@@ -90,7 +90,7 @@ def live_baselines(
             for family, choice in _allocations(source, budget + on_host).items()
         ),
         *(row for row in _best_of_families(
-              source, trace, loaded.device, budget + on_host, progress)
+              source, trace, budget + on_host, progress)
           if rule is None or row.baseline.family != rule.family),
     ]  # fmt: skip
     policies = [row.policy for row in rows if row.policy is not None]
@@ -136,7 +136,7 @@ def times_as_much(theirs: Validation, ours: Validation, kinds: Sequence[str]) ->
 
 
 def _best_of_families(
-    source: QualitySource, trace: Trace, device: str, budget: int, progress: Progress
+    source: QualitySource, trace: Trace, budget: int, progress: Progress
 ) -> Iterator[Compared]:
     """Of each family, one rule for all heads, the one that replay on the held-out samples prefers.
 
